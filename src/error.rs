@@ -1,0 +1,155 @@
+//! The one error type. Every text names the value that was wrong and what would be right.
+
+use crate::units::{Granule, Iova, IovaRange};
+
+/// Why a call was refused or could not go on.
+///
+/// Input is checked before anything is touched, in the order that each call documents. [`Error::errno`] gives the
+/// number that Linux's iommufd uses for the same refusal.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A range of no bytes.
+    #[error("a range of zero bytes at {start}: a range needs at least one byte")]
+    ZeroLength {
+        /// Where the range would start.
+        start: Iova,
+    },
+    /// The range would go past 2^64 - 1.
+    #[error("{len:#x} bytes from {start} go past the last address 0xffffffffffffffff")]
+    Wraps {
+        /// Where the range would start.
+        start: Iova,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// The last address lies below the first.
+    #[error("the range ends at {last}, below its start {start}")]
+    ReversedRange {
+        /// The first address.
+        start: Iova,
+        /// The last address.
+        last: Iova,
+    },
+    /// A border is not a multiple of the granule that the call works in.
+    #[error("the range {range} does not start and end at multiples of {granule}")]
+    Unaligned {
+        /// The offending range.
+        range: IovaRange,
+        /// What both of its borders must be multiples of.
+        granule: Granule,
+    },
+    /// The backing address of a mapping is not aligned.
+    #[error("the backing address {backing:#x} is not a multiple of {granule}")]
+    UnalignedBacking {
+        /// The offending address.
+        backing: u64,
+        /// What it must be a multiple of.
+        granule: Granule,
+    },
+    /// Not a power of two.
+    #[error("a granule of {bytes} bytes: it must be a power of two from 1 to 2^63")]
+    BadGranule {
+        /// The offending size.
+        bytes: u64,
+    },
+    /// The user bitmap has fewer bits than the request has granules.
+    #[error("the bitmap holds {bits} bits, but {range} needs {needed} at {granule} a bit")]
+    BitmapTooShort {
+        /// Bits that the bitmap holds.
+        bits: u64,
+        /// Bits that the request needs.
+        needed: u128,
+        /// The range asked for.
+        range: IovaRange,
+        /// Bytes that one bit stands for.
+        granule: Granule,
+    },
+    /// Nothing was ever tracked here, so no answer can be given.
+    #[error("tracking was never enabled for {range}: enable it before the first harvest")]
+    NeverTracked {
+        /// The range asked for.
+        range: IovaRange,
+    },
+    /// The range is not covered by areas without a hole.
+    #[error("nothing is mapped at {at}, inside the requested range {range}")]
+    Hole {
+        /// The first address that no area holds.
+        at: Iova,
+        /// The range asked for.
+        range: IovaRange,
+    },
+    /// The new area would overlap one that is there.
+    #[error("{range} overlaps the area {existing}")]
+    Overlap {
+        /// The range to map.
+        range: IovaRange,
+        /// The area in its way.
+        existing: IovaRange,
+    },
+    /// No area lies in the range to unmap.
+    #[error("no area lies in {range}")]
+    NothingMapped {
+        /// The range asked for.
+        range: IovaRange,
+    },
+    /// The range to unmap would cut through an area.
+    #[error("{range} covers only a part of the area {area}: name whole areas")]
+    PartOfArea {
+        /// The range asked for.
+        range: IovaRange,
+        /// The area that sticks out.
+        area: IovaRange,
+    },
+    /// The area is being mapped or unmapped by another call.
+    #[error("the area {area} is being mapped or unmapped by another call: try again when that one is done")]
+    Busy {
+        /// The area in transition.
+        area: IovaRange,
+    },
+    /// A mark touched an address outside every area. What lay inside was marked.
+    #[error("{at} lies outside every area: the write there is not tracked")]
+    Outside {
+        /// The first such address.
+        at: Iova,
+    },
+    /// A source of dirty state (an IO page table, a kernel interface) refused or failed.
+    #[error("the dirty source failed: {0}")]
+    Source(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl Error {
+    /// Wraps the error of a [`DirtySource`](crate::DirtySource).
+    pub fn source_failed(error: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Error::Source(Box::new(error))
+    }
+
+    /// The errno with which Linux's iommufd refuses the same thing (`EINVAL` where it accepts or ignores it).
+    ///
+    /// | errno | refusals |
+    /// |---|---|
+    /// | `ENOENT` (2) | nothing or only a part of an area in the range to unmap |
+    /// | `EIO` (5) | a source failed |
+    /// | `EBUSY` (16) | an area in transition |
+    /// | `EEXIST` (17) | overlap with an area |
+    /// | `EINVAL` (22) | zero length, alignment, granule, short bitmap, never tracked, hole, outside |
+    /// | `EOVERFLOW` (75) | a range past 2^64 - 1 |
+    pub const fn errno(&self) -> i32 {
+        match self {
+            Error::NothingMapped { .. } | Error::PartOfArea { .. } => 2,
+            Error::Source(_) => 5,
+            Error::Busy { .. } => 16,
+            Error::Overlap { .. } => 17,
+            Error::Wraps { .. } => 75,
+            Error::ZeroLength { .. }
+            | Error::ReversedRange { .. }
+            | Error::Unaligned { .. }
+            | Error::UnalignedBacking { .. }
+            | Error::BadGranule { .. }
+            | Error::BitmapTooShort { .. }
+            | Error::NeverTracked { .. }
+            | Error::Hole { .. }
+            | Error::Outside { .. } => 22,
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! The invalidations that one harvest or unmap owes.
+
+use std::fmt;
+
+use crate::units::{Granule, IovaRange};
+
+/// How many disjoint ranges a gather keeps apart.
+const MAX_RANGES: usize = 32;
+
+/// A bounded set of disjoint ranges whose cached translations must be dropped.
+///
+/// Ranges that touch are joined. Past the bound the two neighbours with the smallest gap between them are joined, gap
+/// included: invalidating more than asked costs time, never data. Empty is a state of its own, not a sentinel range.
+#[derive(Clone)]
+pub struct FlushGather {
+    /// Ascending, disjoint and not even touching; only the first `len` count.
+    ranges: [IovaRange; MAX_RANGES],
+    len: usize,
+    leaves: Option<Leaves>,
+    entries: u64,
+}
+
+/// The sizes of the leaves in a gather: an invalidation command may need to know them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leaves {
+    /// The smallest leaf.
+    pub smallest: Granule,
+    /// The largest leaf; equal to `smallest` if all have one size.
+    pub largest: Granule,
+}
+
+impl FlushGather {
+    /// Owes nothing.
+    pub const fn new() -> Self {
+        FlushGather {
+            ranges: [IovaRange::ALL; MAX_RANGES],
+            len: 0,
+            leaves: None,
+            entries: 0,
+        }
+    }
+
+    /// Whether nothing is owed.
+    pub const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The ranges to invalidate: ascending and disjoint.
+    pub fn ranges(&self) -> &[IovaRange] {
+        &self.ranges[..self.len]
+    }
+
+    /// The sizes of the leaves that were added; `None` if nothing was.
+    pub const fn leaves(&self) -> Option<Leaves> {
+        self.leaves
+    }
+
+    /// How many leaves were added.
+    pub const fn entries(&self) -> u64 {
+        self.entries
+    }
+
+    /// The bytes that the ranges span, gaps that were joined included.
+    pub fn bytes(&self) -> u128 {
+        self.ranges().iter().map(|r| r.len()).sum()
+    }
+
+    /// Owes the invalidation of `range`, mapped by leaves of size `leaf`.
+    #[inline]
+    pub fn add(&mut self, range: IovaRange, leaf: Granule) {
+        self.entries += 1;
+        self.widen(Leaves {
+            smallest: leaf,
+            largest: leaf,
+        });
+        self.insert(range);
+    }
+
+    /// Owes everything that `other` owes as well.
+    pub fn merge(&mut self, other: &FlushGather) {
+        self.entries += other.entries;
+        if let Some(leaves) = other.leaves {
+            self.widen(leaves);
+        }
+        for range in other.ranges() {
+            self.insert(*range);
+        }
+    }
+
+    fn widen(&mut self, leaves: Leaves) {
+        self.leaves = Some(match self.leaves {
+            None => leaves,
+            Some(old) => Leaves {
+                smallest: old.smallest.min(leaves.smallest),
+                largest: old.largest.max(leaves.largest),
+            },
+        });
+    }
+
+    #[inline]
+    fn insert(&mut self, range: IovaRange) {
+        // A walk goes upwards, so the new range nearly always joins or follows the last one.
+        if let Some(last) = self.ranges[..self.len].last_mut()
+            && last.start() <= range.start()
+            && touches(*last, range)
+        {
+            *last = hull(*last, range);
+            return;
+        }
+        self.insert_anywhere(range);
+    }
+
+    fn insert_anywhere(&mut self, mut range: IovaRange) {
+        // All ranges that touch the new one form a contiguous piece `from..to`; they become one with it.
+        let from = self.ranges().partition_point(|r| r.last() < range.start() && !touches(*r, range));
+        let mut to = from;
+        while to < self.len && touches(self.ranges[to], range) {
+            range = hull(range, self.ranges[to]);
+            to += 1;
+        }
+        if to > from {
+            self.ranges[from] = range;
+            self.remove(from + 1, to);
+            return;
+        }
+        if self.len == MAX_RANGES {
+            // Join the closest pair of the ranges with the new one among them.
+            let gap_below = |at: usize| gap(self.ranges[at - 1], self.ranges[at]);
+            let closest = (1..self.len).min_by_key(|at| gap_below(*at));
+            let below = (from > 0).then(|| gap(self.ranges[from - 1], range));
+            let above = (from < self.len).then(|| gap(range, self.ranges[from]));
+            let inner = closest.map(gap_below).unwrap_or(u64::MAX);
+            if below.is_some_and(|b| b <= inner && above.is_none_or(|a| b <= a)) {
+                self.ranges[from - 1] = hull(self.ranges[from - 1], range);
+                return;
+            }
+            if above.is_some_and(|a| a <= inner) {
+                self.ranges[from] = hull(self.ranges[from], range);
+                return;
+            }
+            if let Some(at) = closest {
+                self.ranges[at - 1] = hull(self.ranges[at - 1], self.ranges[at]);
+                self.remove(at, at + 1);
+                return self.insert_anywhere(range);
+            }
+        }
+        self.ranges.copy_within(from..self.len, from + 1);
+        self.ranges[from] = range;
+        self.len += 1;
+    }
+
+    fn remove(&mut self, from: usize, to: usize) {
+        self.ranges.copy_within(to..self.len, from);
+        self.len -= to - from;
+    }
+}
+
+impl Default for FlushGather {
+    fn default() -> Self {
+        FlushGather::new()
+    }
+}
+
+impl fmt::Debug for FlushGather {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FlushGather")
+            .field("ranges", &self.ranges())
+            .field("leaves", &self.leaves)
+            .field("entries", &self.entries)
+            .finish()
+    }
+}
+
+/// Whether the ranges overlap or follow each other without a gap.
+fn touches(a: IovaRange, b: IovaRange) -> bool {
+    a.intersects(b)
+        || a.last().checked_add(1) == Some(b.start())
+        || b.last().checked_add(1) == Some(a.start())
+}
+
+/// The smallest range that covers both.
+fn hull(a: IovaRange, b: IovaRange) -> IovaRange {
+    IovaRange::new(a.start().min(b.start()), a.last().max(b.last())).unwrap_or(a)
+}
+
+/// The bytes between two ranges of which `low` lies below `high`.
+fn gap(low: IovaRange, high: IovaRange) -> u64 {
+    high.start().get() - low.last().get() - 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::Iova;
+    use std::collections::BTreeSet;
+
+    fn range(start: u64, len: u64) -> IovaRange {
+        IovaRange::from_len(Iova::new(start), len).unwrap()
+    }
+
+    #[test]
+    fn keeps_every_page_and_stays_sorted_disjoint_and_bounded() {
+        let mut x = 0x2545_F491_4F6C_DD1Du64;
+        for _ in 0..400 {
+            let mut gather = FlushGather::new();
+            let mut pages = BTreeSet::new();
+            for _ in 0..x % 90 {
+                x ^= x << 13;
+                x ^= x >> 7;
+                x ^= x << 17;
+                let (page, len) = (x >> 8 & 0x3ff, 1 + (x >> 4 & 3));
+                gather.add(range(page * 4096, len * 4096), Granule::K4);
+                pages.extend(page..page + len);
+                let ranges = gather.ranges();
+                assert!(ranges.len() <= MAX_RANGES);
+                assert!(ranges.windows(2).all(|w| w[0].last() < w[1].start() && !touches(w[0], w[1])));
+                assert!(pages.iter().all(|p| ranges.iter().any(|r| r.contains(Iova::new(p * 4096)))));
+            }
+            if pages.len() < MAX_RANGES {
+                assert_eq!(gather.bytes(), pages.len() as u128 * 4096, "nothing is joined below the bound");
+            }
+            x = x.wrapping_add(0x9E37_79B9_7F4A_7C15) | 1;
+        }
+    }
+
+    #[test]
+    fn the_borders_of_the_address_space_do_not_wrap() {
+        let mut gather = FlushGather::new();
+        gather.add(range(u64::MAX - 4095, 4096), Granule::K4);
+        gather.add(range(0, 4096), Granule::M2);
+        assert_eq!(gather.ranges(), [range(0, 4096), range(u64::MAX - 4095, 4096)]);
+        gather.add(IovaRange::ALL, Granule::G1);
+        assert_eq!(gather.ranges(), [IovaRange::ALL]);
+        assert_eq!(gather.bytes(), 1 << 64);
+        assert_eq!(gather.leaves(), Some(Leaves { smallest: Granule::K4, largest: Granule::G1 }));
+    }
+
+    #[test]
+    fn past_the_bound_the_smallest_gap_goes() {
+        let mut gather = FlushGather::new();
+        for i in 0..MAX_RANGES as u64 {
+            let shift = if i >= 20 { 0x1000 } else { 0x8000 }; // ranges 19 and 20 are the closest pair
+            gather.add(range(i * 0x1_0000 + shift, 0x1000), Granule::K4);
+        }
+        gather.add(range(0x100_0000, 0x1000), Granule::K4);
+        assert_eq!(gather.ranges().len(), MAX_RANGES);
+        assert!(gather.ranges().contains(&range(19 * 0x1_0000 + 0x8000, 0xa000)));
+    }
+}

@@ -1,0 +1,112 @@
+//! Software dirty bits: CPU threads say which pages they wrote.
+//!
+//! # The race, and why it is won
+//! A page that is marked already should cost a load, not a locked operation. But then the writer stores data and *reads* the mark, while
+//! the harvester clears the mark and *reads* the data. Each side puts a full fence between its two steps:
+//!
+//! ```text
+//!  writer                                    harvester
+//!  W1  store data                            H1  clear the mark            (ChunkMap::visit)
+//!  F1  fence(SeqCst)                         F2  fence(SeqCst)             (Lease::sync)
+//!  W2  load the mark; set it if it is clear  H2  copy the page
+//! ```
+//!
+//! Either F1 or F2 comes first in the one order of all SeqCst fences:
+//! - if F1 does, H2 reads after F2 and sees the store of W1: the copy has the data;
+//! - if F2 does, W2 reads after F1 and sees the clear of H1: the mark is set anew, for the next harvest.
+//!
+//! A CPU that believes "already dirty" is thus an IOTLB entry, and the fence in `sync` is its flush.
+
+use crate::bitmap::{ChunkMap, Sink};
+use crate::error::Error;
+use crate::source::Stopped;
+use crate::sync::{Ordering, Step, fence, performs};
+use crate::units::{Granule, Iova, IovaRange};
+
+/// The software dirty bits of one area, one for each smallest page.
+#[derive(Debug)]
+pub(crate) struct Marks {
+    range: IovaRange,
+    page: Granule,
+    bits: ChunkMap,
+}
+
+impl Marks {
+    /// Clean marks for `range`, which is made of whole pages of size `page`. Allocates nothing.
+    pub(crate) fn new(range: IovaRange, page: Granule) -> Self {
+        // 2^64 granules need the whole address space in bytes; u64 holds every count of pages of 2 bytes and up.
+        let pages = u64::try_from(range.granules(page)).unwrap_or(u64::MAX);
+        Marks {
+            range,
+            page,
+            bits: ChunkMap::new(pages),
+        }
+    }
+
+    /// Marks the pages that `range` touches, as far as they belong to the area. The data was written before.
+    #[inline]
+    pub(crate) fn mark(&self, range: IovaRange) {
+        if performs(Step::MarkFence) {
+            // SeqCst: F1 of the module's protocol; pairs with F2 in `Lease::sync`.
+            fence(Ordering::SeqCst);
+        }
+        if let Some((first, last)) = self.bits_of(range) {
+            self.bits.set(first, last);
+        }
+    }
+
+    /// Moves the marks of `range` into `sink`.
+    pub(crate) fn read_and_clear(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+        self.visit(range, |start, mask| {
+            if performs(Step::RecordBeforeClear) {
+                sink.record_mask(start, self.page, mask)?;
+            }
+            Ok(true)
+        })
+    }
+
+    /// Records the marks of `range` and leaves them.
+    pub(crate) fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+        self.visit(range, |start, mask| {
+            sink.record_mask(start, self.page, mask)?;
+            Ok(false)
+        })
+    }
+
+    /// Forgets all marks.
+    pub(crate) fn clear(&self) {
+        let cleared = self.visit(self.range, |_, _| Ok(true));
+        debug_assert!(cleared.is_ok());
+    }
+
+    /// How many pages are marked. Exact only while nobody marks.
+    pub(crate) fn count(&self) -> u64 {
+        self.bits_of(self.range)
+            .map_or(0, |(first, last)| self.bits.count(first, last))
+    }
+
+    fn visit(
+        &self,
+        range: IovaRange,
+        mut visit: impl FnMut(Iova, u64) -> Result<bool, Error>,
+    ) -> Result<(), Stopped> {
+        let Some((first, last)) = self.bits_of(range) else {
+            return Ok(());
+        };
+        self.bits.visit(first, last, |bit, mask| {
+            let start = Iova::new(self.range.start().get() + (bit << self.page.lg2()));
+            visit(start, mask).map_err(|error| Stopped {
+                at: start.max(range.start()),
+                error,
+            })
+        })
+    }
+
+    /// The bits of the pages that `range` touches.
+    fn bits_of(&self, range: IovaRange) -> Option<(u64, u64)> {
+        let inside = range.intersection(self.range)?;
+        let base = self.range.start().get();
+        let bit = |iova: Iova| (iova.get() - base) >> self.page.lg2();
+        Some((bit(inside.start()), bit(inside.last())))
+    }
+}

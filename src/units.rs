@@ -1,0 +1,387 @@
+//! The glossary: addresses, ranges, granules and access rights.
+//!
+//! * **IOVA**: an address that a device puts on the bus, in bytes, 64 bits wide. Guest physical addresses and disk
+//!   offsets are tracked in the same way.
+//! * **start / last** name an inclusive range, so that a range can end at 2^64 - 1; **end** would be exclusive and is
+//!   not used.
+//! * **granule**: a power of two, in bytes, kept as its base-2 logarithm (`lg2`).
+
+use std::fmt;
+
+use crate::error::Error;
+
+/// A device-visible address in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[repr(transparent)]
+pub struct Iova(u64);
+
+impl Iova {
+    /// The lowest address.
+    pub const MIN: Iova = Iova(0);
+    /// The highest address, 2^64 - 1.
+    pub const MAX: Iova = Iova(u64::MAX);
+
+    /// The address `bytes`.
+    #[inline]
+    pub const fn new(bytes: u64) -> Self {
+        Iova(bytes)
+    }
+
+    /// The address as a number of bytes.
+    #[inline]
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+
+    /// `self + bytes`, or `None` past the end of the address space.
+    #[inline]
+    pub const fn checked_add(self, bytes: u64) -> Option<Iova> {
+        match self.0.checked_add(bytes) {
+            Some(sum) => Some(Iova(sum)),
+            None => None,
+        }
+    }
+
+    /// The bytes from `base` up to `self`, or `None` if `self` lies below `base`.
+    #[inline]
+    pub const fn offset_from(self, base: Iova) -> Option<u64> {
+        self.0.checked_sub(base.0)
+    }
+
+    /// Whether the address is a multiple of `granule`.
+    #[inline]
+    pub const fn is_aligned(self, granule: Granule) -> bool {
+        self.0 & granule.mask() == 0
+    }
+
+    /// The first byte of the granule that holds this address.
+    #[inline]
+    pub const fn granule_start(self, granule: Granule) -> Iova {
+        Iova(self.0 & !granule.mask())
+    }
+
+    /// The last byte of the granule that holds this address.
+    #[inline]
+    pub const fn granule_last(self, granule: Granule) -> Iova {
+        Iova(self.0 | granule.mask())
+    }
+}
+
+impl fmt::Debug for Iova {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+impl fmt::Display for Iova {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.0)
+    }
+}
+
+impl From<u64> for Iova {
+    fn from(bytes: u64) -> Self {
+        Iova(bytes)
+    }
+}
+
+/// A non-empty range of addresses, both ends included.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct IovaRange {
+    start: Iova,
+    last: Iova,
+}
+
+impl IovaRange {
+    /// All 2^64 addresses.
+    pub const ALL: IovaRange = IovaRange {
+        start: Iova::MIN,
+        last: Iova::MAX,
+    };
+
+    /// The range from `start` to `last`, both included.
+    ///
+    /// # Errors
+    /// [`Error::ReversedRange`] if `last` lies below `start`.
+    #[inline]
+    pub const fn new(start: Iova, last: Iova) -> Result<Self, Error> {
+        if last.0 < start.0 {
+            return Err(Error::ReversedRange { start, last });
+        }
+        Ok(IovaRange { start, last })
+    }
+
+    /// The `len` bytes from `start` on. The range may end at 2^64 - 1.
+    ///
+    /// # Errors
+    /// [`Error::ZeroLength`] if `len` is 0, [`Error::Wraps`] if the last byte would lie past 2^64 - 1.
+    #[inline]
+    pub const fn from_len(start: Iova, len: u64) -> Result<Self, Error> {
+        if len == 0 {
+            return Err(Error::ZeroLength { start });
+        }
+        match start.checked_add(len - 1) {
+            Some(last) => Ok(IovaRange { start, last }),
+            None => Err(Error::Wraps { start, len }),
+        }
+    }
+
+    /// The one granule that holds `iova`.
+    #[inline]
+    pub const fn granule_at(iova: Iova, granule: Granule) -> Self {
+        IovaRange {
+            start: iova.granule_start(granule),
+            last: iova.granule_last(granule),
+        }
+    }
+
+    /// The first address.
+    #[inline]
+    pub const fn start(self) -> Iova {
+        self.start
+    }
+
+    /// The last address, included in the range.
+    #[inline]
+    pub const fn last(self) -> Iova {
+        self.last
+    }
+
+    /// The length in bytes, 1 to 2^64.
+    #[inline]
+    pub const fn len(self) -> u128 {
+        (self.last.0 - self.start.0) as u128 + 1
+    }
+
+    /// Always false: a range holds at least one address.
+    #[inline]
+    pub const fn is_empty(self) -> bool {
+        false
+    }
+
+    /// Whether `iova` lies inside.
+    #[inline]
+    pub const fn contains(self, iova: Iova) -> bool {
+        self.start.0 <= iova.0 && iova.0 <= self.last.0
+    }
+
+    /// Whether all of `other` lies inside.
+    #[inline]
+    pub const fn covers(self, other: IovaRange) -> bool {
+        self.start.0 <= other.start.0 && other.last.0 <= self.last.0
+    }
+
+    /// The addresses that are in both ranges.
+    #[inline]
+    pub const fn intersection(self, other: IovaRange) -> Option<IovaRange> {
+        let start = if self.start.0 > other.start.0 {
+            self.start
+        } else {
+            other.start
+        };
+        let last = if self.last.0 < other.last.0 {
+            self.last
+        } else {
+            other.last
+        };
+        if start.0 <= last.0 {
+            Some(IovaRange { start, last })
+        } else {
+            None
+        }
+    }
+
+    /// Whether some address is in both ranges.
+    #[inline]
+    pub const fn intersects(self, other: IovaRange) -> bool {
+        self.start.0 <= other.last.0 && other.start.0 <= self.last.0
+    }
+
+    /// Whether the range starts and ends at multiples of `granule`.
+    #[inline]
+    pub const fn is_aligned(self, granule: Granule) -> bool {
+        self.start.is_aligned(granule) && self.last.0 & granule.mask() == granule.mask()
+    }
+
+    /// The smallest range of whole granules that covers this one.
+    #[inline]
+    pub const fn round_out(self, granule: Granule) -> IovaRange {
+        IovaRange {
+            start: self.start.granule_start(granule),
+            last: self.last.granule_last(granule),
+        }
+    }
+
+    /// How many granules the range touches, 1 to 2^64.
+    #[inline]
+    pub const fn granules(self, granule: Granule) -> u128 {
+        ((self.last.0 >> granule.lg2()) - (self.start.0 >> granule.lg2())) as u128 + 1
+    }
+}
+
+impl fmt::Debug for IovaRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "[{:#x}, {:#x}]", self.start.0, self.last.0)
+    }
+}
+
+impl fmt::Display for IovaRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+/// A power of two in bytes, 1 to 2^63, stored as its logarithm.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Granule(u8);
+
+impl Granule {
+    /// 4 KiB, the smallest page of most systems.
+    pub const K4: Granule = Granule(12);
+    /// 2 MiB.
+    pub const M2: Granule = Granule(21);
+    /// 1 GiB.
+    pub const G1: Granule = Granule(30);
+
+    /// The granule of `bytes` bytes.
+    ///
+    /// # Errors
+    /// [`Error::BadGranule`] unless `bytes` is a power of two from 1 to 2^63.
+    #[inline]
+    pub const fn from_bytes(bytes: u64) -> Result<Self, Error> {
+        if bytes.is_power_of_two() {
+            Ok(Granule(bytes.trailing_zeros() as u8))
+        } else {
+            Err(Error::BadGranule { bytes })
+        }
+    }
+
+    /// The granule of 2^`lg2` bytes, or `None` if `lg2` exceeds 63.
+    #[inline]
+    pub const fn from_lg2(lg2: u8) -> Option<Self> {
+        if lg2 < 64 { Some(Granule(lg2)) } else { None }
+    }
+
+    /// The base-2 logarithm of the size, 0 to 63.
+    #[inline]
+    pub const fn lg2(self) -> u8 {
+        self.0
+    }
+
+    /// The size in bytes.
+    #[inline]
+    pub const fn bytes(self) -> u64 {
+        1 << self.0
+    }
+
+    /// The size less one: the bits of an address inside the granule.
+    #[inline]
+    pub const fn mask(self) -> u64 {
+        self.bytes() - 1
+    }
+}
+
+impl fmt::Debug for Granule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl fmt::Display for Granule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (lg2, unit) = match self.0 {
+            0..10 => (self.0, "B"),
+            10..20 => (self.0 - 10, "KiB"),
+            20..30 => (self.0 - 20, "MiB"),
+            30..40 => (self.0 - 30, "GiB"),
+            40..50 => (self.0 - 40, "TiB"),
+            50..60 => (self.0 - 50, "PiB"),
+            _ => (self.0 - 60, "EiB"),
+        };
+        write!(f, "{} {unit}", 1u64 << lg2)
+    }
+}
+
+/// What a device may do with a mapping.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Access {
+    /// Device reads only.
+    Read,
+    /// Device writes only.
+    Write,
+    /// Both.
+    ReadWrite,
+}
+
+impl Access {
+    /// Whether devices may read.
+    #[inline]
+    pub const fn reads(self) -> bool {
+        !matches!(self, Access::Write)
+    }
+
+    /// Whether devices may write, and so dirty, the memory.
+    #[inline]
+    pub const fn writes(self) -> bool {
+        !matches!(self, Access::Read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_reaches_the_last_byte_and_never_wraps() {
+        let top = IovaRange::from_len(Iova::new(u64::MAX - 4095), 4096).unwrap();
+        assert_eq!(top.last(), Iova::MAX);
+        assert_eq!(top.len(), 4096);
+        assert_eq!(IovaRange::ALL.len(), 1 << 64);
+        assert_eq!(IovaRange::ALL.granules(Granule::K4), 1 << 52);
+        assert!(matches!(
+            IovaRange::from_len(Iova::new(u64::MAX - 4095), 4097),
+            Err(Error::Wraps { len: 4097, .. })
+        ));
+        assert!(matches!(
+            IovaRange::from_len(Iova::new(7), 0),
+            Err(Error::ZeroLength { .. })
+        ));
+        assert!(matches!(
+            IovaRange::new(Iova::new(2), Iova::new(1)),
+            Err(Error::ReversedRange { .. })
+        ));
+    }
+
+    #[test]
+    fn granules_are_powers_of_two() {
+        assert_eq!(Granule::from_bytes(4096).unwrap(), Granule::K4);
+        assert_eq!(Granule::from_bytes(1 << 63).unwrap().lg2(), 63);
+        assert_eq!(Granule::from_bytes(1).unwrap().bytes(), 1);
+        for bad in [0, 3, 12288, u64::MAX] {
+            assert!(matches!(Granule::from_bytes(bad), Err(Error::BadGranule { bytes }) if bytes == bad));
+        }
+        assert_eq!(Granule::from_lg2(64), None);
+        assert_eq!(Granule::M2.to_string(), "2 MiB");
+        assert_eq!(Granule::from_lg2(63).unwrap().to_string(), "8 EiB");
+    }
+
+    #[test]
+    fn ranges_intersect_as_sets_do() {
+        let r = |a: u64, b: u64| IovaRange::new(Iova::new(a), Iova::new(b)).unwrap();
+        for (a, b) in (0..6).flat_map(|a| (a..6).map(move |b| (a, b))) {
+            for (c, d) in (0..6).flat_map(|c| (c..6).map(move |d| (c, d))) {
+                let both: Vec<u64> = (a..=b).filter(|x| (c..=d).contains(x)).collect();
+                let got = r(a, b).intersection(r(c, d));
+                assert_eq!(got.is_some(), !both.is_empty());
+                assert_eq!(r(a, b).intersects(r(c, d)), !both.is_empty());
+                if let Some(i) = got {
+                    assert_eq!((i.start().get(), i.last().get()), (both[0], both[both.len() - 1]));
+                }
+                assert_eq!(r(a, b).covers(r(c, d)), a <= c && d <= b);
+            }
+        }
+        assert_eq!(r(5, 9).round_out(Granule::from_bytes(4).unwrap()), r(4, 11));
+        assert!(r(4, 11).is_aligned(Granule::from_bytes(4).unwrap()));
+        assert!(!r(4, 10).is_aligned(Granule::from_bytes(4).unwrap()));
+    }
+}
