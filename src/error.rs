@@ -47,6 +47,14 @@ pub enum Error {
         /// What it must be a multiple of.
         granule: Granule,
     },
+    /// The memory behind the range would go past 2^64 - 1.
+    #[error("the memory behind {range} begins at {backing:#x} and goes past 0xffffffffffffffff")]
+    BackingWraps {
+        /// Where the memory would begin.
+        backing: u64,
+        /// The range to map.
+        range: IovaRange,
+    },
     /// Not a power of two.
     #[error("a granule of {bytes} bytes: it must be a power of two from 1 to 2^63")]
     BadGranule {
@@ -102,7 +110,9 @@ pub enum Error {
         area: IovaRange,
     },
     /// The area is being mapped or unmapped by another call.
-    #[error("the area {area} is being mapped or unmapped by another call: try again when that one is done")]
+    #[error(
+        "the area {area} is being mapped or unmapped by another call: try again when that one is done"
+    )]
     Busy {
         /// The area in transition.
         area: IovaRange,
@@ -140,7 +150,7 @@ impl Error {
             Error::Source(_) => 5,
             Error::Busy { .. } => 16,
             Error::Overlap { .. } => 17,
-            Error::Wraps { .. } => 75,
+            Error::Wraps { .. } | Error::BackingWraps { .. } => 75,
             Error::ZeroLength { .. }
             | Error::ReversedRange { .. }
             | Error::Unaligned { .. }

@@ -1,14 +1,103 @@
-#![doc = "placeholder"]
-mod bitmap;
+//! Lock-free concurrent dirty tracking: **which memory was written since I last looked?**
+//!
+//! For hypervisors, device emulators, live migration and backup: devices and CPU threads write to memory at full
+//! speed while a harvester finds out, round after round, which pages have to be copied again, and never misses one.
+//!
+//! ```text
+//!  device write --> IOTLB --> leaf, D bit ---+
+//!                                            +--> harvest over areas --> user bitmap --> lease --> sync --> commit
+//!  CPU write ----> mark --> area's marks ----+            |                                |
+//!                                                         +--> gather --> flush queue -----+
+//! ```
+//!
+//! # Example
+//!
+//! ```
+//! use dirtymap::{Access, AddressSpace, Granule, HarvestRequest, Iova, IovaRange, UserBitmap};
+//!
+//! # fn main() -> Result<(), dirtymap::Error> {
+//! let ram = IovaRange::from_len(Iova::new(0x4000_0000), 64 << 20)?; // 64 MiB of guest memory
+//! let space = AddressSpace::new(Granule::K4); // .with_source(iommu_domain) to track devices as well
+//! space.map(ram, 0, Access::ReadWrite)?;
+//! space.set_tracking(true)?; // from here on every write is reported; now copy everything once
+//!
+//! // Any thread, after it wrote to guest memory:
+//! space.mark(IovaRange::from_len(Iova::new(0x4000_1ffe), 4)?)?; // touches two pages
+//!
+//! // The harvester, round after round:
+//! let mut words = vec![0u64; 256]; // one bit for each 4 KiB page
+//! let lease = space.harvest(&HarvestRequest::new(ram, Granule::K4), UserBitmap::new(&mut words))?;
+//! let lease = lease.sync()?; // only a synced lease hands out ranges to copy
+//! for run in lease.runs() {
+//!     assert_eq!(run, IovaRange::from_len(Iova::new(0x4000_1000), 8192)?); // copy it to safety here
+//! }
+//! lease.commit(); // without this, the pages become dirty again
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Guarantees
+//!
+//! * **No lost write.** A write that completed before a harvest of its page began is reported by that harvest, or
+//!   by another one that is not aborted and whose sync ends after the write. Under any interleaving, with any IOTLB
+//!   content.
+//! * **A harvest is a transaction.** What is not committed becomes dirty again: after an error, a panic, or a plain
+//!   drop.
+//! * **Copy after sync.** The types keep you from copying pages while stale translations may still be written
+//!   through.
+//! * **Lock-free.** Marks, lookups and harvests never wait. Only `sync`, `set_tracking`, `map` when it fails, and
+//!   unmap wait, for devices to drain.
+//! * **Inside the bitmap.** No bit outside the request is touched, and set bits stay set.
+//!
+//! # Trade-offs
+//!
+//! * The answer is a superset: a page may be reported that was not written (the rest of a large leaf, an aborted
+//!   lease). Never the reverse.
+//! * Mark **after** the write. A write that is marked before it is submitted can be harvested too early.
+//! * Every call that maps or unmaps copies a path of the area tree: with thousands of changes a second and few
+//!   lookups, a locked map is faster.
+//! * A snapshot that is held keeps memory of replaced tree nodes alive; harvests hold one for as long as they walk.
+//!
+//! # When not to use it
+//!
+//! * One thread writes and the same thread looks: a plain bitmap does it.
+//! * You need to know *what* was written, or in which order: that is a log.
+//! * The writes must survive a crash of the tracker: the state here is in memory only.
+//!
+//! [DESIGN.md](https://github.com/dirtymap/dirtymap/blob/main/DESIGN.md) has the invariants and why they hold; the
+//! `pagetable-sim` crate is an IOMMU to test against.
+
 mod error;
-mod flush;
-mod source;
-#[doc(hidden)]
-pub mod sync;
 mod units;
 
-pub use bitmap::{BitmapView, CHUNK_BITS, Runs, Sink, UserBitmap, WINDOW_BITS};
+mod area;
+mod bitmap;
+mod flush;
+
+mod harvest;
+mod source;
+mod space;
+
+#[doc(hidden)]
+pub mod sync;
+
 pub use error::Error;
-pub use flush::{FlushGather, FlushQueue, FlushStats, Invalidated, Leaves, Ticket};
-pub use source::{DirtySource, Mapping, Stopped};
 pub use units::{Access, Granule, Iova, IovaRange};
+
+pub use space::{AddressSpace, AreaHandle, SpaceStats, Unmapped};
+
+pub use source::{DirtySource, Mapping, Stopped};
+
+pub use harvest::{
+    Aborted, HarvestError, HarvestReport, HarvestRequest, Lease, Owed, StoppedHarvest, SyncError,
+    Synced,
+};
+
+pub use bitmap::{BitmapView, CHUNK_BITS, Runs, Sink, UserBitmap, WINDOW_BITS};
+
+pub use flush::{FlushGather, FlushQueue, FlushStats, Invalidated, Leaves, Ticket};
+
+/// The examples of the README are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

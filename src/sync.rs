@@ -73,7 +73,10 @@ static LEFT_OUT: std::sync::atomic::AtomicU8 = std::sync::atomic::AtomicU8::new(
 /// Leaves `step` out of every run of the model from now on; `None` restores the protocol.
 #[cfg(dirtymap_loom)]
 pub fn leave_out(step: Option<Step>) {
-    LEFT_OUT.store(step.map_or(0, |s| s as u8), std::sync::atomic::Ordering::SeqCst);
+    LEFT_OUT.store(
+        step.map_or(0, |s| s as u8),
+        std::sync::atomic::Ordering::SeqCst,
+    );
 }
 
 /// Whether the protocol performs `step`. Always true outside of loom builds, and optimised away there.

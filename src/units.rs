@@ -358,7 +358,9 @@ mod tests {
         assert_eq!(Granule::from_bytes(1 << 63).unwrap().lg2(), 63);
         assert_eq!(Granule::from_bytes(1).unwrap().bytes(), 1);
         for bad in [0, 3, 12288, u64::MAX] {
-            assert!(matches!(Granule::from_bytes(bad), Err(Error::BadGranule { bytes }) if bytes == bad));
+            assert!(
+                matches!(Granule::from_bytes(bad), Err(Error::BadGranule { bytes }) if bytes == bad)
+            );
         }
         assert_eq!(Granule::from_lg2(64), None);
         assert_eq!(Granule::M2.to_string(), "2 MiB");
@@ -375,7 +377,10 @@ mod tests {
                 assert_eq!(got.is_some(), !both.is_empty());
                 assert_eq!(r(a, b).intersects(r(c, d)), !both.is_empty());
                 if let Some(i) = got {
-                    assert_eq!((i.start().get(), i.last().get()), (both[0], both[both.len() - 1]));
+                    assert_eq!(
+                        (i.start().get(), i.last().get()),
+                        (both[0], both[both.len() - 1])
+                    );
                 }
                 assert_eq!(r(a, b).covers(r(c, d)), a <= c && d <= b);
             }

@@ -1,1 +1,28 @@
-//! placeholder
+//! Properties of `dirtymap` as a whole: programs of [`Op`]s run on the library, over a simulated IOMMU, and on an oracle.
+//!
+//! ```text
+//!  bytes --decode--> ops --run--> AddressSpace, Domain, two devices, two leases, a migrator's copy
+//!                            |                     |
+//!                            +--> oracle --------- compare after each step, byte for byte at the end
+//! ```
+//!
+//! The same programs are run by `cargo test` (`PROPTEST_CASES` says how many), by the fuzzer, and with something broken on purpose: a
+//! run that does not notice a missing flush checks nothing.
+
+mod bits;
+mod op;
+mod oracle;
+mod random;
+mod rig;
+mod run;
+mod violation;
+
+pub use op::{Ask, Config, Cut, MapFault, Op, Place, Sabotage, decode};
+pub use random::Random;
+pub use run::run;
+pub use violation::{Rule, Violation};
+
+#[cfg(test)]
+mod properties;
+#[cfg(test)]
+mod sabotage;

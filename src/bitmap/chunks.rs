@@ -1,8 +1,8 @@
 //! A sparse concurrent bitmap: 4 KiB chunks, allocated at their first bit, under a radix tree of fixed depth.
 //!
-//! The depth follows from the number of bits, so that a bitmap for 64 GiB of 4 KiB pages is one directory of pointers to chunks
-//! and one for 2^63 bytes costs nothing before its first bit. Directories and chunks are installed by compare-exchange
-//! and live as long as the bitmap: a reference to a word never goes stale.
+//! The depth follows from the number of bits, so that a bitmap for 64 GiB of 4 KiB pages is one directory of
+//! pointers to chunks and one for 2^63 bytes costs nothing before its first bit. Directories and chunks are
+//! installed by compare-exchange and live as long as the bitmap: a reference to a word never goes stale.
 
 use std::marker::PhantomData;
 use std::ptr;
@@ -67,8 +67,8 @@ impl ChunkMap {
         }
     }
 
-    /// Calls `visit` for each word that has bits of `first..=last` set, with the word's first bit and those bits, in order. If
-    /// `visit` returns true the bits are cleared after the call, otherwise they stay.
+    /// Calls `visit` for each word that has bits of `first..=last` set, with the word's first bit and those bits,
+    /// in order. If `visit` returns true the bits are cleared after the call, otherwise they stay.
     ///
     /// # Errors
     /// Those of `visit`; the bits of that word and of the words behind it stay.
@@ -222,8 +222,8 @@ fn get_or_install<T>(place: &AtomicPtr<()>, new: impl FnOnce() -> T) -> &T {
             }
         };
     }
-    // SAFETY: every pointer installed in `place` names a `T` (a level holds one type) that is freed only when the map is
-    // dropped, and `place` borrows from the map.
+    // SAFETY: every pointer installed in `place` names a `T` (a level holds one type) that is freed only when the
+    // map is dropped, and `place` borrows from the map.
     unsafe { &*pointer.cast::<T>() }
 }
 
@@ -233,6 +233,7 @@ unsafe impl Send for ChunkMap {}
 unsafe impl Sync for ChunkMap {}
 
 #[cfg(all(test, not(dirtymap_loom)))]
+#[allow(clippy::unwrap_used)] // helpers of tests
 mod tests {
     use super::*;
     use std::collections::BTreeSet;
@@ -264,13 +265,19 @@ mod tests {
                 map.set(first, last);
                 model.extend(first..=last);
                 let (a, b) = (first.saturating_sub(40), (last + 17).min(size - 1));
-                assert_eq!(bits(&map, a, b, false), model.range(a..=b).copied().collect::<Vec<_>>());
-                if x % 3 == 0 {
+                assert_eq!(
+                    bits(&map, a, b, false),
+                    model.range(a..=b).copied().collect::<Vec<_>>()
+                );
+                if x.is_multiple_of(3) {
                     bits(&map, a, b, true);
-                    model = model.into_iter().filter(|m| !(a..=b).contains(m)).collect();
+                    model.retain(|m| !(a..=b).contains(m));
                 }
             }
-            assert_eq!(bits(&map, 0, size - 1, false), model.iter().copied().collect::<Vec<_>>());
+            assert_eq!(
+                bits(&map, 0, size - 1, false),
+                model.iter().copied().collect::<Vec<_>>()
+            );
             assert_eq!(map.count(0, size - 1), model.len() as u64);
         }
     }
@@ -288,7 +295,9 @@ mod tests {
         let map = ChunkMap::new(1 << 20);
         map.set(10, 10);
         map.set(700_000, 700_001);
-        let stopped = map.visit(0, (1 << 20) - 1, |base, _| if base > 64 { Err(base) } else { Ok(true) });
+        let stopped = map.visit(0, (1 << 20) - 1, |base, _| {
+            if base > 64 { Err(base) } else { Ok(true) }
+        });
         assert_eq!(stopped, Err(699_968));
         assert_eq!(bits(&map, 0, (1 << 20) - 1, false), [700_000, 700_001]);
     }

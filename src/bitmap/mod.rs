@@ -67,12 +67,24 @@ mod tests {
             for last in first..130 {
                 let mut bits = Vec::new();
                 for (word, mask) in word_masks(first, last) {
-                    bits.extend((0..64).filter(|b| mask >> b & 1 == 1).map(|b| word * 64 + b));
+                    bits.extend(
+                        (0..64)
+                            .filter(|b| mask >> b & 1 == 1)
+                            .map(|b| word * 64 + b),
+                    );
                 }
                 assert_eq!(bits, (first..=last).collect::<Vec<_>>());
             }
         }
-        for word in [0, 1, u64::MAX, 0b1011_0110, 1 << 63, 0x8000_0000_0000_0001, !1] {
+        for word in [
+            0,
+            1,
+            u64::MAX,
+            0b1011_0110,
+            1 << 63,
+            0x8000_0000_0000_0001,
+            !1,
+        ] {
             let mut back = 0;
             for (a, b) in word_runs(word) {
                 back |= word_mask(a, b);

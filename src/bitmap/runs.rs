@@ -48,6 +48,7 @@ impl Iterator for Runs<'_> {
 }
 
 #[cfg(all(test, not(dirtymap_loom)))]
+#[allow(clippy::unwrap_used)] // helpers of tests
 mod tests {
     use crate::bitmap::UserBitmap;
     use crate::units::{Granule, Iova, IovaRange};
@@ -58,7 +59,10 @@ mod tests {
         let mut words = [1u64 << 63, 0, 1];
         let all = IovaRange::from_len(Iova::MIN, 192 * 4096).unwrap();
         let view = UserBitmap::new(&mut words).view(all, Granule::K4).unwrap();
-        let runs: Vec<_> = view.runs().map(|r| (r.start().get() / 4096, r.last().get() / 4096)).collect();
+        let runs: Vec<_> = view
+            .runs()
+            .map(|r| (r.start().get() / 4096, r.last().get() / 4096))
+            .collect();
         assert_eq!(runs, [(63, 63), (128, 128)]);
     }
 
@@ -77,7 +81,9 @@ mod tests {
                 previous_end = Some(b + 1);
                 from_runs.extend(a..=b);
             }
-            let expect: Vec<u64> = (0..bits).filter(|b| pattern[(b / 64) as usize] >> (b % 64) & 1 == 1).collect();
+            let expect: Vec<u64> = (0..bits)
+                .filter(|b| pattern[(b / 64) as usize] >> (b % 64) & 1 == 1)
+                .collect();
             assert_eq!(from_runs, expect);
             assert_eq!(view.count(), expect.len() as u64);
         }

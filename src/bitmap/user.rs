@@ -19,8 +19,9 @@ impl<'a> UserBitmap<'a> {
     pub fn new(words: &'a mut [u64]) -> Self {
         let (first, len) = (words.as_mut_ptr().cast::<AtomicU64>(), words.len());
         // SAFETY:
-        // - valid for `len` elements of `AtomicU64`: it has the size and bit validity of `u64`, and an alignment of 8,
-        //   which the `u64`s of every target with 64-bit atomics that we build for have (checked below at compile time).
+        // - valid for `len` elements of `AtomicU64`: it has the size and bit validity of `u64`, and an alignment of
+        //   8, which the `u64`s of every target with 64-bit atomics that we build for have (checked below at
+        //   compile time).
         // - shared access only through atomics for `'a`: the caller's exclusive borrow ends with `'a`.
         let words = unsafe { std::slice::from_raw_parts(first, len) };
         const { assert!(align_of::<u64>() == align_of::<AtomicU64>()) };
@@ -169,7 +170,10 @@ impl<'a> Sink<'a> {
         let last = (inside.last().get() - base) >> lg2;
         if first / 64 == last / 64 {
             self.open(first);
-            self.set(first / 64, super::word_mask((first % 64) as u32, (last % 64) as u32));
+            self.set(
+                first / 64,
+                super::word_mask((first % 64) as u32, (last % 64) as u32),
+            );
             return Ok(());
         }
         let mut from = first;
@@ -206,7 +210,11 @@ impl<'a> Sink<'a> {
         }
         self.window_first = bit / WINDOW_BITS * WINDOW_BITS;
         let from = (self.window_first / 64) as usize;
-        let to = self.view.words.len().min(from + (WINDOW_BITS / 64) as usize);
+        let to = self
+            .view
+            .words
+            .len()
+            .min(from + (WINDOW_BITS / 64) as usize);
         self.window = &self.view.words[from..to];
         self.windows += 1;
     }
@@ -221,6 +229,7 @@ impl<'a> Sink<'a> {
 }
 
 #[cfg(all(test, not(dirtymap_loom)))]
+#[allow(clippy::unwrap_used)] // helpers of tests
 mod tests {
     use super::*;
 
@@ -236,9 +245,12 @@ mod tests {
             for len in 1..20 {
                 let mut words = vec![0u64; 4];
                 words[1] |= 1 << 63; // bit 127: set by somebody else, past the request
-                let view = UserBitmap::new(&mut words).view(request, Granule::K4).unwrap();
+                let view = UserBitmap::new(&mut words)
+                    .view(request, Granule::K4)
+                    .unwrap();
                 let mut sink = view.sink();
-                sink.record(range(0x10_0000 - 2 * 4096 + first * 4096, len * 4096)).unwrap();
+                sink.record(range(0x10_0000 - 2 * 4096 + first * 4096, len * 4096))
+                    .unwrap();
                 let set = sink.bits_set();
                 let expect: Vec<u64> = (first..first + len)
                     .filter_map(|b| b.checked_sub(2))
@@ -246,7 +258,10 @@ mod tests {
                     .collect();
                 assert_eq!(set, expect.len() as u64);
                 assert_eq!(view.count(), set);
-                let got: Vec<u64> = (0..256).filter(|b| words[b / 64] >> (b % 64) & 1 == 1).map(|b| b as u64).collect();
+                let got: Vec<u64> = (0..256)
+                    .filter(|b| words[b / 64] >> (b % 64) & 1 == 1)
+                    .map(|b| b as u64)
+                    .collect();
                 let mut all = expect.clone();
                 all.push(127);
                 assert_eq!(got, all);
@@ -256,14 +271,17 @@ mod tests {
 
     #[test]
     fn a_record_longer_than_a_window_is_recorded_whole() {
-        // History: a leaf that straddled the pinned window lost its tail, or wrote behind the window (Linux 2780025e01e2,
-        // a4ab7dedaee0). One bit a byte makes three windows out of 48 MiB.
+        // History: a leaf that straddled the pinned window lost its tail, or wrote behind the window (Linux
+        // 2780025e01e2, a4ab7dedaee0). One bit a byte makes three windows out of 48 MiB.
         let byte = Granule::from_bytes(1).unwrap();
         let len = 3 * WINDOW_BITS;
         let mut words = vec![0u64; (len / 64) as usize];
-        let view = UserBitmap::new(&mut words).view(range(0, len), byte).unwrap();
+        let view = UserBitmap::new(&mut words)
+            .view(range(0, len), byte)
+            .unwrap();
         let mut sink = view.sink();
-        sink.record(range(WINDOW_BITS - 5, WINDOW_BITS + 10)).unwrap();
+        sink.record(range(WINDOW_BITS - 5, WINDOW_BITS + 10))
+            .unwrap();
         assert_eq!((sink.bits_set(), sink.windows()), (WINDOW_BITS + 10, 3));
         let runs: Vec<_> = view.runs().collect();
         assert_eq!(runs, [range(WINDOW_BITS - 5, WINDOW_BITS + 10)]);
@@ -272,13 +290,19 @@ mod tests {
     #[test]
     fn coarse_bits_swallow_fine_pages_and_fine_bits_fill() {
         let mut words = [0u64; 1];
-        let view = UserBitmap::new(&mut words).view(range(0, 4 << 21), Granule::M2).unwrap();
+        let view = UserBitmap::new(&mut words)
+            .view(range(0, 4 << 21), Granule::M2)
+            .unwrap();
         view.sink().record(range((1 << 21) + 4096, 4096)).unwrap();
         assert_eq!(words[0], 0b10);
         let mut words = [0u64; 1];
         let half = Granule::from_bytes(2048).unwrap();
-        let view = UserBitmap::new(&mut words).view(range(0, 8192), half).unwrap();
-        view.sink().record_mask(Iova::MIN, Granule::K4, 0b10).unwrap();
+        let view = UserBitmap::new(&mut words)
+            .view(range(0, 8192), half)
+            .unwrap();
+        view.sink()
+            .record_mask(Iova::MIN, Granule::K4, 0b10)
+            .unwrap();
         assert_eq!(words[0], 0b1100);
     }
 
@@ -289,7 +313,11 @@ mod tests {
         assert!(bitmap.view(range(0, 128 * 4096), Granule::K4).is_ok());
         assert!(matches!(
             bitmap.view(range(0, 129 * 4096), Granule::K4),
-            Err(Error::BitmapTooShort { bits: 128, needed: 129, .. })
+            Err(Error::BitmapTooShort {
+                bits: 128,
+                needed: 129,
+                ..
+            })
         ));
         assert!(matches!(
             bitmap.view(range(2048, 4096), Granule::K4),
@@ -300,7 +328,11 @@ mod tests {
             Err(Error::BitmapTooShort { .. })
         ));
         // The whole address space at the coarsest granule is two bits.
-        assert!(bitmap.view(IovaRange::ALL, Granule::from_lg2(63).unwrap()).is_ok());
+        assert!(
+            bitmap
+                .view(IovaRange::ALL, Granule::from_lg2(63).unwrap())
+                .is_ok()
+        );
     }
 
     #[test]
@@ -309,6 +341,9 @@ mod tests {
         let top = range(u64::MAX - 8191, 8192);
         let view = UserBitmap::new(&mut words).view(top, Granule::K4).unwrap();
         view.sink().record(range(u64::MAX, 1)).unwrap();
-        assert_eq!(view.runs().collect::<Vec<_>>(), [range(u64::MAX - 4095, 4096)]);
+        assert_eq!(
+            view.runs().collect::<Vec<_>>(),
+            [range(u64::MAX - 4095, 4096)]
+        );
     }
 }

@@ -112,7 +112,9 @@ impl FlushGather {
 
     fn insert_anywhere(&mut self, mut range: IovaRange) {
         // All ranges that touch the new one form a contiguous piece `from..to`; they become one with it.
-        let from = self.ranges().partition_point(|r| r.last() < range.start() && !touches(*r, range));
+        let from = self
+            .ranges()
+            .partition_point(|r| r.last() < range.start() && !touches(*r, range));
         let mut to = from;
         while to < self.len && touches(self.ranges[to], range) {
             range = hull(range, self.ranges[to]);
@@ -213,11 +215,23 @@ mod tests {
                 pages.extend(page..page + len);
                 let ranges = gather.ranges();
                 assert!(ranges.len() <= MAX_RANGES);
-                assert!(ranges.windows(2).all(|w| w[0].last() < w[1].start() && !touches(w[0], w[1])));
-                assert!(pages.iter().all(|p| ranges.iter().any(|r| r.contains(Iova::new(p * 4096)))));
+                assert!(
+                    ranges
+                        .windows(2)
+                        .all(|w| w[0].last() < w[1].start() && !touches(w[0], w[1]))
+                );
+                assert!(
+                    pages
+                        .iter()
+                        .all(|p| ranges.iter().any(|r| r.contains(Iova::new(p * 4096))))
+                );
             }
             if pages.len() < MAX_RANGES {
-                assert_eq!(gather.bytes(), pages.len() as u128 * 4096, "nothing is joined below the bound");
+                assert_eq!(
+                    gather.bytes(),
+                    pages.len() as u128 * 4096,
+                    "nothing is joined below the bound"
+                );
             }
             x = x.wrapping_add(0x9E37_79B9_7F4A_7C15) | 1;
         }
@@ -228,11 +242,20 @@ mod tests {
         let mut gather = FlushGather::new();
         gather.add(range(u64::MAX - 4095, 4096), Granule::K4);
         gather.add(range(0, 4096), Granule::M2);
-        assert_eq!(gather.ranges(), [range(0, 4096), range(u64::MAX - 4095, 4096)]);
+        assert_eq!(
+            gather.ranges(),
+            [range(0, 4096), range(u64::MAX - 4095, 4096)]
+        );
         gather.add(IovaRange::ALL, Granule::G1);
         assert_eq!(gather.ranges(), [IovaRange::ALL]);
         assert_eq!(gather.bytes(), 1 << 64);
-        assert_eq!(gather.leaves(), Some(Leaves { smallest: Granule::K4, largest: Granule::G1 }));
+        assert_eq!(
+            gather.leaves(),
+            Some(Leaves {
+                smallest: Granule::K4,
+                largest: Granule::G1
+            })
+        );
     }
 
     #[test]
@@ -244,6 +267,10 @@ mod tests {
         }
         gather.add(range(0x100_0000, 0x1000), Granule::K4);
         assert_eq!(gather.ranges().len(), MAX_RANGES);
-        assert!(gather.ranges().contains(&range(19 * 0x1_0000 + 0x8000, 0xa000)));
+        assert!(
+            gather
+                .ranges()
+                .contains(&range(19 * 0x1_0000 + 0x8000, 0xa000))
+        );
     }
 }

@@ -97,8 +97,9 @@ impl FlushQueue {
         Ticket(pending.generation)
     }
 
-    /// Returns when a flush that began after `ticket` was given has finished; performs it by `invalidate` if nobody else does. What is
-    /// empty needs no invalidation, but still waits for the flush under way: that one may cover what the caller relies on.
+    /// Returns when a flush that began after `ticket` was given has finished; performs it by `invalidate` if nobody
+    /// else does. What is empty needs no invalidation, but still waits for the flush under way: that one may cover
+    /// what the caller relies on.
     ///
     /// # Errors
     /// That of `invalidate`; everything it carried stays owed, and a later call tries again.
@@ -151,7 +152,8 @@ impl Default for FlushQueue {
     }
 }
 
-/// What a leader flushes. Dropped without `retire`, by an error or a panic of the invalidation, it becomes pending again.
+/// What a leader flushes. Dropped without `retire`, by an error or a panic of the invalidation, it becomes pending
+/// again.
 struct Taken<'a> {
     queue: &'a FlushQueue,
     gather: FlushGather,
@@ -175,7 +177,9 @@ impl Taken<'_> {
             stats.invalidated.add(done);
         }
         // Release: pairs with the Acquires in `wait`; publishes that the invalidation is complete.
-        self.queue.finished.store(self.generation, Ordering::Release);
+        self.queue
+            .finished
+            .store(self.generation, Ordering::Release);
     }
 }
 
@@ -191,13 +195,17 @@ impl Drop for Taken<'_> {
 }
 
 #[cfg(all(test, not(dirtymap_loom)))]
+#[allow(clippy::unwrap_used)] // helpers of tests
 mod tests {
     use super::*;
     use crate::units::{Granule, Iova, IovaRange};
 
     fn gather(start: u64) -> FlushGather {
         let mut gather = FlushGather::new();
-        gather.add(IovaRange::from_len(Iova::new(start), 4096).unwrap(), Granule::K4);
+        gather.add(
+            IovaRange::from_len(Iova::new(start), 4096).unwrap(),
+            Granule::K4,
+        );
         gather
     }
 
@@ -216,7 +224,10 @@ mod tests {
         assert_eq!(asked, 2);
         queue.wait(first, |_| panic!("already covered")).unwrap();
         let stats = queue.stats();
-        assert_eq!((stats.owed, stats.retired, stats.pending, stats.flushes), (2, 2, 0, 1));
+        assert_eq!(
+            (stats.owed, stats.retired, stats.pending, stats.flushes),
+            (2, 2, 0, 1)
+        );
     }
 
     #[test]
@@ -237,7 +248,14 @@ mod tests {
             let _ = queue.wait(ticket, |_| panic!("a broken invalidator"));
         }));
         assert!(panicking.is_err());
-        assert_eq!((queue.stats().failed, queue.stats().pending, queue.stats().retired), (2, 1, 0));
+        assert_eq!(
+            (
+                queue.stats().failed,
+                queue.stats().pending,
+                queue.stats().retired
+            ),
+            (2, 1, 0)
+        );
         // Somebody else's empty gather finds the debt and pays it.
         let other = queue.owe(&FlushGather::new());
         let mut seen = 0;

@@ -1,8 +1,9 @@
 //! Software dirty bits: CPU threads say which pages they wrote.
 //!
 //! # The race, and why it is won
-//! A page that is marked already should cost a load, not a locked operation. But then the writer stores data and *reads* the mark, while
-//! the harvester clears the mark and *reads* the data. Each side puts a full fence between its two steps:
+//! A page that is marked already should cost a load, not a locked operation. But then the writer stores data and
+//! *reads* the mark, while the harvester clears the mark and *reads* the data. Each side puts a full fence between
+//! its two steps:
 //!
 //! ```text
 //!  writer                                    harvester
@@ -56,7 +57,11 @@ impl Marks {
     }
 
     /// Moves the marks of `range` into `sink`.
-    pub(crate) fn read_and_clear(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+    pub(crate) fn read_and_clear(
+        &self,
+        range: IovaRange,
+        sink: &mut Sink<'_>,
+    ) -> Result<(), Stopped> {
         self.visit(range, |start, mask| {
             if performs(Step::RecordBeforeClear) {
                 sink.record_mask(start, self.page, mask)?;

@@ -1,7 +1,7 @@
 //! What can be dirty: the trait of a dirty source, and software marks.
 //!
-//! The core knows no hardware. An IO page table with its IOTLBs is a source, a kernel interface would be another; marks by CPU
-//! threads are kept by the address space itself and join the same harvest and the same flush.
+//! The core knows no hardware. An IO page table with its IOTLBs is a source, a kernel interface would be another;
+//! marks by CPU threads are kept by the address space itself and join the same harvest and the same flush.
 
 mod marks;
 
@@ -10,6 +10,7 @@ pub(crate) use marks::Marks;
 use crate::bitmap::Sink;
 use crate::error::Error;
 use crate::flush::{FlushGather, Invalidated};
+use crate::sync::Arc;
 use crate::units::{Access, Iova, IovaRange};
 
 /// What an address space asks a source to translate.
@@ -37,10 +38,10 @@ pub struct Stopped {
 /// All methods take `&self` and may be called by many threads at once, on overlapping ranges too.
 ///
 /// # What an implementation owes
-/// * **Record, owe, then clear.** For each dirty leaf: [`Sink::record`], then [`FlushGather::add`], then clear the bit by one
-///   atomic operation. A harvest that is stopped between any two of these loses nothing.
-/// * **Only whole leaves are cleared.** A dirty leaf of which the range covers only a part is recorded (as far as it is covered)
-///   and keeps its bit.
+/// * **Record, owe, then clear.** For each dirty leaf: [`Sink::record`], then [`FlushGather::add`], then clear the
+///   bit by one atomic operation. A harvest that is stopped between any two of these loses nothing.
+/// * **Only whole leaves are cleared.** A dirty leaf of which the range covers only a part is recorded (as far as
+///   it is covered) and keeps its bit.
 /// * **No waiting** in `read_and_clear` and `peek`: not for devices, not for `map` and `unmap`, not for each other.
 pub trait DirtySource: Send + Sync {
     /// Lets devices reach `mapping`. It starts out clean. Nothing else is mapped in its range.
@@ -49,20 +50,22 @@ pub trait DirtySource: Send + Sync {
     /// If the source cannot express the mapping; then nothing is changed.
     fn map(&self, mapping: &Mapping) -> Result<(), Error>;
 
-    /// Ends the translations of `range`, which is the range of one earlier `map`, and adds to `gather` what must be invalidated before
-    /// it is certain that no device reaches the memory any more.
+    /// Ends the translations of `range`, which is the range of one earlier `map`, and adds to `gather` what must be
+    /// invalidated before it is certain that no device reaches the memory any more.
     ///
     /// Returns how many bytes of dirty leaves were dropped.
     fn unmap(&self, range: IovaRange, gather: &mut FlushGather) -> u64;
 
-    /// Switches tracking. On: leaves that are dirty become clean, and every write that begins after the return is reported;
-    /// twice on changes nothing and keeps what is dirty. Off: what is dirty stays for a last harvest. May wait for devices.
+    /// Switches tracking. On: leaves that are dirty become clean, and every write that begins after the return is
+    /// reported; twice on changes nothing and keeps what is dirty. Off: what is dirty stays for a last harvest. May
+    /// wait for devices.
     ///
     /// # Errors
     /// If the source cannot; then the old state stays.
     fn set_tracking(&self, on: bool) -> Result<(), Error>;
 
-    /// Moves the dirty state of `range` into `sink`, and adds to `gather` what must be invalidated before the pages may be copied.
+    /// Moves the dirty state of `range` into `sink`, and adds to `gather` what must be invalidated before the pages
+    /// may be copied.
     ///
     /// Addresses without a translation are skipped.
     ///
@@ -81,10 +84,42 @@ pub trait DirtySource: Send + Sync {
     /// [`Stopped`] with the first address that was not processed.
     fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped>;
 
-    /// Invalidates what `gather` names, and returns when every device has dropped its cached translations of it **and** the writes
-    /// that were already translated have landed in memory. Waits for devices.
+    /// Invalidates what `gather` names, and returns when every device has dropped its cached translations of it
+    /// **and** the writes that were already translated have landed in memory. Waits for devices.
     ///
     /// # Errors
     /// If that cannot be promised; the gather then stays owed.
     fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error>;
+}
+
+/// A shared source is a source.
+impl<T: DirtySource + ?Sized> DirtySource for Arc<T> {
+    fn map(&self, mapping: &Mapping) -> Result<(), Error> {
+        (**self).map(mapping)
+    }
+
+    fn unmap(&self, range: IovaRange, gather: &mut FlushGather) -> u64 {
+        (**self).unmap(range, gather)
+    }
+
+    fn set_tracking(&self, on: bool) -> Result<(), Error> {
+        (**self).set_tracking(on)
+    }
+
+    fn read_and_clear(
+        &self,
+        range: IovaRange,
+        sink: &mut Sink<'_>,
+        gather: &mut FlushGather,
+    ) -> Result<(), Stopped> {
+        (**self).read_and_clear(range, sink, gather)
+    }
+
+    fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+        (**self).peek(range, sink)
+    }
+
+    fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error> {
+        (**self).invalidate(gather)
+    }
 }

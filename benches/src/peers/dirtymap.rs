@@ -1,0 +1,99 @@
+//! The library itself: one area, marked through its handle or through the space.
+
+use std::fmt::Display;
+
+use dirtymap::{
+    Access, AddressSpace, AreaHandle, Granule, HarvestRequest, Iova, IovaRange, Mapping, UserBitmap,
+};
+
+use crate::{Areas, PAGE, Peer};
+
+/// Marks through [`AddressSpace::mark`], which finds the area for each mark.
+pub struct ThroughSpace {
+    space: AddressSpace,
+    all: IovaRange,
+}
+
+/// Marks through an [`AreaHandle`], as a device would that knows its area.
+pub struct ThroughHandle {
+    space: ThroughSpace,
+    area: AreaHandle,
+}
+
+impl Peer for ThroughSpace {
+    fn new(pages: u64) -> Self {
+        let space = AddressSpace::new(Granule::K4);
+        let all = range(0, pages * PAGE);
+        sure(space.map(all, 0, Access::ReadWrite));
+        sure(space.set_tracking(true));
+        ThroughSpace { space, all }
+    }
+
+    fn name(&self) -> &'static str {
+        "dirtymap-space"
+    }
+
+    #[inline]
+    fn mark(&self, start: u64, len: u64) {
+        sure(self.space.mark(range(start, len)));
+    }
+
+    fn harvest(&self, bitmap: &mut [u64]) {
+        let request = HarvestRequest::new(self.all, Granule::K4);
+        let lease = sure(self.space.harvest(&request, UserBitmap::new(bitmap)));
+        sure(lease.sync()).commit();
+    }
+}
+
+impl Peer for ThroughHandle {
+    fn new(pages: u64) -> Self {
+        let space = ThroughSpace::new(pages);
+        let Some(area) = space.space.area(Iova::MIN) else {
+            unreachable!("the space has one area, which starts at the lowest address");
+        };
+        ThroughHandle { space, area }
+    }
+
+    fn name(&self) -> &'static str {
+        "dirtymap-handle"
+    }
+
+    #[inline]
+    fn mark(&self, start: u64, len: u64) {
+        sure(self.area.mark(range(start, len)));
+    }
+
+    fn harvest(&self, bitmap: &mut [u64]) {
+        self.space.harvest(bitmap);
+    }
+}
+
+impl Areas for AddressSpace {
+    fn new() -> Self {
+        AddressSpace::new(Granule::K4)
+    }
+
+    fn name(&self) -> &'static str {
+        "dirtymap"
+    }
+
+    fn map(&self, mapping: Mapping) {
+        sure(self.map(mapping.range, mapping.backing, mapping.access));
+    }
+
+    #[inline]
+    fn lookup(&self, iova: u64) -> Option<Mapping> {
+        self.lookup(Iova::new(iova))
+    }
+}
+
+#[inline]
+fn range(start: u64, len: u64) -> IovaRange {
+    sure(IovaRange::from_len(Iova::new(start), len))
+}
+
+/// What a workload asks for does not fail; if it does, the numbers would mean nothing.
+#[inline]
+fn sure<T, E: Display>(result: Result<T, E>) -> T {
+    result.unwrap_or_else(|error| panic!("a workload was refused: {error}"))
+}

@@ -1,0 +1,47 @@
+//! `AtomicBitmap` of the crate `vm-memory`: the bitmap that rust-vmm's guest memory carries.
+
+use std::num::NonZeroUsize;
+
+use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+
+use crate::{PAGE, Peer};
+
+const PAGE_SIZE: NonZeroUsize = match NonZeroUsize::new(PAGE as usize) {
+    Some(size) => size,
+    None => unreachable!(),
+};
+
+/// See the [module](self).
+pub struct VmMemory {
+    bits: AtomicBitmap,
+}
+
+impl VmMemory {
+    /// The peer's own way to harvest: into a vector that it allocates. [`Peer::harvest`] moves it into the caller's words.
+    pub fn get_and_reset(&self) -> Vec<u64> {
+        self.bits.get_and_reset()
+    }
+}
+
+impl Peer for VmMemory {
+    fn new(pages: u64) -> Self {
+        VmMemory {
+            bits: AtomicBitmap::new((pages * PAGE) as usize, PAGE_SIZE),
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        "vm-memory"
+    }
+
+    #[inline]
+    fn mark(&self, start: u64, len: u64) {
+        self.bits.mark_dirty(start as usize, len as usize);
+    }
+
+    fn harvest(&self, bitmap: &mut [u64]) {
+        for (out, word) in bitmap.iter_mut().zip(self.get_and_reset()) {
+            *out |= word;
+        }
+    }
+}

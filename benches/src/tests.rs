@@ -1,0 +1,113 @@
+//! All peers do the same work: the same marks give the same bits, the same maps the same lookups.
+
+use dirtymap::AddressSpace;
+
+use crate::peers::{Flat, LockedBTree, ThroughHandle, ThroughSpace, VmMemory};
+use crate::workloads::{Dirty, PAGES, Random, WORDS, addresses, areas, distinct};
+use crate::{Areas, PAGE, Peer};
+
+fn peers(pages: u64) -> [Box<dyn Peer>; 4] {
+    [
+        Box::new(ThroughHandle::new(pages)),
+        Box::new(ThroughSpace::new(pages)),
+        Box::new(VmMemory::new(pages)),
+        Box::new(Flat::new(pages)),
+    ]
+}
+
+#[test]
+fn the_same_marks_give_the_same_bits() {
+    let pages = 70_000;
+    let peers = peers(pages);
+    let mut random = Random::fixed();
+    for round in 0..20 {
+        let mut expected = vec![0u64; pages.div_ceil(64) as usize];
+        // Bits that were set before a harvest stay.
+        expected[round] = 1 << round;
+        let before = expected.clone();
+        for step in 0..200 {
+            // Any bytes: pages, parts of pages, and now and then a run over many words.
+            let start = random.below(pages * PAGE);
+            let longest = if step % 20 == 0 { 300 * PAGE } else { 2 * PAGE };
+            let len = 1 + random.below(longest.min(pages * PAGE - start));
+            for page in start / PAGE..=(start + len - 1) / PAGE {
+                expected[page as usize / 64] |= 1 << (page % 64);
+            }
+            peers.iter().for_each(|peer| peer.mark(start, len));
+        }
+        for peer in &peers {
+            let mut bitmap = before.clone();
+            peer.harvest(&mut bitmap);
+            assert!(bitmap == expected, "{} in round {round}", peer.name());
+        }
+    }
+    for peer in &peers {
+        let mut bitmap = vec![0; pages.div_ceil(64) as usize];
+        peer.harvest(&mut bitmap);
+        assert!(
+            bitmap.iter().all(|word| *word == 0),
+            "{} clears what it reports",
+            peer.name()
+        );
+    }
+}
+
+#[test]
+fn the_workloads_of_the_benches_give_the_same_bits() {
+    fn harvest<P: Peer>(dirty: &Dirty) -> Vec<u64> {
+        let peer = P::new(PAGES);
+        dirty.mark(&peer);
+        let mut bitmap = vec![0; WORDS];
+        peer.harvest(&mut bitmap);
+        bitmap
+    }
+    for every in [10_000, 100, 1] {
+        let dirty = Dirty::one_in(every);
+        let flat = harvest::<Flat>(&dirty);
+        let ones: u64 = flat.iter().map(|word| u64::from(word.count_ones())).sum();
+        assert_eq!(ones, PAGES / every);
+        assert!(
+            harvest::<ThroughHandle>(&dirty) == flat,
+            "handle, one in {every}"
+        );
+        assert!(
+            harvest::<ThroughSpace>(&dirty) == flat,
+            "space, one in {every}"
+        );
+        assert!(
+            harvest::<VmMemory>(&dirty) == flat,
+            "vm-memory, one in {every}"
+        );
+    }
+}
+
+#[test]
+fn the_same_maps_give_the_same_lookups() {
+    let areas = areas(2_000);
+    let (ours, theirs) = (<AddressSpace as Areas>::new(), LockedBTree::new());
+    for area in &areas {
+        Areas::map(&ours, *area);
+        theirs.map(*area);
+    }
+    for address in addresses(&areas, 10_000) {
+        let found = Areas::lookup(&ours, address);
+        assert!(found.is_some_and(|area| area.range.contains(address.into())));
+        assert_eq!(found, theirs.lookup(address));
+    }
+    let mut random = Random::fixed();
+    let mut holes = 0;
+    for _ in 0..10_000 {
+        let address = random.below(areas[areas.len() - 1].range.last().get() + 16 * PAGE);
+        let found = Areas::lookup(&ours, address);
+        holes += u32::from(found.is_none());
+        assert_eq!(found, theirs.lookup(address));
+    }
+    assert!(holes > 1_000, "holes are asked for too: {holes}");
+}
+
+#[test]
+fn distinct_numbers_are_distinct() {
+    let mut numbers = distinct(1 << 15, 1 << 15);
+    numbers.sort_unstable();
+    assert!(numbers.into_iter().eq(0..1 << 15));
+}

@@ -1,0 +1,209 @@
+//! Pre-copy live migration of a simulated machine whose devices replay a recorded write trace.
+//!
+//! ```text
+//! trace --> areas (one for each file) --> devices and CPU markers write, each write with bytes of its own
+//!                                              |
+//!            copy everything --> harvest --> sync --> copy what is dirty --> harvest ... --> stop the devices
+//!                                                                                              |
+//!            compare source and destination, byte for byte <-- last copy <-- sync <-- last harvest
+//! ```
+//!
+//! Exit status: 0 if every page is identical, 1 if one differs, 2 if the input is refused.
+
+mod cli;
+mod compare;
+mod machine;
+mod migrate;
+mod plot;
+mod progress;
+mod replay;
+mod report;
+mod sabotage;
+mod text;
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::process::ExitCode;
+use std::sync::atomic::Ordering;
+
+use clap::Parser;
+use dirtymap_examples::iolog::Trace;
+
+use cli::Cli;
+use machine::{Machine, PAGE};
+use migrate::{Decision, Migration};
+use report::{RoundKind, RunRecord};
+
+/// Every page is identical.
+const VERIFIED: u8 = 0;
+/// A page differs.
+const NOT_IDENTICAL: u8 = 1;
+/// The input was refused; nothing was run.
+const BAD_INPUT: u8 = 2;
+
+/// Microseconds between two operations of a trace that was recorded without times.
+const UNTIMED_US: u64 = 100;
+
+/// What can go wrong once the input is accepted.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("{0}")]
+    Tracking(#[from] dirtymap::Error),
+    #[error("the simulated memory: {0}")]
+    Memory(#[from] pagetable_sim::Error),
+    #[error("a device: {0}")]
+    Dma(#[from] pagetable_sim::DmaError),
+    #[error("a worker thread panicked")]
+    WorkerPanicked,
+    #[error("{0}")]
+    Output(#[from] io::Error),
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse().and_then(Cli::checked) {
+        Ok(cli) => cli,
+        // A request for help comes this way as well, with status 0.
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(BAD_INPUT));
+        }
+    };
+    match run(&cli) {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "error: {error}");
+            ExitCode::from(BAD_INPUT)
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<u8, Box<dyn std::error::Error>> {
+    let path = cli.trace_path();
+    let mut trace =
+        Trace::open(&path).map_err(|error| format!("trace {}: {error}", path.display()))?;
+    if trace.duration_us == 0 {
+        trace.space_evenly(UNTIMED_US);
+    }
+    let memory = cli.check_memory(&trace)?;
+    print_facts(cli, &trace, memory)?;
+    let run = migrate(cli, &trace, memory)?;
+    if let Some(path) = &cli.json {
+        run.write_json(path)
+            .map_err(|error| format!("--json {}: {error}", path.display()))?;
+    }
+    if let Some(path) = &cli.plot {
+        plot::write(&run, path).map_err(|error| format!("--plot {}: {error}", path.display()))?;
+    }
+    run.print(&mut io::stdout().lock())?;
+    Ok(if run.verified() {
+        VERIFIED
+    } else {
+        NOT_IDENTICAL
+    })
+}
+
+/// Replays the trace on a machine of `memory` bytes while the machine migrates, and compares the two ends.
+fn migrate(cli: &Cli, trace: &Trace, memory: u64) -> Result<RunRecord, Failure> {
+    let granule = dirtymap::Granule::from_bytes(cli.page_size.bytes())?;
+    let machine = Machine::new(trace, memory, granule, cli.sabotage, cli.seed)?;
+    let settings = replay::Settings {
+        devices: cli.devices as usize,
+        cpus: cli.cpus as usize,
+        seed: cli.seed,
+        speed: cli.speed.factor(trace.duration_us),
+        sabotage: cli.sabotage,
+    };
+    let bandwidth = cli.bandwidth.bytes_per_second(memory, cli.speed);
+    let progress = progress::Progress::new(trace.ops.len() as u64);
+    let replayed = replay::Progress::default();
+    let mut migration = Migration::new(&machine, &progress, &replayed, cli.sabotage, bandwidth)?;
+
+    machine.space.set_tracking(true)?;
+    std::thread::scope(|scope| {
+        let replay = replay::Replay::start(scope, &machine, trace, &settings, &replayed);
+        let copied = precopy(&mut migration, cli.max_rounds);
+        // Whatever happened, the workers must stop before the scope can end.
+        replayed.stop();
+        replay.join().and(copied)
+    })?;
+    migration.round(RoundKind::Final)?;
+    progress.finish();
+
+    let comparison = migration.compare()?;
+    let (rounds, took) = migration.into_rounds();
+    Ok(RunRecord {
+        trace: cli.trace_name(),
+        files: trace.files.len() as u64,
+        writes_total: trace.writes,
+        writes_replayed: replayed.writes.load(Ordering::Relaxed),
+        pages: machine.range.granules(PAGE) as u64,
+        page_size: cli.page_size.bytes(),
+        devices: cli.devices,
+        cpus: cli.cpus,
+        seed: cli.seed,
+        speed: settings.speed,
+        bandwidth_bytes_per_s: bandwidth,
+        sabotage: cli.sabotage,
+        migration_ms: took.as_millis() as u64,
+        rounds,
+        comparison,
+        counters: counters(&machine),
+    })
+}
+
+/// Copies while the machine runs, until it is time to stop it.
+fn precopy(migration: &mut Migration<'_>, max_rounds: u32) -> Result<(), Failure> {
+    migration.copy_everything()?;
+    while migration.decide(max_rounds) == Decision::Continue {
+        migration.round(RoundKind::Precopy)?;
+    }
+    Ok(())
+}
+
+/// Totals of the library and the simulator.
+fn counters(machine: &Machine) -> BTreeMap<&'static str, u64> {
+    let space = machine.space.stats();
+    let domain = machine.domain.stats();
+    BTreeMap::from([
+        ("harvests", space.harvests),
+        ("leased_bytes", space.leased_bytes),
+        ("committed_bytes", space.committed_bytes),
+        ("aborted_bytes", space.aborted_bytes),
+        ("flushes", space.flush.flushes),
+        ("leaves_invalidated", space.flush.entries),
+        ("invalidation_commands", domain.commands),
+        ("dirty_walks", domain.dirty_walks),
+        ("dma_faults", domain.faults),
+        ("outside_marks", space.outside_marks),
+    ])
+}
+
+/// What will be replayed, in a few lines.
+fn print_facts(cli: &Cli, trace: &Trace, memory: u64) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(
+        out,
+        "trace: {}, {} files, {} writes of {} in {:.1} s",
+        cli.trace_name(),
+        text::count(trace.files.len() as u64),
+        text::count(trace.writes),
+        text::bytes(u64::try_from(trace.bytes_written).unwrap_or(u64::MAX)),
+        trace.duration_us as f64 / 1e6,
+    )?;
+    let speed = match cli.speed.factor(trace.duration_us) {
+        Some(factor) => format!("{factor:.1} times the recorded speed"),
+        None => "as fast as possible".to_owned(),
+    };
+    let link = match cli.bandwidth.bytes_per_second(memory, cli.speed) {
+        Some(rate) => format!("{}/s", text::bytes(rate as u64)),
+        None => "unlimited".to_owned(),
+    };
+    writeln!(
+        out,
+        "machine: {} of memory in pages of {}, {} devices, {} CPUs; replay {speed}, link {link}",
+        text::bytes(memory),
+        text::bytes(cli.page_size.bytes()),
+        cli.devices,
+        cli.cpus,
+    )
+}

@@ -1,0 +1,345 @@
+//! The migrator: copy everything, then rounds of harvest, sync and copy, until what is left can be copied with the
+//! devices stopped.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use dirtymap::{HarvestRequest, IovaRange, SpaceStats, UserBitmap};
+use pagetable_sim::PhysMemory;
+
+use crate::Failure;
+use crate::cli::Sabotage;
+use crate::compare::{Comparison, PageAt};
+use crate::machine::{Machine, PAGE};
+use crate::progress::Progress;
+use crate::replay;
+use crate::report::{RoundKind, RoundRecord};
+
+/// Bytes that are copied at a time.
+const BLOCK: usize = 1 << 20;
+/// Rounds before the migrator may decide to stop, the full copy not counted.
+const MIN_ROUNDS: u32 = 5;
+/// How many rounds in a row may fail to shrink the dirty set.
+const PATIENCE: u32 = 3;
+/// What may be left to be copied while the machine stands still.
+const DOWNTIME: Duration = Duration::from_millis(50);
+/// The same, where the link has no limit, in pages.
+const SMALL: u64 = 256;
+
+/// The destination, and the link that leads to it.
+pub(crate) struct Migration<'a> {
+    machine: &'a Machine,
+    progress: &'a Progress,
+    replay: &'a replay::Progress,
+    sabotage: Option<Sabotage>,
+    destination: PhysMemory,
+    bytes_per_second: Option<f64>,
+    bitmap: Vec<AtomicU64>,
+    began: Instant,
+    harvested: Instant,
+    rounds: Vec<RoundRecord>,
+    /// From the start to the end of the last round.
+    took: Duration,
+}
+
+/// When the migrator stops the machine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Decision {
+    Continue,
+    SmallEnough,
+    StoppedShrinking,
+    RoundsUsedUp,
+}
+
+impl<'a> Migration<'a> {
+    pub(crate) fn new(
+        machine: &'a Machine,
+        progress: &'a Progress,
+        replay: &'a replay::Progress,
+        sabotage: Option<Sabotage>,
+        bytes_per_second: Option<f64>,
+    ) -> Result<Self, Failure> {
+        let words = machine.range.granules(PAGE).div_ceil(64);
+        Ok(Migration {
+            machine,
+            progress,
+            replay,
+            sabotage,
+            destination: PhysMemory::new(machine.memory.len())?,
+            bytes_per_second,
+            bitmap: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            began: Instant::now(),
+            harvested: Instant::now(),
+            rounds: Vec::new(),
+            took: Duration::ZERO,
+        })
+    }
+
+    /// Copies every page. Tracking must be on: what is written meanwhile is found by the first harvest.
+    pub(crate) fn copy_everything(&mut self) -> Result<(), Failure> {
+        let pages = self.machine.range.granules(PAGE) as u64;
+        let started = self.began.elapsed();
+        self.progress.round_begins(0, RoundKind::Full, pages, 0.0);
+        self.harvested = Instant::now();
+        let copying = Instant::now();
+        let bytes = self.copy(std::iter::once(self.machine.range))?;
+        self.finish(RoundRecord {
+            round: 0,
+            kind: RoundKind::Full,
+            started_ms: started.as_millis() as u64,
+            dirty_pages: pages,
+            bytes_copied: bytes,
+            harvest_us: 0,
+            flush_us: 0,
+            copy_us: copying.elapsed().as_micros() as u64,
+            invalidation_commands: 0,
+            dropped_translations: 0,
+            drained_writes: 0,
+            dirty_rate_pages_per_s: 0.0,
+        });
+        Ok(())
+    }
+
+    /// Harvests, syncs and copies once.
+    pub(crate) fn round(&mut self, kind: RoundKind) -> Result<(), Failure> {
+        let round = self.rounds.len() as u32;
+        let started = self.began.elapsed();
+        let space = &self.machine.space;
+        let before = space.stats();
+        for word in &self.bitmap {
+            word.store(0, Ordering::Relaxed);
+        }
+        let request = HarvestRequest::new(self.machine.range, PAGE).all_or_nothing();
+        let bitmap = UserBitmap::shared(&self.bitmap);
+
+        let clock = Instant::now();
+        let lease = space
+            .harvest(&request, bitmap)
+            .map_err(dirtymap::Error::from)?;
+        let harvest = clock.elapsed();
+        let interval = self.harvested.elapsed();
+        self.harvested = Instant::now();
+
+        let dirty = lease.report().bits_set;
+        let rate = dirty as f64 / interval.as_secs_f64().max(1e-6);
+        self.progress.round_begins(round, kind, dirty, rate);
+        let mut copy = Duration::ZERO;
+        let mut bytes = 0;
+        if self.sabotage == Some(Sabotage::CopyBeforeSync) {
+            // The lease would not hand out its ranges yet; the bitmap itself can't refuse.
+            let clock = Instant::now();
+            bytes = self.copy(bitmap.view(self.machine.range, PAGE)?.runs())?;
+            copy = clock.elapsed();
+        }
+
+        let clock = Instant::now();
+        let lease = lease.sync().map_err(dirtymap::Error::from)?;
+        let flush = clock.elapsed();
+
+        if self.sabotage != Some(Sabotage::CopyBeforeSync) {
+            let clock = Instant::now();
+            bytes = self.copy(lease.runs())?;
+            copy = clock.elapsed();
+        }
+        lease.commit();
+
+        let did = invalidated_since(&before, &space.stats());
+        self.finish(RoundRecord {
+            round,
+            kind,
+            started_ms: started.as_millis() as u64,
+            dirty_pages: dirty,
+            bytes_copied: bytes,
+            harvest_us: harvest.as_micros() as u64,
+            flush_us: flush.as_micros() as u64,
+            copy_us: copy.as_micros() as u64,
+            invalidation_commands: did.commands,
+            dropped_translations: did.dropped,
+            drained_writes: did.drained,
+            dirty_rate_pages_per_s: rate,
+        });
+        Ok(())
+    }
+
+    /// Whether another round is worth its while.
+    pub(crate) fn decide(&self, max_rounds: u32) -> Decision {
+        let small = match self.bytes_per_second {
+            Some(rate) => (rate * DOWNTIME.as_secs_f64()) as u64 / PAGE.bytes(),
+            None => SMALL,
+        };
+        decide(&self.rounds, small, max_rounds)
+    }
+
+    /// What was done, and how long all of it took.
+    pub(crate) fn into_rounds(self) -> (Vec<RoundRecord>, Duration) {
+        (self.rounds, self.took)
+    }
+
+    /// Compares source and destination byte for byte. The machine must have stopped.
+    pub(crate) fn compare(&self) -> Result<Comparison, Failure> {
+        let mut comparison = Comparison::default();
+        let page = PAGE.bytes() as usize;
+        let (mut source, mut destination) = (vec![0; BLOCK], vec![0; BLOCK]);
+        for (index, file) in self.machine.files.iter().enumerate() {
+            for_blocks(file.range, |block| {
+                let phys = self.machine.phys(block.start());
+                let length = block.len() as usize;
+                self.machine.memory.read(phys, &mut source[..length])?;
+                self.destination.read(phys, &mut destination[..length])?;
+                let pages = source[..length]
+                    .chunks(page)
+                    .zip(destination[..length].chunks(page));
+                for (offset, (ours, theirs)) in (0..).step_by(page).zip(pages) {
+                    let at = PageAt {
+                        iova: block.start().get() + offset,
+                        file: index as u32,
+                        name: &file.name,
+                        offset: block.start().get() + offset - file.range.start().get(),
+                    };
+                    comparison.page(at, ours, theirs);
+                }
+                Ok(())
+            })?;
+        }
+        Ok(comparison)
+    }
+
+    fn finish(&mut self, record: RoundRecord) {
+        self.progress.round_ends(&record);
+        self.rounds.push(record);
+        self.took = self.began.elapsed();
+    }
+
+    /// Copies `ranges` over the link and waits as long as it would take. Returns the bytes.
+    fn copy(&self, ranges: impl Iterator<Item = IovaRange>) -> Result<u64, Failure> {
+        let clock = Instant::now();
+        let mut buffer = vec![0; BLOCK];
+        let mut copied = 0;
+        for range in ranges {
+            for_blocks(range, |block| {
+                let buffer = &mut buffer[..block.len() as usize];
+                let phys = self.machine.phys(block.start());
+                self.machine.memory.read(phys, buffer)?;
+                // The destination starts out zero: a first copy of zeros would only make it allocate memory.
+                if !self.rounds.is_empty() || buffer.iter().any(|byte| *byte != 0) {
+                    self.destination.write(phys, buffer)?;
+                }
+                copied += buffer.len() as u64;
+                self.progress.copied(block.granules(PAGE) as u64);
+                self.progress
+                    .replayed(self.replay.issued.load(Ordering::Relaxed));
+                if let Some(rate) = self.bytes_per_second {
+                    let due = Duration::from_secs_f64(copied as f64 / rate);
+                    if let Some(early) = due.checked_sub(clock.elapsed()) {
+                        std::thread::sleep(early);
+                    }
+                }
+                Ok(())
+            })?;
+        }
+        Ok(copied)
+    }
+}
+
+/// The decision after the rounds so far, of which the first is the full copy.
+fn decide(rounds: &[RoundRecord], small: u64, max_rounds: u32) -> Decision {
+    let precopy: Vec<u64> = rounds
+        .iter()
+        .skip(1)
+        .map(|round| round.dirty_pages)
+        .collect();
+    let done = precopy.len() as u32;
+    if done >= max_rounds {
+        return Decision::RoundsUsedUp;
+    }
+    if done < MIN_ROUNDS {
+        return Decision::Continue;
+    }
+    if precopy.last().is_some_and(|dirty| *dirty <= small) {
+        return Decision::SmallEnough;
+    }
+    let (old, new) = precopy.split_at(precopy.len() - PATIENCE as usize);
+    match (old.iter().min(), new.iter().min()) {
+        (Some(old), Some(new)) if new >= old => Decision::StoppedShrinking,
+        _ => Decision::Continue,
+    }
+}
+
+/// What the invalidations between two readings did.
+fn invalidated_since(before: &SpaceStats, after: &SpaceStats) -> dirtymap::Invalidated {
+    let (before, after) = (before.flush.invalidated, after.flush.invalidated);
+    dirtymap::Invalidated {
+        commands: after.commands - before.commands,
+        dropped: after.dropped - before.dropped,
+        drained: after.drained - before.drained,
+    }
+}
+
+/// Calls `visit` for `range` in pieces of at most [`BLOCK`].
+fn for_blocks(
+    range: IovaRange,
+    mut visit: impl FnMut(IovaRange) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    let mut start = Some(range.start());
+    while let Some(from) = start.filter(|from| *from <= range.last()) {
+        let last = from
+            .checked_add(BLOCK as u64 - 1)
+            .map_or(range.last(), |last| last.min(range.last()));
+        visit(IovaRange::new(from, last)?)?;
+        start = last.checked_add(1);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rounds(dirty: &[u64]) -> Vec<RoundRecord> {
+        let full = crate::report::samples::run().rounds.swap_remove(0);
+        let mut rounds = vec![full.clone()];
+        rounds.extend(dirty.iter().map(|dirty| RoundRecord {
+            dirty_pages: *dirty,
+            ..full.clone()
+        }));
+        rounds
+    }
+
+    #[test]
+    fn goes_on_until_small_or_stuck_or_out_of_rounds() {
+        assert_eq!(decide(&rounds(&[]), 10, 30), Decision::Continue);
+        assert_eq!(
+            decide(&rounds(&[5, 4, 3, 2]), 10, 30),
+            Decision::Continue,
+            "too few rounds to tell"
+        );
+        assert_eq!(
+            decide(&rounds(&[900, 400, 100, 50, 9]), 10, 30),
+            Decision::SmallEnough
+        );
+        assert_eq!(
+            decide(&rounds(&[900, 400, 100, 50, 40]), 10, 30),
+            Decision::Continue
+        );
+        assert_eq!(
+            decide(&rounds(&[900, 100, 100, 110, 120]), 10, 30),
+            Decision::StoppedShrinking
+        );
+        assert_eq!(decide(&rounds(&[900, 800]), 10, 2), Decision::RoundsUsedUp);
+    }
+
+    #[test]
+    fn blocks_cover_the_range_and_end_at_the_top() {
+        let range = IovaRange::from_len(
+            dirtymap::Iova::new(u64::MAX - 5 * (BLOCK as u64) / 2 + 1),
+            5 * BLOCK as u64 / 2,
+        );
+        let mut pieces = vec![];
+        for_blocks(range.unwrap(), |block| {
+            pieces.push(block.len());
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(pieces, [BLOCK as u128, BLOCK as u128, BLOCK as u128 / 2]);
+    }
+}

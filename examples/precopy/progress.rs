@@ -1,0 +1,161 @@
+//! What is shown while the migration runs: two bars on a terminal, one plain line for each round elsewhere.
+
+use std::io::{self, IsTerminal, Write};
+use std::time::Duration;
+
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+
+use crate::report::{RoundKind, RoundRecord};
+use crate::text;
+
+/// How often a bar is drawn anew when nothing moves it.
+const TICK: Duration = Duration::from_millis(200);
+
+const REPLAY_BAR: &str = "replay   {wide_bar} {human_pos}/{human_len} writes  {elapsed}";
+const ROUND_BAR: &str = "{prefix:8} {wide_bar} {human_pos}/{human_len} pages  {msg}";
+
+/// The bars. All calls take `&self` and may come from any thread.
+pub(crate) struct Progress {
+    /// `None` where stderr is no terminal.
+    bars: Option<Bars>,
+}
+
+struct Bars {
+    all: MultiProgress,
+    replay: ProgressBar,
+    round: ProgressBar,
+}
+
+impl Progress {
+    /// Shows how many of `writes` are replayed, and the round that runs.
+    pub(crate) fn new(writes: u64) -> Self {
+        let bars = io::stderr().is_terminal().then(|| {
+            let all = MultiProgress::new();
+            let replay = all.add(ProgressBar::new(writes));
+            replay.set_style(style(REPLAY_BAR));
+            replay.enable_steady_tick(TICK);
+            let round = all.add(ProgressBar::new(0));
+            round.set_style(style(ROUND_BAR));
+            Bars { all, replay, round }
+        });
+        Progress { bars }
+    }
+
+    /// `writes` of the trace have been issued so far.
+    pub(crate) fn replayed(&self, writes: u64) {
+        if let Some(bars) = &self.bars {
+            bars.replay.set_position(writes);
+        }
+    }
+
+    /// A round begins that has `pages` pages of 4 KiB to copy.
+    pub(crate) fn round_begins(&self, round: u32, kind: RoundKind, pages: u64, dirty_rate: f64) {
+        if let Some(bars) = &self.bars {
+            bars.round.reset();
+            bars.round.set_length(pages);
+            bars.round.set_prefix(match kind {
+                RoundKind::Precopy => format!("round {round}"),
+                _ => kind.name().to_owned(),
+            });
+            bars.round.set_message(match kind {
+                RoundKind::Full => String::new(),
+                _ => format!("dirty rate {} pages/s", text::count(dirty_rate as u64)),
+            });
+        }
+    }
+
+    /// So many more pages of the round are copied.
+    pub(crate) fn copied(&self, pages: u64) {
+        if let Some(bars) = &self.bars {
+            bars.round.inc(pages);
+        }
+    }
+
+    /// The round is over: leaves one line about it.
+    pub(crate) fn round_ends(&self, record: &RoundRecord) {
+        self.say(&round_line(record));
+    }
+
+    /// One line that stays, above the bars where there are any.
+    pub(crate) fn say(&self, line: &str) {
+        // Progress is a courtesy: where it cannot be shown, the run goes on.
+        let _ = match &self.bars {
+            Some(bars) => bars.all.println(line),
+            None => writeln!(io::stderr(), "{line}"),
+        };
+    }
+
+    /// Takes the bars away.
+    pub(crate) fn finish(&self) {
+        if let Some(bars) = &self.bars {
+            bars.replay.finish_and_clear();
+            bars.round.finish_and_clear();
+        }
+    }
+}
+
+/// One round in one line.
+fn round_line(record: &RoundRecord) -> String {
+    let mut line = format!(
+        "{:>6.2} s  round {:>2} ({}): {} dirty, {} copied in {}",
+        record.started_ms as f64 / 1e3,
+        record.round,
+        record.kind.name(),
+        text::plural(record.dirty_pages, "page"),
+        text::bytes(record.bytes_copied),
+        text::micros(record.copy_us),
+    );
+    if record.kind != RoundKind::Full {
+        line += &format!(
+            ", harvest {}, flush {}, dirty rate {} pages/s",
+            text::micros(record.harvest_us),
+            text::micros(record.flush_us),
+            text::count(record.dirty_rate_pages_per_s as u64),
+        );
+    }
+    line
+}
+
+/// The style of a template, or the default one if the template has a mistake.
+fn style(template: &str) -> ProgressStyle {
+    match ProgressStyle::with_template(template) {
+        Ok(style) => style.progress_chars("=> "),
+        Err(_) => ProgressStyle::default_bar(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::samples;
+
+    #[test]
+    fn the_templates_have_no_mistake() {
+        for template in [REPLAY_BAR, ROUND_BAR] {
+            assert!(ProgressStyle::with_template(template).is_ok());
+        }
+    }
+
+    #[test]
+    fn a_round_is_told_in_one_line() {
+        let run = samples::run();
+        assert_eq!(
+            round_line(&run.rounds[0]),
+            "  0.00 s  round  0 (full): 199,005 pages dirty, 777.4 MiB copied in 5.02 s"
+        );
+        assert_eq!(
+            round_line(&run.rounds[1]),
+            "  5.03 s  round  1 (precopy): 50,200 pages dirty, 196.1 MiB copied in 1.27 s, harvest 3.9 ms, \
+             flush 210 us, dirty rate 9,980 pages/s"
+        );
+    }
+
+    #[test]
+    fn every_call_is_harmless_without_a_terminal() {
+        let progress = Progress { bars: None };
+        progress.replayed(5);
+        progress.round_begins(0, RoundKind::Full, 10, 0.0);
+        progress.copied(10);
+        progress.finish();
+    }
+}

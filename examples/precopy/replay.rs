@@ -1,0 +1,239 @@
+//! The workload: devices and CPU markers that issue the writes of the trace, each on a thread of its own.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{Scope, ScopedJoinHandle};
+use std::time::{Duration, Instant};
+
+use dirtymap::{Iova, IovaRange};
+use dirtymap_examples::iolog::{Kind, Op, Trace};
+use pagetable_sim::{Device, DeviceConfig};
+
+use crate::Failure;
+use crate::cli::Sabotage;
+use crate::machine::Machine;
+
+/// Writes that touch one block go through one worker, so that each device sees locality, as real ones do.
+const BLOCK: u64 = 256 << 10;
+/// Larger operations are issued in pieces.
+const PIECE: u64 = 1 << 20;
+/// How long a device with nothing to do keeps its posted writes in flight.
+const HOLD: Duration = Duration::from_millis(100);
+/// How often a waiting worker looks after its device.
+const NAP: Duration = Duration::from_micros(200);
+
+/// How the trace is replayed.
+pub(crate) struct Settings {
+    pub(crate) devices: usize,
+    pub(crate) cpus: usize,
+    pub(crate) seed: u64,
+    /// Trace time for each unit of real time; `None`: as fast as possible.
+    pub(crate) speed: Option<f64>,
+    pub(crate) sabotage: Option<Sabotage>,
+}
+
+/// What the workers tell while they run.
+#[derive(Default)]
+pub(crate) struct Progress {
+    /// Operations that were issued.
+    pub(crate) issued: AtomicU64,
+    /// Of these: writes.
+    pub(crate) writes: AtomicU64,
+    stop: AtomicBool,
+}
+
+impl Progress {
+    /// Asks the workers to stop after the operation they are at.
+    pub(crate) fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The running workers.
+pub(crate) struct Replay<'scope> {
+    workers: Vec<ScopedJoinHandle<'scope, Result<(), Failure>>>,
+}
+
+impl<'scope> Replay<'scope> {
+    /// Starts all devices and CPU markers.
+    pub(crate) fn start<'env: 'scope>(
+        scope: &'scope Scope<'scope, 'env>,
+        machine: &'env Machine,
+        trace: &'env Trace,
+        settings: &'env Settings,
+        progress: &'env Progress,
+    ) -> Self {
+        let workers = settings.devices + settings.cpus;
+        let mut queues = vec![Vec::new(); workers];
+        for (index, op) in trace.ops.iter().enumerate() {
+            let block = (u64::from(op.file) << 44) | (op.offset / BLOCK);
+            let route = mix(block ^ mix(settings.seed)) % workers as u64;
+            queues[route as usize].push(index);
+        }
+        let began = Instant::now();
+        let workers = queues
+            .into_iter()
+            .enumerate()
+            .map(|(index, queue)| {
+                let worker = Worker {
+                    machine,
+                    trace,
+                    settings,
+                    progress,
+                    began,
+                    buffer: vec![0; PIECE as usize],
+                };
+                let port = if index < settings.devices {
+                    Port::Device(Box::new(machine.domain.attach(DeviceConfig {
+                        posted_writes: 256,
+                        ..DeviceConfig::default()
+                    })))
+                } else {
+                    Port::Cpu { writes: 0 }
+                };
+                scope.spawn(move || worker.run(port, &queue))
+            })
+            .collect();
+        Replay { workers }
+    }
+
+    /// Waits until every worker has stopped and the writes in flight have landed.
+    pub(crate) fn join(self) -> Result<(), Failure> {
+        let mut result = Ok(());
+        for worker in self.workers {
+            let done = worker.join().unwrap_or(Err(Failure::WorkerPanicked));
+            result = result.and(done);
+        }
+        result
+    }
+}
+
+/// How a worker reaches memory.
+enum Port {
+    Device(Box<Device>),
+    Cpu { writes: u64 },
+}
+
+struct Worker<'a> {
+    machine: &'a Machine,
+    trace: &'a Trace,
+    settings: &'a Settings,
+    progress: &'a Progress,
+    began: Instant,
+    buffer: Vec<u8>,
+}
+
+impl Worker<'_> {
+    fn run(mut self, mut port: Port, queue: &[usize]) -> Result<(), Failure> {
+        for &index in queue {
+            let op = &self.trace.ops[index];
+            if !self.wait_until(op, &mut port) {
+                break;
+            }
+            self.issue(index as u64, op, &mut port)?;
+            self.progress.issued.fetch_add(1, Ordering::Relaxed);
+            if op.kind == Kind::Write {
+                self.progress.writes.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        // The device is dropped here: its writes in flight land, and it leaves the domain.
+        Ok(())
+    }
+
+    /// Waits for the time of `op`, and looks after the device meanwhile. False if the machine is to stop.
+    fn wait_until(&self, op: &Op, port: &mut Port) -> bool {
+        let due = self
+            .settings
+            .speed
+            .map(|speed| Duration::from_secs_f64(op.at_us as f64 / 1e6 / speed));
+        let idle_since = Instant::now();
+        loop {
+            if self.progress.stop.load(Ordering::Relaxed) {
+                return false;
+            }
+            let now = self.began.elapsed();
+            let Some(left) = due
+                .and_then(|due| due.checked_sub(now))
+                .filter(|left| !left.is_zero())
+            else {
+                return true;
+            };
+            if let Port::Device(device) = port {
+                device.service();
+                if idle_since.elapsed() > HOLD {
+                    device.quiesce();
+                }
+            }
+            std::thread::sleep(left.min(NAP));
+        }
+    }
+
+    fn issue(&mut self, index: u64, op: &Op, port: &mut Port) -> Result<(), Failure> {
+        let start = self.machine.files[op.file as usize].range.start().get() + op.offset;
+        let mut done = 0;
+        while done < op.length {
+            let length = (op.length - done).min(PIECE);
+            let range = IovaRange::from_len(Iova::new(start + done), length)?;
+            match op.kind {
+                Kind::Read => self.read(range, port)?,
+                Kind::Write => {
+                    fill(
+                        &mut self.buffer[..length as usize],
+                        mix(self.settings.seed) ^ mix(index << 20 | done),
+                    );
+                    self.write(range, port)?;
+                }
+            }
+            done += length;
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, range: IovaRange, port: &mut Port) -> Result<(), Failure> {
+        let buffer = &mut self.buffer[..range.len() as usize];
+        match port {
+            Port::Device(device) => device.read(range.start(), buffer)?,
+            Port::Cpu { .. } => self
+                .machine
+                .memory
+                .read(self.machine.phys(range.start()), buffer)?,
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, range: IovaRange, port: &mut Port) -> Result<(), Failure> {
+        let bytes = &self.buffer[..range.len() as usize];
+        match port {
+            Port::Device(device) => device.write(range.start(), bytes)?,
+            Port::Cpu { writes } => {
+                self.machine
+                    .memory
+                    .write(self.machine.phys(range.start()), bytes)?;
+                *writes += 1;
+                // After the write: a mark that comes first can be harvested before the data is there.
+                if self.settings.sabotage != Some(Sabotage::SkipMark) || !writes.is_multiple_of(8) {
+                    self.machine.space.mark(range)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Fills `buffer` with bytes that differ for each `stream`.
+fn fill(buffer: &mut [u8], stream: u64) {
+    let mut state = stream;
+    for chunk in buffer.chunks_mut(8) {
+        state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let word = (state ^ state >> 29)
+            .wrapping_mul(0xBF58_476D_1CE4_E5B9)
+            .to_le_bytes();
+        chunk.copy_from_slice(&word[..chunk.len()]);
+    }
+}
+
+/// A hash of one word.
+pub(crate) fn mix(mut word: u64) -> u64 {
+    word = (word ^ word >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    word = (word ^ word >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
+    word ^ word >> 31
+}

@@ -1,0 +1,90 @@
+//! What `--sabotage` breaks inside the simulated hardware. The comparison at the end must find each of them out.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use dirtymap::{
+    DirtySource, Error, FlushGather, Granule, Invalidated, IovaRange, Mapping, Sink, Stopped,
+    UserBitmap,
+};
+use pagetable_sim::{Breakage, Domain};
+
+use crate::cli::Sabotage;
+use crate::replay::mix;
+
+/// Breaks what `sabotage` breaks inside the hardware. The rest is broken where it happens.
+pub(crate) fn break_hardware(domain: &Domain, sabotage: Option<Sabotage>) {
+    match sabotage {
+        Some(Sabotage::SkipFlush) => domain.break_hardware(Breakage::IgnoreInvalidations),
+        Some(Sabotage::NoDrain) => domain.break_hardware(Breakage::AcknowledgeWithoutDraining),
+        _ => {}
+    }
+}
+
+/// A domain that loses some of the dirty bits that it clears: one 2 MiB piece in sixteen at each harvest.
+pub(crate) struct Forgetful {
+    inner: Arc<Domain>,
+    seed: u64,
+    calls: AtomicU64,
+}
+
+impl Forgetful {
+    pub(crate) fn new(inner: Arc<Domain>, seed: u64) -> Self {
+        Forgetful {
+            inner,
+            seed,
+            calls: AtomicU64::new(0),
+        }
+    }
+}
+
+impl DirtySource for Forgetful {
+    fn read_and_clear(
+        &self,
+        range: IovaRange,
+        sink: &mut Sink<'_>,
+        gather: &mut FlushGather,
+    ) -> Result<(), Stopped> {
+        let call = self.calls.fetch_add(1, Ordering::Relaxed);
+        let mut start = range.start();
+        while start <= range.last() {
+            let last = start.granule_last(Granule::M2).min(range.last());
+            let stopped = |error| Stopped { at: start, error };
+            let piece = IovaRange::new(start, last).map_err(stopped)?;
+            if mix(self.seed ^ mix(call) ^ start.get()).is_multiple_of(16) {
+                let mut nowhere = [0u64; 512];
+                let view = UserBitmap::new(&mut nowhere)
+                    .view(piece, Granule::K4)
+                    .map_err(stopped)?;
+                self.inner.read_and_clear(piece, &mut view.sink(), gather)?;
+            } else {
+                self.inner.read_and_clear(piece, sink, gather)?;
+            }
+            match last.checked_add(1) {
+                Some(next) => start = next,
+                None => break,
+            }
+        }
+        Ok(())
+    }
+
+    fn map(&self, mapping: &Mapping) -> Result<(), Error> {
+        self.inner.map(mapping)
+    }
+
+    fn unmap(&self, range: IovaRange, gather: &mut FlushGather) -> u64 {
+        self.inner.unmap(range, gather)
+    }
+
+    fn set_tracking(&self, on: bool) -> Result<(), Error> {
+        self.inner.set_tracking(on)
+    }
+
+    fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+        self.inner.peek(range, sink)
+    }
+
+    fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error> {
+        self.inner.invalidate(gather)
+    }
+}

@@ -1,0 +1,300 @@
+//! A domain: one page table, the devices that translate by it, and the switch for dirty tracking.
+//!
+//! ```text
+//!  Domain (software's side) --map, unmap, harvest--> table <--walk, set D-- Device (hardware's side)
+//!     |                                                                       |   |
+//!     +--invalidate--> port of each device --acknowledged when dropped, drained--+   +--> memory
+//! ```
+
+use dirtymap::sync::{Arc, AtomicBool, AtomicU8, AtomicU64, Mutex, Ordering, fence, lock};
+use dirtymap::{
+    DirtySource, FlushGather, Granule, Invalidated, Iova, IovaRange, Mapping, Sink, Stopped,
+};
+
+use crate::device::{Device, DeviceConfig};
+use crate::fmt::{AmdV1, Format};
+use crate::memory::PhysMemory;
+use crate::port::Port;
+use crate::table::{Leaf, Table};
+
+/// The shape of a domain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DomainConfig {
+    /// Leaves are not larger than this. Large leaves make tracking coarse; below the smallest page it counts as the smallest page.
+    pub max_leaf: Granule,
+}
+
+impl Default for DomainConfig {
+    /// Leaves as large as the format has them.
+    fn default() -> Self {
+        DomainConfig {
+            max_leaf: AmdV1::size(AmdV1::LEAF_LEVELS - 1),
+        }
+    }
+}
+
+/// Ways in which the hardware can be made to break its promises, to show that users of it would notice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(u8)]
+pub enum Breakage {
+    /// The hardware works.
+    #[default]
+    None = 0,
+    /// Invalidations return at once and reach no device.
+    IgnoreInvalidations,
+    /// Devices drop what they cached and acknowledge, while their posted writes stay in flight.
+    AcknowledgeWithoutDraining,
+}
+
+/// What a domain counted. Each number is exact; together they are of one moment only while nothing goes on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DomainStats {
+    /// Devices that are attached.
+    pub devices: u64,
+    /// Accesses of devices that were blocked.
+    pub faults: u64,
+    /// How often a device turned a leaf's D from 0 to 1.
+    pub dirty_walks: u64,
+    /// Calls that invalidated something.
+    pub invalidations: u64,
+    /// Invalidation commands sent to devices: ranges times devices.
+    pub commands: u64,
+    /// Ranges that were to be unmapped and were refused, because they cut through a leaf or cannot be mapped at all.
+    pub refused_unmaps: u64,
+}
+
+/// What the devices of a domain are wired to.
+pub(crate) struct Hardware {
+    pub(crate) memory: Arc<PhysMemory>,
+    pub(crate) table: Table<AmdV1>,
+    tracking: AtomicBool,
+    breakage: AtomicU8,
+    ports: Mutex<Vec<Arc<Port>>>,
+    faults: AtomicU64,
+    dirty_walks: AtomicU64,
+}
+
+/// One page table, the devices that translate by it, and the switch for dirty tracking: the hardware's side of a
+/// [`DirtySource`](dirtymap::DirtySource).
+///
+/// Shared by `Arc`. Mapping, unmapping, harvesting and DMA never wait for each other; `invalidate` and enabling wait for every device that is
+/// awake.
+pub struct Domain {
+    hardware: Arc<Hardware>,
+    max_leaf: Granule,
+    /// Held by who switches tracking.
+    switch: Mutex<()>,
+    invalidations: AtomicU64,
+    commands: AtomicU64,
+    refused_unmaps: AtomicU64,
+}
+
+impl Domain {
+    /// The smallest page that a domain maps: ranges and backing addresses are multiples of it.
+    pub const PAGE: Granule = AmdV1::PAGE;
+
+    /// A domain that maps nothing and tracks nothing, over `memory`.
+    pub fn new(memory: Arc<PhysMemory>, config: DomainConfig) -> Arc<Domain> {
+        Arc::new(Domain {
+            hardware: Arc::new(Hardware {
+                memory,
+                table: Table::new(),
+                tracking: AtomicBool::new(false),
+                breakage: AtomicU8::new(Breakage::None as u8),
+                ports: Mutex::new(Vec::new()),
+                faults: AtomicU64::new(0),
+                dirty_walks: AtomicU64::new(0),
+            }),
+            max_leaf: config.max_leaf,
+            switch: Mutex::new(()),
+            invalidations: AtomicU64::new(0),
+            commands: AtomicU64::new(0),
+            refused_unmaps: AtomicU64::new(0),
+        })
+    }
+
+    /// Attaches a new device, with an empty IOTLB. It leaves the domain when it is dropped.
+    pub fn attach(&self, config: DeviceConfig) -> Device {
+        Device::new(Arc::clone(&self.hardware), config)
+    }
+
+    /// The memory that the domain maps.
+    pub fn memory(&self) -> &Arc<PhysMemory> {
+        &self.hardware.memory
+    }
+
+    /// The leaf that maps `iova`, if there is one.
+    pub fn translate(&self, iova: Iova) -> Option<Leaf> {
+        self.hardware.table.translate(iova)
+    }
+
+    /// Whether devices set dirty bits.
+    pub fn is_tracking(&self) -> bool {
+        self.hardware.is_tracking()
+    }
+
+    /// Makes the hardware break its promises from now on; [`Breakage::None`] repairs it. What was lost stays lost.
+    pub fn break_hardware(&self, breakage: Breakage) {
+        // Relaxed: a switch for tests, thrown before the scenario begins.
+        self.hardware
+            .breakage
+            .store(breakage as u8, Ordering::Relaxed);
+    }
+
+    /// What was counted so far.
+    pub fn stats(&self) -> DomainStats {
+        // Relaxed, all: counts order nothing.
+        DomainStats {
+            devices: lock(&self.hardware.ports).len() as u64,
+            faults: self.hardware.faults.load(Ordering::Relaxed),
+            dirty_walks: self.hardware.dirty_walks.load(Ordering::Relaxed),
+            invalidations: self.invalidations.load(Ordering::Relaxed),
+            commands: self.commands.load(Ordering::Relaxed),
+            refused_unmaps: self.refused_unmaps.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Has all devices drop what they cached for `ranges`, and land what they have in flight; returns when all have.
+    fn invalidate_ranges(&self, ranges: &[IovaRange]) -> Invalidated {
+        let mut done = Invalidated::default();
+        if ranges.is_empty() || self.hardware.breakage() == Breakage::IgnoreInvalidations {
+            return done;
+        }
+        // A device that joins after this has nothing cached, and the lock orders its walks after the changes that we invalidate.
+        let ports = lock(&self.hardware.ports).clone();
+        let ranges = Arc::new(ranges.to_vec());
+        let asked: Vec<_> = ports.iter().map(|port| (port, port.ask(&ranges))).collect();
+        // SeqCst: F2 of the protocol in `port`, once for all devices; pairs with F1 in `Port::wake`.
+        fence(Ordering::SeqCst);
+        for (port, receipt) in &asked {
+            if let Some(receipt) = receipt {
+                done.add(port.wait(receipt));
+            }
+        }
+        done.commands = (ranges.len() * ports.len()) as u64;
+        // Relaxed, both: counts order nothing.
+        self.invalidations.fetch_add(1, Ordering::Relaxed);
+        self.commands.fetch_add(done.commands, Ordering::Relaxed);
+        done
+    }
+}
+
+impl DirtySource for Domain {
+    /// Refused with [`Error::OutsideMemory`](crate::Error::OutsideMemory) if the memory behind it is not all there, else as by [`Table::map`].
+    fn map(&self, mapping: &Mapping) -> Result<(), dirtymap::Error> {
+        let &Mapping {
+            range,
+            backing,
+            access,
+        } = mapping;
+        let len = u64::try_from(range.len()).unwrap_or(u64::MAX);
+        self.hardware.memory.check(backing, len)?;
+        self.hardware
+            .table
+            .map(range, backing, access, self.max_leaf)?;
+        Ok(())
+    }
+
+    fn unmap(&self, range: IovaRange, gather: &mut FlushGather) -> u64 {
+        let mut dropped = 0;
+        let done = self.hardware.table.unmap(range, |leaf, size, dirty| {
+            gather.add(leaf, size);
+            dropped += if dirty { size.bytes() } else { 0 };
+        });
+        if done.is_err() {
+            // Relaxed: a count. A caller who unmaps what was mapped never gets here.
+            self.refused_unmaps.fetch_add(1, Ordering::Relaxed);
+        }
+        dropped
+    }
+
+    /// Enabling goes clear, switch, flush:
+    ///
+    /// * the **flush comes last**. Translations cached while tracking was off count as dirty and never look at the table, and those cached
+    ///   with a D that the clear has removed would not either; only after the flush does every write walk;
+    /// * the **switch comes before the flush**, or a device could cache an entry as untracked right after it;
+    /// * the **clear comes before the switch**, so that it removes only what is left from an earlier tracking, and no D that a
+    ///   write sets while tracking is being enabled.
+    fn set_tracking(&self, on: bool) -> Result<(), dirtymap::Error> {
+        let _switch = lock(&self.switch);
+        if self.hardware.is_tracking() == on {
+            return Ok(());
+        }
+        if on {
+            self.hardware.table.clean();
+        }
+        // Release: the clear comes first. That devices see the switch in time is not this store's work but that of the flush: they
+        // look at the switch after they answered, or after they woke behind F2.
+        self.hardware.tracking.store(on, Ordering::Release);
+        if on {
+            self.invalidate_ranges(&[IovaRange::ALL]);
+        }
+        Ok(())
+    }
+
+    fn read_and_clear(
+        &self,
+        range: IovaRange,
+        sink: &mut Sink<'_>,
+        gather: &mut FlushGather,
+    ) -> Result<(), Stopped> {
+        self.hardware.table.read_and_clear(range, sink, gather)
+    }
+
+    fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+        self.hardware.table.peek(range, sink)
+    }
+
+    fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, dirtymap::Error> {
+        Ok(self.invalidate_ranges(gather.ranges()))
+    }
+}
+
+impl std::fmt::Debug for Domain {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Domain")
+            .field("tracking", &self.is_tracking())
+            .field("max_leaf", &self.max_leaf)
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Hardware {
+    /// Gives a new device its port.
+    pub(crate) fn join(&self) -> Arc<Port> {
+        let port = Arc::new(Port::new());
+        lock(&self.ports).push(Arc::clone(&port));
+        port
+    }
+
+    /// Takes the port of a device that sleeps and never wakes again.
+    pub(crate) fn leave(&self, port: &Arc<Port>) {
+        lock(&self.ports).retain(|other| !Arc::ptr_eq(other, port));
+    }
+
+    #[inline]
+    pub(crate) fn is_tracking(&self) -> bool {
+        // Relaxed: see `set_tracking`; a device that reads the old value is flushed before enabling returns.
+        self.tracking.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn breakage(&self) -> Breakage {
+        // Relaxed: a switch for tests.
+        match self.breakage.load(Ordering::Relaxed) {
+            1 => Breakage::IgnoreInvalidations,
+            2 => Breakage::AcknowledgeWithoutDraining,
+            _ => Breakage::None,
+        }
+    }
+
+    pub(crate) fn count_fault(&self) {
+        // Relaxed: a count.
+        self.faults.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn count_dirty_walk(&self) {
+        // Relaxed: a count, next to a compare-exchange on the table.
+        self.dirty_walks.fetch_add(1, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,143 @@
+//! Page-table formats: what the bits of an entry mean.
+//!
+//! The table algorithms are written once, over [`Format`]; a format is one file of pure functions on an entry. Levels count from the
+//! bottom: a table of level 0 holds the smallest pages, the root has level `LEVELS - 1`.
+
+mod amdv1;
+
+pub use amdv1::AmdV1;
+
+use dirtymap::sync::{AtomicU64, Ordering};
+use dirtymap::{Access, Granule};
+
+/// Entries of a page that holds a table, as a logarithm: 512 entries fill 4 KiB. Tiny in the model checker.
+pub(crate) const TABLE_LG2: u32 = if cfg!(dirtymap_loom) { 1 } else { 9 };
+
+/// The value of one entry of an IO page table. Zero is "not present" in every format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[repr(transparent)]
+pub struct Iopte(pub u64);
+
+impl Iopte {
+    /// The entry that translates nothing.
+    pub const ABSENT: Iopte = Iopte(0);
+}
+
+/// The meaning of an entry's bits, and the shape of the tables.
+///
+/// The functions are pure. Those that take a present entry of the wrong kind (a leaf for a table or the reverse) may return nonsense,
+/// never panic.
+///
+/// Sealed: the tables follow the host addresses that [`table_address`](Self::table_address) returns, so memory safety rests on each
+/// format keeping leaves and tables apart.
+pub trait Format: sealed::Sealed + Send + Sync + 'static {
+    /// What the format is called.
+    const NAME: &'static str;
+    /// How many levels of tables a walk goes through.
+    const LEVELS: u32;
+    /// Entries of a table, as a logarithm; at most 9.
+    const INDEX_LG2: u32;
+    /// The size of the smallest page, as a logarithm.
+    const PAGE_LG2: u32;
+    /// How many levels, from the bottom, may hold leaves.
+    const LEAF_LEVELS: u32;
+    /// How many bits of physical address an entry can hold.
+    const OUTPUT_LG2: u32;
+    /// The bits of a leaf that say "written"; clearing them makes the leaf clean.
+    const DIRTY: u64;
+
+    /// How many bits of address the tables translate.
+    const WIDTH: u32 = Self::PAGE_LG2 + Self::LEVELS * Self::INDEX_LG2;
+    /// The smallest page.
+    const PAGE: Granule = granule(Self::PAGE_LG2);
+
+    /// Whether the entry translates anything or leads to a table.
+    fn is_present(entry: Iopte) -> bool;
+    /// Whether a present entry of a table of `level` is a leaf, and does not lead to a table.
+    fn is_leaf(entry: Iopte, level: u32) -> bool;
+    /// A clean leaf for a table of `level`, translating to `phys`, which is aligned to the size of such a leaf.
+    fn leaf(phys: u64, access: Access, level: u32) -> Iopte;
+    /// An entry of a table of `level` (1 or more) that leads to the table at the host address `address`, a multiple of 4096.
+    fn table(address: u64, level: u32) -> Iopte;
+    /// The host address that [`table`](Self::table) was given.
+    fn table_address(entry: Iopte) -> u64;
+    /// The physical address that a leaf translates to.
+    fn output(entry: Iopte) -> u64;
+    /// What a leaf lets devices do.
+    fn access(entry: Iopte) -> Access;
+    /// The leaf after hardware has translated a write through it.
+    fn written(entry: Iopte) -> Iopte;
+    /// Bits of which every entry that a scan for dirty leaves must look at has at least one: dirty leaves, and in tables of level 1
+    /// and up entries that lead to tables. Lets the scan pass eight clean entries with one OR.
+    fn worth_a_look(level: u32) -> u64;
+
+    /// Whether a leaf was written.
+    #[inline]
+    fn is_dirty(entry: Iopte) -> bool {
+        entry.0 & Self::DIRTY != 0
+    }
+
+    /// The size of what one entry of a table of `level` covers.
+    #[inline]
+    fn size(level: u32) -> Granule {
+        granule(Self::PAGE_LG2 + level * Self::INDEX_LG2)
+    }
+
+    /// Which entry of a table of `level` a walk to `iova` takes.
+    #[inline]
+    fn index(iova: u64, level: u32) -> usize {
+        let shift = Self::PAGE_LG2 + level * Self::INDEX_LG2;
+        (iova >> shift) as usize & ((1 << Self::INDEX_LG2) - 1)
+    }
+}
+
+pub(crate) mod sealed {
+    /// Keeps [`Format`](super::Format) to this crate.
+    pub trait Sealed {}
+}
+
+/// The granule of 2^`lg2` bytes, for logarithms that a format's constants keep below 64.
+const fn granule(lg2: u32) -> Granule {
+    match Granule::from_lg2(if lg2 < 64 { lg2 as u8 } else { 63 }) {
+        Some(granule) => granule,
+        None => Granule::K4,
+    }
+}
+
+/// An entry in memory, changed by hardware and software at once.
+///
+/// It wraps the atomic word, and is not a generic atomic of a typed entry (`atomic::Atomic<Iopte>`): such a type has no `fetch_and`,
+/// and clearing D by a compare-exchange loop would fight with the hardware's own updates instead of just clearing D.
+#[derive(Debug)]
+#[repr(transparent)]
+pub(crate) struct AtomicIopte(AtomicU64);
+
+impl AtomicIopte {
+    pub(crate) fn absent() -> Self {
+        AtomicIopte(AtomicU64::new(Iopte::ABSENT.0))
+    }
+
+    #[inline]
+    pub(crate) fn load(&self, order: Ordering) -> Iopte {
+        Iopte(self.0.load(order))
+    }
+
+    /// Replaces `old` by `new`; otherwise returns what is there.
+    pub(crate) fn replace(
+        &self,
+        old: Iopte,
+        new: Iopte,
+        success: Ordering,
+        failure: Ordering,
+    ) -> Result<(), Iopte> {
+        match self.0.compare_exchange(old.0, new.0, success, failure) {
+            Ok(_) => Ok(()),
+            Err(now) => Err(Iopte(now)),
+        }
+    }
+
+    /// Clears the bits `mask` in one step, whatever the others are.
+    pub(crate) fn clear(&self, mask: u64, order: Ordering) {
+        self.0.fetch_and(!mask, order);
+    }
+}

@@ -1,0 +1,388 @@
+//! Changing: private copies of the nodes on the way, and one compare-exchange for all of them.
+
+use std::ptr;
+
+use super::node::{Node, Slot};
+use super::reclaim::{Garbage, Pinned};
+#[cfg(test)]
+use super::snapshot::Iter;
+use super::snapshot::{Areas, Entry};
+use crate::error::Error;
+use crate::sync::{Arc, AtomicPtr, Ordering};
+use crate::units::{Iova, IovaRange};
+
+/// A tree in the making: the areas that were there when the edit began, with the changes so far.
+///
+/// Dropped without being published, it leaves no trace.
+pub(crate) struct Edit<'p, T, const F: usize = 16> {
+    /// The root that the edit began with.
+    base: *mut Node<T, F>,
+    /// The root as edited.
+    root: *mut Node<T, F>,
+    /// The stamp of the nodes that this edit made: these, and no others, may be changed and freed here (Inv. 5).
+    stamp: u64,
+    /// The counts that the tree will own, one for each inserted range.
+    added: Vec<Arc<T>>,
+    /// What becomes unreachable if the edit is published.
+    garbage: Garbage<T, F>,
+    /// Keeps what `base` leads to alive.
+    pinned: &'p Pinned,
+}
+
+impl<'p, T, const F: usize> Edit<'p, T, F> {
+    /// # Safety
+    /// `base` was loaded with Acquire from the root of a tree that outlives `'p`, while `pinned` was pinned.
+    pub(super) unsafe fn new(base: *mut Node<T, F>, pinned: &'p Pinned) -> Self {
+        // SAFETY: null or a node; alive and unchanged while we are pinned (Inv. 2 and 3), by our contract.
+        let base_stamp = unsafe { base.as_ref() }.map_or(0, Node::stamp);
+        Edit {
+            base,
+            root: base,
+            stamp: base_stamp + 1,
+            added: Vec::new(),
+            garbage: Garbage::new(),
+            pinned,
+        }
+    }
+
+    fn areas(&self) -> Areas<'_, T, F> {
+        // SAFETY:
+        // - a node or null: `root` always is.
+        // - alive and unchanged while `self` is borrowed: what the edit made changes only by `&mut self`; what it did
+        //   not make is published, so it never changes (Inv. 2) and stays while we are pinned (Inv. 3); and an area
+        //   that was inserted here is counted in `added`.
+        unsafe { Areas::below(self.root) }
+    }
+
+    /// The number of areas.
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        self.areas().len()
+    }
+
+    /// The area that holds `iova`.
+    pub(crate) fn lookup(&self, iova: Iova) -> Option<Entry<'_, T>> {
+        self.areas().lookup(iova)
+    }
+
+    /// The lowest area that shares an address with `range`.
+    pub(crate) fn first_intersecting(&self, range: IovaRange) -> Option<Entry<'_, T>> {
+        self.areas().first_intersecting(range)
+    }
+
+    /// The areas that share an address with `range`, in ascending order.
+    #[cfg(test)]
+    pub(crate) fn iter(&self, range: IovaRange) -> Iter<'_, T, F> {
+        self.areas().iter(range)
+    }
+
+    /// Maps `area` at `range`. The same area may be mapped at several ranges.
+    ///
+    /// # Errors
+    /// [`Error::Overlap`] with the lowest area in the way; nothing is changed.
+    pub(crate) fn insert(&mut self, range: IovaRange, area: &Arc<T>) -> Result<(), Error> {
+        if let Some(existing) = self.first_intersecting(range) {
+            return Err(Error::Overlap {
+                range,
+                existing: existing.range,
+            });
+        }
+        self.added.push(Arc::clone(area));
+        let slot = Slot {
+            start: range.start().get(),
+            last: range.last().get(),
+            pointer: Arc::as_ptr(area).cast(),
+        };
+        if self.root.is_null() {
+            self.root = Box::into_raw(Node::empty(0, self.stamp));
+        } else {
+            self.root = self.owned(self.root);
+        }
+        // SAFETY: made by this edit: by one of the lines above.
+        if let Some(right) = unsafe { self.insert_below(self.root, slot) } {
+            self.grow(right);
+        }
+        Ok(())
+    }
+
+    /// Unmaps the area that starts at `start`; `None` if there is none, then nothing is changed.
+    pub(crate) fn remove(&mut self, start: Iova) -> Option<Arc<T>> {
+        let entry = self
+            .lookup(start)
+            .filter(|entry| entry.range.start() == start)?;
+        let area = entry.to_arc();
+        let pointer = entry.pointer();
+        self.garbage.areas.push(pointer);
+        self.root = self.owned(self.root);
+        // SAFETY: made by this edit: by the line above. It holds an area that starts at `start`: `lookup` found it.
+        unsafe { self.remove_below(self.root, start) };
+        self.shrink();
+        Some(area)
+    }
+
+    /// Makes the edit the state of the tree whose root is `root`, if that is still what the edit began with.
+    ///
+    /// # Safety
+    /// `root` is where `base` was loaded from.
+    pub(super) unsafe fn publish(mut self, root: &AtomicPtr<Node<T, F>>) -> bool
+    where
+        T: Send + Sync + 'static,
+    {
+        if self.root == self.base {
+            // Nothing was changed, or an empty tree is empty again. The areas that came and went are dropped with us.
+            return true;
+        }
+        // Success, Release: pairs with the Acquires in `AreaTree::snapshot` and `AreaTree::update`; publishes the nodes
+        // and areas of this edit, and, as `base` was loaded with Acquire, all that it shares with older roots.
+        // Failure, Relaxed: what was found is not looked at; the next attempt loads the root again.
+        let published = root
+            .compare_exchange(self.base, self.root, Ordering::Release, Ordering::Relaxed)
+            .is_ok();
+        if published {
+            // From here on the nodes are not ours to free.
+            self.root = ptr::null_mut();
+            for area in self.added.drain(..) {
+                // The count is the tree's.
+                let _ = Arc::into_raw(area);
+            }
+            let garbage = std::mem::replace(&mut self.garbage, Garbage::new());
+            // SAFETY:
+            // - unreachable: the garbage was reachable from `base` and is not from the new root; what is unreachable
+            //   never becomes reachable again. Nobody else frees it: only the winner of this compare-exchange does
+            //   (Inv. 4).
+            // - pinned since before: `base` was loaded under this pin, by the contract of `new`.
+            unsafe { self.pinned.retire(garbage) };
+        }
+        published
+    }
+
+    /// A node with the slots of `node` that this edit may change: `node` itself, or a copy that replaces it.
+    fn owned(&mut self, node: *mut Node<T, F>) -> *mut Node<T, F> {
+        // SAFETY: a node below the root; alive, and nobody holds a unique reference to it.
+        let shared = unsafe { &*node };
+        if shared.stamp() == self.stamp {
+            return node;
+        }
+        self.garbage.nodes.push(node);
+        Box::into_raw(shared.copy(self.stamp))
+    }
+
+    /// Lets go of a node that is no longer below the root of the edit.
+    fn discard(&mut self, node: *mut Node<T, F>) {
+        // SAFETY: alive: the edit's own nodes are freed by nobody else, others live while we are pinned.
+        if unsafe { &*node }.stamp() == self.stamp {
+            // SAFETY: made by `Box::into_raw` in this edit, and nothing points to it any more.
+            drop(unsafe { Box::from_raw(node) });
+        } else {
+            self.garbage.nodes.push(node);
+        }
+    }
+
+    /// Makes the child in slot `at` of `parent` one of this edit.
+    ///
+    /// # Safety
+    /// `parent` was made by this edit, is not a leaf, and has a slot `at`. Nobody holds a reference to it.
+    unsafe fn owned_child(&mut self, parent: *mut Node<T, F>, at: usize) -> *mut Node<T, F> {
+        // SAFETY: made by this edit, so nobody else reaches it, and not borrowed, by our contract.
+        let parent = unsafe { &mut *parent };
+        let child = self.owned(parent.child(at));
+        let slot = parent.slot(at);
+        // At once, so that at every moment the nodes of the edit are exactly those below its root.
+        parent.set(
+            at,
+            Slot {
+                pointer: child.cast_const().cast(),
+                ..slot
+            },
+        );
+        child
+    }
+
+    /// Inserts `slot` into the leaf below `node` where it belongs. If `node` was full, its upper half comes back as a
+    /// node of its own.
+    ///
+    /// # Safety
+    /// `node` was made by this edit, and nobody holds a reference to it or to nodes below it. The addresses of `slot`
+    /// are free.
+    unsafe fn insert_below(
+        &mut self,
+        node: *mut Node<T, F>,
+        slot: Slot,
+    ) -> Option<*mut Node<T, F>> {
+        // SAFETY: alive, by our contract; used no more once the child is made our own.
+        let before = unsafe { &*node };
+        let (at, slot) = if before.is_leaf() {
+            (before.find(slot.start), slot)
+        } else {
+            // Behind the last slot, the last child grows.
+            let at = before.find(slot.start).min(before.len() - 1);
+            // SAFETY: `node` is not a leaf and has a slot `at`; the rest is our contract.
+            let child = unsafe { self.owned_child(node, at) };
+            // SAFETY: `owned_child` made it one of this edit; the rest is our contract.
+            let right = unsafe { self.insert_below(child, slot) };
+            // SAFETY: made by this edit and not borrowed: the call has returned.
+            let exact = unsafe { &*child }.as_slot(child);
+            // SAFETY: as above, for `node`.
+            let node = unsafe { &mut *node };
+            node.set(at, exact);
+            let Some(right) = right else {
+                node.areas += 1;
+                return None;
+            };
+            // SAFETY: made by this edit just now, not borrowed.
+            (at + 1, unsafe { &*right }.as_slot(right))
+        };
+        // SAFETY: made by this edit, and no reference to it is left.
+        let node = unsafe { &mut *node };
+        node.areas += 1;
+        if node.len() < F {
+            node.insert(at, slot);
+            return None;
+        }
+        let mut right = node.split();
+        if at <= node.len() {
+            node.insert(at, slot);
+        } else {
+            right.insert(at - node.len(), slot);
+        }
+        right.areas = count_areas(&right);
+        node.areas -= right.areas;
+        Some(Box::into_raw(right))
+    }
+
+    /// Puts a new root above the root of this edit and `right`, which was split from it.
+    fn grow(&mut self, right: *mut Node<T, F>) {
+        // SAFETY: made by this edit, not borrowed.
+        let left = unsafe { &*self.root };
+        let left_slot = left.as_slot(self.root);
+        let mut root = Node::empty(left.level() + 1, self.stamp);
+        // SAFETY: as above.
+        let right_node = unsafe { &*right };
+        root.areas = left.areas + right_node.areas;
+        root.insert(0, left_slot);
+        root.insert(1, right_node.as_slot(right));
+        self.root = Box::into_raw(root);
+    }
+
+    /// Removes the area that starts at `start`. `node` may be left without slots; what is below it is not.
+    ///
+    /// # Safety
+    /// `node` was made by this edit, nobody holds a reference to it or to nodes below it, and an area below it starts
+    /// at `start`.
+    unsafe fn remove_below(&mut self, node: *mut Node<T, F>, start: Iova) {
+        // SAFETY: alive, by our contract; used no more after these lines.
+        let before = unsafe { &*node };
+        let at = before.find(start.get());
+        if before.is_leaf() {
+            // SAFETY: made by this edit, not borrowed.
+            let node = unsafe { &mut *node };
+            node.remove(at);
+            node.areas -= 1;
+            return;
+        }
+        // SAFETY: `node` is not a leaf, and the slot exists as an area below it ends at or behind `start`.
+        let child = unsafe { self.owned_child(node, at) };
+        // SAFETY: `owned_child` made it one of this edit; it holds `start` as slots are exact.
+        unsafe { self.remove_below(child, start) };
+        // SAFETY: made by this edit and not borrowed: the call has returned.
+        let node = unsafe { &mut *node };
+        node.areas -= 1;
+        // SAFETY: as above.
+        let rest = unsafe { &*child };
+        if rest.len() == 0 {
+            node.remove(at);
+            self.discard(child);
+            return;
+        }
+        node.set(at, rest.as_slot(child));
+        if rest.len() <= Node::<T, F>::SPARSE {
+            // SAFETY: both were made by this edit, and neither is borrowed elsewhere.
+            unsafe { self.merge(node, at, child) };
+        }
+    }
+
+    /// Takes the slots of a neighbour into `child`, which slot `at` of `node` points to, if they fit.
+    ///
+    /// # Safety
+    /// `node` and `child` were made by this edit; nobody holds a reference to `child` or to other nodes below `node`.
+    unsafe fn merge(&mut self, node: &mut Node<T, F>, at: usize, child: *mut Node<T, F>) {
+        let left = at.checked_sub(1);
+        let right = Some(at + 1).filter(|&right| right < node.len());
+        for neighbour in [left, right].into_iter().flatten() {
+            let pointer = node.child(neighbour);
+            // SAFETY: a node below the root; alive, not borrowed, and not `child`.
+            let other = unsafe { &*pointer };
+            // SAFETY: made by this edit, by our contract, and not borrowed.
+            let rest = unsafe { &mut *child };
+            if rest.len() + other.len() > F {
+                continue;
+            }
+            if neighbour < at {
+                rest.prepend(other);
+            } else {
+                rest.append(other);
+            }
+            node.set(at, rest.as_slot(child));
+            node.remove(neighbour);
+            self.discard(pointer);
+            return;
+        }
+    }
+
+    /// Drops roots that do not branch.
+    fn shrink(&mut self) {
+        loop {
+            // SAFETY: a node below the root of this edit; alive, not borrowed.
+            let root = unsafe { &*self.root };
+            let below = match root.len() {
+                0 => ptr::null_mut(),
+                1 if !root.is_leaf() => root.child(0),
+                _ => return,
+            };
+            let dropped = std::mem::replace(&mut self.root, below);
+            self.discard(dropped);
+            if self.root.is_null() {
+                return;
+            }
+        }
+    }
+}
+
+impl<T, const F: usize> Drop for Edit<'_, T, F> {
+    fn drop(&mut self) {
+        if !self.root.is_null() {
+            // SAFETY: the edit was not published, so nobody else reaches what it made, and it is used no more.
+            unsafe { free_stamped(self.root, self.stamp) };
+        }
+    }
+}
+
+/// Frees the nodes from `node` down that carry `stamp`. Parents of such nodes carry it too (Inv. 5).
+///
+/// # Safety
+/// `node` is alive. Nodes with that stamp were made by `Box::into_raw` and are reached by nobody else, now or later.
+unsafe fn free_stamped<T, const F: usize>(node: *mut Node<T, F>, stamp: u64) {
+    // SAFETY: alive, by our contract.
+    let shared = unsafe { &*node };
+    if shared.stamp() != stamp {
+        return;
+    }
+    if !shared.is_leaf() {
+        for at in 0..shared.len() {
+            // SAFETY: children are alive like their parent; the rest is our contract.
+            unsafe { free_stamped(shared.child(at), stamp) };
+        }
+    }
+    // SAFETY: ours to free, by our contract; the reference is used no more.
+    drop(unsafe { Box::from_raw(node) });
+}
+
+/// The number of areas below `node`, from its slots.
+fn count_areas<T, const F: usize>(node: &Node<T, F>) -> usize {
+    if node.is_leaf() {
+        return node.len();
+    }
+    // SAFETY: slots of nodes above the leaves point to nodes, alive as long as their parent is being edited.
+    let areas = |at| unsafe { &*node.child(at) }.areas;
+    (0..node.len()).map(areas).sum()
+}

@@ -1,0 +1,56 @@
+//! Which ranges exist: a concurrent map from non-overlapping, inclusive IOVA ranges to areas.
+//!
+//! ```text
+//!               root (the one atomic word)
+//!                 |
+//!             [ A | B ]              update of an area below B: copies the path (B', b2'), then moves the root to
+//!             /       \              [ A | B' ] by one compare-exchange. A, b1 and every area stay where they are.
+//!          [..]     [b1|b2]
+//! ```
+//!
+//! # The protocol
+//! A B+tree whose nodes never change once they are published.
+//!
+//! * **Reader**: pins the epoch, loads the root, walks. It waits for nobody, retries nothing and writes to no shared
+//!   word but its own epoch.
+//! * **Update**: pins, loads the root, edits private copies of the nodes on its way, and publishes all of it by one
+//!   compare-exchange of the root. If another update was faster, it frees its copies and starts again from the new
+//!   root: each failure is somebody else's success, so updates are lock-free.
+//! * **Retire**: the winner hands the nodes it replaced and the areas it removed to the epoch, which frees them when
+//!   every reader that was pinned at the compare-exchange has unpinned.
+//!
+//! # Invariants
+//! 1. *No overlap.* The areas of a tree are ordered, and no address lies in two of them. An edit checks against the
+//!    state that it changes, and is published only if that state is still the current one.
+//! 2. *One moment.* A snapshot is the set of areas that one root leads to. Once a compare-exchange has published them,
+//!    nodes never change, so a batch of inserts and removes is seen whole or not at all.
+//! 3. *What a reader can reach stays.* A node or area is retired only by the update that made it unreachable from the
+//!    root, and after it did; a reader that can still reach it was pinned before that and holds the epoch back.
+//! 4. *Freed once.* A node belongs either to the one edit that made it, or to the tree, or to the epoch. It becomes
+//!    unreachable by exactly one compare-exchange, whose winner alone retires it. The tree owns one strong count of an
+//!    [`Arc`](crate::sync::Arc) for each range that it is mapped at, however many nodes point to it; the count moves
+//!    with the range, by the same rule.
+//! 5. *Stamps.* No node carries a later stamp than its parent, and an edit stamps its nodes one later than the root it
+//!    started from. So a node that an edit meets is its own, and may be changed in place, exactly if the stamps are
+//!    equal.
+//!
+//! There is no ABA: a pinned root cannot be freed and so its address cannot return for another node, and a node that
+//! was published leads to the same areas for ever.
+
+mod edit;
+mod node;
+mod reclaim;
+mod snapshot;
+mod tree;
+#[cfg(test)]
+mod validate;
+
+#[cfg(all(test, dirtymap_loom))]
+#[allow(clippy::unwrap_used)] // helpers of tests
+mod loom_tests;
+#[cfg(all(test, not(dirtymap_loom)))]
+#[allow(clippy::unwrap_used, clippy::expect_used)] // helpers of tests
+mod tests;
+
+pub(crate) use snapshot::Snapshot;
+pub(crate) use tree::AreaTree;

@@ -1,0 +1,193 @@
+//! A node: up to `F` slots, each an inclusive range and what lies there.
+//!
+//! A structure of arrays, so that a search reads the `last` addresses of a node, which are two cache lines at a fan-out
+//! of 16, and one pointer. All searches are one primitive, [`Node::find`].
+
+use std::marker::PhantomData;
+
+use crate::units::{Iova, IovaRange};
+
+/// What one slot of a node says.
+#[derive(Clone, Copy)]
+pub(super) struct Slot {
+    /// The first address below.
+    pub(super) start: u64,
+    /// The last address below.
+    pub(super) last: u64,
+    /// In a leaf the area, as `Arc::into_raw` gave it; otherwise the child, as `Box::into_raw` gave it.
+    pub(super) pointer: *const (),
+}
+
+/// See the [module](self). Slots `0..len` are in use and in ascending order.
+#[repr(C, align(64))]
+pub(super) struct Node<T, const F: usize> {
+    /// The last address below each slot; `u64::MAX` in slots that are not in use, so that a search needs no length.
+    last: [u64; F],
+    pointer: [*const (); F],
+    start: [u64; F],
+    len: usize,
+    /// Areas in this subtree.
+    pub(super) areas: usize,
+    /// Which edit made the node; see invariant 5.
+    stamp: u64,
+    /// Levels below this one; a leaf is at level 0.
+    level: u8,
+    points_to: PhantomData<*const T>,
+}
+
+impl<T, const F: usize> Node<T, F> {
+    /// A node with at most this many slots is merged with a neighbour if both fit into one.
+    pub(super) const SPARSE: usize = F / 4;
+
+    /// A node without slots.
+    pub(super) fn empty(level: u8, stamp: u64) -> Box<Self> {
+        const {
+            assert!(
+                F >= 4,
+                "a node that is split must leave two that are not sparse"
+            )
+        };
+        Box::new(Node {
+            last: [u64::MAX; F],
+            pointer: [std::ptr::null(); F],
+            start: [0; F],
+            len: 0,
+            areas: 0,
+            stamp,
+            level,
+            points_to: PhantomData,
+        })
+    }
+
+    /// The same slots under another stamp.
+    pub(super) fn copy(&self, stamp: u64) -> Box<Self> {
+        Box::new(Node { stamp, ..*self })
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(super) fn level(&self) -> u8 {
+        self.level
+    }
+
+    pub(super) fn stamp(&self) -> u64 {
+        self.stamp
+    }
+
+    pub(super) fn is_leaf(&self) -> bool {
+        self.level == 0
+    }
+
+    /// The first slot whose last address is not below `x`; `len` if there is none.
+    #[inline]
+    pub(super) fn find(&self, x: u64) -> usize {
+        // Without a branch per slot: what lies below `x` is a prefix, and slots not in use are never below.
+        self.last.iter().map(|&last| usize::from(last < x)).sum()
+    }
+
+    pub(super) fn slot(&self, at: usize) -> Slot {
+        debug_assert!(at < self.len);
+        Slot {
+            start: self.start[at],
+            last: self.last[at],
+            pointer: self.pointer[at],
+        }
+    }
+
+    /// The addresses below slot `at`.
+    #[inline]
+    pub(super) fn range(&self, at: usize) -> IovaRange {
+        debug_assert!(at < self.len);
+        match IovaRange::new(Iova::new(self.start[at]), Iova::new(self.last[at])) {
+            Ok(range) => range,
+            Err(_) => unreachable!("what is inserted has the borders of a range"),
+        }
+    }
+
+    /// The area that slot `at` of a leaf points to.
+    #[inline]
+    pub(super) fn area(&self, at: usize) -> *const T {
+        debug_assert!(self.is_leaf() && at < self.len);
+        self.pointer[at].cast()
+    }
+
+    /// The node that slot `at` points to.
+    #[inline]
+    pub(super) fn child(&self, at: usize) -> *mut Self {
+        debug_assert!(!self.is_leaf() && at < self.len);
+        self.pointer[at].cast_mut().cast()
+    }
+
+    /// Whether a search cannot find a slot that is not in use.
+    #[cfg(test)]
+    pub(super) fn unused_slots_are_blank(&self) -> bool {
+        self.last[self.len..].iter().all(|&last| last == u64::MAX)
+    }
+
+    /// What the parent of this node says of it. `pointer` is that of the node, which must have slots.
+    pub(super) fn as_slot(&self, pointer: *const Self) -> Slot {
+        Slot {
+            start: self.start[0],
+            last: self.last[self.len - 1],
+            pointer: pointer.cast(),
+        }
+    }
+
+    pub(super) fn set(&mut self, at: usize, slot: Slot) {
+        debug_assert!(at < self.len);
+        self.start[at] = slot.start;
+        self.last[at] = slot.last;
+        self.pointer[at] = slot.pointer;
+    }
+
+    /// Inserts `slot` as number `at`. There must be room.
+    pub(super) fn insert(&mut self, at: usize, slot: Slot) {
+        debug_assert!(at <= self.len && self.len < F);
+        self.start.copy_within(at..self.len, at + 1);
+        self.last.copy_within(at..self.len, at + 1);
+        self.pointer.copy_within(at..self.len, at + 1);
+        self.len += 1;
+        self.set(at, slot);
+    }
+
+    pub(super) fn remove(&mut self, at: usize) {
+        debug_assert!(at < self.len);
+        self.start.copy_within(at + 1..self.len, at);
+        self.last.copy_within(at + 1..self.len, at);
+        self.pointer.copy_within(at + 1..self.len, at);
+        self.len -= 1;
+        self.last[self.len] = u64::MAX;
+    }
+
+    /// Appends the slots of `right`. There must be room.
+    pub(super) fn append(&mut self, right: &Self) {
+        debug_assert!(self.level == right.level && self.len + right.len <= F);
+        for at in 0..right.len {
+            self.insert(self.len, right.slot(at));
+        }
+        self.areas += right.areas;
+    }
+
+    /// Prepends the slots of `left`. There must be room.
+    pub(super) fn prepend(&mut self, left: &Self) {
+        debug_assert!(self.level == left.level && self.len + left.len <= F);
+        for at in 0..left.len {
+            self.insert(at, left.slot(at));
+        }
+        self.areas += left.areas;
+    }
+
+    /// Moves the upper half of the slots into a new node. Both nodes' `areas` are left for the caller to settle.
+    pub(super) fn split(&mut self) -> Box<Self> {
+        let mut right = Node::empty(self.level, self.stamp);
+        let half = self.len / 2;
+        for at in half..self.len {
+            right.insert(at - half, self.slot(at));
+            self.last[at] = u64::MAX;
+        }
+        self.len = half;
+        right
+    }
+}

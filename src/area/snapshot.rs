@@ -1,0 +1,266 @@
+//! Reading: the areas of one moment.
+
+use std::marker::PhantomData;
+
+use super::node::Node;
+use super::reclaim::Pinned;
+use super::tree::AreaTree;
+use crate::sync::Arc;
+use crate::units::{Iova, IovaRange};
+
+/// One range and the area that is mapped there.
+#[derive(Debug)]
+pub(crate) struct Entry<'a, T> {
+    pub(crate) range: IovaRange,
+    pub(crate) area: &'a T,
+    /// The same area, as `Arc::into_raw` gave it.
+    pointer: *const T,
+}
+
+impl<T> Entry<'_, T> {
+    /// A strong count of the area, which may outlive the snapshot and the tree.
+    pub(crate) fn to_arc(self) -> Arc<T> {
+        // SAFETY:
+        // - from `Arc::into_raw`: leaves hold nothing else.
+        // - alive: the count of the tree is not released while `self.area` is borrowed (Inv. 3).
+        unsafe { Arc::increment_strong_count(self.pointer) };
+        // SAFETY: from `Arc::into_raw`, and the count that it takes over is the one made above.
+        unsafe { Arc::from_raw(self.pointer) }
+    }
+
+    /// The pointer that the leaf holds.
+    pub(super) fn pointer(&self) -> *const T {
+        self.pointer
+    }
+}
+
+impl<T> Clone for Entry<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Entry<'_, T> {}
+
+/// The areas below one root, which stay as they are for `'a`.
+pub(super) struct Areas<'a, T, const F: usize> {
+    root: Option<&'a Node<T, F>>,
+    areas: PhantomData<&'a T>,
+}
+
+impl<T, const F: usize> Clone for Areas<'_, T, F> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T, const F: usize> Copy for Areas<'_, T, F> {}
+
+impl<'a, T, const F: usize> Areas<'a, T, F> {
+    /// # Safety
+    /// `root` is null or a node; it, all nodes and all areas below it stay alive, and none of the nodes changes, for
+    /// `'a`.
+    pub(super) unsafe fn below(root: *const Node<T, F>) -> Self {
+        Areas {
+            // SAFETY: null or valid for `'a`, by our contract.
+            root: unsafe { root.as_ref() },
+            areas: PhantomData,
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn root(self) -> Option<&'a Node<T, F>> {
+        self.root
+    }
+
+    /// The node below slot `at` of `parent`, which is one of these nodes and not a leaf.
+    pub(super) fn child(self, parent: &'a Node<T, F>, at: usize) -> &'a Node<T, F> {
+        // SAFETY: slots of nodes above the leaves point to nodes; alive and unchanged for `'a` by the contract of
+        // `below`.
+        unsafe { &*parent.child(at) }
+    }
+
+    fn entry(self, leaf: &'a Node<T, F>, at: usize) -> Entry<'a, T> {
+        let pointer = leaf.area(at);
+        Entry {
+            range: leaf.range(at),
+            // SAFETY: slots of leaves point to areas; alive for `'a` by the contract of `below`.
+            area: unsafe { &*pointer },
+            pointer,
+        }
+    }
+
+    /// The first area whose last address is not below `x`: its leaf and slot.
+    #[inline]
+    fn find(self, x: Iova) -> Option<(&'a Node<T, F>, usize)> {
+        let mut node = self.root?;
+        let mut at = node.find(x.get());
+        if at == node.len() {
+            return None;
+        }
+        // The last address of a slot is exact, so below the root the search finds a slot in every node.
+        for _ in 0..node.level() {
+            node = self.child(node, at);
+            at = node.find(x.get());
+        }
+        Some((node, at))
+    }
+
+    pub(super) fn len(self) -> usize {
+        self.root.map_or(0, |root| root.areas)
+    }
+
+    pub(super) fn lookup(self, iova: Iova) -> Option<Entry<'a, T>> {
+        let (leaf, at) = self.find(iova)?;
+        leaf.range(at).contains(iova).then(|| self.entry(leaf, at))
+    }
+
+    pub(super) fn first_intersecting(self, range: IovaRange) -> Option<Entry<'a, T>> {
+        let (leaf, at) = self.find(range.start())?;
+        leaf.range(at)
+            .intersects(range)
+            .then(|| self.entry(leaf, at))
+    }
+
+    pub(super) fn iter(self, range: IovaRange) -> Iter<'a, T, F> {
+        Iter {
+            areas: self,
+            next: self.find(range.start()),
+            last: range.last(),
+        }
+    }
+
+    pub(super) fn contiguous(self, range: IovaRange) -> Contiguous<'a, T, F> {
+        Contiguous {
+            iter: self.iter(range),
+            uncovered: Some(range.start()),
+        }
+    }
+}
+
+/// The areas that intersect a range, in ascending order.
+pub(crate) struct Iter<'a, T, const F: usize = 16> {
+    areas: Areas<'a, T, F>,
+    /// Leaf and slot of the next area, which may lie behind the range.
+    next: Option<(&'a Node<T, F>, usize)>,
+    /// The last address of the range.
+    last: Iova,
+}
+
+impl<'a, T, const F: usize> Iterator for Iter<'a, T, F> {
+    type Item = Entry<'a, T>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let (leaf, at) = self.next.take()?;
+        let entry = self.areas.entry(leaf, at);
+        if entry.range.start() > self.last {
+            return None;
+        }
+        if entry.range.last() < self.last {
+            // Behind the last slot of a leaf a search from the root finds the next one: no stack to keep.
+            self.next = if at + 1 < leaf.len() {
+                Some((leaf, at + 1))
+            } else {
+                let behind = entry.range.last().checked_add(1);
+                behind.and_then(|x| self.areas.find(x))
+            };
+        }
+        Some(entry)
+    }
+}
+
+/// The areas that cover a range without a hole, in ascending order. At the first hole it yields the first address that
+/// no area holds, and ends.
+pub(crate) struct Contiguous<'a, T, const F: usize = 16> {
+    iter: Iter<'a, T, F>,
+    /// The first address of the range that no area so far holds.
+    uncovered: Option<Iova>,
+}
+
+impl<'a, T, const F: usize> Iterator for Contiguous<'a, T, F> {
+    type Item = Result<Entry<'a, T>, Iova>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let at = self.uncovered.take()?;
+        match self.iter.next() {
+            Some(entry) if entry.range.start() <= at => {
+                if entry.range.last() < self.iter.last {
+                    self.uncovered = entry.range.last().checked_add(1);
+                }
+                Some(Ok(entry))
+            }
+            _ => Some(Err(at)),
+        }
+    }
+}
+
+/// The areas of a tree at the moment of [`AreaTree::snapshot`]. Later updates do not show.
+///
+/// Nothing that is removed meanwhile is freed while the snapshot lives; keep it short.
+pub(crate) struct Snapshot<'t, T, const F: usize = 16> {
+    root: *const Node<T, F>,
+    /// Keeps what the root leads to alive.
+    _pinned: Pinned,
+    tree: PhantomData<&'t AreaTree<T, F>>,
+}
+
+impl<'t, T, const F: usize> Snapshot<'t, T, F> {
+    /// # Safety
+    /// `root` was loaded from `tree` with Acquire while `pinned` was pinned.
+    pub(super) unsafe fn new(
+        _tree: &'t AreaTree<T, F>,
+        root: *const Node<T, F>,
+        pinned: Pinned,
+    ) -> Self {
+        Snapshot {
+            root,
+            _pinned: pinned,
+            tree: PhantomData,
+        }
+    }
+
+    fn areas(&self) -> Areas<'_, T, F> {
+        // SAFETY:
+        // - a node or null: by the contract of `new`.
+        // - alive while `self` is borrowed: `_pinned` was pinned when the root was loaded (Inv. 3), and the tree, which
+        //   is borrowed as long as `self` lives, is not dropped.
+        // - unchanged: published nodes do not change (Inv. 2).
+        unsafe { Areas::below(self.root) }
+    }
+
+    /// The number of areas.
+    pub(crate) fn len(&self) -> usize {
+        self.areas().len()
+    }
+
+    /// The area that holds `iova`.
+    #[inline]
+    pub(crate) fn lookup(&self, iova: Iova) -> Option<Entry<'_, T>> {
+        self.areas().lookup(iova)
+    }
+
+    /// The lowest area that shares an address with `range`.
+    #[cfg(test)]
+    pub(crate) fn first_intersecting(&self, range: IovaRange) -> Option<Entry<'_, T>> {
+        self.areas().first_intersecting(range)
+    }
+
+    /// The areas that share an address with `range`, in ascending order.
+    pub(crate) fn iter(&self, range: IovaRange) -> Iter<'_, T, F> {
+        self.areas().iter(range)
+    }
+
+    /// The areas that cover `range`, up to the first hole: see [`Contiguous`].
+    pub(crate) fn contiguous(&self, range: IovaRange) -> Contiguous<'_, T, F> {
+        self.areas().contiguous(range)
+    }
+
+    /// Asserts invariants 1 and 5, and that every annotation, level and count is exact.
+    ///
+    /// # Panics
+    /// If one does not hold.
+    #[cfg(test)]
+    pub(crate) fn internal_validate(&self) {
+        self.areas().internal_validate();
+    }
+}

@@ -1,0 +1,512 @@
+//! Single-threaded properties against a `BTreeMap`, drop counting, and stress with threads.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+
+use super::AreaTree;
+use super::edit::Edit;
+use super::reclaim::Pinned;
+use crate::error::Error;
+use crate::sync::{Arc, AtomicBool, AtomicUsize, Ordering, thread};
+use crate::units::{Iova, IovaRange};
+
+fn range(start: u64, last: u64) -> IovaRange {
+    IovaRange::new(Iova::new(start), Iova::new(last)).unwrap()
+}
+
+/// xorshift64*, so that a failure repeats.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % bound
+    }
+
+    /// An address in `SPAN`, the lower half of which lies at 0 and the upper half at `u64::MAX`.
+    fn address(&mut self) -> u64 {
+        spread(self.below(SPAN))
+    }
+
+    fn range(&mut self) -> IovaRange {
+        let first = self.below(SPAN);
+        let last = (first + self.below(24)).min(SPAN - 1);
+        range(spread(first), spread(last))
+    }
+}
+
+const SPAN: u64 = 4096;
+
+fn spread(x: u64) -> u64 {
+    if x < SPAN / 2 {
+        x
+    } else {
+        u64::MAX - (SPAN - 1 - x)
+    }
+}
+
+/// Counts its drops.
+#[derive(Debug)]
+struct Counted {
+    id: u64,
+    drops: Arc<AtomicUsize>,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.drops.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Makes areas and knows how many there were.
+#[derive(Default)]
+struct Maker {
+    made: u64,
+    drops: Arc<AtomicUsize>,
+}
+
+impl Maker {
+    fn area(&mut self) -> Arc<Counted> {
+        self.made += 1;
+        Arc::new(Counted {
+            id: self.made,
+            drops: Arc::clone(&self.drops),
+        })
+    }
+
+    /// Drives the epoch until `expected` areas were dropped; other tests may hold it back for a while.
+    fn wait_for_drops(&self, expected: u64) {
+        for _ in 0..1_000_000 {
+            if self.drops.load(Ordering::Relaxed) as u64 >= expected {
+                break;
+            }
+            Pinned::new().flush();
+            thread::yield_now();
+        }
+        assert_eq!(self.drops.load(Ordering::Relaxed) as u64, expected);
+    }
+}
+
+/// The dumb version: start to (last, id).
+type Model = BTreeMap<u64, (u64, u64)>;
+
+fn intersecting(model: &Model, asked: IovaRange) -> Vec<(u64, u64, u64)> {
+    model
+        .iter()
+        .filter(|&(&start, &(last, _))| range(start, last).intersects(asked))
+        .map(|(&start, &(last, id))| (start, last, id))
+        .collect()
+}
+
+fn insert<const F: usize>(
+    edit: &mut Edit<'_, Counted, F>,
+    model: &mut Model,
+    asked: IovaRange,
+    area: &Arc<Counted>,
+) {
+    match (edit.insert(asked, area), intersecting(model, asked).first()) {
+        (Ok(()), None) => {
+            model.insert(asked.start().get(), (asked.last().get(), area.id));
+        }
+        (
+            Err(Error::Overlap {
+                range: refused,
+                existing,
+            }),
+            Some(&(start, last, _)),
+        ) => {
+            assert_eq!((refused, existing), (asked, range(start, last)));
+        }
+        (got, want) => panic!("{asked}: {got:?}, but the model has {want:?}"),
+    }
+}
+
+fn remove<const F: usize>(edit: &mut Edit<'_, Counted, F>, model: &mut Model, start: u64) {
+    let got = edit.remove(Iova::new(start)).map(|area| area.id);
+    assert_eq!(got, model.remove(&start).map(|(_, id)| id));
+}
+
+/// A start that is mapped, most of the time.
+fn some_start(random: &mut Random, model: &Model) -> u64 {
+    let from = random.address();
+    match model.range(from..).next() {
+        Some((&start, _)) if random.below(8) != 0 => start,
+        _ => from,
+    }
+}
+
+fn assert_same<const F: usize>(tree: &AreaTree<Counted, F>, model: &Model, random: &mut Random) {
+    tree.internal_validate();
+    let snapshot = tree.snapshot();
+    assert_eq!(snapshot.len(), model.len());
+    let asked = random.range();
+    for asked in [IovaRange::ALL, asked] {
+        let got: Vec<_> = snapshot
+            .iter(asked)
+            .map(|e| (e.range.start().get(), e.range.last().get(), e.area.id))
+            .collect();
+        assert_eq!(got, intersecting(model, asked));
+        let first = snapshot.first_intersecting(asked);
+        assert_eq!(first.map(|e| e.area.id), got.first().map(|&(_, _, id)| id));
+    }
+
+    for at in [0, u64::MAX, random.address(), random.address()] {
+        let want = intersecting(model, range(at, at))
+            .first()
+            .map(|&(_, _, id)| id);
+        assert_eq!(snapshot.lookup(Iova::new(at)).map(|e| e.area.id), want);
+    }
+
+    let mut uncovered = Some(asked.start().get());
+    for found in snapshot.contiguous(asked) {
+        let at = uncovered.expect("nothing comes after the end");
+        match found {
+            Ok(entry) => {
+                assert!(entry.range.contains(Iova::new(at)));
+                assert_eq!(model[&entry.range.start().get()].1, entry.area.id);
+                let more = entry.range.last() < asked.last();
+                uncovered = more.then(|| entry.range.last().get() + 1);
+            }
+            Err(hole) => {
+                assert_eq!(hole.get(), at);
+                assert!(intersecting(model, range(at, at)).is_empty());
+                return;
+            }
+        }
+    }
+    assert_eq!(uncovered, None, "ended without covering {asked}");
+}
+
+/// Random batches, some of which end in an error, that grow the tree and shrink it again.
+fn agrees_with_a_btree_map<const F: usize>(seed: u64, rounds: u64) {
+    let mut random = Random(seed);
+    let mut maker = Maker::default();
+    let mut model = Model::new();
+    let tree: AreaTree<Counted, F> = AreaTree::new();
+    for round in 0..rounds {
+        let mut edited = model.clone();
+        let fails = random.below(8) == 0;
+        let size = if random.below(10) == 0 {
+            random.below(100)
+        } else {
+            random.below(4)
+        };
+        let growing = round / 200 % 2 == 0;
+        let result = tree.update(|edit| {
+            for _ in 0..size {
+                if (random.below(10) < 7) == growing {
+                    insert(edit, &mut edited, random.range(), &maker.area());
+                } else {
+                    let start = some_start(&mut random, &edited);
+                    remove(edit, &mut edited, start);
+                }
+                assert_eq!(edit.len(), edited.len());
+            }
+            let seen: Vec<_> = edit.iter(IovaRange::ALL).map(|e| e.area.id).collect();
+            assert_eq!(seen, edited.values().map(|&(_, id)| id).collect::<Vec<_>>());
+            if fails { Err("refused") } else { Ok(()) }
+        });
+        assert_eq!(result, if fails { Err("refused") } else { Ok(()) });
+        if !fails {
+            model = edited;
+        }
+        assert_same(&tree, &model, &mut random);
+    }
+    // Down to nothing, one at a time.
+    while let Some((&start, _)) = model.range(some_start(&mut random, &model)..).next() {
+        let removed = tree.update(|edit| Ok::<_, Infallible>(edit.remove(Iova::new(start))));
+        let Ok(removed) = removed;
+        assert_eq!(
+            removed.map(|area| area.id),
+            model.remove(&start).map(|(_, id)| id)
+        );
+        tree.internal_validate();
+    }
+    drop(tree);
+    maker.wait_for_drops(maker.made);
+}
+
+#[test]
+fn narrow_nodes_agree_with_a_btree_map() {
+    for seed in 1..=4 {
+        agrees_with_a_btree_map::<4>(seed, 1000);
+    }
+}
+
+#[test]
+fn wide_nodes_agree_with_a_btree_map() {
+    for seed in 5..=8 {
+        agrees_with_a_btree_map::<16>(seed, 1000);
+    }
+}
+
+#[test]
+fn the_whole_address_space_is_one_area() {
+    let tree: AreaTree<u32, 4> = AreaTree::new();
+    assert!(tree.snapshot().lookup(Iova::MIN).is_none());
+    assert_eq!(
+        tree.snapshot()
+            .contiguous(IovaRange::ALL)
+            .map(Result::err)
+            .collect::<Vec<_>>(),
+        [Some(Iova::MIN)]
+    );
+    tree.insert(IovaRange::ALL, Arc::new(7)).unwrap();
+    let snapshot = tree.snapshot();
+    assert_eq!(*snapshot.lookup(Iova::MAX).unwrap().area, 7);
+    assert_eq!(
+        snapshot
+            .contiguous(IovaRange::ALL)
+            .filter(Result::is_ok)
+            .count(),
+        1
+    );
+    let (error, area) = tree.insert(range(5, 5), Arc::new(8)).unwrap_err();
+    assert!(matches!(
+        error,
+        Error::Overlap {
+            existing: IovaRange::ALL,
+            ..
+        }
+    ));
+    assert_eq!(*area, 8, "a refused argument is handed back");
+}
+
+#[test]
+fn ascending_and_descending_inserts_fill_nodes() {
+    for descending in [false, true] {
+        let tree: AreaTree<u64, 4> = AreaTree::new();
+        for i in 0..500 {
+            let at = if descending { 499 - i } else { i };
+            tree.insert(range(at * 10, at * 10 + 9), Arc::new(at))
+                .unwrap();
+            tree.internal_validate();
+        }
+        let snapshot = tree.snapshot();
+        let covered = snapshot.contiguous(range(5, 4995));
+        let areas: Vec<u64> = covered.map(|found| *found.unwrap().area).collect();
+        assert_eq!(areas, (0..500).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn a_refused_batch_leaves_nothing() {
+    let mut maker = Maker::default();
+    let tree: AreaTree<Counted, 4> = AreaTree::new();
+    tree.insert(range(50, 59), maker.area()).unwrap();
+    let refused = tree.update(|edit| {
+        for i in 0..5 {
+            edit.insert(range(i * 10, i * 10 + 9), &maker.area())?;
+        }
+        assert_eq!(edit.remove(Iova::new(50)).map(|area| area.id), Some(1));
+        assert_eq!(edit.remove(Iova::new(10)).map(|area| area.id), Some(3));
+        assert!(edit.remove(Iova::new(11)).is_none());
+        edit.insert(range(25, 60), &maker.area())
+    });
+    assert!(matches!(refused, Err(Error::Overlap { existing, .. }) if existing == range(20, 29)));
+    // Nothing of the batch was ever shared, so it does not wait for the epoch.
+    assert_eq!(maker.drops.load(Ordering::Relaxed), 6);
+    assert_eq!(
+        tree.snapshot()
+            .iter(IovaRange::ALL)
+            .map(|e| e.area.id)
+            .collect::<Vec<_>>(),
+        [1]
+    );
+
+    let panics = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        tree.update(|edit| -> Result<(), Error> {
+            edit.remove(Iova::new(50));
+            edit.insert(range(0, 0), &maker.area())?;
+            panic!("in the middle of a batch")
+        })
+    }));
+    assert!(panics.is_err());
+    assert_eq!(maker.drops.load(Ordering::Relaxed), 7);
+    assert_eq!(
+        tree.snapshot()
+            .iter(IovaRange::ALL)
+            .map(|e| e.area.id)
+            .collect::<Vec<_>>(),
+        [1]
+    );
+    drop(tree);
+    assert_eq!(maker.drops.load(Ordering::Relaxed), 8);
+}
+
+#[test]
+fn a_snapshot_keeps_what_is_removed() {
+    let mut maker = Maker::default();
+    let tree: AreaTree<Counted, 4> = AreaTree::new();
+    for i in 0..20 {
+        tree.insert(range(i * 10, i * 10 + 9), maker.area())
+            .unwrap();
+    }
+    let snapshot = tree.snapshot();
+    let kept = snapshot.lookup(Iova::new(35)).unwrap().to_arc();
+    let Ok(()) = tree.update(|edit| {
+        for i in 0..20 {
+            edit.remove(Iova::new(i * 10)).unwrap();
+        }
+        Ok::<_, Infallible>(())
+    });
+    for _ in 0..10 {
+        Pinned::new().flush();
+    }
+    assert_eq!(tree.snapshot().len(), 0);
+    assert_eq!(
+        maker.drops.load(Ordering::Relaxed),
+        0,
+        "the snapshot still reaches them"
+    );
+    assert_eq!(
+        snapshot
+            .iter(IovaRange::ALL)
+            .map(|e| e.area.id)
+            .sum::<u64>(),
+        210
+    );
+    drop(snapshot);
+    maker.wait_for_drops(19);
+    drop(tree);
+    assert_eq!((kept.id, maker.drops.load(Ordering::Relaxed)), (4, 19));
+    drop(kept);
+    assert_eq!(maker.drops.load(Ordering::Relaxed), 20);
+}
+
+#[test]
+fn one_area_at_several_ranges_is_dropped_once() {
+    let mut maker = Maker::default();
+    let tree: AreaTree<Counted, 4> = AreaTree::new();
+    let area = maker.area();
+    for i in 0..9 {
+        tree.insert(range(i, i), Arc::clone(&area)).unwrap();
+    }
+    drop(area);
+    for i in 0..9 {
+        assert_eq!(maker.drops.load(Ordering::Relaxed), 0);
+        let Ok(removed) = tree.update(|edit| Ok::<_, Infallible>(edit.remove(Iova::new(i))));
+        assert!(removed.is_some());
+    }
+    maker.wait_for_drops(1);
+    // In and out again within one batch: an empty tree stays empty.
+    let Ok(()) = tree.update(|edit| {
+        edit.insert(range(1, 2), &maker.area()).unwrap();
+        assert!(edit.remove(Iova::new(1)).is_some());
+        Ok::<_, Infallible>(())
+    });
+    maker.wait_for_drops(2);
+}
+
+#[test]
+fn of_two_overlapping_inserts_one_wins() {
+    const RANGES: u64 = 2000;
+    let mut maker = Maker::default();
+    let tree: AreaTree<Counted, 4> = AreaTree::new();
+    // The second writer's ranges straddle the borders of the first one's.
+    let areas: Vec<Vec<_>> = (0..2)
+        .map(|_| (0..RANGES).map(|_| maker.area()).collect())
+        .collect();
+    let won: Vec<usize> = thread::scope(|scope| {
+        let writers: Vec<_> = areas
+            .into_iter()
+            .zip([0, 5])
+            .map(|(areas, offset)| {
+                let tree = &tree;
+                scope.spawn(move || {
+                    let mut won = 0;
+                    for (i, area) in (0..).zip(areas) {
+                        let at = i * 10 + offset;
+                        match tree.insert(range(at, at + 9), area) {
+                            Ok(()) => won += 1,
+                            Err((Error::Overlap { range, existing }, _)) => {
+                                assert!(range.intersects(existing));
+                            }
+                            Err((other, _)) => panic!("{other}"),
+                        }
+                    }
+                    won
+                })
+            })
+            .collect();
+        writers.into_iter().map(|w| w.join().unwrap()).collect()
+    });
+    tree.internal_validate();
+    let snapshot = tree.snapshot();
+    assert_eq!(snapshot.len(), won.iter().sum::<usize>());
+    // A refused range has its winner beside it, so no hole is as long as a range and a half.
+    let mut end = 0;
+    for entry in snapshot.iter(IovaRange::ALL) {
+        assert!(entry.range.start().get() < end + 15);
+        end = entry.range.last().get() + 1;
+    }
+    drop(snapshot);
+    drop(tree);
+    maker.wait_for_drops(2 * RANGES);
+}
+
+#[test]
+fn a_reader_sees_all_of_a_batch_or_nothing() {
+    /// Areas that move together between two places.
+    const SET: u64 = 24;
+    const MOVES: u64 = 3000;
+    let mut maker = Maker::default();
+    let tree: AreaTree<Counted, 4> = AreaTree::new();
+    for i in 0..SET {
+        tree.insert(range(i * 16, i * 16 + 7), maker.area())
+            .unwrap();
+    }
+    let noise: Vec<_> = (0..MOVES).map(|_| maker.area()).collect();
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let mover = scope.spawn(|| {
+            for step in 0..MOVES {
+                let (from, to) = (step % 2 * 0x1_0000, (step + 1) % 2 * 0x1_0000);
+                tree.update(|edit| {
+                    for i in 0..SET {
+                        let area = edit.remove(Iova::new(from + i * 16)).unwrap();
+                        edit.insert(range(to + i * 16, to + i * 16 + 7), &area)?;
+                    }
+                    Ok::<_, Error>(())
+                })
+                .unwrap();
+            }
+        });
+        // Inserts and removes between the moved areas, so that the paths collide.
+        let other = scope.spawn(|| {
+            for (i, area) in (0..).zip(noise) {
+                let at = (i % SET) * 16 + 8;
+                tree.insert(range(at, at + 7), area).unwrap();
+                let Ok(removed) =
+                    tree.update(|edit| Ok::<_, Infallible>(edit.remove(Iova::new(at))));
+                assert!(removed.is_some());
+            }
+        });
+        let reader = scope.spawn(|| {
+            let mut places = [false; 2];
+            while !done.load(Ordering::Acquire) {
+                let snapshot = tree.snapshot();
+                snapshot.internal_validate();
+                let moved: Vec<_> = snapshot
+                    .iter(IovaRange::ALL)
+                    .filter(|e| e.area.id <= SET)
+                    .map(|e| (e.area.id, e.range.start().get()))
+                    .collect();
+                let base = moved[0].1;
+                let whole: Vec<_> = (0..SET).map(|i| (i + 1, base + i * 16)).collect();
+                assert_eq!(moved, whole);
+                places[usize::from(base != 0)] = true;
+            }
+            places
+        });
+        mover.join().unwrap();
+        other.join().unwrap();
+        done.store(true, Ordering::Release);
+        assert!(reader.join().unwrap().contains(&true));
+    });
+    assert_eq!(tree.snapshot().len() as u64, SET);
+    drop(tree);
+    maker.wait_for_drops(maker.made);
+}

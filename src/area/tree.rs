@@ -1,0 +1,121 @@
+//! The tree: one atomic root.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::ptr;
+
+use super::edit::Edit;
+use super::node::Node;
+use super::reclaim::Pinned;
+use super::snapshot::Snapshot;
+use crate::error::Error;
+use crate::sync::{Arc, AtomicPtr, Ordering, relax};
+use crate::units::IovaRange;
+
+/// A concurrent map from non-overlapping ranges to shared areas, in nodes of up to `F` slots. See the [module](super).
+///
+/// Areas that were removed are dropped later, on any thread, possibly after the tree.
+pub(crate) struct AreaTree<T, const F: usize = 16> {
+    /// Null while there are no areas.
+    root: AtomicPtr<Node<T, F>>,
+    owns: PhantomData<Arc<T>>,
+}
+
+impl<T: Send + Sync + 'static, const F: usize> AreaTree<T, F> {
+    /// A tree without areas. Allocates nothing.
+    pub(crate) fn new() -> Self {
+        AreaTree {
+            root: AtomicPtr::new(ptr::null_mut()),
+            owns: PhantomData,
+        }
+    }
+
+    /// The areas of this moment. Never waits and never retries.
+    pub(crate) fn snapshot(&self) -> Snapshot<'_, T, F> {
+        let pinned = Pinned::new();
+        // Acquire: pairs with the Release in `Edit::publish`; the nodes and areas below are visible.
+        let root = self.root.load(Ordering::Acquire);
+        // SAFETY: loaded from our root with Acquire, after the pin.
+        unsafe { Snapshot::new(self, root, pinned) }
+    }
+
+    /// Maps `area` at `range`.
+    ///
+    /// # Errors
+    /// [`Error::Overlap`] with the lowest area in the way, and `area` back.
+    pub(crate) fn insert(&self, range: IovaRange, area: Arc<T>) -> Result<(), (Error, Arc<T>)> {
+        self.update(|edit| edit.insert(range, &area))
+            .map_err(|error| (error, area))
+    }
+
+    /// Performs all changes that `change` makes, as one atomic step. Lock-free: `change` runs again, on the new state,
+    /// if another update was published meanwhile, so it must not keep effects of a run that was not the last.
+    ///
+    /// # Errors
+    /// Those of `change`; then the tree is as it was.
+    pub(crate) fn update<R, E>(
+        &self,
+        mut change: impl FnMut(&mut Edit<'_, T, F>) -> Result<R, E>,
+    ) -> Result<R, E> {
+        loop {
+            let pinned = Pinned::new();
+            // Acquire: pairs with the Release in `Edit::publish`; the nodes that the edit reads and shares are visible.
+            let base = self.root.load(Ordering::Acquire);
+            // SAFETY: loaded from our root with Acquire, after the pin; the tree is borrowed for longer.
+            let mut edit = unsafe { Edit::new(base, &pinned) };
+            let result = change(&mut edit)?;
+            // SAFETY: `base` was loaded from this root.
+            if unsafe { edit.publish(&self.root) } {
+                return Ok(result);
+            }
+            drop(pinned);
+            relax();
+        }
+    }
+
+    /// Asserts the invariants of the current state.
+    ///
+    /// # Panics
+    /// If one does not hold.
+    #[cfg(test)]
+    pub(crate) fn internal_validate(&self) {
+        self.snapshot().internal_validate();
+    }
+}
+
+impl<T: Send + Sync + 'static, const F: usize> fmt::Debug for AreaTree<T, F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AreaTree")
+            .field("areas", &self.snapshot().len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl<T, const F: usize> Drop for AreaTree<T, F> {
+    fn drop(&mut self) {
+        // Relaxed: exclusive access, so the last update happened before.
+        let root = self.root.load(Ordering::Relaxed);
+        if !root.is_null() {
+            // SAFETY: `&mut self`: no reader and no edit is left, so all that the root leads to is ours (Inv. 4).
+            unsafe { free_all(root) };
+        }
+    }
+}
+
+/// Frees `node` and all nodes below it, and releases the tree's count of each area.
+///
+/// # Safety
+/// `node` is a node that is reached by nobody else, and it is used no more.
+unsafe fn free_all<T, const F: usize>(node: *mut Node<T, F>) {
+    // SAFETY: made by `Box::into_raw`, and ours to free, by our contract.
+    let node = unsafe { Box::from_raw(node) };
+    for at in 0..node.len() {
+        if node.is_leaf() {
+            // SAFETY: made by `Arc::into_raw`; the count of this slot is ours, by our contract.
+            drop(unsafe { Arc::from_raw(node.area(at)) });
+        } else {
+            // SAFETY: a child is reached only through its parent, so it is ours too.
+            unsafe { free_all(node.child(at)) };
+        }
+    }
+}

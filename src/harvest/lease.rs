@@ -1,0 +1,314 @@
+//! The lease: what a harvest took, until its pages are safe.
+//!
+//! ```text
+//!            sync                commit
+//!  Owed ------------> Synced ------------> done: the pages are the consumer's
+//!    |                   |
+//!    +---- abort, drop --+---------------> every page of the lease is dirty again
+//! ```
+//!
+//! Only a synced lease hands out ranges to copy: before that, writes through stale translations may still land.
+
+use std::fmt;
+use std::marker::PhantomData;
+
+use crate::bitmap::{BitmapView, Runs, Sink};
+use crate::error::Error;
+use crate::flush::{FlushGather, Ticket};
+use crate::source::Stopped;
+use crate::space::{AddressSpace, Area};
+use crate::sync::{Ordering, Step, fence, performs};
+use crate::units::{Granule, Iova, IovaRange};
+
+/// A lease that owes a flush. Nothing may be copied yet.
+#[derive(Debug)]
+pub struct Owed(());
+
+/// A lease whose flush has finished. Its pages may be copied.
+#[derive(Debug)]
+pub struct Synced(());
+
+/// What one harvest took: owed, then synced, then committed or aborted. Dropping it aborts it.
+#[must_use = "a lease that is dropped puts everything back: sync it, copy its pages, commit it"]
+pub struct Lease<'a, State> {
+    holding: Holding<'a>,
+    state: PhantomData<State>,
+}
+
+/// What a harvest found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HarvestReport {
+    /// Areas that were walked.
+    pub areas: u64,
+    /// Bits that went from 0 to 1 in the user's bitmap.
+    pub bits_set: u64,
+    /// Leaves of IO page tables that were cleared and owe an invalidation.
+    pub leaves_cleared: u64,
+    /// Windows of the user's bitmap that were opened.
+    pub windows: u64,
+}
+
+/// What an abort put back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Aborted {
+    /// Bytes that are dirty again.
+    pub bytes: u64,
+    /// Bytes that could not be put back, because no area holds them any more.
+    pub outside_bytes: u64,
+}
+
+impl<'a, State> Lease<'a, State> {
+    /// What the harvest found.
+    pub fn report(&self) -> HarvestReport {
+        self.holding.report
+    }
+
+    /// Makes every page of the lease dirty again. A superset is possible: bits that were set in the user's bitmap
+    /// before the harvest count as well. Does not wait for devices; what is owed stays owed, and the next sync of
+    /// anybody pays it.
+    pub fn abort(mut self) -> Aborted {
+        self.holding.put_back()
+    }
+}
+
+impl<'a> Lease<'a, Owed> {
+    /// Flushes, and so makes the pages of this lease copyable: on return every device has dropped its cached
+    /// translations of them, writes in flight have landed, and marks that were skipped are visible. Waits for
+    /// devices. One flush serves all who wait.
+    ///
+    /// # Errors
+    /// [`SyncError`] with the lease if a source could not flush; it can be tried again.
+    pub fn sync(mut self) -> Result<Lease<'a, Synced>, SyncError<'a>> {
+        match self.holding.flush() {
+            Ok(()) => Ok(Lease {
+                holding: self.holding,
+                state: PhantomData,
+            }),
+            Err(error) => Err(SyncError {
+                error,
+                lease: Box::new(self),
+            }),
+        }
+    }
+}
+
+impl<'a> Lease<'a, Synced> {
+    /// The ranges to copy: maximal runs of dirty granules, in order. Bits that were set in the user's bitmap before
+    /// the harvest count as well.
+    pub fn runs(&self) -> Runs<'a> {
+        self.holding.view.runs()
+    }
+
+    /// Dirty granules in the user's bitmap, within the request.
+    pub fn dirty(&self) -> u64 {
+        self.holding.view.count()
+    }
+
+    /// The bytes that one bit stands for.
+    pub fn granule(&self) -> Granule {
+        self.holding.view.granule()
+    }
+
+    /// The copies are safe: nothing is put back.
+    pub fn commit(mut self) -> HarvestReport {
+        self.holding.commit()
+    }
+}
+
+impl<State> fmt::Debug for Lease<'_, State> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lease")
+            .field("range", &self.holding.view.range())
+            .field("report", &self.holding.report)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a lease holds, whatever its state; puts it back when it is dropped.
+pub(super) struct Holding<'a> {
+    space: &'a AddressSpace,
+    view: BitmapView<'a>,
+    /// The last address that the walk may have touched; `None` before the first area.
+    reached: Option<Iova>,
+    gather: FlushGather,
+    debt: Debt,
+    report: HarvestReport,
+}
+
+/// Where the lease's gather is.
+#[derive(Clone, Copy)]
+enum Debt {
+    /// Still in the lease.
+    Held,
+    /// In the queue, under this ticket.
+    Queued(Ticket),
+    /// Flushed.
+    Paid,
+    /// Committed or put back: nothing is left to do.
+    Settled,
+}
+
+impl<'a> Holding<'a> {
+    /// A lease that has taken nothing yet.
+    pub(super) fn begin(space: &'a AddressSpace, view: BitmapView<'a>) -> Self {
+        space.counters.harvest();
+        Holding {
+            space,
+            view,
+            reached: None,
+            gather: FlushGather::new(),
+            debt: Debt::Held,
+            report: HarvestReport::default(),
+        }
+    }
+
+    /// Takes what is dirty in `area`, as far as the request covers it.
+    pub(super) fn take(&mut self, area: &Area, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+        let Some(part) = area.mapping.range.intersection(self.view.range()) else {
+            return Ok(());
+        };
+        // Before the first bit is touched: a walk that panics in here puts back all that it may have recorded.
+        self.reached = Some(part.last());
+        self.report.areas += 1;
+        for source in &self.space.sources {
+            source.read_and_clear(part, sink, &mut self.gather)?;
+        }
+        area.marks.read_and_clear(part, sink)
+    }
+
+    /// The walk is over.
+    pub(super) fn into_lease(mut self, sink: &Sink<'_>) -> Lease<'a, Owed> {
+        self.report.bits_set = sink.bits_set();
+        self.report.windows = sink.windows();
+        self.report.leaves_cleared = self.gather.entries();
+        self.space.counters.leased(self.bytes());
+        Lease {
+            holding: self,
+            state: PhantomData,
+        }
+    }
+
+    fn flush(&mut self) -> Result<(), Error> {
+        if let Some(ticket) = self.queue() {
+            self.space
+                .flush
+                .wait(ticket, |gather| self.space.invalidate(gather))?;
+            self.debt = Debt::Paid;
+        }
+        if performs(Step::SyncFence) {
+            // SeqCst: F2 of the marks' protocol; pairs with F1 in `Marks::mark`. Also orders the flush before the
+            // copies.
+            fence(Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    /// Hands the gather to the queue, if that has not been done yet.
+    fn queue(&mut self) -> Option<Ticket> {
+        match self.debt {
+            Debt::Held => {
+                let ticket = self.space.flush.owe(&self.gather);
+                self.debt = Debt::Queued(ticket);
+                Some(ticket)
+            }
+            Debt::Queued(ticket) => Some(ticket),
+            Debt::Paid | Debt::Settled => None,
+        }
+    }
+
+    fn commit(&mut self) -> HarvestReport {
+        self.debt = Debt::Settled;
+        self.space.counters.committed(self.bytes());
+        self.report
+    }
+
+    fn put_back(&mut self) -> Aborted {
+        if performs(Step::OweBeforePutBack) {
+            // The debt first, then the pages: see "Why no write is lost" in the module `harvest`.
+            let _ = self.queue();
+        }
+        let mut aborted = Aborted::default();
+        let touched = self
+            .reached
+            .and_then(|last| IovaRange::new(self.view.range().start(), last).ok());
+        for run in self.view.runs() {
+            let Some(run) = touched.and_then(|touched| touched.intersection(run)) else {
+                break;
+            };
+            let outside = self.space.mark_inside(run).bytes;
+            aborted.outside_bytes = aborted.outside_bytes.saturating_add(outside);
+            let all = u64::try_from(run.len()).unwrap_or(u64::MAX);
+            aborted.bytes = aborted.bytes.saturating_add(all - outside.min(all));
+        }
+        let _ = self.queue();
+        self.debt = Debt::Settled;
+        self.space
+            .counters
+            .aborted(self.bytes(), aborted.outside_bytes);
+        aborted
+    }
+
+    /// The bytes that this lease newly reported.
+    fn bytes(&self) -> u64 {
+        let bytes = u128::from(self.report.bits_set) << self.view.granule().lg2();
+        u64::try_from(bytes).unwrap_or(u64::MAX)
+    }
+}
+
+impl Drop for Holding<'_> {
+    fn drop(&mut self) {
+        if !matches!(self.debt, Debt::Settled) {
+            self.put_back();
+        }
+    }
+}
+
+/// Why a harvest gave no whole lease.
+#[derive(Debug, thiserror::Error)]
+pub enum HarvestError<'a> {
+    /// The request was refused before anything was touched.
+    #[error("{0}")]
+    Refused(Error),
+    /// The harvest stopped inside the range.
+    #[error("{0}")]
+    Stopped(Box<StoppedHarvest<'a>>),
+}
+
+/// A harvest that stopped inside its range.
+#[derive(Debug, thiserror::Error)]
+#[error("the harvest stopped at {at}: {error}")]
+pub struct StoppedHarvest<'a> {
+    /// Why it stopped.
+    pub error: Error,
+    /// The first address that was not processed; everything below it is in the lease.
+    pub at: Iova,
+    /// The lease for what was processed.
+    pub lease: Lease<'a, Owed>,
+}
+
+/// A sync that failed. What the lease owes stays owed.
+#[derive(Debug, thiserror::Error)]
+#[error("the flush failed, so nothing of the lease may be copied: {error}")]
+pub struct SyncError<'a> {
+    /// Why the flush failed.
+    pub error: Error,
+    /// The lease, to be synced again or aborted.
+    pub lease: Box<Lease<'a, Owed>>,
+}
+
+/// Keeps the reason and puts the lease back.
+impl From<HarvestError<'_>> for Error {
+    fn from(error: HarvestError<'_>) -> Self {
+        match error {
+            HarvestError::Refused(error) => error,
+            HarvestError::Stopped(stopped) => stopped.error,
+        }
+    }
+}
+
+/// Keeps the reason and puts the lease back.
+impl From<SyncError<'_>> for Error {
+    fn from(error: SyncError<'_>) -> Self {
+        error.error
+    }
+}

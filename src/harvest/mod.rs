@@ -1,0 +1,142 @@
+//! Harvest: read and clear the dirty state of a range, into a lease.
+//!
+//! # The protocol
+//! ```text
+//!  harvester                                              device, CPU writer
+//!  for each area, in order:
+//!    for each dirty leaf, for each word of marks:
+//!      record   set its bits in the user bitmap            sets D (or marks) with each write, unless a cached
+//!      owe      add it to the gather                       translation says "D is set" (or the mark is seen set)
+//!      clear    one atomic read-modify-write
+//!  sync:
+//!      flush    drop cached translations, drain            from here on a write sets D again
+//!      fence    full fence                                 from here on a write marks again
+//!  copy the pages, then commit
+//! ```
+//!
+//! # Why no write is lost
+//! Take a write W to page p that completed before the harvest began; D(p) or its mark was set by then.
+//! * If the bit is still set when the harvest comes to p, the harvest records p, and copies after its sync, so
+//!   after W.
+//! * If it is clear, another harvest cleared it, and that one had recorded p before. Either W came before the end
+//!   of its flush: then W's data is in memory when the flush has drained, and that lease copies p after that. Or W
+//!   came after the flush: then W found no cached translation, and set D anew, after the clear.
+//! * If that other lease is aborted, p is marked again: first its gather is handed to the flush queue, then the
+//!   pages become dirty. Whoever takes the mark from then on finds the debt in the queue, and its own sync pays it.
+//!   In the other order, a harvest could take the mark, sync without a flush and copy p while a device still writes
+//!   through a stale translation.
+//!
+//! A bit that a harvest recorded but another one cleared first is reported by both: a superset, never less.
+
+mod lease;
+mod request;
+
+pub use lease::{
+    Aborted, HarvestError, HarvestReport, Lease, Owed, StoppedHarvest, SyncError, Synced,
+};
+pub use request::HarvestRequest;
+
+use crate::bitmap::{BitmapView, UserBitmap};
+use crate::error::Error;
+use crate::space::AddressSpace;
+use lease::Holding;
+
+impl AddressSpace {
+    /// Reads and clears what is dirty in the request's range, and records it in `bitmap`.
+    ///
+    /// The lease that it returns owes a flush: [`Lease::sync`] before pages are copied, [`Lease::commit`] when the
+    /// copies are safe. A lease that is dropped puts everything back. Lock-free, and never waits; what is dirtied
+    /// meanwhile is reported by this harvest or the next.
+    ///
+    /// # Errors
+    /// [`HarvestError::Refused`], and nothing was touched, in this order: [`Error::Unaligned`] (to the smallest
+    /// page, then to the granule), [`Error::BitmapTooShort`], [`Error::NeverTracked`], and for
+    /// [all-or-nothing](HarvestRequest::all_or_nothing) requests [`Error::Hole`].
+    ///
+    /// [`HarvestError::Stopped`] at a hole, or where a source failed: it has the error, the first address that was
+    /// not processed, and the lease for what was.
+    pub fn harvest<'a>(
+        &'a self,
+        request: &HarvestRequest,
+        bitmap: UserBitmap<'a>,
+    ) -> Result<Lease<'a, Owed>, HarvestError<'a>> {
+        let view = self.check(request, bitmap).map_err(HarvestError::Refused)?;
+        let range = request.range();
+        let snapshot = self.snapshot();
+        let mut sink = view.sink();
+        let mut holding = Holding::begin(self, view);
+        for entry in snapshot.contiguous(range) {
+            let stopped = match entry {
+                Err(at) => Some((at, Error::Hole { at, range })),
+                Ok(entry) => holding
+                    .take(entry.area, &mut sink)
+                    .err()
+                    .map(|stopped| (stopped.at, stopped.error)),
+            };
+            if let Some((at, error)) = stopped {
+                return Err(HarvestError::Stopped(Box::new(StoppedHarvest {
+                    error,
+                    at,
+                    lease: holding.into_lease(&sink),
+                })));
+            }
+        }
+        Ok(holding.into_lease(&sink))
+    }
+
+    /// Records what is dirty in the request's range in `bitmap`, and changes nothing. Owes no flush; what it shows
+    /// may not be copied on the strength of it alone.
+    ///
+    /// # Errors
+    /// As [`harvest`](Self::harvest); what was recorded before a hole or a failure stays in `bitmap`.
+    pub fn peek<'a>(
+        &self,
+        request: &HarvestRequest,
+        bitmap: UserBitmap<'a>,
+    ) -> Result<BitmapView<'a>, Error> {
+        let view = self.check(request, bitmap)?;
+        let range = request.range();
+        let mut sink = view.sink();
+        for entry in self.snapshot().contiguous(range) {
+            let entry = entry.map_err(|at| Error::Hole { at, range })?;
+            // Never empty: a contiguous walk yields areas that intersect the range.
+            let part = entry.range.intersection(range).unwrap_or(range);
+            for source in &self.sources {
+                source
+                    .peek(part, &mut sink)
+                    .map_err(|stopped| stopped.error)?;
+            }
+            entry
+                .area
+                .marks
+                .peek(part, &mut sink)
+                .map_err(|stopped| stopped.error)?;
+        }
+        Ok(view)
+    }
+
+    /// The checks of a request, before anything is touched.
+    fn check<'a>(
+        &self,
+        request: &HarvestRequest,
+        bitmap: UserBitmap<'a>,
+    ) -> Result<BitmapView<'a>, Error> {
+        let range = request.range();
+        if !range.is_aligned(self.page()) {
+            return Err(Error::Unaligned {
+                range,
+                granule: self.page(),
+            });
+        }
+        let view = bitmap.view(range, request.granule())?;
+        if !self.ever_tracked() {
+            return Err(Error::NeverTracked { range });
+        }
+        if request.is_all_or_nothing()
+            && let Some(at) = self.snapshot().contiguous(range).find_map(Result::err)
+        {
+            return Err(Error::Hole { at, range });
+        }
+        Ok(view)
+    }
+}

@@ -1,0 +1,94 @@
+//! What an address space counts.
+
+use crate::flush::FlushStats;
+use crate::sync::{AtomicU64, Ordering};
+
+/// Counts of an [`AddressSpace`](crate::AddressSpace), in bytes and calls since it was made.
+///
+/// While no call is under way, `leased_bytes = committed_bytes + aborted_bytes +` what the live leases hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SpaceStats {
+    /// Harvests that were begun.
+    pub harvests: u64,
+    /// Bytes that harvests newly reported in user bitmaps.
+    pub leased_bytes: u64,
+    /// Of these: bytes of leases that were committed.
+    pub committed_bytes: u64,
+    /// Of these: bytes of leases that were aborted or dropped, and so became dirty again.
+    pub aborted_bytes: u64,
+    /// Bytes that an aborted lease could not put back, because they were unmapped meanwhile.
+    pub put_back_outside_bytes: u64,
+    /// Dirty bytes that unmaps discarded.
+    pub discarded_bytes: u64,
+    /// Marks that touched addresses outside every area.
+    pub outside_marks: u64,
+    /// The flushes.
+    pub flush: FlushStats,
+}
+
+/// The live counters. All are Relaxed: they are statistics, and publish nothing.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    harvests: Count,
+    leased: Count,
+    committed: Count,
+    aborted: Count,
+    put_back_outside: Count,
+    discarded: Count,
+    outside_marks: Count,
+}
+
+impl Counters {
+    pub(crate) fn harvest(&self) {
+        self.harvests.add(1);
+    }
+
+    pub(crate) fn leased(&self, bytes: u64) {
+        self.leased.add(bytes);
+    }
+
+    pub(crate) fn committed(&self, bytes: u64) {
+        self.committed.add(bytes);
+    }
+
+    pub(crate) fn aborted(&self, bytes: u64, outside: u64) {
+        self.aborted.add(bytes);
+        self.put_back_outside.add(outside);
+    }
+
+    pub(crate) fn discarded(&self, bytes: u128) {
+        self.discarded.add(u64::try_from(bytes).unwrap_or(u64::MAX));
+    }
+
+    pub(crate) fn outside_mark(&self) {
+        self.outside_marks.add(1);
+    }
+
+    pub(crate) fn read(&self, flush: FlushStats) -> SpaceStats {
+        SpaceStats {
+            harvests: self.harvests.get(),
+            leased_bytes: self.leased.get(),
+            committed_bytes: self.committed.get(),
+            aborted_bytes: self.aborted.get(),
+            put_back_outside_bytes: self.put_back_outside.get(),
+            discarded_bytes: self.discarded.get(),
+            outside_marks: self.outside_marks.get(),
+            flush,
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Count(AtomicU64);
+
+impl Count {
+    fn add(&self, n: u64) {
+        // Relaxed: a statistic.
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        // Relaxed: a statistic.
+        self.0.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,141 @@
+//! A dirty source as plain as can be, with faults on demand.
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // helpers of tests; each file uses a part of them
+
+use std::collections::BTreeSet;
+use std::sync::Mutex;
+
+use dirtymap::{
+    DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, Mapping, Sink, Stopped,
+};
+
+pub const PAGE: u64 = 4096;
+
+/// The `n` pages from page `first` on.
+pub fn pages(first: u64, n: u64) -> IovaRange {
+    IovaRange::from_len(Iova::new(first * PAGE), n * PAGE).unwrap()
+}
+
+/// The error that a [`Fake`] gives on demand.
+#[derive(Debug, thiserror::Error)]
+#[error("broken on purpose")]
+pub struct Broken;
+
+#[derive(Default)]
+pub struct State {
+    pub mapped: Vec<IovaRange>,
+    pub dirty: BTreeSet<u64>,
+    pub invalidated: Vec<IovaRange>,
+    pub tracking: bool,
+    /// Calls that fail from now on.
+    pub refuse_map: bool,
+    pub stop_at: Option<u64>,
+    pub panic_at: Option<u64>,
+    pub fail_invalidations: u32,
+    pub refuse_tracking: bool,
+}
+
+/// One dirty bit for each page, behind one lock.
+#[derive(Default)]
+pub struct Fake(pub Mutex<State>);
+
+impl Fake {
+    pub fn with<R>(&self, f: impl FnOnce(&mut State) -> R) -> R {
+        f(&mut self.0.lock().unwrap_or_else(|e| e.into_inner()))
+    }
+
+    /// A device writes page `n`.
+    pub fn dirty(&self, n: u64) {
+        self.with(|s| s.dirty.insert(n));
+    }
+}
+
+fn numbers(range: IovaRange) -> std::ops::RangeInclusive<u64> {
+    range.start().get() / PAGE..=range.last().get() / PAGE
+}
+
+impl DirtySource for Fake {
+    fn map(&self, mapping: &Mapping) -> Result<(), Error> {
+        self.with(|s| {
+            if s.refuse_map {
+                return Err(Error::source_failed(Broken));
+            }
+            s.mapped.push(mapping.range);
+            Ok(())
+        })
+    }
+
+    fn unmap(&self, range: IovaRange, gather: &mut FlushGather) -> u64 {
+        self.with(|s| {
+            s.mapped.retain(|mapped| *mapped != range);
+            gather.add(range, Granule::K4);
+            let gone: Vec<u64> = s.dirty.range(numbers(range)).copied().collect();
+            gone.iter().for_each(|n| assert!(s.dirty.remove(n)));
+            gone.len() as u64 * PAGE
+        })
+    }
+
+    fn set_tracking(&self, on: bool) -> Result<(), Error> {
+        self.with(|s| {
+            if s.refuse_tracking {
+                return Err(Error::source_failed(Broken));
+            }
+            if on && !s.tracking {
+                s.dirty.clear();
+            }
+            s.tracking = on;
+            Ok(())
+        })
+    }
+
+    fn read_and_clear(
+        &self,
+        range: IovaRange,
+        sink: &mut Sink<'_>,
+        gather: &mut FlushGather,
+    ) -> Result<(), Stopped> {
+        self.with(|s| {
+            for n in numbers(range) {
+                let at = Iova::new(n * PAGE);
+                if s.stop_at == Some(n) {
+                    return Err(Stopped {
+                        at,
+                        error: Error::source_failed(Broken),
+                    });
+                }
+                assert_ne!(s.panic_at, Some(n), "a source that panics");
+                if s.dirty.contains(&n) {
+                    sink.record(pages(n, 1))
+                        .map_err(|error| Stopped { at, error })?;
+                    gather.add(pages(n, 1), Granule::K4);
+                    s.dirty.remove(&n);
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+        self.with(|s| {
+            for n in s.dirty.range(numbers(range)) {
+                let at = Iova::new(n * PAGE);
+                sink.record(pages(*n, 1))
+                    .map_err(|error| Stopped { at, error })?;
+            }
+            Ok(())
+        })
+    }
+
+    fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error> {
+        self.with(|s| {
+            if s.fail_invalidations > 0 {
+                s.fail_invalidations -= 1;
+                return Err(Error::source_failed(Broken));
+            }
+            s.invalidated.extend(gather.ranges());
+            Ok(Invalidated {
+                commands: gather.ranges().len() as u64,
+                ..Invalidated::default()
+            })
+        })
+    }
+}

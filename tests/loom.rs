@@ -1,0 +1,269 @@
+//! Model checking of the public protocols: every interleaving with a bounded number of preemptions, and every value
+//! that the memory model lets a load return.
+//!
+//! Run by `.ci/run loom`. Each model asserts that it explored more than one execution, and each is run again with
+//! one step of the protocol left out: it must then fail, or it proves nothing.
+#![cfg(dirtymap_loom)]
+#![allow(clippy::unwrap_used)] // helpers of tests
+
+use std::sync::Mutex as StdMutex;
+use std::sync::atomic::{AtomicUsize as StdUsize, Ordering::SeqCst};
+
+use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering::Relaxed, Step, leave_out, lock, thread};
+use dirtymap::{
+    Access, AddressSpace, DirtySource, Error, FlushGather, FlushQueue, Granule, HarvestRequest,
+    Invalidated, Iova, IovaRange, Mapping, Sink, Stopped, UserBitmap,
+};
+
+/// One model at a time: the step that is left out is global.
+static ONE_AT_A_TIME: StdMutex<()> = StdMutex::new(());
+
+/// Runs `model`, which says whether the contract held, as it is: it must hold in every execution. Then without each
+/// of `steps`: it must fail in one. A model reports instead of panicking, because a panic unwinds through objects
+/// of the model checker.
+fn holds_only_with(steps: &[Step], model: impl Fn() -> bool + Sync + Send + Copy + 'static) {
+    let _one = ONE_AT_A_TIME.lock().unwrap_or_else(|e| e.into_inner());
+    let (executions, failures) = explore(None, model);
+    println!("holds in {executions} executions");
+    assert!(executions > 1, "the model explored nothing");
+    assert_eq!(failures, 0, "the contract is broken");
+    for step in steps {
+        let (executions, failures) = explore(Some(*step), model);
+        println!("without {step:?}: fails in {failures} of {executions} executions");
+        assert!(
+            failures > 0,
+            "without {step:?} the model still holds: it proves nothing"
+        );
+    }
+}
+
+/// All executions of `model` without `step`, and how many of them broke the contract.
+fn explore(
+    step: Option<Step>,
+    model: impl Fn() -> bool + Sync + Send + Copy + 'static,
+) -> (usize, usize) {
+    static EXECUTIONS: StdUsize = StdUsize::new(0);
+    static FAILURES: StdUsize = StdUsize::new(0);
+    EXECUTIONS.store(0, SeqCst);
+    FAILURES.store(0, SeqCst);
+    leave_out(step);
+    loom::model(move || {
+        EXECUTIONS.fetch_add(1, SeqCst);
+        if !model() {
+            FAILURES.fetch_add(1, SeqCst);
+        }
+    });
+    leave_out(None);
+    (EXECUTIONS.load(SeqCst), FAILURES.load(SeqCst))
+}
+
+const PAGE: Granule = Granule::K4;
+
+fn page(n: u64) -> IovaRange {
+    IovaRange::from_len(Iova::new(n << 12), 1 << 12).unwrap()
+}
+
+/// Harvests page 0, syncs, copies `data` if it was dirty, commits.
+fn harvest_and_copy(space: &AddressSpace, data: &AtomicU64, copy: &mut u64) {
+    let words = [AtomicU64::new(0)];
+    let lease = space
+        .harvest(
+            &HarvestRequest::new(page(0), PAGE),
+            UserBitmap::shared(&words),
+        )
+        .unwrap();
+    let lease = lease.sync().unwrap();
+    if lease.dirty() == 1 {
+        *copy = data.load(Relaxed);
+    }
+    lease.commit();
+}
+
+/// Rule 1 for marks: the writer skips a page that is marked already while the harvester clears the mark and copies.
+#[test]
+fn a_mark_that_is_skipped_is_never_lost() {
+    holds_only_with(
+        &[Step::MarkFence, Step::SyncFence, Step::RecordBeforeClear],
+        || {
+            let space = AddressSpace::new(PAGE);
+            space.map(page(0), 0, Access::ReadWrite).unwrap();
+            space.set_tracking(true).unwrap();
+            let area = space.area(Iova::MIN).unwrap();
+            area.mark(page(0)).unwrap();
+            let data = Arc::new(AtomicU64::new(0));
+            let writer = {
+                let data = data.clone();
+                thread::spawn(move || {
+                    data.store(1, Relaxed);
+                    area.mark(page(0)).unwrap();
+                })
+            };
+            let mut copy = 0;
+            harvest_and_copy(&space, &data, &mut copy);
+            writer.join().unwrap();
+            harvest_and_copy(&space, &data, &mut copy);
+            copy == 1
+        },
+    );
+}
+
+/// A page with a dirty bit, and one device whose IOTLB holds "D is set". The lock stands for a write in flight: an
+/// invalidation waits for it.
+struct OnePage {
+    dirty: AtomicU64,
+    cached: Mutex<bool>,
+    data: AtomicU64,
+}
+
+impl OnePage {
+    fn device_writes(&self, value: u64) {
+        let mut cached = lock(&self.cached);
+        if !*cached {
+            self.dirty.store(1, dirtymap::sync::Ordering::SeqCst);
+            *cached = true;
+        }
+        self.data.store(value, Relaxed);
+    }
+}
+
+struct Source(Arc<OnePage>);
+
+impl DirtySource for Source {
+    fn map(&self, _: &Mapping) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn unmap(&self, _: IovaRange, _: &mut FlushGather) -> u64 {
+        0
+    }
+
+    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn read_and_clear(
+        &self,
+        range: IovaRange,
+        sink: &mut Sink<'_>,
+        gather: &mut FlushGather,
+    ) -> Result<(), Stopped> {
+        if self.0.dirty.load(dirtymap::sync::Ordering::SeqCst) == 1 {
+            sink.record(range).map_err(|error| Stopped {
+                at: range.start(),
+                error,
+            })?;
+            gather.add(range, PAGE);
+            self.0.dirty.store(0, dirtymap::sync::Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    fn peek(&self, _: IovaRange, _: &mut Sink<'_>) -> Result<(), Stopped> {
+        Ok(())
+    }
+
+    fn invalidate(&self, _: &FlushGather) -> Result<Invalidated, Error> {
+        *lock(&self.0.cached) = false;
+        Ok(Invalidated::default())
+    }
+}
+
+/// Invariant 4: an abort hands over its debt before its pages become dirty again. Otherwise the second harvest
+/// takes the page, syncs without a flush, and the device's next write goes through the stale translation.
+#[test]
+fn an_abort_owes_before_it_puts_back() {
+    holds_only_with(&[Step::OweBeforePutBack], || {
+        let hardware = Arc::new(OnePage {
+            dirty: AtomicU64::new(1),
+            cached: Mutex::new(true),
+            data: AtomicU64::new(1),
+        });
+        let space = AddressSpace::new(PAGE).with_source(Source(hardware.clone()));
+        space.map(page(0), 0, Access::ReadWrite).unwrap();
+        space.set_tracking(true).unwrap();
+        let space = Arc::new(space);
+        let aborter = {
+            let space = space.clone();
+            thread::spawn(move || {
+                let words = [AtomicU64::new(0)];
+                let lease = space
+                    .harvest(
+                        &HarvestRequest::new(page(0), PAGE),
+                        UserBitmap::shared(&words),
+                    )
+                    .unwrap();
+                lease.abort();
+            })
+        };
+        let mut copy = 0;
+        harvest_and_copy(&space, &hardware.data, &mut copy);
+        hardware.device_writes(2);
+        aborter.join().unwrap();
+        harvest_and_copy(&space, &hardware.data, &mut copy);
+        copy == 2
+    });
+}
+
+/// Invariant 5: whoever returns from `wait` finds its range invalidated, whoever did it; two threads need at most
+/// two flushes.
+#[test]
+fn a_ticket_is_honoured_by_a_flush_that_began_later() {
+    holds_only_with(&[Step::WaitForLeader], || {
+        let queue = Arc::new(FlushQueue::new());
+        let stale = Arc::new([AtomicU64::new(1), AtomicU64::new(1)]);
+        let wait = |n: u64, queue: &FlushQueue, stale: &[AtomicU64; 2]| {
+            let mut gather = FlushGather::new();
+            gather.add(page(2 * n), PAGE);
+            let ticket = queue.owe(&gather);
+            queue
+                .wait(ticket, |gather| {
+                    for other in 0..2 {
+                        if gather.ranges().contains(&page(2 * other)) {
+                            stale[other as usize].store(0, Relaxed);
+                        }
+                    }
+                    Ok(Invalidated::default())
+                })
+                .unwrap();
+            stale[n as usize].load(Relaxed) == 0
+        };
+        let other = {
+            let (queue, stale) = (queue.clone(), stale.clone());
+            thread::spawn(move || wait(1, &queue, &stale))
+        };
+        let ours = wait(0, &queue, &stale);
+        let theirs = other.join().unwrap();
+        let stats = queue.stats();
+        let accounted = (stats.owed, stats.retired, stats.pending) == (2, 2, 0);
+        ours && theirs && accounted && stats.flushes <= 2
+    });
+}
+
+/// Two harvesters on one word: each marked page is in at least one of the two leases, and none is left behind.
+#[test]
+fn two_harvesters_share_a_word() {
+    holds_only_with(&[Step::RecordBeforeClear], || {
+        let space = AddressSpace::new(PAGE);
+        let both = IovaRange::new(page(0).start(), page(1).last()).unwrap();
+        space.map(both, 0, Access::ReadWrite).unwrap();
+        space.set_tracking(true).unwrap();
+        space.mark(both).unwrap();
+        let space = Arc::new(space);
+        let harvest = move |space: &AddressSpace| {
+            let words = [AtomicU64::new(0)];
+            let lease = space
+                .harvest(&HarvestRequest::new(both, PAGE), UserBitmap::shared(&words))
+                .unwrap();
+            lease.sync().unwrap().commit();
+            words[0].load(Relaxed)
+        };
+        let other = {
+            let space = space.clone();
+            thread::spawn(move || harvest(&space))
+        };
+        let ours = harvest(&space);
+        let theirs = other.join().unwrap();
+        let left = harvest(&space);
+        ours | theirs == 0b11 && left == 0
+    });
+}
