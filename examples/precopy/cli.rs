@@ -381,11 +381,11 @@ mod tests {
             Some(104_857_600.0)
         );
         let auto = parse("").unwrap();
-        assert_eq!(auto.speed.factor(28_000_000), Some(2.0));
+        assert_eq!(auto.speed.factor(28_000_000), Some(1.4));
         assert_eq!(auto.speed.factor(0), None);
         assert_eq!(
             auto.bandwidth.bytes_per_second(1000, auto.speed),
-            Some(200.0)
+            Some(125.0)
         );
         let max = parse("--speed max").unwrap();
         assert_eq!(max.speed.factor(7), None);

@@ -6,9 +6,10 @@
 //!                                         +--miss, or no D--> walk, set D-+
 //! ```
 //!
-//! A write that was translated is done as far as the device knows, and D is set, but its bytes may still be on their way. So a page can be
-//! harvested and copied before the write arrives, unless the invalidation that follows the harvest waits for it: that is the "drain" of
-//! a flush. A read pushes the device's own earlier writes ahead of it, as reads do on a real bus.
+//! A write that was translated is done as far as the device knows, and D is set, but its bytes may still be on their
+//! way. So a page can be harvested and copied before the write arrives, unless the invalidation that follows the
+//! harvest waits for it: that is the "drain" of a flush. A read pushes the device's own earlier writes ahead of it, as
+//! reads do on a real bus.
 //!
 //! Before each operation the device answers its inbox; see [`port`](crate::port).
 
@@ -65,9 +66,10 @@ pub struct DeviceStats {
 
 /// A device attached to a [`Domain`](crate::Domain). Owned by the thread that drives it.
 ///
-/// From its first operation on the device is **awake**, and an invalidation waits for it until it answers, which it does at its next
-/// operation, in [`service`](Self::service), or by going to sleep in [`quiesce`](Self::quiesce) or when dropped. So one thread that
-/// drives a device and harvests as well must quiesce the device before it flushes. Its IOTLB keeps its contents over a sleep.
+/// From its first operation on the device is **awake**, and an invalidation waits for it until it answers, which it
+/// does at its next operation, in [`service`](Self::service), or by going to sleep in [`quiesce`](Self::quiesce) or
+/// when dropped. So one thread that drives a device and harvests as well must quiesce the device before it flushes. Its
+/// IOTLB keeps its contents over a sleep.
 pub struct Device {
     hardware: Arc<Hardware>,
     port: Arc<Port>,
@@ -108,8 +110,9 @@ impl Device {
         }
     }
 
-    /// Writes `bytes` from `iova` on: any length, any alignment, across pages. The bytes are posted: they land when the FIFO is full, when
-    /// an invalidation drains it, before a read, or in [`land_all`](Self::land_all). Waits for nobody.
+    /// Writes `bytes` from `iova` on: any length, any alignment, across pages. The bytes are posted: they land when the
+    /// FIFO is full, when an invalidation drains it, before a read, or in [`land_all`](Self::land_all). Waits for
+    /// nobody.
     ///
     /// # Errors
     /// [`DmaError`] at the first page that could not be written; the pages before it are written.
@@ -148,8 +151,8 @@ impl Device {
         Ok(())
     }
 
-    /// Answers the requests in the inbox. Every operation does so first; a device that is idle but awake should do so now and then. One
-    /// load if there is nothing to answer.
+    /// Answers the requests in the inbox. Every operation does so first; a device that is idle but awake should do so
+    /// now and then. One load if there is nothing to answer.
     #[inline]
     pub fn service(&mut self) {
         if self.port.has_mail() {
@@ -166,7 +169,8 @@ impl Device {
         landed
     }
 
-    /// Lets all posted writes land and goes to sleep: until its next operation nobody waits for this device. What is cached stays cached.
+    /// Lets all posted writes land and goes to sleep: until its next operation nobody waits for this device. What is
+    /// cached stays cached.
     pub fn quiesce(&mut self) {
         self.land_all();
         if self.awake {
@@ -213,12 +217,14 @@ impl Device {
         }
     }
 
-    /// Where `iova` lies in memory, if the device may access it that way. Sets D for a write, unless a cached entry says it is set.
+    /// Where `iova` lies in memory, if the device may access it that way. Sets D for a write, unless a cached entry
+    /// says it is set.
     #[inline]
     fn translate(&mut self, iova: Iova, direction: Direction) -> Result<u64, DmaError> {
         let tracking = self.hardware.is_tracking();
         if let Some(cached) = self.iotlb.lookup::<AmdV1>(iova) {
-            // While tracking is off, hardware sets no D: the entry is as good as dirty until the flush that enabling ends with.
+            // While tracking is off, hardware sets no D: the entry is as good as dirty until the flush that enabling
+            // ends with.
             cached.dirty |= !tracking;
             let usable = match direction {
                 Direction::Read => cached.access().reads(),

@@ -20,7 +20,8 @@ use crate::table::{Leaf, Table};
 /// The shape of a domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DomainConfig {
-    /// Leaves are not larger than this. Large leaves make tracking coarse; below the smallest page it counts as the smallest page.
+    /// Leaves are not larger than this. Large leaves make tracking coarse; below the smallest page it counts as the
+    /// smallest page.
     pub max_leaf: Granule,
 }
 
@@ -77,8 +78,8 @@ pub(crate) struct Hardware {
 /// One page table, the devices that translate by it, and the switch for dirty tracking: the hardware's side of a
 /// [`DirtySource`](dirtymap::DirtySource).
 ///
-/// Shared by `Arc`. Mapping, unmapping, harvesting and DMA never wait for each other; `invalidate` and enabling wait for every device that is
-/// awake.
+/// Shared by `Arc`. Mapping, unmapping, harvesting and DMA never wait for each other; `invalidate` and enabling wait
+/// for every device that is awake.
 pub struct Domain {
     hardware: Arc<Hardware>,
     max_leaf: Granule,
@@ -160,7 +161,8 @@ impl Domain {
         if ranges.is_empty() || self.hardware.breakage() == Breakage::IgnoreInvalidations {
             return done;
         }
-        // A device that joins after this has nothing cached, and the lock orders its walks after the changes that we invalidate.
+        // A device that joins after this has nothing cached, and the lock orders its walks after the changes that we
+        // invalidate.
         let ports = lock(&self.hardware.ports).clone();
         let ranges = Arc::new(ranges.to_vec());
         let asked: Vec<_> = ports.iter().map(|port| (port, port.ask(&ranges))).collect();
@@ -180,7 +182,8 @@ impl Domain {
 }
 
 impl DirtySource for Domain {
-    /// Refused with [`Error::OutsideMemory`](crate::Error::OutsideMemory) if the memory behind it is not all there, else as by [`Table::map`].
+    /// Refused with [`Error::OutsideMemory`](crate::Error::OutsideMemory) if the memory behind it is not all there,
+    /// else as by [`Table::map`].
     fn map(&self, mapping: &Mapping) -> Result<(), dirtymap::Error> {
         let &Mapping {
             range,
@@ -210,11 +213,12 @@ impl DirtySource for Domain {
 
     /// Enabling goes clear, switch, flush:
     ///
-    /// * the **flush comes last**. Translations cached while tracking was off count as dirty and never look at the table, and those cached
-    ///   with a D that the clear has removed would not either; only after the flush does every write walk;
+    /// * the **flush comes last**. Translations cached while tracking was off count as dirty and never look at the
+    ///   table, and those cached with a D that the clear has removed would not either; only after the flush does every
+    ///   write walk;
     /// * the **switch comes before the flush**, or a device could cache an entry as untracked right after it;
-    /// * the **clear comes before the switch**, so that it removes only what is left from an earlier tracking, and no D that a
-    ///   write sets while tracking is being enabled.
+    /// * the **clear comes before the switch**, so that it removes only what is left from an earlier tracking, and no D
+    ///   that a write sets while tracking is being enabled.
     fn set_tracking(&self, on: bool) -> Result<(), dirtymap::Error> {
         let _switch = lock(&self.switch);
         if self.hardware.is_tracking() == on {
@@ -223,8 +227,8 @@ impl DirtySource for Domain {
         if on {
             self.hardware.table.clean();
         }
-        // Release: the clear comes first. That devices see the switch in time is not this store's work but that of the flush: they
-        // look at the switch after they answered, or after they woke behind F2.
+        // Release: the clear comes first. That devices see the switch in time is not this store's work but that of the
+        // flush: they look at the switch after they answered, or after they woke behind F2.
         self.hardware.tracking.store(on, Ordering::Release);
         if on {
             self.invalidate_ranges(&[IovaRange::ALL]);

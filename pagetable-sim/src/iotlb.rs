@@ -7,8 +7,8 @@
 //!  read, entry absent             walk, insert the entry with the D that was found
 //! ```
 //!
-//! The cache is set-associative, and each leaf size has its own tags: a lookup probes the sizes that are present. It belongs to one
-//! device and one thread; only the [port](crate::port) connects it to the domain.
+//! The cache is set-associative, and each leaf size has its own tags: a lookup probes the sizes that are present. It
+//! belongs to one device and one thread; only the [port](crate::port) connects it to the domain.
 
 use dirtymap::{Access, Iova, IovaRange};
 
@@ -74,14 +74,16 @@ const LEVELS: usize = 8;
 const MAX_SETS: usize = 1 << 16;
 const MAX_WAYS: usize = 64;
 
-/// The tag of the page with number `number`, of leaves of `level`. Never `NO_TAG`; pages have at least 8 bytes, so nothing is lost.
+/// The tag of the page with number `number`, of leaves of `level`. Never `NO_TAG`; pages have at least 8 bytes, so
+/// nothing is lost.
 #[inline]
 fn tag(number: u64, level: u32) -> u64 {
     (number << 3) | (u64::from(level) + 1)
 }
 
 impl Iotlb {
-    /// An empty cache of `sets` (rounded up to a power of two) times `ways` entries; each at least 1 and at most 65536 and 64.
+    /// An empty cache of `sets` (rounded up to a power of two) times `ways` entries; each at least 1 and at most 65536
+    /// and 64.
     pub(crate) fn new(sets: usize, ways: usize) -> Self {
         let sets = sets.clamp(1, MAX_SETS).next_power_of_two();
         let ways = ways.clamp(1, MAX_WAYS);

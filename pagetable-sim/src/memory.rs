@@ -1,12 +1,12 @@
 //! Simulated physical memory: bytes that devices write while others copy them.
 //!
-//! A harvester copies pages that devices may be writing at that moment, so every access is atomic: memory is an array of
-//! 64-bit words, little endian, accessed by relaxed loads and stores. A write that covers a word only in part merges its bytes into
-//! the word by compare-exchange, so that two devices writing the two halves of a word never undo each other. Mixing access
-//! sizes on one location would be undefined; there is only one size.
+//! A harvester copies pages that devices may be writing at that moment, so every access is atomic: memory is an array
+//! of 64-bit words, little endian, accessed by relaxed loads and stores. A write that covers a word only in part merges
+//! its bytes into the word by compare-exchange, so that two devices writing the two halves of a word never undo each
+//! other. Mixing access sizes on one location would be undefined; there is only one size.
 //!
-//! Bytes of different words become visible in any order, as on a real bus. What orders them is the invalidation: it returns after the
-//! device has landed its posted writes and said so with Release.
+//! Bytes of different words become visible in any order, as on a real bus. What orders them is the invalidation: it
+//! returns after the device has landed its posted writes and said so with Release.
 
 use dirtymap::sync::{AtomicU64, Ordering};
 
@@ -16,9 +16,9 @@ const WORD: usize = size_of::<u64>();
 
 /// Simulated physical memory, zeroed at the start. Physical addresses are byte offsets into it.
 ///
-/// Pages that nobody wrote cost no host memory, so a large sparse memory is cheap. All methods take `&self` and may be called by many
-/// threads at once, on the same bytes too; bytes written by one call while another one reads them are seen old or new, each word
-/// as a whole.
+/// Pages that nobody wrote cost no host memory, so a large sparse memory is cheap. All methods take `&self` and may be
+/// called by many threads at once, on the same bytes too; bytes written by one call while another one reads them are
+/// seen old or new, each word as a whole.
 pub struct PhysMemory {
     words: Words,
     len: u64,
@@ -104,7 +104,8 @@ impl PhysMemory {
         Ok(())
     }
 
-    /// The words from the one that holds `phys` on, and the place of `phys` in it, if `len` bytes from there lie inside.
+    /// The words from the one that holds `phys` on, and the place of `phys` in it, if `len` bytes from there lie
+    /// inside.
     #[inline]
     fn words_from(&self, phys: u64, len: usize) -> Result<(&[AtomicU64], usize), Error> {
         self.check(phys, len as u64)?;
@@ -188,8 +189,8 @@ impl Words {
     fn all(&self) -> &[AtomicU64] {
         let first = self.map.as_mut_ptr().cast::<AtomicU64>();
         // SAFETY:
-        // - valid for `count` words as long as `self.map` lives: it was mapped with at least `count * WORD` bytes, readable and
-        //   writable, and is neither remapped nor unmapped before it is dropped.
+        // - valid for `count` words as long as `self.map` lives: it was mapped with at least `count * WORD` bytes,
+        //   readable and writable, and is neither remapped nor unmapped before it is dropped.
         // - aligned: a mapping starts at a page.
         // - initialised: anonymous memory is zero, and every bit pattern is an `AtomicU64`.
         // - all access is through these atomics: nobody else is given the pointer.

@@ -1,8 +1,8 @@
 //! The port between a domain and one device: invalidation requests go in, acknowledgements come out.
 //!
-//! A device never waits: it uses its IOTLB, and between two operations it answers the requests in its inbox, if there are any. A device
-//! that sleeps answers nothing, and nobody may wait for it: it has no write in flight, and it looks into its inbox before it uses its
-//! IOTLB again. An invalidator must tell the two apart without a lock:
+//! A device never waits: it uses its IOTLB, and between two operations it answers the requests in its inbox, if there
+//! are any. A device that sleeps answers nothing, and nobody may wait for it: it has no write in flight, and it looks
+//! into its inbox before it uses its IOTLB again. An invalidator must tell the two apart without a lock:
 //!
 //! ```text
 //!  device                                       invalidator (what it invalidates is changed in the table already)
@@ -16,18 +16,18 @@
 //! ```
 //!
 //! Either F1 or F2 comes first in the one order of all SeqCst fences:
-//! - if F1 does, I2 sees D1 (or the D5 of that activity, or something newer). If it sees true, it waits. If it sees a false of D5, all
-//!   that this activity had in flight has landed and is visible, and the next activity begins with a new F1 that comes after F2:
-//!   the other branch;
-//! - if F2 does, D2 sees the request of I1, and every walk from D3 on sees the table as the invalidator left it. What I2 sees does not
-//!   matter: the device answers before it uses its IOTLB.
+//! - if F1 does, I2 sees D1 (or the D5 of that activity, or something newer). If it sees true, it waits. If it sees a
+//!   false of D5, all that this activity had in flight has landed and is visible, and the next activity begins with a
+//!   new F1 that comes after F2: the other branch;
+//! - if F2 does, D2 sees the request of I1, and every walk from D3 on sees the table as the invalidator left it. What
+//!   I2 sees does not matter: the device answers before it uses its IOTLB.
 //!
-//! The answer comes after the device has dropped the cached entries **and** landed its posted writes. It is a Release that the
-//! invalidator acquires, so memory read after an invalidation holds every write that was translated before it.
+//! The answer comes after the device has dropped the cached entries **and** landed its posted writes. It is a Release
+//! that the invalidator acquires, so memory read after an invalidation holds every write that was translated before it.
 //!
-//! Requests to a sleeping device stay in its inbox and are as precise as any other, so a range that somebody forgot to flush stays cached
-//! over the sleep. After [`MAX_UNREAD`] of them the device is told to drop everything instead, so that an inbox cannot grow without
-//! bound.
+//! Requests to a sleeping device stay in its inbox and are as precise as any other, so a range that somebody forgot to
+//! flush stays cached over the sleep. After [`MAX_UNREAD`] of them the device is told to drop everything instead, so
+//! that an inbox cannot grow without bound.
 
 use std::ptr;
 
@@ -76,8 +76,8 @@ impl Port {
 
     // The invalidator's side.
 
-    /// Asks the device to drop what it has cached for `ranges`, which ascend and are disjoint (I1). Does not wait. `None` if the device
-    /// sleeps and was told to drop everything.
+    /// Asks the device to drop what it has cached for `ranges`, which ascend and are disjoint (I1). Does not wait.
+    /// `None` if the device sleeps and was told to drop everything.
     pub(crate) fn ask(&self, ranges: &Arc<Vec<IovaRange>>) -> Option<Arc<Receipt>> {
         // Relaxed: an estimate that bounds the inbox; nothing is decided by it that would not be right either way.
         if self.unread.load(Ordering::Relaxed) >= MAX_UNREAD && self.overflow() {
@@ -96,7 +96,8 @@ impl Port {
         Some(receipt)
     }
 
-    /// Waits until the device has answered, or sleeps (I2). The caller has performed F2, `fence(SeqCst)`, since it asked.
+    /// Waits until the device has answered, or sleeps (I2). The caller has performed F2, `fence(SeqCst)`, since it
+    /// asked.
     pub(crate) fn wait(&self, receipt: &Receipt) -> Invalidated {
         loop {
             // Acquire: pairs with the Release in `Request::acknowledge`; what the device landed before it is visible.
@@ -135,10 +136,10 @@ impl Port {
         loop {
             // SAFETY: `request` came from `Box::into_raw` above and is not published yet, so it is ours alone.
             unsafe { (*request).next = top };
-            // Release on success: publishes the request, and the changes of the table that it speaks of; pairs with the Acquire in
-            // `take`. The requests below were published by their own pushes, whose release sequences this one continues.
-            // Relaxed on failure: as the load above. A top that was taken and pushed again meanwhile is no matter: we link to
-            // whatever is the top and never look into it.
+            // Release on success: publishes the request, and the changes of the table that it speaks of; pairs with the
+            // Acquire in `take`. The requests below were published by their own pushes, whose release sequences this
+            // one continues. Relaxed on failure: as the load above. A top that was taken and pushed again meanwhile is
+            // no matter: we link to whatever is the top and never look into it.
             match self.inbox.compare_exchange_weak(
                 top,
                 request,
@@ -153,7 +154,8 @@ impl Port {
 
     // The device's side.
 
-    /// Begins to be active (D1, F1). Returns whether everything cached must be dropped. The device looks into its inbox next.
+    /// Begins to be active (D1, F1). Returns whether everything cached must be dropped. The device looks into its inbox
+    /// next.
     pub(crate) fn wake(&self) -> bool {
         // Relaxed: ordered by the fence.
         self.active.store(true, Ordering::Relaxed);
@@ -196,8 +198,8 @@ impl Drop for Port {
     }
 }
 
-// SAFETY: all fields are atomics; the requests that `inbox` leads to are owned by whoever swaps the pointer out, and are `Send`: ranges,
-// a receipt of atomics, and the pointer to the next one.
+// SAFETY: all fields are atomics; the requests that `inbox` leads to are owned by whoever swaps the pointer out, and
+// are `Send`: ranges, a receipt of atomics, and the pointer to the next one.
 unsafe impl Send for Port {}
 // SAFETY: as for `Send`; shared access is by atomic operations only.
 unsafe impl Sync for Port {}
@@ -232,7 +234,8 @@ impl Iterator for Requests<'_> {
         if self.top.is_null() {
             return None;
         }
-        // SAFETY: made by `Box::into_raw` in `push`; the swap in `take` made the whole stack ours, and each is taken once.
+        // SAFETY: made by `Box::into_raw` in `push`; the swap in `take` made the whole stack ours, and each is taken
+        // once.
         let request = unsafe { Box::from_raw(self.top) };
         self.top = request.next;
         // Relaxed: an estimate.

@@ -66,14 +66,14 @@ fn pass(domain: &Domain, copy: &mut u64) {
     }
 }
 
-/// Lets the other thread go on. A thread that waits for an answer is scheduled again only when this one pauses, blocks or ends, so without
-/// a pause after the answer the model would never copy while the device goes on.
+/// Lets the other thread go on. A thread that waits for an answer is scheduled again only when this one pauses, blocks
+/// or ends, so without a pause after the answer the model would never copy while the device goes on.
 fn idle() {
     thread::yield_now();
 }
 
-/// A device writes twice to one page and then answers once more, while a harvester copies what it finds. When the device is gone, one last
-/// pass must make the copy equal to the memory. Returns whether it did.
+/// A device writes twice to one page and then answers once more, while a harvester copies what it finds. When the
+/// device is gone, one last pass must make the copy equal to the memory. Returns whether it did.
 fn two_writes_against_a_harvest() -> bool {
     let domain = domain();
     domain.set_tracking(true).unwrap();
@@ -94,7 +94,8 @@ fn two_writes_against_a_harvest() -> bool {
     copy == 2
 }
 
-/// A device that sleeps with a cached translation wakes and writes while a harvester flushes: it is either waited for, or finds the request.
+/// A device that sleeps with a cached translation wakes and writes while a harvester flushes: it is either waited for,
+/// or finds the request.
 fn waking_against_a_harvest() -> bool {
     waking(|_| ())
 }
@@ -128,8 +129,8 @@ fn waking(while_it_sleeps: fn(&Domain)) -> bool {
     copy == 2
 }
 
-/// A device that cached its translation untracked writes while tracking is being enabled. Returns whether the write is copied if it began
-/// after the enabling.
+/// A device that cached its translation untracked writes while tracking is being enabled. Returns whether the write is
+/// copied if it began after the enabling.
 fn a_write_against_enabling() -> bool {
     let domain = domain();
     let mut device = domain.attach(DEVICE);
@@ -155,8 +156,8 @@ fn a_write_against_enabling() -> bool {
     !tracked || copy == 3
 }
 
-/// Explores `model` without `step`; returns how many executions there were and how many of them lost a write. A lost write is counted, not
-/// asserted: a panic would drop the epoch's state outside of the model.
+/// Explores `model` without `step`; returns how many executions there were and how many of them lost a write. A lost
+/// write is counted, not asserted: a panic would drop the epoch's state outside of the model.
 fn explore(step: Option<Step>, name: &str, model: fn() -> bool) -> (usize, usize) {
     leave_out(step);
     let counts = std::sync::Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));

@@ -249,7 +249,8 @@ fn ignored_invalidations_lose_the_next_write() {
     assert_eq!(bytes(domain.memory(), 5 * K4, 1), [2]);
 }
 
-/// Writes, harvests and flushes while the device answers on a thread of its own; returns what the copy made after the flush holds.
+/// Writes, harvests and flushes while the device answers on a thread of its own; returns what the copy made after the
+/// flush holds.
 fn copy_after_flush(breakage: Breakage) -> (u8, Vec<u64>) {
     let domain = domain(8, Granule::K4);
     domain.set_tracking(true).unwrap();
@@ -428,9 +429,10 @@ fn devices_come_and_go() {
     assert_eq!(domain.stats().devices, 0);
 }
 
-/// Two devices write while a harvester copies what it finds; then the devices stop and one last harvest copies the rest. Three writes in four
-/// go to four hot pages, which stay cached; each of the others goes to a page of its own, which is written once. After each burst a device
-/// only answers until a harvest has gone by. Returns in how many words the copy differs from the memory.
+/// Two devices write while a harvester copies what it finds; then the devices stop and one last harvest copies the
+/// rest. Three writes in four go to four hot pages, which stay cached; each of the others goes to a page of its own,
+/// which is written once. After each burst a device only answers until a harvest has gone by. Returns in how many words
+/// the copy differs from the memory.
 fn precopy(breakage: Breakage, max_leaf: Granule, config: DeviceConfig) -> usize {
     const HOT: u64 = 4;
     const BURSTS: u64 = 16;

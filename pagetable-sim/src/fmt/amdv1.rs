@@ -13,11 +13,12 @@
 //! | 61 | IR | devices may read |
 //! | 62 | IW | devices may write |
 //!
-//! Four levels translate 48 bits; leaves of 4 KiB, 2 MiB and 1 GiB. The document counts levels from 1 at the bottom, so an entry of our
-//! level `l` leads to the document's level `l`. Leaves of other sizes (next level 7, replicated entries) are not used.
+//! Four levels translate 48 bits; leaves of 4 KiB, 2 MiB and 1 GiB. The document counts levels from 1 at the bottom, so
+//! an entry of our level `l` leads to the document's level `l`. Leaves of other sizes (next level 7, replicated
+//! entries) are not used.
 //!
-//! The model checker gets two levels of two entries and pages of 8 bytes: four pages in all, with the same bits. The address field
-//! holds the number of the frame, so it is free of the low bits at any page size.
+//! The model checker gets two levels of two entries and pages of 8 bytes: four pages in all, with the same bits. The
+//! address field holds the number of the frame, so it is free of the low bits at any page size.
 
 use dirtymap::Access;
 
@@ -34,7 +35,8 @@ const FC: u64 = 1 << 60;
 const IR: u64 = 1 << 61;
 const IW: u64 = 1 << 62;
 
-/// The host page table of AMD's IOMMU, version 1: four levels, 48 bits of address, leaves of 4 KiB, 2 MiB and 1 GiB, D in bit 6.
+/// The host page table of AMD's IOMMU, version 1: four levels, 48 bits of address, leaves of 4 KiB, 2 MiB and 1 GiB, D
+/// in bit 6.
 #[derive(Clone, Copy, Debug)]
 pub struct AmdV1;
 

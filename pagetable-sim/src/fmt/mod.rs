@@ -1,7 +1,7 @@
 //! Page-table formats: what the bits of an entry mean.
 //!
-//! The table algorithms are written once, over [`Format`]; a format is one file of pure functions on an entry. Levels count from the
-//! bottom: a table of level 0 holds the smallest pages, the root has level `LEVELS - 1`.
+//! The table algorithms are written once, over [`Format`]; a format is one file of pure functions on an entry. Levels
+//! count from the bottom: a table of level 0 holds the smallest pages, the root has level `LEVELS - 1`.
 
 mod amdv1;
 
@@ -25,11 +25,11 @@ impl Iopte {
 
 /// The meaning of an entry's bits, and the shape of the tables.
 ///
-/// The functions are pure. Those that take a present entry of the wrong kind (a leaf for a table or the reverse) may return nonsense,
-/// never panic.
+/// The functions are pure. Those that take a present entry of the wrong kind (a leaf for a table or the reverse) may
+/// return nonsense, never panic.
 ///
-/// Sealed: the tables follow the host addresses that [`table_address`](Self::table_address) returns, so memory safety rests on each
-/// format keeping leaves and tables apart.
+/// Sealed: the tables follow the host addresses that [`table_address`](Self::table_address) returns, so memory safety
+/// rests on each format keeping leaves and tables apart.
 pub trait Format: sealed::Sealed + Send + Sync + 'static {
     /// What the format is called.
     const NAME: &'static str;
@@ -57,7 +57,8 @@ pub trait Format: sealed::Sealed + Send + Sync + 'static {
     fn is_leaf(entry: Iopte, level: u32) -> bool;
     /// A clean leaf for a table of `level`, translating to `phys`, which is aligned to the size of such a leaf.
     fn leaf(phys: u64, access: Access, level: u32) -> Iopte;
-    /// An entry of a table of `level` (1 or more) that leads to the table at the host address `address`, a multiple of 4096.
+    /// An entry of a table of `level` (1 or more) that leads to the table at the host address `address`, a multiple of
+    /// 4096.
     fn table(address: u64, level: u32) -> Iopte;
     /// The host address that [`table`](Self::table) was given.
     fn table_address(entry: Iopte) -> u64;
@@ -67,8 +68,8 @@ pub trait Format: sealed::Sealed + Send + Sync + 'static {
     fn access(entry: Iopte) -> Access;
     /// The leaf after hardware has translated a write through it.
     fn written(entry: Iopte) -> Iopte;
-    /// Bits of which every entry that a scan for dirty leaves must look at has at least one: dirty leaves, and in tables of level 1
-    /// and up entries that lead to tables. Lets the scan pass eight clean entries with one OR.
+    /// Bits of which every entry that a scan for dirty leaves must look at has at least one: dirty leaves, and in
+    /// tables of level 1 and up entries that lead to tables. Lets the scan pass eight clean entries with one OR.
     fn worth_a_look(level: u32) -> u64;
 
     /// Whether a leaf was written.
@@ -106,8 +107,9 @@ const fn granule(lg2: u32) -> Granule {
 
 /// An entry in memory, changed by hardware and software at once.
 ///
-/// It wraps the atomic word, and is not a generic atomic of a typed entry (`atomic::Atomic<Iopte>`): such a type has no `fetch_and`,
-/// and clearing D by a compare-exchange loop would fight with the hardware's own updates instead of just clearing D.
+/// It wraps the atomic word, and is not a generic atomic of a typed entry (`atomic::Atomic<Iopte>`): such a type has no
+/// `fetch_and`, and clearing D by a compare-exchange loop would fight with the hardware's own updates instead of just
+/// clearing D.
 #[derive(Debug)]
 #[repr(transparent)]
 pub(crate) struct AtomicIopte(AtomicU64);

@@ -5,13 +5,15 @@
 //!  harvest ------scan---> record, owe, then D := 0 (fetch_and)
 //! ```
 //!
-//! For one leaf the harvest sees D set, records the leaf, owes its invalidation and clears D, in this order. Hardware may act in between:
+//! For one leaf the harvest sees D set, records the leaf, owes its invalidation and clears D, in this order. Hardware
+//! may act in between:
 //! - a write that sets nothing because D is still set lands in a leaf that is recorded already;
-//! - a write after the clear sets D anew, unless the device goes by a cached "D is set": then it leaves no trace, until the invalidation
-//!   that the harvest owes makes the device forget. The page is recorded and copied after that, so the write is in the copy.
+//! - a write after the clear sets D anew, unless the device goes by a cached "D is set": then it leaves no trace, until
+//!   the invalidation that the harvest owes makes the device forget. The page is recorded and copied after that, so the
+//!   write is in the copy.
 //!
-//! If the leaf was unmapped and another one of the same addresses mapped between reading and clearing, the new leaf loses a D that belongs
-//! to addresses which were recorded in this very harvest.
+//! If the leaf was unmapped and another one of the same addresses mapped between reading and clearing, the new leaf
+//! loses a D that belongs to addresses which were recorded in this very harvest.
 
 use crossbeam_epoch::Guard;
 use dirtymap::sync::{Ordering, Step, performs};
@@ -36,14 +38,16 @@ enum Fate {
 }
 
 impl<F: Format> Table<F> {
-    /// The walk of a write: sets D of the leaf that maps `iova` in one step, while it is present and writable. Returns the leaf as it
-    /// was found (`dirty` tells whether D was set before), `None` if nothing is mapped there. A leaf that is not writable stays as it is.
+    /// The walk of a write: sets D of the leaf that maps `iova` in one step, while it is present and writable. Returns
+    /// the leaf as it was found (`dirty` tells whether D was set before), `None` if nothing is mapped there. A leaf
+    /// that is not writable stays as it is.
     pub fn set_dirty(&self, iova: Iova) -> Option<Leaf> {
         let guard = crossbeam_epoch::pin();
         let (slot, mut entry, level) = self.walk(iova, &guard)?;
         while F::access(entry).writes() && !F::is_dirty(entry) {
-            // AcqRel on success: D is in the table before the data is in memory, and after what the last clear of D recorded; pairs
-            // with the `fetch_and` of a harvest. Acquire on failure: as the load of the walk; the new value is derived from it.
+            // AcqRel on success: D is in the table before the data is in memory, and after what the last clear of D
+            // recorded; pairs with the `fetch_and` of a harvest. Acquire on failure: as the load of the walk; the new
+            // value is derived from it.
             match slot.replace(
                 entry,
                 F::written(entry),
@@ -52,17 +56,19 @@ impl<F: Format> Table<F> {
             ) {
                 Ok(()) => break,
                 Err(now) if F::is_present(now) && is_leaf::<F>(now, level) => entry = now,
-                // Unmapped meanwhile, and perhaps mapped by smaller leaves since: there was a moment without a translation.
+                // Unmapped meanwhile, and perhaps mapped by smaller leaves since: there was a moment without a
+                // translation.
                 Err(_) => return None,
             }
         }
         Some(leaf_of::<F>(iova, entry, level))
     }
 
-    /// Moves the dirty state of `range` into `sink` and adds what must be invalidated to `gather`. Addresses without a leaf are skipped.
+    /// Moves the dirty state of `range` into `sink` and adds what must be invalidated to `gather`. Addresses without a
+    /// leaf are skipped.
     ///
-    /// A dirty leaf that sticks out of the range is recorded as far as it is covered and stays dirty. Lock-free; may run at the same
-    /// time as everything else.
+    /// A dirty leaf that sticks out of the range is recorded as far as it is covered and stays dirty. Lock-free; may
+    /// run at the same time as everything else.
     ///
     /// # Errors
     /// [`Stopped`] with the first address that was not processed, and the error of the sink.
@@ -115,7 +121,8 @@ impl<F: Format> Table<F> {
     }
 }
 
-/// Visits the dirty leaves of `range` in the subtree of `page`. Eight entries with nothing to look at cost eight loads and one OR.
+/// Visits the dirty leaves of `range` in the subtree of `page`. Eight entries with nothing to look at cost eight loads
+/// and one OR.
 fn scan_table<F, V>(
     page: &TablePage,
     level: u32,
@@ -137,8 +144,8 @@ where
     };
     let (eights, rest) = page.0[first..=last].as_chunks::<8>();
     for (nth, eight) in eights.iter().enumerate() {
-        // Relaxed: only decides whether to look closer. A D that was set before the harvest began is seen, because whatever tells the
-        // harvester that the write is done also orders this load after it.
+        // Relaxed: only decides whether to look closer. A D that was set before the harvest began is seen, because
+        // whatever tells the harvester that the write is done also orders this load after it.
         let any = eight
             .iter()
             .fold(0, |any, entry| any | entry.load(Ordering::Relaxed).0);
@@ -154,7 +161,8 @@ where
     Ok(())
 }
 
-/// Visits the dirty leaves of `range` under one entry, of a table of `level`, that covers the addresses from `start` on.
+/// Visits the dirty leaves of `range` under one entry, of a table of `level`, that covers the addresses from `start`
+/// on.
 fn scan_entry<F, V>(
     slot: &AtomicIopte,
     level: u32,
@@ -186,8 +194,8 @@ where
             error,
         })?;
         if matches!(fate, Fate::Clear) {
-            // Acquire: pairs with the Release of `set_dirty`. Release: whoever finds D clear, hardware or an unmap, sees what the visit
-            // did. One step: a change of the other bits meanwhile is kept.
+            // Acquire: pairs with the Release of `set_dirty`. Release: whoever finds D clear, hardware or an unmap,
+            // sees what the visit did. One step: a change of the other bits meanwhile is kept.
             slot.clear(F::DIRTY, Ordering::AcqRel);
         }
     }

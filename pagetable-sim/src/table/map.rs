@@ -24,8 +24,9 @@ impl Job {
 }
 
 impl<F: Format> Table<F> {
-    /// Maps `range` to the memory from `phys` on, clean, by the largest leaves that the alignment of both addresses allows and that
-    /// are not larger than `max_leaf` (a `max_leaf` below the smallest page counts as the smallest page).
+    /// Maps `range` to the memory from `phys` on, clean, by the largest leaves that the alignment of both addresses
+    /// allows and that are not larger than `max_leaf` (a `max_leaf` below the smallest page counts as the smallest
+    /// page).
     ///
     /// Lock-free. The caller owns the range for the time of the call.
     ///
@@ -76,10 +77,12 @@ impl<F: Format> Table<F> {
         })
     }
 
-    /// Removes all leaves in `range`. Calls `removed` for each, with its addresses, its size, and whether it was dirty: hardware can
-    /// no longer set D when the leaf is gone, so that is the last word. Addresses without a leaf are skipped.
+    /// Removes all leaves in `range`. Calls `removed` for each, with its addresses, its size, and whether it was dirty:
+    /// hardware can no longer set D when the leaf is gone, so that is the last word. Addresses without a leaf are
+    /// skipped.
     ///
-    /// Devices may use cached translations until they are invalidated. Lock-free; the caller owns the range for the time of the call.
+    /// Devices may use cached translations until they are invalidated. Lock-free; the caller owns the range for the
+    /// time of the call.
     ///
     /// # Errors
     /// In this order: [`Error::TooWide`], [`Error::Unaligned`], [`Error::PartOfLeaf`]. Nothing is changed then.
@@ -161,16 +164,17 @@ fn install<F: Format>(
 ) -> Result<(), IovaRange> {
     let mut seen = Iopte::ABSENT;
     loop {
-        // Release on success: publishes what the caller wrote into the memory. Acquire on failure: pairs with the Release in
-        // `child_or_new`, for the table that we look into.
+        // Release on success: publishes what the caller wrote into the memory. Acquire on failure: pairs with the
+        // Release in `child_or_new`, for the table that we look into.
         match slot
             .entry
             .replace(seen, leaf, Ordering::Release, Ordering::Acquire)
         {
             Ok(()) if F::is_present(seen) => {
                 // A walker that is inside the old table is pinned; whoever comes later finds the leaf.
-                // SAFETY: `seen` was present and no leaf (below); the compare-exchange took the one entry that led there, so no
-                // later walk reaches it and nobody else retires it; it is freed when all who are pinned now have left.
+                // SAFETY: `seen` was present and no leaf (below); the compare-exchange took the one entry that led
+                // there, so no later walk reaches it and nobody else retires it; it is freed when all who are pinned
+                // now have left.
                 guard.defer(move || unsafe { free_table::<F>(seen, level - 1) });
                 return Ok(());
             }
@@ -247,9 +251,10 @@ fn clear<F: Format>(
                 );
                 break;
             }
-            // Acquire on success: pairs with the Release of a harvest's clear, so that a leaf seen clean was recorded; Release: what
-            // we did before is visible to a walk that finds nothing. Acquire on failure: as the load above. A failure means that
-            // hardware set D or a harvest cleared it: what we report is what was there when the leaf went.
+            // Acquire on success: pairs with the Release of a harvest's clear, so that a leaf seen clean was recorded;
+            // Release: what we did before is visible to a walk that finds nothing. Acquire on failure: as the load
+            // above. A failure means that hardware set D or a harvest cleared it: what we report is what was there when
+            // the leaf went.
             match slot
                 .entry
                 .replace(entry, Iopte::ABSENT, Ordering::AcqRel, Ordering::Acquire)

@@ -1,4 +1,5 @@
-//! The IO page table: a tree that hardware walks and writes while software maps, unmaps and harvests. Nobody waits for anybody.
+//! The IO page table: a tree that hardware walks and writes while software maps, unmaps and harvests. Nobody waits for
+//! anybody.
 //!
 //! ```text
 //!  root (level 3) --> table (level 2) --> table (level 1) --> table (level 0) --> page
@@ -6,14 +7,16 @@
 //!                        1 GiB leaf          2 MiB leaf          4 KiB leaf        each leaf carries D
 //! ```
 //!
-//! * **Tables** are installed by compare-exchange into an absent entry, and stay until the whole `Table` is dropped. The one exception:
-//!   `map` may put a large leaf where a table without leaves was; that table is retired through the epoch, so a walker that
-//!   is inside may finish. No hardware caches pointers to tables here, so the epoch is all it takes.
-//! * **Leaves** are installed by compare-exchange into an absent entry, removed by compare-exchange, and cleaned by `fetch_and`. Hardware
-//!   sets D by a compare-exchange that fails once the leaf is gone, so a removed leaf tells the last word about D.
-//! * **Ownership.** Whoever maps or unmaps a range owns it for the time of the call: no two such calls overlap (the address space sees to
-//!   that). Calls on disjoint ranges, walks and scans may run at any time. Overlapping calls would end in one of their possible results,
-//!   or in leaves that vanish; memory stays safe.
+//! * **Tables** are installed by compare-exchange into an absent entry, and stay until the whole `Table` is dropped.
+//!   The one exception: `map` may put a large leaf where a table without leaves was; that table is retired through the
+//!   epoch, so a walker that is inside may finish. No hardware caches pointers to tables here, so the epoch is all it
+//!   takes.
+//! * **Leaves** are installed by compare-exchange into an absent entry, removed by compare-exchange, and cleaned by
+//!   `fetch_and`. Hardware sets D by a compare-exchange that fails once the leaf is gone, so a removed leaf tells the
+//!   last word about D.
+//! * **Ownership.** Whoever maps or unmaps a range owns it for the time of the call: no two such calls overlap (the
+//!   address space sees to that). Calls on disjoint ranges, walks and scans may run at any time. Overlapping calls
+//!   would end in one of their possible results, or in leaves that vanish; memory stays safe.
 
 mod dirty;
 mod map;
@@ -38,10 +41,11 @@ impl TablePage {
     }
 }
 
-/// An IO page table of the format `F`: hardware walks it and sets D while software maps, unmaps and harvests, and nobody waits for anybody.
+/// An IO page table of the format `F`: hardware walks it and sets D while software maps, unmaps and harvests, and
+/// nobody waits for anybody.
 ///
-/// Whoever maps or unmaps a range owns it for the time of the call: no two such calls overlap. Calls on disjoint ranges, walks and harvests
-/// may run at any time. If calls do overlap, leaves may vanish; memory stays safe.
+/// Whoever maps or unmaps a range owns it for the time of the call: no two such calls overlap. Calls on disjoint
+/// ranges, walks and harvests may run at any time. If calls do overlap, leaves may vanish; memory stays safe.
 pub struct Table<F: Format> {
     root: Box<TablePage>,
     format: PhantomData<F>,
@@ -124,8 +128,8 @@ impl<F: Format> Table<F> {
         let mut page = &*self.root;
         for level in (0..F::LEVELS).rev() {
             let slot = &page.0[F::index(iova.get(), level)];
-            // Acquire: pairs with the Release that installed the entry, in `map`; publishes the table it leads to, or what the
-            // mapper wrote into the memory behind a leaf.
+            // Acquire: pairs with the Release that installed the entry, in `map`; publishes the table it leads to, or
+            // what the mapper wrote into the memory behind a leaf.
             let entry = slot.load(Ordering::Acquire);
             if !F::is_present(entry) {
                 return None;
@@ -201,11 +205,12 @@ fn slots<F: Format>(
 fn child<F: Format>(entry: Iopte, _guard: &Guard) -> &TablePage {
     let page = ptr::with_exposed_provenance::<TablePage>(F::table_address(entry) as usize);
     // SAFETY:
-    // - valid and aligned: entries that are present and no leaf are made by `map` only, from a `Box<TablePage>` whose provenance
-    //   was exposed; formats are sealed and keep leaves and tables apart, and `map` checked that the address came through whole.
+    // - valid and aligned: entries that are present and no leaf are made by `map` only, from a `Box<TablePage>` whose
+    //   provenance was exposed; formats are sealed and keep leaves and tables apart, and `map` checked that the address
+    //   came through whole.
     // - initialised and visible: the Acquire load of the entry pairs with the Release that installed it.
-    // - alive as long as the guard: a table is freed by `Drop` of the whole, which excludes walkers, or after it was made
-    //   unreachable and deferred through the epoch, which the guard pins.
+    // - alive as long as the guard: a table is freed by `Drop` of the whole, which excludes walkers, or after it was
+    //   made unreachable and deferred through the epoch, which the guard pins.
     // - shared: all its fields are atomics.
     unsafe { &*page }
 }
@@ -216,8 +221,8 @@ fn child<F: Format>(entry: Iopte, _guard: &Guard) -> &TablePage {
 /// The entry was present and no leaf, nobody can reach it any more, and it is freed once.
 unsafe fn free_table<F: Format>(entry: Iopte, level: u32) {
     let page = ptr::with_exposed_provenance_mut::<TablePage>(F::table_address(entry) as usize);
-    // SAFETY: made by `Box::into_raw` in `map`, where the address was checked to come through the entry whole; the caller passes
-    // ownership.
+    // SAFETY: made by `Box::into_raw` in `map`, where the address was checked to come through the entry whole; the
+    // caller passes ownership.
     let page = unsafe { Box::from_raw(page) };
     free_children::<F>(&page, level);
 }
@@ -231,7 +236,8 @@ fn free_children<F: Format>(page: &TablePage, level: u32) {
         // Relaxed: nobody else reaches the table; whoever made it unreachable came before us.
         let entry = slot.load(Ordering::Relaxed);
         if F::is_present(entry) && !is_leaf::<F>(entry, level) {
-            // SAFETY: present and no leaf; only reachable through `page`, which the caller holds alone and frees after us.
+            // SAFETY: present and no leaf; only reachable through `page`, which the caller holds alone and frees after
+            // us.
             unsafe { free_table::<F>(entry, level - 1) };
         }
     }
