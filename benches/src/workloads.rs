@@ -36,7 +36,10 @@ impl Random {
     }
 }
 
-/// `count` different numbers below `bound`, in random order. `count` is well below `bound`, or equal to it at the price of some time.
+/// `count` different numbers below `bound`, in random order. The closer `count` comes to `bound`, the longer it takes.
+///
+/// # Panics
+/// If `count` exceeds `bound`.
 pub fn distinct(count: u64, bound: u64) -> Vec<u64> {
     assert!(
         count <= bound,

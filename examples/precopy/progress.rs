@@ -41,10 +41,11 @@ impl Progress {
         Progress { bars }
     }
 
-    /// `writes` of the trace have been issued so far.
+    /// `writes` have been issued so far. The trace starts anew at its end, and so does its bar.
     pub(crate) fn replayed(&self, writes: u64) {
         if let Some(bars) = &self.bars {
-            bars.replay.set_position(writes);
+            let length = bars.replay.length().unwrap_or(0).max(1);
+            bars.replay.set_position(writes % length);
         }
     }
 

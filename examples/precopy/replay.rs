@@ -1,4 +1,6 @@
-//! The workload: devices and CPU markers that issue the writes of the trace, each on a thread of its own.
+//! The workload: devices and CPU markers that issue the writes of the trace, each on a thread of its own. At its end the
+//! trace starts anew, with other bytes: a machine does not fall silent because a recording is over. Each further pass
+//! issues the writes of a few blocks only, others each time, as working sets move: what was lost is not healed by chance.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{Scope, ScopedJoinHandle};
@@ -14,10 +16,18 @@ use crate::machine::Machine;
 
 /// Writes that touch one block go through one worker, so that each device sees locality, as real ones do.
 const BLOCK: u64 = 256 << 10;
+/// After the first pass, one block in so many is replayed in each.
+const PASS_SHARE: u64 = 16;
 /// Larger operations are issued in pieces.
 const PIECE: u64 = 1 << 20;
 /// How long a device with nothing to do keeps its posted writes in flight.
 const HOLD: Duration = Duration::from_millis(100);
+/// Devices remember many translations and have much in flight, so that a flush that is left out or too early is found out.
+const DEVICE: DeviceConfig = DeviceConfig {
+    iotlb_sets: 512,
+    iotlb_ways: 8,
+    posted_writes: 4096,
+};
 /// How often a waiting worker looks after its device.
 const NAP: Duration = Duration::from_micros(200);
 
@@ -65,8 +75,7 @@ impl<'scope> Replay<'scope> {
         let workers = settings.devices + settings.cpus;
         let mut queues = vec![Vec::new(); workers];
         for (index, op) in trace.ops.iter().enumerate() {
-            let block = (u64::from(op.file) << 44) | (op.offset / BLOCK);
-            let route = mix(block ^ mix(settings.seed)) % workers as u64;
+            let route = block_hash(op, settings.seed) % workers as u64;
             queues[route as usize].push(index);
         }
         let began = Instant::now();
@@ -83,10 +92,7 @@ impl<'scope> Replay<'scope> {
                     buffer: vec![0; PIECE as usize],
                 };
                 let port = if index < settings.devices {
-                    Port::Device(Box::new(machine.domain.attach(DeviceConfig {
-                        posted_writes: 256,
-                        ..DeviceConfig::default()
-                    })))
+                    Port::Device(Box::new(machine.domain.attach(DEVICE)))
                 } else {
                     Port::Cpu { writes: 0 }
                 };
@@ -124,12 +130,27 @@ struct Worker<'a> {
 
 impl Worker<'_> {
     fn run(mut self, mut port: Port, queue: &[usize]) -> Result<(), Failure> {
-        for &index in queue {
+        // The time of one pass; never 0, as the last operation takes its time too.
+        let pass_us = self
+            .trace
+            .duration_us
+            .saturating_add(self.trace.duration_us / self.trace.ops.len() as u64 + 1);
+        let passes = if queue.is_empty() { 0..0 } else { 0..u64::MAX };
+        for (pass, &index) in passes.flat_map(|pass| queue.iter().map(move |index| (pass, index))) {
             let op = &self.trace.ops[index];
-            if !self.wait_until(op, &mut port) {
+            if pass > 0
+                && !block_hash(op, mix(self.settings.seed) ^ pass).is_multiple_of(PASS_SHARE)
+            {
+                continue;
+            }
+            if !self.wait_until(
+                pass.saturating_mul(pass_us).saturating_add(op.at_us),
+                &mut port,
+            ) {
                 break;
             }
-            self.issue(index as u64, op, &mut port)?;
+            let stream = mix(self.settings.seed ^ mix(pass)) ^ index as u64;
+            self.issue(stream, op, &mut port)?;
             self.progress.issued.fetch_add(1, Ordering::Relaxed);
             if op.kind == Kind::Write {
                 self.progress.writes.fetch_add(1, Ordering::Relaxed);
@@ -139,12 +160,11 @@ impl Worker<'_> {
         Ok(())
     }
 
-    /// Waits for the time of `op`, and looks after the device meanwhile. False if the machine is to stop.
-    fn wait_until(&self, op: &Op, port: &mut Port) -> bool {
-        let due = self
-            .settings
-            .speed
-            .map(|speed| Duration::from_secs_f64(op.at_us as f64 / 1e6 / speed));
+    /// Waits until `at_us` of the trace, and looks after the device meanwhile. False if the machine is to stop.
+    fn wait_until(&self, at_us: u64, port: &mut Port) -> bool {
+        let due = self.settings.speed.map(|speed| {
+            Duration::try_from_secs_f64(at_us as f64 / 1e6 / speed).unwrap_or(Duration::MAX)
+        });
         let idle_since = Instant::now();
         loop {
             if self.progress.stop.load(Ordering::Relaxed) {
@@ -167,7 +187,7 @@ impl Worker<'_> {
         }
     }
 
-    fn issue(&mut self, index: u64, op: &Op, port: &mut Port) -> Result<(), Failure> {
+    fn issue(&mut self, stream: u64, op: &Op, port: &mut Port) -> Result<(), Failure> {
         let start = self.machine.files[op.file as usize].range.start().get() + op.offset;
         let mut done = 0;
         while done < op.length {
@@ -176,10 +196,7 @@ impl Worker<'_> {
             match op.kind {
                 Kind::Read => self.read(range, port)?,
                 Kind::Write => {
-                    fill(
-                        &mut self.buffer[..length as usize],
-                        mix(self.settings.seed) ^ mix(index << 20 | done),
-                    );
+                    fill(&mut self.buffer[..length as usize], mix(stream ^ mix(done)));
                     self.write(range, port)?;
                 }
             }
@@ -217,6 +234,12 @@ impl Worker<'_> {
         }
         Ok(())
     }
+}
+
+/// A hash of the block in which `op` starts.
+fn block_hash(op: &Op, seed: u64) -> u64 {
+    let block = (u64::from(op.file) << 44) | (op.offset / BLOCK);
+    mix(block ^ mix(seed))
 }
 
 /// Fills `buffer` with bytes that differ for each `stream`.

@@ -124,9 +124,9 @@ impl RunRecord {
         let copied = self.rounds.iter().map(|round| round.bytes_copied).sum();
         writeln!(
             out,
-            "{} of {} writes replayed, {} copied in {:.2} s, downtime {}",
+            "{} writes replayed ({:.2} times the trace), {} copied in {:.2} s, downtime {}",
             text::count(self.writes_replayed),
-            text::count(self.writes_total),
+            self.writes_replayed as f64 / self.writes_total as f64,
             text::bytes(copied),
             self.migration_ms as f64 / 1e3,
             text::micros(self.downtime_us()),

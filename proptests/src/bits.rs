@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use dirtymap::sync::{AtomicU64, Ordering};
-use dirtymap::{Granule, Iova, IovaRange};
+use dirtymap::{Granule, HarvestRequest, Iova, IovaRange};
 
 use crate::oracle::{PAGE, pages_of};
 use crate::violation::{Rule, Violation, check};
@@ -56,23 +56,26 @@ pub(crate) fn words_for(range: IovaRange, granule: Granule) -> usize {
     range.granules(granule).div_ceil(64) as usize
 }
 
-/// Which pages a harvest or peek went over, and what of them it must and may report.
-pub(crate) struct Bounds {
-    pub(crate) must: BTreeSet<u64>,
-    pub(crate) may: BTreeSet<u64>,
+/// What a harvest or peek made of a buffer.
+pub(crate) struct Found {
+    /// Bits that it set.
+    pub(crate) set: u64,
+    /// The maximal runs of set bits, those of the user included.
+    pub(crate) runs: Vec<IovaRange>,
 }
 
-/// Checks what became of `before`, a whole buffer; returns how many bits were set anew.
+/// Checks what `request` made of `before`, a whole buffer: it had to report the pages `must`, and could report the pages `may`.
 pub(crate) fn check_bits(
-    range: IovaRange,
-    granule: Granule,
+    request: &HarvestRequest,
     before: &[u64],
     after: &[u64],
-    bounds: &Bounds,
-) -> Result<u64, Violation> {
+    must: &BTreeSet<u64>,
+    may: &BTreeSet<u64>,
+) -> Result<Found, Violation> {
+    let (range, granule) = (request.range(), request.granule());
     let bits_of = |page: &u64| bits_of_page(*page, range, granule);
-    let may: BTreeSet<u64> = bounds.may.iter().flat_map(bits_of).collect();
-    let must: BTreeSet<u64> = bounds.must.iter().flat_map(bits_of).collect();
+    let may: BTreeSet<u64> = may.iter().flat_map(bits_of).collect();
+    let must: BTreeSet<u64> = must.iter().flat_map(bits_of).collect();
     let mut set = 0;
     for bit in 0..after.len() as u64 * 64 {
         let (was, is) = (is_set(before, bit), is_set(after, bit));
@@ -100,7 +103,8 @@ pub(crate) fn check_bits(
             || format!("bit {bit} of {range} at {granule}"),
         )?;
     }
-    Ok(set)
+    let runs = runs_in(after, range, granule);
+    Ok(Found { set, runs })
 }
 
 /// The maximal runs of set bits of a whole buffer, inside `range`.

@@ -10,6 +10,7 @@
 //! run that does not notice a missing flush checks nothing.
 
 mod bits;
+mod gather;
 mod op;
 mod oracle;
 mod random;
@@ -17,12 +18,17 @@ mod rig;
 mod run;
 mod violation;
 
+pub use gather::check_gather;
 pub use op::{Ask, Config, Cut, MapFault, Op, Place, Sabotage, decode};
 pub use random::Random;
 pub use run::run;
 pub use violation::{Rule, Violation};
 
 #[cfg(test)]
+mod concurrent;
+#[cfg(test)]
 mod properties;
+#[cfg(test)]
+mod regressions;
 #[cfg(test)]
 mod sabotage;

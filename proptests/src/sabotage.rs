@@ -64,7 +64,7 @@ fn programs_reach_everything() {
         sum.flush.failed += stats.flush.failed;
         sum.flush.invalidated.add(stats.flush.invalidated);
     }
-    assert!(sum.harvests > 1000, "{sum:?}");
+    assert!(sum.harvests > 500, "{sum:?}");
     assert!(sum.committed_bytes > 0 && sum.aborted_bytes > 0, "{sum:?}");
     assert!(
         sum.put_back_outside_bytes > 0 && sum.discarded_bytes > 0,

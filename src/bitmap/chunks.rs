@@ -61,7 +61,7 @@ impl ChunkMap {
             let word = &chunk.0[(index & ((1 << WORDS_LG2) - 1)) as usize];
             // Relaxed: the caller's full fence orders this load after its data write; see `source::marks`.
             if word.load(Ordering::Relaxed) & mask != mask {
-                // Release: pairs with the Acquire of `take`; publishes the data that the mark speaks of.
+                // Release: pairs with the Acquire in `visit`; publishes the data that the mark speaks of.
                 word.fetch_or(mask, Ordering::Release);
             }
         }
@@ -115,7 +115,7 @@ impl ChunkMap {
     /// The first chunk from `index` to `last` that exists, with its index; whole absent subtrees are skipped at once.
     fn next_chunk(&self, mut index: u64, last: u64) -> Option<(u64, &Chunk)> {
         'chunk: while index <= last {
-            // Acquire: pairs with the Release of `install`; publishes the contents of what the pointer names.
+            // Acquire: pairs with the Release in `get_or_install`; publishes the contents of what the pointer names.
             let mut pointer = self.root.load(Ordering::Acquire);
             for level in (0..self.levels).rev() {
                 if pointer.is_null() {

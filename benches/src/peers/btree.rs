@@ -7,7 +7,7 @@ use dirtymap::{Iova, Mapping};
 
 use crate::Areas;
 
-/// See the [module](self). The key is an area's first address.
+/// A `BTreeMap` behind an `RwLock`. The key is an area's first address.
 #[derive(Default)]
 pub struct LockedBTree {
     areas: RwLock<BTreeMap<u64, Mapping>>,

@@ -1,13 +1,13 @@
 //! The least that works: a flat array of atomic words.
 //!
-//! It has no areas, leases, flushes, or errors, and no way to skip a clean gigabyte; it is the floor that the others are held
-//! against.
+//! It has no areas, leases, flushes, or errors, and no way to skip a clean gigabyte; it is the floor that the others are
+//! held against.
 
 use dirtymap::sync::{AtomicU64, Ordering, fence};
 
 use crate::{PAGE_LG2, Peer};
 
-/// See the [module](self).
+/// One bit for each page, 64 to a word.
 pub struct Flat {
     words: Vec<AtomicU64>,
 }
@@ -43,7 +43,8 @@ impl Peer for Flat {
                 *out |= word.swap(0, Ordering::Acquire);
             }
         }
-        // SeqCst: keeps the copies that follow behind the swaps. Every mark is a read-modify-write, so no mark needs a partner fence.
+        // SeqCst: keeps the copies that follow behind the swaps. Every mark is a read-modify-write, so no mark needs a
+        // fence to pair with this one.
         fence(Ordering::SeqCst);
     }
 }

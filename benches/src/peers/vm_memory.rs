@@ -11,13 +11,14 @@ const PAGE_SIZE: NonZeroUsize = match NonZeroUsize::new(PAGE as usize) {
     None => unreachable!(),
 };
 
-/// See the [module](self).
+/// One `AtomicBitmap` for the whole memory.
 pub struct VmMemory {
     bits: AtomicBitmap,
 }
 
 impl VmMemory {
-    /// The peer's own way to harvest: into a vector that it allocates. [`Peer::harvest`] moves it into the caller's words.
+    /// The peer's own way to harvest: into a vector that it allocates. [`Peer::harvest`] moves it into the caller's
+    /// words.
     pub fn get_and_reset(&self) -> Vec<u64> {
         self.bits.get_and_reset()
     }

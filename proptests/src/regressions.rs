@@ -1,0 +1,61 @@
+//! What programs at random have found, minimised, each with the bug it tells of.
+
+use dirtymap::Access;
+
+use crate::{Ask, Config, Cut, MapFault, Op, Place, run};
+
+const FIRST_PAGE: Place = Place {
+    area: 0,
+    page: 0,
+    byte: 0,
+};
+
+const WHOLE_AREA: Ask = Ask {
+    area: 0,
+    span: 0,
+    page: 0,
+    granule_lg2: 12,
+    ragged: false,
+    short: false,
+    all_or_nothing: false,
+    preset: 0,
+};
+
+const WRITE: Op = Op::DmaWrite {
+    device: 0,
+    at: FIRST_PAGE,
+    len: 8,
+};
+
+/// A map that a source refuses flushes to take back what other sources had mapped. There was nothing to take back, but the flush also carried the
+/// debt of an aborted lease; when it failed, the area stayed in the tree for ever, neither usable nor unmappable.
+#[test]
+fn a_refused_map_does_not_depend_on_the_flush_of_somebody_else() {
+    let refused = Op::Map {
+        slot: 2,
+        skip: 0,
+        pages: 1,
+        shifted: false,
+        access: Access::ReadWrite,
+        fault: MapFault::OutsideMemory,
+    };
+    let ops = [
+        WRITE,
+        Op::Harvest(WHOLE_AREA),
+        Op::Abort(0),
+        Op::FlushFails,
+        refused,
+    ];
+    run(&ops, &Config::PLAIN).unwrap();
+}
+
+/// An unmap whose flush fails has removed the leaves already, and with them their dirty bits; the call that succeeds later finds them clean. So
+/// nobody counted them as discarded.
+#[test]
+fn an_unmap_whose_flush_fails_counts_what_it_discarded() {
+    let unmap = Op::UnmapDiscarding {
+        area: 0,
+        cut: Cut::Whole,
+    };
+    run(&[WRITE, Op::FlushFails, unmap], &Config::PLAIN).unwrap();
+}

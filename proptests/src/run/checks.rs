@@ -1,0 +1,141 @@
+//! What must hold after each step, and in the end.
+
+use dirtymap::{Mapping, SpaceStats};
+
+use super::{Checked, Runner, broken};
+use crate::op::{Ask, Cut, Op};
+use crate::oracle::{MEMORY, PAGE, Tracking, pages_of};
+use crate::violation::{Rule, check, same};
+
+impl Runner<'_> {
+    pub(super) fn check_counts(&self) -> Checked {
+        let stats = self.space.stats();
+        let live: u64 = self.leases.iter().flatten().map(|held| held.bytes).sum();
+        let settled = stats.committed_bytes + stats.aborted_bytes;
+        same(
+            Rule::Accounting,
+            "bytes leased",
+            stats.leased_bytes,
+            settled + live,
+        )?;
+        let flush = stats.flush;
+        same(
+            Rule::Accounting,
+            "gathers owed",
+            flush.owed,
+            flush.retired + flush.pending,
+        )?;
+        same(
+            Rule::Accounting,
+            "flushes that failed",
+            flush.failed,
+            self.counts.flush.failed,
+        )?;
+        let counted = SpaceStats {
+            flush: self.counts.flush,
+            ..stats
+        };
+        same(Rule::Accounting, "the counts", counted, self.counts)
+    }
+
+    pub(super) fn check_areas(&self) -> Checked {
+        let right: Vec<Mapping> = self
+            .oracle
+            .areas
+            .values()
+            .map(|area| Mapping {
+                range: area.range(),
+                backing: area.frame * PAGE,
+                access: area.access,
+            })
+            .collect();
+        same(Rule::Answer, "the areas", self.space.mappings(), right)
+    }
+
+    /// Devices stop, all leases are committed, one last harvest: the copy must equal the memory, and nothing is dirty any more.
+    pub(super) fn finish(mut self) -> Checked {
+        self.rig.quiesce(0);
+        self.rig.quiesce(1);
+        if self.rig.will_fail() {
+            // The last flush that was told to fail must not fail the last harvest.
+            self.step(&Op::Sync(0))?;
+            self.step(&Op::Sync(1))?;
+            self.rig.heal();
+        }
+        self.step(&Op::Commit(0))?;
+        self.step(&Op::Commit(1))?;
+        if self.oracle.tracking != Tracking::Never {
+            self.last_harvest()?;
+            self.compare()?;
+            let before = self.space.stats().leased_bytes;
+            self.last_harvest()?;
+            same(
+                Rule::Excess,
+                "bytes dirty after the last harvest",
+                self.space.stats().leased_bytes,
+                before,
+            )?;
+            // Each flush takes all that is owed.
+            if !self.oracle.areas.is_empty() {
+                let pending = self.space.stats().flush.pending;
+                same(Rule::Accounting, "gathers pending at the end", pending, 0)?;
+            }
+        }
+        while !self.oracle.areas.is_empty() {
+            self.step(&Op::UnmapDiscarding {
+                area: 0,
+                cut: Cut::Rest,
+            })?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn last_harvest(&mut self) -> Checked {
+        let all = Ask {
+            area: 0,
+            span: 0,
+            page: 0,
+            granule_lg2: 12,
+            ragged: false,
+            short: false,
+            all_or_nothing: true,
+            preset: 0,
+        };
+        for area in self.oracle.areas.clone().into_values() {
+            self.harvest_range(0, area.range(), &all)?;
+            self.step(&Op::Commit(0))?;
+        }
+        Ok(())
+    }
+
+    /// Compares the memory with the oracle's, and the copy with the memory.
+    pub(super) fn compare(&self) -> Checked {
+        for page in self
+            .oracle
+            .areas
+            .values()
+            .flat_map(|area| pages_of(area.range()))
+        {
+            let phys = self.phys(page * PAGE).unwrap_or(MEMORY);
+            let Some(right) = self.oracle.memory.get(&(phys / PAGE)) else {
+                continue;
+            };
+            let mut memory = [0; PAGE as usize];
+            self.memory().read(phys, &mut memory).map_err(broken)?;
+            let at = page * PAGE;
+            check(memory == **right, Rule::Answer, || {
+                format!("the memory behind {at:#x} is wrong")
+            })?;
+            if self.oracle.untracked.contains(&page) {
+                continue;
+            }
+            let copied = self.copy.get(&page).is_some_and(|copy| **copy == memory);
+            check(
+                copied || memory.iter().all(|byte| *byte == 0),
+                Rule::Lost,
+                || format!("the copy of page {at:#x} differs from the memory"),
+            )?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,133 @@
+//! The writers of a program: devices and CPUs.
+
+use dirtymap::{Error, Iova, IovaRange};
+use pagetable_sim::{DmaError, FaultKind};
+
+use super::{Checked, Runner, broken, same_answer};
+use crate::op::{Place, Sabotage};
+use crate::oracle::{PAGE, pieces};
+use crate::violation::{Rule, check, same};
+
+impl Runner<'_> {
+    pub(super) fn dma_write(&mut self, device: u8, at: Place, len: u16) -> Checked {
+        let at = self.oracle.address_of(at);
+        let bytes = self.fresh_bytes(len);
+        let mut right = Ok(());
+        for (at, piece) in pieces(at, bytes.len()) {
+            right = self.dma_at(at, true);
+            if right.is_err() {
+                break;
+            }
+            self.oracle.device_wrote(at, &bytes[piece]);
+        }
+        same(
+            Rule::Answer,
+            "a DMA write",
+            self.rig.write(device, Iova::new(at), &bytes),
+            right,
+        )
+    }
+
+    pub(super) fn dma_read(&mut self, device: u8, at: Place, len: u16) -> Checked {
+        let at = self.oracle.address_of(at);
+        let mut right = vec![0; len.into()];
+        let mut answer = Ok(());
+        for (at, piece) in pieces(at, len.into()) {
+            answer = self.dma_at(at, false);
+            if answer.is_err() {
+                break;
+            }
+            let frame = self
+                .oracle
+                .area_at(at / PAGE)
+                .map(|area| area.frame_of(at / PAGE));
+            if let Some(memory) = frame.and_then(|frame| self.oracle.memory.get(&frame)) {
+                let from = (at % PAGE) as usize;
+                right[piece.clone()].copy_from_slice(&memory[from..from + piece.len()]);
+            }
+        }
+        let mut got = vec![0; len.into()];
+        same(
+            Rule::Answer,
+            "a DMA read",
+            self.rig.read(device, Iova::new(at), &mut got),
+            answer,
+        )?;
+        check(got == right, Rule::Answer, || {
+            format!("a DMA read of {len} bytes at {at:#x} saw other bytes")
+        })
+    }
+
+    /// What becomes of a device's access at `at`.
+    pub(super) fn dma_at(&self, at: u64, write: bool) -> Result<(), DmaError> {
+        let kind = match self.oracle.area_at(at / PAGE).map(|area| area.access) {
+            None => FaultKind::NotMapped,
+            Some(access) if write && !access.writes() => FaultKind::ReadOnly,
+            Some(access) if !write && !access.reads() => FaultKind::WriteOnly,
+            Some(_) => return Ok(()),
+        };
+        let iova = Iova::new(at);
+        Err(DmaError { iova, kind })
+    }
+
+    pub(super) fn cpu_write(&mut self, at: Place, len: u16, by_handle: bool) -> Checked {
+        let at = self.oracle.address_of(at);
+        let bytes = self.fresh_bytes(len);
+        let Ok(range) = IovaRange::from_len(Iova::new(at), len.into()) else {
+            return Ok(());
+        };
+        let mut outside = self
+            .oracle
+            .hole_in(range)
+            .map(|hole| hole.max(range.start()));
+        if by_handle && let Some(handle) = self.space.area(range.start()) {
+            let own = handle.mapping().range;
+            outside = own.last().checked_add(1).filter(|_| !own.covers(range));
+            if let Some(at) = outside {
+                // Nothing is written, so nothing may be marked.
+                let right = Err(Error::Outside { at });
+                return same_answer(
+                    "a mark that sticks out of the area",
+                    handle.mark(range),
+                    right,
+                );
+            }
+            self.store(range, &bytes)?;
+            if self.config.sabotage != Sabotage::ForgetMarks {
+                same_answer("a mark by handle", handle.mark(range), Ok(()))?;
+            }
+            return Ok(());
+        }
+        self.store(range, &bytes)?;
+        if self.config.sabotage == Sabotage::ForgetMarks {
+            return Ok(());
+        }
+        self.counts.outside_marks += u64::from(outside.is_some());
+        let right = outside.map_or(Ok(()), |at| Err(Error::Outside { at }));
+        same_answer("a mark", self.space.mark(range), right)
+    }
+
+    /// A CPU stores the parts of `bytes` that lie in areas.
+    pub(super) fn store(&mut self, range: IovaRange, bytes: &[u8]) -> Checked {
+        self.rig.settle(None, range.start(), bytes.len());
+        for (at, piece) in pieces(range.start().get(), bytes.len()) {
+            if let Some(phys) = self.phys(at) {
+                self.memory()
+                    .write(phys, &bytes[piece.clone()])
+                    .map_err(broken)?;
+                if self.config.sabotage == Sabotage::ForgetMarks {
+                    self.oracle.cpu_wrote_unmarked(at, &bytes[piece]);
+                } else {
+                    self.oracle.cpu_wrote(at, &bytes[piece]);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn fresh_bytes(&self, len: u16) -> Vec<u8> {
+        (0..len)
+            .map(|i| self.time.wrapping_mul(37).wrapping_add(i as u8) | 1)
+            .collect()
+    }
+}
