@@ -7,7 +7,7 @@
 use std::marker::PhantomData;
 use std::ptr;
 
-use super::word_masks;
+use super::{word_mask, word_masks};
 use crate::sync::{AtomicPtr, AtomicU64, Ordering};
 
 /// Words of a chunk, as a logarithm; tiny in the model checker, so that models reach every border.
@@ -20,6 +20,41 @@ const BITS_LG2: u32 = WORDS_LG2 + 6;
 /// One page of bitmap.
 #[repr(align(64))]
 struct Chunk([AtomicU64; 1 << WORDS_LG2]);
+
+impl Chunk {
+    /// See [`ChunkMap::visit`]; bits count from the start of the chunk. A line of clean words costs eight loads.
+    fn visit<E>(
+        &self,
+        first: u64,
+        last: u64,
+        mut visit: impl FnMut(u64, u64) -> Result<bool, E>,
+    ) -> Result<(), E> {
+        let (from, to) = ((first / 64) as usize, (last / 64) as usize);
+        for (line, words) in self.0[from..=to].chunks(8).enumerate() {
+            // Relaxed, here and below: only decides whether to look closer; what is found is taken by the fetch_and.
+            let any = words
+                .iter()
+                .fold(0, |any, word| any | word.load(Ordering::Relaxed));
+            if any == 0 {
+                continue;
+            }
+            for (nth, word) in words.iter().enumerate() {
+                let bit = (from + line * 8 + nth) as u64 * 64;
+                let mask = word_mask(
+                    first.saturating_sub(bit) as u32,
+                    (last - bit).min(63) as u32,
+                );
+                let seen = word.load(Ordering::Relaxed) & mask;
+                if seen != 0 && visit(bit, seen)? {
+                    // Acquire: pairs with the Release of `set`; Release: a marker that sees the bit gone sees what the
+                    // visit did. Clears what was visited and no more: a bit set in between stays for the next harvest.
+                    word.fetch_and(!seen, Ordering::AcqRel);
+                }
+            }
+        }
+        Ok(())
+    }
+}
 
 /// Pointers to directories or, in the lowest level, chunks.
 struct Directory([AtomicPtr<()>; 1 << FANOUT_LG2]);
@@ -82,16 +117,9 @@ impl ChunkMap {
         while let Some((chunk_index, chunk)) = self.next_chunk(from >> BITS_LG2, last >> BITS_LG2) {
             let base = chunk_index << BITS_LG2;
             let to = last.min(base + ((1 << BITS_LG2) - 1));
-            for (index, mask) in word_masks(from.max(base) - base, to - base) {
-                let word = &chunk.0[index as usize];
-                // Relaxed: only decides whether to look closer; what is found is taken by the fetch_and below.
-                let seen = word.load(Ordering::Relaxed) & mask;
-                if seen != 0 && visit(base + index * 64, seen)? {
-                    // Acquire: pairs with the Release of `set`; Release: a marker that sees the bit gone sees what the
-                    // visit did. Clears what was visited and no more: a bit set in between stays for the next harvest.
-                    word.fetch_and(!seen, Ordering::AcqRel);
-                }
-            }
+            chunk.visit(from.max(base) - base, to - base, |bit, seen| {
+                visit(base + bit, seen)
+            })?;
             if to >= last {
                 break;
             }

@@ -169,8 +169,7 @@ impl<'a> Sink<'a> {
         let first = (inside.start().get() - base) >> lg2;
         let last = (inside.last().get() - base) >> lg2;
         if first / 64 == last / 64 {
-            self.open(first);
-            self.set(
+            self.or(
                 first / 64,
                 super::word_mask((first % 64) as u32, (last % 64) as u32),
             );
@@ -194,12 +193,38 @@ impl<'a> Sink<'a> {
     /// As [`record`](Sink::record).
     #[inline]
     pub fn record_mask(&mut self, start: Iova, page: Granule, mask: u64) -> Result<(), Error> {
+        let view = self.view.range;
+        // Pages of more than 2^58 bytes: 64 of them do not fit the address space.
+        let end = (page.lg2() <= 58)
+            .then(|| start.checked_add((63 << page.lg2()) + page.mask()))
+            .flatten();
+        if page == self.view.granule
+            && start >= view.start()
+            && end.is_some_and(|end| end <= view.last())
+        {
+            // All 64 pages lie inside and are bits of their own: the mask as it is, shifted across two words.
+            let bit = (start.get() - view.start().get()) >> page.lg2();
+            self.or(bit / 64, mask << (bit % 64));
+            if !bit.is_multiple_of(64) {
+                self.or(bit / 64 + 1, mask >> (64 - bit % 64));
+            }
+            return Ok(());
+        }
         for (first, last) in word_runs(mask) {
             let from = start.get() + (u64::from(first) << page.lg2());
             let to = start.get() + (u64::from(last) << page.lg2()) + page.mask();
             self.record(IovaRange::new(Iova::new(from), Iova::new(to))?)?;
         }
         Ok(())
+    }
+
+    /// Sets the bits of `mask` in `word`, if there are any.
+    #[inline]
+    fn or(&mut self, word: u64, mask: u64) {
+        if mask != 0 {
+            self.open(word * 64);
+            self.set(word, mask);
+        }
     }
 
     /// Makes the window that holds `bit` the current one.
@@ -333,6 +358,34 @@ mod tests {
                 .view(IovaRange::ALL, Granule::from_lg2(63).unwrap())
                 .is_ok()
         );
+    }
+
+    #[test]
+    fn masks_agree_with_ranges_at_every_shift() {
+        let mask = 0x8000_F00F_0000_5AC3u64;
+        for granule in [
+            Granule::K4,
+            Granule::from_bytes(2048).unwrap(),
+            Granule::from_bytes(8192).unwrap(),
+        ] {
+            for first in 0..200u64 {
+                let request = range(70 * 8192, 130 * 8192);
+                let (mut whole, mut single) = ([0u64; 9], [0u64; 9]);
+                let view = UserBitmap::new(&mut whole).view(request, granule).unwrap();
+                let mut sink = view.sink();
+                sink.record_mask(Iova::new(first * 4096), Granule::K4, mask)
+                    .unwrap();
+                let set = sink.bits_set();
+                let view = UserBitmap::new(&mut single).view(request, granule).unwrap();
+                for page in (0..64).filter(|page| mask >> page & 1 == 1) {
+                    view.sink()
+                        .record(range((first + page) * 4096, 4096))
+                        .unwrap();
+                }
+                assert_eq!(set, view.count());
+                assert_eq!(whole, single, "page {first} at {granule}");
+            }
+        }
     }
 
     #[test]
