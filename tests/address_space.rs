@@ -140,6 +140,26 @@ fn a_map_that_one_source_refuses_is_undone_in_the_others() {
 }
 
 #[test]
+fn a_refused_map_that_cannot_be_taken_back_can_be_unmapped_later() {
+    let (first, second) = (Arc::new(Fake::default()), Arc::new(Fake::default()));
+    let space = AddressSpace::new(Granule::K4)
+        .with_source(first.clone())
+        .with_source(second.clone());
+    second.with(|s| s.refuse_map = true);
+    first.with(|s| s.fail_invalidations = 1);
+    assert!(space.map(pages(0, 4), 0, Access::ReadWrite).is_err());
+    let again = space.map(pages(0, 4), 0, Access::ReadWrite).unwrap_err();
+    assert!(
+        matches!(again, Error::Overlap { .. }),
+        "no reuse before the flush"
+    );
+    space.unmap_discarding(pages(0, 4)).unwrap();
+    assert_eq!(first.with(|s| s.invalidated.clone()), [pages(0, 4)]);
+    second.with(|s| s.refuse_map = false);
+    space.map(pages(0, 4), 0, Access::ReadWrite).unwrap();
+}
+
+#[test]
 fn marks_outside_are_loud_and_marks_inside_count_all_the_same() {
     let (space, _) = space();
     space.map(pages(2, 2), 0, Access::ReadWrite).unwrap();

@@ -64,7 +64,8 @@ pub(crate) struct Found {
     pub(crate) runs: Vec<IovaRange>,
 }
 
-/// Checks what `request` made of `before`, a whole buffer: it had to report the pages `must`, and could report the pages `may`.
+/// Checks what `request` made of `before`, a whole buffer: it had to report the pages `must`, and could report the
+/// pages `may`.
 pub(crate) fn check_bits(
     request: &HarvestRequest,
     before: &[u64],

@@ -1,5 +1,5 @@
-//! Real threads: two devices and a CPU write as fast as they can, two consumers harvest, abort and commit; in the end the copy must equal
-//! the memory, byte for byte.
+//! Real threads: two devices and a CPU write as fast as they can, two consumers harvest, abort and commit; in the end
+//! the copy must equal the memory, byte for byte.
 
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,5 @@
-//! The set of ranges that a flush invalidates, against a naive one: nothing may be forgotten, at no border of the address space.
+//! The set of ranges that a flush invalidates, against a naive one: nothing may be forgotten, at no border of the
+//! address space.
 
 use dirtymap::{FlushGather, Granule, Iova, IovaRange};
 

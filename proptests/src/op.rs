@@ -1,7 +1,8 @@
 //! The language of the tests: what can be done to an address space, its devices and its leases.
 //!
-//! Operands are small numbers that the oracle turns into addresses when the operation runs: "the second area", "its last page", so
-//! that most inputs are legal, hit few places again and again, and still reach the borders. Every byte string is a program.
+//! Operands are small numbers that the oracle turns into addresses when the operation runs: "the second area", "its
+//! last page", so that most inputs are legal, hit few places again and again, and still reach the borders. Every byte
+//! string is a program.
 
 use dirtymap::Access;
 

@@ -1,9 +1,10 @@
-//! The oracle: what the memory holds, and what each harvest must and may report. Sequential sets and maps, right by reading.
+//! The oracle: what the memory holds, and what each harvest must and may report. Sequential sets and maps, right by
+//! reading.
 //!
 //! The oracle knows the leaves of the table but not what the IOTLBs hold, so it has a lower and an upper bound:
 //!
-//! * a harvest **must** report the pages that were written and not reported since, with one exception: a write to a page of a lease
-//!   that is not flushed yet may leave no trace, and is in the copy that follows the flush of that lease;
+//! * a harvest **must** report the pages that were written and not reported since, with one exception: a write to a page
+//!   of a lease that is not flushed yet may leave no trace, and is in the copy that follows the flush of that lease;
 //! * it **may** report marked pages, and pages of leaves that a device wrote since the leaf was last cleared.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,7 +17,8 @@ use crate::op::{Ask, Place};
 pub(crate) const PAGE: u64 = 4096;
 /// Pages of a large leaf.
 const LARGE: u64 = 512;
-/// The first page of the window in which everything happens: 4 MiB below 4 GiB, so that areas cross from one table to the next.
+/// The first page of the window in which everything happens: 4 MiB below 4 GiB, so that areas cross from one table to
+/// the next.
 const FIRST: u64 = 0x10_0000 - 2 * LARGE;
 /// Pages of the window: four slots, and what an area in the last one can have.
 const PAGES: u64 = 7 * LARGE;
@@ -215,7 +217,8 @@ impl Oracle {
             return;
         }
         self.leaves.extend(self.leaf_of(page));
-        // A cached "dirty" from before the harvest may hide this write from the table: the lease copies after its flush.
+        // A cached "dirty" from before the harvest may hide this write from the table: the lease copies after its
+        // flush.
         let hidden = |lease: &Leased| !lease.synced && lease.pages.contains(&page);
         if !self.leases.iter().flatten().any(hidden) {
             self.pending.insert(page);

@@ -18,7 +18,8 @@ fn config() -> impl Strategy<Value = Config> {
 proptest! {
     #![proptest_config(ProptestConfig { max_shrink_iters: 20_000, ..ProptestConfig::default() })]
 
-    /// All promises at once: no write is lost, harvests are tight, bitmaps stay whole, counts add up, refusals change nothing.
+    /// All promises at once: no write is lost, harvests are tight, bitmaps stay whole, counts add up, refusals change
+    /// nothing.
     #[test]
     fn programs_keep_every_promise(config in config(), ops in ops(60)) {
         run(&ops, &config)?;

@@ -1,8 +1,8 @@
 //! The hardware side: a domain and its devices, as one dirty source that can be told to fail.
 //!
-//! An invalidation waits for devices that are awake, and here one thread drives everything. So while the domain invalidates, on a thread
-//! of its own, the caller's thread serves the devices. Between two steps no device does anything: writes stay in flight, and runs
-//! repeat themselves exactly.
+//! An invalidation waits for devices that are awake, and here one thread drives everything. So while the domain
+//! invalidates, on a thread of its own, the caller's thread serves the devices. Between two steps no device does
+//! anything: writes stay in flight, and runs repeat themselves exactly.
 
 use dirtymap::sync::{Arc, AtomicBool, Mutex, Ordering, lock, relax, thread};
 use dirtymap::{
@@ -88,7 +88,8 @@ impl Rig {
         devices[usize::from(device)].device.read(at, bytes)
     }
 
-    /// Lands what may be in flight to these bytes from all devices but `except`: so the last of several writers wins, as in the oracle.
+    /// Lands what may be in flight to these bytes from all devices but `except`: so the last of several writers wins,
+    /// as in the oracle.
     pub(crate) fn settle(&self, except: Option<u8>, at: Iova, len: usize) {
         let Ok(range) = IovaRange::from_len(at, len as u64) else {
             return;

@@ -64,23 +64,24 @@ pub(crate) struct ChunkMap {
     /// A chunk if `levels` is 0, else a directory whose subtree has `levels - 1` more levels of directories.
     root: AtomicPtr<()>,
     levels: u32,
-    bits: u64,
+    /// The highest bit.
+    last: u64,
     owns: PhantomData<Box<Directory>>,
 }
 
 impl ChunkMap {
-    /// An empty bitmap of `bits` bits. Allocates nothing.
-    pub(crate) fn new(bits: u64) -> Self {
+    /// An empty bitmap of the bits 0 to `last`. Allocates nothing.
+    pub(crate) fn new(last: u64) -> Self {
         let mut levels = 0;
         while BITS_LG2 + levels * FANOUT_LG2 < 64
-            && bits.saturating_sub(1) >> (BITS_LG2 + levels * FANOUT_LG2) != 0
+            && last >> (BITS_LG2 + levels * FANOUT_LG2) != 0
         {
             levels += 1;
         }
         ChunkMap {
             root: AtomicPtr::new(ptr::null_mut()),
             levels,
-            bits,
+            last,
             owns: PhantomData,
         }
     }
@@ -90,7 +91,7 @@ impl ChunkMap {
     /// The caller orders its data write before this call, by a full fence: see [`marks`](crate::source).
     #[inline]
     pub(crate) fn set(&self, first: u64, last: u64) {
-        debug_assert!(first <= last && last < self.bits);
+        debug_assert!(first <= last && last <= self.last);
         for (index, mask) in word_masks(first, last) {
             let chunk = self.chunk_or_new(index >> WORDS_LG2);
             let word = &chunk.0[(index & ((1 << WORDS_LG2) - 1)) as usize];
@@ -207,7 +208,7 @@ impl Drop for ChunkMap {
 impl std::fmt::Debug for ChunkMap {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("ChunkMap")
-            .field("bits", &self.bits)
+            .field("last", &self.last)
             .finish_non_exhaustive()
     }
 }
@@ -281,7 +282,7 @@ mod tests {
     fn agrees_with_a_set_of_bits_at_every_depth() {
         for lg2 in [3u32, 14, 15, 16, 24, 25, 40, 52, 63] {
             let size = 1u64 << lg2;
-            let map = ChunkMap::new(size);
+            let map = ChunkMap::new(size - 1);
             let mut model = BTreeSet::new();
             let mut x = 88172645463325252u64;
             for _ in 0..200 {
@@ -312,15 +313,16 @@ mod tests {
 
     #[test]
     fn the_last_bit_of_the_largest_map() {
-        let map = ChunkMap::new(1 << 63);
-        map.set((1 << 63) - 1, (1 << 63) - 1);
-        assert_eq!(bits(&map, 0, (1 << 63) - 1, true), [(1 << 63) - 1]);
-        assert_eq!(map.count(0, (1 << 63) - 1), 0);
+        let map = ChunkMap::new(u64::MAX);
+        map.set(u64::MAX - 64, u64::MAX);
+        assert_eq!(map.count(0, u64::MAX), 65);
+        assert_eq!(bits(&map, 5, u64::MAX, true).last(), Some(&u64::MAX));
+        assert_eq!(map.count(0, u64::MAX), 0);
     }
 
     #[test]
     fn an_error_leaves_the_bits() {
-        let map = ChunkMap::new(1 << 20);
+        let map = ChunkMap::new((1 << 20) - 1);
         map.set(10, 10);
         map.set(700_000, 700_001);
         let stopped = map.visit(0, (1 << 20) - 1, |base, _| {

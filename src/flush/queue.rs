@@ -52,7 +52,11 @@ pub struct FlushStats {
     pub invalidated: Invalidated,
 }
 
-/// See the [module](super).
+/// Takes gathers from any number of threads and flushes them together: one flush retires every gather that was handed
+/// over before it began.
+///
+/// [`owe`](Self::owe) takes a short lock and never waits for a flush; [`wait`](Self::wait) does. An
+/// [`AddressSpace`](crate::AddressSpace) has one of its own; use another where something else owes invalidations.
 #[derive(Debug)]
 pub struct FlushQueue {
     pending: Mutex<Pending>,

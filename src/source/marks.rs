@@ -35,12 +35,11 @@ pub(crate) struct Marks {
 impl Marks {
     /// Clean marks for `range`, which is made of whole pages of size `page`. Allocates nothing.
     pub(crate) fn new(range: IovaRange, page: Granule) -> Self {
-        // 2^64 granules need the whole address space in bytes; u64 holds every count of pages of 2 bytes and up.
-        let pages = u64::try_from(range.granules(page)).unwrap_or(u64::MAX);
+        let last = (range.last().get() - range.start().get()) >> page.lg2();
         Marks {
             range,
             page,
-            bits: ChunkMap::new(pages),
+            bits: ChunkMap::new(last),
         }
     }
 

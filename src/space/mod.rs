@@ -80,7 +80,9 @@ impl AddressSpace {
     ///
     /// # Errors
     /// In this order: [`Error::Unaligned`] and [`Error::UnalignedBacking`] (multiples of [`page`](Self::page)),
-    /// [`Error::BackingWraps`], [`Error::Overlap`], then what a source says. On an error nothing is mapped.
+    /// [`Error::BackingWraps`], [`Error::Overlap`], then what a source says. On an error nothing is mapped;
+    /// only if a source also fails to flush what another one had mapped already, the range stays taken until
+    /// [`unmap_discarding`](Self::unmap_discarding) succeeds on it.
     pub fn map(&self, range: IovaRange, backing: u64, access: Access) -> Result<(), Error> {
         if !range.is_aligned(self.page) {
             return Err(Error::Unaligned {
@@ -115,8 +117,13 @@ impl AddressSpace {
                 for source in &self.sources[..filled] {
                     source.unmap(range, &mut gather);
                 }
-                // If even this flush fails, the addresses stay taken rather than reach memory that is not theirs.
-                self.flush_now(&gather)?;
+                if !gather.is_empty()
+                    && let Err(flush_failed) = self.flush_now(&gather)
+                {
+                    // The addresses stay taken rather than reach memory that is not theirs.
+                    area.go_live();
+                    return Err(flush_failed);
+                }
                 self.remove(&[area]);
                 return Err(error);
             }
@@ -165,15 +172,18 @@ impl AddressSpace {
                     u128::from(source.unmap(area.mapping.range, &mut gather));
             }
         }
+        // Counted now: if the flush fails, the repeated call finds these leaves gone.
+        self.counters.discarded(unmapped.discarded_bytes);
         if let Err(error) = self.flush_now(&gather) {
             areas.iter().for_each(|area| area.give_back());
             return Err(error);
         }
         self.remove(&areas);
         for area in &areas {
-            unmapped.discarded_bytes += u128::from(area.marks.count()) << self.page.lg2();
+            let marked = u128::from(area.marks.count()) << self.page.lg2();
+            self.counters.discarded(marked);
+            unmapped.discarded_bytes += marked;
         }
-        self.counters.discarded(unmapped.discarded_bytes);
         Ok(unmapped)
     }
 

@@ -52,7 +52,8 @@ impl Runner<'_> {
         same(Rule::Answer, "the areas", self.space.mappings(), right)
     }
 
-    /// Devices stop, all leases are committed, one last harvest: the copy must equal the memory, and nothing is dirty any more.
+    /// Devices stop, all leases are committed, one last harvest: the copy must equal the memory, and nothing is dirty
+    /// any more.
     pub(super) fn finish(mut self) -> Checked {
         self.rig.quiesce(0);
         self.rig.quiesce(1);
