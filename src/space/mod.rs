@@ -140,8 +140,8 @@ impl AddressSpace {
     /// # Errors
     /// [`Error::NothingMapped`]; [`Error::PartOfArea`] if an area sticks out of `range`; [`Error::Busy`] if another
     /// call maps or unmaps one of them. Nothing is unmapped then. If a source cannot flush: its error; the areas
-    /// keep their addresses, although devices can no longer reach their memory by new translations, and the call
-    /// can be repeated.
+    /// keep their addresses, although devices can no longer reach their memory by new translations and the dirty
+    /// leaves are discarded already, and the call can be repeated.
     pub fn unmap_discarding(&self, range: IovaRange) -> Result<Unmapped, Error> {
         let mut areas = Vec::new();
         for entry in self.areas.snapshot().iter(range) {

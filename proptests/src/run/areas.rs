@@ -172,7 +172,12 @@ impl Runner<'_> {
         check(
             (dirty * PAGE..=most * PAGE).contains(&discarded),
             Rule::Accounting,
-            || format!("{discarded} bytes discarded, of at least {dirty} and at most {most} pages"),
+            || {
+                format!(
+                    "{} pages discarded, not {dirty} to {most}",
+                    discarded / PAGE
+                )
+            },
         )
     }
 
