@@ -17,7 +17,7 @@
 //!
 //! # fn main() -> Result<(), dirtymap::Error> {
 //! let ram = IovaRange::from_len(Iova::new(0x4000_0000), 64 << 20)?; // 64 MiB of guest memory
-//! let space = AddressSpace::new(Granule::K4); // .with_source(iommu_domain) to track devices as well
+//! let space = AddressSpace::new(Granule::K4); // .with_source(iommu_domain)? to track devices as well
 //! space.map(ram, 0, Access::ReadWrite)?;
 //! space.set_tracking(true)?; // from here on every write is reported; now copy everything once
 //!

@@ -59,6 +59,8 @@ pub enum Step {
     OweBeforePutBack,
     /// Waiting for a flush that another thread has begun with our gather.
     WaitForLeader,
+    /// The fences between a mark, or the end of an area, and the look at the other.
+    GoneFence,
     /// Recording a page before its bit is cleared.
     RecordBeforeClear,
     /// Waiting for writes that were already translated.

@@ -11,7 +11,9 @@ use std::sync::Arc;
 fn space() -> (AddressSpace, Arc<Fake>) {
     let fake = Arc::new(Fake::default());
     (
-        AddressSpace::new(Granule::K4).with_source(fake.clone()),
+        AddressSpace::new(Granule::K4)
+            .with_source(fake.clone())
+            .unwrap(),
         fake,
     )
 }
@@ -126,7 +128,9 @@ fn a_map_that_one_source_refuses_is_undone_in_the_others() {
     let (first, second) = (Arc::new(Fake::default()), Arc::new(Fake::default()));
     let space = AddressSpace::new(Granule::K4)
         .with_source(first.clone())
-        .with_source(second.clone());
+        .unwrap()
+        .with_source(second.clone())
+        .unwrap();
     second.with(|s| s.refuse_map = true);
     assert!(matches!(
         space.map(pages(0, 4), 0, Access::ReadWrite),
@@ -144,7 +148,9 @@ fn a_refused_map_that_cannot_be_taken_back_can_be_unmapped_later() {
     let (first, second) = (Arc::new(Fake::default()), Arc::new(Fake::default()));
     let space = AddressSpace::new(Granule::K4)
         .with_source(first.clone())
-        .with_source(second.clone());
+        .unwrap()
+        .with_source(second.clone())
+        .unwrap();
     second.with(|s| s.refuse_map = true);
     first.with(|s| s.fail_invalidations = 1);
     assert!(space.map(pages(0, 4), 0, Access::ReadWrite).is_err());
@@ -216,7 +222,9 @@ fn tracking_that_one_source_refuses_is_off_in_all() {
     let (first, second) = (Arc::new(Fake::default()), Arc::new(Fake::default()));
     let space = AddressSpace::new(Granule::K4)
         .with_source(first.clone())
-        .with_source(second.clone());
+        .unwrap()
+        .with_source(second.clone())
+        .unwrap();
     second.with(|s| s.refuse_tracking = true);
     assert!(space.set_tracking(true).is_err());
     assert!(!first.with(|s| s.tracking));

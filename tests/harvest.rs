@@ -15,7 +15,9 @@ use std::sync::Arc;
 /// Pages 0..8 and 8..16 in two areas that touch, and 20..24 behind a hole; tracking on.
 fn space() -> (AddressSpace, Arc<Fake>) {
     let fake = Arc::new(Fake::default());
-    let space = AddressSpace::new(Granule::K4).with_source(fake.clone());
+    let space = AddressSpace::new(Granule::K4)
+        .with_source(fake.clone())
+        .unwrap();
     for (first, n) in [(0, 8), (8, 8), (20, 4)] {
         space
             .map(pages(first, n), first * PAGE, Access::ReadWrite)
@@ -62,12 +64,7 @@ fn devices_and_marks_come_out_of_one_harvest() {
         .unwrap();
     let report = lease.report();
     assert_eq!(
-        (
-            report.areas,
-            report.bits_set,
-            report.leaves_cleared,
-            report.windows
-        ),
+        (report.areas, report.bits_set, report.leaves, report.windows),
         (2, 4, 2, 1)
     );
     let lease = lease.sync().unwrap();
@@ -100,7 +97,9 @@ fn devices_and_marks_come_out_of_one_harvest() {
 #[test]
 fn requests_are_refused_in_order_and_nothing_is_touched() {
     let fake = Arc::new(Fake::default());
-    let space = AddressSpace::new(Granule::K4).with_source(fake.clone());
+    let space = AddressSpace::new(Granule::K4)
+        .with_source(fake.clone())
+        .unwrap();
     space.map(pages(0, 64), 0, Access::ReadWrite).unwrap();
     fake.dirty(1);
     let refuse = |request: &HarvestRequest, words: &mut [u64]| match space

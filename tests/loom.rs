@@ -133,9 +133,7 @@ impl DirtySource for Source {
         Ok(())
     }
 
-    fn unmap(&self, _: IovaRange, _: &mut FlushGather) -> u64 {
-        0
-    }
+    fn unmap(&self, _: IovaRange, _: &mut FlushGather, _: &mut dyn FnMut(IovaRange)) {}
 
     fn set_tracking(&self, _: bool) -> Result<(), Error> {
         Ok(())
@@ -178,7 +176,9 @@ fn an_abort_owes_before_it_puts_back() {
             cached: Mutex::new(true),
             data: AtomicU64::new(1),
         });
-        let space = AddressSpace::new(PAGE).with_source(Source(hardware.clone()));
+        let space = AddressSpace::new(PAGE)
+            .with_source(Source(hardware.clone()))
+            .unwrap();
         space.map(page(0), 0, Access::ReadWrite).unwrap();
         space.set_tracking(true).unwrap();
         let space = Arc::new(space);

@@ -44,9 +44,9 @@ impl Machine {
         let domain = Domain::new(memory.clone(), DomainConfig { max_leaf: leaf });
         let space = match sabotage {
             Some(Sabotage::ClearThenLose) => {
-                AddressSpace::new(PAGE).with_source(Forgetful::new(domain.clone(), seed))
+                AddressSpace::new(PAGE).with_source(Forgetful::new(domain.clone(), seed))?
             }
-            _ => AddressSpace::new(PAGE).with_source(domain.clone()),
+            _ => AddressSpace::new(PAGE).with_source(domain.clone())?,
         };
         sabotage::break_hardware(&domain, sabotage);
         let mut files = Vec::with_capacity(trace.files.len());

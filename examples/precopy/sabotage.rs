@@ -72,8 +72,8 @@ impl DirtySource for Forgetful {
         self.inner.map(mapping)
     }
 
-    fn unmap(&self, range: IovaRange, gather: &mut FlushGather) -> u64 {
-        self.inner.unmap(range, gather)
+    fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
+        self.inner.unmap(range, gather, dirty);
     }
 
     fn set_tracking(&self, on: bool) -> Result<(), Error> {

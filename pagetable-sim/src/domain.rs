@@ -198,17 +198,17 @@ impl DirtySource for Domain {
         Ok(())
     }
 
-    fn unmap(&self, range: IovaRange, gather: &mut FlushGather) -> u64 {
-        let mut dropped = 0;
-        let done = self.hardware.table.unmap(range, |leaf, size, dirty| {
+    fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
+        let done = self.hardware.table.unmap(range, |leaf, size, was_dirty| {
             gather.add(leaf, size);
-            dropped += if dirty { size.bytes() } else { 0 };
+            if was_dirty {
+                dirty(leaf);
+            }
         });
         if done.is_err() {
             // Relaxed: a count. A caller who unmaps what was mapped never gets here.
             self.refused_unmaps.fetch_add(1, Ordering::Relaxed);
         }
-        dropped
     }
 
     /// Enabling goes clear, switch, flush:

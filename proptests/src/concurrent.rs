@@ -118,7 +118,9 @@ fn storm(max_leaf: Granule, device: DeviceConfig, seed: u64) {
     let memory = Arc::new(PhysMemory::new(4200 * PAGE).unwrap());
     let domain = Domain::new(Arc::clone(&memory), DomainConfig { max_leaf });
     let storm = Storm {
-        space: AddressSpace::new(Granule::K4).with_source(Arc::clone(&domain)),
+        space: AddressSpace::new(Granule::K4)
+            .with_source(Arc::clone(&domain))
+            .unwrap(),
         memory,
         copy: (0..4200).map(|_| Mutex::new([0; PAGE as usize])).collect(),
         stop: AtomicBool::new(false),

@@ -162,8 +162,8 @@ impl DirtySource for Rig {
         DirtySource::map(&self.domain, mapping)
     }
 
-    fn unmap(&self, range: IovaRange, gather: &mut FlushGather) -> u64 {
-        DirtySource::unmap(&self.domain, range, gather)
+    fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
+        DirtySource::unmap(&self.domain, range, gather, dirty);
     }
 
     fn set_tracking(&self, on: bool) -> Result<(), Error> {

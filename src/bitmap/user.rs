@@ -101,6 +101,7 @@ impl<'a> BitmapView<'a> {
     pub fn sink(&self) -> Sink<'a> {
         Sink {
             view: *self,
+            limit: self.range,
             window: &[],
             window_first: 0,
             bits_set: 0,
@@ -132,6 +133,8 @@ impl<'a> BitmapView<'a> {
 #[derive(Debug)]
 pub struct Sink<'a> {
     view: BitmapView<'a>,
+    /// What lies outside is not recorded. Inside the view.
+    limit: IovaRange,
     window: &'a [AtomicU64],
     window_first: u64,
     bits_set: u64,
@@ -141,7 +144,14 @@ pub struct Sink<'a> {
 impl<'a> Sink<'a> {
     /// The addresses that can be recorded; everything else is clipped.
     pub fn range(&self) -> IovaRange {
-        self.view.range
+        self.limit
+    }
+
+    /// Records nothing outside `part` from now on.
+    pub(crate) fn limit_to(&mut self, part: IovaRange) {
+        if let Some(inside) = part.intersection(self.view.range) {
+            self.limit = inside;
+        }
     }
 
     /// Bits that this sink turned from 0 to 1.
@@ -161,7 +171,7 @@ impl<'a> Sink<'a> {
     /// caller must leave the dirty state as it is.
     #[inline]
     pub fn record(&mut self, range: IovaRange) -> Result<(), Error> {
-        let Some(inside) = range.intersection(self.view.range) else {
+        let Some(inside) = range.intersection(self.limit) else {
             return Ok(());
         };
         let base = self.view.range.start().get();
@@ -193,17 +203,18 @@ impl<'a> Sink<'a> {
     /// As [`record`](Sink::record).
     #[inline]
     pub fn record_mask(&mut self, start: Iova, page: Granule, mask: u64) -> Result<(), Error> {
-        let view = self.view.range;
+        let limit = self.limit;
         // Pages of more than 2^58 bytes: 64 of them do not fit the address space.
         let end = (page.lg2() <= 58)
             .then(|| start.checked_add((63 << page.lg2()) + page.mask()))
             .flatten();
         if page == self.view.granule
-            && start >= view.start()
-            && end.is_some_and(|end| end <= view.last())
+            && start.is_aligned(page)
+            && start >= limit.start()
+            && end.is_some_and(|end| end <= limit.last())
         {
             // All 64 pages lie inside and are bits of their own: the mask as it is, shifted across two words.
-            let bit = (start.get() - view.start().get()) >> page.lg2();
+            let bit = (start.get() - self.view.range.start().get()) >> page.lg2();
             self.or(bit / 64, mask << (bit % 64));
             if !bit.is_multiple_of(64) {
                 self.or(bit / 64 + 1, mask >> (64 - bit % 64));
@@ -211,8 +222,11 @@ impl<'a> Sink<'a> {
             return Ok(());
         }
         for (first, last) in word_runs(mask) {
-            let from = start.get() + (u64::from(first) << page.lg2());
-            let to = start.get() + (u64::from(last) << page.lg2()) + page.mask();
+            let address = |pages: u32| u128::from(start.get()) + (u128::from(pages) << page.lg2());
+            let Ok(from) = u64::try_from(address(first)) else {
+                break; // past the end of the address space
+            };
+            let to = u64::try_from(address(last + 1) - 1).unwrap_or(u64::MAX);
             self.record(IovaRange::new(Iova::new(from), Iova::new(to))?)?;
         }
         Ok(())

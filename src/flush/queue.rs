@@ -18,9 +18,9 @@ pub struct Invalidated {
 impl Invalidated {
     /// Adds what another source did for the same gather.
     pub fn add(&mut self, other: Invalidated) {
-        self.commands += other.commands;
-        self.dropped += other.dropped;
-        self.drained += other.drained;
+        self.commands = self.commands.saturating_add(other.commands);
+        self.dropped = self.dropped.saturating_add(other.dropped);
+        self.drained = self.drained.saturating_add(other.drained);
     }
 }
 

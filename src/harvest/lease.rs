@@ -42,8 +42,8 @@ pub struct HarvestReport {
     pub areas: u64,
     /// Bits that went from 0 to 1 in the user's bitmap.
     pub bits_set: u64,
-    /// Leaves of IO page tables that were cleared and owe an invalidation.
-    pub leaves_cleared: u64,
+    /// Dirty leaves of IO page tables; each owes an invalidation.
+    pub leaves: u64,
     /// Windows of the user's bitmap that were opened.
     pub windows: u64,
 }
@@ -170,17 +170,29 @@ impl<'a> Holding<'a> {
         // Before the first bit is touched: a walk that panics in here puts back all that it may have recorded.
         self.reached = Some(part.last());
         self.report.areas += 1;
+        sink.limit_to(part);
+        // What one source could not process ends the part for all that follow: below it, the lease has everything.
+        let mut rest = Some(part);
+        let mut outcome = Ok(());
         for source in &self.space.sources {
-            source.read_and_clear(part, sink, &mut self.gather)?;
+            let Some(part) = rest else { break };
+            if let Err(stopped) = source.read_and_clear(part, sink, &mut self.gather) {
+                (rest, outcome) = below(part, stopped, self.space.page());
+            }
         }
-        area.marks.read_and_clear(part, sink)
+        if let Some(part) = rest
+            && let Err(stopped) = area.marks.read_and_clear(part, sink)
+        {
+            (_, outcome) = below(part, stopped, self.space.page());
+        }
+        outcome
     }
 
     /// The walk is over.
     pub(super) fn into_lease(mut self, sink: &Sink<'_>) -> Lease<'a, Owed> {
         self.report.bits_set = sink.bits_set();
         self.report.windows = sink.windows();
-        self.report.leaves_cleared = self.gather.entries();
+        self.report.leaves = self.gather.entries();
         self.space.counters.leased(self.bytes());
         Lease {
             holding: self,
@@ -253,6 +265,22 @@ impl<'a> Holding<'a> {
         let bytes = u128::from(self.report.bits_set) << self.view.granule().lg2();
         u64::try_from(bytes).unwrap_or(u64::MAX)
     }
+}
+
+/// What is left of `part` below the page at which a source stopped, and the stop, at an address inside `part`.
+fn below(
+    part: IovaRange,
+    stopped: Stopped,
+    page: Granule,
+) -> (Option<IovaRange>, Result<(), Stopped>) {
+    let at = stopped.at.granule_start(page);
+    let at = if part.contains(at) { at } else { part.start() };
+    let rest = at
+        .get()
+        .checked_sub(1)
+        .and_then(|last| IovaRange::new(part.start(), Iova::new(last)).ok());
+    let error = stopped.error;
+    (rest, Err(Stopped { at, error }))
 }
 
 impl Drop for Holding<'_> {

@@ -36,9 +36,10 @@ pub use lease::{
 };
 pub use request::HarvestRequest;
 
+use crate::area::Snapshot;
 use crate::bitmap::{BitmapView, UserBitmap};
 use crate::error::Error;
-use crate::space::AddressSpace;
+use crate::space::{AddressSpace, Area};
 use lease::Holding;
 
 impl AddressSpace {
@@ -53,16 +54,18 @@ impl AddressSpace {
     /// page, then to the granule), [`Error::BitmapTooShort`], [`Error::NeverTracked`], and for
     /// [all-or-nothing](HarvestRequest::all_or_nothing) requests [`Error::Hole`].
     ///
-    /// [`HarvestError::Stopped`] at a hole, or where a source failed: it has the error, the first address that was
+    /// [`HarvestError::Stopped`] at a hole, or where a source failed (an all-or-nothing request too): it has the error, the first address that was
     /// not processed, and the lease for what was.
     pub fn harvest<'a>(
         &'a self,
         request: &HarvestRequest,
         bitmap: UserBitmap<'a>,
     ) -> Result<Lease<'a, Owed>, HarvestError<'a>> {
-        let view = self.check(request, bitmap).map_err(HarvestError::Refused)?;
-        let range = request.range();
         let snapshot = self.snapshot();
+        let view = self
+            .check(request, bitmap, &snapshot)
+            .map_err(HarvestError::Refused)?;
+        let range = request.range();
         let mut sink = view.sink();
         let mut holding = Holding::begin(self, view);
         for entry in snapshot.contiguous(range) {
@@ -94,13 +97,15 @@ impl AddressSpace {
         request: &HarvestRequest,
         bitmap: UserBitmap<'a>,
     ) -> Result<BitmapView<'a>, Error> {
-        let view = self.check(request, bitmap)?;
+        let snapshot = self.snapshot();
+        let view = self.check(request, bitmap, &snapshot)?;
         let range = request.range();
         let mut sink = view.sink();
-        for entry in self.snapshot().contiguous(range) {
+        for entry in snapshot.contiguous(range) {
             let entry = entry.map_err(|at| Error::Hole { at, range })?;
             // Never empty: a contiguous walk yields areas that intersect the range.
             let part = entry.range.intersection(range).unwrap_or(range);
+            sink.limit_to(part);
             for source in &self.sources {
                 source
                     .peek(part, &mut sink)
@@ -120,6 +125,7 @@ impl AddressSpace {
         &self,
         request: &HarvestRequest,
         bitmap: UserBitmap<'a>,
+        snapshot: &Snapshot<'_, Area>,
     ) -> Result<BitmapView<'a>, Error> {
         let range = request.range();
         if !range.is_aligned(self.page()) {
@@ -133,7 +139,7 @@ impl AddressSpace {
             return Err(Error::NeverTracked { range });
         }
         if request.is_all_or_nothing()
-            && let Some(at) = self.snapshot().contiguous(range).find_map(Result::err)
+            && let Some(at) = snapshot.contiguous(range).find_map(Result::err)
         {
             return Err(Error::Hole { at, range });
         }

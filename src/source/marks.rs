@@ -51,7 +51,11 @@ impl Marks {
             fence(Ordering::SeqCst);
         }
         if let Some((first, last)) = self.bits_of(range) {
-            self.bits.set(first, last);
+            let marked_anew = self.bits.set(first, last);
+            if marked_anew && performs(Step::GoneFence) {
+                // SeqCst: F3 of the protocol in `space::unmap`; pairs with F4 there.
+                fence(Ordering::SeqCst);
+            }
         }
     }
 
@@ -77,16 +81,15 @@ impl Marks {
         })
     }
 
-    /// Forgets all marks.
-    pub(crate) fn clear(&self) {
-        let cleared = self.visit(self.range, |_, _| Ok(true));
+    /// Forgets all marks; how many pages there were.
+    pub(crate) fn clear(&self) -> u64 {
+        let mut pages = 0;
+        let cleared = self.visit(self.range, |_, mask| {
+            pages += u64::from(mask.count_ones());
+            Ok(true)
+        });
         debug_assert!(cleared.is_ok());
-    }
-
-    /// How many pages are marked. Exact only while nobody marks.
-    pub(crate) fn count(&self) -> u64 {
-        self.bits_of(self.range)
-            .map_or(0, |(first, last)| self.bits.count(first, last))
+        pages
     }
 
     fn visit(

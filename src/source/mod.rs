@@ -40,8 +40,8 @@ pub struct Stopped {
 /// # What an implementation owes
 /// * **Record, owe, then clear.** For each dirty leaf: [`Sink::record`], then [`FlushGather::add`], then clear the
 ///   bit by one atomic operation. A harvest that is stopped between any two of these loses nothing.
-/// * **Only whole leaves are cleared.** A dirty leaf of which the range covers only a part is recorded (as far as
-///   it is covered) and keeps its bit.
+/// * **Only whole leaves are cleared.** A dirty leaf of which the range covers only a part is recorded as far as it is
+///   covered, owes the invalidation of that part (which drains writes in flight), and keeps its bit.
 /// * **No waiting** in `read_and_clear` and `peek`: not for devices, not for `map` and `unmap`, not for each other.
 pub trait DirtySource: Send + Sync {
     /// Lets devices reach `mapping`. It starts out clean. Nothing else is mapped in its range.
@@ -50,11 +50,12 @@ pub trait DirtySource: Send + Sync {
     /// If the source cannot express the mapping; then nothing is changed.
     fn map(&self, mapping: &Mapping) -> Result<(), Error>;
 
-    /// Ends the translations of `range`, which is the range of one earlier `map`, and adds to `gather` what must be
-    /// invalidated before it is certain that no device reaches the memory any more.
+    /// Ends the translations of `range`, and adds to `gather` what must be invalidated before it is certain that no
+    /// device reaches the memory any more. Calls `dirty` for each leaf that was dirty when it went.
     ///
-    /// Returns how many bytes of dirty leaves were dropped.
-    fn unmap(&self, range: IovaRange, gather: &mut FlushGather) -> u64;
+    /// `range` is that of one earlier `map`, which may have been refused or unmapped before: then there is nothing to
+    /// do.
+    fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange));
 
     /// Switches tracking. On: leaves that are dirty become clean, and every write that begins after the return is
     /// reported; twice on changes nothing and keeps what is dirty. Off: what is dirty stays for a last harvest. May
@@ -98,8 +99,8 @@ impl<T: DirtySource + ?Sized> DirtySource for Arc<T> {
         (**self).map(mapping)
     }
 
-    fn unmap(&self, range: IovaRange, gather: &mut FlushGather) -> u64 {
-        (**self).unmap(range, gather)
+    fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
+        (**self).unmap(range, gather, dirty)
     }
 
     fn set_tracking(&self, on: bool) -> Result<(), Error> {

@@ -38,10 +38,13 @@ impl Area {
         }
     }
 
-    /// The sources are filled: from now on the area can be unmapped.
+    /// The sources are filled, or will not be: from now on the area can be unmapped.
     pub(crate) fn go_live(&self) {
-        // Release: pairs with the Acquire of `claim`; the unmap sees the filled tables.
-        self.state.store(LIVE, Ordering::Release);
+        // Release: pairs with the Acquire of `claim`; the unmap sees the filled tables. Relaxed on failure: the area is
+        // gone already, because a source refused it.
+        let _ = self
+            .state
+            .compare_exchange(MAPPING, LIVE, Ordering::Release, Ordering::Relaxed);
     }
 
     /// Takes the area for unmapping; at most one thread succeeds.
@@ -79,7 +82,8 @@ impl Area {
     /// Marks `range`, which lies inside the area.
     ///
     /// # Errors
-    /// [`Error::Outside`] if a part lies outside the area (then nothing is marked), or if the area is gone.
+    /// [`Error::Outside`] if a part lies outside the area (then nothing is marked), or if the area is gone: see
+    /// [`unmap`](super::unmap).
     pub(crate) fn mark(&self, range: IovaRange) -> Result<(), Error> {
         let own = self.mapping.range;
         if !own.covers(range) {

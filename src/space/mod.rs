@@ -8,21 +8,21 @@
 
 mod area;
 mod stats;
+mod tracking;
+mod unmap;
 
 pub(crate) use area::Area;
 pub(crate) use stats::Counters;
 pub use stats::SpaceStats;
+pub use unmap::Unmapped;
 
 use crate::area::{AreaTree, Snapshot};
 use crate::error::Error;
 use crate::flush::{FlushGather, FlushQueue, Invalidated};
 use crate::source::{DirtySource, Mapping};
-use crate::sync::{Arc, AtomicU8, Mutex, Ordering, fence, lock};
+use crate::sync::Arc;
 use crate::units::{Access, Granule, Iova, IovaRange};
-
-const NEVER: u8 = 0;
-const ON: u8 = 1;
-const OFF: u8 = 2;
+use tracking::Tracking;
 
 /// A space of device-visible addresses in which dirty memory is tracked.
 ///
@@ -33,21 +33,8 @@ pub struct AddressSpace {
     pub(crate) areas: AreaTree<Area>,
     pub(crate) sources: Vec<Box<dyn DirtySource>>,
     pub(crate) flush: FlushQueue,
-    pub(crate) counters: Counters,
-    /// Held while tracking is switched.
-    switching: Mutex<()>,
-    tracking: AtomicU8,
-}
-
-/// What [`AddressSpace::unmap_discarding`] did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Unmapped {
-    /// Areas that were removed.
-    pub areas: u64,
-    /// Their bytes.
-    pub bytes: u128,
-    /// Bytes of dirty state that went with them: dirty leaves of the sources and marked pages.
-    pub discarded_bytes: u128,
+    pub(crate) counters: Arc<Counters>,
+    tracking: Tracking,
 }
 
 impl AddressSpace {
@@ -58,17 +45,25 @@ impl AddressSpace {
             areas: AreaTree::new(),
             sources: Vec::new(),
             flush: FlushQueue::new(),
-            counters: Counters::default(),
-            switching: Mutex::new(()),
-            tracking: AtomicU8::new(NEVER),
+            counters: Arc::new(Counters::default()),
+            tracking: Tracking::new(),
         }
     }
 
-    /// Adds a source of dirty state, such as the domain of an IOMMU. Areas are mapped into every source.
-    #[must_use]
-    pub fn with_source(mut self, source: impl DirtySource + 'static) -> Self {
+    /// Adds a source of dirty state, such as the domain of an IOMMU. Areas that are there are mapped into it, and it
+    /// tracks if the space does; areas to come are mapped into every source.
+    ///
+    /// # Errors
+    /// That of the source, if it refuses an area or to track; the space is gone then, so add sources first.
+    pub fn with_source(mut self, source: impl DirtySource + 'static) -> Result<Self, Error> {
+        for mapping in self.mappings() {
+            source.map(&mapping)?;
+        }
+        if self.tracking.is_on() {
+            source.set_tracking(true)?;
+        }
         self.sources.push(Box::new(source));
-        self
+        Ok(self)
     }
 
     /// The smallest page.
@@ -111,132 +106,32 @@ impl AddressSpace {
         self.areas
             .insert(range, area.clone())
             .map_err(|(error, _)| error)?;
+        // From here on the area can be unmapped, whatever becomes of this call.
+        let _filling = Filling(&area);
         for (filled, source) in self.sources.iter().enumerate() {
             if let Err(error) = source.map(&mapping) {
                 let mut gather = FlushGather::new();
                 for source in &self.sources[..filled] {
-                    source.unmap(range, &mut gather);
+                    source.unmap(range, &mut gather, &mut |_| ());
                 }
                 if !gather.is_empty()
                     && let Err(flush_failed) = self.flush_now(&gather)
                 {
                     // The addresses stay taken rather than reach memory that is not theirs.
-                    area.go_live();
                     return Err(flush_failed);
                 }
-                self.remove(&[area]);
+                self.remove(std::slice::from_ref(&area));
                 return Err(error);
             }
         }
-        area.go_live();
         Ok(())
-    }
-
-    /// Unmaps every area inside `range` and **discards** what was dirty in them. All or nothing; holes in `range`
-    /// are fine.
-    ///
-    /// Waits for the flush, so that on return no device reaches the memory and its addresses can be mapped again.
-    ///
-    /// # Errors
-    /// [`Error::NothingMapped`]; [`Error::PartOfArea`] if an area sticks out of `range`; [`Error::Busy`] if another
-    /// call maps or unmaps one of them. Nothing is unmapped then. If a source cannot flush: its error; the areas
-    /// keep their addresses, although devices can no longer reach their memory by new translations and the dirty
-    /// leaves are discarded already, and the call can be repeated.
-    pub fn unmap_discarding(&self, range: IovaRange) -> Result<Unmapped, Error> {
-        let mut areas = Vec::new();
-        for entry in self.areas.snapshot().iter(range) {
-            if !range.covers(entry.range) {
-                return Err(Error::PartOfArea {
-                    range,
-                    area: entry.range,
-                });
-            }
-            areas.push(entry.to_arc());
-        }
-        if areas.is_empty() {
-            return Err(Error::NothingMapped { range });
-        }
-        for (claimed, area) in areas.iter().enumerate() {
-            if let Err(busy) = area.claim() {
-                areas[..claimed].iter().for_each(|area| area.give_back());
-                return Err(busy);
-            }
-        }
-        let mut gather = FlushGather::new();
-        let mut unmapped = Unmapped::default();
-        for area in &areas {
-            unmapped.areas += 1;
-            unmapped.bytes += area.mapping.range.len();
-            for source in &self.sources {
-                unmapped.discarded_bytes +=
-                    u128::from(source.unmap(area.mapping.range, &mut gather));
-            }
-        }
-        // Counted now: if the flush fails, the repeated call finds these leaves gone.
-        self.counters.discarded(unmapped.discarded_bytes);
-        if let Err(error) = self.flush_now(&gather) {
-            areas.iter().for_each(|area| area.give_back());
-            return Err(error);
-        }
-        self.remove(&areas);
-        for area in &areas {
-            let marked = u128::from(area.marks.count()) << self.page.lg2();
-            self.counters.discarded(marked);
-            unmapped.discarded_bytes += marked;
-        }
-        Ok(unmapped)
-    }
-
-    /// Switches tracking of writes.
-    ///
-    /// The first switch on makes the baseline clean (what was marked or dirty before is discarded) and flushes:
-    /// every write that begins after the return is reported. On when it is on changes nothing and keeps what is
-    /// dirty. Off keeps what is dirty for a last harvest. Software marks are kept whatever the switch says.
-    ///
-    /// # Errors
-    /// That of a source; tracking is then off.
-    pub fn set_tracking(&self, on: bool) -> Result<(), Error> {
-        let _switching = lock(&self.switching);
-        // Relaxed: only changed under the lock that we hold.
-        let now = self.tracking.load(Ordering::Relaxed);
-        if on == (now == ON) {
-            return Ok(());
-        }
-        if on {
-            for entry in self.areas.snapshot().iter(IovaRange::ALL) {
-                entry.area.marks.clear();
-            }
-            // SeqCst: F2 of the marks' protocol (`source::marks`), for the first full copy that follows.
-            fence(Ordering::SeqCst);
-        }
-        for (switched, source) in self.sources.iter().enumerate() {
-            if let Err(error) = source.set_tracking(on) {
-                for source in &self.sources[..switched] {
-                    // The error that is returned says enough; a source that can't go back either stays on, which is
-                    // harmless.
-                    let _ = source.set_tracking(false);
-                }
-                return Err(error);
-            }
-        }
-        if on || now == ON {
-            // Release: pairs with the Acquire in `ever_tracked`; a harvest that sees it finds a clean baseline.
-            self.tracking
-                .store(if on { ON } else { OFF }, Ordering::Release);
-        }
-        Ok(())
-    }
-
-    /// Whether tracking was ever switched on.
-    pub(crate) fn ever_tracked(&self) -> bool {
-        // Acquire: pairs with the Release in `set_tracking`.
-        self.tracking.load(Ordering::Acquire) != NEVER
     }
 
     /// Says that a CPU thread wrote `range`. Call it **after** the write. Pages that `range` only touches are
     /// marked whole.
     ///
-    /// Lock-free, and never waits. Where one area is marked again and again, [`area`](Self::area) saves the lookup.
+    /// Lock-free, and never waits. The cost grows with the pages: a mark of a terabyte sets a bit for each of them.
+    /// Where one area is marked again and again, [`area`](Self::area) saves the lookup.
     ///
     /// # Errors
     /// [`Error::Outside`] with the first address that no area holds; the parts inside areas are marked all the
@@ -260,7 +155,13 @@ impl AddressSpace {
             if let Some(from) = next.filter(|from| *from < entry.range.start()) {
                 outside.add(from, entry.range.start().get() - from.get());
             }
-            entry.area.marks.mark(range);
+            if let Some(part) = entry.range.intersection(range)
+                && entry.area.mark(part).is_err()
+            {
+                // Unmapped since the snapshot.
+                let bytes = part.last().get() - part.start().get();
+                outside.add(part.start(), bytes.saturating_add(1));
+            }
             next = entry.range.last().checked_add(1);
         }
         if let Some(from) = next.filter(|from| *from <= range.last()) {
@@ -276,6 +177,7 @@ impl AddressSpace {
         let entry = snapshot.lookup(iova)?;
         Some(AreaHandle {
             area: entry.to_arc(),
+            counters: self.counters.clone(),
         })
     }
 
@@ -315,19 +217,6 @@ impl AddressSpace {
         self.flush.wait(ticket, |gather| self.invalidate(gather))
     }
 
-    /// Takes areas that this thread owns out of the tree, in one step.
-    fn remove(&self, areas: &[Arc<Area>]) {
-        let removed: Result<(), std::convert::Infallible> = self.areas.update(|edit| {
-            for area in areas {
-                edit.remove(area.mapping.range.start());
-            }
-            Ok(())
-        });
-        match removed {
-            Ok(()) => areas.iter().for_each(|area| area.retire()),
-        }
-    }
-
     pub(crate) fn snapshot(&self) -> Snapshot<'_, Area> {
         self.areas.snapshot()
     }
@@ -361,6 +250,7 @@ impl Outside {
 #[derive(Clone, Debug)]
 pub struct AreaHandle {
     area: Arc<Area>,
+    counters: Arc<Counters>,
 }
 
 impl AreaHandle {
@@ -374,9 +264,21 @@ impl AreaHandle {
     /// On a page that is marked already this costs a fence and a load, and no write to shared memory.
     ///
     /// # Errors
-    /// [`Error::Outside`] if a part of `range` lies outside the area, or the area was unmapped.
+    /// [`Error::Outside`] if a part of `range` lies outside the area, or the area was unmapped; nothing is marked, and the
+    /// call is counted in [`SpaceStats::outside_marks`].
     #[inline]
     pub fn mark(&self, range: IovaRange) -> Result<(), Error> {
-        self.area.mark(range)
+        self.area
+            .mark(range)
+            .inspect_err(|_| self.counters.outside_mark())
+    }
+}
+
+/// An area whose sources are being filled; when that is over, with success or not, it can be unmapped.
+struct Filling<'a>(&'a Area);
+
+impl Drop for Filling<'_> {
+    fn drop(&mut self) {
+        self.0.go_live();
     }
 }

@@ -64,14 +64,18 @@ impl DirtySource for Fake {
         })
     }
 
-    fn unmap(&self, range: IovaRange, gather: &mut FlushGather) -> u64 {
+    fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
         self.with(|s| {
+            if s.mapped.contains(&range) {
+                gather.add(range, Granule::K4);
+            }
             s.mapped.retain(|mapped| *mapped != range);
-            gather.add(range, Granule::K4);
             let gone: Vec<u64> = s.dirty.range(numbers(range)).copied().collect();
-            gone.iter().for_each(|n| assert!(s.dirty.remove(n)));
-            gone.len() as u64 * PAGE
-        })
+            for n in gone {
+                s.dirty.remove(&n);
+                dirty(pages(n, 1));
+            }
+        });
     }
 
     fn set_tracking(&self, on: bool) -> Result<(), Error> {

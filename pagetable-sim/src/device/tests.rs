@@ -371,7 +371,14 @@ fn unmapped_memory_is_reachable_until_it_is_flushed() {
     device.write(at(1, 0), &[1]).unwrap();
     device.quiesce();
     let mut gather = FlushGather::new();
-    assert_eq!(domain.unmap(range(BASE, 8 * K4), &mut gather), K4);
+    let mut dirty = Vec::new();
+    domain.unmap(range(BASE, 8 * K4), &mut gather, &mut |leaf| {
+        dirty.push(leaf)
+    });
+    assert_eq!(
+        dirty.iter().map(|leaf| leaf.len()).sum::<u128>(),
+        u128::from(K4)
+    );
     assert_eq!(
         (gather.entries(), gather.ranges()),
         (8, &[range(BASE, 8 * K4)][..])
@@ -396,7 +403,9 @@ fn unmapped_memory_is_reachable_until_it_is_flushed() {
             access: Access::Read,
         })
         .unwrap();
-    assert_eq!(domain.unmap(range(0, 5), &mut gather), 0);
+    domain.unmap(range(0, 5), &mut gather, &mut |_| {
+        panic!("nothing is there")
+    });
     assert_eq!(domain.stats().refused_unmaps, 1);
 }
 

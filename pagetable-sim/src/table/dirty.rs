@@ -67,8 +67,8 @@ impl<F: Format> Table<F> {
     /// Moves the dirty state of `range` into `sink` and adds what must be invalidated to `gather`. Addresses without a
     /// leaf are skipped.
     ///
-    /// A dirty leaf that sticks out of the range is recorded as far as it is covered and stays dirty. Lock-free; may
-    /// run at the same time as everything else.
+    /// A dirty leaf that sticks out of the range is recorded and owed as far as it is covered, and stays dirty.
+    /// Lock-free; may run at the same time as everything else.
     ///
     /// # Errors
     /// [`Stopped`] with the first address that was not processed, and the error of the sink.
@@ -82,11 +82,13 @@ impl<F: Format> Table<F> {
             if performs(Step::RecordBeforeClear) {
                 sink.record(leaf.part)?;
             }
-            if leaf.part != leaf.span {
-                return Ok(Fate::Keep);
-            }
-            gather.add(leaf.span, leaf.size);
-            Ok(Fate::Clear)
+            // Of a leaf that stays dirty too: a write may be translated and not have landed, and the part is copied.
+            gather.add(leaf.part, leaf.size);
+            Ok(if leaf.part == leaf.span {
+                Fate::Clear
+            } else {
+                Fate::Keep
+            })
         })
     }
 

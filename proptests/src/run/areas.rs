@@ -125,6 +125,7 @@ impl Runner<'_> {
         if let Some(handle) = handle {
             let range = handle.mapping().range;
             let right = Err(Error::Outside { at: range.start() });
+            self.counts.outside_marks += 1;
             same_answer(
                 "a mark by the handle of a gone area",
                 handle.mark(range),
@@ -184,6 +185,9 @@ impl Runner<'_> {
     pub(super) fn track(&mut self, on: bool) -> Checked {
         same_answer("switching tracking", self.space.set_tracking(on), Ok(()))?;
         let starts = on && self.oracle.tracking != Tracking::On;
+        if starts {
+            self.counts.discarded_bytes += self.oracle.marks.len() as u64 * PAGE;
+        }
         self.oracle.track(on);
         if starts {
             let areas: Vec<IovaRange> = self.oracle.areas.values().map(Area::range).collect();

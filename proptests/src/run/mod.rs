@@ -28,7 +28,9 @@ type Checked = Result<(), Violation>;
 /// The first [`Violation`].
 pub fn run(ops: &[Op], config: &Config) -> Result<SpaceStats, Violation> {
     let rig = Rig::new(config).map_err(|error| violation(Rule::Answer, error.to_string()))?;
-    let space = AddressSpace::new(Granule::K4).with_source(rig.clone());
+    let space = AddressSpace::new(Granule::K4)
+        .with_source(rig.clone())
+        .map_err(|error| violation(Rule::Answer, error.to_string()))?;
     let buffers = [Buffer::new(), Buffer::new()];
     let mut runner = Runner {
         config: *config,

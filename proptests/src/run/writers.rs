@@ -86,6 +86,7 @@ impl Runner<'_> {
             if let Some(at) = outside {
                 // Nothing is written, so nothing may be marked.
                 let right = Err(Error::Outside { at });
+                self.counts.outside_marks += 1;
                 return same_answer(
                     "a mark that sticks out of the area",
                     handle.mark(range),
