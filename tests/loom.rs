@@ -267,3 +267,18 @@ fn two_harvesters_share_a_word() {
         ours | theirs == 0b11 && left == 0
     });
 }
+
+/// A mark that races an unmap is counted by one of the two: by the unmap as discarded, or by the marker as outside.
+#[test]
+fn a_mark_and_an_unmap_do_not_miss_each_other() {
+    holds_only_with(&[Step::GoneFence], || {
+        let space = AddressSpace::new(PAGE);
+        space.map(page(0), 0, Access::ReadWrite).unwrap();
+        space.set_tracking(true).unwrap();
+        let handle = space.area(Iova::MIN).unwrap();
+        let marker = thread::spawn(move || handle.mark(page(0)).is_ok());
+        let discarded = space.unmap_discarding(page(0)).unwrap().discarded_bytes;
+        let marked = marker.join().unwrap();
+        !(marked && discarded == 0)
+    });
+}

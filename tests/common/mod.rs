@@ -31,6 +31,7 @@ pub struct State {
     pub stop_at: Option<u64>,
     pub panic_at: Option<u64>,
     pub fail_invalidations: u32,
+    pub panic_in_invalidate: bool,
     pub refuse_tracking: bool,
 }
 
@@ -131,6 +132,7 @@ impl DirtySource for Fake {
 
     fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error> {
         self.with(|s| {
+            assert!(!s.panic_in_invalidate, "an invalidation that panics");
             if s.fail_invalidations > 0 {
                 s.fail_invalidations -= 1;
                 return Err(Error::source_failed(Broken));

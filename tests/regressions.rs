@@ -1,0 +1,182 @@
+//! Bugs that were found and must not come back, each with its story.
+#![cfg(not(dirtymap_loom))]
+#![allow(clippy::unwrap_used)] // helpers of tests
+
+mod common;
+
+use common::{Fake, PAGE, pages};
+use dirtymap::{
+    Access, AddressSpace, Error, Granule, HarvestError, HarvestRequest, Iova, IovaRange, UserBitmap,
+};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+/// Pages 0 to 15 in one area, two sources, tracking on.
+fn two_sources() -> (AddressSpace, Arc<Fake>, Arc<Fake>) {
+    let (first, second) = (Arc::new(Fake::default()), Arc::new(Fake::default()));
+    let space = AddressSpace::new(Granule::K4)
+        .with_source(first.clone())
+        .unwrap()
+        .with_source(second.clone())
+        .unwrap();
+    space.map(pages(0, 16), 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    (space, first, second)
+}
+
+fn take(space: &AddressSpace, range: IovaRange) -> u64 {
+    let mut words = [0u64];
+    let request = HarvestRequest::new(range, Granule::K4);
+    let lease = space
+        .harvest(&request, UserBitmap::new(&mut words))
+        .unwrap();
+    lease.sync().unwrap().commit();
+    words[0]
+}
+
+/// The second of two sources refused to be switched off. The first one was off by then, and the space believed that all were
+/// on: switching on again did nothing, and the first source never tracked again.
+#[test]
+fn a_switch_off_that_fails_half_way_is_undone_by_the_next_switch_on() {
+    let (space, first, second) = two_sources();
+    second.with(|s| s.refuse_tracking = true);
+    assert!(space.set_tracking(false).is_err());
+    second.with(|s| s.refuse_tracking = false);
+    second.dirty(3);
+    space.set_tracking(true).unwrap();
+    assert!(first.with(|s| s.tracking) && second.with(|s| s.tracking));
+    assert_eq!(
+        take(&space, pages(0, 16)),
+        1 << 3,
+        "the one that stayed on kept its state"
+    );
+}
+
+/// Marks were cleared before the sources were asked, so a switch that failed had thrown away what a last harvest was to find.
+#[test]
+fn a_switch_on_that_fails_keeps_the_marks() {
+    let (space, first, _) = two_sources();
+    space.mark(pages(1, 1)).unwrap();
+    space.set_tracking(false).unwrap();
+    first.with(|s| s.refuse_tracking = true);
+    assert!(space.set_tracking(true).is_err());
+    assert_eq!(take(&space, pages(0, 16)), 1 << 1);
+}
+
+/// One source stopped at page 5, and the marks and the other source were not looked at, although the error said that everything
+/// below page 5 was in the lease. Who went on behind page 5 lost them.
+#[test]
+fn below_a_stop_the_lease_has_everything() {
+    let (space, first, second) = two_sources();
+    first.with(|s| s.stop_at = Some(5));
+    second.dirty(4);
+    second.dirty(9);
+    space.mark(pages(2, 1)).unwrap();
+    let mut words = [0u64];
+    let request = HarvestRequest::new(pages(0, 16), Granule::K4);
+    match space.harvest(&request, UserBitmap::new(&mut words)) {
+        Err(HarvestError::Stopped(stopped)) => {
+            assert_eq!(stopped.at, Iova::new(5 * PAGE));
+            stopped.lease.sync().unwrap().commit();
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(words[0], 1 << 2 | 1 << 4);
+    first.with(|s| s.stop_at = None);
+    assert_eq!(
+        take(&space, pages(0, 16)),
+        1 << 9,
+        "above it nothing was touched"
+    );
+}
+
+/// The leaves were gone, their dirty bits with them, then the flush failed: the area was still mapped, and a harvest found it
+/// clean.
+#[test]
+fn an_unmap_that_fails_leaves_dirty_what_was_dirty() {
+    let (space, first, second) = two_sources();
+    first.dirty(3);
+    space.mark(pages(7, 1)).unwrap();
+    second.with(|s| s.fail_invalidations = 1);
+    assert!(space.unmap_discarding(pages(0, 16)).is_err());
+    assert_eq!(space.stats().discarded_bytes, 0);
+    assert_eq!(take(&space, pages(0, 16)), 1 << 3 | 1 << 7);
+    space.mark(pages(7, 1)).unwrap();
+    let gone = space.unmap_discarding(pages(0, 16)).unwrap();
+    assert_eq!(gone.discarded_bytes, u128::from(PAGE));
+    assert_eq!(space.stats().discarded_bytes, PAGE);
+}
+
+/// A panic in the flush left the area claimed, so it was busy for ever.
+#[test]
+fn an_unmap_that_panics_can_be_repeated() {
+    let (space, first, _) = two_sources();
+    first.with(|s| s.panic_in_invalidate = true);
+    let panicked = catch_unwind(AssertUnwindSafe(|| space.unmap_discarding(pages(0, 16))));
+    assert!(panicked.is_err());
+    first.with(|s| s.panic_in_invalidate = false);
+    space.unmap_discarding(pages(0, 16)).unwrap();
+    assert_eq!(
+        first.with(|s| s.invalidated.clone()),
+        [pages(0, 16)],
+        "no reuse before the flush"
+    );
+}
+
+/// A source that was added when areas were mapped and tracking was on had no mapping and did not track, in silence.
+#[test]
+fn a_source_that_comes_late_is_mapped_and_tracks() {
+    let (space, _, _) = two_sources();
+    let late = Arc::new(Fake::default());
+    let space = space.with_source(late.clone()).unwrap();
+    assert!(late.with(|s| s.tracking && s.mapped == [pages(0, 16)]));
+    late.dirty(2);
+    assert_eq!(take(&space, pages(0, 16)), 1 << 2);
+}
+
+/// A mark by the handle of an area that is gone was an error, but not counted.
+#[test]
+fn a_mark_by_a_stale_handle_is_counted() {
+    let (space, _, _) = two_sources();
+    let handle = space.area(Iova::MIN).unwrap();
+    space.unmap_discarding(pages(0, 16)).unwrap();
+    assert!(matches!(
+        handle.mark(pages(1, 1)),
+        Err(Error::Outside { .. })
+    ));
+    assert_eq!(space.stats().outside_marks, 1);
+}
+
+/// Pages of a mask past 2^64 wrapped to address 0, and a mask that did not start at a page lost the tail of its last page.
+#[test]
+fn masks_neither_wrap_nor_lose_their_tail() {
+    let mut words = [0u64; 2];
+    let low = IovaRange::from_len(Iova::MIN, 128 * PAGE).unwrap();
+    let view = UserBitmap::new(&mut words).view(low, Granule::K4).unwrap();
+    let mut sink = view.sink();
+    sink.record_mask(Iova::new(u64::MAX - (PAGE - 1)), Granule::K4, u64::MAX)
+        .unwrap();
+    assert_eq!(view.count(), 0);
+    sink.record_mask(Iova::new(2048), Granule::K4, 1).unwrap();
+    assert_eq!(view.runs().collect::<Vec<_>>(), [pages(0, 2)]);
+}
+
+/// Pages of one byte, over the whole address space: the highest page has no bit number below 2^64 - 1 to spare.
+#[test]
+fn pages_of_one_byte_reach_the_top() {
+    let byte = Granule::from_bytes(1).unwrap();
+    let space = AddressSpace::new(byte);
+    space.map(IovaRange::ALL, 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    let top = IovaRange::from_len(Iova::MAX, 1).unwrap();
+    space.mark(top).unwrap();
+    let mut words = [0u64];
+    let last = IovaRange::from_len(Iova::new(u64::MAX - 63), 64).unwrap();
+    let lease = space
+        .harvest(
+            &HarvestRequest::new(last, byte),
+            UserBitmap::new(&mut words),
+        )
+        .unwrap();
+    assert_eq!(lease.sync().unwrap().runs().collect::<Vec<_>>(), [top]);
+}
