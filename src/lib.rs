@@ -84,7 +84,7 @@ pub mod sync;
 pub use error::Error;
 pub use units::{Access, Granule, Iova, IovaRange};
 
-pub use space::{AddressSpace, AreaHandle, SpaceStats, Unmapped};
+pub use space::{AddressSpace, AreaHandle, SpaceRanges, SpaceStats, Unmapped};
 
 pub use source::{DirtySource, Mapping, Stopped};
 

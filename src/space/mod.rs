@@ -1,14 +1,18 @@
 //! The address space: areas, the sources that translate them, and one queue of flushes for all.
 //!
-//! * **Map** puts the area into the tree first (the tree decides between racing maps), then fills the sources.
+//! * **Allocate, reserve, allow** are in [`allocation`]: one atomic step each, on areas and rules together.
+//! * **Map** puts the area into the tree first (the tree decides between racing maps and reservations), then fills the sources.
 //! * **Unmap** claims the areas, empties the sources, flushes, and only then takes the areas out of the tree: no
 //!   address can be mapped again before the flush that covers it has finished.
 //! * **Mark** finds the area and sets its software dirty bits.
 //! * **Harvest** is one floor up, in [`harvest`](crate::harvest).
 
+mod allocation;
 mod area;
+mod rules;
 mod stats;
 
+pub use allocation::SpaceRanges;
 pub(crate) use area::Area;
 pub(crate) use stats::Counters;
 pub use stats::SpaceStats;
@@ -19,6 +23,7 @@ use crate::flush::{FlushGather, FlushQueue, Invalidated};
 use crate::source::{DirtySource, Mapping};
 use crate::sync::{Arc, AtomicU8, Mutex, Ordering, fence, lock};
 use crate::units::{Access, Granule, Iova, IovaRange};
+use rules::Rules;
 
 const NEVER: u8 = 0;
 const ON: u8 = 1;
@@ -30,7 +35,7 @@ const OFF: u8 = 2;
 /// [`unmap_discarding`](Self::unmap_discarding) and [`set_tracking`](Self::set_tracking) may wait for devices to drain.
 pub struct AddressSpace {
     page: Granule,
-    pub(crate) areas: AreaTree<Area>,
+    pub(crate) areas: AreaTree<Area, 16, Rules>,
     pub(crate) sources: Vec<Box<dyn DirtySource>>,
     pub(crate) flush: FlushQueue,
     pub(crate) counters: Counters,
@@ -80,7 +85,8 @@ impl AddressSpace {
     ///
     /// # Errors
     /// In this order: [`Error::Unaligned`] and [`Error::UnalignedBacking`] (multiples of [`page`](Self::page)),
-    /// [`Error::BackingWraps`], [`Error::Overlap`], then what a source says. On an error nothing is mapped.
+    /// [`Error::BackingWraps`], [`Error::Reserved`], [`Error::Overlap`], then what a source says. On an error nothing is
+    /// mapped.
     pub fn map(&self, range: IovaRange, backing: u64, access: Access) -> Result<(), Error> {
         if !range.is_aligned(self.page) {
             return Err(Error::Unaligned {
@@ -88,6 +94,24 @@ impl AddressSpace {
                 granule: self.page,
             });
         }
+        self.check_backing(range, backing)?;
+        let mapping = Mapping {
+            range,
+            backing,
+            access,
+        };
+        let area = Arc::new(Area::new(mapping, self.page));
+        self.areas.update(|edit| {
+            if let Some(reserved) = edit.rules().reserved_in(range) {
+                return Err(Error::Reserved { range, reserved });
+            }
+            edit.insert(range, &area)
+        })?;
+        self.fill(area)
+    }
+
+    /// Checks the memory behind `range`.
+    fn check_backing(&self, range: IovaRange, backing: u64) -> Result<(), Error> {
         if backing & self.page.mask() != 0 {
             return Err(Error::UnalignedBacking {
                 backing,
@@ -100,17 +124,14 @@ impl AddressSpace {
         {
             return Err(Error::BackingWraps { backing, range });
         }
-        let mapping = Mapping {
-            range,
-            backing,
-            access,
-        };
-        let area = Arc::new(Area::new(mapping, self.page));
-        self.areas
-            .insert(range, area.clone())
-            .map_err(|(error, _)| error)?;
+        Ok(())
+    }
+
+    /// Fills the sources for an area that is in the tree already, or takes it out again.
+    fn fill(&self, area: Arc<Area>) -> Result<(), Error> {
+        let range = area.mapping.range;
         for (filled, source) in self.sources.iter().enumerate() {
-            if let Err(error) = source.map(&mapping) {
+            if let Err(error) = source.map(&area.mapping) {
                 let mut gather = FlushGather::new();
                 for source in &self.sources[..filled] {
                     source.unmap(range, &mut gather);
@@ -318,7 +339,7 @@ impl AddressSpace {
         }
     }
 
-    pub(crate) fn snapshot(&self) -> Snapshot<'_, Area> {
+    pub(crate) fn snapshot(&self) -> Snapshot<'_, Area, 16, Rules> {
         self.areas.snapshot()
     }
 }
