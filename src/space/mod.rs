@@ -1,6 +1,6 @@
 //! The address space: areas, the sources that translate them, and one queue of flushes for all.
 //!
-//! * **Allocate, reserve, allow** are in [`allocation`]: one atomic step each, on areas and rules together.
+//! * **Allocate, reserve, allow** are in `allocation.rs`: one atomic step each, on areas and rules together.
 //! * **Map** puts the area into the tree first (the tree decides between racing maps and reservations), then fills the sources.
 //! * **Unmap** claims the areas, empties the sources, flushes, and only then takes the areas out of the tree: no
 //!   address can be mapped again before the flush that covers it has finished.
