@@ -39,6 +39,14 @@ pub enum Error {
         /// What both of its borders must be multiples of.
         granule: Granule,
     },
+    /// A length is not a multiple of the granule that the call works in.
+    #[error("a length of {len:#x} bytes is not a multiple of {granule}")]
+    UnalignedLength {
+        /// The offending length in bytes.
+        len: u64,
+        /// What it must be a multiple of.
+        granule: Granule,
+    },
     /// The backing address of a mapping is not aligned.
     #[error("the backing address {backing:#x} is not a multiple of {granule}")]
     UnalignedBacking {
@@ -95,6 +103,52 @@ pub enum Error {
         /// The area in its way.
         existing: IovaRange,
     },
+    /// The new area would lie on reserved addresses.
+    #[error("{range} cannot be mapped: {reserved} is reserved")]
+    Reserved {
+        /// The range to map.
+        range: IovaRange,
+        /// The reserved addresses in its way.
+        reserved: IovaRange,
+    },
+    /// Nowhere are so many addresses free, aligned and allowed.
+    #[error("no {len:#x} bytes are free at a multiple of {alignment}, inside the allowed ranges")]
+    NoSpace {
+        /// The length asked for, in bytes.
+        len: u64,
+        /// The alignment that goes with it.
+        alignment: Granule,
+    },
+    /// The range to reserve is in use.
+    #[error("{range} cannot be reserved: {existing} is mapped or allowed")]
+    CannotReserve {
+        /// The range to reserve.
+        range: IovaRange,
+        /// The area or allowed range in its way.
+        existing: IovaRange,
+    },
+    /// No reservation of exactly this range exists.
+    #[error("{range} is not reserved: name a range as it was reserved")]
+    NotReserved {
+        /// The range to release.
+        range: IovaRange,
+    },
+    /// Two of the ranges to allow overlap.
+    #[error("the ranges to allow overlap: {range} and {other}")]
+    AllowedTwice {
+        /// The lower one.
+        range: IovaRange,
+        /// The other one.
+        other: IovaRange,
+    },
+    /// A range to allow is reserved, at least in part.
+    #[error("{range} cannot be allowed: {reserved} is reserved")]
+    CannotAllow {
+        /// The range to allow.
+        range: IovaRange,
+        /// The reserved addresses in its way.
+        reserved: IovaRange,
+    },
     /// No area lies in the range to unmap.
     #[error("no area lies in {range}")]
     NothingMapped {
@@ -138,23 +192,30 @@ impl Error {
     ///
     /// | errno | refusals |
     /// |---|---|
-    /// | `ENOENT` (2) | nothing or only a part of an area in the range to unmap |
+    /// | `ENOENT` (2) | nothing or only a part of an area in the range to unmap; no such reservation |
     /// | `EIO` (5) | a source failed |
     /// | `EBUSY` (16) | an area in transition |
     /// | `EEXIST` (17) | overlap with an area |
-    /// | `EINVAL` (22) | zero length, alignment, granule, short bitmap, never tracked, hole, outside |
+    /// | `EINVAL` (22) | zero length, alignment, granule, short bitmap, never tracked, hole, outside, map of a reserved range, allowed ranges that overlap |
+    /// | `ENOSPC` (28) | nothing free to allocate |
     /// | `EOVERFLOW` (75) | a range past 2^64 - 1 |
+    /// | `EADDRINUSE` (98) | a range to reserve that is mapped or allowed, one to allow that is reserved |
     pub const fn errno(&self) -> i32 {
         match self {
-            Error::NothingMapped { .. } | Error::PartOfArea { .. } => 2,
+            Error::NothingMapped { .. } | Error::PartOfArea { .. } | Error::NotReserved { .. } => 2,
             Error::Source(_) => 5,
             Error::Busy { .. } => 16,
             Error::Overlap { .. } => 17,
+            Error::NoSpace { .. } => 28,
+            Error::CannotReserve { .. } | Error::CannotAllow { .. } => 98,
             Error::Wraps { .. } | Error::BackingWraps { .. } => 75,
             Error::ZeroLength { .. }
             | Error::ReversedRange { .. }
             | Error::Unaligned { .. }
+            | Error::UnalignedLength { .. }
             | Error::UnalignedBacking { .. }
+            | Error::Reserved { .. }
+            | Error::AllowedTwice { .. }
             | Error::BadGranule { .. }
             | Error::BitmapTooShort { .. }
             | Error::NeverTracked { .. }

@@ -56,6 +56,7 @@
 //! * Mark **after** the write. A write that is marked before it is submitted can be harvested too early.
 //! * Every call that maps or unmaps copies a path of the area tree: with thousands of changes a second and few
 //!   lookups, a locked map is faster.
+//! * A reservation copies the list of reserved ranges: they are meant to be a handful.
 //! * A snapshot that is held keeps memory of replaced tree nodes alive; harvests hold one for as long as they walk.
 //!
 //! # When not to use it
@@ -84,7 +85,7 @@ pub mod sync;
 pub use error::Error;
 pub use units::{Access, Granule, Iova, IovaRange};
 
-pub use space::{AddressSpace, AreaHandle, SpaceStats, Unmapped};
+pub use space::{AddressSpace, AreaHandle, SpaceRanges, SpaceStats, Unmapped};
 
 pub use source::{DirtySource, Mapping, Stopped};
 

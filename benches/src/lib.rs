@@ -9,7 +9,7 @@
 //! [`Areas`]; each has a file of its own in [`peers`]. The tests of this crate check that all peers give the same
 //! answers, so that the benches compare the same work.
 
-use dirtymap::Mapping;
+use dirtymap::{IovaRange, Mapping};
 
 pub mod peers;
 pub mod workloads;
@@ -63,4 +63,13 @@ pub trait Areas: Send + Sync {
 
     /// The area that holds `iova`.
     fn lookup(&self, iova: u64) -> Option<Mapping>;
+}
+
+/// One way to find free addresses: [`Areas`] that choose them.
+pub trait Allocator: Areas {
+    /// Maps `len` bytes, a power of two of pages, at the lowest free multiple of `len` that is not in the first page.
+    fn allocate(&self, len: u64) -> IovaRange;
+
+    /// Unmaps what was allocated.
+    fn free(&self, range: IovaRange);
 }

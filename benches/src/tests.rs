@@ -1,10 +1,10 @@
-//! All peers do the same work: the same marks give the same bits, the same maps the same lookups.
+//! All peers do the same work: the same marks give the same bits, the same maps the same lookups and free places.
 
 use dirtymap::AddressSpace;
 
 use crate::peers::{Flat, LockedBTree, ThroughHandle, ThroughSpace, VmMemory};
 use crate::workloads::{Dirty, PAGES, Random, WORDS, addresses, areas, distinct};
-use crate::{Areas, PAGE, Peer};
+use crate::{Allocator, Areas, PAGE, Peer};
 
 fn peers(pages: u64) -> [Box<dyn Peer>; 4] {
     [
@@ -78,6 +78,29 @@ fn the_workloads_of_the_benches_give_the_same_bits() {
             harvest::<VmMemory>(&dirty) == flat,
             "vm-memory, one in {every}"
         );
+    }
+}
+
+#[test]
+fn the_same_areas_leave_the_same_places() {
+    let areas = areas(2_000);
+    let (ours, theirs) = (<AddressSpace as Areas>::new(), LockedBTree::new());
+    for area in &areas {
+        Areas::map(&ours, *area);
+        theirs.map(*area);
+    }
+    let mut random = Random::fixed();
+    let mut places = Vec::new();
+    for _ in 0..500 {
+        let len = PAGE << random.below(6);
+        let place = ours.allocate(len);
+        assert_eq!(place, theirs.allocate(len));
+        places.push(place);
+        if random.below(3) == 0 {
+            let place = places.swap_remove(random.below(places.len() as u64) as usize);
+            ours.free(place);
+            theirs.free(place);
+        }
     }
 }
 

@@ -7,37 +7,46 @@ use super::reclaim::{Garbage, Pinned};
 #[cfg(test)]
 use super::snapshot::Iter;
 use super::snapshot::{Areas, Entry};
+use super::tree::Root;
 use crate::error::Error;
 use crate::sync::{Arc, AtomicPtr, Ordering};
-use crate::units::{Iova, IovaRange};
+use crate::units::{Granule, Iova, IovaRange};
 
 /// A tree in the making: the areas that were there when the edit began, with the changes so far.
 ///
 /// Dropped without being published, it leaves no trace.
-pub(crate) struct Edit<'p, T, const F: usize = 16> {
-    /// The root that the edit began with.
-    base: *mut Node<T, F>,
-    /// The root as edited.
+pub(crate) struct Edit<'p, T, const F: usize = 16, R = ()> {
+    /// What the edit began with.
+    base: *mut Root<T, F, R>,
+    /// The topmost node as edited, null without areas.
     root: *mut Node<T, F>,
+    /// The rules as edited.
+    rules: Arc<R>,
+    /// Whether the rules were replaced.
+    new_rules: bool,
     /// The stamp of the nodes that this edit made: these, and no others, may be changed and freed here (Inv. 5).
     stamp: u64,
     /// The counts that the tree will own, one for each inserted range.
     added: Vec<Arc<T>>,
     /// What becomes unreachable if the edit is published.
-    garbage: Garbage<T, F>,
+    garbage: Garbage<T, F, R>,
     /// Keeps what `base` leads to alive.
     pinned: &'p Pinned,
 }
 
-impl<'p, T, const F: usize> Edit<'p, T, F> {
+impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
     /// # Safety
     /// `base` was loaded with Acquire from the root of a tree that outlives `'p`, while `pinned` was pinned.
-    pub(super) unsafe fn new(base: *mut Node<T, F>, pinned: &'p Pinned) -> Self {
-        // SAFETY: null or a node; alive and unchanged while we are pinned (Inv. 2 and 3), by our contract.
-        let base_stamp = unsafe { base.as_ref() }.map_or(0, Node::stamp);
+    pub(super) unsafe fn new(base: *mut Root<T, F, R>, pinned: &'p Pinned) -> Self {
+        // SAFETY: a tree's root is never null; alive and unchanged while we are pinned (Inv. 2 and 3), by our contract.
+        let before = unsafe { &*base };
+        // SAFETY: null or a node; alive and unchanged like the root.
+        let base_stamp = unsafe { before.node.as_ref() }.map_or(0, Node::stamp);
         Edit {
             base,
-            root: base,
+            root: before.node,
+            rules: Arc::clone(&before.rules),
+            new_rules: false,
             stamp: base_stamp + 1,
             added: Vec::new(),
             garbage: Garbage::new(),
@@ -76,6 +85,28 @@ impl<'p, T, const F: usize> Edit<'p, T, F> {
         self.areas().iter(range)
     }
 
+    /// The lowest `len` bytes inside `within` that no area holds and that start at a multiple of `alignment`: see
+    /// [`Areas::first_fit`].
+    pub(crate) fn first_fit(
+        &self,
+        within: IovaRange,
+        len: u64,
+        alignment: Granule,
+    ) -> Option<IovaRange> {
+        self.areas().first_fit(within, len, alignment)
+    }
+
+    /// The rules, as edited.
+    pub(crate) fn rules(&self) -> &R {
+        &self.rules
+    }
+
+    /// Replaces the rules.
+    pub(crate) fn set_rules(&mut self, rules: R) {
+        self.rules = Arc::new(rules);
+        self.new_rules = true;
+    }
+
     /// Maps `area` at `range`. The same area may be mapped at several ranges.
     ///
     /// # Errors
@@ -91,6 +122,7 @@ impl<'p, T, const F: usize> Edit<'p, T, F> {
         let slot = Slot {
             start: range.start().get(),
             last: range.last().get(),
+            hole: 0,
             pointer: Arc::as_ptr(area).cast(),
         };
         if self.root.is_null() {
@@ -98,8 +130,10 @@ impl<'p, T, const F: usize> Edit<'p, T, F> {
         } else {
             self.root = self.owned(self.root);
         }
+        // SAFETY: made by this edit: by one of the lines above. Nothing borrows it.
+        let highest = unsafe { &*self.root }.is_below(slot.start);
         // SAFETY: made by this edit: by one of the lines above.
-        if let Some(right) = unsafe { self.insert_below(self.root, slot) } {
+        if let Some(right) = unsafe { self.insert_below(self.root, slot, highest) } {
             self.grow(right);
         }
         Ok(())
@@ -124,19 +158,26 @@ impl<'p, T, const F: usize> Edit<'p, T, F> {
     ///
     /// # Safety
     /// `root` is where `base` was loaded from.
-    pub(super) unsafe fn publish(mut self, root: &AtomicPtr<Node<T, F>>) -> bool
+    pub(super) unsafe fn publish(mut self, root: &AtomicPtr<Root<T, F, R>>) -> bool
     where
         T: Send + Sync + 'static,
+        R: Send + Sync + 'static,
     {
-        if self.root == self.base {
+        // SAFETY: alive and unchanged while we are pinned, by the contract of `new`.
+        let before = unsafe { &*self.base }.node;
+        if self.root == before && !self.new_rules {
             // Nothing was changed, or an empty tree is empty again. The areas that came and went are dropped with us.
             return true;
         }
-        // Success, Release: pairs with the Acquires in `AreaTree::snapshot` and `AreaTree::update`; publishes the nodes
-        // and areas of this edit, and, as `base` was loaded with Acquire, all that it shares with older roots.
+        let next = Box::into_raw(Box::new(Root {
+            node: self.root,
+            rules: Arc::clone(&self.rules),
+        }));
+        // Success, Release: pairs with the Acquires in `AreaTree::snapshot` and `AreaTree::update`; publishes the rules,
+        // nodes and areas of this edit, and, as `base` was loaded with Acquire, all that it shares with older roots.
         // Failure, Relaxed: what was found is not looked at; the next attempt loads the root again.
         let published = root
-            .compare_exchange(self.base, self.root, Ordering::Release, Ordering::Relaxed)
+            .compare_exchange(self.base, next, Ordering::Release, Ordering::Relaxed)
             .is_ok();
         if published {
             // From here on the nodes are not ours to free.
@@ -145,13 +186,17 @@ impl<'p, T, const F: usize> Edit<'p, T, F> {
                 // The count is the tree's.
                 let _ = Arc::into_raw(area);
             }
-            let garbage = std::mem::replace(&mut self.garbage, Garbage::new());
+            let mut garbage = std::mem::replace(&mut self.garbage, Garbage::new());
+            garbage.root = self.base;
             // SAFETY:
-            // - unreachable: the garbage was reachable from `base` and is not from the new root; what is unreachable
+            // - unreachable: the garbage is `base` or was reachable from it, and is not from the new root; what is unreachable
             //   never becomes reachable again. Nobody else frees it: only the winner of this compare-exchange does
             //   (Inv. 4).
             // - pinned since before: `base` was loaded under this pin, by the contract of `new`.
             unsafe { self.pinned.retire(garbage) };
+        } else {
+            // SAFETY: made above, and nobody else has seen it. The nodes below it are freed with the edit.
+            drop(unsafe { Box::from_raw(next) });
         }
         published
     }
@@ -199,7 +244,8 @@ impl<'p, T, const F: usize> Edit<'p, T, F> {
     }
 
     /// Inserts `slot` into the leaf below `node` where it belongs. If `node` was full, its upper half comes back as a
-    /// node of its own.
+    /// node of its own; if `slot` lies behind all areas of the tree (`highest`), then only what is new does, so that
+    /// ascending inserts leave full nodes behind.
     ///
     /// # Safety
     /// `node` was made by this edit, and nobody holds a reference to it or to nodes below it. The addresses of `slot`
@@ -208,6 +254,7 @@ impl<'p, T, const F: usize> Edit<'p, T, F> {
         &mut self,
         node: *mut Node<T, F>,
         slot: Slot,
+        highest: bool,
     ) -> Option<*mut Node<T, F>> {
         // SAFETY: alive, by our contract; used no more once the child is made our own.
         let before = unsafe { &*node };
@@ -219,7 +266,7 @@ impl<'p, T, const F: usize> Edit<'p, T, F> {
             // SAFETY: `node` is not a leaf and has a slot `at`; the rest is our contract.
             let child = unsafe { self.owned_child(node, at) };
             // SAFETY: `owned_child` made it one of this edit; the rest is our contract.
-            let right = unsafe { self.insert_below(child, slot) };
+            let right = unsafe { self.insert_below(child, slot, highest) };
             // SAFETY: made by this edit and not borrowed: the call has returned.
             let exact = unsafe { &*child }.as_slot(child);
             // SAFETY: as above, for `node`.
@@ -239,8 +286,9 @@ impl<'p, T, const F: usize> Edit<'p, T, F> {
             node.insert(at, slot);
             return None;
         }
-        let mut right = node.split();
-        if at <= node.len() {
+        // The path of a highest area is the right edge, where the new slot always is the last.
+        let mut right = node.split(if highest { F } else { F / 2 });
+        if at <= node.len() && !highest {
             node.insert(at, slot);
         } else {
             right.insert(at - node.len(), slot);
@@ -348,7 +396,7 @@ impl<'p, T, const F: usize> Edit<'p, T, F> {
     }
 }
 
-impl<T, const F: usize> Drop for Edit<'_, T, F> {
+impl<T, const F: usize, R> Drop for Edit<'_, T, F, R> {
     fn drop(&mut self) {
         if !self.root.is_null() {
             // SAFETY: the edit was not published, so nobody else reaches what it made, and it is used no more.

@@ -1,4 +1,4 @@
-//! Models: two updates that exclude each other, and an update against a reader.
+//! Models: two updates that exclude each other, by areas or by rules, and an update against a reader.
 //!
 //! The payload of an area is a cell that the model watches: it is written before the area is inserted and when the area
 //! is dropped. A read without happens-before to either write, which is what a missing Acquire or Release or an area
@@ -13,7 +13,7 @@ use super::AreaTree;
 use super::reclaim::Pinned;
 use crate::error::Error;
 use crate::sync::{Arc, thread};
-use crate::units::{Iova, IovaRange};
+use crate::units::{Granule, Iova, IovaRange};
 
 #[derive(Debug)]
 struct Watched {
@@ -127,6 +127,89 @@ fn of_two_disjoint_inserts_none_is_lost() {
         insert(&tree, range(10, 19), 2);
         other.join().unwrap();
         assert_eq!(areas(&tree), [1, 2]);
+    });
+}
+
+#[test]
+fn two_allocations_never_share_an_address() {
+    fn allocate(tree: &Tree, value: u64) {
+        let area = Watched::new(value);
+        tree.update(|edit| {
+            let found = edit.first_fit(range(5, 100), 10, Granule::from_lg2(2).unwrap());
+            edit.insert(found.unwrap(), &area)
+        })
+        .unwrap();
+    }
+
+    explore(|| {
+        let tree = Arc::new(Tree::new());
+        let other = {
+            let tree = Arc::clone(&tree);
+            thread::spawn(move || allocate(&tree, 1))
+        };
+        allocate(&tree, 2);
+        other.join().unwrap();
+        let mut found = areas(&tree);
+        found.sort_unstable();
+        assert_eq!(found, [1, 2]);
+        let snapshot = tree.snapshot();
+        let ranges: Vec<_> = snapshot.iter(IovaRange::ALL).map(|e| e.range).collect();
+        assert_eq!(ranges, [range(8, 17), range(20, 29)]);
+    });
+}
+
+#[test]
+fn of_a_map_and_a_reservation_one_wins() {
+    /// What is reserved, watched like the payload of an area.
+    #[derive(Default)]
+    struct Reserved(Option<(IovaRange, Arc<Watched>)>);
+    type Ruled = AreaTree<Watched, 4, Reserved>;
+
+    /// Fails if the range is mapped.
+    fn reserve(tree: &Ruled, reserved: IovaRange) -> Result<(), IovaRange> {
+        let watched = Watched::new(1);
+        tree.update(|edit| match edit.first_intersecting(reserved) {
+            Some(area) => Err(area.range),
+            None => {
+                edit.set_rules(Reserved(Some((reserved, Arc::clone(&watched)))));
+                Ok(())
+            }
+        })
+    }
+
+    /// Fails if the range is reserved.
+    fn map(tree: &Ruled, mapped: IovaRange) -> Result<(), u64> {
+        let area = Watched::new(2);
+        tree.update(|edit| match &edit.rules().0 {
+            Some((reserved, watched)) if reserved.intersects(mapped) => Err(watched.get()),
+            _ => {
+                assert!(edit.insert(mapped, &area).is_ok());
+                Ok(())
+            }
+        })
+    }
+
+    explore(|| {
+        let tree = Arc::new(Ruled::new());
+        let other = {
+            let tree = Arc::clone(&tree);
+            thread::spawn(move || reserve(&tree, range(0, 15)))
+        };
+        let mapped = map(&tree, range(10, 19));
+        let reserved = other.join().unwrap();
+        let snapshot = tree.snapshot();
+        match (mapped, reserved) {
+            (Ok(()), Err(area)) => {
+                assert_eq!(area, range(10, 19));
+                assert!(snapshot.rules().0.is_none());
+                assert_eq!(snapshot.len(), 1);
+            }
+            (Err(1), Ok(())) => {
+                assert!(snapshot.rules().0.is_some());
+                assert_eq!(snapshot.len(), 0);
+            }
+            both => panic!("both or none: {both:?}"),
+        }
     });
 }
 

@@ -1,7 +1,7 @@
 //! Which ranges exist: a concurrent map from non-overlapping, inclusive IOVA ranges to areas.
 //!
 //! ```text
-//!               root (the one atomic word)
+//!               root (the one atomic word) --> rules
 //!                 |
 //!             [ A | B ]              update of an area below B: copies the path (B', b2'), then moves the root to
 //!             /       \              [ A | B' ] by one compare-exchange. A, b1 and every area stay where they are.
@@ -33,11 +33,20 @@
 //! 5. *Stamps.* No node carries a later stamp than its parent, and an edit stamps its nodes one later than the root it
 //!    started from. So a node that an edit meets is its own, and may be changed in place, exactly if the stamps are
 //!    equal.
+//! 6. *Holes.* A slot above the leaves says how long the longest hole between two neighbouring areas below it is, 0 if
+//!    they all touch. A hole between two subtrees is the difference of their slots, and counts where they have a common
+//!    parent. What is free below the first and behind the last area counts nowhere: a search knows its own bounds.
+//!
+//! # Rules
+//! Beside the areas, the root carries one value of any type, the *rules* of what may be inserted where. An edit reads
+//! and replaces them together with areas, so that a decision that depends on both is atomic. Readers of areas never look
+//! at them.
 //!
 //! There is no ABA: a pinned root cannot be freed and so its address cannot return for another node, and a node that
 //! was published leads to the same areas for ever.
 
 mod edit;
+mod fit;
 mod node;
 mod reclaim;
 mod snapshot;

@@ -14,6 +14,8 @@ pub(super) struct Slot {
     pub(super) start: u64,
     /// The last address below.
     pub(super) last: u64,
+    /// The length of the longest hole between two neighbouring areas below (Inv. 6); 0 in a leaf.
+    pub(super) hole: u64,
     /// In a leaf the area, as `Arc::into_raw` gave it; otherwise the child, as `Box::into_raw` gave it.
     pub(super) pointer: *const (),
 }
@@ -25,6 +27,8 @@ pub(super) struct Node<T, const F: usize> {
     last: [u64; F],
     pointer: [*const (); F],
     start: [u64; F],
+    /// The longest hole below each slot (Inv. 6); a search for a free range skips what cannot hold it.
+    hole: [u64; F],
     len: usize,
     /// Areas in this subtree.
     pub(super) areas: usize,
@@ -44,13 +48,14 @@ impl<T, const F: usize> Node<T, F> {
         const {
             assert!(
                 F >= 4,
-                "a node that is split must leave two that are not sparse"
+                "a node that is split in the middle must leave two that are not sparse"
             )
         };
         Box::new(Node {
             last: [u64::MAX; F],
             pointer: [std::ptr::null(); F],
             start: [0; F],
+            hole: [0; F],
             len: 0,
             areas: 0,
             stamp,
@@ -92,8 +97,38 @@ impl<T, const F: usize> Node<T, F> {
         Slot {
             start: self.start[at],
             last: self.last[at],
+            hole: self.hole[at],
             pointer: self.pointer[at],
         }
+    }
+
+    /// The first address below slot `at`.
+    #[inline]
+    pub(super) fn start(&self, at: usize) -> u64 {
+        debug_assert!(at < self.len);
+        self.start[at]
+    }
+
+    /// The last address below slot `at`.
+    #[inline]
+    pub(super) fn last(&self, at: usize) -> u64 {
+        debug_assert!(at < self.len);
+        self.last[at]
+    }
+
+    /// The length of the longest hole between two neighbouring areas below slot `at`; 0 in a leaf.
+    #[inline]
+    pub(super) fn hole(&self, at: usize) -> u64 {
+        debug_assert!(at < self.len);
+        self.hole[at]
+    }
+
+    /// The length of the longest hole between two neighbouring areas below this node: below one of its slots, or
+    /// between two of them.
+    fn longest_hole(&self) -> u64 {
+        let below = self.hole[..self.len].iter().copied().max().unwrap_or(0);
+        let between = |at: usize| self.start[at] - self.last[at - 1] - 1;
+        (1..self.len).map(between).fold(below, u64::max)
     }
 
     /// The addresses below slot `at`.
@@ -126,11 +161,17 @@ impl<T, const F: usize> Node<T, F> {
         self.last[self.len..].iter().all(|&last| last == u64::MAX)
     }
 
+    /// Whether all slots lie below `x`.
+    pub(super) fn is_below(&self, x: u64) -> bool {
+        self.find(x) == self.len
+    }
+
     /// What the parent of this node says of it. `pointer` is that of the node, which must have slots.
     pub(super) fn as_slot(&self, pointer: *const Self) -> Slot {
         Slot {
             start: self.start[0],
             last: self.last[self.len - 1],
+            hole: self.longest_hole(),
             pointer: pointer.cast(),
         }
     }
@@ -139,6 +180,7 @@ impl<T, const F: usize> Node<T, F> {
         debug_assert!(at < self.len);
         self.start[at] = slot.start;
         self.last[at] = slot.last;
+        self.hole[at] = slot.hole;
         self.pointer[at] = slot.pointer;
     }
 
@@ -147,6 +189,7 @@ impl<T, const F: usize> Node<T, F> {
         debug_assert!(at <= self.len && self.len < F);
         self.start.copy_within(at..self.len, at + 1);
         self.last.copy_within(at..self.len, at + 1);
+        self.hole.copy_within(at..self.len, at + 1);
         self.pointer.copy_within(at..self.len, at + 1);
         self.len += 1;
         self.set(at, slot);
@@ -156,6 +199,7 @@ impl<T, const F: usize> Node<T, F> {
         debug_assert!(at < self.len);
         self.start.copy_within(at + 1..self.len, at);
         self.last.copy_within(at + 1..self.len, at);
+        self.hole.copy_within(at + 1..self.len, at);
         self.pointer.copy_within(at + 1..self.len, at);
         self.len -= 1;
         self.last[self.len] = u64::MAX;
@@ -179,15 +223,15 @@ impl<T, const F: usize> Node<T, F> {
         self.areas += left.areas;
     }
 
-    /// Moves the upper half of the slots into a new node. Both nodes' `areas` are left for the caller to settle.
-    pub(super) fn split(&mut self) -> Box<Self> {
+    /// Moves the slots from number `from` on into a new node. Both nodes' `areas` are left for the caller to settle.
+    pub(super) fn split(&mut self, from: usize) -> Box<Self> {
+        debug_assert!(from <= self.len);
         let mut right = Node::empty(self.level, self.stamp);
-        let half = self.len / 2;
-        for at in half..self.len {
-            right.insert(at - half, self.slot(at));
+        for at in from..self.len {
+            right.insert(at - from, self.slot(at));
             self.last[at] = u64::MAX;
         }
-        self.len = half;
+        self.len = from;
         right
     }
 }

@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use super::node::Node;
 use super::reclaim::Pinned;
-use super::tree::AreaTree;
+use super::tree::{AreaTree, Root};
 use crate::sync::Arc;
 use crate::units::{Iova, IovaRange};
 
@@ -68,7 +68,6 @@ impl<'a, T, const F: usize> Areas<'a, T, F> {
         }
     }
 
-    #[cfg(test)]
     pub(super) fn root(self) -> Option<&'a Node<T, F>> {
         self.root
     }
@@ -194,22 +193,22 @@ impl<'a, T, const F: usize> Iterator for Contiguous<'a, T, F> {
     }
 }
 
-/// The areas of a tree at the moment of [`AreaTree::snapshot`]. Later updates do not show.
+/// The areas and rules of a tree at the moment of [`AreaTree::snapshot`]. Later updates do not show.
 ///
 /// Nothing that is removed meanwhile is freed while the snapshot lives; keep it short.
-pub(crate) struct Snapshot<'t, T, const F: usize = 16> {
-    root: *const Node<T, F>,
-    /// Keeps what the root leads to alive.
+pub(crate) struct Snapshot<'t, T, const F: usize = 16, R = ()> {
+    root: *const Root<T, F, R>,
+    /// Keeps the root and what it leads to alive.
     _pinned: Pinned,
-    tree: PhantomData<&'t AreaTree<T, F>>,
+    tree: PhantomData<&'t AreaTree<T, F, R>>,
 }
 
-impl<'t, T, const F: usize> Snapshot<'t, T, F> {
+impl<'t, T, const F: usize, R> Snapshot<'t, T, F, R> {
     /// # Safety
     /// `root` was loaded from `tree` with Acquire while `pinned` was pinned.
     pub(super) unsafe fn new(
-        _tree: &'t AreaTree<T, F>,
-        root: *const Node<T, F>,
+        _tree: &'t AreaTree<T, F, R>,
+        root: *const Root<T, F, R>,
         pinned: Pinned,
     ) -> Self {
         Snapshot {
@@ -219,13 +218,25 @@ impl<'t, T, const F: usize> Snapshot<'t, T, F> {
         }
     }
 
-    fn areas(&self) -> Areas<'_, T, F> {
+    #[inline]
+    fn root(&self) -> &Root<T, F, R> {
         // SAFETY:
-        // - a node or null: by the contract of `new`.
+        // - valid: a tree's root is never null, by the contract of `new`.
         // - alive while `self` is borrowed: `_pinned` was pinned when the root was loaded (Inv. 3), and the tree, which
         //   is borrowed as long as `self` lives, is not dropped.
-        // - unchanged: published nodes do not change (Inv. 2).
-        unsafe { Areas::below(self.root) }
+        // - unchanged: published roots do not change (Inv. 2).
+        unsafe { &*self.root }
+    }
+
+    #[inline]
+    fn areas(&self) -> Areas<'_, T, F> {
+        // SAFETY: a node or null; alive and unchanged while `self` is borrowed, like the root (Inv. 2 and 3).
+        unsafe { Areas::below(self.root().node) }
+    }
+
+    /// The rules.
+    pub(crate) fn rules(&self) -> &R {
+        &self.root().rules
     }
 
     /// The number of areas.
@@ -255,7 +266,13 @@ impl<'t, T, const F: usize> Snapshot<'t, T, F> {
         self.areas().contiguous(range)
     }
 
-    /// Asserts invariants 1 and 5, and that every annotation, level and count is exact.
+    /// The number of levels, and of nodes on all of them.
+    #[cfg(test)]
+    pub(crate) fn shape(&self) -> (usize, usize) {
+        self.areas().shape()
+    }
+
+    /// Asserts invariants 1, 5 and 6, and that every annotation, level and count is exact.
     ///
     /// # Panics
     /// If one does not hold.

@@ -8,7 +8,7 @@ use super::edit::Edit;
 use super::reclaim::Pinned;
 use crate::error::Error;
 use crate::sync::{Arc, AtomicBool, AtomicUsize, Ordering, thread};
-use crate::units::{Iova, IovaRange};
+use crate::units::{Granule, Iova, IovaRange};
 
 fn range(start: u64, last: u64) -> IovaRange {
     IovaRange::new(Iova::new(start), Iova::new(last)).unwrap()
@@ -34,6 +34,22 @@ impl Random {
         let first = self.below(SPAN);
         let last = (first + self.below(24)).min(SPAN - 1);
         range(spread(first), spread(last))
+    }
+
+    /// What to look for: bounds, a length and an alignment.
+    fn fit(&mut self) -> (IovaRange, u64, Granule) {
+        let (a, b) = (self.address(), self.address());
+        let within = match self.below(3) {
+            0 => IovaRange::ALL,
+            _ => range(a.min(b), a.max(b)),
+        };
+        let len = match self.below(20) {
+            0 => u64::MAX - self.below(SPAN),
+            1 => self.below(SPAN) + 1,
+            _ => self.below(40) + 1,
+        };
+        let alignment = Granule::from_lg2(self.below(6) as u8).unwrap();
+        (within, len, alignment)
     }
 }
 
@@ -179,6 +195,24 @@ fn assert_same<const F: usize>(tree: &AreaTree<Counted, F>, model: &Model, rando
     assert_eq!(uncovered, None, "ended without covering {asked}");
 }
 
+/// The dumb first fit: every hole from the floor on, in 128 bits so that nothing can wrap.
+fn model_first_fit(model: &Model, within: IovaRange, len: u64, alignment: Granule) -> Option<u64> {
+    const TOP: u128 = 1 << 64;
+    let mut floor = u128::from(within.start().get());
+    let end = u128::from(within.last().get()) + 1;
+    let areas = model
+        .iter()
+        .map(|(&start, &(last, _))| (u128::from(start), u128::from(last)));
+    for (start, last) in areas.chain([(TOP, TOP)]) {
+        let at = floor.next_multiple_of(u128::from(alignment.bytes()));
+        if at + u128::from(len) <= start.min(end) {
+            return Some(at as u64);
+        }
+        floor = floor.max(last + 1);
+    }
+    None
+}
+
 /// Random batches, some of which end in an error, that grow the tree and shrink it again.
 fn agrees_with_a_btree_map<const F: usize>(seed: u64, rounds: u64) {
     let mut random = Random(seed);
@@ -203,6 +237,13 @@ fn agrees_with_a_btree_map<const F: usize>(seed: u64, rounds: u64) {
                     remove(edit, &mut edited, start);
                 }
                 assert_eq!(edit.len(), edited.len());
+                let (within, len, alignment) = random.fit();
+                assert_eq!(
+                    edit.first_fit(within, len, alignment)
+                        .map(|found| found.start().get()),
+                    model_first_fit(&edited, within, len, alignment),
+                    "{len} bytes at {alignment} in {within}"
+                );
             }
             let seen: Vec<_> = edit.iter(IovaRange::ALL).map(|e| e.area.id).collect();
             assert_eq!(seen, edited.values().map(|&(_, id)| id).collect::<Vec<_>>());
@@ -289,6 +330,122 @@ fn ascending_and_descending_inserts_fill_nodes() {
         let areas: Vec<u64> = covered.map(|found| *found.unwrap().area).collect();
         assert_eq!(areas, (0..500).collect::<Vec<_>>());
     }
+}
+
+#[test]
+fn ascending_inserts_leave_full_nodes() {
+    let tree: AreaTree<u64, 4> = AreaTree::new();
+    for i in 0..256 {
+        tree.insert(range(i * 10, i * 10 + 9), Arc::new(i)).unwrap();
+    }
+    // 4^4 areas fill four levels: 64 leaves, and not one more.
+    assert_eq!(tree.snapshot().shape(), (4, 64 + 16 + 4 + 1));
+    // One more area takes one node on each level, and a root above.
+    tree.insert(range(5000, 5000), Arc::new(0)).unwrap();
+    tree.internal_validate();
+    assert_eq!(tree.snapshot().shape(), (5, 64 + 16 + 4 + 1 + 4 + 1));
+    // It goes as it came.
+    let Ok(removed) = tree.update(|edit| Ok::<_, Infallible>(edit.remove(Iova::new(5000))));
+    assert!(removed.is_some());
+    tree.internal_validate();
+    assert_eq!(tree.snapshot().shape(), (4, 64 + 16 + 4 + 1));
+}
+
+#[test]
+fn first_fit_at_both_ends_of_the_address_space() {
+    let at = |tree: &AreaTree<u64, 4>, within, len, lg2| {
+        let alignment = Granule::from_lg2(lg2).unwrap();
+        let Ok(found) =
+            tree.update(|edit| Ok::<_, Infallible>(edit.first_fit(within, len, alignment)));
+        found
+    };
+    let tree: AreaTree<u64, 4> = AreaTree::new();
+    assert_eq!(at(&tree, IovaRange::ALL, 1, 63), Some(range(0, 0)));
+    assert_eq!(
+        at(&tree, range(1, u64::MAX), 1 << 63, 63),
+        Some(range(1 << 63, u64::MAX))
+    );
+    assert_eq!(
+        at(&tree, range(1, u64::MAX), u64::MAX, 0),
+        Some(range(1, u64::MAX))
+    );
+    assert_eq!(at(&tree, range(2, u64::MAX), u64::MAX, 0), None);
+    // Rounding up must not wrap to 0.
+    assert_eq!(at(&tree, range(u64::MAX - 2, u64::MAX), 1, 12), None);
+    assert_eq!(at(&tree, range((1 << 63) + 1, u64::MAX), 1, 63), None);
+    // Nor must the step behind an area that ends at the top.
+    tree.insert(range(u64::MAX, u64::MAX), Arc::new(0)).unwrap();
+    assert_eq!(at(&tree, range(u64::MAX, u64::MAX), 1, 0), None);
+    assert_eq!(
+        at(&tree, IovaRange::ALL, u64::MAX, 0),
+        Some(range(0, u64::MAX - 1))
+    );
+    tree.insert(range(0, 0), Arc::new(0)).unwrap();
+    assert_eq!(
+        at(&tree, IovaRange::ALL, u64::MAX - 1, 0),
+        Some(range(1, u64::MAX - 1))
+    );
+    assert_eq!(at(&tree, IovaRange::ALL, u64::MAX, 0), None);
+    tree.insert(range(1, u64::MAX - 1), Arc::new(0)).unwrap();
+    assert_eq!(at(&tree, IovaRange::ALL, 1, 0), None);
+}
+
+#[test]
+fn racing_allocations_never_share_an_address() {
+    const EACH: u64 = 2000;
+    let tree: AreaTree<u64, 4> = AreaTree::new();
+    thread::scope(|scope| {
+        for len in [3, 5] {
+            let tree = &tree;
+            scope.spawn(move || {
+                for _ in 0..EACH {
+                    let area = Arc::new(len);
+                    tree.update(|edit| {
+                        let within = range(7, u64::MAX);
+                        let found = edit.first_fit(within, len, Granule::from_lg2(2).unwrap());
+                        edit.insert(found.unwrap(), &area)
+                    })
+                    .unwrap();
+                }
+            });
+        }
+    });
+    tree.internal_validate();
+    let snapshot = tree.snapshot();
+    assert_eq!(snapshot.len() as u64, 2 * EACH);
+    // First fit leaves no room of 4 bytes between them.
+    let last = snapshot.iter(IovaRange::ALL).last().unwrap().range.last();
+    assert!(last.get() < 8 + EACH * (4 + 8));
+}
+
+#[test]
+fn rules_change_with_areas_or_not_at_all() {
+    let tree: AreaTree<u64, 4, Vec<u64>> = AreaTree::new();
+    let before = tree.snapshot();
+    tree.update(|edit| {
+        edit.set_rules(vec![1, 2]);
+        assert_eq!(edit.rules(), &[1, 2]);
+        edit.insert(range(0, 9), &Arc::new(7))
+    })
+    .unwrap();
+    let refused = tree.update(|edit| {
+        edit.set_rules(vec![3]);
+        edit.insert(range(9, 9), &Arc::new(8))
+    });
+    assert!(refused.is_err());
+    assert_eq!((before.rules().len(), before.len()), (0, 0));
+    let after = tree.snapshot();
+    assert_eq!((after.rules().as_slice(), after.len()), (&[1, 2][..], 1));
+    // Without areas there are rules all the same.
+    let Ok(()) = tree.update(|edit| {
+        edit.remove(Iova::new(0));
+        edit.set_rules(vec![4]);
+        Ok::<_, Infallible>(())
+    });
+    assert_eq!(
+        (tree.snapshot().rules().as_slice(), tree.snapshot().len()),
+        (&[4][..], 0)
+    );
 }
 
 #[test]

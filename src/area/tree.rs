@@ -8,32 +8,48 @@ use super::edit::Edit;
 use super::node::Node;
 use super::reclaim::Pinned;
 use super::snapshot::Snapshot;
-use crate::error::Error;
 use crate::sync::{Arc, AtomicPtr, Ordering, relax};
-use crate::units::IovaRange;
+#[cfg(test)]
+use crate::{error::Error, units::IovaRange};
 
-/// A concurrent map from non-overlapping ranges to shared areas, in nodes of up to `F` slots. See the [module](super).
-///
-/// Areas that were removed are dropped later, on any thread, possibly after the tree.
-pub(crate) struct AreaTree<T, const F: usize = 16> {
+/// What is published as one: all areas, and the rules of what may be inserted where. Dropping it frees no node.
+pub(super) struct Root<T, const F: usize, R> {
     /// Null while there are no areas.
-    root: AtomicPtr<Node<T, F>>,
-    owns: PhantomData<Arc<T>>,
+    pub(super) node: *mut Node<T, F>,
+    pub(super) rules: Arc<R>,
 }
 
-impl<T: Send + Sync + 'static, const F: usize> AreaTree<T, F> {
-    /// A tree without areas. Allocates nothing.
+/// A concurrent map from non-overlapping ranges to shared areas, in nodes of up to `F` slots, with rules of type `R`.
+/// See the [module](super).
+///
+/// Areas that were removed and rules that were replaced are dropped later, on any thread, possibly after the tree.
+pub(crate) struct AreaTree<T, const F: usize = 16, R = ()> {
+    /// Never null.
+    root: AtomicPtr<Root<T, F, R>>,
+    owns: PhantomData<(Arc<T>, Arc<R>)>,
+}
+
+impl<T, const F: usize, R> AreaTree<T, F, R>
+where
+    T: Send + Sync + 'static,
+    R: Default + Send + Sync + 'static,
+{
+    /// A tree without areas, under default rules.
     pub(crate) fn new() -> Self {
+        let root = Box::new(Root {
+            node: ptr::null_mut(),
+            rules: Arc::new(R::default()),
+        });
         AreaTree {
-            root: AtomicPtr::new(ptr::null_mut()),
+            root: AtomicPtr::new(Box::into_raw(root)),
             owns: PhantomData,
         }
     }
 
-    /// The areas of this moment. Never waits and never retries.
-    pub(crate) fn snapshot(&self) -> Snapshot<'_, T, F> {
+    /// The areas and rules of this moment. Never waits and never retries.
+    pub(crate) fn snapshot(&self) -> Snapshot<'_, T, F, R> {
         let pinned = Pinned::new();
-        // Acquire: pairs with the Release in `Edit::publish`; the nodes and areas below are visible.
+        // Acquire: pairs with the Release in `Edit::publish`; the rules, nodes and areas below are visible.
         let root = self.root.load(Ordering::Acquire);
         // SAFETY: loaded from our root with Acquire, after the pin.
         unsafe { Snapshot::new(self, root, pinned) }
@@ -43,6 +59,7 @@ impl<T: Send + Sync + 'static, const F: usize> AreaTree<T, F> {
     ///
     /// # Errors
     /// [`Error::Overlap`] with the lowest area in the way, and `area` back.
+    #[cfg(test)]
     pub(crate) fn insert(&self, range: IovaRange, area: Arc<T>) -> Result<(), (Error, Arc<T>)> {
         self.update(|edit| edit.insert(range, &area))
             .map_err(|error| (error, area))
@@ -53,10 +70,10 @@ impl<T: Send + Sync + 'static, const F: usize> AreaTree<T, F> {
     ///
     /// # Errors
     /// Those of `change`; then the tree is as it was.
-    pub(crate) fn update<R, E>(
+    pub(crate) fn update<V, E>(
         &self,
-        mut change: impl FnMut(&mut Edit<'_, T, F>) -> Result<R, E>,
-    ) -> Result<R, E> {
+        mut change: impl FnMut(&mut Edit<'_, T, F, R>) -> Result<V, E>,
+    ) -> Result<V, E> {
         loop {
             let pinned = Pinned::new();
             // Acquire: pairs with the Release in `Edit::publish`; the nodes that the edit reads and shares are visible.
@@ -83,7 +100,11 @@ impl<T: Send + Sync + 'static, const F: usize> AreaTree<T, F> {
     }
 }
 
-impl<T: Send + Sync + 'static, const F: usize> fmt::Debug for AreaTree<T, F> {
+impl<T, const F: usize, R> fmt::Debug for AreaTree<T, F, R>
+where
+    T: Send + Sync + 'static,
+    R: Default + Send + Sync + 'static,
+{
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("AreaTree")
             .field("areas", &self.snapshot().len())
@@ -91,13 +112,15 @@ impl<T: Send + Sync + 'static, const F: usize> fmt::Debug for AreaTree<T, F> {
     }
 }
 
-impl<T, const F: usize> Drop for AreaTree<T, F> {
+impl<T, const F: usize, R> Drop for AreaTree<T, F, R> {
     fn drop(&mut self) {
         // Relaxed: exclusive access, so the last update happened before.
         let root = self.root.load(Ordering::Relaxed);
-        if !root.is_null() {
-            // SAFETY: `&mut self`: no reader and no edit is left, so all that the root leads to is ours (Inv. 4).
-            unsafe { free_all(root) };
+        // SAFETY: made by `Box::into_raw`, never null. `&mut self`: no reader and no edit is left, so it is ours (Inv. 4).
+        let root = unsafe { Box::from_raw(root) };
+        if !root.node.is_null() {
+            // SAFETY: ours like the root, which is used no more.
+            unsafe { free_all(root.node) };
         }
     }
 }

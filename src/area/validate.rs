@@ -8,24 +8,40 @@ impl<'a, T, const F: usize> Areas<'a, T, F> {
     pub(super) fn internal_validate(self) {
         let Some(root) = self.root() else { return };
         assert!(root.is_leaf() || root.len() > 1, "a root with one child");
-        self.validate_below(root, &mut None);
+        let mut seen = Seen::default();
+        self.validate_below(root, &mut seen);
     }
 
-    /// `behind` is the last address of the area before this subtree.
-    fn validate_below(self, node: &'a Node<T, F>, behind: &mut Option<u64>) {
+    /// The number of levels, and of nodes on all of them.
+    pub(super) fn shape(self) -> (usize, usize) {
+        let levels = self.root().map_or(0, |root| usize::from(root.level()) + 1);
+        (levels, self.root().map_or(0, |root| self.nodes(root)))
+    }
+
+    fn nodes(self, node: &'a Node<T, F>) -> usize {
+        let below = |at| self.nodes(self.child(node, at));
+        let slots = if node.is_leaf() { 0 } else { node.len() };
+        1 + (0..slots).map(below).sum::<usize>()
+    }
+
+    /// Returns the longest hole between areas below `node`. Moves `seen` over them.
+    fn validate_below(self, node: &'a Node<T, F>, seen: &mut Seen) -> u64 {
         assert!(
             (1..=F).contains(&node.len()),
             "a node without slots, or too many"
         );
         let mut areas = 0;
+        let mut longest = 0;
         for at in 0..node.len() {
             let slot = node.slot(at);
             assert_eq!(node.find(slot.start), at);
             assert_eq!(node.find(slot.last), at);
             if node.is_leaf() {
                 assert!(slot.start <= slot.last, "a reversed range");
-                assert!(behind.is_none_or(|last| last < slot.start), "areas overlap");
-                *behind = Some(slot.last);
+                assert_eq!(slot.hole, 0, "a hole inside of an area");
+                let before = seen.area(slot.start, slot.last);
+                // The hole before the first area of the subtree is not below it.
+                longest = longest.max(if at == 0 { 0 } else { before });
                 areas += 1;
                 continue;
             }
@@ -39,11 +55,15 @@ impl<'a, T, const F: usize> Areas<'a, T, F> {
                 child.stamp() <= node.stamp(),
                 "a child younger than its parent"
             );
-            self.validate_below(child, behind);
+            let before = seen.last.map_or(0, |last| slot.start - last - 1);
+            longest = longest.max(if at == 0 { 0 } else { before });
+            let below = self.validate_below(child, seen);
+            assert_eq!(slot.hole, below, "a wrong longest hole");
+            longest = longest.max(below);
             let exact = child.as_slot(child);
             assert_eq!(
-                (slot.start, slot.last),
-                (exact.start, exact.last),
+                (slot.start, slot.last, slot.hole),
+                (exact.start, exact.last, exact.hole),
                 "a stale annotation"
             );
             areas += child.areas;
@@ -53,5 +73,23 @@ impl<'a, T, const F: usize> Areas<'a, T, F> {
             node.unused_slots_are_blank(),
             "a slot that is not in use could be found"
         );
+        longest
+    }
+}
+
+/// The areas that the walk has come by.
+#[derive(Default)]
+struct Seen {
+    /// The last address of the last one.
+    last: Option<u64>,
+}
+
+impl Seen {
+    /// Comes by an area, and returns the length of the hole before it.
+    fn area(&mut self, start: u64, last: u64) -> u64 {
+        assert!(self.last.is_none_or(|last| last < start), "areas overlap");
+        let before = self.last.map_or(start, |last| start - last - 1);
+        self.last = Some(last);
+        before
     }
 }

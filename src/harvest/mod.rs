@@ -36,10 +36,9 @@ pub use lease::{
 };
 pub use request::HarvestRequest;
 
-use crate::area::Snapshot;
 use crate::bitmap::{BitmapView, UserBitmap};
 use crate::error::Error;
-use crate::space::{AddressSpace, Area};
+use crate::space::{AddressSpace, Areas};
 use lease::Holding;
 
 impl AddressSpace {
@@ -125,7 +124,7 @@ impl AddressSpace {
         &self,
         request: &HarvestRequest,
         bitmap: UserBitmap<'a>,
-        snapshot: &Snapshot<'_, Area>,
+        snapshot: &Areas<'_>,
     ) -> Result<BitmapView<'a>, Error> {
         let range = request.range();
         if !range.is_aligned(self.page()) {

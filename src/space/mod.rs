@@ -1,16 +1,20 @@
 //! The address space: areas, the sources that translate them, and one queue of flushes for all.
 //!
-//! * **Map** puts the area into the tree first (the tree decides between racing maps), then fills the sources.
+//! * **Allocate, reserve, allow** are in `allocation.rs`: one atomic step each, on areas and rules together.
+//! * **Map** puts the area into the tree first (the tree decides between racing maps and reservations), then fills the sources.
 //! * **Unmap** claims the areas, empties the sources, flushes, and only then takes the areas out of the tree: no
 //!   address can be mapped again before the flush that covers it has finished.
 //! * **Mark** finds the area and sets its software dirty bits.
 //! * **Harvest** is one floor up, in [`harvest`](crate::harvest).
 
+mod allocation;
 mod area;
+mod rules;
 mod stats;
 mod tracking;
 mod unmap;
 
+pub use allocation::SpaceRanges;
 pub(crate) use area::Area;
 pub(crate) use stats::Counters;
 pub use stats::SpaceStats;
@@ -22,7 +26,11 @@ use crate::flush::{FlushGather, FlushQueue, Invalidated};
 use crate::source::{DirtySource, Mapping};
 use crate::sync::Arc;
 use crate::units::{Access, Granule, Iova, IovaRange};
+use rules::Rules;
 use tracking::Tracking;
+
+/// The areas of one moment.
+pub(crate) type Areas<'a> = Snapshot<'a, Area, 16, Rules>;
 
 /// A space of device-visible addresses in which dirty memory is tracked.
 ///
@@ -30,7 +38,7 @@ use tracking::Tracking;
 /// [`unmap_discarding`](Self::unmap_discarding) and [`set_tracking`](Self::set_tracking) may wait for devices to drain.
 pub struct AddressSpace {
     page: Granule,
-    pub(crate) areas: AreaTree<Area>,
+    pub(crate) areas: AreaTree<Area, 16, Rules>,
     pub(crate) sources: Vec<Box<dyn DirtySource>>,
     pub(crate) flush: FlushQueue,
     pub(crate) counters: Arc<Counters>,
@@ -75,7 +83,7 @@ impl AddressSpace {
     ///
     /// # Errors
     /// In this order: [`Error::Unaligned`] and [`Error::UnalignedBacking`] (multiples of [`page`](Self::page)),
-    /// [`Error::BackingWraps`], [`Error::Overlap`], then what a source says. On an error nothing is mapped;
+    /// [`Error::BackingWraps`], [`Error::Reserved`], [`Error::Overlap`], then what a source says. On an error nothing is mapped;
     /// only if a source also fails to flush what another one had mapped already, the range stays taken until
     /// [`unmap_discarding`](Self::unmap_discarding) succeeds on it.
     pub fn map(&self, range: IovaRange, backing: u64, access: Access) -> Result<(), Error> {
@@ -85,6 +93,24 @@ impl AddressSpace {
                 granule: self.page,
             });
         }
+        self.check_backing(range, backing)?;
+        let mapping = Mapping {
+            range,
+            backing,
+            access,
+        };
+        let area = Arc::new(Area::new(mapping, self.page));
+        self.areas.update(|edit| {
+            if let Some(reserved) = edit.rules().reserved_in(range) {
+                return Err(Error::Reserved { range, reserved });
+            }
+            edit.insert(range, &area)
+        })?;
+        self.fill(area)
+    }
+
+    /// Checks the memory behind `range`.
+    fn check_backing(&self, range: IovaRange, backing: u64) -> Result<(), Error> {
         if backing & self.page.mask() != 0 {
             return Err(Error::UnalignedBacking {
                 backing,
@@ -97,19 +123,16 @@ impl AddressSpace {
         {
             return Err(Error::BackingWraps { backing, range });
         }
-        let mapping = Mapping {
-            range,
-            backing,
-            access,
-        };
-        let area = Arc::new(Area::new(mapping, self.page));
-        self.areas
-            .insert(range, area.clone())
-            .map_err(|(error, _)| error)?;
+        Ok(())
+    }
+
+    /// Fills the sources for an area that is in the tree already, or takes it out again.
+    fn fill(&self, area: Arc<Area>) -> Result<(), Error> {
+        let range = area.mapping.range;
         // From here on the area can be unmapped, whatever becomes of this call.
         let _filling = Filling(&area);
         for (filled, source) in self.sources.iter().enumerate() {
-            if let Err(error) = source.map(&mapping) {
+            if let Err(error) = source.map(&area.mapping) {
                 let mut gather = FlushGather::new();
                 for source in &self.sources[..filled] {
                     source.unmap(range, &mut gather, &mut |_| ());
@@ -217,7 +240,7 @@ impl AddressSpace {
         self.flush.wait(ticket, |gather| self.invalidate(gather))
     }
 
-    pub(crate) fn snapshot(&self) -> Snapshot<'_, Area> {
+    pub(crate) fn snapshot(&self) -> Areas<'_> {
         self.areas.snapshot()
     }
 }

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::{PoisonError, RwLock};
 
-use dirtymap::{Iova, Mapping};
+use dirtymap::{Access, Iova, IovaRange, Mapping};
 
-use crate::Areas;
+use crate::{Allocator, Areas, PAGE};
 
 /// A `BTreeMap` behind an `RwLock`. The key is an area's first address.
 #[derive(Default)]
@@ -32,5 +32,33 @@ impl Areas for LockedBTree {
         let areas = self.areas.read().unwrap_or_else(PoisonError::into_inner);
         let (_, mapping) = areas.range(..=iova).next_back()?;
         mapping.range.contains(Iova::new(iova)).then_some(*mapping)
+    }
+}
+
+impl Allocator for LockedBTree {
+    fn allocate(&self, len: u64) -> IovaRange {
+        let mut areas = self.areas.write().unwrap_or_else(PoisonError::into_inner);
+        let mut start = PAGE.next_multiple_of(len);
+        for mapping in areas.values() {
+            if start + len <= mapping.range.start().get() {
+                break;
+            }
+            let behind = mapping.range.last().get() + 1;
+            start = start.max(behind.next_multiple_of(len));
+        }
+        let range = IovaRange::from_len(Iova::new(start), len)
+            .unwrap_or_else(|error| panic!("a workload stays far below 2^64: {error}"));
+        let mapping = Mapping {
+            range,
+            backing: 0,
+            access: Access::ReadWrite,
+        };
+        areas.insert(start, mapping);
+        range
+    }
+
+    fn free(&self, range: IovaRange) {
+        let mut areas = self.areas.write().unwrap_or_else(PoisonError::into_inner);
+        areas.remove(&range.start().get());
     }
 }

@@ -6,7 +6,7 @@ use dirtymap::{
     Access, AddressSpace, AreaHandle, Granule, HarvestRequest, Iova, IovaRange, Mapping, UserBitmap,
 };
 
-use crate::{Areas, PAGE, Peer};
+use crate::{Allocator, Areas, PAGE, Peer};
 
 /// Marks through [`AddressSpace::mark`], which finds the area for each mark.
 pub struct ThroughSpace {
@@ -84,6 +84,16 @@ impl Areas for AddressSpace {
     #[inline]
     fn lookup(&self, iova: u64) -> Option<Mapping> {
         self.lookup(Iova::new(iova))
+    }
+}
+
+impl Allocator for AddressSpace {
+    fn allocate(&self, len: u64) -> IovaRange {
+        sure(self.map_anywhere(len, 0, Access::ReadWrite))
+    }
+
+    fn free(&self, range: IovaRange) {
+        sure(self.unmap_discarding(range));
     }
 }
 

@@ -1,0 +1,170 @@
+//! Which addresses are free: allocation, reserved and allowed ranges, and the report of all of them.
+//!
+//! Areas and rules hang on one root of the tree, so each of these calls looks at one state and is published only if that
+//! state is still the current one. Two allocations never get the same addresses, and of a map and a reservation of the
+//! same address one is refused.
+
+use super::rules::{Rules, holes};
+use super::{AddressSpace, Area};
+use crate::error::Error;
+use crate::source::Mapping;
+use crate::sync::Arc;
+use crate::units::{Access, Granule, Iova, IovaRange};
+
+/// Allocated ranges are not aligned to more than this, the size of a large leaf: 2 MiB.
+const MAX_ALIGNMENT: Granule = Granule::M2;
+
+/// What holds which addresses, at one moment: see [`AddressSpace::ranges`]. All lists are in ascending order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SpaceRanges {
+    /// The areas.
+    pub mappings: Vec<Mapping>,
+    /// What is neither mapped nor reserved, as ranges that do not touch. A map fits in here.
+    pub holes: Vec<IovaRange>,
+    /// What is reserved, as ranges that do not touch.
+    pub reserved: Vec<IovaRange>,
+    /// Where [`AddressSpace::map_anywhere`] may look, as ranges that do not touch; none if it may look everywhere.
+    pub allowed: Vec<IovaRange>,
+}
+
+impl AddressSpace {
+    /// Maps the `len` bytes of memory that begin at `backing` at the lowest free addresses, and says where.
+    ///
+    /// The alignment suits large leaves: `len` rounded up to a power of two, at most the lowest set bit of `backing`
+    /// (unless that is 0), at most 2 MiB, at least the smallest page. The range lies inside the
+    /// [allowed ranges](Self::set_allowed) if there are any, outside areas and reserved ranges, and never in the first
+    /// or the last page of the address space, so that address 0 stays free for "none" and the last address has a
+    /// successor.
+    ///
+    /// To choose and to map is one atomic step. The search takes logarithmic time in the number of areas for each
+    /// allowed range, or if there are none for each stretch between reserved ones; alignment can make it look at more
+    /// holes, those that are long enough but not aligned.
+    ///
+    /// # Errors
+    /// In this order: [`Error::ZeroLength`] (at 0, as it has no place yet), [`Error::UnalignedLength`] and
+    /// [`Error::UnalignedBacking`] (multiples of [`page`](Self::page)), [`Error::BackingWraps`] (with the range as if it
+    /// began at 0), [`Error::NoSpace`], then what a source says. On an error nothing is mapped.
+    pub fn map_anywhere(&self, len: u64, backing: u64, access: Access) -> Result<IovaRange, Error> {
+        let shape = IovaRange::from_len(Iova::MIN, len)?;
+        if !shape.is_aligned(self.page) {
+            return Err(Error::UnalignedLength {
+                len,
+                granule: self.page,
+            });
+        }
+        self.check_backing(shape, backing)?;
+        let alignment = alignment(len, backing).max(self.page);
+        let area = self.areas.update(|edit| {
+            let range = self
+                .allocatable(edit.rules())
+                .into_iter()
+                .find_map(|window| edit.first_fit(window, len, alignment))
+                .ok_or(Error::NoSpace { len, alignment })?;
+            let mapping = Mapping {
+                range,
+                backing,
+                access,
+            };
+            let area = Arc::new(Area::new(mapping, self.page));
+            edit.insert(range, &area).map(|()| area)
+        })?;
+        let range = area.mapping.range;
+        self.fill(area)?;
+        Ok(range)
+    }
+
+    /// The windows that allocation may use, without the first and the last page.
+    fn allocatable(&self, rules: &Rules) -> Vec<IovaRange> {
+        let first = Iova::new(self.page.bytes());
+        let last = Iova::new(u64::MAX - self.page.bytes());
+        match IovaRange::new(first, last) {
+            Ok(bounds) => rules.windows(bounds),
+            // Two pages are the whole address space.
+            Err(_) => Vec::new(),
+        }
+    }
+
+    /// Keeps `range`, which need not be aligned, from being mapped or allocated: a window for interrupts, a hole of the
+    /// platform. Marks, lookups, harvests and unmaps treat it as the hole that it is.
+    ///
+    /// Reserved ranges may overlap each other. Takes time in proportion to their number.
+    ///
+    /// # Errors
+    /// [`Error::CannotReserve`] if it intersects an area, one in transition included; then if it intersects an allowed
+    /// range.
+    pub fn reserve(&self, range: IovaRange) -> Result<(), Error> {
+        self.areas.update(|edit| {
+            if let Some(area) = edit.first_intersecting(range) {
+                return Err(Error::CannotReserve {
+                    range,
+                    existing: area.range,
+                });
+            }
+            let rules = edit.rules().reserve(range)?;
+            edit.set_rules(rules);
+            Ok(())
+        })
+    }
+
+    /// Undoes one [`reserve`](Self::reserve) of exactly `range`. Addresses that other reserved ranges hold too stay
+    /// reserved.
+    ///
+    /// # Errors
+    /// [`Error::NotReserved`] if there is no such reservation.
+    pub fn release_reserved(&self, range: IovaRange) -> Result<(), Error> {
+        self.areas.update(|edit| {
+            let rules = edit.rules().release(range)?;
+            edit.set_rules(rules);
+            Ok(())
+        })
+    }
+
+    /// Replaces the ranges from which [`map_anywhere`](Self::map_anywhere) may choose, all at once; ranges that touch
+    /// count as one. None at all means everywhere. Restricts only allocation: areas that lie elsewhere stay, and
+    /// [`map`](Self::map) does not look at it.
+    ///
+    /// # Errors
+    /// [`Error::AllowedTwice`] if two of `ranges` overlap, then [`Error::CannotAllow`] if one intersects a reserved
+    /// range. The old ranges stay then.
+    pub fn set_allowed(&self, ranges: &[IovaRange]) -> Result<(), Error> {
+        self.areas.update(|edit| {
+            let rules = edit.rules().allow(ranges)?;
+            edit.set_rules(rules);
+            Ok(())
+        })
+    }
+
+    /// What holds which addresses, all at one moment.
+    pub fn ranges(&self) -> SpaceRanges {
+        let snapshot = self.snapshot();
+        let rules = snapshot.rules();
+        let mappings: Vec<Mapping> = snapshot
+            .iter(IovaRange::ALL)
+            .map(|entry| entry.area.mapping)
+            .collect();
+        let unreserved = holes(IovaRange::ALL, rules.blocked().iter().copied());
+        let mut free = Vec::new();
+        for window in unreserved {
+            let taken = snapshot.iter(window).map(|entry| entry.range);
+            free.extend(holes(window, taken));
+        }
+        SpaceRanges {
+            mappings,
+            holes: free,
+            reserved: rules.blocked().to_vec(),
+            allowed: rules.allowed().to_vec(),
+        }
+    }
+}
+
+/// What suits a range of `len` bytes whose memory begins at `backing`, up to the greatest alignment.
+fn alignment(len: u64, backing: u64) -> Granule {
+    // The smallest power of two that is not below `len`, as its logarithm: 0 to 64.
+    let len_lg2 = u64::BITS - (len - 1).leading_zeros();
+    let mut lg2 = len_lg2.min(u32::from(MAX_ALIGNMENT.lg2()));
+    if backing != 0 {
+        lg2 = lg2.min(backing.trailing_zeros());
+    }
+    Granule::from_lg2(lg2 as u8).unwrap_or(MAX_ALIGNMENT)
+}

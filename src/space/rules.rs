@@ -1,0 +1,153 @@
+//! What the tree's root carries beside the areas: which addresses are reserved, and which may be allocated.
+//!
+//! Immutable; a change makes new rules. They are published together with the areas, so of a map and a reservation that
+//! race one finds the other. Changes cost time in proportion to the number of reserved and allowed ranges, of which a
+//! platform has a handful.
+
+use crate::error::Error;
+use crate::units::{Iova, IovaRange};
+
+/// See the [module](self).
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Rules {
+    /// In order of address, each as often as it was reserved; they may overlap.
+    reserved: Vec<IovaRange>,
+    /// The reserved addresses as disjoint ranges that do not touch, in order.
+    blocked: Vec<IovaRange>,
+    /// Where ranges may be allocated, in the same form; if empty, everywhere. Never intersects `blocked`.
+    allowed: Vec<IovaRange>,
+}
+
+impl Rules {
+    /// The first stretch of reserved addresses that intersects `range`.
+    pub(crate) fn reserved_in(&self, range: IovaRange) -> Option<IovaRange> {
+        first_in(&self.blocked, range)
+    }
+
+    /// The rules with `range` reserved once more.
+    ///
+    /// # Errors
+    /// [`Error::CannotReserve`] if it intersects an allowed range.
+    pub(crate) fn reserve(&self, range: IovaRange) -> Result<Rules, Error> {
+        if let Some(existing) = first_in(&self.allowed, range) {
+            return Err(Error::CannotReserve { range, existing });
+        }
+        let mut rules = self.clone();
+        let at = rules.reserved.partition_point(|r| key(*r) <= key(range));
+        rules.reserved.insert(at, range);
+        rules.blocked = merged(&rules.reserved);
+        Ok(rules)
+    }
+
+    /// The rules with `range` reserved once less.
+    ///
+    /// # Errors
+    /// [`Error::NotReserved`] unless exactly this range was reserved.
+    pub(crate) fn release(&self, range: IovaRange) -> Result<Rules, Error> {
+        let Ok(at) = self.reserved.binary_search_by_key(&key(range), |r| key(*r)) else {
+            return Err(Error::NotReserved { range });
+        };
+        let mut rules = self.clone();
+        rules.reserved.remove(at);
+        rules.blocked = merged(&rules.reserved);
+        Ok(rules)
+    }
+
+    /// The rules with `ranges`, in any order, as the only ones to allocate from.
+    ///
+    /// # Errors
+    /// [`Error::AllowedTwice`] if two of them overlap, then [`Error::CannotAllow`] if one intersects a reserved one.
+    pub(crate) fn allow(&self, ranges: &[IovaRange]) -> Result<Rules, Error> {
+        let mut sorted = ranges.to_vec();
+        sorted.sort_unstable_by_key(|range| key(*range));
+        for pair in sorted.windows(2) {
+            if pair[0].intersects(pair[1]) {
+                return Err(Error::AllowedTwice {
+                    range: pair[0],
+                    other: pair[1],
+                });
+            }
+        }
+        for range in &sorted {
+            if let Some(reserved) = self.reserved_in(*range) {
+                return Err(Error::CannotAllow {
+                    range: *range,
+                    reserved,
+                });
+            }
+        }
+        Ok(Rules {
+            allowed: merged(&sorted),
+            ..self.clone()
+        })
+    }
+
+    /// The allowed ranges; none if there is no restriction.
+    pub(crate) fn allowed(&self) -> &[IovaRange] {
+        &self.allowed
+    }
+
+    /// The reserved addresses, as disjoint ranges that do not touch.
+    pub(crate) fn blocked(&self) -> &[IovaRange] {
+        &self.blocked
+    }
+
+    /// Where ranges may be allocated inside `bounds`: disjoint, in ascending order.
+    pub(crate) fn windows(&self, bounds: IovaRange) -> Vec<IovaRange> {
+        if self.allowed.is_empty() {
+            return holes(bounds, self.blocked.iter().copied());
+        }
+        let inside = |allowed: &IovaRange| allowed.intersection(bounds);
+        self.allowed.iter().filter_map(inside).collect()
+    }
+}
+
+/// What lies in `bounds` and in none of `taken`, which are disjoint and in ascending order.
+pub(crate) fn holes(
+    bounds: IovaRange,
+    taken: impl IntoIterator<Item = IovaRange>,
+) -> Vec<IovaRange> {
+    let mut holes = Vec::new();
+    let mut floor = Some(bounds.start());
+    for range in taken {
+        let Some(from) = floor else { break };
+        let before = range.start().get().checked_sub(1).map(Iova::new);
+        let hole = before.and_then(|last| IovaRange::new(from, last.min(bounds.last())).ok());
+        holes.extend(hole);
+        // A range that ends below the floor does not move it.
+        floor = range.last().checked_add(1).map(|behind| behind.max(from));
+    }
+    holes.extend(floor.and_then(|from| IovaRange::new(from, bounds.last()).ok()));
+    holes
+}
+
+fn key(range: IovaRange) -> (Iova, Iova) {
+    (range.start(), range.last())
+}
+
+/// The first of `ranges`, which are disjoint and in order, that intersects `range`.
+fn first_in(ranges: &[IovaRange], range: IovaRange) -> Option<IovaRange> {
+    let at = ranges.partition_point(|r| r.last() < range.start());
+    ranges.get(at).copied().filter(|r| r.intersects(range))
+}
+
+/// The addresses of `ranges`, which are in order of start, as disjoint ranges that do not touch.
+fn merged(ranges: &[IovaRange]) -> Vec<IovaRange> {
+    let mut merged: Vec<IovaRange> = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        let joined = merged.last_mut().filter(|before| {
+            let behind = before.last().checked_add(1);
+            behind.is_none_or(|behind| range.start() <= behind)
+        });
+        match joined {
+            Some(before) => {
+                // Never an error: the ranges are in order of start.
+                if let Ok(both) = IovaRange::new(before.start(), before.last().max(range.last())) {
+                    *before = both;
+                }
+            }
+            None => merged.push(*range),
+        }
+    }
+    merged
+}
