@@ -38,15 +38,13 @@ use super::{Format, Iopte, MakeClean, TABLE_LG2, sealed, shape};
 const VALID: u64 = 1 << 0;
 const TABLE: u64 = 1 << 1;
 const UNPRIVILEGED: u64 = 1 << 6;
-const READ_ONLY_SHIFT: u32 = 7;
-const READ_ONLY: u64 = 1 << READ_ONLY_SHIFT;
+const READ_ONLY: u64 = 1 << 7;
 const INNER_SHAREABLE: u64 = 0b11 << 8;
 const AF: u64 = 1 << 10;
 const NG: u64 = 1 << 11;
 const ADDRESS_SHIFT: u32 = 12;
 const ADDRESS: u64 = ((1 << 36) - 1) << ADDRESS_SHIFT;
-const DBM_SHIFT: u32 = 51;
-const DBM: u64 = 1 << DBM_SHIFT;
+const DBM: u64 = 1 << 51;
 const PXN: u64 = 1 << 53;
 const UXN: u64 = 1 << 54;
 
@@ -126,7 +124,8 @@ impl Format for ArmS1 {
 
     #[inline]
     fn worth_a_look(entry: Iopte, level: u32) -> u64 {
-        let dirty = entry.0 >> DBM_SHIFT & !(entry.0 >> READ_ONLY_SHIFT) & 1;
+        // DBM, shifted on to the place of the bit that must be clear.
+        let dirty = entry.0 >> (DBM / READ_ONLY).ilog2() & !entry.0 & READ_ONLY;
         dirty | if level == 0 { 0 } else { entry.0 & TABLE }
     }
 }
