@@ -50,6 +50,10 @@ pub(crate) struct Cli {
     #[arg(long, value_enum, value_name = "SIZE", default_value = "4k")]
     pub(crate) page_size: PageSize,
 
+    /// The format of the IO page table
+    #[arg(long, value_enum, value_name = "NAME", default_value = "amdv1")]
+    pub(crate) format: TableFormat,
+
     /// Seed of everything that is random
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) seed: u64,
@@ -161,6 +165,44 @@ impl PageSize {
         match self {
             PageSize::K4 => 4 << 10,
             PageSize::M2 => 2 << 20,
+        }
+    }
+}
+
+/// The format of the IO page table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+pub(crate) enum TableFormat {
+    /// AMD, version 1
+    #[value(name = "amdv1")]
+    #[serde(rename = "amdv1")]
+    AmdV1,
+    /// Intel VT-d, second stage
+    #[value(name = "vtdss")]
+    #[serde(rename = "vtdss")]
+    VtdSs,
+    /// x86-64, first stage
+    #[value(name = "x86-64")]
+    #[serde(rename = "x86-64")]
+    X86_64,
+    /// Arm, stage 1: a written page has one bit less
+    #[value(name = "arm-s1")]
+    #[serde(rename = "arm-s1")]
+    ArmS1,
+    /// RISC-V Sv48
+    #[value(name = "riscv-sv48")]
+    #[serde(rename = "riscv-sv48")]
+    RiscvSv48,
+}
+
+impl TableFormat {
+    /// The name on the command line.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            TableFormat::AmdV1 => "amdv1",
+            TableFormat::VtdSs => "vtdss",
+            TableFormat::X86_64 => "x86-64",
+            TableFormat::ArmS1 => "arm-s1",
+            TableFormat::RiscvSv48 => "riscv-sv48",
         }
     }
 }
@@ -366,6 +408,7 @@ mod tests {
         );
         assert_eq!((cli.speed, cli.bandwidth), (Speed::Auto, Bandwidth::Auto));
         assert_eq!((cli.page_size, cli.sabotage), (PageSize::K4, None));
+        assert_eq!(cli.format, TableFormat::AmdV1);
         assert_eq!(cli.memory_limit, 64 << 30);
         assert!(cli.trace_path().is_file());
         assert_eq!(cli.trace_name(), "pgbench.iolog.gz");
@@ -427,6 +470,10 @@ mod tests {
             ("--speed inf", "expected auto, max, or a number above 0"),
             ("--bandwidth -3", "-3"),
             ("--page-size 8k", "possible values: 4k, 2m"),
+            (
+                "--format amdv2",
+                "possible values: amdv1, vtdss, x86-64, arm-s1, riscv-sv48",
+            ),
             ("--seed x", "invalid digit"),
             (
                 "--sabotage flush",
@@ -447,7 +494,12 @@ mod tests {
     }
 
     #[test]
-    fn sabotage_has_one_name_everywhere() {
+    fn sabotage_and_formats_have_one_name_everywhere() {
+        for format in TableFormat::value_variants() {
+            let argument = format.to_possible_value().unwrap();
+            assert_eq!(argument.get_name(), format.name());
+            assert_eq!(serde_json::to_value(format).unwrap(), format.name());
+        }
         for sabotage in Sabotage::value_variants() {
             let argument = sabotage.to_possible_value().unwrap();
             assert_eq!(argument.get_name(), sabotage.name());

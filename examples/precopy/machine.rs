@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use dirtymap::{Access, AddressSpace, Granule, Iova, IovaRange};
 use dirtymap_examples::iolog::Trace;
-use pagetable_sim::{Domain, DomainConfig, PhysMemory};
+use pagetable_sim::{Domain, DomainConfig, Format, PhysMemory};
 
 use crate::Failure;
 use crate::cli::Sabotage;
@@ -21,16 +21,17 @@ pub(crate) struct FileArea {
     pub(crate) range: IovaRange,
 }
 
-pub(crate) struct Machine {
+/// A machine whose IO page table has the format `F`.
+pub(crate) struct Machine<F: Format> {
     pub(crate) memory: Arc<PhysMemory>,
-    pub(crate) domain: Arc<Domain>,
+    pub(crate) domain: Arc<Domain<F>>,
     pub(crate) space: AddressSpace,
     pub(crate) files: Vec<FileArea>,
     /// All areas together.
     pub(crate) range: IovaRange,
 }
 
-impl Machine {
+impl<F: Format> Machine<F> {
     /// Lays out one area for each file, large enough for its highest write, in leaves of at most `leaf`; `bytes` is
     /// what that takes.
     pub(crate) fn new(
@@ -39,9 +40,9 @@ impl Machine {
         leaf: Granule,
         sabotage: Option<Sabotage>,
         seed: u64,
-    ) -> Result<Machine, Failure> {
+    ) -> Result<Self, Failure> {
         let memory = Arc::new(PhysMemory::new(bytes)?);
-        let domain = Domain::new(memory.clone(), DomainConfig { max_leaf: leaf });
+        let domain = Domain::<F>::with_format(memory.clone(), DomainConfig { max_leaf: leaf });
         let space = match sabotage {
             Some(Sabotage::ClearThenLose) => {
                 AddressSpace::new(PAGE).with_source(Forgetful::new(domain.clone(), seed))?

@@ -28,8 +28,9 @@ use std::sync::atomic::Ordering;
 
 use clap::Parser;
 use dirtymap_examples::iolog::Trace;
+use pagetable_sim::{AmdV1, ArmS1, Format, RiscvSv48, VtdSs, X86_64};
 
-use cli::Cli;
+use cli::{Cli, TableFormat};
 use machine::{Machine, PAGE};
 use migrate::{Decision, Migration};
 use report::{RoundKind, RunRecord};
@@ -86,6 +87,13 @@ fn run(cli: &Cli) -> Result<u8, Box<dyn std::error::Error>> {
     }
     let memory = cli.check_memory(&trace)?;
     print_facts(cli, &trace, memory)?;
+    let migrate = match cli.format {
+        TableFormat::AmdV1 => migrate::<AmdV1>,
+        TableFormat::VtdSs => migrate::<VtdSs>,
+        TableFormat::X86_64 => migrate::<X86_64>,
+        TableFormat::ArmS1 => migrate::<ArmS1>,
+        TableFormat::RiscvSv48 => migrate::<RiscvSv48>,
+    };
     let run = migrate(cli, &trace, memory)?;
     if let Some(path) = &cli.json {
         run.write_json(path)
@@ -102,10 +110,11 @@ fn run(cli: &Cli) -> Result<u8, Box<dyn std::error::Error>> {
     })
 }
 
-/// Replays the trace on a machine of `memory` bytes while the machine migrates, and compares the two ends.
-fn migrate(cli: &Cli, trace: &Trace, memory: u64) -> Result<RunRecord, Failure> {
+/// Replays the trace on a machine of `memory` bytes, with an IO page table of the format `F`, while the machine migrates;
+/// then compares the two ends.
+fn migrate<F: Format>(cli: &Cli, trace: &Trace, memory: u64) -> Result<RunRecord, Failure> {
     let granule = dirtymap::Granule::from_bytes(cli.page_size.bytes())?;
-    let machine = Machine::new(trace, memory, granule, cli.sabotage, cli.seed)?;
+    let machine = Machine::<F>::new(trace, memory, granule, cli.sabotage, cli.seed)?;
     let settings = replay::Settings {
         devices: cli.devices as usize,
         cpus: cli.cpus as usize,
@@ -137,6 +146,7 @@ fn migrate(cli: &Cli, trace: &Trace, memory: u64) -> Result<RunRecord, Failure> 
         writes_total: trace.writes,
         writes_replayed: replayed.writes.load(Ordering::Relaxed),
         pages: machine.range.granules(PAGE) as u64,
+        format: cli.format,
         page_size: cli.page_size.bytes(),
         devices: cli.devices,
         cpus: cli.cpus,
@@ -152,7 +162,7 @@ fn migrate(cli: &Cli, trace: &Trace, memory: u64) -> Result<RunRecord, Failure> 
 }
 
 /// Copies while the machine runs, until it is time to stop it.
-fn precopy(migration: &mut Migration<'_>, max_rounds: u32) -> Result<(), Failure> {
+fn precopy<F: Format>(migration: &mut Migration<'_, F>, max_rounds: u32) -> Result<(), Failure> {
     migration.copy_everything()?;
     while migration.decide(max_rounds) == Decision::Continue {
         migration.round(RoundKind::Precopy)?;
@@ -161,7 +171,7 @@ fn precopy(migration: &mut Migration<'_>, max_rounds: u32) -> Result<(), Failure
 }
 
 /// Totals of the library and the simulator.
-fn counters(machine: &Machine) -> BTreeMap<&'static str, u64> {
+fn counters<F: Format>(machine: &Machine<F>) -> BTreeMap<&'static str, u64> {
     let space = machine.space.stats();
     let domain = machine.domain.stats();
     BTreeMap::from([
@@ -200,9 +210,10 @@ fn print_facts(cli: &Cli, trace: &Trace, memory: u64) -> io::Result<()> {
     };
     writeln!(
         out,
-        "machine: {} of memory in pages of {}, {} devices, {} CPUs; replay {speed}, link {link}",
+        "machine: {} of memory in pages of {}, table {}, {} devices, {} CPUs; replay {speed}, link {link}",
         text::bytes(memory),
         text::bytes(cli.page_size.bytes()),
+        cli.format.name(),
         cli.devices,
         cli.cpus,
     )

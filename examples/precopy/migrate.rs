@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use dirtymap::{HarvestRequest, IovaRange, SpaceStats, UserBitmap};
-use pagetable_sim::PhysMemory;
+use pagetable_sim::{Format, PhysMemory};
 
 use crate::Failure;
 use crate::cli::Sabotage;
@@ -27,8 +27,8 @@ const DOWNTIME: Duration = Duration::from_millis(50);
 const SMALL: u64 = 256;
 
 /// The destination, and the link that leads to it.
-pub(crate) struct Migration<'a> {
-    machine: &'a Machine,
+pub(crate) struct Migration<'a, F: Format> {
+    machine: &'a Machine<F>,
     progress: &'a Progress,
     replay: &'a replay::Progress,
     sabotage: Option<Sabotage>,
@@ -51,9 +51,9 @@ pub(crate) enum Decision {
     RoundsUsedUp,
 }
 
-impl<'a> Migration<'a> {
+impl<'a, F: Format> Migration<'a, F> {
     pub(crate) fn new(
-        machine: &'a Machine,
+        machine: &'a Machine<F>,
         progress: &'a Progress,
         replay: &'a replay::Progress,
         sabotage: Option<Sabotage>,

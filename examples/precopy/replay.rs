@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use dirtymap::{Iova, IovaRange};
 use dirtymap_examples::iolog::{Kind, Op, Trace};
-use pagetable_sim::{Device, DeviceConfig};
+use pagetable_sim::{Device, DeviceConfig, Format};
 
 use crate::Failure;
 use crate::cli::Sabotage;
@@ -65,9 +65,9 @@ pub(crate) struct Replay<'scope> {
 
 impl<'scope> Replay<'scope> {
     /// Starts all devices and CPU markers.
-    pub(crate) fn start<'env: 'scope>(
+    pub(crate) fn start<'env: 'scope, F: Format>(
         scope: &'scope Scope<'scope, 'env>,
-        machine: &'env Machine,
+        machine: &'env Machine<F>,
         trace: &'env Trace,
         settings: &'env Settings,
         progress: &'env Progress,
@@ -114,13 +114,13 @@ impl<'scope> Replay<'scope> {
 }
 
 /// How a worker reaches memory.
-enum Port {
-    Device(Box<Device>),
+enum Port<F: Format> {
+    Device(Box<Device<F>>),
     Cpu { writes: u64 },
 }
 
-struct Worker<'a> {
-    machine: &'a Machine,
+struct Worker<'a, F: Format> {
+    machine: &'a Machine<F>,
     trace: &'a Trace,
     settings: &'a Settings,
     progress: &'a Progress,
@@ -128,8 +128,8 @@ struct Worker<'a> {
     buffer: Vec<u8>,
 }
 
-impl Worker<'_> {
-    fn run(mut self, mut port: Port, queue: &[usize]) -> Result<(), Failure> {
+impl<F: Format> Worker<'_, F> {
+    fn run(mut self, mut port: Port<F>, queue: &[usize]) -> Result<(), Failure> {
         // The time of one pass; never 0, as the last operation takes its time too.
         let pass_us = self
             .trace
@@ -161,7 +161,7 @@ impl Worker<'_> {
     }
 
     /// Waits until `at_us` of the trace, and looks after the device meanwhile. False if the machine is to stop.
-    fn wait_until(&self, at_us: u64, port: &mut Port) -> bool {
+    fn wait_until(&self, at_us: u64, port: &mut Port<F>) -> bool {
         let due = self.settings.speed.map(|speed| {
             Duration::try_from_secs_f64(at_us as f64 / 1e6 / speed).unwrap_or(Duration::MAX)
         });
@@ -187,7 +187,7 @@ impl Worker<'_> {
         }
     }
 
-    fn issue(&mut self, stream: u64, op: &Op, port: &mut Port) -> Result<(), Failure> {
+    fn issue(&mut self, stream: u64, op: &Op, port: &mut Port<F>) -> Result<(), Failure> {
         let start = self.machine.files[op.file as usize].range.start().get() + op.offset;
         let mut done = 0;
         while done < op.length {
@@ -205,7 +205,7 @@ impl Worker<'_> {
         Ok(())
     }
 
-    fn read(&mut self, range: IovaRange, port: &mut Port) -> Result<(), Failure> {
+    fn read(&mut self, range: IovaRange, port: &mut Port<F>) -> Result<(), Failure> {
         let buffer = &mut self.buffer[..range.len() as usize];
         match port {
             Port::Device(device) => device.read(range.start(), buffer)?,
@@ -217,7 +217,7 @@ impl Worker<'_> {
         Ok(())
     }
 
-    fn write(&mut self, range: IovaRange, port: &mut Port) -> Result<(), Failure> {
+    fn write(&mut self, range: IovaRange, port: &mut Port<F>) -> Result<(), Failure> {
         let bytes = &self.buffer[..range.len() as usize];
         match port {
             Port::Device(device) => device.write(range.start(), bytes)?,

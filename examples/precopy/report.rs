@@ -8,7 +8,7 @@ use std::path::Path;
 use comfy_table::{CellAlignment, Table, TableComponent, presets};
 use serde::Serialize;
 
-use crate::cli::Sabotage;
+use crate::cli::{Sabotage, TableFormat};
 use crate::compare::Comparison;
 use crate::text;
 
@@ -77,6 +77,8 @@ pub(crate) struct RunRecord {
     pub(crate) writes_replayed: u64,
     /// Pages of 4 KiB in all areas.
     pub(crate) pages: u64,
+    /// The format of the IO page table.
+    pub(crate) format: TableFormat,
     /// The page size of the IO page table, in bytes.
     pub(crate) page_size: u64,
     /// Devices that wrote.
@@ -326,6 +328,7 @@ pub(crate) mod samples {
             writes_total: 98_787,
             writes_replayed: 61_204,
             pages: DIRTY[0],
+            format: TableFormat::AmdV1,
             page_size: 4096,
             devices: 3,
             cpus: 2,
@@ -443,6 +446,7 @@ mod tests {
         let json: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert_eq!(json["verified"], false);
         assert_eq!(json["sabotage"], "no-drain");
+        assert_eq!(json["format"], "amdv1");
         assert_eq!(json["rounds"].as_array().unwrap().len(), 8);
         assert_eq!(json["rounds"][7]["kind"], "final");
         assert_eq!(json["rounds"][1]["dirty_pages"], 50_200);

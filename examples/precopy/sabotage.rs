@@ -7,13 +7,13 @@ use dirtymap::{
     DirtySource, Error, FlushGather, Granule, Invalidated, IovaRange, Mapping, Sink, Stopped,
     UserBitmap,
 };
-use pagetable_sim::{Breakage, Domain};
+use pagetable_sim::{Breakage, Domain, Format};
 
 use crate::cli::Sabotage;
 use crate::replay::mix;
 
 /// Breaks what `sabotage` breaks inside the hardware. The rest is broken where it happens.
-pub(crate) fn break_hardware(domain: &Domain, sabotage: Option<Sabotage>) {
+pub(crate) fn break_hardware<F: Format>(domain: &Domain<F>, sabotage: Option<Sabotage>) {
     match sabotage {
         Some(Sabotage::SkipFlush) => domain.break_hardware(Breakage::IgnoreInvalidations),
         Some(Sabotage::NoDrain) => domain.break_hardware(Breakage::AcknowledgeWithoutDraining),
@@ -22,14 +22,14 @@ pub(crate) fn break_hardware(domain: &Domain, sabotage: Option<Sabotage>) {
 }
 
 /// A domain that loses some of the dirty bits that it clears: one 2 MiB piece in sixteen at each harvest.
-pub(crate) struct Forgetful {
-    inner: Arc<Domain>,
+pub(crate) struct Forgetful<F: Format> {
+    inner: Arc<Domain<F>>,
     seed: u64,
     calls: AtomicU64,
 }
 
-impl Forgetful {
-    pub(crate) fn new(inner: Arc<Domain>, seed: u64) -> Self {
+impl<F: Format> Forgetful<F> {
+    pub(crate) fn new(inner: Arc<Domain<F>>, seed: u64) -> Self {
         Forgetful {
             inner,
             seed,
@@ -38,7 +38,7 @@ impl Forgetful {
     }
 }
 
-impl DirtySource for Forgetful {
+impl<F: Format> DirtySource for Forgetful<F> {
     fn read_and_clear(
         &self,
         range: IovaRange,

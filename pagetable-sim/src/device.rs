@@ -70,8 +70,8 @@ pub struct DeviceStats {
 /// does at its next operation, in [`service`](Self::service), or by going to sleep in [`quiesce`](Self::quiesce) or
 /// when dropped. So one thread that drives a device and harvests as well must quiesce the device before it flushes. Its
 /// IOTLB keeps its contents over a sleep.
-pub struct Device {
-    hardware: Arc<Hardware>,
+pub struct Device<F: Format = AmdV1> {
+    hardware: Arc<Hardware<F>>,
     port: Arc<Port>,
     iotlb: Iotlb,
     posted: VecDeque<Posted>,
@@ -95,8 +95,8 @@ enum Direction {
     Write,
 }
 
-impl Device {
-    pub(crate) fn new(hardware: Arc<Hardware>, config: DeviceConfig) -> Self {
+impl<F: Format> Device<F> {
+    pub(crate) fn new(hardware: Arc<Hardware<F>>, config: DeviceConfig) -> Self {
         let port = hardware.join();
         Device {
             hardware,
@@ -123,9 +123,12 @@ impl Device {
         let mut at = iova;
         while !rest.is_empty() {
             let phys = self.translate(at, Direction::Write)?;
-            let (piece, behind) = rest.split_at(piece_at(at, rest.len()));
+            let (piece, behind) = rest.split_at(piece_at::<F>(at, rest.len()));
             self.post(phys, piece);
-            (at, rest) = (next(at, piece.len()), behind);
+            rest = behind;
+            if !rest.is_empty() {
+                at = self.next(at, piece.len())?;
+            }
         }
         Ok(())
     }
@@ -142,11 +145,15 @@ impl Device {
         let mut at = iova;
         while !rest.is_empty() {
             let phys = self.translate(at, Direction::Read)?;
-            let (piece, behind) = rest.split_at_mut(piece_at(at, rest.len()));
+            let (piece, behind) = rest.split_at_mut(piece_at::<F>(at, rest.len()));
             let done = self.hardware.memory.read(phys, piece);
             debug_assert!(done.is_ok(), "what is mapped lies in memory");
             self.stats.bytes += piece.len() as u64;
-            (at, rest) = (next(at, piece.len()), behind);
+            let done = piece.len();
+            rest = behind;
+            if !rest.is_empty() {
+                at = self.next(at, done)?;
+            }
         }
         Ok(())
     }
@@ -222,7 +229,7 @@ impl Device {
     #[inline]
     fn translate(&mut self, iova: Iova, direction: Direction) -> Result<u64, DmaError> {
         let tracking = self.hardware.is_tracking();
-        if let Some(cached) = self.iotlb.lookup::<AmdV1>(iova) {
+        if let Some(cached) = self.iotlb.lookup::<F>(iova) {
             // While tracking is off, hardware sets no D: the entry is as good as dirty until the flush that enabling
             // ends with.
             cached.dirty |= !tracking;
@@ -268,8 +275,15 @@ impl Device {
             self.hardware.count_dirty_walk();
         }
         let entry = Cached::new(&leaf, leaf.dirty || sets_dirty || !tracking);
-        self.iotlb.insert::<AmdV1>(iova, entry);
+        self.iotlb.insert::<F>(iova, entry);
         Ok(entry.phys(iova))
+    }
+
+    /// The address `len` bytes further, where an access goes on; past 2^64 - 1 there is none.
+    #[inline]
+    fn next(&mut self, iova: Iova, len: usize) -> Result<Iova, DmaError> {
+        iova.checked_add(len as u64)
+            .ok_or_else(|| self.fault(Iova::MAX, FaultKind::TooWide))
     }
 
     fn fault(&mut self, iova: Iova, kind: FaultKind) -> DmaError {
@@ -310,14 +324,14 @@ impl Device {
     }
 }
 
-impl Drop for Device {
+impl<F: Format> Drop for Device<F> {
     fn drop(&mut self) {
         self.quiesce();
         self.hardware.leave(&self.port);
     }
 }
 
-impl std::fmt::Debug for Device {
+impl<F: Format> std::fmt::Debug for Device<F> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Device")
             .field("awake", &self.awake)
@@ -329,15 +343,9 @@ impl std::fmt::Debug for Device {
 
 /// How many of `len` bytes from `iova` on lie in one smallest page: the unit in which a device translates and posts.
 #[inline]
-fn piece_at(iova: Iova, len: usize) -> usize {
-    let left = AmdV1::PAGE.bytes() - (iova.get() & AmdV1::PAGE.mask());
+fn piece_at<F: Format>(iova: Iova, len: usize) -> usize {
+    let left = F::PAGE.bytes() - (iova.get() & F::PAGE.mask());
     len.min(left as usize)
-}
-
-/// The address `len` bytes further. Past 2^64 - 1 there is nothing to access: the last page is too wide for any table.
-#[inline]
-fn next(iova: Iova, len: usize) -> Iova {
-    iova.checked_add(len as u64).unwrap_or(Iova::MAX)
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use dirtymap::{
 };
 
 use crate::device::{Device, DeviceConfig};
-use crate::fmt::{AmdV1, Format};
+use crate::fmt::{AmdV1, Format, granule};
 use crate::memory::PhysMemory;
 use crate::port::Port;
 use crate::table::{Leaf, Table};
@@ -29,7 +29,7 @@ impl Default for DomainConfig {
     /// Leaves as large as the format has them.
     fn default() -> Self {
         DomainConfig {
-            max_leaf: AmdV1::size(AmdV1::LEAF_LEVELS - 1),
+            max_leaf: granule(63),
         }
     }
 }
@@ -65,9 +65,9 @@ pub struct DomainStats {
 }
 
 /// What the devices of a domain are wired to.
-pub(crate) struct Hardware {
+pub(crate) struct Hardware<F: Format> {
     pub(crate) memory: Arc<PhysMemory>,
-    pub(crate) table: Table<AmdV1>,
+    pub(crate) table: Table<F>,
     tracking: AtomicBool,
     breakage: AtomicU8,
     ports: Mutex<Vec<Arc<Port>>>,
@@ -78,10 +78,12 @@ pub(crate) struct Hardware {
 /// One page table, the devices that translate by it, and the switch for dirty tracking: the hardware's side of a
 /// [`DirtySource`](dirtymap::DirtySource).
 ///
+/// `F` is the format of the table: [`Domain::new`] makes a domain of AMD v1, [`Domain::with_format`] one of any format.
+///
 /// Shared by `Arc`. Mapping, unmapping, harvesting and DMA never wait for each other; `invalidate` and enabling wait
 /// for every device that is awake.
-pub struct Domain {
-    hardware: Arc<Hardware>,
+pub struct Domain<F: Format = AmdV1> {
+    hardware: Arc<Hardware<F>>,
     max_leaf: Granule,
     /// Held by who switches tracking.
     switch: Mutex<()>,
@@ -91,11 +93,20 @@ pub struct Domain {
 }
 
 impl Domain {
-    /// The smallest page that a domain maps: ranges and backing addresses are multiples of it.
+    /// The smallest page that a domain of AMD v1 maps: ranges and backing addresses are multiples of it. For other
+    /// formats see [`Format::PAGE`].
     pub const PAGE: Granule = AmdV1::PAGE;
 
-    /// A domain that maps nothing and tracks nothing, over `memory`.
+    /// A domain of AMD v1 that maps nothing and tracks nothing, over `memory`.
     pub fn new(memory: Arc<PhysMemory>, config: DomainConfig) -> Arc<Domain> {
+        Domain::with_format(memory, config)
+    }
+}
+
+impl<F: Format> Domain<F> {
+    /// A domain of the format `F` that maps nothing and tracks nothing, over `memory`. The format is named, as in
+    /// `Domain::<VtdSs>::with_format(memory, config)`.
+    pub fn with_format(memory: Arc<PhysMemory>, config: DomainConfig) -> Arc<Self> {
         Arc::new(Domain {
             hardware: Arc::new(Hardware {
                 memory,
@@ -115,7 +126,7 @@ impl Domain {
     }
 
     /// Attaches a new device, with an empty IOTLB. It leaves the domain when it is dropped.
-    pub fn attach(&self, config: DeviceConfig) -> Device {
+    pub fn attach(&self, config: DeviceConfig) -> Device<F> {
         Device::new(Arc::clone(&self.hardware), config)
     }
 
@@ -181,7 +192,7 @@ impl Domain {
     }
 }
 
-impl DirtySource for Domain {
+impl<F: Format> DirtySource for Domain<F> {
     /// Refused with [`Error::OutsideMemory`](crate::Error::OutsideMemory) if the memory behind it is not all there,
     /// else as by [`Table::map`].
     fn map(&self, mapping: &Mapping) -> Result<(), dirtymap::Error> {
@@ -254,9 +265,10 @@ impl DirtySource for Domain {
     }
 }
 
-impl std::fmt::Debug for Domain {
+impl<F: Format> std::fmt::Debug for Domain<F> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Domain")
+            .field("format", &F::NAME)
             .field("tracking", &self.is_tracking())
             .field("max_leaf", &self.max_leaf)
             .field("stats", &self.stats())
@@ -264,7 +276,7 @@ impl std::fmt::Debug for Domain {
     }
 }
 
-impl Hardware {
+impl<F: Format> Hardware<F> {
     /// Gives a new device its port.
     pub(crate) fn join(&self) -> Arc<Port> {
         let port = Arc::new(Port::new());

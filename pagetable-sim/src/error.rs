@@ -1,6 +1,6 @@
 //! What the simulated hardware refuses, and what a device's access can fault on.
 
-use dirtymap::{Granule, Iova, IovaRange};
+use dirtymap::{Access, Granule, Iova, IovaRange};
 
 /// Why the simulated hardware refused a call. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -41,7 +41,8 @@ pub enum Error {
         /// The smallest page of the format.
         page: Granule,
     },
-    /// The table does not translate addresses that high.
+    /// The table does not translate these addresses. Where they are sign-extended, a range must lie in the lower or in
+    /// the upper half of them.
     #[error("{range} exceeds the {width} bits of address that {format} translates")]
     TooWide {
         /// The offending range.
@@ -62,6 +63,14 @@ pub enum Error {
         len: u128,
         /// How many bits of physical address an entry holds.
         width: u32,
+        /// The name of the format.
+        format: &'static str,
+    },
+    /// No leaf of the format grants this access and no other.
+    #[error("{format} has no leaves for {access:?} access: name one that includes reading")]
+    NoSuchAccess {
+        /// What was to be granted.
+        access: Access,
         /// The name of the format.
         format: &'static str,
     },
@@ -93,7 +102,7 @@ impl From<Error> for dirtymap::Error {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("DMA fault at {iova}: {kind}")]
 pub struct DmaError {
-    /// The first address that was not accessed.
+    /// The first address that was not accessed, or the highest address if the access goes on past it.
     pub iova: Iova,
     /// Why.
     pub kind: FaultKind,

@@ -11,7 +11,7 @@
 //! ```
 //!
 //! * [`PhysMemory`]: the bytes. Devices write them while others copy them.
-//! * [`Format`], [`AmdV1`]: what the bits of an entry mean.
+//! * [`Format`], for [`AmdV1`], [`VtdSs`], [`X86_64`], [`ArmS1`] and [`Riscv`]: what the bits of an entry mean.
 //! * [`Table`]: the lock-free page table; hardware sets D in it, a harvest reads and clears it.
 //! * [`Device`]: DMA through an IOTLB that caches "D is set", with writes that land late.
 //! * [`Domain`]: ties them together, switches tracking, and invalidates.
@@ -57,6 +57,8 @@ mod error;
 pub use device::{Device, DeviceConfig, DeviceStats};
 pub use domain::{Breakage, Domain, DomainConfig, DomainStats};
 pub use error::{DmaError, Error, FaultKind};
-pub use fmt::{AmdV1, Format, Iopte};
+pub use fmt::{
+    AmdV1, ArmS1, Format, Iopte, MakeClean, Riscv, RiscvSv39, RiscvSv48, RiscvSv57, VtdSs, X86_64,
+};
 pub use memory::PhysMemory;
 pub use table::{Leaf, Table};

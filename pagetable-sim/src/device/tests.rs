@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::*;
-use crate::{Domain, DomainConfig, DomainStats, PhysMemory};
+use crate::{ArmS1, Domain, DomainConfig, DomainStats, PhysMemory, RiscvSv48, VtdSs, X86_64};
 use dirtymap::{Access, DirtySource, FlushGather, Granule, Mapping, UserBitmap};
 
 const K4: u64 = 1 << 12;
@@ -15,8 +15,13 @@ fn range(start: u64, len: u64) -> IovaRange {
 
 /// A domain that maps `pages` pages from `BASE` on to the memory from 0 on.
 fn domain(pages: u64, max_leaf: Granule) -> Arc<Domain> {
+    domain_of(pages, max_leaf)
+}
+
+/// The same in any format.
+fn domain_of<F: Format>(pages: u64, max_leaf: Granule) -> Arc<Domain<F>> {
     let memory = Arc::new(PhysMemory::new(pages * K4).unwrap());
-    let domain = Domain::new(memory, DomainConfig { max_leaf });
+    let domain = Domain::with_format(memory, DomainConfig { max_leaf });
     let mapping = Mapping {
         range: range(BASE, pages * K4),
         backing: 0,
@@ -27,7 +32,7 @@ fn domain(pages: u64, max_leaf: Granule) -> Arc<Domain> {
 }
 
 /// Reads and clears; returns the dirty pages, counted from `BASE`, and what is owed. No flush.
-fn harvest(domain: &Domain, pages: u64) -> (Vec<u64>, FlushGather) {
+fn harvest<F: Format>(domain: &Domain<F>, pages: u64) -> (Vec<u64>, FlushGather) {
     let mut words = vec![0u64; pages.div_ceil(64) as usize];
     let all = range(BASE, pages * K4);
     let mut gather = FlushGather::new();
@@ -152,6 +157,36 @@ fn faults_are_typed_counted_and_leave_what_was_done() {
         error.to_string(),
         "DMA fault at 0x40004000: the mapping is write-only"
     );
+}
+
+#[test]
+fn dma_does_not_go_on_past_the_last_address() {
+    let memory = Arc::new(PhysMemory::new(K4).unwrap());
+    let domain = Domain::<X86_64>::with_format(memory, DomainConfig::default());
+    let range = IovaRange::granule_at(Iova::MAX, Granule::K4);
+    let access = Access::ReadWrite;
+    let mapping = |access| Mapping {
+        range,
+        backing: 0,
+        access,
+    };
+    assert!(domain.map(&mapping(Access::Write)).is_err());
+    domain.map(&mapping(access)).unwrap();
+    domain.set_tracking(true).unwrap();
+    let mut device = domain.attach(DeviceConfig::default());
+    let start = Iova::new(u64::MAX - 2);
+    device.write(start, &[1, 2, 3]).unwrap();
+    let fault = Err(DmaError {
+        iova: Iova::MAX,
+        kind: FaultKind::TooWide,
+    });
+    assert_eq!(device.write(start, &[4, 5, 6, 7]), fault);
+    let mut back = [0; 3];
+    device.read(start, &mut back).unwrap();
+    assert_eq!(back, [4, 5, 6], "the byte past the end is not the last one");
+    assert_eq!(device.read(start, &mut [0; 4]), fault);
+    assert_eq!(device.stats().faults, 2);
+    assert!(domain.translate(Iova::MAX).unwrap().dirty);
 }
 
 #[test]
@@ -442,12 +477,12 @@ fn devices_come_and_go() {
 /// rest. Three writes in four go to four hot pages, which stay cached; each of the others goes to a page of its own,
 /// which is written once. After each burst a device only answers until a harvest has gone by. Returns in how many words
 /// the copy differs from the memory.
-fn precopy(breakage: Breakage, max_leaf: Granule, config: DeviceConfig) -> usize {
+fn precopy<F: Format>(breakage: Breakage, max_leaf: Granule, config: DeviceConfig) -> usize {
     const HOT: u64 = 4;
     const BURSTS: u64 = 16;
     const BURST: u64 = 64;
     const PAGES: u64 = HOT + 2 * BURSTS * BURST / 4;
-    let domain = domain(PAGES, max_leaf);
+    let domain = domain_of::<F>(PAGES, max_leaf);
     let copy = PhysMemory::new(PAGES * K4).unwrap();
     domain.set_tracking(true).unwrap();
     domain.break_hardware(breakage);
@@ -511,7 +546,13 @@ fn concurrent_precopy_loses_nothing() {
     };
     for max_leaf in [Granule::K4, Granule::M2] {
         for config in [small, DeviceConfig::default(), IN_FLIGHT].repeat(3) {
-            assert_eq!(precopy(Breakage::None, max_leaf, config), 0);
+            assert_eq!(precopy::<AmdV1>(Breakage::None, max_leaf, config), 0);
+        }
+        for config in [small, IN_FLIGHT] {
+            assert_eq!(precopy::<VtdSs>(Breakage::None, max_leaf, config), 0);
+            assert_eq!(precopy::<X86_64>(Breakage::None, max_leaf, config), 0);
+            assert_eq!(precopy::<ArmS1>(Breakage::None, max_leaf, config), 0);
+            assert_eq!(precopy::<RiscvSv48>(Breakage::None, max_leaf, config), 0);
         }
     }
 }
@@ -525,7 +566,13 @@ const IN_FLIGHT: DeviceConfig = DeviceConfig {
 
 #[test]
 fn concurrent_precopy_on_broken_hardware_loses_writes() {
-    let lost = |breakage, config| precopy(breakage, Granule::K4, config);
+    let lost = |breakage, config| {
+        precopy::<AmdV1>(breakage, Granule::K4, config).min(precopy::<ArmS1>(
+            breakage,
+            Granule::K4,
+            config,
+        ))
+    };
     assert!(lost(Breakage::IgnoreInvalidations, DeviceConfig::default()) > 0);
     assert!(lost(Breakage::AcknowledgeWithoutDraining, IN_FLIGHT) > 0);
 }

@@ -22,7 +22,7 @@
 
 use dirtymap::Access;
 
-use super::{Format, Iopte, TABLE_LG2, sealed};
+use super::{Format, Iopte, MakeClean, TABLE_LG2, sealed, shape};
 
 const PR: u64 = 1 << 0;
 const A: u64 = 1 << 5;
@@ -44,12 +44,12 @@ impl sealed::Sealed for AmdV1 {}
 
 impl Format for AmdV1 {
     const NAME: &'static str = "AMD v1";
-    const LEVELS: u32 = if cfg!(dirtymap_loom) { 2 } else { 4 };
+    const LEVELS: u32 = shape(4, 2);
     const INDEX_LG2: u32 = TABLE_LG2;
-    const PAGE_LG2: u32 = if cfg!(dirtymap_loom) { 3 } else { 12 };
-    const LEAF_LEVELS: u32 = if cfg!(dirtymap_loom) { 2 } else { 3 };
+    const PAGE_LG2: u32 = shape(12, 3);
+    const LEAF_LEVELS: u32 = shape(3, 2);
     const OUTPUT_LG2: u32 = 40 + Self::PAGE_LG2;
-    const DIRTY: u64 = D;
+    const MAKE_CLEAN: MakeClean = MakeClean::Clear(D);
 
     #[inline]
     fn is_present(entry: Iopte) -> bool {
@@ -100,8 +100,13 @@ impl Format for AmdV1 {
     }
 
     #[inline]
-    fn worth_a_look(level: u32) -> u64 {
-        if level == 0 { D } else { D | NEXT_LEVEL }
+    fn is_dirty(entry: Iopte) -> bool {
+        entry.0 & D != 0
+    }
+
+    #[inline]
+    fn worth_a_look(entry: Iopte, level: u32) -> u64 {
+        entry.0 & if level == 0 { D } else { D | NEXT_LEVEL }
     }
 }
 
@@ -109,7 +114,6 @@ impl Format for AmdV1 {
 #[cfg(not(dirtymap_loom))]
 mod tests {
     use super::*;
-    use dirtymap::Granule;
 
     #[test]
     fn bits_are_where_the_specification_puts_them() {
@@ -119,35 +123,6 @@ mod tests {
         let table = AmdV1::table(0x7f00_dead_b000, 3);
         assert_eq!(table.0, 0x6000_7f00_dead_b601);
         assert_eq!(AmdV1::table_address(table), 0x7f00_dead_b000);
-        assert_eq!(AmdV1::DIRTY, 1 << 6);
-    }
-
-    #[test]
-    fn what_is_encoded_is_decoded_at_every_level() {
-        assert!(!AmdV1::is_present(Iopte::ABSENT));
-        assert_eq!(AmdV1::WIDTH, 48);
-        let sizes: Vec<_> = (0..AmdV1::LEAF_LEVELS).map(AmdV1::size).collect();
-        assert_eq!(sizes, [Granule::K4, Granule::M2, Granule::G1]);
-        for level in 0..AmdV1::LEAF_LEVELS {
-            for access in [Access::Read, Access::Write, Access::ReadWrite] {
-                let phys = 0x000a_8000_0000_0000;
-                let clean = AmdV1::leaf(phys, access, level);
-                for leaf in [clean, AmdV1::written(clean)] {
-                    assert!(AmdV1::is_present(leaf) && AmdV1::is_leaf(leaf, level));
-                    assert_eq!((AmdV1::output(leaf), AmdV1::access(leaf)), (phys, access));
-                }
-                assert!(!AmdV1::is_dirty(clean) && clean.0 & AmdV1::worth_a_look(level) == 0);
-                assert!(AmdV1::is_dirty(AmdV1::written(clean)));
-                assert_ne!(AmdV1::written(clean).0 & AmdV1::worth_a_look(level), 0);
-            }
-        }
-        for level in 1..AmdV1::LEVELS {
-            let table = AmdV1::table(0x5555_0000_1000, level);
-            assert!(AmdV1::is_present(table) && !AmdV1::is_leaf(table, level));
-            assert_ne!(table.0 & AmdV1::worth_a_look(level), 0);
-            assert!(!AmdV1::is_dirty(table));
-        }
-        assert_eq!(AmdV1::index(0x0000_8080_4020_1000 | 0xfff, 0), 1);
-        assert_eq!(AmdV1::index(0x0000_ff80_0000_0000, 3), 511);
+        assert_eq!(AmdV1::MAKE_CLEAN, MakeClean::Clear(1 << 6));
     }
 }

@@ -2,10 +2,26 @@
 //!
 //! The table algorithms are written once, over [`Format`]; a format is one file of pure functions on an entry. Levels
 //! count from the bottom: a table of level 0 holds the smallest pages, the root has level `LEVELS - 1`.
+//!
+//! | format | levels | address | leaves | written, when | made clean by |
+//! |---|---|---|---|---|---|
+//! | [`AmdV1`] | 4 | 48 bits | 4K 2M 1G | D 6 is set | `fetch_and` |
+//! | [`VtdSs`] | 3 to 5 | 39, 48, 57 bits | 4K 2M 1G | D 9 is set | `fetch_and` |
+//! | [`X86_64`] | 4, 5 | 48, 57 bits, sign-extended | 4K 2M 1G | D 6 is set | `fetch_and` |
+//! | [`ArmS1`] | 4 | 48 bits | 4K 2M 1G | DBM 51 is set and read-only 7 is not | `fetch_or` |
+//! | [`Riscv`] | 3 to 5 | 39, 48, 57 bits, sign-extended | one size at every level | D 7 is set | `fetch_and` |
 
 mod amdv1;
+mod arm_s1;
+mod riscv;
+mod vtdss;
+mod x86_64;
 
 pub use amdv1::AmdV1;
+pub use arm_s1::ArmS1;
+pub use riscv::{Riscv, RiscvSv39, RiscvSv48, RiscvSv57};
+pub use vtdss::VtdSs;
+pub use x86_64::X86_64;
 
 use dirtymap::sync::{AtomicU64, Ordering};
 use dirtymap::{Access, Granule};
@@ -13,7 +29,13 @@ use dirtymap::{Access, Granule};
 /// Entries of a page that holds a table, as a logarithm: 512 entries fill 4 KiB. Tiny in the model checker.
 pub(crate) const TABLE_LG2: u32 = if cfg!(dirtymap_loom) { 1 } else { 9 };
 
-/// The value of one entry of an IO page table. Zero is "not present" in every format.
+/// `real`, or `tiny` in the model checker.
+const fn shape(real: u32, tiny: u32) -> u32 {
+    if cfg!(dirtymap_loom) { tiny } else { real }
+}
+
+/// The value of one entry of an IO page table. Zero is "not present" in every format. Other values may be, too: making a
+/// leaf clean that was unmapped meanwhile can leave a bit behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 #[repr(transparent)]
 pub struct Iopte(pub u64);
@@ -21,6 +43,16 @@ pub struct Iopte(pub u64);
 impl Iopte {
     /// The entry that translates nothing.
     pub const ABSENT: Iopte = Iopte(0);
+}
+
+/// The one atomic operation that makes a leaf clean. It may hit an entry that changed since it was looked at, so it must
+/// keep an absent entry absent, and a table a table at the same address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MakeClean {
+    /// `fetch_and`: clears these bits.
+    Clear(u64),
+    /// `fetch_or`: sets these bits.
+    Set(u64),
 }
 
 /// The meaning of an entry's bits, and the shape of the tables.
@@ -43,8 +75,11 @@ pub trait Format: sealed::Sealed + Send + Sync + 'static {
     const LEAF_LEVELS: u32;
     /// How many bits of physical address an entry can hold.
     const OUTPUT_LG2: u32;
-    /// The bits of a leaf that say "written"; clearing them makes the leaf clean.
-    const DIRTY: u64;
+    /// What turns a leaf that was written into the same leaf, clean. A clean leaf stays as it is.
+    const MAKE_CLEAN: MakeClean;
+    /// Whether the bits above those that the tables translate must all equal the highest of them: then the tables
+    /// translate the lowest and the highest part of the address space, half of their reach each, and nothing between.
+    const SIGN_EXTENDED: bool = false;
 
     /// How many bits of address the tables translate.
     const WIDTH: u32 = Self::PAGE_LG2 + Self::LEVELS * Self::INDEX_LG2;
@@ -68,14 +103,18 @@ pub trait Format: sealed::Sealed + Send + Sync + 'static {
     fn access(entry: Iopte) -> Access;
     /// The leaf after hardware has translated a write through it.
     fn written(entry: Iopte) -> Iopte;
-    /// Bits of which every entry that a scan for dirty leaves must look at has at least one: dirty leaves, and in
-    /// tables of level 1 and up entries that lead to tables. Lets the scan pass eight clean entries with one OR.
-    fn worth_a_look(level: u32) -> u64;
-
     /// Whether a leaf was written.
+    fn is_dirty(entry: Iopte) -> bool;
+    /// Not zero for every entry of a table of `level` that a scan for dirty leaves must look at: dirty leaves, and at
+    /// level 1 and up entries that lead to tables. Zero for absent entries and clean leaves.
+    ///
+    /// Without branches on the entry: the scan passes eight clean entries by the OR of eight of these words.
+    fn worth_a_look(entry: Iopte, level: u32) -> u64;
+
+    /// Whether a leaf can let devices do `access` and nothing else.
     #[inline]
-    fn is_dirty(entry: Iopte) -> bool {
-        entry.0 & Self::DIRTY != 0
+    fn grants(_access: Access) -> bool {
+        true
     }
 
     /// The size of what one entry of a table of `level` covers.
@@ -98,7 +137,7 @@ pub(crate) mod sealed {
 }
 
 /// The granule of 2^`lg2` bytes, for logarithms that a format's constants keep below 64.
-const fn granule(lg2: u32) -> Granule {
+pub(crate) const fn granule(lg2: u32) -> Granule {
     match Granule::from_lg2(if lg2 < 64 { lg2 as u8 } else { 63 }) {
         Some(granule) => granule,
         None => Granule::K4,
@@ -108,7 +147,7 @@ const fn granule(lg2: u32) -> Granule {
 /// An entry in memory, changed by hardware and software at once.
 ///
 /// It wraps the atomic word, and is not a generic atomic of a typed entry (`atomic::Atomic<Iopte>`): such a type has no
-/// `fetch_and`, and clearing D by a compare-exchange loop would fight with the hardware's own updates instead of just
+/// `fetch_and` or `fetch_or`, and clearing D by a compare-exchange loop would fight with the hardware's own updates instead of just
 /// clearing D.
 #[derive(Debug)]
 #[repr(transparent)]
@@ -138,8 +177,12 @@ impl AtomicIopte {
         }
     }
 
-    /// Clears the bits `mask` in one step, whatever the others are.
-    pub(crate) fn clear(&self, mask: u64, order: Ordering) {
-        self.0.fetch_and(!mask, order);
+    /// Changes the bits that `how` names in one step, whatever the others are.
+    #[inline]
+    pub(crate) fn make_clean(&self, how: MakeClean, order: Ordering) {
+        match how {
+            MakeClean::Clear(bits) => self.0.fetch_and(!bits, order),
+            MakeClean::Set(bits) => self.0.fetch_or(bits, order),
+        };
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  device write --walk--> D := 1 (compare-exchange, while present and writable)
-//!  harvest ------scan---> record, owe, then D := 0 (fetch_and)
+//!  harvest ------scan---> record, owe, then D := 0 (fetch_and or fetch_or)
 //! ```
 //!
 //! For one leaf the harvest sees D set, records the leaf, owes its invalidation and clears D, in this order. Hardware
@@ -12,8 +12,12 @@
 //!   the invalidation that the harvest owes makes the device forget. The page is recorded and copied after that, so the
 //!   write is in the copy.
 //!
+//! "D" is what the format calls written: a bit that is set or, for Arm, one that is not. Making a leaf clean is one
+//! atomic operation on the bits that the format names.
+//!
 //! If the leaf was unmapped and another one of the same addresses mapped between reading and clearing, the new leaf
-//! loses a D that belongs to addresses which were recorded in this very harvest.
+//! loses a D that belongs to addresses which were recorded in this very harvest. If nothing was mapped since, the entry
+//! stays absent, though it may keep a bit of the clearing; a table that was put there stays where it is.
 
 use crossbeam_epoch::Guard;
 use dirtymap::sync::{Ordering, Step, performs};
@@ -46,7 +50,7 @@ impl<F: Format> Table<F> {
         let (slot, mut entry, level) = self.walk(iova, &guard)?;
         while F::access(entry).writes() && !F::is_dirty(entry) {
             // AcqRel on success: D is in the table before the data is in memory, and after what the last clear of D
-            // recorded; pairs with the `fetch_and` of a harvest. Acquire on failure: as the load of the walk; the new
+            // recorded; pairs with `make_clean` in a harvest. Acquire on failure: as the load of the walk; the new
             // value is derived from it.
             match slot.replace(
                 entry,
@@ -115,11 +119,11 @@ impl<F: Format> Table<F> {
         range: IovaRange,
         mut visit: impl FnMut(&DirtyLeaf) -> Result<Fate, dirtymap::Error>,
     ) -> Result<(), Stopped> {
-        let Some(range) = range.intersection(Self::reach()) else {
-            return Ok(());
-        };
         let guard = crossbeam_epoch::pin();
-        scan_table::<F, _>(&self.root, F::LEVELS - 1, range, &mut visit, &guard)
+        for part in Self::reach().filter_map(|reach| reach.intersection(range)) {
+            scan_table::<F, _>(&self.root, F::LEVELS - 1, part, &mut visit, &guard)?;
+        }
+        Ok(())
     }
 }
 
@@ -148,10 +152,10 @@ where
     for (nth, eight) in eights.iter().enumerate() {
         // Relaxed: only decides whether to look closer. A D that was set before the harvest began is seen, because
         // whatever tells the harvester that the write is done also orders this load after it.
-        let any = eight
-            .iter()
-            .fold(0, |any, entry| any | entry.load(Ordering::Relaxed).0);
-        if any & F::worth_a_look(level) != 0 {
+        let any = eight.iter().fold(0, |any, entry| {
+            any | F::worth_a_look(entry.load(Ordering::Relaxed), level)
+        });
+        if any != 0 {
             for (i, entry) in eight.iter().enumerate() {
                 look(nth * 8 + i, entry)?;
             }
@@ -198,7 +202,7 @@ where
         if matches!(fate, Fate::Clear) {
             // Acquire: pairs with the Release of `set_dirty`. Release: whoever finds D clear, hardware or an unmap,
             // sees what the visit did. One step: a change of the other bits meanwhile is kept.
-            slot.clear(F::DIRTY, Ordering::AcqRel);
+            slot.make_clean(F::MAKE_CLEAN, Ordering::AcqRel);
         }
     }
     Ok(())

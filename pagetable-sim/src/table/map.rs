@@ -32,7 +32,7 @@ impl<F: Format> Table<F> {
     ///
     /// # Errors
     /// In this order: [`Error::TooWide`], [`Error::Unaligned`], [`Error::UnalignedPhys`], [`Error::PhysTooWide`],
-    /// [`Error::AlreadyMapped`]. Nothing is changed then.
+    /// [`Error::NoSuchAccess`], [`Error::AlreadyMapped`]. Nothing is changed then.
     pub fn map(
         &self,
         range: IovaRange,
@@ -52,6 +52,12 @@ impl<F: Format> Table<F> {
                 phys,
                 len: range.len(),
                 width: F::OUTPUT_LG2,
+                format: F::NAME,
+            });
+        }
+        if !F::grants(access) {
+            return Err(Error::NoSuchAccess {
+                access,
                 format: F::NAME,
             });
         }
@@ -210,18 +216,19 @@ fn child_or_new<'g, F: Format>(
             address,
             "a host address that fits an entry"
         );
-        // Release on success: publishes the fresh table. Acquire on failure: we use the winner's.
-        entry = match slot
-            .entry
-            .replace(entry, new, Ordering::Release, Ordering::Acquire)
-        {
-            Ok(()) => new,
-            Err(winner) => {
-                // SAFETY: `fresh` came from `Box::into_raw` above and was not published.
-                drop(unsafe { Box::from_raw(fresh) });
-                winner
+        // What is found instead may be absent as well: a late `make_clean` changes bits of an entry whose leaf is gone.
+        while !F::is_present(entry) {
+            // Release on success: publishes the fresh table. Acquire on failure: we use the winner's.
+            match slot
+                .entry
+                .replace(entry, new, Ordering::Release, Ordering::Acquire)
+            {
+                Ok(()) => return Ok(child::<F>(new, guard)),
+                Err(now) => entry = now,
             }
-        };
+        }
+        // SAFETY: `fresh` came from `Box::into_raw` above and was not published: no compare-exchange succeeded.
+        drop(unsafe { Box::from_raw(fresh) });
     }
     if is_leaf::<F>(entry, level) {
         return Err(slot.span);

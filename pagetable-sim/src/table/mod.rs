@@ -12,7 +12,7 @@
 //!   epoch, so a walker that is inside may finish. No hardware caches pointers to tables here, so the epoch is all it
 //!   takes.
 //! * **Leaves** are installed by compare-exchange into an absent entry, removed by compare-exchange, and cleaned by
-//!   `fetch_and`. Hardware sets D by a compare-exchange that fails once the leaf is gone, so a removed leaf tells the
+//!   `fetch_and` or `fetch_or`, as the format says. Hardware sets D by a compare-exchange that fails once the leaf is gone, so a removed leaf tells the
 //!   last word about D.
 //! * **Ownership.** Whoever maps or unmaps a range owns it for the time of the call: no two such calls overlap (the
 //!   address space sees to that). Calls on disjoint ranges, walks and scans may run at any time. Overlapping calls
@@ -29,7 +29,7 @@ use dirtymap::sync::Ordering;
 use dirtymap::{Access, Iova, IovaRange};
 
 use crate::error::Error;
-use crate::fmt::{AtomicIopte, Format, Iopte, TABLE_LG2};
+use crate::fmt::{AtomicIopte, Format, Iopte, TABLE_LG2, granule};
 
 /// The memory of one table. Entries keep its address without the low 12 bits.
 #[repr(C, align(4096))]
@@ -90,20 +90,28 @@ impl<F: Format> Table<F> {
         Some(leaf_of::<F>(iova, entry, level))
     }
 
-    /// Whether the format translates addresses as high as `iova`.
+    /// Whether the format can translate `iova`: no bits above its width, or only copies of the sign where it has one.
+    #[inline]
     pub fn reaches(&self, iova: Iova) -> bool {
-        iova.get() >> F::WIDTH == 0
+        if F::SIGN_EXTENDED {
+            let above = iova.get().cast_signed() >> (F::WIDTH - 1);
+            above == 0 || above == -1
+        } else {
+            iova.get() >> F::WIDTH == 0
+        }
     }
 
-    /// The addresses that the table can translate.
-    fn reach() -> IovaRange {
-        let last = Iova::new((1 << F::WIDTH) - 1);
-        IovaRange::new(Iova::MIN, last).unwrap_or(IovaRange::ALL)
+    /// The addresses that the table can translate, ascending: one range from 0 on, or where addresses are sign-extended
+    /// the lowest and the highest.
+    fn reach() -> impl Iterator<Item = IovaRange> {
+        let size = granule(F::WIDTH - u32::from(F::SIGN_EXTENDED));
+        let highest = F::SIGN_EXTENDED.then(|| IovaRange::granule_at(Iova::MAX, size));
+        std::iter::once(IovaRange::granule_at(Iova::MIN, size)).chain(highest)
     }
 
     /// Refuses ranges that the table cannot map, whatever is in it: width first, then alignment.
     fn check_range(range: IovaRange) -> Result<(), Error> {
-        if !Self::reach().covers(range) {
+        if !Self::reach().any(|reach| reach.covers(range)) {
             return Err(Error::TooWide {
                 range,
                 width: F::WIDTH,

@@ -1,0 +1,157 @@
+//! First-stage tables of RISC-V: Sv39, Sv48 and Sv57.
+//!
+//! Layout of an entry, from The RISC-V Instruction Set Manual, volume II: Privileged Architecture, chapter
+//! "Supervisor-Level ISA", which the RISC-V IOMMU Architecture Specification refers to:
+//!
+//! | bits | name | meaning |
+//! |---|---|---|
+//! | 0 | V | present |
+//! | 1 | R | devices may read |
+//! | 2 | W | devices may write |
+//! | 3 | X | instruction fetches; left 0 |
+//! | 4 | U | user requests may access: set in leaves, for requests of devices are user requests |
+//! | 6 | A | accessed; leaves only |
+//! | 7 | D | written; leaves only |
+//! | 53:10 | PPN | frame of the page, or of the next table |
+//!
+//! An entry with R, W or X is a leaf, at any level: Sv39 has leaves of 4 KiB, 2 MiB and 1 GiB, Sv48 adds 512 GiB, Sv57
+//! adds 256 TiB. Contiguous entries (Svnapot) are not used. Addresses are sign-extended: the bits above equal the highest
+//! bit that is translated.
+//!
+//! W without R is reserved, so a mapping that devices may only write is refused. Leaves are born clean, and a write sets
+//! A and D; systems that do not track set both when they map.
+
+use dirtymap::Access;
+
+use super::{Format, Iopte, MakeClean, TABLE_LG2, sealed, shape};
+
+const V: u64 = 1 << 0;
+const R_SHIFT: u32 = 1;
+const R: u64 = 1 << R_SHIFT;
+const W: u64 = 1 << 2;
+const X: u64 = 1 << 3;
+const U: u64 = 1 << 4;
+const A: u64 = 1 << 6;
+const D: u64 = 1 << 7;
+const PPN_SHIFT: u32 = 10;
+const PPN: u64 = ((1 << 44) - 1) << PPN_SHIFT;
+/// A table's host address is a frame and 12 bits of offset, in the model checker, too.
+const HOST_PAGE_LG2: u32 = 12;
+
+/// First-stage tables of RISC-V, of `N` levels, 3 to 5: 39, 48 or 57 bits of sign-extended address, leaves at every level,
+/// D in bit 7. Has no write-only leaves.
+#[derive(Clone, Copy, Debug)]
+pub struct Riscv<const N: u32>;
+
+/// Three levels: leaves of 4 KiB, 2 MiB and 1 GiB.
+pub type RiscvSv39 = Riscv<3>;
+/// Four levels: leaves of 4 KiB, 2 MiB, 1 GiB and 512 GiB.
+pub type RiscvSv48 = Riscv<4>;
+/// Five levels: leaves of 4 KiB, 2 MiB, 1 GiB, 512 GiB and 256 TiB.
+pub type RiscvSv57 = Riscv<5>;
+
+impl sealed::Sealed for Riscv<3> {}
+impl sealed::Sealed for Riscv<4> {}
+impl sealed::Sealed for Riscv<5> {}
+
+impl<const N: u32> Format for Riscv<N>
+where
+    Self: sealed::Sealed,
+{
+    const NAME: &'static str = match N {
+        3 => "RISC-V Sv39",
+        4 => "RISC-V Sv48",
+        _ => "RISC-V Sv57",
+    };
+    const LEVELS: u32 = shape(N, 2);
+    const INDEX_LG2: u32 = TABLE_LG2;
+    const PAGE_LG2: u32 = shape(12, 3);
+    const LEAF_LEVELS: u32 = Self::LEVELS;
+    const OUTPUT_LG2: u32 = 44 + Self::PAGE_LG2;
+    const MAKE_CLEAN: MakeClean = MakeClean::Clear(D);
+    const SIGN_EXTENDED: bool = true;
+
+    #[inline]
+    fn is_present(entry: Iopte) -> bool {
+        entry.0 & V != 0
+    }
+
+    #[inline]
+    fn is_leaf(entry: Iopte, _level: u32) -> bool {
+        entry.0 & (R | W | X) != 0
+    }
+
+    #[inline]
+    fn leaf(phys: u64, access: Access, _level: u32) -> Iopte {
+        let write = if access.writes() { W } else { 0 };
+        let frame = phys >> Self::PAGE_LG2 << PPN_SHIFT & PPN;
+        Iopte(V | R | U | write | frame)
+    }
+
+    #[inline]
+    fn table(address: u64, _level: u32) -> Iopte {
+        Iopte(V | address >> HOST_PAGE_LG2 << PPN_SHIFT & PPN)
+    }
+
+    #[inline]
+    fn table_address(entry: Iopte) -> u64 {
+        (entry.0 & PPN) >> PPN_SHIFT << HOST_PAGE_LG2
+    }
+
+    #[inline]
+    fn output(entry: Iopte) -> u64 {
+        (entry.0 & PPN) >> PPN_SHIFT << Self::PAGE_LG2
+    }
+
+    #[inline]
+    fn access(entry: Iopte) -> Access {
+        if entry.0 & W != 0 {
+            Access::ReadWrite
+        } else {
+            Access::Read
+        }
+    }
+
+    #[inline]
+    fn grants(access: Access) -> bool {
+        access.reads()
+    }
+
+    #[inline]
+    fn written(entry: Iopte) -> Iopte {
+        Iopte(entry.0 | A | D)
+    }
+
+    #[inline]
+    fn is_dirty(entry: Iopte) -> bool {
+        entry.0 & D != 0
+    }
+
+    #[inline]
+    fn worth_a_look(entry: Iopte, level: u32) -> u64 {
+        // A table is what is present and not readable: `leaf` sets R in all leaves.
+        let table = entry.0 & !(entry.0 >> R_SHIFT) & V;
+        entry.0 & D | if level == 0 { 0 } else { table }
+    }
+}
+
+#[cfg(test)]
+#[cfg(not(dirtymap_loom))]
+mod tests {
+    use super::*;
+
+    type F = RiscvSv48;
+
+    #[test]
+    fn bits_are_where_the_specification_puts_them() {
+        let leaf = F::leaf(0x00f1_2345_6789_a000, Access::ReadWrite, 0);
+        assert_eq!(leaf.0, 0x003c_48d1_59e2_6817);
+        assert_eq!(F::written(leaf).0, 0x003c_48d1_59e2_68d7);
+        assert_eq!(F::leaf(0x4000_0000, Access::Read, 2).0, 0x1000_0013);
+        assert_eq!(F::table(0x7f00_dead_b000, 3).0, 0x1fc0_37ab_6c01);
+        assert_eq!(F::MAKE_CLEAN, MakeClean::Clear(1 << 7));
+        let widths = [RiscvSv39::WIDTH, RiscvSv48::WIDTH, RiscvSv57::WIDTH];
+        assert_eq!(widths, [39, 48, 57]);
+        assert!(!F::grants(Access::Write));
+    }
+}

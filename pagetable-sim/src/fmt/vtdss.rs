@@ -1,0 +1,134 @@
+//! Second-stage tables of Intel's VT-d.
+//!
+//! Layout of an entry, from the Intel Virtualization Technology for Directed I/O Architecture Specification, chapter
+//! "Translation Structure Formats", second-stage paging entries:
+//!
+//! | bits | name | meaning |
+//! |---|---|---|
+//! | 0 | R | devices may read |
+//! | 1 | W | devices may write |
+//! | 7 | PS | a leaf, above the lowest level |
+//! | 8 | A | accessed; leaves only |
+//! | 9 | D | written; leaves only |
+//! | 11 | SNP | snoop; left 0 |
+//! | 51:12 | ADDR | frame of the page, or of the next table |
+//!
+//! There is no present bit: an entry is present if R or W is set. Three, four or five levels translate 39, 48 or 57 bits;
+//! leaves of 4 KiB, 2 MiB and 1 GiB. The document counts levels from 1 at the bottom.
+
+use dirtymap::Access;
+
+use super::{Format, Iopte, MakeClean, TABLE_LG2, sealed, shape};
+
+const R: u64 = 1 << 0;
+const W: u64 = 1 << 1;
+const PS_SHIFT: u32 = 7;
+const PS: u64 = 1 << PS_SHIFT;
+const A: u64 = 1 << 8;
+const D: u64 = 1 << 9;
+const ADDRESS_SHIFT: u32 = 12;
+const ADDRESS: u64 = ((1 << 40) - 1) << ADDRESS_SHIFT;
+
+/// Second-stage tables of Intel's VT-d, of `N` levels, 3 to 5: 39, 48 or 57 bits of address, leaves of 4 KiB, 2 MiB and
+/// 1 GiB, D in bit 9.
+#[derive(Clone, Copy, Debug)]
+pub struct VtdSs<const N: u32 = 4>;
+
+impl sealed::Sealed for VtdSs<3> {}
+impl sealed::Sealed for VtdSs<4> {}
+impl sealed::Sealed for VtdSs<5> {}
+
+impl<const N: u32> Format for VtdSs<N>
+where
+    Self: sealed::Sealed,
+{
+    const NAME: &'static str = "VT-d second stage";
+    const LEVELS: u32 = shape(N, 2);
+    const INDEX_LG2: u32 = TABLE_LG2;
+    const PAGE_LG2: u32 = shape(12, 3);
+    const LEAF_LEVELS: u32 = shape(3, 2);
+    const OUTPUT_LG2: u32 = 40 + Self::PAGE_LG2;
+    const MAKE_CLEAN: MakeClean = MakeClean::Clear(D);
+
+    #[inline]
+    fn is_present(entry: Iopte) -> bool {
+        entry.0 & (R | W) != 0
+    }
+
+    #[inline]
+    fn is_leaf(entry: Iopte, level: u32) -> bool {
+        level == 0 || entry.0 & PS != 0
+    }
+
+    #[inline]
+    fn leaf(phys: u64, access: Access, level: u32) -> Iopte {
+        let read = if access.reads() { R } else { 0 };
+        let write = if access.writes() { W } else { 0 };
+        let large = if level == 0 { 0 } else { PS };
+        let frame = phys >> Self::PAGE_LG2 << ADDRESS_SHIFT & ADDRESS;
+        Iopte(read | write | large | frame)
+    }
+
+    #[inline]
+    fn table(address: u64, _level: u32) -> Iopte {
+        Iopte(R | W | address & ADDRESS)
+    }
+
+    #[inline]
+    fn table_address(entry: Iopte) -> u64 {
+        entry.0 & ADDRESS
+    }
+
+    #[inline]
+    fn output(entry: Iopte) -> u64 {
+        (entry.0 & ADDRESS) >> ADDRESS_SHIFT << Self::PAGE_LG2
+    }
+
+    #[inline]
+    fn access(entry: Iopte) -> Access {
+        match (entry.0 & R != 0, entry.0 & W != 0) {
+            (true, true) => Access::ReadWrite,
+            (false, true) => Access::Write,
+            (_, false) => Access::Read,
+        }
+    }
+
+    #[inline]
+    fn written(entry: Iopte) -> Iopte {
+        Iopte(entry.0 | A | D)
+    }
+
+    #[inline]
+    fn is_dirty(entry: Iopte) -> bool {
+        entry.0 & D != 0
+    }
+
+    #[inline]
+    fn worth_a_look(entry: Iopte, level: u32) -> u64 {
+        // A table is what is readable without PS: `table` sets R in all of them.
+        let table = entry.0 & !(entry.0 >> PS_SHIFT) & R;
+        entry.0 & D | if level == 0 { 0 } else { table }
+    }
+}
+
+#[cfg(test)]
+#[cfg(not(dirtymap_loom))]
+mod tests {
+    use super::*;
+
+    type F = VtdSs;
+
+    #[test]
+    fn bits_are_where_the_specification_puts_them() {
+        let leaf = F::leaf(0x000f_1234_5678_9000, Access::ReadWrite, 0);
+        assert_eq!(leaf.0, 0x000f_1234_5678_9003);
+        assert_eq!(F::written(leaf).0, 0x000f_1234_5678_9303);
+        assert_eq!(F::leaf(0x4000_0000, Access::Read, 2).0, 0x4000_0081);
+        assert_eq!(F::leaf(0x20_0000, Access::Write, 1).0, 0x20_0082);
+        assert!(F::is_present(Iopte(W)) && F::is_present(Iopte(R)));
+        assert_eq!(F::table(0x7f00_dead_b000, 3).0, 0x7f00_dead_b003);
+        assert_eq!(F::MAKE_CLEAN, MakeClean::Clear(1 << 9));
+        let widths = [VtdSs::<3>::WIDTH, VtdSs::<4>::WIDTH, VtdSs::<5>::WIDTH];
+        assert_eq!(widths, [39, 48, 57]);
+    }
+}
