@@ -63,8 +63,9 @@ impl AddressSpace {
         let view = self.check(request, bitmap).map_err(HarvestError::Refused)?;
         let range = request.range();
         let snapshot = self.snapshot();
-        let mut sink = view.sink();
         let mut holding = Holding::begin(self, view);
+        // After the holding, so that it goes before it: a walk that panics closes its window, then puts back.
+        let mut sink = view.sink();
         for entry in snapshot.contiguous(range) {
             let stopped = match entry {
                 Err(at) => Some((at, Error::Hole { at, range })),
