@@ -183,49 +183,50 @@ fn one_request(form: Form, granule: Granule, base: u64, bits: u64, x: &mut u64) 
         .collect();
     let after = with_form(form, &before, |bitmap| {
         let view = bitmap.view(request, granule).unwrap();
-        let mut sink = view.sink();
-        let mut newly = 0;
-        let mut expect = |range: IovaRange, twin: &mut Vec<bool>| {
-            for (n, bytes) in granules.iter().enumerate() {
-                if touches(*bytes, range) && !twin[n] {
-                    twin[n] = true;
-                    newly += 1;
+        // In a block: the sink's window goes before the readers open theirs.
+        {
+            let mut sink = view.sink();
+            let mut newly = 0;
+            let mut expect = |range: IovaRange, twin: &mut Vec<bool>| {
+                for (n, bytes) in granules.iter().enumerate() {
+                    if touches(*bytes, range) && !twin[n] {
+                        twin[n] = true;
+                        newly += 1;
+                    }
                 }
-            }
-            newly
-        };
-        for _ in 0..3 {
-            // Anything from a byte to past either end of the request.
-            let span = request.len() as u64 + 3 * granule.bytes();
-            let start = base
-                .saturating_sub(granule.bytes())
-                .saturating_add(xorshift(x) % span);
-            let last = start.saturating_add(xorshift(x) % (1 + span / 4));
-            let range = IovaRange::new(Iova::new(start), Iova::new(last)).unwrap();
-            sink.record(range).unwrap();
-            assert_eq!(sink.bits_set(), expect(range, &mut twin), "{form:?}");
-            // A mask of pages that may stick out at the end.
-            let start = base + xorshift(x) % bits * granule.bytes();
-            let mask = xorshift(x) & xorshift(x) & (u64::MAX >> (xorshift(x) % 64));
-            let fits = (u64::MAX - start) >> granule.lg2();
-            let mask = if fits < 64 {
-                mask & ((1 << fits) - 1)
-            } else {
-                mask
+                newly
             };
-            sink.record_mask(Iova::new(start), granule, mask).unwrap();
-            for page in (0..64).filter(|page| mask >> page & 1 == 1) {
-                let page =
-                    IovaRange::granule_at(Iova::new(start + page * granule.bytes()), granule);
-                expect(page, &mut twin);
+            for _ in 0..3 {
+                // Anything from a byte to past either end of the request.
+                let span = request.len() as u64 + 3 * granule.bytes();
+                let start = base
+                    .saturating_sub(granule.bytes())
+                    .saturating_add(xorshift(x) % span);
+                let last = start.saturating_add(xorshift(x) % (1 + span / 4));
+                let range = IovaRange::new(Iova::new(start), Iova::new(last)).unwrap();
+                sink.record(range).unwrap();
+                assert_eq!(sink.bits_set(), expect(range, &mut twin), "{form:?}");
+                // A mask of pages that may stick out at the end.
+                let start = base + xorshift(x) % bits * granule.bytes();
+                let mask = xorshift(x) & xorshift(x) & (u64::MAX >> (xorshift(x) % 64));
+                let fits = (u64::MAX - start) >> granule.lg2();
+                let mask = if fits < 64 {
+                    mask & ((1 << fits) - 1)
+                } else {
+                    mask
+                };
+                sink.record_mask(Iova::new(start), granule, mask).unwrap();
+                for page in (0..64).filter(|page| mask >> page & 1 == 1) {
+                    let page =
+                        IovaRange::granule_at(Iova::new(start + page * granule.bytes()), granule);
+                    expect(page, &mut twin);
+                }
+                assert_eq!(
+                    sink.bits_set(),
+                    expect(granules[0], &mut vec![true; bits as usize])
+                );
             }
-            assert_eq!(
-                sink.bits_set(),
-                expect(granules[0], &mut vec![true; bits as usize])
-            );
         }
-        // Its window goes before the readers open theirs.
-        drop(sink);
         compare(&view, &twin[..bits as usize]);
     });
     assert_eq!(to_bits(&after), twin, "{form:?} {granule} {request}");
