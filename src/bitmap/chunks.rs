@@ -144,7 +144,6 @@ impl ChunkMap {
 
     /// The words of chunk `index`, allocated if it does not exist yet.
     pub(super) fn words_or_new(&self, index: u64) -> &[AtomicU64] {
-        debug_assert!(index << BITS_LG2 < self.bits);
         &self.chunk_or_new(index).0
     }
 
