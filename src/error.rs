@@ -81,6 +81,29 @@ pub enum Error {
         /// Bytes that one bit stands for.
         granule: Granule,
     },
+    /// The window of a bitmap in a file has a size that cannot be mapped piece by piece.
+    #[error("a window of {bytes} bytes: it must be a power of two from 64 KiB to 1 GiB")]
+    BadWindow {
+        /// The offending size.
+        bytes: u64,
+    },
+    /// The file of a user bitmap has become shorter than the request needs.
+    #[error("the file of the bitmap shrank to {len} bytes, but {needed} are needed")]
+    BitmapShrank {
+        /// Bytes that the file has now.
+        len: u64,
+        /// Bytes that the window needs, from the start of the file.
+        needed: u64,
+    },
+    /// A window of a user bitmap in a file could not be mapped.
+    #[error("the window of the bitmap at byte {at:#x} of its file cannot be mapped: {error}")]
+    BitmapWindow {
+        /// The first byte of the window.
+        at: u64,
+        /// What the system says.
+        #[source]
+        error: std::io::Error,
+    },
     /// Nothing was ever tracked here, so no answer can be given.
     #[error("tracking was never enabled for {range}: enable it before the first harvest")]
     NeverTracked {
@@ -194,9 +217,10 @@ impl Error {
     /// |---|---|
     /// | `ENOENT` (2) | nothing or only a part of an area in the range to unmap; no such reservation |
     /// | `EIO` (5) | a source failed |
+    /// | `EFAULT` (14) | a window of the bitmap that cannot be had, or no longer |
     /// | `EBUSY` (16) | an area in transition |
     /// | `EEXIST` (17) | overlap with an area |
-    /// | `EINVAL` (22) | zero length, alignment, granule, short bitmap, never tracked, hole, outside, map of a reserved range, allowed ranges that overlap |
+    /// | `EINVAL` (22) | zero length, alignment, granule, window size, short bitmap, never tracked, hole, outside, map of a reserved range, allowed ranges that overlap |
     /// | `ENOSPC` (28) | nothing free to allocate |
     /// | `EOVERFLOW` (75) | a range past 2^64 - 1 |
     /// | `EADDRINUSE` (98) | a range to reserve that is mapped or allowed, one to allow that is reserved |
@@ -204,6 +228,7 @@ impl Error {
         match self {
             Error::NothingMapped { .. } | Error::PartOfArea { .. } | Error::NotReserved { .. } => 2,
             Error::Source(_) => 5,
+            Error::BitmapShrank { .. } | Error::BitmapWindow { .. } => 14,
             Error::Busy { .. } => 16,
             Error::Overlap { .. } => 17,
             Error::NoSpace { .. } => 28,
@@ -217,6 +242,7 @@ impl Error {
             | Error::Reserved { .. }
             | Error::AllowedTwice { .. }
             | Error::BadGranule { .. }
+            | Error::BadWindow { .. }
             | Error::BitmapTooShort { .. }
             | Error::NeverTracked { .. }
             | Error::Hole { .. }

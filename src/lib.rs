@@ -59,6 +59,10 @@
 //! * A reservation copies the list of reserved ranges: they are meant to be a handful.
 //! * A snapshot that is held keeps memory of replaced tree nodes alive; harvests hold one for as long as they walk.
 //!
+//! # Features
+//!
+//! * `mmap` (off by default): `FileBitmap`, a user bitmap in a file that is mapped one window at a time.
+//!
 //! # When not to use it
 //!
 //! * One thread writes and the same thread looks: a plain bitmap does it.
@@ -94,7 +98,11 @@ pub use harvest::{
     Synced,
 };
 
-pub use bitmap::{BitmapView, CHUNK_BITS, Runs, Sink, UserBitmap, WINDOW_BITS};
+#[cfg(all(feature = "mmap", not(dirtymap_loom)))]
+pub use bitmap::FileBitmap;
+pub use bitmap::{
+    BitmapView, Bits, CHUNK_BITS, Runs, Sink, SparseBitmap, UserBitmap, WINDOW_BITS, Words,
+};
 
 pub use flush::{FlushGather, FlushQueue, FlushStats, Invalidated, Leaves, Ticket};
 

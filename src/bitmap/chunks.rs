@@ -14,6 +14,8 @@ use crate::sync::{AtomicPtr, AtomicU64, Ordering};
 const WORDS_LG2: u32 = if cfg!(dirtymap_loom) { 1 } else { 9 };
 /// Pointers of a directory, as a logarithm.
 const FANOUT_LG2: u32 = if cfg!(dirtymap_loom) { 1 } else { 9 };
+/// Words of a chunk.
+pub(super) const CHUNK_WORDS: u64 = 1 << WORDS_LG2;
 /// Bits of a chunk, as a logarithm.
 const BITS_LG2: u32 = WORDS_LG2 + 6;
 
@@ -128,6 +130,17 @@ impl ChunkMap {
             from = to + 1;
         }
         Ok(())
+    }
+
+    /// The words of chunk `index`, allocated if it does not exist yet.
+    pub(super) fn words_or_new(&self, index: u64) -> &[AtomicU64] {
+        &self.chunk_or_new(index).0
+    }
+
+    /// The first chunk from `index` to `last` that exists: its index and its words.
+    pub(super) fn next_words(&self, index: u64, last: u64) -> Option<(u64, &[AtomicU64])> {
+        let (index, chunk) = self.next_chunk(index, last)?;
+        Some((index, &chunk.0))
     }
 
     /// The first chunk from `index` to `last` that exists, with its index; whole absent subtrees are skipped at once.

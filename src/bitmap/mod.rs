@@ -14,12 +14,22 @@
 //! was (contract: never clear what cannot be recorded).
 
 mod chunks;
+#[cfg(all(feature = "mmap", not(dirtymap_loom)))]
+mod file;
 mod runs;
+mod sink;
+mod span;
+mod sparse;
 mod user;
+mod window;
 
 pub(crate) use chunks::ChunkMap;
-pub use runs::Runs;
-pub use user::{BitmapView, Sink, UserBitmap};
+#[cfg(all(feature = "mmap", not(dirtymap_loom)))]
+pub use file::FileBitmap;
+pub use runs::{Bits, Runs, Words};
+pub use sink::Sink;
+pub use sparse::SparseBitmap;
+pub use user::{BitmapView, UserBitmap};
 
 /// Bits of one chunk: a 4 KiB page of bitmap.
 pub const CHUNK_BITS: u64 = 1 << 15;

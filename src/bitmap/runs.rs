@@ -1,36 +1,222 @@
-//! Dirty bits as maximal ranges of addresses.
+//! What is recorded in a view: words, bits, and maximal ranges of addresses.
+//!
+//! All of them read forward through one window at a time. A window of a file that cannot be mapped counts as dirty
+//! throughout, and the iterator's `error` says so: who ignores it copies too much, never too little.
 
-use super::BitmapView;
+use super::window::{Backing, Window};
+use super::{BitmapView, word_mask};
+use crate::error::Error;
 use crate::units::IovaRange;
+
+/// Reads the words of a bitmap in ascending order, window by window.
+#[derive(Debug)]
+pub(super) struct Reader<'a> {
+    backing: Backing<'a>,
+    window: Window<'a>,
+    /// The last position that may be read.
+    last: u64,
+}
+
+impl<'a> Reader<'a> {
+    pub(super) fn new(backing: Backing<'a>, last: u64) -> Self {
+        Reader {
+            backing,
+            window: Window::none(),
+            last,
+        }
+    }
+
+    /// The first word from `word` on that is not zero, with the window that holds it; `None` if all are zero.
+    ///
+    /// # Errors
+    /// With the first word of the window that could not be opened.
+    pub(super) fn seek(
+        &mut self,
+        mut word: u64,
+    ) -> Result<Option<(u64, &Window<'a>)>, (u64, Error)> {
+        while word <= self.last / 64 {
+            if !self.window.holds(word) {
+                // The old window goes before the new one comes: there is never more than one.
+                self.window = Window::none();
+                match self.backing.next_window(word, self.last) {
+                    Ok(Some(window)) => self.window = window,
+                    Ok(None) => return Ok(None),
+                    Err(error) => return Err((word, error)),
+                }
+                word = word.max(self.window.first());
+            }
+            match self.window.find(word, self.last / 64) {
+                Some(found) => return Ok(Some((found, &self.window))),
+                None => word = self.window.end(),
+            }
+        }
+        Ok(None)
+    }
+
+    /// From now on the window that holds `word` counts as dirty.
+    fn give_up(&mut self, word: u64) {
+        self.window = self.backing.unreadable(word);
+    }
+}
+
+/// The words of a view that are not zero, in ascending order, as `(index, bits)`: bit `b` of word `index` is bit
+/// `64 * index + b` of the view. Bits past the end of the request are zero.
+#[derive(Debug)]
+pub struct Words<'a> {
+    reader: Reader<'a>,
+    shift: u64,
+    /// The last bit of the view.
+    last: u64,
+    /// The next word to yield.
+    next: u64,
+    /// The word of the row that was read last.
+    read: Option<(u64, u64)>,
+    error: Option<Error>,
+}
+
+impl<'a> Words<'a> {
+    pub(super) fn new(view: &BitmapView<'a>) -> Self {
+        Words {
+            reader: Reader::new(view.backing(), view.last_bit() + view.shift()),
+            shift: view.shift(),
+            last: view.last_bit(),
+            next: 0,
+            read: None,
+            error: None,
+        }
+    }
+
+    /// Why a window could not be read, if there was one: its bits count as dirty.
+    pub fn error(&self) -> Option<&Error> {
+        self.error.as_ref()
+    }
+
+    /// The first word of the row from `word` on that is not zero, and its bits.
+    fn seek(&mut self, mut word: u64) -> Option<(u64, u64)> {
+        if let Some((at, bits)) = self.read
+            && at >= word
+        {
+            return Some((at, bits));
+        }
+        loop {
+            match self.reader.seek(word) {
+                Ok(found) => {
+                    self.read = found.map(|(at, window)| (at, window.load(at)));
+                    return self.read;
+                }
+                Err((at, error)) => {
+                    self.error.get_or_insert(error);
+                    self.reader.give_up(at);
+                    // What lies before was zero; going back would close the stand-in and fail again.
+                    word = at;
+                }
+            }
+        }
+    }
+}
+
+impl Iterator for Words<'_> {
+    type Item = (u64, u64);
+
+    fn next(&mut self) -> Option<(u64, u64)> {
+        let (skip, low) = (self.shift / 64, self.shift % 64);
+        while self.next <= self.last / 64 {
+            // Word `n` of the view is the upper part of word `n + skip` of the row, then the lower part of the next.
+            let (at, bits) = self.seek(self.next + skip)?;
+            let mut word = 0;
+            let straddles = u64::from(low != 0);
+            self.next = self.next.max((at - skip).saturating_sub(straddles));
+            if at == self.next + skip {
+                word = bits >> low;
+            }
+            if low != 0
+                && let Some((at, bits)) = self.seek(self.next + skip + 1)
+                && at == self.next + skip + 1
+            {
+                word |= bits << (64 - low);
+            }
+            let index = self.next;
+            self.next += 1;
+            if index > self.last / 64 {
+                return None;
+            }
+            word &= word_mask(0, (self.last - index * 64).min(63) as u32);
+            if word != 0 {
+                return Some((index, word));
+            }
+        }
+        None
+    }
+}
+
+/// The numbers of the set bits of a view, in ascending order.
+#[derive(Debug)]
+pub struct Bits<'a> {
+    words: Words<'a>,
+    index: u64,
+    rest: u64,
+}
+
+impl<'a> Bits<'a> {
+    pub(super) fn new(view: &BitmapView<'a>) -> Self {
+        Bits {
+            words: Words::new(view),
+            index: 0,
+            rest: 0,
+        }
+    }
+
+    /// Why a window could not be read, if there was one: its bits count as dirty.
+    pub fn error(&self) -> Option<&Error> {
+        self.words.error()
+    }
+}
+
+impl Iterator for Bits<'_> {
+    type Item = u64;
+
+    fn next(&mut self) -> Option<u64> {
+        if self.rest == 0 {
+            (self.index, self.rest) = self.words.next()?;
+        }
+        let bit = self.rest.trailing_zeros();
+        self.rest &= self.rest - 1;
+        Some(self.index * 64 + u64::from(bit))
+    }
+}
 
 /// The maximal runs of set bits of a view, as address ranges in ascending order. Runs go on across words, chunks and
 /// windows; bits past the end of the request do not count.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Runs<'a> {
     view: BitmapView<'a>,
-    /// The next bit to look at; past the last one when the view is done.
-    next: u64,
+    words: Words<'a>,
+    index: u64,
+    rest: u64,
 }
 
 impl<'a> Runs<'a> {
     pub(super) fn new(view: BitmapView<'a>) -> Self {
-        Runs { view, next: 0 }
+        Runs {
+            words: Words::new(&view),
+            view,
+            index: 0,
+            rest: 0,
+        }
     }
 
-    /// The first bit at or after `from` that is set (or clear, where `set` is false).
-    fn seek(&self, from: u64, set: bool) -> Option<u64> {
-        let last = self.view.last_bit();
-        let mut bit = from;
-        while bit <= last {
-            let word = self.view.word(bit / 64);
-            let hits = if set { word } else { !word } >> (bit % 64);
-            if hits != 0 {
-                let found = bit + u64::from(hits.trailing_zeros());
-                return (found <= last).then_some(found);
-            }
-            bit = (bit / 64 + 1) * 64;
+    /// Why a window could not be read, if there was one: its bits count as dirty.
+    pub fn error(&self) -> Option<&Error> {
+        self.words.error()
+    }
+
+    /// The next run, unless a window could not be read on the way to it.
+    pub(super) fn next_readable(&mut self) -> Result<Option<IovaRange>, Error> {
+        let run = self.next();
+        match self.words.error.take() {
+            Some(error) => Err(error),
+            None => Ok(run),
         }
-        None
     }
 }
 
@@ -38,12 +224,24 @@ impl Iterator for Runs<'_> {
     type Item = IovaRange;
 
     fn next(&mut self) -> Option<IovaRange> {
-        let first = self.seek(self.next, true)?;
-        let end = self
-            .seek(first, false)
-            .unwrap_or_else(|| self.view.last_bit() + 1);
-        self.next = end;
-        Some(self.view.addresses(first, end - 1))
+        if self.rest == 0 {
+            (self.index, self.rest) = self.words.next()?;
+        }
+        let first = self.index * 64 + u64::from(self.rest.trailing_zeros());
+        loop {
+            let from = self.rest.trailing_zeros();
+            let len = (!(self.rest >> from)).trailing_zeros();
+            self.rest &= !word_mask(from, from + len - 1);
+            let end = self.index * 64 + u64::from(from + len);
+            if from + len == 64 {
+                // The run reaches the end of its word: it goes on if the next word begins with a set bit.
+                (self.index, self.rest) = self.words.next().unwrap_or((0, 0));
+                if self.rest & 1 == 1 && self.index * 64 == end {
+                    continue;
+                }
+            }
+            return Some(self.view.addresses(first, end - 1));
+        }
     }
 }
 

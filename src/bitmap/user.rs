@@ -1,16 +1,22 @@
-//! The bitmap that a caller hands to a harvest, its view through one request, and the sink that records into it.
+//! The bitmap that a caller hands to a harvest, and its view through one request.
 
-use super::{Runs, WINDOW_BITS, word_masks, word_runs};
+#[cfg(all(feature = "mmap", not(dirtymap_loom)))]
+use super::FileBitmap;
+use super::runs::Reader;
+use super::span::Span;
+use super::window::Backing;
+use super::{Bits, Runs, Sink, SparseBitmap, Words, word_masks};
 use crate::error::Error;
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::AtomicU64;
 use crate::units::{Granule, Iova, IovaRange};
 
-/// Memory of the caller that receives dirty bits. It carries its length; no bit outside a request is ever written.
+/// Memory of the caller, or a file, that receives dirty bits. It carries its length; no bit outside a request is ever
+/// written. At most 2^63 bits of it are used.
 ///
 /// Several harvests may record into one shared bitmap at a time: bits are OR-ed in atomically.
 #[derive(Clone, Copy, Debug)]
 pub struct UserBitmap<'a> {
-    words: &'a [AtomicU64],
+    backing: Backing<'a>,
 }
 
 impl<'a> UserBitmap<'a> {
@@ -25,19 +31,53 @@ impl<'a> UserBitmap<'a> {
         // - shared access only through atomics for `'a`: the caller's exclusive borrow ends with `'a`.
         let words = unsafe { std::slice::from_raw_parts(first, len) };
         const { assert!(align_of::<u64>() == align_of::<AtomicU64>()) };
-        UserBitmap { words }
+        Self::shared(words)
+    }
+
+    /// A bitmap in bytes that are the caller's alone for as long as the lease lives. It may begin at any address and
+    /// have any length: bit `n` is bit `n % 8` of byte `n / 8`.
+    #[cfg(not(dirtymap_loom))]
+    pub fn bytes(bytes: &'a mut [u8]) -> Self {
+        // SAFETY:
+        // - valid for reads and writes for `'a`: it is the caller's exclusive borrow.
+        // - accessed only through this span and its copies for `'a`: the borrow ends with `'a`.
+        let span = unsafe { Span::from_raw(bytes.as_mut_ptr(), bytes.len()) };
+        UserBitmap {
+            backing: Backing::Memory(span),
+        }
     }
 
     /// A bitmap in words that others may OR into at the same time.
     ///
     /// Nobody may clear bits of a request's range while the lease of that request lives.
     pub fn shared(words: &'a [AtomicU64]) -> Self {
-        UserBitmap { words }
+        UserBitmap {
+            backing: Backing::Memory(Span::of_words(words)),
+        }
     }
 
-    /// How many bits the bitmap holds.
+    /// A bitmap in chunks that are allocated at their first bit.
+    ///
+    /// Nobody may clear bits of a request's range while the lease of that request lives.
+    pub fn sparse(sparse: &'a SparseBitmap) -> Self {
+        UserBitmap {
+            backing: Backing::Sparse(sparse),
+        }
+    }
+
+    /// A bitmap in a file, mapped one window at a time.
+    ///
+    /// Nobody may clear bits of a request's range, or cut the file, while the lease of that request lives.
+    #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
+    pub fn file(file: &'a FileBitmap) -> Self {
+        UserBitmap {
+            backing: Backing::File(file),
+        }
+    }
+
+    /// How many bits the bitmap holds; for a file, as far as it reaches now (none if its length cannot be told).
     pub fn bits(&self) -> u64 {
-        (self.words.len() as u64).saturating_mul(64)
+        self.backing.bits()
     }
 
     /// Binds the bitmap to a request: bit 0 is `range`'s first granule.
@@ -50,16 +90,18 @@ impl<'a> UserBitmap<'a> {
             return Err(Error::Unaligned { range, granule });
         }
         let needed = range.granules(granule);
-        if needed > u128::from(self.bits()) {
+        let bits = self.bits();
+        if needed > u128::from(bits) {
             return Err(Error::BitmapTooShort {
-                bits: self.bits(),
+                bits,
                 needed,
                 range,
                 granule,
             });
         }
         Ok(BitmapView {
-            words: self.words,
+            backing: self.backing,
+            shift: self.backing.shift(),
             range,
             granule,
         })
@@ -69,7 +111,8 @@ impl<'a> UserBitmap<'a> {
 /// A user bitmap as one request sees it: which address each bit stands for, and where the request ends.
 #[derive(Clone, Copy, Debug)]
 pub struct BitmapView<'a> {
-    words: &'a [AtomicU64],
+    backing: Backing<'a>,
+    shift: u64,
     range: IovaRange,
     granule: Granule,
 }
@@ -85,37 +128,115 @@ impl<'a> BitmapView<'a> {
         self.granule
     }
 
+    /// The words that are not zero, in order.
+    pub fn words(&self) -> Words<'a> {
+        Words::new(self)
+    }
+
+    /// The numbers of the set bits, in order.
+    pub fn bits(&self) -> Bits<'a> {
+        Bits::new(self)
+    }
+
     /// The maximal runs of dirty granules, in order.
     pub fn runs(&self) -> Runs<'a> {
         Runs::new(*self)
     }
 
-    /// How many bits of the view are set.
+    /// How many bits of the view are set. Windows of a file that cannot be read count as set.
     pub fn count(&self) -> u64 {
-        word_masks(0, self.last_bit())
-            .map(|(word, mask)| u64::from((self.word(word) & mask).count_ones()))
+        self.words()
+            .map(|(_, word)| u64::from(word.count_ones()))
             .sum()
+    }
+
+    /// ORs what is dirty here into `target`, and returns how many bits that set there. Granules and bases may differ:
+    /// a bit of `target` is set if any byte it stands for is dirty here, and none outside `target`'s range.
+    ///
+    /// So this merges (two equal requests), converts (another granule) and rebases (another range).
+    ///
+    /// # Errors
+    /// [`Error::BitmapShrank`] or [`Error::BitmapWindow`] if a window of a file cannot be mapped, on either side;
+    /// what was ORed in before stays.
+    pub fn or_into(&self, target: &BitmapView<'_>) -> Result<u64, Error> {
+        let mut sink = target.sink();
+        let mut runs = self.runs();
+        while let Some(run) = runs.next_readable()? {
+            sink.record(run)?;
+        }
+        Ok(sink.bits_set())
+    }
+
+    /// Clears what is dirty in `other`, and returns how many bits that cleared. Granules and bases may differ: a bit
+    /// is cleared only if every byte it stands for is dirty in `other`.
+    ///
+    /// Not while a lease over this bitmap lives: what is cleared here would be lost by its abort.
+    ///
+    /// # Errors
+    /// As [`or_into`](Self::or_into); what was cleared before stays cleared.
+    pub fn and_not(&self, other: &BitmapView<'_>) -> Result<u64, Error> {
+        let mut cleared = 0;
+        let mut reader = Reader::new(self.backing, self.last_position());
+        let mut runs = other.runs();
+        while let Some(run) = runs.next_readable()? {
+            let Some((first, last)) = self.positions_within(run) else {
+                continue;
+            };
+            let mut next = first / 64;
+            while next <= last / 64
+                && let Some((word, window)) = reader.seek(next).map_err(|(_, error)| error)?
+                && word <= last / 64
+            {
+                let from = first.max(word * 64);
+                for (word, mask) in word_masks(from, last.min(word * 64 + 63)) {
+                    cleared += u64::from(window.and_not(word, mask).count_ones());
+                }
+                next = word + 1;
+            }
+        }
+        Ok(cleared)
     }
 
     /// A sink that records into this view.
     pub fn sink(&self) -> Sink<'a> {
-        Sink {
-            view: *self,
-            limit: self.range,
-            window: &[],
-            window_first: 0,
-            bits_set: 0,
-            windows: 0,
-        }
+        Sink::new(*self)
+    }
+
+    pub(super) fn backing(&self) -> Backing<'a> {
+        self.backing
+    }
+
+    /// The position of bit 0 in the row of words; see [`window`](super::window).
+    #[inline]
+    pub(super) fn shift(&self) -> u64 {
+        self.shift
     }
 
     pub(super) fn last_bit(&self) -> u64 {
         (self.range.last().get() - self.range.start().get()) >> self.granule.lg2()
     }
 
-    pub(super) fn word(&self, index: u64) -> u64 {
-        // Relaxed: whoever may read the view owns the lease or the bitmap, which orders it after the harvest.
-        u64::from_le(self.words[index as usize].load(Ordering::Relaxed))
+    pub(super) fn last_position(&self) -> u64 {
+        self.last_bit() + self.shift
+    }
+
+    /// The positions of the bits that `inside`, a part of the range, touches.
+    #[inline]
+    pub(super) fn positions(&self, inside: IovaRange) -> (u64, u64) {
+        let base = self.range.start().get();
+        let at = |iova: Iova| ((iova.get() - base) >> self.granule.lg2()) + self.shift;
+        (at(inside.start()), at(inside.last()))
+    }
+
+    /// The positions of the bits that lie within `range` as a whole.
+    fn positions_within(&self, range: IovaRange) -> Option<(u64, u64)> {
+        let inside = range.intersection(self.range)?;
+        let (first, last) = self.positions(inside);
+        // The range starts and ends at granules, so rounding in cannot leave it.
+        let first = first + u64::from(!inside.start().is_aligned(self.granule));
+        let cut = inside.last().granule_last(self.granule) != inside.last();
+        let last = last.checked_sub(u64::from(cut))?;
+        (first <= last).then_some((first, last))
     }
 
     /// The addresses of the bits `first..=last`.
@@ -127,150 +248,11 @@ impl<'a> BitmapView<'a> {
     }
 }
 
-/// What a dirty source writes its findings into during one harvest.
-///
-/// The source calls [`record`](Sink::record) **before** it clears the state that told it so.
-#[derive(Debug)]
-pub struct Sink<'a> {
-    view: BitmapView<'a>,
-    /// What lies outside is not recorded. Inside the view.
-    limit: IovaRange,
-    window: &'a [AtomicU64],
-    window_first: u64,
-    bits_set: u64,
-    windows: u64,
-}
-
-impl<'a> Sink<'a> {
-    /// The addresses that can be recorded; everything else is clipped.
-    pub fn range(&self) -> IovaRange {
-        self.limit
-    }
-
-    /// Records nothing outside `part` from now on.
-    pub(crate) fn limit_to(&mut self, part: IovaRange) {
-        if let Some(inside) = part.intersection(self.view.range) {
-            self.limit = inside;
-        }
-    }
-
-    /// Bits that this sink turned from 0 to 1.
-    pub fn bits_set(&self) -> u64 {
-        self.bits_set
-    }
-
-    /// Windows of the user's bitmap that this sink opened.
-    pub fn windows(&self) -> u64 {
-        self.windows
-    }
-
-    /// Records `range` as dirty: sets each bit whose granule it touches, and none outside the request.
-    ///
-    /// # Errors
-    /// None for bitmaps in memory. Where a window of the bitmap has to be mapped first, the error of that; then the
-    /// caller must leave the dirty state as it is.
-    #[inline]
-    pub fn record(&mut self, range: IovaRange) -> Result<(), Error> {
-        let Some(inside) = range.intersection(self.limit) else {
-            return Ok(());
-        };
-        let base = self.view.range.start().get();
-        let lg2 = self.view.granule.lg2();
-        let first = (inside.start().get() - base) >> lg2;
-        let last = (inside.last().get() - base) >> lg2;
-        if first / 64 == last / 64 {
-            self.or(
-                first / 64,
-                super::word_mask((first % 64) as u32, (last % 64) as u32),
-            );
-            return Ok(());
-        }
-        let mut from = first;
-        while from <= last {
-            self.open(from);
-            let to = last.min(self.window_first + WINDOW_BITS - 1);
-            for (word, mask) in word_masks(from, to) {
-                self.set(word, mask);
-            }
-            from = to + 1;
-        }
-        Ok(())
-    }
-
-    /// Records the pages of `mask`: bit `n` stands for the page `n` of size `page` after `start`.
-    ///
-    /// # Errors
-    /// As [`record`](Sink::record).
-    #[inline]
-    pub fn record_mask(&mut self, start: Iova, page: Granule, mask: u64) -> Result<(), Error> {
-        let limit = self.limit;
-        // Pages of more than 2^58 bytes: 64 of them do not fit the address space.
-        let end = (page.lg2() <= 58)
-            .then(|| start.checked_add((63 << page.lg2()) + page.mask()))
-            .flatten();
-        if page == self.view.granule
-            && start.is_aligned(page)
-            && start >= limit.start()
-            && end.is_some_and(|end| end <= limit.last())
-        {
-            // All 64 pages lie inside and are bits of their own: the mask as it is, shifted across two words.
-            let bit = (start.get() - self.view.range.start().get()) >> page.lg2();
-            self.or(bit / 64, mask << (bit % 64));
-            if !bit.is_multiple_of(64) {
-                self.or(bit / 64 + 1, mask >> (64 - bit % 64));
-            }
-            return Ok(());
-        }
-        for (first, last) in word_runs(mask) {
-            let address = |pages: u32| u128::from(start.get()) + (u128::from(pages) << page.lg2());
-            let Ok(from) = u64::try_from(address(first)) else {
-                break; // past the end of the address space
-            };
-            let to = u64::try_from(address(last + 1) - 1).unwrap_or(u64::MAX);
-            self.record(IovaRange::new(Iova::new(from), Iova::new(to))?)?;
-        }
-        Ok(())
-    }
-
-    /// Sets the bits of `mask` in `word`, if there are any.
-    #[inline]
-    fn or(&mut self, word: u64, mask: u64) {
-        if mask != 0 {
-            self.open(word * 64);
-            self.set(word, mask);
-        }
-    }
-
-    /// Makes the window that holds `bit` the current one.
-    #[inline]
-    fn open(&mut self, bit: u64) {
-        if self.windows > 0 && bit / WINDOW_BITS == self.window_first / WINDOW_BITS {
-            return;
-        }
-        self.window_first = bit / WINDOW_BITS * WINDOW_BITS;
-        let from = (self.window_first / 64) as usize;
-        let to = self
-            .view
-            .words
-            .len()
-            .min(from + (WINDOW_BITS / 64) as usize);
-        self.window = &self.view.words[from..to];
-        self.windows += 1;
-    }
-
-    #[inline]
-    fn set(&mut self, word: u64, mask: u64) {
-        let slot = &self.window[(word - self.window_first / 64) as usize];
-        // Relaxed: the OR only has to be atomic with those of other harvests; the lease hands the result over.
-        let old = slot.fetch_or(mask.to_le(), Ordering::Relaxed);
-        self.bits_set += u64::from((mask & !u64::from_le(old)).count_ones());
-    }
-}
-
 #[cfg(all(test, not(dirtymap_loom)))]
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod tests {
     use super::*;
+    use crate::bitmap::WINDOW_BITS;
 
     fn range(start: u64, len: u64) -> IovaRange {
         IovaRange::from_len(Iova::new(start), len).unwrap()

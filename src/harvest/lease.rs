@@ -94,7 +94,7 @@ impl<'a> Lease<'a, Owed> {
 
 impl<'a> Lease<'a, Synced> {
     /// The ranges to copy: maximal runs of dirty granules, in order. Bits that were set in the user's bitmap before
-    /// the harvest count as well.
+    /// the harvest count as well, and so does each window of a file that cannot be read: see [`Runs::error`].
     pub fn runs(&self) -> Runs<'a> {
         self.holding.view.runs()
     }

@@ -65,8 +65,9 @@ impl AddressSpace {
             .check(request, bitmap, &snapshot)
             .map_err(HarvestError::Refused)?;
         let range = request.range();
-        let mut sink = view.sink();
         let mut holding = Holding::begin(self, view);
+        // After the holding, so that it goes before it: a walk that panics closes its window, then puts back.
+        let mut sink = view.sink();
         for entry in snapshot.contiguous(range) {
             let stopped = match entry {
                 Err(at) => Some((at, Error::Hole { at, range })),

@@ -33,6 +33,8 @@ pub struct State {
     pub fail_invalidations: u32,
     pub panic_in_invalidate: bool,
     pub refuse_tracking: bool,
+    /// What happens, once, before this page is looked at.
+    pub on_page: Option<(u64, Box<dyn FnOnce() + Send>)>,
 }
 
 /// One dirty bit for each page, behind one lock.
@@ -101,6 +103,9 @@ impl DirtySource for Fake {
         self.with(|s| {
             for n in numbers(range) {
                 let at = Iova::new(n * PAGE);
+                if let Some((_, happen)) = s.on_page.take_if(|(page, _)| *page == n) {
+                    happen();
+                }
                 if s.stop_at == Some(n) {
                     return Err(Stopped {
                         at,

@@ -1,0 +1,137 @@
+//! The sink: what a dirty source writes its findings into.
+
+use super::window::Window;
+use super::{BitmapView, word_mask, word_masks, word_runs};
+use crate::error::Error;
+use crate::units::{Granule, Iova, IovaRange};
+
+/// What a dirty source writes its findings into during one harvest.
+///
+/// The source calls [`record`](Sink::record) **before** it clears the state that told it so.
+#[derive(Debug)]
+pub struct Sink<'a> {
+    view: BitmapView<'a>,
+    /// What lies outside is not recorded. Inside the view.
+    limit: IovaRange,
+    window: Window<'a>,
+    bits_set: u64,
+    windows: u64,
+}
+
+impl<'a> Sink<'a> {
+    pub(super) fn new(view: BitmapView<'a>) -> Self {
+        Sink {
+            limit: view.range(),
+            view,
+            window: Window::none(),
+            bits_set: 0,
+            windows: 0,
+        }
+    }
+
+    /// The addresses that can be recorded; everything else is clipped.
+    pub fn range(&self) -> IovaRange {
+        self.limit
+    }
+
+    /// Records nothing outside `part` from now on.
+    pub(crate) fn limit_to(&mut self, part: IovaRange) {
+        if let Some(inside) = part.intersection(self.view.range()) {
+            self.limit = inside;
+        }
+    }
+
+    /// Bits that this sink turned from 0 to 1.
+    pub fn bits_set(&self) -> u64 {
+        self.bits_set
+    }
+
+    /// Windows of the user's bitmap that this sink opened.
+    pub fn windows(&self) -> u64 {
+        self.windows
+    }
+
+    /// Records `range` as dirty: sets each bit whose granule it touches, and none outside the request.
+    ///
+    /// # Errors
+    /// None for bitmaps in memory. For a file [`Error::BitmapShrank`] or [`Error::BitmapWindow`], if the next window
+    /// cannot be mapped; then a part of `range` may be recorded, and the caller must leave the dirty state as it is.
+    #[inline]
+    pub fn record(&mut self, range: IovaRange) -> Result<(), Error> {
+        let Some(inside) = range.intersection(self.limit) else {
+            return Ok(());
+        };
+        let (first, last) = self.view.positions(inside);
+        if first / 64 == last / 64 {
+            return self.or(
+                first / 64,
+                word_mask((first % 64) as u32, (last % 64) as u32),
+            );
+        }
+        for (word, mask) in word_masks(first, last) {
+            self.or(word, mask)?;
+        }
+        Ok(())
+    }
+
+    /// Records the pages of `mask`: bit `n` stands for the page `n` of size `page` after `start`.
+    ///
+    /// # Errors
+    /// As [`record`](Sink::record).
+    #[inline]
+    pub fn record_mask(&mut self, start: Iova, page: Granule, mask: u64) -> Result<(), Error> {
+        let limit = self.limit;
+        // Pages of more than 2^58 bytes: 64 of them do not fit the address space.
+        let end = (page.lg2() <= 58)
+            .then(|| start.checked_add((63 << page.lg2()) + page.mask()))
+            .flatten();
+        if page == self.view.granule()
+            && start.is_aligned(page)
+            && start >= limit.start()
+            && end.is_some_and(|end| end <= limit.last())
+        {
+            // All 64 pages lie inside and are bits of their own: the mask as it is, shifted across two words.
+            let base = self.view.range().start().get();
+            let bit = ((start.get() - base) >> page.lg2()) + self.view.shift();
+            self.or(bit / 64, mask << (bit % 64))?;
+            if !bit.is_multiple_of(64) {
+                self.or(bit / 64 + 1, mask >> (64 - bit % 64))?;
+            }
+            return Ok(());
+        }
+        for (first, last) in word_runs(mask) {
+            let address = |pages: u32| u128::from(start.get()) + (u128::from(pages) << page.lg2());
+            let Ok(from) = u64::try_from(address(first)) else {
+                break; // past the end of the address space
+            };
+            let to = u64::try_from(address(last + 1) - 1).unwrap_or(u64::MAX);
+            self.record(IovaRange::new(Iova::new(from), Iova::new(to))?)?;
+        }
+        Ok(())
+    }
+
+    /// Sets the bits of `mask` in `word`, if there are any.
+    #[inline]
+    fn or(&mut self, word: u64, mask: u64) -> Result<(), Error> {
+        if mask != 0 {
+            if !self.window.holds(word) {
+                self.open(word)?;
+            }
+            self.bits_set += u64::from(self.window.or(word, mask).count_ones());
+        }
+        Ok(())
+    }
+
+    /// Makes the window that holds `word` the current one.
+    #[cold]
+    fn open(&mut self, word: u64) -> Result<(), Error> {
+        // The old window goes before the new one comes: there is never more than one.
+        self.window = Window::none();
+        self.window = self
+            .view
+            .backing()
+            .window(word, self.view.last_position())?;
+        self.windows += 1;
+        Ok(())
+    }
+}

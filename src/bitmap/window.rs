@@ -1,0 +1,210 @@
+//! Where the bits of a bitmap live, and the one window of them that is at hand.
+//!
+//! Every form of bitmap is a row of aligned 64-bit words. Bit `n` of a request is bit `n + shift` of that row, where
+//! `shift` is what lies before the bitmap in its first word (or, for a file, in its first page). So all forms share
+//! one way to record and one way to read; they differ in how a window is opened:
+//!
+//! | form | window | opened by |
+//! |---|---|---|
+//! | memory | 512 chunks | nothing to do |
+//! | sparse | one chunk | a lookup; recording allocates the chunk if it is absent |
+//! | file | 2 MiB, or as the user says | mapping it, after a look at the length of the file |
+
+#[cfg(all(feature = "mmap", not(dirtymap_loom)))]
+use super::file::{FileBitmap, Mapping};
+use super::span::Span;
+use super::{SparseBitmap, WINDOW_BITS};
+use crate::error::Error;
+
+/// The most bits that a bitmap of any form is used for: positions then never wrap.
+pub(super) const MAX_BITS: u64 = 1 << 63;
+
+/// Where the bits of a bitmap live.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Backing<'a> {
+    /// In the caller's memory.
+    Memory(Span<'a>),
+    /// In chunks that are allocated when they are needed.
+    Sparse(&'a SparseBitmap),
+    /// In a file of which one window is mapped at a time.
+    #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
+    File(&'a FileBitmap),
+}
+
+impl<'a> Backing<'a> {
+    /// How many bits the bitmap holds, as of now.
+    pub(super) fn bits(&self) -> u64 {
+        let bits = match self {
+            Backing::Memory(span) => span.bits(),
+            Backing::Sparse(sparse) => sparse.bits(),
+            #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
+            Backing::File(file) => file.bits(),
+        };
+        bits.min(MAX_BITS)
+    }
+
+    /// The position of bit 0 in the row of words.
+    pub(super) fn shift(&self) -> u64 {
+        match self {
+            Backing::Memory(span) => span.skipped_bits(),
+            Backing::Sparse(_) => 0,
+            #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
+            Backing::File(file) => file.shift(),
+        }
+    }
+
+    /// The window that holds `word`, for recording. The position `last` is the last one of the request.
+    #[cfg_attr(
+        not(all(feature = "mmap", not(dirtymap_loom))),
+        expect(unused_variables)
+    )]
+    pub(super) fn window(&self, word: u64, last: u64) -> Result<Window<'a>, Error> {
+        Ok(match self {
+            Backing::Memory(span) => Window::of_memory(*span, word),
+            Backing::Sparse(sparse) => Window::lent(sparse.chunk(word)),
+            #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
+            Backing::File(file) => Window::of_file(file, word, last)?,
+        })
+    }
+
+    /// The first window that holds `word` or a later one up to the position `last`, for reading. `None` if all those
+    /// words are absent, so zero.
+    pub(super) fn next_window(&self, word: u64, last: u64) -> Result<Option<Window<'a>>, Error> {
+        match self {
+            Backing::Sparse(sparse) => Ok(sparse.next_chunk(word, last / 64).map(Window::lent)),
+            _ => self.window(word, last).map(Some),
+        }
+    }
+
+    /// A stand-in for the window that holds `word` and cannot be opened: all of its bits count as set.
+    pub(super) fn unreadable(&self, word: u64) -> Window<'a> {
+        let words = match self {
+            #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
+            Backing::File(file) => file.window_words(),
+            _ => WINDOW_BITS / 64,
+        };
+        Window {
+            first: word / words * words,
+            words,
+            bits: Bits::Unreadable,
+        }
+    }
+}
+
+/// The words that are at hand.
+#[derive(Debug)]
+pub(super) struct Window<'a> {
+    first: u64,
+    words: u64,
+    bits: Bits<'a>,
+}
+
+#[derive(Debug)]
+enum Bits<'a> {
+    /// In memory; word 0 of the span is word `origin` of the bitmap.
+    Lent { span: Span<'a>, origin: u64 },
+    /// In a mapping that the window owns.
+    #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
+    Mapped(Mapping),
+    /// Not at hand.
+    Unreadable,
+}
+
+impl<'a> Window<'a> {
+    /// A window that holds no word.
+    pub(super) fn none() -> Self {
+        Window {
+            first: 0,
+            words: 0,
+            bits: Bits::Unreadable,
+        }
+    }
+
+    fn of_memory(span: Span<'a>, word: u64) -> Self {
+        let words = WINDOW_BITS / 64;
+        Window {
+            first: word / words * words,
+            words,
+            bits: Bits::Lent { span, origin: 0 },
+        }
+    }
+
+    /// A chunk and its first word.
+    fn lent((first, span, words): (u64, Span<'a>, u64)) -> Self {
+        Window {
+            first,
+            words,
+            bits: Bits::Lent {
+                span,
+                origin: first,
+            },
+        }
+    }
+
+    #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
+    fn of_file(file: &'a FileBitmap, word: u64, last: u64) -> Result<Self, Error> {
+        let words = file.window_words();
+        let first = word / words * words;
+        Ok(Window {
+            first,
+            words,
+            bits: Bits::Mapped(file.map(first, last)?),
+        })
+    }
+
+    /// Whether `word` is at hand.
+    #[inline]
+    pub(super) fn holds(&self, word: u64) -> bool {
+        word.wrapping_sub(self.first) < self.words
+    }
+
+    /// The first word.
+    pub(super) fn first(&self) -> u64 {
+        self.first
+    }
+
+    /// The first word behind the window.
+    pub(super) fn end(&self) -> u64 {
+        self.first + self.words
+    }
+
+    /// Sets the bits of `mask` in `word`, and returns those that were clear.
+    #[inline]
+    pub(super) fn or(&self, word: u64, mask: u64) -> u64 {
+        self.at(word)
+            .map_or(0, |(span, index)| span.or(index, mask))
+    }
+
+    /// Clears the bits of `mask` in `word`, and returns those that were set.
+    pub(super) fn and_not(&self, word: u64, mask: u64) -> u64 {
+        self.at(word)
+            .map_or(0, |(span, index)| span.and_not(index, mask))
+    }
+
+    /// The bits of `word`.
+    #[inline]
+    pub(super) fn load(&self, word: u64) -> u64 {
+        self.at(word)
+            .map_or(u64::MAX, |(span, index)| span.load(index))
+    }
+
+    /// The first word of `from..=last` that is not zero, as far as the window reaches.
+    pub(super) fn find(&self, from: u64, last: u64) -> Option<u64> {
+        (from..self.end().min(last.saturating_add(1))).find(|word| self.load(*word) != 0)
+    }
+
+    /// The span that holds `word`, and the word's place in it.
+    #[inline]
+    fn at(&self, word: u64) -> Option<(Span<'_>, usize)> {
+        debug_assert!(self.holds(word));
+        match &self.bits {
+            Bits::Lent { span, origin } => Some((*span, (word - origin) as usize)),
+            #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
+            Bits::Mapped(mapping) => {
+                let (span, origin) = mapping.span();
+                Some((span, (word - origin) as usize))
+            }
+            Bits::Unreadable => None,
+        }
+    }
+}

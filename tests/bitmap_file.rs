@@ -1,0 +1,150 @@
+//! Bitmaps in files through the public interface: one window at a time, and files that are or become too short.
+#![cfg(all(feature = "mmap", not(dirtymap_loom)))]
+#![allow(clippy::unwrap_used)] // helpers of tests
+
+mod common;
+mod common_file;
+
+use common::{Fake, PAGE, pages};
+use common_file::scratch;
+use dirtymap::{
+    Access, AddressSpace, Error, FileBitmap, Granule, HarvestError, HarvestRequest, Iova,
+    IovaRange, UserBitmap,
+};
+use std::sync::Arc;
+
+/// Pages whose bits fill one window of 64 KiB.
+const WINDOW: u64 = 8 << 16;
+
+#[test]
+fn a_quarter_gigabyte_of_bitmap_never_has_more_than_one_window_mapped() {
+    // 8 TiB at 4 KiB a bit, marked here and there; the file is sparse too.
+    let all = IovaRange::from_len(Iova::MIN, 8 << 40).unwrap();
+    let space = AddressSpace::new(Granule::K4);
+    space.map(all, 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    let marked: Vec<_> = (0..128).map(|n| pages((n << 24) + 5 * n, 2)).collect();
+    for pages in &marked {
+        space.mark(*pages).unwrap();
+    }
+    let bitmap = FileBitmap::new(scratch(256 << 20), 0, 256 << 20);
+    let request = HarvestRequest::new(all, Granule::K4);
+    let lease = space.harvest(&request, UserBitmap::file(&bitmap)).unwrap();
+    assert_eq!(lease.report().windows, 128);
+    let lease = lease.sync().unwrap();
+    let mut runs = lease.runs();
+    assert_eq!(runs.by_ref().collect::<Vec<_>>(), marked);
+    assert!(runs.error().is_none());
+    drop(runs);
+    lease.commit();
+    assert_eq!(bitmap.most_mapped(), 2 << 20);
+}
+
+#[test]
+fn a_file_that_is_too_short_is_refused_up_front() {
+    let space = AddressSpace::new(Granule::K4);
+    space.map(pages(0, 64), 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    space.mark(pages(63, 1)).unwrap();
+    let request = HarvestRequest::new(pages(0, 64), Granule::K4);
+    for (offset, bytes) in [(93, 8), (0, 7), (u64::MAX, 8), (101, u64::MAX)] {
+        let bitmap = FileBitmap::new(scratch(100), offset, bytes);
+        assert!(matches!(
+            space.harvest(&request, UserBitmap::file(&bitmap)),
+            Err(HarvestError::Refused(Error::BitmapTooShort { needed: 64, bits, .. })) if bits <= 56
+        ));
+        assert_eq!(bitmap.most_mapped(), 0);
+    }
+    let bitmap = FileBitmap::new(scratch(100), 92, u64::MAX);
+    let lease = space.harvest(&request, UserBitmap::file(&bitmap)).unwrap();
+    assert_eq!(
+        lease.sync().unwrap().runs().collect::<Vec<_>>(),
+        [pages(63, 1)]
+    );
+}
+
+#[test]
+fn windows_are_powers_of_two_of_at_least_a_page() {
+    for bad in [0, 4096, 3 << 16, 2 << 30, u64::MAX] {
+        let bitmap = FileBitmap::new(scratch(0), 0, 0).with_window(bad);
+        assert!(matches!(bitmap, Err(Error::BadWindow { bytes }) if bytes == bad));
+    }
+}
+
+#[test]
+fn a_file_that_shrinks_stops_the_harvest_and_loses_nothing() {
+    let fake = Arc::new(Fake::default());
+    let space = AddressSpace::new(Granule::K4)
+        .with_source(fake.clone())
+        .unwrap();
+    let all = pages(0, 2 * WINDOW);
+    space.map(all, 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    let bitmap = FileBitmap::new(scratch(2 << 16), 0, 2 << 16);
+    let bitmap = bitmap.with_window(1 << 16).unwrap();
+    for n in [7, WINDOW + 3] {
+        fake.dirty(n);
+    }
+    // The file loses its second window after the first page was recorded.
+    let cut = bitmap.file().try_clone().unwrap();
+    fake.with(|s| s.on_page = Some((8, Box::new(move || cut.set_len(1 << 16).unwrap()))));
+    let request = HarvestRequest::new(all, Granule::K4);
+    let Err(HarvestError::Stopped(stopped)) = space.harvest(&request, UserBitmap::file(&bitmap))
+    else {
+        panic!("the harvest went on");
+    };
+    assert!(matches!(
+        stopped.error,
+        Error::BitmapShrank { len, needed } if len == 1 << 16 && needed == 2 << 16
+    ));
+    assert_eq!(stopped.at, Iova::new((WINDOW + 3) * PAGE));
+    let dirty = || fake.with(|s| s.dirty.iter().copied().collect::<Vec<_>>());
+    assert_eq!(dirty(), [WINDOW + 3], "what cannot be recorded stays");
+    // The lease has the earlier part; what can no longer be read counts as dirty.
+    let lease = stopped.lease.sync().unwrap();
+    let mut runs = lease.runs();
+    let rest = pages(WINDOW, WINDOW);
+    assert_eq!(runs.by_ref().collect::<Vec<_>>(), [pages(7, 1), rest]);
+    assert!(matches!(runs.error(), Some(Error::BitmapShrank { .. })));
+    drop(runs);
+    lease.abort();
+    let mut words = vec![0; 2 * WINDOW as usize / 64];
+    let view = space.peek(&request, UserBitmap::new(&mut words)).unwrap();
+    assert_eq!(view.runs().collect::<Vec<_>>(), [pages(7, 1), rest]);
+    // Strict where a superset would lose: taking away what cannot be read is refused.
+    let unreadable = UserBitmap::file(&bitmap).view(all, Granule::K4);
+    assert!(matches!(unreadable, Err(Error::BitmapTooShort { .. })));
+}
+
+#[test]
+fn what_cannot_be_read_is_neither_merged_nor_taken_away() {
+    let bitmap = FileBitmap::new(scratch(2 << 16), 0, 2 << 16)
+        .with_window(1 << 16)
+        .unwrap();
+    let view = UserBitmap::file(&bitmap)
+        .view(pages(0, 2 * WINDOW), Granule::K4)
+        .unwrap();
+    view.sink().record(pages(7, 1)).unwrap();
+    bitmap.file().set_len(1 << 16).unwrap();
+    let mut words = vec![u64::MAX; 2 * WINDOW as usize / 64];
+    let other = UserBitmap::new(&mut words)
+        .view(view.range(), Granule::K4)
+        .unwrap();
+    assert!(matches!(
+        other.and_not(&view),
+        Err(Error::BitmapShrank { .. })
+    ));
+    assert_eq!(other.count(), 2 * WINDOW - 1);
+    assert!(matches!(
+        view.and_not(&other),
+        Err(Error::BitmapShrank { .. })
+    ));
+    assert!(matches!(
+        view.or_into(&other),
+        Err(Error::BitmapShrank { .. })
+    ));
+    assert!(matches!(
+        other.or_into(&view),
+        Err(Error::BitmapShrank { .. })
+    ));
+}
