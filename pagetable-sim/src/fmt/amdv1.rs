@@ -100,11 +100,6 @@ impl Format for AmdV1 {
     }
 
     #[inline]
-    fn is_dirty(entry: Iopte) -> bool {
-        entry.0 & D != 0
-    }
-
-    #[inline]
     fn worth_a_look(entry: Iopte, level: u32) -> u64 {
         entry.0 & if level == 0 { D } else { D | NEXT_LEVEL }
     }

@@ -55,6 +55,17 @@ pub enum MakeClean {
     Set(u64),
 }
 
+impl MakeClean {
+    /// Whether the operation would change `entry`.
+    #[inline]
+    fn changes(self, entry: Iopte) -> bool {
+        match self {
+            MakeClean::Clear(bits) => entry.0 & bits != 0,
+            MakeClean::Set(bits) => !entry.0 & bits != 0,
+        }
+    }
+}
+
 /// The meaning of an entry's bits, and the shape of the tables.
 ///
 /// The functions are pure. Those that take a present entry of the wrong kind (a leaf for a table or the reverse) may
@@ -103,8 +114,11 @@ pub trait Format: sealed::Sealed + Send + Sync + 'static {
     fn access(entry: Iopte) -> Access;
     /// The leaf after hardware has translated a write through it.
     fn written(entry: Iopte) -> Iopte;
-    /// Whether a leaf was written.
-    fn is_dirty(entry: Iopte) -> bool;
+    /// Whether a leaf was written: whether there is anything to make clean.
+    #[inline]
+    fn is_dirty(entry: Iopte) -> bool {
+        Self::MAKE_CLEAN.changes(entry)
+    }
     /// Not zero for every entry of a table of `level` that a scan for dirty leaves must look at: dirty leaves, and at
     /// level 1 and up entries that lead to tables. Zero for absent entries and clean leaves.
     ///

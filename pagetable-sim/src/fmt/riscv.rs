@@ -123,11 +123,6 @@ where
     }
 
     #[inline]
-    fn is_dirty(entry: Iopte) -> bool {
-        entry.0 & D != 0
-    }
-
-    #[inline]
     fn worth_a_look(entry: Iopte, level: u32) -> u64 {
         // A table is what is present and not readable: `leaf` sets R in all leaves.
         let table = entry.0 & !(entry.0 >> R_SHIFT) & V;
