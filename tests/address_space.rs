@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Fake, PAGE, pages};
+use common::{Fake, PAGE, pages, two_sources};
 use dirtymap::{Access, AddressSpace, Error, Granule, Iova, IovaRange};
 use std::sync::Arc;
 
@@ -125,12 +125,7 @@ fn an_unmap_that_cannot_flush_keeps_the_addresses_taken() {
 
 #[test]
 fn a_map_that_one_source_refuses_is_undone_in_the_others() {
-    let (first, second) = (Arc::new(Fake::default()), Arc::new(Fake::default()));
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(first.clone())
-        .unwrap()
-        .with_source(second.clone())
-        .unwrap();
+    let (space, first, second) = two_sources();
     second.with(|s| s.refuse_map = true);
     assert!(matches!(
         space.map(pages(0, 4), 0, Access::ReadWrite),
@@ -145,12 +140,7 @@ fn a_map_that_one_source_refuses_is_undone_in_the_others() {
 
 #[test]
 fn a_refused_map_that_cannot_be_taken_back_can_be_unmapped_later() {
-    let (first, second) = (Arc::new(Fake::default()), Arc::new(Fake::default()));
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(first.clone())
-        .unwrap()
-        .with_source(second.clone())
-        .unwrap();
+    let (space, first, second) = two_sources();
     second.with(|s| s.refuse_map = true);
     first.with(|s| s.fail_invalidations = 1);
     assert!(space.map(pages(0, 4), 0, Access::ReadWrite).is_err());
@@ -219,12 +209,7 @@ fn tracking_twice_keeps_what_is_dirty() {
 
 #[test]
 fn tracking_that_one_source_refuses_is_off_in_all() {
-    let (first, second) = (Arc::new(Fake::default()), Arc::new(Fake::default()));
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(first.clone())
-        .unwrap()
-        .with_source(second.clone())
-        .unwrap();
+    let (space, first, second) = two_sources();
     second.with(|s| s.refuse_tracking = true);
     assert!(space.set_tracking(true).is_err());
     assert!(!first.with(|s| s.tracking));

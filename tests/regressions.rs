@@ -12,13 +12,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 /// Pages 0 to 15 in one area, two sources, tracking on.
-fn two_sources() -> (AddressSpace, Arc<Fake>, Arc<Fake>) {
-    let (first, second) = (Arc::new(Fake::default()), Arc::new(Fake::default()));
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(first.clone())
-        .unwrap()
-        .with_source(second.clone())
-        .unwrap();
+fn tracked() -> (AddressSpace, Arc<Fake>, Arc<Fake>) {
+    let (space, first, second) = common::two_sources();
     space.map(pages(0, 16), 0, Access::ReadWrite).unwrap();
     space.set_tracking(true).unwrap();
     (space, first, second)
@@ -38,7 +33,7 @@ fn take(space: &AddressSpace, range: IovaRange) -> u64 {
 /// on: switching on again did nothing, and the first source never tracked again.
 #[test]
 fn a_switch_off_that_fails_half_way_is_undone_by_the_next_switch_on() {
-    let (space, first, second) = two_sources();
+    let (space, first, second) = tracked();
     second.with(|s| s.refuse_tracking = true);
     assert!(space.set_tracking(false).is_err());
     second.with(|s| s.refuse_tracking = false);
@@ -55,7 +50,7 @@ fn a_switch_off_that_fails_half_way_is_undone_by_the_next_switch_on() {
 /// Marks were cleared before the sources were asked, so a switch that failed had thrown away what a last harvest was to find.
 #[test]
 fn a_switch_on_that_fails_keeps_the_marks() {
-    let (space, first, _) = two_sources();
+    let (space, first, _) = tracked();
     space.mark(pages(1, 1)).unwrap();
     space.set_tracking(false).unwrap();
     first.with(|s| s.refuse_tracking = true);
@@ -67,7 +62,7 @@ fn a_switch_on_that_fails_keeps_the_marks() {
 /// below page 5 was in the lease. Who went on behind page 5 lost them.
 #[test]
 fn below_a_stop_the_lease_has_everything() {
-    let (space, first, second) = two_sources();
+    let (space, first, second) = tracked();
     first.with(|s| s.stop_at = Some(5));
     second.dirty(4);
     second.dirty(9);
@@ -94,7 +89,7 @@ fn below_a_stop_the_lease_has_everything() {
 /// clean.
 #[test]
 fn an_unmap_that_fails_leaves_dirty_what_was_dirty() {
-    let (space, first, second) = two_sources();
+    let (space, first, second) = tracked();
     first.dirty(3);
     space.mark(pages(7, 1)).unwrap();
     second.with(|s| s.fail_invalidations = 1);
@@ -110,7 +105,7 @@ fn an_unmap_that_fails_leaves_dirty_what_was_dirty() {
 /// A panic in the flush left the area claimed, so it was busy for ever.
 #[test]
 fn an_unmap_that_panics_can_be_repeated() {
-    let (space, first, _) = two_sources();
+    let (space, first, _) = tracked();
     first.with(|s| s.panic_in_invalidate = true);
     let panicked = catch_unwind(AssertUnwindSafe(|| space.unmap_discarding(pages(0, 16))));
     assert!(panicked.is_err());
@@ -126,7 +121,7 @@ fn an_unmap_that_panics_can_be_repeated() {
 /// A source that was added when areas were mapped and tracking was on had no mapping and did not track, in silence.
 #[test]
 fn a_source_that_comes_late_is_mapped_and_tracks() {
-    let (space, _, _) = two_sources();
+    let (space, _, _) = tracked();
     let late = Arc::new(Fake::default());
     let space = space.with_source(late.clone()).unwrap();
     assert!(late.with(|s| s.tracking && s.mapped == [pages(0, 16)]));
@@ -137,7 +132,7 @@ fn a_source_that_comes_late_is_mapped_and_tracks() {
 /// A mark by the handle of an area that is gone was an error, but not counted.
 #[test]
 fn a_mark_by_a_stale_handle_is_counted() {
-    let (space, _, _) = two_sources();
+    let (space, _, _) = tracked();
     let handle = space.area(Iova::MIN).unwrap();
     space.unmap_discarding(pages(0, 16)).unwrap();
     assert!(matches!(

@@ -2,10 +2,11 @@
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // helpers of tests; each file uses a part of them
 
 use std::collections::BTreeSet;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use dirtymap::{
-    DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, Mapping, Sink, Stopped,
+    AddressSpace, DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, Mapping,
+    Sink, Stopped,
 };
 
 pub const PAGE: u64 = 4096;
@@ -13,6 +14,17 @@ pub const PAGE: u64 = 4096;
 /// The `n` pages from page `first` on.
 pub fn pages(first: u64, n: u64) -> IovaRange {
     IovaRange::from_len(Iova::new(first * PAGE), n * PAGE).unwrap()
+}
+
+/// An empty space over two sources.
+pub fn two_sources() -> (AddressSpace, Arc<Fake>, Arc<Fake>) {
+    let (first, second) = (Arc::new(Fake::default()), Arc::new(Fake::default()));
+    let space = AddressSpace::new(Granule::K4)
+        .with_source(first.clone())
+        .unwrap()
+        .with_source(second.clone())
+        .unwrap();
+    (space, first, second)
 }
 
 /// The error that a [`Fake`] gives on demand.
