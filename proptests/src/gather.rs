@@ -19,14 +19,14 @@ struct Pair {
 impl Pair {
     fn add(&mut self, range: IovaRange, leaf: Granule) {
         self.gather.add(range, leaf);
-        self.entries += 1;
+        self.entries = self.entries.saturating_add(1);
         self.insert(range);
         self.coarse |= self.naive.len() > BOUND;
     }
 
     fn merge(&mut self, other: &Pair) {
         self.gather.merge(&other.gather);
-        self.entries += other.entries;
+        self.entries = self.entries.saturating_add(other.entries);
         self.coarse |= other.coarse || self.naive.len() + other.naive.len() > BOUND;
         other.naive.iter().for_each(|range| self.insert(*range));
     }

@@ -2,7 +2,7 @@
 
 use dirtymap::Access;
 
-use crate::{Ask, Config, Cut, MapFault, Op, Place, run};
+use crate::{Ask, Config, Cut, MapFault, Op, Place, check_gather, run};
 
 const FIRST_PAGE: Place = Place {
     area: 0,
@@ -59,4 +59,14 @@ fn an_unmap_whose_flush_fails_counts_what_it_discarded() {
         cut: Cut::Whole,
     };
     run(&[WRITE, Op::FlushFails, unmap], &Config::PLAIN).unwrap();
+}
+
+/// Two gathers that are merged into each other double what they count with each step: the count of entries wrapped, which
+/// is a panic in a debug build.
+#[test]
+fn gathers_that_are_merged_to_and_fro_do_not_wrap() {
+    let add = [3, 0, 0, 0];
+    let to_and_fro = [[0, 0, 0, 0], [1, 0, 0, 0]].concat();
+    let steps = [add.to_vec(), to_and_fro.repeat(70)].concat();
+    check_gather(&steps).unwrap();
 }

@@ -55,7 +55,7 @@ impl FlushGather {
         self.leaves
     }
 
-    /// How many leaves were added.
+    /// How many leaves were added; stays at `u64::MAX` once there.
     pub const fn entries(&self) -> u64 {
         self.entries
     }
@@ -68,7 +68,7 @@ impl FlushGather {
     /// Owes the invalidation of `range`, mapped by leaves of size `leaf`.
     #[inline]
     pub fn add(&mut self, range: IovaRange, leaf: Granule) {
-        self.entries += 1;
+        self.entries = self.entries.saturating_add(1);
         self.widen(Leaves {
             smallest: leaf,
             largest: leaf,
@@ -78,7 +78,7 @@ impl FlushGather {
 
     /// Owes everything that `other` owes as well.
     pub fn merge(&mut self, other: &FlushGather) {
-        self.entries += other.entries;
+        self.entries = self.entries.saturating_add(other.entries);
         if let Some(leaves) = other.leaves {
             self.widen(leaves);
         }
@@ -256,6 +256,19 @@ mod tests {
                 largest: Granule::G1
             })
         );
+    }
+
+    #[test]
+    fn a_gather_merged_to_and_fro_stops_counting_and_does_not_wrap() {
+        let mut pair = [FlushGather::new(), FlushGather::new()];
+        pair[0].add(range(0, 4096), Granule::K4);
+        for _ in 0..100 {
+            let [a, b] = &mut pair;
+            a.merge(b);
+            b.merge(a);
+        }
+        assert_eq!(pair[0].entries(), u64::MAX);
+        assert_eq!(pair[0].ranges(), [range(0, 4096)]);
     }
 
     #[test]

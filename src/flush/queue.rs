@@ -177,7 +177,7 @@ impl Taken<'_> {
             stats.flushes += 1;
             stats.ranges += self.gather.ranges().len() as u64;
             stats.bytes += self.gather.bytes();
-            stats.entries += self.gather.entries();
+            stats.entries = stats.entries.saturating_add(self.gather.entries());
             stats.invalidated.add(done);
         }
         // Release: pairs with the Acquires in `wait`; publishes that the invalidation is complete.
