@@ -91,7 +91,7 @@ pub use units::{Access, Granule, Iova, IovaRange};
 
 pub use space::{AddressSpace, AreaHandle, SpaceRanges, SpaceStats, Unmapped};
 
-pub use source::{DirtySource, Mapping, Stopped};
+pub use source::{DirtySource, LeafSink, Mapping, Stopped};
 
 pub use harvest::{
     Aborted, HarvestError, HarvestReport, HarvestRequest, Lease, Owed, StoppedHarvest, SyncError,

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock, Weak, mpsc};
 use common::{Fake, PAGE, pages};
 use dirtymap::{
     Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestError, HarvestRequest,
-    Invalidated, Iova, IovaRange, Mapping, Sink, Stopped, UserBitmap,
+    Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, UserBitmap,
 };
 
 const M2: u64 = 2 << 20;
@@ -301,12 +301,7 @@ impl DirtySource for Nosy {
     fn set_tracking(&self, _: bool) -> Result<(), Error> {
         Ok(())
     }
-    fn read_and_clear(
-        &self,
-        _: IovaRange,
-        _: &mut Sink<'_>,
-        _: &mut FlushGather,
-    ) -> Result<(), Stopped> {
+    fn read_and_clear(&self, _: IovaRange, _: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
         Ok(())
     }
     fn peek(&self, _: IovaRange, _: &mut Sink<'_>) -> Result<(), Stopped> {

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicUsize as StdUsize, Ordering::SeqCst};
 use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering::Relaxed, Step, leave_out, lock, thread};
 use dirtymap::{
     Access, AddressSpace, DirtySource, Error, FlushGather, FlushQueue, Granule, HarvestRequest,
-    Invalidated, Iova, IovaRange, Mapping, Sink, Stopped, UserBitmap,
+    Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, UserBitmap,
 };
 
 /// One model at a time: the step that is left out is global.
@@ -139,21 +139,16 @@ impl DirtySource for Source {
         Ok(())
     }
 
-    fn read_and_clear(
-        &self,
-        range: IovaRange,
-        sink: &mut Sink<'_>,
-        gather: &mut FlushGather,
-    ) -> Result<(), Stopped> {
-        if self.0.dirty.load(dirtymap::sync::Ordering::SeqCst) == 1 {
-            sink.record(range).map_err(|error| Stopped {
-                at: range.start(),
-                error,
-            })?;
-            gather.add(range, PAGE);
-            self.0.dirty.store(0, dirtymap::sync::Ordering::SeqCst);
+    fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        let dirty = &self.0.dirty;
+        if dirty.load(dirtymap::sync::Ordering::SeqCst) == 0 {
+            return Ok(());
         }
-        Ok(())
+        let clear = || dirty.swap(0, dirtymap::sync::Ordering::SeqCst) == 1;
+        out.take(range, PAGE, clear).map_err(|error| Stopped {
+            at: range.start(),
+            error,
+        })
     }
 
     fn peek(&self, _: IovaRange, _: &mut Sink<'_>) -> Result<(), Stopped> {

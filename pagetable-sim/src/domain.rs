@@ -8,7 +8,8 @@
 
 use dirtymap::sync::{Arc, AtomicBool, AtomicU8, AtomicU64, Mutex, Ordering, fence, lock};
 use dirtymap::{
-    DirtySource, FlushGather, Granule, Invalidated, Iova, IovaRange, Mapping, Sink, Stopped,
+    DirtySource, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink,
+    Stopped,
 };
 
 use crate::device::{Device, DeviceConfig};
@@ -247,13 +248,8 @@ impl<F: Format> DirtySource for Domain<F> {
         Ok(())
     }
 
-    fn read_and_clear(
-        &self,
-        range: IovaRange,
-        sink: &mut Sink<'_>,
-        gather: &mut FlushGather,
-    ) -> Result<(), Stopped> {
-        self.hardware.table.read_and_clear(range, sink, gather)
+    fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        self.hardware.table.read_and_clear(range, out)
     }
 
     fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {

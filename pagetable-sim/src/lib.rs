@@ -18,7 +18,7 @@
 //!
 //! # Example
 //! ```
-//! use dirtymap::{Access, DirtySource, FlushGather, Granule, Iova, IovaRange, Mapping, UserBitmap};
+//! use dirtymap::{LeafSink, Access, DirtySource, FlushGather, Granule, Iova, IovaRange, Mapping, UserBitmap};
 //! use pagetable_sim::{DeviceConfig, Domain, DomainConfig, PhysMemory};
 //! use std::sync::Arc;
 //!
@@ -35,7 +35,7 @@
 //! let mut words = [0u64; 4];
 //! let mut gather = FlushGather::new();
 //! let view = UserBitmap::new(&mut words).view(range, Granule::K4)?;
-//! domain.read_and_clear(range, &mut view.sink(), &mut gather).map_err(|s| s.error)?;
+//! domain.read_and_clear(range, &mut LeafSink::new(&mut view.sink(), &mut gather)).map_err(|s| s.error)?;
 //! domain.invalidate(&gather)?; // leave this out, and the next write through the cached entry goes unseen
 //! assert_eq!(words[0], 0b1100);
 //! # Ok::<(), Box<dyn std::error::Error>>(())

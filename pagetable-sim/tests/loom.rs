@@ -9,7 +9,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use dirtymap::sync::{Arc, AtomicU64, Ordering, Step, leave_out, thread};
-use dirtymap::{Access, DirtySource, FlushGather, Iova, IovaRange, Mapping, UserBitmap};
+use dirtymap::{Access, DirtySource, FlushGather, Iova, IovaRange, LeafSink, Mapping, UserBitmap};
 use pagetable_sim::{
     AmdV1, ArmS1, Device, DeviceConfig, Domain, DomainConfig, Format, PhysMemory, Table,
 };
@@ -59,7 +59,7 @@ fn pass<F: Format>(domain: &Domain<F>, copy: &mut u64) {
         .unwrap();
     let mut gather = FlushGather::new();
     domain
-        .read_and_clear(all(), &mut view.sink(), &mut gather)
+        .read_and_clear(all(), &mut LeafSink::new(&mut view.sink(), &mut gather))
         .unwrap();
     domain.invalidate(&gather).unwrap();
     // Relaxed: this thread's own bitmap.

@@ -6,7 +6,8 @@
 
 use dirtymap::sync::{Arc, AtomicBool, Mutex, Ordering, lock, relax, thread};
 use dirtymap::{
-    DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, Mapping, Sink, Stopped,
+    DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink, Mapping,
+    Sink, Stopped,
 };
 use pagetable_sim::{Breakage, Device, DeviceConfig, DmaError, Domain, DomainConfig, PhysMemory};
 
@@ -170,13 +171,8 @@ impl DirtySource for Rig {
         self.serving(|| self.domain.set_tracking(on))
     }
 
-    fn read_and_clear(
-        &self,
-        range: IovaRange,
-        sink: &mut Sink<'_>,
-        gather: &mut FlushGather,
-    ) -> Result<(), Stopped> {
-        self.domain.read_and_clear(range, sink, gather)
+    fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        self.domain.read_and_clear(range, out)
     }
 
     fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {

@@ -15,7 +15,7 @@ use std::marker::PhantomData;
 use crate::bitmap::{BitmapView, Runs, Sink};
 use crate::error::Error;
 use crate::flush::{FlushGather, Ticket};
-use crate::source::Stopped;
+use crate::source::{LeafSink, Stopped};
 use crate::space::{AddressSpace, Area};
 use crate::sync::{Ordering, Step, fence, performs};
 use crate::units::{Granule, Iova, IovaRange};
@@ -170,20 +170,22 @@ impl<'a> Holding<'a> {
         // Before the first bit is touched: a walk that panics in here puts back all that it may have recorded.
         self.reached = Some(part.last());
         self.report.areas += 1;
-        sink.limit_to(part);
         // What one source could not process ends the part for all that follow: below it, the lease has everything.
         let mut rest = Some(part);
         let mut outcome = Ok(());
         for source in &self.space.sources {
             let Some(part) = rest else { break };
-            if let Err(stopped) = source.read_and_clear(part, sink, &mut self.gather) {
+            sink.limit_to(part);
+            let mut out = LeafSink::new(sink, &mut self.gather);
+            if let Err(stopped) = source.read_and_clear(part, &mut out) {
                 (rest, outcome) = below(part, stopped, self.space.page());
             }
         }
-        if let Some(part) = rest
-            && let Err(stopped) = area.marks.read_and_clear(part, sink)
-        {
-            (_, outcome) = below(part, stopped, self.space.page());
+        if let Some(part) = rest {
+            sink.limit_to(part);
+            if let Err(stopped) = area.marks.read_and_clear(part, sink) {
+                (_, outcome) = below(part, stopped, self.space.page());
+            }
         }
         outcome
     }

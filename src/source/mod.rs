@@ -3,8 +3,10 @@
 //! The core knows no hardware. An IO page table with its IOTLBs is a source, a kernel interface would be another;
 //! marks by CPU threads are kept by the address space itself and join the same harvest and the same flush.
 
+mod leaf_sink;
 mod marks;
 
+pub use leaf_sink::LeafSink;
 pub(crate) use marks::Marks;
 
 use crate::bitmap::Sink;
@@ -38,10 +40,8 @@ pub struct Stopped {
 /// All methods take `&self` and may be called by many threads at once, on overlapping ranges too.
 ///
 /// # What an implementation owes
-/// * **Record, owe, then clear.** For each dirty leaf: [`Sink::record`], then [`FlushGather::add`], then clear the
-///   bit by one atomic operation. A harvest that is stopped between any two of these loses nothing.
-/// * **Only whole leaves are cleared.** A dirty leaf of which the range covers only a part is recorded as far as it is
-///   covered, owes the invalidation of that part (which drains writes in flight), and keeps its bit.
+/// * **A dirty bit is cleared only by [`LeafSink::take`]**, which records the leaf and owes its invalidation first, and
+///   by one atomic operation, from whose result follows whether the leaf was dirty.
 /// * **No waiting** in `read_and_clear` and `peek`: not for devices, not for `map` and `unmap`, not for each other.
 pub trait DirtySource: Send + Sync {
     /// Lets devices reach `mapping`. It starts out clean. Nothing else is mapped in its range.
@@ -65,19 +65,12 @@ pub trait DirtySource: Send + Sync {
     /// If the source cannot; then the old state stays.
     fn set_tracking(&self, on: bool) -> Result<(), Error>;
 
-    /// Moves the dirty state of `range` into `sink`, and adds to `gather` what must be invalidated before the pages
-    /// may be copied.
-    ///
-    /// Addresses without a translation are skipped.
+    /// Hands every dirty leaf that `range` touches to `out`, in ascending order, by [`LeafSink::take`]. Addresses without
+    /// a translation are skipped.
     ///
     /// # Errors
     /// [`Stopped`] with the first address that was not processed.
-    fn read_and_clear(
-        &self,
-        range: IovaRange,
-        sink: &mut Sink<'_>,
-        gather: &mut FlushGather,
-    ) -> Result<(), Stopped>;
+    fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped>;
 
     /// Records the dirty state of `range` and changes nothing.
     ///
@@ -107,13 +100,8 @@ impl<T: DirtySource + ?Sized> DirtySource for Arc<T> {
         (**self).set_tracking(on)
     }
 
-    fn read_and_clear(
-        &self,
-        range: IovaRange,
-        sink: &mut Sink<'_>,
-        gather: &mut FlushGather,
-    ) -> Result<(), Stopped> {
-        (**self).read_and_clear(range, sink, gather)
+    fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        (**self).read_and_clear(range, out)
     }
 
     fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {

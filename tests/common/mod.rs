@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
 use dirtymap::{
-    AddressSpace, DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, Mapping,
-    Sink, Stopped,
+    AddressSpace, DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink,
+    Mapping, Sink, Stopped,
 };
 
 pub const PAGE: u64 = 4096;
@@ -106,12 +106,7 @@ impl DirtySource for Fake {
         })
     }
 
-    fn read_and_clear(
-        &self,
-        range: IovaRange,
-        sink: &mut Sink<'_>,
-        gather: &mut FlushGather,
-    ) -> Result<(), Stopped> {
+    fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
         self.with(|s| {
             for n in numbers(range) {
                 let at = Iova::new(n * PAGE);
@@ -126,10 +121,8 @@ impl DirtySource for Fake {
                 }
                 assert_ne!(s.panic_at, Some(n), "a source that panics");
                 if s.dirty.contains(&n) {
-                    sink.record(pages(n, 1))
+                    out.take(pages(n, 1), Granule::K4, || s.dirty.remove(&n))
                         .map_err(|error| Stopped { at, error })?;
-                    gather.add(pages(n, 1), Granule::K4);
-                    s.dirty.remove(&n);
                 }
             }
             Ok(())

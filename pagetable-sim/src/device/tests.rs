@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::*;
 use crate::{ArmS1, Domain, DomainConfig, DomainStats, PhysMemory, RiscvSv48, VtdSs, X86_64};
-use dirtymap::{Access, DirtySource, FlushGather, Granule, Mapping, UserBitmap};
+use dirtymap::{Access, DirtySource, FlushGather, Granule, LeafSink, Mapping, UserBitmap};
 
 const K4: u64 = 1 << 12;
 const BASE: u64 = 0x4000_0000;
@@ -38,7 +38,7 @@ fn harvest<F: Format>(domain: &Domain<F>, pages: u64) -> (Vec<u64>, FlushGather)
     let mut gather = FlushGather::new();
     let view = UserBitmap::new(&mut words).view(all, Granule::K4).unwrap();
     domain
-        .read_and_clear(all, &mut view.sink(), &mut gather)
+        .read_and_clear(all, &mut LeafSink::new(&mut view.sink(), &mut gather))
         .unwrap();
     let dirty = view
         .runs()
@@ -599,7 +599,7 @@ fn a_part_of_a_leaf_is_drained_before_it_is_copied() {
     let view = UserBitmap::new(&mut words).view(part, Granule::K4).unwrap();
     let mut gather = FlushGather::new();
     domain
-        .read_and_clear(part, &mut view.sink(), &mut gather)
+        .read_and_clear(part, &mut LeafSink::new(&mut view.sink(), &mut gather))
         .unwrap();
     assert_eq!((view.count(), gather.ranges()), (1, &[part][..]));
     std::thread::scope(|scope| {

@@ -191,12 +191,13 @@ impl AtomicIopte {
         }
     }
 
-    /// Changes the bits that `how` names in one step, whatever the others are.
+    /// Changes the bits that `how` names in one step, whatever the others are; whether that changed anything.
     #[inline]
-    pub(crate) fn make_clean(&self, how: MakeClean, order: Ordering) {
-        match how {
+    pub(crate) fn make_clean(&self, how: MakeClean, order: Ordering) -> bool {
+        let old = match how {
             MakeClean::Clear(bits) => self.0.fetch_and(!bits, order),
             MakeClean::Set(bits) => self.0.fetch_or(bits, order),
         };
+        how.changes(Iopte(old))
     }
 }

@@ -20,25 +20,27 @@
 //! stays absent, though it may keep a bit of the clearing; a table that was put there stays where it is.
 
 use crossbeam_epoch::Guard;
-use dirtymap::sync::{Ordering, Step, performs};
-use dirtymap::{FlushGather, Granule, Iova, IovaRange, Sink, Stopped};
+use dirtymap::sync::Ordering;
+use dirtymap::{Granule, Iova, IovaRange, LeafSink, Sink, Stopped};
 
 use super::{AtomicIopte, Leaf, Table, TablePage, child, is_leaf, leaf_of};
 use crate::fmt::Format;
 
 /// A dirty leaf that a scan found.
-struct DirtyLeaf {
+struct DirtyLeaf<'g> {
+    slot: &'g AtomicIopte,
     /// All addresses of the leaf.
     span: IovaRange,
-    /// Those that the scan covers.
-    part: IovaRange,
     size: Granule,
 }
 
-/// What a scan does about a dirty leaf.
-enum Fate {
-    Clear,
-    Keep,
+impl DirtyLeaf<'_> {
+    /// Makes the leaf clean; whether it was dirty until now.
+    fn clear<F: Format>(&self) -> bool {
+        // Acquire: pairs with the Release of `set_dirty`. Release: whoever finds D clear, hardware or an unmap, sees what
+        // the scan did before. One step: a change of the other bits meanwhile is kept.
+        self.slot.make_clean(F::MAKE_CLEAN, Ordering::AcqRel)
+    }
 }
 
 impl<F: Format> Table<F> {
@@ -68,31 +70,18 @@ impl<F: Format> Table<F> {
         Some(leaf_of::<F>(iova, entry, level))
     }
 
-    /// Moves the dirty state of `range` into `sink` and adds what must be invalidated to `gather`. Addresses without a
-    /// leaf are skipped.
-    ///
-    /// A dirty leaf that sticks out of the range is recorded and owed as far as it is covered, and stays dirty.
-    /// Lock-free; may run at the same time as everything else.
+    /// Hands the dirty leaves that `range` touches to `out`, which has them cleared. Addresses without a leaf are
+    /// skipped. Lock-free; may run at the same time as everything else.
     ///
     /// # Errors
-    /// [`Stopped`] with the first address that was not processed, and the error of the sink.
+    /// [`Stopped`] with the first address that was not processed, and the error of `out`.
     pub fn read_and_clear(
         &self,
         range: IovaRange,
-        sink: &mut Sink<'_>,
-        gather: &mut FlushGather,
+        out: &mut LeafSink<'_, '_>,
     ) -> Result<(), Stopped> {
         self.scan(range, |leaf| {
-            if performs(Step::RecordBeforeClear) {
-                sink.record(leaf.part)?;
-            }
-            // Of a leaf that stays dirty too: a write may be translated and not have landed, and the part is copied.
-            gather.add(leaf.part, leaf.size);
-            Ok(if leaf.part == leaf.span {
-                Fate::Clear
-            } else {
-                Fate::Keep
-            })
+            out.take(leaf.span, leaf.size, || leaf.clear::<F>())
         })
     }
 
@@ -101,15 +90,18 @@ impl<F: Format> Table<F> {
     /// # Errors
     /// As [`read_and_clear`](Self::read_and_clear).
     pub fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
-        self.scan(range, |leaf| {
-            sink.record(leaf.part)?;
-            Ok(Fate::Keep)
+        self.scan(range, |leaf| match leaf.span.intersection(range) {
+            Some(part) => sink.record(part),
+            None => Ok(()),
         })
     }
 
     /// Makes every leaf clean and tells nobody what was dirty.
     pub fn clean(&self) {
-        let done = self.scan(IovaRange::ALL, |_| Ok(Fate::Clear));
+        let done = self.scan(IovaRange::ALL, |leaf| {
+            leaf.clear::<F>();
+            Ok(())
+        });
         debug_assert!(done.is_ok());
     }
 
@@ -117,7 +109,7 @@ impl<F: Format> Table<F> {
     fn scan(
         &self,
         range: IovaRange,
-        mut visit: impl FnMut(&DirtyLeaf) -> Result<Fate, dirtymap::Error>,
+        mut visit: impl FnMut(&DirtyLeaf<'_>) -> Result<(), dirtymap::Error>,
     ) -> Result<(), Stopped> {
         let guard = crossbeam_epoch::pin();
         for part in Self::reach().filter_map(|reach| reach.intersection(range)) {
@@ -138,7 +130,7 @@ fn scan_table<F, V>(
 ) -> Result<(), Stopped>
 where
     F: Format,
-    V: FnMut(&DirtyLeaf) -> Result<Fate, dirtymap::Error>,
+    V: FnMut(&DirtyLeaf<'_>) -> Result<(), dirtymap::Error>,
 {
     let size = F::size(level);
     let first = F::index(range.start().get(), level);
@@ -179,7 +171,7 @@ fn scan_entry<F, V>(
 ) -> Result<(), Stopped>
 where
     F: Format,
-    V: FnMut(&DirtyLeaf) -> Result<Fate, dirtymap::Error>,
+    V: FnMut(&DirtyLeaf<'_>) -> Result<(), dirtymap::Error>,
 {
     // Acquire: pairs with the Release that installed the entry, in `map`; publishes the table it leads to.
     let entry = slot.load(Ordering::Acquire);
@@ -195,15 +187,10 @@ where
         return scan_table::<F, V>(child::<F>(entry, guard), level - 1, part, visit, guard);
     }
     if F::is_dirty(entry) {
-        let fate = visit(&DirtyLeaf { span, part, size }).map_err(|error| Stopped {
+        visit(&DirtyLeaf { slot, span, size }).map_err(|error| Stopped {
             at: part.start(),
             error,
         })?;
-        if matches!(fate, Fate::Clear) {
-            // Acquire: pairs with the Release of `set_dirty`. Release: whoever finds D clear, hardware or an unmap,
-            // sees what the visit did. One step: a change of the other bits meanwhile is kept.
-            slot.make_clean(F::MAKE_CLEAN, Ordering::AcqRel);
-        }
     }
     Ok(())
 }

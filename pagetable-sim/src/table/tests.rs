@@ -6,7 +6,7 @@ mod dirty;
 mod model;
 
 use super::*;
-use dirtymap::{FlushGather, Granule, UserBitmap};
+use dirtymap::{FlushGather, Granule, LeafSink, UserBitmap};
 
 use self::dirty::*;
 use self::model::*;
@@ -72,7 +72,7 @@ fn dirty<F: Format>(table: &Table<F>, range: IovaRange, clear: bool) -> (Vec<u64
     let mut gather = FlushGather::new();
     if clear {
         table
-            .read_and_clear(range, &mut view.sink(), &mut gather)
+            .read_and_clear(range, &mut LeafSink::new(&mut view.sink(), &mut gather))
             .unwrap();
     } else {
         table.peek(range, &mut view.sink()).unwrap();

@@ -56,7 +56,7 @@ pub(super) fn every_leaf_size_is_written_cleaned_and_written_again<F: Format>() 
                     "peek clears nothing"
                 );
                 table
-                    .read_and_clear(leaf, &mut view.sink(), &mut gather)
+                    .read_and_clear(leaf, &mut LeafSink::new(&mut view.sink(), &mut gather))
                     .unwrap();
                 assert_eq!((view.count(), gather.ranges()), (bits, &[leaf][..]));
                 assert!(!table.translate(leaf.last()).unwrap().dirty);
@@ -145,14 +145,20 @@ pub(super) fn a_harvest_beyond_the_width_sees_what_is_there<F: Format>() {
         .unwrap();
     let mut gather = FlushGather::new();
     table
-        .read_and_clear(IovaRange::ALL, &mut view.sink(), &mut gather)
+        .read_and_clear(
+            IovaRange::ALL,
+            &mut LeafSink::new(&mut view.sink(), &mut gather),
+        )
         .unwrap();
     assert_eq!(
         (gather.ranges(), view.count()),
         (&ends[..], ends.len() as u64)
     );
     table
-        .read_and_clear(range(1 << 60, 1 << 20), &mut view.sink(), &mut gather)
+        .read_and_clear(
+            range(1 << 60, 1 << 20),
+            &mut LeafSink::new(&mut view.sink(), &mut gather),
+        )
         .unwrap();
 }
 
