@@ -14,6 +14,7 @@ mod bits;
 mod gather;
 mod op;
 mod oracle;
+pub mod protocol;
 mod random;
 mod rig;
 mod run;
