@@ -86,6 +86,10 @@ mod tests {
     use super::cases;
 
     #[test]
+    #[cfg_attr(
+        debug_assertions,
+        ignore = "minutes without optimisation: `.ci/run prop` runs it"
+    )]
     fn every_protocol_holds_and_every_weakness_loses_a_write() {
         for case in cases() {
             let outcome = case.run();

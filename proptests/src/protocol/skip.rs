@@ -1,127 +1,277 @@
-//! A harvest that skips a subtree by the accessed bit of its upper entry.
+//! Harvests that skip a subtree by the accessed bit of its upper entry, while another harvest does the same.
 //!
-//! Two rules make it sound. Who clears A owes a flush of the subtree, caches of upper entries included: a device that
-//! goes on through such a cache dirties leaves and never sets A again. And a subtree is skipped only if A is clear now
-//! *and* was clear at the harvest before: between clear and flush a leaf may have been dirtied through the cache.
+//! The upper entry has A, which the device sets when it walks the entry in memory, and beside it, in the same word, what
+//! software knows of the subtree:
+//!
+//! ```text
+//!       A is set, nothing is dirty:     a flush of the subtree,         A is clear: one harvest
+//!       clear A                         caches of upper entries too     looks at all of it      A is still clear
+//!  Hot -----------------------> Cleared ---> Flushing ---> Flushed ---> Looking ----------------------> Quiet
+//!   ^                                                                      |                              |
+//!   +----------------------------------------------------------------------+ A is set                     |
+//!   +-----------------------------------------------------------------------------------------------------+
+//! ```
+//!
+//! Only what is quiet, with A clear, is skipped. Between clear and flush a device may dirty leaves by a cached upper entry
+//! and never set A: so the look that counts begins after the flush. Clearing A and saying so are one step; a flush stands
+//! only for what was cleared before it began; and while one harvest looks nobody clears A, or it would not see that A was set
+//! meanwhile.
 
-use super::explore::{Outcome, explore};
+use super::explore::{Outcome, Steps, explore};
 use super::machine::Machine;
 
 pub(super) const WEAKNESSES: &[&str] = &[
-    "skips after one quiet harvest",
-    "clears A and does not flush the subtree",
+    "a look before the flush counts",
+    "the flush leaves upper entries cached",
+    "clears A, then says so",
+    "the flush stands for what was cleared meanwhile",
+    "what is skipped need not have A clear",
+    "A is cleared while another harvest looks",
     "does not flush the dirty leaf",
     "flushes without draining",
 ];
 
+/// What software knows of the subtree.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum Known {
+    Hot,
+    Cleared,
+    Flushing,
+    Flushed,
+    Looking,
+    Quiet,
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Step {
     Start,
-    ClearA,
+    LookD,
     ClearD,
+    Judge,
+    SayCleared,
+    Sync,
     Flush,
+    SayFlushed,
     Copy,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+struct Harvester {
+    step: Step,
+    rounds: u8,
+    /// What the upper entry said when the look began.
+    a: bool,
+    known: Known,
+    /// It may call the subtree quiet.
+    looks: bool,
+    recorded: bool,
+    owes_subtree: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 struct State {
     machine: Machine,
-    step: Step,
-    /// Whether A was set at the harvest before.
-    before: bool,
-    took_a: bool,
-    took_d: bool,
+    known: Known,
+    /// A flush of the subtree is under way; they go one after the other.
+    flushing: bool,
+    harvesters: [Harvester; 2],
     copy: u8,
-    harvests: u8,
+    /// A harvest that began after the last write did not report it, and no other holds it.
+    missed: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Weak {
+    early_look: bool,
+    leaf_only: bool,
+    two_steps: bool,
+    late_clear: bool,
+    ignores_a: bool,
+    shared_look: bool,
+    no_leaf: bool,
+    no_drain: bool,
 }
 
 /// Explores the model, weakened as `weakness` says.
 pub(super) fn explore_with(weakness: Option<&'static str>) -> Outcome {
     let weak = |name| weakness == Some(name);
-    let one_quiet = weak("skips after one quiet harvest");
-    let no_subtree = weak("clears A and does not flush the subtree");
-    let no_leaf = weak("does not flush the dirty leaf");
-    let no_drain = weak("flushes without draining");
-    let skips = |s: &State| !s.machine.a && (one_quiet || !s.before);
-    let first = State {
-        machine: Machine::new(3),
+    let weak = Weak {
+        early_look: weak("a look before the flush counts"),
+        leaf_only: weak("the flush leaves upper entries cached"),
+        two_steps: weak("clears A, then says so"),
+        late_clear: weak("the flush stands for what was cleared meanwhile"),
+        ignores_a: weak("what is skipped need not have A clear"),
+        shared_look: weak("A is cleared while another harvest looks"),
+        no_leaf: weak("does not flush the dirty leaf"),
+        no_drain: weak("flushes without draining"),
+    };
+    let harvester = |rounds| Harvester {
         step: Step::Start,
-        // The first harvest looks at everything.
-        before: true,
-        took_a: false,
-        took_d: false,
+        rounds,
+        a: false,
+        known: Known::Hot,
+        looks: false,
+        recorded: false,
+        owes_subtree: false,
+    };
+    let first = State {
+        machine: Machine::new(2),
+        known: Known::Hot,
+        flushing: false,
+        harvesters: [harvester(3), harvester(2)],
         copy: 0,
-        harvests: 4,
+        missed: false,
     };
     explore(
         first,
-        |now, out| {
-            let s = *now;
-            s.machine.steps(out, |machine| State { machine, ..s });
-            match s.step {
-                Step::Start if s.harvests == 0 => {}
-                Step::Start if skips(&s) => out.push(
-                    "harvest: skips the subtree",
-                    State {
-                        before: false,
-                        harvests: s.harvests - 1,
-                        ..s
-                    },
-                ),
-                Step::Start => out.push(
-                    "harvest: begins",
-                    State {
-                        step: Step::ClearA,
-                        ..s
-                    },
-                ),
-                Step::ClearA => out.push(
-                    "harvest: clears A",
-                    State {
-                        took_a: s.machine.a,
-                        machine: s.machine.unaccessed(),
-                        step: Step::ClearD,
-                        ..s
-                    },
-                ),
-                Step::ClearD => out.push(
-                    "harvest: records and clears D",
-                    State {
-                        took_d: s.machine.d,
-                        machine: s.machine.clean(),
-                        step: Step::Flush,
-                        ..s
-                    },
-                ),
-                Step::Flush if s.machine.is_drained() || no_drain => {
-                    let subtree = s.took_a && !no_subtree;
-                    let machine = if subtree || s.took_d && !no_leaf {
-                        s.machine.flushed(subtree)
-                    } else {
-                        s.machine
-                    };
-                    let step = Step::Copy;
-                    out.push("harvest: flushes", State { machine, step, ..s });
-                }
-                Step::Flush => {}
-                Step::Copy => out.push(
-                    "harvest: copies",
-                    State {
-                        copy: if s.took_d { s.machine.data } else { s.copy },
-                        before: s.took_a,
-                        took_a: false,
-                        took_d: false,
-                        harvests: s.harvests - 1,
-                        step: Step::Start,
-                        ..s
-                    },
-                ),
+        |s, out| {
+            s.machine.steps(out, |machine| State { machine, ..*s });
+            for who in 0..2 {
+                harvest(*s, who, weak, out);
             }
         },
         |s| {
-            // One more harvest, after the end, copies what it would find.
-            let finds = !skips(s) && s.machine.d;
-            s.machine.is_over() && s.step == Step::Start && !finds && s.copy != s.machine.data
+            let idle = s.harvesters.iter().all(|h| h.step == Step::Start);
+            let finds = s.machine.d && !skips(s, weak);
+            s.missed || s.machine.is_over() && idle && !finds && s.copy != s.machine.data
         },
     )
+}
+
+fn skips(s: &State, weak: Weak) -> bool {
+    (!s.machine.a || weak.ignores_a) && s.known == Known::Quiet
+}
+
+/// What harvester `who` may do next.
+fn harvest(mut s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
+    let mut h = s.harvesters[who];
+    let held = s.harvesters[1 - who].recorded;
+    if h.step == Step::LookD {
+        // A bitmap that cannot take more ends the harvest half-way.
+        let mut s = s;
+        s.harvesters[who].step = Step::Sync;
+        out.push("harvest: stops", s);
+    }
+    let name = match h.step {
+        Step::Start if h.rounds == 0 => return,
+        Step::Start if skips(&s, weak) => {
+            h.rounds -= 1;
+            s.missed |= s.machine.is_over() && !held && s.copy != s.machine.data;
+            "harvest: skips the subtree"
+        }
+        Step::Start => {
+            h.rounds -= 1;
+            h.a = s.machine.a;
+            h.known = s.known;
+            h.looks = !s.machine.a
+                && (s.known == Known::Flushed || weak.early_look && s.known == Known::Cleared);
+            if h.looks {
+                s.known = Known::Looking;
+            }
+            h.step = Step::LookD;
+            "harvest: looks at the upper entry"
+        }
+        Step::LookD => {
+            h.recorded = s.machine.d;
+            h.step = if s.machine.d {
+                Step::ClearD
+            } else {
+                Step::Judge
+            };
+            "harvest: looks at D, records"
+        }
+        Step::ClearD => {
+            s.machine = s.machine.clean();
+            h.step = Step::Judge;
+            "harvest: clears D"
+        }
+        // One compare-exchange of the upper entry: it acts on what the look began with, or not at all.
+        Step::Judge => {
+            h.step = Step::Sync;
+            let free = s.known == h.known && h.known != Known::Looking;
+            if h.looks && s.known == Known::Looking {
+                s.known = if s.machine.a {
+                    Known::Hot
+                } else {
+                    Known::Quiet
+                };
+                "harvest: its look is over"
+            } else if h.a && s.machine.a && !h.recorded && (free || weak.shared_look) {
+                s.machine = s.machine.unaccessed();
+                h.owes_subtree = true;
+                if weak.two_steps {
+                    h.step = Step::SayCleared;
+                } else {
+                    s.known = Known::Cleared;
+                }
+                "harvest: clears A"
+            } else {
+                "harvest: leaves the upper entry as it is"
+            }
+        }
+        Step::SayCleared => {
+            s.known = Known::Cleared;
+            h.step = Step::Sync;
+            "harvest: says that A was cleared"
+        }
+        Step::Sync if h.owes_subtree => {
+            if s.flushing {
+                return;
+            }
+            s.flushing = true;
+            if s.known == Known::Cleared {
+                s.known = Known::Flushing;
+            }
+            h.step = Step::Flush;
+            "sync: begins to flush the subtree"
+        }
+        Step::Sync => {
+            h.step = Step::Flush;
+            "sync: begins to flush the leaf"
+        }
+        Step::Flush if h.owes_subtree || h.recorded => {
+            if !s.machine.is_drained() && !weak.no_drain {
+                return;
+            }
+            if h.owes_subtree || !weak.no_leaf {
+                let subtree = h.owes_subtree && !weak.leaf_only;
+                s.machine = s.machine.flushed(subtree);
+            }
+            h.step = if h.owes_subtree {
+                Step::SayFlushed
+            } else {
+                Step::Copy
+            };
+            "sync: the flush ends"
+        }
+        Step::SayFlushed => {
+            s.flushing = false;
+            if s.known == Known::Flushing || weak.late_clear && s.known == Known::Cleared {
+                s.known = Known::Flushed;
+            }
+            h.step = Step::Copy;
+            "sync: says what was flushed"
+        }
+        Step::Flush => {
+            h.step = Step::Copy;
+            "sync: nothing is owed"
+        }
+        Step::Copy => {
+            if h.recorded {
+                s.copy = s.machine.data;
+            }
+            h = Harvester {
+                step: Step::Start,
+                rounds: h.rounds,
+                a: false,
+                known: Known::Hot,
+                looks: false,
+                recorded: false,
+                owes_subtree: false,
+            };
+            "consumer: copies"
+        }
+    };
+    s.harvesters[who] = h;
+    out.push(name, s);
 }
