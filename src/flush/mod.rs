@@ -16,9 +16,27 @@
 //!
 //! N threads that sync at one moment need at most two flushes: the one that is running, and one for all who came
 //! meanwhile.
+//!
+//! # What is freed
+//! A free that was handed over with a gather goes where the gather goes: into the pending debt, to the leader that takes it,
+//! back after a failure, in front of what came meanwhile. When its generation finishes it becomes ready, under the lock that
+//! also counts. The leader then gives up all locks and runs what is ready, one thread at a time: a thread that finds
+//! another one running leaves its own to that one, which looks again before it stops. So all run in the order of handing over.
+//!
+//! # Without a thread of its own
+//! Bounds on the debt are a function of the debt that is there, not an event: [`FlushQueue::is_due`] is asked again after a flush
+//! that failed, and after one that began too early, so nothing is stranded. Who hands over when a bound is reached pays or
+//! waits for who does.
 
+mod debt;
 mod gather;
+mod policy;
 mod queue;
+mod stats;
+#[cfg(all(test, not(dirtymap_loom)))]
+mod tests;
 
 pub use gather::{FlushGather, Leaves};
-pub use queue::{FlushQueue, FlushStats, Invalidated, Ticket};
+pub use policy::{FlushCost, FlushPolicy};
+pub use queue::{FlushQueue, Ticket};
+pub use stats::{FlushStats, Invalidated};

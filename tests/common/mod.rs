@@ -157,6 +157,7 @@ impl DirtySource for Fake {
             s.invalidated.extend(gather.ranges());
             Ok(Invalidated {
                 commands: gather.ranges().len() as u64,
+                bytes: gather.bytes(),
                 ..Invalidated::default()
             })
         })
