@@ -47,6 +47,8 @@ pub struct State {
     pub refuse_tracking: bool,
     /// What happens, once, before this page is looked at.
     pub on_page: Option<(u64, Box<dyn FnOnce() + Send>)>,
+    /// What happens, once, before the next invalidation.
+    pub on_invalidate: Option<Box<dyn FnOnce() + Send>>,
 }
 
 /// One dirty bit for each page, behind one lock.
@@ -148,6 +150,9 @@ impl DirtySource for Fake {
     }
 
     fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error> {
+        if let Some(happen) = self.with(|s| s.on_invalidate.take()) {
+            happen();
+        }
         self.with(|s| {
             assert!(!s.panic_in_invalidate, "an invalidation that panics");
             if s.fail_invalidations > 0 {
