@@ -69,6 +69,8 @@ pub enum Step {
     DropCached,
     /// Keeping what is to be freed until its flush has finished.
     FreeAfterFlush,
+    /// Running frees in one thread at a time.
+    OneReleases,
     /// Giving gathers that come during a flush to the next one.
     NextGeneration,
     /// Owing again what a failed flush carried.

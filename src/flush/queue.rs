@@ -255,7 +255,8 @@ impl FlushQueue {
     fn release(&self) {
         let mut ready = {
             let mut state = lock(&self.state);
-            if state.releasing || state.ready.is_empty() {
+            let another_releases = state.releasing && performs(Step::OneReleases);
+            if another_releases || state.ready.is_empty() {
                 return;
             }
             state.releasing = true;
