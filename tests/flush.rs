@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use common::{Fake, pages};
 use dirtymap::{
-    Access, AddressSpace, Error, FlushGather, FlushPolicy, FlushQueue, Granule, HarvestRequest,
-    Invalidated, UserBitmap,
+    Access, AddressSpace, Error, FlushCost, FlushGather, FlushPolicy, FlushQueue, Granule,
+    HarvestRequest, Invalidated, IovaRange, UserBitmap,
 };
 
 fn gather(page: u64) -> FlushGather {
@@ -348,4 +348,70 @@ fn the_debts_of_leases_that_were_dropped_are_paid_by_the_next_sync() {
     assert_eq!((after.flushes, after.pending), (before.flushes + 1, 0));
     assert_eq!((after.ranges, after.bytes), (1, 8 * 4096));
     assert_eq!((after.entries, after.entries_pending), (8, 0));
+}
+
+#[test]
+fn the_debts_of_leases_that_were_dropped_can_be_due() {
+    let (space, fake) = dirty_space();
+    let space = space.with_flush_policy(FlushPolicy {
+        max_pending: Some(2),
+        max_age: Some(Duration::from_secs(1000)),
+        ..FlushPolicy::default()
+    });
+    assert_eq!(space.flush_deadline(), None);
+    let abort = |page| {
+        let mut words = [0];
+        let lease = space.harvest(&request(page), UserBitmap::new(&mut words));
+        let _ = lease.unwrap().abort();
+    };
+    abort(0);
+    let now = Instant::now();
+    let deadline = space.flush_deadline().unwrap();
+    assert!(!space.flush_due(now).unwrap());
+    fake.with(|s| s.fail_invalidations = 1);
+    assert!(space.flush_due(deadline).is_err());
+    assert!(space.flush_due(deadline).unwrap(), "by age");
+    abort(1);
+    abort(2);
+    assert!(space.flush_due(now).unwrap(), "by count");
+    let flush = space.stats().flush;
+    assert_eq!((flush.forced, flush.failed, flush.pending), (2, 1, 0));
+}
+
+#[test]
+fn the_sources_of_a_space_decide_together_when_everything_is_cheaper() {
+    let sources = [100, 900].map(|full| {
+        let fake = Arc::new(Fake::default());
+        fake.with(|s| {
+            s.flush_cost = FlushCost {
+                per_range: 250,
+                per_leaf: 0,
+                full,
+            }
+        });
+        fake
+    });
+    let [first, second] = sources.clone();
+    let space = AddressSpace::new(Granule::K4)
+        .with_source(first)
+        .unwrap()
+        .with_source(second)
+        .unwrap();
+    space.map(pages(0, 8), 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    for (dirty, full) in [(&[0, 2][..], false), (&[0, 2, 4], true)] {
+        for page in dirty {
+            sources[0].dirty(*page);
+        }
+        let before = space.stats().flush.full;
+        let mut words = [0];
+        let all = HarvestRequest::new(pages(0, 8), Granule::K4);
+        let lease = space.harvest(&all, UserBitmap::new(&mut words)).unwrap();
+        lease.sync().unwrap().commit();
+        assert_eq!(space.stats().flush.full - before, u64::from(full));
+        for source in &sources {
+            let asked = source.with(|s| std::mem::take(&mut s.invalidated));
+            assert_eq!(asked == [IovaRange::ALL], full, "{asked:?}");
+        }
+    }
 }

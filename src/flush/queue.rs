@@ -94,7 +94,7 @@ impl FlushQueue {
     /// Sets the bounds at which a debt is due.
     #[must_use]
     pub fn with_policy(mut self, policy: FlushPolicy) -> Self {
-        self.policy = policy;
+        self.set_policy(policy);
         self
     }
 
@@ -104,6 +104,15 @@ impl FlushQueue {
     pub fn with_cost(mut self, cost: FlushCost) -> Self {
         self.cost = cost;
         self
+    }
+
+    pub(crate) fn set_policy(&mut self, policy: FlushPolicy) {
+        self.policy = policy;
+    }
+
+    /// One more invalidator is asked by each flush.
+    pub(crate) fn add_cost(&mut self, cost: FlushCost) {
+        self.cost = self.cost.and(cost);
     }
 
     /// Hands over what is owed. Does not flush and does not wait for a flush.
@@ -149,7 +158,8 @@ impl FlushQueue {
     /// else does. What is empty needs no invalidation, but still waits for the flush under way: that one may cover
     /// what the caller relies on.
     ///
-    /// Then runs the frees that this flush allows, unless another thread is running frees.
+    /// Then runs the frees that this flush allows, unless another thread is running frees. `invalidate` must not wait on
+    /// the same queue: it is what the others wait for. A free may.
     ///
     /// # Errors
     /// That of `invalidate`; everything it carried stays owed, and a later call tries again.

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
 use dirtymap::{
-    AddressSpace, DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, Mapping,
-    Sink, Stopped,
+    AddressSpace, DirtySource, Error, FlushCost, FlushGather, Granule, Invalidated, Iova,
+    IovaRange, Mapping, Sink, Stopped,
 };
 
 pub const PAGE: u64 = 4096;
@@ -43,6 +43,7 @@ pub struct State {
     pub stop_at: Option<u64>,
     pub panic_at: Option<u64>,
     pub fail_invalidations: u32,
+    pub flush_cost: FlushCost,
     pub panic_in_invalidate: bool,
     pub refuse_tracking: bool,
     /// What happens, once, before this page is looked at.
@@ -166,5 +167,9 @@ impl DirtySource for Fake {
                 ..Invalidated::default()
             })
         })
+    }
+
+    fn flush_cost(&self) -> FlushCost {
+        self.with(|s| s.flush_cost)
     }
 }
