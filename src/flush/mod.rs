@@ -18,15 +18,15 @@
 //! meanwhile.
 //!
 //! # What is freed
-//! A free that was handed over with a gather goes where the gather goes: into the pending debt, to the leader that takes it,
-//! back after a failure, in front of what came meanwhile. When its generation finishes it becomes ready, under the lock that
-//! also counts. The leader then gives up all locks and runs what is ready, one thread at a time: a thread that finds
-//! another one running leaves its own to that one, which looks again before it stops. So all run in the order of handing over.
+//! A free that was handed over with a gather goes where the gather goes: into the pending debt, to the leader that
+//! takes it, and after a failure back, in front of what came meanwhile. When its generation finishes it becomes ready.
+//! The leader then gives up all locks and runs what is ready, one thread at a time: a thread that finds another one
+//! running leaves its own to that one, which looks again before it stops. So all run in the order of handing over.
 //!
 //! # Without a thread of its own
-//! Bounds on the debt are a function of the debt that is there, not an event: [`FlushQueue::is_due`] is asked again after a flush
-//! that failed, and after one that began too early, so nothing is stranded. Who hands over when a bound is reached pays or
-//! waits for who does.
+//! Whether the debt is due is a function of the debt that is there, not an event: [`FlushQueue::is_due`] says so again
+//! after a flush that failed, and for what came during a flush, so nothing is stranded. Who hands over when a bound is
+//! reached waits for the flush under way and then for one of its own, so the debt stays bounded.
 
 mod debt;
 mod gather;
