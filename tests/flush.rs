@@ -1,5 +1,6 @@
 //! The flush queue under many threads: how few flushes they need, and that it has none of the flaws of Linux's queue of
-//! deferred flushes (`dma-iommu.c`). The orders that matter are forced: a flush stands still until the others are there.
+//! deferred flushes (`dma-iommu.c`). The orders that matter are forced: a flush stands still until the others are
+//! there.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -196,8 +197,9 @@ fn neighbours_are_one_range_in_one_flush_of_their_bytes_only() {
     assert_eq!(stats.invalidated.bytes, 100 * 4096);
 }
 
-/// In Linux's queue nobody waits, however much is pending. Here who hands over pays when a bound is reached. So the debt in
-/// the queue and that of the flush under way are each below the bound, but for one gather of each thread.
+/// In Linux's queue nobody waits for the flush that is under way, however much is pending. Here who hands over does when
+/// a bound is reached. So the debt in the queue and that of the flush under way are each below the bound, but for one
+/// gather of each thread.
 #[test]
 fn what_is_pending_stays_bounded_under_many_threads() {
     const MAX: u64 = 8;

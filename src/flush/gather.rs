@@ -88,8 +88,8 @@ impl FlushGather {
         self.insert(range);
     }
 
-    /// Owes that cached walks through a table be dropped, which translated `range` and goes away. Its memory may be used
-    /// again only after the flush: see [`FlushQueue::owe_then`](super::FlushQueue::owe_then).
+    /// Owes that cached walks through a table be dropped, which translated `range` and goes away. Its memory may be
+    /// used again only after the flush: see [`FlushQueue::owe_then`](super::FlushQueue::owe_then).
     pub fn add_table(&mut self, range: IovaRange) {
         self.tables = true;
         self.insert(range);

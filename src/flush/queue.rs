@@ -123,9 +123,9 @@ impl FlushQueue {
     /// Hands over what is owed, and what may be freed or used again only when it is paid: the memory of tables, IOVA
     /// ranges, pages. Does not flush and does not wait for a flush.
     ///
-    /// `free` runs exactly once, after a flush that began after this call has finished, however many have failed before;
-    /// or when the queue is dropped. Frees run one at a time, in the order in which they were handed over, without any
-    /// lock of the queue, on a thread that waits for a flush or on one that runs frees already. So when
+    /// `free` runs exactly once, after a flush that began after this call has finished, however many have failed
+    /// before; or when the queue is dropped. Frees run one at a time, in the order in which they were handed over,
+    /// without any lock of the queue, on a thread that waits for a flush or on one that runs frees already. So when
     /// [`wait`](Self::wait) returns, `free` has run or is about to.
     pub fn owe_then(&self, gather: &FlushGather, free: impl FnOnce() + Send + 'static) -> Ticket {
         self.hand_over(gather, Some(Free::new(free)))
@@ -158,8 +158,8 @@ impl FlushQueue {
     /// else does. What is empty needs no invalidation, but still waits for the flush under way: that one may cover
     /// what the caller relies on.
     ///
-    /// Then runs the frees that this flush allows, unless another thread is running frees. `invalidate` must not wait on
-    /// the same queue: it is what the others wait for. A free may.
+    /// Then runs the frees that this flush allows, unless another thread is running frees. `invalidate` must not wait
+    /// on the same queue: it is what the others wait for. A free may.
     ///
     /// # Errors
     /// That of `invalidate`; everything it carried stays owed, and a later call tries again.
@@ -190,8 +190,8 @@ impl FlushQueue {
 
     /// If the debt [is due](Self::is_due), does as [`wait`](Self::wait) for all of it and returns true. For all who
     /// hand over, right after it: who comes when a bound is reached waits, so the debt stays bounded however slow
-    /// the flushes are. And for a timer, which keeps the bound of age by calling this at [`deadline`](Self::deadline), or
-    /// every `max_age`.
+    /// the flushes are. And for a timer, which keeps the bound of age by calling this at [`deadline`](Self::deadline),
+    /// or at most doubles it by calling this every `max_age`.
     ///
     /// # Errors
     /// As for [`wait`](Self::wait); the debt stays due.

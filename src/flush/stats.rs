@@ -5,8 +5,8 @@
 pub struct Invalidated {
     /// Invalidation commands that were sent.
     pub commands: u64,
-    /// Bytes that those commands named, rounding included; 2^64 for a full invalidation. 0 from an invalidator that does
-    /// not know.
+    /// Bytes that those commands named, rounding included; 2^64 for a full invalidation. 0 from an invalidator that
+    /// does not know.
     pub bytes: u128,
     /// Cached translations that were dropped.
     pub dropped: u64,

@@ -92,9 +92,9 @@ pub trait DirtySource: Send + Sync {
     /// If that cannot be promised; the gather then stays owed.
     fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error>;
 
-    /// What invalidations cost here. When all sources of a space together would spend more on the ranges of a gather than
-    /// on everything, they are asked for everything: a gather that [is full](FlushGather::is_full). Asked once, when the
-    /// source is added. By default nothing is declared, and ranges are asked for.
+    /// What invalidations cost here. When all sources of a space together would spend more on the ranges of a gather
+    /// than on everything, they are asked for everything: a gather that [is full](FlushGather::is_full). Asked once,
+    /// when the source is added. By default nothing is declared, and ranges are asked for.
     fn flush_cost(&self) -> FlushCost {
         FlushCost::default()
     }

@@ -15,14 +15,14 @@ impl AddressSpace {
         self
     }
 
-    /// When the oldest debt that no flush has taken reaches the greatest age of the [`FlushPolicy`]; `None` if nothing is
-    /// owed, or age is no bound.
+    /// When the oldest debt that no flush has taken reaches the greatest age of the [`FlushPolicy`]; `None` if nothing
+    /// is owed, or age is no bound.
     pub fn flush_deadline(&self) -> Option<Instant> {
         self.flush.deadline()
     }
 
-    /// Flushes if the debt reaches a bound of the [`FlushPolicy`] at the time `now`; whether it did. For a timer, or after
-    /// leases were dropped. Waits for devices.
+    /// Flushes if the debt reaches a bound of the [`FlushPolicy`] at the time `now`; whether it did. For a timer, or
+    /// after leases were dropped. Waits for devices.
     ///
     /// # Errors
     /// That of a source that could not flush; the debt stays owed, and due.
