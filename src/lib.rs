@@ -104,7 +104,9 @@ pub use bitmap::{
     BitmapView, Bits, CHUNK_BITS, Runs, Sink, SparseBitmap, UserBitmap, WINDOW_BITS, Words,
 };
 
-pub use flush::{FlushGather, FlushQueue, FlushStats, Invalidated, Leaves, Ticket};
+pub use flush::{
+    FlushCost, FlushGather, FlushPolicy, FlushQueue, FlushStats, Invalidated, Leaves, Ticket,
+};
 
 /// The examples of the README are tests.
 #[cfg(doctest)]

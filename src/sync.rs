@@ -67,6 +67,14 @@ pub enum Step {
     DrainInFlight,
     /// Dropping cached translations when a flush asks for it.
     DropCached,
+    /// Keeping what is to be freed until its flush has finished.
+    FreeAfterFlush,
+    /// Running frees in one thread at a time.
+    OneReleases,
+    /// Giving gathers that come during a flush to the next one.
+    NextGeneration,
+    /// Owing again what a failed flush carried.
+    OweAgain,
 }
 
 #[cfg(dirtymap_loom)]

@@ -199,38 +199,173 @@ fn an_abort_owes_before_it_puts_back() {
     });
 }
 
+/// What devices have cached of pages 0 and 2.
+type Stale = [AtomicU64; 2];
+
+fn one_page(n: u64) -> FlushGather {
+    let mut gather = FlushGather::new();
+    gather.add(page(2 * n), PAGE);
+    gather
+}
+
+fn invalidate(stale: &Stale, gather: &FlushGather) -> Result<Invalidated, Error> {
+    for n in 0..2 {
+        if gather.ranges().contains(&page(2 * n)) {
+            stale[n as usize].store(0, Relaxed);
+        }
+    }
+    Ok(Invalidated::default())
+}
+
+fn both_stale() -> Arc<Stale> {
+    Arc::new([AtomicU64::new(1), AtomicU64::new(1)])
+}
+
+/// Owes page `n`, and waits; whether it was invalidated then.
+fn owe_and_wait(n: u64, queue: &FlushQueue, stale: &Stale) -> bool {
+    let ticket = queue.owe(&one_page(n));
+    queue
+        .wait(ticket, |gather| invalidate(stale, gather))
+        .unwrap();
+    stale[n as usize].load(Relaxed) == 0
+}
+
 /// Invariant 5: whoever returns from `wait` finds its range invalidated, whoever did it; two threads need at most
 /// two flushes.
 #[test]
 fn a_ticket_is_honoured_by_a_flush_that_began_later() {
     holds_only_with(&[Step::WaitForLeader], || {
-        let queue = Arc::new(FlushQueue::new());
-        let stale = Arc::new([AtomicU64::new(1), AtomicU64::new(1)]);
-        let wait = |n: u64, queue: &FlushQueue, stale: &[AtomicU64; 2]| {
-            let mut gather = FlushGather::new();
-            gather.add(page(2 * n), PAGE);
-            let ticket = queue.owe(&gather);
-            queue
-                .wait(ticket, |gather| {
-                    for other in 0..2 {
-                        if gather.ranges().contains(&page(2 * other)) {
-                            stale[other as usize].store(0, Relaxed);
-                        }
-                    }
-                    Ok(Invalidated::default())
-                })
-                .unwrap();
-            stale[n as usize].load(Relaxed) == 0
-        };
+        let (queue, stale) = (Arc::new(FlushQueue::new()), both_stale());
         let other = {
             let (queue, stale) = (queue.clone(), stale.clone());
-            thread::spawn(move || wait(1, &queue, &stale))
+            thread::spawn(move || owe_and_wait(1, &queue, &stale))
         };
-        let ours = wait(0, &queue, &stale);
+        let ours = owe_and_wait(0, &queue, &stale);
         let theirs = other.join().unwrap();
         let stats = queue.stats();
         let accounted = (stats.owed, stats.retired, stats.pending) == (2, 2, 0);
         ours && theirs && accounted && stats.flushes <= 2
+    });
+}
+
+/// Invariant 5: what is handed over while a flush runs is not covered by it.
+#[test]
+fn what_comes_during_a_flush_is_left_to_the_next() {
+    holds_only_with(&[Step::NextGeneration], || {
+        let (queue, stale) = (Arc::new(FlushQueue::new()), both_stale());
+        let owing = {
+            let queue = queue.clone();
+            thread::spawn(move || queue.owe(&one_page(1)))
+        };
+        let ours = owe_and_wait(0, &queue, &stale);
+        let ticket = owing.join().unwrap();
+        queue
+            .wait(ticket, |gather| invalidate(&stale, gather))
+            .unwrap();
+        ours && stale[1].load(Relaxed) == 0
+    });
+}
+
+/// Counts the frees of page 0: all of them, and those that ran too early.
+#[derive(Default)]
+struct Freed {
+    all: StdUsize,
+    early: StdUsize,
+}
+
+/// Owes page 0, with a free that counts in `freed`.
+fn owe_freeing(
+    queue: &FlushQueue,
+    stale: &Arc<Stale>,
+    freed: &std::sync::Arc<Freed>,
+) -> dirtymap::Ticket {
+    let (stale, freed) = (stale.clone(), freed.clone());
+    queue.owe_then(&one_page(0), move || {
+        freed.all.fetch_add(1, SeqCst);
+        if stale[0].load(Relaxed) == 1 {
+            freed.early.fetch_add(1, SeqCst);
+        }
+    })
+}
+
+/// Invariant 7: a free runs once, and sees the flush that covers it, whoever flushed and whoever runs it.
+#[test]
+fn what_is_freed_was_flushed_before() {
+    holds_only_with(&[Step::FreeAfterFlush], || {
+        let (queue, stale) = (Arc::new(FlushQueue::new()), both_stale());
+        let freed = std::sync::Arc::<Freed>::default();
+        let other = {
+            let (queue, stale) = (queue.clone(), stale.clone());
+            thread::spawn(move || owe_and_wait(1, &queue, &stale))
+        };
+        let ticket = owe_freeing(&queue, &stale, &freed);
+        queue
+            .wait(ticket, |gather| invalidate(&stale, gather))
+            .unwrap();
+        let theirs = other.join().unwrap();
+        let stats = queue.stats();
+        let once = freed.all.load(SeqCst) == 1 && stats.frees_released == 1;
+        theirs && once && freed.early.load(SeqCst) == 0
+    });
+}
+
+/// Invariant 5: a flush that fails, with another thread's gather in it, loses neither gathers nor frees.
+#[test]
+fn a_flush_that_fails_leaves_all_of_it_owed() {
+    holds_only_with(&[Step::OweAgain, Step::FreeAfterFlush], || {
+        let (queue, stale) = (Arc::new(FlushQueue::new()), both_stale());
+        let freed = std::sync::Arc::<Freed>::default();
+        let other = {
+            let (queue, stale) = (queue.clone(), stale.clone());
+            thread::spawn(move || owe_and_wait(1, &queue, &stale))
+        };
+        let ticket = owe_freeing(&queue, &stale, &freed);
+        let failing = queue.wait(ticket, |_| Err(Error::ZeroLength { start: Iova::MIN }));
+        let theirs = other.join().unwrap();
+        if failing.is_err() {
+            queue
+                .wait(ticket, |gather| invalidate(&stale, gather))
+                .unwrap();
+        }
+        let stats = queue.stats();
+        let once = freed.all.load(SeqCst) == 1 && stats.frees_released == 1;
+        let accounted = (stats.retired, stats.pending) == (2, 0);
+        let ours = stale[0].load(Relaxed) == 0;
+        ours && theirs && once && accounted && freed.early.load(SeqCst) == 0
+    });
+}
+
+/// Frees run in the order in which they were handed over, in whatever threads, and none is left behind when a thread
+/// leaves its own to another one.
+#[test]
+fn frees_keep_their_order_across_threads() {
+    holds_only_with(&[Step::OneReleases], || {
+        let queue = Arc::new(FlushQueue::new());
+        // An access of the model, so that both orders of the two frees are explored.
+        let turn = Arc::new(AtomicU64::new(0));
+        let ran_as = std::sync::Arc::new([const { StdUsize::new(usize::MAX) }; 2]);
+        let owe_and_wait = {
+            let ran_as = ran_as.clone();
+            move |n: usize, queue: &FlushQueue| {
+                let (turn, ran_as) = (turn.clone(), ran_as.clone());
+                let ticket = queue.owe_then(&one_page(0), move || {
+                    ran_as[n].store(turn.fetch_add(1, Relaxed) as usize, SeqCst);
+                });
+                let ok = |_: &FlushGather| Ok(Invalidated::default());
+                queue.wait(ticket, ok).unwrap();
+                ticket
+            }
+        };
+        let other = {
+            let (queue, owe_and_wait) = (queue.clone(), owe_and_wait.clone());
+            thread::spawn(move || owe_and_wait(1, &queue))
+        };
+        let ours = owe_and_wait(0, &queue);
+        let theirs = other.join().unwrap();
+        let ran = ran_as.each_ref().map(|n| n.load(SeqCst));
+        let in_order = ours == theirs || (ours < theirs) == (ran[0] < ran[1]);
+        let both = ran.iter().all(|n| *n < 2) && queue.stats().frees_pending == 0;
+        both && in_order
     });
 }
 

@@ -180,7 +180,10 @@ fn counters<F: Format>(machine: &Machine<F>) -> BTreeMap<&'static str, u64> {
         ("committed_bytes", space.committed_bytes),
         ("aborted_bytes", space.aborted_bytes),
         ("flushes", space.flush.flushes),
-        ("leaves_invalidated", space.flush.entries),
+        (
+            "leaves_invalidated",
+            u64::try_from(space.flush.entries).unwrap_or(u64::MAX),
+        ),
         ("invalidation_commands", domain.commands),
         ("dirty_walks", domain.dirty_walks),
         ("dma_faults", domain.faults),

@@ -270,6 +270,7 @@ fn invalidated_since(before: &SpaceStats, after: &SpaceStats) -> dirtymap::Inval
     let (before, after) = (before.flush.invalidated, after.flush.invalidated);
     dirtymap::Invalidated {
         commands: after.commands - before.commands,
+        bytes: after.bytes - before.bytes,
         dropped: after.dropped - before.dropped,
         drained: after.drained - before.drained,
     }

@@ -186,6 +186,7 @@ impl<F: Format> Domain<F> {
             }
         }
         done.commands = (ranges.len() * ports.len()) as u64;
+        done.bytes = ranges.iter().map(|range| range.len()).sum::<u128>() * ports.len() as u128;
         // Relaxed, both: counts order nothing.
         self.invalidations.fetch_add(1, Ordering::Relaxed);
         self.commands.fetch_add(done.commands, Ordering::Relaxed);

@@ -103,10 +103,10 @@ impl Port {
             // Acquire: pairs with the Release in `Request::acknowledge`; what the device landed before it is visible.
             if receipt.answered.load(Ordering::Acquire) {
                 return Invalidated {
-                    commands: 0,
                     // Relaxed, both: ordered by the Acquire above.
                     dropped: receipt.dropped.load(Ordering::Relaxed),
                     drained: receipt.drained.load(Ordering::Relaxed),
+                    ..Invalidated::default()
                 };
             }
             // Acquire: pairs with the Release in `sleep`; what the device landed before it is visible.

@@ -1,7 +1,7 @@
 //! The set of ranges that a flush invalidates, against a naive one: nothing may be forgotten, at no border of the
 //! address space.
 
-use dirtymap::{FlushGather, Granule, Iova, IovaRange};
+use dirtymap::{FlushCost, FlushGather, Granule, Iova, IovaRange};
 
 /// How many ranges a gather keeps apart.
 const BOUND: usize = 32;
@@ -12,6 +12,7 @@ struct Pair {
     gather: FlushGather,
     naive: Vec<IovaRange>,
     entries: u64,
+    tables: bool,
     /// The bound was reached, so ranges were joined over gaps.
     coarse: bool,
 }
@@ -24,8 +25,16 @@ impl Pair {
         self.coarse |= self.naive.len() > BOUND;
     }
 
+    fn add_table(&mut self, range: IovaRange) {
+        self.gather.add_table(range);
+        self.tables = true;
+        self.insert(range);
+        self.coarse |= self.naive.len() > BOUND;
+    }
+
     fn merge(&mut self, other: &Pair) {
         self.gather.merge(&other.gather);
+        self.tables |= other.tables;
         self.entries = self.entries.saturating_add(other.entries);
         self.coarse |= other.coarse || self.naive.len() + other.naive.len() > BOUND;
         other.naive.iter().for_each(|range| self.insert(*range));
@@ -78,8 +87,12 @@ impl Pair {
         if ends(ranges) != ends(&self.naive) {
             return fail("something outside was added");
         }
-        if self.gather.is_empty() != (self.entries == 0) || self.gather.entries() != self.entries {
+        if self.gather.is_empty() != self.naive.is_empty() || self.gather.entries() != self.entries
+        {
             return fail("the entries are wrong");
+        }
+        if self.gather.frees_tables() != self.tables {
+            return fail("the tables are wrong");
         }
         if self
             .gather
@@ -91,6 +104,33 @@ impl Pair {
         let bytes: u128 = ranges.iter().map(|range| range.len()).sum();
         if self.gather.bytes() != bytes {
             return fail("the bytes are wrong");
+        }
+        let full = self.gather.to_full();
+        if !full.is_full() || full.entries() != self.entries || full.frees_tables() != self.tables {
+            return fail("a full one is another debt");
+        }
+        self.check_costs().or_else(|what| fail(&what))
+    }
+
+    /// The costs of one range, and of one leaf, add up to that of both, at all borders of the arithmetic.
+    fn check_costs(&self) -> Result<(), String> {
+        for unit in [0, 1, u64::MAX] {
+            let cost = |per_range, per_leaf| FlushCost {
+                per_range,
+                per_leaf,
+                full: unit,
+            };
+            let [ranges, leaves, both] = [cost(unit, 0), cost(0, unit), cost(unit, unit)]
+                .map(|cost| cost.of_ranges(&self.gather));
+            if ranges != u128::from(unit) * self.gather.ranges().len() as u128
+                || both != ranges.saturating_add(leaves)
+            {
+                return Err(format!("a cost of {both} for {ranges} and {leaves}"));
+            }
+            let all = cost(unit, unit);
+            if all.prefers_full(&self.gather) != (both > u128::from(unit)) {
+                return Err(format!("the wrong choice at a cost of {both}"));
+            }
         }
         Ok(())
     }
@@ -109,6 +149,7 @@ pub fn check_gather(bytes: &[u8]) -> Result<(), String> {
             0 => first.merge(second),
             1 => second.merge(first),
             2 => *second = Pair::default(),
+            3 => first.add_table(range_of(kind, base, offset, len)),
             to => pairs[usize::from(to % 2)].add(range_of(kind, base, offset, len), leaf_of(kind)),
         }
         pairs.iter().try_for_each(Pair::check)?;

@@ -11,6 +11,7 @@
 //! broken on purpose: a run that does not notice a missing flush checks nothing.
 
 mod bits;
+mod flush;
 mod gather;
 mod op;
 mod oracle;
@@ -20,6 +21,7 @@ mod rig;
 mod run;
 mod violation;
 
+pub use flush::check_flush;
 pub use gather::check_gather;
 pub use op::{Ask, Config, Cut, MapFault, Op, Place, Sabotage, decode};
 pub use random::Random;

@@ -18,6 +18,7 @@ pub struct FlushGather {
     len: usize,
     leaves: Option<Leaves>,
     entries: u64,
+    tables: bool,
 }
 
 /// The sizes of the leaves in a gather: an invalidation command may need to know them.
@@ -37,6 +38,7 @@ impl FlushGather {
             len: 0,
             leaves: None,
             entries: 0,
+            tables: false,
         }
     }
 
@@ -53,6 +55,16 @@ impl FlushGather {
     /// The sizes of the leaves that were added; `None` if nothing was.
     pub const fn leaves(&self) -> Option<Leaves> {
         self.leaves
+    }
+
+    /// Whether tables go away: then cached walks through them must be dropped as well, not only cached leaves.
+    pub const fn frees_tables(&self) -> bool {
+        self.tables
+    }
+
+    /// Whether everything is to be invalidated.
+    pub fn is_full(&self) -> bool {
+        self.ranges() == [IovaRange::ALL]
     }
 
     /// How many leaves were added; stays at `u64::MAX` once there.
@@ -76,8 +88,24 @@ impl FlushGather {
         self.insert(range);
     }
 
+    /// Owes that cached walks through a table be dropped, which translated `range` and goes away. Its memory may be
+    /// used again only after the flush: see [`FlushQueue::owe_then`](super::FlushQueue::owe_then).
+    pub fn add_table(&mut self, range: IovaRange) {
+        self.tables = true;
+        self.insert(range);
+    }
+
+    /// The same debt, paid by invalidating everything.
+    #[must_use]
+    pub fn to_full(&self) -> FlushGather {
+        let mut full = self.clone();
+        full.insert(IovaRange::ALL);
+        full
+    }
+
     /// Owes everything that `other` owes as well.
     pub fn merge(&mut self, other: &FlushGather) {
+        self.tables |= other.tables;
         self.entries = self.entries.saturating_add(other.entries);
         if let Some(leaves) = other.leaves {
             self.widen(leaves);
@@ -169,6 +197,7 @@ impl fmt::Debug for FlushGather {
             .field("ranges", &self.ranges())
             .field("leaves", &self.leaves)
             .field("entries", &self.entries)
+            .field("tables", &self.tables)
             .finish()
     }
 }
@@ -269,6 +298,28 @@ mod tests {
         }
         assert_eq!(pair[0].entries(), u64::MAX);
         assert_eq!(pair[0].ranges(), [range(0, 4096)]);
+    }
+
+    #[test]
+    fn a_table_that_goes_is_owed_without_leaves_and_survives_merging() {
+        let mut table = FlushGather::new();
+        table.add_table(range(2 << 20, 2 << 20));
+        assert!(table.frees_tables() && !table.is_empty());
+        assert_eq!((table.entries(), table.leaves()), (0, None));
+        let mut both = FlushGather::new();
+        both.add(range(0, 4096), Granule::K4);
+        assert!(!both.frees_tables());
+        both.merge(&table);
+        assert_eq!(
+            (both.frees_tables(), both.entries(), both.ranges().len()),
+            (true, 1, 2)
+        );
+        let full = both.to_full();
+        assert!(full.is_full() && !both.is_full());
+        assert_eq!(
+            (full.frees_tables(), full.entries(), full.leaves()),
+            (true, 1, both.leaves())
+        );
     }
 
     #[test]

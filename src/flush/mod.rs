@@ -16,9 +16,27 @@
 //!
 //! N threads that sync at one moment need at most two flushes: the one that is running, and one for all who came
 //! meanwhile.
+//!
+//! # What is freed
+//! A free that was handed over with a gather goes where the gather goes: into the pending debt, to the leader that
+//! takes it, and after a failure back, in front of what came meanwhile. When its generation finishes it becomes ready.
+//! The leader then gives up all locks and runs what is ready, one thread at a time: a thread that finds another one
+//! running leaves its own to that one, which looks again before it stops. So all run in the order of handing over.
+//!
+//! # Without a thread of its own
+//! Whether the debt is due is a function of the debt that is there, not an event: [`FlushQueue::is_due`] says so again
+//! after a flush that failed, and for what came during a flush, so nothing is stranded. Who hands over when a bound is
+//! reached waits for the flush under way and then for one of its own, so the debt stays bounded.
 
+mod debt;
 mod gather;
+mod policy;
 mod queue;
+mod stats;
+#[cfg(all(test, not(dirtymap_loom)))]
+mod tests;
 
 pub use gather::{FlushGather, Leaves};
-pub use queue::{FlushQueue, FlushStats, Invalidated, Ticket};
+pub use policy::{FlushCost, FlushPolicy};
+pub use queue::{FlushQueue, Ticket};
+pub use stats::{FlushStats, Invalidated};

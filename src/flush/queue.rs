@@ -1,150 +1,310 @@
 //! Group commit of flushes: one flush retires every gather that was handed over before it began.
 
-use super::FlushGather;
+use std::time::Instant;
+
+use super::debt::{Debt, Free, run_all};
+use super::{FlushCost, FlushGather, FlushPolicy, FlushStats, Invalidated};
 use crate::error::Error;
 use crate::sync::{AtomicU64, Mutex, Ordering, Step, lock, performs};
-
-/// What one invalidation did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Invalidated {
-    /// Invalidation commands that were sent.
-    pub commands: u64,
-    /// Cached translations that were dropped.
-    pub dropped: u64,
-    /// Writes that had been translated and had to land first.
-    pub drained: u64,
-}
-
-impl Invalidated {
-    /// Adds what another source did for the same gather.
-    pub fn add(&mut self, other: Invalidated) {
-        self.commands = self.commands.saturating_add(other.commands);
-        self.dropped = self.dropped.saturating_add(other.dropped);
-        self.drained = self.drained.saturating_add(other.drained);
-    }
-}
 
 /// The generation whose flush covers a gather.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[must_use = "what was gathered is covered only when its generation has finished"]
 pub struct Ticket(u64);
 
-/// Counts of a [`FlushQueue`]. At every moment `owed = retired + pending`, and `flushes` counts those that finished.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct FlushStats {
-    /// Gathers handed over, empty ones included.
-    pub owed: u64,
-    /// Gathers whose flush has finished.
-    pub retired: u64,
-    /// Gathers that wait for a flush, or whose flush is under way.
-    pub pending: u64,
-    /// Flushes that finished. Generations in which nothing had to be invalidated are not flushes.
-    pub flushes: u64,
-    /// Flushes that failed; what they carried is owed again.
-    pub failed: u64,
-    /// Ranges that finished flushes asked for.
-    pub ranges: u64,
-    /// Bytes of those ranges.
-    pub bytes: u128,
-    /// Leaves of those ranges that had been cleared or unmapped.
-    pub entries: u64,
-    /// What the invalidations did.
-    pub invalidated: Invalidated,
-}
-
 /// Takes gathers from any number of threads and flushes them together: one flush retires every gather that was handed
 /// over before it began.
 ///
-/// [`owe`](Self::owe) takes a short lock and never waits for a flush; [`wait`](Self::wait) does. An
-/// [`AddressSpace`](crate::AddressSpace) has one of its own; use another where something else owes invalidations.
+/// [`owe`](Self::owe) and [`owe_then`](Self::owe_then) take a short lock and never wait for a flush;
+/// [`wait`](Self::wait) and [`flush_due`](Self::flush_due) do. An [`AddressSpace`](crate::AddressSpace) has a queue of
+/// its own; use another where something else owes invalidations.
+///
+/// The queue knows no invalidator: whoever may have to flush brings one, as a closure over IOTLBs, kernel interfaces or
+/// several of them. All callers of one queue must bring the same: a leader flushes for the others.
+///
+/// ```
+/// use dirtymap::{FlushGather, FlushPolicy, FlushQueue, Granule, Invalidated, Iova, IovaRange};
+/// use std::time::Instant;
+///
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// let queue = FlushQueue::new().with_policy(FlushPolicy {
+///     max_pending: Some(256),
+///     ..FlushPolicy::default()
+/// });
+/// let range = IovaRange::from_len(Iova::new(0x1000), 0x1000)?;
+/// let mut gather = FlushGather::new();
+/// gather.add(range, Granule::K4); // after the translation was removed
+/// let _ = queue.owe_then(&gather, move || println!("{range} can be used again"));
+/// // Every 256th call flushes, for all that came before it.
+/// queue.flush_due(Instant::now(), |gather| {
+///     // Send one command for each of gather.ranges(), and wait for the devices.
+///     Ok(Invalidated::default())
+/// })?;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Dropping it
+/// A queue that is dropped does not flush: who drops it has detached the devices. Frees that were handed over run.
 #[derive(Debug)]
 pub struct FlushQueue {
-    pending: Mutex<Pending>,
+    policy: FlushPolicy,
+    cost: FlushCost,
+    state: Mutex<State>,
     /// Held by the thread that flushes.
     leader: Mutex<()>,
     /// All generations below this one have finished.
     finished: AtomicU64,
 }
 
-#[derive(Debug)]
-struct Pending {
-    gather: FlushGather,
-    /// The generation that `gather` will be flushed as.
+/// Valid whenever the lock is free, also while a flush is under way: see [`FlushStats::is_consistent`].
+#[derive(Debug, Default)]
+struct State {
+    /// What no flush has taken yet.
+    debt: Debt,
+    /// The generation that `debt` will be flushed as.
     generation: u64,
-    /// Gathers merged into `gather`.
-    count: u64,
+    /// Frees whose flush has finished, oldest first.
+    ready: Vec<Free>,
+    /// A thread is running frees, and will look at `ready` before it stops.
+    releasing: bool,
     stats: FlushStats,
 }
 
+impl State {
+    /// Changes the counts, after which the identities hold again.
+    fn count(&mut self, change: impl FnOnce(&mut FlushStats)) {
+        change(&mut self.stats);
+        debug_assert!(self.stats.is_consistent(), "{:?}", self.stats);
+    }
+}
+
 impl FlushQueue {
-    /// A queue in which nothing is owed.
+    /// A queue in which nothing is owed, that flushes ranges, and only for those who wait.
     pub fn new() -> Self {
         FlushQueue {
-            pending: Mutex::new(Pending {
-                gather: FlushGather::new(),
-                generation: 0,
-                count: 0,
-                stats: FlushStats::default(),
-            }),
+            policy: FlushPolicy::default(),
+            cost: FlushCost::default(),
+            state: Mutex::new(State::default()),
             leader: Mutex::new(()),
             finished: AtomicU64::new(0),
         }
     }
 
+    /// Sets the bounds at which a debt is due.
+    #[must_use]
+    pub fn with_policy(mut self, policy: FlushPolicy) -> Self {
+        self.set_policy(policy);
+        self
+    }
+
+    /// Declares what invalidations cost: when the ranges of a debt would cost more than a full invalidation, the
+    /// invalidator gets a gather that [is full](FlushGather::is_full).
+    #[must_use]
+    pub fn with_cost(mut self, cost: FlushCost) -> Self {
+        self.cost = cost;
+        self
+    }
+
+    pub(crate) fn set_policy(&mut self, policy: FlushPolicy) {
+        self.policy = policy;
+    }
+
+    /// One more invalidator is asked by each flush.
+    pub(crate) fn add_cost(&mut self, cost: FlushCost) {
+        self.cost = self.cost.and(cost);
+    }
+
     /// Hands over what is owed. Does not flush and does not wait for a flush.
     pub fn owe(&self, gather: &FlushGather) -> Ticket {
-        let mut pending = lock(&self.pending);
-        pending.gather.merge(gather);
-        pending.count += 1;
-        pending.stats.owed += 1;
-        pending.stats.pending += 1;
-        Ticket(pending.generation)
+        self.hand_over(gather, None)
+    }
+
+    /// Hands over what is owed, and what may be freed or used again only when it is paid: the memory of tables, IOVA
+    /// ranges, pages. Does not flush and does not wait for a flush.
+    ///
+    /// `free` runs exactly once, after a flush that began after this call has finished, however many have failed
+    /// before; or when the queue is dropped. Frees run one at a time, in the order in which they were handed over,
+    /// without any lock of the queue, on a thread that waits for a flush or on one that runs frees already. So when
+    /// [`wait`](Self::wait) returns, `free` has run or is about to.
+    pub fn owe_then(&self, gather: &FlushGather, free: impl FnOnce() + Send + 'static) -> Ticket {
+        self.hand_over(gather, Some(Free::new(free)))
+    }
+
+    fn hand_over(&self, gather: &FlushGather, free: Option<Free>) -> Ticket {
+        let mut state = lock(&self.state);
+        let frees = u64::from(free.is_some());
+        if self.policy.max_age.is_some() && state.debt.oldest.is_none() {
+            state.debt.oldest = Some(Instant::now());
+        }
+        state.debt.add(gather);
+        if performs(Step::FreeAfterFlush) {
+            state.debt.frees.extend(free);
+        } else {
+            state.ready.extend(free);
+        }
+        state.count(|stats| {
+            stats.owed += 1;
+            stats.pending += 1;
+            stats.entries_owed += u128::from(gather.entries());
+            stats.entries_pending += u128::from(gather.entries());
+            stats.frees_owed += frees;
+            stats.frees_pending += frees;
+        });
+        Ticket(state.generation)
     }
 
     /// Returns when a flush that began after `ticket` was given has finished; performs it by `invalidate` if nobody
     /// else does. What is empty needs no invalidation, but still waits for the flush under way: that one may cover
     /// what the caller relies on.
     ///
+    /// Then runs the frees that this flush allows, unless another thread is running frees. `invalidate` must not wait
+    /// on the same queue: it is what the others wait for. A free may.
+    ///
     /// # Errors
     /// That of `invalidate`; everything it carried stays owed, and a later call tries again.
+    ///
+    /// # Panics
+    /// If a free panics, its panic goes on after all the others have run.
     pub fn wait(
         &self,
         ticket: Ticket,
         invalidate: impl FnOnce(&FlushGather) -> Result<Invalidated, Error>,
     ) -> Result<(), Error> {
-        // Acquire: pairs with the Release in `Taken::retire`; the flush's effects are visible to us.
-        if self.finished.load(Ordering::Acquire) > ticket.0 {
+        self.settle(ticket, false, invalidate)
+    }
+
+    /// Whether the debt that no flush has taken yet reaches a bound of the [`FlushPolicy`] at the time `now`.
+    pub fn is_due(&self, now: Instant) -> bool {
+        self.due_ticket(now).is_some()
+    }
+
+    /// When the debt reaches its greatest age; `None` if nothing is owed that no flush has taken, or age is no bound.
+    /// A failed flush does not make the debt younger.
+    pub fn deadline(&self) -> Option<Instant> {
+        lock(&self.state)
+            .debt
+            .oldest
+            .and_then(|oldest| self.policy.deadline(oldest))
+    }
+
+    /// If the debt [is due](Self::is_due), does as [`wait`](Self::wait) for all of it and returns true. For all who
+    /// hand over, right after it: who comes when a bound is reached waits, so the debt stays bounded however slow
+    /// the flushes are. And for a timer, which keeps the bound of age by calling this at [`deadline`](Self::deadline),
+    /// or at most doubles it by calling this every `max_age`.
+    ///
+    /// # Errors
+    /// As for [`wait`](Self::wait); the debt stays due.
+    ///
+    /// # Panics
+    /// As for [`wait`](Self::wait).
+    pub fn flush_due(
+        &self,
+        now: Instant,
+        invalidate: impl FnOnce(&FlushGather) -> Result<Invalidated, Error>,
+    ) -> Result<bool, Error> {
+        let Some(ticket) = self.due_ticket(now) else {
+            return Ok(false);
+        };
+        self.settle(ticket, true, invalidate)?;
+        Ok(true)
+    }
+
+    /// The ticket of the debt, if it is due.
+    fn due_ticket(&self, now: Instant) -> Option<Ticket> {
+        let state = lock(&self.state);
+        let debt = &state.debt;
+        let too_old = || {
+            let deadline = debt.oldest.and_then(|oldest| self.policy.deadline(oldest));
+            deadline.is_some_and(|deadline| now >= deadline)
+        };
+        let is_due = debt.gathers > 0
+            && (self.policy.is_reached(debt.gathers, || debt.gather.bytes()) || too_old());
+        is_due.then_some(Ticket(state.generation))
+    }
+
+    fn settle(
+        &self,
+        ticket: Ticket,
+        forced: bool,
+        invalidate: impl FnOnce(&FlushGather) -> Result<Invalidated, Error>,
+    ) -> Result<(), Error> {
+        if self.has_finished(ticket) {
             return Ok(());
         }
-        let _leader = performs(Step::WaitForLeader).then(|| lock(&self.leader));
-        // Acquire: as above, for the leader that we waited for.
-        if self.finished.load(Ordering::Acquire) > ticket.0 {
-            return Ok(());
+        lock(&self.state).count(|stats| stats.waits += 1);
+        {
+            let _leader = performs(Step::WaitForLeader).then(|| lock(&self.leader));
+            if self.has_finished(ticket) {
+                return Ok(()); // the leader that we waited for releases
+            }
+            let mut taken = self.take();
+            if taken.debt.gather.is_empty() {
+                taken.retire(|_| ());
+            } else if self.cost.prefers_full(&taken.debt.gather) {
+                let done = invalidate(&taken.debt.gather.to_full())?;
+                taken.retire(|stats| {
+                    stats.flushed(done, forced);
+                    stats.full += 1;
+                });
+            } else {
+                let done = invalidate(&taken.debt.gather)?;
+                taken.retire(|stats| stats.flushed(done, forced));
+            }
         }
-        let mut taken = self.take();
-        if taken.gather.is_empty() {
-            taken.retire(None);
-        } else {
-            let done = invalidate(&taken.gather)?;
-            taken.retire(Some(done));
-        }
+        self.release();
         Ok(())
+    }
+
+    fn has_finished(&self, ticket: Ticket) -> bool {
+        // Acquire: pairs with the Release in `Taken::retire`; the flush's effects are visible to us.
+        self.finished.load(Ordering::Acquire) > ticket.0
+    }
+
+    /// Runs what may be freed, unless another thread does so. The panic of a free goes on when all have run.
+    fn release(&self) {
+        let mut ready = {
+            let mut state = lock(&self.state);
+            let another_releases = state.releasing && performs(Step::OneReleases);
+            if another_releases || state.ready.is_empty() {
+                return;
+            }
+            state.releasing = true;
+            std::mem::take(&mut state.ready)
+        };
+        let mut panic = None;
+        while !ready.is_empty() {
+            let count = ready.len() as u64;
+            run_all(ready, &mut panic);
+            let mut state = lock(&self.state);
+            state.count(|stats| {
+                stats.frees_released += count;
+                stats.frees_pending -= count;
+            });
+            ready = std::mem::take(&mut state.ready);
+            state.releasing = !ready.is_empty();
+        }
+        if let Some(panic) = panic {
+            std::panic::resume_unwind(panic);
+        }
     }
 
     /// The counts, all from one moment.
     pub fn stats(&self) -> FlushStats {
-        lock(&self.pending).stats
+        lock(&self.state).stats
     }
 
     /// Takes what is pending; from now on gathers belong to the next generation.
     fn take(&self) -> Taken<'_> {
-        let mut pending = lock(&self.pending);
-        pending.generation += 1;
+        let mut state = lock(&self.state);
+        let generation = state.generation + 1;
+        if performs(Step::NextGeneration) {
+            state.generation = generation;
+        }
         Taken {
             queue: self,
-            gather: std::mem::take(&mut pending.gather),
-            count: std::mem::take(&mut pending.count),
-            generation: pending.generation,
+            debt: std::mem::take(&mut state.debt),
+            generation,
             retired: false,
         }
     }
@@ -156,31 +316,49 @@ impl Default for FlushQueue {
     }
 }
 
+impl Drop for FlushQueue {
+    fn drop(&mut self) {
+        // What is ready has run: whoever makes it ready stays until it has.
+        let frees = std::mem::take(&mut lock(&self.state).debt.frees);
+        let mut panic = None;
+        run_all(frees, &mut panic);
+        if let Some(panic) = panic
+            && !std::thread::panicking()
+        {
+            std::panic::resume_unwind(panic);
+        }
+    }
+}
+
 /// What a leader flushes. Dropped without `retire`, by an error or a panic of the invalidation, it becomes pending
 /// again.
 struct Taken<'a> {
     queue: &'a FlushQueue,
-    gather: FlushGather,
-    count: u64,
+    debt: Debt,
     generation: u64,
     retired: bool,
 }
 
 impl Taken<'_> {
-    fn retire(&mut self, done: Option<Invalidated>) {
+    /// The generation has finished: `flushed` counts what was done.
+    fn retire(&mut self, flushed: impl FnOnce(&mut FlushStats)) {
         self.retired = true;
-        let mut pending = lock(&self.queue.pending);
-        let stats = &mut pending.stats;
-        stats.retired += self.count;
-        stats.pending -= self.count;
-        if let Some(done) = done {
-            stats.flushes += 1;
-            stats.ranges += self.gather.ranges().len() as u64;
-            stats.bytes += self.gather.bytes();
-            stats.entries = stats.entries.saturating_add(self.gather.entries());
-            stats.invalidated.add(done);
-        }
-        // Release: pairs with the Acquires in `wait`; publishes that the invalidation is complete.
+        let debt = std::mem::take(&mut self.debt);
+        let mut state = lock(&self.queue.state);
+        state.ready.extend(debt.frees);
+        state.count(|stats| {
+            flushed(stats);
+            stats.retired += debt.gathers;
+            stats.pending -= debt.gathers;
+            stats.merged += debt.gathers.saturating_sub(1);
+            stats.ranges = stats
+                .ranges
+                .saturating_add(debt.gather.ranges().len() as u64);
+            stats.bytes = stats.bytes.saturating_add(debt.gather.bytes());
+            stats.entries += debt.entries;
+            stats.entries_pending -= debt.entries;
+        });
+        // Release: pairs with the Acquire in `has_finished`; publishes that the invalidation is complete.
         self.queue
             .finished
             .store(self.generation, Ordering::Release);
@@ -190,88 +368,12 @@ impl Taken<'_> {
 impl Drop for Taken<'_> {
     fn drop(&mut self) {
         if !self.retired {
-            let mut pending = lock(&self.queue.pending);
-            pending.gather.merge(&self.gather);
-            pending.count += self.count;
-            pending.stats.failed += 1;
+            let mut state = lock(&self.queue.state);
+            if performs(Step::OweAgain) {
+                let newer = std::mem::replace(&mut state.debt, std::mem::take(&mut self.debt));
+                state.debt.append(newer);
+            }
+            state.count(|stats| stats.failed += 1);
         }
-    }
-}
-
-#[cfg(all(test, not(dirtymap_loom)))]
-#[allow(clippy::unwrap_used)] // helpers of tests
-mod tests {
-    use super::*;
-    use crate::units::{Granule, Iova, IovaRange};
-
-    fn gather(start: u64) -> FlushGather {
-        let mut gather = FlushGather::new();
-        gather.add(
-            IovaRange::from_len(Iova::new(start), 4096).unwrap(),
-            Granule::K4,
-        );
-        gather
-    }
-
-    #[test]
-    fn one_flush_retires_all_that_was_owed_before_it() {
-        let queue = FlushQueue::new();
-        let first = queue.owe(&gather(0));
-        let second = queue.owe(&gather(0x10_0000));
-        let mut asked = 0;
-        queue
-            .wait(second, |g| {
-                asked = g.ranges().len();
-                Ok(Invalidated::default())
-            })
-            .unwrap();
-        assert_eq!(asked, 2);
-        queue.wait(first, |_| panic!("already covered")).unwrap();
-        let stats = queue.stats();
-        assert_eq!(
-            (stats.owed, stats.retired, stats.pending, stats.flushes),
-            (2, 2, 0, 1)
-        );
-    }
-
-    #[test]
-    fn an_empty_gather_needs_no_flush() {
-        let queue = FlushQueue::new();
-        let ticket = queue.owe(&FlushGather::new());
-        queue.wait(ticket, |_| panic!("nothing is owed")).unwrap();
-        assert_eq!((queue.stats().retired, queue.stats().flushes), (1, 0));
-    }
-
-    #[test]
-    fn what_a_failed_flush_carried_stays_owed() {
-        let queue = FlushQueue::new();
-        let ticket = queue.owe(&gather(0));
-        let failing = |_: &FlushGather| Err(Error::ZeroLength { start: Iova::MIN });
-        assert!(queue.wait(ticket, failing).is_err());
-        let panicking = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            let _ = queue.wait(ticket, |_| panic!("a broken invalidator"));
-        }));
-        assert!(panicking.is_err());
-        assert_eq!(
-            (
-                queue.stats().failed,
-                queue.stats().pending,
-                queue.stats().retired
-            ),
-            (2, 1, 0)
-        );
-        // Somebody else's empty gather finds the debt and pays it.
-        let other = queue.owe(&FlushGather::new());
-        let mut seen = 0;
-        queue
-            .wait(other, |g| {
-                seen = g.entries();
-                Ok(Invalidated::default())
-            })
-            .unwrap();
-        assert_eq!(seen, 1);
-        queue.wait(ticket, |_| panic!("paid")).unwrap();
-        let stats = queue.stats();
-        assert_eq!((stats.owed, stats.retired, stats.pending), (2, 2, 0));
     }
 }

@@ -11,7 +11,7 @@ pub(crate) use marks::Marks;
 
 use crate::bitmap::Sink;
 use crate::error::Error;
-use crate::flush::{FlushGather, Invalidated};
+use crate::flush::{FlushCost, FlushGather, Invalidated};
 use crate::sync::Arc;
 use crate::units::{Access, Iova, IovaRange};
 
@@ -84,6 +84,13 @@ pub trait DirtySource: Send + Sync {
     /// # Errors
     /// If that cannot be promised; the gather then stays owed.
     fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error>;
+
+    /// What invalidations cost here. When all sources of a space together would spend more on the ranges of a gather
+    /// than on everything, they are asked for everything: a gather that [is full](FlushGather::is_full). Asked once,
+    /// when the source is added. By default nothing is declared, and ranges are asked for.
+    fn flush_cost(&self) -> FlushCost {
+        FlushCost::default()
+    }
 }
 
 /// A shared source is a source.
@@ -110,5 +117,9 @@ impl<T: DirtySource + ?Sized> DirtySource for Arc<T> {
 
     fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error> {
         (**self).invalidate(gather)
+    }
+
+    fn flush_cost(&self) -> FlushCost {
+        (**self).flush_cost()
     }
 }

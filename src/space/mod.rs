@@ -9,6 +9,7 @@
 
 mod allocation;
 mod area;
+mod flushing;
 mod rules;
 mod stats;
 mod tracking;
@@ -22,7 +23,7 @@ pub use unmap::Unmapped;
 
 use crate::area::{AreaTree, Snapshot};
 use crate::error::Error;
-use crate::flush::{FlushGather, FlushQueue, Invalidated};
+use crate::flush::{FlushGather, FlushQueue};
 use crate::source::{DirtySource, Mapping};
 use crate::sync::Arc;
 use crate::units::{Access, Granule, Iova, IovaRange};
@@ -70,6 +71,7 @@ impl AddressSpace {
         if self.tracking.is_on() {
             source.set_tracking(true)?;
         }
+        self.flush.add_cost(source.flush_cost());
         self.sources.push(Box::new(source));
         Ok(self)
     }
@@ -224,20 +226,6 @@ impl AddressSpace {
     /// Counts of this space since it was made.
     pub fn stats(&self) -> SpaceStats {
         self.counters.read(self.flush.stats())
-    }
-
-    /// Invalidates `gather` in every source.
-    pub(crate) fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error> {
-        let mut all = Invalidated::default();
-        for source in &self.sources {
-            all.add(source.invalidate(gather)?);
-        }
-        Ok(all)
-    }
-
-    fn flush_now(&self, gather: &FlushGather) -> Result<(), Error> {
-        let ticket = self.flush.owe(gather);
-        self.flush.wait(ticket, |gather| self.invalidate(gather))
     }
 
     pub(crate) fn snapshot(&self) -> Areas<'_> {

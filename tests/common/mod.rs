@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
 use dirtymap::{
-    AddressSpace, DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink,
-    Mapping, Sink, Stopped,
+    AddressSpace, DirtySource, Error, FlushCost, FlushGather, Granule, Invalidated, Iova,
+    IovaRange, LeafSink, Mapping, Sink, Stopped,
 };
 
 pub const PAGE: u64 = 4096;
@@ -43,10 +43,13 @@ pub struct State {
     pub stop_at: Option<u64>,
     pub panic_at: Option<u64>,
     pub fail_invalidations: u32,
+    pub flush_cost: FlushCost,
     pub panic_in_invalidate: bool,
     pub refuse_tracking: bool,
     /// What happens, once, before this page is looked at.
     pub on_page: Option<(u64, Box<dyn FnOnce() + Send>)>,
+    /// What happens, once, before the next invalidation.
+    pub on_invalidate: Option<Box<dyn FnOnce() + Send>>,
 }
 
 /// One dirty bit for each page, behind one lock.
@@ -141,6 +144,9 @@ impl DirtySource for Fake {
     }
 
     fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error> {
+        if let Some(happen) = self.with(|s| s.on_invalidate.take()) {
+            happen();
+        }
         self.with(|s| {
             assert!(!s.panic_in_invalidate, "an invalidation that panics");
             if s.fail_invalidations > 0 {
@@ -150,8 +156,13 @@ impl DirtySource for Fake {
             s.invalidated.extend(gather.ranges());
             Ok(Invalidated {
                 commands: gather.ranges().len() as u64,
+                bytes: gather.bytes(),
                 ..Invalidated::default()
             })
         })
+    }
+
+    fn flush_cost(&self) -> FlushCost {
+        self.with(|s| s.flush_cost)
     }
 }

@@ -1,0 +1,64 @@
+//! What one flush pays, and what it sets free.
+
+use std::any::Any;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Instant;
+
+use super::FlushGather;
+
+/// What runs when the flush that it waits for has finished.
+pub(super) struct Free(Box<dyn FnOnce() + Send>);
+
+impl Free {
+    pub(super) fn new(free: impl FnOnce() + Send + 'static) -> Self {
+        Free(Box::new(free))
+    }
+}
+
+impl fmt::Debug for Free {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Free")
+    }
+}
+
+/// Gathers that one flush will pay together.
+#[derive(Debug, Default)]
+pub(super) struct Debt {
+    pub(super) gather: FlushGather,
+    /// Gathers merged into `gather`.
+    pub(super) gathers: u64,
+    /// The sum of their entries. `gather` counts them too, but stops at a bound.
+    pub(super) entries: u128,
+    /// Oldest first.
+    pub(super) frees: Vec<Free>,
+    /// When the first gather came. Only kept if age is a bound.
+    pub(super) oldest: Option<Instant>,
+}
+
+impl Debt {
+    pub(super) fn add(&mut self, gather: &FlushGather) {
+        self.gather.merge(gather);
+        self.gathers += 1;
+        self.entries += u128::from(gather.entries());
+    }
+
+    /// Adds a debt that was handed over later.
+    pub(super) fn append(&mut self, mut newer: Debt) {
+        self.gather.merge(&newer.gather);
+        self.gathers += newer.gathers;
+        self.entries += newer.entries;
+        self.frees.append(&mut newer.frees);
+        self.oldest = self.oldest.or(newer.oldest);
+    }
+}
+
+/// Runs all of `frees` in order, whichever panic. Keeps the first panic in `panic`.
+pub(super) fn run_all(frees: Vec<Free>, panic: &mut Option<Box<dyn Any + Send>>) {
+    for free in frees {
+        // Nothing of ours is borrowed by a free, so nothing of ours can be left half done by its panic.
+        if let Err(payload) = catch_unwind(AssertUnwindSafe(free.0)) {
+            panic.get_or_insert(payload);
+        }
+    }
+}
