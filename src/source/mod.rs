@@ -7,6 +7,10 @@ mod in_flight;
 mod leaf_sink;
 mod marks;
 
+#[cfg(all(test, dirtymap_loom))]
+#[allow(clippy::unwrap_used)] // helpers of tests
+mod loom_tests;
+
 pub(crate) use in_flight::{InFlight, Slot};
 pub use leaf_sink::LeafSink;
 pub(crate) use leaf_sink::Rests;
