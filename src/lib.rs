@@ -95,7 +95,7 @@ pub use source::{DirtySource, LeafSink, Mapping, Stopped};
 
 pub use harvest::{
     Aborted, HarvestError, HarvestReport, HarvestRequest, Lease, Owed, StoppedHarvest, SyncError,
-    Synced,
+    Synced, WriteGuard,
 };
 
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]

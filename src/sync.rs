@@ -75,6 +75,12 @@ pub enum Step {
     NextGeneration,
     /// Owing again what a failed flush carried.
     OweAgain,
+    /// Marking the pages of a write in flight before its slot is freed.
+    MarkBeforeFree,
+    /// Publishing the rest of a leaf that a request covers in part before the leaf is cleared.
+    GuardRest,
+    /// Handing over the debt of such a rest after the clear; left out, it is handed over before.
+    OweAfterClear,
 }
 
 #[cfg(dirtymap_loom)]

@@ -119,7 +119,9 @@ impl OnePage {
     fn device_writes(&self, value: u64) {
         let mut cached = lock(&self.cached);
         if !*cached {
-            self.dirty.store(1, dirtymap::sync::Ordering::SeqCst);
+            // A read-modify-write, as the compare-exchange of hardware is: loom lets a plain store and a concurrent swap that
+            // read what came before it take either order.
+            self.dirty.swap(1, dirtymap::sync::Ordering::SeqCst);
             *cached = true;
         }
         self.data.store(value, Relaxed);
@@ -410,5 +412,36 @@ fn a_mark_and_an_unmap_do_not_miss_each_other() {
         let discarded = space.unmap_discarding(page(0)).unwrap().discarded_bytes;
         let marked = marker.join().unwrap();
         !(marked && discarded == 0)
+    });
+}
+
+/// A write in flight ends while a harvester looks: its pages are in flight or marked, never neither.
+#[test]
+fn a_write_in_flight_is_never_invisible() {
+    holds_only_with(&[Step::MarkBeforeFree], || {
+        let space = AddressSpace::new(PAGE);
+        space.map(page(0), 0, Access::ReadWrite).unwrap();
+        space.set_tracking(true).unwrap();
+        let space = Arc::new(space);
+        let data = Arc::new(AtomicU64::new(0));
+        let begun = Arc::new(AtomicU64::new(0));
+        let writer = {
+            let (space, data, begun) = (space.clone(), data.clone(), begun.clone());
+            thread::spawn(move || {
+                let guard = space.begin_write(page(0)).unwrap();
+                // Release: pairs with the Acquire below; a harvest that sees it began during or after the write.
+                begun.store(1, dirtymap::sync::Ordering::Release);
+                data.store(1, Relaxed);
+                drop(guard);
+            })
+        };
+        let in_flight = begun.load(dirtymap::sync::Ordering::Acquire) == 1;
+        let mut copy = 2;
+        harvest_and_copy(&space, &data, &mut copy);
+        let reported = copy != 2;
+        writer.join().unwrap();
+        harvest_and_copy(&space, &data, &mut copy);
+        // What was copied during the write is copied again after it.
+        copy == 1 && (reported || !in_flight)
     });
 }

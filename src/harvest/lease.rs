@@ -15,7 +15,7 @@ use std::marker::PhantomData;
 use crate::bitmap::{BitmapView, Runs, Sink};
 use crate::error::Error;
 use crate::flush::{FlushGather, Ticket};
-use crate::source::{LeafSink, Stopped};
+use crate::source::{LeafSink, Rests, Stopped};
 use crate::space::{AddressSpace, Area};
 use crate::sync::{Ordering, Step, fence, performs};
 use crate::units::{Granule, Iova, IovaRange};
@@ -176,13 +176,25 @@ impl<'a> Holding<'a> {
         for source in &self.space.sources {
             let Some(part) = rest else { break };
             sink.limit_to(part);
-            let mut out = LeafSink::new(sink, &mut self.gather);
+            let rests = Rests {
+                in_flight: &self.space.in_flight,
+                kept: &area.marks,
+                flush: &self.space.flush,
+            };
+            let mut out = LeafSink::keeping(sink, &mut self.gather, rests);
             if let Err(stopped) = source.read_and_clear(part, &mut out) {
                 (rest, outcome) = below(part, stopped, self.space.page());
             }
         }
+        // Acquire: pairs with the Release fence in `LeafSink`; whoever found a leaf clean sees its rest in flight.
+        fence(Ordering::Acquire);
         if let Some(part) = rest {
             sink.limit_to(part);
+            let in_flight = &self.space.in_flight;
+            if let Err(error) = in_flight.visit(part, |write| sink.record(write)) {
+                let at = part.start();
+                return Err(Stopped { at, error });
+            }
             if let Err(stopped) = area.marks.read_and_clear(part, sink) {
                 (_, outcome) = below(part, stopped, self.space.page());
             }

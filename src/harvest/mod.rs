@@ -30,15 +30,18 @@
 
 mod lease;
 mod request;
+mod write_guard;
 
 pub use lease::{
     Aborted, HarvestError, HarvestReport, Lease, Owed, StoppedHarvest, SyncError, Synced,
 };
 pub use request::HarvestRequest;
+pub use write_guard::WriteGuard;
 
 use crate::bitmap::{BitmapView, UserBitmap};
 use crate::error::Error;
 use crate::space::{AddressSpace, Areas};
+use crate::sync::{Ordering, fence};
 use lease::Holding;
 
 impl AddressSpace {
@@ -111,6 +114,9 @@ impl AddressSpace {
                     .peek(part, &mut sink)
                     .map_err(|stopped| stopped.error)?;
             }
+            // As in `Holding::take`: first the tables, then what is in flight, then the marks.
+            fence(Ordering::Acquire);
+            self.in_flight.visit(part, |write| sink.record(write))?;
             entry
                 .area
                 .marks

@@ -1,10 +1,31 @@
 //! Record, owe, clear: the one place where a dirty leaf passes from a source into a lease.
+//!
+//! # A leaf that sticks out
+//! A dirty leaf has one D for all of its pages, and a request may cover only some of them. The covered part goes to the lease;
+//! the rest becomes marks. Between the clear and those marks nothing would say that the rest is dirty, and a rest that is
+//! marked before the clear can be taken, flushed and written again before that clear, which then destroys the new D. So:
+//!
+//! ```text
+//!  P1  publish the rest as in flight       a harvester reports it, and it stays dirty
+//!  P2  record the covered part, owe the whole leaf
+//!  P3  clear D
+//!  P4  hand the debt of the leaf to the flush queue
+//!  P5  mark the rest                       from here on it can be taken; who takes it finds the debt, and its sync pays it
+//!  P6  free the slot
+//! ```
+//!
+//! * A harvester that finds D clear because of P3 sees P1, so it finds the rest in flight or, after P6, marked.
+//! * P4 comes after P3: a debt that was handed over before could be paid before, and devices may cache "D is set" again
+//!   between that flush and the clear. It comes before P5 for the same reason as in an abort.
+//! * Whoever reports the rest because it is in flight owes nothing for it: the rest stays dirty until P4 has happened.
 
+use super::in_flight::{InFlight, Slot};
+use super::marks::Marks;
 use crate::bitmap::Sink;
 use crate::error::Error;
-use crate::flush::FlushGather;
-use crate::sync::{Step, performs};
-use crate::units::{Granule, IovaRange};
+use crate::flush::{FlushGather, FlushQueue};
+use crate::sync::{Ordering, Step, fence, performs};
+use crate::units::{Granule, Iova, IovaRange};
 
 /// What a source hands its dirty leaves to during one harvest: see
 /// [`DirtySource::read_and_clear`](super::DirtySource::read_and_clear).
@@ -15,12 +36,41 @@ use crate::units::{Granule, IovaRange};
 pub struct LeafSink<'s, 'b> {
     sink: &'s mut Sink<'b>,
     gather: &'s mut FlushGather,
+    rests: Option<Rests<'s>>,
+}
+
+/// Where the rests of leaves go that a request covers in part.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rests<'s> {
+    /// Says that a rest is dirty while it is on its way.
+    pub(crate) in_flight: &'s InFlight,
+    /// Receives the rests.
+    pub(crate) kept: &'s Marks,
+    /// Receives the debts of whoever takes a rest.
+    pub(crate) flush: &'s FlushQueue,
 }
 
 impl<'s, 'b> LeafSink<'s, 'b> {
-    /// Records in `sink` and owes in `gather`.
+    /// Records in `sink` and owes in `gather`. A leaf that sticks out of what `sink` records stays dirty.
     pub fn new(sink: &'s mut Sink<'b>, gather: &'s mut FlushGather) -> Self {
-        LeafSink { sink, gather }
+        LeafSink {
+            sink,
+            gather,
+            rests: None,
+        }
+    }
+
+    /// As [`new`](Self::new), but a leaf that sticks out becomes clean and its rest goes to `rests`.
+    pub(crate) fn keeping(
+        sink: &'s mut Sink<'b>,
+        gather: &'s mut FlushGather,
+        rests: Rests<'s>,
+    ) -> Self {
+        LeafSink {
+            sink,
+            gather,
+            rests: Some(rests),
+        }
     }
 
     /// The addresses that are asked for.
@@ -30,9 +80,10 @@ impl<'s, 'b> LeafSink<'s, 'b> {
 
     /// Takes a leaf that was seen dirty: `leaf` are all its addresses, `size` is what an invalidation must know of it.
     ///
-    /// `clear` makes the leaf clean by one atomic step and says whether it was dirty until then. It is called last, and
-    /// not at all for a leaf that sticks out of [`range`](Self::range): such a leaf stays dirty, and owes the
-    /// invalidation of the part that is reported, since a write to it may be translated and not have landed.
+    /// `clear` makes the leaf clean by one atomic step and says whether it was dirty until then. It is called last. Of a leaf
+    /// that sticks out of [`range`](Self::range) the part inside is reported, and the rest is found by later harvests; outside
+    /// of an [`AddressSpace`](crate::AddressSpace), which has a place for rests, such a leaf is reported but not cleared, and owes
+    /// the invalidation of what is reported, since a write to it may be translated and not have landed.
     ///
     /// # Errors
     /// Those of [`Sink::record`]; the leaf stays dirty.
@@ -46,13 +97,103 @@ impl<'s, 'b> LeafSink<'s, 'b> {
         let Some(part) = leaf.intersection(self.range()) else {
             return Ok(());
         };
+        if part != leaf {
+            return self.take_part(leaf, part, size, clear);
+        }
         if performs(Step::RecordBeforeClear) {
-            self.sink.record(part)?;
+            self.sink.record(leaf)?;
         }
-        self.gather.add(part, size);
-        if part == leaf {
-            clear();
-        }
+        self.gather.add(leaf, size);
+        clear();
         Ok(())
+    }
+
+    /// See "A leaf that sticks out" in the module.
+    #[cold]
+    fn take_part(
+        &mut self,
+        leaf: IovaRange,
+        part: IovaRange,
+        size: Granule,
+        clear: impl FnOnce() -> bool,
+    ) -> Result<(), Error> {
+        let Some(rests) = self.rests else {
+            self.sink.record(part)?;
+            self.gather.add(part, size);
+            return Ok(());
+        };
+        let mut rest = Rest::publish(rests, leaf, part, size);
+        self.sink.record(part)?;
+        self.gather.add(leaf, size);
+        // Release: pairs with the Acquire fence between the tables and the slots in `Holding::take`; whoever sees the leaf
+        // clean sees the rest in flight, whatever the ordering of the source's own clear.
+        fence(Ordering::Release);
+        // Until the clear says otherwise: if it panics, the rest is dirty.
+        rest.left = true;
+        if !performs(Step::OweAfterClear) {
+            rest.owe();
+        }
+        rest.left = clear();
+        Ok(())
+    }
+}
+
+/// The rest of a leaf, on its way from the leaf to the marks; arrives when this is dropped.
+struct Rest<'s> {
+    rests: Rests<'s>,
+    leaf: IovaRange,
+    size: Granule,
+    /// Below and above the part that was asked for.
+    sides: [Option<IovaRange>; 2],
+    slots: [Option<&'s Slot>; 2],
+    /// Whether the leaf has, or may have, left its D to us.
+    left: bool,
+}
+
+impl<'s> Rest<'s> {
+    fn publish(rests: Rests<'s>, leaf: IovaRange, part: IovaRange, size: Granule) -> Self {
+        let below = part.start().get().checked_sub(1).map(Iova::new);
+        let above = part.last().checked_add(1);
+        let sides = [
+            below.and_then(|last| IovaRange::new(leaf.start(), last).ok()),
+            above.and_then(|start| IovaRange::new(start, leaf.last()).ok()),
+        ];
+        let publish = |side: IovaRange| rests.in_flight.publish(side);
+        let slots = if performs(Step::GuardRest) {
+            sides.map(|side| side.map(publish))
+        } else {
+            [None; 2]
+        };
+        Rest {
+            rests,
+            leaf,
+            size,
+            sides,
+            slots,
+            left: false,
+        }
+    }
+
+    fn owe(&self) {
+        let mut gather = FlushGather::new();
+        gather.add(self.leaf, self.size);
+        // Whoever takes the rest waits for a later ticket.
+        let _ = self.rests.flush.owe(&gather);
+    }
+}
+
+impl Drop for Rest<'_> {
+    fn drop(&mut self) {
+        if self.left {
+            if performs(Step::OweAfterClear) {
+                self.owe();
+            }
+            for side in self.sides.into_iter().flatten() {
+                self.rests.kept.mark(side);
+            }
+        }
+        for slot in self.slots.into_iter().flatten() {
+            slot.free();
+        }
     }
 }

@@ -3,10 +3,17 @@
 //! The core knows no hardware. An IO page table with its IOTLBs is a source, a kernel interface would be another;
 //! marks by CPU threads are kept by the address space itself and join the same harvest and the same flush.
 
+mod in_flight;
 mod leaf_sink;
 mod marks;
 
+#[cfg(all(test, dirtymap_loom))]
+#[allow(clippy::unwrap_used)] // helpers of tests
+mod loom_tests;
+
+pub(crate) use in_flight::{InFlight, Slot};
 pub use leaf_sink::LeafSink;
+pub(crate) use leaf_sink::Rests;
 pub(crate) use marks::Marks;
 
 use crate::bitmap::Sink;

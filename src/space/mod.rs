@@ -24,7 +24,7 @@ pub use unmap::Unmapped;
 use crate::area::{AreaTree, Snapshot};
 use crate::error::Error;
 use crate::flush::{FlushGather, FlushQueue};
-use crate::source::{DirtySource, Mapping};
+use crate::source::{DirtySource, InFlight, Mapping};
 use crate::sync::Arc;
 use crate::units::{Access, Granule, Iova, IovaRange};
 use rules::Rules;
@@ -42,6 +42,7 @@ pub struct AddressSpace {
     pub(crate) areas: AreaTree<Area, 16, Rules>,
     pub(crate) sources: Vec<Box<dyn DirtySource>>,
     pub(crate) flush: FlushQueue,
+    pub(crate) in_flight: InFlight,
     pub(crate) counters: Arc<Counters>,
     tracking: Tracking,
 }
@@ -54,6 +55,7 @@ impl AddressSpace {
             areas: AreaTree::new(),
             sources: Vec::new(),
             flush: FlushQueue::new(),
+            in_flight: InFlight::new(),
             counters: Arc::new(Counters::default()),
             tracking: Tracking::new(),
         }

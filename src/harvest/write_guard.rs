@@ -1,0 +1,83 @@
+//! Writes that take their time: dirty from before they begin until after they end.
+
+use crate::error::Error;
+use crate::source::Slot;
+use crate::space::AddressSpace;
+use crate::sync::{Step, performs};
+use crate::units::IovaRange;
+
+/// A write in flight. While it lives, every harvest and peek reports its pages, and they stay dirty; when it is dropped, the
+/// write is done and its pages are marked.
+///
+/// For writes that others perform, such as an asynchronous read of a disk into guest memory: with
+/// [`mark`](AddressSpace::mark) alone, whoever submits them would have to mark when they complete, on every path.
+///
+/// ```
+/// # use dirtymap::{Access, AddressSpace, Granule, Iova, IovaRange};
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// # let space = AddressSpace::new(Granule::K4);
+/// # let ram = IovaRange::from_len(Iova::MIN, 1 << 20)?;
+/// # space.map(ram, 0, Access::ReadWrite)?;
+/// let guard = space.begin_write(IovaRange::from_len(Iova::new(0x2000), 512)?)?;
+/// // Submit the read; harvests report page 2 from here on, whatever they clear.
+/// drop(guard); // when it has completed
+/// # Ok(())
+/// # }
+/// ```
+#[must_use = "the write is in flight only while the guard lives"]
+#[derive(Debug)]
+pub struct WriteGuard<'a> {
+    space: &'a AddressSpace,
+    slot: &'a Slot,
+    range: IovaRange,
+}
+
+impl WriteGuard<'_> {
+    /// The pages that are being written.
+    pub fn range(&self) -> IovaRange {
+        self.range
+    }
+}
+
+impl AddressSpace {
+    /// Says that a write to `range` is about to begin; it is in flight until the guard is dropped. Pages that `range` only
+    /// touches count whole.
+    ///
+    /// Lock-free. Allocates only when more writes are in flight than ever before in this space. Every harvest looks at each of them
+    /// once for each area, so this is meant for some tens at a time.
+    ///
+    /// If an area of the range is unmapped meanwhile, the drop of the guard counts in
+    /// [`SpaceStats::outside_marks`](crate::SpaceStats::outside_marks).
+    ///
+    /// # Errors
+    /// [`Error::Outside`] with the first address that no area holds. Nothing is in flight then, and the call is counted in
+    /// [`SpaceStats::outside_marks`](crate::SpaceStats::outside_marks).
+    pub fn begin_write(&self, range: IovaRange) -> Result<WriteGuard<'_>, Error> {
+        if let Some(at) = self.snapshot().contiguous(range).find_map(Result::err) {
+            self.counters.outside_mark();
+            return Err(Error::Outside { at });
+        }
+        let range = range.round_out(self.page());
+        Ok(WriteGuard {
+            space: self,
+            slot: self.in_flight.publish(range),
+            range,
+        })
+    }
+}
+
+impl Drop for WriteGuard<'_> {
+    fn drop(&mut self) {
+        let early = !performs(Step::MarkBeforeFree);
+        if early {
+            self.slot.free();
+        }
+        // The mark first, then the slot: one of the two always names the pages. See `source::in_flight`.
+        if self.space.mark_inside(self.range).first.is_some() {
+            self.space.counters.outside_mark();
+        }
+        if !early {
+            self.slot.free();
+        }
+    }
+}
