@@ -39,6 +39,9 @@ mod imp {
 
 pub use imp::*;
 
+/// Set once and read without waiting; invisible to the model checker, so an atomic of its user must order the two.
+pub use std::sync::OnceLock;
+
 /// Locks `mutex`, also when a thread panicked while it held it: what the library guards with a mutex is valid at every
 /// step, so a panic elsewhere must not take the accounting down with it.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -67,6 +70,18 @@ pub enum Step {
     DrainInFlight,
     /// Dropping cached translations when a flush asks for it.
     DropCached,
+    /// Filling a pair of area and domain only if it is not filled.
+    FillOnce,
+    /// Leaving pairs unfilled whose domain is leaving.
+    RefuseLeaving,
+    /// Publishing a root between the word that a domain leaves and the look at the areas.
+    OrderByRoot,
+    /// Marking what is put back into an area or a domain that is going.
+    MarkIfGoing,
+    /// Flushing before the addresses of an unmap are free.
+    FlushBeforeReuse,
+    /// Giving way to the pieces of a cut before they are published.
+    GiveWayFirst,
 }
 
 #[cfg(dirtymap_loom)]

@@ -16,7 +16,7 @@ use crate::bitmap::{BitmapView, Runs, Sink};
 use crate::error::Error;
 use crate::flush::{FlushGather, Ticket};
 use crate::source::{LeafSink, Stopped};
-use crate::space::{AddressSpace, Area};
+use crate::space::{AddressSpace, Area, Covered};
 use crate::sync::{Ordering, Step, fence, performs};
 use crate::units::{Granule, Iova, IovaRange};
 
@@ -128,6 +128,7 @@ impl<State> fmt::Debug for Lease<'_, State> {
 pub(super) struct Holding<'a> {
     space: &'a AddressSpace,
     view: BitmapView<'a>,
+    covered: Covered,
     /// The last address that the walk may have touched; `None` before the first area.
     reached: Option<Iova>,
     gather: FlushGather,
@@ -150,11 +151,12 @@ enum Debt {
 
 impl<'a> Holding<'a> {
     /// A lease that has taken nothing yet.
-    pub(super) fn begin(space: &'a AddressSpace, view: BitmapView<'a>) -> Self {
+    pub(super) fn begin(space: &'a AddressSpace, view: BitmapView<'a>, covered: Covered) -> Self {
         space.counters.harvest();
         Holding {
             space,
             view,
+            covered,
             reached: None,
             gather: FlushGather::new(),
             debt: Debt::Held,
@@ -173,15 +175,23 @@ impl<'a> Holding<'a> {
         // What one source could not process ends the part for all that follow: below it, the lease has everything.
         let mut rest = Some(part);
         let mut outcome = Ok(());
-        for source in &self.space.sources {
+        for domain in self.covered.domains() {
             let Some(part) = rest else { break };
             sink.limit_to(part);
             let mut out = LeafSink::new(sink, &mut self.gather);
-            if let Err(stopped) = source.read_and_clear(part, &mut out) {
+            // The table first: what an unmap takes out of it comes to what is kept, and then to the marks.
+            if let Err(stopped) = domain.source.read_and_clear(part, &mut out) {
+                (rest, outcome) = below(part, stopped, self.space.page());
+            }
+            let Some(part) = rest else { break };
+            sink.limit_to(part);
+            if let Err(stopped) = domain.kept.read_and_clear(part, sink) {
                 (rest, outcome) = below(part, stopped, self.space.page());
             }
         }
-        if let Some(part) = rest {
+        if let Some(part) = rest
+            && self.covered.marks
+        {
             sink.limit_to(part);
             if let Err(stopped) = area.marks.read_and_clear(part, sink) {
                 (_, outcome) = below(part, stopped, self.space.page());
@@ -249,7 +259,7 @@ impl<'a> Holding<'a> {
             let Some(run) = touched.and_then(|touched| touched.intersection(run)) else {
                 break;
             };
-            let outside = self.space.mark_inside(run).bytes;
+            let outside = self.space.put_back(run, &self.covered).bytes;
             aborted.outside_bytes = aborted.outside_bytes.saturating_add(outside);
             let all = u64::try_from(run.len()).unwrap_or(u64::MAX);
             aborted.bytes = aborted.bytes.saturating_add(all - outside.min(all));

@@ -26,10 +26,11 @@
 //!
 //! A marker that finds the page marked already (no M1) leaves it to the one who marked it.
 
+use super::area::Pairs;
 use super::{AddressSpace, Area};
 use crate::error::Error;
 use crate::flush::FlushGather;
-use crate::sync::{Arc, Ordering, Step, fence, performs};
+use crate::sync::{Arc, MutexGuard, Ordering, Step, fence, performs};
 use crate::units::IovaRange;
 
 /// What [`AddressSpace::unmap_discarding`] did.
@@ -56,35 +57,62 @@ impl AddressSpace {
     /// translations, and the call can be repeated.
     pub fn unmap_discarding(&self, range: IovaRange) -> Result<Unmapped, Error> {
         let areas = self.whole_areas(range)?;
-        let mut claimed = Claimed::new(self, &areas)?;
-        let mut ticket = None;
-        for area in &areas {
-            let mut gather = FlushGather::new();
-            let mut dirty = Vec::new();
-            for source in &self.sources {
-                source.unmap(area.mapping.range, &mut gather, &mut |leaf| {
-                    append(&mut dirty, leaf);
-                });
-            }
-            // The debt first, then the pages.
-            ticket = Some(self.flush.owe(&gather));
-            for run in dirty {
-                area.marks.mark(run);
-            }
-        }
-        if let Some(ticket) = ticket {
-            self.flush.wait(ticket, |gather| self.invalidate(gather))?;
-        }
+        let mut claimed = Claimed::new(&areas)?;
+        // SeqCst: F6 of the protocol in `attachment`; pairs with F5 in `put_back`.
+        fence(Ordering::SeqCst);
+        // Held to the end, so that nobody fills a domain with an area that goes.
+        let mut pairs: Vec<_> = areas.iter().map(|area| area.pairs()).collect();
+        self.empty_areas(&areas, &mut pairs)?;
         self.remove(&areas);
         claimed.removed = true;
+        pairs.iter_mut().for_each(|pairs| **pairs = None);
         let mut unmapped = Unmapped::default();
         for area in &areas {
+            let range = area.mapping.range;
             unmapped.areas += 1;
-            unmapped.bytes += area.mapping.range.len();
-            unmapped.discarded_bytes += u128::from(area.marks.clear()) << self.page().lg2();
+            unmapped.bytes += range.len();
+            unmapped.discarded_bytes += u128::from(area.marks.clear(range)) << self.page().lg2();
         }
         self.counters.discarded(unmapped.discarded_bytes);
         Ok(unmapped)
+    }
+
+    /// Ends all translations of `areas`, flushes, and has what is dirty in them in their marks.
+    fn empty_areas(
+        &self,
+        areas: &[Arc<Area>],
+        pairs: &mut [MutexGuard<'_, Pairs>],
+    ) -> Result<(), Error> {
+        let mut ticket = self.flush.owe(&FlushGather::new());
+        for (area, filled) in areas.iter().zip(pairs) {
+            while let Some(domain) = filled.as_ref().and_then(|filled| filled.last().cloned()) {
+                let (owed, dirty) = self.empty(&domain, area.mapping.range);
+                ticket = owed;
+                dirty.into_iter().for_each(|run| domain.kept.mark(run));
+                // Only now: a source that panics is asked again.
+                filled.as_mut().and_then(Vec::pop);
+            }
+        }
+        if performs(Step::FlushBeforeReuse) {
+            self.flush_until(ticket)?;
+        }
+        let domains = self.attachments();
+        for area in areas {
+            for domain in domains.iter() {
+                let kept = domain.kept.take_runs(area.mapping.range);
+                kept.into_iter().for_each(|run| area.marks.mark(run));
+            }
+        }
+        Ok(())
+    }
+
+    /// Undoes the map of an area that is not live, whose range some domains have been filled with.
+    pub(super) fn take_out(&self, area: &Arc<Area>) -> Result<(), Error> {
+        let mut pairs = [area.pairs()];
+        self.empty_areas(std::slice::from_ref(area), &mut pairs)?;
+        self.remove(std::slice::from_ref(area));
+        *pairs[0] = None;
+        Ok(())
     }
 
     /// The areas inside `range`, one at least, none of which sticks out.
@@ -125,14 +153,13 @@ impl AddressSpace {
 
 /// Areas that this thread is unmapping. Dropped before they are removed, it gives them back.
 struct Claimed<'a> {
-    space: &'a AddressSpace,
     areas: &'a [Arc<Area>],
     removed: bool,
 }
 
 impl<'a> Claimed<'a> {
     /// Claims all of `areas` or none.
-    fn new(space: &'a AddressSpace, areas: &'a [Arc<Area>]) -> Result<Self, Error> {
+    fn new(areas: &'a [Arc<Area>]) -> Result<Self, Error> {
         for (claimed, area) in areas.iter().enumerate() {
             if let Err(busy) = area.claim() {
                 areas[..claimed].iter().for_each(|area| area.give_back());
@@ -140,7 +167,6 @@ impl<'a> Claimed<'a> {
             }
         }
         Ok(Claimed {
-            space,
             areas,
             removed: false,
         })
@@ -149,27 +175,8 @@ impl<'a> Claimed<'a> {
 
 impl Drop for Claimed<'_> {
     fn drop(&mut self) {
-        if self.removed {
-            return;
+        if !self.removed {
+            self.areas.iter().for_each(|area| area.give_back());
         }
-        // The flush failed, or a source panicked, and with it may have gone what it had gathered: owe all of it.
-        let mut gather = FlushGather::new();
-        for area in self.areas {
-            gather.add(area.mapping.range, self.space.page());
-        }
-        let _ = self.space.flush.owe(&gather);
-        self.areas.iter().for_each(|area| area.give_back());
-    }
-}
-
-/// Adds `leaf` to ascending `runs`, to the last one if they touch.
-fn append(runs: &mut Vec<IovaRange>, leaf: IovaRange) {
-    if let Some(last) = runs.last_mut()
-        && last.last().checked_add(1) == Some(leaf.start())
-        && let Ok(joined) = IovaRange::new(last.start(), leaf.last())
-    {
-        *last = joined;
-    } else {
-        runs.push(leaf);
     }
 }
