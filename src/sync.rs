@@ -76,8 +76,14 @@ pub enum Step {
     RefuseLeaving,
     /// Publishing a root between the word that a domain leaves and the look at the areas.
     OrderByRoot,
+    /// Looking at the areas after a domain was published, not before.
+    LookAfterPublish,
+    /// Closing the pairs of an area that has gone.
+    ClosePairs,
     /// Marking what is put back into an area or a domain that is going.
     MarkIfGoing,
+    /// The fences between what is put back and the look whether area or domain are going.
+    GoingFence,
     /// Flushing before the addresses of an unmap are free.
     FlushBeforeReuse,
     /// Giving way to the pieces of a cut before they are published.

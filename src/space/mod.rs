@@ -5,12 +5,14 @@
 //! * **Map** puts the area into the tree first (the tree decides between racing maps and reservations), then fills the sources.
 //! * **Unmap** claims the areas, empties the sources, flushes, and only then takes the areas out of the tree: no
 //!   address can be mapped again before the flush that covers it has finished.
+//! * **Cut** and **batches** go the same way: `change.rs` has the steps of all three.
 //! * **Mark** finds the area and sets its software dirty bits.
 //! * **Harvest** is one floor up, in [`harvest`](crate::harvest).
 
 mod allocation;
 mod area;
 mod attachment;
+mod change;
 mod faults;
 mod rules;
 mod stats;
@@ -20,6 +22,7 @@ mod unmap;
 pub use allocation::SpaceRanges;
 pub(crate) use area::Area;
 pub(crate) use attachment::{Attachment, Covered};
+pub use change::Change;
 pub use faults::{Fault, FaultSource, Faults};
 pub(crate) use stats::Counters;
 pub use stats::SpaceStats;

@@ -45,6 +45,7 @@ pub struct State {
     pub refuse_split: bool,
     /// Calls that fail from now on.
     pub refuse_map: bool,
+    pub refuse_map_at: Option<IovaRange>,
     pub stop_at: Option<u64>,
     pub panic_at: Option<u64>,
     pub fail_invalidations: u32,
@@ -98,7 +99,7 @@ impl DirtySource for Fake {
 
     fn map(&self, mapping: &Mapping) -> Result<(), Error> {
         self.with(|s| {
-            if s.refuse_map {
+            if s.refuse_map || s.refuse_map_at == Some(mapping.range) {
                 return Err(Error::source_failed(Broken));
             }
             s.mapped.push(mapping.range);
