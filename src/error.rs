@@ -1,6 +1,6 @@
 //! The one error type. Every text names the value that was wrong and what would be right.
 
-use crate::units::{Granule, Iova, IovaRange};
+use crate::units::{DomainId, Granule, Iova, IovaRange};
 
 /// Why a call was refused or could not go on.
 ///
@@ -194,6 +194,49 @@ pub enum Error {
         /// The area in transition.
         area: IovaRange,
     },
+    /// The address to cut at is no multiple of the smallest page.
+    #[error("cannot cut at {at}: it is not a multiple of {granule}")]
+    UnalignedCut {
+        /// The offending address.
+        at: Iova,
+        /// What it must be a multiple of.
+        granule: Granule,
+    },
+    /// A source has a leaf on both sides of a cut, or cannot tell, and does not split leaves.
+    #[error("the dirty source cannot split its leaves at {at}")]
+    CannotSplit {
+        /// The address to cut at.
+        at: Iova,
+    },
+    /// No such domain is attached.
+    #[error("{domain} is not attached")]
+    NotAttached {
+        /// The domain asked for.
+        domain: DomainId,
+    },
+    /// The source is attached already.
+    #[error("the source is attached already, as {domain}")]
+    AttachedTwice {
+        /// As what it is attached.
+        domain: DomainId,
+    },
+    /// An area, or the memory behind it, does not start and end at multiples of the domain's smallest page.
+    #[error("cannot attach a domain with pages of {page}: the area {area} is not made of them")]
+    CannotAttach {
+        /// The smallest page of the domain.
+        page: Granule,
+        /// The first such area.
+        area: IovaRange,
+    },
+    /// A change of a batch was refused or failed, and with it all of them.
+    #[error("change {index} of the batch: {error}")]
+    Change {
+        /// Which one, counted from 0.
+        index: usize,
+        /// Why.
+        #[source]
+        error: Box<Error>,
+    },
     /// A mark touched an address outside every area. What lay inside was marked.
     #[error("{at} lies outside every area: the write there is not tracked")]
     Outside {
@@ -215,24 +258,31 @@ impl Error {
     ///
     /// | errno | refusals |
     /// |---|---|
-    /// | `ENOENT` (2) | nothing or only a part of an area in the range to unmap; no such reservation |
+    /// | `ENOENT` (2) | nothing or only a part of an area in the range to unmap; no such reservation; no such domain |
     /// | `EIO` (5) | a source failed |
     /// | `EFAULT` (14) | a window of the bitmap that cannot be had, or no longer |
     /// | `EBUSY` (16) | an area in transition |
-    /// | `EEXIST` (17) | overlap with an area |
-    /// | `EINVAL` (22) | zero length, alignment, granule, window size, short bitmap, never tracked, hole, outside, map of a reserved range, allowed ranges that overlap |
+    /// | `EEXIST` (17) | overlap with an area; a source that is attached already |
+    /// | `EINVAL` (22) | zero length, alignment, granule, window size, short bitmap, never tracked, hole, outside, map of a reserved range, allowed ranges that overlap, a cut that is unaligned or would need a split |
     /// | `ENOSPC` (28) | nothing free to allocate |
     /// | `EOVERFLOW` (75) | a range past 2^64 - 1 |
-    /// | `EADDRINUSE` (98) | a range to reserve that is mapped or allowed, one to allow that is reserved |
+    /// | `EADDRINUSE` (98) | a range to reserve that is mapped or allowed, one to allow that is reserved, a domain whose pages an area does not suit |
+    /// A change of a batch has the number of its reason.
     pub const fn errno(&self) -> i32 {
         match self {
-            Error::NothingMapped { .. } | Error::PartOfArea { .. } | Error::NotReserved { .. } => 2,
+            Error::Change { error, .. } => error.errno(),
+            Error::NothingMapped { .. }
+            | Error::PartOfArea { .. }
+            | Error::NotReserved { .. }
+            | Error::NotAttached { .. } => 2,
             Error::Source(_) => 5,
             Error::BitmapShrank { .. } | Error::BitmapWindow { .. } => 14,
             Error::Busy { .. } => 16,
-            Error::Overlap { .. } => 17,
+            Error::Overlap { .. } | Error::AttachedTwice { .. } => 17,
             Error::NoSpace { .. } => 28,
-            Error::CannotReserve { .. } | Error::CannotAllow { .. } => 98,
+            Error::CannotReserve { .. }
+            | Error::CannotAllow { .. }
+            | Error::CannotAttach { .. } => 98,
             Error::Wraps { .. } | Error::BackingWraps { .. } => 75,
             Error::ZeroLength { .. }
             | Error::ReversedRange { .. }
@@ -241,6 +291,8 @@ impl Error {
             | Error::UnalignedBacking { .. }
             | Error::Reserved { .. }
             | Error::AllowedTwice { .. }
+            | Error::UnalignedCut { .. }
+            | Error::CannotSplit { .. }
             | Error::BadGranule { .. }
             | Error::BadWindow { .. }
             | Error::BitmapTooShort { .. }

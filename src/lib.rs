@@ -87,15 +87,17 @@ mod space;
 pub mod sync;
 
 pub use error::Error;
-pub use units::{Access, Granule, Iova, IovaRange};
+pub use units::{Access, DomainId, Granule, Iova, IovaRange};
 
-pub use space::{AddressSpace, AreaHandle, SpaceRanges, SpaceStats, Unmapped};
+pub use space::{
+    AddressSpace, AreaHandle, Change, Fault, FaultSource, Faults, SpaceRanges, SpaceStats, Unmapped,
+};
 
 pub use source::{DirtySource, LeafSink, Mapping, Stopped};
 
 pub use harvest::{
-    Aborted, HarvestError, HarvestReport, HarvestRequest, Lease, Owed, StoppedHarvest, SyncError,
-    Synced, WriteGuard,
+    Aborted, HarvestError, HarvestReport, HarvestRequest, Lease, Owed, Scope, StoppedHarvest,
+    SyncError, Synced, WriteGuard,
 };
 
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]

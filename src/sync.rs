@@ -39,6 +39,9 @@ mod imp {
 
 pub use imp::*;
 
+/// Set once and read without waiting; invisible to the model checker, so an atomic of its user must order the two.
+pub use std::sync::OnceLock;
+
 /// Locks `mutex`, also when a thread panicked while it held it: what the library guards with a mutex is valid at every
 /// step, so a panic elsewhere must not take the accounting down with it.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -81,6 +84,24 @@ pub enum Step {
     GuardRest,
     /// Handing over the debt of such a rest after the clear; left out, it is handed over before.
     OweAfterClear,
+    /// Filling a pair of area and domain only if it is not filled.
+    FillOnce,
+    /// Leaving pairs unfilled whose domain is leaving.
+    RefuseLeaving,
+    /// Publishing a root between the word that a domain leaves and the look at the areas.
+    OrderByRoot,
+    /// Looking at the areas after a domain was published, not before.
+    LookAfterPublish,
+    /// Closing the pairs of an area that has gone.
+    ClosePairs,
+    /// Marking what is put back into an area or a domain that is going.
+    MarkIfGoing,
+    /// The fences between what is put back and the look whether area or domain are going.
+    GoingFence,
+    /// Flushing before the addresses of an unmap are free.
+    FlushBeforeReuse,
+    /// Giving way to the pieces of a cut before they are published.
+    GiveWayFirst,
 }
 
 #[cfg(dirtymap_loom)]

@@ -236,6 +236,8 @@ impl fmt::Display for IovaRange {
 pub struct Granule(u8);
 
 impl Granule {
+    /// One byte.
+    pub const BYTE: Granule = Granule(0);
     /// 4 KiB, the smallest page of most systems.
     pub const K4: Granule = Granule(12);
     /// 2 MiB.
@@ -299,6 +301,17 @@ impl fmt::Display for Granule {
             _ => (self.0 - 60, "EiB"),
         };
         write!(f, "{} {unit}", 1u64 << lg2)
+    }
+}
+
+/// Names a domain as long as it is attached to an address space: see
+/// [`AddressSpace::attach`](crate::AddressSpace::attach). Never given twice by one space.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct DomainId(pub(crate) u64);
+
+impl fmt::Display for DomainId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "domain {}", self.0)
     }
 }
 

@@ -195,6 +195,21 @@ impl<F: Format> Domain<F> {
 }
 
 impl<F: Format> DirtySource for Domain<F> {
+    fn page(&self) -> Granule {
+        F::PAGE
+    }
+
+    /// Refused with [`Error::StraddlingLeaf`](crate::Error::StraddlingLeaf) if a leaf maps both sides.
+    fn split_at(&self, at: Iova, _: &mut FlushGather) -> Result<(), dirtymap::Error> {
+        match self.translate(at) {
+            Some(leaf) if leaf.range.start() < at => {
+                let leaf = leaf.range;
+                Err(crate::Error::StraddlingLeaf { at, leaf }.into())
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Refused with [`Error::OutsideMemory`](crate::Error::OutsideMemory) if the memory behind it is not all there,
     /// else as by [`Table::map`].
     fn map(&self, mapping: &Mapping) -> Result<(), dirtymap::Error> {

@@ -159,6 +159,14 @@ impl Tracked {
 }
 
 impl DirtySource for Rig {
+    fn page(&self) -> Granule {
+        self.domain.page()
+    }
+
+    fn split_at(&self, at: Iova, gather: &mut FlushGather) -> Result<(), Error> {
+        self.domain.split_at(at, gather)
+    }
+
     fn map(&self, mapping: &Mapping) -> Result<(), Error> {
         DirtySource::map(&self.domain, mapping)
     }

@@ -4,9 +4,7 @@ use std::ptr;
 
 use super::node::{Node, Slot};
 use super::reclaim::{Garbage, Pinned};
-#[cfg(test)]
-use super::snapshot::Iter;
-use super::snapshot::{Areas, Entry};
+use super::snapshot::{Areas, Entry, Iter};
 use super::tree::Root;
 use crate::error::Error;
 use crate::sync::{Arc, AtomicPtr, Ordering};
@@ -80,7 +78,6 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
     }
 
     /// The areas that share an address with `range`, in ascending order.
-    #[cfg(test)]
     pub(crate) fn iter(&self, range: IovaRange) -> Iter<'_, T, F> {
         self.areas().iter(range)
     }

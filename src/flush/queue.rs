@@ -49,7 +49,6 @@ pub struct Ticket(u64);
 #[derive(Debug)]
 pub struct FlushQueue {
     policy: FlushPolicy,
-    cost: FlushCost,
     state: Mutex<State>,
     /// Held by the thread that flushes.
     leader: Mutex<()>,
@@ -62,6 +61,7 @@ pub struct FlushQueue {
 struct State {
     /// What no flush has taken yet.
     debt: Debt,
+    cost: FlushCost,
     /// The generation that `debt` will be flushed as.
     generation: u64,
     /// Frees whose flush has finished, oldest first.
@@ -84,7 +84,6 @@ impl FlushQueue {
     pub fn new() -> Self {
         FlushQueue {
             policy: FlushPolicy::default(),
-            cost: FlushCost::default(),
             state: Mutex::new(State::default()),
             leader: Mutex::new(()),
             finished: AtomicU64::new(0),
@@ -101,8 +100,8 @@ impl FlushQueue {
     /// Declares what invalidations cost: when the ranges of a debt would cost more than a full invalidation, the
     /// invalidator gets a gather that [is full](FlushGather::is_full).
     #[must_use]
-    pub fn with_cost(mut self, cost: FlushCost) -> Self {
-        self.cost = cost;
+    pub fn with_cost(self, cost: FlushCost) -> Self {
+        self.set_cost(cost);
         self
     }
 
@@ -110,9 +109,9 @@ impl FlushQueue {
         self.policy = policy;
     }
 
-    /// One more invalidator is asked by each flush.
-    pub(crate) fn add_cost(&mut self, cost: FlushCost) {
-        self.cost = self.cost.and(cost);
+    /// What flushes cost from the next one on.
+    pub(crate) fn set_cost(&self, cost: FlushCost) {
+        lock(&self.state).cost = cost;
     }
 
     /// Hands over what is owed. Does not flush and does not wait for a flush.
@@ -241,7 +240,7 @@ impl FlushQueue {
             let mut taken = self.take();
             if taken.debt.gather.is_empty() {
                 taken.retire(|_| ());
-            } else if self.cost.prefers_full(&taken.debt.gather) {
+            } else if taken.full {
                 let done = invalidate(&taken.debt.gather.to_full())?;
                 taken.retire(|stats| {
                     stats.flushed(done, forced);
@@ -303,6 +302,7 @@ impl FlushQueue {
         }
         Taken {
             queue: self,
+            full: state.cost.prefers_full(&state.debt.gather),
             debt: std::mem::take(&mut state.debt),
             generation,
             retired: false,
@@ -335,6 +335,8 @@ impl Drop for FlushQueue {
 struct Taken<'a> {
     queue: &'a FlushQueue,
     debt: Debt,
+    /// One invalidation of everything is cheaper than the ranges.
+    full: bool,
     generation: u64,
     retired: bool,
 }

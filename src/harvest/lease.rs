@@ -16,7 +16,7 @@ use crate::bitmap::{BitmapView, Runs, Sink};
 use crate::error::Error;
 use crate::flush::{FlushGather, Ticket};
 use crate::source::{LeafSink, Rests, Stopped};
-use crate::space::{AddressSpace, Area};
+use crate::space::{AddressSpace, Area, Covered};
 use crate::sync::{Ordering, Step, fence, performs};
 use crate::units::{Granule, Iova, IovaRange};
 
@@ -128,6 +128,7 @@ impl<State> fmt::Debug for Lease<'_, State> {
 pub(super) struct Holding<'a> {
     space: &'a AddressSpace,
     view: BitmapView<'a>,
+    covered: Covered,
     /// The last address that the walk may have touched; `None` before the first area.
     reached: Option<Iova>,
     gather: FlushGather,
@@ -150,11 +151,12 @@ enum Debt {
 
 impl<'a> Holding<'a> {
     /// A lease that has taken nothing yet.
-    pub(super) fn begin(space: &'a AddressSpace, view: BitmapView<'a>) -> Self {
+    pub(super) fn begin(space: &'a AddressSpace, view: BitmapView<'a>, covered: Covered) -> Self {
         space.counters.harvest();
         Holding {
             space,
             view,
+            covered,
             reached: None,
             gather: FlushGather::new(),
             debt: Debt::Held,
@@ -173,16 +175,19 @@ impl<'a> Holding<'a> {
         // What one source could not process ends the part for all that follow: below it, the lease has everything.
         let mut rest = Some(part);
         let mut outcome = Ok(());
-        for source in &self.space.sources {
+        for domain in self.covered.domains() {
             let Some(part) = rest else { break };
             sink.limit_to(part);
+            let keep = |run| {
+                let _ = self.space.put_back(run, &self.covered.only(domain));
+            };
             let rests = Rests {
                 in_flight: &self.space.in_flight,
-                kept: &area.marks,
+                keep: &keep,
                 flush: &self.space.flush,
             };
             let mut out = LeafSink::keeping(sink, &mut self.gather, rests);
-            if let Err(stopped) = source.read_and_clear(part, &mut out) {
+            if let Err(stopped) = domain.source.read_and_clear(part, &mut out) {
                 (rest, outcome) = below(part, stopped, self.space.page());
             }
         }
@@ -195,8 +200,14 @@ impl<'a> Holding<'a> {
                 let at = part.start();
                 return Err(Stopped { at, error });
             }
-            if let Err(stopped) = area.marks.read_and_clear(part, sink) {
-                (_, outcome) = below(part, stopped, self.space.page());
+        }
+        // The tables came first: what an unmap takes out of them comes to what is kept, and then to the marks.
+        let kept = self.covered.domains().iter().map(|domain| &domain.kept);
+        for marks in kept.chain(self.covered.marks.then_some(&*area.marks)) {
+            let Some(part) = rest else { break };
+            sink.limit_to(part);
+            if let Err(stopped) = marks.read_and_clear(part, sink) {
+                (rest, outcome) = below(part, stopped, self.space.page());
             }
         }
         outcome
@@ -261,7 +272,7 @@ impl<'a> Holding<'a> {
             let Some(run) = touched.and_then(|touched| touched.intersection(run)) else {
                 break;
             };
-            let outside = self.space.mark_inside(run).bytes;
+            let outside = self.space.put_back(run, &self.covered).bytes;
             aborted.outside_bytes = aborted.outside_bytes.saturating_add(outside);
             let all = u64::try_from(run.len()).unwrap_or(u64::MAX);
             aborted.bytes = aborted.bytes.saturating_add(all - outside.min(all));

@@ -22,7 +22,8 @@
 //!   of its flush: then W's data is in memory when the flush has drained, and that lease copies p after that. Or W
 //!   came after the flush: then W found no cached translation, and set D anew, after the clear.
 //! * If that other lease is aborted, p is marked again: first its gather is handed to the flush queue, then the
-//!   pages become dirty. Whoever takes the mark from then on finds the debt in the queue, and its own sync pays it.
+//!   pages become dirty. (A lease over several domains and the marks puts every page back for each of them, so that a
+//!   harvest of any of them finds it.) Whoever takes the mark from then on finds the debt in the queue, and its own sync pays it.
 //!   In the other order, a harvest could take the mark, sync without a flush and copy p while a device still writes
 //!   through a stale translation.
 //!
@@ -35,12 +36,12 @@ mod write_guard;
 pub use lease::{
     Aborted, HarvestError, HarvestReport, Lease, Owed, StoppedHarvest, SyncError, Synced,
 };
-pub use request::HarvestRequest;
+pub use request::{HarvestRequest, Scope};
 pub use write_guard::WriteGuard;
 
 use crate::bitmap::{BitmapView, UserBitmap};
 use crate::error::Error;
-use crate::space::{AddressSpace, Areas};
+use crate::space::{AddressSpace, Areas, Covered};
 use crate::sync::{Ordering, fence};
 use lease::Holding;
 
@@ -53,7 +54,7 @@ impl AddressSpace {
     ///
     /// # Errors
     /// [`HarvestError::Refused`], and nothing was touched, in this order: [`Error::Unaligned`] (to the smallest
-    /// page, then to the granule), [`Error::BitmapTooShort`], [`Error::NeverTracked`], and for
+    /// page, then to the granule), [`Error::BitmapTooShort`], [`Error::NotAttached`], [`Error::NeverTracked`], and for
     /// [all-or-nothing](HarvestRequest::all_or_nothing) requests [`Error::Hole`].
     ///
     /// [`HarvestError::Stopped`] at a hole, or where a source failed (an all-or-nothing request too): it has the error, the first address that was
@@ -64,11 +65,11 @@ impl AddressSpace {
         bitmap: UserBitmap<'a>,
     ) -> Result<Lease<'a, Owed>, HarvestError<'a>> {
         let snapshot = self.snapshot();
-        let view = self
+        let (view, covered) = self
             .check(request, bitmap, &snapshot)
             .map_err(HarvestError::Refused)?;
         let range = request.range();
-        let mut holding = Holding::begin(self, view);
+        let mut holding = Holding::begin(self, view, covered);
         // After the holding, so that it goes before it: a walk that panics closes its window, then puts back.
         let mut sink = view.sink();
         for entry in snapshot.contiguous(range) {
@@ -101,7 +102,7 @@ impl AddressSpace {
         bitmap: UserBitmap<'a>,
     ) -> Result<BitmapView<'a>, Error> {
         let snapshot = self.snapshot();
-        let view = self.check(request, bitmap, &snapshot)?;
+        let (view, covered) = self.check(request, bitmap, &snapshot)?;
         let range = request.range();
         let mut sink = view.sink();
         for entry in snapshot.contiguous(range) {
@@ -109,19 +110,21 @@ impl AddressSpace {
             // Never empty: a contiguous walk yields areas that intersect the range.
             let part = entry.range.intersection(range).unwrap_or(range);
             sink.limit_to(part);
-            for source in &self.sources {
-                source
-                    .peek(part, &mut sink)
-                    .map_err(|stopped| stopped.error)?;
-            }
-            // As in `Holding::take`: first the tables, then what is in flight, then the marks.
+            // As in `Holding::take`: first the tables, then what is in flight, then what is kept and marked.
+            let peeked = covered
+                .domains()
+                .iter()
+                .try_for_each(|domain| domain.source.peek(part, &mut sink));
+            peeked.map_err(|stopped| stopped.error)?;
             fence(Ordering::Acquire);
             self.in_flight.visit(part, |write| sink.record(write))?;
-            entry
-                .area
-                .marks
-                .peek(part, &mut sink)
-                .map_err(|stopped| stopped.error)?;
+            let peeked = covered
+                .domains()
+                .iter()
+                .map(|domain| &domain.kept)
+                .chain(covered.marks.then_some(&*entry.area.marks))
+                .try_for_each(|marks| marks.peek(part, &mut sink));
+            peeked.map_err(|stopped| stopped.error)?;
         }
         Ok(view)
     }
@@ -132,16 +135,18 @@ impl AddressSpace {
         request: &HarvestRequest,
         bitmap: UserBitmap<'a>,
         snapshot: &Areas<'_>,
-    ) -> Result<BitmapView<'a>, Error> {
+    ) -> Result<(BitmapView<'a>, Covered), Error> {
         let range = request.range();
-        if !range.is_aligned(self.page()) {
-            return Err(Error::Unaligned {
-                range,
-                granule: self.page(),
-            });
+        let granule = snapshot.rules().alignment(self.page());
+        if !range.is_aligned(granule) {
+            return Err(Error::Unaligned { range, granule });
         }
         let view = bitmap.view(range, request.granule())?;
-        if !self.ever_tracked() {
+        let covered = match request.scope() {
+            Scope::All => Covered::everything(snapshot.rules()),
+            Scope::Domain(domain) => Covered::domain(snapshot.rules(), domain)?,
+        };
+        if !self.ever_tracked(&covered) {
             return Err(Error::NeverTracked { range });
         }
         if request.is_all_or_nothing()
@@ -149,6 +154,6 @@ impl AddressSpace {
         {
             return Err(Error::Hole { at, range });
         }
-        Ok(view)
+        Ok((view, covered))
     }
 }

@@ -1,6 +1,6 @@
 //! What a harvest is asked for.
 
-use crate::units::{Granule, IovaRange};
+use crate::units::{DomainId, Granule, IovaRange};
 
 /// A range of addresses, and the bytes that one bit of the answer stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -8,6 +8,17 @@ pub struct HarvestRequest {
     range: IovaRange,
     granule: Granule,
     all_or_nothing: bool,
+    scope: Scope,
+}
+
+/// Whose dirty state a harvest asks for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Scope {
+    /// All domains, and marks.
+    #[default]
+    All,
+    /// One domain: what its devices wrote, and what earlier leases that covered it put back.
+    Domain(DomainId),
 }
 
 impl HarvestRequest {
@@ -20,7 +31,20 @@ impl HarvestRequest {
             range,
             granule,
             all_or_nothing: false,
+            scope: Scope::All,
         }
+    }
+
+    /// Asks for the dirty state of `scope` alone; the default is all of it.
+    #[must_use]
+    pub const fn in_scope(mut self, scope: Scope) -> Self {
+        self.scope = scope;
+        self
+    }
+
+    /// Whose dirty state is asked for.
+    pub const fn scope(&self) -> Scope {
+        self.scope
     }
 
     /// Refuses the request, before anything is touched, if no area holds some address of the range.

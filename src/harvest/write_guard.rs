@@ -73,9 +73,7 @@ impl Drop for WriteGuard<'_> {
             self.slot.free();
         }
         // The mark first, then the slot: one of the two always names the pages. See `source::in_flight`.
-        if self.space.mark_inside(self.range).first.is_some() {
-            self.space.counters.outside_mark();
-        }
+        let _ = self.space.mark(self.range);
         if !early {
             self.slot.free();
         }

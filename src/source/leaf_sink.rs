@@ -2,7 +2,7 @@
 //!
 //! # A leaf that sticks out
 //! A dirty leaf has one D for all of its pages, and a request may cover only some of them. The covered part goes to the lease;
-//! the rest becomes marks. Between the clear and those marks nothing would say that the rest is dirty, and a rest that is
+//! the rest is kept as marks of the source. Between the clear and those marks nothing would say that the rest is dirty, and a rest that is
 //! marked before the clear can be taken, flushed and written again before that clear, which then destroys the new D. So:
 //!
 //! ```text
@@ -20,7 +20,6 @@
 //! * Whoever reports the rest because it is in flight owes nothing for it: the rest stays dirty until P4 has happened.
 
 use super::in_flight::{InFlight, Slot};
-use super::marks::Marks;
 use crate::bitmap::Sink;
 use crate::error::Error;
 use crate::flush::{FlushGather, FlushQueue};
@@ -40,14 +39,20 @@ pub struct LeafSink<'s, 'b> {
 }
 
 /// Where the rests of leaves go that a request covers in part.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub(crate) struct Rests<'s> {
     /// Says that a rest is dirty while it is on its way.
     pub(crate) in_flight: &'s InFlight,
-    /// Receives the rests.
-    pub(crate) kept: &'s Marks,
+    /// Keeps a rest dirty where later harvests of the source find it.
+    pub(crate) keep: &'s dyn Fn(IovaRange),
     /// Receives the debts of whoever takes a rest.
     pub(crate) flush: &'s FlushQueue,
+}
+
+impl std::fmt::Debug for Rests<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Rests").finish_non_exhaustive()
+    }
 }
 
 impl<'s, 'b> LeafSink<'s, 'b> {
@@ -138,7 +143,7 @@ impl<'s, 'b> LeafSink<'s, 'b> {
     }
 }
 
-/// The rest of a leaf, on its way from the leaf to the marks; arrives when this is dropped.
+/// The rest of a leaf, on its way from the leaf to where it is kept; arrives when this is dropped.
 struct Rest<'s> {
     rests: Rests<'s>,
     leaf: IovaRange,
@@ -189,7 +194,7 @@ impl Drop for Rest<'_> {
                 self.owe();
             }
             for side in self.sides.into_iter().flatten() {
-                self.rests.kept.mark(side);
+                (self.rests.keep)(side);
             }
         }
         for slot in self.slots.into_iter().flatten() {

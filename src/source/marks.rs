@@ -18,13 +18,13 @@
 //!
 //! A CPU that believes "already dirty" is thus an IOTLB entry, and the fence in `sync` is its flush.
 
-use crate::bitmap::{ChunkMap, Sink};
+use crate::bitmap::{ChunkMap, Sink, word_runs};
 use crate::error::Error;
 use crate::source::Stopped;
 use crate::sync::{Ordering, Step, fence, performs};
 use crate::units::{Granule, Iova, IovaRange};
 
-/// The software dirty bits of one area, one for each smallest page.
+/// Dirty bits in memory of our own, one for each smallest page: the marks of an area, and what is kept for a domain.
 #[derive(Debug)]
 pub(crate) struct Marks {
     range: IovaRange,
@@ -81,15 +81,39 @@ impl Marks {
         })
     }
 
-    /// Forgets all marks; how many pages there were.
-    pub(crate) fn clear(&self) -> u64 {
+    /// Forgets the marks of `range`, which is made of whole pages; how many there were.
+    pub(crate) fn clear(&self, range: IovaRange) -> u64 {
         let mut pages = 0;
-        let cleared = self.visit(self.range, |_, mask| {
-            pages += u64::from(mask.count_ones());
+        self.take(range, |_, mask| pages += u64::from(mask.count_ones()));
+        pages
+    }
+
+    /// Hands the marks of `range` to `taker`, as page and mask of the pages from there on, and forgets them.
+    pub(crate) fn take(&self, range: IovaRange, mut taker: impl FnMut(Iova, u64)) {
+        let taken = self.visit(range, |start, mask| {
+            taker(start, mask);
             Ok(true)
         });
-        debug_assert!(cleared.is_ok());
-        pages
+        debug_assert!(taken.is_ok());
+    }
+
+    /// Takes the marks of `range`, as runs in ascending order.
+    ///
+    /// Who moves marks takes them first and sets them elsewhere then: a marker that finds a page marked here, and so
+    /// leaves it at that, comes before the taking, and so before the setting.
+    pub(crate) fn take_runs(&self, range: IovaRange) -> Vec<IovaRange> {
+        let mut runs = Vec::new();
+        self.take(range, |start, mask| {
+            for (first, last) in word_runs(mask) {
+                let page = |n: u32| Iova::new(start.get() + (u64::from(n) << self.page.lg2()));
+                // Never an error: a run goes upwards.
+                runs.extend(IovaRange::new(
+                    page(first),
+                    page(last).granule_last(self.page),
+                ));
+            }
+        });
+        runs
     }
 
     fn visit(

@@ -20,7 +20,7 @@ use crate::bitmap::Sink;
 use crate::error::Error;
 use crate::flush::{FlushCost, FlushGather, Invalidated};
 use crate::sync::Arc;
-use crate::units::{Access, Iova, IovaRange};
+use crate::units::{Access, Granule, Iova, IovaRange};
 
 /// What an address space asks a source to translate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,7 +50,20 @@ pub struct Stopped {
 /// * **A dirty bit is cleared only by [`LeafSink::take`]**, which records the leaf and owes its invalidation first, and
 ///   by one atomic operation, from whose result follows whether the leaf was dirty.
 /// * **No waiting** in `read_and_clear` and `peek`: not for devices, not for `map` and `unmap`, not for each other.
+/// * **No way back**: no method calls into the address space that the source is attached to, except to look.
 pub trait DirtySource: Send + Sync {
+    /// The smallest page: what it maps starts and ends at multiples of it, in device addresses and in memory. While the
+    /// source is attached, no area is finer. One byte, the default, asks for nothing.
+    fn page(&self) -> Granule {
+        Granule::BYTE
+    }
+
+    /// What tells this source from others, so that it is not attached twice; `None`, the default, if that cannot be
+    /// told. A source that is shared by [`Arc`] is told by its address.
+    fn identity(&self) -> Option<usize> {
+        None
+    }
+
     /// Lets devices reach `mapping`. It starts out clean. Nothing else is mapped in its range.
     ///
     /// # Errors
@@ -60,9 +73,22 @@ pub trait DirtySource: Send + Sync {
     /// Ends the translations of `range`, and adds to `gather` what must be invalidated before it is certain that no
     /// device reaches the memory any more. Calls `dirty` for each leaf that was dirty when it went.
     ///
-    /// `range` is that of one earlier `map`, which may have been refused or unmapped before: then there is nothing to
-    /// do.
+    /// `range` is that of one earlier `map`, which may have been refused or unmapped before, at least in part: there
+    /// is nothing to do then. Or it is a part of it that begins and ends where [`split_at`](Self::split_at) succeeded.
+    ///
+    /// The dirty bit is read by the operation that ends the translation, so that no write comes between the two.
     fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange));
+
+    /// Sees to it that no leaf maps both sides of `at`, so that what lies below and what begins there can be unmapped
+    /// apart. What devices may reach does not change, and what is dirty stays dirty, a superset of it after a leaf
+    /// was split. Adds to `gather` the translations of the old size that devices may have cached.
+    ///
+    /// # Errors
+    /// If the source cannot; then nothing is changed. The default cannot.
+    fn split_at(&self, at: Iova, gather: &mut FlushGather) -> Result<(), Error> {
+        let _ = gather;
+        Err(Error::CannotSplit { at })
+    }
 
     /// Switches tracking. On: leaves that are dirty become clean, and every write that begins after the return is
     /// reported; twice on changes nothing and keeps what is dirty. Off: what is dirty stays for a last harvest. May
@@ -102,12 +128,24 @@ pub trait DirtySource: Send + Sync {
 
 /// A shared source is a source.
 impl<T: DirtySource + ?Sized> DirtySource for Arc<T> {
+    fn page(&self) -> Granule {
+        (**self).page()
+    }
+
+    fn identity(&self) -> Option<usize> {
+        Some(Arc::as_ptr(self).cast::<()>().addr())
+    }
+
     fn map(&self, mapping: &Mapping) -> Result<(), Error> {
         (**self).map(mapping)
     }
 
     fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
         (**self).unmap(range, gather, dirty)
+    }
+
+    fn split_at(&self, at: Iova, gather: &mut FlushGather) -> Result<(), Error> {
+        (**self).split_at(at, gather)
     }
 
     fn set_tracking(&self, on: bool) -> Result<(), Error> {

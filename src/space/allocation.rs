@@ -5,7 +5,7 @@
 //! same address one is refused.
 
 use super::rules::{Rules, holes};
-use super::{AddressSpace, Area};
+use super::{AddressSpace, Area, check_mapping};
 use crate::error::Error;
 use crate::source::Mapping;
 use crate::sync::Arc;
@@ -43,46 +43,39 @@ impl AddressSpace {
     ///
     /// # Errors
     /// In this order: [`Error::ZeroLength`] (at 0, as it has no place yet), [`Error::UnalignedLength`] and
-    /// [`Error::UnalignedBacking`] (multiples of [`page`](Self::page)), [`Error::BackingWraps`] (with the range as if it
+    /// [`Error::UnalignedBacking`] (multiples of [`alignment`](Self::alignment)), [`Error::BackingWraps`] (with the range as if it
     /// began at 0), [`Error::NoSpace`], then what a source says. On an error nothing is mapped.
     pub fn map_anywhere(&self, len: u64, backing: u64, access: Access) -> Result<IovaRange, Error> {
         let shape = IovaRange::from_len(Iova::MIN, len)?;
-        if !shape.is_aligned(self.page) {
-            return Err(Error::UnalignedLength {
-                len,
-                granule: self.page,
-            });
-        }
-        self.check_backing(shape, backing)?;
-        let alignment = alignment(len, backing).max(self.page);
-        let area = self.areas.update(|edit| {
-            let range = self
-                .allocatable(edit.rules())
+        let (area, domains) = self.areas.update(|edit| {
+            let rules = edit.rules();
+            let granule = rules.alignment(self.page);
+            if !shape.is_aligned(granule) {
+                return Err(Error::UnalignedLength { len, granule });
+            }
+            let mapping = Mapping {
+                range: shape,
+                backing,
+                access,
+            };
+            check_mapping(&mapping, granule)?;
+            let alignment = alignment(len, backing).max(granule);
+            let range = allocatable(rules, granule)
                 .into_iter()
                 .find_map(|window| edit.first_fit(window, len, alignment))
                 .ok_or(Error::NoSpace { len, alignment })?;
+            let domains = rules.attachments().clone();
             let mapping = Mapping {
                 range,
                 backing,
                 access,
             };
             let area = Arc::new(Area::new(mapping, self.page));
-            edit.insert(range, &area).map(|()| area)
+            edit.insert(range, &area).map(|()| (area, domains))
         })?;
         let range = area.mapping.range;
-        self.fill(area)?;
+        self.fill(area, &domains)?;
         Ok(range)
-    }
-
-    /// The windows that allocation may use, without the first and the last page.
-    fn allocatable(&self, rules: &Rules) -> Vec<IovaRange> {
-        let first = Iova::new(self.page.bytes());
-        let last = Iova::new(u64::MAX - self.page.bytes());
-        match IovaRange::new(first, last) {
-            Ok(bounds) => rules.windows(bounds),
-            // Two pages are the whole address space.
-            Err(_) => Vec::new(),
-        }
     }
 
     /// Keeps `range`, which need not be aligned, from being mapped or allocated: a window for interrupts, a hole of the
@@ -100,6 +93,9 @@ impl AddressSpace {
                     range,
                     existing: area.range,
                 });
+            }
+            if let Some(existing) = edit.rules().promised_in(range) {
+                return Err(Error::CannotReserve { range, existing });
             }
             let rules = edit.rules().reserve(range)?;
             edit.set_rules(rules);
@@ -155,6 +151,17 @@ impl AddressSpace {
             reserved: rules.blocked().to_vec(),
             allowed: rules.allowed().to_vec(),
         }
+    }
+}
+
+/// The windows that allocation may use, without the first and the last page.
+fn allocatable(rules: &Rules, page: Granule) -> Vec<IovaRange> {
+    let first = Iova::new(page.bytes());
+    let last = Iova::new(u64::MAX - page.bytes());
+    match IovaRange::new(first, last) {
+        Ok(bounds) => rules.windows(bounds),
+        // Two pages are the whole address space.
+        Err(_) => Vec::new(),
     }
 }
 

@@ -2,30 +2,45 @@
 //!
 //! ```text
 //!            fill succeeds            claim                 removed from the tree
-//!  Mapping ---------------> Live ---------------> Unmapping ---------------------> Gone
-//!                             ^-------------------/
-//!                              give back (another area of the batch was busy, or the flush failed)
+//!  Mapping ---------------> Live ---------------> Claimed ----------------------> Gone
+//!                             ^-------------------/   \
+//!                              give back               \--------------------------> Cut: its pieces take its place
+//!                              (another area was busy, or the flush failed)
 //! ```
 //!
-//! An area is in the tree, and so keeps its addresses from being used again, from `Mapping` to `Unmapping`. Only
+//! An area is in the tree, and so keeps its addresses from being used again, from `Mapping` to `Claimed`. Only
 //! the thread that claimed it removes it, after the flush.
+//!
+//! # Pairs
+//! Each area knows in which domains it is filled: its *pairs*, behind a lock that only calls take which map, unmap,
+//! attach and detach. So each pair of an area and a domain is filled once and emptied once, however these calls race:
+//! see [`attachment`](super::attachment).
 
+use super::attachment::Attachment;
 use crate::error::Error;
 use crate::source::{Mapping, Marks};
-use crate::sync::{AtomicU8, Ordering};
+use crate::sync::{Arc, AtomicU8, Mutex, MutexGuard, OnceLock, Ordering, lock};
 use crate::units::{Granule, IovaRange};
 
 const MAPPING: u8 = 0;
 const LIVE: u8 = 1;
-const UNMAPPING: u8 = 2;
+const CLAIMED: u8 = 2;
 const GONE: u8 = 3;
+const CUT: u8 = 4;
+
+/// The domains in which an area is filled; `None` when the area has gone or was cut, and will not be filled any more.
+pub(super) type Pairs = Option<Vec<Arc<Attachment>>>;
 
 /// See the [module](self).
 #[derive(Debug)]
 pub(crate) struct Area {
     pub(crate) mapping: Mapping,
-    pub(crate) marks: Marks,
+    /// Shared by the pieces of an area that was cut: so no mark has to move.
+    pub(crate) marks: Arc<Marks>,
     state: AtomicU8,
+    pairs: Mutex<Pairs>,
+    /// What the area was cut into; set before the state says so.
+    pieces: OnceLock<Vec<Arc<Area>>>,
 }
 
 impl Area {
@@ -33,9 +48,37 @@ impl Area {
     pub(crate) fn new(mapping: Mapping, page: Granule) -> Self {
         Area {
             mapping,
-            marks: Marks::new(mapping.range, page),
+            marks: Arc::new(Marks::new(mapping.range, page)),
             state: AtomicU8::new(MAPPING),
+            pairs: Mutex::new(Some(Vec::new())),
+            pieces: OnceLock::new(),
         }
+    }
+
+    /// The part `range` of this area as an area of its own, which is live and has the marks and the `pairs` of this one.
+    pub(super) fn piece(&self, range: IovaRange, pairs: Vec<Arc<Attachment>>) -> Self {
+        let skipped = range.start().get() - self.mapping.range.start().get();
+        Area {
+            mapping: Mapping {
+                range,
+                backing: self.mapping.backing + skipped,
+                access: self.mapping.access,
+            },
+            marks: Arc::clone(&self.marks),
+            state: AtomicU8::new(LIVE),
+            pairs: Mutex::new(Some(pairs)),
+            pieces: OnceLock::new(),
+        }
+    }
+
+    /// Locks the pairs.
+    pub(super) fn pairs(&self) -> MutexGuard<'_, Pairs> {
+        lock(&self.pairs)
+    }
+
+    /// What the area was cut into; nothing if it was not.
+    pub(super) fn pieces(&self) -> &[Arc<Area>] {
+        self.pieces.get().map_or(&[], Vec::as_slice)
     }
 
     /// The sources are filled, or will not be: from now on the area can be unmapped.
@@ -47,14 +90,14 @@ impl Area {
             .compare_exchange(MAPPING, LIVE, Ordering::Release, Ordering::Relaxed);
     }
 
-    /// Takes the area for unmapping; at most one thread succeeds.
+    /// Takes the area for unmapping or cutting; at most one thread succeeds.
     ///
     /// # Errors
-    /// [`Error::Busy`] while another call maps or unmaps it.
+    /// [`Error::Busy`] while another call maps, unmaps or cuts it.
     pub(crate) fn claim(&self) -> Result<(), Error> {
         // Acquire on success: pairs with the Release of `go_live` and `give_back`. Relaxed on failure: nothing is read.
         self.state
-            .compare_exchange(LIVE, UNMAPPING, Ordering::Acquire, Ordering::Relaxed)
+            .compare_exchange(LIVE, CLAIMED, Ordering::Acquire, Ordering::Relaxed)
             .map(|_| ())
             .map_err(|_| Error::Busy {
                 area: self.mapping.range,
@@ -73,10 +116,18 @@ impl Area {
         self.state.store(GONE, Ordering::Release);
     }
 
-    /// Whether the area has left the tree.
-    pub(crate) fn is_gone(&self) -> bool {
-        // Acquire: pairs with the Release of `retire`.
-        self.state.load(Ordering::Acquire) == GONE
+    /// The area gives way to `pieces`, which are about to replace it in the tree.
+    pub(super) fn give_way(&self, pieces: Vec<Arc<Area>>) {
+        // Only who claimed the area gets here, and once.
+        let _ = self.pieces.set(pieces);
+        // Release: pairs with the Acquire in `mark`; whoever sees it sees the pieces.
+        self.state.store(CUT, Ordering::Release);
+    }
+
+    /// Whether the area is on its way out of the tree, or has left it.
+    pub(super) fn is_going(&self) -> bool {
+        // Acquire: as in `mark`. The order against `claim` is that of the fences around both: see `attachment`.
+        !matches!(self.state.load(Ordering::Acquire), MAPPING | LIVE)
     }
 
     /// Marks `range`, which lies inside the area.
@@ -95,9 +146,17 @@ impl Area {
             return Err(Error::Outside { at });
         }
         self.marks.mark(range);
-        if self.is_gone() {
-            return Err(Error::Outside { at: range.start() });
+        // Acquire: pairs with the Release of `retire` and `give_way`.
+        match self.state.load(Ordering::Acquire) {
+            GONE => Err(Error::Outside { at: range.start() }),
+            // The marks are those of the pieces; each of them says whether it is still there.
+            CUT => self.pieces().iter().try_for_each(|piece| {
+                match piece.mapping.range.intersection(range) {
+                    Some(part) => piece.mark(part),
+                    None => Ok(()),
+                }
+            }),
+            _ => Ok(()),
         }
-        Ok(())
     }
 }

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::AddressSpace;
 use crate::error::Error;
-use crate::flush::{FlushGather, FlushPolicy, Invalidated};
+use crate::flush::{FlushGather, FlushPolicy, Invalidated, Ticket};
 
 impl AddressSpace {
     /// Sets the bounds at which a debt is due that nobody waits for, such as that of leases that were dropped. Without
@@ -30,17 +30,18 @@ impl AddressSpace {
         self.flush.flush_due(now, |gather| self.invalidate(gather))
     }
 
-    /// Invalidates `gather` in every source.
+    /// Invalidates `gather` in every domain. The list is that of now: whoever owed something for a domain had it attached
+    /// by then, and a domain leaves the list only after a flush of its own.
     pub(crate) fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error> {
         let mut all = Invalidated::default();
-        for source in &self.sources {
-            all.add(source.invalidate(gather)?);
+        for domain in self.attachments().iter() {
+            all.add(domain.source.invalidate(gather)?);
         }
         Ok(all)
     }
 
-    pub(super) fn flush_now(&self, gather: &FlushGather) -> Result<(), Error> {
-        let ticket = self.flush.owe(gather);
+    /// Returns when the flush that covers `ticket` has finished.
+    pub(super) fn flush_until(&self, ticket: Ticket) -> Result<(), Error> {
         self.flush.wait(ticket, |gather| self.invalidate(gather))
     }
 }

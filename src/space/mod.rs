@@ -1,14 +1,19 @@
 //! The address space: areas, the sources that translate them, and one queue of flushes for all.
 //!
 //! * **Allocate, reserve, allow** are in `allocation.rs`: one atomic step each, on areas and rules together.
+//! * **Attach, detach** are in `attachment.rs`, with the protocol by which each area is filled in each domain once.
 //! * **Map** puts the area into the tree first (the tree decides between racing maps and reservations), then fills the sources.
 //! * **Unmap** claims the areas, empties the sources, flushes, and only then takes the areas out of the tree: no
 //!   address can be mapped again before the flush that covers it has finished.
+//! * **Cut** and **batches** go the same way: `change.rs` has the steps of all three.
 //! * **Mark** finds the area and sets its software dirty bits.
 //! * **Harvest** is one floor up, in [`harvest`](crate::harvest).
 
 mod allocation;
 mod area;
+mod attachment;
+mod change;
+mod faults;
 mod flushing;
 mod rules;
 mod stats;
@@ -17,18 +22,22 @@ mod unmap;
 
 pub use allocation::SpaceRanges;
 pub(crate) use area::Area;
+pub(crate) use attachment::{Attachment, Covered};
+pub use change::Change;
+pub use faults::{Fault, FaultSource, Faults};
 pub(crate) use stats::Counters;
 pub use stats::SpaceStats;
 pub use unmap::Unmapped;
 
 use crate::area::{AreaTree, Snapshot};
 use crate::error::Error;
-use crate::flush::{FlushGather, FlushQueue};
+use crate::flush::FlushQueue;
 use crate::source::{DirtySource, InFlight, Mapping};
-use crate::sync::Arc;
-use crate::units::{Access, Granule, Iova, IovaRange};
+use crate::sync::{Arc, AtomicU64, Mutex, Ordering};
+use crate::units::{Access, DomainId, Granule, Iova, IovaRange};
+use faults::Log;
 use rules::Rules;
-use tracking::Tracking;
+use tracking::Switch;
 
 /// The areas of one moment.
 pub(crate) type Areas<'a> = Snapshot<'a, Area, 16, Rules>;
@@ -36,15 +45,22 @@ pub(crate) type Areas<'a> = Snapshot<'a, Area, 16, Rules>;
 /// A space of device-visible addresses in which dirty memory is tracked.
 ///
 /// Shared by reference between any number of threads. Marks, lookups and harvests never wait; [`map`](Self::map),
-/// [`unmap_discarding`](Self::unmap_discarding) and [`set_tracking`](Self::set_tracking) may wait for devices to drain.
+/// [`unmap_discarding`](Self::unmap_discarding), [`attach`](Self::attach), [`detach`](Self::detach) and
+/// [`set_tracking`](Self::set_tracking) may wait for devices to drain.
+///
+/// Sources, areas and rules that are replaced are dropped when no reader can hold them any more: later, on any thread,
+/// possibly after the space.
 pub struct AddressSpace {
     page: Granule,
     pub(crate) areas: AreaTree<Area, 16, Rules>,
-    pub(crate) sources: Vec<Box<dyn DirtySource>>,
     pub(crate) flush: FlushQueue,
     pub(crate) in_flight: InFlight,
     pub(crate) counters: Arc<Counters>,
-    tracking: Tracking,
+    faults: Arc<Log>,
+    tracking: Switch,
+    /// Held while domains come, go, or are switched.
+    membership: Mutex<()>,
+    domains: AtomicU64,
 }
 
 impl AddressSpace {
@@ -53,32 +69,26 @@ impl AddressSpace {
         AddressSpace {
             page,
             areas: AreaTree::new(),
-            sources: Vec::new(),
             flush: FlushQueue::new(),
             in_flight: InFlight::new(),
             counters: Arc::new(Counters::default()),
-            tracking: Tracking::new(),
+            faults: Arc::new(Log::new()),
+            tracking: Switch::new(),
+            membership: Mutex::new(()),
+            domains: AtomicU64::new(0),
         }
     }
 
-    /// Adds a source of dirty state, such as the domain of an IOMMU. Areas that are there are mapped into it, and it
-    /// tracks if the space does; areas to come are mapped into every source.
+    /// [Attaches](Self::attach) a source of dirty state, such as the domain of an IOMMU, to a space in the making.
     ///
     /// # Errors
-    /// That of the source, if it refuses an area or to track; the space is gone then, so add sources first.
-    pub fn with_source(mut self, source: impl DirtySource + 'static) -> Result<Self, Error> {
-        for mapping in self.mappings() {
-            source.map(&mapping)?;
-        }
-        if self.tracking.is_on() {
-            source.set_tracking(true)?;
-        }
-        self.flush.add_cost(source.flush_cost());
-        self.sources.push(Box::new(source));
+    /// Those of `attach`; the space is gone then, so add sources first.
+    pub fn with_source(self, source: impl DirtySource + 'static) -> Result<Self, Error> {
+        self.attach(source)?;
         Ok(self)
     }
 
-    /// The smallest page.
+    /// The smallest page, as the space was made. Marks have this granularity.
     pub fn page(&self) -> Granule {
         self.page
     }
@@ -86,68 +96,40 @@ impl AddressSpace {
     /// Maps `range` to the memory that begins at `backing`.
     ///
     /// # Errors
-    /// In this order: [`Error::Unaligned`] and [`Error::UnalignedBacking`] (multiples of [`page`](Self::page)),
-    /// [`Error::BackingWraps`], [`Error::Reserved`], [`Error::Overlap`], then what a source says. On an error nothing is mapped;
-    /// only if a source also fails to flush what another one had mapped already, the range stays taken until
-    /// [`unmap_discarding`](Self::unmap_discarding) succeeds on it.
+    /// In this order: [`Error::Unaligned`] and [`Error::UnalignedBacking`] (multiples of
+    /// [`alignment`](Self::alignment)), [`Error::BackingWraps`], [`Error::Reserved`], [`Error::Overlap`], then what a
+    /// source says. On an error nothing is mapped; only if a source also fails to flush what another one had mapped
+    /// already, the range stays taken until [`unmap_discarding`](Self::unmap_discarding) succeeds on it.
     pub fn map(&self, range: IovaRange, backing: u64, access: Access) -> Result<(), Error> {
-        if !range.is_aligned(self.page) {
-            return Err(Error::Unaligned {
-                range,
-                granule: self.page,
-            });
-        }
-        self.check_backing(range, backing)?;
         let mapping = Mapping {
             range,
             backing,
             access,
         };
         let area = Arc::new(Area::new(mapping, self.page));
-        self.areas.update(|edit| {
-            if let Some(reserved) = edit.rules().reserved_in(range) {
+        let domains = self.areas.update(|edit| {
+            let rules = edit.rules();
+            check_mapping(&mapping, rules.alignment(self.page))?;
+            if let Some(reserved) = rules.reserved_in(range) {
                 return Err(Error::Reserved { range, reserved });
             }
-            edit.insert(range, &area)
+            if let Some(existing) = rules.promised_in(range) {
+                return Err(Error::Overlap { range, existing });
+            }
+            let domains = rules.attachments().clone();
+            edit.insert(range, &area).map(|()| domains)
         })?;
-        self.fill(area)
+        self.fill(area, &domains)
     }
 
-    /// Checks the memory behind `range`.
-    fn check_backing(&self, range: IovaRange, backing: u64) -> Result<(), Error> {
-        if backing & self.page.mask() != 0 {
-            return Err(Error::UnalignedBacking {
-                backing,
-                granule: self.page,
-            });
-        }
-        if backing
-            .checked_add(range.last().get() - range.start().get())
-            .is_none()
-        {
-            return Err(Error::BackingWraps { backing, range });
-        }
-        Ok(())
-    }
-
-    /// Fills the sources for an area that is in the tree already, or takes it out again.
-    fn fill(&self, area: Arc<Area>) -> Result<(), Error> {
-        let range = area.mapping.range;
+    /// Fills `domains`, those of the root that `area` was published with, or takes the area out again.
+    fn fill(&self, area: Arc<Area>, domains: &[Arc<Attachment>]) -> Result<(), Error> {
         // From here on the area can be unmapped, whatever becomes of this call.
         let _filling = Filling(&area);
-        for (filled, source) in self.sources.iter().enumerate() {
-            if let Err(error) = source.map(&area.mapping) {
-                let mut gather = FlushGather::new();
-                for source in &self.sources[..filled] {
-                    source.unmap(range, &mut gather, &mut |_| ());
-                }
-                if !gather.is_empty()
-                    && let Err(flush_failed) = self.flush_now(&gather)
-                {
-                    // The addresses stay taken rather than reach memory that is not theirs.
-                    return Err(flush_failed);
-                }
-                self.remove(std::slice::from_ref(&area));
+        for domain in domains {
+            if let Err(error) = self.fill_pair(&area, domain) {
+                // If this fails, the addresses stay taken rather than reach memory that is not theirs.
+                self.take_out(&area)?;
                 return Err(error);
             }
         }
@@ -164,18 +146,24 @@ impl AddressSpace {
     /// [`Error::Outside`] with the first address that no area holds; the parts inside areas are marked all the
     /// same, and the call is counted in [`SpaceStats::outside_marks`].
     pub fn mark(&self, range: IovaRange) -> Result<(), Error> {
-        let outside = self.mark_inside(range);
+        let outside = self.in_areas(range, |area, part| area.mark(part).is_ok());
         match outside.first {
             None => Ok(()),
             Some(at) => {
                 self.counters.outside_mark();
+                self.report(&outside, FaultSource::Mark);
                 Err(Error::Outside { at })
             }
         }
     }
 
-    /// Marks what lies inside areas, and says what does not.
-    pub(crate) fn mark_inside(&self, range: IovaRange) -> Outside {
+    /// Calls `inside` for each part of `range` that an area holds. What none holds, or is unmapped by the time that
+    /// `inside` says so, is outside.
+    fn in_areas(
+        &self,
+        range: IovaRange,
+        mut inside: impl FnMut(&Area, IovaRange) -> bool,
+    ) -> Outside {
         let mut outside = Outside::default();
         let mut next = Some(range.start());
         for entry in self.areas.snapshot().iter(range) {
@@ -183,7 +171,7 @@ impl AddressSpace {
                 outside.add(from, entry.range.start().get() - from.get());
             }
             if let Some(part) = entry.range.intersection(range)
-                && entry.area.mark(part).is_err()
+                && !inside(entry.area, part)
             {
                 // Unmapped since the snapshot.
                 let bytes = part.last().get() - part.start().get();
@@ -205,6 +193,7 @@ impl AddressSpace {
         Some(AreaHandle {
             area: entry.to_arc(),
             counters: self.counters.clone(),
+            faults: self.faults.clone(),
         })
     }
 
@@ -230,6 +219,23 @@ impl AddressSpace {
         self.counters.read(self.flush.stats())
     }
 
+    /// The newest faults: writes and marks outside every area. See [`Faults`].
+    pub fn faults(&self) -> Faults {
+        self.faults.read()
+    }
+
+    fn report(&self, outside: &Outside, source: FaultSource) {
+        if let Some(at) = outside.first {
+            let len = outside.bytes;
+            self.faults.record(Fault { at, len, source });
+        }
+    }
+
+    fn next_domain(&self) -> DomainId {
+        // Relaxed: a number that nobody else gets; it orders nothing.
+        DomainId(self.domains.fetch_add(1, Ordering::Relaxed))
+    }
+
     pub(crate) fn snapshot(&self) -> Areas<'_> {
         self.areas.snapshot()
     }
@@ -242,6 +248,30 @@ impl std::fmt::Debug for AddressSpace {
             .field("mappings", &self.mappings())
             .finish_non_exhaustive()
     }
+}
+
+/// Checks `mapping` for multiples of `alignment`, and the memory behind it.
+fn check_mapping(mapping: &Mapping, alignment: Granule) -> Result<(), Error> {
+    let Mapping { range, backing, .. } = *mapping;
+    if !range.is_aligned(alignment) {
+        return Err(Error::Unaligned {
+            range,
+            granule: alignment,
+        });
+    }
+    if backing & alignment.mask() != 0 {
+        return Err(Error::UnalignedBacking {
+            backing,
+            granule: alignment,
+        });
+    }
+    if backing
+        .checked_add(range.last().get() - range.start().get())
+        .is_none()
+    {
+        return Err(Error::BackingWraps { backing, range });
+    }
+    Ok(())
 }
 
 /// The parts of a range that lie in no area.
@@ -259,11 +289,12 @@ impl Outside {
 }
 
 /// One area, for marking without a lookup. Keeps the area's memory, not its addresses: after an unmap it only gives
-/// errors.
+/// errors. After a cut it marks the pieces, at some cost.
 #[derive(Clone, Debug)]
 pub struct AreaHandle {
     area: Arc<Area>,
     counters: Arc<Counters>,
+    faults: Arc<Log>,
 }
 
 impl AreaHandle {
@@ -281,9 +312,17 @@ impl AreaHandle {
     /// call is counted in [`SpaceStats::outside_marks`].
     #[inline]
     pub fn mark(&self, range: IovaRange) -> Result<(), Error> {
-        self.area
-            .mark(range)
-            .inspect_err(|_| self.counters.outside_mark())
+        self.area.mark(range).inspect_err(|_| self.outside(range))
+    }
+
+    #[cold]
+    fn outside(&self, range: IovaRange) {
+        self.counters.outside_mark();
+        self.faults.record(Fault {
+            at: range.start(),
+            len: u64::try_from(range.len()).unwrap_or(u64::MAX),
+            source: FaultSource::Handle,
+        });
     }
 }
 

@@ -1,11 +1,16 @@
-//! What the tree's root carries beside the areas: which addresses are reserved, and which may be allocated.
+//! What the tree's root carries beside the areas: which addresses are reserved, which may be allocated, and which domains
+//! are attached.
 //!
 //! Immutable; a change makes new rules. They are published together with the areas, so of a map and a reservation that
 //! race one finds the other. Changes cost time in proportion to the number of reserved and allowed ranges, of which a
 //! platform has a handful.
 
+use std::ops::Deref;
+
+use super::attachment::Attachment;
 use crate::error::Error;
-use crate::units::{Iova, IovaRange};
+use crate::sync::Arc;
+use crate::units::{DomainId, Granule, Iova, IovaRange};
 
 /// See the [module](self).
 #[derive(Clone, Debug, Default)]
@@ -16,9 +21,81 @@ pub(crate) struct Rules {
     blocked: Vec<IovaRange>,
     /// Where ranges may be allocated, in the same form; if empty, everywhere. Never intersects `blocked`.
     allowed: Vec<IovaRange>,
+    /// What a batch is about to map: taken, though no area holds it yet.
+    promised: Vec<IovaRange>,
+    attachments: Attachments,
+}
+
+/// The attached domains of one moment, in the order of their coming. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Attachments(Arc<Vec<Arc<Attachment>>>);
+
+impl Attachments {
+    /// # Errors
+    /// [`Error::NotAttached`].
+    pub(crate) fn find(&self, domain: DomainId) -> Result<&Arc<Attachment>, Error> {
+        self.position(domain).map(|at| &self[at])
+    }
+
+    /// # Errors
+    /// [`Error::NotAttached`].
+    pub(crate) fn position(&self, domain: DomainId) -> Result<usize, Error> {
+        self.iter()
+            .position(|attachment| attachment.id == domain)
+            .ok_or(Error::NotAttached { domain })
+    }
+}
+
+impl Deref for Attachments {
+    type Target = [Arc<Attachment>];
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
 }
 
 impl Rules {
+    /// The attached domains.
+    pub(crate) fn attachments(&self) -> &Attachments {
+        &self.attachments
+    }
+
+    /// The rules with a list of domains that `change` has changed.
+    pub(crate) fn with_attachments(&self, change: impl FnOnce(&mut Vec<Arc<Attachment>>)) -> Rules {
+        let mut attachments = self.attachments.to_vec();
+        change(&mut attachments);
+        Rules {
+            attachments: Attachments(Arc::new(attachments)),
+            ..self.clone()
+        }
+    }
+
+    /// What areas are made of in a space whose own smallest page is `own`.
+    pub(crate) fn alignment(&self, own: Granule) -> Granule {
+        let pages = self.attachments.iter().map(|domain| domain.page);
+        pages.fold(own, Granule::max)
+    }
+
+    /// What a batch is about to map inside `range`.
+    pub(crate) fn promised_in(&self, range: IovaRange) -> Option<IovaRange> {
+        self.promised.iter().copied().find(|p| p.intersects(range))
+    }
+
+    /// The rules with `ranges` promised.
+    pub(crate) fn promise(&self, ranges: &[IovaRange]) -> Rules {
+        let mut rules = self.clone();
+        rules.promised.extend_from_slice(ranges);
+        rules.promised.sort_unstable_by_key(|range| key(*range));
+        rules
+    }
+
+    /// The rules with `ranges` promised no more.
+    pub(crate) fn keep_promise(&self, ranges: &[IovaRange]) -> Rules {
+        let mut rules = self.clone();
+        rules.promised.retain(|promised| !ranges.contains(promised));
+        rules
+    }
+
     /// The first stretch of reserved addresses that intersects `range`.
     pub(crate) fn reserved_in(&self, range: IovaRange) -> Option<IovaRange> {
         first_in(&self.blocked, range)
@@ -94,11 +171,17 @@ impl Rules {
 
     /// Where ranges may be allocated inside `bounds`: disjoint, in ascending order.
     pub(crate) fn windows(&self, bounds: IovaRange) -> Vec<IovaRange> {
-        if self.allowed.is_empty() {
-            return holes(bounds, self.blocked.iter().copied());
+        let mut windows = if self.allowed.is_empty() {
+            holes(bounds, self.blocked.iter().copied())
+        } else {
+            let inside = |allowed: &IovaRange| allowed.intersection(bounds);
+            self.allowed.iter().filter_map(inside).collect()
+        };
+        if !self.promised.is_empty() {
+            let unpromised = |window: IovaRange| holes(window, self.promised.iter().copied());
+            windows = windows.into_iter().flat_map(unpromised).collect();
         }
-        let inside = |allowed: &IovaRange| allowed.intersection(bounds);
-        self.allowed.iter().filter_map(inside).collect()
+        windows
     }
 }
 

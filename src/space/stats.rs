@@ -18,7 +18,9 @@ pub struct SpaceStats {
     pub aborted_bytes: u64,
     /// Bytes that an aborted lease could not put back, because they were unmapped meanwhile.
     pub put_back_outside_bytes: u64,
-    /// Dirty bytes that unmaps discarded.
+    /// Dirty bytes that unmaps returned in user bitmaps.
+    pub unmapped_dirty_bytes: u64,
+    /// Dirty bytes that were discarded: by unmaps that say so, and by switching tracking on.
     pub discarded_bytes: u64,
     /// Marks that touched addresses outside every area.
     pub outside_marks: u64,
@@ -34,6 +36,7 @@ pub(crate) struct Counters {
     committed: Count,
     aborted: Count,
     put_back_outside: Count,
+    unmapped: Count,
     discarded: Count,
     outside_marks: Count,
 }
@@ -56,6 +59,10 @@ impl Counters {
         self.put_back_outside.add(outside);
     }
 
+    pub(crate) fn unmapped(&self, bytes: u128) {
+        self.unmapped.add(u64::try_from(bytes).unwrap_or(u64::MAX));
+    }
+
     pub(crate) fn discarded(&self, bytes: u128) {
         self.discarded.add(u64::try_from(bytes).unwrap_or(u64::MAX));
     }
@@ -71,6 +78,7 @@ impl Counters {
             committed_bytes: self.committed.get(),
             aborted_bytes: self.aborted.get(),
             put_back_outside_bytes: self.put_back_outside.get(),
+            unmapped_dirty_bytes: self.unmapped.get(),
             discarded_bytes: self.discarded.get(),
             outside_marks: self.outside_marks.get(),
             flush,

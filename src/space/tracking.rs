@@ -1,118 +1,168 @@
-//! The switch: whether writes are tracked.
+//! The switches: whether writes are tracked, in the space and in each domain.
 //!
 //! ```text
 //!            on                    off
-//!  Never ----------> On <-------------------> Off          a switch that fails half-way back ends in
-//!                                     on                   Mixed, from which both ways lead out
+//!  Never ----------> On <-------------------> Off
+//!                                     on
 //! ```
 //!
-//! A later `on` must not trust that sources are on because the last one was asked to be: so the state says `Mixed` before the
-//! first source is asked to go off, and from `Mixed` every source is asked again. To ask one that is on is a no-op.
+//! The switch of the space stands for the marks, and for domains to come. Each domain has its own, which says what its source
+//! said last: a source that refuses keeps its state, so after a switch that failed half-way, the next one asks exactly those
+//! that it has to. All are changed under one lock, with the coming and going of domains.
 
 use super::AddressSpace;
+use super::attachment::{Attachment, Covered};
 use crate::error::Error;
-use crate::sync::{AtomicU8, Mutex, Ordering, fence, lock};
-use crate::units::IovaRange;
+use crate::sync::{AtomicU8, Ordering, fence, lock};
+use crate::units::{DomainId, IovaRange};
 
 const NEVER: u8 = 0;
 const ON: u8 = 1;
 const OFF: u8 = 2;
-const MIXED: u8 = 3;
 
-/// The state of the switch.
+/// One switch.
 #[derive(Debug)]
-pub(super) struct Tracking {
-    /// Held while tracking is switched.
-    switching: Mutex<()>,
-    state: AtomicU8,
+pub(super) struct Switch(AtomicU8);
+
+impl Switch {
+    pub(super) fn new() -> Self {
+        Switch(AtomicU8::new(NEVER))
+    }
+
+    fn is_on(&self) -> bool {
+        // Acquire: as in `was_ever_on`.
+        self.0.load(Ordering::Acquire) == ON
+    }
+
+    fn was_ever_on(&self) -> bool {
+        // Acquire: pairs with the Release in `set`.
+        self.0.load(Ordering::Acquire) != NEVER
+    }
+
+    /// Off is only said of what was on.
+    fn set(&self, on: bool) {
+        // Release: pairs with the Acquire in `was_ever_on`; a harvest that sees it finds a clean baseline.
+        self.0.store(if on { ON } else { OFF }, Ordering::Release);
+    }
 }
 
-impl Tracking {
-    pub(super) fn new() -> Self {
-        Tracking {
-            switching: Mutex::new(()),
-            state: AtomicU8::new(NEVER),
+impl Attachment {
+    /// Switches the source, if it is not as it should be; whether it was not.
+    ///
+    /// # Errors
+    /// That of the source, which keeps its state.
+    pub(super) fn switch(&self, on: bool) -> Result<bool, Error> {
+        if self.tracking.is_on() == on {
+            return Ok(false);
         }
-    }
-
-    pub(super) fn is_on(&self) -> bool {
-        // Acquire: as in `ever_tracked`.
-        self.state.load(Ordering::Acquire) == ON
-    }
-
-    fn set(&self, state: u8) {
-        // Release: pairs with the Acquire in `ever_tracked`; a harvest that sees it finds a clean baseline.
-        self.state.store(state, Ordering::Release);
+        self.source.set_tracking(on)?;
+        self.tracking.set(on);
+        Ok(true)
     }
 }
 
 impl AddressSpace {
-    /// Switches tracking of writes.
+    /// Switches tracking of writes, in all domains and for marks. Domains that are attached later track if this is on.
     ///
     /// On, when it was off: the baseline becomes clean (what was dirty or marked before is discarded) and is flushed; every write
     /// that begins after the return is reported. On when it is on changes nothing and keeps what is dirty. Off keeps what is dirty
-    /// for a last harvest.
+    /// for a last harvest. A domain that is as it should be, by [`set_domain_tracking`](Self::set_domain_tracking), is not touched.
     ///
     /// # Errors
     /// That of the first source that refuses. An `on` is then taken back, although sources that had agreed may have discarded what
     /// was dirty in them; marks are kept. An `off` goes on with the other sources, and can be repeated, as can an `on` after it.
     pub fn set_tracking(&self, on: bool) -> Result<(), Error> {
-        let _switching = lock(&self.tracking.switching);
-        // Relaxed: only changed under the lock that we hold.
-        let now = self.tracking.state.load(Ordering::Relaxed);
-        match (on, now) {
-            (true, ON) | (false, OFF | NEVER) => Ok(()),
-            (true, _) => self.switch_on(now),
-            (false, _) => self.switch_off(),
+        let _membership = lock(&self.membership);
+        if on {
+            self.switch_on()
+        } else {
+            self.switch_off()
         }
     }
 
-    fn switch_on(&self, now: u8) -> Result<(), Error> {
-        for (switched, source) in self.sources.iter().enumerate() {
-            if let Err(error) = source.set_tracking(true) {
-                if now != MIXED {
-                    for source in &self.sources[..switched] {
-                        // One that can't go back stays on, which only costs: asked to go on again, it changes nothing.
-                        let _ = source.set_tracking(false);
+    /// Switches tracking of writes in one domain, as [`set_tracking`](Self::set_tracking) does in all: on makes the domain clean
+    /// and flushes it, unless it was on; off keeps what is dirty for a last harvest. Marks are left alone.
+    ///
+    /// # Errors
+    /// [`Error::NotAttached`], or that of the source, which keeps its state.
+    pub fn set_domain_tracking(&self, domain: DomainId, on: bool) -> Result<(), Error> {
+        let _membership = lock(&self.membership);
+        let attachments = self.attachments();
+        let attachment = attachments.find(domain)?;
+        if attachment.switch(on)? && on {
+            self.discard(attachment.kept.clear(IovaRange::ALL));
+        }
+        Ok(())
+    }
+
+    /// Whether writes are tracked, in domains to come too.
+    pub(super) fn tracks(&self) -> bool {
+        self.tracking.is_on()
+    }
+
+    fn switch_on(&self) -> Result<(), Error> {
+        let attachments = self.attachments();
+        let mut switched = Vec::new();
+        for attachment in attachments.iter() {
+            match attachment.switch(true) {
+                Ok(true) => switched.push(attachment),
+                Ok(false) => {}
+                Err(error) => {
+                    for attachment in switched {
+                        // One that can't go back stays on, which only costs: its switch says so.
+                        let _ = attachment.switch(false);
                     }
+                    return Err(error);
                 }
-                return Err(error);
             }
         }
-        if now != MIXED {
-            // Only now, when nothing can fail any more. Writes whose marks go here began before the return.
-            for entry in self.snapshot().iter(IovaRange::ALL) {
-                let cleared = entry.area.marks.clear();
-                self.counters
-                    .discarded(u128::from(cleared) << self.page().lg2());
+        // Only now, when nothing can fail any more. Writes whose marks go here began before the return.
+        let marks_too = !self.tracking.is_on();
+        for area in self.snapshot().iter(IovaRange::ALL) {
+            let (range, marks) = (area.range, &area.area.marks);
+            for attachment in &switched {
+                if marks_too {
+                    // So that a page that is both kept and marked counts once.
+                    let kept = attachment.kept.take_runs(range);
+                    kept.into_iter().for_each(|run| marks.mark(run));
+                } else {
+                    self.discard(attachment.kept.clear(range));
+                }
+            }
+            if marks_too {
+                self.discard(marks.clear(range));
             }
         }
         // SeqCst: F2 of the marks' protocol (`source::marks`), for the first full copy that follows.
         fence(Ordering::SeqCst);
-        self.tracking.set(ON);
+        self.tracking.set(true);
         Ok(())
     }
 
     fn switch_off(&self) -> Result<(), Error> {
-        self.tracking.set(MIXED);
         let mut refused = None;
-        for source in &self.sources {
-            if let Err(error) = source.set_tracking(false) {
+        for attachment in self.attachments().iter() {
+            if let Err(error) = attachment.switch(false) {
                 refused.get_or_insert(error);
             }
         }
-        match refused {
-            Some(error) => Err(error),
-            None => {
-                self.tracking.set(OFF);
-                Ok(())
-            }
+        if let Some(error) = refused {
+            return Err(error);
         }
+        if self.tracking.is_on() {
+            self.tracking.set(false);
+        }
+        Ok(())
     }
 
-    /// Whether tracking was ever switched on.
-    pub(crate) fn ever_tracked(&self) -> bool {
-        // Acquire: pairs with the Release in `Tracking::set`.
-        self.tracking.state.load(Ordering::Acquire) != NEVER
+    fn discard(&self, pages: u64) {
+        self.counters
+            .discarded(u128::from(pages) << self.page().lg2());
+    }
+
+    /// Whether anything that is covered was ever tracked.
+    pub(crate) fn ever_tracked(&self, covered: &Covered) -> bool {
+        let domain = |attachment: &crate::sync::Arc<Attachment>| attachment.tracking.was_ever_on();
+        (covered.marks && self.tracking.was_ever_on()) || covered.domains().iter().any(domain)
     }
 }

@@ -1,14 +1,29 @@
 //! Unmap: claim, empty the sources, flush, and only then give the addresses free.
 //!
 //! ```text
-//!  claim all ----> for each area: end its translations, owe, move D to the marks ----> flush ----> out of the tree
-//!    |                                                                                  |              |
-//!    +-- one is busy: give back                    it fails: owe again, give back <-----+              v
-//!                                                                                       take and count the marks
+//!  claim all ----> for each area and domain: end its translations, owe, keep D ----> flush ----> what is kept to the marks
+//!    |                                                                                |              |
+//!    +-- one is busy: give back                    it fails: owe again, give back <---+              v
+//!                                                          collect the marks <---- out of the tree, record the marks
 //! ```
 //!
-//! What was dirty in a source moves to the area's marks, behind the debt, as in an abort. So if the flush fails, the area is
-//! still there and its pages are still dirty; if it succeeds, the marks are all that there is to discard.
+//! What was dirty in a source is kept for its domain, behind the debt, as in an abort. So if the flush fails, the area is
+//! still there and its pages are still dirty. If it succeeds, all of it comes to the marks: they are all that there is to
+//! record or to discard. The steps are in [`change`](super::change).
+//!
+//! # No write is lost
+//! A source ends a translation by one exchange, whose result is the last word on D. Take a write to a page that is
+//! unmapped:
+//! * If it set D, it did so before the exchange, which finds D set, or before a harvest that cleared D and whose lease has
+//!   the page.
+//! * If it went by a cached "D is set", D was set when that was cached. Then the exchange found D set, or a harvest had
+//!   cleared it, and its lease has the page: that lease owes the invalidation of the cached translation, so if the write
+//!   came before it was paid, the lease copies after it.
+//! * After the flush, which drains writes in flight, there are no writes any more. So what the exchanges found, with what
+//!   was kept and marked, is everything, and the memory behind it is final.
+//!
+//! A lease that has such a page and is aborted later finds no area, and counts it as outside; one that is aborted meanwhile
+//! puts the page where the unmap finds it, or counts it (see [`attachment`](super::attachment)).
 //!
 //! # The last mark
 //! A mark may come while the area goes. Both sides have a fence between their two steps:
@@ -26,20 +41,24 @@
 //!
 //! A marker that finds the page marked already (no M1) leaves it to the one who marked it.
 
+use super::change::Plan;
 use super::{AddressSpace, Area};
+use crate::bitmap::{BitmapView, UserBitmap};
 use crate::error::Error;
-use crate::flush::FlushGather;
-use crate::sync::{Arc, Ordering, Step, fence, performs};
-use crate::units::IovaRange;
+use crate::sync::Arc;
+use crate::units::{Granule, IovaRange};
 
-/// What [`AddressSpace::unmap_discarding`] did.
+/// What an unmap did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Unmapped {
     /// Areas that were removed.
     pub areas: u64,
     /// Their bytes.
     pub bytes: u128,
-    /// Bytes of dirty pages that went with them.
+    /// Bytes of dirty pages that went with them and were recorded in the user's bitmap.
+    pub dirty_bytes: u128,
+    /// Bytes of dirty pages that went with them and were not. With a bitmap: none, unless a window of a file failed for a
+    /// mark that came while the areas went.
     pub discarded_bytes: u128,
 }
 
@@ -50,126 +69,54 @@ impl AddressSpace {
     /// Waits for the flush, so that on return no device reaches the memory and its addresses can be mapped again.
     ///
     /// # Errors
-    /// [`Error::NothingMapped`]; [`Error::PartOfArea`] if an area sticks out of `range`; [`Error::Busy`] if another
-    /// call maps or unmaps one of them. Nothing is unmapped then. If a source cannot flush: its error; the areas keep
+    /// [`Error::PartOfArea`] if an area sticks out of `range`; [`Error::NothingMapped`]; [`Error::Busy`] if another
+    /// call maps, unmaps or cuts one of them. Nothing is unmapped then. If a source cannot flush: its error; the areas keep
     /// their addresses and what is dirty in them, although devices can no longer reach their memory by new
     /// translations, and the call can be repeated.
     pub fn unmap_discarding(&self, range: IovaRange) -> Result<Unmapped, Error> {
-        let areas = self.whole_areas(range)?;
-        let mut claimed = Claimed::new(self, &areas)?;
-        let mut ticket = None;
-        for area in &areas {
-            let mut gather = FlushGather::new();
-            let mut dirty = Vec::new();
-            for source in &self.sources {
-                source.unmap(area.mapping.range, &mut gather, &mut |leaf| {
-                    append(&mut dirty, leaf);
-                });
-            }
-            // The debt first, then the pages.
-            ticket = Some(self.flush.owe(&gather));
-            for run in dirty {
-                area.marks.mark(run);
-            }
-        }
-        if let Some(ticket) = ticket {
-            self.flush.wait(ticket, |gather| self.invalidate(gather))?;
-        }
-        self.remove(&areas);
-        claimed.removed = true;
-        let mut unmapped = Unmapped::default();
-        for area in &areas {
-            unmapped.areas += 1;
-            unmapped.bytes += area.mapping.range.len();
-            unmapped.discarded_bytes += u128::from(area.marks.clear()) << self.page().lg2();
-        }
-        self.counters.discarded(unmapped.discarded_bytes);
-        Ok(unmapped)
+        let mut plan = Plan::default();
+        plan.unmap(range, &self.snapshot())?;
+        self.execute(&plan, None)
     }
 
-    /// The areas inside `range`, one at least, none of which sticks out.
-    fn whole_areas(&self, range: IovaRange) -> Result<Vec<Arc<Area>>, Error> {
-        let mut areas = Vec::new();
-        for entry in self.snapshot().iter(range) {
-            if !range.covers(entry.range) {
-                return Err(Error::PartOfArea {
-                    range,
-                    area: entry.range,
-                });
-            }
-            areas.push(entry.to_arc());
-        }
-        if areas.is_empty() {
-            return Err(Error::NothingMapped { range });
-        }
-        Ok(areas)
+    /// Unmaps every area inside `range`, and records what was dirty in them, in all domains and marks, in `bitmap`: bit 0
+    /// is the first granule of `range`. All or nothing; holes are fine, and for a range that is large a
+    /// [`SparseBitmap`](crate::SparseBitmap) is, too.
+    ///
+    /// Waits for the flush, so that on return no device reaches the memory: the pages of the view can be copied at once,
+    /// and are not reported again. No write is lost in between; a page that another lease has is reported by that one. Marks
+    /// that come later are errors.
+    ///
+    /// # Errors
+    /// In this order: [`Error::Unaligned`] (to `granule`), [`Error::BitmapTooShort`], then as
+    /// [`unmap_discarding`](Self::unmap_discarding), then [`Error::BitmapShrank`] or [`Error::BitmapWindow`] if a
+    /// file cannot take what is dirty; everything is as it was then, but for translations, as after a flush that failed.
+    pub fn unmap<'a>(
+        &self,
+        range: IovaRange,
+        granule: Granule,
+        bitmap: UserBitmap<'a>,
+    ) -> Result<(Unmapped, BitmapView<'a>), Error> {
+        let view = bitmap.view(range, granule)?;
+        let mut plan = Plan::default();
+        plan.unmap(range, &self.snapshot())?;
+        let unmapped = self.execute(&plan, Some(&mut view.sink()))?;
+        Ok((unmapped, view))
     }
 
-    /// Takes areas that this thread owns out of the tree, in one step.
-    pub(super) fn remove(&self, areas: &[Arc<Area>]) {
-        let removed: Result<(), std::convert::Infallible> = self.areas.update(|edit| {
-            for area in areas {
-                edit.remove(area.mapping.range.start());
-            }
+    /// Undoes the map of an area that is not live, which some domains have been filled with.
+    pub(super) fn take_out(&self, area: &Arc<Area>) -> Result<(), Error> {
+        let range = area.mapping.range;
+        let mut pairs = area.pairs();
+        if let Some(ticket) = self.empty_part(range, false, &mut pairs) {
+            self.flush_until(ticket)?;
+        }
+        let _: Result<(), Error> = self.areas.update(|edit| {
+            edit.remove(range.start());
             Ok(())
         });
-        match removed {
-            Ok(()) => areas.iter().for_each(|area| area.retire()),
-        }
-        if performs(Step::GoneFence) {
-            // SeqCst: F4 of the module's protocol; pairs with F3 in `Marks::mark`.
-            fence(Ordering::SeqCst);
-        }
-    }
-}
-
-/// Areas that this thread is unmapping. Dropped before they are removed, it gives them back.
-struct Claimed<'a> {
-    space: &'a AddressSpace,
-    areas: &'a [Arc<Area>],
-    removed: bool,
-}
-
-impl<'a> Claimed<'a> {
-    /// Claims all of `areas` or none.
-    fn new(space: &'a AddressSpace, areas: &'a [Arc<Area>]) -> Result<Self, Error> {
-        for (claimed, area) in areas.iter().enumerate() {
-            if let Err(busy) = area.claim() {
-                areas[..claimed].iter().for_each(|area| area.give_back());
-                return Err(busy);
-            }
-        }
-        Ok(Claimed {
-            space,
-            areas,
-            removed: false,
-        })
-    }
-}
-
-impl Drop for Claimed<'_> {
-    fn drop(&mut self) {
-        if self.removed {
-            return;
-        }
-        // The flush failed, or a source panicked, and with it may have gone what it had gathered: owe all of it.
-        let mut gather = FlushGather::new();
-        for area in self.areas {
-            gather.add(area.mapping.range, self.space.page());
-        }
-        let _ = self.space.flush.owe(&gather);
-        self.areas.iter().for_each(|area| area.give_back());
-    }
-}
-
-/// Adds `leaf` to ascending `runs`, to the last one if they touch.
-fn append(runs: &mut Vec<IovaRange>, leaf: IovaRange) {
-    if let Some(last) = runs.last_mut()
-        && last.last().checked_add(1) == Some(leaf.start())
-        && let Ok(joined) = IovaRange::new(last.start(), leaf.last())
-    {
-        *last = joined;
-    } else {
-        runs.push(leaf);
+        area.retire();
+        *pairs = None;
+        Ok(())
     }
 }

@@ -38,8 +38,14 @@ pub struct State {
     pub dirty: BTreeSet<u64>,
     pub invalidated: Vec<IovaRange>,
     pub tracking: bool,
+    /// The smallest page; none asks for nothing.
+    pub page: Option<Granule>,
+    /// Where leaves were split.
+    pub split: Vec<Iova>,
+    pub refuse_split: bool,
     /// Calls that fail from now on.
     pub refuse_map: bool,
+    pub refuse_map_at: Option<IovaRange>,
     pub stop_at: Option<u64>,
     pub panic_at: Option<u64>,
     pub fail_invalidations: u32,
@@ -72,9 +78,31 @@ fn numbers(range: IovaRange) -> std::ops::RangeInclusive<u64> {
 }
 
 impl DirtySource for Fake {
+    fn page(&self) -> Granule {
+        self.with(|s| s.page.unwrap_or(Granule::BYTE))
+    }
+
+    fn split_at(&self, at: Iova, gather: &mut FlushGather) -> Result<(), Error> {
+        self.with(|s| {
+            if s.refuse_split {
+                return Err(Error::source_failed(Broken));
+            }
+            let below = Iova::new(at.get() - 1);
+            let whole = |range: &IovaRange| range.contains(below) && range.contains(at);
+            if let Some(nth) = s.mapped.iter().position(whole) {
+                let range = s.mapped.remove(nth);
+                gather.add(range, Granule::K4);
+                s.mapped.push(IovaRange::new(range.start(), below).unwrap());
+                s.mapped.push(IovaRange::new(at, range.last()).unwrap());
+                s.split.push(at);
+            }
+            Ok(())
+        })
+    }
+
     fn map(&self, mapping: &Mapping) -> Result<(), Error> {
         self.with(|s| {
-            if s.refuse_map {
+            if s.refuse_map || s.refuse_map_at == Some(mapping.range) {
                 return Err(Error::source_failed(Broken));
             }
             s.mapped.push(mapping.range);
@@ -84,10 +112,12 @@ impl DirtySource for Fake {
 
     fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
         self.with(|s| {
-            if s.mapped.contains(&range) {
+            if s.mapped.iter().any(|mapped| range.covers(*mapped)) {
                 gather.add(range, Granule::K4);
             }
-            s.mapped.retain(|mapped| *mapped != range);
+            s.mapped.retain(|mapped| !range.covers(*mapped));
+            let cut = s.mapped.iter().any(|mapped| mapped.intersects(range));
+            assert!(!cut, "{range} cuts through a leaf");
             let gone: Vec<u64> = s.dirty.range(numbers(range)).copied().collect();
             for n in gone {
                 s.dirty.remove(&n);

@@ -1,0 +1,349 @@
+//! Cuts, batches, and unmaps that return what was dirty.
+#![cfg(not(dirtymap_loom))]
+#![allow(clippy::unwrap_used)] // helpers of tests
+
+mod common;
+
+use common::{Fake, PAGE, pages, two_sources};
+use dirtymap::{
+    Access, AddressSpace, BitmapView, Change, Error, Granule, HarvestRequest, Iova, IovaRange,
+    SparseBitmap, UserBitmap,
+};
+use std::sync::Arc;
+
+const RW: Access = Access::ReadWrite;
+
+fn tracked() -> (AddressSpace, Arc<Fake>, Arc<Fake>) {
+    let (space, first, second) = two_sources();
+    space.map(pages(0, 16), 16 * PAGE, RW).unwrap();
+    space.set_tracking(true).unwrap();
+    (space, first, second)
+}
+
+fn at(page: u64) -> Iova {
+    Iova::new(page * PAGE)
+}
+
+fn take(space: &AddressSpace, range: IovaRange) -> u64 {
+    let mut words = [0u64];
+    let request = HarvestRequest::new(range, Granule::K4);
+    let lease = space.harvest(&request, UserBitmap::new(&mut words));
+    lease.unwrap().sync().unwrap().commit();
+    words[0]
+}
+
+fn mapped(space: &AddressSpace) -> Vec<IovaRange> {
+    space.mappings().iter().map(|m| m.range).collect()
+}
+
+fn runs(view: BitmapView<'_>) -> Vec<IovaRange> {
+    view.runs().collect()
+}
+
+#[test]
+fn an_unmap_returns_what_was_dirty_anywhere() {
+    let (space, first, second) = tracked();
+    space.map(pages(20, 4), 0, RW).unwrap();
+    first.dirty(1);
+    second.dirty(2);
+    space.mark(pages(3, 1)).unwrap();
+    // Kept for the domains: put back by an abort.
+    first.dirty(5);
+    let mut words = [0u64];
+    let request = HarvestRequest::new(pages(0, 16), Granule::K4);
+    let lease = space
+        .harvest(&request, UserBitmap::new(&mut words))
+        .unwrap();
+    lease.abort();
+    first.dirty(22);
+    let flushes = space.stats().flush.flushes;
+    let sparse = SparseBitmap::new(1 << 52);
+    let (unmapped, view) = space
+        .unmap(IovaRange::ALL, Granule::K4, UserBitmap::sparse(&sparse))
+        .unwrap();
+    assert_eq!(runs(view), [pages(1, 3), pages(5, 1), pages(22, 1)]);
+    assert_eq!((unmapped.areas, unmapped.bytes), (2, 20 * u128::from(PAGE)));
+    assert_eq!(unmapped.dirty_bytes, 5 * u128::from(PAGE));
+    assert_eq!(unmapped.discarded_bytes, 0);
+    let stats = space.stats();
+    assert_eq!(stats.unmapped_dirty_bytes, 5 * PAGE);
+    assert_eq!(stats.flush.flushes, flushes + 1, "one flush for the batch");
+    assert!(first.with(|s| s.mapped.is_empty()) && second.with(|s| s.mapped.is_empty()));
+}
+
+#[test]
+fn an_unmap_with_a_bad_bitmap_touches_nothing() {
+    let (space, first, _) = tracked();
+    first.dirty(1);
+    let mut words = [0u64];
+    let unmap = |range, granule, words: &mut [u64]| {
+        space
+            .unmap(range, granule, UserBitmap::new(words))
+            .unwrap_err()
+    };
+    let byte = Granule::BYTE;
+    assert!(matches!(
+        unmap(pages(1, 1), Granule::M2, &mut words),
+        Error::Unaligned { .. }
+    ));
+    assert!(matches!(
+        unmap(pages(0, 16), byte, &mut words),
+        Error::BitmapTooShort { .. }
+    ));
+    assert!(matches!(
+        unmap(pages(0, 8), Granule::K4, &mut words),
+        Error::PartOfArea { .. }
+    ));
+    assert!(matches!(
+        unmap(pages(30, 8), Granule::K4, &mut words),
+        Error::NothingMapped { .. }
+    ));
+    first.with(|s| s.fail_invalidations = 1);
+    assert_eq!(unmap(pages(0, 16), Granule::K4, &mut words).errno(), 5);
+    assert_eq!(words, [0]);
+    assert_eq!(mapped(&space), [pages(0, 16)]);
+    assert_eq!(take(&space, pages(0, 16)), 1 << 1);
+}
+
+#[test]
+fn a_lease_over_an_area_that_was_unmapped_counts_as_outside() {
+    let (space, first, _) = tracked();
+    first.dirty(3);
+    let mut words = [0u64];
+    let request = HarvestRequest::new(pages(0, 16), Granule::K4);
+    let lease = space
+        .harvest(&request, UserBitmap::new(&mut words))
+        .unwrap();
+    let mut rest = [0u64];
+    let (unmapped, _) = space
+        .unmap(pages(0, 16), Granule::K4, UserBitmap::new(&mut rest))
+        .unwrap();
+    assert_eq!((rest, unmapped.dirty_bytes), ([0], 0), "it is in the lease");
+    let aborted = lease.abort();
+    assert_eq!((aborted.bytes, aborted.outside_bytes), (0, PAGE));
+}
+
+#[test]
+fn a_cut_loses_nothing_and_splits_leaves() {
+    let (space, first, second) = tracked();
+    first.dirty(3);
+    second.dirty(12);
+    space.mark(pages(7, 2)).unwrap();
+    let handle = space.area(at(0)).unwrap();
+    assert!(space.cut(at(8)).unwrap());
+    for source in [&first, &second] {
+        assert_eq!(source.with(|s| s.split.clone()), [at(8)]);
+        assert_eq!(source.with(|s| s.invalidated.clone()), [pages(0, 16)]);
+    }
+    assert_eq!(mapped(&space), [pages(0, 8), pages(8, 8)]);
+    assert_eq!(space.lookup(at(8)).unwrap().backing, 24 * PAGE);
+    handle.mark(pages(9, 1)).unwrap();
+    assert_eq!(take(&space, pages(0, 8)), 1 << 3 | 1 << 7);
+    assert_eq!(take(&space, pages(8, 8)), 1 << 0 | 1 << 1 | 1 << 4);
+    space.mark(pages(7, 2)).unwrap();
+    let gone = space.unmap_discarding(pages(8, 8)).unwrap();
+    assert_eq!((gone.areas, gone.discarded_bytes), (1, u128::from(PAGE)));
+    assert!(matches!(handle.mark(pages(7, 2)), Err(Error::Outside { at: a }) if a == at(8)));
+    handle.mark(pages(6, 1)).unwrap();
+    assert_eq!(take(&space, pages(0, 8)), 1 << 6 | 1 << 7);
+    assert_eq!(first.with(|s| s.mapped.clone()), [pages(0, 8)]);
+    // A piece is cut like an area; a domain that comes sees pieces.
+    assert!(space.cut(at(2)).unwrap());
+    let late = Arc::new(Fake::default());
+    space.attach(late.clone()).unwrap();
+    assert_eq!(late.with(|s| s.mapped.clone()), [pages(0, 2), pages(2, 6)]);
+    handle.mark(pages(1, 2)).unwrap();
+    assert_eq!(take(&space, pages(0, 8)), 0b110);
+}
+
+#[test]
+fn a_lease_is_put_back_after_a_cut() {
+    let (space, first, _) = tracked();
+    first.dirty(3);
+    first.dirty(12);
+    let mut words = [0u64];
+    let request = HarvestRequest::new(pages(0, 16), Granule::K4);
+    let lease = space
+        .harvest(&request, UserBitmap::new(&mut words))
+        .unwrap();
+    space.cut(at(8)).unwrap();
+    assert_eq!(lease.abort().bytes, 2 * PAGE);
+    assert_eq!(take(&space, pages(8, 8)), 1 << 4);
+    assert_eq!(take(&space, pages(0, 16)), 1 << 3);
+}
+
+#[test]
+fn cuts_refuse_in_order_and_change_nothing() {
+    let (space, first, second) = tracked();
+    space.map(pages(16, 4), 0, RW).unwrap();
+    let error = space.cut(Iova::new(5)).unwrap_err();
+    assert!(matches!(error, Error::UnalignedCut { granule: Granule::K4, at } if at.get() == 5));
+    assert_eq!(error.errno(), 22);
+    // Nothing to cut: where an area begins, between areas, in a hole, at both ends.
+    for nothing in [at(0), at(16), at(20), at(100), Iova::new(u64::MAX - 4095)] {
+        assert!(!space.cut(nothing).unwrap(), "{nothing}");
+    }
+    second.with(|s| s.refuse_split = true);
+    assert_eq!(space.cut(at(8)).unwrap_err().errno(), 5);
+    assert_eq!(mapped(&space), [pages(0, 16), pages(16, 4)]);
+    second.with(|s| s.refuse_split = false);
+    first.with(|s| s.fail_invalidations = 1);
+    assert_eq!(space.cut(at(9)).unwrap_err().errno(), 5);
+    assert_eq!(mapped(&space), [pages(0, 16), pages(16, 4)]);
+    assert!(space.cut(at(8)).unwrap());
+    space.unmap_discarding(IovaRange::ALL).unwrap();
+    assert!(first.with(|s| s.mapped.is_empty()));
+}
+
+#[test]
+fn a_batch_cuts_out_the_middle_in_one_step() {
+    let (space, first, _) = tracked();
+    first.dirty(3);
+    first.dirty(9);
+    let handle = space.area(at(0)).unwrap();
+    let unmapped = space
+        .apply(&[
+            Change::Cut { at: at(12) },
+            Change::Cut { at: at(8) },
+            Change::Unmap { range: pages(8, 4) },
+            Change::Map {
+                range: pages(32, 1),
+                backing: 0,
+                access: RW,
+            },
+        ])
+        .unwrap();
+    assert_eq!(
+        (unmapped.areas, unmapped.discarded_bytes),
+        (1, u128::from(PAGE))
+    );
+    assert_eq!(mapped(&space), [pages(0, 8), pages(12, 4), pages(32, 1)]);
+    let mut in_source = first.with(|s| s.mapped.clone());
+    in_source.sort_by_key(|range| range.start());
+    assert_eq!(in_source, mapped(&space));
+    assert!(handle.mark(pages(9, 1)).is_err());
+    handle.mark(pages(7, 1)).unwrap();
+    handle.mark(pages(12, 1)).unwrap();
+    assert_eq!(take(&space, pages(0, 8)), 1 << 3 | 1 << 7);
+    assert_eq!(take(&space, pages(12, 4)), 1);
+    assert_eq!(space.apply(&[]).unwrap().areas, 0);
+}
+
+#[test]
+fn a_batch_is_all_or_nothing_and_names_the_change() {
+    let (space, first, second) = tracked();
+    space.reserve(pages(40, 1)).unwrap();
+    first.dirty(3);
+    let map = |first, n| Change::Map {
+        range: pages(first, n),
+        backing: 0,
+        access: RW,
+    };
+    let unmap = |first, n| Change::Unmap {
+        range: pages(first, n),
+    };
+    let cut = |page| Change::Cut { at: at(page) };
+    let refused = |changes: &[Change]| match space.apply(changes).unwrap_err() {
+        Error::Change { index, error } => (index, *error),
+        other => panic!("{other}"),
+    };
+    let is = |(index, error): (usize, Error), expected, errno| {
+        assert_eq!((index, error.errno()), (expected, errno), "{error}");
+    };
+    is(refused(&[map(20, 1), map(15, 2)]), 1, 17);
+    is(refused(&[map(20, 2), map(21, 1)]), 1, 17);
+    is(refused(&[unmap(0, 16), map(0, 16)]), 1, 17);
+    is(refused(&[map(20, 1), map(40, 1)]), 1, 22);
+    is(refused(&[map(20, 1), unmap(20, 1)]), 1, 16);
+    is(refused(&[map(20, 2), cut(21)]), 1, 16);
+    is(refused(&[cut(8), unmap(0, 9)]), 1, 2);
+    is(refused(&[unmap(0, 16), unmap(0, 16)]), 1, 2);
+    is(
+        refused(&[map(20, 1), Change::Cut { at: Iova::new(1) }]),
+        1,
+        22,
+    );
+    let wraps = Change::Map {
+        range: pages(20, 2),
+        backing: u64::MAX - 4095,
+        access: RW,
+    };
+    is(refused(&[wraps]), 0, 75);
+    // A source says no to the second map: the first is taken out again, and flushed.
+    second.with(|s| s.refuse_map_at = Some(pages(24, 1)));
+    is(refused(&[unmap(0, 16), map(20, 1), map(24, 1)]), 2, 5);
+    assert_eq!(
+        first.with(|s| s.invalidated.clone()),
+        [pages(20, 1), pages(24, 1)]
+    );
+    assert_eq!(mapped(&space), [pages(0, 16)]);
+    assert_eq!(first.with(|s| s.mapped.clone()), [pages(0, 16)]);
+    // The flush fails: nothing goes, and what is dirty stays.
+    second.with(|s| s.refuse_map_at = None);
+    first.with(|s| s.fail_invalidations = 1);
+    assert_eq!(
+        space
+            .apply(&[unmap(0, 16), map(20, 1)])
+            .unwrap_err()
+            .errno(),
+        5
+    );
+    assert_eq!(mapped(&space), [pages(0, 16)]);
+    assert_eq!(take(&space, pages(0, 16)), 1 << 3);
+    // The addresses are free again.
+    space.map(pages(20, 5), 0, RW).unwrap();
+}
+
+#[test]
+fn a_batch_that_cannot_take_back_what_it_filled_keeps_the_addresses() {
+    let (space, first, second) = tracked();
+    second.with(|s| s.refuse_map_at = Some(pages(24, 1)));
+    first.with(|s| s.fail_invalidations = 1);
+    let map = |first| Change::Map {
+        range: pages(first, 1),
+        backing: 0,
+        access: RW,
+    };
+    assert!(space.apply(&[map(20), map(24)]).is_err());
+    assert!(matches!(
+        space.map(pages(20, 1), 0, RW),
+        Err(Error::Overlap { .. })
+    ));
+    space.unmap_discarding(pages(20, 8)).unwrap();
+    assert!(first.with(|s| s.invalidated.contains(&pages(20, 1))));
+    space.map(pages(20, 1), 0, RW).unwrap();
+}
+
+#[test]
+fn readers_see_a_batch_whole() {
+    let space = AddressSpace::new(Granule::K4)
+        .with_source(Arc::new(Fake::default()))
+        .unwrap();
+    space.map(pages(0, 8), 0, RW).unwrap();
+    let swap = |from: u64, to: u64| {
+        let range = pages(to, 8);
+        let gone = Change::Unmap {
+            range: pages(from, 8),
+        };
+        [
+            gone,
+            Change::Map {
+                range,
+                backing: 0,
+                access: RW,
+            },
+        ]
+    };
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            for _ in 0..300 {
+                space.apply(&swap(0, 100)).unwrap();
+                space.apply(&swap(100, 0)).unwrap();
+            }
+        });
+        while !writer.is_finished() {
+            let seen = mapped(&space);
+            assert!(seen == [pages(0, 8)] || seen == [pages(100, 8)], "{seen:?}");
+        }
+    });
+}

@@ -1,0 +1,323 @@
+//! Model checking of domains that come and go, unmaps that return what was dirty, and cuts, against each other and
+//! against harvests. As in `loom.rs`, each model is run again with single steps left out, and must fail then.
+#![cfg(dirtymap_loom)]
+#![allow(clippy::unwrap_used)] // helpers of tests
+
+mod common_loom;
+
+use common_loom::holds_only_with;
+use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering, Ordering::Relaxed, Step, lock, thread};
+use dirtymap::{
+    Access, AddressSpace, DirtySource, DomainId, Error, FlushGather, Granule, HarvestRequest,
+    Invalidated, Iova, IovaRange, LeafSink, Mapping, Scope, Sink, Stopped, UserBitmap,
+};
+
+const PAGE: Granule = Granule::K4;
+const RW: Access = Access::ReadWrite;
+
+fn page(n: u64) -> IovaRange {
+    IovaRange::from_len(Iova::new(n << 12), 1 << 12).unwrap()
+}
+
+/// Page 0 behind a leaf with a dirty bit, and a device that caches the leaf with "D is set". The lock stands for a write
+/// in flight: an invalidation waits for it.
+struct OnePage {
+    /// How often the page was filled and not emptied.
+    filled: AtomicU64,
+    most: AtomicU64,
+    dirty: AtomicU64,
+    cached: Mutex<bool>,
+    data: AtomicU64,
+}
+
+impl OnePage {
+    fn new() -> Arc<Self> {
+        Arc::new(OnePage {
+            filled: AtomicU64::new(0),
+            most: AtomicU64::new(0),
+            dirty: AtomicU64::new(0),
+            cached: Mutex::new(false),
+            data: AtomicU64::new(0),
+        })
+    }
+
+    /// A device writes; false if it faults.
+    fn device_writes(&self, value: u64) -> bool {
+        let mut cached = lock(&self.cached);
+        if !*cached {
+            // One step of the walk: present, and D set.
+            if self.filled.load(Ordering::SeqCst) == 0 {
+                return false;
+            }
+            self.dirty.store(1, Ordering::SeqCst);
+            *cached = true;
+        }
+        self.data.store(value, Relaxed);
+        true
+    }
+}
+
+struct Source(Arc<OnePage>);
+
+impl DirtySource for Source {
+    fn map(&self, _: &Mapping) -> Result<(), Error> {
+        let filled = self.0.filled.fetch_add(1, Ordering::SeqCst) + 1;
+        self.0.most.fetch_max(filled, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
+        // The lock makes one step of the walk of a device that has nothing cached; one that has goes on by its cache.
+        let was_dirty = {
+            let _walk = lock(&self.0.cached);
+            self.0.filled.fetch_sub(1, Ordering::SeqCst);
+            self.0.dirty.swap(0, Ordering::SeqCst) == 1
+        };
+        gather.add(range, PAGE);
+        if was_dirty {
+            dirty(range);
+        }
+    }
+
+    fn split_at(&self, _: Iova, _: &mut FlushGather) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        let dirty = &self.0.dirty;
+        if dirty.load(Ordering::SeqCst) == 0 {
+            return Ok(());
+        }
+        let clear = || dirty.swap(0, Ordering::SeqCst) == 1;
+        out.take(range, PAGE, clear).map_err(|error| Stopped {
+            at: range.start(),
+            error,
+        })
+    }
+
+    fn peek(&self, _: IovaRange, _: &mut Sink<'_>) -> Result<(), Stopped> {
+        Ok(())
+    }
+
+    fn invalidate(&self, _: &FlushGather) -> Result<Invalidated, Error> {
+        *lock(&self.0.cached) = false;
+        Ok(Invalidated::default())
+    }
+}
+
+/// A tracked space with page 0 mapped in one domain.
+fn tracked() -> (Arc<AddressSpace>, DomainId, Arc<OnePage>) {
+    let hardware = OnePage::new();
+    let space = AddressSpace::new(PAGE);
+    let domain = space.attach(Source(hardware.clone())).unwrap();
+    space.map(page(0), 0, RW).unwrap();
+    space.set_tracking(true).unwrap();
+    (Arc::new(space), domain, hardware)
+}
+
+/// Whether a harvest of page 0 finds it; copies it then.
+fn harvest(space: &AddressSpace, scope: Scope, data: &AtomicU64) -> Option<u64> {
+    let words = [AtomicU64::new(0)];
+    let request = HarvestRequest::new(page(0), PAGE).in_scope(scope);
+    let lease = space.harvest(&request, UserBitmap::shared(&words)).ok()?;
+    let lease = lease.sync().unwrap();
+    let copy = (lease.dirty() == 1).then(|| data.load(Relaxed));
+    lease.commit();
+    copy
+}
+
+/// Each pair is filled once, by whoever comes second.
+#[test]
+fn a_map_and_an_attach_fill_their_pair_once() {
+    holds_only_with(&[Step::FillOnce, Step::LookAfterPublish], || {
+        let hardware = OnePage::new();
+        let space = Arc::new(AddressSpace::new(PAGE));
+        let attach = {
+            let (space, source) = (space.clone(), Source(hardware.clone()));
+            thread::spawn(move || space.attach(source).is_ok())
+        };
+        let mapped = space.map(page(0), 0, RW).is_ok();
+        let attached = attach.join().unwrap();
+        let filled = hardware.filled.load(Relaxed);
+        mapped && attached && filled == 1 && hardware.most.load(Relaxed) == 1
+    });
+}
+
+/// A domain that comes while an area goes has nothing of it in the end.
+#[test]
+fn an_unmap_and_an_attach_leave_nothing_behind() {
+    holds_only_with(&[Step::ClosePairs], || {
+        let hardware = OnePage::new();
+        let space = Arc::new(AddressSpace::new(PAGE));
+        space.map(page(0), 0, RW).unwrap();
+        let attach = {
+            let (space, source) = (space.clone(), Source(hardware.clone()));
+            thread::spawn(move || space.attach(source).is_ok())
+        };
+        let unmapped = space.unmap_discarding(page(0)).is_ok();
+        let attached = attach.join().unwrap();
+        unmapped && attached && hardware.filled.load(Relaxed) == 0
+    });
+}
+
+/// A domain that goes while an area comes has nothing of it in the end.
+#[test]
+fn a_map_and_a_detach_leave_nothing_behind() {
+    holds_only_with(&[Step::RefuseLeaving, Step::OrderByRoot], || {
+        let hardware = OnePage::new();
+        let space = Arc::new(AddressSpace::new(PAGE));
+        let domain = space.attach(Source(hardware.clone())).unwrap();
+        let detach = {
+            let space = space.clone();
+            thread::spawn(move || space.detach(domain).is_ok())
+        };
+        let mapped = space.map(page(0), 0, RW).is_ok();
+        let detached = detach.join().unwrap();
+        mapped && detached && hardware.filled.load(Relaxed) == 0
+    });
+}
+
+/// An unmap that returns what was dirty, a harvest, and a device that writes by what it has cached: whoever has the page
+/// copies it after the last write.
+#[test]
+fn an_unmap_and_a_harvest_share_a_stale_write() {
+    holds_only_with(&[Step::FlushBeforeReuse], || {
+        let (space, _, hardware) = tracked();
+        hardware.device_writes(1);
+        let unmap = {
+            let (space, hardware) = (space.clone(), hardware.clone());
+            thread::spawn(move || {
+                let words = [AtomicU64::new(0)];
+                let done = space.unmap(page(0), PAGE, UserBitmap::shared(&words));
+                let dirty = done.is_ok_and(|(unmapped, _)| unmapped.dirty_bytes != 0);
+                dirty.then(|| hardware.data.load(Relaxed))
+            })
+        };
+        let words = [AtomicU64::new(0)];
+        let request = HarvestRequest::new(page(0), PAGE);
+        let lease = space.harvest(&request, UserBitmap::shared(&words));
+        let wrote = if hardware.device_writes(2) { 2 } else { 1 };
+        let mut ours = None;
+        if let Ok(lease) = lease {
+            let lease = lease.sync().unwrap();
+            ours = (lease.dirty() == 1).then(|| hardware.data.load(Relaxed));
+            lease.commit();
+        }
+        let theirs = unmap.join().unwrap();
+        ours.max(theirs) == Some(wrote)
+    });
+}
+
+/// Memory that an unmap has let go belongs to its next owner: no write by a cached translation reaches it.
+#[test]
+fn no_stale_write_reaches_the_next_owner() {
+    holds_only_with(&[Step::FlushBeforeReuse], || {
+        let (space, _, hardware) = tracked();
+        hardware.device_writes(1);
+        let device = {
+            let hardware = hardware.clone();
+            thread::spawn(move || hardware.device_writes(2))
+        };
+        space.unmap_discarding(page(0)).unwrap();
+        let next_owner = 100;
+        hardware.data.store(next_owner, Relaxed);
+        device.join().unwrap();
+        hardware.data.load(Relaxed) == next_owner
+    });
+}
+
+/// A domain goes while it is harvested, and a device writes by what it has cached: the last write is copied.
+#[test]
+fn a_detach_and_a_harvest_lose_no_write() {
+    holds_only_with(&[Step::OweBeforePutBack], || {
+        let (space, domain, hardware) = tracked();
+        hardware.device_writes(1);
+        let detach = {
+            let space = space.clone();
+            thread::spawn(move || space.detach(domain).is_ok())
+        };
+        let first = harvest(&space, Scope::All, &hardware.data);
+        let wrote = if hardware.device_writes(2) { 2 } else { 1 };
+        let detached = detach.join().unwrap();
+        let second = harvest(&space, Scope::All, &hardware.data);
+        detached && first.max(second) == Some(wrote)
+    });
+}
+
+/// What an aborted lease over one domain puts back while that domain goes is found by a harvest of all.
+#[test]
+fn an_abort_and_a_detach_do_not_miss_each_other() {
+    holds_only_with(&[Step::MarkIfGoing, Step::GoingFence], || {
+        let (space, domain, hardware) = tracked();
+        hardware.device_writes(1);
+        let words = [AtomicU64::new(0)];
+        let request = HarvestRequest::new(page(0), PAGE).in_scope(Scope::Domain(domain));
+        let lease = space
+            .harvest(&request, UserBitmap::shared(&words))
+            .unwrap()
+            .sync()
+            .unwrap();
+        let detach = {
+            let space = space.clone();
+            thread::spawn(move || space.detach(domain).is_ok())
+        };
+        lease.abort();
+        let detached = detach.join().unwrap();
+        detached && harvest(&space, Scope::All, &hardware.data).is_some()
+    });
+}
+
+/// What an aborted lease over one domain puts back while the area goes is returned by the unmap, or counted as outside.
+#[test]
+fn an_abort_and_an_unmap_do_not_miss_each_other() {
+    holds_only_with(&[Step::MarkIfGoing, Step::GoingFence], || {
+        let (space, domain, hardware) = tracked();
+        hardware.device_writes(1);
+        let words = [AtomicU64::new(0)];
+        let request = HarvestRequest::new(page(0), PAGE).in_scope(Scope::Domain(domain));
+        let lease = space
+            .harvest(&request, UserBitmap::shared(&words))
+            .unwrap()
+            .sync()
+            .unwrap();
+        let unmap = {
+            let space = space.clone();
+            thread::spawn(move || space.unmap_discarding(page(0)).unwrap().discarded_bytes)
+        };
+        let outside = lease.abort().outside_bytes;
+        unmap.join().unwrap() != 0 || outside != 0
+    });
+}
+
+/// A mark by the handle of an area that is cut, and one piece of which goes, is counted by one of the two.
+#[test]
+fn a_mark_by_a_handle_follows_a_cut() {
+    holds_only_with(&[Step::GiveWayFirst], || {
+        let space = AddressSpace::new(PAGE);
+        let both = IovaRange::new(page(0).start(), page(1).last()).unwrap();
+        space.map(both, 0, RW).unwrap();
+        let handle = space.area(Iova::MIN).unwrap();
+        let space = Arc::new(space);
+        let cutter = {
+            let space = space.clone();
+            thread::spawn(move || space.cut(page(1).start()).is_ok())
+        };
+        let unmapper = {
+            let space = space.clone();
+            thread::spawn(move || {
+                let done = space.unmap_discarding(page(1));
+                done.map_or(0, |unmapped| unmapped.discarded_bytes)
+            })
+        };
+        let marked = handle.mark(page(1)).is_ok();
+        let (cut, discarded) = (cutter.join().unwrap(), unmapper.join().unwrap());
+        // If the unmap came too early, the mark is still there.
+        let left = space.unmap_discarding(page(1));
+        let left = left.map_or(0, |unmapped| unmapped.discarded_bytes);
+        cut && (!marked || discarded + left != 0)
+    });
+}
