@@ -46,19 +46,24 @@ mod memory;
 mod fmt;
 mod table;
 
+mod cache;
+mod fault;
 mod iotlb;
 mod port;
+mod stack;
 
 mod device;
 mod domain;
 
 mod error;
 
-pub use device::{Device, DeviceConfig, DeviceStats};
+pub use device::{AtomicOperand, Device, DeviceConfig, DeviceStats};
 pub use domain::{Breakage, Domain, DomainConfig, DomainStats};
 pub use error::{DmaError, Error, FaultKind};
+pub use fault::{Fault, Faults};
 pub use fmt::{
-    AmdV1, ArmS1, Format, Iopte, MakeClean, Riscv, RiscvSv39, RiscvSv48, RiscvSv57, VtdSs, X86_64,
+    AmdV1, ArmS1, Format, Iopte, MakeClean, Reach, Riscv, RiscvSv39, RiscvSv48, RiscvSv57, VtdSs,
+    X86_64,
 };
 pub use memory::PhysMemory;
 pub use table::{Leaf, Table};

@@ -18,6 +18,7 @@ pub struct FlushGather {
     len: usize,
     leaves: Option<Leaves>,
     entries: u64,
+    tables: bool,
 }
 
 /// The sizes of the leaves in a gather: an invalidation command may need to know them.
@@ -37,6 +38,7 @@ impl FlushGather {
             len: 0,
             leaves: None,
             entries: 0,
+            tables: false,
         }
     }
 
@@ -60,6 +62,12 @@ impl FlushGather {
         self.entries
     }
 
+    /// Whether tables above the leaves were retired: then cached pointers to tables must be dropped for all the ranges,
+    /// and not only cached leaves.
+    pub const fn tables(&self) -> bool {
+        self.tables
+    }
+
     /// The bytes that the ranges span, gaps that were joined included.
     pub fn bytes(&self) -> u128 {
         self.ranges().iter().map(|r| r.len()).sum()
@@ -76,9 +84,17 @@ impl FlushGather {
         self.insert(range);
     }
 
+    /// Owes the invalidation of all cached pointers to a table that was retired and had translated `range`, and of the
+    /// leaves in it.
+    pub fn add_table(&mut self, range: IovaRange) {
+        self.tables = true;
+        self.insert(range);
+    }
+
     /// Owes everything that `other` owes as well.
     pub fn merge(&mut self, other: &FlushGather) {
         self.entries = self.entries.saturating_add(other.entries);
+        self.tables |= other.tables;
         if let Some(leaves) = other.leaves {
             self.widen(leaves);
         }
@@ -169,6 +185,7 @@ impl fmt::Debug for FlushGather {
             .field("ranges", &self.ranges())
             .field("leaves", &self.leaves)
             .field("entries", &self.entries)
+            .field("tables", &self.tables)
             .finish()
     }
 }
@@ -269,6 +286,18 @@ mod tests {
         }
         assert_eq!(pair[0].entries(), u64::MAX);
         assert_eq!(pair[0].ranges(), [range(0, 4096)]);
+    }
+
+    #[test]
+    fn a_retired_table_is_owed_after_a_merge_too() {
+        let mut gather = FlushGather::new();
+        gather.add(range(0, 4096), Granule::K4);
+        assert!(!gather.tables());
+        let mut other = FlushGather::new();
+        other.add_table(range(1 << 21, 1 << 21));
+        gather.merge(&other);
+        assert!(gather.tables());
+        assert_eq!((gather.entries(), gather.bytes()), (1, (1 << 21) + 4096));
     }
 
     #[test]
