@@ -301,14 +301,20 @@ fn no_write_is_lost_unless_a_step_is_left_out() {
     assert_eq!(explore!(None, waking_with_a_full_inbox), 0);
     assert_eq!(explore!(None, a_write_against_enabling), 0);
     assert_eq!(explore!(None, faults_against_their_reader), 0);
-    let lost = |model: fn() -> bool| explore!(None, model);
-    assert_eq!(lost(|| a_device_tlb_against_a_harvest(Breakage::None)), 0);
-    assert!(lost(|| a_device_tlb_against_a_harvest(Breakage::DeviceTlbFirst)) > 0);
-    assert_eq!(
-        lost(|| a_cached_table_against_its_replacement(Breakage::None)),
-        0
-    );
-    assert!(lost(|| a_cached_table_against_its_replacement(Breakage::SkipNonLeaf)) > 0);
+    let lost = explore!(None, || a_device_tlb_against_a_harvest(Breakage::None));
+    assert_eq!(lost, 0);
+    let lost = explore!(None, || a_device_tlb_against_a_harvest(
+        Breakage::DeviceTlbFirst
+    ));
+    assert!(lost > 0, "the wrong order of the rounds goes unnoticed");
+    let lost = explore!(None, || a_cached_table_against_its_replacement(
+        Breakage::None
+    ));
+    assert_eq!(lost, 0);
+    let lost = explore!(None, || a_cached_table_against_its_replacement(
+        Breakage::SkipNonLeaf
+    ));
+    assert!(lost > 0, "a stale pointer to a table goes unnoticed");
     for step in [
         Step::DropCached,
         Step::DrainInFlight,

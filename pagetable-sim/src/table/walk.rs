@@ -129,8 +129,8 @@ impl<F: Format> Table<F> {
                 if noted == entry {
                     break;
                 }
-                // AcqRel on success: A is set above before D is set below, and after what the last clear of A recorded.
-                // Acquire on failure: as the load above; what is there now is looked at anew.
+                // Release on success: whoever sees what we set below, by Acquire, sees A above as well. Acquire, both: as
+                // the load above, for what we derive from the entry or look at anew.
                 match slot.replace(entry, noted, Ordering::AcqRel, Ordering::Acquire) {
                     Ok(()) => break,
                     Err(now) => entry = now,
