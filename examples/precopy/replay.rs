@@ -27,6 +27,7 @@ const DEVICE: DeviceConfig = DeviceConfig {
     iotlb_sets: 512,
     iotlb_ways: 8,
     posted_writes: 4096,
+    ..DeviceConfig::DEFAULT
 };
 /// How often a waiting worker looks after its device.
 const NAP: Duration = Duration::from_micros(200);

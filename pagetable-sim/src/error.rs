@@ -90,6 +90,12 @@ pub enum Error {
         /// The first leaf in its way.
         leaf: IovaRange,
     },
+    /// No device with this number is attached.
+    #[error("no device {number} is attached")]
+    NoSuchDevice {
+        /// The number asked for.
+        number: u32,
+    },
     /// The range to unmap would cut through a leaf.
     #[error("{range} covers only a part of the leaf {leaf}: name whole leaves")]
     PartOfLeaf {
@@ -131,4 +137,10 @@ pub enum FaultKind {
     /// The address has more bits than the table translates.
     #[error("the address is too wide for the page table")]
     TooWide,
+    /// A bit that must be 0 is set in an entry on the way.
+    #[error("an entry on the way has a reserved bit set")]
+    Reserved,
+    /// The operand of an atomic operation is not aligned to its size. Nothing was translated.
+    #[error("the operand of an atomic operation is not aligned to its size")]
+    Unaligned,
 }

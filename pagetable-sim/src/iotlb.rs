@@ -1,4 +1,4 @@
-//! A device's cache of translations. It also caches "D is set", which is why clearing D takes a flush.
+//! Cached translations. They also cache "D is set", which is why clearing D takes a flush.
 //!
 //! ```text
 //!  write, entry absent            walk, set D, insert the entry with D
@@ -7,32 +7,36 @@
 //!  read, entry absent             walk, insert the entry with the D that was found
 //! ```
 //!
-//! The cache is set-associative, and each leaf size has its own tags: a lookup probes the sizes that are present. It
-//! belongs to one device and one thread; only the [port](crate::port) connects it to the domain.
+//! The IOTLB and a device's own TLB are two caches of this kind. Each belongs to one device and one thread; only the
+//! [port](crate::port) connects it to the domain.
 
-use dirtymap::{Access, Iova, IovaRange};
+use dirtymap::{Access, Granule, Iova};
 
-use crate::fmt::Format;
+use crate::cache::SizedCache;
 use crate::table::Leaf;
 
-/// A cached translation.
+/// See the [module](self).
+pub(crate) type Iotlb = SizedCache<Cached>;
+
+/// A cached translation of a naturally aligned power of two.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Cached {
-    start: u64,
     phys: u64,
-    last: u64,
+    /// The size, minus one.
+    mask: u64,
     access: Access,
     /// A write through this entry does not look at the table.
     pub(crate) dirty: bool,
 }
 
 impl Cached {
-    /// The entry for `leaf`, as found in the table.
-    pub(crate) fn new(leaf: &Leaf, dirty: bool) -> Self {
+    /// The entry for the piece around `iova`, not larger than `largest`, of `leaf` as found in the table.
+    pub(crate) fn new(leaf: &Leaf, iova: Iova, largest: Granule, dirty: bool) -> Self {
+        let leaf_mask = leaf.range.last().get() - leaf.range.start().get();
+        let mask = leaf_mask.min(largest.mask());
         Cached {
-            start: leaf.range.start().get(),
-            phys: leaf.phys,
-            last: leaf.range.last().get(),
+            phys: leaf.phys + (iova.get() & leaf_mask & !mask),
+            mask,
             access: leaf.access,
             dirty,
         }
@@ -41,239 +45,21 @@ impl Cached {
     /// Where `iova`, which the entry translates, lies in memory.
     #[inline]
     pub(crate) fn phys(&self, iova: Iova) -> u64 {
-        self.phys + (iova.get() - self.start)
+        self.phys + (iova.get() & self.mask)
     }
 
-    pub(crate) fn access(&self) -> Access {
-        self.access
+    /// Whether the entry lets a device do `wanted` without a look at the table.
+    #[inline]
+    pub(crate) fn serves(&self, wanted: Access) -> bool {
+        (!wanted.reads() || self.access.reads())
+            && (!wanted.writes() || self.access.writes() && self.dirty)
     }
-
-    fn range(&self) -> IovaRange {
-        IovaRange::new(Iova::new(self.start), Iova::new(self.last)).unwrap_or(IovaRange::ALL)
-    }
-}
-
-/// See the [module](self).
-#[derive(Debug)]
-pub(crate) struct Iotlb {
-    /// `sets * ways` tags, those of a set next to each other; `NO_TAG` where nothing is cached.
-    tags: Box<[u64]>,
-    entries: Box<[Option<Cached>]>,
-    sets: u64,
-    ways: usize,
-    /// How many entries of each level are cached: a lookup probes only the others.
-    cached: [usize; LEVELS],
-    /// State of the pseudo-random choice of a victim.
-    random: u64,
-}
-
-const NO_TAG: u64 = 0;
-/// More levels than any format can have leaves on.
-const LEVELS: usize = 8;
-/// The largest cache: no configuration may ask for more.
-const MAX_SETS: usize = 1 << 16;
-const MAX_WAYS: usize = 64;
-
-/// The tag of the page with number `number`, of leaves of `level`. Never `NO_TAG`; pages have at least 8 bytes, so
-/// nothing is lost.
-#[inline]
-fn tag(number: u64, level: u32) -> u64 {
-    (number << 3) | (u64::from(level) + 1)
 }
 
 impl Iotlb {
-    /// An empty cache of `sets` (rounded up to a power of two) times `ways` entries; each at least 1 and at most 65536
-    /// and 64.
-    pub(crate) fn new(sets: usize, ways: usize) -> Self {
-        let sets = sets.clamp(1, MAX_SETS).next_power_of_two();
-        let ways = ways.clamp(1, MAX_WAYS);
-        Iotlb {
-            tags: vec![NO_TAG; sets * ways].into_boxed_slice(),
-            entries: vec![None; sets * ways].into_boxed_slice(),
-            sets: sets as u64,
-            ways,
-            cached: [0; LEVELS],
-            random: 0x9E37_79B9_7F4A_7C15,
-        }
-    }
-
-    /// The entry that translates `iova`.
-    #[inline]
-    pub(crate) fn lookup<F: Format>(&mut self, iova: Iova) -> Option<&mut Cached> {
-        let place = self.find::<F>(iova)?;
-        self.entries[place].as_mut()
-    }
-
-    /// Caches `leaf`, in place of whatever was cached for its addresses, or of a victim.
-    pub(crate) fn insert<F: Format>(&mut self, iova: Iova, entry: Cached) {
-        if let Some(old) = self.find::<F>(iova) {
-            self.forget(old);
-        }
-        let size = entry.last - entry.start;
-        let Some(level) = (0..F::LEAF_LEVELS).find(|level| F::size(*level).mask() == size) else {
-            debug_assert!(false, "a leaf of a size that the format does not have");
-            return;
-        };
-        let number = iova.get() >> F::size(level).lg2();
-        let first = self.set_of(number);
-        let free = (first..first + self.ways).find(|at| self.tags[*at] == NO_TAG);
-        let place = free.unwrap_or_else(|| {
-            let victim = first + self.random() as usize % self.ways;
-            self.forget(victim);
-            victim
-        });
-        self.tags[place] = tag(number, level);
-        self.entries[place] = Some(entry);
-        self.cached[level as usize] += 1;
-    }
-
-    /// Drops every entry that translates an address of `ranges`, which ascend and are disjoint. Returns how many.
-    pub(crate) fn invalidate(&mut self, ranges: &[IovaRange]) -> u64 {
-        if self.cached == [0; LEVELS] {
-            return 0;
-        }
-        let mut dropped = 0;
-        for place in 0..self.entries.len() {
-            let Some(entry) = self.entries[place] else {
-                continue;
-            };
-            let range = entry.range();
-            let next = ranges.partition_point(|r| r.last() < range.start());
-            if ranges.get(next).is_some_and(|r| r.intersects(range)) {
-                self.forget(place);
-                dropped += 1;
-            }
-        }
-        dropped
-    }
-
-    /// Where the entry that translates `iova` is.
-    #[inline]
-    fn find<F: Format>(&self, iova: Iova) -> Option<usize> {
-        const { assert!((F::LEAF_LEVELS as usize) < LEVELS) };
-        for level in 0..F::LEAF_LEVELS {
-            if self.cached[level as usize] == 0 {
-                continue;
-            }
-            let number = iova.get() >> F::size(level).lg2();
-            let first = self.set_of(number);
-            let set = &self.tags[first..first + self.ways];
-            let wanted = tag(number, level);
-            if let Some(way) = set.iter().position(|tag| *tag == wanted) {
-                return Some(first + way);
-            }
-        }
-        None
-    }
-
-    /// The first place of the set for the page `number`.
-    #[inline]
-    fn set_of(&self, number: u64) -> usize {
-        (number & (self.sets - 1)) as usize * self.ways
-    }
-
-    fn forget(&mut self, place: usize) {
-        let tag = std::mem::replace(&mut self.tags[place], NO_TAG);
-        self.entries[place] = None;
-        if tag != NO_TAG {
-            self.cached[(tag & 7) as usize - 1] -= 1;
-        }
-    }
-
-    /// The next number of a xorshift generator: which entry is evicted is the same in every run.
-    fn random(&mut self) -> u64 {
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
-        self.random >> 16
-    }
-}
-
-#[cfg(test)]
-#[cfg(not(dirtymap_loom))]
-mod tests {
-    use super::*;
-    use crate::fmt::AmdV1;
-    use dirtymap::Granule;
-
-    fn leaf(start: u64, size: Granule) -> Leaf {
-        Leaf {
-            range: IovaRange::granule_at(Iova::new(start), size),
-            phys: start ^ 0x40_0000_0000,
-            access: Access::ReadWrite,
-            dirty: false,
-        }
-    }
-
-    fn insert(tlb: &mut Iotlb, start: u64, size: Granule) {
-        let leaf = leaf(start, size);
-        tlb.insert::<AmdV1>(leaf.range.start(), Cached::new(&leaf, false));
-    }
-
-    #[test]
-    fn finds_every_leaf_size_and_drops_what_a_range_touches() {
-        let mut tlb = Iotlb::new(4, 3);
-        insert(&mut tlb, 0x1000, Granule::K4);
-        insert(&mut tlb, 0x20_0000, Granule::M2);
-        insert(&mut tlb, 0x4000_0000, Granule::G1);
-        for iova in [
-            0x1000,
-            0x1fff,
-            0x20_0000,
-            0x3f_ffff,
-            0x4000_0000,
-            0x7fff_ffff,
-        ] {
-            let iova = Iova::new(iova);
-            let found = tlb.lookup::<AmdV1>(iova).unwrap();
-            assert_eq!(found.phys(iova), iova.get() ^ 0x40_0000_0000);
-        }
-        for iova in [0, 0xfff, 0x2000, 0x40_0000, 0x8000_0000] {
-            assert!(tlb.lookup::<AmdV1>(Iova::new(iova)).is_none());
-        }
-        let byte = |at| IovaRange::from_len(Iova::new(at), 1).unwrap();
-        assert_eq!(
-            tlb.invalidate(&[byte(0), byte(0x3f_ffff), byte(0x8000_0000)]),
-            1
-        );
-        assert!(tlb.lookup::<AmdV1>(Iova::new(0x20_0000)).is_none());
-        assert!(tlb.lookup::<AmdV1>(Iova::new(0x1000)).is_some());
-        assert_eq!(tlb.invalidate(&[IovaRange::ALL]), 2);
-        assert_eq!(tlb.invalidate(&[IovaRange::ALL]), 0);
-        assert_eq!(tlb.cached, [0; LEVELS]);
-    }
-
-    #[test]
-    fn a_full_set_evicts_one_of_its_own() {
-        let mut tlb = Iotlb::new(4, 2);
-        insert(&mut tlb, 0x1000, Granule::K4); // set 1
-        for page in (0..40).step_by(4) {
-            insert(&mut tlb, page << 12, Granule::K4); // set 0
-        }
-        assert_eq!(tlb.cached[0], 3);
-        assert!(tlb.lookup::<AmdV1>(Iova::new(0x1000)).is_some());
-        assert!(
-            tlb.lookup::<AmdV1>(Iova::new(36 << 12)).is_some(),
-            "the newest stays"
-        );
-    }
-
-    #[test]
-    fn a_smaller_leaf_takes_the_place_of_a_larger_one() {
-        let mut tlb = Iotlb::new(4, 2);
-        insert(&mut tlb, 0, Granule::M2);
-        insert(&mut tlb, 0x3000, Granule::K4);
-        assert!(tlb.lookup::<AmdV1>(Iova::new(0x3000)).is_some());
-        assert!(tlb.lookup::<AmdV1>(Iova::new(0)).is_none());
-    }
-
-    #[test]
-    fn sizes_are_bounded() {
-        assert_eq!(Iotlb::new(0, 0).tags.len(), 1);
-        assert_eq!(Iotlb::new(5, 3).tags.len(), 24);
-        assert_eq!(
-            Iotlb::new(usize::MAX, usize::MAX).tags.len(),
-            MAX_SETS * MAX_WAYS
-        );
+    /// Caches `entry` as the only translation of `iova`.
+    pub(crate) fn put(&mut self, iova: Iova, entry: Cached) {
+        self.remove(iova);
+        self.insert(iova, entry.mask.count_ones(), entry);
     }
 }

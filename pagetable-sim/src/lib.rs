@@ -1,20 +1,21 @@
 //! A simulated IOMMU, as mean as real hardware: it exists so that a forgotten flush really loses writes.
 //!
 //! ```text
-//!  Device::write --> Iotlb --miss, or no D--> Table: walk, set D <--map, unmap-- Domain (a dirtymap::DirtySource)
-//!       |              |                        |                                  |
-//!       |              +-- hit with D:          +--read_and_clear--> sink, gather <+
-//!       |                  no trace at all                             |
-//!       +--posted writes--> PhysMemory                                 v
-//!                ^                                              Domain::invalidate
-//!                +--- drained before a device acknowledges <---------- +
+//!  Device::write --> TLBs --miss, or no D--> Table: walk, set A, D <--map, unmap-- Domain (a dirtymap::DirtySource)
+//!       |              |                      |                                  |
+//!       |              +-- hit with D:        +--read_and_clear--> sink, gather <+
+//!       |                  no trace at all                           |
+//!       +--posted writes--> PhysMemory                               v
+//!                ^                                            Domain::invalidate
+//!                +--- drained before a device acknowledges <-------- +
 //! ```
 //!
 //! * [`PhysMemory`]: the bytes. Devices write them while others copy them.
 //! * [`Format`], for [`AmdV1`], [`VtdSs`], [`X86_64`], [`ArmS1`] and [`Riscv`]: what the bits of an entry mean.
 //! * [`Table`]: the lock-free page table; hardware sets D in it, a harvest reads and clears it.
-//! * [`Device`]: DMA through an IOTLB that caches "D is set", with writes that land late.
-//! * [`Domain`]: ties them together, switches tracking, and invalidates.
+//! * [`Device`]: DMA through caches that remember "D is set" and pointers to tables, with writes that land late.
+//! * [`Domain`]: ties them together, switches tracking, and invalidates: [`Reach`] says how precisely, [`Breakage`] what
+//!   can go wrong.
 //!
 //! # Example
 //! ```
@@ -46,19 +47,25 @@ mod memory;
 mod fmt;
 mod table;
 
+mod cache;
 mod iotlb;
+
+mod fault;
 mod port;
+mod stack;
 
 mod device;
 mod domain;
 
 mod error;
 
-pub use device::{Device, DeviceConfig, DeviceStats};
+pub use device::{AtomicOperand, Device, DeviceConfig, DeviceStats};
 pub use domain::{Breakage, Domain, DomainConfig, DomainStats};
 pub use error::{DmaError, Error, FaultKind};
+pub use fault::{Fault, Faults};
 pub use fmt::{
-    AmdV1, ArmS1, Format, Iopte, MakeClean, Riscv, RiscvSv39, RiscvSv48, RiscvSv57, VtdSs, X86_64,
+    AmdV1, ArmS1, Format, Iopte, MakeClean, Reach, Riscv, RiscvSv39, RiscvSv48, RiscvSv57, VtdSs,
+    X86_64,
 };
 pub use memory::PhysMemory;
 pub use table::{Leaf, Table};

@@ -104,6 +104,36 @@ impl PhysMemory {
         Ok(())
     }
 
+    /// Replaces the number at `phys` by what `change` makes of it, in one step; returns what was there. `change` may be
+    /// called several times. Relaxed, as [`write`](Self::write).
+    ///
+    /// # Errors
+    /// [`Error::OutsideMemory`] if any byte lies outside, or `phys` is not a multiple of the size; then nothing was
+    /// changed.
+    pub(crate) fn update<T: Word>(&self, phys: u64, change: impl Fn(T) -> T) -> Result<T, Error> {
+        let len = size_of::<T>();
+        let (words, lead) = self.words_from(phys, len)?;
+        let word = words.first().filter(|_| lead % len == 0);
+        let word = word.ok_or(Error::OutsideMemory {
+            phys,
+            len: len as u64,
+            limit: self.len,
+        })?;
+        let shift = 8 * lead as u32;
+        // Relaxed: only a first guess; the compare-exchange decides.
+        let mut seen = word.load(Ordering::Relaxed);
+        loop {
+            let old = T::from_word(seen >> shift);
+            let kept = seen & !(T::MASK << shift);
+            let new = kept | change(old).into_word() << shift;
+            // Relaxed, both: as in `merge`.
+            match word.compare_exchange_weak(seen, new, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Ok(old),
+                Err(now) => seen = now,
+            }
+        }
+    }
+
     /// The words from the one that holds `phys` on, and the place of `phys` in it, if `len` bytes from there lie
     /// inside.
     #[inline]
@@ -136,6 +166,45 @@ impl std::fmt::Debug for PhysMemory {
         f.debug_struct("PhysMemory")
             .field("len", &self.len)
             .finish_non_exhaustive()
+    }
+}
+
+/// A number that lies inside one word of memory, if it is aligned.
+pub trait Word: Copy + Default + PartialEq {
+    /// The bits that it fills, as the lowest ones.
+    #[doc(hidden)]
+    const MASK: u64;
+    #[doc(hidden)]
+    fn from_word(word: u64) -> Self;
+    #[doc(hidden)]
+    fn into_word(self) -> u64;
+    #[doc(hidden)]
+    fn plus(self, other: Self) -> Self;
+}
+
+impl Word for u32 {
+    const MASK: u64 = u32::MAX as u64;
+    fn from_word(word: u64) -> Self {
+        word as u32
+    }
+    fn into_word(self) -> u64 {
+        self.into()
+    }
+    fn plus(self, other: Self) -> Self {
+        self.wrapping_add(other)
+    }
+}
+
+impl Word for u64 {
+    const MASK: u64 = u64::MAX;
+    fn from_word(word: u64) -> Self {
+        word
+    }
+    fn into_word(self) -> u64 {
+        self
+    }
+    fn plus(self, other: Self) -> Self {
+        self.wrapping_add(other)
     }
 }
 

@@ -29,30 +29,48 @@
 //! flush stays cached over the sleep. After [`MAX_UNREAD`] of them the device is told to drop everything instead, so
 //! that an inbox cannot grow without bound.
 
-use std::ptr;
-
-use dirtymap::sync::{Arc, AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering, fence, relax};
+use dirtymap::sync::{Arc, AtomicBool, AtomicU64, AtomicUsize, Ordering, fence, relax};
 use dirtymap::{Invalidated, IovaRange};
+
+use crate::stack::{Stack, Taken};
 
 /// How many requests a sleeping device collects one by one; one in the model checker, so that models reach the bound.
 const MAX_UNREAD: usize = if cfg!(dirtymap_loom) { 1 } else { 256 };
 
 /// See the [module](self).
 pub(crate) struct Port {
+    /// The number of the device.
+    pub(crate) number: u32,
+    /// Whether the device has a TLB of its own.
+    pub(crate) has_tlb: bool,
     active: AtomicBool,
-    /// A stack of requests, the newest first; null if there are none.
-    inbox: AtomicPtr<Request>,
+    inbox: Stack<Request>,
     /// About how many requests are in the inbox.
     unread: AtomicUsize,
     /// The inbox was full while the device slept: it drops everything when it wakes.
     overflow: AtomicBool,
 }
 
-/// One request: drop what is cached for these addresses, land what is in flight.
+/// What devices are told to drop. They also land what they have in flight.
+pub(crate) struct Order {
+    /// Ascending and disjoint.
+    pub(crate) ranges: Vec<IovaRange>,
+    pub(crate) cache: Cache,
+}
+
+/// The cache that an order speaks of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cache {
+    /// The IOTLB, and the cached pointers to tables too if `tables` is set.
+    Iotlb { tables: bool },
+    /// The TLB of the device.
+    DeviceTlb,
+}
+
+/// One order to one device.
 pub(crate) struct Request {
-    ranges: Arc<Vec<IovaRange>>,
+    order: Arc<Order>,
     receipt: Arc<Receipt>,
-    next: *mut Request,
 }
 
 /// Where the device acknowledges a request.
@@ -65,10 +83,12 @@ pub(crate) struct Receipt {
 
 impl Port {
     /// The port of a device that sleeps, with an empty inbox.
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(number: u32, has_tlb: bool) -> Self {
         Port {
+            number,
+            has_tlb,
             active: AtomicBool::new(false),
-            inbox: AtomicPtr::new(ptr::null_mut()),
+            inbox: Stack::new(),
             unread: AtomicUsize::new(0),
             overflow: AtomicBool::new(false),
         }
@@ -76,9 +96,9 @@ impl Port {
 
     // The invalidator's side.
 
-    /// Asks the device to drop what it has cached for `ranges`, which ascend and are disjoint (I1). Does not wait.
-    /// `None` if the device sleeps and was told to drop everything.
-    pub(crate) fn ask(&self, ranges: &Arc<Vec<IovaRange>>) -> Option<Arc<Receipt>> {
+    /// Asks the device to carry out `order` (I1). Does not wait. `None` if the device sleeps and was told to drop
+    /// everything.
+    pub(crate) fn ask(&self, order: &Arc<Order>) -> Option<Arc<Receipt>> {
         // Relaxed: an estimate that bounds the inbox; nothing is decided by it that would not be right either way.
         if self.unread.load(Ordering::Relaxed) >= MAX_UNREAD && self.overflow() {
             return None;
@@ -88,11 +108,13 @@ impl Port {
             dropped: AtomicU64::new(0),
             drained: AtomicU64::new(0),
         });
-        self.push(Box::new(Request {
-            ranges: Arc::clone(ranges),
+        // Relaxed: an estimate.
+        self.unread.fetch_add(1, Ordering::Relaxed);
+        // The push is a Release: it publishes the changes of the table that the order speaks of.
+        self.inbox.push(Request {
+            order: Arc::clone(order),
             receipt: Arc::clone(&receipt),
-            next: ptr::null_mut(),
-        }));
+        });
         Some(receipt)
     }
 
@@ -127,31 +149,6 @@ impl Port {
         !self.active.load(Ordering::Acquire)
     }
 
-    fn push(&self, request: Box<Request>) {
-        // Relaxed: an estimate.
-        self.unread.fetch_add(1, Ordering::Relaxed);
-        let request = Box::into_raw(request);
-        // Relaxed: we only link to the old top; whoever takes the stack reads what is behind it.
-        let mut top = self.inbox.load(Ordering::Relaxed);
-        loop {
-            // SAFETY: `request` came from `Box::into_raw` above and is not published yet, so it is ours alone.
-            unsafe { (*request).next = top };
-            // Release on success: publishes the request, and the changes of the table that it speaks of; pairs with the
-            // Acquire in `take`. The requests below were published by their own pushes, whose release sequences this
-            // one continues. Relaxed on failure: as the load above. A top that was taken and pushed again meanwhile is
-            // no matter: we link to whatever is the top and never look into it.
-            match self.inbox.compare_exchange_weak(
-                top,
-                request,
-                Ordering::Release,
-                Ordering::Relaxed,
-            ) {
-                Ok(_) => return,
-                Err(now) => top = now,
-            }
-        }
-    }
-
     // The device's side.
 
     /// Begins to be active (D1, F1). Returns whether everything cached must be dropped. The device looks into its inbox
@@ -174,15 +171,16 @@ impl Port {
     /// Whether there are requests (D2). All that this costs, between operations, is one load.
     #[inline]
     pub(crate) fn has_mail(&self) -> bool {
-        // Relaxed: ordered by F1 after waking, and otherwise it is seen a little later; `take` acquires.
-        !self.inbox.load(Ordering::Relaxed).is_null()
+        // Ordered by F1 after waking; otherwise it is seen a little later, and `take` acquires.
+        !self.inbox.is_empty()
     }
 
-    /// Takes all requests, the newest first.
+    /// Takes all requests, the newest first: they only drop what is cached, so their order does not matter.
     pub(crate) fn take(&self) -> Requests<'_> {
-        // Acquire: pairs with the Release of every push below the top; publishes the requests and what they speak of.
-        let top = self.inbox.swap(ptr::null_mut(), Ordering::Acquire);
-        Requests { port: self, top }
+        Requests {
+            port: self,
+            taken: self.inbox.take(),
+        }
     }
 }
 
@@ -192,22 +190,10 @@ impl std::fmt::Debug for Port {
     }
 }
 
-impl Drop for Port {
-    fn drop(&mut self) {
-        drop(self.take());
-    }
-}
-
-// SAFETY: all fields are atomics; the requests that `inbox` leads to are owned by whoever swaps the pointer out, and
-// are `Send`: ranges, a receipt of atomics, and the pointer to the next one.
-unsafe impl Send for Port {}
-// SAFETY: as for `Send`; shared access is by atomic operations only.
-unsafe impl Sync for Port {}
-
 impl Request {
-    /// What to drop: ascending and disjoint.
-    pub(crate) fn ranges(&self) -> &[IovaRange] {
-        &self.ranges
+    /// What to drop.
+    pub(crate) fn order(&self) -> &Order {
+        &self.order
     }
 
     /// Tells the invalidator that everything is dropped and landed.
@@ -224,29 +210,17 @@ impl Request {
 /// Requests that were taken out of an inbox. Those that are not iterated over are freed without an answer.
 pub(crate) struct Requests<'a> {
     port: &'a Port,
-    top: *mut Request,
+    taken: Taken<Request>,
 }
 
 impl Iterator for Requests<'_> {
-    type Item = Box<Request>;
+    type Item = Request;
 
-    fn next(&mut self) -> Option<Box<Request>> {
-        if self.top.is_null() {
-            return None;
-        }
-        // SAFETY: made by `Box::into_raw` in `push`; the swap in `take` made the whole stack ours, and each is taken
-        // once.
-        let request = unsafe { Box::from_raw(self.top) };
-        self.top = request.next;
+    fn next(&mut self) -> Option<Request> {
+        let request = self.taken.next()?;
         // Relaxed: an estimate.
         self.port.unread.fetch_sub(1, Ordering::Relaxed);
         Some(request)
-    }
-}
-
-impl Drop for Requests<'_> {
-    fn drop(&mut self) {
-        self.for_each(drop);
     }
 }
 
@@ -255,18 +229,25 @@ impl Drop for Requests<'_> {
 mod tests {
     use super::*;
 
+    fn everything() -> Arc<Order> {
+        Arc::new(Order {
+            ranges: vec![IovaRange::ALL],
+            cache: Cache::DeviceTlb,
+        })
+    }
+
     #[test]
     fn an_inbox_of_a_sleeper_is_bounded() {
-        let port = Port::new();
-        let ranges = Arc::new(vec![IovaRange::ALL]);
+        let port = Port::new(0, false);
+        let order = everything();
         for _ in 0..MAX_UNREAD {
-            let receipt = port.ask(&ranges).unwrap();
+            let receipt = port.ask(&order).unwrap();
             assert_eq!(port.wait(&receipt), Invalidated::default());
         }
-        assert!(port.ask(&ranges).is_none());
-        assert_eq!(Arc::strong_count(&ranges), MAX_UNREAD + 1);
+        assert!(port.ask(&order).is_none());
+        assert_eq!(Arc::strong_count(&order), MAX_UNREAD + 1);
         assert!(port.wake(), "everything must go");
-        assert!(port.ask(&ranges).is_some(), "one that is awake is asked");
+        assert!(port.ask(&order).is_some(), "one that is awake is asked");
         assert_eq!(port.take().count(), MAX_UNREAD + 1);
         assert!(!port.has_mail());
         port.sleep();
@@ -276,11 +257,11 @@ mod tests {
 
     #[test]
     fn requests_are_freed_with_the_port() {
-        let ranges = Arc::new(vec![IovaRange::ALL]);
-        let port = Port::new();
-        port.ask(&ranges);
-        port.ask(&ranges);
+        let order = everything();
+        let port = Port::new(0, false);
+        port.ask(&order);
+        port.ask(&order);
         drop(port);
-        assert_eq!(Arc::strong_count(&ranges), 1);
+        assert_eq!(Arc::strong_count(&order), 1);
     }
 }

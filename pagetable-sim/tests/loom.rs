@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use dirtymap::sync::{Arc, AtomicU64, Ordering, Step, leave_out, thread};
 use dirtymap::{Access, DirtySource, FlushGather, Iova, IovaRange, LeafSink, Mapping, UserBitmap};
 use pagetable_sim::{
-    AmdV1, ArmS1, Device, DeviceConfig, Domain, DomainConfig, Format, PhysMemory, Table,
+    AmdV1, ArmS1, Breakage, Device, DeviceConfig, Domain, DomainConfig, Format, PhysMemory, Table,
 };
 
 const PAGE: u64 = Domain::PAGE.bytes();
@@ -21,6 +21,8 @@ const DEVICE: DeviceConfig = DeviceConfig {
     iotlb_sets: 1,
     iotlb_ways: 1,
     posted_writes: 1,
+    walk_entries: 0,
+    ..DeviceConfig::DEFAULT
 };
 
 fn all() -> IovaRange {
@@ -29,7 +31,7 @@ fn all() -> IovaRange {
 
 /// A domain of one page.
 fn domain<F: Format>() -> Arc<Domain<F>> {
-    let memory = Arc::new(PhysMemory::new(PAGE).unwrap());
+    let memory = Arc::new(PhysMemory::new(2 * PAGE).unwrap());
     let domain = Domain::with_format(memory, DomainConfig::default());
     domain
         .map(&Mapping {
@@ -177,6 +179,90 @@ fn a_clean_against_a_remap<F: Format>() -> bool {
     found == Some(all()) && table.translate(Iova::new(PAGE)).is_none()
 }
 
+/// A device whose own TLB is in front of its IOTLB writes three times while a harvester copies what it finds. Returns
+/// whether the copies end up equal to the memory.
+fn a_device_tlb_against_a_harvest(breakage: Breakage) -> bool {
+    let domain = domain::<AmdV1>();
+    domain.set_tracking(true).unwrap();
+    domain.break_hardware(breakage);
+    let mut device = domain.attach(DeviceConfig {
+        tlb_entries: 1,
+        ..DEVICE
+    });
+    write(&mut device, 1);
+    let writer = thread::spawn(move || {
+        write(&mut device, 2);
+        idle();
+        write(&mut device, 3);
+        idle();
+        device.service();
+        idle();
+    });
+    let mut copy = 0;
+    pass(&domain, &mut copy);
+    writer.join().unwrap();
+    pass(&domain, &mut copy);
+    assert_eq!(word(domain.memory()), 3);
+    copy == 3
+}
+
+/// The last table of two pages is unmapped and flushed, and a large leaf takes its place, while a device walks through
+/// it and caches a pointer to it. Returns whether a write that begins after that is done and reported.
+fn a_cached_table_against_its_replacement(breakage: Breakage) -> bool {
+    let domain = domain::<AmdV1>();
+    domain.set_tracking(true).unwrap();
+    domain.break_hardware(breakage);
+    let mut device = domain.attach(DeviceConfig {
+        walk_entries: 1,
+        ..DEVICE
+    });
+    let replaced = Arc::new(AtomicU64::new(0));
+    let writer = thread::spawn({
+        let replaced = Arc::clone(&replaced);
+        move || {
+            // To the page that is not mapped at first: this one fails, or finds the large leaf.
+            let _ = device.write(Iova::new(PAGE), &[1]);
+            idle();
+            // Acquire: pairs with the Release below.
+            let mapped = replaced.load(Ordering::Acquire) == 1;
+            let done = device.write(Iova::MIN, &2u64.to_le_bytes()).is_ok();
+            (mapped, done)
+        }
+    });
+    let both = IovaRange::from_len(Iova::MIN, 2 * PAGE).unwrap();
+    let mut gather = FlushGather::new();
+    domain.unmap(all(), &mut gather, &mut |_| ());
+    domain.invalidate(&gather).unwrap();
+    domain
+        .map(&Mapping {
+            range: both,
+            backing: 0,
+            access: Access::ReadWrite,
+        })
+        .unwrap();
+    // Release: whoever sees it writes to the large leaf.
+    replaced.store(1, Ordering::Release);
+    let (mapped, done) = writer.join().unwrap();
+    let leaf = domain.translate(Iova::MIN).unwrap();
+    assert_eq!(leaf.range, both);
+    !mapped || done && leaf.dirty
+}
+
+/// A device that faults twice while the log, which has room for one fault, is read: each fault is read or counted.
+fn faults_against_their_reader() -> bool {
+    let domain = domain::<AmdV1>();
+    let mut device = domain.attach(DEVICE);
+    let writer = thread::spawn(move || {
+        let wide = Iova::new(1 << 40);
+        device.write(wide, &[1]).is_err() && device.write(wide, &[1]).is_err()
+    });
+    let taken = domain.take_faults();
+    assert!(writer.join().unwrap());
+    let rest = domain.take_faults();
+    let read = taken.records.len() + rest.records.len();
+    read as u64 + taken.dropped + rest.dropped == 2
+}
+
 /// Explores `model` without `step`; returns how many executions there were and how many of them lost a write. A lost
 /// write is counted, not asserted: a panic would drop the epoch's state outside of the model.
 fn explore(step: Option<Step>, name: &str, model: fn() -> bool) -> (usize, usize) {
@@ -214,6 +300,21 @@ fn no_write_is_lost_unless_a_step_is_left_out() {
     assert_eq!(explore!(None, waking_against_a_harvest), 0);
     assert_eq!(explore!(None, waking_with_a_full_inbox), 0);
     assert_eq!(explore!(None, a_write_against_enabling), 0);
+    assert_eq!(explore!(None, faults_against_their_reader), 0);
+    let lost = explore!(None, || a_device_tlb_against_a_harvest(Breakage::None));
+    assert_eq!(lost, 0);
+    let lost = explore!(None, || a_device_tlb_against_a_harvest(
+        Breakage::DeviceTlbFirst
+    ));
+    assert!(lost > 0, "the wrong order of the rounds goes unnoticed");
+    let lost = explore!(None, || a_cached_table_against_its_replacement(
+        Breakage::None
+    ));
+    assert_eq!(lost, 0);
+    let lost = explore!(None, || a_cached_table_against_its_replacement(
+        Breakage::SkipNonLeaf
+    ));
+    assert!(lost > 0, "a stale pointer to a table goes unnoticed");
     for step in [
         Step::DropCached,
         Step::DrainInFlight,

@@ -195,6 +195,7 @@ fn no_write_is_lost_in_a_storm_on_large_leaves_with_tiny_iotlbs() {
         iotlb_sets: 1,
         iotlb_ways: 2,
         posted_writes: 200,
+        ..DeviceConfig::DEFAULT
     };
     storm(Granule::M2, device, seed());
 }

@@ -91,7 +91,7 @@ impl Pair {
         {
             return fail("the entries are wrong");
         }
-        if self.gather.frees_tables() != self.tables {
+        if self.gather.tables() != self.tables {
             return fail("the tables are wrong");
         }
         if self
@@ -106,7 +106,7 @@ impl Pair {
             return fail("the bytes are wrong");
         }
         let full = self.gather.to_full();
-        if !full.is_full() || full.entries() != self.entries || full.frees_tables() != self.tables {
+        if !full.is_full() || full.entries() != self.entries || full.tables() != self.tables {
             return fail("a full one is another debt");
         }
         self.check_costs().or_else(|what| fail(&what))

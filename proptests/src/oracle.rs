@@ -66,7 +66,7 @@ pub(crate) struct Oracle {
     pub(crate) pending: BTreeSet<u64>,
     /// Pages that are marked: exact.
     pub(crate) marks: BTreeSet<u64>,
-    /// First page and number of pages of leaves that may be dirty.
+    /// First page and number of pages of leaves that may be dirty, and of what is left of them.
     pub(crate) leaves: BTreeSet<(u64, u64)>,
     /// Pages that devices may have written while nobody looked.
     pub(crate) untracked: BTreeSet<u64>,
@@ -248,9 +248,16 @@ impl Oracle {
         let covered = |page: u64| (first..=last).contains(&page);
         self.pending.retain(|page| !covered(*page));
         self.marks.retain(|page| !covered(*page));
-        // Only whole leaves are cleared.
-        self.leaves
-            .retain(|(page, count)| !(covered(*page) && covered(page + count - 1)));
+        // What is left of a leaf stays dirty.
+        let rests = |(page, count): (u64, u64)| {
+            let behind = page + count;
+            let below = (page, behind.min(first).saturating_sub(page));
+            let above = page.max(last + 1);
+            [below, (above, behind.saturating_sub(above))]
+        };
+        let leaves = std::mem::take(&mut self.leaves);
+        self.leaves = leaves.into_iter().flat_map(rests).collect();
+        self.leaves.retain(|(_, count)| *count > 0);
         self.leases[lease] = Some(Leased {
             pages: reported,
             synced: false,

@@ -53,6 +53,7 @@ impl Rig {
                 iotlb_sets: config.iotlb_sets,
                 iotlb_ways: config.iotlb_ways,
                 posted_writes: config.posted_writes,
+                ..DeviceConfig::DEFAULT
             }),
             in_flight: Vec::new(),
         };

@@ -57,11 +57,6 @@ impl FlushGather {
         self.leaves
     }
 
-    /// Whether tables go away: then cached walks through them must be dropped as well, not only cached leaves.
-    pub const fn frees_tables(&self) -> bool {
-        self.tables
-    }
-
     /// Whether everything is to be invalidated.
     pub fn is_full(&self) -> bool {
         self.ranges() == [IovaRange::ALL]
@@ -70,6 +65,12 @@ impl FlushGather {
     /// How many leaves were added; stays at `u64::MAX` once there.
     pub const fn entries(&self) -> u64 {
         self.entries
+    }
+
+    /// Whether tables above the leaves were retired: then cached pointers to tables must be dropped for all the ranges,
+    /// and not only cached leaves.
+    pub const fn tables(&self) -> bool {
+        self.tables
     }
 
     /// The bytes that the ranges span, gaps that were joined included.
@@ -88,8 +89,8 @@ impl FlushGather {
         self.insert(range);
     }
 
-    /// Owes that cached walks through a table be dropped, which translated `range` and goes away. Its memory may be
-    /// used again only after the flush: see [`FlushQueue::owe_then`](super::FlushQueue::owe_then).
+    /// Owes that cached pointers to a table, which translated `range`, and the leaves in it be dropped. If the table goes
+    /// away, its memory may be used again only after the flush: see [`FlushQueue::owe_then`](super::FlushQueue::owe_then).
     pub fn add_table(&mut self, range: IovaRange) {
         self.tables = true;
         self.insert(range);
@@ -304,20 +305,20 @@ mod tests {
     fn a_table_that_goes_is_owed_without_leaves_and_survives_merging() {
         let mut table = FlushGather::new();
         table.add_table(range(2 << 20, 2 << 20));
-        assert!(table.frees_tables() && !table.is_empty());
+        assert!(table.tables() && !table.is_empty());
         assert_eq!((table.entries(), table.leaves()), (0, None));
         let mut both = FlushGather::new();
         both.add(range(0, 4096), Granule::K4);
-        assert!(!both.frees_tables());
+        assert!(!both.tables());
         both.merge(&table);
         assert_eq!(
-            (both.frees_tables(), both.entries(), both.ranges().len()),
+            (both.tables(), both.entries(), both.ranges().len()),
             (true, 1, 2)
         );
         let full = both.to_full();
         assert!(full.is_full() && !both.is_full());
         assert_eq!(
-            (full.frees_tables(), full.entries(), full.leaves()),
+            (full.tables(), full.entries(), full.leaves()),
             (true, 1, both.leaves())
         );
     }

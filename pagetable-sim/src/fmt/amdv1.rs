@@ -9,6 +9,7 @@
 //! | 6 | D | written; leaves only |
 //! | 11:9 | next level | level of the table it leads to, 0 for a leaf of the default size |
 //! | 51:12 | address | frame of the page, or of the next table |
+//! | 58:52 | | reserved, 0 |
 //! | 60 | FC | force coherent; leaves only |
 //! | 61 | IR | devices may read |
 //! | 62 | IW | devices may write |
@@ -22,7 +23,7 @@
 
 use dirtymap::Access;
 
-use super::{Format, Iopte, MakeClean, TABLE_LG2, sealed, shape};
+use super::{Format, Iopte, MakeClean, Reach, TABLE_LG2, sealed, shape};
 
 const PR: u64 = 1 << 0;
 const A: u64 = 1 << 5;
@@ -34,6 +35,7 @@ const ADDRESS: u64 = ((1 << 40) - 1) << ADDRESS_SHIFT;
 const FC: u64 = 1 << 60;
 const IR: u64 = 1 << 61;
 const IW: u64 = 1 << 62;
+const RESERVED: u64 = 0x7f << 52;
 
 /// The host page table of AMD's IOMMU, version 1: four levels, 48 bits of address, leaves of 4 KiB, 2 MiB and 1 GiB, D
 /// in bit 6.
@@ -50,6 +52,9 @@ impl Format for AmdV1 {
     const LEAF_LEVELS: u32 = shape(3, 2);
     const OUTPUT_LG2: u32 = 40 + Self::PAGE_LG2;
     const MAKE_CLEAN: MakeClean = MakeClean::Clear(D);
+    const REACH: Reach = Reach::Aligned { max_lg2: 52 };
+    const TABLE_ACCESSED: u64 = A;
+    const RESERVED: u64 = RESERVED;
 
     #[inline]
     fn is_present(entry: Iopte) -> bool {

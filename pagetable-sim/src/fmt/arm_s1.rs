@@ -33,7 +33,7 @@
 
 use dirtymap::Access;
 
-use super::{Format, Iopte, MakeClean, TABLE_LG2, sealed, shape};
+use super::{Format, Iopte, MakeClean, Reach, TABLE_LG2, sealed, shape};
 
 const VALID: u64 = 1 << 0;
 const TABLE: u64 = 1 << 1;
@@ -63,6 +63,10 @@ impl Format for ArmS1 {
     const LEAF_LEVELS: u32 = shape(3, 2);
     const OUTPUT_LG2: u32 = 36 + Self::PAGE_LG2;
     const MAKE_CLEAN: MakeClean = MakeClean::Set(READ_ONLY);
+    // Without invalidation by range: from as many granules on as a table has entries, everything.
+    const REACH: Reach = Reach::Strides {
+        max: (1 << (Self::PAGE_LG2 - 3)) - 1,
+    };
 
     #[inline]
     fn is_present(entry: Iopte) -> bool {

@@ -13,12 +13,14 @@
 
 mod amdv1;
 mod arm_s1;
+mod reach;
 mod riscv;
 mod vtdss;
 mod x86_64;
 
 pub use amdv1::AmdV1;
 pub use arm_s1::ArmS1;
+pub use reach::Reach;
 pub use riscv::{Riscv, RiscvSv39, RiscvSv48, RiscvSv57};
 pub use vtdss::VtdSs;
 pub use x86_64::X86_64;
@@ -91,6 +93,12 @@ pub trait Format: sealed::Sealed + Send + Sync + 'static {
     /// Whether the bits above those that the tables translate must all equal the highest of them: then the tables
     /// translate the lowest and the highest part of the address space, half of their reach each, and nothing between.
     const SIGN_EXTENDED: bool = false;
+    /// What one invalidation command can name: it reaches at least what is asked for, and often more.
+    const REACH: Reach;
+    /// The bits that a walk sets in an entry that leads to a table; 0 if hardware leaves such entries alone.
+    const TABLE_ACCESSED: u64 = 0;
+    /// The bits that are 0 in every present entry: a walk that finds one of them set faults. 0 if there are none.
+    const RESERVED: u64 = 0;
 
     /// How many bits of address the tables translate.
     const WIDTH: u32 = Self::PAGE_LG2 + Self::LEVELS * Self::INDEX_LG2;

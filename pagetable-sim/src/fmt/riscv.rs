@@ -13,6 +13,7 @@
 //! | 6 | A | accessed; leaves only |
 //! | 7 | D | written; leaves only |
 //! | 53:10 | PPN | frame of the page, or of the next table |
+//! | 60:54 | | reserved, 0 |
 //!
 //! An entry with R, W or X is a leaf, at any level: Sv39 has leaves of 4 KiB, 2 MiB and 1 GiB, Sv48 adds 512 GiB, Sv57
 //! adds 256 TiB. Contiguous entries (Svnapot) are not used. Addresses are sign-extended: the bits above equal the highest
@@ -23,7 +24,7 @@
 
 use dirtymap::Access;
 
-use super::{Format, Iopte, MakeClean, TABLE_LG2, sealed, shape};
+use super::{Format, Iopte, MakeClean, Reach, TABLE_LG2, sealed, shape};
 
 const V: u64 = 1 << 0;
 const R_SHIFT: u32 = 1;
@@ -35,6 +36,7 @@ const A: u64 = 1 << 6;
 const D: u64 = 1 << 7;
 const PPN_SHIFT: u32 = 10;
 const PPN: u64 = ((1 << 44) - 1) << PPN_SHIFT;
+const RESERVED: u64 = 0x7f << 54;
 /// A table's host address is a frame and 12 bits of offset, in the model checker, too.
 const HOST_PAGE_LG2: u32 = 12;
 
@@ -69,6 +71,8 @@ where
     const LEAF_LEVELS: u32 = Self::LEVELS;
     const OUTPUT_LG2: u32 = 44 + Self::PAGE_LG2;
     const MAKE_CLEAN: MakeClean = MakeClean::Clear(D);
+    const REACH: Reach = Reach::Strides { max: 512 };
+    const RESERVED: u64 = RESERVED;
     const SIGN_EXTENDED: bool = true;
 
     #[inline]

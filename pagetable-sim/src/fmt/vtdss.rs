@@ -8,7 +8,7 @@
 //! | 0 | R | devices may read |
 //! | 1 | W | devices may write |
 //! | 7 | PS | a leaf, above the lowest level |
-//! | 8 | A | accessed; leaves only |
+//! | 8 | A | accessed, at all levels |
 //! | 9 | D | written; leaves only |
 //! | 11 | SNP | snoop; left 0 |
 //! | 51:12 | ADDR | frame of the page, or of the next table |
@@ -18,7 +18,7 @@
 
 use dirtymap::Access;
 
-use super::{Format, Iopte, MakeClean, TABLE_LG2, sealed, shape};
+use super::{Format, Iopte, MakeClean, Reach, TABLE_LG2, sealed, shape};
 
 const R: u64 = 1 << 0;
 const W: u64 = 1 << 1;
@@ -49,6 +49,8 @@ where
     const LEAF_LEVELS: u32 = shape(3, 2);
     const OUTPUT_LG2: u32 = 40 + Self::PAGE_LG2;
     const MAKE_CLEAN: MakeClean = MakeClean::Clear(D);
+    const REACH: Reach = Reach::Aligned { max_lg2: 63 };
+    const TABLE_ACCESSED: u64 = A;
 
     #[inline]
     fn is_present(entry: Iopte) -> bool {

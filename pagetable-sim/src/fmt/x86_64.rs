@@ -22,7 +22,7 @@
 
 use dirtymap::Access;
 
-use super::{Format, Iopte, MakeClean, TABLE_LG2, sealed, shape};
+use super::{Format, Iopte, MakeClean, Reach, TABLE_LG2, sealed, shape};
 
 const P: u64 = 1 << 0;
 const RW: u64 = 1 << 1;
@@ -54,6 +54,8 @@ where
     const LEAF_LEVELS: u32 = shape(3, 2);
     const OUTPUT_LG2: u32 = 40 + Self::PAGE_LG2;
     const MAKE_CLEAN: MakeClean = MakeClean::Clear(D);
+    const REACH: Reach = Reach::Aligned { max_lg2: 63 };
+    const TABLE_ACCESSED: u64 = A;
     const SIGN_EXTENDED: bool = true;
 
     #[inline]

@@ -24,7 +24,7 @@ use dirtymap::sync::Ordering;
 use dirtymap::{Granule, Iova, IovaRange, LeafSink, Sink, Stopped};
 
 use super::{AtomicIopte, Leaf, Table, TablePage, child, is_leaf, leaf_of};
-use crate::fmt::Format;
+use crate::fmt::{Format, Iopte};
 
 /// A dirty leaf that a scan found.
 struct DirtyLeaf<'g> {
@@ -49,25 +49,9 @@ impl<F: Format> Table<F> {
     /// that is not writable stays as it is.
     pub fn set_dirty(&self, iova: Iova) -> Option<Leaf> {
         let guard = crossbeam_epoch::pin();
-        let (slot, mut entry, level) = self.walk(iova, &guard)?;
-        while F::access(entry).writes() && !F::is_dirty(entry) {
-            // AcqRel on success: D is in the table before the data is in memory, and after what the last clear of D
-            // recorded; pairs with `make_clean` in a harvest. Acquire on failure: as the load of the walk; the new
-            // value is derived from it.
-            match slot.replace(
-                entry,
-                F::written(entry),
-                Ordering::AcqRel,
-                Ordering::Acquire,
-            ) {
-                Ok(()) => break,
-                Err(now) if F::is_present(now) && is_leaf::<F>(now, level) => entry = now,
-                // Unmapped meanwhile, and perhaps mapped by smaller leaves since: there was a moment without a
-                // translation.
-                Err(_) => return None,
-            }
-        }
-        Some(leaf_of::<F>(iova, entry, level))
+        let (slot, entry, level) = self.walk(iova, &guard)?;
+        let found = write_through::<F>(slot, entry, level)?;
+        Some(leaf_of::<F>(iova, found, level))
     }
 
     /// Hands the dirty leaves that `range` touches to `out`, which has them cleared. Addresses without a leaf are
@@ -117,6 +101,32 @@ impl<F: Format> Table<F> {
         }
         Ok(())
     }
+}
+
+/// Sets D of a leaf that was seen as `entry` in a table of `level`, if devices may write through it. Returns the leaf as
+/// it was found, `None` if it is gone.
+pub(super) fn write_through<F: Format>(
+    slot: &AtomicIopte,
+    mut entry: Iopte,
+    level: u32,
+) -> Option<Iopte> {
+    while F::access(entry).writes() && !F::is_dirty(entry) {
+        // AcqRel on success: D is in the table before the data is in memory, and after what the last clear of D
+        // recorded; pairs with `make_clean` in a harvest. Acquire on failure: as the load of the walk; the new value is
+        // derived from it.
+        match slot.replace(
+            entry,
+            F::written(entry),
+            Ordering::AcqRel,
+            Ordering::Acquire,
+        ) {
+            Ok(()) => break,
+            Err(now) if F::is_present(now) && is_leaf::<F>(now, level) => entry = now,
+            // Unmapped meanwhile, and perhaps mapped by smaller leaves since: there was a moment without a translation.
+            Err(_) => return None,
+        }
+    }
+    Some(entry)
 }
 
 /// Visits the dirty leaves of `range` in the subtree of `page`. Eight entries with nothing to look at cost eight loads

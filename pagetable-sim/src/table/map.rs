@@ -1,5 +1,7 @@
 //! Mapping and unmapping: everything is checked first, then installed leaf by leaf.
 
+use std::cell::Cell;
+
 use crossbeam_epoch::Guard;
 use dirtymap::sync::Ordering;
 use dirtymap::{Access, Granule, IovaRange};
@@ -14,6 +16,8 @@ struct Job {
     phys: u64,
     access: Access,
     max_leaf: Granule,
+    /// A leaf took the place of a table.
+    retired: Cell<bool>,
 }
 
 impl Job {
@@ -28,7 +32,8 @@ impl<F: Format> Table<F> {
     /// allows and that are not larger than `max_leaf` (a `max_leaf` below the smallest page counts as the smallest
     /// page).
     ///
-    /// Lock-free. The caller owns the range for the time of the call.
+    /// Returns whether a table was retired: devices that cache a pointer to it must forget it, for what it says of the
+    /// range has not been true since. Lock-free. The caller owns the range for the time of the call.
     ///
     /// # Errors
     /// In this order: [`Error::TooWide`], [`Error::Unaligned`], [`Error::UnalignedPhys`], [`Error::PhysTooWide`],
@@ -39,7 +44,7 @@ impl<F: Format> Table<F> {
         phys: u64,
         access: Access,
         max_leaf: Granule,
-    ) -> Result<(), Error> {
+    ) -> Result<bool, Error> {
         Self::check_range(range)?;
         if phys & F::PAGE.mask() != 0 {
             return Err(Error::UnalignedPhys {
@@ -70,6 +75,7 @@ impl<F: Format> Table<F> {
             phys,
             access,
             max_leaf,
+            retired: Cell::new(false),
         };
         fill::<F>(&self.root, F::LEVELS - 1, range, &job, &guard).map_err(|leaf| {
             // Another call mapped into our range meanwhile, which it must not. Ours lies below its leaf: take it back.
@@ -80,7 +86,8 @@ impl<F: Format> Table<F> {
                 clear::<F>(&self.root, F::LEVELS - 1, below, &mut |_, _, _| (), &guard);
             }
             Error::AlreadyMapped { range, leaf }
-        })
+        })?;
+        Ok(job.retired.get())
     }
 
     /// Removes all leaves in `range`. Calls `removed` for each, with its addresses, its size, and whether it was dirty:
@@ -152,7 +159,10 @@ fn fill<F: Format>(
             && phys & size.mask() == 0
             && size <= job.max_leaf;
         if fits || level == 0 {
-            install::<F>(&slot, level, F::leaf(phys, job.access, level), guard)?;
+            let leaf = F::leaf(phys, job.access, level);
+            if install::<F>(&slot, level, leaf, guard)? {
+                job.retired.set(true);
+            }
         } else {
             let child = child_or_new::<F>(&slot, level, guard)?;
             fill::<F>(child, level - 1, slot.part, job, guard)?;
@@ -161,13 +171,14 @@ fn fill<F: Format>(
     Ok(())
 }
 
-/// Puts `leaf` into an entry that is absent, or that leads to a table without leaves: that table is retired.
+/// Puts `leaf` into an entry that is absent, or that leads to a table without leaves: that table is retired. Returns
+/// whether there was one.
 fn install<F: Format>(
     slot: &Slot<'_>,
     level: u32,
     leaf: Iopte,
     guard: &Guard,
-) -> Result<(), IovaRange> {
+) -> Result<bool, IovaRange> {
     let mut seen = Iopte::ABSENT;
     loop {
         // Release on success: publishes what the caller wrote into the memory. Acquire on failure: pairs with the
@@ -177,14 +188,14 @@ fn install<F: Format>(
             .replace(seen, leaf, Ordering::Release, Ordering::Acquire)
         {
             Ok(()) if F::is_present(seen) => {
-                // A walker that is inside the old table is pinned; whoever comes later finds the leaf.
+                // A walker that is inside the old table is pinned; whoever comes later from above finds the leaf.
                 // SAFETY: `seen` was present and no leaf (below); the compare-exchange took the one entry that led
-                // there, so no later walk reaches it and nobody else retires it; it is freed when all who are pinned
-                // now have left.
+                // there, so no later walk finds it and nobody else gives up its hold, which goes when all who are
+                // pinned now have left.
                 guard.defer(move || unsafe { free_table::<F>(seen, level - 1) });
-                return Ok(());
+                return Ok(true);
             }
-            Ok(()) => return Ok(()),
+            Ok(()) => return Ok(false),
             Err(now) if !F::is_present(now) => seen = now,
             Err(now) if is_leaf::<F>(now, level) => return Err(slot.span),
             Err(now) => {

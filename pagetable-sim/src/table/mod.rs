@@ -8,9 +8,10 @@
 //! ```
 //!
 //! * **Tables** are installed by compare-exchange into an absent entry, and stay until the whole `Table` is dropped.
-//!   The one exception: `map` may put a large leaf where a table without leaves was; that table is retired through the
-//!   epoch, so a walker that is inside may finish. No hardware caches pointers to tables here, so the epoch is all it
-//!   takes.
+//!   The one exception: `map` may put a large leaf where a table without leaves was; that table is retired. Its memory
+//!   is freed when the epoch has passed, so that a walker that is inside may finish, **and** no device caches a pointer
+//!   to it any more: pointers are counted, so a missing invalidation makes devices go by a retired table, as on real
+//!   hardware, but never by freed memory.
 //! * **Leaves** are installed by compare-exchange into an absent entry, removed by compare-exchange, and cleaned by
 //!   `fetch_and` or `fetch_or`, as the format says. Hardware sets D by a compare-exchange that fails once the leaf is gone, so a removed leaf tells the
 //!   last word about D.
@@ -20,24 +21,31 @@
 
 mod dirty;
 mod map;
+mod walk;
+
+pub(crate) use walk::{TableRef, Walk};
 
 use std::marker::PhantomData;
 use std::ptr;
 
 use crossbeam_epoch::Guard;
-use dirtymap::sync::Ordering;
+use dirtymap::sync::{AtomicU64, Ordering, fence};
 use dirtymap::{Access, Iova, IovaRange};
 
 use crate::error::Error;
 use crate::fmt::{AtomicIopte, Format, Iopte, TABLE_LG2, granule};
 
-/// The memory of one table. Entries keep its address without the low 12 bits.
+/// The memory of one table, and how many hold it: the entry that leads to it, and each [`TableRef`]. Entries keep its
+/// address without the low 12 bits.
 #[repr(C, align(4096))]
-struct TablePage([AtomicIopte; 1 << TABLE_LG2]);
+struct TablePage([AtomicIopte; 1 << TABLE_LG2], AtomicU64);
 
 impl TablePage {
     fn new() -> Box<Self> {
-        Box::new(TablePage(std::array::from_fn(|_| AtomicIopte::absent())))
+        Box::new(TablePage(
+            std::array::from_fn(|_| AtomicIopte::absent()),
+            AtomicU64::new(1),
+        ))
     }
 }
 
@@ -217,25 +225,42 @@ fn child<F: Format>(entry: Iopte, _guard: &Guard) -> &TablePage {
     //   provenance was exposed; formats are sealed and keep leaves and tables apart, and `map` checked that the address
     //   came through whole.
     // - initialised and visible: the Acquire load of the entry pairs with the Release that installed it.
-    // - alive as long as the guard: a table is freed by `Drop` of the whole, which excludes walkers, or after it was
-    //   made unreachable and deferred through the epoch, which the guard pins.
+    // - alive as long as the guard: the entry is one holder of the table. It lets go in `Drop` of what it lies in, which
+    //   excludes walkers, or after it was made to lead elsewhere and deferred through the epoch, which the guard pins.
     // - shared: all its fields are atomics.
     unsafe { &*page }
 }
 
-/// Frees the table that `entry`, of a table of `level + 1`, leads to, with all tables below it.
+/// Gives up the hold of `entry`, of a table of `level + 1`, on the table that it leads to.
 ///
 /// # Safety
-/// The entry was present and no leaf, nobody can reach it any more, and it is freed once.
+/// The entry was present and no leaf, no walk that begins now finds it, and its hold is given up once.
 unsafe fn free_table<F: Format>(entry: Iopte, level: u32) {
     let page = ptr::with_exposed_provenance_mut::<TablePage>(F::table_address(entry) as usize);
     // SAFETY: made by `Box::into_raw` in `map`, where the address was checked to come through the entry whole; the
-    // caller passes ownership.
-    let page = unsafe { Box::from_raw(page) };
-    free_children::<F>(&page, level);
+    // caller passes one hold, which nobody has given up before.
+    unsafe { let_go::<F>(page, level) };
 }
 
-/// Frees all tables below `page`, a table of `level` that nobody else can reach any more.
+/// Gives up one hold on `page`, a table of `level`; the last one frees it, with the tables below that nobody else holds.
+///
+/// # Safety
+/// `page` came from `Box::into_raw`, and the caller gives up a hold that it has.
+unsafe fn let_go<F: Format>(page: *mut TablePage, level: u32) {
+    // SAFETY: alive, for the caller holds it.
+    let holders = unsafe { &(*page).1 };
+    // Release: what we did with the table comes before its end; pairs with the fence below.
+    if holders.fetch_sub(1, Ordering::Release) == 1 {
+        // Acquire: pairs with the Release of all who let go before.
+        fence(Ordering::Acquire);
+        // SAFETY: made by `Box::into_raw`; the last hold was ours, and nobody gets a new one without having one or
+        // being inside an epoch that an entry's hold outlasts.
+        let page = unsafe { Box::from_raw(page) };
+        free_children::<F>(&page, level);
+    }
+}
+
+/// Gives up all tables below `page`, a table of `level` that nobody else can reach any more.
 fn free_children<F: Format>(page: &TablePage, level: u32) {
     if level == 0 {
         return;
@@ -244,8 +269,7 @@ fn free_children<F: Format>(page: &TablePage, level: u32) {
         // Relaxed: nobody else reaches the table; whoever made it unreachable came before us.
         let entry = slot.load(Ordering::Relaxed);
         if F::is_present(entry) && !is_leaf::<F>(entry, level) {
-            // SAFETY: present and no leaf; only reachable through `page`, which the caller holds alone and frees after
-            // us.
+            // SAFETY: present and no leaf; the entry lies in `page`, which the caller alone holds and frees after us.
             unsafe { free_table::<F>(entry, level - 1) };
         }
     }

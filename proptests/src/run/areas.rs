@@ -186,7 +186,17 @@ impl Runner<'_> {
         same_answer("switching tracking", self.space.set_tracking(on), Ok(()))?;
         let starts = on && self.oracle.tracking != Tracking::On;
         if starts {
-            self.counts.discarded_bytes += self.oracle.marks.len() as u64 * PAGE;
+            // What is left of leaves counts as well, but dirty leaves of the table do not.
+            let counted = self.space.stats().discarded_bytes;
+            let pages = (counted - self.counts.discarded_bytes) / PAGE;
+            let marked = self.oracle.marks.len() as u64;
+            let most: u64 = self.oracle.leaves.iter().map(|(_, count)| count).sum();
+            self.counts.discarded_bytes = counted;
+            check(
+                (marked..=marked + most).contains(&pages),
+                Rule::Accounting,
+                || format!("{pages} pages discarded, not {marked} to {}", marked + most),
+            )?;
         }
         self.oracle.track(on);
         if starts {

@@ -5,18 +5,27 @@
 //!     |                                                                       |   |
 //!     +--invalidate--> port of each device --acknowledged when dropped, drained--+   +--> memory
 //! ```
+//!
+//! Invalidations are in `invalidate.rs`, ways to break them in `breakage.rs`.
 
-use dirtymap::sync::{Arc, AtomicBool, AtomicU8, AtomicU64, Mutex, Ordering, fence, lock};
+mod breakage;
+mod invalidate;
+
+use dirtymap::sync::{Arc, AtomicBool, AtomicU8, AtomicU64, Mutex, Ordering, lock};
 use dirtymap::{
     DirtySource, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink,
     Stopped,
 };
 
+use self::invalidate::Counts;
 use crate::device::{Device, DeviceConfig};
+use crate::fault::{Fault, FaultLog, Faults};
 use crate::fmt::{AmdV1, Format, granule};
 use crate::memory::PhysMemory;
 use crate::port::Port;
 use crate::table::{Leaf, Table};
+
+pub use self::breakage::Breakage;
 
 /// The shape of a domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,32 +44,23 @@ impl Default for DomainConfig {
     }
 }
 
-/// Ways in which the hardware can be made to break its promises, to show that users of it would notice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-#[repr(u8)]
-pub enum Breakage {
-    /// The hardware works.
-    #[default]
-    None = 0,
-    /// Invalidations return at once and reach no device.
-    IgnoreInvalidations,
-    /// Devices drop what they cached and acknowledge, while their posted writes stay in flight.
-    AcknowledgeWithoutDraining,
-}
-
 /// What a domain counted. Each number is exact; together they are of one moment only while nothing goes on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DomainStats {
     /// Devices that are attached.
     pub devices: u64,
-    /// Accesses of devices that were blocked.
+    /// Accesses of devices that were blocked, whether the log had room for them or not.
     pub faults: u64,
     /// How often a device turned a leaf's D from 0 to 1.
     pub dirty_walks: u64,
     /// Calls that invalidated something.
     pub invalidations: u64,
-    /// Invalidation commands sent to devices: ranges times devices.
+    /// Invalidation commands sent: ranges times devices, and once more for devices that have a TLB.
     pub commands: u64,
+    /// Bytes that were to be invalidated.
+    pub bytes_asked: u128,
+    /// Bytes that the commands for them named: [`Format::REACH`] rounds out.
+    pub bytes_invalidated: u128,
     /// Ranges that were to be unmapped and were refused, because they cut through a leaf or cannot be mapped at all.
     pub refused_unmaps: u64,
 }
@@ -72,6 +72,9 @@ pub(crate) struct Hardware<F: Format> {
     tracking: AtomicBool,
     breakage: AtomicU8,
     ports: Mutex<Vec<Arc<Port>>>,
+    /// How many devices were ever attached.
+    joined: AtomicU64,
+    fault_log: FaultLog,
     faults: AtomicU64,
     dirty_walks: AtomicU64,
 }
@@ -81,15 +84,14 @@ pub(crate) struct Hardware<F: Format> {
 ///
 /// `F` is the format of the table: [`Domain::new`] makes a domain of AMD v1, [`Domain::with_format`] one of any format.
 ///
-/// Shared by `Arc`. Mapping, unmapping, harvesting and DMA never wait for each other; `invalidate` and enabling wait
+/// Shared by `Arc`. Mapping, unmapping, harvesting and DMA never wait for each other; invalidations and enabling wait
 /// for every device that is awake.
 pub struct Domain<F: Format = AmdV1> {
     hardware: Arc<Hardware<F>>,
     max_leaf: Granule,
     /// Held by who switches tracking.
     switch: Mutex<()>,
-    invalidations: AtomicU64,
-    commands: AtomicU64,
+    counts: Mutex<Counts>,
     refused_unmaps: AtomicU64,
 }
 
@@ -115,20 +117,27 @@ impl<F: Format> Domain<F> {
                 tracking: AtomicBool::new(false),
                 breakage: AtomicU8::new(Breakage::None as u8),
                 ports: Mutex::new(Vec::new()),
+                joined: AtomicU64::new(0),
+                fault_log: FaultLog::new(),
                 faults: AtomicU64::new(0),
                 dirty_walks: AtomicU64::new(0),
             }),
             max_leaf: config.max_leaf,
             switch: Mutex::new(()),
-            invalidations: AtomicU64::new(0),
-            commands: AtomicU64::new(0),
+            counts: Mutex::new(Counts::default()),
             refused_unmaps: AtomicU64::new(0),
         })
     }
 
-    /// Attaches a new device, with an empty IOTLB. It leaves the domain when it is dropped.
+    /// Attaches a new device, with empty caches. It leaves the domain when it is dropped.
     pub fn attach(&self, config: DeviceConfig) -> Device<F> {
         Device::new(Arc::clone(&self.hardware), config)
+    }
+
+    /// What the devices are wired to.
+    #[cfg(all(test, not(dirtymap_loom)))]
+    pub(crate) fn hardware(&self) -> &Hardware<F> {
+        &self.hardware
     }
 
     /// The memory that the domain maps.
@@ -146,6 +155,17 @@ impl<F: Format> Domain<F> {
         self.hardware.is_tracking()
     }
 
+    /// Takes the faults that were logged, and how many were dropped since the last time. Devices do not wait for it.
+    pub fn take_faults(&self) -> Faults {
+        self.hardware.fault_log.take()
+    }
+
+    /// Sets the reserved bits of the leaf that maps `iova`, as a memory error would: the next walk there faults. False
+    /// if nothing is mapped there, or the format has no reserved bits ([`Format::RESERVED`]).
+    pub fn corrupt(&self, iova: Iova) -> bool {
+        self.hardware.table.corrupt(iova)
+    }
+
     /// Makes the hardware break its promises from now on; [`Breakage::None`] repairs it. What was lost stays lost.
     pub fn break_hardware(&self, breakage: Breakage) {
         // Relaxed: a switch for tests, thrown before the scenario begins.
@@ -156,41 +176,18 @@ impl<F: Format> Domain<F> {
 
     /// What was counted so far.
     pub fn stats(&self) -> DomainStats {
+        let counts = *lock(&self.counts);
         // Relaxed, all: counts order nothing.
         DomainStats {
             devices: lock(&self.hardware.ports).len() as u64,
             faults: self.hardware.faults.load(Ordering::Relaxed),
             dirty_walks: self.hardware.dirty_walks.load(Ordering::Relaxed),
-            invalidations: self.invalidations.load(Ordering::Relaxed),
-            commands: self.commands.load(Ordering::Relaxed),
+            invalidations: counts.invalidations,
+            commands: counts.commands,
+            bytes_asked: counts.bytes_asked,
+            bytes_invalidated: counts.bytes_invalidated,
             refused_unmaps: self.refused_unmaps.load(Ordering::Relaxed),
         }
-    }
-
-    /// Has all devices drop what they cached for `ranges`, and land what they have in flight; returns when all have.
-    fn invalidate_ranges(&self, ranges: &[IovaRange]) -> Invalidated {
-        let mut done = Invalidated::default();
-        if ranges.is_empty() || self.hardware.breakage() == Breakage::IgnoreInvalidations {
-            return done;
-        }
-        // A device that joins after this has nothing cached, and the lock orders its walks after the changes that we
-        // invalidate.
-        let ports = lock(&self.hardware.ports).clone();
-        let ranges = Arc::new(ranges.to_vec());
-        let asked: Vec<_> = ports.iter().map(|port| (port, port.ask(&ranges))).collect();
-        // SeqCst: F2 of the protocol in `port`, once for all devices; pairs with F1 in `Port::wake`.
-        fence(Ordering::SeqCst);
-        for (port, receipt) in &asked {
-            if let Some(receipt) = receipt {
-                done.add(port.wait(receipt));
-            }
-        }
-        done.commands = (ranges.len() * ports.len()) as u64;
-        done.bytes = ranges.iter().map(|range| range.len()).sum::<u128>() * ports.len() as u128;
-        // Relaxed, both: counts order nothing.
-        self.invalidations.fetch_add(1, Ordering::Relaxed);
-        self.commands.fetch_add(done.commands, Ordering::Relaxed);
-        done
     }
 }
 
@@ -211,7 +208,7 @@ impl<F: Format> DirtySource for Domain<F> {
     }
 
     /// Refused with [`Error::OutsideMemory`](crate::Error::OutsideMemory) if the memory behind it is not all there,
-    /// else as by [`Table::map`].
+    /// else as by [`Table::map`]. Devices forget their pointers to a table that it replaces before they translate again.
     fn map(&self, mapping: &Mapping) -> Result<(), dirtymap::Error> {
         let &Mapping {
             range,
@@ -220,9 +217,13 @@ impl<F: Format> DirtySource for Domain<F> {
         } = mapping;
         let len = u64::try_from(range.len()).unwrap_or(u64::MAX);
         self.hardware.memory.check(backing, len)?;
-        self.hardware
+        let retired = self
+            .hardware
             .table
             .map(range, backing, access, self.max_leaf)?;
+        if retired {
+            self.forget_tables(range);
+        }
         Ok(())
     }
 
@@ -259,7 +260,7 @@ impl<F: Format> DirtySource for Domain<F> {
         // flush: they look at the switch after they answered, or after they woke behind F2.
         self.hardware.tracking.store(on, Ordering::Release);
         if on {
-            self.invalidate_ranges(&[IovaRange::ALL]);
+            self.invalidate_all();
         }
         Ok(())
     }
@@ -273,7 +274,7 @@ impl<F: Format> DirtySource for Domain<F> {
     }
 
     fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, dirtymap::Error> {
-        Ok(self.invalidate_ranges(gather.ranges()))
+        Ok(self.invalidate_gather(gather))
     }
 }
 
@@ -290,8 +291,10 @@ impl<F: Format> std::fmt::Debug for Domain<F> {
 
 impl<F: Format> Hardware<F> {
     /// Gives a new device its port.
-    pub(crate) fn join(&self) -> Arc<Port> {
-        let port = Arc::new(Port::new());
+    pub(crate) fn join(&self, has_tlb: bool) -> Arc<Port> {
+        // Relaxed: a count.
+        let number = self.joined.fetch_add(1, Ordering::Relaxed) as u32;
+        let port = Arc::new(Port::new(number, has_tlb));
         lock(&self.ports).push(Arc::clone(&port));
         port
     }
@@ -309,16 +312,14 @@ impl<F: Format> Hardware<F> {
 
     pub(crate) fn breakage(&self) -> Breakage {
         // Relaxed: a switch for tests.
-        match self.breakage.load(Ordering::Relaxed) {
-            1 => Breakage::IgnoreInvalidations,
-            2 => Breakage::AcknowledgeWithoutDraining,
-            _ => Breakage::None,
-        }
+        Breakage::from_number(self.breakage.load(Ordering::Relaxed))
     }
 
-    pub(crate) fn count_fault(&self) {
+    /// Counts and logs a blocked access.
+    pub(crate) fn fault(&self, fault: Fault) {
         // Relaxed: a count.
         self.faults.fetch_add(1, Ordering::Relaxed);
+        self.fault_log.add(fault);
     }
 
     pub(crate) fn count_dirty_walk(&self) {

@@ -1,0 +1,118 @@
+//! From an address to memory: the device's own TLB, the IOTLB, cached pointers to tables, the table.
+//!
+//! ```text
+//!  device TLB (ATS)  a miss is a translation request: for a write it sets D, though nothing is written yet
+//!  IOTLB             a miss, or a write without D, is a walk
+//!  tables            a walk begins at the lowest table that is cached; it notes no access in the entries above
+//! ```
+//!
+//! The IOTLB is behind the device's TLB and refills it. So an invalidation reaches the IOTLB first: the other way round,
+//! the device's TLB would drop an entry and take it back from the IOTLB before that drops it, too.
+
+use dirtymap::{Access, Iova};
+
+use super::Device;
+use crate::error::{DmaError, FaultKind};
+use crate::fault::Fault;
+use crate::fmt::Format;
+use crate::iotlb::{Cached, Iotlb};
+use crate::table::Walk;
+
+impl<F: Format> Device<F> {
+    /// Asks for the translation of `iova` and caches it, as a device does ahead of its accesses. One that includes
+    /// writing sets D, so the leaf is reported though nothing may ever be written. Waits for nobody.
+    ///
+    /// # Errors
+    /// [`DmaError`] if the access would fault.
+    pub fn prefetch(&mut self, iova: Iova, access: Access) -> Result<(), DmaError> {
+        self.begin();
+        self.translate(iova, access).map(|_| ())
+    }
+
+    /// Where `iova` lies in memory, if the device may do `wanted` there. Sets D for a write, unless a cached entry says
+    /// that it is set.
+    #[inline]
+    pub(super) fn translate(&mut self, iova: Iova, wanted: Access) -> Result<u64, DmaError> {
+        let tracking = self.hardware.is_tracking();
+        if let Some(tlb) = &mut self.tlb {
+            if let Some(entry) = usable(tlb, iova, wanted, tracking) {
+                self.stats.tlb_hits += 1;
+                return Ok(entry.phys(iova));
+            }
+            let entry = self.look_up(iova, wanted, tracking)?;
+            if let Some(tlb) = &mut self.tlb {
+                tlb.put(iova, entry);
+            }
+            return Ok(entry.phys(iova));
+        }
+        Ok(self.look_up(iova, wanted, tracking)?.phys(iova))
+    }
+
+    /// Translates by the IOTLB, or else by the table.
+    #[inline]
+    fn look_up(&mut self, iova: Iova, wanted: Access, tracking: bool) -> Result<Cached, DmaError> {
+        if let Some(entry) = usable(&mut self.iotlb, iova, wanted, tracking) {
+            self.stats.iotlb_hits += 1;
+            return Ok(entry);
+        }
+        self.walk(iova, wanted, tracking)
+    }
+
+    /// Translates by the table and caches what it says, faults excepted.
+    fn walk(&mut self, iova: Iova, wanted: Access, tracking: bool) -> Result<Cached, DmaError> {
+        self.stats.iotlb_misses += 1;
+        let sets_dirty = tracking && wanted.writes();
+        let walk = Walk {
+            iova,
+            tracked: tracking,
+            write: wanted.writes(),
+        };
+        let found = match &mut self.tables {
+            None => self.hardware.table.walk_from(None, walk, None),
+            Some(tables) => {
+                let from = tables.lookup(iova).map(|table| &*table);
+                self.stats.short_walks += u64::from(from.is_some());
+                let found = self
+                    .hardware
+                    .table
+                    .walk_from(from, walk, Some(&mut self.met));
+                for table in self.met.drain(..) {
+                    tables.insert(iova, table.span_lg2(), table);
+                }
+                found
+            }
+        };
+        let leaf = found.map_err(|kind| self.fault(iova, kind))?;
+        if wanted.writes() && !leaf.access.writes() {
+            return Err(self.fault(iova, FaultKind::ReadOnly));
+        }
+        if wanted.reads() && !leaf.access.reads() {
+            return Err(self.fault(iova, FaultKind::WriteOnly));
+        }
+        if sets_dirty && !leaf.dirty {
+            self.stats.dirty_walks += 1;
+            self.hardware.count_dirty_walk();
+        }
+        let dirty = leaf.dirty || sets_dirty || !tracking;
+        let entry = Cached::new(&leaf, iova, self.largest_cached, dirty);
+        self.iotlb.put(iova, entry);
+        Ok(entry)
+    }
+
+    /// Counts and logs a blocked access.
+    pub(super) fn fault(&mut self, iova: Iova, kind: FaultKind) -> DmaError {
+        self.stats.faults += 1;
+        let device = self.number();
+        self.hardware.fault(Fault { device, iova, kind });
+        DmaError { iova, kind }
+    }
+}
+
+/// The entry for `iova` in `cache`, if it lets the device do `wanted` without further ado.
+#[inline]
+fn usable(cache: &mut Iotlb, iova: Iova, wanted: Access, tracking: bool) -> Option<Cached> {
+    let entry = cache.lookup(iova)?;
+    // While tracking is off, hardware sets no D: the entry is as good as dirty until the flush that enabling ends with.
+    entry.dirty |= !tracking;
+    entry.serves(wanted).then_some(*entry)
+}

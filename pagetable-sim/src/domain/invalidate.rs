@@ -1,0 +1,186 @@
+//! Invalidation: what is asked for, rounded to what commands can name, reaches every device in two rounds.
+//!
+//! ```text
+//!  ranges --Format::REACH--> commands --first--> IOTLBs, and pointers to tables if asked for --all acknowledged-->
+//!                                     --then---> TLBs of devices                             --all acknowledged--> done
+//! ```
+//!
+//! The order of the rounds matters. A device whose own TLB misses asks the IOTLB. If its TLB were emptied first, it could
+//! take back an entry with D from the IOTLB, which is emptied only after that, and no later flush would be owed. After
+//! the first round no IOTLB has such an entry, and every walk from then on sees the table as the invalidator left it.
+//!
+//! Both rounds drain the writes in flight, the second one those that were translated by a device's TLB between the two.
+
+use dirtymap::sync::{Arc, Ordering, fence, lock};
+use dirtymap::{FlushGather, Granule, Invalidated, IovaRange};
+
+use super::{Breakage, Domain};
+use crate::error::Error;
+use crate::fmt::Format;
+use crate::port::{Cache, Order, Port, Receipt};
+
+/// What invalidations came to.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Counts {
+    pub(super) invalidations: u64,
+    pub(super) commands: u64,
+    pub(super) bytes_asked: u128,
+    pub(super) bytes_invalidated: u128,
+}
+
+/// What is to be invalidated.
+struct Job {
+    /// What the commands name; ascending and disjoint.
+    ranges: Vec<IovaRange>,
+    /// Pointers to tables as well.
+    tables: bool,
+    asked: u128,
+}
+
+impl Job {
+    /// The bytes that one device invalidates.
+    fn bytes(&self) -> u128 {
+        self.ranges.iter().map(|range| range.len()).sum()
+    }
+}
+
+impl<F: Format> Domain<F> {
+    /// Invalidates everything that devices cache, pointers to tables included, and lands what they have in flight;
+    /// returns when all have. Waits for every device that is awake.
+    pub fn invalidate_all(&self) -> Invalidated {
+        let ports = self.ports();
+        self.invalidate_at(&ports, &[IovaRange::ALL], F::PAGE, true)
+    }
+
+    /// The same for one device.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchDevice`] if no device with that number is attached.
+    pub fn invalidate_device(&self, number: u32) -> Result<Invalidated, Error> {
+        let mut ports = self.ports();
+        ports.retain(|port| port.number == number);
+        if ports.is_empty() {
+            return Err(Error::NoSuchDevice { number });
+        }
+        Ok(self.invalidate_at(&ports, &[IovaRange::ALL], F::PAGE, true))
+    }
+
+    /// Invalidates what `gather` names, at all devices.
+    pub(super) fn invalidate_gather(&self, gather: &FlushGather) -> Invalidated {
+        let stride = gather.leaves().map_or(F::PAGE, |leaves| leaves.smallest);
+        let tables = gather.tables();
+        self.invalidate_at(&self.ports(), gather.ranges(), stride, tables)
+    }
+
+    /// Has all devices forget their pointers to tables in `range`, where a table was replaced by a leaf, before they do
+    /// anything that begins after the return. Waits for nobody: nothing is in flight through a table without leaves, and
+    /// devices answer before they translate.
+    pub(super) fn forget_tables(&self, range: IovaRange) {
+        let job = self.job(&[range], F::PAGE, true);
+        if job.tables && !job.ranges.is_empty() {
+            let ports = self.ports();
+            let commands = (job.ranges.len() * ports.len()) as u64;
+            self.count(&job, commands);
+            self.ask(&ports, Cache::Iotlb { tables: true }, job.ranges);
+        }
+    }
+
+    /// The ports of all devices. A device that joins after this has nothing cached, and the lock orders its walks after
+    /// the changes that are invalidated.
+    fn ports(&self) -> Vec<Arc<Port>> {
+        lock(&self.hardware.ports).clone()
+    }
+
+    /// Has the devices at `ports` drop what they cached for `asked`, and land what they have in flight; returns when all
+    /// have.
+    fn invalidate_at(
+        &self,
+        ports: &[Arc<Port>],
+        asked: &[IovaRange],
+        stride: Granule,
+        tables: bool,
+    ) -> Invalidated {
+        let mut done = Invalidated::default();
+        let job = self.job(asked, stride, tables);
+        if job.ranges.is_empty() {
+            return done;
+        }
+        let mut rounds = [Cache::Iotlb { tables: job.tables }, Cache::DeviceTlb];
+        if self.hardware.breakage() == Breakage::DeviceTlbFirst {
+            rounds.reverse();
+        }
+        for cache in rounds {
+            let with_tlb: Vec<_>;
+            let ports = if cache == Cache::DeviceTlb {
+                with_tlb = ports.iter().filter(|p| p.has_tlb).cloned().collect();
+                &with_tlb[..]
+            } else {
+                ports
+            };
+            let asked = self.ask(ports, cache, job.ranges.clone());
+            // SeqCst: F2 of the protocol in `port`, once for all devices; pairs with F1 in `Port::wake`.
+            fence(Ordering::SeqCst);
+            for (port, receipt) in &asked {
+                if let Some(receipt) = receipt {
+                    done.add(port.wait(receipt));
+                }
+            }
+            done.commands += (job.ranges.len() * ports.len()) as u64;
+            done.bytes = done.bytes.saturating_add(job.bytes() * ports.len() as u128);
+        }
+        self.count(&job, done.commands);
+        done
+    }
+
+    /// What invalidating `asked` takes. Nothing, if nothing is asked for or nothing works.
+    fn job(&self, asked: &[IovaRange], stride: Granule, tables: bool) -> Job {
+        let breakage = self.hardware.breakage();
+        let mut ranges: Vec<IovaRange> = match breakage {
+            Breakage::IgnoreInvalidations => Vec::new(),
+            Breakage::FlushShortByOnePage => asked.iter().filter_map(but_last_page::<F>).collect(),
+            _ => asked
+                .iter()
+                .map(|range| F::REACH.covering(*range, stride.max(F::PAGE)))
+                .collect(),
+        };
+        ranges.sort_unstable_by_key(|range| range.start());
+        // What covers two ranges may reach into each other.
+        ranges.dedup_by(|next, kept| {
+            let joins = next.intersects(*kept);
+            if joins && let Ok(hull) = IovaRange::new(kept.start(), kept.last().max(next.last())) {
+                *kept = hull;
+            }
+            joins
+        });
+        Job {
+            ranges,
+            tables: tables && breakage != Breakage::SkipNonLeaf,
+            asked: asked.iter().map(|range| range.len()).sum(),
+        }
+    }
+
+    /// Puts an order for `ranges` into the inbox at each of `ports`.
+    fn ask<'a>(
+        &self,
+        ports: &'a [Arc<Port>],
+        cache: Cache,
+        ranges: Vec<IovaRange>,
+    ) -> Vec<(&'a Arc<Port>, Option<Arc<Receipt>>)> {
+        let order = Arc::new(Order { ranges, cache });
+        ports.iter().map(|port| (port, port.ask(&order))).collect()
+    }
+
+    fn count(&self, job: &Job, commands: u64) {
+        let mut counts = lock(&self.counts);
+        counts.invalidations += 1;
+        counts.commands = counts.commands.saturating_add(commands);
+        counts.bytes_asked = counts.bytes_asked.saturating_add(job.asked);
+        counts.bytes_invalidated = counts.bytes_invalidated.saturating_add(job.bytes());
+    }
+}
+
+/// `range` without its last page; `None` if it has only one.
+fn but_last_page<F: Format>(range: &IovaRange) -> Option<IovaRange> {
+    let last = range.last().granule_start(F::PAGE).get().checked_sub(1)?;
+    IovaRange::new(range.start(), dirtymap::Iova::new(last)).ok()
+}

@@ -1,0 +1,69 @@
+//! The fault log of a domain: what its devices were refused, for software to read.
+
+use dirtymap::Iova;
+use dirtymap::sync::{AtomicU64, Ordering};
+
+use crate::error::FaultKind;
+use crate::stack::Stack;
+
+/// How many faults a domain keeps until they are taken. Small in the model checker.
+pub(crate) const CAPACITY: u64 = if cfg!(dirtymap_loom) { 1 } else { 256 };
+
+/// An access that was blocked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// The number of the device, see [`Device::number`](crate::Device::number).
+    pub device: u32,
+    /// The first address that was not accessed.
+    pub iova: Iova,
+    /// Why.
+    pub kind: FaultKind,
+}
+
+/// What [`Domain::take_faults`](crate::Domain::take_faults) took.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Faults {
+    /// The faults, the oldest first.
+    pub records: Vec<Fault>,
+    /// How many more there were since the last time, for which the log had no room.
+    pub dropped: u64,
+}
+
+/// A bounded log: devices never wait for its reader, nor for each other.
+pub(crate) struct FaultLog {
+    records: Stack<Fault>,
+    /// How many records are in the log or on their way into it.
+    held: AtomicU64,
+    dropped: AtomicU64,
+}
+
+impl FaultLog {
+    pub(crate) fn new() -> Self {
+        FaultLog {
+            records: Stack::new(),
+            held: AtomicU64::new(0),
+            dropped: AtomicU64::new(0),
+        }
+    }
+
+    /// Keeps `fault` if there is room, and counts it as dropped if not.
+    pub(crate) fn add(&self, fault: Fault) {
+        // Relaxed, all: counts. A place is reserved before it is filled, so the bound holds at every moment.
+        if self.held.fetch_add(1, Ordering::Relaxed) < CAPACITY {
+            self.records.push(fault);
+        } else {
+            self.held.fetch_sub(1, Ordering::Relaxed);
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Empties the log.
+    pub(crate) fn take(&self) -> Faults {
+        let mut records: Vec<_> = self.records.take().collect();
+        records.reverse();
+        // Relaxed, both: counts. The places are free once the records are out.
+        self.held.fetch_sub(records.len() as u64, Ordering::Relaxed);
+        let dropped = self.dropped.swap(0, Ordering::Relaxed);
+        Faults { records, dropped }
+    }
+}

@@ -1,0 +1,97 @@
+//! A lock-free stack that is emptied all at once: many push, somebody takes everything.
+
+use std::ptr;
+
+use dirtymap::sync::{AtomicPtr, Ordering};
+
+/// See the [module](self).
+pub(crate) struct Stack<T> {
+    /// The newest node; null if there are none.
+    top: AtomicPtr<Node<T>>,
+}
+
+struct Node<T> {
+    value: T,
+    next: *mut Node<T>,
+}
+
+impl<T> Stack<T> {
+    pub(crate) fn new() -> Self {
+        Stack {
+            top: AtomicPtr::new(ptr::null_mut()),
+        }
+    }
+
+    pub(crate) fn push(&self, value: T) {
+        let node = Box::into_raw(Box::new(Node {
+            value,
+            next: ptr::null_mut(),
+        }));
+        // Relaxed: we only link to the old top; whoever takes the stack reads what is behind it.
+        let mut top = self.top.load(Ordering::Relaxed);
+        loop {
+            // SAFETY: `node` came from `Box::into_raw` above and is not published yet, so it is ours alone.
+            unsafe { (*node).next = top };
+            // Release on success: publishes the node, and all that we did before; pairs with the Acquire in `take`. The
+            // nodes below were published by their own pushes, whose release sequences this one continues. Relaxed on
+            // failure: as the load above. A top that was taken and pushed again meanwhile is no matter: we link to
+            // whatever is the top and never look into it.
+            match self
+                .top
+                .compare_exchange_weak(top, node, Ordering::Release, Ordering::Relaxed)
+            {
+                Ok(_) => return,
+                Err(now) => top = now,
+            }
+        }
+    }
+
+    /// Whether there is anything. Relaxed: who pushes something that must be seen here orders it by other means.
+    #[inline]
+    pub(crate) fn is_empty(&self) -> bool {
+        // Relaxed: as said above; `take` acquires.
+        self.top.load(Ordering::Relaxed).is_null()
+    }
+
+    /// Takes everything, the newest first.
+    pub(crate) fn take(&self) -> Taken<T> {
+        // Acquire: pairs with the Release of every push below the top; publishes the nodes and what they speak of.
+        Taken(self.top.swap(ptr::null_mut(), Ordering::Acquire))
+    }
+}
+
+impl<T> Drop for Stack<T> {
+    fn drop(&mut self) {
+        drop(self.take());
+    }
+}
+
+// SAFETY: `top` leads to nodes that are owned by whoever swaps the pointer out: they move between threads, and are not
+// shared.
+unsafe impl<T: Send> Send for Stack<T> {}
+// SAFETY: as for `Send`; shared access is by atomic operations only, and hands values over, never references.
+unsafe impl<T: Send> Sync for Stack<T> {}
+
+/// What was taken, the newest first. What is not iterated over is dropped.
+pub(crate) struct Taken<T>(*mut Node<T>);
+
+impl<T> Iterator for Taken<T> {
+    type Item = T;
+
+    fn next(&mut self) -> Option<T> {
+        if self.0.is_null() {
+            return None;
+        }
+        // SAFETY: made by `Box::into_raw` in `push`; the swap in `take` made the whole stack ours, and each node is
+        // taken once.
+        let node = *unsafe { Box::from_raw(self.0) };
+        self.0 = node.next;
+        Some(node.value)
+    }
+}
+
+impl<T> Drop for Taken<T> {
+    fn drop(&mut self) {
+        self.for_each(drop);
+    }
+}
