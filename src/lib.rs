@@ -86,6 +86,9 @@ mod space;
 #[doc(hidden)]
 pub mod sync;
 
+#[doc(hidden)]
+pub use area::AreaMap;
+
 pub use error::Error;
 pub use units::{Access, Granule, Iova, IovaRange};
 
