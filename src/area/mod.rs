@@ -62,9 +62,15 @@ mod tree;
 #[cfg(test)]
 mod validate;
 
+#[cfg(all(test, not(dirtymap_loom)))]
+#[allow(clippy::unwrap_used)] // helpers of tests
+mod large_tests;
 #[cfg(all(test, dirtymap_loom))]
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod loom_tests;
+#[cfg(all(test, not(dirtymap_loom)))]
+#[allow(clippy::unwrap_used)] // helpers of tests
+mod reclaim_tests;
 #[cfg(all(test, not(dirtymap_loom)))]
 #[allow(clippy::unwrap_used, clippy::expect_used)] // helpers of tests
 mod tests;

@@ -24,7 +24,8 @@ use super::node::Node;
 use super::tree::Root;
 use crate::sync::{Arc, AtomicPtr, Ordering, Step, performs};
 
-/// Spare nodes that a tree keeps; what comes back beyond them is freed.
+/// Spare nodes that a tree keeps for good. What comes back beyond them, after a reader was slow, is freed by and by: one
+/// node for each update, so that none pays for all, and a reader that is slow again finds most of them still here.
 const SPARE_NODES: usize = 128;
 /// Empty lists of garbage that a tree keeps.
 const SPARE_LISTS: usize = 4;
@@ -138,10 +139,16 @@ impl<T, const F: usize, R> Pool<T, F, R> {
 
     /// Takes a node that nobody reaches.
     pub(super) fn recycle(&mut self, node: Box<Node<T, F>>) {
-        if self.nodes.len() < SPARE_NODES {
-            self.nodes.push(node);
-        } else {
-            self.free(node);
+        self.nodes.push(node);
+    }
+
+    /// Frees spare nodes, if there are too many: at most `count`.
+    pub(super) fn trim(&mut self, count: usize) {
+        let too_many = self.nodes.len().saturating_sub(SPARE_NODES);
+        for _ in 0..too_many.min(count) {
+            if let Some(node) = self.nodes.pop() {
+                self.free(node);
+            }
         }
     }
 
@@ -189,9 +196,7 @@ impl<T, const F: usize, R> Pool<T, F, R> {
     /// Adds all that is in `other`.
     fn merge(&mut self, other: &mut Self) {
         self.open.append(&mut other.open);
-        for node in std::mem::take(&mut other.nodes) {
-            self.recycle(node);
-        }
+        self.nodes.append(&mut other.nodes);
     }
 }
 
@@ -237,6 +242,7 @@ impl<T, const F: usize, R> Reclaim<T, F, R> {
             home,
         };
         home.absorb_returned(&mut checkout);
+        checkout.trim(1);
         checkout
     }
 

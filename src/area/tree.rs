@@ -107,6 +107,7 @@ where
     /// use only where no other update follows soon.
     pub(crate) fn reclaim(&self) {
         let mut pool = Reclaim::checkout(&self.reclaim);
+        pool.trim(usize::MAX);
         // SAFETY: what is open was replaced by published updates.
         unsafe { pool.hand_over(&Pinned::new()) };
     }
