@@ -100,6 +100,7 @@ impl<'a, T, const F: usize> Areas<'a, T, F> {
         // The last address of a slot is exact, so below the root the search finds a slot in every node.
         for _ in 0..node.level() {
             node = self.child(node, at);
+            node.prefetch();
             at = node.find(x.get());
         }
         Some((node, at))
