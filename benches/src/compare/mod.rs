@@ -46,7 +46,7 @@ pub struct Settings {
 impl Settings {
     /// Under a minute, to see whether a change is for the better.
     pub fn quick() -> Self {
-        Settings::new(3, Duration::from_millis(4))
+        Settings::new(3, Duration::from_millis(3))
     }
 
     /// Some minutes, for numbers to keep.
