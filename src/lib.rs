@@ -58,6 +58,8 @@
 //!   lookups, a locked map is faster.
 //! * A reservation copies the list of reserved ranges: they are meant to be a handful.
 //! * A snapshot that is held keeps memory of replaced tree nodes alive; harvests hold one for as long as they walk.
+//! * What an area that was unmapped owned is freed by a later map or unmap, some tens of them at the latest if no
+//!   snapshot is held: readers never free.
 //!
 //! # Features
 //!
@@ -85,6 +87,9 @@ mod space;
 
 #[doc(hidden)]
 pub mod sync;
+
+#[doc(hidden)]
+pub use area::AreaMap;
 
 pub use error::Error;
 pub use units::{Access, DomainId, Granule, Iova, IovaRange};

@@ -17,6 +17,18 @@ mod imp {
     pub use std::sync::{Arc, Mutex, MutexGuard};
     pub use std::thread;
 
+    /// Waits a little longer for each failure in a row, up to some 100 ns, so that threads that compete for one word do
+    /// not spend their time failing; from then on leaves the core to others.
+    pub fn back_off(failures: u32) {
+        const SPIN_LG2: u32 = 6;
+        if failures > SPIN_LG2 {
+            return std::thread::yield_now();
+        }
+        for _ in 0..1u32 << failures {
+            std::hint::spin_loop();
+        }
+    }
+
     /// Waits a little for another thread to make progress.
     pub fn relax() {
         std::thread::yield_now();
@@ -30,6 +42,11 @@ mod imp {
     };
     pub use loom::sync::{Arc, Mutex, MutexGuard};
     pub use loom::thread;
+
+    /// Tells the model that this thread waits for others.
+    pub fn back_off(_failures: u32) {
+        loom::thread::yield_now();
+    }
 
     /// Tells the model that this thread cannot go on before another one has.
     pub fn relax() {
@@ -102,6 +119,8 @@ pub enum Step {
     FlushBeforeReuse,
     /// Giving way to the pieces of a cut before they are published.
     GiveWayFirst,
+    /// Waiting for the readers of a replaced node of the area tree before it is used again.
+    WaitForReaders,
 }
 
 #[cfg(dirtymap_loom)]

@@ -20,7 +20,7 @@ fn bench<A: Allocator>(c: &mut Criterion, label: &str, count: usize) {
     for (place, pages) in [("above", 16), ("among", 1)] {
         let mut group = c.benchmark_group(format!("fit/{place}-{label}-areas"));
         group.bench_function(peer.name(), |b| {
-            b.iter(|| peer.free(black_box(peer.allocate(pages * PAGE))));
+            b.iter(|| peer.unmap(black_box(peer.allocate(pages * PAGE))));
         });
         group.finish();
     }

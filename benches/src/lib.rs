@@ -3,14 +3,20 @@
 //! ```text
 //!  workloads (fixed seed) --marks--> Peer --harvest--> the caller's bitmap
 //!                         --maps---> Areas --lookup--> Mapping
+//!                                    compare: a family of workloads, all peers in turn, one table
 //! ```
 //!
 //! A peer is one way to track dirty pages, behind the trait [`Peer`], or one way to find the area of an address, behind
 //! [`Areas`]; each has a file of its own in [`peers`]. The tests of this crate check that all peers give the same
 //! answers, so that the benches compare the same work.
 
-use dirtymap::{IovaRange, Mapping};
+use std::borrow::Borrow;
+use std::hint::black_box;
 
+use compare::ticks;
+use dirtymap::{Access, Iova, IovaRange, Mapping};
+
+pub mod compare;
 pub mod peers;
 pub mod workloads;
 
@@ -49,6 +55,8 @@ pub trait Peer: Send + Sync {
 }
 
 /// One way to find the area that holds an address.
+///
+/// A scan and the search for a free place read one moment where the peer can show one.
 pub trait Areas: Send + Sync {
     /// No areas.
     fn new() -> Self
@@ -61,15 +69,108 @@ pub trait Areas: Send + Sync {
     /// Adds an area. It overlaps no other one.
     fn map(&self, mapping: Mapping);
 
+    /// Removes the area that is mapped at `range`.
+    fn unmap(&self, range: IovaRange);
+
     /// The area that holds `iova`.
     fn lookup(&self, iova: u64) -> Option<Mapping>;
+
+    /// The lowest free multiple of `len` that is not in the first page. `len` is a power of two of pages. `None` if the
+    /// peer finds places only to take them.
+    fn first_fit(&self, len: u64) -> Option<IovaRange>;
+
+    /// Visits all areas in order, and returns their [`sum`].
+    fn scan(&self) -> u64;
+
+    /// Looks up each of `addresses`; returns how many were mapped. A loop on this side of the trait object.
+    fn look_up_all(&self, addresses: &[u64]) -> usize {
+        let held = addresses
+            .iter()
+            .filter(|iova| self.lookup(**iova).is_some());
+        held.count()
+    }
+
+    /// Looks up `addresses`; returns how many ticks of the processor's counter each took. Ends early after `limit` ticks.
+    fn time_each(&self, addresses: &[u64], limit: u64) -> Vec<u64> {
+        let start = ticks::now();
+        let time = |iova: &u64| {
+            let began = ticks::now();
+            black_box(self.lookup(black_box(*iova)));
+            let now = ticks::now();
+            (now - start < limit).then_some(now - began)
+        };
+        addresses.iter().map_while(time).collect()
+    }
+
+    /// Unmaps each of `mappings` and maps it again.
+    fn remap_all(&self, mappings: &[Mapping]) {
+        for mapping in mappings {
+            self.unmap(mapping.range);
+            self.map(*mapping);
+        }
+    }
 }
 
 /// One way to find free addresses: [`Areas`] that choose them.
 pub trait Allocator: Areas {
     /// Maps `len` bytes, a power of two of pages, at the lowest free multiple of `len` that is not in the first page.
     fn allocate(&self, len: u64) -> IovaRange;
+}
 
-    /// Unmaps what was allocated.
-    fn free(&self, range: IovaRange);
+/// What a scan makes of areas: a number that depends on each of them and on their order.
+pub fn sum<M: Borrow<Mapping>>(areas: impl IntoIterator<Item = M>) -> u64 {
+    areas
+        .into_iter()
+        .fold(0, |sum, area| add_to_sum(sum, area.borrow()))
+}
+
+#[inline]
+pub(crate) fn add_to_sum(sum: u64, area: &Mapping) -> u64 {
+    let of_area = area.range.start().get() ^ area.range.last().get().rotate_left(17) ^ area.backing;
+    sum.rotate_left(1).wrapping_add(of_area)
+}
+
+/// First fit by looking at every hole: what peers do that only know the areas in order.
+pub(crate) struct Fit {
+    len: u64,
+    start: u64,
+}
+
+impl Fit {
+    pub(crate) fn of(len: u64) -> Self {
+        Fit {
+            len,
+            start: PAGE.next_multiple_of(len),
+        }
+    }
+
+    /// Looks at the hole before an area; `Some` ends the search.
+    #[inline]
+    pub(crate) fn before(&mut self, area: IovaRange) -> Option<()> {
+        if self.start + self.len <= area.start().get() {
+            return Some(());
+        }
+        // A power of two.
+        let behind = (area.last().get() + self.len) & !(self.len - 1);
+        self.start = self.start.max(behind);
+        None
+    }
+
+    pub(crate) fn place(self) -> IovaRange {
+        range_of(self.start, self.start + (self.len - 1))
+    }
+}
+
+pub(crate) fn range_of(first: u64, last: u64) -> IovaRange {
+    IovaRange::new(Iova::new(first), Iova::new(last))
+        .unwrap_or_else(|error| panic!("a workload stays far below 2^64: {error}"))
+}
+
+/// An area where a peer keeps nothing but the addresses.
+pub(crate) fn unbacked(range: IovaRange) -> Mapping {
+    Mapping {
+        range,
+        backing: 0,
+        access: Access::ReadWrite,
+    }
 }

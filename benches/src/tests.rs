@@ -4,7 +4,10 @@ use dirtymap::AddressSpace;
 
 use crate::peers::{Flat, LockedBTree, ThroughHandle, ThroughSpace, VmMemory};
 use crate::workloads::{Dirty, PAGES, Random, WORDS, addresses, areas, distinct};
-use crate::{Allocator, Areas, PAGE, Peer};
+use crate::{Allocator, Areas, PAGE, Peer, compare};
+
+/// The locked tree with the lock of std.
+type Locked = LockedBTree;
 
 fn peers(pages: u64) -> [Box<dyn Peer>; 4] {
     [
@@ -84,7 +87,7 @@ fn the_workloads_of_the_benches_give_the_same_bits() {
 #[test]
 fn the_same_areas_leave_the_same_places() {
     let areas = areas(2_000);
-    let (ours, theirs) = (<AddressSpace as Areas>::new(), LockedBTree::new());
+    let (ours, theirs) = (<AddressSpace as Areas>::new(), Locked::new());
     for area in &areas {
         Areas::map(&ours, *area);
         theirs.map(*area);
@@ -98,34 +101,60 @@ fn the_same_areas_leave_the_same_places() {
         places.push(place);
         if random.below(3) == 0 {
             let place = places.swap_remove(random.below(places.len() as u64) as usize);
-            ours.free(place);
-            theirs.free(place);
+            Areas::unmap(&ours, place);
+            theirs.unmap(place);
         }
     }
 }
 
 #[test]
-fn the_same_maps_give_the_same_lookups() {
+fn the_same_maps_give_the_same_answers() {
     let areas = areas(2_000);
-    let (ours, theirs) = (<AddressSpace as Areas>::new(), LockedBTree::new());
-    for area in &areas {
-        Areas::map(&ours, *area);
-        theirs.map(*area);
-    }
-    for address in addresses(&areas, 10_000) {
-        let found = Areas::lookup(&ours, address);
-        assert!(found.is_some_and(|area| area.range.contains(address.into())));
-        assert_eq!(found, theirs.lookup(address));
-    }
+    let peers = compare::areas::peers();
+    let (reference, others) = peers.split_first().unwrap();
     let mut random = Random::fixed();
-    let mut holes = 0;
-    for _ in 0..10_000 {
-        let address = random.below(areas[areas.len() - 1].range.last().get() + 16 * PAGE);
-        let found = Areas::lookup(&ours, address);
-        holes += u32::from(found.is_none());
-        assert_eq!(found, theirs.lookup(address));
+    let highest = areas[areas.len() - 1].range.last().get() + 16 * PAGE;
+    for peer in &peers {
+        areas.iter().for_each(|area| peer.map(*area));
+        // Gone and back again, and some of them gone for good.
+        peer.remap_all(&areas[500..700]);
+        areas[1_000..]
+            .iter()
+            .step_by(7)
+            .for_each(|area| peer.unmap(area.range));
     }
-    assert!(holes > 1_000, "holes are asked for too: {holes}");
+    let somewhere: Vec<u64> = (0..10_000).map(|_| random.below(highest)).collect();
+    let hits = addresses(&areas[..1_000], 10_000);
+    assert_eq!(reference.look_up_all(&hits), hits.len());
+    assert!(
+        reference.look_up_all(&somewhere) < 9_000,
+        "holes are asked for too"
+    );
+    for peer in others {
+        for iova in hits.iter().chain(&somewhere) {
+            assert_eq!(
+                peer.lookup(*iova),
+                reference.lookup(*iova),
+                "{}",
+                peer.name()
+            );
+        }
+        assert_eq!(peer.scan(), reference.scan(), "{}", peer.name());
+        let Some(place) = peer.first_fit(PAGE) else {
+            assert_eq!(peer.name(), "dirtymap-space");
+            continue;
+        };
+        assert_eq!(Some(place), reference.first_fit(PAGE), "{}", peer.name());
+        for len_lg2 in 1..6 {
+            let len = PAGE << len_lg2;
+            assert_eq!(
+                peer.first_fit(len),
+                reference.first_fit(len),
+                "{}",
+                peer.name()
+            );
+        }
+    }
 }
 
 #[test]

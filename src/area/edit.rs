@@ -3,7 +3,7 @@
 use std::ptr;
 
 use super::node::{Node, Slot};
-use super::reclaim::{Garbage, Pinned};
+use super::reclaim::{Checkout, Pinned, Pool, Reclaim};
 use super::snapshot::{Areas, Entry, Iter};
 use super::tree::Root;
 use crate::error::Error;
@@ -24,10 +24,11 @@ pub(crate) struct Edit<'p, T, const F: usize = 16, R = ()> {
     new_rules: bool,
     /// The stamp of the nodes that this edit made: these, and no others, may be changed and freed here (Inv. 5).
     stamp: u64,
-    /// The counts that the tree will own, one for each inserted range.
-    added: Vec<Arc<T>>,
-    /// What becomes unreachable if the edit is published.
-    garbage: Garbage<T, F, R>,
+    /// Where nodes come from. Its open garbage begins with that of earlier updates, and ends with what becomes
+    /// unreachable if this one is published.
+    pool: Checkout<'p, T, F, R>,
+    /// How much open garbage is not of this edit: nodes and areas.
+    before: (usize, usize),
     /// Keeps what `base` leads to alive.
     pinned: &'p Pinned,
 }
@@ -35,19 +36,24 @@ pub(crate) struct Edit<'p, T, const F: usize = 16, R = ()> {
 impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
     /// # Safety
     /// `base` was loaded with Acquire from the root of a tree that outlives `'p`, while `pinned` was pinned.
-    pub(super) unsafe fn new(base: *mut Root<T, F, R>, pinned: &'p Pinned) -> Self {
+    pub(super) unsafe fn new(
+        base: *mut Root<T, F, R>,
+        reclaim: &'p Arc<Reclaim<T, F, R>>,
+        pinned: &'p Pinned,
+    ) -> Self {
         // SAFETY: a tree's root is never null; alive and unchanged while we are pinned (Inv. 2 and 3), by our contract.
         let before = unsafe { &*base };
         // SAFETY: null or a node; alive and unchanged like the root.
         let base_stamp = unsafe { before.node.as_ref() }.map_or(0, Node::stamp);
+        let pool = Reclaim::checkout(reclaim);
         Edit {
             base,
             root: before.node,
             rules: Arc::clone(&before.rules),
             new_rules: false,
             stamp: base_stamp + 1,
-            added: Vec::new(),
-            garbage: Garbage::new(),
+            before: (pool.open.nodes.len(), pool.open.areas.len()),
+            pool,
             pinned,
         }
     }
@@ -115,7 +121,7 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
                 existing: existing.range,
             });
         }
-        self.added.push(Arc::clone(area));
+        self.pool.added.push(Arc::clone(area));
         let slot = Slot {
             start: range.start().get(),
             last: range.last().get(),
@@ -123,7 +129,7 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
             pointer: Arc::as_ptr(area).cast(),
         };
         if self.root.is_null() {
-            self.root = Box::into_raw(Node::empty(0, self.stamp));
+            self.root = Box::into_raw(self.pool.empty(0, self.stamp));
         } else {
             self.root = self.owned(self.root);
         }
@@ -143,7 +149,7 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
             .filter(|entry| entry.range.start() == start)?;
         let area = entry.to_arc();
         let pointer = entry.pointer();
-        self.garbage.areas.push(pointer);
+        self.pool.open.areas.push(pointer);
         self.root = self.owned(self.root);
         // SAFETY: made by this edit: by the line above. It holds an area that starts at `start`: `lookup` found it.
         unsafe { self.remove_below(self.root, start) };
@@ -161,14 +167,15 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         R: Send + Sync + 'static,
     {
         // SAFETY: alive and unchanged while we are pinned, by the contract of `new`.
-        let before = unsafe { &*self.base }.node;
-        if self.root == before && !self.new_rules {
+        let base = unsafe { &*self.base };
+        if self.root == base.node && !self.new_rules {
             // Nothing was changed, or an empty tree is empty again. The areas that came and went are dropped with us.
             return true;
         }
         let next = Box::into_raw(Box::new(Root {
             node: self.root,
             rules: Arc::clone(&self.rules),
+            version: base.version + 1,
         }));
         // Success, Release: pairs with the Acquires in `AreaTree::snapshot` and `AreaTree::update`; publishes the rules,
         // nodes and areas of this edit, and, as `base` was loaded with Acquire, all that it shares with older roots.
@@ -179,18 +186,16 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         if published {
             // From here on the nodes are not ours to free.
             self.root = ptr::null_mut();
-            for area in self.added.drain(..) {
+            for area in self.pool.added.drain(..) {
                 // The count is the tree's.
                 let _ = Arc::into_raw(area);
             }
-            let mut garbage = std::mem::replace(&mut self.garbage, Garbage::new());
-            garbage.root = self.base;
-            // SAFETY:
-            // - unreachable: the garbage is `base` or was reachable from it, and is not from the new root; what is unreachable
-            //   never becomes reachable again. Nobody else frees it: only the winner of this compare-exchange does
-            //   (Inv. 4).
-            // - pinned since before: `base` was loaded under this pin, by the contract of `new`.
-            unsafe { self.pinned.retire(garbage) };
+            // What is open is garbage now: it was reachable from `base`, and is not from the new root; what is
+            // unreachable never becomes reachable again. Only the winner of this compare-exchange puts it there (Inv. 4).
+            self.pool.open.roots.push(self.base);
+            self.before = (self.pool.open.nodes.len(), self.pool.open.areas.len());
+            // SAFETY: see above; garbage of earlier updates was left there by their winners.
+            unsafe { self.pool.hand_over_if_full(self.pinned) };
         } else {
             // SAFETY: made above, and nobody else has seen it. The nodes below it are freed with the edit.
             drop(unsafe { Box::from_raw(next) });
@@ -205,8 +210,8 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         if shared.stamp() == self.stamp {
             return node;
         }
-        self.garbage.nodes.push(node);
-        Box::into_raw(shared.copy(self.stamp))
+        self.pool.open.nodes.push(node);
+        Box::into_raw(self.pool.copy(shared, self.stamp))
     }
 
     /// Lets go of a node that is no longer below the root of the edit.
@@ -214,9 +219,9 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         // SAFETY: alive: the edit's own nodes are freed by nobody else, others live while we are pinned.
         if unsafe { &*node }.stamp() == self.stamp {
             // SAFETY: made by `Box::into_raw` in this edit, and nothing points to it any more.
-            drop(unsafe { Box::from_raw(node) });
+            self.pool.recycle(unsafe { Box::from_raw(node) });
         } else {
-            self.garbage.nodes.push(node);
+            self.pool.open.nodes.push(node);
         }
     }
 
@@ -284,7 +289,8 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
             return None;
         }
         // The path of a highest area is the right edge, where the new slot always is the last.
-        let mut right = node.split(if highest { F } else { F / 2 });
+        let mut right = self.pool.empty(node.level(), self.stamp);
+        node.split(if highest { F } else { F / 2 }, &mut right);
         if at <= node.len() && !highest {
             node.insert(at, slot);
         } else {
@@ -300,7 +306,7 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         // SAFETY: made by this edit, not borrowed.
         let left = unsafe { &*self.root };
         let left_slot = left.as_slot(self.root);
-        let mut root = Node::empty(left.level() + 1, self.stamp);
+        let mut root = self.pool.empty(left.level() + 1, self.stamp);
         // SAFETY: as above.
         let right_node = unsafe { &*right };
         root.areas = left.areas + right_node.areas;
@@ -395,18 +401,26 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
 
 impl<T, const F: usize, R> Drop for Edit<'_, T, F, R> {
     fn drop(&mut self) {
+        // What the edit meant to replace stays with the tree; nothing of it, if the edit was published.
+        self.pool.open.nodes.truncate(self.before.0);
+        self.pool.open.areas.truncate(self.before.1);
         if !self.root.is_null() {
             // SAFETY: the edit was not published, so nobody else reaches what it made, and it is used no more.
-            unsafe { free_stamped(self.root, self.stamp) };
+            unsafe { recycle_stamped(self.root, self.stamp, &mut self.pool) };
         }
+        self.pool.added.clear();
     }
 }
 
-/// Frees the nodes from `node` down that carry `stamp`. Parents of such nodes carry it too (Inv. 5).
+/// Recycles the nodes from `node` down that carry `stamp`. Parents of such nodes carry it too (Inv. 5).
 ///
 /// # Safety
 /// `node` is alive. Nodes with that stamp were made by `Box::into_raw` and are reached by nobody else, now or later.
-unsafe fn free_stamped<T, const F: usize>(node: *mut Node<T, F>, stamp: u64) {
+unsafe fn recycle_stamped<T, const F: usize, R>(
+    node: *mut Node<T, F>,
+    stamp: u64,
+    pool: &mut Pool<T, F, R>,
+) {
     // SAFETY: alive, by our contract.
     let shared = unsafe { &*node };
     if shared.stamp() != stamp {
@@ -415,11 +429,11 @@ unsafe fn free_stamped<T, const F: usize>(node: *mut Node<T, F>, stamp: u64) {
     if !shared.is_leaf() {
         for at in 0..shared.len() {
             // SAFETY: children are alive like their parent; the rest is our contract.
-            unsafe { free_stamped(shared.child(at), stamp) };
+            unsafe { recycle_stamped(shared.child(at), stamp, pool) };
         }
     }
-    // SAFETY: ours to free, by our contract; the reference is used no more.
-    drop(unsafe { Box::from_raw(node) });
+    // SAFETY: ours, by our contract; the reference is used no more.
+    pool.recycle(unsafe { Box::from_raw(node) });
 }
 
 /// The number of areas below `node`, from its slots.

@@ -1,7 +1,7 @@
 //! A node: up to `F` slots, each an inclusive range and what lies there.
 //!
-//! A structure of arrays, so that a search reads the `last` addresses of a node, which are two cache lines at a fan-out
-//! of 16, and one pointer. All searches are one primitive, [`Node::find`].
+//! Keys have cache lines of their own: a search reads the `last` addresses, two lines at a fan-out of 16, and then one
+//! line more, with where the slot leads and its first address. All searches are one primitive, [`Node::find`].
 
 use std::marker::PhantomData;
 
@@ -20,13 +20,19 @@ pub(super) struct Slot {
     pub(super) pointer: *const (),
 }
 
+/// What a search needs of the slot that it found, side by side.
+#[derive(Clone, Copy)]
+struct Target {
+    pointer: *const (),
+    start: u64,
+}
+
 /// See the [module](self). Slots `0..len` are in use and in ascending order.
 #[repr(C, align(64))]
 pub(super) struct Node<T, const F: usize> {
     /// The last address below each slot; `u64::MAX` in slots that are not in use, so that a search needs no length.
     last: [u64; F],
-    pointer: [*const (); F],
-    start: [u64; F],
+    target: [Target; F],
     /// The longest hole below each slot (Inv. 6); a search for a free range skips what cannot hold it.
     hole: [u64; F],
     len: usize,
@@ -51,10 +57,13 @@ impl<T, const F: usize> Node<T, F> {
                 "a node that is split in the middle must leave two that are not sparse"
             )
         };
+        const NOTHING: Target = Target {
+            pointer: std::ptr::null(),
+            start: 0,
+        };
         Box::new(Node {
             last: [u64::MAX; F],
-            pointer: [std::ptr::null(); F],
-            start: [0; F],
+            target: [NOTHING; F],
             hole: [0; F],
             len: 0,
             areas: 0,
@@ -67,6 +76,21 @@ impl<T, const F: usize> Node<T, F> {
     /// The same slots under another stamp.
     pub(super) fn copy(&self, stamp: u64) -> Box<Self> {
         Box::new(Node { stamp, ..*self })
+    }
+
+    /// Makes this node, which nobody reaches, the same as [`Node::copy`] of `node`.
+    pub(super) fn copy_from(&mut self, node: &Self, stamp: u64) {
+        *self = Node { stamp, ..*node };
+    }
+
+    /// Makes this node, which nobody reaches, one without slots.
+    pub(super) fn clear(&mut self, level: u8, stamp: u64) {
+        // The other fields of a slot are not looked at before it is set.
+        self.last = [u64::MAX; F];
+        self.len = 0;
+        self.areas = 0;
+        self.stamp = stamp;
+        self.level = level;
     }
 
     pub(super) fn len(&self) -> usize {
@@ -92,13 +116,31 @@ impl<T, const F: usize> Node<T, F> {
         self.last.partition_point(|&last| last < x)
     }
 
+    /// Asks for the cache lines that a search reads, all at once: the search itself asks for each only when it has the one
+    /// before.
+    #[inline]
+    pub(super) fn prefetch(&self) {
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
+        {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            // The lines of `last` and `target`.
+            for line in 0..F * 24 / 64 {
+                let line = std::ptr::from_ref(self)
+                    .cast::<i8>()
+                    .wrapping_add(line * 64);
+                // SAFETY: a hint; it neither faults nor reads, whatever the address.
+                unsafe { _mm_prefetch(line, _MM_HINT_T0) };
+            }
+        }
+    }
+
     pub(super) fn slot(&self, at: usize) -> Slot {
         debug_assert!(at < self.len);
         Slot {
-            start: self.start[at],
+            start: self.target[at].start,
             last: self.last[at],
             hole: self.hole[at],
-            pointer: self.pointer[at],
+            pointer: self.target[at].pointer,
         }
     }
 
@@ -106,7 +148,7 @@ impl<T, const F: usize> Node<T, F> {
     #[inline]
     pub(super) fn start(&self, at: usize) -> u64 {
         debug_assert!(at < self.len);
-        self.start[at]
+        self.target[at].start
     }
 
     /// The last address below slot `at`.
@@ -127,7 +169,7 @@ impl<T, const F: usize> Node<T, F> {
     /// between two of them.
     fn longest_hole(&self) -> u64 {
         let below = self.hole[..self.len].iter().copied().max().unwrap_or(0);
-        let between = |at: usize| self.start[at] - self.last[at - 1] - 1;
+        let between = |at: usize| self.target[at].start - self.last[at - 1] - 1;
         (1..self.len).map(between).fold(below, u64::max)
     }
 
@@ -135,7 +177,7 @@ impl<T, const F: usize> Node<T, F> {
     #[inline]
     pub(super) fn range(&self, at: usize) -> IovaRange {
         debug_assert!(at < self.len);
-        match IovaRange::new(Iova::new(self.start[at]), Iova::new(self.last[at])) {
+        match IovaRange::new(Iova::new(self.target[at].start), Iova::new(self.last[at])) {
             Ok(range) => range,
             Err(_) => unreachable!("what is inserted has the borders of a range"),
         }
@@ -145,14 +187,14 @@ impl<T, const F: usize> Node<T, F> {
     #[inline]
     pub(super) fn area(&self, at: usize) -> *const T {
         debug_assert!(self.is_leaf() && at < self.len);
-        self.pointer[at].cast()
+        self.target[at].pointer.cast()
     }
 
     /// The node that slot `at` points to.
     #[inline]
     pub(super) fn child(&self, at: usize) -> *mut Self {
         debug_assert!(!self.is_leaf() && at < self.len);
-        self.pointer[at].cast_mut().cast()
+        self.target[at].pointer.cast_mut().cast()
     }
 
     /// Whether a search cannot find a slot that is not in use.
@@ -169,7 +211,7 @@ impl<T, const F: usize> Node<T, F> {
     /// What the parent of this node says of it. `pointer` is that of the node, which must have slots.
     pub(super) fn as_slot(&self, pointer: *const Self) -> Slot {
         Slot {
-            start: self.start[0],
+            start: self.target[0].start,
             last: self.last[self.len - 1],
             hole: self.longest_hole(),
             pointer: pointer.cast(),
@@ -178,29 +220,29 @@ impl<T, const F: usize> Node<T, F> {
 
     pub(super) fn set(&mut self, at: usize, slot: Slot) {
         debug_assert!(at < self.len);
-        self.start[at] = slot.start;
         self.last[at] = slot.last;
+        self.target[at] = Target {
+            pointer: slot.pointer,
+            start: slot.start,
+        };
         self.hole[at] = slot.hole;
-        self.pointer[at] = slot.pointer;
     }
 
     /// Inserts `slot` as number `at`. There must be room.
     pub(super) fn insert(&mut self, at: usize, slot: Slot) {
         debug_assert!(at <= self.len && self.len < F);
-        self.start.copy_within(at..self.len, at + 1);
         self.last.copy_within(at..self.len, at + 1);
         self.hole.copy_within(at..self.len, at + 1);
-        self.pointer.copy_within(at..self.len, at + 1);
+        self.target.copy_within(at..self.len, at + 1);
         self.len += 1;
         self.set(at, slot);
     }
 
     pub(super) fn remove(&mut self, at: usize) {
         debug_assert!(at < self.len);
-        self.start.copy_within(at + 1..self.len, at);
         self.last.copy_within(at + 1..self.len, at);
         self.hole.copy_within(at + 1..self.len, at);
-        self.pointer.copy_within(at + 1..self.len, at);
+        self.target.copy_within(at + 1..self.len, at);
         self.len -= 1;
         self.last[self.len] = u64::MAX;
     }
@@ -223,15 +265,14 @@ impl<T, const F: usize> Node<T, F> {
         self.areas += left.areas;
     }
 
-    /// Moves the slots from number `from` on into a new node. Both nodes' `areas` are left for the caller to settle.
-    pub(super) fn split(&mut self, from: usize) -> Box<Self> {
-        debug_assert!(from <= self.len);
-        let mut right = Node::empty(self.level, self.stamp);
+    /// Moves the slots from number `from` on into `right`, which is empty. Both nodes' `areas` are left for the caller
+    /// to settle.
+    pub(super) fn split(&mut self, from: usize, right: &mut Self) {
+        debug_assert!(from <= self.len && right.len == 0);
         for at in from..self.len {
             right.insert(at - from, self.slot(at));
             self.last[at] = u64::MAX;
         }
         self.len = from;
-        right
     }
 }

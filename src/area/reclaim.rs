@@ -1,90 +1,450 @@
-//! The only user of the epoch: pins readers and frees what nobody can reach any more.
+//! The only user of the epoch: pins readers, and brings what nobody can reach any more back to the writers.
+//!
+//! ```text
+//!  update --replaced--> open garbage --full--> epoch, one call --> returned --> pool of spare nodes --> next update
+//!                       (in the pool)          for all of it        (stack)     areas, rules and more are dropped
+//! ```
 //!
 //! The collector is the process-wide one of `crossbeam-epoch`: to pin is to store into a word of this thread, without
-//! any registration after the first time.
+//! any registration after the first time. Now and then it makes whoever pins run calls of others. So what is deferred
+//! here is one call for the garbage of many updates, and it does no more than push that garbage onto a stack of the
+//! tree. Updates take it from there: **a reader never frees a node and never drops an area**.
+//!
+//! # Who owns what
+//! The [`Pool`] is checked out by an update, which has it alone, and put back. An update that finds none, because
+//! another one has it, works with a new one; whoever puts back the second merges both. Nobody waits. All lists are
+//! taken whole, so no address can return between a load and its compare-exchange.
 
 use crossbeam_epoch::Guard;
+use std::mem::ManuallyDrop;
+use std::ops::{Deref, DerefMut};
+use std::ptr;
 
 use super::node::Node;
 use super::tree::Root;
-use crate::sync::Arc;
+use crate::sync::{Arc, AtomicPtr, Ordering, Step, performs};
+
+/// Spare nodes that a tree keeps for good. What comes back beyond them, after a reader was slow, is freed by and by: one
+/// node for each update, so that none pays for all, and a reader that is slow again finds most of them still here.
+const SPARE_NODES: usize = 128;
+/// Empty lists of garbage that a tree keeps.
+const SPARE_LISTS: usize = 4;
+/// How much garbage goes to the epoch as one: few enough that what it holds is bounded, many enough that the handing
+/// over costs an update next to nothing.
+const FULL: usize = if cfg!(dirtymap_loom) { 1 } else { 16 };
 
 /// A thread that is pinned: what it can reach in a tree from now on is not freed before this is dropped.
 pub(super) struct Pinned(Guard);
 
 impl Pinned {
+    #[inline]
     pub(super) fn new() -> Self {
         Pinned(crossbeam_epoch::pin())
     }
 
-    /// Frees `garbage` when every thread that is pinned now has unpinned; by one deferred call.
-    ///
-    /// # Safety
-    /// * `garbage` can no longer be reached from the root, and nobody else frees any of it.
-    /// * This thread has been pinned since before it became unreachable.
-    pub(super) unsafe fn retire<T, const F: usize, R>(&self, garbage: Garbage<T, F, R>)
-    where
-        T: Send + Sync + 'static,
-        R: Send + Sync + 'static,
-    {
-        let has_areas = !garbage.areas.is_empty();
-        // SAFETY: for `free`,
-        // - nobody reaches the garbage: by our contract, only threads that are pinned now can have reached it, and the
-        //   call runs after all of them have unpinned.
-        // - freed once: by our contract nobody else frees it, and a deferred call runs once.
-        let free = move || unsafe { garbage.free() };
-        // SAFETY:
-        // - `free` may run on another thread: nodes are plain memory, areas and rules are `Send + Sync`.
-        // - `free` may outlive this frame and the tree: it owns all that it touches, and areas and rules are `'static`.
-        unsafe { self.0.defer_unchecked(free) };
-        if has_areas {
-            // An area may own much memory. Out of this thread's bag, whoever pins next can free it.
-            self.0.flush();
-        }
-    }
-
-    /// Hands what this thread has retired to all threads, and frees what has become free.
-    #[cfg(test)]
+    /// Shows what this thread has deferred to all threads, and runs what has become due.
     pub(super) fn flush(&self) {
         self.0.flush();
     }
 }
 
-/// What a published edit made unreachable. Dropped without [`Garbage::free`] it frees nothing: an edit that is not
-/// published leaves the nodes and areas that it meant to replace with the tree.
+/// What updates made unreachable. Dropped as it is, it frees nothing.
 pub(super) struct Garbage<T, const F: usize, R> {
-    /// The root that was replaced, or null. Without the nodes below it.
-    pub(super) root: *mut Root<T, F, R>,
+    /// The roots that were replaced, without the nodes below them.
+    pub(super) roots: Vec<*mut Root<T, F, R>>,
     pub(super) nodes: Vec<*mut Node<T, F>>,
     /// Areas, once for each range that was removed.
     pub(super) areas: Vec<*const T>,
+    /// The next one in the stack of what has returned.
+    next: *mut Garbage<T, F, R>,
 }
 
 impl<T, const F: usize, R> Garbage<T, F, R> {
-    pub(super) fn new() -> Self {
-        Garbage {
-            root: std::ptr::null_mut(),
+    fn new() -> Box<Self> {
+        Box::new(Garbage {
+            roots: Vec::new(),
             nodes: Vec::new(),
             areas: Vec::new(),
+            next: ptr::null_mut(),
+        })
+    }
+
+    fn is_empty(&self) -> bool {
+        self.roots.is_empty() && self.nodes.is_empty() && self.areas.is_empty()
+    }
+
+    fn is_full(&self) -> bool {
+        self.roots.len() >= FULL || self.areas.len() >= FULL || self.nodes.len() >= 4 * FULL
+    }
+
+    fn append(&mut self, other: &mut Self) {
+        self.roots.append(&mut other.roots);
+        self.nodes.append(&mut other.nodes);
+        self.areas.append(&mut other.areas);
+    }
+}
+
+/// What updates work with, and what they leave behind for the next one.
+pub(super) struct Pool<T, const F: usize, R> {
+    /// Nodes that nobody reaches, with whatever they held.
+    nodes: Vec<Box<Node<T, F>>>,
+    /// What published updates replaced and the epoch has not been told of yet.
+    pub(super) open: Box<Garbage<T, F, R>>,
+    /// Empty.
+    #[allow(clippy::vec_box)] // the boxes themselves go round
+    lists: Vec<Box<Garbage<T, F, R>>>,
+    /// The counts that the tree will own, one for each range that the update inserts.
+    pub(super) added: Vec<Arc<T>>,
+    census: Census,
+}
+
+impl<T, const F: usize, R> Pool<T, F, R> {
+    fn new(census: Census) -> Box<Self> {
+        Box::new(Pool {
+            nodes: Vec::new(),
+            open: Garbage::new(),
+            lists: Vec::new(),
+            added: Vec::new(),
+            census,
+        })
+    }
+
+    /// A node without slots.
+    pub(super) fn empty(&mut self, level: u8, stamp: u64) -> Box<Node<T, F>> {
+        match self.nodes.pop() {
+            Some(mut node) => {
+                node.clear(level, stamp);
+                node
+            }
+            None => {
+                self.census.made();
+                Node::empty(level, stamp)
+            }
         }
     }
 
+    /// A node with the slots of `node`, under another stamp.
+    pub(super) fn copy(&mut self, node: &Node<T, F>, stamp: u64) -> Box<Node<T, F>> {
+        match self.nodes.pop() {
+            Some(mut copy) => {
+                copy.copy_from(node, stamp);
+                copy
+            }
+            None => {
+                self.census.made();
+                node.copy(stamp)
+            }
+        }
+    }
+
+    /// Takes a node that nobody reaches.
+    pub(super) fn recycle(&mut self, node: Box<Node<T, F>>) {
+        self.nodes.push(node);
+    }
+
+    /// Frees spare nodes, if there are too many: at most `count`.
+    pub(super) fn trim(&mut self, count: usize) {
+        let too_many = self.nodes.len().saturating_sub(SPARE_NODES);
+        for _ in 0..too_many.min(count) {
+            if let Some(node) = self.nodes.pop() {
+                self.free(node);
+            }
+        }
+    }
+
+    /// Frees a node that nobody reaches.
+    pub(super) fn free(&mut self, node: Box<Node<T, F>>) {
+        self.census.freed();
+        drop(node);
+    }
+
+    /// Recycles the nodes and drops the areas and rules.
+    ///
     /// # Safety
-    /// * The root, unless null, and the nodes were made by `Box::into_raw`, nobody reaches them, and nobody else frees them.
+    /// * Nobody reaches the garbage, and nobody else frees any of it; its roots and nodes were made by `Box::into_raw`.
     /// * The tree's strong count of each area goes with its pointer.
-    unsafe fn free(self) {
-        if !self.root.is_null() {
-            // SAFETY: as for the nodes below. It releases its own count of the rules.
-            drop(unsafe { Box::from_raw(self.root) });
+    unsafe fn absorb(&mut self, mut garbage: Box<Garbage<T, F, R>>) {
+        for root in garbage.roots.drain(..) {
+            // SAFETY: made by `Box::into_raw`, unreachable and freed only here, by our contract. It releases its own
+            // count of the rules.
+            drop(unsafe { Box::from_raw(root) });
         }
-        for node in self.nodes {
-            // SAFETY: made by `Box::into_raw`, unreachable and freed only here, by our contract. What it points to is
-            // not touched.
-            drop(unsafe { Box::from_raw(node) });
+        for node in garbage.nodes.drain(..) {
+            // SAFETY: as for the roots. What it points to is not touched.
+            self.recycle(unsafe { Box::from_raw(node) });
         }
-        for area in self.areas {
+        for area in garbage.areas.drain(..) {
             // SAFETY: made by `Arc::into_raw`, and the count is ours, by our contract.
             drop(unsafe { Arc::from_raw(area) });
         }
+        if self.lists.len() < SPARE_LISTS {
+            self.lists.push(garbage);
+        }
+    }
+
+    /// Recycles what the epoch has not been told of, without waiting for readers.
+    ///
+    /// # Safety
+    /// No reader of the tree is left.
+    pub(super) unsafe fn absorb_open(&mut self) {
+        let open = std::mem::replace(&mut self.open, Garbage::new());
+        // SAFETY: what published updates replaced is not reached from the root; only a reader could have reached it, and
+        // none is left, by our contract. Its owner is this pool, and this takes it out (Inv. 4).
+        unsafe { self.absorb(open) };
+    }
+
+    /// Adds all that is in `other`.
+    fn merge(&mut self, other: &mut Self) {
+        self.open.append(&mut other.open);
+        self.nodes.append(&mut other.nodes);
+    }
+}
+
+impl<T, const F: usize, R> Drop for Pool<T, F, R> {
+    fn drop(&mut self) {
+        for node in std::mem::take(&mut self.nodes) {
+            self.free(node);
+        }
+    }
+}
+
+/// Where the garbage of one tree comes back to. It outlives the tree as long as some of it is with the epoch.
+pub(super) struct Reclaim<T, const F: usize, R> {
+    /// Null while an update has it.
+    pool: AtomicPtr<Pool<T, F, R>>,
+    /// A stack of garbage that nobody reaches any more.
+    returned: AtomicPtr<Garbage<T, F, R>>,
+    census: Census,
+}
+
+impl<T, const F: usize, R> Reclaim<T, F, R> {
+    pub(super) fn new() -> Arc<Self> {
+        Arc::new(Reclaim {
+            pool: AtomicPtr::new(ptr::null_mut()),
+            returned: AtomicPtr::new(ptr::null_mut()),
+            census: Census::default(),
+        })
+    }
+
+    /// A pool for one update, with all that has returned in it. Drops areas and rules that have returned.
+    pub(super) fn checkout(home: &Arc<Self>) -> Checkout<'_, T, F, R> {
+        // Acquire: pairs with the Release in `put_back`; the lists of the pool are as the last update left them, and what
+        // it holds open was unreachable before.
+        let pool = home.pool.swap(ptr::null_mut(), Ordering::Acquire);
+        let pool = if pool.is_null() {
+            Pool::new(home.census.clone())
+        } else {
+            // SAFETY: made by `Box::into_raw` in `put_back`; the swap made it ours alone.
+            unsafe { Box::from_raw(pool) }
+        };
+        let mut checkout = Checkout {
+            pool: ManuallyDrop::new(pool),
+            home,
+        };
+        home.absorb_returned(&mut checkout);
+        checkout.trim(1);
+        checkout
+    }
+
+    fn absorb_returned(&self, pool: &mut Pool<T, F, R>) {
+        // Relaxed: only decides whether the swap below is worth its price.
+        if self.returned.load(Ordering::Relaxed).is_null() {
+            return;
+        }
+        // Acquire: pairs with the Release in `give_back`; all reads of those who could reach the garbage came before.
+        let mut next = self.returned.swap(ptr::null_mut(), Ordering::Acquire);
+        while !next.is_null() {
+            // SAFETY: made by `Box::into_raw` in `hand_over`; taken out of the stack, which nobody else did, as it is
+            // taken whole.
+            let mut garbage = unsafe { Box::from_raw(next) };
+            next = std::mem::replace(&mut garbage.next, ptr::null_mut());
+            // SAFETY: it has returned from the epoch: nobody reaches it, and nobody else frees it, by the contract of
+            // `hand_over`.
+            unsafe { pool.absorb(garbage) };
+        }
+    }
+
+    /// Puts a pool where the next update finds it.
+    fn put_back(&self, mut pool: Box<Pool<T, F, R>>) {
+        loop {
+            let ours = Box::into_raw(pool);
+            // Success, Release: pairs with the Acquire in `checkout`. Failure, Relaxed: what was found is not looked at.
+            let put = self.pool.compare_exchange(
+                ptr::null_mut(),
+                ours,
+                Ordering::Release,
+                Ordering::Relaxed,
+            );
+            if put.is_ok() {
+                return;
+            }
+            // SAFETY: made by the line above, and nobody else has seen it.
+            pool = unsafe { Box::from_raw(ours) };
+            // Acquire: pairs with the Release above, of the update that was faster.
+            let theirs = self.pool.swap(ptr::null_mut(), Ordering::Acquire);
+            if !theirs.is_null() {
+                // SAFETY: made by `Box::into_raw` above; the swap made it ours alone.
+                let mut theirs = unsafe { Box::from_raw(theirs) };
+                pool.merge(&mut theirs);
+            }
+        }
+    }
+
+    /// Pushes garbage that nobody reaches any more. All that a deferred call does: it never frees or waits.
+    ///
+    /// # Safety
+    /// `garbage` was made by `Box::into_raw`, and nobody else has it.
+    unsafe fn give_back(&self, garbage: *mut Garbage<T, F, R>) {
+        // Relaxed: a guess, which the compare-exchange checks; what it points to is not looked at.
+        let mut top = self.returned.load(Ordering::Relaxed);
+        loop {
+            // SAFETY: alive and ours until the compare-exchange succeeds, by our contract.
+            unsafe { (*garbage).next = top };
+            // Success, Release: pairs with the Acquire in `absorb_returned`; publishes the link above, and passes on that
+            // the readers have left. Pushes of others in between continue it, as they are read-modify-writes.
+            // Failure, Relaxed: as for the load.
+            match self.returned.compare_exchange_weak(
+                top,
+                garbage,
+                Ordering::Release,
+                Ordering::Relaxed,
+            ) {
+                Ok(_) => return,
+                Err(found) => top = found,
+            }
+        }
+    }
+}
+
+impl<T, const F: usize, R> Drop for Reclaim<T, F, R> {
+    fn drop(&mut self) {
+        // Relaxed: exclusive access, so all that was stored happened before.
+        let pool = self.pool.load(Ordering::Relaxed);
+        let mut pool = if pool.is_null() {
+            Pool::new(self.census.clone())
+        } else {
+            // SAFETY: made by `Box::into_raw` in `put_back`; `&mut self`, so nobody checks it out.
+            unsafe { Box::from_raw(pool) }
+        };
+        self.absorb_returned(&mut pool);
+        // SAFETY: the tree holds a count of us, and readers borrow the tree: none is left.
+        unsafe { pool.absorb_open() };
+    }
+}
+
+/// A pool that this thread has alone. Put back when dropped.
+pub(super) struct Checkout<'t, T, const F: usize, R> {
+    pool: ManuallyDrop<Box<Pool<T, F, R>>>,
+    home: &'t Arc<Reclaim<T, F, R>>,
+}
+
+impl<T, const F: usize, R> Checkout<'_, T, F, R>
+where
+    T: Send + Sync + 'static,
+    R: Send + Sync + 'static,
+{
+    /// Hands the open garbage to the epoch, if there is enough of it to be worth it.
+    ///
+    /// # Safety
+    /// As for [`Checkout::hand_over`].
+    pub(super) unsafe fn hand_over_if_full(&mut self, pinned: &Pinned) {
+        if self.open.is_full() {
+            // SAFETY: our contract.
+            unsafe { self.hand_over(pinned) };
+        }
+    }
+
+    /// Hands the open garbage to the epoch: by one deferred call, it returns when every thread that is pinned now has
+    /// unpinned. Then runs what is due of the calls of all threads.
+    ///
+    /// # Safety
+    /// What is open can no longer be reached from the root.
+    pub(super) unsafe fn hand_over(&mut self, pinned: &Pinned) {
+        if !self.open.is_empty() {
+            let list = self.lists.pop().unwrap_or_else(Garbage::new);
+            let garbage = Box::into_raw(std::mem::replace(&mut self.open, list));
+            let home = Arc::clone(self.home);
+            // SAFETY: made by `Box::into_raw` above; a deferred call runs once.
+            let give_back = move || unsafe { home.give_back(garbage) };
+            if performs(Step::WaitForReaders) {
+                // SAFETY:
+                // - `give_back` may run on another thread: nodes are plain memory, areas and rules are `Send + Sync`.
+                // - it may outlive this frame and the tree: it owns the garbage and a count of `home`, and areas and
+                //   rules are `'static`.
+                // Two words, so it is stored inline, and to run it frees nothing either.
+                unsafe { pinned.0.defer_unchecked(give_back) };
+            } else {
+                give_back();
+            }
+        }
+        pinned.flush();
+    }
+}
+
+impl<T, const F: usize, R> Deref for Checkout<'_, T, F, R> {
+    type Target = Pool<T, F, R>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.pool
+    }
+}
+
+impl<T, const F: usize, R> DerefMut for Checkout<'_, T, F, R> {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.pool
+    }
+}
+
+impl<T, const F: usize, R> Drop for Checkout<'_, T, F, R> {
+    fn drop(&mut self) {
+        // SAFETY: taken only here, and `pool` is used no more.
+        let pool = unsafe { ManuallyDrop::take(&mut self.pool) };
+        self.home.put_back(pool);
+    }
+}
+
+/// Counts the nodes that are allocated, for tests.
+#[derive(Clone, Default)]
+pub(super) struct Census {
+    #[cfg(all(test, not(dirtymap_loom)))]
+    alive: Arc<crate::sync::AtomicUsize>,
+}
+
+impl Census {
+    fn made(&self) {
+        #[cfg(all(test, not(dirtymap_loom)))]
+        self.alive.fetch_add(1, Ordering::Relaxed); // Relaxed: a statistic.
+    }
+
+    fn freed(&self) {
+        #[cfg(all(test, not(dirtymap_loom)))]
+        self.alive.fetch_sub(1, Ordering::Relaxed); // Relaxed: a statistic.
+    }
+}
+
+/// Where the nodes of a tree are, when no update runs.
+#[cfg(all(test, not(dirtymap_loom)))]
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Whereabouts {
+    pub(super) allocated: usize,
+    pub(super) pooled: usize,
+    /// Replaced, and not yet handed to the epoch.
+    pub(super) open: usize,
+}
+
+#[cfg(all(test, not(dirtymap_loom)))]
+impl<T, const F: usize, R> Reclaim<T, F, R> {
+    pub(super) fn whereabouts(home: &Arc<Self>) -> Whereabouts {
+        let pool = Reclaim::checkout(home);
+        Whereabouts {
+            allocated: home.allocated().load(Ordering::Relaxed),
+            pooled: pool.nodes.len(),
+            open: pool.open.nodes.len(),
+        }
+    }
+
+    /// How many nodes are allocated; may be asked after the tree is gone.
+    pub(super) fn allocated(&self) -> Arc<crate::sync::AtomicUsize> {
+        Arc::clone(&self.census.alive)
     }
 }

@@ -6,7 +6,7 @@ use super::node::Node;
 use super::reclaim::Pinned;
 use super::tree::{AreaTree, Root};
 use crate::sync::Arc;
-use crate::units::{Iova, IovaRange};
+use crate::units::{Granule, Iova, IovaRange};
 
 /// One range and the area that is mapped there.
 #[derive(Debug)]
@@ -100,6 +100,7 @@ impl<'a, T, const F: usize> Areas<'a, T, F> {
         // The last address of a slot is exact, so below the root the search finds a slot in every node.
         for _ in 0..node.level() {
             node = self.child(node, at);
+            node.prefetch();
             at = node.find(x.get());
         }
         Some((node, at))
@@ -195,34 +196,32 @@ impl<'a, T, const F: usize> Iterator for Contiguous<'a, T, F> {
 
 /// The areas and rules of a tree at the moment of [`AreaTree::snapshot`]. Later updates do not show.
 ///
-/// Nothing that is removed meanwhile is freed while the snapshot lives; keep it short.
+/// Nothing that is removed meanwhile, from this tree or another one, is freed while the snapshot lives: it holds back the
+/// epoch of the process. Updates go on, at the price of fresh memory for each. Keep it short; [`Snapshot::age`] says how
+/// much has gone on since.
 pub(crate) struct Snapshot<'t, T, const F: usize = 16, R = ()> {
     root: *const Root<T, F, R>,
     /// Keeps the root and what it leads to alive.
-    _pinned: Pinned,
-    tree: PhantomData<&'t AreaTree<T, F, R>>,
+    pinned: Pinned,
+    tree: &'t AreaTree<T, F, R>,
 }
 
 impl<'t, T, const F: usize, R> Snapshot<'t, T, F, R> {
     /// # Safety
     /// `root` was loaded from `tree` with Acquire while `pinned` was pinned.
     pub(super) unsafe fn new(
-        _tree: &'t AreaTree<T, F, R>,
+        tree: &'t AreaTree<T, F, R>,
         root: *const Root<T, F, R>,
         pinned: Pinned,
     ) -> Self {
-        Snapshot {
-            root,
-            _pinned: pinned,
-            tree: PhantomData,
-        }
+        Snapshot { root, pinned, tree }
     }
 
     #[inline]
     fn root(&self) -> &Root<T, F, R> {
         // SAFETY:
         // - valid: a tree's root is never null, by the contract of `new`.
-        // - alive while `self` is borrowed: `_pinned` was pinned when the root was loaded (Inv. 3), and the tree, which
+        // - alive while `self` is borrowed: `pinned` was pinned when the root was loaded (Inv. 3), and the tree, which
         //   is borrowed as long as `self` lives, is not dropped.
         // - unchanged: published roots do not change (Inv. 2).
         unsafe { &*self.root }
@@ -232,6 +231,21 @@ impl<'t, T, const F: usize, R> Snapshot<'t, T, F, R> {
     fn areas(&self) -> Areas<'_, T, F> {
         // SAFETY: a node or null; alive and unchanged while `self` is borrowed, like the root (Inv. 2 and 3).
         unsafe { Areas::below(self.root().node) }
+    }
+
+    /// The number of updates that were published before this moment, over the life of the tree.
+    pub(crate) fn version(&self) -> u64 {
+        self.root().version
+    }
+
+    /// The number of updates that were published since this moment. 0 says that the areas and rules are still current.
+    pub(crate) fn age(&self) -> u64
+    where
+        T: Send + Sync + 'static,
+        R: Default + Send + Sync + 'static,
+    {
+        // Not below 0: the root was read before, and versions only grow.
+        self.tree.version(&self.pinned) - self.version()
     }
 
     /// The rules.
@@ -264,6 +278,17 @@ impl<'t, T, const F: usize, R> Snapshot<'t, T, F, R> {
     /// The areas that cover `range`, up to the first hole: see [`Contiguous`].
     pub(crate) fn contiguous(&self, range: IovaRange) -> Contiguous<'_, T, F> {
         self.areas().contiguous(range)
+    }
+
+    /// The lowest `len` bytes inside `within` that no area holds and that start at a multiple of `alignment`: see
+    /// [`Areas::first_fit`].
+    pub(crate) fn first_fit(
+        &self,
+        within: IovaRange,
+        len: u64,
+        alignment: Granule,
+    ) -> Option<IovaRange> {
+        self.areas().first_fit(within, len, alignment)
     }
 
     /// The number of levels, and of nodes on all of them.

@@ -6,9 +6,9 @@ use std::ptr;
 
 use super::edit::Edit;
 use super::node::Node;
-use super::reclaim::Pinned;
+use super::reclaim::{Pinned, Pool, Reclaim};
 use super::snapshot::Snapshot;
-use crate::sync::{Arc, AtomicPtr, Ordering, relax};
+use crate::sync::{Arc, AtomicPtr, Ordering, back_off};
 #[cfg(test)]
 use crate::{error::Error, units::IovaRange};
 
@@ -17,15 +17,20 @@ pub(super) struct Root<T, const F: usize, R> {
     /// Null while there are no areas.
     pub(super) node: *mut Node<T, F>,
     pub(super) rules: Arc<R>,
+    /// How many updates were published before, over the life of the tree.
+    pub(super) version: u64,
 }
 
 /// A concurrent map from non-overlapping ranges to shared areas, in nodes of up to `F` slots, with rules of type `R`.
 /// See the [module](super).
 ///
-/// Areas that were removed and rules that were replaced are dropped later, on any thread, possibly after the tree.
+/// Areas that were removed and rules that were replaced are dropped by a later update or [`AreaTree::reclaim`], once no
+/// snapshot of that time is left; those that wait when the tree is dropped may be dropped after it, on any thread that
+/// uses a tree.
 pub(crate) struct AreaTree<T, const F: usize = 16, R = ()> {
     /// Never null.
     root: AtomicPtr<Root<T, F, R>>,
+    reclaim: Arc<Reclaim<T, F, R>>,
     owns: PhantomData<(Arc<T>, Arc<R>)>,
 }
 
@@ -39,14 +44,18 @@ where
         let root = Box::new(Root {
             node: ptr::null_mut(),
             rules: Arc::new(R::default()),
+            version: 0,
         });
         AreaTree {
             root: AtomicPtr::new(Box::into_raw(root)),
+            reclaim: Reclaim::new(),
             owns: PhantomData,
         }
     }
 
-    /// The areas and rules of this moment. Never waits and never retries.
+    /// The areas and rules of this moment. Never waits and never retries, and neither frees nor drops what updates left
+    /// behind.
+    #[inline]
     pub(crate) fn snapshot(&self) -> Snapshot<'_, T, F, R> {
         let pinned = Pinned::new();
         // Acquire: pairs with the Release in `Edit::publish`; the rules, nodes and areas below are visible.
@@ -66,7 +75,8 @@ where
     }
 
     /// Performs all changes that `change` makes, as one atomic step. Lock-free: `change` runs again, on the new state,
-    /// if another update was published meanwhile, so it must not keep effects of a run that was not the last.
+    /// if another update was published meanwhile, so it must not keep effects of a run that was not the last. Each failed
+    /// attempt waits a little longer before the next one, within bounds.
     ///
     /// # Errors
     /// Those of `change`; then the tree is as it was.
@@ -74,20 +84,45 @@ where
         &self,
         mut change: impl FnMut(&mut Edit<'_, T, F, R>) -> Result<V, E>,
     ) -> Result<V, E> {
+        let mut failures = 0;
         loop {
             let pinned = Pinned::new();
             // Acquire: pairs with the Release in `Edit::publish`; the nodes that the edit reads and shares are visible.
             let base = self.root.load(Ordering::Acquire);
             // SAFETY: loaded from our root with Acquire, after the pin; the tree is borrowed for longer.
-            let mut edit = unsafe { Edit::new(base, &pinned) };
+            let mut edit = unsafe { Edit::new(base, &self.reclaim, &pinned) };
             let result = change(&mut edit)?;
             // SAFETY: `base` was loaded from this root.
             if unsafe { edit.publish(&self.root) } {
                 return Ok(result);
             }
             drop(pinned);
-            relax();
+            back_off(failures);
+            failures += 1;
         }
+    }
+
+    /// Drops the areas and rules that no snapshot reaches any more, and lets the epoch come a step further; after three
+    /// calls without a snapshot anywhere nothing waits any more. Updates do the same for each other, so that this is of
+    /// use only where no other update follows soon.
+    pub(crate) fn reclaim(&self) {
+        let mut pool = Reclaim::checkout(&self.reclaim);
+        pool.trim(usize::MAX);
+        // SAFETY: what is open was replaced by published updates.
+        unsafe { pool.hand_over(&Pinned::new()) };
+    }
+
+    /// How many updates have been published.
+    pub(super) fn version(&self, _pinned: &Pinned) -> u64 {
+        // Acquire: pairs with the Release in `Edit::publish`; the version is visible.
+        let root = self.root.load(Ordering::Acquire);
+        // SAFETY: never null; loaded under a pin, so alive (Inv. 3), and unchanged (Inv. 2).
+        unsafe { &*root }.version
+    }
+
+    #[cfg(all(test, not(dirtymap_loom)))]
+    pub(super) fn reclaimer(&self) -> &Arc<Reclaim<T, F, R>> {
+        &self.reclaim
     }
 
     /// Asserts the invariants of the current state.
@@ -118,10 +153,13 @@ impl<T, const F: usize, R> Drop for AreaTree<T, F, R> {
         let root = self.root.load(Ordering::Relaxed);
         // SAFETY: made by `Box::into_raw`, never null. `&mut self`: no reader and no edit is left, so it is ours (Inv. 4).
         let root = unsafe { Box::from_raw(root) };
+        let mut pool = Reclaim::checkout(&self.reclaim);
         if !root.node.is_null() {
             // SAFETY: ours like the root, which is used no more.
-            unsafe { free_all(root.node) };
+            unsafe { free_all(root.node, &mut pool) };
         }
+        // SAFETY: as above, no reader is left.
+        unsafe { pool.absorb_open() };
     }
 }
 
@@ -129,7 +167,7 @@ impl<T, const F: usize, R> Drop for AreaTree<T, F, R> {
 ///
 /// # Safety
 /// `node` is a node that is reached by nobody else, and it is used no more.
-unsafe fn free_all<T, const F: usize>(node: *mut Node<T, F>) {
+unsafe fn free_all<T, const F: usize, R>(node: *mut Node<T, F>, pool: &mut Pool<T, F, R>) {
     // SAFETY: made by `Box::into_raw`, and ours to free, by our contract.
     let node = unsafe { Box::from_raw(node) };
     for at in 0..node.len() {
@@ -138,7 +176,8 @@ unsafe fn free_all<T, const F: usize>(node: *mut Node<T, F>) {
             drop(unsafe { Arc::from_raw(node.area(at)) });
         } else {
             // SAFETY: a child is reached only through its parent, so it is ours too.
-            unsafe { free_all(node.child(at)) };
+            unsafe { free_all(node.child(at), pool) };
         }
     }
+    pool.free(node);
 }

@@ -1,64 +1,105 @@
-//! Areas in a `BTreeMap` behind a reader-writer lock: what one writes first.
+//! Areas in a `BTreeMap` behind a reader-writer lock, that of std or of `parking_lot`: what one writes first.
 
 use std::collections::BTreeMap;
-use std::sync::{PoisonError, RwLock};
+use std::ops::{Deref, DerefMut};
+use std::sync::PoisonError;
 
-use dirtymap::{Access, Iova, IovaRange, Mapping};
+use dirtymap::{Iova, IovaRange, Mapping};
 
-use crate::{Allocator, Areas, PAGE};
+use crate::{Allocator, Areas, Fit, sum};
 
-/// A `BTreeMap` behind an `RwLock`. The key is an area's first address.
-#[derive(Default)]
-pub struct LockedBTree {
-    areas: RwLock<BTreeMap<u64, Mapping>>,
+/// The key is an area's first address.
+type Tree = BTreeMap<u64, Mapping>;
+
+/// A reader-writer lock around the tree.
+pub trait Lock: Default + Send + Sync {
+    /// The name of the peer.
+    const NAME: &'static str;
+    /// Shared access.
+    fn read(&self) -> impl Deref<Target = Tree>;
+    /// Exclusive access.
+    fn write(&self) -> impl DerefMut<Target = Tree>;
 }
 
-impl Areas for LockedBTree {
+impl Lock for std::sync::RwLock<Tree> {
+    const NAME: &'static str = "rwlock-btreemap";
+
+    #[inline]
+    fn read(&self) -> impl Deref<Target = Tree> {
+        self.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    #[inline]
+    fn write(&self) -> impl DerefMut<Target = Tree> {
+        self.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Lock for parking_lot::RwLock<Tree> {
+    const NAME: &'static str = "parking_lot-btreemap";
+
+    #[inline]
+    fn read(&self) -> impl Deref<Target = Tree> {
+        self.read()
+    }
+
+    #[inline]
+    fn write(&self) -> impl DerefMut<Target = Tree> {
+        self.write()
+    }
+}
+
+/// A `BTreeMap` behind a reader-writer lock.
+#[derive(Default)]
+pub struct LockedBTree<L = std::sync::RwLock<Tree>> {
+    areas: L,
+}
+
+impl<L: Lock> Areas for LockedBTree<L> {
     fn new() -> Self {
         Self::default()
     }
 
     fn name(&self) -> &'static str {
-        "rwlock-btreemap"
+        L::NAME
     }
 
     fn map(&self, mapping: Mapping) {
-        let mut areas = self.areas.write().unwrap_or_else(PoisonError::into_inner);
-        areas.insert(mapping.range.start().get(), mapping);
+        self.areas
+            .write()
+            .insert(mapping.range.start().get(), mapping);
+    }
+
+    fn unmap(&self, range: IovaRange) {
+        self.areas.write().remove(&range.start().get());
     }
 
     #[inline]
     fn lookup(&self, iova: u64) -> Option<Mapping> {
-        let areas = self.areas.read().unwrap_or_else(PoisonError::into_inner);
+        let areas = self.areas.read();
         let (_, mapping) = areas.range(..=iova).next_back()?;
         mapping.range.contains(Iova::new(iova)).then_some(*mapping)
     }
-}
 
-impl Allocator for LockedBTree {
-    fn allocate(&self, len: u64) -> IovaRange {
-        let mut areas = self.areas.write().unwrap_or_else(PoisonError::into_inner);
-        let mut start = PAGE.next_multiple_of(len);
-        for mapping in areas.values() {
-            if start + len <= mapping.range.start().get() {
-                break;
-            }
-            let behind = mapping.range.last().get() + 1;
-            start = start.max(behind.next_multiple_of(len));
-        }
-        let range = IovaRange::from_len(Iova::new(start), len)
-            .unwrap_or_else(|error| panic!("a workload stays far below 2^64: {error}"));
-        let mapping = Mapping {
-            range,
-            backing: 0,
-            access: Access::ReadWrite,
-        };
-        areas.insert(start, mapping);
-        range
+    fn first_fit(&self, len: u64) -> Option<IovaRange> {
+        let mut fit = Fit::of(len);
+        let areas = self.areas.read();
+        areas.values().find_map(|mapping| fit.before(mapping.range));
+        Some(fit.place())
     }
 
-    fn free(&self, range: IovaRange) {
-        let mut areas = self.areas.write().unwrap_or_else(PoisonError::into_inner);
-        areas.remove(&range.start().get());
+    fn scan(&self) -> u64 {
+        sum(self.areas.read().values())
+    }
+}
+
+impl<L: Lock> Allocator for LockedBTree<L> {
+    fn allocate(&self, len: u64) -> IovaRange {
+        let mut areas = self.areas.write();
+        let mut fit = Fit::of(len);
+        areas.values().find_map(|mapping| fit.before(mapping.range));
+        let range = fit.place();
+        areas.insert(range.start().get(), crate::unbacked(range));
+        range
     }
 }

@@ -3,10 +3,11 @@
 use std::fmt::Display;
 
 use dirtymap::{
-    Access, AddressSpace, AreaHandle, Granule, HarvestRequest, Iova, IovaRange, Mapping, UserBitmap,
+    Access, AddressSpace, AreaHandle, AreaMap, Granule, HarvestRequest, Iova, IovaRange, Mapping,
+    UserBitmap,
 };
 
-use crate::{Allocator, Areas, PAGE, Peer};
+use crate::{Allocator, Areas, PAGE, Peer, add_to_sum, sum};
 
 /// Marks through [`AddressSpace::mark`], which finds the area for each mark.
 pub struct ThroughSpace {
@@ -74,7 +75,7 @@ impl Areas for AddressSpace {
     }
 
     fn name(&self) -> &'static str {
-        "dirtymap"
+        "dirtymap-space"
     }
 
     fn map(&self, mapping: Mapping) {
@@ -85,15 +86,59 @@ impl Areas for AddressSpace {
     fn lookup(&self, iova: u64) -> Option<Mapping> {
         self.lookup(Iova::new(iova))
     }
+
+    fn unmap(&self, range: IovaRange) {
+        sure(self.unmap_discarding(range));
+    }
+
+    fn first_fit(&self, _len: u64) -> Option<IovaRange> {
+        None
+    }
+
+    fn scan(&self) -> u64 {
+        sum(self.mappings())
+    }
+}
+
+/// The tree below the space, alone: as much, or as little, as the other maps do.
+impl Areas for AreaMap<Mapping> {
+    fn new() -> Self {
+        AreaMap::new()
+    }
+
+    fn name(&self) -> &'static str {
+        "dirtymap-tree"
+    }
+
+    fn map(&self, mapping: Mapping) {
+        sure(self.insert(mapping.range, mapping));
+    }
+
+    fn unmap(&self, range: IovaRange) {
+        self.remove(range.start());
+    }
+
+    #[inline]
+    fn lookup(&self, iova: u64) -> Option<Mapping> {
+        self.lookup(Iova::new(iova))
+    }
+
+    fn first_fit(&self, len: u64) -> Option<IovaRange> {
+        let within = sure(IovaRange::new(Iova::new(PAGE), Iova::MAX));
+        let alignment = Granule::from_lg2(len.trailing_zeros() as u8)?;
+        self.first_fit(within, len, alignment)
+    }
+
+    fn scan(&self) -> u64 {
+        let mut total = 0u64;
+        self.scan(|_, mapping| total = add_to_sum(total, mapping));
+        total
+    }
 }
 
 impl Allocator for AddressSpace {
     fn allocate(&self, len: u64) -> IovaRange {
         sure(self.map_anywhere(len, 0, Access::ReadWrite))
-    }
-
-    fn free(&self, range: IovaRange) {
-        sure(self.unmap_discarding(range));
     }
 }
 

@@ -1,0 +1,104 @@
+//! Holds `dirtymap` against its peers and prints one table for each family.
+
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+use std::{fs, io};
+
+use clap::Parser;
+use dirtymap_benches::compare::{FAMILIES, Report, Settings, memory::Counting};
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Holds dirtymap against its peers: rounds in turn in one process, one table for each family on standard output.
+#[derive(Parser)]
+struct Options {
+    /// Under a minute instead of some; to see whether a change is for the better, not for numbers to keep.
+    #[arg(long)]
+    quick: bool,
+    /// Only this family; may be given several times.
+    #[arg(long, value_name = "FAMILY", value_parser = FAMILIES.iter().map(|family| family.name).collect::<Vec<_>>())]
+    only: Vec<String>,
+    /// Only workloads whose name contains this.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    matching: String,
+    /// Also writes one record for each workload and peer.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Also puts each table into this document, between `<!-- compare FAMILY -->` and `<!-- end -->`.
+    #[arg(long, value_name = "FILE")]
+    update: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    match run(&Options::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("compare: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options) -> io::Result<()> {
+    let mut settings = if options.quick {
+        Settings::quick()
+    } else {
+        Settings::thorough()
+    };
+    settings.matching.clone_from(&options.matching);
+    let mut report = Report::default();
+    let chosen =
+        |name: &str| options.only.is_empty() || options.only.iter().any(|only| only == name);
+    for family in FAMILIES.iter().filter(|family| chosen(family.name)) {
+        (family.run)(&settings, &mut report);
+        let section = format!("{}\n\n{}", heading(&settings), report.table(family.name));
+        println!("## {}\n\n{section}", family.name);
+        if let Some(path) = &options.update {
+            let document = fs::read_to_string(path)?;
+            fs::write(path, replaced(&document, family.name, &section)?)?;
+        }
+    }
+    if let Some(path) = &options.json {
+        fs::write(path, format!("{:#}\n", report.records()))?;
+    }
+    Ok(())
+}
+
+/// When, where and what.
+fn heading(settings: &Settings) -> String {
+    let date = output("date", &["+%F"]);
+    let commit = output("git", &["describe", "--always", "--dirty"]);
+    let cpus = std::thread::available_parallelism().map_or(0, usize::from);
+    let model = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = model
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
+        .map_or("unknown", |(_, model)| model);
+    format!(
+        "{date}, commit {commit}, {cpus} CPUs of a virtual machine ({model}), {} rounds. Least / median of all rounds.",
+        settings.rounds
+    )
+}
+
+fn output(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output();
+    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
+    text.unwrap_or_else(|_| "unknown".to_owned())
+}
+
+/// `document` with `section` between the marks of `family`.
+fn replaced(document: &str, family: &str, section: &str) -> io::Result<String> {
+    let begin = format!("<!-- compare {family} -->");
+    let missing = || {
+        io::Error::other(format!(
+            "the document has no {begin} followed by <!-- end -->"
+        ))
+    };
+    let (before, rest) = document.split_once(&begin).ok_or_else(missing)?;
+    let (_, after) = rest.split_once("<!-- end -->").ok_or_else(missing)?;
+    Ok(format!(
+        "{before}{begin}\n\n{}\n\n<!-- end -->{after}",
+        section.trim_end()
+    ))
+}

@@ -1,0 +1,51 @@
+//! Counts what is allocated.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+
+use dirtymap::sync::{AtomicBool, AtomicU64, Ordering};
+
+/// The allocator of the system, which counts while [`grown_by`] asks it to.
+pub struct Counting;
+
+static ASKED: AtomicBool = AtomicBool::new(false);
+/// Bytes allocated less bytes freed; wraps below 0.
+static BYTES: AtomicU64 = AtomicU64::new(0);
+
+fn count(bytes: u64) {
+    // Relaxed, both: a statistic, of one thread at a time.
+    if ASKED.load(Ordering::Relaxed) {
+        BYTES.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+// SAFETY: passes every call on to `System`, which honours the contract.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count(layout.size() as u64);
+        // SAFETY: the caller's contract is that of `System`.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        count((layout.size() as u64).wrapping_neg());
+        // SAFETY: the caller's contract is that of `System`, which every pointer comes from.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        count((size as u64).wrapping_sub(layout.size() as u64));
+        // SAFETY: as for `dealloc`.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+}
+
+/// How many bytes more are allocated after `build` than before, less what it freed. 0 if [`Counting`] is not the allocator
+/// of the program.
+pub fn grown_by<T>(build: impl FnOnce() -> T) -> (T, u64) {
+    // Relaxed, all: see `count`.
+    BYTES.store(0, Ordering::Relaxed);
+    ASKED.store(true, Ordering::Relaxed);
+    let built = build();
+    ASKED.store(false, Ordering::Relaxed);
+    (built, BYTES.load(Ordering::Relaxed))
+}

@@ -1,0 +1,71 @@
+//! Areas in a `RangeInclusiveMap` of the crate `rangemap` behind a `parking_lot` lock: a map made for ranges.
+
+use dirtymap::{Access, IovaRange, Mapping};
+use parking_lot::RwLock;
+use rangemap::RangeInclusiveMap;
+
+use crate::{Areas, Fit, range_of, sum};
+
+/// Where an area leads. Neighbours with the same would become one area; no two areas of a workload have the same.
+type Backing = (u64, Access);
+
+/// A `RangeInclusiveMap` behind a `parking_lot` lock.
+#[derive(Default)]
+pub struct LockedRangeMap {
+    areas: RwLock<RangeInclusiveMap<u64, Backing>>,
+}
+
+fn mapping(first: u64, last: u64, (backing, access): Backing) -> Mapping {
+    Mapping {
+        range: range_of(first, last),
+        backing,
+        access,
+    }
+}
+
+impl Areas for LockedRangeMap {
+    fn new() -> Self {
+        Self::default()
+    }
+
+    fn name(&self) -> &'static str {
+        "parking_lot-rangemap"
+    }
+
+    fn map(&self, mapping: Mapping) {
+        let range = mapping.range.start().get()..=mapping.range.last().get();
+        self.areas
+            .write()
+            .insert(range, (mapping.backing, mapping.access));
+    }
+
+    fn unmap(&self, range: IovaRange) {
+        let range = range.start().get()..=range.last().get();
+        self.areas.write().remove(range);
+    }
+
+    #[inline]
+    fn lookup(&self, iova: u64) -> Option<Mapping> {
+        let areas = self.areas.read();
+        let (range, backing) = areas.get_key_value(&iova)?;
+        Some(mapping(*range.start(), *range.end(), *backing))
+    }
+
+    fn first_fit(&self, len: u64) -> Option<IovaRange> {
+        // A gap that is long enough need not hold an aligned range, so gaps are looked at as for the others.
+        let mut fit = Fit::of(len);
+        let areas = self.areas.read();
+        areas
+            .iter()
+            .find_map(|(range, _)| fit.before(range_of(*range.start(), *range.end())));
+        Some(fit.place())
+    }
+
+    fn scan(&self) -> u64 {
+        let areas = self.areas.read();
+        let all = areas
+            .iter()
+            .map(|(range, backing)| mapping(*range.start(), *range.end(), *backing));
+        sum(all)
+    }
+}

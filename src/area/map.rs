@@ -1,0 +1,63 @@
+//! The tree alone, for benches that hold it against other maps.
+
+use super::tree::AreaTree;
+use crate::error::Error;
+use crate::sync::Arc;
+use crate::units::{Granule, Iova, IovaRange};
+
+/// A map from non-overlapping ranges to values: the tree below an [`AddressSpace`](crate::AddressSpace), without marks,
+/// sources, states or flushes. Not part of the API.
+#[derive(Debug)]
+pub struct AreaMap<T: Send + Sync + 'static>(AreaTree<T>);
+
+impl<T: Copy + Send + Sync + 'static> AreaMap<T> {
+    /// An empty map.
+    #[allow(clippy::new_without_default)] // not an API
+    pub fn new() -> Self {
+        AreaMap(AreaTree::new())
+    }
+
+    /// Adds a range.
+    ///
+    /// # Errors
+    /// [`Error::Overlap`] with the lowest range in the way.
+    pub fn insert(&self, range: IovaRange, value: T) -> Result<(), Error> {
+        let value = Arc::new(value);
+        self.0.update(|edit| edit.insert(range, &value))
+    }
+
+    /// Removes the range that starts at `start`.
+    pub fn remove(&self, start: Iova) -> Option<T> {
+        let removed = self
+            .0
+            .update(|edit| Ok::<_, std::convert::Infallible>(edit.remove(start)));
+        match removed {
+            Ok(value) => value.map(|value| *value),
+        }
+    }
+
+    /// The value at `iova`. Lock-free, and never delayed by what updates leave behind.
+    #[inline]
+    pub fn lookup(&self, iova: Iova) -> Option<T> {
+        self.0.snapshot().lookup(iova).map(|entry| *entry.area)
+    }
+
+    /// The lowest `len` bytes, not 0, inside `within` that are free and start at a multiple of `alignment`.
+    pub fn first_fit(&self, within: IovaRange, len: u64, alignment: Granule) -> Option<IovaRange> {
+        self.0.snapshot().first_fit(within, len, alignment)
+    }
+
+    /// Visits all ranges of one moment in order. Returns how many updates were published meanwhile.
+    pub fn scan(&self, mut visit: impl FnMut(IovaRange, &T)) -> u64 {
+        let snapshot = self.0.snapshot();
+        for entry in snapshot.iter(IovaRange::ALL) {
+            visit(entry.range, entry.area);
+        }
+        snapshot.age()
+    }
+
+    /// Drops what no reader can reach any more.
+    pub fn reclaim(&self) {
+        self.0.reclaim();
+    }
+}
