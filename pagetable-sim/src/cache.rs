@@ -30,7 +30,8 @@ pub(crate) const MAX_WAYS: usize = 64;
 /// The key of the 2^`lg2` bytes, 1 to 63, around `iova`.
 #[inline]
 fn key_of(iova: Iova, lg2: u32) -> u64 {
-    iova.get() >> lg2 << lg2 | 1 << (lg2 - 1)
+    let size = 1u64 << lg2;
+    iova.get() & !(size - 1) | size >> 1
 }
 
 /// The addresses of a key that is not `NO_KEY`.
@@ -67,29 +68,38 @@ impl<T> SizedCache<T> {
 
     /// Caches `entry` for the 2^`lg2` bytes around `iova`, in place of what was cached for just these, or of a victim.
     pub(crate) fn insert(&mut self, iova: Iova, lg2: u32, entry: T) {
+        if let Some(old) = self.find_sized(iova, lg2) {
+            self.forget(old);
+        }
+        self.insert_new(iova, lg2, entry);
+    }
+
+    /// The same, as the only entry that holds `iova`.
+    pub(crate) fn insert_only(&mut self, iova: Iova, lg2: u32, entry: T) {
+        while let Some(old) = self.find(iova) {
+            self.forget(old);
+        }
+        self.insert_new(iova, lg2, entry);
+    }
+
+    /// Caches `entry`; nothing is cached for just these bytes.
+    fn insert_new(&mut self, iova: Iova, lg2: u32, entry: T) {
         debug_assert!((1..64).contains(&lg2), "sizes of 2 bytes to 2^63");
-        let key = key_of(iova, lg2);
         let first = self.set_of(iova, lg2);
-        let set = first..first + self.ways;
-        let at = |wanted| set.clone().find(|at| self.keys[*at] == wanted);
-        let place = at(key).or_else(|| at(NO_KEY)).unwrap_or_else(|| {
-            self.random ^= self.random << 13;
-            self.random ^= self.random >> 7;
-            self.random ^= self.random << 17;
-            first + (self.random >> 16) as usize % self.ways
-        });
+        let set = &self.keys[first..first + self.ways];
+        let free = set.iter().position(|key| *key == NO_KEY);
+        let place = first
+            + free.unwrap_or_else(|| {
+                self.random ^= self.random << 13;
+                self.random ^= self.random >> 7;
+                self.random ^= self.random << 17;
+                (self.random >> 16) as usize % self.ways
+            });
         self.forget(place);
-        self.keys[place] = key;
+        self.keys[place] = key_of(iova, lg2);
         self.entries[place] = Some(entry);
         self.counts[lg2 as usize] += 1;
         self.sizes |= 1 << lg2;
-    }
-
-    /// Drops every entry that holds `iova`.
-    pub(crate) fn remove(&mut self, iova: Iova) {
-        while let Some(place) = self.find(iova) {
-            self.forget(place);
-        }
     }
 
     /// Drops every entry that holds an address of `ranges`, which ascend and are disjoint. Returns how many.
@@ -118,16 +128,23 @@ impl<T> SizedCache<T> {
     fn find(&self, iova: Iova) -> Option<usize> {
         let mut sizes = self.sizes;
         while sizes != 0 {
-            let lg2 = sizes.trailing_zeros();
-            sizes &= sizes - 1;
-            let wanted = key_of(iova, lg2);
-            let first = self.set_of(iova, lg2);
-            let set = &self.keys[first..first + self.ways];
-            if let Some(way) = set.iter().position(|key| *key == wanted) {
-                return Some(first + way);
+            let found = self.find_sized(iova, sizes.trailing_zeros());
+            if found.is_some() {
+                return found;
             }
+            sizes &= sizes - 1;
         }
         None
+    }
+
+    /// Where the entry for the 2^`lg2` bytes around `iova` is.
+    #[inline]
+    fn find_sized(&self, iova: Iova, lg2: u32) -> Option<usize> {
+        let wanted = key_of(iova, lg2);
+        let first = self.set_of(iova, lg2);
+        let set = &self.keys[first..first + self.ways];
+        let way = set.iter().position(|key| *key == wanted)?;
+        Some(first + way)
     }
 
     /// The first place of the set for the 2^`lg2` bytes around `iova`.
@@ -136,6 +153,7 @@ impl<T> SizedCache<T> {
         (iova.get() >> lg2 & (self.sets - 1)) as usize * self.ways
     }
 
+    #[inline]
     fn forget(&mut self, place: usize) {
         let key = std::mem::replace(&mut self.keys[place], NO_KEY);
         if key != NO_KEY {
@@ -224,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn the_smallest_is_found_first_and_all_can_be_removed() {
+    fn the_smallest_is_found_first_and_all_can_be_replaced() {
         let mut cache = Cache::new(4, 2);
         insert(&mut cache, 0, 30);
         insert(&mut cache, 0x20_0000, 21);
@@ -232,7 +250,8 @@ mod tests {
         assert_eq!(found(&mut cache, 0), Some(0));
         insert(&mut cache, 0, 30);
         assert_eq!(cache.counts[30], 1, "in place of itself");
-        cache.remove(Iova::new(0x20_1000));
+        cache.insert_only(Iova::new(0x20_1000), 12, 7);
+        assert_eq!(found(&mut cache, 0x20_1000), Some(7));
         assert_eq!(found(&mut cache, 0x20_0000), None);
         assert_eq!(found(&mut cache, 0), None);
     }

@@ -59,7 +59,6 @@ impl Cached {
 impl Iotlb {
     /// Caches `entry` as the only translation of `iova`.
     pub(crate) fn put(&mut self, iova: Iova, entry: Cached) {
-        self.remove(iova);
-        self.insert(iova, entry.mask.count_ones(), entry);
+        self.insert_only(iova, entry.mask.count_ones(), entry);
     }
 }

@@ -56,12 +56,12 @@ pub struct DeviceConfig {
 }
 
 impl DeviceConfig {
-    /// What [`default`](Self::default) returns: an IOTLB of 64 sets of 8 for leaves of any size, 32 cached pointers to
+    /// What [`default`](Self::default) returns: an IOTLB of 64 sets of 8 for leaves of any size, 256 cached pointers to
     /// tables, no TLB in the device, 64 posted writes.
     pub const DEFAULT: DeviceConfig = DeviceConfig {
         iotlb_sets: 64,
         iotlb_ways: 8,
-        walk_entries: 32,
+        walk_entries: 256,
         tlb_entries: 0,
         largest_cached: granule(63),
         posted_writes: 64,

@@ -31,31 +31,37 @@ impl<F: Format> Device<F> {
 
     /// Where `iova` lies in memory, if the device may do `wanted` there. Sets D for a write, unless a cached entry says
     /// that it is set.
-    #[inline]
+    #[inline(always)]
     pub(super) fn translate(&mut self, iova: Iova, wanted: Access) -> Result<u64, DmaError> {
         let tracking = self.hardware.is_tracking();
-        if let Some(tlb) = &mut self.tlb {
-            if let Some(entry) = usable(tlb, iova, wanted, tracking) {
-                self.stats.tlb_hits += 1;
-                return Ok(entry.phys(iova));
-            }
-            let entry = self.look_up(iova, wanted, tracking)?;
-            if let Some(tlb) = &mut self.tlb {
-                tlb.put(iova, entry);
-            }
+        let (nearest, hits) = match &mut self.tlb {
+            Some(tlb) => (tlb, &mut self.stats.tlb_hits),
+            None => (&mut self.iotlb, &mut self.stats.iotlb_hits),
+        };
+        if let Some(entry) = usable(nearest, iova, wanted, tracking) {
+            *hits += 1;
             return Ok(entry.phys(iova));
         }
-        Ok(self.look_up(iova, wanted, tracking)?.phys(iova))
+        self.miss(iova, wanted, tracking)
     }
 
-    /// Translates by the IOTLB, or else by the table.
-    #[inline]
-    fn look_up(&mut self, iova: Iova, wanted: Access, tracking: bool) -> Result<Cached, DmaError> {
-        if let Some(entry) = usable(&mut self.iotlb, iova, wanted, tracking) {
-            self.stats.iotlb_hits += 1;
-            return Ok(entry);
+    /// Translates what the nearest cache does not.
+    #[inline(never)]
+    fn miss(&mut self, iova: Iova, wanted: Access, tracking: bool) -> Result<u64, DmaError> {
+        if self.tlb.is_none() {
+            return Ok(self.walk(iova, wanted, tracking)?.phys(iova));
         }
-        self.walk(iova, wanted, tracking)
+        let entry = match usable(&mut self.iotlb, iova, wanted, tracking) {
+            Some(entry) => {
+                self.stats.iotlb_hits += 1;
+                *entry
+            }
+            None => self.walk(iova, wanted, tracking)?,
+        };
+        if let Some(tlb) = &mut self.tlb {
+            tlb.put(iova, entry);
+        }
+        Ok(entry.phys(iova))
     }
 
     /// Translates by the table and caches what it says, faults excepted.
@@ -110,9 +116,9 @@ impl<F: Format> Device<F> {
 
 /// The entry for `iova` in `cache`, if it lets the device do `wanted` without further ado.
 #[inline]
-fn usable(cache: &mut Iotlb, iova: Iova, wanted: Access, tracking: bool) -> Option<Cached> {
+fn usable(cache: &mut Iotlb, iova: Iova, wanted: Access, tracking: bool) -> Option<&mut Cached> {
     let entry = cache.lookup(iova)?;
     // While tracking is off, hardware sets no D: the entry is as good as dirty until the flush that enabling ends with.
     entry.dirty |= !tracking;
-    entry.serves(wanted).then_some(*entry)
+    entry.serves(wanted).then_some(entry)
 }

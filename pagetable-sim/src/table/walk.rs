@@ -87,6 +87,7 @@ impl<F: Format> Table<F> {
     /// table that covers the address, or at the root. Sets A in each upper entry that it reads, and D for a write that
     /// the leaf permits, if accesses are tracked. Pointers to the tables that it goes through are added to `met`, also
     /// by a walk that ends in a fault.
+    #[inline]
     pub(crate) fn walk_from(
         &self,
         from: Option<&TableRef<F>>,
