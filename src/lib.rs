@@ -90,7 +90,8 @@ pub use error::Error;
 pub use units::{Access, DomainId, Granule, Iova, IovaRange};
 
 pub use space::{
-    AddressSpace, AreaHandle, Change, Fault, FaultSource, Faults, SpaceRanges, SpaceStats, Unmapped,
+    AddressSpace, AreaHandle, Change, Fault, FaultSource, Faults, SpaceRanges, SpaceSnapshot,
+    SpaceStats, Unmapped,
 };
 
 pub use source::{DirtySource, LeafSink, Mapping, Stopped};

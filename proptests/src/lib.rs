@@ -33,3 +33,5 @@ mod properties;
 mod regressions;
 #[cfg(test)]
 mod sabotage;
+#[cfg(test)]
+mod traffic;

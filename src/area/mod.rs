@@ -61,5 +61,5 @@ mod loom_tests;
 #[allow(clippy::unwrap_used, clippy::expect_used)] // helpers of tests
 mod tests;
 
-pub(crate) use snapshot::{Entry, Snapshot};
+pub(crate) use snapshot::{Contiguous, Entry, Snapshot};
 pub(crate) use tree::AreaTree;

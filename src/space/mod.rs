@@ -15,6 +15,7 @@ mod attachment;
 mod change;
 mod faults;
 mod rules;
+mod snapshot;
 mod stats;
 mod tracking;
 mod unmap;
@@ -24,11 +25,12 @@ pub(crate) use area::Area;
 pub(crate) use attachment::{Attachment, Covered};
 pub use change::Change;
 pub use faults::{Fault, FaultSource, Faults};
+pub use snapshot::SpaceSnapshot;
 pub(crate) use stats::Counters;
 pub use stats::SpaceStats;
 pub use unmap::Unmapped;
 
-use crate::area::{AreaTree, Snapshot};
+use crate::area::AreaTree;
 use crate::error::Error;
 use crate::flush::{FlushGather, FlushQueue, Invalidated, Ticket};
 use crate::source::{DirtySource, Mapping};
@@ -39,7 +41,7 @@ use rules::Rules;
 use tracking::Switch;
 
 /// The areas of one moment.
-pub(crate) type Areas<'a> = Snapshot<'a, Area, 16, Rules>;
+pub(crate) type Areas<'a> = SpaceSnapshot<'a>;
 
 /// A space of device-visible addresses in which dirty memory is tracked.
 ///
@@ -246,10 +248,6 @@ impl AddressSpace {
     fn next_domain(&self) -> DomainId {
         // Relaxed: a number that nobody else gets; it orders nothing.
         DomainId(self.domains.fetch_add(1, Ordering::Relaxed))
-    }
-
-    pub(crate) fn snapshot(&self) -> Areas<'_> {
-        self.areas.snapshot()
     }
 }
 
