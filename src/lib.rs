@@ -45,8 +45,8 @@
 //!   drop.
 //! * **Copy after sync.** The types keep you from copying pages while stale translations may still be written
 //!   through.
-//! * **Lock-free.** Marks, lookups and harvests never wait. Only `sync`, `set_tracking`, `map` when it fails, and
-//!   unmap wait, for devices to drain.
+//! * **Lock-free.** Marks, lookups and harvests never wait. Only `sync`, `set_tracking`, `map` when it fails, unmap,
+//!   cuts, batches, attach and detach wait, for devices to drain and for each other.
 //! * **Inside the bitmap.** No bit outside the request is touched, and set bits stay set.
 //!
 //! # Trade-offs

@@ -308,7 +308,7 @@ pub struct AreaHandle {
 }
 
 impl AreaHandle {
-    /// What the area maps.
+    /// What the area mapped when it was looked up; it may have been cut or unmapped since.
     pub fn mapping(&self) -> Mapping {
         self.area.mapping
     }
