@@ -312,14 +312,12 @@ fn no_write_is_lost_nothing_leaks_and_nothing_is_reused_too_early() {
 
 #[test]
 fn traffic_without_invalidations_is_noticed() {
-    // History and sabotage: addresses or memory that are used again before the flush are written by their last owner.
-    let [stolen, leaked, _] = violations(
-        Breakage::IgnoreInvalidations,
-        Duration::from_millis(800),
-        seed(),
-    );
-    assert!(
-        stolen > 0 && leaked == 0,
-        "{stolen} stolen, {leaked} leaked"
-    );
+    // Memory that is used again before the flush is written by the devices of its last owner.
+    let brief = Duration::from_millis(500);
+    let noticed = (0..20).any(|_| {
+        let [stolen, leaked, _] = violations(Breakage::IgnoreInvalidations, brief, seed());
+        assert_eq!(leaked, 0);
+        stolen > 0
+    });
+    assert!(noticed);
 }
