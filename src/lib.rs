@@ -45,8 +45,8 @@
 //!   drop.
 //! * **Copy after sync.** The types keep you from copying pages while stale translations may still be written
 //!   through.
-//! * **Lock-free.** Marks, lookups and harvests never wait. Only `sync`, `set_tracking`, `map` when it fails, and
-//!   unmap wait, for devices to drain.
+//! * **Lock-free.** Marks, lookups and harvests never wait. Only `sync`, `set_tracking`, `map` when it fails, unmap,
+//!   cuts, batches, attach and detach wait, for devices to drain and for each other.
 //! * **Inside the bitmap.** No bit outside the request is touched, and set bits stay set.
 //!
 //! # Trade-offs
@@ -95,7 +95,8 @@ pub use error::Error;
 pub use units::{Access, DomainId, Granule, Iova, IovaRange};
 
 pub use space::{
-    AddressSpace, AreaHandle, Change, Fault, FaultSource, Faults, SpaceRanges, SpaceStats, Unmapped,
+    AddressSpace, AreaHandle, Change, Fault, FaultSource, Faults, SpaceRanges, SpaceSnapshot,
+    SpaceStats, Unmapped,
 };
 
 pub use source::{DirtySource, LeafSink, Mapping, Stopped};

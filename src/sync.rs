@@ -79,7 +79,7 @@ pub enum Step {
     OweBeforePutBack,
     /// Waiting for a flush that another thread has begun with our gather.
     WaitForLeader,
-    /// The fences between a mark, or the end of an area, and the look at the other.
+    /// The fences between a mark, or the end of an area or a domain, and the look at the other.
     GoneFence,
     /// Recording a page before its bit is cleared.
     RecordBeforeClear,
@@ -113,14 +113,12 @@ pub enum Step {
     ClosePairs,
     /// Marking what is put back into an area or a domain that is going.
     MarkIfGoing,
-    /// The fences between what is put back and the look whether area or domain are going.
-    GoingFence,
     /// Flushing before the addresses of an unmap are free.
     FlushBeforeReuse,
-    /// Giving way to the pieces of a cut before they are published.
-    GiveWayFirst,
     /// Waiting for the readers of a replaced node of the area tree before it is used again.
     WaitForReaders,
+    /// Leading marks by the handle of an area that was cut to its pieces.
+    GiveWay,
 }
 
 #[cfg(dirtymap_loom)]

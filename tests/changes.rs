@@ -6,8 +6,8 @@ mod common;
 
 use common::{Fake, PAGE, pages, two_sources};
 use dirtymap::{
-    Access, AddressSpace, BitmapView, Change, Error, Granule, HarvestRequest, Iova, IovaRange,
-    SparseBitmap, UserBitmap,
+    Access, AddressSpace, BitmapView, Change, Error, Fault, FaultSource, Faults, Granule,
+    HarvestRequest, Iova, IovaRange, SparseBitmap, UserBitmap,
 };
 use std::sync::Arc;
 
@@ -346,4 +346,189 @@ fn readers_see_a_batch_whole() {
             assert!(seen == [pages(0, 8)] || seen == [pages(100, 8)], "{seen:?}");
         }
     });
+}
+
+#[test]
+fn a_snapshot_stays_as_it_was() {
+    let (space, ..) = tracked();
+    let snapshot = space.snapshot();
+    space.map(pages(20, 1), 0, Access::Read).unwrap();
+    let late = space.attach(Arc::new(Fake::default())).unwrap();
+    let all = |snapshot: &dirtymap::SpaceSnapshot<'_>| {
+        let ranges = snapshot.mappings(IovaRange::ALL).map(|m| m.range);
+        ranges.collect::<Vec<_>>()
+    };
+    assert_eq!(all(&snapshot), [pages(0, 16)]);
+    assert_eq!((snapshot.len(), snapshot.domains().count()), (1, 2));
+    assert!(snapshot.lookup(at(20)).is_none() && !snapshot.is_empty());
+    assert!(snapshot.age() > 0);
+    let now = space.snapshot();
+    assert_eq!(now.age(), 0);
+    assert_eq!(all(&now), [pages(0, 16), pages(20, 1)]);
+    assert_eq!(now.domains().last(), Some(late));
+    assert_eq!(now.lookup(at(20)).unwrap().access, Access::Read);
+    assert_eq!(now.mappings(pages(16, 2)).count(), 0);
+}
+
+#[test]
+fn faults_are_kept_newest_last_and_counted() {
+    let (space, ..) = tracked();
+    assert_eq!(space.faults(), Faults::default());
+    assert!(space.mark(pages(14, 4)).is_err());
+    let handle = space.area(at(0)).unwrap();
+    assert!(handle.mark(pages(16, 1)).is_err());
+    let domain = space.domains()[0];
+    space.report_fault(domain, pages(40, 2));
+    let fault = |page, pages: u64, source| Fault {
+        at: at(page),
+        len: pages * PAGE,
+        source,
+    };
+    let expected = [
+        fault(16, 2, FaultSource::Mark),
+        fault(16, 1, FaultSource::Handle),
+        fault(40, 2, FaultSource::Device(domain)),
+    ];
+    assert_eq!(space.faults().recent, expected);
+    for n in 0..100 {
+        assert!(space.mark(pages(100 + n, 1)).is_err());
+    }
+    assert!(space.mark(IovaRange::ALL).is_err());
+    let faults = space.faults();
+    assert_eq!((faults.recent.len(), faults.dropped), (64, 40));
+    let newest = faults.recent[63];
+    assert_eq!((newest.at, newest.len), (at(16), u64::MAX - 16 * PAGE + 1));
+    assert_eq!(space.stats().outside_marks, 103);
+}
+
+#[test]
+fn marks_outside_from_many_threads_are_all_counted() {
+    let (space, ..) = tracked();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for n in 0..1000 {
+                    assert!(space.mark(pages(100 + n, 1)).is_err());
+                }
+            });
+        }
+    });
+    let faults = space.faults();
+    assert_eq!(faults.recent.len() as u64 + faults.dropped, 4000);
+}
+
+/// Map, cut, unmap at both ends and in the largest sizes: one page, half of all addresses, all of them.
+#[test]
+fn the_largest_and_the_smallest_areas_are_cut_and_unmapped() {
+    let space = AddressSpace::new(Granule::K4);
+    let half = IovaRange::from_len(Iova::MIN, 1 << 63).unwrap();
+    let upper = IovaRange::from_len(Iova::new(1 << 63), 1 << 63).unwrap();
+    space.map(IovaRange::ALL, 0, RW).unwrap();
+    space.set_tracking(true).unwrap();
+    space
+        .mark(IovaRange::from_len(Iova::MAX, 1).unwrap())
+        .unwrap();
+    assert!(space.cut(upper.start()).unwrap());
+    let top = IovaRange::granule_at(Iova::MAX, Granule::K4);
+    assert!(space.cut(top.start()).unwrap());
+    assert_eq!(space.lookup(Iova::MAX).unwrap().backing, top.start().get());
+    assert_eq!(space.unmap_discarding(half).unwrap().bytes, 1 << 63);
+    let sparse = SparseBitmap::new(1 << 52);
+    let (unmapped, view) = space
+        .unmap(IovaRange::ALL, Granule::K4, UserBitmap::sparse(&sparse))
+        .unwrap();
+    assert_eq!((unmapped.areas, unmapped.bytes), (2, 1 << 63));
+    assert_eq!(runs(view), [top]);
+    space.map(upper, 0, RW).unwrap();
+    space.map(half, 0, RW).unwrap();
+    space.map(top, 0, RW).unwrap_err();
+}
+
+/// The refusals of the kernel's IOMMU_IOAS_MAP, UNMAP, CUT, RESERVE and ALLOW that a caller here can make too, with the same numbers.
+#[test]
+fn refusals_have_the_numbers_of_the_kernel() {
+    let space = AddressSpace::new(Granule::K4);
+    space.map(pages(10, 4), 0, RW).unwrap();
+    space.reserve(pages(30, 2)).unwrap();
+    let odd = |start, len| IovaRange::from_len(Iova::new(start), len).unwrap();
+    let top = u64::MAX - 4095;
+    let map = |range, backing| space.map(range, backing, RW);
+    let number = |refused: Result<(), Error>| refused.unwrap_err().errno();
+    // MAP, fixed.
+    let nothing = IovaRange::from_len(at(0), 0).map(drop);
+    assert_eq!(number(nothing), 22);
+    assert_eq!(
+        number(IovaRange::from_len(Iova::new(top), 8192).map(drop)),
+        75
+    );
+    assert_eq!(number(map(odd(PAGE, PAGE + 1), 0)), 22);
+    assert_eq!(number(map(odd(1, PAGE), 0)), 22);
+    assert_eq!(number(map(pages(31, 1), 0)), 22);
+    assert_eq!(number(map(pages(13, 1), 0)), 17);
+    assert_eq!(number(map(pages(1, 1), 1)), 22);
+    assert_eq!(number(map(pages(1, 2), top)), 75);
+    // MAP, anywhere.
+    let anywhere = |len, backing| space.map_anywhere(len, backing, RW).map(drop);
+    assert_eq!(number(anywhere(0, 0)), 22);
+    assert_eq!(number(anywhere(PAGE + 1, 0)), 22);
+    assert_eq!(number(anywhere(top, 0)), 28);
+    // UNMAP: parts, nothing, and all even if empty is not an error of the kernel, but is one here.
+    let unmap = |range| space.unmap_discarding(range).map(drop);
+    assert_eq!(number(unmap(pages(10, 2))), 2);
+    assert_eq!(number(unmap(pages(0, 2))), 2);
+    // CUT.
+    assert_eq!(number(space.cut(Iova::new(10 * PAGE + 1)).map(drop)), 22);
+    // RESERVE and ALLOW.
+    assert_eq!(number(space.reserve(pages(13, 1))), 98);
+    space.set_allowed(&[pages(50, 1)]).unwrap();
+    assert_eq!(number(space.reserve(pages(50, 1))), 98);
+    space.reserve(pages(31, 2)).unwrap();
+    assert_eq!(number(space.set_allowed(&[pages(31, 1)])), 98);
+    assert_eq!(number(space.set_allowed(&[pages(60, 2), pages(61, 2)])), 22);
+    assert_eq!(number(space.release_reserved(pages(1, 1))), 2);
+    assert_eq!(space.ranges().allowed, [pages(50, 1)]);
+    assert_eq!(mapped(&space), [pages(10, 4)]);
+}
+
+/// A source that looks at its space while its pages go, or come by a batch: both are taken until the end.
+#[test]
+fn addresses_of_a_batch_are_taken_until_its_end() {
+    let (space, first, second) = tracked();
+    let space = Arc::new(space);
+    let map = |n| Change::Map {
+        range: pages(n, 2),
+        backing: 0,
+        access: RW,
+    };
+    let (inner, seen) = (
+        Arc::downgrade(&space),
+        Arc::new(std::sync::Mutex::new(Vec::new())),
+    );
+    let report = seen.clone();
+    second.with(|s| {
+        s.on_map = Some(Box::new(move || {
+            let space = inner.upgrade().unwrap();
+            report.lock().unwrap().extend([
+                space.map(pages(21, 1), 0, RW).unwrap_err().errno(),
+                space.map(pages(0, 1), 0, RW).unwrap_err().errno(),
+                space.reserve(pages(20, 1)).unwrap_err().errno(),
+                space.unmap_discarding(pages(0, 16)).unwrap_err().errno(),
+                space.cut(at(8)).unwrap_err().errno(),
+                i32::from(space.lookup(at(20)).is_some()),
+            ]);
+            space.set_allowed(&[pages(20, 3)]).unwrap();
+            assert_eq!(space.map_anywhere(PAGE, 0, RW).unwrap(), pages(22, 1));
+        }));
+    });
+    space
+        .apply(&[
+            Change::Unmap {
+                range: pages(0, 16),
+            },
+            map(20),
+        ])
+        .unwrap();
+    assert_eq!(*seen.lock().unwrap(), [17, 17, 98, 16, 16, 0]);
+    assert_eq!(mapped(&space), [pages(20, 2), pages(22, 1)]);
+    assert!(first.with(|s| s.mapped.contains(&pages(20, 2))));
 }

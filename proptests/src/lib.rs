@@ -36,3 +36,5 @@ mod properties;
 mod regressions;
 #[cfg(test)]
 mod sabotage;
+#[cfg(test)]
+mod traffic;

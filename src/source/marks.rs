@@ -53,7 +53,7 @@ impl Marks {
         if let Some((first, last)) = self.bits_of(range) {
             let marked_anew = self.bits.set(first, last);
             if marked_anew && performs(Step::GoneFence) {
-                // SeqCst: F3 of the protocol in `space::unmap`; pairs with F4 there.
+                // SeqCst: F3 of the protocols in `space::unmap` and `space::attachment`; pairs with F4 and F6 there.
                 fence(Ordering::SeqCst);
             }
         }

@@ -133,7 +133,7 @@ impl AddressSpace {
 
     /// What holds which addresses, all at one moment.
     pub fn ranges(&self) -> SpaceRanges {
-        let snapshot = self.snapshot();
+        let snapshot = self.areas.snapshot();
         let rules = snapshot.rules();
         let mappings: Vec<Mapping> = snapshot
             .iter(IovaRange::ALL)

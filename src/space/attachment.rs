@@ -30,13 +30,13 @@
 //! ```text
 //!  put back                                         unmap, detach
 //!  P1  keep the page for each domain of the lease   U1  claim the area; say that the domain is leaving
-//!  F5  fence(SeqCst)                                F6  fence(SeqCst)
+//!  F3  fence(SeqCst), in `Marks::mark`              F6  fence(SeqCst)
 //!  P2  look whether area or domain are going;       U2  take what is kept, mark it
 //!      if so, mark the page as well
 //! ```
 //!
-//! If F5 comes first, U2 takes the page; otherwise P2 marks it, and what becomes of marks is the protocol of
-//! [`unmap`](super::unmap).
+//! If F3 comes first, U2 takes the page; otherwise P2 marks it, and what becomes of marks is the protocol of
+//! [`unmap`](super::unmap). Where the page was kept already, P1 is a load that comes before U2, which takes it.
 
 use super::rules::{Attachments, Rules};
 use super::tracking::Switch;
@@ -105,7 +105,10 @@ impl AddressSpace {
         {
             return Err(Error::AttachedTwice { domain: twin.id });
         }
-        check_areas(self.snapshot().iter(IovaRange::ALL).map(|e| e.area), page)?;
+        check_areas(
+            self.areas.snapshot().iter(IovaRange::ALL).map(|e| e.area),
+            page,
+        )?;
         let id = self.next_domain();
         let attachment = Arc::new(Attachment {
             id,
@@ -173,8 +176,8 @@ impl AddressSpace {
                 Ok(())
             });
         }
-        if performs(Step::GoingFence) {
-            // SeqCst: F6 of the module's protocol; pairs with F5 in `put_back`.
+        if performs(Step::GoneFence) {
+            // SeqCst: F6 of the module's protocol; pairs with F3 in `Marks::mark`, for `put_back`.
             fence(Ordering::SeqCst);
         }
         let ticket = self.flush.owe(&FlushGather::new());
@@ -240,25 +243,20 @@ impl AddressSpace {
         };
         let range = area.mapping.range;
         let at = filled.iter().position(|other| other.id == attachment.id);
-        let emptied = at.map(|at| {
-            let emptied = self.empty(attachment, range);
+        let ticket = at.map(|at| {
+            let ticket = self.empty(attachment, range, &area.marks);
             filled.remove(at);
-            emptied
+            ticket
         });
-        let (ticket, dirty) = emptied.map_or((None, Vec::new()), |(t, dirty)| (Some(t), dirty));
-        for run in dirty.into_iter().chain(attachment.kept.take_runs(range)) {
+        for run in attachment.kept.take_runs(range) {
             area.marks.mark(run);
         }
         ticket
     }
 
-    /// Ends the translations of `range` in `attachment`, and owes their flush. Returns what was dirty, which the caller
-    /// must now make dirty elsewhere.
-    pub(super) fn empty(
-        &self,
-        attachment: &Attachment,
-        range: IovaRange,
-    ) -> (Ticket, Vec<IovaRange>) {
+    /// Ends the translations of `range` in `attachment`, owes their flush, and marks in `marks` what was dirty. Returns the
+    /// ticket of the debt.
+    pub(super) fn empty(&self, attachment: &Attachment, range: IovaRange, marks: &Marks) -> Ticket {
         let mut owing = Owing {
             space: self,
             range,
@@ -270,10 +268,18 @@ impl AddressSpace {
             .unmap(range, &mut owing.gather, &mut |leaf| {
                 append(&mut dirty, leaf)
             });
-        // The debt first, then the pages.
-        let ticket = self.flush.owe(&owing.gather);
+        let gather = owing.gather.clone();
         std::mem::forget(owing);
-        (ticket, dirty)
+        let mark_all = || dirty.iter().for_each(|run| marks.mark(*run));
+        // The debt first, then the pages: see "Why no write is lost" in the module `harvest`.
+        if performs(Step::OweBeforePutBack) {
+            let ticket = self.flush.owe(&gather);
+            mark_all();
+            ticket
+        } else {
+            mark_all();
+            self.flush.owe(&gather)
+        }
     }
 
     /// Makes `run`, of a lease over `covered`, dirty again: kept for each domain, and marked, as far as the lease
@@ -282,10 +288,6 @@ impl AddressSpace {
         let outside = self.in_areas(run, |area, part| {
             for domain in covered.domains() {
                 domain.kept.mark(part);
-            }
-            if performs(Step::GoingFence) {
-                // SeqCst: F5 of the module's protocol; pairs with F6 in `release` and `AddressSpace::execute`.
-                fence(Ordering::SeqCst);
             }
             let going =
                 area.is_going() || covered.domains().iter().any(|domain| domain.is_leaving());
@@ -301,12 +303,12 @@ impl AddressSpace {
 
     /// The domains of this moment.
     pub(crate) fn attachments(&self) -> Attachments {
-        self.snapshot().rules().attachments().clone()
+        self.areas.snapshot().rules().attachments().clone()
     }
 
     /// All areas from now on, as a list, so that the snapshot does not keep memory alive while devices are waited for.
     fn all_areas(&self) -> Vec<Arc<Area>> {
-        let snapshot = self.snapshot();
+        let snapshot = self.areas.snapshot();
         snapshot
             .iter(IovaRange::ALL)
             .map(|entry| entry.to_arc())
@@ -316,7 +318,7 @@ impl AddressSpace {
     /// Every mapped range, and the memory behind it, starts and ends at a multiple of this many bytes: the largest of
     /// [`page`](Self::page) and the smallest pages of the attached domains.
     pub fn alignment(&self) -> Granule {
-        self.snapshot().rules().alignment(self.page())
+        self.snapshot().alignment()
     }
 
     /// Records what a device, or whoever knows of it, reports: an access of `domain` to `range` that was blocked.

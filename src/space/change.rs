@@ -24,8 +24,9 @@
 use std::collections::BTreeMap;
 
 use super::area::{Area, Pairs};
-use super::{AddressSpace, Areas, Unmapped, check_mapping};
-use crate::area::Entry;
+use super::rules::Rules;
+use super::{AddressSpace, Unmapped, check_mapping};
+use crate::area::{Entry, Snapshot};
 use crate::bitmap::Sink;
 use crate::error::Error;
 use crate::flush::{FlushGather, Ticket};
@@ -77,7 +78,7 @@ impl AddressSpace {
         let _membership = maps.then(|| lock(&self.membership));
         let mut plan = Plan::default();
         {
-            let snapshot = self.snapshot();
+            let snapshot = self.areas.snapshot();
             for (index, change) in changes.iter().enumerate() {
                 plan.add(index, change, &snapshot, self.page())
                     .map_err(|error| in_change(index, error))?;
@@ -97,7 +98,7 @@ impl AddressSpace {
     /// unmaps or cuts the area, then what a source says that cannot split a leaf or flush. The area stays whole then.
     pub fn cut(&self, at: Iova) -> Result<bool, Error> {
         let mut plan = Plan::default();
-        plan.cut(at, &self.snapshot(), self.page())?;
+        plan.cut(at, &self.areas.snapshot(), self.page())?;
         self.execute(&plan, None)?;
         Ok(!plan.touched.is_empty())
     }
@@ -109,8 +110,8 @@ impl AddressSpace {
         mut record: Option<&mut Sink<'_>>,
     ) -> Result<Unmapped, Error> {
         let mut claimed = Claimed::new(plan)?;
-        if performs(Step::GoingFence) {
-            // SeqCst: F6 of the protocol in `attachment`; pairs with F5 in `put_back`.
+        if performs(Step::GoneFence) {
+            // SeqCst: F6 of the protocol in `attachment`; pairs with F3 in `Marks::mark`, for `put_back`.
             fence(Ordering::SeqCst);
         }
         let mut promised = self.promise(plan)?;
@@ -214,9 +215,7 @@ impl AddressSpace {
         let mut ticket = None;
         let filled = pairs.get_or_insert_default();
         for domain in filled.iter() {
-            let (owed, dirty) = self.empty(domain, range);
-            ticket = Some(owed);
-            dirty.into_iter().for_each(|run| domain.kept.mark(run));
+            ticket = Some(self.empty(domain, range, &domain.kept));
         }
         if !is_part {
             // Only now: a source that panics is asked again.
@@ -249,7 +248,7 @@ impl AddressSpace {
             } else {
                 Vec::new()
             };
-            if touched.is_cut() && performs(Step::GiveWayFirst) {
+            if touched.is_cut() && performs(Step::GiveWay) {
                 touched.area.give_way(pieces.clone());
             }
             cut.push(pieces);
@@ -279,9 +278,6 @@ impl AddressSpace {
                     if piece.goes {
                         area.retire();
                     }
-                }
-                if !performs(Step::GiveWayFirst) {
-                    touched.area.give_way(pieces);
                 }
             } else {
                 touched.area.retire();
@@ -322,6 +318,9 @@ impl AddressSpace {
         unmapped
     }
 }
+
+/// The areas that a plan is made from.
+type Areas<'a> = Snapshot<'a, Area, 16, Rules>;
 
 /// What is to become of which areas.
 #[derive(Default)]
@@ -468,7 +467,7 @@ impl Plan {
 /// Checks a mapping that is to be new, with the lowest area in its way.
 fn check_new(
     mapping: &Mapping,
-    rules: &super::Rules,
+    rules: &Rules,
     existing: Option<IovaRange>,
     page: Granule,
 ) -> Result<(), Error> {

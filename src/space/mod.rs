@@ -16,6 +16,7 @@ mod change;
 mod faults;
 mod flushing;
 mod rules;
+mod snapshot;
 mod stats;
 mod tracking;
 mod unmap;
@@ -25,11 +26,12 @@ pub(crate) use area::Area;
 pub(crate) use attachment::{Attachment, Covered};
 pub use change::Change;
 pub use faults::{Fault, FaultSource, Faults};
+pub use snapshot::SpaceSnapshot;
 pub(crate) use stats::Counters;
 pub use stats::SpaceStats;
 pub use unmap::Unmapped;
 
-use crate::area::{AreaTree, Snapshot};
+use crate::area::AreaTree;
 use crate::error::Error;
 use crate::flush::FlushQueue;
 use crate::source::{DirtySource, InFlight, Mapping};
@@ -40,7 +42,7 @@ use rules::Rules;
 use tracking::Switch;
 
 /// The areas of one moment.
-pub(crate) type Areas<'a> = Snapshot<'a, Area, 16, Rules>;
+pub(crate) type Areas<'a> = SpaceSnapshot<'a>;
 
 /// A space of device-visible addresses in which dirty memory is tracked.
 ///
@@ -214,6 +216,12 @@ impl AddressSpace {
             .collect()
     }
 
+    /// Lets go of memory of areas that were unmapped. Maps and unmaps do so for each other, by and by: this is for a space in
+    /// which none will follow soon. After three calls without a snapshot or a harvest anywhere, nothing is held back.
+    pub fn reclaim(&self) {
+        self.areas.reclaim();
+    }
+
     /// Counts of this space since it was made.
     pub fn stats(&self) -> SpaceStats {
         self.counters.read(self.flush.stats())
@@ -234,10 +242,6 @@ impl AddressSpace {
     fn next_domain(&self) -> DomainId {
         // Relaxed: a number that nobody else gets; it orders nothing.
         DomainId(self.domains.fetch_add(1, Ordering::Relaxed))
-    }
-
-    pub(crate) fn snapshot(&self) -> Areas<'_> {
-        self.areas.snapshot()
     }
 }
 
@@ -298,7 +302,7 @@ pub struct AreaHandle {
 }
 
 impl AreaHandle {
-    /// What the area maps.
+    /// What the area mapped when it was looked up; it may have been cut or unmapped since.
     pub fn mapping(&self) -> Mapping {
         self.area.mapping
     }

@@ -118,7 +118,7 @@ impl AddressSpace {
         }
         // Only now, when nothing can fail any more. Writes whose marks go here began before the return.
         let marks_too = !self.tracking.is_on();
-        for area in self.snapshot().iter(IovaRange::ALL) {
+        for area in self.areas.snapshot().iter(IovaRange::ALL) {
             let (range, marks) = (area.range, &area.area.marks);
             for attachment in &switched {
                 if marks_too {

@@ -75,7 +75,7 @@ impl AddressSpace {
     /// translations, and the call can be repeated.
     pub fn unmap_discarding(&self, range: IovaRange) -> Result<Unmapped, Error> {
         let mut plan = Plan::default();
-        plan.unmap(range, &self.snapshot())?;
+        plan.unmap(range, &self.areas.snapshot())?;
         self.execute(&plan, None)
     }
 
@@ -99,7 +99,7 @@ impl AddressSpace {
     ) -> Result<(Unmapped, BitmapView<'a>), Error> {
         let view = bitmap.view(range, granule)?;
         let mut plan = Plan::default();
-        plan.unmap(range, &self.snapshot())?;
+        plan.unmap(range, &self.areas.snapshot())?;
         let unmapped = self.execute(&plan, Some(&mut view.sink()))?;
         Ok((unmapped, view))
     }

@@ -46,6 +46,8 @@ pub struct State {
     /// Calls that fail from now on.
     pub refuse_map: bool,
     pub refuse_map_at: Option<IovaRange>,
+    /// What happens, once, before the next map.
+    pub on_map: Option<Box<dyn FnOnce() + Send>>,
     pub stop_at: Option<u64>,
     pub panic_at: Option<u64>,
     pub fail_invalidations: u32,
@@ -101,6 +103,9 @@ impl DirtySource for Fake {
     }
 
     fn map(&self, mapping: &Mapping) -> Result<(), Error> {
+        if let Some(happen) = self.with(|s| s.on_map.take()) {
+            happen();
+        }
         self.with(|s| {
             if s.refuse_map || s.refuse_map_at == Some(mapping.range) {
                 return Err(Error::source_failed(Broken));
