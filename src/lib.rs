@@ -94,8 +94,8 @@ pub use space::{AddressSpace, AreaHandle, SpaceRanges, SpaceStats, Unmapped};
 pub use source::{DirtySource, LeafSink, Mapping, Stopped};
 
 pub use harvest::{
-    Aborted, HarvestError, HarvestReport, HarvestRequest, Lease, Owed, StoppedHarvest, SyncError,
-    Synced, WriteGuard,
+    Aborted, BoundedHarvest, HarvestBounds, HarvestError, HarvestReport, HarvestRequest, Lease,
+    Owed, StoppedHarvest, SyncError, Synced, WriteGuard,
 };
 
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
