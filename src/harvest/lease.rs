@@ -340,9 +340,10 @@ impl<'a> Holding<'a> {
         let touched = self
             .reached
             .and_then(|last| IovaRange::new(self.view.range().start(), last).ok());
-        let view =
-            touched.and_then(|touched| self.view.part(touched.round_out(self.view.granule())));
-        for run in view.iter().flat_map(BitmapView::runs) {
+        for run in self.view.runs() {
+            let Some(run) = touched.and_then(|touched| touched.intersection(run)) else {
+                break;
+            };
             for run in without(run, &self.committed) {
                 let outside = self.space.mark_inside(run).bytes;
                 aborted.outside_bytes = aborted.outside_bytes.saturating_add(outside);

@@ -74,6 +74,7 @@ impl Area {
     }
 
     /// Whether the area has left the tree.
+    #[inline]
     pub(crate) fn is_gone(&self) -> bool {
         // Acquire: pairs with the Release of `retire`.
         self.state.load(Ordering::Acquire) == GONE
@@ -84,20 +85,27 @@ impl Area {
     /// # Errors
     /// [`Error::Outside`] if a part lies outside the area (then nothing is marked), or if the area is gone: see
     /// [`unmap`](super::unmap).
+    #[inline]
     pub(crate) fn mark(&self, range: IovaRange) -> Result<(), Error> {
-        let own = self.mapping.range;
-        if !own.covers(range) {
-            let below = range.start() < own.start();
-            let at = match own.last().checked_add(1) {
-                Some(behind) if !below => behind.max(range.start()),
-                _ => range.start(),
-            };
-            return Err(Error::Outside { at });
+        if !self.mapping.range.covers(range) {
+            return Err(self.outside(range));
         }
-        self.marks.mark(range);
+        self.marks.mark_inside(range);
         if self.is_gone() {
             return Err(Error::Outside { at: range.start() });
         }
         Ok(())
+    }
+
+    /// What to say of a `range` that sticks out of the area.
+    #[cold]
+    fn outside(&self, range: IovaRange) -> Error {
+        let own = self.mapping.range;
+        let below = range.start() < own.start();
+        let at = match own.last().checked_add(1) {
+            Some(behind) if !below => behind.max(range.start()),
+            _ => range.start(),
+        };
+        Error::Outside { at }
     }
 }

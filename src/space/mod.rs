@@ -175,8 +175,15 @@ impl AddressSpace {
     /// Marks what lies inside areas, and says what does not.
     pub(crate) fn mark_inside(&self, range: IovaRange) -> Outside {
         let mut outside = Outside::default();
+        let snapshot = self.areas.snapshot();
+        // Most marks lie in one area.
+        if let Some(entry) = snapshot.lookup(range.start())
+            && entry.area.mark(range).is_ok()
+        {
+            return outside;
+        }
         let mut next = Some(range.start());
-        for entry in self.areas.snapshot().iter(range) {
+        for entry in snapshot.iter(range) {
             if let Some(from) = next.filter(|from| *from < entry.range.start()) {
                 outside.add(from, entry.range.start().get() - from.get());
             }
