@@ -118,6 +118,18 @@ pub enum Error {
         /// The range asked for.
         range: IovaRange,
     },
+    /// The place to go on from lies outside of the request, or inside one of its granules.
+    #[error(
+        "a harvest of {range} cannot go on at {at}: that is not the start of one of its granules of {granule}"
+    )]
+    BadCursor {
+        /// The offending place.
+        at: Iova,
+        /// The range asked for.
+        range: IovaRange,
+        /// What the place must be a multiple of.
+        granule: Granule,
+    },
     /// The new area would overlap one that is there.
     #[error("{range} overlaps the area {existing}")]
     Overlap {
@@ -263,7 +275,7 @@ impl Error {
     /// | `EFAULT` (14) | a window of the bitmap that cannot be had, or no longer |
     /// | `EBUSY` (16) | an area in transition |
     /// | `EEXIST` (17) | overlap with an area; a source that is attached already |
-    /// | `EINVAL` (22) | zero length, alignment, granule, window size, short bitmap, never tracked, hole, outside, map of a reserved range, allowed ranges that overlap, a cut that is unaligned or would need a split |
+    /// | `EINVAL` (22) | zero length, alignment, granule, window size, short bitmap, never tracked, cursor, hole, outside, map of a reserved range, allowed ranges that overlap, a cut that is unaligned or would need a split |
     /// | `ENOSPC` (28) | nothing free to allocate |
     /// | `EOVERFLOW` (75) | a range past 2^64 - 1 |
     /// | `EADDRINUSE` (98) | a range to reserve that is mapped or allowed, one to allow that is reserved, a domain whose pages an area does not suit |
@@ -297,6 +309,7 @@ impl Error {
             | Error::BadWindow { .. }
             | Error::BitmapTooShort { .. }
             | Error::NeverTracked { .. }
+            | Error::BadCursor { .. }
             | Error::Hole { .. }
             | Error::Outside { .. } => 22,
         }

@@ -102,8 +102,8 @@ pub use space::{
 pub use source::{DirtySource, LeafSink, Mapping, Stopped};
 
 pub use harvest::{
-    Aborted, HarvestError, HarvestReport, HarvestRequest, Lease, Owed, Scope, StoppedHarvest,
-    SyncError, Synced, WriteGuard,
+    Aborted, BoundedHarvest, HarvestBounds, HarvestError, HarvestReport, HarvestRequest, Lease,
+    Owed, Scope, StoppedHarvest, SyncError, Synced, WriteGuard,
 };
 
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]

@@ -212,6 +212,33 @@ impl IovaRange {
         }
     }
 
+    /// The largest range of whole granules inside this one; `None` if it holds none.
+    #[inline]
+    pub const fn round_in(self, granule: Granule) -> Option<IovaRange> {
+        let mask = granule.mask();
+        // The start of the first whole granule, and the start of the last address's granule if that one is cut.
+        let start = match self.start.0.checked_add(mask) {
+            Some(sum) => sum & !mask,
+            None => return None,
+        };
+        let last = if self.last.0 & mask == mask {
+            self.last.0
+        } else {
+            match (self.last.0 & !mask).checked_sub(1) {
+                Some(last) => last,
+                None => return None,
+            }
+        };
+        if start <= last {
+            Some(IovaRange {
+                start: Iova(start),
+                last: Iova(last),
+            })
+        } else {
+            None
+        }
+    }
+
     /// How many granules the range touches, 1 to 2^64.
     #[inline]
     pub const fn granules(self, granule: Granule) -> u128 {
@@ -398,6 +425,16 @@ mod tests {
                 assert_eq!(r(a, b).covers(r(c, d)), a <= c && d <= b);
             }
         }
+        let four = Granule::from_bytes(4).unwrap();
+        assert_eq!(r(5, 12).round_in(four), Some(r(8, 11)));
+        assert_eq!(r(4, 11).round_in(four), Some(r(4, 11)));
+        assert_eq!(r(5, 10).round_in(four), None);
+        assert_eq!(r(0, 2).round_in(four), None);
+        assert_eq!(r(u64::MAX - 2, u64::MAX).round_in(four), None);
+        assert_eq!(
+            r(u64::MAX - 4, u64::MAX).round_in(four),
+            Some(r(u64::MAX - 3, u64::MAX))
+        );
         assert_eq!(r(5, 9).round_out(Granule::from_bytes(4).unwrap()), r(4, 11));
         assert!(r(4, 11).is_aligned(Granule::from_bytes(4).unwrap()));
         assert!(!r(4, 10).is_aligned(Granule::from_bytes(4).unwrap()));

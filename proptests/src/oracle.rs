@@ -68,6 +68,8 @@ pub(crate) struct Oracle {
     pub(crate) marks: BTreeSet<u64>,
     /// First page and number of pages of leaves that may be dirty, and of what is left of them.
     pub(crate) leaves: BTreeSet<(u64, u64)>,
+    /// Pages that may be marked since a harvest covered another part of their leaf.
+    pub(crate) rests: BTreeSet<u64>,
     /// Pages that devices may have written while nobody looked.
     pub(crate) untracked: BTreeSet<u64>,
     pub(crate) leases: [Option<Leased>; 2],
@@ -97,6 +99,7 @@ impl Oracle {
             pending: BTreeSet::new(),
             marks: BTreeSet::new(),
             leaves: BTreeSet::new(),
+            rests: BTreeSet::new(),
             untracked: BTreeSet::new(),
             leases: [None, None],
         }
@@ -188,6 +191,7 @@ impl Oracle {
         self.pending.retain(|page| !gone(page));
         self.marks.retain(|page| !gone(page));
         self.leaves.retain(|(page, _)| !gone(page));
+        self.rests.retain(|page| !gone(page));
         self.untracked.retain(|page| !gone(page));
         for lease in self.leases.iter_mut().flatten() {
             lease.pages.retain(|page| !gone(page));
@@ -200,6 +204,7 @@ impl Oracle {
             self.pending.clear();
             self.marks.clear();
             self.leaves.clear();
+            self.rests.clear();
             self.untracked.clear();
         }
         self.tracking = match (on, self.tracking) {
@@ -248,16 +253,15 @@ impl Oracle {
         let covered = |page: u64| (first..=last).contains(&page);
         self.pending.retain(|page| !covered(*page));
         self.marks.retain(|page| !covered(*page));
-        // What is left of a leaf stays dirty.
-        let rests = |(page, count): (u64, u64)| {
-            let behind = page + count;
-            let below = (page, behind.min(first).saturating_sub(page));
-            let above = page.max(last + 1);
-            [below, (above, behind.saturating_sub(above))]
-        };
-        let leaves = std::mem::take(&mut self.leaves);
-        self.leaves = leaves.into_iter().flat_map(rests).collect();
-        self.leaves.retain(|(_, count)| *count > 0);
+        self.rests.retain(|page| !covered(*page));
+        // A leaf is cleared as a whole; what the harvest did not cover of it is kept as marks.
+        let touched = |(page, count): &(u64, u64)| *page <= last && first < page + count;
+        let taken: Vec<(u64, u64)> = self.leaves.iter().copied().filter(touched).collect();
+        for leaf in taken {
+            self.leaves.remove(&leaf);
+            let pages = leaf.0..leaf.0 + leaf.1;
+            self.rests.extend(pages.filter(|page| !covered(*page)));
+        }
         self.leases[lease] = Some(Leased {
             pages: reported,
             synced: false,
@@ -289,7 +293,7 @@ impl Oracle {
             .leaves
             .iter()
             .flat_map(|(page, count)| *page..page + count);
-        let marks = self.marks.iter().copied();
+        let marks = self.marks.union(&self.rests).copied();
         leaves
             .chain(marks)
             .filter(|page| (first..=last).contains(page))

@@ -7,7 +7,7 @@
 use std::marker::PhantomData;
 use std::ptr;
 
-use super::{word_mask, word_masks};
+use super::word_mask;
 use crate::sync::{AtomicPtr, AtomicU64, Ordering};
 
 /// Words of a chunk, as a logarithm; tiny in the model checker, so that models reach every border.
@@ -86,24 +86,47 @@ impl ChunkMap {
         }
     }
 
-    /// Sets the bits `first..=last`; a word whose bits are all set already costs a load and no write.
-    ///
-    /// Returns whether it had to write. The caller orders its data write before this call, by a full fence: see [`marks`](crate::source).
+    /// Sets the bits `first..=last`; a word whose bits are all set already costs a load and no write. `fence` is called once, when
+    /// the first word is found and before it is looked at: it orders the caller's data write before the look, see
+    /// [`marks`](crate::source). Returns whether it had to write.
     #[inline]
-    pub(crate) fn set(&self, first: u64, last: u64) -> bool {
+    pub(crate) fn set(&self, first: u64, last: u64, fence: impl FnOnce()) -> bool {
         debug_assert!(first <= last && last <= self.last);
+        let index = first / 64;
+        if index == last / 64 {
+            // Most marks. The word is found before the fence, so that the fence and the walk to the word overlap.
+            let word = self.word_or_new(index);
+            fence();
+            return set_word(word, word_mask((first % 64) as u32, (last % 64) as u32));
+        }
+        fence();
+        self.set_words(first, last)
+    }
+
+    fn set_words(&self, first: u64, last: u64) -> bool {
         let mut anew = false;
-        for (index, mask) in word_masks(first, last) {
+        let (mut index, last_index) = (first / 64, last / 64);
+        while index <= last_index {
+            // One walk for each chunk.
             let chunk = self.chunk_or_new(index >> WORDS_LG2);
-            let word = &chunk.0[(index & ((1 << WORDS_LG2) - 1)) as usize];
-            // Relaxed: the caller's full fence orders this load after its data write; see `source::marks`.
-            if word.load(Ordering::Relaxed) & mask != mask {
-                // Release: pairs with the Acquire in `visit`; publishes the data that the mark speaks of.
-                word.fetch_or(mask, Ordering::Release);
-                anew = true;
+            let from = index & (CHUNK_WORDS - 1);
+            let to = (last_index - index + from).min(CHUNK_WORDS - 1);
+            for (nth, word) in (index..).zip(&chunk.0[from as usize..=to as usize]) {
+                let low = if nth == first / 64 { first % 64 } else { 0 };
+                let high = if nth == last_index { last % 64 } else { 63 };
+                anew |= set_word(word, word_mask(low as u32, high as u32));
             }
+            let Some(next) = (index - from).checked_add(CHUNK_WORDS) else {
+                break;
+            };
+            index = next;
         }
         anew
+    }
+
+    #[inline]
+    fn word_or_new(&self, index: u64) -> &AtomicU64 {
+        &self.chunk_or_new(index >> WORDS_LG2).0[(index & (CHUNK_WORDS - 1)) as usize]
     }
 
     /// Calls `visit` for each word that has bits of `first..=last` set, with the word's first bit and those bits,
@@ -215,6 +238,18 @@ impl std::fmt::Debug for ChunkMap {
     }
 }
 
+/// Sets the bits of `mask` if one of them is clear; whether it was.
+#[inline]
+fn set_word(word: &AtomicU64, mask: u64) -> bool {
+    // Relaxed: the caller's full fence orders this load after its data write; see `source::marks`.
+    let anew = word.load(Ordering::Relaxed) & mask != mask;
+    if anew {
+        // Release: pairs with the Acquire in `visit`; publishes the data that the mark speaks of.
+        word.fetch_or(mask, Ordering::Release);
+    }
+    anew
+}
+
 /// The place of chunk `index` in its directory of `level` (0 = the one that points to chunks).
 #[inline]
 fn slot(index: u64, level: u32) -> usize {
@@ -234,28 +269,28 @@ fn next_subtree(index: u64, level: u32) -> Option<u64> {
 /// What `place` points to; allocated by `new` and installed if it is null.
 #[inline]
 fn get_or_install<T>(place: &AtomicPtr<()>, new: impl FnOnce() -> T) -> &T {
-    // Acquire: pairs with the Release below; publishes the contents.
+    // Acquire: pairs with the Release in `install`; publishes the contents.
     let mut pointer = place.load(Ordering::Acquire);
     if pointer.is_null() {
-        let fresh = Box::into_raw(Box::new(new())).cast::<()>();
-        // Release on success: publishes the fresh contents. Acquire on failure: we use the winner's contents.
-        pointer = match place.compare_exchange(
-            ptr::null_mut(),
-            fresh,
-            Ordering::Release,
-            Ordering::Acquire,
-        ) {
-            Ok(_) => fresh,
-            Err(winner) => {
-                // SAFETY: `fresh` came from `Box::into_raw` above and was not published.
-                drop(unsafe { Box::from_raw(fresh.cast::<T>()) });
-                winner
-            }
-        };
+        pointer = install(place, new);
     }
     // SAFETY: every pointer installed in `place` names a `T` (a level holds one type) that is freed only when the
     // map is dropped, and `place` borrows from the map.
     unsafe { &*pointer.cast::<T>() }
+}
+
+#[cold]
+fn install<T>(place: &AtomicPtr<()>, new: impl FnOnce() -> T) -> *mut () {
+    let fresh = Box::into_raw(Box::new(new())).cast::<()>();
+    // Release on success: publishes the fresh contents. Acquire on failure: we use the winner's contents.
+    match place.compare_exchange(ptr::null_mut(), fresh, Ordering::Release, Ordering::Acquire) {
+        Ok(_) => fresh,
+        Err(winner) => {
+            // SAFETY: `fresh` came from `Box::into_raw` above and was not published.
+            drop(unsafe { Box::from_raw(fresh.cast::<T>()) });
+            winner
+        }
+    }
 }
 
 // SAFETY: the raw pointers name directories and chunks of atomics that the map owns, installed and read as above.
@@ -293,7 +328,7 @@ mod tests {
                 x ^= x << 17;
                 let first = (x >> 1) % size;
                 let last = (first + x % 97).min(size - 1);
-                map.set(first, last);
+                map.set(first, last, || ());
                 model.extend(first..=last);
                 let (a, b) = (first.saturating_sub(40), (last + 17).min(size - 1));
                 assert_eq!(
@@ -319,7 +354,7 @@ mod tests {
     #[test]
     fn the_last_bit_of_the_largest_map() {
         let map = ChunkMap::new(u64::MAX);
-        map.set(u64::MAX - 64, u64::MAX);
+        map.set(u64::MAX - 64, u64::MAX, || ());
         assert_eq!(bits(&map, 0, u64::MAX, false).len() as u64, 65);
         assert_eq!(bits(&map, 5, u64::MAX, true).last(), Some(&u64::MAX));
         assert_eq!(bits(&map, 0, u64::MAX, false).len() as u64, 0);
@@ -328,8 +363,8 @@ mod tests {
     #[test]
     fn an_error_leaves_the_bits() {
         let map = ChunkMap::new((1 << 20) - 1);
-        map.set(10, 10);
-        map.set(700_000, 700_001);
+        map.set(10, 10, || ());
+        map.set(700_000, 700_001, || ());
         let stopped = map.visit(0, (1 << 20) - 1, |base, _| {
             if base > 64 { Err(base) } else { Ok(true) }
         });

@@ -211,7 +211,7 @@ impl<'a> Runs<'a> {
     }
 
     /// The next run, unless a window could not be read on the way to it.
-    pub(super) fn next_readable(&mut self) -> Result<Option<IovaRange>, Error> {
+    pub(crate) fn next_readable(&mut self) -> Result<Option<IovaRange>, Error> {
         let run = self.next();
         match self.words.error.take() {
             Some(error) => Err(error),

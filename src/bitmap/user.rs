@@ -128,6 +128,17 @@ impl<'a> BitmapView<'a> {
         self.granule
     }
 
+    /// The view of the granules that lie inside `range` as a whole, over the same bits of the bitmap; `None` if there are none.
+    /// Numbers of words and bits count from the first of them.
+    pub fn part(&self, range: IovaRange) -> Option<BitmapView<'a>> {
+        let (first, last) = self.positions_within(range)?;
+        Some(BitmapView {
+            range: self.addresses(first - self.shift, last - self.shift),
+            shift: first,
+            ..*self
+        })
+    }
+
     /// The words that are not zero, in order.
     pub fn words(&self) -> Words<'a> {
         Words::new(self)
@@ -237,6 +248,15 @@ impl<'a> BitmapView<'a> {
         let cut = inside.last().granule_last(self.granule) != inside.last();
         let last = last.checked_sub(u64::from(cut))?;
         (first <= last).then_some((first, last))
+    }
+
+    /// The last address of the bits that lie in the same `bits` bits of the row as the one of `start`; `bits` is a multiple of 64,
+    /// so pieces that are cut there share no words.
+    #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
+    pub(crate) fn piece_last(&self, start: Iova, bits: u64) -> Iova {
+        let bit = (start.get() - self.range.start().get()) >> self.granule.lg2();
+        let last = ((bit + self.shift) / bits + 1) * bits - 1 - self.shift;
+        self.addresses(bit, last.min(self.last_bit())).last()
     }
 
     /// The addresses of the bits `first..=last`.

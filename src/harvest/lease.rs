@@ -109,6 +109,14 @@ impl<'a> Lease<'a, Synced> {
         self.holding.view.granule()
     }
 
+    /// The copies of what lies in `range` are safe: it is not put back, whatever becomes of the rest of the lease. Only granules
+    /// that lie in `range` as a whole count. Returns how many dirty ones were not committed before.
+    ///
+    /// Allocates a little; parts that are committed in ascending order cost no memory each.
+    pub fn commit_range(&mut self, range: IovaRange) -> u64 {
+        self.holding.commit_part(range)
+    }
+
     /// The copies are safe: nothing is put back.
     pub fn commit(mut self) -> HarvestReport {
         self.holding.commit()
@@ -134,6 +142,10 @@ pub(super) struct Holding<'a> {
     gather: FlushGather,
     debt: Debt,
     report: HarvestReport,
+    /// What was committed by parts: disjoint, ascending, made of whole granules.
+    committed: Vec<IovaRange>,
+    /// Bytes of the report that are neither committed nor put back.
+    left: u64,
 }
 
 /// Where the lease's gather is.
@@ -161,64 +173,96 @@ impl<'a> Holding<'a> {
             gather: FlushGather::new(),
             debt: Debt::Held,
             report: HarvestReport::default(),
+            committed: Vec::new(),
+            left: 0,
         }
     }
 
-    /// Takes what is dirty in `area`, as far as the request covers it.
-    pub(super) fn take(&mut self, area: &Area, sink: &mut Sink<'_>) -> Result<(), Stopped> {
-        let Some(part) = area.mapping.range.intersection(self.view.range()) else {
+    /// From now on a panic puts back everything up to `last`.
+    pub(super) fn reach(&mut self, last: Iova) {
+        self.reached = self.reached.max(Some(last));
+    }
+
+    /// Adds what a walk took.
+    #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
+    pub(super) fn add(&mut self, taken: &FlushGather, areas: u64) {
+        self.gather.merge(taken);
+        self.report.areas += areas;
+    }
+
+    /// Takes what is dirty in `area` and `within`.
+    pub(super) fn take(
+        &mut self,
+        area: &Area,
+        within: IovaRange,
+        sink: &mut Sink<'_>,
+    ) -> Result<(), Stopped> {
+        let Some(part) = area.mapping.range.intersection(within) else {
             return Ok(());
         };
         // Before the first bit is touched: a walk that panics in here puts back all that it may have recorded.
-        self.reached = Some(part.last());
+        self.reach(part.last());
         self.report.areas += 1;
-        // What one source could not process ends the part for all that follow: below it, the lease has everything.
-        let mut rest = Some(part);
-        let mut outcome = Ok(());
-        for domain in self.covered.domains() {
-            let Some(part) = rest else { break };
-            sink.limit_to(part);
-            let keep = |run| {
-                let _ = self.space.put_back(run, &self.covered.only(domain));
-            };
-            let rests = Rests {
-                in_flight: &self.space.in_flight,
-                keep: &keep,
-                flush: &self.space.flush,
-            };
-            let mut out = LeafSink::keeping(sink, &mut self.gather, rests);
-            if let Err(stopped) = domain.source.read_and_clear(part, &mut out) {
-                (rest, outcome) = below(part, stopped, self.space.page());
-            }
+        take(
+            self.space,
+            &self.covered,
+            area,
+            part,
+            part,
+            sink,
+            &mut self.gather,
+        )
+    }
+
+    /// The walk ended at `last`: what lies behind belongs to another lease.
+    pub(super) fn end_at(&mut self, last: Iova) {
+        let walked = IovaRange::new(self.view.range().start(), last).ok();
+        if let Some(part) = walked.and_then(|walked| self.view.part(walked)) {
+            self.view = part;
         }
-        // Acquire: pairs with the Release fence in `LeafSink`; whoever found a leaf clean sees its rest in flight.
-        fence(Ordering::Acquire);
-        if let Some(part) = rest {
-            sink.limit_to(part);
-            let in_flight = &self.space.in_flight;
-            if let Err(error) = in_flight.visit(part, |write| sink.record(write)) {
-                let at = part.start();
-                return Err(Stopped { at, error });
-            }
-        }
-        // The tables came first: what an unmap takes out of them comes to what is kept, and then to the marks.
-        let kept = self.covered.domains().iter().map(|domain| &domain.kept);
-        for marks in kept.chain(self.covered.marks.then_some(&*area.marks)) {
-            let Some(part) = rest else { break };
-            sink.limit_to(part);
-            if let Err(stopped) = marks.read_and_clear(part, sink) {
-                (rest, outcome) = below(part, stopped, self.space.page());
-            }
-        }
-        outcome
+    }
+
+    /// The addresses of the lease.
+    pub(super) fn range(&self) -> IovaRange {
+        self.view.range()
+    }
+
+    /// The walk stopped inside the range.
+    pub(super) fn stopped(self, stopped: Stopped, sink: &Sink<'_>) -> HarvestError<'a> {
+        HarvestError::Stopped(Box::new(StoppedHarvest {
+            error: stopped.error,
+            at: stopped.at,
+            lease: self.into_lease(sink),
+        }))
+    }
+
+    /// The same, for several sinks.
+    #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
+    pub(super) fn stopped_of(
+        self,
+        stopped: Stopped,
+        bits_set: u64,
+        windows: u64,
+    ) -> HarvestError<'a> {
+        HarvestError::Stopped(Box::new(StoppedHarvest {
+            error: stopped.error,
+            at: stopped.at,
+            lease: self.into_lease_of(bits_set, windows),
+        }))
     }
 
     /// The walk is over.
-    pub(super) fn into_lease(mut self, sink: &Sink<'_>) -> Lease<'a, Owed> {
-        self.report.bits_set = sink.bits_set();
-        self.report.windows = sink.windows();
+    pub(super) fn into_lease(self, sink: &Sink<'_>) -> Lease<'a, Owed> {
+        self.into_lease_of(sink.bits_set(), sink.windows())
+    }
+
+    /// The walk is over; `bits_set` and `windows` are what its sinks say together.
+    pub(super) fn into_lease_of(mut self, bits_set: u64, windows: u64) -> Lease<'a, Owed> {
+        self.report.bits_set = bits_set;
+        self.report.windows = windows;
         self.report.leaves = self.gather.entries();
-        self.space.counters.leased(self.bytes());
+        self.left = self.bytes(bits_set);
+        self.space.counters.leased(self.left);
         Lease {
             holding: self,
             state: PhantomData,
@@ -255,8 +299,46 @@ impl<'a> Holding<'a> {
 
     fn commit(&mut self) -> HarvestReport {
         self.debt = Debt::Settled;
-        self.space.counters.committed(self.bytes());
+        self.space.counters.committed(self.left);
+        self.left = 0;
         self.report
+    }
+
+    fn commit_part(&mut self, range: IovaRange) -> u64 {
+        let Some(part) = self.view.part(range).map(|view| view.range()) else {
+            return 0;
+        };
+        let mut bits = 0;
+        for fresh in without(part, &self.committed) {
+            bits += self.view.part(fresh).map_or(0, |view| view.count());
+        }
+        // Joins what the part touches: parts that are committed in order are one range.
+        let touches = |other: &IovaRange| {
+            other.intersects(part)
+                || other.last().checked_add(1) == Some(part.start())
+                || part.last().checked_add(1) == Some(other.start())
+        };
+        let first = self
+            .committed
+            .partition_point(|other| other.last() < part.start() && !touches(other));
+        let joined = self.committed[first..]
+            .iter()
+            .take_while(|other| touches(other))
+            .count();
+        let hull = self.committed[first..first + joined]
+            .iter()
+            .fold(part, |hull, other| {
+                IovaRange::new(
+                    hull.start().min(other.start()),
+                    hull.last().max(other.last()),
+                )
+                .unwrap_or(hull)
+            });
+        self.committed.splice(first..first + joined, [hull]);
+        let bytes = self.bytes(bits).min(self.left);
+        self.left -= bytes;
+        self.space.counters.committed(bytes);
+        bits
     }
 
     fn put_back(&mut self) -> Aborted {
@@ -272,24 +354,102 @@ impl<'a> Holding<'a> {
             let Some(run) = touched.and_then(|touched| touched.intersection(run)) else {
                 break;
             };
-            let outside = self.space.put_back(run, &self.covered).bytes;
-            aborted.outside_bytes = aborted.outside_bytes.saturating_add(outside);
-            let all = u64::try_from(run.len()).unwrap_or(u64::MAX);
-            aborted.bytes = aborted.bytes.saturating_add(all - outside.min(all));
+            for run in without(run, &self.committed) {
+                let outside = self.space.put_back(run, &self.covered).bytes;
+                aborted.outside_bytes = aborted.outside_bytes.saturating_add(outside);
+                let all = u64::try_from(run.len()).unwrap_or(u64::MAX);
+                aborted.bytes = aborted.bytes.saturating_add(all - outside.min(all));
+            }
         }
         let _ = self.queue();
         self.debt = Debt::Settled;
         self.space
             .counters
-            .aborted(self.bytes(), aborted.outside_bytes);
+            .aborted(self.left, aborted.outside_bytes);
+        self.left = 0;
         aborted
     }
 
-    /// The bytes that this lease newly reported.
-    fn bytes(&self) -> u64 {
-        let bytes = u128::from(self.report.bits_set) << self.view.granule().lg2();
+    fn bytes(&self, bits: u64) -> u64 {
+        let bytes = u128::from(bits) << self.view.granule().lg2();
         u64::try_from(bytes).unwrap_or(u64::MAX)
     }
+}
+
+/// The parts of `range` that lie outside of `holes`, which are disjoint and ascending.
+fn without(range: IovaRange, holes: &[IovaRange]) -> impl Iterator<Item = IovaRange> {
+    let first = holes.partition_point(|hole| hole.last() < range.start());
+    let mut holes = holes[first..].iter();
+    let mut next = Some(range.start());
+    std::iter::from_fn(move || {
+        loop {
+            let start = next?;
+            let hole = holes.next().filter(|hole| hole.start() <= range.last());
+            let Some(hole) = hole else {
+                next = None;
+                return IovaRange::new(start, range.last()).ok();
+            };
+            next = hole
+                .last()
+                .checked_add(1)
+                .filter(|next| *next <= range.last());
+            if start < hole.start() {
+                let last = Iova::new(hole.start().get() - 1);
+                return IovaRange::new(start, last).ok();
+            }
+        }
+    })
+}
+
+/// Takes what is dirty in `part` of `area` into `sink` and `gather`: the tables of the domains, then what is in flight, then what
+/// is kept for each domain, then the marks. Leaves that stick out of `part` are taken as far as they lie in `limit`.
+pub(super) fn take(
+    space: &AddressSpace,
+    covered: &Covered,
+    area: &Area,
+    part: IovaRange,
+    limit: IovaRange,
+    sink: &mut Sink<'_>,
+    gather: &mut FlushGather,
+) -> Result<(), Stopped> {
+    // What one source could not process ends the part for all that follow: below it, the lease has everything.
+    let mut rest = Some(part);
+    let mut outcome = Ok(());
+    for domain in covered.domains() {
+        let Some(part) = rest else { break };
+        sink.limit_to(if outcome.is_ok() { limit } else { part });
+        let keep = |run| {
+            let _ = space.put_back(run, &covered.only(domain));
+        };
+        let rests = Rests {
+            in_flight: &space.in_flight,
+            keep: &keep,
+            flush: &space.flush,
+        };
+        let mut out = LeafSink::keeping(sink, gather, rests);
+        if let Err(stopped) = domain.source.read_and_clear(part, &mut out) {
+            (rest, outcome) = below(part, stopped, space.page());
+        }
+    }
+    // Acquire: pairs with the Release fence in `LeafSink`; whoever found a leaf clean sees its rest in flight.
+    fence(Ordering::Acquire);
+    if let Some(part) = rest {
+        sink.limit_to(part);
+        if let Err(error) = space.in_flight.visit(part, |write| sink.record(write)) {
+            let at = part.start();
+            (rest, outcome) = below(part, Stopped { at, error }, space.page());
+        }
+    }
+    // The tables came first: what an unmap takes out of them comes to what is kept, and then to the marks.
+    let kept = covered.domains().iter().map(|domain| &domain.kept);
+    for marks in kept.chain(covered.marks.then_some(&*area.marks)) {
+        let Some(part) = rest else { break };
+        sink.limit_to(part);
+        if let Err(stopped) = marks.read_and_clear(part, sink) {
+            (rest, outcome) = below(part, stopped, space.page());
+        }
+    }
+    outcome
 }
 
 /// What is left of `part` below the page at which a source stopped, and the stop, at an address inside `part`.

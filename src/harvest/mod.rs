@@ -29,20 +29,27 @@
 //!
 //! A bit that a harvest recorded but another one cleared first is reported by both: a superset, never less.
 
+mod bounded;
 mod lease;
+mod masked;
+#[cfg(all(feature = "rayon", not(dirtymap_loom)))]
+mod parallel;
 mod request;
 mod write_guard;
 
+pub use bounded::{BoundedHarvest, HarvestBounds};
 pub use lease::{
     Aborted, HarvestError, HarvestReport, Lease, Owed, StoppedHarvest, SyncError, Synced,
 };
 pub use request::{HarvestRequest, Scope};
 pub use write_guard::WriteGuard;
 
-use crate::bitmap::{BitmapView, UserBitmap};
+use crate::bitmap::{BitmapView, Sink, UserBitmap};
 use crate::error::Error;
+use crate::source::Stopped;
 use crate::space::{AddressSpace, Areas, Covered};
 use crate::sync::{Ordering, fence};
+use crate::units::IovaRange;
 use lease::Holding;
 
 impl AddressSpace {
@@ -72,23 +79,31 @@ impl AddressSpace {
         let mut holding = Holding::begin(self, view, covered);
         // After the holding, so that it goes before it: a walk that panics closes its window, then puts back.
         let mut sink = view.sink();
-        for entry in snapshot.contiguous(range) {
-            let stopped = match entry {
-                Err(at) => Some((at, Error::Hole { at, range })),
-                Ok(entry) => holding
-                    .take(entry.area, &mut sink)
-                    .err()
-                    .map(|stopped| (stopped.at, stopped.error)),
-            };
-            if let Some((at, error)) = stopped {
-                return Err(HarvestError::Stopped(Box::new(StoppedHarvest {
-                    error,
-                    at,
-                    lease: holding.into_lease(&sink),
-                })));
-            }
+        match self.walk(&mut holding, &snapshot, range, &mut sink) {
+            Ok(()) => Ok(holding.into_lease(&sink)),
+            Err(stopped) => Err(holding.stopped(stopped, &sink)),
         }
-        Ok(holding.into_lease(&sink))
+    }
+
+    /// Takes what is dirty in `range`, area by area.
+    fn walk(
+        &self,
+        holding: &mut Holding<'_>,
+        snapshot: &Areas<'_>,
+        range: IovaRange,
+        sink: &mut Sink<'_>,
+    ) -> Result<(), Stopped> {
+        for entry in snapshot.contiguous(range) {
+            let entry = entry.map_err(|at| Stopped {
+                at,
+                error: Error::Hole {
+                    at,
+                    range: holding.range(),
+                },
+            })?;
+            holding.take(entry.area, range, sink)?;
+        }
+        Ok(())
     }
 
     /// Records what is dirty in the request's range in `bitmap`, and changes nothing. Owes no flush; what it shows

@@ -44,18 +44,28 @@ impl Marks {
     }
 
     /// Marks the pages that `range` touches, as far as they belong to the area. The data was written before.
-    #[inline]
     pub(crate) fn mark(&self, range: IovaRange) {
-        if performs(Step::MarkFence) {
-            // SeqCst: F1 of the module's protocol; pairs with F2 in `Lease::sync`.
-            fence(Ordering::SeqCst);
+        if let Some(inside) = range.intersection(self.range) {
+            self.mark_inside(inside);
         }
-        if let Some((first, last)) = self.bits_of(range) {
-            let marked_anew = self.bits.set(first, last);
-            if marked_anew && performs(Step::GoneFence) {
-                // SeqCst: F3 of the protocols in `space::unmap` and `space::attachment`; pairs with F4 and F6 there.
+    }
+
+    /// Marks the pages that `range` touches, which lies in the area as a whole. The data was written before.
+    #[inline]
+    pub(crate) fn mark_inside(&self, range: IovaRange) {
+        debug_assert!(self.range.covers(range));
+        let base = self.range.start().get();
+        let first = (range.start().get() - base) >> self.page.lg2();
+        let last = (range.last().get() - base) >> self.page.lg2();
+        let marked_anew = self.bits.set(first, last, || {
+            if performs(Step::MarkFence) {
+                // SeqCst: F1 of the module's protocol; pairs with F2 in `Lease::sync`.
                 fence(Ordering::SeqCst);
             }
+        });
+        if marked_anew && performs(Step::GoneFence) {
+            // SeqCst: F3 of the protocols in `space::unmap` and `space::attachment`; pairs with F4 and F6 there.
+            fence(Ordering::SeqCst);
         }
     }
 

@@ -135,17 +135,12 @@ impl Area {
     /// # Errors
     /// [`Error::Outside`] if a part lies outside the area (then nothing is marked), or if the area is gone: see
     /// [`unmap`](super::unmap).
+    #[inline]
     pub(crate) fn mark(&self, range: IovaRange) -> Result<(), Error> {
-        let own = self.mapping.range;
-        if !own.covers(range) {
-            let below = range.start() < own.start();
-            let at = match own.last().checked_add(1) {
-                Some(behind) if !below => behind.max(range.start()),
-                _ => range.start(),
-            };
-            return Err(Error::Outside { at });
+        if !self.mapping.range.covers(range) {
+            return Err(self.outside(range));
         }
-        self.marks.mark(range);
+        self.marks.mark_inside(range);
         // Acquire: pairs with the Release of `retire` and `give_way`.
         match self.state.load(Ordering::Acquire) {
             GONE => Err(Error::Outside { at: range.start() }),
@@ -158,5 +153,17 @@ impl Area {
             }),
             _ => Ok(()),
         }
+    }
+
+    /// What to say of a `range` that sticks out of the area.
+    #[cold]
+    fn outside(&self, range: IovaRange) -> Error {
+        let own = self.mapping.range;
+        let below = range.start() < own.start();
+        let at = match own.last().checked_add(1) {
+            Some(behind) if !below => behind.max(range.start()),
+            _ => range.start(),
+        };
+        Error::Outside { at }
     }
 }

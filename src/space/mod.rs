@@ -167,8 +167,19 @@ impl AddressSpace {
         mut inside: impl FnMut(&Area, IovaRange) -> bool,
     ) -> Outside {
         let mut outside = Outside::default();
+        let snapshot = self.areas.snapshot();
+        // Most marks lie in one area.
+        if let Some(entry) = snapshot.lookup(range.start())
+            && entry.range.covers(range)
+        {
+            if !inside(entry.area, range) {
+                let bytes = range.last().get() - range.start().get();
+                outside.add(range.start(), bytes.saturating_add(1));
+            }
+            return outside;
+        }
         let mut next = Some(range.start());
-        for entry in self.areas.snapshot().iter(range) {
+        for entry in snapshot.iter(range) {
             if let Some(from) = next.filter(|from| *from < entry.range.start()) {
                 outside.add(from, entry.range.start().get() - from.get());
             }

@@ -35,7 +35,10 @@ pub struct Broken;
 #[derive(Default)]
 pub struct State {
     pub mapped: Vec<IovaRange>,
+    /// Leaves, by their first page.
     pub dirty: BTreeSet<u64>,
+    /// Pages of a leaf; 0 means 1.
+    pub leaf_pages: u64,
     pub invalidated: Vec<IovaRange>,
     pub tracking: bool,
     /// The smallest page; none asks for nothing.
@@ -60,7 +63,14 @@ pub struct State {
     pub on_invalidate: Option<Box<dyn FnOnce() + Send>>,
 }
 
-/// One dirty bit for each page, behind one lock.
+impl State {
+    /// The first page of the leaf that holds page `n`.
+    fn leaf(&self, n: u64) -> u64 {
+        n - n % self.leaf_pages.max(1)
+    }
+}
+
+/// One dirty bit for each leaf, behind one lock.
 #[derive(Default)]
 pub struct Fake(pub Mutex<State>);
 
@@ -71,7 +81,7 @@ impl Fake {
 
     /// A device writes page `n`.
     pub fn dirty(&self, n: u64) {
-        self.with(|s| s.dirty.insert(n));
+        self.with(|s| s.dirty.insert(s.leaf(n)));
     }
 }
 
@@ -126,7 +136,7 @@ impl DirtySource for Fake {
             let gone: Vec<u64> = s.dirty.range(numbers(range)).copied().collect();
             for n in gone {
                 s.dirty.remove(&n);
-                dirty(pages(n, 1));
+                dirty(pages(n, s.leaf_pages.max(1)));
             }
         });
     }
@@ -146,7 +156,11 @@ impl DirtySource for Fake {
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
         self.with(|s| {
-            for n in numbers(range) {
+            let (mut next, last) = (*numbers(range).start(), *numbers(range).end());
+            while next <= last {
+                let n = next;
+                let leaf = s.leaf(n);
+                next = leaf + s.leaf_pages.max(1);
                 let at = Iova::new(n * PAGE);
                 if let Some((_, happen)) = s.on_page.take_if(|(page, _)| *page == n) {
                     happen();
@@ -158,8 +172,9 @@ impl DirtySource for Fake {
                     });
                 }
                 assert_ne!(s.panic_at, Some(n), "a source that panics");
-                if s.dirty.contains(&n) {
-                    out.take(pages(n, 1), Granule::K4, || s.dirty.remove(&n))
+                if s.dirty.contains(&leaf) {
+                    let span = pages(leaf, s.leaf_pages.max(1));
+                    out.take(span, Granule::K4, || s.dirty.remove(&leaf))
                         .map_err(|error| Stopped { at, error })?;
                 }
             }
@@ -169,9 +184,10 @@ impl DirtySource for Fake {
 
     fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
         self.with(|s| {
-            for n in s.dirty.range(numbers(range)) {
+            let first = s.leaf(*numbers(range).start());
+            for n in s.dirty.range(first..=*numbers(range).end()) {
                 let at = Iova::new(n * PAGE);
-                sink.record(pages(*n, 1))
+                sink.record(pages(*n, s.leaf_pages.max(1)))
                     .map_err(|error| Stopped { at, error })?;
             }
             Ok(())

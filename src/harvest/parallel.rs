@@ -1,0 +1,178 @@
+//! One harvest by many threads.
+//!
+//! ```text
+//!  bits of the request   [ piece 0 ][ piece 1 ][ piece 2 ]...     a piece is 8 chunks of bitmap: 1 GiB at 4 KiB a bit
+//! ```
+//!
+//! The pieces follow from the request alone, and their gathers are merged in order, so what the lease holds does not depend on
+//! the number of threads. Threads share no words of the bitmap and no words of marks, but for leaves that straddle pieces: who
+//! finds such a leaf takes all of it that the request covers.
+
+use rayon::prelude::*;
+
+use super::lease::{Holding, take};
+use super::{HarvestError, HarvestRequest, Lease, Owed};
+use crate::bitmap::{BitmapView, CHUNK_BITS, UserBitmap};
+use crate::error::Error;
+use crate::flush::FlushGather;
+use crate::source::Stopped;
+use crate::space::{AddressSpace, Areas, Covered};
+use crate::units::{Iova, IovaRange};
+
+/// Bits of a piece.
+const PIECE_BITS: u64 = 8 * CHUNK_BITS;
+
+/// What one piece yielded.
+struct Taken<'a> {
+    space: &'a AddressSpace,
+    gather: FlushGather,
+    areas: u64,
+    bits_set: u64,
+    windows: u64,
+    stopped: Option<Stopped>,
+}
+
+impl AddressSpace {
+    /// As [`harvest`](Self::harvest), by the threads of the rayon pool that it is called in (`pool.install(..)`), or of the global
+    /// one. Needs the feature `rayon`.
+    ///
+    /// Worth it for tables that lie scattered in memory, or with a tenth of the pages dirty and more; a clean range is read at the
+    /// speed of memory by one thread. Allocates: some bytes for each 262144 bits of the request.
+    ///
+    /// # Errors
+    /// As [`harvest`](Self::harvest). Behind the place of a stop some pages may have been taken as well: they are in the lease.
+    pub fn harvest_parallel<'a>(
+        &'a self,
+        request: &HarvestRequest,
+        bitmap: UserBitmap<'a>,
+    ) -> Result<Lease<'a, Owed>, HarvestError<'a>> {
+        let snapshot = self.snapshot();
+        let (view, covered) = self
+            .check(request, bitmap, &snapshot)
+            .map_err(HarvestError::Refused)?;
+        let range = request.range();
+        // A hole ends the work for everybody, as it ends a walk.
+        let hole = snapshot.contiguous(range).find_map(Result::err);
+        drop(snapshot);
+        let end = match hole {
+            Some(at) if at == range.start() => None,
+            Some(at) => Some(Iova::new(at.get() - 1)),
+            None => Some(range.last()),
+        };
+        let mut holding = Holding::begin(self, view, covered.clone());
+        let (mut bits_set, mut windows) = (0, 0);
+        let mut stopped = hole.map(|at| Stopped {
+            at,
+            error: Error::Hole { at, range },
+        });
+        if let Some(walked) = end.and_then(|end| IovaRange::new(range.start(), end).ok()) {
+            // Before the first bit is touched: a panic in any thread puts back all that was recorded.
+            holding.reach(walked.last());
+            let pieces: Vec<IovaRange> = pieces(&view, self, walked).collect();
+            let taken: Vec<Taken<'_>> = pieces
+                .into_par_iter()
+                .map(|piece| Taken::take(self, &view, &covered, walked, piece))
+                .collect();
+            for mut piece in taken {
+                holding.add(&std::mem::take(&mut piece.gather), piece.areas);
+                bits_set += piece.bits_set;
+                windows += piece.windows;
+                let below = |other: &Stopped| stopped.as_ref().is_none_or(|now| other.at < now.at);
+                if let Some(first) = piece.stopped.take().filter(below) {
+                    stopped = Some(first);
+                }
+            }
+        }
+        match stopped {
+            None => Ok(holding.into_lease_of(bits_set, windows)),
+            Some(stopped) => Err(holding.stopped_of(stopped, bits_set, windows)),
+        }
+    }
+}
+
+/// The pieces of `walked`: each begins at a chunk of bitmap, and at a page.
+fn pieces(
+    view: &BitmapView<'_>,
+    space: &AddressSpace,
+    walked: IovaRange,
+) -> impl Iterator<Item = IovaRange> {
+    let page = space.page();
+    let view = *view;
+    let mut next = Some(walked.start());
+    std::iter::from_fn(move || {
+        let start = next?;
+        let last = view
+            .piece_last(start, PIECE_BITS)
+            .granule_last(page)
+            .min(walked.last());
+        next = last.checked_add(1).filter(|next| *next <= walked.last());
+        IovaRange::new(start, last).ok()
+    })
+}
+
+impl<'a> Taken<'a> {
+    fn take(
+        space: &'a AddressSpace,
+        view: &BitmapView<'_>,
+        covered: &Covered,
+        walked: IovaRange,
+        piece: IovaRange,
+    ) -> Self {
+        let mut taken = Taken {
+            space,
+            gather: FlushGather::new(),
+            areas: 0,
+            bits_set: 0,
+            windows: 0,
+            stopped: None,
+        };
+        let snapshot: Areas<'_> = space.snapshot();
+        let mut sink = view.sink();
+        for entry in snapshot.contiguous(piece) {
+            let outcome = match entry {
+                // Unmapped since the walk began.
+                Err(at) => Err(Stopped {
+                    at,
+                    error: Error::Hole {
+                        at,
+                        range: view.range(),
+                    },
+                }),
+                Ok(entry) => {
+                    let area = entry.area;
+                    let Some(part) = area.mapping.range.intersection(piece) else {
+                        continue;
+                    };
+                    let limit = area.mapping.range.intersection(walked).unwrap_or(part);
+                    // Each area counts in the piece that it begins in.
+                    taken.areas += u64::from(limit.start() == part.start());
+                    take(
+                        space,
+                        covered,
+                        area,
+                        part,
+                        limit,
+                        &mut sink,
+                        &mut taken.gather,
+                    )
+                }
+            };
+            if let Err(stopped) = outcome {
+                taken.stopped = Some(stopped);
+                break;
+            }
+        }
+        taken.bits_set = sink.bits_set();
+        taken.windows = sink.windows();
+        taken
+    }
+}
+
+/// What a piece owes goes to the queue if a panic, here or in another piece, keeps it from the lease.
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        if !self.gather.is_empty() {
+            let _ = self.space.flush.owe(&self.gather);
+        }
+    }
+}

@@ -1,0 +1,298 @@
+//! The ways to harvest besides the plain one: writes in flight, parts of leaves, masks, bounds, threads, commits by range.
+#![cfg(not(dirtymap_loom))]
+#![allow(clippy::unwrap_used)] // helpers of tests
+
+mod common;
+
+use common::{Fake, PAGE, pages};
+use dirtymap::{
+    Access, AddressSpace, BoundedHarvest, Error, Granule, HarvestBounds, HarvestError,
+    HarvestRequest, Iova, IovaRange, UserBitmap,
+};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// 64 pages in areas of 16, leaves of `leaf` pages, tracking on.
+fn space(leaf: u64) -> (AddressSpace, Arc<Fake>) {
+    let fake = Arc::new(Fake::default());
+    fake.with(|s| s.leaf_pages = leaf);
+    let space = AddressSpace::new(Granule::K4)
+        .with_source(fake.clone())
+        .unwrap();
+    for first in (0..64).step_by(16) {
+        space
+            .map(pages(first, 16), first * PAGE, Access::ReadWrite)
+            .unwrap();
+    }
+    space.set_tracking(true).unwrap();
+    (space, fake)
+}
+
+fn request(range: IovaRange) -> HarvestRequest {
+    HarvestRequest::new(range, Granule::K4)
+}
+
+/// Harvests, syncs, commits; the bits, shifted to their pages.
+fn take(space: &AddressSpace, first: u64, n: u64) -> u64 {
+    let mut words = [0u64];
+    let request = request(pages(first, n));
+    let lease = space
+        .harvest(&request, UserBitmap::new(&mut words))
+        .unwrap();
+    lease.sync().unwrap().commit();
+    words[0] << first
+}
+
+#[test]
+fn a_write_in_flight_is_reported_by_everybody_and_is_dirty_when_it_ends() {
+    let (space, _) = space(1);
+    let guard = space
+        .begin_write(IovaRange::from_len(Iova::new(3 * PAGE + 5), PAGE).unwrap())
+        .unwrap();
+    assert_eq!(guard.range(), pages(3, 2));
+    for _ in 0..3 {
+        assert_eq!(take(&space, 0, 64), 0b11 << 3);
+    }
+    assert_eq!(take(&space, 4, 8), 1 << 4, "as far as it is asked for");
+    let across = space.begin_write(pages(15, 2)).unwrap();
+    drop(guard);
+    assert_eq!(take(&space, 0, 64), 0b11 << 3 | 0b11 << 15);
+    drop(across);
+    assert_eq!(take(&space, 0, 64), 0b11 << 15);
+    assert_eq!(take(&space, 0, 64), 0);
+}
+
+#[test]
+fn a_write_outside_is_refused_and_counted_and_so_is_one_that_ends_there() {
+    let (space, _) = space(1);
+    let refused = space.begin_write(pages(60, 8)).unwrap_err();
+    assert!(matches!(refused, Error::Outside { at } if at.get() == 64 * PAGE));
+    let guard = space.begin_write(pages(20, 1)).unwrap();
+    space.unmap_discarding(pages(16, 16)).unwrap();
+    drop(guard);
+    assert_eq!(space.stats().outside_marks, 2);
+    assert_eq!(take(&space, 0, 16), 0, "nothing was in flight");
+}
+
+/// Kernel history 11 and 12: a leaf that a request covered in part lost its rest, or its last page.
+#[test]
+fn every_part_of_a_leaf_is_reported_once() {
+    for leaf in [2, 4, 16] {
+        for first in 0..16 {
+            for n in 1..=16 - first {
+                let (space, fake) = space(leaf);
+                fake.dirty(5);
+                let whole = (1u64 << leaf) - 1;
+                let whole = whole << (5 / leaf * leaf);
+                let part = take(&space, first, n);
+                assert_eq!(part, whole & (((1u64 << n) - 1) << first));
+                assert_eq!(take(&space, first, n), 0, "read and cleared");
+                assert_eq!(
+                    take(&space, 0, 16),
+                    whole & !part,
+                    "leaf {leaf}, {first}+{n}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn the_rest_of_a_leaf_carries_its_debt_and_is_discarded_with_its_area() {
+    let (space, fake) = space(16);
+    fake.dirty(1);
+    let mut words = [0u64];
+    let lower = space
+        .harvest(&request(pages(0, 4)), UserBitmap::new(&mut words))
+        .unwrap();
+    assert_eq!(take(&space, 8, 8), 0xff00);
+    assert_eq!(
+        fake.with(|s| s.invalidated.clone()),
+        [pages(0, 16)],
+        "the sync of who took the rest"
+    );
+    assert_eq!(lower.abort().bytes, 4 * PAGE);
+    let unmapped = space.unmap_discarding(pages(0, 16)).unwrap();
+    assert_eq!(unmapped.discarded_bytes, u128::from(8 * PAGE));
+}
+
+#[test]
+fn a_mask_clears_what_it_holds_and_nothing_else() {
+    let (space, fake) = space(1);
+    [3, 9, 17, 40].iter().for_each(|page| fake.dirty(*page));
+    space.mark(pages(10, 2)).unwrap();
+    let mut seen = [0u64];
+    let mask = space
+        .peek(&request(pages(0, 64)), UserBitmap::new(&mut seen))
+        .unwrap();
+    [9, 50].iter().for_each(|page| fake.dirty(*page)); // 9 again, 50 not in the mask
+    let mut words = [0u64];
+    let all = request(pages(0, 32));
+    let lease = space
+        .harvest_masked(&all, &mask, UserBitmap::new(&mut words))
+        .unwrap();
+    assert_eq!(lease.report().bits_set, 5);
+    lease.sync().unwrap().commit();
+    assert_eq!(words, [1 << 3 | 0b111 << 9 | 1 << 17]);
+    assert_eq!(take(&space, 0, 64), 1 << 40 | 1 << 50, "the rest is dirty");
+    // Everything in the mask is clean now; a mask over a leaf keeps what it does not hold.
+    let (space, fake) = self::space(16);
+    fake.dirty(0);
+    let mut alternating = [0x5555u64];
+    let mask = UserBitmap::new(&mut alternating)
+        .view(pages(0, 16), Granule::K4)
+        .unwrap();
+    let mut words = [0u64];
+    let lease = space
+        .harvest_masked(&all, &mask, UserBitmap::new(&mut words))
+        .unwrap();
+    lease.sync().unwrap().commit();
+    assert_eq!(words, [0x5555]);
+    assert_eq!(take(&space, 0, 64), 0xaaaa);
+}
+
+#[test]
+fn instalments_see_the_whole_request_and_stop_at_their_bounds() {
+    for (leaf, limit) in [(1, 1), (1, 70), (16, 1), (4, 1000)] {
+        let fake = Arc::new(Fake::default());
+        fake.with(|s| s.leaf_pages = leaf);
+        let space = AddressSpace::new(Granule::K4)
+            .with_source(fake.clone())
+            .unwrap();
+        space.map(pages(0, 320), 0, Access::ReadWrite).unwrap();
+        space.set_tracking(true).unwrap();
+        (0..320).step_by(3).for_each(|page| fake.dirty(page));
+        let all = request(pages(0, 320));
+        let mut next = Some(Iova::MIN);
+        let mut words = [0u64; 5];
+        let mut calls = 0;
+        while let Some(from) = next {
+            let bounds = HarvestBounds::new().bits(limit);
+            let part = space
+                .harvest_bounded(&all, from, bounds, UserBitmap::new(&mut words))
+                .unwrap();
+            assert!(part.lease.report().bits_set <= limit + 63);
+            assert!(part.next.is_none_or(|next| next > from));
+            next = part.next;
+            calls += 1;
+            let lease = part.lease.sync().unwrap();
+            assert!(lease.runs().all(|run| run.start() >= from), "its own part");
+            if calls == 2 {
+                lease.abort(); // by this only its own part is dirty again
+            } else {
+                lease.commit();
+            }
+            // The beginning is written all the time.
+            space.mark(pages(0, 1)).unwrap();
+        }
+        let dirty = words.iter().map(|word| word.count_ones()).sum::<u32>();
+        assert_eq!(dirty, if leaf == 1 { 107 } else { 320 });
+        assert_eq!(calls > 1, limit < 320);
+    }
+}
+
+#[test]
+fn a_deadline_that_has_passed_still_makes_progress() {
+    let (space, fake) = space(1);
+    fake.dirty(0);
+    let mut words = [0u64];
+    let BoundedHarvest { lease, next } = space
+        .harvest_bounded(
+            &request(pages(0, 64)),
+            Iova::MIN,
+            HarvestBounds::new().until(Instant::now()),
+            UserBitmap::new(&mut words),
+        )
+        .unwrap();
+    assert!(next.is_none());
+    lease.sync().unwrap().commit();
+    assert_eq!(words, [1]);
+    for from in [64 * PAGE, 5] {
+        let mut words = [0u64];
+        let refused = space.harvest_bounded(
+            &request(pages(0, 64)),
+            Iova::new(from),
+            HarvestBounds::new(),
+            UserBitmap::new(&mut words),
+        );
+        assert!(
+            matches!(refused, Err(HarvestError::Refused(Error::BadCursor { at, .. })) if at.get() == from)
+        );
+    }
+}
+
+#[test]
+fn what_was_committed_by_range_is_not_put_back() {
+    let (space, fake) = space(1);
+    (0..64).step_by(2).for_each(|page| fake.dirty(page));
+    let mut words = [0u64];
+    let mut lease = space
+        .harvest(&request(pages(0, 64)), UserBitmap::new(&mut words))
+        .unwrap()
+        .sync()
+        .unwrap();
+    assert_eq!(lease.commit_range(pages(32, 8)), 4);
+    assert_eq!(lease.commit_range(pages(0, 4)), 2);
+    assert_eq!(lease.commit_range(pages(4, 6)), 3, "joins the one before");
+    assert_eq!(lease.commit_range(pages(2, 33)), 11, "again and more");
+    let cut = IovaRange::from_len(Iova::new(48 * PAGE), PAGE - 1).unwrap();
+    assert_eq!(lease.commit_range(cut), 0, "not a whole granule");
+    assert_eq!(lease.commit_range(pages(100, 3)), 0, "outside");
+    let aborted = lease.abort();
+    assert_eq!(aborted.bytes, 12 * PAGE);
+    let expect = (40..64)
+        .step_by(2)
+        .fold(0, |bits, page| bits | 1u64 << page);
+    assert_eq!(take(&space, 0, 64), expect);
+    let stats = space.stats();
+    assert_eq!(
+        stats.leased_bytes,
+        stats.committed_bytes + stats.aborted_bytes
+    );
+    assert_eq!(stats.aborted_bytes, 12 * PAGE);
+}
+
+#[cfg(feature = "rayon")]
+#[test]
+fn the_number_of_threads_changes_nothing() {
+    // 2^20 pages are four pieces; the marks and leaves straddle them.
+    let n = 1u64 << 20;
+    let mut reports = Vec::new();
+    for threads in [0, 1, 2, 5] {
+        let fake = Arc::new(Fake::default());
+        fake.with(|s| s.leaf_pages = 1 << 19);
+        let space = AddressSpace::new(Granule::K4)
+            .with_source(fake.clone())
+            .unwrap();
+        space.map(pages(0, n / 2), 0, Access::ReadWrite).unwrap();
+        space
+            .map(pages(n / 2, n / 2), 0, Access::ReadWrite)
+            .unwrap();
+        space.set_tracking(true).unwrap();
+        fake.dirty(n / 2 + 9);
+        (0..n / 2)
+            .step_by(997)
+            .for_each(|page| space.mark(pages(page, 3)).unwrap());
+        let mut words = vec![0u64; (n / 64) as usize];
+        let all = request(pages(1, n - 2));
+        let report = if threads == 0 {
+            let lease = space.harvest(&all, UserBitmap::new(&mut words)).unwrap();
+            lease.sync().unwrap().commit()
+        } else {
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .unwrap();
+            let lease = pool.install(|| space.harvest_parallel(&all, UserBitmap::new(&mut words)));
+            lease.unwrap().sync().unwrap().commit()
+        };
+        let mut left = vec![0u64; (n / 64) as usize];
+        let rest = space
+            .peek(&request(pages(0, n)), UserBitmap::new(&mut left))
+            .unwrap();
+        let rest: Vec<_> = rest.runs().collect();
+        assert_eq!(rest, [pages(0, 1), pages(n - 1, 1)], "the two ends");
+        reports.push((words, report.areas, report.bits_set));
+    }
+    assert!(reports.windows(2).all(|pair| pair[0] == pair[1]));
+}
