@@ -14,6 +14,7 @@ mod area;
 mod attachment;
 mod change;
 mod faults;
+mod plan;
 mod rules;
 mod snapshot;
 mod stats;
