@@ -15,6 +15,7 @@ mod attachment;
 mod change;
 mod faults;
 mod flushing;
+mod plan;
 mod rules;
 mod snapshot;
 mod stats;

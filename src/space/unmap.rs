@@ -41,7 +41,7 @@
 //!
 //! A marker that finds the page marked already (no M1) leaves it to the one who marked it.
 
-use super::change::Plan;
+use super::plan::Plan;
 use super::{AddressSpace, Area};
 use crate::bitmap::{BitmapView, UserBitmap};
 use crate::error::Error;
