@@ -117,7 +117,7 @@ impl AddressSpace {
             Ok(()) => areas.iter().for_each(|area| area.retire()),
         }
         if performs(Step::GoneFence) {
-            // SeqCst: F4 of the module's protocol; pairs with F3 in `Marks::mark`.
+            // SeqCst: F4 of the module's protocol; pairs with F3 in `Marks::mark_inside`.
             fence(Ordering::SeqCst);
         }
     }
