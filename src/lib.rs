@@ -53,7 +53,8 @@
 //!
 //! * The answer is a superset: a page may be reported that was not written (the rest of a large leaf, an aborted
 //!   lease). Never the reverse.
-//! * Mark **after** the write. A write that is marked before it is submitted can be harvested too early.
+//! * Mark **after** the write. A write that is marked before it is submitted can be harvested too early; for writes that
+//!   others complete there is [`AddressSpace::begin_write`].
 //! * Every call that maps or unmaps copies a path of the area tree: with thousands of changes a second and few
 //!   lookups, a locked map is faster.
 //! * A reservation copies the list of reserved ranges: they are meant to be a handful.
@@ -64,6 +65,7 @@
 //! # Features
 //!
 //! * `mmap` (off by default): `FileBitmap`, a user bitmap in a file that is mapped one window at a time.
+//! * `rayon` (off by default): `AddressSpace::harvest_parallel`, one harvest by the threads of a pool.
 //!
 //! # When not to use it
 //!

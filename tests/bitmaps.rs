@@ -359,3 +359,50 @@ fn harvests_that_share_bytes_lose_nothing() {
         assert_eq!(view.runs().collect::<Vec<_>>(), [request]);
     }
 }
+
+#[test]
+fn a_part_of_a_view_is_the_same_bits() {
+    let mut x = 0x9E37_79B9_7F4A_7C15u64;
+    for form in forms() {
+        let bytes: Vec<u8> = (0..72).map(|_| xorshift(&mut x) as u8).collect();
+        let base = 5 << 20;
+        let request = IovaRange::from_len(Iova::new(base), 570 * 4096).unwrap();
+        let before = to_bits(&bytes);
+        let after = with_form(form, &bytes, |bitmap| {
+            let view = bitmap.view(request, Granule::K4).unwrap();
+            let mut x = x;
+            for _ in 0..60 {
+                // From any byte to any byte: cut pages do not belong to the part.
+                let (a, b) = (
+                    xorshift(&mut x) % (570 * 4096),
+                    xorshift(&mut x) % (570 * 4096),
+                );
+                let range = IovaRange::new(Iova::new(base + a.min(b)), Iova::new(base + a.max(b)));
+                let (first, end) = (a.min(b).div_ceil(4096), (a.max(b) + 1) / 4096);
+                let Some(part) = view.part(range.unwrap()) else {
+                    assert!(first >= end);
+                    continue;
+                };
+                assert_eq!(part.range().start().get(), base + first * 4096);
+                assert_eq!(part.range().len(), u128::from(end - first) * 4096);
+                let expect: Vec<u64> = (first..end)
+                    .filter(|bit| before[*bit as usize])
+                    .map(|bit| bit - first)
+                    .collect();
+                assert_eq!(
+                    part.bits().collect::<Vec<_>>(),
+                    expect,
+                    "{form:?} {first} to {end}"
+                );
+                // A part of a part.
+                let inner = part.part(part.range()).unwrap();
+                assert_eq!(inner.count(), expect.len() as u64);
+            }
+            assert!(
+                view.part(IovaRange::from_len(Iova::MIN, 4096).unwrap())
+                    .is_none()
+            );
+        });
+        assert_eq!(&to_bits(&after)[..before.len()], &before[..]);
+    }
+}

@@ -296,3 +296,46 @@ fn the_number_of_threads_changes_nothing() {
     }
     assert!(reports.windows(2).all(|pair| pair[0] == pair[1]));
 }
+
+#[cfg(feature = "rayon")]
+#[test]
+fn a_thread_that_panics_or_stops_puts_back_and_owes_what_all_took() {
+    let n = 1u64 << 20;
+    for panics in [true, false] {
+        let fake = Arc::new(Fake::default());
+        let space = AddressSpace::new(Granule::K4)
+            .with_source(fake.clone())
+            .unwrap();
+        space.map(pages(0, n), 0, Access::ReadWrite).unwrap();
+        space.set_tracking(true).unwrap();
+        let dirty = [3, n / 2 - 1, n / 2 + 7, n - 1];
+        dirty.iter().for_each(|page| fake.dirty(*page));
+        space.mark(pages(n / 4, 1)).unwrap();
+        fake.with(|s| match panics {
+            true => s.panic_at = Some(n / 2 + 7),
+            false => s.stop_at = Some(n / 2 + 7),
+        });
+        let mut words = vec![0u64; (n / 64) as usize];
+        let all = request(pages(0, n));
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            match space.harvest_parallel(&all, UserBitmap::new(&mut words)) {
+                Err(HarvestError::Stopped(stopped)) => {
+                    assert_eq!(stopped.at, Iova::new((n / 2 + 7) * PAGE));
+                } // dropped here
+                other => panic!("{other:?}"),
+            }
+        }));
+        assert_eq!(outcome.is_err(), panics);
+        fake.with(|s| (s.panic_at, s.stop_at) = (None, None));
+        let mut words = vec![0u64; (n / 64) as usize];
+        let lease = space.harvest(&all, UserBitmap::new(&mut words)).unwrap();
+        let lease = lease.sync().unwrap();
+        let found: Vec<u64> = lease.runs().map(|run| run.start().get() / PAGE).collect();
+        assert_eq!(found, [3, n / 4, n / 2 - 1, n / 2 + 7, n - 1]);
+        let paid = fake.with(|s| s.invalidated.clone());
+        for page in dirty {
+            assert!(paid.iter().any(|range| range.covers(pages(page, 1))));
+        }
+        lease.commit();
+    }
+}

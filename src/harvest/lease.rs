@@ -277,7 +277,7 @@ impl<'a> Holding<'a> {
             self.debt = Debt::Paid;
         }
         if performs(Step::SyncFence) {
-            // SeqCst: F2 of the marks' protocol; pairs with F1 in `Marks::mark`. Also orders the flush before the
+            // SeqCst: F2 of the marks' protocol; pairs with F1 in `Marks::mark_inside`. Also orders the flush before the
             // copies.
             fence(Ordering::SeqCst);
         }

@@ -28,6 +28,18 @@
 //!   through a stale translation.
 //!
 //! A bit that a harvest recorded but another one cleared first is reported by both: a superset, never less.
+//!
+//! In each area the sources come first, then what is in flight, then the marks: dirty state only ever moves in this direction (the rest
+//! of a leaf to the marks, a write in flight to the marks), and names its pages in the next place before it leaves the last.
+//!
+//! # Modes
+//! | call | takes |
+//! |---|---|
+//! | [`harvest`](AddressSpace::harvest) | all that is dirty in the request |
+//! | [`peek`](AddressSpace::peek) | nothing |
+//! | [`harvest_masked`](AddressSpace::harvest_masked) | what is set in a bitmap |
+//! | [`harvest_bounded`](AddressSpace::harvest_bounded) | some of it, and says where to go on |
+//! | `harvest_parallel` | all of it, by many threads |
 
 mod bounded;
 mod lease;

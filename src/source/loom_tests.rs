@@ -45,9 +45,10 @@ impl Leaf {
         let range = pages(page, page);
         let view = UserBitmap::shared(&words).view(range, PAGE).unwrap();
         let (mut sink, mut gather) = (view.sink(), FlushGather::new());
+        let keep = |rest| self.kept.mark(rest);
         let rests = Rests {
             in_flight: &self.in_flight,
-            kept: &self.kept,
+            keep: &keep,
             flush: &self.flush,
         };
         // Relaxed, as a scan that only decides whether to look closer; the clear promises no more.

@@ -177,7 +177,7 @@ impl AddressSpace {
             });
         }
         if performs(Step::GoneFence) {
-            // SeqCst: F6 of the module's protocol; pairs with F3 in `Marks::mark`, for `put_back`.
+            // SeqCst: F6 of the module's protocol; pairs with F3 in `Marks::mark_inside`, for `put_back`.
             fence(Ordering::SeqCst);
         }
         let ticket = self.flush.owe(&FlushGather::new());

@@ -107,7 +107,7 @@ impl AddressSpace {
     ) -> Result<Unmapped, Error> {
         let mut claimed = Claimed::new(plan)?;
         if performs(Step::GoneFence) {
-            // SeqCst: F6 of the protocol in `attachment`; pairs with F3 in `Marks::mark`, for `put_back`.
+            // SeqCst: F6 of the protocol in `attachment`; pairs with F3 in `Marks::mark_inside`, for `put_back`.
             fence(Ordering::SeqCst);
         }
         let mut promised = self.promise(plan)?;
@@ -284,7 +284,7 @@ impl AddressSpace {
         }
         claimed.published = true;
         if performs(Step::GoneFence) {
-            // SeqCst: F4 of the protocol in `unmap`; pairs with F3 in `Marks::mark`.
+            // SeqCst: F4 of the protocol in `unmap`; pairs with F3 in `Marks::mark_inside`.
             fence(Ordering::SeqCst);
         }
         Ok(())
