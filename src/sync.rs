@@ -105,8 +105,6 @@ pub enum Step {
     FillOnce,
     /// Leaving pairs unfilled whose domain is leaving.
     RefuseLeaving,
-    /// Publishing a root between the word that a domain leaves and the look at the areas.
-    OrderByRoot,
     /// Looking at the areas after a domain was published, not before.
     LookAfterPublish,
     /// Closing the pairs of an area that has gone.

@@ -167,7 +167,7 @@ fn an_unmap_and_an_attach_leave_nothing_behind() {
 /// A domain that goes while an area comes has nothing of it in the end.
 #[test]
 fn a_map_and_a_detach_leave_nothing_behind() {
-    holds_only_with(&[Step::RefuseLeaving, Step::OrderByRoot], || {
+    holds_only_with(&[Step::RefuseLeaving], || {
         let hardware = OnePage::new();
         let space = Arc::new(AddressSpace::new(PAGE));
         let domain = space.attach(Source(hardware.clone())).unwrap();

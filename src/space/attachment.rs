@@ -16,9 +16,10 @@
 //! Publications of one root have an order. If the map comes first, the attach sees the area; if the attach does, the map
 //! sees the domain. If both see the other, the lock decides, and the record keeps the second from filling again.
 //!
-//! A **detach** first says that the domain is *leaving*, then publishes a root, and then empties the pairs of all areas.
-//! A map that was published before is among them: its fill either came before, and is emptied, or finds the domain
-//! leaving under the same lock. A map that is published later finds it leaving at once. While it leaves, the domain stays
+//! A **detach** first says that the domain is *leaving*, and then empties the pairs of all areas that it sees; a map
+//! publishes its area, and then looks whether the domain is leaving. Each has a full fence between its two steps (F6, F7), so
+//! one of them sees the other. If the detach sees the area, the fill either came before, and is emptied, or finds the domain
+//! leaving under the same lock; else the map finds it leaving at once. While it leaves, the domain stays
 //! in the list, so that every flush reaches it; it goes after a flush that covers all that was emptied. An **unmap**
 //! holds the pairs of its areas from the first exchange to the end: whoever waits for the lock finds them gone.
 //!
@@ -168,16 +169,9 @@ impl AddressSpace {
     fn release(&self, attachment: &Arc<Attachment>) -> Result<(), Error> {
         // Release: pairs with the Acquire in `is_leaving`.
         attachment.leaving.store(true, Ordering::Release);
-        // A root like the last one: a map is published before it, and then its area is in the snapshot below, or after it,
-        // and then it finds the domain leaving.
-        if performs(Step::OrderByRoot) {
-            let _: Result<(), Error> = self.areas.update(|edit| {
-                edit.set_rules(edit.rules().clone());
-                Ok(())
-            });
-        }
         if performs(Step::GoneFence) {
-            // SeqCst: F6 of the module's protocol; pairs with F3 in `Marks::mark_inside`, for `put_back`.
+            // SeqCst: F6 of the module's protocol; pairs with F3 in `Marks::mark_inside`, for `put_back`, and with F7 in
+            // `AddressSpace::fill`.
             fence(Ordering::SeqCst);
         }
         let ticket = self.flush.owe(&FlushGather::new());

@@ -36,7 +36,7 @@ use crate::area::AreaTree;
 use crate::error::Error;
 use crate::flush::FlushQueue;
 use crate::source::{DirtySource, InFlight, Mapping};
-use crate::sync::{Arc, AtomicU64, Mutex, Ordering};
+use crate::sync::{Arc, AtomicU64, Mutex, Ordering, fence};
 use crate::units::{Access, DomainId, Granule, Iova, IovaRange};
 use faults::Log;
 use rules::Rules;
@@ -129,6 +129,8 @@ impl AddressSpace {
     fn fill(&self, area: Arc<Area>, domains: &[Arc<Attachment>]) -> Result<(), Error> {
         // From here on the area can be unmapped, whatever becomes of this call.
         let _filling = Filling(&area);
+        // SeqCst: F7 of the protocol in `attachment`, between the publication and the looks at `leaving`; pairs with F6 there.
+        fence(Ordering::SeqCst);
         for domain in domains {
             if let Err(error) = self.fill_pair(&area, domain) {
                 // If this fails, the addresses stay taken rather than reach memory that is not theirs.
