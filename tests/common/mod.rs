@@ -54,6 +54,8 @@ pub struct State {
     pub refuse_tracking: bool,
     /// What happens, once, before this page is looked at.
     pub on_page: Option<(u64, Box<dyn FnOnce() + Send>)>,
+    /// What happens, once, when the next area is to be mapped, before it is.
+    pub on_map: Option<Box<dyn FnOnce() + Send>>,
     /// What happens, once, before the next invalidation.
     pub on_invalidate: Option<Box<dyn FnOnce() + Send>>,
 }
@@ -101,6 +103,9 @@ impl DirtySource for Fake {
     }
 
     fn map(&self, mapping: &Mapping) -> Result<(), Error> {
+        if let Some(happen) = self.with(|s| s.on_map.take()) {
+            happen();
+        }
         self.with(|s| {
             if s.refuse_map || s.refuse_map_at == Some(mapping.range) {
                 return Err(Error::source_failed(Broken));
