@@ -4,16 +4,17 @@
 
 mod common;
 
-use common::{Fake, PAGE, pages};
+use common::{Fake, PAGE, pages, two_sources};
 use dirtymap::{
-    Access, AddressSpace, Error, Granule, HarvestError, HarvestRequest, Iova, IovaRange, UserBitmap,
+    Access, AddressSpace, Change, Error, Granule, HarvestError, HarvestRequest, Iova, IovaRange,
+    Scope, UserBitmap,
 };
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 /// Pages 0 to 15 in one area, two sources, tracking on.
 fn tracked() -> (AddressSpace, Arc<Fake>, Arc<Fake>) {
-    let (space, first, second) = common::two_sources();
+    let (space, first, second) = two_sources();
     space.map(pages(0, 16), 0, Access::ReadWrite).unwrap();
     space.set_tracking(true).unwrap();
     (space, first, second)
@@ -174,4 +175,69 @@ fn pages_of_one_byte_reach_the_top() {
         )
         .unwrap();
     assert_eq!(lease.sync().unwrap().runs().collect::<Vec<_>>(), [top]);
+}
+
+/// An attach looks at the areas once, and then fills them one by one. One of them was meanwhile cut by a batch that also
+/// unmapped its middle: the attach went on to the pieces, and mapped the middle too, whose addresses were free by then.
+/// The devices of the new domain wrote to memory that was not theirs any more. Found by the soak.
+#[test]
+fn an_attach_does_not_fill_what_a_batch_has_cut_out() {
+    let space = Arc::new(AddressSpace::new(Granule::K4));
+    space.map(pages(0, 4), 0, Access::ReadWrite).unwrap();
+    space.map(pages(8, 9), 0, Access::ReadWrite).unwrap();
+    let late = Arc::new(Fake::default());
+    let batching = Arc::clone(&space);
+    late.with(|s| {
+        s.on_map = Some(Box::new(move || {
+            let cut = |page| Change::Cut {
+                at: pages(page, 1).start(),
+            };
+            let range = pages(11, 3);
+            let changes = [cut(11), cut(14), Change::Unmap { range }];
+            batching.apply(&changes).unwrap();
+        }));
+    });
+    let id = space.attach(late.clone()).unwrap();
+    let filled = late.with(|s| s.mapped.clone());
+    assert_eq!(filled, [pages(0, 4), pages(8, 3), pages(14, 3)]);
+    // Whoever has the addresses now is filled, and emptied, as ever.
+    space.map(pages(11, 3), 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    late.dirty(12);
+    space.detach(id).unwrap();
+    assert!(late.with(|s| s.mapped.is_empty()));
+    assert_eq!(take(&space, pages(8, 9)), 1 << 4);
+}
+
+/// A lease over one domain outlived its area, and was aborted while the addresses were mapped again: after the new area was
+/// in the tree, before this domain was filled with it. The pages went to what is kept for the domain, which the fill then
+/// cleared as the leftovers of an earlier area: they were said to be dirty again, and were not.
+#[test]
+fn what_is_put_back_while_an_area_is_filled_stays_dirty() {
+    for both in [false, true] {
+        let (space, first, second) = two_sources();
+        let space: &'static AddressSpace = Box::leak(Box::new(space));
+        space.map(pages(0, 16), 0, Access::ReadWrite).unwrap();
+        space.set_tracking(true).unwrap();
+        let last = Scope::Domain(space.domains()[1]);
+        let scope = if both { Scope::All } else { last };
+        second.dirty(3);
+        let request = HarvestRequest::new(pages(0, 16), Granule::K4).in_scope(scope);
+        let bitmap = UserBitmap::new(Box::leak(Box::new([0u64])));
+        let lease = space.harvest(&request, bitmap).unwrap();
+        space.unmap_discarding(pages(0, 16)).unwrap();
+        // The other domain is filled before.
+        first.with(|s| {
+            s.on_map = Some(Box::new(move || {
+                let aborted = lease.abort();
+                assert_eq!((aborted.bytes, aborted.outside_bytes), (4096, 0));
+            }));
+        });
+        space.map(pages(0, 16), 0, Access::ReadWrite).unwrap();
+        let mut words = [0u64];
+        let alone = HarvestRequest::new(pages(0, 16), Granule::K4).in_scope(last);
+        let lease = space.harvest(&alone, UserBitmap::new(&mut words)).unwrap();
+        lease.sync().unwrap().commit();
+        assert_eq!(words[0], 1 << 3, "both: {both}");
+    }
 }

@@ -9,6 +9,8 @@
 //!
 //! The same programs are run by `cargo test` (`PROPTEST_CASES` says how many), by the fuzzer, and with something
 //! broken on purpose: a run that does not notice a missing flush checks nothing.
+//!
+//! [`soak`] does without an oracle: real threads at full speed, whose bytes are compared while they rest.
 
 mod bits;
 mod flush;
@@ -19,6 +21,7 @@ pub mod protocol;
 mod random;
 mod rig;
 mod run;
+pub mod soak;
 mod violation;
 
 pub use flush::check_flush;

@@ -56,7 +56,7 @@ impl Area {
     }
 
     /// The part `range` of this area as an area of its own, which is live and has the marks and the `pairs` of this one.
-    pub(super) fn piece(&self, range: IovaRange, pairs: Vec<Arc<Attachment>>) -> Self {
+    pub(super) fn piece(&self, range: IovaRange, pairs: Pairs) -> Self {
         let skipped = range.start().get() - self.mapping.range.start().get();
         Area {
             mapping: Mapping {
@@ -66,7 +66,7 @@ impl Area {
             },
             marks: Arc::clone(&self.marks),
             state: AtomicU8::new(LIVE),
-            pairs: Mutex::new(Some(pairs)),
+            pairs: Mutex::new(pairs),
             pieces: OnceLock::new(),
         }
     }

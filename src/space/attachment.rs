@@ -25,8 +25,8 @@
 //!
 //! # What is kept for a domain
 //! Pages of its that are dirty although its table no longer says so: put back by an abort, or moved out of the table by
-//! an unmap. Each source has its own, so that a harvest of one domain finds them; they are keyed by address, and a map
-//! forgets what an earlier area left behind. When the domain or the area goes, they move to the marks of the area:
+//! an unmap. Each source has its own, so that a harvest of one domain finds them; they are keyed by address. When the
+//! domain or the area goes, they move to the marks of the area:
 //!
 //! ```text
 //!  put back                                         unmap, detach
@@ -37,7 +37,9 @@
 //! ```
 //!
 //! If F3 comes first, U2 takes the page; otherwise P2 marks it, and what becomes of marks is the protocol of
-//! [`unmap`](super::unmap). Where the page was kept already, P1 is a load that comes before U2, which takes it.
+//! [`unmap`](super::unmap). Where the page was kept already, P1 is a load that comes before U2, which takes it. A page that
+//! P1 keeps after U2 may be kept on, and is dirty in the next area at its address: a superset. That area must not forget
+//! it: from its publication on, what is kept there may be its own.
 
 use super::rules::{Attachments, Rules};
 use super::tracking::Switch;
@@ -217,8 +219,7 @@ impl AddressSpace {
         {
             return Ok(());
         }
-        // What an earlier area at these addresses left behind.
-        attachment.kept.clear(area.mapping.range);
+        // What is kept at these addresses stays: the area is in the tree, so an abort may just have put pages back.
         attachment.source.map(&area.mapping)?;
         filled.push(Arc::clone(attachment));
         Ok(())

@@ -238,7 +238,12 @@ impl AddressSpace {
         let mut cut = Vec::new();
         for (touched, pairs) in &claimed.areas {
             let filled = || pairs.iter().flatten().cloned().collect();
-            let piece = |piece: &Piece| Arc::new(touched.area.piece(piece.range, filled()));
+            let piece = |piece: &Piece| {
+                // What goes is closed from the start: an attach that saw the whole area comes to its pieces.
+                let closed = piece.goes && performs(Step::ClosePairs);
+                let pairs = (!closed).then(filled);
+                Arc::new(touched.area.piece(piece.range, pairs))
+            };
             let pieces: Vec<_> = if touched.is_cut() {
                 touched.pieces.iter().map(piece).collect()
             } else {

@@ -59,6 +59,8 @@ pub struct State {
     pub refuse_tracking: bool,
     /// What happens, once, before this page is looked at.
     pub on_page: Option<(u64, Box<dyn FnOnce() + Send>)>,
+    /// What happens, once, when the next area is to be mapped, before it is.
+    pub on_map: Option<Box<dyn FnOnce() + Send>>,
     /// What happens, once, before the next invalidation.
     pub on_invalidate: Option<Box<dyn FnOnce() + Send>>,
 }

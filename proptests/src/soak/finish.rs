@@ -1,0 +1,67 @@
+//! The end: everything is unmapped and detached, and nothing may be left.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use dirtymap::sync::thread;
+use dirtymap::{Access, AddressSpace, Granule, IovaRange};
+use pagetable_sim::PhysMemory;
+
+use super::layout;
+use super::world::World;
+
+/// How long readers may take to let go of the last domains.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Unmaps and detaches everything, prints the table, and returns what is left.
+///
+/// # Errors
+/// If something is left.
+pub(super) fn take_down(world: World, elapsed: Duration) -> Result<String, String> {
+    let failed = |what: &str| Err(format!("FAILED at the end: {what}"));
+    let done = world.space.unmap_discarding(IovaRange::ALL);
+    let done = done.map_err(|error| format!("FAILED at the end: unmap: {error}"))?;
+    if done.discarded_bytes != 0 {
+        return failed(&format!("{done:?} after everything was harvested"));
+    }
+    for id in &world.ids {
+        let detached = world.space.detach(*id);
+        detached.map_err(|error| format!("FAILED at the end: detach: {error}"))?;
+    }
+    let stats = world.space.stats();
+    print!("{}", world.tally.table(elapsed, &stats));
+    let (areas, domains) = (world.space.mappings().len(), world.space.domains().len());
+    let flush = stats.flush;
+    if areas != 0 || domains != 0 || flush.pending != 0 || flush.frees_pending != 0 {
+        return failed(&format!("{areas} areas, {domains} domains, {flush:?}"));
+    }
+    let memory = Arc::clone(&world.memory);
+    drop(world);
+    let left = domains_left(&memory);
+    if left != 0 {
+        return failed(&format!("{left} domains are still in memory"));
+    }
+    Ok(format!(
+        "left: {areas} areas, {domains} domains attached, {left} domains in memory, {} debts\n",
+        flush.pending
+    ))
+}
+
+/// How many domains are still in memory: each of them holds `memory`. What other threads replaced is freed by readers and
+/// writers that come later, of any space.
+fn domains_left(memory: &Arc<PhysMemory>) -> usize {
+    let began = Instant::now();
+    loop {
+        let left = Arc::strong_count(memory) - 1;
+        if left == 0 || began.elapsed() > PATIENCE {
+            return left;
+        }
+        let space = AddressSpace::new(Granule::K4);
+        for _ in 0..256 {
+            let range = layout::range(0, 1);
+            space.map(range, 0, Access::Read).unwrap();
+            space.unmap_discarding(range).unwrap();
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+}

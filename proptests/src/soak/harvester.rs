@@ -1,0 +1,225 @@
+//! Who harvests: random ranges and scopes, and every end that a lease can have. What was taken is copied page by page.
+//!
+//! A lease that was aborted says when some of its pages were unmapped meanwhile. Nobody reports these again, and their memory
+//! is final, as the unmap has flushed: the harvester copies them by the bitmap that it still has.
+
+use dirtymap::sync::AtomicU64;
+use dirtymap::{Error, Granule, HarvestError, HarvestRequest, Scope, UserBitmap};
+
+use super::failure::Failure;
+use super::layout::{self, PAGES};
+use super::options::Sabotage;
+use super::tally::Count;
+use super::world::World;
+use crate::Random;
+
+/// What becomes of a lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fate {
+    /// Synced, copied, committed.
+    Commit,
+    /// Synced, copied in part, aborted.
+    AbortSynced,
+    /// Aborted before its flush.
+    AbortOwed,
+    /// Dropped before its flush.
+    Drop,
+}
+
+/// See the [module](self).
+pub(super) struct Harvester<'w> {
+    world: &'w World,
+    actor: usize,
+    random: Random,
+    words: Vec<AtomicU64>,
+}
+
+impl<'w> Harvester<'w> {
+    pub(super) fn new(world: &'w World, nth: u32) -> Self {
+        let others = world.options.mappers + world.options.attachers;
+        Harvester {
+            world,
+            actor: (others + nth) as usize,
+            random: world.random(3, nth.into()),
+            words: Vec::new(),
+        }
+    }
+
+    pub(super) fn run(mut self) -> Result<(), Failure> {
+        while self.world.control.goes_on(|| ()) {
+            let request = self.request();
+            if self.random.below(16) == 0 {
+                self.peek(&request)?;
+            }
+            let fate = match self.random.below(8) {
+                0 => Fate::AbortSynced,
+                1 => Fate::AbortOwed,
+                2 => Fate::Drop,
+                _ => Fate::Commit,
+            };
+            self.round(&request, fate)?;
+        }
+        Ok(())
+    }
+
+    /// A range, a granule and a scope.
+    fn request(&mut self) -> HarvestRequest {
+        let random = &mut self.random;
+        let (first, pages) = match random.below(4) {
+            // A slot, or a part of it with its neighbours.
+            0 => {
+                let (first, pages) =
+                    layout::slot(random.below((layout::SMALL + layout::LARGE) as u64) as usize);
+                (first, random.below(3) * pages / 2 + pages)
+            }
+            // Part of an area that stays; cuts through leaves.
+            1 => {
+                let (first, pages) = layout::STATIC[random.below(3) as usize];
+                let from = random.below(pages);
+                (first + from, 1 + random.below(pages - from))
+            }
+            // The two that touch.
+            2 => (0, layout::STATIC[0].1 + layout::STATIC[1].1),
+            _ => (layout::slot(0).0, PAGES),
+        };
+        let pages = pages.min(PAGES - first);
+        let lg2 = match random.below(4) {
+            0 => 11,
+            1 if first % 4 == 0 && pages.is_multiple_of(4) => 14,
+            _ => 12,
+        };
+        let granule = Granule::from_lg2(lg2).unwrap();
+        let scope = match random.below(3) {
+            0 => Scope::Domain(self.world.ids[random.below(self.world.ids.len() as u64) as usize]),
+            _ => Scope::All,
+        };
+        HarvestRequest::new(layout::range(first, pages), granule).in_scope(scope)
+    }
+
+    fn clear_words(&mut self, request: &HarvestRequest) {
+        let bits = request.range().granules(request.granule()) as usize;
+        self.words.clear();
+        self.words
+            .resize_with(bits.div_ceil(64), || AtomicU64::new(0));
+    }
+
+    fn peek(&mut self, request: &HarvestRequest) -> Result<(), Failure> {
+        self.clear_words(request);
+        self.world.tally.add(Count::Peeks, 1);
+        match self
+            .world
+            .space
+            .peek(request, UserBitmap::shared(&self.words))
+        {
+            Ok(_) | Err(Error::Hole { .. }) => Ok(()),
+            Err(error) => Err(Failure::call("peek", request.range(), error)),
+        }
+    }
+
+    /// One harvest, and what becomes of it. Returns how many bits it set.
+    pub(super) fn round(&mut self, request: &HarvestRequest, fate: Fate) -> Result<u64, Failure> {
+        let range = request.range();
+        let (world, tally) = (self.world, &self.world.tally);
+        let sabotage = world.options.sabotage;
+        self.clear_words(request);
+        let bitmap = UserBitmap::shared(&self.words);
+        let failed = |what: &str, error: &Error| Failure::call(what, range, error);
+        let view = bitmap.view(range, request.granule());
+        let view = view.map_err(|error| failed("view", &error))?;
+        world.events.note(self.actor, text(request, fate), range);
+        tally.add(Count::Harvests, 1);
+        let lease = match world.space.harvest(request, bitmap) {
+            Ok(lease) => lease,
+            Err(HarvestError::Stopped(stopped)) if matches!(stopped.error, Error::Hole { .. }) => {
+                tally.add(Count::Holes, 1);
+                stopped.lease
+            }
+            Err(error) => return Err(failed("harvest", &error.into())),
+        };
+        let bits = lease.report().bits_set;
+        if fate != Fate::Commit && sabotage == Some(Sabotage::ForgetAbort) {
+            let _ = lease
+                .sync()
+                .map_err(|error| failed("sync", &error.into()))?
+                .commit();
+            return Ok(bits);
+        }
+        let outside = match fate {
+            Fate::Drop => {
+                drop(lease);
+                tally.add(Count::Drops, 1);
+                // A drop does not say what was outside: all of it may have been.
+                layout::slot(0).0 <= *layout::pages_of(range).end()
+            }
+            Fate::AbortOwed => {
+                tally.add(Count::Aborts, 1);
+                lease.abort().outside_bytes != 0
+            }
+            Fate::Commit | Fate::AbortSynced => {
+                let early = sabotage == Some(Sabotage::CopyBeforeSync);
+                if early {
+                    world.copy_runs(view.runs());
+                }
+                let lease = lease
+                    .sync()
+                    .map_err(|error| failed("sync", &error.into()))?;
+                if fate == Fate::Commit {
+                    if !early {
+                        world.copy_runs(lease.runs());
+                    }
+                    lease.commit();
+                    tally.add(Count::Commits, 1);
+                    return Ok(bits);
+                }
+                if let Some(run) = lease.runs().next() {
+                    world.copy_range(run);
+                }
+                tally.add(Count::Aborts, 1);
+                lease.abort().outside_bytes != 0
+            }
+        };
+        if outside {
+            tally.add(Count::OutsideAborts, 1);
+            world.copy_runs(view.runs());
+        }
+        Ok(bits)
+    }
+
+    /// Harvests all that is mapped, and commits. Returns how many bits were set.
+    pub(super) fn everything(&mut self, scope: Scope) -> Result<u64, Failure> {
+        let mut bits = 0;
+        let mut ranges: Vec<dirtymap::IovaRange> = Vec::new();
+        for mapping in self.world.space.mappings() {
+            let range = mapping.range;
+            match ranges.last_mut() {
+                Some(last) if last.last().checked_add(1) == Some(range.start()) => {
+                    *last = dirtymap::IovaRange::new(last.start(), range.last()).unwrap();
+                }
+                _ => ranges.push(range),
+            }
+        }
+        for range in ranges {
+            let request = HarvestRequest::new(range, Granule::K4).in_scope(scope);
+            bits += self.round(&request, Fate::Commit)?;
+        }
+        Ok(bits)
+    }
+
+    /// The one who compares.
+    pub(super) fn of_comparison(world: &'w World) -> Self {
+        Harvester::new(world, world.options.harvesters)
+    }
+}
+
+fn text(request: &HarvestRequest, fate: Fate) -> &'static str {
+    match (request.scope(), fate) {
+        (Scope::All, Fate::Commit) => "harvests, to commit,",
+        (Scope::All, Fate::AbortSynced) => "harvests, to abort after the sync,",
+        (Scope::All, Fate::AbortOwed) => "harvests, to abort,",
+        (Scope::All, Fate::Drop) => "harvests, to drop,",
+        (Scope::Domain(_), Fate::Commit) => "harvests a domain, to commit,",
+        (Scope::Domain(_), Fate::AbortSynced) => "harvests a domain, to abort after the sync,",
+        (Scope::Domain(_), Fate::AbortOwed) => "harvests a domain, to abort,",
+        (Scope::Domain(_), Fate::Drop) => "harvests a domain, to drop,",
+    }
+}

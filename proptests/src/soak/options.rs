@@ -1,0 +1,123 @@
+//! The command line.
+
+use clap::{Parser, ValueEnum};
+use pagetable_sim::Breakage;
+
+/// Devices, CPU threads, mappers, domains that come and go, and harvesters, all at full speed with real bytes; every few
+/// seconds all writers rest, and what was copied is compared with what was written, byte for byte.
+///
+/// Exit status: 0 if nothing was lost, 1 at the first difference, 2 if the input is refused.
+#[derive(Parser, Clone, Debug)]
+#[command(name = "soak", max_term_width = 100)]
+pub struct Options {
+    /// How long, in minutes; fractions are fine [default: 1]
+    #[arg(long, value_name = "N", value_parser = amount, conflicts_with = "seconds")]
+    pub minutes: Option<f64>,
+
+    /// How long, in seconds
+    #[arg(long, value_name = "N", value_parser = amount)]
+    pub seconds: Option<f64>,
+
+    /// Seed of everything that is random; threads still race as they like
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+
+    /// Devices that write all the time, 0 to 16
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(0..=16))]
+    pub devices: u32,
+
+    /// CPU threads that write and mark, 0 to 16
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(0..=16))]
+    pub cpus: u32,
+
+    /// Threads that map, cut and unmap, 0 to 16
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(0..=16))]
+    pub mappers: u32,
+
+    /// Threads that attach a domain, let its device write, and detach it, 0 to 16
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(0..=16))]
+    pub attachers: u32,
+
+    /// Threads that harvest, copy, and commit or abort, 0 to 16
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(0..=16))]
+    pub harvesters: u32,
+
+    /// Seconds between two comparisons
+    #[arg(long, value_name = "N", default_value_t = 2.0, value_parser = amount)]
+    pub checkpoint: f64,
+
+    /// How much the resident memory may grow from the first comparison to the last, in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 64)]
+    pub growth: u64,
+
+    /// Break one step, to see that the comparison finds what is lost
+    #[arg(long, value_enum, value_name = "KIND")]
+    pub sabotage: Option<Sabotage>,
+}
+
+/// A step that is broken on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Sabotage {
+    /// Invalidations reach no device.
+    SkipFlush,
+    /// Devices acknowledge invalidations before their posted writes have landed.
+    NoDrain,
+    /// Each invalidated range lacks its last page.
+    ShortFlush,
+    /// Devices keep pointers to tables that were replaced.
+    SkipNonLeaf,
+    /// Leases that should be aborted are committed, and nothing of them is copied.
+    ForgetAbort,
+    /// Pages are copied before the lease is synced.
+    CopyBeforeSync,
+}
+
+impl Options {
+    /// How long the run takes.
+    pub(super) fn duration(&self) -> std::time::Duration {
+        let minutes = self.minutes.unwrap_or(1.0);
+        std::time::Duration::from_secs_f64(self.seconds.unwrap_or(minutes * 60.0))
+    }
+
+    /// What the hardware breaks.
+    pub(super) fn breakage(&self) -> Breakage {
+        match self.sabotage {
+            Some(Sabotage::SkipFlush) => Breakage::IgnoreInvalidations,
+            Some(Sabotage::NoDrain) => Breakage::AcknowledgeWithoutDraining,
+            Some(Sabotage::ShortFlush) => Breakage::FlushShortByOnePage,
+            Some(Sabotage::SkipNonLeaf) => Breakage::SkipNonLeaf,
+            Some(Sabotage::ForgetAbort | Sabotage::CopyBeforeSync) | None => Breakage::None,
+        }
+    }
+
+    /// The command that repeats this run.
+    pub(super) fn command(&self) -> String {
+        let mut command = format!(
+            "cargo run --release -p proptests --bin soak -- --seconds {} --seed {} --devices {} --cpus {} --mappers {} \
+             --attachers {} --harvesters {} --checkpoint {}",
+            self.duration().as_secs_f64(),
+            self.seed,
+            self.devices,
+            self.cpus,
+            self.mappers,
+            self.attachers,
+            self.harvesters,
+            self.checkpoint,
+        );
+        if let Some(sabotage) = self.sabotage.and_then(|kind| kind.to_possible_value()) {
+            command += " --sabotage ";
+            command += sabotage.get_name();
+        }
+        command
+    }
+}
+
+/// A number of minutes or seconds: above 0, at most a year of minutes.
+fn amount(text: &str) -> Result<f64, String> {
+    const MOST: f64 = 525_600.0;
+    match text.parse::<f64>() {
+        Ok(amount) if amount > 0.0 && amount <= MOST => Ok(amount),
+        Ok(_) => Err(format!("must be above 0 and at most {MOST}")),
+        Err(error) => Err(error.to_string()),
+    }
+}

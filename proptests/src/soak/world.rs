@@ -1,0 +1,213 @@
+//! What all actors share.
+
+use std::sync::Arc;
+
+use dirtymap::sync::{AtomicU64, Mutex, MutexGuard, Ordering, lock};
+use dirtymap::{Access, AddressSpace, DomainId, Granule, IovaRange, Runs};
+use pagetable_sim::{Breakage, PhysMemory};
+
+use super::control::Control;
+use super::failure::{Events, Failure};
+use super::layout::{self, LANE, PAGE, PAGES};
+use super::machine::{self, Machine};
+use super::options::Options;
+use super::tally::{Count, Tally};
+use crate::Random;
+
+/// Domains that stay.
+pub(super) const DOMAINS: usize = 2;
+
+/// What a slot is doing; counts up, four steps a round. Only who holds the slot changes it, and it changes **before** a
+/// call that changes what devices reach, or after it: who reads the same number before and after an access knows what must
+/// become of that access.
+pub(super) const MAPPED: u64 = 0;
+pub(super) const UNMAPPED: u64 = 2;
+
+/// A range of pages that comes and goes.
+pub(super) struct Slot {
+    pub(super) first: u64,
+    pub(super) pages: u64,
+    phase: AtomicU64,
+    state: Mutex<SlotState>,
+}
+
+/// What the mappers know of a slot.
+pub(super) struct SlotState {
+    pub(super) mapped: bool,
+    /// While it is not mapped: what the devices' lanes hold, page by page.
+    pub(super) frozen: Vec<u8>,
+}
+
+impl Slot {
+    fn new(nth: usize, device_lanes: u64) -> Self {
+        let (first, pages) = layout::slot(nth);
+        let state = SlotState {
+            mapped: false,
+            frozen: vec![0; (pages * device_lanes * LANE) as usize],
+        };
+        Slot {
+            first,
+            pages,
+            phase: AtomicU64::new(UNMAPPED),
+            state: Mutex::new(state),
+        }
+    }
+
+    pub(super) fn range(&self) -> IovaRange {
+        layout::range(self.first, self.pages)
+    }
+
+    pub(super) fn phase(&self) -> u64 {
+        // Acquire: pairs with the Release in `step`; who sees a slot unmapped comes after the unmap.
+        self.phase.load(Ordering::Acquire)
+    }
+
+    /// To the next phase.
+    pub(super) fn step(&self) {
+        // AcqRel: Release pairs with the Acquire in `phase`. What comes later in this thread can only be seen through the
+        // table, whose entries are published with Release.
+        self.phase.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// The slot, unless another mapper has it.
+    pub(super) fn take(&self) -> Option<MutexGuard<'_, SlotState>> {
+        self.state.try_lock().ok()
+    }
+}
+
+/// See the [module](self).
+pub(super) struct World {
+    pub(super) options: Options,
+    pub(super) space: AddressSpace,
+    pub(super) memory: Arc<PhysMemory>,
+    pub(super) machines: Vec<Arc<dyn Machine>>,
+    pub(super) ids: Vec<DomainId>,
+    pub(super) slots: Vec<Slot>,
+    /// The destination. A page is read from memory and written here under its lock, so that an older copy never replaces
+    /// a newer one.
+    copy: Vec<Mutex<[u8; PAGE as usize]>>,
+    /// By lane: what its writer wrote last to each page.
+    pub(super) shadows: Vec<Vec<AtomicU64>>,
+    pub(super) control: Control,
+    pub(super) tally: Tally,
+    pub(super) events: Events,
+}
+
+impl World {
+    /// A machine whose static areas are mapped, which tracks, and whose copy is equal to its memory.
+    pub(super) fn new(options: Options) -> Result<Self, dirtymap::Error> {
+        let memory = Arc::new(PhysMemory::new((PAGES + layout::SCRATCH) * PAGE)?);
+        let space = AddressSpace::new(Granule::K4);
+        let leaves = [Granule::M2, Granule::K4];
+        let machines: Vec<_> = (0..DOMAINS)
+            .map(|nth| machine::machine(nth as u64, leaves[nth], &memory))
+            .collect();
+        let ids = machines
+            .iter()
+            .map(|machine| Arc::clone(machine).join(&space))
+            .collect::<Result<_, _>>()?;
+        space.set_allowed(&[layout::scratch()])?;
+        for (first, pages) in layout::STATIC {
+            space.map(layout::range(first, pages), first * PAGE, Access::ReadWrite)?;
+        }
+        space.set_tracking(true)?;
+        let breakage = options.breakage();
+        for machine in &machines {
+            machine.break_hardware(breakage);
+        }
+        let lanes = options.devices + options.attachers + options.cpus;
+        let device_lanes = u64::from(options.devices + options.attachers);
+        let names = actors(&options);
+        Ok(World {
+            space,
+            memory,
+            machines,
+            ids,
+            slots: (0..layout::SMALL + layout::LARGE)
+                .map(|nth| Slot::new(nth, device_lanes))
+                .collect(),
+            copy: (0..PAGES).map(|_| Mutex::new([0; PAGE as usize])).collect(),
+            shadows: (0..lanes)
+                .map(|_| (0..PAGES).map(|_| AtomicU64::new(0)).collect())
+                .collect(),
+            control: Control::default(),
+            tally: Tally::default(),
+            events: Events::new(names),
+            options,
+        })
+    }
+
+    /// Random numbers for actor number `nth` of a kind.
+    pub(super) fn random(&self, kind: u64, nth: u64) -> Random {
+        let mut seeds = Random::new(self.options.seed);
+        let seed = seeds.bits() ^ (kind << 32 | nth);
+        Random::new(Random::new(seed).bits())
+    }
+
+    /// Bytes of a page that devices write.
+    pub(super) fn device_bytes(&self) -> usize {
+        ((self.options.devices + self.options.attachers) as usize) * LANE as usize
+    }
+
+    /// What the hardware breaks.
+    pub(super) fn breakage(&self) -> Breakage {
+        self.options.breakage()
+    }
+
+    /// Copies all pages that `runs` touch.
+    pub(super) fn copy_runs(&self, runs: Runs<'_>) {
+        for run in runs {
+            self.copy_range(run);
+        }
+    }
+
+    /// Copies all pages that `range` touches.
+    pub(super) fn copy_range(&self, range: IovaRange) {
+        let mut pages = 0;
+        for page in layout::pages_of(range) {
+            let mut copy = lock(&self.copy[page as usize]);
+            self.memory.read(page * PAGE, &mut *copy).unwrap();
+            pages += 1;
+        }
+        self.tally.add(Count::Pages, pages);
+    }
+
+    /// Calls `compare` with the copy and the memory of `page`.
+    pub(super) fn compare(
+        &self,
+        page: u64,
+        compare: impl FnOnce(&[u8; PAGE as usize], &[u8; PAGE as usize]) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let mut now = [0; PAGE as usize];
+        self.memory.read(page * PAGE, &mut now).unwrap();
+        compare(&lock(&self.copy[page as usize]), &now)
+    }
+
+    /// The name of the writer of `lane`.
+    pub(super) fn writer(&self, lane: usize) -> String {
+        let (devices, attachers) = (
+            self.options.devices as usize,
+            self.options.attachers as usize,
+        );
+        if lane < devices {
+            format!("device {lane} in domain {}", lane % DOMAINS)
+        } else if lane < devices + attachers {
+            format!("the device of attacher {}", lane - devices)
+        } else {
+            format!("CPU {}", lane - devices - attachers)
+        }
+    }
+}
+
+/// The actors with events: mappers, then attachers, then harvesters, then the one who compares.
+fn actors(options: &Options) -> Vec<String> {
+    let kinds = [
+        ("mapper", options.mappers),
+        ("attacher", options.attachers),
+        ("harvester", options.harvesters),
+    ];
+    let numbered = kinds
+        .iter()
+        .flat_map(|(kind, n)| (0..*n).map(move |nth| format!("{kind} {nth}")));
+    numbered.chain(["comparison".into()]).collect()
+}
