@@ -117,6 +117,8 @@ pub enum Step {
     WaitForReaders,
     /// Leading marks by the handle of an area that was cut to its pieces.
     GiveWay,
+    /// Looking at what is in flight when an area goes.
+    LookInFlight,
 }
 
 #[cfg(dirtymap_loom)]

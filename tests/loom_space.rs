@@ -308,3 +308,29 @@ fn a_mark_by_a_handle_follows_a_cut() {
         cut && !(marked && discarded == 0)
     });
 }
+
+/// A write that has begun when its area goes is in the result of the unmap, whether it has ended or not.
+#[test]
+fn an_unmap_finds_a_write_in_flight() {
+    holds_only_with(&[Step::LookInFlight, Step::MarkBeforeFree], || {
+        let space = Arc::new(AddressSpace::new(PAGE));
+        space.map(page(0), 0, RW).unwrap();
+        space.set_tracking(true).unwrap();
+        let begun = Arc::new(AtomicU64::new(0));
+        let writer = {
+            let (space, begun) = (space.clone(), begun.clone());
+            thread::spawn(move || {
+                let guard = space.begin_write(page(0)).ok();
+                // Release: pairs with the Acquire below; an unmap that sees it began during or after the write.
+                begun.store(u64::from(guard.is_some()), Ordering::Release);
+                drop(guard);
+            })
+        };
+        let had_begun = begun.load(Ordering::Acquire) == 1;
+        let words = [AtomicU64::new(0)];
+        let unmapped = space.unmap(page(0), PAGE, UserBitmap::shared(&words));
+        let found = unmapped.is_ok_and(|(unmapped, _)| unmapped.dirty_bytes != 0);
+        writer.join().unwrap();
+        found || !had_begun
+    });
+}

@@ -419,7 +419,8 @@ pub(super) fn take(
         let Some(part) = rest else { break };
         sink.limit_to(if outcome.is_ok() { limit } else { part });
         let keep = |run| {
-            let _ = space.put_back(run, &covered.only(domain));
+            let outside = space.put_back(run, &covered.only(domain));
+            space.counters.put_back_outside(outside.bytes);
         };
         let rests = Rests {
             in_flight: &space.in_flight,

@@ -21,6 +21,8 @@
 //! area knows its pieces from before they are published, so that a mark by an old handle or snapshot, which lands in the
 //! shared marks, also asks the pieces whether they are still there.
 
+use std::convert::Infallible;
+
 use super::area::{Area, Pairs};
 use super::plan::{Piece, Plan, Touched, check_new};
 use super::{AddressSpace, Unmapped};
@@ -129,7 +131,11 @@ impl AddressSpace {
         {
             self.flush_until(ticket)?;
         }
+        // Acquire: pairs with the Release fence in `LeafSink` and with `Slot::free`; whatever took a leaf before `empty_part`
+        // looked at it has said so in a slot, or has kept the rest.
+        fence(Ordering::Acquire);
         for (area, range) in plan.going() {
+            self.mark_in_flight(area, range);
             self.mark_kept(area, range);
             if let Some(sink) = record.as_deref_mut() {
                 // Recorded while everything can still be taken back.
@@ -218,6 +224,18 @@ impl AddressSpace {
             filled.clear();
         }
         ticket
+    }
+
+    /// Marks what is in flight in `area`, which is going: the rest of a leaf that a harvest is moving, and pages that are
+    /// being written.
+    fn mark_in_flight(&self, area: &Area, range: IovaRange) {
+        if performs(Step::LookInFlight) {
+            let done: Result<(), Infallible> = self.in_flight.visit(range, |part| {
+                area.marks.mark(part);
+                Ok(())
+            });
+            debug_assert!(done.is_ok());
+        }
     }
 
     /// Moves what is kept for all domains to the marks of `area`, which is going and whose pairs are held.

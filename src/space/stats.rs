@@ -16,7 +16,8 @@ pub struct SpaceStats {
     pub committed_bytes: u64,
     /// Of these: bytes of leases that were aborted or dropped, and so became dirty again.
     pub aborted_bytes: u64,
-    /// Bytes that an aborted lease could not put back, because they were unmapped meanwhile.
+    /// Bytes that an aborted lease, or a harvest with the rest of a leaf, could not put back, because they were unmapped
+    /// meanwhile.
     pub put_back_outside_bytes: u64,
     /// Dirty bytes that unmaps returned in user bitmaps.
     pub unmapped_dirty_bytes: u64,
@@ -56,7 +57,13 @@ impl Counters {
 
     pub(crate) fn aborted(&self, bytes: u64, outside: u64) {
         self.aborted.add(bytes);
-        self.put_back_outside.add(outside);
+        self.put_back_outside(outside);
+    }
+
+    pub(crate) fn put_back_outside(&self, bytes: u64) {
+        if bytes > 0 {
+            self.put_back_outside.add(bytes);
+        }
     }
 
     pub(crate) fn unmapped(&self, bytes: u128) {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  claim all ----> for each area and domain: end its translations, owe, keep D ----> flush ----> what is kept to the marks
-//!    |                                                                                |              |
+//!    |                                                                                |              |  and what is in flight
 //!    +-- one is busy: give back                    it fails: owe again, give back <---+              v
 //!                                                          collect the marks <---- out of the tree, record the marks
 //! ```
@@ -21,6 +21,13 @@
 //!   came before it was paid, the lease copies after it.
 //! * After the flush, which drains writes in flight, there are no writes any more. So what the exchanges found, with what
 //!   was kept and marked, is everything, and the memory behind it is final.
+//!
+//! * A harvest that takes a part of a leaf may have cleared D and still be moving the rest. It published the rest as in flight
+//!   before it cleared D, so an unmap that finds D clear finds the rest in flight, or kept: it reads the tables, what is in
+//!   flight, what is kept, and the marks, in this order. When the harvest arrives with the rest, and the area is gone, that is
+//!   counted as put back outside.
+//! * Pages of a live [`WriteGuard`](crate::WriteGuard) are in flight, and so in the result. When the guard is dropped, the
+//!   write is counted as outside.
 //!
 //! A lease that has such a page and is aborted later finds no area, and counts it as outside; one that is aborted meanwhile
 //! puts the page where the unmap finds it, or counts it (see [`attachment`](super::attachment)).
