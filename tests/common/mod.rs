@@ -49,8 +49,6 @@ pub struct State {
     /// Calls that fail from now on.
     pub refuse_map: bool,
     pub refuse_map_at: Option<IovaRange>,
-    /// What happens, once, before the next map.
-    pub on_map: Option<Box<dyn FnOnce() + Send>>,
     pub stop_at: Option<u64>,
     pub panic_at: Option<u64>,
     pub fail_invalidations: u32,
