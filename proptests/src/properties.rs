@@ -7,12 +7,12 @@ use crate::{Config, Op, run};
 
 /// A program's steps; each is decoded from bytes of its own, so that a failing program shrinks step by step.
 pub(crate) fn ops(count: usize) -> impl Strategy<Value = Vec<Op>> {
-    let op = any::<[u8; 5]>().prop_map(|bytes| Op::decode(&mut bytes.into_iter()).unwrap());
+    let op = any::<[u8; 8]>().prop_map(|bytes| Op::decode(&mut bytes.into_iter()).unwrap());
     vec(op, 0..count)
 }
 
 fn config() -> impl Strategy<Value = Config> {
-    any::<[u8; 2]>().prop_map(|bytes| Config::decode(&mut bytes.into_iter()).unwrap())
+    any::<[u8; 4]>().prop_map(|bytes| Config::decode(&mut bytes.into_iter()).unwrap())
 }
 
 proptest! {
