@@ -24,6 +24,15 @@ proptest! {
     fn programs_keep_every_promise(config in config(), ops in ops(60)) {
         run(&ops, &config)?;
     }
+}
+
+proptest! {
+    // Each is as long as seven of the others.
+    #![proptest_config(ProptestConfig {
+        cases: ProptestConfig::default().cases.div_ceil(4),
+        max_shrink_iters: 20_000,
+        ..ProptestConfig::default()
+    })]
 
     /// Long lives, in which leases overlap and debts pile up.
     #[test]

@@ -98,7 +98,7 @@ impl<'o> Plan<'o> {
     /// # Errors
     /// Why it is refused.
     pub(crate) fn cut(&mut self, at: Iova) -> Result<(), Error> {
-        if at.get() % PAGE != 0 {
+        if !at.get().is_multiple_of(PAGE) {
             let granule = Granule::K4;
             return Err(Error::UnalignedCut { at, granule });
         }

@@ -64,6 +64,7 @@ impl Free {
             // They touch, in the wrong order.
             4 => vec![stretch(1, 0, 512), stretch(0, 0, 512)],
             5 => vec![stretch(0, 7, 3), stretch(2, 1, 1024)],
+            // They overlap.
             6 => vec![stretch(0, 0, 600), stretch(1, 0, 4)],
             _ => vec![stretch(3, 500, 40)],
         }
@@ -74,7 +75,8 @@ impl Free {
     pub(crate) fn allow(&mut self, ranges: Vec<IovaRange>) -> Result<(), Error> {
         let mut sorted = ranges.clone();
         sorted.sort_unstable_by_key(|range| range.start());
-        for pair in sorted.windows(2).filter(|pair| pair[0].intersects(pair[1])) {
+        let mut pairs = sorted.windows(2);
+        if let Some(pair) = pairs.find(|pair| pair[0].intersects(pair[1])) {
             let (range, other) = (pair[0], pair[1]);
             return Err(Error::AllowedTwice { range, other });
         }
