@@ -2,7 +2,7 @@
 //! oracle.
 //!
 //! ```text
-//!  bytes --decode--> ops --run--> AddressSpace, Domain, two devices, two leases, a migrator's copy
+//!  bytes --decode--> ops --run--> AddressSpace, three domains, six devices, two leases, a migrator's copy
 //!                            |                     |
 //!                            +--> oracle --------- compare after each step, byte for byte at the end
 //! ```
@@ -23,10 +23,13 @@ mod rig;
 mod run;
 pub mod soak;
 mod violation;
+mod world;
 
 pub use flush::check_flush;
 pub use gather::check_gather;
-pub use op::{Ask, Config, Cut, MapFault, Op, Place, Sabotage, decode};
+pub use op::{
+    Ask, Config, Cut, DOMAINS, Format, MapFault, Master, Op, Place, Sabotage, Step, Stretch, decode,
+};
 pub use random::Random;
 pub use run::run;
 pub use violation::{Rule, Violation};

@@ -7,12 +7,12 @@ use crate::{Config, Op, run};
 
 /// A program's steps; each is decoded from bytes of its own, so that a failing program shrinks step by step.
 pub(crate) fn ops(count: usize) -> impl Strategy<Value = Vec<Op>> {
-    let op = any::<[u8; 5]>().prop_map(|bytes| Op::decode(&mut bytes.into_iter()).unwrap());
+    let op = any::<[u8; 8]>().prop_map(|bytes| Op::decode(&mut bytes.into_iter()).unwrap());
     vec(op, 0..count)
 }
 
 fn config() -> impl Strategy<Value = Config> {
-    any::<[u8; 2]>().prop_map(|bytes| Config::decode(&mut bytes.into_iter()).unwrap())
+    any::<[u8; 4]>().prop_map(|bytes| Config::decode(&mut bytes.into_iter()).unwrap())
 }
 
 proptest! {
@@ -24,6 +24,15 @@ proptest! {
     fn programs_keep_every_promise(config in config(), ops in ops(60)) {
         run(&ops, &config)?;
     }
+}
+
+proptest! {
+    // Each is as long as seven of the others.
+    #![proptest_config(ProptestConfig {
+        cases: ProptestConfig::default().cases.div_ceil(4),
+        max_shrink_iters: 20_000,
+        ..ProptestConfig::default()
+    })]
 
     /// Long lives, in which leases overlap and debts pile up.
     #[test]

@@ -2,7 +2,7 @@
 
 use dirtymap::Access;
 
-use crate::{Ask, Config, Cut, MapFault, Op, Place, check_gather, run};
+use crate::{Ask, Config, Cut, MapFault, Master, Op, Place, check_gather, run};
 
 const FIRST_PAGE: Place = Place {
     area: 0,
@@ -10,19 +10,13 @@ const FIRST_PAGE: Place = Place {
     byte: 0,
 };
 
-const WHOLE_AREA: Ask = Ask {
-    area: 0,
-    span: 0,
-    page: 0,
-    granule_lg2: 12,
-    ragged: false,
-    short: false,
-    all_or_nothing: false,
-    preset: 0,
+const DEVICE: Master = Master {
+    domain: 0,
+    device: 0,
 };
 
 const WRITE: Op = Op::DmaWrite {
-    device: 0,
+    device: DEVICE,
     at: FIRST_PAGE,
     len: 8,
 };
@@ -42,9 +36,9 @@ fn a_refused_map_does_not_depend_on_the_flush_of_somebody_else() {
     };
     let ops = [
         WRITE,
-        Op::Harvest(WHOLE_AREA),
+        Op::Harvest(Ask::EVERYTHING),
         Op::Abort(0),
-        Op::FlushFails,
+        Op::FlushFails(0),
         refused,
     ];
     run(&ops, &Config::PLAIN).unwrap();
@@ -58,7 +52,7 @@ fn an_unmap_whose_flush_fails_counts_what_it_discarded() {
         area: 0,
         cut: Cut::Whole,
     };
-    run(&[WRITE, Op::FlushFails, unmap], &Config::PLAIN).unwrap();
+    run(&[WRITE, Op::FlushFails(0), unmap], &Config::PLAIN).unwrap();
 }
 
 /// Two gathers that are merged into each other double what they count with each step: the count of entries wrapped, which

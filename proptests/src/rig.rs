@@ -4,98 +4,209 @@
 //! invalidates, on a thread of its own, the caller's thread serves the devices. Between two steps no device does
 //! anything: writes stay in flight, and runs repeat themselves exactly.
 
+use std::panic::resume_unwind;
+
 use dirtymap::sync::{Arc, AtomicBool, Mutex, Ordering, lock, relax, thread};
 use dirtymap::{
-    DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink, Mapping,
-    Sink, Stopped,
+    Access, DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink,
+    Mapping, Sink, Stopped,
 };
-use pagetable_sim::{Breakage, Device, DeviceConfig, DmaError, Domain, DomainConfig, PhysMemory};
+use pagetable_sim::{
+    Breakage, Device, DeviceConfig, DmaError, Domain, DomainConfig, Format, PhysMemory,
+};
 
 use crate::op::{Config, Sabotage};
-use crate::oracle::MEMORY;
 
-/// See the [module](self).
-pub(crate) struct Rig {
-    domain: Arc<Domain>,
-    devices: Mutex<[Tracked; 2]>,
-    fail_next: AtomicBool,
+/// A domain of any format with its two devices: see the [module](self).
+pub(crate) trait Node: DirtySource {
+    fn format(&self) -> &'static str;
+
+    /// Whether it has leaves that let devices do `access` and nothing else.
+    fn grants(&self, access: Access) -> bool;
+
+    /// Whether the domain maps `iova`.
+    fn translates(&self, iova: Iova) -> bool;
+
+    fn write(&self, device: u8, at: Iova, bytes: &[u8]) -> Result<(), DmaError>;
+
+    fn read(&self, device: u8, at: Iova, bytes: &mut [u8]) -> Result<(), DmaError>;
+
+    /// Lands what may be in flight to `range`, but not from device `except`.
+    fn settle(&self, except: Option<u8>, range: IovaRange);
+
+    /// Lands what is in flight; the device stays awake.
+    fn land(&self, device: u8);
+
+    /// Lands what is in flight; the device goes to sleep.
+    fn quiesce(&self, device: u8);
+
+    /// Has a device write again and again while the domain invalidates, until it is told to stop by `None`.
+    fn keep_busy(&self, busy: Option<Busy>);
+
+    /// Whether the next invalidation fails.
+    fn fails(&self) -> &Switch;
+
+    /// Whether the next harvest panics.
+    fn dies(&self) -> &Switch;
 }
 
-/// A device, and where its writes in flight may be.
-struct Tracked {
-    device: Device,
-    in_flight: Vec<IovaRange>,
+/// Thrown and seen by one thread.
+#[derive(Default)]
+pub(crate) struct Switch(AtomicBool);
+
+impl Switch {
+    pub(crate) fn set(&self, on: bool) {
+        // Relaxed, here and below: one thread.
+        self.0.store(on, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_on(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn take(&self) -> bool {
+        self.0.swap(false, Ordering::Relaxed)
+    }
 }
+
+/// What a device writes while it is waited for.
+pub(crate) struct Busy {
+    pub(crate) device: u8,
+    pub(crate) at: Iova,
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// What a harvest that was told to die panics with.
+pub(crate) struct ToldToDie;
 
 /// What a flush that was told to fail says.
 #[derive(Debug, thiserror::Error)]
 #[error("this flush was told to fail")]
 pub(crate) struct ToldToFail;
 
-impl Rig {
-    pub(crate) fn new(config: &Config) -> Result<Arc<Rig>, pagetable_sim::Error> {
-        let max_leaf = if config.large_leaves {
+pub(crate) struct Rig<F: Format> {
+    domain: Arc<Domain<F>>,
+    devices: Mutex<[Tracked<F>; 2]>,
+    busy: Mutex<Option<Busy>>,
+    fails: Switch,
+    dies: Switch,
+    sabotage: Sabotage,
+    /// Whether it is the first of its world.
+    first: bool,
+}
+
+/// A device, and where its writes in flight may be.
+struct Tracked<F: Format> {
+    device: Device<F>,
+    in_flight: Vec<IovaRange>,
+}
+
+impl<F: Format> Rig<F> {
+    /// The domain with the number `nth` of a world.
+    pub(crate) fn new(config: &Config, nth: usize, memory: &Arc<PhysMemory>) -> Arc<Rig<F>> {
+        let max_leaf = if config.large_leaves[nth] {
             Granule::M2
         } else {
             Granule::K4
         };
-        let domain = Domain::new(
-            Arc::new(PhysMemory::new(MEMORY)?),
-            DomainConfig { max_leaf },
-        );
+        let domain = Domain::<F>::with_format(Arc::clone(memory), DomainConfig { max_leaf });
         domain.break_hardware(match config.sabotage {
             Sabotage::IgnoreInvalidations => Breakage::IgnoreInvalidations,
             Sabotage::AcknowledgeWithoutDraining => Breakage::AcknowledgeWithoutDraining,
+            Sabotage::FlushShortByOnePage => Breakage::FlushShortByOnePage,
+            Sabotage::SkipNonLeaf => Breakage::SkipNonLeaf,
+            Sabotage::DeviceTlbFirst => Breakage::DeviceTlbFirst,
             _ => Breakage::None,
         });
         let device = || Tracked {
             device: domain.attach(DeviceConfig {
                 iotlb_sets: config.iotlb_sets,
                 iotlb_ways: config.iotlb_ways,
+                tlb_entries: config.tlb_entries,
                 posted_writes: config.posted_writes,
                 ..DeviceConfig::DEFAULT
             }),
             in_flight: Vec::new(),
         };
         let devices = Mutex::new([device(), device()]);
-        Ok(Arc::new(Rig {
+        Arc::new(Rig {
             domain,
             devices,
-            fail_next: AtomicBool::new(false),
-        }))
+            busy: Mutex::new(None),
+            fails: Switch::default(),
+            dies: Switch::default(),
+            sabotage: config.sabotage,
+            first: nth == 0,
+        })
     }
 
-    pub(crate) fn memory(&self) -> &PhysMemory {
-        self.domain.memory()
+    /// Serves the devices until `flush` is done.
+    fn serving<T: Send>(&self, flush: impl FnOnce() -> T + Send) -> T {
+        let mut devices = lock(&self.devices);
+        let busy = lock(&self.busy);
+        thread::scope(|scope| {
+            let flush = scope.spawn(flush);
+            while !flush.is_finished() {
+                for (nth, tracked) in devices.iter_mut().enumerate() {
+                    match &*busy {
+                        // Answers first; a fault was one before, too.
+                        Some(busy) if usize::from(busy.device) == nth => {
+                            let _ = tracked.write(busy.at, &busy.bytes);
+                        }
+                        _ => tracked.device.service(),
+                    }
+                }
+                relax();
+            }
+            flush.join().unwrap_or_else(|panic| resume_unwind(panic))
+        })
     }
 
-    /// Whether the domain maps `iova`.
-    pub(crate) fn translates(&self, iova: Iova) -> bool {
+    /// Whether this domain does not take part.
+    fn is_left_out(&self) -> bool {
+        self.sabotage == Sabotage::HarvestFirstDomainOnly && !self.first
+    }
+}
+
+impl<F: Format> Tracked<F> {
+    fn write(&mut self, at: Iova, bytes: &[u8]) -> Result<(), DmaError> {
+        let range = IovaRange::from_len(at, bytes.len() as u64).ok();
+        if range.is_some_and(|range| self.in_flight.last() != Some(&range)) {
+            self.in_flight.extend(range);
+        }
+        self.device.write(at, bytes)
+    }
+
+    fn land(&mut self) {
+        self.in_flight.clear();
+        self.device.land_all();
+    }
+}
+
+impl<F: Format> Node for Rig<F> {
+    fn format(&self) -> &'static str {
+        F::NAME
+    }
+
+    fn grants(&self, access: Access) -> bool {
+        F::grants(access)
+    }
+
+    fn translates(&self, iova: Iova) -> bool {
         self.domain.translate(iova).is_some()
     }
 
-    pub(crate) fn write(&self, device: u8, at: Iova, bytes: &[u8]) -> Result<(), DmaError> {
-        self.settle(Some(device), at, bytes.len());
-        let mut devices = lock(&self.devices);
-        let tracked = &mut devices[usize::from(device)];
-        tracked
-            .in_flight
-            .extend(IovaRange::from_len(at, bytes.len() as u64));
-        tracked.device.write(at, bytes)
+    fn write(&self, device: u8, at: Iova, bytes: &[u8]) -> Result<(), DmaError> {
+        lock(&self.devices)[usize::from(device)].write(at, bytes)
     }
 
-    pub(crate) fn read(&self, device: u8, at: Iova, bytes: &mut [u8]) -> Result<(), DmaError> {
-        self.settle(Some(device), at, bytes.len());
-        let mut devices = lock(&self.devices);
-        devices[usize::from(device)].device.read(at, bytes)
+    fn read(&self, device: u8, at: Iova, bytes: &mut [u8]) -> Result<(), DmaError> {
+        lock(&self.devices)[usize::from(device)]
+            .device
+            .read(at, bytes)
     }
 
-    /// Lands what may be in flight to these bytes from all devices but `except`: so the last of several writers wins,
-    /// as in the oracle.
-    pub(crate) fn settle(&self, except: Option<u8>, at: Iova, len: usize) {
-        let Ok(range) = IovaRange::from_len(at, len as u64) else {
-            return;
-        };
+    fn settle(&self, except: Option<u8>, range: IovaRange) {
         for (nth, tracked) in lock(&self.devices).iter_mut().enumerate() {
             if except.map(usize::from) != Some(nth)
                 && tracked.in_flight.iter().any(|w| w.intersects(range))
@@ -105,67 +216,40 @@ impl Rig {
         }
     }
 
-    pub(crate) fn land(&self, device: u8) {
+    fn land(&self, device: u8) {
         lock(&self.devices)[usize::from(device)].land();
     }
 
-    pub(crate) fn quiesce(&self, device: u8) {
+    fn quiesce(&self, device: u8) {
         let mut devices = lock(&self.devices);
         let tracked = &mut devices[usize::from(device)];
         tracked.in_flight.clear();
         tracked.device.quiesce();
     }
 
-    /// The next invalidation fails.
-    pub(crate) fn fail_next(&self) {
-        // Relaxed: thrown and seen by one thread.
-        self.fail_next.store(true, Ordering::Relaxed);
+    fn keep_busy(&self, busy: Option<Busy>) {
+        *lock(&self.busy) = busy;
     }
 
-    /// No invalidation was told to fail any more.
-    pub(crate) fn heal(&self) {
-        // Relaxed: thrown and seen by one thread.
-        self.fail_next.store(false, Ordering::Relaxed);
+    fn fails(&self) -> &Switch {
+        &self.fails
     }
 
-    /// Whether the next invalidation fails.
-    pub(crate) fn will_fail(&self) -> bool {
-        // Relaxed: thrown and seen by one thread.
-        self.fail_next.load(Ordering::Relaxed)
-    }
-
-    /// Serves the devices until `flush` is done.
-    fn serving<T: Send>(&self, flush: impl FnOnce() -> T + Send) -> T {
-        let mut devices = lock(&self.devices);
-        thread::scope(|scope| {
-            let flush = scope.spawn(flush);
-            while !flush.is_finished() {
-                devices
-                    .iter_mut()
-                    .for_each(|tracked| tracked.device.service());
-                relax();
-            }
-            flush
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
+    fn dies(&self) -> &Switch {
+        &self.dies
     }
 }
 
-impl Tracked {
-    fn land(&mut self) {
-        self.in_flight.clear();
-        self.device.land_all();
-    }
-}
-
-impl DirtySource for Rig {
+impl<F: Format> DirtySource for Rig<F> {
     fn page(&self) -> Granule {
         self.domain.page()
     }
 
     fn split_at(&self, at: Iova, gather: &mut FlushGather) -> Result<(), Error> {
-        self.domain.split_at(at, gather)
+        match self.sabotage {
+            Sabotage::SplitNothing => Ok(()),
+            _ => self.domain.split_at(at, gather),
+        }
     }
 
     fn map(&self, mapping: &Mapping) -> Result<(), Error> {
@@ -173,25 +257,54 @@ impl DirtySource for Rig {
     }
 
     fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
-        DirtySource::unmap(&self.domain, range, gather, dirty);
+        match self.sabotage {
+            Sabotage::UnmapForgetsDirty => self.domain.unmap(range, gather, &mut |_| ()),
+            Sabotage::UnmapOwesNothing => {
+                self.domain.unmap(range, &mut FlushGather::new(), dirty);
+            }
+            _ => DirtySource::unmap(&self.domain, range, gather, dirty),
+        }
     }
 
     fn set_tracking(&self, on: bool) -> Result<(), Error> {
+        if self.sabotage == Sabotage::TrackWithoutFlush {
+            self.domain.break_hardware(Breakage::IgnoreInvalidations);
+            let switched = self.serving(|| self.domain.set_tracking(on));
+            self.domain.break_hardware(Breakage::None);
+            return switched;
+        }
         self.serving(|| self.domain.set_tracking(on))
     }
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        if self.is_left_out() {
+            return Ok(());
+        }
+        if self.dies.take() {
+            let middle = range.start().get() + (range.last().get() - range.start().get()) / 2;
+            let middle = Iova::new(middle).granule_last(self.page());
+            if let Ok(half) = IovaRange::new(range.start(), middle) {
+                self.domain.read_and_clear(half, out)?;
+            }
+            // Not by `panic!`: hooks that end the process need not know.
+            resume_unwind(Box::new(ToldToDie));
+        }
         self.domain.read_and_clear(range, out)
     }
 
     fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+        if self.is_left_out() {
+            return Ok(());
+        }
         self.domain.peek(range, sink)
     }
 
     fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error> {
-        // Relaxed: thrown and seen by one thread.
-        if self.fail_next.swap(false, Ordering::Relaxed) {
-            return Err(Error::source_failed(ToldToFail));
+        if self.fails.take() {
+            return match self.sabotage {
+                Sabotage::HideFailedFlush => Ok(Invalidated::default()),
+                _ => Err(Error::source_failed(ToldToFail)),
+            };
         }
         self.serving(|| self.domain.invalidate(gather))
     }

@@ -54,7 +54,8 @@ impl AddressSpace {
     /// [`SpaceStats::outside_marks`](crate::SpaceStats::outside_marks).
     pub fn begin_write(&self, range: IovaRange) -> Result<WriteGuard<'_>, Error> {
         if let Some(at) = self.snapshot().contiguous(range).find_map(Result::err) {
-            self.counters.outside_mark();
+            let bytes = range.last().get() - at.get();
+            self.outside_mark(at, bytes.saturating_add(1));
             return Err(Error::Outside { at });
         }
         let range = range.round_out(self.page());

@@ -155,11 +155,17 @@ impl AddressSpace {
         match outside.first {
             None => Ok(()),
             Some(at) => {
-                self.counters.outside_mark();
-                self.report(&outside, FaultSource::Mark);
+                self.outside_mark(at, outside.bytes);
                 Err(Error::Outside { at })
             }
         }
+    }
+
+    /// Counts a mark that touched addresses outside every area, and records the fault.
+    pub(crate) fn outside_mark(&self, at: Iova, len: u64) {
+        self.counters.outside_mark();
+        let source = FaultSource::Mark;
+        self.faults.record(Fault { at, len, source });
     }
 
     /// Calls `inside` for each part of `range` that an area holds. What none holds, or is unmapped by the time that
@@ -326,8 +332,8 @@ impl AreaHandle {
     /// On a page that is marked already this costs a fence and a load, and no write to shared memory.
     ///
     /// # Errors
-    /// [`Error::Outside`] if a part of `range` lies outside the area, or the area was unmapped; nothing is marked, and the
-    /// call is counted in [`SpaceStats::outside_marks`].
+    /// [`Error::Outside`] if a part of `range` lies outside the area, or the area was unmapped; nothing is marked then, but for
+    /// the pieces that are left of an area that was cut. The call is counted in [`SpaceStats::outside_marks`].
     #[inline]
     pub fn mark(&self, range: IovaRange) -> Result<(), Error> {
         self.area.mark(range).inspect_err(|_| self.outside(range))

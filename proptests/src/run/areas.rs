@@ -1,11 +1,12 @@
-//! Map, unmap, and the switch of tracking.
+//! Map, unmap, and what they do to the copy.
 
-use dirtymap::{Error, Granule, Iova, IovaRange, Unmapped};
+use dirtymap::{Error, Granule, Iova, IovaRange, Unmapped, UserBitmap};
 
 use super::{Checked, Runner, same_answer};
+use crate::bits::{Buffer, check_bits, words_for};
 use crate::op::{Cut, MapFault};
-use crate::oracle::{Area, MEMORY, PAGE, Tracking, pages};
-use crate::violation::{Rule, Violation, check, same, violation};
+use crate::oracle::{Area, MEMORY, PAGE, pages};
+use crate::violation::{Rule, check, same};
 
 impl Runner<'_> {
     pub(super) fn map(&mut self, area: Area, fault: MapFault) -> Checked {
@@ -25,17 +26,27 @@ impl Runner<'_> {
             MapFault::OutsideMemory => backing = MEMORY,
         }
         let before = self.space.mappings();
-        let answer = self.space.map(range, backing, area.access);
+        if fault == MapFault::OutsideMemory && self.oracle.attached.is_empty() {
+            // Nobody would refuse it.
+            return Ok(());
+        }
+        let space = self.space;
+        let answer = self.stubbornly(|| space.map(range, backing, area.access))?;
         let granule = Granule::K4;
         let existing = self
             .oracle
             .areas
             .values()
             .find(|other| other.range().intersects(range));
+        let reserved = self.oracle.free.reserved_in(range);
         let right = match (fault, existing) {
             (MapFault::Unaligned, _) => Err(Error::Unaligned { range, granule }),
             (MapFault::UnalignedBacking, _) => Err(Error::UnalignedBacking { backing, granule }),
             (MapFault::Wraps, _) => Err(Error::BackingWraps { backing, range }),
+            (_, _) if reserved.is_some() => {
+                let reserved = reserved.unwrap_or(range);
+                Err(Error::Reserved { range, reserved })
+            }
             (_, Some(existing)) => Err(Error::Overlap {
                 range,
                 existing: existing.range(),
@@ -47,63 +58,179 @@ impl Runner<'_> {
                     self.space.mappings(),
                     before,
                 )?;
-                let unmapped = !self.rig.translates(range.start());
                 return check(
-                    unmapped && matches!(answer, Err(Error::Source(_))),
+                    matches!(answer, Err(Error::Source(_))),
                     Rule::Answer,
-                    || format!("a map of missing memory: {answer:?}, no translation: {unmapped}"),
+                    || format!("a map of missing memory: {answer:?}"),
                 );
             }
-            (MapFault::None, None) => {
-                self.oracle.map(area);
-                if self.oracle.tracking == Tracking::On {
+            (MapFault::None, None) => match self.oracle.refuses(&area, &self.oracle.attached) {
+                Some(error) => Err(error),
+                None => {
+                    self.oracle.map(area);
                     self.copy_runs(&[range])?;
+                    Ok(())
                 }
-                Ok(())
-            }
+            },
         };
         same_answer("a map", answer, right)?;
         self.check_areas()
     }
 
-    pub(super) fn unmap(&mut self, nth: u8, cut: Cut) -> Checked {
+    /// Maps where the lowest free addresses are; `area` says nothing of its place.
+    pub(super) fn map_anywhere(&mut self, mut area: Area, ragged: bool) -> Checked {
+        let len = area.pages * PAGE + if ragged { 100 } else { 0 };
+        let backing = area.frame * PAGE;
+        let (first, alignment) = self.oracle.first_fit(&area);
+        area.first = first.unwrap_or(0);
+        let space = self.space;
+        let answer = self.stubbornly(|| space.map_anywhere(len, backing, area.access))?;
+        let refused = self.oracle.refuses(&area, &self.oracle.attached);
+        let right = if ragged {
+            let granule = Granule::K4;
+            Err(Error::UnalignedLength { len, granule })
+        } else if first.is_none() {
+            Err(Error::NoSpace { len, alignment })
+        } else {
+            refused.map_or(Ok(()), Err)
+        };
+        match answer {
+            Err(error) => same_answer("a map anywhere", Err(error), right)?,
+            Ok(range) => {
+                same_answer("a map anywhere", Ok(()), right)?;
+                same(Rule::Answer, "the place of a map", range, area.range())?;
+                self.oracle.map(area);
+                self.copy_runs(&[range])?;
+            }
+        }
+        self.check_areas()
+    }
+
+    /// Unmaps; with a granule, and whether the bitmap is too short for it, takes what is dirty.
+    pub(super) fn unmap(&mut self, nth: u8, cut: Cut, take: Option<(u8, bool)>) -> Checked {
         let Some(area) = self.oracle.nth_area(nth) else {
             let range = IovaRange::ALL;
             let right = Err(Error::NothingMapped { range });
-            return same_answer(
-                "an unmap of nothing",
-                self.space.unmap_discarding(range).map(|_| ()),
-                right,
-            );
+            let answer = self.space.unmap_discarding(range).map(|_| ());
+            return same_answer("an unmap of nothing", answer, right);
         };
-        let last = self
-            .oracle
-            .areas
-            .values()
-            .next_back()
-            .unwrap_or(&area)
-            .last();
-        let range = match cut {
+        let last = match cut {
+            Cut::Part if area.pages > 1 => area.last() - 1,
+            Cut::Rest => self
+                .oracle
+                .areas
+                .values()
+                .next_back()
+                .map_or(area.last(), Area::last),
+            Cut::Whole | Cut::Part => area.last(),
+        };
+        let range = pages(area.first, last);
+        // No area begins inside another one, so only the first can stick out.
+        let right = match cut {
             Cut::Part if area.pages > 1 => {
-                let range = pages(area.first, area.last() - 1);
-                let right = Err(Error::PartOfArea {
-                    range,
-                    area: area.range(),
-                });
-                let answer = self.space.unmap_discarding(range).map(|_| ());
-                same_answer("an unmap of a part", answer, right)?;
+                let area = area.range();
+                Err(Error::PartOfArea { range, area })
+            }
+            _ => Ok(()),
+        };
+        let inside = |area: &&Area| range.covers(area.range());
+        let gone: Vec<Area> = self.oracle.areas.values().filter(inside).copied().collect();
+        match take.filter(|_| range.len() <= 3584 * u128::from(PAGE)) {
+            Some((lg2, short)) => self.unmap_taking(range, right, &gone, (lg2, short)),
+            None => {
+                let space = self.space;
+                let answer = self.stubbornly(|| space.unmap_discarding(range))?;
+                match answer {
+                    Err(error) => same_answer("an unmap", Err(error), right)?,
+                    Ok(done) => {
+                        same_answer("an unmap", Ok(()), right)?;
+                        self.check_discarded(&gone, done)?;
+                        self.forget(&gone)?;
+                    }
+                }
+                self.check_areas()
+            }
+        }
+    }
+
+    /// An unmap that returns what is dirty: the copy of what goes must be complete then.
+    fn unmap_taking(
+        &mut self,
+        range: IovaRange,
+        right: Result<(), Error>,
+        gone: &[Area],
+        (lg2, short): (u8, bool),
+    ) -> Checked {
+        let granule = Granule::from_lg2(lg2).unwrap_or(Granule::K4);
+        let buffer = Buffer::new();
+        let words = buffer.bitmap(words_for(range, granule) - usize::from(short));
+        let (space, before) = (self.space, buffer.read());
+        let answer = self.stubbornly(|| {
+            let bitmap = UserBitmap::shared(words);
+            space.unmap(range, granule, bitmap).map(|(done, _)| done)
+        })?;
+        let right = match right {
+            _ if !range.is_aligned(granule) => Err(Error::Unaligned { range, granule }),
+            _ if short => Err(Error::BitmapTooShort {
+                bits: words.len() as u64 * 64,
+                needed: range.granules(granule),
+                range,
+                granule,
+            }),
+            right => right,
+        };
+        let done = match answer {
+            Err(error) => {
+                same(Rule::Bitmap, "a bitmap", buffer.read(), before)?;
+                same_answer("an unmap", Err(error), right)?;
                 return self.check_areas();
             }
-            Cut::Rest => pages(area.first, last),
-            Cut::Whole | Cut::Part => area.range(),
+            Ok(done) => done,
         };
-        let gone: Vec<Area> = self.oracle.areas.values().copied().collect();
-        let gone: Vec<Area> = gone
-            .into_iter()
-            .filter(|area| range.covers(area.range()))
-            .collect();
-        let handle = self.space.area(range.start());
-        let done = self.unmap_stubbornly(range)?;
+        same_answer("an unmap", Ok(()), right)?;
+        let (must, may) = self.oracle.dirt_of(gone);
+        let request = dirtymap::HarvestRequest::new(range, granule);
+        let found = check_bits(&request, &before, &buffer.read(), &must, &may)?;
+        let dirty = (done.dirty_bytes / u128::from(PAGE)) as u64;
+        let bounds = must.len() as u64..=may.len() as u64;
+        check(bounds.contains(&dirty), Rule::Accounting, || {
+            format!("{dirty} pages returned, not {bounds:?}")
+        })?;
+        if granule <= Granule::K4 {
+            let bytes = u128::from(found.set) << granule.lg2();
+            same(Rule::Accounting, "bytes returned", done.dirty_bytes, bytes)?;
+        }
+        same(Rule::Accounting, "bytes discarded", done.discarded_bytes, 0)?;
+        self.counts.unmapped_dirty_bytes += done.dirty_bytes as u64;
+        self.check_size(gone, done)?;
+        // The memory is final, and what the oracle knows of its place is still there.
+        self.copy_runs(&found.runs)?;
+        self.compare_areas(gone)?;
+        self.forget(gone)?;
+        self.check_areas()
+    }
+
+    /// The areas have gone: nobody reaches them any more.
+    pub(super) fn forget(&mut self, gone: &[Area]) -> Checked {
+        for area in gone {
+            self.oracle.unmap(area);
+        }
+        self.forget_copies(gone)
+    }
+
+    pub(super) fn forget_copies(&mut self, gone: &[Area]) -> Checked {
+        for area in gone {
+            self.copy.retain(|page, _| !area.holds(*page));
+            for node in &self.world.nodes {
+                check(!node.translates(area.range().start()), Rule::Answer, || {
+                    format!("{} is still translated", area.range())
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn check_size(&self, gone: &[Area], done: Unmapped) -> Checked {
         same(
             Rule::Answer,
             "areas unmapped",
@@ -111,98 +238,27 @@ impl Runner<'_> {
             gone.len() as u64,
         )?;
         let bytes: u128 = gone.iter().map(|area| area.range().len()).sum();
-        same(Rule::Answer, "bytes unmapped", done.bytes, bytes)?;
-        self.check_discarded(&gone)?;
-        for area in &gone {
-            self.oracle.unmap(area);
-            self.copy
-                .retain(|page, _| !(area.first..=area.last()).contains(page));
-            let unmapped = !self.rig.translates(area.range().start());
-            check(unmapped, Rule::Answer, || {
-                format!("{} is still translated", area.range())
-            })?;
-        }
-        if let Some(handle) = handle {
-            let range = handle.mapping().range;
-            let right = Err(Error::Outside { at: range.start() });
-            self.counts.outside_marks += 1;
-            same_answer(
-                "a mark by the handle of a gone area",
-                handle.mark(range),
-                right,
-            )?;
-        }
-        self.check_areas()
+        same(Rule::Answer, "bytes unmapped", done.bytes, bytes)
     }
 
-    /// Unmaps `range`; if the flush was told to fail, the areas must still be there, and a second call must do.
-    fn unmap_stubbornly(&mut self, range: IovaRange) -> Result<Unmapped, Violation> {
-        let told_to_fail = self.rig.will_fail();
-        let mut answer = self.space.unmap_discarding(range);
-        if told_to_fail && !self.rig.will_fail() {
-            check(
-                matches!(answer, Err(Error::Source(_))),
-                Rule::Answer,
-                || format!("an unmap whose flush failed: {answer:?}"),
-            )?;
-            self.check_areas()?;
-            answer = self.space.unmap_discarding(range);
-        }
-        answer.map_err(|error| violation(Rule::Answer, format!("an unmap: {error}")))
-    }
-
-    /// What the space has counted as discarded now: each marked page of the areas `gone`, and each dirty leaf.
-    fn check_discarded(&mut self, gone: &[Area]) -> Checked {
-        let inside = |page: &u64| {
-            gone.iter()
-                .any(|area| (area.first..=area.last()).contains(page))
-        };
-        let oracle = &self.oracle;
-        let marked = oracle.marks.iter().copied().filter(inside).count() as u64;
-        let dirty = oracle
-            .marks
-            .union(&oracle.pending)
-            .copied()
-            .filter(inside)
-            .count() as u64;
-        let leaves = oracle.leaves.iter().filter(|(page, _)| inside(page));
-        let rests = oracle.rests.iter().copied().filter(inside).count() as u64;
-        let most = marked + rests + leaves.map(|(_, count)| count).sum::<u64>();
+    /// An unmap has counted what it discarded: each dirty page of the areas `gone`, once.
+    pub(super) fn check_discarded(&mut self, gone: &[Area], done: Unmapped) -> Checked {
+        self.check_size(gone, done)?;
+        let (must, may) = self.oracle.dirt_of(gone);
         let counted = self.space.stats().discarded_bytes;
         let discarded = counted - self.counts.discarded_bytes;
         self.counts.discarded_bytes = counted;
-        check(
-            (dirty * PAGE..=most * PAGE).contains(&discarded),
+        same(
             Rule::Accounting,
-            || {
-                format!(
-                    "{} pages discarded, not {dirty} to {most}",
-                    discarded / PAGE
-                )
-            },
+            "bytes discarded",
+            done.discarded_bytes,
+            discarded.into(),
+        )?;
+        let bounds = must.len() as u64..=may.len() as u64;
+        check(
+            bounds.contains(&(discarded / PAGE)),
+            Rule::Accounting,
+            || format!("{} pages discarded, not {bounds:?}", discarded / PAGE),
         )
-    }
-
-    pub(super) fn track(&mut self, on: bool) -> Checked {
-        same_answer("switching tracking", self.space.set_tracking(on), Ok(()))?;
-        let starts = on && self.oracle.tracking != Tracking::On;
-        if starts {
-            let marked = self.oracle.marks.len() as u64;
-            let most = self.oracle.marks.union(&self.oracle.rests).count() as u64;
-            let counted = self.space.stats().discarded_bytes;
-            let discarded = (counted - self.counts.discarded_bytes) / PAGE;
-            self.counts.discarded_bytes = counted;
-            check(
-                (marked..=most).contains(&discarded),
-                Rule::Accounting,
-                || format!("{discarded} marked pages discarded, not {marked} to {most}"),
-            )?;
-        }
-        self.oracle.track(on);
-        if starts {
-            let areas: Vec<IovaRange> = self.oracle.areas.values().map(Area::range).collect();
-            self.copy_runs(&areas)?;
-        }
-        Ok(())
     }
 }

@@ -4,7 +4,7 @@ use dirtymap::{Mapping, SpaceStats};
 
 use super::{Checked, Runner, broken};
 use crate::op::{Ask, Cut, Op};
-use crate::oracle::{MEMORY, PAGE, Tracking, pages_of};
+use crate::oracle::{Area, PAGE, pages_of};
 use crate::violation::{Rule, check, same};
 
 impl Runner<'_> {
@@ -55,17 +55,14 @@ impl Runner<'_> {
     /// Devices stop, all leases are committed, one last harvest: the copy must equal the memory, and nothing is dirty
     /// any more.
     pub(super) fn finish(mut self) -> Checked {
-        self.rig.quiesce(0);
-        self.rig.quiesce(1);
-        if self.rig.will_fail() {
-            // The last flush that was told to fail must not fail the last harvest.
-            self.step(&Op::Sync(0))?;
-            self.step(&Op::Sync(1))?;
-            self.rig.heal();
-        }
+        self.world.quiesce();
+        self.step(&Op::EndWrite(0))?;
+        self.step(&Op::EndWrite(1))?;
+        // What was told to fail must not fail the last harvest.
+        self.world.heal();
         self.step(&Op::Commit(0))?;
         self.step(&Op::Commit(1))?;
-        if self.oracle.tracking != Tracking::Never {
+        if self.oracle.ever_tracked(&Ask::EVERYTHING) {
             self.last_harvest()?;
             self.compare()?;
             let before = self.space.stats().leased_bytes;
@@ -93,14 +90,8 @@ impl Runner<'_> {
 
     pub(super) fn last_harvest(&mut self) -> Checked {
         let all = Ask {
-            area: 0,
-            span: 0,
-            page: 0,
-            granule_lg2: 12,
-            ragged: false,
-            short: false,
             all_or_nothing: true,
-            preset: 0,
+            ..Ask::EVERYTHING
         };
         for area in self.oracle.areas.clone().into_values() {
             self.harvest_range(0, area.range(), &all)?;
@@ -109,33 +100,37 @@ impl Runner<'_> {
         Ok(())
     }
 
-    /// Compares the memory with the oracle's, and the copy with the memory.
     pub(super) fn compare(&self) -> Checked {
-        for page in self
-            .oracle
-            .areas
-            .values()
-            .flat_map(|area| pages_of(area.range()))
-        {
-            let phys = self.phys(page * PAGE).unwrap_or(MEMORY);
-            let Some(right) = self.oracle.memory.get(&(phys / PAGE)) else {
-                continue;
-            };
-            let mut memory = [0; PAGE as usize];
-            self.memory().read(phys, &mut memory).map_err(broken)?;
-            let at = page * PAGE;
-            check(memory == **right, Rule::Answer, || {
-                format!("the memory behind {at:#x} is wrong")
-            })?;
-            if self.oracle.untracked.contains(&page) {
-                continue;
+        let areas: Vec<Area> = self.oracle.areas.values().copied().collect();
+        self.compare_areas(&areas)
+    }
+
+    /// Compares the memory with the oracle's, and the copy with the memory, as far as no live lease will be copied.
+    pub(super) fn compare_areas(&self, areas: &[Area]) -> Checked {
+        for area in areas {
+            for page in pages_of(area.range()) {
+                let frame = area.frame_of(page);
+                let Some(right) = self.oracle.memory.get(&frame) else {
+                    continue;
+                };
+                let mut memory = [0; PAGE as usize];
+                self.memory()
+                    .read(frame * PAGE, &mut memory)
+                    .map_err(broken)?;
+                let at = page * PAGE;
+                if self.oracle.is_leased(page) || self.oracle.is_unknown(page) {
+                    continue;
+                }
+                check(memory == **right, Rule::Answer, || {
+                    format!("the memory behind {at:#x} is wrong")
+                })?;
+                let copied = self.copy.get(&page).is_some_and(|copy| **copy == memory);
+                check(
+                    copied || memory.iter().all(|byte| *byte == 0),
+                    Rule::Lost,
+                    || format!("the copy of page {at:#x} differs from the memory"),
+                )?;
             }
-            let copied = self.copy.get(&page).is_some_and(|copy| **copy == memory);
-            check(
-                copied || memory.iter().all(|byte| *byte == 0),
-                Rule::Lost,
-                || format!("the copy of page {at:#x} differs from the memory"),
-            )?;
         }
         Ok(())
     }

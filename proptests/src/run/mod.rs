@@ -4,21 +4,27 @@
 //! on, and from then on only what synced leases name. In the end the copy must equal the memory.
 
 mod areas;
+mod changes;
 mod checks;
 mod consumer;
+mod domains;
+mod guards;
+mod harvest;
 mod writers;
 
 use std::collections::BTreeMap;
 
-use dirtymap::sync::Arc;
-use dirtymap::{Access, AddressSpace, Error, Granule, IovaRange, Lease, Owed, SpaceStats, Synced};
+use dirtymap::{
+    Access, AddressSpace, AreaHandle, Error, Granule, IovaRange, Lease, Owed, SpaceStats, Synced,
+    WriteGuard,
+};
 use pagetable_sim::PhysMemory;
 
 use crate::bits::Buffer;
-use crate::op::{Config, MapFault, Op};
-use crate::oracle::{Bytes, Oracle, PAGE};
-use crate::rig::Rig;
+use crate::op::{Config, MapFault, Op, Sabotage, Stretch};
+use crate::oracle::{Bytes, Free, Oracle, PAGE};
 use crate::violation::{Rule, Violation, same, violation};
+use crate::world::World;
 
 type Checked = Result<(), Violation>;
 
@@ -27,23 +33,23 @@ type Checked = Result<(), Violation>;
 /// # Errors
 /// The first [`Violation`].
 pub fn run(ops: &[Op], config: &Config) -> Result<SpaceStats, Violation> {
-    let rig = Rig::new(config).map_err(|error| violation(Rule::Answer, error.to_string()))?;
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(rig.clone())
-        .map_err(|error| violation(Rule::Answer, error.to_string()))?;
+    let world = World::new(config).map_err(broken)?;
+    let space = AddressSpace::new(Granule::K4);
     let buffers = [Buffer::new(), Buffer::new()];
     let mut runner = Runner {
         config: *config,
-        oracle: Oracle::new(config.large_leaves),
-        rig,
+        oracle: Oracle::new(config, &world),
+        world,
         space: &space,
         buffers: &buffers,
         leases: [None, None],
+        guards: [None, None],
+        handles: [None, None],
         copy: BTreeMap::new(),
         counts: SpaceStats::default(),
         time: 0,
     };
-    let prelude: &[Op] = if config.warm { &PRELUDE } else { &[] };
+    let prelude = if config.warm { &PRELUDE } else { &PRELUDE[..1] };
     for (step, op) in prelude.iter().chain(ops).enumerate() {
         let step = step.saturating_sub(prelude.len());
         runner
@@ -57,8 +63,9 @@ pub fn run(ops: &[Op], config: &Config) -> Result<SpaceStats, Violation> {
     Ok(space.stats())
 }
 
-/// A large leaf with small ones behind it, a few pages elsewhere, and tracking.
-const PRELUDE: [Op; 3] = [
+/// A domain, a large leaf with small ones behind it, a few pages elsewhere, and tracking.
+const PRELUDE: [Op; 4] = [
+    Op::Attach(0),
     Op::Map {
         slot: 0,
         skip: 0,
@@ -81,10 +88,13 @@ const PRELUDE: [Op; 3] = [
 struct Runner<'a> {
     config: Config,
     oracle: Oracle,
-    rig: Arc<Rig>,
+    world: World,
     space: &'a AddressSpace,
     buffers: &'a [Buffer; 2],
     leases: [Option<Held<'a>>; 2],
+    guards: [Option<Guard<'a>>; 2],
+    /// Each with the number of the map that made its area.
+    handles: [Option<(AreaHandle, u64)>; 2],
     /// The migrator's copy, by page; absent is zero.
     copy: BTreeMap<u64, Box<Bytes>>,
     /// What the space should have counted; of the flushes only `failed`.
@@ -104,6 +114,22 @@ struct Held<'a> {
     copied: bool,
 }
 
+/// A write in flight.
+struct Guard<'a> {
+    /// Absent if the writer does not say that it writes.
+    guard: Option<WriteGuard<'a>>,
+    range: IovaRange,
+}
+
+/// How a lease ends that is not committed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Abort,
+    Drop,
+    /// Its holder panics.
+    Crash,
+}
+
 enum Live<'a> {
     Owed(Lease<'a, Owed>),
     Synced(Lease<'a, Synced>),
@@ -112,7 +138,7 @@ enum Live<'a> {
 impl<'a> Runner<'a> {
     fn step(&mut self, op: &Op) -> Checked {
         self.time = self.time.wrapping_add(1);
-        let told_to_fail = self.rig.will_fail();
+        let failures = self.world.failures_ahead();
         match *op {
             Op::DmaWrite { device, at, len } => self.dma_write(device, at, len)?,
             Op::DmaRead { device, at, len } => self.dma_read(device, at, len)?,
@@ -120,11 +146,19 @@ impl<'a> Runner<'a> {
             Op::Harvest(ask) => self.harvest(&ask)?,
             Op::Peek(ask) => self.peek(&ask)?,
             Op::Sync(lease) => self.sync(lease.into())?,
+            Op::BusySync {
+                lease,
+                device,
+                at,
+                len,
+            } => self.busy_sync(lease.into(), device, at, len)?,
             Op::Copy(lease) => self.copy_lease(lease.into())?,
             Op::Commit(lease) => self.commit(lease.into())?,
-            Op::Abort(lease) => self.abort(lease.into(), false)?,
-            Op::DropLease(lease) => self.abort(lease.into(), true)?,
-            Op::FlushFails => self.rig.fail_next(),
+            Op::Abort(lease) => self.put_back(lease.into(), End::Abort)?,
+            Op::DropLease(lease) => self.put_back(lease.into(), End::Drop)?,
+            Op::Crash(lease) => self.put_back(lease.into(), End::Crash)?,
+            Op::HarvestDies(domain) => self.world.node(domain).dies().set(true),
+            Op::FlushFails(domain) => self.world.node(domain).fails().set(true),
             Op::Map {
                 slot,
                 skip,
@@ -132,20 +166,55 @@ impl<'a> Runner<'a> {
                 shifted,
                 access,
                 fault,
-            } => self.map(Oracle::new_area(slot, skip, pages, shifted, access), fault)?,
-            Op::UnmapDiscarding { area, cut } => self.unmap(area, cut)?,
-            Op::Track(on) => self.track(on)?,
-            Op::Land(device) => self.rig.land(device),
-            Op::Quiesce(device) => self.rig.quiesce(device),
+            } => {
+                let at = Stretch { slot, skip, pages };
+                let area = self.oracle.new_area(at, shifted, access);
+                self.map(area, fault)?;
+            }
+            Op::MapAnywhere {
+                piece,
+                pages,
+                skip,
+                access,
+                ragged,
+            } => {
+                if let Some(area) = self.oracle.new_piece(piece, skip, pages, access) {
+                    self.map_anywhere(area, ragged)?;
+                }
+            }
+            Op::UnmapDiscarding { area, cut } => self.unmap(area, cut, None)?,
+            Op::Unmap {
+                area,
+                cut,
+                granule_lg2,
+                short,
+            } => self.unmap(area, cut, Some((granule_lg2, short)))?,
+            Op::CutAt { at, unaligned } => self.cut(at, unaligned)?,
+            Op::Batch(steps) => self.batch(&steps)?,
+            Op::Reserve(at) => self.reserve(at)?,
+            Op::Release(nth) => self.release(nth)?,
+            Op::Allow(code) => self.allow(Free::list(code))?,
+            Op::Attach(domain) => self.attach(domain.into())?,
+            Op::Detach(domain) => self.detach(domain.into())?,
+            Op::Track(on) => self.track(None, on)?,
+            Op::TrackDomain(domain, on) => self.track(Some(domain.into()), on)?,
+            Op::Land(device) => self.world.node(device.domain).land(device.device),
+            Op::Quiesce(device) => self.world.node(device.domain).quiesce(device.device),
+            Op::BeginWrite { guard, at, len } => self.begin_write(guard.into(), at, len)?,
+            Op::FillWrite { guard, skip, len } => self.fill_write(guard.into(), skip, len)?,
+            Op::EndWrite(guard) => self.end_write(guard.into())?,
+            Op::KeepHandle { handle, area } => self.keep_handle(handle.into(), area),
+            Op::MarkByKept { handle, page, len } => self.mark_by_kept(handle.into(), page, len)?,
         }
-        if told_to_fail && !self.rig.will_fail() {
-            self.counts.flush.failed += 1;
+        let failed = failures.saturating_sub(self.world.failures_ahead());
+        if !matches!(op, Op::FlushFails(_)) && self.config.sabotage != Sabotage::HideFailedFlush {
+            self.counts.flush.failed += failed;
         }
         self.check_counts()
     }
 
     fn memory(&self) -> &PhysMemory {
-        self.rig.memory()
+        &self.world.memory
     }
 
     /// Where the byte at `at` lies in memory.

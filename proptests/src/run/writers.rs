@@ -4,36 +4,37 @@ use dirtymap::{Error, Iova, IovaRange};
 use pagetable_sim::{DmaError, FaultKind};
 
 use super::{Checked, Runner, broken, same_answer};
-use crate::op::{Place, Sabotage};
+use crate::op::{Master, Place, Sabotage};
 use crate::oracle::{PAGE, pieces};
 use crate::violation::{Rule, check, same};
 
 impl Runner<'_> {
-    pub(super) fn dma_write(&mut self, device: u8, at: Place, len: u16) -> Checked {
+    pub(super) fn dma_write(&mut self, device: Master, at: Place, len: u16) -> Checked {
         let at = self.oracle.address_of(at);
         let bytes = self.fresh_bytes(len);
         let mut right = Ok(());
         for (at, piece) in pieces(at, bytes.len()) {
-            right = self.dma_at(at, true);
+            right = self.dma_at(device, at, true);
             if right.is_err() {
                 break;
             }
-            self.oracle.device_wrote(at, &bytes[piece]);
+            self.oracle
+                .device_wrote(device.domain.into(), at, &bytes[piece]);
         }
         same(
             Rule::Answer,
             "a DMA write",
-            self.rig.write(device, Iova::new(at), &bytes),
+            self.world.write(device, Iova::new(at), &bytes),
             right,
         )
     }
 
-    pub(super) fn dma_read(&mut self, device: u8, at: Place, len: u16) -> Checked {
+    pub(super) fn dma_read(&mut self, device: Master, at: Place, len: u16) -> Checked {
         let at = self.oracle.address_of(at);
         let mut right = vec![0; len.into()];
         let mut answer = Ok(());
         for (at, piece) in pieces(at, len.into()) {
-            answer = self.dma_at(at, false);
+            answer = self.dma_at(device, at, false);
             if answer.is_err() {
                 break;
             }
@@ -50,7 +51,7 @@ impl Runner<'_> {
         same(
             Rule::Answer,
             "a DMA read",
-            self.rig.read(device, Iova::new(at), &mut got),
+            self.world.read(device, Iova::new(at), &mut got),
             answer,
         )?;
         check(got == right, Rule::Answer, || {
@@ -59,8 +60,10 @@ impl Runner<'_> {
     }
 
     /// What becomes of a device's access at `at`.
-    pub(super) fn dma_at(&self, at: u64, write: bool) -> Result<(), DmaError> {
-        let kind = match self.oracle.area_at(at / PAGE).map(|area| area.access) {
+    pub(super) fn dma_at(&self, device: Master, at: u64, write: bool) -> Result<(), DmaError> {
+        let attached = self.oracle.attached.contains(&device.domain.into());
+        let area = self.oracle.area_at(at / PAGE).filter(|_| attached);
+        let kind = match area.map(|area| area.access) {
             None => FaultKind::NotMapped,
             Some(access) if write && !access.writes() => FaultKind::ReadOnly,
             Some(access) if !write && !access.reads() => FaultKind::WriteOnly,
@@ -93,13 +96,13 @@ impl Runner<'_> {
                     right,
                 );
             }
-            self.store(range, &bytes)?;
+            self.store(range, &bytes, self.marks())?;
             if self.config.sabotage != Sabotage::ForgetMarks {
                 same_answer("a mark by handle", handle.mark(range), Ok(()))?;
             }
             return Ok(());
         }
-        self.store(range, &bytes)?;
+        self.store(range, &bytes, self.marks())?;
         if self.config.sabotage == Sabotage::ForgetMarks {
             return Ok(());
         }
@@ -109,21 +112,24 @@ impl Runner<'_> {
     }
 
     /// A CPU stores the parts of `bytes` that lie in areas.
-    pub(super) fn store(&mut self, range: IovaRange, bytes: &[u8]) -> Checked {
-        self.rig.settle(None, range.start(), bytes.len());
+    pub(super) fn store(&mut self, range: IovaRange, bytes: &[u8], marked: bool) -> Checked {
+        self.world.settle(None, range.start(), bytes.len());
         for (at, piece) in pieces(range.start().get(), bytes.len()) {
             if let Some(phys) = self.phys(at) {
                 self.memory()
                     .write(phys, &bytes[piece.clone()])
                     .map_err(broken)?;
-                if self.config.sabotage == Sabotage::ForgetMarks {
-                    self.oracle.cpu_wrote_unmarked(at, &bytes[piece]);
-                } else {
-                    self.oracle.cpu_wrote(at, &bytes[piece]);
+                let page = self.oracle.store(at, &bytes[piece]);
+                if marked {
+                    self.oracle.marked(page);
                 }
             }
         }
         Ok(())
+    }
+
+    pub(super) fn marks(&self) -> bool {
+        self.config.sabotage != Sabotage::ForgetMarks
     }
 
     pub(super) fn fresh_bytes(&self, len: u16) -> Vec<u8> {

@@ -1,17 +1,31 @@
 //! The oracle: what the memory holds, and what each harvest must and may report. Sequential sets and maps, right by
 //! reading.
 //!
-//! The oracle knows the leaves of the table but not what the IOTLBs hold, so it has a lower and an upper bound:
+//! The oracle knows the leaves of the tables but not what the IOTLBs hold, so it has a lower and an upper bound, for
+//! each place that can be dirty (a domain, or the marks):
 //!
 //! * a harvest **must** report the pages that were written and not reported since, with one exception: a write to a page
 //!   of a lease that is not flushed yet may leave no trace, and is in the copy that follows the flush of that lease;
-//! * it **may** report marked pages, and pages of leaves that a device wrote since the leaf was last cleared.
+//! * it **may** report pages that are marked, or kept for a domain, and pages of leaves that a device wrote since the
+//!   leaf was last cleared.
+//!
+//! `dirt.rs` has the dirty state, `changes.rs` what a batch does to the areas, `free.rs` which addresses are free.
+
+mod changes;
+mod dirt;
+mod free;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use dirtymap::{Access, Error, Granule, Iova, IovaRange};
 
-use crate::op::{Ask, Place};
+use crate::op::{Ask, Config, DOMAINS, Place, Stretch};
+use crate::world::World;
+
+pub(crate) use changes::{Outcome, Plan};
+use dirt::Dirt;
+pub(crate) use dirt::{DomainState, Leased, Tracking};
+pub(crate) use free::Free;
 
 /// The smallest page.
 pub(crate) const PAGE: u64 = 4096;
@@ -22,8 +36,12 @@ const LARGE: u64 = 512;
 const FIRST: u64 = 0x10_0000 - 2 * LARGE;
 /// Pages of the window: four slots, and what an area in the last one can have.
 const PAGES: u64 = 7 * LARGE;
-/// Bytes of memory: the window twice, the second time shifted by a page.
-pub(crate) const MEMORY: u64 = (2 * PAGES + 1) * PAGE;
+/// The first page of memory behind the window, twice, the second time shifted by a page; aligned to large leaves.
+const PIECES: u64 = 15 * LARGE;
+/// Pages of one of the four pieces of memory that are mapped anywhere.
+const PIECE: u64 = 2 * LARGE;
+/// Bytes of memory.
+pub(crate) const MEMORY: u64 = (PIECES + 4 * PIECE) * PAGE;
 
 /// The bytes of a page.
 pub(crate) type Bytes = [u8; PAGE as usize];
@@ -36,43 +54,33 @@ pub(crate) struct Area {
     /// The page of memory behind `first`.
     pub(crate) frame: u64,
     pub(crate) access: Access,
-}
-
-/// Whether writes of devices are tracked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Tracking {
-    Never,
-    On,
-    Off,
-}
-
-/// What a live lease holds.
-#[derive(Clone, Debug)]
-pub(crate) struct Leased {
-    /// Pages that it reported, and that were not unmapped since.
-    pub(crate) pages: BTreeSet<u64>,
-    pub(crate) synced: bool,
+    /// The number of the map that made it, or what it was cut from.
+    pub(crate) origin: u64,
 }
 
 /// See the [module](self).
 pub(crate) struct Oracle {
-    large_leaves: bool,
+    large_leaves: [bool; DOMAINS],
+    formats: [&'static str; DOMAINS],
+    /// For each domain, whether it has leaves that devices can only write.
+    write_only: [bool; DOMAINS],
     /// By first page.
     pub(crate) areas: BTreeMap<u64, Area>,
+    maps: u64,
     /// Pages of memory that were ever written; all others are zero.
     pub(crate) memory: BTreeMap<u64, Box<Bytes>>,
+    pub(crate) domains: [DomainState; DOMAINS],
+    /// The numbers of the domains that are attached, in the order of their coming.
+    pub(crate) attached: Vec<usize>,
+    /// The switch of the space.
     pub(crate) tracking: Tracking,
-    /// Pages that the next harvest that covers them must report.
-    pub(crate) pending: BTreeSet<u64>,
-    /// Pages that are marked: exact.
-    pub(crate) marks: BTreeSet<u64>,
-    /// First page and number of pages of leaves that may be dirty, and of what is left of them.
-    pub(crate) leaves: BTreeSet<(u64, u64)>,
-    /// Pages that may be marked since a harvest covered another part of their leaf.
-    pub(crate) rests: BTreeSet<u64>,
-    /// Pages that devices may have written while nobody looked.
+    pub(crate) marks: Dirt,
+    /// Pages that devices of detached domains may have written while nobody looked.
     pub(crate) untracked: BTreeSet<u64>,
     pub(crate) leases: [Option<Leased>; 2],
+    /// The ranges of writes in flight, whole pages.
+    pub(crate) guards: [Option<IovaRange>; 2],
+    pub(crate) free: Free,
 }
 
 impl Area {
@@ -87,21 +95,39 @@ impl Area {
     pub(crate) fn frame_of(&self, page: u64) -> u64 {
         self.frame + (page - self.first)
     }
+
+    pub(crate) fn holds(&self, page: u64) -> bool {
+        (self.first..=self.last()).contains(&page)
+    }
+
+    /// The pages `first..=last` of this area as an area.
+    fn part(&self, first: u64, last: u64) -> Area {
+        Area {
+            first,
+            pages: last - first + 1,
+            frame: self.frame_of(first),
+            ..*self
+        }
+    }
 }
 
 impl Oracle {
-    pub(crate) fn new(large_leaves: bool) -> Self {
+    pub(crate) fn new(config: &Config, world: &World) -> Self {
         Oracle {
-            large_leaves,
+            large_leaves: config.large_leaves,
+            formats: [0, 1, 2].map(|nth| world.nodes[nth].format()),
+            write_only: [0, 1, 2].map(|nth| world.nodes[nth].grants(Access::Write)),
             areas: BTreeMap::new(),
+            maps: 0,
             memory: BTreeMap::new(),
+            domains: Default::default(),
+            attached: Vec::new(),
             tracking: Tracking::Never,
-            pending: BTreeSet::new(),
-            marks: BTreeSet::new(),
-            leaves: BTreeSet::new(),
-            rests: BTreeSet::new(),
+            marks: Dirt::default(),
             untracked: BTreeSet::new(),
             leases: [None, None],
+            guards: [None, None],
+            free: Free::default(),
         }
     }
 
@@ -137,6 +163,7 @@ impl Oracle {
             pages: LARGE,
             frame: 0,
             access: Access::Read,
+            origin: 0,
         };
         let area = self.nth_area(ask.area).unwrap_or(nothing);
         let (first, last) = match ask.span {
@@ -151,6 +178,8 @@ impl Oracle {
                 (first, (first + u64::from(span) - 17).min(area.last()))
             }
         };
+        // What the bitmap has room for.
+        let last = last.min(first + PAGES - 1);
         let per_bit = 1 << (u32::from(ask.granule_lg2).saturating_sub(12));
         if ask.ragged {
             return pages(first, last);
@@ -159,145 +188,66 @@ impl Oracle {
     }
 
     /// The area that an operand of `Map` describes.
-    pub(crate) fn new_area(slot: u8, skip: u16, count: u16, shifted: bool, access: Access) -> Area {
-        let first = FIRST + u64::from(slot) * LARGE + u64::from(skip);
+    pub(crate) fn new_area(&mut self, at: Stretch, shifted: bool, access: Access) -> Area {
+        let first = first_of(at);
         let frame = first - FIRST + if shifted { PAGES + 1 } else { 0 };
+        self.maps += 1;
         Area {
             first,
-            pages: u64::from(count),
+            pages: u64::from(at.pages),
             frame,
             access,
+            origin: self.maps,
         }
+    }
+
+    /// The area, but for its place, that an operand of `MapAnywhere` describes; `None` if its memory is in use.
+    pub(crate) fn new_piece(
+        &mut self,
+        piece: u8,
+        skip: u16,
+        count: u16,
+        access: Access,
+    ) -> Option<Area> {
+        let piece = PIECES + u64::from(piece) * PIECE;
+        let used = |area: &Area| (piece..piece + PIECE).contains(&area.frame);
+        if self.areas.values().any(used) {
+            return None;
+        }
+        self.maps += 1;
+        Some(Area {
+            first: 0,
+            pages: count.into(),
+            frame: piece + u64::from(skip),
+            access,
+            origin: self.maps,
+        })
+    }
+
+    /// Why a domain does not take `area`.
+    pub(crate) fn refuses(&self, area: &Area, domains: &[usize]) -> Option<Error> {
+        let denies = |nth: &&usize| area.access == Access::Write && !self.write_only[**nth];
+        domains.iter().find(denies).map(|nth| {
+            Error::source_failed(pagetable_sim::Error::NoSuchAccess {
+                access: area.access,
+                format: self.formats[*nth],
+            })
+        })
+    }
+
+    /// The large leaf of an attached domain that maps both sides of the start of `page`.
+    pub(crate) fn straddles(&self, page: u64) -> Option<IovaRange> {
+        let mut leaves = self
+            .attached
+            .iter()
+            .filter_map(|nth| self.leaf_of(*nth, page));
+        let (first, count) = leaves.find(|(first, _)| *first < page)?;
+        Some(pages(first, first + count - 1))
     }
 
     /// The first page of `first..=last` that no area holds.
     pub(crate) fn first_hole(&self, first: u64, last: u64) -> Option<u64> {
         (first..=last).find(|page| self.area_at(*page).is_none())
-    }
-
-    // What happens.
-
-    pub(crate) fn map(&mut self, area: Area) {
-        self.areas.insert(area.first, area);
-        if self.tracking != Tracking::On {
-            self.untracked.extend(area.first..=area.last());
-        }
-    }
-
-    /// The area goes, with all that was dirty in it.
-    pub(crate) fn unmap(&mut self, area: &Area) {
-        self.areas.remove(&area.first);
-        let gone = |page: &u64| (area.first..=area.last()).contains(page);
-        self.pending.retain(|page| !gone(page));
-        self.marks.retain(|page| !gone(page));
-        self.leaves.retain(|(page, _)| !gone(page));
-        self.rests.retain(|page| !gone(page));
-        self.untracked.retain(|page| !gone(page));
-        for lease in self.leases.iter_mut().flatten() {
-            lease.pages.retain(|page| !gone(page));
-        }
-    }
-
-    /// Switching on makes everything clean; what was dirty is copied by the caller.
-    pub(crate) fn track(&mut self, on: bool) {
-        if on && self.tracking != Tracking::On {
-            self.pending.clear();
-            self.marks.clear();
-            self.leaves.clear();
-            self.rests.clear();
-            self.untracked.clear();
-        }
-        self.tracking = match (on, self.tracking) {
-            (true, _) => Tracking::On,
-            (false, Tracking::Never) => Tracking::Never,
-            (false, _) => Tracking::Off,
-        };
-    }
-
-    /// A device wrote bytes of one mapped page.
-    pub(crate) fn device_wrote(&mut self, at: u64, bytes: &[u8]) {
-        let page = self.store(at, bytes);
-        if self.tracking != Tracking::On {
-            self.untracked.insert(page);
-            return;
-        }
-        self.leaves.extend(self.leaf_of(page));
-        // A cached "dirty" from before the harvest may hide this write from the table: the lease copies after its
-        // flush.
-        let hidden = |lease: &Leased| !lease.synced && lease.pages.contains(&page);
-        if !self.leases.iter().flatten().any(hidden) {
-            self.pending.insert(page);
-        }
-    }
-
-    /// A CPU wrote bytes of one mapped page, and marked it.
-    pub(crate) fn cpu_wrote(&mut self, at: u64, bytes: &[u8]) {
-        let page = self.store(at, bytes);
-        self.marks.insert(page);
-        self.pending.insert(page);
-    }
-
-    /// A CPU wrote bytes of one mapped page, and told nobody: what it owes is left for the comparison at the end.
-    pub(crate) fn cpu_wrote_unmarked(&mut self, at: u64, bytes: &[u8]) {
-        self.store(at, bytes);
-    }
-
-    /// A harvest went over the pages `first..=last`, all of them mapped, and reported `reported` of them.
-    pub(crate) fn harvested(
-        &mut self,
-        lease: usize,
-        first: u64,
-        last: u64,
-        reported: BTreeSet<u64>,
-    ) {
-        let covered = |page: u64| (first..=last).contains(&page);
-        self.pending.retain(|page| !covered(*page));
-        self.marks.retain(|page| !covered(*page));
-        self.rests.retain(|page| !covered(*page));
-        // A leaf is cleared as a whole; what the harvest did not cover of it is kept as marks.
-        let touched = |(page, count): &(u64, u64)| *page <= last && first < page + count;
-        let taken: Vec<(u64, u64)> = self.leaves.iter().copied().filter(touched).collect();
-        for leaf in taken {
-            self.leaves.remove(&leaf);
-            let pages = leaf.0..leaf.0 + leaf.1;
-            self.rests.extend(pages.filter(|page| !covered(*page)));
-        }
-        self.leases[lease] = Some(Leased {
-            pages: reported,
-            synced: false,
-        });
-    }
-
-    /// A lease was put back: the pages of `runs`, as far as they are mapped, are marked.
-    pub(crate) fn aborted(&mut self, lease: usize, runs: &[IovaRange]) {
-        for page in runs.iter().flat_map(|run| pages_of(*run)) {
-            if self.area_at(page).is_some() {
-                self.marks.insert(page);
-            }
-        }
-        if let Some(lease) = self.leases[lease].take() {
-            self.pending.extend(lease.pages);
-        }
-    }
-
-    // What must hold.
-
-    /// The bytes of the pages of `first..=last` that a harvest must report.
-    pub(crate) fn must_report(&self, first: u64, last: u64) -> BTreeSet<u64> {
-        self.pending.range(first..=last).copied().collect()
-    }
-
-    /// The pages of `first..=last` that a harvest may report.
-    pub(crate) fn may_report(&self, first: u64, last: u64) -> BTreeSet<u64> {
-        let leaves = self
-            .leaves
-            .iter()
-            .flat_map(|(page, count)| *page..page + count);
-        let marks = self.marks.union(&self.rests).copied();
-        leaves
-            .chain(marks)
-            .filter(|page| (first..=last).contains(page))
-            .collect()
     }
 
     /// Why a request is refused before anything is touched.
@@ -306,7 +256,7 @@ impl Oracle {
         range: IovaRange,
         granule: Granule,
         bits: u64,
-        all_or_nothing: bool,
+        ask: &Ask,
     ) -> Option<Error> {
         let needed = u128::from((range.last().get() - range.start().get()) >> granule.lg2()) + 1;
         let ragged = |granule: Granule| {
@@ -328,9 +278,11 @@ impl Oracle {
                 range,
                 granule,
             })
-        } else if self.tracking == Tracking::Never {
+        } else if let Some(domain) = self.asked_in_vain(ask) {
+            Some(Error::NotAttached { domain })
+        } else if !self.ever_tracked(ask) {
             Some(Error::NeverTracked { range })
-        } else if all_or_nothing {
+        } else if ask.all_or_nothing {
             let at = self.hole_in(range)?;
             Some(Error::Hole { at, range })
         } else {
@@ -344,19 +296,19 @@ impl Oracle {
         Some(Iova::new(self.first_hole(first, last)? * PAGE))
     }
 
-    /// The leaf that maps `page`.
-    fn leaf_of(&self, page: u64) -> Option<(u64, u64)> {
+    /// The leaf of a domain that maps `page`.
+    fn leaf_of(&self, domain: usize, page: u64) -> Option<(u64, u64)> {
         let area = self.area_at(page)?;
         let first = page / LARGE * LARGE;
-        let fits = self.large_leaves
+        let fits = self.large_leaves[domain]
             && area.first <= first
             && first + LARGE - 1 <= area.last()
-            && area.frame_of(first) % LARGE == 0;
+            && area.frame_of(first).is_multiple_of(LARGE);
         Some(if fits { (first, LARGE) } else { (page, 1) })
     }
 
     /// Stores bytes that lie in one mapped page; returns the page.
-    fn store(&mut self, at: u64, bytes: &[u8]) -> u64 {
+    pub(crate) fn store(&mut self, at: u64, bytes: &[u8]) -> u64 {
         let page = at / PAGE;
         if let Some(frame) = self.area_at(page).map(|area| area.frame_of(page)) {
             let memory = self
@@ -370,8 +322,18 @@ impl Oracle {
     }
 }
 
+/// The first page of a stretch of the window.
+fn first_of(at: Stretch) -> u64 {
+    FIRST + u64::from(at.slot) * LARGE + u64::from(at.skip)
+}
+
+/// The addresses of a stretch of the window.
+pub(crate) fn range_of(at: Stretch) -> IovaRange {
+    pages(first_of(at), first_of(at) + u64::from(at.pages) - 1)
+}
+
 /// The page of `area` that an operand names: one of the first, middle or last ones, or the one behind it.
-fn page_in(area: &Area, code: u8) -> u64 {
+pub(crate) fn page_in(area: &Area, code: u8) -> u64 {
     let code = u64::from(code);
     let within = match code {
         0..12 => code,

@@ -1,0 +1,287 @@
+//! From bytes to programs.
+
+use dirtymap::Access;
+
+use super::{Ask, Config, Cut, Format, MapFault, Master, Op, Place, Sabotage, Step, Stretch};
+
+const LENGTHS: [u16; 16] = [
+    8, 1, 2, 7, 64, 64, 100, 512, 2048, 4096, 4097, 5000, 6000, 8192, 9000, 0,
+];
+const BYTES: [u16; 8] = [0, 1, 8, 2047, 2048, 4000, 4090, 4095];
+const PAGES: [u16; 16] = [
+    1, 2, 3, 4, 8, 16, 40, 63, 64, 65, 100, 511, 512, 513, 600, 1024,
+];
+const SKIPS: [u16; 8] = [0, 0, 0, 0, 1, 7, 500, 511];
+const GRANULES: [u8; 8] = [12, 12, 12, 12, 11, 13, 13, 21];
+const CUTS: [Cut; 4] = [Cut::Whole, Cut::Whole, Cut::Rest, Cut::Part];
+/// Most programs are about the first domain.
+const DOMAIN: [u8; 8] = [0, 0, 0, 0, 1, 1, 1, 2];
+const FORMATS: [Format; 8] = [
+    Format::Amd,
+    Format::Vtd,
+    Format::Arm,
+    Format::Riscv,
+    Format::X86,
+    Format::Amd,
+    Format::Vtd,
+    Format::Arm,
+];
+
+impl Op {
+    /// The next step of the program that `bytes` spell; `None` when they are used up.
+    pub fn decode(bytes: &mut impl Iterator<Item = u8>) -> Option<Op> {
+        let code = bytes.next()?;
+        // Of the 64 codes, each operation has as many as it should be frequent; the two bits above are operands.
+        let more = code / 64;
+        Some(match code % 64 {
+            0..12 => Op::DmaWrite {
+                device: Master::decode(bytes)?,
+                at: Place::decode(bytes)?,
+                len: pick(&LENGTHS, bytes.next()?),
+            },
+            12 => Op::DmaRead {
+                device: Master::decode(bytes)?,
+                at: Place::decode(bytes)?,
+                len: pick(&LENGTHS, bytes.next()?),
+            },
+            13..16 => Op::Mark {
+                at: Place::decode(bytes)?,
+                len: pick(&LENGTHS, bytes.next()?),
+                by_handle: more & 1 != 0,
+            },
+            16..24 => Op::Harvest(Ask::decode(bytes)?),
+            24 => Op::Peek(Ask::decode(bytes)?),
+            25 | 26 => Op::Sync(more & 1),
+            27 => Op::Copy(more & 1),
+            28..32 => Op::Commit(more & 1),
+            32 => Op::Abort(more & 1),
+            33 if more < 2 => Op::DropLease(more & 1),
+            33 => Op::Crash(more & 1),
+            34 => Op::FlushFails(pick(&DOMAIN, bytes.next()?)),
+            35 => Op::HarvestDies(pick(&DOMAIN, bytes.next()?)),
+            36 | 37 => Op::BusySync {
+                lease: more & 1,
+                device: Master::decode(bytes)?,
+                at: Place::decode(bytes)?,
+                len: pick(&LENGTHS, bytes.next()?),
+            },
+            38..41 => Op::decode_map(bytes)?,
+            41 => Op::decode_map_anywhere(bytes)?,
+            42 => Op::UnmapDiscarding {
+                area: bytes.next()?,
+                cut: pick(&CUTS, more),
+            },
+            43 => {
+                let (area, flags) = (bytes.next()?, bytes.next()?);
+                Op::Unmap {
+                    area,
+                    cut: pick(&CUTS, more),
+                    granule_lg2: pick(&GRANULES, flags),
+                    short: flags >> 4 == 15,
+                }
+            }
+            44 | 45 => Op::CutAt {
+                at: Place::decode(bytes)?,
+                unaligned: more == 3,
+            },
+            46 | 47 => Op::Batch([
+                Step::decode(bytes)?,
+                Step::decode(bytes)?,
+                Step::decode(bytes)?,
+            ]),
+            48 => match more {
+                0 => Op::Reserve(Stretch::decode(bytes)?),
+                1 => Op::Release(bytes.next()?),
+                _ => Op::Allow(bytes.next()? % 8),
+            },
+            49 | 50 => Op::Attach(pick(&[1, 2, 1, 0], more)),
+            51 => Op::Detach(pick(&[1, 2, 0, 1], more)),
+            52 => Op::Track(more != 0),
+            53 => Op::TrackDomain(pick(&DOMAIN, bytes.next()?), more != 0),
+            54 => Op::Land(Master::decode(bytes)?),
+            55 => Op::Quiesce(Master::decode(bytes)?),
+            56 | 57 => Op::BeginWrite {
+                guard: more & 1,
+                at: Place::decode(bytes)?,
+                len: pick(&LENGTHS, bytes.next()?),
+            },
+            58 | 59 => Op::FillWrite {
+                guard: more & 1,
+                skip: pick(&BYTES, bytes.next()?),
+                len: pick(&LENGTHS, bytes.next()?),
+            },
+            60 => Op::EndWrite(more & 1),
+            61 => Op::KeepHandle {
+                handle: more & 1,
+                area: bytes.next()?,
+            },
+            _ => Op::MarkByKept {
+                handle: more & 1,
+                page: bytes.next()?,
+                len: pick(&LENGTHS, bytes.next()?),
+            },
+        })
+    }
+
+    fn decode_map(bytes: &mut impl Iterator<Item = u8>) -> Option<Op> {
+        let (slot, size, kind) = (bytes.next()?, bytes.next()?, bytes.next()?);
+        Some(Op::Map {
+            slot: slot % 4,
+            skip: pick(&SKIPS, slot / 4),
+            pages: pick(&PAGES, size),
+            shifted: kind & 3 == 3,
+            access: access(kind >> 2),
+            fault: match kind >> 5 {
+                1 if size & 0x10 != 0 => MapFault::Unaligned,
+                2 if size & 0x10 != 0 => MapFault::UnalignedBacking,
+                3 if size & 0x10 != 0 => MapFault::Wraps,
+                4 => MapFault::OutsideMemory,
+                _ => MapFault::None,
+            },
+        })
+    }
+
+    fn decode_map_anywhere(bytes: &mut impl Iterator<Item = u8>) -> Option<Op> {
+        let (place, size) = (bytes.next()?, bytes.next()?);
+        let skip = pick(&[0, 0, 0, 4], place >> 2);
+        Some(Op::MapAnywhere {
+            piece: place % 4,
+            pages: pick(&PAGES, size).min(1024 - skip),
+            skip,
+            access: access(place >> 4),
+            ragged: size >= 0xf0,
+        })
+    }
+}
+
+impl Master {
+    fn decode(bytes: &mut impl Iterator<Item = u8>) -> Option<Master> {
+        let byte = bytes.next()?;
+        Some(Master {
+            domain: pick(&DOMAIN, byte / 2),
+            device: byte % 2,
+        })
+    }
+}
+
+impl Place {
+    fn decode(bytes: &mut impl Iterator<Item = u8>) -> Option<Place> {
+        let (area, page) = (bytes.next()?, bytes.next()?);
+        Some(Place {
+            area,
+            page: page % 32,
+            byte: pick(&BYTES, page / 32),
+        })
+    }
+}
+
+impl Stretch {
+    fn decode(bytes: &mut impl Iterator<Item = u8>) -> Option<Stretch> {
+        let (place, size) = (bytes.next()?, bytes.next()?);
+        Some(Stretch {
+            slot: place % 4,
+            skip: pick(&SKIPS, place / 4),
+            pages: pick(&PAGES, size),
+        })
+    }
+}
+
+impl Step {
+    /// Two bytes.
+    fn decode(bytes: &mut impl Iterator<Item = u8>) -> Option<Step> {
+        let (kind, operand) = (bytes.next()?, bytes.next()?);
+        let area = kind / 8;
+        Some(match kind % 8 {
+            0..3 => Step::Cut(Place {
+                area,
+                page: operand % 32,
+                byte: if operand >= 0xf8 { 8 } else { 0 },
+            }),
+            3 | 4 => Step::Unmap(area),
+            5 | 6 => {
+                let stretch = Stretch {
+                    slot: area % 4,
+                    skip: pick(&SKIPS, area / 4),
+                    pages: pick(&PAGES, operand),
+                };
+                Step::Map(stretch, access(operand >> 5))
+            }
+            _ if operand & 1 == 0 => Step::Nothing,
+            _ => Step::UnmapNew,
+        })
+    }
+}
+
+impl Ask {
+    fn decode(bytes: &mut impl Iterator<Item = u8>) -> Option<Ask> {
+        let (area, part, flags) = (bytes.next()?, bytes.next()?, bytes.next()?);
+        let scope = bytes.next()?;
+        Some(Ask {
+            area: area % 8,
+            span: area / 8,
+            page: part % 32,
+            granule_lg2: pick(&GRANULES, part / 32),
+            ragged: flags & 0b111 == 7,
+            short: flags & 0b1_1100 == 0x1c,
+            all_or_nothing: flags & 0b10_0000 != 0,
+            preset: if flags >> 6 == 3 { bytes.next()? } else { 0 },
+            domain: (scope & 1 != 0).then(|| pick(&DOMAIN, scope / 2)),
+        })
+    }
+}
+
+impl Config {
+    /// A small world in which all is well.
+    pub const PLAIN: Config = Config {
+        formats: [Format::Amd, Format::Vtd, Format::Arm],
+        large_leaves: [false; 3],
+        iotlb_sets: 16,
+        iotlb_ways: 4,
+        tlb_entries: 0,
+        posted_writes: 4,
+        warm: true,
+        sabotage: Sabotage::None,
+    };
+
+    /// The world that four bytes describe.
+    pub fn decode(bytes: &mut impl Iterator<Item = u8>) -> Option<Config> {
+        let (shape, more) = (bytes.next()?, bytes.next()?);
+        let (first, others) = (bytes.next()?, bytes.next()?);
+        let (iotlb_sets, iotlb_ways) = pick(&[(16, 4), (1, 1), (2, 2), (64, 8)], shape / 8);
+        Some(Config {
+            formats: [
+                pick(&FORMATS, first),
+                pick(&FORMATS, others),
+                pick(&FORMATS, others / 8),
+            ],
+            large_leaves: [0, 1, 2].map(|domain| shape >> domain & 1 != 0),
+            iotlb_sets,
+            iotlb_ways,
+            tlb_entries: pick(&[0, 0, 4, 64], more / 8),
+            posted_writes: pick(&[4, 0, 1, 64], shape / 32),
+            warm: more % 8 != 7,
+            sabotage: Sabotage::None,
+        })
+    }
+}
+
+/// The world and the program that `bytes` spell: at most `limit` steps.
+pub fn decode(bytes: &[u8], limit: usize) -> Option<(Config, Vec<Op>)> {
+    let mut bytes = bytes.iter().copied();
+    let config = Config::decode(&mut bytes)?;
+    let ops = std::iter::from_fn(|| Op::decode(&mut bytes));
+    Some((config, ops.take(limit).collect()))
+}
+
+/// Mostly all.
+fn access(byte: u8) -> Access {
+    match byte & 7 {
+        6 => Access::Read,
+        7 => Access::Write,
+        _ => Access::ReadWrite,
+    }
+}
+
+fn pick<T: Copy, const N: usize>(table: &[T; N], byte: u8) -> T {
+    table[usize::from(byte) % N]
+}

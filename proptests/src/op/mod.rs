@@ -1,0 +1,370 @@
+//! The language of the tests: what can be done to an address space, its devices and its leases.
+//!
+//! Operands are small numbers that the oracle turns into addresses when the operation runs: "the second area", "its
+//! last page", so that most inputs are legal, hit few places again and again, and still reach the borders. Every byte
+//! string is a program.
+
+mod decode;
+
+pub use decode::decode;
+
+use dirtymap::Access;
+
+/// How many domains a world has.
+pub const DOMAINS: usize = 3;
+
+/// One step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// A device writes.
+    DmaWrite {
+        /// Which device.
+        device: Master,
+        /// Where.
+        at: Place,
+        /// How many bytes.
+        len: u16,
+    },
+    /// A device reads; its own posted writes land first.
+    DmaRead {
+        /// Which device.
+        device: Master,
+        /// Where.
+        at: Place,
+        /// How many bytes.
+        len: u16,
+    },
+    /// A CPU writes, and marks what it wrote.
+    Mark {
+        /// Where.
+        at: Place,
+        /// How many bytes.
+        len: u16,
+        /// Marks by the handle of the area and not by the space.
+        by_handle: bool,
+    },
+    /// Harvests into the first free of two leases; nothing happens if both are taken.
+    Harvest(Ask),
+    /// Looks and changes nothing.
+    Peek(Ask),
+    /// Flushes a lease.
+    Sync(u8),
+    /// A device writes, and writes the same again and again while a lease is flushed.
+    BusySync {
+        /// Which lease.
+        lease: u8,
+        /// Which device.
+        device: Master,
+        /// Where.
+        at: Place,
+        /// How many bytes.
+        len: u16,
+    },
+    /// Copies what a synced lease names.
+    Copy(u8),
+    /// Ends a lease well: what is missing of sync and copy is made up for.
+    Commit(u8),
+    /// Puts a lease back.
+    Abort(u8),
+    /// Drops a lease, which puts it back.
+    DropLease(u8),
+    /// The consumer panics while it holds a lease.
+    Crash(u8),
+    /// The next harvest that asks this domain panics half-way through an area.
+    HarvestDies(u8),
+    /// The next flush of this domain fails.
+    FlushFails(u8),
+    /// Maps a new area.
+    Map {
+        /// Which 2 MiB of the window it begins in.
+        slot: u8,
+        /// How many pages it begins behind the slot.
+        skip: u16,
+        /// How many pages it has.
+        pages: u16,
+        /// Its memory is not aligned as its addresses are: only small leaves fit.
+        shifted: bool,
+        /// What devices may do.
+        access: Access,
+        /// How the request is wrong.
+        fault: MapFault,
+    },
+    /// Maps wherever there is room.
+    MapAnywhere {
+        /// Which of four pieces of memory is mapped; nothing happens if it is in use.
+        piece: u8,
+        /// How many pages.
+        pages: u16,
+        /// How many pages of the piece are left out in front.
+        skip: u16,
+        /// What devices may do.
+        access: Access,
+        /// Not a whole number of pages.
+        ragged: bool,
+    },
+    /// Unmaps an area, dirty or not.
+    UnmapDiscarding {
+        /// Which area.
+        area: u8,
+        /// What of it.
+        cut: Cut,
+    },
+    /// Unmaps an area, and takes what is dirty in it.
+    Unmap {
+        /// Which area.
+        area: u8,
+        /// What of it.
+        cut: Cut,
+        /// Bytes of one bit, as a logarithm.
+        granule_lg2: u8,
+        /// The bitmap is too short by a word.
+        short: bool,
+    },
+    /// Cuts an area in two.
+    CutAt {
+        /// Which page begins the right part.
+        at: Place,
+        /// At a byte inside the page.
+        unaligned: bool,
+    },
+    /// Several changes as one.
+    Batch([Step; 3]),
+    /// Keeps a range from being mapped.
+    Reserve(Stretch),
+    /// Undoes the reservation with this number, or one that was never made.
+    Release(u8),
+    /// Says where `MapAnywhere` may look: one of some lists of ranges.
+    Allow(u8),
+    /// Attaches a domain.
+    Attach(u8),
+    /// Detaches a domain.
+    Detach(u8),
+    /// Switches tracking.
+    Track(bool),
+    /// Switches tracking in one domain.
+    TrackDomain(u8, bool),
+    /// A device lets its posted writes land, and stays awake.
+    Land(Master),
+    /// A device lets its posted writes land, and goes to sleep.
+    Quiesce(Master),
+    /// Begins a write in flight; nothing happens if this one is under way.
+    BeginWrite {
+        /// Which of two.
+        guard: u8,
+        /// Where.
+        at: Place,
+        /// How many bytes.
+        len: u16,
+    },
+    /// Writes some bytes of a write in flight.
+    FillWrite {
+        /// Which of two.
+        guard: u8,
+        /// How far from its first byte.
+        skip: u16,
+        /// How many bytes, at most to its end.
+        len: u16,
+    },
+    /// Ends a write in flight.
+    EndWrite(u8),
+    /// Takes a handle of an area and keeps it, whatever becomes of the area.
+    KeepHandle {
+        /// Which of two.
+        handle: u8,
+        /// Which area.
+        area: u8,
+    },
+    /// A CPU writes, and marks by a handle that was kept.
+    MarkByKept {
+        /// Which of two.
+        handle: u8,
+        /// Where in the area of the handle, as it was then.
+        page: u8,
+        /// How many bytes.
+        len: u16,
+    },
+}
+
+/// A device of a domain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Master {
+    /// Which domain.
+    pub domain: u8,
+    /// Which of its two devices.
+    pub device: u8,
+}
+
+/// Addresses in the window, by page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stretch {
+    /// Which 2 MiB of the window it begins in.
+    pub slot: u8,
+    /// How many pages it begins behind the slot.
+    pub skip: u16,
+    /// How many pages it has.
+    pub pages: u16,
+}
+
+/// One change of a batch. Areas are those that the changes before it have left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Nothing.
+    Nothing,
+    /// Cuts.
+    Cut(Place),
+    /// Unmaps an area.
+    Unmap(u8),
+    /// Unmaps the area that the batch mapped last.
+    UnmapNew,
+    /// Maps.
+    Map(Stretch, Access),
+}
+
+/// An address, as a place in an area.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Which area, modulo their number.
+    pub area: u8,
+    /// One of its first, middle or last pages, or the page behind it.
+    pub page: u8,
+    /// The byte in the page.
+    pub byte: u16,
+}
+
+/// What a harvest or peek asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ask {
+    /// Which area, modulo their number.
+    pub area: u8,
+    /// All of the area, a part of it, or more.
+    pub span: u8,
+    /// The first page of a part, as in [`Place::page`].
+    pub page: u8,
+    /// Bytes of one bit, as a logarithm: 11, 12, 13 or 21.
+    pub granule_lg2: u8,
+    /// Does not round the range out to the granule.
+    pub ragged: bool,
+    /// The bitmap is too short by a word.
+    pub short: bool,
+    /// A hole refuses the request.
+    pub all_or_nothing: bool,
+    /// Bits that the user has set before.
+    pub preset: u8,
+    /// One domain alone; all of them and the marks if there is none, or it was never attached.
+    pub domain: Option<u8>,
+}
+
+impl Ask {
+    /// All of the first area, page by page, from everywhere.
+    pub const EVERYTHING: Ask = Ask {
+        area: 0,
+        span: 0,
+        page: 0,
+        granule_lg2: 12,
+        ragged: false,
+        short: false,
+        all_or_nothing: false,
+        preset: 0,
+        domain: None,
+    };
+}
+
+/// What is wrong with a request to map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MapFault {
+    /// Nothing.
+    None,
+    /// The range does not start at a page.
+    Unaligned,
+    /// The memory does not start at a page.
+    UnalignedBacking,
+    /// The memory would go past 2^64.
+    Wraps,
+    /// There is no such memory: the source refuses.
+    OutsideMemory,
+}
+
+/// What of an area a request to unmap names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cut {
+    /// All of it.
+    Whole,
+    /// All but its last page; everything if it has one.
+    Part,
+    /// It and all areas behind it.
+    Rest,
+}
+
+/// The world that a program runs in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The page tables of the domains. The first one is attached when the program begins.
+    pub formats: [Format; DOMAINS],
+    /// Leaves may have 2 MiB, otherwise all have 4 KiB; for each domain.
+    pub large_leaves: [bool; DOMAINS],
+    /// Sets of each IOTLB.
+    pub iotlb_sets: usize,
+    /// Ways of each IOTLB.
+    pub iotlb_ways: usize,
+    /// Translations that devices cache themselves, in front of the IOTLB.
+    pub tlb_entries: usize,
+    /// Writes that a device keeps in flight.
+    pub posted_writes: usize,
+    /// Areas are mapped and tracking is on when the program begins.
+    pub warm: bool,
+    /// What is broken.
+    pub sabotage: Sabotage,
+}
+
+/// Page tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// AMD v1.
+    Amd,
+    /// VT-d, second stage, four levels.
+    Vtd,
+    /// Arm, stage 1.
+    Arm,
+    /// x86-64, four levels.
+    X86,
+    /// RISC-V, Sv48.
+    Riscv,
+}
+
+/// What can be broken, to show that it is noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Sabotage {
+    /// All is well.
+    #[default]
+    None,
+    /// Invalidations reach no device.
+    IgnoreInvalidations,
+    /// Devices acknowledge while their writes are in flight.
+    AcknowledgeWithoutDraining,
+    /// Each invalidation leaves out the last page.
+    FlushShortByOnePage,
+    /// Devices keep pointers to tables that are gone.
+    SkipNonLeaf,
+    /// TLBs of devices are emptied before the IOTLBs that refill them.
+    DeviceTlbFirst,
+    /// A flush that was told to fail does nothing and says that all is well.
+    HideFailedFlush,
+    /// Switching tracking on does not flush.
+    TrackWithoutFlush,
+    /// A source that unmaps does not say what was dirty.
+    UnmapForgetsDirty,
+    /// A source that unmaps does not owe the flush.
+    UnmapOwesNothing,
+    /// A source says that it has split a leaf, and has not.
+    SplitNothing,
+    /// Harvests do not ask the domains but the first.
+    HarvestFirstDomainOnly,
+    /// The consumer copies before the flush, and not after it.
+    CopyBeforeSync,
+    /// CPUs write and do not mark.
+    ForgetMarks,
+    /// CPUs take their time to write, and do not say so.
+    ForgetGuards,
+    /// A consumer that crashes takes its lease with it.
+    LeakLease,
+}

@@ -1,0 +1,188 @@
+//! What cuts and batches do to the areas, one change after the other.
+
+use dirtymap::{Change, Error, Granule, Iova, IovaRange};
+
+use super::{Area, Oracle, PAGE, page_in, pages};
+use crate::op::{Place, Step};
+
+/// A batch in the making.
+pub(crate) struct Plan<'o> {
+    oracle: &'o Oracle,
+    /// What becomes of the areas: their pieces, and whether they go.
+    pieces: Vec<(Area, bool)>,
+    /// New areas, each with the number of its change.
+    new: Vec<(usize, Area)>,
+}
+
+/// What a plan comes to.
+pub(crate) struct Outcome {
+    pub(crate) gone: Vec<Area>,
+    pub(crate) kept: Vec<Area>,
+    pub(crate) new: Vec<Area>,
+}
+
+impl<'o> Plan<'o> {
+    pub(crate) fn new(oracle: &'o Oracle) -> Self {
+        let pieces = oracle.areas.values().map(|area| (*area, false)).collect();
+        Plan {
+            oracle,
+            pieces,
+            new: Vec::new(),
+        }
+    }
+
+    /// The area that an operand names, of what is left.
+    fn nth(&self, nth: u8) -> Option<Area> {
+        let left: Vec<Area> = self
+            .pieces
+            .iter()
+            .filter(|(_, goes)| !goes)
+            .map(|(area, _)| *area)
+            .collect();
+        left.get(usize::from(nth).checked_rem(left.len())?).copied()
+    }
+
+    /// Where an operand cuts.
+    pub(crate) fn place(&self, at: Place) -> Option<Iova> {
+        let area = self.nth(at.area)?;
+        Some(Iova::new(
+            page_in(&area, at.page) * PAGE + u64::from(at.byte),
+        ))
+    }
+
+    /// The change that an operand names, if there is something to change. `new` is what a map would map.
+    pub(crate) fn change(&self, step: Step, new: Area) -> Option<Change> {
+        Some(match step {
+            Step::Nothing => return None,
+            Step::Cut(at) => Change::Cut {
+                at: self.place(at)?,
+            },
+            Step::Unmap(nth) => Change::Unmap {
+                range: self.nth(nth)?.range(),
+            },
+            Step::UnmapNew => Change::Unmap {
+                range: self.new.last()?.1.range(),
+            },
+            Step::Map(..) => Change::Map {
+                range: new.range(),
+                backing: new.frame * PAGE,
+                access: new.access,
+            },
+        })
+    }
+
+    /// Adds a change to the plan; `new` is what a map maps.
+    ///
+    /// # Errors
+    /// Why it is refused.
+    pub(crate) fn add(&mut self, index: usize, change: Change, new: Area) -> Result<(), Error> {
+        match change {
+            Change::Cut { at } => self.cut(at),
+            Change::Unmap { range } => self.unmap(range),
+            Change::Map { range, .. } => {
+                if let Some(reserved) = self.oracle.free.reserved_in(range) {
+                    return Err(Error::Reserved { range, reserved });
+                }
+                // What goes is in the way as well, until the flush.
+                let areas = self.oracle.areas.values().map(Area::range);
+                let mut taken = areas.chain(self.new.iter().map(|(_, area)| area.range()));
+                if let Some(existing) = taken.find(|other| other.intersects(range)) {
+                    return Err(Error::Overlap { range, existing });
+                }
+                self.new.push((index, new));
+                Ok(())
+            }
+        }
+    }
+
+    /// # Errors
+    /// Why it is refused.
+    pub(crate) fn cut(&mut self, at: Iova) -> Result<(), Error> {
+        if !at.get().is_multiple_of(PAGE) {
+            let granule = Granule::K4;
+            return Err(Error::UnalignedCut { at, granule });
+        }
+        let page = at.get() / PAGE;
+        let across = |area: &Area| area.holds(page) && area.first < page;
+        if let Some((_, new)) = self.new.iter().find(|(_, new)| across(new)) {
+            return Err(Error::Busy { area: new.range() });
+        }
+        if let Some(nth) = self
+            .pieces
+            .iter()
+            .position(|(area, goes)| !goes && across(area))
+        {
+            let (whole, _) = self.pieces[nth];
+            self.pieces[nth].0 = whole.part(whole.first, page - 1);
+            let right = whole.part(page, whole.last());
+            self.pieces.insert(nth + 1, (right, false));
+        }
+        Ok(())
+    }
+
+    fn unmap(&mut self, range: IovaRange) -> Result<(), Error> {
+        if let Some((_, new)) = self.new.iter().find(|(_, a)| a.range().intersects(range)) {
+            return Err(Error::Busy { area: new.range() });
+        }
+        let mut any = false;
+        for (area, goes) in self.pieces.iter_mut().filter(|(_, goes)| !goes) {
+            if range.covers(area.range()) {
+                *goes = true;
+                any = true;
+            } else if range.intersects(area.range()) {
+                let area = area.range();
+                return Err(Error::PartOfArea { range, area });
+            }
+        }
+        if any {
+            Ok(())
+        } else {
+            Err(Error::NothingMapped { range })
+        }
+    }
+
+    /// What becomes of it.
+    ///
+    /// # Errors
+    /// Why a domain refuses.
+    pub(crate) fn outcome(self) -> Result<Outcome, Error> {
+        for (index, area) in &self.new {
+            if let Some(error) = self.oracle.refuses(area, &self.oracle.attached) {
+                return Err(Error::Change {
+                    index: *index,
+                    error: Box::new(error),
+                });
+            }
+        }
+        for (area, _) in &self.pieces {
+            if !self.oracle.areas.contains_key(&area.first)
+                && let Some(leaf) = self.oracle.straddles(area.first)
+            {
+                let at = pages(area.first, area.first).start();
+                let error = pagetable_sim::Error::StraddlingLeaf { at, leaf };
+                return Err(Error::source_failed(error));
+            }
+        }
+        let which = |going: bool| {
+            let pieces = self.pieces.iter().filter(move |(_, goes)| *goes == going);
+            pieces.map(|(area, _)| *area).collect()
+        };
+        Ok(Outcome {
+            gone: which(true),
+            kept: which(false),
+            new: self.new.iter().map(|(_, area)| *area).collect(),
+        })
+    }
+}
+
+impl Oracle {
+    /// The areas are cut as a batch says, and what it unmaps goes. New areas come when the caller maps them.
+    pub(crate) fn perform(&mut self, outcome: &Outcome) {
+        self.areas.clear();
+        for area in outcome.kept.iter().chain(&outcome.gone) {
+            self.map(*area);
+        }
+        outcome.gone.iter().for_each(|area| self.unmap(area));
+        outcome.new.iter().for_each(|area| self.map(*area));
+    }
+}

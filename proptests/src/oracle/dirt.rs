@@ -1,0 +1,336 @@
+//! What is dirty, in each place; what harvests take, and where it goes when they give it back.
+
+use std::collections::BTreeSet;
+
+use dirtymap::{DomainId, IovaRange};
+
+use super::{Area, Oracle, pages_of};
+use crate::op::Ask;
+
+/// What is dirty in one place: in a domain, or by marks.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Dirt {
+    /// Pages that the next harvest that covers them must report.
+    pub(crate) must: BTreeSet<u64>,
+    /// Pages that are marked, or may be kept.
+    pub(crate) pages: BTreeSet<u64>,
+    /// First page and number of pages of leaves that may be dirty, and of what is left of them.
+    pub(crate) leaves: BTreeSet<(u64, u64)>,
+}
+
+/// Whether writes of devices are tracked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Tracking {
+    #[default]
+    Never,
+    On,
+    Off,
+}
+
+/// What there is to know of a domain.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct DomainState {
+    /// As what it is or was attached.
+    pub(crate) id: Option<DomainId>,
+    pub(crate) tracking: Tracking,
+    pub(crate) dirt: Dirt,
+    /// Pages that its devices may have written while nobody looked.
+    pub(crate) untracked: BTreeSet<u64>,
+}
+
+/// What a live lease holds.
+#[derive(Clone, Debug)]
+pub(crate) struct Leased {
+    /// Pages that it reported, and that were not unmapped since.
+    pub(crate) pages: BTreeSet<u64>,
+    /// The domains that it covers, and as what they were attached.
+    domains: Vec<(usize, Option<DomainId>)>,
+    marks: bool,
+    pub(crate) synced: bool,
+}
+
+impl Tracking {
+    pub(crate) fn switch(&mut self, on: bool) {
+        *self = match (on, *self) {
+            (true, _) => Tracking::On,
+            (false, Tracking::Never) => Tracking::Never,
+            (false, _) => Tracking::Off,
+        };
+    }
+}
+
+impl Dirt {
+    /// The pages that a harvest may report.
+    pub(crate) fn may(&self) -> impl Iterator<Item = u64> {
+        let leaves = self.leaves.iter();
+        let leaves = leaves.flat_map(|(page, count)| *page..page + count);
+        leaves.chain(self.pages.iter().copied())
+    }
+
+    fn forget(&mut self, gone: &Area) {
+        self.must.retain(|page| !gone.holds(*page));
+        self.pages.retain(|page| !gone.holds(*page));
+        self.leaves.retain(|(page, _)| !gone.holds(*page));
+    }
+
+    /// A harvest took the pages `first..=last`.
+    fn take(&mut self, first: u64, last: u64) {
+        let covered = |page: &u64| (first..=last).contains(page);
+        self.must.retain(|page| !covered(page));
+        self.pages.retain(|page| !covered(page));
+        // What is left of a leaf stays dirty.
+        let rests = |(page, count): (u64, u64)| {
+            let behind = page + count;
+            let below = (page, behind.min(first).saturating_sub(page));
+            let above = page.max(last + 1);
+            [below, (above, behind.saturating_sub(above))]
+        };
+        let leaves = std::mem::take(&mut self.leaves);
+        self.leaves = leaves.into_iter().flat_map(rests).collect();
+        self.leaves.retain(|(_, count)| *count > 0);
+    }
+
+    fn add(&mut self, other: Dirt) {
+        self.must.extend(other.must);
+        self.pages.extend(other.pages);
+        self.leaves.extend(other.leaves);
+    }
+}
+
+impl Oracle {
+    // What happens.
+
+    pub(crate) fn map(&mut self, area: Area) {
+        self.areas.insert(area.first, area);
+    }
+
+    /// The area goes, with all that was dirty in it.
+    pub(crate) fn unmap(&mut self, area: &Area) {
+        self.areas.remove(&area.first);
+        self.marks.forget(area);
+        self.untracked.retain(|page| !area.holds(*page));
+        for domain in &mut self.domains {
+            domain.dirt.forget(area);
+            domain.untracked.retain(|page| !area.holds(*page));
+        }
+        for lease in self.leases.iter_mut().flatten() {
+            lease.pages.retain(|page| !area.holds(*page));
+        }
+    }
+
+    pub(crate) fn attach(&mut self, domain: usize, id: DomainId) {
+        self.attached.push(domain);
+        self.domains[domain] = DomainState {
+            id: Some(id),
+            ..DomainState::default()
+        };
+        if self.tracking == Tracking::On {
+            self.domains[domain].tracking = Tracking::On;
+        }
+    }
+
+    /// What is dirty in it moves to the marks.
+    pub(crate) fn detach(&mut self, domain: usize) {
+        self.attached.retain(|other| *other != domain);
+        let gone = std::mem::take(&mut self.domains[domain]);
+        self.domains[domain].id = gone.id;
+        self.marks.add(gone.dirt);
+        self.untracked.extend(gone.untracked);
+    }
+
+    /// The attached domains whose tracking is not on.
+    pub(crate) fn not_tracking(&self) -> Vec<usize> {
+        let off = |nth: &usize| self.domains[*nth].tracking != Tracking::On;
+        self.attached.iter().copied().filter(off).collect()
+    }
+
+    /// Switches the space. What was dirty goes, where tracking starts: it is copied by the caller.
+    pub(crate) fn track(&mut self, on: bool) {
+        for domain in self.attached.clone() {
+            self.track_domain(domain, on);
+        }
+        if on && self.tracking != Tracking::On {
+            self.marks = Dirt::default();
+        }
+        self.tracking.switch(on);
+    }
+
+    pub(crate) fn track_domain(&mut self, domain: usize, on: bool) {
+        let state = &mut self.domains[domain];
+        if on && state.tracking != Tracking::On {
+            state.dirt = Dirt::default();
+            state.untracked.clear();
+        }
+        state.tracking.switch(on);
+    }
+
+    /// A device of a domain wrote bytes of one mapped page.
+    pub(crate) fn device_wrote(&mut self, domain: usize, at: u64, bytes: &[u8]) {
+        let page = self.store(at, bytes);
+        let leaf = self.leaf_of(domain, page);
+        let state = &mut self.domains[domain];
+        if state.tracking != Tracking::On {
+            state.untracked.insert(page);
+            return;
+        }
+        state.dirt.leaves.extend(leaf);
+        // A cached "dirty" from before the harvest may hide this write from the table: the lease copies after its
+        // flush.
+        let covers = |lease: &Leased| lease.domains.contains(&(domain, state.id));
+        let hidden = |lease: &Leased| !lease.synced && lease.pages.contains(&page) && covers(lease);
+        if !self.leases.iter().flatten().any(hidden) {
+            state.dirt.must.insert(page);
+        }
+    }
+
+    /// A CPU marked a mapped page.
+    pub(crate) fn marked(&mut self, page: u64) {
+        self.marks.pages.insert(page);
+        self.marks.must.insert(page);
+    }
+
+    /// A harvest went over the pages `first..=last`, all of them mapped, and reported `reported` of them.
+    pub(crate) fn harvested(
+        &mut self,
+        lease: usize,
+        ask: &Ask,
+        (first, last): (u64, u64),
+        reported: BTreeSet<u64>,
+    ) {
+        let leased = self.leased(ask, reported);
+        for (domain, _) in &leased.domains {
+            self.domains[*domain].dirt.take(first, last);
+        }
+        if leased.marks {
+            self.marks.take(first, last);
+        }
+        self.leases[lease] = Some(leased);
+    }
+
+    /// A lease was put back: the pages of `runs`, as far as they are mapped, are dirty wherever it covered them.
+    pub(crate) fn aborted(&mut self, lease: usize, runs: &[IovaRange]) {
+        if let Some(lease) = self.leases[lease].take() {
+            self.put_back(&lease, runs);
+        }
+    }
+
+    /// A harvest panicked, after it had reported `runs`.
+    pub(crate) fn died(&mut self, ask: &Ask, runs: &[IovaRange]) {
+        let lease = self.leased(ask, BTreeSet::new());
+        self.put_back(&lease, runs);
+    }
+
+    fn put_back(&mut self, lease: &Leased, runs: &[IovaRange]) {
+        let runs = runs.iter().flat_map(|run| pages_of(*run));
+        let mapped: BTreeSet<u64> = runs.filter(|page| self.area_at(*page).is_some()).collect();
+        let mut marks = lease.marks;
+        for (domain, id) in &lease.domains {
+            let state = &mut self.domains[*domain];
+            if self.attached.contains(domain) && state.id == *id {
+                state.dirt.pages.extend(&mapped);
+                state.dirt.must.extend(&lease.pages);
+            } else {
+                marks = true;
+            }
+        }
+        if marks {
+            self.marks.pages.extend(&mapped);
+            self.marks.must.extend(&lease.pages);
+        }
+    }
+
+    // What must hold.
+
+    /// The domains that an operand names, and whether marks are covered as well.
+    fn scope(&self, ask: &Ask) -> (Vec<usize>, bool) {
+        match self.asked_domain(ask) {
+            Some((domain, _)) => (vec![domain], false),
+            None => (self.attached.clone(), true),
+        }
+    }
+
+    /// The domain that an operand names, and as what it is or was attached.
+    pub(crate) fn asked_domain(&self, ask: &Ask) -> Option<(usize, DomainId)> {
+        let domain = usize::from(ask.domain?);
+        Some((domain, self.domains[domain].id?))
+    }
+
+    /// The domain that an operand names, if it is not attached.
+    pub(super) fn asked_in_vain(&self, ask: &Ask) -> Option<DomainId> {
+        let (domain, id) = self.asked_domain(ask)?;
+        (!self.attached.contains(&domain)).then_some(id)
+    }
+
+    pub(crate) fn ever_tracked(&self, ask: &Ask) -> bool {
+        let (domains, marks) = self.scope(ask);
+        let ever = |nth: &usize| self.domains[*nth].tracking != Tracking::Never;
+        domains.iter().any(ever) || (marks && self.tracking != Tracking::Never)
+    }
+
+    fn leased(&self, ask: &Ask, pages: BTreeSet<u64>) -> Leased {
+        let (domains, marks) = self.scope(ask);
+        let domains = domains.iter().map(|nth| (*nth, self.domains[*nth].id));
+        Leased {
+            pages,
+            domains: domains.collect(),
+            marks,
+            synced: false,
+        }
+    }
+
+    fn places(&self, ask: &Ask) -> impl Iterator<Item = &Dirt> {
+        let (domains, marks) = self.scope(ask);
+        let domains = domains.into_iter().map(|nth| &self.domains[nth].dirt);
+        domains.chain(marks.then_some(&self.marks))
+    }
+
+    /// The pages of `first..=last` that a harvest must report, and those that it may.
+    pub(crate) fn bounds(
+        &self,
+        ask: &Ask,
+        first: u64,
+        last: u64,
+    ) -> (BTreeSet<u64>, BTreeSet<u64>) {
+        let inside = |page: &u64| (first..=last).contains(page);
+        let flying = || self.guards.iter().flatten().flat_map(|w| pages_of(*w));
+        let must = self
+            .places(ask)
+            .flat_map(|place| place.must.iter().copied());
+        let may = self.places(ask).flat_map(Dirt::may);
+        (
+            must.chain(flying()).filter(inside).collect(),
+            may.chain(flying()).filter(inside).collect(),
+        )
+    }
+
+    /// The pages of `gone` that must, and that may, be found dirty when they are unmapped.
+    pub(crate) fn dirt_of(&self, gone: &[Area]) -> (BTreeSet<u64>, BTreeSet<u64>) {
+        let inside = |page: &u64| gone.iter().any(|area| area.holds(*page));
+        let places = || self.domains.iter().map(|domain| &domain.dirt);
+        let places = || places().chain([&self.marks]);
+        let flying = || self.guards.iter().flatten().flat_map(|w| pages_of(*w));
+        let must = places().flat_map(|place| place.must.iter().copied());
+        let may = places().flat_map(Dirt::may);
+        (
+            must.chain(flying()).filter(inside).collect(),
+            may.chain(flying()).filter(inside).collect(),
+        )
+    }
+
+    /// Whether the copy of `page` may differ from the memory: a device wrote while nobody looked, or somebody may be
+    /// writing.
+    pub(crate) fn is_unknown(&self, page: u64) -> bool {
+        let untracked = self.domains.iter().map(|domain| &domain.untracked);
+        let flying = self.guards.iter().flatten();
+        untracked
+            .chain([&self.untracked])
+            .any(|set| set.contains(&page))
+            || flying.clone().any(|w| pages_of(*w).any(|p| p == page))
+    }
+
+    /// Whether a live lease has `page`.
+    pub(crate) fn is_leased(&self, page: u64) -> bool {
+        let leases = self.leases.iter().flatten();
+        leases.clone().any(|lease| lease.pages.contains(&page))
+    }
+}

@@ -1,0 +1,171 @@
+//! Domains that come and go, and the switches of tracking.
+
+use dirtymap::sync::Arc;
+use dirtymap::{Error, IovaRange};
+
+use super::{Checked, Runner, same_answer};
+use crate::oracle::{Area, PAGE, Tracking};
+use crate::violation::{Rule, check, same, violation};
+
+impl Runner<'_> {
+    pub(super) fn attach(&mut self, nth: usize) -> Checked {
+        let source = Arc::clone(self.world.node(nth));
+        let space = self.space;
+        let answer = self.stubbornly(|| space.attach(Arc::clone(&source)))?;
+        let twin = self.oracle.attached.contains(&nth);
+        let right = match self.oracle.domains[nth].id {
+            Some(domain) if twin => Err(Error::AttachedTwice { domain }),
+            _ => {
+                let refused = |area: &Area| self.oracle.refuses(area, &[nth]);
+                self.oracle
+                    .areas
+                    .values()
+                    .find_map(refused)
+                    .map_or(Ok(()), Err)
+            }
+        };
+        match answer {
+            Ok(id) => {
+                same_answer("an attach", Ok(()), right)?;
+                self.oracle.attach(nth, id);
+            }
+            Err(error) => same_answer("an attach", Err(error), right)?,
+        }
+        self.check_domains()
+    }
+
+    pub(super) fn detach(&mut self, nth: usize) -> Checked {
+        let Some(id) = self.oracle.domains[nth].id else {
+            return Ok(());
+        };
+        let space = self.space;
+        let answer = self.stubbornly(|| space.detach(id))?;
+        let attached = self.oracle.attached.contains(&nth);
+        let right = if attached {
+            Ok(())
+        } else {
+            Err(Error::NotAttached { domain: id })
+        };
+        same_answer("a detach", answer, right)?;
+        if attached {
+            self.oracle.detach(nth);
+        }
+        self.check_domains()?;
+        self.check_translations()?;
+        self.peek_everything()
+    }
+
+    fn check_domains(&self) -> Checked {
+        let ids = self.oracle.attached.iter();
+        let right: Vec<_> = ids.filter_map(|nth| self.oracle.domains[*nth].id).collect();
+        same(Rule::Answer, "the domains", self.space.domains(), right)
+    }
+
+    /// Exactly the attached domains translate the areas.
+    pub(super) fn check_translations(&self) -> Checked {
+        for area in self.oracle.areas.values() {
+            let at = area.range().start();
+            for (nth, node) in self.world.nodes.iter().enumerate() {
+                let right = self.oracle.attached.contains(&nth);
+                check(node.translates(at) == right, Rule::Answer, || {
+                    format!("domain {nth} does not translate {at} as it should: {right}")
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Performs a call; if a flush was told to fail in it, everything must still be there, and the call is repeated.
+    pub(super) fn stubbornly<T>(
+        &mut self,
+        mut call: impl FnMut() -> Result<T, Error>,
+    ) -> Result<Result<T, Error>, crate::violation::Violation> {
+        loop {
+            let failures = self.world.failures_ahead();
+            let answer = call();
+            if self.world.failures_ahead() == failures || answer.is_ok() {
+                return Ok(answer);
+            }
+            self.clear_leftovers()?;
+            // What is unmapped may have lost its translations, but nothing that is dirty.
+            self.peek_everything()?;
+        }
+    }
+
+    /// Unmaps and detaches what a call has left behind that failed, and whose way back failed.
+    fn clear_leftovers(&mut self) -> Checked {
+        for mapping in self.space.mappings() {
+            let page = mapping.range.start().get() / PAGE;
+            let known = self.oracle.area_at(page);
+            if known.is_none() {
+                while let Err(error) = self.space.unmap_discarding(mapping.range) {
+                    self.only_told_to_fail(error)?;
+                }
+            }
+        }
+        for id in self.space.domains() {
+            let ours = |nth: &usize| self.oracle.domains[*nth].id == Some(id);
+            if !self.oracle.attached.iter().any(ours) {
+                while let Err(error) = self.space.detach(id) {
+                    self.only_told_to_fail(error)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn only_told_to_fail(&self, error: Error) -> Checked {
+        match error {
+            Error::Source(_) => Ok(()),
+            error => Err(violation(
+                Rule::Answer,
+                format!("what was left over: {error}"),
+            )),
+        }
+    }
+
+    /// Switches tracking, in one domain or everywhere.
+    pub(super) fn track(&mut self, domain: Option<usize>, on: bool) -> Checked {
+        let attached = domain.is_none_or(|nth| self.oracle.attached.contains(&nth));
+        let answer = match domain.map(|nth| self.oracle.domains[nth].id) {
+            None => self.space.set_tracking(on),
+            Some(Some(id)) => {
+                let answer = self.space.set_domain_tracking(id, on);
+                if !attached {
+                    let right = Err(Error::NotAttached { domain: id });
+                    return same_answer("switching a domain", answer, right);
+                }
+                answer
+            }
+            Some(None) => return Ok(()),
+        };
+        same_answer("switching tracking", answer, Ok(()))?;
+        let mut starting = self.oracle.not_tracking();
+        starting.retain(|nth| on && domain.is_none_or(|domain| domain == *nth));
+        let marks = on && domain.is_none() && self.oracle.tracking != Tracking::On;
+        // Dirty leaves of tables do not count, but what is kept for domains does.
+        let kept = starting.iter().map(|nth| &self.oracle.domains[*nth].dirt);
+        let mut most: u64 = kept.map(|dirt| dirt.may().count() as u64).sum();
+        let mut least = 0;
+        if marks {
+            least = self.oracle.marks.must.len() as u64;
+            most += self.oracle.marks.may().count() as u64;
+        }
+        let counted = self.space.stats().discarded_bytes;
+        let pages = (counted - self.counts.discarded_bytes) / PAGE;
+        self.counts.discarded_bytes = counted;
+        check((least..=most).contains(&pages), Rule::Accounting, || {
+            format!("{pages} pages discarded, not {least} to {most}")
+        })?;
+        match domain {
+            Some(nth) => self.oracle.track_domain(nth, on),
+            None => self.oracle.track(on),
+        }
+        if marks || !starting.is_empty() {
+            let areas: Vec<IovaRange> = self.oracle.areas.values().map(Area::range).collect();
+            self.copy_runs(&areas)?;
+            self.oracle.untracked.clear();
+        }
+        Ok(())
+    }
+}

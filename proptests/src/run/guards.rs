@@ -1,0 +1,127 @@
+//! Writes in flight, and handles that are kept whatever becomes of their areas.
+
+use dirtymap::{Error, Fault, FaultSource, Granule, Iova, IovaRange};
+
+use super::{Checked, Guard, Runner, same_answer};
+use crate::op::{Place, Sabotage};
+use crate::oracle::{Area, PAGE, page_in, pages_of};
+use crate::violation::{Rule, same};
+
+impl Runner<'_> {
+    pub(super) fn begin_write(&mut self, nth: usize, at: Place, len: u16) -> Checked {
+        let at = Iova::new(self.oracle.address_of(at));
+        let Ok(range) = IovaRange::from_len(at, len.into()) else {
+            return Ok(());
+        };
+        if self.guards[nth].is_some() {
+            return Ok(());
+        }
+        let outside = self.oracle.hole_in(range).map(|hole| hole.max(at));
+        if self.config.sabotage == Sabotage::ForgetGuards {
+            let guard = None;
+            self.guards[nth] = outside.is_none().then_some(Guard { guard, range });
+            return Ok(());
+        }
+        let begun = self.space.begin_write(range);
+        self.counts.outside_marks += u64::from(outside.is_some());
+        let right = outside.map_or(Ok(()), |at| Err(Error::Outside { at }));
+        match begun {
+            Err(error) => same_answer("a write that begins", Err(error), right),
+            Ok(guard) => {
+                same_answer("a write that begins", Ok(()), right)?;
+                let whole = range.round_out(Granule::K4);
+                same(Rule::Answer, "what is being written", guard.range(), whole)?;
+                self.oracle.guards[nth] = Some(whole);
+                let guard = Some(guard);
+                self.guards[nth] = Some(Guard { guard, range });
+                Ok(())
+            }
+        }
+    }
+
+    pub(super) fn fill_write(&mut self, nth: usize, skip: u16, len: u16) -> Checked {
+        let Some(Guard { range, .. }) = self.guards[nth] else {
+            return Ok(());
+        };
+        let start = range.start().get() + u64::from(skip);
+        let asked = IovaRange::from_len(Iova::new(start), len.into()).ok();
+        match asked.and_then(|asked| asked.intersection(range)) {
+            Some(part) => {
+                let bytes = self.fresh_bytes(part.len() as u16);
+                self.store(part, &bytes, false)
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The pages are marked; if an area went meanwhile, that is a mark outside.
+    pub(super) fn end_write(&mut self, nth: usize) -> Checked {
+        if let Some(Guard { guard, .. }) = self.guards[nth].take() {
+            drop(guard);
+        }
+        if let Some(range) = self.oracle.guards[nth].take() {
+            let missing = self.oracle.hole_in(range).is_some();
+            self.counts.outside_marks += u64::from(missing);
+            for page in pages_of(range) {
+                if self.oracle.area_at(page).is_some() {
+                    self.oracle.marked(page);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn keep_handle(&mut self, nth: usize, area: u8) {
+        if let Some(area) = self.oracle.nth_area(area) {
+            let handle = self.space.area(area.range().start());
+            self.handles[nth] = handle.map(|handle| (handle, area.origin));
+        }
+    }
+
+    /// Marks by a handle that was kept: what the area was cut into, as far as that is still there.
+    pub(super) fn mark_by_kept(&mut self, nth: usize, page: u8, len: u16) -> Checked {
+        let Some((handle, origin)) = self.handles[nth].clone() else {
+            return Ok(());
+        };
+        let own = handle.mapping().range;
+        let mapping = handle.mapping();
+        let area = Area {
+            first: own.start().get() / PAGE,
+            pages: (own.len() / u128::from(PAGE)) as u64,
+            frame: mapping.backing / PAGE,
+            access: mapping.access,
+            origin,
+        };
+        let at = Iova::new(page_in(&area, page % 32) * PAGE);
+        let asked = IovaRange::from_len(at, len.into()).ok();
+        let Some(range) = asked.and_then(|asked| asked.intersection(own)) else {
+            return Ok(());
+        };
+        let there = |page: &u64| {
+            let area = self.oracle.area_at(*page);
+            area.is_some_and(|area| area.origin == origin)
+        };
+        let (left, gone): (Vec<u64>, Vec<u64>) = pages_of(range).partition(there);
+        if let Some(first) = gone.first() {
+            // Nothing is written; pages that are still there may be marked all the same.
+            self.oracle.marks.pages.extend(left);
+            self.counts.outside_marks += 1;
+            let at = range.start().max(Iova::new(first * PAGE));
+            let right = Err(Error::Outside { at });
+            same_answer("a mark by a kept handle", handle.mark(range), right)?;
+            let fault = Fault {
+                at: range.start(),
+                len: range.len() as u64,
+                source: FaultSource::Handle,
+            };
+            let newest = self.space.faults().recent.last().copied();
+            return same(Rule::Answer, "the newest fault", newest, Some(fault));
+        }
+        let bytes = self.fresh_bytes(range.len() as u16);
+        self.store(range, &bytes, self.marks())?;
+        if self.marks() {
+            same_answer("a mark by a kept handle", handle.mark(range), Ok(()))?;
+        }
+        Ok(())
+    }
+}

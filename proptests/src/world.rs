@@ -1,0 +1,82 @@
+//! All hardware of one program: one memory, and domains of different formats over it.
+
+use dirtymap::sync::Arc;
+use dirtymap::{Iova, IovaRange};
+use pagetable_sim::{AmdV1, ArmS1, DmaError, PhysMemory, RiscvSv48, VtdSs, X86_64};
+
+use crate::op::{Config, DOMAINS, Format, Master};
+use crate::oracle::MEMORY;
+use crate::rig::{Node, Rig};
+
+/// See the [module](self).
+pub(crate) struct World {
+    pub(crate) memory: Arc<PhysMemory>,
+    pub(crate) nodes: [Arc<dyn Node>; DOMAINS],
+}
+
+impl World {
+    pub(crate) fn new(config: &Config) -> Result<World, pagetable_sim::Error> {
+        let memory = Arc::new(PhysMemory::new(MEMORY)?);
+        let node = |nth: usize| -> Arc<dyn Node> {
+            match config.formats[nth] {
+                Format::Amd => Rig::<AmdV1>::new(config, nth, &memory),
+                Format::Vtd => Rig::<VtdSs>::new(config, nth, &memory),
+                Format::Arm => Rig::<ArmS1>::new(config, nth, &memory),
+                Format::X86 => Rig::<X86_64>::new(config, nth, &memory),
+                Format::Riscv => Rig::<RiscvSv48>::new(config, nth, &memory),
+            }
+        };
+        let nodes = [node(0), node(1), node(2)];
+        Ok(World { memory, nodes })
+    }
+
+    pub(crate) fn node(&self, domain: impl Into<usize>) -> &Arc<dyn Node> {
+        &self.nodes[domain.into()]
+    }
+
+    pub(crate) fn write(&self, device: Master, at: Iova, bytes: &[u8]) -> Result<(), DmaError> {
+        self.settle(Some(device), at, bytes.len());
+        self.node(device.domain).write(device.device, at, bytes)
+    }
+
+    pub(crate) fn read(&self, device: Master, at: Iova, bytes: &mut [u8]) -> Result<(), DmaError> {
+        self.settle(Some(device), at, bytes.len());
+        self.node(device.domain).read(device.device, at, bytes)
+    }
+
+    /// Lands what may be in flight to these bytes from all devices but `except`: so the last of several writers wins,
+    /// as in the oracle.
+    pub(crate) fn settle(&self, except: Option<Master>, at: Iova, len: usize) {
+        let Ok(range) = IovaRange::from_len(at, len as u64) else {
+            return;
+        };
+        for (nth, node) in self.nodes.iter().enumerate() {
+            let same = except.filter(|device| usize::from(device.domain) == nth);
+            node.settle(same.map(|device| device.device), range);
+        }
+    }
+
+    /// Everything in flight lands, and all devices sleep.
+    pub(crate) fn quiesce(&self) {
+        for node in &self.nodes {
+            node.quiesce(0);
+            node.quiesce(1);
+        }
+    }
+
+    /// How many domains will fail their next flush.
+    pub(crate) fn failures_ahead(&self) -> u64 {
+        self.nodes
+            .iter()
+            .filter(|node| node.fails().is_on())
+            .count() as u64
+    }
+
+    /// Nothing is told to fail or to die any more.
+    pub(crate) fn heal(&self) {
+        for node in &self.nodes {
+            node.fails().set(false);
+            node.dies().set(false);
+        }
+    }
+}
