@@ -111,6 +111,8 @@ pub enum Step {
     LookAfterPublish,
     /// Closing the pairs of an area that has gone.
     ClosePairs,
+    /// Closing the pairs of a piece that goes in the batch that cuts it out.
+    ClosePieces,
     /// Marking what is put back into an area or a domain that is going.
     MarkIfGoing,
     /// The fences between what is put back and the look whether area or domain are going.
