@@ -109,6 +109,8 @@ pub enum Step {
     LookAfterPublish,
     /// Closing the pairs of an area that has gone.
     ClosePairs,
+    /// Closing the pairs of a piece that goes in the batch that cuts it out.
+    ClosePieces,
     /// Marking what is put back into an area or a domain that is going.
     MarkIfGoing,
     /// Flushing before the addresses of an unmap are free.

@@ -8,8 +8,9 @@ mod common_loom;
 use common_loom::holds_only_with;
 use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering, Ordering::Relaxed, Step, lock, thread};
 use dirtymap::{
-    Access, AddressSpace, DirtySource, DomainId, Error, FlushGather, Granule, HarvestRequest,
-    Invalidated, Iova, IovaRange, LeafSink, Mapping, Scope, Sink, Stopped, UserBitmap,
+    Access, AddressSpace, Change, DirtySource, DomainId, Error, FlushGather, Granule,
+    HarvestRequest, Invalidated, Iova, IovaRange, LeafSink, Mapping, Scope, Sink, Stopped,
+    UserBitmap,
 };
 
 const PAGE: Granule = Granule::K4;
@@ -161,6 +162,27 @@ fn an_unmap_and_an_attach_leave_nothing_behind() {
         let unmapped = space.unmap_discarding(page(0)).is_ok();
         let attached = attach.join().unwrap();
         unmapped && attached && hardware.filled.load(Relaxed) == 0
+    });
+}
+
+/// A domain that comes while a piece is cut out of an area is not filled with that piece.
+#[test]
+fn a_batch_and_an_attach_leave_nothing_behind() {
+    holds_only_with(&[Step::ClosePieces], || {
+        let hardware = OnePage::new();
+        let space = Arc::new(AddressSpace::new(PAGE));
+        let both = IovaRange::new(page(0).start(), page(1).last()).unwrap();
+        space.map(both, 0, RW).unwrap();
+        let attach = {
+            let (space, source) = (space.clone(), Source(hardware.clone()));
+            thread::spawn(move || space.attach(source).is_ok())
+        };
+        let at = page(1).start();
+        let range = page(1);
+        let applied = space.apply(&[Change::Cut { at }, Change::Unmap { range }]);
+        let attached = attach.join().unwrap();
+        // Filled with the whole and emptied of the piece, or filled with the piece that stays.
+        applied.is_ok() && attached && hardware.filled.load(Relaxed) <= 1
     });
 }
 

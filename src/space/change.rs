@@ -258,7 +258,7 @@ impl AddressSpace {
             let filled = || pairs.iter().flatten().cloned().collect();
             let piece = |piece: &Piece| {
                 // What goes is closed from the start: an attach that saw the whole area comes to its pieces.
-                let closed = piece.goes && performs(Step::ClosePairs);
+                let closed = piece.goes && performs(Step::ClosePieces);
                 let pairs = (!closed).then(filled);
                 Arc::new(touched.area.piece(piece.range, pairs))
             };
