@@ -10,11 +10,11 @@
 //!
 //! | model | threads | contract |
 //! |---|---|---|
-//! | [`skip`] | a device, a harvester that skips subtrees by their accessed bit | no lost write |
-//! | [`leases`] | a device, two harvesters that share a flush queue, commit and abort | no lost write, abort puts back, copy after sync |
-//! | [`parts`] | a device, two harvesters that ask for different pages of one leaf | no lost write, partial leaves |
-//! | [`unmap`] | a device, a harvester, an unmap that returns what is dirty | no lost write, no reuse before flush |
-//! | [`leaves`] | a device, a harvester, a thread that splits and merges leaves | no lost write |
+//! | `skip` | a device, a harvester that skips subtrees by their accessed bit | no lost write |
+//! | `leases` | a device, two harvesters that share a flush queue, commit and abort | no lost write, abort puts back, copy after sync |
+//! | `parts` | a device, two harvesters that ask for different pages of one leaf | no lost write, partial leaves |
+//! | `unmap` | a device, a harvester, an unmap that returns what is dirty | no lost write, no reuse before flush |
+//! | `leaves` | a device, a harvester, a thread that splits and merges leaves | no lost write |
 //!
 //! A state is bad if the device has stopped, nobody is in the middle of anything, nothing is dirty any more, and what was
 //! copied differs from what is in memory.
