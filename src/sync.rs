@@ -67,6 +67,18 @@ pub enum Step {
     DrainInFlight,
     /// Dropping cached translations when a flush asks for it.
     DropCached,
+    /// Dropping those that are larger than what the flush names.
+    DropLarger,
+    /// Looking at every entry of a leaf for its dirty bit.
+    ReadEveryEntry,
+    /// Making every entry of a leaf clean.
+    CleanEveryEntry,
+    /// Making the parts of a split leaf dirty if the leaf was.
+    DirtyParts,
+    /// Making all of a group dirty before an entry with D leaves it in a split.
+    SpreadDirty,
+    /// Making a leaf that takes the place of a table dirty.
+    DirtyWhole,
 }
 
 #[cfg(dirtymap_loom)]

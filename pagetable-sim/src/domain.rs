@@ -13,7 +13,8 @@ use dirtymap::{
 };
 
 use crate::device::{Device, DeviceConfig};
-use crate::fmt::{AmdV1, Format, granule};
+use crate::error::Error;
+use crate::fmt::{AmdV1, Format, LeafSizes, granule};
 use crate::memory::PhysMemory;
 use crate::port::Port;
 use crate::table::{Leaf, Table};
@@ -24,6 +25,8 @@ pub struct DomainConfig {
     /// Leaves are not larger than this. Large leaves make tracking coarse; below the smallest page it counts as the
     /// smallest page.
     pub max_leaf: Granule,
+    /// Enabling tracking splits leaves that are larger than this, so that tracking is finer than the mapping.
+    pub split_on_enable: Option<Granule>,
 }
 
 impl Default for DomainConfig {
@@ -31,6 +34,7 @@ impl Default for DomainConfig {
     fn default() -> Self {
         DomainConfig {
             max_leaf: granule(63),
+            split_on_enable: None,
         }
     }
 }
@@ -85,7 +89,7 @@ pub(crate) struct Hardware<F: Format> {
 /// for every device that is awake.
 pub struct Domain<F: Format = AmdV1> {
     hardware: Arc<Hardware<F>>,
-    max_leaf: Granule,
+    config: DomainConfig,
     /// Held by who switches tracking.
     switch: Mutex<()>,
     invalidations: AtomicU64,
@@ -118,7 +122,7 @@ impl<F: Format> Domain<F> {
                 faults: AtomicU64::new(0),
                 dirty_walks: AtomicU64::new(0),
             }),
-            max_leaf: config.max_leaf,
+            config,
             switch: Mutex::new(()),
             invalidations: AtomicU64::new(0),
             commands: AtomicU64::new(0),
@@ -134,6 +138,26 @@ impl<F: Format> Domain<F> {
     /// The memory that the domain maps.
     pub fn memory(&self) -> &Arc<PhysMemory> {
         &self.hardware.memory
+    }
+
+    /// The table that devices walk. What is split, merged or protected in it by hand is not invalidated by the domain.
+    pub fn table(&self) -> &Table<F> {
+        &self.hardware.table
+    }
+
+    /// As [`DirtySource::map`], by leaves whose sizes are among `sizes`.
+    ///
+    /// # Errors
+    /// [`Error::OutsideMemory`] if the memory behind it is not all there, else as [`Table::map`].
+    pub fn map_leaves(&self, mapping: &Mapping, sizes: impl Into<LeafSizes>) -> Result<(), Error> {
+        let &Mapping {
+            range,
+            backing,
+            access,
+        } = mapping;
+        let len = u64::try_from(range.len()).unwrap_or(u64::MAX);
+        self.hardware.memory.check(backing, len)?;
+        self.hardware.table.map(range, backing, access, sizes)
     }
 
     /// The leaf that maps `iova`, if there is one.
@@ -194,20 +218,9 @@ impl<F: Format> Domain<F> {
 }
 
 impl<F: Format> DirtySource for Domain<F> {
-    /// Refused with [`Error::OutsideMemory`](crate::Error::OutsideMemory) if the memory behind it is not all there,
-    /// else as by [`Table::map`].
+    /// Refused as by [`Domain::map_leaves`].
     fn map(&self, mapping: &Mapping) -> Result<(), dirtymap::Error> {
-        let &Mapping {
-            range,
-            backing,
-            access,
-        } = mapping;
-        let len = u64::try_from(range.len()).unwrap_or(u64::MAX);
-        self.hardware.memory.check(backing, len)?;
-        self.hardware
-            .table
-            .map(range, backing, access, self.max_leaf)?;
-        Ok(())
+        Ok(self.map_leaves(mapping, self.config.max_leaf)?)
     }
 
     fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
@@ -223,7 +236,7 @@ impl<F: Format> DirtySource for Domain<F> {
         }
     }
 
-    /// Enabling goes clear, switch, flush:
+    /// Enabling goes clear, split if the domain is configured so, switch, flush:
     ///
     /// * the **flush comes last**. Translations cached while tracking was off count as dirty and never look at the
     ///   table, and those cached with a D that the clear has removed would not either; only after the flush does every
@@ -238,6 +251,10 @@ impl<F: Format> DirtySource for Domain<F> {
         }
         if on {
             self.hardware.table.clean();
+            if let Some(largest) = self.config.split_on_enable {
+                // Owed to the flush below, which drops the old leaves from all devices.
+                self.hardware.table.split_everything(largest, |_, _| ());
+            }
         }
         // Release: the clear comes first. That devices see the switch in time is not this store's work but that of the
         // flush: they look at the switch after they answered, or after they woke behind F2.
@@ -266,7 +283,7 @@ impl<F: Format> std::fmt::Debug for Domain<F> {
         f.debug_struct("Domain")
             .field("format", &F::NAME)
             .field("tracking", &self.is_tracking())
-            .field("max_leaf", &self.max_leaf)
+            .field("config", &self.config)
             .field("stats", &self.stats())
             .finish_non_exhaustive()
     }

@@ -10,6 +10,7 @@
 //! The cache is set-associative, and each leaf size has its own tags: a lookup probes the sizes that are present. It
 //! belongs to one device and one thread; only the [port](crate::port) connects it to the domain.
 
+use dirtymap::sync::{Step, performs};
 use dirtymap::{Access, Iova, IovaRange};
 
 use crate::fmt::Format;
@@ -111,7 +112,7 @@ impl Iotlb {
         }
         let size = entry.last - entry.start;
         let Some(level) = (0..F::LEAF_LEVELS).find(|level| F::size(*level).mask() == size) else {
-            debug_assert!(false, "a leaf of a size that the format does not have");
+            // A leaf of several entries: not cached.
             return;
         };
         let number = iova.get() >> F::size(level).lg2();
@@ -139,7 +140,10 @@ impl Iotlb {
             };
             let range = entry.range();
             let next = ranges.partition_point(|r| r.last() < range.start());
-            if ranges.get(next).is_some_and(|r| r.intersects(range)) {
+            let drops = |r: &IovaRange| {
+                r.covers(range) || performs(Step::DropLarger) && r.intersects(range)
+            };
+            if ranges.get(next).is_some_and(drops) {
                 self.forget(place);
                 dropped += 1;
             }

@@ -23,7 +23,7 @@
 //! use std::sync::Arc;
 //!
 //! let memory = Arc::new(PhysMemory::new(1 << 20)?);
-//! let domain = Domain::new(memory, DomainConfig { max_leaf: Granule::K4 });
+//! let domain = Domain::new(memory, DomainConfig { max_leaf: Granule::K4, ..DomainConfig::default() });
 //! let range = IovaRange::from_len(Iova::new(0x10_0000), 1 << 20)?;
 //! domain.map(&Mapping { range, backing: 0, access: Access::ReadWrite })?;
 //! domain.set_tracking(true)?;
@@ -58,7 +58,8 @@ pub use device::{Device, DeviceConfig, DeviceStats};
 pub use domain::{Breakage, Domain, DomainConfig, DomainStats};
 pub use error::{DmaError, Error, FaultKind};
 pub use fmt::{
-    AmdV1, ArmS1, Format, Iopte, MakeClean, Riscv, RiscvSv39, RiscvSv48, RiscvSv57, VtdSs, X86_64,
+    AmdHost, AmdV1, ArmS1, Format, Iopte, LeafSizes, MakeClean, Riscv, RiscvSv39, RiscvSv48,
+    RiscvSv57, VtdSs, X86_64,
 };
 pub use memory::PhysMemory;
 pub use table::{Leaf, Table};

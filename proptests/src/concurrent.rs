@@ -116,7 +116,13 @@ impl Storm {
 
 fn storm(max_leaf: Granule, device: DeviceConfig, seed: u64) {
     let memory = Arc::new(PhysMemory::new(4200 * PAGE).unwrap());
-    let domain = Domain::new(Arc::clone(&memory), DomainConfig { max_leaf });
+    let domain = Domain::new(
+        Arc::clone(&memory),
+        DomainConfig {
+            max_leaf,
+            ..DomainConfig::default()
+        },
+    );
     let storm = Storm {
         space: AddressSpace::new(Granule::K4)
             .with_source(Arc::clone(&domain))

@@ -21,7 +21,13 @@ fn domain(pages: u64, max_leaf: Granule) -> Arc<Domain> {
 /// The same in any format.
 fn domain_of<F: Format>(pages: u64, max_leaf: Granule) -> Arc<Domain<F>> {
     let memory = Arc::new(PhysMemory::new(pages * K4).unwrap());
-    let domain = Domain::with_format(memory, DomainConfig { max_leaf });
+    let domain = Domain::with_format(
+        memory,
+        DomainConfig {
+            max_leaf,
+            ..DomainConfig::default()
+        },
+    );
     let mapping = Mapping {
         range: range(BASE, pages * K4),
         backing: 0,
