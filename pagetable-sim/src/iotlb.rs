@@ -62,24 +62,24 @@ pub(crate) struct Iotlb {
     entries: Box<[Option<Cached>]>,
     sets: u64,
     ways: usize,
-    /// How many entries of each level are cached: a lookup probes only the others.
-    cached: [usize; LEVELS],
+    /// How many entries of each size, by its logarithm, are cached: a lookup probes only those sizes.
+    cached: [usize; SIZES],
     /// State of the pseudo-random choice of a victim.
     random: u64,
 }
 
 const NO_TAG: u64 = 0;
-/// More levels than any format can have leaves on.
-const LEVELS: usize = 8;
+/// Logarithms of sizes.
+const SIZES: usize = 64;
 /// The largest cache: no configuration may ask for more.
 const MAX_SETS: usize = 1 << 16;
 const MAX_WAYS: usize = 64;
 
-/// The tag of the page with number `number`, of leaves of `level`. Never `NO_TAG`; pages have at least 8 bytes, so
-/// nothing is lost.
+/// The tag of the leaf that holds `iova` and has 2^`lg2` bytes. Never `NO_TAG`, and different for different leaves: the
+/// size is in the bits below it, which have room for it.
 #[inline]
-fn tag(number: u64, level: u32) -> u64 {
-    (number << 3) | (u64::from(level) + 1)
+fn tag(iova: Iova, lg2: u32) -> u64 {
+    iova.get() >> lg2 << lg2 | u64::from(lg2)
 }
 
 impl Iotlb {
@@ -93,7 +93,7 @@ impl Iotlb {
             entries: vec![None; sets * ways].into_boxed_slice(),
             sets: sets as u64,
             ways,
-            cached: [0; LEVELS],
+            cached: [0; SIZES],
             random: 0x9E37_79B9_7F4A_7C15,
         }
     }
@@ -110,12 +110,8 @@ impl Iotlb {
         if let Some(old) = self.find::<F>(iova) {
             self.forget(old);
         }
-        let size = entry.last - entry.start;
-        let Some(level) = (0..F::LEAF_LEVELS).find(|level| F::size(*level).mask() == size) else {
-            // A leaf of several entries: not cached.
-            return;
-        };
-        let number = iova.get() >> F::size(level).lg2();
+        let lg2 = (entry.last - entry.start).trailing_ones();
+        let number = iova.get() >> lg2;
         let first = self.set_of(number);
         let free = (first..first + self.ways).find(|at| self.tags[*at] == NO_TAG);
         let place = free.unwrap_or_else(|| {
@@ -123,14 +119,14 @@ impl Iotlb {
             self.forget(victim);
             victim
         });
-        self.tags[place] = tag(number, level);
+        self.tags[place] = tag(iova, lg2);
         self.entries[place] = Some(entry);
-        self.cached[level as usize] += 1;
+        self.cached[lg2 as usize] += 1;
     }
 
     /// Drops every entry that translates an address of `ranges`, which ascend and are disjoint. Returns how many.
     pub(crate) fn invalidate(&mut self, ranges: &[IovaRange]) -> u64 {
-        if self.cached == [0; LEVELS] {
+        if self.cached == [0; SIZES] {
             return 0;
         }
         let mut dropped = 0;
@@ -154,15 +150,14 @@ impl Iotlb {
     /// Where the entry that translates `iova` is.
     #[inline]
     fn find<F: Format>(&self, iova: Iova) -> Option<usize> {
-        const { assert!((F::LEAF_LEVELS as usize) < LEVELS) };
-        for level in 0..F::LEAF_LEVELS {
-            if self.cached[level as usize] == 0 {
+        for lg2 in F::LEAF_SIZES.iter().map(|size| u32::from(size.lg2())) {
+            if self.cached[lg2 as usize] == 0 {
                 continue;
             }
-            let number = iova.get() >> F::size(level).lg2();
+            let number = iova.get() >> lg2;
             let first = self.set_of(number);
             let set = &self.tags[first..first + self.ways];
-            let wanted = tag(number, level);
+            let wanted = tag(iova, lg2);
             if let Some(way) = set.iter().position(|tag| *tag == wanted) {
                 return Some(first + way);
             }
@@ -177,10 +172,9 @@ impl Iotlb {
     }
 
     fn forget(&mut self, place: usize) {
-        let tag = std::mem::replace(&mut self.tags[place], NO_TAG);
-        self.entries[place] = None;
-        if tag != NO_TAG {
-            self.cached[(tag & 7) as usize - 1] -= 1;
+        self.tags[place] = NO_TAG;
+        if let Some(entry) = self.entries[place].take() {
+            self.cached[(entry.last - entry.start).trailing_ones() as usize] -= 1;
         }
     }
 
@@ -244,7 +238,7 @@ mod tests {
         assert!(tlb.lookup::<AmdV1>(Iova::new(0x1000)).is_some());
         assert_eq!(tlb.invalidate(&[IovaRange::ALL]), 2);
         assert_eq!(tlb.invalidate(&[IovaRange::ALL]), 0);
-        assert_eq!(tlb.cached, [0; LEVELS]);
+        assert_eq!(tlb.cached, [0; SIZES]);
     }
 
     #[test]
@@ -254,7 +248,7 @@ mod tests {
         for page in (0..40).step_by(4) {
             insert(&mut tlb, page << 12, Granule::K4); // set 0
         }
-        assert_eq!(tlb.cached[0], 3);
+        assert_eq!(tlb.cached[12], 3);
         assert!(tlb.lookup::<AmdV1>(Iova::new(0x1000)).is_some());
         assert!(
             tlb.lookup::<AmdV1>(Iova::new(36 << 12)).is_some(),
