@@ -3,14 +3,18 @@
 //! name.
 
 mod dirty;
+mod history;
 mod model;
+mod reshape;
 
 use super::*;
 use crate::fmt::LeafSizes;
 use dirtymap::{FlushGather, LeafSink, UserBitmap};
 
 use self::dirty::*;
+use self::history::*;
 use self::model::*;
+use self::reshape::*;
 
 /// Stamps the tests of this file on a format.
 macro_rules! suite {
@@ -33,6 +37,19 @@ macro_rules! suite {
                 agrees_with_a_map_of_pages,
                 threads_map_walk_and_harvest_at_once,
                 writers_and_a_harvester_lose_nothing,
+                no_leaf_maps_both_sides_of_a_split,
+                a_split_and_a_merge_keep_what_is_dirty,
+                only_what_belongs_together_is_merged,
+                bad_splits_and_merges_change_nothing,
+                rights_change_and_what_is_dirty_stays,
+                nothing_is_lost_while_leaves_change_their_size,
+                of_two_maps_of_the_same_addresses_one_wins,
+                bug_11a_one_half_of_a_leaf_is_read_then_the_other,
+                bug_11b_the_last_page_of_a_leaf_is_reported,
+                bug_12_a_request_from_inside_a_leaf_or_a_hole_reaches_the_next,
+                bug_16_an_unmap_of_the_start_of_a_leaf_is_refused_or_owes_all_of_it,
+                bug_23_no_change_of_a_leaf_writes_a_stale_copy_back,
+                bug_25_the_page_of_a_writes_tail_is_dirty,
             );
         }
     )*};
@@ -420,4 +437,54 @@ fn a_large_leaf_takes_the_place_of_an_empty_table_only<F: Format>() {
             .range,
         range(g::<F>() + m::<F>() + k::<F>(), k::<F>())
     );
+}
+
+#[test]
+fn six_levels_translate_all_addresses() {
+    type F = crate::fmt::AmdHost<6>;
+    let table = Table::<F>::new();
+    let page = F::PAGE;
+    let (first, last) = (
+        IovaRange::granule_at(Iova::MIN, page),
+        IovaRange::granule_at(Iova::MAX, page),
+    );
+    // The largest leaf, in the middle of the address space.
+    let size = granule(51);
+    let large = range(1 << 63, size.bytes());
+    for area in [first, last, large] {
+        table.map(area, 0, Access::ReadWrite, size).unwrap();
+        let again = table.map(area, 0, Access::ReadWrite, size);
+        assert!(matches!(again, Err(Error::AlreadyMapped { leaf, .. }) if leaf == area));
+        for at in [area.start(), area.last()] {
+            assert_eq!(table.set_dirty(at).unwrap().range, area);
+        }
+    }
+    let mut word = [0u64];
+    let view = UserBitmap::new(&mut word)
+        .view(IovaRange::ALL, granule(58))
+        .unwrap();
+    let mut gather = FlushGather::new();
+    table
+        .read_and_clear(
+            IovaRange::ALL,
+            &mut LeafSink::new(&mut view.sink(), &mut gather),
+        )
+        .unwrap();
+    assert_eq!(gather.ranges(), [first, large, last]);
+    assert_eq!(word[0], 1 | 1 << 32 | 1 << 63);
+    table
+        .split_at(iova((1 << 63) + (1 << 40)), |r, _| assert_eq!(r, large))
+        .unwrap();
+    let mut gone = vec![];
+    table
+        .unmap(IovaRange::ALL, |leaf, _, dirty| {
+            gone.push((leaf.len(), dirty))
+        })
+        .unwrap();
+    // 512 GiB is no size of a leaf, and 1 TiB is: no part of the split is as small as that.
+    assert_eq!(
+        gone.iter().map(|leaf| leaf.0).sum::<u128>(),
+        2 * 4096 + (1 << 51)
+    );
+    assert!(gone.len() < 20 && gone.iter().all(|leaf| !leaf.1));
 }

@@ -65,7 +65,9 @@ pub(super) fn no_leaf_maps_both_sides_of_a_split<F: Format>() {
             // Either side is now a range of whole leaves.
             let right = IovaRange::new(at, area.last()).unwrap();
             let mut gone = 0;
-            table.unmap(right, |_, _, d| gone += u64::from(d == dirty)).unwrap();
+            table
+                .unmap(right, |_, _, d| gone += u64::from(d == dirty))
+                .unwrap();
             let expect = parts.iter().filter(|(part, ..)| part.start() >= at).count();
             assert_eq!(gone, expect as u64);
             assert!(table.translate(at).is_none() && table.translate(area.start()).is_some());
@@ -86,15 +88,22 @@ pub(super) fn a_split_and_a_merge_keep_what_is_dirty<F: Format>() {
                 [true, false]
             );
             let mut owed = vec![];
-            table.split(area, F::PAGE, |r, s| owed.push((r, s))).unwrap();
-            assert_eq!(owed, [(first, size), (range(size.bytes(), size.bytes()), size)]);
+            table
+                .split(area, F::PAGE, |r, s| owed.push((r, s)))
+                .unwrap();
+            assert_eq!(
+                owed,
+                [(first, size), (range(size.bytes(), size.bytes()), size)]
+            );
             for (part, rights, dirty) in leaves(&table, area) {
                 assert_eq!(part.len(), u128::from(k::<F>()));
                 assert_eq!((rights, dirty), (access, first.covers(part)));
             }
             // One dirty page in the second half, none in the first.
             assert_eq!(dirty(&table, area, true).0, pages::<F>(0, size.bytes()));
-            table.make_dirty(range(size.bytes() + k::<F>(), k::<F>())).unwrap();
+            table
+                .make_dirty(range(size.bytes() + k::<F>(), k::<F>()))
+                .unwrap();
             let mut whole = vec![];
             table.merge(area, size, |r, s| whole.push((r, s))).unwrap();
             let last = &leaves(&table, area)[..];
@@ -135,7 +144,10 @@ pub(super) fn only_what_belongs_together_is_merged<F: Format>() {
     }
     assert!(table.translate(iova(5 * m - 1)).is_none());
     let last = table.translate(iova(2 * m - 1)).unwrap();
-    assert_eq!((last.range.len(), last.access), (u128::from(k::<F>()), Access::Read));
+    assert_eq!(
+        (last.range.len(), last.access),
+        (u128::from(k::<F>()), Access::Read)
+    );
     // A part of what was split is not merged.
     table.split(range(0, m), F::PAGE, |_, _| ()).unwrap();
     table
@@ -160,8 +172,14 @@ pub(super) fn bad_splits_and_merges_change_nothing<F: Format>() {
         assert!(matches!(error, Err(Error::Unaligned { .. })));
     }
     if let Some(wide) = Some(IovaRange::ALL).filter(|_| F::WIDTH < 64) {
-        assert!(matches!(table.split(wide, F::PAGE, none), Err(Error::TooWide { .. })));
-        assert!(matches!(table.merge(wide, F::PAGE, none), Err(Error::TooWide { .. })));
+        assert!(matches!(
+            table.split(wide, F::PAGE, none),
+            Err(Error::TooWide { .. })
+        ));
+        assert!(matches!(
+            table.merge(wide, F::PAGE, none),
+            Err(Error::TooWide { .. })
+        ));
     }
     let part = range(0, m::<F>() / 2);
     assert!(matches!(
@@ -171,7 +189,9 @@ pub(super) fn bad_splits_and_merges_change_nothing<F: Format>() {
     // At a border, and where nothing is mapped, there is nothing to do.
     table.split_at(iova(0), none).unwrap();
     table.split_at(iova(m::<F>()), none).unwrap();
-    table.split(range(m::<F>(), m::<F>()), F::PAGE, none).unwrap();
+    table
+        .split(range(m::<F>(), m::<F>()), F::PAGE, none)
+        .unwrap();
     table.merge(area, F::size(1), none).unwrap();
     assert_eq!(leaves(&table, area).len(), 1);
 }
@@ -188,7 +208,9 @@ pub(super) fn rights_change_and_what_is_dirty_stays<F: Format>() {
         for access in [Access::Read, Access::Read, Access::ReadWrite] {
             let before = leaves(&table, area);
             let mut changed = vec![];
-            table.protect(area, access, |r, s| changed.push((r, s))).unwrap();
+            table
+                .protect(area, access, |r, s| changed.push((r, s)))
+                .unwrap();
             let expect = before.iter().filter(|l| l.1 != access).map(|l| (l.0, size));
             assert_eq!(changed, expect.collect::<Vec<_>>());
             for (leaf, rights, dirty) in leaves(&table, area) {
@@ -214,10 +236,10 @@ pub(super) fn nothing_is_lost_while_leaves_change_their_size<F: Format>() {
     let table = Table::<F>::new();
     table.map(area, 0, Access::ReadWrite, F::size(1)).unwrap();
     let count = (area.len() / u128::from(k::<F>())) as usize;
-    // The round in which a page was last written, and in which it was last reported.
+    // When the last write of a page began, and when the last harvest that reported it ended.
     let written: Vec<AtomicU64> = (0..count).map(|_| AtomicU64::new(0)).collect();
     let mut reported = vec![0u64; count];
-    let round = AtomicU64::new(1);
+    let clock = AtomicU64::new(1);
     let running = AtomicBool::new(true);
     std::thread::scope(|s| {
         let shaper = s.spawn(|| {
@@ -235,26 +257,28 @@ pub(super) fn nothing_is_lost_while_leaves_change_their_size<F: Format>() {
         let writer = s.spawn(|| {
             let mut at = 1u64;
             while running.load(Ordering::Acquire) {
-                at = at.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                at = at
+                    .wrapping_mul(6364136223846793005)
+                    .wrapping_add(1442695040888963407);
                 let page = (at >> 33) as usize % count;
-                // SeqCst: no later than the harvest that counts it as one of its round.
-                let now = round.load(Ordering::SeqCst);
+                let now = clock.fetch_add(1, Ordering::SeqCst);
                 table.set_dirty(iova(page as u64 * k::<F>())).unwrap();
                 written[page].fetch_max(now, Ordering::SeqCst);
             }
         });
-        let mut take = |now: u64| {
-            for page in dirty(&table, area, true).0 {
+        let mut take = || {
+            let found = dirty(&table, area, true).0;
+            let now = clock.fetch_add(1, Ordering::SeqCst);
+            for page in found {
                 reported[(page / k::<F>()) as usize] = now;
             }
         };
         while running.load(Ordering::Acquire) {
-            let now = round.fetch_add(1, Ordering::SeqCst);
-            take(now);
+            take();
         }
         shaper.join().unwrap();
         writer.join().unwrap();
-        take(u64::MAX);
+        take();
     });
     for (page, (written, reported)) in written.iter().zip(&reported).enumerate() {
         let written = written.load(Ordering::SeqCst);
@@ -282,7 +306,10 @@ pub(super) fn of_two_maps_of_the_same_addresses_one_wins<F: Format>() {
             (map(F::size(1)), small.join().unwrap())
         });
         assert!(large.is_err() || small.is_err());
-        for refused in [&large, &small].into_iter().filter_map(|done| done.as_ref().err()) {
+        for refused in [&large, &small]
+            .into_iter()
+            .filter_map(|done| done.as_ref().err())
+        {
             assert!(matches!(refused, Error::AlreadyMapped { .. }));
         }
         let sizes: Vec<_> = (0..2 * m::<F>())
