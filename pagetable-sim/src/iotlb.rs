@@ -13,7 +13,7 @@
 use dirtymap::sync::{Step, performs};
 use dirtymap::{Access, Iova, IovaRange};
 
-use crate::fmt::Format;
+use crate::fmt::{Format, LeafSizes, granule};
 use crate::table::Leaf;
 
 /// A cached translation.
@@ -62,8 +62,10 @@ pub(crate) struct Iotlb {
     entries: Box<[Option<Cached>]>,
     sets: u64,
     ways: usize,
-    /// How many entries of each size, by its logarithm, are cached: a lookup probes only those sizes.
+    /// How many entries of each size, by its logarithm, are cached.
     cached: [usize; SIZES],
+    /// The sizes of which some are: a lookup probes only those.
+    present: LeafSizes,
     /// State of the pseudo-random choice of a victim.
     random: u64,
 }
@@ -94,6 +96,7 @@ impl Iotlb {
             sets: sets as u64,
             ways,
             cached: [0; SIZES],
+            present: LeafSizes::NONE,
             random: 0x9E37_79B9_7F4A_7C15,
         }
     }
@@ -122,11 +125,12 @@ impl Iotlb {
         self.tags[place] = tag(iova, lg2);
         self.entries[place] = Some(entry);
         self.cached[lg2 as usize] += 1;
+        self.present = self.present.or(LeafSizes::only(granule(lg2)));
     }
 
     /// Drops every entry that translates an address of `ranges`, which ascend and are disjoint. Returns how many.
     pub(crate) fn invalidate(&mut self, ranges: &[IovaRange]) -> u64 {
-        if self.cached == [0; SIZES] {
+        if self.present == LeafSizes::NONE {
             return 0;
         }
         let mut dropped = 0;
@@ -150,10 +154,8 @@ impl Iotlb {
     /// Where the entry that translates `iova` is.
     #[inline]
     fn find<F: Format>(&self, iova: Iova) -> Option<usize> {
-        for lg2 in F::LEAF_SIZES.iter().map(|size| u32::from(size.lg2())) {
-            if self.cached[lg2 as usize] == 0 {
-                continue;
-            }
+        for size in self.present.and(F::LEAF_SIZES).iter() {
+            let lg2 = u32::from(size.lg2());
             let number = iova.get() >> lg2;
             let first = self.set_of(number);
             let set = &self.tags[first..first + self.ways];
@@ -174,7 +176,12 @@ impl Iotlb {
     fn forget(&mut self, place: usize) {
         self.tags[place] = NO_TAG;
         if let Some(entry) = self.entries[place].take() {
-            self.cached[(entry.last - entry.start).trailing_ones() as usize] -= 1;
+            let lg2 = (entry.last - entry.start).trailing_ones();
+            let cached = &mut self.cached[lg2 as usize];
+            *cached -= 1;
+            if *cached == 0 {
+                self.present = self.present.without(LeafSizes::only(granule(lg2)));
+            }
         }
     }
 

@@ -11,8 +11,10 @@
 //! ```
 //!
 //! * [`PhysMemory`]: the bytes. Devices write them while others copy them.
-//! * [`Format`], for [`AmdV1`], [`VtdSs`], [`X86_64`], [`ArmS1`] and [`Riscv`]: what the bits of an entry mean.
-//! * [`Table`]: the lock-free page table; hardware sets D in it, a harvest reads and clears it.
+//! * [`Format`], for [`AmdV1`], [`VtdSs`], [`X86_64`], [`ArmS1`] and [`Riscv`]: what the bits of an entry mean, and which
+//!   [`LeafSizes`] there are.
+//! * [`Table`]: the lock-free page table; hardware sets D in it, a harvest reads and clears it, and leaves are split, merged
+//!   and protected meanwhile.
 //! * [`Device`]: DMA through an IOTLB that caches "D is set", with writes that land late.
 //! * [`Domain`]: ties them together, switches tracking, and invalidates.
 //!

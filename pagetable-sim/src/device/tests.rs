@@ -622,3 +622,33 @@ fn a_part_of_a_leaf_is_drained_before_it_is_copied() {
         "the write had been translated before the harvest"
     );
 }
+
+#[test]
+fn enabling_splits_leaves_so_that_tracking_is_finer() {
+    let memory = Arc::new(PhysMemory::new(1024 * K4).unwrap());
+    let config = DomainConfig {
+        split_on_enable: Some(Granule::K4),
+        ..DomainConfig::default()
+    };
+    let domain = Domain::new(memory, config);
+    let mapping = Mapping {
+        range: range(BASE, 1024 * K4),
+        backing: 0,
+        access: Access::ReadWrite,
+    };
+    domain.map(&mapping).unwrap();
+    assert_eq!(domain.translate(at(3, 0)).unwrap().range, mapping.range);
+    let mut device = domain.attach(DeviceConfig::default());
+    // Cached as a whole, and as good as dirty, while nothing tracks.
+    device.write(at(3, 0), b"before").unwrap();
+    device.quiesce();
+    domain.set_tracking(true).unwrap();
+    assert_eq!(
+        domain.translate(at(3, 0)).unwrap().range,
+        range(BASE + 3 * K4, K4)
+    );
+    assert_eq!(harvest(&domain, 1024).0, []);
+    device.write(at(3, 5), b"after").unwrap();
+    device.write(at(700, 0), b"after").unwrap();
+    assert_eq!(harvest(&domain, 1024).0, [3, 700]);
+}

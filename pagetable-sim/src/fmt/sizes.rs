@@ -60,10 +60,14 @@ impl LeafSizes {
     }
 
     /// The sizes of the set, ascending.
+    #[inline]
     pub fn iter(self) -> impl Iterator<Item = Granule> {
-        (0..64)
-            .filter_map(Granule::from_lg2)
-            .filter(move |size| self.contains(*size))
+        let mut rest = self.0;
+        std::iter::from_fn(move || {
+            let lowest = Granule::from_lg2(rest.trailing_zeros() as u8)?;
+            rest &= rest - 1;
+            Some(lowest)
+        })
     }
 }
 

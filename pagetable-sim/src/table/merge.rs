@@ -24,7 +24,7 @@ use dirtymap::{Access, Granule, IovaRange};
 
 use super::{Slot, Table, any_dirty, child, is_leaf, retire, slots};
 use crate::error::Error;
-use crate::fmt::{AtomicIopte, Format, Iopte, LeafSizes};
+use crate::fmt::{AtomicIopte, Format, Iopte, LeafSizes, granule};
 
 /// Is told of each leaf that was merged: its addresses and its size.
 type Merged<'a> = dyn FnMut(IovaRange, Granule) + 'a;
@@ -88,7 +88,7 @@ fn merge_table<F: Format>(
             .find(|lg2| join::<F>(page, level, first, last, span, *lg2, sizes, merged))
             .unwrap_or(0);
         first += 1 << group_lg2;
-        let size = u64::from(F::size(level).lg2()) as u32 + group_lg2;
+        let size = u32::from(F::size(level).lg2()) + group_lg2;
         let Some(next) = 1u64
             .checked_shl(size)
             .and_then(|bytes| span.start().checked_add(bytes))
@@ -149,7 +149,7 @@ fn join<F: Format>(
     merged: &mut Merged<'_>,
 ) -> bool {
     let entries = 1 << group_lg2;
-    let size = crate::fmt::granule(u32::from(F::size(level).lg2()) + group_lg2);
+    let size = granule(u32::from(F::size(level).lg2()) + group_lg2);
     if first & (entries - 1) != 0 || first + entries - 1 > last {
         return false;
     }

@@ -228,7 +228,7 @@ fn bad_requests_are_refused_and_change_nothing<F: Format>() {
         Err(Error::UnalignedPhys { phys: 8, .. })
     ));
     let behind = 1 << F::OUTPUT_LG2;
-    for phys in [behind - page, behind, u64::MAX & !F::PAGE.mask()] {
+    for phys in [behind - page, behind, !F::PAGE.mask()] {
         assert!(matches!(
             map(range(0, 2 * page), phys),
             Err(Error::PhysTooWide { width, .. }) if width == F::OUTPUT_LG2
