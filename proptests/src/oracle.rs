@@ -15,7 +15,7 @@ use crate::op::{Ask, Place};
 
 /// The smallest page.
 pub(crate) const PAGE: u64 = 4096;
-/// Pages of a large leaf.
+/// Pages of the largest leaf.
 const LARGE: u64 = 512;
 /// The first page of the window in which everything happens: 4 MiB below 4 GiB, so that areas cross from one table to
 /// the next.
@@ -344,15 +344,18 @@ impl Oracle {
         Some(Iova::new(self.first_hole(first, last)? * PAGE))
     }
 
-    /// The leaf that maps `page`.
+    /// The leaf that maps `page`: the largest power of two that fits.
     fn leaf_of(&self, page: u64) -> Option<(u64, u64)> {
         let area = self.area_at(page)?;
-        let first = page / LARGE * LARGE;
-        let fits = self.large_leaves
-            && area.first <= first
-            && first + LARGE - 1 <= area.last()
-            && area.frame_of(first) % LARGE == 0;
-        Some(if fits { (first, LARGE) } else { (page, 1) })
+        let largest = if self.large_leaves { LARGE } else { 1 };
+        (0..=largest.ilog2())
+            .rev()
+            .map(|lg2| (page >> lg2 << lg2, 1 << lg2))
+            .find(|(first, pages)| {
+                area.first <= *first
+                    && first + pages - 1 <= area.last()
+                    && area.frame_of(*first) % pages == 0
+            })
     }
 
     /// Stores bytes that lie in one mapped page; returns the page.

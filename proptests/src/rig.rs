@@ -41,7 +41,10 @@ impl Rig {
         };
         let domain = Domain::new(
             Arc::new(PhysMemory::new(MEMORY)?),
-            DomainConfig { max_leaf },
+            DomainConfig {
+                max_leaf,
+                ..DomainConfig::default()
+            },
         );
         domain.break_hardware(match config.sabotage {
             Sabotage::IgnoreInvalidations => Breakage::IgnoreInvalidations,
