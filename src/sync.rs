@@ -121,6 +121,20 @@ pub enum Step {
     GiveWay,
     /// Looking at what is in flight when an area goes.
     LookInFlight,
+    /// Dropping those that are larger than what the flush names.
+    DropLarger,
+    /// Looking at every entry of a leaf for its dirty bit.
+    ReadEveryEntry,
+    /// Making every entry of a leaf clean.
+    CleanEveryEntry,
+    /// Making the parts of a split leaf dirty if the leaf was.
+    DirtyParts,
+    /// Making all of a group dirty before an entry with D leaves it in a split.
+    SpreadDirty,
+    /// Making a leaf that takes the place of a table dirty.
+    DirtyWhole,
+    /// Making it dirty again when no device caches a pointer to the table any more.
+    DirtyBehindFlush,
 }
 
 #[cfg(dirtymap_loom)]

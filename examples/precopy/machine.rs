@@ -42,7 +42,13 @@ impl<F: Format> Machine<F> {
         seed: u64,
     ) -> Result<Self, Failure> {
         let memory = Arc::new(PhysMemory::new(bytes)?);
-        let domain = Domain::<F>::with_format(memory.clone(), DomainConfig { max_leaf: leaf });
+        let domain = Domain::<F>::with_format(
+            memory.clone(),
+            DomainConfig {
+                max_leaf: leaf,
+                ..DomainConfig::default()
+            },
+        );
         let space = match sabotage {
             Some(Sabotage::ClearThenLose) => {
                 AddressSpace::new(PAGE).with_source(Forgetful::new(domain.clone(), seed))?

@@ -4,6 +4,7 @@
 //! powers of two and addresses multiples of them, so the lowest bit that is set tells the size, no two keys are equal,
 //! and none is 0. A lookup probes one set for each size that is cached at the moment, the smallest first.
 
+use dirtymap::sync::{Step, performs};
 use dirtymap::{Iova, IovaRange};
 
 /// See the [module](self).
@@ -115,7 +116,10 @@ impl<T> SizedCache<T> {
             }
             let range = range_of(key);
             let next = ranges.partition_point(|r| r.last() < range.start());
-            if ranges.get(next).is_some_and(|r| r.intersects(range)) {
+            let drops = |r: &IovaRange| {
+                r.covers(range) || performs(Step::DropLarger) && r.intersects(range)
+            };
+            if ranges.get(next).is_some_and(drops) {
                 self.forget(place);
                 dropped += 1;
             }

@@ -74,14 +74,6 @@ pub enum Error {
         /// The name of the format.
         format: &'static str,
     },
-    /// A leaf maps both sides of the address to split at.
-    #[error("{leaf} is one leaf: it cannot be split at {at}")]
-    StraddlingLeaf {
-        /// The address to split at.
-        at: Iova,
-        /// The addresses of the leaf.
-        leaf: IovaRange,
-    },
     /// Something is mapped in the range.
     #[error("{range} overlaps {leaf}, which is mapped")]
     AlreadyMapped {

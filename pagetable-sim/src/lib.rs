@@ -11,8 +11,10 @@
 //! ```
 //!
 //! * [`PhysMemory`]: the bytes. Devices write them while others copy them.
-//! * [`Format`], for [`AmdV1`], [`VtdSs`], [`X86_64`], [`ArmS1`] and [`Riscv`]: what the bits of an entry mean.
-//! * [`Table`]: the lock-free page table; hardware sets D in it, a harvest reads and clears it.
+//! * [`Format`], for [`AmdV1`], [`VtdSs`], [`X86_64`], [`ArmS1`] and [`Riscv`]: what the bits of an entry mean, and which
+//!   [`LeafSizes`] there are.
+//! * [`Table`]: the lock-free page table; hardware sets D in it, a harvest reads and clears it, and leaves are split, merged
+//!   and protected meanwhile.
 //! * [`Device`]: DMA through caches that remember "D is set" and pointers to tables, with writes that land late.
 //! * [`Domain`]: ties them together, switches tracking, and invalidates: [`Reach`] says how precisely, [`Breakage`] what
 //!   can go wrong.
@@ -24,7 +26,7 @@
 //! use std::sync::Arc;
 //!
 //! let memory = Arc::new(PhysMemory::new(1 << 20)?);
-//! let domain = Domain::new(memory, DomainConfig { max_leaf: Granule::K4 });
+//! let domain = Domain::new(memory, DomainConfig { max_leaf: Granule::K4, ..DomainConfig::default() });
 //! let range = IovaRange::from_len(Iova::new(0x10_0000), 1 << 20)?;
 //! domain.map(&Mapping { range, backing: 0, access: Access::ReadWrite })?;
 //! domain.set_tracking(true)?;
@@ -64,8 +66,8 @@ pub use domain::{Breakage, Domain, DomainConfig, DomainStats};
 pub use error::{DmaError, Error, FaultKind};
 pub use fault::{Fault, Faults};
 pub use fmt::{
-    AmdV1, ArmS1, Format, Iopte, MakeClean, Reach, Riscv, RiscvSv39, RiscvSv48, RiscvSv57, VtdSs,
-    X86_64,
+    AmdHost, AmdV1, ArmS1, Format, Iopte, LeafSizes, MakeClean, Reach, Riscv, RiscvSv39, RiscvSv48,
+    RiscvSv57, VtdSs, X86_64,
 };
 pub use memory::PhysMemory;
 pub use table::{Leaf, Table};

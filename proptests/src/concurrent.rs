@@ -114,9 +114,16 @@ impl Storm {
     }
 }
 
-fn storm(max_leaf: Granule, device: DeviceConfig, seed: u64) {
+/// With `cuts`, areas are cut at any page meanwhile, which splits leaves.
+fn storm(max_leaf: Granule, device: DeviceConfig, cuts: bool, seed: u64) {
     let memory = Arc::new(PhysMemory::new(4200 * PAGE).unwrap());
-    let domain = Domain::new(Arc::clone(&memory), DomainConfig { max_leaf });
+    let domain = Domain::new(
+        Arc::clone(&memory),
+        DomainConfig {
+            max_leaf,
+            ..DomainConfig::default()
+        },
+    );
     let storm = Storm {
         space: AddressSpace::new(Granule::K4)
             .with_source(Arc::clone(&domain))
@@ -143,8 +150,16 @@ fn storm(max_leaf: Granule, device: DeviceConfig, seed: u64) {
         }
         scope.spawn(move || storm.cpu(random(4)));
         let end = Instant::now() + Duration::from_millis(700);
+        let mut random = random(5);
         while Instant::now() < end {
             thread::sleep(Duration::from_millis(10));
+            if cuts {
+                let (first, pages) = AREAS[random.below(3) as usize];
+                let at = Iova::new((first + random.below(pages)) * PAGE);
+                storm.space.cut(at).unwrap();
+                let leaf = domain.translate(at).unwrap();
+                assert_eq!(leaf.range.start(), at, "seed {seed}");
+            }
         }
         // Relaxed: as in `goes_on`.
         storm.stop.store(true, Ordering::Relaxed);
@@ -186,7 +201,7 @@ fn seed() -> u64 {
 
 #[test]
 fn no_write_is_lost_in_a_storm_on_small_leaves() {
-    storm(Granule::K4, DeviceConfig::default(), seed());
+    storm(Granule::K4, DeviceConfig::default(), false, seed());
 }
 
 #[test]
@@ -197,5 +212,15 @@ fn no_write_is_lost_in_a_storm_on_large_leaves_with_tiny_iotlbs() {
         posted_writes: 200,
         ..DeviceConfig::DEFAULT
     };
-    storm(Granule::M2, device, seed());
+    storm(Granule::M2, device, false, seed());
+}
+
+#[test]
+fn no_write_is_lost_in_a_storm_on_leaves_that_are_cut() {
+    let device = DeviceConfig {
+        walk_entries: 16,
+        tlb_entries: 8,
+        ..DeviceConfig::DEFAULT
+    };
+    storm(Granule::M2, device, true, seed());
 }

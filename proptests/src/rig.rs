@@ -109,7 +109,11 @@ impl<F: Format> Rig<F> {
         } else {
             Granule::K4
         };
-        let domain = Domain::<F>::with_format(Arc::clone(memory), DomainConfig { max_leaf });
+        let config_of = DomainConfig {
+            max_leaf,
+            ..DomainConfig::default()
+        };
+        let domain = Domain::<F>::with_format(Arc::clone(memory), config_of);
         domain.break_hardware(match config.sabotage {
             Sabotage::IgnoreInvalidations => Breakage::IgnoreInvalidations,
             Sabotage::AcknowledgeWithoutDraining => Breakage::AcknowledgeWithoutDraining,

@@ -63,7 +63,13 @@ impl Traffic {
 
     fn domain(&self, random: &mut Random) -> Arc<Domain> {
         let max_leaf = Granule::from_lg2(12 + random.below(3) as u8).unwrap();
-        let domain = Domain::new(Arc::clone(&self.memory), DomainConfig { max_leaf });
+        let domain = Domain::new(
+            Arc::clone(&self.memory),
+            DomainConfig {
+                max_leaf,
+                ..DomainConfig::default()
+            },
+        );
         domain.break_hardware(self.breakage);
         domain
     }

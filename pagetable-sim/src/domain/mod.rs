@@ -11,7 +11,7 @@
 mod breakage;
 mod invalidate;
 
-use dirtymap::sync::{Arc, AtomicBool, AtomicU8, AtomicU64, Mutex, Ordering, lock};
+use dirtymap::sync::{Arc, AtomicBool, AtomicU8, AtomicU64, Mutex, Ordering, Step, lock, performs};
 use dirtymap::{
     DirtySource, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink,
     Stopped,
@@ -19,8 +19,9 @@ use dirtymap::{
 
 use self::invalidate::Counts;
 use crate::device::{Device, DeviceConfig};
+use crate::error::Error;
 use crate::fault::{Fault, FaultLog, Faults};
-use crate::fmt::{AmdV1, Format, granule};
+use crate::fmt::{AmdV1, Format, LeafSizes, granule};
 use crate::memory::PhysMemory;
 use crate::port::Port;
 use crate::table::{Leaf, Table};
@@ -33,6 +34,8 @@ pub struct DomainConfig {
     /// Leaves are not larger than this. Large leaves make tracking coarse; below the smallest page it counts as the
     /// smallest page.
     pub max_leaf: Granule,
+    /// Enabling tracking splits leaves that are larger than this, so that tracking is finer than the mapping.
+    pub split_on_enable: Option<Granule>,
 }
 
 impl Default for DomainConfig {
@@ -40,6 +43,7 @@ impl Default for DomainConfig {
     fn default() -> Self {
         DomainConfig {
             max_leaf: granule(63),
+            split_on_enable: None,
         }
     }
 }
@@ -88,7 +92,7 @@ pub(crate) struct Hardware<F: Format> {
 /// for every device that is awake.
 pub struct Domain<F: Format = AmdV1> {
     hardware: Arc<Hardware<F>>,
-    max_leaf: Granule,
+    config: DomainConfig,
     /// Held by who switches tracking.
     switch: Mutex<()>,
     counts: Mutex<Counts>,
@@ -122,7 +126,7 @@ impl<F: Format> Domain<F> {
                 faults: AtomicU64::new(0),
                 dirty_walks: AtomicU64::new(0),
             }),
-            max_leaf: config.max_leaf,
+            config,
             switch: Mutex::new(()),
             counts: Mutex::new(Counts::default()),
             refused_unmaps: AtomicU64::new(0),
@@ -143,6 +147,63 @@ impl<F: Format> Domain<F> {
     /// The memory that the domain maps.
     pub fn memory(&self) -> &Arc<PhysMemory> {
         &self.hardware.memory
+    }
+
+    /// The table that devices walk. What is changed in it by hand is not invalidated by the domain.
+    pub fn table(&self) -> &Table<F> {
+        &self.hardware.table
+    }
+
+    /// As [`DirtySource::map`], by leaves whose sizes are among `sizes`. Devices forget their pointers to a table that a leaf
+    /// replaces before they translate again.
+    ///
+    /// # Errors
+    /// [`Error::OutsideMemory`] if the memory behind it is not all there, else as [`Table::map`].
+    pub fn map_leaves(&self, mapping: &Mapping, sizes: impl Into<LeafSizes>) -> Result<(), Error> {
+        let &Mapping {
+            range,
+            backing,
+            access,
+        } = mapping;
+        let len = u64::try_from(range.len()).unwrap_or(u64::MAX);
+        self.hardware.memory.check(backing, len)?;
+        if self.hardware.table.map(range, backing, access, sizes)? {
+            self.forget_tables(range);
+        }
+        Ok(())
+    }
+
+    /// Merges leaves as [`Table::merge`], and has devices forget the tables whose place was taken. Waits for every device
+    /// that is awake, if there are such. Returns how many leaves came to be.
+    ///
+    /// # Errors
+    /// As [`Table::merge`].
+    pub fn merge(&self, range: IovaRange, sizes: impl Into<LeafSizes>) -> Result<u64, Error> {
+        let mut gather = FlushGather::new();
+        let mut replaced = Vec::new();
+        let mut count = 0;
+        self.hardware
+            .table
+            .merge(range, sizes, |leaf, size, table| {
+                count += 1;
+                gather.add(leaf, size);
+                if table {
+                    gather.add_table(leaf);
+                    replaced.push(leaf);
+                }
+            })?;
+        if !replaced.is_empty() {
+            self.invalidate_gather(&gather);
+        }
+        for leaf in replaced {
+            let writable = self
+                .translate(leaf.start())
+                .is_some_and(|l| l.access.writes());
+            if writable && performs(Step::DirtyBehindFlush) {
+                self.hardware.table.make_dirty(leaf)?;
+            }
+        }
+        Ok(count)
     }
 
     /// The leaf that maps `iova`, if there is one.
@@ -196,35 +257,15 @@ impl<F: Format> DirtySource for Domain<F> {
         F::PAGE
     }
 
-    /// Refused with [`Error::StraddlingLeaf`](crate::Error::StraddlingLeaf) if a leaf maps both sides.
-    fn split_at(&self, at: Iova, _: &mut FlushGather) -> Result<(), dirtymap::Error> {
-        match self.translate(at) {
-            Some(leaf) if leaf.range.start() < at => {
-                let leaf = leaf.range;
-                Err(crate::Error::StraddlingLeaf { at, leaf }.into())
-            }
-            _ => Ok(()),
-        }
+    /// As [`Table::split_at`]; owes the flush of the leaf that was split.
+    fn split_at(&self, at: Iova, gather: &mut FlushGather) -> Result<(), dirtymap::Error> {
+        let owe = |leaf, size| gather.add(leaf, size);
+        Ok(self.hardware.table.split_at(at, owe)?)
     }
 
-    /// Refused with [`Error::OutsideMemory`](crate::Error::OutsideMemory) if the memory behind it is not all there,
-    /// else as by [`Table::map`]. Devices forget their pointers to a table that it replaces before they translate again.
+    /// Refused as by [`Domain::map_leaves`].
     fn map(&self, mapping: &Mapping) -> Result<(), dirtymap::Error> {
-        let &Mapping {
-            range,
-            backing,
-            access,
-        } = mapping;
-        let len = u64::try_from(range.len()).unwrap_or(u64::MAX);
-        self.hardware.memory.check(backing, len)?;
-        let retired = self
-            .hardware
-            .table
-            .map(range, backing, access, self.max_leaf)?;
-        if retired {
-            self.forget_tables(range);
-        }
-        Ok(())
+        Ok(self.map_leaves(mapping, self.config.max_leaf)?)
     }
 
     fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
@@ -240,7 +281,7 @@ impl<F: Format> DirtySource for Domain<F> {
         }
     }
 
-    /// Enabling goes clear, switch, flush:
+    /// Enabling goes clear, split if the domain is configured so, switch, flush:
     ///
     /// * the **flush comes last**. Translations cached while tracking was off count as dirty and never look at the
     ///   table, and those cached with a D that the clear has removed would not either; only after the flush does every
@@ -255,6 +296,10 @@ impl<F: Format> DirtySource for Domain<F> {
         }
         if on {
             self.hardware.table.clean();
+            if let Some(largest) = self.config.split_on_enable {
+                // Owed to the flush below, which drops the old leaves from all devices.
+                self.hardware.table.split_everything(largest, |_, _| ());
+            }
         }
         // Release: the clear comes first. That devices see the switch in time is not this store's work but that of the
         // flush: they look at the switch after they answered, or after they woke behind F2.
@@ -283,7 +328,7 @@ impl<F: Format> std::fmt::Debug for Domain<F> {
         f.debug_struct("Domain")
             .field("format", &F::NAME)
             .field("tracking", &self.is_tracking())
-            .field("max_leaf", &self.max_leaf)
+            .field("config", &self.config)
             .field("stats", &self.stats())
             .finish_non_exhaustive()
     }

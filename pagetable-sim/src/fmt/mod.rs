@@ -3,41 +3,48 @@
 //! The table algorithms are written once, over [`Format`]; a format is one file of pure functions on an entry. Levels
 //! count from the bottom: a table of level 0 holds the smallest pages, the root has level `LEVELS - 1`.
 //!
-//! | format | levels | address | leaves | written, when | made clean by |
-//! |---|---|---|---|---|---|
-//! | [`AmdV1`] | 4 | 48 bits | 4K 2M 1G | D 6 is set | `fetch_and` |
-//! | [`VtdSs`] | 3 to 5 | 39, 48, 57 bits | 4K 2M 1G | D 9 is set | `fetch_and` |
-//! | [`X86_64`] | 4, 5 | 48, 57 bits, sign-extended | 4K 2M 1G | D 6 is set | `fetch_and` |
-//! | [`ArmS1`] | 4 | 48 bits | 4K 2M 1G | DBM 51 is set and read-only 7 is not | `fetch_or` |
-//! | [`Riscv`] | 3 to 5 | 39, 48, 57 bits, sign-extended | one size at every level | D 7 is set | `fetch_and` |
+//! | format | levels | address | leaves | written, when |
+//! |---|---|---|---|---|
+//! | [`AmdV1`] | 4, or 3 to 6 by [`AmdHost`] | 48 bits, 39 to 64 | any power of two from 4K on, but for 512G | D 6 is set |
+//! | [`VtdSs`] | 3 to 5 | 39, 48, 57 bits | 4K 2M 1G | D 9 is set |
+//! | [`X86_64`] | 4, 5 | 48, 57 bits, sign-extended | 4K 2M 1G | D 6 is set |
+//! | [`ArmS1`] | 4, 4, 3 | 48 bits | 4K 2M 1G, or 16K 32M, or 64K 512M | DBM 51 is set and read-only 7 is not |
+//! | [`Riscv`] | 3 to 5 | 39, 48, 57 bits, sign-extended | 64K, and one size at every level | D 7 is set |
+//!
+//! A leaf that is larger than what an entry of its level covers is a **group**: a power of two of entries with the same
+//! value, naturally aligned, inside one table. Hardware sets D in the entry that its walk goes through, so a group is
+//! dirty when any of its entries is, and clean when all are.
 
 mod amdv1;
 mod arm_s1;
 mod reach;
 mod riscv;
+mod sizes;
 mod vtdss;
 mod x86_64;
 
-pub use amdv1::AmdV1;
+pub use amdv1::{AmdHost, AmdV1};
 pub use arm_s1::ArmS1;
 pub use reach::Reach;
 pub use riscv::{Riscv, RiscvSv39, RiscvSv48, RiscvSv57};
+pub use sizes::LeafSizes;
 pub use vtdss::VtdSs;
 pub use x86_64::X86_64;
 
 use dirtymap::sync::{AtomicU64, Ordering};
 use dirtymap::{Access, Granule};
 
-/// Entries of a page that holds a table, as a logarithm: 512 entries fill 4 KiB. Tiny in the model checker.
-pub(crate) const TABLE_LG2: u32 = if cfg!(dirtymap_loom) { 1 } else { 9 };
+/// Entries of a table of 4 KiB, as a logarithm. Tiny in the model checker.
+const INDEX_LG2: u32 = shape(9, 1);
+/// Tables of host memory lie at multiples of 2^12 bytes, or of their own size if that is more.
+const HOST_PAGE_LG2: u32 = 12;
 
 /// `real`, or `tiny` in the model checker.
 const fn shape(real: u32, tiny: u32) -> u32 {
     if cfg!(dirtymap_loom) { tiny } else { real }
 }
 
-/// The value of one entry of an IO page table. Zero is "not present" in every format. Other values may be, too: making a
-/// leaf clean that was unmapped meanwhile can leave a bit behind.
+/// The value of one entry of an IO page table. Zero is "not present" in every format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 #[repr(transparent)]
 pub struct Iopte(pub u64);
@@ -45,20 +52,31 @@ pub struct Iopte(pub u64);
 impl Iopte {
     /// The entry that translates nothing.
     pub const ABSENT: Iopte = Iopte(0);
+    /// An entry that translates nothing and never will again: its table is about to go. Not present in every format,
+    /// which then ignores all bits but those that say so.
+    pub(crate) const FROZEN: Iopte = Iopte(1 << 58);
 }
 
-/// The one atomic operation that makes a leaf clean. It may hit an entry that changed since it was looked at, so it must
-/// keep an absent entry absent, and a table a table at the same address.
+/// What makes a written leaf clean. A clean leaf stays as it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MakeClean {
-    /// `fetch_and`: clears these bits.
+    /// Clears these bits.
     Clear(u64),
-    /// `fetch_or`: sets these bits.
+    /// Sets these bits.
     Set(u64),
 }
 
 impl MakeClean {
-    /// Whether the operation would change `entry`.
+    /// The entry, clean.
+    #[inline]
+    pub(crate) fn of(self, entry: Iopte) -> Iopte {
+        match self {
+            MakeClean::Clear(bits) => Iopte(entry.0 & !bits),
+            MakeClean::Set(bits) => Iopte(entry.0 | bits),
+        }
+    }
+
+    /// Whether that would change `entry`.
     #[inline]
     fn changes(self, entry: Iopte) -> bool {
         match self {
@@ -86,9 +104,18 @@ pub trait Format: sealed::Sealed + Send + Sync + 'static {
     const PAGE_LG2: u32;
     /// How many levels, from the bottom, may hold leaves.
     const LEAF_LEVELS: u32;
+    /// The bits of an entry that hold the number of a frame: of the page, or of the next table.
+    const ADDRESS: u64;
+    /// What the number of a table's frame counts, as a logarithm of bytes. Tables lie at multiples of it.
+    const TABLE_LG2: u32 = HOST_PAGE_LG2;
     /// How many bits of physical address an entry can hold.
-    const OUTPUT_LG2: u32;
-    /// What turns a leaf that was written into the same leaf, clean. A clean leaf stays as it is.
+    const OUTPUT_LG2: u32 = Self::ADDRESS.count_ones() + Self::PAGE_LG2;
+    /// The sizes of leaves, at most half a table each.
+    const LEAF_SIZES: LeafSizes =
+        one_size_a_level(Self::PAGE_LG2, Self::INDEX_LG2, Self::LEAF_LEVELS);
+    /// The bits that say what devices may do.
+    const ACCESS: u64;
+    /// What turns a leaf that was written into the same leaf, clean.
     const MAKE_CLEAN: MakeClean;
     /// Whether the bits above those that the tables translate must all equal the highest of them: then the tables
     /// translate the lowest and the highest part of the address space, half of their reach each, and nothing between.
@@ -100,7 +127,7 @@ pub trait Format: sealed::Sealed + Send + Sync + 'static {
     /// The bits that are 0 in every present entry: a walk that finds one of them set faults. 0 if there are none.
     const RESERVED: u64 = 0;
 
-    /// How many bits of address the tables translate.
+    /// How many bits of address the tables translate, at most 64.
     const WIDTH: u32 = Self::PAGE_LG2 + Self::LEVELS * Self::INDEX_LG2;
     /// The smallest page.
     const PAGE: Granule = granule(Self::PAGE_LG2);
@@ -109,19 +136,38 @@ pub trait Format: sealed::Sealed + Send + Sync + 'static {
     fn is_present(entry: Iopte) -> bool;
     /// Whether a present entry of a table of `level` is a leaf, and does not lead to a table.
     fn is_leaf(entry: Iopte, level: u32) -> bool;
-    /// A clean leaf for a table of `level`, translating to `phys`, which is aligned to the size of such a leaf.
-    fn leaf(phys: u64, access: Access, level: u32) -> Iopte;
+    /// A clean leaf of `size`, one of [`LEAF_SIZES`](Self::LEAF_SIZES), translating to `phys`, which is aligned to it.
+    /// All entries of a group have this value.
+    fn leaf(phys: u64, access: Access, size: Granule) -> Iopte;
     /// An entry of a table of `level` (1 or more) that leads to the table at the host address `address`, a multiple of
-    /// 4096.
+    /// 2^[`TABLE_LG2`](Self::TABLE_LG2).
     fn table(address: u64, level: u32) -> Iopte;
-    /// The host address that [`table`](Self::table) was given.
-    fn table_address(entry: Iopte) -> u64;
-    /// The physical address that a leaf translates to.
-    fn output(entry: Iopte) -> u64;
+    /// The [`ACCESS`](Self::ACCESS) bits of a leaf that lets devices do `access`.
+    fn access_bits(access: Access) -> u64;
     /// What a leaf lets devices do.
     fn access(entry: Iopte) -> Access;
-    /// The leaf after hardware has translated a write through it.
+    /// The leaf, written: as hardware leaves it when it translates a write.
     fn written(entry: Iopte) -> Iopte;
+    /// How many entries the leaf `entry`, in a table of `level`, consists of, as a logarithm.
+    #[inline]
+    fn group_lg2(_entry: Iopte, _level: u32) -> u32 {
+        0
+    }
+    /// The host address that [`table`](Self::table) was given.
+    #[inline]
+    fn table_address(entry: Iopte) -> u64 {
+        (entry.0 & Self::ADDRESS) >> Self::ADDRESS.trailing_zeros() << Self::TABLE_LG2
+    }
+    /// The physical address that a leaf translates to: where all of it begins, for a group.
+    #[inline]
+    fn output(entry: Iopte) -> u64 {
+        (entry.0 & Self::ADDRESS) >> Self::ADDRESS.trailing_zeros() << Self::PAGE_LG2
+    }
+    /// The leaf with other rights, and D as it was.
+    #[inline]
+    fn with_access(entry: Iopte, access: Access) -> Iopte {
+        Iopte(entry.0 & !Self::ACCESS | Self::access_bits(access))
+    }
     /// Whether a leaf was written: whether there is anything to make clean.
     #[inline]
     fn is_dirty(entry: Iopte) -> bool {
@@ -145,6 +191,24 @@ pub trait Format: sealed::Sealed + Send + Sync + 'static {
         granule(Self::PAGE_LG2 + level * Self::INDEX_LG2)
     }
 
+    /// The size of the leaf `entry` in a table of `level`.
+    #[inline]
+    fn leaf_size(entry: Iopte, level: u32) -> Granule {
+        granule(Self::PAGE_LG2 + level * Self::INDEX_LG2 + Self::group_lg2(entry, level))
+    }
+
+    /// The [`ADDRESS`](Self::ADDRESS) bits for the frame of `phys`.
+    #[inline]
+    fn frame_bits(phys: u64) -> u64 {
+        phys >> Self::PAGE_LG2 << Self::ADDRESS.trailing_zeros() & Self::ADDRESS
+    }
+
+    /// The [`ADDRESS`](Self::ADDRESS) bits for the table at the host address `address`.
+    #[inline]
+    fn table_bits(address: u64) -> u64 {
+        address >> Self::TABLE_LG2 << Self::ADDRESS.trailing_zeros() & Self::ADDRESS
+    }
+
     /// Which entry of a table of `level` a walk to `iova` takes.
     #[inline]
     fn index(iova: u64, level: u32) -> usize {
@@ -158,6 +222,17 @@ pub(crate) mod sealed {
     pub trait Sealed {}
 }
 
+/// The sizes of what single entries cover.
+const fn one_size_a_level(page_lg2: u32, index_lg2: u32, levels: u32) -> LeafSizes {
+    let mut sizes = LeafSizes::NONE;
+    let mut level = 0;
+    while level < levels {
+        sizes = sizes.or(LeafSizes::only(granule(page_lg2 + level * index_lg2)));
+        level += 1;
+    }
+    sizes
+}
+
 /// The granule of 2^`lg2` bytes, for logarithms that a format's constants keep below 64.
 pub(crate) const fn granule(lg2: u32) -> Granule {
     match Granule::from_lg2(if lg2 < 64 { lg2 as u8 } else { 63 }) {
@@ -168,9 +243,8 @@ pub(crate) const fn granule(lg2: u32) -> Granule {
 
 /// An entry in memory, changed by hardware and software at once.
 ///
-/// It wraps the atomic word, and is not a generic atomic of a typed entry (`atomic::Atomic<Iopte>`): such a type has no
-/// `fetch_and` or `fetch_or`, and clearing D by a compare-exchange loop would fight with the hardware's own updates instead of just
-/// clearing D.
+/// All changes are compare-exchanges: the new value follows from the whole old one. Hardware changes only entries without
+/// D, so whoever clears D does not fight with it.
 #[derive(Debug)]
 #[repr(transparent)]
 pub(crate) struct AtomicIopte(AtomicU64);
@@ -197,15 +271,5 @@ impl AtomicIopte {
             Ok(_) => Ok(()),
             Err(now) => Err(Iopte(now)),
         }
-    }
-
-    /// Changes the bits that `how` names in one step, whatever the others are; whether that changed anything.
-    #[inline]
-    pub(crate) fn make_clean(&self, how: MakeClean, order: Ordering) -> bool {
-        let old = match how {
-            MakeClean::Clear(bits) => self.0.fetch_and(!bits, order),
-            MakeClean::Set(bits) => self.0.fetch_or(bits, order),
-        };
-        how.changes(Iopte(old))
     }
 }

@@ -90,8 +90,8 @@ mod tests {
             (VtdSs::<4>::REACH, half, half),
             (VtdSs::<4>::REACH, all, all),
             (X86_64::<5>::REACH, pages((1 << 51) - 1, 2), all),
-            (ArmS1::REACH, pages(7, 511), pages(7, 511)),
-            (ArmS1::REACH, pages(7, 512), all),
+            (<ArmS1>::REACH, pages(7, 511), pages(7, 511)),
+            (<ArmS1>::REACH, pages(7, 512), all),
             (RiscvSv48::REACH, pages(7, 512), pages(7, 512)),
             (RiscvSv48::REACH, pages(7, 513), all),
             (RiscvSv48::REACH, all, all),
@@ -105,7 +105,7 @@ mod tests {
         for reach in [
             AmdV1::REACH,
             VtdSs::<4>::REACH,
-            ArmS1::REACH,
+            <ArmS1>::REACH,
             RiscvSv48::REACH,
         ] {
             let got = reach.covering(pages(513, 1), Granule::M2);
@@ -128,7 +128,7 @@ mod tests {
             for reach in [
                 AmdV1::REACH,
                 VtdSs::<4>::REACH,
-                ArmS1::REACH,
+                <ArmS1>::REACH,
                 RiscvSv48::REACH,
             ] {
                 let got = reach.covering(asked, Granule::K4);

@@ -14,17 +14,21 @@
 //! | 7 | D | written; leaves only |
 //! | 53:10 | PPN | frame of the page, or of the next table |
 //! | 60:54 | | reserved, 0 |
+//! | 63 | N | one of 16 entries of a contiguous leaf (Svnapot) |
 //!
 //! An entry with R, W or X is a leaf, at any level: Sv39 has leaves of 4 KiB, 2 MiB and 1 GiB, Sv48 adds 512 GiB, Sv57
-//! adds 256 TiB. Contiguous entries (Svnapot) are not used. Addresses are sign-extended: the bits above equal the highest
+//! adds 256 TiB. At the lowest level 16 entries with N, all of one value, are a leaf of 64 KiB; its frame ends in the bits
+//! 1000. Addresses are sign-extended: the bits above equal the highest
 //! bit that is translated.
 //!
 //! W without R is reserved, so a mapping that devices may only write is refused. Leaves are born clean, and a write sets
 //! A and D; systems that do not track set both when they map.
 
-use dirtymap::Access;
+use dirtymap::{Access, Granule};
 
-use super::{Format, Iopte, MakeClean, Reach, TABLE_LG2, sealed, shape};
+use super::{
+    Format, INDEX_LG2, Iopte, LeafSizes, MakeClean, Reach, granule, one_size_a_level, sealed, shape,
+};
 
 const V: u64 = 1 << 0;
 const R_SHIFT: u32 = 1;
@@ -37,13 +41,15 @@ const D: u64 = 1 << 7;
 const PPN_SHIFT: u32 = 10;
 const PPN: u64 = ((1 << 44) - 1) << PPN_SHIFT;
 const RESERVED: u64 = 0x7f << 54;
-/// A table's host address is a frame and 12 bits of offset, in the model checker, too.
-const HOST_PAGE_LG2: u32 = 12;
+const N: u64 = 1 << 63;
+/// A contiguous leaf has 2^4 entries, and says so by the number of its frame: the lowest four bits are 1000.
+const NAPOT_LG2: u32 = 4;
+const NAPOT: u64 = N | 1 << (NAPOT_LG2 - 1) << PPN_SHIFT;
 
-/// First-stage tables of RISC-V, of `N` levels, 3 to 5: 39, 48 or 57 bits of sign-extended address, leaves at every level,
-/// D in bit 7. Has no write-only leaves.
+/// First-stage tables of RISC-V, of `LEVELS` levels, 3 to 5: 39, 48 or 57 bits of sign-extended address, leaves at every level and
+/// of 64 KiB, D in bit 7. Has no write-only leaves.
 #[derive(Clone, Copy, Debug)]
-pub struct Riscv<const N: u32>;
+pub struct Riscv<const LEVELS: u32>;
 
 /// Three levels: leaves of 4 KiB, 2 MiB and 1 GiB.
 pub type RiscvSv39 = Riscv<3>;
@@ -56,20 +62,29 @@ impl sealed::Sealed for Riscv<3> {}
 impl sealed::Sealed for Riscv<4> {}
 impl sealed::Sealed for Riscv<5> {}
 
-impl<const N: u32> Format for Riscv<N>
+impl<const LEVELS: u32> Format for Riscv<LEVELS>
 where
     Self: sealed::Sealed,
 {
-    const NAME: &'static str = match N {
+    const NAME: &'static str = match LEVELS {
         3 => "RISC-V Sv39",
         4 => "RISC-V Sv48",
         _ => "RISC-V Sv57",
     };
-    const LEVELS: u32 = shape(N, 2);
-    const INDEX_LG2: u32 = TABLE_LG2;
+    const LEVELS: u32 = shape(LEVELS, 2);
+    const INDEX_LG2: u32 = INDEX_LG2;
     const PAGE_LG2: u32 = shape(12, 3);
     const LEAF_LEVELS: u32 = Self::LEVELS;
-    const OUTPUT_LG2: u32 = 44 + Self::PAGE_LG2;
+    const ADDRESS: u64 = PPN;
+    const ACCESS: u64 = R | W;
+    const LEAF_SIZES: LeafSizes = {
+        let sizes = one_size_a_level(Self::PAGE_LG2, Self::INDEX_LG2, Self::LEVELS);
+        if NAPOT_LG2 < Self::INDEX_LG2 {
+            sizes.or(LeafSizes::only(granule(Self::PAGE_LG2 + NAPOT_LG2)))
+        } else {
+            sizes
+        }
+    };
     const MAKE_CLEAN: MakeClean = MakeClean::Clear(D);
     const REACH: Reach = Reach::Strides { max: 512 };
     const RESERVED: u64 = RESERVED;
@@ -86,25 +101,34 @@ where
     }
 
     #[inline]
-    fn leaf(phys: u64, access: Access, _level: u32) -> Iopte {
-        let write = if access.writes() { W } else { 0 };
-        let frame = phys >> Self::PAGE_LG2 << PPN_SHIFT & PPN;
-        Iopte(V | R | U | write | frame)
+    fn leaf(phys: u64, access: Access, size: Granule) -> Iopte {
+        let contiguous = if u32::from(size.lg2()) == Self::PAGE_LG2 + NAPOT_LG2 {
+            NAPOT
+        } else {
+            0
+        };
+        Iopte(V | U | contiguous | Self::access_bits(access) | Self::frame_bits(phys))
     }
 
     #[inline]
     fn table(address: u64, _level: u32) -> Iopte {
-        Iopte(V | address >> HOST_PAGE_LG2 << PPN_SHIFT & PPN)
+        Iopte(V | Self::table_bits(address))
     }
 
     #[inline]
-    fn table_address(entry: Iopte) -> u64 {
-        (entry.0 & PPN) >> PPN_SHIFT << HOST_PAGE_LG2
+    fn group_lg2(entry: Iopte, _level: u32) -> u32 {
+        if entry.0 & N == 0 { 0 } else { NAPOT_LG2 }
     }
 
     #[inline]
     fn output(entry: Iopte) -> u64 {
-        (entry.0 & PPN) >> PPN_SHIFT << Self::PAGE_LG2
+        let marker = if entry.0 & N == 0 { 0 } else { NAPOT };
+        (entry.0 & PPN & !marker) >> PPN_SHIFT << Self::PAGE_LG2
+    }
+
+    #[inline]
+    fn access_bits(access: Access) -> u64 {
+        if access.writes() { R | W } else { R }
     }
 
     #[inline]
@@ -143,10 +167,19 @@ mod tests {
 
     #[test]
     fn bits_are_where_the_specification_puts_them() {
-        let leaf = F::leaf(0x00f1_2345_6789_a000, Access::ReadWrite, 0);
+        let leaf = F::leaf(0x00f1_2345_6789_a000, Access::ReadWrite, Granule::K4);
         assert_eq!(leaf.0, 0x003c_48d1_59e2_6817);
         assert_eq!(F::written(leaf).0, 0x003c_48d1_59e2_68d7);
-        assert_eq!(F::leaf(0x4000_0000, Access::Read, 2).0, 0x1000_0013);
+        assert_eq!(
+            F::leaf(0x4000_0000, Access::Read, Granule::G1).0,
+            0x1000_0013
+        );
+        let contiguous = F::leaf(0x5_0000, Access::Read, granule(16));
+        assert_eq!(contiguous.0, 0x8000_0000_0001_6013);
+        assert_eq!(
+            (F::output(contiguous), F::group_lg2(contiguous, 0)),
+            (0x5_0000, 4)
+        );
         assert_eq!(F::table(0x7f00_dead_b000, 3).0, 0x1fc0_37ab_6c01);
         assert_eq!(F::MAKE_CLEAN, MakeClean::Clear(1 << 7));
         let widths = [RiscvSv39::WIDTH, RiscvSv48::WIDTH, RiscvSv57::WIDTH];

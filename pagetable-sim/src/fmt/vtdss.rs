@@ -16,9 +16,9 @@
 //! There is no present bit: an entry is present if R or W is set. Three, four or five levels translate 39, 48 or 57 bits;
 //! leaves of 4 KiB, 2 MiB and 1 GiB. The document counts levels from 1 at the bottom.
 
-use dirtymap::Access;
+use dirtymap::{Access, Granule};
 
-use super::{Format, Iopte, MakeClean, Reach, TABLE_LG2, sealed, shape};
+use super::{Format, INDEX_LG2, Iopte, MakeClean, Reach, sealed, shape};
 
 const R: u64 = 1 << 0;
 const W: u64 = 1 << 1;
@@ -44,10 +44,11 @@ where
 {
     const NAME: &'static str = "VT-d second stage";
     const LEVELS: u32 = shape(N, 2);
-    const INDEX_LG2: u32 = TABLE_LG2;
+    const INDEX_LG2: u32 = INDEX_LG2;
     const PAGE_LG2: u32 = shape(12, 3);
     const LEAF_LEVELS: u32 = shape(3, 2);
-    const OUTPUT_LG2: u32 = 40 + Self::PAGE_LG2;
+    const ADDRESS: u64 = ADDRESS;
+    const ACCESS: u64 = R | W;
     const MAKE_CLEAN: MakeClean = MakeClean::Clear(D);
     const REACH: Reach = Reach::Aligned { max_lg2: 63 };
     const TABLE_ACCESSED: u64 = A;
@@ -63,27 +64,21 @@ where
     }
 
     #[inline]
-    fn leaf(phys: u64, access: Access, level: u32) -> Iopte {
-        let read = if access.reads() { R } else { 0 };
-        let write = if access.writes() { W } else { 0 };
-        let large = if level == 0 { 0 } else { PS };
-        let frame = phys >> Self::PAGE_LG2 << ADDRESS_SHIFT & ADDRESS;
-        Iopte(read | write | large | frame)
+    fn leaf(phys: u64, access: Access, size: Granule) -> Iopte {
+        let large = if size == Self::PAGE { 0 } else { PS };
+        Iopte(Self::access_bits(access) | large | Self::frame_bits(phys))
     }
 
     #[inline]
     fn table(address: u64, _level: u32) -> Iopte {
-        Iopte(R | W | address & ADDRESS)
+        Iopte(R | W | Self::table_bits(address))
     }
 
     #[inline]
-    fn table_address(entry: Iopte) -> u64 {
-        entry.0 & ADDRESS
-    }
-
-    #[inline]
-    fn output(entry: Iopte) -> u64 {
-        (entry.0 & ADDRESS) >> ADDRESS_SHIFT << Self::PAGE_LG2
+    fn access_bits(access: Access) -> u64 {
+        let read = if access.reads() { R } else { 0 };
+        let write = if access.writes() { W } else { 0 };
+        read | write
     }
 
     #[inline]
@@ -117,11 +112,14 @@ mod tests {
 
     #[test]
     fn bits_are_where_the_specification_puts_them() {
-        let leaf = F::leaf(0x000f_1234_5678_9000, Access::ReadWrite, 0);
+        let leaf = F::leaf(0x000f_1234_5678_9000, Access::ReadWrite, Granule::K4);
         assert_eq!(leaf.0, 0x000f_1234_5678_9003);
         assert_eq!(F::written(leaf).0, 0x000f_1234_5678_9303);
-        assert_eq!(F::leaf(0x4000_0000, Access::Read, 2).0, 0x4000_0081);
-        assert_eq!(F::leaf(0x20_0000, Access::Write, 1).0, 0x20_0082);
+        assert_eq!(
+            F::leaf(0x4000_0000, Access::Read, Granule::G1).0,
+            0x4000_0081
+        );
+        assert_eq!(F::leaf(0x20_0000, Access::Write, Granule::M2).0, 0x20_0082);
         assert!(F::is_present(Iopte(W)) && F::is_present(Iopte(R)));
         assert_eq!(F::table(0x7f00_dead_b000, 3).0, 0x7f00_dead_b003);
         assert_eq!(F::MAKE_CLEAN, MakeClean::Clear(1 << 9));

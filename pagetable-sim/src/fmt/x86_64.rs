@@ -20,9 +20,9 @@
 //! What is present is readable, so a mapping that devices may only write is refused. Leaves are born clean, and a write
 //! sets A and D; systems that do not track set both when they map.
 
-use dirtymap::Access;
+use dirtymap::{Access, Granule};
 
-use super::{Format, Iopte, MakeClean, Reach, TABLE_LG2, sealed, shape};
+use super::{Format, INDEX_LG2, Iopte, MakeClean, Reach, sealed, shape};
 
 const P: u64 = 1 << 0;
 const RW: u64 = 1 << 1;
@@ -49,10 +49,11 @@ where
 {
     const NAME: &'static str = "x86-64 first stage";
     const LEVELS: u32 = shape(N, 2);
-    const INDEX_LG2: u32 = TABLE_LG2;
+    const INDEX_LG2: u32 = INDEX_LG2;
     const PAGE_LG2: u32 = shape(12, 3);
     const LEAF_LEVELS: u32 = shape(3, 2);
-    const OUTPUT_LG2: u32 = 40 + Self::PAGE_LG2;
+    const ADDRESS: u64 = ADDRESS;
+    const ACCESS: u64 = RW;
     const MAKE_CLEAN: MakeClean = MakeClean::Clear(D);
     const REACH: Reach = Reach::Aligned { max_lg2: 63 };
     const TABLE_ACCESSED: u64 = A;
@@ -69,26 +70,19 @@ where
     }
 
     #[inline]
-    fn leaf(phys: u64, access: Access, level: u32) -> Iopte {
-        let write = if access.writes() { RW } else { 0 };
-        let large = if level == 0 { 0 } else { PS };
-        let frame = phys >> Self::PAGE_LG2 << ADDRESS_SHIFT & ADDRESS;
-        Iopte(P | US | XD | write | large | frame)
+    fn leaf(phys: u64, access: Access, size: Granule) -> Iopte {
+        let large = if size == Self::PAGE { 0 } else { PS };
+        Iopte(P | US | XD | large | Self::access_bits(access) | Self::frame_bits(phys))
     }
 
     #[inline]
     fn table(address: u64, _level: u32) -> Iopte {
-        Iopte(P | RW | US | address & ADDRESS)
+        Iopte(P | RW | US | Self::table_bits(address))
     }
 
     #[inline]
-    fn table_address(entry: Iopte) -> u64 {
-        entry.0 & ADDRESS
-    }
-
-    #[inline]
-    fn output(entry: Iopte) -> u64 {
-        (entry.0 & ADDRESS) >> ADDRESS_SHIFT << Self::PAGE_LG2
+    fn access_bits(access: Access) -> u64 {
+        if access.writes() { RW } else { 0 }
     }
 
     #[inline]
@@ -127,11 +121,11 @@ mod tests {
 
     #[test]
     fn bits_are_where_the_specification_puts_them() {
-        let leaf = F::leaf(0x000f_1234_5678_9000, Access::ReadWrite, 0);
+        let leaf = F::leaf(0x000f_1234_5678_9000, Access::ReadWrite, Granule::K4);
         assert_eq!(leaf.0, 0x800f_1234_5678_9007);
         assert_eq!(F::written(leaf).0, 0x800f_1234_5678_9067);
         assert_eq!(
-            F::leaf(0x4000_0000, Access::Read, 2).0,
+            F::leaf(0x4000_0000, Access::Read, Granule::G1).0,
             0x8000_0000_4000_0085
         );
         assert_eq!(F::table(0x7f00_dead_b000, 3).0, 0x7f00_dead_b007);

@@ -1,8 +1,8 @@
 //! The dirty bit: hardware sets it, a harvest reads and clears it.
 //!
 //! ```text
-//!  device write --walk--> D := 1 (compare-exchange, while present and writable)
-//!  harvest ------scan---> record, owe, then D := 0 (fetch_and or fetch_or)
+//!  device write --walk--> D := 1 in the entry it hits (compare-exchange, while present and writable)
+//!  harvest ------scan---> record, owe, then D := 0 in every entry of the leaf (compare-exchange)
 //! ```
 //!
 //! For one leaf the harvest sees D set, records the leaf, owes its invalidation and clears D, in this order. Hardware
@@ -12,46 +12,114 @@
 //!   the invalidation that the harvest owes makes the device forget. The page is recorded and copied after that, so the
 //!   write is in the copy.
 //!
-//! "D" is what the format calls written: a bit that is set or, for Arm, one that is not. Making a leaf clean is one
-//! atomic operation on the bits that the format names.
+//! "D" is what the format calls written: a bit that is set or, for Arm, one that is not.
 //!
-//! If the leaf was unmapped and another one of the same addresses mapped between reading and clearing, the new leaf
-//! loses a D that belongs to addresses which were recorded in this very harvest. If nothing was mapped since, the entry
-//! stays absent, though it may keep a bit of the clearing; a table that was put there stays where it is.
+//! # What may be cleaned
+//! D is cleared only in an entry whose leaf, at that moment, lies inside what was recorded. So if the leaf was unmapped,
+//! split or merged since it was seen: an absent entry stays absent, a table a table; a smaller leaf becomes clean, all of
+//! it was recorded; a larger one stays dirty. That is why cleaning is a compare-exchange, and no `fetch_and`, which would
+//! take the D of whatever it hits.
+
+use std::ops::ControlFlow;
 
 use crossbeam_epoch::Guard;
-use dirtymap::sync::Ordering;
+use dirtymap::sync::{Ordering, Step, performs};
 use dirtymap::{Granule, Iova, IovaRange, LeafSink, Sink, Stopped};
 
-use super::{AtomicIopte, Leaf, Table, TablePage, child, is_leaf, leaf_of};
-use crate::fmt::{Format, Iopte};
+use super::{AtomicIopte, Found, Leaf, Table, any_dirty, child, is_leaf};
+use crate::error::Error;
+use crate::fmt::Format;
 
 /// A dirty leaf that a scan found.
-struct DirtyLeaf<'g> {
-    slot: &'g AtomicIopte,
+pub(super) struct DirtyLeaf<'g> {
+    /// All entries of the leaf.
+    group: &'g [AtomicIopte],
+    level: u32,
     /// All addresses of the leaf.
-    span: IovaRange,
+    pub(super) span: IovaRange,
     size: Granule,
 }
 
 impl DirtyLeaf<'_> {
     /// Makes the leaf clean; whether it was dirty until now.
-    fn clear<F: Format>(&self) -> bool {
-        // Acquire: pairs with the Release of `set_dirty`. Release: whoever finds D clear, hardware or an unmap, sees what
-        // the scan did before. One step: a change of the other bits meanwhile is kept.
-        self.slot.make_clean(F::MAKE_CLEAN, Ordering::AcqRel)
+    pub(super) fn clear<F: Format>(&self) -> bool {
+        let mut was_dirty = false;
+        for slot in self.group {
+            // Relaxed: only the first guess of the compare-exchange.
+            let mut entry = slot.load(Ordering::Relaxed);
+            while F::is_present(entry)
+                && is_leaf::<F>(entry, self.level)
+                && F::is_dirty(entry)
+                && F::leaf_size(entry, self.level) <= self.size
+            {
+                // Acquire on success: pairs with the Release of `set_dirty`. Release: whoever finds D clear, hardware or
+                // an unmap, sees what the scan did before. Relaxed on failure: the next guess.
+                match slot.replace(
+                    entry,
+                    F::MAKE_CLEAN.of(entry),
+                    Ordering::AcqRel,
+                    Ordering::Relaxed,
+                ) {
+                    Ok(()) => {
+                        was_dirty = true;
+                        break;
+                    }
+                    Err(now) => entry = now,
+                }
+            }
+            if !performs(Step::CleanEveryEntry) {
+                break;
+            }
+        }
+        was_dirty
     }
 }
 
 impl<F: Format> Table<F> {
-    /// The walk of a write: sets D of the leaf that maps `iova` in one step, while it is present and writable. Returns
-    /// the leaf as it was found (`dirty` tells whether D was set before), `None` if nothing is mapped there. A leaf
-    /// that is not writable stays as it is.
+    /// The walk of a write: sets D in the entry that maps `iova` in one step, while it is present and writable. Returns
+    /// the leaf as it was found (`dirty` tells whether D was set in that entry before), `None` if nothing is mapped
+    /// there. A leaf that is not writable stays as it is.
     pub fn set_dirty(&self, iova: Iova) -> Option<Leaf> {
         let guard = crossbeam_epoch::pin();
-        let (slot, entry, level) = self.walk(iova, &guard)?;
-        let found = write_through::<F>(slot, entry, level)?;
-        Some(leaf_of::<F>(iova, found, level))
+        loop {
+            let found = self.walk(iova, &guard)?;
+            if !F::access(found.entry).writes() || make_dirty::<F>(&found) {
+                return Some(found.leaf::<F>());
+            }
+            // The entry changed meanwhile. Walk anew: the leaf may have been split or merged, and was never gone then.
+        }
+    }
+
+    /// Makes every leaf that `range` touches dirty, writable or not. Addresses without a leaf are skipped. Lock-free;
+    /// may run at the same time as everything else.
+    ///
+    /// # Errors
+    /// [`Error::TooWide`], [`Error::Unaligned`]; nothing is changed then.
+    pub fn make_dirty(&self, range: IovaRange) -> Result<(), Error> {
+        Self::check_range(range)?;
+        let guard = crossbeam_epoch::pin();
+        self.dirty_entries(range, &guard);
+        Ok(())
+    }
+
+    /// Sets D in every entry that `range`, which the table can map, touches.
+    pub(super) fn dirty_entries(&self, range: IovaRange, guard: &Guard) {
+        let done = self.visit(range, guard, &mut |mut found| {
+            while !make_dirty::<F>(&found) {
+                match self.walk(found.span.start(), guard) {
+                    // A table took its place, or the reverse.
+                    Some(now) if now.level != found.level => self.dirty_entries(found.span, guard),
+                    Some(now) => {
+                        found = now;
+                        continue;
+                    }
+                    None => (),
+                }
+                break;
+            }
+            ControlFlow::<()>::Continue(())
+        });
+        debug_assert!(done.is_continue());
     }
 
     /// Hands the dirty leaves that `range` touches to `out`, which has them cleared. Addresses without a leaf are
@@ -90,7 +158,7 @@ impl<F: Format> Table<F> {
     }
 
     /// Visits the dirty leaves that `range` touches, in order.
-    fn scan(
+    pub(super) fn scan(
         &self,
         range: IovaRange,
         mut visit: impl FnMut(&DirtyLeaf<'_>) -> Result<(), dirtymap::Error>,
@@ -103,36 +171,26 @@ impl<F: Format> Table<F> {
     }
 }
 
-/// Sets D of a leaf that was seen as `entry` in a table of `level`, if devices may write through it. Returns the leaf as
-/// it was found, `None` if it is gone.
-pub(super) fn write_through<F: Format>(
-    slot: &AtomicIopte,
-    mut entry: Iopte,
-    level: u32,
-) -> Option<Iopte> {
-    while F::access(entry).writes() && !F::is_dirty(entry) {
-        // AcqRel on success: D is in the table before the data is in memory, and after what the last clear of D
-        // recorded; pairs with `make_clean` in a harvest. Acquire on failure: as the load of the walk; the new value is
-        // derived from it.
-        match slot.replace(
-            entry,
-            F::written(entry),
-            Ordering::AcqRel,
-            Ordering::Acquire,
-        ) {
-            Ok(()) => break,
-            Err(now) if F::is_present(now) && is_leaf::<F>(now, level) => entry = now,
-            // Unmapped meanwhile, and perhaps mapped by smaller leaves since: there was a moment without a translation.
-            Err(_) => return None,
-        }
-    }
-    Some(entry)
+/// Sets D in the entry, unless it is set; false if the entry is no longer what was found.
+pub(super) fn make_dirty<F: Format>(found: &Found<'_>) -> bool {
+    // AcqRel on success: D is in the table before the data is in memory, and after what the last clear of D recorded;
+    // pairs with `DirtyLeaf::clear`. Relaxed on failure: the caller walks anew.
+    F::is_dirty(found.entry)
+        || found
+            .slot()
+            .replace(
+                found.entry,
+                F::written(found.entry),
+                Ordering::AcqRel,
+                Ordering::Relaxed,
+            )
+            .is_ok()
 }
 
 /// Visits the dirty leaves of `range` in the subtree of `page`. Eight entries with nothing to look at cost eight loads
 /// and one OR.
 fn scan_table<F, V>(
-    page: &TablePage,
+    page: &[AtomicIopte],
     level: u32,
     range: IovaRange,
     visit: &mut V,
@@ -142,15 +200,18 @@ where
     F: Format,
     V: FnMut(&DirtyLeaf<'_>) -> Result<(), dirtymap::Error>,
 {
-    let size = F::size(level);
-    let first = F::index(range.start().get(), level);
-    let last = F::index(range.last().get(), level);
-    let base = range.start().granule_start(size).get();
-    let mut look = |nth: usize, entry: &AtomicIopte| {
-        let start = Iova::new(base + ((nth as u64) << size.lg2()));
-        scan_entry::<F, V>(entry, level, start, range, visit, guard)
+    // A leaf that sticks out may be dirty by an entry outside of the range only.
+    let first = group_at::<F>(page, level, F::index(range.start().get(), level)).0;
+    let last = group_at::<F>(page, level, F::index(range.last().get(), level)).1;
+    // Entries below this one belong to a leaf that was visited.
+    let mut next = first;
+    let mut look = |index: usize| {
+        if index >= next {
+            next = scan_entry::<F, V>(page, level, index, range, visit, guard)?;
+        }
+        Ok(())
     };
-    let (eights, rest) = page.0[first..=last].as_chunks::<8>();
+    let (eights, rest) = page[first..=last].as_chunks::<8>();
     for (nth, eight) in eights.iter().enumerate() {
         // Relaxed: only decides whether to look closer. A D that was set before the harvest began is seen, because
         // whatever tells the harvester that the write is done also orders this load after it.
@@ -158,49 +219,80 @@ where
             any | F::worth_a_look(entry.load(Ordering::Relaxed), level)
         });
         if any != 0 {
-            for (i, entry) in eight.iter().enumerate() {
-                look(nth * 8 + i, entry)?;
+            for i in 0..8 {
+                look(first + nth * 8 + i)?;
             }
         }
     }
-    for (i, entry) in rest.iter().enumerate() {
-        look(eights.len() * 8 + i, entry)?;
+    for i in 0..rest.len() {
+        look(first + eights.len() * 8 + i)?;
     }
     Ok(())
 }
 
-/// Visits the dirty leaves of `range` under one entry, of a table of `level`, that covers the addresses from `start`
-/// on.
+/// The first and the last entry of the leaf that entry `index` belongs to; the entry itself if it holds none.
+fn group_at<F: Format>(page: &[AtomicIopte], level: u32, index: usize) -> (usize, usize) {
+    // Relaxed: only says where to look.
+    let entry = page[index].load(Ordering::Relaxed);
+    if !F::is_present(entry) || !is_leaf::<F>(entry, level) {
+        return (index, index);
+    }
+    let others = (1 << F::group_lg2(entry, level)) - 1;
+    (index & !others, index | others)
+}
+
+/// Visits the dirty leaves that `range` touches under one entry of a table of `level`. Returns the next entry to look
+/// at.
 fn scan_entry<F, V>(
-    slot: &AtomicIopte,
+    page: &[AtomicIopte],
     level: u32,
-    start: Iova,
+    index: usize,
     range: IovaRange,
     visit: &mut V,
     guard: &Guard,
-) -> Result<(), Stopped>
+) -> Result<usize, Stopped>
 where
     F: Format,
     V: FnMut(&DirtyLeaf<'_>) -> Result<(), dirtymap::Error>,
 {
     // Acquire: pairs with the Release that installed the entry, in `map`; publishes the table it leads to.
-    let entry = slot.load(Ordering::Acquire);
+    let entry = page[index].load(Ordering::Acquire);
     if !F::is_present(entry) {
-        return Ok(());
+        return Ok(index + 1);
     }
-    let size = F::size(level);
-    let span = IovaRange::granule_at(start, size);
-    let Some(part) = span.intersection(range) else {
-        return Ok(());
-    };
+    // Bits above what the table covers come from the range; below, the index says them.
+    let from = range.start().granule_start(F::size(level)).get();
+    let away = (index as u64).wrapping_sub(F::index(from, level) as u64) << F::size(level).lg2();
+    let span = IovaRange::granule_at(Iova::new(from.wrapping_add(away)), F::size(level));
     if !is_leaf::<F>(entry, level) {
-        return scan_table::<F, V>(child::<F>(entry, guard), level - 1, part, visit, guard);
+        if let Some(part) = span.intersection(range) {
+            let child = child::<F>(entry, guard);
+            scan_table::<F, V>(child, level - 1, part, visit, guard)?;
+        }
+        return Ok(index + 1);
     }
-    if F::is_dirty(entry) {
-        visit(&DirtyLeaf { slot, span, size }).map_err(|error| Stopped {
+    let found = Found {
+        page,
+        level,
+        index,
+        entry,
+        span,
+    };
+    let (group, leaf) = (found.group::<F>(), found.range::<F>());
+    let next = (index & !(group.len() - 1)) + group.len();
+    let seen = F::is_dirty(entry) || performs(Step::ReadEveryEntry) && any_dirty::<F>(group, level);
+    if seen && let Some(part) = leaf.intersection(range) {
+        let size = found.size::<F>();
+        visit(&DirtyLeaf {
+            group,
+            level,
+            span: leaf,
+            size,
+        })
+        .map_err(|error| Stopped {
             at: part.start(),
             error,
         })?;
     }
-    Ok(())
+    Ok(next)
 }

@@ -1,36 +1,89 @@
-//! Mapping and unmapping: everything is checked first, then installed leaf by leaf.
+//! Mapping: everything is checked first, then installed leaf by leaf, the largest that fits each time.
+//!
+//! A large leaf may take the place of a table without leaves. That table is **frozen** first: every absent entry in it
+//! becomes one that nobody can install into, by compare-exchange. So a `map` that wrongly runs in the same range either
+//! finds a frozen entry, and is refused, or has installed a leaf before, and refuses us.
 
 use std::cell::Cell;
 
 use crossbeam_epoch::Guard;
 use dirtymap::sync::Ordering;
-use dirtymap::{Access, Granule, IovaRange};
+use dirtymap::{Access, Granule, Iova, IovaRange};
 
-use super::{Slot, Table, TablePage, child, free_table, is_leaf, slots};
+use super::{Slot, Table, TableRef, child, entry_for, is_leaf, leads_to_same, retire, slots};
 use crate::error::Error;
-use crate::fmt::{Format, Iopte};
+use crate::fmt::{AtomicIopte, Format, Iopte, LeafSizes, granule};
 
-/// A checked request to map.
-struct Job {
+/// A checked request for leaves.
+pub(super) struct Job {
     range: IovaRange,
     phys: u64,
     access: Access,
-    max_leaf: Granule,
+    /// The sizes that the caller names and that the format and the alignment of both addresses to each other allow.
+    sizes: LeafSizes,
+    /// No leaf maps both sides of it.
+    cut: Option<Iova>,
+    /// What leaves start as.
+    pub(super) dirty: bool,
     /// A leaf took the place of a table.
     retired: Cell<bool>,
 }
 
 impl Job {
-    /// Where the memory behind `part` of the range begins.
-    fn phys_of(&self, part: IovaRange) -> u64 {
-        self.phys + (part.start().get() - self.range.start().get())
+    /// Leaves for `range`, clean. The smallest page is always among the sizes.
+    pub(super) fn new<F: Format>(
+        range: IovaRange,
+        phys: u64,
+        access: Access,
+        sizes: LeafSizes,
+        cut: Option<Iova>,
+    ) -> Self {
+        let aligned_lg2 = (range.start().get() ^ phys).trailing_zeros();
+        Job {
+            range,
+            phys,
+            access,
+            sizes: sizes
+                .and(F::LEAF_SIZES)
+                .and(LeafSizes::up_to(granule(aligned_lg2)))
+                .or(LeafSizes::only(F::PAGE)),
+            cut,
+            dirty: false,
+            retired: Cell::new(false),
+        }
     }
+
+    /// The largest leaf that may begin at `at`, where the leaf before it ends.
+    pub(super) fn size_at(&self, at: Iova) -> Granule {
+        let last = match self.cut {
+            Some(cut) if at < cut => cut.get() - 1,
+            _ => self.range.last().get(),
+        };
+        let room = (u128::from(last - at.get()) + 1).ilog2();
+        let fits = LeafSizes::up_to(granule(room.min(at.get().trailing_zeros())));
+        // Never empty: the smallest page fits wherever a page begins.
+        self.sizes.and(fits).largest().unwrap_or(Granule::K4)
+    }
+
+    /// The leaf of `size` at `at`.
+    pub(super) fn leaf<F: Format>(&self, at: Iova, size: Granule) -> Iopte {
+        let phys = self.phys + (at.get() - self.range.start().get());
+        let leaf = F::leaf(phys, self.access, size);
+        if self.dirty { F::written(leaf) } else { leaf }
+    }
+}
+
+/// Something is in the way of a leaf.
+pub(super) struct InTheWay {
+    /// Everything of the job below it is installed.
+    at: Iova,
+    leaf: IovaRange,
 }
 
 impl<F: Format> Table<F> {
     /// Maps `range` to the memory from `phys` on, clean, by the largest leaves that the alignment of both addresses
-    /// allows and that are not larger than `max_leaf` (a `max_leaf` below the smallest page counts as the smallest
-    /// page).
+    /// allows and that are among `sizes`: a set, or a [`Granule`] for all sizes up to it. The smallest page always is
+    /// among them.
     ///
     /// Returns whether a table was retired: devices that cache a pointer to it must forget it, for what it says of the
     /// range has not been true since. Lock-free. The caller owns the range for the time of the call.
@@ -43,7 +96,7 @@ impl<F: Format> Table<F> {
         range: IovaRange,
         phys: u64,
         access: Access,
-        max_leaf: Granule,
+        sizes: impl Into<LeafSizes>,
     ) -> Result<bool, Error> {
         Self::check_range(range)?;
         if phys & F::PAGE.mask() != 0 {
@@ -60,151 +113,186 @@ impl<F: Format> Table<F> {
                 format: F::NAME,
             });
         }
-        if !F::grants(access) {
-            return Err(Error::NoSuchAccess {
-                access,
-                format: F::NAME,
-            });
-        }
+        Self::check_access(access)?;
         let guard = crossbeam_epoch::pin();
-        if let Some(leaf) = first_leaf::<F>(&self.root, F::LEVELS - 1, range, &guard) {
+        if let Some(leaf) = self.first_leaf(range, &guard) {
             return Err(Error::AlreadyMapped { range, leaf });
         }
-        let job = Job {
-            range,
-            phys,
-            access,
-            max_leaf,
-            retired: Cell::new(false),
-        };
-        fill::<F>(&self.root, F::LEVELS - 1, range, &job, &guard).map_err(|leaf| {
-            // Another call mapped into our range meanwhile, which it must not. Ours lies below its leaf: take it back.
-            if leaf.start() > range.start()
-                && let Ok(below) =
-                    IovaRange::from_len(range.start(), leaf.start().get() - range.start().get())
+        let job = Job::new::<F>(range, phys, access, sizes.into(), None);
+        fill::<F>(&self.root, F::LEVELS - 1, range, &job, &guard).map_err(|in_the_way| {
+            // Another call maps into our range, which it must not. Ours lies below: take it back.
+            let InTheWay { at, leaf } = in_the_way;
+            if let Some(last) = at.get().checked_sub(1)
+                && let Ok(below) = IovaRange::new(range.start(), Iova::new(last))
             {
-                clear::<F>(&self.root, F::LEVELS - 1, below, &mut |_, _, _| (), &guard);
+                self.remove(below, &mut |_, _, _| (), &guard);
             }
             Error::AlreadyMapped { range, leaf }
         })?;
         Ok(job.retired.get())
     }
 
-    /// Removes all leaves in `range`. Calls `removed` for each, with its addresses, its size, and whether it was dirty:
-    /// hardware can no longer set D when the leaf is gone, so that is the last word. Addresses without a leaf are
-    /// skipped.
-    ///
-    /// Devices may use cached translations until they are invalidated. Lock-free; the caller owns the range for the
-    /// time of the call.
-    ///
-    /// # Errors
-    /// In this order: [`Error::TooWide`], [`Error::Unaligned`], [`Error::PartOfLeaf`]. Nothing is changed then.
-    pub fn unmap(
-        &self,
-        range: IovaRange,
-        mut removed: impl FnMut(IovaRange, Granule, bool),
-    ) -> Result<(), Error> {
-        Self::check_range(range)?;
-        // Leaves are disjoint, so only those at the borders can stick out.
-        for border in [range.start(), range.last()] {
-            if let Some(leaf) = self.translate(border)
-                && !range.covers(leaf.range)
-            {
-                let leaf = leaf.range;
-                return Err(Error::PartOfLeaf { range, leaf });
-            }
+    /// Refuses rights that no leaf of the format grants.
+    pub(super) fn check_access(access: Access) -> Result<(), Error> {
+        if F::grants(access) {
+            return Ok(());
         }
-        let guard = crossbeam_epoch::pin();
-        clear::<F>(&self.root, F::LEVELS - 1, range, &mut removed, &guard);
-        Ok(())
+        Err(Error::NoSuchAccess {
+            access,
+            format: F::NAME,
+        })
+    }
+
+    /// The addresses of the first leaf that `range` touches.
+    fn first_leaf(&self, range: IovaRange, guard: &Guard) -> Option<IovaRange> {
+        use std::ops::ControlFlow::Break;
+        match self.visit(range, guard, &mut |found| Break(found.range::<F>())) {
+            Break(leaf) => Some(leaf),
+            std::ops::ControlFlow::Continue(()) => None,
+        }
     }
 }
 
-/// The addresses of the first leaf that `range` touches, in the subtree of `page`.
-fn first_leaf<F: Format>(
-    page: &TablePage,
-    level: u32,
-    range: IovaRange,
-    guard: &Guard,
-) -> Option<IovaRange> {
-    slots::<F>(page, level, range).find_map(|slot| {
-        // Acquire: pairs with the Release in `child_or_new`; publishes the table.
-        let entry = slot.entry.load(Ordering::Acquire);
-        if !F::is_present(entry) {
-            None
-        } else if is_leaf::<F>(entry, level) {
-            Some(slot.span)
-        } else {
-            first_leaf::<F>(child::<F>(entry, guard), level - 1, slot.part, guard)
-        }
-    })
-}
-
-/// Installs the leaves for `range`, a part of the job's, in the subtree of `page`.
-///
-/// # Errors
-/// The addresses of a leaf that is in the way. Everything below it is installed.
-fn fill<F: Format>(
-    page: &TablePage,
+/// Installs the leaves for `range`, a part of the job's, in the subtree of `page`, a table of `level`.
+pub(super) fn fill<F: Format>(
+    page: &[AtomicIopte],
     level: u32,
     range: IovaRange,
     job: &Job,
     guard: &Guard,
-) -> Result<(), IovaRange> {
-    for slot in slots::<F>(page, level, range) {
-        let phys = job.phys_of(slot.part);
-        let size = F::size(level);
-        let fits = level < F::LEAF_LEVELS
-            && slot.part == slot.span
-            && phys & size.mask() == 0
-            && size <= job.max_leaf;
-        if fits || level == 0 {
-            let leaf = F::leaf(phys, job.access, level);
-            if install::<F>(&slot, level, leaf, guard)? {
-                job.retired.set(true);
+) -> Result<(), InTheWay> {
+    let mut leaf = Iopte::ABSENT;
+    // The last address of the group that the leaf is for.
+    let mut installed = None;
+    for (_, slot) in slots::<F>(page, level, range) {
+        let at = slot.part.start();
+        if installed.is_none_or(|last| last < at) {
+            let size = job.size_at(at);
+            if size < F::size(level) {
+                let child = child_or_new::<F>(&slot, level, guard)?;
+                fill::<F>(child, level - 1, slot.part, job, guard)?;
+                continue;
             }
-        } else {
-            let child = child_or_new::<F>(&slot, level, guard)?;
-            fill::<F>(child, level - 1, slot.part, job, guard)?;
+            installed = Some(IovaRange::granule_at(at, size).last());
+            leaf = job.leaf::<F>(at, size);
+        }
+        if install::<F>(&slot, level, leaf, guard)? {
+            job.retired.set(true);
         }
     }
     Ok(())
 }
 
-/// Puts `leaf` into an entry that is absent, or that leads to a table without leaves: that table is retired. Returns
-/// whether there was one.
+/// Puts `leaf` into an entry of a table of `level` that is absent, or that leads to a table without leaves: that table
+/// is retired. Returns whether there was one.
 fn install<F: Format>(
     slot: &Slot<'_>,
     level: u32,
     leaf: Iopte,
     guard: &Guard,
-) -> Result<bool, IovaRange> {
-    let mut seen = Iopte::ABSENT;
+) -> Result<bool, InTheWay> {
+    // Release on success: publishes what the caller wrote into the memory. Acquire on failure: pairs with the Release
+    // in `child_or_new`, for the table that we look into.
+    let Err(mut now) =
+        slot.entry
+            .replace(Iopte::ABSENT, leaf, Ordering::Release, Ordering::Acquire)
+    else {
+        return Ok(false);
+    };
+    if !F::is_present(now) || is_leaf::<F>(now, level) {
+        return Err(slot.taken_by::<F>(now, level));
+    }
+    let table = child::<F>(now, guard);
+    let refused = |leaf| InTheWay {
+        at: slot.span.start(),
+        leaf,
+    };
+    freeze::<F>(table, level - 1, slot.span, guard).map_err(refused)?;
     loop {
-        // Release on success: publishes what the caller wrote into the memory. Acquire on failure: pairs with the
-        // Release in `child_or_new`, for the table that we look into.
+        // Release: as above. Relaxed on failure: we give up, or try again because a walk has set A.
         match slot
             .entry
-            .replace(seen, leaf, Ordering::Release, Ordering::Acquire)
+            .replace(now, leaf, Ordering::Release, Ordering::Relaxed)
         {
-            Ok(()) if F::is_present(seen) => {
-                // A walker that is inside the old table is pinned; whoever comes later from above finds the leaf.
-                // SAFETY: `seen` was present and no leaf (below); the compare-exchange took the one entry that led
-                // there, so no later walk finds it and nobody else gives up its hold, which goes when all who are
-                // pinned now have left.
-                guard.defer(move || unsafe { free_table::<F>(seen, level - 1) });
+            Ok(()) => {
+                // SAFETY: `now` was present and no leaf; the compare-exchange took the one entry that led there, so nobody
+                // else retires it.
+                unsafe { retire::<F>(now, level, guard) };
                 return Ok(true);
             }
-            Ok(()) => return Ok(false),
-            Err(now) if !F::is_present(now) => seen = now,
-            Err(now) if is_leaf::<F>(now, level) => return Err(slot.span),
-            Err(now) => {
-                let table = child::<F>(now, guard);
-                if let Some(leaf) = first_leaf::<F>(table, level - 1, slot.span, guard) {
-                    return Err(leaf);
-                }
-                seen = now;
+            Err(other) if leads_to_same::<F>(other, now, level) => now = other,
+            Err(_) => {
+                thaw::<F>(table, level - 1, slot.span, guard);
+                return Err(refused(slot.span));
             }
+        }
+    }
+}
+
+impl Slot<'_> {
+    /// `now`, which is no table, is in the way.
+    fn taken_by<F: Format>(&self, now: Iopte, level: u32) -> InTheWay {
+        let at = self.part.start();
+        let leaf = if F::is_present(now) {
+            IovaRange::granule_at(at, F::leaf_size(now, level))
+        } else {
+            // Frozen, for a large leaf.
+            self.span
+        };
+        InTheWay { at, leaf }
+    }
+}
+
+/// Sees to it that nobody installs anything in the subtree of `page`.
+///
+/// # Errors
+/// The addresses of what is there already, or is being frozen by another call; then nothing is frozen.
+fn freeze<F: Format>(
+    page: &[AtomicIopte],
+    level: u32,
+    range: IovaRange,
+    guard: &Guard,
+) -> Result<(), IovaRange> {
+    for (_, slot) in slots::<F>(page, level, range) {
+        // Relaxed on success: publishes nothing. Acquire on failure: as the load of a walk.
+        let Err(now) = slot.entry.replace(
+            Iopte::ABSENT,
+            Iopte::FROZEN,
+            Ordering::Relaxed,
+            Ordering::Acquire,
+        ) else {
+            continue;
+        };
+        let frozen = if !F::is_present(now) || is_leaf::<F>(now, level) {
+            Err(slot.taken_by::<F>(now, level).leaf)
+        } else {
+            freeze::<F>(child::<F>(now, guard), level - 1, slot.part, guard)
+        };
+        if let Err(leaf) = frozen {
+            if let Some(last) = slot.span.start().get().checked_sub(1)
+                && let Ok(below) = IovaRange::new(range.start(), Iova::new(last))
+            {
+                thaw::<F>(page, level, below, guard);
+            }
+            return Err(leaf);
+        }
+    }
+    Ok(())
+}
+
+/// Undoes [`freeze`].
+fn thaw<F: Format>(page: &[AtomicIopte], level: u32, range: IovaRange, guard: &Guard) {
+    for (_, slot) in slots::<F>(page, level, range) {
+        // Relaxed on success: publishes nothing. Acquire on failure: as the load of a walk.
+        if let Err(now) = slot.entry.replace(
+            Iopte::FROZEN,
+            Iopte::ABSENT,
+            Ordering::Relaxed,
+            Ordering::Acquire,
+        ) && F::is_present(now)
+            && !is_leaf::<F>(now, level)
+        {
+            thaw::<F>(child::<F>(now, guard), level - 1, slot.part, guard);
         }
     }
 }
@@ -214,75 +302,26 @@ fn child_or_new<'g, F: Format>(
     slot: &Slot<'_>,
     level: u32,
     guard: &'g Guard,
-) -> Result<&'g TablePage, IovaRange> {
+) -> Result<&'g [AtomicIopte], InTheWay> {
     // Acquire: pairs with the Release below; publishes the table.
     let mut entry = slot.entry.load(Ordering::Acquire);
-    if !F::is_present(entry) {
-        let fresh = Box::into_raw(TablePage::new());
-        let address = fresh.expose_provenance() as u64;
-        let new = F::table(address, level);
-        // Memory safety rests on it: `child` follows the address that the entry holds.
-        assert_eq!(
-            F::table_address(new),
-            address,
-            "a host address that fits an entry"
-        );
-        // What is found instead may be absent as well: a late `make_clean` changes bits of an entry whose leaf is gone.
-        while !F::is_present(entry) {
-            // Release on success: publishes the fresh table. Acquire on failure: we use the winner's.
-            match slot
-                .entry
-                .replace(entry, new, Ordering::Release, Ordering::Acquire)
-            {
-                Ok(()) => return Ok(child::<F>(new, guard)),
-                Err(now) => entry = now,
+    if entry == Iopte::ABSENT {
+        let fresh = TableRef::<F>::new(level - 1);
+        let new = entry_for::<F>(&fresh, level);
+        // Release on success: publishes the fresh table. Acquire on failure: we use the winner's.
+        match slot
+            .entry
+            .replace(entry, new, Ordering::Release, Ordering::Acquire)
+        {
+            Ok(()) => {
+                fresh.leak();
+                return Ok(child::<F>(new, guard));
             }
+            Err(now) => entry = now,
         }
-        // SAFETY: `fresh` came from `Box::into_raw` above and was not published: no compare-exchange succeeded.
-        drop(unsafe { Box::from_raw(fresh) });
     }
-    if is_leaf::<F>(entry, level) {
-        return Err(slot.span);
+    if !F::is_present(entry) || is_leaf::<F>(entry, level) {
+        return Err(slot.taken_by::<F>(entry, level));
     }
     Ok(child::<F>(entry, guard))
-}
-
-/// Removes the leaves of `range` in the subtree of `page`. None sticks out.
-fn clear<F: Format>(
-    page: &TablePage,
-    level: u32,
-    range: IovaRange,
-    removed: &mut impl FnMut(IovaRange, Granule, bool),
-    guard: &Guard,
-) {
-    for slot in slots::<F>(page, level, range) {
-        // Acquire: pairs with the Release in `child_or_new`; publishes the table.
-        let mut entry = slot.entry.load(Ordering::Acquire);
-        while F::is_present(entry) {
-            if !is_leaf::<F>(entry, level) {
-                clear::<F>(
-                    child::<F>(entry, guard),
-                    level - 1,
-                    slot.part,
-                    removed,
-                    guard,
-                );
-                break;
-            }
-            // Acquire on success: pairs with the Release of a harvest's clear, so that a leaf seen clean was recorded;
-            // Release: what we did before is visible to a walk that finds nothing. Acquire on failure: as the load
-            // above. A failure means that hardware set D or a harvest cleared it: what we report is what was there when
-            // the leaf went.
-            match slot
-                .entry
-                .replace(entry, Iopte::ABSENT, Ordering::AcqRel, Ordering::Acquire)
-            {
-                Ok(()) => {
-                    removed(slot.span, F::size(level), F::is_dirty(entry));
-                    break;
-                }
-                Err(now) => entry = now,
-            }
-        }
-    }
 }

@@ -10,16 +10,13 @@
 //! translates the address is another matter: after it was retired, only an invalidation that names pointers to tables
 //! makes devices forget it.
 
-use std::marker::PhantomData;
-use std::ptr::{self, NonNull};
-
-use dirtymap::Iova;
 use dirtymap::sync::Ordering;
+use dirtymap::{Iova, IovaRange};
 
-use super::dirty::write_through;
-use super::{Leaf, Table, TablePage, child, is_leaf, leaf_of, let_go};
+use super::dirty::make_dirty;
+use super::{Found, Leaf, Table, TableRef, child, is_leaf};
 use crate::error::FaultKind;
-use crate::fmt::{Format, Iopte};
+use crate::fmt::{AtomicIopte, Format, Iopte};
 
 /// What a device walks for.
 #[derive(Clone, Copy, Debug)]
@@ -29,57 +26,6 @@ pub(crate) struct Walk {
     pub(crate) tracked: bool,
     /// The access is a write.
     pub(crate) write: bool,
-}
-
-/// A pointer to a table that stays in memory for as long as this exists, though it may have been retired.
-pub(crate) struct TableRef<F: Format> {
-    page: NonNull<TablePage>,
-    level: u32,
-    format: PhantomData<F>,
-}
-
-impl<F: Format> TableRef<F> {
-    /// Holds `page`, a table of `level` that the caller has reached by a walk under an epoch guard or another hold.
-    fn hold(page: &TablePage, level: u32) -> Self {
-        // Relaxed: a new hold is made from one that lasts at least as long as we run.
-        page.1.fetch_add(1, Ordering::Relaxed);
-        TableRef {
-            page: NonNull::from(page),
-            level,
-            format: PhantomData,
-        }
-    }
-
-    fn page(&self) -> &TablePage {
-        // SAFETY: alive, aligned and initialised: `hold` got it as a reference and has counted us since; shared: all its
-        // fields are atomics.
-        unsafe { self.page.as_ref() }
-    }
-
-    /// How many addresses the table translates, as a logarithm.
-    pub(crate) fn span_lg2(&self) -> u32 {
-        F::size(self.level + 1).lg2().into()
-    }
-}
-
-impl<F: Format> Drop for TableRef<F> {
-    fn drop(&mut self) {
-        let page = ptr::with_exposed_provenance_mut(self.page.addr().get());
-        // SAFETY: below the root all tables are made by `Box::into_raw`, in `map`, which exposed their provenance; `hold`
-        // counted us.
-        unsafe { let_go::<F>(page, self.level) };
-    }
-}
-
-// SAFETY: `page` leads to a table that is shared between all threads by design: atomics only, with counted holds.
-unsafe impl<F: Format> Send for TableRef<F> {}
-
-impl<F: Format> std::fmt::Debug for TableRef<F> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("TableRef")
-            .field("level", &self.level)
-            .finish_non_exhaustive()
-    }
 }
 
 impl<F: Format> Table<F> {
@@ -99,12 +45,13 @@ impl<F: Format> Table<F> {
             return Err(FaultKind::TooWide);
         }
         let guard = crossbeam_epoch::pin();
-        let (mut page, mut level) = match from {
-            Some(table) => (table.page(), table.level),
-            None => (&*self.root, F::LEVELS - 1),
+        let (mut page, mut level): (&[AtomicIopte], u32) = match from {
+            Some(table) => (table, table.level()),
+            None => (&self.root, F::LEVELS - 1),
         };
         loop {
-            let slot = &page.0[F::index(iova.get(), level)];
+            let index = F::index(iova.get(), level);
+            let slot = &page[index];
             // Acquire: pairs with the Release that installed the entry, in `map`; publishes the table it leads to, or
             // what the mapper wrote into the memory behind a leaf.
             let mut entry = slot.load(Ordering::Acquire);
@@ -116,11 +63,22 @@ impl<F: Format> Table<F> {
                     return Err(FaultKind::Reserved);
                 }
                 if is_leaf::<F>(entry, level) {
-                    if walk.tracked && walk.write {
-                        entry =
-                            write_through::<F>(slot, entry, level).ok_or(FaultKind::NotMapped)?;
+                    let span = IovaRange::granule_at(iova, F::size(level));
+                    let found = Found {
+                        page,
+                        level,
+                        index,
+                        entry,
+                        span,
+                    };
+                    let notes = walk.tracked && walk.write && F::access(entry).writes();
+                    if !notes || make_dirty::<F>(&found) {
+                        return Ok(found.leaf::<F>());
                     }
-                    return Ok(leaf_of::<F>(iova, entry, level));
+                    // The entry changed meanwhile: it may be another leaf now, lead to a table, or be gone.
+                    // Acquire: as the load above.
+                    entry = slot.load(Ordering::Acquire);
+                    continue;
                 }
                 let noted = if walk.tracked {
                     Iopte(entry.0 | F::TABLE_ACCESSED)
@@ -140,7 +98,8 @@ impl<F: Format> Table<F> {
             page = child::<F>(entry, &guard);
             level -= 1;
             if let Some(met) = &mut met {
-                met.push(TableRef::hold(page, level));
+                // SAFETY: `child` got to the table of this level by the same address, under the guard.
+                met.push(unsafe { TableRef::hold(F::table_address(entry), level) });
             }
         }
     }
@@ -149,10 +108,10 @@ impl<F: Format> Table<F> {
     #[cfg(all(test, not(dirtymap_loom)))]
     pub(crate) fn upper_accessed(&self, iova: Iova) -> Vec<bool> {
         let guard = crossbeam_epoch::pin();
-        let mut page = &*self.root;
+        let mut page: &[AtomicIopte] = &self.root;
         let mut found = Vec::new();
         for level in (1..F::LEVELS).rev() {
-            let entry = page.0[F::index(iova.get(), level)].load(Ordering::Acquire);
+            let entry = page[F::index(iova.get(), level)].load(Ordering::Acquire);
             if !F::is_present(entry) || is_leaf::<F>(entry, level) {
                 break;
             }
@@ -169,7 +128,8 @@ impl<F: Format> Table<F> {
         if F::RESERVED == 0 {
             return false;
         }
-        while let Some((slot, entry, _)) = self.walk(iova, &guard) {
+        while let Some(found) = self.walk(iova, &guard) {
+            let (slot, entry) = (found.slot(), found.entry);
             let bad = Iopte(entry.0 | F::RESERVED);
             // Relaxed on success: publishes nothing. Acquire on failure: as the walk, which is repeated.
             if slot

@@ -2,7 +2,7 @@
 
 use dirtymap::{Change, Error, Granule, Iova, IovaRange};
 
-use super::{Area, Oracle, PAGE, page_in, pages};
+use super::{Area, Oracle, PAGE, page_in};
 use crate::op::{Place, Step};
 
 /// A batch in the making.
@@ -152,15 +152,6 @@ impl<'o> Plan<'o> {
                     index: *index,
                     error: Box::new(error),
                 });
-            }
-        }
-        for (area, _) in &self.pieces {
-            if !self.oracle.areas.contains_key(&area.first)
-                && let Some(leaf) = self.oracle.straddles(area.first)
-            {
-                let at = pages(area.first, area.first).start();
-                let error = pagetable_sim::Error::StraddlingLeaf { at, leaf };
-                return Err(Error::source_failed(error));
             }
         }
         let which = |going: bool| {

@@ -67,13 +67,7 @@ impl Dirt {
         leaves.chain(self.pages.iter().copied())
     }
 
-    fn forget(&mut self, gone: &Area) {
-        self.must.retain(|page| !gone.holds(*page));
-        self.pages.retain(|page| !gone.holds(*page));
-        self.leaves.retain(|(page, _)| !gone.holds(*page));
-    }
-
-    /// A harvest took the pages `first..=last`.
+    /// The pages `first..=last` were harvested, or are gone.
     fn take(&mut self, first: u64, last: u64) {
         let covered = |page: &u64| (first..=last).contains(page);
         self.must.retain(|page| !covered(page));
@@ -107,10 +101,10 @@ impl Oracle {
     /// The area goes, with all that was dirty in it.
     pub(crate) fn unmap(&mut self, area: &Area) {
         self.areas.remove(&area.first);
-        self.marks.forget(area);
+        self.marks.take(area.first, area.last());
         self.untracked.retain(|page| !area.holds(*page));
         for domain in &mut self.domains {
-            domain.dirt.forget(area);
+            domain.dirt.take(area.first, area.last());
             domain.untracked.retain(|page| !area.holds(*page));
         }
         for lease in self.leases.iter_mut().flatten() {

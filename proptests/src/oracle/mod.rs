@@ -19,7 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use dirtymap::{Access, Error, Granule, Iova, IovaRange};
 
-use crate::op::{Ask, Config, DOMAINS, Place, Stretch};
+use crate::op::{Ask, Config, DOMAINS, Format, Place, Stretch};
 use crate::world::World;
 
 pub(crate) use changes::{Outcome, Plan};
@@ -60,7 +60,8 @@ pub(crate) struct Area {
 
 /// See the [module](self).
 pub(crate) struct Oracle {
-    large_leaves: [bool; DOMAINS],
+    /// The pages of the leaves that each domain has, ascending.
+    leaf_pages: [Vec<u64>; DOMAINS],
     formats: [&'static str; DOMAINS],
     /// For each domain, whether it has leaves that devices can only write.
     write_only: [bool; DOMAINS],
@@ -114,7 +115,12 @@ impl Area {
 impl Oracle {
     pub(crate) fn new(config: &Config, world: &World) -> Self {
         Oracle {
-            large_leaves: config.large_leaves,
+            leaf_pages: [0, 1, 2].map(|nth| match config.formats[nth] {
+                _ if !config.large_leaves[nth] => vec![1],
+                Format::Amd => (0..=LARGE.ilog2()).map(|lg2| 1 << lg2).collect(),
+                Format::Riscv => vec![1, 16, LARGE],
+                Format::Vtd | Format::Arm | Format::X86 => vec![1, LARGE],
+            }),
             formats: [0, 1, 2].map(|nth| world.nodes[nth].format()),
             write_only: [0, 1, 2].map(|nth| world.nodes[nth].grants(Access::Write)),
             areas: BTreeMap::new(),
@@ -235,16 +241,6 @@ impl Oracle {
         })
     }
 
-    /// The large leaf of an attached domain that maps both sides of the start of `page`.
-    pub(crate) fn straddles(&self, page: u64) -> Option<IovaRange> {
-        let mut leaves = self
-            .attached
-            .iter()
-            .filter_map(|nth| self.leaf_of(*nth, page));
-        let (first, count) = leaves.find(|(first, _)| *first < page)?;
-        Some(pages(first, first + count - 1))
-    }
-
     /// The first page of `first..=last` that no area holds.
     pub(crate) fn first_hole(&self, first: u64, last: u64) -> Option<u64> {
         (first..=last).find(|page| self.area_at(*page).is_none())
@@ -296,15 +292,17 @@ impl Oracle {
         Some(Iova::new(self.first_hole(first, last)? * PAGE))
     }
 
-    /// The leaf of a domain that maps `page`.
+    /// The leaf of a domain that maps `page`: the largest that fits. A cut leaves the largest that fit on either side.
     fn leaf_of(&self, domain: usize, page: u64) -> Option<(u64, u64)> {
         let area = self.area_at(page)?;
-        let first = page / LARGE * LARGE;
-        let fits = self.large_leaves[domain]
-            && area.first <= first
-            && first + LARGE - 1 <= area.last()
-            && area.frame_of(first).is_multiple_of(LARGE);
-        Some(if fits { (first, LARGE) } else { (page, 1) })
+        let leaves = self.leaf_pages[domain].iter().rev();
+        leaves
+            .map(|count| (page / count * count, *count))
+            .find(|(first, count)| {
+                area.first <= *first
+                    && first + count - 1 <= area.last()
+                    && area.frame_of(*first).is_multiple_of(*count)
+            })
     }
 
     /// Stores bytes that lie in one mapped page; returns the page.

@@ -98,9 +98,20 @@ impl Runner<'_> {
             let page = mapping.range.start().get() / PAGE;
             let known = self.oracle.area_at(page);
             if known.is_none() {
-                while let Err(error) = self.space.unmap_discarding(mapping.range) {
-                    self.only_told_to_fail(error)?;
-                }
+                let done = loop {
+                    match self.space.unmap_discarding(mapping.range) {
+                        Ok(done) => break done,
+                        Err(error) => self.only_told_to_fail(error)?,
+                    }
+                };
+                // Nothing is dirty in it but what is being written.
+                let flying = self.oracle.guards.iter().flatten();
+                let parts = flying.filter_map(|write| write.intersection(mapping.range));
+                let most: u128 = parts.map(|part| part.len()).sum();
+                check(done.discarded_bytes <= most, Rule::Accounting, || {
+                    format!("{done:?} of an area that was never there")
+                })?;
+                self.counts.discarded_bytes += done.discarded_bytes as u64;
             }
         }
         for id in self.space.domains() {

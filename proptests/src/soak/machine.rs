@@ -79,7 +79,10 @@ pub(super) fn machine(
     memory: &Arc<PhysMemory>,
 ) -> Arc<dyn Machine> {
     let memory = Arc::clone(memory);
-    let config = DomainConfig { max_leaf };
+    let config = DomainConfig {
+        max_leaf,
+        ..DomainConfig::default()
+    };
     match format {
         0 => Domain::<AmdV1>::with_format(memory, config),
         1 => Domain::<VtdSs>::with_format(memory, config),

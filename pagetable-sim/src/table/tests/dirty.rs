@@ -7,10 +7,10 @@ pub(super) fn only_writable_leaves_become_dirty<F: Format>() {
     let mut expect = vec![];
     for (start, access) in [
         (0, Access::Read),
-        (K4, Access::Write),
-        (2 * K4, Access::ReadWrite),
+        (k::<F>(), Access::Write),
+        (2 * k::<F>(), Access::ReadWrite),
     ] {
-        let done = table.map(range(start, K4), 0, access, Granule::K4);
+        let done = table.map(range(start, k::<F>()), 0, access, F::PAGE);
         if !F::grants(access) {
             assert!(matches!(done, Err(Error::NoSuchAccess { access: a, .. }) if a == access));
             assert_eq!(table.translate(iova(start)), None);
@@ -24,29 +24,37 @@ pub(super) fn only_writable_leaves_become_dirty<F: Format>() {
             expect.push(start);
         }
     }
-    assert_eq!(dirty(&table, range(0, M2), true).0, expect);
+    assert_eq!(dirty(&table, range(0, m::<F>()), true).0, expect);
 }
 
+/// At every level and for every leaf size, written through every entry of the leaf.
 pub(super) fn every_leaf_size_is_written_cleaned_and_written_again<F: Format>() {
-    let every: Vec<_> = (0..F::LEAF_LEVELS).map(F::size).collect();
-    for (level, size) in every.iter().enumerate() {
+    for size in F::LEAF_SIZES.iter() {
         let bytes = size.bytes();
         let table = Table::<F>::new();
         // The second leaf of its size, where the lower half has one.
-        let end = 1u64 << (F::WIDTH - u32::from(F::SIGN_EXTENDED));
-        let leaf = range(if 2 * bytes <= end { bytes } else { 0 }, bytes);
-        table.map(leaf, 0, Access::ReadWrite, *size).unwrap();
+        let end = 1u128 << (F::WIDTH - u32::from(F::SIGN_EXTENDED));
+        let second = 2 * u128::from(bytes) <= end;
+        let leaf = range(if second { bytes } else { 0 }, bytes);
+        table
+            .map(leaf, 0, Access::ReadWrite, LeafSizes::only(size))
+            .unwrap();
         let found = table.translate(leaf.last()).unwrap();
-        assert_eq!((found.range, found.dirty), (leaf, false), "level {level}");
-        // The whole leaf as one bit, or as many as fit a few words.
+        assert_eq!((found.range, found.dirty), (leaf, false), "{size}");
+        let above_page = u32::from(size.lg2()) - F::PAGE_LG2;
+        let entry = F::size(above_page / F::INDEX_LG2).bytes();
+        // The whole leaf as as many bits as fit a few words.
         let mut words = [0u64; 8];
-        let grain = F::size(level as u32 - u32::from(level > 0));
+        let grain = granule(u32::from(size.lg2()).saturating_sub(9).max(F::PAGE_LG2));
         let bits = bytes >> grain.lg2();
-        for at in [0, K4 - 1, bytes / 2, bytes - 1] {
+        let entries = (0..bytes / entry).map(|nth| nth * entry + nth % entry);
+        for at in entries.chain([k::<F>() - 1, bytes / 2, bytes - 1]) {
+            let at = iova(leaf.start().get() + at);
             for round in 0..2 {
-                let before = table.set_dirty(iova(leaf.start().get() + at)).unwrap();
+                let before = table.set_dirty(at).unwrap();
                 assert_eq!((before.range, before.dirty), (leaf, false), "round {round}");
-                assert!(table.set_dirty(leaf.start()).unwrap().dirty);
+                assert!(table.set_dirty(at).unwrap().dirty);
+                assert!(table.translate(leaf.start()).unwrap().dirty);
                 words.fill(0);
                 let mut gather = FlushGather::new();
                 let view = UserBitmap::new(&mut words).view(leaf, grain).unwrap();
@@ -62,62 +70,73 @@ pub(super) fn every_leaf_size_is_written_cleaned_and_written_again<F: Format>() 
                 assert!(!table.translate(leaf.last()).unwrap().dirty);
             }
         }
-        table.set_dirty(leaf.start()).unwrap();
+        table.set_dirty(leaf.last()).unwrap();
         let mut gone = vec![];
         table
             .unmap(leaf, |r, size, d| gone.push((r, size, d)))
             .unwrap();
-        assert_eq!(gone, [(leaf, *size, true)]);
+        assert_eq!(gone, [(leaf, size, true)]);
+        assert_eq!(table.translate(leaf.start()), None);
     }
 }
 
 pub(super) fn part_of_a_dirty_leaf_is_recorded_and_the_leaf_stays_dirty<F: Format>() {
     let table = Table::<F>::new();
     table
-        .map(range(0, 2 * M2), 0, Access::ReadWrite, Granule::M2)
+        .map(range(0, 2 * m::<F>()), 0, Access::ReadWrite, F::size(1))
         .unwrap();
     table.set_dirty(iova(17)).unwrap();
-    table.set_dirty(iova(M2 + 17)).unwrap();
+    table.set_dirty(iova(m::<F>() + 17)).unwrap();
     // The second half of the first leaf, the first page of the second one.
-    let part = range(M2 / 2, M2 / 2 + K4);
+    let part = range(m::<F>() / 2, m::<F>() / 2 + k::<F>());
     for clear in [true, false, true] {
         let (found, gather) = dirty(&table, part, clear);
-        assert_eq!(found, pages(M2 / 2, M2 / 2 + K4));
+        assert_eq!(found, pages::<F>(m::<F>() / 2, m::<F>() / 2 + k::<F>()));
         let drained: &[IovaRange] = if clear { &[part] } else { &[] };
         assert_eq!(gather.ranges(), drained, "what is copied is drained");
     }
-    let (found, gather) = dirty(&table, range(0, M2 + K4), true);
-    assert_eq!(found, pages(0, M2 + K4));
+    let (found, gather) = dirty(&table, range(0, m::<F>() + k::<F>()), true);
+    assert_eq!(found, pages::<F>(0, m::<F>() + k::<F>()));
     assert_eq!(
         (gather.ranges(), gather.entries()),
-        (&[range(0, M2 + K4)][..], 2)
+        (&[range(0, m::<F>() + k::<F>())][..], 2)
     );
     assert!(!table.translate(iova(0)).unwrap().dirty);
-    assert_eq!(dirty(&table, range(0, 2 * M2), true).0, pages(M2, M2));
-    assert_eq!(dirty(&table, range(0, 2 * M2), true).0, []);
+    assert_eq!(
+        dirty(&table, range(0, 2 * m::<F>()), true).0,
+        pages::<F>(m::<F>(), m::<F>())
+    );
+    assert_eq!(dirty(&table, range(0, 2 * m::<F>()), true).0, []);
 }
 
 pub(super) fn one_dirty_leaf_of_every_place_in_a_group_is_found<F: Format>() {
     let table = Table::<F>::new();
+    let entries = 1 << F::INDEX_LG2;
     table
-        .map(range(0, 4 * M2), 0, Access::ReadWrite, Granule::K4)
+        .map(range(0, 4 * m::<F>()), 0, Access::ReadWrite, F::PAGE)
         .unwrap();
     for first in [0, 1, 7, 8, 13] {
-        for last in [1000, 1023, 1024, 1031, 2047] {
-            let request = range(first * K4, (last - first + 1) * K4);
+        for last in [
+            2 * entries - 24,
+            2 * entries - 1,
+            2 * entries,
+            2 * entries + 7,
+            4 * entries - 1,
+        ] {
+            let request = range(first * k::<F>(), (last - first + 1) * k::<F>());
             for page in [
                 0,
                 first,
                 first + 3,
-                511,
-                512,
+                entries - 1,
+                entries,
                 last - 1,
                 last,
-                (last + 1) % 2048,
+                (last + 1) % (4 * entries),
             ] {
-                table.set_dirty(iova(page * K4)).unwrap();
+                table.set_dirty(iova(page * k::<F>())).unwrap();
                 let expect = if (first..=last).contains(&page) {
-                    vec![page * K4]
+                    vec![page * k::<F>()]
                 } else {
                     vec![]
                 };
@@ -131,12 +150,12 @@ pub(super) fn one_dirty_leaf_of_every_place_in_a_group_is_found<F: Format>() {
 pub(super) fn a_harvest_beyond_the_width_sees_what_is_there<F: Format>() {
     let table = Table::<F>::new();
     let mut ends = vec![range(
-        (1 << (F::WIDTH - u32::from(F::SIGN_EXTENDED))) - K4,
-        K4,
+        (1 << (F::WIDTH - u32::from(F::SIGN_EXTENDED))) - k::<F>(),
+        k::<F>(),
     )];
-    ends.extend(upper::<F>().map(|at| range(at, K4)));
+    ends.extend(upper::<F>().map(|at| range(at, k::<F>())));
     for end in &ends {
-        table.map(*end, 0, Access::ReadWrite, Granule::K4).unwrap();
+        table.map(*end, 0, Access::ReadWrite, F::PAGE).unwrap();
         table.set_dirty(end.last()).unwrap();
     }
     let mut word = [0u64];
@@ -164,35 +183,39 @@ pub(super) fn a_harvest_beyond_the_width_sees_what_is_there<F: Format>() {
 
 /// A harvest that saw a dirty leaf makes it clean after it was unmapped, and even mapped anew.
 pub(super) fn cleaning_what_was_unmapped_meanwhile_maps_nothing<F: Format>() {
-    for limit in [Granule::K4, Granule::M2] {
+    for limit in [F::PAGE, F::size(1)] {
         let table = Table::<F>::new();
-        let map = |limit| table.map(range(0, M2), 0, Access::ReadWrite, limit);
-        let guard = crossbeam_epoch::pin();
-        map(Granule::M2).unwrap();
+        let map = |limit| table.map(range(0, m::<F>()), 0, Access::ReadWrite, limit);
+        map(F::size(1)).unwrap();
         table.set_dirty(iova(0)).unwrap();
-        let (slot, _, _) = table.walk(iova(0), &guard).unwrap();
-        table.unmap(range(0, M2), |_, _, d| assert!(d)).unwrap();
-        // Relaxed: one thread.
-        slot.make_clean(F::MAKE_CLEAN, Ordering::Relaxed);
-        assert_eq!(table.translate(iova(0)), None);
-        assert!(table.set_dirty(iova(0)).is_none());
-        assert_eq!(dirty(&table, range(0, M2), true).0, []);
-        table
-            .unmap(range(0, M2), |_, _, _| panic!("nothing is there"))
-            .unwrap();
-
-        map(limit).unwrap();
-        slot.make_clean(F::MAKE_CLEAN, Ordering::Relaxed);
-        let leaf = table.translate(iova(M2 - 1)).unwrap();
+        let mut seen = 0;
+        let found = table.scan(range(0, m::<F>()), |leaf| {
+            seen += 1;
+            table
+                .unmap(range(0, m::<F>()), |_, _, d| assert!(d))
+                .unwrap();
+            assert!(!leaf.clear::<F>());
+            assert_eq!(table.translate(iova(0)), None);
+            assert!(table.set_dirty(iova(0)).is_none());
+            assert_eq!(dirty(&table, range(0, m::<F>()), true).0, []);
+            table
+                .unmap(range(0, m::<F>()), |_, _, _| panic!("nothing is there"))
+                .unwrap();
+            map(limit).unwrap();
+            leaf.clear::<F>();
+            Ok(())
+        });
+        assert!(found.is_ok() && seen == 1);
+        let leaf = table.translate(iova(m::<F>() - 1)).unwrap();
         assert_eq!(
             (leaf.range.len(), leaf.dirty),
             (u128::from(limit.bytes()), false)
         );
-        table.set_dirty(iova(M2 - 1)).unwrap();
-        let first = M2 - limit.bytes();
+        table.set_dirty(iova(m::<F>() - 1)).unwrap();
+        let first = m::<F>() - limit.bytes();
         assert_eq!(
-            dirty(&table, range(0, M2), true).0,
-            pages(first, limit.bytes())
+            dirty(&table, range(0, m::<F>()), true).0,
+            pages::<F>(first, limit.bytes())
         );
     }
 }

@@ -25,35 +25,24 @@ struct Page {
     leaf: (u64, u64),
 }
 
-/// The leaf that must map `at`, inside the mapping of `start..end`.
-fn leaf_for(at: u64, start: u64, end: u64, phys: u64, limit: u64) -> (u64, u64) {
-    for size in [G1, M2, K4] {
-        let first = at & !(size - 1);
-        let fits = first >= start && first + size <= end;
-        let behind = phys.wrapping_add(first.wrapping_sub(start));
-        if size <= limit && fits && behind.is_multiple_of(size) {
-            return (first, size);
-        }
-    }
-    unreachable!("4 KiB always fit");
-}
-
 pub(super) fn agrees_with_a_map_of_pages<F: Format>() {
-    // Around the border of a 1 GiB leaf: 8 MiB on both sides, with 2 MiB leaves and 4 KiB leaves among them.
-    let (low, high) = (G1 - 4 * M2, G1 + 4 * M2);
+    // Around the border of what an entry two levels up covers.
+    let (low, high) = (g::<F>() - 4 * m::<F>(), g::<F>() + 4 * m::<F>());
     let mut random = Random(0x5DEE_CE66_D1CE_4E5B);
-    for _ in 0..6 {
+    for _ in 0..(3072 >> F::INDEX_LG2).max(1) {
         let table = Table::<F>::new();
         let mut model: BTreeMap<u64, Page> = BTreeMap::new();
         for _ in 0..400 {
-            let grain = [K4, K4, M2 / 4, M2][random.below(4) as usize];
+            let grain = [k::<F>(), k::<F>(), m::<F>() / 4, m::<F>()][random.below(4) as usize];
             let start = low + random.below((high - low) / grain) * grain;
             let len = ((1 + random.below(6)) * grain).min(high - start);
             let (end, request) = (start + len, range(start, len));
             match random.below(6) {
                 0 | 1 => {
-                    let phys = [start, start + M2, start + 16 * K4][random.below(3) as usize];
-                    let limit = [Granule::K4, Granule::M2, Granule::G1][random.below(3) as usize];
+                    let phys =
+                        [start, start + m::<F>(), start + 16 * k::<F>()][random.below(3) as usize];
+                    let limit = [F::PAGE, granule(F::PAGE_LG2 + 4), F::size(1), F::size(2)]
+                        [random.below(4) as usize];
                     let writable = random.below(4) != 0;
                     let access = if writable {
                         Access::ReadWrite
@@ -63,8 +52,8 @@ pub(super) fn agrees_with_a_map_of_pages<F: Format>() {
                     let free = model.range(start..end).next().is_none();
                     assert_eq!(table.map(request, phys, access, limit).is_ok(), free);
                     if free {
-                        for at in pages(start, len) {
-                            let leaf = leaf_for(at, start, end, phys, limit.bytes());
+                        for at in pages::<F>(start, len) {
+                            let leaf = leaf_for::<F>(at, start, end, phys, limit.bytes());
                             let phys = phys + (at - start);
                             model.insert(
                                 at,
@@ -93,18 +82,19 @@ pub(super) fn agrees_with_a_map_of_pages<F: Format>() {
                             .map(|(_, p)| (p.leaf.0, p.leaf.1, p.dirty))
                             .collect();
                         expect.dedup();
-                        assert_eq!(gone, expect);
+                        assert!(gone == expect, "what went is what was there");
                         model.retain(|at, _| !(start..end).contains(at));
                     }
                 }
                 3 | 4 => {
                     let at = start + random.below(len);
-                    let known = model.get(&(at & !(K4 - 1))).copied();
+                    let known = model.get(&(at & !(k::<F>() - 1))).copied();
                     let found = table.set_dirty(iova(at));
                     assert_eq!(
-                        found.map(|l| (l.range, l.dirty)),
-                        known.map(|p| (range(p.leaf.0, p.leaf.1), p.dirty))
+                        found.map(|l| l.range),
+                        known.map(|p| range(p.leaf.0, p.leaf.1))
                     );
+                    assert!(!found.is_some_and(|l| l.dirty) || known.is_some_and(|p| p.dirty));
                     if let Some(page) = known
                         && page.writable
                     {
@@ -126,7 +116,7 @@ pub(super) fn agrees_with_a_map_of_pages<F: Format>() {
                     for page in model.values_mut().filter(|p| p.dirty && clear) {
                         if page.leaf.0 >= start && page.leaf.0 + page.leaf.1 <= end {
                             page.dirty = false;
-                            owed += K4;
+                            owed += k::<F>();
                             let first = iova(page.leaf.0);
                             assert!(gather.ranges().iter().any(|r| r.contains(first)));
                         }
@@ -136,7 +126,7 @@ pub(super) fn agrees_with_a_map_of_pages<F: Format>() {
                 }
             }
         }
-        for at in pages(low, high - low) {
+        for at in pages::<F>(low, high - low) {
             let leaf = table.translate(iova(at));
             let known = model.get(&at);
             assert_eq!(
@@ -162,15 +152,13 @@ pub(super) fn threads_map_walk_and_harvest_at_once<F: Format>() {
             let table = &table;
             s.spawn(move || {
                 // Both halves lie under one table of level 1; each turns from 4 KiB leaves to one 2 MiB leaf and back.
-                let mine = range(half * M2, M2);
+                let mine = range(half * m::<F>(), m::<F>());
                 for round in 0..200 {
-                    let limit = if round % 2 == 0 {
-                        Granule::K4
-                    } else {
-                        Granule::M2
-                    };
+                    let limit = if round % 2 == 0 { F::PAGE } else { F::size(1) };
                     table.map(mine, 0, Access::ReadWrite, limit).unwrap();
-                    table.set_dirty(iova(half * M2 + round * K4)).unwrap();
+                    table
+                        .set_dirty(iova(half * m::<F>() + round * k::<F>()))
+                        .unwrap();
                     let mut dirty = 0;
                     table.unmap(mine, |_, _, d| dirty += u64::from(d)).unwrap();
                     assert!(dirty <= 2, "ours, and that of the thread below");
@@ -179,13 +167,13 @@ pub(super) fn threads_map_walk_and_harvest_at_once<F: Format>() {
         }
         s.spawn(|| {
             for _ in 0..400 {
-                let (found, gather) = dirty(&table, range(0, 2 * M2), true);
+                let (found, gather) = dirty(&table, range(0, 2 * m::<F>()), true);
                 assert_eq!(found.is_empty(), gather.is_empty());
-                table.set_dirty(iova(M2 - 1));
+                table.set_dirty(iova(m::<F>() - 1));
             }
         });
     });
-    assert_eq!(dirty(&table, range(0, 2 * M2), true).0, []);
+    assert_eq!(dirty(&table, range(0, 2 * m::<F>()), true).0, []);
 }
 
 /// Writers keep setting D while a harvester takes it: a page that was written is dirty, or was taken since the write
@@ -193,27 +181,33 @@ pub(super) fn threads_map_walk_and_harvest_at_once<F: Format>() {
 pub(super) fn writers_and_a_harvester_lose_nothing<F: Format>() {
     use std::sync::atomic::{AtomicBool, AtomicU64};
     const WRITES: u64 = 4000;
+    let per_table = m::<F>() / k::<F>();
     let table = Table::<F>::new();
-    // 1024 pages of 4 KiB and two leaves of 2 MiB behind them.
+    // Two tables of the smallest pages, and two leaves of one entry behind them.
     table
-        .map(range(0, 2 * M2), 0, Access::ReadWrite, Granule::K4)
+        .map(range(0, 2 * m::<F>()), 0, Access::ReadWrite, F::PAGE)
         .unwrap();
     table
-        .map(range(2 * M2, 2 * M2), 0, Access::ReadWrite, Granule::M2)
+        .map(
+            range(2 * m::<F>(), 2 * m::<F>()),
+            0,
+            Access::ReadWrite,
+            F::size(1),
+        )
         .unwrap();
     let leaf_of = |at: u64| {
-        if at < 2 * M2 {
-            at / K4
+        if at < 2 * m::<F>() {
+            at / k::<F>()
         } else {
-            1024 + (at - 2 * M2) / M2
+            2 * per_table + (at - 2 * m::<F>()) / m::<F>()
         }
     };
-    let set: Vec<AtomicU64> = (0..1026).map(|_| AtomicU64::new(0)).collect();
-    let mut taken = vec![0u64; 1026];
+    let set: Vec<AtomicU64> = (0..2 * per_table + 2).map(|_| AtomicU64::new(0)).collect();
+    let mut taken = vec![0u64; 2 * per_table as usize + 2];
     let running = AtomicBool::new(true);
     let mut take = || {
-        for page in dirty(&table, range(0, 4 * M2), true).0 {
-            if page < 2 * M2 || page % M2 == 0 {
+        for page in dirty(&table, range(0, 4 * m::<F>()), true).0 {
+            if page < 2 * m::<F>() || page % m::<F>() == 0 {
                 taken[leaf_of(page) as usize] += 1;
             }
         }
@@ -221,11 +215,11 @@ pub(super) fn writers_and_a_harvester_lose_nothing<F: Format>() {
     std::thread::scope(|s| {
         let writers: Vec<_> = (1..3u64)
             .map(|seed| {
-                let (table, set) = (&table, &set);
+                let (table, set, leaf_of) = (&table, &set, &leaf_of);
                 s.spawn(move || {
                     let mut random = Random(seed);
                     for _ in 0..WRITES {
-                        let at = random.below(4 * M2);
+                        let at = random.below(4 * m::<F>());
                         if !table.set_dirty(iova(at)).unwrap().dirty {
                             // Relaxed: read after the join.
                             set[leaf_of(at) as usize].fetch_add(1, Ordering::Relaxed);

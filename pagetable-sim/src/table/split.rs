@@ -1,0 +1,201 @@
+//! Splitting leaves while devices write: tracking gets finer, and a range can be unmapped in part.
+//!
+//! ```text
+//!  one entry, to a table     build a table of parts, D as in the entry --> compare-exchange of the entry
+//!  a group, entry by entry   D set?  set D in every entry of the leaf --> compare-exchange of this entry
+//! ```
+//!
+//! # Why no write is lost
+//! **Invariant.** A device holds "D is set" for a range R only if each page of R is dirty in the table, or is in a harvest
+//! whose flush of that page is still to come.
+//!
+//! * A device that holds it for the whole leaf writes on without a trace in the parts. It got there by a D that was set
+//!   in some entry of the leaf, and each part starts out dirty if the leaf is: for a single entry because the table of
+//!   parts is installed by a compare-exchange against the very value, D included, that its parts were made from; for a
+//!   group because an entry with D leaves it only after D is set in all others.
+//! * The parts are then cleaned one by one. Whoever cleans one has recorded it, and owes the flush of its addresses; that
+//!   flush drops every cached translation that touches them, also those of the whole leaf. So the device walks
+//!   again before it writes to another part, and sets D there.
+//! * A device that walks while the entry changes fails to set D in the old value and walks anew. There is a translation
+//!   at every moment.
+//!
+//! The parts of a dirty leaf are all dirty: a superset of what was written, and no more than the leaf reported before.
+//! A harvest that runs during the split of a group may find D between two of its entries: what it misses is in the table
+//! for the next one, from before until after the split.
+
+use std::ops::ControlFlow;
+
+use crossbeam_epoch::Guard;
+use dirtymap::sync::{Ordering, Step, performs};
+use dirtymap::{Granule, Iova, IovaRange};
+
+use super::map::{Job, fill};
+use super::{Found, Table, TableRef, entry_for, is_leaf};
+use crate::error::Error;
+use crate::fmt::{Format, Iopte, LeafSizes};
+
+impl<F: Format> Table<F> {
+    /// Splits the leaf that maps both sides of `at`, so that afterwards none does: into the largest leaves of the format
+    /// that fit on either side. Every part has the rights of the leaf, and is dirty if the leaf was.
+    ///
+    /// Calls `split` with the addresses and the size of the old leaf: devices may go by it until its addresses are
+    /// invalidated. For what is dirty it is enough that the addresses of each part are invalidated when it is cleaned.
+    ///
+    /// Lock-free. Devices may write meanwhile, and the leaf may be unmapped: what is left of it is split.
+    ///
+    /// # Errors
+    /// [`Error::TooWide`]; [`Error::Unaligned`] if `at` is not the start of a smallest page. Nothing is changed then.
+    pub fn split_at(
+        &self,
+        at: Iova,
+        mut split: impl FnMut(IovaRange, Granule),
+    ) -> Result<(), Error> {
+        let page = IovaRange::granule_at(at, F::PAGE);
+        Self::check_range(page)?;
+        if at != page.start() {
+            let range = IovaRange::new(at, page.last()).unwrap_or(page);
+            return Err(Error::Unaligned {
+                range,
+                page: F::PAGE,
+            });
+        }
+        let guard = crossbeam_epoch::pin();
+        if let Some(found) = self.walk(at, &guard)
+            && found.range::<F>().start() < at
+        {
+            self.split_leaf(&found, LeafSizes::ALL, Some(at), &guard);
+            split(found.range::<F>(), found.size::<F>());
+        }
+        Ok(())
+    }
+
+    /// Splits every leaf that `range` touches and whose size is not among `sizes`, into the largest that are: a set, or a
+    /// [`Granule`] for all sizes up to it; the smallest page always is among them. Otherwise as
+    /// [`split_at`](Self::split_at).
+    ///
+    /// # Errors
+    /// [`Error::TooWide`], [`Error::Unaligned`]; nothing is changed then.
+    pub fn split(
+        &self,
+        range: IovaRange,
+        sizes: impl Into<LeafSizes>,
+        mut split: impl FnMut(IovaRange, Granule),
+    ) -> Result<(), Error> {
+        Self::check_range(range)?;
+        let guard = crossbeam_epoch::pin();
+        self.split_all(range, sizes.into(), &mut split, &guard);
+        Ok(())
+    }
+
+    /// As [`split`](Self::split), of everything.
+    pub fn split_everything(
+        &self,
+        sizes: impl Into<LeafSizes>,
+        mut split: impl FnMut(IovaRange, Granule),
+    ) {
+        let sizes = sizes.into();
+        let guard = crossbeam_epoch::pin();
+        for reach in Self::reach() {
+            self.split_all(reach, sizes, &mut split, &guard);
+        }
+    }
+
+    fn split_all(
+        &self,
+        range: IovaRange,
+        sizes: LeafSizes,
+        split: &mut impl FnMut(IovaRange, Granule),
+        guard: &Guard,
+    ) {
+        let sizes = sizes.or(LeafSizes::only(F::PAGE));
+        let mut done: Option<IovaRange> = None;
+        let all = self.visit(range, guard, &mut |found| {
+            let inside = done.is_some_and(|leaf| leaf.covers(found.span));
+            if !inside && !sizes.contains(found.size::<F>()) {
+                let leaf = found.range::<F>();
+                self.split_leaf(&found, sizes, None, guard);
+                split(leaf, found.size::<F>());
+                done = Some(leaf);
+            }
+            ControlFlow::<()>::Continue(())
+        });
+        debug_assert!(all.is_continue());
+    }
+
+    /// Puts smaller leaves into all entries of the leaf.
+    fn split_leaf(&self, leaf: &Found<'_>, sizes: LeafSizes, cut: Option<Iova>, guard: &Guard) {
+        let (range, level) = (leaf.range::<F>(), leaf.level);
+        let group = leaf.group::<F>();
+        let (phys, access) = (F::output(leaf.entry), F::access(leaf.entry));
+        let mut job = Job::new::<F>(range, phys, access, sizes, cut);
+        // The leaf that an entry becomes a share of.
+        let mut part: Option<(IovaRange, Granule)> = None;
+        for (nth, slot) in group.iter().enumerate() {
+            let start = range.start().get() + ((nth as u64) << F::size(level).lg2());
+            let span = IovaRange::granule_at(Iova::new(start), F::size(level));
+            let size = match part {
+                Some((part, size)) if part.covers(span) => size,
+                _ => job.size_at(span.start()),
+            };
+            part = Some((IovaRange::granule_at(span.start(), size), size));
+            // Acquire: as the load of a walk.
+            let mut old = slot.load(Ordering::Acquire);
+            // If it is something else, it was unmapped meanwhile: then there is nothing to split.
+            while F::is_present(old)
+                && is_leaf::<F>(old, level)
+                && F::leaf_size(old, level) == leaf.size::<F>()
+                && (F::output(old), F::access(old)) == (phys, access)
+            {
+                let dirty = F::is_dirty(old);
+                if dirty && group.len() > 1 && performs(Step::SpreadDirty) {
+                    self.dirty_entries(range, guard);
+                }
+                job.dirty = dirty && performs(Step::DirtyParts);
+                let new = Parts::<F>::new(&job, span, level, size, guard);
+                // AcqRel on success: Release publishes the table, and D in the other entries before this one goes;
+                // Acquire pairs with `set_dirty`. Acquire on failure: as the load above; D was set or cleared, and the
+                // parts follow from that.
+                match slot.replace(old, new.entry, Ordering::AcqRel, Ordering::Acquire) {
+                    Ok(()) => {
+                        new.publish();
+                        break;
+                    }
+                    Err(now) => old = now,
+                }
+            }
+        }
+    }
+}
+
+/// What an entry of a split leaf becomes.
+struct Parts<F: Format> {
+    entry: Iopte,
+    /// The table that the entry leads to, if it is no leaf.
+    table: Option<TableRef<F>>,
+}
+
+impl<F: Format> Parts<F> {
+    /// For an entry of a table of `level`, with the addresses `span`, where the first leaf has the given size.
+    fn new(job: &Job, span: IovaRange, level: u32, size: Granule, guard: &Guard) -> Self {
+        if size >= F::size(level) {
+            return Parts {
+                entry: job.leaf::<F>(span.start().granule_start(size), size),
+                table: None,
+            };
+        }
+        let table = TableRef::<F>::new(level - 1);
+        let filled = fill::<F>(&table, level - 1, span, job, guard);
+        debug_assert!(filled.is_ok(), "nothing is in the way in a fresh table");
+        Parts {
+            entry: entry_for::<F>(&table, level),
+            table: Some(table),
+        }
+    }
+
+    /// The entry is in place.
+    fn publish(self) {
+        if let Some(table) = self.table {
+            table.leak();
+        }
+    }
+}
