@@ -34,6 +34,7 @@ pub use file::FileBitmap;
 pub use runs::{Bits, Runs, Words};
 pub use sink::Sink;
 pub use sparse::SparseBitmap;
+pub(crate) use user::Bound;
 pub use user::{BitmapView, UserBitmap};
 
 /// Bits of one chunk: a 4 KiB page of bitmap.

@@ -69,12 +69,33 @@ impl Marks {
         range: IovaRange,
         sink: &mut Sink<'_>,
     ) -> Result<(), Stopped> {
+        if let Some(word) = sink.first_word(self.range.start(), self.page)
+            && sink.range().covers(range.round_out(self.page))
+            && let Some((first, last)) = self.bits_of(range)
+        {
+            // Word by word as they are.
+            let record = |bit: u64, mask| match performs(Step::RecordBeforeClear) {
+                true => sink
+                    .or(word.wrapping_add(bit / 64), mask)
+                    .map_err(|error| self.stopped(bit, range, error)),
+                false => Ok(()),
+            };
+            return self.bits.take(first, last, record);
+        }
         self.visit::<true>(range, |start, mask| {
             if performs(Step::RecordBeforeClear) {
                 sink.record_mask(start, self.page, mask)?;
             }
             Ok(())
         })
+    }
+
+    /// A stop at the word that begins with `bit`.
+    #[cold]
+    fn stopped(&self, bit: u64, range: IovaRange, error: Error) -> Stopped {
+        let start = Iova::new(self.range.start().get() + (bit << self.page.lg2()));
+        let at = start.max(range.start());
+        Stopped { at, error }
     }
 
     /// Records the marks of `range` and leaves them.
@@ -131,10 +152,7 @@ impl Marks {
         };
         let visit = |bit: u64, mask| {
             let start = Iova::new(self.range.start().get() + (bit << self.page.lg2()));
-            visit(start, mask).map_err(|error| Stopped {
-                at: start.max(range.start()),
-                error,
-            })
+            visit(start, mask).map_err(|error| self.stopped(bit, range, error))
         };
         match TAKE {
             true => self.bits.take(first, last, visit),
