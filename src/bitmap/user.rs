@@ -391,11 +391,11 @@ mod tests {
 
     #[test]
     fn a_bitmap_that_is_short_by_one_bit_is_refused() {
-        let mut words = [0u64; 2];
-        let bitmap = UserBitmap::new(&mut words);
-        assert!(bitmap.view(range(0, 128 * 4096), Granule::K4).is_ok());
+        let words = [const { AtomicU64::new(0) }; 2];
+        let bitmap = || UserBitmap::shared(&words);
+        assert!(bitmap().view(range(0, 128 * 4096), Granule::K4).is_ok());
         assert!(matches!(
-            bitmap.view(range(0, 129 * 4096), Granule::K4),
+            bitmap().view(range(0, 129 * 4096), Granule::K4),
             Err(Error::BitmapTooShort {
                 bits: 128,
                 needed: 129,
@@ -403,16 +403,16 @@ mod tests {
             })
         ));
         assert!(matches!(
-            bitmap.view(range(2048, 4096), Granule::K4),
+            bitmap().view(range(2048, 4096), Granule::K4),
             Err(Error::Unaligned { .. })
         ));
         assert!(matches!(
-            bitmap.view(IovaRange::ALL, Granule::from_bytes(1).unwrap()),
+            bitmap().view(IovaRange::ALL, Granule::from_bytes(1).unwrap()),
             Err(Error::BitmapTooShort { .. })
         ));
         // The whole address space at the coarsest granule is two bits.
         assert!(
-            bitmap
+            bitmap()
                 .view(IovaRange::ALL, Granule::from_lg2(63).unwrap())
                 .is_ok()
         );
