@@ -56,6 +56,36 @@ mod imp {
 
 pub use imp::*;
 
+/// A full fence, right behind a read-modify-write. On x86-64 that operation is a full barrier already, as every locked instruction
+/// is (Intel SDM volume 3, "Memory Ordering"), so only the compiler has to keep the order.
+#[inline]
+pub fn fence_after_rmw() {
+    if cfg!(all(target_arch = "x86_64", not(dirtymap_loom), not(miri))) {
+        std::sync::atomic::compiler_fence(Ordering::SeqCst);
+    } else {
+        fence(Ordering::SeqCst);
+    }
+}
+
+/// A full fence, right behind an Acquire load, for a load that follows: where a store becomes visible to all other threads at
+/// once, as on x86-64, AArch64 and RISC-V, two loads in this order see no more and no less with a fence between them.
+#[inline]
+pub fn fence_after_look() {
+    if cfg!(all(
+        any(
+            target_arch = "x86_64",
+            target_arch = "aarch64",
+            target_arch = "riscv64"
+        ),
+        not(dirtymap_loom),
+        not(miri)
+    )) {
+        std::sync::atomic::compiler_fence(Ordering::SeqCst);
+    } else {
+        fence(Ordering::SeqCst);
+    }
+}
+
 /// Set once and read without waiting; invisible to the model checker, so an atomic of its user must order the two.
 pub use std::sync::OnceLock;
 
@@ -135,6 +165,12 @@ pub enum Step {
     DirtyWhole,
     /// Making it dirty again when no device caches a pointer to the table any more.
     DirtyBehindFlush,
+    /// Clearing a summary before what it stands for is taken, not after.
+    SummaryFirst,
+    /// The fence between the clear of a summary and the look at what it stands for.
+    SummaryFence,
+    /// Looking at the summary when a mark is found set.
+    SummaryOnSkip,
 }
 
 #[cfg(dirtymap_loom)]

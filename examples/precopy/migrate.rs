@@ -128,6 +128,7 @@ impl<'a, F: Format> Migration<'a, F> {
         if self.sabotage == Some(Sabotage::CopyBeforeSync) {
             // The lease would not hand out its ranges yet; the bitmap itself can't refuse.
             let clock = Instant::now();
+            let bitmap = UserBitmap::shared(&self.bitmap);
             bytes = self.copy(bitmap.view(self.machine.range, PAGE)?.runs())?;
             copy = clock.elapsed();
         }

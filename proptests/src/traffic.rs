@@ -220,9 +220,9 @@ impl Traffic {
     /// One harvest, and what becomes of it.
     fn round(&self, range: IovaRange, scope: Scope, fate: u64) {
         let words = [dirtymap::sync::AtomicU64::new(0)];
-        let bitmap = UserBitmap::shared(&words);
+        let bitmap = || UserBitmap::shared(&words);
         let request = HarvestRequest::new(range, Granule::K4).in_scope(scope);
-        let lease = match self.space.harvest(&request, bitmap) {
+        let lease = match self.space.harvest(&request, bitmap()) {
             Ok(lease) => lease,
             // Unmapped meanwhile.
             Err(HarvestError::Stopped(stopped)) => stopped.lease,
@@ -240,7 +240,7 @@ impl Traffic {
         };
         if aborted.outside_bytes != 0 {
             // The area went, after a flush: nobody else will report these pages.
-            let view = bitmap.view(range, Granule::K4).unwrap();
+            let view = bitmap().view(range, Granule::K4).unwrap();
             view.runs().for_each(|run| self.copy_pages(run));
         }
     }

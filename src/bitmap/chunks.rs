@@ -1,103 +1,108 @@
-//! A sparse concurrent bitmap: 4 KiB chunks, allocated at their first bit, under a radix tree of fixed depth.
+//! A sparse concurrent bitmap: 4 KiB chunks, allocated at their first bit.
 //!
-//! The depth follows from the number of bits, so that a bitmap for 64 GiB of 4 KiB pages is one directory of
-//! pointers to chunks and one for 2^63 bytes costs nothing before its first bit. Directories and chunks are
-//! installed by compare-exchange and live as long as the bitmap: a reference to a word never goes stale.
+//! ```text
+//!  root --> directory --> directory --> group of blocks --> chunk
+//!           only where the chunks are more than one group may have
+//! ```
+//!
+//! A [`chunk`](super::chunk) hangs on a block of summaries and pointers, and blocks on a group: all of the bitmap up to 8192
+//! chunks (1 TiB of 4 KiB pages), else 512 chunks, under a radix tree of fixed depth. So a bitmap for 2^63 bytes costs
+//! nothing before its first bit. All of these are installed by compare-exchange and live as long as the bitmap: a reference to
+//! a word never goes stale.
+//!
+//! In a bitmap *in slabs* the chunks of a group lie side by side in one [`slab`](super::slab), of which the system provides what
+//! is touched: so whoever knows the group finds a word without a pointer in between.
 
 use std::marker::PhantomData;
-use std::ptr;
+use std::ptr::{self, NonNull};
 
-use super::word_mask;
+use super::chunk::{BLOCK_LG2, Block, Chunk, LINE_BITS, Slot, WORDS_LG2};
+use super::{slab, word_mask};
 use crate::sync::{AtomicPtr, AtomicU64, Ordering};
 
-/// Words of a chunk, as a logarithm; tiny in the model checker, so that models reach every border.
-const WORDS_LG2: u32 = if cfg!(dirtymap_loom) { 1 } else { 9 };
 /// Pointers of a directory, as a logarithm.
 const FANOUT_LG2: u32 = if cfg!(dirtymap_loom) { 1 } else { 9 };
+/// The most chunks of a bitmap of one group, as a logarithm.
+const ONE_GROUP_LG2: u32 = if cfg!(dirtymap_loom) { 1 } else { 13 };
 /// Words of a chunk.
 pub(super) const CHUNK_WORDS: u64 = 1 << WORDS_LG2;
 /// Bits of a chunk, as a logarithm.
 const BITS_LG2: u32 = WORDS_LG2 + 6;
 
-/// One page of bitmap.
-#[repr(align(64))]
-struct Chunk([AtomicU64; 1 << WORDS_LG2]);
-
-impl Chunk {
-    /// See [`ChunkMap::visit`]; bits count from the start of the chunk. A line of clean words costs eight loads.
-    fn visit<E>(
-        &self,
-        first: u64,
-        last: u64,
-        mut visit: impl FnMut(u64, u64) -> Result<bool, E>,
-    ) -> Result<(), E> {
-        let (from, to) = ((first / 64) as usize, (last / 64) as usize);
-        for (line, words) in self.0[from..=to].chunks(8).enumerate() {
-            // Relaxed, here and below: only decides whether to look closer; what is found is taken by the fetch_and.
-            let any = words
-                .iter()
-                .fold(0, |any, word| any | word.load(Ordering::Relaxed));
-            if any == 0 {
-                continue;
-            }
-            for (nth, word) in words.iter().enumerate() {
-                let bit = (from + line * 8 + nth) as u64 * 64;
-                let mask = word_mask(
-                    first.saturating_sub(bit) as u32,
-                    (last - bit).min(63) as u32,
-                );
-                let seen = word.load(Ordering::Relaxed) & mask;
-                if seen != 0 && visit(bit, seen)? {
-                    // Acquire: pairs with the Release of `set`; Release: a marker that sees the bit gone sees what the
-                    // visit did. Clears what was visited and no more: a bit set in between stays for the next harvest.
-                    word.fetch_and(!seen, Ordering::AcqRel);
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Pointers to directories or, in the lowest level, chunks.
+/// Pointers to directories or, in the lowest level, groups.
 struct Directory([AtomicPtr<()>; 1 << FANOUT_LG2]);
 
 /// See the [module](self).
 pub(crate) struct ChunkMap {
-    /// A chunk if `levels` is 0, else a directory whose subtree has `levels - 1` more levels of directories.
+    /// A group if `levels` is 0, else a directory whose subtree has `levels - 1` more levels of directories.
     root: AtomicPtr<()>,
     levels: u32,
+    /// Chunks of a group, as a logarithm.
+    group_lg2: u32,
+    /// Blocks of a group.
+    blocks: usize,
+    /// Chunks of the slab of a group; 0 if chunks are allocated one by one.
+    slab: usize,
     /// The highest bit.
     last: u64,
     owns: PhantomData<Box<Directory>>,
 }
 
+/// The one group of a bitmap, for as long as whoever holds this keeps the bitmap.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct OneGroup {
+    blocks: NonNull<[Block]>,
+    /// The first chunk of the slab.
+    slab: Option<NonNull<Chunk>>,
+}
+
 impl ChunkMap {
     /// An empty bitmap of the bits 0 to `last`. Allocates nothing.
     pub(crate) fn new(last: u64) -> Self {
+        Self::with_slabs(last, false)
+    }
+
+    /// As [`new`](Self::new), in slabs: 4 KiB of address space for each chunk of a group from its first bit on.
+    pub(crate) fn in_slabs(last: u64) -> Self {
+        // The atomics of the model checker are not made of zeros.
+        Self::with_slabs(last, cfg!(not(dirtymap_loom)))
+    }
+
+    fn with_slabs(last: u64, slabs: bool) -> Self {
+        let last_chunk = last >> BITS_LG2;
+        let (group_lg2, blocks) = if last_chunk >> ONE_GROUP_LG2 == 0 {
+            (ONE_GROUP_LG2, (last_chunk >> BLOCK_LG2) + 1)
+        } else {
+            (FANOUT_LG2, 1 << (FANOUT_LG2 - BLOCK_LG2))
+        };
+        let last_group = last_chunk >> group_lg2;
         let mut levels = 0;
-        while BITS_LG2 + levels * FANOUT_LG2 < 64 && last >> (BITS_LG2 + levels * FANOUT_LG2) != 0 {
+        while levels * FANOUT_LG2 < 64 && last_group >> (levels * FANOUT_LG2) != 0 {
             levels += 1;
         }
         ChunkMap {
             root: AtomicPtr::new(ptr::null_mut()),
             levels,
+            group_lg2,
+            blocks: blocks as usize,
+            slab: match slabs {
+                true => (last_chunk + 1).min(blocks << BLOCK_LG2) as usize,
+                false => 0,
+            },
             last,
             owns: PhantomData,
         }
     }
 
-    /// Sets the bits `first..=last`; a word whose bits are all set already costs a load and no write. `fence` is called once, when
-    /// the first word is found and before it is looked at: it orders the caller's data write before the look, see
-    /// [`marks`](crate::source). Returns whether it had to write.
+    /// Sets the bits `first..=last`; a word whose bits are all set already costs a fence and a few loads, and no write. `fence` is
+    /// called once at most: it orders the caller's data write before the look at bits that are set already, see
+    /// [`marks`](crate::source). Returns whether it had to write; then a SeqCst fence has come behind that.
     #[inline]
     pub(crate) fn set(&self, first: u64, last: u64, fence: impl FnOnce()) -> bool {
         debug_assert!(first <= last && last <= self.last);
-        let index = first / 64;
-        if index == last / 64 {
-            // Most marks. The word is found before the fence, so that the fence and the walk to the word overlap.
-            let word = self.word_or_new(index);
-            fence();
-            return set_word(word, word_mask((first % 64) as u32, (last % 64) as u32));
+        if first / 64 == last / 64 {
+            let slot = self.slot_or_new(first >> BITS_LG2);
+            return set_word(slot, chunk_of(slot), first, last, fence);
         }
         fence();
         self.set_words(first, last)
@@ -105,120 +110,234 @@ impl ChunkMap {
 
     fn set_words(&self, first: u64, last: u64) -> bool {
         let mut anew = false;
-        let (mut index, last_index) = (first / 64, last / 64);
-        while index <= last_index {
-            // One walk for each chunk.
-            let chunk = self.chunk_or_new(index >> WORDS_LG2);
-            let from = index & (CHUNK_WORDS - 1);
-            let to = (last_index - index + from).min(CHUNK_WORDS - 1);
-            for (nth, word) in (index..).zip(&chunk.0[from as usize..=to as usize]) {
-                let low = if nth == first / 64 { first % 64 } else { 0 };
-                let high = if nth == last_index { last % 64 } else { 63 };
-                anew |= set_word(word, word_mask(low as u32, high as u32));
-            }
-            let Some(next) = (index - from).checked_add(CHUNK_WORDS) else {
-                break;
-            };
-            index = next;
+        for index in first >> BITS_LG2..=last >> BITS_LG2 {
+            let base = index << BITS_LG2;
+            let slot = self.slot_or_new(index);
+            let to = (last - base).min((1 << BITS_LG2) - 1);
+            anew |= slot.set(chunk_of(slot), first.saturating_sub(base), to);
         }
         anew
     }
 
-    #[inline]
-    fn word_or_new(&self, index: u64) -> &AtomicU64 {
-        &self.chunk_or_new(index >> WORDS_LG2).0[(index & (CHUNK_WORDS - 1)) as usize]
+    /// The one group that the bitmap has, unless it is too large for that.
+    pub(crate) fn one_group(&self) -> Option<OneGroup> {
+        (self.levels == 0).then(|| {
+            let blocks = self.group_or_new(0);
+            // Relaxed: the pointers of a slab are there from before the group was installed.
+            let slab = slot_in(blocks, 0).chunk.load(Ordering::Relaxed).cast();
+            OneGroup {
+                blocks: NonNull::from(blocks),
+                slab: NonNull::new(slab).filter(|_| self.slab != 0),
+            }
+        })
     }
 
-    /// Calls `visit` for each word that has bits of `first..=last` set, with the word's first bit and those bits,
-    /// in order. If `visit` returns true the bits are cleared after the call, otherwise they stay.
+    /// As [`set`](Self::set), of bits in one word of `group`; whether it did: not if there are more words, or no slab.
+    ///
+    /// # Safety
+    /// `group` is that of this bitmap, and `first <= last <= ` the highest bit.
+    #[inline(always)]
+    pub(crate) unsafe fn set_near(
+        &self,
+        group: OneGroup,
+        first: u64,
+        last: u64,
+        fence: impl FnOnce(),
+    ) -> bool {
+        debug_assert!(first <= last && last <= self.last);
+        let Some(slab) = group.slab.filter(|_| first / 64 == last / 64) else {
+            return false;
+        };
+        let index = first >> BITS_LG2;
+        // SAFETY: by the caller it came from `one_group` of this bitmap, which lives for as long as `self` is borrowed, and has a
+        // block for each bit of it.
+        let blocks = unsafe { group.blocks.as_ref() };
+        // SAFETY: as above.
+        let block = unsafe { blocks.get_unchecked((index >> BLOCK_LG2) as usize) };
+        // SAFETY: the slab has a chunk for each bit of the bitmap, and lives as long as its group.
+        let chunk = unsafe { slab.add(index as usize) };
+        // SAFETY: as above.
+        let chunk = unsafe { chunk.as_ref() };
+        set_word(block.slot(index), chunk, first, last, fence);
+        true
+    }
+
+    /// Takes the bits of `first..=last`: calls `visit` for each word that has some, with the word's first bit and those bits, in
+    /// order, and clears them after the call.
     ///
     /// # Errors
     /// Those of `visit`; the bits of that word and of the words behind it stay.
-    pub(crate) fn visit<E>(
+    #[inline]
+    pub(crate) fn take<E>(
         &self,
         first: u64,
         last: u64,
-        mut visit: impl FnMut(u64, u64) -> Result<bool, E>,
+        mut visit: impl FnMut(u64, u64) -> Result<(), E>,
     ) -> Result<(), E> {
-        let mut from = first;
-        while let Some((chunk_index, chunk)) = self.next_chunk(from >> BITS_LG2, last >> BITS_LG2) {
-            let base = chunk_index << BITS_LG2;
-            let to = last.min(base + ((1 << BITS_LG2) - 1));
-            chunk.visit(from.max(base) - base, to - base, |bit, seen| {
-                visit(base + bit, seen)
-            })?;
-            if to >= last {
-                break;
+        // The last line of the bitmap is asked for as a whole, too, where it is not one: there are no bits behind.
+        let last = if last == self.last {
+            last | (LINE_BITS - 1)
+        } else {
+            last
+        };
+        self.walk(first, last, |slot, chunk, base, from, to| {
+            slot.take(chunk, from, to, &mut |bit, seen| visit(base + bit, seen))
+        })
+    }
+
+    /// As [`take`](Self::take), and clears nothing.
+    ///
+    /// # Errors
+    /// Those of `visit`.
+    pub(crate) fn peek<E>(
+        &self,
+        first: u64,
+        last: u64,
+        mut visit: impl FnMut(u64, u64) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.walk(first, last, |slot, chunk, base, from, to| {
+            slot.peek(chunk, from, to, &mut |bit, seen| visit(base + bit, seen))
+        })
+    }
+
+    /// Calls `each` for the chunks whose neighbourhood has bits, with the chunk's first bit, and which of its bits are asked for.
+    #[inline]
+    fn walk<E>(
+        &self,
+        first: u64,
+        last: u64,
+        mut each: impl FnMut(Slot<'_>, &Chunk, u64, u64, u64) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let last_chunk = last >> BITS_LG2;
+        let mut next = Some(first >> BITS_LG2);
+        while let Some((group, blocks)) = next.and_then(|next| self.next_group(next, last_chunk)) {
+            let from = (first >> BITS_LG2).max(group);
+            let to = last_chunk.min(group + ((blocks.len() as u64) << BLOCK_LG2) - 1);
+            for nth in (from - group) >> BLOCK_LG2..=(to - group) >> BLOCK_LG2 {
+                let block = &blocks[nth as usize];
+                if !block.has_any() {
+                    continue;
+                }
+                let start = group + (nth << BLOCK_LG2);
+                for index in from.max(start)..=to.min(start + ((1 << BLOCK_LG2) - 1)) {
+                    let slot = block.slot(index);
+                    // Acquire: pairs with the Release in `install`; publishes the contents.
+                    let chunk = slot.chunk.load(Ordering::Acquire).cast::<Chunk>();
+                    // SAFETY: a pointer of a block is null or names a `Chunk` that lives as long as `self`.
+                    let Some(chunk) = (unsafe { chunk.as_ref() }) else {
+                        continue;
+                    };
+                    let base = index << BITS_LG2;
+                    let high = (last - base).min((1 << BITS_LG2) - 1);
+                    each(slot, chunk, base, first.saturating_sub(base), high)?;
+                }
             }
-            from = to + 1;
+            next = to.checked_add(1).filter(|next| *next <= last_chunk);
         }
         Ok(())
     }
 
     /// The words of chunk `index`, allocated if it does not exist yet.
     pub(super) fn words_or_new(&self, index: u64) -> &[AtomicU64] {
-        &self.chunk_or_new(index).0
+        &chunk_of(self.slot_or_new(index)).0
     }
 
     /// The first chunk from `index` to `last` that exists: its index and its words.
     pub(super) fn next_words(&self, index: u64, last: u64) -> Option<(u64, &[AtomicU64])> {
-        let (index, chunk) = self.next_chunk(index, last)?;
-        Some((index, &chunk.0))
-    }
-
-    /// The first chunk from `index` to `last` that exists, with its index; whole absent subtrees are skipped at once.
-    fn next_chunk(&self, mut index: u64, last: u64) -> Option<(u64, &Chunk)> {
-        'chunk: while index <= last {
-            // Acquire: pairs with the Release in `get_or_install`; publishes the contents of what the pointer names.
-            let mut pointer = self.root.load(Ordering::Acquire);
-            for level in (0..self.levels).rev() {
-                if pointer.is_null() {
-                    index = next_subtree(index, level + 1)?;
-                    continue 'chunk;
+        let mut next = Some(index);
+        while let Some((group, blocks)) = next.and_then(|next| self.next_group(next, last)) {
+            let to = last.min(group + ((blocks.len() as u64) << BLOCK_LG2) - 1);
+            for index in index.max(group)..=to {
+                // Acquire: as in `walk`.
+                let chunk = slot_in(blocks, index - group).chunk.load(Ordering::Acquire);
+                // SAFETY: as in `walk`.
+                if let Some(chunk) = unsafe { chunk.cast::<Chunk>().as_ref() } {
+                    return Some((index, &chunk.0));
                 }
-                // SAFETY: non-null pointers of this level name a `Directory` that lives as long as `self`.
-                let directory = unsafe { &*pointer.cast::<Directory>() };
-                // Acquire: as above.
-                pointer = directory.0[slot(index, level)].load(Ordering::Acquire);
             }
-            if pointer.is_null() {
-                index = next_subtree(index, 0)?;
-                continue;
-            }
-            // SAFETY: non-null pointers below the last directory name a `Chunk` that lives as long as `self`.
-            return Some((index, unsafe { &*pointer.cast::<Chunk>() }));
+            next = to.checked_add(1).filter(|next| *next <= last);
         }
         None
     }
 
-    /// The chunk `index`, allocated if it does not exist yet.
+    /// The first group that exists among those of the chunks `index..=last`: its first chunk, and its blocks. Whole absent
+    /// subtrees are skipped at once.
+    fn next_group(&self, mut index: u64, last: u64) -> Option<(u64, &[Block])> {
+        'group: while index <= last {
+            // Acquire: pairs with the Release in `install`; publishes the contents of what the pointer names.
+            let mut pointer = self.root.load(Ordering::Acquire);
+            let group = index >> self.group_lg2;
+            for level in (0..self.levels).rev() {
+                if pointer.is_null() {
+                    index = next_subtree(group, level + 1)?.checked_mul(1 << self.group_lg2)?;
+                    continue 'group;
+                }
+                // SAFETY: non-null pointers of this level name a `Directory` that lives as long as `self`.
+                let directory = unsafe { &*pointer.cast::<Directory>() };
+                // Acquire: as above.
+                pointer = directory.0[place_in(group, level)].load(Ordering::Acquire);
+            }
+            if pointer.is_null() {
+                index = (group + 1).checked_mul(1 << self.group_lg2)?;
+                continue;
+            }
+            // SAFETY: non-null pointers below the last directory name the first of `blocks` blocks that live as long as `self`.
+            let blocks =
+                unsafe { std::slice::from_raw_parts(pointer.cast::<Block>(), self.blocks) };
+            return Some((group << self.group_lg2, blocks));
+        }
+        None
+    }
+
+    /// The place of chunk `index`; its group is allocated if it does not exist yet.
     #[inline]
-    fn chunk_or_new(&self, index: u64) -> &Chunk {
+    fn slot_or_new(&self, index: u64) -> Slot<'_> {
+        let blocks = self.group_or_new(index >> self.group_lg2);
+        slot_in(blocks, index & ((1 << self.group_lg2) - 1))
+    }
+
+    #[inline]
+    fn group_or_new(&self, group: u64) -> &[Block] {
         let mut place = &self.root;
         for level in (0..self.levels).rev() {
-            let directory = get_or_install(place, || {
-                Directory(std::array::from_fn(|_| AtomicPtr::new(ptr::null_mut())))
-            });
-            place = &directory.0[slot(index, level)];
+            let pointer = get_or_install(
+                place,
+                || {
+                    Box::into_raw(Box::new(Directory(std::array::from_fn(|_| {
+                        AtomicPtr::new(ptr::null_mut())
+                    }))))
+                },
+                free_directory,
+            );
+            // SAFETY: a pointer of this level names a `Directory` that lives as long as `self`.
+            let directory = unsafe { &*pointer };
+            place = &directory.0[place_in(group, level)];
         }
-        get_or_install(place, || Chunk(std::array::from_fn(|_| AtomicU64::new(0))))
+        let (blocks, slab) = (self.blocks, self.slab);
+        let first = get_or_install(
+            place,
+            || new_group(blocks, slab),
+            |first| free_group(first, blocks, slab),
+        );
+        // SAFETY: below the last directory a pointer names the first of `blocks` blocks that live as long as `self`.
+        unsafe { std::slice::from_raw_parts(first, blocks) }
     }
 
     /// Frees the subtree under `pointer`, which has `levels` levels of directories.
-    fn free(pointer: *mut (), levels: u32) {
+    fn free(&self, pointer: *mut (), levels: u32) {
         if pointer.is_null() {
             return;
         }
         if levels == 0 {
-            // SAFETY: made by `Box::into_raw` of a `Chunk` in `get_or_install`; `drop` has the only reference left.
-            drop(unsafe { Box::from_raw(pointer.cast::<Chunk>()) });
+            free_group(pointer.cast(), self.blocks, self.slab);
         } else {
-            // SAFETY: as above, of a `Directory`.
-            let directory = unsafe { Box::from_raw(pointer.cast::<Directory>()) };
+            // SAFETY: as in `group_or_new`.
+            let directory = unsafe { &*pointer.cast::<Directory>() };
             for child in &directory.0 {
                 // Relaxed: `drop` has exclusive access.
-                Self::free(child.load(Ordering::Relaxed), levels - 1);
+                self.free(child.load(Ordering::Relaxed), levels - 1);
             }
+            free_directory(pointer.cast());
         }
     }
 }
@@ -226,7 +345,7 @@ impl ChunkMap {
 impl Drop for ChunkMap {
     fn drop(&mut self) {
         // Relaxed: exclusive access.
-        Self::free(self.root.load(Ordering::Relaxed), self.levels);
+        self.free(self.root.load(Ordering::Relaxed), self.levels);
     }
 }
 
@@ -238,65 +357,129 @@ impl std::fmt::Debug for ChunkMap {
     }
 }
 
-/// Sets the bits of `mask` if one of them is clear; whether it was.
+/// Sets the bits `first..=last` of one word, in `chunk`, which is that of `slot`.
+#[inline(always)]
+fn set_word(slot: Slot<'_>, chunk: &Chunk, first: u64, last: u64, fence: impl FnOnce()) -> bool {
+    let index = (first >> 6 & (CHUNK_WORDS - 1)) as usize;
+    let mask = word_mask((first % 64) as u32, (last % 64) as u32);
+    slot.set_word(chunk, index, mask, fence)
+}
+
+/// The place of chunk `index` of a group.
 #[inline]
-fn set_word(word: &AtomicU64, mask: u64) -> bool {
-    // Relaxed: the caller's full fence orders this load after its data write; see `source::marks`.
-    let anew = word.load(Ordering::Relaxed) & mask != mask;
-    if anew {
-        // Release: pairs with the Acquire in `visit`; publishes the data that the mark speaks of.
-        word.fetch_or(mask, Ordering::Release);
+fn slot_in(blocks: &[Block], index: u64) -> Slot<'_> {
+    blocks[(index >> BLOCK_LG2) as usize].slot(index)
+}
+
+/// The chunk at `slot`, allocated if it does not exist yet.
+#[inline]
+fn chunk_of(slot: Slot<'_>) -> &Chunk {
+    let chunk = get_or_install(
+        slot.chunk,
+        || Box::into_raw(Box::new(Chunk::new())),
+        free_chunk,
+    );
+    // SAFETY: a pointer of a block names a `Chunk` that lives as long as the bitmap, which `slot` borrows from.
+    unsafe { &*chunk }
+}
+
+fn free_chunk(chunk: *mut Chunk) {
+    // SAFETY: made by `Box::into_raw` in `chunk_of`; the caller has the only reference left.
+    drop(unsafe { Box::from_raw(chunk) });
+}
+
+fn free_directory(directory: *mut Directory) {
+    // SAFETY: made by `Box::into_raw` in `group_or_new`; the caller has the only reference left.
+    drop(unsafe { Box::from_raw(directory) });
+}
+
+/// A group of so many blocks; its chunks are a slab, unless `slab` is 0.
+fn new_group(blocks: usize, slab: usize) -> *mut Block {
+    let group: Box<[Block]> = (0..blocks).map(|_| Block::new()).collect();
+    if slab != 0 {
+        let places = group.iter().flat_map(Block::chunks);
+        for (place, chunk) in places.zip(slab::allocate(slab)) {
+            // Relaxed: published with the group.
+            place.store(chunk.cast(), Ordering::Relaxed);
+        }
     }
-    anew
+    Box::into_raw(group).cast()
 }
 
-/// The place of chunk `index` in its directory of `level` (0 = the one that points to chunks).
-#[inline]
-fn slot(index: u64, level: u32) -> usize {
-    (index >> (level * FANOUT_LG2)) as usize & ((1 << FANOUT_LG2) - 1)
+/// Frees a group and its chunks.
+fn free_group(first: *mut Block, blocks: usize, slab: usize) {
+    let group = ptr::slice_from_raw_parts_mut(first, blocks);
+    // SAFETY: made by `Box::into_raw` of so many blocks in `new_group`; the caller has the only reference left.
+    let group = unsafe { Box::from_raw(group) };
+    // Relaxed: as above, exclusive access.
+    let mut chunks = group
+        .iter()
+        .flat_map(Block::chunks)
+        .map(|chunk| chunk.load(Ordering::Relaxed).cast::<Chunk>());
+    if slab == 0 {
+        chunks.filter(|chunk| !chunk.is_null()).for_each(free_chunk);
+    } else if let Some(first) = chunks.next() {
+        // SAFETY: the first chunk of the slab that `new_group` has allocated, of that many chunks; nothing refers to it any more.
+        unsafe { slab::free(first, slab) };
+    }
 }
 
-/// The first chunk behind the subtree of `level` levels that holds `index`; `None` past the end of all indices.
+/// The place of `group` in its directory of `level` (0 = the one that points to groups).
 #[inline]
-fn next_subtree(index: u64, level: u32) -> Option<u64> {
+fn place_in(group: u64, level: u32) -> usize {
+    (group >> (level * FANOUT_LG2)) as usize & ((1 << FANOUT_LG2) - 1)
+}
+
+/// The first group behind the subtree of `level` levels that holds `group`; `None` past the end of all indices.
+#[inline]
+fn next_subtree(group: u64, level: u32) -> Option<u64> {
     let lg2 = level * FANOUT_LG2;
     if lg2 >= 64 {
         return None;
     }
-    ((index >> lg2) + 1).checked_mul(1 << lg2)
+    ((group >> lg2) + 1).checked_mul(1 << lg2)
 }
 
-/// What `place` points to; allocated by `new` and installed if it is null.
+/// What `place` points to; made by `new` and installed if it is null. `free` gets what another thread has forestalled.
 #[inline]
-fn get_or_install<T>(place: &AtomicPtr<()>, new: impl FnOnce() -> T) -> &T {
+fn get_or_install<T>(
+    place: &AtomicPtr<()>,
+    new: impl FnOnce() -> *mut T,
+    free: impl FnOnce(*mut T),
+) -> *mut T {
     // Acquire: pairs with the Release in `install`; publishes the contents.
     let mut pointer = place.load(Ordering::Acquire);
     if pointer.is_null() {
-        pointer = install(place, new);
+        pointer = install(place, new(), free);
     }
-    // SAFETY: every pointer installed in `place` names a `T` (a level holds one type) that is freed only when the
-    // map is dropped, and `place` borrows from the map.
-    unsafe { &*pointer.cast::<T>() }
+    pointer.cast()
 }
 
 #[cold]
-fn install<T>(place: &AtomicPtr<()>, new: impl FnOnce() -> T) -> *mut () {
-    let fresh = Box::into_raw(Box::new(new())).cast::<()>();
+fn install<T>(place: &AtomicPtr<()>, fresh: *mut T, free: impl FnOnce(*mut T)) -> *mut () {
     // Release on success: publishes the fresh contents. Acquire on failure: we use the winner's contents.
-    match place.compare_exchange(ptr::null_mut(), fresh, Ordering::Release, Ordering::Acquire) {
-        Ok(_) => fresh,
+    match place.compare_exchange(
+        ptr::null_mut(),
+        fresh.cast(),
+        Ordering::Release,
+        Ordering::Acquire,
+    ) {
+        Ok(_) => fresh.cast(),
         Err(winner) => {
-            // SAFETY: `fresh` came from `Box::into_raw` above and was not published.
-            drop(unsafe { Box::from_raw(fresh.cast::<T>()) });
+            free(fresh);
             winner
         }
     }
 }
 
-// SAFETY: the raw pointers name directories and chunks of atomics that the map owns, installed and read as above.
+// SAFETY: the raw pointers name directories, blocks and chunks of atomics that the map owns, installed and read as above.
 unsafe impl Send for ChunkMap {}
 // SAFETY: as for `Send`: all shared access goes through atomics.
 unsafe impl Sync for ChunkMap {}
+// SAFETY: it names blocks of atomics, and is read only by `set_in`, whose caller holds the map.
+unsafe impl Send for OneGroup {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for OneGroup {}
 
 #[cfg(all(test, not(dirtymap_loom)))]
 #[allow(clippy::unwrap_used)] // helpers of tests
@@ -307,19 +490,25 @@ mod tests {
 
     fn bits(map: &ChunkMap, first: u64, last: u64, clear: bool) -> Vec<u64> {
         let mut out = vec![];
-        let done: Result<(), Infallible> = map.visit(first, last, |base, seen| {
+        let visit = |base: u64, seen: u64| -> Result<(), Infallible> {
             out.extend((0..64).filter(|b| seen >> b & 1 == 1).map(|b| base + b));
-            Ok(clear)
-        });
-        done.unwrap();
+            Ok(())
+        };
+        match clear {
+            true => map.take(first, last, visit).unwrap(),
+            false => map.peek(first, last, visit).unwrap(),
+        }
         out
     }
 
     #[test]
     fn agrees_with_a_set_of_bits_at_every_depth() {
-        for lg2 in [3u32, 14, 15, 16, 24, 25, 40, 52, 63] {
+        for lg2 in [3u32, 4, 14, 15, 16, 17, 24, 25, 40, 41, 52, 63] {
             let size = 1u64 << lg2;
-            let map = ChunkMap::new(size - 1);
+            let map = match lg2 % 2 {
+                0 => ChunkMap::new(size - 1),
+                _ => ChunkMap::in_slabs(size - 1),
+            };
             let mut model = BTreeSet::new();
             let mut x = 88172645463325252u64;
             for _ in 0..200 {
@@ -365,9 +554,13 @@ mod tests {
         let map = ChunkMap::new((1 << 20) - 1);
         map.set(10, 10, || ());
         map.set(700_000, 700_001, || ());
-        let stopped = map.visit(0, (1 << 20) - 1, |base, _| {
-            if base > 64 { Err(base) } else { Ok(true) }
-        });
+        let stopped = map.take(
+            0,
+            (1 << 20) - 1,
+            |base, _| {
+                if base > 64 { Err(base) } else { Ok(()) }
+            },
+        );
         assert_eq!(stopped, Err(699_968));
         assert_eq!(bits(&map, 0, (1 << 20) - 1, false), [700_000, 700_001]);
     }

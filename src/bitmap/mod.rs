@@ -13,22 +13,28 @@
 //! A harvest records a page **before** it clears the page's dirty bit, so a record that fails leaves the bit where it
 //! was (contract: never clear what cannot be recorded).
 
+mod chunk;
 mod chunks;
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
 mod file;
+#[cfg(all(test, dirtymap_loom))]
+#[allow(clippy::unwrap_used)] // helpers of tests
+mod loom_tests;
 mod runs;
 mod sink;
+mod slab;
 mod span;
 mod sparse;
 mod user;
 mod window;
 
-pub(crate) use chunks::ChunkMap;
+pub(crate) use chunks::{ChunkMap, OneGroup};
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
 pub use file::FileBitmap;
 pub use runs::{Bits, Runs, Words};
 pub use sink::Sink;
 pub use sparse::SparseBitmap;
+pub(crate) use user::Bound;
 pub use user::{BitmapView, UserBitmap};
 
 /// Bits of one chunk: a 4 KiB page of bitmap.

@@ -14,16 +14,19 @@ pub struct Sink<'a> {
     /// What lies outside is not recorded. Inside the view.
     limit: IovaRange,
     window: Window<'a>,
+    /// Whether nobody else writes to the bits meanwhile.
+    exclusive: bool,
     bits_set: u64,
     windows: u64,
 }
 
 impl<'a> Sink<'a> {
-    pub(super) fn new(view: BitmapView<'a>) -> Self {
+    pub(super) fn new(view: BitmapView<'a>, exclusive: bool) -> Self {
         Sink {
             limit: view.range(),
             view,
             window: Window::none(),
+            exclusive,
             bits_set: 0,
             windows: 0,
         }
@@ -110,14 +113,37 @@ impl<'a> Sink<'a> {
         Ok(())
     }
 
-    /// Sets the bits of `mask` in `word`, if there are any.
+    /// If words of pages of size `page`, the first of which is the page at `base`, are words of the bitmap: which one the first of
+    /// them is, modulo 2^64.
+    pub(crate) fn first_word(&self, base: Iova, page: Granule) -> Option<u64> {
+        let number = |iova: Iova| iova.get() >> page.lg2();
+        let bit = number(base)
+            .wrapping_sub(number(self.view.range().start()))
+            .wrapping_add(self.view.shift());
+        // Of single bytes there are more than a signed number can tell apart.
+        (page == self.view.granule() && page.lg2() > 0 && bit.is_multiple_of(64))
+            .then_some((bit.cast_signed() >> 6).cast_unsigned())
+    }
+
+    /// Sets the bits of `mask` in `word`, if there are any; they lie in [`range`](Self::range).
+    ///
+    /// # Errors
+    /// As [`record`](Sink::record).
     #[inline]
-    fn or(&mut self, word: u64, mask: u64) -> Result<(), Error> {
+    pub(crate) fn or(&mut self, word: u64, mask: u64) -> Result<(), Error> {
         if mask != 0 {
             if !self.window.holds(word) {
                 self.open(word)?;
             }
-            self.bits_set += u64::from(self.window.or(word, mask).count_ones());
+            let set = match self.exclusive {
+                true => self.window.or_alone(word, mask),
+                false => self.window.or(word, mask),
+            };
+            // Most words of dense bitmaps.
+            self.bits_set += match set {
+                u64::MAX => 64,
+                _ => u64::from(set.count_ones()),
+            };
         }
         Ok(())
     }

@@ -97,6 +97,18 @@ impl<'a> Span<'a> {
         mask & !old
     }
 
+    /// As [`or`](Self::or), where nobody else writes to the word meanwhile: without a locked operation.
+    #[inline]
+    pub(super) fn or_alone(&self, index: usize, mask: u64) -> u64 {
+        let Some(word) = self.word(index) else {
+            return self.or(index, mask);
+        };
+        // Relaxed, both: as in `or`; nobody writes between the two.
+        let old = u64::from_le(word.load(Ordering::Relaxed));
+        word.store((old | mask).to_le(), Ordering::Relaxed);
+        mask & !old
+    }
+
     /// Clears the bits of `mask` in word `index`, and returns those that were set.
     #[inline]
     pub(super) fn and_not(&self, index: usize, mask: u64) -> u64 {

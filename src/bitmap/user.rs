@@ -14,9 +14,11 @@ use crate::units::{Granule, Iova, IovaRange};
 /// written. At most 2^63 bits of it are used.
 ///
 /// Several harvests may record into one shared bitmap at a time: bits are OR-ed in atomically.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct UserBitmap<'a> {
     backing: Backing<'a>,
+    /// Whether nobody else can write to the bits while this, or the one sink that it is made into, lives: so it is not `Copy`.
+    exclusive: bool,
 }
 
 impl<'a> UserBitmap<'a> {
@@ -31,7 +33,10 @@ impl<'a> UserBitmap<'a> {
         // - shared access only through atomics for `'a`: the caller's exclusive borrow ends with `'a`.
         let words = unsafe { std::slice::from_raw_parts(first, len) };
         const { assert!(align_of::<u64>() == align_of::<AtomicU64>()) };
-        Self::shared(words)
+        UserBitmap {
+            exclusive: true,
+            ..Self::shared(words)
+        }
     }
 
     /// A bitmap in bytes that are the caller's alone for as long as the lease lives. It may begin at any address and
@@ -44,6 +49,7 @@ impl<'a> UserBitmap<'a> {
         let span = unsafe { Span::from_raw(bytes.as_mut_ptr(), bytes.len()) };
         UserBitmap {
             backing: Backing::Memory(span),
+            exclusive: true,
         }
     }
 
@@ -53,6 +59,7 @@ impl<'a> UserBitmap<'a> {
     pub fn shared(words: &'a [AtomicU64]) -> Self {
         UserBitmap {
             backing: Backing::Memory(Span::of_words(words)),
+            exclusive: false,
         }
     }
 
@@ -62,6 +69,7 @@ impl<'a> UserBitmap<'a> {
     pub fn sparse(sparse: &'a SparseBitmap) -> Self {
         UserBitmap {
             backing: Backing::Sparse(sparse),
+            exclusive: false,
         }
     }
 
@@ -72,6 +80,7 @@ impl<'a> UserBitmap<'a> {
     pub fn file(file: &'a FileBitmap) -> Self {
         UserBitmap {
             backing: Backing::File(file),
+            exclusive: false,
         }
     }
 
@@ -86,6 +95,11 @@ impl<'a> UserBitmap<'a> {
     /// In this order: [`Error::Unaligned`] if `range` does not start and end at multiples of `granule`,
     /// [`Error::BitmapTooShort`] if the bitmap has fewer bits than `range` has granules.
     pub fn view(self, range: IovaRange, granule: Granule) -> Result<BitmapView<'a>, Error> {
+        self.bind(range, granule).map(|bound| bound.view)
+    }
+
+    /// As [`view`](Self::view), and remembers whether nobody else writes to the bits.
+    pub(crate) fn bind(self, range: IovaRange, granule: Granule) -> Result<Bound<'a>, Error> {
         if !range.is_aligned(granule) {
             return Err(Error::Unaligned { range, granule });
         }
@@ -99,12 +113,40 @@ impl<'a> UserBitmap<'a> {
                 granule,
             });
         }
-        Ok(BitmapView {
-            backing: self.backing,
-            shift: self.backing.shift(),
-            range,
-            granule,
+        Ok(Bound {
+            view: BitmapView {
+                backing: self.backing,
+                shift: self.backing.shift(),
+                range,
+                granule,
+            },
+            exclusive: self.exclusive,
         })
+    }
+}
+
+/// The view of one request before it is given away.
+#[derive(Debug)]
+pub(crate) struct Bound<'a> {
+    view: BitmapView<'a>,
+    exclusive: bool,
+}
+
+impl<'a> Bound<'a> {
+    /// The view. Whoever gets it while the sink lives must not record into it.
+    pub(crate) fn view(&self) -> BitmapView<'a> {
+        self.view
+    }
+
+    /// As [`BitmapView::part`].
+    pub(crate) fn part(self, range: IovaRange) -> Self {
+        let view = self.view.part(range).unwrap_or(self.view);
+        Bound { view, ..self }
+    }
+
+    /// The one sink that records into the view.
+    pub(crate) fn into_sink(self) -> Sink<'a> {
+        Sink::new(self.view, self.exclusive)
     }
 }
 
@@ -210,7 +252,7 @@ impl<'a> BitmapView<'a> {
 
     /// A sink that records into this view.
     pub fn sink(&self) -> Sink<'a> {
-        Sink::new(*self)
+        Sink::new(*self, false)
     }
 
     pub(super) fn backing(&self) -> Backing<'a> {
@@ -349,11 +391,11 @@ mod tests {
 
     #[test]
     fn a_bitmap_that_is_short_by_one_bit_is_refused() {
-        let mut words = [0u64; 2];
-        let bitmap = UserBitmap::new(&mut words);
-        assert!(bitmap.view(range(0, 128 * 4096), Granule::K4).is_ok());
+        let words = [const { AtomicU64::new(0) }; 2];
+        let bitmap = || UserBitmap::shared(&words);
+        assert!(bitmap().view(range(0, 128 * 4096), Granule::K4).is_ok());
         assert!(matches!(
-            bitmap.view(range(0, 129 * 4096), Granule::K4),
+            bitmap().view(range(0, 129 * 4096), Granule::K4),
             Err(Error::BitmapTooShort {
                 bits: 128,
                 needed: 129,
@@ -361,16 +403,16 @@ mod tests {
             })
         ));
         assert!(matches!(
-            bitmap.view(range(2048, 4096), Granule::K4),
+            bitmap().view(range(2048, 4096), Granule::K4),
             Err(Error::Unaligned { .. })
         ));
         assert!(matches!(
-            bitmap.view(IovaRange::ALL, Granule::from_bytes(1).unwrap()),
+            bitmap().view(IovaRange::ALL, Granule::from_bytes(1).unwrap()),
             Err(Error::BitmapTooShort { .. })
         ));
         // The whole address space at the coarsest granule is two bits.
         assert!(
-            bitmap
+            bitmap()
                 .view(IovaRange::ALL, Granule::from_lg2(63).unwrap())
                 .is_ok()
         );

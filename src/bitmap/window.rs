@@ -175,6 +175,13 @@ impl<'a> Window<'a> {
             .map_or(0, |(span, index)| span.or(index, mask))
     }
 
+    /// As [`or`](Self::or), where nobody else writes to the word meanwhile.
+    #[inline]
+    pub(super) fn or_alone(&self, word: u64, mask: u64) -> u64 {
+        self.at(word)
+            .map_or(0, |(span, index)| span.or_alone(index, mask))
+    }
+
     /// Clears the bits of `mask` in `word`, and returns those that were set.
     pub(super) fn and_not(&self, word: u64, mask: u64) -> u64 {
         self.at(word)

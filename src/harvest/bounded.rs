@@ -99,16 +99,13 @@ impl AddressSpace {
             }));
         }
         let snapshot = self.snapshot();
-        let (whole, covered) = self
+        let (bound, covered) = self
             .check(request, bitmap, &snapshot)
             .map_err(HarvestError::Refused)?;
         // Never empty: both ends are granules of the request.
-        let view = IovaRange::new(from, range.last())
-            .ok()
-            .and_then(|rest| whole.part(rest))
-            .unwrap_or(whole);
-        let mut holding = Holding::begin(self, view, covered);
-        let mut sink = view.sink();
+        let bound = bound.part(IovaRange::new(from, range.last()).unwrap_or(range));
+        let mut holding = Holding::begin(self, bound.view(), covered);
+        let mut sink = bound.into_sink();
         let mut next = Some(from);
         let mut step = Some(bounds.step(0).unwrap_or(MIN_STEP));
         while let (Some(start), Some(bits)) = (next, step) {

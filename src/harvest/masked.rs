@@ -26,11 +26,11 @@ impl AddressSpace {
         bitmap: UserBitmap<'a>,
     ) -> Result<Lease<'a, Owed>, HarvestError<'a>> {
         let snapshot = self.snapshot();
-        let (view, covered) = self
+        let (bound, covered) = self
             .check(request, bitmap, &snapshot)
             .map_err(HarvestError::Refused)?;
-        let mut holding = Holding::begin(self, view, covered);
-        let mut sink = view.sink();
+        let mut holding = Holding::begin(self, bound.view(), covered);
+        let mut sink = bound.into_sink();
         let mut runs = mask.runs();
         let mut at = request.range().start();
         loop {

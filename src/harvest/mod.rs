@@ -56,7 +56,7 @@ pub use lease::{
 pub use request::{HarvestRequest, Scope};
 pub use write_guard::WriteGuard;
 
-use crate::bitmap::{BitmapView, Sink, UserBitmap};
+use crate::bitmap::{BitmapView, Bound, Sink, UserBitmap};
 use crate::error::Error;
 use crate::source::Stopped;
 use crate::space::{AddressSpace, Areas, Covered};
@@ -84,13 +84,13 @@ impl AddressSpace {
         bitmap: UserBitmap<'a>,
     ) -> Result<Lease<'a, Owed>, HarvestError<'a>> {
         let snapshot = self.snapshot();
-        let (view, covered) = self
+        let (bound, covered) = self
             .check(request, bitmap, &snapshot)
             .map_err(HarvestError::Refused)?;
         let range = request.range();
-        let mut holding = Holding::begin(self, view, covered);
+        let mut holding = Holding::begin(self, bound.view(), covered);
         // After the holding, so that it goes before it: a walk that panics closes its window, then puts back.
-        let mut sink = view.sink();
+        let mut sink = bound.into_sink();
         match self.walk(&mut holding, &snapshot, range, &mut sink) {
             Ok(()) => Ok(holding.into_lease(&sink)),
             Err(stopped) => Err(holding.stopped(stopped, &sink)),
@@ -129,9 +129,10 @@ impl AddressSpace {
         bitmap: UserBitmap<'a>,
     ) -> Result<BitmapView<'a>, Error> {
         let snapshot = self.snapshot();
-        let (view, covered) = self.check(request, bitmap, &snapshot)?;
+        let (bound, covered) = self.check(request, bitmap, &snapshot)?;
         let range = request.range();
-        let mut sink = view.sink();
+        let view = bound.view();
+        let mut sink = bound.into_sink();
         for entry in snapshot.contiguous(range) {
             let entry = entry.map_err(|at| Error::Hole { at, range })?;
             // Never empty: a contiguous walk yields areas that intersect the range.
@@ -162,13 +163,13 @@ impl AddressSpace {
         request: &HarvestRequest,
         bitmap: UserBitmap<'a>,
         snapshot: &Areas<'_>,
-    ) -> Result<(BitmapView<'a>, Covered), Error> {
+    ) -> Result<(Bound<'a>, Covered), Error> {
         let range = request.range();
         let granule = snapshot.rules().alignment(self.page());
         if !range.is_aligned(granule) {
             return Err(Error::Unaligned { range, granule });
         }
-        let view = bitmap.view(range, request.granule())?;
+        let bound = bitmap.bind(range, request.granule())?;
         let covered = match request.scope() {
             Scope::All => Covered::everything(snapshot.rules()),
             Scope::Domain(domain) => Covered::domain(snapshot.rules(), domain)?,
@@ -181,6 +182,6 @@ impl AddressSpace {
         {
             return Err(Error::Hole { at, range });
         }
-        Ok((view, covered))
+        Ok((bound, covered))
     }
 }

@@ -47,9 +47,11 @@ impl AddressSpace {
         bitmap: UserBitmap<'a>,
     ) -> Result<Lease<'a, Owed>, HarvestError<'a>> {
         let snapshot = self.snapshot();
-        let (view, covered) = self
+        let (bound, covered) = self
             .check(request, bitmap, &snapshot)
             .map_err(HarvestError::Refused)?;
+        // Pieces share words where a leaf straddles them.
+        let view = bound.view();
         let range = request.range();
         // A hole ends the work for everybody, as it ends a walk.
         let hole = snapshot.contiguous(range).find_map(Result::err);

@@ -7,7 +7,7 @@
 //!
 //! ```text
 //!  writer                                    harvester
-//!  W1  store data                            H1  clear the mark            (ChunkMap::visit)
+//!  W1  store data                            H1  clear the mark            (ChunkMap::take)
 //!  F1  fence(SeqCst)                         F2  fence(SeqCst)             (Lease::sync)
 //!  W2  load the mark; set it if it is clear  H2  copy the page
 //! ```
@@ -18,10 +18,10 @@
 //!
 //! A CPU that believes "already dirty" is thus an IOTLB entry, and the fence in `sync` is its flush.
 
-use crate::bitmap::{ChunkMap, Sink, word_runs};
+use crate::bitmap::{ChunkMap, OneGroup, Sink, word_runs};
 use crate::error::Error;
 use crate::source::Stopped;
-use crate::sync::{Ordering, Step, fence, performs};
+use crate::sync::{Arc, Ordering, Step, fence, performs};
 use crate::units::{Granule, Iova, IovaRange};
 
 /// Dirty bits in memory of our own, one for each smallest page: the marks of an area, and what is kept for a domain.
@@ -35,12 +35,16 @@ pub(crate) struct Marks {
 impl Marks {
     /// Clean marks for `range`, which is made of whole pages of size `page`. Allocates nothing.
     pub(crate) fn new(range: IovaRange, page: Granule) -> Self {
-        let last = (range.last().get() - range.start().get()) >> page.lg2();
-        Marks {
-            range,
-            page,
-            bits: ChunkMap::new(last),
-        }
+        let (_, last) = pages(range.start(), page, range);
+        let bits = ChunkMap::in_slabs(last);
+        Marks { range, page, bits }
+    }
+
+    /// As [`new`](Self::new), for a range of which little is ever marked.
+    pub(crate) fn few(range: IovaRange, page: Granule) -> Self {
+        let (_, last) = pages(range.start(), page, range);
+        let bits = ChunkMap::new(last);
+        Marks { range, page, bits }
     }
 
     /// Marks the pages that `range` touches, as far as they belong to the area. The data was written before.
@@ -54,19 +58,9 @@ impl Marks {
     #[inline]
     pub(crate) fn mark_inside(&self, range: IovaRange) {
         debug_assert!(self.range.covers(range));
-        let base = self.range.start().get();
-        let first = (range.start().get() - base) >> self.page.lg2();
-        let last = (range.last().get() - base) >> self.page.lg2();
-        let marked_anew = self.bits.set(first, last, || {
-            if performs(Step::MarkFence) {
-                // SeqCst: F1 of the module's protocol; pairs with F2 in `Lease::sync`.
-                fence(Ordering::SeqCst);
-            }
-        });
-        if marked_anew && performs(Step::GoneFence) {
-            // SeqCst: F3 of the protocols in `space::unmap` and `space::attachment`; pairs with F4 and F6 there.
-            fence(Ordering::SeqCst);
-        }
+        let (first, last) = pages(self.range.start(), self.page, range);
+        // A new mark is followed by F3 of the protocols in `space::unmap` and `space::attachment`, in `Slot::set_word`.
+        self.bits.set(first, last, before_look);
     }
 
     /// Moves the marks of `range` into `sink`.
@@ -75,19 +69,39 @@ impl Marks {
         range: IovaRange,
         sink: &mut Sink<'_>,
     ) -> Result<(), Stopped> {
-        self.visit(range, |start, mask| {
+        if let Some(word) = sink.first_word(self.range.start(), self.page)
+            && sink.range().covers(range.round_out(self.page))
+            && let Some((first, last)) = self.bits_of(range)
+        {
+            // Word by word as they are.
+            let record = |bit: u64, mask| match performs(Step::RecordBeforeClear) {
+                true => sink
+                    .or(word.wrapping_add(bit / 64), mask)
+                    .map_err(|error| self.stopped(bit, range, error)),
+                false => Ok(()),
+            };
+            return self.bits.take(first, last, record);
+        }
+        self.visit::<true>(range, |start, mask| {
             if performs(Step::RecordBeforeClear) {
                 sink.record_mask(start, self.page, mask)?;
             }
-            Ok(true)
+            Ok(())
         })
+    }
+
+    /// A stop at the word that begins with `bit`.
+    #[cold]
+    fn stopped(&self, bit: u64, range: IovaRange, error: Error) -> Stopped {
+        let start = Iova::new(self.range.start().get() + (bit << self.page.lg2()));
+        let at = start.max(range.start());
+        Stopped { at, error }
     }
 
     /// Records the marks of `range` and leaves them.
     pub(crate) fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
-        self.visit(range, |start, mask| {
-            sink.record_mask(start, self.page, mask)?;
-            Ok(false)
+        self.visit::<false>(range, |start, mask| {
+            sink.record_mask(start, self.page, mask)
         })
     }
 
@@ -100,9 +114,9 @@ impl Marks {
 
     /// Hands the marks of `range` to `taker`, as page and mask of the pages from there on, and forgets them.
     pub(crate) fn take(&self, range: IovaRange, mut taker: impl FnMut(Iova, u64)) {
-        let taken = self.visit(range, |start, mask| {
+        let taken = self.visit::<true>(range, |start, mask| {
             taker(start, mask);
-            Ok(true)
+            Ok(())
         });
         debug_assert!(taken.is_ok());
     }
@@ -126,28 +140,78 @@ impl Marks {
         runs
     }
 
-    fn visit(
+    /// Calls `visit` for the marks of `range`, as page and mask of the pages from there on, and clears them after it if `TAKE`.
+    #[inline]
+    fn visit<const TAKE: bool>(
         &self,
         range: IovaRange,
-        mut visit: impl FnMut(Iova, u64) -> Result<bool, Error>,
+        mut visit: impl FnMut(Iova, u64) -> Result<(), Error>,
     ) -> Result<(), Stopped> {
         let Some((first, last)) = self.bits_of(range) else {
             return Ok(());
         };
-        self.bits.visit(first, last, |bit, mask| {
+        let visit = |bit: u64, mask| {
             let start = Iova::new(self.range.start().get() + (bit << self.page.lg2()));
-            visit(start, mask).map_err(|error| Stopped {
-                at: start.max(range.start()),
-                error,
-            })
-        })
+            visit(start, mask).map_err(|error| self.stopped(bit, range, error))
+        };
+        match TAKE {
+            true => self.bits.take(first, last, visit),
+            false => self.bits.peek(first, last, visit),
+        }
     }
 
     /// The bits of the pages that `range` touches.
     fn bits_of(&self, range: IovaRange) -> Option<(u64, u64)> {
         let inside = range.intersection(self.range)?;
-        let base = self.range.start().get();
-        let bit = |iova: Iova| (iova.get() - base) >> self.page.lg2();
-        Some((bit(inside.start()), bit(inside.last())))
+        Some(pages(self.range.start(), self.page, inside))
+    }
+}
+
+/// Marks with what leads to them at hand, so that a mark takes few dependent loads.
+#[derive(Clone, Debug)]
+pub(crate) struct NearMarks {
+    base: Iova,
+    page: Granule,
+    /// None if there are too many pages for one group.
+    group: Option<OneGroup>,
+    marks: Arc<Marks>,
+}
+
+impl NearMarks {
+    /// Allocates the group: 16 bytes for each 32768 pages of the area.
+    pub(crate) fn new(marks: &Arc<Marks>) -> Self {
+        NearMarks {
+            base: marks.range.start(),
+            page: marks.page,
+            group: marks.bits.one_group(),
+            marks: Arc::clone(marks),
+        }
+    }
+
+    /// As [`Marks::mark_inside`], if the pages are near: in one word.
+    #[inline(always)]
+    pub(crate) fn mark_near(&self, range: IovaRange) -> bool {
+        let Some(group) = self.group else {
+            return false;
+        };
+        let (first, last) = pages(self.base, self.page, range);
+        // SAFETY: the group is that of these marks' bits, see `new`; the caller asks for pages of the area.
+        unsafe { self.marks.bits.set_near(group, first, last, before_look) }
+    }
+}
+
+/// The numbers of the first and the last page that `range` touches, where page 0 begins at `base`.
+#[inline]
+fn pages(base: Iova, page: Granule, range: IovaRange) -> (u64, u64) {
+    let number = |iova: Iova| (iova.get() - base.get()) >> page.lg2();
+    (number(range.start()), number(range.last()))
+}
+
+/// What comes between a data write and the look at its mark.
+#[inline(always)]
+fn before_look() {
+    if performs(Step::MarkFence) {
+        // SeqCst: F1 of the module's protocol; pairs with F2 in `Lease::sync`.
+        fence(Ordering::SeqCst);
     }
 }

@@ -14,7 +14,7 @@ mod loom_tests;
 pub(crate) use in_flight::{InFlight, Slot};
 pub use leaf_sink::LeafSink;
 pub(crate) use leaf_sink::Rests;
-pub(crate) use marks::Marks;
+pub(crate) use marks::{Marks, NearMarks};
 
 use crate::bitmap::Sink;
 use crate::error::Error;

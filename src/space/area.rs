@@ -141,7 +141,22 @@ impl Area {
             return Err(self.outside(range));
         }
         self.marks.mark_inside(range);
+        if self.is_mapped() {
+            return Ok(());
+        }
+        self.after_late_mark(range)
+    }
+
+    /// The second half of [`mark`](Self::mark): whether what was marked is in an area that has neither gone nor been cut.
+    #[inline]
+    pub(super) fn is_mapped(&self) -> bool {
         // Acquire: pairs with the Release of `retire` and `give_way`.
+        matches!(self.state.load(Ordering::Acquire), MAPPING | LIVE | CLAIMED)
+    }
+
+    #[cold]
+    fn after_late_mark(&self, range: IovaRange) -> Result<(), Error> {
+        // Acquire: as in `is_mapped`.
         match self.state.load(Ordering::Acquire) {
             GONE => Err(Error::Outside { at: range.start() }),
             // The marks are those of the pieces; each of them says whether it is still there.

@@ -117,7 +117,7 @@ impl AddressSpace {
             id,
             page,
             source: Box::new(source),
-            kept: Marks::new(all_kept(), self.page()),
+            kept: Marks::few(all_kept(), self.page()),
             tracking: Switch::new(),
             leaving: AtomicBool::new(false),
         });

@@ -35,7 +35,7 @@ pub use unmap::Unmapped;
 use crate::area::AreaTree;
 use crate::error::Error;
 use crate::flush::FlushQueue;
-use crate::source::{DirtySource, InFlight, Mapping};
+use crate::source::{DirtySource, InFlight, Mapping, NearMarks};
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, fence};
 use crate::units::{Access, DomainId, Granule, Iova, IovaRange};
 use faults::Log;
@@ -212,8 +212,11 @@ impl AddressSpace {
     pub fn area(&self, iova: Iova) -> Option<AreaHandle> {
         let snapshot = self.areas.snapshot();
         let entry = snapshot.lookup(iova)?;
+        let area = entry.to_arc();
         Some(AreaHandle {
-            area: entry.to_arc(),
+            range: area.mapping.range,
+            near: NearMarks::new(&area.marks),
+            area,
             counters: self.counters.clone(),
             faults: self.faults.clone(),
         })
@@ -316,6 +319,8 @@ impl Outside {
 /// errors. After a cut it marks the pieces, at some cost.
 #[derive(Clone, Debug)]
 pub struct AreaHandle {
+    range: IovaRange,
+    near: NearMarks,
     area: Arc<Area>,
     counters: Arc<Counters>,
     faults: Arc<Log>,
@@ -336,17 +341,30 @@ impl AreaHandle {
     /// the pieces that are left of an area that was cut. The call is counted in [`SpaceStats::outside_marks`].
     #[inline]
     pub fn mark(&self, range: IovaRange) -> Result<(), Error> {
-        self.area.mark(range).inspect_err(|_| self.outside(range))
+        let marked = self.range.covers(range) && self.near.mark_near(range);
+        if marked && self.area.is_mapped() {
+            return Ok(());
+        }
+        self.mark_far(range)
+    }
+
+    /// A mark of any kind; marking twice does no harm.
+    #[cold]
+    fn mark_far(&self, range: IovaRange) -> Result<(), Error> {
+        self.area
+            .mark(range)
+            .map_err(|error| self.outside(range, error))
     }
 
     #[cold]
-    fn outside(&self, range: IovaRange) {
+    fn outside(&self, range: IovaRange, error: Error) -> Error {
         self.counters.outside_mark();
         self.faults.record(Fault {
             at: range.start(),
             len: u64::try_from(range.len()).unwrap_or(u64::MAX),
             source: FaultSource::Handle,
         });
+        error
     }
 }
 

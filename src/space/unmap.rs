@@ -104,10 +104,11 @@ impl AddressSpace {
         granule: Granule,
         bitmap: UserBitmap<'a>,
     ) -> Result<(Unmapped, BitmapView<'a>), Error> {
-        let view = bitmap.view(range, granule)?;
+        let bound = bitmap.bind(range, granule)?;
+        let view = bound.view();
         let mut plan = Plan::default();
         plan.unmap(range, &self.areas.snapshot())?;
-        let unmapped = self.execute(&plan, Some(&mut view.sink()))?;
+        let unmapped = self.execute(&plan, Some(&mut bound.into_sink()))?;
         Ok((unmapped, view))
     }
 

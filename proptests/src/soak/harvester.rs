@@ -122,13 +122,13 @@ impl<'w> Harvester<'w> {
         let (world, tally) = (self.world, &self.world.tally);
         let sabotage = world.options.sabotage;
         self.clear_words(request);
-        let bitmap = UserBitmap::shared(&self.words);
+        let bitmap = || UserBitmap::shared(&self.words);
         let failed = |what: &str, error: &Error| Failure::call(what, range, error);
-        let view = bitmap.view(range, request.granule());
+        let view = bitmap().view(range, request.granule());
         let view = view.map_err(|error| failed("view", &error))?;
         world.events.note(self.actor, text(request, fate), range);
         tally.add(Count::Harvests, 1);
-        let lease = match world.space.harvest(request, bitmap) {
+        let lease = match world.space.harvest(request, bitmap()) {
             Ok(lease) => lease,
             Err(HarvestError::Stopped(stopped)) if matches!(stopped.error, Error::Hole { .. }) => {
                 tally.add(Count::Holes, 1);

@@ -1,0 +1,305 @@
+//! A chunk of bits, and its summary: which of its lines have any.
+//!
+//! A line is 8 words, one line of a cache, 512 bits. The 64 lines of a chunk make one word of summary, and the summaries of
+//! neighbouring chunks lie side by side, so that a terabyte of clean 4 KiB pages is known by 64 KiB.
+//!
+//! # The protocol
+//! ```text
+//!  marker                                        harvester
+//!  M1  set the bit, or find it set               H1  clear the line's bit in the summary
+//!  F3  fence(SeqCst)                             F5  fence(SeqCst)
+//!  M2  set the summary's bit if it is clear      H2  take the words of the line
+//! ```
+//!
+//! Either F3 or F5 comes first in the one order of all SeqCst fences:
+//! - if F3 does, H2 sees the bit of M1, and takes it;
+//! - if F5 does, M2 sees the summary clear, and sets it for the next harvest.
+//!
+//! So once a mark has returned, its bit is in the hands of a harvester, or the summary leads to it. Who finds the bit set goes
+//! on to M2 too: the one who set it may not have come so far.
+//!
+//! * A harvester clears the summary of lines that it is asked for as a whole; of others it would hide what it does not take.
+//! * What it did not take, because recording failed or panicked, it puts back into the summary.
+//! * It looks for a chunk before it clears its summary: a summary that is set may become visible before the chunk does.
+
+use std::ptr;
+
+use super::word_mask;
+use crate::sync::{
+    AtomicPtr, AtomicU64, Ordering, Step, fence, fence_after_look, fence_after_rmw, performs,
+};
+
+/// Words of a chunk, as a logarithm; tiny in the model checker, so that models reach every border.
+pub(super) const WORDS_LG2: u32 = if cfg!(dirtymap_loom) { 1 } else { 9 };
+/// Words of a line, as a logarithm.
+const LINE_LG2: u32 = if cfg!(dirtymap_loom) { 0 } else { 3 };
+/// Chunks of a block, as a logarithm.
+pub(super) const BLOCK_LG2: u32 = if cfg!(dirtymap_loom) { 0 } else { 3 };
+/// Bits of a line.
+pub(super) const LINE_BITS: u64 = 64 << LINE_LG2;
+const LINE_WORDS: usize = 1 << LINE_LG2;
+
+/// One page of bitmap.
+#[repr(align(64))]
+pub(super) struct Chunk(pub(super) [AtomicU64; 1 << WORDS_LG2]);
+
+impl Chunk {
+    pub(super) fn new() -> Self {
+        Chunk(std::array::from_fn(|_| AtomicU64::new(0)))
+    }
+}
+
+/// A line of summaries, and the pointers to their chunks in another one.
+#[repr(align(64))]
+pub(super) struct Block {
+    summaries: [AtomicU64; 1 << BLOCK_LG2],
+    /// Each a [`Chunk`], or null.
+    chunks: [AtomicPtr<()>; 1 << BLOCK_LG2],
+}
+
+impl Block {
+    pub(super) fn new() -> Self {
+        Block {
+            summaries: std::array::from_fn(|_| AtomicU64::new(0)),
+            chunks: std::array::from_fn(|_| AtomicPtr::new(ptr::null_mut())),
+        }
+    }
+
+    /// Whether a summary has a bit.
+    #[inline]
+    pub(super) fn has_any(&self) -> bool {
+        // Relaxed: of a mark that came before the harvest, or of what set the summary later, coherence shows it set.
+        let or = |any, summary: &AtomicU64| any | summary.load(Ordering::Relaxed);
+        self.summaries.iter().fold(0, or) != 0
+    }
+
+    #[inline]
+    pub(super) fn slot(&self, chunk: u64) -> Slot<'_> {
+        let nth = (chunk & ((1 << BLOCK_LG2) - 1)) as usize;
+        Slot {
+            summary: &self.summaries[nth],
+            chunk: &self.chunks[nth],
+        }
+    }
+
+    /// The chunks' pointers.
+    pub(super) fn chunks(&self) -> &[AtomicPtr<()>] {
+        &self.chunks
+    }
+}
+
+/// The place of one chunk. Bits count from its start.
+#[derive(Clone, Copy)]
+pub(super) struct Slot<'a> {
+    summary: &'a AtomicU64,
+    pub(super) chunk: &'a AtomicPtr<()>,
+}
+
+impl Slot<'_> {
+    /// Sets the bits of `mask` in word `index` of `chunk`, which is that of this place: see [`ChunkMap::set`](super::ChunkMap::set).
+    #[inline(always)]
+    pub(super) fn set_word(
+        self,
+        chunk: &Chunk,
+        index: usize,
+        mask: u64,
+        fence: impl FnOnce(),
+    ) -> bool {
+        let word = &chunk.0[index];
+        fence();
+        // Acquire: pairs with the Release below; whoever set the bit is on the way to the summary. The caller's fence orders the
+        // look after its data write: see `source::marks`.
+        let anew = word.load(Ordering::Acquire) & mask != mask;
+        if anew {
+            // Release: pairs with the Acquire in `visit_line`; publishes the data that the mark speaks of.
+            word.fetch_or(mask, Ordering::Release);
+            if performs(Step::GoneFence) {
+                // SeqCst: F3, of the module's protocol and of those in `space::unmap` and `space::attachment`.
+                fence_after_rmw();
+            }
+        } else {
+            // SeqCst: F3 of one who found the bit set.
+            fence_after_look();
+        }
+        if anew || performs(Step::SummaryOnSkip) {
+            self.summarize(1 << (index >> LINE_LG2));
+        }
+        anew
+    }
+
+    /// As [`set_word`](Self::set_word), for the bits `first..=last`; the caller's fence came before.
+    pub(super) fn set(self, chunk: &Chunk, first: u64, last: u64) -> bool {
+        let mut anew = false;
+        let (from, to) = ((first / 64) as usize, (last / 64) as usize);
+        for (index, word) in (from..).zip(&chunk.0[from..=to]) {
+            let low = if index == from { first % 64 } else { 0 };
+            let high = if index == to { last % 64 } else { 63 };
+            let mask = word_mask(low as u32, high as u32);
+            // Relaxed: the caller's full fence orders this load after its data write.
+            if word.load(Ordering::Relaxed) & mask != mask {
+                // Release: as in `set_word`.
+                word.fetch_or(mask, Ordering::Release);
+                anew = true;
+            }
+        }
+        if performs(Step::GoneFence) {
+            // SeqCst: F3, as in `set_word`; here one fence for those that were set and those that were found set.
+            fence(Ordering::SeqCst);
+        }
+        self.summarize(lines(first, last));
+        anew
+    }
+
+    /// M2.
+    #[inline]
+    fn summarize(self, lines: u64) {
+        // Relaxed, both: the fence F3 orders them after the bits.
+        if self.summary.load(Ordering::Relaxed) & lines != lines {
+            self.summary.fetch_or(lines, Ordering::Relaxed);
+        }
+    }
+
+    /// Takes the bits `first..=last`: see [`ChunkMap::take`](super::ChunkMap::take).
+    #[inline]
+    pub(super) fn take<E>(
+        self,
+        chunk: &Chunk,
+        first: u64,
+        last: u64,
+        visit: &mut impl FnMut(u64, u64) -> Result<(), E>,
+    ) -> Result<(), E> {
+        // Relaxed: as in `has_any`.
+        let seen = self.summary.load(Ordering::Relaxed) & lines(first, last);
+        let mut cleared = Cleared {
+            summary: self.summary,
+            lines: seen & whole_lines(first, last),
+        };
+        let early = performs(Step::SummaryFirst);
+        if early {
+            cleared.clear();
+        }
+        let mut left = seen;
+        while left != 0 {
+            let line = left.trailing_zeros() as usize;
+            left &= left - 1;
+            visit_line::<true, E>(chunk, line, first, last, visit)?;
+            if early {
+                cleared.lines &= !(1 << line);
+            }
+        }
+        if !early {
+            cleared.clear();
+            cleared.lines = 0;
+        }
+        Ok(())
+    }
+
+    /// Looks at the bits `first..=last`: see [`ChunkMap::peek`](super::ChunkMap::peek).
+    pub(super) fn peek<E>(
+        self,
+        chunk: &Chunk,
+        first: u64,
+        last: u64,
+        visit: &mut impl FnMut(u64, u64) -> Result<(), E>,
+    ) -> Result<(), E> {
+        // Relaxed: as in `has_any`.
+        let mut left = self.summary.load(Ordering::Relaxed) & lines(first, last);
+        while left != 0 {
+            let line = left.trailing_zeros() as usize;
+            left &= left - 1;
+            visit_line::<false, E>(chunk, line, first, last, visit)?;
+        }
+        Ok(())
+    }
+}
+
+/// Lines whose summary a harvester has cleared, and whose words it has not taken yet. Dropped, it puts them back.
+struct Cleared<'a> {
+    summary: &'a AtomicU64,
+    lines: u64,
+}
+
+impl Cleared<'_> {
+    /// H1 and F5.
+    #[inline]
+    fn clear(&self) {
+        if self.lines != 0 {
+            // Relaxed: the fence orders it before the look at the words. Clears what was seen and no more.
+            self.summary.fetch_and(!self.lines, Ordering::Relaxed);
+            if performs(Step::SummaryFence) {
+                // SeqCst: F5 of the module's protocol; pairs with F3.
+                fence_after_rmw();
+            }
+        }
+    }
+}
+
+impl Drop for Cleared<'_> {
+    fn drop(&mut self) {
+        if self.lines != 0 {
+            // Relaxed: the bits have been there before; who sees the summary set too late finds them at the next harvest.
+            self.summary.fetch_or(self.lines, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Calls `visit` for each word of `line` that has bits of `first..=last`, and clears these after the call if `TAKE`.
+#[inline]
+fn visit_line<const TAKE: bool, E>(
+    chunk: &Chunk,
+    line: usize,
+    first: u64,
+    last: u64,
+    visit: &mut impl FnMut(u64, u64) -> Result<(), E>,
+) -> Result<(), E> {
+    let words = &chunk.0[line * LINE_WORDS..][..LINE_WORDS];
+    let start = line as u64 * LINE_BITS;
+    // Which words have bits, without a branch for each.
+    let mut found = 0u64;
+    for (nth, word) in words.iter().enumerate() {
+        // Relaxed, here and below: F5 orders the looks after the clear of the summary; what is found is taken by the fetch_and.
+        found |= u64::from(word.load(Ordering::Relaxed) != 0) << nth;
+    }
+    let inside = first <= start && start + (LINE_BITS - 1) <= last;
+    while found != 0 {
+        let nth = found.trailing_zeros() as u64;
+        found &= found - 1;
+        let bit = start + nth * 64;
+        let word = &words[nth as usize];
+        let mut seen = word.load(Ordering::Relaxed);
+        if !inside {
+            if bit + 63 < first || last < bit {
+                continue;
+            }
+            let low = first.saturating_sub(bit) as u32;
+            seen &= word_mask(low, (last - bit).min(63) as u32);
+        }
+        if seen == 0 {
+            continue;
+        }
+        visit(bit, seen)?;
+        if TAKE {
+            // Acquire: pairs with the Release of `set`; Release: a marker that sees the bit gone sees what the visit did.
+            // Clears what was visited and no more: a bit set in between stays for the next harvest.
+            word.fetch_and(!seen, Ordering::AcqRel);
+        }
+    }
+    Ok(())
+}
+
+/// The lines that the bits `first..=last` touch.
+#[inline]
+fn lines(first: u64, last: u64) -> u64 {
+    word_mask((first / LINE_BITS) as u32, (last / LINE_BITS) as u32)
+}
+
+/// The lines that lie in the bits `first..=last` as a whole.
+#[inline]
+fn whole_lines(first: u64, last: u64) -> u64 {
+    let (from, end) = (first.div_ceil(LINE_BITS), (last + 1) / LINE_BITS);
+    if from < end {
+        word_mask(from as u32, (end - 1) as u32)
+    } else {
+        0
+    }
+}

@@ -1,0 +1,55 @@
+//! Chunks side by side, zero at first.
+//!
+//! The allocator is asked for zeroed memory at no more than its usual alignment, because only then does it hand on what the
+//! system provides at the first touch. Alignment is made here, and the place before the first chunk says where the memory
+//! began.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+
+use super::chunk::Chunk;
+
+/// What allocators give without asking.
+const USUAL: usize = 16;
+/// Room for the alignment of the chunks, and for the pointer before them.
+const HEAD: usize = align_of::<Chunk>() + size_of::<*mut u8>();
+
+/// Never `None`: a slab is small against the address space.
+fn layout(chunks: usize) -> Option<Layout> {
+    let bytes = chunks.checked_mul(size_of::<Chunk>())?.checked_add(HEAD)?;
+    Layout::from_size_align(bytes, USUAL).ok()
+}
+
+/// Allocates `chunks` chunks, all bits clear.
+///
+/// # Panics
+/// In the model checker, whose atomics are not made of zeros.
+pub(super) fn allocate(chunks: usize) -> impl Iterator<Item = *mut Chunk> {
+    let layout = layout(chunks).filter(|_| cfg!(not(dirtymap_loom)));
+    let layout = layout.unwrap_or_else(|| unreachable!("a slab of {chunks} chunks"));
+    // SAFETY: the size is not 0: there is a head.
+    let began = unsafe { alloc_zeroed(layout) };
+    if began.is_null() {
+        handle_alloc_error(layout);
+    }
+    let skip = size_of::<*mut u8>();
+    let first = began.wrapping_add(skip);
+    let first = first.wrapping_add(first.align_offset(align_of::<Chunk>()));
+    // SAFETY: between `began` and `first`, so inside the allocation, and as aligned as `first` but for one pointer.
+    unsafe { first.wrapping_sub(skip).cast::<*mut u8>().write(began) };
+    let first = first.cast::<Chunk>();
+    (0..chunks).map(move |nth| first.wrapping_add(nth))
+}
+
+/// Frees a slab.
+///
+/// # Safety
+/// `first` is the first of `chunks` chunks that [`allocate`] has allocated, and nothing refers to them any more.
+pub(super) unsafe fn free(first: *mut Chunk, chunks: usize) {
+    let place = first.cast::<*mut u8>().wrapping_sub(1);
+    // SAFETY: by the caller, `allocate` has written it.
+    let began = unsafe { place.read() };
+    if let Some(layout) = layout(chunks) {
+        // SAFETY: allocated there with this layout; by the caller nothing refers to it.
+        unsafe { dealloc(began, layout) };
+    }
+}
