@@ -276,11 +276,8 @@ impl<'a> Holding<'a> {
                 .wait(ticket, |gather| self.space.invalidate(gather))?;
             self.debt = Debt::Paid;
         }
-        if performs(Step::SyncFence) {
-            // SeqCst: F2 of the marks' protocol; pairs with F1 in `Marks::mark_inside`. Also orders the flush before the
-            // copies.
-            fence(Ordering::SeqCst);
-        }
+        // F2 of the marks' protocol; also orders the flush before the copies.
+        self.space.ordering.before_copies();
         Ok(())
     }
 
