@@ -41,6 +41,8 @@ pub(super) const BLOCK_LG2: u32 = if cfg!(dirtymap_loom) { 0 } else { 3 };
 /// Bits of a line.
 pub(super) const LINE_BITS: u64 = 64 << LINE_LG2;
 const LINE_WORDS: usize = 1 << LINE_LG2;
+/// Bits of a chunk.
+const CHUNK_BITS: u64 = 64 << WORDS_LG2;
 
 /// One page of bitmap.
 #[repr(align(64))]
@@ -99,16 +101,15 @@ pub(super) struct Slot<'a> {
 }
 
 impl Slot<'_> {
-    /// Sets the bits of `mask` in word `index` of `chunk`, which is that of this place: see [`ChunkMap::set`](super::ChunkMap::set).
+    /// Sets the bits of `mask` in `word`, which holds bit `first` of the bitmap: see [`ChunkMap::set`](super::ChunkMap::set).
     #[inline(always)]
     pub(super) fn set_word(
         self,
-        chunk: &Chunk,
-        index: usize,
+        word: &AtomicU64,
+        first: u64,
         mask: u64,
         fence: impl FnOnce(),
     ) -> bool {
-        let word = &chunk.0[index];
         fence();
         // Acquire: pairs with the Release below; whoever set the bit is on the way to the summary. The caller's fence orders the
         // look after its data write: see `source::marks`.
@@ -125,7 +126,7 @@ impl Slot<'_> {
             fence_after_look();
         }
         if anew || performs(Step::SummaryOnSkip) {
-            self.summarize(1 << (index >> LINE_LG2));
+            self.summarize(1 << ((first / LINE_BITS) % (CHUNK_BITS / LINE_BITS)));
         }
         anew
     }

@@ -178,39 +178,49 @@ impl Marks {
     }
 }
 
-/// Marks with what leads to them at hand, so that a mark takes few dependent loads.
+/// Marks of an area with what leads to them at hand.
 #[derive(Clone, Debug)]
 pub(crate) struct NearMarks {
+    group: OneGroup,
+    /// The part of the marks that belongs to the area.
+    range: IovaRange,
     base: Iova,
     page: Granule,
     ordering: MarkOrdering,
-    /// None if there are too many pages for one group.
-    group: Option<OneGroup>,
     marks: Arc<Marks>,
 }
 
 impl NearMarks {
-    /// Allocates the group: 16 bytes for each 32768 pages of the area.
-    pub(crate) fn new(marks: &Arc<Marks>) -> Self {
-        NearMarks {
+    /// None if there are too many pages for one group. Allocates the group: see [`ChunkMap`].
+    pub(crate) fn new(marks: &Arc<Marks>, range: IovaRange) -> Option<Self> {
+        Some(NearMarks {
+            group: marks.bits.one_group()?,
+            range: range.intersection(marks.range)?,
             base: marks.range.start(),
             page: marks.page,
             ordering: marks.ordering,
-            group: marks.bits.one_group(),
             marks: Arc::clone(marks),
-        }
+        })
     }
 
-    /// As [`Marks::mark_inside`], if the pages are near: in one word.
+    /// As [`Marks::mark_inside`], if the pages are near: in the area as a whole, and in one word. Whether they are.
     #[inline(always)]
-    pub(crate) fn mark_near(&self, range: IovaRange) -> bool {
-        let Some(group) = self.group else {
+    pub(crate) fn mark(&self, range: IovaRange) -> bool {
+        if !self.range.covers(range) {
             return false;
-        };
+        }
         let (first, last) = pages(self.base, self.page, range);
+        if first / 64 != last / 64 {
+            return false;
+        }
         let before_look = || self.ordering.before_look();
-        // SAFETY: the group is that of these marks' bits, see `new`; the caller asks for pages of the area.
-        unsafe { self.marks.bits.set_near(group, first, last, before_look) }
+        // SAFETY: the group is that of these marks' bits, see `new`, which have one for each page of the range.
+        unsafe {
+            self.marks
+                .bits
+                .set_near(self.group, first, last, before_look)
+        };
+        true
     }
 }
 

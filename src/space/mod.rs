@@ -228,8 +228,7 @@ impl AddressSpace {
         let entry = snapshot.lookup(iova)?;
         let area = entry.to_arc();
         Some(AreaHandle {
-            range: area.mapping.range,
-            near: NearMarks::new(&area.marks),
+            near: NearMarks::new(&area.marks, area.mapping.range),
             area,
             counters: self.counters.clone(),
             faults: self.faults.clone(),
@@ -333,8 +332,7 @@ impl Outside {
 /// errors. After a cut it marks the pieces, at some cost.
 #[derive(Clone, Debug)]
 pub struct AreaHandle {
-    range: IovaRange,
-    near: NearMarks,
+    near: Option<NearMarks>,
     area: Arc<Area>,
     counters: Arc<Counters>,
     faults: Arc<Log>,
@@ -355,8 +353,8 @@ impl AreaHandle {
     /// call is counted in [`SpaceStats::outside_marks`].
     #[inline]
     pub fn mark(&self, range: IovaRange) -> Result<(), Error> {
-        let marked = self.range.covers(range) && self.near.mark_near(range);
-        if marked && self.area.is_mapped() {
+        let near = self.near.as_ref();
+        if near.is_some_and(|near| near.mark(range)) && self.area.is_mapped() {
             return Ok(());
         }
         self.mark_far(range)
