@@ -37,6 +37,7 @@ pub struct Lease<'a, State> {
 
 /// What a harvest found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct HarvestReport {
     /// Areas that were walked.
     pub areas: u64,
@@ -50,6 +51,7 @@ pub struct HarvestReport {
 
 /// What an abort put back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Aborted {
     /// Bytes that are dirty again.
     pub bytes: u64,
