@@ -66,6 +66,8 @@
 //!
 //! * `mmap` (off by default): `FileBitmap`, a user bitmap in a file that is mapped one window at a time.
 //! * `rayon` (off by default): `AddressSpace::harvest_parallel`, one harvest by the threads of a pool.
+//! * `serde` (off by default): counts, reports, `Iova` (a number), `IovaRange` (`start` and `last`) and `Granule` (its bytes) implement `Serialize`.
+//! * `membarrier` (off by default): `AddressSpace::with_asymmetric_marks`, marks without a fence, by `membarrier(2)` of Linux.
 //!
 //! # When not to use it
 //!
@@ -101,7 +103,7 @@ pub use space::{
     SpaceStats, Unmapped,
 };
 
-pub use source::{DirtySource, LeafSink, Mapping, Stopped};
+pub use source::{DirtySource, LeafSink, Mapping, MarkOrdering, Stopped};
 
 pub use harvest::{
     Aborted, BoundedHarvest, HarvestBounds, HarvestError, HarvestReport, HarvestRequest, Lease,

@@ -56,12 +56,15 @@ mod imp {
 
 pub use imp::*;
 
+/// Keeps the compiler from moving accesses; to the processor, and to the model checker, it is nothing.
+pub use std::sync::atomic::compiler_fence;
+
 /// A full fence, right behind a read-modify-write. On x86-64 that operation is a full barrier already, as every locked instruction
 /// is (Intel SDM volume 3, "Memory Ordering"), so only the compiler has to keep the order.
 #[inline]
 pub fn fence_after_rmw() {
     if cfg!(all(target_arch = "x86_64", not(dirtymap_loom), not(miri))) {
-        std::sync::atomic::compiler_fence(Ordering::SeqCst);
+        compiler_fence(Ordering::SeqCst);
     } else {
         fence(Ordering::SeqCst);
     }
@@ -80,7 +83,7 @@ pub fn fence_after_look() {
         not(dirtymap_loom),
         not(miri)
     )) {
-        std::sync::atomic::compiler_fence(Ordering::SeqCst);
+        compiler_fence(Ordering::SeqCst);
     } else {
         fence(Ordering::SeqCst);
     }
@@ -171,6 +174,8 @@ pub enum Step {
     SummaryFence,
     /// Looking at the summary when a mark is found set.
     SummaryOnSkip,
+    /// The fence that `membarrier` runs in a thread that marks.
+    Membarrier,
 }
 
 #[cfg(dirtymap_loom)]

@@ -13,6 +13,7 @@ use crate::error::Error;
 /// A device-visible address in bytes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 #[repr(transparent)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Iova(u64);
 
 impl Iova {
@@ -87,6 +88,7 @@ impl From<u64> for Iova {
 
 /// A non-empty range of addresses, both ends included.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct IovaRange {
     start: Iova,
     last: Iova,
@@ -307,6 +309,14 @@ impl Granule {
     #[inline]
     pub const fn mask(self) -> u64 {
         self.bytes() - 1
+    }
+}
+
+/// As its bytes.
+#[cfg(feature = "serde")]
+impl serde::Serialize for Granule {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u64(self.bytes())
     }
 }
 

@@ -68,7 +68,7 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
     }
 
     /// The number of areas.
-    #[cfg(test)]
+    #[cfg(all(test, not(dirtymap_loom)))]
     pub(crate) fn len(&self) -> usize {
         self.areas().len()
     }

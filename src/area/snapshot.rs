@@ -265,7 +265,7 @@ impl<'t, T, const F: usize, R> Snapshot<'t, T, F, R> {
     }
 
     /// The lowest area that shares an address with `range`.
-    #[cfg(test)]
+    #[cfg(all(test, not(dirtymap_loom)))]
     pub(crate) fn first_intersecting(&self, range: IovaRange) -> Option<Entry<'_, T>> {
         self.areas().first_intersecting(range)
     }
@@ -292,7 +292,7 @@ impl<'t, T, const F: usize, R> Snapshot<'t, T, F, R> {
     }
 
     /// The number of levels, and of nodes on all of them.
-    #[cfg(test)]
+    #[cfg(all(test, not(dirtymap_loom)))]
     pub(crate) fn shape(&self) -> (usize, usize) {
         self.areas().shape()
     }

@@ -129,7 +129,7 @@ where
     ///
     /// # Panics
     /// If one does not hold.
-    #[cfg(test)]
+    #[cfg(all(test, not(dirtymap_loom)))]
     pub(crate) fn internal_validate(&self) {
         self.snapshot().internal_validate();
     }

@@ -13,11 +13,13 @@ impl<'a, T, const F: usize> Areas<'a, T, F> {
     }
 
     /// The number of levels, and of nodes on all of them.
+    #[cfg(not(dirtymap_loom))]
     pub(super) fn shape(self) -> (usize, usize) {
         let levels = self.root().map_or(0, |root| usize::from(root.level()) + 1);
         (levels, self.root().map_or(0, |root| self.nodes(root)))
     }
 
+    #[cfg(not(dirtymap_loom))]
     fn nodes(self, node: &'a Node<T, F>) -> usize {
         let below = |at| self.nodes(self.child(node, at));
         let slots = if node.is_leaf() { 0 } else { node.len() };

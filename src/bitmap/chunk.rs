@@ -9,6 +9,7 @@
 //!  M1  set the bit, or find it set               H1  clear the line's bit in the summary
 //!  F3  fence(SeqCst)                             F5  fence(SeqCst)
 //!  M2  set the summary's bit if it is clear      H2  take the words of the line
+//!  M3  fence(SeqCst)
 //! ```
 //!
 //! Either F3 or F5 comes first in the one order of all SeqCst fences:
@@ -18,6 +19,8 @@
 //! So once a mark has returned, its bit is in the hands of a harvester, or the summary leads to it. Who finds the bit set goes
 //! on to M2 too: the one who set it may not have come so far.
 //!
+//! * M3 is for what a marker looks at next: whoever unmaps an area, and takes its bits behind a fence of its own, either finds
+//!   summary and bit, or the marker finds that the area has gone. On common processors it costs nothing, as F3.
 //! * A harvester clears the summary of lines that it is asked for as a whole; of others it would hide what it does not take.
 //! * What it did not take, because recording failed or panicked, it puts back into the summary.
 //! * It looks for a chunk before it clears its summary: a summary that is set may become visible before the chunk does.
@@ -38,6 +41,8 @@ pub(super) const BLOCK_LG2: u32 = if cfg!(dirtymap_loom) { 0 } else { 3 };
 /// Bits of a line.
 pub(super) const LINE_BITS: u64 = 64 << LINE_LG2;
 const LINE_WORDS: usize = 1 << LINE_LG2;
+/// Bits of a chunk.
+const CHUNK_BITS: u64 = 64 << WORDS_LG2;
 
 /// One page of bitmap.
 #[repr(align(64))]
@@ -96,16 +101,15 @@ pub(super) struct Slot<'a> {
 }
 
 impl Slot<'_> {
-    /// Sets the bits of `mask` in word `index` of `chunk`, which is that of this place: see [`ChunkMap::set`](super::ChunkMap::set).
+    /// Sets the bits of `mask` in `word`, which holds bit `first` of the bitmap: see [`ChunkMap::set`](super::ChunkMap::set).
     #[inline(always)]
     pub(super) fn set_word(
         self,
-        chunk: &Chunk,
-        index: usize,
+        word: &AtomicU64,
+        first: u64,
         mask: u64,
         fence: impl FnOnce(),
     ) -> bool {
-        let word = &chunk.0[index];
         fence();
         // Acquire: pairs with the Release below; whoever set the bit is on the way to the summary. The caller's fence orders the
         // look after its data write: see `source::marks`.
@@ -122,7 +126,7 @@ impl Slot<'_> {
             fence_after_look();
         }
         if anew || performs(Step::SummaryOnSkip) {
-            self.summarize(1 << (index >> LINE_LG2));
+            self.summarize(1 << ((first / LINE_BITS) % (CHUNK_BITS / LINE_BITS)));
         }
         anew
     }
@@ -150,12 +154,22 @@ impl Slot<'_> {
         anew
     }
 
-    /// M2.
-    #[inline]
+    /// M2, and M3.
+    #[inline(always)]
     fn summarize(self, lines: u64) {
-        // Relaxed, both: the fence F3 orders them after the bits.
-        if self.summary.load(Ordering::Relaxed) & lines != lines {
-            self.summary.fetch_or(lines, Ordering::Relaxed);
+        // Acquire: as the look that `fence_after_look` follows. The fence F3 orders it after the bits.
+        if self.summary.load(Ordering::Acquire) & lines == lines {
+            if performs(Step::GoneFence) {
+                // SeqCst: M3, of one who found the summary set.
+                fence_after_look();
+            }
+            return;
+        }
+        // Relaxed: as above, F3 orders it.
+        self.summary.fetch_or(lines, Ordering::Relaxed);
+        if performs(Step::GoneFence) {
+            // SeqCst: M3.
+            fence_after_rmw();
         }
     }
 

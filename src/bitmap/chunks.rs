@@ -51,9 +51,9 @@ pub(crate) struct ChunkMap {
 /// The one group of a bitmap, for as long as whoever holds this keeps the bitmap.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct OneGroup {
-    blocks: NonNull<[Block]>,
-    /// The first chunk of the slab.
-    slab: Option<NonNull<Chunk>>,
+    blocks: NonNull<Block>,
+    /// The first word of the slab.
+    slab: NonNull<AtomicU64>,
 }
 
 impl ChunkMap {
@@ -119,20 +119,18 @@ impl ChunkMap {
         anew
     }
 
-    /// The one group that the bitmap has, unless it is too large for that.
+    /// The one group that the bitmap has, unless it is too large for that, or not in slabs.
     pub(crate) fn one_group(&self) -> Option<OneGroup> {
-        (self.levels == 0).then(|| {
-            let blocks = self.group_or_new(0);
-            // Relaxed: the pointers of a slab are there from before the group was installed.
-            let slab = slot_in(blocks, 0).chunk.load(Ordering::Relaxed).cast();
-            OneGroup {
-                blocks: NonNull::from(blocks),
-                slab: NonNull::new(slab).filter(|_| self.slab != 0),
-            }
+        let group = (self.levels == 0 && self.slab != 0).then(|| self.group_or_new(0))?;
+        // Relaxed: the pointers of a slab are there from before the group was installed.
+        let slab = slot_in(group, 0).chunk.load(Ordering::Relaxed).cast();
+        Some(OneGroup {
+            blocks: NonNull::from(group).cast(),
+            slab: NonNull::new(slab)?,
         })
     }
 
-    /// As [`set`](Self::set), of bits in one word of `group`; whether it did: not if there are more words, or no slab.
+    /// As [`set`](Self::set), of bits in one word of `group`, which has a slab.
     ///
     /// # Safety
     /// `group` is that of this bitmap, and `first <= last <= ` the highest bit.
@@ -143,23 +141,21 @@ impl ChunkMap {
         first: u64,
         last: u64,
         fence: impl FnOnce(),
-    ) -> bool {
-        debug_assert!(first <= last && last <= self.last);
-        let Some(slab) = group.slab.filter(|_| first / 64 == last / 64) else {
-            return false;
-        };
-        let index = first >> BITS_LG2;
+    ) {
+        debug_assert!(first <= last && last <= self.last && first / 64 == last / 64);
         // SAFETY: by the caller it came from `one_group` of this bitmap, which lives for as long as `self` is borrowed, and has a
         // block for each bit of it.
-        let blocks = unsafe { group.blocks.as_ref() };
+        let block = unsafe { group.blocks.add((first >> (BITS_LG2 + BLOCK_LG2)) as usize) };
         // SAFETY: as above.
-        let block = unsafe { blocks.get_unchecked((index >> BLOCK_LG2) as usize) };
-        // SAFETY: the slab has a chunk for each bit of the bitmap, and lives as long as its group.
-        let chunk = unsafe { slab.add(index as usize) };
+        let block = unsafe { block.as_ref() };
+        // SAFETY: the slab has a word for each bit of the bitmap, and lives as long as its group.
+        let word = unsafe { group.slab.add((first >> 6) as usize) };
         // SAFETY: as above.
-        let chunk = unsafe { chunk.as_ref() };
-        set_word(block.slot(index), chunk, first, last, fence);
-        true
+        let word = unsafe { word.as_ref() };
+        let mask = word_mask((first % 64) as u32, (last % 64) as u32);
+        block
+            .slot(first >> BITS_LG2)
+            .set_word(word, first, mask, fence);
     }
 
     /// Takes the bits of `first..=last`: calls `visit` for each word that has some, with the word's first bit and those bits, in
@@ -362,7 +358,7 @@ impl std::fmt::Debug for ChunkMap {
 fn set_word(slot: Slot<'_>, chunk: &Chunk, first: u64, last: u64, fence: impl FnOnce()) -> bool {
     let index = (first >> 6 & (CHUNK_WORDS - 1)) as usize;
     let mask = word_mask((first % 64) as u32, (last % 64) as u32);
-    slot.set_word(chunk, index, mask, fence)
+    slot.set_word(&chunk.0[index], first, mask, fence)
 }
 
 /// The place of chunk `index` of a group.

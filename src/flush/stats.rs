@@ -2,6 +2,7 @@
 
 /// What one invalidation did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Invalidated {
     /// Invalidation commands that were sent.
     pub commands: u64,
@@ -32,6 +33,7 @@ impl Invalidated {
 /// * `frees_owed = frees_released + frees_pending`;
 /// * `full <= flushes` and `forced <= flushes`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct FlushStats {
     /// Gathers handed over, empty ones included.
     pub owed: u64,

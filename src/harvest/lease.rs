@@ -37,6 +37,7 @@ pub struct Lease<'a, State> {
 
 /// What a harvest found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct HarvestReport {
     /// Areas that were walked.
     pub areas: u64,
@@ -50,6 +51,7 @@ pub struct HarvestReport {
 
 /// What an abort put back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Aborted {
     /// Bytes that are dirty again.
     pub bytes: u64,
@@ -276,11 +278,8 @@ impl<'a> Holding<'a> {
                 .wait(ticket, |gather| self.space.invalidate(gather))?;
             self.debt = Debt::Paid;
         }
-        if performs(Step::SyncFence) {
-            // SeqCst: F2 of the marks' protocol; pairs with F1 in `Marks::mark_inside`. Also orders the flush before the
-            // copies.
-            fence(Ordering::SeqCst);
-        }
+        // F2 of the marks' protocol; also orders the flush before the copies.
+        self.space.ordering.before_copies();
         Ok(())
     }
 

@@ -16,12 +16,14 @@
 //! - if F1 does, H2 reads after F2 and sees the store of W1: the copy has the data;
 //! - if F2 does, W2 reads after F1 and sees the clear of H1: the mark is set anew, for the next harvest.
 //!
+//! Instead of F1, the one who copies can run a fence in all other threads: see [`ordering`](super::ordering).
+//!
 //! A CPU that believes "already dirty" is thus an IOTLB entry, and the fence in `sync` is its flush.
 
 use crate::bitmap::{ChunkMap, OneGroup, Sink, word_runs};
 use crate::error::Error;
-use crate::source::Stopped;
-use crate::sync::{Arc, Ordering, Step, fence, performs};
+use crate::source::{MarkOrdering, Stopped};
+use crate::sync::{Arc, Step, performs};
 use crate::units::{Granule, Iova, IovaRange};
 
 /// Dirty bits in memory of our own, one for each smallest page: the marks of an area, and what is kept for a domain.
@@ -29,22 +31,31 @@ use crate::units::{Granule, Iova, IovaRange};
 pub(crate) struct Marks {
     range: IovaRange,
     page: Granule,
+    ordering: MarkOrdering,
     bits: ChunkMap,
 }
 
 impl Marks {
     /// Clean marks for `range`, which is made of whole pages of size `page`. Allocates nothing.
-    pub(crate) fn new(range: IovaRange, page: Granule) -> Self {
+    pub(crate) fn new(range: IovaRange, page: Granule, ordering: MarkOrdering) -> Self {
         let (_, last) = pages(range.start(), page, range);
-        let bits = ChunkMap::in_slabs(last);
-        Marks { range, page, bits }
+        Marks {
+            range,
+            page,
+            ordering,
+            bits: ChunkMap::in_slabs(last),
+        }
     }
 
     /// As [`new`](Self::new), for a range of which little is ever marked.
     pub(crate) fn few(range: IovaRange, page: Granule) -> Self {
         let (_, last) = pages(range.start(), page, range);
-        let bits = ChunkMap::new(last);
-        Marks { range, page, bits }
+        Marks {
+            range,
+            page,
+            ordering: MarkOrdering::Fences,
+            bits: ChunkMap::new(last),
+        }
     }
 
     /// Marks the pages that `range` touches, as far as they belong to the area. The data was written before.
@@ -60,7 +71,7 @@ impl Marks {
         debug_assert!(self.range.covers(range));
         let (first, last) = pages(self.range.start(), self.page, range);
         // A new mark is followed by F3 of the protocols in `space::unmap` and `space::attachment`, in `Slot::set_word`.
-        self.bits.set(first, last, before_look);
+        self.bits.set(first, last, || self.ordering.before_look());
     }
 
     /// Moves the marks of `range` into `sink`.
@@ -167,36 +178,49 @@ impl Marks {
     }
 }
 
-/// Marks with what leads to them at hand, so that a mark takes few dependent loads.
+/// Marks of an area with what leads to them at hand.
 #[derive(Clone, Debug)]
 pub(crate) struct NearMarks {
+    group: OneGroup,
+    /// The part of the marks that belongs to the area.
+    range: IovaRange,
     base: Iova,
     page: Granule,
-    /// None if there are too many pages for one group.
-    group: Option<OneGroup>,
+    ordering: MarkOrdering,
     marks: Arc<Marks>,
 }
 
 impl NearMarks {
-    /// Allocates the group: 16 bytes for each 32768 pages of the area.
-    pub(crate) fn new(marks: &Arc<Marks>) -> Self {
-        NearMarks {
+    /// None if there are too many pages for one group. Allocates the group: see [`ChunkMap`].
+    pub(crate) fn new(marks: &Arc<Marks>, range: IovaRange) -> Option<Self> {
+        Some(NearMarks {
+            group: marks.bits.one_group()?,
+            range: range.intersection(marks.range)?,
             base: marks.range.start(),
             page: marks.page,
-            group: marks.bits.one_group(),
+            ordering: marks.ordering,
             marks: Arc::clone(marks),
-        }
+        })
     }
 
-    /// As [`Marks::mark_inside`], if the pages are near: in one word.
+    /// As [`Marks::mark_inside`], if the pages are near: in the area as a whole, and in one word. Whether they are.
     #[inline(always)]
-    pub(crate) fn mark_near(&self, range: IovaRange) -> bool {
-        let Some(group) = self.group else {
+    pub(crate) fn mark(&self, range: IovaRange) -> bool {
+        if !self.range.covers(range) {
             return false;
-        };
+        }
         let (first, last) = pages(self.base, self.page, range);
-        // SAFETY: the group is that of these marks' bits, see `new`; the caller asks for pages of the area.
-        unsafe { self.marks.bits.set_near(group, first, last, before_look) }
+        if first / 64 != last / 64 {
+            return false;
+        }
+        let before_look = || self.ordering.before_look();
+        // SAFETY: the group is that of these marks' bits, see `new`, which have one for each page of the range.
+        unsafe {
+            self.marks
+                .bits
+                .set_near(self.group, first, last, before_look)
+        };
+        true
     }
 }
 
@@ -205,13 +229,4 @@ impl NearMarks {
 fn pages(base: Iova, page: Granule, range: IovaRange) -> (u64, u64) {
     let number = |iova: Iova| (iova.get() - base.get()) >> page.lg2();
     (number(range.start()), number(range.last()))
-}
-
-/// What comes between a data write and the look at its mark.
-#[inline(always)]
-fn before_look() {
-    if performs(Step::MarkFence) {
-        // SeqCst: F1 of the module's protocol; pairs with F2 in `Lease::sync`.
-        fence(Ordering::SeqCst);
-    }
 }

@@ -6,6 +6,7 @@
 mod in_flight;
 mod leaf_sink;
 mod marks;
+mod ordering;
 
 #[cfg(all(test, dirtymap_loom))]
 #[allow(clippy::unwrap_used)] // helpers of tests
@@ -15,6 +16,7 @@ pub(crate) use in_flight::{InFlight, Slot};
 pub use leaf_sink::LeafSink;
 pub(crate) use leaf_sink::Rests;
 pub(crate) use marks::{Marks, NearMarks};
+pub use ordering::MarkOrdering;
 
 use crate::bitmap::Sink;
 use crate::error::Error;

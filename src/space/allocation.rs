@@ -70,7 +70,7 @@ impl AddressSpace {
                 backing,
                 access,
             };
-            let area = Arc::new(Area::new(mapping, self.page));
+            let area = Arc::new(Area::new(mapping, self.page, self.ordering));
             edit.insert(range, &area).map(|()| (area, domains))
         })?;
         let range = area.mapping.range;

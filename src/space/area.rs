@@ -18,7 +18,7 @@
 
 use super::attachment::Attachment;
 use crate::error::Error;
-use crate::source::{Mapping, Marks};
+use crate::source::{Mapping, MarkOrdering, Marks};
 use crate::sync::{Arc, AtomicU8, Mutex, MutexGuard, OnceLock, Ordering, lock};
 use crate::units::{Granule, IovaRange};
 
@@ -45,10 +45,10 @@ pub(crate) struct Area {
 
 impl Area {
     /// An area whose sources are not filled yet.
-    pub(crate) fn new(mapping: Mapping, page: Granule) -> Self {
+    pub(crate) fn new(mapping: Mapping, page: Granule, ordering: MarkOrdering) -> Self {
         Area {
             mapping,
-            marks: Arc::new(Marks::new(mapping.range, page)),
+            marks: Arc::new(Marks::new(mapping.range, page, ordering)),
             state: AtomicU8::new(MAPPING),
             pairs: Mutex::new(Some(Vec::new())),
             pieces: OnceLock::new(),

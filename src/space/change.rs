@@ -78,7 +78,7 @@ impl AddressSpace {
         {
             let snapshot = self.areas.snapshot();
             for (index, change) in changes.iter().enumerate() {
-                plan.add(index, change, &snapshot, self.page())
+                plan.add(index, change, &snapshot, (self.page(), self.ordering))
                     .map_err(|error| in_change(index, error))?;
             }
         }
@@ -144,7 +144,12 @@ impl AddressSpace {
             }
         }
         self.publish(plan, &mut claimed, &mut promised)?;
-        Ok(self.collect(plan, record))
+        let unmapped = self.collect(plan, record);
+        if unmapped.areas != 0 {
+            // F2 of the marks' protocol: who marked without a write to the mark is seen by the copies.
+            self.ordering.before_copies();
+        }
+        Ok(unmapped)
     }
 
     /// Takes the addresses of new areas.

@@ -35,8 +35,13 @@ pub use unmap::Unmapped;
 use crate::area::AreaTree;
 use crate::error::Error;
 use crate::flush::FlushQueue;
+<<<<<<< HEAD
 use crate::source::{DirtySource, InFlight, Mapping, NearMarks};
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, fence};
+=======
+use crate::source::{DirtySource, InFlight, Mapping, MarkOrdering, NearMarks};
+use crate::sync::{Arc, AtomicU64, Mutex, Ordering};
+>>>>>>> marks
 use crate::units::{Access, DomainId, Granule, Iova, IovaRange};
 use faults::Log;
 use rules::Rules;
@@ -55,6 +60,7 @@ pub(crate) type Areas<'a> = SpaceSnapshot<'a>;
 /// possibly after the space.
 pub struct AddressSpace {
     page: Granule,
+    pub(crate) ordering: MarkOrdering,
     pub(crate) areas: AreaTree<Area, 16, Rules>,
     pub(crate) flush: FlushQueue,
     pub(crate) in_flight: InFlight,
@@ -71,6 +77,7 @@ impl AddressSpace {
     pub fn new(page: Granule) -> Self {
         AddressSpace {
             page,
+            ordering: MarkOrdering::Fences,
             areas: AreaTree::new(),
             flush: FlushQueue::new(),
             in_flight: InFlight::new(),
@@ -91,6 +98,26 @@ impl AddressSpace {
         Ok(self)
     }
 
+    /// Lets marks of areas that are mapped from now on do without a fence, which is most of the cost of a mark of a page that is
+    /// marked already: where the system has `membarrier(2)` with expedited private barriers,
+    /// [`sync`](crate::Lease::sync), [`unmap`](Self::unmap) and [`set_tracking`](Self::set_tracking) run a full fence in all
+    /// threads of this process instead. That takes some 10 microseconds, and interrupts each processor that runs one of them:
+    /// worth it from some ten thousand marks a harvest on. [`mark_ordering`](Self::mark_ordering) says what is in use. Needs the
+    /// feature `membarrier`.
+    ///
+    /// Copies by another process, of memory that is shared with it, need fences.
+    #[cfg(feature = "membarrier")]
+    #[must_use]
+    pub fn with_asymmetric_marks(mut self) -> Self {
+        self.ordering = MarkOrdering::asymmetric();
+        self
+    }
+
+    /// What orders marks against copies in this space.
+    pub fn mark_ordering(&self) -> MarkOrdering {
+        self.ordering
+    }
+
     /// The smallest page, as the space was made. Marks have this granularity.
     pub fn page(&self) -> Granule {
         self.page
@@ -109,7 +136,7 @@ impl AddressSpace {
             backing,
             access,
         };
-        let area = Arc::new(Area::new(mapping, self.page));
+        let area = Arc::new(Area::new(mapping, self.page, self.ordering));
         let domains = self.areas.update(|edit| {
             let rules = edit.rules();
             check_mapping(&mapping, rules.alignment(self.page))?;
@@ -214,8 +241,7 @@ impl AddressSpace {
         let entry = snapshot.lookup(iova)?;
         let area = entry.to_arc();
         Some(AreaHandle {
-            range: area.mapping.range,
-            near: NearMarks::new(&area.marks),
+            near: NearMarks::new(&area.marks, area.mapping.range),
             area,
             counters: self.counters.clone(),
             faults: self.faults.clone(),
@@ -319,8 +345,7 @@ impl Outside {
 /// errors. After a cut it marks the pieces, at some cost.
 #[derive(Clone, Debug)]
 pub struct AreaHandle {
-    range: IovaRange,
-    near: NearMarks,
+    near: Option<NearMarks>,
     area: Arc<Area>,
     counters: Arc<Counters>,
     faults: Arc<Log>,
@@ -341,8 +366,8 @@ impl AreaHandle {
     /// the pieces that are left of an area that was cut. The call is counted in [`SpaceStats::outside_marks`].
     #[inline]
     pub fn mark(&self, range: IovaRange) -> Result<(), Error> {
-        let marked = self.range.covers(range) && self.near.mark_near(range);
-        if marked && self.area.is_mapped() {
+        let near = self.near.as_ref();
+        if near.is_some_and(|near| near.mark(range)) && self.area.is_mapped() {
             return Ok(());
         }
         self.mark_far(range)

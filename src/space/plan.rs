@@ -8,7 +8,7 @@ use super::check_mapping;
 use super::rules::Rules;
 use crate::area::{Entry, Snapshot};
 use crate::error::Error;
-use crate::source::Mapping;
+use crate::source::{Mapping, MarkOrdering};
 use crate::sync::Arc;
 use crate::units::{Granule, Iova, IovaRange};
 
@@ -49,7 +49,7 @@ impl Plan {
         index: usize,
         change: &Change,
         snapshot: &Areas<'_>,
-        page: Granule,
+        (page, ordering): (Granule, MarkOrdering),
     ) -> Result<(), Error> {
         match *change {
             Change::Map {
@@ -65,7 +65,8 @@ impl Plan {
                 let existing = snapshot.iter(range).next().map(|entry| entry.range);
                 let existing = existing.or_else(|| self.new_in(range));
                 check_new(&mapping, snapshot.rules(), existing, page)?;
-                self.new.push((index, Arc::new(Area::new(mapping, page))));
+                self.new
+                    .push((index, Arc::new(Area::new(mapping, page, ordering))));
                 Ok(())
             }
             Change::Unmap { range } => self.unmap(range, snapshot),

@@ -7,6 +7,7 @@ use crate::sync::{AtomicU64, Ordering};
 ///
 /// While no call is under way, `leased_bytes = committed_bytes + aborted_bytes +` what the live leases hold.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct SpaceStats {
     /// Harvests that were begun.
     pub harvests: u64,

@@ -13,7 +13,7 @@
 use super::AddressSpace;
 use super::attachment::{Attachment, Covered};
 use crate::error::Error;
-use crate::sync::{AtomicU8, Ordering, fence, lock};
+use crate::sync::{AtomicU8, Ordering, lock};
 use crate::units::{DomainId, IovaRange};
 
 const NEVER: u8 = 0;
@@ -133,8 +133,8 @@ impl AddressSpace {
                 self.discard(marks.clear(range));
             }
         }
-        // SeqCst: F2 of the marks' protocol (`source::marks`), for the first full copy that follows.
-        fence(Ordering::SeqCst);
+        // F2 of the marks' protocol (`source::marks`), for the first full copy that follows.
+        self.ordering.before_copies();
         self.tracking.set(true);
         Ok(())
     }

@@ -57,6 +57,7 @@ use crate::units::{Granule, IovaRange};
 
 /// What an unmap did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Unmapped {
     /// Areas that were removed.
     pub areas: u64,
