@@ -133,6 +133,10 @@ pub enum Step {
     DirtyWhole,
     /// Making it dirty again when no device caches a pointer to the table any more.
     DirtyBehindFlush,
+    /// Looking at a subtree only after the flush that follows the clear of its accessed bit.
+    LookAfterFlush,
+    /// Saying above a change by hand that nothing is known of the subtree any more.
+    HeatAbove,
 }
 
 #[cfg(dirtymap_loom)]
