@@ -471,6 +471,41 @@ fn a_cached_table_against_skipping(breakage: Breakage) -> bool {
     copied(&domain, &mut copy)
 }
 
+/// A harvester looks, and a device that cached a pointer to a table while nothing was tracked writes by it, while tracking
+/// is being enabled. Returns whether what is dirty in the end is reported.
+fn a_cached_table_against_enabling() -> bool {
+    let (domain, mut device) = quiet_pages(Breakage::None);
+    let mut copy = [0; 2];
+    // What the device wrote, and then: A is cleared and the flush is over, so that the next look counts.
+    for _ in 0..2 {
+        pass_over(&domain, both(), &mut copy);
+    }
+    domain.set_tracking(false).unwrap();
+    write_page(&mut device, 0, 1);
+    device.quiesce();
+    let looker = thread::spawn({
+        let domain = Arc::clone(&domain);
+        move || {
+            let words = [AtomicU64::new(0)];
+            let view = UserBitmap::shared(&words)
+                .view(both(), AmdV1::PAGE)
+                .unwrap();
+            let mut gather = FlushGather::new();
+            domain
+                .read_and_clear(both(), &mut LeafSink::new(&mut view.sink(), &mut gather))
+                .unwrap();
+            write_page(&mut device, 1, 2);
+            idle();
+        }
+    });
+    domain.set_tracking(true).unwrap();
+    looker.join().unwrap();
+    let dirty = domain.translate(Iova::new(PAGE)).unwrap().dirty;
+    copy[1] = 9;
+    pass_over(&domain, both(), &mut copy);
+    !dirty || copy[1] == 2
+}
+
 /// A page is made dirty by hand while a harvester looks, and what it finds makes it skip or not. Returns whether the page
 /// is reported, now or next time.
 fn a_change_by_hand_against_a_look() -> bool {
@@ -688,6 +723,8 @@ fn what_is_skipped_is_clean_unless_a_step_is_left_out() {
     assert_eq!(explore!(None, sound), 0);
     assert!(explore!(None, leaves_only) > 0);
     assert!(explore!(Some(Step::LookAfterFlush), sound) > 0);
+    assert_eq!(explore!(None, a_cached_table_against_enabling), 0);
+    assert!(explore!(Some(Step::HeatAbove), a_cached_table_against_enabling) > 0);
     assert_eq!(explore!(None, a_change_by_hand_against_a_look), 0);
     assert!(explore!(Some(Step::HeatAbove), a_change_by_hand_against_a_look) > 0);
 }

@@ -37,7 +37,8 @@ pub struct DomainConfig {
     /// Enabling tracking splits leaves that are larger than this, so that tracking is finer than the mapping.
     pub split_on_enable: Option<Granule>,
     /// Harvests skip tables that no device walked through since they were found clean, where the format has A above its
-    /// leaves ([`Format::TABLE_ACCESSED`]). They owe flushes of pointers to tables for that.
+    /// leaves ([`Format::TABLE_ACCESSED`]). They owe flushes of pointers to tables for that, one
+    /// each time that tables come to rest; reads keep tables from resting as writes do.
     pub skip_quiet: bool,
 }
 
@@ -319,7 +320,8 @@ impl<F: Format> DirtySource for Domain<F> {
         // flush: they look at the switch after they answered, or after they woke behind F2.
         self.hardware.tracking.store(on, Ordering::Release);
         if on {
-            // Devices that went by cached pointers to tables set no A there, and go on to do so until the flush.
+            // Walks that were not tracked set no A, and devices cache what they led to until the flush: what is written while
+            // tracking is being enabled is not to be skipped.
             self.hardware.table.heat_all();
             self.invalidate_all();
         }

@@ -85,8 +85,8 @@ pub(super) trait Visitor<F: Format> {
     fn leaf(&mut self, leaf: &DirtyLeaf<'_>) -> Result<(), dirtymap::Error>;
     /// An entry that leads to a table; `None` if the scan need not look there.
     fn enter(&mut self, upper: &Upper<'_>) -> Option<Self::Look>;
-    /// The scan comes back from there, `complete` if it saw all that it should.
-    fn leave(&mut self, upper: &Upper<'_>, look: Self::Look, complete: bool);
+    /// The scan comes back from there; an error of [`leaf`](Self::leaf) may have ended it early.
+    fn leave(&mut self, upper: &Upper<'_>, look: Self::Look);
 }
 
 /// A scan that says nothing of what is above leaves.
@@ -111,7 +111,7 @@ where
         (!self.skips || !is_quiet::<F>(upper.entry)).then_some(())
     }
 
-    fn leave(&mut self, _upper: &Upper<'_>, _look: (), _complete: bool) {}
+    fn leave(&mut self, _upper: &Upper<'_>, _look: ()) {}
 }
 
 impl<F: Format> Table<F> {
@@ -335,7 +335,7 @@ where
             if let Some(look) = visit.enter(&upper) {
                 let child = child::<F>(entry, guard);
                 let done = scan_table::<F, V>(child, level - 1, part, visit, guard);
-                visit.leave(&upper, look, done.is_ok());
+                visit.leave(&upper, look);
                 done?;
             }
         }

@@ -106,7 +106,7 @@ pub(super) struct Upper<'g> {
 struct Tally {
     /// A dirty leaf.
     dirty: bool,
-    /// One that it did not make clean.
+    /// One that it did not make clean; the scan ends there if that is for an error.
     left: bool,
 }
 
@@ -178,15 +178,15 @@ impl<F: Format> Visitor<F> for Harvest<'_, '_, '_> {
         })
     }
 
-    fn leave(&mut self, upper: &Upper<'_>, look: Look, complete: bool) {
+    fn leave(&mut self, upper: &Upper<'_>, look: Look) {
         let found = self.tally;
         self.tally = Tally {
             dirty: look.before.dirty | found.dirty,
             left: look.before.left | found.left,
         };
         if look.counts {
-            judge::<F>(upper, complete && !found.left);
-        } else if self.skips && upper.whole && complete && !found.dirty && clear::<F>(upper) {
+            judge::<F>(upper, !found.left);
+        } else if self.skips && upper.whole && !found.dirty && clear::<F>(upper) {
             self.out.owe_table(upper.span);
         }
     }
