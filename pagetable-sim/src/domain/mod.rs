@@ -37,8 +37,8 @@ pub struct DomainConfig {
     /// Enabling tracking splits leaves that are larger than this, so that tracking is finer than the mapping.
     pub split_on_enable: Option<Granule>,
     /// Harvests skip tables that no device walked through since they were found clean, where the format has A above its
-    /// leaves ([`Format::TABLE_ACCESSED`]). They owe flushes of pointers to tables for that, one
-    /// each time that tables come to rest; reads keep tables from resting as writes do.
+    /// leaves ([`Format::TABLE_ACCESSED`]). For that they owe a flush of pointers to tables each time that tables come to
+    /// rest. Reads keep tables from resting as writes do, so where devices read all the time, each harvest flushes.
     pub skip_quiet: bool,
 }
 

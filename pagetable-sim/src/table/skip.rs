@@ -228,6 +228,7 @@ fn clear<F: Format>(upper: &Upper<'_>) -> bool {
         // Whoever cleared A may have had no way to flush, or not got to the end.
         Known::Cleared | Known::Flushing if !accessed::<F>(upper.entry) => return true,
         Known::Flushed | Known::Quiet if !accessed::<F>(upper.entry) => return false,
+        // Hot with A clear, too: as if a walk that wrote nothing had set A.
         _ => (),
     }
     let cleared = Iopte(Known::Cleared.put::<F>(upper.entry).0 & !F::TABLE_ACCESSED);
