@@ -176,6 +176,10 @@ pub enum Step {
     SummaryOnSkip,
     /// The fence that `membarrier` runs in a thread that marks.
     Membarrier,
+    /// Looking at a subtree only after the flush that follows the clear of its accessed bit.
+    LookAfterFlush,
+    /// Saying above a change by hand that nothing is known of the subtree any more.
+    HeatAbove,
 }
 
 #[cfg(dirtymap_loom)]

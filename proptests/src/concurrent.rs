@@ -115,15 +115,9 @@ impl Storm {
 }
 
 /// With `cuts`, areas are cut at any page meanwhile, which splits leaves.
-fn storm(max_leaf: Granule, device: DeviceConfig, cuts: bool, seed: u64) {
+fn storm(config: DomainConfig, device: DeviceConfig, cuts: bool, seed: u64) {
     let memory = Arc::new(PhysMemory::new(4200 * PAGE).unwrap());
-    let domain = Domain::new(
-        Arc::clone(&memory),
-        DomainConfig {
-            max_leaf,
-            ..DomainConfig::default()
-        },
-    );
+    let domain = Domain::new(Arc::clone(&memory), config);
     let storm = Storm {
         space: AddressSpace::new(Granule::K4)
             .with_source(Arc::clone(&domain))
@@ -193,6 +187,13 @@ fn storm(max_leaf: Granule, device: DeviceConfig, cuts: bool, seed: u64) {
     );
 }
 
+fn leaves(max_leaf: Granule) -> DomainConfig {
+    DomainConfig {
+        max_leaf,
+        ..DomainConfig::default()
+    }
+}
+
 /// Another seed in every run; a failure names it.
 fn seed() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
@@ -201,7 +202,7 @@ fn seed() -> u64 {
 
 #[test]
 fn no_write_is_lost_in_a_storm_on_small_leaves() {
-    storm(Granule::K4, DeviceConfig::default(), false, seed());
+    storm(leaves(Granule::K4), DeviceConfig::default(), false, seed());
 }
 
 #[test]
@@ -212,7 +213,7 @@ fn no_write_is_lost_in_a_storm_on_large_leaves_with_tiny_iotlbs() {
         posted_writes: 200,
         ..DeviceConfig::DEFAULT
     };
-    storm(Granule::M2, device, false, seed());
+    storm(leaves(Granule::M2), device, false, seed());
 }
 
 #[test]
@@ -222,5 +223,19 @@ fn no_write_is_lost_in_a_storm_on_leaves_that_are_cut() {
         tlb_entries: 8,
         ..DeviceConfig::DEFAULT
     };
-    storm(Granule::M2, device, true, seed());
+    storm(leaves(Granule::M2), device, true, seed());
+}
+
+#[test]
+fn no_write_is_lost_in_a_storm_whose_harvests_skip_what_is_quiet() {
+    let config = DomainConfig {
+        skip_quiet: true,
+        ..leaves(Granule::K4)
+    };
+    let device = DeviceConfig {
+        walk_entries: 16,
+        tlb_entries: 8,
+        ..DeviceConfig::DEFAULT
+    };
+    storm(config, device, false, seed());
 }

@@ -113,6 +113,12 @@ impl<'s, 'b> LeafSink<'s, 'b> {
         Ok(())
     }
 
+    /// Owes that devices forget their pointers to the tables that translate `range`: for a source that skips what devices did
+    /// not walk through, and has to know that they walk.
+    pub fn owe_table(&mut self, range: IovaRange) {
+        self.gather.add_table(range);
+    }
+
     /// See "A leaf that sticks out" in the module.
     #[cold]
     fn take_part(

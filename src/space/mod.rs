@@ -35,13 +35,8 @@ pub use unmap::Unmapped;
 use crate::area::AreaTree;
 use crate::error::Error;
 use crate::flush::FlushQueue;
-<<<<<<< HEAD
-use crate::source::{DirtySource, InFlight, Mapping, NearMarks};
-use crate::sync::{Arc, AtomicU64, Mutex, Ordering, fence};
-=======
 use crate::source::{DirtySource, InFlight, Mapping, MarkOrdering, NearMarks};
-use crate::sync::{Arc, AtomicU64, Mutex, Ordering};
->>>>>>> marks
+use crate::sync::{Arc, AtomicU64, Mutex, Ordering, fence};
 use crate::units::{Access, DomainId, Granule, Iova, IovaRange};
 use faults::Log;
 use rules::Rules;

@@ -68,8 +68,16 @@ impl<F: Format> Domain<F> {
     /// Invalidates what `gather` names, at all devices.
     pub(super) fn invalidate_gather(&self, gather: &FlushGather) -> Invalidated {
         let stride = gather.leaves().map_or(F::PAGE, |leaves| leaves.smallest);
-        let tables = gather.tables();
-        self.invalidate_at(&self.ports(), gather.ranges(), stride, tables)
+        if !gather.tables() {
+            return self.invalidate_at(&self.ports(), gather.ranges(), stride, false);
+        }
+        // One at a time: what one of them says of tables when it ends is of its own flush.
+        let _tables = lock(&self.tables);
+        let table = &self.hardware.table;
+        table.flush_begins(gather.ranges());
+        let done = self.invalidate_at(&self.ports(), gather.ranges(), stride, true);
+        table.flush_ends(gather.ranges());
+        done
     }
 
     /// Has all devices forget their pointers to tables in `range`, where a table was replaced by a leaf, before they do

@@ -36,6 +36,10 @@ pub struct DomainConfig {
     pub max_leaf: Granule,
     /// Enabling tracking splits leaves that are larger than this, so that tracking is finer than the mapping.
     pub split_on_enable: Option<Granule>,
+    /// Harvests skip tables that no device walked through since they were found clean, where the format has A above its
+    /// leaves ([`Format::TABLE_ACCESSED`]). For that they owe a flush of pointers to tables each time that tables come to
+    /// rest. Reads keep tables from resting as writes do, so where devices read all the time, each harvest flushes.
+    pub skip_quiet: bool,
 }
 
 impl Default for DomainConfig {
@@ -44,6 +48,7 @@ impl Default for DomainConfig {
         DomainConfig {
             max_leaf: granule(63),
             split_on_enable: None,
+            skip_quiet: false,
         }
     }
 }
@@ -67,6 +72,8 @@ pub struct DomainStats {
     pub bytes_invalidated: u128,
     /// Ranges that were to be unmapped and were refused, because they cut through a leaf or cannot be mapped at all.
     pub refused_unmaps: u64,
+    /// Subtrees that harvests skipped: see [`DomainConfig::skip_quiet`].
+    pub skipped: u64,
 }
 
 /// What the devices of a domain are wired to.
@@ -96,6 +103,8 @@ pub struct Domain<F: Format = AmdV1> {
     /// Held by who switches tracking.
     switch: Mutex<()>,
     counts: Mutex<Counts>,
+    /// Held by who flushes pointers to tables.
+    tables: Mutex<()>,
     refused_unmaps: AtomicU64,
 }
 
@@ -117,7 +126,11 @@ impl<F: Format> Domain<F> {
         Arc::new(Domain {
             hardware: Arc::new(Hardware {
                 memory,
-                table: Table::new(),
+                table: if config.skip_quiet {
+                    Table::skipping()
+                } else {
+                    Table::new()
+                },
                 tracking: AtomicBool::new(false),
                 breakage: AtomicU8::new(Breakage::None as u8),
                 ports: Mutex::new(Vec::new()),
@@ -129,6 +142,7 @@ impl<F: Format> Domain<F> {
             config,
             switch: Mutex::new(()),
             counts: Mutex::new(Counts::default()),
+            tables: Mutex::new(()),
             refused_unmaps: AtomicU64::new(0),
         })
     }
@@ -248,6 +262,7 @@ impl<F: Format> Domain<F> {
             bytes_asked: counts.bytes_asked,
             bytes_invalidated: counts.bytes_invalidated,
             refused_unmaps: self.refused_unmaps.load(Ordering::Relaxed),
+            skipped: self.hardware.table.skipped(),
         }
     }
 }
@@ -305,6 +320,9 @@ impl<F: Format> DirtySource for Domain<F> {
         // flush: they look at the switch after they answered, or after they woke behind F2.
         self.hardware.tracking.store(on, Ordering::Release);
         if on {
+            // Walks that were not tracked set no A, and devices cache what they led to until the flush: what is written while
+            // tracking is being enabled is not to be skipped.
+            self.hardware.table.heat_all();
             self.invalidate_all();
         }
         Ok(())

@@ -5,6 +5,7 @@
 //! | bits | name | meaning |
 //! |---|---|---|
 //! | 0 | PR | present |
+//! | 4:1 | | ignored; above leaves 3:1 are software's |
 //! | 5 | A | accessed |
 //! | 6 | D | written; leaves only |
 //! | 11:9 | next level | level of the table it leads to, 0 for a leaf of the default size |
@@ -84,6 +85,7 @@ where
     const MAKE_CLEAN: MakeClean = MakeClean::Clear(D);
     const REACH: Reach = Reach::Aligned { max_lg2: 52 };
     const TABLE_ACCESSED: u64 = A;
+    const KNOWN: u64 = 0b111 << 1;
     const RESERVED: u64 = RESERVED;
 
     #[inline]

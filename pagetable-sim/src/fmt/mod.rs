@@ -124,6 +124,9 @@ pub trait Format: sealed::Sealed + Send + Sync + 'static {
     const REACH: Reach;
     /// The bits that a walk sets in an entry that leads to a table; 0 if hardware leaves such entries alone.
     const TABLE_ACCESSED: u64 = 0;
+    /// Three bits of an entry that leads to a table which hardware ignores there, and which are 0 in leaves: what software
+    /// knows of the tables below. 0 if the format has no [`TABLE_ACCESSED`](Self::TABLE_ACCESSED).
+    const KNOWN: u64 = 0;
     /// The bits that are 0 in every present entry: a walk that finds one of them set faults. 0 if there are none.
     const RESERVED: u64 = 0;
 
@@ -243,7 +246,7 @@ pub(crate) const fn granule(lg2: u32) -> Granule {
 
 /// An entry in memory, changed by hardware and software at once.
 ///
-/// All changes are compare-exchanges: the new value follows from the whole old one. Hardware changes only entries without
+/// Changes of leaves are compare-exchanges: the new value follows from the whole old one. Hardware changes only entries without
 /// D, so whoever clears D does not fight with it.
 #[derive(Debug)]
 #[repr(transparent)]
@@ -257,6 +260,11 @@ impl AtomicIopte {
     #[inline]
     pub(crate) fn load(&self, order: Ordering) -> Iopte {
         Iopte(self.0.load(order))
+    }
+
+    /// Clears `bits`, whatever the others are.
+    pub(crate) fn clear_bits(&self, bits: u64, order: Ordering) {
+        self.0.fetch_and(!bits, order);
     }
 
     /// Replaces `old` by `new`; otherwise returns what is there.

@@ -12,6 +12,7 @@
 //! | 9 | D | written; leaves only |
 //! | 11 | SNP | snoop; left 0 |
 //! | 51:12 | ADDR | frame of the page, or of the next table |
+//! | 61:52 | | ignored; above leaves 54:52 are software's |
 //!
 //! There is no present bit: an entry is present if R or W is set. Three, four or five levels translate 39, 48 or 57 bits;
 //! leaves of 4 KiB, 2 MiB and 1 GiB. The document counts levels from 1 at the bottom.
@@ -52,6 +53,7 @@ where
     const MAKE_CLEAN: MakeClean = MakeClean::Clear(D);
     const REACH: Reach = Reach::Aligned { max_lg2: 63 };
     const TABLE_ACCESSED: u64 = A;
+    const KNOWN: u64 = 0b111 << 52;
 
     #[inline]
     fn is_present(entry: Iopte) -> bool {

@@ -12,6 +12,7 @@
 //! | 6 | D | written; leaves only |
 //! | 7 | PS | a leaf, above the lowest level |
 //! | 51:12 | address | frame of the page, or of the next table |
+//! | 62:52 | | ignored above leaves; 54:52 are software's there |
 //! | 63 | XD | no instruction fetches; leaves only |
 //!
 //! Four levels translate 48 bits, five translate 57; leaves of 4 KiB, 2 MiB and 1 GiB. Addresses are canonical: the bits
@@ -57,6 +58,7 @@ where
     const MAKE_CLEAN: MakeClean = MakeClean::Clear(D);
     const REACH: Reach = Reach::Aligned { max_lg2: 63 };
     const TABLE_ACCESSED: u64 = A;
+    const KNOWN: u64 = 0b111 << 52;
     const SIGN_EXTENDED: bool = true;
 
     #[inline]

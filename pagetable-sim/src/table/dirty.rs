@@ -26,6 +26,7 @@ use crossbeam_epoch::Guard;
 use dirtymap::sync::{Ordering, Step, performs};
 use dirtymap::{Granule, Iova, IovaRange, LeafSink, Sink, Stopped};
 
+use super::skip::{Harvest, Upper, is_quiet};
 use super::{AtomicIopte, Found, Leaf, Table, any_dirty, child, is_leaf};
 use crate::error::Error;
 use crate::fmt::Format;
@@ -37,7 +38,7 @@ pub(super) struct DirtyLeaf<'g> {
     level: u32,
     /// All addresses of the leaf.
     pub(super) span: IovaRange,
-    size: Granule,
+    pub(super) size: Granule,
 }
 
 impl DirtyLeaf<'_> {
@@ -75,6 +76,44 @@ impl DirtyLeaf<'_> {
     }
 }
 
+/// What a scan is for.
+pub(super) trait Visitor<F: Format> {
+    /// What it remembers while it is below an entry.
+    type Look;
+
+    /// A dirty leaf.
+    fn leaf(&mut self, leaf: &DirtyLeaf<'_>) -> Result<(), dirtymap::Error>;
+    /// An entry that leads to a table; `None` if the scan need not look there.
+    fn enter(&mut self, upper: &Upper<'_>) -> Option<Self::Look>;
+    /// The scan comes back from there; an error of [`leaf`](Self::leaf) may have ended it early.
+    fn leave(&mut self, upper: &Upper<'_>, look: Self::Look);
+}
+
+/// A scan that says nothing of what is above leaves.
+pub(super) struct Plainly<'v, V> {
+    pub(super) visit: &'v mut V,
+    /// It need not look below what is quiet.
+    pub(super) skips: bool,
+}
+
+impl<F, V> Visitor<F> for Plainly<'_, V>
+where
+    F: Format,
+    V: FnMut(&DirtyLeaf<'_>) -> Result<(), dirtymap::Error>,
+{
+    type Look = ();
+
+    fn leaf(&mut self, leaf: &DirtyLeaf<'_>) -> Result<(), dirtymap::Error> {
+        (self.visit)(leaf)
+    }
+
+    fn enter(&mut self, upper: &Upper<'_>) -> Option<()> {
+        (!self.skips || !is_quiet::<F>(upper.entry)).then_some(())
+    }
+
+    fn leave(&mut self, _upper: &Upper<'_>, _look: ()) {}
+}
+
 impl<F: Format> Table<F> {
     /// The walk of a write: sets D in the entry that maps `iova` in one step, while it is present and writable. Returns
     /// the leaf as it was found (`dirty` tells whether D was set in that entry before), `None` if nothing is mapped
@@ -83,8 +122,13 @@ impl<F: Format> Table<F> {
         let guard = crossbeam_epoch::pin();
         loop {
             let found = self.walk(iova, &guard)?;
-            if !F::access(found.entry).writes() || make_dirty::<F>(&found) {
-                return Some(found.leaf::<F>());
+            let leaf = found.leaf::<F>();
+            if leaf.dirty || !leaf.access.writes() {
+                return Some(leaf);
+            }
+            if make_dirty::<F>(&found) {
+                self.heat(found.span, &guard);
+                return Some(leaf);
             }
             // The entry changed meanwhile. Walk anew: the leaf may have been split or merged, and was never gone then.
         }
@@ -99,6 +143,7 @@ impl<F: Format> Table<F> {
         Self::check_range(range)?;
         let guard = crossbeam_epoch::pin();
         self.dirty_entries(range, &guard);
+        self.heat(range, &guard);
         Ok(())
     }
 
@@ -132,9 +177,13 @@ impl<F: Format> Table<F> {
         range: IovaRange,
         out: &mut LeafSink<'_, '_>,
     ) -> Result<(), Stopped> {
-        self.scan(range, |leaf| {
-            out.take(leaf.span, leaf.size, || leaf.clear::<F>())
-        })
+        let mut harvest = Harvest::new(out, self.skips());
+        let done = self.scan(range, &mut harvest);
+        if harvest.skipped != 0 {
+            // Relaxed: a count.
+            self.skipped.fetch_add(harvest.skipped, Ordering::Relaxed);
+        }
+        done
     }
 
     /// Records the dirty state of `range` and changes nothing.
@@ -142,18 +191,28 @@ impl<F: Format> Table<F> {
     /// # Errors
     /// As [`read_and_clear`](Self::read_and_clear).
     pub fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
-        self.scan(range, |leaf| match leaf.span.intersection(range) {
+        let mut look = |leaf: &DirtyLeaf<'_>| match leaf.span.intersection(range) {
             Some(part) => sink.record(part),
             None => Ok(()),
-        })
+        };
+        let mut visitor = Plainly {
+            visit: &mut look,
+            skips: self.skips(),
+        };
+        self.scan(range, &mut visitor)
     }
 
     /// Makes every leaf clean and tells nobody what was dirty.
     pub fn clean(&self) {
-        let done = self.scan(IovaRange::ALL, |leaf| {
+        let mut clear = |leaf: &DirtyLeaf<'_>| {
             leaf.clear::<F>();
             Ok(())
-        });
+        };
+        let mut visitor = Plainly {
+            visit: &mut clear,
+            skips: false,
+        };
+        let done = self.scan(IovaRange::ALL, &mut visitor);
         debug_assert!(done.is_ok());
     }
 
@@ -161,11 +220,11 @@ impl<F: Format> Table<F> {
     pub(super) fn scan(
         &self,
         range: IovaRange,
-        mut visit: impl FnMut(&DirtyLeaf<'_>) -> Result<(), dirtymap::Error>,
+        visit: &mut impl Visitor<F>,
     ) -> Result<(), Stopped> {
         let guard = crossbeam_epoch::pin();
         for part in Self::reach().filter_map(|reach| reach.intersection(range)) {
-            scan_table::<F, _>(&self.root, F::LEVELS - 1, part, &mut visit, &guard)?;
+            scan_table::<F, _>(&self.root, F::LEVELS - 1, part, visit, &guard)?;
         }
         Ok(())
     }
@@ -198,7 +257,7 @@ fn scan_table<F, V>(
 ) -> Result<(), Stopped>
 where
     F: Format,
-    V: FnMut(&DirtyLeaf<'_>) -> Result<(), dirtymap::Error>,
+    V: Visitor<F>,
 {
     // A leaf that sticks out may be dirty by an entry outside of the range only.
     let first = group_at::<F>(page, level, F::index(range.start().get(), level)).0;
@@ -253,7 +312,7 @@ fn scan_entry<F, V>(
 ) -> Result<usize, Stopped>
 where
     F: Format,
-    V: FnMut(&DirtyLeaf<'_>) -> Result<(), dirtymap::Error>,
+    V: Visitor<F>,
 {
     // Acquire: pairs with the Release that installed the entry, in `map`; publishes the table it leads to.
     let entry = page[index].load(Ordering::Acquire);
@@ -266,8 +325,19 @@ where
     let span = IovaRange::granule_at(Iova::new(from.wrapping_add(away)), F::size(level));
     if !is_leaf::<F>(entry, level) {
         if let Some(part) = span.intersection(range) {
-            let child = child::<F>(entry, guard);
-            scan_table::<F, V>(child, level - 1, part, visit, guard)?;
+            let upper = Upper {
+                slot: &page[index],
+                entry,
+                level,
+                span,
+                whole: part == span,
+            };
+            if let Some(look) = visit.enter(&upper) {
+                let child = child::<F>(entry, guard);
+                let done = scan_table::<F, V>(child, level - 1, part, visit, guard);
+                visit.leave(&upper, look);
+                done?;
+            }
         }
         return Ok(index + 1);
     }
@@ -283,13 +353,13 @@ where
     let seen = F::is_dirty(entry) || performs(Step::ReadEveryEntry) && any_dirty::<F>(group, level);
     if seen && let Some(part) = leaf.intersection(range) {
         let size = found.size::<F>();
-        visit(&DirtyLeaf {
+        let leaf = DirtyLeaf {
             group,
             level,
             span: leaf,
             size,
-        })
-        .map_err(|error| Stopped {
+        };
+        visit.leaf(&leaf).map_err(|error| Stopped {
             at: part.start(),
             error,
         })?;

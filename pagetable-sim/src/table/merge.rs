@@ -57,6 +57,7 @@ impl<F: Format> Table<F> {
         let guard = crossbeam_epoch::pin();
         let sizes = sizes.into().and(F::LEAF_SIZES);
         merge_table::<F>(&self.root, F::LEVELS - 1, range, sizes, &mut merged, &guard);
+        self.heat(range, &guard);
         Ok(())
     }
 }

@@ -28,6 +28,7 @@ mod map;
 mod merge;
 mod page;
 mod protect;
+mod skip;
 mod split;
 mod unmap;
 mod walk;
@@ -38,7 +39,7 @@ pub(crate) use walk::Walk;
 use std::ops::ControlFlow;
 
 use crossbeam_epoch::Guard;
-use dirtymap::sync::Ordering;
+use dirtymap::sync::{AtomicU64, Ordering};
 use dirtymap::{Access, Granule, Iova, IovaRange};
 
 use crate::error::Error;
@@ -53,6 +54,10 @@ use page::held_by;
 /// is refused; if other calls overlap, leaves may vanish. Memory stays safe.
 pub struct Table<F: Format> {
     root: TableRef<F>,
+    /// Harvests skip what no device walked through.
+    skip_quiet: bool,
+    /// Subtrees that they skipped.
+    skipped: AtomicU64,
 }
 
 /// What one leaf says about the addresses it maps.
@@ -130,6 +135,17 @@ impl<F: Format> Table<F> {
         const { assert!(F::LEAF_SIZES.contains(F::PAGE)) };
         Table {
             root: TableRef::new(F::LEVELS - 1),
+            skip_quiet: false,
+            skipped: AtomicU64::new(0),
+        }
+    }
+
+    /// A table whose harvests skip subtrees, if the format has A above its leaves; whoever harvests it flushes by
+    /// [`flush_begins`](Self::flush_begins) and [`flush_ends`](Self::flush_ends).
+    pub(crate) fn skipping() -> Self {
+        Table {
+            skip_quiet: true,
+            ..Table::new()
         }
     }
 

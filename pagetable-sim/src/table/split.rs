@@ -164,6 +164,7 @@ impl<F: Format> Table<F> {
                 }
             }
         }
+        self.heat(range, guard);
     }
 }
 

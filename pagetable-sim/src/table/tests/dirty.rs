@@ -1,6 +1,7 @@
 //! The dirty bit: set, recorded, cleared, at every level and at every border.
 
 use super::*;
+use crate::table::dirty::{DirtyLeaf, Plainly};
 
 pub(super) fn only_writable_leaves_become_dirty<F: Format>() {
     let table = Table::<F>::new();
@@ -189,7 +190,7 @@ pub(super) fn cleaning_what_was_unmapped_meanwhile_maps_nothing<F: Format>() {
         map(F::size(1)).unwrap();
         table.set_dirty(iova(0)).unwrap();
         let mut seen = 0;
-        let found = table.scan(range(0, m::<F>()), |leaf| {
+        let mut visit = |leaf: &DirtyLeaf<'_>| {
             seen += 1;
             table
                 .unmap(range(0, m::<F>()), |_, _, d| assert!(d))
@@ -204,7 +205,12 @@ pub(super) fn cleaning_what_was_unmapped_meanwhile_maps_nothing<F: Format>() {
             map(limit).unwrap();
             leaf.clear::<F>();
             Ok(())
-        });
+        };
+        let mut visitor = Plainly {
+            visit: &mut visit,
+            skips: false,
+        };
+        let found = table.scan(range(0, m::<F>()), &mut visitor);
         assert!(found.is_ok() && seen == 1);
         let leaf = table.translate(iova(m::<F>() - 1)).unwrap();
         assert_eq!(

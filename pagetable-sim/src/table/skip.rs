@@ -1,0 +1,348 @@
+//! Subtrees that a harvest need not look at: those whose upper entry says that no device went through it since a harvest
+//! found them clean.
+//!
+//! A walk sets A in each upper entry that it reads in memory. Beside A, in the same word and in bits that the format ignores
+//! there ([`Format::KNOWN`]), software keeps what it knows of the subtree:
+//!
+//! ```text
+//!       nothing is dirty:               a flush of the subtree,         A is clear: one harvest
+//!       clear A                         cached pointers to tables too   looks at all of it      A is still clear
+//!  Hot -----------------------> Cleared ---> Flushing ---> Flushed ---> Looking ----------------------> Quiet
+//!   ^                                                                      |                              |
+//!   +----------------------------------------------------------------------+ A is set                     |
+//!   +-----------------------------------------------------------------------------------------------------+
+//! ```
+//!
+//! # Why no write is lost
+//! **Invariant.** Below an entry that is quiet and whose A is clear nothing is dirty, but for what a harvest is about to
+//! take, or what a call that changes leaves by hand is about to make hot.
+//!
+//! * **A cached pointer** to a table lets a device set D and leave A above as it is. Clearing A is therefore not enough: the
+//!   look that counts begins behind a flush that made devices forget such pointers, and finish what they do by them. A flush
+//!   stands only for what was cleared before it began, and flushes of tables go one after the other: that is `Flushing`.
+//! * **A walk from above** that comes after the clear sets A before D. Either it does so before the harvest that looks says
+//!   `Quiet`, which is one compare-exchange with "A is clear" in it, or A is set in what is quiet, and nobody skips that.
+//! * **One looks at a time**, and while one does nobody clears A: that would hide from it that A was set meanwhile. Who does
+//!   not get to the end, or leaves a dirty leaf behind, makes the entry hot, whatever others said of it meanwhile.
+//! * **Changes by hand** ([`Table::make_dirty`], splits and merges) set D, or move it, without a walk. They make all entries
+//!   above hot, and do so last: a harvest that did not see the change is then no reason to skip.
+//!
+//! A leaf that is mapped below a quiet entry is clean, and to get to it a device walks through that entry.
+
+use crossbeam_epoch::Guard;
+use dirtymap::sync::{Ordering, Step, performs};
+use dirtymap::{IovaRange, LeafSink};
+
+use super::dirty::{DirtyLeaf, Visitor};
+use super::{Slot, Table, child, is_leaf, leads_to_same, slots};
+use crate::fmt::{AtomicIopte, Format, Iopte};
+
+/// What software knows of the subtree below an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Known {
+    /// Nothing.
+    Hot = 0,
+    /// Nothing was dirty when A was cleared.
+    Cleared,
+    /// A flush has begun since.
+    Flushing,
+    /// It has ended: only who walks through the entry gets below it.
+    Flushed,
+    /// A harvest looks at all of it.
+    Looking,
+    /// That found it clean, or made it so.
+    Quiet,
+}
+
+impl Known {
+    fn of<F: Format>(entry: Iopte) -> Self {
+        const ALL: [Known; 6] = [
+            Known::Hot,
+            Known::Cleared,
+            Known::Flushing,
+            Known::Flushed,
+            Known::Looking,
+            Known::Quiet,
+        ];
+        let number = (entry.0 & F::KNOWN) / lowest_bit::<F>();
+        ALL.get(number as usize).copied().unwrap_or(Known::Hot)
+    }
+
+    /// `entry`, with this knowledge.
+    fn put<F: Format>(self, entry: Iopte) -> Iopte {
+        Iopte(entry.0 & !F::KNOWN | (self as u64 * lowest_bit::<F>()))
+    }
+}
+
+const fn lowest_bit<F: Format>() -> u64 {
+    match F::KNOWN & F::KNOWN.wrapping_neg() {
+        0 => 1,
+        bit => bit,
+    }
+}
+
+fn accessed<F: Format>(entry: Iopte) -> bool {
+    entry.0 & F::TABLE_ACCESSED != 0
+}
+
+/// Whether nothing is dirty below `entry`, which leads to a table.
+pub(super) fn is_quiet<F: Format>(entry: Iopte) -> bool {
+    F::KNOWN != 0 && !accessed::<F>(entry) && Known::of::<F>(entry) == Known::Quiet
+}
+
+/// An entry that leads to a table, as a scan came to it.
+pub(super) struct Upper<'g> {
+    pub(super) slot: &'g AtomicIopte,
+    pub(super) entry: Iopte,
+    pub(super) level: u32,
+    pub(super) span: IovaRange,
+    /// The scan is of all that is below.
+    pub(super) whole: bool,
+}
+
+/// What a harvest found below an entry so far.
+#[derive(Clone, Copy, Default)]
+struct Tally {
+    /// A dirty leaf.
+    dirty: bool,
+    /// One that it did not make clean; the scan ends there if that is for an error.
+    left: bool,
+}
+
+/// The scan of a harvest.
+pub(super) struct Harvest<'h, 's, 'b> {
+    out: &'h mut LeafSink<'s, 'b>,
+    /// Skip what is quiet, and find out what is.
+    skips: bool,
+    tally: Tally,
+    pub(super) skipped: u64,
+}
+
+/// A look at a subtree that has begun.
+pub(super) struct Look {
+    /// What was found before, elsewhere.
+    before: Tally,
+    /// It may call the subtree quiet.
+    counts: bool,
+}
+
+impl<'h, 's, 'b> Harvest<'h, 's, 'b> {
+    pub(super) fn new(out: &'h mut LeafSink<'s, 'b>, skips: bool) -> Self {
+        Harvest {
+            out,
+            skips,
+            tally: Tally::default(),
+            skipped: 0,
+        }
+    }
+}
+
+impl<F: Format> Visitor<F> for Harvest<'_, '_, '_> {
+    type Look = Look;
+
+    fn leaf(&mut self, leaf: &DirtyLeaf<'_>) -> Result<(), dirtymap::Error> {
+        let mut taken = false;
+        let done = self.out.take(leaf.span, leaf.size, || {
+            taken = true;
+            leaf.clear::<F>()
+        });
+        self.tally.dirty = true;
+        self.tally.left |= !taken;
+        done
+    }
+
+    fn enter(&mut self, upper: &Upper<'_>) -> Option<Look> {
+        let mut counts = false;
+        if self.skips {
+            if is_quiet::<F>(upper.entry) {
+                self.skipped += 1;
+                return None;
+            }
+            let known = Known::of::<F>(upper.entry);
+            let flushed = known == Known::Flushed
+                || known == Known::Cleared && !performs(Step::LookAfterFlush);
+            if upper.whole && flushed && !accessed::<F>(upper.entry) {
+                let looking = Known::Looking.put::<F>(upper.entry);
+                // Acquire on success: pairs with the Release of `flush_ends`; what was dirty before is seen below.
+                // Relaxed on failure: A was set, or another harvest looks; this look does not count.
+                counts = upper
+                    .slot
+                    .replace(upper.entry, looking, Ordering::Acquire, Ordering::Relaxed)
+                    .is_ok();
+            }
+        }
+        Some(Look {
+            before: std::mem::take(&mut self.tally),
+            counts,
+        })
+    }
+
+    fn leave(&mut self, upper: &Upper<'_>, look: Look) {
+        let found = self.tally;
+        self.tally = Tally {
+            dirty: look.before.dirty | found.dirty,
+            left: look.before.left | found.left,
+        };
+        if look.counts {
+            judge::<F>(upper, !found.left);
+        } else if self.skips && upper.whole && !found.dirty && clear::<F>(upper) {
+            self.out.owe_table(upper.span);
+        }
+    }
+}
+
+/// Ends a look that counts, which made clean all that it found if `clean`.
+fn judge<F: Format>(upper: &Upper<'_>, clean: bool) {
+    if !clean {
+        heat_entry::<F>(upper.slot);
+        return;
+    }
+    // Relaxed: the first guess.
+    let mut now = upper.slot.load(Ordering::Relaxed);
+    while leads_to_same::<F>(now, upper.entry, upper.level) && Known::of::<F>(now) == Known::Looking
+    {
+        let known = if accessed::<F>(now) {
+            Known::Hot
+        } else {
+            Known::Quiet
+        };
+        // Release on success: who skips comes after what we took. Relaxed on failure: the next guess.
+        match upper.slot.replace(
+            now,
+            known.put::<F>(now),
+            Ordering::Release,
+            Ordering::Relaxed,
+        ) {
+            Ok(()) => break,
+            Err(other) => now = other,
+        }
+    }
+}
+
+/// Clears A of an entry below which nothing was found, unless the entry changed since the scan came to it. Returns whether
+/// a flush is owed for it.
+fn clear<F: Format>(upper: &Upper<'_>) -> bool {
+    match Known::of::<F>(upper.entry) {
+        Known::Looking => return false,
+        // Whoever cleared A may have had no way to flush, or not got to the end.
+        Known::Cleared | Known::Flushing if !accessed::<F>(upper.entry) => return true,
+        Known::Flushed | Known::Quiet if !accessed::<F>(upper.entry) => return false,
+        // Hot with A clear, too: as if a walk that wrote nothing had set A.
+        _ => (),
+    }
+    let cleared = Iopte(Known::Cleared.put::<F>(upper.entry).0 & !F::TABLE_ACCESSED);
+    // Release on success: whoever flushes for what we say comes after it; pairs with the Acquire in `Table::tell`. Relaxed
+    // on failure: a walk or another harvest was here, and we say nothing.
+    upper
+        .slot
+        .replace(upper.entry, cleared, Ordering::AcqRel, Ordering::Relaxed)
+        .is_ok()
+}
+
+/// Nothing is known of the subtree any more. Harmless for an entry that leads to no table.
+fn heat_entry<F: Format>(slot: &AtomicIopte) {
+    // AcqRel: after all that we changed below, and one step with whatever a harvest says of the subtree: either it comes
+    // later, and saw our change, or we take it back.
+    slot.clear_bits(F::KNOWN, Ordering::AcqRel);
+}
+
+impl<F: Format> Table<F> {
+    /// Makes all entries hot that lead to tables for `range`, which the table can map: the last step of a change by hand.
+    pub(super) fn heat(&self, range: IovaRange, guard: &Guard) {
+        if self.skips() && performs(Step::HeatAbove) {
+            for_upper::<F>(&self.root, F::LEVELS - 1, range, guard, &mut |slot, _| {
+                heat_entry::<F>(slot.entry);
+                true
+            });
+        }
+    }
+
+    /// Makes all entries hot.
+    pub(crate) fn heat_all(&self) {
+        let guard = crossbeam_epoch::pin();
+        for reach in Self::reach() {
+            self.heat(reach, &guard);
+        }
+    }
+
+    /// A flush of `ranges`, with pointers to tables, begins. The caller has one such flush at a time.
+    pub(crate) fn flush_begins(&self, ranges: &[IovaRange]) {
+        self.tell(ranges, Known::Cleared, Known::Flushing);
+    }
+
+    /// It has ended: all devices forgot what they had cached there.
+    pub(crate) fn flush_ends(&self, ranges: &[IovaRange]) {
+        self.tell(ranges, Known::Flushing, Known::Flushed);
+    }
+
+    /// Makes what is known of subtrees inside `ranges` `new` if it is `old`.
+    fn tell(&self, ranges: &[IovaRange], old: Known, new: Known) {
+        if !self.skips() {
+            return;
+        }
+        let guard = crossbeam_epoch::pin();
+        for reach in Self::reach() {
+            for range in ranges.iter().filter_map(|range| range.intersection(reach)) {
+                for_upper::<F>(
+                    &self.root,
+                    F::LEVELS - 1,
+                    range,
+                    &guard,
+                    &mut |slot, entry| {
+                        let mut now = entry;
+                        while slot.part == slot.span && Known::of::<F>(now) == old {
+                            // Acquire on success: pairs with the Release of `clear`, so that the flush comes after it;
+                            // Release: a look that begins with what we say comes after the flush. Relaxed on failure: A was
+                            // set, or the entry is hot or another one.
+                            match slot.entry.replace(
+                                now,
+                                new.put::<F>(now),
+                                Ordering::AcqRel,
+                                Ordering::Relaxed,
+                            ) {
+                                Ok(()) => break,
+                                Err(other) => now = other,
+                            }
+                        }
+                        // Nobody looks below what is quiet, and what is cleared there is flushed when somebody does.
+                        !is_quiet::<F>(now)
+                    },
+                );
+            }
+        }
+    }
+
+    /// How many subtrees harvests skipped.
+    pub(crate) fn skipped(&self) -> u64 {
+        // Relaxed: a count.
+        self.skipped.load(Ordering::Relaxed)
+    }
+
+    /// Whether harvests skip what is quiet.
+    #[inline]
+    pub(super) fn skips(&self) -> bool {
+        F::KNOWN != 0 && self.skip_quiet
+    }
+}
+
+/// Visits the entries that lead to tables for `range`, from above; goes below those for which `visit` says so.
+fn for_upper<F: Format>(
+    page: &[AtomicIopte],
+    level: u32,
+    range: IovaRange,
+    guard: &Guard,
+    visit: &mut impl FnMut(&Slot<'_>, Iopte) -> bool,
+) {
+    if level == 0 {
+        return;
+    }
+    for (_, slot) in slots::<F>(page, level, range) {
+        // Acquire: pairs with the Release that installed the entry; publishes the table.
+        let entry = slot.entry.load(Ordering::Acquire);
+        let is_table = F::is_present(entry) && !is_leaf::<F>(entry, level);
+        if is_table && visit(&slot, entry) && level > 1 {
+            for_upper::<F>(child::<F>(entry, guard), level - 1, slot.part, guard, visit);
+        }
+    }
+}

@@ -1,0 +1,268 @@
+//! Leaves that change their size and their rights while a device writes, and leaves of several entries.
+
+use super::*;
+
+/// The pages of a model of a leaf of two.
+pub(super) fn both() -> IovaRange {
+    IovaRange::from_len(Iova::MIN, 2 * PAGE).unwrap()
+}
+
+pub(super) fn page(nth: u64) -> IovaRange {
+    IovaRange::from_len(Iova::new(nth * PAGE), PAGE).unwrap()
+}
+
+/// A domain of two pages, by leaves up to `max_leaf`, that tracks.
+fn two_pages<F: Format>(max_leaf: Granule) -> Arc<Domain<F>> {
+    let memory = Arc::new(PhysMemory::new(2 * PAGE).unwrap());
+    let config = DomainConfig {
+        max_leaf,
+        ..DomainConfig::default()
+    };
+    let domain = Domain::with_format(memory, config);
+    domain
+        .map(&Mapping {
+            range: both(),
+            backing: 0,
+            access: Access::ReadWrite,
+        })
+        .unwrap();
+    domain.set_tracking(true).unwrap();
+    domain
+}
+
+pub(super) fn write_page<F: Format>(device: &mut Device<F>, nth: u64, value: u64) {
+    let bytes = value.to_le_bytes();
+    device.write(Iova::new(nth * PAGE), &bytes).unwrap();
+}
+
+/// Harvests `range`, flushes, and copies the pages that were reported.
+pub(super) fn pass_over<F: Format>(domain: &Domain<F>, range: IovaRange, copy: &mut [u64; 2]) {
+    let words = [AtomicU64::new(0)];
+    let view = UserBitmap::shared(&words).view(range, F::PAGE).unwrap();
+    let mut gather = FlushGather::new();
+    domain
+        .read_and_clear(range, &mut LeafSink::new(&mut view.sink(), &mut gather))
+        .unwrap();
+    domain.invalidate(&gather).unwrap();
+    // Relaxed: this thread's own bitmap.
+    let word = words[0].load(Ordering::Relaxed);
+    let first = range.start().get() / PAGE;
+    for nth in first..2 {
+        if word >> (nth - first) & 1 != 0 {
+            copy[nth as usize] = memory_of(domain, nth);
+        }
+    }
+}
+
+pub(super) fn memory_of<F: Format>(domain: &Domain<F>, nth: u64) -> u64 {
+    let mut bytes = [0; 8];
+    domain.memory().read(nth * PAGE, &mut bytes).unwrap();
+    u64::from_le_bytes(bytes)
+}
+
+/// Whether the copies are equal to the memory after a last pass.
+pub(super) fn copied<F: Format>(domain: &Domain<F>, copy: &mut [u64; 2]) -> bool {
+    pass_over(domain, both(), copy);
+    *copy == [memory_of(domain, 0), memory_of(domain, 1)]
+}
+
+/// A device writes to both pages of a leaf, and again, while the leaf is split and one of its parts harvested.
+fn writes_against_a_split<F: Format>() -> bool {
+    let domain = two_pages::<F>(granule_of_both());
+    let mut device = domain.attach(DEVICE);
+    let writer = thread::spawn(move || {
+        write_page(&mut device, 0, 1);
+        idle();
+        write_page(&mut device, 1, 2);
+        idle();
+    });
+    let mut copy = [0; 2];
+    let mut owed = 0;
+    domain
+        .table()
+        .split_at(Iova::new(PAGE), |_, _| owed += 1)
+        .unwrap();
+    let parts = domain.translate(Iova::MIN).map(|leaf| leaf.range) == Some(page(0));
+    pass_over(&domain, page(0), &mut copy);
+    writer.join().unwrap();
+    copied(&domain, &mut copy) && parts && owed == 1
+}
+
+/// A leaf that was dirtied and cached as a whole is split; a harvest of one part must make the device forget the whole,
+/// or its next write to the other part, which was harvested before, goes unseen.
+fn a_split_with_a_cached_whole<F: Format>() -> bool {
+    let domain = two_pages::<F>(granule_of_both());
+    let mut device = domain.attach(DEVICE);
+    write_page(&mut device, 0, 1);
+    device.quiesce();
+    domain.table().split_at(Iova::new(PAGE), |_, _| ()).unwrap();
+    let writer = thread::spawn(move || {
+        write_page(&mut device, 1, 2);
+        idle();
+        write_page(&mut device, 0, 3);
+        idle();
+    });
+    let mut copy = [0; 2];
+    pass_over(&domain, page(1), &mut copy);
+    pass_over(&domain, page(0), &mut copy);
+    writer.join().unwrap();
+    copied(&domain, &mut copy)
+}
+
+/// A device writes to both parts of what becomes one leaf, while that is merged and harvested.
+fn writes_against_a_merge<F: Format>() -> bool {
+    let domain = two_pages::<F>(F::PAGE);
+    let mut device = domain.attach(DEVICE);
+    let writer = thread::spawn(move || {
+        write_page(&mut device, 0, 1);
+        idle();
+        write_page(&mut device, 0, 2);
+        idle();
+    });
+    let mut copy = [0; 2];
+    domain
+        .table()
+        .merge(both(), granule_of_both(), |_, _, _| ())
+        .unwrap();
+    let merged = domain.translate(Iova::MIN).map(|leaf| leaf.range) == Some(both());
+    pass_over(&domain, both(), &mut copy);
+    writer.join().unwrap();
+    copied(&domain, &mut copy) && merged
+}
+
+/// A device that caches a pointer to a table writes by it while the table is merged away, and the leaf that took its
+/// place is harvested before the device forgets the table.
+fn a_merge_of_a_cached_table_against_a_harvest() -> bool {
+    let domain = two_pages::<AmdV1>(AmdV1::PAGE);
+    let mut device = domain.attach(DeviceConfig {
+        walk_entries: 1,
+        ..DEVICE
+    });
+    write_page(&mut device, 0, 1);
+    device.quiesce();
+    let merger = thread::spawn({
+        let domain = Arc::clone(&domain);
+        move || domain.merge(both(), granule_of_both()).unwrap()
+    });
+    let mut copy = [0; 2];
+    pass_over(&domain, both(), &mut copy);
+    write_page(&mut device, 0, 2);
+    drop(device);
+    let merged = merger.join().unwrap();
+    copied(&domain, &mut copy) && merged == 1
+}
+
+/// A device writes through the second entry of a leaf of two entries, while the leaf is harvested.
+fn a_write_to_a_later_entry_against_a_harvest() -> bool {
+    let domain = two_pages::<Grouped>(granule_of_both());
+    let mut device = domain.attach(DEVICE);
+    let writer = thread::spawn(move || {
+        write_page(&mut device, 1, 1);
+        idle();
+        write_page(&mut device, 0, 2);
+        idle();
+        write_page(&mut device, 1, 3);
+        idle();
+    });
+    let mut copy = [0; 2];
+    pass_over(&domain, both(), &mut copy);
+    writer.join().unwrap();
+    // The second harvest finds nothing if the first one made all entries clean.
+    let lost = !copied(&domain, &mut copy);
+    let still_dirty = domain.translate(Iova::MIN).is_some_and(|leaf| leaf.dirty);
+    !lost && !still_dirty
+}
+
+/// A leaf of two entries is unmapped while a device writes: what the unmap says of D holds for every write before.
+fn a_write_against_an_unmap_of_a_group() -> bool {
+    let table = Arc::new(Table::<Grouped>::new());
+    table
+        .map(both(), 0, Access::ReadWrite, granule_of_both())
+        .unwrap();
+    let writer = thread::spawn({
+        let table = Arc::clone(&table);
+        move || table.set_dirty(Iova::new(PAGE)).map(|leaf| leaf.range)
+    });
+    let mut gone = Vec::new();
+    table
+        .unmap(both(), |leaf, _, dirty| gone.push((leaf, dirty)))
+        .unwrap();
+    // A walk finds the leaf, all of it, or nothing.
+    match writer.join().unwrap() {
+        Some(leaf) => leaf == both() && gone == [(both(), true)],
+        None => gone == [(both(), false)],
+    }
+}
+
+/// Two calls map overlapping ranges, one of them by a leaf of two entries: at most one is in the table.
+fn two_maps_of_a_range<F: Format>() -> bool {
+    let table = Arc::new(Table::<F>::new());
+    let map =
+        |table: &Table<F>, range, max: Granule| table.map(range, 0, Access::ReadWrite, max).is_ok();
+    let other = thread::spawn({
+        let table = Arc::clone(&table);
+        move || map(&table, page(1), F::PAGE)
+    });
+    let whole = map(&table, both(), granule_of_both());
+    let part = other.join().unwrap();
+    let at = |nth: u64| {
+        table
+            .translate(Iova::new(nth * PAGE))
+            .map(|leaf| leaf.range)
+    };
+    match (whole, part) {
+        (true, false) => at(0) == Some(both()) && at(1) == Some(both()),
+        (false, true) => at(0).is_none() && at(1) == Some(page(1)),
+        (false, false) => at(0).is_none() && at(1).is_none(),
+        (true, true) => false,
+    }
+}
+
+/// Rights are taken away while a device sets D: it is kept, or the device finds the leaf read-only.
+fn a_write_against_protect<F: Format>() -> bool {
+    let table = Arc::new(Table::<F>::new());
+    table.map(all(), 0, Access::ReadWrite, F::PAGE).unwrap();
+    let writer = thread::spawn({
+        let table = Arc::clone(&table);
+        move || table.set_dirty(Iova::MIN).unwrap().access.writes()
+    });
+    table.protect(all(), Access::Read, |_, _| ()).unwrap();
+    let wrote = writer.join().unwrap();
+    let leaf = table.translate(Iova::MIN).unwrap();
+    leaf.dirty == wrote && leaf.access == Access::Read
+}
+
+/// AMD v1 with tables of four entries: two pages are a leaf of two entries.
+type Grouped = AmdHost<4, 11>;
+
+fn granule_of_both() -> Granule {
+    Granule::from_bytes(2 * PAGE).unwrap()
+}
+
+#[test]
+fn leaves_change_their_size_under_dma_unless_a_step_is_left_out() {
+    assert_eq!(explore!(None, writes_against_a_split::<AmdV1>), 0);
+    assert_eq!(explore!(None, writes_against_a_split::<Grouped>), 0);
+    assert_eq!(explore!(None, a_split_with_a_cached_whole::<AmdV1>), 0);
+    assert_eq!(explore!(None, writes_against_a_merge::<AmdV1>), 0);
+    assert_eq!(explore!(None, writes_against_a_merge::<Grouped>), 0);
+    assert_eq!(
+        explore!(None, a_write_to_a_later_entry_against_a_harvest),
+        0
+    );
+    assert_eq!(explore!(None, a_write_against_an_unmap_of_a_group), 0);
+    assert_eq!(explore!(None, two_maps_of_a_range::<Grouped>), 0);
+    assert_eq!(explore!(None, two_maps_of_a_range::<AmdV1>), 0);
+    assert_eq!(explore!(None, a_write_against_protect::<AmdV1>), 0);
+    assert_eq!(explore!(None, a_write_against_protect::<ArmS1>), 0);
+    assert!(explore!(Some(Step::DirtyParts), writes_against_a_split::<AmdV1>) > 0);
+    assert!(explore!(Some(Step::SpreadDirty), writes_against_a_split::<Grouped>) > 0);
+    assert!(explore!(Some(Step::DropLarger), a_split_with_a_cached_whole::<AmdV1>) > 0);
+    assert!(explore!(Some(Step::DirtyWhole), writes_against_a_merge::<AmdV1>) > 0);
+    let merge = a_merge_of_a_cached_table_against_a_harvest;
+    assert_eq!(explore!(None, merge), 0);
+    assert!(explore!(Some(Step::DirtyBehindFlush), merge) > 0);
+    for step in [Step::ReadEveryEntry, Step::CleanEveryEntry] {
+        assert!(explore!(Some(step), a_write_to_a_later_entry_against_a_harvest) > 0);
+    }
+}
