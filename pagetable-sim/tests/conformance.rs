@@ -6,6 +6,8 @@
 mod hwpt;
 #[path = "../examples/conformance/image.rs"]
 mod image;
+#[path = "../examples/conformance/ioas.rs"]
+mod ioas;
 #[path = "../examples/conformance/parse.rs"]
 mod parse;
 #[path = "../examples/conformance/ranges.rs"]
