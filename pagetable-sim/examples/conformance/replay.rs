@@ -125,19 +125,21 @@ impl Player<'_> {
         };
         self.same_errno(done)?;
         if let Ok(first) = self.ioas.hwpt(0) {
-            self.same_state(first)?;
+            self.settle(first)?;
         }
         Ok(exception)
     }
 
-    /// The kernel unmaps area by area, and what lies below the one that sticks out of the range is gone when it refuses.
+    /// The kernel unmaps area by area, and what lies below the one that sticks out of the range is gone when it refuses;
+    /// but not if it says that something there is dirty.
     fn follow_partial_unmap(&self, iova: u64, sticks_out: Iova) -> Verdict {
         let below = sticks_out.get().checked_sub(1).map(Iova::new);
         let Some(range) = below.and_then(|last| IovaRange::new(Iova::new(iova), last).ok()) else {
             return Ok(None);
         };
         let gone = Ranges::new([range]).and(&self.ioas.mapped());
-        if gone.is_empty() {
+        let still = self.recorded().unwrap_or_default().and(&gone);
+        if gone.is_empty() || !still.is_empty() {
             return Ok(None);
         }
         let done = self.ioas.unmap(iova, sticks_out.get() - iova);
