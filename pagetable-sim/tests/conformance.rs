@@ -2,10 +2,14 @@
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)]
 
+#[path = "conformance/by_hand.rs"]
+mod by_hand;
 #[path = "../examples/conformance/hwpt.rs"]
 mod hwpt;
 #[path = "../examples/conformance/image.rs"]
 mod image;
+#[path = "../examples/conformance/ioas.rs"]
+mod ioas;
 #[path = "../examples/conformance/parse.rs"]
 mod parse;
 #[path = "../examples/conformance/ranges.rs"]
@@ -207,6 +211,25 @@ fn malformed_files_are_refused_with_their_line() {
                 get(r#"{"off":0,"fill":0,"pages":[[0,99999999999,"rw"]]}"#),
             ],
             "line 3: pages is",
+        ),
+        (
+            vec![
+                META.into(),
+                SEQ.into(),
+                op(r#""op":"map","iova":4096,"length":8589936640,"writeable":true"#),
+            ],
+            "line 3: length is 8589936640",
+        ),
+        (
+            vec![
+                META.into(),
+                SEQ.into(),
+                get(&format!(
+                    r#"{{"off":0,"fill":0,"pages":[{}[0,1,"rw"]]}}"#,
+                    r#"[1,1,"ro"],"#.repeat(4096)
+                )),
+            ],
+            "line 3: the number of pages is 4097",
         ),
         (
             vec![

@@ -2,7 +2,7 @@
 
 use super::parse::{Buffer, HOST_PAGE, Rights};
 
-/// The pages of a buffer, and where the bitmap begins in them.
+/// The pages of a buffer that can be read, as far as they are one piece with page 0, and where the bitmap begins in them.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Image {
     bytes: Vec<u8>,
@@ -15,34 +15,25 @@ pub(crate) struct Image {
 impl Image {
     /// The memory before the call; nothing for a NULL pointer.
     pub(crate) fn new(buffer: Option<&Buffer>) -> Self {
+        let nothing = Image {
+            bytes: Vec::new(),
+            base: 0,
+            writable: 0,
+        };
         let Some(buffer) = buffer else {
-            return Image {
-                bytes: Vec::new(),
-                base: 0,
-                writable: 0,
-            };
+            return nothing;
         };
-        let runs = || {
-            buffer.pages.iter().map(|(first, count, rights)| {
-                (*first, first.saturating_add_unsigned(*count), *rights)
-            })
-        };
-        let first = runs().map(|run| run.0).min().unwrap_or(0).min(0);
-        let end = runs().map(|run| run.1).max().unwrap_or(0).max(1);
-        let mut rights = vec![Rights::None; (end - first) as usize];
-        for (from, to, what) in runs() {
-            rights[(from - first) as usize..(to - first) as usize].fill(what);
+        let below = pages(buffer, -1, -1, |rights| rights != Rights::None);
+        let above = pages(buffer, 0, 1, |rights| rights != Rights::None);
+        let writable = pages(buffer, 0, 1, |rights| rights == Rights::Rw);
+        if above == 0 {
+            return nothing;
         }
-        let zero = first.unsigned_abs() as usize;
-        let pages = rights[zero..]
-            .iter()
-            .take_while(|r| **r == Rights::Rw)
-            .count();
-        let page = HOST_PAGE as usize;
+        let (page, off) = (HOST_PAGE as usize, buffer.off as usize);
         Image {
-            bytes: vec![buffer.fill; rights.len() * page],
-            base: zero * page + buffer.off as usize,
-            writable: (pages * page).saturating_sub(buffer.off as usize),
+            bytes: vec![buffer.fill; (below + above) * page],
+            base: below * page + off,
+            writable: (writable * page).saturating_sub(off),
         }
     }
 
@@ -51,27 +42,42 @@ impl Image {
         &mut self.bytes[self.base..][..self.writable]
     }
 
-    /// Sets bits; false if some lie outside the memory.
-    pub(crate) fn set(&mut self, first: i64, count: u64) -> bool {
-        let zero = self.base as i64 * 8;
-        let from = zero + first;
-        let Some(bits) = usize::try_from(from)
-            .ok()
-            .filter(|from| *from as u64 + count <= self.bytes.len() as u64 * 8)
-        else {
+    /// How many bits can be written, from the pointer on.
+    pub(crate) fn bits(&self) -> u128 {
+        self.writable as u128 * 8
+    }
+
+    /// Makes bits `one` or not; false if some lie outside the memory.
+    pub(crate) fn put(&mut self, first: i64, count: u64, one: bool) -> bool {
+        let from = i128::from(first) + self.base as i128 * 8;
+        let end = from + i128::from(count);
+        if from < 0 || end > self.bytes.len() as i128 * 8 {
             return false;
-        };
-        let mut bit = bits;
-        let end = bits + count as usize;
+        }
+        // Inside the memory, so they are numbers of bits of it.
+        let (mut bit, end) = (from as usize, end as usize);
         while bit < end {
-            if bit % 8 == 0 && end - bit >= 8 {
-                self.bytes[bit / 8] = 0xff;
-                bit += 8;
-            } else {
-                self.bytes[bit / 8] |= 1 << (bit % 8);
-                bit += 1;
-            }
+            let (byte, bits) = (&mut self.bytes[bit / 8], (8 - bit % 8).min(end - bit));
+            let mask = (0xff >> (8 - bits)) << (bit % 8);
+            *byte = if one { *byte | mask } else { *byte & !mask };
+            bit += bits;
         }
         true
     }
+}
+
+/// How many pages in a row, from `at` on in steps of `step`, have rights that are `fine`. Later entries of a buffer win.
+fn pages(buffer: &Buffer, mut at: i64, step: i64, fine: impl Fn(Rights) -> bool) -> usize {
+    let rights = |at: i64| {
+        let mut runs = buffer.pages.iter().rev();
+        let holds = |(first, count, _): &&(i64, u64, Rights)| {
+            *first <= at && i128::from(at) < i128::from(*first) + i128::from(*count)
+        };
+        runs.find(holds).map_or(Rights::None, |run| run.2)
+    };
+    let mut count = 0;
+    while fine(rights(at)) {
+        (at, count) = (at + step, count + 1);
+    }
+    count
 }

@@ -12,6 +12,7 @@
 
 mod hwpt;
 mod image;
+mod ioas;
 mod parse;
 mod ranges;
 mod replay;

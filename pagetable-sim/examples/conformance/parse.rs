@@ -10,14 +10,22 @@ use serde::Deserialize;
 
 /// The longest line, in bytes.
 const MAX_LINE: u64 = 64 << 20;
-/// The most bytes that the pages around one bitmap may have.
-const MAX_BUFFER: u64 = 256 << 20;
+/// The most runs of pages around one bitmap.
+const MAX_RUNS: usize = 4096;
+/// The most pages around one bitmap that can be read: 256 MiB.
+const MAX_PAGES: u64 = 65536;
 /// The most domains of one sequence.
 const MAX_HWPTS: usize = 64;
 /// The pages of a caller's buffer.
 pub(crate) const HOST_PAGE: u64 = 4096;
 /// The smallest page of the recorded domains.
 pub(crate) const GRANULE: u64 = 2048;
+/// What is mapped behind an address: it, modulo this. Leaves up to it stay aligned, and the memory small.
+pub(crate) const BACKING: u64 = 4 << 30;
+/// The longest area, in bytes.
+const MAX_AREA: u64 = 8 << 30;
+/// The most usable ranges of one sequence.
+const MAX_USABLE: usize = 1024;
 
 /// Why a file cannot be replayed.
 #[derive(Debug, thiserror::Error)]
@@ -164,6 +172,9 @@ pub(crate) struct Map {
     pub(crate) iova: u64,
     /// Bytes.
     pub(crate) length: u64,
+    /// Where the memory begins in a page of the caller.
+    #[serde(default)]
+    pub(crate) va_off: u64,
     /// Whether devices may write.
     pub(crate) writeable: bool,
     /// The leaves that each domain got.
@@ -200,6 +211,9 @@ pub(crate) struct Get {
     pub(crate) buf: Option<Buffer>,
     /// Bits that went from 0 to 1: the first, from the pointer on, and how many.
     pub(crate) new: Vec<(i64, u64)>,
+    /// Bits that went from 1 to 0, in the same way.
+    #[serde(default)]
+    pub(crate) lost: Vec<(i64, u64)>,
     /// How the answer is classified.
     pub(crate) tags: Vec<String>,
 }
@@ -323,9 +337,13 @@ fn check_sequence(line: u64, sequence: &Sequence) -> Result<(), ParseError> {
             limit,
         ));
     }
-    let mut from = 0;
+    if sequence.iova_ranges.len() > MAX_USABLE {
+        let (ranges, limit) = (sequence.iova_ranges.len(), "at most 1024 are known");
+        return Err(value(line, "the number of iova_ranges", ranges, limit));
+    }
+    let mut from = Some(0);
     for (first, last) in &sequence.iova_ranges {
-        if first > last || *first < from {
+        if first > last || from.is_none_or(|from| *first < from) {
             let limit = "ranges must ascend and be disjoint";
             return Err(value(
                 line,
@@ -334,7 +352,7 @@ fn check_sequence(line: u64, sequence: &Sequence) -> Result<(), ParseError> {
                 limit,
             ));
         }
-        from = last.saturating_add(1);
+        from = last.checked_add(1);
     }
     Ok(())
 }
@@ -344,7 +362,13 @@ fn check_op(line: u64, op: &Op, hwpts: usize) -> Result<(), ParseError> {
         check_run(line, "after", *start, *len, 1)?;
     }
     match &op.kind {
-        Kind::Map(map) => check_map(line, map, hwpts),
+        Kind::Map(map) => {
+            if op.errno == 0 && map.length > MAX_AREA {
+                let limit = "at most 8 GiB in one area are known";
+                return Err(value(line, "length", map.length, limit));
+            }
+            check_map(line, map, hwpts)
+        }
         Kind::Dirty { granules, .. } => granules
             .iter()
             .try_for_each(|(start, count)| check_run(line, "granules", *start, *count, GRANULE)),
@@ -378,8 +402,8 @@ fn check_map(line: u64, map: &Map, hwpts: usize) -> Result<(), ParseError> {
             for (start, size, count) in &layout.ptes {
                 check_run(line, "ptes", *start, *count, *size)?;
                 let aligned = size.is_power_of_two() && start.is_multiple_of(*size);
-                if !aligned || *size < GRANULE || *start != next {
-                    let limit = "leaves are powers of two, aligned, and follow each other";
+                if !aligned || !(GRANULE..=BACKING).contains(size) || *start != next {
+                    let limit = "leaves are powers of two from 2 KiB to 4 GiB, aligned, and follow each other";
                     return Err(value(
                         line,
                         "ptes",
@@ -417,19 +441,18 @@ fn check_get(line: u64, get: &Get) -> Result<(), ParseError> {
     if buffer.off >= HOST_PAGE {
         return Err(value(line, "off", buffer.off, "below 4096 is known"));
     }
-    let (mut pages, limit) = (0u64, MAX_BUFFER / HOST_PAGE);
-    for (first, count, _) in &buffer.pages {
-        pages = pages.saturating_add(*count);
-        if pages > limit || first.unsigned_abs() > limit {
-            let limit = "at most 65536 pages around page 0 are known";
-            return Err(value(line, "pages", format!("[{first},{count}]"), limit));
-        }
+    if buffer.pages.len() > MAX_RUNS {
+        let (runs, limit) = (buffer.pages.len(), "at most 4096 are known");
+        return Err(value(line, "the number of pages", runs, limit));
     }
-    for (first, count) in &get.new {
-        let bits = MAX_BUFFER * 8;
-        if *count > bits || first.unsigned_abs() > bits {
-            let limit = "bits lie in the pages";
-            return Err(value(line, "new", format!("[{first},{count}]"), limit));
+    let mut pages = 0u64;
+    for (first, count, rights) in &buffer.pages {
+        if *rights != Rights::None {
+            pages = pages.saturating_add(*count);
+        }
+        if pages > MAX_PAGES || first.checked_add_unsigned(*count).is_none() {
+            let limit = "at most 65536 pages are known";
+            return Err(value(line, "pages", format!("[{first},{count}]"), limit));
         }
     }
     Ok(())

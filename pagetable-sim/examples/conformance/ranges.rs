@@ -46,11 +46,6 @@ impl Ranges {
         Ranges::new(both)
     }
 
-    /// What is in either.
-    pub(crate) fn or(&self, other: &Ranges) -> Ranges {
-        Ranges::new(self.iter().chain(other.iter()))
-    }
-
     /// What is in `self` and not in `other`.
     pub(crate) fn without(&self, other: &Ranges) -> Ranges {
         let mut from = Some(0);
@@ -65,8 +60,8 @@ impl Ranges {
         self.and(&Ranges(holes))
     }
 
-    /// Whether all of `self` is in `other`.
-    pub(crate) fn inside(&self, other: &Ranges) -> bool {
-        self.without(other).0.is_empty()
+    /// Whether there are none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 }

@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
+use dirtymap::{Iova, IovaRange};
 use pagetable_sim::PhysMemory;
 
-use super::hwpt::{Answer, Hwpt, Refusal};
+use super::hwpt::Hwpt;
 use super::image::Image;
-use super::parse::{Get, Item, Kind, Map, Op, Sequence};
+use super::ioas::{Ioas, Refusal};
+use super::parse::{Get, Item, Kind, Op, Sequence};
 use super::ranges::Ranges;
 use super::report::Report;
 
@@ -20,12 +22,14 @@ const NEVER_TRACKED: &str = "tracking was never enabled: refused";
 const NOT_A_POWER: &str = "page_size is not a power of two: refused";
 const SHORT_BITMAP: &str = "the bitmap is short, missing or not writable: refused";
 const SECOND_ENABLE: &str = "enabling twice keeps what is dirty";
+const ALL_OR_NOTHING: &str = "an unmap that is refused unmaps nothing";
 
 /// Plays the items of a file.
 pub(crate) struct Replay {
     memory: Arc<PhysMemory>,
     sequence: String,
-    hwpts: Vec<Hwpt>,
+    /// What the sequence works on; nothing if it could not be made.
+    ioas: Option<Ioas>,
     /// What was seen.
     pub(crate) report: Report,
 }
@@ -42,7 +46,7 @@ impl Replay {
         Ok(Replay {
             memory: Arc::new(PhysMemory::new(MEMORY)?),
             sequence: String::new(),
-            hwpts: Vec::new(),
+            ioas: None,
             report: Report::default(),
         })
     }
@@ -56,7 +60,10 @@ impl Replay {
                 ..
             }) => self.report.skipped += 1,
             Item::Op(op) => {
-                let (class, verdict) = self.op(op);
+                let (class, verdict) = match &self.ioas {
+                    Some(ioas) => Player { ioas, op }.play(),
+                    None => ("domain", Err("the sequence did not begin".into())),
+                };
                 let text = verdict.map_err(|why| {
                     format!("line {line}, {} op {}: {class}: {why}", self.sequence, op.i)
                 });
@@ -68,201 +75,278 @@ impl Replay {
     fn begin(&mut self, line: u64, sequence: &Sequence) {
         self.report.sequences += 1;
         self.sequence = format!("sequence {} ({})", sequence.seq, sequence.name);
-        self.hwpts.clear();
-        for nth in 0..sequence.hwpts.len() {
-            match Hwpt::new(sequence, nth, &self.memory) {
-                Ok(hwpt) => self.hwpts.push(hwpt),
-                Err(refusal) => {
-                    let text = format!("line {line}, {}: domain {nth}: {refusal}", self.sequence);
-                    self.report.add("domain", Err(text));
-                    return;
-                }
+        // The old one goes first, with its tables.
+        self.ioas = None;
+        match Ioas::new(sequence, &self.memory) {
+            Ok(ioas) => self.ioas = Some(ioas),
+            Err(refusal) => {
+                let text = format!("line {line}, {}: {refusal}", self.sequence);
+                self.report.add("domain", Err(text));
             }
         }
     }
+}
 
-    fn op(&self, op: &Op) -> (&'static str, Verdict) {
-        match &op.kind {
-            Kind::Map(map) => ("map", self.map(op, map)),
+/// One operation, and what it works on.
+struct Player<'a> {
+    ioas: &'a Ioas,
+    op: &'a Op,
+}
+
+impl Player<'_> {
+    fn play(&self) -> (&'static str, Verdict) {
+        match &self.op.kind {
+            Kind::Map(map) => ("map", self.same_errno(self.ioas.map(map)).map(|()| None)),
             Kind::Unmap {
                 iova,
                 length,
                 unmapped,
-            } => ("unmap", self.unmap(op, *iova, *length, *unmapped)),
-            Kind::Track { hwpt, flags } => ("track", self.track(op, *hwpt, *flags)),
-            Kind::Dirty { hwpt, granules } => ("dirty", self.dirty(op, *hwpt, granules)),
-            Kind::Get(get) => (class(get), self.get(op, get)),
+            } => ("unmap", self.unmap(*iova, *length, *unmapped)),
+            Kind::Track { hwpt, flags } => ("track", self.track(*hwpt, *flags)),
+            Kind::Dirty { hwpt, granules } => ("dirty", self.dirty(*hwpt, granules)),
+            Kind::Get(get) => (class(get), self.get(get)),
             Kind::Size {} => ("size", Ok(None)),
         }
     }
 
-    fn hwpt(&self, hwpt: i64) -> Result<&Hwpt, Refusal> {
-        usize::try_from(hwpt)
-            .ok()
-            .and_then(|nth| self.hwpts.get(nth))
-            .ok_or(Refusal::NoSuchHwpt)
-    }
-
-    fn map(&self, op: &Op, map: &Map) -> Verdict {
-        for (nth, hwpt) in self.hwpts.iter().enumerate() {
-            let layout = map.layout.iter().find(|l| l.hwpt == nth as i64);
-            let leaves = layout.map_or(&[][..], |layout| &layout.ptes);
-            same_errno(op, hwpt.map(map.iova, map.length, map.writeable, leaves))?;
-        }
-        Ok(None)
-    }
-
-    fn unmap(&self, op: &Op, iova: u64, length: u64, unmapped: Option<u64>) -> Verdict {
-        for hwpt in &self.hwpts {
-            let done = hwpt.unmap(iova, length);
-            let bytes = done.as_ref().ok().copied();
-            same_errno(op, done)?;
-            if let (Some(ours), Some(theirs), 0) = (bytes, unmapped, op.errno)
-                && ours != u128::from(theirs)
-            {
-                return Err(format!("{ours} bytes went, with the kernel {theirs}"));
+    fn unmap(&self, iova: u64, length: u64, unmapped: Option<u64>) -> Verdict {
+        let done = self.ioas.unmap(iova, length);
+        let exception = match &done {
+            Ok(ours) if self.op.errno == 0 => match unmapped {
+                Some(theirs) if *ours != u128::from(theirs) => {
+                    return Err(format!("{ours} bytes went, with the kernel {theirs}"));
+                }
+                _ => None,
+            },
+            Err(Refusal::Space(dirtymap::Error::PartOfArea { area, .. })) => {
+                self.follow_partial_unmap(iova, area.start())?
             }
+            _ => None,
+        };
+        self.same_errno(done)?;
+        if let Ok(first) = self.ioas.hwpt(0) {
+            self.settle(first)?;
         }
-        match self.hwpts.first() {
-            Some(hwpt) => same_state(op, hwpt).map(|()| None),
-            None => Ok(None),
-        }
+        Ok(exception)
     }
 
-    fn track(&self, op: &Op, hwpt: i64, flags: u64) -> Verdict {
-        if flags > 1 {
-            return same_errno(op, Err::<(), _>(Refusal::Flags)).map(|()| None);
-        }
-        let hwpt = match self.hwpt(hwpt) {
-            Ok(hwpt) => hwpt,
-            Err(refusal) => return same_errno(op, Err::<(), _>(refusal)).map(|()| None),
-        };
-        let again = hwpt.is_tracking() && flags == 1;
-        same_errno(op, hwpt.track(flags == 1))?;
-        let Err(difference) = same_state(op, hwpt) else {
+    /// The kernel unmaps area by area, and what lies below the one that sticks out of the range is gone when it refuses;
+    /// but not if it says that something there is dirty.
+    fn follow_partial_unmap(&self, iova: u64, sticks_out: Iova) -> Verdict {
+        let below = sticks_out.get().checked_sub(1).map(Iova::new);
+        let Some(range) = below.and_then(|last| IovaRange::new(Iova::new(iova), last).ok()) else {
             return Ok(None);
         };
-        if !again {
-            return Err(difference);
+        let gone = Ranges::new([range]).and(&self.ioas.mapped());
+        let still = self.recorded().unwrap_or_default().and(&gone);
+        if gone.is_empty() || !still.is_empty() {
+            return Ok(None);
         }
-        adopt(op, hwpt)?;
-        Ok(Some(SECOND_ENABLE))
+        let done = self.ioas.unmap(iova, sticks_out.get() - iova);
+        done.map_err(|refusal| format!("the areas below cannot be unmapped: {refusal}"))?;
+        Ok(Some(ALL_OR_NOTHING))
     }
 
-    fn dirty(&self, op: &Op, hwpt: i64, granules: &[(u64, u64)]) -> Verdict {
-        let hwpt = match self.hwpt(hwpt) {
+    fn track(&self, hwpt: i64, flags: u64) -> Verdict {
+        let hwpt = match self.ioas.hwpt(hwpt) {
+            _ if flags > 1 => return self.refused(Refusal::Flags),
             Ok(hwpt) => hwpt,
-            Err(refusal) => return same_errno(op, Err::<(), _>(refusal)).map(|()| None),
+            Err(refusal) => return self.refused(refusal),
         };
-        same_errno(op, hwpt.write(granules))?;
-        same_state(op, hwpt).map(|()| None)
+        let again = hwpt.is_tracking() && flags == 1;
+        let before = state(self.ioas, hwpt)?;
+        self.same_errno(self.ioas.track(hwpt, flags == 1))?;
+        if !again {
+            return self.settle(hwpt);
+        }
+        if state(self.ioas, hwpt)? != before {
+            return Err("enabling twice changed what is dirty".into());
+        }
+        let same = self.same_state(hwpt).is_ok();
+        self.adopt(hwpt)?;
+        Ok((!same).then_some(SECOND_ENABLE))
     }
 
-    fn get(&self, op: &Op, get: &Get) -> Verdict {
-        let hwpt = match self.hwpt(get.hwpt) {
-            _ if get.flags & !PEEK != 0 || get.reserved != 0 => Err(Refusal::Flags),
-            found => found,
-        };
-        let hwpt = match hwpt {
+    fn dirty(&self, hwpt: i64, granules: &[(u64, u64)]) -> Verdict {
+        let hwpt = match self.ioas.hwpt(hwpt) {
             Ok(hwpt) => hwpt,
-            Err(refusal) => return same_errno(op, Err::<(), _>(refusal)).map(|()| None),
+            Err(refusal) => return self.refused(refusal),
         };
-        let before = state(hwpt)?;
+        self.same_errno(self.ioas.write(hwpt, granules))?;
+        self.settle(hwpt)
+    }
+
+    fn get(&self, get: &Get) -> Verdict {
+        let hwpt = match self.ioas.hwpt(get.hwpt) {
+            _ if get.flags & !PEEK != 0 || get.reserved != 0 => {
+                return self.refused(Refusal::Flags);
+            }
+            Ok(hwpt) => hwpt,
+            Err(refusal) => return self.refused(refusal),
+        };
+        let others = || {
+            let others = self.ioas.hwpts().iter().filter(|h| h.id != hwpt.id);
+            let states = others.map(|other| state(self.ioas, other));
+            states.collect::<Result<Vec<_>, _>>()
+        };
+        let others_before = others()?;
+        let verdict = self.read(hwpt, get);
+        if !is(get, "plain") || verdict.is_err() {
+            self.adopt(hwpt)?;
+        }
+        if others()? != others_before {
+            return Err("what is dirty in another domain changed".into());
+        }
+        verdict
+    }
+
+    fn read(&self, hwpt: &Hwpt, get: &Get) -> Verdict {
+        let before = state(self.ioas, hwpt)?;
         let untouched = Image::new(get.buf.as_ref());
         let mut image = untouched.clone();
         let clear = get.flags & PEEK == 0;
-        let answer = hwpt.read(get.iova, get.length, get.page_size, clear, image.bitmap());
-        let after = state(hwpt)?;
-        let verdict = match answer {
+        let answer = self.ioas.read(hwpt, get, clear, image.bitmap());
+        let after = state(self.ioas, hwpt)?;
+        let exception = match answer {
             Err(refusal) => {
                 if image != untouched || after != before {
                     return Err(format!("refused ({refusal}), and something was touched"));
                 }
-                refused(op, &refusal)
+                self.stricter(hwpt, get, &untouched, refusal)?
             }
-            Ok(_) if op.errno != 0 => Err(format!("accepted, errno {} with the kernel", op.errno)),
-            Ok(answer) => {
-                let read = Read {
-                    get,
-                    hwpt,
-                    before,
-                    untouched,
+            Ok(_) if self.op.errno != 0 => {
+                return Err(format!("accepted, errno {} with the kernel", self.op.errno));
+            }
+            Ok(hole) => {
+                let walked = self.walked(get, hole)?;
+                let expected = report(&before.and(&walked), get, untouched)?;
+                if image != expected {
+                    return Err("the bits are not those of the dirty pages in the range".into());
+                }
+                let rest = if clear {
+                    before.without(&walked)
+                } else {
+                    before
                 };
-                read.follows_the_contract(&answer, &image, &after)?;
-                Ok(answer.hole.is_some().then_some(HOLE))
+                if after != rest {
+                    return Err("what is dirty afterwards is not what was not reported".into());
+                }
+                hole.map(|_| HOLE)
             }
         };
         if is(get, "plain") {
-            return match verdict? {
-                Some(exception) => Err(format!("a plain read needs an exception: {exception}")),
-                None => same_bits(get, &image)
-                    .and_then(|()| same_state(op, hwpt))
-                    .map(|()| None),
-            };
-        }
-        adopt(op, hwpt)?;
-        verdict
-    }
-}
-
-/// A read, and what it found.
-struct Read<'a> {
-    get: &'a Get,
-    hwpt: &'a Hwpt,
-    before: Ranges,
-    untouched: Image,
-}
-
-impl Read<'_> {
-    /// Each dirty leaf's part inside the request is reported and nothing else; nothing is written outside of the request;
-    /// what was not reported stays dirty.
-    fn follows_the_contract(
-        &self,
-        answer: &Answer,
-        image: &Image,
-        after: &Ranges,
-    ) -> Result<(), String> {
-        let get = self.get;
-        let reported = self.before.and(&answer.walked);
-        let mut expected = self.untouched.clone();
-        for range in reported.iter() {
-            let first = (range.start().get() - get.iova) / get.page_size;
-            let last = (range.last().get() - get.iova) / get.page_size;
-            if !expected.set(first as i64, last - first + 1) {
-                return Err("dirty pages do not fit the bitmap".into());
+            if let Some(exception) = exception {
+                return Err(format!("a plain read needs an exception: {exception}"));
             }
+            same_bits(get, &image)?;
+            self.same_state(hwpt)?;
         }
-        if *image != expected {
-            return Err("the bits are not those of the dirty pages in the range".into());
-        }
-        let must_stay = if get.flags & PEEK == 0 {
-            self.before.without(&answer.walked)
-        } else {
-            self.before.clone()
-        };
-        if !must_stay.inside(after) {
-            return Err("something became clean and was not reported".into());
-        }
-        let may_stay = must_stay.or(&self.rest_of_cut_leaves(answer));
-        if !after.inside(&may_stay) {
-            return Err("something that was reported is still dirty".into());
-        }
-        Ok(())
+        Ok(exception)
     }
 
-    /// The one superset that is allowed: a dirty leaf that sticks out of the request may stay dirty as a whole.
-    fn rest_of_cut_leaves(&self, answer: &Answer) -> Ranges {
-        let leaves = self.hwpt.leaves_at_borders(&answer.walked);
-        let cut = leaves
-            .iter()
-            .filter(|leaf| !Ranges::new([*leaf]).inside(&answer.walked));
-        self.before.and(&Ranges::new(cut))
+    /// What an accepted read had to walk: the range, or what lies below the first address that is not mapped, which must be
+    /// the `hole` that was reported.
+    fn walked(&self, get: &Get, hole: Option<Iova>) -> Result<Ranges, String> {
+        let range = IovaRange::from_len(Iova::new(get.iova), get.length)
+            .map_err(|error| format!("accepted, though {error}"))?;
+        let unmapped = Ranges::new([range]).without(&self.ioas.mapped());
+        let first = unmapped.iter().next().map(|hole| hole.start());
+        if first != hole {
+            return Err(format!(
+                "the hole is at {first:?}, but {hole:?} was reported"
+            ));
+        }
+        let Some(hole) = first else {
+            return Ok(Ranges::new([range]));
+        };
+        let below = hole.get().checked_sub(1).map(Iova::new);
+        Ok(Ranges::new(
+            below.and_then(|last| IovaRange::new(range.start(), last).ok()),
+        ))
+    }
+
+    /// A read that we refuse is one that the kernel refuses as well, or one of the exceptions.
+    fn stricter(&self, hwpt: &Hwpt, get: &Get, buffer: &Image, refusal: Refusal) -> Verdict {
+        use dirtymap::Error::{BadGranule, BitmapTooShort, NeverTracked};
+        if self.op.errno != 0 && refusal.errno() == self.op.errno {
+            return Ok(None);
+        }
+        let accepted = self.op.errno == 0;
+        let needed = get.length.checked_div(get.page_size).unwrap_or(0);
+        match refusal {
+            Refusal::Space(BadGranule { bytes }) if bytes != 0 && !bytes.is_power_of_two() => {
+                Ok(Some(NOT_A_POWER))
+            }
+            Refusal::Space(NeverTracked { .. }) if accepted && !hwpt.ever_tracked.get() => {
+                Ok(Some(NEVER_TRACKED))
+            }
+            Refusal::Space(BitmapTooShort { .. })
+                if accepted && u128::from(needed) > buffer.bits() =>
+            {
+                Ok(Some(SHORT_BITMAP))
+            }
+            refusal => self.refused(refusal),
+        }
+    }
+
+    /// The call is refused here; the kernel must refuse it alike.
+    fn refused(&self, refusal: Refusal) -> Verdict {
+        self.same_errno(Err::<(), _>(refusal)).map(|()| None)
+    }
+
+    fn same_errno<T>(&self, done: Result<T, Refusal>) -> Result<(), String> {
+        let (errno, text) = match done {
+            Ok(_) => (0, "accepted".into()),
+            Err(refusal) => (refusal.errno(), format!("refused: {refusal}")),
+        };
+        let theirs = self.op.errno;
+        if errno == theirs {
+            return Ok(());
+        }
+        Err(format!("{text}, errno {errno}, with the kernel {theirs}"))
+    }
+
+    /// The kernel's dirty state after the operation, if it has one.
+    fn recorded(&self) -> Option<Ranges> {
+        let runs = self.op.after.as_ref()?;
+        Some(Ranges::new(runs.iter().filter_map(|(start, len)| {
+            IovaRange::from_len(Iova::new(*start), *len).ok()
+        })))
+    }
+
+    fn same_state(&self, hwpt: &Hwpt) -> Result<(), String> {
+        match self.recorded() {
+            Some(recorded) if state(self.ioas, hwpt)? != recorded => {
+                Err("other pages are dirty afterwards".into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The same state; if not, the sequence goes on with the kernel's.
+    fn settle(&self, hwpt: &Hwpt) -> Verdict {
+        let same = self.same_state(hwpt);
+        if same.is_err() {
+            self.adopt(hwpt)?;
+        }
+        same.map(|()| None)
+    }
+
+    /// Goes on with the kernel's dirty state.
+    fn adopt(&self, hwpt: &Hwpt) -> Result<(), String> {
+        let Some(recorded) = self.recorded() else {
+            return Ok(());
+        };
+        self.ioas
+            .set(hwpt, &recorded)
+            .map_err(|refusal| format!("the dirty state cannot be set: {refusal}"))?;
+        self.same_state(hwpt)
     }
 }
 
 /// The class that a read is counted in.
 fn class(get: &Get) -> &'static str {
-    const CLASSES: [(&str, &str); 11] = [
+    const CLASSES: [(&str, &str); 14] = [
         ("plain", "get, plain"),
         ("error", "get, error"),
         ("tracking-off", "get, tracking-off"),
@@ -274,6 +358,9 @@ fn class(get: &Get) -> &'static str {
         ("straddle-start-lost", "get, straddle-start-lost"),
         ("straddle-end", "get, straddle-end"),
         ("unmapped-start", "get, unmapped-start"),
+        ("straddle-end-clipped", "get, straddle-end-clipped"),
+        ("buf-fault-lost", "get, buf-fault-lost"),
+        ("multi-area", "get, multi-area"),
     ];
     CLASSES
         .iter()
@@ -285,43 +372,28 @@ fn is(get: &Get, tag: &str) -> bool {
     get.tags.iter().any(|t| t == tag)
 }
 
-/// A read that we refuse is one that the kernel refuses as well, or one of the exceptions.
-fn refused(op: &Op, refusal: &Refusal) -> Verdict {
-    use dirtymap::Error::{BadGranule, BitmapTooShort, NeverTracked};
-    if op.errno != 0 && refusal.errno() == op.errno {
-        return Ok(None);
+/// The memory `before`, with the bits of `dirty`, which lies in the range of `get`.
+fn report(dirty: &Ranges, get: &Get, before: Image) -> Result<Image, String> {
+    let mut image = before;
+    for range in dirty.iter() {
+        let bit = |at: Iova| i64::try_from((at.get() - get.iova) / get.page_size);
+        let (Ok(first), Ok(last)) = (bit(range.start()), bit(range.last())) else {
+            return Err("dirty pages do not fit any bitmap".into());
+        };
+        if !image.put(first, last.abs_diff(first) + 1, true) {
+            return Err("dirty pages do not fit the bitmap".into());
+        }
     }
-    match refusal {
-        Refusal::Space(BadGranule { bytes }) if *bytes != 0 => Ok(Some(NOT_A_POWER)),
-        Refusal::Space(NeverTracked { .. }) if op.errno == 0 => Ok(Some(NEVER_TRACKED)),
-        Refusal::Space(BitmapTooShort { .. }) if op.errno == 0 => Ok(Some(SHORT_BITMAP)),
-        _ => Err(format!(
-            "refused with errno {} ({refusal}), with the kernel {}",
-            refusal.errno(),
-            op.errno
-        )),
-    }
-}
-
-fn same_errno<T>(op: &Op, done: Result<T, Refusal>) -> Result<(), String> {
-    let (errno, text) = match done {
-        Ok(_) => (0, "accepted".into()),
-        Err(refusal) => (refusal.errno(), format!("refused: {refusal}")),
-    };
-    if errno == op.errno {
-        return Ok(());
-    }
-    Err(format!(
-        "{text}, errno {errno}, with the kernel {}",
-        op.errno
-    ))
+    Ok(image)
 }
 
 fn same_bits(get: &Get, image: &Image) -> Result<(), String> {
     let mut kernel = Image::new(get.buf.as_ref());
-    for (first, count) in &get.new {
-        if !kernel.set(*first, *count) {
-            return Err(format!("[{first},{count}] lies outside the buffer"));
+    for (runs, one) in [(&get.new, true), (&get.lost, false)] {
+        for (first, count) in runs {
+            if !kernel.put(*first, *count, one) {
+                return Err(format!("[{first},{count}] lies outside the buffer"));
+            }
         }
     }
     if *image == kernel {
@@ -330,37 +402,7 @@ fn same_bits(get: &Get, image: &Image) -> Result<(), String> {
     Err("the bits are not the kernel's".into())
 }
 
-fn state(hwpt: &Hwpt) -> Result<Ranges, String> {
-    hwpt.dirty()
+fn state(ioas: &Ioas, hwpt: &Hwpt) -> Result<Ranges, String> {
+    ioas.dirty(hwpt)
         .map_err(|refusal| format!("the dirty state cannot be read: {refusal}"))
-}
-
-/// The kernel's dirty state after the operation, if it has one.
-fn recorded(op: &Op) -> Option<Ranges> {
-    use dirtymap::{Iova, IovaRange};
-    let runs = op.after.as_ref()?;
-    Some(Ranges::new(runs.iter().filter_map(|(start, len)| {
-        IovaRange::from_len(Iova::new(*start), *len).ok()
-    })))
-}
-
-fn same_state(op: &Op, hwpt: &Hwpt) -> Result<(), String> {
-    match recorded(op) {
-        Some(recorded) if state(hwpt)? != recorded => {
-            Err("other pages are dirty afterwards".into())
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Goes on with the kernel's dirty state.
-fn adopt(op: &Op, hwpt: &Hwpt) -> Result<(), String> {
-    let Some(recorded) = recorded(op) else {
-        return Ok(());
-    };
-    if state(hwpt)? != recorded {
-        hwpt.set(&recorded)
-            .map_err(|refusal| format!("the dirty state cannot be set: {refusal}"))?;
-    }
-    same_state(op, hwpt)
 }
