@@ -148,3 +148,36 @@ fn what_cannot_be_read_is_neither_merged_nor_taken_away() {
         Err(Error::BitmapShrank { .. })
     ));
 }
+
+/// A window that cannot be opened stops a harvest in the middle of marks whose summary it has cleared: the next harvest must
+/// be led to them all the same.
+#[test]
+fn marks_that_a_lost_window_could_not_take_are_found_again() {
+    let fake = Arc::new(Fake::default());
+    let space = AddressSpace::new(Granule::K4)
+        .with_source(fake.clone())
+        .unwrap();
+    let all = pages(0, 2 * WINDOW);
+    space.map(all, 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    let bitmap = FileBitmap::new(scratch(2 << 16), 0, 2 << 16);
+    let bitmap = bitmap.with_window(1 << 16).unwrap();
+    let marked = [7, WINDOW + 3, WINDOW + 700];
+    for n in marked {
+        space.mark(pages(n, 1)).unwrap();
+    }
+    let cut = bitmap.file().try_clone().unwrap();
+    fake.with(|s| s.on_page = Some((8, Box::new(move || cut.set_len(1 << 16).unwrap()))));
+    let request = HarvestRequest::new(all, Granule::K4);
+    let Err(HarvestError::Stopped(stopped)) = space.harvest(&request, UserBitmap::file(&bitmap))
+    else {
+        panic!("the harvest went on");
+    };
+    stopped.lease.sync().unwrap().commit();
+    let mut words = vec![0; 2 * WINDOW as usize / 64];
+    let lease = space
+        .harvest(&request, UserBitmap::new(&mut words))
+        .unwrap();
+    let runs: Vec<_> = lease.sync().unwrap().runs().collect();
+    assert_eq!(runs, [pages(WINDOW + 3, 1), pages(WINDOW + 700, 1)]);
+}

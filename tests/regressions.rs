@@ -239,5 +239,22 @@ fn what_is_put_back_while_an_area_is_filled_stays_dirty() {
         let lease = space.harvest(&alone, UserBitmap::new(&mut words)).unwrap();
         lease.sync().unwrap().commit();
         assert_eq!(words[0], 1 << 3, "both: {both}");
+}
+
+/// `len >> shift` pages for a range that begins inside a page is one too few: the last page was neither marked nor copied.
+#[test]
+fn a_mark_covers_every_page_that_it_touches() {
+    for off in [0, 1, 2048, PAGE - 1] {
+        for len in [1, 2, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE] {
+            let (space, _, _) = tracked();
+            let start = Iova::new(3 * PAGE + off);
+            let range = IovaRange::from_len(start, len).unwrap();
+            let touched = ((off + len - 1) >> 12) + 1;
+            let expected = ((1 << touched) - 1) << 3;
+            space.area(start).unwrap().mark(range).unwrap();
+            assert_eq!(take(&space, pages(0, 16)), expected, "{off} + {len}");
+            space.mark(range).unwrap();
+            assert_eq!(take(&space, pages(0, 16)), expected, "{off} + {len}");
+        }
     }
 }

@@ -227,13 +227,12 @@ impl Ioas {
         let mut all = Vec::new();
         for Mapping { range, .. } in self.space.mappings() {
             let mut words = vec![0; words(range, granule)];
-            let bitmap = UserBitmap::new(&mut words);
             let request = HarvestRequest::new(range, granule).in_scope(Scope::Domain(hwpt.id));
-            let view = match self.space.peek(&request, bitmap) {
+            let view = match self.space.peek(&request, UserBitmap::new(&mut words)) {
                 Ok(view) => view,
                 // The space gives no answer, but keeps nothing either.
                 Err(dirtymap::Error::NeverTracked { .. }) => {
-                    let view = bitmap.view(range, granule)?;
+                    let view = UserBitmap::new(&mut words).view(range, granule)?;
                     let peeked = hwpt.source.peek(range, &mut view.sink());
                     peeked.map_err(|stopped| stopped.error)?;
                     view
