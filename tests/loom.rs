@@ -6,56 +6,14 @@
 #![cfg(dirtymap_loom)]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
-use std::sync::Mutex as StdMutex;
-use std::sync::atomic::{AtomicUsize as StdUsize, Ordering::SeqCst};
+mod common_loom;
 
-use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering::Relaxed, Step, leave_out, lock, thread};
+use common_loom::holds_only_with;
+use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering::Relaxed, Step, lock, thread};
 use dirtymap::{
     Access, AddressSpace, DirtySource, Error, FlushGather, FlushQueue, Granule, HarvestRequest,
     Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, UserBitmap,
 };
-
-/// One model at a time: the step that is left out is global.
-static ONE_AT_A_TIME: StdMutex<()> = StdMutex::new(());
-
-/// Runs `model`, which says whether the contract held, as it is: it must hold in every execution. Then without each
-/// of `steps`: it must fail in one. A model reports instead of panicking, because a panic unwinds through objects
-/// of the model checker.
-fn holds_only_with(steps: &[Step], model: impl Fn() -> bool + Sync + Send + Copy + 'static) {
-    let _one = ONE_AT_A_TIME.lock().unwrap_or_else(|e| e.into_inner());
-    let (executions, failures) = explore(None, model);
-    println!("holds in {executions} executions");
-    assert!(executions > 1, "the model explored nothing");
-    assert_eq!(failures, 0, "the contract is broken");
-    for step in steps {
-        let (executions, failures) = explore(Some(*step), model);
-        println!("without {step:?}: fails in {failures} of {executions} executions");
-        assert!(
-            failures > 0,
-            "without {step:?} the model still holds: it proves nothing"
-        );
-    }
-}
-
-/// All executions of `model` without `step`, and how many of them broke the contract.
-fn explore(
-    step: Option<Step>,
-    model: impl Fn() -> bool + Sync + Send + Copy + 'static,
-) -> (usize, usize) {
-    static EXECUTIONS: StdUsize = StdUsize::new(0);
-    static FAILURES: StdUsize = StdUsize::new(0);
-    EXECUTIONS.store(0, SeqCst);
-    FAILURES.store(0, SeqCst);
-    leave_out(step);
-    loom::model(move || {
-        EXECUTIONS.fetch_add(1, SeqCst);
-        if !model() {
-            FAILURES.fetch_add(1, SeqCst);
-        }
-    });
-    leave_out(None);
-    (EXECUTIONS.load(SeqCst), FAILURES.load(SeqCst))
-}
 
 const PAGE: Granule = Granule::K4;
 

@@ -6,8 +6,8 @@ mod common;
 
 use common::{Fake, PAGE, pages, two_sources};
 use dirtymap::{
-    Access, AddressSpace, Change, Error, Granule, HarvestError, HarvestRequest, Iova, IovaRange,
-    Scope, UserBitmap,
+    Access, AddressSpace, Change, Error, Granule, HarvestBounds, HarvestError, HarvestRequest,
+    Iova, IovaRange, Scope, SparseBitmap, UserBitmap,
 };
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -239,6 +239,7 @@ fn what_is_put_back_while_an_area_is_filled_stays_dirty() {
         let lease = space.harvest(&alone, UserBitmap::new(&mut words)).unwrap();
         lease.sync().unwrap().commit();
         assert_eq!(words[0], 1 << 3, "both: {both}");
+    }
 }
 
 /// `len >> shift` pages for a range that begins inside a page is one too few: the last page was neither marked nor copied.
@@ -257,4 +258,74 @@ fn a_mark_covers_every_page_that_it_touches() {
             assert_eq!(take(&space, pages(0, 16)), expected, "{off} + {len}");
         }
     }
+}
+
+/// A map put its area into the tree, where it was marked, and one domain of two was filled, where a device wrote. Then the second
+/// domain refused, and the area went: the mark was neither kept nor counted, and what the device had written was dirty in the next
+/// area at these addresses.
+#[test]
+fn what_is_dirty_in_a_map_that_fails_is_counted_as_discarded() {
+    let (space, first, second) = two_sources();
+    let space = Arc::new(space);
+    space.set_tracking(true).unwrap();
+    let (marked, device) = (Arc::clone(&space), Arc::clone(&first));
+    second.with(|s| {
+        s.refuse_map = true;
+        s.on_map = Some(Box::new(move || {
+            marked.mark(pages(2, 1)).unwrap();
+            device.dirty(5);
+        }));
+    });
+    let map = || space.map(pages(0, 16), 0, Access::ReadWrite);
+    assert!(map().is_err());
+    assert_eq!(space.stats().discarded_bytes, 2 * PAGE);
+    second.with(|s| s.refuse_map = false);
+    map().unwrap();
+    assert_eq!(take(&space, pages(0, 16)), 0);
+}
+
+/// Harvests that walk by pieces counted an area once for each piece that lay in it.
+#[test]
+fn an_area_is_counted_once_however_many_pieces_it_is_walked_in() {
+    let space = AddressSpace::new(Granule::K4);
+    let range = pages(0, 3 << 15);
+    let halves = (pages(0, 1 << 15), pages(1 << 15, 2 << 15));
+    space.map(halves.0, 0, Access::ReadWrite).unwrap();
+    space.map(halves.1, 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    let sparse = SparseBitmap::new(3 << 15);
+    let bitmap = || UserBitmap::sparse(&sparse);
+    let request = HarvestRequest::new(range, Granule::K4);
+    let bounds = HarvestBounds::new();
+    let bounded = space.harvest_bounded(&request, Iova::MIN, bounds, bitmap());
+    assert_eq!(bounded.unwrap().lease.report().areas, 2);
+    let mut words = [0b1011u64, 0, 1];
+    let start = pages((1 << 15) - 2, 192);
+    let mask = UserBitmap::new(&mut words)
+        .view(start, Granule::K4)
+        .unwrap();
+    let masked = space.harvest_masked(&request, &mask, bitmap()).unwrap();
+    assert_eq!(masked.report().areas, 2);
+}
+
+/// The list of pieces of a parallel harvest grew with the request: for all of a 64-bit space at 4 KiB it was 256 GiB long, and the
+/// process was aborted, though a sparse bitmap takes the request and nothing was dirty.
+#[cfg(feature = "rayon")]
+#[test]
+fn a_parallel_harvest_of_the_whole_address_space() {
+    let space = AddressSpace::new(Granule::K4);
+    space.map(IovaRange::ALL, 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    for at in [Iova::MIN, Iova::MAX] {
+        space
+            .mark(IovaRange::granule_at(at, Granule::BYTE))
+            .unwrap();
+    }
+    let sparse = SparseBitmap::new(1 << 52);
+    let request = HarvestRequest::new(IovaRange::ALL, Granule::K4);
+    let lease = space
+        .harvest_parallel(&request, UserBitmap::sparse(&sparse))
+        .unwrap();
+    assert_eq!((lease.report().areas, lease.report().bits_set), (1, 2));
+    lease.sync().unwrap().commit();
 }

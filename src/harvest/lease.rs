@@ -202,9 +202,12 @@ impl<'a> Holding<'a> {
         let Some(part) = area.mapping.range.intersection(within) else {
             return Ok(());
         };
+        // A walk comes to an area as often as it has pieces, in ascending order.
+        let began = area.mapping.range.start();
+        let is_new = self.reached.is_none_or(|reached| reached < began);
+        self.report.areas += u64::from(is_new);
         // Before the first bit is touched: a walk that panics in here puts back all that it may have recorded.
         self.reach(part.last());
-        self.report.areas += 1;
         take(
             self.space,
             &self.covered,

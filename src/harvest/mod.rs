@@ -30,7 +30,9 @@
 //! A bit that a harvest recorded but another one cleared first is reported by both: a superset, never less.
 //!
 //! In each area the sources come first, then what is in flight, then the marks: dirty state only ever moves in this direction (the rest
-//! of a leaf to the marks, a write in flight to the marks), and names its pages in the next place before it leaves the last.
+//! of a leaf to the marks, a write in flight to the marks), and names its pages in the next place before it leaves the last. Only a
+//! detach, an unmap and an abort are not that careful: what they move may be found by the next harvest only, or, of an area that
+//! goes, by the unmap.
 //!
 //! # Modes
 //! | call | takes |

@@ -4,6 +4,8 @@
 //!  bits of the request   [ piece 0 ][ piece 1 ][ piece 2 ]...     a piece is 8 chunks of bitmap: 1 GiB at 4 KiB a bit
 //! ```
 //!
+//! Of a request that has more than 4096 such pieces, the pieces are as many times larger as it takes.
+//!
 //! The pieces follow from the request alone, and their gathers are merged in order, so what the lease holds does not depend on
 //! the number of threads. Threads share no words of the bitmap and no words of marks, but for leaves that straddle pieces: who
 //! finds such a leaf takes all of it that the request covers.
@@ -19,8 +21,10 @@ use crate::source::Stopped;
 use crate::space::{AddressSpace, Areas, Covered};
 use crate::units::{Iova, IovaRange};
 
-/// Bits of a piece.
+/// Bits of a piece, at least.
 const PIECE_BITS: u64 = 8 * CHUNK_BITS;
+/// The most pieces of a request, but for one that straddles: a list of them must fit in memory, however long the request is.
+const MAX_PIECES: u64 = 1 << 12;
 
 /// What one piece yielded.
 struct Taken<'a> {
@@ -37,7 +41,8 @@ impl AddressSpace {
     /// one. Needs the feature `rayon`.
     ///
     /// Worth it for tables that lie scattered in memory, or with a tenth of the pages dirty and more; a clean range is read at the
-    /// speed of memory by one thread. Allocates: some bytes for each 262144 bits of the request.
+    /// speed of memory by one thread. Allocates: some bytes for each 262144 bits of the request, at most a few
+    /// megabytes.
     ///
     /// # Errors
     /// As [`harvest`](Self::harvest). Behind the place of a stop some pages may have been taken as well: they are in the lease.
@@ -100,16 +105,24 @@ fn pieces(
 ) -> impl Iterator<Item = IovaRange> {
     let page = space.page();
     let view = *view;
+    let bits = piece_bits(walked.granules(view.granule()));
     let mut next = Some(walked.start());
     std::iter::from_fn(move || {
         let start = next?;
         let last = view
-            .piece_last(start, PIECE_BITS)
+            .piece_last(start, bits)
             .granule_last(page)
             .min(walked.last());
         next = last.checked_add(1).filter(|next| *next <= walked.last());
         IovaRange::new(start, last).ok()
     })
+}
+
+/// Bits of a piece of a request of `bits` bits: a power of two.
+fn piece_bits(bits: u128) -> u64 {
+    // Never more than a user bitmap has: 2^63.
+    let bits = u64::try_from(bits).unwrap_or(u64::MAX);
+    (bits / MAX_PIECES + 1).next_power_of_two().max(PIECE_BITS)
 }
 
 impl<'a> Taken<'a> {

@@ -150,7 +150,8 @@ impl AddressSpace {
     }
 
     /// Detaches a domain: empties it, flushes, and forgets it. Nothing is lost: what is dirty in it moves to the marks
-    /// of the areas, where harvests of all domains find it. On return its devices no longer reach the memory, and
+    /// of the areas, where harvests of all domains find it. A harvest that runs meanwhile may come between the two, so do the
+    /// last one after the return. On return its devices no longer reach the memory, and
     /// nothing of the source is in use but by harvests that began before. Waits for the flush.
     ///
     /// # Errors

@@ -22,7 +22,7 @@ pub struct SpaceStats {
     pub put_back_outside_bytes: u64,
     /// Dirty bytes that unmaps returned in user bitmaps.
     pub unmapped_dirty_bytes: u64,
-    /// Dirty bytes that were discarded: by unmaps that say so, and by switching tracking on.
+    /// Dirty bytes that were discarded: by unmaps that say so, by maps that failed, and by switching tracking on.
     pub discarded_bytes: u64,
     /// Marks that touched addresses outside every area.
     pub outside_marks: u64,

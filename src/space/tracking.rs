@@ -155,7 +155,8 @@ impl AddressSpace {
         Ok(())
     }
 
-    fn discard(&self, pages: u64) {
+    /// Counts `pages` that were dirty and are forgotten.
+    pub(super) fn discard(&self, pages: u64) {
         self.counters
             .discarded(u128::from(pages) << self.page().lg2());
     }

@@ -52,7 +52,7 @@ use super::plan::Plan;
 use super::{AddressSpace, Area};
 use crate::bitmap::{BitmapView, UserBitmap};
 use crate::error::Error;
-use crate::sync::Arc;
+use crate::sync::{Arc, Ordering, fence};
 use crate::units::{Granule, IovaRange};
 
 /// What an unmap did.
@@ -113,19 +113,24 @@ impl AddressSpace {
         Ok((unmapped, view))
     }
 
-    /// Undoes the map of an area that is not live, which some domains have been filled with.
+    /// Undoes the map of an area that is not live, which some domains have been filled with. What was dirty in it meanwhile
+    /// is discarded.
     pub(super) fn take_out(&self, area: &Arc<Area>) -> Result<(), Error> {
         let range = area.mapping.range;
         let mut pairs = area.pairs();
         if let Some(ticket) = self.empty_part(range, false, &mut pairs) {
             self.flush_until(ticket)?;
         }
+        self.mark_kept(area, range);
         let _: Result<(), Error> = self.areas.update(|edit| {
             edit.remove(range.start());
             Ok(())
         });
         area.retire();
         *pairs = None;
+        // SeqCst: F4 of the module's protocol; pairs with F3 in `Marks::mark_inside`.
+        fence(Ordering::SeqCst);
+        self.discard(area.marks.clear(range));
         Ok(())
     }
 }
