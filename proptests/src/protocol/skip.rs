@@ -4,7 +4,7 @@
 //! software knows of the subtree:
 //!
 //! ```text
-//!       A is set, nothing is dirty:     a flush of the subtree,         A is clear: one harvest
+//!       nothing is dirty:               a flush of the subtree,         A is clear: one harvest
 //!       clear A                         caches of upper entries too     looks at all of it      A is still clear
 //!  Hot -----------------------> Cleared ---> Flushing ---> Flushed ---> Looking ----------------------> Quiet
 //!   ^                                                                      |                              |
@@ -150,6 +150,9 @@ fn harvest(mut s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
         // A bitmap that cannot take more ends the harvest half-way.
         let mut s = s;
         s.harvesters[who].step = Step::Sync;
+        if h.looks {
+            s.known = Known::Hot;
+        }
         out.push("harvest: stops", s);
     }
     let name = match h.step {
@@ -196,7 +199,15 @@ fn harvest(mut s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
                     Known::Quiet
                 };
                 "harvest: its look is over"
-            } else if h.a && s.machine.a && !h.recorded && (free || weak.shared_look) {
+            } else if !h.a && !h.recorded && matches!(h.known, Known::Cleared | Known::Flushing) {
+                // Whoever cleared A may not get to the flush.
+                h.owes_subtree = true;
+                "harvest: owes the flush again"
+            } else if h.a == s.machine.a
+                && (h.a || h.known == Known::Hot)
+                && !h.recorded
+                && (free || weak.shared_look)
+            {
                 s.machine = s.machine.unaccessed();
                 h.owes_subtree = true;
                 if weak.two_steps {
