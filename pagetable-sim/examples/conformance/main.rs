@@ -5,7 +5,7 @@
 //! ```
 //!
 //! ```text
-//!  file --parse--> sequences, operations --replay--> AddressSpace over Domain --compare--> report
+//!  file --parse--> sequences, operations --replay--> AddressSpace over Domains --compare--> report
 //! ```
 //!
 //! Exit status: 0 if everything passed, 1 if something failed, 2 if a file cannot be replayed.
