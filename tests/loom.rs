@@ -8,6 +8,8 @@
 
 mod common_loom;
 
+use std::sync::atomic::{AtomicUsize as StdUsize, Ordering::SeqCst};
+
 use common_loom::holds_only_with;
 use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering::Relaxed, Step, lock, thread};
 use dirtymap::{
