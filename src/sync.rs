@@ -152,6 +152,8 @@ pub enum Step {
     WaitForReaders,
     /// Leading marks by the handle of an area that was cut to its pieces.
     GiveWay,
+    /// Saying that what a detach moves to the marks is in flight.
+    DetachInFlight,
     /// Looking at what is in flight when an area goes.
     LookInFlight,
     /// Dropping those that are larger than what the flush names.

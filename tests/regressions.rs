@@ -329,3 +329,23 @@ fn a_parallel_harvest_of_the_whole_address_space() {
     assert_eq!((lease.report().areas, lease.report().bits_set), (1, 2));
     lease.sync().unwrap().commit();
 }
+
+/// A detach took what was dirty out of the table of its domain, and marked it a moment later. A harvest in between, perhaps the
+/// last one, found it in neither place.
+#[test]
+fn a_harvest_during_a_detach_finds_what_is_on_its_way() {
+    let (space, first, _) = tracked();
+    let space: &'static AddressSpace = Box::leak(Box::new(space));
+    first.dirty(3);
+    let found = Arc::new(std::sync::Mutex::new(0));
+    first.with(|s| {
+        let found = Arc::clone(&found);
+        s.on_unmap = Some(Box::new(move || {
+            let harvest = std::thread::spawn(|| take(space, pages(0, 16)));
+            *found.lock().unwrap() = harvest.join().unwrap();
+        }));
+    });
+    space.detach(space.domains()[0]).unwrap();
+    let found = *found.lock().unwrap();
+    assert_eq!(found & 1 << 3, 1 << 3);
+}

@@ -447,6 +447,8 @@ pub(super) fn take(
     let kept = covered.domains().iter().map(|domain| &domain.kept);
     for marks in kept.chain(covered.marks.then_some(&*area.marks)) {
         let Some(part) = rest else { break };
+        // Acquire: pairs with the Release fence of a detach; whoever found what is kept gone sees it marked.
+        fence(Ordering::Acquire);
         sink.limit_to(part);
         if let Err(stopped) = marks.read_and_clear(part, sink) {
             (rest, outcome) = below(part, stopped, space.page());

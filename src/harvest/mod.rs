@@ -153,7 +153,11 @@ impl AddressSpace {
                 .iter()
                 .map(|domain| &domain.kept)
                 .chain(covered.marks.then_some(&*entry.area.marks))
-                .try_for_each(|marks| marks.peek(part, &mut sink));
+                .try_for_each(|marks| {
+                    // Acquire: as in `Holding::take`.
+                    fence(Ordering::Acquire);
+                    marks.peek(part, &mut sink)
+                });
             peeked.map_err(|stopped| stopped.error)?;
         }
         Ok(view)

@@ -132,23 +132,36 @@ impl Marks {
         debug_assert!(taken.is_ok());
     }
 
+    /// The marks of `range`, as runs in ascending order.
+    pub(crate) fn runs(&self, range: IovaRange) -> Vec<IovaRange> {
+        let mut runs = Vec::new();
+        let seen = self.visit::<false>(range, |start, mask| {
+            self.add_runs(start, mask, &mut runs);
+            Ok(())
+        });
+        debug_assert!(seen.is_ok());
+        runs
+    }
+
     /// Takes the marks of `range`, as runs in ascending order.
     ///
     /// Who moves marks takes them first and sets them elsewhere then: a marker that finds a page marked here, and so
     /// leaves it at that, comes before the taking, and so before the setting.
     pub(crate) fn take_runs(&self, range: IovaRange) -> Vec<IovaRange> {
         let mut runs = Vec::new();
-        self.take(range, |start, mask| {
-            for (first, last) in word_runs(mask) {
-                let page = |n: u32| Iova::new(start.get() + (u64::from(n) << self.page.lg2()));
-                // Never an error: a run goes upwards.
-                runs.extend(IovaRange::new(
-                    page(first),
-                    page(last).granule_last(self.page),
-                ));
-            }
-        });
+        self.take(range, |start, mask| self.add_runs(start, mask, &mut runs));
         runs
+    }
+
+    fn add_runs(&self, start: Iova, mask: u64, runs: &mut Vec<IovaRange>) {
+        for (first, last) in word_runs(mask) {
+            let page = |n: u32| Iova::new(start.get() + (u64::from(n) << self.page.lg2()));
+            // Never an error: a run goes upwards.
+            runs.extend(IovaRange::new(
+                page(first),
+                page(last).granule_last(self.page),
+            ));
+        }
     }
 
     /// Calls `visit` for the marks of `range`, as page and mask of the pages from there on, and clears them after it if `TAKE`.

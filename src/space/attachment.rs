@@ -46,7 +46,7 @@ use super::tracking::Switch;
 use super::{AddressSpace, Area, Fault, FaultSource, Outside};
 use crate::error::Error;
 use crate::flush::{FlushCost, FlushGather, Ticket};
-use crate::source::{DirtySource, Marks};
+use crate::source::{DirtySource, Marks, Slot};
 use crate::sync::{Arc, AtomicBool, Ordering, Step, fence, lock, performs};
 use crate::units::{DomainId, Granule, Iova, IovaRange};
 
@@ -150,8 +150,7 @@ impl AddressSpace {
     }
 
     /// Detaches a domain: empties it, flushes, and forgets it. Nothing is lost: what is dirty in it moves to the marks
-    /// of the areas, where harvests of all domains find it. A harvest that runs meanwhile may come between the two, so do the
-    /// last one after the return. On return its devices no longer reach the memory, and
+    /// of the areas, where harvests of all domains find it; one that runs meanwhile may report all of an area. On return its devices no longer reach the memory, and
     /// nothing of the source is in use but by harvests that began before. Waits for the flush.
     ///
     /// # Errors
@@ -238,12 +237,23 @@ impl AddressSpace {
                 .last();
         };
         let range = area.mapping.range;
+        // What is dirty in the table is in flight until it is marked: a harvest that comes between finds all of the area so.
+        let _moving = Moving(performs(Step::DetachInFlight).then(|| self.in_flight.publish(range)));
+        // Release: pairs with the Acquire fence between tables and slots in `harvest::lease::take`.
+        fence(Ordering::Release);
         let at = filled.iter().position(|other| other.id == attachment.id);
         let ticket = at.map(|at| {
             let ticket = self.empty(attachment, range, &area.marks);
             filled.remove(at);
             ticket
         });
+        // What is kept is marked before it is taken, for harvests that have read the slots; and behind that, for who found it
+        // kept already.
+        for run in attachment.kept.runs(range) {
+            area.marks.mark(run);
+        }
+        // Release: pairs with the Acquire fence between what is kept and the marks in `harvest::lease::take`.
+        fence(Ordering::Release);
         for run in attachment.kept.take_runs(range) {
             area.marks.mark(run);
         }
@@ -324,6 +334,17 @@ impl AddressSpace {
             len: u64::try_from(range.len()).unwrap_or(u64::MAX),
             source: FaultSource::Device(domain),
         });
+    }
+}
+
+/// What is on its way to the marks. Dropped, it has arrived, or whoever moved it panicked.
+struct Moving<'s>(Option<&'s Slot>);
+
+impl Drop for Moving<'_> {
+    fn drop(&mut self) {
+        if let Some(slot) = self.0 {
+            slot.free();
+        }
     }
 }
 

@@ -59,6 +59,8 @@ pub struct State {
     pub on_page: Option<(u64, Box<dyn FnOnce() + Send>)>,
     /// What happens, once, when the next area is to be mapped, before it is.
     pub on_map: Option<Box<dyn FnOnce() + Send>>,
+    /// What happens, once, when the next unmap has taken what is dirty and told nobody yet.
+    pub on_unmap: Option<Box<dyn FnOnce() + Send>>,
     /// What happens, once, before the next invalidation.
     pub on_invalidate: Option<Box<dyn FnOnce() + Send>>,
 }
@@ -126,7 +128,7 @@ impl DirtySource for Fake {
     }
 
     fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
-        self.with(|s| {
+        let (gone, leaf_pages) = self.with(|s| {
             if s.mapped.iter().any(|mapped| range.covers(*mapped)) {
                 gather.add(range, Granule::K4);
             }
@@ -134,11 +136,13 @@ impl DirtySource for Fake {
             let cut = s.mapped.iter().any(|mapped| mapped.intersects(range));
             assert!(!cut, "{range} cuts through a leaf");
             let gone: Vec<u64> = s.dirty.range(numbers(range)).copied().collect();
-            for n in gone {
-                s.dirty.remove(&n);
-                dirty(pages(n, s.leaf_pages.max(1)));
-            }
+            gone.iter().for_each(|n| assert!(s.dirty.remove(n)));
+            (gone, s.leaf_pages.max(1))
         });
+        if let Some(happen) = self.with(|s| s.on_unmap.take()) {
+            happen();
+        }
+        gone.into_iter().for_each(|n| dirty(pages(n, leaf_pages)));
     }
 
     fn set_tracking(&self, on: bool) -> Result<(), Error> {
