@@ -68,6 +68,8 @@
 //! * `rayon` (off by default): `AddressSpace::harvest_parallel`, one harvest by the threads of a pool.
 //! * `serde` (off by default): counts, reports, `Iova` (a number), `IovaRange` (`start` and `last`) and `Granule` (its bytes) implement `Serialize`.
 //! * `membarrier` (off by default): `AddressSpace::with_asymmetric_marks`, marks without a fence, by `membarrier(2)` of Linux.
+//! * `tracing` (off by default): events with the target `dirtymap` at harvest, sync, commit, abort, map, unmap, cut, attach, detach,
+//!   switches and flushes that fail; none at marks. Some come under locks: a subscriber must not call what waits.
 //!
 //! # When not to use it
 //!
@@ -79,6 +81,7 @@
 //! `pagetable-sim` crate is an IOMMU to test against.
 
 mod error;
+mod events;
 mod units;
 
 mod area;

@@ -14,6 +14,7 @@ use std::marker::PhantomData;
 
 use crate::bitmap::{BitmapView, Runs, Sink};
 use crate::error::Error;
+use crate::events;
 use crate::flush::{FlushGather, Ticket};
 use crate::source::{LeafSink, Rests, Stopped};
 use crate::space::{AddressSpace, Area, Covered};
@@ -81,7 +82,9 @@ impl<'a> Lease<'a, Owed> {
     /// # Errors
     /// [`SyncError`] with the lease if a source could not flush; it can be tried again.
     pub fn sync(mut self) -> Result<Lease<'a, Synced>, SyncError<'a>> {
-        match self.holding.flush() {
+        let flushed = self.holding.flush();
+        events::sync(self.holding.range(), &self.holding.gather, flushed.is_ok());
+        match flushed {
             Ok(()) => Ok(Lease {
                 holding: self.holding,
                 state: PhantomData,
@@ -237,7 +240,7 @@ impl<'a> Holding<'a> {
         HarvestError::Stopped(Box::new(StoppedHarvest {
             error: stopped.error,
             at: stopped.at,
-            lease: self.into_lease(sink),
+            lease: self.into_lease_of(sink.bits_set(), sink.windows(), Some(stopped.at)),
         }))
     }
 
@@ -252,22 +255,28 @@ impl<'a> Holding<'a> {
         HarvestError::Stopped(Box::new(StoppedHarvest {
             error: stopped.error,
             at: stopped.at,
-            lease: self.into_lease_of(bits_set, windows),
+            lease: self.into_lease_of(bits_set, windows, Some(stopped.at)),
         }))
     }
 
     /// The walk is over.
     pub(super) fn into_lease(self, sink: &Sink<'_>) -> Lease<'a, Owed> {
-        self.into_lease_of(sink.bits_set(), sink.windows())
+        self.into_lease_of(sink.bits_set(), sink.windows(), None)
     }
 
-    /// The walk is over; `bits_set` and `windows` are what its sinks say together.
-    pub(super) fn into_lease_of(mut self, bits_set: u64, windows: u64) -> Lease<'a, Owed> {
+    /// The walk is over, or stopped; `bits_set` and `windows` are what its sinks say together.
+    pub(super) fn into_lease_of(
+        mut self,
+        bits_set: u64,
+        windows: u64,
+        stopped_at: Option<Iova>,
+    ) -> Lease<'a, Owed> {
         self.report.bits_set = bits_set;
         self.report.windows = windows;
         self.report.leaves = self.gather.entries();
         self.left = self.bytes(bits_set);
         self.space.counters.leased(self.left);
+        events::harvest(self.range(), self.view.granule(), &self.report, stopped_at);
         Lease {
             holding: self,
             state: PhantomData,
@@ -276,9 +285,7 @@ impl<'a> Holding<'a> {
 
     fn flush(&mut self) -> Result<(), Error> {
         if let Some(ticket) = self.queue() {
-            self.space
-                .flush
-                .wait(ticket, |gather| self.space.invalidate(gather))?;
+            self.space.flush_until(ticket)?;
             self.debt = Debt::Paid;
         }
         // F2 of the marks' protocol; also orders the flush before the copies.
@@ -301,8 +308,10 @@ impl<'a> Holding<'a> {
 
     fn commit(&mut self) -> HarvestReport {
         self.debt = Debt::Settled;
-        self.space.counters.committed(self.left);
-        self.left = 0;
+        self.space.counters.commit();
+        let bytes = std::mem::take(&mut self.left);
+        self.space.counters.committed(bytes);
+        events::commit(self.range(), bytes);
         self.report
     }
 
@@ -340,6 +349,7 @@ impl<'a> Holding<'a> {
         let bytes = self.bytes(bits).min(self.left);
         self.left -= bytes;
         self.space.counters.committed(bytes);
+        events::commit_part(part, bytes);
         bits
     }
 
@@ -369,6 +379,7 @@ impl<'a> Holding<'a> {
             .counters
             .aborted(self.left, aborted.outside_bytes);
         self.left = 0;
+        events::abort(self.range(), &aborted);
         aborted
     }
 

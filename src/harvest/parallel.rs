@@ -91,7 +91,7 @@ impl AddressSpace {
             }
         }
         match stopped {
-            None => Ok(holding.into_lease_of(bits_set, windows)),
+            None => Ok(holding.into_lease_of(bits_set, windows, None)),
             Some(stopped) => Err(holding.stopped_of(stopped, bits_set, windows)),
         }
     }

@@ -45,6 +45,7 @@ use super::rules::{Attachments, Rules};
 use super::tracking::Switch;
 use super::{AddressSpace, Area, Fault, FaultSource, Outside};
 use crate::error::Error;
+use crate::events;
 use crate::flush::{FlushCost, FlushGather, Ticket};
 use crate::source::{DirtySource, Marks, Slot};
 use crate::sync::{Arc, AtomicBool, Ordering, Step, fence, lock, performs};
@@ -146,6 +147,7 @@ impl AddressSpace {
                 return Err(error);
             }
         }
+        events::attach(id, page);
         Ok(id)
     }
 
@@ -159,7 +161,9 @@ impl AddressSpace {
     pub fn detach(&self, domain: DomainId) -> Result<(), Error> {
         let _membership = lock(&self.membership);
         let attachment = Arc::clone(self.attachments().find(domain)?);
-        self.release(&attachment)
+        self.release(&attachment)?;
+        events::detach(domain);
+        Ok(())
     }
 
     /// The domains that are attached, in the order of their coming.

@@ -28,6 +28,7 @@ use super::plan::{Piece, Plan, Touched, check_new};
 use super::{AddressSpace, Unmapped};
 use crate::bitmap::Sink;
 use crate::error::Error;
+use crate::events;
 use crate::flush::{FlushGather, Ticket};
 use crate::sync::{Arc, MutexGuard, Ordering, Step, fence, lock, performs};
 use crate::units::{Access, Iova, IovaRange};
@@ -82,7 +83,9 @@ impl AddressSpace {
                     .map_err(|error| in_change(index, error))?;
             }
         }
-        self.execute(&plan, None)
+        let unmapped = self.execute(&plan, None)?;
+        events::batch(changes.len(), &unmapped);
+        Ok(unmapped)
     }
 
     /// Cuts the area that holds `at` in two, of which the right one begins there. What is dirty stays dirty, in the part
@@ -98,7 +101,11 @@ impl AddressSpace {
         let mut plan = Plan::default();
         plan.cut(at, &self.areas.snapshot(), self.page())?;
         self.execute(&plan, None)?;
-        Ok(!plan.touched.is_empty())
+        let cut = !plan.touched.is_empty();
+        if cut {
+            events::cut(at);
+        }
+        Ok(cut)
     }
 
     /// Performs `plan`; records what was dirty in what goes in `record`, or discards it.

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use super::AddressSpace;
 use crate::error::Error;
+use crate::events;
 use crate::flush::{FlushGather, FlushPolicy, Invalidated, Ticket};
 
 impl AddressSpace {
@@ -27,7 +28,9 @@ impl AddressSpace {
     /// # Errors
     /// That of a source that could not flush; the debt stays owed, and due.
     pub fn flush_due(&self, now: Instant) -> Result<bool, Error> {
-        self.flush.flush_due(now, |gather| self.invalidate(gather))
+        self.flush
+            .flush_due(now, |gather| self.invalidate(gather))
+            .inspect_err(events::flush_failed)
     }
 
     /// Invalidates `gather` in every domain. The list is that of now: whoever owed something for a domain had it attached
@@ -41,7 +44,9 @@ impl AddressSpace {
     }
 
     /// Returns when the flush that covers `ticket` has finished.
-    pub(super) fn flush_until(&self, ticket: Ticket) -> Result<(), Error> {
-        self.flush.wait(ticket, |gather| self.invalidate(gather))
+    pub(crate) fn flush_until(&self, ticket: Ticket) -> Result<(), Error> {
+        self.flush
+            .wait(ticket, |gather| self.invalidate(gather))
+            .inspect_err(events::flush_failed)
     }
 }

@@ -34,6 +34,7 @@ pub use unmap::Unmapped;
 
 use crate::area::AreaTree;
 use crate::error::Error;
+use crate::events;
 use crate::flush::FlushQueue;
 use crate::source::{DirtySource, InFlight, Mapping, MarkOrdering, NearMarks};
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, fence};
@@ -160,6 +161,7 @@ impl AddressSpace {
                 return Err(error);
             }
         }
+        events::map(area.mapping.range, area.mapping.backing);
         Ok(())
     }
 

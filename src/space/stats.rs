@@ -5,12 +5,16 @@ use crate::sync::{AtomicU64, Ordering};
 
 /// Counts of an [`AddressSpace`](crate::AddressSpace), in bytes and calls since it was made.
 ///
-/// While no call is under way, `leased_bytes = committed_bytes + aborted_bytes +` what the live leases hold.
+/// While no call is under way, `harvests = commits + aborts +` the live leases, and `leased_bytes = committed_bytes + aborted_bytes +` what the live leases hold.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct SpaceStats {
     /// Harvests that were begun.
     pub harvests: u64,
+    /// Of these: leases that were committed.
+    pub commits: u64,
+    /// Of these: leases that were aborted or dropped.
+    pub aborts: u64,
     /// Bytes that harvests newly reported in user bitmaps.
     pub leased_bytes: u64,
     /// Of these: bytes of leases that were committed.
@@ -34,6 +38,8 @@ pub struct SpaceStats {
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     harvests: Count,
+    commits: Count,
+    aborts: Count,
     leased: Count,
     committed: Count,
     aborted: Count,
@@ -48,6 +54,10 @@ impl Counters {
         self.harvests.add(1);
     }
 
+    pub(crate) fn commit(&self) {
+        self.commits.add(1);
+    }
+
     pub(crate) fn leased(&self, bytes: u64) {
         self.leased.add(bytes);
     }
@@ -57,6 +67,7 @@ impl Counters {
     }
 
     pub(crate) fn aborted(&self, bytes: u64, outside: u64) {
+        self.aborts.add(1);
         self.aborted.add(bytes);
         self.put_back_outside(outside);
     }
@@ -82,6 +93,8 @@ impl Counters {
     pub(crate) fn read(&self, flush: FlushStats) -> SpaceStats {
         SpaceStats {
             harvests: self.harvests.get(),
+            commits: self.commits.get(),
+            aborts: self.aborts.get(),
             leased_bytes: self.leased.get(),
             committed_bytes: self.committed.get(),
             aborted_bytes: self.aborted.get(),

@@ -13,6 +13,7 @@
 use super::AddressSpace;
 use super::attachment::{Attachment, Covered};
 use crate::error::Error;
+use crate::events;
 use crate::sync::{AtomicU8, Ordering, lock};
 use crate::units::{DomainId, IovaRange};
 
@@ -74,10 +75,12 @@ impl AddressSpace {
     pub fn set_tracking(&self, on: bool) -> Result<(), Error> {
         let _membership = lock(&self.membership);
         if on {
-            self.switch_on()
+            self.switch_on()?;
         } else {
-            self.switch_off()
+            self.switch_off()?;
         }
+        events::tracking(on);
+        Ok(())
     }
 
     /// Switches tracking of writes in one domain, as [`set_tracking`](Self::set_tracking) does in all: on makes the domain clean
@@ -92,6 +95,7 @@ impl AddressSpace {
         if attachment.switch(on)? && on {
             self.discard(attachment.kept.clear(IovaRange::ALL));
         }
+        events::domain_tracking(domain, on);
         Ok(())
     }
 

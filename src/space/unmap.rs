@@ -52,6 +52,7 @@ use super::plan::Plan;
 use super::{AddressSpace, Area};
 use crate::bitmap::{BitmapView, UserBitmap};
 use crate::error::Error;
+use crate::events;
 use crate::sync::{Arc, Ordering, fence};
 use crate::units::{Granule, IovaRange};
 
@@ -84,7 +85,9 @@ impl AddressSpace {
     pub fn unmap_discarding(&self, range: IovaRange) -> Result<Unmapped, Error> {
         let mut plan = Plan::default();
         plan.unmap(range, &self.areas.snapshot())?;
-        self.execute(&plan, None)
+        let unmapped = self.execute(&plan, None)?;
+        events::unmap(range, &unmapped);
+        Ok(unmapped)
     }
 
     /// Unmaps every area inside `range`, and records what was dirty in them, in all domains and marks, in `bitmap`: bit 0
@@ -110,6 +113,7 @@ impl AddressSpace {
         let mut plan = Plan::default();
         plan.unmap(range, &self.areas.snapshot())?;
         let unmapped = self.execute(&plan, Some(&mut bound.into_sink()))?;
+        events::unmap(range, &unmapped);
         Ok((unmapped, view))
     }
 

@@ -107,6 +107,7 @@ impl Runner<'_> {
                     lease.commit(),
                     report,
                 )?;
+                self.counts.commits += 1;
                 self.counts.committed_bytes += bytes;
                 self.oracle.leases[nth] = None;
             }
@@ -158,6 +159,7 @@ impl Runner<'_> {
             Live::Synced(lease) => same(Rule::Answer, "an abort", lease.abort(), right)?,
         }
         self.oracle.aborted(nth, &runs);
+        self.counts.aborts += 1;
         self.counts.aborted_bytes += held.bytes;
         self.counts.put_back_outside_bytes += right.outside_bytes;
         Ok(())

@@ -109,6 +109,7 @@ impl<'a> Runner<'a> {
         })?;
         self.oracle.died(ask, &runs);
         self.counts.harvests += 1;
+        self.counts.aborts += 1;
         self.peek_everything()
     }
 
