@@ -37,6 +37,8 @@ pub use violation::{Rule, Violation};
 #[cfg(test)]
 mod concurrent;
 #[cfg(test)]
+mod matrix;
+#[cfg(test)]
 mod properties;
 #[cfg(test)]
 mod regressions;

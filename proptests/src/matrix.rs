@@ -1,0 +1,537 @@
+//! Every way to harvest, into every form of bitmap, against a set of dirty pages: at any base and granule, over areas that
+//! abut, with leaves of three sizes and marks among them.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+
+use dirtymap::sync::{Arc, AtomicU64, Ordering};
+use dirtymap::{
+    Access, AddressSpace, DirtySource, Error, FileBitmap, FlushGather, Granule, HarvestBounds,
+    HarvestRequest, Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, SparseBitmap, Stopped,
+    UserBitmap,
+};
+use pagetable_sim::{Domain, DomainConfig, LeafSizes, PhysMemory};
+use proptest::collection::{btree_set, vec};
+use proptest::prelude::*;
+use proptest::sample::select;
+
+const PAGE: u64 = 4096;
+/// Pages of the part that has leaves, and can be dirty.
+const WINDOW: u64 = 1536;
+/// All areas together are one block of 2^40 bytes.
+const BLOCK: u8 = 40;
+/// The last block of the address space: no device reaches it, and all writes there are marks.
+const TOP: u64 = (1 << 24) - 1;
+/// Bytes before and behind a bitmap that no harvest may touch.
+const GUARD: usize = 16;
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Mode {
+    Peek,
+    Harvest,
+    Masked,
+    Bounded,
+    Parallel,
+    CommitRange,
+    Abort,
+}
+
+const MODES: [Mode; 7] = [
+    Mode::Peek,
+    Mode::Harvest,
+    Mode::Masked,
+    Mode::Bounded,
+    Mode::Parallel,
+    Mode::CommitRange,
+    Mode::Abort,
+];
+
+#[derive(Clone, Copy, Debug)]
+enum Form {
+    Words,
+    Shared,
+    Bytes,
+    Sparse,
+    File,
+}
+
+const FORMS: [Form; 5] = [
+    Form::Words,
+    Form::Shared,
+    Form::Bytes,
+    Form::Sparse,
+    Form::File,
+];
+
+#[derive(Clone, Debug)]
+struct Case {
+    block: u64,
+    /// Where the window begins in its block.
+    window: u64,
+    /// Pages of the window at which an area ends and the next begins.
+    cuts: BTreeSet<u64>,
+    /// The leaves of each area.
+    leaves: Vec<u8>,
+    /// By a device or by a CPU; first byte in the window, and length.
+    writes: Vec<(bool, u64, u64)>,
+    granule: u8,
+    /// The whole block, else granules of the window: a first one and a number.
+    wide: bool,
+    stretch: (u64, u64),
+    /// The granule of the mask, and what it has of the window.
+    mask: (u8, Vec<(u64, u64)>),
+    limit: u64,
+    /// Shares of the request that are committed, in 1/256 of it.
+    commits: Vec<(u8, u8)>,
+    /// Bits that are set before; more bytes than needed; where the bytes begin.
+    preset: Vec<u64>,
+    slack: usize,
+    skip: usize,
+}
+
+fn case() -> impl Strategy<Value = Case> {
+    let bytes = WINDOW * PAGE;
+    let place = (
+        select(vec![0, 255, TOP]),
+        select(vec![0, (1 << 38) - (2 << 20), (1 << 40) - bytes]),
+        btree_set(1..WINDOW, 0..4),
+        vec(0u8..3, 4),
+        vec((any::<bool>(), 0..bytes, 1u64..20_000), 0..12),
+    );
+    let request = (
+        9u8..=20,
+        prop::bool::weighted(0.1),
+        (any::<u64>(), any::<u64>()),
+        (
+            select(vec![9u8, 12, 16]),
+            vec((0..bytes, 1u64..600_000), 0..5),
+        ),
+        1u64..300,
+        vec((any::<u8>(), any::<u8>()), 0..3),
+    );
+    let bitmap = (vec(any::<u64>(), 0..4), 0usize..3, 0usize..8);
+    (place, request, bitmap).prop_map(|(place, request, bitmap)| {
+        let (block, window, cuts, leaves, writes) = place;
+        let (granule, wide, stretch, mask, limit, commits) = request;
+        let (preset, slack, skip) = bitmap;
+        Case {
+            block,
+            window,
+            cuts,
+            leaves,
+            writes,
+            granule,
+            wide,
+            stretch,
+            mask,
+            limit,
+            commits,
+            preset,
+            slack,
+            skip,
+        }
+    })
+}
+
+fn bytes(start: u64, len: u64) -> IovaRange {
+    IovaRange::from_len(Iova::new(start), len).unwrap()
+}
+
+/// The numbers of the granules that `range` touches.
+fn numbers(range: IovaRange, granule: u8) -> impl Iterator<Item = u64> {
+    range.start().get() >> granule..=range.last().get() >> granule
+}
+
+fn page_range(page: u64) -> IovaRange {
+    bytes(page * PAGE, PAGE)
+}
+
+impl Case {
+    fn block(&self) -> IovaRange {
+        bytes(self.block << BLOCK, 1 << BLOCK)
+    }
+
+    /// `len` bytes from byte `at` of the window on, as far as the window goes.
+    fn in_window(&self, at: u64, len: u64) -> IovaRange {
+        let start = (self.block << BLOCK) + self.window;
+        bytes(start + at, len.min(WINDOW * PAGE - at))
+    }
+
+    fn areas(&self) -> Vec<(IovaRange, LeafSizes)> {
+        let k4 = LeafSizes::only(Granule::K4);
+        let k64 = k4.or(LeafSizes::only(Granule::from_lg2(16).unwrap()));
+        let m2 = k64.or(LeafSizes::only(Granule::M2));
+        let ends = self.cuts.iter().copied().chain([WINDOW]);
+        let starts = [0].into_iter().chain(self.cuts.iter().copied());
+        let areas = starts.zip(ends).zip(&self.leaves);
+        areas
+            .map(|((start, end), leaf)| {
+                let range = self.in_window(start * PAGE, (end - start) * PAGE);
+                (range, [k4, k64, m2][usize::from(*leaf)])
+            })
+            .collect()
+    }
+
+    /// The granule and the range of the request.
+    fn request(&self, mode: Mode) -> (u8, IovaRange) {
+        if self.wide {
+            // An abort of one bit for everything would make everything dirty.
+            let huge = self.granule % 2 == 0 && !matches!(mode, Mode::CommitRange | Mode::Abort);
+            return (if huge { BLOCK } else { 20 }, self.block());
+        }
+        let unit = 1 << self.granule.max(12);
+        let units = WINDOW * PAGE / unit;
+        let start = self.stretch.0 % units;
+        let len = self.stretch.1 % (units - start) + 1;
+        (self.granule, self.in_window(start * unit, len * unit))
+    }
+}
+
+/// A domain whose areas have leaves of chosen sizes, or none: then only CPUs write there.
+struct Leaves {
+    domain: Arc<Domain>,
+    areas: Vec<(IovaRange, LeafSizes)>,
+}
+
+impl DirtySource for Leaves {
+    fn page(&self) -> Granule {
+        self.domain.page()
+    }
+
+    fn map(&self, mapping: &Mapping) -> Result<(), Error> {
+        let mut areas = self.areas.iter();
+        match areas.find(|(range, _)| *range == mapping.range) {
+            Some((_, sizes)) => self
+                .domain
+                .map_leaves(mapping, *sizes)
+                .map_err(Error::source_failed),
+            None => Ok(()),
+        }
+    }
+
+    fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
+        self.domain.unmap(range, gather, dirty);
+    }
+
+    fn set_tracking(&self, on: bool) -> Result<(), Error> {
+        self.domain.set_tracking(on)
+    }
+
+    fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        self.domain.read_and_clear(range, out)
+    }
+
+    fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+        self.domain.peek(range, sink)
+    }
+
+    fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error> {
+        self.domain.invalidate(gather)
+    }
+}
+
+/// The space of a case, written to, and the pages that are dirty by that.
+fn world(case: &Case) -> (AddressSpace, BTreeSet<u64>) {
+    let areas = case.areas();
+    let memory = Arc::new(PhysMemory::new(WINDOW * PAGE).unwrap());
+    let domain = Domain::new(memory, DomainConfig::default());
+    let source = Leaves {
+        domain: Arc::clone(&domain),
+        areas: match case.block {
+            TOP => Vec::new(),
+            _ => areas.clone(),
+        },
+    };
+    let space = AddressSpace::new(Granule::K4).with_source(source).unwrap();
+    let window = case.in_window(0, WINDOW * PAGE);
+    for (range, _) in &areas {
+        let backing = range.start().get() - window.start().get();
+        space.map(*range, backing, Access::ReadWrite).unwrap();
+    }
+    // Around them, up to the ends of the block.
+    let below = window.start().get() - case.block().start().get();
+    let above = case.block().last().get() - window.last().get();
+    for (start, len) in [
+        (case.block().start().get(), below),
+        (window.last().get().wrapping_add(1), above),
+    ] {
+        if len > 0 {
+            space.map(bytes(start, len), 0, Access::ReadWrite).unwrap();
+        }
+    }
+    space.set_tracking(true).unwrap();
+    let mut dirty = BTreeSet::new();
+    for &(device, at, len) in &case.writes {
+        if !device || case.block == TOP {
+            let range = case.in_window(at, len);
+            space.mark(range).unwrap();
+            dirty.extend(numbers(range, 12));
+            continue;
+        }
+        let at = case.in_window(at, 1).start();
+        let (area, sizes) = areas.iter().find(|(range, _)| range.contains(at)).unwrap();
+        let spans = sizes.iter().map(|size| IovaRange::granule_at(at, size));
+        let leaf = spans.filter(|span| area.covers(*span)).last().unwrap();
+        assert_eq!(domain.table().set_dirty(at).unwrap().range, leaf);
+        dirty.extend(numbers(leaf, 12));
+    }
+    (space, dirty)
+}
+
+/// The pages of the block that are dirty.
+fn peek(space: &AddressSpace, block: IovaRange) -> BTreeSet<u64> {
+    let sparse = SparseBitmap::new(1 << (BLOCK - 12));
+    let all = HarvestRequest::new(block, Granule::K4);
+    let view = space.peek(&all, UserBitmap::sparse(&sparse)).unwrap();
+    view.runs().flat_map(|run| numbers(run, 12)).collect()
+}
+
+/// A bitmap between two guards, made from an image of all three.
+enum Memory {
+    Words(Vec<u64>),
+    Shared(Vec<AtomicU64>),
+    /// The place of the image in the block.
+    Bytes(Vec<u8>, std::ops::Range<usize>),
+    Sparse(SparseBitmap),
+    File(FileBitmap, u64),
+}
+
+fn bits_of(image: &[u8]) -> impl Iterator<Item = u64> {
+    let bits = 0..image.len() as u64 * 8;
+    bits.filter(|bit| image[*bit as usize / 8] >> (bit % 8) & 1 == 1)
+}
+
+impl Memory {
+    fn new(form: Form, image: &[u8], skip: usize) -> Memory {
+        let content = &image[GUARD..image.len() - GUARD];
+        let words = || image.as_chunks().0.iter().map(|w| u64::from_le_bytes(*w));
+        match form {
+            Form::Words => Memory::Words(words().collect()),
+            Form::Shared => Memory::Shared(words().map(AtomicU64::new).collect()),
+            Form::Bytes => {
+                let mut block = vec![0; image.len() + 16];
+                let at = block.as_ptr().align_offset(8) + skip;
+                block[at..at + image.len()].copy_from_slice(image);
+                Memory::Bytes(block, at..at + image.len())
+            }
+            Form::Sparse => {
+                let bits = content.len() as u64 * 8;
+                let sparse = SparseBitmap::new(bits);
+                let view = UserBitmap::sparse(&sparse);
+                let view = view.view(bytes(0, bits), Granule::BYTE).unwrap();
+                bits_of(content).for_each(|bit| view.sink().record(bytes(bit, 1)).unwrap());
+                Memory::Sparse(sparse)
+            }
+            Form::File => {
+                use std::os::unix::fs::FileExt;
+                let from = (1 << 16) - GUARD as u64 - skip as u64;
+                let file = scratch();
+                file.write_all_at(image, from).unwrap();
+                let bitmap = FileBitmap::new(file, from + GUARD as u64, content.len() as u64);
+                Memory::File(bitmap.with_window(1 << 16).unwrap(), from)
+            }
+        }
+    }
+
+    fn bitmap(&mut self) -> UserBitmap<'_> {
+        let guard = GUARD / 8;
+        match self {
+            Memory::Words(words) => {
+                let end = words.len() - guard;
+                UserBitmap::new(&mut words[guard..end])
+            }
+            Memory::Shared(words) => UserBitmap::shared(&words[guard..words.len() - guard]),
+            Memory::Bytes(block, at) => {
+                UserBitmap::bytes(&mut block[at.start + GUARD..at.end - GUARD])
+            }
+            Memory::Sparse(sparse) => UserBitmap::sparse(sparse),
+            Memory::File(file, _) => UserBitmap::file(file),
+        }
+    }
+
+    /// What became of the image, which was `before`.
+    fn image(&self, before: &[u8]) -> Vec<u8> {
+        let bytes_of = |words: &[u64]| words.iter().flat_map(|w| w.to_le_bytes()).collect();
+        match self {
+            Memory::Words(words) => bytes_of(words),
+            Memory::Shared(words) => {
+                // Relaxed: one thread.
+                let load = |word: &AtomicU64| word.load(Ordering::Relaxed);
+                bytes_of(&words.iter().map(load).collect::<Vec<_>>())
+            }
+            Memory::Bytes(block, at) => {
+                let outside = block[..at.start].iter().chain(&block[at.end..]);
+                assert!(outside.into_iter().all(|byte| *byte == 0));
+                block[at.clone()].to_vec()
+            }
+            Memory::Sparse(sparse) => {
+                // No memory lies around it.
+                let mut image = before.to_vec();
+                let end = image.len() - GUARD;
+                image[GUARD..end].fill(0);
+                let view = UserBitmap::sparse(sparse);
+                let view = view.view(bytes(0, sparse.bits()), Granule::BYTE).unwrap();
+                view.bits().for_each(|bit| set(&mut image, bit));
+                image
+            }
+            Memory::File(bitmap, from) => {
+                use std::os::unix::fs::FileExt;
+                let mut image = vec![0; before.len()];
+                bitmap.file().read_exact_at(&mut image, *from).unwrap();
+                let len = bitmap.file().metadata().unwrap().len();
+                assert_eq!(len, from + before.len() as u64);
+                image
+            }
+        }
+    }
+}
+
+/// Sets a bit of the bitmap in an image.
+fn set(image: &mut [u8], bit: u64) {
+    image[GUARD + bit as usize / 8] |= 1 << (bit % 8);
+}
+
+/// An empty file without a name.
+fn scratch() -> File {
+    // Relaxed: a name is taken once.
+    static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+    let n = NEXT.fetch_add(1, Ordering::Relaxed);
+    let name = format!("dirtymap-matrix-{}-{n}", std::process::id());
+    let path = std::env::temp_dir().join(name);
+    let mut open = File::options();
+    let file = open.read(true).write(true).create_new(true).open(&path);
+    std::fs::remove_file(&path).unwrap();
+    file.unwrap()
+}
+
+/// The part of the request between two shares of it.
+fn share(range: IovaRange, (a, b): (u8, u8)) -> IovaRange {
+    let at = |n: u8| range.start().get() + ((range.len() - 1) * u128::from(n) / 255) as u64;
+    IovaRange::new(Iova::new(at(a.min(b))), Iova::new(at(a.max(b)))).unwrap()
+}
+
+fn check(case: &Case, mode: Mode, form: Form) -> Result<(), TestCaseError> {
+    let (space, mut dirty) = world(case);
+    prop_assert_eq!(&peek(&space, case.block()), &dirty, "before");
+    let (lg2, range) = case.request(mode);
+    let granule = Granule::from_lg2(lg2).unwrap();
+    let needed = range.granules(granule) as u64;
+
+    let mut content = needed.div_ceil(8) as usize + case.slack;
+    if matches!(form, Form::Words | Form::Shared) {
+        content = content.next_multiple_of(8);
+    }
+    let mut image = vec![0; content + 2 * GUARD];
+    image[..GUARD].fill(0xA5);
+    image[GUARD + content..].fill(0xA5);
+    for bit in &case.preset {
+        set(&mut image, bit % (content as u64 * 8));
+    }
+    let before = image.clone();
+    let mut memory = Memory::new(form, &image, case.skip);
+
+    // A page is in the mask if all granules of the mask that it touches are.
+    let fine = case.mask.0;
+    let in_window = |(at, len): &(u64, u64)| case.in_window(*at, *len);
+    let masked: BTreeSet<u64> = case
+        .mask
+        .1
+        .iter()
+        .map(in_window)
+        .flat_map(|r| numbers(r, fine))
+        .collect();
+    let in_mask = |page: u64| numbers(page_range(page), fine).all(|n| masked.contains(&n));
+    let asked = |page: &u64| range.covers(page_range(*page));
+    let taken: BTreeSet<u64> = (dirty.iter().copied().filter(asked))
+        .filter(|page| mode != Mode::Masked || in_mask(*page))
+        .collect();
+    for page in &taken {
+        let offset = page * PAGE - range.start().get();
+        numbers(bytes(offset, PAGE), lg2).for_each(|bit| set(&mut image, bit));
+    }
+
+    let request = HarvestRequest::new(range, granule).all_or_nothing();
+    let mut committed: BTreeSet<u64> = BTreeSet::new();
+    let mut back = false;
+    match mode {
+        Mode::Peek => drop(space.peek(&request, memory.bitmap()).unwrap()),
+        Mode::Harvest => {
+            let lease = space.harvest(&request, memory.bitmap()).unwrap();
+            lease.sync().unwrap().commit();
+        }
+        Mode::Parallel => {
+            let lease = space.harvest_parallel(&request, memory.bitmap()).unwrap();
+            lease.sync().unwrap().commit();
+        }
+        Mode::Masked => {
+            let fine = Granule::from_lg2(fine).unwrap();
+            let window = case.in_window(0, WINDOW * PAGE);
+            let sparse = SparseBitmap::new(window.granules(fine) as u64);
+            let mask = UserBitmap::sparse(&sparse).view(window, fine).unwrap();
+            let recorded = case.mask.1.iter().map(in_window);
+            recorded.for_each(|range| mask.sink().record(range).unwrap());
+            let lease = space
+                .harvest_masked(&request, &mask, memory.bitmap())
+                .unwrap();
+            lease.sync().unwrap().commit();
+        }
+        Mode::Bounded => {
+            let mut next = Some(range.start());
+            while let Some(from) = next {
+                let bounds = HarvestBounds::new().bits(case.limit);
+                let part = space
+                    .harvest_bounded(&request, from, bounds, memory.bitmap())
+                    .unwrap();
+                next = part.next;
+                prop_assert!(next.is_none_or(|next| next > from));
+                part.lease.sync().unwrap().commit();
+            }
+        }
+        Mode::CommitRange | Mode::Abort => {
+            let lease = space.harvest(&request, memory.bitmap()).unwrap();
+            let left: BTreeSet<u64> = dirty.difference(&taken).copied().collect();
+            prop_assert_eq!(peek(&space, case.block()), left, "while leased");
+            let mut lease = lease.sync().unwrap();
+            if mode == Mode::CommitRange {
+                for part in case.commits.iter().map(|shares| share(range, *shares)) {
+                    lease.commit_range(part);
+                    let whole = part.round_in(granule).into_iter();
+                    committed.extend(whole.flat_map(|part| numbers(part, lg2)));
+                }
+            }
+            lease.abort();
+            back = true;
+        }
+    }
+    prop_assert_eq!(memory.image(&before), &image[..], "the bitmap");
+
+    if mode != Mode::Peek {
+        dirty.retain(|page| !taken.contains(page));
+    }
+    if back {
+        // What has its bit set and is not committed; a part of a page makes the page dirty.
+        let first = range.start().get() >> lg2;
+        let bits = bits_of(&image[GUARD..GUARD + content]).filter(|bit| *bit < needed);
+        let open = bits
+            .map(|bit| first + bit)
+            .filter(|n| !committed.contains(n));
+        dirty.extend(open.flat_map(|n| numbers(bytes(n << lg2, 1 << lg2), 12)));
+    }
+    prop_assert_eq!(peek(&space, case.block()), dirty, "after");
+    Ok(())
+}
+
+proptest! {
+    // Each case is a world for each mode and each form.
+    #![proptest_config(ProptestConfig::with_cases(ProptestConfig::default().cases.div_ceil(8)))]
+
+    #[test]
+    fn every_mode_and_form_agrees_with_a_set_of_pages(case in case()) {
+        for mode in MODES {
+            for form in FORMS {
+                check(&case, mode, form)
+                    .map_err(|error| TestCaseError::fail(format!("{mode:?}, {form:?}: {error}")))?;
+            }
+        }
+    }
+}
