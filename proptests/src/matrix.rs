@@ -176,7 +176,8 @@ impl Case {
     fn request(&self, mode: Mode) -> (u8, IovaRange) {
         if self.wide {
             // An abort of one bit for everything would make everything dirty.
-            let huge = self.granule % 2 == 0 && !matches!(mode, Mode::CommitRange | Mode::Abort);
+            let huge =
+                self.granule.is_multiple_of(2) && !matches!(mode, Mode::CommitRange | Mode::Abort);
             return (if huge { BLOCK } else { 20 }, self.block());
         }
         let unit = 1 << self.granule.max(12);
