@@ -486,46 +486,6 @@ fn devices_come_and_go() {
     assert_eq!(domain.stats().devices, 0);
 }
 
-/// A leaf that a harvest covers in part keeps its D, and used to owe nothing: the sync drained no write, and the part was copied
-/// before the write had landed.
-#[test]
-fn a_part_of_a_leaf_is_drained_before_it_is_copied() {
-    let memory = Arc::new(PhysMemory::new(2 << 20).unwrap());
-    let domain = Domain::new(Arc::clone(&memory), DomainConfig::default());
-    let leaf = range(1 << 30, 2 << 20);
-    domain
-        .map(&Mapping {
-            range: leaf,
-            backing: 0,
-            access: Access::ReadWrite,
-        })
-        .unwrap();
-    domain.set_tracking(true).unwrap();
-    let mut device = domain.attach(DeviceConfig::default());
-    device.write(leaf.start(), &[7]).unwrap();
-    let mut words = [0u64; 1];
-    let part = range(1 << 30, K4);
-    let view = UserBitmap::new(&mut words).view(part, Granule::K4).unwrap();
-    let mut gather = FlushGather::new();
-    domain
-        .read_and_clear(part, &mut LeafSink::new(&mut view.sink(), &mut gather))
-        .unwrap();
-    assert_eq!((view.count(), gather.ranges()), (1, &[part][..]));
-    std::thread::scope(|scope| {
-        let flush = scope.spawn(|| domain.invalidate(&gather).unwrap());
-        while !flush.is_finished() {
-            device.service();
-        }
-    });
-    let mut copy = [0];
-    memory.read(0, &mut copy).unwrap();
-    assert_eq!(
-        copy,
-        [7],
-        "the write had been translated before the harvest"
-    );
-}
-
 #[test]
 fn enabling_splits_leaves_so_that_tracking_is_finer() {
     let memory = Arc::new(PhysMemory::new(1024 * K4).unwrap());
