@@ -137,3 +137,16 @@ pub use flush::{
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// The examples of the guide are tests.
+#[cfg(doctest)]
+mod guide {
+    #[doc = include_str!("../docs/guide/README.md")]
+    struct First;
+    #[doc = include_str!("../docs/guide/exchange.md")]
+    struct Exchange;
+    #[doc = include_str!("../docs/guide/monitors.md")]
+    struct Monitors;
+    #[doc = include_str!("../docs/guide/joint.md")]
+    struct Joint;
+}
