@@ -73,6 +73,8 @@
 //! * `membarrier` (off by default): `AddressSpace::with_asymmetric_marks`, marks without a fence, by `membarrier(2)` of Linux.
 //! * `tracing` (off by default): events with the target `dirtymap` at harvest, sync, commit, abort, map, unmap, cut, attach, detach,
 //!   switches and flushes that fail; none at marks. Some come under locks: a subscriber must not call what waits.
+//! * `vm-memory` (off by default): `vm_memory::SpaceBitmap`, a dirty bitmap for the guest memory of that crate.
+//! * `vhost` (off by default, Linux): the dirty log that vhost-user front ends and back ends share, for both sides.
 //!
 //! # When not to use it
 //!
@@ -95,6 +97,8 @@ mod exchange;
 mod harvest;
 mod source;
 mod space;
+
+mod adapters;
 
 #[doc(hidden)]
 pub mod sync;
@@ -132,6 +136,11 @@ pub use exchange::{read_roaring, read_treemap};
 pub use flush::{
     FlushCost, FlushGather, FlushPolicy, FlushQueue, FlushStats, Invalidated, Leaves, Ticket,
 };
+
+#[cfg(all(feature = "vhost", target_os = "linux", not(dirtymap_loom)))]
+pub use adapters::vhost;
+#[cfg(all(feature = "vm-memory", not(dirtymap_loom)))]
+pub use adapters::vm_memory;
 
 /// The examples of the README are tests.
 #[cfg(doctest)]
