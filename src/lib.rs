@@ -70,6 +70,7 @@
 //! * `membarrier` (off by default): `AddressSpace::with_asymmetric_marks`, marks without a fence, by `membarrier(2)` of Linux.
 //! * `tracing` (off by default): events with the target `dirtymap` at harvest, sync, commit, abort, map, unmap, cut, attach, detach,
 //!   switches and flushes that fail; none at marks. Some come under locks: a subscriber must not call what waits.
+//! * `kvm` (off by default, Linux): `kvm::KvmLog`, the dirty logs and rings of KVM as a source.
 //!
 //! # When not to use it
 //!
@@ -92,6 +93,8 @@ mod harvest;
 mod source;
 mod space;
 
+mod adapters;
+
 #[doc(hidden)]
 pub mod sync;
 
@@ -112,6 +115,9 @@ pub use harvest::{
     Aborted, BoundedHarvest, HarvestBounds, HarvestError, HarvestReport, HarvestRequest, Lease,
     Owed, Scope, StoppedHarvest, SyncError, Synced, WriteGuard,
 };
+
+#[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]
+pub use adapters::kvm;
 
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
 pub use bitmap::FileBitmap;
