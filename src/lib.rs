@@ -75,6 +75,7 @@
 //!   switches and flushes that fail; none at marks. Some come under locks: a subscriber must not call what waits.
 //! * `vm-memory` (off by default): `vm_memory::SpaceBitmap`, a dirty bitmap for the guest memory of that crate.
 //! * `vhost` (off by default, Linux): the dirty log that vhost-user front ends and back ends share, for both sides.
+//! * `kvm` (off by default, Linux): `kvm::KvmLog`, the dirty logs and rings of KVM as a source.
 //!
 //! # When not to use it
 //!
@@ -120,6 +121,9 @@ pub use harvest::{
     Aborted, BoundedHarvest, HarvestBounds, HarvestError, HarvestReport, HarvestRequest, Lease,
     Owed, Scope, StoppedHarvest, SyncError, Synced, WriteGuard,
 };
+
+#[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]
+pub use adapters::kvm;
 
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
 pub use bitmap::FileBitmap;

@@ -17,6 +17,12 @@ mod replaceable;
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod loom_tests;
 
+#[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]
+mod host;
+#[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]
+pub mod kvm;
+#[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]
+mod pending;
 #[cfg(all(feature = "vhost", target_os = "linux", not(dirtymap_loom)))]
 pub mod vhost;
 #[cfg(all(feature = "vm-memory", not(dirtymap_loom)))]
