@@ -71,6 +71,7 @@
 //! * `tracing` (off by default): events with the target `dirtymap` at harvest, sync, commit, abort, map, unmap, cut, attach, detach,
 //!   switches and flushes that fail; none at marks. Some come under locks: a subscriber must not call what waits.
 //! * `kvm` (off by default, Linux): `kvm::KvmLog`, the dirty logs and rings of KVM as a source.
+//! * `pagemap` (off by default, Linux 6.7): `pagemap::ProcessMemory`, memory of this process as a source.
 //!
 //! # When not to use it
 //!
@@ -118,6 +119,8 @@ pub use harvest::{
 
 #[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]
 pub use adapters::kvm;
+#[cfg(all(feature = "pagemap", target_os = "linux", not(dirtymap_loom)))]
+pub use adapters::pagemap;
 
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
 pub use bitmap::FileBitmap;

@@ -7,9 +7,19 @@
 //! Foreign types are unknown to the model checker. What an adapter does concurrently on its own is generic code beside it,
 //! and that is modelled.
 
-#[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]
+#[cfg(all(
+    any(feature = "kvm", feature = "pagemap"),
+    target_os = "linux",
+    not(dirtymap_loom)
+))]
 mod host;
 #[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]
 pub mod kvm;
-#[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]
+#[cfg(all(feature = "pagemap", target_os = "linux", not(dirtymap_loom)))]
+pub mod pagemap;
+#[cfg(all(
+    any(feature = "kvm", feature = "pagemap"),
+    target_os = "linux",
+    not(dirtymap_loom)
+))]
 mod pending;
