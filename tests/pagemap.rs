@@ -240,7 +240,7 @@ fn a_read_is_no_write_and_the_kernel_writes_too() {
     assert_eq!(map.word(5).load(SeqCst), 0);
     assert_eq!(
         tracked.harvest_all(),
-        [],
+        [0u64; 0],
         "a read of a page that was never there"
     );
     map.write(6);
