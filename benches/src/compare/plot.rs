@@ -5,11 +5,12 @@ use std::io;
 use std::ops::Range;
 use std::path::Path;
 
+use plotters::coord::Shift;
 use plotters::coord::ranged1d::{IntoSegmentedCoord, SegmentValue};
 use plotters::prelude::*;
 
 use super::report::{Curve, Report};
-use super::row::{Row, Scale, Target, Unit};
+use super::row::{Ratio, Row, Scale, Target, Unit};
 
 /// One for each peer, told apart by those who see no red and green, too.
 const COLOURS: [RGBColor; 8] = [
@@ -22,7 +23,9 @@ const COLOURS: [RGBColor; 8] = [
     RGBColor(110, 110, 110),
     RGBColor(150, 75, 0),
 ];
-const WIDTH: u32 = 960;
+const WIDTH: u32 = 1000;
+/// Room for the names, on the right.
+const LEGEND: u32 = 230;
 
 impl Report {
     /// Draws a family into files of `directory`; returns their names.
@@ -52,6 +55,17 @@ impl Report {
     }
 }
 
+/// The names, on the right.
+fn legend(area: &Area<'_>, labels: Vec<(&RGBColor, String)>) -> Drawn {
+    for (at, (colour, label)) in labels.into_iter().enumerate() {
+        let (x, y) = ((WIDTH - LEGEND + 15) as i32, 45 + 18 * at as i32);
+        area.draw(&Circle::new((x, y), 4, colour.filled()))?;
+        area.draw(&Text::new(label, (x + 12, y - 6), ("sans-serif", 12)))?;
+    }
+    Ok(())
+}
+
+type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Drawn = Result<(), Box<dyn std::error::Error>>;
 
 /// A decade more on both sides than what is shown would need, at most.
@@ -86,7 +100,7 @@ fn plot_ratios(path: &Path, family: &str, peers: &[&'static str], rows: &[&Row])
     let medians = rows
         .iter()
         .flat_map(|row| peers.iter().filter_map(|name| shown(row, name)))
-        .flat_map(|ratio| [ratio.least, ratio.greatest]);
+        .map(|ratio| ratio.median);
     let bounds = decades(medians.chain([0.9, 1.1]));
     let height = 110 + 20 * rows.len() as u32;
     let area = SVGBackend::new(path, (WIDTH, height)).into_drawing_area();
@@ -97,7 +111,7 @@ fn plot_ratios(path: &Path, family: &str, peers: &[&'static str], rows: &[&Row])
             ("sans-serif", 16),
         )
         .margin(10)
-        .margin_right(190)
+        .margin_right(LEGEND)
         .x_label_area_size(30)
         .y_label_area_size(280)
         .build_cartesian_2d(
@@ -115,7 +129,7 @@ fn plot_ratios(path: &Path, family: &str, peers: &[&'static str], rows: &[&Row])
         .configure_mesh()
         .y_labels(rows.len())
         .y_label_formatter(&name)
-        .x_label_formatter(&|x| super::row::short(*x))
+        .x_label_formatter(&|x| x.to_string())
         .light_line_style(WHITE)
         .draw()?;
     // The first row on top.
@@ -139,6 +153,7 @@ fn plot_ratios(path: &Path, family: &str, peers: &[&'static str], rows: &[&Row])
     let others = peers
         .iter()
         .filter(|name| rows.iter().any(|row| shown(row, name).is_some()));
+    let mut labels = Vec::new();
     for (colour, name) in COLOURS.iter().cycle().zip(others) {
         let ratios = rows
             .iter()
@@ -147,25 +162,17 @@ fn plot_ratios(path: &Path, family: &str, peers: &[&'static str], rows: &[&Row])
             .filter(|(_, ratio)| ratio.greatest.is_finite() && ratio.least > 0.0);
         let ratios: Vec<_> = ratios.collect();
         for (row, ratio) in &ratios {
-            let ends = [ratio.least, ratio.greatest].map(|x| (x, place(*row)));
+            let ends = [ratio.least, ratio.greatest]
+                .map(|x| (x.clamp(bounds.start, bounds.end), place(*row)));
             chart.draw_series(LineSeries::new(ends, colour.stroke_width(1)))?;
         }
-        chart
-            .draw_series(
-                ratios.iter().map(|(row, ratio)| {
-                    Circle::new((ratio.median, place(*row)), 4, colour.filled())
-                }),
-            )?
-            .label(*name)
-            .legend(|at| Circle::new(at, 4, colour.filled()));
+        let circle = |(row, ratio): &(usize, Ratio)| {
+            Circle::new((ratio.median, place(*row)), 4, colour.filled())
+        };
+        chart.draw_series(ratios.iter().map(circle))?;
+        labels.push((colour, (*name).to_owned()));
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::Coordinate(WIDTH as i32 - 475, 10))
-        .border_style(BLACK)
-        .background_style(WHITE)
-        .label_font(("sans-serif", 12))
-        .draw()?;
+    legend(&area, labels)?;
     area.present()?;
     Ok(())
 }
@@ -190,7 +197,7 @@ fn plot_curves(path: &Path, name: &str, curves: &[Curve<'_>]) -> Drawn {
     let mut chart = ChartBuilder::on(&area)
         .caption(name, ("sans-serif", 16))
         .margin(10)
-        .margin_right(230)
+        .margin_right(LEGEND)
         .x_label_area_size(30)
         .y_label_area_size(70)
         .build_cartesian_2d(
@@ -203,18 +210,17 @@ fn plot_curves(path: &Path, name: &str, curves: &[Curve<'_>]) -> Drawn {
         .y_label_formatter(&|y| Unit::Time.show(*y))
         .light_line_style(WHITE)
         .draw()?;
+    let mut labels = Vec::new();
     for (colour, curve) in COLOURS.iter().cycle().zip(curves) {
         let label = match curve.slope() {
             Some(slope) => format!("{}: slope {slope:.2}", curve.peer),
             None => curve.peer.to_owned(),
         };
-        chart
-            .draw_series(LineSeries::new(
-                curve.points.iter().copied(),
-                colour.stroke_width(2),
-            ))?
-            .label(label)
-            .legend(|(x, y)| PathElement::new([(x - 6, y), (x + 6, y)], colour.stroke_width(2)));
+        labels.push((colour, label));
+        chart.draw_series(LineSeries::new(
+            curve.points.iter().copied(),
+            colour.stroke_width(2),
+        ))?;
         chart.draw_series(
             curve
                 .points
@@ -222,13 +228,7 @@ fn plot_curves(path: &Path, name: &str, curves: &[Curve<'_>]) -> Drawn {
                 .map(|at| Circle::new(*at, 3, colour.filled())),
         )?;
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::Coordinate(WIDTH as i32 - 305, 10))
-        .border_style(BLACK)
-        .background_style(WHITE)
-        .label_font(("sans-serif", 12))
-        .draw()?;
+    legend(&area, labels)?;
     area.present()?;
     Ok(())
 }
