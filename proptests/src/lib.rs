@@ -13,6 +13,7 @@
 //! [`soak`] does without an oracle: real threads at full speed, whose bytes are compared while they rest.
 
 mod bits;
+mod exchange;
 mod flush;
 mod gather;
 mod op;
@@ -25,6 +26,7 @@ pub mod soak;
 mod violation;
 mod world;
 
+pub use exchange::check_bitmap_file;
 pub use flush::check_flush;
 pub use gather::check_gather;
 pub use op::{
