@@ -182,6 +182,8 @@ pub enum Step {
     LookAfterFlush,
     /// Saying above a change by hand that nothing is known of the subtree any more.
     HeatAbove,
+    /// Securing the place of a line before its summary is cleared.
+    SecureBeforeHide,
 }
 
 #[cfg(dirtymap_loom)]
