@@ -73,6 +73,9 @@
 //! * `membarrier` (off by default): `AddressSpace::with_asymmetric_marks`, marks without a fence, by `membarrier(2)` of Linux.
 //! * `tracing` (off by default): events with the target `dirtymap` at harvest, sync, commit, abort, map, unmap, cut, attach, detach,
 //!   switches and flushes that fail; none at marks. Some come under locks: a subscriber must not call what waits.
+//! * `vm-memory` (off by default): `vm_memory::SpaceBitmap`, a dirty bitmap for the guest memory of that crate.
+//! * `vhost` (off by default, Linux): the dirty log that vhost-user front ends and back ends share, for both sides.
+//! * `kvm` (off by default, Linux): `kvm::KvmLog`, the dirty logs and rings of KVM as a source.
 //!
 //! # When not to use it
 //!
@@ -96,6 +99,8 @@ mod harvest;
 mod source;
 mod space;
 
+mod adapters;
+
 #[doc(hidden)]
 pub mod sync;
 
@@ -117,6 +122,9 @@ pub use harvest::{
     Owed, Scope, StoppedHarvest, SyncError, Synced, WriteGuard,
 };
 
+#[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]
+pub use adapters::kvm;
+
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
 pub use bitmap::FileBitmap;
 pub use bitmap::{
@@ -133,7 +141,25 @@ pub use flush::{
     FlushCost, FlushGather, FlushPolicy, FlushQueue, FlushStats, Invalidated, Leaves, Ticket,
 };
 
+#[cfg(all(feature = "vhost", target_os = "linux", not(dirtymap_loom)))]
+pub use adapters::vhost;
+#[cfg(all(feature = "vm-memory", not(dirtymap_loom)))]
+pub use adapters::vm_memory;
+
 /// The examples of the README are tests.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// The examples of the guide are tests.
+#[cfg(doctest)]
+mod guide {
+    #[doc = include_str!("../docs/guide/README.md")]
+    struct First;
+    #[doc = include_str!("../docs/guide/exchange.md")]
+    struct Exchange;
+    #[doc = include_str!("../docs/guide/monitors.md")]
+    struct Monitors;
+    #[doc = include_str!("../docs/guide/joint.md")]
+    struct Joint;
+}

@@ -184,10 +184,18 @@ pub enum Step {
     HeatAbove,
     /// Securing the place of a line before its summary is cleared.
     SecureBeforeHide,
+    /// Waiting for the readers of a value that was replaced.
+    WaitForInside,
+    /// The fences between a reader's coming, or the swap of a value, and the look at the other.
+    EnterFence,
 }
 
 #[cfg(dirtymap_loom)]
 static LEFT_OUT: std::sync::atomic::AtomicU8 = std::sync::atomic::AtomicU8::new(0);
+
+/// Held by a test of this crate while it explores a model: the step that is left out is global.
+#[cfg(all(test, dirtymap_loom))]
+pub(crate) static ONE_MODEL: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
 /// Leaves `step` out of every run of the model from now on; `None` restores the protocol.
 #[cfg(dirtymap_loom)]

@@ -1,18 +1,14 @@
 //! Models of the summary over the words of a chunk: see `chunk`.
 
 use std::convert::Infallible;
-use std::sync::Mutex as StdMutex;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use super::{ChunkMap, Taker};
-use crate::sync::{Arc, Ordering, Step, fence, leave_out, thread};
-
-/// One model at a time: the step that is left out is global.
-static ONE_AT_A_TIME: StdMutex<()> = StdMutex::new(());
+use crate::sync::{Arc, ONE_MODEL, Ordering, Step, fence, leave_out, thread};
 
 /// Runs `model` whole, when it must hold, and without each of `steps`, when it must fail.
 fn holds_only_with(steps: &[Step], model: impl Fn() -> bool + Sync + Send + Copy + 'static) {
-    let _one = ONE_AT_A_TIME.lock().unwrap_or_else(|e| e.into_inner());
+    let _one = ONE_MODEL.lock().unwrap_or_else(|e| e.into_inner());
     static COUNTS: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize::new(0)];
     for step in std::iter::once(None).chain(steps.iter().copied().map(Some)) {
         COUNTS.iter().for_each(|count| count.store(0, SeqCst));

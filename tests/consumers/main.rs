@@ -42,3 +42,33 @@ fn take(space: &AddressSpace, range: IovaRange) -> Vec<IovaRange> {
     lease.commit();
     runs
 }
+
+/// A story that nobody can find is not told.
+#[test]
+fn each_of_these_tests_is_in_the_guide() {
+    let guide = include_str!("../../docs/guide/bugs.md");
+    let modules = [
+        ("areas", include_str!("areas.rs")),
+        ("files", include_str!("files.rs")),
+        ("granules", include_str!("granules.rs")),
+        ("in_flight", include_str!("in_flight.rs")),
+        ("merging", include_str!("merging.rs")),
+        ("runs", include_str!("runs.rs")),
+        ("transactions", include_str!("transactions.rs")),
+    ];
+    let mut tests = 0;
+    for (module, text) in modules {
+        for test in text.split("#[test]\nfn ").skip(1) {
+            let name = test.split('(').next().unwrap();
+            let link = format!("`{module}::{name}`");
+            assert!(guide.contains(&link), "{link} is not in the guide");
+            tests += 1;
+        }
+    }
+    let links = modules.map(|(module, _)| guide.matches(&format!("`{module}::")).count());
+    assert_eq!(
+        tests,
+        links.iter().sum::<usize>(),
+        "the guide names a test that is not there"
+    );
+}

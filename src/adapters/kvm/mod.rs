@@ -1,0 +1,449 @@
+//! The dirty logs of KVM: what a guest wrote joins the harvest of an address space of guest physical addresses.
+//!
+//! ```text
+//!  guest write ---> KVM's log of the slot, or ring of the processor ---+
+//!                                                                      +--> one harvest, one lease, one abort
+//!  write by the VMM ---> mark --> marks of the area -------------------+
+//! ```
+//!
+//! # Use
+//! ```no_run
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use dirtymap::kvm::{KvmLog, KvmMode};
+//! use dirtymap::{Access, AddressSpace, Granule, HarvestRequest, Iova, IovaRange, UserBitmap};
+//! use std::sync::Arc;
+//!
+//! let vm = kvm_ioctls::Kvm::new()?.create_vm()?;
+//! let ram = IovaRange::from_len(Iova::new(0), 64 << 20)?;
+//! # let host_address = 0u64;
+//! let log = Arc::new(KvmLog::new(&vm, KvmMode::Manual { initially_set: false })?);
+//! // SAFETY: 64 MiB from here on are mapped for the guest alone, until the virtual machine is gone.
+//! unsafe { log.add_slot(0, ram, host_address) }?;
+//!
+//! let space = AddressSpace::new(log.page()).with_source(Arc::clone(&log))?;
+//! space.map(ram, 0, Access::ReadWrite)?;
+//! space.set_tracking(true)?; // from here on, whatever guest or VMM write is reported
+//!
+//! let mut words = vec![0u64; 256];
+//! let lease = space.harvest(&HarvestRequest::new(ram, log.page()), UserBitmap::new(&mut words))?;
+//! let lease = lease.sync()?;
+//! for run in lease.runs() { /* send it */ }
+//! lease.commit(); // dropped instead, all of it is dirty again, and KVM is not asked for it
+//! # Ok(())
+//! # }
+//! ```
+//! Without this module, a VMM reads each slot into a fresh `Vec`, reads its own bitmap, joins the two, masks the tail, and when the
+//! third slot fails has already cleared the first two.
+//!
+//! # Modes
+//! | [`KvmMode`] | what reads | what clears, and flushes | between the two |
+//! |---|---|---|---|
+//! | `Clearing` | KVM_GET_DIRTY_LOG | the same call | what it said waits in memory of the log, for the part that nobody asked for, or if recording fails |
+//! | `Manual` | KVM_GET_DIRTY_LOG | KVM_CLEAR_DIRTY_LOG of exactly the bits that were recorded, at most 65536 pages a call | the page is in the user bitmap |
+//! | `Ring` | entries of the rings | KVM_RESET_DIRTY_RINGS, as the lease's flush | the page may be written unseen, and may not be copied: that is what [`sync`](crate::Lease::sync) waits for |
+//!
+//! # Who flushes
+//! The processors' TLBs may hold a translation that lets the guest write without a trace. By the kernel's API documentation
+//! (`Documentation/virt/kvm/api.rst`: `KVM_GET_DIRTY_LOG`, `KVM_CLEAR_DIRTY_LOG` and
+//! `KVM_CAP_DIRTY_LOG_RING`) a page is write-protected again by the call that clears its bit, and for rings by the reset, which
+//! must come *before* the page is read. The calls flush the TLBs before they return, so [`invalidate`](DirtySource::invalidate)
+//! has nothing to do for logs, and resets the rings for rings.
+//!
+//! # Guarantees
+//! * What KVM says is in memory that was reserved when the slot was added before anything can fail: an error in one slot loses nothing
+//!   of another, and nothing of its own.
+//! * Bits behind the end of a slot are never pages. A read that says "everything" (the first of `initially_set`) is within the slot.
+//! * The page is that of the host, [`KvmLog::page`], not a literal 4096.
+//! * Harvests do not allocate.
+//! * An entry of a ring is checked before it is computed with: the guest's VMM can write there. One that names no page of its slot
+//!   makes the whole slot dirty.
+//!
+//! # Limits
+//! * KVM's calls take locks of the kernel, and each slot has one here: unlike marks, harvests of a `KvmLog` wait for each other, for
+//!   changes of slots, and for page faults of the guest. None waits for a processor to run.
+//! * KVM_GET_DIRTY_LOG reads a whole slot, whatever the request. Bounded and parallel harvests ask for many parts: cut guest memory into
+//!   slots of some GiB for them, or harvest it whole.
+//! * KVM's calls are one after the other: a processor may log to a buffer of hardware (PML) first. What it wrote is reported by one of the
+//!   harvests that follow; the last harvest belongs behind the stop of all processors.
+//! * An area that is unmapped from the space is not taken from the guest. First [`remove_slot`](KvmLog::remove_slot), then
+//!   [`unmap`](crate::AddressSpace::unmap), which reports what was dirty at the end.
+//! * One log for one virtual machine: two would take from each other.
+
+mod error;
+mod ioctl;
+mod ring;
+mod slot;
+mod source;
+#[cfg(test)]
+mod tests;
+
+pub use error::KvmError;
+
+use kvm_bindings::{
+    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+    KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, kvm_enable_cap,
+};
+use kvm_ioctls::{VcpuFd, VmFd};
+
+use super::host;
+#[cfg(doc)]
+use crate::source::DirtySource;
+use crate::sync::{Arc, AtomicU64, Mutex, MutexGuard, Ordering, lock};
+use crate::units::{Granule, IovaRange};
+use ioctl::{Kernel, Vm};
+use ring::{Mapped, Ring};
+use slot::Slot;
+
+/// Pages of the largest slot of KVM.
+const MAX_PAGES: u64 = (1 << 31) - 1;
+/// Bytes of an entry of a ring.
+const ENTRY: u32 = 16;
+
+/// How KVM is asked what a guest wrote. See [the module](self) for what each means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum KvmMode {
+    /// Reading the log clears it. Every KVM can.
+    Clearing,
+    /// Reading leaves the log, and exactly what was recorded is cleared, piece by piece (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2).
+    Manual {
+        /// Each slot begins as dirty as a whole, so that switching tracking on costs no time: pages are write-protected when they
+        /// are first cleared. The first harvest reports everything, which a migration copies anyway.
+        initially_set: bool,
+    },
+    /// Each processor writes the pages that it dirties to a ring (KVM_CAP_DIRTY_LOG_RING). The cost follows what is dirty, not
+    /// what is there.
+    Ring {
+        /// Entries of each ring: a power of two. KVM keeps 64 and a few of them for itself, and stops a processor whose ring is
+        /// full: see [`KvmLog::drain_rings`].
+        entries: u32,
+    },
+}
+
+impl KvmMode {
+    fn is_manual(self) -> bool {
+        matches!(self, KvmMode::Manual { .. })
+    }
+
+    fn is_ring(self) -> bool {
+        matches!(self, KvmMode::Ring { .. })
+    }
+}
+
+/// The dirty state of the slots of one virtual machine, as a [`DirtySource`](crate::DirtySource).
+pub struct KvmLog {
+    kernel: Box<dyn Kernel>,
+    mode: KvmMode,
+    page: Granule,
+    /// Ascending by guest address. The lock is held to look, never for a call of KVM.
+    slots: Mutex<Arc<[Arc<Slot>]>>,
+    rings: Mutex<Vec<Ring>>,
+    /// Whether writes are tracked; held while slots come, go, or are switched.
+    tracking: Mutex<bool>,
+    foreign: AtomicU64,
+}
+
+impl KvmLog {
+    /// The log of `vm`, whose descriptor is duplicated. Sets the mode for the whole virtual machine; for rings that must come before
+    /// its first processor is made.
+    ///
+    /// # Errors
+    /// [`KvmError::Unsupported`], [`KvmError::BadRing`], or [`KvmError::Call`] with what KVM says to the mode.
+    pub fn new(vm: &VmFd, mode: KvmMode) -> Result<Self, KvmError> {
+        enable(vm, mode)?;
+        let vm = Vm::new(vm).map_err(|error| KvmError::Call {
+            call: "fcntl",
+            error,
+        })?;
+        Ok(Self::with_kernel(Box::new(vm), mode, host::page()))
+    }
+
+    fn with_kernel(kernel: Box<dyn Kernel>, mode: KvmMode, page: Granule) -> Self {
+        KvmLog {
+            kernel,
+            mode,
+            page,
+            slots: Mutex::new(Arc::new([])),
+            rings: Mutex::new(Vec::new()),
+            tracking: Mutex::new(false),
+            foreign: AtomicU64::new(0),
+        }
+    }
+
+    /// The page of the host, in which KVM tracks.
+    pub fn page(&self) -> Granule {
+        self.page
+    }
+
+    /// The mode, as the log was made.
+    pub fn mode(&self) -> KvmMode {
+        self.mode
+    }
+
+    /// Gives the guest the memory from `host` on, an address of this process, at the guest physical addresses `guest`; or says that
+    /// KVM has this very slot already, which is then left as it is, but for its log. Tracked at once if the log is.
+    ///
+    /// `slot` is KVM's number, address space included. The slot must be writable, and not backed by a `guest_memfd`.
+    ///
+    /// # Errors
+    /// In this order: [`KvmError::Unaligned`], [`KvmError::TooLarge`], [`KvmError::HostWraps`], [`KvmError::NoMemory`],
+    /// [`KvmError::SlotTaken`], [`KvmError::Overlap`], then [`KvmError::SlotCall`]. Nothing has changed then.
+    ///
+    /// # Safety
+    /// Until the slot is removed or the virtual machine is gone:
+    /// * the memory stays mapped, and the process is prepared for a guest that reads and writes it;
+    /// * nobody else deletes the slot, or makes another one of its number: KVM writes as many bits as its slot has pages.
+    pub unsafe fn add_slot(&self, slot: u32, guest: IovaRange, host: u64) -> Result<(), KvmError> {
+        let new = Slot::new(slot, guest, host, self.page)?;
+        let tracking = lock(&self.tracking);
+        let slots = self.slots();
+        for other in slots.iter().filter(|other| !other.is_gone()) {
+            if other.id == slot {
+                return Err(KvmError::SlotTaken { slot });
+            }
+            if other.guest.intersects(guest) {
+                return Err(KvmError::Overlap {
+                    slot,
+                    guest,
+                    other: other.id,
+                });
+            }
+        }
+        // SAFETY: by the caller.
+        unsafe { new.set(&*self.kernel, *tracking) }?;
+        self.change(&slots, Some(new));
+        Ok(())
+    }
+
+    /// Takes the slot from the guest. What was dirty in it stays, for a harvest, or for the unmap of its area.
+    ///
+    /// No processor should write to it any more, stopped or by agreement with the guest: what is written between the last read of
+    /// the log and the end of the slot is lost with the log, as KVM has no call that does both.
+    ///
+    /// # Errors
+    /// [`KvmError::NoSlot`], or [`KvmError::SlotCall`] and the slot stays.
+    pub fn remove_slot(&self, slot: u32) -> Result<(), KvmError> {
+        let _tracking = lock(&self.tracking);
+        let slots = self.slots();
+        let Some(found) = find(&slots, slot) else {
+            return Err(KvmError::NoSlot { slot });
+        };
+        found.delete(&*self.kernel, self.mode)?;
+        // What the rings have of it by now is all that there will be.
+        self.reap();
+        found.bury();
+        self.change(&slots, None);
+        Ok(())
+    }
+
+    /// Maps the ring of a processor of the same virtual machine.
+    ///
+    /// # Errors
+    /// [`KvmError::NoRings`] unless the mode is [`KvmMode::Ring`]; [`KvmError::Call`].
+    pub fn add_vcpu(&self, vcpu: &VcpuFd) -> Result<(), KvmError> {
+        let KvmMode::Ring { entries } = self.mode else {
+            return Err(KvmError::NoRings);
+        };
+        let ring = Mapped::new(vcpu, entries, self.page).map_err(|error| KvmError::Call {
+            call: "mmap",
+            error,
+        })?;
+        self.rings().push(Ring::new(Box::new(ring)));
+        Ok(())
+    }
+
+    /// Empties the rings, and hands them back to KVM: for a processor that stopped with KVM_EXIT_DIRTY_RING_FULL, in the thread that
+    /// runs it. The pages stay for the next harvest. How many there were; 0 without rings.
+    ///
+    /// # Errors
+    /// [`KvmError::Call`]; the pages are kept, and the call can be repeated.
+    pub fn drain_rings(&self) -> Result<usize, KvmError> {
+        if !self.mode.is_ring() {
+            return Ok(0);
+        }
+        let mut rings = self.rings();
+        let taken = self.reap_all(&mut rings);
+        self.reset(&rings)?;
+        Ok(taken)
+    }
+
+    /// Entries of rings that named no page of a slot of this log. Of a slot that is not known here there may be any number;
+    /// others say that something else writes to the rings.
+    pub fn foreign_entries(&self) -> u64 {
+        // Relaxed: a count.
+        self.foreign.load(Ordering::Relaxed)
+    }
+
+    /// Switches all slots, or none.
+    fn switch(&self, on: bool) -> Result<(), KvmError> {
+        let mut tracking = lock(&self.tracking);
+        if *tracking == on {
+            return Ok(());
+        }
+        let slots = self.slots();
+        let live = || slots.iter().filter(|slot| !slot.is_gone());
+        for (done, slot) in live().enumerate() {
+            if let Err(error) = self.switch_slot(slot, on) {
+                for slot in live().take(done) {
+                    // One that can't go back stays, which only costs, or is dirty as a whole.
+                    let _ = self.switch_slot(slot, !on);
+                    if !on {
+                        // What was written while it was off.
+                        slot.dirty_all();
+                    }
+                }
+                return Err(error);
+            }
+        }
+        if on {
+            self.discard(&slots)?;
+        }
+        *tracking = on;
+        Ok(())
+    }
+
+    fn switch_slot(&self, slot: &Slot, on: bool) -> Result<(), KvmError> {
+        if on || self.mode.is_ring() {
+            // SAFETY: the slot was added, and not removed: its memory is the guest's.
+            unsafe { slot.set(&*self.kernel, on) }
+        } else {
+            // SAFETY: the same.
+            unsafe { slot.stop(&*self.kernel, self.mode) }
+        }
+    }
+
+    /// Forgets what was dirty before tracking began. Writes that come from now on are not forgotten: what is pending is protected
+    /// again, and nothing more comes from the rings meanwhile.
+    fn discard(&self, slots: &[Arc<Slot>]) -> Result<(), KvmError> {
+        let mut rings = self.rings();
+        if self.mode.is_ring() {
+            self.reap_all(&mut rings);
+            self.reset(&rings)?;
+        }
+        slots.iter().for_each(|slot| slot.forget());
+        Ok(())
+    }
+
+    /// Takes what is in the rings.
+    ///
+    /// Pages are pending before their entries are handed back, and both happen under the lock of the rings. A reset takes that lock
+    /// too, so it covers every page that was pending when it began: whoever takes one owes a reset that begins later.
+    fn reap(&self) {
+        if self.mode.is_ring() {
+            self.reap_all(&mut self.rings());
+        }
+    }
+
+    fn reap_all(&self, rings: &mut [Ring]) -> usize {
+        let slots = self.slots();
+        let keep = |slot: u32, page: u64| {
+            if !find(&slots, slot).is_some_and(|slot| slot.keep(page)) {
+                // Relaxed: a count.
+                self.foreign.fetch_add(1, Ordering::Relaxed);
+            }
+        };
+        rings.iter_mut().map(|ring| ring.reap(keep)).sum()
+    }
+
+    /// Hands entries that were taken back to KVM, which protects their pages. `_rings` says that nobody takes any meanwhile.
+    fn reset(&self, _rings: &[Ring]) -> Result<(), KvmError> {
+        let call = "KVM_RESET_DIRTY_RINGS";
+        self.kernel
+            .reset_rings()
+            .map_err(|error| KvmError::Call { call, error })
+    }
+
+    fn rings(&self) -> MutexGuard<'_, Vec<Ring>> {
+        lock(&self.rings)
+    }
+
+    fn slots(&self) -> Arc<[Arc<Slot>]> {
+        Arc::clone(&lock(&self.slots))
+    }
+
+    /// Replaces the list, by one with `new`, and without those that nothing is left of.
+    fn change(&self, slots: &[Arc<Slot>], new: Option<Slot>) {
+        let left = slots.iter().filter(|slot| !slot.is_done()).map(Arc::clone);
+        let mut slots: Vec<_> = left.chain(new.map(Arc::new)).collect();
+        slots.sort_by_key(|slot| slot.guest.start());
+        *lock(&self.slots) = slots.into();
+    }
+
+    /// The slots that `range` touches, each with the part of it.
+    fn parts(&self, range: IovaRange) -> impl Iterator<Item = (Arc<Slot>, IovaRange)> {
+        let (slots, mut next) = (self.slots(), 0);
+        std::iter::from_fn(move || {
+            loop {
+                let slot = slots.get(next)?;
+                next += 1;
+                if let Some(part) = slot.guest.intersection(range) {
+                    return Some((Arc::clone(slot), part));
+                }
+            }
+        })
+    }
+}
+
+impl std::fmt::Debug for KvmLog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("KvmLog")
+            .field("mode", &self.mode)
+            .field("page", &self.page)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The slot of this number that KVM knows.
+fn find(slots: &[Arc<Slot>], id: u32) -> Option<&Arc<Slot>> {
+    slots.iter().find(|slot| slot.id == id && !slot.is_gone())
+}
+
+/// Sets the mode of the virtual machine.
+fn enable(vm: &VmFd, mode: KvmMode) -> Result<(), KvmError> {
+    let supported = |capability: u32| vm.check_extension_raw(capability.into()).cast_unsigned();
+    let enable = |cap: u32, value: u64, call: &'static str| {
+        let mut request = kvm_enable_cap {
+            cap,
+            ..Default::default()
+        };
+        request.args[0] = value;
+        let error = |error: kvm_ioctls::Error| KvmError::Call {
+            call,
+            error: error.into(),
+        };
+        vm.enable_cap(&request).map_err(error)
+    };
+    let manual = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
+    const MANUAL: &str = "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2";
+    match mode {
+        // Another part of the VMM may have set it.
+        KvmMode::Clearing if supported(manual) != 0 => enable(manual, 0, MANUAL),
+        KvmMode::Clearing => Ok(()),
+        KvmMode::Manual { initially_set } => {
+            let mut bits = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;
+            if initially_set {
+                bits |= KVM_DIRTY_LOG_INITIALLY_SET;
+            }
+            if supported(manual) & bits != bits {
+                return Err(KvmError::Unsupported { capability: MANUAL });
+            }
+            enable(manual, bits.into(), MANUAL)
+        }
+        KvmMode::Ring { entries } => {
+            const RING: &str = "KVM_CAP_DIRTY_LOG_RING";
+            let capabilities = [KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING];
+            let Some((cap, bytes)) = capabilities
+                .into_iter()
+                .map(|cap| (cap, supported(cap)))
+                .find(|(_, bytes)| *bytes != 0)
+            else {
+                return Err(KvmError::Unsupported { capability: RING });
+            };
+            let limit = bytes / ENTRY;
+            if !entries.is_power_of_two() || entries > limit {
+                return Err(KvmError::BadRing { entries, limit });
+            }
+            enable(cap, u64::from(entries) * u64::from(ENTRY), RING)
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! The dirty ring of one virtual processor: a producer in the kernel, a consumer here.
+//!
+//! ```text
+//!  kernel                                     we
+//!  K1  payload := slot, offset                R1  flags is DIRTY?               Acquire, pairs with K2
+//!  K2  flags := DIRTY            (release)    R2  read and check the payload, keep the page
+//!                                             R3  flags := RESET                Release, pairs with K3
+//!  K3  flags is RESET?           (acquire)
+//!  K4  re-protect the page, flush
+//!  K5  flags := 0                (release)
+//! ```
+//!
+//! Between R3 and K4 the guest writes to the page unseen, so the page may be copied only after K4, which is
+//! KVM_RESET_DIRTY_RINGS: the flush that a lease owes. The memory of a ring is mapped into this process, so whatever runs
+//! amok in it can write there: an entry is checked before it is computed with.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use kvm_bindings::KVM_DIRTY_LOG_PAGE_OFFSET;
+use kvm_ioctls::VcpuFd;
+
+use crate::units::Granule;
+
+const DIRTY: u32 = 1;
+const RESET: u32 = 2;
+
+/// One entry, as the kernel lays it out.
+#[repr(C)]
+#[derive(Debug, Default)]
+pub(super) struct Entry {
+    flags: AtomicU32,
+    slot: AtomicU32,
+    offset: AtomicU64,
+}
+
+impl Entry {
+    /// Takes the page out, if one is there: `keep` has its slot and its number in that, as they were found.
+    fn take(&self, keep: impl FnOnce(u32, u64)) -> bool {
+        // Acquire: R1, pairs with the kernel's release of the flags behind the payload.
+        if self.flags.load(Ordering::Acquire) & (DIRTY | RESET) != DIRTY {
+            return false;
+        }
+        // Relaxed: behind R1.
+        let slot = self.slot.load(Ordering::Relaxed);
+        // Relaxed: behind R1.
+        let offset = self.offset.load(Ordering::Relaxed);
+        keep(slot, offset);
+        // Release: R3, pairs with the kernel's acquire of the flags before it reads the payload and uses the entry again.
+        self.flags.store(RESET, Ordering::Release);
+        true
+    }
+}
+
+/// Takes the pages out of `entries`, from `next` on, and moves `next` behind them. No more than one round, so that a processor
+/// that writes all the time keeps nobody here.
+pub(super) fn reap(entries: &[Entry], next: &mut usize, mut keep: impl FnMut(u32, u64)) -> usize {
+    for taken in 0..entries.len() {
+        match entries.get(*next) {
+            Some(entry) if entry.take(&mut keep) => *next = (*next + 1) % entries.len(),
+            _ => return taken,
+        }
+    }
+    entries.len()
+}
+
+/// Where the entries of a ring lie.
+pub(super) trait Memory: Send {
+    /// All of them.
+    fn entries(&self) -> &[Entry];
+}
+
+/// The ring of one processor, and how far it is read.
+pub(super) struct Ring {
+    memory: Box<dyn Memory>,
+    next: usize,
+}
+
+impl Ring {
+    /// Reads `memory` from its first entry on.
+    pub(super) fn new(memory: Box<dyn Memory>) -> Self {
+        Ring { memory, next: 0 }
+    }
+
+    /// As [`reap`].
+    pub(super) fn reap(&mut self, keep: impl FnMut(u32, u64)) -> usize {
+        reap(self.memory.entries(), &mut self.next, keep)
+    }
+}
+
+/// The memory that the kernel shares.
+pub(super) struct Mapped {
+    entries: NonNull<Entry>,
+    len: usize,
+}
+
+// SAFETY: the ring is memory of the process, used through atomics, and unmapped by whoever drops the one `Mapped` of it.
+unsafe impl Send for Mapped {}
+
+impl Mapped {
+    /// Maps the ring of `vcpu`, which has `len` entries.
+    pub(super) fn new(vcpu: &VcpuFd, len: u32, page: Granule) -> io::Result<Self> {
+        let len = len as usize;
+        let offset = u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) << page.lg2();
+        // SAFETY: a new mapping, at an address of the kernel's choice.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len * size_of::<Entry>(),
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                vcpu.as_raw_fd(),
+                offset.cast_signed(),
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        match NonNull::new(address.cast()) {
+            Some(entries) => Ok(Mapped { entries, len }),
+            None => Err(io::ErrorKind::AddrNotAvailable.into()),
+        }
+    }
+}
+
+impl Memory for Mapped {
+    fn entries(&self) -> &[Entry] {
+        // SAFETY:
+        // - the mapping holds `len` entries, is page-aligned, and lives as long as `self`;
+        // - entries are atomics, of which every content is valid, so the kernel may write them meanwhile.
+        unsafe { std::slice::from_raw_parts(self.entries.as_ptr(), self.len) }
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // SAFETY: the mapping of `new`, of this length, that nobody else refers to.
+        unsafe { libc::munmap(self.entries.as_ptr().cast(), self.len * size_of::<Entry>()) };
+    }
+}
+
+/// The kernel's side, for tests.
+#[cfg(test)]
+impl Entry {
+    /// Writes an entry; whether it was free.
+    pub(super) fn push(&self, slot: u32, offset: u64) -> bool {
+        if self.flags.load(Ordering::Acquire) != 0 {
+            return false;
+        }
+        self.slot.store(slot, Ordering::Relaxed);
+        self.offset.store(offset, Ordering::Relaxed);
+        self.flags.store(DIRTY, Ordering::Release);
+        true
+    }
+
+    /// Uses an entry again that was handed back; what it named.
+    pub(super) fn recycle(&self) -> Option<(u32, u64)> {
+        if self.flags.load(Ordering::Acquire) & RESET == 0 {
+            return None;
+        }
+        let named = (
+            self.slot.load(Ordering::Relaxed),
+            self.offset.load(Ordering::Relaxed),
+        );
+        self.flags.store(0, Ordering::Release);
+        Some(named)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_come_out_once_in_order_and_wait_for_the_reset() {
+        let ring: Vec<Entry> = (0..4).map(|_| Entry::default()).collect();
+        let (mut next, mut seen) = (0, Vec::new());
+        for round in 0..5u64 {
+            for n in 0..3 {
+                assert!(ring[((round * 3 + n) % 4) as usize].push(n as u32, round));
+            }
+            let taken = reap(&ring, &mut next, |slot, offset| seen.push((slot, offset)));
+            assert_eq!(taken, 3);
+            assert_eq!(reap(&ring, &mut next, |_, _| panic!("not there")), 0);
+            assert_eq!(seen, [(0, round), (1, round), (2, round)]);
+            seen.clear();
+            assert_eq!(ring.iter().filter_map(Entry::recycle).count(), 3);
+        }
+    }
+
+    #[test]
+    fn a_full_ring_is_taken_whole_and_a_taken_one_not_twice() {
+        let ring: Vec<Entry> = (0..4).map(|_| Entry::default()).collect();
+        for (n, entry) in (0..).zip(&ring) {
+            assert!(entry.push(0, n));
+        }
+        let (mut next, mut seen) = (0, Vec::new());
+        assert_eq!(reap(&ring, &mut next, |_, offset| seen.push(offset)), 4);
+        assert_eq!(seen, [0, 1, 2, 3]);
+        // Not reset yet: its first entry is ours still.
+        assert_eq!(reap(&ring, &mut next, |_, _| panic!("twice")), 0);
+    }
+
+    /// A processor and its reaper race: every page arrives once, with the payload that belongs to it.
+    #[test]
+    fn a_producer_and_the_reaper_agree() {
+        let ring: Vec<Entry> = (0..64).map(|_| Entry::default()).collect();
+        const PAGES: u64 = 200_000;
+        std::thread::scope(|scope| {
+            let ring = &ring;
+            scope.spawn(move || {
+                let mut reset = 0;
+                for page in 0..PAGES {
+                    while !ring[(page % 64) as usize].push((page % 7) as u32, page) {
+                        while ring[reset].recycle().is_some() {
+                            reset = (reset + 1) % 64;
+                        }
+                        std::hint::spin_loop();
+                    }
+                }
+            });
+            let (mut next, mut expected) = (0, 0);
+            while expected < PAGES {
+                reap(ring, &mut next, |slot, page| {
+                    assert_eq!((slot, page), ((expected % 7) as u32, expected));
+                    expected += 1;
+                });
+            }
+        });
+    }
+}

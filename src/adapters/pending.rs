@@ -1,0 +1,286 @@
+//! Pages that a kernel interface has reported, and forgotten by that, until a lease records them.
+//!
+//! Some interfaces clear what they report. What they said is then the only trace of a write, so it goes into memory that was
+//! reserved before, and only from there into a user bitmap: whatever fails behind it loses nothing.
+
+use std::collections::TryReserveError;
+
+use crate::bitmap::{Sink, word_mask, word_masks};
+use crate::source::{LeafSink, Stopped};
+use crate::units::{Granule, Iova, IovaRange};
+
+/// One bit for each page of a range, for one thread at a time.
+#[derive(Debug)]
+pub(super) struct Pending {
+    range: IovaRange,
+    page: Granule,
+    words: Vec<u64>,
+}
+
+impl Pending {
+    /// Clean pages of `range`, which is made of whole pages.
+    ///
+    /// # Errors
+    /// If there is no memory for the bits.
+    pub(super) fn new(range: IovaRange, page: Granule) -> Result<Self, TryReserveError> {
+        let words = zeroed(words_for(range, page))?;
+        Ok(Pending { range, page, words })
+    }
+
+    /// Adds the pages of a log, whose bit 0 is the first page. Bits behind the last page are not pages.
+    pub(super) fn add(&mut self, log: &[u64]) {
+        for (mine, new) in self.words.iter_mut().zip(log) {
+            *mine |= new;
+        }
+        let pages = self.pages();
+        mask_tail(&mut self.words, pages);
+    }
+
+    /// Adds `range`, as far as it lies inside; pages that it touches count whole.
+    pub(super) fn add_range(&mut self, range: IovaRange) {
+        if let Some((first, last)) = self.numbers(range) {
+            for (word, mask) in word_masks(first, last) {
+                self.words[word as usize] |= mask;
+            }
+        }
+    }
+
+    /// Adds page `number`; whether there is one.
+    pub(super) fn add_page(&mut self, number: u64) -> bool {
+        let known = number < self.pages();
+        if known {
+            self.words[(number / 64) as usize] |= 1 << (number % 64);
+        }
+        known
+    }
+
+    /// Adds all pages.
+    pub(super) fn add_all(&mut self) {
+        self.add_range(self.range);
+    }
+
+    /// Hands the pages of `range` to `out`, and forgets each when it is recorded.
+    pub(super) fn take(
+        &mut self,
+        range: IovaRange,
+        out: &mut LeafSink<'_, '_>,
+    ) -> Result<(), Stopped> {
+        let Some((mut first, last)) = self.numbers(range) else {
+            return Ok(());
+        };
+        while let Some((from, to)) = next_run(&self.words, first, last) {
+            let run = self.addresses(from, to);
+            let words = &mut self.words;
+            let clear = || {
+                clear(words, from, to);
+                true
+            };
+            out.take(run, self.page, clear).map_err(|error| Stopped {
+                at: run.start(),
+                error,
+            })?;
+            first = to + 1;
+        }
+        Ok(())
+    }
+
+    /// Records the pages of `range`, and keeps them.
+    pub(super) fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+        self.for_each(range, |run| {
+            sink.record(run).map_err(|error| Stopped {
+                at: run.start(),
+                error,
+            })
+        })
+    }
+
+    /// Tells `each` the pages of `range`, and forgets them.
+    pub(super) fn drain(&mut self, range: IovaRange, each: &mut dyn FnMut(IovaRange)) {
+        let told: Result<(), std::convert::Infallible> = self.for_each(range, |run| {
+            each(run);
+            Ok(())
+        });
+        debug_assert!(told.is_ok());
+        self.forget(range);
+    }
+
+    /// Forgets the pages of `range`.
+    pub(super) fn forget(&mut self, range: IovaRange) {
+        if let Some((first, last)) = self.numbers(range) {
+            clear(&mut self.words, first, last);
+        }
+    }
+
+    /// Forgets all pages.
+    pub(super) fn clear(&mut self) {
+        self.words.fill(0);
+    }
+
+    /// Whether no page is there.
+    pub(super) fn is_empty(&self) -> bool {
+        self.words.iter().all(|word| *word == 0)
+    }
+
+    /// The bits of the pages, by 64.
+    pub(super) fn words(&self) -> &[u64] {
+        &self.words
+    }
+
+    /// The addresses of the pages `first` to `last`, which are there.
+    pub(super) fn addresses(&self, first: u64, last: u64) -> IovaRange {
+        let start = self.range.start().get() + (first << self.page.lg2());
+        let end = self.range.start().get() + (last << self.page.lg2()) + self.page.mask();
+        // Never an error: a run goes upwards.
+        IovaRange::new(Iova::new(start), Iova::new(end)).unwrap_or(self.range)
+    }
+
+    /// The numbers of the first and the last page that `range` touches, if there are any.
+    pub(super) fn numbers(&self, range: IovaRange) -> Option<(u64, u64)> {
+        let inside = range.intersection(self.range)?;
+        let number = |iova: Iova| (iova.get() - self.range.start().get()) >> self.page.lg2();
+        Some((number(inside.start()), number(inside.last())))
+    }
+
+    fn pages(&self) -> u64 {
+        ((self.range.last().get() - self.range.start().get()) >> self.page.lg2()) + 1
+    }
+
+    fn for_each<E>(
+        &self,
+        range: IovaRange,
+        mut each: impl FnMut(IovaRange) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let Some((mut first, last)) = self.numbers(range) else {
+            return Ok(());
+        };
+        while let Some((from, to)) = next_run(&self.words, first, last) {
+            each(self.addresses(from, to))?;
+            first = to + 1;
+        }
+        Ok(())
+    }
+}
+
+/// How many words hold one bit for each page of `range`; `usize::MAX` if no memory does.
+pub(super) fn words_for(range: IovaRange, page: Granule) -> usize {
+    usize::try_from(range.granules(page).div_ceil(64)).unwrap_or(usize::MAX)
+}
+
+/// So many words, all zero, or an error.
+pub(super) fn zeroed(words: usize) -> Result<Vec<u64>, TryReserveError> {
+    let mut zeroed = Vec::new();
+    zeroed.try_reserve_exact(words)?;
+    zeroed.resize(words, 0);
+    Ok(zeroed)
+}
+
+/// Clears the bits behind page `pages - 1`: some kernels set them.
+pub(super) fn mask_tail(words: &mut [u64], pages: u64) {
+    let used = pages % 64;
+    if used != 0
+        && let Some(last) = words.get_mut((pages / 64) as usize)
+    {
+        *last &= word_mask(0, used as u32 - 1);
+    }
+}
+
+/// Clears the bits `first` to `last`.
+pub(super) fn clear(words: &mut [u64], first: u64, last: u64) {
+    for (word, mask) in word_masks(first, last) {
+        words[word as usize] &= !mask;
+    }
+}
+
+/// The first run of bits that are set, from `first` on and not behind `last`.
+pub(super) fn next_run(words: &[u64], first: u64, last: u64) -> Option<(u64, u64)> {
+    let from = next_where(words, first, last, 0)?;
+    let to = next_where(words, from, last, u64::MAX).map_or(last, |clear| clear - 1);
+    Some((from, to))
+}
+
+/// The first bit, from `first` on and not behind `last`, that differs from those of `skip`.
+fn next_where(words: &[u64], first: u64, last: u64, skip: u64) -> Option<u64> {
+    if first > last {
+        return None;
+    }
+    let mut word = first / 64;
+    let mut differs = (words.get(word as usize)? ^ skip) & (u64::MAX << (first % 64));
+    while differs == 0 {
+        word += 1;
+        if word > last / 64 {
+            return None;
+        }
+        differs = words.get(word as usize)? ^ skip;
+    }
+    let found = word * 64 + u64::from(differs.trailing_zeros());
+    (found <= last).then_some(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bitmap::UserBitmap;
+    use crate::flush::FlushGather;
+
+    fn pages(first: u64, n: u64) -> IovaRange {
+        IovaRange::from_len(Iova::new(first << 12), n << 12).unwrap()
+    }
+
+    /// Every run between every two borders, against a look at each bit.
+    #[test]
+    fn runs_are_what_the_bits_say() {
+        let words = [
+            0x8000_0000_0000_0001,
+            0xffff_ffff_ffff_ffff,
+            0x0000_00ff_0000_00f0,
+        ];
+        let bit = |n: u64| words[(n / 64) as usize] >> (n % 64) & 1 == 1;
+        for first in (0..192).step_by(7) {
+            for last in first..192 {
+                let mut seen = Vec::new();
+                let mut at = first;
+                while let Some((from, to)) = next_run(&words, at, last) {
+                    seen.extend(from..=to);
+                    assert!(to == last || !bit(to + 1), "a run that ends too early");
+                    at = to + 1;
+                }
+                let set: Vec<u64> = (first..=last).filter(|n| bit(*n)).collect();
+                assert_eq!(seen, set, "from {first} to {last}");
+            }
+        }
+    }
+
+    /// hyperlight met a hypervisor whose logs had bits behind the last page; a run of them reached past the memory.
+    #[test]
+    fn bits_behind_the_last_page_are_no_pages() {
+        let mut pending = Pending::new(pages(16, 70), Granule::K4).unwrap();
+        pending.add(&[u64::MAX; 2]);
+        let mut told = Vec::new();
+        pending.drain(IovaRange::ALL, &mut |run| told.push(run));
+        assert_eq!(told, [pages(16, 70)]);
+        assert!(pending.is_empty());
+        assert!(pending.add_page(69));
+        assert!(!pending.add_page(70));
+        assert!(!pending.add_page(u64::MAX));
+    }
+
+    #[test]
+    fn what_is_taken_is_recorded_first_and_the_rest_stays() {
+        let mut pending = Pending::new(pages(0, 256), Granule::K4).unwrap();
+        pending.add_range(pages(60, 10));
+        pending.add_page(200);
+        let mut words = [0u64; 4];
+        let bound = UserBitmap::new(&mut words)
+            .bind(pages(0, 256), Granule::K4)
+            .unwrap();
+        let mut sink = bound.into_sink();
+        let mut gather = FlushGather::new();
+        let mut out = LeafSink::new(&mut sink, &mut gather);
+        pending.take(pages(64, 100), &mut out).unwrap();
+        assert_eq!(gather.ranges(), [pages(64, 6)]);
+        assert_eq!(words, [0, 0x3f, 0, 0]);
+        let mut told = Vec::new();
+        pending.drain(IovaRange::ALL, &mut |run| told.push(run));
+        assert_eq!(told, [pages(60, 4), pages(200, 1)]);
+    }
+}
