@@ -28,6 +28,7 @@ mod map;
 mod merge;
 mod page;
 mod protect;
+mod scan;
 mod skip;
 mod split;
 mod unmap;
