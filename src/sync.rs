@@ -182,6 +182,8 @@ pub enum Step {
     LookAfterFlush,
     /// Saying above a change by hand that nothing is known of the subtree any more.
     HeatAbove,
+    /// Putting a table into a place of a slab only if nobody holds the table that lies there.
+    ClaimFree,
 }
 
 #[cfg(dirtymap_loom)]

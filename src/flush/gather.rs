@@ -154,6 +154,7 @@ impl FlushGather {
         }
     }
 
+    #[inline]
     fn widen(&mut self, leaves: Leaves) {
         self.leaves = Some(match self.leaves {
             None => leaves,
@@ -248,6 +249,7 @@ impl fmt::Debug for FlushGather {
 }
 
 /// Whether the ranges overlap or follow each other without a gap.
+#[inline]
 fn touches(a: IovaRange, b: IovaRange) -> bool {
     a.intersects(b)
         || a.last().checked_add(1) == Some(b.start())
@@ -255,11 +257,13 @@ fn touches(a: IovaRange, b: IovaRange) -> bool {
 }
 
 /// The smallest range that covers both.
+#[inline]
 fn hull(a: IovaRange, b: IovaRange) -> IovaRange {
     IovaRange::new(a.start().min(b.start()), a.last().max(b.last())).unwrap_or(a)
 }
 
 /// The bytes between two ranges of which `low` lies below `high`.
+#[inline]
 fn gap(low: IovaRange, high: IovaRange) -> u64 {
     high.start().get() - low.last().get() - 1
 }

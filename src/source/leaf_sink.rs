@@ -133,25 +133,33 @@ impl<'s, 'b> LeafSink<'s, 'b> {
         if mask == 0 {
             return Ok(());
         }
-        let at = |nth: u32| u128::from(start.get()) + (u128::from(nth) << size.lg2());
-        let end = at(mask.ilog2()) + u128::from(size.mask());
-        let first = at(mask.trailing_zeros()) as u64;
-        let hull = u64::try_from(end)
-            .ok()
-            .and_then(|last| IovaRange::new(Iova::new(first), Iova::new(last)).ok());
-        if !hull.is_some_and(|hull| self.range().covers(hull)) {
+        if !self.covers(start, size, mask) {
             return self.take_each(start, size, mask, clear);
         }
         if performs(Step::RecordBeforeClear) {
             let recorded = self.sink.record_mask(start, size, mask);
             recorded.map_err(|error| Stopped {
-                at: Iova::new(first),
+                at: Iova::new(start.get() + (u64::from(mask.trailing_zeros()) << size.lg2())),
                 error,
             })?;
         }
         self.gather.add_many(start, size, mask);
         clear(mask);
         Ok(())
+    }
+
+    /// Whether all leaves of [`take_many`](Self::take_many) exist and are asked for.
+    #[inline]
+    fn covers(&self, start: Iova, size: Granule, mask: u64) -> bool {
+        let range = self.range();
+        let whole = (size.lg2() <= 57).then(|| start.checked_add((63 << size.lg2()) + size.mask()));
+        if start >= range.start() && whole.flatten().is_some_and(|last| last <= range.last()) {
+            // Most words of a walk.
+            return true;
+        }
+        let at = |nth: u32| u128::from(start.get()) + (u128::from(nth) << size.lg2());
+        let last = at(mask.ilog2()) + u128::from(size.mask());
+        at(mask.trailing_zeros()) >= range.start().get().into() && last <= range.last().get().into()
     }
 
     /// Takes the leaves of [`take_many`](Self::take_many) one by one.

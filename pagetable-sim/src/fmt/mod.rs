@@ -127,7 +127,7 @@ pub trait Format: sealed::Sealed + Send + Sync + 'static {
     /// Three bits of an entry that leads to a table which hardware ignores there, and which are 0 in leaves: what software
     /// knows of the tables below. 0 if the format has no [`TABLE_ACCESSED`](Self::TABLE_ACCESSED).
     const KNOWN: u64 = 0;
-    /// The bits that are not all 0 in an entry of a leaf of several entries, and are 0 in a leaf of the smallest page.
+    /// The bits that are not all 0 in an entry of a leaf of several entries, and all 0 in a leaf of one.
     const GROUPED: u64 = 0;
     /// The bits that are 0 in every present entry: a walk that finds one of them set faults. 0 if there are none.
     const RESERVED: u64 = 0;
@@ -281,6 +281,7 @@ impl AtomicIopte {
     }
 
     /// Replaces `old` by `new`; otherwise returns what is there.
+    #[inline]
     pub(crate) fn replace(
         &self,
         old: Iopte,

@@ -30,7 +30,7 @@ use super::scan::Visitor;
 use super::skip::{Harvest, Upper, is_quiet};
 use super::{AtomicIopte, Found, Leaf, Table, is_leaf};
 use crate::error::Error;
-use crate::fmt::Format;
+use crate::fmt::{Format, Iopte};
 
 /// A dirty leaf that a scan found.
 pub(super) struct DirtyLeaf<'g> {
@@ -47,7 +47,9 @@ impl DirtyLeaf<'_> {
     pub(super) fn clear<F: Format>(&self) -> bool {
         let mut was_dirty = false;
         for slot in self.group {
-            was_dirty |= clear_entry::<F>(slot, self.level, self.size);
+            was_dirty |= clear_entry::<F>(slot, self.level, |entry| {
+                F::leaf_size(entry, self.level) <= self.size
+            });
             if !performs(Step::CleanEveryEntry) {
                 break;
             }
@@ -83,21 +85,27 @@ impl Batch<'_> {
             let nth = rest.trailing_zeros();
             rest &= rest - 1;
             let slot = &self.slots[nth as usize];
-            were_dirty |= u64::from(clear_entry::<F>(slot, self.level, self.size)) << nth;
+            // One entry is the smallest leaf of its level.
+            let cleared = clear_entry::<F>(slot, self.level, |entry| entry.0 & F::GROUPED == 0);
+            were_dirty |= u64::from(cleared) << nth;
         }
         were_dirty
     }
 }
 
-/// Makes an entry of a table of `level` clean if its leaf is not larger than `size`; whether it was dirty until now.
+/// Makes an entry of a table of `level` clean if its leaf is `recorded`; whether it was dirty until now.
 #[inline]
-fn clear_entry<F: Format>(slot: &AtomicIopte, level: u32, size: Granule) -> bool {
+fn clear_entry<F: Format>(
+    slot: &AtomicIopte,
+    level: u32,
+    recorded: impl Fn(Iopte) -> bool,
+) -> bool {
     // Relaxed: only the first guess of the compare-exchange.
     let mut entry = slot.load(Ordering::Relaxed);
     while F::is_present(entry)
         && is_leaf::<F>(entry, level)
         && F::is_dirty(entry)
-        && F::leaf_size(entry, level) <= size
+        && recorded(entry)
     {
         // Acquire on success: pairs with the Release of `set_dirty`. Release: whoever finds D clear, hardware or
         // an unmap, sees what the scan did before. Relaxed on failure: the next guess.

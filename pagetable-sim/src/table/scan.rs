@@ -98,12 +98,15 @@ impl<V> Scan<'_, V> {
         let mut next = first;
         let mut at = first;
         while at <= last {
+            if !self.dense {
+                at += clean_lines::<F>(&page[at..=last], level, ahead.map(|table| &table[at..]));
+                if at > last {
+                    break;
+                }
+            }
             let end = (at | (WORD - 1)).min(last) + 1;
             let slots = &page[at..end];
-            let seen = match ahead {
-                None => self.look::<F, false>(slots, level, &[]),
-                Some(ahead) => self.look::<F, true>(slots, level, &ahead[at..end]),
-            };
+            let seen = self.look::<F>(slots, level, ahead.map(|table| &table[at..end]));
             self.dense = seen.mask.count_ones() >= DENSE;
             if seen.mask != 0 {
                 let batch = Batch {
@@ -130,18 +133,20 @@ impl<V> Scan<'_, V> {
 
     /// Looks at up to 64 entries, and has the processor fetch as many `ahead`.
     #[inline]
-    fn look<F: Format, const AHEAD: bool>(
+    fn look<F: Format>(
         &self,
         slots: &[AtomicIopte],
         level: u32,
-        ahead: &[AtomicIopte],
+        ahead: Option<&[AtomicIopte]>,
     ) -> Seen {
-        // With a level that the compiler knows, the test is one AND of the OR.
+        for line in ahead.into_iter().flat_map(|table| table.chunks(LINE)) {
+            line[0].prefetch();
+        }
         match (level, self.dense) {
-            (0, false) => look::<F, AHEAD, false>(slots, 0, ahead),
-            (0, true) => look::<F, AHEAD, true>(slots, 0, ahead),
-            (_, false) => look::<F, AHEAD, false>(slots, level, ahead),
-            (_, true) => look::<F, AHEAD, true>(slots, level, ahead),
+            (0, false) => look::<F, true, false>(slots, 0),
+            (0, true) => look::<F, true, true>(slots, 0),
+            (_, false) => look::<F, false, false>(slots, level),
+            (_, true) => look::<F, false, true>(slots, level),
         }
     }
 
@@ -233,31 +238,61 @@ fn ahead<'g, F: Format>(
     (now.as_ptr_range().end != next.as_ptr()).then_some(next)
 }
 
-/// Looks at entries of a table of `level`, by lines: without branches if it is `DENSE`.
+/// How many of the entries, in whole lines, come before the first line with anything to look at; has the processor fetch as
+/// many `ahead`.
 #[inline]
-fn look<F: Format, const AHEAD: bool, const DENSE: bool>(
+fn clean_lines<F: Format>(
     slots: &[AtomicIopte],
     level: u32,
-    ahead: &[AtomicIopte],
-) -> Seen {
+    ahead: Option<&[AtomicIopte]>,
+) -> usize {
+    let (lines, rest) = slots.as_chunks::<LINE>();
+    let clean = match (level, ahead) {
+        (0, None) => lines.iter().position(|line| any::<F, true>(line, 0) != 0),
+        (_, None) => lines
+            .iter()
+            .position(|line| any::<F, false>(line, level) != 0),
+        (_, Some(ahead)) => lines
+            .iter()
+            .zip(ahead.chunks(LINE))
+            .position(|(line, next)| {
+                next[0].prefetch();
+                match level {
+                    0 => any::<F, true>(line, 0) != 0,
+                    _ => any::<F, false>(line, level) != 0,
+                }
+            }),
+    };
+    match clean {
+        Some(clean) => clean * LINE,
+        // What is left is not worth a test.
+        None => slots.len() - rest.len(),
+    }
+}
+
+/// Not zero if a line of a table of `level`, the lowest one if it is `LOW`, has anything to look at.
+#[inline]
+fn any<F: Format, const LOW: bool>(line: &[AtomicIopte; LINE], level: u32) -> u64 {
+    // Relaxed: only decides whether to look closer. A D that was set before the harvest began is seen, because
+    // whatever tells the harvester that the write is done also orders this load after it.
+    let entries = line.iter().map(|slot| slot.load(Ordering::Relaxed));
+    // With a level that the compiler knows, the test is one AND of the OR.
+    let level = if LOW { 0 } else { level };
+    entries.fold(0, |any, entry| any | F::worth_a_look(entry, level))
+}
+
+/// Looks at entries of a table of `level`, the lowest one if it is `LOW`: without branches if it is `DENSE`.
+#[inline]
+fn look<F: Format, const LOW: bool, const DENSE: bool>(slots: &[AtomicIopte], level: u32) -> Seen {
     let mut seen = Seen::default();
     let (lines, rest) = slots.as_chunks::<LINE>();
     for (nth, line) in lines.iter().enumerate() {
-        if AHEAD {
-            ahead[nth * LINE].prefetch();
-        }
-        // Relaxed: only decides whether to look closer. A D that was set before the harvest began is seen, because
-        // whatever tells the harvester that the write is done also orders this load after it.
-        let any = || {
-            let entries = line.iter().map(|slot| slot.load(Ordering::Relaxed));
-            entries.fold(0, |any, entry| any | F::worth_a_look(entry, level))
-        };
-        if DENSE || any() != 0 {
-            seen.add::<F>(line, level, nth * LINE);
+        if DENSE || any::<F, LOW>(line, level) != 0 {
+            seen.add::<F, LOW>(line, level, nth * LINE);
         }
     }
     if !rest.is_empty() {
-        seen.add::<F>(rest, level, lines.len() * LINE);
+        seen.add::<F, LOW>(rest, level, lines.len() * LINE);
     }
     seen
 }
@@ -265,7 +300,8 @@ fn look<F: Format, const AHEAD: bool, const DENSE: bool>(
 impl Seen {
     /// Adds the entries of a line, the first of which is the entry `at`.
     #[inline]
-    fn add<F: Format>(&mut self, line: &[AtomicIopte], level: u32, at: usize) {
+    fn add<F: Format, const LOW: bool>(&mut self, line: &[AtomicIopte], level: u32, at: usize) {
+        let level = if LOW { 0 } else { level };
         let mut mask = 0;
         for (nth, slot) in line.iter().enumerate() {
             // Relaxed: as in `look`; whoever clears D derives from what is there then.
@@ -288,7 +324,8 @@ fn all_single<F: Format>(slots: &[AtomicIopte], level: u32, seen: Seen) -> bool 
     while rest != 0 {
         // Relaxed: only decides how to look.
         let entry = slots[rest.trailing_zeros() as usize].load(Ordering::Relaxed);
-        if !F::is_present(entry) || !F::is_leaf(entry, level) || F::group_lg2(entry, level) != 0 {
+        let leaf = F::is_present(entry) && is_leaf::<F>(entry, level);
+        if !leaf || entry.0 & F::GROUPED != 0 {
             return false;
         }
         rest &= rest - 1;

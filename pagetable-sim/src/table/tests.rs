@@ -327,7 +327,7 @@ fn entries_are_decoded_as_they_were_encoded<F: Format>() {
                 let single = group_lg2 == 0;
                 assert!(!F::is_dirty(clean));
                 assert!(!single || F::worth_a_look(clean, level) == 0);
-                assert!(level > 0 || single == (clean.0 & F::GROUPED == 0));
+                assert_eq!(single, clean.0 & F::GROUPED == 0);
                 let written = F::written(clean);
                 assert!(F::is_dirty(written) && F::worth_a_look(written, level) != 0);
                 for leaf in [clean, written] {
