@@ -96,11 +96,10 @@ impl FlushGather {
     /// [`add`](Self::add) of each run of them, in ascending order; leaves past the end of the address space do not exist.
     #[inline]
     pub fn add_many(&mut self, start: Iova, leaf: Granule, mask: u64) {
-        let last = (u64::MAX - start.get()) >> leaf.lg2();
-        let mut rest = if last < 63 {
-            mask & ((2 << last) - 1)
-        } else {
-            mask
+        let room = (u64::MAX - start.get()) >> leaf.lg2();
+        let mut rest = match room {
+            0..63 => mask & ((2 << room) - 1),
+            _ => mask,
         };
         if rest == 0 {
             return;
@@ -110,19 +109,19 @@ impl FlushGather {
             smallest: leaf,
             largest: leaf,
         });
-        let leaves = |first: u32, last: u32| {
-            let from = start.get() + (u64::from(first) << leaf.lg2());
-            let to = start.get() + (u64::from(last) << leaf.lg2()) + leaf.mask();
-            IovaRange::new(Iova::new(from), Iova::new(to)).unwrap_or(IovaRange::ALL)
+        let nth = |nth: u32| {
+            let at = Iova::new(start.get() + (u64::from(nth) << leaf.lg2()));
+            IovaRange::from_len(at, leaf.bytes()).unwrap_or(IovaRange::granule_at(at, leaf))
         };
-        let gaps_would_be_joined = self.len == MAX_RANGES && self.closest >> leaf.lg2() >= 62;
-        if gaps_would_be_joined && self.ranges[MAX_RANGES - 1].last() < start {
-            return self.insert(leaves(rest.trailing_zeros(), rest.ilog2()));
+        // Of a full gather whose gaps are all larger than those in here can be, these are joined one by one, or all at once.
+        let joined = self.len == MAX_RANGES && self.closest >> leaf.lg2() >= 62;
+        if joined && self.ranges[MAX_RANGES - 1].last() < start {
+            return self.insert(nth(rest.trailing_zeros()).hull(nth(rest.ilog2())));
         }
         while rest != 0 {
             let first = rest.trailing_zeros();
             let run = (rest >> first).trailing_ones();
-            self.insert(leaves(first, first + run - 1));
+            self.insert(nth(first).hull(nth(first + run - 1)));
             rest &= u64::MAX.checked_shl(first + run).unwrap_or(0);
         }
     }
@@ -156,6 +155,9 @@ impl FlushGather {
 
     #[inline]
     fn widen(&mut self, leaves: Leaves) {
+        if self.leaves == Some(leaves) {
+            return;
+        }
         self.leaves = Some(match self.leaves {
             None => leaves,
             Some(old) => Leaves {
@@ -174,7 +176,7 @@ impl FlushGather {
             && (touches(*last, range) || full && gap(*last, range) <= self.closest)
         {
             // The gaps between the ranges stay.
-            *last = hull(*last, range);
+            *last = last.hull(range);
             return;
         }
         self.insert_anywhere(range);
@@ -188,7 +190,7 @@ impl FlushGather {
             .partition_point(|r| r.last() < range.start() && !touches(*r, range));
         let mut to = from;
         while to < self.len && touches(self.ranges[to], range) {
-            range = hull(range, self.ranges[to]);
+            range = range.hull(self.ranges[to]);
             to += 1;
         }
         if to > from {
@@ -207,15 +209,15 @@ impl FlushGather {
                 if above.is_none() {
                     self.closest = inner;
                 }
-                self.ranges[from - 1] = hull(self.ranges[from - 1], range);
+                self.ranges[from - 1] = self.ranges[from - 1].hull(range);
                 return;
             }
             if above.is_some_and(|a| a <= inner) {
-                self.ranges[from] = hull(self.ranges[from], range);
+                self.ranges[from] = self.ranges[from].hull(range);
                 return;
             }
             if let Some(at) = closest {
-                self.ranges[at - 1] = hull(self.ranges[at - 1], self.ranges[at]);
+                self.ranges[at - 1] = self.ranges[at - 1].hull(self.ranges[at]);
                 self.remove(at, at + 1);
                 return self.insert_anywhere(range);
             }
@@ -254,12 +256,6 @@ fn touches(a: IovaRange, b: IovaRange) -> bool {
     a.intersects(b)
         || a.last().checked_add(1) == Some(b.start())
         || b.last().checked_add(1) == Some(a.start())
-}
-
-/// The smallest range that covers both.
-#[inline]
-fn hull(a: IovaRange, b: IovaRange) -> IovaRange {
-    IovaRange::new(a.start().min(b.start()), a.last().max(b.last())).unwrap_or(a)
 }
 
 /// The bytes between two ranges of which `low` lies below `high`.

@@ -157,6 +157,12 @@ impl<'s, 'b> LeafSink<'s, 'b> {
             // Most words of a walk.
             return true;
         }
+        self.covers_each(start, size, mask)
+    }
+
+    #[cold]
+    fn covers_each(&self, start: Iova, size: Granule, mask: u64) -> bool {
+        let range = self.range();
         let at = |nth: u32| u128::from(start.get()) + (u128::from(nth) << size.lg2());
         let last = at(mask.ilog2()) + u128::from(size.mask());
         at(mask.trailing_zeros()) >= range.start().get().into() && last <= range.last().get().into()

@@ -50,6 +50,12 @@ impl<'g> Node<'g> {
         }
     }
 
+    /// Whether there is a slab for the tables below.
+    #[cfg(all(test, not(dirtymap_loom)))]
+    pub(super) fn has_slab(self) -> bool {
+        self.beside.below().is_some()
+    }
+
     /// A hold on the table, which is of `level`.
     pub(super) fn hold<F: Format>(self, level: u32) -> TableRef<F> {
         self.beside.hold();

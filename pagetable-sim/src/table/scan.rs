@@ -18,9 +18,6 @@ use super::skip::Upper;
 use super::{AtomicIopte, Found, Table, any_dirty, child, is_leaf};
 use crate::fmt::Format;
 
-/// From so many entries of 64 on, that had anything to look at, the next 64 are looked at without branches: mispredicted
-/// ones cost more then than the loads that they save.
-const DENSE: u32 = 3;
 /// Entries that are looked at together.
 const WORD: usize = 64;
 /// Entries in a line of the cache.
@@ -104,22 +101,25 @@ impl<V> Scan<'_, V> {
                     break;
                 }
             }
+            // From the start of a word on, so that the mask is one of the bitmap's: what comes before is clean.
+            let begin = (at & !(WORD - 1)).max(first);
             let end = (at | (WORD - 1)).min(last) + 1;
-            let slots = &page[at..end];
-            let seen = self.look::<F>(slots, level, ahead.map(|table| &table[at..end]));
-            self.dense = seen.mask.count_ones() >= DENSE;
+            let mut seen =
+                self.look::<F>(&page[at..end], level, ahead.map(|table| &table[at..end]));
+            seen.mask <<= at - begin;
+            self.dense = is_dense(seen.mask);
             if seen.mask != 0 {
                 let batch = Batch {
-                    slots,
+                    slots: &page[begin..end],
                     level,
-                    start: Iova::new(address_of::<F>(range, level, at)),
+                    start: Iova::new(address_of::<F>(range, level, begin)),
                     size: F::size(level),
                 };
-                if next <= at && batch.is_inside(range) && all_single::<F>(slots, level, seen) {
+                if next <= begin && batch.is_inside(range) && all_single::<F>(&batch, seen) {
                     self.visit.leaves(&batch, seen.mask)?;
                 } else {
                     for index in at..end {
-                        let line = seen.mask >> ((index - at) & !(LINE - 1)) & 0xff;
+                        let line = seen.mask >> ((index - begin) & !(LINE - 1)) & 0xff;
                         if line != 0 && index >= next {
                             next = self.entry::<F>(page, level, index, range)?;
                         }
@@ -313,10 +313,19 @@ impl Seen {
     }
 }
 
+/// Whether so many of 64 entries had anything to look at that the next 64 are looked at without branches: three, since
+/// mispredicted ones cost more then than the loads that they save.
+#[inline]
+fn is_dense(mask: u64) -> bool {
+    let without_lowest = mask & mask.wrapping_sub(1);
+    without_lowest & without_lowest.wrapping_sub(1) != 0
+}
+
 /// Whether all that was `seen` are leaves of one entry each. One that is merged into a larger leaf meanwhile does no harm: it
 /// stays as it is.
 #[inline]
-fn all_single<F: Format>(slots: &[AtomicIopte], level: u32, seen: Seen) -> bool {
+fn all_single<F: Format>(batch: &Batch<'_>, seen: Seen) -> bool {
+    let Batch { slots, level, .. } = *batch;
     if level == 0 {
         return seen.any & F::GROUPED == 0;
     }

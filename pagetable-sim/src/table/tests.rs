@@ -6,6 +6,7 @@ mod dirty;
 mod history;
 mod model;
 mod reshape;
+mod slabs;
 
 use super::*;
 use crate::fmt::LeafSizes;
@@ -15,6 +16,7 @@ use self::dirty::*;
 use self::history::*;
 use self::model::*;
 use self::reshape::*;
+use self::slabs::*;
 
 /// Stamps the tests of this file on a format.
 macro_rules! suite {
@@ -44,6 +46,9 @@ macro_rules! suite {
                 rights_change_and_what_is_dirty_stays,
                 nothing_is_lost_while_leaves_change_their_size,
                 of_two_maps_of_the_same_addresses_one_wins,
+                many_tables_lie_side_by_side_and_few_do_not,
+                a_place_is_used_again_when_nobody_holds_the_table_there,
+                a_table_that_is_held_outlives_its_slab_mates,
                 bug_11a_one_half_of_a_leaf_is_read_then_the_other,
                 bug_11b_the_last_page_of_a_leaf_is_reported,
                 bug_12_a_request_from_inside_a_leaf_or_a_hole_reaches_the_next,
