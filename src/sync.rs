@@ -188,6 +188,8 @@ pub enum Step {
     WaitForInside,
     /// The fences between a reader's coming, or the swap of a value, and the look at the other.
     EnterFence,
+    /// Putting a table into a place of a slab only if nobody holds the table that lies there.
+    ClaimFree,
 }
 
 #[cfg(dirtymap_loom)]

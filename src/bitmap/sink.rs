@@ -161,11 +161,7 @@ impl<'a> Sink<'a> {
                 true => self.window.or_alone(word, mask),
                 false => self.window.or(word, mask),
             };
-            // Most words of dense bitmaps.
-            self.bits_set += match set {
-                u64::MAX => 64,
-                _ => u64::from(set.count_ones()),
-            };
+            self.bits_set += count(set);
         }
         Ok(())
     }
@@ -181,5 +177,15 @@ impl<'a> Sink<'a> {
             .window(word, self.view.last_position())?;
         self.windows += 1;
         Ok(())
+    }
+}
+
+/// How many bits are set: at once for most words of bitmaps that are dense, or have hardly a bit; not all processors count them.
+#[inline]
+fn count(bits: u64) -> u64 {
+    match bits {
+        u64::MAX => 64,
+        bits if bits & bits.wrapping_sub(1) == 0 => u64::from(bits != 0),
+        bits => u64::from(bits.count_ones()),
     }
 }
