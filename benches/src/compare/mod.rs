@@ -51,6 +51,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 pub mod areas;
 pub mod growth;
+pub mod harvest;
+pub mod marks;
 pub mod memory;
 mod plot;
 mod report;
@@ -71,7 +73,12 @@ pub struct Family {
 }
 
 /// All families, in the order in which they are run.
-pub const FAMILIES: &[Family] = &[areas::FAMILY, growth::FAMILY];
+pub const FAMILIES: &[Family] = &[
+    marks::FAMILY,
+    harvest::FAMILY,
+    areas::FAMILY,
+    growth::FAMILY,
+];
 
 /// How thoroughly to measure.
 pub struct Settings {
