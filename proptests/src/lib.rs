@@ -14,6 +14,7 @@
 
 mod bits;
 mod flush;
+mod forms;
 mod gather;
 mod op;
 mod oracle;
@@ -26,9 +27,11 @@ mod violation;
 mod world;
 
 pub use flush::check_flush;
+pub use forms::Form;
 pub use gather::check_gather;
 pub use op::{
-    Ask, Config, Cut, DOMAINS, Format, MapFault, Master, Op, Place, Sabotage, Step, Stretch, decode,
+    Ask, Config, Cut, DOMAINS, Fate, Format, MapFault, Mask, Master, Mode, Op, Place, Sabotage,
+    Share, Step, Stretch, decode,
 };
 pub use random::Random;
 pub use run::run;
