@@ -40,6 +40,8 @@ pub use violation::{Rule, Violation};
 #[cfg(test)]
 mod concurrent;
 #[cfg(test)]
+mod history;
+#[cfg(test)]
 mod matrix;
 #[cfg(test)]
 mod properties;
