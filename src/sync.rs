@@ -186,6 +186,10 @@ pub enum Step {
     WaitForInside,
     /// The fences between a reader's coming, or the swap of a value, and the look at the other.
     EnterFence,
+    /// Showing a fresh log to harvests before a back end can mark in it.
+    ListFirst,
+    /// Moving what is left of a log that was swapped into the next one.
+    CarryOver,
 }
 
 #[cfg(dirtymap_loom)]
