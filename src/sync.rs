@@ -190,6 +190,10 @@ pub enum Step {
     EnterFence,
     /// Putting a table into a place of a slab only if nobody holds the table that lies there.
     ClaimFree,
+    /// Showing a fresh log to harvests before a back end can mark in it.
+    ListFirst,
+    /// Moving what is left of a log that was swapped into the next one.
+    CarryOver,
 }
 
 #[cfg(dirtymap_loom)]
