@@ -76,6 +76,7 @@
 //! * `vm-memory` (off by default): `vm_memory::SpaceBitmap`, a dirty bitmap for the guest memory of that crate.
 //! * `vhost` (off by default, Linux): the dirty log that vhost-user front ends and back ends share, for both sides.
 //! * `kvm` (off by default, Linux): `kvm::KvmLog`, the dirty logs and rings of KVM as a source.
+//! * `pagemap` (off by default, Linux 6.7): `pagemap::ProcessMemory`, memory of this process as a source.
 //!
 //! # When not to use it
 //!
@@ -124,6 +125,8 @@ pub use harvest::{
 
 #[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]
 pub use adapters::kvm;
+#[cfg(all(feature = "pagemap", target_os = "linux", not(dirtymap_loom)))]
+pub use adapters::pagemap;
 
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
 pub use bitmap::FileBitmap;

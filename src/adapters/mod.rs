@@ -22,11 +22,21 @@ mod replaceable;
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod loom_tests;
 
-#[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]
+#[cfg(all(
+    any(feature = "kvm", feature = "pagemap"),
+    target_os = "linux",
+    not(dirtymap_loom)
+))]
 mod host;
 #[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]
 pub mod kvm;
-#[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]
+#[cfg(all(feature = "pagemap", target_os = "linux", not(dirtymap_loom)))]
+pub mod pagemap;
+#[cfg(all(
+    any(feature = "kvm", feature = "pagemap"),
+    target_os = "linux",
+    not(dirtymap_loom)
+))]
 mod pending;
 #[cfg(all(feature = "vhost", target_os = "linux", not(dirtymap_loom)))]
 pub mod vhost;

@@ -5,7 +5,7 @@
 
 use std::collections::TryReserveError;
 
-use crate::bitmap::{Sink, word_mask, word_masks};
+use crate::bitmap::{Sink, word_masks};
 use crate::source::{LeafSink, Stopped};
 use crate::units::{Granule, Iova, IovaRange};
 
@@ -27,6 +27,7 @@ impl Pending {
         Ok(Pending { range, page, words })
     }
 
+    #[cfg(feature = "kvm")]
     /// Adds the pages of a log, whose bit 0 is the first page. Bits behind the last page are not pages.
     pub(super) fn add(&mut self, log: &[u64]) {
         for (mine, new) in self.words.iter_mut().zip(log) {
@@ -45,6 +46,7 @@ impl Pending {
         }
     }
 
+    #[cfg(feature = "kvm")]
     /// Adds page `number`; whether there is one.
     pub(super) fn add_page(&mut self, number: u64) -> bool {
         let known = number < self.pages();
@@ -121,6 +123,7 @@ impl Pending {
         self.words.iter().all(|word| *word == 0)
     }
 
+    #[cfg(feature = "kvm")]
     /// The bits of the pages, by 64.
     pub(super) fn words(&self) -> &[u64] {
         &self.words
@@ -141,6 +144,7 @@ impl Pending {
         Some((number(inside.start()), number(inside.last())))
     }
 
+    #[cfg(feature = "kvm")]
     fn pages(&self) -> u64 {
         ((self.range.last().get() - self.range.start().get()) >> self.page.lg2()) + 1
     }
@@ -174,13 +178,14 @@ pub(super) fn zeroed(words: usize) -> Result<Vec<u64>, TryReserveError> {
     Ok(zeroed)
 }
 
+#[cfg(feature = "kvm")]
 /// Clears the bits behind page `pages - 1`: some kernels set them.
 pub(super) fn mask_tail(words: &mut [u64], pages: u64) {
     let used = pages % 64;
     if used != 0
         && let Some(last) = words.get_mut((pages / 64) as usize)
     {
-        *last &= word_mask(0, used as u32 - 1);
+        *last &= (1 << used) - 1;
     }
 }
 
@@ -250,6 +255,7 @@ mod tests {
         }
     }
 
+    #[cfg(feature = "kvm")]
     /// hyperlight met a hypervisor whose logs had bits behind the last page; a run of them reached past the memory.
     #[test]
     fn bits_behind_the_last_page_are_no_pages() {
@@ -268,7 +274,7 @@ mod tests {
     fn what_is_taken_is_recorded_first_and_the_rest_stays() {
         let mut pending = Pending::new(pages(0, 256), Granule::K4).unwrap();
         pending.add_range(pages(60, 10));
-        pending.add_page(200);
+        pending.add_range(pages(200, 1));
         let mut words = [0u64; 4];
         let bound = UserBitmap::new(&mut words)
             .bind(pages(0, 256), Granule::K4)

@@ -1,0 +1,234 @@
+//! The memory of this process: which of its pages any thread wrote, without a mark, by the page tables of the processor.
+//!
+//! ```text
+//!  write by a thread ---> page is protected? ---> the kernel lets it through, unprotected ---+
+//!                                                                                            +--> one harvest, one lease, one abort
+//!  DMA, io_uring, O_DIRECT into it ---> mark, begin_write ---> marks of the area ------------+
+//! ```
+//!
+//! # Use
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use dirtymap::pagemap::{PagemapError, ProcessMemory};
+//! use dirtymap::{Access, AddressSpace, HarvestRequest, Iova, IovaRange, UserBitmap};
+//! use std::sync::Arc;
+//!
+//! let memory = match ProcessMemory::new() {
+//!     Ok(memory) => Arc::new(memory),
+//!     Err(error @ PagemapError::Unsupported { .. }) => {
+//!         println!("SKIP: {error}");
+//!         return Ok(());
+//!     }
+//!     Err(error) => return Err(error.into()),
+//! };
+//! let page = memory.page();
+//! let mut heap = vec![0u8; 64 << page.lg2()];
+//! // The whole pages of it, reported at their own addresses.
+//! let bytes = IovaRange::from_len(Iova::new(heap.as_ptr().addr() as u64), heap.len() as u64)?;
+//! let pages = bytes.round_in(page).ok_or("no whole page")?;
+//! memory.add(pages, pages.start().get())?;
+//!
+//! let space = AddressSpace::new(page).with_source(Arc::clone(&memory))?;
+//! space.map(pages, 0, Access::ReadWrite)?;
+//! space.set_tracking(true)?; // from here on, every write is reported
+//!
+//! let fifth = pages.start().get() + (5 << page.lg2());
+//! heap[(fifth - bytes.start().get()) as usize] = 1; // no mark
+//!
+//! let mut words = [0u64];
+//! let lease = space.harvest(&HarvestRequest::new(pages, page), UserBitmap::new(&mut words))?;
+//! let lease = lease.sync()?;
+//! let written = IovaRange::granule_at(Iova::new(fifth), page);
+//! assert!(lease.runs().any(|run| run.covers(written))); // with huge pages, its neighbours too
+//! lease.commit();
+//! memory.remove(pages)?; // before the memory goes
+//! # Ok(())
+//! # }
+//! ```
+//! Without this module: a loop around PAGEMAP_SCAN that has to know when the kernel is done, or reads of `/proc/self/pagemap` for
+//! soft-dirty bits, eight bytes a page, with a window between read and clear in which writes are lost.
+//!
+//! # Protocol
+//! The memory is registered with userfaultfd for write protection in ASYNC mode: nobody is told of a fault, and the kernel just takes the
+//! protection off the page. PAGEMAP_SCAN finds the pages without protection, and protects each by the same step that reports
+//! it, under the lock of its page table, and flushes the processors' TLBs before it lets go. So the report is the last trace of the
+//! write: it goes into memory that was reserved when the pages were added, from there into the user bitmap, and is
+//! forgotten last. A harvest that fails in between, or asked for a part only, loses nothing. Nothing is left to flush.
+//!
+//! # Guarantees
+//! * Any number of regions: calls follow each other until the kernel has come to the end, wherever it says that it stopped.
+//!   A page that found no room in the output is not protected, and comes with the next call.
+//! * Memory that was unmapped meanwhile stops the harvest there, with [`PagemapError::Unmapped`]; what lies below is in the lease.
+//!   [`remove`](ProcessMemory::remove) it, and unmap its area. In an unmap it is skipped: the dirty pages of memory that is not there
+//!   are nobody's.
+//! * Memory that another mapping has taken the place of does not pass for clean: the harvest stops with [`PagemapError::Call`], and what
+//!   that call was asked for, 64 MiB at most, stays dirty as a whole.
+//! * Harvests do not allocate.
+//!
+//! # Limits
+//! * What writes without the processor's page tables is not seen: devices, and the kernel through pages that it holds, as with O_DIRECT,
+//!   buffers that are registered with io_uring, or VFIO. Mark those, with [`begin_write`](crate::AddressSpace::begin_write) while they
+//!   last. A `read(2)` into the memory is seen.
+//! * A huge page of anonymous memory may be reported as a whole. Where the kernel splits it at the first write, reports are fine, but
+//!   the memory is mapped by small pages from then on. A page of hugetlbfs is reported as a whole, so a request must not cut it:
+//!   [`PagemapError::NoProgress`].
+//! * The first write to each page after a harvest costs a fault, of a microsecond or so.
+//! * A child of `fork` is not tracked.
+//! * The calls take locks of the kernel, of the memory map above all, and each memory has one here: harvests wait for each other, and
+//!   for `mmap` and `munmap` of any thread.
+//! * An area that is unmapped from the space stays memory of the process; writes to it are not tracked from then on.
+
+mod error;
+mod ioctl;
+mod memory;
+mod source;
+mod sweep;
+#[cfg(test)]
+mod tests;
+
+pub use error::PagemapError;
+
+use super::host;
+use crate::sync::{Arc, Mutex, lock};
+use crate::units::{Granule, IovaRange};
+use ioctl::{Kernel, Process};
+use memory::Memory;
+
+/// Memory of this process as a [`DirtySource`](crate::DirtySource). See [the module](self).
+pub struct ProcessMemory {
+    kernel: Box<dyn Kernel>,
+    page: Granule,
+    /// Ascending by the addresses at which it is reported. The lock is held to look, never for a call.
+    memory: Mutex<Arc<[Arc<Memory>]>>,
+    /// Whether writes are tracked; held while memory comes, goes, or is switched.
+    tracking: Mutex<bool>,
+}
+
+impl ProcessMemory {
+    /// Opens what the kernel has for this process. Needs no privilege.
+    ///
+    /// # Errors
+    /// [`PagemapError::Unsupported`], before Linux 6.7, or where a sandbox forbids it.
+    pub fn new() -> Result<Self, PagemapError> {
+        Ok(Self::with_kernel(Box::new(Process::new()?), host::page()))
+    }
+
+    fn with_kernel(kernel: Box<dyn Kernel>, page: Granule) -> Self {
+        ProcessMemory {
+            kernel,
+            page,
+            memory: Mutex::new(Arc::new([])),
+            tracking: Mutex::new(false),
+        }
+    }
+
+    /// The page of this system, in which writes are tracked.
+    pub fn page(&self) -> Granule {
+        self.page
+    }
+
+    /// Adds the memory of this process that begins at `address`, to be reported at `range`: the same numbers, or others, such as
+    /// guest physical addresses. Anonymous memory, `tmpfs` or `hugetlbfs`, which no other userfaultfd has. Tracked at once if the
+    /// others are.
+    ///
+    /// # Errors
+    /// In this order: [`PagemapError::Overlap`], [`PagemapError::Unaligned`], [`PagemapError::Wraps`], [`PagemapError::Unmapped`],
+    /// [`PagemapError::NoMemory`], [`PagemapError::Call`]. Nothing has changed then.
+    pub fn add(&self, range: IovaRange, address: u64) -> Result<(), PagemapError> {
+        let tracking = lock(&self.tracking);
+        let memory = self.memory();
+        let mut live = memory.iter().filter(|memory| !memory.is_gone());
+        if let Some(other) = live.find(|memory| memory.overlaps(range, address)) {
+            let other = other.range;
+            return Err(PagemapError::Overlap { range, other });
+        }
+        let new = Memory::new(&*self.kernel, range, address, self.page)?;
+        if *tracking && let Err(error) = new.track(&*self.kernel, true) {
+            new.remove(&*self.kernel);
+            return Err(error);
+        }
+        self.change(&memory, Some(new));
+        Ok(())
+    }
+
+    /// Ends the tracking of what was added as `range`. What was dirty in it stays, for a harvest, or for the unmap of its area; none of it
+    /// if it is not mapped any more.
+    ///
+    /// # Errors
+    /// [`PagemapError::NotAdded`].
+    pub fn remove(&self, range: IovaRange) -> Result<(), PagemapError> {
+        let _tracking = lock(&self.tracking);
+        let memory = self.memory();
+        let mut live = memory.iter().filter(|memory| !memory.is_gone());
+        let Some(found) = live.find(|memory| memory.range == range) else {
+            return Err(PagemapError::NotAdded { range });
+        };
+        found.remove(&*self.kernel);
+        self.change(&memory, None);
+        Ok(())
+    }
+
+    /// Switches all memory, or none.
+    fn switch(&self, on: bool) -> Result<(), PagemapError> {
+        let mut tracking = lock(&self.tracking);
+        if *tracking == on {
+            return Ok(());
+        }
+        let memory = self.memory();
+        let live = || memory.iter().filter(|memory| !memory.is_gone());
+        for (done, new) in live().enumerate() {
+            if let Err(error) = new.track(&*self.kernel, on) {
+                for old in live().take(done) {
+                    if old.track(&*self.kernel, !on).is_err() || !on {
+                        // What was written while it was off.
+                        old.dirty_all();
+                    }
+                }
+                return Err(error);
+            }
+        }
+        if on {
+            // All of it is protected by now: what is written from here on is seen, and not forgotten here.
+            memory.iter().for_each(|memory| memory.forget());
+        }
+        *tracking = on;
+        Ok(())
+    }
+
+    fn memory(&self) -> Arc<[Arc<Memory>]> {
+        Arc::clone(&lock(&self.memory))
+    }
+
+    /// Replaces the list, by one with `new`, and without what nothing is left of.
+    fn change(&self, memory: &[Arc<Memory>], new: Option<Memory>) {
+        let left = memory
+            .iter()
+            .filter(|memory| !memory.is_done())
+            .map(Arc::clone);
+        let mut memory: Vec<_> = left.chain(new.map(Arc::new)).collect();
+        memory.sort_by_key(|memory| memory.range.start());
+        *lock(&self.memory) = memory.into();
+    }
+
+    /// What `range` touches, each with the part of it.
+    fn parts(&self, range: IovaRange) -> impl Iterator<Item = (Arc<Memory>, IovaRange)> {
+        let (memory, mut next) = (self.memory(), 0);
+        std::iter::from_fn(move || {
+            loop {
+                let memory = memory.get(next)?;
+                next += 1;
+                if let Some(part) = memory.range.intersection(range) {
+                    return Some((Arc::clone(memory), part));
+                }
+            }
+        })
+    }
+}
+
+impl std::fmt::Debug for ProcessMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ProcessMemory")
+            .field("page", &self.page)
+            .finish_non_exhaustive()
+    }
+}

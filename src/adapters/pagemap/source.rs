@@ -1,0 +1,55 @@
+//! Process memory as a source of dirty state.
+
+use super::ProcessMemory;
+use crate::bitmap::Sink;
+use crate::error::Error;
+use crate::flush::{FlushGather, Invalidated};
+use crate::source::{DirtySource, LeafSink, Mapping, Stopped};
+use crate::units::{Granule, Iova, IovaRange};
+
+impl DirtySource for ProcessMemory {
+    fn page(&self) -> Granule {
+        self.page
+    }
+
+    /// Any area: what of it was added is tracked.
+    fn map(&self, _: &Mapping) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// Reports and forgets what is dirty; the memory stays as it is.
+    fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
+        gather.add(range, self.page);
+        for (memory, part) in self.parts(range) {
+            memory.drain(&*self.kernel, part, dirty);
+        }
+    }
+
+    /// Every border of pages is one.
+    fn split_at(&self, at: Iova, _: &mut FlushGather) -> Result<(), Error> {
+        if at.is_aligned(self.page) {
+            Ok(())
+        } else {
+            Err(Error::CannotSplit { at })
+        }
+    }
+
+    fn set_tracking(&self, on: bool) -> Result<(), Error> {
+        self.switch(on).map_err(Error::source_failed)
+    }
+
+    fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        self.parts(range)
+            .try_for_each(|(memory, part)| memory.take(&*self.kernel, part, out))
+    }
+
+    fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+        self.parts(range)
+            .try_for_each(|(memory, part)| memory.peek(&*self.kernel, part, sink))
+    }
+
+    /// The call that protects pages has flushed when it returns.
+    fn invalidate(&self, _: &FlushGather) -> Result<Invalidated, Error> {
+        Ok(Invalidated::default())
+    }
+}
