@@ -50,11 +50,13 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 
 pub mod areas;
+pub mod end_to_end;
 pub mod growth;
 pub mod memory;
 mod plot;
 mod report;
 mod row;
+pub mod tables;
 pub(crate) mod ticks;
 
 pub use report::Report;
@@ -71,7 +73,12 @@ pub struct Family {
 }
 
 /// All families, in the order in which they are run.
-pub const FAMILIES: &[Family] = &[areas::FAMILY, growth::FAMILY];
+pub const FAMILIES: &[Family] = &[
+    areas::FAMILY,
+    tables::FAMILY,
+    end_to_end::FAMILY,
+    growth::FAMILY,
+];
 
 /// How thoroughly to measure.
 pub struct Settings {

@@ -4,6 +4,7 @@ mod btree;
 mod dirtymap;
 mod flat;
 mod imbl;
+pub mod naive_table;
 mod rangemap;
 mod scc;
 mod skiplist;
