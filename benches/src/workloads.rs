@@ -73,6 +73,23 @@ pub fn random_bits(pages: u64, every: u64) -> Vec<u64> {
     words
 }
 
+/// The numbers below `count` in random order.
+pub fn shuffled(count: usize) -> Vec<usize> {
+    let mut random = Random::fixed();
+    let mut numbers: Vec<usize> = (0..count).collect();
+    for at in (1..count).rev() {
+        numbers.swap(at, random.below(at as u64 + 1) as usize);
+    }
+    numbers
+}
+
+/// Some `count` of the numbers below `bound`, as ascending runs of `len`, each at a multiple of it.
+pub fn clusters(count: u64, len: u64, bound: u64) -> Vec<std::ops::Range<u64>> {
+    let mut starts = distinct(count / len, bound / len);
+    starts.sort_unstable();
+    starts.iter().map(|at| at * len..(at + 1) * len).collect()
+}
+
 /// Which of [`PAGES`] pages are dirty when a harvest comes.
 pub enum Dirty {
     /// Single pages, in the order in which they are written.

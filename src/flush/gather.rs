@@ -113,9 +113,9 @@ impl FlushGather {
             let at = Iova::new(start.get() + (u64::from(nth) << leaf.lg2()));
             IovaRange::from_len(at, leaf.bytes()).unwrap_or(IovaRange::granule_at(at, leaf))
         };
-        // Of a full gather whose gaps are all larger than those in here can be, these are joined one by one, or all at once.
-        let joined = self.len == MAX_RANGES && self.closest >> leaf.lg2() >= 62;
-        if joined && self.ranges[MAX_RANGES - 1].last() < start {
+        // Behind a full gather, runs with no larger gap between them than the gather has are joined, one by one or all at once.
+        let behind = self.len == MAX_RANGES && self.ranges[MAX_RANGES - 1].last() < start;
+        if behind && !has_gap(rest, (self.closest >> leaf.lg2()) + 1) {
             return self.insert(nth(rest.trailing_zeros()).hull(nth(rest.ilog2())));
         }
         while rest != 0 {
@@ -256,6 +256,21 @@ fn touches(a: IovaRange, b: IovaRange) -> bool {
     a.intersects(b)
         || a.last().checked_add(1) == Some(b.start())
         || b.last().checked_add(1) == Some(a.start())
+}
+
+/// Whether between the ones of `mask`, which has some, there are so many zeros in a row.
+#[inline]
+fn has_gap(mask: u64, zeros: u64) -> bool {
+    let inside = (u64::MAX << mask.trailing_zeros()) & (u64::MAX >> mask.leading_zeros());
+    let mut begins = !mask & inside;
+    // Where as many zeros as `found` begin, so do twice as many if as many begin behind them.
+    let mut found = 1;
+    while found < zeros && begins != 0 {
+        let more = found.min(zeros - found);
+        begins &= begins >> more;
+        found += more;
+    }
+    begins != 0
 }
 
 /// The bytes between two ranges of which `low` lies below `high`.

@@ -50,6 +50,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 
 pub mod areas;
+pub mod end_to_end;
 pub mod growth;
 pub mod harvest;
 pub mod marks;
@@ -57,6 +58,7 @@ pub mod memory;
 mod plot;
 mod report;
 mod row;
+pub mod tables;
 pub(crate) mod ticks;
 
 pub use report::Report;
@@ -76,6 +78,8 @@ pub struct Family {
 pub const FAMILIES: &[Family] = &[
     marks::FAMILY,
     harvest::FAMILY,
+    tables::FAMILY,
+    end_to_end::FAMILY,
     areas::FAMILY,
     growth::FAMILY,
 ];

@@ -6,6 +6,7 @@ mod dirtymap;
 mod flat;
 mod hibitset;
 mod imbl;
+pub mod naive_table;
 mod rangemap;
 mod roaring;
 mod scc;

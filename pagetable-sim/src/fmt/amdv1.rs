@@ -87,6 +87,7 @@ where
     const TABLE_ACCESSED: u64 = A;
     const KNOWN: u64 = 0b111 << 1;
     const GROUPED: u64 = NEXT_LEVEL;
+    const TABLE_SET: u64 = NEXT_LEVEL;
     const RESERVED: u64 = RESERVED;
 
     #[inline]

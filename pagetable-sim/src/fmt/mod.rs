@@ -129,6 +129,11 @@ pub trait Format: sealed::Sealed + Send + Sync + 'static {
     const KNOWN: u64 = 0;
     /// The bits that are not all 0 in an entry of a leaf of several entries, and all 0 in a leaf of one.
     const GROUPED: u64 = 0;
+    /// The bits that are not all 0 in an entry that leads to a table, and all 0 in a leaf of one entry above the lowest level; 0 if
+    /// a table is told by [`LEAF_SET`](Self::LEAF_SET).
+    const TABLE_SET: u64 = 0;
+    /// A bit that is set in every leaf above the lowest level, and in no entry that leads to a table.
+    const LEAF_SET: u64 = 0;
     /// The bits that are 0 in every present entry: a walk that finds one of them set faults. 0 if there are none.
     const RESERVED: u64 = 0;
 

@@ -11,8 +11,9 @@ use std::ops::Deref;
 use std::ptr::{self, NonNull};
 
 use crossbeam_epoch::Guard;
+use dirtymap::sync::Ordering;
 
-use super::slab::{Beside, Slab};
+use super::slab::{Beside, Place, Slab};
 use super::{child, is_leaf};
 use crate::fmt::{AtomicIopte, Format, Iopte};
 
@@ -141,12 +142,24 @@ impl<F: Format> TableRef<F> {
             .then(|| above.beside.slab(count, Self::ENTRIES, F::TABLE_LG2))
             .flatten()
             .and_then(|slab| slab.claim(index, apart));
-        let Some((memory, beside)) = place else {
-            return TableRef::new(level, apart);
+        let (entries, beside) = match place {
+            None => return TableRef::new(level, apart),
+            // SAFETY: the place has room for a table, and is ours alone, for it was free.
+            Some(Place::Free(memory, beside)) => (unsafe { Self::make_absent(memory) }, beside),
+            Some(Place::Held(memory, beside)) => {
+                let entries = memory.cast::<AtomicIopte>();
+                for nth in 0..Self::ENTRIES {
+                    // SAFETY: inside the place, which has room for `ENTRIES` entries.
+                    let slot = unsafe { entries.add(nth) };
+                    // SAFETY: initialised when a table was put there, which we hold.
+                    let slot = unsafe { slot.as_ref() };
+                    slot.clear_bits(u64::MAX, Ordering::Relaxed);
+                }
+                (entries, beside)
+            }
         };
         TableRef {
-            // SAFETY: the place has room for a table, and is ours alone, for `claim` found it free.
-            entries: unsafe { Self::make_absent(memory) },
+            entries,
             beside: beside.into(),
             level,
             format: PhantomData,
@@ -216,7 +229,7 @@ impl<F: Format> TableRef<F> {
     unsafe fn free(&mut self) {
         for slot in self.iter().filter(|_| self.level > 0) {
             // Relaxed: nobody else reaches the table; whoever made it unreachable came before us.
-            let entry = slot.load(dirtymap::sync::Ordering::Relaxed);
+            let entry = slot.load(Ordering::Relaxed);
             if F::is_present(entry) && !is_leaf::<F>(entry, self.level) {
                 // SAFETY: present and no leaf; the entry goes with its table, and its hold with it.
                 drop(unsafe { held_by::<F>(self.node(), entry, self.level) });

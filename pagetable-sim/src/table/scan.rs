@@ -66,17 +66,18 @@ struct Scan<'v, V> {
 }
 
 /// What some entries say to a scan.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct Seen {
     /// Those that it must look at.
     mask: u64,
     /// The OR of at least those.
     any: u64,
+    /// The AND of them.
+    all: u64,
 }
 
 impl<V> Scan<'_, V> {
-    /// Visits the dirty leaves of `range` in the subtree of `page`, a table of `level`. `ahead` is the table that comes next,
-    /// if it lies elsewhere in memory.
+    /// Visits the dirty leaves of `range` in the subtree of `page`, a table of `level`. `ahead` is the table that comes next.
     fn table<F>(
         &mut self,
         page: &[AtomicIopte],
@@ -181,7 +182,7 @@ impl<V> Scan<'_, V> {
                 };
                 if let Some(look) = self.visit.enter(&upper) {
                     let child = child::<F>(entry, self.guard);
-                    let ahead = ahead::<F>(page, level, index, child, self.guard);
+                    let ahead = ahead::<F>(page, level, index, self.guard);
                     let done = self.table::<F>(child, level - 1, part, ahead);
                     self.visit.leave(&upper, look);
                     done?;
@@ -217,25 +218,21 @@ impl<V> Scan<'_, V> {
     }
 }
 
-/// The lowest table that comes after `now`, to which entry `index` of `page` leads, unless it follows in memory, where the
-/// processor fetches it by itself.
+/// The lowest table that comes after that of entry `index` of `page`, a table of `level`. Even where it follows in memory, a
+/// processor that fetches ahead by itself begins anew with each table.
 fn ahead<'g, F: Format>(
     page: &[AtomicIopte],
     level: u32,
     index: usize,
-    now: &[AtomicIopte],
     guard: &'g Guard,
 ) -> Option<&'g [AtomicIopte]> {
     if level != 1 || cfg!(dirtymap_loom) {
         return None;
     }
-    // Acquire: as the load of `entry`.
+    // Acquire: as the load in `entry`.
     let entry = page.get(index + 1)?.load(Ordering::Acquire);
-    if !F::is_present(entry) || is_leaf::<F>(entry, level) {
-        return None;
-    }
-    let next = child::<F>(entry, guard);
-    (now.as_ptr_range().end != next.as_ptr()).then_some(next)
+    let is_table = F::is_present(entry) && !is_leaf::<F>(entry, level);
+    is_table.then(|| child::<F>(entry, guard))
 }
 
 /// How many of the entries, in whole lines, come before the first line with anything to look at; has the processor fetch as
@@ -284,7 +281,11 @@ fn any<F: Format, const LOW: bool>(line: &[AtomicIopte; LINE], level: u32) -> u6
 /// Looks at entries of a table of `level`, the lowest one if it is `LOW`: without branches if it is `DENSE`.
 #[inline]
 fn look<F: Format, const LOW: bool, const DENSE: bool>(slots: &[AtomicIopte], level: u32) -> Seen {
-    let mut seen = Seen::default();
+    let mut seen = Seen {
+        mask: 0,
+        any: 0,
+        all: u64::MAX,
+    };
     let (lines, rest) = slots.as_chunks::<LINE>();
     for (nth, line) in lines.iter().enumerate() {
         if DENSE || any::<F, LOW>(line, level) != 0 {
@@ -307,6 +308,7 @@ impl Seen {
             // Relaxed: as in `look`; whoever clears D derives from what is there then.
             let entry = slot.load(Ordering::Relaxed);
             self.any |= entry.0;
+            self.all &= entry.0;
             mask |= u64::from(F::worth_a_look(entry, level) != 0) << nth;
         }
         self.mask |= mask << at;
@@ -325,10 +327,16 @@ fn is_dense(mask: u64) -> bool {
 /// stays as it is.
 #[inline]
 fn all_single<F: Format>(batch: &Batch<'_>, seen: Seen) -> bool {
+    let no_group = seen.any & F::GROUPED == 0;
+    let no_table = batch.level == 0
+        || F::TABLE_SET != 0 && seen.any & F::TABLE_SET == 0
+        || F::LEAF_SET != 0 && seen.all & F::LEAF_SET != 0;
+    no_group && no_table || batch.level > 0 && each_single::<F>(batch, seen)
+}
+
+/// The same, of a batch where some are something else: entry by entry.
+fn each_single<F: Format>(batch: &Batch<'_>, seen: Seen) -> bool {
     let Batch { slots, level, .. } = *batch;
-    if level == 0 {
-        return seen.any & F::GROUPED == 0;
-    }
     let mut rest = seen.mask;
     while rest != 0 {
         // Relaxed: only decides how to look.

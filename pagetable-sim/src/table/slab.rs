@@ -142,6 +142,14 @@ impl Beside {
     }
 }
 
+/// A place for a new table, which one holds.
+pub(super) enum Place<'s> {
+    /// Memory that nobody uses.
+    Free(NonNull<u8>, &'s Beside),
+    /// Without [`Step::ClaimFree`]: somebody's table.
+    Held(NonNull<u8>, &'s Beside),
+}
+
 /// Memory for the tables below one table.
 pub(super) struct Slab {
     memory: NonNull<u8>,
@@ -181,20 +189,24 @@ impl Slab {
         self.beside.get((away >> self.table_lg2) as usize)
     }
 
-    /// Takes the place `nth` for a table that one holds, and hands out its memory, which the caller may write to before it
-    /// publishes the table; `None` if a table is held there.
-    pub(super) fn claim(&self, nth: usize, apart: bool) -> Option<(NonNull<u8>, &Beside)> {
+    /// Takes the place `nth` for a table that one holds; the caller may write to its memory before it publishes the table.
+    /// `None` if a table is held there.
+    pub(super) fn claim(&self, nth: usize, apart: bool) -> Option<Place<'_>> {
         let beside = self.beside.get(nth)?;
+        // SAFETY: inside the allocation, which has room for as many tables as there is `beside` of.
+        let memory = unsafe { self.memory.add(nth << self.table_lg2) };
         // Acquire: pairs with the Release in `vacate`; what we write comes after what the last holder did.
         let claimed =
             beside
                 .holders
                 .compare_exchange(FREE, ONE, Ordering::Acquire, Ordering::Relaxed);
         if claimed.is_err() {
-            if performs(Step::ClaimFree) {
-                return None;
+            if !performs(Step::ClaimFree) {
+                // What is left out: the place is taken, and whoever uses the table there finds nothing in it.
+                beside.hold();
+                return Some(Place::Held(memory, beside));
             }
-            beside.hold();
+            return None;
         }
         // Relaxed: we have a hold on the slab already, by the table above.
         self.holders.fetch_add(1, Ordering::Relaxed);
@@ -204,9 +216,7 @@ impl Slab {
         beside.below.store(ptr::null_mut(), Ordering::Relaxed);
         beside.made.store(0, Ordering::Relaxed);
         beside.apart.store(apart, Ordering::Relaxed);
-        // SAFETY: inside the allocation, which has room for as many tables as there is `beside` of.
-        let memory = unsafe { self.memory.add(nth << self.table_lg2) };
-        Some((memory, beside))
+        Some(Place::Free(memory, beside))
     }
 
     /// The place of `beside` is free.

@@ -333,6 +333,8 @@ fn entries_are_decoded_as_they_were_encoded<F: Format>() {
                 assert!(!F::is_dirty(clean));
                 assert!(!single || F::worth_a_look(clean, level) == 0);
                 assert_eq!(single, clean.0 & F::GROUPED == 0);
+                assert!(level == 0 || !single || clean.0 & F::TABLE_SET == 0);
+                assert!(level == 0 || clean.0 & F::LEAF_SET == F::LEAF_SET);
                 let written = F::written(clean);
                 assert!(F::is_dirty(written) && F::worth_a_look(written, level) != 0);
                 for leaf in [clean, written] {
@@ -365,6 +367,7 @@ fn entries_are_decoded_as_they_were_encoded<F: Format>() {
             let table = F::table(address, level);
             assert!(F::is_present(table) && !F::is_leaf(table, level));
             assert!(F::worth_a_look(table, level) != 0);
+            assert!(table.0 & F::TABLE_SET != 0 || F::LEAF_SET != 0 && table.0 & F::LEAF_SET == 0);
             assert_eq!(F::table_address(table), address);
         }
     }
