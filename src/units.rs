@@ -137,6 +137,23 @@ impl IovaRange {
         }
     }
 
+    /// The smallest range that covers both.
+    #[inline]
+    pub(crate) const fn hull(self, other: IovaRange) -> Self {
+        IovaRange {
+            start: if self.start.0 < other.start.0 {
+                self.start
+            } else {
+                other.start
+            },
+            last: if self.last.0 > other.last.0 {
+                self.last
+            } else {
+                other.last
+            },
+        }
+    }
+
     /// The first address.
     #[inline]
     pub const fn start(self) -> Iova {

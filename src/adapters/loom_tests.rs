@@ -1,5 +1,6 @@
 //! Models of what adapters do concurrently on their own: a log that is replaced under those who mark in it.
 
+use super::log_list::{LogList, LogWords, clear, seen};
 use super::replaceable::Replaceable;
 use crate::sync::{Arc, AtomicU64, ONE_MODEL, Ordering, Step, leave_out, thread};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
@@ -94,6 +95,82 @@ fn who_finds_no_log_has_written_before_there_was_one() {
         let mut copy = back_end.data.load(Ordering::Relaxed);
         writer.join().unwrap();
         back_end.harvest(0, &mut copy);
+        copy == 1
+    });
+}
+
+/// A log of one word.
+struct Word([AtomicU64; 1]);
+
+impl Word {
+    fn new() -> Self {
+        Word([AtomicU64::new(0)])
+    }
+}
+
+impl LogWords for Word {
+    fn words(&self) -> &[AtomicU64] {
+        &self.0
+    }
+}
+
+/// A front end with its back end.
+struct Swapping {
+    data: AtomicU64,
+    logs: LogList<Word>,
+    /// What the back end marks in.
+    log: Replaceable<Arc<Word>>,
+}
+
+impl Swapping {
+    fn write(&self, value: u64) {
+        self.data.store(value, Ordering::Relaxed);
+        self.log.read(|log| {
+            if let Some(log) = log {
+                log.0[0].fetch_or(1, Ordering::Release);
+            }
+        });
+    }
+
+    fn harvest(&self, copy: &mut u64) {
+        let dirty = self.logs.read(|logs| {
+            let found = seen(logs, 0, 1);
+            found != 0 && clear(logs, 0, found) != 0
+        });
+        if dirty {
+            *copy = self.data.load(Ordering::Relaxed);
+        }
+    }
+}
+
+/// At every moment of a swap, a harvest that begins after a write finds it, or another one has; after it nothing is left behind.
+#[test]
+fn a_mark_is_found_at_every_moment_of_a_swap() {
+    explore(&[Step::ListFirst, Step::CarryOver], || {
+        let logs = LogList::new(Word::new());
+        let log = Replaceable::default();
+        log.replace(Box::new(logs.newest()));
+        let all = Arc::new(Swapping {
+            data: AtomicU64::new(0),
+            logs,
+            log,
+        });
+        let back_end = thread::spawn({
+            let all = Arc::clone(&all);
+            move || all.write(1)
+        });
+        let swap = thread::spawn({
+            let all = Arc::clone(&all);
+            move || {
+                let fresh = all.logs.push(|_| Ok::<_, ()>(Word::new())).unwrap();
+                let _old = all.log.replace(Box::new(Arc::clone(&fresh)));
+                all.logs.acknowledge(&fresh);
+            }
+        });
+        back_end.join().unwrap();
+        let mut copy = 0;
+        all.harvest(&mut copy);
+        swap.join().unwrap();
         copy == 1
     });
 }

@@ -11,6 +11,11 @@
     all(feature = "vhost", target_os = "linux", not(dirtymap_loom)),
     all(test, dirtymap_loom)
 ))]
+mod log_list;
+#[cfg(any(
+    all(feature = "vhost", target_os = "linux", not(dirtymap_loom)),
+    all(test, dirtymap_loom)
+))]
 mod replaceable;
 
 #[cfg(all(test, dirtymap_loom))]

@@ -5,6 +5,7 @@ use super::{NONE, PAGE, bits, bytes, taken};
 use dirtymap::vhost::{LogBitmap, VhostLog};
 use dirtymap::{Access, AddressSpace, Granule, Iova};
 use std::collections::BTreeSet;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use vm_memory::bitmap::{Bitmap, NewBitmap};
 
@@ -23,6 +24,13 @@ fn marks_land_at_their_guest_physical_addresses() {
 
     let mut expected = BTreeSet::new();
     let mut mark = |bitmap: &LogBitmap, start: u64, offset: u64, len: u64| {
+        if expected.len() as u64 > PAGES / 2 {
+            log.memory()
+                .file()
+                .write_all_at(&vec![0; log.memory().size() as usize], 0)
+                .unwrap();
+            expected.clear();
+        }
         bitmap.slice_at(offset as usize).mark_dirty(0, len as usize);
         expected.extend((start + offset) / PAGE..=(start + offset + len - 1) / PAGE);
         assert_eq!(
@@ -47,6 +55,16 @@ fn marks_land_at_their_guest_physical_addresses() {
         (0, PAGES * PAGE),
     ] {
         mark(&high, START, page * PAGE, len);
+    }
+    // Anywhere, of any length.
+    let mut n = 1u64;
+    for _ in 0..300 {
+        n = n
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        let offset = (n >> 20) % (PAGES * PAGE);
+        let len = 1 + (n >> 44) % (PAGES * PAGE - offset).min(1 << (n % 20));
+        mark(&high, START, offset, len);
     }
     assert_eq!(low.outside_marks() + high.outside_marks(), 0);
 }

@@ -29,8 +29,12 @@ fn content(log: &LogMemory) -> Vec<u8> {
 /// The numbers of the set bits, as the format has them.
 fn bits(log: &LogMemory) -> Vec<u64> {
     let content = content(log);
-    (0..content.len() as u64 * 8)
-        .filter(|n| content[(n / 8) as usize] >> (n % 8) & 1 == 1)
+    let bytes = content.iter().enumerate().filter(|(_, byte)| **byte != 0);
+    bytes
+        .flat_map(|(at, byte)| {
+            let set = (0..8).filter(move |n| byte >> n & 1 == 1);
+            set.map(move |n| at as u64 * 8 + n)
+        })
         .collect()
 }
 

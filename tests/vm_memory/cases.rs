@@ -5,7 +5,7 @@ use dirtymap::vm_memory::SpaceBitmap;
 use dirtymap::{AddressSpace, Granule, IovaRange};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use vm_memory::bitmap::{Bitmap, NewBitmap};
+use vm_memory::bitmap::{AtomicBitmap, Bitmap, NewBitmap};
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
     MemoryRegionAddress, MmapRegion, VolatileMemory, VolatileSlice,
@@ -148,6 +148,42 @@ fn a_write_across_two_regions_marks_both() {
         .write_slice(&[1; 0x1800], GuestAddress(0x1000))
         .unwrap();
     assert_eq!(super::taken(&space, super::bytes(0, 0x4000)), [1, 2]);
+}
+
+/// Random marks, inside, across the end and past it, by slices of slices: the same pages as vm-memory's own bitmap has.
+#[test]
+fn random_marks_agree_with_the_bitmap_of_vm_memory() {
+    let len = 100 * host_page();
+    let (ours, theirs) = (SpaceBitmap::with_len(len), AtomicBitmap::with_len(len));
+    let mut n = 1u64;
+    let mut below = |bound: usize| {
+        n = n
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        (n >> 33) as usize % bound
+    };
+    for round in 0..400 {
+        let (from, then, offset) = (below(len), below(len / 50), below(len / 100));
+        let bytes = below([2, host_page(), len / 2][round % 3]);
+        ours.slice_at(from).slice_at(then).mark_dirty(offset, bytes);
+        theirs
+            .slice_at(from)
+            .slice_at(then)
+            .mark_dirty(offset, bytes);
+        let pages = (0..len).step_by(host_page());
+        let differ = pages
+            .clone()
+            .find(|page| ours.dirty_at(*page) != theirs.dirty_at(*page));
+        assert_eq!(
+            differ, None,
+            "{bytes} bytes from {from} + {then} + {offset}"
+        );
+        // Start anew now and then, or all is dirty soon.
+        if round % 10 == 9 {
+            super::taken(ours.space(), ours.range());
+            theirs.reset();
+        }
+    }
 }
 
 /// Firecracker has `Option<AtomicBitmap>`, and no bitmap at all while nothing is tracked.

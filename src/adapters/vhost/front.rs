@@ -1,35 +1,17 @@
-//! The front end's side: logs that are swapped, and a source that joins harvests.
-//!
-//! # The swap
-//! ```text
-//!  front end                                    back end
-//!  S1  make a fresh log, list it behind the old
-//!  S2  send it                                  marks in the old one
-//!                                               replaces it, waits until nobody marks in the old one, answers
-//!  S3  got the answer                           marks in the fresh one
-//!  S4  OR what is left of the old into the fresh
-//!  S5  take the old one off the list
-//! ```
-//!
-//! *Never invisible:* a harvest looks at all logs of the list. Before S1 a back end has no fresh log to mark in; between S1 and S5
-//! both are on the list; and when the old one leaves it, everything in it is in the fresh one. S4 clears nothing: a harvest that takes
-//! a page out of the old one meanwhile has reported it, and it may be reported once more.
-//! *Nothing later:* after S3 nobody marks in the old log, so S4 has the last of it.
+//! The front end's side: a source that joins harvests. How its logs follow each other is in
+//! [`log_list`](crate::adapters::log_list).
 
 use super::memory::{LOG_PAGE, LogError, LogMemory};
-use crate::adapters::replaceable::Replaceable;
+use crate::adapters::log_list::{LogList, LogWords, clear, seen};
 use crate::bitmap::{Sink, word_mask, word_runs};
 use crate::error::Error;
 use crate::flush::{FlushGather, Invalidated};
 use crate::source::{DirtySource, LeafSink, Mapping, Stopped};
-use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, lock};
+use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering};
 use crate::units::{Granule, Iova, IovaRange};
 
 /// Words that are looked at together before a closer look: one cache line.
 const LINE: u64 = 8;
-
-/// What a harvest looks at: the newest log last.
-type Logs = Vec<Arc<LogMemory>>;
 
 /// The dirty log of a vhost or vhost-user front end, and a [`DirtySource`] over it: attach it to a space whose addresses are
 /// guest physical addresses, and what back ends mark is in every harvest.
@@ -39,10 +21,7 @@ type Logs = Vec<Arc<LogMemory>>;
 /// goes to the marks of the space: the log is left to the back ends.
 #[derive(Debug)]
 pub struct VhostLog {
-    /// What harvests see of `list`.
-    shown: Replaceable<Logs>,
-    /// Held by who changes it.
-    list: Mutex<Logs>,
+    logs: LogList<LogMemory>,
     tracking: AtomicBool,
 }
 
@@ -52,21 +31,15 @@ impl VhostLog {
     /// # Errors
     /// [`LogError::Memory`].
     pub fn new(last: Iova) -> Result<Self, LogError> {
-        let list = vec![Arc::new(LogMemory::new(last)?)];
-        let shown = Replaceable::default();
-        shown.replace(Box::new(list.clone()));
         Ok(VhostLog {
-            shown,
-            list: Mutex::new(list),
+            logs: LogList::new(LogMemory::new(last)?),
             tracking: AtomicBool::new(false),
         })
     }
 
     /// The newest log: what to send with `VHOST_USER_SET_LOG_BASE` to a back end that has none yet.
     pub fn memory(&self) -> Arc<LogMemory> {
-        let list = lock(&self.list);
-        // Never empty: it is made with one log, and only what is older than the newest is taken off.
-        Arc::clone(&list[list.len() - 1])
+        self.logs.newest()
     }
 
     /// Begins a swap: makes a clean log that reaches `last` or as far as the newest one, whatever is farther. From now on
@@ -79,18 +52,9 @@ impl VhostLog {
     /// # Errors
     /// [`LogError::Memory`]; nothing has changed then.
     pub fn swap(&self, last: Iova) -> Result<Swap<'_>, LogError> {
-        let fresh = Arc::new(LogMemory::new(last.max(self.memory().last()))?);
-        let mut list = lock(&self.list);
-        list.push(Arc::clone(&fresh));
-        self.shown.replace(Box::new(list.clone()));
-        drop(list);
+        let make = |newest: &LogMemory| LogMemory::new(last.max(newest.last()));
+        let fresh = self.logs.push(make)?;
         Ok(Swap { log: self, fresh })
-    }
-
-    /// Calls `read` with the logs that there are.
-    fn read<R>(&self, read: impl FnOnce(&[Arc<LogMemory>]) -> R) -> R {
-        self.shown
-            .read(|logs| read(logs.map_or(&[], Vec::as_slice)))
     }
 }
 
@@ -111,30 +75,8 @@ impl Swap<'_> {
     /// Every back end has answered: none marks in the logs before this one. What is left of them is carried over, and they are
     /// given up. Returns how many pages that were. Waits for harvests that are under way.
     pub fn acknowledged(self) -> u64 {
-        let mut list = lock(&self.log.list);
-        let place = list.iter().position(|log| Arc::ptr_eq(log, &self.fresh));
-        let mut carried = 0;
-        for old in list.drain(..place.unwrap_or(0)) {
-            carried += carry_over(old.words(), self.fresh.words());
-        }
-        self.log.shown.replace(Box::new(list.clone()));
-        carried
+        self.log.logs.acknowledge(&self.fresh)
     }
-}
-
-/// S4: ORs what is left of `old` into `fresh`, which is not shorter; how many bits there were.
-fn carry_over(old: &[AtomicU64], fresh: &[AtomicU64]) -> u64 {
-    let mut carried = 0;
-    for (old, fresh) in old.iter().zip(fresh) {
-        // Acquire: pairs with the Release of a mark; passes on the data that it speaks of.
-        let left = old.load(Ordering::Acquire);
-        if left != 0 {
-            carried += u64::from(left.count_ones());
-            // Release: pairs with the Acquire in `seen`.
-            fresh.fetch_or(left, Ordering::Release);
-        }
-    }
-    carried
 }
 
 /// The pages of `range`, as the words of a log and the bits in them; words that no log has are left out, and so are, at a
@@ -172,24 +114,6 @@ fn dirty_words(logs: &[Arc<LogMemory>], range: IovaRange) -> impl Iterator<Item 
         })
 }
 
-/// What is set of `mask` in a word, in any log.
-fn seen(logs: &[Arc<LogMemory>], word: usize, mask: u64) -> u64 {
-    let each = logs.iter().filter_map(|log| log.words().get(word));
-    // Acquire: pairs with the Release of a mark, by a back end or in `carry_over`.
-    let or = each.fold(0, |or, word| or | word.load(Ordering::Acquire));
-    u64::from_le(or) & mask
-}
-
-/// Clears `mask` in a word of all logs; what of it was set.
-fn clear(logs: &[Arc<LogMemory>], word: usize, mask: u64) -> u64 {
-    let each = logs.iter().filter_map(|log| log.words().get(word));
-    // Acquire: as in `seen`. Release: whoever finds a page clean finds it recorded.
-    let or = each.fold(0, |or, word| {
-        or | word.fetch_and(!mask.to_le(), Ordering::AcqRel)
-    });
-    u64::from_le(or) & mask
-}
-
 /// The maximal runs of pages in a word.
 fn runs(word: usize, bits: u64) -> impl Iterator<Item = IovaRange> {
     let page = move |bit: u32| Iova::new((word as u64 * 64 + u64::from(bit)) << LOG_PAGE.lg2());
@@ -225,7 +149,7 @@ impl DirtySource for VhostLog {
     }
 
     fn unmap(&self, range: IovaRange, _: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
-        self.read(|logs| {
+        self.logs.read(|logs| {
             for (word, mask) in dirty_words(logs, range) {
                 let found = seen(logs, word, mask);
                 runs(word, found).for_each(&mut *dirty);
@@ -249,7 +173,7 @@ impl DirtySource for VhostLog {
     fn set_tracking(&self, on: bool) -> Result<(), Error> {
         // AcqRel: the caller's lock orders it; calls by others are rare, too.
         if !self.tracking.swap(on, Ordering::AcqRel) && on {
-            self.read(|logs| {
+            self.logs.read(|logs| {
                 for (word, mask) in dirty_words(logs, IovaRange::ALL) {
                     clear(logs, word, mask);
                 }
@@ -259,7 +183,7 @@ impl DirtySource for VhostLog {
     }
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
-        self.read(|logs| {
+        self.logs.read(|logs| {
             for (word, mask) in dirty_words(logs, range) {
                 let found = seen(logs, word, mask);
                 let mut runs = runs(word, found).peekable();
@@ -276,7 +200,7 @@ impl DirtySource for VhostLog {
     }
 
     fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
-        self.read(|logs| {
+        self.logs.read(|logs| {
             for (word, mask) in dirty_words(logs, range) {
                 for run in runs(word, seen(logs, word, mask)) {
                     sink.record(run)

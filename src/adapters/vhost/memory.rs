@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use memmap2::{MmapOptions, MmapRaw};
 
+use crate::adapters::log_list::LogWords;
 use crate::sync::AtomicU64;
 use crate::units::{Granule, Iova, IovaRange};
 
@@ -90,9 +91,10 @@ impl LogMemory {
         let pages = self.words as u64 * 64;
         Iova::new(((pages - 1) << LOG_PAGE.lg2()) | LOG_PAGE.mask())
     }
+}
 
-    /// The words, as they lie in memory: little endian on every host.
-    pub(super) fn words(&self) -> &[AtomicU64] {
+impl LogWords for LogMemory {
+    fn words(&self) -> &[AtomicU64] {
         let first = self.map.as_mut_ptr().cast::<AtomicU64>();
         // SAFETY:
         // - valid for `words` elements for as long as `self`: the mapping has `8 * words` bytes, begins at a page, and the seals
