@@ -104,6 +104,24 @@ pub enum Error {
         #[source]
         error: std::io::Error,
     },
+    /// Runs that are to be taken as they are do not ascend, or touch each other.
+    #[error(
+        "the run {run} does not begin behind the end of {before}, with at least a byte in between"
+    )]
+    UnorderedRuns {
+        /// The run before it.
+        before: IovaRange,
+        /// The offending run.
+        run: IovaRange,
+    },
+    /// A set names a bit that the bitmap does not have.
+    #[error("bit {bit} is to be set, but the last bit of the bitmap is {last}")]
+    NoSuchBit {
+        /// The highest bit of the set.
+        bit: u64,
+        /// The last bit of the bitmap.
+        last: u64,
+    },
     /// Nothing was ever tracked here, so no answer can be given.
     #[error("tracking was never enabled for {range}: enable it before the first harvest")]
     NeverTracked {
@@ -275,7 +293,7 @@ impl Error {
     /// | `EFAULT` (14) | a window of the bitmap that cannot be had, or no longer |
     /// | `EBUSY` (16) | an area in transition |
     /// | `EEXIST` (17) | overlap with an area; a source that is attached already |
-    /// | `EINVAL` (22) | zero length, alignment, granule, window size, short bitmap, never tracked, cursor, hole, outside, map of a reserved range, allowed ranges that overlap, a cut that is unaligned or would need a split |
+    /// | `EINVAL` (22) | zero length, alignment, granule, window size, short bitmap, runs out of order, a bit that is not there, never tracked, cursor, hole, outside, map of a reserved range, allowed ranges that overlap, a cut that is unaligned or would need a split |
     /// | `ENOSPC` (28) | nothing free to allocate |
     /// | `EOVERFLOW` (75) | a range past 2^64 - 1 |
     /// | `EADDRINUSE` (98) | a range to reserve that is mapped or allowed, one to allow that is reserved, a domain whose pages an area does not suit |
@@ -308,6 +326,8 @@ impl Error {
             | Error::BadGranule { .. }
             | Error::BadWindow { .. }
             | Error::BitmapTooShort { .. }
+            | Error::UnorderedRuns { .. }
+            | Error::NoSuchBit { .. }
             | Error::NeverTracked { .. }
             | Error::BadCursor { .. }
             | Error::Hole { .. }

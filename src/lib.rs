@@ -66,10 +66,15 @@
 //!
 //! * `mmap` (off by default): `FileBitmap`, a user bitmap in a file that is mapped one window at a time.
 //! * `rayon` (off by default): `AddressSpace::harvest_parallel`, one harvest by the threads of a pool.
-//! * `serde` (off by default): counts, reports, `Iova` (a number), `IovaRange` (`start` and `last`) and `Granule` (its bytes) implement `Serialize`.
+//! * `serde` (off by default): counts, reports, `Iova` (a number), `IovaRange` (`start` and `last`), `Granule` (its bytes) and `RunTable` implement
+//!   `Serialize`; the last four `Deserialize`, which refuses what could not be made.
+//! * `bitmap-file` (off by default): `BitmapFile`, a bitmap in a file with a header and checksums, written crash-safely.
+//! * `roaring` (off by default, Rust 1.90): views to and from `RoaringBitmap` and `RoaringTreemap`, and their portable format with a bound.
 //! * `membarrier` (off by default): `AddressSpace::with_asymmetric_marks`, marks without a fence, by `membarrier(2)` of Linux.
 //! * `tracing` (off by default): events with the target `dirtymap` at harvest, sync, commit, abort, map, unmap, cut, attach, detach,
 //!   switches and flushes that fail; none at marks. Some come under locks: a subscriber must not call what waits.
+//! * `vm-memory` (off by default): `vm_memory::SpaceBitmap`, a dirty bitmap for the guest memory of that crate.
+//! * `vhost` (off by default, Linux): the dirty log that vhost-user front ends and back ends share, for both sides.
 //! * `kvm` (off by default, Linux): `kvm::KvmLog`, the dirty logs and rings of KVM as a source.
 //! * `pagemap` (off by default, Linux 6.7): `pagemap::ProcessMemory`, memory of this process as a source.
 //!
@@ -90,6 +95,7 @@ mod area;
 mod bitmap;
 mod flush;
 
+mod exchange;
 mod harvest;
 mod source;
 mod space;
@@ -128,11 +134,35 @@ pub use bitmap::{
     BitmapView, Bits, CHUNK_BITS, Runs, Sink, SparseBitmap, UserBitmap, WINDOW_BITS, Words,
 };
 
+#[cfg(all(feature = "bitmap-file", not(dirtymap_loom)))]
+pub use exchange::{BitmapFile, BitmapFileError};
+pub use exchange::{DirtyLog, LogRuns, MergedRuns, Pieces, RunTable, RunsExt, merge_runs};
+#[cfg(all(feature = "roaring", not(dirtymap_loom)))]
+pub use exchange::{read_roaring, read_treemap};
+
 pub use flush::{
     FlushCost, FlushGather, FlushPolicy, FlushQueue, FlushStats, Invalidated, Leaves, Ticket,
 };
+
+#[cfg(all(feature = "vhost", target_os = "linux", not(dirtymap_loom)))]
+pub use adapters::vhost;
+#[cfg(all(feature = "vm-memory", not(dirtymap_loom)))]
+pub use adapters::vm_memory;
 
 /// The examples of the README are tests.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// The examples of the guide are tests.
+#[cfg(doctest)]
+mod guide {
+    #[doc = include_str!("../docs/guide/README.md")]
+    struct First;
+    #[doc = include_str!("../docs/guide/exchange.md")]
+    struct Exchange;
+    #[doc = include_str!("../docs/guide/monitors.md")]
+    struct Monitors;
+    #[doc = include_str!("../docs/guide/joint.md")]
+    struct Joint;
+}

@@ -182,10 +182,26 @@ pub enum Step {
     LookAfterFlush,
     /// Saying above a change by hand that nothing is known of the subtree any more.
     HeatAbove,
+    /// Securing the place of a line before its summary is cleared.
+    SecureBeforeHide,
+    /// Waiting for the readers of a value that was replaced.
+    WaitForInside,
+    /// The fences between a reader's coming, or the swap of a value, and the look at the other.
+    EnterFence,
+    /// Putting a table into a place of a slab only if nobody holds the table that lies there.
+    ClaimFree,
+    /// Showing a fresh log to harvests before a back end can mark in it.
+    ListFirst,
+    /// Moving what is left of a log that was swapped into the next one.
+    CarryOver,
 }
 
 #[cfg(dirtymap_loom)]
 static LEFT_OUT: std::sync::atomic::AtomicU8 = std::sync::atomic::AtomicU8::new(0);
+
+/// Held by a test of this crate while it explores a model: the step that is left out is global.
+#[cfg(all(test, dirtymap_loom))]
+pub(crate) static ONE_MODEL: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
 /// Leaves `step` out of every run of the model from now on; `None` restores the protocol.
 #[cfg(dirtymap_loom)]

@@ -13,7 +13,7 @@ use crate::error::Error;
 /// A device-visible address in bytes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 #[repr(transparent)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Iova(u64);
 
 impl Iova {
@@ -134,6 +134,23 @@ impl IovaRange {
         IovaRange {
             start: iova.granule_start(granule),
             last: iova.granule_last(granule),
+        }
+    }
+
+    /// The smallest range that covers both.
+    #[inline]
+    pub(crate) const fn hull(self, other: IovaRange) -> Self {
+        IovaRange {
+            start: if self.start.0 < other.start.0 {
+                self.start
+            } else {
+                other.start
+            },
+            last: if self.last.0 > other.last.0 {
+                self.last
+            } else {
+                other.last
+            },
         }
     }
 
@@ -273,6 +290,8 @@ impl Granule {
     pub const M2: Granule = Granule(21);
     /// 1 GiB.
     pub const G1: Granule = Granule(30);
+    /// 2^63 bytes, the largest.
+    pub const MAX: Granule = Granule(63);
 
     /// The granule of `bytes` bytes.
     ///

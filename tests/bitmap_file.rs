@@ -12,6 +12,7 @@ use dirtymap::{
     IovaRange, UserBitmap,
 };
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 /// Pages whose bits fill one window of 64 KiB.
 const WINDOW: u64 = 8 << 16;
@@ -180,4 +181,72 @@ fn marks_that_a_lost_window_could_not_take_are_found_again() {
         .unwrap();
     let runs: Vec<_> = lease.sync().unwrap().runs().collect();
     assert_eq!(runs, [pages(WINDOW + 3, 1), pages(WINDOW + 700, 1)]);
+}
+
+/// What stands against harvests that fail: one thread harvests into a file that cannot be mapped for writing, again and again,
+/// while the other marks page 0 and then looks for it by `find`, which must not miss it once.
+fn never_hidden_by_harvests_that_fail(mut find: impl FnMut(&AddressSpace) -> bool) {
+    let space = AddressSpace::new(Granule::K4);
+    space.map(pages(0, 512), 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    let writable = scratch(64);
+    let path = format!(
+        "/proc/self/fd/{}",
+        std::os::fd::AsRawFd::as_raw_fd(&writable)
+    );
+    let read_only = FileBitmap::new(std::fs::File::open(path).unwrap(), 0, 64);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let failures = scope.spawn(|| {
+            let request = HarvestRequest::new(pages(0, 512), Granule::K4);
+            let mut failures = 0u64;
+            while !stop.load(Relaxed) {
+                let bitmap = UserBitmap::file(&read_only);
+                // In between, there is no area, or nothing dirty.
+                if let Err(HarvestError::Stopped(stopped)) = space.harvest(&request, bitmap) {
+                    failures += u64::from(matches!(stopped.error, Error::BitmapWindow { .. }));
+                }
+            }
+            failures
+        });
+        let missed = (0..20_000)
+            .filter(|_| {
+                space.mark(pages(0, 1)).unwrap();
+                !find(&space)
+            })
+            .count();
+        stop.store(true, Relaxed);
+        let failures = failures.join().unwrap();
+        assert!(failures > 0, "nothing failed, so nothing was tested");
+        assert_eq!(missed, 0, "among {failures} harvests that failed");
+    });
+}
+
+/// A harvest cleared the summary over a line of marks, then found that it could not map the window of the file, and put the summary
+/// back. A harvest that came in between saw a clean summary and passed over a mark that had returned before it began, although
+/// nobody had that page.
+#[test]
+fn a_harvest_that_cannot_record_hides_nothing_from_another() {
+    never_hidden_by_harvests_that_fail(|space| {
+        let mut words = [0u64; 8];
+        let request = HarvestRequest::new(pages(0, 512), Granule::K4);
+        let lease = space
+            .harvest(&request, UserBitmap::new(&mut words))
+            .unwrap();
+        lease.sync().unwrap().commit();
+        words[0] & 1 == 1
+    });
+}
+
+/// The same, of an unmap: it returned without the page, which stayed as a mark in an area that was gone, and that nobody counted.
+#[test]
+fn a_harvest_that_cannot_record_hides_nothing_from_an_unmap() {
+    never_hidden_by_harvests_that_fail(|space| {
+        let mut words = [0u64; 8];
+        let bitmap = UserBitmap::new(&mut words);
+        let (gone, _) = space.unmap(pages(0, 512), Granule::K4, bitmap).unwrap();
+        space.map(pages(0, 512), 0, Access::ReadWrite).unwrap();
+        // An abort that cannot read its file puts back everything: more than the page is fine.
+        gone.dirty_bytes >= u128::from(PAGE) && words[0] & 1 == 1
+    });
 }

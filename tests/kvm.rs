@@ -19,11 +19,11 @@ use kvm_bindings::{Msrs, kvm_msr_entry, kvm_userspace_memory_region};
 #[test]
 fn a_page_that_the_guest_wrote_is_reported() {
     in_every_mode(|mode, mut guest| {
-        assert_eq!(guest.harvest_all(), [], "{mode:?}");
+        assert_eq!(guest.harvest_all(), [0u64; 0], "{mode:?}");
         guest.write(8, 1, 0);
         assert_eq!(guest.memory[0].byte(8 * guest.page), 1, "the guest ran");
         assert_eq!(guest.harvest_all(), [8], "{mode:?}");
-        assert_eq!(guest.harvest_all(), []);
+        assert_eq!(guest.harvest_all(), [0u64; 0]);
         guest.write(8, 1, 0);
         assert_eq!(guest.harvest_all(), [8], "{mode:?}: written again");
     });
@@ -37,7 +37,7 @@ fn guest_and_vmm_come_out_of_one_harvest() {
         guest.space.mark(guest.pages(11, 1)).unwrap();
         guest.space.mark(guest.pages(12, 1)).unwrap();
         assert_eq!(guest.harvest(0, 90), [10, 11, 12, 14], "{mode:?}");
-        assert_eq!(guest.harvest_all(), []);
+        assert_eq!(guest.harvest_all(), [0u64; 0]);
     });
 }
 
@@ -69,7 +69,7 @@ fn the_last_pages_of_a_slot_are_cleared_by_themselves() {
         assert_eq!(guest.harvest(0, 90), rest);
         assert_eq!(guest.harvest(224, 6), [229]);
         assert_eq!(guest.harvest(100, 130), [100]);
-        assert_eq!(guest.harvest_all(), []);
+        assert_eq!(guest.harvest_all(), [0u64; 0]);
     });
 }
 
@@ -89,7 +89,7 @@ fn a_lease_that_is_dropped_puts_back_and_the_guest_may_go_on() {
             guest.write(30 + n, 1, 0);
         }
         assert_eq!(guest.harvest(0, 90), [20, 21, 22, 23, 24, 30, 31, 32, 33]);
-        assert_eq!(guest.harvest_all(), []);
+        assert_eq!(guest.harvest_all(), [0u64; 0]);
     });
 }
 
@@ -141,7 +141,7 @@ fn what_is_initially_set_ends_with_the_slot() {
     let first = guest.harvest_all();
     let everything: Vec<u64> = (0..90).chain(100..230).collect();
     assert_eq!(first, everything);
-    assert_eq!(guest.harvest_all(), []);
+    assert_eq!(guest.harvest_all(), [0u64; 0]);
     guest.write(8, 1, 0);
     assert_eq!(guest.harvest_all(), [8]);
 }
@@ -182,7 +182,7 @@ fn a_ring_that_is_full_stops_the_guest_and_loses_nothing() {
     assert!(full > 0, "the guest was never stopped");
     let expected: Vec<u64> = (2..82).chain(100..230).collect();
     assert_eq!(guest.harvest_all(), expected);
-    assert_eq!(guest.harvest_all(), []);
+    assert_eq!(guest.harvest_all(), [0u64; 0]);
     assert_eq!(guest.log.foreign_entries(), 0);
 }
 

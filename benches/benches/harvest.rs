@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use criterion::{Bencher, Criterion, criterion_group, criterion_main};
 use dirtymap_benches::peers::{Flat, ThroughHandle, VmMemory};
 use dirtymap_benches::workloads::{Dirty, PAGES, WORDS};
-use dirtymap_benches::{PAGE, Peer};
+use dirtymap_benches::{PAGE, Peer, Tracker};
 
 /// Times `harvest` alone; before each, the pages of `dirty` are marked and the bitmap is zeroed.
 fn time<P: Peer>(
@@ -51,7 +51,7 @@ fn bench<P: Peer>(c: &mut Criterion, label: &str, peer: &P, dirty: Option<&Dirty
 fn harvest(c: &mut Criterion) {
     bench(c, "never-marked", &ThroughHandle::new(PAGES), None);
     bench(c, "never-marked", &VmMemory::new(PAGES), None);
-    bench(c, "never-marked", &Flat::new(PAGES), None);
+    bench(c, "never-marked", &<Flat>::new(PAGES), None);
 
     let (ours, vm_memory, flat) = (used::<ThroughHandle>(), used::<VmMemory>(), used::<Flat>());
     let workloads = [

@@ -6,7 +6,7 @@
 //!                                    compare: a family of workloads, all peers in turn, one table
 //! ```
 //!
-//! A peer is one way to track dirty pages, behind the trait [`Peer`], or one way to find the area of an address, behind
+//! A peer is one way to track dirty pages, behind the traits [`Tracker`] and [`Peer`], or one way to find the area of an address, behind
 //! [`Areas`]; each has a file of its own in [`peers`]. The tests of this crate check that all peers give the same
 //! answers, so that the benches compare the same work.
 
@@ -31,7 +31,7 @@ pub const PAGE: u64 = 1 << PAGE_LG2;
 /// One way to track which pages of a memory were written.
 ///
 /// The memory starts at address 0. Callers stay inside it; what a peer does with other addresses is its own business.
-pub trait Peer: Send + Sync {
+pub trait Tracker: Send + Sync {
     /// Tracks a memory of `pages` pages, all clean.
     fn new(pages: u64) -> Self
     where
@@ -49,8 +49,35 @@ pub trait Peer: Send + Sync {
         self.mark(page << PAGE_LG2, PAGE);
     }
 
+    /// Marks each of `pages`. A loop on this side of the trait object.
+    fn mark_pages(&self, pages: &[u64]) {
+        pages.iter().for_each(|page| self.mark_page(*page));
+    }
+
+    /// Marks the `len` bytes from each of `starts` on.
+    fn mark_ranges(&self, starts: &[u64], len: u64) {
+        starts.iter().for_each(|start| self.mark(*start, len));
+    }
+
+    /// Marks the page of each bit that is set in `words`.
+    fn mark_bits(&self, words: &[u64]) {
+        for (base, word) in (0..).step_by(64).zip(words) {
+            let mut left = *word;
+            while left != 0 {
+                self.mark_page(base + u64::from(left.trailing_zeros()));
+                left &= left - 1;
+            }
+        }
+    }
+
     /// Moves all marks into `bitmap`: ORs them in, page `n` at bit `n % 64` of word `n / 64`, and clears them. Whatever
     /// the peer needs before the pages may be copied is part of it. `bitmap` has a bit for each page.
+    fn harvest_alone(&mut self, bitmap: &mut [u64]);
+}
+
+/// A [`Tracker`] that can be harvested while others mark.
+pub trait Peer: Tracker {
+    /// As [`harvest_alone`](Tracker::harvest_alone), beside marks.
     fn harvest(&self, bitmap: &mut [u64]);
 }
 

@@ -2,26 +2,35 @@
 
 use dirtymap::AddressSpace;
 
-use crate::peers::{Flat, LockedBTree, ThroughHandle, ThroughSpace, VmMemory};
+use crate::peers::{
+    Asymmetric, Fenced, Flat, HiBitSet, LockedBTree, LockedRoaring, Tested, ThroughHandle,
+    ThroughSpace, VmMemory, VmMemoryModel,
+};
 use crate::workloads::{Dirty, PAGES, Random, WORDS, addresses, areas, distinct};
-use crate::{Allocator, Areas, PAGE, Peer, compare};
+use crate::{Allocator, Areas, PAGE, Peer, Tracker, compare};
 
 /// The locked tree with the lock of std.
 type Locked = LockedBTree;
 
-fn peers(pages: u64) -> [Box<dyn Peer>; 4] {
+fn peers(pages: u64) -> [Box<dyn Tracker>; 10] {
     [
         Box::new(ThroughHandle::new(pages)),
+        Box::new(Asymmetric::new(pages)),
         Box::new(ThroughSpace::new(pages)),
         Box::new(VmMemory::new(pages)),
-        Box::new(Flat::new(pages)),
+        Box::new(VmMemoryModel::new(pages)),
+        Box::new(<Flat>::new(pages)),
+        Box::new(Flat::<Tested>::new(pages)),
+        Box::new(Flat::<Fenced>::new(pages)),
+        Box::new(LockedRoaring::new(pages)),
+        Box::new(HiBitSet::new(pages)),
     ]
 }
 
 #[test]
 fn the_same_marks_give_the_same_bits() {
     let pages = 70_000;
-    let peers = peers(pages);
+    let mut peers = peers(pages);
     let mut random = Random::fixed();
     for round in 0..20 {
         let mut expected = vec![0u64; pages.div_ceil(64) as usize];
@@ -38,15 +47,15 @@ fn the_same_marks_give_the_same_bits() {
             }
             peers.iter().for_each(|peer| peer.mark(start, len));
         }
-        for peer in &peers {
+        for peer in &mut peers {
             let mut bitmap = before.clone();
-            peer.harvest(&mut bitmap);
+            peer.harvest_alone(&mut bitmap);
             assert!(bitmap == expected, "{} in round {round}", peer.name());
         }
     }
-    for peer in &peers {
+    for peer in &mut peers {
         let mut bitmap = vec![0; pages.div_ceil(64) as usize];
-        peer.harvest(&mut bitmap);
+        peer.harvest_alone(&mut bitmap);
         assert!(
             bitmap.iter().all(|word| *word == 0),
             "{} clears what it reports",

@@ -3,7 +3,7 @@
 use dirtymap::sync::{AtomicBool, Ordering, thread};
 use dirtymap::{Access, Iova, IovaRange, Mapping};
 
-use crate::{PAGE, Peer};
+use crate::{PAGE, Tracker};
 
 /// Pages of the memory that is marked and harvested: 64 GiB.
 pub const PAGES: u64 = 1 << 24;
@@ -57,6 +57,39 @@ pub fn distinct(count: u64, bound: u64) -> Vec<u64> {
     numbers
 }
 
+/// A bitmap of `pages` pages, of which one in `every` is set, chosen at random; one in 1 is all.
+pub fn random_bits(pages: u64, every: u64) -> Vec<u64> {
+    if every == 1 {
+        return vec![u64::MAX; (pages / 64) as usize];
+    }
+    let (mut random, mut words) = (Random::fixed(), vec![0u64; (pages / 64) as usize]);
+    let mut left = pages / every;
+    while left > 0 {
+        let page = random.below(pages);
+        let (word, bit) = (&mut words[page as usize / 64], 1 << (page % 64));
+        left -= u64::from(*word & bit == 0);
+        *word |= bit;
+    }
+    words
+}
+
+/// The numbers below `count` in random order.
+pub fn shuffled(count: usize) -> Vec<usize> {
+    let mut random = Random::fixed();
+    let mut numbers: Vec<usize> = (0..count).collect();
+    for at in (1..count).rev() {
+        numbers.swap(at, random.below(at as u64 + 1) as usize);
+    }
+    numbers
+}
+
+/// Some `count` of the numbers below `bound`, as ascending runs of `len`, each at a multiple of it.
+pub fn clusters(count: u64, len: u64, bound: u64) -> Vec<std::ops::Range<u64>> {
+    let mut starts = distinct(count / len, bound / len);
+    starts.sort_unstable();
+    starts.iter().map(|at| at * len..(at + 1) * len).collect()
+}
+
 /// Which of [`PAGES`] pages are dirty when a harvest comes.
 pub enum Dirty {
     /// Single pages, in the order in which they are written.
@@ -75,7 +108,7 @@ impl Dirty {
     }
 
     /// Marks these pages.
-    pub fn mark(&self, peer: &impl Peer) {
+    pub fn mark(&self, peer: &impl Tracker) {
         match self {
             Dirty::Pages(pages) => pages.iter().for_each(|page| peer.mark_page(*page)),
             Dirty::All => peer.mark(0, PAGES * PAGE),

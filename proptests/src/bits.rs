@@ -42,6 +42,13 @@ impl Buffer {
         &self.words[GUARDS..GUARDS + count]
     }
 
+    /// The first `count` words, with the guards in front of them and as many words behind.
+    pub(crate) fn cut(&self, count: usize) -> Vec<u64> {
+        let all = self.read();
+        let behind = &all[GUARDS + WORDS..];
+        [&all[..GUARDS + count], behind].concat()
+    }
+
     /// All words, guards included.
     pub(crate) fn read(&self) -> Vec<u64> {
         self.words
@@ -138,6 +145,12 @@ pub(crate) fn pages_in(runs: &[IovaRange], first: u64, last: u64) -> BTreeSet<u6
 
 fn is_set(words: &[u64], bit: u64) -> bool {
     words[(bit / 64) as usize] >> (bit % 64) & 1 == 1
+}
+
+/// Clears a bit of a whole buffer.
+pub(crate) fn clear(words: &mut [u64], bit: u64) {
+    let bit = bit + GUARDS as u64 * 64;
+    words[(bit / 64) as usize] &= !(1 << (bit % 64));
 }
 
 /// The bits that stand for a part of `page`.

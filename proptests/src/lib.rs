@@ -13,7 +13,9 @@
 //! [`soak`] does without an oracle: real threads at full speed, whose bytes are compared while they rest.
 
 mod bits;
+mod exchange;
 mod flush;
+mod forms;
 mod gather;
 mod op;
 mod oracle;
@@ -25,10 +27,13 @@ pub mod soak;
 mod violation;
 mod world;
 
+pub use exchange::check_bitmap_file;
 pub use flush::check_flush;
+pub use forms::Form;
 pub use gather::check_gather;
 pub use op::{
-    Ask, Config, Cut, DOMAINS, Format, MapFault, Master, Op, Place, Sabotage, Step, Stretch, decode,
+    Ask, Config, Cut, DOMAINS, Fate, Format, MapFault, Mask, Master, Mode, Op, Place, Sabotage,
+    Share, Step, Stretch, decode,
 };
 pub use random::Random;
 pub use run::run;
@@ -36,6 +41,8 @@ pub use violation::{Rule, Violation};
 
 #[cfg(test)]
 mod concurrent;
+#[cfg(test)]
+mod history;
 #[cfg(test)]
 mod matrix;
 #[cfg(test)]

@@ -2,18 +2,18 @@
 //! abut, with leaves of three sizes and marks among them.
 
 use std::collections::BTreeSet;
-use std::fs::File;
 
-use dirtymap::sync::{Arc, AtomicU64, Ordering};
+use dirtymap::sync::Arc;
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FileBitmap, FlushGather, Granule, HarvestBounds,
-    HarvestRequest, Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, SparseBitmap, Stopped,
-    UserBitmap,
+    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestBounds, HarvestRequest,
+    Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, SparseBitmap, Stopped, UserBitmap,
 };
 use pagetable_sim::{Domain, DomainConfig, LeafSizes, PhysMemory};
 use proptest::collection::{btree_set, vec};
 use proptest::prelude::*;
 use proptest::sample::select;
+
+use crate::forms::{FORMS, Form, GUARD, Memory, bits_of, set};
 
 const PAGE: u64 = 4096;
 /// Pages of the part that has leaves, and can be dirty.
@@ -22,8 +22,6 @@ const WINDOW: u64 = 1536;
 const BLOCK: u8 = 40;
 /// The last block of the address space: no device reaches it, and all writes there are marks.
 const TOP: u64 = (1 << 24) - 1;
-/// Bytes before and behind a bitmap that no harvest may touch.
-const GUARD: usize = 16;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Mode {
@@ -44,23 +42,6 @@ const MODES: [Mode; 7] = [
     Mode::Parallel,
     Mode::CommitRange,
     Mode::Abort,
-];
-
-#[derive(Clone, Copy, Debug)]
-enum Form {
-    Words,
-    Shared,
-    Bytes,
-    Sparse,
-    File,
-}
-
-const FORMS: [Form; 5] = [
-    Form::Words,
-    Form::Shared,
-    Form::Bytes,
-    Form::Sparse,
-    Form::File,
 ];
 
 #[derive(Clone, Debug)]
@@ -287,124 +268,6 @@ fn peek(space: &AddressSpace, block: IovaRange) -> BTreeSet<u64> {
     view.runs().flat_map(|run| numbers(run, 12)).collect()
 }
 
-/// A bitmap between two guards, made from an image of all three.
-enum Memory {
-    Words(Vec<u64>),
-    Shared(Vec<AtomicU64>),
-    /// The place of the image in the block.
-    Bytes(Vec<u8>, std::ops::Range<usize>),
-    Sparse(SparseBitmap),
-    File(FileBitmap, u64),
-}
-
-fn bits_of(image: &[u8]) -> impl Iterator<Item = u64> {
-    let bits = 0..image.len() as u64 * 8;
-    bits.filter(|bit| image[*bit as usize / 8] >> (bit % 8) & 1 == 1)
-}
-
-impl Memory {
-    fn new(form: Form, image: &[u8], skip: usize) -> Memory {
-        let content = &image[GUARD..image.len() - GUARD];
-        let words = || image.as_chunks().0.iter().map(|w| u64::from_le_bytes(*w));
-        match form {
-            Form::Words => Memory::Words(words().collect()),
-            Form::Shared => Memory::Shared(words().map(AtomicU64::new).collect()),
-            Form::Bytes => {
-                let mut block = vec![0; image.len() + 16];
-                let at = block.as_ptr().align_offset(8) + skip;
-                block[at..at + image.len()].copy_from_slice(image);
-                Memory::Bytes(block, at..at + image.len())
-            }
-            Form::Sparse => {
-                let bits = content.len() as u64 * 8;
-                let sparse = SparseBitmap::new(bits);
-                let view = UserBitmap::sparse(&sparse);
-                let view = view.view(bytes(0, bits), Granule::BYTE).unwrap();
-                bits_of(content).for_each(|bit| view.sink().record(bytes(bit, 1)).unwrap());
-                Memory::Sparse(sparse)
-            }
-            Form::File => {
-                use std::os::unix::fs::FileExt;
-                let from = (1 << 16) - GUARD as u64 - skip as u64;
-                let file = scratch();
-                file.write_all_at(image, from).unwrap();
-                let bitmap = FileBitmap::new(file, from + GUARD as u64, content.len() as u64);
-                Memory::File(bitmap.with_window(1 << 16).unwrap(), from)
-            }
-        }
-    }
-
-    fn bitmap(&mut self) -> UserBitmap<'_> {
-        let guard = GUARD / 8;
-        match self {
-            Memory::Words(words) => {
-                let end = words.len() - guard;
-                UserBitmap::new(&mut words[guard..end])
-            }
-            Memory::Shared(words) => UserBitmap::shared(&words[guard..words.len() - guard]),
-            Memory::Bytes(block, at) => {
-                UserBitmap::bytes(&mut block[at.start + GUARD..at.end - GUARD])
-            }
-            Memory::Sparse(sparse) => UserBitmap::sparse(sparse),
-            Memory::File(file, _) => UserBitmap::file(file),
-        }
-    }
-
-    /// What became of the image, which was `before`.
-    fn image(&self, before: &[u8]) -> Vec<u8> {
-        let bytes_of = |words: &[u64]| words.iter().flat_map(|w| w.to_le_bytes()).collect();
-        match self {
-            Memory::Words(words) => bytes_of(words),
-            Memory::Shared(words) => {
-                // Relaxed: one thread.
-                let load = |word: &AtomicU64| word.load(Ordering::Relaxed);
-                bytes_of(&words.iter().map(load).collect::<Vec<_>>())
-            }
-            Memory::Bytes(block, at) => {
-                let outside = block[..at.start].iter().chain(&block[at.end..]);
-                assert!(outside.into_iter().all(|byte| *byte == 0));
-                block[at.clone()].to_vec()
-            }
-            Memory::Sparse(sparse) => {
-                // No memory lies around it.
-                let mut image = before.to_vec();
-                let end = image.len() - GUARD;
-                image[GUARD..end].fill(0);
-                let view = UserBitmap::sparse(sparse);
-                let view = view.view(bytes(0, sparse.bits()), Granule::BYTE).unwrap();
-                view.bits().for_each(|bit| set(&mut image, bit));
-                image
-            }
-            Memory::File(bitmap, from) => {
-                use std::os::unix::fs::FileExt;
-                let mut image = vec![0; before.len()];
-                bitmap.file().read_exact_at(&mut image, *from).unwrap();
-                let len = bitmap.file().metadata().unwrap().len();
-                assert_eq!(len, from + before.len() as u64);
-                image
-            }
-        }
-    }
-}
-
-/// Sets a bit of the bitmap in an image.
-fn set(image: &mut [u8], bit: u64) {
-    image[GUARD + bit as usize / 8] |= 1 << (bit % 8);
-}
-
-/// An empty file without a name.
-fn scratch() -> File {
-    // Relaxed: a name is taken once.
-    static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
-    let n = NEXT.fetch_add(1, Ordering::Relaxed);
-    let name = format!("dirtymap-matrix-{}-{n}", std::process::id());
-    let path = std::env::temp_dir().join(name);
-    let mut open = File::options();
-    let file = open.read(true).write(true).create_new(true).open(&path);
-    std::fs::remove_file(&path).unwrap();
-    file.unwrap()
-}
-
 /// The part of the request between two shares of it.
 fn share(range: IovaRange, (a, b): (u8, u8)) -> IovaRange {
     let at = |n: u8| range.start().get() + ((range.len() - 1) * u128::from(n) / 255) as u64;
@@ -429,7 +292,7 @@ fn check(case: &Case, mode: Mode, form: Form) -> Result<(), TestCaseError> {
         set(&mut image, bit % (content as u64 * 8));
     }
     let before = image.clone();
-    let mut memory = Memory::new(form, &image, case.skip);
+    let mut memory = Memory::new(form, &image, case.skip).unwrap();
 
     // A page is in the mask if all granules of the mask that it touches are.
     let fine = case.mask.0;
@@ -504,7 +367,7 @@ fn check(case: &Case, mode: Mode, form: Form) -> Result<(), TestCaseError> {
             back = true;
         }
     }
-    prop_assert_eq!(memory.image(&before), &image[..], "the bitmap");
+    prop_assert_eq!(memory.image(&before).unwrap(), &image[..], "the bitmap");
 
     if mode != Mode::Peek {
         dirty.retain(|page| !taken.contains(page));

@@ -7,7 +7,7 @@ use crate::{Config, Op, run};
 
 /// A program's steps; each is decoded from bytes of its own, so that a failing program shrinks step by step.
 pub(crate) fn ops(count: usize) -> impl Strategy<Value = Vec<Op>> {
-    let op = any::<[u8; 8]>().prop_map(|bytes| Op::decode(&mut bytes.into_iter()).unwrap());
+    let op = any::<[u8; 12]>().prop_map(|bytes| Op::decode(&mut bytes.into_iter()).unwrap());
     vec(op, 0..count)
 }
 

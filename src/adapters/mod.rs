@@ -7,6 +7,21 @@
 //! Foreign types are unknown to the model checker. What an adapter does concurrently on its own is generic code beside it,
 //! and that is modelled.
 
+#[cfg(any(
+    all(feature = "vhost", target_os = "linux", not(dirtymap_loom)),
+    all(test, dirtymap_loom)
+))]
+mod log_list;
+#[cfg(any(
+    all(feature = "vhost", target_os = "linux", not(dirtymap_loom)),
+    all(test, dirtymap_loom)
+))]
+mod replaceable;
+
+#[cfg(all(test, dirtymap_loom))]
+#[allow(clippy::unwrap_used)] // helpers of tests
+mod loom_tests;
+
 #[cfg(all(
     any(feature = "kvm", feature = "pagemap"),
     target_os = "linux",
@@ -23,3 +38,7 @@ pub mod pagemap;
     not(dirtymap_loom)
 ))]
 mod pending;
+#[cfg(all(feature = "vhost", target_os = "linux", not(dirtymap_loom)))]
+pub mod vhost;
+#[cfg(all(feature = "vm-memory", not(dirtymap_loom)))]
+pub mod vm_memory;

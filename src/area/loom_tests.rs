@@ -5,14 +5,13 @@
 //! freed under a reader comes down to, fails the model; so does an area that is leaked.
 
 use std::convert::Infallible;
-use std::sync::Mutex as StdMutex;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use loom::cell::UnsafeCell;
 
 use super::AreaTree;
 use crate::error::Error;
-use crate::sync::{Arc, AtomicBool, Ordering, Step, leave_out, thread};
+use crate::sync::{Arc, AtomicBool, ONE_MODEL, Ordering, Step, leave_out, thread};
 use crate::units::{Granule, Iova, IovaRange};
 
 #[derive(Debug)]
@@ -75,9 +74,7 @@ fn explore(model: impl Fn() + Send + Sync + 'static) {
 
 /// The same, with a step of the protocol left out.
 fn explore_without(step: Option<Step>, model: impl Fn() + Send + Sync + 'static) {
-    /// One model at a time: the step that is left out is global.
-    static ONE_AT_A_TIME: StdMutex<()> = StdMutex::new(());
-    let _one = ONE_AT_A_TIME.lock().unwrap_or_else(|e| e.into_inner());
+    let _one = ONE_MODEL.lock().unwrap_or_else(|e| e.into_inner());
     leave_out(step);
     let executions = std::sync::Arc::new(AtomicUsize::new(0));
     let count = std::sync::Arc::clone(&executions);

@@ -22,9 +22,12 @@
 //! * M3 is for what a marker looks at next: whoever unmaps an area, and takes its bits behind a fence of its own, either finds
 //!   summary and bit, or the marker finds that the area has gone. On common processors it costs nothing, as F3.
 //! * A harvester clears the summary of lines that it is asked for as a whole; of others it would hide what it does not take.
-//! * What it did not take, because recording failed or panicked, it puts back into the summary.
+//! * A line whose summary is clear must not be left alone again: who looks in between takes it for clean, and may be the last one to
+//!   look. So a harvester whose recording can fail secures the place of a line before H1, and leaves the summary of a line alone whose
+//!   place it cannot secure as a whole: see [`Taker`]. Only a panic puts lines back into the summary.
 //! * It looks for a chunk before it clears its summary: a summary that is set may become visible before the chunk does.
 
+use std::convert::Infallible;
 use std::ptr;
 
 use super::word_mask;
@@ -90,6 +93,46 @@ impl Block {
     /// The chunks' pointers.
     pub(super) fn chunks(&self) -> &[AtomicPtr<()>] {
         &self.chunks
+    }
+}
+
+/// Who takes bits out of a bitmap.
+pub(crate) trait Taker {
+    /// Why it may not be able to.
+    type Error;
+
+    /// Whether [`visit`](Self::visit) may fail.
+    fn may_fail(&self) -> bool;
+
+    /// Makes sure, if it can, that no visit of the bits `first..=last` fails until something else is secured; whether it could.
+    ///
+    /// # Errors
+    /// Those of `visit`; nothing is hidden from others then.
+    fn secure(&mut self, first: u64, last: u64) -> Result<bool, Self::Error>;
+
+    /// Records the bits of `mask`, of which the lowest one stands for the bit `first` of the bitmap. They are cleared after that.
+    ///
+    /// # Errors
+    /// They stay as they are.
+    fn visit(&mut self, first: u64, mask: u64) -> Result<(), Self::Error>;
+}
+
+/// What cannot fail has nothing to secure.
+impl<V: FnMut(u64, u64) -> Result<(), Infallible>> Taker for V {
+    type Error = Infallible;
+
+    #[inline(always)]
+    fn may_fail(&self) -> bool {
+        false
+    }
+
+    fn secure(&mut self, _: u64, _: u64) -> Result<bool, Infallible> {
+        Ok(true)
+    }
+
+    #[inline(always)]
+    fn visit(&mut self, first: u64, mask: u64) -> Result<(), Infallible> {
+        self(first, mask)
     }
 }
 
@@ -173,17 +216,22 @@ impl Slot<'_> {
         }
     }
 
-    /// Takes the bits `first..=last`: see [`ChunkMap::take`](super::ChunkMap::take).
+    /// Takes the bits `first..=last` of the chunk that begins with bit `base` of the bitmap: see
+    /// [`ChunkMap::take`](super::ChunkMap::take).
     #[inline]
-    pub(super) fn take<E>(
+    pub(super) fn take<T: Taker>(
         self,
         chunk: &Chunk,
+        base: u64,
         first: u64,
         last: u64,
-        visit: &mut impl FnMut(u64, u64) -> Result<(), E>,
-    ) -> Result<(), E> {
+        taker: &mut T,
+    ) -> Result<(), T::Error> {
         // Relaxed: as in `has_any`.
         let seen = self.summary.load(Ordering::Relaxed) & lines(first, last);
+        if taker.may_fail() {
+            return self.take_securely(chunk, base, seen, (first, last), taker);
+        }
         let mut cleared = Cleared {
             summary: self.summary,
             lines: seen & whole_lines(first, last),
@@ -196,13 +244,56 @@ impl Slot<'_> {
         while left != 0 {
             let line = left.trailing_zeros() as usize;
             left &= left - 1;
-            visit_line::<true, E>(chunk, line, first, last, visit)?;
+            visit_line::<true, _>(chunk, line, first, last, &mut |bit, seen| {
+                taker.visit(base + bit, seen)
+            })?;
             if early {
                 cleared.lines &= !(1 << line);
             }
         }
         if !early {
             cleared.clear();
+            cleared.lines = 0;
+        }
+        Ok(())
+    }
+
+    /// The same line by line, for a taker that may fail: the place of a line is secured before its summary is cleared.
+    fn take_securely<T: Taker>(
+        self,
+        chunk: &Chunk,
+        base: u64,
+        seen: u64,
+        (first, last): (u64, u64),
+        taker: &mut T,
+    ) -> Result<(), T::Error> {
+        let whole = whole_lines(first, last);
+        let mut left = seen;
+        while left != 0 {
+            let line = left.trailing_zeros() as usize;
+            left &= left - 1;
+            let start = line as u64 * LINE_BITS;
+            let (from, to) = (first.max(start), last.min(start + (LINE_BITS - 1)));
+            // A line without bits needs no place; its summary stays for who comes by with one.
+            if !has_bits(chunk, line) {
+                continue;
+            }
+            let mut cleared = Cleared {
+                summary: self.summary,
+                lines: whole & (1 << line),
+            };
+            if !performs(Step::SecureBeforeHide) {
+                cleared.clear();
+            }
+            let secured = taker.secure(base + from, base + to)?;
+            if secured && performs(Step::SecureBeforeHide) {
+                cleared.clear();
+            } else if !secured {
+                cleared.lines = 0;
+            }
+            visit_line::<true, _>(chunk, line, first, last, &mut |bit, seen| {
+                taker.visit(base + bit, seen)
+            })?;
             cleared.lines = 0;
         }
         Ok(())
@@ -255,6 +346,14 @@ impl Drop for Cleared<'_> {
             self.summary.fetch_or(self.lines, Ordering::Relaxed);
         }
     }
+}
+
+/// Whether a word of `line` has bits.
+fn has_bits(chunk: &Chunk, line: usize) -> bool {
+    let words = &chunk.0[line * LINE_WORDS..][..LINE_WORDS];
+    // Relaxed: of a mark that has returned, coherence shows it, unless a harvester took it.
+    let or = |any, word: &AtomicU64| any | word.load(Ordering::Relaxed);
+    words.iter().fold(0, or) != 0
 }
 
 /// Calls `visit` for each word of `line` that has bits of `first..=last`, and clears these after the call if `TAKE`.

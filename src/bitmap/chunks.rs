@@ -16,7 +16,7 @@
 use std::marker::PhantomData;
 use std::ptr::{self, NonNull};
 
-use super::chunk::{BLOCK_LG2, Block, Chunk, LINE_BITS, Slot, WORDS_LG2};
+use super::chunk::{BLOCK_LG2, Block, Chunk, LINE_BITS, Slot, Taker, WORDS_LG2};
 use super::{slab, word_mask};
 use crate::sync::{AtomicPtr, AtomicU64, Ordering};
 
@@ -158,18 +158,18 @@ impl ChunkMap {
             .set_word(word, first, mask, fence);
     }
 
-    /// Takes the bits of `first..=last`: calls `visit` for each word that has some, with the word's first bit and those bits, in
-    /// order, and clears them after the call.
+    /// Takes the bits of `first..=last`: has `taker` visit each word that has some, with the word's first bit and those bits, in
+    /// order, and clears them after that.
     ///
     /// # Errors
-    /// Those of `visit`; the bits of that word and of the words behind it stay.
+    /// Those of `taker`; the bits of that word and of the words behind it stay.
     #[inline]
-    pub(crate) fn take<E>(
+    pub(crate) fn take<T: Taker>(
         &self,
         first: u64,
         last: u64,
-        mut visit: impl FnMut(u64, u64) -> Result<(), E>,
-    ) -> Result<(), E> {
+        mut taker: T,
+    ) -> Result<(), T::Error> {
         // The last line of the bitmap is asked for as a whole, too, where it is not one: there are no bits behind.
         let last = if last == self.last {
             last | (LINE_BITS - 1)
@@ -177,7 +177,7 @@ impl ChunkMap {
             last
         };
         self.walk(first, last, |slot, chunk, base, from, to| {
-            slot.take(chunk, from, to, &mut |bit, seen| visit(base + bit, seen))
+            slot.take(chunk, base, from, to, &mut taker)
         })
     }
 
@@ -545,18 +545,31 @@ mod tests {
         assert_eq!(bits(&map, 0, u64::MAX, false).len() as u64, 0);
     }
 
+    /// Takes bits up to this one and fails behind it; secures what it can take.
+    struct Up(u64);
+
+    impl Taker for Up {
+        type Error = u64;
+
+        fn may_fail(&self) -> bool {
+            true
+        }
+
+        fn secure(&mut self, _: u64, last: u64) -> Result<bool, u64> {
+            Ok(last <= self.0)
+        }
+
+        fn visit(&mut self, first: u64, _: u64) -> Result<(), u64> {
+            if first > self.0 { Err(first) } else { Ok(()) }
+        }
+    }
+
     #[test]
     fn an_error_leaves_the_bits() {
         let map = ChunkMap::new((1 << 20) - 1);
         map.set(10, 10, || ());
         map.set(700_000, 700_001, || ());
-        let stopped = map.take(
-            0,
-            (1 << 20) - 1,
-            |base, _| {
-                if base > 64 { Err(base) } else { Ok(()) }
-            },
-        );
+        let stopped = map.take(0, (1 << 20) - 1, Up(64));
         assert_eq!(stopped, Err(699_968));
         assert_eq!(bits(&map, 0, (1 << 20) - 1, false), [700_000, 700_001]);
     }

@@ -1,18 +1,14 @@
 //! Models of the summary over the words of a chunk: see `chunk`.
 
 use std::convert::Infallible;
-use std::sync::Mutex as StdMutex;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
-use super::ChunkMap;
-use crate::sync::{Arc, Ordering, Step, fence, leave_out, thread};
-
-/// One model at a time: the step that is left out is global.
-static ONE_AT_A_TIME: StdMutex<()> = StdMutex::new(());
+use super::{ChunkMap, Taker};
+use crate::sync::{Arc, ONE_MODEL, Ordering, Step, fence, leave_out, thread};
 
 /// Runs `model` whole, when it must hold, and without each of `steps`, when it must fail.
 fn holds_only_with(steps: &[Step], model: impl Fn() -> bool + Sync + Send + Copy + 'static) {
-    let _one = ONE_AT_A_TIME.lock().unwrap_or_else(|e| e.into_inner());
+    let _one = ONE_MODEL.lock().unwrap_or_else(|e| e.into_inner());
     static COUNTS: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize::new(0)];
     for step in std::iter::once(None).chain(steps.iter().copied().map(Some)) {
         COUNTS.iter().for_each(|count| count.store(0, SeqCst));
@@ -81,5 +77,41 @@ fn a_mark_that_is_skipped_is_in_the_summary() {
         let theirs = harvester.join().unwrap();
         other.join().unwrap();
         (ours | theirs) & 1 == 1
+    });
+}
+
+/// Takes nothing: it has no place for it.
+struct Refuses;
+
+impl Taker for Refuses {
+    type Error = ();
+
+    fn may_fail(&self) -> bool {
+        true
+    }
+
+    fn secure(&mut self, _: u64, _: u64) -> Result<bool, ()> {
+        Err(())
+    }
+
+    fn visit(&mut self, _: u64, _: u64) -> Result<(), ()> {
+        Err(())
+    }
+}
+
+/// A harvest that cannot record hides nothing: a mark that returned before another harvest began is found by that one.
+#[test]
+fn a_harvest_that_cannot_record_hides_nothing() {
+    holds_only_with(&[Step::SecureBeforeHide], || {
+        let map = Arc::new(ChunkMap::new(63));
+        mark(&map, 0);
+        let other = thread::spawn({
+            let map = map.clone();
+            move || take(&map)
+        });
+        // The other may have been first.
+        let _ = map.take(0, 63, Refuses);
+        let found = other.join().unwrap() == 1;
+        found
     });
 }

@@ -28,9 +28,11 @@ mod sparse;
 mod user;
 mod window;
 
+pub(crate) use chunk::Taker;
 pub(crate) use chunks::{ChunkMap, OneGroup};
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
 pub use file::FileBitmap;
+pub(crate) use runs::RunBits;
 pub use runs::{Bits, Runs, Words};
 pub use sink::Sink;
 pub use sparse::SparseBitmap;

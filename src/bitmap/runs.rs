@@ -91,6 +91,11 @@ impl<'a> Words<'a> {
         self.error.as_ref()
     }
 
+    /// The same, to be given away.
+    pub(crate) fn take_error(&mut self) -> Option<Error> {
+        self.error.take()
+    }
+
     /// The first word of the row from `word` on that is not zero, and its bits.
     fn seek(&mut self, mut word: u64) -> Option<(u64, u64)> {
         if let Some((at, bits)) = self.read
@@ -185,45 +190,29 @@ impl Iterator for Bits<'_> {
     }
 }
 
-/// The maximal runs of set bits of a view, as address ranges in ascending order. Runs go on across words, chunks and
-/// windows; bits past the end of the request do not count.
-#[derive(Debug)]
-pub struct Runs<'a> {
-    view: BitmapView<'a>,
-    words: Words<'a>,
+/// The maximal runs of set bits as `(first, last)`, out of ascending words that are not zero.
+#[derive(Clone, Debug)]
+pub(crate) struct RunBits<W> {
+    words: W,
     index: u64,
     rest: u64,
 }
 
-impl<'a> Runs<'a> {
-    pub(super) fn new(view: BitmapView<'a>) -> Self {
-        Runs {
-            words: Words::new(&view),
-            view,
+impl<W: Iterator<Item = (u64, u64)>> RunBits<W> {
+    pub(crate) fn new(words: W) -> Self {
+        RunBits {
+            words,
             index: 0,
             rest: 0,
         }
     }
-
-    /// Why a window could not be read, if there was one: its bits count as dirty.
-    pub fn error(&self) -> Option<&Error> {
-        self.words.error()
-    }
-
-    /// The next run, unless a window could not be read on the way to it.
-    pub(crate) fn next_readable(&mut self) -> Result<Option<IovaRange>, Error> {
-        let run = self.next();
-        match self.words.error.take() {
-            Some(error) => Err(error),
-            None => Ok(run),
-        }
-    }
 }
 
-impl Iterator for Runs<'_> {
-    type Item = IovaRange;
+impl<W: Iterator<Item = (u64, u64)>> Iterator for RunBits<W> {
+    type Item = (u64, u64);
 
-    fn next(&mut self) -> Option<IovaRange> {
+    #[inline]
+    fn next(&mut self) -> Option<(u64, u64)> {
         if self.rest == 0 {
             (self.index, self.rest) = self.words.next()?;
         }
@@ -240,8 +229,48 @@ impl Iterator for Runs<'_> {
                     continue;
                 }
             }
-            return Some(self.view.addresses(first, end - 1));
+            return Some((first, end - 1));
         }
+    }
+}
+
+/// The maximal runs of set bits of a view, as address ranges in ascending order. Runs go on across words, chunks and
+/// windows; bits past the end of the request do not count.
+#[derive(Debug)]
+pub struct Runs<'a> {
+    view: BitmapView<'a>,
+    bits: RunBits<Words<'a>>,
+}
+
+impl<'a> Runs<'a> {
+    pub(super) fn new(view: BitmapView<'a>) -> Self {
+        Runs {
+            bits: RunBits::new(Words::new(&view)),
+            view,
+        }
+    }
+
+    /// Why a window could not be read, if there was one: its bits count as dirty.
+    pub fn error(&self) -> Option<&Error> {
+        self.bits.words.error()
+    }
+
+    /// The next run, unless a window could not be read on the way to it.
+    pub(crate) fn next_readable(&mut self) -> Result<Option<IovaRange>, Error> {
+        let run = self.next();
+        match self.bits.words.take_error() {
+            Some(error) => Err(error),
+            None => Ok(run),
+        }
+    }
+}
+
+impl Iterator for Runs<'_> {
+    type Item = IovaRange;
+
+    fn next(&mut self) -> Option<IovaRange> {
+        let (first, last) = self.bits.next()?;
+        Some(self.view.addresses(first, last))
     }
 }
 

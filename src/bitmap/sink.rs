@@ -113,6 +113,28 @@ impl<'a> Sink<'a> {
         Ok(())
     }
 
+    /// Whether recording may fail.
+    #[inline]
+    pub(crate) fn may_fail(&self) -> bool {
+        self.view.backing().may_fail()
+    }
+
+    /// Opens the window for `range`, if one window holds all of it: then recording there does not fail until something else is
+    /// recorded or secured. Whether it did.
+    ///
+    /// # Errors
+    /// As [`record`](Sink::record).
+    pub(crate) fn secure(&mut self, range: IovaRange) -> Result<bool, Error> {
+        let Some(inside) = range.intersection(self.limit) else {
+            return Ok(true);
+        };
+        let (first, last) = self.view.positions(inside);
+        if !self.window.holds(first / 64) {
+            self.open(first / 64)?;
+        }
+        Ok(self.window.holds(last / 64))
+    }
+
     /// If words of pages of size `page`, the first of which is the page at `base`, are words of the bitmap: which one the first of
     /// them is, modulo 2^64.
     pub(crate) fn first_word(&self, base: Iova, page: Granule) -> Option<u64> {
@@ -139,11 +161,7 @@ impl<'a> Sink<'a> {
                 true => self.window.or_alone(word, mask),
                 false => self.window.or(word, mask),
             };
-            // Most words of dense bitmaps.
-            self.bits_set += match set {
-                u64::MAX => 64,
-                _ => u64::from(set.count_ones()),
-            };
+            self.bits_set += count(set);
         }
         Ok(())
     }
@@ -159,5 +177,15 @@ impl<'a> Sink<'a> {
             .window(word, self.view.last_position())?;
         self.windows += 1;
         Ok(())
+    }
+}
+
+/// How many bits are set: at once for most words of bitmaps that are dense, or have hardly a bit; not all processors count them.
+#[inline]
+fn count(bits: u64) -> u64 {
+    match bits {
+        u64::MAX => 64,
+        bits if bits & bits.wrapping_sub(1) == 0 => u64::from(bits != 0),
+        bits => u64::from(bits.count_ones()),
     }
 }

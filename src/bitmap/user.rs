@@ -265,7 +265,7 @@ impl<'a> BitmapView<'a> {
         self.shift
     }
 
-    pub(super) fn last_bit(&self) -> u64 {
+    pub(crate) fn last_bit(&self) -> u64 {
         (self.range.last().get() - self.range.start().get()) >> self.granule.lg2()
     }
 
@@ -302,7 +302,7 @@ impl<'a> BitmapView<'a> {
     }
 
     /// The addresses of the bits `first..=last`.
-    pub(super) fn addresses(&self, first: u64, last: u64) -> IovaRange {
+    pub(crate) fn addresses(&self, first: u64, last: u64) -> IovaRange {
         let base = self.range.start().get();
         let start = Iova::new(base + (first << self.granule.lg2()));
         let last = Iova::new(base + (last << self.granule.lg2()) + self.granule.mask());

@@ -67,6 +67,16 @@ impl<'a> Backing<'a> {
         })
     }
 
+    /// Whether there may be a window that cannot be opened.
+    #[inline]
+    pub(super) fn may_fail(&self) -> bool {
+        match self {
+            Backing::Memory(_) | Backing::Sparse(_) => false,
+            #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
+            Backing::File(_) => true,
+        }
+    }
+
     /// The first window that holds `word` or a later one up to the position `last`, for reading. `None` if all those
     /// words are absent, so zero.
     pub(super) fn next_window(&self, word: u64, last: u64) -> Result<Option<Window<'a>>, Error> {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::units::{Granule, IovaRange};
+use crate::units::{Granule, Iova, IovaRange};
 
 /// How many disjoint ranges a gather keeps apart.
 const MAX_RANGES: usize = 32;
@@ -19,6 +19,8 @@ pub struct FlushGather {
     leaves: Option<Leaves>,
     entries: u64,
     tables: bool,
+    /// No gap between neighbours is smaller, of as many ranges as are kept apart; 0 if that is not known.
+    closest: u64,
 }
 
 /// The sizes of the leaves in a gather: an invalidation command may need to know them.
@@ -39,6 +41,7 @@ impl FlushGather {
             leaves: None,
             entries: 0,
             tables: false,
+            closest: 0,
         }
     }
 
@@ -89,6 +92,40 @@ impl FlushGather {
         self.insert(range);
     }
 
+    /// Owes the invalidation of leaves of one size: bit `n` of `mask` stands for the leaf `n` after the one at `start`. As
+    /// [`add`](Self::add) of each run of them, in ascending order; leaves past the end of the address space do not exist.
+    #[inline]
+    pub fn add_many(&mut self, start: Iova, leaf: Granule, mask: u64) {
+        let room = (u64::MAX - start.get()) >> leaf.lg2();
+        let mut rest = match room {
+            0..63 => mask & ((2 << room) - 1),
+            _ => mask,
+        };
+        if rest == 0 {
+            return;
+        }
+        self.entries = self.entries.saturating_add(rest.count_ones().into());
+        self.widen(Leaves {
+            smallest: leaf,
+            largest: leaf,
+        });
+        let nth = |nth: u32| {
+            let at = Iova::new(start.get() + (u64::from(nth) << leaf.lg2()));
+            IovaRange::from_len(at, leaf.bytes()).unwrap_or(IovaRange::granule_at(at, leaf))
+        };
+        // Behind a full gather, runs with no larger gap between them than the gather has are joined, one by one or all at once.
+        let behind = self.len == MAX_RANGES && self.ranges[MAX_RANGES - 1].last() < start;
+        if behind && !has_gap(rest, (self.closest >> leaf.lg2()) + 1) {
+            return self.insert(nth(rest.trailing_zeros()).hull(nth(rest.ilog2())));
+        }
+        while rest != 0 {
+            let first = rest.trailing_zeros();
+            let run = (rest >> first).trailing_ones();
+            self.insert(nth(first).hull(nth(first + run - 1)));
+            rest &= u64::MAX.checked_shl(first + run).unwrap_or(0);
+        }
+    }
+
     /// Owes that cached pointers to a table, which translated `range`, and the leaves in it be dropped. If the table goes
     /// away, its memory may be used again only after the flush: see [`FlushQueue::owe_then`](super::FlushQueue::owe_then).
     pub fn add_table(&mut self, range: IovaRange) {
@@ -116,7 +153,11 @@ impl FlushGather {
         }
     }
 
+    #[inline]
     fn widen(&mut self, leaves: Leaves) {
+        if self.leaves == Some(leaves) {
+            return;
+        }
         self.leaves = Some(match self.leaves {
             None => leaves,
             Some(old) => Leaves {
@@ -129,24 +170,27 @@ impl FlushGather {
     #[inline]
     fn insert(&mut self, range: IovaRange) {
         // A walk goes upwards, so the new range nearly always joins or follows the last one.
+        let full = self.len == MAX_RANGES;
         if let Some(last) = self.ranges[..self.len].last_mut()
             && last.start() <= range.start()
-            && touches(*last, range)
+            && (touches(*last, range) || full && gap(*last, range) <= self.closest)
         {
-            *last = hull(*last, range);
+            // The gaps between the ranges stay.
+            *last = last.hull(range);
             return;
         }
         self.insert_anywhere(range);
     }
 
     fn insert_anywhere(&mut self, mut range: IovaRange) {
+        self.closest = 0;
         // All ranges that touch the new one form a contiguous piece `from..to`; they become one with it.
         let from = self
             .ranges()
             .partition_point(|r| r.last() < range.start() && !touches(*r, range));
         let mut to = from;
         while to < self.len && touches(self.ranges[to], range) {
-            range = hull(range, self.ranges[to]);
+            range = range.hull(self.ranges[to]);
             to += 1;
         }
         if to > from {
@@ -162,15 +206,18 @@ impl FlushGather {
             let above = (from < self.len).then(|| gap(range, self.ranges[from]));
             let inner = closest.map(gap_below).unwrap_or(u64::MAX);
             if below.is_some_and(|b| b <= inner && above.is_none_or(|a| b <= a)) {
-                self.ranges[from - 1] = hull(self.ranges[from - 1], range);
+                if above.is_none() {
+                    self.closest = inner;
+                }
+                self.ranges[from - 1] = self.ranges[from - 1].hull(range);
                 return;
             }
             if above.is_some_and(|a| a <= inner) {
-                self.ranges[from] = hull(self.ranges[from], range);
+                self.ranges[from] = self.ranges[from].hull(range);
                 return;
             }
             if let Some(at) = closest {
-                self.ranges[at - 1] = hull(self.ranges[at - 1], self.ranges[at]);
+                self.ranges[at - 1] = self.ranges[at - 1].hull(self.ranges[at]);
                 self.remove(at, at + 1);
                 return self.insert_anywhere(range);
             }
@@ -204,18 +251,30 @@ impl fmt::Debug for FlushGather {
 }
 
 /// Whether the ranges overlap or follow each other without a gap.
+#[inline]
 fn touches(a: IovaRange, b: IovaRange) -> bool {
     a.intersects(b)
         || a.last().checked_add(1) == Some(b.start())
         || b.last().checked_add(1) == Some(a.start())
 }
 
-/// The smallest range that covers both.
-fn hull(a: IovaRange, b: IovaRange) -> IovaRange {
-    IovaRange::new(a.start().min(b.start()), a.last().max(b.last())).unwrap_or(a)
+/// Whether between the ones of `mask`, which has some, there are so many zeros in a row.
+#[inline]
+fn has_gap(mask: u64, zeros: u64) -> bool {
+    let inside = (u64::MAX << mask.trailing_zeros()) & (u64::MAX >> mask.leading_zeros());
+    let mut begins = !mask & inside;
+    // Where as many zeros as `found` begin, so do twice as many if as many begin behind them.
+    let mut found = 1;
+    while found < zeros && begins != 0 {
+        let more = found.min(zeros - found);
+        begins &= begins >> more;
+        found += more;
+    }
+    begins != 0
 }
 
 /// The bytes between two ranges of which `low` lies below `high`.
+#[inline]
 fn gap(low: IovaRange, high: IovaRange) -> u64 {
     high.start().get() - low.last().get() - 1
 }
@@ -223,11 +282,47 @@ fn gap(low: IovaRange, high: IovaRange) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::units::Iova;
     use std::collections::BTreeSet;
 
     fn range(start: u64, len: u64) -> IovaRange {
         IovaRange::from_len(Iova::new(start), len).unwrap()
+    }
+
+    #[test]
+    fn many_at_once_are_as_many_one_by_one() {
+        let mut x = 0x9E37_79B9_7F4A_7C15u64;
+        let mut next = || {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            x
+        };
+        for size in [Granule::K4, Granule::M2] {
+            for sparse in 0..6 {
+                let (mut many, mut single) = (FlushGather::new(), FlushGather::new());
+                let mut leaves = 0;
+                for nth in 0..2000u64 {
+                    let mask = (0..sparse).fold(next(), |mask, _| mask & next());
+                    // Mostly upwards, as a walk goes; sometimes anywhere.
+                    let word = if next() % 50 == 0 { next() % 4000 } else { nth };
+                    let start = Iova::new((word * 64) << size.lg2());
+                    many.add_many(start, size, mask);
+                    let mut bits = 0..64;
+                    while let Some(first) = bits.find(|bit| mask >> bit & 1 != 0) {
+                        let end = bits.find(|bit| mask >> bit & 1 == 0).unwrap_or(64);
+                        let run = Iova::new(start.get() + (first << size.lg2()));
+                        let bytes = (end - first) << size.lg2();
+                        single.add(IovaRange::from_len(run, bytes).unwrap(), size);
+                    }
+                    leaves += u64::from(mask.count_ones());
+                    assert_eq!(many.ranges(), single.ranges());
+                }
+                assert_eq!((many.entries(), many.leaves()), (leaves, single.leaves()));
+            }
+        }
+        let mut last = FlushGather::new();
+        last.add_many(Iova::new(u64::MAX - 0xfff), Granule::K4, u64::MAX);
+        assert_eq!((last.entries(), last.ranges()[0].len()), (1, 4096));
     }
 
     #[test]

@@ -19,6 +19,7 @@
 //!   between that flush and the clear. It comes before P5 for the same reason as in an abort.
 //! * Whoever reports the rest because it is in flight owes nothing for it: the rest stays dirty until P4 has happened.
 
+use super::Stopped;
 use super::in_flight::{InFlight, Slot};
 use crate::bitmap::Sink;
 use crate::error::Error;
@@ -110,6 +111,86 @@ impl<'s, 'b> LeafSink<'s, 'b> {
         }
         self.gather.add(leaf, size);
         clear();
+        Ok(())
+    }
+
+    /// Takes many leaves of one size that were seen dirty: bit `n` of `mask` stands for the leaf `n` after the one at `start`.
+    ///
+    /// As [`take`](Self::take) of each in ascending order, but all are recorded by one OR, and owed at once, before the first is
+    /// cleared. `clear` gets a mask, makes its leaves clean by one atomic step each, and returns those that were dirty until then.
+    /// Bits past the end of the address space stand for nothing.
+    ///
+    /// # Errors
+    /// [`Stopped`] at the first leaf that was not taken, with what [`take`](Self::take) says of it.
+    #[inline]
+    pub fn take_many(
+        &mut self,
+        start: Iova,
+        size: Granule,
+        mask: u64,
+        mut clear: impl FnMut(u64) -> u64,
+    ) -> Result<(), Stopped> {
+        if mask == 0 {
+            return Ok(());
+        }
+        if !self.covers(start, size, mask) {
+            return self.take_each(start, size, mask, clear);
+        }
+        if performs(Step::RecordBeforeClear) {
+            let recorded = self.sink.record_mask(start, size, mask);
+            recorded.map_err(|error| Stopped {
+                at: Iova::new(start.get() + (u64::from(mask.trailing_zeros()) << size.lg2())),
+                error,
+            })?;
+        }
+        self.gather.add_many(start, size, mask);
+        clear(mask);
+        Ok(())
+    }
+
+    /// Whether all leaves of [`take_many`](Self::take_many) exist and are asked for.
+    #[inline]
+    fn covers(&self, start: Iova, size: Granule, mask: u64) -> bool {
+        let range = self.range();
+        let whole = (size.lg2() <= 57).then(|| start.checked_add((63 << size.lg2()) + size.mask()));
+        if start >= range.start() && whole.flatten().is_some_and(|last| last <= range.last()) {
+            // Most words of a walk.
+            return true;
+        }
+        self.covers_each(start, size, mask)
+    }
+
+    #[cold]
+    fn covers_each(&self, start: Iova, size: Granule, mask: u64) -> bool {
+        let range = self.range();
+        let at = |nth: u32| u128::from(start.get()) + (u128::from(nth) << size.lg2());
+        let last = at(mask.ilog2()) + u128::from(size.mask());
+        at(mask.trailing_zeros()) >= range.start().get().into() && last <= range.last().get().into()
+    }
+
+    /// Takes the leaves of [`take_many`](Self::take_many) one by one.
+    #[cold]
+    fn take_each(
+        &mut self,
+        start: Iova,
+        size: Granule,
+        mask: u64,
+        mut clear: impl FnMut(u64) -> u64,
+    ) -> Result<(), Stopped> {
+        let mut rest = mask;
+        while rest != 0 {
+            let nth = rest.trailing_zeros();
+            rest &= rest - 1;
+            let at = u128::from(start.get()) + (u128::from(nth) << size.lg2());
+            let Ok(at) = u64::try_from(at).map(Iova::new) else {
+                break; // past the end of the address space
+            };
+            let Ok(leaf) = IovaRange::from_len(at, size.bytes()) else {
+                break; // the same, in part
+            };
+            self.take(leaf, size, || clear(1 << nth) != 0)
+                .map_err(|error| Stopped { at, error })?;
+        }
         Ok(())
     }
 

@@ -2,21 +2,17 @@
 //!
 //! The harvests are those of `harvest::lease` without areas and leases, so that the model stays small.
 
-use std::sync::Mutex as StdMutex;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use super::{InFlight, LeafSink, MarkOrdering, Marks, Rests};
 use crate::bitmap::UserBitmap;
 use crate::flush::{FlushGather, FlushQueue, Invalidated};
 use crate::sync::{
-    Arc, AtomicU64, Mutex, Ordering, Step, fence, leave_out, lock, performs, thread,
+    Arc, AtomicU64, Mutex, ONE_MODEL, Ordering, Step, fence, leave_out, lock, performs, thread,
 };
 use crate::units::{Granule, Iova, IovaRange};
 
 const PAGE: Granule = Granule::K4;
-
-/// One model at a time: the step that is left out is global.
-static ONE_AT_A_TIME: StdMutex<()> = StdMutex::new(());
 
 fn pages(first: u64, last: u64) -> IovaRange {
     IovaRange::new(Iova::new(first << 12), Iova::new(last << 12 | 0xfff)).unwrap()
@@ -133,7 +129,7 @@ fn model() -> bool {
 /// Rule 7: the rest of a leaf is neither invisible nor lost.
 #[test]
 fn the_rest_of_a_leaf_is_dirty_all_the_time() {
-    let _one = ONE_AT_A_TIME.lock().unwrap_or_else(|e| e.into_inner());
+    let _one = ONE_MODEL.lock().unwrap_or_else(|e| e.into_inner());
     for step in [None, Some(Step::GuardRest), Some(Step::OweAfterClear)] {
         static COUNTS: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize::new(0)];
         COUNTS.iter().for_each(|count| count.store(0, SeqCst));
@@ -157,7 +153,7 @@ fn the_rest_of_a_leaf_is_dirty_all_the_time() {
 /// What that can't show is that the compiler keeps the steps apart; a compiler fence does.
 #[test]
 fn a_mark_without_a_fence_needs_the_membarrier() {
-    let _one = ONE_AT_A_TIME.lock().unwrap_or_else(|e| e.into_inner());
+    let _one = ONE_MODEL.lock().unwrap_or_else(|e| e.into_inner());
     for step in [None, Some(Step::Membarrier)] {
         static COUNTS: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize::new(0)];
         COUNTS.iter().for_each(|count| count.store(0, SeqCst));

@@ -20,7 +20,9 @@
 //!
 //! A CPU that believes "already dirty" is thus an IOTLB entry, and the fence in `sync` is its flush.
 
-use crate::bitmap::{ChunkMap, OneGroup, Sink, word_runs};
+use std::convert::Infallible;
+
+use crate::bitmap::{ChunkMap, OneGroup, Sink, Taker, word_runs};
 use crate::error::Error;
 use crate::source::{MarkOrdering, Stopped};
 use crate::sync::{Arc, Step, performs};
@@ -80,39 +82,49 @@ impl Marks {
         range: IovaRange,
         sink: &mut Sink<'_>,
     ) -> Result<(), Stopped> {
+        let Some((first, last)) = self.bits_of(range) else {
+            return Ok(());
+        };
+        let records = performs(Step::RecordBeforeClear);
         if let Some(word) = sink.first_word(self.range.start(), self.page)
             && sink.range().covers(range.round_out(self.page))
-            && let Some((first, last)) = self.bits_of(range)
         {
             // Word by word as they are.
-            let record = |bit: u64, mask| match performs(Step::RecordBeforeClear) {
-                true => sink
-                    .or(word.wrapping_add(bit / 64), mask)
-                    .map_err(|error| self.stopped(bit, range, error)),
+            let record = |sink: &mut Sink<'_>, bit: u64, mask| match records {
+                true => sink.or(word.wrapping_add(bit / 64), mask),
                 false => Ok(()),
             };
-            return self.bits.take(first, last, record);
+            let recorder = Recorder::new(self, range, sink, record);
+            return self.bits.take(first, last, recorder);
         }
-        self.visit::<true>(range, |start, mask| {
-            if performs(Step::RecordBeforeClear) {
-                sink.record_mask(start, self.page, mask)?;
-            }
-            Ok(())
-        })
+        let record = |sink: &mut Sink<'_>, bit, mask| match records {
+            true => sink.record_mask(self.page_at(bit), self.page, mask),
+            false => Ok(()),
+        };
+        let recorder = Recorder::new(self, range, sink, record);
+        self.bits.take(first, last, recorder)
+    }
+
+    /// The address of the page of `bit`.
+    fn page_at(&self, bit: u64) -> Iova {
+        Iova::new(self.range.start().get() + (bit << self.page.lg2()))
     }
 
     /// A stop at the word that begins with `bit`.
     #[cold]
     fn stopped(&self, bit: u64, range: IovaRange, error: Error) -> Stopped {
-        let start = Iova::new(self.range.start().get() + (bit << self.page.lg2()));
-        let at = start.max(range.start());
+        let at = self.page_at(bit).max(range.start());
         Stopped { at, error }
     }
 
     /// Records the marks of `range` and leaves them.
     pub(crate) fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
-        self.visit::<false>(range, |start, mask| {
-            sink.record_mask(start, self.page, mask)
+        let Some((first, last)) = self.bits_of(range) else {
+            return Ok(());
+        };
+        self.bits.peek(first, last, |bit, mask| {
+            let recorded = sink.record_mask(self.page_at(bit), self.page, mask);
+            recorded.map_err(|error| self.stopped(bit, range, error))
         })
     }
 
@@ -125,21 +137,28 @@ impl Marks {
 
     /// Hands the marks of `range` to `taker`, as page and mask of the pages from there on, and forgets them.
     pub(crate) fn take(&self, range: IovaRange, mut taker: impl FnMut(Iova, u64)) {
-        let taken = self.visit::<true>(range, |start, mask| {
-            taker(start, mask);
-            Ok(())
-        });
-        debug_assert!(taken.is_ok());
+        let Some((first, last)) = self.bits_of(range) else {
+            return;
+        };
+        let Ok(()) = self
+            .bits
+            .take(first, last, |bit, mask| -> Result<(), Infallible> {
+                taker(self.page_at(bit), mask);
+                Ok(())
+            });
     }
 
     /// The marks of `range`, as runs in ascending order.
     pub(crate) fn runs(&self, range: IovaRange) -> Vec<IovaRange> {
         let mut runs = Vec::new();
-        let seen = self.visit::<false>(range, |start, mask| {
-            self.add_runs(start, mask, &mut runs);
-            Ok(())
-        });
-        debug_assert!(seen.is_ok());
+        if let Some((first, last)) = self.bits_of(range) {
+            let Ok(()) = self
+                .bits
+                .peek(first, last, |bit, mask| -> Result<(), Infallible> {
+                    self.add_runs(self.page_at(bit), mask, &mut runs);
+                    Ok(())
+                });
+        }
         runs
     }
 
@@ -164,30 +183,61 @@ impl Marks {
         }
     }
 
-    /// Calls `visit` for the marks of `range`, as page and mask of the pages from there on, and clears them after it if `TAKE`.
-    #[inline]
-    fn visit<const TAKE: bool>(
-        &self,
-        range: IovaRange,
-        mut visit: impl FnMut(Iova, u64) -> Result<(), Error>,
-    ) -> Result<(), Stopped> {
-        let Some((first, last)) = self.bits_of(range) else {
-            return Ok(());
-        };
-        let visit = |bit: u64, mask| {
-            let start = Iova::new(self.range.start().get() + (bit << self.page.lg2()));
-            visit(start, mask).map_err(|error| self.stopped(bit, range, error))
-        };
-        match TAKE {
-            true => self.bits.take(first, last, visit),
-            false => self.bits.peek(first, last, visit),
-        }
-    }
-
     /// The bits of the pages that `range` touches.
     fn bits_of(&self, range: IovaRange) -> Option<(u64, u64)> {
         let inside = range.intersection(self.range)?;
         Some(pages(self.range.start(), self.page, inside))
+    }
+}
+
+/// A harvest of marks: `record` writes bits of them into the sink.
+struct Recorder<'r, 'b, R> {
+    marks: &'r Marks,
+    /// What is asked for.
+    range: IovaRange,
+    sink: &'r mut Sink<'b>,
+    record: R,
+}
+
+impl<'r, 'b, R> Recorder<'r, 'b, R>
+where
+    R: FnMut(&mut Sink<'b>, u64, u64) -> Result<(), Error>,
+{
+    fn new(marks: &'r Marks, range: IovaRange, sink: &'r mut Sink<'b>, record: R) -> Self {
+        Recorder {
+            marks,
+            range,
+            sink,
+            record,
+        }
+    }
+}
+
+impl<'b, R> Taker for Recorder<'_, 'b, R>
+where
+    R: FnMut(&mut Sink<'b>, u64, u64) -> Result<(), Error>,
+{
+    type Error = Stopped;
+
+    #[inline]
+    fn may_fail(&self) -> bool {
+        self.sink.may_fail()
+    }
+
+    fn secure(&mut self, first: u64, last: u64) -> Result<bool, Stopped> {
+        // The last line may go on behind the last page.
+        let bits = u128::from(last - first) + 1;
+        let start = self.marks.page_at(first);
+        let end = u128::from(start.get()) + (bits << self.marks.page.lg2()) - 1;
+        let last = u64::try_from(end).map_or(Iova::MAX, Iova::new);
+        let secured = IovaRange::new(start, last).and_then(|range| self.sink.secure(range));
+        secured.map_err(|error| self.marks.stopped(first, self.range, error))
+    }
+
+    #[inline]
+    fn visit(&mut self, first: u64, mask: u64) -> Result<(), Stopped> {
+        let recorded = (self.record)(self.sink, first, mask);
+        recorded.map_err(|error| self.marks.stopped(first, self.range, error))
     }
 }
 

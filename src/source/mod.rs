@@ -49,8 +49,8 @@ pub struct Stopped {
 /// All methods take `&self` and may be called by many threads at once, on overlapping ranges too.
 ///
 /// # What an implementation owes
-/// * **A dirty bit is cleared only by [`LeafSink::take`]**, which records the leaf and owes its invalidation first, and
-///   by one atomic operation, from whose result follows whether the leaf was dirty.
+/// * **A dirty bit is cleared only by [`LeafSink::take`]** or [`take_many`](LeafSink::take_many), which record the leaf and owe
+///   its invalidation first, and by one atomic operation for each leaf, from whose result follows whether it was dirty.
 /// * **No waiting** in `read_and_clear` and `peek`: not for devices, not for `map` and `unmap`, not for each other.
 /// * **No way back**: no method calls into the address space that the source is attached to, except to look.
 pub trait DirtySource: Send + Sync {

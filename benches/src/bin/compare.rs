@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
+use std::time::Instant;
 use std::{fs, io};
 
 use clap::Parser;
@@ -13,7 +14,7 @@ static ALLOCATOR: Counting = Counting;
 /// Holds dirtymap against its peers: rounds in turn in one process, one table for each family on standard output.
 #[derive(Parser)]
 struct Options {
-    /// Under a minute instead of some; to see whether a change is for the better, not for numbers to keep.
+    /// Under a minute instead of some for each family; to see whether a change is for the better, not for numbers to keep.
     #[arg(long)]
     quick: bool,
     /// Only this family; may be given several times.
@@ -25,6 +26,9 @@ struct Options {
     /// Also writes one record for each workload and peer.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Also draws the ratios of each family, and how cost grows, into this directory.
+    #[arg(long, value_name = "DIRECTORY")]
+    plot: Option<PathBuf>,
     /// Also puts each table into this document, between `<!-- compare FAMILY -->` and `<!-- end -->`.
     #[arg(long, value_name = "FILE")]
     update: Option<PathBuf>,
@@ -32,7 +36,12 @@ struct Options {
 
 fn main() -> ExitCode {
     match run(&Options::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(problems) if problems.is_empty() => ExitCode::SUCCESS,
+        Ok(problems) => {
+            eprintln!("compare: the numbers are worth nothing:");
+            problems.iter().for_each(|problem| eprintln!("  {problem}"));
+            ExitCode::FAILURE
+        }
         Err(error) => {
             eprintln!("compare: {error}");
             ExitCode::FAILURE
@@ -40,7 +49,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(options: &Options) -> io::Result<()> {
+/// Returns what is wrong with the numbers.
+fn run(options: &Options) -> io::Result<Vec<String>> {
     let mut settings = if options.quick {
         Settings::quick()
     } else {
@@ -51,18 +61,28 @@ fn run(options: &Options) -> io::Result<()> {
     let chosen =
         |name: &str| options.only.is_empty() || options.only.iter().any(|only| only == name);
     for family in FAMILIES.iter().filter(|family| chosen(family.name)) {
+        let began = Instant::now();
         (family.run)(&settings, &mut report);
+        let took = began.elapsed().as_secs_f64();
+        if report.rows_of(family.name) == 0 && settings.matching.is_empty() {
+            report.problem(family.name, "not a single row".to_owned());
+        }
         let section = format!("{}\n\n{}", heading(&settings), report.table(family.name));
         println!("## {}\n\n{section}", family.name);
+        let (met, all) = report.targets(family.name);
+        eprintln!("{}: {met} of {all} targets met, {took:.1} s", family.name);
         if let Some(path) = &options.update {
             let document = fs::read_to_string(path)?;
             fs::write(path, replaced(&document, family.name, &section)?)?;
+        }
+        if let Some(directory) = &options.plot {
+            report.plot(family.name, directory)?;
         }
     }
     if let Some(path) = &options.json {
         fs::write(path, format!("{:#}\n", report.records()))?;
     }
-    Ok(())
+    Ok(report.problems().to_vec())
 }
 
 /// When, where and what.
@@ -76,8 +96,8 @@ fn heading(settings: &Settings) -> String {
         .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
         .map_or("unknown", |(_, model)| model);
     format!(
-        "{date}, commit {commit}, {cpus} CPUs of a virtual machine ({model}), {} rounds. Least / median of all rounds.",
-        settings.rounds
+        "{date}, commit {commit}, {cpus} CPUs of a virtual machine ({model}), {} to {} rounds. Least / median of all rounds.",
+        settings.least_rounds, settings.rounds
     )
 }
 

@@ -8,15 +8,22 @@ use dirtymap::sync::{AtomicU64, Ordering};
 use dirtymap::{AddressSpace, AreaMap, Mapping};
 
 use super::ticks::{self, Clock};
-use super::{Contestant, Endless, Family, Report, Settings, Unit, contest, memory, per_operation};
+use super::{
+    Contestant, Endless, Family, Report, Role, Scale, Settings, Target, Unit, Workload, contest,
+    memory, per_operation,
+};
 use crate::peers::{
     LockedBTree, LockedRangeMap, ParkingLotBTree, SccTree, SkipList, SwappedOrdMap,
 };
 use crate::workloads::{Random, addresses, areas, beside};
-use crate::{Areas, PAGE};
+use crate::{Areas, PAGE, sum};
 
 /// Maps of areas.
-pub const FAMILY: Family = Family { name: "areas", run };
+pub const FAMILY: Family = Family {
+    name: "areas",
+    run,
+    grow: Some(grow),
+};
 
 /// Addresses that are looked up before one comes again: more than caches remember.
 const ADDRESSES: usize = 1 << 18;
@@ -26,22 +33,34 @@ const TIMED: usize = 1 << 16;
 /// A peer with its areas.
 struct Filled {
     peer: Box<dyn Areas>,
-    ours: bool,
+    role: Role,
     /// Bytes for each area.
     bytes: f64,
 }
 
-/// All peers. The first one is what ratios are against: it does what the peers do, and no more.
-#[allow(clippy::type_complexity)] // a list of names
-const PEERS: [(bool, fn() -> Box<dyn Areas>); 8] = [
-    (true, boxed::<AreaMap<Mapping>>),
-    (true, boxed::<AddressSpace>),
-    (false, boxed::<LockedBTree>),
-    (false, boxed::<ParkingLotBTree>),
-    (false, boxed::<LockedRangeMap>),
-    (false, boxed::<SkipList>),
-    (false, boxed::<SccTree>),
-    (false, boxed::<SwappedOrdMap>),
+type New = (Role, fn() -> Box<dyn Areas>);
+
+/// The tree alone: it does what the peers do, and no more.
+const TREE: New = (Role::Ours, boxed::<AreaMap<Mapping>>);
+
+/// All peers. The first one is what ratios are against.
+const PEERS: [New; 8] = [
+    TREE,
+    (Role::Ours, boxed::<AddressSpace>),
+    (Role::Peer, boxed::<LockedBTree>),
+    (Role::Peer, boxed::<ParkingLotBTree>),
+    (Role::Peer, boxed::<LockedRangeMap>),
+    (Role::Peer, boxed::<SkipList>),
+    (Role::Peer, boxed::<SccTree>),
+    (Role::Peer, boxed::<SwappedOrdMap>),
+];
+
+/// Those whose growth is shown: one of each kind.
+const GROWN: [New; 4] = [
+    TREE,
+    (Role::Peer, boxed::<LockedBTree>),
+    (Role::Peer, boxed::<SkipList>),
+    (Role::Peer, boxed::<SccTree>),
 ];
 
 fn boxed<A: Areas + 'static>() -> Box<dyn Areas> {
@@ -53,8 +72,8 @@ pub fn peers() -> Vec<Box<dyn Areas>> {
     PEERS.iter().map(|(_, new)| new()).collect()
 }
 
-fn fill(settings: &Settings, mappings: &[Mapping]) -> Vec<Filled> {
-    let fill = |&(ours, new): &(bool, fn() -> Box<dyn Areas>)| {
+fn fill(settings: &Settings, peers: &[New], mappings: &[Mapping]) -> Vec<Filled> {
+    let fill = |&(role, new): &New| {
         settings.at(format!("mapping {} areas", mappings.len()));
         let (peer, bytes) = memory::grown_by(|| {
             let peer = new();
@@ -63,94 +82,86 @@ fn fill(settings: &Settings, mappings: &[Mapping]) -> Vec<Filled> {
         });
         Filled {
             peer,
-            ours,
+            role,
             bytes: bytes as f64 / mappings.len() as f64,
         }
     };
-    PEERS.iter().map(fill).collect()
+    peers.iter().map(fill).collect()
+}
+
+/// Areas, and what is asked of them.
+struct Asked {
+    mappings: Vec<Mapping>,
+    addresses: Vec<u64>,
+    /// Some of the areas, at random.
+    shuffled: Vec<Mapping>,
+}
+
+impl Asked {
+    fn of(count: usize) -> Self {
+        let mappings = areas(count);
+        let mut random = Random::fixed();
+        Asked {
+            addresses: addresses(&mappings, ADDRESSES),
+            shuffled: (0..ADDRESSES)
+                .map(|_| mappings[random.below(count as u64) as usize])
+                .collect(),
+            mappings,
+        }
+    }
 }
 
 fn run(settings: &Settings, report: &mut Report) {
     let clock = Clock::calibrated();
     for (label, count) in [("1K", 1_000), ("100K", 100_000), ("1M", 1_000_000)] {
-        let mappings = areas(count);
-        let filled = fill(settings, &mappings);
-        let addresses = addresses(&mappings, ADDRESSES);
-        let mut random = Random::fixed();
-        let shuffled: Vec<Mapping> = (0..ADDRESSES)
-            .map(|_| mappings[random.below(count as u64) as usize])
-            .collect();
+        let asked = Asked::of(count);
+        let filled = fill(settings, &PEERS, &asked.mappings);
         let mut round = Round {
             settings,
             report,
-            label,
+            family: FAMILY.name,
             filled: &filled,
+            asked: &asked,
         };
-        round.compare(&["lookup"], |peer| {
-            let mut addresses = Endless::new(&addresses);
-            turns(move || {
-                let look_up = |count| {
-                    addresses.take(count, |some| {
-                        black_box(peer.look_up_all(some));
-                    })
-                };
-                vec![per_operation(settings.turn, look_up)]
-            })
-        });
-        let beside_a_writer = [
-            "lookup beside a writer",
-            "lookup beside a writer, p50",
-            "lookup beside a writer, p99",
-            "lookup beside a writer, p99.9",
-            "remove and insert of that writer",
-        ];
-        round.compare(&beside_a_writer, |peer| {
-            let (mut asked, timed) = (Endless::new(&addresses), &addresses[..TIMED]);
-            let shuffled = &shuffled;
-            turns(move || {
-                look_up_beside_a_writer(settings, clock, peer, &mut asked, timed, shuffled)
-            })
-        });
-        round.compare(&["remove and insert"], |peer| {
-            let mut mappings = Endless::new(&shuffled);
-            turns(move || {
-                let remap = |count| mappings.take(count, |some| peer.remap_all(some));
-                vec![per_operation(settings.turn, remap)]
-            })
-        });
-        for (workload, pages) in [
-            ("first fit above all areas", 16),
-            ("first fit near the bottom", 1),
-        ] {
-            round.compare(&[workload], |peer| {
-                // Not those who find places only to take them.
-                peer.first_fit(PAGE)?;
-                turns(move || {
-                    let find = |count| {
-                        for _ in 0..count {
-                            black_box(peer.first_fit(black_box(pages * PAGE)));
-                        }
-                    };
-                    vec![per_operation(settings.turn, find)]
-                })
-            });
+        let time = |name: &str| Workload::time(format!("{name}, {label}"));
+        round.look_up(time("lookup").target(Target::Ratio(1.8)));
+        let mut slowest = time("lookup beside a writer, p99.9");
+        if count == 100_000 {
+            slowest = slowest.target(Target::AtMost(2000.0));
         }
-        round.compare(&["snapshot and scan, for one area"], |peer| {
-            turns(move || {
-                let scan = |times| {
-                    for _ in 0..times {
-                        black_box(peer.scan());
-                    }
-                };
-                vec![per_operation(settings.turn, scan) / count as f64]
-            })
-        });
+        round.look_up_beside_a_writer(
+            clock,
+            vec![
+                time("lookup beside a writer").target(Target::Ratio(2.5)),
+                time("lookup beside a writer, p50"),
+                time("lookup beside a writer, p99"),
+                slowest,
+                time("remove and insert of that writer"),
+            ],
+        );
+        let mut change = time("remove and insert")
+            .target(Target::RatioTo("rwlock-btreemap", 0.25))
+            .target(Target::RatioTo("scc-treeindex", 1.0))
+            .target(Target::RatioTo("arc-swap-imbl", 1.0));
+        if count == 100_000 {
+            change = change.target(Target::AtMost(600.0));
+        }
+        round.remap(change);
+        let mut worst = time("first fit above all areas");
+        if count == 1_000_000 {
+            worst = worst
+                .target(Target::AtMost(100.0))
+                .target(Target::Ratio(10_000.0));
+        }
+        round.fit(worst, 16);
+        round.fit(time("first fit near the bottom"), 1);
+        round.scan(time("snapshot and scan, for one area"));
         if filled.iter().all(|filled| filled.bytes > 0.0) {
+            let workload = Workload::new(format!("memory for one area, {label}"), Unit::Bytes);
             let cells = filled
                 .iter()
-                .map(|f| (f.peer.name(), f.ours, vec![f.bytes]));
-            let workload = format!("memory for one area, {label}");
-            report.add(FAMILY.name, workload, Unit::Bytes, cells.collect());
+                .map(|filled| (filled.peer.name(), filled.role, vec![filled.bytes]));
+            report.add(FAMILY.name, workload, cells.collect());
         }
     }
     report.note(
@@ -162,41 +173,164 @@ fn run(settings: &Settings, report: &mut Report) {
     );
 }
 
+fn grow(settings: &Settings, report: &mut Report, family: &'static str) {
+    let asked = [1_000, 10_000, 100_000, 1_000_000].map(Asked::of);
+    let filled: Vec<_> = asked
+        .iter()
+        .map(|asked| fill(settings, &GROWN, &asked.mappings))
+        .collect();
+    let mut each = |curve: &str, contest: &dyn Fn(&mut Round<'_, '_>, Workload)| {
+        for (asked, filled) in asked.iter().zip(&filled) {
+            let mut round = Round {
+                settings,
+                report,
+                family,
+                filled,
+                asked,
+            };
+            let workload = Workload::grown(curve, asked.mappings.len() as f64, Scale::Items);
+            contest(&mut round, workload);
+        }
+    };
+    each("lookup in areas", &|round, workload| {
+        round.look_up(workload)
+    });
+    each("remove and insert of an area", &|round, workload| {
+        round.remap(workload);
+    });
+    each("first fit above all areas", &|round, workload| {
+        round.fit(workload, 16);
+    });
+}
+
 /// Contests of all peers with areas of one count.
 struct Round<'a, 'r> {
     settings: &'a Settings,
     report: &'r mut Report,
-    label: &'static str,
+    family: &'static str,
     filled: &'a [Filled],
+    asked: &'a Asked,
 }
 
-/// The turns of one peer; `None` if it does not take part.
-type Turns<'a> = Option<Box<dyn FnMut() -> Vec<f64> + 'a>>;
-
-fn turns<'a>(turn: impl FnMut() -> Vec<f64> + 'a) -> Turns<'a> {
-    Some(Box::new(turn))
-}
+/// The turns of one peer.
+type Turns<'a> = Box<dyn FnMut() -> Vec<f64> + 'a>;
 
 impl<'a> Round<'a, '_> {
-    fn compare(&mut self, workloads: &[&str], turns: impl Fn(&'a dyn Areas) -> Turns<'a>) {
+    fn look_up(&mut self, workload: Workload) {
+        let (settings, asked) = (self.settings, self.asked);
+        self.compare(vec![workload], sum_of_lookups, |peer| {
+            let mut addresses = Endless::new(&asked.addresses);
+            Some(Box::new(move || {
+                let look_up = |count| {
+                    addresses.take(count, |some| {
+                        black_box(peer.look_up_all(some));
+                    })
+                };
+                vec![per_operation(settings.turn, look_up)]
+            }))
+        });
+    }
+
+    fn look_up_beside_a_writer(&mut self, clock: Clock, workloads: Vec<Workload>) {
+        let (settings, asked) = (self.settings, self.asked);
+        let timed = if settings.thorough { TIMED } else { TIMED / 8 };
+        self.compare(workloads, sum_of_lookups, |peer| {
+            let (mut addresses, timed) =
+                (Endless::new(&asked.addresses), &asked.addresses[..timed]);
+            Some(Box::new(move || {
+                look_up_beside_a_writer(
+                    settings,
+                    clock,
+                    peer,
+                    &mut addresses,
+                    timed,
+                    &asked.shuffled,
+                )
+            }))
+        });
+    }
+
+    fn remap(&mut self, workload: Workload) {
+        let (settings, asked) = (self.settings, self.asked);
+        self.compare(
+            vec![workload],
+            |peer, _| peer.scan(),
+            |peer| {
+                let mut mappings = Endless::new(&asked.shuffled);
+                Some(Box::new(move || {
+                    let remap = |count| mappings.take(count, |some| peer.remap_all(some));
+                    vec![per_operation(settings.turn, remap)]
+                }))
+            },
+        );
+    }
+
+    fn fit(&mut self, workload: Workload, pages: u64) {
+        let settings = self.settings;
+        let place = move |peer: &dyn Areas| peer.first_fit(black_box(pages * PAGE));
+        self.compare(
+            vec![workload],
+            move |peer, _| place(peer).map_or(0, |range| range.start().get()),
+            |peer| {
+                // Not those who find places only to take them.
+                place(peer)?;
+                Some(Box::new(move || {
+                    let find = |count| {
+                        for _ in 0..count {
+                            black_box(place(peer));
+                        }
+                    };
+                    vec![per_operation(settings.turn, find)]
+                }))
+            },
+        );
+    }
+
+    fn scan(&mut self, workload: Workload) {
+        let (settings, count) = (self.settings, self.asked.mappings.len());
+        self.compare(
+            vec![workload],
+            |peer, _| peer.scan(),
+            |peer| {
+                Some(Box::new(move || {
+                    let scan = |times| {
+                        for _ in 0..times {
+                            black_box(peer.scan());
+                        }
+                    };
+                    vec![per_operation(settings.turn, scan) / count as f64]
+                }))
+            },
+        );
+    }
+
+    fn compare(
+        &mut self,
+        workloads: Vec<Workload>,
+        output: impl Fn(&dyn Areas, &Asked) -> u64 + Copy + 'a,
+        turns: impl Fn(&'a dyn Areas) -> Option<Turns<'a>>,
+    ) {
+        let asked = self.asked;
         let contestants = self.filled.iter().filter_map(|filled| {
-            Some(Contestant {
-                name: filled.peer.name(),
-                ours: filled.ours,
-                turn: turns(&*filled.peer)?,
-            })
+            let peer = &*filled.peer;
+            let contestant = Contestant::new(peer.name(), filled.role, turns(peer)?);
+            Some(contestant.checked(move || output(peer, asked)))
         });
         let contestants = contestants.collect();
-        let name = |workload| (format!("{workload}, {}", self.label), Unit::Nanoseconds);
-        let workloads: Vec<_> = workloads.iter().map(name).collect();
         contest(
             self.settings,
             self.report,
-            FAMILY.name,
-            &workloads,
+            self.family,
+            workloads,
             contestants,
         );
     }
+}
+
+/// What some lookups find.
+fn sum_of_lookups(peer: &dyn Areas, asked: &Asked) -> u64 {
+    let found = asked.addresses[..1 << 12].iter();
+    sum(found.filter_map(|iova| peer.lookup(*iova)))
 }
 
 /// Lookups while another thread removes areas and inserts them again without pause.

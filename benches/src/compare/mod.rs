@@ -1,24 +1,68 @@
 //! Ours beside all peers in one process: rounds in turn, one table for each family.
 //!
 //! ```text
-//!  Family --for each workload--> Contest: every peer, round after round --samples--> Report --> table, JSON
+//!  Family --for each workload--> Contest: every peer, round after round --samples--> Report --> table, JSON, plots
 //! ```
 //!
 //! A machine that others use as well has slow and fast phases, some of them longer than a round. So the peers take turns
 //! within a round, a ratio is that of one round, and what is shown are the least and the median over all rounds.
 //!
-//! A family is one file: a list of workloads that it puts to its peers.
+//! # A family
+//! One file, and one line in [`FAMILIES`]. Its `run` builds the peers and calls [`contest`] for each set of workloads that
+//! are measured together:
+//!
+//! ```
+//! use dirtymap_benches::compare::{Contestant, Report, Settings, Target, Workload, contest, per_operation};
+//! use std::hint::black_box;
+//!
+//! let settings = Settings::quick();
+//! let mut report = Report::default();
+//! let numbers: Vec<u64> = (0..1000).collect();
+//! let (numbers, turn) = (&numbers, settings.turn);
+//! let by_loop = move |times| for _ in 0..times { black_box(black_box(numbers).iter().sum::<u64>()); };
+//! let by_fold = move |times| for _ in 0..times { black_box(black_box(numbers).iter().fold(0, |sum, n| sum + n)); };
+//! contest(
+//!     &settings,
+//!     &mut report,
+//!     "sums",
+//!     vec![Workload::time("sum of 1000").target(Target::Ratio(0.5))],
+//!     vec![
+//!         Contestant::ours("loop", move || vec![per_operation(turn, by_loop)]).checked(|| numbers.iter().sum()),
+//!         Contestant::peer("fold", move || vec![per_operation(turn, by_fold)]).checked(|| 499_500),
+//!     ],
+//! );
+//! assert!(report.problems().is_empty());
+//! println!("{}", report.table("sums"));
+//! ```
+//!
+//! Its `grow`, if it has one, runs its main operations over three decades of size, by workloads that are
+//! [`grown`](Workload::grown), and reports them as of the family that it is told; the family `growth` calls it.
+//!
+//! # Time
+//! A contest ends when all rounds are done, or with the first round, but not before [`Settings::least_rounds`], in which
+//! [`Settings::contest`] is over: so a family takes as long as its contests and what it builds for them. With
+//! [`Settings::thorough`] that is about two minutes for each, with [`Settings::quick`] under ten seconds; what takes longer to
+//! build is left out there.
 
+use std::io::{IsTerminal, stderr};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
 pub mod areas;
+pub mod end_to_end;
+pub mod growth;
+pub mod harvest;
+pub mod marks;
 pub mod memory;
+mod plot;
 mod report;
+mod row;
+pub mod tables;
 pub(crate) mod ticks;
 
 pub use report::Report;
+pub use row::{Role, Scale, Target, Unit, Workload};
 
 /// Workloads that are measured and shown together.
 pub struct Family {
@@ -26,44 +70,61 @@ pub struct Family {
     pub name: &'static str,
     /// Runs all its contests.
     pub run: fn(&Settings, &mut Report),
+    /// Runs its main operations over three decades of size, and reports them as of the family of this name.
+    pub grow: Option<fn(&Settings, &mut Report, &'static str)>,
 }
 
 /// All families, in the order in which they are run.
-pub const FAMILIES: &[Family] = &[areas::FAMILY];
+pub const FAMILIES: &[Family] = &[
+    marks::FAMILY,
+    harvest::FAMILY,
+    tables::FAMILY,
+    end_to_end::FAMILY,
+    areas::FAMILY,
+    growth::FAMILY,
+];
 
 /// How thoroughly to measure.
 pub struct Settings {
-    /// How often each peer has its turn.
+    /// How often each peer has its turn, if there is time.
     pub rounds: usize,
-    /// Only workloads whose name contains this.
-    pub matching: String,
+    /// How often each peer has its turn, however long it takes.
+    pub least_rounds: usize,
     /// How long one turn takes, for workloads that can be repeated at will.
     pub turn: Duration,
+    /// After this, a contest ends with the round.
+    pub contest: Duration,
+    /// Whether numbers are wanted that can be kept; else what takes long to build is left out.
+    pub thorough: bool,
+    /// Only workloads whose name contains this.
+    pub matching: String,
     /// Where the run is; on standard error.
     progress: ProgressBar,
 }
 
 impl Settings {
-    /// Under a minute, to see whether a change is for the better.
+    /// Under a minute for all families, to see whether a change is for the better and nothing is broken.
     pub fn quick() -> Self {
-        Settings::new(3, Duration::from_millis(3))
+        Settings {
+            rounds: 3,
+            least_rounds: 2,
+            turn: Duration::from_millis(2),
+            contest: Duration::from_millis(150),
+            thorough: false,
+            matching: String::new(),
+            progress: progress(),
+        }
     }
 
     /// Some minutes, for numbers to keep.
     pub fn thorough() -> Self {
-        Settings::new(15, Duration::from_millis(20))
-    }
-
-    fn new(rounds: usize, turn: Duration) -> Self {
-        let progress = ProgressBar::new_spinner();
-        if let Ok(style) = ProgressStyle::with_template("{spinner} [{elapsed_precise}] {msg}") {
-            progress.set_style(style);
-        }
         Settings {
-            rounds,
-            matching: String::new(),
-            turn,
-            progress,
+            rounds: 15,
+            least_rounds: 3,
+            turn: Duration::from_millis(15),
+            contest: Duration::from_secs(3),
+            thorough: true,
+            ..Settings::quick()
         }
     }
 
@@ -72,51 +133,97 @@ impl Settings {
         self.progress.set_message(what.into());
         self.progress.tick();
     }
+
+    /// Says which contest begins, where a line that changes cannot be shown.
+    fn begin(&self, what: &str) {
+        if self.progress.is_hidden() {
+            eprintln!("{what}");
+        }
+    }
 }
 
-/// What a number counts.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Unit {
-    /// Nanoseconds for one operation.
-    Nanoseconds,
-    /// Bytes for one item.
-    Bytes,
+fn progress() -> ProgressBar {
+    if !stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let progress = ProgressBar::new_spinner();
+    if let Ok(style) = ProgressStyle::with_template("{spinner} [{elapsed_precise}] {msg}") {
+        progress.set_style(style);
+    }
+    progress
 }
 
 /// One who takes turns: a peer with its state.
 pub struct Contestant<'a> {
-    /// The name of the peer.
-    pub name: &'static str,
-    /// Whether it is one of ours; ratios are against the first one that is.
-    pub ours: bool,
-    /// One turn: a number for each of the contest's workloads.
-    pub turn: Box<dyn FnMut() -> Vec<f64> + 'a>,
+    name: &'static str,
+    role: Role,
+    turn: Box<dyn FnMut() -> Vec<f64> + 'a>,
+    check: Option<Box<dyn FnMut() -> u64 + 'a>>,
 }
 
-/// Lets all take turns, and records `workloads`: what the numbers of a turn stand for.
+impl<'a> Contestant<'a> {
+    /// One who takes part as `role`. A turn gives a number for each of the contest's workloads.
+    pub fn new(name: &'static str, role: Role, turn: impl FnMut() -> Vec<f64> + 'a) -> Self {
+        Contestant {
+            name,
+            role,
+            turn: Box::new(turn),
+            check: None,
+        }
+    }
+
+    /// One of ours.
+    pub fn ours(name: &'static str, turn: impl FnMut() -> Vec<f64> + 'a) -> Self {
+        Contestant::new(name, Role::Ours, turn)
+    }
+
+    /// Somebody else's.
+    pub fn peer(name: &'static str, turn: impl FnMut() -> Vec<f64> + 'a) -> Self {
+        Contestant::new(name, Role::Peer, turn)
+    }
+
+    /// What the machine allows at best.
+    pub fn limit(name: &'static str, turn: impl FnMut() -> Vec<f64> + 'a) -> Self {
+        Contestant::new(name, Role::Limit, turn)
+    }
+
+    /// The same, with an output: a sum over all that the work gives. It is asked for before the first round and after the
+    /// last one, is not timed, and must be the same for all who have one.
+    pub fn checked(mut self, output: impl FnMut() -> u64 + 'a) -> Self {
+        self.check = Some(Box::new(output));
+        self
+    }
+}
+
+/// Lets all take turns, and records `workloads`: what the numbers of a turn stand for. Outputs that differ, and numbers that
+/// are none, are [problems](Report::problems).
 pub fn contest(
     settings: &Settings,
     report: &mut Report,
     family: &'static str,
-    workloads: &[(String, Unit)],
+    workloads: Vec<Workload>,
     mut contestants: Vec<Contestant<'_>>,
 ) {
-    if !workloads
-        .iter()
-        .any(|(name, _)| name.contains(&settings.matching))
-    {
+    let wanted = |workload: &Workload| workload.name.contains(&settings.matching);
+    let Some(first) = workloads.iter().find(|workload| wanted(workload)) else {
         return;
-    }
+    };
+    let what = format!("{family}: {}", first.name);
+    settings.begin(&what);
+    check(report, family, &what, &mut contestants);
     // samples[contestant][workload][round]
     let mut samples = vec![vec![Vec::new(); workloads.len()]; contestants.len()];
+    let began = Instant::now();
     for round in 0..settings.rounds {
+        if round >= settings.least_rounds && began.elapsed() >= settings.contest {
+            break;
+        }
         for step in 0..contestants.len() {
             // Nobody always comes first.
             let at = (step + round) % contestants.len();
-            let name = contestants[at].name;
-            let (workload, rounds) = (&workloads[0].0, settings.rounds);
             settings.at(format!(
-                "{workload}: {name}, round {} of {rounds}",
+                "{what}: {}, round {}",
+                contestants[at].name,
                 round + 1
             ));
             let numbers = (contestants[at].turn)();
@@ -125,16 +232,40 @@ pub fn contest(
             }
         }
     }
-    for (at, (workload, unit)) in workloads.iter().enumerate() {
-        let rows = contestants.iter().zip(&mut samples);
-        let rows =
-            rows.map(|(who, samples)| (who.name, who.ours, std::mem::take(&mut samples[at])));
-        report.add(family, workload.clone(), *unit, rows.collect());
+    check(report, family, &what, &mut contestants);
+    for (at, workload) in workloads.into_iter().enumerate() {
+        let cells = contestants.iter().zip(&mut samples);
+        let cells =
+            cells.map(|(who, samples)| (who.name, who.role, std::mem::take(&mut samples[at])));
+        report.add(family, workload, cells.collect());
+    }
+}
+
+/// Compares the outputs of all who have one.
+fn check(
+    report: &mut Report,
+    family: &'static str,
+    what: &str,
+    contestants: &mut [Contestant<'_>],
+) {
+    let mut first: Option<(&'static str, u64)> = None;
+    for contestant in contestants {
+        let Some(output) = contestant.check.as_mut().map(|check| check()) else {
+            continue;
+        };
+        let (name, expected) = *first.get_or_insert((contestant.name, output));
+        if output != expected {
+            let text = format!(
+                "{what}: the outputs of {name} and {} differ",
+                contestant.name
+            );
+            report.problem(family, text);
+        }
     }
 }
 
 /// Nanoseconds for one of the operations that `run` performs as many of as it is told, over about `turn`.
-fn per_operation(turn: Duration, mut run: impl FnMut(usize)) -> f64 {
+pub fn per_operation(turn: Duration, mut run: impl FnMut(usize)) -> f64 {
     // Enough of them that the clock does not count.
     let mut batch = 1;
     let (mut operations, mut spent) = (0, Duration::ZERO);
@@ -156,23 +287,56 @@ fn per_operation(turn: Duration, mut run: impl FnMut(usize)) -> f64 {
 }
 
 /// The next `count` items of a list without an end.
-struct Endless<'a, T> {
+pub struct Endless<'a, T> {
     items: &'a [T],
     next: usize,
 }
 
 impl<'a, T> Endless<'a, T> {
-    fn new(items: &'a [T]) -> Self {
+    /// From the first item on.
+    pub fn new(items: &'a [T]) -> Self {
         Endless { items, next: 0 }
     }
 
     /// Calls `each` with one or more slices that have `count` items together.
-    fn take(&mut self, mut count: usize, mut each: impl FnMut(&'a [T])) {
+    pub fn take(&mut self, mut count: usize, mut each: impl FnMut(&'a [T])) {
         while count > 0 {
             let end = self.items.len().min(self.next + count);
             each(&self.items[self.next..end]);
             count -= end - self.next;
             self.next = end % self.items.len();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn outputs_that_differ_are_a_problem() {
+        let of = |outputs: [u64; 2]| {
+            let mut report = Report::default();
+            let one = || vec![1.0];
+            let contestants = vec![
+                Contestant::ours("ours", one).checked(|| outputs[0]),
+                Contestant::peer("theirs", one).checked(|| outputs[1]),
+                Contestant::peer("without", one),
+            ];
+            let workloads = vec![Workload::time("w")];
+            contest(&Settings::quick(), &mut report, "f", workloads, contestants);
+            report.problems().len()
+        };
+        assert_eq!(of([7, 7]), 0);
+        assert_eq!(of([7, 8]), 2, "before and after");
+    }
+
+    #[test]
+    fn a_number_that_a_turn_does_not_give_is_a_problem() {
+        let mut report = Report::default();
+        let workloads = vec![Workload::time("one"), Workload::time("two")];
+        let contestants = vec![Contestant::ours("ours", || vec![1.0])];
+        contest(&Settings::quick(), &mut report, "f", workloads, contestants);
+        assert_eq!(report.problems(), ["f: two: ours has no samples"]);
     }
 }

@@ -1,64 +1,10 @@
-//! What was measured: as a table, and as records.
+//! What was measured: as a table, and as records; and what is wrong with it.
 
 use std::fmt::Write;
 
 use serde_json::{Value, json};
 
-use super::Unit;
-
-/// The samples of one peer in one workload.
-struct Cell {
-    peer: &'static str,
-    ours: bool,
-    /// One for each round.
-    samples: Vec<f64>,
-}
-
-impl Cell {
-    fn min(&self) -> f64 {
-        self.samples.iter().copied().fold(f64::INFINITY, f64::min)
-    }
-
-    fn median(&self) -> f64 {
-        median(&self.samples)
-    }
-}
-
-struct Row {
-    family: &'static str,
-    workload: String,
-    unit: Unit,
-    cells: Vec<Cell>,
-}
-
-/// How many times longer a peer takes than ours: the least, the median and the greatest of all rounds.
-struct Ratio {
-    least: f64,
-    median: f64,
-    greatest: f64,
-}
-
-impl Row {
-    fn ours(&self) -> Option<&Cell> {
-        self.cells.iter().find(|cell| cell.ours)
-    }
-
-    fn best_peer(&self) -> Option<&Cell> {
-        let peers = self.cells.iter().filter(|cell| !cell.ours);
-        peers.min_by(|a, b| a.median().total_cmp(&b.median()))
-    }
-
-    fn ratio(&self, peer: &Cell) -> Option<Ratio> {
-        let ours = self.ours()?;
-        let rounds = peer.samples.iter().zip(&ours.samples);
-        let ratios: Vec<f64> = rounds.map(|(theirs, ours)| theirs / ours).collect();
-        Some(Ratio {
-            least: ratios.iter().copied().fold(f64::INFINITY, f64::min),
-            median: median(&ratios),
-            greatest: ratios.iter().copied().fold(0.0, f64::max),
-        })
-    }
-}
+use super::row::{Cell, Ratio, Role, Row, Unit, Workload, short};
 
 /// All that was measured.
 #[derive(Default)]
@@ -66,31 +12,85 @@ pub struct Report {
     rows: Vec<Row>,
     /// Lines below the table.
     notes: Vec<(&'static str, String)>,
+    /// What makes the numbers worthless.
+    problems: Vec<String>,
+}
+
+/// How one who took part grows with the size: the slope of the logarithm of its time over that of the size. 0 says that
+/// the size does not matter, 1 that the time is in proportion.
+pub(super) struct Curve<'a> {
+    pub(super) peer: &'static str,
+    /// Size and time.
+    pub(super) points: Vec<(f64, f64)>,
+    pub(super) rows: Vec<&'a Row>,
+}
+
+impl Curve<'_> {
+    /// By least squares; `None` for fewer than two sizes.
+    pub(super) fn slope(&self) -> Option<f64> {
+        let logs = self.points.iter().map(|(x, y)| (x.ln(), y.ln()));
+        let logs: Vec<(f64, f64)> = logs.collect();
+        let count = logs.len() as f64;
+        let (x, y) = logs
+            .iter()
+            .fold((0.0, 0.0), |sum, log| (sum.0 + log.0, sum.1 + log.1));
+        let (x, y) = (x / count, y / count);
+        let covariance: f64 = logs.iter().map(|log| (log.0 - x) * (log.1 - y)).sum();
+        let variance: f64 = logs.iter().map(|log| (log.0 - x).powi(2)).sum();
+        (variance > 0.0).then(|| covariance / variance)
+    }
 }
 
 impl Report {
-    pub(super) fn add(
+    /// Adds a row: for each one who took part a name, a role and a sample for each round.
+    ///
+    /// A row without ours, without a sample, or with a sample that is no number is a [problem](Report::problems).
+    pub fn add(
         &mut self,
         family: &'static str,
-        workload: String,
-        unit: Unit,
-        cells: Vec<(&'static str, bool, Vec<f64>)>,
+        workload: Workload,
+        cells: Vec<(&'static str, Role, Vec<f64>)>,
     ) {
-        let cells = cells.into_iter().map(|(peer, ours, samples)| Cell {
-            peer,
-            ours,
+        let cells = cells.into_iter().map(|(name, role, samples)| Cell {
+            name,
+            role,
             samples,
         });
-        self.rows.push(Row {
+        let row = Row {
             family,
             workload,
-            unit,
             cells: cells.collect(),
-        });
+        };
+        let least = match row.workload.unit {
+            Unit::Count => 0.0,
+            _ => f64::MIN_POSITIVE,
+        };
+        for cell in &row.cells {
+            let broken = |sample: &&f64| !sample.is_finite() || **sample < least;
+            match cell.samples.iter().find(broken) {
+                Some(sample) => self.problem(
+                    family,
+                    format!("{}: {} says {sample}", row.workload.name, cell.name),
+                ),
+                None if cell.samples.is_empty() => self.problem(
+                    family,
+                    format!("{}: {} has no samples", row.workload.name, cell.name),
+                ),
+                None => {}
+            }
+        }
+        if row.ours().is_none() {
+            self.problem(family, format!("{}: ours is missing", row.workload.name));
+        }
+        for (target, _) in row.verdicts().filter(|(_, verdict)| verdict.is_none()) {
+            let text = format!("{}: nobody to hold {target:?} against", row.workload.name);
+            self.problem(family, text);
+        }
+        self.rows.push(row);
     }
 
     /// Adds a line below the table of `family`, once.
-    pub(super) fn note(&mut self, family: &'static str, note: String) {
+    pub fn note(&mut self, family: &'static str, note: String) {
         if !self
             .notes
             .iter()
@@ -100,58 +100,120 @@ impl Report {
         }
     }
 
-    /// One table for each family, in Markdown.
-    pub fn table(&self, family: &str) -> String {
-        let rows: Vec<&Row> = self
-            .rows
-            .iter()
-            .filter(|row| row.family == family)
-            .collect();
+    /// Records what makes numbers worthless: outputs that differ, a row that is missing.
+    pub fn problem(&mut self, family: &'static str, text: String) {
+        self.problems.push(format!("{family}: {text}"));
+    }
+
+    /// What makes the numbers worthless, a line for each.
+    pub fn problems(&self) -> &[String] {
+        &self.problems
+    }
+
+    /// How many rows a family has.
+    pub fn rows_of(&self, family: &str) -> usize {
+        self.rows(family).count()
+    }
+
+    pub(super) fn rows<'a>(&'a self, family: &str) -> impl Iterator<Item = &'a Row> {
+        self.rows.iter().filter(move |row| row.family == family)
+    }
+
+    /// Who took part in a family, in the order of the rows.
+    pub(super) fn peers(&self, family: &str) -> Vec<&'static str> {
         let mut peers: Vec<&'static str> = Vec::new();
-        for cell in rows.iter().flat_map(|row| &row.cells) {
-            if !peers.contains(&cell.peer) {
-                peers.push(cell.peer);
+        for cell in self.rows(family).flat_map(|row| &row.cells) {
+            if !peers.contains(&cell.name) {
+                peers.push(cell.name);
             }
         }
+        peers
+    }
+
+    /// The series of a family, by name.
+    pub(super) fn curves<'a>(&'a self, family: &str) -> Vec<(String, Vec<Curve<'a>>)> {
+        let mut curves: Vec<(String, Vec<Curve<'_>>)> = Vec::new();
+        for row in self.rows(family) {
+            let Some(size) = &row.workload.size else {
+                continue;
+            };
+            if !curves.iter().any(|(name, _)| *name == size.curve) {
+                curves.push((size.curve.clone(), Vec::new()));
+            }
+            let Some((_, of_name)) = curves.iter_mut().find(|(name, _)| *name == size.curve) else {
+                continue;
+            };
+            for cell in &row.cells {
+                let point = (size.value, cell.min());
+                match of_name.iter_mut().find(|curve| curve.peer == cell.name) {
+                    Some(curve) => {
+                        curve.points.push(point);
+                        curve.rows.push(row);
+                    }
+                    None => of_name.push(Curve {
+                        peer: cell.name,
+                        points: vec![point],
+                        rows: vec![row],
+                    }),
+                }
+            }
+        }
+        curves
+    }
+
+    /// The table of a family, in Markdown, with its notes.
+    pub fn table(&self, family: &str) -> String {
+        let peers = self.peers(family);
+        let with_targets = self
+            .rows(family)
+            .any(|row| !row.workload.targets.is_empty());
+        let with_peers = self.rows(family).any(|row| row.best_peer().is_some());
         let mut table = String::from("| workload |");
         for peer in &peers {
             let _ = write!(table, " {peer} |");
         }
-        table.push_str(" best peer : ours |\n|---|");
-        table.push_str(&"--:|".repeat(peers.len() + 1));
+        let mut columns = peers.len();
+        for (head, _) in [
+            (" best peer : ours |", with_peers),
+            (" target |", with_targets),
+        ]
+        .iter()
+        .filter(|(_, with)| *with)
+        {
+            table.push_str(head);
+            columns += 1;
+        }
+        table.push_str("\n|---|");
+        table.push_str(&"--:|".repeat(columns));
         table.push('\n');
-        for row in rows {
+        for row in self.rows(family) {
             let ratio = row.best_peer().and_then(|peer| row.ratio(peer));
             let lost = ratio.as_ref().is_some_and(|ratio| ratio.median < 1.0);
-            let unit = if row.unit == Unit::Bytes {
-                ", bytes"
-            } else {
-                ""
-            };
             let mark = if lost { " ▼" } else { "" };
-            let _ = write!(table, "| {}{unit}{mark} |", row.workload);
+            let _ = write!(table, "| {}{mark} |", row.workload.name);
             for peer in &peers {
-                let cell = row.cells.iter().find(|cell| cell.peer == *peer);
-                let _ = match cell {
-                    Some(cell) if row.unit == Unit::Bytes => {
-                        write!(table, " {} |", short(cell.min()))
-                    }
-                    Some(cell) => {
-                        write!(table, " {} / {} |", short(cell.min()), short(cell.median()))
-                    }
-                    None => write!(table, " |"),
-                };
-            }
-            let _ = match ratio {
-                Some(ratio) => writeln!(
+                let cell = row.cells.iter().find(|cell| cell.name == *peer);
+                let _ = write!(
                     table,
-                    " **{}** ({} to {}) |",
-                    short(ratio.median),
-                    short(ratio.least),
-                    short(ratio.greatest)
-                ),
-                None => writeln!(table, " |"),
-            };
+                    " {} |",
+                    cell.map_or_else(String::new, |cell| shown(row, cell))
+                );
+            }
+            if with_peers {
+                let _ = write!(table, " {} |", ratio.map_or_else(String::new, shown_ratio));
+            }
+            if with_targets {
+                let _ = write!(table, " {} |", targets(row));
+            }
+            table.push('\n');
+        }
+        for (name, curves) in self.curves(family) {
+            let slopes = curves.iter().filter_map(|curve| {
+                let slope = curve.slope()?;
+                Some(format!("{} {slope:.2}", curve.peer))
+            });
+            let slopes: Vec<String> = slopes.collect();
+            let _ = write!(table, "\nSlope of *{name}*: {}.\n", slopes.join(", "));
         }
         for (_, note) in self.notes.iter().filter(|(of, _)| *of == family) {
             let _ = write!(table, "\n{note}\n");
@@ -159,46 +221,198 @@ impl Report {
         table
     }
 
-    /// One record for each row and peer.
+    /// How many targets are met, and how many there are.
+    pub fn targets(&self, family: &str) -> (usize, usize) {
+        let verdicts = self.rows(family).flat_map(Row::verdicts);
+        let met: Vec<bool> = verdicts
+            .map(|(_, verdict)| verdict.is_some_and(|verdict| verdict.met))
+            .collect();
+        (met.iter().filter(|met| **met).count(), met.len())
+    }
+
+    /// One record for each row and each one who took part.
     pub fn records(&self) -> Value {
         let mut records = Vec::new();
         for row in &self.rows {
+            let targets: Vec<Value> = row
+                .verdicts()
+                .filter_map(|(_, verdict)| verdict)
+                .map(|verdict| json!({ "wanted": verdict.wanted, "got": verdict.got, "met": verdict.met }))
+                .collect();
             for cell in &row.cells {
-                let ratio = row.ratio(cell).map(|ratio| ratio.median);
-                let (min, median) = match row.unit {
-                    Unit::Nanoseconds => ("ns_min", "ns_median"),
-                    Unit::Bytes => ("bytes_min", "bytes_median"),
-                };
-                records.push(json!({
+                let ratio = row.ratio(cell);
+                let key = row.workload.unit.key();
+                let ours = row.ours().is_some_and(|ours| ours.name == cell.name);
+                let mut record = json!({
                     "family": row.family,
-                    "workload": row.workload,
-                    "peer": cell.peer,
-                    "ours": cell.ours,
-                    min: cell.min(),
-                    median: cell.median(),
-                    "ratio": ratio,
+                    "workload": row.workload.name,
+                    "peer": cell.name,
+                    "role": match cell.role {
+                        Role::Ours => "ours",
+                        Role::Peer => "peer",
+                        Role::Limit => "limit",
+                    },
+                    format!("{key}_min"): cell.min(),
+                    format!("{key}_median"): cell.median(),
+                    "ratio": ratio.map(|ratio| json!({
+                        "least": ratio.least,
+                        "median": ratio.median,
+                        "greatest": ratio.greatest,
+                    })),
                     "rounds": cell.samples.len(),
-                }));
+                });
+                if let Some(size) = &row.workload.size {
+                    record["curve"] = json!(size.curve);
+                    record["size"] = json!(size.value);
+                }
+                if ours && !targets.is_empty() {
+                    record["targets"] = json!(targets);
+                }
+                records.push(record);
             }
         }
         Value::Array(records)
     }
 }
 
-fn median(samples: &[f64]) -> f64 {
-    let mut sorted = samples.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    match sorted.len() {
-        0 => f64::NAN,
-        n => (sorted[(n - 1) / 2] + sorted[n / 2]) / 2.0,
+/// What one needed.
+fn shown(row: &Row, cell: &Cell) -> String {
+    let unit = row.workload.unit;
+    let (min, median) = (cell.min(), cell.median());
+    // Bytes and counts seldom differ from round to round.
+    if min == median {
+        unit.show(min)
+    } else {
+        unit.show_two(min, median)
     }
 }
 
-/// Three digits that count.
-fn short(number: f64) -> String {
-    match number.abs() {
-        below if below < 10.0 => format!("{number:.2}"),
-        below if below < 100.0 => format!("{number:.1}"),
-        _ => format!("{number:.0}"),
+fn shown_ratio(ratio: Ratio) -> String {
+    let (least, median, greatest) = (ratio.least, ratio.median, ratio.greatest);
+    let shown = format!("**{}**", short(median));
+    if least == greatest {
+        shown
+    } else {
+        format!("{shown} ({} to {})", short(least), short(greatest))
+    }
+}
+
+/// The targets of a row, met or missed by how much.
+fn targets(row: &Row) -> String {
+    let shown = row.verdicts().filter_map(|(_, verdict)| {
+        let verdict = verdict?;
+        Some(match verdict.met {
+            true => format!("{}: met", verdict.wanted),
+            false => format!(
+                "{}: **missed by {:.0} %**",
+                verdict.wanted,
+                verdict.missed_by * 100.0
+            ),
+        })
+    });
+    shown.collect::<Vec<_>>().join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::row::{Scale, Target};
+    use super::*;
+
+    fn report(unit: Unit, ours: Vec<f64>, theirs: Vec<f64>, target: Target) -> Report {
+        let mut report = Report::default();
+        let workload = Workload::new("w", unit).target(target);
+        let cells = vec![("us", Role::Ours, ours), ("them", Role::Peer, theirs)];
+        report.add("f", workload, cells);
+        report
+    }
+
+    #[test]
+    fn targets_are_met_or_missed_by_a_part_of_what_is_wanted() {
+        let times = (vec![10.0, 20.0], vec![20.0, 20.0]);
+        let of = |unit, target| {
+            let report = report(unit, times.0.clone(), times.1.clone(), target);
+            assert!(report.problems().is_empty(), "{:?}", report.problems());
+            (report.targets("f"), report.table("f"))
+        };
+        assert_eq!(of(Unit::Time, Target::Ratio(1.5)).0, (1, 1));
+        let (met, table) = of(Unit::Time, Target::Ratio(3.0));
+        assert_eq!(met, (0, 1));
+        assert!(table.contains("missed by 50 %"), "{table}");
+        assert_eq!(of(Unit::Time, Target::AtMost(10.0)).0, (1, 1));
+        let (met, table) = of(Unit::Time, Target::AtMost(8.0));
+        assert_eq!(met, (0, 1));
+        assert!(table.contains("≤ 8.00 ns: **missed by 25 %**"), "{table}");
+        // Of rates more is better.
+        let (met, table) = of(Unit::Rate, Target::RatioTo("them", 1.0));
+        assert_eq!(met, (0, 1));
+        assert!(table.contains("| w ▼ |"), "{table}");
+    }
+
+    #[test]
+    fn what_makes_numbers_worthless_is_found() {
+        let problems =
+            |unit, ours, theirs, target| report(unit, ours, theirs, target).problems().len();
+        let fine = Target::Ratio(1.0);
+        assert_eq!(problems(Unit::Time, vec![1.0], vec![1.0], fine), 0);
+        assert_eq!(problems(Unit::Time, vec![1.0], vec![f64::NAN], fine), 1);
+        assert_eq!(problems(Unit::Time, vec![0.0], vec![1.0], fine), 1);
+        assert_eq!(problems(Unit::Time, vec![1.0], vec![], fine), 1);
+        assert_eq!(problems(Unit::Count, vec![0.0], vec![0.0], fine), 0);
+        assert_eq!(
+            problems(Unit::Time, vec![1.0], vec![1.0], Target::TimesLimit(1.0)),
+            1
+        );
+        assert_eq!(
+            problems(
+                Unit::Time,
+                vec![1.0],
+                vec![1.0],
+                Target::RatioTo("nobody", 1.0)
+            ),
+            1
+        );
+        let mut report = Report::default();
+        report.add(
+            "f",
+            Workload::time("w"),
+            vec![("them", Role::Peer, vec![1.0])],
+        );
+        assert_eq!(report.problems(), ["f: w: ours is missing"]);
+    }
+
+    #[test]
+    fn slopes_are_those_of_the_logarithms() {
+        let mut report = Report::default();
+        for size in [1e3f64, 1e4, 1e6] {
+            let cells = vec![
+                ("linear", Role::Ours, vec![size * 3.0]),
+                ("constant", Role::Peer, vec![7.0]),
+                ("root", Role::Peer, vec![size.sqrt()]),
+            ];
+            report.add("f", Workload::grown("walk", size, Scale::Items), cells);
+        }
+        let curves = report.curves("f");
+        assert_eq!(curves.len(), 1);
+        let slopes: Vec<f64> = curves[0].1.iter().filter_map(Curve::slope).collect();
+        for (slope, expected) in slopes.iter().zip([1.0, 0.0, 0.5]) {
+            assert!((slope - expected).abs() < 1e-9, "{slope} for {expected}");
+        }
+        assert_eq!(slopes.len(), 3);
+        assert!(
+            report
+                .table("f")
+                .contains("Slope of *walk*: linear 1.00, constant 0.00, root 0.50.")
+        );
+    }
+
+    #[test]
+    fn numbers_are_read_in_the_unit_that_fits() {
+        assert_eq!(Unit::Time.show(999.4), "999 ns");
+        assert_eq!(Unit::Time.show(1_234_567.0), "1.23 ms");
+        assert_eq!(Unit::Bytes.show(4096.0), "4.00 KiB");
+        assert_eq!(Unit::Rate.show(2.5e9), "2.50 G/s");
+        assert_eq!(Unit::Count.show(0.0), "0");
+        assert_eq!(Scale::Items.show(100_000.0), "100K");
+        assert_eq!(Scale::Bytes.show(1024.0 * 1024.0 * 1024.0 * 64.0), "64 GiB");
     }
 }

@@ -7,7 +7,7 @@ use dirtymap::{
     UserBitmap,
 };
 
-use crate::{Allocator, Areas, PAGE, Peer, add_to_sum, sum};
+use crate::{Allocator, Areas, PAGE, Peer, Tracker, add_to_sum, sum};
 
 /// Marks through [`AddressSpace::mark`], which finds the area for each mark.
 pub struct ThroughSpace {
@@ -21,13 +21,30 @@ pub struct ThroughHandle {
     area: AreaHandle,
 }
 
-impl Peer for ThroughSpace {
-    fn new(pages: u64) -> Self {
-        let space = AddressSpace::new(Granule::K4);
+/// As [`ThroughHandle`], in a space whose harvests run the fences of marks: `membarrier(2)`.
+pub struct Asymmetric(ThroughHandle);
+
+impl ThroughSpace {
+    fn over(space: AddressSpace, pages: u64) -> Self {
         let all = range(0, pages * PAGE);
         sure(space.map(all, 0, Access::ReadWrite));
         sure(space.set_tracking(true));
         ThroughSpace { space, all }
+    }
+}
+
+impl ThroughHandle {
+    fn over(space: ThroughSpace) -> Self {
+        let Some(area) = space.space.area(Iova::MIN) else {
+            unreachable!("the space has one area, which starts at the lowest address");
+        };
+        ThroughHandle { space, area }
+    }
+}
+
+impl Tracker for ThroughSpace {
+    fn new(pages: u64) -> Self {
+        ThroughSpace::over(AddressSpace::new(Granule::K4), pages)
     }
 
     fn name(&self) -> &'static str {
@@ -39,6 +56,12 @@ impl Peer for ThroughSpace {
         sure(self.space.mark(range(start, len)));
     }
 
+    fn harvest_alone(&mut self, bitmap: &mut [u64]) {
+        self.harvest(bitmap);
+    }
+}
+
+impl Peer for ThroughSpace {
     fn harvest(&self, bitmap: &mut [u64]) {
         let request = HarvestRequest::new(self.all, Granule::K4);
         let lease = sure(self.space.harvest(&request, UserBitmap::new(bitmap)));
@@ -46,13 +69,9 @@ impl Peer for ThroughSpace {
     }
 }
 
-impl Peer for ThroughHandle {
+impl Tracker for ThroughHandle {
     fn new(pages: u64) -> Self {
-        let space = ThroughSpace::new(pages);
-        let Some(area) = space.space.area(Iova::MIN) else {
-            unreachable!("the space has one area, which starts at the lowest address");
-        };
-        ThroughHandle { space, area }
+        ThroughHandle::over(ThroughSpace::new(pages))
     }
 
     fn name(&self) -> &'static str {
@@ -64,8 +83,41 @@ impl Peer for ThroughHandle {
         sure(self.area.mark(range(start, len)));
     }
 
+    fn harvest_alone(&mut self, bitmap: &mut [u64]) {
+        self.harvest(bitmap);
+    }
+}
+
+impl Peer for ThroughHandle {
     fn harvest(&self, bitmap: &mut [u64]) {
         self.space.harvest(bitmap);
+    }
+}
+
+impl Tracker for Asymmetric {
+    /// Where the system has no `membarrier(2)` the marks keep their fences.
+    fn new(pages: u64) -> Self {
+        let space = AddressSpace::new(Granule::K4).with_asymmetric_marks();
+        Asymmetric(ThroughHandle::over(ThroughSpace::over(space, pages)))
+    }
+
+    fn name(&self) -> &'static str {
+        "dirtymap-membarrier"
+    }
+
+    #[inline]
+    fn mark(&self, start: u64, len: u64) {
+        self.0.mark(start, len);
+    }
+
+    fn harvest_alone(&mut self, bitmap: &mut [u64]) {
+        self.harvest(bitmap);
+    }
+}
+
+impl Peer for Asymmetric {
+    fn harvest(&self, bitmap: &mut [u64]) {
+        self.0.harvest(bitmap);
     }
 }
 

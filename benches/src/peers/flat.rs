@@ -1,50 +1,130 @@
 //! The least that works: a flat array of atomic words.
 //!
 //! It has no areas, leases, flushes, or errors, and no way to skip a clean gigabyte; it is the floor that the others are
-//! held against.
+//! held against. How it sets a bit that may be set already is a question of its own, with three answers.
+
+use std::marker::PhantomData;
 
 use dirtymap::sync::{AtomicU64, Ordering, fence};
 
-use crate::{PAGE_LG2, Peer};
+use super::bits::{Masks, masks};
+use crate::{Peer, Tracker};
 
-/// One bit for each page, 64 to a word.
-pub struct Flat {
-    words: Vec<AtomicU64>,
+/// How a flat array sets bits.
+pub trait Setting: Send + Sync + 'static {
+    /// The name of such an array in reports.
+    const NAME: &'static str;
+
+    /// What comes between the data and the look at the bits.
+    fn before();
+
+    /// Sets the bits of `mask`.
+    fn set(word: &AtomicU64, mask: u64);
 }
 
-impl Peer for Flat {
+/// A locked operation for each word.
+pub struct Always;
+
+/// A look, and a locked operation only where a bit is clear. **Loses writes**: the look may come before the data is there for
+/// others to see. It shows what a look costs where something else brings the order.
+pub struct Tested;
+
+/// A full fence, and then as [`Tested`].
+pub struct Fenced;
+
+impl Setting for Always {
+    const NAME: &'static str = "flat";
+
+    #[inline(always)]
+    fn before() {}
+
+    #[inline(always)]
+    fn set(word: &AtomicU64, mask: u64) {
+        // Release: pairs with the Acquire of the swap in `harvest`; publishes the data that the mark speaks of.
+        word.fetch_or(mask, Ordering::Release);
+    }
+}
+
+impl Setting for Tested {
+    const NAME: &'static str = "flat-unordered";
+
+    #[inline(always)]
+    fn before() {}
+
+    #[inline(always)]
+    fn set(word: &AtomicU64, mask: u64) {
+        // Relaxed: what should order it is left out, see the type.
+        if word.load(Ordering::Relaxed) & mask != mask {
+            Always::set(word, mask);
+        }
+    }
+}
+
+impl Setting for Fenced {
+    const NAME: &'static str = "flat-fence";
+
+    #[inline(always)]
+    fn before() {
+        // SeqCst: orders the look after the data; pairs with the fence of `harvest`.
+        fence(Ordering::SeqCst);
+    }
+
+    #[inline(always)]
+    fn set(word: &AtomicU64, mask: u64) {
+        Tested::set(word, mask);
+    }
+}
+
+/// One bit for each page, 64 to a word.
+pub struct Flat<S: Setting = Always> {
+    words: Vec<AtomicU64>,
+    setting: PhantomData<S>,
+}
+
+impl<S: Setting> Tracker for Flat<S> {
     fn new(pages: u64) -> Self {
         Flat {
             words: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+            setting: PhantomData,
         }
     }
 
     fn name(&self) -> &'static str {
-        "flat"
+        S::NAME
     }
 
     #[inline]
     fn mark(&self, start: u64, len: u64) {
-        let (first, last) = (start >> PAGE_LG2, (start + len - 1) >> PAGE_LG2);
-        for word in first / 64..=last / 64 {
-            let from = first.max(word * 64) % 64;
-            let to = last.min(word * 64 + 63) % 64;
-            let mask = (u64::MAX << from) & (u64::MAX >> (63 - to));
-            // Release: pairs with the Acquire of the swap in `harvest`; publishes the data that the mark speaks of.
-            self.words[word as usize].fetch_or(mask, Ordering::Release);
+        S::before();
+        match masks(start, len) {
+            Masks::One(word, mask) => S::set(&self.words[word], mask),
+            Masks::More { first, last } => {
+                let (low, high) = (first / 64, last / 64);
+                S::set(&self.words[low], u64::MAX << (first % 64));
+                for word in &self.words[low + 1..high] {
+                    S::set(word, u64::MAX);
+                }
+                S::set(&self.words[high], u64::MAX >> (63 - last % 64));
+            }
         }
     }
 
+    fn harvest_alone(&mut self, bitmap: &mut [u64]) {
+        self.harvest(bitmap);
+    }
+}
+
+impl<S: Setting> Peer for Flat<S> {
     fn harvest(&self, bitmap: &mut [u64]) {
         for (word, out) in self.words.iter().zip(bitmap) {
             // Relaxed: only decides whether the swap below is worth its price.
             if word.load(Ordering::Relaxed) != 0 {
-                // Acquire: pairs with the Release in `mark`.
+                // Acquire: pairs with the Release of `Setting::set`.
                 *out |= word.swap(0, Ordering::Acquire);
             }
         }
-        // SeqCst: keeps the copies that follow behind the swaps. Every mark is a read-modify-write, so no mark needs a
-        // fence to pair with this one.
+        // SeqCst: keeps the copies that follow behind the swaps; pairs with the fence of `Fenced`. A mark of `Always` is a
+        // read-modify-write and needs none.
         fence(Ordering::SeqCst);
     }
 }

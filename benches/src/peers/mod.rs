@@ -1,22 +1,30 @@
 //! The peers, one file each.
 
+mod bits;
 mod btree;
 mod dirtymap;
 mod flat;
+mod hibitset;
 mod imbl;
+pub mod naive_table;
 mod rangemap;
+mod roaring;
 mod scc;
 mod skiplist;
 mod vm_memory;
+mod vm_memory_model;
 
-pub use self::dirtymap::{ThroughHandle, ThroughSpace};
+pub use self::dirtymap::{Asymmetric, ThroughHandle, ThroughSpace};
+pub use self::hibitset::HiBitSet;
 pub use self::imbl::SwappedOrdMap;
 pub use self::rangemap::LockedRangeMap;
+pub use self::roaring::LockedRoaring;
 pub use self::scc::SccTree;
 pub use btree::LockedBTree;
-pub use flat::Flat;
+pub use flat::{Always, Fenced, Flat, Setting, Tested};
 pub use skiplist::SkipList;
 pub use vm_memory::VmMemory;
+pub use vm_memory_model::VmMemoryModel;
 
 /// The locked tree with the lock of `parking_lot`.
 pub type ParkingLotBTree =

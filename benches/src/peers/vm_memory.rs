@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 
-use crate::{PAGE, Peer};
+use crate::{PAGE, Peer, Tracker};
 
 const PAGE_SIZE: NonZeroUsize = match NonZeroUsize::new(PAGE as usize) {
     Some(size) => size,
@@ -24,7 +24,7 @@ impl VmMemory {
     }
 }
 
-impl Peer for VmMemory {
+impl Tracker for VmMemory {
     fn new(pages: u64) -> Self {
         VmMemory {
             bits: AtomicBitmap::new((pages * PAGE) as usize, PAGE_SIZE),
@@ -40,6 +40,12 @@ impl Peer for VmMemory {
         self.bits.mark_dirty(start as usize, len as usize);
     }
 
+    fn harvest_alone(&mut self, bitmap: &mut [u64]) {
+        self.harvest(bitmap);
+    }
+}
+
+impl Peer for VmMemory {
     fn harvest(&self, bitmap: &mut [u64]) {
         for (out, word) in bitmap.iter_mut().zip(self.get_and_reset()) {
             *out |= word;

@@ -86,6 +86,8 @@ where
     const REACH: Reach = Reach::Aligned { max_lg2: 52 };
     const TABLE_ACCESSED: u64 = A;
     const KNOWN: u64 = 0b111 << 1;
+    const GROUPED: u64 = NEXT_LEVEL;
+    const TABLE_SET: u64 = NEXT_LEVEL;
     const RESERVED: u64 = RESERVED;
 
     #[inline]
@@ -161,22 +163,9 @@ where
 
     #[inline]
     fn worth_a_look(entry: Iopte, level: u32) -> u64 {
-        let next = entry.0 & NEXT_LEVEL;
-        entry.0 & D
-            | if level == 0 {
-                0
-            } else {
-                next & next_is_table(next)
-            }
+        // Above the lowest level: all but leaves of one entry.
+        entry.0 & if level == 0 { D } else { D | NEXT_LEVEL }
     }
-}
-
-/// All ones if `next`, the bits of the next level, leads to a table; zero for 0 and 7. Without branches.
-#[inline]
-fn next_is_table(next: u64) -> u64 {
-    // 1 to 6 plus 1 leaves the carry clear.
-    let sized = (next + (1 << NEXT_LEVEL_SHIFT)) >> (NEXT_LEVEL_SHIFT + 3);
-    sized.wrapping_sub(1)
 }
 
 #[cfg(test)]

@@ -80,6 +80,7 @@ where
     const ADDRESS: u64 = ((1 << BITS) - 1) & !((1 << P) - 1);
     const TABLE_LG2: u32 = shape(P, HOST_PAGE_LG2);
     const ACCESS: u64 = DBM;
+    const TABLE_SET: u64 = TABLE;
     const MAKE_CLEAN: MakeClean = MakeClean::Set(READ_ONLY | UNWRITTEN);
     // Without invalidation by range: from as many granules on as a table has entries, everything.
     const REACH: Reach = Reach::Strides {

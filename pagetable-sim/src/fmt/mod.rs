@@ -127,6 +127,13 @@ pub trait Format: sealed::Sealed + Send + Sync + 'static {
     /// Three bits of an entry that leads to a table which hardware ignores there, and which are 0 in leaves: what software
     /// knows of the tables below. 0 if the format has no [`TABLE_ACCESSED`](Self::TABLE_ACCESSED).
     const KNOWN: u64 = 0;
+    /// The bits that are not all 0 in an entry of a leaf of several entries, and all 0 in a leaf of one.
+    const GROUPED: u64 = 0;
+    /// The bits that are not all 0 in an entry that leads to a table, and all 0 in a leaf of one entry above the lowest level; 0 if
+    /// a table is told by [`LEAF_SET`](Self::LEAF_SET).
+    const TABLE_SET: u64 = 0;
+    /// A bit that is set in every leaf above the lowest level, and in no entry that leads to a table.
+    const LEAF_SET: u64 = 0;
     /// The bits that are 0 in every present entry: a walk that finds one of them set faults. 0 if there are none.
     const RESERVED: u64 = 0;
 
@@ -177,7 +184,7 @@ pub trait Format: sealed::Sealed + Send + Sync + 'static {
         Self::MAKE_CLEAN.changes(entry)
     }
     /// Not zero for every entry of a table of `level` that a scan for dirty leaves must look at: dirty leaves, and at
-    /// level 1 and up entries that lead to tables. Zero for absent entries and clean leaves.
+    /// level 1 and up entries that lead to tables. Zero for absent entries and for clean leaves of one entry.
     ///
     /// Without branches on the entry: the scan passes eight clean entries by the OR of eight of these words.
     fn worth_a_look(entry: Iopte, level: u32) -> u64;
@@ -262,12 +269,24 @@ impl AtomicIopte {
         Iopte(self.0.load(order))
     }
 
+    /// Has the processor fetch the line that the entry lies in, where it can be told to.
+    #[inline]
+    pub(crate) fn prefetch(&self) {
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
+        {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            // SAFETY: every x86-64 processor has it, and it accesses nothing that the program could see.
+            unsafe { _mm_prefetch(std::ptr::from_ref(self).cast::<i8>(), _MM_HINT_T0) };
+        }
+    }
+
     /// Clears `bits`, whatever the others are.
     pub(crate) fn clear_bits(&self, bits: u64, order: Ordering) {
         self.0.fetch_and(!bits, order);
     }
 
     /// Replaces `old` by `new`; otherwise returns what is there.
+    #[inline]
     pub(crate) fn replace(
         &self,
         old: Iopte,

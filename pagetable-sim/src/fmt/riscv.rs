@@ -87,6 +87,8 @@ where
     };
     const MAKE_CLEAN: MakeClean = MakeClean::Clear(D);
     const REACH: Reach = Reach::Strides { max: 512 };
+    const GROUPED: u64 = N;
+    const LEAF_SET: u64 = R;
     const RESERVED: u64 = RESERVED;
     const SIGN_EXTENDED: bool = true;
 

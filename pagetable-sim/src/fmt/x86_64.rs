@@ -57,6 +57,7 @@ where
     const ACCESS: u64 = RW;
     const MAKE_CLEAN: MakeClean = MakeClean::Clear(D);
     const REACH: Reach = Reach::Aligned { max_lg2: 63 };
+    const LEAF_SET: u64 = PS;
     const TABLE_ACCESSED: u64 = A;
     const KNOWN: u64 = 0b111 << 52;
     const SIGN_EXTENDED: bool = true;

@@ -26,16 +26,17 @@ use crossbeam_epoch::Guard;
 use dirtymap::sync::{Ordering, Step, performs};
 use dirtymap::{Granule, Iova, IovaRange, LeafSink, Sink, Stopped};
 
+use super::scan::Visitor;
 use super::skip::{Harvest, Upper, is_quiet};
-use super::{AtomicIopte, Found, Leaf, Table, any_dirty, child, is_leaf};
+use super::{AtomicIopte, Found, Leaf, Table, is_leaf};
 use crate::error::Error;
-use crate::fmt::Format;
+use crate::fmt::{Format, Iopte};
 
 /// A dirty leaf that a scan found.
 pub(super) struct DirtyLeaf<'g> {
     /// All entries of the leaf.
-    group: &'g [AtomicIopte],
-    level: u32,
+    pub(super) group: &'g [AtomicIopte],
+    pub(super) level: u32,
     /// All addresses of the leaf.
     pub(super) span: IovaRange,
     pub(super) size: Granule,
@@ -46,28 +47,9 @@ impl DirtyLeaf<'_> {
     pub(super) fn clear<F: Format>(&self) -> bool {
         let mut was_dirty = false;
         for slot in self.group {
-            // Relaxed: only the first guess of the compare-exchange.
-            let mut entry = slot.load(Ordering::Relaxed);
-            while F::is_present(entry)
-                && is_leaf::<F>(entry, self.level)
-                && F::is_dirty(entry)
-                && F::leaf_size(entry, self.level) <= self.size
-            {
-                // Acquire on success: pairs with the Release of `set_dirty`. Release: whoever finds D clear, hardware or
-                // an unmap, sees what the scan did before. Relaxed on failure: the next guess.
-                match slot.replace(
-                    entry,
-                    F::MAKE_CLEAN.of(entry),
-                    Ordering::AcqRel,
-                    Ordering::Relaxed,
-                ) {
-                    Ok(()) => {
-                        was_dirty = true;
-                        break;
-                    }
-                    Err(now) => entry = now,
-                }
-            }
+            was_dirty |= clear_entry::<F>(slot, self.level, |entry| {
+                F::leaf_size(entry, self.level) <= self.size
+            });
             if !performs(Step::CleanEveryEntry) {
                 break;
             }
@@ -76,39 +58,121 @@ impl DirtyLeaf<'_> {
     }
 }
 
-/// What a scan is for.
-pub(super) trait Visitor<F: Format> {
-    /// What it remembers while it is below an entry.
-    type Look;
-
-    /// A dirty leaf.
-    fn leaf(&mut self, leaf: &DirtyLeaf<'_>) -> Result<(), dirtymap::Error>;
-    /// An entry that leads to a table; `None` if the scan need not look there.
-    fn enter(&mut self, upper: &Upper<'_>) -> Option<Self::Look>;
-    /// The scan comes back from there; an error of [`leaf`](Self::leaf) may have ended it early.
-    fn leave(&mut self, upper: &Upper<'_>, look: Self::Look);
+/// Up to 64 entries of one table that lie side by side.
+pub(super) struct Batch<'g> {
+    pub(super) slots: &'g [AtomicIopte],
+    pub(super) level: u32,
+    /// The first address of the first one.
+    pub(super) start: Iova,
+    /// What one of them covers.
+    pub(super) size: Granule,
 }
 
-/// A scan that says nothing of what is above leaves.
-pub(super) struct Plainly<'v, V> {
-    pub(super) visit: &'v mut V,
+impl Batch<'_> {
+    /// Whether all addresses of the entries lie in `range`.
+    #[inline]
+    pub(super) fn is_inside(&self, range: IovaRange) -> bool {
+        let last = ((self.slots.len() as u64 - 1) << self.size.lg2()) + self.size.mask();
+        let end = self.start.checked_add(last);
+        self.start >= range.start() && end.is_some_and(|end| end <= range.last())
+    }
+
+    /// Makes those clean that `mask` has set; returns those that were dirty until now.
+    #[inline]
+    pub(super) fn clear<F: Format>(&self, mask: u64) -> u64 {
+        let (mut rest, mut were_dirty) = (mask, 0);
+        while rest != 0 {
+            let nth = rest.trailing_zeros();
+            rest &= rest - 1;
+            let slot = &self.slots[nth as usize];
+            // One entry is the smallest leaf of its level.
+            let cleared = clear_entry::<F>(slot, self.level, |entry| entry.0 & F::GROUPED == 0);
+            were_dirty |= u64::from(cleared) << nth;
+        }
+        were_dirty
+    }
+}
+
+/// Makes an entry of a table of `level` clean if its leaf is `recorded`; whether it was dirty until now.
+#[inline]
+fn clear_entry<F: Format>(
+    slot: &AtomicIopte,
+    level: u32,
+    recorded: impl Fn(Iopte) -> bool,
+) -> bool {
+    // Relaxed: only the first guess of the compare-exchange.
+    let mut entry = slot.load(Ordering::Relaxed);
+    while F::is_present(entry)
+        && is_leaf::<F>(entry, level)
+        && F::is_dirty(entry)
+        && recorded(entry)
+    {
+        // Acquire on success: pairs with the Release of `set_dirty`. Release: whoever finds D clear, hardware or
+        // an unmap, sees what the scan did before. Relaxed on failure: the next guess.
+        match slot.replace(
+            entry,
+            F::MAKE_CLEAN.of(entry),
+            Ordering::AcqRel,
+            Ordering::Relaxed,
+        ) {
+            Ok(()) => return true,
+            Err(now) => entry = now,
+        }
+    }
+    false
+}
+
+/// A look at what is dirty that changes nothing.
+struct Peek<'s, 'b> {
+    sink: &'s mut Sink<'b>,
+    range: IovaRange,
     /// It need not look below what is quiet.
-    pub(super) skips: bool,
+    skips: bool,
 }
 
-impl<F, V> Visitor<F> for Plainly<'_, V>
-where
-    F: Format,
-    V: FnMut(&DirtyLeaf<'_>) -> Result<(), dirtymap::Error>,
-{
+impl<F: Format> Visitor<F> for Peek<'_, '_> {
     type Look = ();
 
     fn leaf(&mut self, leaf: &DirtyLeaf<'_>) -> Result<(), dirtymap::Error> {
-        (self.visit)(leaf)
+        match leaf.span.intersection(self.range) {
+            Some(part) => self.sink.record(part),
+            None => Ok(()),
+        }
+    }
+
+    fn leaves(&mut self, batch: &Batch<'_>, mask: u64) -> Result<(), Stopped> {
+        let recorded = self.sink.record_mask(batch.start, batch.size, mask);
+        recorded.map_err(|error| Stopped {
+            at: batch.start,
+            error,
+        })
     }
 
     fn enter(&mut self, upper: &Upper<'_>) -> Option<()> {
         (!self.skips || !is_quiet::<F>(upper.entry)).then_some(())
+    }
+
+    fn leave(&mut self, _upper: &Upper<'_>, _look: ()) {}
+}
+
+/// Makes clean and tells nobody.
+struct Clean;
+
+impl<F: Format> Visitor<F> for Clean {
+    type Look = ();
+
+    fn leaf(&mut self, leaf: &DirtyLeaf<'_>) -> Result<(), dirtymap::Error> {
+        leaf.clear::<F>();
+        Ok(())
+    }
+
+    fn leaves(&mut self, batch: &Batch<'_>, mask: u64) -> Result<(), Stopped> {
+        batch.clear::<F>(mask);
+        Ok(())
+    }
+
+    fn enter(&mut self, _upper: &Upper<'_>) -> Option<()> {
+        Some(())
     }
 
     fn leave(&mut self, _upper: &Upper<'_>, _look: ()) {}
@@ -191,42 +255,14 @@ impl<F: Format> Table<F> {
     /// # Errors
     /// As [`read_and_clear`](Self::read_and_clear).
     pub fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
-        let mut look = |leaf: &DirtyLeaf<'_>| match leaf.span.intersection(range) {
-            Some(part) => sink.record(part),
-            None => Ok(()),
-        };
-        let mut visitor = Plainly {
-            visit: &mut look,
-            skips: self.skips(),
-        };
-        self.scan(range, &mut visitor)
+        let skips = self.skips();
+        self.scan(range, &mut Peek { sink, range, skips })
     }
 
     /// Makes every leaf clean and tells nobody what was dirty.
     pub fn clean(&self) {
-        let mut clear = |leaf: &DirtyLeaf<'_>| {
-            leaf.clear::<F>();
-            Ok(())
-        };
-        let mut visitor = Plainly {
-            visit: &mut clear,
-            skips: false,
-        };
-        let done = self.scan(IovaRange::ALL, &mut visitor);
+        let done = self.scan(IovaRange::ALL, &mut Clean);
         debug_assert!(done.is_ok());
-    }
-
-    /// Visits the dirty leaves that `range` touches, in order.
-    pub(super) fn scan(
-        &self,
-        range: IovaRange,
-        visit: &mut impl Visitor<F>,
-    ) -> Result<(), Stopped> {
-        let guard = crossbeam_epoch::pin();
-        for part in Self::reach().filter_map(|reach| reach.intersection(range)) {
-            scan_table::<F, _>(&self.root, F::LEVELS - 1, part, visit, &guard)?;
-        }
-        Ok(())
     }
 }
 
@@ -244,125 +280,4 @@ pub(super) fn make_dirty<F: Format>(found: &Found<'_>) -> bool {
                 Ordering::Relaxed,
             )
             .is_ok()
-}
-
-/// Visits the dirty leaves of `range` in the subtree of `page`. Eight entries with nothing to look at cost eight loads
-/// and one OR.
-fn scan_table<F, V>(
-    page: &[AtomicIopte],
-    level: u32,
-    range: IovaRange,
-    visit: &mut V,
-    guard: &Guard,
-) -> Result<(), Stopped>
-where
-    F: Format,
-    V: Visitor<F>,
-{
-    // A leaf that sticks out may be dirty by an entry outside of the range only.
-    let first = group_at::<F>(page, level, F::index(range.start().get(), level)).0;
-    let last = group_at::<F>(page, level, F::index(range.last().get(), level)).1;
-    // Entries below this one belong to a leaf that was visited.
-    let mut next = first;
-    let mut look = |index: usize| {
-        if index >= next {
-            next = scan_entry::<F, V>(page, level, index, range, visit, guard)?;
-        }
-        Ok(())
-    };
-    let (eights, rest) = page[first..=last].as_chunks::<8>();
-    for (nth, eight) in eights.iter().enumerate() {
-        // Relaxed: only decides whether to look closer. A D that was set before the harvest began is seen, because
-        // whatever tells the harvester that the write is done also orders this load after it.
-        let any = eight.iter().fold(0, |any, entry| {
-            any | F::worth_a_look(entry.load(Ordering::Relaxed), level)
-        });
-        if any != 0 {
-            for i in 0..8 {
-                look(first + nth * 8 + i)?;
-            }
-        }
-    }
-    for i in 0..rest.len() {
-        look(first + eights.len() * 8 + i)?;
-    }
-    Ok(())
-}
-
-/// The first and the last entry of the leaf that entry `index` belongs to; the entry itself if it holds none.
-fn group_at<F: Format>(page: &[AtomicIopte], level: u32, index: usize) -> (usize, usize) {
-    // Relaxed: only says where to look.
-    let entry = page[index].load(Ordering::Relaxed);
-    if !F::is_present(entry) || !is_leaf::<F>(entry, level) {
-        return (index, index);
-    }
-    let others = (1 << F::group_lg2(entry, level)) - 1;
-    (index & !others, index | others)
-}
-
-/// Visits the dirty leaves that `range` touches under one entry of a table of `level`. Returns the next entry to look
-/// at.
-fn scan_entry<F, V>(
-    page: &[AtomicIopte],
-    level: u32,
-    index: usize,
-    range: IovaRange,
-    visit: &mut V,
-    guard: &Guard,
-) -> Result<usize, Stopped>
-where
-    F: Format,
-    V: Visitor<F>,
-{
-    // Acquire: pairs with the Release that installed the entry, in `map`; publishes the table it leads to.
-    let entry = page[index].load(Ordering::Acquire);
-    if !F::is_present(entry) {
-        return Ok(index + 1);
-    }
-    // Bits above what the table covers come from the range; below, the index says them.
-    let from = range.start().granule_start(F::size(level)).get();
-    let away = (index as u64).wrapping_sub(F::index(from, level) as u64) << F::size(level).lg2();
-    let span = IovaRange::granule_at(Iova::new(from.wrapping_add(away)), F::size(level));
-    if !is_leaf::<F>(entry, level) {
-        if let Some(part) = span.intersection(range) {
-            let upper = Upper {
-                slot: &page[index],
-                entry,
-                level,
-                span,
-                whole: part == span,
-            };
-            if let Some(look) = visit.enter(&upper) {
-                let child = child::<F>(entry, guard);
-                let done = scan_table::<F, V>(child, level - 1, part, visit, guard);
-                visit.leave(&upper, look);
-                done?;
-            }
-        }
-        return Ok(index + 1);
-    }
-    let found = Found {
-        page,
-        level,
-        index,
-        entry,
-        span,
-    };
-    let (group, leaf) = (found.group::<F>(), found.range::<F>());
-    let next = (index & !(group.len() - 1)) + group.len();
-    let seen = F::is_dirty(entry) || performs(Step::ReadEveryEntry) && any_dirty::<F>(group, level);
-    if seen && let Some(part) = leaf.intersection(range) {
-        let size = found.size::<F>();
-        let leaf = DirtyLeaf {
-            group,
-            level,
-            span: leaf,
-            size,
-        };
-        visit.leaf(&leaf).map_err(|error| Stopped {
-            at: part.start(),
-            error,
-        })?;
-    }
-    Ok(next)
 }

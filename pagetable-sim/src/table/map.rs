@@ -10,7 +10,7 @@ use crossbeam_epoch::Guard;
 use dirtymap::sync::Ordering;
 use dirtymap::{Access, Granule, Iova, IovaRange};
 
-use super::{Slot, Table, TableRef, child, entry_for, is_leaf, leads_to_same, retire, slots};
+use super::{Node, Slot, Table, TableRef, child, entry_for, is_leaf, leads_to_same, retire, slots};
 use crate::error::Error;
 use crate::fmt::{AtomicIopte, Format, Iopte, LeafSizes, granule};
 
@@ -119,7 +119,7 @@ impl<F: Format> Table<F> {
             return Err(Error::AlreadyMapped { range, leaf });
         }
         let job = Job::new::<F>(range, phys, access, sizes.into(), None);
-        fill::<F>(&self.root, F::LEVELS - 1, range, &job, &guard).map_err(|in_the_way| {
+        fill::<F>(self.root.node(), F::LEVELS - 1, range, &job, &guard).map_err(|in_the_way| {
             // Another call maps into our range, which it must not. Ours lies below: take it back.
             let InTheWay { at, leaf } = in_the_way;
             if let Some(last) = at.get().checked_sub(1)
@@ -154,38 +154,40 @@ impl<F: Format> Table<F> {
 }
 
 /// Installs the leaves for `range`, a part of the job's, in the subtree of `page`, a table of `level`.
-pub(super) fn fill<F: Format>(
-    page: &[AtomicIopte],
+pub(super) fn fill<'g, F: Format>(
+    page: Node<'g>,
     level: u32,
     range: IovaRange,
     job: &Job,
-    guard: &Guard,
+    guard: &'g Guard,
 ) -> Result<(), InTheWay> {
+    let needed = F::index(range.last().get(), level) - F::index(range.start().get(), level) + 1;
     let mut leaf = Iopte::ABSENT;
     // The last address of the group that the leaf is for.
     let mut installed = None;
-    for (_, slot) in slots::<F>(page, level, range) {
+    for (index, slot) in slots::<F>(page.entries, level, range) {
         let at = slot.part.start();
         if installed.is_none_or(|last| last < at) {
             let size = job.size_at(at);
             if size < F::size(level) {
-                let child = child_or_new::<F>(&slot, level, guard)?;
+                let child = child_or_new::<F>(page, index, &slot, level, needed, guard)?;
                 fill::<F>(child, level - 1, slot.part, job, guard)?;
                 continue;
             }
             installed = Some(IovaRange::granule_at(at, size).last());
             leaf = job.leaf::<F>(at, size);
         }
-        if install::<F>(&slot, level, leaf, guard)? {
+        if install::<F>(page, &slot, level, leaf, guard)? {
             job.retired.set(true);
         }
     }
     Ok(())
 }
 
-/// Puts `leaf` into an entry of a table of `level` that is absent, or that leads to a table without leaves: that table
-/// is retired. Returns whether there was one.
+/// Puts `leaf` into an entry of `page`, a table of `level`, that is absent, or that leads to a table without leaves: that
+/// table is retired. Returns whether there was one.
 fn install<F: Format>(
+    page: Node<'_>,
     slot: &Slot<'_>,
     level: u32,
     leaf: Iopte,
@@ -217,7 +219,7 @@ fn install<F: Format>(
             Ok(()) => {
                 // SAFETY: `now` was present and no leaf; the compare-exchange took the one entry that led there, so nobody
                 // else retires it.
-                unsafe { retire::<F>(now, level, guard) };
+                unsafe { retire::<F>(page, now, level, guard) };
                 return Ok(true);
             }
             Err(other) if leads_to_same::<F>(other, now, level) => now = other,
@@ -297,16 +299,20 @@ fn thaw<F: Format>(page: &[AtomicIopte], level: u32, range: IovaRange, guard: &G
     }
 }
 
-/// The table that `slot`, an entry of a table of `level`, leads to; installed if there is none.
+/// The table that `slot`, the entry `index` of `page`, a table of `level`, leads to; installed if there is none, as one of
+/// `needed`.
 fn child_or_new<'g, F: Format>(
+    page: Node<'g>,
+    index: usize,
     slot: &Slot<'_>,
     level: u32,
+    needed: usize,
     guard: &'g Guard,
-) -> Result<&'g [AtomicIopte], InTheWay> {
+) -> Result<Node<'g>, InTheWay> {
     // Acquire: pairs with the Release below; publishes the table.
     let mut entry = slot.entry.load(Ordering::Acquire);
     if entry == Iopte::ABSENT {
-        let fresh = TableRef::<F>::new(level - 1);
+        let fresh = TableRef::<F>::below(page, index, level - 1, needed as u64);
         let new = entry_for::<F>(&fresh, level);
         // Release on success: publishes the fresh table. Acquire on failure: we use the winner's.
         match slot
@@ -315,7 +321,7 @@ fn child_or_new<'g, F: Format>(
         {
             Ok(()) => {
                 fresh.leak();
-                return Ok(child::<F>(new, guard));
+                return Ok(page.below::<F>(new, guard));
             }
             Err(now) => entry = now,
         }
@@ -323,5 +329,5 @@ fn child_or_new<'g, F: Format>(
     if !F::is_present(entry) || is_leaf::<F>(entry, level) {
         return Err(slot.taken_by::<F>(entry, level));
     }
-    Ok(child::<F>(entry, guard))
+    Ok(page.below::<F>(entry, guard))
 }

@@ -24,7 +24,7 @@ use crossbeam_epoch::Guard;
 use dirtymap::sync::{Ordering, Step, performs};
 use dirtymap::{Access, Granule, IovaRange};
 
-use super::{Slot, Table, any_dirty, child, is_leaf, leads_to_same, retire, slots};
+use super::{Node, Slot, Table, any_dirty, is_leaf, leads_to_same, retire, slots};
 use crate::error::Error;
 use crate::fmt::{AtomicIopte, Format, Iopte, LeafSizes, granule};
 
@@ -56,33 +56,40 @@ impl<F: Format> Table<F> {
         Self::check_range(range)?;
         let guard = crossbeam_epoch::pin();
         let sizes = sizes.into().and(F::LEAF_SIZES);
-        merge_table::<F>(&self.root, F::LEVELS - 1, range, sizes, &mut merged, &guard);
+        merge_table::<F>(
+            self.root.node(),
+            F::LEVELS - 1,
+            range,
+            sizes,
+            &mut merged,
+            &guard,
+        );
         self.heat(range, &guard);
         Ok(())
     }
 }
 
 /// Merges what lies in `range` in the subtree of `page`, a table of `level`: the tables below first, then its entries.
-fn merge_table<F: Format>(
-    page: &[AtomicIopte],
+fn merge_table<'g, F: Format>(
+    page: Node<'g>,
     level: u32,
     range: IovaRange,
     sizes: LeafSizes,
     merged: &mut Merged<'_>,
-    guard: &Guard,
+    guard: &'g Guard,
 ) {
-    for (_, slot) in slots::<F>(page, level, range) {
+    for (_, slot) in slots::<F>(page.entries, level, range) {
         // Acquire: pairs with the Release in `child_or_new`; publishes the table.
         let entry = slot.entry.load(Ordering::Acquire);
         if F::is_present(entry) && !is_leaf::<F>(entry, level) {
-            let table = child::<F>(entry, guard);
+            let table = page.below::<F>(entry, guard);
             merge_table::<F>(table, level - 1, slot.part, sizes, merged, guard);
             if slot.part == slot.span && sizes.contains(F::size(level)) {
-                replace_table::<F>(&slot, level, entry, merged, guard);
+                replace_table::<F>(page, &slot, level, entry, merged, guard);
             }
         }
     }
-    let mut inside = slots::<F>(page, level, range)
+    let mut inside = slots::<F>(page.entries, level, range)
         .filter(|(_, slot)| slot.part == slot.span)
         .map(|(index, slot)| (index, slot.span));
     let Some((mut first, mut span)) = inside.next() else {
@@ -93,7 +100,7 @@ fn merge_table<F: Format>(
         // The largest group that begins here, or else this entry alone.
         let group_lg2 = (1..F::INDEX_LG2)
             .rev()
-            .find(|lg2| join::<F>(page, level, first, last, span, *lg2, sizes, merged))
+            .find(|lg2| join::<F>(page.entries, level, first, last, span, *lg2, sizes, merged))
             .unwrap_or(0);
         first += 1 << group_lg2;
         let size = u32::from(F::size(level).lg2()) + group_lg2;
@@ -110,15 +117,16 @@ fn merge_table<F: Format>(
     }
 }
 
-/// Puts one leaf in the place of the table that `entry` leads to, if its parts make one.
+/// Puts one leaf in the place of the table that `entry`, of `page`, leads to, if its parts make one.
 fn replace_table<F: Format>(
+    page: Node<'_>,
     slot: &Slot<'_>,
     level: u32,
     entry: Iopte,
     merged: &mut Merged<'_>,
     guard: &Guard,
 ) {
-    let table = child::<F>(entry, guard);
+    let table = page.below::<F>(entry, guard).entries;
     let size = F::size(level);
     let Some((phys, access)) =
         contiguous::<F>(table, level - 1).filter(|(p, _)| p & size.mask() == 0)
@@ -144,7 +152,7 @@ fn replace_table<F: Format>(
     }
     // SAFETY: `entry` was present and no leaf; the compare-exchange took the one entry that led there, so nobody else
     // retires it.
-    unsafe { retire::<F>(entry, level, guard) };
+    unsafe { retire::<F>(page, entry, level, guard) };
     merged(slot.span, size, true);
 }
 

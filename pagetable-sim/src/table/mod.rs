@@ -28,7 +28,9 @@ mod map;
 mod merge;
 mod page;
 mod protect;
+mod scan;
 mod skip;
+mod slab;
 mod split;
 mod unmap;
 mod walk;
@@ -44,7 +46,7 @@ use dirtymap::{Access, Granule, Iova, IovaRange};
 
 use crate::error::Error;
 use crate::fmt::{AtomicIopte, Format, Iopte, granule};
-use page::held_by;
+use page::{Node, held_by};
 
 /// An IO page table of the format `F`: hardware walks it and sets D while software maps, unmaps and harvests, and
 /// nobody waits for anybody.
@@ -134,9 +136,18 @@ impl<F: Format> Table<F> {
         const { assert!(F::WIDTH <= 64 && F::LEAF_LEVELS <= F::LEVELS) };
         const { assert!(F::LEAF_SIZES.contains(F::PAGE)) };
         Table {
-            root: TableRef::new(F::LEVELS - 1),
+            root: TableRef::new(F::LEVELS - 1, false),
             skip_quiet: false,
             skipped: AtomicU64::new(0),
+        }
+    }
+
+    /// As [`new`](Self::new), but each table of the tree is an allocation of its own, wherever the allocator puts it, and tables of
+    /// neighbouring addresses do not lie side by side. Harvests take longer for it: this shows how much.
+    pub fn scattered() -> Self {
+        Table {
+            root: TableRef::new(F::LEVELS - 1, true),
+            ..Table::new()
         }
     }
 
@@ -358,14 +369,16 @@ fn entry_for<F: Format>(table: &TableRef<F>, level: u32) -> Iopte {
     entry
 }
 
-/// Lets go of the table that `entry`, of a table of `level`, led to, once nobody is inside: who came from above has left.
-/// A device may hold it still.
+/// Lets go of the table that `entry`, of the table `above` of `level`, led to, once nobody is inside: who came from above has
+/// left. A device may hold it still.
 ///
 /// # Safety
 /// The entry was present and no leaf, it was the one way to the table and is gone, and nobody else retires it.
-unsafe fn retire<F: Format>(entry: Iopte, level: u32, guard: &Guard) {
-    // SAFETY: no later walk finds the entry; its hold is taken when all who are pinned now have left, and once.
-    guard.defer(move || drop(unsafe { held_by::<F>(entry, level) }));
+unsafe fn retire<F: Format>(above: Node<'_>, entry: Iopte, level: u32, guard: &Guard) {
+    // SAFETY: no later walk finds the entry; its hold is taken once.
+    let hold = unsafe { held_by::<F>(above, entry, level) };
+    // Given up when all who are pinned now have left.
+    guard.defer(move || drop(hold));
 }
 
 /// Whether `now`, of a table of `level`, still leads to the table that `entry` led to: A may have been set meanwhile.

@@ -1,67 +1,184 @@
-//! The memory of one table: as many entries as the format says, at an address that an entry can hold, and behind them how
-//! many hold the table.
+//! The memory of one table: as many entries as the format says, at an address that an entry can hold, and beside them what
+//! is kept of the table.
 //!
 //! A table is held by the entry that leads to it and by each [`TableRef`]; the last one to let go frees it, and lets go of
-//! the tables below. The count lies behind the entries, so that these fill whole pages.
+//! the tables below. It lies in the slab of the table above it (see `slab.rs`), or is an allocation of its own: then what is
+//! kept of it lies behind the entries, so that these fill whole pages.
 
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::marker::PhantomData;
 use std::ops::Deref;
 use std::ptr::{self, NonNull};
 
-use dirtymap::sync::{AtomicU64, Ordering, fence};
+use crossbeam_epoch::Guard;
+use dirtymap::sync::Ordering;
 
-use super::is_leaf;
+use super::slab::{Beside, Place, Slab};
+use super::{child, is_leaf};
 use crate::fmt::{AtomicIopte, Format, Iopte};
 
 /// A hold on a table: it stays in memory for as long as this exists, though it may have been retired.
 pub(crate) struct TableRef<F: Format> {
     entries: NonNull<AtomicIopte>,
+    beside: NonNull<Beside>,
     level: u32,
     format: PhantomData<fn() -> F>,
 }
 
-// SAFETY: the one field that is not Send, `entries`, leads to a table that is shared between all threads by design:
-// atomics only, with counted holds.
+// SAFETY: the fields that are not Send lead to a table, and to what is kept of it, that are shared between all threads by
+// design: atomics only, with counted holds.
 unsafe impl<F: Format> Send for TableRef<F> {}
-// SAFETY: as above; through a shared reference only `&[AtomicIopte]` can be had, which is Sync.
+// SAFETY: as above; through a shared reference only `&[AtomicIopte]` and `&Beside` can be had, which are Sync.
 unsafe impl<F: Format> Sync for TableRef<F> {}
+
+/// A table that is alive for `'g`, and what is kept of it.
+#[derive(Clone, Copy)]
+pub(super) struct Node<'g> {
+    pub(super) entries: &'g [AtomicIopte],
+    beside: &'g Beside,
+}
+
+impl<'g> Node<'g> {
+    /// The table that `entry` leads to, of a table of this one's level; as [`child`].
+    #[inline]
+    pub(super) fn below<F: Format>(self, entry: Iopte, guard: &'g Guard) -> Node<'g> {
+        let entries = child::<F>(entry, guard);
+        let beside = beside_of::<F>(self.beside, F::table_address(entry));
+        Node {
+            entries,
+            // SAFETY: the table is alive as long as the guard, says `child`, and what is kept of it as long as the table.
+            beside: unsafe { beside.as_ref() },
+        }
+    }
+
+    /// Whether there is a slab for the tables below.
+    #[cfg(all(test, not(dirtymap_loom)))]
+    pub(super) fn has_slab(self) -> bool {
+        self.beside.below().is_some()
+    }
+
+    /// A hold on the table, which is of `level`.
+    pub(super) fn hold<F: Format>(self, level: u32) -> TableRef<F> {
+        self.beside.hold();
+        TableRef {
+            entries: NonNull::from(self.entries).cast(),
+            beside: NonNull::from(self.beside),
+            level,
+            format: PhantomData,
+        }
+    }
+}
+
+impl Deref for Node<'_> {
+    type Target = [AtomicIopte];
+
+    #[inline]
+    fn deref(&self) -> &[AtomicIopte] {
+        self.entries
+    }
+}
+
+/// What is kept of the table at `address`, to which an entry of the table leads that `above` is kept of.
+#[inline]
+fn beside_of<F: Format>(above: &Beside, address: u64) -> NonNull<Beside> {
+    if let Some(beside) = above.below().and_then(|slab| slab.beside(address)) {
+        return beside.into();
+    }
+    let entries = ptr::with_exposed_provenance_mut::<AtomicIopte>(address as usize);
+    let behind = entries.wrapping_add(TableRef::<F>::ENTRIES).cast();
+    // SAFETY: behind the entries of an allocation, which has room for it, so not null.
+    unsafe { NonNull::new_unchecked(behind) }
+}
 
 impl<F: Format> TableRef<F> {
     const ENTRIES: usize = 1 << F::INDEX_LG2;
 
+    /// Tables that the processor would have to find one by one if they did not lie side by side. Larger ones are worth no slab:
+    /// it would take 32 MiB and more. The model checker has them for one format.
+    const IN_SLABS: bool = match cfg!(dirtymap_loom) {
+        true => F::INDEX_LG2 == 2,
+        false => F::TABLE_LG2 == 12,
+    };
+
     const LAYOUT: Layout = {
         assert!(F::INDEX_LG2 <= 13 && F::TABLE_LG2 <= 16);
-        let bytes = Self::ENTRIES * size_of::<AtomicIopte>() + size_of::<AtomicU64>();
+        assert!(Self::ENTRIES * size_of::<AtomicIopte>() <= 1 << F::TABLE_LG2);
+        // What is kept of the table is aligned where the entries end.
+        assert!(align_of::<Beside>() == align_of::<AtomicIopte>());
+        let bytes = Self::ENTRIES * size_of::<AtomicIopte>() + size_of::<Beside>();
         match Layout::from_size_align(bytes, 1 << F::TABLE_LG2) {
             Ok(layout) => layout,
             Err(_) => panic!("a table of at most 8192 entries has a layout"),
         }
     };
 
-    /// A new table of `level`, whose entries are absent.
-    pub(super) fn new(level: u32) -> Self {
-        // The count is aligned where the entries end.
-        const { assert!(align_of::<AtomicU64>() == align_of::<AtomicIopte>()) };
+    /// A new table of `level` that is an allocation of its own, whose entries are absent. If it is `apart`, so are all tables
+    /// below it.
+    pub(super) fn new(level: u32, apart: bool) -> Self {
         // SAFETY: the layout is not empty.
-        let memory = unsafe { alloc(Self::LAYOUT) }.cast::<AtomicIopte>();
-        let Some(entries) = NonNull::new(memory) else {
+        let memory = unsafe { alloc(Self::LAYOUT) };
+        let Some(memory) = NonNull::new(memory) else {
             handle_alloc_error(Self::LAYOUT)
         };
+        // SAFETY: allocated with room for the entries, and ours alone.
+        let entries = unsafe { Self::make_absent(memory) };
+        // SAFETY: inside the allocation, which has room for it behind the entries.
+        let beside = unsafe { entries.add(Self::ENTRIES) }.cast::<Beside>();
+        // SAFETY: valid for a write, aligned, and ours alone.
+        unsafe { beside.write(Beside::single(apart)) };
+        TableRef {
+            entries,
+            beside,
+            level,
+            format: PhantomData,
+        }
+    }
+
+    /// A new table of `level`, whose entries are absent, for the entry `index` of the table `above`; the caller needs `count`
+    /// such tables.
+    pub(super) fn below(above: Node<'_>, index: usize, level: u32, count: u64) -> Self {
+        let apart = above.beside.is_apart();
+        let place = Self::IN_SLABS
+            .then(|| above.beside.slab(count, Self::ENTRIES, F::TABLE_LG2))
+            .flatten()
+            .and_then(|slab| slab.claim(index, apart));
+        let (entries, beside) = match place {
+            None => return TableRef::new(level, apart),
+            // SAFETY: the place has room for a table, and is ours alone, for it was free.
+            Some(Place::Free(memory, beside)) => (unsafe { Self::make_absent(memory) }, beside),
+            Some(Place::Held(memory, beside)) => {
+                let entries = memory.cast::<AtomicIopte>();
+                for nth in 0..Self::ENTRIES {
+                    // SAFETY: inside the place, which has room for `ENTRIES` entries.
+                    let slot = unsafe { entries.add(nth) };
+                    // SAFETY: initialised when a table was put there, which we hold.
+                    let slot = unsafe { slot.as_ref() };
+                    slot.clear_bits(u64::MAX, Ordering::Relaxed);
+                }
+                (entries, beside)
+            }
+        };
+        TableRef {
+            entries,
+            beside: beside.into(),
+            level,
+            format: PhantomData,
+        }
+    }
+
+    /// Makes all entries of a table absent.
+    ///
+    /// # Safety
+    /// `memory` has room for a table, at a multiple of its alignment, and is the caller's alone.
+    unsafe fn make_absent(memory: NonNull<u8>) -> NonNull<AtomicIopte> {
+        let entries = memory.cast::<AtomicIopte>();
         for nth in 0..Self::ENTRIES {
-            // SAFETY: inside the allocation, which has room for `ENTRIES` entries.
+            // SAFETY: inside the memory, which has room for `ENTRIES` entries.
             let place = unsafe { entries.add(nth) };
             // SAFETY: valid for a write, aligned, and ours alone.
             unsafe { place.write(AtomicIopte::absent()) };
         }
-        let table = TableRef {
-            entries,
-            level,
-            format: PhantomData,
-        };
-        // SAFETY: valid for a write, aligned, and ours alone.
-        unsafe { table.count().write(AtomicU64::new(1)) };
-        table
+        entries
     }
 
     /// The address of the table.
@@ -78,38 +195,19 @@ impl<F: Format> TableRef<F> {
         F::size(self.level + 1).lg2().into()
     }
 
-    /// Gives the hold away, to whoever keeps the table's address.
-    pub(super) fn leak(self) {
-        std::mem::forget(self);
-    }
-
-    /// Takes back a hold on the table of `level` at `address`.
-    ///
-    /// # Safety
-    /// It is the [`address`](Self::address) of a table of this format and level, for which a hold was leaked that nobody
-    /// else takes back.
-    pub(super) unsafe fn take_back(address: u64, level: u32) -> Self {
-        let entries = ptr::with_exposed_provenance_mut::<AtomicIopte>(address as usize);
-        TableRef {
-            // SAFETY: the address of an allocation is not null; the caller passes one.
-            entries: unsafe { NonNull::new_unchecked(entries) },
-            level,
-            format: PhantomData,
+    /// The table, and what is kept of it.
+    #[inline]
+    pub(super) fn node(&self) -> Node<'_> {
+        Node {
+            entries: self,
+            // SAFETY: made with the table, and alive for as long as it is, which we hold.
+            beside: unsafe { self.beside.as_ref() },
         }
     }
 
-    /// A further hold on the table of `level` at `address`.
-    ///
-    /// # Safety
-    /// It is the [`address`](Self::address) of a table of this format and level, which stays alive during the call.
-    pub(super) unsafe fn hold(address: u64, level: u32) -> Self {
-        // SAFETY: the hold that this stands for is counted below.
-        let table = unsafe { Self::take_back(address, level) };
-        // SAFETY: written by `new`; the caller has the table alive.
-        let count = unsafe { table.count().as_ref() };
-        // Relaxed: a new hold is made from one that lasts at least as long as we run.
-        count.fetch_add(1, Ordering::Relaxed);
-        table
+    /// Gives the hold away, to whoever keeps the table's address.
+    pub(super) fn leak(self) {
+        std::mem::forget(self);
     }
 
     /// The entries of the table at `address`.
@@ -119,15 +217,9 @@ impl<F: Format> TableRef<F> {
     #[inline]
     pub(super) unsafe fn entries_at<'g>(address: u64) -> &'g [AtomicIopte] {
         let entries = ptr::with_exposed_provenance::<AtomicIopte>(address as usize);
-        // SAFETY: `new` made so many initialised entries there, with the provenance that `address` exposed; they are
+        // SAFETY: `make_absent` made so many initialised entries there, with the provenance that `address` exposed; they are
         // atomics, shared by all, and live as long as the caller says.
         unsafe { std::slice::from_raw_parts(entries, Self::ENTRIES) }
-    }
-
-    /// How many hold the table: behind its entries.
-    fn count(&self) -> NonNull<AtomicU64> {
-        // SAFETY: inside the allocation, which has room for one word more than the entries.
-        unsafe { self.entries.add(Self::ENTRIES) }.cast()
     }
 
     /// Frees the memory, and lets go of the tables below.
@@ -140,27 +232,40 @@ impl<F: Format> TableRef<F> {
             let entry = slot.load(Ordering::Relaxed);
             if F::is_present(entry) && !is_leaf::<F>(entry, self.level) {
                 // SAFETY: present and no leaf; the entry goes with its table, and its hold with it.
-                drop(unsafe { held_by::<F>(entry, self.level) });
+                drop(unsafe { held_by::<F>(self.node(), entry, self.level) });
             }
         }
+        // SAFETY: nobody holds the table, and it is freed once.
+        unsafe { self.node().beside.let_go_below() };
+        let home = NonNull::new(self.node().beside.home());
         let all = ptr::slice_from_raw_parts_mut(self.entries.as_ptr(), Self::ENTRIES);
-        // SAFETY: initialised by `new`, dropped once, and nobody borrows them any more.
+        // SAFETY: initialised by `make_absent`, dropped once, and nobody borrows them any more.
         unsafe { ptr::drop_in_place(all) };
-        // SAFETY: as the entries.
-        unsafe { ptr::drop_in_place(self.count().as_ptr()) };
+        if let Some(slab) = home {
+            // SAFETY: the table lies there; nobody holds it, and its memory was used for the last time above.
+            return unsafe { Slab::vacate(slab, self.beside) };
+        }
+        // SAFETY: as the entries; it is that of an allocation of its own.
+        unsafe { ptr::drop_in_place(self.beside.as_ptr()) };
         // SAFETY: allocated by `new` with this layout, and freed once.
         unsafe { dealloc(self.entries.as_ptr().cast(), Self::LAYOUT) };
     }
 }
 
-/// The hold that `entry`, of a table of `level`, has on the table that it leads to.
+/// The hold that `entry`, of the table `above` of `level`, has on the table that it leads to.
 ///
 /// # Safety
 /// The entry was present and no leaf, no walk that begins now finds it, and its hold is taken once.
-pub(super) unsafe fn held_by<F: Format>(entry: Iopte, level: u32) -> TableRef<F> {
-    // SAFETY: leaked when the entry was published, with an address that was checked to come through the entry whole; the
-    // caller passes the hold.
-    unsafe { TableRef::<F>::take_back(F::table_address(entry), level - 1) }
+pub(super) unsafe fn held_by<F: Format>(above: Node<'_>, entry: Iopte, level: u32) -> TableRef<F> {
+    let address = F::table_address(entry);
+    let entries = ptr::with_exposed_provenance_mut::<AtomicIopte>(address as usize);
+    TableRef {
+        // SAFETY: the address of an allocation, which was checked to come through the entry whole: not null.
+        entries: unsafe { NonNull::new_unchecked(entries) },
+        beside: beside_of::<F>(above.beside, address),
+        level: level - 1,
+        format: PhantomData,
+    }
 }
 
 impl<F: Format> Deref for TableRef<F> {
@@ -168,19 +273,14 @@ impl<F: Format> Deref for TableRef<F> {
 
     #[inline]
     fn deref(&self) -> &[AtomicIopte] {
-        // SAFETY: `new` made so many initialised entries, which live as long as `self` holds the table.
+        // SAFETY: `make_absent` made so many initialised entries, which live as long as `self` holds the table.
         unsafe { std::slice::from_raw_parts(self.entries.as_ptr(), Self::ENTRIES) }
     }
 }
 
 impl<F: Format> Drop for TableRef<F> {
     fn drop(&mut self) {
-        // SAFETY: written by `new`; we hold the table.
-        let count = unsafe { self.count().as_ref() };
-        // Release: what we did with the table comes before its end; pairs with the fence below.
-        if count.fetch_sub(1, Ordering::Release) == 1 {
-            // Acquire: pairs with the Release of all who let go before.
-            fence(Ordering::Acquire);
+        if self.node().beside.let_go() {
             // SAFETY: the last hold was ours, and nobody gets a new one without having one or being inside an epoch that
             // an entry's hold outlasts.
             unsafe { self.free() };

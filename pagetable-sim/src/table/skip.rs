@@ -31,9 +31,10 @@
 
 use crossbeam_epoch::Guard;
 use dirtymap::sync::{Ordering, Step, performs};
-use dirtymap::{IovaRange, LeafSink};
+use dirtymap::{IovaRange, LeafSink, Stopped};
 
-use super::dirty::{DirtyLeaf, Visitor};
+use super::dirty::{Batch, DirtyLeaf};
+use super::scan::Visitor;
 use super::{Slot, Table, child, is_leaf, leads_to_same, slots};
 use crate::fmt::{AtomicIopte, Format, Iopte};
 
@@ -149,6 +150,17 @@ impl<F: Format> Visitor<F> for Harvest<'_, '_, '_> {
         });
         self.tally.dirty = true;
         self.tally.left |= !taken;
+        done
+    }
+
+    fn leaves(&mut self, batch: &Batch<'_>, mask: u64) -> Result<(), Stopped> {
+        let mut taken = 0;
+        let done = self.out.take_many(batch.start, batch.size, mask, |some| {
+            taken |= some;
+            batch.clear::<F>(some)
+        });
+        self.tally.dirty = true;
+        self.tally.left |= taken != mask;
         done
     }
 

@@ -30,7 +30,7 @@ use dirtymap::sync::{Ordering, Step, performs};
 use dirtymap::{Granule, Iova, IovaRange};
 
 use super::map::{Job, fill};
-use super::{Found, Table, TableRef, entry_for, is_leaf};
+use super::{Found, Node, Table, TableRef, entry_for, is_leaf};
 use crate::error::Error;
 use crate::fmt::{Format, Iopte, LeafSizes};
 
@@ -63,7 +63,7 @@ impl<F: Format> Table<F> {
         if let Some(found) = self.walk(at, &guard)
             && found.range::<F>().start() < at
         {
-            self.split_leaf(&found, LeafSizes::ALL, Some(at), &guard);
+            self.split_leaf(&found, LeafSizes::ALL, Some(at), page, &guard);
             split(found.range::<F>(), found.size::<F>());
         }
         Ok(())
@@ -113,7 +113,7 @@ impl<F: Format> Table<F> {
             let inside = done.is_some_and(|leaf| leaf.covers(found.span));
             if !inside && !sizes.contains(found.size::<F>()) {
                 let leaf = found.range::<F>();
-                self.split_leaf(&found, sizes, None, guard);
+                self.split_leaf(&found, sizes, None, range, guard);
                 split(leaf, found.size::<F>());
                 done = Some(leaf);
             }
@@ -122,8 +122,18 @@ impl<F: Format> Table<F> {
         debug_assert!(all.is_continue());
     }
 
-    /// Puts smaller leaves into all entries of the leaf.
-    fn split_leaf(&self, leaf: &Found<'_>, sizes: LeafSizes, cut: Option<Iova>, guard: &Guard) {
+    /// Puts smaller leaves into all entries of the leaf, one of those in `all` that are split.
+    fn split_leaf(
+        &self,
+        leaf: &Found<'_>,
+        sizes: LeafSizes,
+        cut: Option<Iova>,
+        all: IovaRange,
+        guard: &Guard,
+    ) {
+        // If the table is another one by now, then what is put into it goes with it.
+        let above = self.table_of(leaf, guard);
+        let needed = all.granules(F::size(leaf.level)).min(1 << F::INDEX_LG2) as u64;
         let (range, level) = (leaf.range::<F>(), leaf.level);
         let group = leaf.group::<F>();
         let (phys, access) = (F::output(leaf.entry), F::access(leaf.entry));
@@ -151,7 +161,14 @@ impl<F: Format> Table<F> {
                     self.dirty_entries(range, guard);
                 }
                 job.dirty = dirty && performs(Step::DirtyParts);
-                let new = Parts::<F>::new(&job, span, level, size, guard);
+                let table = || match above {
+                    Some(above) => {
+                        let index = F::index(span.start().get(), level);
+                        TableRef::<F>::below(above, index, level - 1, needed)
+                    }
+                    None => TableRef::new(level - 1, false),
+                };
+                let new = Parts::<F>::new(&job, span, level, size, table, guard);
                 // AcqRel on success: Release publishes the table, and D in the other entries before this one goes;
                 // Acquire pairs with `set_dirty`. Acquire on failure: as the load above; D was set or cleared, and the
                 // parts follow from that.
@@ -166,6 +183,20 @@ impl<F: Format> Table<F> {
         }
         self.heat(range, guard);
     }
+
+    /// The table that the leaf lies in, unless another one has taken its place.
+    fn table_of<'g>(&'g self, leaf: &Found<'_>, guard: &'g Guard) -> Option<Node<'g>> {
+        let mut node = self.root.node();
+        for level in (leaf.level + 1..F::LEVELS).rev() {
+            // Acquire: as the load of a walk.
+            let entry = node[F::index(leaf.span.start().get(), level)].load(Ordering::Acquire);
+            if !F::is_present(entry) || is_leaf::<F>(entry, level) {
+                return None;
+            }
+            node = node.below::<F>(entry, guard);
+        }
+        std::ptr::eq(node.entries, leaf.page).then_some(node)
+    }
 }
 
 /// What an entry of a split leaf becomes.
@@ -176,16 +207,24 @@ struct Parts<F: Format> {
 }
 
 impl<F: Format> Parts<F> {
-    /// For an entry of a table of `level`, with the addresses `span`, where the first leaf has the given size.
-    fn new(job: &Job, span: IovaRange, level: u32, size: Granule, guard: &Guard) -> Self {
+    /// For an entry of a table of `level`, with the addresses `span`, where the first leaf has the given size; `table` is a new
+    /// table below.
+    fn new(
+        job: &Job,
+        span: IovaRange,
+        level: u32,
+        size: Granule,
+        table: impl FnOnce() -> TableRef<F>,
+        guard: &Guard,
+    ) -> Self {
         if size >= F::size(level) {
             return Parts {
                 entry: job.leaf::<F>(span.start().granule_start(size), size),
                 table: None,
             };
         }
-        let table = TableRef::<F>::new(level - 1);
-        let filled = fill::<F>(&table, level - 1, span, job, guard);
+        let table = table();
+        let filled = fill::<F>(table.node(), level - 1, span, job, guard);
         debug_assert!(filled.is_ok(), "nothing is in the way in a fresh table");
         Parts {
             entry: entry_for::<F>(&table, level),

@@ -6,6 +6,7 @@ mod dirty;
 mod history;
 mod model;
 mod reshape;
+mod slabs;
 
 use super::*;
 use crate::fmt::LeafSizes;
@@ -15,6 +16,7 @@ use self::dirty::*;
 use self::history::*;
 use self::model::*;
 use self::reshape::*;
+use self::slabs::*;
 
 /// Stamps the tests of this file on a format.
 macro_rules! suite {
@@ -44,6 +46,9 @@ macro_rules! suite {
                 rights_change_and_what_is_dirty_stays,
                 nothing_is_lost_while_leaves_change_their_size,
                 of_two_maps_of_the_same_addresses_one_wins,
+                many_tables_lie_side_by_side_and_few_do_not,
+                a_place_is_used_again_when_nobody_holds_the_table_there,
+                a_table_that_is_held_outlives_its_slab_mates,
                 bug_11a_one_half_of_a_leaf_is_read_then_the_other,
                 bug_11b_the_last_page_of_a_leaf_is_reported,
                 bug_12_a_request_from_inside_a_leaf_or_a_hole_reaches_the_next,
@@ -324,7 +329,12 @@ fn entries_are_decoded_as_they_were_encoded<F: Format>() {
             }
             for phys in [0, high & !size.mask()] {
                 let clean = F::leaf(phys, access, size);
-                assert!(!F::is_dirty(clean) && F::worth_a_look(clean, level) == 0);
+                let single = group_lg2 == 0;
+                assert!(!F::is_dirty(clean));
+                assert!(!single || F::worth_a_look(clean, level) == 0);
+                assert_eq!(single, clean.0 & F::GROUPED == 0);
+                assert!(level == 0 || !single || clean.0 & F::TABLE_SET == 0);
+                assert!(level == 0 || clean.0 & F::LEAF_SET == F::LEAF_SET);
                 let written = F::written(clean);
                 assert!(F::is_dirty(written) && F::worth_a_look(written, level) != 0);
                 for leaf in [clean, written] {
@@ -333,14 +343,17 @@ fn entries_are_decoded_as_they_were_encoded<F: Format>() {
                     assert_eq!(F::leaf_size(leaf, level), size);
                     assert_eq!(F::group_lg2(leaf, level), group_lg2);
                     let cleaned = F::MAKE_CLEAN.of(leaf);
-                    assert!(!F::is_dirty(cleaned) && F::worth_a_look(cleaned, level) == 0);
+                    assert!(!F::is_dirty(cleaned));
+                    assert!(!single || F::worth_a_look(cleaned, level) == 0);
                     assert_eq!((F::output(cleaned), F::access(cleaned)), (phys, access));
                     assert_eq!(F::MAKE_CLEAN.of(cleaned), cleaned);
                     for other in [Access::Read, Access::ReadWrite] {
                         let changed = F::with_access(leaf, other);
                         assert_eq!(F::access(changed), other);
                         assert_eq!(F::is_dirty(changed), F::is_dirty(leaf));
-                        assert_eq!(F::worth_a_look(changed, level) != 0, F::is_dirty(leaf));
+                        assert!(
+                            !single || (F::worth_a_look(changed, level) != 0) == F::is_dirty(leaf)
+                        );
                         let back = F::with_access(changed, access);
                         assert_eq!(F::is_dirty(back), F::is_dirty(leaf));
                         assert_eq!((F::output(back), F::access(back)), (phys, access));
@@ -354,6 +367,7 @@ fn entries_are_decoded_as_they_were_encoded<F: Format>() {
             let table = F::table(address, level);
             assert!(F::is_present(table) && !F::is_leaf(table, level));
             assert!(F::worth_a_look(table, level) != 0);
+            assert!(table.0 & F::TABLE_SET != 0 || F::LEAF_SET != 0 && table.0 & F::LEAF_SET == 0);
             assert_eq!(F::table_address(table), address);
         }
     }

@@ -13,10 +13,14 @@
 use dirtymap::sync::Ordering;
 use dirtymap::{Iova, IovaRange};
 
+#[cfg(all(test, not(dirtymap_loom)))]
+use super::child;
 use super::dirty::make_dirty;
-use super::{Found, Leaf, Table, TableRef, child, is_leaf};
+use super::{Found, Leaf, Table, TableRef, is_leaf};
 use crate::error::FaultKind;
-use crate::fmt::{AtomicIopte, Format, Iopte};
+#[cfg(all(test, not(dirtymap_loom)))]
+use crate::fmt::AtomicIopte;
+use crate::fmt::{Format, Iopte};
 
 /// What a device walks for.
 #[derive(Clone, Copy, Debug)]
@@ -45,11 +49,12 @@ impl<F: Format> Table<F> {
             return Err(FaultKind::TooWide);
         }
         let guard = crossbeam_epoch::pin();
-        let (mut page, mut level): (&[AtomicIopte], u32) = match from {
-            Some(table) => (table, table.level()),
-            None => (&self.root, F::LEVELS - 1),
+        let (mut node, mut level) = match from {
+            Some(table) => (table.node(), table.level()),
+            None => (self.root.node(), F::LEVELS - 1),
         };
         loop {
+            let page = node.entries;
             let index = F::index(iova.get(), level);
             let slot = &page[index];
             // Acquire: pairs with the Release that installed the entry, in `map`; publishes the table it leads to, or
@@ -95,11 +100,10 @@ impl<F: Format> Table<F> {
                     Err(now) => entry = now,
                 }
             }
-            page = child::<F>(entry, &guard);
+            node = node.below::<F>(entry, &guard);
             level -= 1;
             if let Some(met) = &mut met {
-                // SAFETY: `child` got to the table of this level by the same address, under the guard.
-                met.push(unsafe { TableRef::hold(F::table_address(entry), level) });
+                met.push(node.hold(level));
             }
         }
     }

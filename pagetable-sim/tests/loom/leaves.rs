@@ -152,6 +152,40 @@ fn a_merge_of_a_cached_table_against_a_harvest() -> bool {
     copied(&domain, &mut copy) && merged == 1
 }
 
+/// A table is merged away and its leaf split again, while a device goes by a pointer to the old table, which nobody made it
+/// forget: that table lies in a slab, and the new one must not be put into its place. Returns whether the device can write.
+fn a_table_in_the_place_of_a_cached_one() -> bool {
+    let whole = IovaRange::from_len(Iova::MIN, 4 * PAGE).unwrap();
+    let memory = Arc::new(PhysMemory::new(4 * PAGE).unwrap());
+    let config = DomainConfig {
+        max_leaf: Grouped::PAGE,
+        ..DomainConfig::default()
+    };
+    let domain = Domain::<Grouped>::with_format(memory, config);
+    domain
+        .map(&Mapping {
+            range: whole,
+            backing: 0,
+            access: Access::ReadWrite,
+        })
+        .unwrap();
+    let mut device = domain.attach(DeviceConfig {
+        walk_entries: 1,
+        ..DEVICE
+    });
+    write_page(&mut device, 0, 1);
+    device.quiesce();
+    let writer = thread::spawn(move || {
+        let bytes = 2u64.to_le_bytes();
+        device.write(Iova::new(PAGE), &bytes).is_ok()
+    });
+    let table = domain.table();
+    table.merge(whole, Grouped::size(1), |_, _, _| ()).unwrap();
+    // What the entry above held it by is given up when all who are pinned have left.
+    table.split(whole, Grouped::PAGE, |_, _| ()).unwrap();
+    writer.join().unwrap()
+}
+
 /// A device writes through the second entry of a leaf of two entries, while the leaf is harvested.
 fn a_write_to_a_later_entry_against_a_harvest() -> bool {
     let domain = two_pages::<Grouped>(granule_of_both());
@@ -262,6 +296,8 @@ fn leaves_change_their_size_under_dma_unless_a_step_is_left_out() {
     let merge = a_merge_of_a_cached_table_against_a_harvest;
     assert_eq!(explore!(None, merge), 0);
     assert!(explore!(Some(Step::DirtyBehindFlush), merge) > 0);
+    assert_eq!(explore!(None, a_table_in_the_place_of_a_cached_one), 0);
+    assert!(explore!(Some(Step::ClaimFree), a_table_in_the_place_of_a_cached_one) > 0);
     for step in [Step::ReadEveryEntry, Step::CleanEveryEntry] {
         assert!(explore!(Some(step), a_write_to_a_later_entry_against_a_harvest) > 0);
     }

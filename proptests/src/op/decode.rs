@@ -2,7 +2,11 @@
 
 use dirtymap::Access;
 
-use super::{Ask, Config, Cut, Format, MapFault, Master, Op, Place, Sabotage, Step, Stretch};
+use super::{
+    Ask, Config, Cut, Fate, Format, MapFault, Mask, Master, Mode, Op, Place, Sabotage, Share, Step,
+    Stretch,
+};
+use crate::forms::FORMS;
 
 const LENGTHS: [u16; 16] = [
     8, 1, 2, 7, 64, 64, 100, 512, 2048, 4096, 4097, 5000, 6000, 8192, 9000, 0,
@@ -13,6 +17,7 @@ const PAGES: [u16; 16] = [
 ];
 const SKIPS: [u16; 8] = [0, 0, 0, 0, 1, 7, 500, 511];
 const GRANULES: [u8; 8] = [12, 12, 12, 12, 11, 13, 13, 21];
+const BOUNDS: [u16; 8] = [1, 0, 2, 40, 64, 65, 500, 2000];
 const CUTS: [Cut; 4] = [Cut::Whole, Cut::Whole, Cut::Rest, Cut::Part];
 /// Most programs are about the first domain.
 const DOMAIN: [u8; 8] = [0, 0, 0, 0, 1, 1, 1, 2];
@@ -34,11 +39,12 @@ impl Op {
         // Of the 64 codes, each operation has as many as it should be frequent; the two bits above are operands.
         let more = code / 64;
         Some(match code % 64 {
-            0..12 => Op::DmaWrite {
+            0..11 => Op::DmaWrite {
                 device: Master::decode(bytes)?,
                 at: Place::decode(bytes)?,
                 len: pick(&LENGTHS, bytes.next()?),
             },
+            11 | 23 => Op::decode_pass(bytes)?,
             12 => Op::DmaRead {
                 device: Master::decode(bytes)?,
                 at: Place::decode(bytes)?,
@@ -49,7 +55,7 @@ impl Op {
                 len: pick(&LENGTHS, bytes.next()?),
                 by_handle: more & 1 != 0,
             },
-            16..24 => Op::Harvest(Ask::decode(bytes)?),
+            16..23 => Op::Harvest(Ask::decode(bytes)?),
             24 => Op::Peek(Ask::decode(bytes)?),
             25 | 26 => Op::Sync(more & 1),
             27 => Op::Copy(more & 1),
@@ -115,11 +121,28 @@ impl Op {
                 handle: more & 1,
                 area: bytes.next()?,
             },
+            62 => Op::CommitRange {
+                lease: more & 1,
+                part: Share(bytes.next()?, bytes.next()?),
+            },
             _ => Op::MarkByKept {
                 handle: more & 1,
                 page: bytes.next()?,
                 len: pick(&LENGTHS, bytes.next()?),
             },
+        })
+    }
+
+    fn decode_pass(bytes: &mut impl Iterator<Item = u8>) -> Option<Op> {
+        let (kind, part) = (bytes.next()?, bytes.next()?);
+        Some(Op::Pass {
+            form: pick(&FORMS, kind),
+            fate: match kind / 8 % 4 {
+                0 => Fate::Abort,
+                1 => Fate::CommitRange(Share(part, kind)),
+                _ => Fate::Commit,
+            },
+            ask: Ask::decode(bytes)?,
         })
     }
 
@@ -226,6 +249,30 @@ impl Ask {
             all_or_nothing: flags & 0b10_0000 != 0,
             preset: if flags >> 6 == 3 { bytes.next()? } else { 0 },
             domain: (scope & 1 != 0).then(|| pick(&DOMAIN, scope / 2)),
+            mode: Mode::decode(scope / 16, bytes)?,
+        })
+    }
+}
+
+impl Mode {
+    /// Half of all harvests are plain ones.
+    fn decode(code: u8, bytes: &mut impl Iterator<Item = u8>) -> Option<Mode> {
+        Some(match code {
+            0..8 => Mode::Whole,
+            8..11 => {
+                let (stretches, size) = (bytes.next()?, bytes.next()?);
+                let granule_lg2 = pick(&[12u8, 11, 12, 13], size / 16);
+                Mode::Masked(Mask {
+                    stretches,
+                    pages_lg2: (size % 10).max(granule_lg2.saturating_sub(12)),
+                    granule_lg2,
+                })
+            }
+            11..14 => Mode::Bounded {
+                from: bytes.next()?,
+                bits: pick(&BOUNDS, bytes.next()?),
+            },
+            _ => Mode::Parallel,
         })
     }
 }

@@ -10,6 +10,8 @@ pub use decode::decode;
 
 use dirtymap::Access;
 
+use crate::forms::Form;
+
 /// How many domains a world has.
 pub const DOMAINS: usize = 3;
 
@@ -45,7 +47,16 @@ pub enum Op {
     },
     /// Harvests into the first free of two leases; nothing happens if both are taken.
     Harvest(Ask),
-    /// Looks and changes nothing.
+    /// Harvests into a bitmap of any form, and ends the lease in the same step.
+    Pass {
+        /// What is asked for.
+        ask: Ask,
+        /// Where the bits go.
+        form: Form,
+        /// What becomes of the lease once it is copied; if it cannot be flushed, it is dropped.
+        fate: Fate,
+    },
+    /// Looks and changes nothing, whatever the mode.
     Peek(Ask),
     /// Flushes a lease.
     Sync(u8),
@@ -64,7 +75,14 @@ pub enum Op {
     Copy(u8),
     /// Ends a lease well: what is missing of sync and copy is made up for.
     Commit(u8),
-    /// Puts a lease back.
+    /// Commits a part of a lease: what is missing of sync and copy is made up for.
+    CommitRange {
+        /// Which lease.
+        lease: u8,
+        /// Which part.
+        part: Share,
+    },
+    /// Puts a lease back, but for what was committed of it.
     Abort(u8),
     /// Drops a lease, which puts it back.
     DropLease(u8),
@@ -252,6 +270,52 @@ pub struct Ask {
     pub preset: u8,
     /// One domain alone; all of them and the marks if there is none, or it was never attached.
     pub domain: Option<u8>,
+    /// By which call.
+    pub mode: Mode,
+}
+
+/// The calls that harvest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// `harvest`.
+    Whole,
+    /// `harvest_masked`.
+    Masked(Mask),
+    /// `harvest_bounded`.
+    Bounded {
+        /// Where it begins: a share of the range in 1/256, rounded down to a granule; from 240 on in the middle of a page.
+        from: u8,
+        /// Bits after which it stops.
+        bits: u16,
+    },
+    /// `harvest_parallel`.
+    Parallel,
+}
+
+/// A mask over the range of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mask {
+    /// Which of eight neighbouring stretches have their bits set; the next eight are the same again.
+    pub stretches: u8,
+    /// Pages of a stretch, as a logarithm: at least that of the granule.
+    pub pages_lg2: u8,
+    /// Bytes of one bit of the mask, as a logarithm: 11, 12 or 13.
+    pub granule_lg2: u8,
+}
+
+/// A part of a range: from one place in it to another, both in 1/255 of it, to the byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share(pub u8, pub u8);
+
+/// What becomes of a lease that has been copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It is committed.
+    Commit,
+    /// It is put back.
+    Abort,
+    /// A part of it is committed, and the rest is put back.
+    CommitRange(Share),
 }
 
 impl Ask {
@@ -266,6 +330,7 @@ impl Ask {
         all_or_nothing: false,
         preset: 0,
         domain: None,
+        mode: Mode::Whole,
     };
 }
 

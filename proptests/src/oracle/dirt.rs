@@ -183,20 +183,22 @@ impl Oracle {
         self.marks.must.insert(page);
     }
 
-    /// A harvest went over the pages `first..=last`, all of them mapped, and reported `reported` of them.
+    /// A harvest went over the pages `walked`, runs of them, all mapped, and reported `reported` of them.
     pub(crate) fn harvested(
         &mut self,
         lease: usize,
         ask: &Ask,
-        (first, last): (u64, u64),
+        walked: &[(u64, u64)],
         reported: BTreeSet<u64>,
     ) {
         let leased = self.leased(ask, reported);
-        for (domain, _) in &leased.domains {
-            self.domains[*domain].dirt.take(first, last);
-        }
-        if leased.marks {
-            self.marks.take(first, last);
+        for (first, last) in walked.iter().copied() {
+            for (domain, _) in &leased.domains {
+                self.domains[*domain].dirt.take(first, last);
+            }
+            if leased.marks {
+                self.marks.take(first, last);
+            }
         }
         self.leases[lease] = Some(leased);
     }
@@ -215,21 +217,24 @@ impl Oracle {
     }
 
     fn put_back(&mut self, lease: &Leased, runs: &[IovaRange]) {
-        let runs = runs.iter().flat_map(|run| pages_of(*run));
-        let mapped: BTreeSet<u64> = runs.filter(|page| self.area_at(*page).is_some()).collect();
+        let back: BTreeSet<u64> = runs.iter().flat_map(|run| pages_of(*run)).collect();
+        let mapped = back.iter().filter(|page| self.area_at(**page).is_some());
+        let mapped: BTreeSet<u64> = mapped.copied().collect();
+        // But for those that were committed, which are not in the runs.
+        let reported: Vec<u64> = lease.pages.intersection(&back).copied().collect();
         let mut marks = lease.marks;
         for (domain, id) in &lease.domains {
             let state = &mut self.domains[*domain];
             if self.attached.contains(domain) && state.id == *id {
                 state.dirt.pages.extend(&mapped);
-                state.dirt.must.extend(&lease.pages);
+                state.dirt.must.extend(&reported);
             } else {
                 marks = true;
             }
         }
         if marks {
             self.marks.pages.extend(&mapped);
-            self.marks.must.extend(&lease.pages);
+            self.marks.must.extend(&reported);
         }
     }
 
@@ -278,14 +283,14 @@ impl Oracle {
         domains.chain(marks.then_some(&self.marks))
     }
 
-    /// The pages of `first..=last` that a harvest must report, and those that it may.
+    /// The pages of `walked`, runs of them, that a harvest must report, and those that it may.
     pub(crate) fn bounds(
         &self,
         ask: &Ask,
-        first: u64,
-        last: u64,
+        walked: &[(u64, u64)],
     ) -> (BTreeSet<u64>, BTreeSet<u64>) {
-        let inside = |page: &u64| (first..=last).contains(page);
+        let in_run = |page: &u64, (first, last): &(u64, u64)| (first..=last).contains(&page);
+        let inside = |page: &u64| walked.iter().any(|run| in_run(page, run));
         let flying = || self.guards.iter().flatten().flat_map(|w| pages_of(*w));
         let must = self
             .places(ask)

@@ -19,7 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use dirtymap::{Access, Error, Granule, Iova, IovaRange};
 
-use crate::op::{Ask, Config, DOMAINS, Format, Place, Stretch};
+use crate::op::{Ask, Config, DOMAINS, Format, Mask, Place, Stretch};
 use crate::world::World;
 
 pub(crate) use changes::{Outcome, Plan};
@@ -78,7 +78,8 @@ pub(crate) struct Oracle {
     pub(crate) marks: Dirt,
     /// Pages that devices of detached domains may have written while nobody looked.
     pub(crate) untracked: BTreeSet<u64>,
-    pub(crate) leases: [Option<Leased>; 2],
+    /// The third is that of the pass under way.
+    pub(crate) leases: [Option<Leased>; 3],
     /// The ranges of writes in flight, whole pages.
     pub(crate) guards: [Option<IovaRange>; 2],
     pub(crate) free: Free,
@@ -131,7 +132,7 @@ impl Oracle {
             tracking: Tracking::Never,
             marks: Dirt::default(),
             untracked: BTreeSet::new(),
-            leases: [None, None],
+            leases: [None, None, None],
             guards: [None, None],
             free: Free::default(),
         }
@@ -241,6 +242,18 @@ impl Oracle {
         })
     }
 
+    /// The pages of `range` that `mask`, which lies over it, has as a whole, as runs.
+    pub(crate) fn masked(&self, range: IovaRange, mask: Mask) -> Vec<(u64, u64)> {
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        for page in pages_of(range).filter(|page| mask.has(*page)) {
+            match runs.last_mut() {
+                Some((_, last)) if *last + 1 == page => *last = page,
+                _ => runs.push((page, page)),
+            }
+        }
+        runs
+    }
+
     /// The first page of `first..=last` that no area holds.
     pub(crate) fn first_hole(&self, first: u64, last: u64) -> Option<u64> {
         (first..=last).find(|page| self.area_at(*page).is_none())
@@ -317,6 +330,13 @@ impl Oracle {
             memory[from..from + bytes.len()].copy_from_slice(bytes);
         }
         page
+    }
+}
+
+impl Mask {
+    /// Whether the bits of `page` are set.
+    pub(crate) fn has(self, page: u64) -> bool {
+        self.stretches >> ((page >> self.pages_lg2) % 8) & 1 == 1
     }
 }
 

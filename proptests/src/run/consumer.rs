@@ -1,16 +1,32 @@
 //! The consumer: it keeps its copy of the memory up to date by what its leases name.
 
+use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use dirtymap::sync::Arc;
-use dirtymap::{Aborted, Iova, IovaRange};
+use dirtymap::{Granule, HarvestRequest, Iova, IovaRange};
 
+use super::modes::share_of;
 use super::{Checked, End, Held, Live, Runner, broken};
-use crate::bits::runs_in;
-use crate::op::{Master, Place, Sabotage};
-use crate::oracle::{PAGE, pages, pieces};
+use crate::bits::{clear, runs_in};
+use crate::op::{Master, Place, Sabotage, Share};
+use crate::oracle::{PAGE, pieces};
 use crate::rig::Busy;
 use crate::violation::{Rule, check, same};
+
+/// The buffer `after` of a request for `range`, without the granules that begin at `starts`.
+pub(super) fn without(
+    after: &[u64],
+    range: IovaRange,
+    granule: Granule,
+    starts: &BTreeSet<u64>,
+) -> Vec<u64> {
+    let mut left = after.to_vec();
+    for start in starts {
+        clear(&mut left, (start - range.start().get()) >> granule.lg2());
+    }
+    left
+}
 
 impl Live<'_> {
     fn is_synced(&self) -> bool {
@@ -37,8 +53,11 @@ impl Runner<'_> {
         };
         if let (Live::Synced(lease), Some(leased)) = (&held.live, &mut self.oracle.leases[nth]) {
             leased.synced = true;
-            let runs = runs_in(&self.buffers[nth].read(), held.range, held.granule);
-            let dirty: u128 = runs.iter().map(|run| run.granules(held.granule)).sum();
+            let (range, granule) = (held.request.range(), held.request.granule());
+            let runs = runs_in(&self.buffers[nth].read(), range, granule);
+            let inside = runs.iter().filter_map(|run| run.intersection(held.view));
+            let runs: Vec<IovaRange> = inside.collect();
+            let dirty: u128 = runs.iter().map(|run| run.granules(granule)).sum();
             same(
                 Rule::Answer,
                 "the dirty granules of a lease",
@@ -53,8 +72,7 @@ impl Runner<'_> {
             )?;
         }
         self.leases[nth] = Some(held);
-        let was_told = self.world.failures_ahead() < failures
-            && self.config.sabotage != Sabotage::HideFailedFlush;
+        let was_told = self.world.failures_ahead() < failures && !self.hides_failures();
         same(Rule::Answer, "whether a sync failed", failed, was_told)
     }
 
@@ -116,27 +134,63 @@ impl Runner<'_> {
         Ok(())
     }
 
+    /// Syncs and copies, as far as that has not been done, and commits a part.
+    pub(super) fn commit_range(&mut self, nth: usize, part: Share) -> Checked {
+        self.sync(nth)?;
+        if self.leases[nth].as_ref().is_some_and(|held| !held.copied) {
+            self.copy_lease(nth)?;
+        }
+        let after = self.buffers[nth].read();
+        let Some(mut held) = self.leases[nth].take() else {
+            return Ok(());
+        };
+        if let Live::Synced(lease) = &mut held.live {
+            let part = share_of(held.view, part);
+            let all = self.committed_by(&after, held.request, held.view, part);
+            let fresh = all.difference(&held.committed).count() as u64;
+            same(
+                Rule::Answer,
+                "granules committed",
+                lease.commit_range(part),
+                fresh,
+            )?;
+            let bytes = held.bytes.min(fresh << held.request.granule().lg2());
+            held.bytes -= bytes;
+            self.counts.committed_bytes += bytes;
+            held.committed.extend(all);
+        }
+        self.leases[nth] = Some(held);
+        Ok(())
+    }
+
+    /// The starts of the dirty granules of a lease over `view` that lie in `part` as a whole.
+    pub(super) fn committed_by(
+        &self,
+        after: &[u64],
+        request: HarvestRequest,
+        view: IovaRange,
+        part: IovaRange,
+    ) -> BTreeSet<u64> {
+        let granule = request.granule();
+        let whole = part.intersection(view).and_then(|p| p.round_in(granule));
+        let runs = runs_in(after, request.range(), granule);
+        let dirty = runs.iter().filter_map(|run| run.intersection(whole?));
+        let starts =
+            |run: IovaRange| (run.start().get()..=run.last().get()).step_by(1 << granule.lg2());
+        dirty.flat_map(starts).collect()
+    }
+
     pub(super) fn put_back(&mut self, nth: usize, end: End) -> Checked {
         let Some(held) = self.leases[nth].take() else {
             return Ok(());
         };
-        let walked = held
-            .reached
-            .map(|last| pages(held.range.start().get() / PAGE, last));
-        let mut runs = runs_in(&self.buffers[nth].read(), held.range, held.granule);
-        runs = runs
+        let (range, granule) = (held.request.range(), held.request.granule());
+        let open = without(&self.buffers[nth].read(), range, granule, &held.committed);
+        let runs: Vec<IovaRange> = runs_in(&open, range, granule)
             .iter()
-            .filter_map(|run| run.intersection(walked?))
+            .filter_map(|run| run.intersection(held.reached?))
             .collect();
-        let mut right = Aborted::default();
-        for run in &runs {
-            for (at, piece) in pieces(run.start().get(), run.len() as usize) {
-                match self.oracle.area_at(at / PAGE) {
-                    Some(_) => right.bytes += piece.len() as u64,
-                    None => right.outside_bytes += piece.len() as u64,
-                }
-            }
-        }
+        let right = self.right_abort(&runs);
         match held.live {
             live if end == End::Drop => drop(live),
             live if end == End::Crash => {

@@ -1,34 +1,57 @@
 //! Harvests and peeks, and what they should find.
 //!
-//! A new mode of harvest is a field of [`Ask`], a call in `harvest_range`, and bounds in the oracle.
+//! A new mode of harvest is a [`Mode`], and in `modes.rs` a call and the runs of pages that it goes over.
 
+use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
-use dirtymap::sync::AtomicU64;
 use dirtymap::{
-    Error, Granule, HarvestError, HarvestRequest, Iova, IovaRange, Lease, Owed, Scope, UserBitmap,
+    Error, Granule, HarvestError, HarvestReport, HarvestRequest, Iova, IovaRange, Lease, Owed,
+    Scope, UserBitmap,
 };
+
+use super::modes::{call, cursor};
 
 use super::{Checked, Held, Live, Runner, same_answer};
 use crate::bits::{Buffer, Found, check_bits, pages_in, runs_in, words_for};
-use crate::op::{Ask, Sabotage};
-use crate::oracle::{Area, PAGE, pages};
+use crate::op::{Ask, Mode, Sabotage};
+use crate::oracle::pages;
 use crate::rig::ToldToDie;
 use crate::violation::{Rule, Violation, check, same};
 
 /// A request, ready to be made, and how it should be answered.
-struct Request<'b> {
-    inner: HarvestRequest,
-    words: &'b [AtomicU64],
+pub(super) struct Request {
+    pub(super) inner: HarvestRequest,
+    /// How many words the bitmap has.
+    pub(super) words: usize,
     /// The whole buffer before the request.
-    before: Vec<u64>,
+    pub(super) before: Vec<u64>,
     /// Why it is refused.
     refusal: Option<Error>,
     /// Where it stops.
-    hole: Option<Iova>,
-    /// The first and last page that it goes over; `None` if it stops at once.
-    walked: Option<(u64, u64)>,
+    pub(super) hole: Option<Iova>,
+    /// The runs of pages that it goes over; none if it stops at once.
+    pub(super) walked: Vec<(u64, u64)>,
+    /// The addresses of its lease.
+    pub(super) view: IovaRange,
 }
+
+impl Request {
+    /// The addresses of the lease, if it goes on at `next`.
+    pub(super) fn view_of(&self, next: Option<Iova>) -> IovaRange {
+        let last = next.map_or(self.view.last(), |next| Iova::new(next.get() - 1));
+        IovaRange::new(self.view.start(), last).unwrap_or(self.view)
+    }
+
+    /// What an abort puts back of it: up to the last page that it went over.
+    pub(super) fn reached(&self) -> Option<IovaRange> {
+        let (_, last) = self.walked.last()?;
+        IovaRange::new(self.view.start(), pages(*last, *last).last()).ok()
+    }
+}
+
+/// What a harvest says of itself: its report, where it goes on, and why and where it stopped.
+pub(super) type Said = (HarvestReport, Option<Iova>, Option<(Iova, Error)>);
 
 impl<'a> Runner<'a> {
     /// Harvests into the first free lease, if there is one.
@@ -41,72 +64,87 @@ impl<'a> Runner<'a> {
 
     pub(super) fn harvest_range(&mut self, nth: usize, range: IovaRange, ask: &Ask) -> Checked {
         let buffer = &self.buffers[nth];
-        let request = self.request(range, ask, buffer);
-        let space = self.space;
-        let bitmap = UserBitmap::shared(request.words);
-        let answer = catch_unwind(AssertUnwindSafe(|| space.harvest(&request.inner, bitmap)));
-        let answer = match answer {
-            Ok(answer) => answer,
+        let mut request = self.request(range, ask, buffer);
+        let (space, inner) = (self.space, request.inner);
+        let bitmap = UserBitmap::shared(buffer.bitmap(request.words));
+        let answer = catch_unwind(AssertUnwindSafe(|| call(space, &inner, ask.mode, bitmap)));
+        let (lease, next, stopped) = match answer {
+            Ok(Ok((lease, next))) => (lease, next, None),
+            Ok(Err(HarvestError::Stopped(stopped))) => {
+                let stop = (stopped.at, stopped.error);
+                (stopped.lease, None, Some(stop))
+            }
+            Ok(Err(HarvestError::Refused(error))) => {
+                return Self::refused(request, &buffer.read(), error);
+            }
             Err(panic) if panic.is::<ToldToDie>() => {
                 return self.died(&request, ask, &buffer.read());
             }
             Err(panic) => resume_unwind(panic),
         };
-        let (lease, hole) = match answer {
-            Ok(lease) => (lease, None),
-            Err(HarvestError::Stopped(stopped)) => {
-                same(
-                    Rule::Answer,
-                    "where a harvest stopped",
-                    Some(stopped.at),
-                    request.hole,
-                )?;
-                (stopped.lease, Some(stopped.error))
-            }
-            Err(HarvestError::Refused(error)) => {
-                same(
-                    Rule::Bitmap,
-                    "the bitmap of a refused harvest",
-                    buffer.read(),
-                    request.before,
-                )?;
-                return same_answer("a harvest", Err(error), request.refusal.map_or(Ok(()), Err));
-            }
-        };
-        let found = self.check_bits(&request, ask, &buffer.read())?;
-        let right = request
-            .refusal
-            .or(request.hole.map(|at| Error::Hole { at, range }));
-        same_answer(
-            "a harvest",
-            hole.map_or(Ok(()), Err),
-            right.map_or(Ok(()), Err),
-        )?;
-        let report = lease.report();
-        same(Rule::Accounting, "bits set", report.bits_set, found.set)?;
+        let said = (lease.report(), next, stopped);
+        let found = self.check_harvest(&mut request, ask, said, &buffer.read())?;
+        self.took(nth, &request, ask, &found);
+        self.hold(nth, lease, &request, &found)
+    }
+
+    /// A harvest was refused, which left `after` in its buffer.
+    pub(super) fn refused(request: Request, after: &[u64], error: Error) -> Checked {
         same(
-            Rule::Accounting,
-            "areas walked",
-            report.areas,
-            self.areas_in(request.walked),
+            Rule::Bitmap,
+            "the bitmap of a refused harvest",
+            after,
+            &request.before,
         )?;
-        let (first, last) = request.walked.unwrap_or((1, 0));
-        self.oracle
-            .harvested(nth, ask, (first, last), pages_in(&found.runs, first, last));
-        self.hold(nth, lease, request.inner, request.walked, &found)
+        same_answer("a harvest", Err(error), request.refusal.map_or(Ok(()), Err))
+    }
+
+    /// Checks what a harvest said, and what it left in its buffer; completes `request` with where it ended.
+    pub(super) fn check_harvest(
+        &self,
+        request: &mut Request,
+        ask: &Ask,
+        (report, next, stopped): Said,
+        after: &[u64],
+    ) -> Result<Found, Violation> {
+        Self::ended(request, ask, next)?;
+        let at = stopped.as_ref().map(|(at, _)| *at);
+        same(Rule::Answer, "where a harvest stopped", at, request.hole)?;
+        let found = self.check_bits(request, ask, after)?;
+        let range = request.view;
+        let right = request.refusal.take();
+        let right = right.or(request.hole.map(|at| Error::Hole { at, range }));
+        let answer = stopped.map_or(Ok(()), |(_, error)| Err(error));
+        same_answer("a harvest", answer, right.map_or(Ok(()), Err))?;
+        same(Rule::Accounting, "bits set", report.bits_set, found.set)?;
+        let areas = self.areas_in(&request.walked);
+        same(Rule::Accounting, "areas walked", report.areas, areas)?;
+        Self::check_bound(request, ask, next, found.set)?;
+        Ok(found)
+    }
+
+    /// Tells the oracle what a harvest reported.
+    pub(super) fn took(&mut self, nth: usize, request: &Request, ask: &Ask, found: &Found) {
+        let walked = &request.walked;
+        let reported = walked
+            .iter()
+            .flat_map(|(first, last)| pages_in(&found.runs, *first, *last));
+        let reported = reported.collect();
+        self.oracle.harvested(nth, ask, walked, reported);
     }
 
     /// A domain panicked half-way through the first area: what was recorded must be dirty again.
-    fn died(&mut self, request: &Request<'_>, ask: &Ask, after: &[u64]) -> Checked {
-        let first = request.walked.map_or(0, |(first, _)| first);
-        let last = self.oracle.area_at(first).map_or(first, Area::last);
-        let range = request.inner.range();
-        let walked = pages(first, last.min(range.last().get() / PAGE));
-        let runs = runs_in(after, range, request.inner.granule());
-        let runs: Vec<IovaRange> = runs.iter().filter_map(|r| r.intersection(walked)).collect();
+    pub(super) fn died(&mut self, request: &Request, ask: &Ask, after: &[u64]) -> Checked {
         check(request.refusal.is_none(), Rule::Answer, || {
             "a harvest that must be refused asked a domain".to_owned()
         })?;
+        let runs = runs_in(after, request.inner.range(), request.inner.granule());
+        let died_in = self.died_in(request, ask);
+        let runs: Vec<IovaRange> = runs
+            .iter()
+            .filter_map(|run| run.intersection(died_in?))
+            .collect();
+        self.counts.put_back_outside_bytes += self.right_abort(&runs).outside_bytes;
         self.oracle.died(ask, &runs);
         self.counts.harvests += 1;
         self.counts.aborts += 1;
@@ -126,11 +164,10 @@ impl<'a> Runner<'a> {
         &mut self,
         nth: usize,
         lease: Lease<'a, Owed>,
-        request: HarvestRequest,
-        walked: Option<(u64, u64)>,
+        request: &Request,
         found: &Found,
     ) -> Checked {
-        let bytes = found.set << request.granule().lg2();
+        let bytes = found.set << request.inner.granule().lg2();
         self.counts.harvests += 1;
         self.counts.leased_bytes += bytes;
         let copied = self.config.sabotage == Sabotage::CopyBeforeSync;
@@ -139,9 +176,10 @@ impl<'a> Runner<'a> {
         }
         self.leases[nth] = Some(Held {
             live: Live::Owed(lease),
-            range: request.range(),
-            granule: request.granule(),
-            reached: walked.map(|(_, last)| last),
+            request: request.inner,
+            view: request.view,
+            reached: request.reached(),
+            committed: BTreeSet::new(),
             bytes,
             copied,
         });
@@ -154,11 +192,13 @@ impl<'a> Runner<'a> {
 
     fn peek_range(&mut self, range: IovaRange, ask: &Ask) -> Checked {
         let buffer = Buffer::new();
+        let ask = &Ask {
+            mode: Mode::Whole,
+            ..*ask
+        };
         let request = self.request(range, ask, &buffer);
-        let answer = self
-            .space
-            .peek(&request.inner, UserBitmap::shared(request.words))
-            .map(|_| ());
+        let bitmap = UserBitmap::shared(buffer.bitmap(request.words));
+        let answer = self.space.peek(&request.inner, bitmap).map(|_| ());
         if let Some(refusal) = request.refusal {
             same(
                 Rule::Bitmap,
@@ -174,18 +214,25 @@ impl<'a> Runner<'a> {
     }
 
     /// Prepares `buffer` for a request, and asks the oracle what will come of it.
-    fn request<'b>(&self, range: IovaRange, ask: &Ask, buffer: &'b Buffer) -> Request<'b> {
+    pub(super) fn request(&self, range: IovaRange, ask: &Ask, buffer: &Buffer) -> Request {
         let granule = Granule::from_lg2(ask.granule_lg2).unwrap_or(Granule::K4);
         buffer.fill(ask.preset);
-        let words = buffer.bitmap(words_for(range, granule) - usize::from(ask.short));
-        let bits = words.len() as u64 * 64;
+        let words = words_for(range, granule) - usize::from(ask.short);
+        let bits = words as u64 * 64;
         let inner = HarvestRequest::new(range, granule);
-        let hole = self.oracle.hole_in(range);
-        let first = range.start().get() / PAGE;
-        let end = hole.map_or(range.last().get() / PAGE + 1, |hole| hole.get() / PAGE);
         let inner = match self.oracle.asked_domain(ask) {
             Some((_, id)) => inner.in_scope(Scope::Domain(id)),
             None => inner,
+        };
+        let refusal = Self::mode_refusal(range, granule, ask)
+            .or_else(|| self.oracle.refusal(range, granule, bits, ask));
+        let (walked, hole) = match refusal {
+            Some(_) => Default::default(),
+            None => self.ways(range, granule, ask),
+        };
+        let start = match ask.mode {
+            Mode::Bounded { from, .. } => cursor(range, granule, from),
+            _ => range.start(),
         };
         Request {
             inner: if ask.all_or_nothing {
@@ -195,30 +242,16 @@ impl<'a> Runner<'a> {
             },
             words,
             before: buffer.read(),
-            refusal: self.oracle.refusal(range, granule, bits, ask),
+            refusal,
             hole,
-            walked: (first < end).then(|| (first, end - 1)),
+            walked,
+            view: IovaRange::new(start, range.last()).unwrap_or(range),
         }
     }
 
     /// Checks what a request made of its buffer against what the oracle knows.
-    fn check_bits(
-        &self,
-        request: &Request<'_>,
-        ask: &Ask,
-        after: &[u64],
-    ) -> Result<Found, Violation> {
-        let (must, may) = match request.walked {
-            Some((first, last)) => self.oracle.bounds(ask, first, last),
-            None => Default::default(),
-        };
+    fn check_bits(&self, request: &Request, ask: &Ask, after: &[u64]) -> Result<Found, Violation> {
+        let (must, may) = self.oracle.bounds(ask, &request.walked);
         check_bits(&request.inner, &request.before, after, &must, &may)
-    }
-
-    fn areas_in(&self, walked: Option<(u64, u64)>) -> u64 {
-        let touched = |area: &&Area| {
-            walked.is_some_and(|(first, last)| area.first <= last && area.last() >= first)
-        };
-        self.oracle.areas.values().filter(touched).count() as u64
     }
 }

@@ -10,13 +10,15 @@ mod consumer;
 mod domains;
 mod guards;
 mod harvest;
+mod modes;
+mod pass;
 mod writers;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use dirtymap::{
-    Access, AddressSpace, AreaHandle, Error, Granule, IovaRange, Lease, Owed, SpaceStats, Synced,
-    WriteGuard,
+    Access, AddressSpace, AreaHandle, Error, Granule, HarvestRequest, IovaRange, Lease, Owed,
+    SpaceStats, Synced, WriteGuard,
 };
 use pagetable_sim::PhysMemory;
 
@@ -106,10 +108,14 @@ struct Runner<'a> {
 /// A live lease.
 struct Held<'a> {
     live: Live<'a>,
-    range: IovaRange,
-    granule: Granule,
-    /// The last page that the harvest went over.
-    reached: Option<u64>,
+    request: HarvestRequest,
+    /// The addresses of the lease.
+    view: IovaRange,
+    /// What of it the harvest went over.
+    reached: Option<IovaRange>,
+    /// The starts of granules that were committed by parts.
+    committed: BTreeSet<u64>,
+    /// What is left of it.
     bytes: u64,
     copied: bool,
 }
@@ -144,6 +150,7 @@ impl<'a> Runner<'a> {
             Op::DmaRead { device, at, len } => self.dma_read(device, at, len)?,
             Op::Mark { at, len, by_handle } => self.cpu_write(at, len, by_handle)?,
             Op::Harvest(ask) => self.harvest(&ask)?,
+            Op::Pass { ask, form, fate } => self.pass(&ask, form, fate)?,
             Op::Peek(ask) => self.peek(&ask)?,
             Op::Sync(lease) => self.sync(lease.into())?,
             Op::BusySync {
@@ -154,6 +161,7 @@ impl<'a> Runner<'a> {
             } => self.busy_sync(lease.into(), device, at, len)?,
             Op::Copy(lease) => self.copy_lease(lease.into())?,
             Op::Commit(lease) => self.commit(lease.into())?,
+            Op::CommitRange { lease, part } => self.commit_range(lease.into(), part)?,
             Op::Abort(lease) => self.put_back(lease.into(), End::Abort)?,
             Op::DropLease(lease) => self.put_back(lease.into(), End::Drop)?,
             Op::Crash(lease) => self.put_back(lease.into(), End::Crash)?,
@@ -207,10 +215,14 @@ impl<'a> Runner<'a> {
             Op::MarkByKept { handle, page, len } => self.mark_by_kept(handle.into(), page, len)?,
         }
         let failed = failures.saturating_sub(self.world.failures_ahead());
-        if !matches!(op, Op::FlushFails(_)) && self.config.sabotage != Sabotage::HideFailedFlush {
+        if !matches!(op, Op::FlushFails(_)) && !self.hides_failures() {
             self.counts.flush.failed += failed;
         }
         self.check_counts()
+    }
+
+    fn hides_failures(&self) -> bool {
+        self.config.sabotage == Sabotage::HideFailedFlush
     }
 
     fn memory(&self) -> &PhysMemory {

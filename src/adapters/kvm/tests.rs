@@ -364,7 +364,7 @@ fn a_lease_that_is_dropped_puts_back_what_kvm_has_forgotten() {
             words = [0; 8];
         }
         assert_eq!(harvest(&space, pages(0, 200)), [1, 64, 199]);
-        assert_eq!(harvest(&space, pages(0, 200)), []);
+        assert_eq!(harvest(&space, pages(0, 200)), [0u64; 0]);
     }
 }
 
@@ -379,7 +379,7 @@ fn a_log_with_bits_behind_the_slot_names_pages_of_the_slot_only() {
         let everything: Vec<_> = (0..200).chain(300..370).collect();
         let expected = if mode == MODES[2] { everything } else { vec![] };
         assert_eq!(first, expected, "{mode:?}");
-        assert_eq!(harvest(&space, pages(0, 370)), []);
+        assert_eq!(harvest(&space, pages(0, 370)), [0u64; 0]);
     }
 }
 

@@ -1,7 +1,33 @@
 //! The dirty bit: set, recorded, cleared, at every level and at every border.
 
 use super::*;
-use crate::table::dirty::{DirtyLeaf, Plainly};
+use crate::table::dirty::{Batch, DirtyLeaf};
+use crate::table::scan::Visitor;
+use crate::table::skip::Upper;
+use dirtymap::Stopped;
+
+/// Is handed a way to clean whatever a scan found dirty.
+struct Finder<V>(V);
+
+impl<F: Format, V: FnMut(&dyn Fn() -> bool)> Visitor<F> for Finder<V> {
+    type Look = ();
+
+    fn leaf(&mut self, leaf: &DirtyLeaf<'_>) -> Result<(), dirtymap::Error> {
+        (self.0)(&|| leaf.clear::<F>());
+        Ok(())
+    }
+
+    fn leaves(&mut self, batch: &Batch<'_>, mask: u64) -> Result<(), Stopped> {
+        (self.0)(&|| batch.clear::<F>(mask) != 0);
+        Ok(())
+    }
+
+    fn enter(&mut self, _upper: &Upper<'_>) -> Option<()> {
+        Some(())
+    }
+
+    fn leave(&mut self, _upper: &Upper<'_>, _look: ()) {}
+}
 
 pub(super) fn only_writable_leaves_become_dirty<F: Format>() {
     let table = Table::<F>::new();
@@ -107,7 +133,7 @@ pub(super) fn part_of_a_dirty_leaf_is_recorded_and_the_leaf_stays_dirty<F: Forma
         dirty(&table, range(0, 2 * m::<F>()), true).0,
         pages::<F>(m::<F>(), m::<F>())
     );
-    assert_eq!(dirty(&table, range(0, 2 * m::<F>()), true).0, []);
+    assert_eq!(dirty(&table, range(0, 2 * m::<F>()), true).0, [0u64; 0]);
 }
 
 pub(super) fn one_dirty_leaf_of_every_place_in_a_group_is_found<F: Format>() {
@@ -190,27 +216,22 @@ pub(super) fn cleaning_what_was_unmapped_meanwhile_maps_nothing<F: Format>() {
         map(F::size(1)).unwrap();
         table.set_dirty(iova(0)).unwrap();
         let mut seen = 0;
-        let mut visit = |leaf: &DirtyLeaf<'_>| {
+        let visit = |clear: &dyn Fn() -> bool| {
             seen += 1;
             table
                 .unmap(range(0, m::<F>()), |_, _, d| assert!(d))
                 .unwrap();
-            assert!(!leaf.clear::<F>());
+            assert!(!clear());
             assert_eq!(table.translate(iova(0)), None);
             assert!(table.set_dirty(iova(0)).is_none());
-            assert_eq!(dirty(&table, range(0, m::<F>()), true).0, []);
+            assert_eq!(dirty(&table, range(0, m::<F>()), true).0, [0u64; 0]);
             table
                 .unmap(range(0, m::<F>()), |_, _, _| panic!("nothing is there"))
                 .unwrap();
             map(limit).unwrap();
-            leaf.clear::<F>();
-            Ok(())
+            clear();
         };
-        let mut visitor = Plainly {
-            visit: &mut visit,
-            skips: false,
-        };
-        let found = table.scan(range(0, m::<F>()), &mut visitor);
+        let found = table.scan(range(0, m::<F>()), &mut Finder(visit));
         assert!(found.is_ok() && seen == 1);
         let leaf = table.translate(iova(m::<F>() - 1)).unwrap();
         assert_eq!(

@@ -1,0 +1,195 @@
+//! Harvests of marks: all of a terabyte, of which some pages are dirty.
+//!
+//! To mark the pages, in ascending order, and to zero the caller's bitmap is not timed. Ours is `harvest`, `sync` and `commit`.
+//! Every page was dirty and harvested once before the first turn.
+
+use std::cell::RefCell;
+use std::time::Instant;
+
+use super::marks::sum;
+use super::{Contestant, Family, Report, Role, Settings, Target, Unit, Workload, contest, memory};
+use crate::peers::{Flat, HiBitSet, LockedRoaring, ThroughHandle, VmMemory, VmMemoryModel};
+use crate::workloads::random_bits;
+use crate::{PAGE, Tracker};
+
+/// Harvests of marks.
+pub const FAMILY: Family = Family {
+    name: "harvest",
+    run,
+    grow: None,
+};
+
+/// A share of dirty pages: its name, one in how many, and how many times as long peers are to take.
+type Share = (&'static str, Option<u64>, &'static [(&'static str, f64)]);
+
+/// One who takes part.
+struct Entry {
+    role: Role,
+    new: fn(u64) -> Box<dyn Tracker>,
+    /// What the peer's own vector costs, without the move into the caller's bitmap.
+    own: bool,
+    /// At which share of dirty pages its turns take seconds.
+    slow: f64,
+}
+
+const fn entry<T: Tracker + 'static>(role: Role, slow: f64) -> Entry {
+    Entry {
+        role,
+        new: |pages| Box::new(T::new(pages)),
+        own: false,
+        slow,
+    }
+}
+
+const ENTRIES: [Entry; 7] = [
+    entry::<ThroughHandle>(Role::Ours, 2.0),
+    entry::<VmMemory>(Role::Peer, 2.0),
+    Entry {
+        own: true,
+        ..entry::<OwnVector>(Role::Peer, 2.0)
+    },
+    entry::<VmMemoryModel>(Role::Peer, 2.0),
+    entry::<Flat>(Role::Peer, 2.0),
+    entry::<LockedRoaring>(Role::Peer, 0.1),
+    entry::<HiBitSet>(Role::Peer, 0.1),
+];
+
+/// `vm-memory` as it is: what was dirty is in a vector of its own.
+struct OwnVector(VmMemory);
+
+impl Tracker for OwnVector {
+    fn new(pages: u64) -> Self {
+        OwnVector(VmMemory::new(pages))
+    }
+
+    fn name(&self) -> &'static str {
+        "vm-memory-own-vec"
+    }
+
+    #[inline]
+    fn mark(&self, start: u64, len: u64) {
+        self.0.mark(start, len);
+    }
+
+    fn harvest_alone(&mut self, _: &mut [u64]) {
+        std::hint::black_box(self.0.get_and_reset());
+    }
+}
+
+fn run(settings: &Settings, report: &mut Report) {
+    let (pages, size) = match settings.thorough {
+        true => (1 << 28, "1 TiB"),
+        false => (1 << 26, "256 GiB"),
+    };
+    let bitmap = RefCell::new(vec![0u64; (pages / 64) as usize]);
+    let shares: [Share; 6] = [
+        ("0 %", None, &[("flat", 500.0), ("vm-memory", 8000.0)]),
+        (
+            "0.01 %",
+            Some(10_000),
+            &[("flat", 3.5), ("vm-memory", 15.0)],
+        ),
+        ("0.1 %", Some(1000), &[]),
+        ("1 %", Some(100), &[("flat", 1.5), ("vm-memory", 2.5)]),
+        ("10 %", Some(10), &[]),
+        ("100 %", Some(1), &[("flat", 0.95), ("vm-memory", 2.0)]),
+    ];
+    for (label, every, targets) in shares {
+        let workload = Workload::time(format!("{size}, {label} dirty"));
+        if !workload.name.contains(&settings.matching) {
+            continue;
+        }
+        let workload = targets.iter().fold(workload, |workload, (peer, ratio)| {
+            workload.target(Target::RatioTo(peer, *ratio))
+        });
+        let dirty = every.map(|every| random_bits(pages, every));
+        let share = every.map_or(0.0, |every| 1.0 / every as f64);
+        let mark = |peer: &dyn Tracker| match (&dirty, every) {
+            (_, Some(1)) => peer.mark(0, pages * PAGE),
+            (Some(dirty), _) => peer.mark_bits(dirty),
+            (None, _) => {}
+        };
+        let peers: Vec<_> = ENTRIES
+            .iter()
+            .filter(|entry| settings.thorough || share < entry.slow)
+            .map(|entry| (entry, RefCell::new((entry.new)(pages))))
+            .collect();
+        for (entry, peer) in &peers {
+            settings.at(format!("{label}: every page dirty once"));
+            let mut peer = peer.borrow_mut();
+            if share < entry.slow && entry.slow > 1.0 {
+                peer.mark(0, pages * PAGE);
+            }
+            peer.harvest_alone(&mut bitmap.borrow_mut());
+        }
+        let (mark, bitmap) = (&mark, &bitmap);
+        let contestants = peers.iter().map(|(entry, peer)| {
+            let name = peer.borrow().name();
+            let turn = move || {
+                let (mut peer, mut bitmap) = (peer.borrow_mut(), bitmap.borrow_mut());
+                mark(&**peer);
+                bitmap.fill(0);
+                let began = Instant::now();
+                peer.harvest_alone(&mut bitmap);
+                vec![began.elapsed().as_nanos() as f64]
+            };
+            let contestant = Contestant::new(name, entry.role, turn);
+            if entry.own {
+                return contestant;
+            }
+            contestant.checked(move || {
+                let (mut peer, mut bitmap) = (peer.borrow_mut(), bitmap.borrow_mut());
+                mark(&**peer);
+                bitmap.fill(0);
+                peer.harvest_alone(&mut bitmap);
+                sum(&bitmap)
+            })
+        });
+        let contestants = contestants.collect();
+        contest(settings, report, FAMILY.name, vec![workload], contestants);
+    }
+    resident(settings, report, pages, size);
+    report.note(
+        FAMILY.name,
+        "`hibitset` is harvested while nobody may mark. `vm-memory-own-vec` leaves the pages in a vector of its own, all others in the caller's bitmap."
+            .to_owned(),
+    );
+}
+
+/// What the system has provided when pages are dirty, the caller's bitmap aside.
+fn resident(settings: &Settings, report: &mut Report, pages: u64, size: &str) {
+    for (label, every) in [("0.01 %", 10_000), ("1 %", 100), ("100 %", 1)] {
+        let name = format!("memory for {size}, {label} dirty");
+        if !name.contains(&settings.matching) {
+            continue;
+        }
+        let dirty = random_bits(pages, every);
+        let mut cells = Vec::new();
+        for entry in ENTRIES.iter().filter(|entry| !entry.own) {
+            if every == 1 && entry.slow < 1.0 && !settings.thorough {
+                continue;
+            }
+            let before = memory::resident();
+            let (peer, allocated) = memory::grown_by(|| {
+                let peer = (entry.new)(pages);
+                match every {
+                    1 => peer.mark(0, pages * PAGE),
+                    _ => peer.mark_bits(&dirty),
+                }
+                peer
+            });
+            let grown = memory::resident().zip(before);
+            let grown = grown.map_or(0, |(after, before)| after.saturating_sub(before));
+            // What the allocator had at hand is not provided anew.
+            let touched = if entry.role == Role::Ours {
+                grown
+            } else {
+                allocated
+            };
+            cells.push((peer.name(), entry.role, vec![touched as f64]));
+        }
+        if cells.iter().all(|(_, _, bytes)| bytes[0] > 0.0) {
+            report.add(FAMILY.name, Workload::new(name, Unit::Bytes), cells);
+        }
+    }
+}

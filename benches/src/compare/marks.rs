@@ -1,0 +1,363 @@
+//! Marks: what one write of a CPU thread costs.
+//!
+//! | workload | pages |
+//! |---|---|
+//! | hot | 128 MiB that are dirty already, in random order |
+//! | cold | random ones of all; a harvest, which is not timed, cleans them for the next turn |
+//! | ranges | random ones, aligned to their length: when they are clean, and once again |
+//! | writers | hot, and one in 80 a random one of all; with a harvest every 10 ms, or without |
+
+use std::cell::RefCell;
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use dirtymap::sync::{AtomicBool, AtomicU64, Ordering, thread};
+
+use super::row::median;
+use super::{
+    Contestant, Endless, Family, Report, Role, Settings, Target, Workload, contest, per_operation,
+};
+use crate::peers::{
+    Asymmetric, Fenced, Flat, HiBitSet, LockedRoaring, Tested, ThroughHandle, ThroughSpace,
+    VmMemory, VmMemoryModel,
+};
+use crate::workloads::{Random, beside, distinct};
+use crate::{PAGE, Peer, Tracker};
+
+/// Marks.
+pub const FAMILY: Family = Family {
+    name: "marks",
+    run,
+    grow: None,
+};
+
+/// Pages that are marked again and again.
+const HOT: u64 = 1 << 15;
+/// The harvester's pause.
+const PAUSE: Duration = Duration::from_millis(10);
+
+type New = fn(u64) -> Box<dyn Tracker>;
+type NewPeer = fn(u64) -> Box<dyn Peer>;
+/// The numbers of one turn; the bitmap is for harvests.
+type Turn<'a> = dyn Fn(&mut dyn Tracker, &mut [u64]) -> Vec<f64> + 'a;
+
+/// Ours, by itself: ratios are against it. The one without order is no peer: it loses writes.
+const SELF_ORDERED: [(Role, New); 10] = [
+    (Role::Ours, new::<ThroughHandle>),
+    (Role::Ours, new::<Asymmetric>),
+    (Role::Ours, new::<ThroughSpace>),
+    (Role::Peer, new::<VmMemory>),
+    (Role::Peer, new::<VmMemoryModel>),
+    (Role::Peer, new::<Flat>),
+    (Role::Peer, new::<Flat<Fenced>>),
+    (Role::Limit, new::<Flat<Tested>>),
+    (Role::Peer, new::<LockedRoaring>),
+    (Role::Peer, new::<HiBitSet>),
+];
+
+/// Ours where harvests run the fences of marks.
+const ORDERED_BY_HARVESTS: [(Role, New); 5] = [
+    (Role::Ours, new::<Asymmetric>),
+    (Role::Peer, new::<VmMemory>),
+    (Role::Peer, new::<VmMemoryModel>),
+    (Role::Peer, new::<Flat>),
+    (Role::Limit, new::<Flat<Tested>>),
+];
+
+/// Those that can be harvested beside marks.
+const CONCURRENT: [(Role, NewPeer); 8] = [
+    (Role::Ours, new_peer::<ThroughHandle>),
+    (Role::Ours, new_peer::<Asymmetric>),
+    (Role::Peer, new_peer::<VmMemory>),
+    (Role::Peer, new_peer::<VmMemoryModel>),
+    (Role::Peer, new_peer::<Flat>),
+    (Role::Peer, new_peer::<Flat<Fenced>>),
+    (Role::Limit, new_peer::<Flat<Tested>>),
+    (Role::Peer, new_peer::<LockedRoaring>),
+];
+
+fn new<T: Tracker + 'static>(pages: u64) -> Box<dyn Tracker> {
+    Box::new(T::new(pages))
+}
+
+fn new_peer<P: Peer + 'static>(pages: u64) -> Box<dyn Peer> {
+    Box::new(P::new(pages))
+}
+
+fn run(settings: &Settings, report: &mut Report) {
+    // 1 TiB, or 64 GiB.
+    let pages = if settings.thorough { 1 << 28 } else { 1 << 24 };
+    let round = &mut Round {
+        settings,
+        report,
+        pages,
+        bitmap: RefCell::new(vec![0; (pages / 64) as usize]),
+    };
+    hot(round);
+    cold(round);
+    ranges(round);
+    writers(round);
+    report.note(
+        FAMILY.name,
+        "`flat-unordered` loses writes, and is no peer: it shows what a look at a mark costs. `hibitset` can't be harvested beside marks."
+            .to_owned(),
+    );
+}
+
+/// Contests over one memory.
+struct Round<'a> {
+    settings: &'a Settings,
+    report: &'a mut Report,
+    pages: u64,
+    /// What harvests are written to.
+    bitmap: RefCell<Vec<u64>>,
+}
+
+impl Round<'_> {
+    /// A contest of `peers`. `mark` marks what is checked, into clean bits, and stays marked after.
+    fn compare(
+        &mut self,
+        workloads: Vec<Workload>,
+        peers: &[(Role, New)],
+        mark: &dyn Fn(&dyn Tracker),
+        turn: &Turn<'_>,
+    ) {
+        let wanted = |workload: &Workload| workload.name.contains(&self.settings.matching);
+        if !workloads.iter().any(wanted) {
+            return;
+        }
+        let peers: Vec<_> = peers
+            .iter()
+            .map(|(role, new)| (*role, RefCell::new(new(self.pages))))
+            .collect();
+        let bitmap = &self.bitmap;
+        let contestants = peers.iter().map(|(role, peer)| {
+            let name = peer.borrow().name();
+            let turn = move || turn(&mut **peer.borrow_mut(), &mut bitmap.borrow_mut());
+            Contestant::new(name, *role, turn).checked(move || {
+                let (mut peer, mut bitmap) = (peer.borrow_mut(), bitmap.borrow_mut());
+                peer.harvest_alone(&mut bitmap);
+                mark(&**peer);
+                bitmap.fill(0);
+                peer.harvest_alone(&mut bitmap);
+                mark(&**peer);
+                sum(&bitmap)
+            })
+        });
+        let contestants = contestants.collect();
+        contest(
+            self.settings,
+            self.report,
+            FAMILY.name,
+            workloads,
+            contestants,
+        );
+    }
+}
+
+/// A number that depends on each word and its place.
+pub(super) fn sum(words: &[u64]) -> u64 {
+    words.iter().fold(0, |sum: u64, word| {
+        (sum.rotate_left(5) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    })
+}
+
+fn hot(round: &mut Round<'_>) {
+    let turn = round.settings.turn;
+    let pages = distinct(HOT, HOT);
+    let mark = |peer: &dyn Tracker| peer.mark_pages(&pages);
+    let timed = |peer: &mut dyn Tracker, _: &mut [u64]| {
+        let mut pages = Endless::new(&pages);
+        let mark = |count| pages.take(count, |some| peer.mark_pages(black_box(some)));
+        vec![per_operation(turn, mark)]
+    };
+    let workload = Workload::time("hot page").target(Target::Ratio(0.95));
+    round.compare(vec![workload], &SELF_ORDERED, &mark, &timed);
+    let workload = Workload::time("hot page, ordered by harvests").target(Target::Ratio(2.3));
+    round.compare(vec![workload], &ORDERED_BY_HARVESTS, &mark, &timed);
+
+    // The pages of one cache line of bits.
+    let line: Vec<u64> = (0..512).collect();
+    let mark = |peer: &dyn Tracker| peer.mark_pages(&line);
+    let timed = |peer: &mut dyn Tracker, _: &mut [u64]| {
+        let peer = &*peer;
+        let mut number = 0.0;
+        beside(
+            || peer.mark_pages(black_box(&line)),
+            || {
+                let mut pages = Endless::new(&line);
+                let mark = |count| pages.take(count, |some| peer.mark_pages(black_box(some)));
+                number = per_operation(turn, mark);
+            },
+        );
+        vec![number]
+    };
+    let workload = Workload::time("hot page, its line marked by two threads")
+        .target(Target::RatioTo("vm-memory", 4.0))
+        .target(Target::RatioTo("flat", 4.0));
+    round.compare(vec![workload], &SELF_ORDERED, &mark, &timed);
+}
+
+fn cold(round: &mut Round<'_>) {
+    let count = if round.settings.thorough {
+        1 << 18
+    } else {
+        1 << 14
+    };
+    let mut random = Random::fixed();
+    let pages: Vec<u64> = (0..count).map(|_| random.below(round.pages)).collect();
+    let mark = |peer: &dyn Tracker| peer.mark_pages(&pages);
+    let timed = |peer: &mut dyn Tracker, bitmap: &mut [u64]| {
+        peer.harvest_alone(bitmap);
+        let began = Instant::now();
+        peer.mark_pages(black_box(&pages));
+        vec![began.elapsed().as_nanos() as f64 / count as f64]
+    };
+    let workload = Workload::time("cold page").target(Target::RatioTo("flat", 1.0 / 1.2));
+    round.compare(vec![workload], &SELF_ORDERED, &mark, &timed);
+}
+
+fn ranges(round: &mut Round<'_>) {
+    let thorough = round.settings.thorough;
+    let targets = |label: &str, clean: &str| {
+        let target = match (label, clean) {
+            ("2 MiB", "clean") => {
+                vec![("vm-memory", 30.0), ("vm-memory-improved", 0.95)]
+            }
+            ("1 GiB", "clean") => vec![("vm-memory-improved", 15.0)],
+            _ => Vec::new(),
+        };
+        let workload = Workload::time(format!("{label}, {clean}"));
+        let targets = target.into_iter();
+        targets.fold(workload, |workload, (peer, ratio)| {
+            workload.target(Target::RatioTo(peer, ratio))
+        })
+    };
+    for (label, len, count) in [
+        ("2 MiB", 2 << 20, if thorough { 4096 } else { 512 }),
+        ("1 GiB", 1 << 30, if thorough { 32 } else { 4 }),
+    ] {
+        let starts: Vec<u64> = distinct(count, round.pages * PAGE / len)
+            .iter()
+            .map(|nth| nth * len)
+            .collect();
+        let mark = |peer: &dyn Tracker| peer.mark_ranges(&starts, len);
+        let timed = |peer: &mut dyn Tracker, bitmap: &mut [u64]| {
+            peer.harvest_alone(bitmap);
+            let time = |_| {
+                let began = Instant::now();
+                peer.mark_ranges(black_box(&starts), black_box(len));
+                began.elapsed().as_nanos() as f64 / count as f64
+            };
+            ["clean", "again"].map(time).to_vec()
+        };
+        let workloads = vec![targets(label, "clean"), targets(label, "again")];
+        round.compare(workloads, &SELF_ORDERED, &mark, &timed);
+    }
+}
+
+fn writers(round: &mut Round<'_>) {
+    const RARE: u64 = 80;
+    let mut random = Random::fixed();
+    let list = |_| {
+        let mut page = || match random.below(RARE) {
+            0 => random.below(round.pages),
+            _ => random.below(HOT),
+        };
+        (0..1 << 17).map(|_| page()).collect()
+    };
+    let lists: [Vec<u64>; 2] = [0, 1].map(list);
+    for count in [1, 2] {
+        for harvested in [false, true] {
+            let who = ["1 writer", "2 writers"][count - 1];
+            let workloads = match harvested {
+                false => vec![Workload::time(format!("mark, {who}"))],
+                true => vec![
+                    Workload::time(format!("mark, {who} and a harvester")),
+                    Workload::time(format!("harvest beside {who}")),
+                ],
+            };
+            let wanted = |workload: &Workload| workload.name.contains(&round.settings.matching);
+            if !workloads.iter().any(wanted) {
+                continue;
+            }
+            let peers: Vec<_> = CONCURRENT
+                .iter()
+                .map(|(role, new)| (*role, new(round.pages)))
+                .collect();
+            let (settings, bitmap) = (round.settings, &round.bitmap);
+            let lists = &lists[..count];
+            let contestants = peers.iter().map(|(role, peer)| {
+                let peer = &**peer;
+                let turn = move || {
+                    let mut bitmap = bitmap.borrow_mut();
+                    let harvest = harvested.then_some(&mut **bitmap);
+                    write(settings, peer, lists, harvest)
+                };
+                Contestant::new(peer.name(), *role, turn).checked(move || {
+                    let mut bitmap = bitmap.borrow_mut();
+                    lists.iter().for_each(|list| peer.mark_pages(list));
+                    bitmap.fill(0);
+                    peer.harvest(&mut bitmap);
+                    sum(&bitmap)
+                })
+            });
+            let contestants = contestants.collect();
+            contest(settings, round.report, FAMILY.name, workloads, contestants);
+        }
+    }
+}
+
+/// Nanoseconds for a mark of each writer and, if there is a bitmap for harvests, for one of them.
+fn write(
+    settings: &Settings,
+    peer: &dyn Peer,
+    lists: &[Vec<u64>],
+    bitmap: Option<&mut [u64]>,
+) -> Vec<f64> {
+    const STEP: usize = 1 << 10;
+    let duration = if settings.thorough {
+        6 * PAUSE
+    } else {
+        2 * PAUSE
+    };
+    let (stopped, marked) = (AtomicBool::new(false), AtomicU64::new(0));
+    let mut harvests = Vec::new();
+    let mut spent = Duration::ZERO;
+    thread::scope(|scope| {
+        for list in lists {
+            let (stopped, marked) = (&stopped, &marked);
+            scope.spawn(move || {
+                let mut pages = Endless::new(list);
+                // Relaxed, all accesses of both: a flag that publishes nothing, and a count.
+                while !stopped.load(Ordering::Relaxed) {
+                    pages.take(STEP, |some| peer.mark_pages(black_box(some)));
+                    marked.fetch_add(STEP as u64, Ordering::Relaxed);
+                }
+            });
+        }
+        while marked.load(Ordering::Relaxed) == 0 {
+            thread::yield_now();
+        }
+        let (before, began) = (marked.load(Ordering::Relaxed), Instant::now());
+        match bitmap {
+            None => thread::sleep(duration),
+            Some(bitmap) => {
+                while began.elapsed() < duration {
+                    thread::sleep(PAUSE);
+                    let began = Instant::now();
+                    peer.harvest(bitmap);
+                    harvests.push(began.elapsed().as_nanos() as f64);
+                }
+            }
+        }
+        spent = began.elapsed() * lists.len() as u32;
+        stopped.store(true, Ordering::Relaxed);
+        let marks = marked.load(Ordering::Relaxed) - before;
+        harvests.insert(0, spent.as_nanos() as f64 / marks.max(1) as f64);
+    });
+    match harvests.split_first() {
+        Some((mark, harvests)) if !harvests.is_empty() => vec![*mark, median(harvests)],
+        _ => harvests,
+    }
+}

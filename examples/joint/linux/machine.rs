@@ -1,0 +1,132 @@
+//! The machine: one address space over everything that knows what was written.
+
+use std::io;
+use std::sync::Arc;
+
+use dirtymap::kvm::KvmMode;
+use dirtymap::vhost::{LogError, VhostLog};
+use dirtymap::{Access, AddressSpace, DomainId, Granule, Iova, IovaRange};
+use pagetable_sim::{Domain, DomainConfig, PhysMemory};
+
+use super::guest::{Guest, GuestError, REACH};
+use super::memory::Shared;
+
+/// Pages of 4 KiB of the machine.
+pub(crate) const PAGES: u64 = 512;
+pub(crate) const PAGE: u64 = 4096;
+/// The slots of the guest, which are areas too: number, first page, pages. What lies behind is memory that the guest has not got.
+pub(crate) const SLOTS: [(u32, u64, u64); 2] = [(0, 0, 128), (3, 128, 112)];
+/// What a bit of a harvest stands for: not the page of KVM, of the vhost log, or a leaf of the IOMMU.
+pub(crate) const GRANULE: Granule = match Granule::from_lg2(14) {
+    Some(granule) => granule,
+    None => Granule::K4,
+};
+
+/// What can go wrong.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Failure {
+    #[error("{0}")]
+    Tracking(#[from] dirtymap::Error),
+    #[error("{0}")]
+    Guest(#[from] GuestError),
+    #[error("the log of the back end: {0}")]
+    Log(#[from] LogError),
+    #[error("the simulated memory: {0}")]
+    Memory(#[from] pagetable_sim::Error),
+    #[error("a device: {0}")]
+    Dma(#[from] pagetable_sim::DmaError),
+    #[error("memory: {0}")]
+    Io(#[from] io::Error),
+    #[error("a writer panicked")]
+    Panicked,
+}
+
+/// The `n` pages from page `first` on.
+pub(crate) fn pages(first: u64, n: u64) -> Result<IovaRange, dirtymap::Error> {
+    IovaRange::from_len(Iova::new(first * PAGE), n * PAGE)
+}
+
+/// Every page has two halves: one in memory that the guest, the back end and the program write, and one that the devices write, for the
+/// simulated IOMMU has a memory of its own. Both belong to the page, and are copied together.
+pub(crate) struct Machine {
+    pub(crate) space: AddressSpace,
+    pub(crate) memory: Arc<Shared>,
+    pub(crate) devices: Arc<PhysMemory>,
+    pub(crate) domain: Arc<Domain>,
+    /// The log, as the back end has mapped it.
+    pub(crate) back_end: Shared,
+    pub(crate) ids: Ids,
+    /// Why there is no guest, if there is none.
+    pub(crate) no_guest: Option<String>,
+}
+
+/// What the sources are attached as.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ids {
+    pub(crate) kvm: Option<DomainId>,
+    pub(crate) vhost: DomainId,
+    pub(crate) iommu: DomainId,
+}
+
+impl Machine {
+    /// A machine that tracks, and its guest if there is one.
+    pub(crate) fn new(mode: Option<KvmMode>) -> Result<(Self, Option<Guest>), Failure> {
+        let memory = Arc::new(Shared::zeroed(PAGES * PAGE)?);
+        let devices = Arc::new(PhysMemory::new(PAGES * PAGE)?);
+        let space = AddressSpace::new(Granule::K4);
+
+        let mut slots = Vec::new();
+        for (slot, first, n) in SLOTS {
+            slots.push((slot, pages(first, n)?));
+        }
+        let guest = match mode {
+            Some(mode) => Guest::new(&memory, &slots, mode)?,
+            None => Err("not asked for".into()),
+        };
+        let (guest, no_guest) = match guest {
+            Ok(guest) => (Some(guest), None),
+            Err(why) => (None, Some(why)),
+        };
+        let kvm = match &guest {
+            Some(guest) => Some(space.attach(guest.log.clone())?),
+            None => None,
+        };
+
+        let log = Arc::new(VhostLog::new(Iova::new(PAGES * PAGE - 1))?);
+        let sent = log.memory();
+        let back_end = Shared::of(sent.file(), sent.size())?;
+        let vhost = space.attach(log)?;
+
+        // Leaves of up to 32 KiB: twice the granule of the harvest.
+        let config = DomainConfig {
+            max_leaf: Granule::from_bytes(32 << 10)?,
+            ..DomainConfig::default()
+        };
+        let domain = Domain::new(devices.clone(), config);
+        let iommu = space.attach(domain.clone())?;
+
+        // The areas follow each other, so that one harvest goes over all of them.
+        for (_, range) in slots {
+            space.map(range, range.start().get(), Access::ReadWrite)?;
+        }
+        let (_, first, n) = SLOTS[1];
+        let rest = pages(first + n, PAGES - first - n)?;
+        space.map(rest, rest.start().get(), Access::ReadWrite)?;
+        space.set_tracking(true)?;
+        let machine = Machine {
+            space,
+            memory,
+            devices,
+            domain,
+            back_end,
+            ids: Ids { kvm, vhost, iommu },
+            no_guest,
+        };
+        Ok((machine, guest))
+    }
+
+    /// How many pages the guest may write to, from page 2 on.
+    pub(crate) fn guest_pages() -> u64 {
+        SLOTS[1].1 + SLOTS[1].2.min(REACH - SLOTS[1].1) - 2
+    }
+}

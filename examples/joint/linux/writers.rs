@@ -1,0 +1,151 @@
+//! Who writes. Each has a word of its own in every page, so that nobody overwrites what another one wrote.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use dirtymap::{Iova, IovaRange};
+use pagetable_sim::{Device, DeviceConfig};
+
+use super::guest::Guest;
+use super::machine::{Failure, Machine, PAGE, PAGES};
+
+/// The words of a page that belong to the back end and to the program. The guest has the first byte.
+const BACK_END: u64 = 2;
+const PROGRAM: u64 = 3;
+
+/// Numbers that look random and are the same in every run: splitmix64.
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        (mixed ^ (mixed >> 31)) % bound
+    }
+
+    /// A page that everybody but the guest may write to; page 1 holds the guest's code.
+    fn page(&mut self) -> u64 {
+        2 + self.below(PAGES - 2)
+    }
+}
+
+impl Machine {
+    /// The back end writes to a page, and then sets its bit.
+    pub(crate) fn back_end_writes(&self, page: u64, value: u64) {
+        let word = &self.memory.words()[(page * PAGE / 8 + BACK_END) as usize];
+        // Relaxed: the bit carries the Release.
+        word.store(value, Ordering::Relaxed);
+        self.back_end.set_bit(page / 8, page % 8);
+    }
+
+    /// A thread of the program writes to a page, and then marks it.
+    pub(crate) fn program_writes(&self, page: u64, value: u64) -> Result<(), Failure> {
+        let word = &self.memory.words()[(page * PAGE / 8 + PROGRAM) as usize];
+        // Relaxed: the mark fences.
+        word.store(value, Ordering::Relaxed);
+        let written = IovaRange::from_len(Iova::new(page * PAGE + PROGRAM * 8), 8)?;
+        Ok(self.space.mark(written)?)
+    }
+
+    /// A device of the simulated IOMMU.
+    pub(crate) fn device(&self) -> Device {
+        self.domain.attach(DeviceConfig::default())
+    }
+}
+
+/// A device writes to a page, by DMA.
+pub(crate) fn device_writes(device: &mut Device, page: u64, value: u64) -> Result<(), Failure> {
+    Ok(device.write(Iova::new(page * PAGE + 64), &value.to_le_bytes())?)
+}
+
+/// How many writes there were, by writer.
+#[derive(Default)]
+pub(crate) struct Written {
+    pub(crate) guest: AtomicU64,
+    pub(crate) back_end: AtomicU64,
+    pub(crate) device: AtomicU64,
+    pub(crate) program: AtomicU64,
+}
+
+/// Runs all writers, each in a thread, while `meanwhile` runs; when it returns, they stop, and what is in flight lands.
+pub(crate) fn while_all_write<T>(
+    machine: &Machine,
+    guest: Option<&mut Guest>,
+    seed: u64,
+    written: &Written,
+    meanwhile: impl FnOnce() -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let stop = &AtomicBool::new(false);
+    // Each turn is a burst, then a pause, so that a round has something to find and something to leave out.
+    let turns = move |count: &AtomicU64,
+                      mut turn: Box<dyn FnMut(u64) -> Result<u64, Failure> + '_>| {
+        let mut value = 0;
+        // Relaxed, both: a request to stop, and a count that is read behind the join.
+        while !stop.load(Ordering::Relaxed) {
+            value += 1;
+            count.fetch_add(turn(value)?, Ordering::Relaxed);
+            thread::sleep(Duration::from_micros(200));
+        }
+        Ok::<(), Failure>(())
+    };
+    thread::scope(|scope| {
+        let mut writers = Vec::new();
+        if let Some(guest) = guest {
+            let mut random = Random(seed);
+            writers.push(scope.spawn(move || {
+                turns(
+                    &written.guest,
+                    Box::new(|_| {
+                        let n = 1 + random.below(8);
+                        let first = 2 + random.below(Machine::guest_pages() - n);
+                        guest.write(first, n, 1)?;
+                        Ok(n)
+                    }),
+                )
+            }));
+        }
+        let mut random = Random(seed + 1);
+        writers.push(scope.spawn(move || {
+            turns(
+                &written.back_end,
+                Box::new(|value| {
+                    machine.back_end_writes(random.page(), value);
+                    Ok(1)
+                }),
+            )
+        }));
+        let mut random = Random(seed + 2);
+        writers.push(scope.spawn(move || {
+            let mut device = machine.device();
+            let done = turns(
+                &written.device,
+                Box::new(|value| {
+                    device_writes(&mut device, random.page(), value)?;
+                    // While it sleeps nobody waits for it; half of the time it has writes in flight meanwhile.
+                    match value % 2 {
+                        0 => device.quiesce(),
+                        _ => device.service(),
+                    }
+                    Ok(1)
+                }),
+            );
+            device.quiesce();
+            done
+        }));
+        let mut random = Random(seed + 3);
+        writers.push(scope.spawn(move || {
+            turns(
+                &written.program,
+                Box::new(|value| machine.program_writes(random.page(), value).map(|()| 1)),
+            )
+        }));
+        let outcome = meanwhile();
+        stop.store(true, Ordering::Relaxed);
+        for writer in writers {
+            writer.join().map_err(|_| Failure::Panicked)??;
+        }
+        outcome
+    })
+}

@@ -1,0 +1,30 @@
+//! Incremental snapshots of a small virtual machine's memory while its devices write.
+//!
+//! ```text
+//! devices write --> vm-memory marks --> one space over all regions
+//!                                           |
+//!   first snapshot: everything --> increment: harvest, sync --> write what is dirty --> fsync --> commit --> increment ...
+//!                                           ^                                             |
+//!                                           +------------- an error: dirty again ---------+
+//! ```
+//!
+//! Exit status: 0 if all bytes are identical, 1 if a page differs, 2 if something cannot be done.
+
+#[cfg(unix)]
+mod cli;
+#[cfg(unix)]
+mod file;
+#[cfg(unix)]
+mod machine;
+#[cfg(unix)]
+mod run;
+
+#[cfg(unix)]
+fn main() -> std::process::ExitCode {
+    run::main()
+}
+
+#[cfg(not(unix))]
+fn main() {
+    println!("SKIP snapshot: it needs mmap and files as Unix has them");
+}

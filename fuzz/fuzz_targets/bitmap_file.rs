@@ -1,0 +1,8 @@
+//! The reader of bitmap files: whatever the bytes are, a file that would be written like this, or a typed error.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    if let Err(text) = proptests::check_bitmap_file(bytes) {
+        panic!("{text}");
+    }
+});

@@ -1,0 +1,293 @@
+//! The run: two devices and a CPU write, two consumers harvest, one mapper unmaps and maps again, and all of them say what they
+//! did and when.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use dirtymap::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, lock, thread};
+use dirtymap::{
+    Access, AddressSpace, Error, Granule, HarvestError, HarvestRequest, Iova, IovaRange, UserBitmap,
+};
+use pagetable_sim::{Breakage, Device, DeviceConfig, Domain, DomainConfig, PhysMemory};
+
+use super::{End, Harvest, History, Stamp, WRITERS, Write};
+use crate::Random;
+
+const PAGE: u64 = 4096;
+/// Pages of the two areas, one behind the other; the second comes and goes.
+const AREAS: [(u64, u64); 2] = [(16, 24), (40, 8)];
+const FIRST: u64 = AREAS[0].0;
+const BEHIND: u64 = AREAS[1].0 + AREAS[1].1;
+/// Most writes that a writer records: then it rests.
+const MOST: usize = 60_000;
+
+/// What is broken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Broken {
+    Nothing,
+    /// The hardware.
+    Hardware(Breakage),
+    /// CPUs do not mark.
+    ForgetMarks,
+    /// Who aborts only says so.
+    ForgetAborts,
+    /// Consumers copy before the sync, and not after it.
+    CopyBeforeSync,
+}
+
+struct Run {
+    space: AddressSpace,
+    memory: Arc<PhysMemory>,
+    broken: Broken,
+    began: Instant,
+    stop: AtomicBool,
+    history: Mutex<History>,
+}
+
+fn pages(first: u64, count: u64) -> IovaRange {
+    IovaRange::from_len(Iova::new(first * PAGE), count * PAGE).unwrap()
+}
+
+impl Run {
+    fn now(&self) -> Stamp {
+        self.began.elapsed().as_nanos() as Stamp
+    }
+
+    fn goes_on(&self) -> bool {
+        // Relaxed: only says when to stop.
+        !self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Writes to pages that are often the same: `write` says whether it did.
+    fn writer(
+        &self,
+        writer: usize,
+        mut random: Random,
+        mut write: impl FnMut(u64, &[u8], u64) -> bool,
+    ) {
+        let mut writes = Vec::with_capacity(MOST);
+        let mut number = 0;
+        while self.goes_on() && writes.len() < MOST {
+            let page = match random.below(4) {
+                0 => FIRST + random.below(BEHIND - FIRST),
+                _ => [FIRST, FIRST + 1, BEHIND - 1][random.below(3) as usize],
+            };
+            number += 1;
+            let at = page * PAGE + writer as u64 * 8;
+            let began = self.now();
+            let done = write(at, &u64::to_le_bytes(number), random.bits());
+            let ended = self.now();
+            if done {
+                writes.push(Write {
+                    writer,
+                    page,
+                    number,
+                    began,
+                    ended,
+                });
+            }
+        }
+        lock(&self.history).writes.extend(writes);
+    }
+
+    fn device(&self, writer: usize, mut device: Device, random: Random) {
+        self.writer(writer, random, |at, bytes, dice| {
+            // Faults while the area is away.
+            let done = device.write(Iova::new(at), bytes).is_ok();
+            if dice.is_multiple_of(64) {
+                device.quiesce();
+            }
+            device.service();
+            done
+        });
+        device.quiesce();
+    }
+
+    fn cpu(&self, writer: usize, random: Random) {
+        self.writer(writer, random, |at, bytes, dice| {
+            if dice.is_multiple_of(16) {
+                thread::yield_now();
+            }
+            self.memory.write(at, bytes).unwrap();
+            let range = IovaRange::from_len(Iova::new(at), 8).unwrap();
+            self.broken == Broken::ForgetMarks || self.space.mark(range).is_ok()
+        });
+    }
+
+    /// What a copy of these pages has of each writer.
+    fn copy(&self, runs: impl Iterator<Item = IovaRange>) -> BTreeMap<u64, [u64; WRITERS]> {
+        let all = runs.flat_map(|run| run.start().get() / PAGE..=run.last().get() / PAGE);
+        all.map(|page| {
+            let numbers = [0, 1, 2].map(|writer| {
+                let mut bytes = [0; 8];
+                let at = page * PAGE + writer * 8;
+                self.memory.read(at, &mut bytes).unwrap();
+                u64::from_le_bytes(bytes)
+            });
+            (page, numbers)
+        })
+        .collect()
+    }
+
+    fn consumer(&self, mut random: Random) {
+        let mut harvests = Vec::new();
+        while self.goes_on() {
+            let from = random.below(BEHIND - FIRST);
+            let count = 1 + random.below(BEHIND - FIRST - from);
+            harvests.push(self.round(FIRST + from, count, random.below(8)));
+            if random.below(4) == 0 {
+                thread::yield_now();
+            }
+        }
+        lock(&self.history).harvests.extend(harvests);
+    }
+
+    /// One harvest, and what becomes of it.
+    fn round(&self, first: u64, count: u64, fate: u64) -> Harvest {
+        let range = pages(first, count);
+        let words = [AtomicU64::new(0)];
+        let request = HarvestRequest::new(range, Granule::K4);
+        let began = self.now();
+        let answer = self.space.harvest(&request, UserBitmap::shared(&words));
+        let looked = self.now();
+        let (lease, behind) = match answer {
+            Ok(lease) => (lease, first + count),
+            // The second area is away.
+            Err(HarvestError::Stopped(stopped)) => (stopped.lease, stopped.at.get() / PAGE),
+            Err(refused) => panic!("{refused}"),
+        };
+        let harvest = |reported, end| Harvest {
+            covers: (first, behind),
+            began,
+            looked,
+            reported,
+            end,
+        };
+        if fate == 0 {
+            // Not synced, so only the end says what it held.
+            let aborted = match self.broken {
+                Broken::ForgetAborts => {
+                    std::mem::forget(lease);
+                    Default::default()
+                }
+                _ => lease.abort(),
+            };
+            let ended = self.now();
+            let named = UserBitmap::shared(&words).view(range, Granule::K4).unwrap();
+            return harvest(
+                self.copy(named.runs()),
+                self.end(aborted.outside_bytes, ended),
+            );
+        }
+        let early = (self.broken == Broken::CopyBeforeSync).then(|| self.copy([range].into_iter()));
+        let lease = lease.sync().unwrap();
+        let synced = self.now();
+        let mut reported = self.copy(lease.runs());
+        if let Some(early) = early {
+            reported
+                .iter_mut()
+                .for_each(|(page, numbers)| *numbers = early[page]);
+        }
+        match fate {
+            1 => {
+                let aborted = match self.broken {
+                    Broken::ForgetAborts => {
+                        std::mem::forget(lease);
+                        Default::default()
+                    }
+                    _ => lease.abort(),
+                };
+                let ended = self.now();
+                harvest(reported, self.end(aborted.outside_bytes, ended))
+            }
+            _ => {
+                lease.commit();
+                harvest(reported, End::Kept(synced))
+            }
+        }
+    }
+
+    /// What is put back outside of areas was copied, after an unmap had flushed.
+    fn end(&self, outside: u64, ended: Stamp) -> End {
+        match outside {
+            0 => End::PutBack(ended),
+            _ => End::Kept(ended),
+        }
+    }
+
+    /// Has the second area come and go.
+    fn mapper(&self, mut random: Random) {
+        let (first, count) = AREAS[1];
+        let range = pages(first, count);
+        let mut harvests = Vec::new();
+        while self.goes_on() {
+            thread::sleep(Duration::from_micros(200 + random.below(2000)));
+            let mut words = [0u64];
+            let began = self.now();
+            let bitmap = UserBitmap::new(&mut words);
+            let (_, view) = self.space.unmap(range, Granule::K4, bitmap).unwrap();
+            let synced = self.now();
+            harvests.push(Harvest {
+                covers: (first, first + count),
+                began,
+                looked: synced,
+                reported: self.copy(view.runs()),
+                end: End::Kept(synced),
+            });
+            let backing = range.start().get();
+            match self.space.map(range, backing, Access::ReadWrite) {
+                Ok(()) | Err(Error::Busy { .. }) => {}
+                Err(error) => panic!("{error}"),
+            }
+        }
+        lock(&self.history).harvests.extend(harvests);
+    }
+}
+
+/// A run of `time`, on small leaves if `seed` is even, with a last harvest of everything.
+pub(super) fn record(broken: Broken, time: Duration, seed: u64) -> History {
+    let memory = Arc::new(PhysMemory::new(BEHIND * PAGE).unwrap());
+    let config = DomainConfig {
+        max_leaf: [Granule::K4, Granule::M2][(seed % 2) as usize],
+        ..DomainConfig::default()
+    };
+    let domain = Domain::new(Arc::clone(&memory), config);
+    let run = Run {
+        space: AddressSpace::new(Granule::K4)
+            .with_source(Arc::clone(&domain))
+            .unwrap(),
+        memory,
+        broken,
+        began: Instant::now(),
+        stop: AtomicBool::new(false),
+        history: Mutex::default(),
+    };
+    for (first, count) in AREAS {
+        let range = pages(first, count);
+        let backing = range.start().get();
+        run.space.map(range, backing, Access::ReadWrite).unwrap();
+    }
+    run.space.set_tracking(true).unwrap();
+    if let Broken::Hardware(breakage) = broken {
+        domain.break_hardware(breakage);
+    }
+    let random = |nth: u64| Random::new(seed.wrapping_mul(31).wrapping_add(nth));
+    let shared = &run;
+    thread::scope(|scope| {
+        for nth in 0..2 {
+            let device = domain.attach(DeviceConfig::default());
+            scope.spawn(move || shared.device(nth, device, random(nth as u64)));
+            scope.spawn(move || shared.consumer(random(10 + nth as u64)));
+        }
+        scope.spawn(move || shared.cpu(2, random(20)));
+        scope.spawn(move || shared.mapper(random(30)));
+        thread::sleep(time);
+        // Relaxed: as in `goes_on`.
+        shared.stop.store(true, Ordering::Relaxed);
+    });
+    let last = run.round(FIRST, BEHIND - FIRST, 7);
+    assert_eq!(last.covers.1, BEHIND, "the areas are there in the end");
+    lock(&run.history).harvests.push(last);
+    let mut history = lock(&run.history);
+    std::mem::take(&mut *history)
+}

@@ -1,0 +1,202 @@
+//! The calls that harvest: what each walks over, and how it is called.
+
+use dirtymap::{
+    AddressSpace, Error, Granule, HarvestBounds, HarvestError, HarvestRequest, Iova, IovaRange,
+    Lease, Owed, UserBitmap,
+};
+
+use super::Runner;
+use super::harvest::Request;
+use crate::op::{Ask, Mask, Mode, Share};
+use crate::oracle::{PAGE, pages, pages_of};
+use crate::violation::{Rule, Violation, check, same};
+
+/// A lease, and where a bounded harvest goes on.
+pub(super) type Answer<'b> = Result<(Lease<'b, Owed>, Option<Iova>), HarvestError<'b>>;
+
+/// Where a bounded harvest begins.
+pub(super) fn cursor(range: IovaRange, granule: Granule, from: u8) -> Iova {
+    let at = (range.len() * u128::from(from) / 256) as u64;
+    let start = Iova::new(range.start().get() + at).granule_start(granule.max(Granule::K4));
+    match from {
+        240.. => Iova::new(start.get() + 512),
+        _ => start,
+    }
+}
+
+/// The part of `range` that an operand names.
+pub(super) fn share_of(range: IovaRange, Share(one, other): Share) -> IovaRange {
+    let place = |n: u8| ((range.len() - 1) * u128::from(n) / 255) as u64;
+    let at = |n: u8| Iova::new(range.start().get() + place(n));
+    IovaRange::new(at(one.min(other)), at(one.max(other))).unwrap_or(range)
+}
+
+/// Calls what `mode` names.
+pub(super) fn call<'b>(
+    space: &'b AddressSpace,
+    request: &HarvestRequest,
+    mode: Mode,
+    bitmap: UserBitmap<'b>,
+) -> Answer<'b> {
+    let range = request.range();
+    match mode {
+        Mode::Whole => space.harvest(request, bitmap).map(|lease| (lease, None)),
+        Mode::Parallel => space
+            .harvest_parallel(request, bitmap)
+            .map(|lease| (lease, None)),
+        Mode::Bounded { from, bits } => {
+            let from = cursor(range, request.granule(), from);
+            let bounds = HarvestBounds::new().bits(bits.into());
+            let part = space.harvest_bounded(request, from, bounds, bitmap)?;
+            Ok((part.lease, part.next))
+        }
+        Mode::Masked(mask) => {
+            let granule = Granule::from_lg2(mask.granule_lg2).unwrap_or(Granule::K4);
+            let over = range.round_out(granule);
+            let mut words = mask_words(mask, over, granule);
+            let view = UserBitmap::new(&mut words).view(over, granule);
+            let view = view.map_err(HarvestError::Refused)?;
+            let lease = space.harvest_masked(request, &view, bitmap)?;
+            Ok((lease, None))
+        }
+    }
+}
+
+fn mask_words(mask: Mask, over: IovaRange, granule: Granule) -> Vec<u64> {
+    let mut words = vec![0; over.granules(granule).div_ceil(64) as usize];
+    for bit in 0..over.granules(granule) as u64 {
+        let at = over.start().get() + (bit << granule.lg2());
+        words[(bit / 64) as usize] |= u64::from(mask.has(at / PAGE)) << (bit % 64);
+    }
+    words
+}
+
+impl Runner<'_> {
+    /// Why the call is refused for what is particular to its mode: that comes first.
+    pub(super) fn mode_refusal(range: IovaRange, granule: Granule, ask: &Ask) -> Option<Error> {
+        let Mode::Bounded { from, .. } = ask.mode else {
+            return None;
+        };
+        let at = cursor(range, granule, from);
+        let unit = granule.max(Granule::K4);
+        let good = range.contains(at) && at.is_aligned(unit);
+        (!good).then_some(Error::BadCursor {
+            at,
+            range,
+            granule: unit,
+        })
+    }
+
+    /// The runs of pages that a harvest goes over, if nothing stops it but a hole: and that hole.
+    pub(super) fn ways(
+        &self,
+        range: IovaRange,
+        granule: Granule,
+        ask: &Ask,
+    ) -> (Vec<(u64, u64)>, Option<Iova>) {
+        let (first, last) = (range.start().get() / PAGE, range.last().get() / PAGE);
+        let asked = match ask.mode {
+            Mode::Whole | Mode::Parallel => vec![(first, last)],
+            Mode::Bounded { from, .. } => {
+                vec![(cursor(range, granule, from).get() / PAGE, last)]
+            }
+            Mode::Masked(mask) => self.oracle.masked(range, mask),
+        };
+        let mut walked = Vec::new();
+        for (first, last) in asked {
+            let hole = self.oracle.first_hole(first, last);
+            let end = hole.unwrap_or(last + 1);
+            if first < end {
+                walked.push((first, end - 1));
+            }
+            if let Some(hole) = hole {
+                return (walked, Some(Iova::new(hole * PAGE)));
+            }
+        }
+        (walked, None)
+    }
+
+    /// What the answer of a bounded harvest says of where it ended: within its bounds, and not before it had reached them.
+    pub(super) fn ended(
+        request: &mut Request,
+        ask: &Ask,
+        next: Option<Iova>,
+    ) -> Result<(), Violation> {
+        let Mode::Bounded { from, .. } = ask.mode else {
+            return same(Rule::Answer, "where to go on", next, None);
+        };
+        let (range, granule) = (request.inner.range(), request.inner.granule());
+        let from = cursor(range, granule, from);
+        let Some(next) = next else {
+            return Ok(());
+        };
+        let good = from < next && range.contains(next) && next.is_aligned(granule);
+        check(good, Rule::Answer, || {
+            format!("a bounded harvest of {range} from {from} goes on at {next}")
+        })?;
+        let page = next.get() / PAGE;
+        // It comes to a hole only if it goes so far.
+        if request.hole.is_some_and(|hole| next <= hole) {
+            request.hole = None;
+        }
+        for (_, last) in &mut request.walked {
+            *last = (*last).min(page - 1);
+        }
+        request.view = pages(from.get() / PAGE, page - 1);
+        Ok(())
+    }
+
+    /// A bounded harvest found about as many bits as it should.
+    pub(super) fn check_bound(
+        request: &Request,
+        ask: &Ask,
+        next: Option<Iova>,
+        set: u64,
+    ) -> Result<(), Violation> {
+        let Mode::Bounded { bits, .. } = ask.mode else {
+            return Ok(());
+        };
+        let of_page = (PAGE >> request.inner.granule().lg2()).saturating_sub(1);
+        let most = u64::from(bits).max(1) + 63 + of_page;
+        let least = if next.is_some() { bits.into() } else { 0 };
+        check((least..=most).contains(&set), Rule::Answer, || {
+            format!("{set} bits of a harvest that is bounded to {bits}")
+        })
+    }
+
+    /// The pages that a harvest went over.
+    pub(super) fn areas_in(&self, walked: &[(u64, u64)]) -> u64 {
+        let touched = |area: &&crate::oracle::Area| {
+            let mut runs = walked.iter();
+            runs.any(|(first, last)| area.first <= *last && area.last() >= *first)
+        };
+        self.oracle.areas.values().filter(touched).count() as u64
+    }
+
+    /// What a harvest may have recorded that panicked when a domain was asked first: in its first area, or anywhere if its
+    /// threads asked.
+    pub(super) fn died_in(&self, request: &Request, ask: &Ask) -> Option<IovaRange> {
+        let (first, last) = *request.walked.first()?;
+        let end = match ask.mode {
+            Mode::Parallel => last,
+            _ => last.min(self.oracle.area_at(first)?.last()),
+        };
+        Some(pages(request.view.start().get() / PAGE, end))
+    }
+
+    /// What an abort of `runs` should say.
+    pub(super) fn right_abort(&self, runs: &[IovaRange]) -> dirtymap::Aborted {
+        let mut right = dirtymap::Aborted::default();
+        for run in runs {
+            for page in pages_of(*run) {
+                let part = pages(page, page).intersection(*run);
+                let len = part.map_or(0, |part| part.len() as u64);
+                match self.oracle.area_at(page) {
+                    Some(_) => right.bytes += len,
+                    None => right.outside_bytes += len,
+                }
+            }
+        }
+        right
+    }
+}

@@ -1,0 +1,168 @@
+//! A pass: a harvest by any call into a bitmap of any form, and the end of its lease, in one step.
+
+use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
+use dirtymap::{Aborted, Error, HarvestError, IovaRange, UserBitmap};
+
+use super::harvest::{Request, Said};
+use super::modes::{call, share_of};
+use super::{Checked, Runner};
+use crate::bits::{Buffer, runs_in};
+use crate::forms::{Form, Memory};
+use crate::op::{Ask, Fate};
+use crate::rig::ToldToDie;
+use crate::violation::{Rule, Violation, same};
+
+/// The place in the oracle of the lease of the pass under way.
+const PASS: usize = 2;
+
+/// What became of a harvest and its lease.
+enum End {
+    Refused(Error),
+    /// A domain panicked.
+    Died,
+    Ended(Box<Ended>),
+}
+
+struct Ended {
+    said: Said,
+    /// What the lease named to copy, and how many granules it said that is; `None` if it could not be flushed.
+    synced: Option<(Vec<IovaRange>, u64)>,
+    /// Granules that were committed by a part of it.
+    committed: u64,
+    aborted: Option<Aborted>,
+}
+
+impl Runner<'_> {
+    pub(super) fn pass(&mut self, ask: &Ask, form: Form, fate: Fate) -> Checked {
+        let buffer = Buffer::new();
+        let mut request = self.request(self.oracle.range_of(ask), ask, &buffer);
+        request.before = buffer.cut(request.words);
+        let words = request.before.iter();
+        let before: Vec<u8> = words.flat_map(|w| w.to_le_bytes()).collect();
+        let mut memory = Memory::new(form, &before, usize::from(ask.preset % 8))?;
+        let end = self.use_up(&request, ask, memory.bitmap(), fate)?;
+        let after = words_of(&memory.image(&before)?);
+        match end {
+            End::Refused(error) => Self::refused(request, &after, error),
+            End::Died => self.died(&request, ask, &after),
+            End::Ended(ended) => self.check_pass(&mut request, ask, fate, *ended, &after),
+        }
+    }
+
+    /// Harvests, syncs, copies, and ends the lease: what is in the bitmap can be read when that is done.
+    fn use_up(
+        &mut self,
+        request: &Request,
+        ask: &Ask,
+        bitmap: UserBitmap<'_>,
+        fate: Fate,
+    ) -> Result<End, Violation> {
+        let space = self.space;
+        let inner = &request.inner;
+        let answer = catch_unwind(AssertUnwindSafe(|| call(space, inner, ask.mode, bitmap)));
+        let (lease, next, stopped) = match answer {
+            Ok(Ok((lease, next))) => (lease, next, None),
+            Ok(Err(HarvestError::Stopped(stopped))) => {
+                let stop = (stopped.at, stopped.error);
+                (stopped.lease, None, Some(stop))
+            }
+            Ok(Err(HarvestError::Refused(error))) => return Ok(End::Refused(error)),
+            Err(panic) if panic.is::<ToldToDie>() => return Ok(End::Died),
+            Err(panic) => resume_unwind(panic),
+        };
+        let mut ended = Ended {
+            said: (lease.report(), next, stopped),
+            synced: None,
+            committed: 0,
+            aborted: None,
+        };
+        let failures = self.world.failures_ahead();
+        // A lease that cannot be flushed is dropped.
+        if let Ok(mut lease) = lease.sync() {
+            let runs: Vec<IovaRange> = lease.runs().collect();
+            self.copy_runs(&runs)?;
+            ended.synced = Some((runs, lease.dirty()));
+            match fate {
+                Fate::Commit => drop(lease.commit()),
+                Fate::Abort => ended.aborted = Some(lease.abort()),
+                Fate::CommitRange(part) => {
+                    ended.committed = lease.commit_range(share_of(request.view_of(next), part));
+                    ended.aborted = Some(lease.abort());
+                }
+            }
+        }
+        let failed = ended.synced.is_none();
+        let told = self.world.failures_ahead() < failures && !self.hides_failures();
+        same(Rule::Answer, "whether a sync failed", failed, told)?;
+        Ok(End::Ended(Box::new(ended)))
+    }
+
+    fn check_pass(
+        &mut self,
+        request: &mut Request,
+        ask: &Ask,
+        fate: Fate,
+        ended: Ended,
+        after: &[u64],
+    ) -> Checked {
+        let found = self.check_harvest(request, ask, ended.said, after)?;
+        self.took(PASS, request, ask, &found);
+        let inner = request.inner;
+        let failed = ended.synced.is_none();
+        let granule = inner.granule();
+        let view = request.view;
+        let inside = |runs: Vec<IovaRange>| -> Vec<IovaRange> {
+            let inside = runs.iter().filter_map(|run| run.intersection(view));
+            inside.collect()
+        };
+        let leased = inside(runs_in(after, inner.range(), granule));
+        if let Some((synced, dirty)) = ended.synced {
+            let right: u128 = leased.iter().map(|run| run.granules(granule)).sum();
+            same(Rule::Answer, "the granules of a lease", dirty.into(), right)?;
+            same(Rule::Answer, "the runs of a lease", &synced, &leased)?;
+        }
+        let set = found.set << granule.lg2();
+        self.counts.harvests += 1;
+        self.counts.leased_bytes += set;
+        if !failed && fate == Fate::Commit {
+            self.counts.commits += 1;
+            self.counts.committed_bytes += set;
+            self.oracle.leases[PASS] = None;
+            return Ok(());
+        }
+        let mut gone = BTreeSet::new();
+        if let (Fate::CommitRange(part), false) = (fate, failed) {
+            gone = self.committed_by(after, inner, view, share_of(view, part));
+            let right = gone.len() as u64;
+            same(Rule::Answer, "granules committed", ended.committed, right)?;
+        }
+        let done = set.min((gone.len() as u64) << granule.lg2());
+        let open = super::consumer::without(after, inner.range(), granule, &gone);
+        let back = request.reached().map(|reached| {
+            let open = inside(runs_in(&open, inner.range(), granule));
+            let reached = open.iter().filter_map(|run| run.intersection(reached));
+            reached.collect()
+        });
+        let back: Vec<IovaRange> = back.unwrap_or_default();
+        let right = self.right_abort(&back);
+        if let Some(aborted) = ended.aborted {
+            same(Rule::Answer, "an abort", aborted, right)?;
+        }
+        self.counts.committed_bytes += done;
+        self.counts.aborts += 1;
+        self.counts.aborted_bytes += set - done;
+        self.counts.put_back_outside_bytes += right.outside_bytes;
+        if let Some(leased) = &mut self.oracle.leases[PASS] {
+            leased.synced = !failed;
+        }
+        self.oracle.aborted(PASS, &back);
+        Ok(())
+    }
+}
+
+fn words_of(image: &[u8]) -> Vec<u64> {
+    let words = image.as_chunks().0.iter();
+    words.map(|word| u64::from_le_bytes(*word)).collect()
+}

@@ -1,0 +1,217 @@
+//! The front end's side: a source that joins harvests. How its logs follow each other is in
+//! [`log_list`](crate::adapters::log_list).
+
+use super::memory::{LOG_PAGE, LogError, LogMemory};
+use crate::adapters::log_list::{LogList, LogWords, clear, seen};
+use crate::bitmap::{Sink, word_mask, word_runs};
+use crate::error::Error;
+use crate::flush::{FlushGather, Invalidated};
+use crate::source::{DirtySource, LeafSink, Mapping, Stopped};
+use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering};
+use crate::units::{Granule, Iova, IovaRange};
+
+/// Words that are looked at together before a closer look: one cache line.
+const LINE: u64 = 8;
+
+/// The dirty log of a vhost or vhost-user front end, and a [`DirtySource`] over it: attach it to a space whose addresses are
+/// guest physical addresses, and what back ends mark is in every harvest.
+///
+/// Bit `n` of the log is the page of 4 KiB at the address `4096 * n` of the space, whatever its own page and wherever its areas
+/// begin. Harvests exchange word by word, with back ends running, and clear a bit after it was recorded. What a lease puts back
+/// goes to the marks of the space: the log is left to the back ends.
+#[derive(Debug)]
+pub struct VhostLog {
+    logs: LogList<LogMemory>,
+    tracking: AtomicBool,
+}
+
+impl VhostLog {
+    /// A clean log for memory up to the address `last`: that of the last byte of RAM. Its size is rounded up to 8 bytes.
+    ///
+    /// # Errors
+    /// [`LogError::Memory`].
+    pub fn new(last: Iova) -> Result<Self, LogError> {
+        Ok(VhostLog {
+            logs: LogList::new(LogMemory::new(last)?),
+            tracking: AtomicBool::new(false),
+        })
+    }
+
+    /// The newest log: what to send with `VHOST_USER_SET_LOG_BASE` to a back end that has none yet.
+    pub fn memory(&self) -> Arc<LogMemory> {
+        self.logs.newest()
+    }
+
+    /// Begins a swap: makes a clean log that reaches `last` or as far as the newest one, whatever is farther. From now on
+    /// harvests look at both. Send [`Swap::memory`] to every back end, and when all have answered, say so by
+    /// [`Swap::acknowledged`].
+    ///
+    /// Needed when memory grows beyond the log. A swap that is dropped, because a back end has refused or is gone, leaves
+    /// both logs in use until the next one is acknowledged. Waits for harvests that are under way.
+    ///
+    /// # Errors
+    /// [`LogError::Memory`]; nothing has changed then.
+    pub fn swap(&self, last: Iova) -> Result<Swap<'_>, LogError> {
+        let make = |newest: &LogMemory| LogMemory::new(last.max(newest.last()));
+        let fresh = self.logs.push(make)?;
+        Ok(Swap { log: self, fresh })
+    }
+}
+
+/// A log that back ends are about to take up: see [`VhostLog::swap`].
+#[must_use = "until the swap is acknowledged, harvests look at both logs"]
+#[derive(Debug)]
+pub struct Swap<'a> {
+    log: &'a VhostLog,
+    fresh: Arc<LogMemory>,
+}
+
+impl Swap<'_> {
+    /// The fresh log, to be sent.
+    pub fn memory(&self) -> &LogMemory {
+        &self.fresh
+    }
+
+    /// Every back end has answered: none marks in the logs before this one. What is left of them is carried over, and they are
+    /// given up. Returns how many pages that were. Waits for harvests that are under way.
+    pub fn acknowledged(self) -> u64 {
+        self.log.logs.acknowledge(&self.fresh)
+    }
+}
+
+/// The pages of `range`, as the words of a log and the bits in them; words that no log has are left out, and so are, at a
+/// glance, lines in which all logs are clean.
+fn dirty_words(logs: &[Arc<LogMemory>], range: IovaRange) -> impl Iterator<Item = (usize, u64)> {
+    let (first, last) = (
+        range.start().get() >> LOG_PAGE.lg2(),
+        range.last().get() >> LOG_PAGE.lg2(),
+    );
+    let words = logs.iter().map(|log| log.words().len()).max().unwrap_or(0) as u64;
+    let lines = first / 64 / LINE..=last / 64 / LINE;
+    let glance = move |line: &u64| {
+        let (from, to) = (line * LINE, (line * LINE + LINE).min(words));
+        logs.iter().any(|log| {
+            let line = log.words().get(from as usize..to as usize);
+            // Relaxed: a mark that came before the harvest is seen by any load; who takes it looks again.
+            let or = |or, word: &AtomicU64| or | word.load(Ordering::Relaxed);
+            line.map_or(log.words().len() as u64 > from, |line| {
+                line.iter().fold(0, or) != 0
+            })
+        })
+    };
+    let end = words.div_ceil(LINE);
+    lines
+        .take_while(move |line| *line < end)
+        .filter(glance)
+        .flat_map(move |line| {
+            let from = (line * LINE).max(first / 64);
+            let to = (line * LINE + LINE - 1).min(last / 64).min(words - 1);
+            (from..=to).map(move |word| {
+                let low = first.saturating_sub(word * 64) as u32;
+                let high = (last - word * 64).min(63) as u32;
+                (word as usize, word_mask(low, high))
+            })
+        })
+}
+
+/// The maximal runs of pages in a word.
+fn runs(word: usize, bits: u64) -> impl Iterator<Item = IovaRange> {
+    let page = move |bit: u32| Iova::new((word as u64 * 64 + u64::from(bit)) << LOG_PAGE.lg2());
+    // Never an error: a run goes upwards.
+    word_runs(bits).filter_map(move |(first, last)| {
+        IovaRange::new(page(first), page(last).granule_last(LOG_PAGE)).ok()
+    })
+}
+
+/// A stop at a word, inside of `range`.
+fn stopped(word: usize, range: IovaRange, error: Error) -> Stopped {
+    let start = Iova::new((word as u64 * 64) << LOG_PAGE.lg2());
+    let at = start.max(range.start());
+    Stopped { at, error }
+}
+
+/// Addresses of the space are guest physical addresses; what is behind them does not matter.
+///
+/// A back end caches nothing, so there is nothing to invalidate: it marks after each write, and who sees the mark sees the
+/// write. The space is to be told of memory after the log reaches it, and to forget it after back ends have.
+impl DirtySource for VhostLog {
+    fn page(&self) -> Granule {
+        LOG_PAGE
+    }
+
+    /// Refuses memory that the newest log has no bits for. What back ends marked there before is dirty.
+    fn map(&self, mapping: &Mapping) -> Result<(), Error> {
+        let (end, range) = (self.memory().last(), mapping.range);
+        if range.last() > end {
+            return Err(Error::source_failed(LogError::TooShort { end, range }));
+        }
+        Ok(())
+    }
+
+    fn unmap(&self, range: IovaRange, _: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
+        self.logs.read(|logs| {
+            for (word, mask) in dirty_words(logs, range) {
+                let found = seen(logs, word, mask);
+                runs(word, found).for_each(&mut *dirty);
+                // What came between the two.
+                let late = clear(logs, word, mask) & !found;
+                runs(word, late).for_each(&mut *dirty);
+            }
+        });
+    }
+
+    /// Each page has a bit of its own.
+    fn split_at(&self, at: Iova, _: &mut FlushGather) -> Result<(), Error> {
+        match at.is_aligned(LOG_PAGE) {
+            true => Ok(()),
+            false => Err(Error::CannotSplit { at }),
+        }
+    }
+
+    /// On clears the log. That back ends mark in it from then on, because they have it and the feature
+    /// `VHOST_F_LOG_ALL`, is up to the caller, before.
+    fn set_tracking(&self, on: bool) -> Result<(), Error> {
+        // AcqRel: the caller's lock orders it; calls by others are rare, too.
+        if !self.tracking.swap(on, Ordering::AcqRel) && on {
+            self.logs.read(|logs| {
+                for (word, mask) in dirty_words(logs, IovaRange::ALL) {
+                    clear(logs, word, mask);
+                }
+            });
+        }
+        Ok(())
+    }
+
+    fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        self.logs.read(|logs| {
+            for (word, mask) in dirty_words(logs, range) {
+                let found = seen(logs, word, mask);
+                let mut runs = runs(word, found).peekable();
+                while let Some(run) = runs.next() {
+                    // All runs of the word are recorded, then one exchange clears it.
+                    let more = runs.peek().is_some();
+                    let clear = || more || clear(logs, word, found) != 0;
+                    out.take(run, LOG_PAGE, clear)
+                        .map_err(|error| stopped(word, range, error))?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+        self.logs.read(|logs| {
+            for (word, mask) in dirty_words(logs, range) {
+                for run in runs(word, seen(logs, word, mask)) {
+                    sink.record(run)
+                        .map_err(|error| stopped(word, range, error))?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn invalidate(&self, _: &FlushGather) -> Result<Invalidated, Error> {
+        Ok(Invalidated::default())
+    }
+}

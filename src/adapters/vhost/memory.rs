@@ -1,0 +1,125 @@
+//! The shared memory of a log, and how its bits are laid out.
+
+use std::ffi::c_int;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use memmap2::{MmapOptions, MmapRaw};
+
+use crate::adapters::log_list::LogWords;
+use crate::sync::AtomicU64;
+use crate::units::{Granule, Iova, IovaRange};
+
+/// What one bit of a log stands for, whatever the page of the guest, of the host and of the space: `VHOST_LOG_PAGE`.
+pub const LOG_PAGE: Granule = Granule::K4;
+
+/// Why a log cannot be had, or cannot take something.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LogError {
+    /// The system gives no shared memory of this size.
+    #[error("no shared memory of {bytes} bytes for a log can be had: {error}")]
+    Memory {
+        /// The size asked for, in bytes.
+        bytes: u64,
+        /// What the system says.
+        #[source]
+        error: io::Error,
+    },
+    /// Memory beyond the end of the log.
+    #[error("the log ends at {end}, below the memory {range}: swap in one that reaches {}", range.last())]
+    TooShort {
+        /// The last address that has a bit.
+        end: Iova,
+        /// The memory.
+        range: IovaRange,
+    },
+}
+
+/// The shared memory of one log: a sealed memfd, mapped here and, once it was sent, by back ends.
+#[derive(Debug)]
+pub struct LogMemory {
+    file: File,
+    map: MmapRaw,
+    words: usize,
+}
+
+impl LogMemory {
+    /// A clean log for all addresses up to `last`.
+    pub(super) fn new(last: Iova) -> Result<Self, LogError> {
+        let pages = (last.get() >> LOG_PAGE.lg2()) + 1; // 2^52 at most
+        let bytes = pages.div_ceil(64) * 8;
+        Self::with_size(bytes).map_err(|error| LogError::Memory { bytes, error })
+    }
+
+    fn with_size(bytes: u64) -> io::Result<Self> {
+        let too_large = |_| io::Error::from(io::ErrorKind::FileTooLarge);
+        let len = usize::try_from(bytes).map_err(too_large)?;
+        let file = memfd()?;
+        file.set_len(bytes)?;
+        // Neither side can take pages away from under the other one, which would be killed by its next access.
+        seal(
+            &file,
+            libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL,
+        )?;
+        let map = MmapOptions::new().len(len).map_raw(&file)?;
+        Ok(LogMemory {
+            file,
+            map,
+            words: len / 8,
+        })
+    }
+
+    /// The memfd, to be sent to back ends. Its size cannot be changed by anybody.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// The size in bytes, a multiple of 8: `mmap_size` of the message.
+    pub fn size(&self) -> u64 {
+        self.words as u64 * 8
+    }
+
+    /// Where the log begins in its file: `mmap_offset` of the message.
+    pub fn offset(&self) -> u64 {
+        0
+    }
+
+    /// The last address that has a bit.
+    pub fn last(&self) -> Iova {
+        let pages = self.words as u64 * 64;
+        Iova::new(((pages - 1) << LOG_PAGE.lg2()) | LOG_PAGE.mask())
+    }
+}
+
+impl LogWords for LogMemory {
+    fn words(&self) -> &[AtomicU64] {
+        let first = self.map.as_mut_ptr().cast::<AtomicU64>();
+        // SAFETY:
+        // - valid for `words` elements for as long as `self`: the mapping has `8 * words` bytes, begins at a page, and the seals
+        //   keep its file from getting shorter.
+        // - shared: this process reaches the mapping through these atomics alone. Others have the same memory, and mark in it by
+        //   atomic operations, as the protocol demands; what they do otherwise gives other bits, not other types.
+        unsafe { std::slice::from_raw_parts(first, self.words) }
+    }
+}
+
+fn memfd() -> io::Result<File> {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    // SAFETY: the name is a string that ends with 0 and outlives the call.
+    let fd = unsafe { libc::memfd_create(c"vhost-log".as_ptr(), flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a descriptor that was just made for us; nobody else owns it.
+    Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
+}
+
+fn seal(file: &File, seals: c_int) -> io::Result<()> {
+    // SAFETY: this call takes numbers and touches no memory of ours.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

@@ -1,0 +1,235 @@
+//! The front end's side without a back end: layout, harvests with all else, swaps.
+
+use super::{NONE, PAGE, bits, bytes, content, set_bit, taken};
+use dirtymap::vhost::{LOG_PAGE, LogError, VhostLog};
+use dirtymap::{Access, AddressSpace, Error, Granule, HarvestRequest, Iova, IovaRange, UserBitmap};
+use std::sync::Arc;
+
+/// A tracked space with pages of `page`, an area, and a log up to its end.
+fn tracked(page: Granule, area: IovaRange) -> (AddressSpace, Arc<VhostLog>) {
+    let log = Arc::new(VhostLog::new(area.last()).unwrap());
+    let space = AddressSpace::new(page)
+        .with_source(Arc::clone(&log))
+        .unwrap();
+    space.map(area, 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    (space, log)
+}
+
+/// A log of `last / 32768 + 1` bytes that is read in words of 8 lacks its tail of up to 56 pages.
+#[test]
+fn the_size_is_that_of_the_highest_address_in_whole_words() {
+    for (last, size) in [
+        (0, 8),
+        (64 * PAGE - 1, 8),
+        (64 * PAGE, 16),
+        (0xffff_ffff, 128 << 10),
+        (0x1_0000_0000, (128 << 10) + 8),
+    ] {
+        let log = VhostLog::new(Iova::new(last)).unwrap().memory();
+        assert_eq!((log.size(), log.offset()), (size, 0));
+        assert_eq!(log.file().metadata().unwrap().len(), size);
+        assert_eq!(log.last().get(), size * 8 * PAGE - 1);
+    }
+    // More than can be mapped: an error that names it.
+    let Err(LogError::Memory { bytes, .. }) = VhostLog::new(Iova::MAX) else {
+        panic!("a log of 512 TiB");
+    };
+    assert_eq!(bytes, 1 << 49);
+}
+
+/// A back end that shrank the file would kill the front end at its next harvest, and the reverse.
+#[test]
+fn the_file_is_sealed() {
+    let log = VhostLog::new(Iova::new(1 << 20)).unwrap().memory();
+    let size = log.size();
+    for len in [0, size - 8, size + 8] {
+        assert!(log.file().set_len(len).is_err());
+    }
+    assert_eq!(log.file().metadata().unwrap().len(), size);
+}
+
+#[test]
+fn bits_come_out_of_a_harvest_at_their_guest_physical_addresses() {
+    // The area does not begin at a word, nor at a byte, of the log.
+    let area = bytes((1 << 32) + 3 * PAGE, 150 * PAGE);
+    let (space, log) = tracked(Granule::K4, area);
+    let first = area.start().get() / PAGE;
+    let marked = [0, 1, 4, 5, 61, 62, 124, 149].map(|n| first + n);
+    marked.iter().for_each(|page| set_bit(&log.memory(), *page));
+    // Outside of the area: another one's, or nobody's.
+    set_bit(&log.memory(), first - 1);
+    set_bit(&log.memory(), 7);
+    assert_eq!(
+        taken(&space, bytes((1 << 32) + 8 * PAGE, 100 * PAGE)),
+        marked[3..6]
+    );
+    assert_eq!(taken(&space, area), [0, 1, 4, 124, 149].map(|n| first + n));
+    assert_eq!(taken(&space, area), NONE);
+    assert_eq!(bits(&log.memory()), [7, first - 1]);
+}
+
+#[test]
+fn marks_and_the_log_are_in_one_lease_and_an_abort_puts_back_both() {
+    let area = bytes(0, 256 * PAGE);
+    let (space, log) = tracked(Granule::K4, area);
+    set_bit(&log.memory(), 200);
+    space.mark(bytes(3 * PAGE, 1)).unwrap();
+    let mut words = [0; 4];
+    let request = HarvestRequest::new(area, Granule::K4);
+    let view = space.peek(&request, UserBitmap::new(&mut words)).unwrap();
+    assert_eq!(view.bits().collect::<Vec<_>>(), [3, 200]);
+    assert_eq!(bits(&log.memory()), [200], "a peek takes nothing");
+
+    words = [0; 4];
+    let lease = space
+        .harvest(&request, UserBitmap::new(&mut words))
+        .unwrap();
+    assert_eq!(bits(&log.memory()), NONE);
+    lease.abort();
+    assert_eq!(bits(&log.memory()), NONE, "the log is left to back ends");
+    assert_eq!(taken(&space, area), [3, 200]);
+    assert_eq!(taken(&space, area), NONE);
+}
+
+/// The base is 0 and the granule 4096, whatever the space and the request have.
+#[test]
+fn pages_and_granules_of_other_sizes() {
+    let k64 = Granule::from_bytes(65536).unwrap();
+    let area = bytes(1 << 20, 1 << 20);
+    let (space, log) = tracked(k64, area);
+    set_bit(&log.memory(), 256 + 17);
+    let mut words = [0; 4];
+    let request = HarvestRequest::new(area, Granule::M2.min(k64));
+    let lease = space
+        .harvest(&request, UserBitmap::new(&mut words))
+        .unwrap();
+    let lease = lease.sync().unwrap();
+    assert_eq!(
+        lease.runs().collect::<Vec<_>>(),
+        [bytes((1 << 20) + 65536, 65536)]
+    );
+    // Put back by pages of the space: a superset.
+    drop(lease);
+    assert_eq!(
+        taken(&space, area),
+        (256 + 16..256 + 32).collect::<Vec<_>>()
+    );
+
+    // A space that is finer gets areas of whole pages of the log.
+    let space = AddressSpace::new(Granule::from_bytes(512).unwrap());
+    let space = space.with_source(Arc::clone(&log)).unwrap();
+    assert_eq!(space.alignment(), LOG_PAGE);
+    assert!(matches!(
+        space.map(bytes(512, 4096), 0, Access::ReadWrite),
+        Err(Error::Unaligned { .. })
+    ));
+}
+
+#[test]
+fn switching_on_clears_the_log_once() {
+    let area = bytes(0, 256 * PAGE);
+    let log = Arc::new(VhostLog::new(area.last()).unwrap());
+    let space = AddressSpace::new(Granule::K4)
+        .with_source(Arc::clone(&log))
+        .unwrap();
+    space.map(area, 0, Access::ReadWrite).unwrap();
+    set_bit(&log.memory(), 1);
+    space.set_tracking(true).unwrap();
+    assert_eq!(bits(&log.memory()), NONE);
+    set_bit(&log.memory(), 2);
+    space.set_tracking(true).unwrap();
+    assert_eq!(bits(&log.memory()), [2]);
+    space.set_tracking(false).unwrap();
+    assert_eq!(taken(&space, area), [2], "a last harvest");
+}
+
+#[test]
+fn memory_beyond_the_log_is_refused_until_a_longer_one_is_swapped_in() {
+    let (space, log) = tracked(Granule::K4, bytes(0, 64 * PAGE));
+    let more = bytes(64 * PAGE, 64 * PAGE);
+    let refused = space.map(more, 0, Access::ReadWrite).unwrap_err();
+    let text = refused.to_string();
+    assert!(
+        text.contains("0x3ffff") && text.contains("0x7ffff"),
+        "{text}"
+    );
+    let swap = log.swap(more.last()).unwrap();
+    set_bit(swap.memory(), 100);
+    space.map(more, 0, Access::ReadWrite).unwrap();
+    assert_eq!(swap.acknowledged(), 0);
+    assert_eq!(taken(&space, more), [100]);
+}
+
+/// Harvests between the swap and its acknowledgement see both logs; what is left of the old one is found once.
+#[test]
+fn what_is_left_of_a_log_that_was_swapped_is_found() {
+    let area = bytes(0, 256 * PAGE);
+    let (space, log) = tracked(Granule::K4, area);
+    let old = log.memory();
+    set_bit(&old, 1);
+    set_bit(&old, 2);
+    let swap = log.swap(Iova::MIN).unwrap();
+    assert_eq!(swap.memory().size(), old.size(), "a log never gets shorter");
+    set_bit(swap.memory(), 2);
+    set_bit(swap.memory(), 3);
+    assert_eq!(
+        taken(&space, bytes(0, 64 * PAGE)),
+        [1, 2, 3],
+        "both are looked at"
+    );
+    set_bit(&old, 4); // the last one, before the answer
+    set_bit(&old, 5);
+    set_bit(swap.memory(), 5);
+    assert_eq!(swap.acknowledged(), 2);
+    assert!(!Arc::ptr_eq(&old, &log.memory()));
+    assert_eq!(bits(&log.memory()), [4, 5]);
+    assert_eq!(taken(&space, area), [4, 5]);
+    let given_up = content(&old);
+    set_bit(&log.memory(), 6);
+    assert_eq!(taken(&space, area), [6]);
+    assert_eq!(content(&old), given_up);
+}
+
+/// A back end that refuses the fresh log goes on with the old one, and one of several may have taken it up.
+#[test]
+fn a_swap_that_fails_loses_nothing() {
+    let area = bytes(0, 256 * PAGE);
+    let (space, log) = tracked(Granule::K4, area);
+    let old = log.memory();
+    drop(log.swap(area.last()).unwrap());
+    let half = log.memory();
+    set_bit(&old, 1);
+    set_bit(&half, 2);
+    assert_eq!(taken(&space, area), [1, 2]);
+    let swap = log.swap(area.last()).unwrap();
+    set_bit(&old, 3);
+    set_bit(&half, 4);
+    set_bit(swap.memory(), 5);
+    assert_eq!(swap.acknowledged(), 2);
+    assert_eq!(taken(&space, area), [3, 4, 5]);
+}
+
+#[test]
+fn an_unmap_returns_what_the_log_has_of_the_area() {
+    let (space, log) = tracked(Granule::K4, bytes(0, 64 * PAGE));
+    let other = bytes(0, 64 * PAGE);
+    set_bit(&log.memory(), 9);
+    space.mark(bytes(10 * PAGE, 1)).unwrap();
+    let mut words = [0];
+    space
+        .unmap(other, Granule::K4, UserBitmap::new(&mut words))
+        .unwrap();
+    assert_eq!(words, [0b11 << 9]);
+    assert_eq!(bits(&log.memory()), NONE);
+}
+
+#[test]
+fn an_area_can_be_cut_between_pages() {
+    let (space, log) = tracked(Granule::K4, bytes(0, 64 * PAGE));
+    space.cut(Iova::new(32 * PAGE)).unwrap();
+    set_bit(&log.memory(), 31);
+    set_bit(&log.memory(), 32);
+    assert_eq!(taken(&space, bytes(32 * PAGE, 32 * PAGE)), [32]);
+    assert_eq!(taken(&space, bytes(0, 32 * PAGE)), [31]);
+}

@@ -1,0 +1,62 @@
+//! The vhost log, both sides: its layout, swaps, and a real vhost-user daemon, in this process and in another one.
+#![cfg(all(feature = "vhost", target_os = "linux", not(dirtymap_loom)))]
+#![allow(clippy::unwrap_used)] // helpers of tests
+
+mod back;
+mod front;
+mod processes;
+mod rig;
+
+use dirtymap::vhost::LogMemory;
+use dirtymap::{AddressSpace, Granule, HarvestRequest, Iova, IovaRange, UserBitmap};
+use std::os::unix::fs::FileExt;
+
+const PAGE: u64 = 4096;
+/// No page was dirty.
+const NONE: [u64; 0] = [];
+
+fn bytes(start: u64, len: u64) -> IovaRange {
+    IovaRange::from_len(Iova::new(start), len).unwrap()
+}
+
+/// The log as another process sees it: its file.
+fn content(log: &LogMemory) -> Vec<u8> {
+    let mut bytes = vec![0; log.size() as usize];
+    log.file().read_exact_at(&mut bytes, log.offset()).unwrap();
+    bytes
+}
+
+/// The numbers of the set bits, as the format has them.
+fn bits(log: &LogMemory) -> Vec<u64> {
+    let content = content(log);
+    let bytes = content.iter().enumerate().filter(|(_, byte)| **byte != 0);
+    bytes
+        .flat_map(|(at, byte)| {
+            let set = (0..8).filter(move |n| byte >> n & 1 == 1);
+            set.map(move |n| at as u64 * 8 + n)
+        })
+        .collect()
+}
+
+/// Sets a bit as a back end in C would: in the byte that has it.
+fn set_bit(log: &LogMemory, page: u64) {
+    let mut byte = [0];
+    let at = log.offset() + page / 8;
+    log.file().read_exact_at(&mut byte, at).unwrap();
+    byte[0] |= 1 << (page % 8);
+    log.file().write_all_at(&byte, at).unwrap();
+}
+
+/// Harvests `range` and commits; the pages of 4 KiB that were dirty, by number.
+fn taken(space: &AddressSpace, range: IovaRange) -> Vec<u64> {
+    let mut words = vec![0; (range.granules(Granule::K4) as usize).div_ceil(64)];
+    let request = HarvestRequest::new(range, Granule::K4);
+    let lease = space
+        .harvest(&request, UserBitmap::new(&mut words))
+        .unwrap();
+    let lease = lease.sync().unwrap();
+    let pages = |run: IovaRange| run.start().get() / PAGE..=run.last().get() / PAGE;
+    let found = lease.runs().flat_map(pages).collect();
+    lease.commit();
+    found
+}

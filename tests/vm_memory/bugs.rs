@@ -1,0 +1,137 @@
+//! Losses that hypervisors had with bitmaps of their own, each as a test.
+
+use super::{NONE, PAGE, bytes, harvest, machine, taken};
+use dirtymap::vm_memory::SpaceBitmap;
+use dirtymap::{AddressSpace, Error, Granule, HarvestError, HarvestRequest, UserBitmap};
+use std::sync::Arc;
+use vm_memory::bitmap::{Bitmap, NewBitmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+/// Raw pointers: a block device read a disk through pointers of guest memory, nothing was marked, and guests were corrupted after a
+/// migration. That no bitmap can see; a mark by hand, or a guard, is what the bitmap offers.
+#[test]
+fn a_write_through_a_raw_pointer_is_not_tracked_and_a_mark_by_hand_is() {
+    let (space, memory) = machine(&[(0, 16 * PAGE)]);
+    let all = bytes(0, 16 * PAGE);
+    let slice = memory.get_slice(GuestAddress(3 * PAGE), 512).unwrap();
+    let guard = slice.ptr_guard_mut();
+    // SAFETY: the guard keeps 512 bytes of this memory mapped, and nobody else uses them.
+    unsafe { guard.as_ptr().write_bytes(7, 512) };
+    assert_eq!(taken(&space, all), NONE, "vm-memory does not see it");
+    slice.bitmap().mark_dirty(0, 512);
+    assert_eq!(taken(&space, all), [3]);
+}
+
+/// Mark before submission: a harvest between the submission and the completion of an asynchronous read took the mark; the data landed
+/// later, and no harvest reported it.
+#[test]
+fn a_read_that_completes_after_a_harvest_is_reported_by_the_next() {
+    let (space, memory) = machine(&[(0, 16 * PAGE)]);
+    let all = bytes(0, 16 * PAGE);
+    let (region, _) = memory.to_region_addr(GuestAddress(0)).unwrap();
+    let bitmap = (**region).bitmap();
+    let guard = bitmap.begin_write(3 * 4096 + 100, 512).unwrap();
+    assert_eq!(taken(&space, all), [3], "submitted");
+    let pointer = memory.get_host_address(GuestAddress(3 * PAGE)).unwrap();
+    // SAFETY: inside the region of 16 pages, which lives on, and nobody else uses it.
+    unsafe { pointer.write(7) };
+    assert_eq!(taken(&space, all), [3], "in flight, whatever was taken");
+    drop(guard);
+    assert_eq!(taken(&space, all), [3], "completed");
+    assert_eq!(taken(&space, all), NONE);
+}
+
+#[test]
+fn a_write_that_cannot_begin_is_counted() {
+    let (space, memory) = machine(&[(0, 16 * PAGE), (16 * PAGE, 16 * PAGE)]);
+    let (region, _) = memory.to_region_addr(GuestAddress(0)).unwrap();
+    let bitmap = (**region).bitmap();
+    let end = 16 * 4096;
+    // Into the next region: it has a bitmap of its own.
+    let across = bitmap.begin_write(end - 1, 2);
+    assert!(matches!(across, Err(Error::Outside { at }) if at.get() == end as u64));
+    assert!(matches!(
+        bitmap.begin_write(usize::MAX, 2),
+        Err(Error::Outside { .. })
+    ));
+    assert!(matches!(
+        bitmap.begin_write(0, 0),
+        Err(Error::ZeroLength { .. })
+    ));
+    assert_eq!(space.stats().outside_marks, 2);
+    assert_eq!(taken(&space, bytes(0, 32 * PAGE)), NONE);
+}
+
+/// A snapshot that failed after it had read and cleared some logs lost what was in them: the next one lacked those pages. Here
+/// the second region cannot be read, and after that a write to the file fails.
+#[test]
+fn a_snapshot_that_fails_loses_nothing() {
+    let (space, memory) = machine(&[(0, 16 * PAGE), (1 << 20, 16 * PAGE)]);
+    memory.write_obj(1u8, GuestAddress(3 * PAGE)).unwrap();
+    memory
+        .write_obj(1u8, GuestAddress((1 << 20) + PAGE))
+        .unwrap();
+    let dirty = [3, 257];
+    let attempt = |second: u64, file_fails: bool| {
+        let mut words = [[0u64; 1]; 2];
+        let [low, high] = &mut words;
+        let low = harvest(&space, bytes(0, 16 * PAGE), low);
+        let request = HarvestRequest::new(bytes(second, 16 * PAGE), Granule::K4);
+        let high = space.harvest(&request, UserBitmap::new(high))?.sync()?;
+        if file_fails {
+            return Ok::<_, Error>(0); // fsync failed; both leases are dropped
+        }
+        let dirty = low.dirty() + high.dirty();
+        low.commit();
+        high.commit();
+        Ok(dirty)
+    };
+    let hole = attempt(2 << 20, false);
+    assert!(matches!(hole, Err(Error::Hole { .. })));
+    assert_eq!(attempt(1 << 20, true).unwrap(), 0);
+    assert_eq!(attempt(1 << 20, false).unwrap(), dirty.len() as u64);
+    assert_eq!(attempt(1 << 20, false).unwrap(), 0);
+}
+
+/// Pages of 4096 bytes, taken for granted on hosts with others: every page number was wrong.
+#[test]
+fn the_page_is_that_of_the_space_or_of_the_host() {
+    // SAFETY: this call takes a number, returns one, and touches no memory of ours.
+    let host = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64;
+    let own = SpaceBitmap::with_len(1 << 20);
+    assert_eq!(own.space().page().bytes(), host);
+
+    let space = Arc::new(AddressSpace::new(Granule::from_bytes(65536).unwrap()));
+    let bitmap = SpaceBitmap::map(&space, bytes(1 << 20, 1 << 20)).unwrap();
+    space.set_tracking(true).unwrap();
+    bitmap.mark_dirty(3 * 65536 + 5 * 4096, 1);
+    assert!(bitmap.dirty_at(3 * 65536) && bitmap.dirty_at(4 * 65536 - 1));
+    assert!(!bitmap.dirty_at(5 * 4096));
+    assert_eq!(taken(&space, bitmap.range()), [16 + 3]);
+}
+
+/// The length of a region that is no multiple of the page was rounded down, and its last bytes had no bit.
+#[test]
+fn the_last_bytes_of_a_region_have_a_page() {
+    let bitmap = SpaceBitmap::with_len(65536 + 1);
+    bitmap.mark_dirty(65536, 1);
+    assert!(bitmap.dirty_at(65536));
+    assert_eq!(bitmap.space().stats().outside_marks, 0);
+}
+
+/// A harvest that is refused has touched nothing.
+#[test]
+fn a_harvest_of_more_than_the_memory_is_refused_whole_if_asked_for() {
+    let (space, memory) = machine(&[(0, 16 * PAGE)]);
+    memory.write_obj(1u8, GuestAddress(3 * PAGE)).unwrap();
+    let mut words = [0];
+    let request = HarvestRequest::new(bytes(0, 64 * PAGE), Granule::K4).all_or_nothing();
+    let refused = space.harvest(&request, UserBitmap::new(&mut words));
+    assert!(matches!(
+        refused,
+        Err(HarvestError::Refused(Error::Hole { .. }))
+    ));
+    drop(refused);
+    assert_eq!(words, [0]);
+    assert_eq!(taken(&space, bytes(0, 16 * PAGE)), [3]);
+}
