@@ -125,3 +125,79 @@ fn marks_and_harvests_allocate_nothing() {
     round();
     assert_eq!(allocations(&mut round), 0);
 }
+
+/// What the kernel clears when it tells goes to memory that was reserved before.
+#[cfg(all(feature = "pagemap", target_os = "linux"))]
+#[test]
+fn harvests_of_process_memory_allocate_nothing() {
+    use dirtymap::pagemap::ProcessMemory;
+    let Ok(memory) = ProcessMemory::new() else {
+        eprintln!("SKIP: this kernel does not track process memory");
+        return;
+    };
+    let memory = std::sync::Arc::new(memory);
+    let page = memory.page();
+    let mut block = vec![0u8; 3000 << page.lg2()];
+    let first = block
+        .as_ptr()
+        .addr()
+        .next_multiple_of(page.bytes() as usize);
+    let range = IovaRange::from_len(Iova::new(first as u64), 2998 << page.lg2()).unwrap();
+    memory.add(range, first as u64).unwrap();
+    let space = AddressSpace::new(page).with_source(memory.clone()).unwrap();
+    space.map(range, 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    let mut words = vec![0u64; 2998usize.div_ceil(64)];
+    let from = first - block.as_ptr().addr();
+    let mut round = || {
+        // More regions than one call reports.
+        for page_of_two in (0..2998 << page.lg2()).step_by(2 << page.lg2()) {
+            block[from + page_of_two] += 1;
+        }
+        let request = HarvestRequest::new(range, page);
+        let lease = space
+            .harvest(&request, UserBitmap::new(&mut words))
+            .unwrap();
+        let lease = lease.sync().unwrap();
+        assert!(lease.dirty() >= 1499);
+        lease.commit();
+    };
+    round();
+    assert_eq!(allocations(&mut round), 0);
+    memory.remove(range).unwrap();
+}
+
+#[cfg(all(feature = "kvm", target_os = "linux"))]
+#[test]
+fn harvests_of_kvm_allocate_nothing() {
+    use dirtymap::kvm::{KvmLog, KvmMode};
+    let manual = |initially_set| KvmMode::Manual { initially_set };
+    for mode in [KvmMode::Clearing, manual(false), manual(true)] {
+        let vm = kvm_ioctls::Kvm::new().and_then(|kvm| kvm.create_vm());
+        let Ok(Ok(log)) = vm.as_ref().map(|vm| KvmLog::new(vm, mode)) else {
+            eprintln!("SKIP {mode:?}: this machine has no such KVM");
+            continue;
+        };
+        let log = std::sync::Arc::new(log);
+        let page = log.page();
+        let block = vec![0u8; 101 << page.lg2()];
+        let host = block.as_ptr().addr() as u64;
+        let range = IovaRange::from_len(Iova::MIN, 100 << page.lg2()).unwrap();
+        // SAFETY: the block lives until the slot is removed, and no guest runs.
+        unsafe { log.add_slot(0, range, host.next_multiple_of(page.bytes())) }.unwrap();
+        let space = AddressSpace::new(page).with_source(log.clone()).unwrap();
+        space.map(range, 0, Access::ReadWrite).unwrap();
+        space.set_tracking(true).unwrap();
+        let mut words = [0u64; 2];
+        let mut round = || {
+            let request = HarvestRequest::new(range, page);
+            let lease = space
+                .harvest(&request, UserBitmap::new(&mut words))
+                .unwrap();
+            lease.sync().unwrap().commit();
+        };
+        let first = allocations(&mut round);
+        assert_eq!((first, allocations(&mut round)), (0, 0), "{mode:?}");
+        log.remove_slot(0).unwrap();
+    }
+}
