@@ -25,8 +25,9 @@
 //! space.set_tracking(true)?; // from here on, whatever guest or VMM write is reported
 //!
 //! let mut words = vec![0u64; 256];
-//! let lease = space.harvest(&HarvestRequest::new(ram, log.page()), UserBitmap::new(&mut words))?;
-//! let lease = lease.sync()?;
+//! let request = HarvestRequest::new(ram, log.page());
+//! let lease = space.harvest(&request, UserBitmap::new(&mut words)).map_err(dirtymap::Error::from)?;
+//! let lease = lease.sync().map_err(dirtymap::Error::from)?;
 //! for run in lease.runs() { /* send it */ }
 //! lease.commit(); // dropped instead, all of it is dirty again, and KVM is not asked for it
 //! # Ok(())

@@ -36,8 +36,9 @@
 //! heap[(fifth - bytes.start().get()) as usize] = 1; // no mark
 //!
 //! let mut words = [0u64];
-//! let lease = space.harvest(&HarvestRequest::new(pages, page), UserBitmap::new(&mut words))?;
-//! let lease = lease.sync()?;
+//! let request = HarvestRequest::new(pages, page);
+//! let lease = space.harvest(&request, UserBitmap::new(&mut words)).map_err(dirtymap::Error::from)?;
+//! let lease = lease.sync().map_err(dirtymap::Error::from)?;
 //! let written = IovaRange::granule_at(Iova::new(fifth), page);
 //! assert!(lease.runs().any(|run| run.covers(written))); // with huge pages, its neighbours too
 //! lease.commit();
