@@ -18,7 +18,7 @@ use pagetable_sim::{Device, DeviceConfig, Domain, DomainConfig, PhysMemory};
 use super::{Contestant, Family, Report, Settings, Target, Unit, Workload, contest, per_operation};
 use crate::PAGE;
 use crate::peers::naive_table::NaiveTable;
-use crate::workloads::Random;
+use crate::workloads::{Random, clusters};
 
 /// From the write of a device to the commit of a lease.
 pub const FAMILY: Family = Family {
@@ -257,14 +257,16 @@ fn passes(settings: &Settings, report: &mut Report, name: &str) {
         .into_iter()
         .filter(|what| settings.thorough || what.cluster == 1)
     {
-        let (machine, naive, words) = (&machine, &naive, &words);
+        let runs = clusters(what.count, what.cluster, PAGES);
+        let pages: Vec<u64> = runs.into_iter().flatten().collect();
+        let (machine, naive, words, pages) = (&machine, &naive, &words, &pages);
         let pass = move |parallel| {
             let mut machine = machine.borrow_mut();
-            machine.write(what.pages(0));
+            machine.write(pages.iter().copied());
             machine.pass(parallel).as_nanos() as f64
         };
         let walk = move || {
-            what.pages(0).for_each(|page| naive.dirty(page..page + 1));
+            pages.iter().for_each(|page| naive.dirty(*page..page + 1));
             let mut words = words.borrow_mut();
             words.fill(0);
             let began = Instant::now();
