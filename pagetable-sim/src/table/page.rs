@@ -57,6 +57,12 @@ impl<'g> Node<'g> {
         self.beside.below().is_some()
     }
 
+    /// Whether the place for the table of entry `nth` is free.
+    #[cfg(all(test, not(dirtymap_loom)))]
+    pub(super) fn is_free(self, nth: usize) -> bool {
+        self.beside.below().is_some_and(|slab| slab.is_free(nth))
+    }
+
     /// A hold on the table, which is of `level`.
     pub(super) fn hold<F: Format>(self, level: u32) -> TableRef<F> {
         self.beside.hold();

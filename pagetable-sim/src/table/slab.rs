@@ -219,6 +219,11 @@ impl Slab {
         Some(Place::Free(memory, beside))
     }
 
+    #[cfg(all(test, not(dirtymap_loom)))]
+    pub(super) fn is_free(&self, nth: usize) -> bool {
+        self.beside[nth].holders.load(Ordering::Acquire) == FREE
+    }
+
     /// The place of `beside` is free.
     ///
     /// # Safety
