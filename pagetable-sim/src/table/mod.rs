@@ -39,7 +39,7 @@ pub(crate) use walk::Walk;
 use std::ops::ControlFlow;
 
 use crossbeam_epoch::Guard;
-use dirtymap::sync::{AtomicU64, Ordering};
+use dirtymap::sync::{AtomicU64, Ordering, Step, performs};
 use dirtymap::{Access, Granule, Iova, IovaRange};
 
 use crate::error::Error;
@@ -364,6 +364,10 @@ fn entry_for<F: Format>(table: &TableRef<F>, level: u32) -> Iopte {
 /// # Safety
 /// The entry was present and no leaf, it was the one way to the table and is gone, and nobody else retires it.
 unsafe fn retire<F: Format>(entry: Iopte, level: u32, guard: &Guard) {
+    if !performs(Step::WaitForWalkers) {
+        // SAFETY: as below, but for those who are inside; the memory stays.
+        return unsafe { held_by::<F>(entry, level) }.end_too_early();
+    }
     // SAFETY: no later walk finds the entry; its hold is taken when all who are pinned now have left, and once.
     guard.defer(move || drop(unsafe { held_by::<F>(entry, level) }));
 }

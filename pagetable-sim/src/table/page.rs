@@ -9,10 +9,16 @@ use std::marker::PhantomData;
 use std::ops::Deref;
 use std::ptr::{self, NonNull};
 
-use dirtymap::sync::{AtomicU64, Ordering, fence};
+use dirtymap::sync::{AtomicU64, Ordering, Witness, fence};
 
 use super::is_leaf;
 use crate::fmt::{AtomicIopte, Format, Iopte};
+
+/// What lies behind the entries.
+struct Holds {
+    count: AtomicU64,
+    witness: Witness,
+}
 
 /// A hold on a table: it stays in memory for as long as this exists, though it may have been retired.
 pub(crate) struct TableRef<F: Format> {
@@ -32,7 +38,7 @@ impl<F: Format> TableRef<F> {
 
     const LAYOUT: Layout = {
         assert!(F::INDEX_LG2 <= 13 && F::TABLE_LG2 <= 16);
-        let bytes = Self::ENTRIES * size_of::<AtomicIopte>() + size_of::<AtomicU64>();
+        let bytes = Self::ENTRIES * size_of::<AtomicIopte>() + size_of::<Holds>();
         match Layout::from_size_align(bytes, 1 << F::TABLE_LG2) {
             Ok(layout) => layout,
             Err(_) => panic!("a table of at most 8192 entries has a layout"),
@@ -42,7 +48,7 @@ impl<F: Format> TableRef<F> {
     /// A new table of `level`, whose entries are absent.
     pub(super) fn new(level: u32) -> Self {
         // The count is aligned where the entries end.
-        const { assert!(align_of::<AtomicU64>() == align_of::<AtomicIopte>()) };
+        const { assert!(align_of::<Holds>() == align_of::<AtomicIopte>()) };
         // SAFETY: the layout is not empty.
         let memory = unsafe { alloc(Self::LAYOUT) }.cast::<AtomicIopte>();
         let Some(entries) = NonNull::new(memory) else {
@@ -60,7 +66,12 @@ impl<F: Format> TableRef<F> {
             format: PhantomData,
         };
         // SAFETY: valid for a write, aligned, and ours alone.
-        unsafe { table.count().write(AtomicU64::new(1)) };
+        unsafe {
+            table.holds().write(Holds {
+                count: AtomicU64::new(1),
+                witness: Witness::new(),
+            })
+        };
         table
     }
 
@@ -106,9 +117,9 @@ impl<F: Format> TableRef<F> {
         // SAFETY: the hold that this stands for is counted below.
         let table = unsafe { Self::take_back(address, level) };
         // SAFETY: written by `new`; the caller has the table alive.
-        let count = unsafe { table.count().as_ref() };
+        let holds = unsafe { table.holds().as_ref() };
         // Relaxed: a new hold is made from one that lasts at least as long as we run.
-        count.fetch_add(1, Ordering::Relaxed);
+        holds.count.fetch_add(1, Ordering::Relaxed);
         table
     }
 
@@ -119,13 +130,19 @@ impl<F: Format> TableRef<F> {
     #[inline]
     pub(super) unsafe fn entries_at<'g>(address: u64) -> &'g [AtomicIopte] {
         let entries = ptr::with_exposed_provenance::<AtomicIopte>(address as usize);
+        if cfg!(dirtymap_loom) {
+            // SAFETY: `new` wrote it behind the entries, and the caller has the table alive.
+            unsafe { &*entries.wrapping_add(Self::ENTRIES).cast::<Holds>() }
+                .witness
+                .look();
+        }
         // SAFETY: `new` made so many initialised entries there, with the provenance that `address` exposed; they are
         // atomics, shared by all, and live as long as the caller says.
         unsafe { std::slice::from_raw_parts(entries, Self::ENTRIES) }
     }
 
     /// How many hold the table: behind its entries.
-    fn count(&self) -> NonNull<AtomicU64> {
+    fn holds(&self) -> NonNull<Holds> {
         // SAFETY: inside the allocation, which has room for one word more than the entries.
         unsafe { self.entries.add(Self::ENTRIES) }.cast()
     }
@@ -147,7 +164,7 @@ impl<F: Format> TableRef<F> {
         // SAFETY: initialised by `new`, dropped once, and nobody borrows them any more.
         unsafe { ptr::drop_in_place(all) };
         // SAFETY: as the entries.
-        unsafe { ptr::drop_in_place(self.count().as_ptr()) };
+        unsafe { ptr::drop_in_place(self.holds().as_ptr()) };
         // SAFETY: allocated by `new` with this layout, and freed once.
         unsafe { dealloc(self.entries.as_ptr().cast(), Self::LAYOUT) };
     }
@@ -163,6 +180,15 @@ pub(super) unsafe fn held_by<F: Format>(entry: Iopte, level: u32) -> TableRef<F>
     unsafe { TableRef::<F>::take_back(F::table_address(entry), level - 1) }
 }
 
+impl<F: Format> TableRef<F> {
+    /// What freeing the table at once would do to those who are inside, without freeing it: for models.
+    pub(super) fn end_too_early(self) {
+        // SAFETY: written by `new`; we hold the table.
+        unsafe { self.holds().as_ref() }.witness.end();
+        self.leak();
+    }
+}
+
 impl<F: Format> Deref for TableRef<F> {
     type Target = [AtomicIopte];
 
@@ -176,11 +202,12 @@ impl<F: Format> Deref for TableRef<F> {
 impl<F: Format> Drop for TableRef<F> {
     fn drop(&mut self) {
         // SAFETY: written by `new`; we hold the table.
-        let count = unsafe { self.count().as_ref() };
+        let holds = unsafe { self.holds().as_ref() };
         // Release: what we did with the table comes before its end; pairs with the fence below.
-        if count.fetch_sub(1, Ordering::Release) == 1 {
+        if holds.count.fetch_sub(1, Ordering::Release) == 1 {
             // Acquire: pairs with the Release of all who let go before.
             fence(Ordering::Acquire);
+            holds.witness.end();
             // SAFETY: the last hold was ours, and nobody gets a new one without having one or being inside an epoch that
             // an entry's hold outlasts.
             unsafe { self.free() };
