@@ -219,7 +219,9 @@ impl<'s, 'b> LeafSink<'s, 'b> {
         self.gather.add(leaf, size);
         // Release: pairs with the Acquire fence between the tables and the slots in `Holding::take`; whoever sees the leaf
         // clean sees the rest in flight, whatever the ordering of the source's own clear.
-        fence(Ordering::Release);
+        if performs(Step::RestFence) {
+            fence(Ordering::Release);
+        }
         // Until the clear says otherwise: if it panics, the rest is dirty.
         rest.left = true;
         if !performs(Step::OweAfterClear) {
