@@ -39,38 +39,76 @@ fn the_table_has_every_step_and_what_it_is() {
     assert_eq!(listed, all);
 }
 
-#[test]
-fn the_models_of_the_table_exist() {
-    let sources = [
-        "src/area",
-        "src/bitmap",
-        "src/source",
-        "src/adapters",
-        "tests",
-        "pagetable-sim/tests/loom",
-    ];
+/// The sources in which the models, or all tests, are; `None` where the crate is alone, as it is published.
+fn sources(models_only: bool) -> Option<String> {
     let mut text = String::new();
-    for source in sources {
-        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join(source);
-        // Where the crate is alone, as it is published, the simulator is not there.
-        let Ok(files) = std::fs::read_dir(directory) else {
-            assert!(source.starts_with("pagetable-sim"), "no {source}");
-            return;
-        };
-        for file in files {
+    let mut directories = vec![Path::new(env!("CARGO_MANIFEST_DIR")).to_owned()];
+    if !directories[0].join("pagetable-sim").exists() {
+        return None;
+    }
+    while let Some(directory) = directories.pop() {
+        for file in std::fs::read_dir(directory).expect("a directory of the sources") {
             let path = file.expect("a file of the sources").path();
-            if path.to_string_lossy().contains("loom") {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if path.is_dir() && name != "target" && !name.starts_with('.') {
+                directories.push(path);
+            } else if path.extension().is_some_and(|end| end == "rs")
+                && (!models_only || path.to_string_lossy().contains("loom"))
+            {
                 text += &std::fs::read_to_string(path).expect("a source");
             }
         }
     }
+    Some(text)
+}
+
+fn has(text: &str, function: &str) -> bool {
+    ["(", "<"]
+        .iter()
+        .any(|end| text.contains(&format!("fn {function}{end}")))
+}
+
+#[test]
+fn the_models_of_the_table_exist() {
+    let Some(text) = sources(true) else { return };
     for (step, _, models) in rows() {
         assert!(!models.is_empty(), "nothing fails without {step}");
         for model in models {
-            let begins = |end| text.contains(&format!("fn {model}{end}"));
-            assert!(begins('(') || begins('<'), "{step}: there is no {model}");
+            assert!(has(&text, &model), "{step}: there is no {model}");
         }
     }
+}
+
+/// Each rule of docs/assurance.md has a model, a property or test, and a sabotage; and what it names is there.
+#[test]
+fn every_rule_has_a_model_a_property_and_a_sabotage() {
+    let document = include_str!("../docs/assurance.md");
+    let text = sources(false);
+    let mut rules = 0;
+    for line in document.lines() {
+        let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
+        let [number, _, model, property, sabotage] = cells[..] else {
+            continue;
+        };
+        if number.parse() != Ok(rules + 1) {
+            continue;
+        }
+        rules += 1;
+        for cell in [model, property, sabotage] {
+            assert!(cell.contains('`'), "rule {rules} names nothing in {cell:?}");
+        }
+        for name in line.split('`').skip(1).step_by(2) {
+            if let Some(step) = name.strip_prefix("Step::") {
+                let known = Step::ALL.iter().any(|known| format!("{known:?}") == step);
+                assert!(known, "rule {rules}: there is no step {step}");
+            }
+            let is_function = name.contains('_') && !name.contains(|c| "./: ".contains(c));
+            if let Some(text) = text.as_ref().filter(|_| is_function) {
+                assert!(has(text, name), "rule {rules}: there is no {name}");
+            }
+        }
+    }
+    assert_eq!(rules, 12);
 }
 
 /// The models write what they caught into the file that `DIRTYMAP_CAUGHT` names; `.ci/run loom` sets it, and runs this last.

@@ -143,8 +143,6 @@ steps! {
     PublishTable,
     /// Waiting for the walkers of a table that was retired before it is freed.
     WaitForWalkers,
-    /// Release of A in an upper entry, before D is set below.
-    AccessedAboveDirty,
     /// Flushing at sync; left out, at the end of the harvest, which then waits for devices.
     FlushAtSync,
     /// Securing the place of a line before its summary is cleared.

@@ -3,13 +3,13 @@
 //! Atomics of a fresh object tell the model checker nothing: a thread that got to them by a pointer without Acquire reads what
 //! they were made with, which real hardware does not promise. A witness is a cell beside them, written when the object is made
 //! and when it ends, and read by who reaches it. An access that is not ordered against another one is a violation, which
-//! [`model`](super::model) counts against the execution. To everything but loom it is nothing.
+//! `model` counts against the execution. To everything but loom it is nothing.
 
 #[cfg(dirtymap_loom)]
 mod imp {
     use super::super::model;
 
-    /// See the [module](super).
+    /// What whoever reaches an object must see; see `sync/witness.rs`.
     #[derive(Debug)]
     pub struct Witness(loom::cell::UnsafeCell<()>);
 
@@ -52,7 +52,7 @@ mod imp {
 
 #[cfg(not(dirtymap_loom))]
 mod imp {
-    /// See the [module](super).
+    /// What whoever reaches an object must see; see `sync/witness.rs`.
     #[derive(Debug)]
     pub struct Witness(());
 
