@@ -12,6 +12,7 @@
 //!
 //! [`soak`] does without an oracle: real threads at full speed, whose bytes are compared while they rest.
 
+mod bitmaps;
 mod bits;
 mod flush;
 mod forms;
@@ -20,12 +21,14 @@ mod op;
 mod oracle;
 pub mod protocol;
 mod random;
+mod ranges;
 mod rig;
 mod run;
 pub mod soak;
 mod violation;
 mod world;
 
+pub use bitmaps::check_bitmaps;
 pub use flush::check_flush;
 pub use forms::Form;
 pub use gather::check_gather;
@@ -34,6 +37,7 @@ pub use op::{
     Share, Step, Stretch, decode,
 };
 pub use random::Random;
+pub use ranges::check_ranges;
 pub use run::run;
 pub use violation::{Rule, Violation};
 
