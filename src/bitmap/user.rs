@@ -389,6 +389,7 @@ mod tests {
         assert_eq!(words[0], 0b1100);
     }
 
+    /// A driver of Linux compared bytes of a bitmap with pages of a request. Here lengths are counted in bits, and bytes are addresses.
     #[test]
     fn a_bitmap_that_is_short_by_one_bit_is_refused() {
         let words = [const { AtomicU64::new(0) }; 2];
