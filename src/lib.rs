@@ -165,4 +165,10 @@ mod guide {
     struct Monitors;
     #[doc = include_str!("../docs/guide/joint.md")]
     struct Joint;
+    #[cfg(all(feature = "kvm", target_os = "linux"))]
+    #[doc = include_str!("../docs/guide/kvm.md")]
+    struct Kvm;
+    #[cfg(all(feature = "pagemap", target_os = "linux"))]
+    #[doc = include_str!("../docs/guide/pagemap.md")]
+    struct Pagemap;
 }

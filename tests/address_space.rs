@@ -123,6 +123,7 @@ fn an_unmap_that_cannot_flush_keeps_the_addresses_taken() {
     assert_eq!(fake.with(|s| s.invalidated.clone()), [pages(0, 4)]);
 }
 
+/// Linux did not say, when a map failed half-way, how far it had come, and took back the wrong end.
 #[test]
 fn a_map_that_one_source_refuses_is_undone_in_the_others() {
     let (space, first, second) = two_sources();

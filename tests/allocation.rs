@@ -115,6 +115,7 @@ fn map_anywhere_refuses_in_order_and_changes_nothing() {
     assert_eq!(fake.with(|s| s.mapped.clone()), [pages(4, 2)]);
 }
 
+/// Linux rounded an address near 2^64 up to 0, and gave a range that overlapped another area, or a reserved one.
 #[test]
 fn allocation_near_the_top_does_not_wrap() {
     // History: rounding up near the last address wrapped, and the mapping overlapped another or a reserved range.
@@ -500,6 +501,8 @@ fn the_report_is_a_partition_of_all_addresses() {
         .unwrap();
 }
 
+/// Linux dropped its lock in the middle of an unmap and began again at the start, where a map had used the addresses that were free by
+/// then: it unmapped the new area.
 #[test]
 fn an_unmap_never_takes_what_was_mapped_in_its_place() {
     // History: an unmap that went on from its start after it had let go of its lock took, or stumbled over, a mapping

@@ -12,6 +12,7 @@
 //!
 //! [`soak`] does without an oracle: real threads at full speed, whose bytes are compared while they rest.
 
+mod bitmaps;
 mod bits;
 mod exchange;
 mod flush;
@@ -21,12 +22,14 @@ mod op;
 mod oracle;
 pub mod protocol;
 mod random;
+mod ranges;
 mod rig;
 mod run;
 pub mod soak;
 mod violation;
 mod world;
 
+pub use bitmaps::check_bitmaps;
 pub use exchange::check_bitmap_file;
 pub use flush::check_flush;
 pub use forms::Form;
@@ -36,6 +39,7 @@ pub use op::{
     Share, Step, Stretch, decode,
 };
 pub use random::Random;
+pub use ranges::check_ranges;
 pub use run::run;
 pub use violation::{Rule, Violation};
 

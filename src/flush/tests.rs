@@ -82,6 +82,8 @@ fn one_flush_retires_all_that_was_owed_before_it() {
     );
 }
 
+/// Linux began to skip flushes whose range was empty, and broke drivers that never say a range. Empty is a state here, and only
+/// a gather that nobody added to is in it.
 #[test]
 fn an_empty_gather_needs_no_flush() {
     let queue = FlushQueue::new();

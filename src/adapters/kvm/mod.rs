@@ -10,7 +10,7 @@
 //! ```no_run
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use dirtymap::kvm::{KvmLog, KvmMode};
-//! use dirtymap::{Access, AddressSpace, Granule, HarvestRequest, Iova, IovaRange, UserBitmap};
+//! use dirtymap::{Access, AddressSpace, Error, HarvestRequest, Iova, IovaRange, UserBitmap};
 //! use std::sync::Arc;
 //!
 //! let vm = kvm_ioctls::Kvm::new()?.create_vm()?;
@@ -25,9 +25,8 @@
 //! space.set_tracking(true)?; // from here on, whatever guest or VMM write is reported
 //!
 //! let mut words = vec![0u64; 256];
-//! let request = HarvestRequest::new(ram, log.page());
-//! let lease = space.harvest(&request, UserBitmap::new(&mut words)).map_err(dirtymap::Error::from)?;
-//! let lease = lease.sync().map_err(dirtymap::Error::from)?;
+//! let lease = space.harvest(&HarvestRequest::new(ram, log.page()), UserBitmap::new(&mut words));
+//! let lease = lease.map_err(Error::from)?.sync().map_err(Error::from)?;
 //! for run in lease.runs() { /* send it */ }
 //! lease.commit(); // dropped instead, all of it is dirty again, and KVM is not asked for it
 //! # Ok(())

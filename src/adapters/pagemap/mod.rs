@@ -10,7 +10,7 @@
 //! ```
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use dirtymap::pagemap::{PagemapError, ProcessMemory};
-//! use dirtymap::{Access, AddressSpace, HarvestRequest, Iova, IovaRange, UserBitmap};
+//! use dirtymap::{Access, AddressSpace, Error, HarvestRequest, Iova, IovaRange, UserBitmap};
 //! use std::sync::Arc;
 //!
 //! let memory = match ProcessMemory::new() {
@@ -36,9 +36,8 @@
 //! heap[(fifth - bytes.start().get()) as usize] = 1; // no mark
 //!
 //! let mut words = [0u64];
-//! let request = HarvestRequest::new(pages, page);
-//! let lease = space.harvest(&request, UserBitmap::new(&mut words)).map_err(dirtymap::Error::from)?;
-//! let lease = lease.sync().map_err(dirtymap::Error::from)?;
+//! let lease = space.harvest(&HarvestRequest::new(pages, page), UserBitmap::new(&mut words));
+//! let lease = lease.map_err(Error::from)?.sync().map_err(Error::from)?;
 //! let written = IovaRange::granule_at(Iova::new(fifth), page);
 //! assert!(lease.runs().any(|run| run.covers(written))); // with huge pages, its neighbours too
 //! lease.commit();
