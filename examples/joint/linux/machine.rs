@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use dirtymap::kvm::KvmMode;
+use dirtymap::pagemap::{PagemapError, ProcessMemory};
 use dirtymap::vhost::{LogError, VhostLog};
 use dirtymap::{Access, AddressSpace, DomainId, Granule, Iova, IovaRange};
 use pagetable_sim::{Domain, DomainConfig, PhysMemory};
@@ -12,10 +13,12 @@ use super::guest::{Guest, GuestError, REACH};
 use super::memory::Shared;
 
 /// Pages of 4 KiB of the machine.
-pub(crate) const PAGES: u64 = 512;
+pub(crate) const PAGES: u64 = 576;
 pub(crate) const PAGE: u64 = 4096;
 /// The slots of the guest, which are areas too: number, first page, pages. What lies behind is memory that the guest has not got.
 pub(crate) const SLOTS: [(u32, u64, u64); 2] = [(0, 0, 128), (3, 128, 112)];
+/// The first page of the memory at the end, which a thread writes to without a mark: the page tables of the processor tell.
+pub(crate) const SILENT: u64 = 512;
 /// What a bit of a harvest stands for: not the page of KVM, of the vhost log, or a leaf of the IOMMU.
 pub(crate) const GRANULE: Granule = match Granule::from_lg2(14) {
     Some(granule) => granule,
@@ -29,6 +32,8 @@ pub(crate) enum Failure {
     Tracking(#[from] dirtymap::Error),
     #[error("{0}")]
     Guest(#[from] GuestError),
+    #[error("process memory: {0}")]
+    Pagemap(#[from] PagemapError),
     #[error("the log of the back end: {0}")]
     Log(#[from] LogError),
     #[error("the simulated memory: {0}")]
@@ -58,6 +63,8 @@ pub(crate) struct Machine {
     pub(crate) ids: Ids,
     /// Why there is no guest, if there is none.
     pub(crate) no_guest: Option<String>,
+    /// Why nobody looks for writes without a mark, if nobody does.
+    pub(crate) no_pagemap: Option<String>,
 }
 
 /// What the sources are attached as.
@@ -66,6 +73,7 @@ pub(crate) struct Ids {
     pub(crate) kvm: Option<DomainId>,
     pub(crate) vhost: DomainId,
     pub(crate) iommu: DomainId,
+    pub(crate) pagemap: Option<DomainId>,
 }
 
 impl Machine {
@@ -105,13 +113,25 @@ impl Machine {
         let domain = Domain::new(devices.clone(), config);
         let iommu = space.attach(domain.clone())?;
 
+        let silent = pages(SILENT, PAGES - SILENT)?;
+        let (pagemap, no_pagemap) = match ProcessMemory::new() {
+            Ok(process) => {
+                process.add(silent, memory.address() + silent.start().get())?;
+                (Some(space.attach(process)?), None)
+            }
+            Err(error @ PagemapError::Unsupported { .. }) => (None, Some(error.to_string())),
+            Err(error) => return Err(error.into()),
+        };
+
         // The areas follow each other, so that one harvest goes over all of them.
         for (_, range) in slots {
             space.map(range, range.start().get(), Access::ReadWrite)?;
         }
         let (_, first, n) = SLOTS[1];
-        let rest = pages(first + n, PAGES - first - n)?;
-        space.map(rest, rest.start().get(), Access::ReadWrite)?;
+        let rest = pages(first + n, SILENT - first - n)?;
+        for range in [rest, silent] {
+            space.map(range, range.start().get(), Access::ReadWrite)?;
+        }
         space.set_tracking(true)?;
         let machine = Machine {
             space,
@@ -119,8 +139,14 @@ impl Machine {
             devices,
             domain,
             back_end,
-            ids: Ids { kvm, vhost, iommu },
+            ids: Ids {
+                kvm,
+                vhost,
+                iommu,
+                pagemap,
+            },
             no_guest,
+            no_pagemap,
         };
         Ok((machine, guest))
     }

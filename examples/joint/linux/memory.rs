@@ -4,15 +4,18 @@ use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
-use memmap2::{MmapMut, MmapOptions, MmapRaw};
+use memmap2::{Advice, MmapMut, MmapOptions, MmapRaw};
 
 /// A mapping that others write to at the same time: a guest, or another process.
 pub(crate) struct Shared(MmapRaw);
 
 impl Shared {
-    /// Zeroed memory of this process.
+    /// Zeroed memory of this process, in small pages: those that are written are told apart.
     pub(crate) fn zeroed(bytes: u64) -> io::Result<Self> {
-        Ok(Shared(MmapMut::map_anon(bytes as usize)?.into()))
+        let memory = MmapMut::map_anon(bytes as usize)?;
+        // A kernel without huge pages does not know the advice, and needs none.
+        let _ = memory.advise(Advice::NoHugePage);
+        Ok(Shared(memory.into()))
     }
 
     /// The first `bytes` bytes of a file, as a back end maps the log that it was sent.

@@ -125,9 +125,10 @@ pub(crate) struct Report {
     pub(crate) failed_rounds: u64,
     pub(crate) copied_bytes: u128,
     pub(crate) aborted_bytes: u64,
-    /// Granules that KVM, the vhost log and the IOMMU each had something to say of, all rounds together.
-    pub(crate) seen: [u64; 3],
+    /// Granules that KVM, the vhost log, the IOMMU and the processor's page tables each had something to say of, all rounds together.
+    pub(crate) seen: [u64; 4],
     pub(crate) no_guest: Option<String>,
+    pub(crate) no_pagemap: Option<String>,
     pub(crate) differing: Vec<u64>,
 }
 
@@ -141,7 +142,7 @@ fn round(
 ) -> Result<(), Failure> {
     let request = HarvestRequest::new(pages(0, PAGES)?, GRANULE);
     let ids = machine.ids;
-    for (id, seen) in [ids.kvm, Some(ids.vhost), Some(ids.iommu)]
+    for (id, seen) in [ids.kvm, Some(ids.vhost), Some(ids.iommu), ids.pagemap]
         .into_iter()
         .zip(&mut report.seen)
     {
@@ -181,6 +182,7 @@ pub(crate) fn migrate(cli: &Cli) -> Result<Report, Failure> {
     let (machine, mut guest) = Machine::new(cli.kvm.kvm())?;
     let mut report = Report {
         no_guest: machine.no_guest.clone(),
+        no_pagemap: machine.no_pagemap.clone(),
         ..Report::default()
     };
     let mut copy = Copy::new();
@@ -202,6 +204,9 @@ pub(crate) fn migrate(cli: &Cli) -> Result<Report, Failure> {
     }
     if let Some(guest) = &mut guest {
         guest.write(5, 20, 9)?;
+    }
+    if machine.ids.pagemap.is_some() {
+        machine.program_writes_quietly(PAGES - 1, u64::MAX);
     }
     round(&machine, &mut copy, true, cli, &mut report)?;
     round(&machine, &mut copy, false, cli, &mut report)?;
@@ -228,8 +233,13 @@ pub(crate) fn main() -> ExitCode {
 }
 
 fn print(report: &Report, cli: &Cli) -> ExitCode {
-    if let Some(why) = &report.no_guest {
-        println!("SKIP guest: {why}");
+    for (what, why) in [
+        ("guest", &report.no_guest),
+        ("quiet writes", &report.no_pagemap),
+    ] {
+        if let Some(why) = why {
+            println!("SKIP {what}: {why}");
+        }
     }
     let size = GRANULE.bytes() >> 10;
     let lines = [
@@ -249,6 +259,11 @@ fn print(report: &Report, cli: &Cli) -> ExitCode {
             Some(("IO page table", report.seen[2])),
         ),
         ("program", &report.written.program, None),
+        (
+            "quietly",
+            &report.written.quietly,
+            Some(("page tables of the processor", report.seen[3])),
+        ),
     ];
     for (who, written, log) in lines {
         let written = written.load(Ordering::Relaxed);

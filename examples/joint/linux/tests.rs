@@ -33,8 +33,8 @@ fn cli(mode: Mode, sabotage: Option<Sabotage>) -> Cli {
 fn every_page_is_identical_whoever_wrote_it() {
     for mode in MODES {
         let report = migrate(&cli(mode, None)).unwrap();
-        if let Some(why) = &report.no_guest {
-            eprintln!("SKIP guest: {why}");
+        for why in report.no_guest.iter().chain(&report.no_pagemap) {
+            eprintln!("SKIP: {why}");
         }
         assert_eq!(report.differing, [0u64; 0], "{mode:?}");
         assert!(report.failed_rounds > 0 && report.aborted_bytes > 0);
@@ -84,6 +84,11 @@ impl Still {
         self.device.quiesce();
         // Leaves of 32 KiB.
         written.iommu = granules(&[60, 300], 8);
+        if self.machine.ids.pagemap.is_some() {
+            self.machine.program_writes_quietly(530, 1);
+            self.machine.program_writes_quietly(575, 1);
+            written.pagemap = granules(&[530, 575], 1);
+        }
         self.machine.program_writes(100, 1).unwrap();
         self.machine.program_writes(500, 1).unwrap();
         written.marks = granules(&[100, 500], 1);
@@ -92,7 +97,7 @@ impl Still {
 
     /// Harvests, and commits or aborts.
     fn take(&mut self, scope: Scope, commit: bool) -> BTreeSet<u64> {
-        let mut words = [0u64; 2];
+        let mut words = [0u64; 3];
         let request = HarvestRequest::new(pages(0, PAGES).unwrap(), GRANULE).in_scope(scope);
         let lease = self
             .machine
@@ -115,8 +120,8 @@ impl Still {
 
     fn scopes(&self) -> Vec<Scope> {
         let ids = self.machine.ids;
-        let ids = ids.kvm.into_iter().chain([ids.vhost, ids.iommu]);
-        ids.map(Scope::Domain).collect()
+        let ids = [ids.kvm, Some(ids.vhost), Some(ids.iommu), ids.pagemap];
+        ids.into_iter().flatten().map(Scope::Domain).collect()
     }
 }
 
@@ -126,22 +131,30 @@ struct Written {
     kvm: BTreeSet<u64>,
     vhost: BTreeSet<u64>,
     iommu: BTreeSet<u64>,
+    pagemap: BTreeSet<u64>,
     marks: BTreeSet<u64>,
 }
 
 impl Written {
     fn all(&self) -> BTreeSet<u64> {
-        [&self.kvm, &self.vhost, &self.iommu, &self.marks]
-            .into_iter()
-            .flatten()
-            .copied()
-            .collect()
+        [
+            &self.kvm,
+            &self.vhost,
+            &self.iommu,
+            &self.pagemap,
+            &self.marks,
+        ]
+        .into_iter()
+        .flatten()
+        .copied()
+        .collect()
     }
 
     fn of(&self, machine: &Machine, scope: Scope) -> &BTreeSet<u64> {
         match scope {
             Scope::Domain(id) if id == machine.ids.vhost => &self.vhost,
             Scope::Domain(id) if id == machine.ids.iommu => &self.iommu,
+            Scope::Domain(id) if Some(id) == machine.ids.pagemap => &self.pagemap,
             _ => &self.kvm,
         }
     }
@@ -239,7 +252,7 @@ fn the_slots_are_not_made_of_whole_words_and_the_areas_follow_each_other() {
     assert!(SLOTS.iter().any(|(_, _, n)| n % 64 != 0));
     let (machine, _guest) = Machine::new(None).unwrap();
     let mappings = machine.space.mappings();
-    assert_eq!(mappings.len(), 3);
+    assert_eq!(mappings.len(), 4);
     assert!(
         mappings
             .windows(2)

@@ -8,11 +8,12 @@ use dirtymap::{Iova, IovaRange};
 use pagetable_sim::{Device, DeviceConfig};
 
 use super::guest::Guest;
-use super::machine::{Failure, Machine, PAGE, PAGES};
+use super::machine::{Failure, Machine, PAGE, PAGES, SILENT};
 
-/// The words of a page that belong to the back end and to the program. The guest has the first byte.
+/// The words of a page that belong to the back end and to two threads of the program. The guest has the first byte.
 const BACK_END: u64 = 2;
 const PROGRAM: u64 = 3;
+const QUIETLY: u64 = 4;
 
 /// Numbers that look random and are the same in every run: splitmix64.
 pub(crate) struct Random(pub(crate) u64);
@@ -49,6 +50,14 @@ impl Machine {
         Ok(self.space.mark(written)?)
     }
 
+    /// A thread of the program writes to a page of the silent memory, and tells nobody.
+    pub(crate) fn program_writes_quietly(&self, page: u64, value: u64) {
+        assert!(page >= SILENT);
+        let word = &self.memory.words()[(page * PAGE / 8 + QUIETLY) as usize];
+        // Relaxed: the page tables of the processor have the rest.
+        word.store(value, Ordering::Relaxed);
+    }
+
     /// A device of the simulated IOMMU.
     pub(crate) fn device(&self) -> Device {
         self.domain.attach(DeviceConfig::default())
@@ -67,6 +76,7 @@ pub(crate) struct Written {
     pub(crate) back_end: AtomicU64,
     pub(crate) device: AtomicU64,
     pub(crate) program: AtomicU64,
+    pub(crate) quietly: AtomicU64,
 }
 
 /// Runs all writers, each in a thread, while `meanwhile` runs; when it returns, they stop, and what is in flight lands.
@@ -141,6 +151,19 @@ pub(crate) fn while_all_write<T>(
                 Box::new(|value| machine.program_writes(random.page(), value).map(|()| 1)),
             )
         }));
+        if machine.ids.pagemap.is_some() {
+            let mut random = Random(seed + 4);
+            writers.push(scope.spawn(move || {
+                turns(
+                    &written.quietly,
+                    Box::new(|value| {
+                        let page = SILENT + random.below(PAGES - SILENT);
+                        machine.program_writes_quietly(page, value);
+                        Ok(1)
+                    }),
+                )
+            }));
+        }
         let outcome = meanwhile();
         stop.store(true, Ordering::Relaxed);
         for writer in writers {
