@@ -236,7 +236,7 @@ fn a_write_is_reported_once_flushed_and_again_when_written_again() {
     assert_eq!(gather.ranges(), [range(BASE + 2 * K4, 2 * K4)]);
     let done = domain.invalidate(&gather).unwrap();
     assert_eq!(done.commands, 1);
-    assert_eq!(harvest(&domain, 8).0, []);
+    assert_eq!(harvest(&domain, 8).0, [0; 0]);
     device.write(at(3, 0), &[4]).unwrap();
     assert_eq!(
         harvest(&domain, 8).0,
@@ -258,7 +258,7 @@ fn a_forgotten_flush_loses_the_next_write() {
     device.write(at(5, 0), &[2]).unwrap();
     device.quiesce();
     assert_eq!(bytes(domain.memory(), 5 * K4, 1), [2], "memory changed");
-    assert_eq!(harvest(&domain, 8).0, [], "and nobody knows");
+    assert_eq!(harvest(&domain, 8).0, [0; 0], "and nobody knows");
     assert_eq!(device.stats().iotlb_hits, 1);
 }
 
@@ -354,7 +354,7 @@ fn enabling_forgets_what_was_cached_untracked() {
     device.quiesce();
     assert_eq!(
         harvest(&domain, 8).0,
-        [],
+        [0; 0],
         "hardware sets no D while tracking is off"
     );
     domain.set_tracking(true).unwrap();
@@ -380,7 +380,7 @@ fn enabling_forgets_what_was_cached_untracked() {
     device.write(at(3, 0), &[2]).unwrap();
     device.quiesce();
     domain.set_tracking(true).unwrap();
-    assert_eq!(harvest(&domain, 8).0, [], "enabling begins clean");
+    assert_eq!(harvest(&domain, 8).0, [0; 0], "enabling begins clean");
     // Without the flush, what was cached untracked hides the next writes.
     domain.set_tracking(false).unwrap();
     device.write(at(6, 0), &[2]).unwrap();
@@ -388,7 +388,7 @@ fn enabling_forgets_what_was_cached_untracked() {
     domain.break_hardware(Breakage::IgnoreInvalidations);
     domain.set_tracking(true).unwrap();
     device.write(at(6, 0), &[3]).unwrap();
-    assert_eq!(harvest(&domain, 8).0, []);
+    assert_eq!(harvest(&domain, 8).0, [0; 0]);
 }
 
 #[test]
@@ -510,7 +510,7 @@ fn enabling_splits_leaves_so_that_tracking_is_finer() {
         domain.translate(at(3, 0)).unwrap().range,
         range(BASE + 3 * K4, K4)
     );
-    assert_eq!(harvest(&domain, 1024).0, []);
+    assert_eq!(harvest(&domain, 1024).0, [0; 0]);
     device.write(at(3, 5), b"after").unwrap();
     device.write(at(700, 0), b"after").unwrap();
     assert_eq!(harvest(&domain, 1024).0, [3, 700]);

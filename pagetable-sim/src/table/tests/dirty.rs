@@ -107,7 +107,7 @@ pub(super) fn part_of_a_dirty_leaf_is_recorded_and_the_leaf_stays_dirty<F: Forma
         dirty(&table, range(0, 2 * m::<F>()), true).0,
         pages::<F>(m::<F>(), m::<F>())
     );
-    assert_eq!(dirty(&table, range(0, 2 * m::<F>()), true).0, []);
+    assert_eq!(dirty(&table, range(0, 2 * m::<F>()), true).0, [0; 0]);
 }
 
 pub(super) fn one_dirty_leaf_of_every_place_in_a_group_is_found<F: Format>() {
@@ -198,7 +198,7 @@ pub(super) fn cleaning_what_was_unmapped_meanwhile_maps_nothing<F: Format>() {
             assert!(!leaf.clear::<F>());
             assert_eq!(table.translate(iova(0)), None);
             assert!(table.set_dirty(iova(0)).is_none());
-            assert_eq!(dirty(&table, range(0, m::<F>()), true).0, []);
+            assert_eq!(dirty(&table, range(0, m::<F>()), true).0, [0; 0]);
             table
                 .unmap(range(0, m::<F>()), |_, _, _| panic!("nothing is there"))
                 .unwrap();

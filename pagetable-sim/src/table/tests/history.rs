@@ -34,7 +34,7 @@ pub(super) fn bug_11a_one_half_of_a_leaf_is_read_then_the_other<F: Format>() {
             assert_eq!(found, pages::<F>(start, half));
         }
         dirty(&table, area, true);
-        assert_eq!(dirty(&table, area, true).0, []);
+        assert_eq!(dirty(&table, area, true).0, [0; 0]);
     }
 }
 

@@ -173,7 +173,7 @@ pub(super) fn threads_map_walk_and_harvest_at_once<F: Format>() {
             }
         });
     });
-    assert_eq!(dirty(&table, range(0, 2 * m::<F>()), true).0, []);
+    assert_eq!(dirty(&table, range(0, 2 * m::<F>()), true).0, [0; 0]);
 }
 
 /// Writers keep setting D while a harvester takes it: a page that was written is dirty, or was taken since the write

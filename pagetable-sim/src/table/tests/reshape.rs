@@ -228,7 +228,7 @@ pub(super) fn rights_change_and_what_is_dirty_stays<F: Format>() {
             dirty(&table, area, true).0,
             pages::<F>(middle.start().get(), size.bytes())
         );
-        assert_eq!(dirty(&table, area, true).0, []);
+        assert_eq!(dirty(&table, area, true).0, [0; 0]);
     }
 }
 
