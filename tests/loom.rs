@@ -6,15 +6,13 @@
 #![cfg(dirtymap_loom)]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
-mod common_loom;
-
 use std::sync::atomic::{AtomicUsize as StdUsize, Ordering::SeqCst};
 
-use common_loom::holds_only_with;
+use dirtymap::sync::model::{Bound, breaks_without, holds_only_with, holds_within};
 use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering::Relaxed, Step, lock, thread};
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FlushGather, FlushQueue, Granule, HarvestRequest,
-    Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, UserBitmap,
+    Access, AddressSpace, DirtySource, Error, FlushGather, FlushPolicy, FlushQueue, Granule,
+    HarvestRequest, Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, UserBitmap,
 };
 
 const PAGE: Granule = Granule::K4;
@@ -196,7 +194,7 @@ fn owe_and_wait(n: u64, queue: &FlushQueue, stale: &Stale) -> bool {
 /// two flushes.
 #[test]
 fn a_ticket_is_honoured_by_a_flush_that_began_later() {
-    holds_only_with(&[Step::WaitForLeader], || {
+    holds_only_with(&[Step::WaitForLeader, Step::PublishFinished], || {
         let (queue, stale) = (Arc::new(FlushQueue::new()), both_stale());
         let other = {
             let (queue, stale) = (queue.clone(), stale.clone());
@@ -207,6 +205,38 @@ fn a_ticket_is_honoured_by_a_flush_that_began_later() {
         let stats = queue.stats();
         let accounted = (stats.owed, stats.retired, stats.pending) == (2, 2, 0);
         ours && theirs && accounted && stats.flushes <= 2
+    });
+}
+
+/// Invariant 5 at a bound: two threads that hand over find the queue full and flush what is due, for themselves or for each other;
+/// then nothing is pending, and what each has owed was invalidated.
+#[test]
+fn a_full_queue_is_flushed_by_who_hands_over() {
+    holds_only_with(&[Step::NextGeneration, Step::WaitForLeader], || {
+        let queue = FlushQueue::new().with_policy(FlushPolicy {
+            max_pending: Some(1),
+            ..FlushPolicy::default()
+        });
+        let (queue, stale) = (Arc::new(queue), both_stale());
+        let owe_and_flush_due = |n: u64, queue: &FlushQueue, stale: &Stale| {
+            let ticket = queue.owe(&one_page(n));
+            let now = std::time::Instant::now();
+            let done = queue.flush_due(now, |gather| invalidate(stale, gather));
+            // It is not due if another thread has taken it: then that flush covers it, and is waited for.
+            if !done.unwrap() {
+                let waited = queue.wait(ticket, |gather| invalidate(stale, gather));
+                waited.unwrap();
+            }
+            stale[n as usize].load(Relaxed) == 0
+        };
+        let other = {
+            let (queue, stale) = (queue.clone(), stale.clone());
+            thread::spawn(move || owe_and_flush_due(1, &queue, &stale))
+        };
+        let ours = owe_and_flush_due(0, &queue, &stale);
+        let theirs = other.join().unwrap();
+        let stats = queue.stats();
+        ours && theirs && (stats.owed, stats.retired, stats.pending) == (2, 2, 0)
     });
 }
 
@@ -404,4 +434,43 @@ fn a_write_in_flight_is_never_invisible() {
         // What was copied during the write is copied again after it.
         copy == 1 && (reported || !in_flight)
     });
+}
+
+/// Rule 9 of the contract: while a write hangs in a device, and another thread waits for it in a sync, marks, lookups, harvests and
+/// aborts end.
+fn a_flush_that_hangs() -> bool {
+    let hardware = Arc::new(OnePage {
+        dirty: AtomicU64::new(1),
+        cached: Mutex::new(true),
+        data: AtomicU64::new(1),
+    });
+    let space = AddressSpace::new(PAGE)
+        .with_source(Source(hardware.clone()))
+        .unwrap();
+    space.map(page(0), 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    hardware.dirty.store(1, Relaxed);
+    let space = Arc::new(space);
+    let hangs = lock(&hardware.cached);
+    let waits = {
+        let (space, hardware) = (space.clone(), hardware.clone());
+        thread::spawn(move || harvest_and_copy(&space, &hardware.data, &mut 0))
+    };
+    space.mark(page(0)).unwrap();
+    let words = [AtomicU64::new(0)];
+    let request = HarvestRequest::new(page(0), PAGE);
+    let lease = space.harvest(&request, UserBitmap::shared(&words)).unwrap();
+    let aborted = lease.abort().outside_bytes == 0;
+    let found = space.lookup(Iova::MIN).is_some();
+    drop(hangs);
+    waits.join().unwrap();
+    aborted && found
+}
+
+#[test]
+fn what_waits_for_nobody_ends_while_a_flush_hangs() {
+    // Where the two threads meet is the flush, not the harvests.
+    holds_within(Bound::between(1, 1), &[], a_flush_that_hangs);
+    let test = "what_waits_for_nobody_ends_while_a_flush_hangs";
+    breaks_without(Step::FlushAtSync, test, a_flush_that_hangs);
 }

@@ -3,9 +3,7 @@
 #![cfg(dirtymap_loom)]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
-mod common_loom;
-
-use common_loom::holds_only_with;
+use dirtymap::sync::model::{Bound, holds_only_with, holds_within};
 use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering, Ordering::Relaxed, Step, lock, thread};
 use dirtymap::{
     Access, AddressSpace, Change, DirtySource, DomainId, Error, FlushGather, Granule,
@@ -354,5 +352,105 @@ fn an_unmap_finds_a_write_in_flight() {
         let found = unmapped.is_ok_and(|(unmapped, _)| unmapped.dirty_bytes != 0);
         writer.join().unwrap();
         found || !had_begun
+    });
+}
+
+/// Page 0 of a source whose own accesses order nothing: what orders them is the library's.
+struct Lax {
+    dirty: AtomicU64,
+    /// The baseline is clean.
+    baseline: AtomicU64,
+    /// A harvest came to the source before it could see that.
+    early: AtomicU64,
+}
+
+impl Lax {
+    fn new() -> Arc<Self> {
+        Arc::new(Lax {
+            dirty: AtomicU64::new(0),
+            baseline: AtomicU64::new(0),
+            early: AtomicU64::new(0),
+        })
+    }
+}
+
+struct LaxSource(Arc<Lax>);
+
+impl DirtySource for LaxSource {
+    fn map(&self, _: &Mapping) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
+        gather.add(range, PAGE);
+        if self.0.dirty.swap(0, Relaxed) == 1 {
+            dirty(range);
+        }
+    }
+
+    fn set_tracking(&self, on: bool) -> Result<(), Error> {
+        self.0.baseline.store(u64::from(on), Relaxed);
+        Ok(())
+    }
+
+    fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        if self.0.baseline.load(Relaxed) == 0 {
+            self.0.early.store(1, Relaxed);
+        }
+        let dirty = &self.0.dirty;
+        if dirty.load(Relaxed) == 0 {
+            return Ok(());
+        }
+        let clear = || dirty.swap(0, Relaxed) == 1;
+        out.take(range, PAGE, clear).map_err(|error| Stopped {
+            at: range.start(),
+            error,
+        })
+    }
+
+    fn peek(&self, _: IovaRange, _: &mut Sink<'_>) -> Result<(), Stopped> {
+        Ok(())
+    }
+
+    fn invalidate(&self, _: &FlushGather) -> Result<Invalidated, Error> {
+        Ok(Invalidated::default())
+    }
+}
+
+/// Invariant 14: what a detach moves from the table to the marks is found by a harvest at every moment.
+#[test]
+fn what_a_detach_moves_is_never_invisible() {
+    let steps = [Step::DetachInFlight, Step::DetachFence];
+    holds_within(Bound::between(2, 2), &steps, || {
+        let source = Lax::new();
+        let space = AddressSpace::new(PAGE);
+        let domain = space.attach(LaxSource(source.clone())).unwrap();
+        space.map(page(0), 0, RW).unwrap();
+        space.set_tracking(true).unwrap();
+        source.dirty.store(1, Relaxed);
+        let space = Arc::new(space);
+        let detach = {
+            let space = space.clone();
+            thread::spawn(move || space.detach(domain).is_ok())
+        };
+        let found = harvest(&space, Scope::All, &source.dirty).is_some();
+        detach.join().unwrap() && found
+    });
+}
+
+/// Section 2 of the contract: a harvest that is not refused for want of tracking finds the clean baseline.
+#[test]
+fn a_harvest_that_sees_tracking_sees_its_baseline() {
+    holds_only_with(&[Step::PublishBaseline], || {
+        let source = Lax::new();
+        let space = Arc::new(AddressSpace::new(PAGE));
+        let domain = space.attach(LaxSource(source.clone())).unwrap();
+        space.map(page(0), 0, RW).unwrap();
+        let enable = {
+            let space = space.clone();
+            thread::spawn(move || space.set_domain_tracking(domain, true).is_ok())
+        };
+        let _ = harvest(&space, Scope::Domain(domain), &source.dirty);
+        enable.join().unwrap() && source.early.load(Relaxed) == 0
     });
 }

@@ -201,3 +201,53 @@ fn harvests_of_kvm_allocate_nothing() {
         log.remove_slot(0).unwrap();
     }
 }
+
+#[cfg(feature = "vm-memory")]
+#[test]
+fn marks_of_guest_memory_allocate_nothing() {
+    use dirtymap::vm_memory::SpaceBitmap;
+    use vm_memory::bitmap::{Bitmap, NewBitmap};
+
+    let region = SpaceBitmap::with_len(1 << 30);
+    let sparse = SpaceBitmap::new(region.space(), IovaRange::ALL);
+    let round = || {
+        for bitmap in [&region, &sparse] {
+            bitmap.slice_at(5 << 12).mark_dirty(100, 1 << 20);
+            bitmap.mark_dirty(0, 8);
+            assert!(bitmap.dirty_at(5 << 12));
+            drop(bitmap.begin_write(9 << 12, 512).unwrap());
+        }
+    };
+    round();
+    assert_eq!(allocations(round), 0);
+}
+
+#[cfg(all(feature = "vhost", target_os = "linux"))]
+#[test]
+fn harvests_of_a_vhost_log_allocate_nothing() {
+    use dirtymap::vhost::VhostLog;
+    use std::os::unix::fs::FileExt;
+
+    let all = pages(0, 1 << 18);
+    let log = std::sync::Arc::new(VhostLog::new(all.last()).unwrap());
+    let space = AddressSpace::new(Granule::K4)
+        .with_source(log.clone())
+        .unwrap();
+    space.map(all, 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    let memory = log.memory();
+    let mut words = vec![0u64; 1 << 12];
+    let mut round = || {
+        words.fill(0);
+        memory.file().write_all_at(&[0b1011], 9).unwrap();
+        let request = HarvestRequest::new(all, Granule::K4);
+        let lease = space
+            .harvest(&request, UserBitmap::new(&mut words))
+            .unwrap();
+        let lease = lease.sync().unwrap();
+        assert_eq!(lease.dirty(), 3);
+        lease.commit();
+    };
+    round();
+    assert_eq!(allocations(&mut round), 0);
+}

@@ -208,7 +208,7 @@ fn random_writes_come_out_as_they_were_made() {
         }
     }
     assert_eq!(tracked.harvest_all(), dirty.into_iter().collect::<Vec<_>>());
-    assert_eq!(tracked.harvest_all(), []);
+    assert_eq!(tracked.harvest_all(), [0u64; 0]);
 }
 
 /// With more than 512 regions in one call, the kernel says that it stopped far before it did.
@@ -228,7 +228,7 @@ fn more_than_512_regions_come_out_once_and_whole() {
             .unwrap();
         assert_eq!(tracked.numbers(peeked.runs()), written);
         assert_eq!(tracked.harvest_all(), written);
-        assert_eq!(tracked.harvest_all(), []);
+        assert_eq!(tracked.harvest_all(), [0u64; 0]);
     }
 }
 
@@ -240,13 +240,13 @@ fn a_read_is_no_write_and_the_kernel_writes_too() {
     assert_eq!(map.word(5).load(SeqCst), 0);
     assert_eq!(
         tracked.harvest_all(),
-        [],
+        [0u64; 0],
         "a read of a page that was never there"
     );
     map.write(6);
     assert_eq!(tracked.harvest_all(), [6]);
     assert_eq!(map.word(6).load(SeqCst), 1);
-    assert_eq!(tracked.harvest_all(), []);
+    assert_eq!(tracked.harvest_all(), [0u64; 0]);
     // The kernel writes for read(2).
     let (from, mut to) = std::io::pipe().unwrap();
     to.write_all(b"by the kernel").unwrap();
@@ -276,21 +276,21 @@ fn huge_pages_are_dirty_as_a_whole_or_split() {
         return;
     }
     let tracked = Tracked::new(memory, &map);
-    assert_eq!(tracked.harvest_all(), []);
+    assert_eq!(tracked.harvest_all(), [0u64; 0]);
     let written = first_huge + huge + 77;
     map.write(written);
     let found = tracked.harvest_all();
     assert!(found.contains(&written));
     let around = first_huge + huge..first_huge + 2 * huge;
     assert!(found.iter().all(|page| around.contains(page)), "{found:?}");
-    assert_eq!(tracked.harvest_all(), []);
+    assert_eq!(tracked.harvest_all(), [0u64; 0]);
     // A request that cuts it, and the rest.
     map.write(written);
     let part = tracked.harvest(written, 3);
     assert!(part.contains(&written) && part.len() <= 3, "{part:?}");
     let rest = tracked.harvest_all();
     assert!(rest.iter().all(|page| around.contains(page)));
-    assert_eq!(tracked.harvest_all(), []);
+    assert_eq!(tracked.harvest_all(), [0u64; 0]);
     map.write(written + 1);
     assert!(tracked.harvest_all().contains(&(written + 1)));
 }
@@ -394,7 +394,7 @@ fn shared_memory_is_tracked_and_other_processes_are_not() {
     let tracked = Tracked::new(memory, &map);
     [0, 131, 299].iter().for_each(|page| map.write(*page));
     assert_eq!(tracked.harvest_all(), [0, 131, 299]);
-    assert_eq!(tracked.harvest_all(), []);
+    assert_eq!(tracked.harvest_all(), [0u64; 0]);
     // Another mapping of the same file has page tables of its own: mark such writes.
     let other = Map::flags(300, page, libc::MAP_SHARED, file.as_raw_fd()).unwrap();
     other.write(7);

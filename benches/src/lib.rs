@@ -44,7 +44,7 @@ pub trait Tracker: Send + Sync {
     fn mark(&self, start: u64, len: u64);
 
     /// Marks one page.
-    #[inline]
+    #[inline(always)]
     fn mark_page(&self, page: u64) {
         self.mark(page << PAGE_LG2, PAGE);
     }

@@ -1,13 +1,13 @@
 //! The fault log of a domain: what its devices were refused, for software to read.
 
 use dirtymap::Iova;
-use dirtymap::sync::{AtomicU64, Ordering};
+use dirtymap::sync::{AtomicU64, Ordering, TINY};
 
 use crate::error::FaultKind;
 use crate::stack::Stack;
 
 /// How many faults a domain keeps until they are taken. Small in the model checker.
-pub(crate) const CAPACITY: u64 = if cfg!(dirtymap_loom) { 1 } else { 256 };
+pub(crate) const CAPACITY: u64 = if TINY { 1 } else { 256 };
 
 /// An access that was blocked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -232,13 +232,13 @@ fn merge(word: &AtomicU64, lead: usize, bytes: &[u8]) {
 }
 
 /// The words, in pages of the system that exist only once they are touched.
-#[cfg(not(dirtymap_loom))]
+#[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
 struct Words {
     map: memmap2::MmapRaw,
     count: usize,
 }
 
-#[cfg(not(dirtymap_loom))]
+#[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
 impl Words {
     fn zeroed(count: usize) -> std::io::Result<Self> {
         let bytes = count
@@ -268,10 +268,10 @@ impl Words {
 }
 
 /// The words, known to the model checker.
-#[cfg(dirtymap_loom)]
+#[cfg(any(dirtymap_loom, dirtymap_shuttle))]
 struct Words(Vec<AtomicU64>);
 
-#[cfg(dirtymap_loom)]
+#[cfg(any(dirtymap_loom, dirtymap_shuttle))]
 impl Words {
     fn zeroed(count: usize) -> std::io::Result<Self> {
         Ok(Words((0..count).map(|_| AtomicU64::new(0)).collect()))

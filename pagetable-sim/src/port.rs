@@ -29,13 +29,15 @@
 //! flush stays cached over the sleep. After [`MAX_UNREAD`] of them the device is told to drop everything instead, so
 //! that an inbox cannot grow without bound.
 
-use dirtymap::sync::{Arc, AtomicBool, AtomicU64, AtomicUsize, Ordering, fence, relax};
+use dirtymap::sync::{
+    Arc, AtomicBool, AtomicU64, AtomicUsize, Ordering, Step, TINY, fence, performs, relax, weaken,
+};
 use dirtymap::{Invalidated, IovaRange};
 
 use crate::stack::{Stack, Taken};
 
 /// How many requests a sleeping device collects one by one; one in the model checker, so that models reach the bound.
-const MAX_UNREAD: usize = if cfg!(dirtymap_loom) { 1 } else { 256 };
+const MAX_UNREAD: usize = if TINY { 1 } else { 256 };
 
 /// See the [module](self).
 pub(crate) struct Port {
@@ -143,8 +145,10 @@ impl Port {
     fn overflow(&self) -> bool {
         // Relaxed: ordered by the fence, as I1 by F2.
         self.overflow.store(true, Ordering::Relaxed);
-        // SeqCst: an F2 of its own, for `overflow` in place of the inbox; pairs with F1 in `wake`.
-        fence(Ordering::SeqCst);
+        if performs(Step::AskFence) {
+            // SeqCst: an F2 of its own, for `overflow` in place of the inbox; pairs with F1 in `wake`.
+            fence(Ordering::SeqCst);
+        }
         // Acquire: as in `wait`.
         !self.active.load(Ordering::Acquire)
     }
@@ -156,8 +160,10 @@ impl Port {
     pub(crate) fn wake(&self) -> bool {
         // Relaxed: ordered by the fence.
         self.active.store(true, Ordering::Relaxed);
-        // SeqCst: F1 of the module's protocol; pairs with F2 in `Domain::invalidate` and in `overflow`.
-        fence(Ordering::SeqCst);
+        if performs(Step::WakeFence) {
+            // SeqCst: F1 of the module's protocol; pairs with F2 in `Domain::invalidate` and in `overflow`.
+            fence(Ordering::SeqCst);
+        }
         // Relaxed load: ordered by the fence. Acquire swap: the changes of the table came before the flag was set.
         self.overflow.load(Ordering::Relaxed) && self.overflow.swap(false, Ordering::Acquire)
     }
@@ -165,7 +171,8 @@ impl Port {
     /// Ceases to be active (D5); everything in flight has landed (D4).
     pub(crate) fn sleep(&self) {
         // Release: publishes what was landed; pairs with the Acquire in `wait`.
-        self.active.store(false, Ordering::Release);
+        let order = weaken(Step::PublishLanded, Ordering::Release);
+        self.active.store(false, order);
     }
 
     /// Whether there are requests (D2). All that this costs, between operations, is one load.
@@ -203,7 +210,8 @@ impl Request {
         receipt.dropped.store(dropped, Ordering::Relaxed);
         receipt.drained.store(drained, Ordering::Relaxed);
         // Release: publishes the landed writes; pairs with the Acquire in `Port::wait`.
-        receipt.answered.store(true, Ordering::Release);
+        let order = weaken(Step::PublishLanded, Ordering::Release);
+        receipt.answered.store(true, order);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::ptr;
 
-use dirtymap::sync::{AtomicPtr, Ordering};
+use dirtymap::sync::{AtomicPtr, Ordering, Step, Witness, weaken};
 
 /// See the [module](self).
 pub(crate) struct Stack<T> {
@@ -13,6 +13,7 @@ pub(crate) struct Stack<T> {
 struct Node<T> {
     value: T,
     next: *mut Node<T>,
+    witness: Witness,
 }
 
 impl<T> Stack<T> {
@@ -26,6 +27,7 @@ impl<T> Stack<T> {
         let node = Box::into_raw(Box::new(Node {
             value,
             next: ptr::null_mut(),
+            witness: Witness::new(),
         }));
         // Relaxed: we only link to the old top; whoever takes the stack reads what is behind it.
         let mut top = self.top.load(Ordering::Relaxed);
@@ -36,10 +38,12 @@ impl<T> Stack<T> {
             // nodes below were published by their own pushes, whose release sequences this one continues. Relaxed on
             // failure: as the load above. A top that was taken and pushed again meanwhile is no matter: we link to
             // whatever is the top and never look into it.
-            match self
-                .top
-                .compare_exchange_weak(top, node, Ordering::Release, Ordering::Relaxed)
-            {
+            match self.top.compare_exchange_weak(
+                top,
+                node,
+                weaken(Step::PublishRequest, Ordering::Release),
+                Ordering::Relaxed,
+            ) {
                 Ok(_) => return,
                 Err(now) => top = now,
             }
@@ -85,6 +89,7 @@ impl<T> Iterator for Taken<T> {
         // SAFETY: made by `Box::into_raw` in `push`; the swap in `take` made the whole stack ours, and each node is
         // taken once.
         let node = *unsafe { Box::from_raw(self.0) };
+        node.witness.end();
         self.0 = node.next;
         Some(node.value)
     }

@@ -2,27 +2,8 @@
 
 use super::log_list::{LogList, LogWords, clear, seen};
 use super::replaceable::Replaceable;
-use crate::sync::{Arc, AtomicU64, ONE_MODEL, Ordering, Step, leave_out, thread};
-use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
-
-/// Explores `model`, which says whether all is well, whole and without each of `steps`: it must fail exactly without them.
-fn explore(steps: &[Step], model: fn() -> bool) {
-    let _one = ONE_MODEL.lock().unwrap_or_else(|e| e.into_inner());
-    for step in std::iter::once(None).chain(steps.iter().copied().map(Some)) {
-        static COUNTS: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize::new(0)];
-        COUNTS.iter().for_each(|count| count.store(0, SeqCst));
-        leave_out(step);
-        loom::model(move || {
-            COUNTS[0].fetch_add(1, SeqCst);
-            COUNTS[1].fetch_add(usize::from(!model()), SeqCst);
-        });
-        leave_out(None);
-        let [executions, failures] = COUNTS.each_ref().map(|count| count.load(SeqCst));
-        println!("without {step:?}: fails in {failures} of {executions} executions");
-        assert!(executions > 1, "the model explored nothing");
-        assert_eq!(failures == 0, step.is_none(), "without {step:?}");
-    }
-}
+use crate::sync::model::holds_only_with;
+use crate::sync::{Arc, AtomicU64, Ordering, Step, thread};
 
 /// A back end that writes one page and marks it, while its log is replaced.
 struct BackEnd {
@@ -61,7 +42,7 @@ impl BackEnd {
 /// After the acknowledgement nobody marks in the old log, and what is in it and in the new one is all there is.
 #[test]
 fn no_mark_goes_to_a_log_that_was_replaced() {
-    explore(&[Step::WaitForInside, Step::EnterFence], || {
+    holds_only_with(&[Step::WaitForInside, Step::EnterFence], || {
         let back_end = BackEnd::new();
         back_end.log.replace(Box::new(0));
         let writer = thread::spawn({
@@ -85,7 +66,7 @@ fn no_mark_goes_to_a_log_that_was_replaced() {
 /// The first log: who found none has written before it was in place, and the first full copy has it.
 #[test]
 fn who_finds_no_log_has_written_before_there_was_one() {
-    explore(&[Step::EnterFence], || {
+    holds_only_with(&[Step::EnterFence], || {
         let back_end = BackEnd::new();
         let writer = thread::spawn({
             let back_end = Arc::clone(&back_end);
@@ -146,7 +127,7 @@ impl Swapping {
 /// At every moment of a swap, a harvest that begins after a write finds it, or another one has; after it nothing is left behind.
 #[test]
 fn a_mark_is_found_at_every_moment_of_a_swap() {
-    explore(&[Step::ListFirst, Step::CarryOver], || {
+    holds_only_with(&[Step::ListFirst, Step::CarryOver], || {
         let logs = LogList::new(Word::new());
         let log = Replaceable::default();
         log.replace(Box::new(logs.newest()));

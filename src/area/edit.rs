@@ -7,7 +7,7 @@ use super::reclaim::{Checkout, Pinned, Pool, Reclaim};
 use super::snapshot::{Areas, Entry, Iter};
 use super::tree::Root;
 use crate::error::Error;
-use crate::sync::{Arc, AtomicPtr, Ordering};
+use crate::sync::{Arc, AtomicPtr, Ordering, Step, Witness, weaken};
 use crate::units::{Granule, Iova, IovaRange};
 
 /// A tree in the making: the areas that were there when the edit began, with the changes so far.
@@ -43,6 +43,7 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
     ) -> Self {
         // SAFETY: a tree's root is never null; alive and unchanged while we are pinned (Inv. 2 and 3), by our contract.
         let before = unsafe { &*base };
+        before.witness.look();
         // SAFETY: null or a node; alive and unchanged like the root.
         let base_stamp = unsafe { before.node.as_ref() }.map_or(0, Node::stamp);
         let pool = Reclaim::checkout(reclaim);
@@ -176,12 +177,18 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
             node: self.root,
             rules: Arc::clone(&self.rules),
             version: base.version + 1,
+            witness: Witness::new(),
         }));
         // Success, Release: pairs with the Acquires in `AreaTree::snapshot` and `AreaTree::update`; publishes the rules,
         // nodes and areas of this edit, and, as `base` was loaded with Acquire, all that it shares with older roots.
         // Failure, Relaxed: what was found is not looked at; the next attempt loads the root again.
         let published = root
-            .compare_exchange(self.base, next, Ordering::Release, Ordering::Relaxed)
+            .compare_exchange(
+                self.base,
+                next,
+                weaken(Step::PublishRoot, Ordering::Release),
+                Ordering::Relaxed,
+            )
             .is_ok();
         if published {
             // From here on the nodes are not ours to free.

@@ -22,7 +22,7 @@ use std::ptr;
 
 use super::node::Node;
 use super::tree::Root;
-use crate::sync::{Arc, AtomicPtr, Ordering, Step, performs};
+use crate::sync::{Arc, AtomicPtr, Ordering, Step, TINY, Witness, performs, weaken};
 
 /// Spare nodes that a tree keeps for good. What comes back beyond them, after a reader was slow, is freed by and by: one
 /// node for each update, so that none pays for all, and a reader that is slow again finds most of them still here.
@@ -31,7 +31,7 @@ const SPARE_NODES: usize = 128;
 const SPARE_LISTS: usize = 4;
 /// How much garbage goes to the epoch as one: few enough that what it holds is bounded, many enough that the handing
 /// over costs an update next to nothing.
-const FULL: usize = if cfg!(dirtymap_loom) { 1 } else { 16 };
+const FULL: usize = if TINY { 1 } else { 16 };
 
 /// A thread that is pinned: what it can reach in a tree from now on is not freed before this is dropped.
 pub(super) struct Pinned(Guard);
@@ -57,6 +57,7 @@ pub(super) struct Garbage<T, const F: usize, R> {
     pub(super) areas: Vec<*const T>,
     /// The next one in the stack of what has returned.
     next: *mut Garbage<T, F, R>,
+    witness: Witness,
 }
 
 impl<T, const F: usize, R> Garbage<T, F, R> {
@@ -66,6 +67,7 @@ impl<T, const F: usize, R> Garbage<T, F, R> {
             nodes: Vec::new(),
             areas: Vec::new(),
             next: ptr::null_mut(),
+            witness: Witness::new(),
         })
     }
 
@@ -96,6 +98,7 @@ pub(super) struct Pool<T, const F: usize, R> {
     /// The counts that the tree will own, one for each range that the update inserts.
     pub(super) added: Vec<Arc<T>>,
     census: Census,
+    witness: Witness,
 }
 
 impl<T, const F: usize, R> Pool<T, F, R> {
@@ -106,6 +109,7 @@ impl<T, const F: usize, R> Pool<T, F, R> {
             lists: Vec::new(),
             added: Vec::new(),
             census,
+            witness: Witness::new(),
         })
     }
 
@@ -164,6 +168,7 @@ impl<T, const F: usize, R> Pool<T, F, R> {
     /// * Nobody reaches the garbage, and nobody else frees any of it; its roots and nodes were made by `Box::into_raw`.
     /// * The tree's strong count of each area goes with its pointer.
     unsafe fn absorb(&mut self, mut garbage: Box<Garbage<T, F, R>>) {
+        garbage.witness.end();
         for root in garbage.roots.drain(..) {
             // SAFETY: made by `Box::into_raw`, unreachable and freed only here, by our contract. It releases its own
             // count of the rules.
@@ -237,6 +242,7 @@ impl<T, const F: usize, R> Reclaim<T, F, R> {
             // SAFETY: made by `Box::into_raw` in `put_back`; the swap made it ours alone.
             unsafe { Box::from_raw(pool) }
         };
+        pool.witness.end();
         let mut checkout = Checkout {
             pool: ManuallyDrop::new(pool),
             home,
@@ -272,7 +278,7 @@ impl<T, const F: usize, R> Reclaim<T, F, R> {
             let put = self.pool.compare_exchange(
                 ptr::null_mut(),
                 ours,
-                Ordering::Release,
+                weaken(Step::PublishPool, Ordering::Release),
                 Ordering::Relaxed,
             );
             if put.is_ok() {
@@ -285,6 +291,7 @@ impl<T, const F: usize, R> Reclaim<T, F, R> {
             if !theirs.is_null() {
                 // SAFETY: made by `Box::into_raw` above; the swap made it ours alone.
                 let mut theirs = unsafe { Box::from_raw(theirs) };
+                theirs.witness.end();
                 pool.merge(&mut theirs);
             }
         }

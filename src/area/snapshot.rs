@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use super::node::Node;
 use super::reclaim::Pinned;
 use super::tree::{AreaTree, Root};
-use crate::sync::Arc;
+use crate::sync::{Arc, Step, performs};
 use crate::units::{Granule, Iova, IovaRange};
 
 /// One range and the area that is mapped there.
@@ -224,7 +224,11 @@ impl<'t, T, const F: usize, R> Snapshot<'t, T, F, R> {
         // - alive while `self` is borrowed: `pinned` was pinned when the root was loaded (Inv. 3), and the tree, which
         //   is borrowed as long as `self` lives, is not dropped.
         // - unchanged: published roots do not change (Inv. 2).
-        unsafe { &*self.root }
+        let root = unsafe { &*self.root };
+        if performs(Step::WaitForReaders) {
+            root.witness.look();
+        }
+        root
     }
 
     #[inline]

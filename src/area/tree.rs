@@ -8,7 +8,7 @@ use super::edit::Edit;
 use super::node::Node;
 use super::reclaim::{Pinned, Pool, Reclaim};
 use super::snapshot::Snapshot;
-use crate::sync::{Arc, AtomicPtr, Ordering, back_off};
+use crate::sync::{Arc, AtomicPtr, Ordering, Witness, back_off};
 #[cfg(test)]
 use crate::{error::Error, units::IovaRange};
 
@@ -19,6 +19,7 @@ pub(super) struct Root<T, const F: usize, R> {
     pub(super) rules: Arc<R>,
     /// How many updates were published before, over the life of the tree.
     pub(super) version: u64,
+    pub(super) witness: Witness,
 }
 
 /// A concurrent map from non-overlapping ranges to shared areas, in nodes of up to `F` slots, with rules of type `R`.
@@ -45,6 +46,7 @@ where
             node: ptr::null_mut(),
             rules: Arc::new(R::default()),
             version: 0,
+            witness: Witness::new(),
         });
         AreaTree {
             root: AtomicPtr::new(Box::into_raw(root)),

@@ -32,15 +32,15 @@ use std::ptr;
 
 use super::word_mask;
 use crate::sync::{
-    AtomicPtr, AtomicU64, Ordering, Step, fence, fence_after_look, fence_after_rmw, performs,
+    AtomicPtr, AtomicU64, Ordering, Step, TINY, fence, fence_after_look, fence_after_rmw, performs,
 };
 
 /// Words of a chunk, as a logarithm; tiny in the model checker, so that models reach every border.
-pub(super) const WORDS_LG2: u32 = if cfg!(dirtymap_loom) { 1 } else { 9 };
+pub(super) const WORDS_LG2: u32 = if TINY { 1 } else { 9 };
 /// Words of a line, as a logarithm.
-const LINE_LG2: u32 = if cfg!(dirtymap_loom) { 0 } else { 3 };
+const LINE_LG2: u32 = if TINY { 0 } else { 3 };
 /// Chunks of a block, as a logarithm.
-pub(super) const BLOCK_LG2: u32 = if cfg!(dirtymap_loom) { 0 } else { 3 };
+pub(super) const BLOCK_LG2: u32 = if TINY { 0 } else { 3 };
 /// Bits of a line.
 pub(super) const LINE_BITS: u64 = 64 << LINE_LG2;
 const LINE_WORDS: usize = 1 << LINE_LG2;

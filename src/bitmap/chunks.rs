@@ -18,12 +18,12 @@ use std::ptr::{self, NonNull};
 
 use super::chunk::{BLOCK_LG2, Block, Chunk, LINE_BITS, Slot, Taker, WORDS_LG2};
 use super::{slab, word_mask};
-use crate::sync::{AtomicPtr, AtomicU64, Ordering};
+use crate::sync::{AtomicPtr, AtomicU64, Ordering, Step, TINY, weaken};
 
 /// Pointers of a directory, as a logarithm.
-const FANOUT_LG2: u32 = if cfg!(dirtymap_loom) { 1 } else { 9 };
+const FANOUT_LG2: u32 = if TINY { 1 } else { 9 };
 /// The most chunks of a bitmap of one group, as a logarithm.
-const ONE_GROUP_LG2: u32 = if cfg!(dirtymap_loom) { 1 } else { 13 };
+const ONE_GROUP_LG2: u32 = if TINY { 1 } else { 13 };
 /// Words of a chunk.
 pub(super) const CHUNK_WORDS: u64 = 1 << WORDS_LG2;
 /// Bits of a chunk, as a logarithm.
@@ -65,7 +65,7 @@ impl ChunkMap {
     /// As [`new`](Self::new), in slabs: 4 KiB of address space for each chunk of a group from its first bit on.
     pub(crate) fn in_slabs(last: u64) -> Self {
         // The atomics of the model checker are not made of zeros.
-        Self::with_slabs(last, cfg!(not(dirtymap_loom)))
+        Self::with_slabs(last, !TINY)
     }
 
     fn with_slabs(last: u64, slabs: bool) -> Self {
@@ -457,7 +457,7 @@ fn install<T>(place: &AtomicPtr<()>, fresh: *mut T, free: impl FnOnce(*mut T)) -
     match place.compare_exchange(
         ptr::null_mut(),
         fresh.cast(),
-        Ordering::Release,
+        weaken(Step::PublishChunk, Ordering::Release),
         Ordering::Acquire,
     ) {
         Ok(_) => fresh.cast(),

@@ -1,29 +1,10 @@
 //! Models of the summary over the words of a chunk: see `chunk`.
 
 use std::convert::Infallible;
-use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use super::{ChunkMap, Taker};
-use crate::sync::{Arc, ONE_MODEL, Ordering, Step, fence, leave_out, thread};
-
-/// Runs `model` whole, when it must hold, and without each of `steps`, when it must fail.
-fn holds_only_with(steps: &[Step], model: impl Fn() -> bool + Sync + Send + Copy + 'static) {
-    let _one = ONE_MODEL.lock().unwrap_or_else(|e| e.into_inner());
-    static COUNTS: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize::new(0)];
-    for step in std::iter::once(None).chain(steps.iter().copied().map(Some)) {
-        COUNTS.iter().for_each(|count| count.store(0, SeqCst));
-        leave_out(step);
-        loom::model(move || {
-            COUNTS[0].fetch_add(1, SeqCst);
-            COUNTS[1].fetch_add(usize::from(!model()), SeqCst);
-        });
-        leave_out(None);
-        let [executions, failures] = COUNTS.each_ref().map(|count| count.load(SeqCst));
-        println!("without {step:?}: fails in {failures} of {executions} executions");
-        assert!(executions > 1, "the model explored nothing");
-        assert_eq!(failures == 0, step.is_none(), "without {step:?}");
-    }
-}
+use crate::sync::model::holds_only_with;
+use crate::sync::{Arc, Ordering, Step, fence, thread};
 
 fn mark(map: &ChunkMap, bit: u64) {
     map.set(bit, bit, || fence(Ordering::SeqCst));
@@ -113,5 +94,22 @@ fn a_harvest_that_cannot_record_hides_nothing() {
         let _ = map.take(0, 63, Refuses);
         let found = other.join().unwrap() == 1;
         found
+    });
+}
+
+/// Two threads set bits in a bitmap that has nothing yet, and a harvester comes: who gets to what another one has installed
+/// finds it whole.
+#[test]
+fn what_is_installed_is_whole() {
+    holds_only_with(&[Step::PublishChunk], || {
+        let map = Arc::new(ChunkMap::new(63));
+        let marker = thread::spawn({
+            let map = map.clone();
+            move || mark(&map, 1)
+        });
+        mark(&map, 0);
+        let first = take(&map);
+        marker.join().unwrap();
+        first | take(&map) == 0b11
     });
 }

@@ -7,6 +7,7 @@
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 
 use super::chunk::Chunk;
+use crate::sync::TINY;
 
 /// What allocators give without asking.
 const USUAL: usize = 16;
@@ -24,7 +25,7 @@ fn layout(chunks: usize) -> Option<Layout> {
 /// # Panics
 /// In the model checker, whose atomics are not made of zeros.
 pub(super) fn allocate(chunks: usize) -> impl Iterator<Item = *mut Chunk> {
-    let layout = layout(chunks).filter(|_| cfg!(not(dirtymap_loom)));
+    let layout = layout(chunks).filter(|_| !TINY);
     let layout = layout.unwrap_or_else(|| unreachable!("a slab of {chunks} chunks"));
     // SAFETY: the size is not 0: there is a head.
     let began = unsafe { alloc_zeroed(layout) };

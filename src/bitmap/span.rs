@@ -39,7 +39,7 @@ impl<'a> Span<'a> {
     /// # Safety
     /// For `'a`, the bytes are valid for reads and writes, and this process accesses them only through spans that
     /// cut them into the same words and bytes.
-    #[cfg(not(dirtymap_loom))]
+    #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
     pub(super) unsafe fn from_raw(first: *mut u8, len: usize) -> Self {
         let skip = first.addr() % 8;
         let head = if skip == 0 { 0 } else { len.min(8 - skip) };

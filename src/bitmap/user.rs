@@ -23,7 +23,7 @@ pub struct UserBitmap<'a> {
 
 impl<'a> UserBitmap<'a> {
     /// A bitmap in words that are the caller's alone for as long as the lease lives.
-    #[cfg(not(dirtymap_loom))]
+    #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
     pub fn new(words: &'a mut [u64]) -> Self {
         let (first, len) = (words.as_mut_ptr().cast::<AtomicU64>(), words.len());
         // SAFETY:
@@ -41,7 +41,7 @@ impl<'a> UserBitmap<'a> {
 
     /// A bitmap in bytes that are the caller's alone for as long as the lease lives. It may begin at any address and
     /// have any length: bit `n` is bit `n % 8` of byte `n / 8`.
-    #[cfg(not(dirtymap_loom))]
+    #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
     pub fn bytes(bytes: &'a mut [u8]) -> Self {
         // SAFETY:
         // - valid for reads and writes for `'a`: it is the caller's exclusive borrow.

@@ -5,7 +5,7 @@ use std::time::Instant;
 use super::debt::{Debt, Free, run_all};
 use super::{FlushCost, FlushGather, FlushPolicy, FlushStats, Invalidated};
 use crate::error::Error;
-use crate::sync::{AtomicU64, Mutex, Ordering, Step, lock, performs};
+use crate::sync::{AtomicU64, Mutex, Ordering, Step, lock, performs, weaken};
 
 /// The generation whose flush covers a gather.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -361,9 +361,8 @@ impl Taken<'_> {
             stats.entries_pending -= debt.entries;
         });
         // Release: pairs with the Acquire in `has_finished`; publishes that the invalidation is complete.
-        self.queue
-            .finished
-            .store(self.generation, Ordering::Release);
+        let order = weaken(Step::PublishFinished, Ordering::Release);
+        self.queue.finished.store(self.generation, order);
     }
 }
 

@@ -271,6 +271,9 @@ impl<'a> Holding<'a> {
         windows: u64,
         stopped_at: Option<Iova>,
     ) -> Lease<'a, Owed> {
+        if !performs(Step::FlushAtSync) {
+            let _ = self.flush();
+        }
         self.report.bits_set = bits_set;
         self.report.windows = windows;
         self.report.leaves = self.gather.entries();

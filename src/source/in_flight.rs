@@ -20,11 +20,11 @@
 
 use std::ptr;
 
-use crate::sync::{AtomicPtr, AtomicU64, Ordering};
+use crate::sync::{AtomicPtr, AtomicU64, Ordering, Step, TINY, weaken};
 use crate::units::{Iova, IovaRange};
 
 /// Slots of a block; one in the model checker, so that models reach the second block.
-const SLOTS: usize = if cfg!(dirtymap_loom) { 1 } else { 8 };
+const SLOTS: usize = if TINY { 1 } else { 8 };
 
 /// What is added to a state to get the next one: free, taken, live, and free again, for the next owner.
 const STEP: u64 = 1;
@@ -35,12 +35,12 @@ const LIVE: u64 = 2;
 /// See the [module](self).
 #[derive(Debug)]
 pub(crate) struct InFlight {
-    first: Block,
+    pub(super) first: Block,
 }
 
 #[derive(Debug)]
-struct Block {
-    slots: [Slot; SLOTS],
+pub(super) struct Block {
+    pub(super) slots: [Slot; SLOTS],
     next: AtomicPtr<Block>,
 }
 
@@ -136,7 +136,7 @@ impl Block {
         let next = match self.next.compare_exchange(
             ptr::null_mut(),
             fresh,
-            Ordering::Release,
+            weaken(Step::PublishBlock, Ordering::Release),
             Ordering::Acquire,
         ) {
             Ok(_) => fresh,
@@ -167,12 +167,14 @@ impl Slot {
 
     fn fill(&self, range: IovaRange) {
         // Release: pair with the Acquires in `read`; a reader of ours finds the state changed.
-        self.start.store(range.start().get(), Ordering::Release);
-        self.last.store(range.last().get(), Ordering::Release);
+        let order = weaken(Step::ChangeBeforeRange, Ordering::Release);
+        self.start.store(range.start().get(), order);
+        self.last.store(range.last().get(), order);
         // Relaxed: our own slot.
         let taken = self.state.load(Ordering::Relaxed);
         // Release: pairs with the Acquire in `read`; publishes the range.
-        self.state.store(taken + STEP, Ordering::Release);
+        let order = weaken(Step::PublishSlot, Ordering::Release);
+        self.state.store(taken + STEP, order);
     }
 
     /// Ends the publication. What is to be found later has been marked before.

@@ -219,7 +219,9 @@ impl<'s, 'b> LeafSink<'s, 'b> {
         self.gather.add(leaf, size);
         // Release: pairs with the Acquire fence between the tables and the slots in `Holding::take`; whoever sees the leaf
         // clean sees the rest in flight, whatever the ordering of the source's own clear.
-        fence(Ordering::Release);
+        if performs(Step::RestFence) {
+            fence(Ordering::Release);
+        }
         // Until the clear says otherwise: if it panics, the rest is dirty.
         rest.left = true;
         if !performs(Step::OweAfterClear) {
@@ -287,5 +289,59 @@ impl Drop for Rest<'_> {
         for slot in self.slots.into_iter().flatten() {
             slot.free();
         }
+    }
+}
+
+#[cfg(test)]
+#[cfg(not(dirtymap_loom))]
+mod tests {
+    use super::*;
+    use crate::bitmap::UserBitmap;
+
+    const K4: Granule = Granule::K4;
+
+    /// What `take_many` of these leaves records, owes and has cleared, where pages 3 to 70 are asked for.
+    fn taken(start: u64, size: Granule, mask: u64) -> (Vec<u64>, Vec<IovaRange>, u64) {
+        let asked = IovaRange::from_len(Iova::new(3 << 12), 68 << 12).unwrap_or(IovaRange::ALL);
+        let mut words = [0; 2];
+        let mut gather = FlushGather::new();
+        let mut cleared = 0;
+        if let Ok(view) = UserBitmap::new(&mut words).view(asked, K4) {
+            let mut sink = view.sink();
+            let mut out = LeafSink::new(&mut sink, &mut gather);
+            let done = out.take_many(Iova::new(start), size, mask, |some| {
+                cleared |= some;
+                some
+            });
+            assert!(done.is_ok());
+        }
+        let bits = (0..128).filter(|bit| words[bit / 64] >> (bit % 64) & 1 != 0);
+        let pages = bits.map(|bit| bit as u64 + 3).collect();
+        (pages, gather.ranges().to_vec(), cleared)
+    }
+
+    #[test]
+    fn many_leaves_are_taken_as_each_of_them() {
+        let range = |first: u64, count: u64| {
+            IovaRange::from_len(Iova::new(first << 12), count << 12).unwrap_or(IovaRange::ALL)
+        };
+        assert_eq!(taken(3 << 12, K4, 0), (vec![], vec![], 0));
+        // All inside; the first leaf need not be a multiple of anything.
+        let (pages, owed, cleared) = taken(5 << 12, K4, 0b1011 | 1 << 63);
+        assert_eq!(pages, [5, 6, 8, 68]);
+        assert_eq!(owed, [range(5, 2), range(8, 1), range(68, 1)]);
+        assert_eq!(cleared, 0b1011 | 1 << 63);
+        // Some are not asked for.
+        let (pages, owed, cleared) = taken(0, K4, 0b1111);
+        assert_eq!((pages, owed, cleared), (vec![3], vec![range(3, 1)], 0b1000));
+        // The last one sticks out: the part inside is reported, the leaf stays as it is.
+        let four = Granule::from_lg2(14).unwrap_or(K4);
+        let (pages, owed, cleared) = taken(8 << 12, four, 1 | 1 << 15);
+        assert_eq!(pages, [8, 9, 10, 11, 68, 69, 70]);
+        assert_eq!(owed, [range(8, 4), range(68, 3)]);
+        assert_eq!(cleared, 1);
+        // Past the end of the address space there is nothing.
+        let (pages, owed, cleared) = taken(u64::MAX - 0xfff, K4, u64::MAX);
+        assert_eq!((pages, owed, cleared), (vec![], vec![], 0));
     }
 }

@@ -2,14 +2,11 @@
 //!
 //! The harvests are those of `harvest::lease` without areas and leases, so that the model stays small.
 
-use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
-
 use super::{InFlight, LeafSink, MarkOrdering, Marks, Rests};
 use crate::bitmap::UserBitmap;
 use crate::flush::{FlushGather, FlushQueue, Invalidated};
-use crate::sync::{
-    Arc, AtomicU64, Mutex, ONE_MODEL, Ordering, Step, fence, leave_out, lock, performs, thread,
-};
+use crate::sync::model::{Bound, holds_only_with, holds_within};
+use crate::sync::{Arc, AtomicU64, Mutex, Ordering, Step, fence, lock, performs, thread};
 use crate::units::{Granule, Iova, IovaRange};
 
 const PAGE: Granule = Granule::K4;
@@ -98,7 +95,7 @@ fn pause(page: u64) {
 }
 
 /// Whether the first pass reported the write before it, and the last copy has the last write.
-fn model() -> bool {
+fn the_rest_of_a_leaf() -> bool {
     let leaf = Arc::new(Leaf {
         dirty: AtomicU64::new(1),
         cached: Mutex::new(true),
@@ -126,26 +123,11 @@ fn model() -> bool {
     reported && copy == 3
 }
 
-/// Rule 7: the rest of a leaf is neither invisible nor lost.
+/// Rule 7 of the contract: the rest of a leaf is neither invisible nor lost.
 #[test]
 fn the_rest_of_a_leaf_is_dirty_all_the_time() {
-    let _one = ONE_MODEL.lock().unwrap_or_else(|e| e.into_inner());
-    for step in [None, Some(Step::GuardRest), Some(Step::OweAfterClear)] {
-        static COUNTS: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize::new(0)];
-        COUNTS.iter().for_each(|count| count.store(0, SeqCst));
-        leave_out(step);
-        let mut builder = loom::model::Builder::new();
-        builder.preemption_bound = Some(2);
-        builder.check(|| {
-            COUNTS[0].fetch_add(1, SeqCst);
-            COUNTS[1].fetch_add(usize::from(!model()), SeqCst);
-        });
-        leave_out(None);
-        let [executions, failures] = COUNTS.each_ref().map(|count| count.load(SeqCst));
-        println!("without {step:?}: fails in {failures} of {executions} executions");
-        assert!(executions > 1, "the model explored nothing");
-        assert_eq!(failures == 0, step.is_none(), "without {step:?}");
-    }
+    let steps = [Step::GuardRest, Step::OweAfterClear, Step::RestFence];
+    holds_within(Bound::between(2, 2), &steps, the_rest_of_a_leaf);
 }
 
 /// Marks without F1, and an interrupt that runs a fence at any point of the marker, as `membarrier(2)` does. The model checker
@@ -153,25 +135,11 @@ fn the_rest_of_a_leaf_is_dirty_all_the_time() {
 /// What that can't show is that the compiler keeps the steps apart; a compiler fence does.
 #[test]
 fn a_mark_without_a_fence_needs_the_membarrier() {
-    let _one = ONE_MODEL.lock().unwrap_or_else(|e| e.into_inner());
-    for step in [None, Some(Step::Membarrier)] {
-        static COUNTS: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize::new(0)];
-        COUNTS.iter().for_each(|count| count.store(0, SeqCst));
-        leave_out(step);
-        loom::model(|| {
-            COUNTS[0].fetch_add(1, SeqCst);
-            COUNTS[1].fetch_add(usize::from(!asymmetric()), SeqCst);
-        });
-        leave_out(None);
-        let [executions, failures] = COUNTS.each_ref().map(|count| count.load(SeqCst));
-        println!("without {step:?}: fails in {failures} of {executions} executions");
-        assert!(executions > 1, "the model explored nothing");
-        assert_eq!(failures == 0, step.is_none(), "without {step:?}");
-    }
+    holds_only_with(&[Step::Membarrier], a_mark_without_a_fence);
 }
 
 /// Whether the last copy has the last write.
-fn asymmetric() -> bool {
+fn a_mark_without_a_fence() -> bool {
     const NOTHING: u64 = 0;
     const ASKED: u64 = 1;
     const DONE: u64 = 2;
@@ -219,4 +187,88 @@ fn asymmetric() -> bool {
     marker.join().unwrap();
     copy(&mut copied);
     !came_by || copied == 1
+}
+
+/// A second write in flight makes a second block of slots: who gets to it finds it whole, and what it names.
+#[test]
+fn a_fresh_block_of_slots_is_whole() {
+    holds_only_with(&[Step::PublishBlock], || {
+        let registry = Arc::new(InFlight::new());
+        // Takes the one slot of the first block.
+        let first = registry.publish(pages(0, 0));
+        let writer = thread::spawn({
+            let registry = registry.clone();
+            move || {
+                registry.publish(pages(1, 1));
+            }
+        });
+        registry.publish(pages(2, 2));
+        let early = in_flight(&registry);
+        writer.join().unwrap();
+        let late = in_flight(&registry).len();
+        first.free();
+        early.contains(&pages(0, 0)) && early.contains(&pages(2, 2)) && late == 3
+    });
+}
+
+/// What `registry` names, by its first page.
+fn in_flight(registry: &InFlight) -> Vec<IovaRange> {
+    let mut seen = Vec::new();
+    let done: Result<(), std::convert::Infallible> = registry.visit(pages(0, 3), |range| {
+        seen.push(range);
+        Ok(())
+    });
+    done.unwrap();
+    seen
+}
+
+/// A slot that is used again is seen with the range of its new owner, or that owner's marks are.
+#[test]
+fn a_slot_that_is_used_again_is_seen_whole() {
+    holds_only_with(&[Step::PublishSlot], || {
+        let registry = Arc::new(InFlight::new());
+        let marks = Arc::new(Marks::few(pages(0, 3), PAGE));
+        let begun = Arc::new(AtomicU64::new(0));
+        let first = registry.publish(pages(0, 0));
+        let owner = thread::spawn({
+            let (registry, marks, begun) = (registry.clone(), marks.clone(), begun.clone());
+            move || {
+                let slot = registry.publish(pages(2, 3));
+                begun.store(1, Ordering::Release);
+                marks.mark(pages(2, 3));
+                slot.free();
+            }
+        });
+        first.free();
+        let had_begun = begun.load(Ordering::Acquire) == 1;
+        let seen = in_flight(&registry);
+        let marked = marks.runs(pages(2, 3)) == [pages(2, 3)];
+        owner.join().unwrap();
+        let theirs = seen.is_empty() || seen == [pages(2, 3)];
+        theirs && (!had_begun || marked || !seen.is_empty())
+    });
+}
+
+/// A slot ends and is used again for another range while a harvester reads it: it sees the range of one owner, or the marks of those
+/// who have ended.
+#[test]
+fn a_slot_that_changes_hands_is_not_misread() {
+    holds_only_with(&[Step::ChangeBeforeRange], || {
+        let registry = Arc::new(InFlight::new());
+        let marks = Arc::new(Marks::few(pages(0, 3), PAGE));
+        registry.publish(pages(0, 0));
+        let owner = thread::spawn({
+            let (registry, marks) = (registry.clone(), marks.clone());
+            move || {
+                marks.mark(pages(0, 0));
+                registry.first.slots[0].free();
+                registry.publish(pages(2, 3));
+            }
+        });
+        let seen = in_flight(&registry);
+        let marked = marks.runs(pages(0, 0)) == [pages(0, 0)];
+        owner.join().unwrap();
+        let of_one = seen.is_empty() || seen == [pages(0, 0)] || seen == [pages(2, 3)];
+        of_one && (marked || seen == [pages(0, 0)])
+    });
 }

@@ -71,6 +71,7 @@ impl MarkOrdering {
     feature = "membarrier",
     target_os = "linux",
     not(dirtymap_loom),
+    not(dirtymap_shuttle),
     not(miri)
 ))]
 mod imp {
@@ -96,6 +97,7 @@ mod imp {
     feature = "membarrier",
     target_os = "linux",
     not(dirtymap_loom),
+    not(dirtymap_shuttle),
     not(miri)
 )))]
 mod imp {
@@ -105,6 +107,6 @@ mod imp {
 
     /// Models bring their own: a fence at any point of the other thread.
     pub(super) fn issue() -> bool {
-        cfg!(dirtymap_loom)
+        crate::sync::TINY
     }
 }

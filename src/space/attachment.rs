@@ -48,7 +48,7 @@ use crate::error::Error;
 use crate::events;
 use crate::flush::{FlushCost, FlushGather, Ticket};
 use crate::source::{DirtySource, Marks, Slot};
-use crate::sync::{Arc, AtomicBool, Ordering, Step, fence, lock, performs};
+use crate::sync::{Arc, AtomicBool, Ordering, Step, TINY, fence, lock, performs};
 use crate::units::{DomainId, Granule, Iova, IovaRange};
 
 /// A source that is attached to a space.
@@ -79,7 +79,7 @@ impl std::fmt::Debug for Attachment {
 
 /// All addresses; few in the model checker, where a bitmap of them would be dozens of levels deep.
 fn all_kept() -> IovaRange {
-    if cfg!(dirtymap_loom) {
+    if TINY {
         IovaRange::new(Iova::MIN, Iova::new(0x3_ffff)).unwrap_or(IovaRange::ALL)
     } else {
         IovaRange::ALL
@@ -243,8 +243,10 @@ impl AddressSpace {
         let range = area.mapping.range;
         // What is dirty in the table is in flight until it is marked: a harvest that comes between finds all of the area so.
         let _moving = Moving(performs(Step::DetachInFlight).then(|| self.in_flight.publish(range)));
-        // Release: pairs with the Acquire fence between tables and slots in `harvest::lease::take`.
-        fence(Ordering::Release);
+        if performs(Step::DetachFence) {
+            // Release: pairs with the Acquire fence between tables and slots in `harvest::lease::take`.
+            fence(Ordering::Release);
+        }
         let at = filled.iter().position(|other| other.id == attachment.id);
         let ticket = at.map(|at| {
             let ticket = self.empty(attachment, range, &area.marks);
@@ -256,8 +258,10 @@ impl AddressSpace {
         for run in attachment.kept.runs(range) {
             area.marks.mark(run);
         }
-        // Release: pairs with the Acquire fence between what is kept and the marks in `harvest::lease::take`.
-        fence(Ordering::Release);
+        if performs(Step::DetachFence) {
+            // Release: pairs with the Acquire fence between what is kept and the marks in `harvest::lease::take`.
+            fence(Ordering::Release);
+        }
         for run in attachment.kept.take_runs(range) {
             area.marks.mark(run);
         }

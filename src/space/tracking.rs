@@ -14,7 +14,7 @@ use super::AddressSpace;
 use super::attachment::{Attachment, Covered};
 use crate::error::Error;
 use crate::events;
-use crate::sync::{AtomicU8, Ordering, lock};
+use crate::sync::{AtomicU8, Ordering, Step, lock, weaken};
 use crate::units::{DomainId, IovaRange};
 
 const NEVER: u8 = 0;
@@ -43,7 +43,8 @@ impl Switch {
     /// Off is only said of what was on.
     fn set(&self, on: bool) {
         // Release: pairs with the Acquire in `was_ever_on`; a harvest that sees it finds a clean baseline.
-        self.0.store(if on { ON } else { OFF }, Ordering::Release);
+        let order = weaken(Step::PublishBaseline, Ordering::Release);
+        self.0.store(if on { ON } else { OFF }, order);
     }
 }
 

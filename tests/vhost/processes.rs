@@ -12,6 +12,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{
     Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
@@ -94,9 +95,14 @@ impl Device {
         Device(child)
     }
 
-    /// Lets it finish what it has begun.
+    /// Lets it finish what it has begun, and waits until it is gone.
     fn stop(&mut self) {
         drop(self.0.stdin.take());
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while self.0.try_wait().unwrap().is_none() {
+            assert!(Instant::now() < deadline, "the device does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 
@@ -216,7 +222,6 @@ fn no_write_of_another_process_is_lost_while_its_log_is_swapped() {
     }
     // Stopped, and then gone: what it did last is in the log all the same.
     device.stop();
-    drop(device.0.wait());
     migration.pass(memory, false);
     println!(
         "{} pages found; {carried} pages, large ones too, were left in {} logs",

@@ -59,7 +59,7 @@ fn no_write_is_lost_between_markers_and_harvests() {
             });
         }
         for n in 0..60 {
-            while written.load(Ordering::Relaxed) < n * 500 {
+            while written.load(Ordering::Relaxed) < n * 200 {
                 std::thread::yield_now();
             }
             pass(&space, &memory, all, &mut copy, n as usize);

@@ -18,7 +18,7 @@ use pagetable_sim::{Device, DeviceConfig, Domain, DomainConfig, PhysMemory};
 use super::{Contestant, Family, Report, Settings, Target, Unit, Workload, contest, per_operation};
 use crate::PAGE;
 use crate::peers::naive_table::NaiveTable;
-use crate::workloads::Random;
+use crate::workloads::{Random, clusters};
 
 /// From the write of a device to the commit of a lease.
 pub const FAMILY: Family = Family {
@@ -253,15 +253,20 @@ fn passes(settings: &Settings, report: &mut Report, name: &str) {
     let machine = RefCell::new(Machine::new(64 * GIB, GIB, 2, false));
     let naive = NaiveTable::new(PAGES, false);
     let words = RefCell::new(vec![0u64; (PAGES / 64) as usize]);
-    for what in PASSES {
-        let (machine, naive, words) = (&machine, &naive, &words);
+    for what in PASSES
+        .into_iter()
+        .filter(|what| settings.thorough || what.cluster == 1)
+    {
+        let runs = clusters(what.count, what.cluster, PAGES);
+        let pages: Vec<u64> = runs.into_iter().flatten().collect();
+        let (machine, naive, words, pages) = (&machine, &naive, &words, &pages);
         let pass = move |parallel| {
             let mut machine = machine.borrow_mut();
-            machine.write(what.pages(0));
+            machine.write(pages.iter().copied());
             machine.pass(parallel).as_nanos() as f64
         };
         let walk = move || {
-            what.pages(0).for_each(|page| naive.dirty(page..page + 1));
+            pages.iter().for_each(|page| naive.dirty(*page..page + 1));
             let mut words = words.borrow_mut();
             words.fill(0);
             let began = Instant::now();
@@ -303,6 +308,9 @@ fn skips(settings: &Settings, report: &mut Report, name: &str) {
     let machines = [true, false].map(|skip| RefCell::new(Machine::new(64 * GIB, GIB, 1, skip)));
     let rounds = RefCell::new([0u64; 2]);
     for (what, target) in SKIPS {
+        if !settings.thorough && what.cluster < 256 && what.count > 0 {
+            continue;
+        }
         let (machines, rounds) = (&machines, &rounds);
         let pass = move |which: usize| {
             rounds.borrow_mut()[which] += 1;

@@ -51,7 +51,7 @@ impl Tracker for ThroughSpace {
         "dirtymap-space"
     }
 
-    #[inline]
+    #[inline(always)]
     fn mark(&self, start: u64, len: u64) {
         sure(self.space.mark(range(start, len)));
     }
@@ -78,7 +78,7 @@ impl Tracker for ThroughHandle {
         "dirtymap-handle"
     }
 
-    #[inline]
+    #[inline(always)]
     fn mark(&self, start: u64, len: u64) {
         sure(self.area.mark(range(start, len)));
     }
@@ -105,7 +105,7 @@ impl Tracker for Asymmetric {
         "dirtymap-membarrier"
     }
 
-    #[inline]
+    #[inline(always)]
     fn mark(&self, start: u64, len: u64) {
         self.0.mark(start, len);
     }

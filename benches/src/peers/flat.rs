@@ -93,7 +93,7 @@ impl<S: Setting> Tracker for Flat<S> {
         S::NAME
     }
 
-    #[inline]
+    #[inline(always)]
     fn mark(&self, start: u64, len: u64) {
         S::before();
         match masks(start, len) {

@@ -27,7 +27,7 @@ impl Tracker for HiBitSet {
         "hibitset"
     }
 
-    #[inline]
+    #[inline(always)]
     fn mark(&self, start: u64, len: u64) {
         let (first, last) = (start >> PAGE_LG2, (start + len - 1) >> PAGE_LG2);
         for page in first..=last {

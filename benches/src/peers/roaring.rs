@@ -24,7 +24,7 @@ impl Tracker for LockedRoaring {
         "mutex-roaring"
     }
 
-    #[inline]
+    #[inline(always)]
     fn mark(&self, start: u64, len: u64) {
         let (first, last) = (start >> PAGE_LG2, (start + len - 1) >> PAGE_LG2);
         let mut pages = lock(&self.pages);

@@ -35,7 +35,7 @@ impl Tracker for VmMemory {
         "vm-memory"
     }
 
-    #[inline]
+    #[inline(always)]
     fn mark(&self, start: u64, len: u64) {
         self.bits.mark_dirty(start as usize, len as usize);
     }

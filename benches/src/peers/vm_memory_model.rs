@@ -15,6 +15,7 @@ pub struct VmMemoryModel {
 }
 
 impl VmMemoryModel {
+    #[inline(always)]
     fn set(&self, word: usize, mask: u64) {
         // SeqCst: as `vm-memory` does it; orders the data before the look of a harvest.
         self.words[word].fetch_or(mask, Ordering::SeqCst);
@@ -48,7 +49,7 @@ impl Tracker for VmMemoryModel {
         "vm-memory-improved"
     }
 
-    #[inline]
+    #[inline(always)]
     fn mark(&self, start: u64, len: u64) {
         match masks(start, len) {
             Masks::One(word, mask) => self.set(word, mask),

@@ -11,7 +11,7 @@
 //!
 //! Both rounds drain the writes in flight, the second one those that were translated by a device's TLB between the two.
 
-use dirtymap::sync::{Arc, Ordering, fence, lock};
+use dirtymap::sync::{Arc, Ordering, Step, fence, lock, performs};
 use dirtymap::{FlushGather, Granule, Invalidated, IovaRange};
 
 use super::{Breakage, Domain};
@@ -126,8 +126,10 @@ impl<F: Format> Domain<F> {
                 ports
             };
             let asked = self.ask(ports, cache, job.ranges.clone());
-            // SeqCst: F2 of the protocol in `port`, once for all devices; pairs with F1 in `Port::wake`.
-            fence(Ordering::SeqCst);
+            if performs(Step::AskFence) {
+                // SeqCst: F2 of the protocol in `port`, once for all devices; pairs with F1 in `Port::wake`.
+                fence(Ordering::SeqCst);
+            }
             for (port, receipt) in &asked {
                 if let Some(receipt) = receipt {
                     done.add(port.wait(receipt));

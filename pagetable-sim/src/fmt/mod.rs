@@ -31,7 +31,7 @@ pub use sizes::LeafSizes;
 pub use vtdss::VtdSs;
 pub use x86_64::X86_64;
 
-use dirtymap::sync::{AtomicU64, Ordering};
+use dirtymap::sync::{AtomicU64, Ordering, TINY};
 use dirtymap::{Access, Granule};
 
 /// Entries of a table of 4 KiB, as a logarithm. Tiny in the model checker.
@@ -41,7 +41,7 @@ const HOST_PAGE_LG2: u32 = 12;
 
 /// `real`, or `tiny` in the model checker.
 const fn shape(real: u32, tiny: u32) -> u32 {
-    if cfg!(dirtymap_loom) { tiny } else { real }
+    if TINY { tiny } else { real }
 }
 
 /// The value of one entry of an IO page table. Zero is "not present" in every format.

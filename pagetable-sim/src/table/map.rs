@@ -7,7 +7,7 @@
 use std::cell::Cell;
 
 use crossbeam_epoch::Guard;
-use dirtymap::sync::Ordering;
+use dirtymap::sync::{Ordering, Step, weaken};
 use dirtymap::{Access, Granule, Iova, IovaRange};
 
 use super::{Node, Slot, Table, TableRef, child, entry_for, is_leaf, leads_to_same, retire, slots};
@@ -315,10 +315,12 @@ fn child_or_new<'g, F: Format>(
         let fresh = TableRef::<F>::below(page, index, level - 1, needed as u64);
         let new = entry_for::<F>(&fresh, level);
         // Release on success: publishes the fresh table. Acquire on failure: we use the winner's.
-        match slot
-            .entry
-            .replace(entry, new, Ordering::Release, Ordering::Acquire)
-        {
+        match slot.entry.replace(
+            entry,
+            new,
+            weaken(Step::PublishTable, Ordering::Release),
+            Ordering::Acquire,
+        ) {
             Ok(()) => {
                 fresh.leak();
                 return Ok(page.below::<F>(new, guard));

@@ -41,7 +41,7 @@ pub(crate) use walk::Walk;
 use std::ops::ControlFlow;
 
 use crossbeam_epoch::Guard;
-use dirtymap::sync::{AtomicU64, Ordering};
+use dirtymap::sync::{AtomicU64, Ordering, Step, performs};
 use dirtymap::{Access, Granule, Iova, IovaRange};
 
 use crate::error::Error;
@@ -377,6 +377,9 @@ fn entry_for<F: Format>(table: &TableRef<F>, level: u32) -> Iopte {
 unsafe fn retire<F: Format>(above: Node<'_>, entry: Iopte, level: u32, guard: &Guard) {
     // SAFETY: no later walk finds the entry; its hold is taken once.
     let hold = unsafe { held_by::<F>(above, entry, level) };
+    if !performs(Step::WaitForWalkers) {
+        return hold.end_too_early();
+    }
     // Given up when all who are pinned now have left.
     guard.defer(move || drop(hold));
 }

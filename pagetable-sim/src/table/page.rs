@@ -11,7 +11,7 @@ use std::ops::Deref;
 use std::ptr::{self, NonNull};
 
 use crossbeam_epoch::Guard;
-use dirtymap::sync::Ordering;
+use dirtymap::sync::{Ordering, TINY};
 
 use super::slab::{Beside, Place, Slab};
 use super::{child, is_leaf};
@@ -57,6 +57,12 @@ impl<'g> Node<'g> {
         self.beside.below().is_some()
     }
 
+    /// Whether the place for the table of entry `nth` is free.
+    #[cfg(all(test, not(dirtymap_loom)))]
+    pub(super) fn is_free(self, nth: usize) -> bool {
+        self.beside.below().is_some_and(|slab| slab.is_free(nth))
+    }
+
     /// A hold on the table, which is of `level`.
     pub(super) fn hold<F: Format>(self, level: u32) -> TableRef<F> {
         self.beside.hold();
@@ -95,7 +101,7 @@ impl<F: Format> TableRef<F> {
 
     /// Tables that the processor would have to find one by one if they did not lie side by side. Larger ones are worth no slab:
     /// it would take 32 MiB and more. The model checker has them for one format.
-    const IN_SLABS: bool = match cfg!(dirtymap_loom) {
+    const IN_SLABS: bool = match TINY {
         true => F::INDEX_LG2 == 2,
         false => F::TABLE_LG2 == 12,
     };
@@ -217,6 +223,10 @@ impl<F: Format> TableRef<F> {
     #[inline]
     pub(super) unsafe fn entries_at<'g>(address: u64) -> &'g [AtomicIopte] {
         let entries = ptr::with_exposed_provenance::<AtomicIopte>(address as usize);
+        if cfg!(dirtymap_loom) && !Self::IN_SLABS {
+            // SAFETY: a table outside of slabs: `new` wrote it behind the entries, and the caller has the table alive.
+            unsafe { &*entries.wrapping_add(Self::ENTRIES).cast::<Beside>() }.look();
+        }
         // SAFETY: `make_absent` made so many initialised entries there, with the provenance that `address` exposed; they are
         // atomics, shared by all, and live as long as the caller says.
         unsafe { std::slice::from_raw_parts(entries, Self::ENTRIES) }
@@ -265,6 +275,14 @@ pub(super) unsafe fn held_by<F: Format>(above: Node<'_>, entry: Iopte, level: u3
         beside: beside_of::<F>(above.beside, address),
         level: level - 1,
         format: PhantomData,
+    }
+}
+
+impl<F: Format> TableRef<F> {
+    /// What freeing the table at once would do to those who are inside, without freeing it: for models.
+    pub(super) fn end_too_early(self) {
+        self.node().beside.end();
+        self.leak();
     }
 }
 

@@ -24,10 +24,12 @@
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::ptr::{self, NonNull};
 
-use dirtymap::sync::{AtomicBool, AtomicPtr, AtomicU64, Ordering, Step, fence, performs};
+use dirtymap::sync::{
+    AtomicBool, AtomicPtr, AtomicU64, Ordering, Step, TINY, Witness, fence, performs,
+};
 
 /// From so many tables below a table on they lie in a slab. In the model checker, all do.
-pub(super) const FEW: u64 = if cfg!(dirtymap_loom) { 1 } else { 8 };
+pub(super) const FEW: u64 = if TINY { 1 } else { 8 };
 
 /// No table: the place is free.
 const FREE: u64 = 0;
@@ -46,6 +48,8 @@ pub(super) struct Beside {
     made: AtomicU64,
     /// There never is a slab below.
     apart: AtomicBool,
+    /// Of the table.
+    witness: Witness,
 }
 
 impl Beside {
@@ -56,6 +60,7 @@ impl Beside {
             below: AtomicPtr::new(ptr::null_mut()),
             made: AtomicU64::new(0),
             apart: AtomicBool::new(false),
+            witness: Witness::new(),
         }
     }
 
@@ -86,8 +91,20 @@ impl Beside {
         if last {
             // Acquire: pairs with the Release of all who let go before.
             fence(Ordering::Acquire);
+            self.end();
         }
         last
+    }
+
+    /// Somebody has reached the table.
+    #[inline]
+    pub(super) fn look(&self) {
+        self.witness.look();
+    }
+
+    /// Nobody may reach the table from now on.
+    pub(super) fn end(&self) {
+        self.witness.end();
     }
 
     /// The slab that the table lies in, or null.
@@ -216,7 +233,13 @@ impl Slab {
         beside.below.store(ptr::null_mut(), Ordering::Relaxed);
         beside.made.store(0, Ordering::Relaxed);
         beside.apart.store(apart, Ordering::Relaxed);
+        beside.witness.again();
         Some(Place::Free(memory, beside))
+    }
+
+    #[cfg(all(test, not(dirtymap_loom)))]
+    pub(super) fn is_free(&self, nth: usize) -> bool {
+        self.beside[nth].holders.load(Ordering::Acquire) == FREE
     }
 
     /// The place of `beside` is free.

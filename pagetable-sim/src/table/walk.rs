@@ -10,7 +10,7 @@
 //! translates the address is another matter: after it was retired, only an invalidation that names pointers to tables
 //! makes devices forget it.
 
-use dirtymap::sync::Ordering;
+use dirtymap::sync::{Ordering, Step, weaken};
 use dirtymap::{Iova, IovaRange};
 
 #[cfg(all(test, not(dirtymap_loom)))]
@@ -95,7 +95,8 @@ impl<F: Format> Table<F> {
                 }
                 // Release on success: whoever sees what we set below, by Acquire, sees A above as well. Acquire, both: as
                 // the load above, for what we derive from the entry or look at anew.
-                match slot.replace(entry, noted, Ordering::AcqRel, Ordering::Acquire) {
+                let order = weaken(Step::AccessedAboveDirty, Ordering::AcqRel);
+                match slot.replace(entry, noted, order, Ordering::Acquire) {
                     Ok(()) => break,
                     Err(now) => entry = now,
                 }

@@ -396,6 +396,20 @@ pub enum Format {
     Riscv,
 }
 
+/// Makes the enumeration and its list from one source: a sabotage that is not run is one that is not there.
+macro_rules! listed {
+    ($(#[$of_all:meta])* pub enum $name:ident { $($(#[$of_one:meta])* $one:ident,)+ }) => {
+        $(#[$of_all])*
+        pub enum $name { $($(#[$of_one])* $one,)+ }
+
+        impl $name {
+            /// All of them.
+            pub const ALL: &'static [$name] = &[$($name::$one,)+];
+        }
+    };
+}
+
+listed! {
 /// What can be broken, to show that it is noticed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Sabotage {
@@ -432,4 +446,5 @@ pub enum Sabotage {
     ForgetGuards,
     /// A consumer that crashes takes its lease with it.
     LeakLease,
+}
 }

@@ -74,7 +74,7 @@ struct Weak {
 
 /// Explores the model, weakened as `weakness` says.
 pub(super) fn explore_with(weakness: Option<&'static str>) -> Outcome {
-    let weak = |name| weakness == Some(name);
+    let weak = super::chosen(weakness, WEAKNESSES);
     let weak = Weak {
         put_back_first: weak("an abort puts back before it hands over its debt"),
         join_running: weak("a flush that has begun stands for a debt that came later"),

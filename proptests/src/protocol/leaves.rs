@@ -89,7 +89,7 @@ struct Weak {
 
 /// Explores the model, weakened as `weakness` says.
 pub(super) fn explore_with(weakness: Option<&'static str>) -> Outcome {
-    let weak = |name| weakness == Some(name);
+    let weak = super::chosen(weakness, WEAKNESSES);
     let weak = Weak {
         clean_split: weak("a split starts clean"),
         blind_split: weak("a split replaces the leaf without looking at D again"),

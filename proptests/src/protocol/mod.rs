@@ -81,6 +81,14 @@ pub fn cases() -> Vec<Case> {
     cases
 }
 
+/// Says of each name whether it is the weakness of this run. A name that is not in the list of its model would never be run.
+fn chosen(weakness: Option<&str>, all: &[&str]) -> impl Fn(&str) -> bool {
+    move |name| {
+        assert!(all.contains(&name), "no weakness is called {name:?}");
+        weakness == Some(name)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::cases;

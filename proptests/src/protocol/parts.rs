@@ -92,7 +92,7 @@ struct Weak {
 
 /// Explores the model, weakened as `weakness` says.
 pub(super) fn explore_with(weakness: Option<&'static str>) -> Outcome {
-    let weak = |name| weakness == Some(name);
+    let weak = super::chosen(weakness, WEAKNESSES);
     let weak = Weak {
         no_guard: weak("no guard over the rest")
             || weak("the rest is kept before D goes, and no guard"),

@@ -94,7 +94,7 @@ struct Weak {
 
 /// Explores the model, weakened as `weakness` says.
 pub(super) fn explore_with(weakness: Option<&'static str>) -> Outcome {
-    let weak = |name| weakness == Some(name);
+    let weak = super::chosen(weakness, WEAKNESSES);
     let weak = Weak {
         early_look: weak("a look before the flush counts"),
         leaf_only: weak("the flush leaves upper entries cached"),

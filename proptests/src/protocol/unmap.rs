@@ -47,7 +47,7 @@ struct State {
 
 /// Explores the model, weakened as `weakness` says.
 pub(super) fn explore_with(weakness: Option<&'static str>) -> Outcome {
-    let weak = |name| weakness == Some(name);
+    let weak = super::chosen(weakness, WEAKNESSES);
     let in_two_steps = weak("reads D, then removes the leaf");
     let copy_early = weak("copies before the flush");
     let no_drain = weak("flushes without draining");

@@ -1,0 +1,412 @@
+//! Runs models: the protocol as it is, and with single steps left out.
+//!
+//! A model says whether the contract held, instead of panicking: a panic unwinds through objects of the model checker.
+
+use std::any::type_name;
+use std::io::Write;
+use std::sync::Mutex as StdMutex;
+use std::sync::atomic::{AtomicBool as StdBool, AtomicUsize as StdUsize, Ordering::SeqCst};
+
+use super::{Step, leave_out};
+
+/// One model at a time: the step that is left out is global, and so are the counts.
+static ONE_AT_A_TIME: StdMutex<()> = StdMutex::new(());
+
+static EXECUTIONS: StdUsize = StdUsize::new(0);
+static FAILURES: StdUsize = StdUsize::new(0);
+
+/// A [`Witness`](super::Witness) has seen a race in this execution.
+static BROKEN: StdBool = StdBool::new(false);
+
+/// This execution broke the memory model, whatever the model says in the end.
+pub fn broken() {
+    BROKEN.store(true, SeqCst);
+}
+
+/// Whether it did.
+pub fn is_broken() -> bool {
+    BROKEN.load(SeqCst)
+}
+
+/// What an exploration found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Explored {
+    /// Executions that were looked at.
+    pub executions: usize,
+    /// How many of them broke the contract.
+    pub failures: usize,
+}
+
+/// Whether more is asked for than in the runs of every day.
+pub fn is_deep() -> bool {
+    std::env::var_os("DIRTYMAP_DEEP").is_some()
+}
+
+/// One execution of `model`, counted.
+fn count(model: impl Fn() -> bool) {
+    BROKEN.store(false, SeqCst);
+    EXECUTIONS.fetch_add(1, SeqCst);
+    let held = model();
+    if !held || is_broken() {
+        FAILURES.fetch_add(1, SeqCst);
+    }
+}
+
+fn counted(explore: impl FnOnce()) -> Explored {
+    EXECUTIONS.store(0, SeqCst);
+    FAILURES.store(0, SeqCst);
+    explore();
+    Explored {
+        executions: EXECUTIONS.load(SeqCst),
+        failures: FAILURES.load(SeqCst),
+    }
+}
+
+/// The name of the function that is, or contains, `M`.
+pub fn name_of<M>(_: &M) -> &'static str {
+    let name = type_name::<M>();
+    let name = name.split('<').next().unwrap_or(name);
+    let mut parts = name.rsplit("::").filter(|part| *part != "{{closure}}");
+    parts.next().unwrap_or(name)
+}
+
+/// Says in the file that `DIRTYMAP_CAUGHT` names, if it does, that `model` fails without `step`.
+///
+/// # Panics
+/// If the file cannot be written: a run whose record is lost proves less than it says.
+pub fn caught(step: Step, model: &str) {
+    let Some(path) = std::env::var_os("DIRTYMAP_CAUGHT") else {
+        return;
+    };
+    let line = format!("{step:?} {model}\n");
+    let file = std::fs::File::options()
+        .create(true)
+        .append(true)
+        .open(path);
+    let written = file.and_then(|mut file| file.write_all(line.as_bytes()));
+    assert!(written.is_ok(), "no record of what was caught: {written:?}");
+}
+
+/// Whether `access` panics, which says nothing: it is what the model checker does at a race that a witness has seen.
+#[cfg(dirtymap_loom)]
+pub(super) fn panics(access: impl FnOnce()) -> bool {
+    static SILENT: StdBool = StdBool::new(false);
+    // Put once in front of what is there: the model checkers have hooks of their own.
+    static FILTER: std::sync::Once = std::sync::Once::new();
+    FILTER.call_once(|| {
+        let others = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !SILENT.load(SeqCst) {
+                others(panic);
+            }
+        }));
+    });
+    let before = SILENT.swap(true, SeqCst);
+    let panics = std::panic::catch_unwind(std::panic::AssertUnwindSafe(access)).is_err();
+    SILENT.store(before, SeqCst);
+    panics
+}
+
+/// Restores the protocol, also when an exploration panics.
+struct Restore;
+
+impl Drop for Restore {
+    fn drop(&mut self) {
+        leave_out(None);
+    }
+}
+
+/// Numbers that look random and are the same in every run (splitmix64): what a seed decides besides the schedule.
+#[derive(Clone, Debug)]
+pub struct Random(u64);
+
+impl Random {
+    /// The numbers of `seed`.
+    pub fn new(seed: u64) -> Self {
+        Random(seed)
+    }
+
+    /// The next number below `bound`, which is not 0.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        (mixed ^ (mixed >> 31)) % bound
+    }
+}
+
+/// The one seed that `DIRTYMAP_SEED` asks for, or else `count` of them.
+///
+/// # Panics
+/// If that is no number.
+pub fn seeds(count: u64) -> std::ops::Range<u64> {
+    match std::env::var("DIRTYMAP_SEED") {
+        Ok(seed) => match seed.parse() {
+            Ok(seed) => seed..seed + 1,
+            Err(_) => panic!("DIRTYMAP_SEED={seed} is no number"),
+        },
+        Err(_) => 0..count,
+    }
+}
+
+#[cfg(dirtymap_loom)]
+mod imp {
+    use super::*;
+
+    /// Set in the processes of [`breaks_without`].
+    const ALONE: &str = "DIRTYMAP_WITHOUT";
+
+    /// How many preemptions an execution may have.
+    #[derive(Clone, Copy, Debug)]
+    pub struct Bound {
+        least: usize,
+        most: usize,
+        executions: Option<usize>,
+    }
+
+    impl Bound {
+        /// As many as `LOOM_MAX_PREEMPTIONS` says.
+        pub const USUAL: Bound = Bound::between(0, usize::MAX);
+
+        /// At least `least`, as fewer show nothing, and at most `most`, as more take too long. One more in deep runs.
+        pub const fn between(least: usize, most: usize) -> Self {
+            Bound {
+                least,
+                most,
+                executions: None,
+            }
+        }
+
+        /// Of so many executions no more.
+        pub const fn up_to(self, executions: usize) -> Self {
+            Bound {
+                executions: Some(executions),
+                ..self
+            }
+        }
+
+        fn builder(self) -> loom::model::Builder {
+            let mut builder = loom::model::Builder::new();
+            builder.max_branches = 20_000;
+            let most = self.most.saturating_add(usize::from(is_deep()));
+            let usual = builder.preemption_bound.unwrap_or(3);
+            builder.preemption_bound = Some(usual.max(self.least).min(most));
+            builder
+        }
+    }
+
+    /// Explores `model` as it is: it must hold in every execution. Then without each of `steps`: it must fail in one. The
+    /// model says whether the contract held.
+    ///
+    /// # Panics
+    /// If one of this is not so, or there is only one execution: then there was nothing to explore.
+    pub fn holds_only_with<M>(steps: &[Step], model: M)
+    where
+        M: Fn() -> bool + Sync + Send + Copy + 'static,
+    {
+        holds_within(Bound::USUAL, steps, model);
+    }
+
+    /// As [`holds_only_with`], within a bound of its own.
+    ///
+    /// # Panics
+    /// As [`holds_only_with`].
+    pub fn holds_within<M>(bound: Bound, steps: &[Step], model: M)
+    where
+        M: Fn() -> bool + Sync + Send + Copy + 'static,
+    {
+        let name = name_of(&model);
+        if std::env::var_os(ALONE).is_some() {
+            return; // in a process for another model of the same test
+        }
+        let whole = explore(bound, None, model);
+        println!("{name} holds in {} executions", whole.executions);
+        assert!(whole.executions > 1, "{name} explored nothing");
+        assert_eq!(whole.failures, 0, "{name}: the contract is broken");
+        fails_without(bound, steps, model);
+    }
+
+    /// The second half of [`holds_within`].
+    ///
+    /// # Panics
+    /// As [`holds_only_with`].
+    pub fn fails_without<M>(bound: Bound, steps: &[Step], model: M)
+    where
+        M: Fn() -> bool + Sync + Send + Copy + 'static,
+    {
+        let name = name_of(&model);
+        for step in steps {
+            let broken = explore(bound, Some(*step), model);
+            let Explored {
+                executions,
+                failures,
+            } = broken;
+            println!("{name} without {step:?}: fails in {failures} of {executions} executions");
+            assert!(
+                failures > 0,
+                "{name} still holds without {step:?}: it proves nothing"
+            );
+            caught(*step, name);
+        }
+    }
+
+    /// The same, of a step without which the model checker itself stops, in the middle of objects that do not unwind: the test
+    /// `test`, which calls this, is run again in a process of its own, which must die of a race or a deadlock.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub fn breaks_without<M>(step: Step, test: &str, model: M)
+    where
+        M: Fn() -> bool + Sync + Send + Copy + 'static,
+    {
+        let name = name_of(&model);
+        if std::env::var_os(ALONE).is_some() {
+            leave_out(Some(step));
+            Bound::USUAL.builder().check(move || count(model));
+            return;
+        }
+        let run = std::env::current_exe().and_then(|this| {
+            std::process::Command::new(this)
+                .args([test, "--exact", "--nocapture"])
+                .env(ALONE, format!("{step:?}"))
+                .output()
+        });
+        let dies = run.is_ok_and(|run| {
+            !run.status.success()
+                && ["Causality violation", "deadlock"]
+                    .iter()
+                    .any(|end| String::from_utf8_lossy(&run.stderr).contains(end))
+        });
+        assert!(
+            dies,
+            "{name} still holds without {step:?}: it proves nothing"
+        );
+        println!("{name} without {step:?}: a race or a deadlock");
+        caught(step, name);
+    }
+
+    /// Executions of `model` without `step`. All of them; or, of a model that is to fail, so many that it did.
+    pub fn explore<M>(bound: Bound, step: Option<Step>, model: M) -> Explored
+    where
+        M: Fn() -> bool + Sync + Send + Copy + 'static,
+    {
+        let _one = ONE_AT_A_TIME.lock().unwrap_or_else(|e| e.into_inner());
+        let _restore = Restore;
+        leave_out(step);
+        let up_to = |permutations: Option<usize>| {
+            let mut builder = bound.builder();
+            builder.max_permutations = permutations;
+            // The bound is looked at where a checkpoint would be.
+            builder.checkpoint_interval = permutations.unwrap_or(usize::MAX);
+            let check = || builder.check(move || count(model));
+            counted(|| match step {
+                None => check(),
+                // The model checker panics at a race, which is as good a failure as any.
+                Some(_) if panics(check) => {
+                    FAILURES.fetch_add(1, SeqCst);
+                }
+                Some(_) => (),
+            })
+        };
+        let first = step.is_some().then_some([100, 2_000, 40_000]);
+        let fewer = |permutations: &usize| bound.executions.is_none_or(|most| *permutations < most);
+        for permutations in first.into_iter().flatten().filter(fewer) {
+            let explored = up_to(Some(permutations));
+            if explored.failures > 0 || explored.executions + 1 < permutations {
+                return explored;
+            }
+        }
+        up_to(bound.executions)
+    }
+}
+
+#[cfg(dirtymap_shuttle)]
+mod imp {
+    use super::*;
+    use shuttle::scheduler::{PctScheduler, RandomScheduler, Scheduler};
+    use shuttle::{Config, FailurePersistence, Runner};
+
+    /// Preemptions that the PCT scheduler places, plus one.
+    const DEPTH: usize = 4;
+    /// Executions of it for a seed: the first one tells it how long they are.
+    const EXECUTIONS: usize = 4;
+
+    /// Runs `model` under the random and the PCT scheduler for `count` seeds (`DIRTYMAP_SEED` for one): it must hold. Then
+    /// without each of `steps` until it fails, for ten times as many seeds at most. The model is given the seed, and says
+    /// whether the contract held.
+    ///
+    /// # Panics
+    /// If one of this is not so.
+    pub fn holds_only_with<M>(count: u64, steps: &[Step], model: M)
+    where
+        M: Fn(u64) -> bool + Sync + Send + Copy + 'static,
+    {
+        let _one = ONE_AT_A_TIME.lock().unwrap_or_else(|e| e.into_inner());
+        let _restore = Restore;
+        let name = name_of(&model);
+        let count = if is_deep() { count * 20 } else { count };
+        let mut executions = 0;
+        for seed in seeds(count) {
+            for (scheduler, explored) in explore(seed, model) {
+                executions += explored.executions;
+                assert_eq!(
+                    explored.failures, 0,
+                    "{name} does not hold: seed {seed}, {scheduler} scheduler; DIRTYMAP_SEED={seed} repeats it"
+                );
+            }
+        }
+        println!("{name} holds in {executions} executions");
+        for step in steps {
+            leave_out(Some(*step));
+            let found = seeds(count * 10).find_map(|seed| {
+                let of = |explored: Explored| explored.failures > 0;
+                let failed = explore(seed, model).into_iter().find(|(_, e)| of(*e));
+                failed.map(|(scheduler, _)| (seed, scheduler))
+            });
+            match found {
+                Some((seed, scheduler)) => {
+                    println!(
+                        "{name} without {step:?}: fails at seed {seed}, {scheduler} scheduler"
+                    );
+                    caught(*step, name);
+                }
+                None => panic!("{name} still holds without {step:?}: it proves nothing"),
+            }
+        }
+    }
+
+    /// What one seed finds, by scheduler.
+    fn explore<M>(seed: u64, model: M) -> [(&'static str, Explored); 2]
+    where
+        M: Fn(u64) -> bool + Sync + Send + Copy + 'static,
+    {
+        let random = RandomScheduler::new_from_seed(seed, 1);
+        let pct = PctScheduler::new_from_seed(seed, DEPTH, EXECUTIONS);
+        [
+            ("random", run(random, seed, model)),
+            ("PCT", run(pct, seed, model)),
+        ]
+    }
+
+    fn run<M>(scheduler: impl Scheduler + 'static, seed: u64, model: M) -> Explored
+    where
+        M: Fn(u64) -> bool + Sync + Send + Copy + 'static,
+    {
+        let mut config = Config::new();
+        config.stack_size = 1 << 19;
+        config.failure_persistence = FailurePersistence::None;
+        let runner = Runner::new(scheduler, config);
+        counted(|| {
+            runner.run(move || {
+                count(|| model(seed));
+                // All threads of an execution are one to the epoch, which outlives it: what they have left behind must not run
+                // in another one.
+                for _ in 0..64 {
+                    crossbeam_epoch::pin().flush();
+                }
+            });
+        })
+    }
+}
+
+pub use imp::*;
