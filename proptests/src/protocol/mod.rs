@@ -14,6 +14,7 @@
 //! | `leases` | a device, two harvesters that share a flush queue, commit and abort | no lost write, abort puts back, copy after sync |
 //! | `parts` | a device, two harvesters that ask for different pages of one leaf | no lost write, partial leaves |
 //! | `unmap` | a device, a harvester, an unmap that returns what is dirty | no lost write, no reuse before flush |
+//! | `ring` | a guest, two harvesters that take its pages out of KVM's ring | no lost write, copy after sync |
 //! | `leaves` | a device, a harvester, a thread that splits and merges leaves | no lost write |
 //!
 //! A state is bad if the device has stopped, nobody is in the middle of anything, nothing is dirty any more, and what was
@@ -26,6 +27,7 @@ mod leases;
 mod leaves;
 mod machine;
 mod parts;
+mod ring;
 mod skip;
 mod unmap;
 
@@ -60,12 +62,13 @@ pub fn cases() -> Vec<Case> {
         &'static [&'static str],
         fn(Option<&'static str>) -> Outcome,
     );
-    let models: [Model; 5] = [
+    let models: [Model; 6] = [
         ("skip", skip::WEAKNESSES, skip::explore_with),
         ("leases", leases::WEAKNESSES, leases::explore_with),
         ("parts", parts::WEAKNESSES, parts::explore_with),
         ("unmap", unmap::WEAKNESSES, unmap::explore_with),
         ("leaves", leaves::WEAKNESSES, leaves::explore_with),
+        ("ring", ring::WEAKNESSES, ring::explore_with),
     ];
     let mut cases = Vec::new();
     for (model, weaknesses, run) in models {
