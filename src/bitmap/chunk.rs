@@ -40,9 +40,30 @@ const LINE_LG2: u32 = if cfg!(dirtymap_loom) { 0 } else { 3 };
 pub(super) const BLOCK_LG2: u32 = if cfg!(dirtymap_loom) { 0 } else { 3 };
 /// Bits of a line.
 pub(super) const LINE_BITS: u64 = 64 << LINE_LG2;
-const LINE_WORDS: usize = 1 << LINE_LG2;
+/// Words of a line.
+pub(crate) const LINE_WORDS: usize = 1 << LINE_LG2;
 /// Bits of a chunk.
 const CHUNK_BITS: u64 = 64 << WORDS_LG2;
+
+/// Who gets the bits that a harvest takes, before they are cleared.
+pub(crate) trait Visitor<E> {
+    /// The bits of `seen`, some of the word that begins with `bit`.
+    fn word(&mut self, bit: u64, seen: u64) -> Result<(), E>;
+
+    /// The words of a line that begins with `bit`; `found` says which of them are not 0. If it does not want them so, they come
+    /// one by one.
+    #[inline]
+    fn line(&mut self, _bit: u64, _seen: &[u64; LINE_WORDS], _found: u64) -> bool {
+        false
+    }
+}
+
+impl<E, F: FnMut(u64, u64) -> Result<(), E>> Visitor<E> for F {
+    #[inline]
+    fn word(&mut self, bit: u64, seen: u64) -> Result<(), E> {
+        self(bit, seen)
+    }
+}
 
 /// One page of bitmap.
 #[repr(align(64))]
@@ -173,14 +194,15 @@ impl Slot<'_> {
         }
     }
 
-    /// Takes the bits `first..=last`: see [`ChunkMap::take`](super::ChunkMap::take).
+    /// Takes the bits `first..=last` of `chunk`, which begins with bit `base`: see [`ChunkMap::take`](super::ChunkMap::take).
     #[inline]
     pub(super) fn take<E>(
         self,
         chunk: &Chunk,
+        base: u64,
         first: u64,
         last: u64,
-        visit: &mut impl FnMut(u64, u64) -> Result<(), E>,
+        visitor: &mut impl Visitor<E>,
     ) -> Result<(), E> {
         // Relaxed: as in `has_any`.
         let seen = self.summary.load(Ordering::Relaxed) & lines(first, last);
@@ -196,7 +218,7 @@ impl Slot<'_> {
         while left != 0 {
             let line = left.trailing_zeros() as usize;
             left &= left - 1;
-            visit_line::<true, E>(chunk, line, first, last, visit)?;
+            visit_line::<true, E>(chunk, base, line, first, last, visitor)?;
             if early {
                 cleared.lines &= !(1 << line);
             }
@@ -208,20 +230,21 @@ impl Slot<'_> {
         Ok(())
     }
 
-    /// Looks at the bits `first..=last`: see [`ChunkMap::peek`](super::ChunkMap::peek).
+    /// Looks at the bits `first..=last`, as [`take`](Self::take): see [`ChunkMap::peek`](super::ChunkMap::peek).
     pub(super) fn peek<E>(
         self,
         chunk: &Chunk,
+        base: u64,
         first: u64,
         last: u64,
-        visit: &mut impl FnMut(u64, u64) -> Result<(), E>,
+        visitor: &mut impl Visitor<E>,
     ) -> Result<(), E> {
         // Relaxed: as in `has_any`.
         let mut left = self.summary.load(Ordering::Relaxed) & lines(first, last);
         while left != 0 {
             let line = left.trailing_zeros() as usize;
             left &= left - 1;
-            visit_line::<false, E>(chunk, line, first, last, visit)?;
+            visit_line::<false, E>(chunk, base, line, first, last, visitor)?;
         }
         Ok(())
     }
@@ -257,30 +280,40 @@ impl Drop for Cleared<'_> {
     }
 }
 
-/// Calls `visit` for each word of `line` that has bits of `first..=last`, and clears these after the call if `TAKE`.
+/// Gives `visitor` the words of `line` that have bits of `first..=last`, and clears these after the call if `TAKE`.
 #[inline]
 fn visit_line<const TAKE: bool, E>(
     chunk: &Chunk,
+    base: u64,
     line: usize,
     first: u64,
     last: u64,
-    visit: &mut impl FnMut(u64, u64) -> Result<(), E>,
+    visitor: &mut impl Visitor<E>,
 ) -> Result<(), E> {
     let words = &chunk.0[line * LINE_WORDS..][..LINE_WORDS];
     let start = line as u64 * LINE_BITS;
+    // Relaxed: F5 orders the looks after the clear of the summary; what is found is taken by the fetch_and.
+    let seen: [u64; LINE_WORDS] = std::array::from_fn(|nth| words[nth].load(Ordering::Relaxed));
     // Which words have bits, without a branch for each.
     let mut found = 0u64;
-    for (nth, word) in words.iter().enumerate() {
-        // Relaxed, here and below: F5 orders the looks after the clear of the summary; what is found is taken by the fetch_and.
-        found |= u64::from(word.load(Ordering::Relaxed) != 0) << nth;
+    for (nth, seen) in seen.iter().enumerate() {
+        found |= u64::from(*seen != 0) << nth;
     }
     let inside = first <= start && start + (LINE_BITS - 1) <= last;
-    while found != 0 {
-        let nth = found.trailing_zeros() as u64;
-        found &= found - 1;
-        let bit = start + nth * 64;
-        let word = &words[nth as usize];
-        let mut seen = word.load(Ordering::Relaxed);
+    // A locked operation waits for the stores before it: so all words of a line are recorded first, and cleared then.
+    if TAKE
+        && inside
+        && found & found.wrapping_sub(1) != 0
+        && visitor.line(base + start, &seen, found)
+    {
+        for nth in ones(found) {
+            clear(&words[nth], seen[nth]);
+        }
+        return Ok(());
+    }
+    for nth in ones(found) {
+        let bit = start + nth as u64 * 64;
+        let mut seen = seen[nth];
         if !inside {
             if bit + 63 < first || last < bit {
                 continue;
@@ -291,14 +324,31 @@ fn visit_line<const TAKE: bool, E>(
         if seen == 0 {
             continue;
         }
-        visit(bit, seen)?;
+        visitor.word(base + bit, seen)?;
         if TAKE {
-            // Acquire: pairs with the Release of `set`; Release: a marker that sees the bit gone sees what the visit did.
-            // Clears what was visited and no more: a bit set in between stays for the next harvest.
-            word.fetch_and(!seen, Ordering::AcqRel);
+            clear(&words[nth], seen);
         }
     }
     Ok(())
+}
+
+/// Clears the bits of `seen`, which were visited, and no more: a bit that was set in between stays for the next harvest.
+#[inline(always)]
+fn clear(word: &AtomicU64, seen: u64) {
+    // Acquire: pairs with the Release of `set`; Release: a marker that sees the bit gone sees what the visit did.
+    word.fetch_and(!seen, Ordering::AcqRel);
+}
+
+/// The numbers of the bits of `mask`.
+#[inline(always)]
+pub(super) fn ones(mut mask: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let nth = mask.trailing_zeros() as usize;
+        (mask != 0).then(|| {
+            mask &= mask - 1;
+            nth
+        })
+    })
 }
 
 /// The lines that the bits `first..=last` touch.

@@ -16,7 +16,7 @@
 use std::marker::PhantomData;
 use std::ptr::{self, NonNull};
 
-use super::chunk::{BLOCK_LG2, Block, Chunk, LINE_BITS, Slot, WORDS_LG2};
+use super::chunk::{BLOCK_LG2, Block, Chunk, LINE_BITS, Slot, Visitor, WORDS_LG2};
 use super::{slab, word_mask};
 use crate::sync::{AtomicPtr, AtomicU64, Ordering};
 
@@ -158,17 +158,17 @@ impl ChunkMap {
             .set_word(word, first, mask, fence);
     }
 
-    /// Takes the bits of `first..=last`: calls `visit` for each word that has some, with the word's first bit and those bits, in
+    /// Takes the bits of `first..=last`: gives `visitor` each word that has some, with the word's first bit and those bits, in
     /// order, and clears them after the call.
     ///
     /// # Errors
-    /// Those of `visit`; the bits of that word and of the words behind it stay.
+    /// Those of `visitor`; the bits of that word and of the words behind it stay.
     #[inline]
     pub(crate) fn take<E>(
         &self,
         first: u64,
         last: u64,
-        mut visit: impl FnMut(u64, u64) -> Result<(), E>,
+        mut visitor: impl Visitor<E>,
     ) -> Result<(), E> {
         // The last line of the bitmap is asked for as a whole, too, where it is not one: there are no bits behind.
         let last = if last == self.last {
@@ -177,22 +177,22 @@ impl ChunkMap {
             last
         };
         self.walk(first, last, |slot, chunk, base, from, to| {
-            slot.take(chunk, from, to, &mut |bit, seen| visit(base + bit, seen))
+            slot.take(chunk, base, from, to, &mut visitor)
         })
     }
 
     /// As [`take`](Self::take), and clears nothing.
     ///
     /// # Errors
-    /// Those of `visit`.
+    /// Those of `visitor`.
     pub(crate) fn peek<E>(
         &self,
         first: u64,
         last: u64,
-        mut visit: impl FnMut(u64, u64) -> Result<(), E>,
+        mut visitor: impl Visitor<E>,
     ) -> Result<(), E> {
         self.walk(first, last, |slot, chunk, base, from, to| {
-            slot.peek(chunk, from, to, &mut |bit, seen| visit(base + bit, seen))
+            slot.peek(chunk, base, from, to, &mut visitor)
         })
     }
 

@@ -20,7 +20,7 @@
 //!
 //! A CPU that believes "already dirty" is thus an IOTLB entry, and the fence in `sync` is its flush.
 
-use crate::bitmap::{ChunkMap, OneGroup, Sink, word_runs};
+use crate::bitmap::{ChunkMap, LINE_WORDS, OneGroup, Sink, Visitor, word_runs};
 use crate::error::Error;
 use crate::source::{MarkOrdering, Stopped};
 use crate::sync::{Arc, Step, performs};
@@ -84,14 +84,14 @@ impl Marks {
             && sink.range().covers(range.round_out(self.page))
             && let Some((first, last)) = self.bits_of(range)
         {
-            // Word by word as they are.
-            let record = |bit: u64, mask| match performs(Step::RecordBeforeClear) {
-                true => sink
-                    .or(word.wrapping_add(bit / 64), mask)
-                    .map_err(|error| self.stopped(bit, range, error)),
-                false => Ok(()),
+            // Words as they are.
+            let recorder = Recorder {
+                marks: self,
+                range,
+                sink,
+                word,
             };
-            return self.bits.take(first, last, record);
+            return self.bits.take(first, last, recorder);
         }
         self.visit::<true>(range, |start, mask| {
             if performs(Step::RecordBeforeClear) {
@@ -188,6 +188,33 @@ impl Marks {
     fn bits_of(&self, range: IovaRange) -> Option<(u64, u64)> {
         let inside = range.intersection(self.range)?;
         Some(pages(self.range.start(), self.page, inside))
+    }
+}
+
+/// Writes words of marks down as words of the sink.
+struct Recorder<'r, 's> {
+    marks: &'r Marks,
+    range: IovaRange,
+    sink: &'r mut Sink<'s>,
+    /// The word of the sink, modulo 2^64, that word 0 of the marks is.
+    word: u64,
+}
+
+impl Visitor<Stopped> for Recorder<'_, '_> {
+    #[inline]
+    fn word(&mut self, bit: u64, seen: u64) -> Result<(), Stopped> {
+        if !performs(Step::RecordBeforeClear) {
+            return Ok(());
+        }
+        self.sink
+            .or(self.word.wrapping_add(bit / 64), seen)
+            .map_err(|error| self.marks.stopped(bit, self.range, error))
+    }
+
+    #[inline]
+    fn line(&mut self, bit: u64, seen: &[u64; LINE_WORDS], found: u64) -> bool {
+        self.sink
+            .or_line(self.word.wrapping_add(bit / 64), seen, found)
     }
 }
 
