@@ -176,6 +176,10 @@ pub enum Step {
     SummaryFence,
     /// Looking at the summary when a mark is found set.
     SummaryOnSkip,
+    /// Publishing the words of a chunk that is whole before it is so no more.
+    PublishRest,
+    /// Saying that a chunk is being split before its words are set.
+    AnnounceSplit,
     /// The fence that `membarrier` runs in a thread that marks.
     Membarrier,
     /// Looking at a subtree only after the flush that follows the clear of its accessed bit.

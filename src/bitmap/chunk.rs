@@ -25,6 +25,26 @@
 //! * What it did not take, because recording failed or panicked, it puts back into the summary.
 //! * It looks for a chunk before it clears its summary: a summary that is set may become visible before the chunk does.
 
+//!
+//! # A chunk that is dirty as a whole
+//! Whoever marks all of a chunk sets no word, but its *state*, in the place of M1; its lines in the summary are all of them. Words
+//! count beside: a bit is set if its word has it or its chunk is whole. A state is clean, whole or split, and has a number:
+//!
+//! ```text
+//!            mark                harvest of a part             words are published
+//!  clean n -------> whole n+1 ------------------> split n+1 -----------------------> clean n+1
+//!                    |     ^---------------------------/
+//!                    |         mark, as number n+2
+//!                    \--harvest of all: recorded--> clean n+1
+//! ```
+//!
+//! * A harvester looks at the state behind F5, before the words: dirt only ever goes from the state to the words.
+//! * One that is asked for a part sets all words, and the summary, before the state becomes clean: the rest is dirty at every
+//!   moment. Marks leave it at *whole*, but not at *split*: while words are set, another harvest may take them, one that saw the
+//!   chunk before it was whole and so does not end that state. A mark that had relied on it since would be lost with it.
+//! * A compare-exchange ends the state that was looked at; if a mark or a split came in between, it stays, and dirt is reported
+//!   twice at worst.
+
 use std::ptr;
 
 use super::word_mask;
@@ -44,6 +64,15 @@ pub(super) const LINE_BITS: u64 = 64 << LINE_LG2;
 pub(crate) const LINE_WORDS: usize = 1 << LINE_LG2;
 /// Bits of a chunk.
 const CHUNK_BITS: u64 = 64 << WORDS_LG2;
+/// All lines of a chunk.
+const ALL_LINES: u64 = word_mask(0, (CHUNK_BITS / LINE_BITS - 1) as u32);
+
+/// The lower two bits of a state. 0 is clean.
+const KIND: u64 = 3;
+const WHOLE: u64 = 1;
+const SPLIT: u64 = 2;
+/// What is added to a state for the next number.
+const NEXT: u64 = KIND + 1;
 
 /// Who gets the bits that a harvest takes, before they are cleared.
 pub(crate) trait Visitor<E> {
@@ -81,6 +110,8 @@ pub(super) struct Block {
     summaries: [AtomicU64; 1 << BLOCK_LG2],
     /// Each a [`Chunk`], or null.
     chunks: [AtomicPtr<()>; 1 << BLOCK_LG2],
+    /// Whether all bits of a chunk are set, whatever its words say: see the [module](self).
+    states: [AtomicU64; 1 << BLOCK_LG2],
 }
 
 impl Block {
@@ -88,6 +119,7 @@ impl Block {
         Block {
             summaries: std::array::from_fn(|_| AtomicU64::new(0)),
             chunks: std::array::from_fn(|_| AtomicPtr::new(ptr::null_mut())),
+            states: std::array::from_fn(|_| AtomicU64::new(0)),
         }
     }
 
@@ -105,6 +137,7 @@ impl Block {
         Slot {
             summary: &self.summaries[nth],
             chunk: &self.chunks[nth],
+            state: &self.states[nth],
         }
     }
 
@@ -119,6 +152,7 @@ impl Block {
 pub(super) struct Slot<'a> {
     summary: &'a AtomicU64,
     pub(super) chunk: &'a AtomicPtr<()>,
+    state: &'a AtomicU64,
 }
 
 impl Slot<'_> {
@@ -154,6 +188,42 @@ impl Slot<'_> {
 
     /// As [`set_word`](Self::set_word), for the bits `first..=last`; the caller's fence came before.
     pub(super) fn set(self, chunk: &Chunk, first: u64, last: u64) -> bool {
+        if first == 0 && last == CHUNK_BITS - 1 {
+            return self.set_whole();
+        }
+        self.set_words(chunk, first, last)
+    }
+
+    /// As [`set`](Self::set), of all bits of the chunk.
+    fn set_whole(self) -> bool {
+        // Acquire: pairs with the Release below; whoever made the chunk whole is on the way to the summary. The caller's fence
+        // orders the look after its data write.
+        let mut state = self.state.load(Ordering::Acquire);
+        let mut anew = false;
+        while state & KIND != WHOLE {
+            let whole = (state | KIND) - KIND + NEXT + WHOLE;
+            // Release: pairs with the Acquire of who ends this state; publishes the data that the mark speaks of.
+            match self
+                .state
+                .compare_exchange(state, whole, Ordering::AcqRel, Ordering::Acquire)
+            {
+                Ok(_) => {
+                    anew = true;
+                    break;
+                }
+                Err(newer) => state = newer,
+            }
+        }
+        if performs(Step::GoneFence) {
+            // SeqCst: F3, as in `set_word`.
+            fence(Ordering::SeqCst);
+        }
+        self.summarize(ALL_LINES);
+        anew
+    }
+
+    /// As [`set`](Self::set), word by word.
+    fn set_words(self, chunk: &Chunk, first: u64, last: u64) -> bool {
         let mut anew = false;
         let (from, to) = ((first / 64) as usize, (last / 64) as usize);
         for (index, word) in (from..).zip(&chunk.0[from..=to]) {
@@ -210,11 +280,31 @@ impl Slot<'_> {
             summary: self.summary,
             lines: seen & whole_lines(first, last),
         };
+        if seen == 0 {
+            return Ok(());
+        }
         let early = performs(Step::SummaryFirst);
         if early {
             cleared.clear();
         }
         let mut left = seen;
+        // Acquire: pairs with the Release of `set_whole`, and of who ended the state: then the words are there. Behind F5.
+        let state = self.state.load(Ordering::Acquire);
+        if state & KIND != 0 {
+            left = lines(first, last);
+            if first == 0 && last == CHUNK_BITS - 1 {
+                visit_all(base, 0, last, visitor)?;
+                self.end(state);
+                // All of the words were visited, so what they have goes without another visit.
+                clear_words(chunk);
+                left = 0;
+                if early {
+                    cleared.lines = 0;
+                }
+            } else {
+                self.publish(chunk, state);
+            }
+        }
         while left != 0 {
             let line = left.trailing_zeros() as usize;
             left &= left - 1;
@@ -230,6 +320,43 @@ impl Slot<'_> {
         Ok(())
     }
 
+    /// Moves a state that is not clean to the words. Other harvesters may do the same.
+    #[cold]
+    fn publish(self, chunk: &Chunk, state: u64) {
+        let mut split = state;
+        if state & KIND == WHOLE && performs(Step::AnnounceSplit) {
+            split = state - WHOLE + SPLIT;
+            // AcqRel: as in `end`; the words come behind it. On failure another one has gone on: look at what came of it.
+            let exchange = (Ordering::AcqRel, Ordering::Acquire);
+            match self
+                .state
+                .compare_exchange(state, split, exchange.0, exchange.1)
+            {
+                Ok(_) => {}
+                // Split by another one.
+                Err(newer) if newer == split => {}
+                // Ended, or whole anew: in the latter case the next look finds it. What was seen is in the words, or with who
+                // recorded it.
+                Err(newer) if newer & KIND == 0 => return,
+                Err(newer) => return self.publish(chunk, newer),
+            }
+        }
+        if performs(Step::PublishRest) {
+            self.set_words(chunk, 0, CHUNK_BITS - 1);
+        }
+        self.end(split);
+    }
+
+    /// Makes `state` clean, if it is still there.
+    fn end(self, state: u64) {
+        let clean = state & !KIND;
+        // Release: pairs with the looks at the state; whoever sees it clean sees what the visit did, or the words that are set
+        // instead. Acquire: pairs with the Release of `set_whole`. Relaxed on failure: nothing is read.
+        let _ = self
+            .state
+            .compare_exchange(state, clean, Ordering::AcqRel, Ordering::Relaxed);
+    }
+
     /// Looks at the bits `first..=last`, as [`take`](Self::take): see [`ChunkMap::peek`](super::ChunkMap::peek).
     pub(super) fn peek<E>(
         self,
@@ -241,6 +368,10 @@ impl Slot<'_> {
     ) -> Result<(), E> {
         // Relaxed: as in `has_any`.
         let mut left = self.summary.load(Ordering::Relaxed) & lines(first, last);
+        // Acquire: as in `take`.
+        if left != 0 && self.state.load(Ordering::Acquire) & KIND != 0 {
+            return visit_all(base, first, last, visitor);
+        }
         while left != 0 {
             let line = left.trailing_zeros() as usize;
             left &= left - 1;
@@ -278,6 +409,27 @@ impl Drop for Cleared<'_> {
             self.summary.fetch_or(self.lines, Ordering::Relaxed);
         }
     }
+}
+
+/// Gives `visitor` all bits of `first..=last` of a chunk that begins with `base`.
+fn visit_all<E>(base: u64, first: u64, last: u64, visitor: &mut impl Visitor<E>) -> Result<(), E> {
+    const FULL: [u64; LINE_WORDS] = [u64::MAX; LINE_WORDS];
+    let found = word_mask(0, LINE_WORDS as u32 - 1);
+    let mut bit = first;
+    while bit <= last {
+        let word_last = last.min(bit | 63);
+        if bit.is_multiple_of(LINE_BITS)
+            && bit + (LINE_BITS - 1) <= last
+            && visitor.line(base + bit, &FULL, found)
+        {
+            bit += LINE_BITS;
+            continue;
+        }
+        let mask = word_mask((bit % 64) as u32, (word_last % 64) as u32);
+        visitor.word(base + (bit & !63), mask)?;
+        bit = word_last + 1;
+    }
+    Ok(())
 }
 
 /// Gives `visitor` the words of `line` that have bits of `first..=last`, and clears these after the call if `TAKE`.
@@ -337,6 +489,22 @@ fn visit_line<const TAKE: bool, E>(
 fn clear(word: &AtomicU64, seen: u64) {
     // Acquire: pairs with the Release of `set`; Release: a marker that sees the bit gone sees what the visit did.
     word.fetch_and(!seen, Ordering::AcqRel);
+}
+
+/// Clears the words of a chunk that was visited as a whole.
+fn clear_words(chunk: &Chunk) {
+    for line in chunk.0.chunks(LINE_WORDS) {
+        // Relaxed: as in `visit_line`.
+        let or = |any, word: &AtomicU64| any | word.load(Ordering::Relaxed);
+        if line.iter().fold(0, or) != 0 {
+            for word in line {
+                let seen = word.load(Ordering::Relaxed);
+                if seen != 0 {
+                    clear(word, seen);
+                }
+            }
+        }
+    }
 }
 
 /// The numbers of the bits of `mask`.
