@@ -94,7 +94,8 @@ fn marks_and_harvests_allocate_nothing() {
         area.mark(pages(5, 3)).unwrap();
         space.mark(pages(1 << 15, 70_000)).unwrap();
         drop(space.begin_write(pages(9, 1)).unwrap());
-        for (first, n) in [(0, 1 << 18), (0, 8), (32, 32)] {
+        // The first one splits a chunk of marks that is dirty as a whole.
+        for (first, n) in [(1 << 15, 64), (0, 1 << 18), (0, 8), (32, 32)] {
             source.0.store(true, SeqCst);
             let request = HarvestRequest::new(pages(first, n), Granule::K4);
             let lease = space

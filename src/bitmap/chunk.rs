@@ -26,6 +26,26 @@
 //!   look. So a harvester whose recording can fail secures the place of a line before H1, and leaves the summary of a line alone whose
 //!   place it cannot secure as a whole: see [`Taker`]. Only a panic puts lines back into the summary.
 //! * It looks for a chunk before it clears its summary: a summary that is set may become visible before the chunk does.
+//!
+//! # A chunk that is dirty as a whole
+//! Whoever marks all of a chunk sets no word, but its *state*, in the place of M1; its lines in the summary are all of them. Words
+//! count beside: a bit is set if its word has it or its chunk is whole. A state is clean, whole or split, and has a number:
+//!
+//! ```text
+//!            mark                harvest of a part             words are published
+//!  clean n -------> whole n+1 ------------------> split n+1 -----------------------> clean n+1
+//!                    |     ^---------------------------/
+//!                    |         mark, as number n+2
+//!                    \--harvest of all: recorded--> clean n+1
+//! ```
+//!
+//! * A harvester looks at the state behind F5, before the words: dirt only ever goes from the state to the words. One whose recording can
+//!   fail hides line by line, so it looks behind each F5, and goes by way of the words always.
+//! * One that is asked for a part sets all words, and the summary, before the state becomes clean: the rest is dirty at every
+//!   moment. Marks leave it at *whole*, but not at *split*: while words are set, another harvest may take them, one that saw the
+//!   chunk before it was whole and so does not end that state. A mark that had relied on it since would be lost with it.
+//! * A compare-exchange ends the state that was looked at; if a mark or a split came in between, it stays, and dirt is reported
+//!   twice at worst.
 
 use std::convert::Infallible;
 use std::ptr;
@@ -43,9 +63,73 @@ const LINE_LG2: u32 = if TINY { 0 } else { 3 };
 pub(super) const BLOCK_LG2: u32 = if TINY { 0 } else { 3 };
 /// Bits of a line.
 pub(super) const LINE_BITS: u64 = 64 << LINE_LG2;
-const LINE_WORDS: usize = 1 << LINE_LG2;
+/// Words of a line.
+pub(crate) const LINE_WORDS: usize = 1 << LINE_LG2;
 /// Bits of a chunk.
 const CHUNK_BITS: u64 = 64 << WORDS_LG2;
+/// All lines of a chunk.
+const ALL_LINES: u64 = word_mask(0, (CHUNK_BITS / LINE_BITS - 1) as u32);
+
+/// The lower two bits of a state. 0 is clean.
+const KIND: u64 = 3;
+const WHOLE: u64 = 1;
+const SPLIT: u64 = 2;
+/// What is added to a state for the next number.
+const NEXT: u64 = KIND + 1;
+
+/// Who gets to see bits of a bitmap.
+pub(crate) trait Visitor {
+    /// Why it may not want more.
+    type Error;
+
+    /// Receives the bits of `mask`, of which the lowest one stands for the bit `first` of the bitmap. A harvest clears them after
+    /// that.
+    ///
+    /// # Errors
+    /// They stay as they are.
+    fn visit(&mut self, first: u64, mask: u64) -> Result<(), Self::Error>;
+
+    /// The words of a line that begins with the bit `first`; `found` says which of them are not 0. If it does not want them so,
+    /// they come one by one.
+    #[inline]
+    fn visit_line(&mut self, _first: u64, _words: &[u64; LINE_WORDS], _found: u64) -> bool {
+        false
+    }
+}
+
+impl<E, F: FnMut(u64, u64) -> Result<(), E>> Visitor for F {
+    type Error = E;
+
+    #[inline]
+    fn visit(&mut self, first: u64, mask: u64) -> Result<(), E> {
+        self(first, mask)
+    }
+}
+
+/// Who takes bits out of a bitmap: what it has visited is cleared.
+pub(crate) trait Taker: Visitor {
+    /// Whether [`visit`](Visitor::visit) may fail.
+    fn may_fail(&self) -> bool;
+
+    /// Makes sure, if it can, that no visit of the bits `first..=last` fails until something else is secured; whether it could.
+    ///
+    /// # Errors
+    /// Those of `visit`; nothing is hidden from others then.
+    fn secure(&mut self, first: u64, last: u64) -> Result<bool, Self::Error>;
+}
+
+/// What cannot fail has nothing to secure.
+impl<F: FnMut(u64, u64) -> Result<(), Infallible>> Taker for F {
+    #[inline]
+    fn may_fail(&self) -> bool {
+        false
+    }
+
+    #[inline]
+    fn secure(&mut self, _: u64, _: u64) -> Result<bool, Infallible> {
+        Ok(true)
+    }
+}
 
 /// One page of bitmap.
 #[repr(align(64))]
@@ -63,6 +147,8 @@ pub(super) struct Block {
     summaries: [AtomicU64; 1 << BLOCK_LG2],
     /// Each a [`Chunk`], or null.
     chunks: [AtomicPtr<()>; 1 << BLOCK_LG2],
+    /// Whether all bits of a chunk are set, whatever its words say: see the [module](self).
+    states: [AtomicU64; 1 << BLOCK_LG2],
 }
 
 impl Block {
@@ -70,6 +156,7 @@ impl Block {
         Block {
             summaries: std::array::from_fn(|_| AtomicU64::new(0)),
             chunks: std::array::from_fn(|_| AtomicPtr::new(ptr::null_mut())),
+            states: std::array::from_fn(|_| AtomicU64::new(0)),
         }
     }
 
@@ -87,6 +174,7 @@ impl Block {
         Slot {
             summary: &self.summaries[nth],
             chunk: &self.chunks[nth],
+            state: &self.states[nth],
         }
     }
 
@@ -96,51 +184,12 @@ impl Block {
     }
 }
 
-/// Who takes bits out of a bitmap.
-pub(crate) trait Taker {
-    /// Why it may not be able to.
-    type Error;
-
-    /// Whether [`visit`](Self::visit) may fail.
-    fn may_fail(&self) -> bool;
-
-    /// Makes sure, if it can, that no visit of the bits `first..=last` fails until something else is secured; whether it could.
-    ///
-    /// # Errors
-    /// Those of `visit`; nothing is hidden from others then.
-    fn secure(&mut self, first: u64, last: u64) -> Result<bool, Self::Error>;
-
-    /// Records the bits of `mask`, of which the lowest one stands for the bit `first` of the bitmap. They are cleared after that.
-    ///
-    /// # Errors
-    /// They stay as they are.
-    fn visit(&mut self, first: u64, mask: u64) -> Result<(), Self::Error>;
-}
-
-/// What cannot fail has nothing to secure.
-impl<V: FnMut(u64, u64) -> Result<(), Infallible>> Taker for V {
-    type Error = Infallible;
-
-    #[inline(always)]
-    fn may_fail(&self) -> bool {
-        false
-    }
-
-    fn secure(&mut self, _: u64, _: u64) -> Result<bool, Infallible> {
-        Ok(true)
-    }
-
-    #[inline(always)]
-    fn visit(&mut self, first: u64, mask: u64) -> Result<(), Infallible> {
-        self(first, mask)
-    }
-}
-
 /// The place of one chunk. Bits count from its start.
 #[derive(Clone, Copy)]
 pub(super) struct Slot<'a> {
     summary: &'a AtomicU64,
     pub(super) chunk: &'a AtomicPtr<()>,
+    state: &'a AtomicU64,
 }
 
 impl Slot<'_> {
@@ -176,6 +225,42 @@ impl Slot<'_> {
 
     /// As [`set_word`](Self::set_word), for the bits `first..=last`; the caller's fence came before.
     pub(super) fn set(self, chunk: &Chunk, first: u64, last: u64) -> bool {
+        if first == 0 && last == CHUNK_BITS - 1 {
+            return self.set_whole();
+        }
+        self.set_words(chunk, first, last)
+    }
+
+    /// As [`set`](Self::set), of all bits of the chunk.
+    fn set_whole(self) -> bool {
+        // Acquire: pairs with the Release below; whoever made the chunk whole is on the way to the summary. The caller's fence
+        // orders the look after its data write.
+        let mut state = self.state.load(Ordering::Acquire);
+        let mut anew = false;
+        while state & KIND != WHOLE {
+            let whole = (state | KIND) - KIND + NEXT + WHOLE;
+            // Release: pairs with the Acquire of who ends this state; publishes the data that the mark speaks of.
+            match self
+                .state
+                .compare_exchange(state, whole, Ordering::AcqRel, Ordering::Acquire)
+            {
+                Ok(_) => {
+                    anew = true;
+                    break;
+                }
+                Err(newer) => state = newer,
+            }
+        }
+        if performs(Step::GoneFence) {
+            // SeqCst: F3, as in `set_word`.
+            fence(Ordering::SeqCst);
+        }
+        self.summarize(ALL_LINES);
+        anew
+    }
+
+    /// As [`set`](Self::set), word by word.
+    fn set_words(self, chunk: &Chunk, first: u64, last: u64) -> bool {
         let mut anew = false;
         let (from, to) = ((first / 64) as usize, (last / 64) as usize);
         for (index, word) in (from..).zip(&chunk.0[from..=to]) {
@@ -216,8 +301,7 @@ impl Slot<'_> {
         }
     }
 
-    /// Takes the bits `first..=last` of the chunk that begins with bit `base` of the bitmap: see
-    /// [`ChunkMap::take`](super::ChunkMap::take).
+    /// Takes the bits `first..=last` of `chunk`, which begins with bit `base`: see [`ChunkMap::take`](super::ChunkMap::take).
     #[inline]
     pub(super) fn take<T: Taker>(
         self,
@@ -229,6 +313,9 @@ impl Slot<'_> {
     ) -> Result<(), T::Error> {
         // Relaxed: as in `has_any`.
         let seen = self.summary.load(Ordering::Relaxed) & lines(first, last);
+        if seen == 0 {
+            return Ok(());
+        }
         if taker.may_fail() {
             return self.take_securely(chunk, base, seen, (first, last), taker);
         }
@@ -241,12 +328,27 @@ impl Slot<'_> {
             cleared.clear();
         }
         let mut left = seen;
+        // Acquire: pairs with the Release of `set_whole`, and of who ended the state: then the words are there. Behind F5.
+        let state = self.state.load(Ordering::Acquire);
+        if state & KIND != 0 {
+            left = lines(first, last);
+            if first == 0 && last == CHUNK_BITS - 1 {
+                visit_all(base, 0, last, taker)?;
+                self.end(state);
+                // All of the words were visited, so what they have goes without another visit.
+                clear_words(chunk);
+                left = 0;
+                if early {
+                    cleared.lines = 0;
+                }
+            } else {
+                self.publish(chunk, state);
+            }
+        }
         while left != 0 {
             let line = left.trailing_zeros() as usize;
             left &= left - 1;
-            visit_line::<true, _>(chunk, line, first, last, &mut |bit, seen| {
-                taker.visit(base + bit, seen)
-            })?;
+            visit_line::<true, _>(chunk, base, line, first, last, taker)?;
             if early {
                 cleared.lines &= !(1 << line);
             }
@@ -269,6 +371,9 @@ impl Slot<'_> {
     ) -> Result<(), T::Error> {
         let whole = whole_lines(first, last);
         let mut left = seen;
+        if self.publish_whole(chunk) {
+            left = lines(first, last);
+        }
         while left != 0 {
             let line = left.trailing_zeros() as usize;
             left &= left - 1;
@@ -288,31 +393,86 @@ impl Slot<'_> {
             let secured = taker.secure(base + from, base + to)?;
             if secured && performs(Step::SecureBeforeHide) {
                 cleared.clear();
+                // Behind F5: a mark of all of the chunk that has found the summary set is seen here.
+                if performs(Step::LookBehindHide) {
+                    self.publish_whole(chunk);
+                }
             } else if !secured {
                 cleared.lines = 0;
             }
-            visit_line::<true, _>(chunk, line, first, last, &mut |bit, seen| {
-                taker.visit(base + bit, seen)
-            })?;
+            visit_line::<true, _>(chunk, base, line, first, last, taker)?;
             cleared.lines = 0;
         }
         Ok(())
     }
 
-    /// Looks at the bits `first..=last`: see [`ChunkMap::peek`](super::ChunkMap::peek).
-    pub(super) fn peek<E>(
+    /// Moves the state to the words, if it is not clean; whether it was not.
+    fn publish_whole(self, chunk: &Chunk) -> bool {
+        // Acquire: as in `take`.
+        let state = self.state.load(Ordering::Acquire);
+        let dirty = state & KIND != 0;
+        if dirty {
+            self.publish(chunk, state);
+        }
+        dirty
+    }
+
+    /// Moves a state that is not clean to the words. Other harvesters may do the same.
+    #[cold]
+    fn publish(self, chunk: &Chunk, state: u64) {
+        let mut split = state;
+        if state & KIND == WHOLE && performs(Step::AnnounceSplit) {
+            split = state - WHOLE + SPLIT;
+            // AcqRel: as in `end`; the words come behind it. On failure another one has gone on: look at what came of it.
+            let exchange = (Ordering::AcqRel, Ordering::Acquire);
+            match self
+                .state
+                .compare_exchange(state, split, exchange.0, exchange.1)
+            {
+                Ok(_) => {}
+                // Split by another one.
+                Err(newer) if newer == split => {}
+                // Ended, or whole anew: in the latter case the next look finds it. What was seen is in the words, or with who
+                // recorded it.
+                Err(newer) if newer & KIND == 0 => return,
+                Err(newer) => return self.publish(chunk, newer),
+            }
+        }
+        if performs(Step::PublishRest) {
+            self.set_words(chunk, 0, CHUNK_BITS - 1);
+        }
+        self.end(split);
+    }
+
+    /// Makes `state` clean, if it is still there.
+    fn end(self, state: u64) {
+        let clean = state & !KIND;
+        // Release: pairs with the looks at the state; whoever sees it clean sees what the visit did, or the words that are set
+        // instead. Acquire: pairs with the Release of `set_whole`. Relaxed on failure: nothing is read.
+        let _ = self
+            .state
+            .compare_exchange(state, clean, Ordering::AcqRel, Ordering::Relaxed);
+    }
+
+    /// Looks at the bits `first..=last`, as [`take`](Self::take): see [`ChunkMap::peek`](super::ChunkMap::peek).
+    pub(super) fn peek<V: Visitor>(
         self,
         chunk: &Chunk,
+        base: u64,
         first: u64,
         last: u64,
-        visit: &mut impl FnMut(u64, u64) -> Result<(), E>,
-    ) -> Result<(), E> {
+        visitor: &mut V,
+    ) -> Result<(), V::Error> {
         // Relaxed: as in `has_any`.
         let mut left = self.summary.load(Ordering::Relaxed) & lines(first, last);
+        // Acquire: as in `take`.
+        if left != 0 && self.state.load(Ordering::Acquire) & KIND != 0 {
+            return visit_all(base, first, last, visitor);
+        }
         while left != 0 {
             let line = left.trailing_zeros() as usize;
             left &= left - 1;
-            visit_line::<false, E>(chunk, line, first, last, visit)?;
+            visit_line::<false, _>(chunk, base, line, first, last, visitor)?;
         }
         Ok(())
     }
@@ -356,30 +516,66 @@ fn has_bits(chunk: &Chunk, line: usize) -> bool {
     words.iter().fold(0, or) != 0
 }
 
-/// Calls `visit` for each word of `line` that has bits of `first..=last`, and clears these after the call if `TAKE`.
+/// Gives `visitor` all bits of `first..=last` of a chunk that begins with `base`.
+fn visit_all<V: Visitor>(
+    base: u64,
+    first: u64,
+    last: u64,
+    visitor: &mut V,
+) -> Result<(), V::Error> {
+    const FULL: [u64; LINE_WORDS] = [u64::MAX; LINE_WORDS];
+    let found = word_mask(0, LINE_WORDS as u32 - 1);
+    let mut bit = first;
+    while bit <= last {
+        let word_last = last.min(bit | 63);
+        if bit.is_multiple_of(LINE_BITS)
+            && bit + (LINE_BITS - 1) <= last
+            && visitor.visit_line(base + bit, &FULL, found)
+        {
+            bit += LINE_BITS;
+            continue;
+        }
+        let mask = word_mask((bit % 64) as u32, (word_last % 64) as u32);
+        visitor.visit(base + (bit & !63), mask)?;
+        bit = word_last + 1;
+    }
+    Ok(())
+}
+
+/// Gives `visitor` the words of `line` that have bits of `first..=last`, and clears these after the call if `TAKE`.
 #[inline]
-fn visit_line<const TAKE: bool, E>(
+fn visit_line<const TAKE: bool, V: Visitor>(
     chunk: &Chunk,
+    base: u64,
     line: usize,
     first: u64,
     last: u64,
-    visit: &mut impl FnMut(u64, u64) -> Result<(), E>,
-) -> Result<(), E> {
+    visitor: &mut V,
+) -> Result<(), V::Error> {
     let words = &chunk.0[line * LINE_WORDS..][..LINE_WORDS];
     let start = line as u64 * LINE_BITS;
+    // Relaxed: F5 orders the looks after the clear of the summary; what is found is taken by the fetch_and.
+    let seen: [u64; LINE_WORDS] = std::array::from_fn(|nth| words[nth].load(Ordering::Relaxed));
     // Which words have bits, without a branch for each.
     let mut found = 0u64;
-    for (nth, word) in words.iter().enumerate() {
-        // Relaxed, here and below: F5 orders the looks after the clear of the summary; what is found is taken by the fetch_and.
-        found |= u64::from(word.load(Ordering::Relaxed) != 0) << nth;
+    for (nth, seen) in seen.iter().enumerate() {
+        found |= u64::from(*seen != 0) << nth;
     }
     let inside = first <= start && start + (LINE_BITS - 1) <= last;
-    while found != 0 {
-        let nth = found.trailing_zeros() as u64;
-        found &= found - 1;
-        let bit = start + nth * 64;
-        let word = &words[nth as usize];
-        let mut seen = word.load(Ordering::Relaxed);
+    // A locked operation waits for the stores before it: so all words of a line are recorded first, and cleared then.
+    if TAKE
+        && inside
+        && found & found.wrapping_sub(1) != 0
+        && visitor.visit_line(base + start, &seen, found)
+    {
+        for nth in ones(found) {
+            clear(&words[nth], seen[nth]);
+        }
+        return Ok(());
+    }
+    for nth in ones(found) {
+        let bit = start + nth as u64 * 64;
+        let mut seen = seen[nth];
         if !inside {
             if bit + 63 < first || last < bit {
                 continue;
@@ -390,14 +586,47 @@ fn visit_line<const TAKE: bool, E>(
         if seen == 0 {
             continue;
         }
-        visit(bit, seen)?;
+        visitor.visit(base + bit, seen)?;
         if TAKE {
-            // Acquire: pairs with the Release of `set`; Release: a marker that sees the bit gone sees what the visit did.
-            // Clears what was visited and no more: a bit set in between stays for the next harvest.
-            word.fetch_and(!seen, Ordering::AcqRel);
+            clear(&words[nth], seen);
         }
     }
     Ok(())
+}
+
+/// Clears the bits of `seen`, which were visited, and no more: a bit that was set in between stays for the next harvest.
+#[inline(always)]
+fn clear(word: &AtomicU64, seen: u64) {
+    // Acquire: pairs with the Release of `set`; Release: a marker that sees the bit gone sees what the visit did.
+    word.fetch_and(!seen, Ordering::AcqRel);
+}
+
+/// Clears the words of a chunk that was visited as a whole.
+fn clear_words(chunk: &Chunk) {
+    for line in chunk.0.chunks(LINE_WORDS) {
+        // Relaxed: as in `visit_line`.
+        let or = |any, word: &AtomicU64| any | word.load(Ordering::Relaxed);
+        if line.iter().fold(0, or) != 0 {
+            for word in line {
+                let seen = word.load(Ordering::Relaxed);
+                if seen != 0 {
+                    clear(word, seen);
+                }
+            }
+        }
+    }
+}
+
+/// The numbers of the bits of `mask`.
+#[inline(always)]
+pub(super) fn ones(mut mask: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let nth = mask.trailing_zeros() as usize;
+        (mask != 0).then(|| {
+            mask &= mask - 1;
+            nth
+        })
+    })
 }
 
 /// The lines that the bits `first..=last` touch.

@@ -28,7 +28,7 @@ mod sparse;
 mod user;
 mod window;
 
-pub(crate) use chunk::Taker;
+pub(crate) use chunk::{LINE_WORDS, Taker, Visitor};
 pub(crate) use chunks::{ChunkMap, OneGroup};
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
 pub use file::FileBitmap;

@@ -1,8 +1,10 @@
 //! The sink: what a dirty source writes its findings into.
 
+use super::chunk::{LINE_WORDS, ones};
 use super::window::Window;
 use super::{BitmapView, word_mask, word_masks, word_runs};
 use crate::error::Error;
+use crate::sync::Ordering;
 use crate::units::{Granule, Iova, IovaRange};
 
 /// What a dirty source writes its findings into during one harvest.
@@ -164,6 +166,27 @@ impl<'a> Sink<'a> {
             self.bits_set += count(set);
         }
         Ok(())
+    }
+
+    /// As [`or`](Self::or), for `seen` from `word` on; `found` says which of them are not 0. False, and nothing is recorded, if
+    /// the bitmap is shared or not all of the words are at hand.
+    #[inline]
+    pub(crate) fn or_line(&mut self, word: u64, seen: &[u64; LINE_WORDS], found: u64) -> bool {
+        if !self.exclusive {
+            return false;
+        }
+        let Some(words) = self.window.whole::<LINE_WORDS>(word) else {
+            return false;
+        };
+        let mut bits_set = 0;
+        for nth in ones(found) {
+            // Relaxed, both: as in `Span::or_alone`.
+            let old = u64::from_le(words[nth].load(Ordering::Relaxed));
+            words[nth].store((old | seen[nth]).to_le(), Ordering::Relaxed);
+            bits_set += count(seen[nth] & !old);
+        }
+        self.bits_set += bits_set;
+        true
     }
 
     /// Makes the window that holds `word` the current one.

@@ -109,6 +109,13 @@ impl<'a> Span<'a> {
         mask & !old
     }
 
+    /// `N` words from `index` on, if the span covers all of them whole.
+    #[inline]
+    pub(super) fn whole<const N: usize>(&self, index: usize) -> Option<&'a [AtomicU64; N]> {
+        let words = self.words.get(index.wrapping_sub(self.lead())..)?;
+        words.first_chunk()
+    }
+
     /// Clears the bits of `mask` in word `index`, and returns those that were set.
     #[inline]
     pub(super) fn and_not(&self, index: usize, mask: u64) -> u64 {

@@ -15,6 +15,7 @@ use super::file::{FileBitmap, Mapping};
 use super::span::Span;
 use super::{SparseBitmap, WINDOW_BITS};
 use crate::error::Error;
+use crate::sync::AtomicU64;
 
 /// The most bits that a bitmap of any form is used for: positions then never wrap.
 pub(super) const MAX_BITS: u64 = 1 << 63;
@@ -190,6 +191,15 @@ impl<'a> Window<'a> {
     pub(super) fn or_alone(&self, word: u64, mask: u64) -> u64 {
         self.at(word)
             .map_or(0, |(span, index)| span.or_alone(index, mask))
+    }
+
+    /// `N` words from `word` on, if they are at hand as whole words.
+    #[inline]
+    pub(super) fn whole<const N: usize>(&self, word: u64) -> Option<&[AtomicU64; N]> {
+        if !self.holds(word) || N as u64 > self.end() - word {
+            return None;
+        }
+        self.at(word).and_then(|(span, index)| span.whole(index))
     }
 
     /// Clears the bits of `mask` in `word`, and returns those that were set.

@@ -22,7 +22,7 @@
 
 use std::convert::Infallible;
 
-use crate::bitmap::{ChunkMap, OneGroup, Sink, Taker, word_runs};
+use crate::bitmap::{ChunkMap, LINE_WORDS, OneGroup, Sink, Taker, Visitor, word_runs};
 use crate::error::Error;
 use crate::source::{MarkOrdering, Stopped};
 use crate::sync::{Arc, Step, performs};
@@ -85,23 +85,15 @@ impl Marks {
         let Some((first, last)) = self.bits_of(range) else {
             return Ok(());
         };
-        let records = performs(Step::RecordBeforeClear);
-        if let Some(word) = sink.first_word(self.range.start(), self.page)
-            && sink.range().covers(range.round_out(self.page))
-        {
-            // Word by word as they are.
-            let record = |sink: &mut Sink<'_>, bit: u64, mask| match records {
-                true => sink.or(word.wrapping_add(bit / 64), mask),
-                false => Ok(()),
-            };
-            let recorder = Recorder::new(self, range, sink, record);
-            return self.bits.take(first, last, recorder);
-        }
-        let record = |sink: &mut Sink<'_>, bit, mask| match records {
-            true => sink.record_mask(self.page_at(bit), self.page, mask),
-            false => Ok(()),
+        // Words as they are, where they are words of the sink.
+        let whole = sink.range().covers(range.round_out(self.page));
+        let word = whole.then(|| sink.first_word(self.range.start(), self.page));
+        let recorder = Recorder {
+            marks: self,
+            range,
+            word: word.flatten(),
+            sink,
         };
-        let recorder = Recorder::new(self, range, sink, record);
         self.bits.take(first, last, recorder)
     }
 
@@ -190,35 +182,44 @@ impl Marks {
     }
 }
 
-/// A harvest of marks: `record` writes bits of them into the sink.
-struct Recorder<'r, 'b, R> {
+/// A harvest of marks.
+struct Recorder<'r, 'b> {
     marks: &'r Marks,
     /// What is asked for.
     range: IovaRange,
+    /// The word of the sink, modulo 2^64, that word 0 of the marks is; `None` if they are not alike.
+    word: Option<u64>,
     sink: &'r mut Sink<'b>,
-    record: R,
 }
 
-impl<'r, 'b, R> Recorder<'r, 'b, R>
-where
-    R: FnMut(&mut Sink<'b>, u64, u64) -> Result<(), Error>,
-{
-    fn new(marks: &'r Marks, range: IovaRange, sink: &'r mut Sink<'b>, record: R) -> Self {
-        Recorder {
-            marks,
-            range,
-            sink,
-            record,
+impl Visitor for Recorder<'_, '_> {
+    type Error = Stopped;
+
+    #[inline]
+    fn visit(&mut self, first: u64, mask: u64) -> Result<(), Stopped> {
+        let marks = self.marks;
+        if !performs(Step::RecordBeforeClear) {
+            return Ok(());
         }
+        let recorded = match self.word {
+            Some(word) => self.sink.or(word.wrapping_add(first / 64), mask),
+            None => self
+                .sink
+                .record_mask(marks.page_at(first), marks.page, mask),
+        };
+        recorded.map_err(|error| marks.stopped(first, self.range, error))
+    }
+
+    #[inline]
+    fn visit_line(&mut self, first: u64, words: &[u64; LINE_WORDS], found: u64) -> bool {
+        self.word.is_some_and(|word| {
+            self.sink
+                .or_line(word.wrapping_add(first / 64), words, found)
+        })
     }
 }
 
-impl<'b, R> Taker for Recorder<'_, 'b, R>
-where
-    R: FnMut(&mut Sink<'b>, u64, u64) -> Result<(), Error>,
-{
-    type Error = Stopped;
-
+impl Taker for Recorder<'_, '_> {
     #[inline]
     fn may_fail(&self) -> bool {
         self.sink.may_fail()
@@ -232,12 +233,6 @@ where
         let last = u64::try_from(end).map_or(Iova::MAX, Iova::new);
         let secured = IovaRange::new(start, last).and_then(|range| self.sink.secure(range));
         secured.map_err(|error| self.marks.stopped(first, self.range, error))
-    }
-
-    #[inline]
-    fn visit(&mut self, first: u64, mask: u64) -> Result<(), Stopped> {
-        let recorded = (self.record)(self.sink, first, mask);
-        recorded.map_err(|error| self.marks.stopped(first, self.range, error))
     }
 }
 

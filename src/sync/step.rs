@@ -157,6 +157,12 @@ steps! {
     ListFirst,
     /// Moving what is left of a log that was swapped into the next one.
     CarryOver,
+    /// Publishing the words of a chunk that is whole before it is so no more.
+    PublishRest,
+    /// Saying that a chunk is being split before its words are set.
+    AnnounceSplit,
+    /// Looking whether a chunk is whole behind each clear of a summary.
+    LookBehindHide,
 }
 
 /// The number of the step that is left out, counted from 1; 0 for none.

@@ -1,13 +1,16 @@
 //! Harvests of marks: all of a terabyte, of which some pages are dirty.
 //!
 //! To mark the pages, in ascending order, and to zero the caller's bitmap is not timed. Ours is `harvest`, `sync` and `commit`.
-//! Every page was dirty and harvested once before the first turn.
+//! Every page was dirty and harvested once before the first turn, but for those whose turns would take seconds.
 
 use std::cell::RefCell;
 use std::time::Instant;
 
 use super::marks::sum;
-use super::{Contestant, Family, Report, Role, Settings, Target, Unit, Workload, contest, memory};
+use super::{
+    Contestant, Family, Report, Role, Settings, Target, Unit, Workload, contest, memory,
+    per_operation,
+};
 use crate::peers::{Flat, HiBitSet, LockedRoaring, ThroughHandle, VmMemory, VmMemoryModel};
 use crate::workloads::random_bits;
 use crate::{PAGE, Tracker};
@@ -19,6 +22,11 @@ pub const FAMILY: Family = Family {
     grow: None,
 };
 
+/// All, marked in pieces.
+const PIECES: &str = "100 % in pieces of 2 MiB";
+/// Bytes of a piece.
+const PIECE: u64 = 2 << 20;
+
 /// A share of dirty pages: its name, one in how many, and how many times as long peers are to take.
 type Share = (&'static str, Option<u64>, &'static [(&'static str, f64)]);
 
@@ -28,7 +36,7 @@ struct Entry {
     new: fn(u64) -> Box<dyn Tracker>,
     /// What the peer's own vector costs, without the move into the caller's bitmap.
     own: bool,
-    /// At which share of dirty pages its turns take seconds.
+    /// At which share of dirty pages its turns take seconds: it is left out there.
     slow: f64,
 }
 
@@ -82,7 +90,7 @@ fn run(settings: &Settings, report: &mut Report) {
         false => (1 << 26, "256 GiB"),
     };
     let bitmap = RefCell::new(vec![0u64; (pages / 64) as usize]);
-    let shares: [Share; 6] = [
+    let shares: [Share; 7] = [
         ("0 %", None, &[("flat", 500.0), ("vm-memory", 8000.0)]),
         (
             "0.01 %",
@@ -92,8 +100,21 @@ fn run(settings: &Settings, report: &mut Report) {
         ("0.1 %", Some(1000), &[]),
         ("1 %", Some(100), &[("flat", 1.5), ("vm-memory", 2.5)]),
         ("10 %", Some(10), &[]),
+        (PIECES, Some(1), &[("flat", 0.95), ("vm-memory", 2.0)]),
         ("100 %", Some(1), &[("flat", 0.95), ("vm-memory", 2.0)]),
     ];
+    let peers: Vec<_> = ENTRIES
+        .iter()
+        .map(|entry| (entry, RefCell::new((entry.new)(pages))))
+        .collect();
+    for (entry, peer) in &peers {
+        let mut peer = peer.borrow_mut();
+        settings.at(format!("{}: every page dirty once", peer.name()));
+        if entry.slow > 1.0 {
+            peer.mark(0, pages * PAGE);
+        }
+        peer.harvest_alone(&mut bitmap.borrow_mut());
+    }
     for (label, every, targets) in shares {
         let workload = Workload::time(format!("{size}, {label} dirty"));
         if !workload.name.contains(&settings.matching) {
@@ -104,29 +125,25 @@ fn run(settings: &Settings, report: &mut Report) {
         });
         let dirty = every.map(|every| random_bits(pages, every));
         let share = every.map_or(0.0, |every| 1.0 / every as f64);
+        let pieces: Vec<u64> = (0..pages * PAGE).step_by(PIECE as usize).collect();
         let mark = |peer: &dyn Tracker| match (&dirty, every) {
+            _ if label == PIECES => peer.mark_ranges(&pieces, PIECE),
             (_, Some(1)) => peer.mark(0, pages * PAGE),
             (Some(dirty), _) => peer.mark_bits(dirty),
             (None, _) => {}
         };
-        let peers: Vec<_> = ENTRIES
-            .iter()
-            .filter(|entry| settings.thorough || share < entry.slow)
-            .map(|entry| (entry, RefCell::new((entry.new)(pages))))
-            .collect();
-        for (entry, peer) in &peers {
-            settings.at(format!("{label}: every page dirty once"));
-            let mut peer = peer.borrow_mut();
-            if share < entry.slow && entry.slow > 1.0 {
-                peer.mark(0, pages * PAGE);
-            }
-            peer.harvest_alone(&mut bitmap.borrow_mut());
-        }
         let (mark, bitmap) = (&mark, &bitmap);
-        let contestants = peers.iter().map(|(entry, peer)| {
+        let able = |entry: &Entry| share < entry.slow && !(entry.own && label == PIECES);
+        let able = peers.iter().filter(|(entry, _)| able(entry));
+        let contestants = able.map(|(entry, peer)| {
             let name = peer.borrow().name();
             let turn = move || {
                 let (mut peer, mut bitmap) = (peer.borrow_mut(), bitmap.borrow_mut());
+                if every.is_none() {
+                    // Nothing to mark and to zero, so again and again.
+                    let harvest = |times| (0..times).for_each(|_| peer.harvest_alone(&mut bitmap));
+                    return vec![per_operation(settings.turn, harvest)];
+                }
                 mark(&**peer);
                 bitmap.fill(0);
                 let began = Instant::now();
@@ -166,7 +183,7 @@ fn resident(settings: &Settings, report: &mut Report, pages: u64, size: &str) {
         let dirty = random_bits(pages, every);
         let mut cells = Vec::new();
         for entry in ENTRIES.iter().filter(|entry| !entry.own) {
-            if every == 1 && entry.slow < 1.0 && !settings.thorough {
+            if every == 1 && entry.slow < 1.0 {
                 continue;
             }
             let before = memory::resident();

@@ -26,6 +26,13 @@ unsafe impl GlobalAlloc for Counting {
         unsafe { System.alloc(layout) }
     }
 
+    // Not by way of `alloc`: memory of the system is zero until it is touched, and need not be provided before.
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        count(layout.size() as u64);
+        // SAFETY: as for `alloc`.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
         count((layout.size() as u64).wrapping_neg());
         // SAFETY: the caller's contract is that of `System`, which every pointer comes from.
