@@ -1,6 +1,8 @@
 //! Bitmaps read, merged, converted and taken away from each other, against lists of intervals: any base, granule, form and byte
 //! offset, up to both ends of the address space.
 
+use std::collections::BTreeSet;
+
 use dirtymap::{BitmapView, Granule, Iova, IovaRange};
 
 use crate::forms::{FORMS, GUARD, Memory, bits_of};
@@ -198,7 +200,8 @@ fn unchanged(what: &str, side: &Side, before: &[u8]) -> Result<(), String> {
 /// A bit is set that any dirty byte of the other side falls into.
 fn merge(from: &mut Side, into: &mut Side) -> Result<(), String> {
     let dirty = from.dirty();
-    let clear = |bit: &u64| !into.set().contains(bit);
+    let own: BTreeSet<u64> = into.set().into_iter().collect();
+    let clear = |bit: &u64| !own.contains(bit);
     let fresh: Vec<u64> = (0..into.bits())
         .filter(clear)
         .filter(|bit| dirty.iter().any(|d| overlap(into.interval(*bit), *d) > 0))

@@ -2,7 +2,7 @@
 
 use std::ptr;
 
-use super::node::{Node, Slot};
+use super::node::{Change, Node, Slot};
 use super::reclaim::{Checkout, Pinned, Pool, Reclaim};
 use super::snapshot::{Areas, Entry, Iter};
 use super::tree::Root;
@@ -18,19 +18,25 @@ pub(crate) struct Edit<'p, T, const F: usize = 16, R = ()> {
     base: *mut Root<T, F, R>,
     /// The topmost node as edited, null without areas.
     root: *mut Node<T, F>,
-    /// The rules as edited.
-    rules: Arc<R>,
-    /// Whether the rules were replaced.
-    new_rules: bool,
+    /// New rules, if they were replaced.
+    rules: Option<Arc<R>>,
     /// The stamp of the nodes that this edit made: these, and no others, may be changed and freed here (Inv. 5).
     stamp: u64,
     /// Where nodes come from. Its open garbage begins with that of earlier updates, and ends with what becomes
     /// unreachable if this one is published.
     pool: Checkout<'p, T, F, R>,
-    /// How much open garbage is not of this edit: nodes and areas.
+    /// How much open garbage is not of this edit: nodes and areas. An edit adds no others before it is published.
     before: (usize, usize),
     /// Keeps what `base` leads to alive.
     pinned: &'p Pinned,
+}
+
+/// What became of a node below which an area was inserted.
+enum Inserted<T, const F: usize> {
+    /// It holds it. What became of its holes, if only one place of it has changed.
+    Within(Option<Change>),
+    /// It was full, and its upper part is this node now.
+    Split(*mut Node<T, F>),
 }
 
 impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
@@ -44,14 +50,14 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         // SAFETY: a tree's root is never null; alive and unchanged while we are pinned (Inv. 2 and 3), by our contract.
         let before = unsafe { &*base };
         before.witness.look();
+        let root = before.node;
         // SAFETY: null or a node; alive and unchanged like the root.
-        let base_stamp = unsafe { before.node.as_ref() }.map_or(0, Node::stamp);
+        let base_stamp = unsafe { root.as_ref() }.map_or(0, Node::stamp);
         let pool = Reclaim::checkout(reclaim);
         Edit {
             base,
-            root: before.node,
-            rules: Arc::clone(&before.rules),
-            new_rules: false,
+            root,
+            rules: None,
             stamp: base_stamp + 1,
             before: (pool.open.nodes.len(), pool.open.areas.len()),
             pool,
@@ -72,11 +78,6 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
     #[cfg(all(test, not(dirtymap_loom)))]
     pub(crate) fn len(&self) -> usize {
         self.areas().len()
-    }
-
-    /// The area that holds `iova`.
-    pub(crate) fn lookup(&self, iova: Iova) -> Option<Entry<'_, T>> {
-        self.areas().lookup(iova)
     }
 
     /// The lowest area that shares an address with `range`.
@@ -102,13 +103,23 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
 
     /// The rules, as edited.
     pub(crate) fn rules(&self) -> &R {
-        &self.rules
+        match &self.rules {
+            Some(rules) => rules,
+            // SAFETY: the root is alive and unchanged while we are pinned, by the contract of `new`, and so are its rules
+            // (Inv. 2 and 3).
+            None => unsafe { self.base_root().rules() },
+        }
+    }
+
+    /// The root that the edit began with.
+    fn base_root(&self) -> &Root<T, F, R> {
+        // SAFETY: a tree's root is never null; alive and unchanged while we are pinned, by the contract of `new`.
+        unsafe { &*self.base }
     }
 
     /// Replaces the rules.
     pub(crate) fn set_rules(&mut self, rules: R) {
-        self.rules = Arc::new(rules);
-        self.new_rules = true;
+        self.rules = Some(Arc::new(rules));
     }
 
     /// Maps `area` at `range`. The same area may be mapped at several ranges.
@@ -123,6 +134,7 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
             });
         }
         self.pool.added.push(Arc::clone(area));
+        self.pool.drop_areas(1);
         let slot = Slot {
             start: range.start().get(),
             last: range.last().get(),
@@ -131,13 +143,15 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         };
         if self.root.is_null() {
             self.root = Box::into_raw(self.pool.empty(0, self.stamp));
-        } else {
-            self.root = self.owned(self.root);
         }
+        // SAFETY: a node; alive, and nobody holds a unique reference to it.
+        let root = unsafe { &*self.root };
+        let found = root.find(slot.start);
+        let highest = found == root.len();
+        self.root = self.owned(self.root);
         // SAFETY: made by this edit: by one of the lines above. Nothing borrows it.
-        let highest = unsafe { &*self.root }.is_below(slot.start);
-        // SAFETY: made by this edit: by one of the lines above.
-        if let Some(right) = unsafe { self.insert_below(self.root, slot, highest) } {
+        let inserted = unsafe { self.insert_below(self.root, found, slot, highest) };
+        if let Inserted::Split(right) = inserted {
             self.grow(right);
         }
         Ok(())
@@ -146,16 +160,26 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
     /// Unmaps the area that starts at `start`; `None` if there is none, then nothing is changed.
     pub(crate) fn remove(&mut self, start: Iova) -> Option<Arc<T>> {
         let entry = self
-            .lookup(start)
+            .areas()
+            .lookup_to_change(start)
             .filter(|entry| entry.range.start() == start)?;
-        let area = entry.to_arc();
         let pointer = entry.pointer();
+        entry.prefetch();
         self.pool.open.areas.push(pointer);
+        // SAFETY: a node, as it holds an area; alive, and nobody holds a unique reference to it.
+        let found = unsafe { &*self.root }.find(start.get());
         self.root = self.owned(self.root);
         // SAFETY: made by this edit: by the line above. It holds an area that starts at `start`: `lookup` found it.
-        unsafe { self.remove_below(self.root, start) };
+        unsafe { self.remove_below(self.root, found, start) };
         self.shrink();
-        Some(area)
+        // Last, as the count is seldom in a cache.
+        // SAFETY:
+        // - from `Arc::into_raw`: leaves hold nothing else.
+        // - alive: the count of the tree is released only by whoever publishes its removal, and not before we unpin
+        //   (Inv. 3); or, if this edit inserted it, by dropping the edit, which is borrowed.
+        unsafe { Arc::increment_strong_count(pointer) };
+        // SAFETY: from `Arc::into_raw`, and the count that it takes over is the one made above.
+        Some(unsafe { Arc::from_raw(pointer) })
     }
 
     /// Makes the edit the state of the tree whose root is `root`, if that is still what the edit began with.
@@ -167,16 +191,18 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         T: Send + Sync + 'static,
         R: Send + Sync + 'static,
     {
-        // SAFETY: alive and unchanged while we are pinned, by the contract of `new`.
-        let base = unsafe { &*self.base };
-        if self.root == base.node && !self.new_rules {
+        let (node, rules, version) = {
+            let base = self.base_root();
+            (base.node, base.rules, base.version)
+        };
+        if self.root == node && self.rules.is_none() {
             // Nothing was changed, or an empty tree is empty again. The areas that came and went are dropped with us.
             return true;
         }
-        let next = Box::into_raw(Box::new(Root {
+        let next = Box::into_raw(self.pool.root(Root {
             node: self.root,
-            rules: Arc::clone(&self.rules),
-            version: base.version + 1,
+            rules: self.rules.as_ref().map_or(rules, Arc::as_ptr),
+            version: version + 1,
             witness: Witness::new(),
         }));
         // Success, Release: pairs with the Acquires in `AreaTree::snapshot` and `AreaTree::update`; publishes the rules,
@@ -200,12 +226,18 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
             // What is open is garbage now: it was reachable from `base`, and is not from the new root; what is
             // unreachable never becomes reachable again. Only the winner of this compare-exchange puts it there (Inv. 4).
             self.pool.open.roots.push(self.base);
+            if let Some(new) = self.rules.take() {
+                // The count is the tree's, and that of the old rules is garbage.
+                let _ = Arc::into_raw(new);
+                self.pool.open.rules.push(rules);
+            }
             self.before = (self.pool.open.nodes.len(), self.pool.open.areas.len());
             // SAFETY: see above; garbage of earlier updates was left there by their winners.
             unsafe { self.pool.hand_over_if_full(self.pinned) };
         } else {
-            // SAFETY: made above, and nobody else has seen it. The nodes below it are freed with the edit.
-            drop(unsafe { Box::from_raw(next) });
+            // SAFETY: made by `Box::into_raw` above, and nobody else has seen it. The nodes below it are freed with the
+            // edit.
+            self.pool.recycle_root(unsafe { Box::from_raw(next) });
         }
         published
     }
@@ -232,15 +264,24 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         }
     }
 
-    /// Makes the child in slot `at` of `parent` one of this edit.
+    /// Makes the child in slot `at` of `parent` one of this edit. Returns it, and which of its slots is the first whose last
+    /// address is not below `x`.
     ///
     /// # Safety
     /// `parent` was made by this edit, is not a leaf, and has a slot `at`. Nobody holds a reference to it.
-    unsafe fn owned_child(&mut self, parent: *mut Node<T, F>, at: usize) -> *mut Node<T, F> {
+    unsafe fn owned_child(
+        &mut self,
+        parent: *mut Node<T, F>,
+        at: usize,
+        x: u64,
+    ) -> (*mut Node<T, F>, usize) {
         // SAFETY: made by this edit, so nobody else reaches it, and not borrowed, by our contract.
         let parent = unsafe { &mut *parent };
-        let child = self.owned(parent.child(at));
         let slot = parent.slot(at);
+        // SAFETY: a node below the root; alive, and nobody holds a unique reference to it.
+        // Not in the copy: this one was looked at a moment ago, and the copy is still on its way to a cache.
+        let found = unsafe { &*parent.child(at) }.find(x);
+        let child = self.owned(parent.child(at));
         // At once, so that at every moment the nodes of the edit are exactly those below its root.
         parent.set(
             at,
@@ -249,12 +290,14 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
                 ..slot
             },
         );
-        child
+        (child, found)
     }
 
     /// Inserts `slot` into the leaf below `node` where it belongs. If `node` was full, its upper half comes back as a
     /// node of its own; if `slot` lies behind all areas of the tree (`highest`), then only what is new does, so that
-    /// ascending inserts leave full nodes behind.
+    /// ascending inserts leave full nodes behind. If not, what became of its holes comes back.
+    ///
+    /// `found` is the first slot of `node` whose last address is not below that of `slot`.
     ///
     /// # Safety
     /// `node` was made by this edit, and nobody holds a reference to it or to nodes below it. The addresses of `slot`
@@ -262,38 +305,46 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
     unsafe fn insert_below(
         &mut self,
         node: *mut Node<T, F>,
+        found: usize,
         slot: Slot,
         highest: bool,
-    ) -> Option<*mut Node<T, F>> {
+    ) -> Inserted<T, F> {
         // SAFETY: alive, by our contract; used no more once the child is made our own.
         let before = unsafe { &*node };
         let (at, slot) = if before.is_leaf() {
-            (before.find(slot.start), slot)
+            (found, slot)
         } else {
             // Behind the last slot, the last child grows.
-            let at = before.find(slot.start).min(before.len() - 1);
+            let at = found.min(before.len() - 1);
             // SAFETY: `node` is not a leaf and has a slot `at`; the rest is our contract.
-            let child = unsafe { self.owned_child(node, at) };
+            let (child, found) = unsafe { self.owned_child(node, at, slot.start) };
             // SAFETY: `owned_child` made it one of this edit; the rest is our contract.
-            let right = unsafe { self.insert_below(child, slot, highest) };
+            let inserted = unsafe { self.insert_below(child, found, slot, highest) };
             // SAFETY: made by this edit and not borrowed: the call has returned.
-            let exact = unsafe { &*child }.as_slot(child);
+            let rest = unsafe { &*child };
             // SAFETY: as above, for `node`.
             let node = unsafe { &mut *node };
-            node.set(at, exact);
-            let Some(right) = right else {
-                node.areas += 1;
-                return None;
-            };
-            // SAFETY: made by this edit just now, not borrowed.
-            (at + 1, unsafe { &*right }.as_slot(right))
+            match inserted {
+                Inserted::Within(change) => {
+                    node.areas += 1;
+                    return Inserted::Within(Some(node.update(at, rest, change)));
+                }
+                Inserted::Split(right) => {
+                    node.set(at, rest.as_slot(child));
+                    // SAFETY: made by this edit just now, not borrowed.
+                    (at + 1, unsafe { &*right }.as_slot(right))
+                }
+            }
         };
         // SAFETY: made by this edit, and no reference to it is left.
         let node = unsafe { &mut *node };
         node.areas += 1;
         if node.len() < F {
+            let before = node.hole_before(at);
             node.insert(at, slot);
-            return None;
+            // Above the leaves the slot before this one has changed as well.
+            let now = node.hole_around(at);
+            return Inserted::Within(node.is_leaf().then_some(Change { before, now }));
         }
         // The path of a highest area is the right edge, where the new slot always is the last.
         let mut right = self.pool.empty(node.level(), self.stamp);
@@ -305,7 +356,7 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         }
         right.areas = count_areas(&right);
         node.areas -= right.areas;
-        Some(Box::into_raw(right))
+        Inserted::Split(Box::into_raw(right))
     }
 
     /// Puts a new root above the root of this edit and `right`, which was split from it.
@@ -322,26 +373,32 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         self.root = Box::into_raw(root);
     }
 
-    /// Removes the area that starts at `start`. `node` may be left without slots; what is below it is not.
+    /// Removes the area that starts at `start`, in or below slot `at` of `node`. `node` may be left without slots; what is
+    /// below it is not. Returns what became of its holes, if only one place of it has changed.
     ///
     /// # Safety
-    /// `node` was made by this edit, nobody holds a reference to it or to nodes below it, and an area below it starts
-    /// at `start`.
-    unsafe fn remove_below(&mut self, node: *mut Node<T, F>, start: Iova) {
-        // SAFETY: alive, by our contract; used no more after these lines.
-        let before = unsafe { &*node };
-        let at = before.find(start.get());
-        if before.is_leaf() {
+    /// `node` was made by this edit, nobody holds a reference to it or to nodes below it, and an area in or below its slot
+    /// `at` starts at `start`.
+    unsafe fn remove_below(
+        &mut self,
+        node: *mut Node<T, F>,
+        at: usize,
+        start: Iova,
+    ) -> Option<Change> {
+        // SAFETY: alive, by our contract; used no more after this line.
+        if unsafe { &*node }.is_leaf() {
             // SAFETY: made by this edit, not borrowed.
             let node = unsafe { &mut *node };
+            let before = node.hole_around(at);
             node.remove(at);
             node.areas -= 1;
-            return;
+            let now = node.hole_before(at);
+            return Some(Change { before, now });
         }
         // SAFETY: `node` is not a leaf, and the slot exists as an area below it ends at or behind `start`.
-        let child = unsafe { self.owned_child(node, at) };
+        let (child, found) = unsafe { self.owned_child(node, at, start.get()) };
         // SAFETY: `owned_child` made it one of this edit; it holds `start` as slots are exact.
-        unsafe { self.remove_below(child, start) };
+        let change = unsafe { self.remove_below(child, found, start) };
         // SAFETY: made by this edit and not borrowed: the call has returned.
         let node = unsafe { &mut *node };
         node.areas -= 1;
@@ -350,13 +407,15 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         if rest.len() == 0 {
             node.remove(at);
             self.discard(child);
-            return;
+            return None;
         }
-        node.set(at, rest.as_slot(child));
+        let change = node.update(at, rest, change);
         if rest.len() <= Node::<T, F>::SPARSE {
             // SAFETY: both were made by this edit, and neither is borrowed elsewhere.
             unsafe { self.merge(node, at, child) };
+            return None;
         }
+        Some(change)
     }
 
     /// Takes the slots of a neighbour into `child`, which slot `at` of `node` points to, if they fit.

@@ -297,7 +297,7 @@ fn a_node_is_not_used_again_under_a_reader() {
         let writer = {
             let tree = Arc::clone(&tree);
             thread::spawn(move || {
-                // The second insert takes the node that the first one replaced, if it has returned.
+                // The second insert takes the node and the root that the first one replaced, if they have returned.
                 tree.insert(range(10, 19), Arc::new(2)).unwrap();
                 tree.insert(range(20, 29), Arc::new(3)).unwrap();
             })
@@ -305,7 +305,8 @@ fn a_node_is_not_used_again_under_a_reader() {
         let snapshot = tree.snapshot();
         // Each update has added one area. From here on only nodes are looked at.
         let areas = snapshot.version() as usize;
-        let whole = snapshot.iter(IovaRange::ALL).count() == areas;
+        let count = || snapshot.iter(IovaRange::ALL).count();
+        let whole = count() == areas && count() == areas;
         drop(snapshot);
         writer.join().unwrap();
         whole

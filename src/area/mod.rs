@@ -29,8 +29,8 @@
 //!    root, and after it did; a reader that can still reach it was pinned before that and holds the epoch back.
 //! 4. *Freed once.* A node belongs either to the one edit that made it, or to the tree, or to the pool, or to the epoch. It
 //!    becomes unreachable by exactly one compare-exchange, whose winner alone retires it. The tree owns one strong count of an
-//!    [`Arc`](crate::sync::Arc) for each range that it is mapped at, however many nodes point to it; the count moves
-//!    with the range, by the same rule.
+//!    [`Arc`](crate::sync::Arc) for each range that it is mapped at, however many nodes point to it, and one of its rules,
+//!    however many roots carry them; the count moves with the range, and with the rules, by the same rule.
 //! 5. *Stamps.* No node carries a later stamp than its parent, and an edit stamps its nodes one later than the root it
 //!    started from. So a node that an edit meets is its own, and may be changed in place, exactly if the stamps are
 //!    equal.

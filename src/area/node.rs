@@ -27,13 +27,22 @@ struct Target {
     start: u64,
 }
 
+/// What a change did to the holes of a node, if it was at one place: the longest hole that it may have closed, and the
+/// longest one that it may have opened.
+#[derive(Clone, Copy)]
+pub(super) struct Change {
+    pub(super) before: u64,
+    pub(super) now: u64,
+}
+
 /// See the [module](self). Slots `0..len` are in use and in ascending order.
 #[repr(C, align(64))]
 pub(super) struct Node<T, const F: usize> {
     /// The last address below each slot; `u64::MAX` in slots that are not in use, so that a search needs no length.
     last: [u64; F],
     target: [Target; F],
-    /// The longest hole below each slot (Inv. 6); a search for a free range skips what cannot hold it.
+    /// The longest hole below each slot (Inv. 6); a search for a free range skips what cannot hold it. Without meaning in a
+    /// leaf, which neither looks at them nor copies them.
     hole: [u64; F],
     len: usize,
     /// Areas in this subtree.
@@ -44,6 +53,15 @@ pub(super) struct Node<T, const F: usize> {
     level: u8,
     points_to: PhantomData<*const T>,
 }
+
+impl<T, const F: usize> Clone for Node<T, F> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+// A copy owns nothing: who owns what a node points to is for the tree to know (Inv. 4).
+impl<T, const F: usize> Copy for Node<T, F> {}
 
 impl<T, const F: usize> Node<T, F> {
     /// A node with at most this many slots is merged with a neighbour if both fit into one.
@@ -80,7 +98,16 @@ impl<T, const F: usize> Node<T, F> {
 
     /// Makes this node, which nobody reaches, the same as [`Node::copy`] of `node`.
     pub(super) fn copy_from(&mut self, node: &Self, stamp: u64) {
-        *self = Node { stamp, ..*node };
+        // Field by field: a leaf has no holes, and a struct that is made of another one is copied twice.
+        self.last = node.last;
+        self.target = node.target;
+        if node.level > 0 {
+            self.hole = node.hole;
+        }
+        self.len = node.len;
+        self.areas = node.areas;
+        self.level = node.level;
+        self.stamp = stamp;
     }
 
     /// Makes this node, which nobody reaches, one without slots.
@@ -120,18 +147,32 @@ impl<T, const F: usize> Node<T, F> {
     /// before.
     #[inline]
     pub(super) fn prefetch(&self) {
-        #[cfg(all(target_arch = "x86_64", not(miri)))]
-        {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            // The lines of `last` and `target`.
-            for line in 0..F * 24 / 64 {
-                let line = std::ptr::from_ref(self)
-                    .cast::<i8>()
-                    .wrapping_add(line * 64);
-                // SAFETY: a hint; it neither faults nor reads, whatever the address.
-                unsafe { _mm_prefetch(line, _MM_HINT_T0) };
-            }
+        // The lines of `last` and `target`.
+        for line in 0..F * 24 / 64 {
+            prefetch(
+                std::ptr::from_ref(self)
+                    .cast::<u8>()
+                    .wrapping_add(line * 64),
+            );
         }
+    }
+
+    /// Asks for all of it.
+    pub(super) fn prefetch_whole(&self) {
+        for line in 0..size_of::<Self>() / 64 {
+            prefetch(
+                std::ptr::from_ref(self)
+                    .cast::<u8>()
+                    .wrapping_add(line * 64),
+            );
+        }
+    }
+
+    /// Asks for what an edit reads as well.
+    #[inline]
+    pub(super) fn prefetch_to_change(&self) {
+        self.prefetch();
+        prefetch(std::ptr::from_ref(&self.len).cast());
     }
 
     pub(super) fn slot(&self, at: usize) -> Slot {
@@ -139,7 +180,7 @@ impl<T, const F: usize> Node<T, F> {
         Slot {
             start: self.target[at].start,
             last: self.last[at],
-            hole: self.hole[at],
+            hole: self.hole(at),
             pointer: self.target[at].pointer,
         }
     }
@@ -162,15 +203,25 @@ impl<T, const F: usize> Node<T, F> {
     #[inline]
     pub(super) fn hole(&self, at: usize) -> u64 {
         debug_assert!(at < self.len);
-        self.hole[at]
+        match self.level {
+            0 => 0,
+            _ => self.hole[at],
+        }
     }
 
     /// The length of the longest hole between two neighbouring areas below this node: below one of its slots, or
     /// between two of them.
     fn longest_hole(&self) -> u64 {
-        let below = self.hole[..self.len].iter().copied().max().unwrap_or(0);
-        let between = |at: usize| self.target[at].start - self.last[at - 1] - 1;
-        (1..self.len).map(between).fold(below, u64::max)
+        let len = self.len.min(F);
+        let below = match self.level {
+            0 => 0,
+            _ => greatest(self.hole[..len].iter().copied()),
+        };
+        let starts = self.target[..len].iter().skip(1);
+        let between = starts
+            .zip(&self.last)
+            .map(|(next, last)| next.start - last - 1);
+        below.max(greatest(between))
     }
 
     /// The addresses below slot `at`.
@@ -203,11 +254,6 @@ impl<T, const F: usize> Node<T, F> {
         self.last[self.len..].iter().all(|&last| last == u64::MAX)
     }
 
-    /// Whether all slots lie below `x`.
-    pub(super) fn is_below(&self, x: u64) -> bool {
-        self.find(x) == self.len
-    }
-
     /// What the parent of this node says of it. `pointer` is that of the node, which must have slots.
     pub(super) fn as_slot(&self, pointer: *const Self) -> Slot {
         Slot {
@@ -218,6 +264,49 @@ impl<T, const F: usize> Node<T, F> {
         }
     }
 
+    /// The same after a change, from what the parent said before: looks at all holes only if it must.
+    fn as_slot_after(&self, change: Option<Change>, said: Slot) -> Slot {
+        let hole = match change {
+            Some(change) if change.now >= said.hole => change.now,
+            // The longest one is elsewhere.
+            Some(change) if change.before < said.hole => said.hole,
+            _ => self.longest_hole(),
+        };
+        Slot {
+            start: self.target[0].start,
+            last: self.last[self.len - 1],
+            hole,
+            pointer: said.pointer,
+        }
+    }
+
+    /// Brings what slot `at` says of `child`, which it points to, up to date after `change`. Returns what that did to the
+    /// holes of this node.
+    pub(super) fn update(&mut self, at: usize, child: &Self, change: Option<Change>) -> Change {
+        let said = self.slot(at);
+        let before = self.hole_around(at);
+        self.set(at, child.as_slot_after(change, said));
+        Change {
+            before,
+            now: self.hole_around(at),
+        }
+    }
+
+    /// The longest hole below slot `at`, or between it and its neighbours.
+    pub(super) fn hole_around(&self, at: usize) -> u64 {
+        self.hole(at)
+            .max(self.hole_before(at))
+            .max(self.hole_before(at + 1))
+    }
+
+    /// The hole between slot `at` and the one before; 0 if one of them is not there.
+    pub(super) fn hole_before(&self, at: usize) -> u64 {
+        if at == 0 || at >= self.len {
+            return 0;
+        }
+        self.target[at].start - self.last[at - 1] - 1
+    }
+
     pub(super) fn set(&mut self, at: usize, slot: Slot) {
         debug_assert!(at < self.len);
         self.last[at] = slot.last;
@@ -225,14 +314,18 @@ impl<T, const F: usize> Node<T, F> {
             pointer: slot.pointer,
             start: slot.start,
         };
-        self.hole[at] = slot.hole;
+        if self.level > 0 {
+            self.hole[at] = slot.hole;
+        }
     }
 
     /// Inserts `slot` as number `at`. There must be room.
     pub(super) fn insert(&mut self, at: usize, slot: Slot) {
         debug_assert!(at <= self.len && self.len < F);
         self.last.copy_within(at..self.len, at + 1);
-        self.hole.copy_within(at..self.len, at + 1);
+        if self.level > 0 {
+            self.hole.copy_within(at..self.len, at + 1);
+        }
         self.target.copy_within(at..self.len, at + 1);
         self.len += 1;
         self.set(at, slot);
@@ -241,7 +334,9 @@ impl<T, const F: usize> Node<T, F> {
     pub(super) fn remove(&mut self, at: usize) {
         debug_assert!(at < self.len);
         self.last.copy_within(at + 1..self.len, at);
-        self.hole.copy_within(at + 1..self.len, at);
+        if self.level > 0 {
+            self.hole.copy_within(at + 1..self.len, at);
+        }
         self.target.copy_within(at + 1..self.len, at);
         self.len -= 1;
         self.last[self.len] = u64::MAX;
@@ -275,4 +370,28 @@ impl<T, const F: usize> Node<T, F> {
         }
         self.len = from;
     }
+}
+
+/// The greatest of some numbers; 0 if there are none. By two chains, so that half of the comparisons wait for each other.
+#[inline]
+fn greatest(mut numbers: impl Iterator<Item = u64>) -> u64 {
+    let (mut one, mut other) = (0, 0);
+    while let Some(number) = numbers.next() {
+        one = number.max(one);
+        other = numbers.next().unwrap_or(0).max(other);
+    }
+    one.max(other)
+}
+
+/// Asks for a cache line.
+#[inline]
+pub(super) fn prefetch(line: *const u8) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint; it neither faults nor reads, whatever the address.
+        unsafe { _mm_prefetch(line.cast(), _MM_HINT_T0) };
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+    let _ = line;
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  update --replaced--> open garbage --full--> epoch, one call --> returned --> pool of spare nodes --> next update
-//!                       (in the pool)          for all of it        (stack)     areas, rules and more are dropped
+//!                       (in the pool)          for all of it        (stack)     rules are dropped, areas by and by
 //! ```
 //!
 //! The collector is the process-wide one of `crossbeam-epoch`: to pin is to store into a word of this thread, without
@@ -16,6 +16,7 @@
 //! taken whole, so no address can return between a load and its compare-exchange.
 
 use crossbeam_epoch::Guard;
+use std::collections::VecDeque;
 use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
 use std::ptr;
@@ -24,14 +25,20 @@ use super::node::Node;
 use super::tree::Root;
 use crate::sync::{Arc, AtomicPtr, Ordering, Step, TINY, Witness, performs, weaken};
 
-/// Spare nodes that a tree keeps for good. What comes back beyond them, after a reader was slow, is freed by and by: one
+/// Spare nodes that a tree keeps for good: what two lists of garbage hold, as one comes back while the one before is used.
+/// What comes back beyond them, after a reader was slow, is freed by and by: one
 /// node for each update, so that none pays for all, and a reader that is slow again finds most of them still here.
-const SPARE_NODES: usize = 128;
+pub(super) const SPARE_NODES: usize = 8 * FULL;
+/// Which part of the areas that have returned an update drops, beside one for each that it inserts: allocators are quickest
+/// where what is freed is what is allocated next.
+const DROPPED_PART: usize = 32;
+/// Spare roots that a tree keeps: what a few lists of garbage hold.
+const SPARE_ROOTS: usize = 4 * FULL;
 /// Empty lists of garbage that a tree keeps.
 const SPARE_LISTS: usize = 4;
 /// How much garbage goes to the epoch as one: few enough that what it holds is bounded, many enough that the handing
 /// over costs an update next to nothing.
-const FULL: usize = if TINY { 1 } else { 16 };
+const FULL: usize = if TINY { 1 } else { 32 };
 
 /// A thread that is pinned: what it can reach in a tree from now on is not freed before this is dropped.
 pub(super) struct Pinned(Guard);
@@ -55,6 +62,8 @@ pub(super) struct Garbage<T, const F: usize, R> {
     pub(super) nodes: Vec<*mut Node<T, F>>,
     /// Areas, once for each range that was removed.
     pub(super) areas: Vec<*const T>,
+    /// Rules that were replaced.
+    pub(super) rules: Vec<*const R>,
     /// The next one in the stack of what has returned.
     next: *mut Garbage<T, F, R>,
     witness: Witness,
@@ -66,12 +75,14 @@ impl<T, const F: usize, R> Garbage<T, F, R> {
             roots: Vec::new(),
             nodes: Vec::new(),
             areas: Vec::new(),
+            rules: Vec::new(),
             next: ptr::null_mut(),
             witness: Witness::new(),
         })
     }
 
     fn is_empty(&self) -> bool {
+        // Rules come with their roots.
         self.roots.is_empty() && self.nodes.is_empty() && self.areas.is_empty()
     }
 
@@ -83,6 +94,7 @@ impl<T, const F: usize, R> Garbage<T, F, R> {
         self.roots.append(&mut other.roots);
         self.nodes.append(&mut other.nodes);
         self.areas.append(&mut other.areas);
+        self.rules.append(&mut other.rules);
     }
 }
 
@@ -90,6 +102,11 @@ impl<T, const F: usize, R> Garbage<T, F, R> {
 pub(super) struct Pool<T, const F: usize, R> {
     /// Nodes that nobody reaches, with whatever they held.
     nodes: Vec<Box<Node<T, F>>>,
+    /// Areas that nobody reaches, with the tree's count of each; the oldest first.
+    areas: VecDeque<*const T>,
+    /// Roots that nobody reaches.
+    #[allow(clippy::vec_box)] // the boxes themselves go round
+    roots: Vec<Box<Root<T, F, R>>>,
     /// What published updates replaced and the epoch has not been told of yet.
     pub(super) open: Box<Garbage<T, F, R>>,
     /// Empty.
@@ -105,6 +122,8 @@ impl<T, const F: usize, R> Pool<T, F, R> {
     fn new(census: Census) -> Box<Self> {
         Box::new(Pool {
             nodes: Vec::new(),
+            areas: VecDeque::new(),
+            roots: Vec::new(),
             open: Garbage::new(),
             lists: Vec::new(),
             added: Vec::new(),
@@ -131,6 +150,10 @@ impl<T, const F: usize, R> Pool<T, F, R> {
     pub(super) fn copy(&mut self, node: &Node<T, F>, stamp: u64) -> Box<Node<T, F>> {
         match self.nodes.pop() {
             Some(mut copy) => {
+                // The next one will be wanted as well: an update copies a node of each level.
+                if let Some(next) = self.nodes.last() {
+                    next.prefetch_whole();
+                }
                 copy.copy_from(node, stamp);
                 copy
             }
@@ -144,6 +167,24 @@ impl<T, const F: usize, R> Pool<T, F, R> {
     /// Takes a node that nobody reaches.
     pub(super) fn recycle(&mut self, node: Box<Node<T, F>>) {
         self.nodes.push(node);
+    }
+
+    /// A root with this content.
+    pub(super) fn root(&mut self, root: Root<T, F, R>) -> Box<Root<T, F, R>> {
+        match self.roots.pop() {
+            Some(mut spare) => {
+                *spare = root;
+                spare
+            }
+            None => Box::new(root),
+        }
+    }
+
+    /// Takes a root that nobody reaches.
+    pub(super) fn recycle_root(&mut self, root: Box<Root<T, F, R>>) {
+        if self.roots.len() < SPARE_ROOTS {
+            self.roots.push(root);
+        }
     }
 
     /// Frees spare nodes, if there are too many: at most `count`.
@@ -162,25 +203,42 @@ impl<T, const F: usize, R> Pool<T, F, R> {
         drop(node);
     }
 
-    /// Recycles the nodes and drops the areas and rules.
+    /// Does a part of the work that waits: frees spare nodes, and drops areas.
+    fn tidy(&mut self) {
+        self.trim(1);
+        self.drop_areas(self.areas.len() / DROPPED_PART);
+    }
+
+    /// Drops areas that have returned: at most `count`.
+    pub(super) fn drop_areas(&mut self, count: usize) {
+        for _ in 0..count {
+            let Some(area) = self.areas.pop_front() else {
+                return;
+            };
+            // SAFETY: made by `Arc::into_raw`, and the count is ours, by the contract of `absorb`.
+            drop(unsafe { Arc::from_raw(area) });
+        }
+    }
+
+    /// Recycles the nodes, takes the areas, and drops the rules.
     ///
     /// # Safety
     /// * Nobody reaches the garbage, and nobody else frees any of it; its roots and nodes were made by `Box::into_raw`.
-    /// * The tree's strong count of each area goes with its pointer.
+    /// * The tree's strong count of each area, and of each of the rules, goes with its pointer.
     unsafe fn absorb(&mut self, mut garbage: Box<Garbage<T, F, R>>) {
         garbage.witness.end();
         for root in garbage.roots.drain(..) {
-            // SAFETY: made by `Box::into_raw`, unreachable and freed only here, by our contract. It releases its own
-            // count of the rules.
-            drop(unsafe { Box::from_raw(root) });
+            // SAFETY: made by `Box::into_raw`, unreachable and freed only here, by our contract.
+            self.recycle_root(unsafe { Box::from_raw(root) });
         }
         for node in garbage.nodes.drain(..) {
             // SAFETY: as for the roots. What it points to is not touched.
             self.recycle(unsafe { Box::from_raw(node) });
         }
-        for area in garbage.areas.drain(..) {
+        self.areas.extend(garbage.areas.drain(..));
+        for rules in garbage.rules.drain(..) {
             // SAFETY: made by `Arc::into_raw`, and the count is ours, by our contract.
-            drop(unsafe { Arc::from_raw(area) });
+            drop(unsafe { Arc::from_raw(rules) });
         }
         if self.lists.len() < SPARE_LISTS {
             self.lists.push(garbage);
@@ -202,6 +260,7 @@ impl<T, const F: usize, R> Pool<T, F, R> {
     fn merge(&mut self, other: &mut Self) {
         self.open.append(&mut other.open);
         self.nodes.append(&mut other.nodes);
+        self.areas.append(&mut other.areas);
     }
 }
 
@@ -210,6 +269,7 @@ impl<T, const F: usize, R> Drop for Pool<T, F, R> {
         for node in std::mem::take(&mut self.nodes) {
             self.free(node);
         }
+        self.drop_areas(usize::MAX);
     }
 }
 
@@ -248,7 +308,7 @@ impl<T, const F: usize, R> Reclaim<T, F, R> {
             home,
         };
         home.absorb_returned(&mut checkout);
-        checkout.trim(1);
+        checkout.tidy();
         checkout
     }
 

@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 
 use super::AreaTree;
-use super::reclaim::{Reclaim, Whereabouts};
+use super::reclaim::{Reclaim, SPARE_NODES, Whereabouts};
 use crate::sync::{Arc, AtomicBool, AtomicUsize, Ordering, thread};
 use crate::units::{Iova, IovaRange};
 
@@ -86,7 +86,10 @@ fn a_tree_that_changes_for_ever_stops_to_allocate() {
     // Takes what readers of other tests held up, and trims it to the bound.
     tree.reclaim();
     let (now, live) = (whereabouts(&tree), tree.snapshot().shape().1);
-    assert!(now.allocated <= live + 128, "{now:?} for {live} live nodes");
+    assert!(
+        now.allocated <= live + SPARE_NODES,
+        "{now:?} for {live} live nodes"
+    );
 }
 
 #[test]

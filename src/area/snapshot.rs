@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use super::node::Node;
+use super::node::{Node, prefetch};
 use super::reclaim::Pinned;
 use super::tree::{AreaTree, Root};
 use crate::sync::{Arc, Step, performs};
@@ -26,6 +26,13 @@ impl<T> Entry<'_, T> {
         unsafe { Arc::increment_strong_count(self.pointer) };
         // SAFETY: from `Arc::into_raw`, and the count that it takes over is the one made above.
         unsafe { Arc::from_raw(self.pointer) }
+    }
+
+    /// Asks for the count of the area, which whoever removes it will need.
+    #[inline]
+    pub(super) fn prefetch(&self) {
+        // The counts lie right before the area.
+        prefetch(self.pointer.cast::<u8>().wrapping_sub(1));
     }
 
     /// The pointer that the leaf holds.
@@ -92,6 +99,16 @@ impl<'a, T, const F: usize> Areas<'a, T, F> {
     /// The first area whose last address is not below `x`: its leaf and slot.
     #[inline]
     fn find(self, x: Iova) -> Option<(&'a Node<T, F>, usize)> {
+        self.find_through(x, Node::prefetch)
+    }
+
+    /// The same; asks for each node below the root by `prefetch`.
+    #[inline]
+    fn find_through(
+        self,
+        x: Iova,
+        prefetch: impl Fn(&Node<T, F>),
+    ) -> Option<(&'a Node<T, F>, usize)> {
         let mut node = self.root?;
         let mut at = node.find(x.get());
         if at == node.len() {
@@ -100,7 +117,7 @@ impl<'a, T, const F: usize> Areas<'a, T, F> {
         // The last address of a slot is exact, so below the root the search finds a slot in every node.
         for _ in 0..node.level() {
             node = self.child(node, at);
-            node.prefetch();
+            prefetch(node);
             at = node.find(x.get());
         }
         Some((node, at))
@@ -120,6 +137,12 @@ impl<'a, T, const F: usize> Areas<'a, T, F> {
         leaf.range(at)
             .intersects(range)
             .then(|| self.entry(leaf, at))
+    }
+
+    /// The same as [`Areas::lookup`], for an edit that will change the nodes on the way.
+    pub(super) fn lookup_to_change(self, iova: Iova) -> Option<Entry<'a, T>> {
+        let (leaf, at) = self.find_through(iova, Node::prefetch_to_change)?;
+        leaf.range(at).contains(iova).then(|| self.entry(leaf, at))
     }
 
     pub(super) fn iter(self, range: IovaRange) -> Iter<'a, T, F> {
@@ -254,7 +277,8 @@ impl<'t, T, const F: usize, R> Snapshot<'t, T, F, R> {
 
     /// The rules.
     pub(crate) fn rules(&self) -> &R {
-        &self.root().rules
+        // SAFETY: alive and unchanged while `self` is borrowed, like the root (Inv. 2 and 3).
+        unsafe { self.root().rules() }
     }
 
     /// The number of areas.

@@ -16,16 +16,27 @@ use crate::{error::Error, units::IovaRange};
 pub(super) struct Root<T, const F: usize, R> {
     /// Null while there are no areas.
     pub(super) node: *mut Node<T, F>,
-    pub(super) rules: Arc<R>,
+    /// As `Arc::into_raw` gave them. The tree owns one count of its rules, however many roots carry them one after the
+    /// other.
+    pub(super) rules: *const R,
     /// How many updates were published before, over the life of the tree.
     pub(super) version: u64,
     pub(super) witness: Witness,
 }
 
+impl<T, const F: usize, R> Root<T, F, R> {
+    /// # Safety
+    /// The rules are alive as long as the root is borrowed: they are retired with the last root that carries them.
+    pub(super) unsafe fn rules(&self) -> &R {
+        // SAFETY: from `Arc::into_raw`, so valid; alive, by our contract; rules do not change.
+        unsafe { &*self.rules }
+    }
+}
+
 /// A concurrent map from non-overlapping ranges to shared areas, in nodes of up to `F` slots, with rules of type `R`.
 /// See the [module](super).
 ///
-/// Areas that were removed and rules that were replaced are dropped by a later update or [`AreaTree::reclaim`], once no
+/// Areas that were removed and rules that were replaced are dropped by later updates or [`AreaTree::reclaim`], once no
 /// snapshot of that time is left; those that wait when the tree is dropped may be dropped after it, on any thread that
 /// uses a tree.
 pub(crate) struct AreaTree<T, const F: usize = 16, R = ()> {
@@ -44,7 +55,7 @@ where
     pub(crate) fn new() -> Self {
         let root = Box::new(Root {
             node: ptr::null_mut(),
-            rules: Arc::new(R::default()),
+            rules: Arc::into_raw(Arc::new(R::default())),
             version: 0,
             witness: Witness::new(),
         });
@@ -110,6 +121,7 @@ where
     pub(crate) fn reclaim(&self) {
         let mut pool = Reclaim::checkout(&self.reclaim);
         pool.trim(usize::MAX);
+        pool.drop_areas(usize::MAX);
         // SAFETY: what is open was replaced by published updates.
         unsafe { pool.hand_over(&Pinned::new()) };
     }
@@ -160,6 +172,8 @@ impl<T, const F: usize, R> Drop for AreaTree<T, F, R> {
             // SAFETY: ours like the root, which is used no more.
             unsafe { free_all(root.node, &mut pool) };
         }
+        // SAFETY: made by `Arc::into_raw`; the count of the current rules is ours like the root.
+        drop(unsafe { Arc::from_raw(root.rules) });
         // SAFETY: as above, no reader is left.
         unsafe { pool.absorb_open() };
     }

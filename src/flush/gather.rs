@@ -312,6 +312,8 @@ mod tests {
                         let end = bits.find(|bit| mask >> bit & 1 == 0).unwrap_or(64);
                         let run = Iova::new(start.get() + (first << size.lg2()));
                         let bytes = (end - first) << size.lg2();
+                        // Looks for the closest ranges each time.
+                        single.closest = 0;
                         single.add(IovaRange::from_len(run, bytes).unwrap(), size);
                     }
                     leaves += u64::from(mask.count_ones());

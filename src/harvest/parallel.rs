@@ -41,7 +41,7 @@ impl AddressSpace {
     /// one. Needs the feature `rayon`.
     ///
     /// Worth it for tables that lie scattered in memory, or with a tenth of the pages dirty and more; a clean range is read at the
-    /// speed of memory by one thread. Allocates: some bytes for each 262144 bits of the request, at most a few
+    /// speed of memory by one thread, unless one core cannot use all of that. Allocates: some bytes for each 262144 bits of the request, at most a few
     /// megabytes.
     ///
     /// # Errors

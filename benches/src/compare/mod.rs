@@ -122,7 +122,7 @@ impl Settings {
             rounds: 15,
             least_rounds: 3,
             turn: Duration::from_millis(15),
-            contest: Duration::from_secs(3),
+            contest: Duration::from_secs(2),
             thorough: true,
             ..Settings::quick()
         }

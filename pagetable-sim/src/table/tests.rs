@@ -33,6 +33,7 @@ macro_rules! suite {
                 only_writable_leaves_become_dirty,
                 every_leaf_size_is_written_cleaned_and_written_again,
                 part_of_a_dirty_leaf_is_recorded_and_the_leaf_stays_dirty,
+                a_look_at_a_part_of_a_leaf_records_that_part,
                 one_dirty_leaf_of_every_place_in_a_group_is_found,
                 a_harvest_beyond_the_width_sees_what_is_there,
                 cleaning_what_was_unmapped_meanwhile_maps_nothing,

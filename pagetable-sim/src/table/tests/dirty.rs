@@ -208,6 +208,21 @@ pub(super) fn a_harvest_beyond_the_width_sees_what_is_there<F: Format>() {
         .unwrap();
 }
 
+/// Also where the bitmap has room for more.
+pub(super) fn a_look_at_a_part_of_a_leaf_records_that_part<F: Format>() {
+    let table = Table::<F>::new();
+    let all = range(0, m::<F>());
+    table
+        .map(all, 0, Access::ReadWrite, LeafSizes::only(F::size(1)))
+        .unwrap();
+    table.set_dirty(iova(0)).unwrap();
+    let mut words = vec![0u64; (all.granules(F::PAGE) as usize).div_ceil(64)];
+    let view = UserBitmap::new(&mut words).view(all, F::PAGE).unwrap();
+    let part = range(2 * k::<F>(), k::<F>());
+    table.peek(part, &mut view.sink()).unwrap();
+    assert_eq!(view.runs().collect::<Vec<_>>(), [part]);
+}
+
 /// A harvest that saw a dirty leaf makes it clean after it was unmapped, and even mapped anew.
 pub(super) fn cleaning_what_was_unmapped_meanwhile_maps_nothing<F: Format>() {
     for limit in [F::PAGE, F::size(1)] {
