@@ -83,7 +83,7 @@ pub(super) fn cut(run: IovaRange, last: Iova) -> (IovaRange, Option<IovaRange>) 
 /// ```
 ///
 /// Allocates room for one run of each source. For logs that are dense and broken up, ORing them into one bitmap
-/// ([`DirtyLog::or_into`], [`BitmapView::or_into`](crate::BitmapView::or_into)) and reading its runs is faster.
+/// ([`DirtyLog::or_into`](crate::DirtyLog::or_into), [`BitmapView::or_into`](crate::BitmapView::or_into)) and reading its runs is faster.
 pub fn merge_runs<I>(sources: impl IntoIterator<Item = I>) -> MergedRuns<I>
 where
     I: Iterator<Item = IovaRange>,
