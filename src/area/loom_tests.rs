@@ -12,7 +12,7 @@ use loom::cell::UnsafeCell;
 use super::AreaTree;
 use crate::error::Error;
 use crate::sync::model::{self, Bound, holds_within};
-use crate::sync::{Arc, Step, thread};
+use crate::sync::{Arc, AtomicBool, Ordering, Step, thread};
 use crate::units::{Granule, Iova, IovaRange};
 
 #[derive(Debug)]
@@ -294,19 +294,25 @@ fn a_node_is_not_used_again_under_a_reader() {
     holds_within(BOUND, &[Step::WaitForReaders, Step::PublishRoot], || {
         let tree = Arc::new(AreaTree::<u64, 4>::new());
         tree.insert(range(0, 9), Arc::new(1)).unwrap();
+        let between = Arc::new(AtomicBool::new(false));
         let writer = {
-            let tree = Arc::clone(&tree);
+            let (tree, between) = (Arc::clone(&tree), Arc::clone(&between));
             thread::spawn(move || {
                 // The second insert takes the node and the root that the first one replaced, if they have returned.
                 tree.insert(range(10, 19), Arc::new(2)).unwrap();
                 tree.insert(range(20, 29), Arc::new(3)).unwrap();
+                between.store(true, Ordering::Relaxed);
             })
         };
         let snapshot = tree.snapshot();
         // Each update has added one area. From here on only nodes are looked at.
         let areas = snapshot.version() as usize;
-        let count = || snapshot.iter(IovaRange::ALL).count();
-        let whole = count() == areas && count() == areas;
+        // What a walk has in hand, and all anew from the root: both are the state of that moment, whatever came between.
+        let mut walk = snapshot.iter(IovaRange::ALL);
+        let first = walk.next().is_some();
+        between.load(Ordering::Relaxed);
+        let again = snapshot.iter(IovaRange::ALL).count();
+        let whole = first && 1 + walk.count() == areas && again == areas;
         drop(snapshot);
         writer.join().unwrap();
         whole

@@ -130,32 +130,25 @@ impl ChunkMap {
         })
     }
 
-    /// As [`set`](Self::set), of bits in one word of `group`, which has a slab.
+    /// As [`set`](Self::set), of one bit of `group`, which has a slab.
     ///
     /// # Safety
-    /// `group` is that of this bitmap, and `first <= last <= ` the highest bit.
+    /// `group` is that of this bitmap, and `bit` is no higher than its highest bit.
     #[inline(always)]
-    pub(crate) unsafe fn set_near(
-        &self,
-        group: OneGroup,
-        first: u64,
-        last: u64,
-        fence: impl FnOnce(),
-    ) {
-        debug_assert!(first <= last && last <= self.last && first / 64 == last / 64);
+    pub(crate) unsafe fn set_near(&self, group: OneGroup, bit: u64, fence: impl FnOnce()) {
+        debug_assert!(bit <= self.last);
         // SAFETY: by the caller it came from `one_group` of this bitmap, which lives for as long as `self` is borrowed, and has a
         // block for each bit of it.
-        let block = unsafe { group.blocks.add((first >> (BITS_LG2 + BLOCK_LG2)) as usize) };
+        let block = unsafe { group.blocks.add((bit >> (BITS_LG2 + BLOCK_LG2)) as usize) };
         // SAFETY: as above.
         let block = unsafe { block.as_ref() };
         // SAFETY: the slab has a word for each bit of the bitmap, and lives as long as its group.
-        let word = unsafe { group.slab.add((first >> 6) as usize) };
+        let word = unsafe { group.slab.add((bit >> 6) as usize) };
         // SAFETY: as above.
         let word = unsafe { word.as_ref() };
-        let mask = word_mask((first % 64) as u32, (last % 64) as u32);
-        block
-            .slot(first >> BITS_LG2)
-            .set_word(word, first, mask, fence);
+        // A mask of one bit is tested by one instruction.
+        let (slot, mask) = (block.slot(bit >> BITS_LG2), 1 << (bit % 64));
+        slot.set_word(word, bit, mask, fence);
     }
 
     /// Takes the bits of `first..=last`: has `taker` visit each word that has some, with the word's first bit and those bits, in

@@ -244,6 +244,8 @@ pub(crate) struct NearMarks {
     range: IovaRange,
     base: Iova,
     page: Granule,
+    /// The bits of an address that say which page it is in.
+    above_page: u64,
     ordering: MarkOrdering,
     marks: Arc<Marks>,
 }
@@ -256,28 +258,23 @@ impl NearMarks {
             range: range.intersection(marks.range)?,
             base: marks.range.start(),
             page: marks.page,
+            above_page: !marks.page.mask(),
             ordering: marks.ordering,
             marks: Arc::clone(marks),
         })
     }
 
-    /// As [`Marks::mark_inside`], if the pages are near: in the area as a whole, and in one word. Whether they are.
+    /// As [`Marks::mark_inside`], if `range` lies in one page of the area. Whether it does.
     #[inline(always)]
     pub(crate) fn mark(&self, range: IovaRange) -> bool {
-        if !self.range.covers(range) {
+        let (start, last) = (range.start().get(), range.last().get());
+        if !self.range.covers(range) || (start ^ last) & self.above_page != 0 {
             return false;
         }
-        let (first, last) = pages(self.base, self.page, range);
-        if first / 64 != last / 64 {
-            return false;
-        }
+        let bit = (start - self.base.get()) >> self.page.lg2();
         let before_look = || self.ordering.before_look();
-        // SAFETY: the group is that of these marks' bits, see `new`, which have one for each page of the range.
-        unsafe {
-            self.marks
-                .bits
-                .set_near(self.group, first, last, before_look)
-        };
+        // SAFETY: the group is that of these marks' bits, see `new`, which have one for each page of the area.
+        unsafe { self.marks.bits.set_near(self.group, bit, before_look) };
         true
     }
 }

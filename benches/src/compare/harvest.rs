@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use super::marks::sum;
 use super::{
-    Contestant, Family, Report, Role, Settings, Target, Unit, Workload, contest, memory,
+    Contestant, Family, Report, Role, Scale, Settings, Target, Unit, Workload, contest, memory,
     per_operation,
 };
 use crate::peers::{Flat, HiBitSet, LockedRoaring, ThroughHandle, VmMemory, VmMemoryModel};
@@ -19,7 +19,7 @@ use crate::{PAGE, Tracker};
 pub const FAMILY: Family = Family {
     name: "harvest",
     run,
-    grow: None,
+    grow: Some(grow),
 };
 
 /// All, marked in pieces.
@@ -49,7 +49,7 @@ const fn entry<T: Tracker + 'static>(role: Role, slow: f64) -> Entry {
     }
 }
 
-const ENTRIES: [Entry; 7] = [
+static ENTRIES: [Entry; 7] = [
     entry::<ThroughHandle>(Role::Ours, 2.0),
     entry::<VmMemory>(Role::Peer, 2.0),
     Entry {
@@ -89,7 +89,6 @@ fn run(settings: &Settings, report: &mut Report) {
         true => (1 << 28, "1 TiB"),
         false => (1 << 26, "256 GiB"),
     };
-    let bitmap = RefCell::new(vec![0u64; (pages / 64) as usize]);
     let shares: [Share; 7] = [
         ("0 %", None, &[("flat", 500.0), ("vm-memory", 8000.0)]),
         (
@@ -103,26 +102,78 @@ fn run(settings: &Settings, report: &mut Report) {
         (PIECES, Some(1), &[("flat", 0.95), ("vm-memory", 2.0)]),
         ("100 %", Some(1), &[("flat", 0.95), ("vm-memory", 2.0)]),
     ];
-    let peers: Vec<_> = ENTRIES
-        .iter()
-        .map(|entry| (entry, RefCell::new((entry.new)(pages))))
-        .collect();
-    for (entry, peer) in &peers {
-        let mut peer = peer.borrow_mut();
-        settings.at(format!("{}: every page dirty once", peer.name()));
-        if entry.slow > 1.0 {
-            peer.mark(0, pages * PAGE);
-        }
-        peer.harvest_alone(&mut bitmap.borrow_mut());
-    }
-    for (label, every, targets) in shares {
-        let workload = Workload::time(format!("{size}, {label} dirty"));
-        if !workload.name.contains(&settings.matching) {
-            continue;
-        }
-        let workload = targets.iter().fold(workload, |workload, (peer, ratio)| {
+    let memory = Memory::new(settings, pages, ENTRIES.iter());
+    for share in shares {
+        let workload = Workload::time(format!("{size}, {} dirty", share.0));
+        let targets = share.2.iter();
+        let workload = targets.fold(workload, |workload, (peer, ratio)| {
             workload.target(Target::RatioTo(peer, *ratio))
         });
+        memory.harvest(settings, report, FAMILY.name, share, workload);
+    }
+    resident(settings, report, pages, size);
+    report.note(
+        FAMILY.name,
+        "`hibitset` is harvested while nobody may mark. `vm-memory-own-vec` leaves the pages in a vector of its own, all others in the caller's bitmap."
+            .to_owned(),
+    );
+}
+
+fn grow(settings: &Settings, report: &mut Report, family: &'static str) {
+    let few = |entry: &&Entry| !entry.own && entry.slow > 1.0;
+    for lg2 in settings.decades() {
+        let bytes = 1u64 << lg2;
+        let memory = Memory::new(settings, bytes / PAGE, ENTRIES.iter().filter(few));
+        for (curve, share) in [
+            ("harvest of clean marks", ("0 %", None, &[] as &[_])),
+            ("harvest of marks, 0.1 % dirty", ("0.1 %", Some(1000), &[])),
+        ] {
+            let workload = Workload::grown(curve, bytes as f64, Scale::Bytes);
+            memory.harvest(settings, report, family, share, workload);
+        }
+    }
+}
+
+/// All who take part, each with a memory of one size.
+struct Memory {
+    pages: u64,
+    peers: Vec<(&'static Entry, RefCell<Box<dyn Tracker>>)>,
+    /// What harvests are written to.
+    bitmap: RefCell<Vec<u64>>,
+}
+
+impl Memory {
+    fn new(settings: &Settings, pages: u64, entries: impl Iterator<Item = &'static Entry>) -> Self {
+        let mut bitmap = vec![0u64; (pages / 64) as usize];
+        let peers = entries.map(|entry| {
+            let mut peer = (entry.new)(pages);
+            settings.at(format!("{}: every page dirty once", peer.name()));
+            if entry.slow > 1.0 {
+                peer.mark(0, pages * PAGE);
+            }
+            peer.harvest_alone(&mut bitmap);
+            (entry, RefCell::new(peer))
+        });
+        Memory {
+            pages,
+            peers: peers.collect(),
+            bitmap: RefCell::new(bitmap),
+        }
+    }
+
+    /// A contest: harvests of a share of the pages.
+    fn harvest(
+        &self,
+        settings: &Settings,
+        report: &mut Report,
+        family: &'static str,
+        (label, every, _): Share,
+        workload: Workload,
+    ) {
+        if !workload.name.contains(&settings.matching) {
+            return;
+        }
+        let pages = self.pages;
         let dirty = every.map(|every| random_bits(pages, every));
         let share = every.map_or(0.0, |every| 1.0 / every as f64);
         let pieces: Vec<u64> = (0..pages * PAGE).step_by(PIECE as usize).collect();
@@ -132,9 +183,9 @@ fn run(settings: &Settings, report: &mut Report) {
             (Some(dirty), _) => peer.mark_bits(dirty),
             (None, _) => {}
         };
-        let (mark, bitmap) = (&mark, &bitmap);
+        let (mark, bitmap) = (&mark, &self.bitmap);
         let able = |entry: &Entry| share < entry.slow && !(entry.own && label == PIECES);
-        let able = peers.iter().filter(|(entry, _)| able(entry));
+        let able = self.peers.iter().filter(|(entry, _)| able(entry));
         let contestants = able.map(|(entry, peer)| {
             let name = peer.borrow().name();
             let turn = move || {
@@ -163,14 +214,8 @@ fn run(settings: &Settings, report: &mut Report) {
             })
         });
         let contestants = contestants.collect();
-        contest(settings, report, FAMILY.name, vec![workload], contestants);
+        contest(settings, report, family, vec![workload], contestants);
     }
-    resident(settings, report, pages, size);
-    report.note(
-        FAMILY.name,
-        "`hibitset` is harvested while nobody may mark. `vm-memory-own-vec` leaves the pages in a vector of its own, all others in the caller's bitmap."
-            .to_owned(),
-    );
 }
 
 /// What the system has provided when pages are dirty, the caller's bitmap aside.

@@ -15,7 +15,8 @@ use dirtymap::sync::{AtomicBool, AtomicU64, Ordering, thread};
 
 use super::row::median;
 use super::{
-    Contestant, Endless, Family, Report, Role, Settings, Target, Workload, contest, per_operation,
+    Contestant, Endless, Family, Report, Role, Scale, Settings, Target, Workload, contest,
+    per_operation,
 };
 use crate::peers::{
     Asymmetric, Fenced, Flat, HiBitSet, LockedRoaring, Tested, ThroughHandle, ThroughSpace,
@@ -28,7 +29,7 @@ use crate::{PAGE, Peer, Tracker};
 pub const FAMILY: Family = Family {
     name: "marks",
     run,
-    grow: None,
+    grow: Some(grow),
 };
 
 /// Pages that are marked again and again.
@@ -87,14 +88,10 @@ fn new_peer<P: Peer + 'static>(pages: u64) -> Box<dyn Peer> {
 fn run(settings: &Settings, report: &mut Report) {
     // 1 TiB, or 64 GiB.
     let pages = if settings.thorough { 1 << 28 } else { 1 << 24 };
-    let round = &mut Round {
-        settings,
-        report,
-        pages,
-        bitmap: RefCell::new(vec![0; (pages / 64) as usize]),
-    };
+    let round = &mut Round::new(settings, report, FAMILY.name, pages);
     hot(round);
-    cold(round);
+    let workload = Workload::time("cold page").target(Target::RatioTo("flat", 1.0 / 1.2));
+    cold(round, workload, &SELF_ORDERED);
     ranges(round);
     writers(round);
     report.note(
@@ -104,16 +101,49 @@ fn run(settings: &Settings, report: &mut Report) {
     );
 }
 
+/// Who is put beside ours to see how a cold mark grows with the memory.
+const GROWN: [(Role, New); 4] = [
+    (Role::Ours, new::<ThroughHandle>),
+    (Role::Peer, new::<VmMemory>),
+    (Role::Peer, new::<Flat>),
+    (Role::Peer, new::<LockedRoaring>),
+];
+
+fn grow(settings: &Settings, report: &mut Report, family: &'static str) {
+    for lg2 in settings.decades() {
+        let bytes = 1u64 << lg2;
+        let round = &mut Round::new(settings, report, family, bytes / PAGE);
+        let workload = Workload::grown("mark of a cold page", bytes as f64, Scale::Bytes);
+        cold(round, workload, &GROWN);
+    }
+}
+
 /// Contests over one memory.
 struct Round<'a> {
     settings: &'a Settings,
     report: &'a mut Report,
+    family: &'static str,
     pages: u64,
     /// What harvests are written to.
     bitmap: RefCell<Vec<u64>>,
 }
 
-impl Round<'_> {
+impl<'a> Round<'a> {
+    fn new(
+        settings: &'a Settings,
+        report: &'a mut Report,
+        family: &'static str,
+        pages: u64,
+    ) -> Self {
+        Round {
+            settings,
+            report,
+            family,
+            pages,
+            bitmap: RefCell::new(vec![0; (pages / 64) as usize]),
+        }
+    }
+
     /// A contest of `peers`. `mark` marks what is checked, into clean bits, and stays marked after.
     fn compare(
         &mut self,
@@ -148,7 +178,7 @@ impl Round<'_> {
         contest(
             self.settings,
             self.report,
-            FAMILY.name,
+            self.family,
             workloads,
             contestants,
         );
@@ -198,7 +228,7 @@ fn hot(round: &mut Round<'_>) {
     round.compare(vec![workload], &SELF_ORDERED, &mark, &timed);
 }
 
-fn cold(round: &mut Round<'_>) {
+fn cold(round: &mut Round<'_>, workload: Workload, peers: &[(Role, New)]) {
     let count = if round.settings.thorough {
         1 << 18
     } else {
@@ -213,8 +243,7 @@ fn cold(round: &mut Round<'_>) {
         peer.mark_pages(black_box(&pages));
         vec![began.elapsed().as_nanos() as f64 / count as f64]
     };
-    let workload = Workload::time("cold page").target(Target::RatioTo("flat", 1.0 / 1.2));
-    round.compare(vec![workload], &SELF_ORDERED, &mark, &timed);
+    round.compare(vec![workload], peers, &mark, &timed);
 }
 
 fn ranges(round: &mut Round<'_>) {
@@ -303,7 +332,7 @@ fn writers(round: &mut Round<'_>) {
                 })
             });
             let contestants = contestants.collect();
-            contest(settings, round.report, FAMILY.name, workloads, contestants);
+            contest(settings, round.report, round.family, workloads, contestants);
         }
     }
 }

@@ -128,6 +128,16 @@ impl Settings {
         }
     }
 
+    /// Sizes of memories for what grows with them, in bytes, as logarithms: 1 GiB to 1 TiB, or less.
+    pub fn decades(&self) -> impl Iterator<Item = u32> + use<> {
+        let lg2s: &[u32] = if self.thorough {
+            &[30, 33, 36, 40]
+        } else {
+            &[30, 33, 36]
+        };
+        lg2s.iter().copied()
+    }
+
     /// Says what is done now.
     pub fn at(&self, what: impl Into<String>) {
         self.progress.set_message(what.into());
