@@ -15,6 +15,9 @@
 
 mod chunk;
 mod chunks;
+#[cfg(all(test, not(dirtymap_loom)))]
+#[allow(clippy::unwrap_used)] // helpers of tests
+mod chunks_tests;
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
 mod file;
 #[cfg(all(test, dirtymap_loom))]
@@ -25,10 +28,11 @@ mod sink;
 mod slab;
 mod span;
 mod sparse;
+mod take;
 mod user;
 mod window;
 
-pub(crate) use chunk::{LINE_WORDS, Taker, Visitor};
+pub(crate) use chunk::LINE_WORDS;
 pub(crate) use chunks::{ChunkMap, OneGroup};
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
 pub use file::FileBitmap;
@@ -36,6 +40,7 @@ pub(crate) use runs::RunBits;
 pub use runs::{Bits, Runs, Words};
 pub use sink::Sink;
 pub use sparse::SparseBitmap;
+pub(crate) use take::{Taker, Visitor};
 pub(crate) use user::Bound;
 pub use user::{BitmapView, UserBitmap};
 

@@ -1,6 +1,7 @@
 //! The sink: what a dirty source writes its findings into.
 
-use super::chunk::{LINE_WORDS, ones};
+use super::chunk::LINE_WORDS;
+use super::take::ones;
 use super::window::Window;
 use super::{BitmapView, word_mask, word_masks, word_runs};
 use crate::error::Error;
