@@ -40,7 +40,9 @@ impl Report {
             drawn.map_err(io::Error::other)
         };
         for (curve, curves) in self.curves(family) {
-            let name = format!("{family}-{}.svg", curve.replace(' ', "-"));
+            let words = curve.split(|c: char| !c.is_ascii_alphanumeric() && c != '.');
+            let words: Vec<_> = words.filter(|word| !word.is_empty()).collect();
+            let name = format!("{family}-{}.svg", words.join("-"));
             let drawn = plot_curves(&directory.join(&name), &curve, &curves);
             draw(name, drawn.map_err(|error| error.to_string()))?;
         }

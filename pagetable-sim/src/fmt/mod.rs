@@ -98,7 +98,7 @@ pub trait Format: sealed::Sealed + Send + Sync + 'static {
     const NAME: &'static str;
     /// How many levels of tables a walk goes through.
     const LEVELS: u32;
-    /// Entries of a table, as a logarithm; at most 9.
+    /// Entries of a table, as a logarithm; at most 13.
     const INDEX_LG2: u32;
     /// The size of the smallest page, as a logarithm.
     const PAGE_LG2: u32;

@@ -147,7 +147,7 @@ impl<F: Format> TableRef<F> {
         let place = Self::IN_SLABS
             .then(|| above.beside.slab(count, Self::ENTRIES, F::TABLE_LG2))
             .flatten()
-            .and_then(|slab| slab.claim(index, apart));
+            .and_then(|slab| slab.claim(above.beside.slab_below(), index, apart));
         let (entries, beside) = match place {
             None => return TableRef::new(level, apart),
             // SAFETY: the place has room for a table, and is ours alone, for it was free.

@@ -10,8 +10,8 @@
 //! the speed of memory; where each lies somewhere else, the processor begins anew at every 4 KiB, and it takes three to four
 //! times as long.
 //!
-//! * **A table has a slab** as soon as one call needs [`FEW`] tables below it, or the second call of that many did one each:
-//!   maps with a page here and there do not pay for it. A slab costs 16 KiB, and address space; its memory is the system's
+//! * **A table has a slab** as soon as one call touches [`FEW`] entries below it, or the second call of that many did one each:
+//!   maps with a page here and there do not pay for it. A slab costs 20 KiB, and address space; its memory is the system's
 //!   until tables come to lie in it, but where the system gives out memory by 2 MiB at a time.
 //! * **The place of a table** follows from the entry that leads to it. If another table is still held there, one that was
 //!   retired, the new one is an allocation of its own.
@@ -121,6 +121,12 @@ impl Beside {
         unsafe { slab.as_ref() }
     }
 
+    /// The slab of the tables below, by the pointer that it can be freed by.
+    pub(super) fn slab_below(&self) -> *mut Slab {
+        // Relaxed: who asks has found the slab.
+        self.below.load(Ordering::Relaxed)
+    }
+
     /// The slab for a table below, of which the caller needs `count`; made if it is time for it.
     pub(super) fn slab(&self, count: u64, tables: usize, table_lg2: u32) -> Option<&Slab> {
         if let Some(slab) = self.below() {
@@ -208,7 +214,8 @@ impl Slab {
 
     /// Takes the place `nth` for a table that one holds; the caller may write to its memory before it publishes the table.
     /// `None` if a table is held there.
-    pub(super) fn claim(&self, nth: usize, apart: bool) -> Option<Place<'_>> {
+    /// `home` is this slab, by the pointer that [`allocate`](Self::allocate) returned: the last table may have to free it.
+    pub(super) fn claim(&self, home: *mut Slab, nth: usize, apart: bool) -> Option<Place<'_>> {
         let beside = self.beside.get(nth)?;
         // SAFETY: inside the allocation, which has room for as many tables as there is `beside` of.
         let memory = unsafe { self.memory.add(nth << self.table_lg2) };
@@ -228,7 +235,6 @@ impl Slab {
         // Relaxed: we have a hold on the slab already, by the table above.
         self.holders.fetch_add(1, Ordering::Relaxed);
         // Relaxed, all: published with the table.
-        let home = ptr::from_ref(self).cast_mut();
         beside.home.store(home, Ordering::Relaxed);
         beside.below.store(ptr::null_mut(), Ordering::Relaxed);
         beside.made.store(0, Ordering::Relaxed);
