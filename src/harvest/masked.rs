@@ -31,6 +31,8 @@ impl AddressSpace {
             .map_err(HarvestError::Refused)?;
         let mut holding = Holding::begin(self, bound.view(), covered);
         let mut sink = bound.into_sink();
+        // Sources clear whole pages of theirs.
+        let page = snapshot.rules().alignment(self.page());
         let mut runs = mask.runs();
         let mut at = request.range().start();
         loop {
@@ -40,7 +42,7 @@ impl AddressSpace {
                 Err(error) => return Err(holding.stopped(Stopped { at, error }, &sink)),
             };
             let whole_pages = run
-                .round_in(self.page())
+                .round_in(page)
                 .and_then(|run| run.intersection(request.range()));
             let Some(run) = whole_pages else { continue };
             if let Err(stopped) = self.walk(&mut holding, &snapshot, run, &mut sink) {

@@ -33,6 +33,9 @@ pub(super) trait Kernel: Send + Sync {
     fn reset_rings(&self) -> io::Result<()>;
 }
 
+/// Calls after which a reset of the rings that signals end again and again is given up; its debt stays owed.
+const MOST_RESETS: u32 = 1 << 16;
+
 /// A virtual machine, by a descriptor of our own.
 pub(super) struct Vm(OwnedFd);
 
@@ -87,9 +90,20 @@ impl Kernel for Vm {
         check(unsafe { libc::ioctl(self.0.as_raw_fd(), CLEAR_DIRTY_LOG, &mut clear) })
     }
 
+    /// A call that a signal ends early says how many entries it has reset, perhaps none, and no error; the signal is delivered
+    /// when it returns. So it is repeated until twice in a row nothing was left.
     fn reset_rings(&self) -> io::Result<()> {
-        // SAFETY: this call takes no argument, and touches the rings alone, whose entries are atomics to us.
-        check(unsafe { libc::ioctl(self.0.as_raw_fd(), RESET_DIRTY_RINGS, 0) })
+        let mut idle = 0;
+        for _ in 0..MOST_RESETS {
+            // SAFETY: this call takes no argument, and touches the rings alone, whose entries are atomics to us.
+            let reset = unsafe { libc::ioctl(self.0.as_raw_fd(), RESET_DIRTY_RINGS, 0) };
+            check(reset)?;
+            idle = if reset == 0 { idle + 1 } else { 0 };
+            if idle == 2 {
+                return Ok(());
+            }
+        }
+        Err(io::ErrorKind::Interrupted.into())
     }
 }
 

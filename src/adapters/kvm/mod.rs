@@ -209,6 +209,8 @@ impl KvmLog {
                 });
             }
         }
+        // Nobody takes entries until the slot is in the list: those of a slot that is not there name no page.
+        let _rings = self.rings();
         // SAFETY: by the caller.
         unsafe { new.set(&*self.kernel, *tracking) }?;
         self.change(&slots, Some(new));

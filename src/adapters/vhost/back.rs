@@ -392,8 +392,11 @@ impl LogFollower {
             .map(|(_, bitmap)| bitmap)
             .chain(known.iter())
             .find_map(LogBitmap::memory);
-        known.clear();
-        known.extend(regions().map(|(_, bitmap)| bitmap.clone()));
+        // A table without regions, on the way to another one, does not forget the log.
+        if regions().next().is_some() {
+            known.clear();
+            known.extend(regions().map(|(_, bitmap)| bitmap.clone()));
+        }
         let Some(log) = log else {
             return Ok(0);
         };
