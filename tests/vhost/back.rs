@@ -158,6 +158,20 @@ fn a_new_table_of_memory_keeps_the_log() {
     assert_eq!(bits(&log.memory()), [2, 257]);
 }
 
+/// The only region goes and comes again, as one does that is resized: the table without regions in between took the log with it,
+/// and what was written from then on was never in it.
+#[test]
+fn a_table_without_regions_keeps_the_log() {
+    let ram = [Ram::new(0, 16 * PAGE)];
+    let mut rig = rig(&ram, true);
+    let log = VhostLog::new(Iova::new(2 << 20)).unwrap();
+    rig.front_end.set_log(&log.memory()).unwrap();
+    rig.front_end.remove(&ram[0]).unwrap();
+    rig.front_end.add(&ram[0]).unwrap();
+    rig.write(3 * PAGE);
+    assert_eq!(bits(&log.memory()), [3]);
+}
+
 /// A back end that does not follow: what is written without a log is remembered, and the first log gets all of it.
 #[test]
 fn what_was_written_without_a_log_is_in_the_first_one() {

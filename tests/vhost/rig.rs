@@ -170,6 +170,10 @@ impl FrontEnd {
         self.memory = GuestMemoryMmap::from_ranges_with_files(&ranges).unwrap();
     }
 
+    pub(crate) fn remove(&mut self, ram: &Ram) -> vhost::Result<()> {
+        self.connection.remove_mem_region(&ram.info())
+    }
+
     pub(crate) fn add(&mut self, ram: &Ram) -> vhost::Result<()> {
         self.connection.add_mem_region(&ram.info()).map(|_| ())
     }
