@@ -4,7 +4,7 @@ use std::convert::Infallible;
 
 use super::chunk::{CHUNK_BITS, Chunk, KIND, LINE_BITS, LINE_WORDS, SPLIT, Slot, WHOLE, lines};
 use super::word_mask;
-use crate::sync::{AtomicU64, Ordering, Step, fence_after_rmw, performs};
+use crate::sync::{AtomicU64, Ordering, Step, fence, fence_after_rmw, performs};
 
 /// Who gets to see bits of a bitmap.
 pub(crate) trait Visitor {
@@ -198,6 +198,9 @@ impl Slot<'_> {
                 Err(newer) => return self.publish(chunk, newer),
             }
         }
+        // SeqCst: between the end of WHOLE and the look at the words; pairs with F1 and F2. A word that is found set is cleared, if at
+        // all, by one whose copies come behind the data of whoever still relied on WHOLE.
+        fence(Ordering::SeqCst);
         if performs(Step::PublishRest) {
             self.set_words(chunk, 0, CHUNK_BITS - 1);
         }
