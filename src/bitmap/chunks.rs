@@ -466,7 +466,7 @@ fn install<T>(place: &AtomicPtr<()>, fresh: *mut T, free: impl FnOnce(*mut T)) -
 unsafe impl Send for ChunkMap {}
 // SAFETY: as for `Send`: all shared access goes through atomics.
 unsafe impl Sync for ChunkMap {}
-// SAFETY: it names blocks of atomics, and is read only by `set_in`, whose caller holds the map.
+// SAFETY: it names blocks of atomics, and is read only by `set_near`, whose caller holds the map.
 unsafe impl Send for OneGroup {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for OneGroup {}
