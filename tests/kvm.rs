@@ -8,6 +8,7 @@
 #![allow(clippy::unwrap_used)] // helpers of tests
 
 mod common_kvm;
+mod common_skip;
 
 use std::collections::BTreeSet;
 

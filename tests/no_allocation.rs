@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used)] // helpers of tests
 
 mod common;
+#[cfg(all(any(feature = "kvm", feature = "pagemap"), target_os = "linux"))]
+mod common_skip;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -132,9 +134,9 @@ fn marks_and_harvests_allocate_nothing() {
 #[test]
 fn harvests_of_process_memory_allocate_nothing() {
     use dirtymap::pagemap::ProcessMemory;
-    let Ok(memory) = ProcessMemory::new() else {
-        eprintln!("SKIP: this kernel does not track process memory");
-        return;
+    let memory = match ProcessMemory::new() {
+        Ok(memory) => memory,
+        Err(error) => return common_skip::skip(error),
     };
     let memory = std::sync::Arc::new(memory);
     let page = memory.page();
@@ -176,7 +178,7 @@ fn harvests_of_kvm_allocate_nothing() {
     for mode in [KvmMode::Clearing, manual(false), manual(true)] {
         let vm = kvm_ioctls::Kvm::new().and_then(|kvm| kvm.create_vm());
         let Ok(Ok(log)) = vm.as_ref().map(|vm| KvmLog::new(vm, mode)) else {
-            eprintln!("SKIP {mode:?}: this machine has no such KVM");
+            common_skip::skip(format_args!("{mode:?}: this machine has no such KVM"));
             continue;
         };
         let log = std::sync::Arc::new(log);

@@ -2,12 +2,15 @@
 #![cfg(all(feature = "pagemap", target_os = "linux", not(dirtymap_loom)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
+mod common_skip;
+
 use std::collections::BTreeSet;
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 
+use common_skip::skip;
 use dirtymap::pagemap::{PagemapError, ProcessMemory};
 use dirtymap::{Access, AddressSpace, HarvestError, HarvestRequest, Iova, IovaRange, UserBitmap};
 
@@ -16,7 +19,7 @@ fn tracker() -> Option<Arc<ProcessMemory>> {
     match ProcessMemory::new() {
         Ok(memory) => Some(Arc::new(memory)),
         Err(error @ PagemapError::Unsupported { .. }) => {
-            eprintln!("SKIP: {error}");
+            skip(error);
             None
         }
         Err(error) => panic!("{error}"),
@@ -272,7 +275,7 @@ fn huge_pages_are_dirty_as_a_whole_or_split() {
         .lines()
         .any(|line| line.starts_with("AnonHugePages:") && !line.ends_with(" 0 kB"))
     {
-        eprintln!("SKIP: this system gives no huge pages");
+        skip("this system gives no huge pages");
         return;
     }
     let tracked = Tracked::new(memory, &map);
