@@ -3,17 +3,23 @@
 //! Everything concurrent in the library takes its atomics, locks and threads from here, so that the model checkers see
 //! the same code that users run. `pagetable-sim` uses it too, through a hidden re-export: one shim, not three.
 //!
-//! | cfg | atomics, locks, threads | what explores |
-//! |---|---|---|
-//! | none | `std` | nothing |
-//! | `dirtymap_loom` | `loom` | all interleavings within a bound, and what weak memory lets loads return |
-//! | `dirtymap_shuttle` | `shuttle` | random interleavings of whole systems; each access is SeqCst |
+//! | cfg | feature | atomics, locks, threads | explores |
+//! |---|---|---|---|
+//! | none | | `std` | nothing |
+//! | `dirtymap_loom` | `__loom` | `loom` | all interleavings within a bound, and each value that weak memory lets a load return |
+//! | `dirtymap_shuttle` | `__shuttle` | `shuttle` | random interleavings of whole systems; each access is SeqCst |
+//!
+//! The cfg chooses the code, the feature brings the crate.
 
-#[cfg(all(dirtymap_loom, not(crossbeam_loom)))]
+#[cfg(all(dirtymap_loom, not(all(crossbeam_loom, feature = "__loom"))))]
 compile_error!(
-    "loom builds need both cfgs, RUSTFLAGS=\"--cfg dirtymap_loom --cfg crossbeam_loom\": without the second one \
-     crossbeam-epoch is invisible to the model checker and a broken model passes"
+    "loom builds need RUSTFLAGS=\"--cfg dirtymap_loom --cfg crossbeam_loom\" and --features __loom: \
+     without the second cfg and the feature crossbeam-epoch is invisible to the model checker, and \
+     a broken model passes"
 );
+
+#[cfg(all(dirtymap_shuttle, not(feature = "__shuttle")))]
+compile_error!("builds with --cfg dirtymap_shuttle need --features __shuttle");
 
 #[cfg(all(dirtymap_loom, dirtymap_shuttle))]
 compile_error!("one model checker at a time");

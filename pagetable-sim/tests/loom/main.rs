@@ -1,7 +1,8 @@
 //! Every interleaving of one device with one harvester, and proof that leaving out a step of the protocol is noticed.
 //!
 //! ```text
-//! RUSTFLAGS="--cfg dirtymap_loom --cfg crossbeam_loom" cargo test --profile loom -p pagetable-sim --test loom
+//! RUSTFLAGS="--cfg dirtymap_loom --cfg crossbeam_loom" \
+//!     cargo test --profile loom -p pagetable-sim --features __loom --test loom
 //! ```
 #![cfg(dirtymap_loom)]
 #![allow(clippy::unwrap_used)]

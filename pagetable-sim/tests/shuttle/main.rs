@@ -2,7 +2,8 @@
 //! mappers and two harvesters.
 //!
 //! ```text
-//! RUSTFLAGS="--cfg dirtymap_shuttle" cargo test --profile loom -p pagetable-sim --test shuttle -- --nocapture
+//! RUSTFLAGS="--cfg dirtymap_shuttle" \
+//!     cargo test --profile loom -p pagetable-sim --features __shuttle --test shuttle -- --nocapture
 //! ```
 //!
 //! What is found are errors of the protocols, not of weak memory: here each access is SeqCst, and fences are nothing. All threads
