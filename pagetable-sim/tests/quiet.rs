@@ -199,6 +199,33 @@ fn a_look_that_leaves_something_does_not_count<F: Format>() {
     settle(&domain);
 }
 
+/// A merge makes a writable leaf dirty that takes the place of a table. If all above is quiet, the
+/// harvest would skip it: the merge must say above that nothing is known any more.
+fn a_merge_under_a_quiet_table_is_reported<F: Format>() {
+    let domain = domain::<F>();
+    // All that one entry of level 2 covers, so that this entry can become quiet.
+    let whole = IovaRange::granule_at(Iova::MIN, F::size(2));
+    let pass = || {
+        let (dirty, gather) = read(&domain, whole);
+        domain.invalidate(&gather).unwrap();
+        dirty.len() as u64
+    };
+    for _ in 0..6 {
+        assert_eq!(pass(), 0);
+    }
+    let skipped = domain.stats().skipped;
+    assert_eq!(pass(), 0);
+    assert_eq!(domain.stats().skipped - skipped, 1, "all of it at once");
+    let table = domain.table();
+    let mut merged = 0;
+    table
+        .merge(pages(SPAN, SPAN), F::size(1), |_, _, table| {
+            merged += u64::from(table);
+        })
+        .unwrap();
+    assert_eq!((merged, pass()), (1, SPAN), "{}", F::NAME);
+}
+
 /// Without a flush of pointers to tables a device goes by the one that it caches, and no A says so.
 fn a_flush_of_leaves_alone_loses_writes<F: Format>(breakage: Breakage) -> bool {
     let domain = domain::<F>();
@@ -316,6 +343,7 @@ macro_rules! for_formats_with_a {
                 what_is_quiet_is_skipped_until_it_is_written::<$format>();
                 changes_by_hand_and_of_tracking_are_seen::<$format>();
                 a_look_that_leaves_something_does_not_count::<$format>();
+                a_merge_under_a_quiet_table_is_reported::<$format>();
             }
 
             #[test]

@@ -48,7 +48,7 @@ impl DirtyLeaf<'_> {
         let mut was_dirty = false;
         for slot in self.group {
             was_dirty |= clear_entry::<F>(slot, self.level, |entry| {
-                F::leaf_size(entry, self.level) <= self.size
+                F::leaf_size(entry, self.level) <= self.size || !performs(Step::SpareLarger)
             });
             if !performs(Step::CleanEveryEntry) {
                 break;
@@ -86,7 +86,9 @@ impl Batch<'_> {
             rest &= rest - 1;
             let slot = &self.slots[nth as usize];
             // One entry is the smallest leaf of its level.
-            let cleared = clear_entry::<F>(slot, self.level, |entry| entry.0 & F::GROUPED == 0);
+            let cleared = clear_entry::<F>(slot, self.level, |entry| {
+                entry.0 & F::GROUPED == 0 || !performs(Step::SpareGroup)
+            });
             were_dirty |= u64::from(cleared) << nth;
         }
         were_dirty

@@ -207,6 +207,62 @@ fn a_write_to_a_later_entry_against_a_harvest() -> bool {
     !lost && !still_dirty
 }
 
+/// A harvest has recorded one page, and that page becomes a share of a leaf of two before the harvest
+/// makes it clean. Another device found D in that share, cached it for the whole leaf, and writes to
+/// the other page without a trace. So the harvest must leave the D of the larger leaf, which it has
+/// recorded in part only. `others` are mapped beside the two pages.
+fn a_merge_against_a_harvest_of_a_part(others: Option<IovaRange>, range: IovaRange) -> bool {
+    let memory = Arc::new(PhysMemory::new(4 * PAGE).unwrap());
+    let domain = Domain::<Grouped>::with_format(memory, DomainConfig::default());
+    let map = |range: IovaRange, sizes: Granule| {
+        let mapping = Mapping {
+            range,
+            backing: range.start().get(),
+            access: Access::ReadWrite,
+        };
+        domain.map_leaves(&mapping, sizes).unwrap();
+    };
+    map(both(), Grouped::PAGE);
+    if let Some(others) = others {
+        map(others, granule_of_both());
+    }
+    domain.set_tracking(true).unwrap();
+    let mut first = domain.attach(DEVICE);
+    write_page(&mut first, 0, 1);
+    drop(first);
+    let mut device = domain.attach(DEVICE);
+    let harvester = thread::spawn({
+        let domain = Arc::clone(&domain);
+        move || {
+            let mut copy = [0; 2];
+            pass_over(&domain, range, &mut copy);
+            copy
+        }
+    });
+    let mut merged = 0;
+    domain
+        .table()
+        .merge(both(), granule_of_both(), |_, _, _| merged += 1)
+        .unwrap();
+    write_page(&mut device, 0, 2);
+    write_page(&mut device, 1, 3);
+    drop(device);
+    let mut copy = harvester.join().unwrap();
+    copied(&domain, &mut copy) && merged == 1
+}
+
+/// The page is one of a batch of leaves.
+fn a_merge_against_a_harvest_of_a_page() -> bool {
+    a_merge_against_a_harvest_of_a_part(None, page(0))
+}
+
+/// The page is looked at by itself, as there is a leaf of several entries in its table.
+fn a_merge_against_a_harvest_beside_a_group() -> bool {
+    let others = IovaRange::from_len(Iova::new(2 * PAGE), 2 * PAGE).unwrap();
+    let all = IovaRange::from_len(Iova::MIN, 4 * PAGE).unwrap();
+    a_merge_against_a_harvest_of_a_part(Some(others), all)
+}
+
 /// A leaf of two entries is unmapped while a device writes: what the unmap says of D holds for every write before.
 fn a_write_against_an_unmap_of_a_group() -> bool {
     let table = Arc::new(Table::<Grouped>::new());
@@ -294,6 +350,20 @@ fn a_merge_loses_no_write() {
     holds_within(TABLES, &[], writes_against_a_merge::<Grouped>);
     let merge = a_merge_of_a_cached_table_against_a_harvest;
     holds_within(TABLES, &[Step::DirtyBehindFlush], merge);
+}
+
+#[test]
+fn a_harvest_cleans_what_it_has_recorded_and_no_larger_leaf() {
+    holds_within(
+        TABLES,
+        &[Step::SpareGroup],
+        a_merge_against_a_harvest_of_a_page,
+    );
+    holds_within(
+        TABLES,
+        &[Step::SpareLarger],
+        a_merge_against_a_harvest_beside_a_group,
+    );
 }
 
 #[test]
