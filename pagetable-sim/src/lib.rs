@@ -55,14 +55,18 @@ mod iotlb;
 mod fault;
 mod port;
 mod stack;
+mod word;
 
+mod breakage;
 mod device;
 mod domain;
+mod hardware;
 
 mod error;
 
+pub use breakage::Breakage;
 pub use device::{AtomicOperand, Device, DeviceConfig, DeviceStats};
-pub use domain::{Breakage, Domain, DomainConfig, DomainStats};
+pub use domain::{Domain, DomainConfig, DomainStats};
 pub use error::{DmaError, Error, FaultKind};
 pub use fault::{Fault, Faults};
 pub use fmt::{

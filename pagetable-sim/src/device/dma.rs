@@ -5,17 +5,10 @@
 
 use dirtymap::{Access, Iova};
 
-use super::Device;
+use super::{Device, Posted};
 use crate::error::{DmaError, FaultKind};
 use crate::fmt::Format;
 use crate::memory::Word;
-
-/// A write that was translated and has not arrived.
-#[derive(Debug)]
-pub(super) struct Posted {
-    phys: u64,
-    bytes: Vec<u8>,
-}
 
 /// The operand of an atomic operation: `u32` or `u64`, as PCI Express has them (PCI Express Base Specification,
 /// "Atomic Operations"). Little endian in memory.

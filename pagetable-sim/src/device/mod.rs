@@ -25,15 +25,22 @@ use std::collections::VecDeque;
 use dirtymap::sync::{Arc, Step, performs};
 use dirtymap::{Granule, IovaRange};
 
+use crate::breakage::Breakage;
 use crate::cache::SizedCache;
-use crate::domain::{Breakage, Hardware};
 use crate::fmt::{AmdV1, Format, granule};
+use crate::hardware::Hardware;
 use crate::iotlb::Iotlb;
 use crate::port::{Cache, Port};
 use crate::table::TableRef;
 
 pub use dma::AtomicOperand;
-use dma::Posted;
+
+/// A write that was translated and has not arrived.
+#[derive(Debug)]
+struct Posted {
+    phys: u64,
+    bytes: Vec<u8>,
+}
 
 /// The shape of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -41,7 +41,9 @@
 
 use dirtymap::{Access, Granule};
 
-use super::{Format, HOST_PAGE_LG2, INDEX_LG2, Iopte, MakeClean, Reach, sealed, shape};
+use super::entry::{Iopte, MakeClean};
+use super::format::{Format, HOST_PAGE_LG2, INDEX_LG2, sealed, shape};
+use super::reach::Reach;
 
 const VALID: u64 = 1 << 0;
 const TABLE: u64 = 1 << 1;
@@ -79,7 +81,14 @@ where
     const LEAF_LEVELS: u32 = shape(if P == 12 { 3 } else { 2 }, 2);
     const ADDRESS: u64 = ((1 << BITS) - 1) & !((1 << P) - 1);
     const TABLE_LG2: u32 = shape(P, HOST_PAGE_LG2);
-    const ACCESS: u64 = DBM;
+    const PRESENT: u64 = VALID;
+    const LEAF: u64 = {
+        let attributes = UNPRIVILEGED | INNER_SHAREABLE | AF | NG | PXN | UXN;
+        VALID | attributes | READ_ONLY | UNWRITTEN
+    };
+    const TABLE: u64 = VALID | TABLE;
+    const READ: u64 = 0;
+    const WRITE: u64 = DBM;
     const TABLE_SET: u64 = TABLE;
     const MAKE_CLEAN: MakeClean = MakeClean::Set(READ_ONLY | UNWRITTEN);
     // Without invalidation by range: from as many granules on as a table has entries, everything.
@@ -88,46 +97,8 @@ where
     };
 
     #[inline]
-    fn is_present(entry: Iopte) -> bool {
-        entry.0 & VALID != 0
-    }
-
-    #[inline]
-    fn is_leaf(entry: Iopte, level: u32) -> bool {
-        level == 0 || entry.0 & TABLE == 0
-    }
-
-    #[inline]
-    fn leaf(phys: u64, access: Access, size: Granule) -> Iopte {
-        let page = if size == Self::PAGE { TABLE } else { 0 };
-        let clean = READ_ONLY | UNWRITTEN;
-        let attributes = UNPRIVILEGED | INNER_SHAREABLE | AF | NG | PXN | UXN;
-        let rights = Self::access_bits(access);
-        Iopte(VALID | page | clean | attributes | rights | Self::frame_bits(phys))
-    }
-
-    #[inline]
-    fn table(address: u64, _level: u32) -> Iopte {
-        Iopte(VALID | TABLE | Self::table_bits(address))
-    }
-
-    #[inline]
-    fn access_bits(access: Access) -> u64 {
-        if access.writes() { DBM } else { 0 }
-    }
-
-    #[inline]
-    fn access(entry: Iopte) -> Access {
-        if entry.0 & DBM != 0 {
-            Access::ReadWrite
-        } else {
-            Access::Read
-        }
-    }
-
-    #[inline]
-    fn grants(access: Access) -> bool {
-        access.reads()
+    fn size_bits(size: Granule) -> u64 {
+        if size == Self::PAGE { TABLE } else { 0 }
     }
 
     #[inline]

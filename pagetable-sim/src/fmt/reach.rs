@@ -2,7 +2,7 @@
 
 use dirtymap::{Granule, IovaRange};
 
-use super::granule;
+use super::sizes::granule;
 
 /// What one invalidation command of an IOMMU can name.
 ///

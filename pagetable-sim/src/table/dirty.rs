@@ -23,106 +23,15 @@
 use std::ops::ControlFlow;
 
 use crossbeam_epoch::Guard;
-use dirtymap::sync::{Ordering, Step, performs};
-use dirtymap::{Granule, Iova, IovaRange, LeafSink, Sink, Stopped};
+use dirtymap::sync::Ordering;
+use dirtymap::{Iova, IovaRange, LeafSink, Sink, Stopped};
 
-use super::scan::Visitor;
-use super::skip::{Harvest, Upper, is_quiet};
-use super::{AtomicIopte, Found, Leaf, Table, is_leaf};
+use super::leaf::{Batch, DirtyLeaf, Leaf, make_dirty};
+use super::scan::{Upper, Visitor};
+use super::skip::{Harvest, is_quiet};
+use super::tree::Table;
 use crate::error::Error;
-use crate::fmt::{Format, Iopte};
-
-/// A dirty leaf that a scan found.
-pub(super) struct DirtyLeaf<'g> {
-    /// All entries of the leaf.
-    pub(super) group: &'g [AtomicIopte],
-    pub(super) level: u32,
-    /// All addresses of the leaf.
-    pub(super) span: IovaRange,
-    pub(super) size: Granule,
-}
-
-impl DirtyLeaf<'_> {
-    /// Makes the leaf clean; whether it was dirty until now.
-    pub(super) fn clear<F: Format>(&self) -> bool {
-        let mut was_dirty = false;
-        for slot in self.group {
-            was_dirty |= clear_entry::<F>(slot, self.level, |entry| {
-                F::leaf_size(entry, self.level) <= self.size || !performs(Step::SpareLarger)
-            });
-            if !performs(Step::CleanEveryEntry) {
-                break;
-            }
-        }
-        was_dirty
-    }
-}
-
-/// Up to 64 entries of one table that lie side by side.
-pub(super) struct Batch<'g> {
-    pub(super) slots: &'g [AtomicIopte],
-    pub(super) level: u32,
-    /// The first address of the first one.
-    pub(super) start: Iova,
-    /// What one of them covers.
-    pub(super) size: Granule,
-}
-
-impl Batch<'_> {
-    /// Whether all addresses of the entries lie in `range`.
-    #[inline]
-    pub(super) fn is_inside(&self, range: IovaRange) -> bool {
-        let last = ((self.slots.len() as u64 - 1) << self.size.lg2()) + self.size.mask();
-        let end = self.start.checked_add(last);
-        self.start >= range.start() && end.is_some_and(|end| end <= range.last())
-    }
-
-    /// Makes those clean that `mask` has set; returns those that were dirty until now.
-    #[inline]
-    pub(super) fn clear<F: Format>(&self, mask: u64) -> u64 {
-        let (mut rest, mut were_dirty) = (mask, 0);
-        while rest != 0 {
-            let nth = rest.trailing_zeros();
-            rest &= rest - 1;
-            let slot = &self.slots[nth as usize];
-            // One entry is the smallest leaf of its level.
-            let cleared = clear_entry::<F>(slot, self.level, |entry| {
-                entry.0 & F::GROUPED == 0 || !performs(Step::SpareGroup)
-            });
-            were_dirty |= u64::from(cleared) << nth;
-        }
-        were_dirty
-    }
-}
-
-/// Makes an entry of a table of `level` clean if its leaf is `recorded`; whether it was dirty until now.
-#[inline]
-fn clear_entry<F: Format>(
-    slot: &AtomicIopte,
-    level: u32,
-    recorded: impl Fn(Iopte) -> bool,
-) -> bool {
-    // Relaxed: only the first guess of the compare-exchange.
-    let mut entry = slot.load(Ordering::Relaxed);
-    while F::is_present(entry)
-        && is_leaf::<F>(entry, level)
-        && F::is_dirty(entry)
-        && recorded(entry)
-    {
-        // Acquire on success: pairs with the Release of `set_dirty`. Release: whoever finds D clear, hardware or
-        // an unmap, sees what the scan did before. Relaxed on failure: the next guess.
-        match slot.replace(
-            entry,
-            F::MAKE_CLEAN.of(entry),
-            Ordering::AcqRel,
-            Ordering::Relaxed,
-        ) {
-            Ok(()) => return true,
-            Err(now) => entry = now,
-        }
-    }
-    false
-}
+use crate::fmt::Format;
 
 /// A look at what is dirty that changes nothing.
 struct Peek<'s, 'b> {
@@ -266,20 +175,4 @@ impl<F: Format> Table<F> {
         let done = self.scan(IovaRange::ALL, &mut Clean);
         debug_assert!(done.is_ok());
     }
-}
-
-/// Sets D in the entry, unless it is set; false if the entry is no longer what was found.
-pub(super) fn make_dirty<F: Format>(found: &Found<'_>) -> bool {
-    // AcqRel on success: D is in the table before the data is in memory, and after what the last clear of D recorded;
-    // pairs with `DirtyLeaf::clear`. Relaxed on failure: the caller walks anew.
-    F::is_dirty(found.entry)
-        || found
-            .slot()
-            .replace(
-                found.entry,
-                F::written(found.entry),
-                Ordering::AcqRel,
-                Ordering::Relaxed,
-            )
-            .is_ok()
 }

@@ -10,7 +10,9 @@ use crossbeam_epoch::Guard;
 use dirtymap::sync::{Ordering, Step, weaken};
 use dirtymap::{Access, Granule, Iova, IovaRange};
 
-use super::{Node, Slot, Table, TableRef, child, entry_for, is_leaf, leads_to_same, retire, slots};
+use super::entries::{Slot, leads_to_same, slots};
+use super::page::{Node, TableRef, child, entry_for, retire};
+use super::tree::Table;
 use crate::error::Error;
 use crate::fmt::{AtomicIopte, Format, Iopte, LeafSizes, granule};
 
@@ -201,7 +203,7 @@ fn install<F: Format>(
     else {
         return Ok(false);
     };
-    if !F::is_present(now) || is_leaf::<F>(now, level) {
+    if !F::is_present(now) || F::is_leaf(now, level) {
         return Err(slot.taken_by::<F>(now, level));
     }
     let table = child::<F>(now, guard);
@@ -265,7 +267,7 @@ fn freeze<F: Format>(
         ) else {
             continue;
         };
-        let frozen = if !F::is_present(now) || is_leaf::<F>(now, level) {
+        let frozen = if !F::is_present(now) || F::is_leaf(now, level) {
             Err(slot.taken_by::<F>(now, level).leaf)
         } else {
             freeze::<F>(child::<F>(now, guard), level - 1, slot.part, guard)
@@ -292,7 +294,7 @@ fn thaw<F: Format>(page: &[AtomicIopte], level: u32, range: IovaRange, guard: &G
             Ordering::Relaxed,
             Ordering::Acquire,
         ) && F::is_present(now)
-            && !is_leaf::<F>(now, level)
+            && !F::is_leaf(now, level)
         {
             thaw::<F>(child::<F>(now, guard), level - 1, slot.part, guard);
         }
@@ -328,7 +330,7 @@ fn child_or_new<'g, F: Format>(
             Err(now) => entry = now,
         }
     }
-    if !F::is_present(entry) || is_leaf::<F>(entry, level) {
+    if !F::is_present(entry) || F::is_leaf(entry, level) {
         return Err(slot.taken_by::<F>(entry, level));
     }
     Ok(page.below::<F>(entry, guard))

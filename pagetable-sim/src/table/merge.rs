@@ -24,7 +24,9 @@ use crossbeam_epoch::Guard;
 use dirtymap::sync::{Ordering, Step, performs};
 use dirtymap::{Access, Granule, IovaRange};
 
-use super::{Node, Slot, Table, any_dirty, is_leaf, leads_to_same, retire, slots};
+use super::entries::{Slot, any_dirty, leads_to_same, slots};
+use super::page::{Node, retire};
+use super::tree::Table;
 use crate::error::Error;
 use crate::fmt::{AtomicIopte, Format, Iopte, LeafSizes, granule};
 
@@ -81,7 +83,7 @@ fn merge_table<'g, F: Format>(
     for (_, slot) in slots::<F>(page.entries, level, range) {
         // Acquire: pairs with the Release in `child_or_new`; publishes the table.
         let entry = slot.entry.load(Ordering::Acquire);
-        if F::is_present(entry) && !is_leaf::<F>(entry, level) {
+        if F::is_present(entry) && !F::is_leaf(entry, level) {
             let table = page.below::<F>(entry, guard);
             merge_table::<F>(table, level - 1, slot.part, sizes, merged, guard);
             if slot.part == slot.span && sizes.contains(F::size(level)) {
@@ -177,7 +179,7 @@ fn join<F: Format>(
     let group = &page[first..first + entries];
     // Acquire: as the load of a walk.
     let entry = group[0].load(Ordering::Acquire);
-    if F::is_present(entry) && is_leaf::<F>(entry, level) && F::leaf_size(entry, level) >= size {
+    if F::is_present(entry) && F::is_leaf(entry, level) && F::leaf_size(entry, level) >= size {
         return true;
     }
     if !sizes.contains(size) {
@@ -192,7 +194,7 @@ fn join<F: Format>(
         // Acquire: as the load of a walk.
         let mut old = slot.load(Ordering::Acquire);
         // Only if the caller does not own the range is it something else.
-        while F::is_present(old) && is_leaf::<F>(old, level) {
+        while F::is_present(old) && F::is_leaf(old, level) {
             let new = if F::is_dirty(old) {
                 F::written(leaf)
             } else {
@@ -217,7 +219,7 @@ fn contiguous<F: Format>(entries: &[AtomicIopte], level: u32) -> Option<(u64, Ac
     for (nth, slot) in entries.iter().enumerate() {
         // Acquire: as the load of a walk.
         let entry = slot.load(Ordering::Acquire);
-        if !F::is_present(entry) || !is_leaf::<F>(entry, level) {
+        if !F::is_present(entry) || !F::is_leaf(entry, level) {
             return None;
         }
         // Groups are aligned in the table, and so are the entries that we are given.

@@ -11,10 +11,9 @@ use std::ops::Deref;
 use std::ptr::{self, NonNull};
 
 use crossbeam_epoch::Guard;
-use dirtymap::sync::{Ordering, TINY};
+use dirtymap::sync::{Ordering, Step, TINY, performs};
 
 use super::slab::{Beside, Place, Slab};
-use super::{child, is_leaf};
 use crate::fmt::{AtomicIopte, Format, Iopte};
 
 /// A hold on a table: it stays in memory for as long as this exists, though it may have been retired.
@@ -159,7 +158,7 @@ impl<F: Format> TableRef<F> {
                     let slot = unsafe { entries.add(nth) };
                     // SAFETY: initialised when a table was put there, which we hold.
                     let slot = unsafe { slot.as_ref() };
-                    slot.clear_bits(u64::MAX, Ordering::Relaxed);
+                    slot.reset();
                 }
                 (entries, beside)
             }
@@ -240,7 +239,7 @@ impl<F: Format> TableRef<F> {
         for slot in self.iter().filter(|_| self.level > 0) {
             // Relaxed: nobody else reaches the table; whoever made it unreachable came before us.
             let entry = slot.load(Ordering::Relaxed);
-            if F::is_present(entry) && !is_leaf::<F>(entry, self.level) {
+            if F::is_present(entry) && !F::is_leaf(entry, self.level) {
                 // SAFETY: present and no leaf; the entry goes with its table, and its hold with it.
                 drop(unsafe { held_by::<F>(self.node(), entry, self.level) });
             }
@@ -259,22 +258,6 @@ impl<F: Format> TableRef<F> {
         unsafe { ptr::drop_in_place(self.beside.as_ptr()) };
         // SAFETY: allocated by `new` with this layout, and freed once.
         unsafe { dealloc(self.entries.as_ptr().cast(), Self::LAYOUT) };
-    }
-}
-
-/// The hold that `entry`, of the table `above` of `level`, has on the table that it leads to.
-///
-/// # Safety
-/// The entry was present and no leaf, no walk that begins now finds it, and its hold is taken once.
-pub(super) unsafe fn held_by<F: Format>(above: Node<'_>, entry: Iopte, level: u32) -> TableRef<F> {
-    let address = F::table_address(entry);
-    let entries = ptr::with_exposed_provenance_mut::<AtomicIopte>(address as usize);
-    TableRef {
-        // SAFETY: the address of an allocation, which was checked to come through the entry whole: not null.
-        entries: unsafe { NonNull::new_unchecked(entries) },
-        beside: beside_of::<F>(above.beside, address),
-        level: level - 1,
-        format: PhantomData,
     }
 }
 
@@ -311,5 +294,60 @@ impl<F: Format> std::fmt::Debug for TableRef<F> {
         f.debug_struct("TableRef")
             .field("level", &self.level)
             .finish_non_exhaustive()
+    }
+}
+
+/// The table that `entry` leads to; the entry is present, no leaf, and was loaded with Acquire under `guard`.
+#[inline]
+pub(super) fn child<F: Format>(entry: Iopte, _guard: &Guard) -> &[AtomicIopte] {
+    // SAFETY:
+    // - an address of a table: entries that are present and no leaf are made by `entry_for` only; formats are sealed and
+    //   keep leaves and tables apart, and it checked that the address came through whole.
+    // - initialised and visible: the Acquire load of the entry pairs with the Release that installed it.
+    // - alive as long as the guard: the entry is one holder of the table. It lets go when what it lies in is freed, which
+    //   excludes walkers, or after it was made to lead elsewhere and deferred through the epoch, which the guard pins.
+    unsafe { TableRef::<F>::entries_at(F::table_address(entry)) }
+}
+
+/// The entry, of a table of `level`, that leads to `table`.
+pub(super) fn entry_for<F: Format>(table: &TableRef<F>, level: u32) -> Iopte {
+    let entry = F::table(table.address(), level);
+    // Memory safety rests on it: `child` follows the address that the entry holds.
+    assert_eq!(
+        F::table_address(entry),
+        table.address(),
+        "a host address that fits an entry"
+    );
+    entry
+}
+
+/// Lets go of the table that `entry`, of the table `above` of `level`, led to, once nobody is inside: who came from above has
+/// left. A device may hold it still.
+///
+/// # Safety
+/// The entry was present and no leaf, it was the one way to the table and is gone, and nobody else retires it.
+pub(super) unsafe fn retire<F: Format>(above: Node<'_>, entry: Iopte, level: u32, guard: &Guard) {
+    // SAFETY: no later walk finds the entry; its hold is taken once.
+    let hold = unsafe { held_by::<F>(above, entry, level) };
+    if !performs(Step::WaitForWalkers) {
+        return hold.end_too_early();
+    }
+    // Given up when all who are pinned now have left.
+    guard.defer(move || drop(hold));
+}
+
+/// The hold that `entry`, of the table `above` of `level`, has on the table that it leads to.
+///
+/// # Safety
+/// The entry was present and no leaf, no walk that begins now finds it, and its hold is taken once.
+unsafe fn held_by<F: Format>(above: Node<'_>, entry: Iopte, level: u32) -> TableRef<F> {
+    let address = F::table_address(entry);
+    let entries = ptr::with_exposed_provenance_mut::<AtomicIopte>(address as usize);
+    TableRef {
+        // SAFETY: the address of an allocation, which was checked to come through the entry whole: not null.
+        entries: unsafe { NonNull::new_unchecked(entries) },
+        beside: beside_of::<F>(above.beside, address),
+        level: level - 1,
+        format: PhantomData,
     }
 }

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use dirtymap::sync::Ordering;
 use dirtymap::{Access, Granule, IovaRange};
 
-use super::{Table, is_leaf};
+use super::tree::Table;
 use crate::error::Error;
 use crate::fmt::Format;
 
@@ -33,7 +33,7 @@ impl<F: Format> Table<F> {
         let done = self.visit(range, &guard, &mut |found| {
             let mut entry = found.entry;
             while F::is_present(entry)
-                && is_leaf::<F>(entry, found.level)
+                && F::is_leaf(entry, found.level)
                 && F::access(entry) != access
             {
                 // AcqRel on success: as hardware's own change of the entry, in `make_dirty`. Acquire on failure: the new

@@ -13,15 +13,26 @@ use crossbeam_epoch::Guard;
 use dirtymap::sync::{Ordering, Step, performs};
 use dirtymap::{Iova, IovaRange, Stopped};
 
-use super::dirty::{Batch, DirtyLeaf};
-use super::skip::Upper;
-use super::{AtomicIopte, Found, Table, any_dirty, child, is_leaf};
-use crate::fmt::Format;
+use super::entries::any_dirty;
+use super::leaf::{Batch, DirtyLeaf, Found};
+use super::page::child;
+use super::tree::Table;
+use crate::fmt::{AtomicIopte, Format, Iopte};
 
 /// Entries that are looked at together.
 const WORD: usize = 64;
 /// Entries in a line of the cache.
 const LINE: usize = 8;
+
+/// An entry that leads to a table, as a scan came to it.
+pub(super) struct Upper<'g> {
+    pub(super) slot: &'g AtomicIopte,
+    pub(super) entry: Iopte,
+    pub(super) level: u32,
+    pub(super) span: IovaRange,
+    /// The scan is of all that is below.
+    pub(super) whole: bool,
+}
 
 /// What a scan is for.
 pub(super) trait Visitor<F: Format> {
@@ -171,7 +182,7 @@ impl<V> Scan<'_, V> {
         }
         let start = Iova::new(address_of::<F>(range, level, index));
         let span = IovaRange::granule_at(start, F::size(level));
-        if !is_leaf::<F>(entry, level) {
+        if !F::is_leaf(entry, level) {
             if let Some(part) = span.intersection(range) {
                 let upper = Upper {
                     slot: &page[index],
@@ -231,7 +242,7 @@ fn ahead<'g, F: Format>(
     }
     // Acquire: as the load in `entry`.
     let entry = page.get(index + 1)?.load(Ordering::Acquire);
-    let is_table = F::is_present(entry) && !is_leaf::<F>(entry, level);
+    let is_table = F::is_present(entry) && !F::is_leaf(entry, level);
     is_table.then(|| child::<F>(entry, guard))
 }
 
@@ -341,7 +352,7 @@ fn each_single<F: Format>(batch: &Batch<'_>, seen: Seen) -> bool {
     while rest != 0 {
         // Relaxed: only decides how to look.
         let entry = slots[rest.trailing_zeros() as usize].load(Ordering::Relaxed);
-        let leaf = F::is_present(entry) && is_leaf::<F>(entry, level);
+        let leaf = F::is_present(entry) && F::is_leaf(entry, level);
         if !leaf || entry.0 & F::GROUPED != 0 {
             return false;
         }
@@ -363,7 +374,7 @@ fn address_of<F: Format>(range: IovaRange, level: u32, index: usize) -> u64 {
 fn group_at<F: Format>(page: &[AtomicIopte], level: u32, index: usize) -> (usize, usize) {
     // Relaxed: only says where to look.
     let entry = page[index].load(Ordering::Relaxed);
-    if !F::is_present(entry) || !is_leaf::<F>(entry, level) {
+    if !F::is_present(entry) || !F::is_leaf(entry, level) {
         return (index, index);
     }
     let others = (1 << F::group_lg2(entry, level)) - 1;

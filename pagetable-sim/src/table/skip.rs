@@ -33,9 +33,11 @@ use crossbeam_epoch::Guard;
 use dirtymap::sync::{Ordering, Step, performs};
 use dirtymap::{IovaRange, LeafSink, Stopped};
 
-use super::dirty::{Batch, DirtyLeaf};
-use super::scan::Visitor;
-use super::{Slot, Table, child, is_leaf, leads_to_same, slots};
+use super::entries::{Slot, leads_to_same, slots};
+use super::leaf::{Batch, DirtyLeaf};
+use super::page::child;
+use super::scan::{Upper, Visitor};
+use super::tree::Table;
 use crate::fmt::{AtomicIopte, Format, Iopte};
 
 /// What software knows of the subtree below an entry.
@@ -90,16 +92,6 @@ fn accessed<F: Format>(entry: Iopte) -> bool {
 /// Whether nothing is dirty below `entry`, which leads to a table.
 pub(super) fn is_quiet<F: Format>(entry: Iopte) -> bool {
     F::KNOWN != 0 && !accessed::<F>(entry) && Known::of::<F>(entry) == Known::Quiet
-}
-
-/// An entry that leads to a table, as a scan came to it.
-pub(super) struct Upper<'g> {
-    pub(super) slot: &'g AtomicIopte,
-    pub(super) entry: Iopte,
-    pub(super) level: u32,
-    pub(super) span: IovaRange,
-    /// The scan is of all that is below.
-    pub(super) whole: bool,
 }
 
 /// What a harvest found below an entry so far.
@@ -352,7 +344,7 @@ fn for_upper<F: Format>(
     for (_, slot) in slots::<F>(page, level, range) {
         // Acquire: pairs with the Release that installed the entry; publishes the table.
         let entry = slot.entry.load(Ordering::Acquire);
-        let is_table = F::is_present(entry) && !is_leaf::<F>(entry, level);
+        let is_table = F::is_present(entry) && !F::is_leaf(entry, level);
         if is_table && visit(&slot, entry) && level > 1 {
             for_upper::<F>(child::<F>(entry, guard), level - 1, slot.part, guard, visit);
         }

@@ -29,8 +29,10 @@ use crossbeam_epoch::Guard;
 use dirtymap::sync::{Ordering, Step, performs};
 use dirtymap::{Granule, Iova, IovaRange};
 
+use super::leaf::Found;
 use super::map::{Job, fill};
-use super::{Found, Node, Table, TableRef, entry_for, is_leaf};
+use super::page::{Node, TableRef, entry_for};
+use super::tree::Table;
 use crate::error::Error;
 use crate::fmt::{Format, Iopte, LeafSizes};
 
@@ -152,7 +154,7 @@ impl<F: Format> Table<F> {
             let mut old = slot.load(Ordering::Acquire);
             // If it is something else, it was unmapped meanwhile: then there is nothing to split.
             while F::is_present(old)
-                && is_leaf::<F>(old, level)
+                && F::is_leaf(old, level)
                 && F::leaf_size(old, level) == leaf.size::<F>()
                 && (F::output(old), F::access(old)) == (phys, access)
             {
@@ -190,7 +192,7 @@ impl<F: Format> Table<F> {
         for level in (leaf.level + 1..F::LEVELS).rev() {
             // Acquire: as the load of a walk.
             let entry = node[F::index(leaf.span.start().get(), level)].load(Ordering::Acquire);
-            if !F::is_present(entry) || is_leaf::<F>(entry, level) {
+            if !F::is_present(entry) || F::is_leaf(entry, level) {
                 return None;
             }
             node = node.below::<F>(entry, guard);

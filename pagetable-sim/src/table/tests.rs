@@ -8,9 +8,14 @@ mod model;
 mod reshape;
 mod slabs;
 
+use crossbeam_epoch::Guard;
+use dirtymap::sync::Ordering;
+use dirtymap::{Access, FlushGather, Granule, Iova, IovaRange, LeafSink, UserBitmap};
+
+use super::page::Node;
 use super::*;
-use crate::fmt::LeafSizes;
-use dirtymap::{FlushGather, LeafSink, UserBitmap};
+use crate::error::Error;
+use crate::fmt::{Format, Iopte, LeafSizes, granule};
 
 use self::dirty::*;
 use self::history::*;
@@ -339,7 +344,7 @@ fn entries_are_decoded_as_they_were_encoded<F: Format>() {
                 let written = F::written(clean);
                 assert!(F::is_dirty(written) && F::worth_a_look(written, level) != 0);
                 for leaf in [clean, written] {
-                    assert!(F::is_present(leaf) && is_leaf::<F>(leaf, level));
+                    assert!(F::is_present(leaf) && F::is_leaf(leaf, level));
                     assert_eq!((F::output(leaf), F::access(leaf)), (phys, access));
                     assert_eq!(F::leaf_size(leaf, level), size);
                     assert_eq!(F::group_lg2(leaf, level), group_lg2);

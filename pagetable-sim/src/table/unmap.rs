@@ -4,7 +4,9 @@ use crossbeam_epoch::Guard;
 use dirtymap::sync::Ordering;
 use dirtymap::{Granule, IovaRange};
 
-use super::{Table, child, is_leaf, slots};
+use super::entries::slots;
+use super::page::child;
+use super::tree::Table;
 use crate::error::Error;
 use crate::fmt::{AtomicIopte, Format, Iopte};
 
@@ -62,7 +64,7 @@ fn clear<F: Format>(
         // Acquire: pairs with the Release in `child_or_new`; publishes the table.
         let mut entry = slot.entry.load(Ordering::Acquire);
         while F::is_present(entry) {
-            if !is_leaf::<F>(entry, level) {
+            if !F::is_leaf(entry, level) {
                 let child = child::<F>(entry, guard);
                 clear::<F>(child, level - 1, slot.part, removed, guard);
                 break;

@@ -13,10 +13,11 @@
 use dirtymap::sync::Ordering;
 use dirtymap::{Iova, IovaRange};
 
+use super::leaf::{Found, Leaf, make_dirty};
+use super::page::TableRef;
 #[cfg(all(test, not(dirtymap_loom)))]
-use super::child;
-use super::dirty::make_dirty;
-use super::{Found, Leaf, Table, TableRef, is_leaf};
+use super::page::child;
+use super::tree::Table;
 use crate::error::FaultKind;
 #[cfg(all(test, not(dirtymap_loom)))]
 use crate::fmt::AtomicIopte;
@@ -67,7 +68,7 @@ impl<F: Format> Table<F> {
                 if entry.0 & F::RESERVED != 0 {
                     return Err(FaultKind::Reserved);
                 }
-                if is_leaf::<F>(entry, level) {
+                if F::is_leaf(entry, level) {
                     let span = IovaRange::granule_at(iova, F::size(level));
                     let found = Found {
                         page,
@@ -116,7 +117,7 @@ impl<F: Format> Table<F> {
         let mut found = Vec::new();
         for level in (1..F::LEVELS).rev() {
             let entry = page[F::index(iova.get(), level)].load(Ordering::Acquire);
-            if !F::is_present(entry) || is_leaf::<F>(entry, level) {
+            if !F::is_present(entry) || F::is_leaf(entry, level) {
                 break;
             }
             found.push(entry.0 & F::TABLE_ACCESSED != 0);

@@ -8,7 +8,7 @@ fn places<F: Format>(table: &Table<F>) -> Vec<u64> {
     let above = above(table, &guard);
     let entries = above.iter().map(|slot| slot.load(Ordering::Acquire));
     entries
-        .filter(|entry| F::is_present(*entry) && !is_leaf::<F>(*entry, 1))
+        .filter(|entry| F::is_present(*entry) && !F::is_leaf(*entry, 1))
         .map(F::table_address)
         .collect()
 }
