@@ -28,7 +28,7 @@ pub enum Breakage {
     None = 0,
     /// Invalidations return at once and reach no device.
     IgnoreInvalidations,
-    /// Devices drop what they cached and acknowledge, while their posted writes stay in flight.
+    /// Devices drop their cached entries and acknowledge, while their posted writes stay in flight.
     AcknowledgeWithoutDraining,
     /// Each range to be invalidated loses its last smallest page, and is not rounded out.
     FlushShortByOnePage,

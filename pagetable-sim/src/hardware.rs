@@ -76,9 +76,9 @@ impl<F: Format> Hardware<F> {
 
     /// Throws the switch that devices look at.
     pub(crate) fn set_tracking(&self, on: bool) {
-        // Release: the clear of what was dirty comes first. This store does not make devices see the
-        // switch in time. The flush that follows does: devices look at the switch after they have
-        // answered it, or after they woke, which is after its F2.
+        // Release: the clear of old dirty bits comes first. The flush that follows makes devices
+        // see the switch in time: they look at it after they have answered the flush, or after they
+        // woke, which is after its F2.
         self.tracking.store(on, Ordering::Release);
     }
 

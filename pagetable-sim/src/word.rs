@@ -82,7 +82,8 @@ mod imp {
         let word = bits.to_le_bytes();
         // SAFETY:
         // - the word has the bytes that are read: `T` has 8 at most;
-        // - they are a valid `T`: all words are made by `to_bits` from a `T`, whose bytes these are.
+        // - they are a valid `T`: all words are made by `to_bits` from a `T`, whose bytes these
+        //   are.
         unsafe { word.as_ptr().cast::<T>().read_unaligned() }
     }
 }

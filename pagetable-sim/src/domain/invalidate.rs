@@ -8,12 +8,12 @@
 //! ```
 //!
 //! The order of the rounds matters. A device whose own TLB misses asks the IOTLB. If its TLB were
-//! emptied first, it could take back an entry with D from the IOTLB, which is emptied only after that,
-//! and no later flush would be owed. After the first round no IOTLB has such an entry, and every walk
-//! from then on sees the table as the invalidator left it.
+//! emptied first, it could take back an entry with D from the IOTLB, which is emptied only after
+//! that, and no later flush would be owed. After the first round no IOTLB has such an entry, and
+//! every walk from then on sees the table as the invalidator left it.
 //!
-//! Both rounds drain the writes in flight. The second one drains those that a device's TLB translated
-//! between the two.
+//! Both rounds drain the writes in flight. The second one drains those that a device's TLB
+//! translated between the two.
 
 use dirtymap::sync::{Arc, Ordering, Step, fence, lock, performs};
 use dirtymap::{FlushGather, Granule, Invalidated, IovaRange};
@@ -80,8 +80,8 @@ impl<F: Format> Domain<F> {
     }
 
     /// Has all devices forget their pointers to tables in `range`, where a leaf replaced a table,
-    /// before any operation that begins after the return. Never waits: nothing is in flight through a
-    /// table without leaves, and devices answer before they translate.
+    /// before any operation that begins after the return. Never waits: nothing is in flight through
+    /// a table without leaves, and devices answer before they translate.
     pub(super) fn forget_tables(&self, range: IovaRange) {
         let job = self.job(&[range], F::PAGE, true);
         if job.tables && !job.ranges.is_empty() {

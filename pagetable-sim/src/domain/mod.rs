@@ -28,15 +28,15 @@ use crate::table::{Leaf, Table};
 /// The shape of a domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DomainConfig {
-    /// The largest size of a leaf. Large leaves make tracking coarse. A value below the smallest page
-    /// counts as the smallest page.
+    /// The largest size of a leaf. Large leaves make tracking coarse. A value below the smallest
+    /// page counts as the smallest page.
     pub max_leaf: Granule,
-    /// Enabling tracking splits leaves that are larger than this, so that tracking is finer than the
-    /// mapping.
+    /// Enabling tracking splits leaves that are larger than this, so that tracking is finer than
+    /// the mapping.
     pub split_on_enable: Option<Granule>,
     /// Harvests skip tables that no device walked through since they were found clean, where the
     /// format has A above its leaves ([`Format::TABLE_ACCESSED`]). For that they owe a flush of
-    /// pointers to tables each time that tables come to rest. Reads keep tables from resting as
+    /// pointers to tables each time that a table is found clean for the first time. Reads set A as
     /// writes do, so where devices read all the time, each harvest flushes.
     pub skip_quiet: bool,
 }
@@ -90,8 +90,8 @@ struct Counts {
 /// `F` is the format of the table: [`Domain::new`] makes a domain of AMD v1,
 /// [`Domain::with_format`] one of any format.
 ///
-/// Shared by `Arc`. Mapping, unmapping, harvesting and DMA never block each other; invalidations and
-/// enabling wait for every device that is awake.
+/// Shared by `Arc`. Mapping, unmapping, harvesting and DMA never block each other; invalidations
+/// and enabling wait for every device that is awake.
 ///
 /// ```
 /// use dirtymap::{Access, DirtySource, Iova, IovaRange, Mapping};
@@ -120,8 +120,8 @@ pub struct Domain<F: Format = AmdV1> {
 }
 
 impl Domain {
-    /// The smallest page that a domain of AMD v1 maps: ranges and backing addresses are multiples of
-    /// it. For other formats see [`Format::PAGE`].
+    /// The smallest page that a domain of AMD v1 maps: ranges and backing addresses are multiples
+    /// of it. For other formats see [`Format::PAGE`].
     pub const PAGE: Granule = AmdV1::PAGE;
 
     /// A domain of AMD v1 over `memory` that maps nothing and tracks nothing.
@@ -171,11 +171,12 @@ impl<F: Format> Domain<F> {
         &self.hardware.table
     }
 
-    /// As [`DirtySource::map`], by leaves whose sizes are among `sizes`. Devices forget their pointers
-    /// to a table that a leaf replaces before they translate again.
+    /// As [`DirtySource::map`], by leaves whose sizes are among `sizes`. Devices forget their
+    /// pointers to a table that a leaf replaces before they translate again.
     ///
     /// # Errors
-    /// [`Error::OutsideMemory`] if the memory behind it is not all there, else as [`Table::map`].
+    /// [`Error::OutsideMemory`] if a part of the backing lies outside the memory, else as
+    /// [`Table::map`].
     pub fn map_leaves(&self, mapping: &Mapping, sizes: impl Into<LeafSizes>) -> Result<(), Error> {
         let &Mapping {
             range,
@@ -190,8 +191,9 @@ impl<F: Format> Domain<F> {
         Ok(())
     }
 
-    /// Merges leaves as [`Table::merge`], and has devices forget the tables that leaves replaced. If
-    /// there are such tables, waits for every device that is awake. Returns the number of new leaves.
+    /// Merges leaves as [`Table::merge`], and has devices forget the tables that leaves replaced.
+    /// If there are such tables, waits for every device that is awake. Returns the number of new
+    /// leaves.
     ///
     /// # Errors
     /// As [`Table::merge`].
@@ -246,8 +248,8 @@ impl<F: Format> Domain<F> {
         self.hardware.table.corrupt(iova)
     }
 
-    /// Makes the hardware break its promises from now on; [`Breakage::None`] repairs it. Writes that
-    /// were lost stay lost.
+    /// Makes the hardware break its promises from now on; [`Breakage::None`] repairs it. Writes
+    /// that were lost stay lost.
     pub fn break_hardware(&self, breakage: Breakage) {
         self.hardware.break_it(breakage);
     }
@@ -301,13 +303,13 @@ impl<F: Format> DirtySource for Domain<F> {
 
     /// Enabling clears, splits if the domain is configured so, switches and flushes:
     ///
-    /// * the **flush comes last**. Translations cached while tracking was off count as dirty and never
-    ///   look at the table, and neither do those that were cached with a D that the clear has removed.
-    ///   Only after the flush does every write walk;
+    /// * the **flush comes last**. Translations cached while tracking was off count as dirty and
+    ///   never look at the table, and neither do those that were cached with a D that the clear has
+    ///   removed. Only after the flush does every write walk;
     /// * the **switch comes before the flush**, or a device could cache an entry as untracked right
     ///   after it;
-    /// * the **clear comes before the switch**, so that it removes only what is left from an earlier
-    ///   tracking, and no D that a write sets while tracking is being enabled.
+    /// * the **clear comes before the switch**, so that it removes only what is left from an
+    ///   earlier tracking, and no D that a write sets while tracking is being enabled.
     fn set_tracking(&self, on: bool) -> Result<(), dirtymap::Error> {
         let _switch = lock(&self.switch);
         if self.hardware.is_tracking() == on {
@@ -322,7 +324,7 @@ impl<F: Format> DirtySource for Domain<F> {
         }
         self.hardware.set_tracking(on);
         if on {
-            // Walks that were not tracked set no A, and devices cache what they found until the
+            // Walks that were not tracked set no A, and devices keep the cached entries until the
             // flush. Pages that are written while tracking is being enabled must not be skipped.
             self.hardware.table.heat_all();
             self.invalidate_all();

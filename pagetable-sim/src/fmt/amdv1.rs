@@ -1,6 +1,7 @@
 //! The host page table of AMD's IOMMU, version 1.
 //!
-//! Layout of an entry, from the AMD I/O Virtualization Technology (IOMMU) Specification, document 48882:
+//! Layout of an entry, from the AMD I/O Virtualization Technology (IOMMU) Specification, document
+//! 48882:
 //!
 //! | bits | name | meaning |
 //! |---|---|---|
@@ -15,17 +16,19 @@
 //! | 61 | IR | devices may read |
 //! | 62 | IW | devices may write |
 //!
-//! The document counts levels from 1 at the bottom, so an entry of our level `l` leads to the document's level `l`. Four
-//! levels translate 48 bits, six translate all 64: the topmost table of six has 128 entries and no leaves.
+//! The document counts levels from 1 at the bottom, so an entry of our level `l` leads to the
+//! document's level `l`. Four levels translate 48 bits, six translate all 64: the topmost table of
+//! six has 128 entries and no leaves.
 //!
-//! A leaf may have any other power of two from twice the page up to 2^51 bytes, but not 512 GiB: next level 7 says that
-//! its size is in the address field. There the bits below the size are all set, except for the highest of them, which is
-//! clear: 0 for 8 KiB, 01 for 16 KiB, 011 for 32 KiB. Every entry that the leaf covers holds the same value, and hardware
-//! sets D in any of them.
+//! A leaf may have any other power of two from twice the page up to 2^51 bytes, but not 512 GiB:
+//! next level 7 says that its size is in the address field. There the bits below the size are all
+//! set, except for the highest of them, which is clear: 0 for 8 KiB, 01 for 16 KiB, 011 for 32 KiB.
+//! Every entry that the leaf covers holds the same value, and hardware sets D in any of them.
 //!
-//! The address field holds the number of the frame, so it is free of the low bits at any page size: 2 KiB pages exist
-//! here as they do in the kernel's mock of an IOMMU. The model checker gets two levels and pages of 8 bytes, with the
-//! same bits: tables of two entries, or of four where pages would have 2 KiB, so that there are groups.
+//! The address field holds the number of the frame, so it is free of the low bits at any page size:
+//! 2 KiB pages exist here as they do in the kernel's mock of an IOMMU. The model checker gets two
+//! levels and pages of 8 bytes, with the same bits: tables of two entries, or of four where pages
+//! would have 2 KiB, so that there are groups.
 
 use dirtymap::Granule;
 
@@ -47,8 +50,9 @@ const IR: u64 = 1 << 61;
 const IW: u64 = 1 << 62;
 const RESERVED: u64 = 0x7f << 52;
 
-/// The host page table of AMD's IOMMU, version 1, of `N` levels, 3 to 6, and with pages of 2^`P` bytes, 11 or 12: 39, 48,
-/// 57 or 64 bits of address at 4 KiB, leaves of any power of two from a page to 2^51 bytes except for 2^39, D in bit 6.
+/// The host page table of AMD's IOMMU, version 1, of `N` levels, 3 to 6, and with pages of 2^`P`
+/// bytes, 11 or 12: 39, 48, 57 or 64 bits of address at 4 KiB, leaves of any power of two from a
+/// page to 2^51 bytes except for 2^39, D in bit 6.
 #[derive(Clone, Copy, Debug)]
 pub struct AmdHost<const N: u32, const P: u32 = 12>;
 

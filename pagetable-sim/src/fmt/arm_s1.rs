@@ -1,14 +1,15 @@
-//! Stage 1 tables of Arm's SMMU and processors (VMSAv8-64, "LPAE"), granules of 4, 16 and 64 KiB, with hardware management of the
-//! dirty state.
+//! Stage 1 tables of Arm's SMMU and processors (VMSAv8-64, "LPAE"), granules of 4, 16 and 64 KiB,
+//! with hardware management of the dirty state.
 //!
-//! Layout of a descriptor, from the Arm Architecture Reference Manual for A-profile, DDI 0487, chapter "The AArch64
-//! Virtual Memory System Architecture", stage 1 descriptors, which the SMMUv3 specification, IHI 0070, refers to:
+//! Layout of a descriptor, from the Arm Architecture Reference Manual for A-profile, DDI 0487,
+//! chapter "The AArch64 Virtual Memory System Architecture", stage 1 descriptors, which the SMMUv3
+//! specification, IHI 0070, refers to:
 //!
 //! | bits | name | meaning |
 //! |---|---|---|
 //! | 0 | valid | present |
 //! | 1 | table, page | 1: leads to a table; at the lowest level, a page. 0: a block |
-//! | 6 | AP\[1\] | unprivileged requests may access: set, for requests of devices are unprivileged |
+//! | 6 | AP\[1\] | unprivileged requests may access, such as those of devices: set |
 //! | 7 | AP\[2\] | read-only |
 //! | 9:8 | SH | shareability, 3: inner |
 //! | 10 | AF | accessed |
@@ -27,8 +28,9 @@
 //! | 0 | 1 | 1 | read-only, clean |
 //! | 0 | 1 | 0 | read-only, written while it was writable |
 //!
-//! So a write clears AP\[2\], and making a leaf clean **sets** it. Hardware cannot say of a read-only leaf that it was
-//! written; bit 55, which hardware ignores, keeps that when a leaf is write-protected.
+//! So a write clears AP\[2\], and making a leaf clean **sets** it. Hardware cannot say of a
+//! read-only leaf that it was written; bit 55, which hardware ignores, keeps that when a leaf is
+//! write-protected.
 //!
 //! | granule | levels | entries | leaves |
 //! |---|---|---|---|
@@ -36,8 +38,8 @@
 //! | 16 KiB | 4, two entries in the topmost table | 2048 | 16 KiB, 32 MiB |
 //! | 64 KiB | 3, 64 entries in the topmost table | 8192 | 64 KiB, 512 MiB |
 //!
-//! All translate 48 bits, from 0 on. The document counts levels down to 3 at the bottom. Write-only does not exist and is
-//! refused. Leaves are born clean and accessed.
+//! All translate 48 bits, from 0 on. The document counts levels down to 3 at the bottom. Write-only
+//! does not exist and is refused. Leaves are born clean and accessed.
 
 use dirtymap::{Access, Granule};
 
@@ -59,9 +61,9 @@ const UNWRITTEN: u64 = 1 << 55;
 /// How many bits of address the tables translate and hold.
 const BITS: u32 = 48;
 
-/// Stage 1 tables of Arm with a granule of 2^`P` bytes, 12, 14 or 16: 48 bits of address, leaves of 4 KiB, 2 MiB and 1 GiB,
-/// or of 16 KiB and 32 MiB, or of 64 KiB and 512 MiB; written means that DBM, bit 51, is set and read-only, bit 7, is not.
-/// Has no write-only leaves.
+/// Stage 1 tables of Arm with a granule of 2^`P` bytes, 12, 14 or 16: 48 bits of address, leaves of
+/// 4 KiB, 2 MiB and 1 GiB, or of 16 KiB and 32 MiB, or of 64 KiB and 512 MiB; written means that
+/// DBM, bit 51, is set and read-only, bit 7, is not. Has no write-only leaves.
 #[derive(Clone, Copy, Debug)]
 pub struct ArmS1<const P: u32 = 12>;
 

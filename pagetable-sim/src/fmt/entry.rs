@@ -78,13 +78,13 @@ impl AtomicIopte {
         }
     }
 
-    /// Makes the entry absent, whatever it is. For models of tables that are used again too early.
+    /// Makes the entry absent. For models of tables that are used again too early.
     pub(crate) fn reset(&self) {
         // Relaxed: publishes nothing.
         self.0.store(Iopte::ABSENT, Ordering::Relaxed);
     }
 
-    /// Clears `bits` and leaves the others, in one step, whatever the entry is.
+    /// Clears `bits` in one step; the other bits stay.
     #[inline]
     pub(crate) fn clear_bits(&self, bits: u64, success: Ordering) {
         let clear = |entry: Iopte| Some(Iopte(entry.0 & !bits));

@@ -1,4 +1,4 @@
-//! What a format says, and what follows from it for all formats.
+//! The definition of a format, and the parts that all formats share.
 
 use dirtymap::sync::TINY;
 use dirtymap::{Access, Granule};
@@ -22,8 +22,8 @@ pub(super) const fn shape(real: u32, tiny: u32) -> u32 {
 /// The functions are pure. Those that take a present entry may return nonsense for one of the wrong
 /// kind (a leaf for a table or the reverse), and never panic.
 ///
-/// Sealed: the tables follow the host addresses that [`table_address`](Self::table_address) returns,
-/// so memory safety rests on each format keeping leaves and tables apart.
+/// Sealed: the tables follow the host addresses that [`table_address`](Self::table_address)
+/// returns, so memory safety rests on each format keeping leaves and tables apart.
 ///
 /// ```
 /// use dirtymap::{Access, Granule};
@@ -49,8 +49,8 @@ pub trait Format: sealed::Sealed + Send + Sync + 'static {
     const LEAF_LEVELS: u32;
     /// The bits of an entry that hold the number of a frame: of the page, or of the next table.
     const ADDRESS: u64;
-    /// The unit in which the number of a table's frame counts, as a logarithm of bytes. Tables lie at
-    /// multiples of it.
+    /// The unit in which the number of a table's frame counts, as a logarithm of bytes. Tables lie
+    /// at multiples of it.
     const TABLE_LG2: u32 = HOST_PAGE_LG2;
     /// How many bits of physical address an entry can hold.
     const OUTPUT_LG2: u32 = Self::ADDRESS.count_ones() + Self::PAGE_LG2;
@@ -59,7 +59,7 @@ pub trait Format: sealed::Sealed + Send + Sync + 'static {
         one_size_a_level(Self::PAGE_LG2, Self::INDEX_LG2, Self::LEAF_LEVELS);
     /// The bits that are not all 0 in a present entry, and all 0 in any other.
     const PRESENT: u64;
-    /// The bits that are set in every leaf, whatever it grants.
+    /// The bits that are set in every leaf.
     const LEAF: u64;
     /// The bits that are set in every entry that leads to a table.
     const TABLE: u64;
@@ -73,28 +73,28 @@ pub trait Format: sealed::Sealed + Send + Sync + 'static {
     const WRITTEN: u64 = 0;
     /// The change that makes a written leaf clean.
     const MAKE_CLEAN: MakeClean;
-    /// Whether the bits above those that the tables translate must all equal the highest of them: then
-    /// the tables translate the lowest and the highest part of the address space, half of their reach
-    /// each, and nothing between.
+    /// Whether the bits above those that the tables translate must all equal the highest of them:
+    /// then the tables translate the lowest and the highest part of the address space, half of
+    /// their reach each, and nothing between.
     const SIGN_EXTENDED: bool = false;
     /// The ranges that one invalidation command can name: at least the range that is asked for, and
     /// often more.
     const REACH: Reach;
-    /// The bits that a walk sets in an entry that leads to a table; 0 if hardware leaves such entries
-    /// alone.
+    /// The bits that a walk sets in an entry that leads to a table; 0 if hardware leaves such
+    /// entries alone.
     const TABLE_ACCESSED: u64 = 0;
-    /// Three bits of an entry that leads to a table which hardware ignores there, and which are 0 in
-    /// leaves: for what software knows of the tables below. 0 if the format has no
+    /// Three bits of an entry that leads to a table which hardware ignores there, and which are 0
+    /// in leaves: the knowledge of software about the tables below. 0 if the format has no
     /// [`TABLE_ACCESSED`](Self::TABLE_ACCESSED).
     const KNOWN: u64 = 0;
     /// The bits that are not all 0 in an entry of a leaf of several entries, and all 0 in a leaf of
     /// one.
     const GROUPED: u64 = 0;
-    /// The bits that are not all 0 in an entry that leads to a table, and all 0 in a leaf of one entry
-    /// above the lowest level; 0 if [`LEAF_SET`](Self::LEAF_SET) tells them apart.
+    /// The bits that are not all 0 in an entry that leads to a table, and all 0 in a leaf of one
+    /// entry above the lowest level; 0 if [`LEAF_SET`](Self::LEAF_SET) tells them apart.
     const TABLE_SET: u64 = 0;
-    /// A bit that is set in every leaf above the lowest level, and in no entry that leads to a table;
-    /// 0 if [`TABLE_SET`](Self::TABLE_SET) tells them apart.
+    /// A bit that is set in every leaf above the lowest level, and in no entry that leads to a
+    /// table; 0 if [`TABLE_SET`](Self::TABLE_SET) tells them apart.
     const LEAF_SET: u64 = 0;
     /// The bits that are 0 in every present entry: a walk that finds one of them set faults. 0 if
     /// there are none.
@@ -214,13 +214,13 @@ pub trait Format: sealed::Sealed + Send + Sync + 'static {
         (entry.0 & Self::ADDRESS) >> Self::ADDRESS.trailing_zeros() << Self::PAGE_LG2
     }
 
-    /// Not zero for every entry of a table of `level` that a scan for dirty leaves must look at: dirty
-    /// leaves, and at level 1 and up entries that lead to tables. Zero for absent entries and for
-    /// clean leaves of one entry.
+    /// Not zero for every entry of a table of `level` that a scan for dirty leaves must look at:
+    /// dirty leaves, and at level 1 and up entries that lead to tables. Zero for absent entries and
+    /// for clean leaves of one entry.
     ///
-    /// Without branches on the entry: the scan passes eight clean entries by the OR of eight of these
-    /// words. As it stands, for formats with [`LEAF_SET`](Self::LEAF_SET) whose D is a bit that a
-    /// write sets, and whose [`TABLE`](Self::TABLE) has bit 0.
+    /// Without branches on the entry: the scan passes eight clean entries by the OR of eight of
+    /// these words. As it stands, for formats with [`LEAF_SET`](Self::LEAF_SET) whose D is a bit
+    /// that a write sets, and whose [`TABLE`](Self::TABLE) has bit 0.
     #[inline]
     fn worth_a_look(entry: Iopte, level: u32) -> u64 {
         // LEAF_SET, shifted to bit 0, is clear in entries that lead to tables; bit 0 itself is set.

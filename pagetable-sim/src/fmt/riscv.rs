@@ -1,7 +1,7 @@
 //! First-stage tables of RISC-V: Sv39, Sv48 and Sv57.
 //!
-//! Layout of an entry, from The RISC-V Instruction Set Manual, volume II: Privileged Architecture, chapter
-//! "Supervisor-Level ISA", which the RISC-V IOMMU Architecture Specification refers to:
+//! Layout of an entry, from The RISC-V Instruction Set Manual, volume II: Privileged Architecture,
+//! chapter "Supervisor-Level ISA", which the RISC-V IOMMU Architecture Specification refers to:
 //!
 //! | bits | name | meaning |
 //! |---|---|---|
@@ -16,13 +16,14 @@
 //! | 60:54 | | reserved, 0 |
 //! | 63 | N | one of 16 entries of a contiguous leaf (Svnapot) |
 //!
-//! An entry with R, W or X is a leaf, at any level: Sv39 has leaves of 4 KiB, 2 MiB and 1 GiB, Sv48 adds 512 GiB, Sv57
-//! adds 256 TiB. At the lowest level 16 entries with N, all of one value, are a leaf of 64 KiB; its frame ends in the bits
+//! An entry with R, W or X is a leaf, at any level: Sv39 has leaves of 4 KiB, 2 MiB and 1 GiB, Sv48
+//! adds 512 GiB, Sv57 adds 256 TiB. At the lowest level 16 entries with N, all of one value, are a
+//! leaf of 64 KiB; its frame ends in the bits
 //! 1000. Addresses are sign-extended: the bits above equal the highest
 //! bit that is translated.
 //!
-//! W without R is reserved, so a mapping that devices may only write is refused. Leaves are born clean, and a write sets
-//! A and D; systems that do not track set both when they map.
+//! W without R is reserved, so a write-only mapping is refused. Leaves are born clean, and a write
+//! sets A and D; systems that do not track set both when they map.
 
 use dirtymap::Granule;
 
@@ -42,12 +43,13 @@ const PPN_SHIFT: u32 = 10;
 const PPN: u64 = ((1 << 44) - 1) << PPN_SHIFT;
 const RESERVED: u64 = 0x7f << 54;
 const N: u64 = 1 << 63;
-/// A contiguous leaf has 2^4 entries, and says so by the number of its frame: the lowest four bits are 1000.
+/// A contiguous leaf has 2^4 entries; the number of its frame encodes that: the lowest four bits
+/// are 1000.
 const NAPOT_LG2: u32 = 4;
 const NAPOT: u64 = N | 1 << (NAPOT_LG2 - 1) << PPN_SHIFT;
 
-/// First-stage tables of RISC-V, of `LEVELS` levels, 3 to 5: 39, 48 or 57 bits of sign-extended address, leaves at every level and
-/// of 64 KiB, D in bit 7. Has no write-only leaves.
+/// First-stage tables of RISC-V, of `LEVELS` levels, 3 to 5: 39, 48 or 57 bits of sign-extended
+/// address, leaves at every level and of 64 KiB, D in bit 7. Has no write-only leaves.
 #[derive(Clone, Copy, Debug)]
 pub struct Riscv<const LEVELS: u32>;
 

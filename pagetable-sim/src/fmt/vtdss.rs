@@ -1,7 +1,7 @@
 //! Second-stage tables of Intel's VT-d.
 //!
-//! Layout of an entry, from the Intel Virtualization Technology for Directed I/O Architecture Specification, chapter
-//! "Translation Structure Formats", second-stage paging entries:
+//! Layout of an entry, from the Intel Virtualization Technology for Directed I/O Architecture
+//! Specification, chapter "Translation Structure Formats", second-stage paging entries:
 //!
 //! | bits | name | meaning |
 //! |---|---|---|
@@ -14,8 +14,9 @@
 //! | 51:12 | ADDR | frame of the page, or of the next table |
 //! | 61:52 | | ignored; above leaves 54:52 are software's |
 //!
-//! There is no present bit: an entry is present if R or W is set. Three, four or five levels translate 39, 48 or 57 bits;
-//! leaves of 4 KiB, 2 MiB and 1 GiB. The document counts levels from 1 at the bottom.
+//! There is no present bit: an entry is present if R or W is set. Three, four or five levels
+//! translate 39, 48 or 57 bits; leaves of 4 KiB, 2 MiB and 1 GiB. The document counts levels from 1
+//! at the bottom.
 
 use super::entry::MakeClean;
 use super::format::{Format, INDEX_LG2, sealed, shape};
@@ -29,8 +30,8 @@ const D: u64 = 1 << 9;
 const ADDRESS_SHIFT: u32 = 12;
 const ADDRESS: u64 = ((1 << 40) - 1) << ADDRESS_SHIFT;
 
-/// Second-stage tables of Intel's VT-d, of `N` levels, 3 to 5: 39, 48 or 57 bits of address, leaves of 4 KiB, 2 MiB and
-/// 1 GiB, D in bit 9.
+/// Second-stage tables of Intel's VT-d, of `N` levels, 3 to 5: 39, 48 or 57 bits of address, leaves
+/// of 4 KiB, 2 MiB and 1 GiB, D in bit 9.
 #[derive(Clone, Copy, Debug)]
 pub struct VtdSs<const N: u32 = 4>;
 

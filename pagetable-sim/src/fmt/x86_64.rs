@@ -1,13 +1,14 @@
-//! First-stage tables in the format of x86-64 processors, which the IOMMUs of Intel and AMD walk as well.
+//! First-stage tables in the format of x86-64 processors, which the IOMMUs of Intel and AMD walk as
+//! well.
 //!
-//! Layout of an entry, from the Intel 64 and IA-32 Architectures Software Developer's Manual, volume 3, chapter
-//! "Paging", and the VT-d specification, first-stage paging entries:
+//! Layout of an entry, from the Intel 64 and IA-32 Architectures Software Developer's Manual,
+//! volume 3, chapter "Paging", and the VT-d specification, first-stage paging entries:
 //!
 //! | bits | name | meaning |
 //! |---|---|---|
 //! | 0 | P | present |
 //! | 1 | R/W | devices may write |
-//! | 2 | U/S | user requests may access: set everywhere, for requests of devices are user requests |
+//! | 2 | U/S | user requests may access, such as those of devices: set everywhere |
 //! | 5 | A | accessed |
 //! | 6 | D | written; leaves only |
 //! | 7 | PS | a leaf, above the lowest level |
@@ -15,11 +16,11 @@
 //! | 62:52 | | ignored above leaves; 54:52 are software's there |
 //! | 63 | XD | no instruction fetches; leaves only |
 //!
-//! Four levels translate 48 bits, five translate 57; leaves of 4 KiB, 2 MiB and 1 GiB. Addresses are canonical: the bits
-//! above equal the highest bit that is translated.
+//! Four levels translate 48 bits, five translate 57; leaves of 4 KiB, 2 MiB and 1 GiB. Addresses
+//! are canonical: the bits above equal the highest bit that is translated.
 //!
-//! What is present is readable, so a mapping that devices may only write is refused. Leaves are born clean, and a write
-//! sets A and D; systems that do not track set both when they map.
+//! Every present leaf is readable, so a write-only mapping is refused. Leaves are born clean, and a
+//! write sets A and D; systems that do not track set both when they map.
 
 use super::entry::MakeClean;
 use super::format::{Format, INDEX_LG2, sealed, shape};
@@ -35,8 +36,8 @@ const ADDRESS_SHIFT: u32 = 12;
 const ADDRESS: u64 = ((1 << 40) - 1) << ADDRESS_SHIFT;
 const XD: u64 = 1 << 63;
 
-/// First-stage tables in the format of x86-64, of `N` levels, 4 or 5: 48 or 57 bits of sign-extended address, leaves of
-/// 4 KiB, 2 MiB and 1 GiB, D in bit 6. Has no write-only leaves.
+/// First-stage tables in the format of x86-64, of `N` levels, 4 or 5: 48 or 57 bits of
+/// sign-extended address, leaves of 4 KiB, 2 MiB and 1 GiB, D in bit 6. Has no write-only leaves.
 #[derive(Clone, Copy, Debug)]
 pub struct X86_64<const N: u32 = 4>;
 

@@ -1,24 +1,26 @@
 //! The dirty bit: hardware sets it, a harvest reads and clears it.
 //!
 //! ```text
-//!  device write --walk--> D := 1 in the entry it hits (compare-exchange, while present and writable)
+//!  device write --walk--> D := 1 in the entry (compare-exchange, while present and writable)
 //!  harvest ------scan---> record, owe, then D := 0 in every entry of the leaf (compare-exchange)
 //! ```
 //!
-//! For one leaf the harvest sees D set, records the leaf, owes its invalidation and clears D, in this order. Hardware
-//! may act in between:
+//! For one leaf the harvest sees D set, records the leaf, owes its invalidation and clears D, in
+//! this order. Hardware may act in between:
 //! - a write that sets nothing because D is still set lands in a leaf that is recorded already;
-//! - a write after the clear sets D anew, unless the device goes by a cached "D is set": then it leaves no trace, until
-//!   the invalidation that the harvest owes makes the device forget. The page is recorded and copied after that, so the
-//!   write is in the copy.
+//! - a write after the clear sets D anew, unless the device uses a cached "D is set". Such a write
+//!   leaves no trace, until the invalidation that the harvest owes drops the cached entry. The page
+//!   is recorded, and copied after that invalidation, so the write is in the copy.
 //!
-//! "D" is what the format calls written: a bit that is set or, for Arm, one that is not.
+//! "D is set" means that the leaf is written in the sense of the format: a bit is set or, for Arm,
+//! clear.
 //!
-//! # What may be cleaned
-//! D is cleared only in an entry whose leaf, at that moment, lies inside what was recorded. So if the leaf was unmapped,
-//! split or merged since it was seen: an absent entry stays absent, a table a table; a smaller leaf becomes clean, all of
-//! it was recorded; a larger one stays dirty. That is why cleaning is a compare-exchange, and no `fetch_and`, which would
-//! take the D of whatever it hits.
+//! # Which entries may be cleaned
+//! D is cleared only in an entry whose leaf, at that moment, lies inside the recorded range. The
+//! leaf may have been unmapped, split or merged since it was seen. An absent entry stays absent,
+//! and an entry that leads to a table stays as it is. A smaller leaf becomes clean: all of it was
+//! recorded. A larger leaf stays dirty. So cleaning is a compare-exchange; a `fetch_and` would
+//! clear D in any of these.
 
 use std::ops::ControlFlow;
 
@@ -33,11 +35,11 @@ use super::tree::Table;
 use crate::error::Error;
 use crate::fmt::Format;
 
-/// A look at what is dirty that changes nothing.
+/// A look at the dirty leaves that changes nothing.
 struct Peek<'s, 'b> {
     sink: &'s mut Sink<'b>,
     range: IovaRange,
-    /// It need not look below what is quiet.
+    /// It need not look below quiet entries.
     skips: bool,
 }
 
@@ -66,7 +68,7 @@ impl<F: Format> Visitor<F> for Peek<'_, '_> {
     fn leave(&mut self, _upper: &Upper<'_>, _look: ()) {}
 }
 
-/// Makes clean and tells nobody.
+/// Makes leaves clean without a record.
 struct Clean;
 
 impl<F: Format> Visitor<F> for Clean {
@@ -90,9 +92,9 @@ impl<F: Format> Visitor<F> for Clean {
 }
 
 impl<F: Format> Table<F> {
-    /// The walk of a write: sets D in the entry that maps `iova` in one step, while it is present and writable. Returns
-    /// the leaf as it was found (`dirty` tells whether D was set in that entry before), `None` if nothing is mapped
-    /// there. A leaf that is not writable stays as it is.
+    /// The walk of a write: sets D in the entry that maps `iova` in one step, while it is present
+    /// and writable. Returns the leaf as it was before (`dirty` is the D of that entry), or `None`
+    /// if nothing is mapped there. A leaf that is not writable stays as it is.
     pub fn set_dirty(&self, iova: Iova) -> Option<Leaf> {
         let guard = crossbeam_epoch::pin();
         loop {
@@ -105,12 +107,13 @@ impl<F: Format> Table<F> {
                 self.heat(found.span, &guard);
                 return Some(leaf);
             }
-            // The entry changed meanwhile. Walk anew: the leaf may have been split or merged, and was never gone then.
+            // The entry changed. Walk anew: the leaf may have been split or merged, and was mapped
+            // all the time.
         }
     }
 
-    /// Makes every leaf that `range` touches dirty, writable or not. Addresses without a leaf are skipped. Lock-free;
-    /// may run at the same time as everything else.
+    /// Makes every leaf that `range` touches dirty, writable or not. Addresses without a leaf are
+    /// skipped. Lock-free; may run at the same time as everything else.
     ///
     /// # Errors
     /// [`Error::TooWide`], [`Error::Unaligned`]; nothing is changed then.
@@ -127,7 +130,7 @@ impl<F: Format> Table<F> {
         let done = self.visit(range, guard, &mut |mut found| {
             while !make_dirty::<F>(&found) {
                 match self.walk(found.span.start(), guard) {
-                    // A table took its place, or the reverse.
+                    // A table replaced it, or a leaf replaced the table.
                     Some(now) if now.level != found.level => self.dirty_entries(found.span, guard),
                     Some(now) => {
                         found = now;
@@ -142,8 +145,8 @@ impl<F: Format> Table<F> {
         debug_assert!(done.is_continue());
     }
 
-    /// Hands the dirty leaves that `range` touches to `out`, which has them cleared. Addresses without a leaf are
-    /// skipped. Lock-free; may run at the same time as everything else.
+    /// Hands the dirty leaves that `range` touches to `out`, which has them cleared. Addresses
+    /// without a leaf are skipped. Lock-free; may run at the same time as everything else.
     ///
     /// # Errors
     /// [`Stopped`] with the first address that was not processed, and the error of `out`.
@@ -170,7 +173,7 @@ impl<F: Format> Table<F> {
         self.scan(range, &mut Peek { sink, range, skips })
     }
 
-    /// Makes every leaf clean and tells nobody what was dirty.
+    /// Makes every leaf clean, and reports nothing.
     pub fn clean(&self) {
         let done = self.scan(IovaRange::ALL, &mut Clean);
         debug_assert!(done.is_ok());

@@ -1,11 +1,11 @@
-//! Entries of one table: which of them a request touches, and what they lead to.
+//! The entries of one table that a request touches, and comparisons of entries.
 
 use dirtymap::sync::Ordering;
 use dirtymap::{Iova, IovaRange};
 
 use crate::fmt::{AtomicIopte, Format, Iopte};
 
-/// One entry of a table, and what a request wants of it.
+/// One entry of a table, and its share of a request.
 pub(super) struct Slot<'g> {
     pub(super) entry: &'g AtomicIopte,
     /// All addresses that the entry covers: for a group, its share of the leaf.
@@ -14,15 +14,16 @@ pub(super) struct Slot<'g> {
     pub(super) part: IovaRange,
 }
 
-/// Whether `now`, of a table of `level`, still leads to the table that `entry` led to: A may have been set meanwhile.
+/// Whether `now`, of a table of `level`, still leads to the table that `entry` led to: A may have
+/// been set in between.
 pub(super) fn leads_to_same<F: Format>(now: Iopte, entry: Iopte, level: u32) -> bool {
     F::is_present(now)
         && !F::is_leaf(now, level)
         && F::table_address(now) == F::table_address(entry)
 }
 
-/// Whether any of the entries of a leaf says that it was written. Entries that changed into something else meanwhile
-/// count if they say so of leaves of theirs.
+/// Whether any of the entries of a leaf says that it was written. Entries that changed in between
+/// count if their new leaf is dirty.
 pub(super) fn any_dirty<F: Format>(group: &[AtomicIopte], level: u32) -> bool {
     group.iter().any(|slot| {
         // Acquire: as the load of a walk.
@@ -31,7 +32,8 @@ pub(super) fn any_dirty<F: Format>(group: &[AtomicIopte], level: u32) -> bool {
     })
 }
 
-/// The entries of `page`, a table of `level`, that `range` touches; the range lies inside what the table covers.
+/// The entries of `page`, a table of `level`, that `range` touches; the range lies inside the
+/// table's span.
 pub(super) fn slots<F: Format>(
     page: &[AtomicIopte],
     level: u32,

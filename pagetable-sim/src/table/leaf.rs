@@ -1,25 +1,25 @@
-//! A leaf that a walk or a scan came to, and its D.
+//! A leaf that a walk or a scan has reached, and its D.
 
 use dirtymap::sync::{Ordering, Step, performs};
 use dirtymap::{Access, Granule, Iova, IovaRange};
 
 use crate::fmt::{AtomicIopte, Format, Iopte};
 
-/// What one leaf says about the addresses it maps.
+/// The translation that one leaf holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Leaf {
     /// The addresses that the leaf translates: all of it, not only those asked for.
     pub range: IovaRange,
     /// The physical address of the first of them.
     pub phys: u64,
-    /// What devices may do.
+    /// The rights of devices.
     pub access: Access,
-    /// Whether D is set: in any of its entries for [`Table::translate`], in the one that the walk went through for
-    /// [`Table::set_dirty`].
+    /// Whether D is set: in any of its entries for [`Table::translate`], in the one that the walk
+    /// went through for [`Table::set_dirty`].
     pub dirty: bool,
 }
 
-/// A leaf that a walk came to.
+/// A leaf that a walk has reached.
 #[derive(Clone, Copy)]
 pub(super) struct Found<'g> {
     /// The entries of the table that the leaf is in.
@@ -27,7 +27,7 @@ pub(super) struct Found<'g> {
     pub(super) level: u32,
     /// Which entry the walk went through.
     pub(super) index: usize,
-    /// What it said.
+    /// The value of that entry.
     pub(super) entry: Iopte,
     /// The addresses that this entry covers.
     pub(super) span: IovaRange,
@@ -64,10 +64,10 @@ impl<'g> Found<'g> {
     }
 }
 
-/// Sets D in the entry, unless it is set; false if the entry is no longer what was found.
+/// Sets D in the entry, unless it is set. False if the entry has changed since the walk.
 pub(super) fn make_dirty<F: Format>(found: &Found<'_>) -> bool {
-    // AcqRel on success: D is in the table before the data is in memory, and after what the last clear of D recorded;
-    // pairs with `DirtyLeaf::clear`. Relaxed on failure: the caller walks anew.
+    // AcqRel on success: D is in the table before the data is in memory, and after the last clear
+    // of D and its record; pairs with `clear_entry`. Relaxed on failure: the caller walks anew.
     F::is_dirty(found.entry)
         || found
             .slot()
@@ -112,7 +112,7 @@ pub(super) struct Batch<'g> {
     pub(super) level: u32,
     /// The first address of the first one.
     pub(super) start: Iova,
-    /// What one of them covers.
+    /// The size of the range that one of them covers.
     pub(super) size: Granule,
 }
 
@@ -143,7 +143,8 @@ impl Batch<'_> {
     }
 }
 
-/// Makes an entry of a table of `level` clean if its leaf is `recorded`; whether it was dirty until now.
+/// Makes an entry of a table of `level` clean if its leaf is `recorded`; whether it was dirty until
+/// now.
 #[inline]
 fn clear_entry<F: Format>(
     slot: &AtomicIopte,
@@ -154,8 +155,9 @@ fn clear_entry<F: Format>(
     let mut entry = slot.load(Ordering::Relaxed);
     while F::is_present(entry) && F::is_leaf(entry, level) && F::is_dirty(entry) && recorded(entry)
     {
-        // Acquire on success: pairs with the Release of `set_dirty`. Release: whoever finds D clear, hardware or
-        // an unmap, sees what the scan did before. Relaxed on failure: the next guess.
+        // Acquire on success: pairs with the Release of `make_dirty`. Release: hardware or an unmap
+        // that finds D clear comes after the record of the scan. Relaxed on failure: the next
+        // guess.
         match slot.replace(
             entry,
             F::MAKE_CLEAN.of(entry),

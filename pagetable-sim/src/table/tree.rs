@@ -12,15 +12,35 @@ use super::page::{TableRef, child};
 use crate::error::Error;
 use crate::fmt::{AtomicIopte, Format, granule};
 
-/// An IO page table of the format `F`: hardware walks it and sets D while software maps, unmaps and harvests, and
-/// nobody waits for anybody.
+/// An IO page table of the format `F`: hardware walks it and sets D while software maps, unmaps and
+/// harvests. All calls are lock-free.
 ///
-/// Whoever maps, unmaps, protects or merges a range owns it for the time of the call: no two such calls overlap. Splits,
-/// calls on disjoint ranges, walks and harvests may run at any time. Of two `map`s that overlap all the same, one at least
-/// is refused; if other calls overlap, leaves may vanish. Memory stays safe.
+/// A call that maps, unmaps, protects or merges a range owns the range until it returns: no two
+/// such calls overlap. Splits, calls on disjoint ranges, walks and harvests may run at any time. Of
+/// two `map`s that overlap all the same, at least one is refused; if other calls overlap, leaves
+/// may vanish. Memory stays safe.
+///
+/// ```
+/// use dirtymap::{Access, Granule, Iova, IovaRange};
+/// use pagetable_sim::{Table, X86_64};
+///
+/// let table = Table::<X86_64>::new();
+/// let range = IovaRange::from_len(Iova::new(0x4000_0000), 2 << 20)?;
+/// table.map(range, 0, Access::ReadWrite, Granule::M2)?;
+/// table.set_dirty(Iova::new(0x4000_5000)); // as the walk of a write
+/// table.split_at(Iova::new(0x4000_1000), |_, _| ())?; // each part is dirty, as the leaf was
+/// assert!(table.translate(Iova::new(0x4000_0000)).unwrap().dirty);
+///
+/// let mut dirty = 0;
+/// table.unmap(range, |leaf, _, was_dirty| {
+///     dirty += if was_dirty { leaf.len() } else { 0 };
+/// })?;
+/// assert_eq!(dirty, 2 << 20);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Table<F: Format> {
     pub(super) root: TableRef<F>,
-    /// Harvests skip what no device walked through.
+    /// Harvests skip subtrees that no device walked through.
     pub(super) skip_quiet: bool,
     /// Subtrees that they skipped.
     pub(super) skipped: AtomicU64,
@@ -38,8 +58,9 @@ impl<F: Format> Table<F> {
         }
     }
 
-    /// As [`new`](Self::new), but each table of the tree is an allocation of its own, wherever the allocator puts it, and tables of
-    /// neighbouring addresses do not lie side by side. Harvests take longer for it: this shows how much.
+    /// As [`new`](Self::new), but each table of the tree is an allocation of its own, and tables of
+    /// neighbouring addresses do not lie side by side. Benchmarks show how much longer harvests
+    /// take.
     pub fn scattered() -> Self {
         Table {
             root: TableRef::new(F::LEVELS - 1, true),
@@ -47,8 +68,9 @@ impl<F: Format> Table<F> {
         }
     }
 
-    /// A table whose harvests skip subtrees, if the format has A above its leaves; whoever harvests it flushes by
-    /// [`flush_begins`](Self::flush_begins) and [`flush_ends`](Self::flush_ends).
+    /// A table whose harvests skip subtrees, if the format has A above its leaves. A flush of
+    /// pointers to its tables calls [`flush_begins`](Self::flush_begins) and
+    /// [`flush_ends`](Self::flush_ends).
     pub(crate) fn skipping() -> Self {
         Table {
             skip_quiet: true,
@@ -56,7 +78,7 @@ impl<F: Format> Table<F> {
         }
     }
 
-    /// The leaf that maps `iova`, if there is one. What a device's read walks through; changes nothing.
+    /// The leaf that maps `iova`, if there is one. Changes nothing, as the walk of a read.
     pub fn translate(&self, iova: Iova) -> Option<Leaf> {
         let guard = crossbeam_epoch::pin();
         let found = self.walk(iova, &guard)?;
@@ -66,7 +88,8 @@ impl<F: Format> Table<F> {
         })
     }
 
-    /// Whether the format can translate `iova`: no bits above its width, or only copies of the sign where it has one.
+    /// Whether the format can translate `iova`: no bits above its width, or only copies of the sign
+    /// where it has one.
     #[inline]
     pub fn reaches(&self, iova: Iova) -> bool {
         if F::SIGN_EXTENDED {
@@ -77,8 +100,8 @@ impl<F: Format> Table<F> {
         }
     }
 
-    /// The addresses that the table can translate, ascending: one range from 0 on, or where addresses are sign-extended
-    /// the lowest and the highest.
+    /// The addresses that the table can translate, ascending: one range from 0 on, or where
+    /// addresses are sign-extended the lowest and the highest.
     pub(super) fn reach() -> impl Iterator<Item = IovaRange> {
         let size = granule(F::WIDTH - u32::from(F::SIGN_EXTENDED));
         let highest = F::SIGN_EXTENDED.then(|| IovaRange::granule_at(Iova::MAX, size));
@@ -89,7 +112,7 @@ impl<F: Format> Table<F> {
         std::iter::once(lowest).chain(highest)
     }
 
-    /// Refuses ranges that the table cannot map, whatever is in it: width first, then alignment.
+    /// Refuses ranges that no table of the format can map: width first, then alignment.
     pub(super) fn check_range(range: IovaRange) -> Result<(), Error> {
         if !Self::reach().any(|reach| reach.covers(range)) {
             return Err(Error::TooWide {
@@ -116,8 +139,8 @@ impl<F: Format> Table<F> {
         let mut page: &[AtomicIopte] = &self.root;
         for level in (0..F::LEVELS).rev() {
             let index = F::index(iova.get(), level);
-            // Acquire: pairs with the Release that installed the entry, in `map`; publishes the table it leads to, or
-            // what the mapper wrote into the memory behind a leaf.
+            // Acquire: pairs with the Release that installed the entry, in `map`; publishes the
+            // table that it leads to, or the bytes that the mapper wrote into the memory of a leaf.
             let entry = page[index].load(Ordering::Acquire);
             if !F::is_present(entry) {
                 return None;
@@ -137,8 +160,8 @@ impl<F: Format> Table<F> {
         None
     }
 
-    /// Visits every entry that holds a leaf, or a share of one, and that `range`, which the table can map, touches, in
-    /// order.
+    /// Visits every entry that holds a leaf, or a share of one, and that `range`, which the table
+    /// can map, touches, in order.
     pub(super) fn visit<'g, B>(
         &'g self,
         range: IovaRange,

@@ -162,7 +162,8 @@ fn reserved_bits_fault_where_the_format_has_them() {
 }
 
 /// While tracking is off, the IOTLB takes every entry for dirty. A read of a read-only page caches
-/// it like that, and the write that follows must fault all the same: the rights come from the table.
+/// it like that, and the write that follows must fault all the same: the rights come from the
+/// table.
 #[test]
 fn a_cached_read_of_a_read_only_page_grants_no_write() {
     fn refused<F: Format>(config: DeviceConfig) {

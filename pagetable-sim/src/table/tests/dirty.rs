@@ -6,7 +6,7 @@ use crate::table::scan::{Upper, Visitor};
 
 use dirtymap::Stopped;
 
-/// Is handed a way to clean whatever a scan found dirty.
+/// Receives a way to clean each leaf that a scan found dirty.
 struct Finder<V>(V);
 
 impl<F: Format, V: FnMut(&dyn Fn() -> bool)> Visitor<F> for Finder<V> {
