@@ -1,8 +1,8 @@
 //! A chunk of bits, and its summary: which of its lines have any.
 //!
 //! A line is 8 words: one cache line, 512 bits. The 64 lines of a chunk make one word of summary.
-//! The summaries of neighbouring chunks lie side by side, so 64 KiB of summaries describe a terabyte
-//! of clean 4 KiB pages.
+//! The summaries of neighbouring chunks lie side by side, so 64 KiB of summaries describe a
+//! terabyte of clean 4 KiB pages.
 //!
 //! # The protocol
 //! ```text
@@ -19,19 +19,20 @@
 //! - if F5 does, M2 sees the summary clear and sets it for the next harvest.
 //!
 //! So once a mark has returned, a harvester has its bit, or the summary leads to it. A marker that
-//! finds the bit set performs M2 as well: the thread that set the bit may not have reached its own M2.
+//! finds the bit set performs M2 as well: the thread that set the bit may not have reached its own
+//! M2.
 //!
-//! * M3 serves the look at the area that follows a mark. An unmap declares the area gone, performs a
-//!   fence F6, and takes the bits. Either M3 or F6 comes first:
+//! * M3 serves the look at the area that follows a mark. An unmap declares the area gone, performs
+//!   a fence F6, and takes the bits. Either M3 or F6 comes first:
 //!   - if M3 does, the unmap finds the summary and the bit;
 //!   - if F6 does, the marker finds that the area has gone.
 //!
 //!   On common processors M3 costs nothing, and neither does F3.
-//! * A harvester clears the summary of a line only if the request covers the whole line. To clear it
-//!   for a part would hide the bits that stay.
-//! * A line whose summary was cleared must not be given up: a harvest that looks in between finds it
-//!   clean, and may be the last one. So a fallible harvester secures the place of a line before H1,
-//!   and keeps the summary of a line whose place it cannot secure: see
+//! * A harvester clears the summary of a line only if the request covers the whole line. To clear
+//!   it for a part would hide the bits that stay.
+//! * A line whose summary was cleared must not be given up: a harvest that looks in between finds
+//!   it clean, and may be the last one. So a fallible harvester secures the place of a line before
+//!   H1, and keeps the summary of a line whose place it cannot secure: see
 //!   [`Taker`](super::take::Taker). Only a panic puts lines back into the summary.
 //! * A harvester looks for the chunk before it clears the summary: a summary that is set may become
 //!   visible before the chunk does.
@@ -52,11 +53,11 @@
 //! * A harvester looks at the state after F5 and before the words: bits move from the state to the
 //!   words, never back. A fallible harvester clears the summary one line at a time, looks at the
 //!   state again after each F5, and always expands it into words.
-//! * A harvest of a part sets all words, and the summary, before the state becomes clean: the rest is
-//!   dirty at every moment. A mark that finds *whole* leaves it. A mark that finds *split* makes the
-//!   chunk whole again: while the words are being set, another harvest may take them, one that saw
-//!   the chunk before it was whole and so does not end that state. A mark that relied on *split*
-//!   would be lost with them.
+//! * A harvest of a part sets all words, and the summary, before the state becomes clean: the rest
+//!   is dirty at every moment. A mark that finds *whole* leaves it. A mark that finds *split* makes
+//!   the chunk whole again: while the words are being set, another harvest may take them, one that
+//!   saw the chunk before it was whole and so does not end that state. A mark that relied on
+//!   *split* would be lost with them.
 //! * A compare-exchange ends the state that was looked at. The number makes each *whole* another
 //!   state: of two splits, the one that is late cannot end the state of the other before the words
 //!   of that one are set. If a mark or a split came in between, the state stays, and pages are
@@ -259,7 +260,8 @@ impl Slot<'_> {
         anew
     }
 
-    /// As [`set_word`](Self::set_word), for the bits `first..=last`; the caller's fence came before.
+    /// As [`set_word`](Self::set_word), for the bits `first..=last`; the caller's fence came
+    /// before.
     pub(super) fn set(self, chunk: &Chunk, first: u64, last: u64) -> bool {
         if first == 0 && last == CHUNK_BITS - 1 {
             return self.set_whole();
@@ -279,7 +281,10 @@ impl Slot<'_> {
             // failure too.
             let success = weaken(Step::PublishWhole, Ordering::AcqRel);
             let marked = state.marked();
-            match self.state.replace(state, marked, success, Ordering::Acquire) {
+            match self
+                .state
+                .replace(state, marked, success, Ordering::Acquire)
+            {
                 Ok(()) => {
                     anew = true;
                     break;

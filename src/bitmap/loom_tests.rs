@@ -1,4 +1,4 @@
-//! Models of the summary over the words of a chunk: see `chunk`.
+//! Models of the marks and harvests of a chunk and its summary: see `chunk`.
 
 use std::convert::Infallible;
 
@@ -21,7 +21,8 @@ fn take(map: &ChunkMap) -> u64 {
     taken
 }
 
-/// A mark in a line that is being harvested: this harvest has it, or the summary leads the next one to it.
+/// A mark in a line that is being harvested: this harvest has it, or the summary leads the next one
+/// to it.
 #[test]
 fn a_mark_survives_the_clear_of_its_summary() {
     let steps = [Step::SummaryFirst, Step::SummaryFence, Step::WordFence];
@@ -140,7 +141,8 @@ fn take_words(map: &ChunkMap, first: u64, last: u64) -> u64 {
     taken
 }
 
-/// A mark of a whole chunk while all of it is harvested: this harvest has it, or the next one finds it.
+/// A mark of a whole chunk while all of it is harvested: this harvest has it, or the next one finds
+/// it.
 #[test]
 fn a_whole_chunk_survives_a_harvest_of_all() {
     let steps = [Step::SummaryFirst, Step::SummaryFence, Step::WholeFence];
@@ -217,8 +219,8 @@ impl Taker for ByLine<'_> {
     }
 }
 
-/// A mark of a whole chunk whose words have bits already, while a harvest takes it line by line: this
-/// harvest has it, or the next one finds it.
+/// A mark of a whole chunk whose words have bits already, while a harvest takes it line by line:
+/// this harvest has it, or the next one finds it.
 #[test]
 fn a_whole_chunk_survives_a_harvest_that_may_fail() {
     holds_within(THREE, &[Step::LookBehindHide], || {
@@ -274,8 +276,8 @@ fn a_mark_against_a_split(before: fn(&ChunkMap)) -> bool {
 }
 
 /// Two harvests split a chunk, one of them late: it announced its split before the chunk was whole
-/// anew. If both splits were one state, the late harvest would end the split of the other before the
-/// words are set, and a harvest that comes then would find nothing.
+/// anew. If both splits were one state, the late harvest would end the split of the other before
+/// the words are set, and a harvest that comes then would find nothing.
 #[test]
 fn a_late_split_does_not_end_the_next_one() {
     holds_within(THREE, &[Step::NextNumber], || {
@@ -352,8 +354,9 @@ fn a_mark_that_is_skipped_sees_the_clear_of_its_summary() {
     });
 }
 
-/// A mark looks at its area after it has returned from the bitmap, and an unmap takes the bits after
-/// it has declared the area gone: the unmap has the bit, or the mark sees that the area has gone.
+/// A mark looks at its area after it has returned from the bitmap, and an unmap takes the bits
+/// after it has declared the area gone: the unmap has the bit, or the mark sees that the area has
+/// gone.
 #[test]
 fn a_mark_that_sets_the_summary_and_an_unmap_do_not_miss_each_other() {
     holds_within(THREE, &[Step::SummarizedFence], || {
@@ -395,8 +398,8 @@ fn a_mark_against_an_unmap(beside: fn(&Arc<ChunkMap>)) -> bool {
     sees | (unmap.join().unwrap() & 1 == 1)
 }
 
-/// A harvest that finds a mark sees the data that was written before the mark, in spaces whose marks
-/// perform no fence too.
+/// A harvest that finds a mark sees the data that was written before the mark, in spaces whose
+/// marks perform no fence too.
 #[test]
 fn a_mark_of_a_word_publishes_its_data() {
     holds_only_with(&[Step::PublishMark], || publishes_data(0, 0));

@@ -1,5 +1,5 @@
-//! The harvester's side of a [`chunk`](super::chunk): it shows each word with bits to a visitor, and
-//! clears the bits after that.
+//! The harvester's side of a [`chunk`](super::chunk): it shows each word with bits to a visitor,
+//! and clears the bits after that.
 
 use std::convert::Infallible;
 
@@ -203,7 +203,8 @@ impl Slot<'_> {
         if performs(Step::SplitFence) {
             // SeqCst: between the announcement and the look at the words; pairs with F1 of a mark,
             // which comes before its look at the state, and F2 of a sync.
-            // - If this fence is before F1, the mark sees the split, and makes the chunk whole anew.
+            // - If this fence is before F1, the mark sees the split, and makes the chunk whole
+            //   anew.
             // - If F1 is before this fence, the mark may rely on *whole*. A word that is found set
             //   below, and that another harvest takes, is taken before the F2 of that harvest. This
             //   F2 is after this fence, and so after F1: the copies have the data of the mark.
@@ -252,7 +253,8 @@ impl Cleared<'_> {
     #[inline]
     fn clear(&self) {
         if self.lines != 0 {
-            // Relaxed: the fence orders it before the look at the words. Clears what was seen and no more.
+            // Relaxed: the fence orders it before the look at the words. Clears what was seen and
+            // no more.
             self.summary.fetch_and(!self.lines, Ordering::Relaxed);
             if performs(Step::SummaryFence) {
                 // SeqCst: F5 of the protocol in `chunk`; pairs with F3 of a mark.
@@ -308,8 +310,8 @@ fn visit_all<V: Visitor>(
     Ok(())
 }
 
-/// Gives `visitor` the words of `line` that have bits of `first..=last`, and clears these bits after
-/// the call if `TAKE`.
+/// Gives `visitor` the words of `line` that have bits of `first..=last`, and clears these bits
+/// after the call if `TAKE`.
 #[inline]
 fn visit_line<const TAKE: bool, V: Visitor>(
     chunk: &Chunk,
@@ -366,8 +368,8 @@ fn visit_line<const TAKE: bool, V: Visitor>(
 /// harvest.
 #[inline(always)]
 fn clear(word: &AtomicU64, seen: u64) {
-    // Acquire: pairs with the Release of `set_word` and `set_words`; the copy of the page comes after
-    // the data of the mark. Release: a marker that sees the bit gone sees what the visit did.
+    // Acquire: pairs with the Release of `set_word` and `set_words`; the copy of the page comes
+    // after the data of the mark. Release: a marker that sees the bit gone sees what the visit did.
     word.fetch_and(!seen, Ordering::AcqRel);
 }
 
