@@ -91,6 +91,10 @@ steps! {
     ReadEveryEntry,
     /// Making every entry of a leaf clean.
     CleanEveryEntry,
+    /// Leaving a leaf of several entries dirty where a harvest has recorded a leaf of one.
+    SpareGroup,
+    /// Leaving a leaf dirty that is larger than the one that a harvest has recorded.
+    SpareLarger,
     /// Making the parts of a split leaf dirty if the leaf was.
     DirtyParts,
     /// Making all of a group dirty before an entry with D leaves it in a split.
@@ -105,6 +109,26 @@ steps! {
     SummaryFence,
     /// Looking at the summary when a mark is found set.
     SummaryOnSkip,
+    /// The fence between the bit that a mark sets and the look at its summary.
+    WordFence,
+    /// The fence between the bit that a mark finds set and the look at its summary.
+    SkipFence,
+    /// The fence between the bits of several words that a mark sets and the look at their summary.
+    WordsFence,
+    /// The fence between the mark of a whole chunk and the look at its summary.
+    WholeFence,
+    /// The fence between a summary that a mark finds set and the look at its area.
+    FoundFence,
+    /// The fence between a summary that a mark sets and the look at its area.
+    SummarizedFence,
+    /// Release of the bits that a mark sets.
+    PublishMark,
+    /// Release of the chunk that a mark makes whole.
+    PublishWhole,
+    /// Giving a chunk that becomes whole the next number.
+    NextNumber,
+    /// The fence between the announcement of a split and the look at the words.
+    SplitFence,
     /// The fence that `membarrier` runs in a thread that marks.
     Membarrier,
     /// Looking at a subtree only after the flush that follows the clear of its accessed bit.
