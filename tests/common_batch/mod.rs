@@ -124,12 +124,8 @@ impl DirtySource for Batching {
         let runs = self.runs(range);
         let mut later = Vec::new();
         for run in runs {
-            out.take(run, self.page, || true)
-                .map_err(|error| Stopped {
-                    at: run.start(),
-                    error,
-                })?;
-            later.push(run);
+            let to_clear = out.take_run(run, self.page, |page| self.clear(page))?;
+            later.extend(to_clear.range());
         }
         self.before_clear.run();
         for run in later {
