@@ -9,8 +9,8 @@ use std::sync::{Arc, mpsc};
 
 use common_batch::{Batching, Pause};
 use dirtymap::{
-    Access, AddressSpace, Error, FlushGather, Granule, HarvestBounds, HarvestError,
-    HarvestRequest, Iova, IovaRange, LeafSink, Lease, Owed, Scope, UserBitmap,
+    Access, AddressSpace, Error, FlushGather, Granule, HarvestBounds, HarvestError, HarvestRequest,
+    Iova, IovaRange, LeafSink, Lease, Owed, Scope, UserBitmap,
 };
 
 const PAGE: u64 = 4096;
@@ -47,9 +47,8 @@ impl Memory {
 
     /// Pages of which the copy lacks the last write.
     fn lost(&self) -> Vec<usize> {
-        let differs = |page: &usize| {
-            self.content[*page].load(SeqCst) != self.copy[*page].load(SeqCst)
-        };
+        let differs =
+            |page: &usize| self.content[*page].load(SeqCst) != self.copy[*page].load(SeqCst);
         (0..self.content.len()).filter(differs).collect()
     }
 }
@@ -66,7 +65,9 @@ fn harvest(space: &AddressSpace, range: IovaRange, memory: &Memory) {
     let mut words = vec![0u64; (range.len() as usize / PAGE as usize).div_ceil(64)];
     let request = HarvestRequest::new(range, Granule::K4);
     finish(
-        space.harvest(&request, UserBitmap::new(&mut words)).unwrap(),
+        space
+            .harvest(&request, UserBitmap::new(&mut words))
+            .unwrap(),
         memory,
     );
 }
@@ -164,7 +165,9 @@ fn a_sink_of_its_own_leaves_a_page_that_sticks_out_dirty() {
     [1, 2, 3, 5].iter().for_each(|page| log.write(page * K64));
     let read = |asked: IovaRange| {
         let mut words = [0u64; 2];
-        let view = UserBitmap::new(&mut words).view(asked, Granule::K4).unwrap();
+        let view = UserBitmap::new(&mut words)
+            .view(asked, Granule::K4)
+            .unwrap();
         let (mut sink, mut gather) = (view.sink(), FlushGather::new());
         let mut out = LeafSink::new(&mut sink, &mut gather);
         log.read_and_clear(asked, &mut out).unwrap();
@@ -213,7 +216,10 @@ struct Random(u64);
 
 impl Random {
     fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
         (self.0 >> 33) % bound
     }
 }
@@ -240,7 +246,9 @@ impl World {
         let space = AddressSpace::new(Granule::K4)
             .with_source(log.clone())
             .unwrap();
-        space.map(range(0, BYTES / 2), 0, Access::ReadWrite).unwrap();
+        space
+            .map(range(0, BYTES / 2), 0, Access::ReadWrite)
+            .unwrap();
         space
             .map(range(BYTES / 2, BYTES / 2), 0, Access::ReadWrite)
             .unwrap();

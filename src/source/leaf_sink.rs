@@ -175,9 +175,7 @@ impl<'s, 'b> LeafSink<'s, 'b> {
         let inside = asked.round_in(page);
         if let Some(inside) = inside {
             if performs(Step::RecordBeforeClear) {
-                self.sink
-                    .record(inside)
-                    .map_err(stopped(inside.start()))?;
+                self.sink.record(inside).map_err(stopped(inside.start()))?;
             }
             self.gather.add(inside, page);
         }
