@@ -68,7 +68,7 @@ impl Committed {
     }
 
     /// How many ranges there are.
-    #[cfg(test)]
+    #[cfg(all(test, not(dirtymap_loom)))]
     fn len(&self) -> usize {
         self.runs.len()
     }
