@@ -266,36 +266,37 @@ impl<'a> Holding<'a> {
         }
     }
 
-    /// The walk stopped at `at`. The lease ends below it: nothing was taken from there on, or is
-    /// dirty again when this returns. Returns how many bits of the bitmap that puts back.
+    /// The walk stopped at `at`, and recorded nothing above `recorded`. The lease ends below the stop:
+    /// nothing was taken from there on, or is dirty again when this returns. Returns how many bits of
+    /// the bitmap that puts back.
     ///
     /// A hole may lie inside a granule; then its bit stays in the lease, for what lies below.
-    fn end_below(&mut self, at: Iova) -> u64 {
-        let range = self.view.range();
+    fn end_below(&mut self, at: Iova, recorded: Option<Iova>) -> u64 {
+        let (range, granule) = (self.view.range(), self.view.granule());
         let below = at.get().checked_sub(1).map(Iova::new);
         let below = below.filter(|last| *last >= range.start());
-        let last = below.map(|last| last.granule_last(self.view.granule()));
-        let above = match last {
+        let last = below.map(|last| last.granule_last(granule));
+        let first = match last {
             Some(last) => last.checked_add(1),
             None => Some(range.start()),
         };
-        // Sources that came before the one that stopped, and other pieces of a parallel harvest.
-        let above = above.zip(self.reached);
-        let above = above.and_then(|(first, reached)| IovaRange::new(first, reached).ok());
+        // What sources gave that came before the one that stopped, and other pieces of a parallel
+        // harvest.
+        let above = first.zip(self.reached.min(recorded));
+        let above = above.and_then(|(first, last)| IovaRange::new(first, last).ok());
+        let part = above.and_then(|above| self.view.part(above.round_out(granule)));
         let mut bits = 0;
-        if let Some(walked) = above
-            && let Some(part) = self.view.part(walked.round_out(self.view.granule()))
+        if let Some((above, part)) = above.zip(part)
+            && part.words().next().is_some()
         {
-            bits = part.count();
-            if bits > 0 {
-                if performs(Step::OweBeforePutBack) {
-                    // The debt first, as in an abort: whoever takes the pages from here on pays it.
-                    let _ = self.queue();
-                }
-                let aborted = self.put_back_runs(part, walked);
-                self.space.counters.put_back_outside(aborted.outside_bytes);
+            bits = readable(&part);
+            if performs(Step::OweBeforePutBack) {
+                // The debt first, as in an abort: the sync of whoever takes the pages pays it.
                 let _ = self.queue();
             }
+            let aborted = self.put_back_runs(part, above);
+            self.space.counters.put_back_outside(aborted.outside_bytes);
+            let _ = self.queue();
         }
         match last {
             Some(last) => self.end_at(last),
@@ -325,17 +326,19 @@ impl<'a> Holding<'a> {
 
     /// The walk stopped inside the range.
     pub(super) fn stopped(self, stopped: Stopped, sink: &Sink<'_>) -> HarvestError<'a> {
-        self.stopped_of(stopped, sink.bits_set(), sink.windows())
+        let recorded = sink.recorded_to();
+        self.stopped_of(stopped, sink.bits_set(), sink.windows(), recorded)
     }
 
-    /// The same, for several sinks.
+    /// The same, for several sinks, none of which recorded anything above `recorded`.
     pub(super) fn stopped_of(
         mut self,
         stopped: Stopped,
         bits_set: u64,
         windows: u64,
+        recorded: Option<Iova>,
     ) -> HarvestError<'a> {
-        let put_back = self.end_below(stopped.at);
+        let put_back = self.end_below(stopped.at, recorded);
         let bits_set = bits_set.saturating_sub(put_back);
         HarvestError::Stopped(Box::new(StoppedHarvest {
             error: stopped.error,
@@ -463,6 +466,17 @@ impl<'a> Holding<'a> {
         let bytes = u128::from(bits) << self.view.granule().lg2();
         u64::try_from(bytes).unwrap_or(u64::MAX)
     }
+}
+
+/// How many bits of `view` are set, up to the first window that cannot be read.
+fn readable(view: &BitmapView<'_>) -> u64 {
+    let (mut words, mut bits) = (view.words(), 0);
+    while let Some((_, word)) = words.next()
+        && words.error().is_none()
+    {
+        bits += u64::from(word.count_ones());
+    }
+    bits
 }
 
 /// Takes what is dirty in `part` of `area` into `sink` and `gather`: the tables of the domains, then what is in flight, then what

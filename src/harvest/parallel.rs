@@ -33,6 +33,7 @@ struct Taken<'a> {
     areas: u64,
     bits_set: u64,
     windows: u64,
+    recorded: Option<Iova>,
     stopped: Option<Stopped>,
 }
 
@@ -68,7 +69,7 @@ impl AddressSpace {
             None => Some(range.last()),
         };
         let mut holding = Holding::begin(self, view, covered.clone());
-        let (mut bits_set, mut windows) = (0, 0);
+        let (mut bits_set, mut windows, mut recorded) = (0, 0, None);
         let mut stopped = hole.map(|at| Stopped {
             at,
             error: Error::Hole { at, range },
@@ -86,6 +87,7 @@ impl AddressSpace {
                 holding.add(&std::mem::take(&mut piece.gather), piece.areas);
                 bits_set += piece.bits_set;
                 windows += piece.windows;
+                recorded = recorded.max(piece.recorded);
                 let below = |other: &Stopped| stopped.as_ref().is_none_or(|now| other.at < now.at);
                 if let Some(first) = piece.stopped.take().filter(below) {
                     stopped = Some(first);
@@ -95,7 +97,7 @@ impl AddressSpace {
         holding.walked(&self.snapshot());
         match stopped {
             None => Ok(holding.into_lease_of(bits_set, windows, None)),
-            Some(stopped) => Err(holding.stopped_of(stopped, bits_set, windows)),
+            Some(stopped) => Err(holding.stopped_of(stopped, bits_set, windows, recorded)),
         }
     }
 }
@@ -141,6 +143,7 @@ impl<'a> Taken<'a> {
             areas: 0,
             bits_set: 0,
             windows: 0,
+            recorded: None,
             stopped: None,
         };
         let snapshot: Areas<'_> = space.snapshot();
@@ -181,6 +184,7 @@ impl<'a> Taken<'a> {
         }
         taken.bits_set = sink.bits_set();
         taken.windows = sink.windows();
+        taken.recorded = sink.recorded_to();
         taken
     }
 }
