@@ -34,6 +34,15 @@
 //! detach, an unmap and an abort are not that careful: what they move may be found by the next harvest only, or, of an area that
 //! goes, by the unmap.
 //!
+//! # At a stop
+//! A source may fail inside the range, when sources before it have given what lies above. Below the
+//! place of the stop the lease has everything; what lies from there on is put back before the
+//! harvest returns, in the order of an abort: the gather to the queue, then the pages. Then the
+//! lease ends below the stop. The place is rounded down to a granule of the request, so that no bit
+//! of the lease stands for anything above it, and to pages of all sources, so that none is cut. A
+//! hole keeps its exact address: nothing above it was walked, but by other threads of a parallel
+//! harvest.
+//!
 //! # Modes
 //! | call | takes |
 //! |---|---|
@@ -44,6 +53,7 @@
 //! | `harvest_parallel` | all of it, by many threads |
 
 mod bounded;
+mod committed;
 mod lease;
 mod masked;
 #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
@@ -93,7 +103,9 @@ impl AddressSpace {
         let mut holding = Holding::begin(self, bound.view(), covered);
         // After the holding, so that it goes before it: a walk that panics closes its window, then puts back.
         let mut sink = bound.into_sink();
-        match self.walk(&mut holding, &snapshot, range, &mut sink) {
+        let walked = self.walk(&mut holding, &snapshot, range, &mut sink);
+        holding.walked(&snapshot);
+        match walked {
             Ok(()) => Ok(holding.into_lease(&sink)),
             Err(stopped) => Err(holding.stopped(stopped, &sink)),
         }

@@ -47,6 +47,8 @@ pub(crate) struct Leased {
     domains: Vec<(usize, Option<DomainId>)>,
     marks: bool,
     pub(crate) synced: bool,
+    /// How many maps there were: what came later has nothing in it.
+    pub(crate) maps: u64,
 }
 
 impl Tracking {
@@ -210,6 +212,11 @@ impl Oracle {
         }
     }
 
+    /// Whether `page` is in an area that was there when there had been so many maps.
+    pub(crate) fn holds_since(&self, page: u64, maps: u64) -> bool {
+        self.area_at(page).is_some_and(|area| area.origin <= maps)
+    }
+
     /// A harvest panicked, after it had reported `runs`.
     pub(crate) fn died(&mut self, ask: &Ask, runs: &[IovaRange]) {
         let lease = self.leased(ask, BTreeSet::new());
@@ -218,7 +225,9 @@ impl Oracle {
 
     fn put_back(&mut self, lease: &Leased, runs: &[IovaRange]) {
         let back: BTreeSet<u64> = runs.iter().flat_map(|run| pages_of(*run)).collect();
-        let mapped = back.iter().filter(|page| self.area_at(**page).is_some());
+        let mapped = back
+            .iter()
+            .filter(|page| self.holds_since(**page, lease.maps));
         let mapped: BTreeSet<u64> = mapped.copied().collect();
         // But for those that were committed, which are not in the runs.
         let reported: Vec<u64> = lease.pages.intersection(&back).copied().collect();
@@ -274,6 +283,7 @@ impl Oracle {
             domains: domains.collect(),
             marks,
             synced: false,
+            maps: self.maps,
         }
     }
 

@@ -3,7 +3,8 @@
 //! Who clears D takes on the rest of the leaf: it is dirty, though the table no longer says so. A guard over the rest is
 //! visible from before the clear until the rest is kept as a residual, so that whoever harvests it meanwhile reports it. And
 //! the debt of the whole leaf enters the queue between the two: after the clear, or a flush may pay it too early; before
-//! the rest is kept, or whoever takes the rest, and finds D clear, syncs without a flush.
+//! the rest is kept, or whoever takes the rest, and finds D clear, syncs without a flush. A source
+//! that clears by batches, and says before that it has cleared, has its rest kept before D goes.
 
 use super::explore::{Outcome, Steps, explore};
 
@@ -16,6 +17,7 @@ pub(super) const WEAKNESSES: &[&str] = &[
     "looks for guards and residuals before the table",
     "looks for residuals before guards",
     "the rest is forgotten",
+    "the rest is kept when the source says that it will clear",
 ];
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -36,6 +38,8 @@ enum Step {
     Clear,
     Keep,
     Unguard,
+    /// The clear of a source that has said before that it was done.
+    Batch,
     Guards,
     Residual,
     ClearResidual,
@@ -88,6 +92,7 @@ struct Weak {
     table_last: bool,
     guards_last: bool,
     forget: bool,
+    late_clear: bool,
 }
 
 /// Explores the model, weakened as `weakness` says.
@@ -103,6 +108,7 @@ pub(super) fn explore_with(weakness: Option<&'static str>) -> Outcome {
         table_last: weak("looks for guards and residuals before the table"),
         guards_last: weak("looks for residuals before guards"),
         forget: weak("the rest is forgotten"),
+        late_clear: weak("the rest is kept when the source says that it will clear"),
     };
     let harvester = Harvester {
         step: Step::Start,
@@ -243,7 +249,7 @@ fn harvest(s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
         }
         Step::Clear => {
             h.was_dirty = s.d;
-            s.d = false;
+            s.d &= weak.late_clear;
             h.step = if weak.early_debt || weak.late_debt {
                 behind_owe(weak)
             } else {
@@ -270,6 +276,11 @@ fn harvest(s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
                 behind_keep(weak)
             };
             "harvest: drops its guard"
+        }
+        Step::Batch => {
+            s.d = false;
+            h.step = behind_table(weak);
+            "harvest: clears D with the others of its batch"
         }
         Step::Guards => {
             h.recorded |= s.harvesters[rest].guards_rest;
@@ -346,6 +357,8 @@ fn behind_owe(weak: Weak) -> Step {
 fn behind_keep(weak: Weak) -> Step {
     if weak.late_debt {
         Step::Owe
+    } else if weak.late_clear {
+        Step::Batch
     } else {
         behind_table(weak)
     }

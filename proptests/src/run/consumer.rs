@@ -55,7 +55,8 @@ impl Runner<'_> {
             leased.synced = true;
             let (range, granule) = (held.request.range(), held.request.granule());
             let runs = runs_in(&self.buffers[nth].read(), range, granule);
-            let inside = runs.iter().filter_map(|run| run.intersection(held.view));
+            let inside = runs.iter().filter(|_| !held.is_empty);
+            let inside = inside.filter_map(|run| run.intersection(held.view));
             let runs: Vec<IovaRange> = inside.collect();
             let dirty: u128 = runs.iter().map(|run| run.granules(granule)).sum();
             same(
@@ -146,7 +147,10 @@ impl Runner<'_> {
         };
         if let Live::Synced(lease) = &mut held.live {
             let part = share_of(held.view, part);
-            let all = self.committed_by(&after, held.request, held.view, part);
+            let all = match held.is_empty {
+                true => BTreeSet::new(),
+                false => self.committed_by(&after, held.request, held.view, part),
+            };
             let fresh = all.difference(&held.committed).count() as u64;
             same(
                 Rule::Answer,
@@ -190,7 +194,8 @@ impl Runner<'_> {
             .iter()
             .filter_map(|run| run.intersection(held.reached?))
             .collect();
-        let right = self.right_abort(&runs);
+        let maps = self.oracle.leases[nth].as_ref().map(|leased| leased.maps);
+        let right = self.right_abort(&runs, maps.unwrap_or(u64::MAX));
         match held.live {
             live if end == End::Drop => drop(live),
             live if end == End::Crash => {

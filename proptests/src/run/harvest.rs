@@ -34,6 +34,8 @@ pub(super) struct Request {
     pub(super) walked: Vec<(u64, u64)>,
     /// The addresses of its lease.
     pub(super) view: IovaRange,
+    /// Whether the lease has nothing: the harvest stopped at once.
+    pub(super) is_empty: bool,
 }
 
 impl Request {
@@ -41,6 +43,26 @@ impl Request {
     pub(super) fn view_of(&self, next: Option<Iova>) -> IovaRange {
         let last = next.map_or(self.view.last(), |next| Iova::new(next.get() - 1));
         IovaRange::new(self.view.start(), last).unwrap_or(self.view)
+    }
+
+    /// The lease ends below a stop. A hole may lie inside a granule, which stays in the lease then.
+    fn end_below(&mut self, at: Iova) {
+        let below = at.get().checked_sub(1).map(Iova::new);
+        match below.filter(|last| *last >= self.view.start()) {
+            Some(last) => {
+                let last = last.granule_last(self.inner.granule());
+                self.view = IovaRange::new(self.view.start(), last).unwrap_or(self.view);
+            }
+            None => self.is_empty = true,
+        }
+    }
+
+    /// What of `runs` is in the lease.
+    pub(super) fn inside(&self, runs: &[IovaRange]) -> Vec<IovaRange> {
+        let inside = runs.iter().filter(|_| !self.is_empty);
+        inside
+            .filter_map(|run| run.intersection(self.view))
+            .collect()
     }
 
     /// What an abort puts back of it: up to the last page that it went over.
@@ -116,6 +138,9 @@ impl<'a> Runner<'a> {
         let right = right.or(request.hole.map(|at| Error::Hole { at, range }));
         let answer = stopped.map_or(Ok(()), |(_, error)| Err(error));
         same_answer("a harvest", answer, right.map_or(Ok(()), Err))?;
+        if let Some(hole) = request.hole {
+            request.end_below(hole);
+        }
         same(Rule::Accounting, "bits set", report.bits_set, found.set)?;
         let areas = self.areas_in(&request.walked);
         same(Rule::Accounting, "areas walked", report.areas, areas)?;
@@ -144,7 +169,7 @@ impl<'a> Runner<'a> {
             .iter()
             .filter_map(|run| run.intersection(died_in?))
             .collect();
-        self.counts.put_back_outside_bytes += self.right_abort(&runs).outside_bytes;
+        self.counts.put_back_outside_bytes += self.right_abort(&runs, u64::MAX).outside_bytes;
         self.oracle.died(ask, &runs);
         self.counts.harvests += 1;
         self.counts.aborts += 1;
@@ -178,6 +203,7 @@ impl<'a> Runner<'a> {
             live: Live::Owed(lease),
             request: request.inner,
             view: request.view,
+            is_empty: request.is_empty,
             reached: request.reached(),
             committed: BTreeSet::new(),
             bytes,
@@ -246,6 +272,7 @@ impl<'a> Runner<'a> {
             hole,
             walked,
             view: IovaRange::new(start, range.last()).unwrap_or(range),
+            is_empty: false,
         }
     }
 

@@ -111,6 +111,8 @@ struct Held<'a> {
     request: HarvestRequest,
     /// The addresses of the lease.
     view: IovaRange,
+    /// Whether it has nothing, whatever is in the buffer.
+    is_empty: bool,
     /// What of it the harvest went over.
     reached: Option<IovaRange>,
     /// The starts of granules that were committed by parts.

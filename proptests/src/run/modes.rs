@@ -184,16 +184,16 @@ impl Runner<'_> {
         Some(pages(request.view.start().get() / PAGE, end))
     }
 
-    /// What an abort of `runs` should say.
-    pub(super) fn right_abort(&self, runs: &[IovaRange]) -> dirtymap::Aborted {
+    /// What an abort of `runs` should say, of a lease from the time of so many maps.
+    pub(super) fn right_abort(&self, runs: &[IovaRange], maps: u64) -> dirtymap::Aborted {
         let mut right = dirtymap::Aborted::default();
         for run in runs {
             for page in pages_of(*run) {
                 let part = pages(page, page).intersection(*run);
                 let len = part.map_or(0, |part| part.len() as u64);
-                match self.oracle.area_at(page) {
-                    Some(_) => right.bytes += len,
-                    None => right.outside_bytes += len,
+                match self.oracle.holds_since(page, maps) {
+                    true => right.bytes += len,
+                    false => right.outside_bytes += len,
                 }
             }
         }

@@ -107,17 +107,14 @@ impl Runner<'_> {
         ended: Ended,
         after: &[u64],
     ) -> Checked {
+        let asked = request.view_of(ended.said.1);
         let found = self.check_harvest(request, ask, ended.said, after)?;
         self.took(PASS, request, ask, &found);
         let inner = request.inner;
         let failed = ended.synced.is_none();
         let granule = inner.granule();
         let view = request.view;
-        let inside = |runs: Vec<IovaRange>| -> Vec<IovaRange> {
-            let inside = runs.iter().filter_map(|run| run.intersection(view));
-            inside.collect()
-        };
-        let leased = inside(runs_in(after, inner.range(), granule));
+        let leased = request.inside(&runs_in(after, inner.range(), granule));
         if let Some((synced, dirty)) = ended.synced {
             let right: u128 = leased.iter().map(|run| run.granules(granule)).sum();
             same(Rule::Answer, "the granules of a lease", dirty.into(), right)?;
@@ -134,19 +131,23 @@ impl Runner<'_> {
         }
         let mut gone = BTreeSet::new();
         if let (Fate::CommitRange(part), false) = (fate, failed) {
-            gone = self.committed_by(after, inner, view, share_of(view, part));
+            // Of the part that was asked for before the view was cut.
+            if !request.is_empty {
+                gone = self.committed_by(after, inner, view, share_of(asked, part));
+            }
             let right = gone.len() as u64;
             same(Rule::Answer, "granules committed", ended.committed, right)?;
         }
         let done = set.min((gone.len() as u64) << granule.lg2());
         let open = super::consumer::without(after, inner.range(), granule, &gone);
         let back = request.reached().map(|reached| {
-            let open = inside(runs_in(&open, inner.range(), granule));
+            let open = request.inside(&runs_in(&open, inner.range(), granule));
             let reached = open.iter().filter_map(|run| run.intersection(reached));
             reached.collect()
         });
         let back: Vec<IovaRange> = back.unwrap_or_default();
-        let right = self.right_abort(&back);
+        let maps = self.oracle.leases[PASS].as_ref().map(|leased| leased.maps);
+        let right = self.right_abort(&back, maps.unwrap_or(u64::MAX));
         if let Some(aborted) = ended.aborted {
             same(Rule::Answer, "an abort", aborted, right)?;
         }
