@@ -6,9 +6,8 @@
 use dirtymap::sync::model::{Bound, holds_within};
 use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering, Ordering::Relaxed, Step, lock, thread};
 use dirtymap::{
-    Access, AddressSpace, DirtySource, DomainId, Error, FlushGather, Granule,
-    HarvestRequest, Invalidated, Iova, IovaRange, LeafSink, Mapping, Scope, Sink, Stopped,
-    UserBitmap,
+    Access, AddressSpace, DirtySource, DomainId, Error, FlushGather, Granule, HarvestRequest,
+    Invalidated, Iova, IovaRange, LeafSink, Mapping, Scope, Sink, Stopped, UserBitmap,
 };
 
 const PAGE: Granule = Granule::K4;
