@@ -146,3 +146,46 @@ fn an_attach_that_is_taken_back_waits_for_its_first_area() {
     assert!(is_invalidated(&source, pages(0, 4)));
     assert_eq!(space.domains(), []);
 }
+
+/// A detach of a domain with three areas: while it is emptied of the first one, `happens` changes the
+/// last one, and before the unmap after `skipped` more is owed, all that was owed is flushed.
+fn detach_while(happens: fn(&AddressSpace), skipped: u32) -> Arc<Fake> {
+    let source = Arc::new(Fake::default());
+    let space = space(&[&source]);
+    let domain = space.domains()[0];
+    let (inner, own) = (Arc::downgrade(&space), Arc::downgrade(&source));
+    source.with(|s| {
+        s.on_unmap = Some(Box::new(move || {
+            let (space, source) = (inner.upgrade().unwrap(), own.upgrade().unwrap());
+            happens(&space);
+            flush_at_unmap(&space, &source, skipped);
+        }));
+    });
+    space.detach(domain).unwrap();
+    assert_eq!(source.with(|s| s.mapped.clone()), []);
+    source
+}
+
+fn cut_the_last(space: &AddressSpace) {
+    assert!(space.cut(pages(102, 1).start()).unwrap());
+}
+
+/// Of the pieces of an area that was cut meanwhile, the last owes of a later generation.
+#[test]
+fn a_detach_waits_for_the_last_piece() {
+    let source = detach_while(cut_the_last, 2);
+    assert!(is_invalidated(&source, pages(102, 2)));
+}
+
+/// Of what has taken the place of an area that was cut meanwhile, the last owes nothing: it was mapped
+/// when the domain was leaving already.
+#[test]
+fn a_detach_waits_for_the_last_piece_that_owes() {
+    let happens = |space: &AddressSpace| {
+        cut_the_last(space);
+        space.unmap_discarding(pages(102, 2)).unwrap();
+        space.map(pages(102, 2), 0, RW).unwrap();
+    };
+    let source = detach_while(happens, 1);
+    assert!(is_invalidated(&source, pages(100, 2)));
+}
