@@ -130,9 +130,15 @@ fn a_handle_of_a_piece_marks_no_other_piece() {
             space.unmap_discarding(pages(0, 8)).unwrap();
         }
     }
+    // A mark that sticks out marks nothing, not even what lies inside.
+    for (range, outside) in [(pages(7, 2), 7), (pages(15, 2), 16), (pages(0, 32), 0)] {
+        let refused = right.mark(range).unwrap_err();
+        assert!(matches!(refused, Error::Outside { at: a } if a == at(outside)));
+    }
+    assert_eq!(take(&space, pages(8, 8)), 0);
     right.mark(pages(8, 1)).unwrap();
     assert_eq!(take(&space, pages(8, 8)), 1);
-    assert_eq!(space.stats().outside_marks, 2);
+    assert_eq!(space.stats().outside_marks, 5);
 }
 
 /// A batch cuts two pieces out of one area: the handle marks what is left, and says what is not.
