@@ -7,7 +7,7 @@ mod common;
 
 use common::{Fake, PAGE, pages, two_sources};
 use dirtymap::{Access, AddressSpace, Error, Granule, HarvestRequest, Iova, IovaRange, UserBitmap};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, mpsc};
 
 const RW: Access = Access::ReadWrite;
 const CUTS: u64 = 100_000;
@@ -244,6 +244,37 @@ fn a_detach_finds_what_became_of_an_area() {
     });
 }
 
+/// A domain of 8 KiB pages, which comes while the next flush of `small` is under way: it is in the list
+/// then, and waits for the areas that are being changed. What its attach says is received.
+fn attach_at_flush(
+    space: &Arc<AddressSpace>,
+    small: &Fake,
+) -> (Arc<Fake>, mpsc::Receiver<std::thread::JoinHandle<bool>>) {
+    let large = Arc::new(Fake::default());
+    large.with(|s| s.page = Granule::from_lg2(13));
+    let (sender, attached) = mpsc::channel();
+    let (inner, source) = (Arc::downgrade(space), large.clone());
+    small.with(|s| {
+        s.on_invalidate = Some(Box::new(move || {
+            let space = inner.upgrade().unwrap();
+            let thread = std::thread::spawn({
+                let space = space.clone();
+                move || space.attach(source).is_ok()
+            });
+            while space.domains().len() < 2 && !thread.is_finished() {
+                std::thread::yield_now();
+            }
+            sender.send(thread).unwrap();
+        }));
+    });
+    (large, attached)
+}
+
+fn is_cut_of_page_1(error: &Error) -> bool {
+    let granule = Granule::from_lg2(13).unwrap();
+    matches!(error, Error::UnalignedCut { at: a, granule: g } if *a == at(1) && *g == granule)
+}
+
 /// A cut has planned in pages of 4 KiB; while it waits for the flush of the leaves that it split, a
 /// domain of 8 KiB pages comes. One of the two is refused: else the domain, which had found the area
 /// whole, was asked to map a half of its page.
@@ -252,35 +283,45 @@ fn a_cut_and_an_attach_of_larger_pages_refuse_each_other() {
     let small = Arc::new(Fake::default());
     let space = Arc::new(untracked().with_source(small.clone()).unwrap());
     space.map(pages(0, 4), 0, RW).unwrap();
-    let large = Arc::new(Fake::default());
-    large.with(|s| s.page = Granule::from_lg2(13));
-    let (attached, wait) = mpsc::channel();
-    let wait = Mutex::new(wait);
-    let (inner, source) = (Arc::downgrade(&space), large.clone());
-    small.with(|s| {
-        s.on_invalidate = Some(Box::new(move || {
-            let space = inner.upgrade().unwrap();
-            let thread = std::thread::spawn({
-                let space = space.clone();
-                move || space.attach(source)
-            });
-            // It is published, and waits for the area that is being cut.
-            while space.domains().len() < 2 && !thread.is_finished() {
-                std::thread::yield_now();
-            }
-            attached.send(thread).unwrap();
-        }));
-    });
+    let (large, attached) = attach_at_flush(&space, &small);
     let refused = space.cut(at(1)).unwrap_err();
-    let granule = Granule::from_lg2(13).unwrap();
-    assert!(
-        matches!(refused, Error::UnalignedCut { at: a, granule: g } if a == at(1) && g == granule)
-    );
-    let thread = wait.lock().unwrap().recv().unwrap();
-    thread.join().unwrap().unwrap();
+    assert!(is_cut_of_page_1(&refused), "{refused}");
+    assert!(attached.recv().unwrap().join().unwrap());
     assert_eq!(large.with(|s| s.mapped.clone()), [pages(0, 4)]);
     assert_eq!(mapped(&space), [pages(0, 4)]);
     // The area is not stuck.
     assert!(space.cut(at(2)).unwrap());
     assert_eq!(large.with(|s| s.mapped.clone()), [pages(0, 2), pages(2, 2)]);
+}
+
+/// The same by a batch, which has emptied what was to go: it names the cut, everything is where it was,
+/// and what was dirty still is.
+#[test]
+fn a_batch_and_an_attach_of_larger_pages_refuse_each_other() {
+    use dirtymap::Change::{Cut, Unmap};
+    let small = Arc::new(Fake::default());
+    let space = Arc::new(untracked().with_source(small.clone()).unwrap());
+    space.map(pages(0, 4), 0, RW).unwrap();
+    space.map(pages(8, 4), 0, RW).unwrap();
+    space.set_tracking(true).unwrap();
+    let handle = space.area(at(0)).unwrap();
+    small.dirty(0);
+    small.dirty(9);
+    let (large, attached) = attach_at_flush(&space, &small);
+    let [whole, half] = [pages(8, 4), pages(0, 1)].map(|range| Unmap { range });
+    let refused = space.apply(&[whole, Cut { at: at(1) }, half]).unwrap_err();
+    let Error::Change { index: 1, error } = refused else {
+        panic!("{refused}");
+    };
+    assert!(is_cut_of_page_1(&error), "{error}");
+    assert!(attached.recv().unwrap().join().unwrap());
+    let areas = [pages(0, 4), pages(8, 4)];
+    assert_eq!(mapped(&space), areas);
+    assert_eq!(large.with(|s| s.mapped.clone()), areas);
+    handle.mark(pages(3, 1)).unwrap();
+    assert_eq!(take(&space, areas[0]), 0b1001);
+    assert_eq!(take(&space, areas[1]), 0b0010);
+    // Nothing is claimed, or held, or believed to have gone.
+    let unmapped = space.unmap_discarding(IovaRange::ALL).unwrap();
+    assert_eq!((unmapped.areas, space.stats().outside_marks), (2, 0));
 }

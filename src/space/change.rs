@@ -66,10 +66,12 @@ impl AddressSpace {
     /// or splits; domains neither come nor go meanwhile if it maps.
     ///
     /// # Errors
-    /// [`Error::Change`] with the first change that is refused or that a source refuses, in the order that each documents;
-    /// [`Error::Busy`] if another call maps, unmaps or cuts one of the areas; that of a source that cannot flush. Nothing is
-    /// changed then, but as [`map`](Self::map) and [`unmap_discarding`](Self::unmap_discarding) say for a failed
-    /// flush, devices may no longer reach what was to be unmapped, and what was to be mapped may stay taken.
+    /// [`Error::Change`] with the first change that is refused or that a source refuses, in the order
+    /// that each documents; [`Error::Busy`] if another call maps, unmaps or cuts one of the areas; that of
+    /// a source that cannot flush; [`Error::Change`] with a cut through the pages of a domain that came
+    /// meanwhile. Nothing is changed then, but as [`map`](Self::map) and
+    /// [`unmap_discarding`](Self::unmap_discarding) say for a failed flush, devices may no longer reach
+    /// what was to be unmapped, and what was to be mapped may stay taken.
     pub fn apply(&self, changes: &[Change]) -> Result<Unmapped, Error> {
         let maps = changes
             .iter()
@@ -95,8 +97,9 @@ impl AddressSpace {
     /// Waits for a flush if a source had to split leaves.
     ///
     /// # Errors
-    /// [`Error::UnalignedCut`] (multiples of [`alignment`](Self::alignment)), [`Error::Busy`] if another call maps,
-    /// unmaps or cuts the area, then what a source says that cannot split a leaf or flush. The area stays whole then.
+    /// [`Error::UnalignedCut`] (multiples of [`alignment`](Self::alignment)), [`Error::Busy`] if another
+    /// call maps, unmaps or cuts the area, then what a source says that cannot split a leaf or flush, then
+    /// [`Error::UnalignedCut`] again, if a domain with larger pages came meanwhile. The area stays whole.
     pub fn cut(&self, at: Iova) -> Result<bool, Error> {
         let mut plan = Plan::default();
         plan.cut(0, at, &self.areas.snapshot(), self.page())?;
@@ -295,6 +298,8 @@ impl AddressSpace {
             }
             Ok::<(), Error>(())
         })?;
+        // What is published is not given back.
+        claimed.published = true;
         promised.ranges.clear();
         plan.new.iter().for_each(|(_, area)| area.go_live());
         for (touched, pairs) in &mut claimed.areas {
@@ -310,7 +315,6 @@ impl AddressSpace {
                 **pairs = None;
             }
         }
-        claimed.published = true;
         if performs(Step::GoneFence) {
             // SeqCst: F4 of the protocol in `unmap`; pairs with F3 in `Marks::mark_inside`.
             fence(Ordering::SeqCst);
