@@ -3,6 +3,7 @@
 //! The core knows no hardware. An IO page table with its IOTLBs is a source, a kernel interface would be another;
 //! marks by CPU threads are kept by the address space itself and join the same harvest and the same flush.
 
+mod gone;
 mod in_flight;
 mod leaf_sink;
 mod marks;
