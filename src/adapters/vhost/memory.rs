@@ -27,14 +27,34 @@ pub enum LogError {
         #[source]
         error: io::Error,
     },
-    /// Memory beyond the end of the log.
-    #[error("the log ends at {end}, below the memory {range}: swap in one that reaches {}", range.last())]
+    /// Memory beyond the end of the log, or of one that back ends may still have.
+    #[error(
+        "a log in use ends at {end}, below the memory {range}: swap in one that reaches {}, and map the \
+         memory when all back ends have answered",
+        range.last()
+    )]
     TooShort {
         /// The last address that has a bit.
         end: Iova,
         /// The memory.
         range: IovaRange,
     },
+    /// The log belongs to the process that this one was forked from.
+    #[error(
+        "the log is that of process {owner}, and this is its child {process}: it needs its own"
+    )]
+    Forked {
+        /// The process that made the log, or got it.
+        owner: u32,
+        /// This process.
+        process: u32,
+    },
+}
+
+impl From<(u32, u32)> for LogError {
+    fn from((owner, process): (u32, u32)) -> Self {
+        LogError::Forked { owner, process }
+    }
 }
 
 /// The shared memory of one log: a sealed memfd, mapped here and, once it was sent, by back ends.

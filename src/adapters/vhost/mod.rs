@@ -67,5 +67,5 @@ mod front;
 mod memory;
 
 pub use back::{LogBitmap, LogFollower, LogSlice, RegionLog};
-pub use front::{Swap, VhostLog};
+pub use front::{LogOutside, Swap, VhostLog};
 pub use memory::{LOG_PAGE, LogError, LogMemory};
