@@ -4,6 +4,7 @@
 
 mod back;
 mod front;
+mod hostile;
 mod processes;
 mod rig;
 

@@ -39,6 +39,33 @@ pub enum LogError {
         /// The memory.
         range: IovaRange,
     },
+    /// A region of no bytes, or one that ends past the last address.
+    #[error("a region of {len:#x} bytes at {start:#x} has no last page")]
+    EmptyRegion {
+        /// Where it begins.
+        start: u64,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// `vhost-user-backend` does not tell the length of a log in the way that this version expects.
+    #[error(
+        "the vhost-user-backend of this build does not tell how long a log is: use version 0.24.0"
+    )]
+    UnknownLength,
+    /// The front end's file can be made shorter, and a mark would end this process then.
+    #[error(
+        "the file of the log has no F_SEAL_SHRINK, or /proc does not tell: seal it, or call \
+         `accept_unsealed_logs` if the front end is trusted"
+    )]
+    Unsealed,
+    /// There is no memory for a part of the log: the front end's file is shorter than it said.
+    #[error(
+        "the log has no memory at its byte {at:#x}: its file is shorter than the front end says"
+    )]
+    NoMemory {
+        /// The first byte without memory, of those that the region needs.
+        at: u64,
+    },
     /// The log belongs to the process that this one was forked from.
     #[error(
         "the log is that of process {owner}, and this is its child {process}: it needs its own"

@@ -64,8 +64,13 @@
 
 mod back;
 mod front;
+mod marks;
 mod memory;
+mod received;
+mod region;
 
-pub use back::{LogBitmap, LogFollower, LogSlice, RegionLog};
+pub use back::{LogBitmap, LogFollower, LogSlice};
 pub use front::{LogOutside, Swap, VhostLog};
 pub use memory::{LOG_PAGE, LogError, LogMemory};
+pub use received::accept_unsealed_logs;
+pub use region::RegionLog;
