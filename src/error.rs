@@ -105,9 +105,7 @@ pub enum Error {
         error: std::io::Error,
     },
     /// The file system of a user bitmap has no room for a window of it. Nothing was recorded there.
-    #[error(
-        "the file system has no room for the {len} bytes of the bitmap from byte {at:#x} of its file on: {error}"
-    )]
+    #[error("no room in the file system for {len} bytes of the bitmap from byte {at:#x}: {error}")]
     BitmapNoSpace {
         /// The first byte of the window.
         at: u64,

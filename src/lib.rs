@@ -171,4 +171,10 @@ mod guide {
     #[cfg(all(feature = "pagemap", target_os = "linux"))]
     #[doc = include_str!("../docs/guide/pagemap.md")]
     struct Pagemap;
+    #[cfg(all(feature = "vhost", target_os = "linux"))]
+    #[doc = include_str!("../docs/guide/vhost.md")]
+    struct Vhost;
+    #[cfg(all(feature = "vm-memory", unix))]
+    #[doc = include_str!("../docs/guide/vm-memory.md")]
+    struct VmMemory;
 }

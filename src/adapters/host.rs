@@ -3,11 +3,13 @@
 #[cfg(any(feature = "kvm", feature = "pagemap"))]
 use crate::units::Granule;
 
-/// The process that made something. A child of a fork has a copy of it, which is not its own: what it
-/// takes from the system by that is missing in its parent.
+/// The process that made something. A child of a fork has a copy of it, which is not its own: what
+/// it takes from the system by that is missing in its parent.
+#[cfg(feature = "vhost")]
 #[derive(Debug)]
 pub(super) struct Owner(u32);
 
+#[cfg(feature = "vhost")]
 impl Owner {
     /// This process.
     pub(super) fn new() -> Self {

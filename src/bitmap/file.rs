@@ -25,20 +25,20 @@ const ALIGN: u64 = 64 << 10;
 /// A file that is too short is refused up front, by [`Error::BitmapTooShort`]. Its length is looked
 /// at again before each window: if it has shrunk, recording fails by [`Error::BitmapShrank`], the
 /// dirty state stays where it is, and the harvest stops there. For readers, a window that cannot be
-/// read counts as **dirty throughout**: a superset, so that nothing is lost by an abort or by a copy
-/// that does not look at [`Runs::error`](crate::Runs::error).
+/// read counts as **dirty throughout**: a superset, so that nothing is lost by an abort or by a
+/// copy that does not look at [`Runs::error`](crate::Runs::error).
 ///
-/// One race is left: a file that is cut while a harvest has its window mapped raises `SIGBUS` at the
-/// next access, as with every mapped file. Where the other side is not trusted, seal the file against
-/// shrinking first (`F_SEAL_SHRINK`).
+/// One race is left: a file that is cut while a harvest has its window mapped raises `SIGBUS` at
+/// the next access, as with every mapped file. Where the other side is not trusted, seal the file
+/// against shrinking first (`F_SEAL_SHRINK`).
 ///
 /// # File systems that are full
 /// On Linux all of a window has room in the file system before anything is recorded in it, and so
-/// before anything is cleared: otherwise recording fails by [`Error::BitmapNoSpace`], as above. So a
-/// window that a harvest records in takes its blocks even if the rest of it stays empty; reading a
-/// sparse file takes none. A file system that cannot reserve blocks is asked by a write fault on each
-/// page of the window. Two cases remain a `SIGBUS`: the same on a kernel before Linux 5.14, and a hole
-/// that somebody punches under a mapped window of a full file system.
+/// before anything is cleared: otherwise recording fails by [`Error::BitmapNoSpace`], as above. So
+/// a window that a harvest records in takes its blocks even if the rest of it stays empty; reading
+/// a sparse file takes none. A file system that cannot reserve blocks is asked by a write fault on
+/// each page of the window. Two cases remain a `SIGBUS`: the same on a kernel before Linux 5.14,
+/// and a hole that somebody punches under a mapped window of a full file system.
 ///
 /// # Several at a time
 /// Harvests may share one `FileBitmap`; their bits are OR-ed in atomically. Two of them over
@@ -182,14 +182,14 @@ impl FileBitmap {
         }
     }
 
-    /// Sees to it that the file system has room for `bytes`, which are mapped as `map`: a store to a
-    /// page that it has no block for would end the process.
+    /// Sees to it that the file system has room for `bytes`, which are mapped as `map`: a store to
+    /// a page that it has no block for would end the process.
     #[cfg(target_os = "linux")]
     fn reserve(&self, bytes: &Range<u64>, map: &MmapRaw) -> Result<(), Error> {
         use std::os::fd::AsRawFd;
         let (at, len) = (bytes.start, bytes.end - bytes.start);
-        // Without growth: a file that was cut in between stays cut. No file is longer than an `off_t`
-        // can tell, and this one had these bytes a moment ago.
+        // Without growth: a file that was cut in between stays cut. No file is longer than an
+        // `off_t` can tell, and this one had these bytes a moment ago.
         let keep = libc::FALLOC_FL_KEEP_SIZE;
         let (from, room) = (at as libc::off_t, len as libc::off_t);
         loop {

@@ -61,8 +61,8 @@ impl<'a> Sink<'a> {
     ///
     /// # Errors
     /// None for bitmaps in memory. For a file [`Error::BitmapShrank`], [`Error::BitmapWindow`] or
-    /// [`Error::BitmapNoSpace`], if the next window cannot be mapped or filled; then a part of `range`
-    /// may be recorded, and the caller must leave the dirty state as it is.
+    /// [`Error::BitmapNoSpace`], if the next window cannot be mapped or filled; then a part of
+    /// `range` may be recorded, and the caller must leave the dirty state as it is.
     #[inline]
     pub fn record(&mut self, range: IovaRange) -> Result<(), Error> {
         let Some(inside) = range.intersection(self.limit) else {

@@ -209,9 +209,9 @@ impl<'a> BitmapView<'a> {
     /// So this merges (two equal requests), converts (another granule) and rebases (another range).
     ///
     /// # Errors
-    /// [`Error::BitmapShrank`] or [`Error::BitmapWindow`] if a window of a file cannot be had, on either
-    /// side, [`Error::BitmapNoSpace`] if there is no room for one of `target`; what was ORed in before
-    /// stays.
+    /// [`Error::BitmapShrank`] or [`Error::BitmapWindow`] if a window of a file cannot be had, on
+    /// either side, [`Error::BitmapNoSpace`] if there is no room for one of `target`; what was ORed
+    /// in before stays.
     pub fn or_into(&self, target: &BitmapView<'_>) -> Result<u64, Error> {
         let mut sink = target.sink();
         let mut runs = self.runs();

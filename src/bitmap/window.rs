@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | memory | 512 chunks | nothing to do |
 //! | sparse | one chunk | a lookup; recording allocates the chunk if it is absent |
-//! | file, to record | 2 MiB, or as the user says | mapping it, when the file has its bytes and the file system room |
+//! | file, to record | 2 MiB, or as told | mapping it, if the file has it, and its system room |
 //! | file, to read | 64 KiB | copying it, after a look at the length of the file |
 
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]

@@ -62,8 +62,8 @@ impl Seek for Rewritten {
     }
 }
 
-/// graphene#53: what was checked was one read, what was used was another one. The answer was that of
-/// no version of the file, and `Ok`.
+/// graphene#53: what was checked was one read, what was used was another one. The answer was that
+/// of no version of the file, and `Ok`.
 #[test]
 fn a_file_that_is_rewritten_between_two_reads_never_gives_what_was_not_checked() {
     let (old, new) = (bytes(0b0110), bytes(0b1001));

@@ -194,8 +194,8 @@ fn what_was_written_without_a_log_is_in_the_first_one() {
     assert_eq!(bitmap.early(), None);
 }
 
-/// A range that is one byte long, or ends with the first byte of a page: with a length that is one too
-/// short, the first log lacked its page.
+/// A range that is one byte long, or ends with the first byte of a page: with a length that is one
+/// too short, the first log lacked its page.
 #[test]
 fn a_byte_at_a_page_border_without_a_log_is_in_the_first_one() {
     for (at, len, marked) in [
@@ -215,8 +215,9 @@ fn a_byte_at_a_page_border_without_a_log_is_in_the_first_one() {
     }
 }
 
-/// A child of a fork has a copy of what counts the marks under way, and never sees them end: a log that it
-/// gives to a region could wait for ever, and marks of its own go where its parent has stopped looking.
+/// A child of a fork has a copy of what counts the marks under way, and never sees them end: a log
+/// that it gives to a region could wait for ever, and marks of its own go where its parent has
+/// stopped looking.
 #[test]
 fn a_child_of_a_fork_gives_no_log_on() {
     let rig = rig(&[Ram::new(0, 16 * PAGE)], true);

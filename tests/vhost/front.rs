@@ -165,8 +165,9 @@ fn memory_beyond_the_log_is_refused_until_a_longer_one_is_swapped_in() {
     assert_eq!(taken(&space, more), [100]);
 }
 
-/// A back end refused the longer log, and the swap was dropped; its log stayed the newest one. Memory was
-/// mapped by its length, for which no back end had room, and what was written there was lost.
+/// A back end refused the longer log, and the swap was dropped; its log stayed the newest one.
+/// Memory was mapped by its length, for which no back end had room, and what was written there was
+/// lost.
 #[test]
 fn a_swap_that_was_dropped_gives_no_room() {
     let (space, log) = tracked(Granule::K4, bytes(0, 64 * PAGE));
@@ -203,8 +204,8 @@ fn a_line_that_the_old_log_has_in_part_is_looked_at_during_a_swap() {
     }
 }
 
-/// Bits for addresses in no area were nowhere counted: a back end that writes where nothing is mapped,
-/// or whose addresses are off, went unnoticed.
+/// Bits for addresses in no area were nowhere counted: a back end that writes where nothing is
+/// mapped, or whose addresses are off, went unnoticed.
 #[test]
 fn bits_outside_every_area_are_counted() {
     let (space, log) = tracked(Granule::K4, bytes(64 * PAGE, 64 * PAGE));
@@ -235,8 +236,8 @@ fn bits_outside_every_area_are_counted() {
     outside(6, Some(63)); // the bit of page 300 went with its area
 }
 
-/// botan#602, in another library: a child of a fork has the log too, for it is shared memory. Its harvest
-/// took bits that its parent then never saw.
+/// botan#602, in another library: a child of a fork has the log too, for it is shared memory. Its
+/// harvest took bits that its parent then never saw.
 #[test]
 fn a_child_of_a_fork_takes_nothing_from_its_parent() {
     let area = bytes(0, 64 * PAGE);

@@ -1,7 +1,7 @@
 //! Front ends that say one thing of a log and send another. The back end has to live on.
 //!
-//! Each test runs itself once more as a child, and looks at how that ended: a back end that is killed by
-//! SIGBUS is a failure of the test, not the end of it.
+//! Each test runs itself once more as a child, and looks at how that ended: a back end that is
+//! killed by SIGBUS is a failure of the test, not the end of it.
 
 use super::rig::{Ram, Rig, memfd, rig};
 use super::{NONE, PAGE, bits};
@@ -40,8 +40,8 @@ fn has_no_log(rig: &Rig, what: &str) {
     assert_eq!(bitmap.early(), Some((PAGE, PAGE)), "{what}");
 }
 
-/// vhost#63, #206: the front end said 32 KiB and sent a file of 4 KiB. The back end mapped what it was
-/// told, and its first mark past the end of the file killed it.
+/// vhost#63, #206: the front end said 32 KiB and sent a file of 4 KiB. The back end mapped what it
+/// was told, and its first mark past the end of the file killed it.
 #[test]
 fn a_log_that_is_shorter_than_the_front_end_says_is_refused() {
     let name = "hostile::a_log_that_is_shorter_than_the_front_end_says_is_refused";
@@ -93,8 +93,8 @@ fn places_that_cannot_be_are_refused() {
     }
 }
 
-/// A file without the seal is as long as the front end says, until the front end makes it shorter, and the
-/// next mark kills the back end. It is refused, unless the front end is trusted.
+/// A file without the seal is as long as the front end says, until the front end makes it shorter,
+/// and the next mark kills the back end. It is refused, unless the front end is trusted.
 #[test]
 fn a_log_that_can_be_made_shorter_is_refused_unless_that_is_accepted() {
     let name = "hostile::a_log_that_can_be_made_shorter_is_refused_unless_that_is_accepted";
@@ -133,8 +133,8 @@ fn a_log_that_can_be_made_shorter_is_refused_unless_that_is_accepted() {
     });
 }
 
-/// The library has one way to say that a log is too short: a panic. A back end that was built to abort on
-/// panics was ended by any front end.
+/// The library has one way to say that a log is too short: a panic. A back end that was built to
+/// abort on panics was ended by any front end.
 #[test]
 fn a_log_that_is_too_short_is_refused_without_a_panic() {
     static PANICS: Mutex<Vec<String>> = Mutex::new(Vec::new());

@@ -181,8 +181,8 @@ impl DirtySource for Unreadable {
     }
 }
 
-/// infra#2092: an error on the way to the answer was taken for "clean", and pages that a snapshot asked about
-/// one by one were left out of it.
+/// infra#2092: an error on the way to the answer was taken for "clean", and pages that a snapshot
+/// asked about one by one were left out of it.
 #[test]
 fn a_page_of_which_a_source_cannot_tell_is_dirty() {
     let (space, memory) = machine(&[(0, 16 * PAGE)]);
@@ -198,7 +198,8 @@ fn a_page_of_which_a_source_cannot_tell_is_dirty() {
     assert!(!bitmap.dirty_at(4096));
 }
 
-/// A write across the end of a bitmap whose area is gone is outside in both of its parts, and one write.
+/// A write across the end of a bitmap whose area is gone is outside in both of its parts, and one
+/// write.
 #[test]
 fn a_write_across_the_end_of_a_bitmap_without_area_counts_once() {
     let space = Arc::new(AddressSpace::new(Granule::K4));

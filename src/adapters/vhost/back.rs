@@ -259,9 +259,10 @@ impl LogFollower {
     ///
     /// # Errors
     /// `InvalidData` with a [`LogError`]: [`TooShort`](LogError::TooShort) or
-    /// [`NoMemory`](LogError::NoMemory) if the log does not reach the end of a region. The front end has to
-    /// send a longer one, and until then writes to that region are remembered. The other regions have the
-    /// log all the same. [`Forked`](LogError::Forked) in a child of a fork: no region is touched.
+    /// [`NoMemory`](LogError::NoMemory) if the log does not reach the end of a region. The front
+    /// end has to send a longer one, and until then writes to that region are remembered. The other
+    /// regions have the log all the same. [`Forked`](LogError::Forked) in a child of a fork: no
+    /// region is touched.
     pub fn update(&self, memory: &GuestMemoryMmap<LogBitmap>) -> io::Result<usize> {
         let regions = || memory.iter().map(|region| (region, (**region).bitmap()));
         let mut known = lock(&self.known);

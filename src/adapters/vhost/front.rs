@@ -57,12 +57,13 @@ impl VhostLog {
     }
 
     /// Begins a swap: makes a clean log that reaches `last`, or as far as the newest one if that is
-    /// farther. From now on harvests look at both. Send [`Swap::memory`] to every back end, and when all
-    /// have answered, say so by [`Swap::acknowledged`].
+    /// farther. From now on harvests look at both. Send [`Swap::memory`] to every back end, and
+    /// when all have answered, say so by [`Swap::acknowledged`].
     ///
-    /// Needed when memory grows beyond the log: it can be mapped after the acknowledgement. A swap that
-    /// is dropped, because a back end has refused or is gone, leaves both logs in use until the next one
-    /// is acknowledged, and gives no room for memory. Waits for harvests that are under way.
+    /// Needed when memory grows beyond the log: it can be mapped after the acknowledgement. A swap
+    /// that is dropped, because a back end has refused or is gone, leaves both logs in use until
+    /// the next one is acknowledged, and gives no room for memory. Waits for harvests that are
+    /// under way.
     ///
     /// # Errors
     /// [`LogError::Forked`], [`LogError::Memory`]; nothing has changed then.
@@ -73,9 +74,9 @@ impl VhostLog {
         Ok(Swap { log: self, fresh })
     }
 
-    /// What back ends have marked by now for addresses that no area of `space` holds: faults, as are
-    /// marks there. Such a bit stays in the log, counts at each call, and is reported by a harvest once
-    /// an area is mapped there.
+    /// What back ends have marked by now for addresses that no area of `space` holds: faults, as
+    /// are marks there. Such a bit stays in the log, counts at each call, and is reported by a
+    /// harvest once an area is mapped there.
     ///
     /// Reads all of the log that has no area: for now and then, not for each round.
     ///
@@ -144,8 +145,8 @@ impl Swap<'_> {
     }
 
     /// Every back end has answered: none marks in the logs before this one. What is left of them is
-    /// carried over, and they are given up. Returns how many pages that were. Waits for harvests that are
-    /// under way. Does nothing in a child of a fork.
+    /// carried over, and they are given up. Returns how many pages that were. Waits for harvests
+    /// that are under way. Does nothing in a child of a fork.
     pub fn acknowledged(self) -> u64 {
         match self.log.owner.check() {
             Ok(()) => self.log.logs.acknowledge(&self.fresh),
@@ -219,8 +220,8 @@ impl DirtySource for VhostLog {
         LOG_PAGE
     }
 
-    /// Refuses memory that a log in use has no bits for: a back end may mark in that one. What back ends
-    /// marked there before is dirty.
+    /// Refuses memory that a log in use has no bits for: a back end may mark in that one. What back
+    /// ends marked there before is dirty.
     fn map(&self, mapping: &Mapping) -> Result<(), Error> {
         self.own()?;
         let (end, range) = (self.reach(), mapping.range);

@@ -1,11 +1,12 @@
 //! Marks in the part of a log that belongs to one region of guest memory.
 //!
 //! # One size of access
-//! The format is one of bytes, and regions may meet inside of a byte. Atomic accesses of different sizes
-//! to one byte are a data race to the language, so all of this process use the words of 64 bits that the
-//! front end has too, for single pages as well. A mark sets its own bits of a word and leaves the others
-//! as they are, those past the end of the log included. Other processes may use other sizes: they are
-//! outside of what the language speaks of, and processors order accesses to one line whatever their size.
+//! The format is one of bytes, and regions may meet inside of a byte. Atomic accesses of different
+//! sizes to one byte are a data race to the language, so all of this process use the words of 64
+//! bits that the front end has too, for single pages as well. A mark sets its own bits of a word
+//! and leaves the others as they are, those past the end of the log included. Other processes may
+//! use other sizes: they are outside of what the language speaks of, and processors order accesses
+//! to one line whatever their size.
 
 use std::ptr;
 
@@ -24,12 +25,13 @@ pub(super) struct Marks {
 }
 
 impl Marks {
-    /// Marks for the region from `start` to `last` in the log at `base`, whose provenance is exposed.
+    /// Marks for the region from `start` to `last` in the log at `base`, whose provenance is
+    /// exposed.
     ///
     /// # Safety
-    /// `base` is a multiple of 8. For as long as the result lives, each word of the log that has a bit of
-    /// the region is memory that can be read and written, and this process accesses it by atomic
-    /// operations on words of 64 bits alone.
+    /// `base` is a multiple of 8. For as long as the result lives, each word of the log that has a
+    /// bit of the region is memory that can be read and written, and this process accesses it by
+    /// atomic operations on words of 64 bits alone.
     pub(super) unsafe fn new(base: usize, start: u64, last: u64) -> Self {
         Marks { base, start, last }
     }
@@ -39,7 +41,8 @@ impl Marks {
         (self.start, self.last)
     }
 
-    /// The pages of `len` bytes from `offset` on, as far as they lie in the region; `None` if none does.
+    /// The pages of `len` bytes from `offset` on, as far as they lie in the region; `None` if none
+    /// does.
     fn pages(&self, offset: u64, len: u64) -> Option<(u64, u64)> {
         let first = self
             .start
@@ -55,8 +58,8 @@ impl Marks {
             return;
         };
         for (word, mask) in word_masks(first, last) {
-            // Release: pairs with the Acquire of the front end that reads and clears it. A front end that
-            // sees the bit sees the data; one that does not finds it at its next look.
+            // Release: pairs with the Acquire of the front end that reads and clears it. A front
+            // end that sees the bit sees the data; one that does not finds it at its next look.
             self.word(word).fetch_or(mask.to_le(), Ordering::Release);
         }
     }
@@ -76,8 +79,8 @@ impl Marks {
         // No overflow: the caller of `new` vouches for the memory at this address.
         let at = ptr::with_exposed_provenance::<AtomicU64>(self.base + word as usize * 8);
         // SAFETY:
-        // - valid for reads and writes, and alive: by the contract of `new`, since the word has a bit of
-        //   the region.
+        // - valid for reads and writes, and alive: by the contract of `new`, since the word has a
+        //   bit of the region.
         // - aligned: `base` is, and words are 8 bytes apart.
         // - shared: this process accesses it by atomic operations of this size alone.
         unsafe { &*at }
@@ -100,8 +103,8 @@ mod tests {
         }
     }
 
-    /// Pages of 4 KiB of a log of four words: regions meet inside of a byte and inside of words, and the
-    /// last one ends inside of a word.
+    /// Pages of 4 KiB of a log of four words: regions meet inside of a byte and inside of words,
+    /// and the last one ends inside of a word.
     const REGIONS: [(u64, u64); 4] = [(0, 3), (3, 69), (69, 131), (131, 203)];
 
     fn regions(log: &Log) -> Vec<Marks> {
@@ -113,9 +116,9 @@ mod tests {
         REGIONS.map(marks).into()
     }
 
-    /// The back end set single bytes where a region ended inside of a word, and words elsewhere; the front
-    /// end of the same process, and other regions, used words for the same bytes. Atomic accesses of two
-    /// sizes to one byte are a race to the language, and Miri says so.
+    /// The back end set single bytes where a region ended inside of a word, and words elsewhere;
+    /// the front end of the same process, and other regions, used words for the same bytes. Atomic
+    /// accesses of two sizes to one byte are a race to the language, and Miri says so.
     #[test]
     fn one_size_of_access_for_each_byte() {
         let log = Arc::new(Log((0..4).map(|_| AtomicU64::new(0)).collect()));

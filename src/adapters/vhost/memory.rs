@@ -29,8 +29,8 @@ pub enum LogError {
     },
     /// Memory beyond the end of the log, or of one that back ends may still have.
     #[error(
-        "a log in use ends at {end}, below the memory {range}: swap in one that reaches {}, and map the \
-         memory when all back ends have answered",
+        "a log in use ends at {end}, below the memory {range}: swap in one that reaches {}, and map \
+         the memory when all back ends have answered",
         range.last()
     )]
     TooShort {

@@ -1,14 +1,15 @@
 //! What can be known of a log that a front end sent, before it is touched.
 //!
-//! A front end says how long the log is, and sends a file. The daemon maps what it is told, without a look
-//! at the file, and gives bitmaps the mapping alone: neither its length nor the file. An access past the
-//! end of the file is a `SIGBUS`, which ends the back end. So three things are looked at:
+//! A front end says how long the log is, and sends a file. The daemon maps what it is told, without
+//! a look at the file, and gives bitmaps the mapping alone: neither its length nor the file. An
+//! access past the end of the file is a `SIGBUS`, which ends the back end. So three things are
+//! looked at:
 //!
 //! | what | how |
 //! |---|---|
-//! | the length of the mapping | its `Debug` text; its index panics past the end, and a build may abort on panics |
-//! | memory behind each page of the region's bits | a system call that reads a byte of each, and fails where an access would raise the signal |
-//! | the seal that keeps the file from getting shorter later | the file is still open, and has the number that the system's list of mappings says |
+//! | the length of the mapping | its `Debug` text: its index panics past the end |
+//! | memory behind the region's bits | a system call that reads a byte of each page, and fails |
+//! | the seal against a shorter file later | the file is still open: found by its number |
 
 use std::fs;
 use std::io::{self, Read};
@@ -27,11 +28,12 @@ use crate::units::{Granule, Iova, IovaRange};
 static ACCEPT_UNSEALED: AtomicBool = AtomicBool::new(false);
 
 /// From now on, back ends of this process take logs whose file has no `F_SEAL_SHRINK`, or of which
-/// nothing under `/proc` tells whether it has. Until then they refuse them by [`LogError::Unsealed`].
+/// nothing under `/proc` tells whether it has. Until then they refuse them by
+/// [`LogError::Unsealed`].
 ///
-/// The front end can make such a file shorter at any time, and the next mark ends this process by `SIGBUS`:
-/// for front ends that are trusted with that. QEMU, cloud-hypervisor and [`VhostLog`](super::VhostLog) seal
-/// their logs; QEMU does not where the system has no memfd.
+/// The front end can make such a file shorter at any time, and the next mark ends this process by
+/// `SIGBUS`: for front ends that are trusted with that. QEMU, cloud-hypervisor and
+/// [`VhostLog`](super::VhostLog) seal their logs; QEMU does not where the system has no memfd.
 pub fn accept_unsealed_logs() {
     // Relaxed: a switch; it orders nothing.
     ACCEPT_UNSEALED.store(true, Ordering::Relaxed);
@@ -72,8 +74,8 @@ pub(super) fn check_memory(base: usize, bytes: Range<usize>) -> io::Result<()> {
     let pages = (bytes.start / page * page..bytes.end).step_by(page);
     for at in pages.map(|page| page.max(bytes.start)) {
         let byte = ptr::with_exposed_provenance(base + at);
-        // SAFETY: the address lies in a mapping, of which the system reads one byte, or reports that it
-        // cannot. The program sees that byte as one that came from outside.
+        // SAFETY: the address lies in a mapping, of which the system reads one byte, or reports
+        // that it cannot. The program sees that byte as one that came from outside.
         match unsafe { libc::write(writer.as_raw_fd(), byte, 1) } {
             1 => reader.read_exact(&mut [0])?,
             _ if io::Error::last_os_error().raw_os_error() == Some(libc::EFAULT) => {
@@ -85,8 +87,8 @@ pub(super) fn check_memory(base: usize, bytes: Range<usize>) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether the file that is mapped as `memory` is open in this process, and cannot get shorter; false if
-/// the system does not tell.
+/// Whether the file that is mapped as `memory` is open in this process, and cannot get shorter;
+/// false if the system does not tell.
 pub(super) fn is_sealed(memory: &MmapLogReg) -> bool {
     let base = ptr::from_ref(&memory[0]).addr();
     let maps = fs::read("/proc/self/maps").unwrap_or_default();
@@ -120,8 +122,8 @@ fn file_of(maps: &str, address: usize) -> Option<(u32, u32, u64)> {
 
 fn is_file(fd: i32, (major, minor, number): (u32, u32, u64)) -> bool {
     let mut stat = MaybeUninit::<libc::stat>::uninit();
-    // SAFETY: `stat` is as large as the call expects and outlives it. A number that is no file any more is
-    // an error of the call.
+    // SAFETY: `stat` is as large as the call expects and outlives it. A number that is no file any
+    // more is an error of the call.
     if unsafe { libc::fstat(fd, stat.as_mut_ptr()) } != 0 {
         return false;
     }
@@ -131,16 +133,17 @@ fn is_file(fd: i32, (major, minor, number): (u32, u32, u64)) -> bool {
     device == (major, minor) && stat.st_ino == number
 }
 
-/// Whether the file is sealed, and is no file of huge pages: of these a hole can take the last one away.
+/// Whether the file is sealed, and is no file of huge pages: of these a hole can take the last one
+/// away.
 fn keeps_its_length(fd: i32) -> bool {
     // SAFETY: this call takes numbers and touches no memory of ours.
     let seals = unsafe { libc::fcntl(fd, libc::F_GET_SEALS) };
+    if seals < 0 || seals & libc::F_SEAL_SHRINK == 0 {
+        return false;
+    }
     let mut system = MaybeUninit::<libc::statfs>::uninit();
     // SAFETY: `system` is as large as the call expects and outlives it.
-    if seals < 0
-        || seals & libc::F_SEAL_SHRINK == 0
-        || unsafe { libc::fstatfs(fd, system.as_mut_ptr()) } != 0
-    {
+    if unsafe { libc::fstatfs(fd, system.as_mut_ptr()) } != 0 {
         return false;
     }
     // SAFETY: the call has filled it.

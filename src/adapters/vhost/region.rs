@@ -38,13 +38,15 @@ impl From<LogError> for io::Error {
 }
 
 impl MemRegionBitmap for RegionLog {
-    /// Looks at what the front end sent before anything is marked there, so that no mark ends this process.
+    /// Looks at what the front end sent before anything is marked there, so that no mark ends this
+    /// process.
     ///
     /// # Errors
-    /// `InvalidData` with a [`LogError`], in this order: [`EmptyRegion`](LogError::EmptyRegion) also if the
-    /// region ends past 2^64, [`UnknownLength`](LogError::UnknownLength), [`TooShort`](LogError::TooShort),
-    /// [`Unsealed`](LogError::Unsealed), [`NoMemory`](LogError::NoMemory). Lengths are rounded up: a page
-    /// of which the region has a part has a bit.
+    /// `InvalidData` with a [`LogError`], in this order: [`EmptyRegion`](LogError::EmptyRegion)
+    /// also if the region ends past 2^64, [`UnknownLength`](LogError::UnknownLength),
+    /// [`TooShort`](LogError::TooShort), [`Unsealed`](LogError::Unsealed),
+    /// [`NoMemory`](LogError::NoMemory). Lengths are rounded up: a page of which the region has a
+    /// part has a bit.
     fn new<R: GuestMemoryRegion>(region: &R, memory: Arc<MmapLogReg>) -> io::Result<Self> {
         if !received::is_sealed(&memory) && !received::unsealed_are_accepted() {
             // What is wrong with the lengths is told first.
@@ -79,14 +81,15 @@ impl RegionLog {
         received::check_memory(base, byte(start)..byte(last) + 1)?;
         // SAFETY:
         // - aligned: a mapping begins at a page.
-        // - in bounds: the mapping has the bytes of the region, as `check_length` saw, and consists of whole
-        //   pages, in which whole words lie.
-        // - alive: `memory` holds the mapping, and goes after the marks. It was made by a system call,
-        //   outside of what the compiler knows, and its address is exposed.
-        // - behind it is memory, as `check_memory` saw, and the seal of its file keeps it there; without a
-        //   seal an access raises a signal, which is no access to memory of anybody else.
-        // - in this process, all accesses to the log go by way of `Marks`, which are of words alone, and by
-        //   the front end's `LogMemory`, which has another mapping and uses words too.
+        // - in bounds: the mapping has the bytes of the region, as `check_length` saw, and consists
+        //   of whole pages, in which whole words lie.
+        // - alive: `memory` holds the mapping, and goes after the marks. It was made by a system
+        //   call, outside of what the compiler knows, and its address is exposed.
+        // - behind it is memory, as `check_memory` saw, and the seal of its file keeps it there;
+        //   without a seal an access raises a signal, which is no access to memory of anybody else.
+        // - in this process, all accesses to the log go by way of `Marks`, which are of words
+        //   alone, and by the front end's `LogMemory`, which has another mapping and uses words
+        //   too.
         let marks = unsafe { Marks::new(base, start, last) };
         Ok(RegionLog {
             marks,

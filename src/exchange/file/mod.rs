@@ -1,4 +1,5 @@
-//! A bitmap in a file of its own: what stands for what, of which generation, and whether all of it is there.
+//! A bitmap in a file of its own: what stands for what, of which generation, and whether all of it
+//! is there.
 //!
 //! ```text
 //!  byte   0   8  "dirtymap"
@@ -9,9 +10,9 @@
 //!        64      payload: bit n is bit n % 8 of byte n / 8; what is left of the last byte is zero
 //! ```
 //!
-//! All numbers are little endian. A new file takes the place of an old one in one step, and only when all
-//! of it is on the disk, so
-//! that after a crash there is the old one or the new one, each of them whole.
+//! All numbers are little endian. A new file takes the place of an old one in one step, and only
+//! when all of it is on the disk, so that after a crash there is the old one or the new one, each
+//! of them whole.
 
 mod payload;
 mod place;
@@ -35,12 +36,12 @@ const HEADER: usize = 64;
 /// What is read or written at a time, in bytes. A multiple of 8.
 const BLOCK: usize = 64 << 10;
 
-/// A file that holds a bitmap: its range, granule, a generation that the caller gave it, and checksums. With the feature
-/// `bitmap-file`.
+/// A file that holds a bitmap: its range, granule, a generation that the caller gave it, and
+/// checksums. With the feature `bitmap-file`.
 ///
 /// [`save`](Self::save) writes one crash-safely, [`open`](Self::open) checks the header,
-/// [`or_into`](Self::or_into) checks the payload and uses what it has checked. A program that cannot
-/// read a file back knows nothing of what was written, so everything is dirty.
+/// [`or_into`](Self::or_into) checks the payload and uses what it has checked. A program that
+/// cannot read a file back knows nothing of what was written, so everything is dirty.
 ///
 /// ```
 /// use dirtymap::{BitmapFile, Granule, Iova, IovaRange, UserBitmap};
@@ -113,8 +114,8 @@ pub enum BitmapFileError {
         /// How many are allowed.
         limit: u64,
     },
-    /// The place appends: the header, which is written last, cannot get to its beginning. It is as it
-    /// was.
+    /// The place appends: the header, which is written last, cannot get to its beginning. It is as
+    /// it was.
     #[error("what is written to byte 0 of the file goes to byte {at}: open it without append")]
     Appends {
         /// The byte that the beginning of a bitmap file would get to.
@@ -129,18 +130,19 @@ impl BitmapFile {
     /// The most bits that a file may have: 2^41, which take 256 GiB.
     pub const MAX_BITS: u64 = 1 << 41;
 
-    /// Writes what `view` says to the file `path`, which takes the place of the one that is there. On return it is on the
-    /// disk. If this fails, or the process or the system dies meanwhile, the old file is there, or the new one, as a whole.
+    /// Writes what `view` says to the file `path`, which takes the place of the one that is there.
+    /// On return it is on the disk. If this fails, or the process or the system dies meanwhile, the
+    /// old file is there, or the new one, as a whole.
     ///
-    /// Writes to `.dirtymap-PID-N.tmp` in the same folder first; a process that dies leaves it behind.
-    /// If `path` is a symbolic link, the file that it leads to is replaced, in the folder of that one.
-    /// On Unix the new file has the permissions of the old one, and its owner and group as far as the
-    /// process may give files away; without the group, the group has the rights of all others. Access
-    /// lists and extended attributes are not kept.
+    /// Writes to `.dirtymap-PID-N.tmp` in the same folder first; a process that dies leaves it
+    /// behind. If `path` is a symbolic link, the file that it leads to is replaced, in the folder
+    /// of that one. On Unix the new file has the permissions of the old one, and its owner and
+    /// group as far as the process may give files away; without the group, the group has the rights
+    /// of all others. Access lists and extended attributes are not kept.
     ///
     /// # Errors
-    /// [`BitmapFileError::TooLarge`] before anything is written; [`BitmapFileError::Bitmap`] if `view` is a file of which a window
-    /// cannot be mapped; [`BitmapFileError::Io`].
+    /// [`BitmapFileError::TooLarge`] before anything is written; [`BitmapFileError::Bitmap`] if
+    /// `view` is a file of which a window cannot be mapped; [`BitmapFileError::Io`].
     pub fn save(
         path: impl AsRef<Path>,
         view: &BitmapView<'_>,
@@ -153,12 +155,13 @@ impl BitmapFile {
         Ok(())
     }
 
-    /// Writes what [`save`](Self::save) writes to a place from its beginning on, in place of all that is
-    /// there, for places that are no files: nothing is said about what a crash leaves behind.
+    /// Writes what [`save`](Self::save) writes to a place from its beginning on, in place of all
+    /// that is there, for places that are no files: nothing is said about what a crash leaves
+    /// behind.
     ///
     /// # Errors
-    /// As [`save`](Self::save), and [`BitmapFileError::Appends`] if the place appends; it is as it was
-    /// then.
+    /// As [`save`](Self::save), and [`BitmapFileError::Appends`] if the place appends; it is as it
+    /// was then.
     pub fn write_to(
         writer: &mut impl Truncate,
         view: &BitmapView<'_>,
@@ -187,13 +190,15 @@ impl BitmapFile {
 }
 
 impl<R: Read + Seek> BitmapFile<R> {
-    /// Checks the header of a file that begins where `reader` begins. Takes no memory that depends on what the file says.
+    /// Checks the header of a file that begins where `reader` begins. Takes no memory that depends
+    /// on what the file says.
     ///
     /// # Errors
     /// In this order: [`Truncated`](BitmapFileError::Truncated) if there is no room for a header,
-    /// [`Foreign`](BitmapFileError::Foreign), [`Version`](BitmapFileError::Version), [`Damaged`](BitmapFileError::Damaged) if its
-    /// checksum or what it says of the range is wrong, [`TooLarge`](BitmapFileError::TooLarge), and `Truncated` or `Damaged` if the
-    /// file has another length than that; [`Io`](BitmapFileError::Io) at any time.
+    /// [`Foreign`](BitmapFileError::Foreign), [`Version`](BitmapFileError::Version),
+    /// [`Damaged`](BitmapFileError::Damaged) if its checksum or what it says of the range is wrong,
+    /// [`TooLarge`](BitmapFileError::TooLarge), and `Truncated` or `Damaged` if the file has
+    /// another length than that; [`Io`](BitmapFileError::Io) at any time.
     pub fn from_reader(mut reader: R) -> Result<Self, BitmapFileError> {
         let len = reader.seek(SeekFrom::End(0))?;
         let truncated = |needed| BitmapFileError::Truncated { len, needed };
@@ -229,17 +234,17 @@ impl<R: Read + Seek> BitmapFile<R> {
         self.header.generation
     }
 
-    /// Checks the payload, then ORs what was checked into `target`, and returns how many bits that set
-    /// there. Granules and bases may differ, as in [`BitmapView::or_into`].
+    /// Checks the payload, then ORs what was checked into `target`, and returns how many bits that
+    /// set there. Granules and bases may differ, as in [`BitmapView::or_into`].
     ///
     /// Keeps up to 64 MiB of the payload in memory, without its zeros; of what is more, a hash of 8
     /// bytes for each 64 KiB, by which it is known when it is read again.
     ///
     /// # Errors
-    /// [`Damaged`](BitmapFileError::Damaged) if the payload is not what was written, before anything is
-    /// touched; or if a part that was not kept has changed since it was checked: what was ORed in before
-    /// was written, and is not all. [`Bitmap`](BitmapFileError::Bitmap) if `target` is a file of which a
-    /// window cannot be had; [`Io`](BitmapFileError::Io).
+    /// [`Damaged`](BitmapFileError::Damaged) if the payload is not what was written, before
+    /// anything is touched; or if a part that was not kept has changed since it was checked: what
+    /// was ORed in before was written, and is not all. [`Bitmap`](BitmapFileError::Bitmap) if
+    /// `target` is a file of which a window cannot be had; [`Io`](BitmapFileError::Io).
     pub fn or_into(&mut self, target: &BitmapView<'_>) -> Result<u64, BitmapFileError> {
         self.checked(payload::KEPT)?
             .or_into(&mut self.reader, target)

@@ -91,8 +91,8 @@ impl Draft {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
         let old = std::fs::metadata(&path).ok().filter(Metadata::is_file);
-        // A name may be taken by another thread, or by a process of this number that died. It is short,
-        // whatever the length of the other one.
+        // A name may be taken by another thread, or by a process of this number that died. It is
+        // short, whatever the length of the other one.
         for attempt in 0u64.. {
             let name = format!(".dirtymap-{}-{attempt}.tmp", std::process::id());
             let temporary = path.with_file_name(name);
@@ -142,8 +142,8 @@ impl Draft {
         Ok(())
     }
 
-    /// The file first, then its name, then the folder that holds the name: each is on the disk before
-    /// the next begins.
+    /// The file first, then its name, then the folder that holds the name: each is on the disk
+    /// before the next begins.
     pub(super) fn publish(mut self) -> io::Result<()> {
         self.file.sync_all()?;
         std::fs::rename(&self.temporary, &self.path)?;
