@@ -137,7 +137,7 @@ pub use bitmap::{
 };
 
 #[cfg(all(feature = "bitmap-file", not(dirtymap_loom)))]
-pub use exchange::{BitmapFile, BitmapFileError};
+pub use exchange::{BitmapFile, BitmapFileError, Truncate};
 pub use exchange::{DirtyLog, LogRuns, MergedRuns, Pieces, RunTable, RunsExt, merge_runs};
 #[cfg(all(feature = "roaring", not(dirtymap_loom)))]
 pub use exchange::{read_roaring, read_treemap};
@@ -173,4 +173,10 @@ mod guide {
     #[cfg(all(feature = "pagemap", target_os = "linux"))]
     #[doc = include_str!("../docs/guide/pagemap.md")]
     struct Pagemap;
+    #[cfg(all(feature = "vhost", target_os = "linux"))]
+    #[doc = include_str!("../docs/guide/vhost.md")]
+    struct Vhost;
+    #[cfg(all(feature = "vm-memory", unix))]
+    #[doc = include_str!("../docs/guide/vm-memory.md")]
+    struct VmMemory;
 }

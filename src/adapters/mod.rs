@@ -23,7 +23,7 @@ mod replaceable;
 mod loom_tests;
 
 #[cfg(all(
-    any(feature = "kvm", feature = "pagemap"),
+    any(feature = "kvm", feature = "pagemap", feature = "vhost"),
     target_os = "linux",
     not(dirtymap_loom)
 ))]

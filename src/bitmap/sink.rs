@@ -75,8 +75,9 @@ impl<'a> Sink<'a> {
     /// Records `range` as dirty: sets each bit whose granule it touches, and none outside the request.
     ///
     /// # Errors
-    /// None for bitmaps in memory. For a file [`Error::BitmapShrank`] or [`Error::BitmapWindow`], if the next window
-    /// cannot be mapped; then a part of `range` may be recorded, and the caller must leave the dirty state as it is.
+    /// None for bitmaps in memory. For a file [`Error::BitmapShrank`], [`Error::BitmapWindow`] or
+    /// [`Error::BitmapNoSpace`], if the next window cannot be mapped or filled; then a part of
+    /// `range` may be recorded, and the caller must leave the dirty state as it is.
     #[inline]
     pub fn record(&mut self, range: IovaRange) -> Result<(), Error> {
         let Some(inside) = range.intersection(self.limit) else {

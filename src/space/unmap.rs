@@ -125,8 +125,9 @@ impl AddressSpace {
     ///
     /// # Errors
     /// In this order: [`Error::Unaligned`] (to `granule`), [`Error::BitmapTooShort`], then as
-    /// [`unmap_discarding`](Self::unmap_discarding), then [`Error::BitmapShrank`] or [`Error::BitmapWindow`] if a
-    /// file cannot take what is dirty; everything is as it was then, but for translations, as after a flush that failed.
+    /// [`unmap_discarding`](Self::unmap_discarding), then [`Error::BitmapShrank`],
+    /// [`Error::BitmapWindow`] or [`Error::BitmapNoSpace`] if a file cannot take what is dirty;
+    /// everything is as it was then, but for translations, as after a flush that failed.
     pub fn unmap<'a>(
         &self,
         range: IovaRange,
