@@ -80,7 +80,9 @@
 
 mod error;
 mod ioctl;
+mod maps;
 mod memory;
+mod owners;
 mod source;
 mod sweep;
 #[cfg(test)]
@@ -89,10 +91,26 @@ mod tests;
 pub use error::PagemapError;
 
 use super::host;
+use crate::error::Error;
+use crate::source::Stopped;
 use crate::sync::{Arc, Mutex, lock};
-use crate::units::{Granule, IovaRange};
+use crate::units::{Granule, Iova, IovaRange};
 use ioctl::{Kernel, Process};
 use memory::Memory;
+
+/// How pages become dirty that are given back to the kernel: by MADV_DONTNEED or MADV_REMOVE, by a
+/// hole in the file behind them, or by its end. Their contents are zero from then on, or those of the
+/// file. See [Pages that are given back](self#pages-that-are-given-back).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GivenBack {
+    /// They are reported. Private anonymous memory alone can be added so.
+    #[default]
+    Reported,
+    /// The caller promises to [`mark`](crate::AddressSpace::mark) each of them, after it was given
+    /// back, whichever part of the program or other process gives it back. Harvests report none that
+    /// is not marked, at a smaller cost, from any memory.
+    Marked,
+}
 
 /// Memory of this process as a [`DirtySource`](crate::DirtySource). See [the module](self).
 pub struct ProcessMemory {
@@ -127,14 +145,33 @@ impl ProcessMemory {
         self.page
     }
 
-    /// Adds the memory of this process that begins at `address`, to be reported at `range`: the same numbers, or others, such as
-    /// guest physical addresses. Anonymous memory, `tmpfs` or `hugetlbfs`, which no other userfaultfd has. Tracked at once if the
-    /// others are.
+    /// Adds the private anonymous memory of this process that begins at `address`, to be reported at
+    /// `range`: the same numbers, or others, such as guest physical addresses. No other userfaultfd
+    /// may have it. Tracked at once if the others are. Pages of it that are given back to the kernel
+    /// are reported.
     ///
     /// # Errors
-    /// In this order: [`PagemapError::Overlap`], [`PagemapError::Unaligned`], [`PagemapError::Wraps`], [`PagemapError::Unmapped`],
-    /// [`PagemapError::NoMemory`], [`PagemapError::Call`]. Nothing has changed then.
+    /// In this order: [`PagemapError::OfAnotherProcess`], [`PagemapError::Overlap`],
+    /// [`PagemapError::Unaligned`], [`PagemapError::Wraps`], [`PagemapError::Unmapped`],
+    /// [`PagemapError::GivenBackUnseen`] for memory of another kind, [`PagemapError::NoMemory`],
+    /// [`PagemapError::Call`]. Nothing has changed then.
     pub fn add(&self, range: IovaRange, address: u64) -> Result<(), PagemapError> {
+        self.add_with(range, address, GivenBack::Reported)
+    }
+
+    /// As [`add`](Self::add). With [`GivenBack::Marked`] memory of any kind can be added: shared, or
+    /// of `tmpfs`, `hugetlbfs` or another file, too.
+    ///
+    /// # Errors
+    /// As for [`add`](Self::add), but [`PagemapError::GivenBackUnseen`] only with
+    /// [`GivenBack::Reported`].
+    pub fn add_with(
+        &self,
+        range: IovaRange,
+        address: u64,
+        given_back: GivenBack,
+    ) -> Result<(), PagemapError> {
+        self.check_process()?;
         let tracking = lock(&self.tracking);
         let memory = self.memory();
         let mut live = memory.iter().filter(|memory| !memory.is_gone());
@@ -142,7 +179,7 @@ impl ProcessMemory {
             let other = other.range;
             return Err(PagemapError::Overlap { range, other });
         }
-        let new = Memory::new(&*self.kernel, range, address, self.page)?;
+        let new = Memory::new(&*self.kernel, range, address, self.page, given_back)?;
         if *tracking && let Err(error) = new.track(&*self.kernel, true) {
             new.remove(&*self.kernel);
             return Err(error);
@@ -155,8 +192,9 @@ impl ProcessMemory {
     /// if it is not mapped any more.
     ///
     /// # Errors
-    /// [`PagemapError::NotAdded`].
+    /// [`PagemapError::OfAnotherProcess`], [`PagemapError::NotAdded`].
     pub fn remove(&self, range: IovaRange) -> Result<(), PagemapError> {
+        self.check_process()?;
         let _tracking = lock(&self.tracking);
         let memory = self.memory();
         let mut live = memory.iter().filter(|memory| !memory.is_gone());
@@ -170,6 +208,7 @@ impl ProcessMemory {
 
     /// Switches all memory, or none.
     fn switch(&self, on: bool) -> Result<(), PagemapError> {
+        self.check_process()?;
         let mut tracking = lock(&self.tracking);
         if *tracking == on {
             return Ok(());
@@ -195,17 +234,34 @@ impl ProcessMemory {
         Ok(())
     }
 
+    /// Refuses a child of `fork`, before any lock is taken: another thread of the parent may have
+    /// held it, and no thread of the child gives it back.
+    fn check_process(&self) -> Result<(), PagemapError> {
+        match self.kernel.of_another_process() {
+            Some(maker) => Err(PagemapError::OfAnotherProcess { maker }),
+            None => Ok(()),
+        }
+    }
+
+    /// The same, for a harvest that begins at `at`.
+    fn check_process_at(&self, at: Iova) -> Result<(), Stopped> {
+        self.check_process().map_err(|error| Stopped {
+            at,
+            error: Error::source_failed(error),
+        })
+    }
+
     fn memory(&self) -> Arc<[Arc<Memory>]> {
         Arc::clone(&lock(&self.memory))
     }
 
     /// Replaces the list, by one with `new`, and without what nothing is left of.
-    fn change(&self, memory: &[Arc<Memory>], new: Option<Memory>) {
+    fn change(&self, memory: &[Arc<Memory>], new: Option<Arc<Memory>>) {
         let left = memory
             .iter()
             .filter(|memory| !memory.is_done())
             .map(Arc::clone);
-        let mut memory: Vec<_> = left.chain(new.map(Arc::new)).collect();
+        let mut memory: Vec<_> = left.chain(new).collect();
         memory.sort_by_key(|memory| memory.range.start());
         *lock(&self.memory) = memory.into();
     }
@@ -222,6 +278,17 @@ impl ProcessMemory {
                 }
             }
         })
+    }
+}
+
+/// What it had is no tracker's any more. The kernel unprotects it when the userfaultfd is closed.
+impl Drop for ProcessMemory {
+    fn drop(&mut self) {
+        if self.check_process().is_ok() {
+            let owners = self.kernel.owners();
+            let memory = self.memory();
+            memory.iter().for_each(|memory| owners.take_back(memory, || ()));
+        }
     }
 }
 
