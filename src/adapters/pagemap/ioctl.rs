@@ -3,11 +3,12 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ptr::NonNull;
 
 use super::error::PagemapError;
 use super::maps;
 use super::owners::{self, Owners};
-use crate::adapters::host::Maker;
+use crate::adapters::host::{self, Maker};
 
 /// A run of pages that a scan reports.
 #[repr(C)]
@@ -61,6 +62,10 @@ pub(super) trait Kernel: Send + Sync {
 
     /// The first address of these pages that is not private anonymous memory.
     fn not_private(&self, start: u64, end: u64) -> io::Result<Option<u64>>;
+
+    /// Whether a scan for writes skips pages that have no page table, as that of Linux 6.7 does.
+    /// Later kernels report them, as they report pages without an entry in a table.
+    fn skips_tables(&self) -> bool;
 
     /// Says of each of `pages`, by a number that is not negative, that it is there. Of pages of
     /// which it says nothing else, nothing is known. At most [`PROBES`] pages.
@@ -163,6 +168,7 @@ pub(super) struct Process {
     pagemap: File,
     maker: Maker,
     owners: &'static Owners,
+    skips_tables: bool,
 }
 
 impl Process {
@@ -194,17 +200,81 @@ impl Process {
             .map_err(unsupported("UFFD_FEATURE_WP_ASYNC"))?;
         let pagemap = File::open("/proc/self/pagemap").map_err(unsupported("pagemap"))?;
         let maker = Maker::new().map_err(unsupported("MADV_WIPEONFORK"))?;
-        let process = Process {
+        let mut process = Process {
             uffd,
             pagemap,
             maker,
             owners: owners::of_this_process().map_err(unsupported("MADV_WIPEONFORK"))?,
+            skips_tables: true,
         };
         // An empty range: whether the call is known.
         process
             .scan((0, 0), Find::Written, false, &mut [Region::default()])
             .map_err(unsupported("PAGEMAP_SCAN"))?;
+        process.skips_tables = process.is_skipped().unwrap_or(true);
         Ok(process)
+    }
+
+    /// Whether the scan skips a page table that is not there: that of memory which was just mapped,
+    /// and is as large as two tables, so that one of them has nothing else.
+    fn is_skipped(&self) -> io::Result<bool> {
+        let page = host::page().bytes();
+        let table = table_bytes(page);
+        let scratch = Scratch::new(table.saturating_mul(2))?;
+        let start = (scratch.start()).next_multiple_of(table);
+        self.register(start, table)?;
+        let mut found = [Region::default()];
+        let span = (start, start + table);
+        let scanned = self.scan(span, Find::Written, false, &mut found)?;
+        Ok(scanned.regions != 1 || found[0].start != span.0 || found[0].end != span.1)
+    }
+
+    /// As a kernel that skips tables.
+    #[cfg(test)]
+    pub(super) fn that_skips_tables() -> Result<Self, PagemapError> {
+        let mut process = Process::new()?;
+        process.skips_tables = true;
+        Ok(process)
+    }
+}
+
+/// Bytes that one page table maps: it is a page of entries of 8 bytes.
+pub(super) fn table_bytes(page: u64) -> u64 {
+    page.saturating_mul(page / 8)
+}
+
+/// Memory that no byte of is used.
+struct Scratch(NonNull<libc::c_void>, usize);
+
+impl Scratch {
+    fn new(bytes: u64) -> io::Result<Self> {
+        let len = usize::try_from(bytes).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        // SAFETY: a new mapping, at an address of the kernel's choice.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        match NonNull::new(address) {
+            Some(start) if address != libc::MAP_FAILED => Ok(Scratch(start, len)),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    fn start(&self) -> u64 {
+        self.0.addr().get() as u64
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // SAFETY: the mapping of `new`, of this length, to which nothing refers.
+        unsafe { libc::munmap(self.0.as_ptr(), self.1) };
     }
 }
 
@@ -219,6 +289,10 @@ impl Kernel for Process {
 
     fn not_private(&self, start: u64, end: u64) -> io::Result<Option<u64>> {
         maps::not_private(&std::fs::read("/proc/self/maps")?, start, end)
+    }
+
+    fn skips_tables(&self) -> bool {
+        self.skips_tables
     }
 
     /// By `move_pages`, which moves nothing when it is not told where to: one call for many pages.

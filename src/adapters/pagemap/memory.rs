@@ -289,7 +289,7 @@ impl Memory {
             kernel,
             protect,
             page: self.page.bytes(),
-            given_back: self.given_back == GivenBack::Reported,
+            given_back: self.given_back == GivenBack::Reported && kernel.skips_tables(),
         }
     }
 

@@ -11,7 +11,7 @@
 
 use std::io;
 
-use super::ioctl::{Find, Kernel, PROBES, Region};
+use super::ioctl::{Find, Kernel, PROBES, Region, table_bytes};
 
 /// Bytes of one piece, which also begins at a multiple of it: no huge page of x86 but the largest is cut by its borders.
 const PIECE: u64 = 64 << 20;
@@ -75,10 +75,10 @@ pub(super) fn sweep(
     Ok(())
 }
 
-/// Finds the pages of `start..end` that lie in no page table, which the scan for writes skips: when
-/// all pages of a table, or a whole huge page, are given back, the table goes, and the marks of
-/// protection go with it. One page of each table tells.
-fn sweep_nothing(
+/// Finds the pages of `start..end` that lie in no page table, which the scan for writes skips on
+/// some kernels: when all pages of a table, or a whole huge page, are given back, the table goes, and
+/// the marks of protection go with it. One page of each table tells.
+pub(super) fn sweep_nothing(
     ask: Ask<'_>,
     (start, end): (u64, u64),
     regions: &mut [Region],
@@ -87,9 +87,8 @@ fn sweep_nothing(
     if !ask.given_back {
         return Ok(());
     }
-    // A table is a page of entries of 8 bytes. Those of 4 KiB pages are the smallest, and a piece
-    // has no more than `PROBES` of them.
-    let table = ask.page.saturating_mul(ask.page / 8);
+    // Those of 4 KiB pages are the smallest, and a piece has no more than `PROBES` of them.
+    let table = table_bytes(ask.page);
     let (mut pages, mut there) = ([0; PROBES], [-1; PROBES]);
     let mut count = 0;
     let mut at = start;

@@ -2,7 +2,8 @@
 
 use std::io;
 
-use super::ioctl::{Find, Region, Scanned};
+use super::ioctl::{Find, Region, Scanned, table_bytes};
+use super::sweep::{Ask, sweep_nothing};
 use super::owners::Owners;
 use super::*;
 use crate::bitmap::UserBitmap;
@@ -104,6 +105,10 @@ impl Kernel for Fake {
 
     fn not_private(&self, _: u64, _: u64) -> io::Result<Option<u64>> {
         Ok(self.with(|state| state.shared))
+    }
+
+    fn skips_tables(&self) -> bool {
+        true
     }
 
     fn probe(&self, pages: &[u64], there: &mut [i32]) {
@@ -485,6 +490,53 @@ fn pages_that_went_with_their_table_are_dirty_once() {
         fake.with(|state| state.without_table.fill(false));
         assert_eq!(harvest(&space, pages(0, PAGES)).len(), 512);
     }
+}
+
+/// The same on the kernel of this machine, which reports such pages itself by now: the look for tables
+/// finds them too, and protects them.
+#[test]
+fn tables_that_are_gone_are_found_on_this_kernel() {
+    let process = match Process::that_skips_tables() {
+        Ok(process) => process,
+        Err(error) => {
+            eprintln!("SKIP: {error}");
+            return;
+        }
+    };
+    let page = host::page().bytes();
+    let table = table_bytes(page);
+    let mut block = vec![1u8; 4 * table as usize];
+    let first = block.as_ptr().addr() as u64;
+    let start = first.next_multiple_of(table);
+    let (from, end) = (start + table, start + 2 * table);
+    process.register(start, 3 * table).unwrap();
+    process.protect(start, 3 * table, true).unwrap();
+    let mut regions = vec![Region::default(); 512];
+    let mut sweep = |protect| {
+        let ask = Ask {
+            kernel: &process,
+            protect,
+            page,
+            given_back: true,
+        };
+        let mut found = Vec::new();
+        let span = (start, start + 3 * table);
+        sweep_nothing(ask, span, &mut regions, &mut |from, to| found.push((from, to))).unwrap();
+        found
+    };
+    assert_eq!(sweep(true), []);
+    let offset = (from - first) as usize;
+    let given_back = block[offset..offset + table as usize].as_mut_ptr();
+    // SAFETY: whole pages of the block, which are zero after it.
+    let result = unsafe { libc::madvise(given_back.cast(), table as usize, libc::MADV_DONTNEED) };
+    assert_eq!(result, 0);
+    assert_eq!(sweep(false), [(from, end)]);
+    assert_eq!(sweep(true), [(from, end)]);
+    assert_eq!(sweep(true), [], "protected, and there by its marks");
+    let mut written = [Region::default()];
+    let scanned = process.scan((from, end), Find::Written, false, &mut written);
+    assert_eq!(scanned.unwrap().regions, 0);
+    assert_eq!(block[offset], 0);
 }
 
 /// A call that fails while it looks for tables that are gone has protected pages as well.
