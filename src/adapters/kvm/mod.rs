@@ -75,6 +75,10 @@
 //! * An area that is unmapped from the space is not taken from the guest. First [`remove_slot`](KvmLog::remove_slot), then
 //!   [`unmap`](crate::AddressSpace::unmap), which reports what was dirty at the end.
 //! * One log for one virtual machine: two would take from each other.
+//! * A child of `fork` has the rings of its parent, and KVM serves it no log: every call is refused
+//!   there, with [`KvmError::OfAnotherProcess`].
+//! * KVM tells nobody that other code switched the flags of a slot: see
+//!   [`renew_slot`](KvmLog::renew_slot).
 
 mod error;
 mod ioctl;

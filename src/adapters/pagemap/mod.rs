@@ -65,15 +65,40 @@
 //!   that call was asked for, 64 MiB at most, stays dirty as a whole.
 //! * Harvests do not allocate.
 //!
+//! # Pages that are given back
+//! MADV_DONTNEED, MADV_REMOVE, a hole in a file (`FALLOC_FL_PUNCH_HOLE`) and the end of a file that
+//! moves (`ftruncate`) change what a page holds, and no write takes part.
+//!
+//! Of private anonymous memory, the mark of protection goes with the page, so the page comes out as
+//! written; also when it was read since. When its whole page table goes, as with a huge page, the
+//! scan of older kernels says nothing. [`ProcessMemory::new`] asks the kernel which one it is, and on
+//! such a kernel one page of each table is looked at too, by `move_pages(2)`: 0.13 ns a page in
+//! addition to 0.85 ns for a scan of small pages, and twice the 0.1 ns for huge ones. Where the
+//! kernel reports it, nothing is added.
+//!
+//! Of all other memory, the kernel keeps the mark when the page goes, also for the page of zeroes
+//! that is read in its place. That page is present and protected, as a clean one is, so comparing
+//! what is present does not find it either. Such memory is refused by [`ProcessMemory::add`]
+//! ([`PagemapError::GivenBackUnseen`]), unless the caller promises to mark what is given back:
+//! [`GivenBack::Marked`]. `docs/guide/pagemap.md` has the table.
+//!
 //! # Limits
-//! * What writes without the processor's page tables is not seen: devices, and the kernel through pages that it holds, as with O_DIRECT,
-//!   buffers that are registered with io_uring, or VFIO. Mark those, with [`begin_write`](crate::AddressSpace::begin_write) while they
-//!   last. A `read(2)` into the memory is seen.
+//! * What writes without the processor's page tables is not seen: devices, and the kernel through
+//!   pages that it holds, as with O_DIRECT, buffers that are registered with io_uring, or VFIO. Mark
+//!   those, with [`begin_write`](crate::AddressSpace::begin_write) while they last. A `read(2)` into
+//!   the memory is seen.
 //! * A huge page of anonymous memory may be reported as a whole. Where the kernel splits it at the first write, reports are fine, but
 //!   the memory is mapped by small pages from then on. A page of hugetlbfs is reported as a whole, so a request must not cut it:
 //!   [`PagemapError::NoProgress`].
 //! * The first write to each page after a harvest costs a fault, of a microsecond or so.
-//! * A child of `fork` is not tracked.
+//! * The memory of a child of `fork` is not tracked, and in a child every call is refused, with
+//!   [`PagemapError::OfAnotherProcess`]: what it inherits acts on the memory of its parent. A child
+//!   makes a tracker of its own. A child that shares the memory, as one of `vfork`, is the same
+//!   process.
+//! * Memory that is unmapped, and mapped and added anew to another tracker while this one still has
+//!   it, is refused here from then on, with [`PagemapError::TakenOver`], and all of it is dirty for
+//!   the unmap of its area. Of trackers outside of this library nothing is known: the kernel's scan
+//!   does not ask whose the protection is.
 //! * The calls take locks of the kernel, of the memory map above all, and each memory has one here: harvests wait for each other, and
 //!   for `mmap` and `munmap` of any thread.
 //! * An area that is unmapped from the space stays memory of the process; writes to it are not tracked from then on.
