@@ -435,7 +435,8 @@ fn a_processor_without_such_a_ring_is_refused() {
 fn a_ring_of_another_machine_is_noticed_when_it_is_flushed() {
     let Some(kvm) = kvm() else { return };
     let mode = KvmMode::Ring { entries: 1024 };
-    let (Some(mut guest), Some(mut other)) = (Guest::new(&kvm, mode), Guest::new(&kvm, mode)) else {
+    let (Some(mut guest), Some(mut other)) = (Guest::new(&kvm, mode), Guest::new(&kvm, mode))
+    else {
         return;
     };
     guest.log.add_vcpu(&other.vcpu).unwrap();

@@ -536,9 +536,18 @@ fn all_that_is_given_back_of_private_memory_is_reported() {
     let Some(memory) = tracker() else { return };
     let page = memory.page().bytes();
     let table = page / 8;
-    let parts = [(0, table), (0, 2 * table), (table, table), (3, 5), (table - 1, 2)];
+    let parts = [
+        (0, table),
+        (0, 2 * table),
+        (table, table),
+        (3, 5),
+        (table - 1, 2),
+    ];
     for huge in [false, true] {
-        for ((from, n), read) in parts.into_iter().flat_map(|part| [(part, false), (part, true)]) {
+        for ((from, n), read) in parts
+            .into_iter()
+            .flat_map(|part| [(part, false), (part, true)])
+        {
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
             let map = Map::flags(4 * table, page, flags, -1).unwrap();
             let advice = [libc::MADV_NOHUGEPAGE, libc::MADV_HUGEPAGE][usize::from(huge)];
@@ -617,7 +626,10 @@ fn remove(map: &Map, _: Option<&File>, first: u64, n: u64) -> bool {
 
 fn punch(map: &Map, file: Option<&File>, first: u64, n: u64) -> bool {
     let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-    let (from, bytes) = ((first * map.page).cast_signed(), (n * map.page).cast_signed());
+    let (from, bytes) = (
+        (first * map.page).cast_signed(),
+        (n * map.page).cast_signed(),
+    );
     // SAFETY: this call takes numbers and touches no memory that a reference promises.
     file.is_some_and(|file| unsafe { libc::fallocate(file.as_raw_fd(), mode, from, bytes) == 0 })
 }
@@ -645,9 +657,21 @@ fn memory_whose_pages_go_unseen_needs_the_promise_to_mark() {
         ("a private memfd", private, Some(0)),
         ("a shared memfd", shared, Some(0)),
         ("shared anonymous memory", shared | anonymous, None),
-        ("a private memfd of hugetlbfs", private, Some(libc::MFD_HUGETLB)),
-        ("a shared memfd of hugetlbfs", shared, Some(libc::MFD_HUGETLB)),
-        ("private anonymous memory of hugetlbfs", private | anonymous | huge, None),
+        (
+            "a private memfd of hugetlbfs",
+            private,
+            Some(libc::MFD_HUGETLB),
+        ),
+        (
+            "a shared memfd of hugetlbfs",
+            shared,
+            Some(libc::MFD_HUGETLB),
+        ),
+        (
+            "private anonymous memory of hugetlbfs",
+            private | anonymous | huge,
+            None,
+        ),
     ];
     let ways: [(&str, GiveBack); 4] = [
         ("MADV_DONTNEED", dontneed),
@@ -698,7 +722,10 @@ fn memory_whose_pages_go_unseen_needs_the_promise_to_mark() {
             }
             tracked.space.mark(marked).unwrap();
             let found = tracked.harvest_all();
-            assert!((step..3 * step).all(|page| found.contains(&page)), "{kind}, {way}");
+            assert!(
+                (step..3 * step).all(|page| found.contains(&page)),
+                "{kind}, {way}"
+            );
             assert_eq!(tracked.harvest_all(), [0u64; 0], "{kind}, {way}");
         }
         let all = tracked.range(0, pages);
@@ -715,7 +742,11 @@ fn memory_whose_pages_go_unseen_needs_the_promise_to_mark() {
         "shared anonymous memory, MADV_REMOVE",
     ];
     eprintln!("unseen: {unseen:#?}");
-    assert!(expected.iter().all(|unseen_way| unseen.contains(*unseen_way)));
+    assert!(
+        expected
+            .iter()
+            .all(|unseen_way| unseen.contains(*unseen_way))
+    );
 }
 
 /// Two mappings side by side: one of them needs the promise, so both do.
@@ -734,7 +765,9 @@ fn memory_of_two_kinds_is_refused_at_the_first_page_of_the_second() {
     let at = map.host() + 4 * page;
     let refused = memory.add(range, map.host());
     assert!(matches!(refused, Err(PagemapError::GivenBackUnseen { address }) if address == at));
-    memory.add_with(range, map.host(), GivenBack::Marked).unwrap();
+    memory
+        .add_with(range, map.host(), GivenBack::Marked)
+        .unwrap();
 }
 
 /// A child has the descriptors of its parent, which go on to act on the parent's memory: one harvest
@@ -779,14 +812,20 @@ fn a_child_of_fork_takes_nothing_from_its_parent() {
                 }
             }
         }),
-        ("set_tracking", &|| match tracked.space.set_tracking(false) {
-            Err(error) => says(&error),
-            Ok(()) => 2,
-        }),
-        ("add", &|| match tracked.memory.add(tracked.range(200, 1), 1 << 40) {
-            Err(error) => says(&error),
-            Ok(()) => 2,
-        }),
+        (
+            "set_tracking",
+            &|| match tracked.space.set_tracking(false) {
+                Err(error) => says(&error),
+                Ok(()) => 2,
+            },
+        ),
+        (
+            "add",
+            &|| match tracked.memory.add(tracked.range(200, 1), 1 << 40) {
+                Err(error) => says(&error),
+                Ok(()) => 2,
+            },
+        ),
         ("remove", &|| match tracked.memory.remove(all) {
             Err(error) => says(&error),
             Ok(()) => 2,
@@ -835,7 +874,11 @@ fn a_stale_tracker_takes_nothing_from_the_next_one() {
         panic!("it has other memory's pages");
     };
     let text = format!("the memory from {:#x} on was mapped anew", map.host());
-    assert!(stopped.error.to_string().contains(&text), "{}", stopped.error);
+    assert!(
+        stopped.error.to_string().contains(&text),
+        "{}",
+        stopped.error
+    );
     drop(stopped);
     let mut words = stale.words();
     let bitmap = UserBitmap::new(&mut words);

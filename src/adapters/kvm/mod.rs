@@ -97,9 +97,9 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use super::host;
+use crate::error::Error;
 #[cfg(doc)]
 use crate::source::DirtySource;
-use crate::error::Error;
 use crate::source::Stopped;
 use crate::sync::{Arc, AtomicU64, Mutex, MutexGuard, Ordering, lock};
 use crate::units::{Granule, Iova, IovaRange};

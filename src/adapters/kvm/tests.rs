@@ -692,7 +692,9 @@ fn slots_of_two_address_spaces_may_share_addresses() {
         // A page is dirty when either of its slots says so, and once if both do.
         fake.with(|state| {
             [10, 120, 310].iter().for_each(|page| state.write(*page));
-            [120, 150, 250, 329].iter().for_each(|page| state.write_in(1, *page));
+            [120, 150, 250, 329]
+                .iter()
+                .for_each(|page| state.write_in(1, *page));
         });
         let written = [10, 120, 150, 250, 310, 329];
         assert_eq!(harvest(&space, pages(0, 370)), written, "{mode:?}");
@@ -733,7 +735,10 @@ fn a_stop_in_one_address_space_loses_nothing_of_the_other() {
         stopped.lease.sync().unwrap().commit();
         let found = harvest(&space, pages(0, 370));
         let above = [120, 150, 250, 310];
-        assert!(above.iter().all(|page| found.contains(page)), "{mode:?}: {found:?}");
+        assert!(
+            above.iter().all(|page| found.contains(page)),
+            "{mode:?}: {found:?}"
+        );
         assert!(!found.contains(&10), "{mode:?}: told below the stop");
         assert_eq!(harvest(&space, pages(0, 370)), [0u64; 0], "{mode:?}");
     }
@@ -762,7 +767,9 @@ fn a_stop_in_the_middle_leaves_the_other_address_space_whole() {
     space.set_tracking(true).unwrap();
     fake.with(|state| {
         [70, 130_000].iter().for_each(|page| state.write(*page));
-        [80, 140_000].iter().for_each(|page| state.write_in(1, *page));
+        [80, 140_000]
+            .iter()
+            .for_each(|page| state.write_in(1, *page));
         // One read, one clear; the next clear fails.
         state.fail_in = Some(2);
     });
@@ -783,7 +790,9 @@ fn a_stop_in_the_middle_leaves_the_other_address_space_whole() {
     assert!(!below.contains(&140_000), "{below:?}");
     lease.commit();
     let mut words = vec![0u64; PAGES as usize / 64 + 1];
-    let lease = space.harvest(&request, UserBitmap::new(&mut words)).unwrap();
+    let lease = space
+        .harvest(&request, UserBitmap::new(&mut words))
+        .unwrap();
     let lease = lease.sync().unwrap();
     assert_eq!(numbers(lease.runs().collect()), [130_000, 140_000]);
     lease.commit();
@@ -847,7 +856,11 @@ fn a_child_of_fork_is_refused_by_every_call() {
         refused(&space.set_tracking(false).unwrap_err());
         let mut words = [0u64; 8];
         let request = HarvestRequest::new(pages(0, 200), Granule::K4);
-        refused(&space.peek(&request, UserBitmap::new(&mut words)).unwrap_err());
+        refused(
+            &space
+                .peek(&request, UserBitmap::new(&mut words))
+                .unwrap_err(),
+        );
         let refusal = space.harvest(&request, UserBitmap::new(&mut words));
         let Err(HarvestError::Stopped(stopped)) = refusal else {
             panic!("the child harvests");
@@ -875,7 +888,9 @@ fn a_ring_of_another_machine_is_noticed_when_it_is_flushed() {
     });
     let mut words = [0u64; 8];
     let request = HarvestRequest::new(pages(0, 200), Granule::K4);
-    let lease = space.harvest(&request, UserBitmap::new(&mut words)).unwrap();
+    let lease = space
+        .harvest(&request, UserBitmap::new(&mut words))
+        .unwrap();
     let error = lease.sync().unwrap_err().error.to_string();
     assert!(error.contains("added as number 0 is not of"), "{error}");
     let refused = log.drain_rings();

@@ -37,7 +37,10 @@ impl Line {
 /// If a line cannot be read.
 pub(super) fn not_private(maps: &[u8], start: u64, end: u64) -> io::Result<Option<u64>> {
     let mut at = start;
-    for line in maps.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+    for line in maps
+        .split(|byte| *byte == b'\n')
+        .filter(|line| !line.is_empty())
+    {
         let line = Line::parse(line).ok_or(io::ErrorKind::InvalidData)?;
         if line.end <= at {
             continue;
@@ -76,17 +79,34 @@ mod tests {
         assert_eq!(first(0x8_0000, 0x9_0000), None);
         assert_eq!(first(0x1_0000, 0x3_0001), Some(0x3_0000), "nothing there");
         assert_eq!(first(0x3_8000, 0x4_1000), Some(0x3_8000), "nothing there");
-        assert_eq!(first(0x4_0000, 0x5_1000), Some(0x5_0000), "private, of a file");
-        assert_eq!(first(0x6_1000, 0x6_2000), Some(0x6_1000), "shared, anonymous");
+        assert_eq!(
+            first(0x4_0000, 0x5_1000),
+            Some(0x5_0000),
+            "private, of a file"
+        );
+        assert_eq!(
+            first(0x6_1000, 0x6_2000),
+            Some(0x6_1000),
+            "shared, anonymous"
+        );
         assert_eq!(first(0x7_0000, 0x7_1000), Some(0x7_0000), "of hugetlbfs");
-        assert_eq!(first(0x9_0000, 0x9_1000), Some(0x9_0000), "a file without a number");
+        assert_eq!(
+            first(0x9_0000, 0x9_1000),
+            Some(0x9_0000),
+            "a file without a number"
+        );
         assert_eq!(first(0xa_0000, 0xa_1000), Some(0xa_0000), "past the last");
         assert_eq!(first(0x1_0000, 0x1_0000), None, "no address at all");
     }
 
     #[test]
     fn a_list_that_is_not_one_is_an_error() {
-        for maps in [&b"nonsense"[..], b"1000-2000", b"1000-2000 rw-p 0 0:0", b"x-2000 rw-p 0 0:0 0"] {
+        for maps in [
+            &b"nonsense"[..],
+            b"1000-2000",
+            b"1000-2000 rw-p 0 0:0",
+            b"x-2000 rw-p 0 0:0 0",
+        ] {
             not_private(maps, 0x1000, 0x2000).unwrap_err();
         }
     }

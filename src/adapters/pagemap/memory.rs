@@ -1,9 +1,9 @@
 //! One piece of memory that was added: what the kernel and this process know of its dirty pages.
 
+use super::GivenBack;
 use super::error::PagemapError;
 use super::ioctl::{Kernel, Region};
 use super::sweep::{Ask, Broken, Why, first_unmapped, sweep};
-use super::GivenBack;
 use crate::adapters::pending::{Pending, below, words_for};
 use crate::bitmap::Sink;
 use crate::error::Error;

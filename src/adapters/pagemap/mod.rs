@@ -312,7 +312,9 @@ impl Drop for ProcessMemory {
         if self.check_process().is_ok() {
             let owners = self.kernel.owners();
             let memory = self.memory();
-            memory.iter().for_each(|memory| owners.take_back(memory, || ()));
+            memory
+                .iter()
+                .for_each(|memory| owners.take_back(memory, || ()));
         }
     }
 }

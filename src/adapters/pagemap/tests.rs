@@ -3,8 +3,8 @@
 use std::io;
 
 use super::ioctl::{Find, Region, Scanned, table_bytes};
-use super::sweep::{Ask, sweep_nothing};
 use super::owners::Owners;
+use super::sweep::{Ask, sweep_nothing};
 use super::*;
 use crate::bitmap::UserBitmap;
 use crate::error::Error;
@@ -521,7 +521,10 @@ fn tables_that_are_gone_are_found_on_this_kernel() {
         };
         let mut found = Vec::new();
         let span = (start, start + 3 * table);
-        sweep_nothing(ask, span, &mut regions, &mut |from, to| found.push((from, to))).unwrap();
+        sweep_nothing(ask, span, &mut regions, &mut |from, to| {
+            found.push((from, to))
+        })
+        .unwrap();
         found
     };
     assert_eq!(sweep(true), []);
@@ -580,7 +583,10 @@ fn a_kernel_that_lies_about_where_it_stopped_loses_no_write() {
         let (at, error, below) = stops(&space, pages(0, 1000));
         assert_eq!((at, below), (pages(0, 1).start(), vec![]));
         let stands = HOST + (401 << 12);
-        assert!(error.contains(&format!("stands still at {stands:#x}")), "{error}");
+        assert!(
+            error.contains(&format!("stands still at {stands:#x}")),
+            "{error}"
+        );
         fake.with(|state| state.walk_end = None);
         let found = harvest(&space, pages(0, 1000));
         assert!([10, 11, 400].iter().all(|page| found.contains(page)));
@@ -613,7 +619,9 @@ fn memory_that_another_tracker_has_by_now_is_not_taken() {
     assert!(error.contains(&text), "{error}");
     let mut words = vec![0u64; PAGES.div_ceil(64) as usize];
     let request = HarvestRequest::new(pages(0, PAGES), Granule::K4);
-    let error = space.peek(&request, UserBitmap::new(&mut words)).unwrap_err();
+    let error = space
+        .peek(&request, UserBitmap::new(&mut words))
+        .unwrap_err();
     assert!(error.to_string().contains(&text), "{error}");
     space.set_tracking(false).unwrap();
     let error = space.set_tracking(true).unwrap_err();
@@ -651,7 +659,11 @@ fn a_child_of_fork_is_refused_by_every_call() {
     refused(&space.set_tracking(false).unwrap_err());
     let mut words = vec![0u64; PAGES.div_ceil(64) as usize];
     let request = HarvestRequest::new(pages(0, PAGES), Granule::K4);
-    refused(&space.peek(&request, UserBitmap::new(&mut words)).unwrap_err());
+    refused(
+        &space
+            .peek(&request, UserBitmap::new(&mut words))
+            .unwrap_err(),
+    );
     let refusal = space.harvest(&request, UserBitmap::new(&mut words));
     let Err(HarvestError::Stopped(stopped)) = refusal else {
         panic!("the child harvests");
