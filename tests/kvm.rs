@@ -339,9 +339,9 @@ fn in_child(call: impl FnOnce() -> u8) -> i32 {
     libc::WEXITSTATUS(status)
 }
 
-/// A child shares the rings of its parent: what it read, by a `peek` even, the parent never got, and
-/// KVM had it marked as read. With logs KVM refuses the child. botan#602 is the same with the state of
-/// a generator of random numbers.
+/// A child shares the rings of its parent: what it read, by a `peek` even, the parent never got,
+/// and KVM had it marked as read. With logs KVM refuses the child. botan#602 is the same with the
+/// state of a generator of random numbers.
 #[test]
 fn a_child_of_fork_takes_nothing_from_its_parent() {
     in_every_mode(|mode, mut guest| {
@@ -399,8 +399,8 @@ fn a_child_of_fork_takes_nothing_from_its_parent() {
     });
 }
 
-/// KVM maps a ring of any processor and of any size. The first switch then ended in SIGBUS, when the
-/// virtual machine has no rings or smaller ones; and of larger ones entries were never read.
+/// KVM maps a ring of any processor and of any size. The first switch then ended in SIGBUS, when
+/// the virtual machine has no rings or smaller ones; and of larger ones entries were never read.
 #[test]
 fn a_processor_without_such_a_ring_is_refused() {
     let Some(kvm) = kvm() else { return };
@@ -429,8 +429,8 @@ fn a_processor_without_such_a_ring_is_refused() {
     guest.space.set_tracking(true).unwrap();
 }
 
-/// No call of KVM says of which virtual machine a processor is. A ring of the same size is taken, and
-/// its entries are not taken back by the reset of the log's own machine: each flush says so.
+/// No call of KVM says of which virtual machine a processor is. A ring of the same size is taken,
+/// and its entries are not taken back by the reset of the log's own machine: each flush says so.
 #[test]
 fn a_ring_of_another_machine_is_noticed_when_it_is_flushed() {
     let Some(kvm) = kvm() else { return };
@@ -456,9 +456,9 @@ fn a_ring_of_another_machine_is_noticed_when_it_is_flushed() {
     ));
 }
 
-/// Other code that clears and sets the flags of a slot ends KVM's log of it, and no call of KVM tells
-/// that this has happened: what is reported then is the table of the guide. `renew_slot` makes the
-/// slot dirty as a whole.
+/// Other code that clears and sets the flags of a slot ends KVM's log of it, and no call of KVM
+/// tells that this has happened: what is reported then is the table of the guide. `renew_slot`
+/// makes the slot dirty as a whole.
 #[test]
 fn flags_that_other_code_switched_are_what_the_guide_says() {
     in_every_mode(|mode, mut guest| {
@@ -499,7 +499,7 @@ fn flags_that_other_code_switched_are_what_the_guide_says() {
             _ => vec![130],
         };
         assert_eq!(found, expected, "{mode:?}");
-        // Whoever knows of it says so.
+        // Code that knows of it says so.
         guest.log.renew_slot(slot).unwrap();
         assert_eq!(guest.harvest(first, n), all, "{mode:?}");
         assert_eq!(guest.harvest(first, n), [0u64; 0], "{mode:?}");

@@ -528,9 +528,9 @@ fn what_cannot_be_tracked_is_refused() {
     twin.add(range(0, 4), map.host()).unwrap();
 }
 
-/// QEMU discards memory of its guest, and a balloon gives back page after page. When a whole huge page
-/// goes, or the last page of a page table on a kernel that frees it then, nothing is left that the
-/// scan for writes looks at: two harvests said nothing, though the memory was zero.
+/// QEMU discards memory of its guest, and a balloon gives back page after page. When a whole huge
+/// page goes, or the last page of a page table on a kernel that frees it then, nothing is left that
+/// the scan for writes looks at: two harvests said nothing, though the memory was zero.
 #[test]
 fn all_that_is_given_back_of_private_memory_is_reported() {
     let Some(memory) = tracker() else { return };
@@ -589,7 +589,8 @@ fn all_that_is_given_back_of_private_memory_is_reported() {
     }
 }
 
-/// Pages that MADV_FREE gave up are as they were until the kernel takes them, and zero from then on.
+/// Pages that MADV_FREE gave up are as they were until the kernel takes them, and zero from then
+/// on.
 #[test]
 fn pages_that_the_kernel_may_take_are_reported_when_it_has() {
     let Some(memory) = tracker() else { return };
@@ -642,10 +643,10 @@ fn truncate(map: &Map, file: Option<&File>, first: u64, _: u64) -> bool {
     })
 }
 
-/// Of shared memory, of files and of hugetlbfs the kernel keeps the mark of protection when a page is
-/// given back, also for the page of zeroes that is read in its place: nothing tells it from a clean
-/// page. So such memory needs the promise to mark. What each kind and way does on this kernel is the
-/// table of the guide.
+/// Of shared memory, of files and of hugetlbfs the kernel keeps the mark of protection when a page
+/// is given back, also for the page of zeroes that is read in its place: nothing tells it from a
+/// clean page. So such memory needs the promise to mark. What each kind and way does on this kernel
+/// is the table of the guide.
 #[test]
 fn memory_whose_pages_go_unseen_needs_the_promise_to_mark() {
     let Some(memory) = tracker() else { return };
@@ -770,9 +771,9 @@ fn memory_of_two_kinds_is_refused_at_the_first_page_of_the_second() {
         .unwrap();
 }
 
-/// A child has the descriptors of its parent, which go on to act on the parent's memory: one harvest
-/// in the child took, and protected again, what the parent was to report. botan#602 is the same with
-/// the state of a generator of random numbers.
+/// A child has the descriptors of its parent, which go on to act on the parent's memory: one
+/// harvest in the child took, and protected again, what the parent was to report. botan#602 is the
+/// same with the state of a generator of random numbers.
 #[test]
 fn a_child_of_fork_takes_nothing_from_its_parent() {
     let Some(memory) = tracker() else { return };
@@ -850,8 +851,8 @@ fn a_child_of_fork_takes_nothing_from_its_parent() {
     assert_eq!(tracked.harvest_all(), [50]);
 }
 
-/// A scan goes by addresses: a tracker whose memory was unmapped took the dirty pages of another one,
-/// which had added what was mapped there next, and protected them again.
+/// A scan goes by addresses: a tracker whose memory was unmapped took the dirty pages of another
+/// one, which had added what was mapped there next, and protected them again.
 #[test]
 fn a_stale_tracker_takes_nothing_from_the_next_one() {
     let Some(memory) = tracker() else { return };

@@ -50,11 +50,11 @@
 //! has nothing to do for logs, and resets the rings for rings.
 //!
 //! # Address spaces
-//! Where KVM knows system management mode, it has two address spaces (bits 16 to 31 of the number of
-//! a slot), and a slot of each may have the same guest physical addresses, backed by the same memory
-//! or by other memory. An [`AddressSpace`](crate::AddressSpace) has those addresses once. A page of
-//! it is dirty when *any* slot at its address says so: the union. So a copy of a dirty page takes
-//! the memory of every slot that is there.
+//! Where KVM knows system management mode, it has two address spaces (bits 16 to 31 of the number
+//! of a slot), and a slot of each may have the same guest physical addresses, backed by the same
+//! memory or by other memory. An [`AddressSpace`](crate::AddressSpace) has those addresses once. A
+//! page of it is dirty when *any* slot at its address says so: the union. So a copy of a dirty page
+//! takes the memory of every slot that is there.
 //!
 //! # Guarantees
 //! * What KVM says is in memory that was reserved when the slot was added before anything can fail: an error in one slot loses nothing
@@ -77,7 +77,7 @@
 //! * One log for one virtual machine: two would take from each other.
 //! * A child of `fork` has the rings of its parent, and KVM serves it no log: every call is refused
 //!   there, with [`KvmError::OfAnotherProcess`].
-//! * KVM tells nobody that other code switched the flags of a slot: see
+//! * KVM does not tell that other code switched the flags of a slot: see
 //!   [`renew_slot`](KvmLog::renew_slot).
 
 mod error;
@@ -211,8 +211,8 @@ impl KvmLog {
     /// # Safety
     /// Until the slot is removed or the virtual machine is gone:
     /// * the memory stays mapped, and the process is prepared for a guest that reads and writes it;
-    /// * no other code deletes the slot, or makes another one of its number: KVM writes as many bits
-    ///   as its slot has pages.
+    /// * no other code deletes the slot, or makes another one of its number: KVM writes as many
+    ///   bits as its slot has pages.
     ///
     /// Other code that switches the flags of the slot does no harm to memory, and takes writes from
     /// the log: see [`renew_slot`](Self::renew_slot).
@@ -265,15 +265,16 @@ impl KvmLog {
         Ok(())
     }
 
-    /// Sets the flags of the slot again, and counts all of it as dirty: for a slot whose flags other
-    /// code has switched off, or off and on again, by KVM_SET_USER_MEMORY_REGION.
+    /// Sets the flags of the slot again, and counts all of it as dirty: for a slot whose flags
+    /// other code has switched off, or off and on again, by KVM_SET_USER_MEMORY_REGION.
     ///
-    /// KVM forgets its log of a slot then, and tells nobody: no call reads the flags of a slot, and
-    /// one that sets them as they are does nothing. Without this call
+    /// KVM forgets its log of a slot then, and does not tell: no call reads the flags of a slot,
+    /// and one that sets them as they are does nothing. Without this call
     /// * a slot whose flags are *off* stops the harvest, unless the mode is [`KvmMode::Ring`], and
     ///   from that stop on counts as dirty as a whole;
-    /// * a slot whose flags are *on again* is dirty as a whole with `initially_set`; else pages that
-    ///   were written before, unless they are in a ring, and while the flags were off are missing.
+    /// * a slot whose flags are *on again* is dirty as a whole with `initially_set`; else pages
+    ///   that were written before, unless they are in a ring, and while the flags were off are
+    ///   missing.
     ///
     /// # Errors
     /// [`KvmError::OfAnotherProcess`], [`KvmError::NoSlot`], [`KvmError::SlotCall`].

@@ -145,11 +145,11 @@ impl Mapped {
         // One page more than the ring should have, for as long as it takes to look at it.
         let address = map(bytes + page.bytes() as usize)?;
         let ring = has_pages(address, bytes);
-        let behind = has_pages(address.wrapping_byte_add(bytes), page.bytes() as usize);
+        let above = has_pages(address.wrapping_byte_add(bytes), page.bytes() as usize);
         // SAFETY: the mapping of above, to which nothing refers.
         unsafe { libc::munmap(address, bytes + page.bytes() as usize) };
         const LOOK: &str = "madvise(MADV_POPULATE_READ)";
-        if !ring.map_err(called(LOOK))? || behind.map_err(called(LOOK))? {
+        if !ring.map_err(called(LOOK))? || above.map_err(called(LOOK))? {
             return Err(none());
         }
         let entries = NonNull::new(map(bytes)?.cast()).ok_or_else(none)?;

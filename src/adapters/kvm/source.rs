@@ -18,7 +18,8 @@ impl DirtySource for KvmLog {
         self.check_process().map_err(Error::source_failed)
     }
 
-    /// Reports and forgets what is dirty; slots stay as they are. In a child of `fork` all of it is.
+    /// Reports and forgets what is dirty; slots stay as they are. In a child of `fork` all of it
+    /// is.
     fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
         if self.check_process().is_err() {
             gather.add(range, self.page);

@@ -674,8 +674,8 @@ fn machine_with_smm(mode: KvmMode) -> (AddressSpace, Arc<KvmLog>, Fake) {
     (space, log, fake)
 }
 
-/// KVM has an address space of its own for system management mode, and QEMU gives it the same memory
-/// at the same addresses. Slots of it were refused as an overlap.
+/// KVM has an address space of its own for system management mode, and QEMU gives it the same
+/// memory at the same addresses. Slots of it were refused as an overlap.
 #[test]
 fn slots_of_two_address_spaces_may_share_addresses() {
     for mode in MODES {
@@ -798,8 +798,8 @@ fn a_stop_in_the_middle_leaves_the_other_address_space_whole() {
     lease.commit();
 }
 
-/// Other code that clears a slot's flags ends its log, and KVM says so as long as they are off. What
-/// was written by then, and until they are on again, is not known.
+/// Other code that clears a slot's flags ends its log, and KVM says so as long as they are off.
+/// What was written by then, and until they are on again, is not known.
 #[test]
 fn a_log_that_other_code_switched_off_is_dirty_as_a_whole() {
     for mode in [MODES[0], MODES[1]] {
@@ -831,8 +831,8 @@ fn a_log_that_other_code_switched_off_is_dirty_as_a_whole() {
     }
 }
 
-/// Botan's generator had its state twice after a `fork`; here the child has the rings, which it shares
-/// with its parent: what it read, by a `peek` even, the parent never got.
+/// Botan's generator had its state twice after a `fork`; here the child has the rings, which it
+/// shares with its parent: what it read, by a `peek` even, the parent never got.
 #[test]
 fn a_child_of_fork_is_refused_by_every_call() {
     for mode in MODES {
@@ -877,8 +877,8 @@ fn a_child_of_fork_is_refused_by_every_call() {
     }
 }
 
-/// KVM does not tell of which machine a processor is. A ring of another machine keeps the entries that
-/// were handed back, so each flush says so, instead of pages that are missing in both logs.
+/// KVM does not tell of which machine a processor is. A ring of another machine keeps the entries
+/// that were handed back, so each flush says so, instead of pages that are missing in both logs.
 #[test]
 fn a_ring_of_another_machine_is_noticed_when_it_is_flushed() {
     let (space, log, fake) = machine(MODES[3]);

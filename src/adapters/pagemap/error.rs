@@ -30,8 +30,8 @@ pub enum PagemapError {
     /// Pages of this memory can be given back to the kernel in ways that leave no trace.
     #[error(
         "the memory at {address:#x} is shared, of a file, or of hugetlbfs: pages of it that are \
-         given back do not come out of the kernel as dirty. Add it with GivenBack::Marked, and mark \
-         what is given back"
+         given back do not come out of the kernel as dirty. Add it with GivenBack::Marked, and \
+         mark what is given back"
     )]
     GivenBackUnseen {
         /// The first such address.

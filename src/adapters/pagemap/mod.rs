@@ -71,8 +71,8 @@
 //!
 //! Of private anonymous memory, the mark of protection goes with the page, so the page comes out as
 //! written; also when it was read since. When its whole page table goes, as with a huge page, the
-//! scan of older kernels says nothing. [`ProcessMemory::new`] asks the kernel which one it is, and on
-//! such a kernel one page of each table is looked at too, by `move_pages(2)`: 0.13 ns a page in
+//! scan of older kernels says nothing. [`ProcessMemory::new`] asks the kernel which one it is, and
+//! on such a kernel one page of each table is looked at too, by `move_pages(2)`: 0.13 ns a page in
 //! addition to 0.85 ns for a scan of small pages, and twice the 0.1 ns for huge ones. Where the
 //! kernel reports it, nothing is added.
 //!
@@ -84,9 +84,9 @@
 //!
 //! # Limits
 //! * What writes without the processor's page tables is not seen: devices, and the kernel through
-//!   pages that it holds, as with O_DIRECT, buffers that are registered with io_uring, or VFIO. Mark
-//!   those, with [`begin_write`](crate::AddressSpace::begin_write) while they last. A `read(2)` into
-//!   the memory is seen.
+//!   pages that it holds, as with O_DIRECT, buffers that are registered with io_uring, or VFIO.
+//!   Mark those, with [`begin_write`](crate::AddressSpace::begin_write) while they last. A
+//!   `read(2)` into the memory is seen.
 //! * A huge page of anonymous memory may be reported as a whole. Where the kernel splits it at the first write, reports are fine, but
 //!   the memory is mapped by small pages from then on. A page of hugetlbfs is reported as a whole, so a request must not cut it:
 //!   [`PagemapError::NoProgress`].
@@ -124,16 +124,16 @@ use ioctl::{Kernel, Process};
 use memory::Memory;
 
 /// How pages become dirty that are given back to the kernel: by MADV_DONTNEED or MADV_REMOVE, by a
-/// hole in the file behind them, or by its end. Their contents are zero from then on, or those of the
-/// file. See [Pages that are given back](self#pages-that-are-given-back).
+/// hole in the file behind them, or by its end. Their contents are zero from then on, or those of
+/// the file. See [Pages that are given back](self#pages-that-are-given-back).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum GivenBack {
     /// They are reported. Private anonymous memory alone can be added so.
     #[default]
     Reported,
     /// The caller promises to [`mark`](crate::AddressSpace::mark) each of them, after it was given
-    /// back, whichever part of the program or other process gives it back. Harvests report none that
-    /// is not marked, at a smaller cost, from any memory.
+    /// back, whichever part of the program or other process gives it back. Harvests report none
+    /// that is not marked, at a smaller cost, from any memory.
     Marked,
 }
 
@@ -170,10 +170,10 @@ impl ProcessMemory {
         self.page
     }
 
-    /// Adds the private anonymous memory of this process that begins at `address`, to be reported at
-    /// `range`: the same numbers, or others, such as guest physical addresses. No other userfaultfd
-    /// may have it. Tracked at once if the others are. Pages of it that are given back to the kernel
-    /// are reported.
+    /// Adds the private anonymous memory of this process that begins at `address`, to be reported
+    /// at `range`: the same numbers, or others, such as guest physical addresses. No other
+    /// userfaultfd may have it. Tracked at once if the others are. Pages of it that are given back
+    /// to the kernel are reported.
     ///
     /// # Errors
     /// In this order: [`PagemapError::OfAnotherProcess`], [`PagemapError::Overlap`],
@@ -184,8 +184,8 @@ impl ProcessMemory {
         self.add_with(range, address, GivenBack::Reported)
     }
 
-    /// As [`add`](Self::add). With [`GivenBack::Marked`] memory of any kind can be added: shared, or
-    /// of `tmpfs`, `hugetlbfs` or another file, too.
+    /// As [`add`](Self::add). With [`GivenBack::Marked`] memory of any kind can be added: shared,
+    /// or of `tmpfs`, `hugetlbfs` or another file, too.
     ///
     /// # Errors
     /// As for [`add`](Self::add), but [`PagemapError::GivenBackUnseen`] only with

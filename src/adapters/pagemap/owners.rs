@@ -1,9 +1,10 @@
 //! Which tracker a range of this process's memory belongs to.
 //!
 //! The kernel gives each mapping to one userfaultfd, but a scan does not ask to which: a tracker
-//! whose memory was unmapped would scan, and protect, what another tracker has at the same addresses
-//! by now. So each process has a list of what its trackers have. Memory that the kernel lets a
-//! tracker register belongs to no other one: what the list has at its addresses is taken over.
+//! whose memory was unmapped would scan, and protect, what another tracker has at the same
+//! addresses by now. So each process has a list of what its trackers have. Memory that the kernel
+//! lets a tracker register belongs to no other one: what the list has at its addresses is taken
+//! over.
 
 use std::io;
 
@@ -61,8 +62,8 @@ impl Owners {
 /// The list of this process.
 static OWNERS: AtomicPtr<Owners> = AtomicPtr::new(std::ptr::null_mut());
 
-/// The list of this process, which lives as long as it. A child of `fork` has one of its own: it has
-/// none of the memory of its parent, and the lock may be held for ever by a thread of that.
+/// The list of this process, which lives as long as it. A child of `fork` has one of its own: it
+/// has none of the memory of its parent, and the lock may be held for ever by a thread of that.
 ///
 /// # Errors
 /// Those of [`Owners::new`].

@@ -49,8 +49,8 @@ pub(super) struct Ask<'k> {
 }
 
 /// Hands the pages from `start` up to `end` that were written, or given back, to `found`, as first
-/// address and the one after the last, in order but for repetitions; and protects them again, if that
-/// is asked for. What was protected was found, whatever fails.
+/// address and the one after the last, in order but for repetitions; and protects them again, if
+/// that is asked for. What was protected was found, whatever fails.
 pub(super) fn sweep(
     ask: Ask<'_>,
     (start, end): (u64, u64),
@@ -76,8 +76,8 @@ pub(super) fn sweep(
 }
 
 /// Finds the pages of `start..end` that lie in no page table, which the scan for writes skips on
-/// some kernels: when all pages of a table, or a whole huge page, are given back, the table goes, and
-/// the marks of protection go with it. One page of each table tells.
+/// some kernels: when all pages of a table, or a whole huge page, are given back, the table goes,
+/// and the marks of protection go with it. One page of each table tells.
 pub(super) fn sweep_nothing(
     ask: Ask<'_>,
     (start, end): (u64, u64),

@@ -456,10 +456,10 @@ fn every_refusal_names_what_is_wrong() {
     fake.with(|state| assert!(!state.registered[0], "touched before it was checked"));
 }
 
-/// QEMU discards memory of its guest, and a balloon gives back page after page: when the last page of
-/// a page table goes, the kernel frees the table (x86, since Linux 6.14), and a whole huge page takes
-/// its entry along. The scan for writes skips what has no entry: two harvests said nothing, though the
-/// memory was zero.
+/// QEMU discards memory of its guest, and a balloon gives back page after page: when the last page
+/// of a page table goes, the kernel frees the table (x86, since Linux 6.14), and a whole huge page
+/// takes its entry along. The scan for writes skips what has no entry: two harvests said nothing,
+/// though the memory was zero.
 #[test]
 fn pages_that_went_with_their_table_are_dirty_once() {
     for probes in [true, false] {
@@ -492,8 +492,8 @@ fn pages_that_went_with_their_table_are_dirty_once() {
     }
 }
 
-/// The same on the kernel of this machine, which reports such pages itself by now: the look for tables
-/// finds them too, and protects them.
+/// The same on the kernel of this machine, which reports such pages itself by now: the look for
+/// tables finds them too, and protects them.
 #[test]
 fn tables_that_are_gone_are_found_on_this_kernel() {
     let process = match Process::that_skips_tables() {
@@ -533,6 +533,11 @@ fn tables_that_are_gone_are_found_on_this_kernel() {
     // SAFETY: whole pages of the block, which are zero after it.
     let result = unsafe { libc::madvise(given_back.cast(), table as usize, libc::MADV_DONTNEED) };
     assert_eq!(result, 0);
+    // Whether the kernel is one of those is found out right.
+    let mut written = [Region::default()];
+    let scanned = process.scan((from, end), Find::Written, false, &mut written);
+    let skips = Process::new().unwrap().skips_tables();
+    assert_eq!(scanned.unwrap().regions == 0, skips);
     assert_eq!(sweep(false), [(from, end)]);
     assert_eq!(sweep(true), [(from, end)]);
     assert_eq!(sweep(true), [], "protected, and there by its marks");
@@ -637,8 +642,8 @@ fn memory_that_another_tracker_has_by_now_is_not_taken() {
     assert_eq!(unmapped.discarded_bytes, u128::from(PAGES << 12));
 }
 
-/// Botan's generator had its state twice after a `fork`; here the child has the descriptors, which act
-/// on the memory of its parent: a scan of the child took what the parent was to report.
+/// Botan's generator had its state twice after a `fork`; here the child has the descriptors, which
+/// act on the memory of its parent: a scan of the child took what the parent was to report.
 #[test]
 fn a_child_of_fork_is_refused_by_every_call() {
     let (space, memory, fake) = process();
