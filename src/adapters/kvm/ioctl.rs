@@ -9,7 +9,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 
-use crate::adapters::host::Maker;
+use crate::adapters::maker::Maker;
 
 const SET_USER_MEMORY_REGION: libc::Ioctl = libc::_IOW::<kvm_userspace_memory_region>(KVMIO, 0x46);
 const GET_DIRTY_LOG: libc::Ioctl = libc::_IOW::<kvm_dirty_log>(KVMIO, 0x42);

@@ -8,7 +8,8 @@ use std::ptr::NonNull;
 use super::error::PagemapError;
 use super::maps;
 use super::owners::{self, Owners};
-use crate::adapters::host::{self, Maker};
+use crate::adapters::host;
+use crate::adapters::maker::Maker;
 
 /// A run of pages that a scan reports.
 #[repr(C)]

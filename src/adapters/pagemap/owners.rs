@@ -9,7 +9,7 @@
 use std::io;
 
 use super::memory::Memory;
-use crate::adapters::host::Maker;
+use crate::adapters::maker::Maker;
 use crate::sync::{Arc, AtomicPtr, Mutex, Ordering, lock};
 
 /// What all trackers of a process have. The lock is held over each call that gives memory to a
