@@ -30,6 +30,12 @@ mod loom_tests;
 mod host;
 #[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]
 pub mod kvm;
+#[cfg(all(
+    any(feature = "kvm", feature = "pagemap"),
+    target_os = "linux",
+    not(dirtymap_loom)
+))]
+mod maker;
 #[cfg(all(feature = "pagemap", target_os = "linux", not(dirtymap_loom)))]
 pub mod pagemap;
 #[cfg(all(
