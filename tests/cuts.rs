@@ -38,9 +38,9 @@ fn on_a_small_stack(test: impl FnOnce() + Send + 'static) {
     small.spawn(test).unwrap().join().unwrap();
 }
 
-/// A guest's memory whose slots were split again and again, while a device kept the handle that it got
-/// at boot: each mark went through all cuts, one call inside the other, and ended on the guard page of
-/// the stack; so did the drop of the chain of areas.
+/// A guest's memory whose slots were split again and again, while a device kept the handle that it
+/// got at boot: each mark went through all cuts, one call inside the other, and ended on the guard
+/// page of the stack; so did the drop of the chain of areas.
 #[test]
 fn a_handle_survives_a_hundred_thousand_cuts() {
     on_a_small_stack(|| {
@@ -67,8 +67,8 @@ fn a_handle_survives_a_hundred_thousand_cuts() {
     });
 }
 
-/// The same with one area that is cut and loses the part below, again and again: there is never more
-/// than one area, and the chain of those that were cut is as long as the history.
+/// The same with one area that is cut and loses the part below, again and again: there is never
+/// more than one area, and the chain of those that were cut is as long as the history.
 #[test]
 fn a_handle_survives_what_is_cut_off_a_hundred_thousand_times() {
     on_a_small_stack(|| {
@@ -176,8 +176,8 @@ fn an_old_handle_follows_a_batch() {
     assert_eq!(space.stats().outside_marks, 3);
 }
 
-/// The file of a log, or the descriptor of a VM, stays open for as long as its source lives: a handle
-/// that a thread keeps must not keep it.
+/// The file of a log, or the descriptor of a VM, stays open for as long as its source lives: a
+/// handle that a thread keeps must not keep it.
 #[test]
 fn a_handle_keeps_no_source() {
     let (space, first, second) = two_sources();
@@ -204,8 +204,8 @@ fn cut_all(space: &AddressSpace) {
     }
 }
 
-/// A domain comes, and while it is filled with one area, the next one is cut into thousands of pieces:
-/// it gets each of them, once.
+/// A domain comes, and while it is filled with one area, the next one is cut into thousands of
+/// pieces: it gets each of them, once.
 #[test]
 fn an_attach_finds_what_became_of_an_area() {
     on_a_small_stack(|| {
@@ -223,8 +223,8 @@ fn an_attach_finds_what_became_of_an_area() {
     });
 }
 
-/// A domain goes, and while it is emptied of one area, the next one is cut: nothing is left in it, and
-/// what was dirty is marked.
+/// A domain goes, and while it is emptied of one area, the next one is cut: nothing is left in it,
+/// and what was dirty is marked.
 #[test]
 fn a_detach_finds_what_became_of_an_area() {
     on_a_small_stack(|| {
@@ -244,8 +244,8 @@ fn a_detach_finds_what_became_of_an_area() {
     });
 }
 
-/// A domain of 8 KiB pages, which comes while the next flush of `small` is under way: it is in the list
-/// then, and waits for the areas that are being changed. What its attach says is received.
+/// A domain of 8 KiB pages, which comes while the next flush of `small` is under way: it is in the
+/// list then, and waits for the areas that are being changed. What its attach says is received.
 fn attach_at_flush(
     space: &Arc<AddressSpace>,
     small: &Fake,
@@ -276,8 +276,8 @@ fn is_cut_of_page_1(error: &Error) -> bool {
 }
 
 /// A cut has planned in pages of 4 KiB; while it waits for the flush of the leaves that it split, a
-/// domain of 8 KiB pages comes. One of the two is refused: else the domain, which had found the area
-/// whole, was asked to map a half of its page.
+/// domain of 8 KiB pages comes. One of the two is refused: else the domain, which had found the
+/// area whole, was asked to map a half of its page.
 #[test]
 fn a_cut_and_an_attach_of_larger_pages_refuse_each_other() {
     let small = Arc::new(Fake::default());
@@ -294,8 +294,8 @@ fn a_cut_and_an_attach_of_larger_pages_refuse_each_other() {
     assert_eq!(large.with(|s| s.mapped.clone()), [pages(0, 2), pages(2, 2)]);
 }
 
-/// The same by a batch, which has emptied what was to go: it names the cut, everything is where it was,
-/// and what was dirty still is.
+/// The same by a batch, which has emptied what was to go: it names the cut, everything is where it
+/// was, and what was dirty still is.
 #[test]
 fn a_batch_and_an_attach_of_larger_pages_refuse_each_other() {
     use dirtymap::Change::{Cut, Unmap};
