@@ -15,6 +15,7 @@
 mod bitmaps;
 mod bits;
 mod exchange;
+mod faults;
 mod flush;
 mod forms;
 mod gather;
@@ -35,8 +36,8 @@ pub use flush::check_flush;
 pub use forms::Form;
 pub use gather::check_gather;
 pub use op::{
-    Ask, Config, Cut, DOMAINS, Fate, Format, MapFault, Mask, Master, Mode, Op, Place, Sabotage,
-    Share, Step, Stretch, decode,
+    Ask, Callback, Config, Cut, DOMAINS, Fate, Format, MapFault, Mask, Master, Mode, Moment, Op,
+    Place, Sabotage, Share, Step, Stretch, decode,
 };
 pub use random::Random;
 pub use ranges::check_ranges;
@@ -50,6 +51,8 @@ mod history;
 #[cfg(test)]
 mod matrix;
 #[cfg(test)]
+mod panics;
+#[cfg(test)]
 mod properties;
 #[cfg(test)]
 mod regressions;
@@ -57,3 +60,5 @@ mod regressions;
 mod sabotage;
 #[cfg(test)]
 mod traffic;
+#[cfg(test)]
+mod watch;

@@ -36,6 +36,8 @@ pub(crate) struct DomainState {
     pub(crate) dirt: Dirt,
     /// Pages that its devices may have written while nobody looked.
     pub(crate) untracked: BTreeSet<u64>,
+    /// Where leaves were merged: they may be larger than the domain maps them.
+    pub(crate) merged: Vec<(u64, u64)>,
 }
 
 /// What a live lease holds.
@@ -106,6 +108,9 @@ impl Oracle {
         for domain in &mut self.domains {
             domain.dirt.take(area.first, area.last());
             domain.untracked.retain(|page| !area.holds(*page));
+            domain
+                .merged
+                .retain(|(first, last)| !area.holds(*first) || !area.holds(*last));
         }
         for lease in self.leases.iter_mut().flatten() {
             lease.pages.retain(|page| !area.holds(*page));
@@ -214,6 +219,25 @@ impl Oracle {
     pub(crate) fn died(&mut self, ask: &Ask, runs: &[IovaRange]) {
         let lease = self.leased(ask, BTreeSet::new());
         self.put_back(&lease, runs);
+    }
+
+    /// A domain may report `page` once more, and so may the marks, if it is mapped.
+    pub(crate) fn may_be_dirty(&mut self, domain: usize, page: u64) {
+        if self.area_at(page).is_some() {
+            self.domains[domain].dirt.pages.insert(page);
+            self.marks.pages.insert(page);
+        }
+    }
+
+    /// The leaves of `area` have become the largest that a domain has: those that took the place of tables are dirty.
+    pub(crate) fn merged(&mut self, domain: usize, area: &Area) {
+        self.domains[domain].merged.push((area.first, area.last()));
+        if area.access.writes() {
+            self.domains[domain]
+                .dirt
+                .pages
+                .extend(area.first..=area.last());
+        }
     }
 
     fn put_back(&mut self, lease: &Leased, runs: &[IovaRange]) {

@@ -62,6 +62,8 @@ pub(crate) struct Area {
 pub(crate) struct Oracle {
     /// The pages of the leaves that each domain has, ascending.
     leaf_pages: [Vec<u64>; DOMAINS],
+    /// The same, where leaves were merged.
+    largest: [Vec<u64>; DOMAINS],
     formats: [&'static str; DOMAINS],
     /// For each domain, whether it has leaves that devices can only write.
     write_only: [bool; DOMAINS],
@@ -118,10 +120,9 @@ impl Oracle {
         Oracle {
             leaf_pages: [0, 1, 2].map(|nth| match config.formats[nth] {
                 _ if !config.large_leaves[nth] => vec![1],
-                Format::Amd => (0..=LARGE.ilog2()).map(|lg2| 1 << lg2).collect(),
-                Format::Riscv => vec![1, 16, LARGE],
-                Format::Vtd | Format::Arm | Format::X86 => vec![1, LARGE],
+                format => leaves_of(format),
             }),
+            largest: config.formats.map(leaves_of),
             formats: [0, 1, 2].map(|nth| world.nodes[nth].format()),
             write_only: [0, 1, 2].map(|nth| world.nodes[nth].grants(Access::Write)),
             areas: BTreeMap::new(),
@@ -308,7 +309,16 @@ impl Oracle {
     /// The leaf of a domain that maps `page`: the largest that fits. A cut leaves the largest that fit on either side.
     fn leaf_of(&self, domain: usize, page: u64) -> Option<(u64, u64)> {
         let area = self.area_at(page)?;
-        let leaves = self.leaf_pages[domain].iter().rev();
+        let merged = &self.domains[domain].merged;
+        let merged = merged
+            .iter()
+            .any(|(first, last)| (*first..=*last).contains(&page));
+        let leaves = if merged {
+            &self.largest[domain]
+        } else {
+            &self.leaf_pages[domain]
+        };
+        let leaves = leaves.iter().rev();
         leaves
             .map(|count| (page / count * count, *count))
             .find(|(first, count)| {
@@ -337,6 +347,15 @@ impl Mask {
     /// Whether the bits of `page` are set.
     pub(crate) fn has(self, page: u64) -> bool {
         self.stretches >> ((page >> self.pages_lg2) % 8) & 1 == 1
+    }
+}
+
+/// The pages of the leaves that a format has, up to 2 MiB.
+fn leaves_of(format: Format) -> Vec<u64> {
+    match format {
+        Format::Amd => (0..=LARGE.ilog2()).map(|lg2| 1 << lg2).collect(),
+        Format::Riscv => vec![1, 16, LARGE],
+        Format::Vtd | Format::Arm | Format::X86 => vec![1, LARGE],
     }
 }
 

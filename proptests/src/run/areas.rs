@@ -219,6 +219,7 @@ impl Runner<'_> {
     }
 
     pub(super) fn forget_copies(&mut self, gone: &[Area]) -> Checked {
+        self.check_paid(gone)?;
         for area in gone {
             self.copy.retain(|page, _| !area.holds(*page));
             for node in &self.world.nodes {

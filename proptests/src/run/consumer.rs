@@ -7,6 +7,7 @@ use dirtymap::sync::Arc;
 use dirtymap::{Granule, HarvestRequest, Iova, IovaRange};
 
 use super::modes::share_of;
+use super::panics::{Panicked, caught};
 use super::{Checked, End, Held, Live, Runner, broken};
 use crate::bits::{clear, runs_in};
 use crate::op::{Master, Place, Sabotage, Share};
@@ -40,14 +41,20 @@ impl Runner<'_> {
             return Ok(());
         };
         let failures = self.world.failures_ahead();
+        let open = self.open_runs(nth, &held);
         let mut failed = false;
         held.live = match held.live {
             Live::Synced(lease) => Live::Synced(lease),
-            Live::Owed(lease) => match lease.sync() {
-                Ok(lease) => Live::Synced(lease),
-                Err(error) => {
+            Live::Owed(lease) => match caught(|| lease.sync()) {
+                Ok(Ok(lease)) => Live::Synced(lease),
+                Ok(Err(error)) => {
                     failed = true;
                     Live::Owed(*error.lease)
+                }
+                Err(Panicked) => {
+                    // The panic has dropped the lease.
+                    self.was_put_back(nth, &open, held.bytes);
+                    return Ok(());
                 }
             },
         };
@@ -184,12 +191,7 @@ impl Runner<'_> {
         let Some(held) = self.leases[nth].take() else {
             return Ok(());
         };
-        let (range, granule) = (held.request.range(), held.request.granule());
-        let open = without(&self.buffers[nth].read(), range, granule, &held.committed);
-        let runs: Vec<IovaRange> = runs_in(&open, range, granule)
-            .iter()
-            .filter_map(|run| run.intersection(held.reached?))
-            .collect();
+        let runs = self.open_runs(nth, &held);
         let right = self.right_abort(&runs);
         match held.live {
             live if end == End::Drop => drop(live),
@@ -212,11 +214,27 @@ impl Runner<'_> {
             Live::Owed(lease) => same(Rule::Answer, "an abort", lease.abort(), right)?,
             Live::Synced(lease) => same(Rule::Answer, "an abort", lease.abort(), right)?,
         }
-        self.oracle.aborted(nth, &runs);
-        self.counts.aborts += 1;
-        self.counts.aborted_bytes += held.bytes;
-        self.counts.put_back_outside_bytes += right.outside_bytes;
+        self.was_put_back(nth, &runs, held.bytes);
         Ok(())
+    }
+
+    /// What an end of a lease puts back.
+    fn open_runs(&self, nth: usize, held: &Held<'_>) -> Vec<IovaRange> {
+        let (range, granule) = (held.request.range(), held.request.granule());
+        let open = without(&self.buffers[nth].read(), range, granule, &held.committed);
+        runs_in(&open, range, granule)
+            .iter()
+            .filter_map(|run| run.intersection(held.reached?))
+            .collect()
+    }
+
+    /// The runs of a lease, and what was left of its bytes, were put back.
+    fn was_put_back(&mut self, nth: usize, runs: &[IovaRange], bytes: u64) {
+        let outside = self.right_abort(runs).outside_bytes;
+        self.oracle.aborted(nth, runs);
+        self.counts.aborts += 1;
+        self.counts.aborted_bytes += bytes;
+        self.counts.put_back_outside_bytes += outside;
     }
 
     /// Copies what is mapped of `runs`.

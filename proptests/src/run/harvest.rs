@@ -11,9 +11,11 @@ use dirtymap::{
 };
 
 use super::modes::{call, cursor};
+use super::panics::{Panicked, caught};
 
 use super::{Checked, Held, Live, Runner, same_answer};
 use crate::bits::{Buffer, Found, check_bits, pages_in, runs_in, words_for};
+use crate::faults::was_told;
 use crate::op::{Ask, Mode, Sabotage};
 use crate::oracle::pages;
 use crate::rig::ToldToDie;
@@ -77,8 +79,9 @@ impl<'a> Runner<'a> {
             Ok(Err(HarvestError::Refused(error))) => {
                 return Self::refused(request, &buffer.read(), error);
             }
-            Err(panic) if panic.is::<ToldToDie>() => {
-                return self.died(&request, ask, &buffer.read());
+            Err(panic) if was_told(&*panic) => {
+                let first = panic.is::<ToldToDie>();
+                return self.died(&request, ask, &buffer.read(), first);
             }
             Err(panic) => resume_unwind(panic),
         };
@@ -133,19 +136,41 @@ impl<'a> Runner<'a> {
         self.oracle.harvested(nth, ask, walked, reported);
     }
 
-    /// A domain panicked half-way through the first area: what was recorded must be dirty again.
-    pub(super) fn died(&mut self, request: &Request, ask: &Ask, after: &[u64]) -> Checked {
+    /// A domain panicked, if `first` half-way through the first area: what was recorded must be dirty
+    /// again.
+    pub(super) fn died(
+        &mut self,
+        request: &Request,
+        ask: &Ask,
+        after: &[u64],
+        first: bool,
+    ) -> Checked {
         check(request.refusal.is_none(), Rule::Answer, || {
             "a harvest that must be refused asked a domain".to_owned()
         })?;
         let runs = runs_in(after, request.inner.range(), request.inner.granule());
-        let died_in = self.died_in(request, ask);
+        let died_in = if first {
+            self.died_in(request, ask)
+        } else {
+            request.reached()
+        };
         let runs: Vec<IovaRange> = runs
             .iter()
             .filter_map(|run| run.intersection(died_in?))
             .collect();
-        self.counts.put_back_outside_bytes += self.right_abort(&runs).outside_bytes;
+        let outside = self.right_abort(&runs).outside_bytes;
+        let before = self.counts.put_back_outside_bytes;
+        let counted = self.space.stats().put_back_outside_bytes;
+        // Where it was is known of the first area only.
+        let least = before + if first { outside } else { 0 };
+        check(
+            (least..=before + outside).contains(&counted),
+            Rule::Accounting,
+            || format!("{counted} bytes put back outside, not {before} and {outside}"),
+        )?;
+        self.counts.put_back_outside_bytes = counted;
         self.oracle.died(ask, &runs);
+        self.after_panic();
         self.counts.harvests += 1;
         self.counts.aborts += 1;
         self.peek_everything()
@@ -197,8 +222,13 @@ impl<'a> Runner<'a> {
             ..*ask
         };
         let request = self.request(range, ask, &buffer);
-        let bitmap = UserBitmap::shared(buffer.bitmap(request.words));
-        let answer = self.space.peek(&request.inner, bitmap).map(|_| ());
+        let answer = loop {
+            let bitmap = UserBitmap::shared(buffer.bitmap(request.words));
+            match caught(|| self.space.peek(&request.inner, bitmap).map(|_| ())) {
+                Ok(answer) => break answer,
+                Err(Panicked) => buffer.fill(ask.preset),
+            }
+        };
         if let Some(refusal) = request.refusal {
             same(
                 Rule::Bitmap,

@@ -11,6 +11,7 @@ mod domains;
 mod guards;
 mod harvest;
 mod modes;
+mod panics;
 mod pass;
 mod writers;
 
@@ -167,6 +168,15 @@ impl<'a> Runner<'a> {
             Op::Crash(lease) => self.put_back(lease.into(), End::Crash)?,
             Op::HarvestDies(domain) => self.world.node(domain).dies().set(true),
             Op::FlushFails(domain) => self.world.node(domain).fails().set(true),
+            Op::Panics {
+                domain,
+                callback,
+                calls,
+                moment,
+            } => self.world.node(domain).panic_at(callback, calls, moment),
+            Op::Stops { .. } => {}
+            Op::Forget(_) => {}
+            Op::Reshape { domain, at, merge } => self.reshape(domain.into(), at, merge)?,
             Op::Map {
                 slot,
                 skip,
@@ -218,6 +228,7 @@ impl<'a> Runner<'a> {
         if !matches!(op, Op::FlushFails(_)) && !self.hides_failures() {
             self.counts.flush.failed += failed;
         }
+        self.count_broken_flushes(op)?;
         self.check_counts()
     }
 

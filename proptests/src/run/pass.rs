@@ -7,8 +7,10 @@ use dirtymap::{Aborted, Error, HarvestError, IovaRange, UserBitmap};
 
 use super::harvest::{Request, Said};
 use super::modes::{call, share_of};
+use super::panics::caught;
 use super::{Checked, Runner};
 use crate::bits::{Buffer, runs_in};
+use crate::faults::was_told;
 use crate::forms::{Form, Memory};
 use crate::op::{Ask, Fate};
 use crate::rig::ToldToDie;
@@ -20,8 +22,11 @@ const PASS: usize = 2;
 /// What became of a harvest and its lease.
 enum End {
     Refused(Error),
-    /// A domain panicked.
-    Died,
+    /// A domain panicked, as it was told: half-way through the first area, or anywhere.
+    Died {
+        /// The first area.
+        first: bool,
+    },
     Ended(Box<Ended>),
 }
 
@@ -46,7 +51,7 @@ impl Runner<'_> {
         let after = words_of(&memory.image(&before)?);
         match end {
             End::Refused(error) => Self::refused(request, &after, error),
-            End::Died => self.died(&request, ask, &after),
+            End::Died { first } => self.died(&request, ask, &after, first),
             End::Ended(ended) => self.check_pass(&mut request, ask, fate, *ended, &after),
         }
     }
@@ -69,7 +74,10 @@ impl Runner<'_> {
                 (stopped.lease, None, Some(stop))
             }
             Ok(Err(HarvestError::Refused(error))) => return Ok(End::Refused(error)),
-            Err(panic) if panic.is::<ToldToDie>() => return Ok(End::Died),
+            Err(panic) if was_told(&*panic) => {
+                let first = panic.is::<ToldToDie>();
+                return Ok(End::Died { first });
+            }
             Err(panic) => resume_unwind(panic),
         };
         let mut ended = Ended {
@@ -80,7 +88,9 @@ impl Runner<'_> {
         };
         let failures = self.world.failures_ahead();
         // A lease that cannot be flushed is dropped.
-        if let Ok(mut lease) = lease.sync() {
+        let synced = caught(|| lease.sync());
+        let panicked = synced.is_err();
+        if let Ok(Ok(mut lease)) = synced {
             let runs: Vec<IovaRange> = lease.runs().collect();
             self.copy_runs(&runs)?;
             ended.synced = Some((runs, lease.dirty()));
@@ -95,6 +105,7 @@ impl Runner<'_> {
         }
         let failed = ended.synced.is_none();
         let told = self.world.failures_ahead() < failures && !self.hides_failures();
+        let told = told || panicked;
         same(Rule::Answer, "whether a sync failed", failed, told)?;
         Ok(End::Ended(Box::new(ended)))
     }
