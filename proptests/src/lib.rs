@@ -19,6 +19,7 @@ mod faults;
 mod flush;
 mod forms;
 mod gather;
+mod log_node;
 mod op;
 mod oracle;
 pub mod protocol;

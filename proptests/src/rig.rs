@@ -70,7 +70,7 @@ impl Switch {
         self.0.load(Ordering::Relaxed)
     }
 
-    fn take(&self) -> bool {
+    pub(crate) fn take(&self) -> bool {
         self.0.swap(false, Ordering::Relaxed)
     }
 }

@@ -5,6 +5,7 @@ use dirtymap::{Iova, IovaRange};
 use pagetable_sim::{AmdV1, ArmS1, DmaError, PhysMemory, RiscvSv48, VtdSs, X86_64};
 
 use crate::faults::Faulty;
+use crate::log_node::LogNode;
 use crate::op::{Config, DOMAINS, Format, Master};
 use crate::oracle::MEMORY;
 use crate::rig::Rig;
@@ -23,8 +24,13 @@ impl World {
                 Format::Amd => Faulty::new(Rig::<AmdV1>::new(config, nth, &memory)),
                 Format::Vtd => Faulty::new(Rig::<VtdSs>::new(config, nth, &memory)),
                 Format::Arm => Faulty::new(Rig::<ArmS1>::new(config, nth, &memory)),
+                Format::Arm16K => Faulty::new(Rig::<ArmS1<14>>::new(config, nth, &memory)),
+                Format::Arm64K => Faulty::new(Rig::<ArmS1<16>>::new(config, nth, &memory)),
                 Format::X86 => Faulty::new(Rig::<X86_64>::new(config, nth, &memory)),
                 Format::Riscv => Faulty::new(Rig::<RiscvSv48>::new(config, nth, &memory)),
+                Format::Log4K => Faulty::new(LogNode::new(config, nth, 12, &memory)),
+                Format::Log8K => Faulty::new(LogNode::new(config, nth, 13, &memory)),
+                Format::Log64K => Faulty::new(LogNode::new(config, nth, 16, &memory)),
             })
         };
         let nodes = [node(0), node(1), node(2)];

@@ -45,6 +45,17 @@ const MOMENTS: [Moment; 4] = [
     Moment::After,
     Moment::Middle,
 ];
+/// Formats with larger pages, and logs.
+const LARGER: [Format; 8] = [
+    Format::Arm64K,
+    Format::Log64K,
+    Format::Log8K,
+    Format::Arm16K,
+    Format::Log4K,
+    Format::Arm64K,
+    Format::Log64K,
+    Format::Log8K,
+];
 const FORMATS: [Format; 8] = [
     Format::Amd,
     Format::Vtd,
@@ -327,6 +338,7 @@ impl Config {
     /// A small world in which all is well.
     pub const PLAIN: Config = Config {
         formats: [Format::Amd, Format::Vtd, Format::Arm],
+        space_lg2: 12,
         large_leaves: [false; 3],
         iotlb_sets: 16,
         iotlb_ways: 4,
@@ -343,10 +355,11 @@ impl Config {
         let (iotlb_sets, iotlb_ways) = pick(&[(16, 4), (1, 1), (2, 2), (64, 8)], shape / 8);
         Some(Config {
             formats: [
-                pick(&FORMATS, first),
-                pick(&FORMATS, others),
-                pick(&FORMATS, others / 8),
+                format(first, matches!(first / 16, 12 | 15), first),
+                format(others, matches!(first / 16, 12 | 14), others / 4),
+                format(others / 8, first / 16 == 13, others),
             ],
+            space_lg2: if more / 32 == 7 { 13 } else { 12 },
             large_leaves: [0, 1, 2].map(|domain| shape >> domain & 1 != 0),
             iotlb_sets,
             iotlb_ways,
@@ -364,6 +377,14 @@ pub fn decode(bytes: &[u8], limit: usize) -> Option<(Config, Vec<Op>)> {
     let config = Config::decode(&mut bytes)?;
     let ops = std::iter::from_fn(|| Op::decode(&mut bytes));
     Some((config, ops.take(limit).collect()))
+}
+
+/// One with small pages, or the one that stands for it with larger ones.
+fn format(small: u8, is_larger: bool, larger: u8) -> Format {
+    match is_larger {
+        true => pick(&LARGER, larger),
+        false => pick(&FORMATS, small),
+    }
 }
 
 /// Mostly all.

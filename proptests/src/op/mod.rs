@@ -445,6 +445,8 @@ pub enum Moment {
 pub struct Config {
     /// The page tables of the domains. The first one is attached when the program begins.
     pub formats: [Format; DOMAINS],
+    /// The smallest page of the space, as a logarithm: 12 or 13.
+    pub space_lg2: u8,
     /// Leaves may have 2 MiB, otherwise all have 4 KiB; for each domain.
     pub large_leaves: [bool; DOMAINS],
     /// Sets of each IOTLB.
@@ -470,10 +472,20 @@ pub enum Format {
     Vtd,
     /// Arm, stage 1.
     Arm,
+    /// Arm, stage 1, with pages of 16 KiB.
+    Arm16K,
+    /// Arm, stage 1, with pages of 64 KiB.
+    Arm64K,
     /// x86-64, four levels.
     X86,
     /// RISC-V, Sv48.
     Riscv,
+    /// A log that is cleared by batches.
+    Log4K,
+    /// The same with pages of 8 KiB.
+    Log8K,
+    /// The same with pages of 64 KiB.
+    Log64K,
 }
 
 listed! {

@@ -133,6 +133,8 @@ impl Oracle {
         self.attached.retain(|other| *other != domain);
         let gone = std::mem::take(&mut self.domains[domain]);
         self.domains[domain].id = gone.id;
+        let may = self.rounded(gone.dirt.may());
+        self.marks.pages.extend(may);
         self.marks.add(gone.dirt);
         self.untracked.extend(gone.untracked);
     }
@@ -184,8 +186,13 @@ impl Oracle {
 
     /// A CPU marked a mapped page.
     pub(crate) fn marked(&mut self, page: u64) {
-        self.marks.pages.insert(page);
+        self.may_be_marked(page);
         self.marks.must.insert(page);
+    }
+
+    /// What is marked with `page` may be.
+    pub(crate) fn may_be_marked(&mut self, page: u64) {
+        self.marks.pages.extend(self.marked_with(page));
     }
 
     /// A harvest went over the pages `walked`, runs of them, all mapped, and reported `reported` of them.
@@ -224,8 +231,9 @@ impl Oracle {
     /// A domain may report `page` once more, and so may the marks, if it is mapped.
     pub(crate) fn may_be_dirty(&mut self, domain: usize, page: u64) {
         if self.area_at(page).is_some() {
-            self.domains[domain].dirt.pages.insert(page);
-            self.marks.pages.insert(page);
+            let pages = self.marked_with(page);
+            self.domains[domain].dirt.pages.extend(pages.clone());
+            self.marks.pages.extend(pages);
         }
     }
 
@@ -243,7 +251,7 @@ impl Oracle {
     fn put_back(&mut self, lease: &Leased, runs: &[IovaRange]) {
         let back: BTreeSet<u64> = runs.iter().flat_map(|run| pages_of(*run)).collect();
         let mapped = back.iter().filter(|page| self.area_at(**page).is_some());
-        let mapped: BTreeSet<u64> = mapped.copied().collect();
+        let mapped = self.rounded(mapped.copied());
         // But for those that were committed, which are not in the runs.
         let reported: Vec<u64> = lease.pages.intersection(&back).copied().collect();
         let mut marks = lease.marks;
@@ -336,7 +344,7 @@ impl Oracle {
         let may = places().flat_map(Dirt::may);
         (
             must.chain(flying()).filter(inside).collect(),
-            may.chain(flying()).filter(inside).collect(),
+            self.rounded(may.chain(flying()).filter(inside)),
         )
     }
 

@@ -7,7 +7,7 @@ use super::panics::{Panicked, caught};
 use super::{Checked, Runner, same_answer};
 use crate::faults::Source;
 use crate::op::Place;
-use crate::oracle::{Area, PAGE, Tracking, pages};
+use crate::oracle::{Area, Dirt, PAGE, Tracking, pages};
 use crate::violation::{Rule, check, same, violation};
 
 impl Runner<'_> {
@@ -20,11 +20,9 @@ impl Runner<'_> {
             Some(domain) if twin => Err(Error::AttachedTwice { domain }),
             _ => {
                 let refused = |area: &Area| self.oracle.refuses(area, &[nth]);
-                self.oracle
-                    .areas
-                    .values()
-                    .find_map(refused)
-                    .map_or(Ok(()), Err)
+                let mut areas = self.oracle.areas.values();
+                let odd = self.oracle.cannot_attach(nth);
+                odd.or_else(|| areas.find_map(refused)).map_or(Ok(()), Err)
             }
         };
         match answer {
@@ -215,11 +213,12 @@ impl Runner<'_> {
         let marks = on && domain.is_none() && self.oracle.tracking != Tracking::On;
         // Dirty leaves of tables do not count, but what is kept for domains does.
         let kept = starting.iter().map(|nth| &self.oracle.domains[*nth].dirt);
-        let mut most: u64 = kept.map(|dirt| dirt.may().count() as u64).sum();
+        let rounded = |dirt: &Dirt| self.oracle.rounded(dirt.may()).len() as u64;
+        let mut most: u64 = kept.map(rounded).sum();
         let mut least = 0;
         if marks {
             least = self.oracle.marks.must.len() as u64;
-            most += self.oracle.marks.may().count() as u64;
+            most += rounded(&self.oracle.marks);
         }
         let counted = self.space.stats().discarded_bytes;
         let pages = (counted - self.counts.discarded_bytes) / PAGE;

@@ -69,7 +69,10 @@ impl<'a> Runner<'a> {
         let mut request = self.request(range, ask, buffer);
         let (space, inner) = (self.space, request.inner);
         let bitmap = UserBitmap::shared(buffer.bitmap(request.words));
-        let answer = catch_unwind(AssertUnwindSafe(|| call(space, &inner, ask.mode, bitmap)));
+        let page = self.oracle.alignment();
+        let answer = catch_unwind(AssertUnwindSafe(|| {
+            call(space, &inner, ask.mode, page, bitmap)
+        }));
         let (lease, next, stopped) = match answer {
             Ok(Ok((lease, next))) => (lease, next, None),
             Ok(Err(HarvestError::Stopped(stopped))) => {
@@ -110,7 +113,7 @@ impl<'a> Runner<'a> {
         (report, next, stopped): Said,
         after: &[u64],
     ) -> Result<Found, Violation> {
-        Self::ended(request, ask, next)?;
+        self.ended(request, ask, next)?;
         let at = stopped.as_ref().map(|(at, _)| *at);
         same(Rule::Answer, "where a harvest stopped", at, request.hole)?;
         let found = self.check_bits(request, ask, after)?;
@@ -122,7 +125,7 @@ impl<'a> Runner<'a> {
         same(Rule::Accounting, "bits set", report.bits_set, found.set)?;
         let areas = self.areas_in(&request.walked);
         same(Rule::Accounting, "areas walked", report.areas, areas)?;
-        Self::check_bound(request, ask, next, found.set)?;
+        self.check_bound(request, ask, next, found.set)?;
         Ok(found)
     }
 
@@ -254,14 +257,15 @@ impl<'a> Runner<'a> {
             Some((_, id)) => inner.in_scope(Scope::Domain(id)),
             None => inner,
         };
-        let refusal = Self::mode_refusal(range, granule, ask)
+        let refusal = self
+            .mode_refusal(range, granule, ask)
             .or_else(|| self.oracle.refusal(range, granule, bits, ask));
         let (walked, hole) = match refusal {
             Some(_) => Default::default(),
             None => self.ways(range, granule, ask),
         };
         let start = match ask.mode {
-            Mode::Bounded { from, .. } => cursor(range, granule, from),
+            Mode::Bounded { from, .. } => cursor(range, granule.max(self.oracle.alignment()), from),
             _ => range.start(),
         };
         Request {

@@ -37,7 +37,8 @@ type Checked = Result<(), Violation>;
 /// The first [`Violation`].
 pub fn run(ops: &[Op], config: &Config) -> Result<SpaceStats, Violation> {
     let world = World::new(config).map_err(broken)?;
-    let space = AddressSpace::new(Granule::K4);
+    let page = Granule::from_lg2(config.space_lg2).unwrap_or(Granule::K4);
+    let space = AddressSpace::new(page);
     let buffers = [Buffer::new(), Buffer::new()];
     let mut runner = Runner {
         config: *config,

@@ -66,7 +66,10 @@ impl Runner<'_> {
     ) -> Result<End, Violation> {
         let space = self.space;
         let inner = &request.inner;
-        let answer = catch_unwind(AssertUnwindSafe(|| call(space, inner, ask.mode, bitmap)));
+        let page = self.oracle.alignment();
+        let answer = catch_unwind(AssertUnwindSafe(|| {
+            call(space, inner, ask.mode, page, bitmap)
+        }));
         let (lease, next, stopped) = match answer {
             Ok(Ok((lease, next))) => (lease, next, None),
             Ok(Err(HarvestError::Stopped(stopped))) => {
