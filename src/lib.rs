@@ -116,7 +116,7 @@ pub use space::{
     SpaceStats, Unmapped,
 };
 
-pub use source::{DirtySource, LeafSink, Mapping, MarkOrdering, Stopped};
+pub use source::{DirtySource, LeafSink, Mapping, MarkOrdering, Stopped, ToClear};
 
 pub use harvest::{
     Aborted, BoundedHarvest, HarvestBounds, HarvestError, HarvestReport, HarvestRequest, Lease,

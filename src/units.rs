@@ -137,6 +137,15 @@ impl IovaRange {
         }
     }
 
+    /// The one address `iova`.
+    #[inline]
+    pub(crate) const fn at(iova: Iova) -> Self {
+        IovaRange {
+            start: iova,
+            last: iova,
+        }
+    }
+
     /// The smallest range that covers both.
     #[inline]
     pub(crate) const fn hull(self, other: IovaRange) -> Self {

@@ -168,7 +168,7 @@ fn an_unmap_and_an_attach_leave_nothing_behind() {
 /// A domain that comes while a piece is cut out of an area is not filled with that piece.
 #[test]
 fn a_batch_and_an_attach_leave_nothing_behind() {
-    holds_within(BOUND, &[Step::ClosePieces], || {
+    holds_within(BOUND, &[Step::LookAgain], || {
         let hardware = OnePage::new();
         let space = Arc::new(AddressSpace::new(PAGE));
         let both = IovaRange::new(page(0).start(), page(1).last()).unwrap();

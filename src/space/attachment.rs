@@ -21,7 +21,30 @@
 //! one of them sees the other. If the detach sees the area, the fill either came before, and is emptied, or finds the domain
 //! leaving under the same lock; else the map finds it leaving at once. While it leaves, the domain stays
 //! in the list, so that every flush reaches it; it goes after a flush that covers all that was emptied. An **unmap**
-//! holds the pairs of its areas from the first exchange to the end: whoever waits for the lock finds them gone.
+//! holds the pairs of its areas from the first exchange to the end: whoever waits for the lock finds them closed.
+//!
+//! # What has closed
+//! An attach or a detach that finds the pairs of an area closed has a list that is too old: the area has
+//! gone or was cut. It looks at the tree again, from the first address of the area to its last:
+//!
+//! ```text
+//!  cut, unmap, batch (holds the pairs of the whole)     attach, detach
+//!  C1  publish the pieces, with the pairs of the whole   A1  publish the domain; say that it is leaving
+//!  C2  close the pairs of the whole                      A2  lock the pairs of what the tree has at `from`
+//!                                                            open: fill or empty; `from` := its last + 1
+//!                                                            closed: look again
+//! ```
+//!
+//! * *It ends.* `from` goes up with each area that is open. One that is closed left the tree at C1, before
+//!   its lock was given back, so the next look at the tree finds another one there, or none: each look in
+//!   vain is a change that another thread has completed.
+//! * *Nothing is left out.* Take an address that an area held at A1, and that was not unmapped since. When
+//!   `from` passes it, the area that holds it then is open and locked. A cut that comes later copies the
+//!   pairs as A2 left them; one that came before has published the piece that A2 finds. What was mapped
+//!   after A1 is filled by its map, as above, or finds the domain leaving; if A2 comes across it as well,
+//!   the record makes it once.
+//! * *Nothing is left behind.* A piece that goes in the batch that cuts it out is never in the tree. What
+//!   an attach had filled before the batch took the lock is in the pairs that the batch empties.
 //!
 //! # What is kept for a domain
 //! Pages of its that are dirty although its table no longer says so: put back by an abort, or moved out of the table by
@@ -40,6 +63,8 @@
 //! [`unmap`](super::unmap). Where the page was kept already, P1 is a load that comes before U2, which takes it. A page that
 //! P1 keeps after U2 may be kept on, and is dirty in the next area at its address: a superset. That area must not forget
 //! it: from its publication on, what is kept there may be its own.
+
+use std::convert::Infallible;
 
 use super::rules::{Attachments, Rules};
 use super::tracking::Switch;
@@ -207,59 +232,100 @@ impl AddressSpace {
             .set_cost(costs.fold(FlushCost::default(), FlushCost::and));
     }
 
-    /// Fills `attachment` with `area`, unless it is filled, or one of the two is going.
-    pub(super) fn fill_pair(&self, area: &Area, attachment: &Arc<Attachment>) -> Result<(), Error> {
-        let mut pairs = area.pairs();
-        let Some(filled) = &mut *pairs else {
-            drop(pairs);
-            return area
-                .pieces()
-                .iter()
-                .try_for_each(|piece| self.fill_pair(piece, attachment));
-        };
-        let known = filled.iter().any(|other| other.id == attachment.id);
-        if (known && performs(Step::FillOnce))
-            || (attachment.is_leaving() && performs(Step::RefuseLeaving))
-        {
-            return Ok(());
+    /// Calls `visit` with `area` and the domains in which it is filled, under the lock of its pairs. If
+    /// the area has gone or was cut, with all that is in its place instead: see "What has closed".
+    fn with_pairs<E>(
+        &self,
+        area: &Area,
+        mut visit: impl FnMut(&Area, &mut Vec<Arc<Attachment>>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let whole = area.mapping.range;
+        if let Some(filled) = &mut *area.pairs() {
+            return visit(area, filled);
         }
-        // What is kept at these addresses stays: the area is in the tree, so an abort may just have put pages back.
-        attachment.source.map(&area.mapping)?;
-        filled.push(Arc::clone(attachment));
+        let mut from = whole.start();
+        while performs(Step::LookAgain)
+            && let Ok(rest) = IovaRange::new(from, whole.last())
+            && let Some(area) = self.first_area(rest)
+        {
+            if let Some(filled) = &mut *area.pairs() {
+                visit(&area, filled)?;
+                let Some(above) = area.mapping.range.last().checked_add(1) else {
+                    break;
+                };
+                from = above;
+            }
+        }
         Ok(())
     }
 
-    /// Empties `attachment` of `area`: what was dirty moves to the area's marks, behind the debt. Returns the ticket of
-    /// that debt, if there is one.
+    /// The lowest area of this moment in `range`.
+    fn first_area(&self, range: IovaRange) -> Option<Arc<Area>> {
+        let snapshot = self.areas.snapshot();
+        snapshot.iter(range).next().map(|entry| entry.to_arc())
+    }
+
+    /// Fills `attachment` with `area`, or what has taken its place, unless it is filled, or one of the
+    /// two is going.
+    pub(super) fn fill_pair(&self, area: &Area, attachment: &Arc<Attachment>) -> Result<(), Error> {
+        self.with_pairs(area, |area, filled| {
+            let place = filled.binary_search_by_key(&attachment.id, |other| other.id);
+            if (place.is_ok() && performs(Step::FillOnce))
+                || (attachment.is_leaving() && performs(Step::RefuseLeaving))
+            {
+                return Ok(());
+            }
+            // What is kept at these addresses stays: the area is in the tree, so an abort may just
+            // have put pages back.
+            attachment.source.map(&area.mapping)?;
+            let at = place.unwrap_or_else(|at| at);
+            filled.insert(at, Arc::clone(attachment));
+            Ok(())
+        })
+    }
+
+    /// Empties `attachment` of `area`, or of what has taken its place: what was dirty moves to the
+    /// area's marks, behind the debt. Returns the ticket of the last debt, if there is one.
     fn empty_pair(&self, area: &Area, attachment: &Arc<Attachment>) -> Option<Ticket> {
-        let mut pairs = area.pairs();
-        let Some(filled) = &mut *pairs else {
-            drop(pairs);
-            let pieces = area.pieces().iter();
-            return pieces
-                .filter_map(|piece| self.empty_pair(piece, attachment))
-                .last();
-        };
+        let mut last = None;
+        let emptied: Result<(), Infallible> = self.with_pairs(area, |area, filled| {
+            last = self.empty_open(area, filled, attachment).or(last);
+            Ok(())
+        });
+        debug_assert!(emptied.is_ok());
+        last
+    }
+
+    /// The same, of one area whose pairs are held.
+    fn empty_open(
+        &self,
+        area: &Area,
+        filled: &mut Vec<Arc<Attachment>>,
+        attachment: &Arc<Attachment>,
+    ) -> Option<Ticket> {
         let range = area.mapping.range;
-        // What is dirty in the table is in flight until it is marked: a harvest that comes between finds all of the area so.
+        // What is dirty in the table is in flight until it is marked: a harvest that comes between
+        // finds all of the area so.
         let _moving = Moving(performs(Step::DetachInFlight).then(|| self.in_flight.publish(range)));
         if performs(Step::DetachFence) {
-            // Release: pairs with the Acquire fence between tables and slots in `harvest::lease::take`.
+            // Release: pairs with the Acquire fence between tables and slots in
+            // `harvest::lease::take`.
             fence(Ordering::Release);
         }
-        let at = filled.iter().position(|other| other.id == attachment.id);
-        let ticket = at.map(|at| {
+        let at = filled.binary_search_by_key(&attachment.id, |other| other.id);
+        let ticket = at.ok().map(|at| {
             let ticket = self.empty(attachment, range, &area.marks);
             filled.remove(at);
             ticket
         });
-        // What is kept is marked before it is taken, for harvests that have read the slots; and behind that, for who found it
-        // kept already.
+        // What is kept is marked before it is taken, for harvests that have read the slots; and after
+        // that, for aborts that found it kept already.
         for run in attachment.kept.runs(range) {
             area.marks.mark(run);
         }
         if performs(Step::DetachFence) {
-            // Release: pairs with the Acquire fence between what is kept and the marks in `harvest::lease::take`.
+            // Release: pairs with the Acquire fence between what is kept and the marks in
+            // `harvest::lease::take`.
             fence(Ordering::Release);
         }
         for run in attachment.kept.take_runs(range) {
@@ -306,9 +372,9 @@ impl AddressSpace {
             let going =
                 area.is_going() || covered.domains().iter().any(|domain| domain.is_leaving());
             if covered.marks || (going && performs(Step::MarkIfGoing)) {
-                area.mark(part).is_ok()
+                area.mark(part)
             } else {
-                true
+                Outside::default()
             }
         });
         self.report(&outside, FaultSource::Abort);

@@ -17,14 +17,14 @@
 //! addresses of either.
 //!
 //! # Cut
-//! The pieces of an area share its marks, and its place in each source but for the leaves: nothing dirty moves. The old
-//! area knows its pieces from before they are published, so that a mark by an old handle or snapshot, which lands in the
-//! shared marks, also asks the pieces whether they are still there.
+//! The pieces of an area share its marks, and its place in each source but for the leaves: nothing
+//! dirty moves. The old area says that it was cut before the pieces are published, so that a mark by
+//! an old handle or snapshot, which lands in the shared marks, also asks what has gone of them.
 
 use std::convert::Infallible;
 
 use super::area::{Area, Pairs};
-use super::plan::{Piece, Plan, Touched, check_new};
+use super::plan::{Plan, Touched, check_new};
 use super::{AddressSpace, Unmapped};
 use crate::bitmap::Sink;
 use crate::error::Error;
@@ -99,8 +99,12 @@ impl AddressSpace {
     /// unmaps or cuts the area, then what a source says that cannot split a leaf or flush. The area stays whole then.
     pub fn cut(&self, at: Iova) -> Result<bool, Error> {
         let mut plan = Plan::default();
-        plan.cut(at, &self.areas.snapshot(), self.page())?;
-        self.execute(&plan, None)?;
+        plan.cut(0, at, &self.areas.snapshot(), self.page())?;
+        self.execute(&plan, None).map_err(|error| match error {
+            // There is only one.
+            Error::Change { error, .. } => *error,
+            other => other,
+        })?;
         let cut = !plan.touched.is_empty();
         if cut {
             events::cut(at);
@@ -127,10 +131,8 @@ impl AddressSpace {
             ticket = Some(self.flush.owe(&FlushGather::new()));
         }
         for (touched, pairs) in &mut claimed.areas {
-            for piece in touched.pieces.iter().filter(|piece| piece.goes) {
-                ticket = self
-                    .empty_part(piece.range, touched.is_cut(), pairs)
-                    .or(ticket);
+            for range in touched.pieces(true) {
+                ticket = self.empty_part(range, touched.is_cut(), pairs).or(ticket);
             }
         }
         if let Some(ticket) = ticket
@@ -205,9 +207,9 @@ impl AddressSpace {
         let mut gather = FlushGather::new();
         let mut outcome = Ok(());
         for (touched, pairs) in &claimed.areas {
-            for (border, domain) in touched.pieces[1..].iter().flat_map(|piece| {
+            for (border, domain) in touched.pieces.keys().skip(1).flat_map(|border| {
                 let domains = pairs.iter().flatten();
-                domains.map(|domain| (piece.range.start(), domain))
+                domains.map(move |domain| (*border, domain))
             }) {
                 if outcome.is_ok() {
                     outcome = domain.source.split_at(border, &mut gather);
@@ -258,42 +260,34 @@ impl AddressSpace {
         }
     }
 
-    /// Makes the plan the state of the tree.
+    /// Makes the plan the state of the tree, unless a domain has come whose pages it would cut.
     fn publish(
         &self,
         plan: &Plan,
         claimed: &mut Claimed<'_>,
         promised: &mut Promised<'_>,
     ) -> Result<(), Error> {
-        let mut cut = Vec::new();
-        for (touched, pairs) in &claimed.areas {
-            let filled = || pairs.iter().flatten().cloned().collect();
-            let piece = |piece: &Piece| {
-                // What goes is closed from the start: an attach that saw the whole area comes to its pieces.
-                let closed = piece.goes && performs(Step::ClosePieces);
-                let pairs = (!closed).then(filled);
-                Arc::new(touched.area.piece(piece.range, pairs))
-            };
-            let pieces: Vec<_> = if touched.is_cut() {
-                touched.pieces.iter().map(piece).collect()
-            } else {
-                Vec::new()
-            };
-            if touched.is_cut() && performs(Step::GiveWay) {
-                touched.area.give_way(pieces.clone());
+        let mut pieces = Vec::new();
+        for (touched, pairs) in claimed.areas.iter().filter(|(t, _)| t.is_cut()) {
+            for range in touched.pieces(false) {
+                // In the domains of the whole. What goes is in the tree at no time: an attach that
+                // finds the whole closed finds what stays, and nothing else.
+                let filled = pairs.iter().flatten().cloned().collect();
+                pieces.push(Arc::new(touched.area.piece(range, Some(filled))));
             }
-            cut.push(pieces);
+            if performs(Step::GiveWay) {
+                touched.area.give_way();
+            }
         }
         self.areas.update(|edit| {
-            for ((touched, _), pieces) in claimed.areas.iter().zip(&cut) {
-                edit.remove(touched.area.mapping.range.start());
-                for (piece, area) in touched.pieces.iter().zip(pieces) {
-                    if !piece.goes {
-                        edit.insert(piece.range, area)?;
-                    }
-                }
+            if performs(Step::CheckCutAgain) {
+                plan.check_again(edit.rules(), self.page())
+                    .map_err(|(index, error)| in_change(index, error))?;
             }
-            for (_, area) in &plan.new {
+            for (touched, _) in &claimed.areas {
+                edit.remove(touched.area.mapping.range.start());
+            }
+            for area in pieces.iter().chain(plan.new.iter().map(|(_, area)| area)) {
                 edit.insert(area.mapping.range, area)?;
             }
             if !promised.ranges.is_empty() {
@@ -303,17 +297,16 @@ impl AddressSpace {
         })?;
         promised.ranges.clear();
         plan.new.iter().for_each(|(_, area)| area.go_live());
-        for ((touched, pairs), pieces) in claimed.areas.iter_mut().zip(cut) {
+        for (touched, pairs) in &mut claimed.areas {
             if touched.is_cut() {
-                for (piece, area) in touched.pieces.iter().zip(&pieces) {
-                    if piece.goes {
-                        area.retire();
-                    }
-                }
+                touched
+                    .pieces(true)
+                    .for_each(|range| touched.area.say_gone(range));
             } else {
                 touched.area.retire();
             }
             if performs(Step::ClosePairs) {
+                // After the area has left the tree: whoever finds them closed looks there again.
                 **pairs = None;
             }
         }

@@ -175,7 +175,7 @@ impl AddressSpace {
     /// [`Error::Outside`] with the first address that no area holds; the parts inside areas are marked all the
     /// same, and the call is counted in [`SpaceStats::outside_marks`].
     pub fn mark(&self, range: IovaRange) -> Result<(), Error> {
-        let outside = self.in_areas(range, |area, part| area.mark(part).is_ok());
+        let outside = self.in_areas(range, |area, part| area.mark(part));
         match outside.first {
             None => Ok(()),
             Some(at) => {
@@ -192,36 +192,28 @@ impl AddressSpace {
         self.faults.record(Fault { at, len, source });
     }
 
-    /// Calls `inside` for each part of `range` that an area holds. What none holds, or is unmapped by the time that
-    /// `inside` says so, is outside.
+    /// Calls `inside` for each part of `range` that an area holds. What none holds, or is unmapped by
+    /// the time that `inside` says so, is outside.
     fn in_areas(
         &self,
         range: IovaRange,
-        mut inside: impl FnMut(&Area, IovaRange) -> bool,
+        mut inside: impl FnMut(&Area, IovaRange) -> Outside,
     ) -> Outside {
-        let mut outside = Outside::default();
         let snapshot = self.areas.snapshot();
         // Most marks lie in one area.
         if let Some(entry) = snapshot.lookup(range.start())
             && entry.range.covers(range)
         {
-            if !inside(entry.area, range) {
-                let bytes = range.last().get() - range.start().get();
-                outside.add(range.start(), bytes.saturating_add(1));
-            }
-            return outside;
+            return inside(entry.area, range);
         }
+        let mut outside = Outside::default();
         let mut next = Some(range.start());
         for entry in snapshot.iter(range) {
             if let Some(from) = next.filter(|from| *from < entry.range.start()) {
                 outside.add(from, entry.range.start().get() - from.get());
             }
-            if let Some(part) = entry.range.intersection(range)
-                && !inside(entry.area, part)
-            {
-                // Unmapped since the snapshot.
-                let bytes = part.last().get() - part.start().get();
-                outside.add(part.start(), bytes.saturating_add(1));
+            if let Some(part) = entry.range.intersection(range) {
+                outside.join(inside(entry.area, part));
             }
             next = entry.range.last().checked_add(1);
         }
@@ -291,6 +283,15 @@ impl AddressSpace {
     }
 }
 
+impl Drop for AddressSpace {
+    fn drop(&mut self) {
+        // A handle keeps its area, and must not keep the sources that it is filled in.
+        for entry in self.areas.snapshot().iter(IovaRange::ALL) {
+            entry.area.close();
+        }
+    }
+}
+
 impl std::fmt::Debug for AddressSpace {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("AddressSpace")
@@ -336,10 +337,25 @@ impl Outside {
         self.first.get_or_insert(at);
         self.bytes = self.bytes.saturating_add(bytes);
     }
+
+    fn add_range(&mut self, range: IovaRange) {
+        self.add(
+            range.start(),
+            u64::try_from(range.len()).unwrap_or(u64::MAX),
+        );
+    }
+
+    /// Adds what lies above.
+    fn join(&mut self, above: Outside) {
+        if let Some(at) = above.first {
+            self.add(at, above.bytes);
+        }
+    }
 }
 
-/// One area, for marking without a lookup. Keeps the area's memory, not its addresses: after an unmap it only gives
-/// errors. After a cut it marks the pieces, at some cost.
+/// One area, for marking without a lookup. Keeps the memory of the area's marks, not its addresses, and
+/// no source: after an unmap it only gives errors. After a cut it marks the pieces that are left, for
+/// the price of a lookup, however often the area was cut.
 #[derive(Clone, Debug)]
 pub struct AreaHandle {
     near: Option<NearMarks>,
@@ -359,8 +375,9 @@ impl AreaHandle {
     /// On a page that is marked already this costs a fence and a load, and no write to shared memory.
     ///
     /// # Errors
-    /// [`Error::Outside`] if a part of `range` lies outside the area, or the area was unmapped; nothing is marked then, but for
-    /// the pieces that are left of an area that was cut. The call is counted in [`SpaceStats::outside_marks`].
+    /// [`Error::Outside`] with the first address that lies outside the area, or was unmapped. Nothing is
+    /// marked then, but for the pieces that are left of an area that was cut. The call is counted in
+    /// [`SpaceStats::outside_marks`].
     #[inline]
     pub fn mark(&self, range: IovaRange) -> Result<(), Error> {
         let near = self.near.as_ref();
@@ -373,20 +390,19 @@ impl AreaHandle {
     /// A mark of any kind; marking twice does no harm.
     #[cold]
     fn mark_far(&self, range: IovaRange) -> Result<(), Error> {
-        self.area
-            .mark(range)
-            .map_err(|error| self.outside(range, error))
-    }
-
-    #[cold]
-    fn outside(&self, range: IovaRange, error: Error) -> Error {
+        let outside = self.area.mark(range);
+        let Some(at) = outside.first else {
+            return Ok(());
+        };
         self.counters.outside_mark();
+        // A call that sticks out of the area marks nothing.
+        let inside = self.area.mapping.range.covers(range);
         self.faults.record(Fault {
-            at: range.start(),
-            len: u64::try_from(range.len()).unwrap_or(u64::MAX),
+            at: if inside { at } else { range.start() },
+            len: outside.bytes,
             source: FaultSource::Handle,
         });
-        error
+        Err(Error::Outside { at })
     }
 }
 

@@ -71,16 +71,20 @@ steps! {
     LookAfterPublish,
     /// Closing the pairs of an area that has gone.
     ClosePairs,
-    /// Closing the pairs of a piece that goes in the batch that cuts it out.
-    ClosePieces,
+    /// Looking at the tree again where the pairs of an area are closed.
+    LookAgain,
     /// Marking what is put back into an area or a domain that is going.
     MarkIfGoing,
     /// Flushing before the addresses of an unmap are free.
     FlushBeforeReuse,
     /// Waiting for the readers of a replaced node of the area tree before it is used again.
     WaitForReaders,
-    /// Leading marks by the handle of an area that was cut to its pieces.
+    /// Leading marks by the handle of an area that was cut to what has gone of it.
     GiveWay,
+    /// Saying what has gone of an area that was cut.
+    SayGone,
+    /// Checking the alignment of a cut again in the update that publishes it.
+    CheckCutAgain,
     /// Saying that what a detach moves to the marks is in flight.
     DetachInFlight,
     /// Looking at what is in flight when an area goes.

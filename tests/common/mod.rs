@@ -50,6 +50,8 @@ pub struct State {
     pub refuse_map: bool,
     pub refuse_map_at: Option<IovaRange>,
     pub stop_at: Option<u64>,
+    /// How far inside the page of `stop_at` the stop lies.
+    pub stop_inside: u64,
     pub panic_at: Option<u64>,
     pub fail_invalidations: u32,
     pub flush_cost: FlushCost,
@@ -171,7 +173,7 @@ impl DirtySource for Fake {
                 }
                 if s.stop_at == Some(n) {
                     return Err(Stopped {
-                        at,
+                        at: Iova::new(at.get() + s.stop_inside),
                         error: Error::source_failed(Broken),
                     });
                 }
