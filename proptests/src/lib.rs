@@ -46,6 +46,8 @@ pub use run::run;
 pub use violation::{Rule, Violation};
 
 #[cfg(test)]
+mod batches;
+#[cfg(test)]
 mod concurrent;
 #[cfg(test)]
 mod history;

@@ -7,8 +7,8 @@
 //!                                          +-- a page that sticks out of what is asked for: cleared inside the call
 //! ```
 //!
-//! The sink keeps the rest of a page that sticks out as soon as it hears that the page is clean: so of such a page it must be
-//! true by then.
+//! The sink keeps the rest of a page that sticks out as soon as it hears that the page is clean: so of
+//! such a page it must be true by then.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -246,24 +246,26 @@ impl DirtySource for LogNode {
         if dies {
             told.truncate(told.len().div_ceil(2));
         }
-        let asked = out.range();
-        let mut later = Vec::new();
-        let mut failed = Ok(());
-        for n in told {
-            let page = self.addresses(n);
-            let inside = asked.covers(page);
-            let taken = out.take(page, self.page, || {
-                inside || lock(&self.state).log.remove(&n)
-            });
-            if let Err(error) = taken {
-                failed = Err(Stopped {
-                    at: page.start(),
-                    error,
-                });
-                break;
-            }
-            if inside {
-                later.push(n);
+        let mut later: Vec<u64> = Vec::new();
+        let mut taken = Ok(());
+        for run in told.chunk_by(|a, b| a + 1 == *b) {
+            let (low, high) = (self.addresses(run[0]), self.addresses(run[run.len() - 1]));
+            let Ok(run) = IovaRange::new(low.start(), high.last()) else {
+                continue;
+            };
+            let clear = |page: IovaRange| {
+                let n = page.start().get() >> self.page.lg2();
+                lock(&self.state).log.remove(&n)
+            };
+            match out.take_run(run, self.page, clear) {
+                Ok(recorded) => later.extend(recorded.range().into_iter().flat_map(|run| {
+                    let number = |at: Iova| at.get() >> self.page.lg2();
+                    number(run.start())..=number(run.last())
+                })),
+                Err(stopped) => {
+                    taken = Err(stopped);
+                    break;
+                }
             }
         }
         if dies {
@@ -274,7 +276,7 @@ impl DirtySource for LogNode {
             let log = &mut lock(&self.state).log;
             log.retain(|n| !word.contains(n));
         }
-        failed
+        taken
     }
 
     fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
