@@ -9,8 +9,8 @@ use std::sync::{Arc, mpsc};
 
 use common_batch::{Batching, Pause};
 use dirtymap::{
-    Access, AddressSpace, Error, FlushGather, Granule, HarvestBounds, HarvestError,
-    HarvestRequest, Iova, IovaRange, LeafSink, Lease, Owed, Scope, UserBitmap,
+    Access, AddressSpace, Error, FlushGather, Granule, HarvestBounds, HarvestError, HarvestRequest,
+    Iova, IovaRange, LeafSink, Lease, Owed, Scope, UserBitmap,
 };
 
 const PAGE: u64 = 4096;
@@ -47,9 +47,8 @@ impl Memory {
 
     /// Pages of which the copy lacks the last write.
     fn lost(&self) -> Vec<usize> {
-        let differs = |page: &usize| {
-            self.content[*page].load(SeqCst) != self.copy[*page].load(SeqCst)
-        };
+        let differs =
+            |page: &usize| self.content[*page].load(SeqCst) != self.copy[*page].load(SeqCst);
         (0..self.content.len()).filter(differs).collect()
     }
 }
@@ -66,7 +65,9 @@ fn harvest(space: &AddressSpace, range: IovaRange, memory: &Memory) {
     let mut words = vec![0u64; (range.len() as usize / PAGE as usize).div_ceil(64)];
     let request = HarvestRequest::new(range, Granule::K4);
     finish(
-        space.harvest(&request, UserBitmap::new(&mut words)).unwrap(),
+        space
+            .harvest(&request, UserBitmap::new(&mut words))
+            .unwrap(),
         memory,
     );
 }
@@ -164,7 +165,9 @@ fn a_sink_of_its_own_leaves_a_page_that_sticks_out_dirty() {
     [1, 2, 3, 5].iter().for_each(|page| log.write(page * K64));
     let read = |asked: IovaRange| {
         let mut words = [0u64; 2];
-        let view = UserBitmap::new(&mut words).view(asked, Granule::K4).unwrap();
+        let view = UserBitmap::new(&mut words)
+            .view(asked, Granule::K4)
+            .unwrap();
         let (mut sink, mut gather) = (view.sink(), FlushGather::new());
         let mut out = LeafSink::new(&mut sink, &mut gather);
         log.read_and_clear(asked, &mut out).unwrap();
@@ -180,6 +183,42 @@ fn a_sink_of_its_own_leaves_a_page_that_sticks_out_dirty() {
         read(range(0, 8 * K64)),
         [range(K64, K64), range(5 * K64, K64)]
     );
+}
+
+/// The pieces of a parallel harvest follow the words of the bitmap, which may begin inside of one: at
+/// 4 KiB a bit, each byte that lies before the bitmap moves the borders by 32 KiB.
+#[cfg(feature = "rayon")]
+#[test]
+fn the_pieces_of_a_parallel_harvest_begin_at_pages_of_the_source() {
+    const GIB: u64 = 1 << 30;
+    let page = Granule::from_bytes(K64).unwrap();
+    let log = Arc::new(Batching::new(page, 3 * GIB));
+    let space = AddressSpace::new(Granule::K4)
+        .with_source(log.clone())
+        .unwrap();
+    let all = range(0, 3 * GIB);
+    space.map(all, 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    let request = HarvestRequest::new(all, Granule::K4);
+    let mut bytes = vec![0u8; (3 * GIB / PAGE / 8 + 8) as usize];
+    for skip in 0..8 {
+        // Both sides of each border.
+        let near = (1..3).flat_map(|n| [n * GIB - 2 * K64, n * GIB - K64, n * GIB]);
+        near.for_each(|at| log.write(at));
+        bytes.fill(0);
+        let bitmap = UserBitmap::bytes(&mut bytes[skip..]);
+        let lease = space.harvest_parallel(&request, bitmap).unwrap();
+        assert_eq!(lease.report().bits_set, 6 * 16);
+        lease.sync().unwrap().commit();
+        let asked = std::mem::take(&mut *log.asked.lock().unwrap());
+        assert!(asked.len() >= 3);
+        for asked in asked {
+            assert!(
+                asked.is_aligned(page),
+                "{asked} cuts a page, {skip} bytes in"
+            );
+        }
+    }
 }
 
 /// A way to ask for what is dirty.
@@ -213,7 +252,10 @@ struct Random(u64);
 
 impl Random {
     fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
         (self.0 >> 33) % bound
     }
 }
@@ -240,7 +282,9 @@ impl World {
         let space = AddressSpace::new(Granule::K4)
             .with_source(log.clone())
             .unwrap();
-        space.map(range(0, BYTES / 2), 0, Access::ReadWrite).unwrap();
+        space
+            .map(range(0, BYTES / 2), 0, Access::ReadWrite)
+            .unwrap();
         space
             .map(range(BYTES / 2, BYTES / 2), 0, Access::ReadWrite)
             .unwrap();
@@ -385,6 +429,11 @@ fn no_mode_loses_a_write_of_a_source_that_clears_by_batches() {
                 harvest(&world.space, range(0, BYTES), &world.memory);
                 let lost = world.memory.lost();
                 assert!(lost.is_empty(), "{mode:?}, {times} times, {seed}: {lost:?}");
+                // No mode cuts a page of the source.
+                let page = world.space.alignment();
+                for asked in world.log.asked.lock().unwrap().iter() {
+                    assert!(asked.is_aligned(page), "{mode:?} asks for {asked}");
+                }
                 let stats = world.space.stats();
                 assert_eq!(
                     stats.leased_bytes,

@@ -72,7 +72,10 @@ fn from_a_stop_on_what_an_earlier_source_gave_is_put_back() {
     second.with(|s| s.stop_at = None);
     assert_eq!(take(&space, 64), [50]);
     let paid = first.with(|s| s.invalidated.clone());
-    assert!(paid.iter().any(|range| range.covers(pages(50, 1))), "{paid:?}");
+    assert!(
+        paid.iter().any(|range| range.covers(pages(50, 1))),
+        "{paid:?}"
+    );
     let mut lease = stop.lease.sync().unwrap();
     assert_eq!(lease.dirty(), 2);
     assert_eq!(numbers(lease.runs()), [5, 9]);
@@ -108,7 +111,9 @@ fn from_a_stop_on_marks_and_kept_pages_stay() {
         let bitmap = UserBitmap::new(&mut words);
         drop(space.harvest(&request(pages(0, 64)), bitmap).unwrap());
         [4, 30].iter().for_each(|page| second.dirty(*page));
-        [5, 40].map(|page| space.mark(pages(page, 1)).unwrap());
+        [5, 40]
+            .iter()
+            .for_each(|page| space.mark(pages(*page, 1)).unwrap());
         let guard = space.begin_write(pages(50, 1)).unwrap();
         second.with(|s| s.stop_at = Some(stop_at));
         let mut words = [0u64];
@@ -210,7 +215,10 @@ fn bits_of_others_stay_whatever_stops() {
         assert_eq!(numbers(lease.runs()), [2, 5]);
         lease.commit();
     }
-    assert_eq!(words[0] & (1 << 2 | 1 << 5 | 1 << 40), 1 << 2 | 1 << 5 | 1 << 40);
+    assert_eq!(
+        words[0] & (1 << 2 | 1 << 5 | 1 << 40),
+        1 << 2 | 1 << 5 | 1 << 40
+    );
     second.with(|s| s.stop_at = None);
     let left = take(&space, 64);
     assert!(left.contains(&50) && !left.contains(&5), "{left:?}");
@@ -264,7 +272,9 @@ fn instalments_and_masks_stop_alike() {
         let bitmap = UserBitmap::new(&mut words);
         let all = request(pages(0, 64));
         let mut mask = [u64::MAX];
-        let mask = UserBitmap::new(&mut mask).view(pages(0, 64), Granule::K4).unwrap();
+        let mask = UserBitmap::new(&mut mask)
+            .view(pages(0, 64), Granule::K4)
+            .unwrap();
         let stop = if masked {
             stopped(space.harvest_masked(&all, &mask, bitmap))
         } else {
@@ -309,7 +319,9 @@ fn of_two_stops_of_a_parallel_harvest_the_lowest_counts() {
             let lease = stop.lease.sync().unwrap();
             assert_eq!(numbers(lease.runs()), [5, 99]);
             lease.commit();
-            [&first, &second].map(|source| source.with(|s| s.stop_at = None));
+            for source in [&first, &second] {
+                source.with(|s| s.stop_at = None);
+            }
             let mut rest = dirty[2..].to_vec();
             rest.insert(3, (1 << 18) + 1);
             assert_eq!(take(&space, n), rest);

@@ -21,6 +21,8 @@ pub struct Sink<'a> {
     exclusive: bool,
     bits_set: u64,
     windows: u64,
+    /// The first word above every window that was opened.
+    top: u64,
 }
 
 impl<'a> Sink<'a> {
@@ -32,12 +34,18 @@ impl<'a> Sink<'a> {
             exclusive,
             bits_set: 0,
             windows: 0,
+            top: 0,
         }
     }
 
     /// The addresses that can be recorded; everything else is clipped.
     pub fn range(&self) -> IovaRange {
         self.limit
+    }
+
+    /// The bytes that one bit stands for.
+    pub(crate) fn granule(&self) -> Granule {
+        self.view.granule()
     }
 
     /// Records nothing outside `part` from now on.
@@ -55,6 +63,13 @@ impl<'a> Sink<'a> {
     /// Windows of the user's bitmap that this sink opened.
     pub fn windows(&self) -> u64 {
         self.windows
+    }
+
+    /// The last address that may have been recorded; `None` if nothing was.
+    pub(crate) fn recorded_to(&self) -> Option<Iova> {
+        let position = self.top.saturating_mul(64).checked_sub(1)?;
+        let bit = position.min(self.view.last_position()) - self.view.shift();
+        Some(self.view.addresses(bit, bit).last())
     }
 
     /// Records `range` as dirty: sets each bit whose granule it touches, and none outside the request.
@@ -203,6 +218,7 @@ impl<'a> Sink<'a> {
             .view
             .backing()
             .window(word, self.view.last_position())?;
+        self.top = self.top.max(self.window.end());
         self.windows += 1;
         Ok(())
     }

@@ -19,7 +19,7 @@ use crate::error::Error;
 use crate::flush::FlushGather;
 use crate::source::Stopped;
 use crate::space::{AddressSpace, Areas, Covered};
-use crate::units::{Iova, IovaRange};
+use crate::units::{Granule, Iova, IovaRange};
 
 /// Bits of a piece, at least.
 const PIECE_BITS: u64 = 8 * CHUNK_BITS;
@@ -33,6 +33,7 @@ struct Taken<'a> {
     areas: u64,
     bits_set: u64,
     windows: u64,
+    recorded: Option<Iova>,
     stopped: Option<Stopped>,
 }
 
@@ -45,7 +46,8 @@ impl AddressSpace {
     /// megabytes.
     ///
     /// # Errors
-    /// As [`harvest`](Self::harvest). Behind the place of a stop some pages may have been taken as well: they are in the lease.
+    /// As [`harvest`](Self::harvest). The lowest of several stops counts; what other threads took from
+    /// there on is put back before the call returns.
     pub fn harvest_parallel<'a>(
         &'a self,
         request: &HarvestRequest,
@@ -67,7 +69,7 @@ impl AddressSpace {
             None => Some(range.last()),
         };
         let mut holding = Holding::begin(self, view, covered.clone());
-        let (mut bits_set, mut windows) = (0, 0);
+        let (mut bits_set, mut windows, mut recorded) = (0, 0, None);
         let mut stopped = hole.map(|at| Stopped {
             at,
             error: Error::Hole { at, range },
@@ -75,7 +77,8 @@ impl AddressSpace {
         if let Some(walked) = end.and_then(|end| IovaRange::new(range.start(), end).ok()) {
             // Before the first bit is touched: a panic in any thread puts back all that was recorded.
             holding.reach(walked.last());
-            let pieces: Vec<IovaRange> = pieces(&view, self, walked).collect();
+            let page = covered.alignment(self.page());
+            let pieces: Vec<IovaRange> = pieces(&view, page, walked).collect();
             let taken: Vec<Taken<'_>> = pieces
                 .into_par_iter()
                 .map(|piece| Taken::take(self, &view, &covered, walked, piece))
@@ -84,26 +87,27 @@ impl AddressSpace {
                 holding.add(&std::mem::take(&mut piece.gather), piece.areas);
                 bits_set += piece.bits_set;
                 windows += piece.windows;
+                recorded = recorded.max(piece.recorded);
                 let below = |other: &Stopped| stopped.as_ref().is_none_or(|now| other.at < now.at);
                 if let Some(first) = piece.stopped.take().filter(below) {
                     stopped = Some(first);
                 }
             }
         }
+        holding.walked(&self.snapshot());
         match stopped {
             None => Ok(holding.into_lease_of(bits_set, windows, None)),
-            Some(stopped) => Err(holding.stopped_of(stopped, bits_set, windows)),
+            Some(stopped) => Err(holding.stopped_of(stopped, bits_set, windows, recorded)),
         }
     }
 }
 
-/// The pieces of `walked`: each begins at a chunk of bitmap, and at a page.
+/// The pieces of `walked`: each begins at a chunk of bitmap, rounded up to a page of all sources.
 fn pieces(
     view: &BitmapView<'_>,
-    space: &AddressSpace,
+    page: Granule,
     walked: IovaRange,
 ) -> impl Iterator<Item = IovaRange> {
-    let page = space.page();
     let view = *view;
     let bits = piece_bits(walked.granules(view.granule()));
     let mut next = Some(walked.start());
@@ -139,6 +143,7 @@ impl<'a> Taken<'a> {
             areas: 0,
             bits_set: 0,
             windows: 0,
+            recorded: None,
             stopped: None,
         };
         let snapshot: Areas<'_> = space.snapshot();
@@ -179,6 +184,7 @@ impl<'a> Taken<'a> {
         }
         taken.bits_set = sink.bits_set();
         taken.windows = sink.windows();
+        taken.recorded = sink.recorded_to();
         taken
     }
 }

@@ -175,9 +175,7 @@ impl<'s, 'b> LeafSink<'s, 'b> {
         let inside = asked.round_in(page);
         if let Some(inside) = inside {
             if performs(Step::RecordBeforeClear) {
-                self.sink
-                    .record(inside)
-                    .map_err(stopped(inside.start()))?;
+                self.sink.record(inside).map_err(stopped(inside.start()))?;
             }
             self.gather.add(inside, page);
         }
@@ -417,5 +415,100 @@ mod tests {
         // Past the end of the address space there is nothing.
         let (pages, owed, cleared) = taken(u64::MAX - 0xfff, K4, u64::MAX);
         assert_eq!((pages, owed, cleared), (vec![], vec![], 0));
+    }
+
+    /// What happened, in order.
+    #[derive(Debug, PartialEq)]
+    enum Event {
+        Cleared(IovaRange),
+        Kept(IovaRange),
+    }
+    use Event::{Cleared, Kept};
+
+    /// What `take_run` of `run` says, does and records, where 1 KiB inside page 3 to the end of
+    /// page 70 are asked for.
+    fn run_taken(
+        run: IovaRange,
+        page: Granule,
+        keeps: bool,
+    ) -> (Option<IovaRange>, Vec<Event>, Vec<IovaRange>, FlushGather) {
+        let asked = IovaRange::new(Iova::new((3 << 12) + 1024), Iova::new((71 << 12) - 1));
+        let asked = asked.unwrap_or(IovaRange::ALL);
+        let events = std::cell::RefCell::new(Vec::new());
+        let keep = |rest| events.borrow_mut().push(Kept(rest));
+        let (in_flight, flush) = (InFlight::new(), FlushQueue::new());
+        let rests = Rests {
+            in_flight: &in_flight,
+            keep: &keep,
+            flush: &flush,
+        };
+        let mut words = [0; 5];
+        let mut gather = FlushGather::new();
+        let k1 = Granule::from_lg2(10).unwrap_or(K4);
+        let Ok(view) = UserBitmap::new(&mut words).view(asked, k1) else {
+            panic!("a bitmap that is too short");
+        };
+        let mut sink = view.sink();
+        let mut out = match keeps {
+            true => LeafSink::keeping(&mut sink, &mut gather, rests),
+            false => LeafSink::new(&mut sink, &mut gather),
+        };
+        let clear = |page| {
+            events.borrow_mut().push(Cleared(page));
+            true
+        };
+        let to_clear = out.take_run(run, page, clear).map_or(None, ToClear::range);
+        let runs = view.runs().collect();
+        // A debt of what is kept was handed over before.
+        let kept = |event: &&Event| matches!(event, Kept(_));
+        let any = events.borrow().iter().any(|event| kept(&event));
+        assert_eq!(flush.stats().owed > 0, any);
+        (to_clear, events.into_inner(), runs, gather)
+    }
+
+    #[test]
+    fn of_a_run_that_sticks_out_the_ends_are_cleared_at_once_and_the_rest_later() {
+        let bytes = |start: u64, end: u64| {
+            IovaRange::new(Iova::new(start), Iova::new(end - 1)).unwrap_or(IovaRange::ALL)
+        };
+        let page = |first: u64, end: u64| bytes(first << 12, end << 12);
+        // Whole inside: nothing happens now.
+        let (later, events, runs, gather) = run_taken(page(4, 9), K4, true);
+        assert_eq!(
+            (later, events, runs),
+            (Some(page(4, 9)), vec![], vec![page(4, 9)])
+        );
+        assert_eq!(gather.ranges(), [page(4, 9)]);
+        // The lowest page sticks out; pages that are not asked for are left alone.
+        let (later, events, runs, gather) = run_taken(page(1, 9), K4, true);
+        assert_eq!(later, Some(page(4, 9)));
+        let cut = bytes((3 << 12) + 1024, 9 << 12);
+        assert_eq!(
+            events,
+            [Cleared(page(3, 4)), Kept(bytes(3 << 12, (3 << 12) + 1024))]
+        );
+        assert_eq!((runs, gather.ranges()), (vec![cut], &[page(3, 9)][..]));
+        // The same where nothing can be kept: no page is cleared whose rest would be lost.
+        let (later, events, runs, _) = run_taken(page(1, 9), K4, false);
+        assert_eq!((later, events, runs), (Some(page(4, 9)), vec![], vec![cut]));
+        // Pages of 16 KiB: the last one ends above page 70.
+        let k16 = Granule::from_lg2(14).unwrap_or(K4);
+        let (later, events, runs, _) = run_taken(page(64, 80), k16, true);
+        assert_eq!(later, Some(page(64, 68)));
+        assert_eq!(events, [Cleared(page(68, 72)), Kept(page(71, 72))]);
+        assert_eq!(runs, [page(64, 71)]);
+        // One page sticks out at both ends: it is cleared once.
+        let m1 = Granule::from_lg2(20).unwrap_or(K4);
+        let (later, events, runs, gather) = run_taken(page(0, 256), m1, true);
+        assert_eq!(later, None);
+        let below = bytes(0, (3 << 12) + 1024);
+        let whole = page(0, 256);
+        assert_eq!(events, [Cleared(whole), Kept(below), Kept(page(71, 256))]);
+        assert_eq!(runs, [bytes((3 << 12) + 1024, 71 << 12)]);
+        assert_eq!(gather.ranges(), [whole]);
+        // Nothing of it is asked for.
+        let (later, events, runs, gather) = run_taken(page(80, 90), K4, true);
+        assert_eq!((later, events, runs), (None, vec![], vec![]));
+        assert!(gather.is_empty());
     }
 }

@@ -14,8 +14,8 @@ mod ordering;
 mod loom_tests;
 
 pub(crate) use in_flight::{InFlight, Slot};
-pub use leaf_sink::{LeafSink, ToClear};
 pub(crate) use leaf_sink::Rests;
+pub use leaf_sink::{LeafSink, ToClear};
 pub(crate) use marks::{Marks, NearMarks};
 pub use ordering::MarkOrdering;
 

@@ -7,9 +7,7 @@ use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use super::error::KvmError;
 use super::ioctl::Kernel;
 use super::{KvmMode, MAX_PAGES};
-use crate::adapters::pending::{
-    Pending, clear, mask_tail, next_run, set, words_for, zeroed,
-};
+use crate::adapters::pending::{Pending, clear, mask_tail, next_run, set, words_for, zeroed};
 use crate::bitmap::Sink;
 use crate::error::Error;
 use crate::source::{LeafSink, Stopped};
@@ -199,7 +197,9 @@ impl Slot {
             };
             self.clear_words(kernel, pending, from as u64 * 64, &log[from..to])
                 .map_err(|error| {
-                    let at = pending.addresses(from as u64 * 64, from as u64 * 64).start();
+                    let at = pending
+                        .addresses(from as u64 * 64, from as u64 * 64)
+                        .start();
                     self.stopped("KVM_CLEAR_DIRTY_LOG", at.max(part.start()), error)
                 })?;
         }
