@@ -87,6 +87,8 @@
 //! [DESIGN.md](https://github.com/dirtymap/dirtymap/blob/main/DESIGN.md) has the invariants and why they hold; the
 //! `pagetable-sim` crate is an IOMMU to test against.
 
+#[macro_use]
+mod compared;
 mod error;
 mod events;
 mod units;

@@ -6,9 +6,8 @@
 use dirtymap::sync::model::{Bound, holds_within};
 use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering, Ordering::Relaxed, Step, lock, thread};
 use dirtymap::{
-    Access, AddressSpace, Change, DirtySource, DomainId, Error, FlushGather, Granule,
-    HarvestRequest, Invalidated, Iova, IovaRange, LeafSink, Mapping, Scope, Sink, Stopped,
-    UserBitmap,
+    Access, AddressSpace, DirtySource, DomainId, Error, FlushGather, Granule, HarvestRequest,
+    Invalidated, Iova, IovaRange, LeafSink, Mapping, Scope, Sink, Stopped, UserBitmap,
 };
 
 const PAGE: Granule = Granule::K4;
@@ -165,27 +164,6 @@ fn an_unmap_and_an_attach_leave_nothing_behind() {
     });
 }
 
-/// A domain that comes while a piece is cut out of an area is not filled with that piece.
-#[test]
-fn a_batch_and_an_attach_leave_nothing_behind() {
-    holds_within(BOUND, &[Step::LookAgain], || {
-        let hardware = OnePage::new();
-        let space = Arc::new(AddressSpace::new(PAGE));
-        let both = IovaRange::new(page(0).start(), page(1).last()).unwrap();
-        space.map(both, 0, RW).unwrap();
-        let attach = {
-            let (space, source) = (space.clone(), Source(hardware.clone()));
-            thread::spawn(move || space.attach(source).is_ok())
-        };
-        let at = page(1).start();
-        let range = page(1);
-        let applied = space.apply(&[Change::Cut { at }, Change::Unmap { range }]);
-        let attached = attach.join().unwrap();
-        // Filled with the whole and emptied of the piece, or filled with the piece that stays.
-        applied.is_ok() && attached && hardware.filled.load(Relaxed) <= 1
-    });
-}
-
 /// A domain that goes while an area comes has nothing of it in the end.
 #[test]
 fn a_map_and_a_detach_leave_nothing_behind() {
@@ -312,22 +290,6 @@ fn an_abort_and_an_unmap_do_not_miss_each_other() {
         };
         let outside = lease.abort().outside_bytes;
         unmap.join().unwrap() != 0 || outside != 0
-    });
-}
-
-/// A mark by the handle of an area that is cut, and one piece of which goes, is counted by one of the two.
-#[test]
-fn a_mark_by_a_handle_follows_a_cut() {
-    holds_within(BOUND, &[Step::GiveWay, Step::GoneFence], || {
-        let space = AddressSpace::new(PAGE);
-        let both = IovaRange::new(page(0).start(), page(1).last()).unwrap();
-        space.map(both, 0, RW).unwrap();
-        let handle = space.area(Iova::MIN).unwrap();
-        let marker = thread::spawn(move || handle.mark(page(1)).is_ok());
-        let cut = space.cut(page(1).start()).unwrap();
-        let discarded = space.unmap_discarding(page(1)).unwrap().discarded_bytes;
-        let marked = marker.join().unwrap();
-        cut && !(marked && discarded == 0)
     });
 }
 

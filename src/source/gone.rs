@@ -60,3 +60,55 @@ impl Gone {
         }
     }
 }
+
+#[cfg(all(test, not(dirtymap_loom)))]
+#[allow(clippy::unwrap_used)] // helpers of tests
+mod tests {
+    use super::*;
+
+    fn pages(first: u64, n: u64) -> IovaRange {
+        IovaRange::from_len(Iova::new(first << 12), n << 12).unwrap()
+    }
+
+    /// Asserts which pages have gone, and that there is one range for each run of them.
+    fn check(gone: &Gone, runs: &[IovaRange]) {
+        let mut parts = Vec::new();
+        gone.parts(IovaRange::ALL, |part| parts.push(part));
+        assert_eq!(parts, runs);
+        assert_eq!(gone.ranges.snapshot().len(), runs.len());
+        gone.ranges.internal_validate();
+    }
+
+    #[test]
+    fn what_goes_side_by_side_is_one_range() {
+        let gone = Gone::new();
+        check(&gone, &[]);
+        // From both ends, the middle last; holes stay.
+        for page in 0..100 {
+            gone.add(pages(1000 + page, 1));
+            gone.add(pages(1999 - page, 1));
+        }
+        check(&gone, &[pages(1000, 100), pages(1900, 100)]);
+        gone.add(pages(1102, 1));
+        check(&gone, &[pages(1000, 100), pages(1102, 1), pages(1900, 100)]);
+        gone.add(pages(1100, 2));
+        check(&gone, &[pages(1000, 103), pages(1900, 100)]);
+        let mut parts = Vec::new();
+        gone.parts(pages(1050, 900), |part| parts.push(part));
+        assert_eq!(parts, [pages(1050, 53), pages(1900, 50)]);
+        gone.add(pages(1103, 797));
+        check(&gone, &[pages(1000, 1000)]);
+    }
+
+    #[test]
+    fn the_borders_of_the_address_space_do_not_wrap() {
+        let gone = Gone::new();
+        let top = IovaRange::granule_at(Iova::MAX, crate::units::Granule::K4);
+        gone.add(pages(0, 1));
+        gone.add(top);
+        check(&gone, &[pages(0, 1), top]);
+        let rest = IovaRange::new(pages(1, 1).start(), Iova::new(top.start().get() - 1));
+        gone.add(rest.unwrap());
+        check(&gone, &[IovaRange::ALL]);
+    }
+}

@@ -15,6 +15,9 @@ mod attachment;
 mod change;
 mod faults;
 mod flushing;
+#[cfg(all(test, not(dirtymap_loom)))]
+#[allow(clippy::unwrap_used)] // helpers of tests
+mod growth_tests;
 mod plan;
 mod rules;
 mod snapshot;

@@ -40,9 +40,9 @@ impl Attachments {
     /// # Errors
     /// [`Error::NotAttached`].
     pub(crate) fn position(&self, domain: DomainId) -> Result<usize, Error> {
-        self.iter()
-            .position(|attachment| attachment.id == domain)
-            .ok_or(Error::NotAttached { domain })
+        // Ids grow.
+        self.binary_search_by_key(&domain, |attachment| attachment.id)
+            .map_err(|_| Error::NotAttached { domain })
     }
 
     /// The largest of `own` and the smallest pages of these domains.
