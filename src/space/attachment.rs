@@ -370,7 +370,10 @@ impl AddressSpace {
     pub(crate) fn put_back(&self, run: IovaRange, covered: &Covered, taken: u64) -> Outside {
         let outside = self.in_areas(run, |area, part| {
             if area.is_younger(taken) {
-                return false;
+                let mut outside = Outside::default();
+                let bytes = part.last().get() - part.start().get();
+                outside.add(part.start(), bytes.saturating_add(1));
+                return outside;
             }
             for domain in covered.domains() {
                 domain.kept.mark(part);
