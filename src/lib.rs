@@ -89,6 +89,7 @@
 
 mod error;
 mod events;
+mod failure;
 mod units;
 
 mod area;
