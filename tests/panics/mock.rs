@@ -1,6 +1,6 @@
 //! A source with its device, in which every step of every callback is a point at which it can panic.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -135,8 +135,9 @@ impl Points {
 pub struct State {
     /// Leaves by their first page: how many pages, and D.
     table: BTreeMap<u64, (u64, bool)>,
-    /// Pages that the device has a translation of, with "D is set".
-    cached: BTreeSet<u64>,
+    /// Pages that the device has a translation of, with "D is set", and the leaf that it comes from: it is dropped by what names
+    /// all of that.
+    cached: BTreeMap<u64, IovaRange>,
     pub tracking: bool,
     /// Calls of each kind that were counted.
     pub costs_asked: u32,
@@ -168,24 +169,25 @@ impl Device {
     /// The device writes page `n`; whether it reached memory.
     pub fn write(&self, n: u64) -> bool {
         self.with(|s| {
-            if s.cached.contains(&n) {
+            if s.cached.contains_key(&n) {
                 return true; // and leaves no trace
             }
-            let Some((_, (_, dirty))) = s.leaf(n) else {
+            let Some((first, (count, dirty))) = s.leaf(n) else {
                 return false;
             };
             *dirty = true;
-            s.cached.insert(n)
+            let leaf = pages(first, *count);
+            s.cached.insert(n, leaf).is_none()
         })
     }
 
     /// Whether the device reaches page `n`, by the table or by what it has cached.
     pub fn reaches(&self, n: u64) -> bool {
-        self.with(|s| s.cached.contains(&n) || s.leaf(n).is_some())
+        self.with(|s| s.cached.contains_key(&n) || s.leaf(n).is_some())
     }
 
     pub fn caches(&self, n: u64) -> bool {
-        self.with(|s| s.cached.contains(&n))
+        self.with(|s| s.cached.contains_key(&n))
     }
 
     fn leaves(&self, range: IovaRange) -> Vec<(u64, u64, bool)> {
@@ -259,16 +261,14 @@ impl DirtySource for Device {
             return Err(Error::source_failed(Refused));
         }
         let page = at.get() / PAGE;
-        let whole = self.with(|s| {
-            let (first, (n, dirty)) = s.leaf(page)?;
-            let (n, dirty) = (*n, *dirty);
-            if first == page {
-                return None;
-            }
-            s.table.remove(&first);
+        let across = self.leaves(pages(page, 1));
+        let across = across.into_iter().find(|(first, ..)| *first < page);
+        let whole = across.map(|(first, n, dirty)| {
+            self.with(|s| s.table.remove(&first));
+            self.points.at("split: taken");
             let parts = (first..first + n).map(|part| (part, (1, dirty)));
-            s.table.extend(parts);
-            Some(pages(first, n))
+            self.with(|s| s.table.extend(parts));
+            pages(first, n)
         });
         self.points.at("split: parted");
         if let Some(whole) = whole {
@@ -343,7 +343,7 @@ impl DirtySource for Device {
             return Err(Error::source_failed(Refused));
         }
         for range in gather.ranges() {
-            self.with(|s| s.cached.retain(|page| !range.intersects(pages(*page, 1))));
+            self.with(|s| s.cached.retain(|_, leaf| !range.covers(*leaf)));
             self.points.at("invalidate: some");
         }
         self.points.at("invalidate: done");

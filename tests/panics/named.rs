@@ -259,7 +259,12 @@ fn a_map_whose_undoing_panics_too_keeps_its_addresses() {
 /// parted was owed to nobody.
 #[test]
 fn the_debt_of_a_split_outlives_a_panic_in_the_next() {
-    for point in ["split: begun", "split: parted", "split: done"] {
+    for point in [
+        "split: begun",
+        "split: taken",
+        "split: parted",
+        "split: done",
+    ] {
         let (space, points, devices) = tracked(1);
         assert!(devices[0].write(1) && devices[0].write(6));
         assert_eq!(take(&space), 0xff, "leaves of four pages");
