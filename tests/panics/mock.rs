@@ -144,8 +144,8 @@ pub struct State {
     pub refuse_map: bool,
     pub refuse_split: bool,
     pub fail_invalidations: u32,
-    /// What an unmap tells instead of its first dirty leaf.
-    pub tells: Option<IovaRange>,
+    /// What an unmap tells instead of its first dirty leaf, if anything.
+    pub tells: Vec<IovaRange>,
 }
 
 /// A device behind a table of leaves.
@@ -248,7 +248,11 @@ impl DirtySource for Device {
             gather.add(leaf, Granule::K4);
             self.points.at("unmap: owed");
             if gone.is_some_and(|(_, dirty)| dirty) {
-                dirty(self.with(|s| s.tells.take()).unwrap_or(leaf));
+                let told = self.with(|s| std::mem::take(&mut s.tells));
+                match told.is_empty() {
+                    true => dirty(leaf),
+                    false => told.into_iter().for_each(&mut *dirty),
+                }
                 self.points.at("unmap: told");
             }
         }

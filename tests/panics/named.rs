@@ -142,7 +142,7 @@ fn what_an_unmap_tells_outside_of_its_area_is_not_believed() {
         space.map(pages(20, 4), 0, RW).unwrap();
         assert!(devices[0].write(3));
         let huge = IovaRange::from_len(Iova::MIN, 1 << 48).unwrap();
-        devices[0].with(|s| s.tells = Some(huge));
+        devices[0].with(|s| s.tells = vec![huge]);
         if detaches {
             space.detach(space.domains()[0]).unwrap();
             assert_eq!(take(&space), 0xffff);
@@ -151,6 +151,16 @@ fn what_an_unmap_tells_outside_of_its_area_is_not_believed() {
         }
         assert_eq!(unmap(&space, pages(20, 4)).unwrap(), 0, "another area");
     }
+}
+
+/// Nor is memory taken for more leaves than an area has pages: all of it is dirty then.
+#[test]
+fn an_unmap_that_tells_the_same_again_and_again_is_bounded() {
+    let (space, _, devices) = tracked(1);
+    assert!(devices[0].write(3));
+    let again = [pages(9, 1), pages(3, 1)].repeat(1000);
+    devices[0].with(|s| s.tells = again);
+    assert_eq!(unmap(&space, pages(0, 16)).unwrap(), 0xffff);
 }
 
 const MAPPING: [(&str, u32); 5] = [
