@@ -50,7 +50,8 @@ struct Orders {
     broken_flushes: u64,
     /// Where the next harvest of this address stops.
     stop: Option<Iova>,
-    /// What `unmap` was asked for when it panicked: all of it may be reported as dirty.
+    /// What `unmap` was asked for when it panicked, and where `split_at` was: all of the range, and of
+    /// the area, may be reported as dirty.
     blurred: Vec<IovaRange>,
     /// What is owed.
     owed: Vec<IovaRange>,
@@ -88,7 +89,7 @@ impl Faulty {
         self.node.dies().set(false);
     }
 
-    /// What may be reported as dirty since an unmap of it panicked.
+    /// What may be reported as dirty, with the areas that it cuts, since an unmap or a split panicked.
     pub(crate) fn take_blurred(&self) -> Vec<IovaRange> {
         std::mem::take(&mut lock(&self.orders).blurred)
     }
@@ -243,18 +244,23 @@ impl DirtySource for Source {
     }
 
     fn split_at(&self, at: Iova, gather: &mut FlushGather) -> Result<(), Error> {
-        self.owing(gather, |gather| {
-            self.around(Callback::SplitAt, || (), || self.node.split_at(at, gather))
-        })
-    }
-
-    /// A source that panics after it has switched breaks its word that an error leaves the old state:
-    /// only what comes before can be told.
-    fn set_tracking(&self, on: bool) -> Result<(), Error> {
-        if self.turn(Callback::SetTracking).is_some() {
+        let moment = self.turn(Callback::SplitAt);
+        if moment.is_some() {
+            let page = IovaRange::granule_at(at, self.node.page());
+            lock(&self.orders).blurred.push(page);
+        }
+        if moment == Some(Moment::Before) {
             panic_now();
         }
-        self.node.set_tracking(on)
+        let done = self.owing(gather, |gather| self.node.split_at(at, gather));
+        if moment.is_some() {
+            panic_now();
+        }
+        done
+    }
+
+    fn set_tracking(&self, on: bool) -> Result<(), Error> {
+        self.around(Callback::SetTracking, || (), || self.node.set_tracking(on))
     }
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {

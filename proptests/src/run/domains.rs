@@ -234,6 +234,11 @@ impl Runner<'_> {
             let areas: Vec<IovaRange> = self.oracle.areas.values().map(Area::range).collect();
             self.copy_runs(&areas)?;
             self.oracle.untracked.clear();
+            self.oracle.lost.clear();
+            if marks && starting == self.oracle.attached {
+                // Their caches are flushed.
+                self.oracle.hidden.clear();
+            }
         }
         Ok(())
     }
