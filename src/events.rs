@@ -14,13 +14,24 @@ use crate::units::{DomainId, Granule, Iova, IovaRange};
 #[cfg(all(feature = "tracing", not(dirtymap_loom)))]
 macro_rules! event {
     ($level:ident $name:literal, {$($shown:ident = $show:expr),*}, {$($field:ident = $value:expr),*}) => {
-        tracing::event!(
+        tell(|| tracing::event!(
             target: "dirtymap",
             tracing::Level::$level,
             { $($shown = %$show,)* $($field = $value,)* },
             $name
-        )
+        ))
     };
+}
+
+/// Tells a subscriber, whose panic goes on; but not out of a destructor while another one goes by, where it would end the process.
+#[cfg(all(feature = "tracing", not(dirtymap_loom)))]
+#[inline]
+fn tell(event: impl FnOnce()) {
+    if !std::thread::panicking() {
+        event();
+    } else if let Err(panic) = crate::failure::call(event) {
+        crate::failure::forget(panic);
+    }
 }
 
 /// Nothing: the arguments count as used.

@@ -91,6 +91,7 @@
 mod compared;
 mod error;
 mod events;
+mod failure;
 mod units;
 
 mod area;

@@ -143,6 +143,17 @@ pub fn fence_after_look() {
 /// Set once and read without waiting; invisible to the model checker, so an atomic of its user must order the two.
 pub use std::sync::OnceLock;
 
+/// A lock of the standard library, whatever checks the model: for lists that are pushed to and taken whole, with no other lock
+/// and no step of a protocol inside. So no schedule can stop in it, and it orders nothing that a model looks at. Destructors
+/// may take it after an execution of a model has ended.
+pub use std::sync::Mutex as InnerLock;
+
+/// Locks `list`, as [`lock`] does.
+pub fn lock_inner<T>(list: &InnerLock<T>) -> std::sync::MutexGuard<'_, T> {
+    list.lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
 /// Locks `mutex`, also when a thread panicked while it held it: what the library guards with a mutex is valid at every
 /// step, so a panic elsewhere must not take the accounting down with it.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -296,6 +296,29 @@ fn what_is_dirty_in_a_map_that_fails_is_counted_as_discarded() {
     assert_eq!(take(&space, pages(0, 16)), 0);
 }
 
+/// The same in a batch: what the device had written was neither kept nor counted, and dirty in the next area.
+#[test]
+fn what_is_dirty_in_a_batch_that_fails_is_counted_as_discarded() {
+    let (space, first, second) = two_sources();
+    space.set_tracking(true).unwrap();
+    let device = Arc::clone(&first);
+    second.with(|s| {
+        s.refuse_map = true;
+        s.on_map = Some(Box::new(move || device.dirty(5)));
+    });
+    let range = pages(0, 16);
+    let map = Change::Map {
+        range,
+        backing: 0,
+        access: Access::ReadWrite,
+    };
+    assert!(space.apply(&[map]).is_err());
+    assert_eq!(space.stats().discarded_bytes, PAGE);
+    second.with(|s| s.refuse_map = false);
+    space.apply(&[map]).unwrap();
+    assert_eq!(take(&space, range), 0);
+}
+
 /// Harvests that walk by pieces counted an area once for each piece that lay in it.
 #[test]
 fn an_area_is_counted_once_however_many_pieces_it_is_walked_in() {

@@ -45,11 +45,13 @@
 
 use std::convert::Infallible;
 
+use super::retired::Source;
 use super::rules::{Attachments, Rules};
 use super::tracking::Switch;
 use super::{AddressSpace, Area, Fault, FaultSource, Outside};
 use crate::error::Error;
 use crate::events;
+use crate::failure::{Failure, Panic, attempt, call, keep_first};
 use crate::flush::{FlushCost, FlushGather, Ticket};
 use crate::source::{DirtySource, Marks, Slot};
 use crate::sync::{Arc, AtomicBool, Ordering, Step, TINY, fence, lock, performs};
@@ -60,7 +62,11 @@ pub(crate) struct Attachment {
     pub(crate) id: DomainId,
     /// The smallest page of the source.
     pub(super) page: Granule,
-    pub(crate) source: Box<dyn DirtySource>,
+    /// What the source said to [`DirtySource::identity`].
+    identity: Option<usize>,
+    /// What the source said to [`DirtySource::flush_cost`].
+    cost: FlushCost,
+    pub(crate) source: Source,
     /// Pages that are dirty in this domain though its table does not say so.
     pub(crate) kept: Marks,
     /// See [`tracking`](super::tracking).
@@ -102,16 +108,35 @@ impl AddressSpace {
     /// with the first area that is not made of the domain's pages; what the source says to tracking, then to an area.
     /// The source is then emptied again and not attached; only if it also fails to flush what it had been filled with,
     /// it stays attached, without translations, until [`detach`](Self::detach) succeeds: its id is in
-    /// [`domains`](Self::domains).
+    /// [`domains`](Self::domains). After a [panic](crate::DirtySource#panics) of the source all is as after an error.
     pub fn attach(&self, source: impl DirtySource + 'static) -> Result<DomainId, Error> {
-        let _membership = lock(&self.membership);
-        let page = source.page();
-        let (identity, attached) = (source.identity(), self.attachments());
-        if let Some(twin) = attached
-            .iter()
-            .find(|other| identity.is_some() && other.source.identity() == identity)
-        {
-            return Err(Error::AttachedTwice { domain: twin.id });
+        self.retired.drop_all();
+        let source = Source::new(Box::new(source), self.retired.clone());
+        let attached = attempt(|| {
+            // Asked before anything is locked, and once.
+            let asked = (source.page(), source.identity(), source.flush_cost());
+            let _membership = lock(&self.membership);
+            self.attach_source(source, asked)
+        });
+        attached.map_err(|failure| {
+            // The source that was refused is dropped before the call returns.
+            match call(|| self.retired.drop_all()) {
+                Ok(()) => failure.raise(),
+                Err(panic) => failure.then(Failure::Panicked(panic)).raise(),
+            }
+        })
+    }
+
+    /// The part of an attach under the lock of the domains.
+    fn attach_source(
+        &self,
+        source: Source,
+        (page, identity, cost): (Granule, Option<usize>, FlushCost),
+    ) -> Result<DomainId, Failure> {
+        let attached = self.attachments();
+        let is_twin = |other: &&Arc<Attachment>| identity.is_some() && other.identity == identity;
+        if let Some(twin) = attached.iter().find(is_twin) {
+            return Err(Error::AttachedTwice { domain: twin.id }.into());
         }
         check_areas(
             self.areas.snapshot().iter(IovaRange::ALL).map(|e| e.area),
@@ -121,14 +146,18 @@ impl AddressSpace {
         let attachment = Arc::new(Attachment {
             id,
             page,
-            source: Box::new(source),
+            identity,
+            cost,
+            source,
             kept: Marks::few(all_kept(), self.page()),
             tracking: Switch::new(),
             leaving: AtomicBool::new(false),
         });
         if self.tracks() {
             // Before the first page is mapped: no write goes unseen.
-            attachment.switch(true)?;
+            attachment
+                .switch(true)
+                .map_err(|failure| attachment.switch_back(failure))?;
         }
         let too_early = (!performs(Step::LookAfterPublish)).then(|| self.all_areas());
         let published = self.areas.update(|edit| {
@@ -140,15 +169,16 @@ impl AddressSpace {
             Ok(())
         });
         if let Err(error) = published {
-            let _ = attachment.switch(false);
-            return Err(error);
+            return Err(attachment.switch_back(Failure::Refused(error)));
         }
         self.declare_cost();
         for area in too_early.unwrap_or_else(|| self.all_areas()) {
-            if let Err(error) = self.fill_pair(&area, &attachment) {
-                // The flush that failed stays owed, and the domain stays, so that it can be paid.
-                self.release(&attachment)?;
-                return Err(error);
+            if let Err(failure) = self.fill_pair(&area, &attachment) {
+                // A flush that fails stays owed, and the domain stays, so that it can be paid.
+                return Err(match self.release(&attachment) {
+                    Ok(()) => failure,
+                    Err(another) => failure.then(another),
+                });
             }
         }
         events::attach(id, page);
@@ -156,16 +186,22 @@ impl AddressSpace {
     }
 
     /// Detaches a domain: empties it, flushes, and forgets it. Nothing is lost: what is dirty in it moves to the marks
-    /// of the areas, where harvests of all domains find it; one that runs meanwhile may report all of an area. On return its devices no longer reach the memory, and
-    /// nothing of the source is in use but by harvests that began before. Waits for the flush.
+    /// of the areas, where harvests of all domains find it; one that runs meanwhile may report all of an area. On return
+    /// its devices no longer reach the memory, and nothing of the source is in use but by harvests that began before. Waits
+    /// for the flush.
     ///
     /// # Errors
     /// [`Error::NotAttached`]. If a source cannot flush: its error; the domain then stays attached without
-    /// translations, and is not filled any more, until a repeated call succeeds.
+    /// translations, and is not filled any more, until a repeated call succeeds. So it does after a
+    /// [panic](crate::DirtySource#panics), with what the source left of its translations; but for one in switching off,
+    /// which comes last.
     pub fn detach(&self, domain: DomainId) -> Result<(), Error> {
-        let _membership = lock(&self.membership);
-        let attachment = Arc::clone(self.attachments().find(domain)?);
-        self.release(&attachment)?;
+        self.retired.drop_all();
+        {
+            let _membership = lock(&self.membership);
+            let attachment = Arc::clone(self.attachments().find(domain)?);
+            self.release(&attachment).map_err(Failure::raise)?;
+        }
         events::detach(domain);
         Ok(())
     }
@@ -176,7 +212,7 @@ impl AddressSpace {
     }
 
     /// The rest of a detach.
-    fn release(&self, attachment: &Arc<Attachment>) -> Result<(), Error> {
+    fn release(&self, attachment: &Arc<Attachment>) -> Result<(), Failure> {
         // Release: pairs with the Acquire in `is_leaving`.
         attachment.leaving.store(true, Ordering::Release);
         if performs(Step::GoneFence) {
@@ -184,12 +220,14 @@ impl AddressSpace {
             // `AddressSpace::fill`.
             fence(Ordering::SeqCst);
         }
-        let ticket = self.flush.owe(&FlushGather::new());
-        let mut last = ticket;
+        let mut emptied = Emptied {
+            ticket: Some(self.flush.owe(&FlushGather::new())),
+            panic: None,
+        };
         for area in self.all_areas() {
-            last = self.empty_pair(&area, attachment).unwrap_or(last);
+            emptied.add(self.empty_pair(&area, attachment));
         }
-        self.flush_until(last)?;
+        self.settle(emptied)?;
         let _: Result<(), Error> = self.areas.update(|edit| {
             let without = edit
                 .rules()
@@ -198,22 +236,29 @@ impl AddressSpace {
             Ok(())
         });
         self.declare_cost();
-        // A source that cannot be switched off goes on, which only costs.
-        let _ = attachment.switch(false);
-        Ok(())
+        match attachment.switch(false) {
+            Err(panicked @ Failure::Panicked(_)) => Err(panicked),
+            // A source that cannot be switched off goes on, which only costs.
+            Ok(_) | Err(Failure::Refused(_)) => Ok(()),
+        }
     }
 
     /// Tells the flush queue what it costs to invalidate all domains.
     fn declare_cost(&self) {
         let domains = self.attachments();
-        let costs = domains.iter().map(|domain| domain.source.flush_cost());
+        let costs = domains.iter().map(|domain| domain.cost);
         self.flush
             .set_cost(costs.fold(FlushCost::default(), FlushCost::and));
     }
 
-    /// Fills `attachment` with `area`, or what has taken its place, unless it is filled, or one of
-    /// the two is going.
-    pub(super) fn fill_pair(&self, area: &Area, attachment: &Arc<Attachment>) -> Result<(), Error> {
+    /// Fills `attachment` with `area`, or what has taken its place, unless it is filled, or one of the
+    /// two is going. If the source panics, the pair counts as filled: what it has mapped is emptied
+    /// as everything is.
+    pub(super) fn fill_pair(
+        &self,
+        area: &Area,
+        attachment: &Arc<Attachment>,
+    ) -> Result<(), Failure> {
         self.with_pairs(area, |area, filled| {
             let place = filled.binary_search_by_key(&attachment.id, |other| other.id);
             if (place.is_ok() && performs(Step::FillOnce))
@@ -223,23 +268,26 @@ impl AddressSpace {
             }
             // What is kept at these addresses stays: the area is in the tree, so an abort may just
             // have put pages back.
-            attachment.source.map(&area.mapping)?;
-            let at = place.unwrap_or_else(|at| at);
-            filled.insert(at, Arc::clone(attachment));
-            Ok(())
+            let mapped = attempt(|| attachment.source.map(&area.mapping));
+            if !matches!(mapped, Err(Failure::Refused(_))) {
+                let at = place.unwrap_or_else(|at| at);
+                filled.insert(at, Arc::clone(attachment));
+            }
+            mapped
         })
     }
 
     /// Empties `attachment` of `area`, or of what has taken its place: what was dirty moves to the
-    /// area's marks, behind the debt. Returns the ticket of the last debt, if there is one.
-    fn empty_pair(&self, area: &Area, attachment: &Arc<Attachment>) -> Option<Ticket> {
-        let mut last = None;
+    /// area's marks, after the debt. If the source panics, the pair stays filled, so that it is asked
+    /// again.
+    fn empty_pair(&self, area: &Area, attachment: &Arc<Attachment>) -> Emptied {
+        let mut all = Emptied::default();
         let emptied: Result<(), Infallible> = self.with_pairs(area, |area, filled| {
-            last = self.empty_open(area, filled, attachment).or(last);
+            all.add(self.empty_open(area, filled, attachment));
             Ok(())
         });
         debug_assert!(emptied.is_ok());
-        last
+        all
     }
 
     /// The same, of one area whose pairs are held.
@@ -248,7 +296,7 @@ impl AddressSpace {
         area: &Area,
         filled: &mut Vec<Arc<Attachment>>,
         attachment: &Arc<Attachment>,
-    ) -> Option<Ticket> {
+    ) -> Emptied {
         let range = area.mapping.range;
         // What is dirty in the table is in flight until it is marked: a harvest that comes between
         // finds all of the area so.
@@ -258,14 +306,15 @@ impl AddressSpace {
             // `harvest::lease::take`.
             fence(Ordering::Release);
         }
-        let at = filled.binary_search_by_key(&attachment.id, |other| other.id);
-        let ticket = at.ok().map(|at| {
-            let ticket = self.empty(attachment, range, &area.marks);
-            filled.remove(at);
-            ticket
-        });
-        // What is kept is marked before it is taken, for harvests that have read the slots; and
-        // after that, for aborts that found it kept already.
+        let mut emptied = Emptied::default();
+        if let Ok(at) = filled.binary_search_by_key(&attachment.id, |other| other.id) {
+            emptied = self.empty(attachment, range, &area.marks);
+            if emptied.panic.is_none() {
+                filled.remove(at);
+            }
+        }
+        // What is kept is marked before it is taken, for harvests that have read the slots; and after
+        // that, for aborts that found it kept already.
         for run in attachment.kept.runs(range) {
             area.marks.mark(run);
         }
@@ -277,34 +326,69 @@ impl AddressSpace {
         for run in attachment.kept.take_runs(range) {
             area.marks.mark(run);
         }
-        ticket
+        emptied
     }
 
-    /// Ends the translations of `range` in `attachment`, owes their flush, and marks in `marks` what was dirty. Returns the
-    /// ticket of the debt.
-    pub(super) fn empty(&self, attachment: &Attachment, range: IovaRange, marks: &Marks) -> Ticket {
-        let mut owing = Owing {
-            space: self,
-            range,
-            gather: FlushGather::new(),
-        };
-        let mut dirty = Vec::new();
-        attachment
-            .source
-            .unmap(range, &mut owing.gather, &mut |leaf| {
-                append(&mut dirty, leaf)
-            });
-        let gather = owing.gather.clone();
-        std::mem::forget(owing);
-        let mark_all = || dirty.iter().for_each(|run| marks.mark(*run));
+    /// Ends the translations of `range` in `attachment`, owes their flush, and marks in `marks` what was dirty. If the source
+    /// panics, that is all of `range`: it may have taken a leaf and told nobody.
+    pub(super) fn empty(
+        &self,
+        attachment: &Attachment,
+        range: IovaRange,
+        marks: &Marks,
+    ) -> Emptied {
+        let mut gather = FlushGather::new();
+        let mut dirty = DirtyRuns::new(range, self.page());
+        let panic = call(|| {
+            let mut tell = |leaf| dirty.add(leaf);
+            attachment.source.unmap(range, &mut gather, &mut tell);
+        })
+        .err();
+        if panic.is_some() && performs(Step::PanicIsDirty) {
+            dirty.add(range);
+            self.owe_all_of(&mut gather, range, attachment);
+        }
+        let mark_all = || dirty.runs.iter().for_each(|run| marks.mark(*run));
         // The debt first, then the pages: see "Why no write is lost" in the module `harvest`.
-        if performs(Step::OweBeforePutBack) {
+        let ticket = if performs(Step::OweBeforePutBack) {
             let ticket = self.flush.owe(&gather);
             mark_all();
             ticket
         } else {
             mark_all();
             self.flush.owe(&gather)
+        };
+        Emptied {
+            ticket: Some(ticket),
+            panic,
+        }
+    }
+
+    /// Owes all that the source may have touched in `range` before it panicked: leaves of any size, and tables.
+    pub(super) fn owe_all_of(
+        &self,
+        gather: &mut FlushGather,
+        range: IovaRange,
+        attachment: &Attachment,
+    ) {
+        let declared = Some(attachment.page).filter(|page| *page != Granule::BYTE);
+        gather.add(range, self.page().min(declared.unwrap_or(self.page())));
+        let largest = Granule::from_lg2(range.len().ilog2().min(63) as u8);
+        gather.add(range, largest.unwrap_or(Granule::MAX));
+        gather.add_table(range);
+    }
+
+    /// Waits for the flush of what was emptied, unless a source has panicked.
+    pub(super) fn settle(&self, emptied: Emptied) -> Result<(), Failure> {
+        match emptied {
+            Emptied {
+                panic: Some(panic), ..
+            } => Err(Failure::Panicked(panic)),
+            Emptied {
+                ticket: Some(ticket),
+                ..
+            } => attempt(|| self.flush_until(ticket)),
+            _ => Ok(()),
         }
     }
 
@@ -440,28 +524,59 @@ impl Covered {
     }
 }
 
-/// A gather that is being filled. Dropped by a source that panics, it owes all that may have been touched.
-struct Owing<'a> {
-    space: &'a AddressSpace,
-    range: IovaRange,
-    gather: FlushGather,
+/// What emptying came to.
+#[derive(Default)]
+pub(super) struct Emptied {
+    /// The last one of what is owed, if anything was emptied.
+    pub(super) ticket: Option<Ticket>,
+    /// The first of the sources that panicked, each of which is asked again when the call is repeated.
+    pub(super) panic: Option<Panic>,
 }
 
-impl Drop for Owing<'_> {
-    fn drop(&mut self) {
-        self.gather.add(self.range, self.space.page());
-        let _ = self.space.flush.owe(&self.gather);
+impl Emptied {
+    /// Adds what was emptied later.
+    pub(super) fn add(&mut self, later: Emptied) {
+        self.ticket = later.ticket.or(self.ticket);
+        if let Some(panic) = later.panic {
+            keep_first(&mut self.panic, panic);
+        }
     }
 }
 
-/// Adds `leaf` to ascending `runs`, to the last one if they touch.
-fn append(runs: &mut Vec<IovaRange>, leaf: IovaRange) {
-    if let Some(last) = runs.last_mut()
-        && last.last().checked_add(1) == Some(leaf.start())
-        && let Ok(joined) = IovaRange::new(last.start(), leaf.last())
-    {
-        *last = joined;
-    } else {
-        runs.push(leaf);
+/// What an unmap tells of, as runs of whole pages inside its range.
+struct DirtyRuns {
+    range: IovaRange,
+    page: Granule,
+    runs: Vec<IovaRange>,
+}
+
+impl DirtyRuns {
+    fn new(range: IovaRange, page: Granule) -> Self {
+        DirtyRuns {
+            range,
+            page,
+            runs: Vec::new(),
+        }
+    }
+
+    /// Adds `leaf`, as far as it lies in the range; to the last run if they touch.
+    fn add(&mut self, leaf: IovaRange) {
+        let Some(part) = leaf.intersection(self.range) else {
+            return;
+        };
+        let part = part.round_out(self.page);
+        if let Some(last) = self.runs.last_mut()
+            && last.start() <= part.start()
+            && (last.intersects(part) || last.last().checked_add(1) == Some(part.start()))
+        {
+            *last = last.hull(part);
+            return;
+        }
+        self.runs.push(part);
+        // In ascending order, runs that do not touch are no more than half of the pages.
+        if self.runs.len() as u128 > (self.range.len() >> self.page.lg2()) / 2 + 1 {
+            self.runs.clear();
+            self.runs.push(self.range);
+        }
     }
 }

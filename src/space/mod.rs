@@ -20,6 +20,7 @@ mod flushing;
 mod growth_tests;
 mod pairs;
 mod plan;
+mod retired;
 mod rules;
 mod snapshot;
 mod stats;
@@ -44,6 +45,7 @@ use crate::source::{DirtySource, InFlight, Mapping, MarkOrdering, NearMarks};
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, fence};
 use crate::units::{Access, DomainId, Granule, Iova, IovaRange};
 use faults::Log;
+use retired::LastRetired;
 use rules::Rules;
 use tracking::Switch;
 
@@ -56,8 +58,9 @@ pub(crate) type Areas<'a> = SpaceSnapshot<'a>;
 /// [`unmap_discarding`](Self::unmap_discarding), [`attach`](Self::attach), [`detach`](Self::detach) and
 /// [`set_tracking`](Self::set_tracking) may wait for devices to drain.
 ///
-/// Sources, areas and rules that are replaced are dropped when no reader can hold them any more: later, on any thread,
-/// possibly after the space.
+/// Areas and rules that are replaced are dropped when no reader can hold them any more: later, on any thread, possibly after the
+/// space. A source is dropped by a call that changes the space, before it takes a lock: some calls after its detach, at the
+/// latest with the space; see [`DirtySource`].
 pub struct AddressSpace {
     page: Granule,
     pub(crate) ordering: MarkOrdering,
@@ -70,6 +73,8 @@ pub struct AddressSpace {
     /// Held while domains come, go, or are switched.
     membership: Mutex<()>,
     domains: AtomicU64,
+    /// The last field: dropped after all that may hold a domain.
+    retired: LastRetired,
 }
 
 impl AddressSpace {
@@ -86,6 +91,7 @@ impl AddressSpace {
             tracking: Switch::new(),
             membership: Mutex::new(()),
             domains: AtomicU64::new(0),
+            retired: LastRetired::new(),
         }
     }
 
@@ -129,8 +135,10 @@ impl AddressSpace {
     /// In this order: [`Error::Unaligned`] and [`Error::UnalignedBacking`] (multiples of
     /// [`alignment`](Self::alignment)), [`Error::BackingWraps`], [`Error::Reserved`], [`Error::Overlap`], then what a
     /// source says. On an error nothing is mapped; only if a source also fails to flush what another one had mapped
-    /// already, the range stays taken until [`unmap_discarding`](Self::unmap_discarding) succeeds on it.
+    /// already, the range stays taken until [`unmap_discarding`](Self::unmap_discarding) succeeds on it. After a
+    /// [panic](DirtySource#panics) of a source all is as after an error.
     pub fn map(&self, range: IovaRange, backing: u64, access: Access) -> Result<(), Error> {
+        self.retired.drop_all();
         let mapping = Mapping {
             range,
             backing,
@@ -160,10 +168,13 @@ impl AddressSpace {
         // SeqCst: F7 of the protocol in `attachment`, between the publication and the looks at `leaving`; pairs with F6 there.
         fence(Ordering::SeqCst);
         for domain in domains {
-            if let Err(error) = self.fill_pair(&area, domain) {
+            if let Err(failure) = self.fill_pair(&area, domain) {
                 // If this fails, the addresses stay taken rather than reach memory that is not theirs.
-                self.take_out(&area)?;
-                return Err(error);
+                let failure = match self.take_out(&area) {
+                    Ok(()) => failure,
+                    Err(another) => failure.then(another),
+                };
+                return Err(failure.raise());
             }
         }
         events::map(area.mapping.range, area.mapping.backing);
@@ -261,8 +272,12 @@ impl AddressSpace {
 
     /// Lets go of memory of areas that were unmapped. Maps and unmaps do so for each other, by and by: this is for a space in
     /// which none will follow soon. After three calls without a snapshot or a harvest anywhere, nothing is held back.
+    ///
+    /// # Panics
+    /// If the destructor of a source panics, its panic goes on after the others have been dropped.
     pub fn reclaim(&self) {
         self.areas.reclaim();
+        self.retired.drop_all();
     }
 
     /// Counts of this space since it was made.

@@ -79,6 +79,7 @@ use super::{AddressSpace, Area};
 use crate::bitmap::{BitmapView, UserBitmap};
 use crate::error::Error;
 use crate::events;
+use crate::failure::Failure;
 use crate::sync::{Arc, Ordering, fence};
 use crate::units::{Granule, IovaRange};
 
@@ -107,8 +108,10 @@ impl AddressSpace {
     /// [`Error::PartOfArea`] if an area sticks out of `range`; [`Error::NothingMapped`]; [`Error::Busy`] if another
     /// call maps, unmaps or cuts one of them. Nothing is unmapped then. If a source cannot flush: its error; the areas keep
     /// their addresses and what is dirty in them, although devices can no longer reach their memory by new
-    /// translations, and the call can be repeated.
+    /// translations, and the call can be repeated. So do they after a [panic](crate::DirtySource#panics): all of what the
+    /// source was asked to unmap counts as dirty then.
     pub fn unmap_discarding(&self, range: IovaRange) -> Result<Unmapped, Error> {
+        self.retired.drop_all();
         let mut plan = Plan::default();
         plan.unmap(range, &self.areas.snapshot())?;
         let unmapped = self.execute(&plan, None)?;
@@ -135,6 +138,7 @@ impl AddressSpace {
         granule: Granule,
         bitmap: UserBitmap<'a>,
     ) -> Result<(Unmapped, BitmapView<'a>), Error> {
+        self.retired.drop_all();
         let bound = bitmap.bind(range, granule)?;
         let view = bound.view();
         let mut plan = Plan::default();
@@ -146,12 +150,11 @@ impl AddressSpace {
 
     /// Undoes the map of an area that is not live, which some domains have been filled with. What was dirty in it meanwhile
     /// is discarded.
-    pub(super) fn take_out(&self, area: &Arc<Area>) -> Result<(), Error> {
+    pub(super) fn take_out(&self, area: &Arc<Area>) -> Result<(), Failure> {
         let range = area.mapping.range;
         let mut pairs = area.pairs();
-        if let Some(ticket) = self.empty_part(range, false, &mut pairs) {
-            self.flush_until(ticket)?;
-        }
+        let emptied = self.empty_part(range, false, &mut pairs);
+        self.settle(emptied)?;
         self.mark_kept(area, range);
         let _: Result<(), Error> = self.areas.update(|edit| {
             edit.remove(range.start());

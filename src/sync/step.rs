@@ -57,6 +57,8 @@ steps! {
     NextGeneration,
     /// Owing again what a failed flush carried.
     OweAgain,
+    /// Taking all of a range for dirty and owed whose unmap panicked.
+    PanicIsDirty,
     /// Marking the pages of a write in flight before its slot is freed.
     MarkBeforeFree,
     /// Publishing the rest of a leaf that a request covers in part before the leaf is cleared.
