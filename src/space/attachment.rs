@@ -100,11 +100,13 @@ impl AddressSpace {
     /// [`alignment`](Self::alignment) grows to its smallest page, if that is larger.
     ///
     /// # Errors
-    /// In this order: [`Error::AttachedTwice`], as far as [`DirtySource::identity`] can tell; [`Error::CannotAttach`]
-    /// with the first area that is not made of the domain's pages; what the source says to tracking, then to an area.
-    /// The source is then emptied again and not attached; only if it also fails to flush what it had been filled with,
-    /// it stays attached, without translations, until [`detach`](Self::detach) succeeds: its id is in
-    /// [`domains`](Self::domains). After a [panic](crate::DirtySource#panics) of the source all is as after an error.
+    /// In this order: [`Error::AttachedTwice`], as far as [`DirtySource::identity`] can tell;
+    /// [`Error::CannotAttach`] with the first area that is not made of the domain's pages; what the
+    /// source says to tracking, then to an area. The source is then emptied again and not attached;
+    /// only if it also fails to flush what it had been filled with, it stays attached, without
+    /// translations, until [`detach`](Self::detach) succeeds: its id is in
+    /// [`domains`](Self::domains). After a [panic](crate::DirtySource#panics) of the source all is
+    /// as after an error.
     pub fn attach(&self, source: impl DirtySource + 'static) -> Result<DomainId, Error> {
         self.retired.drop_all();
         let source = Source::new(Box::new(source), self.retired.clone());
@@ -181,16 +183,16 @@ impl AddressSpace {
         Ok(id)
     }
 
-    /// Detaches a domain: empties it, flushes, and forgets it. Nothing is lost: what is dirty in it moves to the marks
-    /// of the areas, where harvests of all domains find it; one that runs meanwhile may report all of an area. On return
-    /// its devices no longer reach the memory, and nothing of the source is in use but by harvests that began before. Waits
-    /// for the flush.
+    /// Detaches a domain: empties it, flushes, and forgets it. Nothing is lost: what is dirty in it
+    /// moves to the marks of the areas, where harvests of all domains find it; one that runs
+    /// meanwhile may report all of an area. On return its devices no longer reach the memory, and
+    /// nothing of the source is in use but by harvests that began before. Waits for the flush.
     ///
     /// # Errors
-    /// [`Error::NotAttached`]. If a source cannot flush: its error; the domain then stays attached without
-    /// translations, and is not filled any more, until a repeated call succeeds. So it does after a
-    /// [panic](crate::DirtySource#panics), with what the source left of its translations; but for one in switching off,
-    /// which comes last.
+    /// [`Error::NotAttached`]. If a source cannot flush: its error; the domain then stays attached
+    /// without translations, and is not filled any more, until a repeated call succeeds. So it does
+    /// after a [panic](crate::DirtySource#panics), with what the source left of its translations;
+    /// but for one in switching off, which comes last.
     pub fn detach(&self, domain: DomainId) -> Result<(), Error> {
         self.retired.drop_all();
         {
@@ -247,8 +249,8 @@ impl AddressSpace {
             .set_cost(costs.fold(FlushCost::default(), FlushCost::and));
     }
 
-    /// Fills `attachment` with `area`, unless it is filled, or one of the two is going. If the source panics, the pair counts as
-    /// filled: what it has mapped is emptied as everything is.
+    /// Fills `attachment` with `area`, unless it is filled, or one of the two is going. If the
+    /// source panics, the pair counts as filled: what it has mapped is emptied as everything is.
     pub(super) fn fill_pair(
         &self,
         area: &Area,
@@ -276,8 +278,8 @@ impl AddressSpace {
         mapped
     }
 
-    /// Empties `attachment` of `area`: what was dirty moves to the area's marks, behind the debt. If the source panics, the pair
-    /// stays filled, so that it is asked again.
+    /// Empties `attachment` of `area`: what was dirty moves to the area's marks, behind the debt.
+    /// If the source panics, the pair stays filled, so that it is asked again.
     fn empty_pair(&self, area: &Area, attachment: &Arc<Attachment>) -> Emptied {
         let mut pairs = area.pairs();
         let Some(filled) = &mut *pairs else {
@@ -317,8 +319,9 @@ impl AddressSpace {
         emptied
     }
 
-    /// Ends the translations of `range` in `attachment`, owes their flush, and marks in `marks` what was dirty. If the source
-    /// panics, that is all of `range`: it may have taken a leaf and told nobody.
+    /// Ends the translations of `range` in `attachment`, owes their flush, and marks in `marks`
+    /// what was dirty. If the source panics, that is all of `range`: it may have taken a leaf and
+    /// told nobody.
     pub(super) fn empty(
         &self,
         attachment: &Attachment,
@@ -352,7 +355,8 @@ impl AddressSpace {
         }
     }
 
-    /// Owes all that the source may have touched in `range` before it panicked: leaves of any size, and tables.
+    /// Owes all that the source may have touched in `range` before it panicked: leaves of any size,
+    /// and tables.
     pub(super) fn owe_all_of(
         &self,
         gather: &mut FlushGather,
@@ -510,7 +514,8 @@ impl Covered {
 pub(super) struct Emptied {
     /// The last one of what is owed, if anything was emptied.
     pub(super) ticket: Option<Ticket>,
-    /// The first of the sources that panicked, each of which is asked again when the call is repeated.
+    /// The first of the sources that panicked, each of which is asked again when the call is
+    /// repeated.
     pub(super) panic: Option<Panic>,
 }
 

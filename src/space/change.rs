@@ -68,12 +68,13 @@ impl AddressSpace {
     /// or splits; domains neither come nor go meanwhile if it maps.
     ///
     /// # Errors
-    /// [`Error::Change`] with the first change that is refused or that a source refuses, in the order that each documents;
-    /// [`Error::Busy`] if another call maps, unmaps or cuts one of the areas; that of a source that cannot flush. Nothing is
-    /// changed then, but as [`map`](Self::map) and [`unmap_discarding`](Self::unmap_discarding) say for a failed
-    /// flush, devices may no longer reach what was to be unmapped, and what was to be mapped may stay taken. After a
-    /// [panic](crate::DirtySource#panics) of a source all is as after an error, but that what it was asked to unmap, or
-    /// to split, counts as dirty.
+    /// [`Error::Change`] with the first change that is refused or that a source refuses, in the
+    /// order that each documents; [`Error::Busy`] if another call maps, unmaps or cuts one of the
+    /// areas; that of a source that cannot flush. Nothing is changed then, but as
+    /// [`map`](Self::map) and [`unmap_discarding`](Self::unmap_discarding) say for a failed flush,
+    /// devices may no longer reach what was to be unmapped, and what was to be mapped may stay
+    /// taken. After a [panic](crate::DirtySource#panics) of a source all is as after an error, but
+    /// that what it was asked to unmap, or to split, counts as dirty.
     pub fn apply(&self, changes: &[Change]) -> Result<Unmapped, Error> {
         self.retired.drop_all();
         let unmapped = self.apply_all(changes)?;
@@ -104,9 +105,10 @@ impl AddressSpace {
     /// Waits for a flush if a source had to split leaves.
     ///
     /// # Errors
-    /// [`Error::UnalignedCut`] (multiples of [`alignment`](Self::alignment)), [`Error::Busy`] if another call maps,
-    /// unmaps or cuts the area, then what a source says that cannot split a leaf or flush. The area stays whole then, and
-    /// after a [panic](crate::DirtySource#panics) of a source, which leaves all of the area dirty.
+    /// [`Error::UnalignedCut`] (multiples of [`alignment`](Self::alignment)), [`Error::Busy`] if
+    /// another call maps, unmaps or cuts the area, then what a source says that cannot split a leaf
+    /// or flush. The area stays whole then, and after a [panic](crate::DirtySource#panics) of a
+    /// source, which leaves all of the area dirty.
     pub fn cut(&self, at: Iova) -> Result<bool, Error> {
         self.retired.drop_all();
         let mut plan = Plan::default();
@@ -211,8 +213,9 @@ impl AddressSpace {
         Ok(ranges)
     }
 
-    /// Undoes a batch that ended in `failure` before it was published: empties the new areas, flushes, and gives their addresses
-    /// free. If devices may still reach them, the addresses stay taken: by areas without translations.
+    /// Undoes a batch that ended in `failure` before it was published: empties the new areas,
+    /// flushes, and gives their addresses free. If devices may still reach them, the addresses stay
+    /// taken: by areas without translations.
     fn break_promise(&self, plan: &Plan, promised: &[IovaRange], failure: Failure) -> Failure {
         if promised.is_empty() {
             return failure;
@@ -264,8 +267,9 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Splits the leaves at all borders of pieces. Returns the ticket of what that owes, if it owes anything; it is owed whatever
-    /// the outcome. All of an area whose source panics is dirty then, as after an unmap that panics.
+    /// Splits the leaves at all borders of pieces. Returns the ticket of what that owes, if it owes
+    /// anything; it is owed whatever the outcome. All of an area whose source panics is dirty then,
+    /// as after an unmap that panics.
     fn split(&self, claimed: &Claimed<'_>) -> Result<Option<Ticket>, Failure> {
         let mut gather = FlushGather::new();
         let mut outcome = Ok(());
