@@ -24,7 +24,7 @@
 use std::convert::Infallible;
 
 use super::area::{Area, Pairs};
-use super::attachment::Emptied;
+use super::emptying::Emptied;
 use super::plan::{Piece, Plan, Touched, check_new};
 use super::{AddressSpace, Unmapped};
 use crate::bitmap::Sink;

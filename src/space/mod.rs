@@ -13,6 +13,7 @@ mod allocation;
 mod area;
 mod attachment;
 mod change;
+mod emptying;
 mod faults;
 mod flushing;
 mod plan;
