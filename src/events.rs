@@ -23,7 +23,8 @@ macro_rules! event {
     };
 }
 
-/// Tells a subscriber, whose panic goes on; but not out of a destructor while another one goes by, where it would end the process.
+/// Tells a subscriber, whose panic goes on; but not out of a destructor while another one goes by,
+/// where it would end the process.
 #[cfg(all(feature = "tracing", not(dirtymap_loom)))]
 #[inline]
 fn tell(event: impl FnOnce()) {

@@ -1,8 +1,9 @@
 //! A panic is an error: what calls of users' code end with, if not with success.
 //!
-//! Sources, invalidators and frees are users' code, and each of their calls may panic. Each goes through [`call`], so all that
-//! cleans up sees a panic as it sees an error, outside of any unwinding: it may call users' code again. The public call that
-//! is at the top at last returns the error, or lets the panic go on: [`Failure::raise`].
+//! Sources, invalidators and frees are users' code, and each of their calls may panic. Each goes
+//! through [`call`], so all that cleans up sees a panic as it sees an error, outside of any
+//! unwinding: it may call users' code again. The public call that is at the top at last returns the
+//! error, or lets the panic go on: [`Failure::raise`].
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -32,8 +33,8 @@ impl Failure {
         }
     }
 
-    /// This failure, and what failed in cleaning up after it: a panic goes on before any error, and the first before the
-    /// second; of two errors the later one says what is left to do.
+    /// This failure, and what failed in cleaning up after it: a panic goes on before any error, and
+    /// the first before the second; of two errors the later one says what is left to do.
     pub(crate) fn then(self, later: Failure) -> Failure {
         match (self, later) {
             (Failure::Panicked(first), Failure::Panicked(second)) => {
@@ -63,10 +64,12 @@ impl From<Error> for Failure {
 /// Calls users' code.
 ///
 /// # Errors
-/// The panic that it ended with. The caller treats it as the worst that the code could have done, and lets it go on later.
+/// The panic that it ended with. The caller treats it as the worst that the code could have done,
+/// and lets it go on later.
 pub(crate) fn call<T>(code: impl FnOnce() -> T) -> Result<T, Panic> {
-    // What users' code leaves half done is its own: it has what it was given by shared reference, behind locks and atomics
-    // that hold at each step, or it writes to values whose callers throw them away, or take the worst for granted.
+    // What users' code leaves half done is its own: it has what it was given by shared reference,
+    // under locks and by atomics that hold at each step, or it writes to values whose callers throw
+    // them away, or take the worst for granted.
     catch_unwind(AssertUnwindSafe(code))
 }
 
@@ -83,8 +86,8 @@ pub(crate) fn attempt<T, E: Into<Failure>>(
     }
 }
 
-/// Drops a panic that another one goes on instead of. It is users' code, too: a payload whose destructor panics leaves one
-/// more, which is leaked, for that could go on for ever.
+/// Drops a panic that another one goes on instead of. It is users' code, too: a payload whose
+/// destructor panics leaves one more, which is leaked, for that could go on for ever.
 pub(crate) fn forget(panic: Panic) {
     if let Err(another) = call(|| drop(panic)) {
         std::mem::forget(another);

@@ -143,9 +143,10 @@ pub fn fence_after_look() {
 /// Set once and read without waiting; invisible to the model checker, so an atomic of its user must order the two.
 pub use std::sync::OnceLock;
 
-/// A lock of the standard library, whatever checks the model: for lists that are pushed to and taken whole, with no other lock
-/// and no step of a protocol inside. So no schedule can stop in it, and it orders nothing that a model looks at. Destructors
-/// may take it after an execution of a model has ended.
+/// A lock of the standard library, whatever checks the model: for lists that are pushed to and
+/// taken whole, with no other lock and no step of a protocol inside. So no schedule can stop in it,
+/// and it orders nothing that a model looks at. Destructors may take it after an execution of a
+/// model has ended.
 pub use std::sync::Mutex as InnerLock;
 
 /// Locks `list`, as [`lock`] does.

@@ -580,7 +580,8 @@ fn addresses_of_a_batch_are_taken_until_its_end() {
     assert!(first.with(|s| s.mapped.contains(&pages(20, 2))));
 }
 
-/// Of three areas that an unmap needs, the last one is busy. The claims of the first two are given back, of both.
+/// Of three areas that an unmap needs, the last one is busy. The claims of the first two are given
+/// back, of both.
 #[test]
 fn an_unmap_that_finds_an_area_busy_gives_back_all_that_it_has_claimed() {
     let fake = Arc::new(Fake::default());

@@ -288,7 +288,8 @@ fn what_an_area_left_behind_is_not_dirty_in_the_next() {
     assert_eq!(space.faults().recent[0].at, Iova::new(3 * PAGE));
 }
 
-/// An attach looks at the areas before it asks the source to track, and once more at those of the root that it publishes.
+/// An attach looks at the areas before it asks the source to track, and once more at those of the
+/// root that it publishes.
 #[test]
 fn an_area_that_is_mapped_during_an_attach_is_looked_at_too() {
     let (space, ..) = tracked();

@@ -257,8 +257,8 @@ fn a_detach_and_a_harvest_lose_no_write() {
     });
 }
 
-/// The source panics while its domain goes: it has taken D and told nobody. A harvest beside it, or one after it, copies the last
-/// write, and the domain is still there.
+/// The source panics while its domain goes: it has taken D and told nobody. A harvest beside it, or
+/// one after it, copies the last write, and the domain is still there.
 #[test]
 fn a_detach_that_panics_and_a_harvest_lose_no_write() {
     holds_within(BOUND, &[Step::PanicIsDirty, Step::OweBeforePutBack], || {

@@ -296,7 +296,8 @@ fn what_is_dirty_in_a_map_that_fails_is_counted_as_discarded() {
     assert_eq!(take(&space, pages(0, 16)), 0);
 }
 
-/// The same in a batch: what the device had written was neither kept nor counted, and dirty in the next area.
+/// The same in a batch: what the device had written was neither kept nor counted, and dirty in the
+/// next area.
 #[test]
 fn what_is_dirty_in_a_batch_that_fails_is_counted_as_discarded() {
     let (space, first, second) = two_sources();

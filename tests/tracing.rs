@@ -206,7 +206,8 @@ impl Subscriber for Panics {
     fn exit(&self, _: &Id) {}
 }
 
-/// A lease that is dropped while a panic goes by tells of its abort. A subscriber that panicked there ended the process.
+/// A lease that is dropped while a panic goes by tells of its abort. A subscriber that panicked
+/// there ended the process.
 #[test]
 fn a_subscriber_that_panics_in_an_abort_ends_no_process() {
     let space = AddressSpace::new(Granule::K4);

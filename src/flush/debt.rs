@@ -52,7 +52,8 @@ impl Debt {
     }
 }
 
-/// Runs all of `frees` in order, whichever panic. Keeps the first panic in `first`, and drops the others.
+/// Runs all of `frees` in order, whichever panic. Keeps the first panic in `first`, and drops the
+/// others.
 pub(super) fn run_all(frees: Vec<Free>, first: &mut Option<Panic>) {
     for free in frees {
         if let Err(panic) = call(free.0) {

@@ -165,7 +165,8 @@ impl FlushQueue {
     /// That of `invalidate`; everything it carried stays owed, and a later call tries again.
     ///
     /// # Panics
-    /// If a free panics, its panic goes on after all the others have run.
+    /// If a free panics, its panic goes on after all the others have run; not in a destructor that
+    /// runs because of another panic, where it is dropped.
     pub fn wait(
         &self,
         ticket: Ticket,

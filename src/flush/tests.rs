@@ -189,8 +189,8 @@ impl Drop for Bomb {
     }
 }
 
-/// Only the first of several panics goes on. The payload of another one was dropped in between, and its destructor panicked:
-/// the frees behind it never ran, and none did in this queue from then on.
+/// Only the first of several panics goes on. The payload of another one was dropped in between, and
+/// its destructor panicked: the frees behind it never ran, and none did in this queue from then on.
 #[test]
 fn a_free_whose_payload_panics_in_its_drop_takes_no_other_with_it() {
     for dropped in [false, true] {
@@ -236,8 +236,8 @@ fn a_queue_that_is_dropped_during_a_panic_is_silent() {
     assert_eq!(freed.order(), [0]);
 }
 
-/// The thread that runs frees looks for more before it stops, and still runs them alone: one of a third batch waits for one of
-/// the second that blocks.
+/// The thread that runs frees looks for more before it stops, and still runs them alone: one of a
+/// third batch waits for one of the second that blocks.
 #[test]
 fn a_free_of_a_third_batch_waits_for_one_of_the_second() {
     let queue = Arc::new(FlushQueue::new());

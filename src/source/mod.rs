@@ -60,33 +60,40 @@ pub struct Stopped {
 /// * **No way back**: no method calls into the address space that the source is attached to, except to look.
 ///
 /// # Panics
-/// A method that panics is a method that failed, at the worst moment: the space takes for granted that it has done a part of its
-/// work and told nobody. The panic goes on to the caller of the space, when all has been cleaned up as after an error.
+/// A method that panics is a method that failed, at the worst moment: the space takes for granted
+/// that it has done a part of its work and told nobody. The panic goes on to the caller of the
+/// space, when all has been cleaned up as after an error.
 /// * `map`: the range may be mapped in part, and is [unmapped](Self::unmap) again.
-/// * `unmap`: all of the range is dirty, all of it is owed an invalidation, and it is asked again before its addresses are free.
+/// * `unmap`: all of the range is dirty, all of it is owed an invalidation, and it is asked again
+///   before its addresses are free.
 /// * `split_at`: the same of all of the area, which stays whole.
 /// * `set_tracking`: tracking is in doubt, so the next switch asks again, whichever way.
-/// * `read_and_clear`: the harvest is aborted; what it had recorded is dirty. `peek`: nothing was changed.
+/// * `read_and_clear`: the harvest is aborted; what it had recorded is dirty. `peek`: nothing was
+///   changed.
 /// * `invalidate`: all of the gather stays owed.
 ///
-/// While a panic is cleaned up, other methods are called, on this source too. One that panics then is cleaned up after in the
-/// same way; the first panic goes on.
+/// While a panic is cleaned up, other methods are called, on this source too. One that panics then
+/// is cleaned up after in the same way; the first panic goes on.
 ///
 /// # Drop
-/// A space drops a source without a lock of its own, some calls after its detach: at the beginning of a call that changes
-/// areas, domains, tracking or reserved ranges, before that has done anything; in [`reclaim`](crate::AddressSpace::reclaim); in an
-/// attach that failed; or with the space. So `Drop` may call anything of the space. If it panics, that call panics, when
-/// the others have been dropped. A source that something outlives the space with is dropped by that, on any thread: garbage of
-/// the space, an [`AreaHandle`](crate::AreaHandle). It must not wait then, and its panic goes to nobody.
+/// A space drops a source without a lock of its own, some calls after its detach: at the beginning
+/// of a call that changes areas, domains, tracking or reserved ranges, before that has done
+/// anything; in [`reclaim`](crate::AddressSpace::reclaim); in an attach that failed; or with the
+/// space. So `Drop` may call anything of the space. If it panics, that call panics, when the others
+/// have been dropped. A source that something outlives the space with is dropped by that, on any
+/// thread: garbage of the space, an [`AreaHandle`](crate::AreaHandle). It must not wait then, and
+/// its panic goes to nobody.
 pub trait DirtySource: Send + Sync {
-    /// The smallest page: what it maps starts and ends at multiples of it, in device addresses and in memory. While the
-    /// source is attached, no area is finer. One byte, the default, asks for nothing. Asked once, when it is attached.
+    /// The smallest page: what it maps starts and ends at multiples of it, in device addresses and
+    /// in memory. While the source is attached, no area is finer. One byte, the default, asks for
+    /// nothing. Asked once, when it is attached.
     fn page(&self) -> Granule {
         Granule::BYTE
     }
 
-    /// What tells this source from others, so that it is not attached twice; `None`, the default, if that cannot be
-    /// told. A source that is shared by [`Arc`] is told by its address. Asked once, when it is attached.
+    /// What tells this source from others, so that it is not attached twice; `None`, the default,
+    /// if that cannot be told. A source that is shared by [`Arc`] is told by its address. Asked
+    /// once, when it is attached.
     fn identity(&self) -> Option<usize> {
         None
     }

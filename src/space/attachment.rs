@@ -45,14 +45,15 @@
 
 use std::convert::Infallible;
 
+use super::emptying::Emptied;
 use super::retired::Source;
 use super::rules::{Attachments, Rules};
 use super::tracking::Switch;
 use super::{AddressSpace, Area, Fault, FaultSource, Outside};
 use crate::error::Error;
 use crate::events;
-use crate::failure::{Failure, Panic, attempt, call, keep_first};
-use crate::flush::{FlushCost, FlushGather, Ticket};
+use crate::failure::{Failure, attempt, call};
+use crate::flush::{FlushCost, FlushGather};
 use crate::source::{DirtySource, Marks, Slot};
 use crate::sync::{Arc, AtomicBool, Ordering, Step, TINY, fence, lock, performs};
 use crate::units::{DomainId, Granule, Iova, IovaRange};
@@ -104,11 +105,13 @@ impl AddressSpace {
     /// [`alignment`](Self::alignment) grows to its smallest page, if that is larger.
     ///
     /// # Errors
-    /// In this order: [`Error::AttachedTwice`], as far as [`DirtySource::identity`] can tell; [`Error::CannotAttach`]
-    /// with the first area that is not made of the domain's pages; what the source says to tracking, then to an area.
-    /// The source is then emptied again and not attached; only if it also fails to flush what it had been filled with,
-    /// it stays attached, without translations, until [`detach`](Self::detach) succeeds: its id is in
-    /// [`domains`](Self::domains). After a [panic](crate::DirtySource#panics) of the source all is as after an error.
+    /// In this order: [`Error::AttachedTwice`], as far as [`DirtySource::identity`] can tell;
+    /// [`Error::CannotAttach`] with the first area that is not made of the domain's pages; what the
+    /// source says to tracking, then to an area. The source is then emptied again and not attached;
+    /// only if it also fails to flush what it had been filled with, it stays attached, without
+    /// translations, until [`detach`](Self::detach) succeeds: its id is in
+    /// [`domains`](Self::domains). After a [panic](crate::DirtySource#panics) of the source all is
+    /// as after an error.
     pub fn attach(&self, source: impl DirtySource + 'static) -> Result<DomainId, Error> {
         self.retired.drop_all();
         let source = Source::new(Box::new(source), self.retired.clone());
@@ -185,16 +188,16 @@ impl AddressSpace {
         Ok(id)
     }
 
-    /// Detaches a domain: empties it, flushes, and forgets it. Nothing is lost: what is dirty in it moves to the marks
-    /// of the areas, where harvests of all domains find it; one that runs meanwhile may report all of an area. On return
-    /// its devices no longer reach the memory, and nothing of the source is in use but by harvests that began before. Waits
-    /// for the flush.
+    /// Detaches a domain: empties it, flushes, and forgets it. Nothing is lost: what is dirty in it
+    /// moves to the marks of the areas, where harvests of all domains find it; one that runs
+    /// meanwhile may report all of an area. On return its devices no longer reach the memory, and
+    /// nothing of the source is in use but by harvests that began before. Waits for the flush.
     ///
     /// # Errors
-    /// [`Error::NotAttached`]. If a source cannot flush: its error; the domain then stays attached without
-    /// translations, and is not filled any more, until a repeated call succeeds. So it does after a
-    /// [panic](crate::DirtySource#panics), with what the source left of its translations; but for one in switching off,
-    /// which comes last.
+    /// [`Error::NotAttached`]. If a source cannot flush: its error; the domain then stays attached
+    /// without translations, and is not filled any more, until a repeated call succeeds. So it does
+    /// after a [panic](crate::DirtySource#panics), with what the source left of its translations;
+    /// but for one in switching off, which comes last.
     pub fn detach(&self, domain: DomainId) -> Result<(), Error> {
         self.retired.drop_all();
         {
@@ -329,69 +332,6 @@ impl AddressSpace {
         emptied
     }
 
-    /// Ends the translations of `range` in `attachment`, owes their flush, and marks in `marks` what was dirty. If the source
-    /// panics, that is all of `range`: it may have taken a leaf and told nobody.
-    pub(super) fn empty(
-        &self,
-        attachment: &Attachment,
-        range: IovaRange,
-        marks: &Marks,
-    ) -> Emptied {
-        let mut gather = FlushGather::new();
-        let mut dirty = DirtyRuns::new(range, self.page());
-        let panic = call(|| {
-            let mut tell = |leaf| dirty.add(leaf);
-            attachment.source.unmap(range, &mut gather, &mut tell);
-        })
-        .err();
-        if panic.is_some() && performs(Step::PanicIsDirty) {
-            dirty.add(range);
-            self.owe_all_of(&mut gather, range, attachment);
-        }
-        let mark_all = || dirty.runs.iter().for_each(|run| marks.mark(*run));
-        // The debt first, then the pages: see "Why no write is lost" in the module `harvest`.
-        let ticket = if performs(Step::OweBeforePutBack) {
-            let ticket = self.flush.owe(&gather);
-            mark_all();
-            ticket
-        } else {
-            mark_all();
-            self.flush.owe(&gather)
-        };
-        Emptied {
-            ticket: Some(ticket),
-            panic,
-        }
-    }
-
-    /// Owes all that the source may have touched in `range` before it panicked: leaves of any size, and tables.
-    pub(super) fn owe_all_of(
-        &self,
-        gather: &mut FlushGather,
-        range: IovaRange,
-        attachment: &Attachment,
-    ) {
-        let declared = Some(attachment.page).filter(|page| *page != Granule::BYTE);
-        gather.add(range, self.page().min(declared.unwrap_or(self.page())));
-        let largest = Granule::from_lg2(range.len().ilog2().min(63) as u8);
-        gather.add(range, largest.unwrap_or(Granule::MAX));
-        gather.add_table(range);
-    }
-
-    /// Waits for the flush of what was emptied, unless a source has panicked.
-    pub(super) fn settle(&self, emptied: Emptied) -> Result<(), Failure> {
-        match emptied {
-            Emptied {
-                panic: Some(panic), ..
-            } => Err(Failure::Panicked(panic)),
-            Emptied {
-                ticket: Some(ticket),
-                ..
-            } => attempt(|| self.flush_until(ticket)),
-            _ => Ok(()),
-        }
-    }
-
     /// Makes `run`, of a lease over `covered`, dirty again: kept for each domain, and marked, as
     /// far as the lease covers them; what lies outside every area is counted, and recorded as a
     /// fault.
@@ -520,63 +460,6 @@ impl Covered {
         match self.only {
             Some(at) => &self.all[at..=at],
             None => &self.all,
-        }
-    }
-}
-
-/// What emptying came to.
-#[derive(Default)]
-pub(super) struct Emptied {
-    /// The last one of what is owed, if anything was emptied.
-    pub(super) ticket: Option<Ticket>,
-    /// The first of the sources that panicked, each of which is asked again when the call is repeated.
-    pub(super) panic: Option<Panic>,
-}
-
-impl Emptied {
-    /// Adds what was emptied later.
-    pub(super) fn add(&mut self, later: Emptied) {
-        self.ticket = later.ticket.or(self.ticket);
-        if let Some(panic) = later.panic {
-            keep_first(&mut self.panic, panic);
-        }
-    }
-}
-
-/// What an unmap tells of, as runs of whole pages inside its range.
-struct DirtyRuns {
-    range: IovaRange,
-    page: Granule,
-    runs: Vec<IovaRange>,
-}
-
-impl DirtyRuns {
-    fn new(range: IovaRange, page: Granule) -> Self {
-        DirtyRuns {
-            range,
-            page,
-            runs: Vec::new(),
-        }
-    }
-
-    /// Adds `leaf`, as far as it lies in the range; to the last run if they touch.
-    fn add(&mut self, leaf: IovaRange) {
-        let Some(part) = leaf.intersection(self.range) else {
-            return;
-        };
-        let part = part.round_out(self.page);
-        if let Some(last) = self.runs.last_mut()
-            && last.start() <= part.start()
-            && (last.intersects(part) || last.last().checked_add(1) == Some(part.start()))
-        {
-            *last = last.hull(part);
-            return;
-        }
-        self.runs.push(part);
-        // In ascending order, runs that do not touch are no more than half of the pages.
-        if self.runs.len() as u128 > (self.range.len() >> self.page.lg2()) / 2 + 1 {
-            self.runs.clear();
-            self.runs.push(self.range);
         }
     }
 }

@@ -25,7 +25,7 @@
 use std::convert::Infallible;
 
 use super::area::{Area, Pairs};
-use super::attachment::Emptied;
+use super::emptying::Emptied;
 use super::plan::{Plan, Touched, check_new};
 use super::{AddressSpace, Unmapped};
 use crate::bitmap::Sink;
@@ -223,8 +223,9 @@ impl AddressSpace {
         Ok(ranges)
     }
 
-    /// Undoes a batch that ended in `failure` before it was published: empties the new areas, flushes, and gives their addresses
-    /// free. If devices may still reach them, the addresses stay taken: by areas without translations.
+    /// Undoes a batch that ended in `failure` before it was published: empties the new areas,
+    /// flushes, and gives their addresses free. If devices may still reach them, the addresses stay
+    /// taken: by areas without translations.
     fn break_promise(&self, plan: &Plan, promised: &[IovaRange], failure: Failure) -> Failure {
         if promised.is_empty() {
             return failure;
@@ -276,8 +277,9 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Splits the leaves at all borders of pieces. Returns the ticket of what that owes, if it owes anything; it is owed whatever
-    /// the outcome. All of an area whose source panics is dirty then, as after an unmap that panics.
+    /// Splits the leaves at all borders of pieces. Returns the ticket of what that owes, if it owes
+    /// anything; it is owed whatever the outcome. All of an area whose source panics is dirty then,
+    /// as after an unmap that panics.
     fn split(&self, claimed: &Claimed<'_>) -> Result<Option<Ticket>, Failure> {
         let mut gather = FlushGather::new();
         let mut outcome = Ok(());

@@ -13,6 +13,7 @@ mod allocation;
 mod area;
 mod attachment;
 mod change;
+mod emptying;
 mod faults;
 mod flushing;
 #[cfg(all(test, not(dirtymap_loom)))]
@@ -58,9 +59,10 @@ pub(crate) type Areas<'a> = SpaceSnapshot<'a>;
 /// [`unmap_discarding`](Self::unmap_discarding), [`attach`](Self::attach), [`detach`](Self::detach) and
 /// [`set_tracking`](Self::set_tracking) may wait for devices to drain.
 ///
-/// Areas and rules that are replaced are dropped when no reader can hold them any more: later, on any thread, possibly after the
-/// space. A source is dropped by a call that changes the space, before it takes a lock: some calls after its detach, at the
-/// latest with the space; see [`DirtySource`].
+/// Areas and rules that are replaced are dropped when no reader can hold them any more: later, on
+/// any thread, possibly after the space. A source is dropped by a call that changes the space,
+/// before it takes a lock: some calls after its detach, at the latest with the space; see
+/// [`DirtySource`].
 pub struct AddressSpace {
     page: Granule,
     pub(crate) ordering: MarkOrdering,
@@ -133,9 +135,10 @@ impl AddressSpace {
     ///
     /// # Errors
     /// In this order: [`Error::Unaligned`] and [`Error::UnalignedBacking`] (multiples of
-    /// [`alignment`](Self::alignment)), [`Error::BackingWraps`], [`Error::Reserved`], [`Error::Overlap`], then what a
-    /// source says. On an error nothing is mapped; only if a source also fails to flush what another one had mapped
-    /// already, the range stays taken until [`unmap_discarding`](Self::unmap_discarding) succeeds on it. After a
+    /// [`alignment`](Self::alignment)), [`Error::BackingWraps`], [`Error::Reserved`],
+    /// [`Error::Overlap`], then what a source says. On an error nothing is mapped; only if a source
+    /// also fails to flush what another one had mapped already, the range stays taken until
+    /// [`unmap_discarding`](Self::unmap_discarding) succeeds on it. After a
     /// [panic](DirtySource#panics) of a source all is as after an error.
     pub fn map(&self, range: IovaRange, backing: u64, access: Access) -> Result<(), Error> {
         self.retired.drop_all();

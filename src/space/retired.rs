@@ -1,10 +1,12 @@
 //! Sources that nothing reaches any more, until they are dropped where no lock is held.
 //!
-//! A source is a user's value: its destructor may call its space, wait, or panic. But the last count of a domain may go
-//! anywhere: with rules that an update of the tree replaced, with a lease, with the list that a flush went by, under any lock
-//! of the space or in the middle of an update. So a domain whose last count goes only hands its source over. The next
-//! call that changes the space begins by dropping what was handed over, before it takes a lock or has done anything that
-//! a panic could undo; [`reclaim`](super::AddressSpace::reclaim) and a refused attach drop it before they return.
+//! A source is a user's value: its destructor may call its space, wait, or panic. But the last
+//! count of a domain may go anywhere: with rules that an update of the tree replaced, with a lease,
+//! with the list that a flush went by, under any lock of the space or in the middle of an update.
+//! So a domain whose last count goes only hands its source over. The next call that changes the
+//! space begins by dropping what was handed over, before it takes a lock or has done anything that
+//! a panic could undo; [`reclaim`](super::AddressSpace::reclaim) and a refused attach drop it
+//! before they return.
 
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
@@ -35,15 +37,16 @@ impl Retired {
             return;
         }
         drop(left);
-        // In the middle of whatever has the last count, such as garbage of the tree, which any thread may clean up: its panic
-        // would end the work of others.
+        // In the middle of whatever has the last count, such as garbage of the tree, which any
+        // thread may clean up: its panic would end the work of others.
         if let Err(panic) = call(|| drop(source)) {
             forget(panic);
         }
     }
 
-    /// Drops what was taken over, all of it whichever panic. For callers without a lock of the space. Leaves it to the thread that
-    /// is doing so already, which may be this one, in the destructor of a source.
+    /// Drops what was taken over, all of it whichever panic. For callers without a lock of the
+    /// space. Leaves it to the thread that is doing so already, which may be this one, in the
+    /// destructor of a source.
     ///
     /// # Panics
     /// With the first panic of a source, unless another panic goes by already.

@@ -6,10 +6,11 @@
 //!                                     on
 //! ```
 //!
-//! The switch of the space stands for the marks, and for domains to come. Each domain has its own, which says what its source
-//! said last: a source that refuses keeps its state, so after a switch that failed half-way, the next one asks exactly those
-//! that it has to. A source that panics may be on or off: its switch is *in doubt*, and the next one, either way, asks it.
-//! All are changed under one lock, with the coming and going of domains.
+//! The switch of the space stands for the marks, and for domains to come. Each domain has its own,
+//! which says what its source said last: a source that refuses keeps its state, so after a switch
+//! that failed half-way, the next one asks exactly those that it has to. A source that panics may
+//! be on or off: its switch is *in doubt*, and the next one, either way, asks it. All are changed
+//! under one lock, with the coming and going of domains.
 
 use super::AddressSpace;
 use super::attachment::{Attachment, Covered};
@@ -71,7 +72,7 @@ impl Switch {
     fn doubt(&self) {
         // Relaxed: the lock of the domains orders all stores.
         let said = self.0.load(Ordering::Relaxed);
-        // Release: the store of `set` is passed on to whoever reads this one.
+        // Release: the store of `set` is passed on to a thread that reads this one.
         self.0.store(said | IN_DOUBT, Ordering::Release);
     }
 }
@@ -80,7 +81,8 @@ impl Attachment {
     /// Switches the source, if it is not as it should be; whether it was not.
     ///
     /// # Errors
-    /// That of the source, which keeps its state; or its panic, after which the next switch asks it again.
+    /// That of the source, which keeps its state; or its panic, after which the next switch asks it
+    /// again.
     pub(super) fn switch(&self, on: bool) -> Result<bool, Failure> {
         if self.tracking.is(on) {
             return Ok(false);
@@ -94,7 +96,8 @@ impl Attachment {
         switched.map(|()| true)
     }
 
-    /// Switches the source off after `failure`. One that can't go back stays on, which only costs: its switch says so.
+    /// Switches the source off after `failure`. One that can't go back stays on, which only costs:
+    /// its switch says so.
     pub(super) fn switch_back(&self, failure: Failure) -> Failure {
         match self.switch(false) {
             Err(panicked @ Failure::Panicked(_)) => failure.then(panicked),
@@ -111,9 +114,10 @@ impl AddressSpace {
     /// for a last harvest. A domain that is as it should be, by [`set_domain_tracking`](Self::set_domain_tracking), is not touched.
     ///
     /// # Errors
-    /// That of the first source that refuses. An `on` is then taken back, although sources that had agreed may have discarded what
-    /// was dirty in them; marks are kept. An `off` goes on with the other sources, and can be repeated, as can an `on` after it.
-    /// The same holds of the first one that [panics](crate::DirtySource#panics): whether it tracks is in doubt until a switch
+    /// That of the first source that refuses. An `on` is then taken back, although sources that had
+    /// agreed may have discarded what was dirty in them; marks are kept. An `off` goes on with the
+    /// other sources, and can be repeated, as can an `on` after it. The same holds of the first one
+    /// that [panics](crate::DirtySource#panics): whether it tracks is in doubt until a switch
     /// succeeds.
     pub fn set_tracking(&self, on: bool) -> Result<(), Error> {
         self.retired.drop_all();
@@ -134,8 +138,8 @@ impl AddressSpace {
     /// and flushes it, unless it was on; off keeps what is dirty for a last harvest. Marks are left alone.
     ///
     /// # Errors
-    /// [`Error::NotAttached`], or that of the source, which keeps its state. After a [panic](crate::DirtySource#panics) its state
-    /// is in doubt until a switch succeeds.
+    /// [`Error::NotAttached`], or that of the source, which keeps its state. After a
+    /// [panic](crate::DirtySource#panics) its state is in doubt until a switch succeeds.
     pub fn set_domain_tracking(&self, domain: DomainId, on: bool) -> Result<(), Error> {
         self.retired.drop_all();
         {

@@ -105,10 +105,11 @@ impl AddressSpace {
     /// Waits for the flush, so that on return no device reaches the memory and its addresses can be mapped again.
     ///
     /// # Errors
-    /// [`Error::PartOfArea`] if an area sticks out of `range`; [`Error::NothingMapped`]; [`Error::Busy`] if another
-    /// call maps, unmaps or cuts one of them. Nothing is unmapped then. If a source cannot flush: its error; the areas keep
-    /// their addresses and what is dirty in them, although devices can no longer reach their memory by new
-    /// translations, and the call can be repeated. So do they after a [panic](crate::DirtySource#panics): all of what the
+    /// [`Error::PartOfArea`] if an area sticks out of `range`; [`Error::NothingMapped`];
+    /// [`Error::Busy`] if another call maps, unmaps or cuts one of them. Nothing is unmapped then.
+    /// If a source cannot flush: its error; the areas keep their addresses and what is dirty in
+    /// them, although devices can no longer reach their memory by new translations, and the call
+    /// can be repeated. So do they after a [panic](crate::DirtySource#panics): all of what the
     /// source was asked to unmap counts as dirty then.
     pub fn unmap_discarding(&self, range: IovaRange) -> Result<Unmapped, Error> {
         self.retired.drop_all();

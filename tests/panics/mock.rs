@@ -1,4 +1,5 @@
-//! A source with its device, in which every step of every callback is a point at which it can panic.
+//! A source with its device, in which every step of every callback is a point at which it can
+//! panic.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -23,7 +24,8 @@ pub fn numbers(range: IovaRange) -> std::ops::RangeInclusive<u64> {
     range.start().get() / PAGE..=range.last().get() / PAGE
 }
 
-/// Lets the garbage of a space come back, which waits for whoever reads any space of the process, until `done`.
+/// Lets the garbage of a space come back, which waits for all readers of spaces in the process,
+/// until `done`.
 pub fn reclaim_until(space: &AddressSpace, done: impl Fn() -> bool) {
     for _ in 0..1_000_000 {
         if done() {
@@ -135,8 +137,8 @@ impl Points {
 pub struct State {
     /// Leaves by their first page: how many pages, and D.
     table: BTreeMap<u64, (u64, bool)>,
-    /// Pages that the device has a translation of, with "D is set", and the leaf that it comes from: it is dropped by what names
-    /// all of that.
+    /// Pages that the device has a translation of, with "D is set", and the leaf that it comes
+    /// from: it is dropped by what names all of that.
     cached: BTreeMap<u64, IovaRange>,
     pub tracking: bool,
     /// Calls of each kind that were counted.

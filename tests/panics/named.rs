@@ -57,8 +57,9 @@ const UNMAPPING: [&str; 5] = [
     "unmap: done",
 ];
 
-/// A source took its leaves out of the table, told of some, and panicked. The debt survived; the pages that it had told of, or
-/// had taken and not told of yet, did not: the next harvest was empty.
+/// A source took its leaves out of the table, told of some, and panicked. The debt survived; the
+/// pages that it had told of, or had taken and not told of yet, did not: the next harvest was
+/// empty.
 #[test]
 fn an_unmap_that_panics_half_way_loses_no_dirty_page() {
     for (point, skip) in UNMAPPING.into_iter().flat_map(|p| [(p, 0), (p, 1)]) {
@@ -83,7 +84,7 @@ fn an_unmap_that_panics_half_way_loses_no_dirty_page() {
             let found = take(&space);
             let all = 1 << 3 | 1 << 6 | 1 << 9;
             assert_eq!(found & all, all, "{point}, {skip}: a write is lost");
-            // What devices have cached is owed, whoever pays it.
+            // What devices have cached is owed, and the next call that flushes pays it.
             assert_eq!(unmap(&space, pages(0, 16)).unwrap(), 0, "{point}, {skip}");
             reaches_nothing(&devices, pages(0, 16));
             assert_eq!(space.stats().flush.pending, 0);
@@ -106,8 +107,8 @@ fn an_unmap_that_panicked_is_repeated_and_reports_all() {
     }
 }
 
-/// A detach moves what is dirty to the marks. Of the source that panicked in between nothing arrived; the repeated detach found
-/// an empty table, and forgot the domain.
+/// A detach moves what is dirty to the marks. Of the source that panicked in between nothing
+/// arrived; the repeated detach found an empty table, and forgot the domain.
 #[test]
 fn a_detach_that_panics_half_way_loses_no_dirty_page() {
     for (point, skip) in UNMAPPING.into_iter().flat_map(|p| [(p, 0), (p, 1)]) {
@@ -133,8 +134,8 @@ fn a_detach_that_panics_half_way_loses_no_dirty_page() {
     }
 }
 
-/// A source that tells pages outside the area, or more than there is: 256 TiB instead of a leaf of an area of 16 pages
-/// exhausted the memory.
+/// A source that tells pages outside the area, or more than there is: 256 TiB instead of a leaf of
+/// an area of 16 pages exhausted the memory.
 #[test]
 fn what_an_unmap_tells_outside_of_its_area_is_not_believed() {
     for detaches in [false, true] {
@@ -172,8 +173,9 @@ const MAPPING: [(&str, u32); 5] = [
     ("map: leaf", 2),
 ];
 
-/// The pair was recorded after the source had returned: of one that panicked half-way nobody knew that it translated the area.
-/// The unmap asked nobody, and the addresses were free while devices reached them.
+/// The pair was recorded after the source had returned: of one that panicked half-way nobody knew
+/// that it translated the area. The unmap asked nobody, and the addresses were free while devices
+/// reached them.
 #[test]
 fn a_map_that_panics_leaves_nothing_mapped() {
     for (point, skip) in MAPPING {
@@ -234,8 +236,8 @@ fn an_attach_that_panics_at_its_third_area_is_emptied() {
     }
 }
 
-/// A source maps a part and panics, and then panics in the unmap that is to undo it as well: the addresses stay taken until
-/// it has been asked once more.
+/// A source maps a part and panics, and then panics in the unmap that is to undo it as well: the
+/// addresses stay taken until it has been asked once more.
 #[test]
 fn a_map_whose_undoing_panics_too_keeps_its_addresses() {
     let range = pages(20, 8);
@@ -265,8 +267,8 @@ fn a_map_whose_undoing_panics_too_keeps_its_addresses() {
     }
 }
 
-/// Two borders in one batch. The second split panicked, or refused: the stale translation of the leaf that the first one had
-/// parted was owed to nobody.
+/// Two borders in one batch. The second split panicked, or refused: the stale translation of the
+/// leaf that the first one had parted was owed to nobody.
 #[test]
 fn the_debt_of_a_split_outlives_a_panic_in_the_next() {
     for point in [
@@ -304,7 +306,8 @@ fn the_debt_of_a_split_outlives_a_panic_in_the_next() {
     assert!(!devices[0].caches(1) && points.fired() == 0);
 }
 
-/// The destructor of a batch flushed again while the panic of its flush went by: two panics at a time end the process.
+/// The destructor of a batch flushed again while the panic of its flush went by: two panics at a
+/// time end the process.
 #[test]
 fn a_batch_whose_flushes_all_panic_ends_in_one_panic() {
     let (space, points, devices) = tracked(2);
@@ -330,8 +333,8 @@ fn a_batch_whose_flushes_all_panic_ends_in_one_panic() {
     space.apply(&[map]).unwrap();
 }
 
-/// A source that panicked while it was switched off may be off. The next switch on believed that it was on, and did not ask:
-/// its writes were never seen again.
+/// A source that panicked while it was switched off may be off. The next switch on believed that it
+/// was on, and did not ask: its writes were never seen again.
 #[test]
 fn a_source_that_panicked_in_a_switch_is_asked_by_the_next_one() {
     for point in ["tracking: begun", "tracking: said", "tracking: done"] {
@@ -373,7 +376,8 @@ fn a_source_that_panicked_in_a_switch_is_asked_by_the_next_one() {
     }
 }
 
-/// A switch that failed for good kept none of the others from being taken back, and marks were kept.
+/// A switch that failed for good kept none of the others from being taken back, and marks were
+/// kept.
 #[test]
 fn a_switch_on_whose_taking_back_panics_is_repaired_by_the_next() {
     let (space, points, devices) = tracked(2);
@@ -417,8 +421,8 @@ fn an_attach_that_panics_before_it_is_published_leaves_no_trace() {
     }
 }
 
-/// The documentation says that the cost of flushes is asked once, when the source is added. It was asked again whenever another
-/// domain came or went.
+/// The documentation says that the cost of flushes is asked once, when the source is added. It was
+/// asked again whenever another domain came or went.
 #[test]
 fn the_cost_of_flushes_is_asked_once() {
     let (space, points, devices) = tracked(1);

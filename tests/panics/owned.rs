@@ -11,7 +11,7 @@ use crate::mock::{Device, Fault, Owned, Points, pages, panics, reclaim_until};
 
 const RW: Access = Access::ReadWrite;
 
-/// Runs `call` on a thread of its own. A deadlock ends the test, and not the patience of who runs it.
+/// Runs `call` on a thread of its own, and fails if it does not end.
 fn ends(call: impl FnOnce() + Send + 'static) {
     let (done, ended) = mpsc::channel();
     let thread = std::thread::spawn(move || {
@@ -38,8 +38,8 @@ fn call_everything(space: &AddressSpace) {
     space.reclaim();
 }
 
-/// Updates of the tree drop what earlier ones replaced, and did so under the lock of the domains: a source whose `Drop` detached
-/// another one waited for itself.
+/// Updates of the tree drop what earlier ones replaced, and did so under the lock of the domains: a
+/// source whose `Drop` detached another one waited for itself.
 #[test]
 fn a_source_that_is_dropped_may_call_its_space() {
     ends(|| {
@@ -72,7 +72,8 @@ fn a_source_that_is_dropped_may_call_its_space() {
     });
 }
 
-/// The same for one that the attach refuses, and for those that are still attached when the space goes.
+/// The same for one that the attach refuses, and for those that are still attached when the space
+/// goes.
 #[test]
 fn a_source_that_is_refused_is_dropped_at_once_and_without_locks() {
     ends(|| {
@@ -94,7 +95,8 @@ fn a_source_that_is_refused_is_dropped_at_once_and_without_locks() {
         device.with(|s| s.refuse_map = true);
         assert!(space.attach(owned(&device)).is_err());
         reclaim_until(&space, || dropped.load(SeqCst) == 1);
-        // One that was never published is dropped by the call itself, and was under the lock of the domains.
+        // One that was never published is dropped by the call itself, and was under the lock of the
+        // domains.
         space.set_tracking(true).unwrap();
         points.arm("tracking: begun", 0, 1);
         assert!(panics(|| space.attach(owned(&device))).is_err());
@@ -116,7 +118,8 @@ fn a_source_that_is_refused_is_dropped_at_once_and_without_locks() {
     });
 }
 
-/// A destructor that panicked did so inside of an update of the tree, by which a detach that had succeeded was cut short.
+/// A destructor that panicked did so inside of an update of the tree, by which a detach that had
+/// succeeded was cut short.
 #[test]
 fn a_source_whose_drop_panics_undoes_nothing() {
     let points = Arc::new(Points::default());
@@ -166,7 +169,8 @@ fn a_source_whose_drop_panics_undoes_nothing() {
     space.unmap_discarding(IovaRange::ALL).unwrap();
 }
 
-/// A space, or a lease, that is dropped while a panic goes by must not add a second one: that ends the process.
+/// A space, or a lease, that is dropped while a panic goes by must not add a second one: that ends
+/// the process.
 #[test]
 fn a_source_whose_drop_panics_during_a_panic_is_silent() {
     let points = Arc::new(Points::default());
@@ -200,4 +204,31 @@ fn a_source_whose_drop_panics_during_a_panic_is_silent() {
         }
     });
     assert_eq!(panicked.unwrap_err(), Fault("drop".into()));
+}
+
+/// A handle keeps the memory of its area, which knows its domains: their sources may go with the
+/// handle, after the space. Nobody is there to take a panic of their destructors.
+#[test]
+fn a_source_that_a_handle_holds_goes_with_it_in_silence() {
+    let points = Arc::new(Points::default());
+    let dropped = Arc::new(AtomicU64::new(0));
+    let count = Arc::clone(&dropped);
+    let owned = Owned::new(&Device::new(&points)).then(move || {
+        count.fetch_add(1, SeqCst);
+        std::panic::resume_unwind(Box::new(Fault("drop".into())));
+    });
+    let space = AddressSpace::new(Granule::K4);
+    space.attach(owned).unwrap();
+    space.map(pages(0, 4), 0, RW).unwrap();
+    let handle = space.area(pages(0, 1).start()).unwrap();
+    drop(space);
+    assert_eq!(dropped.load(SeqCst), 0);
+    drop(handle);
+    // The rules of the space go by the work of others.
+    let other = AddressSpace::new(Granule::K4);
+    reclaim_until(&other, || {
+        other.map(pages(0, 1), 0, RW).unwrap();
+        other.unmap_discarding(IovaRange::ALL).unwrap();
+        dropped.load(SeqCst) == 1
+    });
 }
