@@ -20,7 +20,6 @@ use crate::events;
 use crate::flush::{FlushGather, Ticket};
 use crate::source::{LeafSink, Rests, Stopped};
 use crate::space::{AddressSpace, Area, Areas, Covered};
-
 use crate::sync::{Ordering, Step, fence, performs};
 use crate::units::{Granule, Iova, IovaRange};
 
