@@ -54,6 +54,7 @@
 
 mod bounded;
 mod committed;
+mod error;
 mod lease;
 mod masked;
 #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
@@ -62,9 +63,8 @@ mod request;
 mod write_guard;
 
 pub use bounded::{BoundedHarvest, HarvestBounds};
-pub use lease::{
-    Aborted, HarvestError, HarvestReport, Lease, Owed, StoppedHarvest, SyncError, Synced,
-};
+pub use error::{HarvestError, StoppedHarvest, SyncError};
+pub use lease::{Aborted, HarvestReport, Lease, Owed, Synced};
 pub use request::{HarvestRequest, Scope};
 pub use write_guard::WriteGuard;
 
