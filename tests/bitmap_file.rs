@@ -302,6 +302,32 @@ fn a_line_across_two_windows_is_not_hidden() {
         assert!(failures > 0, "nothing failed, so nothing was tested");
         assert_eq!(missed, 0, "among {failures} harvests that failed");
     });
+
+/// A file that cannot be mapped for writing.
+fn read_only(writable: &std::fs::File) -> FileBitmap {
+    use std::os::fd::AsRawFd;
+    let path = format!("/proc/self/fd/{}", writable.as_raw_fd());
+    FileBitmap::new(std::fs::File::open(path).unwrap(), 0, 64)
+}
+
+/// What is dirty is recorded while the areas are still there: where it cannot be, they stay, and so does what is dirty.
+#[test]
+fn an_unmap_that_cannot_record_leaves_its_areas() {
+    let space = AddressSpace::new(Granule::K4);
+    space.map(pages(0, 512), 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    space.mark(pages(7, 2)).unwrap();
+    let writable = scratch(64);
+    let read_only = read_only(&writable);
+    let unmapped = space.unmap(pages(0, 512), Granule::K4, UserBitmap::file(&read_only));
+    assert!(matches!(unmapped, Err(Error::BitmapWindow { .. })));
+    assert_eq!(space.mappings().len(), 1);
+    assert_eq!(space.stats().discarded_bytes, 0);
+    let mut words = [0u64; 8];
+    let bitmap = UserBitmap::new(&mut words);
+    let (unmapped, view) = space.unmap(pages(0, 512), Granule::K4, bitmap).unwrap();
+    assert_eq!(unmapped.dirty_bytes, 2 * 4096);
+    assert_eq!(view.runs().collect::<Vec<_>>(), [pages(7, 2)]);
 }
 
 /// What stands against harvests that fail: one thread harvests into a file that cannot be mapped for writing, again and again,
@@ -311,11 +337,7 @@ fn never_hidden_by_harvests_that_fail(mut find: impl FnMut(&AddressSpace) -> boo
     space.map(pages(0, 512), 0, Access::ReadWrite).unwrap();
     space.set_tracking(true).unwrap();
     let writable = scratch(64);
-    let path = format!(
-        "/proc/self/fd/{}",
-        std::os::fd::AsRawFd::as_raw_fd(&writable)
-    );
-    let read_only = FileBitmap::new(std::fs::File::open(path).unwrap(), 0, 64);
+    let read_only = read_only(&writable);
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let failures = scope.spawn(|| {

@@ -579,3 +579,30 @@ fn addresses_of_a_batch_are_taken_until_its_end() {
     assert_eq!(mapped(&space), [pages(20, 2), pages(22, 1)]);
     assert!(first.with(|s| s.mapped.contains(&pages(20, 2))));
 }
+
+/// Of three areas that an unmap needs, the last one is busy. The claims of the first two are given back, of both.
+#[test]
+fn an_unmap_that_finds_an_area_busy_gives_back_all_that_it_has_claimed() {
+    let fake = Arc::new(Fake::default());
+    let space = Arc::new(AddressSpace::new(Granule::K4));
+    space.attach(fake.clone()).unwrap();
+    space.map(pages(0, 4), 0, RW).unwrap();
+    space.map(pages(4, 4), 0, RW).unwrap();
+    let (inner, busy) = (
+        Arc::downgrade(&space),
+        Arc::new(std::sync::Mutex::new(None)),
+    );
+    let report = Arc::clone(&busy);
+    fake.with(|s| {
+        s.on_map = Some(Box::new(move || {
+            let space = inner.upgrade().unwrap();
+            *report.lock().unwrap() = space.unmap_discarding(pages(0, 12)).err();
+        }));
+    });
+    space.map(pages(8, 3), 0, RW).unwrap();
+    let busy = busy.lock().unwrap().take().unwrap();
+    assert!(matches!(busy, Error::Busy { area } if area == pages(8, 3)));
+    for range in [pages(0, 4), pages(4, 4), pages(8, 3)] {
+        assert_eq!(space.unmap_discarding(range).unwrap().areas, 1);
+    }
+}

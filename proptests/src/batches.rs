@@ -177,10 +177,11 @@ impl DirtySource for Log {
         }
         self.pause();
         for n in later {
-            match self.shape.clearing {
-                Clearing::Words => (n & !7..=n | 7).for_each(|n| drop(self.clear(n))),
-                _ => drop(self.clear(n)),
-            }
+            let cleared = match self.shape.clearing {
+                Clearing::Words => n & !7..=n | 7,
+                _ => n..=n,
+            };
+            lock(&self.written).retain(|n| !cleared.contains(n));
         }
         Ok(())
     }

@@ -20,7 +20,7 @@ use dirtymap::{
     Mapping, Sink, Stopped,
 };
 
-use crate::op::{Callback, Moment};
+use crate::op::{Callback, Moment, Sabotage};
 use crate::rig::Node;
 
 /// What a callback that was told to panic panics with.
@@ -39,6 +39,7 @@ pub(crate) struct ToldToStop;
 /// See the [module](self).
 pub(crate) struct Faulty {
     node: Box<dyn Node>,
+    sabotage: Sabotage,
     orders: Mutex<Orders>,
 }
 
@@ -50,16 +51,18 @@ struct Orders {
     broken_flushes: u64,
     /// Where the next harvest of this address stops.
     stop: Option<Iova>,
-    /// What `unmap` was asked for when it panicked: all of it may be reported as dirty.
+    /// What `unmap` was asked for when it panicked, and where `split_at` was: all of the range, and of
+    /// the area, may be reported as dirty.
     blurred: Vec<IovaRange>,
     /// What is owed.
     owed: Vec<IovaRange>,
 }
 
 impl Faulty {
-    pub(crate) fn new(node: impl Node + 'static) -> Self {
+    pub(crate) fn new(node: impl Node + 'static, sabotage: Sabotage) -> Self {
         Faulty {
             node: Box::new(node),
+            sabotage,
             orders: Mutex::default(),
         }
     }
@@ -88,7 +91,7 @@ impl Faulty {
         self.node.dies().set(false);
     }
 
-    /// What may be reported as dirty since an unmap of it panicked.
+    /// What may be reported as dirty, with the areas that it cuts, since an unmap or a split panicked.
     pub(crate) fn take_blurred(&self) -> Vec<IovaRange> {
         std::mem::take(&mut lock(&self.orders).blurred)
     }
@@ -243,18 +246,23 @@ impl DirtySource for Source {
     }
 
     fn split_at(&self, at: Iova, gather: &mut FlushGather) -> Result<(), Error> {
-        self.owing(gather, |gather| {
-            self.around(Callback::SplitAt, || (), || self.node.split_at(at, gather))
-        })
-    }
-
-    /// A source that panics after it has switched breaks its word that an error leaves the old state:
-    /// only what comes before can be told.
-    fn set_tracking(&self, on: bool) -> Result<(), Error> {
-        if self.turn(Callback::SetTracking).is_some() {
+        let moment = self.turn(Callback::SplitAt);
+        if moment.is_some() {
+            let page = IovaRange::granule_at(at, self.node.page());
+            lock(&self.orders).blurred.push(page);
+        }
+        if moment == Some(Moment::Before) {
             panic_now();
         }
-        self.node.set_tracking(on)
+        let done = self.owing(gather, |gather| self.node.split_at(at, gather));
+        if moment.is_some() {
+            panic_now();
+        }
+        done
+    }
+
+    fn set_tracking(&self, on: bool) -> Result<(), Error> {
+        self.around(Callback::SetTracking, || (), || self.node.set_tracking(on))
     }
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
@@ -278,7 +286,11 @@ impl DirtySource for Source {
         let Some(at) = stop else {
             return self.node.read_and_clear(range, out);
         };
-        let below = at.granule_start(self.node.page()).get().checked_sub(1);
+        let page = self.node.page();
+        let mut below = at.granule_start(page).get().checked_sub(1);
+        if self.sabotage == Sabotage::StopShort {
+            below = below.and_then(|last| last.checked_sub(page.bytes()));
+        }
         let below = below.and_then(|last| IovaRange::new(range.start(), Iova::new(last)).ok());
         if let Some(below) = below {
             self.node.read_and_clear(below, out)?;
@@ -305,6 +317,9 @@ impl DirtySource for Source {
         let moment = self.turn(Callback::Invalidate);
         if moment.is_some() {
             lock(&self.orders).broken_flushes += 1;
+        }
+        if moment.is_some() && self.sabotage == Sabotage::HidePanickedFlush {
+            return Ok(Invalidated::default());
         }
         if moment == Some(Moment::Before) {
             panic_now();

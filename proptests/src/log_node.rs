@@ -274,7 +274,10 @@ impl DirtySource for LogNode {
         }
         for word in later.chunk_by(|a, b| a / 64 == b / 64) {
             let log = &mut lock(&self.state).log;
-            log.retain(|n| !word.contains(n));
+            match self.sabotage {
+                Sabotage::ClearWholeWords => log.retain(|n| n / 64 != word[0] / 64),
+                _ => log.retain(|n| !word.contains(n)),
+            }
         }
         taken
     }

@@ -525,5 +525,11 @@ pub enum Sabotage {
     ForgetGuards,
     /// A consumer that crashes takes its lease with it.
     LeakLease,
+    /// A source that stops has left out the page below the place that it names.
+    StopShort,
+    /// An invalidation that was told to panic does nothing and says that all is well.
+    HidePanickedFlush,
+    /// A log that clears by batches clears all of a word, asked for or not.
+    ClearWholeWords,
 }
 }

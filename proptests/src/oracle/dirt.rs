@@ -48,6 +48,8 @@ pub(crate) struct Leased {
     /// The domains that it covers, and as what they were attached.
     domains: Vec<(usize, Option<DomainId>)>,
     marks: bool,
+    /// How many maps there were: an area that came later has nothing of it.
+    maps: u64,
     pub(crate) synced: bool,
 }
 
@@ -104,7 +106,9 @@ impl Oracle {
     pub(crate) fn unmap(&mut self, area: &Area) {
         self.areas.remove(&area.first);
         self.marks.take(area.first, area.last());
-        self.untracked.retain(|page| !area.holds(*page));
+        for pages in [&mut self.untracked, &mut self.lost, &mut self.hidden] {
+            pages.retain(|page| !area.holds(*page));
+        }
         for domain in &mut self.domains {
             domain.dirt.take(area.first, area.last());
             domain.untracked.retain(|page| !area.holds(*page));
@@ -179,7 +183,8 @@ impl Oracle {
         // flush.
         let covers = |lease: &Leased| lease.domains.contains(&(domain, state.id));
         let hidden = |lease: &Leased| !lease.synced && lease.pages.contains(&page) && covers(lease);
-        if !self.leases.iter().flatten().any(hidden) {
+        let by_lease = self.leases.iter().flatten().any(hidden);
+        if !by_lease && !self.hidden.contains(&page) {
             state.dirt.must.insert(page);
         }
     }
@@ -222,6 +227,19 @@ impl Oracle {
         }
     }
 
+    /// A lease was forgotten. What it named is in nobody's copy, and a page that it hides stays hidden until a flush, which
+    /// nobody tells the oracle of: none of it need be reported, or compared, until its area is gone.
+    pub(crate) fn forgotten(&mut self, lease: usize) {
+        if let Some(lease) = self.leases[lease].take() {
+            let hidden = if lease.synced {
+                &mut self.lost
+            } else {
+                &mut self.hidden
+            };
+            hidden.extend(lease.pages);
+        }
+    }
+
     /// A harvest panicked, after it had reported `runs`.
     pub(crate) fn died(&mut self, ask: &Ask, runs: &[IovaRange]) {
         let lease = self.leased(ask, BTreeSet::new());
@@ -250,7 +268,11 @@ impl Oracle {
 
     fn put_back(&mut self, lease: &Leased, runs: &[IovaRange]) {
         let back: BTreeSet<u64> = runs.iter().flat_map(|run| pages_of(*run)).collect();
-        let mapped = back.iter().filter(|page| self.area_at(**page).is_some());
+        let there = |page: u64| {
+            self.area_at(page)
+                .is_some_and(|area| area.origin <= lease.maps)
+        };
+        let mapped = back.iter().filter(|page| there(**page));
         let mapped = self.rounded(mapped.copied());
         // But for those that were committed, which are not in the runs.
         let reported: Vec<u64> = lease.pages.intersection(&back).copied().collect();
@@ -271,6 +293,16 @@ impl Oracle {
     }
 
     // What must hold.
+
+    /// The domains that an operand names.
+    pub(crate) fn covered(&self, ask: &Ask) -> Vec<usize> {
+        self.scope(ask).0
+    }
+
+    /// How often something was to be mapped.
+    pub(crate) fn maps(&self) -> u64 {
+        self.maps
+    }
 
     /// The domains that an operand names, and whether marks are covered as well.
     fn scope(&self, ask: &Ask) -> (Vec<usize>, bool) {
@@ -305,6 +337,7 @@ impl Oracle {
             pages,
             domains: domains.collect(),
             marks,
+            maps: self.maps,
             synced: false,
         }
     }
@@ -330,7 +363,8 @@ impl Oracle {
         let may = self.places(ask).flat_map(Dirt::may);
         (
             must.chain(flying()).filter(inside).collect(),
-            may.chain(flying()).filter(inside).collect(),
+            // What moves from a table to what is kept or marked becomes pages of the space.
+            self.rounded(may.chain(flying()).filter(inside)),
         )
     }
 
@@ -355,6 +389,7 @@ impl Oracle {
         let flying = self.guards.iter().flatten();
         untracked
             .chain([&self.untracked])
+            .chain([&self.lost, &self.hidden])
             .any(|set| set.contains(&page))
             || flying.clone().any(|w| pages_of(*w).any(|p| p == page))
     }

@@ -83,6 +83,10 @@ pub(crate) struct Oracle {
     pub(crate) marks: Dirt,
     /// Pages that devices of detached domains may have written while nobody looked.
     pub(crate) untracked: BTreeSet<u64>,
+    /// Pages of leases that were forgotten: what the copy has of them is anybody's guess.
+    pub(crate) lost: BTreeSet<u64>,
+    /// The same, of leases that had not been flushed: writes of devices may leave no trace.
+    pub(crate) hidden: BTreeSet<u64>,
     /// The third is that of the pass under way.
     pub(crate) leases: [Option<Leased>; 3],
     /// The ranges of writes in flight, whole pages.
@@ -138,6 +142,8 @@ impl Oracle {
             tracking: Tracking::Never,
             marks: Dirt::default(),
             untracked: BTreeSet::new(),
+            lost: BTreeSet::new(),
+            hidden: BTreeSet::new(),
             leases: [None, None, None],
             guards: [None, None],
             free: Free::default(),

@@ -16,7 +16,7 @@ impl Runner<'_> {
             Rule::Accounting,
             "bytes leased",
             stats.leased_bytes,
-            settled + live,
+            settled + live + self.forgotten,
         )?;
         let flush = stats.flush;
         same(

@@ -18,7 +18,7 @@ mod writers;
 use std::collections::{BTreeMap, BTreeSet};
 
 use dirtymap::{
-    Access, AddressSpace, AreaHandle, Error, Granule, HarvestRequest, IovaRange, Lease, Owed,
+    Access, AddressSpace, AreaHandle, Error, Granule, HarvestRequest, Iova, IovaRange, Lease, Owed,
     SpaceStats, Synced, WriteGuard,
 };
 use pagetable_sim::PhysMemory;
@@ -51,6 +51,9 @@ pub fn run(ops: &[Op], config: &Config) -> Result<SpaceStats, Violation> {
         handles: [None, None],
         copy: BTreeMap::new(),
         counts: SpaceStats::default(),
+        unsure: Vec::new(),
+        vanished: Vec::new(),
+        forgotten: 0,
         time: 0,
     };
     let prelude = if config.warm { &PRELUDE } else { &PRELUDE[..1] };
@@ -103,6 +106,13 @@ struct Runner<'a> {
     copy: BTreeMap<u64, Box<Bytes>>,
     /// What the space should have counted; of the flushes only `failed`.
     counts: SpaceStats,
+    /// What was being unmapped in this step when a source panicked.
+    unsure: Vec<IovaRange>,
+    /// Leases that were forgotten: nobody looks at them, and they go when all has been checked, so that
+    /// the test leaks no memory.
+    vanished: Vec<Live<'a>>,
+    /// Their bytes.
+    forgotten: u64,
     /// Goes up with every step, so that every write has bytes of its own.
     time: u8,
 }
@@ -113,6 +123,10 @@ struct Held<'a> {
     request: HarvestRequest,
     /// The addresses of the lease.
     view: IovaRange,
+    /// It has none.
+    empty: bool,
+    /// How many maps there were: an area that came later has nothing of it.
+    maps: u64,
     /// What of it the harvest went over.
     reached: Option<IovaRange>,
     /// The starts of granules that were committed by parts.
@@ -147,6 +161,7 @@ impl<'a> Runner<'a> {
     fn step(&mut self, op: &Op) -> Checked {
         self.time = self.time.wrapping_add(1);
         let failures = self.world.failures_ahead();
+        self.unsure.clear();
         match *op {
             Op::DmaWrite { device, at, len } => self.dma_write(device, at, len)?,
             Op::DmaRead { device, at, len } => self.dma_read(device, at, len)?,
@@ -175,8 +190,11 @@ impl<'a> Runner<'a> {
                 calls,
                 moment,
             } => self.world.node(domain).panic_at(callback, calls, moment),
-            Op::Stops { .. } => {}
-            Op::Forget(_) => {}
+            Op::Stops { domain, at } => {
+                let at = Iova::new(self.oracle.address_of(at));
+                self.world.node(domain).stop_at(Some(at));
+            }
+            Op::Forget(lease) => self.forget_lease(lease.into()),
             Op::Reshape { domain, at, merge } => self.reshape(domain.into(), at, merge)?,
             Op::Map {
                 slot,

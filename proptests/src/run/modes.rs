@@ -148,6 +148,9 @@ impl Runner<'_> {
         if request.hole.is_some_and(|hole| next <= hole) {
             request.hole = None;
         }
+        if request.stop.is_some_and(|stop| next <= stop) {
+            request.stop = None;
+        }
         for (_, last) in &mut request.walked {
             *last = (*last).min(page - 1);
         }
@@ -195,14 +198,28 @@ impl Runner<'_> {
         Some(pages(request.view.start().get() / PAGE, end))
     }
 
-    /// What an abort of `runs` should say.
-    pub(super) fn right_abort(&self, runs: &[IovaRange]) -> dirtymap::Aborted {
+    /// Where a source stops a harvest that goes over `walked`: the lowest place counts.
+    pub(super) fn stop_in(&self, walked: &[(u64, u64)], ask: &Ask) -> Option<Iova> {
+        let within = |at: &Iova| {
+            let page = at.get() / PAGE;
+            walked
+                .iter()
+                .any(|(first, last)| (*first..=*last).contains(&page))
+        };
+        let domains = self.oracle.covered(ask).into_iter();
+        let stops = domains.filter_map(|nth| self.world.nodes[nth].stop());
+        let lowest = stops.filter(within).min()?;
+        Some(lowest.granule_start(self.oracle.alignment()))
+    }
+
+    /// What an abort of `runs` should say, of a lease from when there were so many maps.
+    pub(super) fn right_abort(&self, runs: &[IovaRange], maps: u64) -> dirtymap::Aborted {
         let mut right = dirtymap::Aborted::default();
         for run in runs {
             for page in pages_of(*run) {
                 let part = pages(page, page).intersection(*run);
                 let len = part.map_or(0, |part| part.len() as u64);
-                match self.oracle.area_at(page) {
+                match self.oracle.area_at(page).filter(|area| area.origin <= maps) {
                     Some(_) => right.bytes += len,
                     None => right.outside_bytes += len,
                 }

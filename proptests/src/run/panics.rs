@@ -24,11 +24,17 @@ pub(super) fn caught<T>(call: impl FnOnce() -> T) -> Result<T, Panicked> {
 }
 
 impl Runner<'_> {
-    /// A call panicked: what was being unmapped may be reported once more, as a superset.
+    /// A call panicked: the areas in which something was being unmapped or split may be reported as
+    /// dirty, as a superset.
     pub(super) fn after_panic(&mut self) {
         for (nth, node) in self.world.nodes.iter().enumerate() {
-            for page in node.take_blurred().into_iter().flat_map(pages_of) {
-                self.oracle.may_be_dirty(nth, page);
+            for range in node.take_blurred() {
+                self.unsure.push(range);
+                let areas = self.oracle.areas.values().map(Area::range);
+                let touched: Vec<IovaRange> = areas.filter(|a| a.intersects(range)).collect();
+                for page in touched.into_iter().flat_map(pages_of) {
+                    self.oracle.may_be_dirty(nth, page);
+                }
             }
         }
     }

@@ -83,6 +83,7 @@ impl Runner<'_> {
             }
             Err(panic) => resume_unwind(panic),
         };
+        let at = stopped.as_ref().map(|(at, _)| *at);
         let mut ended = Ended {
             said: (lease.report(), next, stopped),
             synced: None,
@@ -101,7 +102,8 @@ impl Runner<'_> {
                 Fate::Commit => drop(lease.commit()),
                 Fate::Abort => ended.aborted = Some(lease.abort()),
                 Fate::CommitRange(part) => {
-                    ended.committed = lease.commit_range(share_of(request.view_of(next), part));
+                    let view = request.view_of(next, at).unwrap_or(request.view);
+                    ended.committed = lease.commit_range(share_of(view, part));
                     ended.aborted = Some(lease.abort());
                 }
             }
@@ -127,10 +129,7 @@ impl Runner<'_> {
         let failed = ended.synced.is_none();
         let granule = inner.granule();
         let view = request.view;
-        let inside = |runs: Vec<IovaRange>| -> Vec<IovaRange> {
-            let inside = runs.iter().filter_map(|run| run.intersection(view));
-            inside.collect()
-        };
+        let inside = |runs: Vec<IovaRange>| request.leased(&runs);
         let leased = inside(runs_in(after, inner.range(), granule));
         if let Some((synced, dirty)) = ended.synced {
             let right: u128 = leased.iter().map(|run| run.granules(granule)).sum();
@@ -148,7 +147,9 @@ impl Runner<'_> {
         }
         let mut gone = BTreeSet::new();
         if let (Fate::CommitRange(part), false) = (fate, failed) {
-            gone = self.committed_by(after, inner, view, share_of(view, part));
+            if !request.empty {
+                gone = self.committed_by(after, inner, view, share_of(view, part));
+            }
             let right = gone.len() as u64;
             same(Rule::Answer, "granules committed", ended.committed, right)?;
         }
@@ -160,7 +161,7 @@ impl Runner<'_> {
             reached.collect()
         });
         let back: Vec<IovaRange> = back.unwrap_or_default();
-        let right = self.right_abort(&back);
+        let right = self.right_abort(&back, u64::MAX);
         if let Some(aborted) = ended.aborted {
             same(Rule::Answer, "an abort", aborted, right)?;
         }
