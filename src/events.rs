@@ -43,7 +43,8 @@ macro_rules! event {
     }};
 }
 
-/// A walk is over: it took what was dirty in `range`, up to `stopped_at` if it stopped.
+/// A walk is over: its lease has what was dirty in `range`, which ends below `stopped_at` if it
+/// stopped; all of the request if that is where it began.
 #[inline]
 pub(crate) fn harvest(
     range: IovaRange,

@@ -185,8 +185,8 @@ fn a_sink_of_its_own_leaves_a_page_that_sticks_out_dirty() {
     );
 }
 
-/// The pieces of a parallel harvest follow the words of the bitmap, which may begin inside of one: at
-/// 4 KiB a bit, each byte that lies before the bitmap moves the borders by 32 KiB.
+/// The pieces of a parallel harvest follow the words of the bitmap, which may begin inside of one:
+/// at 4 KiB a bit, each byte that lies before the bitmap moves the borders by 32 KiB.
 #[cfg(feature = "rayon")]
 #[test]
 fn the_pieces_of_a_parallel_harvest_begin_at_pages_of_the_source() {
@@ -297,8 +297,8 @@ impl World {
         }
     }
 
-    /// Writes to some pages now. When the next harvest has looked and not cleared, another one takes
-    /// all that it finds, if `twice`; and some of the pages, and others, are written again.
+    /// Writes to some pages now. When the next harvest has looked and not cleared, another one
+    /// takes all that it finds, if `twice`; and some of the pages, and others, are written again.
     fn write(&mut self, twice: bool) {
         let mut some = |n: u64| (0..n).map(|_| self.random.below(BYTES / PAGE)).collect();
         let (now, mut then): (Vec<u64>, Vec<u64>) = (some(40), some(12));

@@ -129,8 +129,8 @@ fn marks_and_harvests_allocate_nothing() {
     assert_eq!(allocations(&mut round), 0);
 }
 
-/// Parts of a lease that are committed one after the other are kept as one range: their number costs
-/// no memory.
+/// Parts of a lease that are committed one after the other are kept as one range: their number
+/// costs no memory.
 #[test]
 fn parts_that_are_committed_in_order_allocate_once() {
     const N: u64 = 1 << 14;

@@ -210,8 +210,8 @@ fn an_attach_does_not_fill_what_a_batch_has_cut_out() {
 }
 
 /// A lease over one domain was aborted after its area was in the tree, and before this domain was
-/// filled with it. The pages went to what is kept for the domain, which the fill then cleared as the
-/// leftovers of an earlier area: they were said to be dirty again, and were not.
+/// filled with it. The pages went to what is kept for the domain, which the fill then cleared as
+/// the leftovers of an earlier area: they were said to be dirty again, and were not.
 ///
 /// A lease that is older than the area has nothing of it: its pages are outside, and stay clean.
 #[test]

@@ -38,14 +38,14 @@ pub struct Synced(());
 /// leaked in another way, loses writes, of no other pages than its own:
 /// * what was written before the harvest is reported by nobody: the dirty bits are cleared, and
 ///   nothing puts them back;
-/// * what is written later is hidden as well, as long as the writer goes by a cached "D is set": the
-///   invalidation that the lease owes is known to the lease alone until [`sync`](Self::sync) or the
-///   abort hands it over. It lasts until a flush that names the page: by the sync of another lease
-///   that has a page in the same range of its gather, by an unmap or a detach, or by switching
-///   tracking on. A sync that names other pages need not help.
+/// * what is written later is hidden as well, as long as the writer goes by a cached "D is set":
+///   the invalidation that the lease owes is known to the lease alone until [`sync`](Self::sync) or
+///   the abort hands it over. It lasts until a flush that names the page: by the sync of another
+///   lease that has a page in the same range of its gather, by an unmap or a detach, or by
+///   switching tracking on. A sync that names other pages need not help.
 ///
-/// A lease that was synced has paid, so it hides nothing that is written later. Harvests take no lock
-/// and do not allocate, which is why the debt stays with the lease until then.
+/// A lease that was synced has paid, so it hides nothing that is written later. Harvests take no
+/// lock and do not allocate, which is why the debt stays with the lease until then.
 #[must_use = "a lease that is dropped puts everything back: sync it, copy its pages, commit it"]
 pub struct Lease<'a, State> {
     holding: Holding<'a>,
@@ -59,8 +59,8 @@ pub struct HarvestReport {
     /// Areas that were walked.
     pub areas: u64,
     /// Bits of the lease that went from 0 to 1 in the user's bitmap. Of a harvest that
-    /// [stopped](StoppedHarvest), and put back what lies above the stop, it may be fewer, where bits
-    /// above it were set before.
+    /// [stopped](StoppedHarvest), and put back what lies above the stop, it may be fewer, where
+    /// bits above it were set before.
     pub bits_set: u64,
     /// Dirty leaves of IO page tables; each owes an invalidation.
     pub leaves: u64,
@@ -145,9 +145,9 @@ impl<'a> Lease<'a, Synced> {
     /// The copies of what lies in `range` are safe: it is not put back, whatever becomes of the rest of the lease. Only granules
     /// that lie in `range` as a whole count. Returns how many dirty ones were not committed before.
     ///
-    /// Costs a look at the bitmap's words of `range`, and O(log n) for n parts that do not touch each
-    /// other, in any order. Allocates a little for each of these; parts that touch are one, so parts
-    /// that are committed one after the other cost no memory each.
+    /// Costs a look at the bitmap's words of `range`, and O(log n) for n parts that do not touch
+    /// each other, in any order. Allocates a little for each of these; parts that touch are one, so
+    /// parts that are committed one after the other cost no memory each.
     pub fn commit_range(&mut self, range: IovaRange) -> u64 {
         self.holding.commit_part(range)
     }
@@ -266,9 +266,9 @@ impl<'a> Holding<'a> {
         }
     }
 
-    /// The walk stopped at `at`, and recorded nothing above `recorded`. The lease ends below the stop:
-    /// nothing was taken from there on, or is dirty again when this returns. Returns how many bits of
-    /// the bitmap that puts back.
+    /// The walk stopped at `at`, and recorded nothing above `recorded`. The lease ends below the
+    /// stop: nothing was taken from there on, or is dirty again when this returns. Returns how many
+    /// bits of the bitmap that puts back.
     ///
     /// A hole may lie inside a granule; then its bit stays in the lease, for what lies below.
     fn end_below(&mut self, at: Iova, recorded: Option<Iova>) -> u64 {
@@ -578,18 +578,19 @@ pub enum HarvestError<'a> {
     Stopped(Box<StoppedHarvest<'a>>),
 }
 
-/// A harvest that stopped inside its range: below [`at`](Self::at) the lease has all that was dirty,
-/// from there on nothing was taken from anybody.
+/// A harvest that stopped inside its range: below [`at`](Self::at) the lease has all that was
+/// dirty, from there on nothing was taken from anybody.
 ///
-/// What a source gave before another one stopped below it is put back before the harvest returns, as
-/// an abort would; its bits may stay set in the user's bitmap, and belong to no lease.
+/// What a source gave before another one stopped below it is put back before the harvest returns,
+/// as an abort would; its bits may stay set in the user's bitmap, and belong to no lease. Only then
+/// does a harvest take the short lock of the flush queue, and allocate: see [`Lease::abort`].
 #[derive(Debug, thiserror::Error)]
 #[error("the harvest stopped at {at}: {error}")]
 pub struct StoppedHarvest<'a> {
     /// Why it stopped.
     pub error: Error,
-    /// The first address that was not processed: that of a hole, or the beginning of a granule of the
-    /// request and of a page of every source.
+    /// The first address that was not processed: that of a hole, or the beginning of a granule of
+    /// the request and of a page of every source.
     pub at: Iova,
     /// The lease for what was processed.
     pub lease: Lease<'a, Owed>,

@@ -46,8 +46,8 @@ impl AddressSpace {
     /// megabytes.
     ///
     /// # Errors
-    /// As [`harvest`](Self::harvest). The lowest of several stops counts; what other threads took from
-    /// there on is put back before the call returns.
+    /// As [`harvest`](Self::harvest). The lowest of several stops counts; what other threads took
+    /// from there on is put back before the call returns.
     pub fn harvest_parallel<'a>(
         &'a self,
         request: &HarvestRequest,

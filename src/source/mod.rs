@@ -51,8 +51,8 @@ pub struct Stopped {
 ///
 /// # What an implementation owes
 /// * **A dirty bit is cleared only by the closure of [`LeafSink::take`]** or
-///   [`take_many`](LeafSink::take_many), which record the leaf and owe its invalidation first, and by
-///   one atomic operation for each leaf, from whose result follows whether it was dirty.
+///   [`take_many`](LeafSink::take_many), which record the leaf and owe its invalidation first, and
+///   by one atomic operation for each leaf, from whose result follows whether it was dirty.
 /// * **Or by a batch, behind [`LeafSink::take_run`]**: exactly what its answer names, before
 ///   `read_and_clear` returns. A closure that says "cleared" and clears later loses writes: the
 ///   rest of a page that sticks out of the request is given to others when it returns.

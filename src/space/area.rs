@@ -92,8 +92,8 @@ impl Area {
         self.born.store(version, Ordering::Relaxed);
     }
 
-    /// Whether the area was not there yet, for any source, when the tree had `version`: then nothing
-    /// that a harvest took by that moment belongs to it.
+    /// Whether the area was not there yet, for any source, when the tree had `version`: then
+    /// nothing that a harvest took by that moment belongs to it.
     pub(super) fn is_younger(&self, version: u64) -> bool {
         // Relaxed: see `born_with`.
         self.born.load(Ordering::Relaxed) > version

@@ -446,11 +446,12 @@ impl AddressSpace {
         }
     }
 
-    /// Makes `run`, of a lease over `covered`, dirty again: kept for each domain, and marked, as far
-    /// as the lease covers them; what lies outside every area is counted, and recorded as a fault.
+    /// Makes `run`, of a lease over `covered`, dirty again: kept for each domain, and marked, as
+    /// far as the lease covers them; what lies outside every area is counted, and recorded as a
+    /// fault.
     ///
-    /// Nothing was taken after the tree had the version `taken`: what lies in an area that came later
-    /// was in another one at the same addresses, and is outside as well.
+    /// Nothing was taken after the tree had the version `taken`: what lies in an area that came
+    /// later was in another one at the same addresses, and is outside as well.
     pub(crate) fn put_back(&self, run: IovaRange, covered: &Covered, taken: u64) -> Outside {
         let outside = self.in_areas(run, |area, part| {
             if area.is_younger(taken) {

@@ -29,8 +29,9 @@
 //! * Pages of a live [`WriteGuard`](crate::WriteGuard) are in flight, and so in the result. When the guard is dropped, the
 //!   write is counted as outside.
 //!
-//! A lease that has such a page and is aborted later finds no area, and counts it as outside; one that is aborted meanwhile
-//! puts the page where the unmap finds it, or counts it (see [`attachment`](super::attachment)).
+//! A lease that has such a page and is aborted later finds no area, or a younger one, and counts it
+//! as outside; one that is aborted meanwhile puts the page where the unmap finds it, or counts it
+//! (see [`attachment`](super::attachment)).
 //!
 //! # The last mark
 //! A mark may come while the area goes. Both sides have a fence between their two steps:

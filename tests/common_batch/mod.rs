@@ -1,5 +1,5 @@
 //! A source whose pages are larger than those of its space, and which clears many of them at once.
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // helpers of tests; each file uses a part
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // helpers: each file uses a part
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};

@@ -24,7 +24,7 @@ pub(super) const WEAKNESSES: &[&str] = &[
     "looks for guards and residuals before the table",
     "looks for residuals before guards",
     "the rest is forgotten",
-    "a batch clears a leaf that sticks out",
+    "the rest is kept when the source says that it will clear",
     "a batch is cleared after the flush",
 ];
 
@@ -121,7 +121,7 @@ pub(super) fn explore_with(weakness: Option<&'static str>) -> Outcome {
         table_last: weak("looks for guards and residuals before the table"),
         guards_last: weak("looks for residuals before guards"),
         forget: weak("the rest is forgotten"),
-        batch_part: weak("a batch clears a leaf that sticks out"),
+        batch_part: weak("the rest is kept when the source says that it will clear"),
         batch_late: weak("a batch is cleared after the flush"),
         whole: false,
     };

@@ -214,7 +214,8 @@ impl Slot {
         first: u64,
         mask: &[u64],
     ) -> io::Result<()> {
-        // A number of pages that is no multiple of 64 is fine at the end of the slot, and only there.
+        // A number of pages that is no multiple of 64 is fine at the end of the slot, and only
+        // there.
         let pages = (mask.len() as u64 * 64).min(self.pages() - first);
         kernel.clear_log(self.id, first, pages as u32, mask)?;
         pending.remove(first, mask);
