@@ -1,9 +1,12 @@
-//! Comparisons of addresses and ids, counted in unit tests: that a cost grows no faster than it may is
-//! held against such counts, never against time. In other builds there is nothing of it.
+//! Comparisons of addresses and ids, counted in unit tests: that a cost grows no faster than it may
+//! is held against such counts, never against time. In other builds there is nothing of it.
 
 /// Functions that unit tests count; `const` in other builds.
 macro_rules! counted {
-    ($($(#[$meta:meta])* $vis:vis const fn $name:ident($($argument:tt)*) -> $out:ty $body:block)+) => {$(
+    ($(
+        $(#[$meta:meta])*
+        $vis:vis const fn $name:ident($($argument:tt)*) -> $out:ty $body:block
+    )+) => {$(
         #[cfg(not(test))]
         $(#[$meta])*
         $vis const fn $name($($argument)*) -> $out $body
@@ -62,8 +65,9 @@ pub(crate) fn count(run: impl FnOnce()) -> u64 {
     COUNT.with(std::cell::Cell::get) - before
 }
 
-/// Asserts that what `cost` counts for `n` things grows as `n log n` at most: eight times the things
-/// cost at most sixteen times as much, where a quadratic path costs sixty-four times as much.
+/// Asserts that what `cost` counts for `n` things grows as `n log n` at most: eight times the
+/// things cost at most sixteen times as much, where a quadratic path costs sixty-four times as
+/// much.
 #[cfg(all(test, not(dirtymap_loom)))]
 pub(crate) fn grows_gently(what: &str, cost: impl Fn(u64) -> u64) {
     let (few, many) = (cost(500), cost(4000));

@@ -391,8 +391,8 @@ fn a_snapshot_knows_its_age() {
     assert_eq!((space.snapshot().age(), snapshot.len()), (0, 1));
 }
 
-/// An unmap of three areas, the last of which is being mapped, is refused, and leaves the others as they
-/// were: the second stayed claimed for ever.
+/// An unmap of three areas, the last of which is being mapped, is refused, and leaves the others as
+/// they were: the second stayed claimed for ever.
 #[test]
 fn an_unmap_that_is_refused_gives_all_areas_back() {
     let (space, first, _) = tracked();

@@ -7,7 +7,7 @@ mod common;
 
 use common::{Fake, PAGE, pages, two_sources};
 use dirtymap::{Access, AddressSpace, Error, Granule, HarvestRequest, Iova, IovaRange, UserBitmap};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, mpsc};
 
 const RW: Access = Access::ReadWrite;
 const CUTS: u64 = 100_000;
@@ -38,9 +38,9 @@ fn on_a_small_stack(test: impl FnOnce() + Send + 'static) {
     small.spawn(test).unwrap().join().unwrap();
 }
 
-/// A guest's memory whose slots were split again and again, while a device kept the handle that it got
-/// at boot: each mark went through all cuts, one call inside the other, and ended on the guard page of
-/// the stack; so did the drop of the chain of areas.
+/// A guest's memory whose slots were split again and again, while a device kept the handle that it
+/// got at boot: each mark went through all cuts, one call inside the other, and ended on the guard
+/// page of the stack; so did the drop of the chain of areas.
 #[test]
 fn a_handle_survives_a_hundred_thousand_cuts() {
     on_a_small_stack(|| {
@@ -67,8 +67,8 @@ fn a_handle_survives_a_hundred_thousand_cuts() {
     });
 }
 
-/// The same with one area that is cut and loses the part below, again and again: there is never more
-/// than one area, and the chain of those that were cut is as long as the history.
+/// The same with one area that is cut and loses the part below, again and again: there is never
+/// more than one area, and the chain of those that were cut is as long as the history.
 #[test]
 fn a_handle_survives_what_is_cut_off_a_hundred_thousand_times() {
     on_a_small_stack(|| {
@@ -130,9 +130,15 @@ fn a_handle_of_a_piece_marks_no_other_piece() {
             space.unmap_discarding(pages(0, 8)).unwrap();
         }
     }
+    // A mark that sticks out marks nothing, not even what lies inside.
+    for (range, outside) in [(pages(7, 2), 7), (pages(15, 2), 16), (pages(0, 32), 0)] {
+        let refused = right.mark(range).unwrap_err();
+        assert!(matches!(refused, Error::Outside { at: a } if a == at(outside)));
+    }
+    assert_eq!(take(&space, pages(8, 8)), 0);
     right.mark(pages(8, 1)).unwrap();
     assert_eq!(take(&space, pages(8, 8)), 1);
-    assert_eq!(space.stats().outside_marks, 2);
+    assert_eq!(space.stats().outside_marks, 5);
 }
 
 /// A batch cuts two pieces out of one area: the handle marks what is left, and says what is not.
@@ -170,8 +176,8 @@ fn an_old_handle_follows_a_batch() {
     assert_eq!(space.stats().outside_marks, 3);
 }
 
-/// The file of a log, or the descriptor of a VM, stays open for as long as its source lives: a handle
-/// that a thread keeps must not keep it.
+/// The file of a log, or the descriptor of a VM, stays open for as long as its source lives: a
+/// handle that a thread keeps must not keep it.
 #[test]
 fn a_handle_keeps_no_source() {
     let (space, first, second) = two_sources();
@@ -198,8 +204,8 @@ fn cut_all(space: &AddressSpace) {
     }
 }
 
-/// A domain comes, and while it is filled with one area, the next one is cut into thousands of pieces:
-/// it gets each of them, once.
+/// A domain comes, and while it is filled with one area, the next one is cut into thousands of
+/// pieces: it gets each of them, once.
 #[test]
 fn an_attach_finds_what_became_of_an_area() {
     on_a_small_stack(|| {
@@ -217,8 +223,8 @@ fn an_attach_finds_what_became_of_an_area() {
     });
 }
 
-/// A domain goes, and while it is emptied of one area, the next one is cut: nothing is left in it, and
-/// what was dirty is marked.
+/// A domain goes, and while it is emptied of one area, the next one is cut: nothing is left in it,
+/// and what was dirty is marked.
 #[test]
 fn a_detach_finds_what_became_of_an_area() {
     on_a_small_stack(|| {
@@ -238,43 +244,84 @@ fn a_detach_finds_what_became_of_an_area() {
     });
 }
 
-/// A cut has planned in pages of 4 KiB; while it waits for the flush of the leaves that it split, a
-/// domain of 8 KiB pages comes. One of the two is refused: else the domain, which had found the area
-/// whole, was asked to map a half of its page.
-#[test]
-fn a_cut_and_an_attach_of_larger_pages_refuse_each_other() {
-    let small = Arc::new(Fake::default());
-    let space = Arc::new(untracked().with_source(small.clone()).unwrap());
-    space.map(pages(0, 4), 0, RW).unwrap();
+/// A domain of 8 KiB pages, which comes while the next flush of `small` is under way: it is in the
+/// list then, and waits for the areas that are being changed. What its attach says is received.
+fn attach_at_flush(
+    space: &Arc<AddressSpace>,
+    small: &Fake,
+) -> (Arc<Fake>, mpsc::Receiver<std::thread::JoinHandle<bool>>) {
     let large = Arc::new(Fake::default());
     large.with(|s| s.page = Granule::from_lg2(13));
-    let (attached, wait) = mpsc::channel();
-    let wait = Mutex::new(wait);
-    let (inner, source) = (Arc::downgrade(&space), large.clone());
+    let (sender, attached) = mpsc::channel();
+    let (inner, source) = (Arc::downgrade(space), large.clone());
     small.with(|s| {
         s.on_invalidate = Some(Box::new(move || {
             let space = inner.upgrade().unwrap();
             let thread = std::thread::spawn({
                 let space = space.clone();
-                move || space.attach(source)
+                move || space.attach(source).is_ok()
             });
-            // It is published, and waits for the area that is being cut.
             while space.domains().len() < 2 && !thread.is_finished() {
                 std::thread::yield_now();
             }
-            attached.send(thread).unwrap();
+            sender.send(thread).unwrap();
         }));
     });
-    let refused = space.cut(at(1)).unwrap_err();
+    (large, attached)
+}
+
+fn is_cut_of_page_1(error: &Error) -> bool {
     let granule = Granule::from_lg2(13).unwrap();
-    assert!(
-        matches!(refused, Error::UnalignedCut { at: a, granule: g } if a == at(1) && g == granule)
-    );
-    let thread = wait.lock().unwrap().recv().unwrap();
-    thread.join().unwrap().unwrap();
+    matches!(error, Error::UnalignedCut { at: a, granule: g } if *a == at(1) && *g == granule)
+}
+
+/// A cut has planned in pages of 4 KiB; while it waits for the flush of the leaves that it split, a
+/// domain of 8 KiB pages comes. One of the two is refused: else the domain, which had found the
+/// area whole, was asked to map a half of its page.
+#[test]
+fn a_cut_and_an_attach_of_larger_pages_refuse_each_other() {
+    let small = Arc::new(Fake::default());
+    let space = Arc::new(untracked().with_source(small.clone()).unwrap());
+    space.map(pages(0, 4), 0, RW).unwrap();
+    let (large, attached) = attach_at_flush(&space, &small);
+    let refused = space.cut(at(1)).unwrap_err();
+    assert!(is_cut_of_page_1(&refused), "{refused}");
+    assert!(attached.recv().unwrap().join().unwrap());
     assert_eq!(large.with(|s| s.mapped.clone()), [pages(0, 4)]);
     assert_eq!(mapped(&space), [pages(0, 4)]);
     // The area is not stuck.
     assert!(space.cut(at(2)).unwrap());
     assert_eq!(large.with(|s| s.mapped.clone()), [pages(0, 2), pages(2, 2)]);
+}
+
+/// The same by a batch, which has emptied what was to go: it names the cut, everything is where it
+/// was, and what was dirty still is.
+#[test]
+fn a_batch_and_an_attach_of_larger_pages_refuse_each_other() {
+    use dirtymap::Change::{Cut, Unmap};
+    let small = Arc::new(Fake::default());
+    let space = Arc::new(untracked().with_source(small.clone()).unwrap());
+    space.map(pages(0, 4), 0, RW).unwrap();
+    space.map(pages(8, 4), 0, RW).unwrap();
+    space.set_tracking(true).unwrap();
+    let handle = space.area(at(0)).unwrap();
+    small.dirty(0);
+    small.dirty(9);
+    let (large, attached) = attach_at_flush(&space, &small);
+    let [whole, half] = [pages(8, 4), pages(0, 1)].map(|range| Unmap { range });
+    let refused = space.apply(&[whole, Cut { at: at(1) }, half]).unwrap_err();
+    let Error::Change { index: 1, error } = refused else {
+        panic!("{refused}");
+    };
+    assert!(is_cut_of_page_1(&error), "{error}");
+    assert!(attached.recv().unwrap().join().unwrap());
+    let areas = [pages(0, 4), pages(8, 4)];
+    assert_eq!(mapped(&space), areas);
+    assert_eq!(large.with(|s| s.mapped.clone()), areas);
+    handle.mark(pages(3, 1)).unwrap();
+    assert_eq!(take(&space, areas[0]), 0b1001);
+    assert_eq!(take(&space, areas[1]), 0b0010);
+    // Nothing is claimed, or held, or believed to have gone.
+    let unmapped = space.unmap_discarding(IovaRange::ALL).unwrap();
+    assert_eq!((unmapped.areas, space.stats().outside_marks), (2, 0));
 }

@@ -1,5 +1,5 @@
-//! Model checking of cuts against handles, and against domains that come and go. As in `loom.rs`, each
-//! model is run again with single steps left out, and must fail then.
+//! Model checking of cuts against handles, and against domains that come and go. As in `loom.rs`,
+//! each model is run again with single steps left out, and must fail then.
 #![cfg(dirtymap_loom)]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -113,8 +113,8 @@ fn space() -> Arc<AddressSpace> {
     Arc::new(space)
 }
 
-/// A mark by the handle of an area that is cut, and one piece of which goes, is counted by one of the
-/// two; what is left of it is marked, and what is mapped anew in the place of the piece is not.
+/// A mark by the handle of an area that is cut, and one piece of which goes, is counted by one of
+/// the two; what is left of it is marked, and what is mapped anew in the place of the piece is not.
 #[test]
 fn a_mark_by_a_handle_follows_a_cut() {
     let steps = [Step::GiveWay, Step::SayGone, Step::GoneFence];
@@ -192,8 +192,8 @@ fn a_cut_and_a_detach_leave_nothing_behind() {
     });
 }
 
-/// Of a cut and a domain whose page it would cut, one is refused, and the domain is never asked for a
-/// part of its page.
+/// Of a cut and a domain whose page it would cut, one is refused, and the domain is never asked for
+/// a part of its page.
 #[test]
 fn a_cut_and_an_attach_of_larger_pages_refuse_each_other() {
     holds_within(BOUND, &[Step::CheckCutAgain], || {

@@ -1,7 +1,7 @@
-//! Which of several tickets a call waits for. Each of its debts may be of another generation, if another
-//! thread flushes in between, and all of them have to be paid before addresses are free or a source is
-//! let go: a call that waited for the first of them, or for none because the last area owed nothing,
-//! gave addresses free that devices still reached.
+//! Which of several tickets a call waits for. Each of its debts may be of another generation, if
+//! another thread flushes in between, and all of them have to be paid before addresses are free or
+//! a source is let go: a call that waited for the first of them, or for none because the last area
+//! owed nothing, gave addresses free that devices still reached.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -37,7 +37,8 @@ fn flush_between(space: &AddressSpace, source: &Fake) {
     source.with(|s| s.invalidated.clear());
 }
 
-/// Before the unmap of `skipped` more areas in `source` is owed, all that was owed before is flushed.
+/// Before the unmap of `skipped` more areas in `source` is owed, all that was owed before is
+/// flushed.
 fn flush_at_unmap(space: &Arc<AddressSpace>, source: &Arc<Fake>, skipped: u32) {
     let (inner, own) = (Arc::downgrade(space), Arc::downgrade(source));
     source.with(|s| {
@@ -76,8 +77,8 @@ fn an_unmap_waits_for_its_last_domain() {
     assert!(is_invalidated(&second, pages(0, 4)));
 }
 
-/// Only the first of two areas owes anything: the second has no translations, since a flush had failed
-/// that was to take it back.
+/// Only the first of two areas owes anything: the second has no translations, since a flush had
+/// failed that was to take it back.
 #[test]
 fn an_unmap_waits_though_its_last_area_owes_nothing() {
     let source = Arc::new(Fake::default());
@@ -134,8 +135,8 @@ fn a_detach_waits_for_its_last_area() {
     assert!(is_invalidated(&source, pages(100, 4)));
 }
 
-/// A domain that refuses its second area has been filled with the first: of the areas that it is emptied
-/// of, the last owe nothing.
+/// A domain that refuses its second area has been filled with the first: of the areas that it is
+/// emptied of, the last owe nothing.
 #[test]
 fn an_attach_that_is_taken_back_waits_for_its_first_area() {
     let source = Arc::new(Fake::default());
@@ -145,4 +146,47 @@ fn an_attach_that_is_taken_back_waits_for_its_first_area() {
     assert!(space.attach(source.clone()).is_err());
     assert!(is_invalidated(&source, pages(0, 4)));
     assert_eq!(space.domains(), []);
+}
+
+/// A detach of a domain with three areas: while it is emptied of the first one, `happens` changes
+/// the last one, and before the unmap after `skipped` more is owed, all that was owed is flushed.
+fn detach_while(happens: fn(&AddressSpace), skipped: u32) -> Arc<Fake> {
+    let source = Arc::new(Fake::default());
+    let space = space(&[&source]);
+    let domain = space.domains()[0];
+    let (inner, own) = (Arc::downgrade(&space), Arc::downgrade(&source));
+    source.with(|s| {
+        s.on_unmap = Some(Box::new(move || {
+            let (space, source) = (inner.upgrade().unwrap(), own.upgrade().unwrap());
+            happens(&space);
+            flush_at_unmap(&space, &source, skipped);
+        }));
+    });
+    space.detach(domain).unwrap();
+    assert_eq!(source.with(|s| s.mapped.clone()), []);
+    source
+}
+
+fn cut_the_last(space: &AddressSpace) {
+    assert!(space.cut(pages(102, 1).start()).unwrap());
+}
+
+/// Of the pieces of an area that was cut meanwhile, the last owes of a later generation.
+#[test]
+fn a_detach_waits_for_the_last_piece() {
+    let source = detach_while(cut_the_last, 2);
+    assert!(is_invalidated(&source, pages(102, 2)));
+}
+
+/// Of what has taken the place of an area that was cut meanwhile, the last owes nothing: it was
+/// mapped when the domain was leaving already.
+#[test]
+fn a_detach_waits_for_the_last_piece_that_owes() {
+    let happens = |space: &AddressSpace| {
+        cut_the_last(space);
+        space.unmap_discarding(pages(102, 2)).unwrap();
+        space.map(pages(102, 2), 0, RW).unwrap();
+    };
+    let source = detach_while(happens, 1);
+    assert!(is_invalidated(&source, pages(100, 2)));
 }

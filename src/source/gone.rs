@@ -1,14 +1,14 @@
 //! Which parts of an area that was cut have gone.
 //!
-//! The pieces of a cut share the marks of the whole, and a mark may come by the handle of the whole,
-//! or by an old snapshot, long after the cut: see [`unmap`](crate::space) for who counts it. It asks
-//! here, not the pieces: so no area knows what became of it, and nothing grows with the number of
-//! cuts.
+//! The pieces of a cut share the marks of the whole, and a mark may come by the handle of the
+//! whole, or by an old snapshot, long after the cut: see [`unmap`](crate::space) for who counts it.
+//! It asks here, not the pieces: so no area knows what became of it, and nothing grows with the
+//! number of cuts.
 //!
-//! Ranges that touch are one. Between two of them there is a piece that is still there, so there are
-//! at most as many of them as there are such pieces, and one: what was cut and unmapped before costs
-//! nothing. Addresses that have gone never come back to the same marks: what is mapped there anew
-//! has marks of its own.
+//! Ranges that touch are one. Between two of them there is a piece that is still there, so there
+//! are at most as many of them as there are such pieces, and one: what was cut and unmapped before
+//! costs nothing. Addresses that have gone never come back to the same marks: what is mapped there
+//! anew has marks of its own.
 
 use crate::area::AreaTree;
 use crate::sync::Arc;

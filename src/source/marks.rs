@@ -90,8 +90,8 @@ impl Marks {
         }
     }
 
-    /// Says that `range` has gone, which was an area or a piece of one. Nothing, if it was all of an
-    /// area that was never cut: whoever has its marks looks at its state.
+    /// Says that `range` has gone, which was an area or a piece of one. Nothing, if it was all of
+    /// an area that was never cut: whoever has its marks looks at its state.
     pub(crate) fn say_gone(&self, range: IovaRange) {
         if let Some(gone) = self.gone.get()
             && performs(Step::SayGone)

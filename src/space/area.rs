@@ -1,12 +1,11 @@
 //! One area: a mapped range with its backing, its marks, and where it stands between map and unmap.
 //!
 //! ```text
-//!            fill succeeds            claim                 out of the tree
-//!  Mapping ---------------> Live ---------------> Claimed -----------------> Gone
-//!                             ^-------------------/   \                       (cut) pieces take its
-//!                              give back               \---> Cut -----------------> place in the tree
-//!                              (another area was busy,         \
-//!                              or the flush failed)  <---------/
+//!            fill succeeds          claim               out of the tree
+//!  Mapping -------------> Live ----------------> Claimed --------------> Gone
+//!                           ^------------------/    \
+//!                            give back               \--> Cut: its pieces take its place in the tree
+//!                            (another area was busy, the flush failed, or the cut was refused)
 //! ```
 //!
 //! An area is in the tree, and so keeps its addresses from being used again, from `Mapping` to
@@ -18,14 +17,14 @@
 //! emptied once, however these calls race: see [`attachment`](super::attachment).
 //!
 //! # Cut
-//! The pieces share the marks of the whole, so no mark moves. The whole does not know its pieces:
-//! whoever still has it, by a handle or an old snapshot, learns from the marks what has gone of it
-//! since, and from the tree where its pairs are. So an area that was cut is dropped like one that has
-//! gone, and what was cut how often is nowhere written down.
+//! The pieces share the marks of the whole, so no mark moves. The whole does not know its
+//! pieces: whoever still has it, by a handle or an old snapshot, learns from the marks what has
+//! gone of it since, and from the tree where its pairs are. So an area that was cut is dropped like
+//! one that has gone, and what was cut how often is nowhere written down.
 //!
 //! The memory of the marks is that of the whole, for as long as one piece is left: a bit for each
-//! page that was ever marked, rounded up to groups of 512 chunks (2 MiB of bits, as far as the system
-//! has backed them), of the pages that were unmapped too.
+//! page that was ever marked, rounded up to groups of 512 chunks (2 MiB of bits, as far as the
+//! system has backed them), of the pages that were unmapped too.
 
 use super::Outside;
 use super::attachment::Attachment;
@@ -40,8 +39,8 @@ const CLAIMED: u8 = 2;
 const GONE: u8 = 3;
 const CUT: u8 = 4;
 
-/// The domains in which an area is filled, in the order of their ids; `None` when the area has gone or
-/// was cut, and will not be filled any more.
+/// The domains in which an area is filled, in the order of their ids; `None` when the area has gone
+/// or was cut, and will not be filled any more.
 pub(super) type Pairs = Option<Vec<Arc<Attachment>>>;
 
 /// See the [module](self).
@@ -143,17 +142,17 @@ impl Area {
     /// The area has left the tree.
     pub(crate) fn retire(&self) {
         self.say_gone(self.mapping.range);
-        // Release: pairs with the Acquire of `is_mapped`; whoever sees it can rely on the area being
-        // out of the tree.
+        // Release: pairs with the Acquire of `is_mapped`; whoever sees it can rely on the area
+        // being out of the tree.
         self.state.store(GONE, Ordering::Release);
     }
 
-    /// The area gives way to its pieces, which are about to replace it in the tree, and may go one by
-    /// one. Undone by `give_back`.
+    /// The area gives way to its pieces, which are about to replace it in the tree, and may go one
+    /// by one. Undone by `give_back`.
     pub(super) fn give_way(&self) {
         self.marks.come_apart();
-        // Release: pairs with the Acquire in `after_late_mark`; whoever sees it can ask what has gone.
-        // Before the pieces are published: nobody can unmap one before.
+        // Release: pairs with the Acquire in `after_late_mark`; whoever sees it can ask what has
+        // gone. Before the pieces are published: nobody can unmap one before.
         self.state.store(CUT, Ordering::Release);
     }
 
@@ -165,13 +164,13 @@ impl Area {
     /// Whether the area is on its way out of the tree, or has left it.
     pub(super) fn is_going(&self) -> bool {
         // Acquire: as in `is_mapped`. The order against `claim` is that of the fences around both:
-        // see `attachment`. What was cut never counts as staying again, so an unmap of a piece, which
-        // comes after the cut, is seen here as well.
+        // see `attachment`. What was cut never counts as staying again, so an unmap of a piece,
+        // which comes after the cut, is seen here as well.
         !matches!(self.state.load(Ordering::Acquire), MAPPING | LIVE)
     }
 
-    /// Marks `range`, as far as the area, or what is left of it, holds it; what it does not hold comes
-    /// back. If a part lies outside of what the area was, nothing is marked.
+    /// Marks `range`, as far as the area, or what is left of it, holds it; what it does not hold
+    /// comes back. If a part lies outside of what the area was, nothing is marked.
     #[inline]
     pub(crate) fn mark(&self, range: IovaRange) -> Outside {
         if !self.mapping.range.covers(range) {
@@ -184,8 +183,8 @@ impl Area {
         self.after_late_mark(range)
     }
 
-    /// The second half of [`mark`](Self::mark): whether what was marked is in an area that has neither
-    /// gone nor been cut.
+    /// The second half of [`mark`](Self::mark): whether what was marked is in an area that has
+    /// neither gone nor been cut.
     #[inline]
     pub(super) fn is_mapped(&self) -> bool {
         // Acquire: pairs with the Release of `retire` and `give_way`.

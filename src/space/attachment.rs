@@ -16,35 +16,14 @@
 //! Publications of one root have an order. If the map comes first, the attach sees the area; if the attach does, the map
 //! sees the domain. If both see the other, the lock decides, and the record keeps the second from filling again.
 //!
-//! A **detach** first says that the domain is *leaving*, and then empties the pairs of all areas that it sees; a map
-//! publishes its area, and then looks whether the domain is leaving. Each has a full fence between its two steps (F6, F7), so
-//! one of them sees the other. If the detach sees the area, the fill either came before, and is emptied, or finds the domain
-//! leaving under the same lock; else the map finds it leaving at once. While it leaves, the domain stays
-//! in the list, so that every flush reaches it; it goes after a flush that covers all that was emptied. An **unmap**
-//! holds the pairs of its areas from the first exchange to the end: whoever waits for the lock finds them closed.
-//!
-//! # What has closed
-//! An attach or a detach that finds the pairs of an area closed has a list that is too old: the area has
-//! gone or was cut. It looks at the tree again, from the first address of the area to its last:
-//!
-//! ```text
-//!  cut, unmap, batch (holds the pairs of the whole)     attach, detach
-//!  C1  publish the pieces, with the pairs of the whole   A1  publish the domain; say that it is leaving
-//!  C2  close the pairs of the whole                      A2  lock the pairs of what the tree has at `from`
-//!                                                            open: fill or empty; `from` := its last + 1
-//!                                                            closed: look again
-//! ```
-//!
-//! * *It ends.* `from` goes up with each area that is open. One that is closed left the tree at C1, before
-//!   its lock was given back, so the next look at the tree finds another one there, or none: each look in
-//!   vain is a change that another thread has completed.
-//! * *Nothing is left out.* Take an address that an area held at A1, and that was not unmapped since. When
-//!   `from` passes it, the area that holds it then is open and locked. A cut that comes later copies the
-//!   pairs as A2 left them; one that came before has published the piece that A2 finds. What was mapped
-//!   after A1 is filled by its map, as above, or finds the domain leaving; if A2 comes across it as well,
-//!   the record makes it once.
-//! * *Nothing is left behind.* A piece that goes in the batch that cuts it out is never in the tree. What
-//!   an attach had filled before the batch took the lock is in the pairs that the batch empties.
+//! A **detach** first says that the domain is *leaving*, and then empties the pairs of all areas
+//! that it sees; a map publishes its area, and then looks whether the domain is leaving. Each has a
+//! full fence between its two steps (F6, F7), so one of them sees the other. If the detach sees the
+//! area, the fill either came before, and is emptied, or finds the domain leaving under the same
+//! lock; else the map finds it leaving at once. While it leaves, the domain stays in the list, so
+//! that every flush reaches it; it goes after a flush that covers all that was emptied. An
+//! **unmap** holds the pairs of its areas from the first exchange to the end: whoever waits for the
+//! lock finds them closed, and looks at the tree again: see [`pairs`](super::pairs).
 //!
 //! # What is kept for a domain
 //! Pages of its that are dirty although its table no longer says so: put back by an abort, or moved out of the table by
@@ -272,39 +251,6 @@ impl AddressSpace {
             .set_cost(costs.fold(FlushCost::default(), FlushCost::and));
     }
 
-    /// Calls `visit` with `area` and the domains in which it is filled, under the lock of its pairs. If
-    /// the area has gone or was cut, with all that is in its place instead: see "What has closed".
-    fn with_pairs<E>(
-        &self,
-        area: &Area,
-        mut visit: impl FnMut(&Area, &mut Vec<Arc<Attachment>>) -> Result<(), E>,
-    ) -> Result<(), E> {
-        let whole = area.mapping.range;
-        if let Some(filled) = &mut *area.pairs() {
-            return visit(area, filled);
-        }
-        let mut from = whole.start();
-        while performs(Step::LookAgain)
-            && let Ok(rest) = IovaRange::new(from, whole.last())
-            && let Some(area) = self.first_area(rest)
-        {
-            if let Some(filled) = &mut *area.pairs() {
-                visit(&area, filled)?;
-                let Some(above) = area.mapping.range.last().checked_add(1) else {
-                    break;
-                };
-                from = above;
-            }
-        }
-        Ok(())
-    }
-
-    /// The lowest area of this moment in `range`.
-    fn first_area(&self, range: IovaRange) -> Option<Arc<Area>> {
-        let snapshot = self.areas.snapshot();
-        snapshot.iter(range).next().map(|entry| entry.to_arc())
-    }
-
     /// Fills `attachment` with `area`, or what has taken its place, unless it is filled, or one of the
     /// two is going. If the source panics, the pair counts as filled: what it has mapped is emptied
     /// as everything is.
@@ -478,15 +424,6 @@ impl AddressSpace {
     /// The domains of this moment.
     pub(crate) fn attachments(&self) -> Attachments {
         self.areas.snapshot().rules().attachments().clone()
-    }
-
-    /// All areas from now on, as a list, so that the snapshot does not keep memory alive while devices are waited for.
-    fn all_areas(&self) -> Vec<Arc<Area>> {
-        let snapshot = self.areas.snapshot();
-        snapshot
-            .iter(IovaRange::ALL)
-            .map(|entry| entry.to_arc())
-            .collect()
     }
 
     /// Every mapped range, and the memory behind it, starts and ends at a multiple of this many bytes: the largest of

@@ -17,9 +17,10 @@
 //! addresses of either.
 //!
 //! # Cut
-//! The pieces of an area share its marks, and its place in each source but for the leaves: nothing
-//! dirty moves. The old area says that it was cut before the pieces are published, so that a mark by
-//! an old handle or snapshot, which lands in the shared marks, also asks what has gone of them.
+//! The pieces of an area share its marks, and its place in each source but for the leaves:
+//! nothing dirty moves. The old area says that it was cut before the pieces are published, so that
+//! a mark by an old handle or snapshot, which lands in the shared marks, also asks what has gone of
+//! them.
 
 use std::convert::Infallible;
 
@@ -68,12 +69,14 @@ impl AddressSpace {
     /// or splits; domains neither come nor go meanwhile if it maps.
     ///
     /// # Errors
-    /// [`Error::Change`] with the first change that is refused or that a source refuses, in the order that each documents;
-    /// [`Error::Busy`] if another call maps, unmaps or cuts one of the areas; that of a source that cannot flush. Nothing is
-    /// changed then, but as [`map`](Self::map) and [`unmap_discarding`](Self::unmap_discarding) say for a failed
-    /// flush, devices may no longer reach what was to be unmapped, and what was to be mapped may stay taken. After a
-    /// [panic](crate::DirtySource#panics) of a source all is as after an error, but that what it was asked to unmap, or
-    /// to split, counts as dirty.
+    /// [`Error::Change`] with the first change that is refused or that a source refuses,
+    /// in the order that each documents; [`Error::Busy`] if another call maps, unmaps or cuts one
+    /// of the areas; that of a source that cannot flush; [`Error::Change`] with a cut through the
+    /// pages of a domain that came meanwhile. Nothing is changed then, but as [`map`](Self::map)
+    /// and [`unmap_discarding`](Self::unmap_discarding) say for a failed flush, devices may no
+    /// longer reach what was to be unmapped, and what was to be mapped may stay taken. After a
+    /// [panic](crate::DirtySource#panics) of a source all is as after an error, but that what it was
+    /// asked to unmap, or to split, counts as dirty.
     pub fn apply(&self, changes: &[Change]) -> Result<Unmapped, Error> {
         self.retired.drop_all();
         let unmapped = self.apply_all(changes)?;
@@ -104,8 +107,10 @@ impl AddressSpace {
     /// Waits for a flush if a source had to split leaves.
     ///
     /// # Errors
-    /// [`Error::UnalignedCut`] (multiples of [`alignment`](Self::alignment)), [`Error::Busy`] if another call maps,
-    /// unmaps or cuts the area, then what a source says that cannot split a leaf or flush. The area stays whole then, and
+    /// [`Error::UnalignedCut`] (multiples of [`alignment`](Self::alignment)),
+    /// [`Error::Busy`] if another call maps, unmaps or cuts the area, then what a source says that
+    /// cannot split a leaf or flush, then [`Error::UnalignedCut`] again, if a domain with larger
+    /// pages came meanwhile. The area stays whole, also
     /// after a [panic](crate::DirtySource#panics) of a source, which leaves all of the area dirty.
     pub fn cut(&self, at: Iova) -> Result<bool, Error> {
         self.retired.drop_all();
@@ -370,6 +375,7 @@ impl AddressSpace {
             }
             Ok::<(), Error>(())
         })?;
+        // What is published is not given back.
         claimed.published = true;
         plan.new.iter().for_each(|(_, area)| area.go_live());
         for (touched, pairs) in &mut claimed.areas {

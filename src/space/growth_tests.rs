@@ -1,5 +1,5 @@
-//! What calls cost, counted in comparisons: in proportion to what they name, whatever was cut, mapped or
-//! unmapped before, and never to its square.
+//! What calls cost, counted in comparisons: in proportion to what they name, whatever was cut,
+//! mapped or unmapped before, and never to its square.
 
 use super::{AddressSpace, AreaHandle, Change};
 use crate::bitmap::Sink;
@@ -115,8 +115,8 @@ fn batch(
     }
 }
 
-/// A restore of a guest maps tens of thousands of ranges by one batch: 32,000 took three seconds, where
-/// one by one they took 0.02.
+/// A restore of a guest maps tens of thousands of ranges by one batch: 32,000 took three seconds,
+/// where one by one they took 0.02.
 #[test]
 fn a_batch_costs_what_it_names() {
     let empty = |_| space();
@@ -238,8 +238,8 @@ fn a_mark_of_many_areas_costs_what_they_are() {
     });
 }
 
-/// What marks cost by the handle of an area that was cut into `n` pieces, at most, and what one costs
-/// that looks its area up.
+/// What marks cost by the handle of an area that was cut into `n` pieces, at most, and what one
+/// costs that looks its area up.
 fn marks(space: &AddressSpace, handle: &AreaHandle, n: u64) -> [u64; 2] {
     let marked = (0..n).step_by(n as usize / 50);
     let by_handle = marked.map(|page| count(|| drop(handle.mark(pages(page, 1)))));
@@ -304,8 +304,8 @@ fn settle(space: &AddressSpace, what: &str, count: impl Fn() -> usize, expected:
     panic!("{} {what} where {expected} should be", count());
 }
 
-/// An area that is cut leaves nothing behind but its pieces, though a handle has it: no area knows what
-/// became of it, and the marks are shared by those that are there.
+/// An area that is cut leaves nothing behind but its pieces, though a handle has it: no area knows
+/// what became of it, and the marks are shared by those that are there.
 #[test]
 fn areas_that_were_cut_are_dropped() {
     const CUTS: u64 = 1000;
@@ -330,8 +330,8 @@ fn areas_that_were_cut_are_dropped() {
     assert_eq!((marks.strong_count(), whole.strong_count()), (0, 0));
 }
 
-/// What is unmapped and detached is dropped by `reclaim`, though no update follows: all of it, and the
-/// memory of the last, too.
+/// What is unmapped and detached is dropped by `reclaim`, though no update follows: all of it, and
+/// the memory of the last, too.
 #[test]
 fn reclaim_drops_all_that_has_gone() {
     const AREAS: u64 = 100;

@@ -18,6 +18,7 @@ mod flushing;
 #[cfg(all(test, not(dirtymap_loom)))]
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod growth_tests;
+mod pairs;
 mod plan;
 mod retired;
 mod rules;
@@ -207,8 +208,8 @@ impl AddressSpace {
         self.faults.record(Fault { at, len, source });
     }
 
-    /// Calls `inside` for each part of `range` that an area holds. What none holds, or is unmapped by
-    /// the time that `inside` says so, is outside.
+    /// Calls `inside` for each part of `range` that an area holds. What none holds, or is unmapped
+    /// by the time that `inside` says so, is outside.
     fn in_areas(
         &self,
         range: IovaRange,
@@ -372,9 +373,9 @@ impl Outside {
     }
 }
 
-/// One area, for marking without a lookup. Keeps the memory of the area's marks, not its addresses, and
-/// no source: after an unmap it only gives errors. After a cut it marks the pieces that are left, for
-/// the price of a lookup, however often the area was cut.
+/// One area, for marking without a lookup. Keeps the memory of the area's marks, not its addresses,
+/// and no source: after an unmap it only gives errors. After a cut it marks the pieces that are
+/// left, for the price of a lookup, however often the area was cut.
 #[derive(Clone, Debug)]
 pub struct AreaHandle {
     near: Option<NearMarks>,
@@ -394,9 +395,9 @@ impl AreaHandle {
     /// On a page that is marked already this costs a fence and a load, and no write to shared memory.
     ///
     /// # Errors
-    /// [`Error::Outside`] with the first address that lies outside the area, or was unmapped. Nothing is
-    /// marked then, but for the pieces that are left of an area that was cut. The call is counted in
-    /// [`SpaceStats::outside_marks`].
+    /// [`Error::Outside`] with the first address that lies outside the area, or was
+    /// unmapped. Nothing is marked then, but for the pieces that are left of an area that was cut.
+    /// The call is counted in [`SpaceStats::outside_marks`].
     #[inline]
     pub fn mark(&self, range: IovaRange) -> Result<(), Error> {
         let near = self.near.as_ref();

@@ -204,11 +204,11 @@ impl Plan {
     }
 
     /// Checks again, in the update that publishes the plan, what may have changed since it was made
-    /// and nothing holds back: the alignment of cuts, as a domain with larger pages may have come. Of
-    /// the rest:
+    /// and nothing holds back: the alignment of cuts, as a domain with larger pages may have come.
+    /// Of the rest:
     /// * An area that is touched is claimed, and so in the tree as it was.
-    /// * New areas are checked again by the promise of their addresses, which holds from then on; the
-    ///   domains stay as they are.
+    /// * New areas are checked again by the promise of their addresses, which holds from then on;
+    ///   the domains stay as they are.
     /// * Areas that were mapped since in a range that is unmapped came after the unmap.
     ///
     /// # Errors

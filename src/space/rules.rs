@@ -188,7 +188,8 @@ impl Rules {
             self.allowed.iter().filter_map(inside).collect()
         };
         if !self.promised.is_empty() {
-            // Windows are disjoint and in order, so each promise is looked at in one or two of them.
+            // Windows are disjoint and in order, so each promise is looked at in one or two of
+            // them.
             let unpromised = |window: IovaRange| {
                 let from = self.promised.partition_point(|p| p.last() < window.start());
                 let inside = self.promised[from..].iter().copied();

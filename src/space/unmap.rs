@@ -48,6 +48,31 @@
 //! - if F4 does, M2 sees that the area is gone: the mark is an error, and counted as outside.
 //!
 //! A marker that finds the page marked already (no M1) leaves it to the one who marked it.
+//!
+//! # The last mark by the handle of what was cut
+//! The pieces of a cut share the marks, so M1, by a handle or a snapshot that led to the whole, lands
+//! in those of the piece. But the state of the whole says only that it was cut. What has gone of it
+//! since stands with the marks:
+//!
+//! ```text
+//!  cut (has claimed the whole)     unmap of a piece, or a batch       marker by the whole
+//!  G1  room for what will go       U0  the piece leaves the tree      M1  set the mark
+//!  G2  state of the whole := cut   U1  add the piece to what has gone F3  fence(SeqCst)
+//!  G3  publish the pieces          F4  fence(SeqCst)                  M2  look at the state: cut?
+//!                                  U2  take the marks, count them     M3  look at what has gone
+//! ```
+//!
+//! * Whoever unmaps a piece has found it in the tree, after G3, or is the batch that has done G1
+//!   and G2 itself. So if F4 comes before F3, M2 sees the cut, by G2, and M3 the piece, by U1; if
+//!   F3 does, U2 sees M1. One of the two counts the mark at least, as for an area that goes whole.
+//! * What has gone stays so for these marks. If the same addresses are mapped anew, the area has
+//!   marks of its own, which M1 does not touch; a mark by the old handle is outside. By the space,
+//!   a mark looks the area up, and finds the new one.
+//! * A cut that fails after G2 gives the area back as it was: a marker in between has looked in
+//!   vain.
+//! * What M1 sets in a piece that has gone stays set, for as long as the marks live, and nobody
+//!   reads it: no piece lies there. A later mark of that page finds it set, does M2 and M3 all the
+//!   same, and is outside.
 
 use super::plan::Plan;
 use super::{AddressSpace, Area};
