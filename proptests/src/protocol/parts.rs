@@ -384,7 +384,9 @@ fn harvest(s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
             for page in (0..2).filter(|page| h.recorded[*page]) {
                 s.copy[page] = s.data[page];
             }
-            let missed = |page: usize| asks[page] && s.copy[page] != s.data[page];
+            // Unless the other one has it, and will copy it.
+            let other = s.harvesters[rest].recorded;
+            let missed = |page: usize| asks[page] && !other[page] && s.copy[page] != s.data[page];
             s.missed |= h.after_all && (0..2).any(missed);
             h.step = Step::Start;
             h.recorded = [false; 2];

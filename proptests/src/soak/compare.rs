@@ -81,7 +81,8 @@ fn check_lane(
 /// What was leased was committed or aborted; what was owed was flushed.
 fn identities(world: &World) -> Result<(), Failure> {
     let stats = world.space.stats();
-    if stats.leased_bytes != stats.committed_bytes + stats.aborted_bytes {
+    let ended = stats.committed_bytes + stats.aborted_bytes;
+    if stats.leased_bytes != ended + world.tally.get(Count::ForgottenBytes) {
         return Err(Failure::new(format!("a lease has no end: {stats:?}")));
     }
     let flush = stats.flush;

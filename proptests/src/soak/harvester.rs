@@ -220,6 +220,7 @@ impl<'w> Harvester<'w> {
                     }
                     if fate == Fate::Forget {
                         tally.add(Count::Forgotten, 1);
+                        tally.add(Count::ForgottenBytes, bits << request.granule().lg2());
                         std::mem::forget(lease);
                         return Ok(bits);
                     }

@@ -41,6 +41,7 @@ counts! {
     Bounded "harvests in instalments",
     Panicked "calls in which a source panicked",
     Forgotten "leases forgotten",
+    ForgottenBytes "bytes of these",
     Pages "pages copied",
     Checkpoints "comparisons",
     Verified "verified writes",
