@@ -302,6 +302,7 @@ fn a_line_across_two_windows_is_not_hidden() {
         assert!(failures > 0, "nothing failed, so nothing was tested");
         assert_eq!(missed, 0, "among {failures} harvests that failed");
     });
+}
 
 /// A file that cannot be mapped for writing.
 fn read_only(writable: &std::fs::File) -> FileBitmap {
@@ -310,7 +311,8 @@ fn read_only(writable: &std::fs::File) -> FileBitmap {
     FileBitmap::new(std::fs::File::open(path).unwrap(), 0, 64)
 }
 
-/// What is dirty is recorded while the areas are still there: where it cannot be, they stay, and so does what is dirty.
+/// What is dirty is recorded while the areas are still there: where it cannot be, they stay, and so
+/// does what is dirty.
 #[test]
 fn an_unmap_that_cannot_record_leaves_its_areas() {
     let space = AddressSpace::new(Granule::K4);
