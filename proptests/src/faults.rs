@@ -1,10 +1,11 @@
-//! A source that fails where it is told to: it panics at its n-th next callback, or stops at an address.
+//! A source that fails where it is told to: it panics at its n-th next callback, or stops at an
+//! address.
 //!
 //! ```text
 //!  space --callback--> Source --the same callback--> the node of the world
 //!                        |
 //!                        +-- panics before it, in the middle of it, or after it
-//!                        +-- keeps a ledger: what `unmap` and `split_at` owe, until an invalidation has covered it
+//!                        +-- keeps a ledger of what `unmap` and `split_at` owe and nobody paid
 //! ```
 //!
 //! Each order is obeyed once. A panic in the middle comes after the source has mapped, reported or
@@ -51,8 +52,8 @@ struct Orders {
     broken_flushes: u64,
     /// Where the next harvest of this address stops.
     stop: Option<Iova>,
-    /// What `unmap` was asked for when it panicked, and where `split_at` was: all of the range, and of
-    /// the area, may be reported as dirty.
+    /// What `unmap` was asked for when it panicked, and where `split_at` was: all of the range, and
+    /// of the area, may be reported as dirty.
     blurred: Vec<IovaRange>,
     /// What is owed.
     owed: Vec<IovaRange>,
@@ -91,7 +92,8 @@ impl Faulty {
         self.node.dies().set(false);
     }
 
-    /// What may be reported as dirty, with the areas that it cuts, since an unmap or a split panicked.
+    /// What may be reported as dirty, with the areas that it cuts, since an unmap or a split
+    /// panicked.
     pub(crate) fn take_blurred(&self) -> Vec<IovaRange> {
         std::mem::take(&mut lock(&self.orders).blurred)
     }

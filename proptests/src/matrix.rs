@@ -1,6 +1,6 @@
-//! Every way to harvest, into every form of bitmap, against a set of dirty pages: at any base and granule, over areas that
-//! abut, with leaves of three sizes and marks among them; or over a log that clears by batches, whose pages are 1, 2 and 16
-//! times that of the space.
+//! Every way to harvest, into every form of bitmap, against a set of dirty pages: at any base and
+//! granule, over areas that abut, with leaves of three sizes and marks among them; or over a log
+//! that clears by batches, whose pages are 1, 2 and 16 times that of the space.
 
 use std::collections::BTreeSet;
 
@@ -331,7 +331,8 @@ fn check(case: &Case, mode: Mode, form: Form) -> Result<(), TestCaseError> {
     let before = image.clone();
     let mut memory = Memory::new(form, &image, case.skip).unwrap();
 
-    // A page is in the mask if all granules of the mask are that the page of a source around it touches.
+    // A page is in the mask if all granules of the mask are that the page of a source around it
+    // touches.
     let fine = case.mask.0;
     let in_window = |(at, len): &(u64, u64)| case.in_window(*at, *len);
     let masked: BTreeSet<u64> = case

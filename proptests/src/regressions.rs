@@ -81,8 +81,9 @@ const fn panics(domain: u8, callback: Callback, calls: u8, moment: Moment) -> Op
     }
 }
 
-/// A source that panicked half-way through a map was recorded as one that has nothing, so nobody asked it to
-/// unmap: the attach that came after it found its own addresses taken, and devices reached them.
+/// A source that panicked half-way through a map was recorded as one that has nothing, so nobody
+/// asked it to unmap: the attach that came after it found its own addresses taken, and devices
+/// reached them.
 #[test]
 fn a_map_that_panics_half_way_is_undone() {
     let half = panics(1, Callback::Map, 0, Moment::Middle);
@@ -102,8 +103,9 @@ fn an_unmap_that_panics_takes_nothing_with_it() {
     run(&[WRITE, half, unmap], &Config::PLAIN).unwrap();
 }
 
-/// A cut splits a leaf in each domain. The second domain panicked, and the gather with the debt of the first
-/// was on the stack. The cut that was tried again found nothing to split there, and owed nothing.
+/// A cut splits a leaf in each domain. The second domain panicked, and the gather with the debt of
+/// the first was on the stack. The cut that was tried again found nothing to split there, and owed
+/// nothing.
 #[test]
 fn a_split_that_panics_leaves_the_debt_of_the_one_before() {
     // The second one has nothing to split, so it owes nothing that stands for the first.
@@ -121,8 +123,8 @@ fn a_split_that_panics_leaves_the_debt_of_the_one_before() {
     run(&ops, &config).unwrap();
 }
 
-/// A batch that maps and unmaps undid its maps while the panic of an invalidation unwound, and invalidated again:
-/// the second panic ended the process.
+/// A batch that maps and unmaps undid its maps while the panic of an invalidation unwound, and
+/// invalidated again: the second panic ended the process.
 #[test]
 fn an_invalidation_that_panics_while_a_batch_is_undone_ends_nothing() {
     let stretch = crate::Stretch {
@@ -140,8 +142,8 @@ fn an_invalidation_that_panics_while_a_batch_is_undone_ends_nothing() {
     run(&ops, &Config::PLAIN).unwrap();
 }
 
-/// A bounded harvest rounded its cursor and its steps to the page of the space, 4 KiB, and not to that of a log, 64 KiB:
-/// it took a part of a page of the log.
+/// A bounded harvest rounded its cursor and its steps to the page of the space, 4 KiB, and not to
+/// that of a log, 64 KiB: it took a part of a page of the log.
 #[test]
 fn a_bounded_harvest_takes_whole_pages_of_all_sources() {
     let config = Config {
@@ -158,8 +160,8 @@ fn a_bounded_harvest_takes_whole_pages_of_all_sources() {
     run(&[WRITE, bounded(0), bounded(250)], &config).unwrap();
 }
 
-/// Two sources, of which the first had given a page when the second stopped below it. The lease had the page, and
-/// its consumer copied up to the stop and committed.
+/// Two sources, of which the first had given a page when the second stopped below it. The lease had
+/// the page, and its consumer copied up to the stop and committed.
 #[test]
 fn of_two_sources_the_one_that_stops_lower_counts() {
     let ops = [

@@ -15,7 +15,8 @@ use crate::forms::Form;
 /// How many domains a world has.
 pub const DOMAINS: usize = 3;
 
-/// Makes the enumeration and its list from one source: a sabotage that is not run is one that is not there.
+/// Makes the enumeration and its list from one source: a sabotage that is not run is one that is
+/// not there.
 macro_rules! listed {
     ($(#[$of_all:meta])* pub enum $name:ident { $($(#[$of_one:meta])* $one:ident,)+ }) => {
         $(#[$of_all])*

@@ -87,8 +87,8 @@ impl Runner<'_> {
         Ok(())
     }
 
-    /// Performs a call; if a flush was told to fail in it, or a callback to panic, everything must still be there, and the
-    /// call is repeated.
+    /// Performs a call; if a flush was told to fail in it, or a callback to panic, everything must
+    /// still be there, and the call is repeated.
     pub(super) fn stubbornly<T>(
         &mut self,
         mut call: impl FnMut() -> Result<T, Error>,

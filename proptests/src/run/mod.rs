@@ -108,8 +108,8 @@ struct Runner<'a> {
     counts: SpaceStats,
     /// What was being unmapped in this step when a source panicked.
     unsure: Vec<IovaRange>,
-    /// Leases that were forgotten: nobody looks at them, and they go when all has been checked, so that
-    /// the test leaks no memory.
+    /// Leases that were forgotten: nobody looks at them, and they go when all has been checked, so
+    /// that the test leaks no memory.
     vanished: Vec<Live<'a>>,
     /// Their bytes.
     forgotten: u64,

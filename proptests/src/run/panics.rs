@@ -1,5 +1,5 @@
-//! What a caller does who meets the panic of a source: it catches it, makes sure that nothing was lost,
-//! and goes on.
+//! What a caller does who meets the panic of a source: it catches it, makes sure that nothing was
+//! lost, and goes on.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 

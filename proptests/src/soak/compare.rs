@@ -20,7 +20,8 @@ const ROUNDS: u32 = 3;
 /// Compares everything; the actors rest.
 fn compare(world: &World) -> Result<(), Failure> {
     if world.options.panics {
-        // What a map anywhere has left whose way back panicked as well; no mapper is in the middle of one.
+        // What a map anywhere has left whose way back panicked as well; no mapper is in the middle
+        // of one.
         let scratch = layout::scratch();
         match world.space.unmap_discarding(scratch) {
             Ok(_) | Err(Error::NothingMapped { .. }) => {}

@@ -212,7 +212,18 @@ impl<'w> Mapper<'w> {
         changes: &[Change],
     ) -> Result<(), Failure> {
         self.world.events.note(self.actor, what, range);
-        let applied = self.stubbornly(|| self.world.space.apply(changes));
+        let applied = loop {
+            if let Some(applied) = caught(|| self.world.space.apply(changes)) {
+                break applied;
+            }
+            self.world.tally.add(Count::Panicked, 1);
+            // If the way back panicked as well, what was to be mapped is still taken.
+            for change in changes {
+                if let Change::Map { range, .. } = change {
+                    self.clear_away(*range)?;
+                }
+            }
+        };
         applied.map_err(|error| Failure::call(what, range, error))?;
         self.world.tally.add(Count::Batches, 1);
         Ok(())

@@ -46,7 +46,8 @@ pub struct Options {
     #[arg(long, value_name = "N", default_value_t = 2.0, value_parser = amount)]
     pub checkpoint: f64,
 
-    /// How much the resident memory may grow from the first comparison to the last, in MiB; not looked at with --forget
+    /// How much the resident memory may grow from the first comparison to the last, in MiB; not
+    /// looked at with --forget
     #[arg(long, value_name = "MIB", default_value_t = 64)]
     pub growth: u64,
 
