@@ -1,14 +1,14 @@
-//! Sources whose pages are larger than those of the space, or smaller, and that clear by batches, in every mode; between any two
-//! of their steps another consumer harvests and a guest writes.
+//! Sources whose pages are larger than those of the space, or smaller, and that clear by batches,
+//! in every mode; between any two of their steps another consumer harvests and a guest writes.
 //!
 //! ```text
 //!  harvest --> look at the log | tell the sink | clear
 //!                              ^               ^
-//!                              +---------------+--- here: writes, and whole rounds of other consumers, in any mode
+//!                              +---------------+--- writes, and whole rounds of other consumers
 //! ```
 //!
-//! What runs in between runs to its end, as a second thread would while the first one sleeps. In the end the copy must have
-//! the last write to every page.
+//! What runs in between runs to its end, as a second thread would while the first one sleeps. In
+//! the end the copy must have the last write to every page.
 
 use std::collections::BTreeSet;
 
@@ -390,8 +390,8 @@ fn run(shape: Shape, seed: u64) -> Result<(), String> {
     done
 }
 
-/// A bit is a page of the source, or what the source calls a leaf of several; 1, 2 and 16 times the page of the space, or half
-/// of it.
+/// A bit is a page of the source, or what the source calls a leaf of several; 1, 2 and 16 times the
+/// page of the space, or half of it.
 fn shapes(clearing: Clearing) -> impl Iterator<Item = Shape> {
     let sizes = [
         (12, 12),
@@ -412,9 +412,10 @@ fn shapes(clearing: Clearing) -> impl Iterator<Item = Shape> {
     })
 }
 
-/// A bounded harvest cut a page of KVM's log, of 64 KiB in a space of 4 KiB. The adapter said "cleared" and cleared later, with
-/// the other pages of its piece; the rest of the page was kept by then. Another consumer took the rest, copied it and
-/// committed, the guest wrote again, and the late clear destroyed the only trace of that write.
+/// A bounded harvest cut a page of KVM's log, of 64 KiB in a space of 4 KiB. The adapter said
+/// "cleared" and cleared later, with the other pages of its piece; the rest of the page was kept by
+/// then. Another consumer took the rest, copied it and committed, the guest wrote again, and the
+/// late clear destroyed the only trace of that write.
 #[test]
 fn a_source_that_clears_by_batches_loses_nothing_in_any_mode() {
     for clearing in [Clearing::Each, Clearing::Batch] {

@@ -15,7 +15,8 @@ use crate::forms::Form;
 /// How many domains a world has.
 pub const DOMAINS: usize = 3;
 
-/// Makes the enumeration and its list from one source: a sabotage that is not run is one that is not there.
+/// Makes the enumeration and its list from one source: a sabotage that is not run is one that is
+/// not there.
 macro_rules! listed {
     ($(#[$of_all:meta])* pub enum $name:ident { $($(#[$of_one:meta])* $one:ident,)+ }) => {
         $(#[$of_all])*
@@ -525,5 +526,11 @@ pub enum Sabotage {
     ForgetGuards,
     /// A consumer that crashes takes its lease with it.
     LeakLease,
+    /// A source that stops has left out the page below the place that it names.
+    StopShort,
+    /// An invalidation that was told to panic does nothing and says that all is well.
+    HidePanickedFlush,
+    /// A log that clears by batches clears all of a word, asked for or not.
+    ClearWholeWords,
 }
 }

@@ -242,8 +242,8 @@ impl Runner<'_> {
         self.counts.put_back_outside_bytes += outside;
     }
 
-    /// A lease vanishes: what it took is reported by nobody. Until a flush, later writes of its pages may
-    /// be hidden as well.
+    /// A lease vanishes: what it took is reported by nobody. Until a flush, later writes of its
+    /// pages may be hidden as well.
     pub(super) fn forget_lease(&mut self, nth: usize) {
         if let Some(held) = self.leases[nth].take() {
             self.forgotten += held.bytes;

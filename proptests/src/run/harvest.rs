@@ -122,8 +122,8 @@ impl<'a> Runner<'a> {
         same_answer("a harvest", Err(error), request.refusal.map_or(Ok(()), Err))
     }
 
-    /// Checks what a harvest said, and what it left in its buffer; completes `request` with where it
-    /// ended. What sources gave that others stopped below is dirty again.
+    /// Checks what a harvest said, and what it left in its buffer; completes `request` with where
+    /// it ended. What sources gave that others stopped below is dirty again.
     pub(super) fn check_harvest(
         &mut self,
         request: &mut Request,
@@ -173,8 +173,8 @@ impl<'a> Runner<'a> {
         Ok(found)
     }
 
-    /// A source stopped a harvest that would have gone over `whole`. What lies above the lease was put back: of the bits that
-    /// were set, only those of the lease count.
+    /// A source stopped a harvest that would have gone over `whole`. What lies above the lease was
+    /// put back: of the bits that were set, only those of the lease count.
     fn check_above(
         &mut self,
         request: &Request,
@@ -236,8 +236,8 @@ impl<'a> Runner<'a> {
         self.oracle.harvested(nth, ask, walked, reported);
     }
 
-    /// A domain panicked, if `first` half-way through the first area: what was recorded must be dirty
-    /// again.
+    /// A domain panicked, if `first` half-way through the first area: what was recorded must be
+    /// dirty again.
     pub(super) fn died(
         &mut self,
         request: &Request,
