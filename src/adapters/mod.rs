@@ -31,7 +31,7 @@ mod host;
 #[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]
 pub mod kvm;
 #[cfg(all(
-    any(feature = "kvm", feature = "pagemap"),
+    any(feature = "kvm", feature = "pagemap", feature = "vhost"),
     target_os = "linux",
     not(dirtymap_loom)
 ))]
@@ -44,6 +44,12 @@ pub mod pagemap;
     not(dirtymap_loom)
 ))]
 mod pending;
+#[cfg(all(
+    any(feature = "kvm", feature = "pagemap"),
+    target_os = "linux",
+    not(dirtymap_loom)
+))]
+mod placed;
 #[cfg(all(feature = "vhost", target_os = "linux", not(dirtymap_loom)))]
 pub mod vhost;
 #[cfg(all(feature = "vm-memory", not(dirtymap_loom)))]

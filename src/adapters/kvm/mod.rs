@@ -97,6 +97,7 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use super::host;
+use super::placed::PlacedList;
 use crate::error::Error;
 #[cfg(doc)]
 use crate::source::DirtySource;
@@ -148,8 +149,8 @@ pub struct KvmLog {
     kernel: Box<dyn Kernel>,
     mode: KvmMode,
     page: Granule,
-    /// Ascending by guest address. The lock is held to look, never for a call of KVM.
-    slots: Mutex<Arc<[Arc<Slot>]>>,
+    /// Replaced as a whole (copy-on-write). The lock is held to look, never for a call of KVM.
+    slots: Mutex<Arc<Slots>>,
     rings: Mutex<Vec<Ring>>,
     /// Whether writes are tracked; held while slots come, go, or are switched.
     tracking: Mutex<bool>,
@@ -176,7 +177,7 @@ impl KvmLog {
             kernel,
             mode,
             page,
-            slots: Mutex::new(Arc::new([])),
+            slots: Mutex::default(),
             rings: Mutex::new(Vec::new()),
             tracking: Mutex::new(false),
             foreign: AtomicU64::new(0),
@@ -221,18 +222,16 @@ impl KvmLog {
         let new = Slot::new(slot, guest, host, self.page)?;
         let tracking = lock(&self.tracking);
         let slots = self.slots();
-        for other in slots.iter().filter(|other| !other.is_gone()) {
-            if other.id == slot {
-                return Err(KvmError::SlotTaken { slot });
-            }
-            if other.space() == new.space() && other.guest.intersects(guest) {
-                return Err(KvmError::Overlap {
-                    slot,
-                    guest,
-                    other: other.id,
-                });
-            }
+        if slots.find(slot).is_some() {
+            return Err(KvmError::SlotTaken { slot });
         }
+        let mut touched = slots.placed.touched(guest).map(|(other, _)| other);
+        let in_the_way = |other: &&Arc<Slot>| !other.is_gone() && other.space() == new.space();
+        if let Some(other) = touched.find(in_the_way) {
+            let other = other.id;
+            return Err(KvmError::Overlap { slot, guest, other });
+        }
+        drop(touched);
         // No thread takes entries until the slot is in the list: those of a slot that is not there
         // name no page.
         let _rings = self.rings();
@@ -254,7 +253,7 @@ impl KvmLog {
         self.check_process()?;
         let _tracking = lock(&self.tracking);
         let slots = self.slots();
-        let Some(found) = find(&slots, slot) else {
+        let Some(found) = slots.find(slot) else {
             return Err(KvmError::NoSlot { slot });
         };
         found.delete(&*self.kernel, self.mode)?;
@@ -282,7 +281,7 @@ impl KvmLog {
         self.check_process()?;
         let tracking = lock(&self.tracking);
         let slots = self.slots();
-        let Some(found) = find(&slots, slot) else {
+        let Some(found) = slots.find(slot) else {
             return Err(KvmError::NoSlot { slot });
         };
         // SAFETY: the slot was added, and not removed: its memory is the guest's.
@@ -343,7 +342,7 @@ impl KvmLog {
             return Ok(());
         }
         let slots = self.slots();
-        let live = || slots.iter().filter(|slot| !slot.is_gone());
+        let live = || slots.placed.iter().filter(|slot| !slot.is_gone());
         for (done, slot) in live().enumerate() {
             if let Err(error) = self.switch_slot(slot, on) {
                 for slot in live().take(done) {
@@ -376,13 +375,13 @@ impl KvmLog {
 
     /// Forgets what was dirty before tracking began. Writes that come from now on are not forgotten: what is pending is protected
     /// again, and nothing more comes from the rings meanwhile.
-    fn discard(&self, slots: &[Arc<Slot>]) -> Result<(), KvmError> {
+    fn discard(&self, slots: &Slots) -> Result<(), KvmError> {
         let mut rings = self.rings();
         if self.mode.is_ring() {
             self.reap_all(&mut rings);
             self.reset(&rings)?;
         }
-        slots.iter().for_each(|slot| slot.forget());
+        slots.placed.iter().for_each(|slot| slot.forget());
         Ok(())
     }
 
@@ -399,7 +398,7 @@ impl KvmLog {
     fn reap_all(&self, rings: &mut [Ring]) -> usize {
         let slots = self.slots();
         let keep = |slot: u32, page: u64| {
-            if !find(&slots, slot).is_some_and(|slot| slot.keep(page)) {
+            if !slots.find(slot).is_some_and(|slot| slot.keep(page)) {
                 // Relaxed: a count.
                 self.foreign.fetch_add(1, Ordering::Relaxed);
             }
@@ -442,30 +441,15 @@ impl KvmLog {
         lock(&self.rings)
     }
 
-    fn slots(&self) -> Arc<[Arc<Slot>]> {
+    fn slots(&self) -> Arc<Slots> {
         Arc::clone(&lock(&self.slots))
     }
 
     /// Replaces the list, by one with `new`, and without those that nothing is left of.
-    fn change(&self, slots: &[Arc<Slot>], new: Option<Slot>) {
-        let left = slots.iter().filter(|slot| !slot.is_done()).map(Arc::clone);
-        let mut slots: Vec<_> = left.chain(new.map(Arc::new)).collect();
-        slots.sort_by_key(|slot| slot.guest.start());
-        *lock(&self.slots) = slots.into();
-    }
-
-    /// The slots that `range` touches, each with the part of it.
-    fn parts(&self, range: IovaRange) -> impl Iterator<Item = (Arc<Slot>, IovaRange)> {
-        let (slots, mut next) = (self.slots(), 0);
-        std::iter::from_fn(move || {
-            loop {
-                let slot = slots.get(next)?;
-                next += 1;
-                if let Some(part) = slot.guest.intersection(range) {
-                    return Some((Arc::clone(slot), part));
-                }
-            }
-        })
+    fn change(&self, slots: &Slots, new: Option<Slot>) {
+        let left = slots.placed.iter().filter(|slot| !slot.is_done());
+        let new = Slots::new(left.map(Arc::clone).chain(new.map(Arc::new)).collect());
+        *lock(&self.slots) = Arc::new(new);
     }
 }
 
@@ -478,9 +462,33 @@ impl std::fmt::Debug for KvmLog {
     }
 }
 
-/// The slot of this number that KVM knows.
-fn find(slots: &[Arc<Slot>], id: u32) -> Option<&Arc<Slot>> {
-    slots.iter().find(|slot| slot.id == id && !slot.is_gone())
+/// The slots of a log at one time.
+#[derive(Default)]
+struct Slots {
+    placed: PlacedList<Slot>,
+    /// Those that KVM knew when the list was made, ascending by number: there is one of each.
+    by_id: Vec<Arc<Slot>>,
+}
+
+impl Slots {
+    fn new(slots: Vec<Arc<Slot>>) -> Self {
+        let live = slots.iter().filter(|slot| !slot.is_gone());
+        let mut by_id: Vec<_> = live.map(Arc::clone).collect();
+        by_id.sort_unstable_by_key(|slot| slot.id);
+        let placed = PlacedList::new(slots);
+        Slots { placed, by_id }
+    }
+
+    /// The slot of this number that KVM knows.
+    fn find(&self, id: u32) -> Option<&Arc<Slot>> {
+        let place = self.by_id.binary_search_by(|slot| {
+            #[cfg(test)]
+            crate::compared::one();
+            slot.id.cmp(&id)
+        });
+        let found = self.by_id.get(place.ok()?)?;
+        (!found.is_gone()).then_some(found)
+    }
 }
 
 /// Sets the mode of the virtual machine.

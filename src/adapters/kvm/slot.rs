@@ -8,6 +8,7 @@ use super::error::KvmError;
 use super::ioctl::Kernel;
 use super::{KvmMode, MAX_PAGES};
 use crate::adapters::pending::{Pending, clear, mask_tail, next_run, set, words_for, zeroed};
+use crate::adapters::placed::Placed;
 use crate::bitmap::Sink;
 use crate::error::Error;
 use crate::source::{LeafSink, Stopped};
@@ -35,6 +36,12 @@ struct State {
     log: Vec<u64>,
     /// Whether KVM keeps a log.
     logging: bool,
+}
+
+impl Placed for Slot {
+    fn range(&self) -> IovaRange {
+        self.guest
+    }
 }
 
 impl Slot {

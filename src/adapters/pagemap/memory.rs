@@ -5,6 +5,7 @@ use super::error::PagemapError;
 use super::ioctl::{Kernel, Region};
 use super::sweep::{Ask, Broken, Why, first_unmapped, sweep};
 use crate::adapters::pending::{Pending, below, words_for};
+use crate::adapters::placed::Placed;
 use crate::bitmap::Sink;
 use crate::error::Error;
 use crate::source::{LeafSink, Stopped};
@@ -35,6 +36,12 @@ struct State {
     tracked: bool,
     /// Whether another tracker has what is mapped at its addresses by now.
     lost: bool,
+}
+
+impl Placed for Memory {
+    fn range(&self) -> IovaRange {
+        self.range
+    }
 }
 
 impl Memory {
@@ -226,11 +233,10 @@ impl Memory {
         self.is_gone() && self.state().pending.is_empty()
     }
 
-    /// Whether it has addresses of `other`, in this process.
-    pub(super) fn meets(&self, other: &Memory) -> bool {
+    /// Its first and its last address in this process.
+    pub(super) fn place(&self) -> (Iova, Iova) {
         let (start, end) = self.addresses(self.range);
-        let (from, to) = other.addresses(other.range);
-        start < to && from < end
+        (Iova::new(start), Iova::new(end - 1))
     }
 
     /// Whether it is, in part, the memory that begins at `host` and is as long as `range`.

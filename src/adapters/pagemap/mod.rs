@@ -116,6 +116,7 @@ mod tests;
 pub use error::PagemapError;
 
 use super::host;
+use super::placed::PlacedList;
 use crate::error::Error;
 use crate::source::Stopped;
 use crate::sync::{Arc, Mutex, lock};
@@ -141,8 +142,8 @@ pub enum GivenBack {
 pub struct ProcessMemory {
     kernel: Box<dyn Kernel>,
     page: Granule,
-    /// Ascending by the addresses at which it is reported. The lock is held to look, never for a call.
-    memory: Mutex<Arc<[Arc<Memory>]>>,
+    /// Replaced as a whole (copy-on-write). The lock is held to look, never for a call.
+    memory: Mutex<Arc<PlacedList<Memory>>>,
     /// Whether writes are tracked; held while memory comes, goes, or is switched.
     tracking: Mutex<bool>,
 }
@@ -160,7 +161,7 @@ impl ProcessMemory {
         ProcessMemory {
             kernel,
             page,
-            memory: Mutex::new(Arc::new([])),
+            memory: Mutex::default(),
             tracking: Mutex::new(false),
         }
     }
@@ -276,33 +277,15 @@ impl ProcessMemory {
         })
     }
 
-    fn memory(&self) -> Arc<[Arc<Memory>]> {
+    fn memory(&self) -> Arc<PlacedList<Memory>> {
         Arc::clone(&lock(&self.memory))
     }
 
     /// Replaces the list, by one with `new`, and without what nothing is left of.
-    fn change(&self, memory: &[Arc<Memory>], new: Option<Arc<Memory>>) {
-        let left = memory
-            .iter()
-            .filter(|memory| !memory.is_done())
-            .map(Arc::clone);
-        let mut memory: Vec<_> = left.chain(new).collect();
-        memory.sort_by_key(|memory| memory.range.start());
-        *lock(&self.memory) = memory.into();
-    }
-
-    /// What `range` touches, each with the part of it.
-    fn parts(&self, range: IovaRange) -> impl Iterator<Item = (Arc<Memory>, IovaRange)> {
-        let (memory, mut next) = (self.memory(), 0);
-        std::iter::from_fn(move || {
-            loop {
-                let memory = memory.get(next)?;
-                next += 1;
-                if let Some(part) = memory.range.intersection(range) {
-                    return Some((Arc::clone(memory), part));
-                }
-            }
-        })
+    fn change(&self, memory: &PlacedList<Memory>, new: Option<Arc<Memory>>) {
+        let left = memory.iter().filter(|memory| !memory.is_done());
+        let memory = PlacedList::new(left.map(Arc::clone).chain(new).collect());
+        *lock(&self.memory) = Arc::new(memory);
     }
 }
 

@@ -1,5 +1,6 @@
 //! The logic of the adapter against a kernel of our own, which has the quirks of the real one, on demand.
 
+mod growth;
 mod parts;
 
 use std::io;

@@ -1,9 +1,9 @@
 //! The front end's side: a source that joins harvests. How its logs follow each other is in
 //! [`log_list`](crate::adapters::log_list).
 
-use super::memory::{LOG_PAGE, LogError, LogMemory};
-use crate::adapters::host::Owner;
+use super::memory::{LOG_PAGE, LogError, LogMemory, check_process, maker};
 use crate::adapters::log_list::{LogList, LogWords, clear, seen};
+use crate::adapters::maker::Maker;
 use crate::bitmap::{Sink, word_mask, word_runs};
 use crate::error::Error;
 use crate::flush::{FlushGather, Invalidated};
@@ -25,7 +25,7 @@ const LINE: u64 = 8;
 pub struct VhostLog {
     logs: LogList<LogMemory>,
     tracking: AtomicBool,
-    owner: Owner,
+    maker: Maker,
 }
 
 /// What back ends marked outside every area: see [`VhostLog::outside`].
@@ -42,12 +42,12 @@ impl VhostLog {
     /// A clean log for memory up to the address `last`: that of the last byte of RAM. Its size is rounded up to 8 bytes.
     ///
     /// # Errors
-    /// [`LogError::Memory`].
+    /// [`LogError::Memory`], [`LogError::NoMaker`].
     pub fn new(last: Iova) -> Result<Self, LogError> {
         Ok(VhostLog {
             logs: LogList::new(LogMemory::new(last)?),
             tracking: AtomicBool::new(false),
-            owner: Owner::new(),
+            maker: maker()?,
         })
     }
 
@@ -68,7 +68,7 @@ impl VhostLog {
     /// # Errors
     /// [`LogError::Forked`], [`LogError::Memory`]; nothing has changed then.
     pub fn swap(&self, last: Iova) -> Result<Swap<'_>, LogError> {
-        self.owner.check()?;
+        check_process(&self.maker)?;
         let make = |newest: &LogMemory| LogMemory::new(last.max(newest.last()));
         let fresh = self.logs.push(make)?;
         Ok(Swap { log: self, fresh })
@@ -83,7 +83,7 @@ impl VhostLog {
     /// # Errors
     /// [`LogError::Forked`].
     pub fn outside(&self, space: &AddressSpace) -> Result<LogOutside, LogError> {
-        self.owner.check()?;
+        check_process(&self.maker)?;
         let mut found = LogOutside::default();
         self.logs.read(|logs| {
             let mut look = |hole: IovaRange| {
@@ -125,8 +125,7 @@ impl VhostLog {
 
     /// That this is not a copy in a child of a fork.
     fn own(&self) -> Result<(), Error> {
-        let checked = self.owner.check().map_err(LogError::from);
-        checked.map_err(Error::source_failed)
+        check_process(&self.maker).map_err(Error::source_failed)
     }
 }
 
@@ -148,7 +147,7 @@ impl Swap<'_> {
     /// carried over, and they are given up. Returns how many pages that were. Waits for harvests
     /// that are under way. Does nothing in a child of a fork.
     pub fn acknowledged(self) -> u64 {
-        match self.log.owner.check() {
+        match check_process(&self.log.maker) {
             Ok(()) => self.log.logs.acknowledge(&self.fresh),
             Err(_) => 0,
         }

@@ -8,6 +8,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use memmap2::{MmapOptions, MmapRaw};
 
 use crate::adapters::log_list::LogWords;
+use crate::adapters::maker::Maker;
 use crate::sync::AtomicU64;
 use crate::units::{Granule, Iova, IovaRange};
 
@@ -76,11 +77,31 @@ pub enum LogError {
         /// This process.
         process: u32,
     },
+    /// The system gives no page that tells this process from a child of `fork`.
+    #[error(
+        "no page that a child of `fork` gets wiped (madvise(MADV_WIPEONFORK), Linux 4.14) can be \
+         had: {error}"
+    )]
+    NoMaker {
+        /// What the system says.
+        #[source]
+        error: io::Error,
+    },
 }
 
-impl From<(u32, u32)> for LogError {
-    fn from((owner, process): (u32, u32)) -> Self {
-        LogError::Forked { owner, process }
+/// This process, as the one that a log belongs to.
+pub(super) fn maker() -> Result<Maker, LogError> {
+    Maker::new().map_err(|error| LogError::NoMaker { error })
+}
+
+/// Refuses a child of `fork`.
+pub(super) fn check_process(maker: &Maker) -> Result<(), LogError> {
+    match maker.of_another_process() {
+        Some(owner) => Err(LogError::Forked {
+            owner,
+            process: std::process::id(),
+        }),
+        None => Ok(()),
     }
 }
 
