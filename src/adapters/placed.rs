@@ -58,7 +58,8 @@ impl<T: Placed> PlacedList<T> {
         })
     }
 
-    /// The first of the items `begin..end` that is not before `from` and does not end below `start`.
+    /// The first of the items `begin..end` that is not before `from` and does not end below
+    /// `start`.
     ///
     /// A part that lies in `from..` as a whole is entered only if it has one. So a search goes down
     /// two paths of the tree at most: one to the place of `from`, and one to the item.

@@ -80,7 +80,8 @@ impl DirtySource for KvmLog {
             .try_for_each(|(slot, part)| slot.peek(&*self.kernel, self.mode, part, sink))
     }
 
-    /// The calls that clear a log flush before they return. For rings the flush is KVM_RESET_DIRTY_RINGS.
+    /// The calls that clear a log flush before they return. For rings the flush is
+    /// KVM_RESET_DIRTY_RINGS.
     fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error> {
         self.check_process().map_err(Error::source_failed)?;
         if self.mode.is_ring() {

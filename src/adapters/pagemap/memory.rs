@@ -136,7 +136,7 @@ impl Memory {
             // Of memory that was unmapped, the kernel knows nothing any more.
             let _ = kernel.unregister(start, end - start);
         });
-        // Relaxed: those who look hold the lock of the list's changes.
+        // Relaxed: the calls that read it hold the lock of the list's changes.
         self.gone.store(true, Ordering::Relaxed);
     }
 
@@ -265,8 +265,8 @@ impl Memory {
         hole.map_or(Ok(()), Err)
     }
 
-    /// The same, where nothing can stop it: pieces that the kernel refuses are dirty as a whole, and what is not mapped any more is
-    /// skipped.
+    /// The same, where nothing can stop it: pieces that the kernel refuses are dirty as a whole,
+    /// and what is not mapped any more is skipped.
     fn sweep_all(&self, state: &mut State, kernel: &dyn Kernel, part: IovaRange) {
         let mut span = self.addresses(part);
         while let Err(broken) = self.sweep_span(state, kernel, span) {
@@ -311,7 +311,8 @@ impl Memory {
         })
     }
 
-    /// The addresses of `part` in this process, up to the first that is not mapped any more; and what that means.
+    /// The addresses of `part` in this process, up to the first that is not mapped any more; and
+    /// what that means.
     fn mapped(&self, kernel: &dyn Kernel, part: IovaRange) -> ((u64, u64), Option<Stopped>) {
         let (start, end) = self.addresses(part);
         match first_unmapped(kernel, (start, end), self.page.bytes()) {

@@ -15,12 +15,13 @@ use crate::units::{Granule, Iova, IovaRange};
 /// Words that are looked at together before a closer look: one cache line.
 const LINE: u64 = 8;
 
-/// The dirty log of a vhost or vhost-user front end, and a [`DirtySource`] over it: attach it to a space whose addresses are
-/// guest physical addresses, and what back ends mark is in every harvest.
+/// The dirty log of a vhost or vhost-user front end, and a [`DirtySource`] over it: attach it to a
+/// space whose addresses are guest physical addresses, and what back ends mark is in every harvest.
 ///
-/// Bit `n` of the log is the page of 4 KiB at the address `4096 * n` of the space, whatever its own page and wherever its areas
-/// begin. Harvests exchange word by word, with back ends running, and clear a bit after it was recorded. What a lease puts back
-/// goes to the marks of the space: the log is left to the back ends.
+/// Bit `n` of the log is the page of 4 KiB at the address `4096 * n` of the space, whatever its own
+/// page and wherever its areas begin. Harvests exchange word by word, with back ends running, and
+/// clear a bit after it was recorded. What a lease puts back goes to the marks of the space: the
+/// log is left to the back ends.
 #[derive(Debug)]
 pub struct VhostLog {
     logs: LogList<LogMemory>,
@@ -39,7 +40,8 @@ pub struct LogOutside {
 }
 
 impl VhostLog {
-    /// A clean log for memory up to the address `last`: that of the last byte of RAM. Its size is rounded up to 8 bytes.
+    /// A clean log for memory up to the address `last`: that of the last byte of RAM. Its size is
+    /// rounded up to 8 bytes.
     ///
     /// # Errors
     /// [`LogError::Memory`], [`LogError::NoMaker`].
@@ -154,8 +156,8 @@ impl Swap<'_> {
     }
 }
 
-/// The pages of `range`, as the words of a log and the bits in them; words that no log has are left out, and so are, at a
-/// glance, lines in which all logs are clean.
+/// The pages of `range`, as the words of a log and the bits in them; words that no log has are left
+/// out, and so are, at a glance, lines in which all logs are clean.
 fn dirty_words(logs: &[Arc<LogMemory>], range: IovaRange) -> impl Iterator<Item = (usize, u64)> {
     let (first, last) = (
         range.start().get() >> LOG_PAGE.lg2(),
@@ -167,7 +169,8 @@ fn dirty_words(logs: &[Arc<LogMemory>], range: IovaRange) -> impl Iterator<Item 
         let (from, to) = (line * LINE, (line * LINE + LINE).min(words));
         logs.iter().any(|log| {
             let line = log.words().get(from as usize..to as usize);
-            // Relaxed: a mark that came before the harvest is seen by any load; who takes it looks again.
+            // Relaxed: a mark that came before the harvest is seen by any load; a harvest that
+            // takes it looks again.
             let or = |or, word: &AtomicU64| or | word.load(Ordering::Relaxed);
             line.map_or(log.words().len() as u64 > from, |line| {
                 line.iter().fold(0, or) != 0
@@ -218,8 +221,9 @@ fn stopped(word: usize, range: IovaRange, error: Error) -> Stopped {
 
 /// Addresses of the space are guest physical addresses; what is behind them does not matter.
 ///
-/// A back end caches nothing, so there is nothing to invalidate: it marks after each write, and who sees the mark sees the
-/// write. The space is to be told of memory after the log reaches it, and to forget it after back ends have.
+/// A back end caches nothing, so there is nothing to invalidate: it marks after each write, and a
+/// thread that sees the mark sees the write. The space is to be told of memory after the log
+/// reaches it, and to forget it after back ends have.
 impl DirtySource for VhostLog {
     fn page(&self) -> Granule {
         LOG_PAGE
@@ -260,8 +264,8 @@ impl DirtySource for VhostLog {
         }
     }
 
-    /// On clears the log. That back ends mark in it from then on, because they have it and the feature
-    /// `VHOST_F_LOG_ALL`, is up to the caller, before.
+    /// On clears the log. That back ends mark in it from then on, because they have it and the
+    /// feature `VHOST_F_LOG_ALL`, is up to the caller, before.
     fn set_tracking(&self, on: bool) -> Result<(), Error> {
         self.own()?;
         // AcqRel: the caller's lock orders it; calls by others are rare, too.

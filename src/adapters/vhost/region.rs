@@ -45,8 +45,8 @@ impl MemRegionBitmap for RegionLog {
     /// `InvalidData` with a [`LogError`], in this order: [`EmptyRegion`](LogError::EmptyRegion)
     /// also if the region ends past 2^64, [`UnknownLength`](LogError::UnknownLength),
     /// [`TooShort`](LogError::TooShort), [`Unsealed`](LogError::Unsealed),
-    /// [`NoMemory`](LogError::NoMemory), [`NoMaker`](LogError::NoMaker). Lengths are rounded up: a page of which the region has a
-    /// part has a bit.
+    /// [`NoMemory`](LogError::NoMemory), [`NoMaker`](LogError::NoMaker). Lengths are rounded up: a
+    /// page of which the region has a part has a bit.
     fn new<R: GuestMemoryRegion>(region: &R, memory: Arc<MmapLogReg>) -> io::Result<Self> {
         if !received::is_sealed(&memory) && !received::unsealed_are_accepted() {
             // What is wrong with the lengths is told first.
