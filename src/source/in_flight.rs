@@ -21,7 +21,7 @@
 //! To publish and to look cost a step for each slot, so this is meant for some tens of writes at a
 //! time. The number of slots is the greatest number of writes that were ever in flight at once,
 //! rounded up to 8, and a harvest looks at each once for each area that it meets: 1,000 writes at
-//! once leave 1,000 loads, of 24 bytes apart, for each area from then on. Blocks stay, also when all
+//! once leave 1,000 loads, 24 bytes apart, for each area from then on. Blocks stay, also when all
 //! of their slots are free: to skip them, a look would have to be ordered against a writer that
 //! enters one meanwhile.
 

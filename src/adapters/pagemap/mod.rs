@@ -107,6 +107,8 @@
 //!   does not ask whose the protection is.
 //! * The calls take locks of the kernel, of the memory map above all, and each memory has one here:
 //!   harvests wait for each other, and for `mmap` and `munmap` of any thread.
+//! * To add or remove memory looks at, and copies, the list of what was added: for some thousand
+//!   pieces, not for each object of a heap.
 //! * An area that is unmapped from the space stays memory of the process; writes to it are not
 //!   tracked from then on.
 
