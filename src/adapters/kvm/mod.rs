@@ -81,7 +81,8 @@
 //! * To add or remove a slot copies the list of slots, a pointer each, as a harvest works on its
 //!   list while slots come and go. KVM bounds the number of slots (32764 on x86).
 //! * KVM's calls take locks of the kernel, and each slot has one here: unlike marks, harvests of a
-//!   `KvmLog` wait for each other, for changes of slots, and for page faults of the guest. None waits for a processor to run.
+//!   `KvmLog` wait for each other, for changes of slots, and for page faults of the guest.
+//!   None waits for a processor to run.
 //! * KVM_GET_DIRTY_LOG reads a whole slot, whatever the request. Bounded and parallel harvests ask
 //!   for many parts: cut guest memory into slots of some GiB for them, or harvest it whole.
 //! * KVM's calls are one after the other: a processor may log to a buffer of hardware (PML) first.
