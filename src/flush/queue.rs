@@ -14,8 +14,8 @@ use crate::sync::{AtomicU64, Mutex, Ordering, Step, lock, performs, weaken};
 pub struct Ticket(u64);
 
 /// Takes gathers from any number of threads and flushes them together (*group commit*): one flush
-/// retires every gather that was handed over before it began. Linux's `iova_domain` flush queue and
-/// its `iommu_iotlb_gather` have this task there.
+/// retires every gather that was handed over before it began. The DMA
+/// layer of Linux has such a queue (`iova_fq`).
 ///
 /// [`owe`](Self::owe) and [`owe_then`](Self::owe_then) take a short lock and never wait for a
 /// flush; [`wait`](Self::wait) and [`flush_due`](Self::flush_due) do. An
@@ -54,7 +54,7 @@ pub struct Ticket(u64);
 ///
 /// # Panics
 /// Dropping it panics if a free panics, after all others have run.
-#[doc(alias = "iommu_dma_flush_iova")]
+#[doc(alias = "iova_fq")]
 #[doc(alias = "queue_iova")]
 #[derive(Debug)]
 pub struct FlushQueue {
