@@ -3,9 +3,9 @@
 
 use std::ptr;
 
-use super::node::{Change, Node, Slot};
+use super::node::{HoleChange, Node, NodeSlot};
 use super::reclaim::{Checkout, Pinned, Pool, Reclaim};
-use super::snapshot::{Areas, Entry, Iter};
+use super::snapshot::{Entry, Iter, Subtree};
 use super::tree::Root;
 use crate::error::Error;
 use crate::sync::{Arc, AtomicPtr, Ordering, Step, Witness, weaken};
@@ -37,7 +37,7 @@ pub(crate) struct Edit<'p, T, const F: usize = 16, R = ()> {
 /// What happened to a node when an area was inserted below it.
 enum Inserted<T, const F: usize> {
     /// The node holds the area. The change of its holes, if only one place of the node has changed.
-    Within(Option<Change>),
+    Within(Option<HoleChange>),
     /// The node was full. Its upper part is now this node.
     Split(*mut Node<T, F>),
 }
@@ -70,13 +70,13 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         }
     }
 
-    fn areas(&self) -> Areas<'_, T, F> {
+    fn areas(&self) -> Subtree<'_, T, F> {
         // SAFETY:
         // - a node or null: `root` always is.
         // - alive and unchanged while `self` is borrowed: a node of this edit changes only by `&mut
         //   self`; any other node is published, so it never changes (Inv. 2) and stays while we are
         //   pinned (Inv. 3); and an area that was inserted here is counted in `added`.
-        unsafe { Areas::below(self.root) }
+        unsafe { Subtree::below(self.root) }
     }
 
     /// The number of areas.
@@ -96,7 +96,7 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
     }
 
     /// The lowest `len` bytes inside `within` that no area holds and that start at a multiple of
-    /// `alignment`: see [`Areas::first_fit`].
+    /// `alignment`: see [`Subtree::first_fit`].
     pub(crate) fn first_fit(
         &self,
         within: IovaRange,
@@ -147,7 +147,7 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         }
         self.pool.added.push(Arc::clone(area));
         self.pool.drop_areas(1);
-        let slot = Slot {
+        let slot = NodeSlot {
             start: range.start().get(),
             last: range.last().get(),
             hole: 0,
@@ -309,7 +309,7 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         // At once, so that at every moment the nodes of the edit are exactly those below its root.
         parent.set(
             at,
-            Slot {
+            NodeSlot {
                 pointer: child.cast_const().cast(),
                 ..slot
             },
@@ -331,7 +331,7 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         &mut self,
         node: *mut Node<T, F>,
         found: usize,
-        slot: Slot,
+        slot: NodeSlot,
         highest: bool,
     ) -> Inserted<T, F> {
         // SAFETY: alive, by our contract; not used again after the child is made our own.
@@ -369,7 +369,7 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
             node.insert(at, slot);
             // Above the leaves, the slot below this one has changed as well.
             let now = node.hole_around(at);
-            return Inserted::Within(node.is_leaf().then_some(Change { before, now }));
+            return Inserted::Within(node.is_leaf().then_some(HoleChange { before, now }));
         }
         // The path to a highest area is the right edge, where the new slot is always the last.
         let mut right = self.pool.empty(node.level(), self.stamp);
@@ -410,7 +410,7 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         node: *mut Node<T, F>,
         at: usize,
         start: Iova,
-    ) -> Option<Change> {
+    ) -> Option<HoleChange> {
         // SAFETY: alive, by our contract; not used again after this line.
         if unsafe { &*node }.is_leaf() {
             // SAFETY: made by this edit, not borrowed.
@@ -419,7 +419,7 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
             node.remove(at);
             node.areas -= 1;
             let now = node.hole_before(at);
-            return Some(Change { before, now });
+            return Some(HoleChange { before, now });
         }
         // SAFETY: `node` is not a leaf, and the slot exists, because an area below it ends at or
         // above `start`.

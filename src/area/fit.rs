@@ -11,10 +11,10 @@
 //! aligned can cost one more descent. A hole of `len + alignment - 1` bytes always fits.
 
 use super::node::Node;
-use super::snapshot::Areas;
+use super::snapshot::Subtree;
 use crate::units::{Granule, Iova, IovaRange};
 
-impl<'a, T, const F: usize> Areas<'a, T, F> {
+impl<'a, T, const F: usize> Subtree<'a, T, F> {
     /// The lowest `len` bytes inside `within` that no area holds and that start at a multiple of
     /// `alignment`. `len` is not 0.
     pub(super) fn first_fit(

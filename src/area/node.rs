@@ -10,7 +10,7 @@ use crate::units::{Iova, IovaRange};
 
 /// The contents of one slot of a node.
 #[derive(Clone, Copy)]
-pub(super) struct Slot {
+pub(super) struct NodeSlot {
     /// The first address below.
     pub(super) start: u64,
     /// The last address below.
@@ -32,7 +32,7 @@ struct Target {
 /// How a change in one place of a node affects its holes: the longest hole that it may have closed,
 /// and the longest one that it may have opened.
 #[derive(Clone, Copy)]
-pub(super) struct Change {
+pub(super) struct HoleChange {
     pub(super) before: u64,
     pub(super) now: u64,
 }
@@ -182,9 +182,9 @@ impl<T, const F: usize> Node<T, F> {
         prefetch(std::ptr::from_ref(&self.len).cast());
     }
 
-    pub(super) fn slot(&self, at: usize) -> Slot {
+    pub(super) fn slot(&self, at: usize) -> NodeSlot {
         debug_assert!(at < self.len);
-        Slot {
+        NodeSlot {
             start: self.target[at].start,
             last: self.last[at],
             hole: self.hole(at),
@@ -263,8 +263,8 @@ impl<T, const F: usize> Node<T, F> {
 
     /// The slot by which the parent of this node refers to it. `pointer` points to this node, which
     /// must have slots.
-    pub(super) fn as_slot(&self, pointer: *const Self) -> Slot {
-        Slot {
+    pub(super) fn as_slot(&self, pointer: *const Self) -> NodeSlot {
+        NodeSlot {
             start: self.target[0].start,
             last: self.last[self.len - 1],
             hole: self.longest_hole(),
@@ -274,14 +274,14 @@ impl<T, const F: usize> Node<T, F> {
 
     /// The same after `change`, computed from the old slot of the parent. Looks at all holes only
     /// if it must.
-    fn as_slot_after(&self, change: Option<Change>, said: Slot) -> Slot {
+    fn as_slot_after(&self, change: Option<HoleChange>, said: NodeSlot) -> NodeSlot {
         let hole = match change {
             Some(change) if change.now >= said.hole => change.now,
             // The longest hole is in another place.
             Some(change) if change.before < said.hole => said.hole,
             _ => self.longest_hole(),
         };
-        Slot {
+        NodeSlot {
             start: self.target[0].start,
             last: self.last[self.len - 1],
             hole,
@@ -291,11 +291,16 @@ impl<T, const F: usize> Node<T, F> {
 
     /// Updates slot `at`, which points to `child`, after `change` in the child. Returns the change
     /// of the holes of this node.
-    pub(super) fn update(&mut self, at: usize, child: &Self, change: Option<Change>) -> Change {
+    pub(super) fn update(
+        &mut self,
+        at: usize,
+        child: &Self,
+        change: Option<HoleChange>,
+    ) -> HoleChange {
         let said = self.slot(at);
         let before = self.hole_around(at);
         self.set(at, child.as_slot_after(change, said));
-        Change {
+        HoleChange {
             before,
             now: self.hole_around(at),
         }
@@ -316,7 +321,7 @@ impl<T, const F: usize> Node<T, F> {
         self.target[at].start - self.last[at - 1] - 1
     }
 
-    pub(super) fn set(&mut self, at: usize, slot: Slot) {
+    pub(super) fn set(&mut self, at: usize, slot: NodeSlot) {
         debug_assert!(at < self.len);
         self.last[at] = slot.last;
         self.target[at] = Target {
@@ -329,7 +334,7 @@ impl<T, const F: usize> Node<T, F> {
     }
 
     /// Inserts `slot` as number `at`. The node must not be full.
-    pub(super) fn insert(&mut self, at: usize, slot: Slot) {
+    pub(super) fn insert(&mut self, at: usize, slot: NodeSlot) {
         debug_assert!(at <= self.len && self.len < F);
         self.last.copy_within(at..self.len, at + 1);
         if self.level > 0 {

@@ -50,25 +50,25 @@ impl<T> Clone for Entry<'_, T> {
 impl<T> Copy for Entry<'_, T> {}
 
 /// The areas below one root. They do not change for `'a`.
-pub(super) struct Areas<'a, T, const F: usize> {
+pub(super) struct Subtree<'a, T, const F: usize> {
     root: Option<&'a Node<T, F>>,
     areas: PhantomData<&'a T>,
 }
 
-impl<T, const F: usize> Clone for Areas<'_, T, F> {
+impl<T, const F: usize> Clone for Subtree<'_, T, F> {
     fn clone(&self) -> Self {
         *self
     }
 }
 
-impl<T, const F: usize> Copy for Areas<'_, T, F> {}
+impl<T, const F: usize> Copy for Subtree<'_, T, F> {}
 
-impl<'a, T, const F: usize> Areas<'a, T, F> {
+impl<'a, T, const F: usize> Subtree<'a, T, F> {
     /// # Safety
     /// `root` is null or a node. It, all nodes and all areas below it stay alive, and none of the
     /// nodes changes, for `'a`.
     pub(super) unsafe fn below(root: *const Node<T, F>) -> Self {
-        Areas {
+        Subtree {
             // SAFETY: null or valid for `'a`, by our contract.
             root: unsafe { root.as_ref() },
             areas: PhantomData,
@@ -140,7 +140,7 @@ impl<'a, T, const F: usize> Areas<'a, T, F> {
             .then(|| self.entry(leaf, at))
     }
 
-    /// The same as [`Areas::lookup`], for an edit that will change the nodes on the path.
+    /// The same as [`Subtree::lookup`], for an edit that will change the nodes on the path.
     pub(super) fn lookup_to_change(self, iova: Iova) -> Option<Entry<'a, T>> {
         let (leaf, at) = self.find_through(iova, Node::prefetch_to_change)?;
         leaf.range(at).contains(iova).then(|| self.entry(leaf, at))
@@ -164,7 +164,7 @@ impl<'a, T, const F: usize> Areas<'a, T, F> {
 
 /// The areas that intersect a range, in ascending order.
 pub(crate) struct Iter<'a, T, const F: usize = 16> {
-    areas: Areas<'a, T, F>,
+    areas: Subtree<'a, T, F>,
     /// The leaf and slot of the next area, which may lie above the range.
     next: Option<(&'a Node<T, F>, usize)>,
     /// The last address of the range.
@@ -186,8 +186,8 @@ impl<'a, T, const F: usize> Iterator for Iter<'a, T, F> {
             self.next = if at + 1 < leaf.len() {
                 Some((leaf, at + 1))
             } else {
-                let behind = entry.range.last().checked_add(1);
-                behind.and_then(|x| self.areas.find(x))
+                let above = entry.range.last().checked_add(1);
+                above.and_then(|x| self.areas.find(x))
             };
         }
         Some(entry)
@@ -259,10 +259,10 @@ impl<'t, T, const F: usize, R> Snapshot<'t, T, F, R> {
     }
 
     #[inline]
-    fn areas(&self) -> Areas<'_, T, F> {
+    fn areas(&self) -> Subtree<'_, T, F> {
         // SAFETY: a node or null; alive and unchanged while `self` is borrowed, like the root (Inv.
         // 2 and 3).
-        unsafe { Areas::below(self.root().node) }
+        unsafe { Subtree::below(self.root().node) }
     }
 
     /// The number of updates that were published before this moment, over the life of the tree.
@@ -324,7 +324,7 @@ impl<'t, T, const F: usize, R> Snapshot<'t, T, F, R> {
     }
 
     /// The lowest `len` bytes inside `within` that no area holds and that start at a multiple of
-    /// `alignment`: see [`Areas::first_fit`].
+    /// `alignment`: see [`Subtree::first_fit`].
     pub(crate) fn first_fit(
         &self,
         within: IovaRange,

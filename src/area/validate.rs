@@ -1,9 +1,9 @@
 //! The checks of `internal_validate`.
 
 use super::node::Node;
-use super::snapshot::Areas;
+use super::snapshot::Subtree;
 
-impl<'a, T, const F: usize> Areas<'a, T, F> {
+impl<'a, T, const F: usize> Subtree<'a, T, F> {
     /// Asserts that the areas are ordered and disjoint, and that every annotation, level, count and
     /// stamp is right.
     pub(super) fn internal_validate(self) {

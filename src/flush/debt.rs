@@ -23,7 +23,7 @@ impl fmt::Debug for Free {
 
 /// The gathers that one flush pays together.
 #[derive(Debug, Default)]
-pub(super) struct Debt {
+pub(super) struct SharedDebt {
     pub(super) gather: FlushGather,
     /// Gathers merged into `gather`.
     pub(super) gathers: u64,
@@ -35,7 +35,7 @@ pub(super) struct Debt {
     pub(super) oldest: Option<Instant>,
 }
 
-impl Debt {
+impl SharedDebt {
     pub(super) fn add(&mut self, gather: &FlushGather) {
         self.gather.merge(gather);
         self.gathers += 1;
@@ -43,7 +43,7 @@ impl Debt {
     }
 
     /// Adds a debt that was handed over later.
-    pub(super) fn append(&mut self, mut newer: Debt) {
+    pub(super) fn append(&mut self, mut newer: SharedDebt) {
         self.gather.merge(&newer.gather);
         self.gathers += newer.gathers;
         self.entries += newer.entries;

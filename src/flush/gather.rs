@@ -122,8 +122,8 @@ impl FlushGather {
         };
         // If the gather is full and all of it lies below, runs are joined whenever the gap between
         // them is no larger than the smallest gap of the gather; here all of them at once.
-        let behind = self.len == MAX_RANGES && self.ranges[MAX_RANGES - 1].last() < start;
-        if behind && !has_gap(rest, (self.closest >> leaf.lg2()) + 1) {
+        let above = self.len == MAX_RANGES && self.ranges[MAX_RANGES - 1].last() < start;
+        if above && !has_gap(rest, (self.closest >> leaf.lg2()) + 1) {
             return self.insert(nth(rest.trailing_zeros()).hull(nth(rest.ilog2())));
         }
         while rest != 0 {

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::debt::{Debt, Free, run_all};
+use super::debt::{Free, SharedDebt, run_all};
 use super::{FlushCost, FlushGather, FlushPolicy, FlushStats, Invalidated};
 use crate::error::Error;
 use crate::failure::go_on;
@@ -70,7 +70,7 @@ pub struct FlushQueue {
 #[derive(Debug, Default)]
 struct State {
     /// What no flush has taken yet.
-    debt: Debt,
+    debt: SharedDebt,
     cost: FlushCost,
     /// The generation that `debt` will be flushed as.
     generation: u64,
@@ -276,9 +276,9 @@ impl FlushQueue {
     }
 
     fn has_finished(&self, ticket: Ticket) -> bool {
-        // Acquire: pairs with the Release in `Taken::retire`. If this load sees that store, the
-        // flush is complete, and its effects are visible here; if it sees an older one, the caller
-        // waits.
+        // Acquire: pairs with the Release in `GroupFlush::retire`. If this load sees that store,
+        // the flush is complete, and its effects are visible here; if it sees an older one, the
+        // caller waits.
         self.finished.load(Ordering::Acquire) > ticket.0
     }
 
@@ -315,13 +315,13 @@ impl FlushQueue {
     }
 
     /// Takes all that is pending. From now on gathers belong to the next generation.
-    fn take(&self) -> Taken<'_> {
+    fn take(&self) -> GroupFlush<'_> {
         let mut state = lock(&self.state);
         let generation = state.generation + 1;
         if performs(Step::NextGeneration) {
             state.generation = generation;
         }
-        Taken {
+        GroupFlush {
             queue: self,
             full: state.cost.prefers_full(&state.debt.gather),
             debt: std::mem::take(&mut state.debt),
@@ -350,16 +350,16 @@ impl Drop for FlushQueue {
 
 /// The debt that a leader flushes. If it is dropped without `retire`, because of an error or a
 /// panic of the invalidation, the debt becomes pending again.
-struct Taken<'a> {
+struct GroupFlush<'a> {
     queue: &'a FlushQueue,
-    debt: Debt,
+    debt: SharedDebt,
     /// Whether one full invalidation is cheaper than the ranges.
     full: bool,
     generation: u64,
     retired: bool,
 }
 
-impl Taken<'_> {
+impl GroupFlush<'_> {
     /// The generation has finished. `flushed` counts what was done.
     fn retire(&mut self, flushed: impl FnOnce(&mut FlushStats)) {
         self.retired = true;
@@ -385,7 +385,7 @@ impl Taken<'_> {
     }
 }
 
-impl Drop for Taken<'_> {
+impl Drop for GroupFlush<'_> {
     fn drop(&mut self) {
         if !self.retired {
             let mut state = lock(&self.queue.state);

@@ -14,9 +14,9 @@
 //! ```
 //!
 //! *Never invisible:* from G1 to G3 the slot names the pages, and from G2 on the marks do. A
-//! harvester that finds the slot free, or filled by a later owner, has read a value that G3 or that
-//! later owner stored. So in S3 it sees the marks of G2, unless another harvest has taken them
-//! already. The order S1, S2, S3 is required: a harvester that read the marks before the slots
+//! harvester that comes after G3, and so finds the slot free or filled by a later owner, has read a
+//! value that G3 or that later owner stored. So in S3 it sees the marks of G2, unless another
+//! harvest has taken them already. The order S1, S2, S3 is required: a harvester that read the marks before the slots
 //! could miss the pages in both.
 //!
 //! # Slots
@@ -44,18 +44,18 @@ const LIVE: u64 = 2;
 /// The registry of ranges in flight: see the [module](self).
 #[derive(Debug)]
 pub(crate) struct InFlight {
-    pub(super) first: Block,
+    pub(super) first: SlotBlock,
 }
 
 #[derive(Debug)]
-pub(super) struct Block {
-    pub(super) slots: [Slot; SLOTS],
-    next: AtomicPtr<Block>,
+pub(super) struct SlotBlock {
+    pub(super) slots: [FlightSlot; SLOTS],
+    next: AtomicPtr<SlotBlock>,
 }
 
 /// A place for one range.
 #[derive(Debug)]
-pub(crate) struct Slot {
+pub(crate) struct FlightSlot {
     /// The number of owners so far times [`STAGES`], plus the stage of the present owner.
     state: AtomicU64,
     start: AtomicU64,
@@ -66,13 +66,13 @@ impl InFlight {
     /// A registry without ranges.
     pub(crate) fn new() -> Self {
         InFlight {
-            first: Block::new(),
+            first: SlotBlock::new(),
         }
     }
 
     /// Publishes `range` until the slot is freed. Lock-free. Allocates only if more ranges are in
     /// flight than ever before.
-    pub(crate) fn publish(&self, range: IovaRange) -> &Slot {
+    pub(crate) fn publish(&self, range: IovaRange) -> &FlightSlot {
         let mut block = &self.first;
         loop {
             if let Some(slot) = block.slots.iter().find(|slot| slot.claim()) {
@@ -119,10 +119,10 @@ impl Drop for InFlight {
     }
 }
 
-impl Block {
+impl SlotBlock {
     fn new() -> Self {
-        Block {
-            slots: std::array::from_fn(|_| Slot {
+        SlotBlock {
+            slots: std::array::from_fn(|_| FlightSlot {
                 state: AtomicU64::new(FREE),
                 start: AtomicU64::new(0),
                 last: AtomicU64::new(0),
@@ -131,18 +131,18 @@ impl Block {
         }
     }
 
-    fn next(&self) -> Option<&Block> {
+    fn next(&self) -> Option<&SlotBlock> {
         // Acquire: pairs with the Release in `next_or_new`; publishes the contents of the block.
         let next = self.next.load(Ordering::Acquire);
         // SAFETY: a linked block lives as long as the registry, which `self` borrows from.
         unsafe { next.as_ref() }
     }
 
-    fn next_or_new(&self) -> &Block {
+    fn next_or_new(&self) -> &SlotBlock {
         if let Some(next) = self.next() {
             return next;
         }
-        let fresh = Box::into_raw(Box::new(Block::new()));
+        let fresh = Box::into_raw(Box::new(SlotBlock::new()));
         // Release on success: publishes the fresh block. Acquire on failure: another thread has
         // linked a block first, and we use that one.
         let next = match self.next.compare_exchange(
@@ -163,7 +163,7 @@ impl Block {
     }
 }
 
-impl Slot {
+impl FlightSlot {
     /// Takes the slot if it is free. Returns whether this call took it.
     fn claim(&self) -> bool {
         // Relaxed: the compare-exchange decides.
@@ -190,7 +190,8 @@ impl Slot {
         self.state.store(taken + STEP, order);
     }
 
-    /// Ends the publication. The caller has marked the pages before, so that later harvests find them.
+    /// Ends the publication. The caller has marked the pages before, so that later harvests find
+    /// them.
     pub(crate) fn free(&self) {
         // Relaxed: only the owner of the slot changes it.
         let live = self.state.load(Ordering::Relaxed);

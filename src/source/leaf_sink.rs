@@ -35,7 +35,7 @@
 //! clear of its own.
 
 use super::Stopped;
-use super::in_flight::{InFlight, Slot};
+use super::in_flight::{FlightSlot, InFlight};
 use crate::bitmap::Sink;
 use crate::error::Error;
 use crate::flush::{FlushGather, FlushQueue};
@@ -332,7 +332,7 @@ struct Rest<'s> {
     size: Granule,
     /// The parts below and above the part that was asked for.
     sides: [Option<IovaRange>; 2],
-    slots: [Option<&'s Slot>; 2],
+    slots: [Option<&'s FlightSlot>; 2],
     /// Whether the leaf was dirty until the clear, or may have been.
     left: bool,
 }

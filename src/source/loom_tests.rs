@@ -24,7 +24,7 @@ struct Leaf {
     /// The upper page.
     data: AtomicU64,
     in_flight: InFlight,
-    kept: Marks,
+    put_back: Marks,
     flush: FlushQueue,
 }
 
@@ -46,7 +46,7 @@ impl Leaf {
         let range = pages(page, page);
         let view = UserBitmap::shared(&words).view(range, PAGE).unwrap();
         let (mut sink, mut gather) = (view.sink(), FlushGather::new());
-        let keep = |rest| self.kept.mark(rest);
+        let keep = |rest| self.put_back.mark(rest);
         let rests = Rests {
             in_flight: &self.in_flight,
             keep: &keep,
@@ -68,7 +68,7 @@ impl Leaf {
         self.in_flight
             .visit(range, |write| sink.record(write))
             .unwrap();
-        self.kept.read_and_clear(range, &mut sink).unwrap();
+        self.put_back.read_and_clear(range, &mut sink).unwrap();
         (view.count() == 1, gather)
     }
 
@@ -105,7 +105,7 @@ fn the_rest_of_a_leaf() -> bool {
         cached: Mutex::new(true),
         data: AtomicU64::new(1),
         in_flight: InFlight::new(),
-        kept: Marks::few(pages(0, 1), PAGE),
+        put_back: Marks::few(pages(0, 1), PAGE),
         flush: FlushQueue::new(),
     });
     let lower = thread::spawn({

@@ -14,7 +14,7 @@ mod ordering;
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod loom_tests;
 
-pub(crate) use in_flight::{InFlight, Slot};
+pub(crate) use in_flight::{FlightSlot, InFlight};
 pub(crate) use leaf_sink::Rests;
 pub use leaf_sink::{LeafSink, ToClear};
 pub(crate) use marks::{Marks, NearMarks};
@@ -89,9 +89,9 @@ pub struct Stopped {
 /// that failed; or together with the space. So `Drop` may call any method of the space. If it
 /// panics, that call panics after the other sources have been dropped.
 ///
-/// Garbage of the space, or an [`AreaHandle`](crate::AreaHandle), may outlive the space and hold
-/// the last count of a source. Then the source is dropped with it, on any thread. In that case
-/// `Drop` must not wait, and its panic is discarded.
+/// Garbage of the space, such as an old list of its domains, may outlive the space and hold the
+/// last count of a source. Then the source is dropped with it, on any thread. In that case `Drop`
+/// must not wait, and its panic is discarded.
 #[doc(alias = "iommu_dirty_ops")]
 #[doc(alias = "iommu_domain_ops")]
 pub trait DirtySource: Send + Sync {

@@ -7,7 +7,7 @@
 //! A *pair* is an area and a domain. It is filled by the later of the two, map or attach:
 //!
 //! ```text
-//!  map                                             attach
+//!  map                                              attach
 //!  publish the area; see the domains of that root   publish the domain; then list the areas
 //!  for each domain: lock the area's pairs,          for each area: lock its pairs,
 //!    fill it if it is not among them                  fill the domain if it is not among them
@@ -33,9 +33,9 @@
 //! # The put-back store of a domain
 //! It holds the pages that are dirty in the domain although the domain's table no longer says so:
 //! an abort put them back, or an unmap moved them out of the table. Each domain has its own store,
-//! keyed by address, so that a harvest of that domain alone finds them. When the domain or the area
-//! goes, they move to the marks of the area. An abort races with that move, which is store
-//! buffering again:
+//! keyed by address, so that a harvest of that domain alone finds its pages. When the domain or the
+//! area goes, the pages in the store move to the marks of the area. An abort races with that move,
+//! which is store buffering again:
 //!
 //! ```text
 //!  put back                                         unmap, detach
@@ -66,7 +66,7 @@ use crate::error::Error;
 use crate::events;
 use crate::failure::{Failure, attempt, call};
 use crate::flush::{FlushCost, FlushGather};
-use crate::source::{DirtySource, Marks, Slot};
+use crate::source::{DirtySource, FlightSlot, Marks};
 use crate::sync::{Arc, AtomicBool, Ordering, Step, TINY, fence, lock, performs};
 use crate::units::{DomainId, Granule, Iova, IovaRange};
 
@@ -81,7 +81,7 @@ pub(crate) struct Attachment {
     cost: FlushCost,
     pub(crate) source: Source,
     /// The put-back store: pages that are dirty in this domain although its table does not say so.
-    pub(crate) kept: Marks,
+    pub(crate) put_back: Marks,
     /// Whether the source tracks writes: see [`tracking`](super::tracking).
     pub(super) tracking: Switch,
     leaving: AtomicBool,
@@ -104,7 +104,7 @@ impl std::fmt::Debug for Attachment {
 
 /// The range of a put-back store: all addresses. Fewer in the model checker, where a bitmap of all
 /// of them would be dozens of levels deep.
-fn all_kept() -> IovaRange {
+fn put_back_range() -> IovaRange {
     if TINY {
         IovaRange::new(Iova::MIN, Iova::new(0x3_ffff)).unwrap_or(IovaRange::ALL)
     } else {
@@ -171,7 +171,7 @@ impl AddressSpace {
             identity,
             cost,
             source,
-            kept: Marks::few(all_kept(), self.page()),
+            put_back: Marks::few(put_back_range(), self.page()),
             tracking: Switch::new(),
             leaving: AtomicBool::new(false),
         });
@@ -347,7 +347,7 @@ impl AddressSpace {
         }
         // Mark before removing, so that a harvest past the slots still sees the pages. Mark again
         // afterwards, because an abort that found a page in the store already did nothing.
-        for run in attachment.kept.runs(range) {
+        for run in attachment.put_back.runs(range) {
             area.marks.mark(run);
         }
         if performs(Step::DetachFence) {
@@ -356,7 +356,7 @@ impl AddressSpace {
             // the store empty, it sees the marks; if not, it takes the page from the store.
             fence(Ordering::Release);
         }
-        for run in attachment.kept.take_runs(range) {
+        for run in attachment.put_back.take_runs(range) {
             area.marks.mark(run);
         }
         emptied
@@ -378,7 +378,7 @@ impl AddressSpace {
                 return outside;
             }
             for domain in covered.domains() {
-                domain.kept.mark(part);
+                domain.put_back.mark(part);
             }
             let going =
                 area.is_going() || covered.domains().iter().any(|domain| domain.is_leaving());
@@ -418,7 +418,7 @@ impl AddressSpace {
 
 /// An area whose dirty pages are moving to the marks. Dropped after they have arrived, or when the
 /// thread that moves them panics.
-struct Moving<'s>(Option<&'s Slot>);
+struct Moving<'s>(Option<&'s FlightSlot>);
 
 impl Drop for Moving<'_> {
     fn drop(&mut self) {

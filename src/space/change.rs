@@ -186,13 +186,13 @@ impl AddressSpace {
         if emptied.panic.is_some() || performs(Step::FlushBeforeReuse) {
             self.settle(emptied)?;
         }
-        // Acquire: pairs with the Release fence in `LeafSink` and with `Slot::free`. A harvest that
-        // took a leaf before `empty_part` looked at it has published the rest in a slot, which we
-        // see; or it has freed the slot, and we see the rest in the put-back store.
+        // Acquire: pairs with the Release fence in `LeafSink` and with `FlightSlot::free`. A
+        // harvest that took a leaf before `empty_part` looked at it has published the rest in a
+        // slot, which we see; or it has freed the slot, and we see the rest in the put-back store.
         fence(Ordering::Acquire);
         for (area, range) in plan.going() {
             self.mark_in_flight(area, range);
-            self.mark_kept(area, range);
+            self.mark_put_back(area, range);
             if let Some(sink) = record.as_deref_mut() {
                 // Recorded now, while everything can still be undone.
                 let recorded = area.marks.peek(range, sink);
@@ -251,12 +251,12 @@ impl AddressSpace {
             // Devices may have written there already.
             for area in new() {
                 let range = area.mapping.range;
-                self.mark_kept(area, range);
+                self.mark_put_back(area, range);
                 self.discard(area.marks.clear(range));
             }
         }
         let _: Result<(), Error> = self.areas.update(|edit| {
-            edit.set_rules(edit.rules().keep_promise(promised));
+            edit.set_rules(edit.rules().end_promise(promised));
             if flushed.is_err() {
                 for area in new() {
                     edit.insert(area.mapping.range, area)?;
@@ -313,7 +313,7 @@ impl AddressSpace {
         let ticket = (!gather.is_empty()).then(|| self.flush.owe(&gather));
         if let Some((domain, range)) = unsure {
             // After the debt was handed over.
-            domain.kept.mark(range);
+            domain.put_back.mark(range);
         }
         outcome.map(|()| ticket)
     }
@@ -326,7 +326,7 @@ impl AddressSpace {
         let filled = pairs.get_or_insert_default();
         // All of them, even if some panic.
         filled.retain(|domain| {
-            let emptied = self.empty(domain, range, &domain.kept);
+            let emptied = self.empty(domain, range, &domain.put_back);
             let asked_again = emptied.panic.is_some();
             all.add(emptied);
             // The pair of a part stays, because it belongs to the whole area.
@@ -349,10 +349,10 @@ impl AddressSpace {
 
     /// Moves the put-back pages of all domains to the marks of `area`. The area is going, and the
     /// caller holds its pairs.
-    pub(super) fn mark_kept(&self, area: &Area, range: IovaRange) {
+    pub(super) fn mark_put_back(&self, area: &Area, range: IovaRange) {
         for domain in self.attachments().iter() {
-            let kept = domain.kept.take_runs(range);
-            kept.into_iter().for_each(|run| area.marks.mark(run));
+            let stored = domain.put_back.take_runs(range);
+            stored.into_iter().for_each(|run| area.marks.mark(run));
         }
     }
 
@@ -389,7 +389,7 @@ impl AddressSpace {
                 edit.insert(area.mapping.range, area)?;
             }
             if !promised.is_empty() {
-                edit.set_rules(edit.rules().keep_promise(promised));
+                edit.set_rules(edit.rules().end_promise(promised));
             }
             Ok::<(), Error>(())
         })?;

@@ -5,7 +5,7 @@ use crate::units::{DomainId, Iova};
 use std::collections::VecDeque;
 
 /// How many faults the ring holds.
-const KEPT: usize = 64;
+const CAPACITY: usize = 64;
 
 /// One access outside every area.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,7 +61,7 @@ impl Log {
     pub(super) fn record(&self, fault: Fault) {
         let replaced = match self.recent.try_lock() {
             Ok(mut recent) => {
-                let full = recent.len() == KEPT;
+                let full = recent.len() == CAPACITY;
                 if full {
                     recent.pop_front();
                 }

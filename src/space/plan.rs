@@ -14,7 +14,7 @@ use crate::sync::Arc;
 use crate::units::{Granule, Iova, IovaRange};
 
 /// The snapshot that a plan is made from.
-type Areas<'a> = Snapshot<'a, Area, 16, Rules>;
+type TreeSnapshot<'a> = Snapshot<'a, Area, 16, Rules>;
 
 /// Disjoint ranges by their first address.
 type Ranges = BTreeMap<Iova, IovaRange>;
@@ -67,7 +67,7 @@ impl Plan {
         &mut self,
         index: usize,
         change: &Change,
-        snapshot: &Areas<'_>,
+        snapshot: &TreeSnapshot<'_>,
         (page, ordering): (Granule, MarkOrdering),
     ) -> Result<(), Error> {
         match *change {
@@ -96,7 +96,11 @@ impl Plan {
 
     /// Plans to unmap all areas inside `range`, or the pieces that are left of them. There must be
     /// at least one, and none may extend past `range`.
-    pub(super) fn unmap(&mut self, range: IovaRange, snapshot: &Areas<'_>) -> Result<(), Error> {
+    pub(super) fn unmap(
+        &mut self,
+        range: IovaRange,
+        snapshot: &TreeSnapshot<'_>,
+    ) -> Result<(), Error> {
         if let Some(area) = first_in(&self.taken, range) {
             return Err(Error::Busy { area });
         }
@@ -156,7 +160,7 @@ impl Plan {
         &mut self,
         index: usize,
         at: Iova,
-        snapshot: &Areas<'_>,
+        snapshot: &TreeSnapshot<'_>,
         page: Granule,
     ) -> Result<(), Error> {
         check_cut(at, snapshot.rules().alignment(page))?;

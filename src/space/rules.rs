@@ -98,12 +98,13 @@ impl Rules {
     }
 
     /// The rules without the promise of `ranges`.
-    pub(crate) fn keep_promise(&self, ranges: &[IovaRange]) -> Rules {
-        let mut kept = ranges.to_vec();
-        kept.sort_unstable_by_key(|range| key(*range));
+    pub(crate) fn end_promise(&self, ranges: &[IovaRange]) -> Rules {
+        let mut ended = ranges.to_vec();
+        ended.sort_unstable_by_key(|range| key(*range));
         let mut rules = self.clone();
         rules.promised.retain(|promised| {
-            kept.binary_search_by_key(&key(*promised), |r| key(*r))
+            ended
+                .binary_search_by_key(&key(*promised), |r| key(*r))
                 .is_err()
         });
         rules
@@ -218,7 +219,7 @@ pub(crate) fn holes(
         let hole = before.and_then(|last| IovaRange::new(from, last.min(bounds.last())).ok());
         holes.extend(hole);
         // A range that ends below the floor does not move it.
-        floor = range.last().checked_add(1).map(|behind| behind.max(from));
+        floor = range.last().checked_add(1).map(|above| above.max(from));
     }
     holes.extend(floor.and_then(|from| IovaRange::new(from, bounds.last()).ok()));
     holes
@@ -239,8 +240,8 @@ fn merged(ranges: &[IovaRange]) -> Vec<IovaRange> {
     let mut merged: Vec<IovaRange> = Vec::with_capacity(ranges.len());
     for range in ranges {
         let joined = merged.last_mut().filter(|before| {
-            let behind = before.last().checked_add(1);
-            behind.is_none_or(|behind| range.start() <= behind)
+            let above = before.last().checked_add(1);
+            above.is_none_or(|above| range.start() <= above)
         });
         match joined {
             Some(before) => {

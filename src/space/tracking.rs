@@ -158,7 +158,7 @@ impl AddressSpace {
             let attachments = self.attachments();
             let attachment = attachments.find(domain)?;
             if attachment.switch(on).map_err(Failure::raise)? && on {
-                self.discard(attachment.kept.clear(IovaRange::ALL));
+                self.discard(attachment.put_back.clear(IovaRange::ALL));
             }
         }
         events::domain_tracking(domain, on);
@@ -194,10 +194,10 @@ impl AddressSpace {
             for attachment in &switched {
                 if marks_too {
                     // So that a page that is both put back and marked counts once.
-                    let kept = attachment.kept.take_runs(range);
-                    kept.into_iter().for_each(|run| marks.mark(run));
+                    let stored = attachment.put_back.take_runs(range);
+                    stored.into_iter().for_each(|run| marks.mark(run));
                 } else {
-                    self.discard(attachment.kept.clear(range));
+                    self.discard(attachment.put_back.clear(range));
                 }
             }
             if marks_too {

@@ -79,8 +79,8 @@
 //! * A part that has gone never comes back to the same marks. If its addresses are mapped again,
 //!   the new area has marks of its own, which M1 does not touch. A mark by the old handle is
 //!   outside; a mark by the space looks the area up, and finds the new one.
-//! * A cut that fails after G2 gives the area back as it was. A marker that saw G2 finds an empty
-//!   list.
+//! * A cut that fails after G2 gives the area back as it was. A marker that saw G2 finds
+//!   nothing of that area in the list.
 //! * A mark that M1 sets in a piece that has gone stays set as long as the marks live, and no
 //!   thread reads it, because no area lies there. A later mark of that page finds it set, performs
 //!   M2 and M3 all the same, and is outside.
@@ -174,7 +174,7 @@ impl AddressSpace {
         let mut pairs = area.pairs();
         let emptied = self.empty_part(range, false, &mut pairs);
         self.settle(emptied)?;
-        self.mark_kept(area, range);
+        self.mark_put_back(area, range);
         let _: Result<(), Error> = self.areas.update(|edit| {
             edit.remove(range.start());
             Ok(())

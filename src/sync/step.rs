@@ -142,7 +142,7 @@ steps! {
     Membarrier,
     /// Looking at a subtree only after the flush that follows the clear of its accessed bit.
     LookAfterFlush,
-    /// Recording above a change by hand that the heat of the subtree is unknown.
+    /// Discarding the accessed state that is recorded above a change by software.
     HeatAbove,
     /// Release of a fresh chunk, group or directory of a bitmap.
     PublishChunk,
@@ -160,7 +160,7 @@ steps! {
     PublishBaseline,
     /// Release of the number of the generation that has finished.
     PublishFinished,
-    /// The fences of a detach, after its slot and after the marks of what was put back.
+    /// The fences of a detach, after its slot and after the marks of the put-back pages.
     DetachFence,
     /// The fence between the publication of a leaf's rest and the clear of the leaf.
     RestFence,
