@@ -16,8 +16,8 @@
 //! *Never invisible:* from G1 to G3 the slot names the pages, and from G2 on the marks do. A
 //! harvester that comes after G3, and so finds the slot free or filled by a later owner, has read a
 //! value that G3 or that later owner stored. So in S3 it sees the marks of G2, unless another
-//! harvest has taken them already. The order S1, S2, S3 is required: a harvester that read the marks before the slots
-//! could miss the pages in both.
+//! harvest has taken them already. The order S1, S2, S3 is required: a harvester that read the
+//! marks before the slots could miss the pages in both.
 //!
 //! # Slots
 //! A slot is a seqlock. Its state counts its owners and says in which stage the present owner is. A
