@@ -11,6 +11,7 @@ use std::fmt;
 use crate::error::Error;
 
 /// A device-visible address in bytes.
+#[doc(alias = "dma_addr_t")]
 #[derive(Clone, Copy, Eq, Hash, Default)]
 #[cfg_attr(not(test), derive(PartialEq, PartialOrd, Ord))]
 #[cfg_attr(test, allow(clippy::derived_hash_with_manual_eq))]

@@ -404,7 +404,7 @@ pub(super) fn prefetch(line: *const u8) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a hint; it neither faults nor reads, whatever the address.
+        // SAFETY: a hint; it neither faults nor reads, for any address.
         unsafe { _mm_prefetch(line.cast(), _MM_HINT_T0) };
     }
     #[cfg(not(all(target_arch = "x86_64", not(miri))))]

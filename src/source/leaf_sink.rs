@@ -308,7 +308,7 @@ impl<'s, 'b> LeafSink<'s, 'b> {
         self.sink.record(part)?;
         self.gather.add(leaf, size);
         // Release: P1 before P3. Pairs with the Acquire fence between the tables and the slots in
-        // `Holding::take`, whatever the ordering of the source's own clear. If that harvester's
+        // `Holding::take`, with any ordering of the source's own clear. If that harvester's
         // read of the table comes after the clear, it finds the rest in flight or marked; if it
         // comes before the clear, it finds D set and takes the leaf itself.
         if performs(Step::RestFence) {
@@ -443,9 +443,9 @@ mod tests {
     #[derive(Debug, PartialEq)]
     enum Event {
         Cleared(IovaRange),
-        Kept(IovaRange),
+        PutBack(IovaRange),
     }
-    use Event::{Cleared, Kept};
+    use Event::{Cleared, PutBack};
 
     /// What `take_run` of `run` returns, does and records, for a request from 1 KiB inside page 3
     /// to the end of page 70.
@@ -457,7 +457,7 @@ mod tests {
         let asked = IovaRange::new(Iova::new((3 << 12) + 1024), Iova::new((71 << 12) - 1));
         let asked = asked.unwrap_or(IovaRange::ALL);
         let events = std::cell::RefCell::new(Vec::new());
-        let keep = |rest| events.borrow_mut().push(Kept(rest));
+        let keep = |rest| events.borrow_mut().push(PutBack(rest));
         let (in_flight, flush) = (InFlight::new(), FlushQueue::new());
         let rests = Rests {
             in_flight: &in_flight,
@@ -482,8 +482,8 @@ mod tests {
         let to_clear = out.take_run(run, page, clear).map_or(None, ToClear::range);
         let runs = view.runs().collect();
         // The debt of a rest was handed over before the rest was put into the store.
-        let kept = |event: &&Event| matches!(event, Kept(_));
-        let any = events.borrow().iter().any(|event| kept(&event));
+        let put_back = |event: &&Event| matches!(event, PutBack(_));
+        let any = events.borrow().iter().any(|event| put_back(&event));
         assert_eq!(flush.stats().owed > 0, any);
         (to_clear, events.into_inner(), runs, gather)
     }
@@ -507,7 +507,10 @@ mod tests {
         let cut = bytes((3 << 12) + 1024, 9 << 12);
         assert_eq!(
             events,
-            [Cleared(page(3, 4)), Kept(bytes(3 << 12, (3 << 12) + 1024))]
+            [
+                Cleared(page(3, 4)),
+                PutBack(bytes(3 << 12, (3 << 12) + 1024))
+            ]
         );
         assert_eq!((runs, gather.ranges()), (vec![cut], &[page(3, 9)][..]));
         // The same without a store for rests: no page is cleared whose rest would be lost.
@@ -517,7 +520,7 @@ mod tests {
         let k16 = Granule::from_lg2(14).unwrap_or(K4);
         let (later, events, runs, _) = run_taken(page(64, 80), k16, true);
         assert_eq!(later, Some(page(64, 68)));
-        assert_eq!(events, [Cleared(page(68, 72)), Kept(page(71, 72))]);
+        assert_eq!(events, [Cleared(page(68, 72)), PutBack(page(71, 72))]);
         assert_eq!(runs, [page(64, 71)]);
         // One page extends past both ends: it is cleared once.
         let m1 = Granule::from_lg2(20).unwrap_or(K4);
@@ -525,7 +528,10 @@ mod tests {
         assert_eq!(later, None);
         let below = bytes(0, (3 << 12) + 1024);
         let whole = page(0, 256);
-        assert_eq!(events, [Cleared(whole), Kept(below), Kept(page(71, 256))]);
+        assert_eq!(
+            events,
+            [Cleared(whole), PutBack(below), PutBack(page(71, 256))]
+        );
         assert_eq!(runs, [bytes((3 << 12) + 1024, 71 << 12)]);
         assert_eq!(gather.ranges(), [whole]);
         // All of it lies outside the request.

@@ -147,6 +147,7 @@ pub trait DirtySource: Send + Sync {
     ///
     /// # Errors
     /// If the source cannot switch; then the old state stays.
+    #[doc(alias = "set_dirty_tracking")]
     fn set_tracking(&self, on: bool) -> Result<(), Error>;
 
     /// Hands every dirty leaf that `range` touches to `out`, in ascending order, by
@@ -156,6 +157,8 @@ pub trait DirtySource: Send + Sync {
     ///
     /// # Errors
     /// [`Stopped`] with the first address that was not processed.
+    #[doc(alias = "read_and_clear_dirty")]
+    #[doc(alias = "KVM_GET_DIRTY_LOG")]
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped>;
 
     /// Records the dirty state of `range` in `sink` and changes nothing. Must not wait.
@@ -170,6 +173,7 @@ pub trait DirtySource: Send + Sync {
     ///
     /// # Errors
     /// If the source cannot promise that; the gather then stays owed.
+    #[doc(alias = "iotlb_sync")]
     fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error>;
 
     /// What invalidations cost. When the ranges of a gather would cost all sources of a space

@@ -4,10 +4,10 @@
 //!  plan        from one snapshot: which areas are touched, where they are cut, which pieces go
 //!  claim       all touched areas, or none; hold their pairs to the end
 //!  promise     the addresses of new areas: taken, though not in the tree yet
-//!  fill        the new areas, in all domains            a source may refuse up to `publish`: then
+//!  fill        the new areas, in all domains            a source may fail up to `flush`: then
 //!  split       leaves that span a cut                   new areas are emptied and flushed, and
-//!  empty       what goes: end translations, owe,        nothing else has changed
-//!              move what is dirty to the put-back store
+//!  empty       what goes: end translations, owe,        the others stay in the tree; some may
+//!              put dirty pages into the store           have lost their translations
 //!  flush       once for everything
 //!  publish     one edit of the tree: gone, cut and new areas, and the end of the promise
 //!  collect     the dirty pages of what went

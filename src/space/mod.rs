@@ -126,6 +126,7 @@ impl AddressSpace {
     /// `membarrier`.
     ///
     /// If another process copies memory that is shared with it, marks need their fences.
+    #[doc(alias = "membarrier")]
     #[cfg(feature = "membarrier")]
     #[must_use]
     pub fn with_asymmetric_marks(mut self) -> Self {
