@@ -1,7 +1,7 @@
-//! Comparisons of addresses and ids, counted in unit tests: that a cost grows no faster than it may
-//! is held against such counts, never against time. In other builds there is nothing of it.
+//! Counts comparisons of addresses and ids in unit tests. Tests check against such counts, and
+//! never against time, that a cost grows no faster than it may. Other builds contain none of this.
 
-/// Functions that unit tests count; `const` in other builds.
+/// Functions whose calls unit tests count; in other builds they are `const`.
 macro_rules! counted {
     ($(
         $(#[$meta:meta])*
@@ -20,7 +20,7 @@ macro_rules! counted {
     )+};
 }
 
-/// The order that is derived in other builds, counted.
+/// The order that other builds derive, with each comparison counted.
 #[cfg(test)]
 macro_rules! counted_order {
     ($type:ident) => {
@@ -51,13 +51,13 @@ thread_local! {
     static COUNT: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
 }
 
-/// Counts one comparison of this thread.
+/// Counts one comparison in this thread.
 #[cfg(test)]
 pub(crate) fn one() {
     COUNT.with(|count| count.set(count.get() + 1));
 }
 
-/// How many comparisons `run` makes in this thread.
+/// Returns how many comparisons `run` makes in this thread.
 #[cfg(all(test, not(dirtymap_loom)))]
 pub(crate) fn count(run: impl FnOnce()) -> u64 {
     let before = COUNT.with(std::cell::Cell::get);
@@ -65,9 +65,8 @@ pub(crate) fn count(run: impl FnOnce()) -> u64 {
     COUNT.with(std::cell::Cell::get) - before
 }
 
-/// Asserts that what `cost` counts for `n` things grows as `n log n` at most: eight times the
-/// things cost at most sixteen times as much, where a quadratic path costs sixty-four times as
-/// much.
+/// Asserts that the count of `cost` for `n` things grows as `n log n` at most: eight times as many
+/// things cost at most sixteen times as much. A quadratic path would cost sixty-four times as much.
 #[cfg(all(test, not(dirtymap_loom)))]
 pub(crate) fn grows_gently(what: &str, cost: impl Fn(u64) -> u64) {
     let (few, many) = (cost(500), cost(4000));

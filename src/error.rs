@@ -1,11 +1,11 @@
-//! The one error type. Every text names the value that was wrong and what would be right.
+//! The error type. Every text names the value that was refused and the limit that it missed.
 
 use crate::units::{DomainId, Granule, Iova, IovaRange};
 
-/// Why a call was refused or could not go on.
+/// Why a call was refused or could not complete.
 ///
-/// Input is checked before anything is touched, in the order that each call documents. [`Error::errno`] gives the
-/// number that Linux's iommufd uses for the same refusal.
+/// Input is checked before anything is changed, in the order that each call documents.
+/// [`Error::errno`] gives the number that Linux's iommufd uses for the same refusal.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -15,7 +15,7 @@ pub enum Error {
         /// Where the range would start.
         start: Iova,
     },
-    /// The range would go past 2^64 - 1.
+    /// The range would extend past 2^64 - 1.
     #[error("{len:#x} bytes from {start} go past the last address 0xffffffffffffffff")]
     Wraps {
         /// Where the range would start.
@@ -31,7 +31,7 @@ pub enum Error {
         /// The last address.
         last: Iova,
     },
-    /// A border is not a multiple of the granule that the call works in.
+    /// A border of the range is not a multiple of the granule that the call requires.
     #[error("the range {range} does not start and end at multiples of {granule}")]
     Unaligned {
         /// The offending range.
@@ -39,7 +39,7 @@ pub enum Error {
         /// What both of its borders must be multiples of.
         granule: Granule,
     },
-    /// A length is not a multiple of the granule that the call works in.
+    /// A length is not a multiple of the granule that the call requires.
     #[error("a length of {len:#x} bytes is not a multiple of {granule}")]
     UnalignedLength {
         /// The offending length in bytes.
@@ -55,15 +55,17 @@ pub enum Error {
         /// What it must be a multiple of.
         granule: Granule,
     },
-    /// The memory behind the range would go past 2^64 - 1.
-    #[error("the memory behind {range} begins at {backing:#x} and goes past 0xffffffffffffffff")]
+    /// The memory that backs the range would extend past 2^64 - 1.
+    #[error(
+        "the backing addresses of {range} begin at {backing:#x} and go past 0xffffffffffffffff"
+    )]
     BackingWraps {
-        /// Where the memory would begin.
+        /// The backing address of the start of the range.
         backing: u64,
         /// The range to map.
         range: IovaRange,
     },
-    /// Not a power of two.
+    /// The size of a granule is not a power of two.
     #[error("a granule of {bytes} bytes: it must be a power of two from 1 to 2^63")]
     BadGranule {
         /// The offending size.
@@ -81,7 +83,7 @@ pub enum Error {
         /// Bytes that one bit stands for.
         granule: Granule,
     },
-    /// The window of a bitmap in a file has a size that cannot be mapped piece by piece.
+    /// The size of a window of a bitmap in a file is not allowed.
     #[error("a window of {bytes} bytes: it must be a power of two from 64 KiB to 1 GiB")]
     BadWindow {
         /// The offending size.
@@ -104,7 +106,8 @@ pub enum Error {
         #[source]
         error: std::io::Error,
     },
-    /// The file system of a user bitmap has no room for a window of it. Nothing was recorded there.
+    /// The file system of a user bitmap has no room for a window of it. Nothing was recorded in
+    /// that window.
     #[error("no room in the file system for {len} bytes of the bitmap from byte {at:#x}: {error}")]
     BitmapNoSpace {
         /// The first byte of the window.
@@ -115,9 +118,9 @@ pub enum Error {
         #[source]
         error: std::io::Error,
     },
-    /// Runs that are to be taken as they are do not ascend, or touch each other.
+    /// Runs that have to be in ascending order, with a gap between neighbours, are not.
     #[error(
-        "the run {run} does not begin behind the end of {before}, with at least a byte in between"
+        "the run {run} must begin above the end of {before}, with at least one byte in between"
     )]
     UnorderedRuns {
         /// The run before it.
@@ -133,13 +136,13 @@ pub enum Error {
         /// The last bit of the bitmap.
         last: u64,
     },
-    /// Nothing was ever tracked here, so no answer can be given.
+    /// Tracking was never enabled here, so there is no answer.
     #[error("tracking was never enabled for {range}: enable it before the first harvest")]
     NeverTracked {
         /// The range asked for.
         range: IovaRange,
     },
-    /// The range is not covered by areas without a hole.
+    /// The areas leave a hole in the range.
     #[error("nothing is mapped at {at}, inside the requested range {range}")]
     Hole {
         /// The first address that no area holds.
@@ -147,19 +150,20 @@ pub enum Error {
         /// The range asked for.
         range: IovaRange,
     },
-    /// The place to go on from lies outside of the request, or inside one of its granules.
+    /// The address at which to continue lies outside of the request, or inside one of its granules.
     #[error(
-        "a harvest of {range} cannot go on at {at}: that is not the start of one of its granules of {granule}"
+        "a harvest of {range} cannot continue at {at}: that is not the start of one of its \
+         granules of {granule}"
     )]
     BadCursor {
-        /// The offending place.
+        /// The offending address.
         at: Iova,
         /// The range asked for.
         range: IovaRange,
-        /// What the place must be a multiple of.
+        /// What the address must be a multiple of.
         granule: Granule,
     },
-    /// The new area would overlap one that is there.
+    /// The new area would overlap an existing one.
     #[error("{range} overlaps the area {existing}")]
     Overlap {
         /// The range to map.
@@ -167,7 +171,7 @@ pub enum Error {
         /// The area in its way.
         existing: IovaRange,
     },
-    /// The new area would lie on reserved addresses.
+    /// The new area would overlap reserved addresses.
     #[error("{range} cannot be mapped: {reserved} is reserved")]
     Reserved {
         /// The range to map.
@@ -175,12 +179,15 @@ pub enum Error {
         /// The reserved addresses in its way.
         reserved: IovaRange,
     },
-    /// Nowhere are so many addresses free, aligned and allowed.
-    #[error("no {len:#x} bytes are free at a multiple of {alignment}, inside the allowed ranges")]
+    /// No free range is large enough, aligned and allowed.
+    #[error(
+        "no free range of {len:#x} bytes starts at a multiple of {alignment} inside the allowed \
+         ranges"
+    )]
     NoSpace {
         /// The length asked for, in bytes.
         len: u64,
-        /// The alignment that goes with it.
+        /// The alignment that the range needs.
         alignment: Granule,
     },
     /// The range to reserve is in use.
@@ -205,7 +212,7 @@ pub enum Error {
         /// The other one.
         other: IovaRange,
     },
-    /// A range to allow is reserved, at least in part.
+    /// A range to allow overlaps a reserved one.
     #[error("{range} cannot be allowed: {reserved} is reserved")]
     CannotAllow {
         /// The range to allow.
@@ -224,18 +231,19 @@ pub enum Error {
     PartOfArea {
         /// The range asked for.
         range: IovaRange,
-        /// The area that sticks out.
+        /// The area that extends past the range.
         area: IovaRange,
     },
-    /// The area is being mapped or unmapped by another call.
+    /// Another call is mapping, unmapping or cutting the area.
     #[error(
-        "the area {area} is being mapped or unmapped by another call: try again when that one is done"
+        "the area {area} is being mapped, unmapped or cut by another call: try again after that \
+         call returns"
     )]
     Busy {
-        /// The area in transition.
+        /// The area that the other call has claimed.
         area: IovaRange,
     },
-    /// The address to cut at is no multiple of the smallest page.
+    /// The address of a cut is not a multiple of the required granule.
     #[error("cannot cut at {at}: it is not a multiple of {granule}")]
     UnalignedCut {
         /// The offending address.
@@ -243,7 +251,8 @@ pub enum Error {
         /// What it must be a multiple of.
         granule: Granule,
     },
-    /// A source has a leaf on both sides of a cut, or cannot tell, and does not split leaves.
+    /// A leaf of a source spans the cut, or the source cannot tell, and the source does not split
+    /// leaves.
     #[error("the dirty source cannot split its leaves at {at}")]
     CannotSplit {
         /// The address to cut at.
@@ -255,13 +264,14 @@ pub enum Error {
         /// The domain asked for.
         domain: DomainId,
     },
-    /// The source is attached already.
+    /// The source is attached to the space already.
     #[error("the source is attached already, as {domain}")]
     AttachedTwice {
-        /// As what it is attached.
+        /// The domain of the source.
         domain: DomainId,
     },
-    /// An area, or the memory behind it, does not start and end at multiples of the domain's smallest page.
+    /// The range or the backing address of an area is not aligned to the smallest page of the
+    /// domain.
     #[error("cannot attach a domain with pages of {page}: the area {area} is not made of them")]
     CannotAttach {
         /// The smallest page of the domain.
@@ -269,16 +279,16 @@ pub enum Error {
         /// The first such area.
         area: IovaRange,
     },
-    /// A change of a batch was refused or failed, and with it all of them.
+    /// One change of a batch was refused or failed. None of the batch takes effect.
     #[error("change {index} of the batch: {error}")]
     Change {
-        /// Which one, counted from 0.
+        /// The number of the change, counted from 0.
         index: usize,
         /// Why.
         #[source]
         error: Box<Error>,
     },
-    /// A mark touched an address outside every area. What lay inside was marked.
+    /// A mark touched an address outside every area. The parts inside areas are marked.
     #[error("{at} lies outside every area: the write there is not tracked")]
     Outside {
         /// The first such address.
@@ -295,20 +305,25 @@ impl Error {
         Error::Source(Box::new(error))
     }
 
-    /// The errno with which Linux's iommufd refuses the same thing (`EINVAL` where it accepts or ignores it).
+    /// The errno with which Linux's iommufd refuses the same thing; `EINVAL` where iommufd accepts
+    /// or ignores it.
     ///
-    /// | errno | refusals |
-    /// |---|---|
-    /// | `ENOENT` (2) | nothing or only a part of an area in the range to unmap; no such reservation; no such domain |
-    /// | `EIO` (5) | a source failed |
-    /// | `EFAULT` (14) | a window of the bitmap that cannot be had, or no longer |
-    /// | `EBUSY` (16) | an area in transition |
-    /// | `EEXIST` (17) | overlap with an area; a source that is attached already |
-    /// | `EINVAL` (22) | zero length, alignment, granule, window size, short bitmap, runs out of order, a bit that is not there, never tracked, cursor, hole, outside, map of a reserved range, allowed ranges that overlap, a cut that is unaligned or would need a split |
-    /// | `ENOSPC` (28) | nothing free to allocate; no room for a window of the bitmap |
-    /// | `EOVERFLOW` (75) | a range past 2^64 - 1 |
-    /// | `EADDRINUSE` (98) | a range to reserve that is mapped or allowed, one to allow that is reserved, a domain whose pages an area does not suit |
-    /// A change of a batch has the number of its reason.
+    /// * `ENOENT` (2): the range to unmap holds no area, or only a part of one; no such
+    ///   reservation; no such domain.
+    /// * `EIO` (5): a source failed.
+    /// * `EFAULT` (14): a window of the bitmap cannot be mapped, or no longer.
+    /// * `EBUSY` (16): another call is changing the area.
+    /// * `EEXIST` (17): overlap with an area; a source that is attached already.
+    /// * `EINVAL` (22): zero length, alignment, granule, window size, short bitmap, runs out of
+    ///   order, a bit past the end, never tracked, cursor, hole, outside, map of a reserved range,
+    ///   allowed ranges that overlap, a cut that is unaligned or needs a split that the source
+    ///   refuses.
+    /// * `ENOSPC` (28): no free range to allocate; no room for a window of the bitmap.
+    /// * `EOVERFLOW` (75): a range past 2^64 - 1.
+    /// * `EADDRINUSE` (98): a range to reserve that is mapped or allowed, one to allow that is
+    ///   reserved, a domain whose pages do not divide an area.
+    ///
+    /// [`Error::Change`] has the number of the error that it wraps.
     pub const fn errno(&self) -> i32 {
         match self {
             Error::Change { error, .. } => error.errno(),

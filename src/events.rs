@@ -1,8 +1,10 @@
-//! What a space tells a subscriber of `tracing`: one function for each event, all with the target `dirtymap`.
+//! The events of a space for a subscriber of `tracing`: one function for each event, all with the
+//! target `dirtymap`.
 //!
-//! Without the feature `tracing` they do nothing. With it and without a subscriber each is one look at a static; none is on the
-//! path of a mark or inside a walk. Events come when the step is done, so a subscriber that panics loses nothing. Some come
-//! under locks of the space: a subscriber must not call what waits.
+//! Without the feature `tracing` they do nothing. With it and without a subscriber, each costs one
+//! load of a static. None is on the path of a mark or inside a walk. An event follows the step that
+//! it reports, so a subscriber that panics loses nothing. Some events are sent under locks of the
+//! space: a subscriber must not call any method that waits.
 
 use crate::error::Error;
 use crate::flush::FlushGather;
@@ -10,10 +12,15 @@ use crate::harvest::{Aborted, HarvestReport};
 use crate::space::Unmapped;
 use crate::units::{DomainId, Granule, Iova, IovaRange};
 
-/// An event with fields that are displayed, and then fields that are numbers or booleans.
+/// An event, first with the fields that are displayed, and then with those that are numbers or
+/// booleans.
 #[cfg(all(feature = "tracing", not(dirtymap_loom)))]
 macro_rules! event {
-    ($level:ident $name:literal, {$($shown:ident = $show:expr),*}, {$($field:ident = $value:expr),*}) => {
+    (
+        $level:ident $name:literal,
+        {$($shown:ident = $show:expr),*},
+        {$($field:ident = $value:expr),*}
+    ) => {
         tell(|| tracing::event!(
             target: "dirtymap",
             tracing::Level::$level,
@@ -23,8 +30,8 @@ macro_rules! event {
     };
 }
 
-/// Tells a subscriber, whose panic goes on; but not out of a destructor while another one goes by,
-/// where it would end the process.
+/// Calls a subscriber. Its panic goes on, except in a destructor that runs because of another
+/// panic: there it would end the process.
 #[cfg(all(feature = "tracing", not(dirtymap_loom)))]
 #[inline]
 fn tell(event: impl FnOnce()) {
@@ -35,17 +42,21 @@ fn tell(event: impl FnOnce()) {
     }
 }
 
-/// Nothing: the arguments count as used.
+/// Does nothing; the arguments count as used.
 #[cfg(not(all(feature = "tracing", not(dirtymap_loom))))]
 macro_rules! event {
-    ($level:ident $name:literal, {$($shown:ident = $show:expr),*}, {$($field:ident = $value:expr),*}) => {{
+    (
+        $level:ident $name:literal,
+        {$($shown:ident = $show:expr),*},
+        {$($field:ident = $value:expr),*}
+    ) => {{
         $(let _ = &$show;)*
         $(let _ = &$value;)*
     }};
 }
 
-/// A walk is over: its lease has what was dirty in `range`, which ends below `stopped_at` if it
-/// stopped; all of the request if that is where it began.
+/// A walk has ended. Its lease holds the dirty pages of `range`. A partial scan ends below
+/// `stopped_at`; if it stopped at the very beginning, `range` is that of the whole request.
 #[inline]
 pub(crate) fn harvest(
     range: IovaRange,
@@ -62,7 +73,8 @@ pub(crate) fn harvest(
     });
 }
 
-/// The flush of a lease over `range`, which owed `gather`, was waited for.
+/// The flush of a lease over `range`, which owed `gather`, has ended; `ok` says whether it
+/// succeeded.
 #[inline]
 pub(crate) fn sync(range: IovaRange, gather: &FlushGather, ok: bool) {
     event!(DEBUG "sync", {range = range}, {
@@ -72,7 +84,7 @@ pub(crate) fn sync(range: IovaRange, gather: &FlushGather, ok: bool) {
     });
 }
 
-/// A lease over `range` was committed, `bytes` of it by this call.
+/// A lease over `range` was committed; this call committed `bytes` of it.
 #[inline]
 pub(crate) fn commit(range: IovaRange, bytes: u64) {
     event!(DEBUG "commit", {range = range}, {bytes = bytes});
@@ -139,19 +151,19 @@ pub(crate) fn detach(domain: DomainId) {
     event!(INFO "detach", {domain = domain}, {});
 }
 
-/// The space is switched.
+/// Tracking was switched in the whole space.
 #[inline]
 pub(crate) fn tracking(on: bool) {
     event!(INFO "tracking", {}, {on = on});
 }
 
-/// One domain is switched.
+/// Tracking was switched in one domain.
 #[inline]
 pub(crate) fn domain_tracking(domain: DomainId, on: bool) {
     event!(INFO "tracking", {domain = domain}, {on = on});
 }
 
-/// A source could not flush; what was owed stays owed.
+/// A source could not flush; its debt stays owed.
 #[inline]
 pub(crate) fn flush_failed(error: &Error) {
     event!(WARN "flush failed", {error = error}, {});

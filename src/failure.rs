@@ -1,31 +1,31 @@
-//! A panic is an error: what calls of users' code end with, if not with success.
+//! How a call of users' code fails: with an error or with a panic.
 //!
 //! Sources, invalidators and frees are users' code, and each of their calls may panic. Each goes
-//! through [`call`], so all that cleans up sees a panic as it sees an error, outside of any
-//! unwinding: it may call users' code again. The public call that is at the top at last returns the
-//! error, or lets the panic go on: [`Failure::raise`].
+//! through [`call`], which catches the panic. So the code that cleans up handles a panic as it
+//! handles an error, outside of any unwinding, and may call users' code again. At the end the
+//! public call returns the error, or resumes the panic: [`Failure::raise`].
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use crate::error::Error;
 
-/// What a panic carries.
+/// The payload of a panic.
 pub(crate) type Panic = Box<dyn Any + Send>;
 
-/// Why a call of users' code, or one that made such calls, did not succeed.
+/// Why a call of users' code, or a call that made such calls, did not succeed.
 pub(crate) enum Failure {
-    /// It said no.
+    /// It returned an error.
     Refused(Error),
-    /// It did not come back.
+    /// It panicked.
     Panicked(Panic),
 }
 
 impl Failure {
-    /// What the public call gives to its caller: the error.
+    /// The error that the public call returns to its caller.
     ///
     /// # Panics
-    /// With the panic that was caught, if it was one: it goes on here.
+    /// Resumes the panic that was caught, if the failure is one.
     pub(crate) fn raise(self) -> Error {
         match self {
             Failure::Refused(error) => error,
@@ -33,8 +33,9 @@ impl Failure {
         }
     }
 
-    /// This failure, and what failed in cleaning up after it: a panic goes on before any error, and
-    /// the first before the second; of two errors the later one says what is left to do.
+    /// Combines this failure with one in the cleanup that followed it. A panic wins over an error,
+    /// and the first panic over the second. Of two errors the later one wins, because it says what
+    /// is left to do.
     pub(crate) fn then(self, later: Failure) -> Failure {
         match (self, later) {
             (Failure::Panicked(first), Failure::Panicked(second)) => {
@@ -46,7 +47,7 @@ impl Failure {
         }
     }
 
-    /// The failure of a part.
+    /// Changes the error, if the failure is one.
     pub(crate) fn map_error(self, map: impl FnOnce(Error) -> Error) -> Failure {
         match self {
             Failure::Refused(error) => Failure::Refused(map(error)),
@@ -61,22 +62,22 @@ impl From<Error> for Failure {
     }
 }
 
-/// Calls users' code.
+/// Calls users' code, and catches its panic.
 ///
 /// # Errors
-/// The panic that it ended with. The caller treats it as the worst that the code could have done,
-/// and lets it go on later.
+/// The panic. The caller assumes the worst that the code could have done, and resumes the panic
+/// later.
 pub(crate) fn call<T>(code: impl FnOnce() -> T) -> Result<T, Panic> {
-    // What users' code leaves half done is its own: it has what it was given by shared reference,
-    // under locks and by atomics that hold at each step, or it writes to values whose callers throw
-    // them away, or take the worst for granted.
+    // Unwind safety: users' code answers for its own state. What we hand to it is either shared,
+    // under locks and atomics that are valid at each step, or a value that the caller discards, or
+    // assumes to be wrong, after a panic.
     catch_unwind(AssertUnwindSafe(code))
 }
 
-/// As [`call`], of code that can refuse, or has caught a panic itself.
+/// The same as [`call`], for code that returns an error, or that has caught a panic itself.
 ///
 /// # Errors
-/// Its error, or its panic.
+/// The error or the panic.
 pub(crate) fn attempt<T, E: Into<Failure>>(
     code: impl FnOnce() -> Result<T, E>,
 ) -> Result<T, Failure> {
@@ -86,15 +87,16 @@ pub(crate) fn attempt<T, E: Into<Failure>>(
     }
 }
 
-/// Drops a panic that another one goes on instead of. It is users' code, too: a payload whose
-/// destructor panics leaves one more, which is leaked, for that could go on for ever.
+/// Drops the payload of a panic when another panic goes on in its place. The payload is users'
+/// code, too: if its destructor panics, that second payload is leaked, because such a chain could
+/// go on for ever.
 pub(crate) fn forget(panic: Panic) {
     if let Err(another) = call(|| drop(panic)) {
         std::mem::forget(another);
     }
 }
 
-/// Keeps the first panic of several.
+/// Stores the first of several panics, and drops the others.
 pub(crate) fn keep_first(first: &mut Option<Panic>, panic: Panic) {
     match first {
         Some(_) => forget(panic),
@@ -102,7 +104,7 @@ pub(crate) fn keep_first(first: &mut Option<Panic>, panic: Panic) {
     }
 }
 
-/// Lets a panic go on, unless one goes by already: a second one would end the process.
+/// Resumes a panic, unless this thread is panicking already: a second panic would end the process.
 pub(crate) fn go_on(panic: Option<Panic>) {
     match panic {
         Some(panic) if std::thread::panicking() => forget(panic),

@@ -1,21 +1,27 @@
 //! The only module that names `std::sync`, `loom` or `shuttle`.
 //!
-//! Everything concurrent in the library takes its atomics, locks and threads from here, so that the model checkers see
-//! the same code that users run. `pagetable-sim` uses it too, through a hidden re-export: one shim, not three.
+//! Everything concurrent in the library takes its atomics, locks and threads from here, so that the
+//! model checkers see the code that users run. `pagetable-sim` uses it too, through a hidden
+//! re-export: one shim for both.
 //!
-//! | cfg | feature | atomics, locks, threads | explores |
-//! |---|---|---|---|
-//! | none | | `std` | nothing |
-//! | `dirtymap_loom` | `__loom` | `loom` | all interleavings within a bound, and each value that weak memory lets a load return |
-//! | `dirtymap_shuttle` | `__shuttle` | `shuttle` | random interleavings of whole systems; each access is SeqCst |
+//! | cfg | feature | atomics, locks, threads from |
+//! |---|---|---|
+//! | none | | `std` |
+//! | `dirtymap_loom` | `__loom` | `loom` |
+//! | `dirtymap_shuttle` | `__shuttle` | `shuttle` |
 //!
-//! The cfg chooses the code, the feature brings the crate.
+//! The cfg selects the code, and the feature adds the crate to the build.
+//!
+//! * `std` explores nothing.
+//! * `loom` explores all interleavings within a bound, with each value that a weak memory model
+//!   lets a load return.
+//! * `shuttle` explores random interleavings of whole systems. To it, each access is SeqCst.
 
 #[cfg(all(dirtymap_loom, not(all(crossbeam_loom, feature = "__loom"))))]
 compile_error!(
-    "loom builds need RUSTFLAGS=\"--cfg dirtymap_loom --cfg crossbeam_loom\" and --features __loom: \
-     without the second cfg and the feature crossbeam-epoch is invisible to the model checker, and \
-     a broken model passes"
+    "loom builds need RUSTFLAGS=\"--cfg dirtymap_loom --cfg crossbeam_loom\" and \
+     --features __loom: without the second cfg and the feature, crossbeam-epoch is invisible \
+     to the model checker, and a broken model passes"
 );
 
 #[cfg(all(dirtymap_shuttle, not(feature = "__shuttle")))]
@@ -32,7 +38,8 @@ mod witness;
 pub use step::*;
 pub use witness::Witness;
 
-/// Whether everything has the size of a model: tables of two entries, chunks of two words, so that models reach every border.
+/// Whether everything has the size of a model: tables of two entries, chunks of two words. So
+/// models reach every border.
 pub const TINY: bool = cfg!(any(dirtymap_loom, dirtymap_shuttle));
 
 #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
@@ -43,8 +50,9 @@ mod imp {
     pub use std::sync::{Arc, Mutex, MutexGuard};
     pub use std::thread;
 
-    /// Waits a little longer for each failure in a row, up to some 100 ns, so that threads that compete for one word do
-    /// not spend their time failing; from then on leaves the core to others.
+    /// Waits a little longer for each failure in a row, up to some 100 ns, so that threads that
+    /// compete for one word do not fail again and again. After more failures it yields the core to
+    /// other threads.
     pub fn back_off(failures: u32) {
         const SPIN_LG2: u32 = 6;
         if failures > SPIN_LG2 {
@@ -74,7 +82,7 @@ mod imp {
         loom::thread::yield_now();
     }
 
-    /// Tells the model that this thread cannot go on before another one has.
+    /// Tells the model that this thread cannot continue before another one does.
     pub fn relax() {
         loom::thread::yield_now();
     }
@@ -93,7 +101,7 @@ mod imp {
         shuttle::thread::yield_now();
     }
 
-    /// Lets other threads run, one of which has to make progress.
+    /// Lets other threads run; one of them has to make progress.
     pub fn relax() {
         shuttle::thread::yield_now();
     }
@@ -101,11 +109,13 @@ mod imp {
 
 pub use imp::*;
 
-/// Keeps the compiler from moving accesses; to the processor, and to the model checker, it is nothing.
+/// Orders accesses for the compiler only. It has no effect on the processor, nor in the model
+/// checker.
 pub use std::sync::atomic::compiler_fence;
 
-/// A full fence, right behind a read-modify-write. On x86-64 that operation is a full barrier already, as every locked instruction
-/// is (Intel SDM volume 3, "Memory Ordering"), so only the compiler has to keep the order.
+/// A full fence, right after a read-modify-write. On x86-64 such an operation is a full barrier
+/// already, as every locked instruction is (Intel SDM volume 3, "Memory Ordering"), so only the
+/// compiler has to keep the order.
 #[inline]
 pub fn fence_after_rmw() {
     if cfg!(all(
@@ -120,8 +130,9 @@ pub fn fence_after_rmw() {
     }
 }
 
-/// A full fence, right behind an Acquire load, for a load that follows: where a store becomes visible to all other threads at
-/// once, as on x86-64, AArch64 and RISC-V, two loads in this order see no more and no less with a fence between them.
+/// A full fence, right after an Acquire load, for a load that follows. On machines where a store
+/// becomes visible to all other threads at once, such as x86-64, AArch64 and RISC-V, two loads in
+/// this order see the same with a fence between them as without one.
 #[inline]
 pub fn fence_after_look() {
     if cfg!(all(
@@ -140,13 +151,14 @@ pub fn fence_after_look() {
     }
 }
 
-/// Set once and read without waiting; invisible to the model checker, so an atomic of its user must order the two.
+/// Set once and read without blocking. The model checker does not see it, so an atomic of its user
+/// must order the store and the loads.
 pub use std::sync::OnceLock;
 
-/// A lock of the standard library, whatever checks the model: for lists that are pushed to and
-/// taken whole, with no other lock and no step of a protocol inside. So no schedule can stop in it,
-/// and it orders nothing that a model looks at. Destructors may take it after an execution of a
-/// model has ended.
+/// A lock of the standard library in all builds, for lists that are pushed to and taken whole. No
+/// other lock is taken and no step of a protocol happens while it is held, so no model has to stop
+/// a thread inside, and it orders nothing that a model checks. Destructors may take it after an
+/// execution of a model has ended.
 pub use std::sync::Mutex as InnerLock;
 
 /// Locks `list`, as [`lock`] does.
@@ -155,8 +167,8 @@ pub fn lock_inner<T>(list: &InnerLock<T>) -> std::sync::MutexGuard<'_, T> {
         .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Locks `mutex`, also when a thread panicked while it held it: what the library guards with a mutex is valid at every
-/// step, so a panic elsewhere must not take the accounting down with it.
+/// Locks `mutex`, even if a thread panicked while it held it: the data under each mutex of the
+/// library is valid at every step, so a panic elsewhere must not block the accounting.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex
         .lock()

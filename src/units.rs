@@ -1,16 +1,17 @@
 //! The glossary: addresses, ranges, granules and access rights.
 //!
-//! * **IOVA**: an address that a device puts on the bus, in bytes, 64 bits wide. Guest physical addresses and disk
-//!   offsets are tracked in the same way.
-//! * **start / last** name an inclusive range, so that a range can end at 2^64 - 1; **end** would be exclusive and is
-//!   not used.
-//! * **granule**: a power of two, in bytes, kept as its base-2 logarithm (`lg2`).
+//! * **IOVA**: an address that a device puts on the bus, in bytes, 64 bits wide. Guest physical
+//!   addresses and disk offsets are tracked in the same way.
+//! * **start / last** name the two ends of an inclusive range, so that a range can end at 2^64 - 1.
+//!   An exclusive **end** is not used.
+//! * **granule**: a power of two in bytes, stored as its base-2 logarithm (`lg2`).
 
 use std::fmt;
 
 use crate::error::Error;
 
 /// A device-visible address in bytes.
+#[doc(alias = "dma_addr_t")]
 #[derive(Clone, Copy, Eq, Hash, Default)]
 #[cfg_attr(not(test), derive(PartialEq, PartialOrd, Ord))]
 #[cfg_attr(test, allow(clippy::derived_hash_with_manual_eq))]
@@ -48,7 +49,7 @@ impl Iova {
         }
     }
 
-    /// The bytes from `base` up to `self`, or `None` if `self` lies below `base`.
+    /// The number of bytes from `base` up to `self`, or `None` if `self` lies below `base`.
     #[inline]
     pub const fn offset_from(self, base: Iova) -> Option<u64> {
         self.0.checked_sub(base.0)
@@ -118,10 +119,11 @@ impl IovaRange {
         Ok(IovaRange { start, last })
     }
 
-    /// The `len` bytes from `start` on. The range may end at 2^64 - 1.
+    /// The `len` bytes that begin at `start`. The range may end at 2^64 - 1.
     ///
     /// # Errors
-    /// [`Error::ZeroLength`] if `len` is 0, [`Error::Wraps`] if the last byte would lie past 2^64 - 1.
+    /// [`Error::ZeroLength`] if `len` is 0, [`Error::Wraps`] if the last byte would lie past 2^64 -
+    /// 1.
     #[inline]
     pub const fn from_len(start: Iova, len: u64) -> Result<Self, Error> {
         if len == 0 {
@@ -151,7 +153,7 @@ impl IovaRange {
         }
     }
 
-    /// The smallest range that covers both.
+    /// The smallest range that covers both ranges.
     #[inline]
     pub(crate) const fn hull(self, other: IovaRange) -> Self {
         IovaRange {
@@ -251,7 +253,7 @@ impl IovaRange {
     #[inline]
     pub const fn round_in(self, granule: Granule) -> Option<IovaRange> {
         let mask = granule.mask();
-        // The start of the first whole granule, and the start of the last address's granule if that one is cut.
+        // The start of the first whole granule; then the last byte of the last whole one.
         let start = match self.start.0.checked_add(mask) {
             Some(sum) => sum & !mask,
             None => return None,
@@ -376,8 +378,8 @@ impl fmt::Display for Granule {
     }
 }
 
-/// Names a domain as long as it is attached to an address space: see
-/// [`AddressSpace::attach`](crate::AddressSpace::attach). Never given twice by one space.
+/// Identifies a domain while it is attached to an address space: see
+/// [`AddressSpace::attach`](crate::AddressSpace::attach). One space never uses an id twice.
 #[derive(Clone, Copy, Eq, Hash, Debug)]
 #[cfg_attr(not(test), derive(PartialEq, PartialOrd, Ord))]
 #[cfg_attr(test, allow(clippy::derived_hash_with_manual_eq))]

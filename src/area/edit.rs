@@ -1,53 +1,58 @@
-//! Changing: private copies of the nodes on the way, and one compare-exchange for all of them.
+//! Edits: private copies of the nodes on the path (copy-on-write), and one compare-exchange that
+//! publishes all of them.
 
 use std::ptr;
 
-use super::node::{Change, Node, Slot};
+use super::node::{HoleChange, Node, NodeSlot};
 use super::reclaim::{Checkout, Pinned, Pool, Reclaim};
-use super::snapshot::{Areas, Entry, Iter};
+use super::snapshot::{Entry, Iter, Subtree};
 use super::tree::Root;
 use crate::error::Error;
 use crate::sync::{Arc, AtomicPtr, Ordering, Step, Witness, weaken};
 use crate::units::{Granule, Iova, IovaRange};
 
-/// A tree in the making: the areas that were there when the edit began, with the changes so far.
+/// A new state of the tree: the areas at the beginning of the edit, with the changes so far.
 ///
-/// Dropped without being published, it leaves no trace.
+/// If it is dropped without being published, the tree is unchanged.
 pub(crate) struct Edit<'p, T, const F: usize = 16, R = ()> {
-    /// What the edit began with.
+    /// The root that the edit began with.
     base: *mut Root<T, F, R>,
-    /// The topmost node as edited, null without areas.
+    /// The topmost node as edited; null without areas.
     root: *mut Node<T, F>,
     /// New rules, if they were replaced.
     rules: Option<Arc<R>>,
-    /// The stamp of the nodes that this edit made: these, and no others, may be changed and freed here (Inv. 5).
+    /// The stamp of the nodes that this edit made. These, and no others, may be changed and freed
+    /// here (Inv. 5).
     stamp: u64,
-    /// Where nodes come from. Its open garbage begins with that of earlier updates, and ends with what becomes
-    /// unreachable if this one is published.
+    /// Where nodes come from. Its open garbage begins with that of earlier updates. At the end
+    /// follows what becomes unreachable if this edit is published.
     pool: Checkout<'p, T, F, R>,
-    /// How much open garbage is not of this edit: nodes and areas. An edit adds no others before it is published.
+    /// The numbers of nodes and of areas in the open garbage that come from earlier updates. Until
+    /// this edit is published, it adds no others.
     before: (usize, usize),
-    /// Keeps what `base` leads to alive.
+    /// Keeps alive what `base` leads to.
     pinned: &'p Pinned,
 }
 
-/// What became of a node below which an area was inserted.
+/// What happened to a node when an area was inserted below it.
 enum Inserted<T, const F: usize> {
-    /// It holds it. What became of its holes, if only one place of it has changed.
-    Within(Option<Change>),
-    /// It was full, and its upper part is this node now.
+    /// The node holds the area. The change of its holes, if only one place of the node has changed.
+    Within(Option<HoleChange>),
+    /// The node was full. Its upper part is now this node.
     Split(*mut Node<T, F>),
 }
 
 impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
     /// # Safety
-    /// `base` was loaded with Acquire from the root of a tree that outlives `'p`, while `pinned` was pinned.
+    /// `base` was loaded with Acquire from the root of a tree that outlives `'p`, while `pinned`
+    /// was pinned.
     pub(super) unsafe fn new(
         base: *mut Root<T, F, R>,
         reclaim: &'p Arc<Reclaim<T, F, R>>,
         pinned: &'p Pinned,
     ) -> Self {
-        // SAFETY: a tree's root is never null; alive and unchanged while we are pinned (Inv. 2 and 3), by our contract.
+        // SAFETY: a tree's root is never null; alive and unchanged while we are pinned (Inv. 2 and
+        // 3), by our contract.
         let before = unsafe { &*base };
         before.witness.look();
         let root = before.node;
@@ -65,13 +70,13 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         }
     }
 
-    fn areas(&self) -> Areas<'_, T, F> {
+    fn areas(&self) -> Subtree<'_, T, F> {
         // SAFETY:
         // - a node or null: `root` always is.
-        // - alive and unchanged while `self` is borrowed: what the edit made changes only by `&mut self`; what it did
-        //   not make is published, so it never changes (Inv. 2) and stays while we are pinned (Inv. 3); and an area
-        //   that was inserted here is counted in `added`.
-        unsafe { Areas::below(self.root) }
+        // - alive and unchanged while `self` is borrowed: a node of this edit changes only by `&mut
+        //   self`; any other node is published, so it never changes (Inv. 2) and stays while we are
+        //   pinned (Inv. 3); and an area that was inserted here is counted in `added`.
+        unsafe { Subtree::below(self.root) }
     }
 
     /// The number of areas.
@@ -90,8 +95,8 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         self.areas().iter(range)
     }
 
-    /// The lowest `len` bytes inside `within` that no area holds and that start at a multiple of `alignment`: see
-    /// [`Areas::first_fit`].
+    /// The lowest `len` bytes inside `within` that no area holds and that start at a multiple of
+    /// `alignment`: see [`Subtree::first_fit`].
     pub(crate) fn first_fit(
         &self,
         within: IovaRange,
@@ -105,13 +110,13 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
     pub(crate) fn rules(&self) -> &R {
         match &self.rules {
             Some(rules) => rules,
-            // SAFETY: the root is alive and unchanged while we are pinned, by the contract of `new`, and so are its rules
-            // (Inv. 2 and 3).
+            // SAFETY: the root is alive and unchanged while we are pinned, by the contract of
+            // `new`, and so are its rules (Inv. 2 and 3).
             None => unsafe { self.base_root().rules() },
         }
     }
 
-    /// The version that the tree has when this is published: see
+    /// The version that the tree has after this is published: see
     /// [`Snapshot::version`](super::Snapshot::version).
     pub(crate) fn version(&self) -> u64 {
         self.base_root().version + 1
@@ -119,7 +124,8 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
 
     /// The root that the edit began with.
     fn base_root(&self) -> &Root<T, F, R> {
-        // SAFETY: a tree's root is never null; alive and unchanged while we are pinned, by the contract of `new`.
+        // SAFETY: a tree's root is never null; alive and unchanged while we are pinned, by the
+        // contract of `new`.
         unsafe { &*self.base }
     }
 
@@ -131,7 +137,7 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
     /// Maps `area` at `range`. The same area may be mapped at several ranges.
     ///
     /// # Errors
-    /// [`Error::Overlap`] with the lowest area in the way; nothing is changed.
+    /// [`Error::Overlap`] with the lowest existing area that overlaps `range`; nothing is changed.
     pub(crate) fn insert(&mut self, range: IovaRange, area: &Arc<T>) -> Result<(), Error> {
         if let Some(existing) = self.first_intersecting(range) {
             return Err(Error::Overlap {
@@ -141,7 +147,7 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         }
         self.pool.added.push(Arc::clone(area));
         self.pool.drop_areas(1);
-        let slot = Slot {
+        let slot = NodeSlot {
             start: range.start().get(),
             last: range.last().get(),
             hole: 0,
@@ -150,7 +156,7 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         if self.root.is_null() {
             self.root = Box::into_raw(self.pool.empty(0, self.stamp));
         }
-        // SAFETY: a node; alive, and nobody holds a unique reference to it.
+        // SAFETY: a node; alive, and no unique reference to it exists.
         let root = unsafe { &*self.root };
         let found = root.find(slot.start);
         let highest = found == root.len();
@@ -163,7 +169,8 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         Ok(())
     }
 
-    /// Unmaps the area that starts at `start`; `None` if there is none, then nothing is changed.
+    /// Unmaps the area that starts at `start`. Returns `None`, and changes nothing, if there is
+    /// none.
     pub(crate) fn remove(&mut self, start: Iova) -> Option<Arc<T>> {
         let entry = self
             .areas()
@@ -172,23 +179,26 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         let pointer = entry.pointer();
         entry.prefetch();
         self.pool.open.areas.push(pointer);
-        // SAFETY: a node, as it holds an area; alive, and nobody holds a unique reference to it.
+        // SAFETY: a node, as it holds an area; alive, and no unique reference to it exists.
         let found = unsafe { &*self.root }.find(start.get());
         self.root = self.owned(self.root);
-        // SAFETY: made by this edit: by the line above. It holds an area that starts at `start`: `lookup` found it.
+        // SAFETY: made by this edit: by the line above. It holds an area that starts at `start`:
+        // `lookup` found it.
         unsafe { self.remove_below(self.root, found, start) };
         self.shrink();
-        // Last, as the count is seldom in a cache.
+        // Last, because the count is seldom in a cache.
         // SAFETY:
         // - from `Arc::into_raw`: leaves hold nothing else.
-        // - alive: the count of the tree is released only by whoever publishes its removal, and not before we unpin
-        //   (Inv. 3); or, if this edit inserted it, by dropping the edit, which is borrowed.
+        // - alive: the count of the tree is released only by the update that publishes the removal,
+        //   and not before we unpin (Inv. 3); or, if this edit inserted it, by dropping the edit,
+        //   which is borrowed.
         unsafe { Arc::increment_strong_count(pointer) };
         // SAFETY: from `Arc::into_raw`, and the count that it takes over is the one made above.
         Some(unsafe { Arc::from_raw(pointer) })
     }
 
-    /// Makes the edit the state of the tree whose root is `root`, if that is still what the edit began with.
+    /// Publishes the edit as the state of the tree whose root is `root`, if `base` is still the
+    /// current root. Returns whether it did.
     ///
     /// # Safety
     /// `root` is where `base` was loaded from.
@@ -202,7 +212,8 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
             (base.node, base.rules, base.version)
         };
         if self.root == node && self.rules.is_none() {
-            // Nothing was changed, or an empty tree is empty again. The areas that came and went are dropped with us.
+            // Nothing was changed, or an empty tree is empty again. Areas that were inserted and
+            // removed again are dropped with the edit.
             return true;
         }
         let next = Box::into_raw(self.pool.root(Root {
@@ -211,9 +222,11 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
             version: version + 1,
             witness: Witness::new(),
         }));
-        // Success, Release: pairs with the Acquires in `AreaTree::snapshot` and `AreaTree::update`; publishes the rules,
-        // nodes and areas of this edit, and, as `base` was loaded with Acquire, all that it shares with older roots.
-        // Failure, Relaxed: what was found is not looked at; the next attempt loads the root again.
+        // Success, Release: pairs with the Acquires in `AreaTree::snapshot` and `AreaTree::update`.
+        // A thread that sees this root sees the rules, nodes and areas of this edit and, because
+        // `base` was loaded with Acquire, all that it shares with older roots. A thread that does
+        // not see it has an older root, whose memory its pin keeps. Failure, Relaxed: the value
+        // found is ignored; the next attempt loads the root again.
         let published = root
             .compare_exchange(
                 self.base,
@@ -226,31 +239,34 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
             // From here on the nodes are not ours to free.
             self.root = ptr::null_mut();
             for area in self.pool.added.drain(..) {
-                // The count is the tree's.
+                // The tree owns the count now.
                 let _ = Arc::into_raw(area);
             }
-            // What is open is garbage now: it was reachable from `base`, and is not from the new root; what is
-            // unreachable never becomes reachable again. Only the winner of this compare-exchange puts it there (Inv. 4).
+            // The open lists are garbage now. Their nodes were reachable from `base` and are not
+            // from the new root, and nothing that is unreachable becomes reachable again. Only the
+            // thread that performed this compare-exchange adds them (Inv. 4).
             self.pool.open.roots.push(self.base);
             if let Some(new) = self.rules.take() {
-                // The count is the tree's, and that of the old rules is garbage.
+                // The tree owns the count of the new rules now; that of the old rules is garbage.
                 let _ = Arc::into_raw(new);
                 self.pool.open.rules.push(rules);
             }
             self.before = (self.pool.open.nodes.len(), self.pool.open.areas.len());
-            // SAFETY: see above; garbage of earlier updates was left there by their winners.
+            // SAFETY: see above; garbage of earlier updates was left there by the threads that
+            // published them.
             unsafe { self.pool.hand_over_if_full(self.pinned) };
         } else {
-            // SAFETY: made by `Box::into_raw` above, and nobody else has seen it. The nodes below it are freed with the
-            // edit.
+            // SAFETY: made by `Box::into_raw` above, and no other thread has seen it. The nodes
+            // below it are freed with the edit.
             self.pool.recycle_root(unsafe { Box::from_raw(next) });
         }
         published
     }
 
-    /// A node with the slots of `node` that this edit may change: `node` itself, or a copy that replaces it.
+    /// A node with the slots of `node` that this edit may change: `node` itself, or a copy that
+    /// replaces it.
     fn owned(&mut self, node: *mut Node<T, F>) -> *mut Node<T, F> {
-        // SAFETY: a node below the root; alive, and nobody holds a unique reference to it.
+        // SAFETY: a node below the root; alive, and no unique reference to it exists.
         let shared = unsafe { &*node };
         if shared.stamp() == self.stamp {
             return node;
@@ -259,9 +275,9 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         Box::into_raw(self.pool.copy(shared, self.stamp))
     }
 
-    /// Lets go of a node that is no longer below the root of the edit.
+    /// Gives up a node that is no longer below the root of the edit.
     fn discard(&mut self, node: *mut Node<T, F>) {
-        // SAFETY: alive: the edit's own nodes are freed by nobody else, others live while we are pinned.
+        // SAFETY: alive: only this edit frees its own nodes, and others live while we are pinned.
         if unsafe { &*node }.stamp() == self.stamp {
             // SAFETY: made by `Box::into_raw` in this edit, and nothing points to it any more.
             self.pool.recycle(unsafe { Box::from_raw(node) });
@@ -270,28 +286,30 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         }
     }
 
-    /// Makes the child in slot `at` of `parent` one of this edit. Returns it, and which of its slots is the first whose last
-    /// address is not below `x`.
+    /// Makes the child in slot `at` of `parent` a node of this edit. Returns the child, and its
+    /// first slot whose last address is not below `x`.
     ///
     /// # Safety
-    /// `parent` was made by this edit, is not a leaf, and has a slot `at`. Nobody holds a reference to it.
+    /// `parent` was made by this edit, is not a leaf, and has a slot `at`. No reference to it
+    /// exists.
     unsafe fn owned_child(
         &mut self,
         parent: *mut Node<T, F>,
         at: usize,
         x: u64,
     ) -> (*mut Node<T, F>, usize) {
-        // SAFETY: made by this edit, so nobody else reaches it, and not borrowed, by our contract.
+        // SAFETY: made by this edit, so no other thread reaches it, and not borrowed, by our
+        // contract.
         let parent = unsafe { &mut *parent };
         let slot = parent.slot(at);
-        // SAFETY: a node below the root; alive, and nobody holds a unique reference to it.
-        // Not in the copy: this one was looked at a moment ago, and the copy is still on its way to a cache.
+        // SAFETY: a node below the root; alive, and no unique reference to it exists.
+        // Searches the old node, which a search read a moment ago; the copy is not in a cache yet.
         let found = unsafe { &*parent.child(at) }.find(x);
         let child = self.owned(parent.child(at));
         // At once, so that at every moment the nodes of the edit are exactly those below its root.
         parent.set(
             at,
-            Slot {
+            NodeSlot {
                 pointer: child.cast_const().cast(),
                 ..slot
             },
@@ -299,28 +317,29 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         (child, found)
     }
 
-    /// Inserts `slot` into the leaf below `node` where it belongs. If `node` was full, its upper half comes back as a
-    /// node of its own; if `slot` lies behind all areas of the tree (`highest`), then only what is new does, so that
-    /// ascending inserts leave full nodes behind. If not, what became of its holes comes back.
+    /// Inserts `slot` into the leaf below `node` in which it belongs. If `node` was full, its upper
+    /// half is returned as a node of its own. If `slot` lies above all areas of the tree
+    /// (`highest`), only the new slot moves to that node, so that ascending inserts leave full
+    /// nodes. If `node` was not full, the change of its holes is returned.
     ///
     /// `found` is the first slot of `node` whose last address is not below that of `slot`.
     ///
     /// # Safety
-    /// `node` was made by this edit, and nobody holds a reference to it or to nodes below it. The addresses of `slot`
-    /// are free.
+    /// `node` was made by this edit, and no reference to it or to nodes below it exists. The
+    /// addresses of `slot` are free.
     unsafe fn insert_below(
         &mut self,
         node: *mut Node<T, F>,
         found: usize,
-        slot: Slot,
+        slot: NodeSlot,
         highest: bool,
     ) -> Inserted<T, F> {
-        // SAFETY: alive, by our contract; used no more once the child is made our own.
+        // SAFETY: alive, by our contract; not used again after the child is made our own.
         let before = unsafe { &*node };
         let (at, slot) = if before.is_leaf() {
             (found, slot)
         } else {
-            // Behind the last slot, the last child grows.
+            // Above the last slot, the last child grows.
             let at = found.min(before.len() - 1);
             // SAFETY: `node` is not a leaf and has a slot `at`; the rest is our contract.
             let (child, found) = unsafe { self.owned_child(node, at, slot.start) };
@@ -348,11 +367,11 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         if node.len() < F {
             let before = node.hole_before(at);
             node.insert(at, slot);
-            // Above the leaves the slot before this one has changed as well.
+            // Above the leaves, the slot below this one has changed as well.
             let now = node.hole_around(at);
-            return Inserted::Within(node.is_leaf().then_some(Change { before, now }));
+            return Inserted::Within(node.is_leaf().then_some(HoleChange { before, now }));
         }
-        // The path of a highest area is the right edge, where the new slot always is the last.
+        // The path to a highest area is the right edge, where the new slot is always the last.
         let mut right = self.pool.empty(node.level(), self.stamp);
         node.split(if highest { F } else { F / 2 }, &mut right);
         if at <= node.len() && !highest {
@@ -379,19 +398,20 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         self.root = Box::into_raw(root);
     }
 
-    /// Removes the area that starts at `start`, in or below slot `at` of `node`. `node` may be left without slots; what is
-    /// below it is not. Returns what became of its holes, if only one place of it has changed.
+    /// Removes the area that starts at `start`, in or below slot `at` of `node`. `node` may be left
+    /// without slots; nodes below it are not. Returns the change of its holes, if only one place of
+    /// it has changed.
     ///
     /// # Safety
-    /// `node` was made by this edit, nobody holds a reference to it or to nodes below it, and an area in or below its slot
-    /// `at` starts at `start`.
+    /// `node` was made by this edit, no reference to it or to nodes below it exists, and an area in
+    /// or below its slot `at` starts at `start`.
     unsafe fn remove_below(
         &mut self,
         node: *mut Node<T, F>,
         at: usize,
         start: Iova,
-    ) -> Option<Change> {
-        // SAFETY: alive, by our contract; used no more after this line.
+    ) -> Option<HoleChange> {
+        // SAFETY: alive, by our contract; not used again after this line.
         if unsafe { &*node }.is_leaf() {
             // SAFETY: made by this edit, not borrowed.
             let node = unsafe { &mut *node };
@@ -399,9 +419,10 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
             node.remove(at);
             node.areas -= 1;
             let now = node.hole_before(at);
-            return Some(Change { before, now });
+            return Some(HoleChange { before, now });
         }
-        // SAFETY: `node` is not a leaf, and the slot exists as an area below it ends at or behind `start`.
+        // SAFETY: `node` is not a leaf, and the slot exists, because an area below it ends at or
+        // above `start`.
         let (child, found) = unsafe { self.owned_child(node, at, start.get()) };
         // SAFETY: `owned_child` made it one of this edit; it holds `start` as slots are exact.
         let change = unsafe { self.remove_below(child, found, start) };
@@ -424,10 +445,12 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         Some(change)
     }
 
-    /// Takes the slots of a neighbour into `child`, which slot `at` of `node` points to, if they fit.
+    /// Moves the slots of a neighbour into `child`, if they fit. Slot `at` of `node` points to
+    /// `child`.
     ///
     /// # Safety
-    /// `node` and `child` were made by this edit; nobody holds a reference to `child` or to other nodes below `node`.
+    /// `node` and `child` were made by this edit. No reference to `child` or to other nodes below
+    /// `node` exists.
     unsafe fn merge(&mut self, node: &mut Node<T, F>, at: usize, child: *mut Node<T, F>) {
         let left = at.checked_sub(1);
         let right = Some(at + 1).filter(|&right| right < node.len());
@@ -452,7 +475,7 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         }
     }
 
-    /// Drops roots that do not branch.
+    /// Drops roots that have one child.
     fn shrink(&mut self) {
         loop {
             // SAFETY: a node below the root of this edit; alive, not borrowed.
@@ -473,21 +496,25 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
 
 impl<T, const F: usize, R> Drop for Edit<'_, T, F, R> {
     fn drop(&mut self) {
-        // What the edit meant to replace stays with the tree; nothing of it, if the edit was published.
+        // The nodes and areas that the edit meant to replace stay with the tree. If it was
+        // published, there are none.
         self.pool.open.nodes.truncate(self.before.0);
         self.pool.open.areas.truncate(self.before.1);
         if !self.root.is_null() {
-            // SAFETY: the edit was not published, so nobody else reaches what it made, and it is used no more.
+            // SAFETY: the edit was not published, so no other thread reaches its nodes, and they
+            // are not used again.
             unsafe { recycle_stamped(self.root, self.stamp, &mut self.pool) };
         }
         self.pool.added.clear();
     }
 }
 
-/// Recycles the nodes from `node` down that carry `stamp`. Parents of such nodes carry it too (Inv. 5).
+/// Recycles the nodes from `node` down that carry `stamp`. Parents of such nodes carry it too (Inv.
+/// 5).
 ///
 /// # Safety
-/// `node` is alive. Nodes with that stamp were made by `Box::into_raw` and are reached by nobody else, now or later.
+/// `node` is alive. Nodes with that stamp were made by `Box::into_raw`, and no other thread reaches
+/// them, now or later.
 unsafe fn recycle_stamped<T, const F: usize, R>(
     node: *mut Node<T, F>,
     stamp: u64,
@@ -504,7 +531,7 @@ unsafe fn recycle_stamped<T, const F: usize, R>(
             unsafe { recycle_stamped(shared.child(at), stamp, pool) };
         }
     }
-    // SAFETY: ours, by our contract; the reference is used no more.
+    // SAFETY: ours, by our contract; the reference is not used again.
     pool.recycle(unsafe { Box::from_raw(node) });
 }
 
@@ -513,7 +540,8 @@ fn count_areas<T, const F: usize>(node: &Node<T, F>) -> usize {
     if node.is_leaf() {
         return node.len();
     }
-    // SAFETY: slots of nodes above the leaves point to nodes, alive as long as their parent is being edited.
+    // SAFETY: slots of nodes above the leaves point to nodes, alive as long as their parent is
+    // being edited.
     let areas = |at| unsafe { &*node.child(at) }.areas;
     (0..node.len()).map(areas).sum()
 }

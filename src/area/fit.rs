@@ -1,22 +1,22 @@
-//! First fit: the lowest free place that is long enough.
+//! First fit: the lowest free range that is long enough.
 //!
-//! One descent in ascending order of addresses, with a floor that moves up behind each area. A subtree whose longest
-//! hole (Inv. 6) is shorter than what is asked for is stepped over as if it were one area; holes between subtrees are
-//! looked at from their parent.
+//! One descent in ascending order of addresses, with a floor that moves to the end of each area. A
+//! subtree whose longest hole (Inv. 6) is shorter than the requested length is skipped as if it
+//! were one area. The search looks at holes between subtrees from their parent.
 //!
 //! # Cost
-//! O(F log n) if every hole of `len` bytes can hold the range: one descent in vain, along the floor, and the one that
-//! finds it. That is so for an alignment of 1, and where areas start and end at multiples of the alignment. Otherwise
-//! each hole that is long enough but not aligned can cost one descent more; a hole of `len + alignment - 1` bytes always
-//! fits.
+//! O(F log n) if every hole of `len` bytes can hold the range: one descent along the floor that
+//! finds nothing, and the one that finds the range. That is so for an alignment of 1, and if areas
+//! start and end at multiples of the alignment. Otherwise each hole that is long enough but not
+//! aligned can cost one more descent. A hole of `len + alignment - 1` bytes always fits.
 
 use super::node::Node;
-use super::snapshot::Areas;
+use super::snapshot::Subtree;
 use crate::units::{Granule, Iova, IovaRange};
 
-impl<'a, T, const F: usize> Areas<'a, T, F> {
-    /// The lowest `len` bytes inside `within` that no area holds and that start at a multiple of `alignment`. `len` is
-    /// not 0.
+impl<'a, T, const F: usize> Subtree<'a, T, F> {
+    /// The lowest `len` bytes inside `within` that no area holds and that start at a multiple of
+    /// `alignment`. `len` is not 0.
     pub(super) fn first_fit(
         self,
         within: IovaRange,
@@ -35,11 +35,11 @@ impl<'a, T, const F: usize> Areas<'a, T, F> {
         found.or_else(|| search.hole_to(within.last().get()))
     }
 
-    /// Looks at the holes below `node` and before it, and moves the floor behind it.
+    /// Looks at the holes inside `node` and right below it, and moves the floor above it.
     fn fit_below(self, node: &'a Node<T, F>, search: &mut Search) -> Option<IovaRange> {
         let first = search.floor.map_or(node.len(), |floor| node.find(floor));
         for at in first..node.len() {
-            // The hole before the slot.
+            // The hole below the slot.
             let start = node.start(at);
             if let Some(before) = start.checked_sub(1) {
                 let found = search.hole_to(before);
@@ -66,7 +66,7 @@ impl<'a, T, const F: usize> Areas<'a, T, F> {
 }
 
 struct Search {
-    /// The lowest address that may still be used; `None` behind the last address.
+    /// The lowest address that may still be used; `None` above the last address.
     floor: Option<u64>,
     /// The last address that may be used.
     last: u64,
@@ -75,7 +75,7 @@ struct Search {
 }
 
 impl Search {
-    /// The range, if it fits from the floor up to `last` and not beyond the bounds.
+    /// The range, if it fits between the floor and `last`, inside the bounds.
     fn hole_to(&self, last: u64) -> Option<IovaRange> {
         let last = last.min(self.last);
         // Checked: near 2^64 there may be no aligned address above the floor.

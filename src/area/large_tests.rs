@@ -22,7 +22,8 @@ fn first_fit(model: &BTreeMap<u64, u64>, len: u64) -> u64 {
     floor
 }
 
-/// `batches` of `size` inserts, each batch with some removes; then lookups, holes and first fits as in the model.
+/// `batches` of `size` inserts, each batch with some removes; then lookups, holes and first fits,
+/// compared with the model.
 fn agrees(batches: u64, size: u64) {
     const PAGE: u64 = 4096;
     let tree: AreaTree<u64> = AreaTree::new();
@@ -86,7 +87,7 @@ fn many_areas_agree_with_a_btree_map() {
 
 #[test]
 fn one_million_areas_agree_with_a_btree_map() {
-    // Unoptimised, a fifth of it.
+    // Unoptimised builds run a fifth of it.
     let batches = if cfg!(debug_assertions) { 20 } else { 107 };
     agrees(batches, 10_000);
 }

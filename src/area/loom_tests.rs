@@ -1,8 +1,9 @@
 //! Models: two updates that exclude each other, by areas or by rules, and updates against a reader.
 //!
-//! The payload of an area is a cell that the model watches: it is written before the area is inserted and when the area
-//! is dropped. A read without happens-before to either write, which is what a missing Acquire or Release or an area
-//! freed under a reader comes down to, fails the model; so does an area that is leaked.
+//! The payload of an area is a cell that the model watches: it is written before the area is
+//! inserted and when the area is dropped. The model fails at a read that is not ordered against
+//! both writes: a missing Acquire or Release causes one, and so does an area that is freed while a
+//! reader has it. It also fails if an area is leaked.
 
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
@@ -22,8 +23,8 @@ struct Watched {
     drops: &'static AtomicUsize,
 }
 
-// SAFETY: `value` is not Sync: `get` only reads, and the one write is in `drop`, which has exclusive access. That the
-// tree grants it is what the model checks.
+// SAFETY: `value` is not Sync. `get` only reads, and the one write is in `drop`, which has
+// exclusive access. The model checks that the tree grants it.
 unsafe impl Sync for Watched {}
 
 impl Watched {
@@ -68,14 +69,15 @@ fn areas(tree: &Tree) -> Vec<u64> {
         .collect()
 }
 
-/// Below three preemptions, no reader is stopped between its pin and its load of the root, and a root that is published with
-/// Relaxed passes.
+/// Below three preemptions, no reader is stopped between its pin and its load of the root, and a
+/// model with a Relaxed publication of the root passes.
 const BOUND: Bound = Bound::between(3, usize::MAX);
 
-/// For two writers, which meet at the compare-exchange of the root.
+/// For two writers, which compete at the compare-exchange of the root.
 const WRITERS: Bound = Bound::between(2, 2);
 
-/// Runs the model, which asserts what must hold, and asserts that there was something to explore.
+/// Runs the model, which asserts what must hold, and asserts that there was more than one
+/// execution.
 fn explore(bound: Bound, model: impl Fn() + Send + Sync + Copy + 'static) {
     let explored = model::explore(bound, None, move || {
         model();
@@ -110,7 +112,7 @@ fn of_two_overlapping_inserts_one_wins() {
 
 #[test]
 fn of_two_disjoint_inserts_none_is_lost() {
-    /// Inserts after a look at what is there: an edit reads what others published.
+    /// Inserts after a look at the existing areas: an edit reads what other threads published.
     fn insert(tree: &Tree, range: IovaRange, value: u64) {
         let area = Watched::new(value);
         tree.update(|edit| {
@@ -164,7 +166,7 @@ fn two_allocations_never_share_an_address() {
 
 #[test]
 fn of_a_map_and_a_reservation_one_wins() {
-    /// What is reserved, watched like the payload of an area.
+    /// The reserved range, watched like the payload of an area.
     #[derive(Default)]
     struct Reserved(Option<(IovaRange, Arc<Watched>)>);
     type Ruled = AreaTree<Watched, 4, Reserved>;
@@ -240,8 +242,9 @@ fn of_two_removes_one_wins() {
 
 #[test]
 fn a_reader_sees_a_batch_whole_and_nothing_is_freed_under_it() {
-    // In how many executions the reader saw the state before the batch; how often the old area was dropped; and in how
-    // many executions that happened before the threads ended, because the reader was not pinned.
+    // Three counts: executions in which the reader saw the state before the batch; drops of the old
+    // area; and executions in which that drop happened before the threads ended, because the reader
+    // was not pinned.
     static SAW_OLD: AtomicUsize = AtomicUsize::new(0);
     static DROPS: AtomicUsize = AtomicUsize::new(0);
     static FREED_EARLY: AtomicUsize = AtomicUsize::new(0);
@@ -259,8 +262,8 @@ fn a_reader_sees_a_batch_whole_and_nothing_is_freed_under_it() {
                     edit.insert(range(20, 29), &Watched::new(3)).unwrap();
                     Ok::<_, Infallible>(())
                 });
-                // Each call advances the epoch by one, unless the reader holds it back, and the next one drops what
-                // has returned.
+                // Each call advances the epoch by one, unless the reader holds it back, and the
+                // next call drops what has returned.
                 tree.reclaim();
                 tree.reclaim();
                 tree.reclaim();
@@ -287,8 +290,9 @@ fn a_reader_sees_a_batch_whole_and_nothing_is_freed_under_it() {
     );
 }
 
-/// Invariant 8, and that what was replaced is used again only behind its readers: a snapshot has as many areas as updates came
-/// before it. Areas are plain numbers here, so that what is seen too early is counted and not a panic.
+/// Invariant 8, and that what was replaced is used again only after its readers have left: a
+/// snapshot has as many areas as there were updates before it. Areas are plain numbers here, so
+/// that a read that comes too early is counted instead of causing a panic.
 #[test]
 fn a_node_is_not_used_again_under_a_reader() {
     holds_within(BOUND, &[Step::WaitForReaders, Step::PublishRoot], || {
@@ -298,16 +302,18 @@ fn a_node_is_not_used_again_under_a_reader() {
         let writer = {
             let (tree, between) = (Arc::clone(&tree), Arc::clone(&between));
             thread::spawn(move || {
-                // The second insert takes the node and the root that the first one replaced, if they have returned.
+                // The second insert uses the node and the root that the first one replaced, if they
+                // have returned.
                 tree.insert(range(10, 19), Arc::new(2)).unwrap();
                 tree.insert(range(20, 29), Arc::new(3)).unwrap();
                 between.store(true, Ordering::Relaxed);
             })
         };
         let snapshot = tree.snapshot();
-        // Each update has added one area. From here on only nodes are looked at.
+        // Each update has added one area. From here on the model looks only at nodes.
         let areas = snapshot.version() as usize;
-        // What a walk has in hand, and all anew from the root: both are the state of that moment, whatever came between.
+        // The walk that is under way, and a new one from the root: both see the state of that
+        // moment, even if updates were published in between.
         let mut walk = snapshot.iter(IovaRange::ALL);
         let first = walk.next().is_some();
         between.load(Ordering::Relaxed);
@@ -319,7 +325,7 @@ fn a_node_is_not_used_again_under_a_reader() {
     });
 }
 
-/// Two threads update, each with the pool that the other has left behind.
+/// Two threads update, each with the pool that the other one has put back.
 #[test]
 fn updates_hand_each_other_their_pool() {
     holds_within(WRITERS, &[Step::PublishPool], || {
@@ -334,8 +340,8 @@ fn updates_hand_each_other_their_pool() {
     });
 }
 
-/// Insert, removal, reclaim and a snapshot at once: the reader sees a state that was, and in the end all is there that was not
-/// removed.
+/// Insert, removal, reclaim and a snapshot at once: the reader sees a state that existed, and in
+/// the end all areas are there that were not removed.
 #[test]
 fn an_insert_and_a_removal_against_a_reader() {
     holds_within(BOUND, &[Step::PublishRoot], || {

@@ -1,12 +1,13 @@
-//! The tree alone, for benches that hold it against other maps.
+//! The tree alone, for benches that compare it with other maps.
 
 use super::tree::AreaTree;
 use crate::error::Error;
 use crate::sync::Arc;
 use crate::units::{Granule, Iova, IovaRange};
 
-/// A map from non-overlapping ranges to values: the tree below an [`AddressSpace`](crate::AddressSpace), without marks,
-/// sources, states or flushes. Not part of the API.
+/// A map from non-overlapping ranges to values: the tree that an
+/// [`AddressSpace`](crate::AddressSpace) uses, without marks, sources, states or flushes. Not part
+/// of the API.
 #[derive(Debug)]
 pub struct AreaMap<T: Send + Sync + 'static>(AreaTree<T>);
 
@@ -36,18 +37,20 @@ impl<T: Copy + Send + Sync + 'static> AreaMap<T> {
         }
     }
 
-    /// The value at `iova`. Lock-free, and never delayed by what updates leave behind.
+    /// The value at `iova`. Lock-free; never frees or drops what updates left.
     #[inline]
     pub fn lookup(&self, iova: Iova) -> Option<T> {
         self.0.snapshot().lookup(iova).map(|entry| *entry.area)
     }
 
-    /// The lowest `len` bytes, not 0, inside `within` that are free and start at a multiple of `alignment`.
+    /// The lowest `len` bytes, not 0, inside `within` that are free and start at a multiple of
+    /// `alignment`.
     pub fn first_fit(&self, within: IovaRange, len: u64, alignment: Granule) -> Option<IovaRange> {
         self.0.snapshot().first_fit(within, len, alignment)
     }
 
-    /// Visits all ranges of one moment in order. Returns how many updates were published meanwhile.
+    /// Visits all ranges of one moment in ascending order. Returns how many updates were published
+    /// meanwhile.
     pub fn scan(&self, mut visit: impl FnMut(IovaRange, &T)) -> u64 {
         let snapshot = self.0.snapshot();
         for entry in snapshot.iter(IovaRange::ALL) {
@@ -56,7 +59,7 @@ impl<T: Copy + Send + Sync + 'static> AreaMap<T> {
         snapshot.age()
     }
 
-    /// Drops what no reader can reach any more.
+    /// Drops the values that no reader can reach any more.
     pub fn reclaim(&self) {
         self.0.reclaim();
     }

@@ -1,36 +1,38 @@
-//! A node: up to `F` slots, each an inclusive range and what lies there.
+//! A node: up to `F` slots, each with an inclusive range and a pointer to the area or child there.
 //!
-//! Keys have cache lines of their own: a search reads the `last` addresses, two lines at a fan-out of 16, and then one
-//! line more, with where the slot leads and its first address. All searches are one primitive, [`Node::find`].
+//! Keys have cache lines of their own. A search reads the `last` addresses, two lines at a fan-out
+//! of 16, and then one more line, which holds the pointer and the first address. All searches use
+//! [`Node::find`].
 
 use std::marker::PhantomData;
 
 use crate::units::{Iova, IovaRange};
 
-/// What one slot of a node says.
+/// The contents of one slot of a node.
 #[derive(Clone, Copy)]
-pub(super) struct Slot {
+pub(super) struct NodeSlot {
     /// The first address below.
     pub(super) start: u64,
     /// The last address below.
     pub(super) last: u64,
     /// The length of the longest hole between two neighbouring areas below (Inv. 6); 0 in a leaf.
     pub(super) hole: u64,
-    /// In a leaf the area, as `Arc::into_raw` gave it; otherwise the child, as `Box::into_raw` gave it.
+    /// In a leaf the area, as `Arc::into_raw` returned it; otherwise the child, as `Box::into_raw`
+    /// returned it.
     pub(super) pointer: *const (),
 }
 
-/// What a search needs of the slot that it found, side by side.
+/// The fields of a slot that a search needs after it has found the slot, next to each other.
 #[derive(Clone, Copy)]
 struct Target {
     pointer: *const (),
     start: u64,
 }
 
-/// What a change did to the holes of a node, if it was at one place: the longest hole that it may have closed, and the
-/// longest one that it may have opened.
+/// How a change in one place of a node affects its holes: the longest hole that it may have closed,
+/// and the longest one that it may have opened.
 #[derive(Clone, Copy)]
-pub(super) struct Change {
+pub(super) struct HoleChange {
     pub(super) before: u64,
     pub(super) now: u64,
 }
@@ -38,18 +40,20 @@ pub(super) struct Change {
 /// See the [module](self). Slots `0..len` are in use and in ascending order.
 #[repr(C, align(64))]
 pub(super) struct Node<T, const F: usize> {
-    /// The last address below each slot; `u64::MAX` in slots that are not in use, so that a search needs no length.
+    /// The last address below each slot. It is `u64::MAX` in slots that are not in use, so that a
+    /// search needs no length.
     last: [u64; F],
     target: [Target; F],
-    /// The longest hole below each slot (Inv. 6); a search for a free range skips what cannot hold it. Without meaning in a
-    /// leaf, which neither looks at them nor copies them.
+    /// The length of the longest hole below each slot (Inv. 6). A search for a free range skips
+    /// subtrees without a hole that is long enough. Without meaning in a leaf, where no code reads
+    /// or copies it.
     hole: [u64; F],
     len: usize,
     /// Areas in this subtree.
     pub(super) areas: usize,
-    /// Which edit made the node; see invariant 5.
+    /// Identifies the edit that made the node; see invariant 5.
     stamp: u64,
-    /// Levels below this one; a leaf is at level 0.
+    /// The number of levels below this one; a leaf is at level 0.
     level: u8,
     points_to: PhantomData<*const T>,
 }
@@ -60,7 +64,7 @@ impl<T, const F: usize> Clone for Node<T, F> {
     }
 }
 
-// A copy owns nothing: who owns what a node points to is for the tree to know (Inv. 4).
+// A copy owns nothing: the tree keeps track of the ownership of what a node points to (Inv. 4).
 impl<T, const F: usize> Copy for Node<T, F> {}
 
 impl<T, const F: usize> Node<T, F> {
@@ -96,9 +100,9 @@ impl<T, const F: usize> Node<T, F> {
         Box::new(Node { stamp, ..*self })
     }
 
-    /// Makes this node, which nobody reaches, the same as [`Node::copy`] of `node`.
+    /// Makes this node, which no other thread reaches, the same as [`Node::copy`] of `node`.
     pub(super) fn copy_from(&mut self, node: &Self, stamp: u64) {
-        // Field by field: a leaf has no holes, and a struct that is made of another one is copied twice.
+        // Field by field: a leaf has no holes, and a struct expression would copy the node twice.
         self.last = node.last;
         self.target = node.target;
         if node.level > 0 {
@@ -110,9 +114,9 @@ impl<T, const F: usize> Node<T, F> {
         self.stamp = stamp;
     }
 
-    /// Makes this node, which nobody reaches, one without slots.
+    /// Makes this node, which no other thread reaches, one without slots.
     pub(super) fn clear(&mut self, level: u8, stamp: u64) {
-        // The other fields of a slot are not looked at before it is set.
+        // The other fields of a slot are set before they are read.
         self.last = [u64::MAX; F];
         self.len = 0;
         self.areas = 0;
@@ -141,12 +145,13 @@ impl<T, const F: usize> Node<T, F> {
     pub(super) fn find(&self, x: u64) -> usize {
         #[cfg(test)]
         crate::compared::one();
-        // Over all `F` slots, a constant: what lies below `x` is a prefix, and slots not in use are never below.
+        // Over all `F` slots, a constant: the slots below `x` are a prefix, and slots not in use
+        // are never below it.
         self.last.partition_point(|&last| last < x)
     }
 
-    /// Asks for the cache lines that a search reads, all at once: the search itself asks for each only when it has the one
-    /// before.
+    /// Prefetches the cache lines that a search reads, all at once. The search itself would load
+    /// each line only after the one before it.
     #[inline]
     pub(super) fn prefetch(&self) {
         // The lines of `last` and `target`.
@@ -159,7 +164,7 @@ impl<T, const F: usize> Node<T, F> {
         }
     }
 
-    /// Asks for all of it.
+    /// Prefetches all of the node.
     pub(super) fn prefetch_whole(&self) {
         for line in 0..size_of::<Self>() / 64 {
             prefetch(
@@ -170,16 +175,16 @@ impl<T, const F: usize> Node<T, F> {
         }
     }
 
-    /// Asks for what an edit reads as well.
+    /// Prefetches the lines of a search and those that an edit reads in addition.
     #[inline]
     pub(super) fn prefetch_to_change(&self) {
         self.prefetch();
         prefetch(std::ptr::from_ref(&self.len).cast());
     }
 
-    pub(super) fn slot(&self, at: usize) -> Slot {
+    pub(super) fn slot(&self, at: usize) -> NodeSlot {
         debug_assert!(at < self.len);
-        Slot {
+        NodeSlot {
             start: self.target[at].start,
             last: self.last[at],
             hole: self.hole(at),
@@ -211,8 +216,8 @@ impl<T, const F: usize> Node<T, F> {
         }
     }
 
-    /// The length of the longest hole between two neighbouring areas below this node: below one of its slots, or
-    /// between two of them.
+    /// The length of the longest hole between two neighbouring areas below this node: below one of
+    /// its slots, or between two of them.
     fn longest_hole(&self) -> u64 {
         let len = self.len.min(F);
         let below = match self.level {
@@ -256,9 +261,10 @@ impl<T, const F: usize> Node<T, F> {
         self.last[self.len..].iter().all(|&last| last == u64::MAX)
     }
 
-    /// What the parent of this node says of it. `pointer` is that of the node, which must have slots.
-    pub(super) fn as_slot(&self, pointer: *const Self) -> Slot {
-        Slot {
+    /// The slot by which the parent of this node refers to it. `pointer` points to this node, which
+    /// must have slots.
+    pub(super) fn as_slot(&self, pointer: *const Self) -> NodeSlot {
+        NodeSlot {
             start: self.target[0].start,
             last: self.last[self.len - 1],
             hole: self.longest_hole(),
@@ -266,15 +272,16 @@ impl<T, const F: usize> Node<T, F> {
         }
     }
 
-    /// The same after a change, from what the parent said before: looks at all holes only if it must.
-    fn as_slot_after(&self, change: Option<Change>, said: Slot) -> Slot {
+    /// The same after `change`, computed from the old slot of the parent. Looks at all holes only
+    /// if it must.
+    fn as_slot_after(&self, change: Option<HoleChange>, said: NodeSlot) -> NodeSlot {
         let hole = match change {
             Some(change) if change.now >= said.hole => change.now,
-            // The longest one is elsewhere.
+            // The longest hole is in another place.
             Some(change) if change.before < said.hole => said.hole,
             _ => self.longest_hole(),
         };
-        Slot {
+        NodeSlot {
             start: self.target[0].start,
             last: self.last[self.len - 1],
             hole,
@@ -282,13 +289,18 @@ impl<T, const F: usize> Node<T, F> {
         }
     }
 
-    /// Brings what slot `at` says of `child`, which it points to, up to date after `change`. Returns what that did to the
-    /// holes of this node.
-    pub(super) fn update(&mut self, at: usize, child: &Self, change: Option<Change>) -> Change {
+    /// Updates slot `at`, which points to `child`, after `change` in the child. Returns the change
+    /// of the holes of this node.
+    pub(super) fn update(
+        &mut self,
+        at: usize,
+        child: &Self,
+        change: Option<HoleChange>,
+    ) -> HoleChange {
         let said = self.slot(at);
         let before = self.hole_around(at);
         self.set(at, child.as_slot_after(change, said));
-        Change {
+        HoleChange {
             before,
             now: self.hole_around(at),
         }
@@ -301,7 +313,7 @@ impl<T, const F: usize> Node<T, F> {
             .max(self.hole_before(at + 1))
     }
 
-    /// The hole between slot `at` and the one before; 0 if one of them is not there.
+    /// The hole between slot `at` and the slot below it; 0 if one of them does not exist.
     pub(super) fn hole_before(&self, at: usize) -> u64 {
         if at == 0 || at >= self.len {
             return 0;
@@ -309,7 +321,7 @@ impl<T, const F: usize> Node<T, F> {
         self.target[at].start - self.last[at - 1] - 1
     }
 
-    pub(super) fn set(&mut self, at: usize, slot: Slot) {
+    pub(super) fn set(&mut self, at: usize, slot: NodeSlot) {
         debug_assert!(at < self.len);
         self.last[at] = slot.last;
         self.target[at] = Target {
@@ -321,8 +333,8 @@ impl<T, const F: usize> Node<T, F> {
         }
     }
 
-    /// Inserts `slot` as number `at`. There must be room.
-    pub(super) fn insert(&mut self, at: usize, slot: Slot) {
+    /// Inserts `slot` as number `at`. The node must not be full.
+    pub(super) fn insert(&mut self, at: usize, slot: NodeSlot) {
         debug_assert!(at <= self.len && self.len < F);
         self.last.copy_within(at..self.len, at + 1);
         if self.level > 0 {
@@ -344,7 +356,7 @@ impl<T, const F: usize> Node<T, F> {
         self.last[self.len] = u64::MAX;
     }
 
-    /// Appends the slots of `right`. There must be room.
+    /// Appends the slots of `right`. They must fit.
     pub(super) fn append(&mut self, right: &Self) {
         debug_assert!(self.level == right.level && self.len + right.len <= F);
         for at in 0..right.len {
@@ -353,7 +365,7 @@ impl<T, const F: usize> Node<T, F> {
         self.areas += right.areas;
     }
 
-    /// Prepends the slots of `left`. There must be room.
+    /// Prepends the slots of `left`. They must fit.
     pub(super) fn prepend(&mut self, left: &Self) {
         debug_assert!(self.level == left.level && self.len + left.len <= F);
         for at in 0..left.len {
@@ -362,8 +374,8 @@ impl<T, const F: usize> Node<T, F> {
         self.areas += left.areas;
     }
 
-    /// Moves the slots from number `from` on into `right`, which is empty. Both nodes' `areas` are left for the caller
-    /// to settle.
+    /// Moves the slots from number `from` on into `right`, which is empty. The caller corrects the
+    /// `areas` of both nodes.
     pub(super) fn split(&mut self, from: usize, right: &mut Self) {
         debug_assert!(from <= self.len && right.len == 0);
         for at in from..self.len {
@@ -374,7 +386,8 @@ impl<T, const F: usize> Node<T, F> {
     }
 }
 
-/// The greatest of some numbers; 0 if there are none. By two chains, so that half of the comparisons wait for each other.
+/// The greatest of some numbers; 0 if there are none. Two independent chains of comparisons, so
+/// that each waits for half as many.
 #[inline]
 fn greatest(mut numbers: impl Iterator<Item = u64>) -> u64 {
     let (mut one, mut other) = (0, 0);
@@ -385,13 +398,13 @@ fn greatest(mut numbers: impl Iterator<Item = u64>) -> u64 {
     one.max(other)
 }
 
-/// Asks for a cache line.
+/// Prefetches a cache line.
 #[inline]
 pub(super) fn prefetch(line: *const u8) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
     {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a hint; it neither faults nor reads, whatever the address.
+        // SAFETY: a hint; it neither faults nor reads, for any address.
         unsafe { _mm_prefetch(line.cast(), _MM_HINT_T0) };
     }
     #[cfg(not(all(target_arch = "x86_64", not(miri))))]

@@ -1,19 +1,24 @@
-//! The only user of the epoch: pins readers, and brings what nobody can reach any more back to the writers.
+//! The only user of the epoch: it pins readers, and after a grace period brings unreachable nodes
+//! and areas back to the updates.
 //!
 //! ```text
-//!  update --replaced--> open garbage --full--> epoch, one call --> returned --> pool of spare nodes --> next update
-//!                       (in the pool)          for all of it        (stack)     rules are dropped, areas by and by
+//!  update --replaced--> open garbage --full--> epoch, one call --> returned --> pool of spare
+//!                       (in the pool)          for all of it        (stack)     nodes, for the
+//!                                                                               next update
 //! ```
 //!
-//! The collector is the process-wide one of `crossbeam-epoch`: to pin is to store into a word of this thread, without
-//! any registration after the first time. Now and then it makes whoever pins run calls of others. So what is deferred
-//! here is one call for the garbage of many updates, and it does no more than push that garbage onto a stack of the
-//! tree. Updates take it from there: **a reader never frees a node and never drops an area**.
+//! The collector is the process-wide one of `crossbeam-epoch`. Pinning stores into a word of this
+//! thread, without any registration after the first time. Now and then a thread that pins has to
+//! run deferred calls of other threads. So one call is deferred for the garbage of many updates,
+//! and it only pushes that garbage onto a stack of the tree. Updates take it from there: they use
+//! the nodes again, drop the rules at once, and drop the areas step by step. **A reader never frees
+//! a node and never drops an area**.
 //!
-//! # Who owns what
-//! The [`Pool`] is checked out by an update, which has it alone, and put back. An update that finds none, because
-//! another one has it, works with a new one; whoever puts back the second merges both. Nobody waits. All lists are
-//! taken whole, so no address can return between a load and its compare-exchange.
+//! # Ownership
+//! An update checks the [`Pool`] out, has it alone, and puts it back. An update that finds no pool,
+//! because another one has it, works with a new pool. Of two updates, the one that puts its pool
+//! back second merges both. No update blocks. All lists are taken whole, so no address can return
+//! between a load and its compare-exchange (no ABA).
 
 use crossbeam_epoch::Guard;
 use std::collections::VecDeque;
@@ -25,22 +30,24 @@ use super::node::Node;
 use super::tree::Root;
 use crate::sync::{Arc, AtomicPtr, Ordering, Step, TINY, Witness, performs, weaken};
 
-/// Spare nodes that a tree keeps for good: what two lists of garbage hold, as one comes back while the one before is used.
-/// What comes back beyond them, after a reader was slow, is freed by and by: one
-/// node for each update, so that none pays for all, and a reader that is slow again finds most of them still here.
+/// Spare nodes that a tree keeps: the contents of two lists of garbage, because one comes back
+/// while the one before it is being used. Nodes beyond these, which come back after a slow reader,
+/// are freed one for each update. So no update pays for all of them, and if a reader is slow again,
+/// most of them are still here.
 pub(super) const SPARE_NODES: usize = 8 * FULL;
-/// Which part of the areas that have returned an update drops, beside one for each that it inserts: allocators are quickest
-/// where what is freed is what is allocated next.
+/// The fraction of the returned areas that an update drops, in addition to one for each area that
+/// it inserts. Allocators are fastest if a block that is freed is the next one to be allocated.
 const DROPPED_PART: usize = 32;
-/// Spare roots that a tree keeps: what a few lists of garbage hold.
+/// Spare roots that a tree keeps: the contents of a few lists of garbage.
 const SPARE_ROOTS: usize = 4 * FULL;
 /// Empty lists of garbage that a tree keeps.
 const SPARE_LISTS: usize = 4;
-/// How much garbage goes to the epoch as one: few enough that what it holds is bounded, many enough that the handing
-/// over costs an update next to nothing.
+/// How much garbage is handed to the epoch at once: little enough to bound the memory that it
+/// holds, and enough to make the cost for each update negligible.
 const FULL: usize = if TINY { 1 } else { 32 };
 
-/// A thread that is pinned: what it can reach in a tree from now on is not freed before this is dropped.
+/// A pin of this thread: nodes and areas that the thread can reach in a tree from now on are not
+/// freed before this is dropped.
 pub(super) struct Pinned(Guard);
 
 impl Pinned {
@@ -49,13 +56,13 @@ impl Pinned {
         Pinned(crossbeam_epoch::pin())
     }
 
-    /// Shows what this thread has deferred to all threads, and runs what has become due.
+    /// Shows the deferred calls of this thread to all threads, and runs the calls that are due.
     pub(super) fn flush(&self) {
         self.0.flush();
     }
 }
 
-/// What updates made unreachable. Dropped as it is, it frees nothing.
+/// What updates made unreachable. Dropping it frees nothing.
 pub(super) struct Garbage<T, const F: usize, R> {
     /// The roots that were replaced, without the nodes below them.
     pub(super) roots: Vec<*mut Root<T, F, R>>,
@@ -64,7 +71,7 @@ pub(super) struct Garbage<T, const F: usize, R> {
     pub(super) areas: Vec<*const T>,
     /// Rules that were replaced.
     pub(super) rules: Vec<*const R>,
-    /// The next one in the stack of what has returned.
+    /// The next list in the stack of returned garbage.
     next: *mut Garbage<T, F, R>,
     witness: Witness,
 }
@@ -82,7 +89,7 @@ impl<T, const F: usize, R> Garbage<T, F, R> {
     }
 
     fn is_empty(&self) -> bool {
-        // Rules come with their roots.
+        // Rules are replaced together with a root.
         self.roots.is_empty() && self.nodes.is_empty() && self.areas.is_empty()
     }
 
@@ -98,18 +105,18 @@ impl<T, const F: usize, R> Garbage<T, F, R> {
     }
 }
 
-/// What updates work with, and what they leave behind for the next one.
+/// What an update works with, and what it leaves for the next one.
 pub(super) struct Pool<T, const F: usize, R> {
-    /// Nodes that nobody reaches, with whatever they held.
+    /// Nodes that no thread reaches, with their old contents.
     nodes: Vec<Box<Node<T, F>>>,
-    /// Areas that nobody reaches, with the tree's count of each; the oldest first.
+    /// Areas that no thread reaches, with the tree's count of each; the oldest first.
     areas: VecDeque<*const T>,
-    /// Roots that nobody reaches.
+    /// Roots that no thread reaches.
     #[allow(clippy::vec_box)] // the boxes themselves go round
     roots: Vec<Box<Root<T, F, R>>>,
-    /// What published updates replaced and the epoch has not been told of yet.
+    /// What published updates replaced, and was not yet handed to the epoch.
     pub(super) open: Box<Garbage<T, F, R>>,
-    /// Empty.
+    /// Empty lists, for later use.
     #[allow(clippy::vec_box)] // the boxes themselves go round
     lists: Vec<Box<Garbage<T, F, R>>>,
     /// The counts that the tree will own, one for each range that the update inserts.
@@ -150,7 +157,7 @@ impl<T, const F: usize, R> Pool<T, F, R> {
     pub(super) fn copy(&mut self, node: &Node<T, F>, stamp: u64) -> Box<Node<T, F>> {
         match self.nodes.pop() {
             Some(mut copy) => {
-                // The next one will be wanted as well: an update copies a node of each level.
+                // The next one will be needed as well: an update copies a node of each level.
                 if let Some(next) = self.nodes.last() {
                     next.prefetch_whole();
                 }
@@ -164,7 +171,7 @@ impl<T, const F: usize, R> Pool<T, F, R> {
         }
     }
 
-    /// Takes a node that nobody reaches.
+    /// Takes back a node that no thread reaches.
     pub(super) fn recycle(&mut self, node: Box<Node<T, F>>) {
         self.nodes.push(node);
     }
@@ -180,14 +187,14 @@ impl<T, const F: usize, R> Pool<T, F, R> {
         }
     }
 
-    /// Takes a root that nobody reaches.
+    /// Takes back a root that no thread reaches.
     pub(super) fn recycle_root(&mut self, root: Box<Root<T, F, R>>) {
         if self.roots.len() < SPARE_ROOTS {
             self.roots.push(root);
         }
     }
 
-    /// Frees spare nodes, if there are too many: at most `count`.
+    /// Frees at most `count` spare nodes, and only those beyond the bound.
     pub(super) fn trim(&mut self, count: usize) {
         let too_many = self.nodes.len().saturating_sub(SPARE_NODES);
         for _ in 0..too_many.min(count) {
@@ -197,19 +204,19 @@ impl<T, const F: usize, R> Pool<T, F, R> {
         }
     }
 
-    /// Frees a node that nobody reaches.
+    /// Frees a node that no thread reaches.
     pub(super) fn free(&mut self, node: Box<Node<T, F>>) {
         self.census.freed();
         drop(node);
     }
 
-    /// Does a part of the work that waits: frees spare nodes, and drops areas.
+    /// Does a part of the waiting work: frees spare nodes, and drops areas.
     fn tidy(&mut self) {
         self.trim(1);
         self.drop_areas(self.areas.len() / DROPPED_PART);
     }
 
-    /// Drops areas that have returned: at most `count`.
+    /// Drops at most `count` of the areas that have returned.
     pub(super) fn drop_areas(&mut self, count: usize) {
         for _ in 0..count {
             let Some(area) = self.areas.pop_front() else {
@@ -223,8 +230,9 @@ impl<T, const F: usize, R> Pool<T, F, R> {
     /// Recycles the nodes, takes the areas, and drops the rules.
     ///
     /// # Safety
-    /// * Nobody reaches the garbage, and nobody else frees any of it; its roots and nodes were made by `Box::into_raw`.
-    /// * The tree's strong count of each area, and of each of the rules, goes with its pointer.
+    /// * No thread reaches the garbage, and no other thread frees any of it; its roots and nodes
+    ///   were made by `Box::into_raw`.
+    /// * The tree's strong count of each area, and of each of the rules, belongs to its pointer.
     unsafe fn absorb(&mut self, mut garbage: Box<Garbage<T, F, R>>) {
         garbage.witness.end();
         for root in garbage.roots.drain(..) {
@@ -232,7 +240,7 @@ impl<T, const F: usize, R> Pool<T, F, R> {
             self.recycle_root(unsafe { Box::from_raw(root) });
         }
         for node in garbage.nodes.drain(..) {
-            // SAFETY: as for the roots. What it points to is not touched.
+            // SAFETY: as for the roots. The areas or children that it points to are not touched.
             self.recycle(unsafe { Box::from_raw(node) });
         }
         self.areas.extend(garbage.areas.drain(..));
@@ -245,18 +253,19 @@ impl<T, const F: usize, R> Pool<T, F, R> {
         }
     }
 
-    /// Recycles what the epoch has not been told of, without waiting for readers.
+    /// Recycles what was not yet handed to the epoch, without a grace period.
     ///
     /// # Safety
     /// No reader of the tree is left.
     pub(super) unsafe fn absorb_open(&mut self) {
         let open = std::mem::replace(&mut self.open, Garbage::new());
-        // SAFETY: what published updates replaced is not reached from the root; only a reader could have reached it, and
-        // none is left, by our contract. Its owner is this pool, and this takes it out (Inv. 4).
+        // SAFETY: what published updates replaced is not reachable from the root. Only a reader
+        // could have reached it, and none is left, by our contract. This pool owns it, and gives it
+        // up here (Inv. 4).
         unsafe { self.absorb(open) };
     }
 
-    /// Adds all that is in `other`.
+    /// Moves everything from `other` into this pool.
     fn merge(&mut self, other: &mut Self) {
         self.open.append(&mut other.open);
         self.nodes.append(&mut other.nodes);
@@ -273,11 +282,12 @@ impl<T, const F: usize, R> Drop for Pool<T, F, R> {
     }
 }
 
-/// Where the garbage of one tree comes back to. It outlives the tree as long as some of it is with the epoch.
+/// The place to which the garbage of one tree returns. It outlives the tree while the epoch still
+/// has some of it.
 pub(super) struct Reclaim<T, const F: usize, R> {
-    /// Null while an update has it.
+    /// Null while an update has the pool.
     pool: AtomicPtr<Pool<T, F, R>>,
-    /// A stack of garbage that nobody reaches any more.
+    /// A stack of garbage that no thread reaches any more.
     returned: AtomicPtr<Garbage<T, F, R>>,
     census: Census,
 }
@@ -291,15 +301,17 @@ impl<T, const F: usize, R> Reclaim<T, F, R> {
         })
     }
 
-    /// A pool for one update, with all that has returned in it. Drops areas and rules that have returned.
+    /// A pool for one update, with all garbage that has returned. Drops rules, and some of the
+    /// areas, that have returned.
     pub(super) fn checkout(home: &Arc<Self>) -> Checkout<'_, T, F, R> {
-        // Acquire: pairs with the Release in `put_back`; the lists of the pool are as the last update left them, and what
-        // it holds open was unreachable before.
+        // Acquire: pairs with the Release in `put_back`. If we get that pool, its lists are as the
+        // last update left them, and what it holds open was unreachable before. If we get null,
+        // another update has the pool, and we make a new one.
         let pool = home.pool.swap(ptr::null_mut(), Ordering::Acquire);
         let pool = if pool.is_null() {
             Pool::new(home.census.clone())
         } else {
-            // SAFETY: made by `Box::into_raw` in `put_back`; the swap made it ours alone.
+            // SAFETY: made by `Box::into_raw` in `put_back`; the swap gave it to us alone.
             unsafe { Box::from_raw(pool) }
         };
         pool.witness.end();
@@ -313,19 +325,20 @@ impl<T, const F: usize, R> Reclaim<T, F, R> {
     }
 
     fn absorb_returned(&self, pool: &mut Pool<T, F, R>) {
-        // Relaxed: only decides whether the swap below is worth its price.
+        // Relaxed: only decides whether the swap below is worth its cost.
         if self.returned.load(Ordering::Relaxed).is_null() {
             return;
         }
-        // Acquire: pairs with the Release in `give_back`; all reads of those who could reach the garbage came before.
+        // Acquire: pairs with the Release in `give_back`. All reads by threads that could reach
+        // this garbage came before; garbage that is pushed later is left to a later update.
         let mut next = self.returned.swap(ptr::null_mut(), Ordering::Acquire);
         while !next.is_null() {
-            // SAFETY: made by `Box::into_raw` in `hand_over`; taken out of the stack, which nobody else did, as it is
-            // taken whole.
+            // SAFETY: made by `Box::into_raw` in `hand_over`; no other thread took it out of the
+            // stack, because the stack is taken whole.
             let mut garbage = unsafe { Box::from_raw(next) };
             next = std::mem::replace(&mut garbage.next, ptr::null_mut());
-            // SAFETY: it has returned from the epoch: nobody reaches it, and nobody else frees it, by the contract of
-            // `hand_over`.
+            // SAFETY: it has returned from the epoch: no thread reaches it, and no other thread
+            // frees it, by the contract of `hand_over`.
             unsafe { pool.absorb(garbage) };
         }
     }
@@ -334,7 +347,8 @@ impl<T, const F: usize, R> Reclaim<T, F, R> {
     fn put_back(&self, mut pool: Box<Pool<T, F, R>>) {
         loop {
             let ours = Box::into_raw(pool);
-            // Success, Release: pairs with the Acquire in `checkout`. Failure, Relaxed: what was found is not looked at.
+            // Success, Release: pairs with the Acquire in `checkout`, and the next update sees our
+            // lists. Failure, Relaxed: another pool is there already; it is not read here.
             let put = self.pool.compare_exchange(
                 ptr::null_mut(),
                 ours,
@@ -344,12 +358,13 @@ impl<T, const F: usize, R> Reclaim<T, F, R> {
             if put.is_ok() {
                 return;
             }
-            // SAFETY: made by the line above, and nobody else has seen it.
+            // SAFETY: made by the line above, and no other thread has seen it.
             pool = unsafe { Box::from_raw(ours) };
-            // Acquire: pairs with the Release above, of the update that was faster.
+            // Acquire: pairs with the Release above, in the update that put its pool back first. If
+            // that pool has been checked out meanwhile, this finds null.
             let theirs = self.pool.swap(ptr::null_mut(), Ordering::Acquire);
             if !theirs.is_null() {
-                // SAFETY: made by `Box::into_raw` above; the swap made it ours alone.
+                // SAFETY: made by `Box::into_raw` above; the swap gave it to us alone.
                 let mut theirs = unsafe { Box::from_raw(theirs) };
                 theirs.witness.end();
                 pool.merge(&mut theirs);
@@ -357,18 +372,21 @@ impl<T, const F: usize, R> Reclaim<T, F, R> {
         }
     }
 
-    /// Pushes garbage that nobody reaches any more. All that a deferred call does: it never frees or waits.
+    /// Pushes garbage that no thread reaches any more. This is all that a deferred call does: it
+    /// never frees or waits.
     ///
     /// # Safety
-    /// `garbage` was made by `Box::into_raw`, and nobody else has it.
+    /// `garbage` was made by `Box::into_raw`, and no other thread has it.
     unsafe fn give_back(&self, garbage: *mut Garbage<T, F, R>) {
-        // Relaxed: a guess, which the compare-exchange checks; what it points to is not looked at.
+        // Relaxed: a guess, which the compare-exchange checks. The list that it points to is not
+        // read.
         let mut top = self.returned.load(Ordering::Relaxed);
         loop {
             // SAFETY: alive and ours until the compare-exchange succeeds, by our contract.
             unsafe { (*garbage).next = top };
-            // Success, Release: pairs with the Acquire in `absorb_returned`; publishes the link above, and passes on that
-            // the readers have left. Pushes of others in between continue it, as they are read-modify-writes.
+            // Success, Release: pairs with the Acquire in `absorb_returned`. The update that takes
+            // the stack sees the link above, and that the readers have left. Pushes of other
+            // threads in between extend the release sequence, because they are read-modify-writes.
             // Failure, Relaxed: as for the load.
             match self.returned.compare_exchange_weak(
                 top,
@@ -385,12 +403,13 @@ impl<T, const F: usize, R> Reclaim<T, F, R> {
 
 impl<T, const F: usize, R> Drop for Reclaim<T, F, R> {
     fn drop(&mut self) {
-        // Relaxed: exclusive access, so all that was stored happened before.
+        // Relaxed: exclusive access, so all stores happened before.
         let pool = self.pool.load(Ordering::Relaxed);
         let mut pool = if pool.is_null() {
             Pool::new(self.census.clone())
         } else {
-            // SAFETY: made by `Box::into_raw` in `put_back`; `&mut self`, so nobody checks it out.
+            // SAFETY: made by `Box::into_raw` in `put_back`; `&mut self`, so no update can check it
+            // out.
             unsafe { Box::from_raw(pool) }
         };
         self.absorb_returned(&mut pool);
@@ -399,7 +418,7 @@ impl<T, const F: usize, R> Drop for Reclaim<T, F, R> {
     }
 }
 
-/// A pool that this thread has alone. Put back when dropped.
+/// A pool that this thread has alone. Dropping it puts the pool back.
 pub(super) struct Checkout<'t, T, const F: usize, R> {
     pool: ManuallyDrop<Box<Pool<T, F, R>>>,
     home: &'t Arc<Reclaim<T, F, R>>,
@@ -410,7 +429,7 @@ where
     T: Send + Sync + 'static,
     R: Send + Sync + 'static,
 {
-    /// Hands the open garbage to the epoch, if there is enough of it to be worth it.
+    /// Hands the open garbage to the epoch if there is enough of it.
     ///
     /// # Safety
     /// As for [`Checkout::hand_over`].
@@ -421,11 +440,12 @@ where
         }
     }
 
-    /// Hands the open garbage to the epoch: by one deferred call, it returns when every thread that is pinned now has
-    /// unpinned. Then runs what is due of the calls of all threads.
+    /// Hands the open garbage to the epoch by one deferred call: the garbage returns after every
+    /// thread that is pinned now has unpinned (a grace period). Then runs the deferred calls of all
+    /// threads that are due.
     ///
     /// # Safety
-    /// What is open can no longer be reached from the root.
+    /// The open garbage is no longer reachable from the root.
     pub(super) unsafe fn hand_over(&mut self, pinned: &Pinned) {
         if !self.open.is_empty() {
             let list = self.lists.pop().unwrap_or_else(Garbage::new);
@@ -435,10 +455,11 @@ where
             let give_back = move || unsafe { home.give_back(garbage) };
             if performs(Step::WaitForReaders) {
                 // SAFETY:
-                // - `give_back` may run on another thread: nodes are plain memory, areas and rules are `Send + Sync`.
-                // - it may outlive this frame and the tree: it owns the garbage and a count of `home`, and areas and
-                //   rules are `'static`.
-                // Two words, so it is stored inline, and to run it frees nothing either.
+                // - `give_back` may run on another thread: nodes are plain memory, areas and rules
+                //   are `Send + Sync`.
+                // - it may outlive this frame and the tree: it owns the garbage and a count of
+                //   `home`, and areas and rules are `'static`. The closure is two words, so it is
+                //   stored inline: running it frees nothing either.
                 unsafe { pinned.0.defer_unchecked(give_back) };
             } else {
                 give_back();
@@ -464,13 +485,13 @@ impl<T, const F: usize, R> DerefMut for Checkout<'_, T, F, R> {
 
 impl<T, const F: usize, R> Drop for Checkout<'_, T, F, R> {
     fn drop(&mut self) {
-        // SAFETY: taken only here, and `pool` is used no more.
+        // SAFETY: taken only here, and `pool` is not used again.
         let pool = unsafe { ManuallyDrop::take(&mut self.pool) };
         self.home.put_back(pool);
     }
 }
 
-/// Counts the nodes that are allocated, for tests.
+/// Counts the allocated nodes, for tests.
 #[derive(Clone, Default)]
 pub(super) struct Census {
     #[cfg(all(test, not(dirtymap_loom)))]
@@ -489,7 +510,7 @@ impl Census {
     }
 }
 
-/// Where the nodes of a tree are, when no update runs.
+/// Where the nodes of a tree are while no update runs.
 #[cfg(all(test, not(dirtymap_loom)))]
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Whereabouts {
@@ -510,7 +531,7 @@ impl<T, const F: usize, R> Reclaim<T, F, R> {
         }
     }
 
-    /// How many nodes are allocated; may be asked after the tree is gone.
+    /// The number of nodes that are allocated. The count may be read after the tree is gone.
     pub(super) fn allocated(&self) -> Arc<crate::sync::AtomicUsize> {
         Arc::clone(&self.census.alive)
     }

@@ -1,4 +1,4 @@
-//! Where nodes and areas are: none is leaked, none is used twice, and no reader frees any.
+//! Where nodes and areas are: none is leaked, none is used by two, and no reader frees any.
 
 use std::convert::Infallible;
 
@@ -7,7 +7,7 @@ use super::reclaim::{Reclaim, SPARE_NODES, Whereabouts};
 use crate::sync::{Arc, AtomicBool, AtomicUsize, Ordering, thread};
 use crate::units::{Iova, IovaRange};
 
-/// Changes of one kind in a loop; few under Miri, which runs each a thousand times slower.
+/// Changes of one kind in a loop; few under Miri, where each takes a thousand times longer.
 const fn times(usual: u64) -> u64 {
     if cfg!(miri) { usual / 50 } else { usual }
 }
@@ -25,7 +25,7 @@ fn whereabouts<T: Send + Sync + 'static, const F: usize>(tree: &AreaTree<T, F>) 
     Reclaim::whereabouts(tree.reclaimer())
 }
 
-/// Reclaims until nothing waits; snapshots of other tests may hold the epoch back for a while.
+/// Reclaims until nothing waits. Snapshots of other tests may hold the epoch back for a while.
 fn settle<T: Send + Sync + 'static, const F: usize>(tree: &AreaTree<T, F>) {
     for _ in 0..1_000_000 {
         let now = whereabouts(tree);
@@ -46,7 +46,7 @@ fn every_node_is_in_the_tree_or_spare_and_none_is_left_behind() {
         for i in 0..times(300) {
             tree.insert(range(i * 10, i * 10 + 9), Arc::new(i)).unwrap();
         }
-        // Attempts that fail give their nodes back.
+        // Attempts that fail put their nodes back.
         for i in 0..times(300) / 6 {
             assert!(tree.insert(range(i, 5000), Arc::new(i)).is_err());
             let refused = tree.update(|edit| {
@@ -88,7 +88,7 @@ fn a_tree_that_changes_for_ever_stops_to_allocate() {
         tree.insert(range(start, start + 9), Arc::new(i)).unwrap();
     }
     settle(&tree);
-    // Takes what readers of other tests held up, and trims it to the bound.
+    // Takes the nodes that readers of other tests held back, and trims the pool to its bound.
     tree.reclaim();
     let (now, live) = (whereabouts(&tree), tree.snapshot().shape().1);
     assert!(
@@ -150,7 +150,7 @@ fn readers_never_drop_areas() {
         for _ in 0..2 {
             scope.spawn(|| {
                 READS.set(true);
-                // Acquire: pairs with the Release below; nothing is read on the strength of it.
+                // Acquire: pairs with the Release below. Nothing is read on the strength of it.
                 while !done.load(Ordering::Acquire) {
                     assert!(tree.snapshot().lookup(Iova::new(995)).is_some());
                 }

@@ -1,4 +1,4 @@
-//! Reading: the areas of one moment.
+//! Readers: the areas of one moment.
 
 use std::marker::PhantomData;
 
@@ -13,7 +13,7 @@ use crate::units::{Granule, Iova, IovaRange};
 pub(crate) struct Entry<'a, T> {
     pub(crate) range: IovaRange,
     pub(crate) area: &'a T,
-    /// The same area, as `Arc::into_raw` gave it.
+    /// The same area, as `Arc::into_raw` returned it.
     pointer: *const T,
 }
 
@@ -28,10 +28,10 @@ impl<T> Entry<'_, T> {
         unsafe { Arc::from_raw(self.pointer) }
     }
 
-    /// Asks for the count of the area, which whoever removes it will need.
+    /// Prefetches the count of the area, which the thread that removes the area will need.
     #[inline]
     pub(super) fn prefetch(&self) {
-        // The counts lie right before the area.
+        // The counts lie right below the area in memory.
         prefetch(self.pointer.cast::<u8>().wrapping_sub(1));
     }
 
@@ -49,26 +49,26 @@ impl<T> Clone for Entry<'_, T> {
 
 impl<T> Copy for Entry<'_, T> {}
 
-/// The areas below one root, which stay as they are for `'a`.
-pub(super) struct Areas<'a, T, const F: usize> {
+/// The areas below one root. They do not change for `'a`.
+pub(super) struct Subtree<'a, T, const F: usize> {
     root: Option<&'a Node<T, F>>,
     areas: PhantomData<&'a T>,
 }
 
-impl<T, const F: usize> Clone for Areas<'_, T, F> {
+impl<T, const F: usize> Clone for Subtree<'_, T, F> {
     fn clone(&self) -> Self {
         *self
     }
 }
 
-impl<T, const F: usize> Copy for Areas<'_, T, F> {}
+impl<T, const F: usize> Copy for Subtree<'_, T, F> {}
 
-impl<'a, T, const F: usize> Areas<'a, T, F> {
+impl<'a, T, const F: usize> Subtree<'a, T, F> {
     /// # Safety
-    /// `root` is null or a node; it, all nodes and all areas below it stay alive, and none of the nodes changes, for
-    /// `'a`.
+    /// `root` is null or a node. It, all nodes and all areas below it stay alive, and none of the
+    /// nodes changes, for `'a`.
     pub(super) unsafe fn below(root: *const Node<T, F>) -> Self {
-        Areas {
+        Subtree {
             // SAFETY: null or valid for `'a`, by our contract.
             root: unsafe { root.as_ref() },
             areas: PhantomData,
@@ -81,8 +81,8 @@ impl<'a, T, const F: usize> Areas<'a, T, F> {
 
     /// The node below slot `at` of `parent`, which is one of these nodes and not a leaf.
     pub(super) fn child(self, parent: &'a Node<T, F>, at: usize) -> &'a Node<T, F> {
-        // SAFETY: slots of nodes above the leaves point to nodes; alive and unchanged for `'a` by the contract of
-        // `below`.
+        // SAFETY: slots of nodes above the leaves point to nodes; alive and unchanged for `'a` by
+        // the contract of `below`.
         unsafe { &*parent.child(at) }
     }
 
@@ -102,7 +102,7 @@ impl<'a, T, const F: usize> Areas<'a, T, F> {
         self.find_through(x, Node::prefetch)
     }
 
-    /// The same; asks for each node below the root by `prefetch`.
+    /// The same, with `prefetch` called for each node below the root.
     #[inline]
     fn find_through(
         self,
@@ -114,7 +114,8 @@ impl<'a, T, const F: usize> Areas<'a, T, F> {
         if at == node.len() {
             return None;
         }
-        // The last address of a slot is exact, so below the root the search finds a slot in every node.
+        // The last address of a slot is exact, so below the root the search finds a slot in every
+        // node.
         for _ in 0..node.level() {
             node = self.child(node, at);
             prefetch(node);
@@ -139,7 +140,7 @@ impl<'a, T, const F: usize> Areas<'a, T, F> {
             .then(|| self.entry(leaf, at))
     }
 
-    /// The same as [`Areas::lookup`], for an edit that will change the nodes on the way.
+    /// The same as [`Subtree::lookup`], for an edit that will change the nodes on the path.
     pub(super) fn lookup_to_change(self, iova: Iova) -> Option<Entry<'a, T>> {
         let (leaf, at) = self.find_through(iova, Node::prefetch_to_change)?;
         leaf.range(at).contains(iova).then(|| self.entry(leaf, at))
@@ -163,8 +164,8 @@ impl<'a, T, const F: usize> Areas<'a, T, F> {
 
 /// The areas that intersect a range, in ascending order.
 pub(crate) struct Iter<'a, T, const F: usize = 16> {
-    areas: Areas<'a, T, F>,
-    /// Leaf and slot of the next area, which may lie behind the range.
+    areas: Subtree<'a, T, F>,
+    /// The leaf and slot of the next area, which may lie above the range.
     next: Option<(&'a Node<T, F>, usize)>,
     /// The last address of the range.
     last: Iova,
@@ -180,20 +181,21 @@ impl<'a, T, const F: usize> Iterator for Iter<'a, T, F> {
             return None;
         }
         if entry.range.last() < self.last {
-            // Behind the last slot of a leaf a search from the root finds the next one: no stack to keep.
+            // After the last slot of a leaf, a search from the root finds the next leaf, so no
+            // stack is needed.
             self.next = if at + 1 < leaf.len() {
                 Some((leaf, at + 1))
             } else {
-                let behind = entry.range.last().checked_add(1);
-                behind.and_then(|x| self.areas.find(x))
+                let above = entry.range.last().checked_add(1);
+                above.and_then(|x| self.areas.find(x))
             };
         }
         Some(entry)
     }
 }
 
-/// The areas that cover a range without a hole, in ascending order. At the first hole it yields the first address that
-/// no area holds, and ends.
+/// The areas that cover a range without a hole, in ascending order. At the first hole, the iterator
+/// yields the first address that no area holds, and ends.
 pub(crate) struct Contiguous<'a, T, const F: usize = 16> {
     iter: Iter<'a, T, F>,
     /// The first address of the range that no area so far holds.
@@ -217,11 +219,13 @@ impl<'a, T, const F: usize> Iterator for Contiguous<'a, T, F> {
     }
 }
 
-/// The areas and rules of a tree at the moment of [`AreaTree::snapshot`]. Later updates do not show.
+/// The areas and rules of a tree at the moment of [`AreaTree::snapshot`]. Later updates do not
+/// show.
 ///
-/// Nothing that is removed meanwhile, from this tree or another one, is freed while the snapshot lives: it holds back the
-/// epoch of the process. Updates go on, at the price of fresh memory for each. Keep it short; [`Snapshot::age`] says how
-/// much has gone on since.
+/// A live snapshot holds back the epoch of the process, as an RCU reader holds back a grace period:
+/// nothing that is removed meanwhile is freed, from this tree or another one. Updates continue, and
+/// allocate fresh memory for each. Keep it short; [`Snapshot::age`] says how many updates were
+/// published since.
 pub(crate) struct Snapshot<'t, T, const F: usize = 16, R = ()> {
     root: *const Root<T, F, R>,
     /// Keeps the root and what it leads to alive.
@@ -244,8 +248,8 @@ impl<'t, T, const F: usize, R> Snapshot<'t, T, F, R> {
     fn root(&self) -> &Root<T, F, R> {
         // SAFETY:
         // - valid: a tree's root is never null, by the contract of `new`.
-        // - alive while `self` is borrowed: `pinned` was pinned when the root was loaded (Inv. 3), and the tree, which
-        //   is borrowed as long as `self` lives, is not dropped.
+        // - alive while `self` is borrowed: `pinned` was pinned when the root was loaded (Inv. 3),
+        //   and the tree, which is borrowed as long as `self` lives, is not dropped.
         // - unchanged: published roots do not change (Inv. 2).
         let root = unsafe { &*self.root };
         if performs(Step::WaitForReaders) {
@@ -255,9 +259,10 @@ impl<'t, T, const F: usize, R> Snapshot<'t, T, F, R> {
     }
 
     #[inline]
-    fn areas(&self) -> Areas<'_, T, F> {
-        // SAFETY: a node or null; alive and unchanged while `self` is borrowed, like the root (Inv. 2 and 3).
-        unsafe { Areas::below(self.root().node) }
+    fn areas(&self) -> Subtree<'_, T, F> {
+        // SAFETY: a node or null; alive and unchanged while `self` is borrowed, like the root (Inv.
+        // 2 and 3).
+        unsafe { Subtree::below(self.root().node) }
     }
 
     /// The number of updates that were published before this moment, over the life of the tree.
@@ -274,13 +279,14 @@ impl<'t, T, const F: usize, R> Snapshot<'t, T, F, R> {
         self.tree.version(&self.pinned)
     }
 
-    /// The number of updates that were published since this moment. 0 says that the areas and rules are still current.
+    /// The number of updates that were published since this moment. At 0 the areas and rules are
+    /// still current.
     pub(crate) fn age(&self) -> u64
     where
         T: Send + Sync + 'static,
         R: Default + Send + Sync + 'static,
     {
-        // Not below 0: the root was read before, and versions only grow.
+        // Never below 0: the root was read before, and versions only grow.
         self.newest() - self.version()
     }
 
@@ -317,8 +323,8 @@ impl<'t, T, const F: usize, R> Snapshot<'t, T, F, R> {
         self.areas().contiguous(range)
     }
 
-    /// The lowest `len` bytes inside `within` that no area holds and that start at a multiple of `alignment`: see
-    /// [`Areas::first_fit`].
+    /// The lowest `len` bytes inside `within` that no area holds and that start at a multiple of
+    /// `alignment`: see [`Subtree::first_fit`].
     pub(crate) fn first_fit(
         &self,
         within: IovaRange,

@@ -36,7 +36,7 @@ impl Random {
         range(spread(first), spread(last))
     }
 
-    /// What to look for: bounds, a length and an alignment.
+    /// The parameters of a search: bounds, a length and an alignment.
     fn fit(&mut self) -> (IovaRange, u64, Granule) {
         let (a, b) = (self.address(), self.address());
         let within = match self.below(3) {
@@ -76,7 +76,7 @@ impl Drop for Counted {
     }
 }
 
-/// Makes areas and knows how many there were.
+/// Makes areas and counts them.
 #[derive(Default)]
 struct Maker {
     made: u64,
@@ -92,7 +92,8 @@ impl Maker {
         })
     }
 
-    /// Drives the epoch until `expected` areas were dropped; other tests may hold it back for a while.
+    /// Advances the epoch until `expected` areas were dropped. Other tests may hold it back for a
+    /// while.
     fn wait_for_drops<const F: usize>(&self, tree: Option<&AreaTree<Counted, F>>, expected: u64) {
         for _ in 0..1_000_000 {
             if self.drops.load(Ordering::Relaxed) as u64 >= expected {
@@ -108,7 +109,7 @@ impl Maker {
     }
 }
 
-/// The dumb version: start to (last, id).
+/// The simple version: a map from start to (last, id).
 type Model = BTreeMap<u64, (u64, u64)>;
 
 fn intersecting(model: &Model, asked: IovaRange) -> Vec<(u64, u64, u64)> {
@@ -147,7 +148,7 @@ fn remove<const F: usize>(edit: &mut Edit<'_, Counted, F>, model: &mut Model, st
     assert_eq!(got, model.remove(&start).map(|(_, id)| id));
 }
 
-/// A start that is mapped, most of the time.
+/// The start of a mapped area, most of the time.
 fn some_start(random: &mut Random, model: &Model) -> u64 {
     let from = random.address();
     match model.range(from..).next() {
@@ -198,7 +199,7 @@ fn assert_same<const F: usize>(tree: &AreaTree<Counted, F>, model: &Model, rando
     assert_eq!(uncovered, None, "ended without covering {asked}");
 }
 
-/// The dumb first fit: every hole from the floor on, in 128 bits so that nothing can wrap.
+/// The simple first fit: every hole from the floor on, in 128 bits so that nothing can wrap.
 fn model_first_fit(model: &Model, within: IovaRange, len: u64, alignment: Granule) -> Option<u64> {
     const TOP: u128 = 1 << 64;
     let mut floor = u128::from(within.start().get());
@@ -346,7 +347,7 @@ fn ascending_inserts_leave_full_nodes() {
     tree.insert(range(5000, 5000), Arc::new(0)).unwrap();
     tree.internal_validate();
     assert_eq!(tree.snapshot().shape(), (5, 64 + 16 + 4 + 1 + 4 + 1));
-    // It goes as it came.
+    // Removing it restores the old shape.
     let Ok(removed) = tree.update(|edit| Ok::<_, Infallible>(edit.remove(Iova::new(5000))));
     assert!(removed.is_some());
     tree.internal_validate();
@@ -375,7 +376,7 @@ fn first_fit_at_both_ends_of_the_address_space() {
     // Rounding up must not wrap to 0.
     assert_eq!(at(&tree, range(u64::MAX - 2, u64::MAX), 1, 12), None);
     assert_eq!(at(&tree, range((1 << 63) + 1, u64::MAX), 1, 63), None);
-    // Nor must the step behind an area that ends at the top.
+    // Nor must the step to the address above an area that ends at the top.
     tree.insert(range(u64::MAX, u64::MAX), Arc::new(0)).unwrap();
     assert_eq!(at(&tree, range(u64::MAX, u64::MAX), 1, 0), None);
     assert_eq!(
@@ -438,7 +439,7 @@ fn rules_change_with_areas_or_not_at_all() {
     assert_eq!((before.rules().len(), before.len()), (0, 0));
     let after = tree.snapshot();
     assert_eq!((after.rules().as_slice(), after.len()), (&[1, 2][..], 1));
-    // Without areas there are rules all the same.
+    // Without areas there are still rules.
     let Ok(()) = tree.update(|edit| {
         edit.remove(Iova::new(0));
         edit.set_rules(vec![4]);
@@ -465,7 +466,7 @@ fn a_refused_batch_leaves_nothing() {
         edit.insert(range(25, 60), &maker.area())
     });
     assert!(matches!(refused, Err(Error::Overlap { existing, .. }) if existing == range(20, 29)));
-    // Nothing of the batch was ever shared, so it does not wait for the epoch.
+    // Nothing of the batch was ever shared, so it is dropped without a grace period.
     assert_eq!(maker.drops.load(Ordering::Relaxed), 6);
     assert_eq!(
         tree.snapshot()
@@ -551,7 +552,7 @@ fn one_area_at_several_ranges_is_dropped_once() {
         assert!(removed.is_some());
     }
     maker.wait_for_drops(Some(&tree), 1);
-    // In and out again within one batch: an empty tree stays empty.
+    // Inserted and removed again within one batch: an empty tree stays empty.
     let Ok(()) = tree.update(|edit| {
         edit.insert(range(1, 2), &maker.area()).unwrap();
         assert!(edit.remove(Iova::new(1)).is_some());
@@ -596,7 +597,7 @@ fn of_two_overlapping_inserts_one_wins() {
     tree.internal_validate();
     let snapshot = tree.snapshot();
     assert_eq!(snapshot.len(), won.iter().sum::<usize>());
-    // A refused range has its winner beside it, so no hole is as long as a range and a half.
+    // Each refused range overlaps an inserted one, so no hole is as long as a range and a half.
     let mut end = 0;
     for entry in snapshot.iter(IovaRange::ALL) {
         assert!(entry.range.start().get() < end + 15);
@@ -609,7 +610,7 @@ fn of_two_overlapping_inserts_one_wins() {
 
 #[test]
 fn a_reader_sees_all_of_a_batch_or_nothing() {
-    /// Areas that move together between two places.
+    /// Areas that one batch moves between two places.
     const SET: u64 = 24;
     const MOVES: u64 = 3000;
     let mut maker = Maker::default();

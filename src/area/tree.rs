@@ -12,33 +12,35 @@ use crate::sync::{Arc, AtomicPtr, Ordering, Witness, back_off};
 #[cfg(test)]
 use crate::{error::Error, units::IovaRange};
 
-/// What is published as one: all areas, and the rules of what may be inserted where. Dropping it frees no node.
+/// What an update publishes: all areas, and the rules of what may be inserted where. Dropping it
+/// frees no node.
 pub(super) struct Root<T, const F: usize, R> {
     /// Null while there are no areas.
     pub(super) node: *mut Node<T, F>,
-    /// As `Arc::into_raw` gave them. The tree owns one count of its rules, however many roots carry them one after the
-    /// other.
+    /// The pointer that `Arc::into_raw` returned. The tree owns one count of its rules, however
+    /// many successive roots carry them.
     pub(super) rules: *const R,
-    /// How many updates were published before, over the life of the tree.
+    /// The number of updates that were published before, over the life of the tree.
     pub(super) version: u64,
     pub(super) witness: Witness,
 }
 
 impl<T, const F: usize, R> Root<T, F, R> {
     /// # Safety
-    /// The rules are alive as long as the root is borrowed: they are retired with the last root that carries them.
+    /// The rules are alive as long as the root is borrowed: they are retired with the last root
+    /// that carries them.
     pub(super) unsafe fn rules(&self) -> &R {
         // SAFETY: from `Arc::into_raw`, so valid; alive, by our contract; rules do not change.
         unsafe { &*self.rules }
     }
 }
 
-/// A concurrent map from non-overlapping ranges to shared areas, in nodes of up to `F` slots, with rules of type `R`.
-/// See the [module](super).
+/// A concurrent map from non-overlapping ranges to shared areas, in nodes of up to `F` slots, with
+/// rules of type `R`. See the [module](super).
 ///
-/// Areas that were removed and rules that were replaced are dropped by later updates or [`AreaTree::reclaim`], once no
-/// snapshot of that time is left; those that wait when the tree is dropped may be dropped after it, on any thread that
-/// uses a tree.
+/// Areas that were removed and rules that were replaced are dropped by later updates or by
+/// [`AreaTree::reclaim`], after all snapshots of that time are gone. Those that still wait when the
+/// tree is dropped may be dropped later, on any thread that uses a tree.
 pub(crate) struct AreaTree<T, const F: usize = 16, R = ()> {
     /// Never null.
     root: AtomicPtr<Root<T, F, R>>,
@@ -66,12 +68,13 @@ where
         }
     }
 
-    /// The areas and rules of this moment. Never waits and never retries, and neither frees nor drops what updates left
-    /// behind.
+    /// The areas and rules of this moment. Never blocks and never retries. Frees and drops nothing.
     #[inline]
     pub(crate) fn snapshot(&self) -> Snapshot<'_, T, F, R> {
         let pinned = Pinned::new();
-        // Acquire: pairs with the Release in `Edit::publish`; the rules, nodes and areas below are visible.
+        // Acquire: pairs with the Release in `Edit::publish`. If we see that root, its rules, nodes
+        // and areas are visible; if not, we have an older root, which was published in the same
+        // way.
         let root = self.root.load(Ordering::Acquire);
         // SAFETY: loaded from our root with Acquire, after the pin.
         unsafe { Snapshot::new(self, root, pinned) }
@@ -87,12 +90,13 @@ where
             .map_err(|error| (error, area))
     }
 
-    /// Performs all changes that `change` makes, as one atomic step. Lock-free: `change` runs again, on the new state,
-    /// if another update was published meanwhile, so it must not keep effects of a run that was not the last. Each failed
-    /// attempt waits a little longer before the next one, within bounds.
+    /// Performs all changes that `change` makes as one atomic step. Lock-free. If another update
+    /// was published meanwhile, `change` runs again on the new state, so only the effects of its
+    /// last run may remain. Each failed attempt waits a little longer before the next one, up to a
+    /// bound.
     ///
     /// # Errors
-    /// Those of `change`; then the tree is as it was.
+    /// Those of `change`; then the tree is unchanged.
     pub(crate) fn update<V, E>(
         &self,
         mut change: impl FnMut(&mut Edit<'_, T, F, R>) -> Result<V, E>,
@@ -100,9 +104,11 @@ where
         let mut failures = 0;
         loop {
             let pinned = Pinned::new();
-            // Acquire: pairs with the Release in `Edit::publish`; the nodes that the edit reads and shares are visible.
+            // Acquire: pairs with the Release in `Edit::publish`; the nodes that the edit reads and
+            // shares are visible. If a later root exists, the compare-exchange of the edit fails.
             let base = self.root.load(Ordering::Acquire);
-            // SAFETY: loaded from our root with Acquire, after the pin; the tree is borrowed for longer.
+            // SAFETY: loaded from our root with Acquire, after the pin; the tree is borrowed for
+            // longer.
             let mut edit = unsafe { Edit::new(base, &self.reclaim, &pinned) };
             let result = change(&mut edit)?;
             // SAFETY: `base` was loaded from this root.
@@ -115,20 +121,21 @@ where
         }
     }
 
-    /// Drops the areas and rules that no snapshot reaches any more, and lets the epoch come a step further; after three
-    /// calls without a snapshot anywhere nothing waits any more. Updates do the same for each other, so that this is of
-    /// use only where no other update follows soon.
+    /// Drops the areas and rules that no snapshot can reach any more, and advances the epoch by one
+    /// step. After three calls while no snapshot exists in the process, nothing waits any more.
+    /// Updates do the same for earlier ones, so this is useful only if no other update follows
+    /// soon.
     pub(crate) fn reclaim(&self) {
         let mut pool = Reclaim::checkout(&self.reclaim);
         pool.trim(usize::MAX);
         pool.drop_areas(usize::MAX);
-        // SAFETY: what is open was replaced by published updates.
+        // SAFETY: published updates have replaced what is open.
         unsafe { pool.hand_over(&Pinned::new()) };
     }
 
-    /// How many updates have been published.
+    /// The number of updates that have been published.
     pub(super) fn version(&self, _pinned: &Pinned) -> u64 {
-        // Acquire: pairs with the Release in `Edit::publish`; the version is visible.
+        // Acquire: pairs with the Release in `Edit::publish`; the version of that root is visible.
         let root = self.root.load(Ordering::Acquire);
         // SAFETY: never null; loaded under a pin, so alive (Inv. 3), and unchanged (Inv. 2).
         unsafe { &*root }.version
@@ -165,7 +172,8 @@ impl<T, const F: usize, R> Drop for AreaTree<T, F, R> {
     fn drop(&mut self) {
         // Relaxed: exclusive access, so the last update happened before.
         let root = self.root.load(Ordering::Relaxed);
-        // SAFETY: made by `Box::into_raw`, never null. `&mut self`: no reader and no edit is left, so it is ours (Inv. 4).
+        // SAFETY: made by `Box::into_raw`, never null. `&mut self`: no reader and no edit is left,
+        // so it is ours (Inv. 4).
         let root = unsafe { Box::from_raw(root) };
         let mut pool = Reclaim::checkout(&self.reclaim);
         if !root.node.is_null() {
@@ -182,7 +190,7 @@ impl<T, const F: usize, R> Drop for AreaTree<T, F, R> {
 /// Frees `node` and all nodes below it, and releases the tree's count of each area.
 ///
 /// # Safety
-/// `node` is a node that is reached by nobody else, and it is used no more.
+/// No other thread reaches `node`, and it is not used again.
 unsafe fn free_all<T, const F: usize, R>(node: *mut Node<T, F>, pool: &mut Pool<T, F, R>) {
     // SAFETY: made by `Box::into_raw`, and ours to free, by our contract.
     let node = unsafe { Box::from_raw(node) };

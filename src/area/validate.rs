@@ -1,10 +1,11 @@
-//! The checks behind `internal_validate`.
+//! The checks of `internal_validate`.
 
 use super::node::Node;
-use super::snapshot::Areas;
+use super::snapshot::Subtree;
 
-impl<'a, T, const F: usize> Areas<'a, T, F> {
-    /// Asserts that the areas are ordered and disjoint, and that every annotation, level, count and stamp is right.
+impl<'a, T, const F: usize> Subtree<'a, T, F> {
+    /// Asserts that the areas are ordered and disjoint, and that every annotation, level, count and
+    /// stamp is right.
     pub(super) fn internal_validate(self) {
         let Some(root) = self.root() else { return };
         assert!(root.is_leaf() || root.len() > 1, "a root with one child");
@@ -26,7 +27,7 @@ impl<'a, T, const F: usize> Areas<'a, T, F> {
         1 + (0..slots).map(below).sum::<usize>()
     }
 
-    /// Returns the longest hole between areas below `node`. Moves `seen` over them.
+    /// Returns the longest hole between areas below `node`. Adds those areas to `seen`.
     fn validate_below(self, node: &'a Node<T, F>, seen: &mut Seen) -> u64 {
         assert!(
             (1..=F).contains(&node.len()),
@@ -42,7 +43,7 @@ impl<'a, T, const F: usize> Areas<'a, T, F> {
                 assert!(slot.start <= slot.last, "a reversed range");
                 assert_eq!(slot.hole, 0, "a hole inside of an area");
                 let before = seen.area(slot.start, slot.last);
-                // The hole before the first area of the subtree is not below it.
+                // The hole below the first area of the subtree does not count in it.
                 longest = longest.max(if at == 0 { 0 } else { before });
                 areas += 1;
                 continue;
@@ -79,7 +80,7 @@ impl<'a, T, const F: usize> Areas<'a, T, F> {
     }
 }
 
-/// The areas that the walk has come by.
+/// The areas that the walk has passed.
 #[derive(Default)]
 struct Seen {
     /// The last address of the last one.
@@ -87,7 +88,7 @@ struct Seen {
 }
 
 impl Seen {
-    /// Comes by an area, and returns the length of the hole before it.
+    /// Adds an area, and returns the length of the hole below it.
     fn area(&mut self, start: u64, last: u64) -> u64 {
         assert!(self.last.is_none_or(|last| last < start), "areas overlap");
         let before = self.last.map_or(start, |last| start - last - 1);

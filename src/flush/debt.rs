@@ -1,4 +1,4 @@
-//! What one flush pays, and what it sets free.
+//! What one flush pays, and what may be freed after it.
 
 use std::fmt;
 use std::time::Instant;
@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::FlushGather;
 use crate::failure::{Panic, call, keep_first};
 
-/// What runs when the flush that it waits for has finished.
+/// A call that runs after the flush that it waits for has finished.
 pub(super) struct Free(Box<dyn FnOnce() + Send>);
 
 impl Free {
@@ -21,21 +21,21 @@ impl fmt::Debug for Free {
     }
 }
 
-/// Gathers that one flush will pay together.
+/// The gathers that one flush pays together.
 #[derive(Debug, Default)]
-pub(super) struct Debt {
+pub(super) struct SharedDebt {
     pub(super) gather: FlushGather,
     /// Gathers merged into `gather`.
     pub(super) gathers: u64,
     /// The sum of their entries. `gather` counts them too, but stops at a bound.
     pub(super) entries: u128,
-    /// Oldest first.
+    /// In the order in which they were handed over, oldest first.
     pub(super) frees: Vec<Free>,
-    /// When the first gather came. Only kept if age is a bound.
+    /// When the first gather was handed over. Recorded only if age is a bound.
     pub(super) oldest: Option<Instant>,
 }
 
-impl Debt {
+impl SharedDebt {
     pub(super) fn add(&mut self, gather: &FlushGather) {
         self.gather.merge(gather);
         self.gathers += 1;
@@ -43,7 +43,7 @@ impl Debt {
     }
 
     /// Adds a debt that was handed over later.
-    pub(super) fn append(&mut self, mut newer: Debt) {
+    pub(super) fn append(&mut self, mut newer: SharedDebt) {
         self.gather.merge(&newer.gather);
         self.gathers += newer.gathers;
         self.entries += newer.entries;
@@ -52,8 +52,8 @@ impl Debt {
     }
 }
 
-/// Runs all of `frees` in order, whichever panic. Keeps the first panic in `first`, and drops the
-/// others.
+/// Runs all of `frees` in order, even if some panic. Stores the first panic in `first` and drops
+/// the others.
 pub(super) fn run_all(frees: Vec<Free>, first: &mut Option<Panic>) {
     for free in frees {
         if let Err(panic) = call(free.0) {

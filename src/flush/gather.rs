@@ -4,26 +4,32 @@ use std::fmt;
 
 use crate::units::{Granule, Iova, IovaRange};
 
-/// How many disjoint ranges a gather keeps apart.
+/// The number of disjoint ranges up to which a gather is exact.
 const MAX_RANGES: usize = 32;
 
-/// A bounded set of disjoint ranges whose cached translations must be dropped.
+/// A bounded set of disjoint ranges whose cached translations must be dropped: what Linux calls an
+/// `iommu_iotlb_gather`, with up to 32 ranges instead of one.
 ///
-/// Ranges that touch are joined. Past the bound the two neighbours with the smallest gap between them are joined, gap
-/// included: invalidating more than asked costs time, never data. Empty is a state of its own, not a sentinel range.
+/// Ranges that touch are joined. When there are too many, the two neighbours with the smallest gap
+/// between them are joined, gap included: invalidating more than needed costs time, and never data.
+/// An empty gather is a state of its own, not a sentinel range.
+#[doc(alias = "iommu_iotlb_gather")]
+#[doc(alias = "iotlb_gather")]
+#[doc(alias = "iommu_iotlb_sync")]
 #[derive(Clone)]
 pub struct FlushGather {
-    /// Ascending, disjoint and not even touching; only the first `len` count.
+    /// Ascending and disjoint, with a gap between neighbours; only the first `len` are in use.
     ranges: [IovaRange; MAX_RANGES],
     len: usize,
     leaves: Option<Leaves>,
     entries: u64,
     tables: bool,
-    /// No gap between neighbours is smaller, of as many ranges as are kept apart; 0 if that is not known.
+    /// A lower bound of the gaps between neighbours while the gather is at its bound; 0 if that is
+    /// not known.
     closest: u64,
 }
 
-/// The sizes of the leaves in a gather: an invalidation command may need to know them.
+/// The sizes of the leaves in a gather. An invalidation command may need them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Leaves {
     /// The smallest leaf.
@@ -33,7 +39,7 @@ pub struct Leaves {
 }
 
 impl FlushGather {
-    /// Owes nothing.
+    /// An empty gather, which owes nothing.
     pub const fn new() -> Self {
         FlushGather {
             ranges: [IovaRange::ALL; MAX_RANGES],
@@ -55,33 +61,33 @@ impl FlushGather {
         &self.ranges[..self.len]
     }
 
-    /// The sizes of the leaves that were added; `None` if nothing was.
+    /// The sizes of the leaves that were added; `None` if there are none.
     pub const fn leaves(&self) -> Option<Leaves> {
         self.leaves
     }
 
-    /// Whether everything is to be invalidated.
+    /// Whether all addresses are to be invalidated.
     pub fn is_full(&self) -> bool {
         self.ranges() == [IovaRange::ALL]
     }
 
-    /// How many leaves were added; stays at `u64::MAX` once there.
+    /// How many leaves were added. Saturates at `u64::MAX`.
     pub const fn entries(&self) -> u64 {
         self.entries
     }
 
-    /// Whether tables above the leaves were retired: then cached pointers to tables must be dropped for all the ranges,
-    /// and not only cached leaves.
+    /// Whether tables above the leaves were retired. Then the cached pointers to tables must be
+    /// dropped for all the ranges, in addition to the cached leaves.
     pub const fn tables(&self) -> bool {
         self.tables
     }
 
-    /// The bytes that the ranges span, gaps that were joined included.
+    /// The bytes that the ranges span, with the gaps that were joined.
     pub fn bytes(&self) -> u128 {
         self.ranges().iter().map(|r| r.len()).sum()
     }
 
-    /// Owes the invalidation of `range`, mapped by leaves of size `leaf`.
+    /// Owes the invalidation of `range`, which is mapped by leaves of size `leaf`.
     #[inline]
     pub fn add(&mut self, range: IovaRange, leaf: Granule) {
         self.entries = self.entries.saturating_add(1);
@@ -92,8 +98,9 @@ impl FlushGather {
         self.insert(range);
     }
 
-    /// Owes the invalidation of leaves of one size: bit `n` of `mask` stands for the leaf `n` after the one at `start`. As
-    /// [`add`](Self::add) of each run of them, in ascending order; leaves past the end of the address space do not exist.
+    /// Owes the invalidation of many leaves of one size: bit `n` of `mask` stands for the leaf `n`
+    /// after the one at `start`. Does the same as [`add`](Self::add) of each run of them, in
+    /// ascending order. Bits past the end of the address space are ignored.
     #[inline]
     pub fn add_many(&mut self, start: Iova, leaf: Granule, mask: u64) {
         let room = (u64::MAX - start.get()) >> leaf.lg2();
@@ -113,9 +120,10 @@ impl FlushGather {
             let at = Iova::new(start.get() + (u64::from(nth) << leaf.lg2()));
             IovaRange::from_len(at, leaf.bytes()).unwrap_or(IovaRange::granule_at(at, leaf))
         };
-        // Behind a full gather, runs with no larger gap between them than the gather has are joined, one by one or all at once.
-        let behind = self.len == MAX_RANGES && self.ranges[MAX_RANGES - 1].last() < start;
-        if behind && !has_gap(rest, (self.closest >> leaf.lg2()) + 1) {
+        // If the gather is full and all of it lies below, runs are joined whenever the gap between
+        // them is no larger than the smallest gap of the gather; here all of them at once.
+        let above = self.len == MAX_RANGES && self.ranges[MAX_RANGES - 1].last() < start;
+        if above && !has_gap(rest, (self.closest >> leaf.lg2()) + 1) {
             return self.insert(nth(rest.trailing_zeros()).hull(nth(rest.ilog2())));
         }
         while rest != 0 {
@@ -126,14 +134,15 @@ impl FlushGather {
         }
     }
 
-    /// Owes that cached pointers to a table, which translated `range`, and the leaves in it be dropped. If the table goes
-    /// away, its memory may be used again only after the flush: see [`FlushQueue::owe_then`](super::FlushQueue::owe_then).
+    /// Owes that devices drop their cached pointers to a table that translated `range`, and the
+    /// leaves in it. If the table is freed, its memory may be used again only after the flush: see
+    /// [`FlushQueue::owe_then`](super::FlushQueue::owe_then).
     pub fn add_table(&mut self, range: IovaRange) {
         self.tables = true;
         self.insert(range);
     }
 
-    /// The same debt, paid by invalidating everything.
+    /// The same debt, as a full invalidation.
     #[must_use]
     pub fn to_full(&self) -> FlushGather {
         let mut full = self.clone();
@@ -141,7 +150,7 @@ impl FlushGather {
         full
     }
 
-    /// Owes everything that `other` owes as well.
+    /// Adds everything that `other` owes.
     pub fn merge(&mut self, other: &FlushGather) {
         self.tables |= other.tables;
         self.entries = self.entries.saturating_add(other.entries);
@@ -169,13 +178,13 @@ impl FlushGather {
 
     #[inline]
     fn insert(&mut self, range: IovaRange) {
-        // A walk goes upwards, so the new range nearly always joins or follows the last one.
+        // A walk ascends, so the new range nearly always joins or follows the last one.
         let full = self.len == MAX_RANGES;
         if let Some(last) = self.ranges[..self.len].last_mut()
             && last.start() <= range.start()
             && (touches(*last, range) || full && gap(*last, range) <= self.closest)
         {
-            // The gaps between the ranges stay.
+            // The gaps between the other ranges stay the same.
             *last = last.hull(range);
             return;
         }
@@ -184,7 +193,7 @@ impl FlushGather {
 
     fn insert_anywhere(&mut self, mut range: IovaRange) {
         self.closest = 0;
-        // All ranges that touch the new one form a contiguous piece `from..to`; they become one with it.
+        // The ranges that touch the new one are `from..to`; they become one with it.
         let from = self
             .ranges()
             .partition_point(|r| r.last() < range.start() && !touches(*r, range));
@@ -199,7 +208,7 @@ impl FlushGather {
             return;
         }
         if self.len == MAX_RANGES {
-            // Join the closest pair of the ranges with the new one among them.
+            // Join the closest pair among the ranges and the new one.
             let gap_below = |at: usize| gap(self.ranges[at - 1], self.ranges[at]);
             let closest = (1..self.len).min_by_key(|at| gap_below(*at));
             let below = (from > 0).then(|| gap(self.ranges[from - 1], range));
@@ -250,7 +259,7 @@ impl fmt::Debug for FlushGather {
     }
 }
 
-/// Whether the ranges overlap or follow each other without a gap.
+/// Whether the ranges overlap, or follow each other without a gap.
 #[inline]
 fn touches(a: IovaRange, b: IovaRange) -> bool {
     a.intersects(b)
@@ -258,12 +267,12 @@ fn touches(a: IovaRange, b: IovaRange) -> bool {
         || b.last().checked_add(1) == Some(a.start())
 }
 
-/// Whether between the ones of `mask`, which has some, there are so many zeros in a row.
+/// Whether `mask`, which is not 0, has at least `zeros` zeros in a row between two of its ones.
 #[inline]
 fn has_gap(mask: u64, zeros: u64) -> bool {
     let inside = (u64::MAX << mask.trailing_zeros()) & (u64::MAX >> mask.leading_zeros());
     let mut begins = !mask & inside;
-    // Where as many zeros as `found` begin, so do twice as many if as many begin behind them.
+    // Where `found` zeros in a row begin, twice as many begin if another `found` follow them.
     let mut found = 1;
     while found < zeros && begins != 0 {
         let more = found.min(zeros - found);
@@ -273,7 +282,7 @@ fn has_gap(mask: u64, zeros: u64) -> bool {
     begins != 0
 }
 
-/// The bytes between two ranges of which `low` lies below `high`.
+/// The bytes between two ranges; `low` lies below `high`.
 #[inline]
 fn gap(low: IovaRange, high: IovaRange) -> u64 {
     high.start().get() - low.last().get() - 1
@@ -303,7 +312,7 @@ mod tests {
                 let mut leaves = 0;
                 for nth in 0..if cfg!(miri) { 20 } else { 2000u64 } {
                     let mask = (0..sparse).fold(next(), |mask, _| mask & next());
-                    // Mostly upwards, as a walk goes; sometimes anywhere.
+                    // Mostly ascending, as a walk is; sometimes anywhere.
                     let word = if next() % 50 == 0 { next() % 4000 } else { nth };
                     let start = Iova::new((word * 64) << size.lg2());
                     many.add_many(start, size, mask);
@@ -312,7 +321,7 @@ mod tests {
                         let end = bits.find(|bit| mask >> bit & 1 == 0).unwrap_or(64);
                         let run = Iova::new(start.get() + (first << size.lg2()));
                         let bytes = (end - first) << size.lg2();
-                        // Looks for the closest ranges each time.
+                        // Forgets the known gap, so that it is searched for each time.
                         single.closest = 0;
                         single.add(IovaRange::from_len(run, bytes).unwrap(), size);
                     }
@@ -424,7 +433,8 @@ mod tests {
     fn past_the_bound_the_smallest_gap_goes() {
         let mut gather = FlushGather::new();
         for i in 0..MAX_RANGES as u64 {
-            let shift = if i >= 20 { 0x1000 } else { 0x8000 }; // ranges 19 and 20 are the closest pair
+            // Ranges 19 and 20 are the closest pair.
+            let shift = if i >= 20 { 0x1000 } else { 0x8000 };
             gather.add(range(i * 0x1_0000 + shift, 0x1000), Granule::K4);
         }
         gather.add(range(0x100_0000, 0x1000), Granule::K4);

@@ -1,20 +1,22 @@
-//! When to flush, and what to ask for: plain arithmetic, no state.
+//! When to flush, and what to ask for. Arithmetic without state.
 
 use std::time::{Duration, Instant};
 
 use super::FlushGather;
 
-/// The bounds at which a debt is due although nobody waits for it. `None` is no bound; the default has none.
+/// The bounds at which a debt is due although no thread waits for it. `None` is no bound; the
+/// default has none.
 ///
-/// The queue has no thread of its own. Whoever hands over calls [`flush_due`](super::FlushQueue::flush_due)
-/// afterwards, and so pays when a bound is reached; for the age, a timer calls it too.
+/// The queue has no thread of its own. A thread that hands over a gather calls
+/// [`flush_due`](super::FlushQueue::flush_due) afterwards, and so pays when a bound is reached. For
+/// the bound on age, a timer calls it too.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FlushPolicy {
-    /// Due when so many gathers wait for a flush.
+    /// Due when this many gathers wait for a flush.
     pub max_pending: Option<u64>,
-    /// Due when the ranges that wait span so many bytes.
+    /// Due when the ranges that wait span this many bytes.
     pub max_bytes: Option<u128>,
-    /// Due when the oldest gather has waited so long.
+    /// Due when the oldest gather has waited this long.
     pub max_age: Option<Duration>,
 }
 
@@ -33,20 +35,22 @@ impl FlushPolicy {
 
 /// What an invalidation costs, in a unit of the invalidator's choice, such as nanoseconds.
 ///
-/// An invalidator that does not care leaves all at 0, which is the default: then it is asked for ranges.
+/// The default is 0 for all: an invalidator that declares no cost is always asked for ranges.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FlushCost {
-    /// Each range.
+    /// The cost of each range.
     pub per_range: u64,
-    /// Each leaf in a range, for an invalidator whose commands name one leaf: the bytes of the range over the size of
-    /// the smallest leaf in the gather. 0 if a command takes a range of any length.
+    /// The cost of each leaf in a range, for an invalidator whose commands name one leaf. The
+    /// number of leaves is the bytes of the range over the size of the smallest leaf in the gather.
+    /// 0 if one command takes a range of any length.
     pub per_leaf: u64,
-    /// Dropping everything, what devices then spend on filling their caches again included.
+    /// The cost of a full invalidation, with the time that devices then spend on filling their
+    /// caches again.
     pub full: u64,
 }
 
 impl FlushCost {
-    /// What the ranges of `gather` cost one by one; stays at `u128::MAX` once there.
+    /// What the ranges of `gather` cost one by one. Saturates at `u128::MAX`.
     pub fn of_ranges(&self, gather: &FlushGather) -> u128 {
         let ranges = gather.ranges().len() as u128;
         let leaves: u128 = gather.leaves().map_or(0, |leaves| {
@@ -61,7 +65,7 @@ impl FlushCost {
         self.of_ranges(gather) > u128::from(self.full)
     }
 
-    /// The cost of asking two invalidators, one after the other.
+    /// The cost of two invalidators that are asked one after the other. Saturates.
     #[must_use]
     pub fn and(self, other: FlushCost) -> FlushCost {
         FlushCost {

@@ -2,26 +2,29 @@
 
 use std::time::Instant;
 
-use super::debt::{Debt, Free, run_all};
+use super::debt::{Free, SharedDebt, run_all};
 use super::{FlushCost, FlushGather, FlushPolicy, FlushStats, Invalidated};
 use crate::error::Error;
 use crate::failure::go_on;
 use crate::sync::{AtomicU64, Mutex, Ordering, Step, lock, performs, weaken};
 
-/// The generation whose flush covers a gather.
+/// The generation whose flush covers a gather. Later generations compare greater.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[must_use = "what was gathered is covered only when its generation has finished"]
 pub struct Ticket(u64);
 
-/// Takes gathers from any number of threads and flushes them together: one flush retires every gather that was handed
-/// over before it began.
+/// Takes gathers from any number of threads and flushes them together (*group commit*): one flush
+/// retires every gather that was handed over before it began. The DMA
+/// layer of Linux has such a queue (`iova_fq`).
 ///
-/// [`owe`](Self::owe) and [`owe_then`](Self::owe_then) take a short lock and never wait for a flush;
-/// [`wait`](Self::wait) and [`flush_due`](Self::flush_due) do. An [`AddressSpace`](crate::AddressSpace) has a queue of
-/// its own; use another where something else owes invalidations.
+/// [`owe`](Self::owe) and [`owe_then`](Self::owe_then) take a short lock and never wait for a
+/// flush; [`wait`](Self::wait) and [`flush_due`](Self::flush_due) do. An
+/// [`AddressSpace`](crate::AddressSpace) has a queue of its own; use another where something else
+/// owes invalidations.
 ///
-/// The queue knows no invalidator: whoever may have to flush brings one, as a closure over IOTLBs, kernel interfaces or
-/// several of them. All callers of one queue must bring the same: a leader flushes for the others.
+/// The queue contains no invalidator. A thread that may have to flush brings one, as a closure over
+/// IOTLBs, kernel interfaces or several of them. All callers of one queue must bring the same,
+/// because a leader flushes for the other threads.
 ///
 /// ```
 /// use dirtymap::{FlushGather, FlushPolicy, FlushQueue, Granule, Invalidated, Iova, IovaRange};
@@ -46,7 +49,13 @@ pub struct Ticket(u64);
 /// ```
 ///
 /// # Dropping it
-/// A queue that is dropped does not flush: who drops it has detached the devices. Frees that were handed over run.
+/// A queue that is dropped does not flush: the thread that drops it has detached the devices
+/// before. Frees that were handed over run.
+///
+/// # Panics
+/// Dropping it panics if a free panics, after all others have run.
+#[doc(alias = "iova_fq")]
+#[doc(alias = "queue_iova")]
 #[derive(Debug)]
 pub struct FlushQueue {
     policy: FlushPolicy,
@@ -57,11 +66,11 @@ pub struct FlushQueue {
     finished: AtomicU64,
 }
 
-/// Valid whenever the lock is free, also while a flush is under way: see [`FlushStats::is_consistent`].
+/// Valid whenever the lock is free, also during a flush: see [`FlushStats::is_consistent`].
 #[derive(Debug, Default)]
 struct State {
     /// What no flush has taken yet.
-    debt: Debt,
+    debt: SharedDebt,
     cost: FlushCost,
     /// The generation that `debt` will be flushed as.
     generation: u64,
@@ -73,7 +82,7 @@ struct State {
 }
 
 impl State {
-    /// Changes the counts, after which the identities hold again.
+    /// Changes the counts. The identities hold again afterwards.
     fn count(&mut self, change: impl FnOnce(&mut FlushStats)) {
         change(&mut self.stats);
         debug_assert!(self.stats.is_consistent(), "{:?}", self.stats);
@@ -81,7 +90,8 @@ impl State {
 }
 
 impl FlushQueue {
-    /// A queue in which nothing is owed, that flushes ranges, and only for those who wait.
+    /// A queue in which nothing is owed. It has no bounds, and no declared cost: it flushes ranges,
+    /// and only when a thread waits.
     pub fn new() -> Self {
         FlushQueue {
             policy: FlushPolicy::default(),
@@ -98,8 +108,8 @@ impl FlushQueue {
         self
     }
 
-    /// Declares what invalidations cost: when the ranges of a debt would cost more than a full invalidation, the
-    /// invalidator gets a gather that [is full](FlushGather::is_full).
+    /// Declares what invalidations cost. When the ranges of a debt would cost more than a full
+    /// invalidation, the invalidator gets a gather that [is full](FlushGather::is_full).
     #[must_use]
     pub fn with_cost(self, cost: FlushCost) -> Self {
         self.set_cost(cost);
@@ -110,23 +120,25 @@ impl FlushQueue {
         self.policy = policy;
     }
 
-    /// What flushes cost from the next one on.
+    /// Declares what invalidations cost from the next flush on.
     pub(crate) fn set_cost(&self, cost: FlushCost) {
         lock(&self.state).cost = cost;
     }
 
-    /// Hands over what is owed. Does not flush and does not wait for a flush.
+    /// Hands over the debt of `gather`. Takes a short lock; neither flushes nor waits for a flush.
     pub fn owe(&self, gather: &FlushGather) -> Ticket {
         self.hand_over(gather, None)
     }
 
-    /// Hands over what is owed, and what may be freed or used again only when it is paid: the memory of tables, IOVA
-    /// ranges, pages. Does not flush and does not wait for a flush.
+    /// Hands over the debt of `gather`, together with a call that frees what may be used again only
+    /// after that debt is paid: the memory of tables, IOVA ranges, pages. Takes a short lock;
+    /// neither flushes nor waits for a flush.
     ///
-    /// `free` runs exactly once, after a flush that began after this call has finished, however many have failed
-    /// before; or when the queue is dropped. Frees run one at a time, in the order in which they were handed over,
-    /// without any lock of the queue, on a thread that waits for a flush or on one that runs frees already. So when
-    /// [`wait`](Self::wait) returns, `free` has run or is about to.
+    /// `free` runs exactly once: after the end of a flush that began after this call, however many
+    /// flushes failed before; or when the queue is dropped. Frees run one at a time, in the order
+    /// in which they were handed over, without any lock of the queue. They run on a thread that
+    /// waits for a flush, or on one that is running frees already. So when [`wait`](Self::wait)
+    /// returns, `free` has run or is about to.
     pub fn owe_then(&self, gather: &FlushGather, free: impl FnOnce() + Send + 'static) -> Ticket {
         self.hand_over(gather, Some(Free::new(free)))
     }
@@ -154,19 +166,21 @@ impl FlushQueue {
         Ticket(state.generation)
     }
 
-    /// Returns when a flush that began after `ticket` was given has finished; performs it by `invalidate` if nobody
-    /// else does. What is empty needs no invalidation, but still waits for the flush under way: that one may cover
-    /// what the caller relies on.
+    /// Returns when a flush that began after `ticket` was given has finished. If no other thread
+    /// performs that flush, this call does, by `invalidate`. An empty debt needs no invalidation,
+    /// but the call still waits for the flush under way, which may cover other memory that the
+    /// caller relies on.
     ///
-    /// Then runs the frees that this flush allows, unless another thread is running frees. `invalidate` must not wait
-    /// on the same queue: it is what the others wait for. A free may.
+    /// The call then runs the frees that this flush allows, unless another thread is running frees.
+    /// `invalidate` must not wait on the same queue, because other threads wait for it. A free may.
     ///
     /// # Errors
-    /// That of `invalidate`; everything it carried stays owed, and a later call tries again.
+    /// The error of `invalidate`; everything that this flush carried stays owed, and a later call
+    /// tries again.
     ///
     /// # Panics
-    /// If a free panics, its panic goes on after all the others have run; not in a destructor that
-    /// runs because of another panic, where it is dropped.
+    /// If a free panics, its panic goes on after all the others have run. In a destructor that runs
+    /// because of another panic, it is dropped instead.
     pub fn wait(
         &self,
         ticket: Ticket,
@@ -175,13 +189,14 @@ impl FlushQueue {
         self.settle(ticket, false, invalidate)
     }
 
-    /// Whether the debt that no flush has taken yet reaches a bound of the [`FlushPolicy`] at the time `now`.
+    /// Whether the debt that no flush has taken yet reaches a bound of the [`FlushPolicy`] at the
+    /// time `now`.
     pub fn is_due(&self, now: Instant) -> bool {
         self.due_ticket(now).is_some()
     }
 
-    /// When the debt reaches its greatest age; `None` if nothing is owed that no flush has taken, or age is no bound.
-    /// A failed flush does not make the debt younger.
+    /// When the debt reaches its greatest age; `None` if no debt waits for a flush, or age is no
+    /// bound. A failed flush does not make the debt younger.
     pub fn deadline(&self) -> Option<Instant> {
         lock(&self.state)
             .debt
@@ -189,10 +204,13 @@ impl FlushQueue {
             .and_then(|oldest| self.policy.deadline(oldest))
     }
 
-    /// If the debt [is due](Self::is_due), does as [`wait`](Self::wait) for all of it and returns true. For all who
-    /// hand over, right after it: who comes when a bound is reached waits, so the debt stays bounded however slow
-    /// the flushes are. And for a timer, which keeps the bound of age by calling this at [`deadline`](Self::deadline),
-    /// or at most doubles it by calling this every `max_age`.
+    /// If the debt [is due](Self::is_due), does the same as [`wait`](Self::wait) for all of it and
+    /// returns true; otherwise returns false.
+    ///
+    /// Every thread that hands over a gather calls this right afterwards: a thread that reaches a
+    /// bound then waits, so the debt stays bounded however slow the flushes are. A timer calls it
+    /// for the bound on age: at [`deadline`](Self::deadline) to meet the bound, or every `max_age`
+    /// to reach at most twice the bound.
     ///
     /// # Errors
     /// As for [`wait`](Self::wait); the debt stays due.
@@ -237,7 +255,7 @@ impl FlushQueue {
         {
             let _leader = performs(Step::WaitForLeader).then(|| lock(&self.leader));
             if self.has_finished(ticket) {
-                return Ok(()); // the leader that we waited for releases
+                return Ok(()); // the leader that we waited for runs the frees
             }
             let mut taken = self.take();
             if taken.debt.gather.is_empty() {
@@ -258,11 +276,14 @@ impl FlushQueue {
     }
 
     fn has_finished(&self, ticket: Ticket) -> bool {
-        // Acquire: pairs with the Release in `Taken::retire`; the flush's effects are visible to us.
+        // Acquire: pairs with the Release in `GroupFlush::retire`. If this load sees that store,
+        // the flush is complete, and its effects are visible here; if it sees an older one, the
+        // caller waits.
         self.finished.load(Ordering::Acquire) > ticket.0
     }
 
-    /// Runs what may be freed, unless another thread does so. The panic of a free goes on when all have run.
+    /// Runs the frees that are ready, unless another thread does so. The panic of a free goes on
+    /// when all have run.
     fn release(&self) {
         let mut ready = {
             let mut state = lock(&self.state);
@@ -288,19 +309,19 @@ impl FlushQueue {
         go_on(panic);
     }
 
-    /// The counts, all from one moment.
+    /// The counts, all read under one lock.
     pub fn stats(&self) -> FlushStats {
         lock(&self.state).stats
     }
 
-    /// Takes what is pending; from now on gathers belong to the next generation.
-    fn take(&self) -> Taken<'_> {
+    /// Takes all that is pending. From now on gathers belong to the next generation.
+    fn take(&self) -> GroupFlush<'_> {
         let mut state = lock(&self.state);
         let generation = state.generation + 1;
         if performs(Step::NextGeneration) {
             state.generation = generation;
         }
-        Taken {
+        GroupFlush {
             queue: self,
             full: state.cost.prefers_full(&state.debt.gather),
             debt: std::mem::take(&mut state.debt),
@@ -318,7 +339,8 @@ impl Default for FlushQueue {
 
 impl Drop for FlushQueue {
     fn drop(&mut self) {
-        // What is ready has run: whoever makes it ready stays until it has.
+        // The ready frees have run: the thread that makes them ready also borrows the queue until
+        // they have.
         let frees = std::mem::take(&mut lock(&self.state).debt.frees);
         let mut panic = None;
         run_all(frees, &mut panic);
@@ -326,19 +348,19 @@ impl Drop for FlushQueue {
     }
 }
 
-/// What a leader flushes. Dropped without `retire`, by an error or a panic of the invalidation, it becomes pending
-/// again.
-struct Taken<'a> {
+/// The debt that a leader flushes. If it is dropped without `retire`, because of an error or a
+/// panic of the invalidation, the debt becomes pending again.
+struct GroupFlush<'a> {
     queue: &'a FlushQueue,
-    debt: Debt,
-    /// One invalidation of everything is cheaper than the ranges.
+    debt: SharedDebt,
+    /// Whether one full invalidation is cheaper than the ranges.
     full: bool,
     generation: u64,
     retired: bool,
 }
 
-impl Taken<'_> {
-    /// The generation has finished: `flushed` counts what was done.
+impl GroupFlush<'_> {
+    /// The generation has finished. `flushed` counts what was done.
     fn retire(&mut self, flushed: impl FnOnce(&mut FlushStats)) {
         self.retired = true;
         let debt = std::mem::take(&mut self.debt);
@@ -356,13 +378,14 @@ impl Taken<'_> {
             stats.entries += debt.entries;
             stats.entries_pending -= debt.entries;
         });
-        // Release: pairs with the Acquire in `has_finished`; publishes that the invalidation is complete.
+        // Release: pairs with the Acquire in `has_finished`. A thread that sees this number also
+        // sees that the invalidation is complete; a thread that sees an older one waits.
         let order = weaken(Step::PublishFinished, Ordering::Release);
         self.queue.finished.store(self.generation, order);
     }
 }
 
-impl Drop for Taken<'_> {
+impl Drop for GroupFlush<'_> {
     fn drop(&mut self) {
         if !self.retired {
             let mut state = lock(&self.queue.state);

@@ -6,17 +6,17 @@
 pub struct Invalidated {
     /// Invalidation commands that were sent.
     pub commands: u64,
-    /// Bytes that those commands named, rounding included; 2^64 for a full invalidation. 0 from an invalidator that
-    /// does not know.
+    /// Bytes that those commands named, rounding included; 2^64 for a full invalidation. 0 if the
+    /// invalidator does not know.
     pub bytes: u128,
     /// Cached translations that were dropped.
     pub dropped: u64,
-    /// Writes that had been translated and had to land first.
+    /// Writes that were already translated, and that had to land first.
     pub drained: u64,
 }
 
 impl Invalidated {
-    /// Adds what another source did for the same gather.
+    /// Adds what another source did for the same gather. Saturates.
     pub fn add(&mut self, other: Invalidated) {
         self.commands = self.commands.saturating_add(other.commands);
         self.bytes = self.bytes.saturating_add(other.bytes);
@@ -25,7 +25,7 @@ impl Invalidated {
     }
 }
 
-/// Counts of a [`FlushQueue`](super::FlushQueue) since it was made, all from one moment.
+/// Counts of a [`FlushQueue`](super::FlushQueue) since it was made, all read under one lock.
 ///
 /// At every moment:
 /// * `owed = retired + pending`, and `merged <= retired`;
@@ -41,27 +41,29 @@ pub struct FlushStats {
     pub retired: u64,
     /// Gathers that wait for a flush, or whose flush is under way.
     pub pending: u64,
-    /// Of the retired: gathers that needed no flush of their own, because they shared that of an earlier one.
+    /// Of the retired: gathers that needed no flush of their own, because they shared the flush of
+    /// an earlier one.
     pub merged: u64,
     /// Flushes that finished. Generations in which nothing had to be invalidated are not flushes.
     pub flushes: u64,
-    /// Of these: flushes of everything, because the ranges would have cost more.
+    /// Of these: full invalidations, because the ranges would have cost more.
     pub full: u64,
-    /// Of these: flushes that [`flush_due`](super::FlushQueue::flush_due) performed because a bound was reached.
+    /// Of these: flushes that [`flush_due`](super::FlushQueue::flush_due) performed because a bound
+    /// was reached.
     pub forced: u64,
     /// Flushes that failed; what they carried is owed again.
     pub failed: u64,
     /// Calls that waited for a flush, whether they performed it or another thread did.
     pub waits: u64,
-    /// Ranges that finished flushes owed, before the choice of a full one.
+    /// Ranges that finished flushes owed, counted before the choice of a full one.
     pub ranges: u64,
     /// Bytes of those ranges.
     pub bytes: u128,
-    /// Leaves that were cleared or unmapped, of all gathers handed over.
+    /// Leaves that were cleared or unmapped, of all gathers that were handed over.
     pub entries_owed: u128,
     /// Of these: leaves whose flush has finished.
     pub entries: u128,
-    /// Of these: leaves that are not flushed yet. Devices may still use what they cached of them.
+    /// Of these: leaves that are not flushed yet. Devices may still use their cached translations.
     pub entries_pending: u128,
     /// Deferred frees handed over.
     pub frees_owed: u64,
@@ -69,7 +71,7 @@ pub struct FlushStats {
     pub frees_released: u64,
     /// Of these: frees that wait for a flush, or for their turn after it.
     pub frees_pending: u64,
-    /// What the invalidations did.
+    /// What the invalidations did, summed up.
     pub invalidated: Invalidated,
 }
 
@@ -81,7 +83,7 @@ impl FlushStats {
         self.invalidated.add(done);
     }
 
-    /// Whether the identities hold.
+    /// Whether the identities of [`FlushStats`] hold.
     pub(super) fn is_consistent(&self) -> bool {
         self.retired.checked_add(self.pending) == Some(self.owed)
             && self.entries.checked_add(self.entries_pending) == Some(self.entries_owed)

@@ -1,4 +1,4 @@
-//! The queue, in one thread or in an order that the test fixes; its races are in `tests/loom.rs`.
+//! The queue, in one thread or in an order that the test fixes. `tests/loom.rs` explores its races.
 #![allow(clippy::unwrap_used)] // helpers of tests
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -82,8 +82,8 @@ fn one_flush_retires_all_that_was_owed_before_it() {
     );
 }
 
-/// Linux began to skip flushes whose range was empty, and broke drivers that never say a range. Empty is a state here, and only
-/// a gather that nobody added to is in it.
+/// Linux began to skip flushes whose range was empty, and broke drivers that never set a range.
+/// Here "empty" is a state of its own, and only a gather without additions is in it.
 #[test]
 fn an_empty_gather_needs_no_flush() {
     let queue = FlushQueue::new();
@@ -106,7 +106,7 @@ fn what_a_failed_flush_carried_stays_owed() {
     let stats = queue.stats();
     assert_eq!((stats.failed, stats.pending, stats.retired), (2, 1, 0));
     assert_eq!((stats.entries_owed, stats.entries_pending), (1, 1));
-    // Somebody else's empty gather finds the debt and pays it.
+    // The empty gather of another thread finds the debt and pays it.
     let other = queue.owe(&FlushGather::new());
     let mut seen = 0;
     queue
@@ -130,11 +130,11 @@ fn frees_run_once_and_in_order_after_the_flush_that_failed_first() {
         assert!(queue.wait(ticket, fails).is_err());
         assert!(freed.order().is_empty());
         assert_eq!(queue.stats().frees_pending, n);
-        // Handed over after the failure, so it comes behind what the failure put back.
+        // Handed over after the failure, so it runs after the frees that the failure put back.
         ticket = queue.owe_then(&gather(n << 20), freed.note(n));
     }
     let failing = queue.wait(ticket, |g| {
-        // Handed over during the flush: not of its generation.
+        // Handed over during the flush, so it belongs to the next generation.
         let _ = queue.owe_then(&gather(9 << 20), freed.note(4));
         fails(g)
     });
@@ -178,7 +178,7 @@ fn a_free_that_panics_takes_no_other_with_it() {
     assert_eq!(freed.order(), [0, 1, 2, 3]);
 }
 
-/// A payload whose destructor panics, with another one like it.
+/// A payload whose destructor panics with another payload like it.
 struct Bomb(u32);
 
 impl Drop for Bomb {
@@ -190,7 +190,7 @@ impl Drop for Bomb {
 }
 
 /// Only the first of several panics goes on. The payload of another one was dropped in between, and
-/// its destructor panicked: the frees behind it never ran, and none did in this queue from then on.
+/// its destructor panicked: the frees after it never ran, and from then on none ran in this queue.
 #[test]
 fn a_free_whose_payload_panics_in_its_drop_takes_no_other_with_it() {
     for dropped in [false, true] {
@@ -220,7 +220,7 @@ fn a_free_whose_payload_panics_in_its_drop_takes_no_other_with_it() {
     }
 }
 
-/// A queue that is dropped while a panic goes by runs its frees, and adds no second panic.
+/// A queue that is dropped while a panic unwinds runs its frees, and adds no second panic.
 #[test]
 fn a_queue_that_is_dropped_during_a_panic_is_silent() {
     let freed = Freed::default();
@@ -236,8 +236,8 @@ fn a_queue_that_is_dropped_during_a_panic_is_silent() {
     assert_eq!(freed.order(), [0]);
 }
 
-/// The thread that runs frees looks for more before it stops, and still runs them alone: one of a
-/// third batch waits for one of the second that blocks.
+/// The thread that runs frees looks for more before it stops, and still runs them alone: a free of
+/// a third batch waits for one of the second batch that blocks.
 #[test]
 fn a_free_of_a_third_batch_waits_for_one_of_the_second() {
     let queue = Arc::new(FlushQueue::new());
@@ -310,7 +310,7 @@ fn everything_is_asked_for_when_ranges_cost_more() {
     for (ranges, full) in [(2, false), (3, true)] {
         let tickets: Vec<_> = (0..ranges).map(|n| queue.owe(&gather(n << 20))).collect();
         if full {
-            // A full one that fails leaves the ranges owed as they were.
+            // A full invalidation that fails leaves the ranges owed as they were.
             let failing = queue.wait(tickets[0], |g| {
                 assert!(g.is_full());
                 fails(g)
@@ -374,7 +374,7 @@ fn a_debt_is_due_by_count_by_bytes_and_by_age() {
     assert_eq!(queue.deadline(), Some(deadline), "that of the oldest");
     assert!(!queue.is_due(deadline - Duration::from_nanos(1)));
     assert!(queue.is_due(deadline));
-    // What waits on its own account is not forced.
+    // A thread that waits for its own ticket is not counted as forced.
     queue.wait(ticket, flushes).unwrap();
     assert_eq!((queue.stats().forced, queue.deadline()), (0, None));
     assert!(!queue.is_due(deadline));

@@ -527,8 +527,8 @@ pub(super) fn take(
         }
     }
     // The tables came first: what an unmap takes out of them comes to what is kept, and then to the marks.
-    let kept = covered.domains().iter().map(|domain| &domain.kept);
-    for marks in kept.chain(covered.marks.then_some(&*area.marks)) {
+    let stores = covered.domains().iter().map(|domain| &domain.put_back);
+    for marks in stores.chain(covered.marks.then_some(&*area.marks)) {
         let Some(part) = rest else { break };
         // Acquire: pairs with the Release fence of a detach; whoever found what is kept gone sees it marked.
         fence(Ordering::Acquire);

@@ -163,7 +163,7 @@ impl AddressSpace {
             let peeked = covered
                 .domains()
                 .iter()
-                .map(|domain| &domain.kept)
+                .map(|domain| &domain.put_back)
                 .chain(covered.marks.then_some(&*entry.area.marks))
                 .try_for_each(|marks| {
                     // Acquire: as in `Holding::take`.

@@ -1,7 +1,7 @@
 //! Writes that take their time: dirty from before they begin until after they end.
 
 use crate::error::Error;
-use crate::source::Slot;
+use crate::source::FlightSlot;
 use crate::space::AddressSpace;
 use crate::sync::{Step, performs};
 use crate::units::IovaRange;
@@ -28,7 +28,7 @@ use crate::units::IovaRange;
 #[derive(Debug)]
 pub struct WriteGuard<'a> {
     space: &'a AddressSpace,
-    slot: &'a Slot,
+    slot: &'a FlightSlot,
     range: IovaRange,
 }
 

@@ -1,24 +1,24 @@
-//! Which parts of an area that was cut have gone.
+//! Which parts of an area that was cut have left the tree.
 //!
-//! The pieces of a cut share the marks of the whole, and a mark may come by the handle of the
-//! whole, or by an old snapshot, long after the cut: see [`unmap`](crate::space) for who counts it.
-//! It asks here, not the pieces: so no area knows what became of it, and nothing grows with the
-//! number of cuts.
+//! The pieces of a cut share the marks of the whole. A mark may come by a handle of the whole, or
+//! by an old snapshot, long after the cut: [`unmap`](crate::space) describes which side counts it.
+//! Such a mark looks here, and not at the pieces. So an area needs no record of its pieces, and
+//! nothing grows with the number of cuts.
 //!
-//! Ranges that touch are one. Between two of them there is a piece that is still there, so there
-//! are at most as many of them as there are such pieces, and one: what was cut and unmapped before
-//! costs nothing. Addresses that have gone never come back to the same marks: what is mapped there
-//! anew has marks of its own.
+//! Ranges that touch are joined. Between two of them lies a piece that is still in the tree, so
+//! there is at most one range more than there are such pieces: earlier cuts and unmaps cost
+//! nothing. Addresses that have left never come back to the same marks, because an area that is
+//! mapped there later has marks of its own.
 
 use crate::area::AreaTree;
 use crate::sync::Arc;
 use crate::units::{Iova, IovaRange};
 
-/// See the [module](self). Marks look at it without waiting; unmaps add to it.
+/// See the [module](self). Marks read it without blocking; unmaps add to it.
 #[derive(Debug)]
 pub(super) struct Gone {
     ranges: AreaTree<(), 8>,
-    /// What the tree holds at each range.
+    /// The value of each range in the tree.
     nothing: Arc<()>,
 }
 
@@ -30,7 +30,7 @@ impl Gone {
         }
     }
 
-    /// Adds `range`, which was there until now.
+    /// Adds `range`, which was in the tree until now.
     pub(super) fn add(&self, range: IovaRange) {
         let added = self.ranges.update(|edit| {
             let mut joined = range;
@@ -48,7 +48,7 @@ impl Gone {
         debug_assert!(added.is_ok(), "{range} goes twice: {:?}", added.err());
     }
 
-    /// Visits the parts of `range` that have gone, in ascending order.
+    /// Visits the parts of `range` that have left the tree, in ascending order.
     pub(super) fn parts(&self, range: IovaRange, mut visit: impl FnMut(IovaRange)) {
         let snapshot = self.ranges.snapshot();
         for entry in snapshot.iter(range) {
@@ -70,7 +70,7 @@ mod tests {
         IovaRange::from_len(Iova::new(first << 12), n << 12).unwrap()
     }
 
-    /// Asserts which pages have gone, and that there is one range for each run of them.
+    /// Asserts which pages have left, and that there is one range for each run of them.
     fn check(gone: &Gone, runs: &[IovaRange]) {
         let mut parts = Vec::new();
         gone.parts(IovaRange::ALL, |part| parts.push(part));
@@ -83,7 +83,7 @@ mod tests {
     fn what_goes_side_by_side_is_one_range() {
         let gone = Gone::new();
         check(&gone, &[]);
-        // From both ends, the middle last; holes stay.
+        // From both ends, the middle last; the pages between stay.
         for page in 0..100 {
             gone.add(pages(1000 + page, 1));
             gone.add(pages(1999 - page, 1));

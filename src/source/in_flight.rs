@@ -1,21 +1,28 @@
-//! Writes in flight: ranges that are dirty for as long as somebody may be writing them.
+//! Writes in flight: ranges that count as dirty for as long as some thread may be writing them, or
+//! moving their dirty state.
 //!
 //! # The protocol
+//! A published slot works like a hazard pointer: while it names a range, every harvest treats the
+//! range as dirty.
+//!
 //! ```text
 //!  writer                               harvester
 //!  G1  publish a slot                   S1  read the tables of the sources
-//!  W   write, as often as it likes      S2  read the slots: what they name is reported, and stays dirty
+//!  W   write, as often as it likes      S2  read the slots: report their ranges, which stay dirty
 //!  G2  mark the pages                   S3  read and clear the marks
 //!  G3  free the slot
 //! ```
 //!
-//! *Never invisible:* from G1 to G3 the slot names the pages, from G2 on the marks do. A harvester that finds the slot
-//! free, or taken by somebody else, has read what G3 or a later owner wrote, so it sees the marks of G2 in S3, or what a
-//! harvest that took them wrote. It must look in this order: one that read the marks first could find neither.
+//! *Never invisible:* from G1 to G3 the slot names the pages, and from G2 on the marks do. A
+//! harvester that comes after G3, and so finds the slot free or filled by a later owner, has read a
+//! value that G3 or that later owner stored. So in S3 it sees the marks of G2, unless another
+//! harvest has taken them already. The order S1, S2, S3 is required: a harvester that read the
+//! marks before the slots could miss the pages in both.
 //!
 //! # Slots
-//! A slot counts its owners, and its state says how far the present one is. Who reads a range between two equal states has
-//! read the range of one owner. Blocks of slots are linked and live as long as the registry; slots are used again.
+//! A slot is a seqlock. Its state counts its owners and says in which stage the present owner is. A
+//! range that is read between two equal states belongs to one owner. Blocks of slots form a linked
+//! list and live as long as the registry; a slot that is free is used again.
 //!
 //! # Cost
 //! To publish and to look cost a step for each slot, so this is meant for some tens of writes at a
@@ -30,46 +37,48 @@ use std::ptr;
 use crate::sync::{AtomicPtr, AtomicU64, Ordering, Step, TINY, weaken};
 use crate::units::{Iova, IovaRange};
 
-/// Slots of a block; one in the model checker, so that models reach the second block.
+/// Slots in a block. One in the model checker, so that models reach the second block.
 const SLOTS: usize = if TINY { 1 } else { 8 };
 
-/// What is added to a state to get the next one: free, taken, live, and free again, for the next owner.
+/// Added to a state to get the next one. The stages are free, claimed, live, and then free for the
+/// next owner.
 const STEP: u64 = 1;
 const STAGES: u64 = 4;
 const FREE: u64 = 0;
 const LIVE: u64 = 2;
 
-/// See the [module](self).
+/// The registry of ranges in flight: see the [module](self).
 #[derive(Debug)]
 pub(crate) struct InFlight {
-    pub(super) first: Block,
+    pub(super) first: SlotBlock,
 }
 
 #[derive(Debug)]
-pub(super) struct Block {
-    pub(super) slots: [Slot; SLOTS],
-    next: AtomicPtr<Block>,
+pub(super) struct SlotBlock {
+    pub(super) slots: [FlightSlot; SLOTS],
+    next: AtomicPtr<SlotBlock>,
 }
 
 /// A place for one range.
 #[derive(Debug)]
-pub(crate) struct Slot {
-    /// The number of owners so far times [`STAGES`], and the stage of the present one.
+pub(crate) struct FlightSlot {
+    /// The number of owners so far times [`STAGES`], plus the stage of the present owner.
     state: AtomicU64,
     start: AtomicU64,
     last: AtomicU64,
 }
 
 impl InFlight {
-    /// Nothing is in flight.
+    /// A registry without ranges.
     pub(crate) fn new() -> Self {
         InFlight {
-            first: Block::new(),
+            first: SlotBlock::new(),
         }
     }
 
-    /// Publishes `range` until the slot is freed. Allocates only when more ranges are in flight than ever before.
-    pub(crate) fn publish(&self, range: IovaRange) -> &Slot {
+    /// Publishes `range` until the slot is freed. Lock-free. Allocates only if more ranges are in
+    /// flight than ever before.
+    pub(crate) fn publish(&self, range: IovaRange) -> &FlightSlot {
         let mut block = &self.first;
         loop {
             if let Some(slot) = block.slots.iter().find(|slot| slot.claim()) {
@@ -80,10 +89,10 @@ impl InFlight {
         }
     }
 
-    /// Calls `visit` for what is in flight inside `range`.
+    /// Calls `visit` with the part inside `range` of each range in flight.
     ///
     /// # Errors
-    /// Those of `visit`.
+    /// The error of `visit`, at which the walk ends.
     pub(crate) fn visit<E>(
         &self,
         range: IovaRange,
@@ -107,7 +116,8 @@ impl Drop for InFlight {
         // Relaxed: exclusive access.
         let mut next = self.first.next.load(Ordering::Relaxed);
         while !next.is_null() {
-            // SAFETY: made by `Box::into_raw` in `next_or_new` and linked once; `drop` has the only reference left.
+            // SAFETY: made by `Box::into_raw` in `next_or_new` and linked once; `drop` has the only
+            // reference left.
             let block = unsafe { Box::from_raw(next) };
             // Relaxed: as above.
             next = block.next.load(Ordering::Relaxed);
@@ -115,10 +125,10 @@ impl Drop for InFlight {
     }
 }
 
-impl Block {
+impl SlotBlock {
     fn new() -> Self {
-        Block {
-            slots: std::array::from_fn(|_| Slot {
+        SlotBlock {
+            slots: std::array::from_fn(|_| FlightSlot {
                 state: AtomicU64::new(FREE),
                 start: AtomicU64::new(0),
                 last: AtomicU64::new(0),
@@ -127,19 +137,20 @@ impl Block {
         }
     }
 
-    fn next(&self) -> Option<&Block> {
+    fn next(&self) -> Option<&SlotBlock> {
         // Acquire: pairs with the Release in `next_or_new`; publishes the contents of the block.
         let next = self.next.load(Ordering::Acquire);
-        // SAFETY: a block that is linked lives as long as the registry, which `self` borrows from.
+        // SAFETY: a linked block lives as long as the registry, which `self` borrows from.
         unsafe { next.as_ref() }
     }
 
-    fn next_or_new(&self) -> &Block {
+    fn next_or_new(&self) -> &SlotBlock {
         if let Some(next) = self.next() {
             return next;
         }
-        let fresh = Box::into_raw(Box::new(Block::new()));
-        // Release on success: publishes the fresh block. Acquire on failure: we use the winner's.
+        let fresh = Box::into_raw(Box::new(SlotBlock::new()));
+        // Release on success: publishes the fresh block. Acquire on failure: another thread has
+        // linked a block first, and we use that one.
         let next = match self.next.compare_exchange(
             ptr::null_mut(),
             fresh,
@@ -158,13 +169,13 @@ impl Block {
     }
 }
 
-impl Slot {
-    /// Makes the slot ours if it is free.
+impl FlightSlot {
+    /// Takes the slot if it is free. Returns whether this call took it.
     fn claim(&self) -> bool {
         // Relaxed: the compare-exchange decides.
         let state = self.state.load(Ordering::Relaxed);
-        // Acquire on success: pairs with the Release of `free`; whoever reads our range sees the marks of the owner before.
-        // Relaxed on failure: nothing is read.
+        // Acquire on success: pairs with the Release of `free`, so a thread that reads our range
+        // also sees the marks of the owner before us. Relaxed on failure: nothing is read.
         state % STAGES == FREE
             && self
                 .state
@@ -173,26 +184,29 @@ impl Slot {
     }
 
     fn fill(&self, range: IovaRange) {
-        // Release: pair with the Acquires in `read`; a reader of ours finds the state changed.
+        // Release, twice: pair with the Acquires in `read`. A reader that sees one of these two
+        // values finds that the state has changed since it began.
         let order = weaken(Step::ChangeBeforeRange, Ordering::Release);
         self.start.store(range.start().get(), order);
         self.last.store(range.last().get(), order);
-        // Relaxed: our own slot.
+        // Relaxed: only the owner of the slot changes it.
         let taken = self.state.load(Ordering::Relaxed);
         // Release: pairs with the Acquire in `read`; publishes the range.
         let order = weaken(Step::PublishSlot, Ordering::Release);
         self.state.store(taken + STEP, order);
     }
 
-    /// Ends the publication. What is to be found later has been marked before.
+    /// Ends the publication. The caller has marked the pages before, so that later harvests find
+    /// them.
     pub(crate) fn free(&self) {
-        // Relaxed: our own slot.
+        // Relaxed: only the owner of the slot changes it.
         let live = self.state.load(Ordering::Relaxed);
         // Release: pairs with the Acquires in `read` and `claim`; publishes the marks.
         self.state.store(live - LIVE + STAGES, Ordering::Release);
     }
 
-    /// The range in flight. `None` if there is none, or if it ended just now: then its marks are visible.
+    /// The range in flight. `None` if there is none, or if the publication has just ended: then the
+    /// marks of that owner are visible to the caller.
     fn read(&self) -> Option<IovaRange> {
         // Acquire, here and below: pairs with the Releases of `fill` and `free`.
         let state = self.state.load(Ordering::Acquire);
@@ -201,7 +215,8 @@ impl Slot {
         }
         let start = Iova::new(self.start.load(Ordering::Acquire));
         let last = Iova::new(self.last.load(Ordering::Acquire));
-        // If one of the two came from a later owner, this load sees that owner's claim.
+        // Seqlock: if `start` or `last` came from a later owner, this load sees that owner's claim,
+        // and the states differ.
         let same = self.state.load(Ordering::Acquire) == state;
         same.then(|| IovaRange::new(start, last).ok()).flatten()
     }

@@ -1,45 +1,55 @@
 //! Record, owe, clear: the one place where a dirty leaf passes from a source into a lease.
 //!
-//! # A leaf that sticks out
-//! A dirty leaf has one D for all of its pages, and a request may cover only some of them. The covered part goes to the lease;
-//! the rest is kept as marks of the source. Between the clear and those marks nothing would say that the rest is dirty, and a rest that is
-//! marked before the clear can be taken, flushed and written again before that clear, which then destroys the new D. So:
+//! # A leaf that extends past the request
+//! A leaf has one dirty bit (D) for all of its pages, and a request may cover only some of them.
+//! The covered part goes to the lease. The *rest* goes to the put-back store of the source. If
+//! nothing else were done, two things could go wrong: between the clear of D and the mark of the
+//! rest, nothing says that the rest is dirty; and a rest that is marked before the clear can be
+//! taken, flushed and written again before that clear, which then destroys the new D. So:
 //!
 //! ```text
 //!  P1  publish the rest as in flight       a harvester reports it, and it stays dirty
 //!  P2  record the covered part, owe the whole leaf
 //!  P3  clear D
 //!  P4  hand the debt of the leaf to the flush queue
-//!  P5  mark the rest                       from here on it can be taken; who takes it finds the debt, and its sync pays it
+//!  P5  mark the rest                       now another harvest can take it; its sync pays the debt
 //!  P6  free the slot
 //! ```
 //!
-//! * A harvester that finds D clear because of P3 sees P1, so it finds the rest in flight or, after P6, marked.
-//! * P4 comes after P3: a debt that was handed over before could be paid before, and devices may cache "D is set" again
-//!   between that flush and the clear. It comes before P5 for the same reason as in an abort.
-//! * Whoever reports the rest because it is in flight owes nothing for it: the rest stays dirty until P4 has happened.
+//! * A harvester that finds D clear because of P3 also sees P1. So it finds the rest in flight or,
+//!   after P6, marked.
+//! * P4 comes after P3. A debt that was handed over before P3 could be paid before P3, and between
+//!   that flush and the clear a device could again cache "D is set".
+//! * P4 comes before P5, as in an abort: the harvest that takes the rest finds the debt in the
+//!   queue.
+//! * A harvester that reports the rest because it is in flight owes nothing for it: the rest stays
+//!   dirty until P4 has happened.
 //!
 //! # A source that clears by batches
-//! P3 is the clear itself, and not a promise of one: with P5 before P3, another harvester takes the
-//! rest, flushes and copies it, the page is written again while its D is still set, and P3 then
-//! destroys the only trace of that write. So a source that clears many pages by one call hands them
-//! to [`LeafSink::take_run`]. What lies whole inside the request is recorded and owed, and may be
-//! cleared later: until then it is dirty and in a lease, which is a superset. A page that sticks
-//! out goes through P1 to P6, with a clear of its own.
+//! P3 is the clear itself; a promise to clear later is not enough. If P5 came before P3, another
+//! harvest could take the rest, flush and copy it; then the page could be written again while its D
+//! is still set, and P3 would destroy the only trace of that write. So a source that clears many
+//! pages by one call hands them to [`LeafSink::take_run`]. A page that lies whole inside the
+//! request is recorded and owed, and may be cleared later: until then it is both dirty and in a
+//! lease, which is a superset. A page that extends past the request goes through P1 to P6, with a
+//! clear of its own.
 
 use super::Stopped;
-use super::in_flight::{InFlight, Slot};
+use super::in_flight::{FlightSlot, InFlight};
 use crate::bitmap::Sink;
 use crate::error::Error;
 use crate::flush::{FlushGather, FlushQueue};
 use crate::sync::{Ordering, Step, fence, performs};
 use crate::units::{Granule, Iova, IovaRange};
 
-/// What a source hands its dirty leaves to during one harvest: see
+/// Receives the dirty leaves of a source during one harvest: see
 /// [`DirtySource::read_and_clear`](super::DirtySource::read_and_clear).
 ///
-/// It keeps the order that no write is lost by: the leaf is in the user bitmap, and its invalidation is owed, before its
-/// dirty bit goes. A harvest that is stopped between any two of these steps loses nothing.
+/// It keeps the order by which no write is lost: a leaf is recorded in the user bitmap, and its
+/// invalidation is owed, before its dirty bit is cleared. A harvest that stops between any two of
+/// these steps loses nothing. Linux's `iommu_dirty_bitmap_record` has the same place in its walk.
+#[doc(alias = "iommu_dirty_bitmap_record")]
+#[doc(alias = "iommu_dirty_bitmap")]
 #[derive(Debug)]
 pub struct LeafSink<'s, 'b> {
     sink: &'s mut Sink<'b>,
@@ -47,24 +57,25 @@ pub struct LeafSink<'s, 'b> {
     rests: Option<Rests<'s>>,
 }
 
-/// Where the rests of leaves go that a request covers in part.
+/// Where the rest of a leaf goes if a request covers only a part of the leaf.
 #[derive(Clone, Copy)]
 pub(crate) struct Rests<'s> {
-    /// Says that a rest is dirty while it is on its way.
+    /// Says that a rest is dirty while it moves.
     pub(crate) in_flight: &'s InFlight,
-    /// Keeps a rest dirty where later harvests of the source find it.
+    /// Puts a rest into the store where later harvests of the source find it.
     pub(crate) keep: &'s dyn Fn(IovaRange),
-    /// Receives the debts of whoever takes a rest.
+    /// Receives the debt of a leaf whose rest is put into the store.
     pub(crate) flush: &'s FlushQueue,
 }
 
-/// What [`LeafSink::take_run`] has recorded and owed, and the source still has to clear.
+/// The pages that [`LeafSink::take_run`] has recorded and owed, and that the source still has to
+/// clear.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "clear exactly these pages before `read_and_clear` returns, and no others"]
 pub struct ToClear(Option<IovaRange>);
 
 impl ToClear {
-    /// The pages; none if there is nothing left to clear.
+    /// The pages; `None` if there is nothing left to clear.
     pub fn range(self) -> Option<IovaRange> {
         self.0
     }
@@ -77,7 +88,8 @@ impl std::fmt::Debug for Rests<'_> {
 }
 
 impl<'s, 'b> LeafSink<'s, 'b> {
-    /// Records in `sink` and owes in `gather`. A leaf that sticks out of what `sink` records stays dirty.
+    /// Records in `sink` and owes in `gather`. A leaf that extends past the range of `sink` stays
+    /// dirty.
     pub fn new(sink: &'s mut Sink<'b>, gather: &'s mut FlushGather) -> Self {
         LeafSink {
             sink,
@@ -86,7 +98,8 @@ impl<'s, 'b> LeafSink<'s, 'b> {
         }
     }
 
-    /// As [`new`](Self::new), but a leaf that sticks out becomes clean and its rest goes to `rests`.
+    /// The same, but a leaf that extends past the range becomes clean, and its rest goes to
+    /// `rests`.
     pub(crate) fn keeping(
         sink: &'s mut Sink<'b>,
         gather: &'s mut FlushGather,
@@ -99,21 +112,23 @@ impl<'s, 'b> LeafSink<'s, 'b> {
         }
     }
 
-    /// The addresses that are asked for.
+    /// The addresses of the request.
     pub fn range(&self) -> IovaRange {
         self.sink.range()
     }
 
-    /// Takes a leaf that was seen dirty: `leaf` are all its addresses, `size` is what an
-    /// invalidation must know of it.
+    /// Takes a leaf that was seen dirty. `leaf` is the range of all its addresses; `size` is the
+    /// size of the leaf, which an invalidation may need.
     ///
-    /// `clear` makes the leaf clean by one atomic step and says whether it was dirty until then.
-    /// **When it returns, the leaf is clean**: a source that clears later, by larger pieces, uses
-    /// [`take_run`](Self::take_run). It is called last. Of a leaf that sticks out of
-    /// [`range`](Self::range) the part inside is reported, and the rest is found by later harvests;
-    /// outside of an [`AddressSpace`](crate::AddressSpace), which has a place for rests, such a
-    /// leaf is reported but not cleared, and owes the invalidation of what is reported, since a
-    /// write to it may be translated and not have landed.
+    /// `clear` makes the leaf clean by one atomic step and returns whether it was dirty until then.
+    /// It is called last. **When it returns, the leaf is clean**: a source that clears later, by
+    /// larger pieces, uses [`take_run`](Self::take_run).
+    ///
+    /// Of a leaf that extends past [`range`](Self::range), the part inside is reported, and later
+    /// harvests find the rest. Outside of an [`AddressSpace`](crate::AddressSpace) there is no
+    /// store for rests: then such a leaf is reported but not cleared. It still owes the
+    /// invalidation of the reported part, because a device may have translated a write to it that
+    /// has not landed yet.
     ///
     /// # Errors
     /// Those of [`Sink::record`]; the leaf stays dirty.
@@ -141,15 +156,16 @@ impl<'s, 'b> LeafSink<'s, 'b> {
     /// Takes a run of pages of size `page` that were seen dirty, for a source that clears many runs
     /// by one call.
     ///
-    /// The pages that lie whole inside [`range`](Self::range) are recorded and owed, and stay as
-    /// they are: the answer names them, and the source clears **exactly these** before
-    /// [`read_and_clear`](super::DirtySource::read_and_clear) returns, alone or with those of other
-    /// runs. If it returns an error before that, it may leave them dirty.
+    /// The pages that lie whole inside [`range`](Self::range) are recorded and owed, and stay dirty
+    /// for now. The answer names them, and the source clears **exactly these** before
+    /// [`read_and_clear`](super::DirtySource::read_and_clear) returns, alone or together with those
+    /// of other runs. If `read_and_clear` returns an error before that, it may leave them dirty.
     ///
-    /// A page that sticks out, the lowest or the highest, cannot wait for that: its rest becomes
-    /// somebody else's as soon as it is kept. `clear` gets such a page alone, makes it clean before
-    /// it returns, and says whether it was dirty until then, as for [`take`](Self::take). Pages of
-    /// the run that are not asked for are left alone.
+    /// A page that extends past the range, the lowest or the highest of the run, has to be cleared
+    /// at once: another harvest may take its rest as soon as the rest is put into the store.
+    /// `clear` gets such a page alone, makes it clean before it returns, and returns whether it was
+    /// dirty until then, as for [`take`](Self::take). Pages of the run outside the request stay as
+    /// they are.
     ///
     /// # Errors
     /// [`Stopped`] at the first page that was not recorded.
@@ -163,7 +179,7 @@ impl<'s, 'b> LeafSink<'s, 'b> {
             return Ok(ToClear(None));
         };
         let stopped = |at: Iova| move |error| Stopped { at, error };
-        // The pages at both ends of what is asked for; they may be one.
+        // The lowest and the highest page of the request; they may be the same.
         let end = |at: Iova| IovaRange::granule_at(at, page);
         let sticks_out = |page: &IovaRange| !asked.covers(*page);
         let low = Some(end(asked.start())).filter(sticks_out);
@@ -186,14 +202,16 @@ impl<'s, 'b> LeafSink<'s, 'b> {
         Ok(ToClear(inside))
     }
 
-    /// Takes many leaves of one size that were seen dirty: bit `n` of `mask` stands for the leaf `n` after the one at `start`.
+    /// Takes many leaves of one size that were seen dirty: bit `n` of `mask` stands for the leaf
+    /// `n` after the one at `start`.
     ///
-    /// As [`take`](Self::take) of each in ascending order, but all are recorded by one OR, and owed at once, before the first is
-    /// cleared. `clear` gets a mask, makes its leaves clean by one atomic step each, and returns those that were dirty until then.
-    /// Bits past the end of the address space stand for nothing.
+    /// Does the same as [`take`](Self::take) of each leaf in ascending order, but records all by
+    /// one OR, and owes all at once, before the first is cleared. `clear` gets a mask, makes its
+    /// leaves clean by one atomic step each, and returns the mask of those that were dirty until
+    /// then. Bits past the end of the address space are ignored.
     ///
     /// # Errors
-    /// [`Stopped`] at the first leaf that was not taken, with what [`take`](Self::take) says of it.
+    /// [`Stopped`] at the first leaf that was not taken, with the error of [`take`](Self::take).
     #[inline]
     pub fn take_many(
         &mut self,
@@ -220,13 +238,13 @@ impl<'s, 'b> LeafSink<'s, 'b> {
         Ok(())
     }
 
-    /// Whether all leaves of [`take_many`](Self::take_many) exist and are asked for.
+    /// Whether all leaves of [`take_many`](Self::take_many) exist and lie inside the request.
     #[inline]
     fn covers(&self, start: Iova, size: Granule, mask: u64) -> bool {
         let range = self.range();
         let whole = (size.lg2() <= 57).then(|| start.checked_add((63 << size.lg2()) + size.mask()));
         if start >= range.start() && whole.flatten().is_some_and(|last| last <= range.last()) {
-            // Most words of a walk.
+            // The usual case in a walk.
             return true;
         }
         self.covers_each(start, size, mask)
@@ -266,13 +284,13 @@ impl<'s, 'b> LeafSink<'s, 'b> {
         Ok(())
     }
 
-    /// Owes that devices forget their pointers to the tables that translate `range`: for a source that skips what devices did
-    /// not walk through, and has to know that they walk.
+    /// Owes that devices drop their cached pointers to the tables that translate `range`. For a
+    /// source that skips subtrees through which no device walked, and so has to see each walk.
     pub fn owe_table(&mut self, range: IovaRange) {
         self.gather.add_table(range);
     }
 
-    /// See "A leaf that sticks out" in the module.
+    /// See "A leaf that extends past the request" in the module.
     #[cold]
     fn take_part(
         &mut self,
@@ -289,12 +307,14 @@ impl<'s, 'b> LeafSink<'s, 'b> {
         let mut rest = Rest::publish(rests, leaf, part, size);
         self.sink.record(part)?;
         self.gather.add(leaf, size);
-        // Release: pairs with the Acquire fence between the tables and the slots in `Holding::take`; whoever sees the leaf
-        // clean sees the rest in flight, whatever the ordering of the source's own clear.
+        // Release: P1 before P3. Pairs with the Acquire fence between the tables and the slots in
+        // `Holding::take`, with any ordering of the source's own clear. If that harvester's
+        // read of the table comes after the clear, it finds the rest in flight or marked; if it
+        // comes before the clear, it finds D set and takes the leaf itself.
         if performs(Step::RestFence) {
             fence(Ordering::Release);
         }
-        // Until the clear says otherwise: if it panics, the rest is dirty.
+        // If the clear panics, the rest counts as dirty.
         rest.left = true;
         if !performs(Step::OweAfterClear) {
             rest.owe();
@@ -304,15 +324,16 @@ impl<'s, 'b> LeafSink<'s, 'b> {
     }
 }
 
-/// The rest of a leaf, on its way from the leaf to where it is kept; arrives when this is dropped.
+/// The rest of a leaf, on its way from the leaf to the put-back store. It arrives when this is
+/// dropped.
 struct Rest<'s> {
     rests: Rests<'s>,
     leaf: IovaRange,
     size: Granule,
-    /// Below and above the part that was asked for.
+    /// The parts below and above the part that was asked for.
     sides: [Option<IovaRange>; 2],
-    slots: [Option<&'s Slot>; 2],
-    /// Whether the leaf has, or may have, left its D to us.
+    slots: [Option<&'s FlightSlot>; 2],
+    /// Whether the leaf was dirty until the clear, or may have been.
     left: bool,
 }
 
@@ -343,7 +364,7 @@ impl<'s> Rest<'s> {
     fn owe(&self) {
         let mut gather = FlushGather::new();
         gather.add(self.leaf, self.size);
-        // Whoever takes the rest waits for a later ticket.
+        // The ticket is not needed: a harvest that takes the rest waits for a later one.
         let _ = self.rests.flush.owe(&gather);
     }
 }
@@ -372,7 +393,7 @@ mod tests {
 
     const K4: Granule = Granule::K4;
 
-    /// What `take_many` of these leaves records, owes and has cleared, where pages 3 to 70 are asked for.
+    /// What `take_many` of these leaves records, owes and clears, for a request of pages 3 to 70.
     fn taken(start: u64, size: Granule, mask: u64) -> (Vec<u64>, Vec<IovaRange>, u64) {
         let asked = IovaRange::from_len(Iova::new(3 << 12), 68 << 12).unwrap_or(IovaRange::ALL);
         let mut words = [0; 2];
@@ -398,15 +419,16 @@ mod tests {
             IovaRange::from_len(Iova::new(first << 12), count << 12).unwrap_or(IovaRange::ALL)
         };
         assert_eq!(taken(3 << 12, K4, 0), (vec![], vec![], 0));
-        // All inside; the first leaf need not be a multiple of anything.
+        // All inside; the first leaf may begin anywhere.
         let (pages, owed, cleared) = taken(5 << 12, K4, 0b1011 | 1 << 63);
         assert_eq!(pages, [5, 6, 8, 68]);
         assert_eq!(owed, [range(5, 2), range(8, 1), range(68, 1)]);
         assert_eq!(cleared, 0b1011 | 1 << 63);
-        // Some are not asked for.
+        // Some lie outside the request.
         let (pages, owed, cleared) = taken(0, K4, 0b1111);
         assert_eq!((pages, owed, cleared), (vec![3], vec![range(3, 1)], 0b1000));
-        // The last one sticks out: the part inside is reported, the leaf stays as it is.
+        // The last one extends past the request: the part inside is reported, and the leaf stays
+        // dirty.
         let four = Granule::from_lg2(14).unwrap_or(K4);
         let (pages, owed, cleared) = taken(8 << 12, four, 1 | 1 << 15);
         assert_eq!(pages, [8, 9, 10, 11, 68, 69, 70]);
@@ -421,12 +443,12 @@ mod tests {
     #[derive(Debug, PartialEq)]
     enum Event {
         Cleared(IovaRange),
-        Kept(IovaRange),
+        PutBack(IovaRange),
     }
-    use Event::{Cleared, Kept};
+    use Event::{Cleared, PutBack};
 
-    /// What `take_run` of `run` says, does and records, where 1 KiB inside page 3 to the end of
-    /// page 70 are asked for.
+    /// What `take_run` of `run` returns, does and records, for a request from 1 KiB inside page 3
+    /// to the end of page 70.
     fn run_taken(
         run: IovaRange,
         page: Granule,
@@ -435,7 +457,7 @@ mod tests {
         let asked = IovaRange::new(Iova::new((3 << 12) + 1024), Iova::new((71 << 12) - 1));
         let asked = asked.unwrap_or(IovaRange::ALL);
         let events = std::cell::RefCell::new(Vec::new());
-        let keep = |rest| events.borrow_mut().push(Kept(rest));
+        let keep = |rest| events.borrow_mut().push(PutBack(rest));
         let (in_flight, flush) = (InFlight::new(), FlushQueue::new());
         let rests = Rests {
             in_flight: &in_flight,
@@ -459,9 +481,9 @@ mod tests {
         };
         let to_clear = out.take_run(run, page, clear).map_or(None, ToClear::range);
         let runs = view.runs().collect();
-        // A debt of what is kept was handed over before.
-        let kept = |event: &&Event| matches!(event, Kept(_));
-        let any = events.borrow().iter().any(|event| kept(&event));
+        // The debt of a rest was handed over before the rest was put into the store.
+        let put_back = |event: &&Event| matches!(event, PutBack(_));
+        let any = events.borrow().iter().any(|event| put_back(&event));
         assert_eq!(flush.stats().owed > 0, any);
         (to_clear, events.into_inner(), runs, gather)
     }
@@ -479,34 +501,40 @@ mod tests {
             (Some(page(4, 9)), vec![], vec![page(4, 9)])
         );
         assert_eq!(gather.ranges(), [page(4, 9)]);
-        // The lowest page sticks out; pages that are not asked for are left alone.
+        // The lowest page extends past the request; pages outside the request stay as they are.
         let (later, events, runs, gather) = run_taken(page(1, 9), K4, true);
         assert_eq!(later, Some(page(4, 9)));
         let cut = bytes((3 << 12) + 1024, 9 << 12);
         assert_eq!(
             events,
-            [Cleared(page(3, 4)), Kept(bytes(3 << 12, (3 << 12) + 1024))]
+            [
+                Cleared(page(3, 4)),
+                PutBack(bytes(3 << 12, (3 << 12) + 1024))
+            ]
         );
         assert_eq!((runs, gather.ranges()), (vec![cut], &[page(3, 9)][..]));
-        // The same where nothing can be kept: no page is cleared whose rest would be lost.
+        // The same without a store for rests: no page is cleared whose rest would be lost.
         let (later, events, runs, _) = run_taken(page(1, 9), K4, false);
         assert_eq!((later, events, runs), (Some(page(4, 9)), vec![], vec![cut]));
         // Pages of 16 KiB: the last one ends above page 70.
         let k16 = Granule::from_lg2(14).unwrap_or(K4);
         let (later, events, runs, _) = run_taken(page(64, 80), k16, true);
         assert_eq!(later, Some(page(64, 68)));
-        assert_eq!(events, [Cleared(page(68, 72)), Kept(page(71, 72))]);
+        assert_eq!(events, [Cleared(page(68, 72)), PutBack(page(71, 72))]);
         assert_eq!(runs, [page(64, 71)]);
-        // One page sticks out at both ends: it is cleared once.
+        // One page extends past both ends: it is cleared once.
         let m1 = Granule::from_lg2(20).unwrap_or(K4);
         let (later, events, runs, gather) = run_taken(page(0, 256), m1, true);
         assert_eq!(later, None);
         let below = bytes(0, (3 << 12) + 1024);
         let whole = page(0, 256);
-        assert_eq!(events, [Cleared(whole), Kept(below), Kept(page(71, 256))]);
+        assert_eq!(
+            events,
+            [Cleared(whole), PutBack(below), PutBack(page(71, 256))]
+        );
         assert_eq!(runs, [bytes((3 << 12) + 1024, 71 << 12)]);
         assert_eq!(gather.ranges(), [whole]);
-        // Nothing of it is asked for.
+        // All of it lies outside the request.
         let (later, events, runs, gather) = run_taken(page(80, 90), K4, true);
         assert_eq!((later, events, runs), (None, vec![], vec![]));
         assert!(gather.is_empty());

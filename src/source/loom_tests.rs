@@ -1,6 +1,7 @@
 //! Model: two harvesters over the two halves of one leaf, and a device that makes it dirty anew.
 //!
-//! The harvests are those of `harvest::lease` without areas and leases, so that the model stays small.
+//! The harvests do what those of `harvest::lease` do, without areas and leases, so that the model
+//! stays small.
 
 use super::{InFlight, LeafSink, MarkOrdering, Marks, Rests};
 use crate::bitmap::UserBitmap;
@@ -15,14 +16,15 @@ fn pages(first: u64, last: u64) -> IovaRange {
     IovaRange::new(Iova::new(first << 12), Iova::new(last << 12 | 0xfff)).unwrap()
 }
 
-/// A leaf of two pages; one device has cached that its D is set. The lock stands for a write in flight.
+/// A leaf of two pages; one device has cached that its dirty bit (D) is set. The lock stands for a
+/// write in flight.
 struct Leaf {
     dirty: AtomicU64,
     cached: Mutex<bool>,
     /// The upper page.
     data: AtomicU64,
     in_flight: InFlight,
-    kept: Marks,
+    put_back: Marks,
     flush: FlushQueue,
 }
 
@@ -30,27 +32,28 @@ impl Leaf {
     fn device_writes(&self, value: u64) {
         let mut cached = lock(&self.cached);
         if !*cached {
-            // A read-modify-write, as the compare-exchange of hardware is: loom lets a plain store and a concurrent swap
-            // that read what came before it take either order.
+            // A read-modify-write, as the compare-exchange of hardware is. With a plain store and a
+            // concurrent swap that reads the value before it, loom would allow either order.
             self.dirty.swap(1, Ordering::SeqCst);
             *cached = true;
         }
         self.data.store(value, Ordering::Relaxed);
     }
 
-    /// Reads and clears one page; whether it was reported, and what a lease would owe.
+    /// Reads and clears one page. Returns whether it was reported, and what a lease would owe.
     fn harvest(&self, page: u64) -> (bool, FlushGather) {
         let words = [AtomicU64::new(0)];
         let range = pages(page, page);
         let view = UserBitmap::shared(&words).view(range, PAGE).unwrap();
         let (mut sink, mut gather) = (view.sink(), FlushGather::new());
-        let keep = |rest| self.kept.mark(rest);
+        let keep = |rest| self.put_back.mark(rest);
         let rests = Rests {
             in_flight: &self.in_flight,
             keep: &keep,
             flush: &self.flush,
         };
-        // Relaxed, as a scan that only decides whether to look closer; the clear promises no more.
+        // Relaxed, as in a scan that only decides whether to look closer; the clear promises no
+        // more.
         if self.dirty.load(Ordering::Relaxed) == 1 {
             LeafSink::keeping(&mut sink, &mut gather, rests)
                 .take(pages(0, 1), PAGE, || {
@@ -65,7 +68,7 @@ impl Leaf {
         self.in_flight
             .visit(range, |write| sink.record(write))
             .unwrap();
-        self.kept.read_and_clear(range, &mut sink).unwrap();
+        self.put_back.read_and_clear(range, &mut sink).unwrap();
         (view.count() == 1, gather)
     }
 
@@ -86,22 +89,23 @@ impl Leaf {
     }
 }
 
-/// Lets the other harvest go on around the clear of the lower one. A bounded search finds what matters there without it too,
-/// but has to look at many times more executions.
+/// Yields to the other harvest around the clear of the lower page. A bounded search finds the same
+/// failures without it, but only among many times more executions.
 fn pause(page: u64) {
     if page == 0 {
         thread::yield_now();
     }
 }
 
-/// Whether the first pass reported the write before it, and the last copy has the last write.
+/// Returns whether the first pass reported the write before it, and the last copy has the last
+/// write.
 fn the_rest_of_a_leaf() -> bool {
     let leaf = Arc::new(Leaf {
         dirty: AtomicU64::new(1),
         cached: Mutex::new(true),
         data: AtomicU64::new(1),
         in_flight: InFlight::new(),
-        kept: Marks::few(pages(0, 1), PAGE),
+        put_back: Marks::few(pages(0, 1), PAGE),
         flush: FlushQueue::new(),
     });
     let lower = thread::spawn({
@@ -130,27 +134,29 @@ fn the_rest_of_a_leaf_is_dirty_all_the_time() {
     holds_within(Bound::between(2, 2), &steps, the_rest_of_a_leaf);
 }
 
-/// Marks without F1, and an interrupt that runs a fence at any point of the marker, as `membarrier(2)` does. The model checker
-/// has no interrupts: the marker looks for one between its steps instead, and the copier goes on if it came by or is done.
-/// What that can't show is that the compiler keeps the steps apart; a compiler fence does.
+/// Marks without F1, and an interrupt that runs a fence at any point of the marker, as
+/// `membarrier(2)` does. The model checker has no interrupts, so the marker looks for one between
+/// its steps. The copier continues if the marker has run the fence or has ended. The model cannot
+/// show that the compiler keeps the steps in order; a compiler fence does that.
 #[test]
 fn a_mark_without_a_fence_needs_the_membarrier() {
     holds_only_with(&[Step::Membarrier], a_mark_without_a_fence);
 }
 
-/// Whether the last copy has the last write.
+/// Returns whether the last copy has the last write.
 fn a_mark_without_a_fence() -> bool {
     const NOTHING: u64 = 0;
     const ASKED: u64 = 1;
     const DONE: u64 = 2;
     let marks = Arc::new(Marks::new(pages(0, 0), PAGE, MarkOrdering::Membarrier));
     let [data, interrupt] = [0, NOTHING].map(|value| Arc::new(AtomicU64::new(value)));
-    // The page was marked, and harvests have seen it: every look finds the mark until it is cleared.
+    // The page was marked, and harvests have seen it: every load finds the mark until it is
+    // cleared.
     marks.mark(pages(0, 0));
     let marker = thread::spawn({
         let (marks, data, interrupt) = (marks.clone(), data.clone(), interrupt.clone());
         move || {
-            // A read-modify-write reads the newest value, as an interrupt comes without being looked for.
+            // A read-modify-write reads the newest value, as an interrupt arrives without a load.
             let come_by = |next| {
                 if interrupt.fetch_and(next, Ordering::AcqRel) == ASKED {
                     fence(Ordering::SeqCst);
@@ -164,7 +170,8 @@ fn a_mark_without_a_fence() -> bool {
             interrupt.swap(DONE, Ordering::AcqRel);
         }
     });
-    // False if the interrupt has not come by: then the copier would wait on, and other executions show what it sees.
+    // False if the marker has not run the fence: then the copier would wait longer. Other
+    // executions show what it sees afterwards.
     let copy = |copied: &mut u64| {
         let mut dirty = false;
         marks.take(pages(0, 0), |_, _| dirty = true);
@@ -189,7 +196,8 @@ fn a_mark_without_a_fence() -> bool {
     !came_by || copied == 1
 }
 
-/// A second write in flight makes a second block of slots: who gets to it finds it whole, and what it names.
+/// A second write in flight makes a second block of slots. A harvester that reaches the block finds
+/// it whole, and the range that its slot names.
 #[test]
 fn a_fresh_block_of_slots_is_whole() {
     holds_only_with(&[Step::PublishBlock], || {
@@ -211,7 +219,7 @@ fn a_fresh_block_of_slots_is_whole() {
     });
 }
 
-/// What `registry` names, by its first page.
+/// The ranges that `registry` names, by their first page.
 fn in_flight(registry: &InFlight) -> Vec<IovaRange> {
     let mut seen = Vec::new();
     let done: Result<(), std::convert::Infallible> = registry.visit(pages(0, 3), |range| {
@@ -222,7 +230,8 @@ fn in_flight(registry: &InFlight) -> Vec<IovaRange> {
     seen
 }
 
-/// A slot that is used again is seen with the range of its new owner, or that owner's marks are.
+/// A slot that is used again is seen with the range of its new owner, or the marks of that owner
+/// are seen.
 #[test]
 fn a_slot_that_is_used_again_is_seen_whole() {
     holds_only_with(&[Step::PublishSlot], || {
@@ -249,8 +258,8 @@ fn a_slot_that_is_used_again_is_seen_whole() {
     });
 }
 
-/// A slot ends and is used again for another range while a harvester reads it: it sees the range of one owner, or the marks of those
-/// who have ended.
+/// A slot ends and is used again for another range while a harvester reads it. The harvester sees
+/// the range of one owner, or the marks of the owners that have ended.
 #[test]
 fn a_slot_that_changes_hands_is_not_misread() {
     holds_only_with(&[Step::ChangeBeforeRange], || {

@@ -1,8 +1,9 @@
-//! Software dirty bits: CPU threads say which pages they wrote.
+//! Software dirty bits: CPU threads mark the pages that they wrote.
 //!
-//! # The race, and why it is won
-//! A page that is marked already should cost a load, not a locked operation. But then the writer stores data and
-//! *reads* the mark, while the harvester clears the mark and *reads* the data. Each side puts a full fence between
+//! # The race between a mark and a copy
+//! A mark of a page that is marked already should cost a load, not a locked operation. That makes
+//! the race one of *store buffering* (Dekker): the writer stores data and then loads the mark,
+//! while the harvester clears the mark and then loads the data. Each side puts a full fence between
 //! its two steps:
 //!
 //! ```text
@@ -13,12 +14,14 @@
 //! ```
 //!
 //! Either F1 or F2 comes first in the one order of all SeqCst fences:
-//! - if F1 does, H2 reads after F2 and sees the store of W1: the copy has the data;
-//! - if F2 does, W2 reads after F1 and sees the clear of H1: the mark is set anew, for the next harvest.
+//! - if F1 comes first, H2 sees the store of W1, so the copy has the data;
+//! - if F2 comes first, W2 sees the clear of H1, so it sets the mark again for the next harvest.
 //!
-//! Instead of F1, the one who copies can run a fence in all other threads: see [`ordering`](super::ordering).
+//! Instead of F1, the thread that copies can run a fence in all other threads: see
+//! [`ordering`](super::ordering).
 //!
-//! A CPU that believes "already dirty" is thus an IOTLB entry, and the fence in `sync` is its flush.
+//! A CPU that has loaded "marked" thus plays the part of an IOTLB entry, and the fence in `sync` is
+//! its flush.
 
 use std::convert::Infallible;
 
@@ -29,19 +32,22 @@ use crate::source::{MarkOrdering, Stopped};
 use crate::sync::{Arc, OnceLock, Step, performs};
 use crate::units::{Granule, Iova, IovaRange};
 
-/// Dirty bits in memory of our own, one for each smallest page: the marks of an area, and what is kept for a domain.
+/// Dirty bits in the library's own memory, one for each smallest page. They serve as the marks of
+/// an area, and as the put-back store of a domain.
 #[derive(Debug)]
 pub(crate) struct Marks {
     range: IovaRange,
     page: Granule,
     ordering: MarkOrdering,
     bits: ChunkMap,
-    /// Which parts have gone, since the area was first cut. The state of the area orders it.
+    /// The parts of the area that have left the tree, from its first cut on. The state of the area
+    /// orders this field.
     gone: OnceLock<Box<Gone>>,
 }
 
 impl Marks {
-    /// Clean marks for `range`, which is made of whole pages of size `page`. Allocates nothing.
+    /// Clean marks for `range`, which is made of whole pages of size `page`. Allocates no bitmap
+    /// memory.
     pub(crate) fn new(range: IovaRange, page: Granule, ordering: MarkOrdering) -> Self {
         let (_, last) = pages(range.start(), page, range);
         Marks {
@@ -53,7 +59,7 @@ impl Marks {
         }
     }
 
-    /// As [`new`](Self::new), for a range of which little is ever marked.
+    /// The same, for a range in which few pages are ever marked.
     pub(crate) fn few(range: IovaRange, page: Granule) -> Self {
         let (_, last) = pages(range.start(), page, range);
         Marks {
@@ -65,33 +71,37 @@ impl Marks {
         }
     }
 
-    /// Marks the pages that `range` touches, as far as they belong to the area. The data was written before.
+    /// Marks the pages that `range` touches, as far as they lie in the range of these marks. The
+    /// data was written before the call. Lock-free.
     pub(crate) fn mark(&self, range: IovaRange) {
         if let Some(inside) = range.intersection(self.range) {
             self.mark_inside(inside);
         }
     }
 
-    /// Marks the pages that `range` touches, which lies in the area as a whole. The data was written before.
+    /// Marks the pages that `range` touches; all of `range` lies in the range of these marks. The
+    /// data was written before the call. Lock-free.
     #[inline]
     pub(crate) fn mark_inside(&self, range: IovaRange) {
         debug_assert!(self.range.covers(range));
         let (first, last) = pages(self.range.start(), self.page, range);
-        // A new mark is followed by F3 of the protocols in `space::unmap` and `space::attachment`, in `Slot::set_word`.
+        // A mark that is set here is followed by F3 of the protocols in `space::unmap` and
+        // `space::attachment`: a full fence before the look at the area, in `Slot::set_word`.
         self.bits.set(first, last, || self.ordering.before_look());
     }
 
-    /// The area is about to be cut: from now on, parts of it may go.
+    /// Prepares for a cut of the area, from which on parts of it may leave the tree one by one.
     ///
-    /// The first cut of an area has it alone, so nobody else does the same at the same time.
+    /// The thread that cuts an area first has claimed it, so no other thread calls this at the same
+    /// time.
     pub(crate) fn come_apart(&self) {
         if self.gone.get().is_none() {
             let _ = self.gone.set(Box::new(Gone::new()));
         }
     }
 
-    /// Says that `range` has gone, which was an area or a piece of one. Nothing, if it was all of
-    /// an area that was never cut: whoever has its marks looks at its state.
+    /// Records that `range`, an area or a piece of one, has left the tree. Does nothing for an area
+    /// that was never cut: a thread that has marked such an area looks at the area's state instead.
     pub(crate) fn say_gone(&self, range: IovaRange) {
         if let Some(gone) = self.gone.get()
             && performs(Step::SayGone)
@@ -100,7 +110,8 @@ impl Marks {
         }
     }
 
-    /// Visits the parts of `range` that have gone since the area was cut, in ascending order.
+    /// Visits the parts of `range` that have left the tree since the area was cut, in ascending
+    /// order.
     #[cold]
     pub(crate) fn gone_in(&self, range: IovaRange, visit: impl FnMut(IovaRange)) {
         if let Some(gone) = self.gone.get() {
@@ -108,7 +119,7 @@ impl Marks {
         }
     }
 
-    /// Moves the marks of `range` into `sink`.
+    /// Moves the marks of `range` into `sink`: records each, then clears it.
     pub(crate) fn read_and_clear(
         &self,
         range: IovaRange,
@@ -117,7 +128,7 @@ impl Marks {
         let Some((first, last)) = self.bits_of(range) else {
             return Ok(());
         };
-        // Words as they are, where they are words of the sink.
+        // Whole words can be copied if both bitmaps divide the pages into words in the same way.
         let whole = sink.range().covers(range.round_out(self.page));
         let word = whole.then(|| sink.first_word(self.range.start(), self.page));
         let recorder = Recorder {
@@ -134,14 +145,14 @@ impl Marks {
         Iova::new(self.range.start().get() + (bit << self.page.lg2()))
     }
 
-    /// A stop at the word that begins with `bit`.
+    /// The error for a walk that stopped at the word that begins with `bit`.
     #[cold]
     fn stopped(&self, bit: u64, range: IovaRange, error: Error) -> Stopped {
         let at = self.page_at(bit).max(range.start());
         Stopped { at, error }
     }
 
-    /// Records the marks of `range` and leaves them.
+    /// Records the marks of `range` in `sink` and leaves them set.
     pub(crate) fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
         let Some((first, last)) = self.bits_of(range) else {
             return Ok(());
@@ -152,14 +163,15 @@ impl Marks {
         })
     }
 
-    /// Forgets the marks of `range`, which is made of whole pages; how many there were.
+    /// Clears the marks of `range`, which is made of whole pages. Returns how many there were.
     pub(crate) fn clear(&self, range: IovaRange) -> u64 {
         let mut pages = 0;
         self.take(range, |_, mask| pages += u64::from(mask.count_ones()));
         pages
     }
 
-    /// Hands the marks of `range` to `taker`, as page and mask of the pages from there on, and forgets them.
+    /// Clears the marks of `range` and hands them to `taker`, as the address of a page and a mask
+    /// of the pages from there on.
     pub(crate) fn take(&self, range: IovaRange, mut taker: impl FnMut(Iova, u64)) {
         let Some((first, last)) = self.bits_of(range) else {
             return;
@@ -172,7 +184,7 @@ impl Marks {
             });
     }
 
-    /// The marks of `range`, as runs in ascending order.
+    /// The marks of `range`, as runs in ascending order; leaves them set.
     pub(crate) fn runs(&self, range: IovaRange) -> Vec<IovaRange> {
         let mut runs = Vec::new();
         if let Some((first, last)) = self.bits_of(range) {
@@ -186,10 +198,11 @@ impl Marks {
         runs
     }
 
-    /// Takes the marks of `range`, as runs in ascending order.
+    /// Clears the marks of `range` and returns them as runs in ascending order.
     ///
-    /// Who moves marks takes them first and sets them elsewhere then: a marker that finds a page marked here, and so
-    /// leaves it at that, comes before the taking, and so before the setting.
+    /// A thread that moves marks takes them first and then sets them in the other place. A marker
+    /// that finds its page marked here, and therefore sets nothing, came before the taking, so it
+    /// also came before the setting.
     pub(crate) fn take_runs(&self, range: IovaRange) -> Vec<IovaRange> {
         let mut runs = Vec::new();
         self.take(range, |start, mask| self.add_runs(start, mask, &mut runs));
@@ -199,7 +212,7 @@ impl Marks {
     fn add_runs(&self, start: Iova, mask: u64, runs: &mut Vec<IovaRange>) {
         for (first, last) in word_runs(mask) {
             let page = |n: u32| Iova::new(start.get() + (u64::from(n) << self.page.lg2()));
-            // Never an error: a run goes upwards.
+            // Never an error: a run ascends.
             runs.extend(IovaRange::new(
                 page(first),
                 page(last).granule_last(self.page),
@@ -214,12 +227,13 @@ impl Marks {
     }
 }
 
-/// A harvest of marks.
+/// The visitor by which a harvest takes marks.
 struct Recorder<'r, 'b> {
     marks: &'r Marks,
-    /// What is asked for.
+    /// The range of the request.
     range: IovaRange,
-    /// The word of the sink, modulo 2^64, that word 0 of the marks is; `None` if they are not alike.
+    /// The word of the sink that corresponds to word 0 of the marks, modulo 2^64; `None` if the two
+    /// bitmaps divide the pages into words differently.
     word: Option<u64>,
     sink: &'r mut Sink<'b>,
 }
@@ -258,7 +272,7 @@ impl Taker for Recorder<'_, '_> {
     }
 
     fn secure(&mut self, first: u64, last: u64) -> Result<bool, Stopped> {
-        // The last line may go on behind the last page.
+        // The last line may extend past the last page.
         let bits = u128::from(last - first) + 1;
         let start = self.marks.page_at(first);
         let end = u128::from(start.get()) + (bits << self.marks.page.lg2()) - 1;
@@ -268,7 +282,7 @@ impl Taker for Recorder<'_, '_> {
     }
 }
 
-/// Marks of an area with what leads to them at hand.
+/// The marks of an area, with a short path to their words: for an area that is marked often.
 #[derive(Clone, Debug)]
 pub(crate) struct NearMarks {
     group: OneGroup,
@@ -276,14 +290,14 @@ pub(crate) struct NearMarks {
     range: IovaRange,
     base: Iova,
     page: Granule,
-    /// The bits of an address that say which page it is in.
+    /// The bits of an address that select its page.
     above_page: u64,
     ordering: MarkOrdering,
     marks: Arc<Marks>,
 }
 
 impl NearMarks {
-    /// None if there are too many pages for one group. Allocates the group: see [`ChunkMap`].
+    /// `None` if the area has too many pages for one group. Allocates the group: see [`ChunkMap`].
     pub(crate) fn new(marks: &Arc<Marks>, range: IovaRange) -> Option<Self> {
         Some(NearMarks {
             group: marks.bits.one_group()?,
@@ -296,7 +310,8 @@ impl NearMarks {
         })
     }
 
-    /// As [`Marks::mark_inside`], if `range` lies in one page of the area. Whether it does.
+    /// The same as [`Marks::mark_inside`], if `range` lies in one page of the area. Returns whether
+    /// it does; if not, nothing is marked.
     #[inline(always)]
     pub(crate) fn mark(&self, range: IovaRange) -> bool {
         let (start, last) = (range.start().get(), range.last().get());
@@ -305,13 +320,14 @@ impl NearMarks {
         }
         let bit = (start - self.base.get()) >> self.page.lg2();
         let before_look = || self.ordering.before_look();
-        // SAFETY: the group is that of these marks' bits, see `new`, which have one for each page of the area.
+        // SAFETY: the group belongs to the bits of these marks (see `new`), which have one for each
+        // page of the area.
         unsafe { self.marks.bits.set_near(self.group, bit, before_look) };
         true
     }
 }
 
-/// The numbers of the first and the last page that `range` touches, where page 0 begins at `base`.
+/// The numbers of the first and the last page that `range` touches; page 0 begins at `base`.
 #[inline]
 fn pages(base: Iova, page: Granule, range: IovaRange) -> (u64, u64) {
     let number = |iova: Iova| (iova.get() - base.get()) >> page.lg2();

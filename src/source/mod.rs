@@ -1,7 +1,8 @@
-//! What can be dirty: the trait of a dirty source, and software marks.
+//! Where dirty state comes from: the trait of a dirty source, and software marks.
 //!
-//! The core knows no hardware. An IO page table with its IOTLBs is a source, a kernel interface would be another;
-//! marks by CPU threads are kept by the address space itself and join the same harvest and the same flush.
+//! The core contains no hardware. An IO page table with its IOTLBs is a source, and so is a kernel
+//! interface. Marks by CPU threads belong to the address space itself, and take part in the same
+//! harvest and the same flush.
 
 mod gone;
 mod in_flight;
@@ -13,7 +14,7 @@ mod ordering;
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod loom_tests;
 
-pub(crate) use in_flight::{InFlight, Slot};
+pub(crate) use in_flight::{FlightSlot, InFlight};
 pub(crate) use leaf_sink::Rests;
 pub use leaf_sink::{LeafSink, ToClear};
 pub(crate) use marks::{Marks, NearMarks};
@@ -25,144 +26,166 @@ use crate::flush::{FlushCost, FlushGather, Invalidated};
 use crate::sync::Arc;
 use crate::units::{Access, Granule, Iova, IovaRange};
 
-/// What an address space asks a source to translate.
+/// A range that an address space asks a source to translate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mapping {
     /// The device-visible addresses.
     pub range: IovaRange,
-    /// Where the range begins in the memory behind it, in bytes.
+    /// The backing address: where the range begins in the memory that it maps to, in bytes.
     pub backing: u64,
-    /// What devices may do.
+    /// What devices may do with the memory.
     pub access: Access,
 }
 
-/// A source stopped inside the range it was given.
+/// A walk of a source stopped inside the range that it was given.
 #[derive(Debug)]
 pub struct Stopped {
-    /// The first address that was not processed. Everything below it was; nothing from it on was touched.
+    /// The first address that was not processed. Everything below it was processed; nothing from it
+    /// on was touched.
     pub at: Iova,
-    /// Why.
+    /// Why it stopped.
     pub error: Error,
 }
 
 /// Something that knows which of its memory was written.
 ///
-/// All methods take `&self` and may be called by many threads at once, on overlapping ranges too.
+/// All methods take `&self`. Many threads may call them at once, on overlapping ranges too. The
+/// operations are those of Linux's `iommu_dirty_ops` and `iommu_domain_ops`.
 ///
-/// # What an implementation owes
+/// # What an implementation guarantees
 /// * **A dirty bit is cleared only by the closure of [`LeafSink::take`]** or
-///   [`take_many`](LeafSink::take_many), which record the leaf and owe its invalidation first, and
-///   by one atomic operation for each leaf, from whose result follows whether it was dirty.
-/// * **Or by a batch, behind [`LeafSink::take_run`]**: exactly what its answer names, before
-///   `read_and_clear` returns. A closure that says "cleared" and clears later loses writes: the
-///   rest of a page that sticks out of the request is given to others when it returns.
-/// * **No waiting** in `read_and_clear` and `peek`: not for devices, not for `map` and `unmap`, not for each other.
-/// * **No way back**: no method calls into the address space that the source is attached to, except to look.
+///   [`take_many`](LeafSink::take_many), which record the leaf and owe its invalidation first. The
+///   closure clears each leaf by one atomic operation, whose result says whether the leaf was
+///   dirty.
+/// * **Or by a batch, after [`LeafSink::take_run`]**: exactly the pages that its answer names,
+///   before `read_and_clear` returns. A closure that says "cleared" and clears later loses writes,
+///   because other harvests may take the rest of a partly covered page as soon as the closure
+///   returns.
+/// * **No waiting** in `read_and_clear` and `peek`: not for devices, not for `map` and `unmap`, not
+///   for each other.
+/// * **No call back**: no method calls into the address space that the source is attached to,
+///   except to look.
 ///
 /// # Panics
-/// A method that panics is a method that failed, at the worst moment: the space takes for granted
-/// that it has done a part of its work and told nobody. The panic goes on to the caller of the
-/// space, when all has been cleaned up as after an error.
+/// A method that panics counts as one that failed at the worst moment: the space assumes that it
+/// did a part of its work and reported none of it. First the space cleans up as after an error;
+/// then the panic goes on to the caller of the space.
 /// * `map`: the range may be mapped in part, and is [unmapped](Self::unmap) again.
-/// * `unmap`: all of the range is dirty, all of it is owed an invalidation, and it is asked again
-///   before its addresses are free.
-/// * `split_at`: the same of all of the area, which stays whole.
-/// * `set_tracking`: tracking is in doubt, so the next switch asks again, whichever way.
-/// * `read_and_clear`: the harvest is aborted; what it had recorded is dirty. `peek`: nothing was
-///   changed.
+/// * `unmap`: all of the range counts as dirty and is owed an invalidation. The space calls `unmap`
+///   for it again before its addresses become free.
+/// * `split_at`: all of the area counts as dirty and is owed an invalidation. The area stays whole.
+/// * `set_tracking`: tracking is in doubt, so the next switch calls it again, for on and for off.
+/// * `read_and_clear`: the harvest is aborted, and what it had recorded is dirty again.
+/// * `peek`: nothing was changed.
 /// * `invalidate`: all of the gather stays owed.
 ///
-/// While a panic is cleaned up, other methods are called, on this source too. One that panics then
-/// is cleaned up after in the same way; the first panic goes on.
+/// While a panic is cleaned up, other methods are called, on this source too. If one of them panics
+/// as well, the same is done for it, and the first panic is the one that goes on.
 ///
 /// # Drop
-/// A space drops a source without a lock of its own, some calls after its detach: at the beginning
-/// of a call that changes areas, domains, tracking or reserved ranges, before that has done
-/// anything; in [`reclaim`](crate::AddressSpace::reclaim); in an attach that failed; or with the
-/// space. So `Drop` may call anything of the space. If it panics, that call panics, when the others
-/// have been dropped. A source that something outlives the space with is dropped by that, on any
-/// thread: garbage of the space, an [`AreaHandle`](crate::AreaHandle). It must not wait then, and
-/// its panic goes to nobody.
+/// A space drops a source while it holds no lock of its own. This happens some calls after the
+/// detach: at the beginning of a call that changes areas, domains, tracking or reserved ranges,
+/// before that call has done anything; in [`reclaim`](crate::AddressSpace::reclaim); in an attach
+/// that failed; or together with the space. So `Drop` may call any method of the space. If it
+/// panics, that call panics after the other sources have been dropped.
+///
+/// Garbage of the space, such as an old list of its domains, may outlive the space and hold the
+/// last count of a source. Then the source is dropped with it, on any thread. In that case `Drop`
+/// must not wait, and its panic is discarded.
+#[doc(alias = "iommu_dirty_ops")]
+#[doc(alias = "iommu_domain_ops")]
 pub trait DirtySource: Send + Sync {
-    /// The smallest page: what it maps starts and ends at multiples of it, in device addresses and
-    /// in memory. While the source is attached, no area is finer. One byte, the default, asks for
-    /// nothing. Asked once, when it is attached.
+    /// The smallest page in bytes. Every range that is mapped starts and ends at multiples of it,
+    /// both in device addresses and in backing addresses. While the source is attached, no area has
+    /// finer borders. One byte, the default, sets no condition. Called once, by the attach.
     fn page(&self) -> Granule {
         Granule::BYTE
     }
 
-    /// What tells this source from others, so that it is not attached twice; `None`, the default,
-    /// if that cannot be told. A source that is shared by [`Arc`] is told by its address. Asked
-    /// once, when it is attached.
+    /// A number that tells this source from others, so that it is not attached twice; `None`, the
+    /// default, if there is none. A source that is shared by [`Arc`] is told by its address. Called
+    /// once, by the attach.
     fn identity(&self) -> Option<usize> {
         None
     }
 
-    /// Lets devices reach `mapping`. It starts out clean. Nothing else is mapped in its range.
+    /// Lets devices reach `mapping`, which starts out clean. Nothing else is mapped in its range.
     ///
     /// # Errors
     /// If the source cannot express the mapping; then nothing is changed.
     fn map(&self, mapping: &Mapping) -> Result<(), Error>;
 
-    /// Ends the translations of `range`, and adds to `gather` what must be invalidated before it is certain that no
-    /// device reaches the memory any more. Calls `dirty` for each leaf that was dirty when it went.
+    /// Ends the translations of `range`, and adds to `gather` the invalidations after which no
+    /// device can reach the memory any more. Calls `dirty` with each leaf that was dirty when its
+    /// translation ended.
     ///
-    /// `range` is that of one earlier `map`, which may have been refused or unmapped before, at least in part: there
-    /// is nothing to do then. Or it is a part of it that begins and ends where [`split_at`](Self::split_at) succeeded.
+    /// `range` is that of one earlier `map`, or a part of it that begins and ends where
+    /// [`split_at`](Self::split_at) succeeded. That `map` may have been refused, or the range may
+    /// have been unmapped already, in whole or in part; where nothing is mapped there is nothing to
+    /// do.
     ///
-    /// The dirty bit is read by the operation that ends the translation, so that no write comes between the two.
+    /// The operation that ends a translation also reads its dirty bit, so no write can come between
+    /// the two.
     fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange));
 
-    /// Sees to it that no leaf maps both sides of `at`, so that what lies below and what begins there can be unmapped
-    /// apart. What devices may reach does not change, and what is dirty stays dirty, a superset of it after a leaf
-    /// was split. Adds to `gather` the translations of the old size that devices may have cached.
+    /// Splits any leaf that spans `at`, so that the addresses below `at` and those from `at` on can
+    /// be unmapped separately. Devices reach the same memory as before. Dirty pages stay dirty;
+    /// after a split of a dirty leaf, all pages of the leaf may be dirty. Adds to `gather` the
+    /// translations of the old size that devices may have cached.
     ///
     /// # Errors
-    /// If the source cannot; then nothing is changed. The default cannot.
+    /// If the source cannot split; then nothing is changed. The default returns
+    /// [`Error::CannotSplit`].
     fn split_at(&self, at: Iova, gather: &mut FlushGather) -> Result<(), Error> {
         let _ = gather;
         Err(Error::CannotSplit { at })
     }
 
-    /// Switches tracking. On: leaves that are dirty become clean, and every write that begins after the return is
-    /// reported; twice on changes nothing and keeps what is dirty. Off: what is dirty stays for a last harvest. May
-    /// wait for devices.
+    /// Switches tracking. On: all leaves become clean, and every write that begins after the return
+    /// is reported. A second "on" changes nothing and leaves dirty pages dirty. Off: dirty pages
+    /// stay dirty for a last harvest. May wait for devices.
     ///
     /// # Errors
-    /// If the source cannot; then the old state stays.
+    /// If the source cannot switch; then the old state stays.
+    #[doc(alias = "set_dirty_tracking")]
     fn set_tracking(&self, on: bool) -> Result<(), Error>;
 
     /// Hands every dirty leaf that `range` touches to `out`, in ascending order, by
     /// [`LeafSink::take`], [`take_many`](LeafSink::take_many) or [`take_run`](LeafSink::take_run).
-    /// Addresses without a translation are skipped. `range` need not be made of whole pages of this
-    /// source.
+    /// Skips addresses without a translation. `range` may begin and end inside a page of this
+    /// source. Must not wait.
     ///
     /// # Errors
     /// [`Stopped`] with the first address that was not processed.
+    #[doc(alias = "read_and_clear_dirty")]
+    #[doc(alias = "KVM_GET_DIRTY_LOG")]
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped>;
 
-    /// Records the dirty state of `range` and changes nothing.
+    /// Records the dirty state of `range` in `sink` and changes nothing. Must not wait.
     ///
     /// # Errors
     /// [`Stopped`] with the first address that was not processed.
     fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped>;
 
-    /// Invalidates what `gather` names, and returns when every device has dropped its cached translations of it
-    /// **and** the writes that were already translated have landed in memory. Waits for devices.
+    /// Invalidates the ranges of `gather`, and returns after every device has dropped its cached
+    /// translations of them **and** the writes that were already translated have landed in memory.
+    /// Waits for devices.
     ///
     /// # Errors
-    /// If that cannot be promised; the gather then stays owed.
+    /// If the source cannot promise that; the gather then stays owed.
+    #[doc(alias = "iotlb_sync")]
     fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error>;
 
-    /// What invalidations cost here. When all sources of a space together would spend more on the ranges of a gather
-    /// than on everything, they are asked for everything: a gather that [is full](FlushGather::is_full). Asked once,
-    /// when the source is attached. By default nothing is declared, and ranges are asked for.
+    /// What invalidations cost. When the ranges of a gather would cost all sources of a space
+    /// together more than a full invalidation, the space asks for a full one: a gather that [is
+    /// full](FlushGather::is_full). Called once, by the attach. The default declares no cost, and
+    /// is always asked for ranges.
     fn flush_cost(&self) -> FlushCost {
         FlushCost::default()
     }
 }
 
-/// A shared source is a source.
+/// A source that is shared by [`Arc`] is a source, too.
 impl<T: DirtySource + ?Sized> DirtySource for Arc<T> {
     fn page(&self) -> Granule {
         (**self).page()

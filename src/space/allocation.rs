@@ -1,8 +1,8 @@
-//! Which addresses are free: allocation, reserved and allowed ranges, and the report of all of them.
+//! Which addresses are free: allocation, reserved and allowed ranges, and a report of all of them.
 //!
-//! Areas and rules hang on one root of the tree, so each of these calls looks at one state and is published only if that
-//! state is still the current one. Two allocations never get the same addresses, and of a map and a reservation of the
-//! same address one is refused.
+//! One root of the tree carries areas and rules. So each of these calls looks at one state, and is
+//! published only if that state is still the current one. Two allocations never get the same
+//! addresses, and if a map and a reservation of the same address race, one of them is refused.
 
 use super::rules::{Rules, holes};
 use super::{AddressSpace, Area, check_mapping};
@@ -11,40 +11,48 @@ use crate::source::Mapping;
 use crate::sync::Arc;
 use crate::units::{Access, Granule, Iova, IovaRange};
 
-/// Allocated ranges are not aligned to more than this, the size of a large leaf: 2 MiB.
+/// The largest alignment of allocated ranges, the size of a large leaf: 2 MiB.
 const MAX_ALIGNMENT: Granule = Granule::M2;
 
-/// What holds which addresses, at one moment: see [`AddressSpace::ranges`]. All lists are in ascending order.
+/// Which ranges are mapped, free, reserved and allowed at one moment: see [`AddressSpace::ranges`].
+/// All lists are in ascending order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct SpaceRanges {
     /// The areas.
     pub mappings: Vec<Mapping>,
-    /// What is neither mapped nor reserved, as ranges that do not touch. A map fits in here.
+    /// The ranges that are neither mapped nor reserved, joined where they touch. A map fits in
+    /// here.
     pub holes: Vec<IovaRange>,
-    /// What is reserved, as ranges that do not touch.
+    /// The reserved addresses, as ranges that do not touch.
     pub reserved: Vec<IovaRange>,
-    /// Where [`AddressSpace::map_anywhere`] may look, as ranges that do not touch; none if it may look everywhere.
+    /// The ranges in which [`AddressSpace::map_anywhere`] may allocate, joined where they touch.
+    /// Empty if there is no restriction.
     pub allowed: Vec<IovaRange>,
 }
 
 impl AddressSpace {
-    /// Maps the `len` bytes of memory that begin at `backing` at the lowest free addresses, and says where.
+    /// Maps the `len` bytes of memory that begin at the backing address `backing` at the lowest
+    /// free addresses, and returns their range.
     ///
-    /// The alignment suits large leaves: `len` rounded up to a power of two, at most the lowest set bit of `backing`
-    /// (unless that is 0), at most 2 MiB, at least the smallest page. The range lies inside the
-    /// [allowed ranges](Self::set_allowed) if there are any, outside areas and reserved ranges, and never in the first
-    /// or the last page of the address space, so that address 0 stays free for "none" and the last address has a
-    /// successor.
+    /// The alignment suits large leaves: `len` rounded up to a power of two, at most the lowest set
+    /// bit of `backing` (unless that is 0), at most 2 MiB, at least the smallest page. The range
+    /// lies inside the [allowed ranges](Self::set_allowed) if there are any, outside areas and
+    /// reserved ranges, and never in the first or the last page of the address space, so that
+    /// address 0 stays free for "none" and the last address has a successor.
     ///
-    /// To choose and to map is one atomic step. The search takes logarithmic time in the number of areas for each
-    /// allowed range, or if there are none for each stretch between reserved ones; alignment can make it look at more
-    /// holes, those that are long enough but not aligned.
+    /// Choosing and mapping are one atomic step. The search takes logarithmic time in the number of
+    /// areas, for each allowed range or, if there are none, for each gap between reserved ranges.
+    /// It may also have to look at holes that are long enough but not aligned.
     ///
     /// # Errors
-    /// In this order: [`Error::ZeroLength`] (at 0, as it has no place yet), [`Error::UnalignedLength`] and
-    /// [`Error::UnalignedBacking`] (multiples of [`alignment`](Self::alignment)), [`Error::BackingWraps`] (with the range as if it
-    /// began at 0), [`Error::NoSpace`], then what a source says. On an error nothing is mapped.
+    /// In this order: [`Error::ZeroLength`] (at 0, as there is no address yet),
+    /// [`Error::UnalignedLength`] and [`Error::UnalignedBacking`] (multiples of
+    /// [`alignment`](Self::alignment)), [`Error::BackingWraps`] (with the range as if it began at
+    /// 0), [`Error::NoSpace`], then those of a source. After an error nothing is mapped, with the
+    /// exception that [`map`](Self::map) names.
+    #[doc(alias = "IOMMU_IOAS_MAP")]
+    #[doc(alias = "alloc_iova")]
     pub fn map_anywhere(&self, len: u64, backing: u64, access: Access) -> Result<IovaRange, Error> {
         self.retired.drop_all();
         let shape = IovaRange::from_len(Iova::MIN, len)?;
@@ -80,14 +88,16 @@ impl AddressSpace {
         Ok(range)
     }
 
-    /// Keeps `range`, which need not be aligned, from being mapped or allocated: a window for interrupts, a hole of the
-    /// platform. Marks, lookups, harvests and unmaps treat it as the hole that it is.
+    /// Keeps `range`, which may be unaligned, from being mapped or allocated: a window for
+    /// interrupts, or a hole of the platform. Marks, lookups, harvests and unmaps treat it as a
+    /// hole.
     ///
     /// Reserved ranges may overlap each other. Takes time in proportion to their number.
     ///
     /// # Errors
-    /// [`Error::CannotReserve`] if it intersects an area, one in transition included; then if it intersects an allowed
-    /// range.
+    /// [`Error::CannotReserve`] if `range` intersects an area, also one that is being mapped or
+    /// unmapped; then if it intersects an allowed range.
+    #[doc(alias = "iopt_reserve_iova")]
     pub fn reserve(&self, range: IovaRange) -> Result<(), Error> {
         self.retired.drop_all();
         self.areas.update(|edit| {
@@ -106,8 +116,9 @@ impl AddressSpace {
         })
     }
 
-    /// Undoes one [`reserve`](Self::reserve) of exactly `range`. Addresses that other reserved ranges hold too stay
-    /// reserved.
+    /// Undoes one [`reserve`](Self::reserve) of exactly `range`. Addresses that are also in other
+    /// reserved ranges stay reserved.
+    #[doc(alias = "iopt_remove_reserved_iova")]
     ///
     /// # Errors
     /// [`Error::NotReserved`] if there is no such reservation.
@@ -120,13 +131,14 @@ impl AddressSpace {
         })
     }
 
-    /// Replaces the ranges from which [`map_anywhere`](Self::map_anywhere) may choose, all at once; ranges that touch
-    /// count as one. None at all means everywhere. Restricts only allocation: areas that lie elsewhere stay, and
-    /// [`map`](Self::map) does not look at it.
+    /// Replaces the ranges in which [`map_anywhere`](Self::map_anywhere) may allocate, all at once.
+    /// Ranges that touch are joined. An empty list means no restriction. This restricts only
+    /// allocation: areas in other places stay, and [`map`](Self::map) ignores it.
     ///
     /// # Errors
-    /// [`Error::AllowedTwice`] if two of `ranges` overlap, then [`Error::CannotAllow`] if one intersects a reserved
-    /// range. The old ranges stay then.
+    /// [`Error::AllowedTwice`] if two of `ranges` overlap, then [`Error::CannotAllow`] if one
+    /// intersects a reserved range. Then the old ranges stay.
+    #[doc(alias = "IOMMU_IOAS_ALLOW_IOVAS")]
     pub fn set_allowed(&self, ranges: &[IovaRange]) -> Result<(), Error> {
         self.retired.drop_all();
         self.areas.update(|edit| {
@@ -136,7 +148,8 @@ impl AddressSpace {
         })
     }
 
-    /// What holds which addresses, all at one moment.
+    /// Which ranges are mapped, free, reserved and allowed, all at one moment. Lock-free.
+    #[doc(alias = "IOMMU_IOAS_IOVA_RANGES")]
     pub fn ranges(&self) -> SpaceRanges {
         let snapshot = self.areas.snapshot();
         let rules = snapshot.rules();
@@ -159,18 +172,19 @@ impl AddressSpace {
     }
 }
 
-/// The windows that allocation may use, without the first and the last page.
+/// The ranges in which allocation may look, without the first and the last page.
 fn allocatable(rules: &Rules, page: Granule) -> Vec<IovaRange> {
     let first = Iova::new(page.bytes());
     let last = Iova::new(u64::MAX - page.bytes());
     match IovaRange::new(first, last) {
         Ok(bounds) => rules.windows(bounds),
-        // Two pages are the whole address space.
+        // Two pages are the whole address space, so nothing is left.
         Err(_) => Vec::new(),
     }
 }
 
-/// What suits a range of `len` bytes whose memory begins at `backing`, up to the greatest alignment.
+/// The alignment that suits a range of `len` bytes whose memory begins at `backing`, up to the
+/// largest alignment.
 fn alignment(len: u64, backing: u64) -> Granule {
     // The smallest power of two that is not below `len`, as its logarithm: 0 to 64.
     let len_lg2 = u64::BITS - (len - 1).leading_zeros();

@@ -1,30 +1,31 @@
-//! One area: a mapped range with its backing, its marks, and where it stands between map and unmap.
+//! One area: a mapped range with its backing address, its marks, and its state between map and
+//! unmap.
 //!
 //! ```text
 //!            fill succeeds          claim               out of the tree
 //!  Mapping -------------> Live ----------------> Claimed --------------> Gone
 //!                           ^------------------/    \
-//!                            give back               \--> Cut: its pieces take its place in the tree
+//!                            give back               \--> Cut: its pieces replace it in the tree
 //!                            (another area was busy, the flush failed, or the cut was refused)
 //! ```
 //!
-//! An area is in the tree, and so keeps its addresses from being used again, from `Mapping` to
-//! `Claimed`. Only the thread that claimed it removes it, after the flush.
+//! An area is in the tree from `Mapping` to `Claimed`, and so keeps its addresses from being used
+//! again. Only the thread that claimed it removes it, after the flush.
 //!
 //! # Pairs
-//! Each area knows in which domains it is filled: its *pairs*, behind a lock that only calls take
-//! which map, unmap, attach and detach. So each pair of an area and a domain is filled once and
+//! Each area has a list of the domains into which it is filled: its *pairs*, under a lock that only
+//! map, unmap, cut, attach and detach take. So each pair of an area and a domain is filled once and
 //! emptied once, however these calls race: see [`attachment`](super::attachment).
 //!
 //! # Cut
-//! The pieces share the marks of the whole, so no mark moves. The whole does not know its
-//! pieces: whoever still has it, by a handle or an old snapshot, learns from the marks what has
-//! gone of it since, and from the tree where its pairs are. So an area that was cut is dropped like
-//! one that has gone, and what was cut how often is nowhere written down.
+//! The pieces share the marks of the whole, so no mark moves. The whole has no record of its
+//! pieces. A thread that still uses it, by a handle or an old snapshot, learns from the marks which
+//! parts have gone since, and from the tree where its pairs are. So an area that was cut is dropped
+//! like one that has gone, and nothing records how often an area was cut.
 //!
-//! The memory of the marks is that of the whole, for as long as one piece is left: a bit for each
-//! page that was ever marked, rounded up to groups of 512 chunks (2 MiB of bits, as far as the
-//! system has backed them), of the pages that were unmapped too.
+//! The marks take the memory of the whole for as long as one piece remains: a bit for each page
+//! that was ever marked, in unmapped parts too, rounded up to groups of 512 chunks (2 MiB of bits,
+//! as far as the system has backed them).
 
 use super::Outside;
 use super::attachment::Attachment;
@@ -39,15 +40,15 @@ const CLAIMED: u8 = 2;
 const GONE: u8 = 3;
 const CUT: u8 = 4;
 
-/// The domains in which an area is filled, in the order of their ids; `None` when the area has gone
-/// or was cut, and will not be filled any more.
+/// The domains into which an area is filled, in the order of their ids; `None` if the area has gone
+/// or was cut, and is not filled any more.
 pub(super) type Pairs = Option<Vec<Arc<Attachment>>>;
 
 /// See the [module](self).
 #[derive(Debug)]
 pub(crate) struct Area {
     pub(crate) mapping: Mapping,
-    /// Shared by the pieces of an area that was cut: so no mark has to move.
+    /// Shared by the pieces of an area that was cut, so that no mark has to move.
     pub(crate) marks: Arc<Marks>,
     state: AtomicU8,
     /// The version of the tree from which on sources may be filled with the area. Pieces of a cut
@@ -57,7 +58,7 @@ pub(crate) struct Area {
 }
 
 impl Area {
-    /// An area whose sources are not filled yet.
+    /// An area that is not filled into any source yet.
     pub(crate) fn new(mapping: Mapping, page: Granule, ordering: MarkOrdering) -> Self {
         Area {
             mapping,
@@ -68,8 +69,8 @@ impl Area {
         }
     }
 
-    /// The part `range` of this area as an area of its own, which is live and has the marks and the
-    /// `pairs` of this one.
+    /// The part `range` of this area as an area of its own, which is live, shares the marks of this
+    /// one, and gets `pairs`.
     pub(super) fn piece(&self, range: IovaRange, pairs: Pairs) -> Self {
         let skipped = range.start().get() - self.mapping.range.start().get();
         Area {
@@ -85,14 +86,16 @@ impl Area {
         }
     }
 
-    /// Says that the area comes with `version` of the tree; before that is published.
+    /// Records that the area comes with `version` of the tree. Called before that version is
+    /// published.
     pub(super) fn born_with(&self, version: u64) {
-        // Relaxed: whoever finds the area has it from a root that was published after this.
+        // Relaxed: a thread that finds the area has loaded a root that was published after this
+        // store.
         self.born.store(version, Ordering::Relaxed);
     }
 
-    /// Whether the area was not there yet, for any source, when the tree had `version`: then
-    /// nothing that a harvest took by that moment belongs to it.
+    /// Whether the area was filled into no source yet when the tree had `version`. Then nothing
+    /// that a harvest took by that moment belongs to it.
     pub(super) fn is_younger(&self, version: u64) -> bool {
         // Relaxed: see `born_with`.
         self.born.load(Ordering::Relaxed) > version
@@ -103,28 +106,29 @@ impl Area {
         lock(&self.pairs)
     }
 
-    /// Forgets the pairs: the area is not filled any more.
+    /// Drops the pairs: the area is not filled any more.
     pub(super) fn close(&self) {
         let filled = self.pairs().take();
-        // Outside of the lock.
+        // After the lock is released.
         drop(filled);
     }
 
-    /// The sources are filled, or will not be: from now on the area can be unmapped.
+    /// The sources are filled, or the map has failed: from now on the area can be unmapped.
     pub(crate) fn go_live(&self) {
-        // Release: pairs with the Acquire of `claim`; the unmap sees the filled tables. Relaxed on failure: the area is
-        // gone already, because a source refused it.
+        // Release: pairs with the Acquire of `claim`, so the unmap sees the filled tables. Relaxed
+        // on failure: the area has gone already, because a source refused it.
         let _ = self
             .state
             .compare_exchange(MAPPING, LIVE, Ordering::Release, Ordering::Relaxed);
     }
 
-    /// Takes the area for unmapping or cutting; at most one thread succeeds.
+    /// Claims the area for unmapping or cutting; at most one thread succeeds.
     ///
     /// # Errors
     /// [`Error::Busy`] while another call maps, unmaps or cuts it.
     pub(crate) fn claim(&self) -> Result<(), Error> {
-        // Acquire on success: pairs with the Release of `go_live` and `give_back`. Relaxed on failure: nothing is read.
+        // Acquire on success: pairs with the Release of `go_live` and `give_back`, so what was done
+        // to the area before is visible. Relaxed on failure: nothing is read.
         self.state
             .compare_exchange(LIVE, CLAIMED, Ordering::Acquire, Ordering::Relaxed)
             .map(|_| ())
@@ -135,42 +139,44 @@ impl Area {
 
     /// Undoes `claim`.
     pub(crate) fn give_back(&self) {
-        // Release: pairs with the Acquire of the next `claim`.
+        // Release: pairs with the Acquire of the next `claim`, which sees what we did to the area.
         self.state.store(LIVE, Ordering::Release);
     }
 
     /// The area has left the tree.
     pub(crate) fn retire(&self) {
         self.say_gone(self.mapping.range);
-        // Release: pairs with the Acquire of `is_mapped`; whoever sees it can rely on the area
-        // being out of the tree.
+        // Release: pairs with the Acquire of `is_mapped`. A thread that sees this state can rely on
+        // the area being out of the tree; for one that does not, F3 and F4 of `unmap` decide.
         self.state.store(GONE, Ordering::Release);
     }
 
-    /// The area gives way to its pieces, which are about to replace it in the tree, and may go one
-    /// by one. Undone by `give_back`.
+    /// Says that the area was cut, before its pieces replace it in the tree. From then on its
+    /// pieces may go one by one. Undone by `give_back`.
     pub(super) fn give_way(&self) {
         self.marks.come_apart();
-        // Release: pairs with the Acquire in `after_late_mark`; whoever sees it can ask what has
-        // gone. Before the pieces are published: nobody can unmap one before.
+        // Release: pairs with the Acquire in `after_late_mark`. A thread that sees this state finds
+        // the list of gone parts. It comes before the pieces are published, so before any of them
+        // can be unmapped.
         self.state.store(CUT, Ordering::Release);
     }
 
-    /// Says that `range`, a piece of what the area was cut out of, has left the tree.
+    /// Records that `range`, a piece of the area, has left the tree.
     pub(super) fn say_gone(&self, range: IovaRange) {
         self.marks.say_gone(range);
     }
 
     /// Whether the area is on its way out of the tree, or has left it.
     pub(super) fn is_going(&self) -> bool {
-        // Acquire: as in `is_mapped`. The order against `claim` is that of the fences around both:
-        // see `attachment`. What was cut never counts as staying again, so an unmap of a piece,
+        // Acquire: as in `is_mapped`. The fences around this load and around `claim` order the two:
+        // see `attachment`. An area that was cut always counts as going, so an unmap of a piece,
         // which comes after the cut, is seen here as well.
         !matches!(self.state.load(Ordering::Acquire), MAPPING | LIVE)
     }
 
-    /// Marks `range`, as far as the area, or what is left of it, holds it; what it does not hold
-    /// comes back. If a part lies outside of what the area was, nothing is marked.
+    /// Marks `range`, as far as the area, or what is left of it, holds it. Returns the parts that
+    /// it does not hold. If a part lies outside of the original range of the area, nothing is
+    /// marked.
     #[inline]
     pub(crate) fn mark(&self, range: IovaRange) -> Outside {
         if !self.mapping.range.covers(range) {
@@ -183,11 +189,12 @@ impl Area {
         self.after_late_mark(range)
     }
 
-    /// The second half of [`mark`](Self::mark): whether what was marked is in an area that has
-    /// neither gone nor been cut.
+    /// The second half of [`mark`](Self::mark): whether the area has neither gone nor been cut.
     #[inline]
     pub(super) fn is_mapped(&self) -> bool {
-        // Acquire: pairs with the Release of `retire` and `give_way`.
+        // Acquire: pairs with the Release of `retire` and `give_way`. If it sees one of them,
+        // `after_late_mark` finds what they published before; if not, F3 and F4 of the protocol in
+        // `unmap` ensure that the unmap counts the mark.
         matches!(self.state.load(Ordering::Acquire), MAPPING | LIVE | CLAIMED)
     }
 
@@ -197,7 +204,7 @@ impl Area {
         // Acquire: as in `is_mapped`.
         match self.state.load(Ordering::Acquire) {
             GONE => outside.add_range(range),
-            // The marks are those of the pieces that are left.
+            // The marks belong to the pieces that are left.
             CUT => self.marks.gone_in(range, |part| outside.add_range(part)),
             // Given back since.
             _ => {}
@@ -205,7 +212,7 @@ impl Area {
         outside
     }
 
-    /// What to say of a `range` that sticks out of the area: all of it is outside.
+    /// The result for a `range` that extends past the area: all of it is outside.
     #[cold]
     fn outside(&self, range: IovaRange) -> Outside {
         let own = self.mapping.range;

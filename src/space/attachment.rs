@@ -1,47 +1,59 @@
-//! Domains of an address space, and how they come and go while everything runs.
+//! Domains of an address space, and how they are attached and detached while everything else runs.
 //!
-//! The list of attachments hangs on the root of the area tree, with the areas and the rules: one snapshot has areas and
-//! domains of one moment.
+//! The root of the area tree carries the list of attachments, with the areas and the rules. So one
+//! snapshot has the areas and the domains of one moment.
 //!
 //! # Each pair once
-//! A *pair* is an area and a domain. It is filled by whoever comes second:
+//! A *pair* is an area and a domain. It is filled by the later of the two, map or attach:
 //!
 //! ```text
-//!  map                                             attach
-//!  publish the area; see the domains of that root   publish the domain; see the areas from then on
+//!  map                                              attach
+//!  publish the area; see the domains of that root   publish the domain; then list the areas
 //!  for each domain: lock the area's pairs,          for each area: lock its pairs,
 //!    fill it if it is not among them                  fill the domain if it is not among them
 //! ```
 //!
-//! Publications of one root have an order. If the map comes first, the attach sees the area; if the attach does, the map
-//! sees the domain. If both see the other, the lock decides, and the record keeps the second from filling again.
+//! The publications of roots have one order. If the map comes first, the attach sees the area. If
+//! the attach comes first, the map sees the domain. If both see the other, the lock decides which
+//! of them fills the pair, and the list of pairs keeps the other one from filling it again.
 //!
 //! A **detach** first says that the domain is *leaving*, and then empties the pairs of all areas
-//! that it sees; a map publishes its area, and then looks whether the domain is leaving. Each has a
-//! full fence between its two steps (F6, F7), so one of them sees the other. If the detach sees the
-//! area, the fill either came before, and is emptied, or finds the domain leaving under the same
-//! lock; else the map finds it leaving at once. While it leaves, the domain stays in the list, so
-//! that every flush reaches it; it goes after a flush that covers all that was emptied. An
-//! **unmap** holds the pairs of its areas from the first exchange to the end: whoever waits for the
-//! lock finds them closed, and looks at the tree again: see [`pairs`](super::pairs).
+//! that it sees. A map first publishes its area, and then looks whether the domain is leaving. This
+//! is store buffering (Dekker), so each has a full fence between its two steps, F6 in the detach
+//! and F7 in the map:
+//! - if F7 comes first, the detach sees the area. The fill took the lock of the pairs earlier, and
+//!   the detach empties the pair; or the fill takes the lock later, and finds the domain leaving.
+//! - if F6 comes first, the map finds the domain leaving, and does not fill it.
 //!
-//! # What is kept for a domain
-//! Pages of its that are dirty although its table no longer says so: put back by an abort, or moved out of the table by
-//! an unmap. Each source has its own, so that a harvest of one domain finds them; they are keyed by address. When the
-//! domain or the area goes, they move to the marks of the area:
+//! While a domain leaves, it stays in the list, so that every flush reaches it. It is removed after
+//! a flush that covers all that was emptied. An **unmap** holds the pairs of its areas from the
+//! first exchange to the end. A thread that waits for that lock finds the pairs closed, and looks
+//! at the tree again: see [`pairs`](super::pairs).
+//!
+//! # The put-back store of a domain
+//! It holds the pages that are dirty in the domain although the domain's table no longer says so:
+//! an abort put them back, or an unmap moved them out of the table. Each domain has its own store,
+//! keyed by address, so that a harvest of that domain alone finds its pages. When the domain or the
+//! area goes, the pages in the store move to the marks of the area. An abort races with that move,
+//! which is store buffering again:
 //!
 //! ```text
 //!  put back                                         unmap, detach
-//!  P1  keep the page for each domain of the lease   U1  claim the area; say that the domain is leaving
+//!  P1  mark the page in the put-back store of       U1  claim the area; say that the domain
+//!      each domain of the lease                         is leaving
 //!  F3  fence(SeqCst), in `Marks::mark`              F6  fence(SeqCst)
-//!  P2  look whether area or domain are going;       U2  take what is kept, mark it
+//!  P2  look whether area or domain are going;       U2  take the pages in the store, mark them
 //!      if so, mark the page as well
 //! ```
 //!
-//! If F3 comes first, U2 takes the page; otherwise P2 marks it, and what becomes of marks is the protocol of
-//! [`unmap`](super::unmap). Where the page was kept already, P1 is a load that comes before U2, which takes it. A page that
-//! P1 keeps after U2 may be kept on, and is dirty in the next area at its address: a superset. That area must not forget
-//! it: from its publication on, what is kept there may be its own.
+//! - If F3 comes first, U2 takes the page.
+//! - If F6 comes first, P2 sees that the area or the domain is going, and marks the page. The
+//!   protocol of [`unmap`](super::unmap) says which thread counts that mark.
+//!
+//! If the page was in the store already, P1 is a load that finds it there before U2, which takes
+//! it. A page that P1 stores after U2 may stay in the store, and is then dirty in the next area at
+//! its address: a superset. That area must not clear it: from its publication on, a page in the
+//! store at its addresses may belong to it.
 
 use std::convert::Infallible;
 
@@ -54,7 +66,7 @@ use crate::error::Error;
 use crate::events;
 use crate::failure::{Failure, attempt, call};
 use crate::flush::{FlushCost, FlushGather};
-use crate::source::{DirtySource, Marks, Slot};
+use crate::source::{DirtySource, FlightSlot, Marks};
 use crate::sync::{Arc, AtomicBool, Ordering, Step, TINY, fence, lock, performs};
 use crate::units::{DomainId, Granule, Iova, IovaRange};
 
@@ -63,21 +75,23 @@ pub(crate) struct Attachment {
     pub(crate) id: DomainId,
     /// The smallest page of the source.
     pub(super) page: Granule,
-    /// What the source said to [`DirtySource::identity`].
+    /// The answer of [`DirtySource::identity`].
     identity: Option<usize>,
-    /// What the source said to [`DirtySource::flush_cost`].
+    /// The answer of [`DirtySource::flush_cost`].
     cost: FlushCost,
     pub(crate) source: Source,
-    /// Pages that are dirty in this domain though its table does not say so.
-    pub(crate) kept: Marks,
-    /// See [`tracking`](super::tracking).
+    /// The put-back store: pages that are dirty in this domain although its table does not say so.
+    pub(crate) put_back: Marks,
+    /// Whether the source tracks writes: see [`tracking`](super::tracking).
     pub(super) tracking: Switch,
     leaving: AtomicBool,
 }
 
 impl Attachment {
     fn is_leaving(&self) -> bool {
-        // Acquire: pairs with the Release in `detach`, directly, or through the lock of the pairs or the tree's root.
+        // Acquire: pairs with the Release in `release`, directly, or through the lock of the pairs
+        // or the tree's root. If it sees that store, the domain is not filled; if not, F6 and F7
+        // decide, as the module says.
         self.leaving.load(Ordering::Acquire)
     }
 }
@@ -88,8 +102,9 @@ impl std::fmt::Debug for Attachment {
     }
 }
 
-/// All addresses; few in the model checker, where a bitmap of them would be dozens of levels deep.
-fn all_kept() -> IovaRange {
+/// The range of a put-back store: all addresses. Fewer in the model checker, where a bitmap of all
+/// of them would be dozens of levels deep.
+fn put_back_range() -> IovaRange {
     if TINY {
         IovaRange::new(Iova::MIN, Iova::new(0x3_ffff)).unwrap_or(IovaRange::ALL)
     } else {
@@ -98,31 +113,35 @@ fn all_kept() -> IovaRange {
 }
 
 impl AddressSpace {
-    /// Attaches a domain, such as that of an IOMMU: `source` is filled with the areas that are there and those to come,
-    /// tracks if the space does, and is harvested with the others. May run while everything else does. A harvest sees
-    /// the domain from its publication on, devices reach all areas when the call returns.
+    /// Attaches a domain, such as that of an IOMMU. `source` is filled with all areas, those that
+    /// exist and those that are mapped later; it tracks writes if the space does, and is harvested
+    /// together with the others. The call may run while everything else does. A harvest includes
+    /// the domain from its publication on; devices reach all areas when the call returns. Waits for
+    /// other changes of the domains, and may wait for devices.
     ///
-    /// [`alignment`](Self::alignment) grows to its smallest page, if that is larger.
+    /// [`alignment`](Self::alignment) grows to the smallest page of the source, if that is larger.
     ///
     /// # Errors
     /// In this order: [`Error::AttachedTwice`], as far as [`DirtySource::identity`] can tell;
-    /// [`Error::CannotAttach`] with the first area that is not made of the domain's pages; what the
-    /// source says to tracking, then to an area. The source is then emptied again and not attached;
-    /// only if it also fails to flush what it had been filled with, it stays attached, without
-    /// translations, until [`detach`](Self::detach) succeeds: its id is in
-    /// [`domains`](Self::domains). After a [panic](crate::DirtySource#panics) of the source all is
-    /// as after an error.
+    /// [`Error::CannotAttach`] with the first area that is not made of the domain's pages; then the
+    /// error of the source, from the switch of tracking and then from an area. The source is then
+    /// emptied again and not attached. If the source also fails to flush what it was filled with,
+    /// it stays attached, without translations, until [`detach`](Self::detach) succeeds; its id is
+    /// in [`domains`](Self::domains). A [panic](crate::DirtySource#panics) of the source has the
+    /// same effects as an error.
+    #[doc(alias = "IOMMU_HWPT_ALLOC")]
+    #[doc(alias = "iopt_table_add_domain")]
     pub fn attach(&self, source: impl DirtySource + 'static) -> Result<DomainId, Error> {
         self.retired.drop_all();
         let source = Source::new(Box::new(source), self.retired.clone());
         let attached = attempt(|| {
-            // Asked before anything is locked, and once.
+            // Asked once, before any lock is taken.
             let asked = (source.page(), source.identity(), source.flush_cost());
             let _membership = lock(&self.membership);
             self.attach_source(source, asked)
         });
         attached.map_err(|failure| {
-            // The source that was refused is dropped before the call returns.
+            // The refused source is dropped before the call returns.
             match call(|| self.retired.drop_all()) {
                 Ok(()) => failure.raise(),
                 Err(panic) => failure.then(Failure::Panicked(panic)).raise(),
@@ -130,7 +149,7 @@ impl AddressSpace {
         })
     }
 
-    /// The part of an attach under the lock of the domains.
+    /// The part of an attach that needs the lock of the domains.
     fn attach_source(
         &self,
         source: Source,
@@ -152,12 +171,12 @@ impl AddressSpace {
             identity,
             cost,
             source,
-            kept: Marks::few(all_kept(), self.page()),
+            put_back: Marks::few(put_back_range(), self.page()),
             tracking: Switch::new(),
             leaving: AtomicBool::new(false),
         });
         if self.tracks() {
-            // Before the first page is mapped: no write goes unseen.
+            // Before the first page is mapped, so that no write is missed.
             attachment
                 .switch(true)
                 .map_err(|failure| attachment.switch_back(failure))?;
@@ -177,7 +196,8 @@ impl AddressSpace {
         self.declare_cost();
         for area in too_early.unwrap_or_else(|| self.all_areas()) {
             if let Err(failure) = self.fill_pair(&area, &attachment) {
-                // A flush that fails stays owed, and the domain stays, so that it can be paid.
+                // If that flush fails, its debt stays owed, and the domain stays attached, so that
+                // it can be paid.
                 return Err(match self.release(&attachment) {
                     Ok(()) => failure,
                     Err(another) => failure.then(another),
@@ -188,16 +208,19 @@ impl AddressSpace {
         Ok(id)
     }
 
-    /// Detaches a domain: empties it, flushes, and forgets it. Nothing is lost: what is dirty in it
-    /// moves to the marks of the areas, where harvests of all domains find it; one that runs
-    /// meanwhile may report all of an area. On return its devices no longer reach the memory, and
-    /// nothing of the source is in use but by harvests that began before. Waits for the flush.
+    /// Detaches a domain: empties it, flushes, and removes it from the space. No dirty page is
+    /// lost: the pages that are dirty in the domain move to the marks of the areas, where harvests
+    /// of all domains find them. A harvest that runs meanwhile may report all of an area. On return
+    /// the devices of the domain no longer reach the memory, and only harvests that began before
+    /// still use the source. Waits for the flush.
     ///
     /// # Errors
-    /// [`Error::NotAttached`]. If a source cannot flush: its error; the domain then stays attached
-    /// without translations, and is not filled any more, until a repeated call succeeds. So it does
-    /// after a [panic](crate::DirtySource#panics), with what the source left of its translations;
-    /// but for one in switching off, which comes last.
+    /// [`Error::NotAttached`]; or the error of a source that cannot flush: then the domain stays
+    /// attached without translations, and is not filled any more, until a repeated call succeeds.
+    /// The same holds after a [panic](crate::DirtySource#panics) of the source, with the
+    /// translations that the source may have left. A panic in the switch of tracking to off, the
+    /// last step, leaves the domain detached.
+    #[doc(alias = "iopt_table_remove_domain")]
     pub fn detach(&self, domain: DomainId) -> Result<(), Error> {
         self.retired.drop_all();
         {
@@ -209,18 +232,21 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// The domains that are attached, in the order of their coming.
+    /// The attached domains, in the order in which they were attached.
     pub fn domains(&self) -> Vec<DomainId> {
         self.attachments().iter().map(|domain| domain.id).collect()
     }
 
-    /// The rest of a detach.
+    /// The steps of a detach after the domain was found.
     fn release(&self, attachment: &Arc<Attachment>) -> Result<(), Failure> {
         // Release: pairs with the Acquire in `is_leaving`.
         attachment.leaving.store(true, Ordering::Release);
         if performs(Step::GoneFence) {
-            // SeqCst: F6 of the module's protocol; pairs with F3 in `Marks::mark_inside`, for `put_back`, and with F7 in
-            // `AddressSpace::fill`.
+            // SeqCst: F6 of the module's protocols, between `leaving` and the looks at areas and
+            // stores. Pairs with F3 in `Marks::mark_inside`, for `put_back`: if F3 comes first, we
+            // take the page from the store; if F6 comes first, `put_back` marks it. Pairs with F7
+            // in `AddressSpace::fill`: if F7 comes first, we see the area; if F6 comes first, the
+            // map sees `leaving`.
             fence(Ordering::SeqCst);
         }
         let mut emptied = Emptied {
@@ -241,12 +267,13 @@ impl AddressSpace {
         self.declare_cost();
         match attachment.switch(false) {
             Err(panicked @ Failure::Panicked(_)) => Err(panicked),
-            // A source that cannot be switched off goes on, which only costs.
+            // A source that cannot be switched off keeps tracking, which costs time and loses
+            // nothing.
             Ok(_) | Err(Failure::Refused(_)) => Ok(()),
         }
     }
 
-    /// Tells the flush queue what it costs to invalidate all domains.
+    /// Tells the flush queue the cost of an invalidation in all domains.
     fn declare_cost(&self) {
         let domains = self.attachments();
         let costs = domains.iter().map(|domain| domain.cost);
@@ -254,9 +281,9 @@ impl AddressSpace {
             .set_cost(costs.fold(FlushCost::default(), FlushCost::and));
     }
 
-    /// Fills `attachment` with `area`, or what has taken its place, unless it is filled, or one of the
-    /// two is going. If the source panics, the pair counts as filled: what it has mapped is emptied
-    /// as everything is.
+    /// Fills `area` into `attachment`, or the areas that are in its place, unless the pair is
+    /// filled or the domain is leaving. If the source panics, the pair counts as filled, so that a
+    /// later unmap or detach empties what the source may have mapped.
     pub(super) fn fill_pair(
         &self,
         area: &Area,
@@ -269,7 +296,7 @@ impl AddressSpace {
             {
                 return Ok(());
             }
-            // What is kept at these addresses stays: the area is in the tree, so an abort may just
+            // The put-back store is not cleared here: the area is in the tree, so an abort may just
             // have put pages back.
             let mapped = attempt(|| attachment.source.map(&area.mapping));
             if !matches!(mapped, Err(Failure::Refused(_))) {
@@ -280,9 +307,9 @@ impl AddressSpace {
         })
     }
 
-    /// Empties `attachment` of `area`, or of what has taken its place: what was dirty moves to the
-    /// area's marks, after the debt. If the source panics, the pair stays filled, so that it is asked
-    /// again.
+    /// Empties `area`, or the areas that are in its place, in `attachment`. Dirty pages move to the
+    /// area's marks, after their debt was handed over. If the source panics, the pair stays filled,
+    /// so that the source is asked again.
     fn empty_pair(&self, area: &Area, attachment: &Arc<Attachment>) -> Emptied {
         let mut all = Emptied::default();
         let emptied: Result<(), Infallible> = self.with_pairs(area, |area, filled| {
@@ -293,7 +320,7 @@ impl AddressSpace {
         all
     }
 
-    /// The same, of one area whose pairs are held.
+    /// The same, for one area whose pairs the caller holds.
     fn empty_open(
         &self,
         area: &Area,
@@ -301,12 +328,14 @@ impl AddressSpace {
         attachment: &Arc<Attachment>,
     ) -> Emptied {
         let range = area.mapping.range;
-        // What is dirty in the table is in flight until it is marked: a harvest that comes between
-        // finds all of the area so.
+        // What is dirty in the table counts as in flight until it is marked: a harvest that runs
+        // meanwhile finds all of the area in flight.
         let _moving = Moving(performs(Step::DetachInFlight).then(|| self.in_flight.publish(range)));
         if performs(Step::DetachFence) {
-            // Release: pairs with the Acquire fence between tables and slots in
-            // `harvest::lease::take`.
+            // Release: orders the slot before the changes of the table. Pairs with the Acquire
+            // fence between tables and slots in `harvest::lease::take`. If that harvest reads the
+            // table after such a change, it sees the slot or, after its end, the marks; if before,
+            // it takes the page itself.
             fence(Ordering::Release);
         }
         let mut emptied = Emptied::default();
@@ -316,28 +345,30 @@ impl AddressSpace {
                 filled.remove(at);
             }
         }
-        // What is kept is marked before it is taken, for harvests that have read the slots; and after
-        // that, for aborts that found it kept already.
-        for run in attachment.kept.runs(range) {
+        // Mark before removing, so that a harvest past the slots still sees the pages. Mark again
+        // afterwards, because an abort that found a page in the store already did nothing.
+        for run in attachment.put_back.runs(range) {
             area.marks.mark(run);
         }
         if performs(Step::DetachFence) {
-            // Release: pairs with the Acquire fence between what is kept and the marks in
-            // `harvest::lease::take`.
+            // Release: orders these marks before the removal. Pairs with the Acquire fence between
+            // the put-back stores and the marks in `harvest::lease::take`. If that harvest finds
+            // the store empty, it sees the marks; if not, it takes the page from the store.
             fence(Ordering::Release);
         }
-        for run in attachment.kept.take_runs(range) {
+        for run in attachment.put_back.take_runs(range) {
             area.marks.mark(run);
         }
         emptied
     }
 
-    /// Makes `run`, of a lease over `covered`, dirty again: kept for each domain, and marked, as
-    /// far as the lease covers them; what lies outside every area is counted, and recorded as a
-    /// fault.
+    /// Makes `run`, of a lease over `covered`, dirty again: in the put-back store of each domain,
+    /// and in the marks, as far as the lease covers them. The parts outside every area are counted,
+    /// and recorded as a fault.
     ///
-    /// Nothing was taken after the tree had the version `taken`: what lies in an area that came
-    /// later was in another one at the same addresses, and is outside as well.
+    /// Everything in the lease was taken when the tree had at most the version `taken`. So in an
+    /// area that was mapped later, a page of the lease belonged to an earlier area at the same
+    /// addresses, and is outside as well.
     pub(crate) fn put_back(&self, run: IovaRange, covered: &Covered, taken: u64) -> Outside {
         let outside = self.in_areas(run, |area, part| {
             if area.is_younger(taken) {
@@ -347,7 +378,7 @@ impl AddressSpace {
                 return outside;
             }
             for domain in covered.domains() {
-                domain.kept.mark(part);
+                domain.put_back.mark(part);
             }
             let going =
                 area.is_going() || covered.domains().iter().any(|domain| domain.is_leaving());
@@ -366,13 +397,16 @@ impl AddressSpace {
         self.areas.snapshot().rules().attachments().clone()
     }
 
-    /// Every mapped range, and the memory behind it, starts and ends at a multiple of this many bytes: the largest of
-    /// [`page`](Self::page) and the smallest pages of the attached domains.
+    /// Every mapped range, and its backing address, starts and ends at a multiple of this many
+    /// bytes: the largest of [`page`](Self::page) and the smallest pages of the attached domains.
+    #[doc(alias = "iova_alignment")]
     pub fn alignment(&self) -> Granule {
         self.snapshot().alignment()
     }
 
-    /// Records what a device, or whoever knows of it, reports: an access of `domain` to `range` that was blocked.
+    /// Records that an access of a device in `domain` to `range` was blocked, as the device or its
+    /// driver reports.
+    #[doc(alias = "report_iommu_fault")]
     pub fn report_fault(&self, domain: DomainId, range: IovaRange) {
         self.faults.record(Fault {
             at: range.start(),
@@ -382,8 +416,9 @@ impl AddressSpace {
     }
 }
 
-/// What is on its way to the marks. Dropped, it has arrived, or whoever moved it panicked.
-struct Moving<'s>(Option<&'s Slot>);
+/// An area whose dirty pages are moving to the marks. Dropped after they have arrived, or when the
+/// thread that moves them panics.
+struct Moving<'s>(Option<&'s FlightSlot>);
 
 impl Drop for Moving<'_> {
     fn drop(&mut self) {
@@ -393,7 +428,7 @@ impl Drop for Moving<'_> {
     }
 }
 
-/// Refuses a domain whose smallest page is `page`, if an area is not made of such pages.
+/// Refuses a domain whose smallest page is `page` if an area is not made of such pages.
 fn check_areas<'a>(mut areas: impl Iterator<Item = &'a Area>, page: Granule) -> Result<(), Error> {
     let odd = |area: &&Area| {
         let mapping = area.mapping;
@@ -408,11 +443,11 @@ fn check_areas<'a>(mut areas: impl Iterator<Item = &'a Area>, page: Granule) -> 
     }
 }
 
-/// What one harvest covers: which domains of one moment, and whether the marks.
+/// The sources of one harvest: which domains of one moment, and whether the marks.
 #[derive(Clone, Debug)]
 pub(crate) struct Covered {
     all: Attachments,
-    /// The one domain, if it is only one.
+    /// The position of the only domain, if it is only one.
     only: Option<usize>,
     pub(crate) marks: bool,
 }
@@ -440,7 +475,7 @@ impl Covered {
         })
     }
 
-    /// `domain` alone, which is one of these.
+    /// `domain` alone, which must be one of these.
     pub(crate) fn only(&self, domain: &Arc<Attachment>) -> Self {
         Covered {
             only: self.all.position(domain.id).ok(),
@@ -449,8 +484,8 @@ impl Covered {
         }
     }
 
-    /// What harvests over these are made of, in a space whose own smallest page is `own`: pages of
-    /// all domains that were attached at that moment.
+    /// The granule that harvests over these are made of, in a space whose own smallest page is
+    /// `own`: the largest of that and the pages of all domains that were attached at that moment.
     pub(crate) fn alignment(&self, own: Granule) -> Granule {
         self.all.alignment(own)
     }

@@ -1,26 +1,27 @@
-//! Changes of which areas there are, one or many at a time, as one atomic step for readers.
+//! Changes of the set of areas, one or many at a time, each one atomic step for readers.
 //!
 //! ```text
-//!  plan        from one snapshot: which areas are touched, into which pieces they are cut, which of these go
-//!  claim       all areas that are touched, or none; hold their pairs to the end
+//!  plan        from one snapshot: which areas are touched, where they are cut, which pieces go
+//!  claim       all touched areas, or none; hold their pairs to the end
 //!  promise     the addresses of new areas: taken, though not in the tree yet
-//!  fill        the new areas, in all domains                 up to here, and in the next two lines, a source may refuse:
-//!  split       leaves that lie across a cut                  then new areas are emptied and flushed, and all is as it was
-//!  empty       what goes: end translations, owe, keep what was dirty
+//!  fill        the new areas, in all domains            a source may fail up to `flush`: then
+//!  split       leaves that span a cut                   new areas are emptied and flushed, and
+//!  empty       what goes: end translations, owe,        the others stay in the tree; some may
+//!              put dirty pages into the store           have lost their translations
 //!  flush       once for everything
-//!  publish     one edit of the tree: gone, cut and new areas, and the promise kept
-//!  collect     what was dirty in what went
+//!  publish     one edit of the tree: gone, cut and new areas, and the end of the promise
+//!  collect     the dirty pages of what went
 //! ```
 //!
-//! So a reader sees all of a batch or nothing. Devices see it earlier in one way and later in none: they reach new areas
-//! before these are in the tree, and what goes no longer when it leaves the tree. In between nobody else can map the
-//! addresses of either.
+//! So a reader sees all of a batch or nothing. Devices see it earlier: they reach new areas before
+//! these are in the tree, and lose the areas that go before these leave the tree. In between no
+//! other call can map the addresses of either.
 //!
 //! # Cut
-//! The pieces of an area share its marks, and its place in each source but for the leaves:
-//! nothing dirty moves. The old area says that it was cut before the pieces are published, so that
-//! a mark by an old handle or snapshot, which lands in the shared marks, also asks what has gone of
-//! them.
+//! The pieces of an area share its marks, and its place in each source apart from the leaves that
+//! are split: nothing dirty moves. The old area says that it was cut before the pieces are
+//! published. So a mark by an old handle or snapshot, which lands in the shared marks, also looks
+//! which parts have gone.
 
 use std::convert::Infallible;
 
@@ -43,41 +44,43 @@ pub enum Change {
     Map {
         /// The device-visible addresses.
         range: IovaRange,
-        /// Where the memory behind them begins.
+        /// The backing address, where the memory begins.
         backing: u64,
         /// What devices may do.
         access: Access,
     },
     /// As [`AddressSpace::unmap_discarding`].
     Unmap {
-        /// What to unmap: whole areas, or what the cuts before it in the batch made of them.
+        /// The range to unmap: whole areas, or pieces that earlier cuts of the batch made of them.
         range: IovaRange,
     },
     /// As [`AddressSpace::cut`].
     Cut {
-        /// The first address of the right part.
+        /// The first address of the upper part.
         at: Iova,
     },
 }
 
 impl AddressSpace {
-    /// Performs `changes` in order, as one atomic step: a reader sees all of them or none. So cuts and an unmap replace
-    /// the middle of an area, and areas swap places without a moment in which a harvest sees neither.
+    /// Performs `changes` in order, as one atomic step: a reader sees all of them or none. So cuts
+    /// and an unmap can replace the middle of an area, and areas can swap places, without a moment
+    /// in which a harvest sees neither.
     ///
-    /// What was dirty in areas that are unmapped is **discarded**. An area that the batch maps it can neither cut nor
-    /// unmap, nor can it map what it unmaps: addresses are free only after the flush. Waits for one flush if it unmaps
-    /// or splits; domains neither come nor go meanwhile if it maps.
+    /// The dirty pages of areas that are unmapped are **discarded**. A batch can neither cut nor
+    /// unmap an area that it maps, and it cannot map addresses that it unmaps, because addresses
+    /// become free only after the flush. The call waits for one flush if it unmaps or splits. While
+    /// it maps, no domain is attached or detached.
     ///
     /// # Errors
-    /// [`Error::Change`] with the first change that is refused or that a source refuses,
-    /// in the order that each documents; [`Error::Busy`] if another call maps, unmaps or cuts one
-    /// of the areas; that of a source that cannot flush; [`Error::Change`] with a cut through the
-    /// pages of a domain that came meanwhile. Nothing is changed then, but as [`map`](Self::map)
-    /// and [`unmap_discarding`](Self::unmap_discarding) say for a failed flush, devices may no
-    /// longer reach what was to be unmapped, and what was to be mapped may stay taken.
+    /// [`Error::Change`] with the first change that is refused, or that a source refuses, in the
+    /// order that each change documents; [`Error::Busy`] if another call maps, unmaps or cuts one
+    /// of the areas; the error of a source that cannot flush; [`Error::Change`] with a cut through
+    /// the pages of a domain that was attached meanwhile. Then no area has changed. As
+    /// [`map`](Self::map) and [`unmap_discarding`](Self::unmap_discarding) say for a failed flush,
+    /// devices may no longer reach the areas to unmap, and the addresses to map may stay taken.
     ///
-    /// After a [panic](crate::DirtySource#panics) of a source all is as after an error, but that what
-    /// it was asked to unmap, or to split, counts as dirty.
+    /// A [panic](crate::DirtySource#panics) of a source has the same effects as an error, and the
+    /// areas that the source was asked to unmap, or to split, count as dirty.
     pub fn apply(&self, changes: &[Change]) -> Result<Unmapped, Error> {
         self.retired.drop_all();
         let unmapped = self.apply_all(changes)?;
@@ -101,24 +104,25 @@ impl AddressSpace {
         self.execute(&plan, None)
     }
 
-    /// Cuts the area that holds `at` in two, of which the right one begins there. What is dirty stays dirty, in the part
-    /// that it is in. Returns whether there was something to cut: not where an area begins, or where there is none.
-    /// [Handles](crate::AreaHandle) of the area go on to mark both.
+    /// Cuts the area that holds `at` in two; the upper part begins at `at`. Dirty pages stay dirty,
+    /// each in its part. Returns whether there was something to cut: false if an area begins at
+    /// `at`, or if no area holds it. [Handles](crate::AreaHandle) of the area continue to mark both
+    /// parts.
     ///
     /// Waits for a flush if a source had to split leaves.
     ///
     /// # Errors
-    /// [`Error::UnalignedCut`] (multiples of [`alignment`](Self::alignment)),
-    /// [`Error::Busy`] if another call maps, unmaps or cuts the area, then what a source says that
-    /// cannot split a leaf or flush, then [`Error::UnalignedCut`] again, if a domain with larger
-    /// pages came meanwhile. The area stays whole then, and
-    /// after a [panic](crate::DirtySource#panics) of a source, which leaves all of the area dirty.
+    /// [`Error::UnalignedCut`] (multiples of [`alignment`](Self::alignment)); [`Error::Busy`] if
+    /// another call maps, unmaps or cuts the area; then the error of a source that cannot split a
+    /// leaf or flush; then [`Error::UnalignedCut`] again, if a domain with larger pages was
+    /// attached meanwhile. Then the area stays whole. It also stays whole after a
+    /// [panic](crate::DirtySource#panics) of a source, and all of it is dirty.
     pub fn cut(&self, at: Iova) -> Result<bool, Error> {
         self.retired.drop_all();
         let mut plan = Plan::default();
         plan.cut(0, at, &self.areas.snapshot(), self.page())?;
         self.execute(&plan, None).map_err(|error| match error {
-            // There is only one.
+            // The plan has only one change.
             Error::Change { error, .. } => *error,
             other => other,
         })?;
@@ -129,7 +133,7 @@ impl AddressSpace {
         Ok(cut)
     }
 
-    /// Performs `plan`; records what was dirty in what goes in `record`, or discards it.
+    /// Performs `plan`. Records the dirty pages of what goes in `record`, or discards them.
     pub(super) fn execute(
         &self,
         plan: &Plan,
@@ -137,11 +141,14 @@ impl AddressSpace {
     ) -> Result<Unmapped, Error> {
         let mut claimed = Claimed::new(plan)?;
         if performs(Step::GoneFence) {
-            // SeqCst: F6 of the protocol in `attachment`; pairs with F3 in `Marks::mark_inside`, for `put_back`.
+            // SeqCst: F6 of the protocol in `attachment`, between the claim and the looks at the
+            // put-back stores; pairs with F3 in `Marks::mark_inside`, for `put_back`. If F3 comes
+            // first, we find the page in the store; if F6 comes first, `put_back` sees the claim
+            // and marks the page.
             fence(Ordering::SeqCst);
         }
         let promised = self.promise(plan)?;
-        // A panic of whatever is called in here gives back what was taken, and goes on then.
+        // If any call in here panics, what was taken is given back, and then the panic goes on.
         let done = attempt(|| self.perform(plan, &mut claimed, &promised, record));
         done.map_err(|failure| {
             let failure = match claimed.published {
@@ -153,7 +160,7 @@ impl AddressSpace {
         })
     }
 
-    /// The steps of [`execute`](Self::execute) from the first one on that may fail.
+    /// The steps of [`execute`](Self::execute) that may fail after the addresses are promised.
     fn perform(
         &self,
         plan: &Plan,
@@ -167,7 +174,8 @@ impl AddressSpace {
             panic: None,
         };
         if plan.going().next().is_some() {
-            // Empty, too, it waits for a flush under way, which may cover what an earlier call owed.
+            // Even if it is empty, it waits for a flush under way, which may cover the debt of an
+            // earlier call.
             emptied.ticket = Some(self.flush.owe(&FlushGather::new()));
         }
         for (touched, pairs) in &mut claimed.areas {
@@ -178,14 +186,15 @@ impl AddressSpace {
         if emptied.panic.is_some() || performs(Step::FlushBeforeReuse) {
             self.settle(emptied)?;
         }
-        // Acquire: pairs with the Release fence in `LeafSink` and with `Slot::free`; whatever took a leaf before `empty_part`
-        // looked at it has said so in a slot, or has kept the rest.
+        // Acquire: pairs with the Release fence in `LeafSink` and with `FlightSlot::free`. A
+        // harvest that took a leaf before `empty_part` looked at it has published the rest in a
+        // slot, which we see; or it has freed the slot, and we see the rest in the put-back store.
         fence(Ordering::Acquire);
         for (area, range) in plan.going() {
             self.mark_in_flight(area, range);
-            self.mark_kept(area, range);
+            self.mark_put_back(area, range);
             if let Some(sink) = record.as_deref_mut() {
-                // Recorded while everything can still be taken back.
+                // Recorded now, while everything can still be undone.
                 let recorded = area.marks.peek(range, sink);
                 recorded.map_err(|stopped| stopped.error)?;
             }
@@ -193,13 +202,14 @@ impl AddressSpace {
         self.publish(plan, claimed, promised)?;
         let unmapped = self.collect(plan, record);
         if unmapped.areas != 0 {
-            // F2 of the marks' protocol: who marked without a write to the mark is seen by the copies.
+            // F2 of the marks' protocol: the copies come after it. They have the data of each
+            // marker that found its mark set, or that marker sees the clear and marks again.
             self.ordering.before_copies();
         }
         Ok(unmapped)
     }
 
-    /// Takes the addresses of new areas, and says which.
+    /// Takes the addresses of new areas, and returns them.
     fn promise(&self, plan: &Plan) -> Result<Vec<IovaRange>, Error> {
         let ranges: Vec<IovaRange> = plan
             .new
@@ -224,8 +234,8 @@ impl AddressSpace {
     }
 
     /// Undoes a batch that ended in `failure` before it was published: empties the new areas,
-    /// flushes, and gives their addresses free. If devices may still reach them, the addresses stay
-    /// taken: by areas without translations.
+    /// flushes, and releases their addresses. If devices may still reach them, areas without
+    /// translations keep the addresses taken.
     fn break_promise(&self, plan: &Plan, promised: &[IovaRange], failure: Failure) -> Failure {
         if promised.is_empty() {
             return failure;
@@ -241,12 +251,12 @@ impl AddressSpace {
             // Devices may have written there already.
             for area in new() {
                 let range = area.mapping.range;
-                self.mark_kept(area, range);
+                self.mark_put_back(area, range);
                 self.discard(area.marks.clear(range));
             }
         }
         let _: Result<(), Error> = self.areas.update(|edit| {
-            edit.set_rules(edit.rules().keep_promise(promised));
+            edit.set_rules(edit.rules().end_promise(promised));
             if flushed.is_err() {
                 for area in new() {
                     edit.insert(area.mapping.range, area)?;
@@ -257,12 +267,13 @@ impl AddressSpace {
         new().for_each(|area| area.go_live());
         match flushed {
             Err(panicked @ Failure::Panicked(_)) => failure.then(panicked),
-            // What made the batch fail says more than that its undoing has failed.
+            // The failure of the batch says more than the failure to undo it.
             Ok(()) | Err(Failure::Refused(_)) => failure,
         }
     }
 
-    /// Fills the new areas in all domains. The domains stay the same: `apply` holds the lock of their coming and going.
+    /// Fills the new areas into all domains. The list of domains does not change: `apply` holds its
+    /// lock.
     fn fill_new(&self, plan: &Plan) -> Result<(), Failure> {
         if plan.new.is_empty() {
             return Ok(());
@@ -277,8 +288,8 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Splits the leaves at all borders of pieces. Returns the ticket of what that owes, if it owes
-    /// anything; it is owed whatever the outcome. All of an area whose source panics is dirty then,
+    /// Splits the leaves at all borders of pieces. Returns the ticket of the debt, if there is any;
+    /// the debt is handed over in every case. If a source panics, all of its area counts as dirty,
     /// as after an unmap that panics.
     fn split(&self, claimed: &Claimed<'_>) -> Result<Option<Ticket>, Failure> {
         let mut gather = FlushGather::new();
@@ -301,30 +312,31 @@ impl AddressSpace {
         }
         let ticket = (!gather.is_empty()).then(|| self.flush.owe(&gather));
         if let Some((domain, range)) = unsure {
-            // Behind the debt.
-            domain.kept.mark(range);
+            // After the debt was handed over.
+            domain.put_back.mark(range);
         }
         outcome.map(|()| ticket)
     }
 
-    /// Ends the translations of `range`, an area or, if `is_part`, a part of one whose pairs these are. What was dirty is
-    /// kept for its domain, behind the debt.
+    /// Ends the translations of `range`: an area or, if `is_part`, a part of one; `pairs` are those
+    /// of the area. Hands over the debt, and then puts the dirty pages into the put-back store of
+    /// each domain.
     pub(super) fn empty_part(&self, range: IovaRange, is_part: bool, pairs: &mut Pairs) -> Emptied {
         let mut all = Emptied::default();
         let filled = pairs.get_or_insert_default();
-        // All of them, whichever panic.
+        // All of them, even if some panic.
         filled.retain(|domain| {
-            let emptied = self.empty(domain, range, &domain.kept);
+            let emptied = self.empty(domain, range, &domain.put_back);
             let asked_again = emptied.panic.is_some();
             all.add(emptied);
-            // Of a part the pair stays: it is that of the whole area.
+            // The pair of a part stays, because it belongs to the whole area.
             is_part || asked_again
         });
         all
     }
 
-    /// Marks what is in flight in `area`, which is going: the rest of a leaf that a harvest is moving, and pages that are
-    /// being written.
+    /// Marks the ranges in flight in `area`, which is going: the rest of a leaf that a harvest is
+    /// moving, and pages that are being written.
     fn mark_in_flight(&self, area: &Area, range: IovaRange) {
         if performs(Step::LookInFlight) {
             let done: Result<(), Infallible> = self.in_flight.visit(range, |part| {
@@ -335,15 +347,17 @@ impl AddressSpace {
         }
     }
 
-    /// Moves what is kept for all domains to the marks of `area`, which is going and whose pairs are held.
-    pub(super) fn mark_kept(&self, area: &Area, range: IovaRange) {
+    /// Moves the put-back pages of all domains to the marks of `area`. The area is going, and the
+    /// caller holds its pairs.
+    pub(super) fn mark_put_back(&self, area: &Area, range: IovaRange) {
         for domain in self.attachments().iter() {
-            let kept = domain.kept.take_runs(range);
-            kept.into_iter().for_each(|run| area.marks.mark(run));
+            let stored = domain.put_back.take_runs(range);
+            stored.into_iter().for_each(|run| area.marks.mark(run));
         }
     }
 
-    /// Makes the plan the state of the tree, unless a domain has come whose pages it would cut.
+    /// Publishes the plan as the state of the tree, unless it would cut the pages of a domain that
+    /// was attached meanwhile.
     fn publish(
         &self,
         plan: &Plan,
@@ -353,8 +367,9 @@ impl AddressSpace {
         let mut pieces = Vec::new();
         for (touched, pairs) in claimed.areas.iter().filter(|(t, _)| t.is_cut()) {
             for range in touched.pieces(false) {
-                // In the domains of the whole. What goes is in the tree at no time: an attach that
-                // finds the whole closed finds what stays, and nothing else.
+                // Filled into the domains of the whole. A piece that goes is never in the tree, so
+                // an attach that finds the pairs of the whole closed finds only the pieces that
+                // stay.
                 let filled = pairs.iter().flatten().cloned().collect();
                 pieces.push(Arc::new(touched.area.piece(range, Some(filled))));
             }
@@ -374,11 +389,11 @@ impl AddressSpace {
                 edit.insert(area.mapping.range, area)?;
             }
             if !promised.is_empty() {
-                edit.set_rules(edit.rules().keep_promise(promised));
+                edit.set_rules(edit.rules().end_promise(promised));
             }
             Ok::<(), Error>(())
         })?;
-        // What is published is not given back.
+        // From here on nothing is given back.
         claimed.published = true;
         plan.new.iter().for_each(|(_, area)| area.go_live());
         for (touched, pairs) in &mut claimed.areas {
@@ -390,18 +405,21 @@ impl AddressSpace {
                 touched.area.retire();
             }
             if performs(Step::ClosePairs) {
-                // After the area has left the tree: whoever finds them closed looks there again.
+                // After the area has left the tree: a thread that finds the pairs closed looks at
+                // the tree again.
                 **pairs = None;
             }
         }
         if performs(Step::GoneFence) {
-            // SeqCst: F4 of the protocol in `unmap`; pairs with F3 in `Marks::mark_inside`.
+            // SeqCst: F4 of the protocol in `unmap`, between the state and the look at the marks;
+            // pairs with F3 in `Marks::mark_inside`. If F3 comes first, `collect` sees the mark and
+            // counts it; if F4 comes first, the marker sees that the area has gone.
             fence(Ordering::SeqCst);
         }
         Ok(())
     }
 
-    /// Takes the marks of what went.
+    /// Takes the marks of what went, and counts them.
     fn collect(&self, plan: &Plan, mut record: Option<&mut Sink<'_>>) -> Unmapped {
         let page = self.page();
         let (mut recorded, mut discarded) = (0u64, 0u64);
@@ -426,7 +444,8 @@ impl AddressSpace {
     }
 }
 
-/// The areas of a plan, claimed and with their pairs held. Dropped before they are published, it gives them back.
+/// The areas of a plan, claimed, with their pairs held. If it is dropped before they are published,
+/// it gives them back.
 struct Claimed<'p> {
     areas: Vec<(&'p Touched, MutexGuard<'p, Pairs>)>,
     published: bool,
@@ -442,7 +461,8 @@ impl<'p> Claimed<'p> {
                 return Err(busy);
             }
         }
-        // Attach and detach take one of these locks at a time, and whoever holds several has claimed the areas.
+        // No deadlock: an attach or a detach takes one of these locks at a time, and a thread that
+        // holds several has claimed the areas.
         let areas = touched.into_iter().map(|t| (t, t.area.pairs())).collect();
         Ok(Claimed {
             areas,

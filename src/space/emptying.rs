@@ -1,4 +1,5 @@
-//! Ends translations: owe, then mark what was dirty; and what that means of a source that panics.
+//! Ending translations: hand over the debt, then mark the dirty pages. If a source panics, assume
+//! the worst.
 
 use super::AddressSpace;
 use super::attachment::Attachment;
@@ -9,9 +10,9 @@ use crate::sync::{Step, performs};
 use crate::units::{Granule, IovaRange};
 
 impl AddressSpace {
-    /// Ends the translations of `range` in `attachment`, owes their flush, and marks in `marks`
-    /// what was dirty. If the source panics, that is all of `range`: it may have taken a leaf and
-    /// told nobody.
+    /// Ends the translations of `range` in `attachment`, owes their flush, and marks the dirty
+    /// pages in `marks`. If the source panics, all of `range` counts as dirty, because the source
+    /// may have taken a leaf without reporting it.
     pub(super) fn empty(
         &self,
         attachment: &Attachment,
@@ -30,7 +31,8 @@ impl AddressSpace {
             self.owe_all_of(&mut gather, range, attachment);
         }
         let mark_all = || dirty.runs.iter().for_each(|run| marks.mark(*run));
-        // The debt first, then the pages: see "Why no write is lost" in the module `harvest`.
+        // The debt first, then the pages: a harvest that takes the pages then finds the debt. See
+        // "Why no write is lost" in the module `harvest`.
         let ticket = if performs(Step::OweBeforePutBack) {
             let ticket = self.flush.owe(&gather);
             mark_all();
@@ -45,8 +47,8 @@ impl AddressSpace {
         }
     }
 
-    /// Owes all that the source may have touched in `range` before it panicked: leaves of any size,
-    /// and tables.
+    /// Owes everything that the source may have touched in `range` before it panicked: leaves of
+    /// any size, and tables.
     pub(super) fn owe_all_of(
         &self,
         gather: &mut FlushGather,
@@ -60,7 +62,7 @@ impl AddressSpace {
         gather.add_table(range);
     }
 
-    /// Waits for the flush of what was emptied, unless a source has panicked.
+    /// Waits for the flush of what was emptied; if a source panicked, returns its panic instead.
     pub(super) fn settle(&self, emptied: Emptied) -> Result<(), Failure> {
         match emptied {
             Emptied {
@@ -75,18 +77,18 @@ impl AddressSpace {
     }
 }
 
-/// What emptying came to.
+/// The result of emptying.
 #[derive(Default)]
 pub(super) struct Emptied {
-    /// The last one of what is owed, if anything was emptied.
+    /// The last ticket of the debt, if anything was emptied.
     pub(super) ticket: Option<Ticket>,
-    /// The first of the sources that panicked, each of which is asked again when the call is
+    /// The first panic of a source. Each source that panicked is asked again when the call is
     /// repeated.
     pub(super) panic: Option<Panic>,
 }
 
 impl Emptied {
-    /// Adds what was emptied later.
+    /// Adds the result of a later step.
     pub(super) fn add(&mut self, later: Emptied) {
         self.ticket = later.ticket.or(self.ticket);
         if let Some(panic) = later.panic {
@@ -95,7 +97,7 @@ impl Emptied {
     }
 }
 
-/// What an unmap tells of, as runs of whole pages inside its range.
+/// The ranges that an unmap reports as dirty, as runs of whole pages inside its range.
 struct DirtyRuns {
     range: IovaRange,
     page: Granule,
@@ -111,7 +113,7 @@ impl DirtyRuns {
         }
     }
 
-    /// Adds `leaf`, as far as it lies in the range; to the last run if they touch.
+    /// Adds the part of `leaf` inside the range; joins it to the last run if they touch.
     fn add(&mut self, leaf: IovaRange) {
         let Some(part) = leaf.intersection(self.range) else {
             return;
@@ -125,7 +127,8 @@ impl DirtyRuns {
             return;
         }
         self.runs.push(part);
-        // In ascending order, runs that do not touch are no more than half of the pages.
+        // In ascending order, runs that do not touch are at most half as many as the pages. More
+        // runs mean that the order was another, and the whole range stands in for them.
         if self.runs.len() as u128 > (self.range.len() >> self.page.lg2()) / 2 + 1 {
             self.runs.clear();
             self.runs.push(self.range);

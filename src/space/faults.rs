@@ -4,22 +4,21 @@ use crate::sync::{AtomicU64, Mutex, Ordering, lock};
 use crate::units::{DomainId, Iova};
 use std::collections::VecDeque;
 
-/// How many faults are kept.
-const KEPT: usize = 64;
+/// How many faults the ring holds.
+const CAPACITY: usize = 64;
 
 /// One access outside every area.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// The first address outside. For a call by a handle that sticks out of its area, none of which
-    /// counts, the first of the call.
+    /// The first address outside. Via a handle: the first address of the rejected call.
     pub at: Iova,
-    /// Bytes outside, all stretches of the call together; at most `u64::MAX`.
+    /// Bytes outside, summed over the call; saturates at `u64::MAX`.
     pub len: u64,
-    /// Who came there.
+    /// Where the access came from.
     pub source: FaultSource,
 }
 
-/// Who touched addresses outside every area.
+/// Where an access outside every area came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FaultSource {
     /// [`AddressSpace::mark`](crate::AddressSpace::mark).
@@ -37,8 +36,8 @@ pub enum FaultSource {
 pub struct Faults {
     /// At most 64, the oldest first.
     pub recent: Vec<Fault>,
-    /// How many more there were: replaced by newer ones, or not recorded because another thread was at it, for nobody
-    /// waits to record a fault.
+    /// How many faults are missing: newer ones replaced them, or they were not recorded because
+    /// another thread was using the ring. Recording a fault never blocks.
     pub dropped: u64,
 }
 
@@ -57,12 +56,12 @@ impl Log {
         }
     }
 
-    /// Keeps `fault`, unless another thread is at the ring. Never waits.
+    /// Records `fault`, unless another thread is using the ring. Never blocks.
     #[cold]
     pub(super) fn record(&self, fault: Fault) {
         let replaced = match self.recent.try_lock() {
             Ok(mut recent) => {
-                let full = recent.len() == KEPT;
+                let full = recent.len() == CAPACITY;
                 if full {
                     recent.pop_front();
                 }

@@ -1,5 +1,5 @@
-//! What calls cost, counted in comparisons: in proportion to what they name, whatever was cut,
-//! mapped or unmapped before, and never to its square.
+//! The cost of calls, counted in comparisons. It grows in proportion to the number of ranges that a
+//! call names, regardless of earlier cuts, maps and unmaps, and never quadratically.
 
 use super::{AddressSpace, AreaHandle, Change};
 use crate::bitmap::Sink;
@@ -39,7 +39,7 @@ fn cut(page: u64) -> Change {
     Change::Cut { at }
 }
 
-/// A source that does as it is told, and what else it does at the next map.
+/// A source that accepts every call, and that runs a given function at the next map.
 #[derive(Default)]
 struct Plain {
     refused: Option<IovaRange>,
@@ -86,7 +86,7 @@ fn space() -> AddressSpace {
     space.with_source(Plain::default()).unwrap()
 }
 
-/// A space with `n` areas of one page, and holes between them.
+/// A space with `n` areas of one page each, with holes in between.
 fn of_areas(n: u64) -> AddressSpace {
     let space = space();
     (0..n).for_each(|nth| space.map(pages(2 * nth, 1), 0, RW).unwrap());
@@ -100,7 +100,7 @@ fn of_pages(n: u64) -> AddressSpace {
     space
 }
 
-/// What it costs to apply `changes` to what `space` makes, for `n` of them.
+/// The cost of applying `changes` to the space that `space` makes, for `n` changes.
 fn batch(
     space: impl Fn(u64) -> AddressSpace,
     changes: impl Fn(u64) -> Vec<Change>,
@@ -109,14 +109,14 @@ fn batch(
         let space = space(n);
         let changes = changes(n);
         let applied = count(|| assert!(space.apply(&changes).is_ok()));
-        // What was made is what was asked for: nothing is cheap because it is not done.
+        // The result is checked, so that no call is cheap because it does nothing.
         space.areas.internal_validate();
         applied
     }
 }
 
-/// A restore of a guest maps tens of thousands of ranges by one batch: 32,000 took three seconds,
-/// where one by one they took 0.02.
+/// A restore of a guest maps tens of thousands of ranges by one batch. 32,000 took three seconds;
+/// one by one they took 0.02.
 #[test]
 fn a_batch_costs_what_it_names() {
     let empty = |_| space();
@@ -125,7 +125,7 @@ fn a_batch_costs_what_it_names() {
     grows_gently("maps in any order", batch(empty, shuffle));
     let unmaps = |n| shuffled(n).map(|nth| unmap(2 * nth, 1)).collect();
     grows_gently("unmaps", batch(of_areas, unmaps));
-    // Each names all that the ones before it did.
+    // Each change covers the ranges of all those before it.
     let longer = |n| (1..=n).map(|nth| unmap(0, 2 * nth)).collect();
     grows_gently("longer and longer unmaps", batch(of_areas, longer));
     let lower = |n| (0..n).rev().map(move |nth| unmap(2 * nth, 2 * (n - nth)));
@@ -155,7 +155,7 @@ fn cuts_of_one_area_by_one_batch_cost_what_they_are() {
     grows_gently("cuts where there is one", batch(of_pages, twice));
 }
 
-/// The last of many maps is refused by the source: all others are taken out again.
+/// The source refuses the last of many maps: all others are taken out again.
 #[test]
 fn a_batch_that_is_taken_back_costs_what_it_names() {
     grows_gently("a batch that is refused", |n| {
@@ -169,7 +169,7 @@ fn a_batch_that_is_taken_back_costs_what_it_names() {
     });
 }
 
-/// While a batch of many maps is under way, other calls map, and look for free addresses.
+/// While a batch of many maps is under way, other calls map, and search for free addresses.
 #[test]
 fn promised_addresses_are_found_by_a_search() {
     let during = |what: fn(&AddressSpace, u64)| {
@@ -238,8 +238,8 @@ fn a_mark_of_many_areas_costs_what_they_are() {
     });
 }
 
-/// What marks cost by the handle of an area that was cut into `n` pieces, at most, and what one
-/// costs that looks its area up.
+/// The largest cost of a mark by the handle of an area that was cut into `n` pieces, and the cost
+/// of a mark that looks its area up.
 fn marks(space: &AddressSpace, handle: &AreaHandle, n: u64) -> [u64; 2] {
     let marked = (0..n).step_by(n as usize / 50);
     let by_handle = marked.map(|page| count(|| drop(handle.mark(pages(page, 1)))));
@@ -261,7 +261,7 @@ fn a_mark_by_an_old_handle_does_not_pay_for_cuts() {
         (0..n).for_each(|page| unmap(&space, page));
         marks(&space, &handle, n)
     };
-    // Two levels more, or three, of which each is looked at twice at most.
+    // Two or three levels more, each of which is searched at most twice.
     let compare = |unmap| {
         let (few, many) = (cost(FEW, unmap), cost(MANY, unmap));
         let grown = few
@@ -276,13 +276,13 @@ fn a_mark_by_an_old_handle_does_not_pay_for_cuts() {
         few, many,
         "while nothing has gone there is nothing to search"
     );
-    // The worst for the list of what has gone: every other page is still there.
+    // The worst case for the list of parts that have gone: every other page is still mapped.
     let _ = compare(|space, page| {
         if page % 2 == 0 {
             space.unmap_discarding(pages(page, 1)).unwrap();
         }
     });
-    // What goes in a row is one.
+    // Neighbours that have gone are one range.
     let [few, many] = compare(|space, page| {
         if page % 100 == 99 || page % 200 == 7 {
             return;
@@ -292,7 +292,7 @@ fn a_mark_by_an_old_handle_does_not_pay_for_cuts() {
     assert!(few <= many);
 }
 
-/// Reclaims until `count` of `what` is `expected`. Other tests hold the epoch back now and then.
+/// Reclaims until `count` of `what` is `expected`. Other tests may hold the epoch back.
 fn settle(space: &AddressSpace, what: &str, count: impl Fn() -> usize, expected: usize) {
     for _ in 0..1_000_000 {
         if count() == expected {
@@ -304,8 +304,8 @@ fn settle(space: &AddressSpace, what: &str, count: impl Fn() -> usize, expected:
     panic!("{} {what} where {expected} should be", count());
 }
 
-/// An area that is cut leaves nothing behind but its pieces, though a handle has it: no area knows
-/// what became of it, and the marks are shared by those that are there.
+/// An area that is cut leaves only its pieces in memory, even if a handle has it: no area keeps a
+/// record of its pieces, and the marks are shared by the pieces that remain.
 #[test]
 fn areas_that_were_cut_are_dropped() {
     const CUTS: u64 = 1000;
@@ -316,7 +316,8 @@ fn areas_that_were_cut_are_dropped() {
     for page in 1..CUTS {
         assert!(space.cut(Iova::new(page << 12)).unwrap());
     }
-    // One for each piece, one for the area of the handle, and one for what the handle has at hand.
+    // One count for each piece, one for the area of the handle, and one for the handle's short path
+    // to the marks.
     settle(&space, "areas", || marks.strong_count(), CUTS as usize + 2);
     assert_eq!(whole.strong_count(), 1, "only the handle has it");
     for page in 1..CUTS {
@@ -330,8 +331,8 @@ fn areas_that_were_cut_are_dropped() {
     assert_eq!((marks.strong_count(), whole.strong_count()), (0, 0));
 }
 
-/// What is unmapped and detached is dropped by `reclaim`, though no update follows: all of it, and
-/// the memory of the last, too.
+/// `reclaim` drops everything that was unmapped and detached, even if no update follows, and the
+/// memory of the last one, too.
 #[test]
 fn reclaim_drops_all_that_has_gone() {
     const AREAS: u64 = 100;

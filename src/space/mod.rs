@@ -1,13 +1,16 @@
-//! The address space: areas, the sources that translate them, and one queue of flushes for all.
+//! The address space: areas, the sources that translate them, and one flush queue for all of them.
 //!
-//! * **Allocate, reserve, allow** are in `allocation.rs`: one atomic step each, on areas and rules together.
-//! * **Attach, detach** are in `attachment.rs`, with the protocol by which each area is filled in each domain once.
-//! * **Map** puts the area into the tree first (the tree decides between racing maps and reservations), then fills the sources.
-//! * **Unmap** claims the areas, empties the sources, flushes, and only then takes the areas out of the tree: no
-//!   address can be mapped again before the flush that covers it has finished.
-//! * **Cut** and **batches** go the same way: `change.rs` has the steps of all three.
+//! * **Allocate, reserve, allow** are in `allocation.rs`: each is one atomic step on areas and
+//!   rules together.
+//! * **Attach, detach** are in `attachment.rs`, with the protocol by which each area is filled into
+//!   each domain once.
+//! * **Map** first puts the area into the tree, which decides between racing maps and reservations,
+//!   and then fills the sources.
+//! * **Unmap** claims the areas, empties the sources, flushes, and only then takes the areas out of
+//!   the tree: no address can be mapped again before the flush that covers it has finished.
+//! * **Cut** and **batches** follow the same steps: `change.rs` has those of all three.
 //! * **Mark** finds the area and sets its software dirty bits.
-//! * **Harvest** is one floor up, in [`harvest`](crate::harvest).
+//! * **Harvest** is in [`harvest`](crate::harvest), which uses this module.
 
 mod allocation;
 mod area;
@@ -53,16 +56,21 @@ use tracking::Switch;
 /// The areas of one moment.
 pub(crate) type Areas<'a> = SpaceSnapshot<'a>;
 
-/// A space of device-visible addresses in which dirty memory is tracked.
+/// A space of device-visible addresses in which dirty memory is tracked: what iommufd calls an IO
+/// address space (IOAS).
 ///
-/// Shared by reference between any number of threads. Marks, lookups and harvests never wait; [`map`](Self::map),
-/// [`unmap_discarding`](Self::unmap_discarding), [`attach`](Self::attach), [`detach`](Self::detach) and
-/// [`set_tracking`](Self::set_tracking) may wait for devices to drain.
+/// Threads share it by reference. Marks, lookups and harvests never block on other threads;
+/// [`map`](Self::map), [`unmap_discarding`](Self::unmap_discarding), [`attach`](Self::attach),
+/// [`detach`](Self::detach) and [`set_tracking`](Self::set_tracking) may wait for devices to drain.
 ///
-/// Areas and rules that are replaced are dropped when no reader can hold them any more: later, on
-/// any thread, possibly after the space. A source is dropped by a call that changes the space,
-/// before it takes a lock: some calls after its detach, at the latest with the space; see
-/// [`DirtySource`].
+/// Areas and rules that are replaced are dropped after no reader can use them any more: later, on
+/// any thread, possibly after the space itself. A call that changes the space drops the sources of
+/// detached domains before it takes a lock, some calls after the detach, at the latest together
+/// with the space; see [`DirtySource`].
+#[doc(alias = "iommufd_ioas")]
+#[doc(alias = "io_pagetable")]
+#[doc(alias = "IOMMU_IOAS_ALLOC")]
+#[doc(alias = "MemoryRegion")]
 pub struct AddressSpace {
     page: Granule,
     pub(crate) ordering: MarkOrdering,
@@ -72,15 +80,16 @@ pub struct AddressSpace {
     pub(crate) counters: Arc<Counters>,
     faults: Arc<Log>,
     tracking: Switch,
-    /// Held while domains come, go, or are switched.
+    /// Held while domains are attached, detached, or switched.
     membership: Mutex<()>,
     domains: AtomicU64,
-    /// The last field: dropped after all that may hold a domain.
+    /// The last field, so that it is dropped after every field that may hold a domain.
     retired: LastRetired,
 }
 
 impl AddressSpace {
-    /// An empty space whose areas are made of whole pages of size `page`. Software marks have this granularity.
+    /// An empty space whose areas are made of whole pages of size `page`. Software marks have this
+    /// granularity.
     pub fn new(page: Granule) -> Self {
         AddressSpace {
             page,
@@ -97,23 +106,27 @@ impl AddressSpace {
         }
     }
 
-    /// [Attaches](Self::attach) a source of dirty state, such as the domain of an IOMMU, to a space in the making.
+    /// [Attaches](Self::attach) a source of dirty state, such as the domain of an IOMMU, to a new
+    /// space.
     ///
     /// # Errors
-    /// Those of `attach`; the space is gone then, so add sources first.
+    /// Those of `attach`. The space is dropped then, so add sources before anything else.
     pub fn with_source(self, source: impl DirtySource + 'static) -> Result<Self, Error> {
         self.attach(source)?;
         Ok(self)
     }
 
-    /// Lets marks of areas that are mapped from now on do without a fence, which is most of the cost of a mark of a page that is
-    /// marked already: where the system has `membarrier(2)` with expedited private barriers,
-    /// [`sync`](crate::Lease::sync), [`unmap`](Self::unmap) and [`set_tracking`](Self::set_tracking) run a full fence in all
-    /// threads of this process instead. That takes some 10 microseconds, and interrupts each processor that runs one of them:
-    /// worth it from some ten thousand marks a harvest on. [`mark_ordering`](Self::mark_ordering) says what is in use. Needs the
-    /// feature `membarrier`.
+    /// Lets marks of areas that are mapped from now on do without a fence. The fence is most of the
+    /// cost of a mark of a page that is marked already. If the system has `membarrier(2)` with
+    /// expedited private barriers, [`sync`](crate::Lease::sync), [`unmap`](Self::unmap) and
+    /// [`set_tracking`](Self::set_tracking) run a full fence in all threads of this process
+    /// instead. Each such call takes some 10 microseconds and interrupts every processor that runs
+    /// one of these threads, which pays off from some ten thousand marks per harvest on.
+    /// [`mark_ordering`](Self::mark_ordering) says which ordering is in use. Needs the feature
+    /// `membarrier`.
     ///
-    /// Copies by another process, of memory that is shared with it, need fences.
+    /// If another process copies memory that is shared with it, marks need their fences.
+    #[doc(alias = "membarrier")]
     #[cfg(feature = "membarrier")]
     #[must_use]
     pub fn with_asymmetric_marks(mut self) -> Self {
@@ -126,20 +139,23 @@ impl AddressSpace {
         self.ordering
     }
 
-    /// The smallest page, as the space was made. Marks have this granularity.
+    /// The smallest page, as given to [`new`](Self::new). Marks have this granularity.
     pub fn page(&self) -> Granule {
         self.page
     }
 
-    /// Maps `range` to the memory that begins at `backing`.
+    /// Maps `range` to the memory that begins at the backing address `backing`.
     ///
     /// # Errors
     /// In this order: [`Error::Unaligned`] and [`Error::UnalignedBacking`] (multiples of
     /// [`alignment`](Self::alignment)), [`Error::BackingWraps`], [`Error::Reserved`],
-    /// [`Error::Overlap`], then what a source says. On an error nothing is mapped; only if a source
-    /// also fails to flush what another one had mapped already, the range stays taken until
-    /// [`unmap_discarding`](Self::unmap_discarding) succeeds on it. After a
-    /// [panic](DirtySource#panics) of a source all is as after an error.
+    /// [`Error::Overlap`], then the error of a source. After an error nothing is mapped, with one
+    /// exception: if a source also fails to flush the range that another source had mapped already,
+    /// the range stays taken until [`unmap_discarding`](Self::unmap_discarding) succeeds on it. A
+    /// [panic](DirtySource#panics) of a source has the same effects as an error.
+    #[doc(alias = "IOMMU_IOAS_MAP")]
+    #[doc(alias = "iopt_map_pages")]
+    #[doc(alias = "memory_region_add_subregion")]
     pub fn map(&self, range: IovaRange, backing: u64, access: Access) -> Result<(), Error> {
         self.retired.drop_all();
         let mapping = Mapping {
@@ -164,15 +180,20 @@ impl AddressSpace {
         self.fill(area, &domains)
     }
 
-    /// Fills `domains`, those of the root that `area` was published with, or takes the area out again.
+    /// Fills `area` into `domains`, which are those of the root that `area` was published with, or
+    /// takes the area out of the tree again.
     fn fill(&self, area: Arc<Area>, domains: &[Arc<Attachment>]) -> Result<(), Error> {
-        // From here on the area can be unmapped, whatever becomes of this call.
+        // When this is dropped, the area can be unmapped, however this call ends.
         let _filling = Filling(&area);
-        // SeqCst: F7 of the protocol in `attachment`, between the publication and the looks at `leaving`; pairs with F6 there.
+        // SeqCst: F7 of the protocol in `attachment`, between the publication of the area and the
+        // looks at `leaving`; pairs with F6 there. If F7 comes first, the detach sees the area and
+        // empties it; if F6 comes first, `fill_pair` sees that the domain is leaving and does not
+        // fill it.
         fence(Ordering::SeqCst);
         for domain in domains {
             if let Err(failure) = self.fill_pair(&area, domain) {
-                // If this fails, the addresses stay taken rather than reach memory that is not theirs.
+                // If this fails, the addresses stay taken, because devices may still reach the
+                // memory.
                 let failure = match self.take_out(&area) {
                     Ok(()) => failure,
                     Err(another) => failure.then(another),
@@ -184,15 +205,19 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Says that a CPU thread wrote `range`. Call it **after** the write. Pages that `range` only touches are
-    /// marked whole.
+    /// Marks `range` dirty: says that a CPU thread wrote it. Call it **after** the write. A page
+    /// that `range` covers only in part is marked as a whole.
     ///
-    /// Lock-free, and never waits. The cost grows with the pages: a mark of a terabyte sets a bit for each of them.
-    /// Where one area is marked again and again, [`area`](Self::area) saves the lookup.
+    /// Lock-free; never blocks. The cost grows with the number of pages: a mark of a terabyte sets
+    /// a bit for each of them. If one area is marked again and again, [`area`](Self::area) saves
+    /// the lookup.
     ///
     /// # Errors
-    /// [`Error::Outside`] with the first address that no area holds; the parts inside areas are marked all the
-    /// same, and the call is counted in [`SpaceStats::outside_marks`].
+    /// [`Error::Outside`] with the first address that no area holds. The parts inside areas are
+    /// marked all the same, and the call is counted in [`SpaceStats::outside_marks`].
+    #[doc(alias = "memory_region_set_dirty")]
+    #[doc(alias = "mark_page_dirty")]
+    #[doc(alias = "cpu_physical_memory_set_dirty_range")]
     pub fn mark(&self, range: IovaRange) -> Result<(), Error> {
         let outside = self.in_areas(range, |area, part| area.mark(part));
         match outside.first {
@@ -211,8 +236,8 @@ impl AddressSpace {
         self.faults.record(Fault { at, len, source });
     }
 
-    /// Calls `inside` for each part of `range` that an area holds. What none holds, or is unmapped
-    /// by the time that `inside` says so, is outside.
+    /// Calls `inside` for each part of `range` that an area holds. Returns the parts that no area
+    /// holds, together with those that `inside` returns because their area has gone by then.
     fn in_areas(
         &self,
         range: IovaRange,
@@ -243,7 +268,7 @@ impl AddressSpace {
         outside
     }
 
-    /// A handle on the area that holds `iova`, for threads that mark it often.
+    /// A handle on the area that holds `iova`, for threads that mark the area often. Lock-free.
     pub fn area(&self, iova: Iova) -> Option<AreaHandle> {
         let snapshot = self.areas.snapshot();
         let entry = snapshot.lookup(iova)?;
@@ -256,7 +281,7 @@ impl AddressSpace {
         })
     }
 
-    /// What is mapped at `iova`. Lock-free, and never waits.
+    /// The mapping at `iova`. Lock-free; never blocks.
     pub fn lookup(&self, iova: Iova) -> Option<Mapping> {
         self.areas
             .snapshot()
@@ -264,7 +289,7 @@ impl AddressSpace {
             .map(|entry| entry.area.mapping)
     }
 
-    /// All areas of one moment, in order.
+    /// All areas of one moment, in ascending order. Lock-free.
     pub fn mappings(&self) -> Vec<Mapping> {
         let snapshot = self.areas.snapshot();
         snapshot
@@ -273,8 +298,9 @@ impl AddressSpace {
             .collect()
     }
 
-    /// Lets go of memory of areas that were unmapped. Maps and unmaps do so for each other, by and by: this is for a space in
-    /// which none will follow soon. After three calls without a snapshot or a harvest anywhere, nothing is held back.
+    /// Frees memory of areas that were unmapped. Maps and unmaps do so for earlier ones, step by
+    /// step; this call is for a space in which none will follow soon. After three calls while no
+    /// snapshot and no harvest is live in the process, nothing is held back.
     ///
     /// # Panics
     /// If the destructor of a source panics, its panic goes on after the others have been dropped.
@@ -283,7 +309,7 @@ impl AddressSpace {
         self.retired.drop_all();
     }
 
-    /// Counts of this space since it was made.
+    /// Counts of this space since it was made. They are read one by one.
     pub fn stats(&self) -> SpaceStats {
         self.counters.read(self.flush.stats())
     }
@@ -301,14 +327,15 @@ impl AddressSpace {
     }
 
     fn next_domain(&self) -> DomainId {
-        // Relaxed: a number that nobody else gets; it orders nothing.
+        // Relaxed: a unique number, which orders nothing.
         DomainId(self.domains.fetch_add(1, Ordering::Relaxed))
     }
 }
 
 impl Drop for AddressSpace {
     fn drop(&mut self) {
-        // A handle keeps its area, and must not keep the sources that it is filled in.
+        // A handle keeps its area alive. It must not keep alive the sources that the area is filled
+        // into.
         for entry in self.areas.snapshot().iter(IovaRange::ALL) {
             entry.area.close();
         }
@@ -324,7 +351,8 @@ impl std::fmt::Debug for AddressSpace {
     }
 }
 
-/// Checks `mapping` for multiples of `alignment`, and the memory behind it.
+/// Checks that `mapping` starts and ends at multiples of `alignment`, and that its backing
+/// addresses do not wrap.
 fn check_mapping(mapping: &Mapping, alignment: Granule) -> Result<(), Error> {
     let Mapping { range, backing, .. } = *mapping;
     if !range.is_aligned(alignment) {
@@ -348,7 +376,7 @@ fn check_mapping(mapping: &Mapping, alignment: Granule) -> Result<(), Error> {
     Ok(())
 }
 
-/// The parts of a range that lie in no area.
+/// The parts of a range that lie in no area: the first address, and the number of bytes.
 #[derive(Debug, Default)]
 pub(crate) struct Outside {
     pub(crate) first: Option<Iova>,
@@ -368,7 +396,7 @@ impl Outside {
         );
     }
 
-    /// Adds what lies above.
+    /// Adds parts that lie above.
     fn join(&mut self, above: Outside) {
         if let Some(at) = above.first {
             self.add(at, above.bytes);
@@ -376,9 +404,9 @@ impl Outside {
     }
 }
 
-/// One area, for marking without a lookup. Keeps the memory of the area's marks, not its addresses,
-/// and no source: after an unmap it only gives errors. After a cut it marks the pieces that are
-/// left, for the price of a lookup, however often the area was cut.
+/// One area, for marks without a lookup. It keeps the memory of the area's marks alive, but not its
+/// addresses, and no source. After an unmap each mark by it is an error. After a cut it marks the
+/// pieces that remain, at the cost of a lookup, however often the area was cut.
 #[derive(Clone, Debug)]
 pub struct AreaHandle {
     near: Option<NearMarks>,
@@ -393,14 +421,16 @@ impl AreaHandle {
         self.area.mapping
     }
 
-    /// Says that a CPU thread wrote `range`, all of which lies in this area. Call it **after** the write.
+    /// Marks `range` dirty: says that a CPU thread wrote it. All of `range` lies in this area. Call
+    /// it **after** the write.
     ///
-    /// On a page that is marked already this costs a fence and a load, and no write to shared memory.
+    /// Lock-free. On a page that is marked already, the call costs a fence and a load, and no write
+    /// to shared memory.
     ///
     /// # Errors
-    /// [`Error::Outside`] with the first address that lies outside the area, or was
-    /// unmapped. Nothing is marked then, but for the pieces that are left of an area that was cut.
-    /// The call is counted in [`SpaceStats::outside_marks`].
+    /// [`Error::Outside`] with the first address that lies outside the area, or was unmapped. Then
+    /// nothing is marked, with one exception: in an area that was cut, the pieces that remain are
+    /// marked. The call is counted in [`SpaceStats::outside_marks`].
     #[inline]
     pub fn mark(&self, range: IovaRange) -> Result<(), Error> {
         let near = self.near.as_ref();
@@ -410,7 +440,7 @@ impl AreaHandle {
         self.mark_far(range)
     }
 
-    /// A mark of any kind; marking twice does no harm.
+    /// The general case. It may mark pages a second time, which changes nothing.
     #[cold]
     fn mark_far(&self, range: IovaRange) -> Result<(), Error> {
         let outside = self.area.mark(range);
@@ -418,7 +448,7 @@ impl AreaHandle {
             return Ok(());
         };
         self.counters.outside_mark();
-        // A call that sticks out of the area marks nothing.
+        // A call that extends past the area marks nothing.
         let inside = self.area.mapping.range.covers(range);
         self.faults.record(Fault {
             at: if inside { at } else { range.start() },
@@ -429,7 +459,8 @@ impl AreaHandle {
     }
 }
 
-/// An area whose sources are being filled; when that is over, with success or not, it can be unmapped.
+/// An area whose sources are being filled. When this is dropped, with success or without, the area
+/// can be unmapped.
 struct Filling<'a>(&'a Area);
 
 impl Drop for Filling<'_> {

@@ -1,28 +1,29 @@
-//! The pairs of areas, for calls that have a list of areas: what to do when it is too old.
+//! The pairs of areas, for a call with a list of areas that may be out of date.
 //!
-//! An attach or a detach that finds the pairs of an area closed has a list that is too old: the
-//! area has gone or was cut. It looks at the tree again, from the first address of the area to its
-//! last:
+//! An attach or a detach that finds the pairs of an area closed has an old list: the area has left
+//! the tree or was cut. It looks at the tree again, from the first address of the area to its last:
 //!
 //! ```text
-//!  cut, unmap, batch (has the pairs of the whole)   attach, detach
-//!  C1  publish the pieces, with these pairs         A1  publish the domain; say that it is leaving
-//!  C2  close the pairs of the whole                 A2  lock the pairs of what the tree has at `from`
-//!                                                       open: fill or empty; `from` := its last + 1
-//!                                                       closed: look again
+//!  cut, unmap, batch (holds the pairs of the whole)  attach, detach
+//!  C1  publish the pieces, with these pairs          A1  publish the domain, or that it is leaving
+//!  C2  close the pairs of the whole                  A2  lock the pairs of the area at `from`
+//!                                                        open: fill or empty it;
+//!                                                              `from` := its last address + 1
+//!                                                        closed: look at the tree again
 //! ```
 //!
-//! * *It ends.* `from` goes up with each area that is open. One that is closed left the tree at C1,
-//!   before its lock was given back, so the next look at the tree finds another one there, or none:
-//!   each look in vain is a change that another thread has completed.
+//! * *It ends.* `from` grows with each area that is open. An area that is closed left the tree at
+//!   C1, before its lock was released, so the next look at the tree finds another area there, or
+//!   none. Each look in vain is a change that another thread has completed.
 //! * *Nothing is left out.* Take an address that an area held at A1, and that was not unmapped
-//!   since. When `from` passes it, the area that holds it then is open and locked. A cut that comes
-//!   later copies the pairs as A2 left them; one that came before has published the piece that A2
-//!   finds. What was mapped after A1 is filled by its map, or finds the domain leaving (see
-//!   [`attachment`](super::attachment)); if A2 comes across it as well, the record makes it once.
-//! * *Nothing is left behind.* A piece that goes in the batch that cuts it out is never in the
-//!   tree. What an attach had filled before the batch took the lock is in the pairs that the batch
-//!   empties.
+//!   since. When `from` passes it, the area that holds it at that time is open and locked. A cut
+//!   that comes later copies the pairs as A2 left them; a cut that came before has published the
+//!   piece that A2 finds. An area that was mapped after A1 is filled by its own map, or that map
+//!   finds the domain leaving (see [`attachment`](super::attachment)). If A2 meets such an area as
+//!   well, the list of its pairs ensures that it is filled once.
+//! * *No translation is left over.* A piece that is cut out and unmapped by the same batch is never
+//!   in the tree. If an attach filled the whole before the batch took the lock, the domain is in
+//!   the pairs that the batch empties.
 
 use super::attachment::Attachment;
 use super::{AddressSpace, Area};
@@ -30,8 +31,8 @@ use crate::sync::{Arc, Step, performs};
 use crate::units::IovaRange;
 
 impl AddressSpace {
-    /// All areas from now on, as a list, so that the snapshot does not keep memory alive while
-    /// devices are waited for.
+    /// The areas of this moment as a list, so that no snapshot holds back memory while the caller
+    /// waits for devices.
     pub(super) fn all_areas(&self) -> Vec<Arc<Area>> {
         let snapshot = self.areas.snapshot();
         snapshot
@@ -40,9 +41,9 @@ impl AddressSpace {
             .collect()
     }
 
-    /// Calls `visit` with `area` and the domains in which it is filled, under the lock of its
-    /// pairs. If the area has gone or was cut, with all that is in its place instead: see the
-    /// [module](self).
+    /// Calls `visit` with `area` and the domains into which it is filled, under the lock of its
+    /// pairs. If the area has left the tree or was cut, calls it with all areas that are in its
+    /// place: see the [module](self).
     pub(super) fn with_pairs<E>(
         &self,
         area: &Area,
@@ -68,7 +69,7 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// The lowest area of this moment in `range`.
+    /// The lowest area in `range` at this moment.
     fn first_area(&self, range: IovaRange) -> Option<Arc<Area>> {
         let snapshot = self.areas.snapshot();
         snapshot.iter(range).next().map(|entry| entry.to_arc())

@@ -1,4 +1,5 @@
-//! The plan of a change: what is to become of which areas, from one snapshot, before anything is touched.
+//! The plan of a change: which areas are cut, unmapped or new, from one snapshot, before anything
+//! is changed.
 
 use std::collections::BTreeMap;
 
@@ -12,39 +13,40 @@ use crate::source::{Mapping, MarkOrdering};
 use crate::sync::Arc;
 use crate::units::{Granule, Iova, IovaRange};
 
-/// The areas that a plan is made from.
-type Areas<'a> = Snapshot<'a, Area, 16, Rules>;
+/// The snapshot that a plan is made from.
+type TreeSnapshot<'a> = Snapshot<'a, Area, 16, Rules>;
 
 /// Disjoint ranges by their first address.
 type Ranges = BTreeMap<Iova, IovaRange>;
 
-/// What is to become of which areas.
+/// The areas that a change cuts, unmaps or maps.
 ///
-/// Each change costs a few searches, whatever came before it in the batch.
+/// Adding a change costs a few searches, however many came before it in the batch.
 #[derive(Default)]
 pub(super) struct Plan {
-    /// By first address.
+    /// Areas that are cut or unmapped, by first address.
     pub(super) touched: BTreeMap<Iova, Touched>,
     /// New areas, each with the number of its change.
     pub(super) new: Vec<(usize, Arc<Area>)>,
-    /// Where these lie.
+    /// The ranges of the new areas.
     taken: Ranges,
-    /// Where the unmaps so far leave nothing of the snapshot: it need not be looked at again there.
+    /// Ranges in which the unmaps so far leave nothing of the snapshot: they need not be searched
+    /// again.
     emptied: Ranges,
-    /// Where areas are cut, each with the number of its change.
+    /// Addresses at which areas are cut, each with the number of its change.
     cuts: Vec<(usize, Iova)>,
 }
 
 /// An area that is cut, or goes, or both.
 pub(super) struct Touched {
     pub(super) area: Arc<Area>,
-    /// By first address; together they are the area.
+    /// By first address. Together they make up the area.
     pub(super) pieces: BTreeMap<Iova, Piece>,
 }
 
 pub(super) struct Piece {
     pub(super) range: IovaRange,
-    /// Whether it is unmapped.
+    /// Whether the change unmaps it.
     pub(super) goes: bool,
 }
 
@@ -53,7 +55,7 @@ impl Touched {
         self.pieces.len() > 1
     }
 
-    /// The pieces that go, or that stay.
+    /// The ranges of the pieces that go, or of those that stay.
     pub(super) fn pieces(&self, that_go: bool) -> impl Iterator<Item = IovaRange> {
         let pieces = self.pieces.values();
         pieces.filter_map(move |piece| (piece.goes == that_go).then_some(piece.range))
@@ -65,7 +67,7 @@ impl Plan {
         &mut self,
         index: usize,
         change: &Change,
-        snapshot: &Areas<'_>,
+        snapshot: &TreeSnapshot<'_>,
         (page, ordering): (Granule, MarkOrdering),
     ) -> Result<(), Error> {
         match *change {
@@ -92,9 +94,13 @@ impl Plan {
         }
     }
 
-    /// Unmaps all areas inside `range`, or what is left of them: one at least, none of which sticks
-    /// out.
-    pub(super) fn unmap(&mut self, range: IovaRange, snapshot: &Areas<'_>) -> Result<(), Error> {
+    /// Plans to unmap all areas inside `range`, or the pieces that are left of them. There must be
+    /// at least one, and none may extend past `range`.
+    pub(super) fn unmap(
+        &mut self,
+        range: IovaRange,
+        snapshot: &TreeSnapshot<'_>,
+    ) -> Result<(), Error> {
         if let Some(area) = first_in(&self.taken, range) {
             return Err(Error::Busy { area });
         }
@@ -102,7 +108,8 @@ impl Plan {
         let mut next = Some(range.start());
         while let Some(from) = next.filter(|from| *from <= range.last()) {
             let rest = IovaRange::new(from, range.last())?;
-            // Each area is looked at as often as it has pieces that go, for what goes is skipped.
+            // Ranges that are planned to go are skipped, so each area is visited as often as it has
+            // pieces that go.
             let stretch = match first_in(&self.emptied, rest) {
                 Some(emptied) if emptied.contains(from) => {
                     next = emptied.last().checked_add(1);
@@ -114,7 +121,7 @@ impl Plan {
             };
             for entry in snapshot.iter(stretch) {
                 let pieces = &mut self.touch(entry).pieces;
-                // The one that holds the first address of the stretch may begin below it.
+                // The piece that holds the first address may begin below it.
                 let first = pieces.range(..=from).next_back();
                 let first = first.map_or(from, |(start, _)| *start);
                 for (_, piece) in pieces.range_mut(first..=stretch.last()) {
@@ -138,7 +145,7 @@ impl Plan {
         Ok(())
     }
 
-    /// Notes that nothing stays in `range`.
+    /// Notes that nothing is left in `range`.
     fn empty(&mut self, range: IovaRange) {
         let mut all = range;
         while let Some(other) = first_in(&self.emptied, range) {
@@ -148,12 +155,12 @@ impl Plan {
         self.emptied.insert(all.start(), all);
     }
 
-    /// Cuts at `at`, if something lies on both sides of it.
+    /// Plans a cut at `at`, if an area lies on both sides of it.
     pub(super) fn cut(
         &mut self,
         index: usize,
         at: Iova,
-        snapshot: &Areas<'_>,
+        snapshot: &TreeSnapshot<'_>,
         page: Granule,
     ) -> Result<(), Error> {
         check_cut(at, snapshot.rules().alignment(page))?;
@@ -195,7 +202,7 @@ impl Plan {
             })
     }
 
-    /// What goes, with the areas that it is in.
+    /// The ranges that go, each with its area.
     pub(super) fn going(&self) -> impl Iterator<Item = (&Area, IovaRange)> {
         self.touched.values().flat_map(|touched| {
             let going = touched.pieces(true);
@@ -203,16 +210,17 @@ impl Plan {
         })
     }
 
-    /// Checks again, in the update that publishes the plan, what may have changed since it was made
-    /// and nothing holds back: the alignment of cuts, as a domain with larger pages may have come.
-    /// Of the rest:
-    /// * An area that is touched is claimed, and so in the tree as it was.
-    /// * New areas are checked again by the promise of their addresses, which holds from then on;
-    ///   the domains stay as they are.
-    /// * Areas that were mapped since in a range that is unmapped came after the unmap.
+    /// Checks again, in the update that publishes the plan, the one condition that may have changed
+    /// since: the alignment of cuts, because a domain with larger pages may have been attached. The
+    /// other conditions still hold:
+    /// * A touched area is claimed, and so it is in the tree as it was.
+    /// * New areas are checked again when their addresses are promised, and the promise holds until
+    ///   the end. The domains stay the same.
+    /// * An area that was mapped meanwhile, in a range that is unmapped, counts as mapped after the
+    ///   unmap.
     ///
     /// # Errors
-    /// That of the first cut, with the number of its change.
+    /// The error of the first cut, with the number of its change.
     pub(super) fn check_again(&self, rules: &Rules, page: Granule) -> Result<(), (usize, Error)> {
         let granule = rules.alignment(page);
         let mut cuts = self.cuts.iter();
@@ -236,7 +244,7 @@ fn first_in(ranges: &Ranges, range: IovaRange) -> Option<IovaRange> {
     found.map(|(_, found)| *found)
 }
 
-/// Checks a mapping that is to be new, with the lowest area in its way.
+/// Checks a mapping that is to be new; `existing` is the lowest area that overlaps it.
 pub(super) fn check_new(
     mapping: &Mapping,
     rules: &Rules,

@@ -1,12 +1,12 @@
-//! Sources that nothing reaches any more, until they are dropped where no lock is held.
+//! Sources of detached domains, which wait to be dropped at a moment when no lock is held.
 //!
 //! A source is a user's value: its destructor may call its space, wait, or panic. But the last
-//! count of a domain may go anywhere: with rules that an update of the tree replaced, with a lease,
-//! with the list that a flush went by, under any lock of the space or in the middle of an update.
-//! So a domain whose last count goes only hands its source over. The next call that changes the
-//! space begins by dropping what was handed over, before it takes a lock or has done anything that
-//! a panic could undo; [`reclaim`](super::AddressSpace::reclaim) and a refused attach drop it
-//! before they return.
+//! count of a domain may be dropped in many places: with rules that an update of the tree replaced,
+//! with a lease, with the list that a flush used, under any lock of the space, or in the middle of
+//! an update. So a domain whose last count is dropped only hands its source over. The next call
+//! that changes the space begins by dropping the sources that were handed over, before it takes a
+//! lock or does anything that a panic would have to undo. [`reclaim`](super::AddressSpace::reclaim)
+//! and a refused attach drop them before they return.
 
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
@@ -15,16 +15,16 @@ use crate::failure::{call, forget, go_on, keep_first};
 use crate::source::DirtySource;
 use crate::sync::{Arc, InnerLock, lock_inner};
 
-/// Where domains of one space leave their sources.
+/// Where the domains of one space hand their sources over.
 #[derive(Clone)]
 pub(super) struct Retired(Arc<InnerLock<Left>>);
 
 #[derive(Default)]
 struct Left {
     sources: Vec<Box<dyn DirtySource>>,
-    /// A thread drops sources, and will look here before it stops.
+    /// A thread is dropping sources, and will look here again before it stops.
     dropping: bool,
-    /// The space is gone, and with it all of its locks.
+    /// The space has been dropped, and so have all of its locks.
     closed: bool,
 }
 
@@ -37,19 +37,19 @@ impl Retired {
             return;
         }
         drop(left);
-        // In the middle of whatever has the last count, such as garbage of the tree, which any
-        // thread may clean up: its panic would end the work of others.
+        // This may run in any code that drops a last count, such as the cleanup of the tree's
+        // garbage by any thread: its panic would end the work of other calls.
         if let Err(panic) = call(|| drop(source)) {
             forget(panic);
         }
     }
 
-    /// Drops what was taken over, all of it whichever panic. For callers without a lock of the
-    /// space. Leaves it to the thread that is doing so already, which may be this one, in the
-    /// destructor of a source.
+    /// Drops all sources that were taken over, even if some panic. The caller holds no lock of the
+    /// space. If another thread is doing so already, leaves them to it; that thread may be this
+    /// one, in the destructor of a source.
     ///
     /// # Panics
-    /// With the first panic of a source, unless another panic goes by already.
+    /// With the first panic of a source, unless this thread is panicking already.
     pub(super) fn drop_all(&self) {
         let mut first = None;
         let mut ours = false;
@@ -76,7 +76,7 @@ impl Retired {
     }
 }
 
-/// What the space holds of it: dropped with the space, after everything else in it.
+/// The space's own handle. It is dropped with the space, after every other field.
 pub(super) struct LastRetired(Retired);
 
 impl LastRetired {
@@ -100,7 +100,7 @@ impl Drop for LastRetired {
     }
 }
 
-/// The source of a domain; handed over when the domain goes.
+/// The source of a domain. It is handed over when the domain is dropped.
 pub(crate) struct Source {
     source: ManuallyDrop<Box<dyn DirtySource>>,
     retired: Retired,
@@ -125,7 +125,7 @@ impl Deref for Source {
 
 impl Drop for Source {
     fn drop(&mut self) {
-        // SAFETY: taken only here, and `source` is used no more.
+        // SAFETY: taken only here, and `source` is not used again.
         let source = unsafe { ManuallyDrop::take(&mut self.source) };
         self.retired.take_over(source);
     }

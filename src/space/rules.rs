@@ -1,9 +1,9 @@
-//! What the tree's root carries beside the areas: which addresses are reserved, which may be allocated, and which domains
-//! are attached.
+//! What the root of the tree carries besides the areas: which addresses are reserved, which may be
+//! allocated, and which domains are attached.
 //!
-//! Immutable; a change makes new rules. They are published together with the areas, so of a map and a reservation that
-//! race one finds the other. Changes cost time in proportion to the number of reserved and allowed ranges, of which a
-//! platform has a handful.
+//! Rules are immutable; a change makes new ones. They are published together with the areas, so if
+//! a map and a reservation race, one of them sees the other. A change takes time in proportion to
+//! the number of reserved and allowed ranges, of which a platform has a handful.
 
 use std::ops::Deref;
 
@@ -19,14 +19,16 @@ pub(crate) struct Rules {
     reserved: Vec<IovaRange>,
     /// The reserved addresses as disjoint ranges that do not touch, in order.
     blocked: Vec<IovaRange>,
-    /// Where ranges may be allocated, in the same form; if empty, everywhere. Never intersects `blocked`.
+    /// The ranges in which allocation is allowed, in the same form. Empty means everywhere. Never
+    /// intersects `blocked`.
     allowed: Vec<IovaRange>,
-    /// What batches are about to map: taken, though no area holds it yet. Disjoint, in order.
+    /// The addresses that batches are about to map: taken, though no area holds them yet. Disjoint,
+    /// in order.
     promised: Vec<IovaRange>,
     attachments: Attachments,
 }
 
-/// The attached domains of one moment, in the order of their coming. Cheap to clone.
+/// The attached domains of one moment, in the order in which they were attached. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Attachments(Arc<Vec<Arc<Attachment>>>);
 
@@ -40,7 +42,7 @@ impl Attachments {
     /// # Errors
     /// [`Error::NotAttached`].
     pub(crate) fn position(&self, domain: DomainId) -> Result<usize, Error> {
-        // Ids grow.
+        // Ids grow with each attach.
         self.binary_search_by_key(&domain, |attachment| attachment.id)
             .map_err(|_| Error::NotAttached { domain })
     }
@@ -66,7 +68,7 @@ impl Rules {
         &self.attachments
     }
 
-    /// The rules with a list of domains that `change` has changed.
+    /// The rules with the list of domains that `change` makes of the present one.
     pub(crate) fn with_attachments(&self, change: impl FnOnce(&mut Vec<Arc<Attachment>>)) -> Rules {
         let mut attachments = self.attachments.to_vec();
         change(&mut attachments);
@@ -76,17 +78,18 @@ impl Rules {
         }
     }
 
-    /// What areas are made of in a space whose own smallest page is `own`.
+    /// The granule of areas, in a space whose own smallest page is `own`.
     pub(crate) fn alignment(&self, own: Granule) -> Granule {
         self.attachments.alignment(own)
     }
 
-    /// What a batch is about to map inside `range`.
+    /// The first range inside `range` that a batch is about to map.
     pub(crate) fn promised_in(&self, range: IovaRange) -> Option<IovaRange> {
         first_in(&self.promised, range)
     }
 
-    /// The rules with `ranges` promised, which are disjoint, and from what is promised.
+    /// The rules with `ranges` promised in addition. They are disjoint, also from those promised so
+    /// far.
     pub(crate) fn promise(&self, ranges: &[IovaRange]) -> Rules {
         let mut rules = self.clone();
         rules.promised.extend_from_slice(ranges);
@@ -94,13 +97,14 @@ impl Rules {
         rules
     }
 
-    /// The rules with `ranges` promised no more.
-    pub(crate) fn keep_promise(&self, ranges: &[IovaRange]) -> Rules {
-        let mut kept = ranges.to_vec();
-        kept.sort_unstable_by_key(|range| key(*range));
+    /// The rules without the promise of `ranges`.
+    pub(crate) fn end_promise(&self, ranges: &[IovaRange]) -> Rules {
+        let mut ended = ranges.to_vec();
+        ended.sort_unstable_by_key(|range| key(*range));
         let mut rules = self.clone();
         rules.promised.retain(|promised| {
-            kept.binary_search_by_key(&key(*promised), |r| key(*r))
+            ended
+                .binary_search_by_key(&key(*promised), |r| key(*r))
                 .is_err()
         });
         rules
@@ -126,7 +130,7 @@ impl Rules {
         Ok(rules)
     }
 
-    /// The rules with `range` reserved once less.
+    /// The rules with one reservation of `range` removed.
     ///
     /// # Errors
     /// [`Error::NotReserved`] unless exactly this range was reserved.
@@ -140,10 +144,11 @@ impl Rules {
         Ok(rules)
     }
 
-    /// The rules with `ranges`, in any order, as the only ones to allocate from.
+    /// The rules with `ranges`, in any order, as the only ones in which allocation is allowed.
     ///
     /// # Errors
-    /// [`Error::AllowedTwice`] if two of them overlap, then [`Error::CannotAllow`] if one intersects a reserved one.
+    /// [`Error::AllowedTwice`] if two of them overlap, then [`Error::CannotAllow`] if one
+    /// intersects a reserved one.
     pub(crate) fn allow(&self, ranges: &[IovaRange]) -> Result<Rules, Error> {
         let mut sorted = ranges.to_vec();
         sorted.sort_unstable_by_key(|range| key(*range));
@@ -169,7 +174,7 @@ impl Rules {
         })
     }
 
-    /// The allowed ranges; none if there is no restriction.
+    /// The allowed ranges; empty if there is no restriction.
     pub(crate) fn allowed(&self) -> &[IovaRange] {
         &self.allowed
     }
@@ -179,7 +184,7 @@ impl Rules {
         &self.blocked
     }
 
-    /// Where ranges may be allocated inside `bounds`: disjoint, in ascending order.
+    /// The ranges in which allocation is allowed inside `bounds`: disjoint, in ascending order.
     pub(crate) fn windows(&self, bounds: IovaRange) -> Vec<IovaRange> {
         let mut windows = if self.allowed.is_empty() {
             holes(bounds, self.blocked.iter().copied())
@@ -188,8 +193,8 @@ impl Rules {
             self.allowed.iter().filter_map(inside).collect()
         };
         if !self.promised.is_empty() {
-            // Windows are disjoint and in order, so each promise is looked at in one or two of
-            // them.
+            // Windows are disjoint and in order, so each promised range is compared with one or two
+            // of them.
             let unpromised = |window: IovaRange| {
                 let from = self.promised.partition_point(|p| p.last() < window.start());
                 let inside = self.promised[from..].iter().copied();
@@ -201,7 +206,7 @@ impl Rules {
     }
 }
 
-/// What lies in `bounds` and in none of `taken`, which are disjoint and in ascending order.
+/// The parts of `bounds` that lie in none of `taken`, which are disjoint and in ascending order.
 pub(crate) fn holes(
     bounds: IovaRange,
     taken: impl IntoIterator<Item = IovaRange>,
@@ -214,7 +219,7 @@ pub(crate) fn holes(
         let hole = before.and_then(|last| IovaRange::new(from, last.min(bounds.last())).ok());
         holes.extend(hole);
         // A range that ends below the floor does not move it.
-        floor = range.last().checked_add(1).map(|behind| behind.max(from));
+        floor = range.last().checked_add(1).map(|above| above.max(from));
     }
     holes.extend(floor.and_then(|from| IovaRange::new(from, bounds.last()).ok()));
     holes
@@ -235,8 +240,8 @@ fn merged(ranges: &[IovaRange]) -> Vec<IovaRange> {
     let mut merged: Vec<IovaRange> = Vec::with_capacity(ranges.len());
     for range in ranges {
         let joined = merged.last_mut().filter(|before| {
-            let behind = before.last().checked_add(1);
-            behind.is_none_or(|behind| range.start() <= behind)
+            let above = before.last().checked_add(1);
+            above.is_none_or(|above| range.start() <= above)
         });
         match joined {
             Some(before) => {

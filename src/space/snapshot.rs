@@ -6,20 +6,21 @@ use crate::area::{Contiguous, Snapshot};
 use crate::source::Mapping;
 use crate::units::{DomainId, Granule, Iova, IovaRange};
 
-/// The areas, and the domains, of one moment: see [`AddressSpace::snapshot`]. What changes later does not show.
+/// The areas and the domains of one moment: see [`AddressSpace::snapshot`]. Later changes do not
+/// show.
 ///
-/// Memory that is let go meanwhile is kept while the snapshot lives: keep it short. A snapshot that
-/// goes to [`std::mem::forget`], or is leaked in another way, lives for ever: from then on nothing
-/// that any space of the process lets go comes back, neither the nodes of its tree nor areas that
-/// were unmapped, whose marks and sources stay too. Nothing waits for it, and memory grows with
-/// each change.
+/// A live snapshot holds back memory that is released meanwhile, so keep it short. A snapshot that
+/// is leaked, for example by [`std::mem::forget`], holds it back for ever: from then on nothing
+/// that any space of the process releases is freed, neither nodes of its tree nor areas that were
+/// unmapped, with their marks and sources. No call waits for it, but memory grows with each change.
 pub struct SpaceSnapshot<'s> {
     areas: Snapshot<'s, Area, 16, Rules>,
     page: Granule,
 }
 
 impl AddressSpace {
-    /// The areas and domains of this moment. Lock-free, never waits, and costs no copy, however many areas there are.
+    /// The areas and domains of this moment. Lock-free, never blocks, and copies nothing, however
+    /// many areas there are.
     pub fn snapshot(&self) -> SpaceSnapshot<'_> {
         SpaceSnapshot {
             areas: self.areas.snapshot(),
@@ -34,7 +35,7 @@ impl SpaceSnapshot<'_> {
         self.areas.iter(range).map(|entry| entry.area.mapping)
     }
 
-    /// What is mapped at `iova`.
+    /// The mapping at `iova`.
     pub fn lookup(&self, iova: Iova) -> Option<Mapping> {
         self.areas.lookup(iova).map(|entry| entry.area.mapping)
     }
@@ -49,23 +50,23 @@ impl SpaceSnapshot<'_> {
         self.len() == 0
     }
 
-    /// The domains that are attached, in the order of their coming.
+    /// The attached domains, in the order in which they were attached.
     pub fn domains(&self) -> impl Iterator<Item = DomainId> + '_ {
         self.rules().attachments().iter().map(|domain| domain.id)
     }
 
-    /// What areas are made of: see [`AddressSpace::alignment`].
+    /// The granule of areas: see [`AddressSpace::alignment`].
     pub fn alignment(&self) -> Granule {
         self.rules().alignment(self.page)
     }
 
-    /// How old the snapshot is: the number of changes of areas, domains and rules that were published since. 0 says that
-    /// it is still current.
+    /// The age of the snapshot: the number of changes of areas, domains and rules that were
+    /// published since. At 0 the snapshot is still current.
     pub fn age(&self) -> u64 {
         self.areas.age()
     }
 
-    /// How many changes were published by now, over the life of the space.
+    /// The number of changes that were published by now, over the life of the space.
     pub(crate) fn newest(&self) -> u64 {
         self.areas.newest()
     }

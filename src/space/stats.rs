@@ -1,11 +1,12 @@
-//! What an address space counts.
+//! The counts of an address space.
 
 use crate::flush::FlushStats;
 use crate::sync::{AtomicU64, Ordering};
 
-/// Counts of an [`AddressSpace`](crate::AddressSpace), in bytes and calls since it was made.
+/// Counts of an [`AddressSpace`](crate::AddressSpace), in bytes and calls, since it was made.
 ///
-/// While no call is under way, `harvests = commits + aborts +` the live leases, and `leased_bytes = committed_bytes + aborted_bytes +` what the live leases hold.
+/// While no call is under way, `harvests = commits + aborts +` the number of live leases, and
+/// `leased_bytes = committed_bytes + aborted_bytes +` the bytes of live leases.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct SpaceStats {
@@ -15,18 +16,19 @@ pub struct SpaceStats {
     pub commits: u64,
     /// Of these: leases that were aborted or dropped.
     pub aborts: u64,
-    /// Bytes that harvests newly reported in user bitmaps.
+    /// Bytes that harvests reported in user bitmaps and that were not set there before.
     pub leased_bytes: u64,
     /// Of these: bytes of leases that were committed.
     pub committed_bytes: u64,
     /// Of these: bytes of leases that were aborted or dropped, and so became dirty again.
     pub aborted_bytes: u64,
-    /// Bytes that an aborted lease, or a harvest with the rest of a leaf, could not put back, because they were unmapped
-    /// meanwhile.
+    /// Bytes that an aborted lease, or a harvest with the rest of a leaf, could not put back
+    /// because they were unmapped meanwhile.
     pub put_back_outside_bytes: u64,
     /// Dirty bytes that unmaps returned in user bitmaps.
     pub unmapped_dirty_bytes: u64,
-    /// Dirty bytes that were discarded: by unmaps that say so, by maps that failed, and by switching tracking on.
+    /// Dirty bytes that were discarded: by unmaps that discard, by maps that failed, and by
+    /// switching tracking on.
     pub discarded_bytes: u64,
     /// Marks that touched addresses outside every area.
     pub outside_marks: u64,
@@ -34,7 +36,7 @@ pub struct SpaceStats {
     pub flush: FlushStats,
 }
 
-/// The live counters. All are Relaxed: they are statistics, and publish nothing.
+/// The live counters. All accesses are Relaxed: they are statistics, and publish nothing.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     harvests: Count,

@@ -6,11 +6,12 @@
 //!                                     on
 //! ```
 //!
-//! The switch of the space stands for the marks, and for domains to come. Each domain has its own,
-//! which says what its source said last: a source that refuses keeps its state, so after a switch
-//! that failed half-way, the next one asks exactly those that it has to. A source that panics may
-//! be on or off: its switch is *in doubt*, and the next one, either way, asks it. All are changed
-//! under one lock, with the coming and going of domains.
+//! The switch of the space applies to the marks, and to domains that are attached later. Each
+//! domain has a switch of its own, which stores the last state that its source confirmed. A source
+//! that refuses keeps its state, so after a switch that failed half-way, the next one asks exactly
+//! the sources that still differ. A source that panics may be on or off: its switch is *in doubt*,
+//! and the next switch asks it, for on and for off. All switches change under the lock that attach
+//! and detach take.
 
 use super::AddressSpace;
 use super::attachment::{Attachment, Covered};
@@ -23,7 +24,7 @@ use crate::units::{DomainId, IovaRange};
 const NEVER: u8 = 0;
 const ON: u8 = 1;
 const OFF: u8 = 2;
-/// Added to what was said last, when a source has panicked since.
+/// Added to the last confirmed state if the source has panicked since.
 const IN_DOUBT: u8 = 4;
 
 /// One switch.
@@ -41,7 +42,7 @@ impl Switch {
         self.0.load(Ordering::Acquire) == ON
     }
 
-    /// Whether it is what `on` says, for certain.
+    /// Whether its state is `on` for certain.
     fn is(&self, on: bool) -> bool {
         // Acquire: as in `was_ever_on`.
         match self.0.load(Ordering::Acquire) {
@@ -56,33 +57,35 @@ impl Switch {
         self.0.load(Ordering::Acquire) & !IN_DOUBT != NEVER
     }
 
-    /// Off is only said of what was on.
+    /// "Off" is stored only if the switch was ever on; otherwise it stays "never".
     fn set(&self, on: bool) {
         let state = match on {
             true => ON,
             false if self.was_ever_on() => OFF,
             false => NEVER,
         };
-        // Release: pairs with the Acquire in `was_ever_on`; a harvest that sees it finds a clean baseline.
+        // Release: pairs with the Acquire in `was_ever_on`. A harvest that sees the switch on finds
+        // a clean baseline; one that does not is refused, or runs as before the switch.
         let order = weaken(Step::PublishBaseline, Ordering::Release);
         self.0.store(state, order);
     }
 
-    /// Nobody knows what the source is now. What a harvest may ask for stays.
+    /// The state of the source is unknown. Whether a harvest is allowed stays as it is.
     fn doubt(&self) {
         // Relaxed: the lock of the domains orders all stores.
         let said = self.0.load(Ordering::Relaxed);
-        // Release: the store of `set` is passed on to a thread that reads this one.
+        // Release: a thread that reads this store also sees what the store in `set` published.
         self.0.store(said | IN_DOUBT, Ordering::Release);
     }
 }
 
 impl Attachment {
-    /// Switches the source, if it is not as it should be; whether it was not.
+    /// Switches the source if it is not in the state `on` for certain. Returns whether it was
+    /// asked.
     ///
     /// # Errors
-    /// That of the source, which keeps its state; or its panic, after which the next switch asks it
-    /// again.
+    /// The error of the source, which keeps its state; or its panic, after which the next switch
+    /// asks it again.
     pub(super) fn switch(&self, on: bool) -> Result<bool, Failure> {
         if self.tracking.is(on) {
             return Ok(false);
@@ -96,8 +99,8 @@ impl Attachment {
         switched.map(|()| true)
     }
 
-    /// Switches the source off after `failure`. One that can't go back stays on, which only costs:
-    /// its switch says so.
+    /// Switches the source off after `failure`. A source that refuses keeps tracking, which costs
+    /// time and loses nothing; its switch says so.
     pub(super) fn switch_back(&self, failure: Failure) -> Failure {
         match self.switch(false) {
             Err(panicked @ Failure::Panicked(_)) => failure.then(panicked),
@@ -107,18 +110,24 @@ impl Attachment {
 }
 
 impl AddressSpace {
-    /// Switches tracking of writes, in all domains and for marks. Domains that are attached later track if this is on.
+    /// Switches tracking of writes, in all domains and for marks. A domain that is attached later
+    /// tracks if this is on.
     ///
-    /// On, when it was off: the baseline becomes clean (what was dirty or marked before is discarded) and is flushed; every write
-    /// that begins after the return is reported. On when it is on changes nothing and keeps what is dirty. Off keeps what is dirty
-    /// for a last harvest. A domain that is as it should be, by [`set_domain_tracking`](Self::set_domain_tracking), is not touched.
+    /// *On*, if it was off: everything becomes clean, and is flushed. What was dirty or marked
+    /// before is discarded. Every write that begins after the return is reported. *On*, if it was
+    /// on, changes nothing: dirty pages stay dirty. *Off*: dirty pages stay dirty for a last
+    /// harvest. A domain that is in the requested state already, by
+    /// [`set_domain_tracking`](Self::set_domain_tracking), is not touched. May wait for devices.
     ///
     /// # Errors
-    /// That of the first source that refuses. An `on` is then taken back, although sources that had
-    /// agreed may have discarded what was dirty in them; marks are kept. An `off` goes on with the
-    /// other sources, and can be repeated, as can an `on` after it. The same holds of the first one
-    /// that [panics](crate::DirtySource#panics): whether it tracks is in doubt until a switch
-    /// succeeds.
+    /// The error of the first source that refuses. After a failed *on*, the sources that the call
+    /// had switched on are switched off again. They may have discarded their dirty pages; marks
+    /// stay. After a failed *off*, the other sources are off. Both can be repeated. The same holds
+    /// for the first source that [panics](crate::DirtySource#panics): whether it tracks is in doubt
+    /// until a switch succeeds.
+    #[doc(alias = "IOMMU_HWPT_SET_DIRTY_TRACKING")]
+    #[doc(alias = "iopt_set_dirty_tracking")]
+    #[doc(alias = "memory_global_dirty_log_start")]
     pub fn set_tracking(&self, on: bool) -> Result<(), Error> {
         self.retired.drop_all();
         {
@@ -134,12 +143,14 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Switches tracking of writes in one domain, as [`set_tracking`](Self::set_tracking) does in all: on makes the domain clean
-    /// and flushes it, unless it was on; off keeps what is dirty for a last harvest. Marks are left alone.
+    /// Switches tracking of writes in one domain, as [`set_tracking`](Self::set_tracking) does in
+    /// all. *On*, if it was off: the domain becomes clean and is flushed. *Off*: its dirty pages
+    /// stay dirty for a last harvest. Marks do not change. May wait for devices.
     ///
     /// # Errors
-    /// [`Error::NotAttached`], or that of the source, which keeps its state. After a
+    /// [`Error::NotAttached`], or the error of the source, which keeps its state. After a
     /// [panic](crate::DirtySource#panics) its state is in doubt until a switch succeeds.
+    #[doc(alias = "IOMMU_HWPT_SET_DIRTY_TRACKING")]
     pub fn set_domain_tracking(&self, domain: DomainId, on: bool) -> Result<(), Error> {
         self.retired.drop_all();
         {
@@ -147,14 +158,14 @@ impl AddressSpace {
             let attachments = self.attachments();
             let attachment = attachments.find(domain)?;
             if attachment.switch(on).map_err(Failure::raise)? && on {
-                self.discard(attachment.kept.clear(IovaRange::ALL));
+                self.discard(attachment.put_back.clear(IovaRange::ALL));
             }
         }
         events::domain_tracking(domain, on);
         Ok(())
     }
 
-    /// Whether writes are tracked, in domains to come too.
+    /// Whether writes are tracked. A domain that is attached takes this state.
     pub(super) fn tracks(&self) -> bool {
         self.tracking.is_on()
     }
@@ -167,7 +178,7 @@ impl AddressSpace {
                 Ok(true) => switched.push(attachment),
                 Ok(false) => {}
                 Err(failure) => {
-                    // The one that failed, too: if it panicked, it may be on.
+                    // The source that failed as well: if it panicked, it may be on.
                     switched.push(attachment);
                     let back =
                         |failure, attachment: &Arc<Attachment>| attachment.switch_back(failure);
@@ -175,24 +186,27 @@ impl AddressSpace {
                 }
             }
         }
-        // Only now, when nothing can fail any more. Writes whose marks go here began before the return.
+        // Last, because nothing can fail any more. A write whose mark is cleared here began before
+        // the return.
         let marks_too = !self.tracking.is_on();
         for area in self.areas.snapshot().iter(IovaRange::ALL) {
             let (range, marks) = (area.range, &area.area.marks);
             for attachment in &switched {
                 if marks_too {
-                    // So that a page that is both kept and marked counts once.
-                    let kept = attachment.kept.take_runs(range);
-                    kept.into_iter().for_each(|run| marks.mark(run));
+                    // So that a page that is both put back and marked counts once.
+                    let stored = attachment.put_back.take_runs(range);
+                    stored.into_iter().for_each(|run| marks.mark(run));
                 } else {
-                    self.discard(attachment.kept.clear(range));
+                    self.discard(attachment.put_back.clear(range));
                 }
             }
             if marks_too {
                 self.discard(marks.clear(range));
             }
         }
-        // F2 of the marks' protocol (`source::marks`), for the first full copy that follows.
+        // F2 of the marks' protocol (`source::marks`), for the first full copy that follows: it has
+        // the data of each marker that found its mark set, or that marker sees the clear and marks
+        // again.
         self.ordering.before_copies();
         self.tracking.set(true);
         Ok(())
@@ -203,7 +217,7 @@ impl AddressSpace {
         for attachment in self.attachments().iter() {
             if let Err(failure) = attachment.switch(false) {
                 failed = Some(match failed {
-                    // The first one, but for a panic, which goes on before an error.
+                    // The first failure wins, except that a panic wins over an error.
                     Some(first) if matches!(failure, Failure::Refused(_)) => first,
                     Some(first) => first.then(failure),
                     None => failure,
@@ -219,13 +233,13 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Counts `pages` that were dirty and are forgotten.
+    /// Counts `pages` that were dirty and whose dirty state is discarded.
     pub(super) fn discard(&self, pages: u64) {
         self.counters
             .discarded(u128::from(pages) << self.page().lg2());
     }
 
-    /// Whether anything that is covered was ever tracked.
+    /// Whether tracking was ever on for any of the sources that are covered.
     pub(crate) fn ever_tracked(&self, covered: &Covered) -> bool {
         let domain = |attachment: &Arc<Attachment>| attachment.tracking.was_ever_on();
         (covered.marks && self.tracking.was_ever_on()) || covered.domains().iter().any(domain)

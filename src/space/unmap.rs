@@ -1,40 +1,47 @@
-//! Unmap: claim, empty the sources, flush, and only then give the addresses free.
+//! Unmap: claim, empty the sources, flush, and only then release the addresses.
 //!
 //! ```text
-//!  claim all ----> for each area and domain: end its translations, owe, keep D ----> flush ----> what is kept to the marks
-//!    |                                                                                |              |  and what is in flight
-//!    +-- one is busy: give back                    it fails: owe again, give back <---+              v
-//!                                                          collect the marks <---- out of the tree, record the marks
+//!  claim all ---> for each area and domain: end its ---> flush ---> move the put-back pages
+//!    |            translations, owe, put dirty pages       |        to the marks; mark what
+//!    |            into the put-back store                  |        is in flight; record
+//!    |                                                     |             |
+//!    +- one is busy: give back                             |             v
+//!                      it fails: owe again, give back <----+        out of the tree;
+//!                                                                   collect the marks
 //! ```
 //!
-//! What was dirty in a source is kept for its domain, behind the debt, as in an abort. So if the flush fails, the area is
-//! still there and its pages are still dirty. If it succeeds, all of it comes to the marks: they are all that there is to
-//! record or to discard. The steps are in [`change`](super::change).
+//! The pages that were dirty in a source go to the put-back store of its domain, after the debt was
+//! handed over, as in an abort. So if the flush fails, the area still exists and its pages are
+//! still dirty. If it succeeds, all of them move to the marks, which then hold everything that is
+//! to be recorded or discarded. The steps are in [`change`](super::change).
 //!
 //! # No write is lost
-//! A source ends a translation by one exchange, whose result is the last word on D. Take a write to a page that is
-//! unmapped:
-//! * If it set D, it did so before the exchange, which finds D set, or before a harvest that cleared D and whose lease has
-//!   the page.
-//! * If it went by a cached "D is set", D was set when that was cached. Then the exchange found D set, or a harvest had
-//!   cleared it, and its lease has the page: that lease owes the invalidation of the cached translation, so if the write
-//!   came before it was paid, the lease copies after it.
-//! * After the flush, which drains writes in flight, there are no writes any more. So what the exchanges found, with what
-//!   was kept and marked, is everything, and the memory behind it is final.
+//! A source ends a translation by one atomic exchange, which also returns the final dirty bit (D).
+//! Take a write to a page that is unmapped:
+//! * If the write set D, it did so before the exchange, which finds D set; or before a harvest that
+//!   cleared D, and the lease of that harvest has the page.
+//! * If the write used a cached "D is set", D was set when that was cached. Then the exchange found
+//!   D set, or a harvest had cleared it, and its lease has the page. That lease owes the
+//!   invalidation of the cached translation. So if the write came before the invalidation, the
+//!   lease copies the page after it.
+//! * After the flush, which drains writes in flight, there are no more writes. So the results of
+//!   the exchanges, together with the put-back pages and the marks, are complete, and the contents
+//!   of the memory are final.
+//! * A harvest that takes a part of a leaf may have cleared D and still be moving the rest. It
+//!   published the rest as in flight before it cleared D. So an unmap that finds D clear finds the
+//!   rest in flight, or in the put-back store: it reads the tables, the slots of writes in flight,
+//!   the put-back stores, and the marks, in this order. If the area has gone when the harvest
+//!   arrives with the rest, the rest is counted as put back outside.
+//! * Pages of a live [`WriteGuard`](crate::WriteGuard) are in flight, and so in the result. When
+//!   the guard is dropped, the write is counted as outside.
 //!
-//! * A harvest that takes a part of a leaf may have cleared D and still be moving the rest. It published the rest as in flight
-//!   before it cleared D, so an unmap that finds D clear finds the rest in flight, or kept: it reads the tables, what is in
-//!   flight, what is kept, and the marks, in this order. When the harvest arrives with the rest, and the area is gone, that is
-//!   counted as put back outside.
-//! * Pages of a live [`WriteGuard`](crate::WriteGuard) are in flight, and so in the result. When the guard is dropped, the
-//!   write is counted as outside.
-//!
-//! A lease that has such a page and is aborted later finds no area, or a younger one, and counts it
-//! as outside; one that is aborted meanwhile puts the page where the unmap finds it, or counts it
-//! (see [`attachment`](super::attachment)).
+//! A lease that has such a page and is aborted later finds no area, or a younger one, and counts
+//! the page as outside. A lease that is aborted meanwhile puts the page where the unmap finds it,
+//! or counts it (see [`attachment`](super::attachment)).
 //!
 //! # The last mark
-//! A mark may come while the area goes. Both sides have a fence between their two steps:
+//! A mark may come while the area goes. This is store buffering (Dekker), and both sides have a
+//! fence between their two steps:
 //!
 //! ```text
 //!  marker                                     unmap
@@ -44,35 +51,39 @@
 //! ```
 //!
 //! Either F3 or F4 comes first in the one order of all SeqCst fences:
-//! - if F3 does, U2 sees the mark of M1: it is counted as discarded;
-//! - if F4 does, M2 sees that the area is gone: the mark is an error, and counted as outside.
+//! - if F3 comes first, U2 sees the mark of M1, and counts it as recorded or discarded;
+//! - if F4 comes first, M2 sees that the area has gone: the mark is an error, and counted as
+//!   outside.
 //!
-//! A marker that finds the page marked already (no M1) leaves it to the one who marked it.
+//! A marker that finds the page marked already (no M1) relies on the thread that marked it.
 //!
-//! # The last mark by the handle of what was cut
-//! The pieces of a cut share the marks, so M1, by a handle or a snapshot that led to the whole, lands
-//! in those of the piece. But the state of the whole says only that it was cut. What has gone of it
-//! since stands with the marks:
+//! # The last mark by a handle of an area that was cut
+//! The pieces of a cut share the marks. So M1, by a handle or a snapshot that led to the whole,
+//! sets a mark of the piece. But the state of the whole says only that it was cut. The marks
+//! themselves record which parts have gone since:
 //!
 //! ```text
 //!  cut (has claimed the whole)     unmap of a piece, or a batch       marker by the whole
-//!  G1  room for what will go       U0  the piece leaves the tree      M1  set the mark
-//!  G2  state of the whole := cut   U1  add the piece to what has gone F3  fence(SeqCst)
+//!  G1  make the list of gone parts U0  the piece leaves the tree      M1  set the mark
+//!  G2  state of the whole := cut   U1  add the piece to the list      F3  fence(SeqCst)
 //!  G3  publish the pieces          F4  fence(SeqCst)                  M2  look at the state: cut?
-//!                                  U2  take the marks, count them     M3  look at what has gone
+//!                                  U2  take the marks, count them     M3  look at the list
 //! ```
 //!
-//! * Whoever unmaps a piece has found it in the tree, after G3, or is the batch that has done G1
-//!   and G2 itself. So if F4 comes before F3, M2 sees the cut, by G2, and M3 the piece, by U1; if
-//!   F3 does, U2 sees M1. One of the two counts the mark at least, as for an area that goes whole.
-//! * What has gone stays so for these marks. If the same addresses are mapped anew, the area has
-//!   marks of its own, which M1 does not touch; a mark by the old handle is outside. By the space,
-//!   a mark looks the area up, and finds the new one.
-//! * A cut that fails after G2 gives the area back as it was: a marker in between has looked in
-//!   vain.
-//! * What M1 sets in a piece that has gone stays set, for as long as the marks live, and nobody
-//!   reads it: no piece lies there. A later mark of that page finds it set, does M2 and M3 all the
-//!   same, and is outside.
+//! * The thread that unmaps a piece has found it in the tree, after G3; or it runs the batch that
+//!   has done G1 and G2 itself. So:
+//!   - if F4 comes before F3, M2 sees the cut, by G2, and M3 sees the piece in the list, by U1;
+//!   - if F3 comes before F4, U2 sees the mark of M1.
+//!
+//!   At least one of the two counts the mark, as for an area that goes as a whole.
+//! * A part that has gone never comes back to the same marks. If its addresses are mapped again,
+//!   the new area has marks of its own, which M1 does not touch. A mark by the old handle is
+//!   outside; a mark by the space looks the area up, and finds the new one.
+//! * A cut that fails after G2 gives the area back as it was. A marker that saw G2 finds
+//!   nothing of that area in the list.
+//! * A mark that M1 sets in a piece that has gone stays set as long as the marks live, and no
+//!   thread reads it, because no area lies there. A later mark of that page finds it set, performs
+//!   M2 and M3 all the same, and is outside.
 
 use super::plan::Plan;
 use super::{AddressSpace, Area};
@@ -83,34 +94,38 @@ use crate::failure::Failure;
 use crate::sync::{Arc, Ordering, fence};
 use crate::units::{Granule, IovaRange};
 
-/// What an unmap did.
+/// The result of an unmap.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Unmapped {
     /// Areas that were removed.
     pub areas: u64,
-    /// Their bytes.
+    /// The bytes of those areas.
     pub bytes: u128,
-    /// Bytes of dirty pages that went with them and were recorded in the user's bitmap.
+    /// Bytes of their dirty pages that were recorded in the user's bitmap.
     pub dirty_bytes: u128,
-    /// Bytes of dirty pages that went with them and were not. With a bitmap: none, unless a window of a file failed for a
-    /// mark that came while the areas went.
+    /// Bytes of their dirty pages that were not recorded. With a bitmap this is 0, unless a window
+    /// of a file failed for a mark that came while the areas went.
     pub discarded_bytes: u128,
 }
 
 impl AddressSpace {
-    /// Unmaps every area inside `range` and **discards** what was dirty in them. All or nothing; holes in `range` are
-    /// fine.
+    /// Unmaps every area inside `range` and **discards** their dirty pages. All or nothing; `range`
+    /// may have holes.
     ///
-    /// Waits for the flush, so that on return no device reaches the memory and its addresses can be mapped again.
+    /// Waits for the flush. On return no device reaches the memory, and the addresses can be mapped
+    /// again.
     ///
     /// # Errors
-    /// [`Error::PartOfArea`] if an area sticks out of `range`; [`Error::NothingMapped`];
-    /// [`Error::Busy`] if another call maps, unmaps or cuts one of them. Nothing is unmapped then.
-    /// If a source cannot flush: its error; the areas keep their addresses and what is dirty in
-    /// them, although devices can no longer reach their memory by new translations, and the call
-    /// can be repeated. So do they after a [panic](crate::DirtySource#panics): all of what the
-    /// source was asked to unmap counts as dirty then.
+    /// [`Error::PartOfArea`] if an area extends past `range`; [`Error::NothingMapped`];
+    /// [`Error::Busy`] if another call maps, unmaps or cuts one of them. Then nothing is unmapped.
+    /// If a source cannot flush: its error. Then the areas keep their addresses and their dirty
+    /// pages, although devices can no longer reach their memory by new translations, and the call
+    /// can be repeated. The same holds after a [panic](crate::DirtySource#panics) of a source, and
+    /// everything that the source was asked to unmap counts as dirty.
+    #[doc(alias = "IOMMU_IOAS_UNMAP")]
+    #[doc(alias = "iopt_unmap_iova")]
+    #[doc(alias = "memory_region_del_subregion")]
     pub fn unmap_discarding(&self, range: IovaRange) -> Result<Unmapped, Error> {
         self.retired.drop_all();
         let mut plan = Plan::default();
@@ -120,19 +135,22 @@ impl AddressSpace {
         Ok(unmapped)
     }
 
-    /// Unmaps every area inside `range`, and records what was dirty in them, in all domains and marks, in `bitmap`: bit 0
-    /// is the first granule of `range`. All or nothing; holes are fine, and for a range that is large a
-    /// [`SparseBitmap`](crate::SparseBitmap) is, too.
+    /// Unmaps every area inside `range`, and records their dirty pages, of all domains and marks,
+    /// in `bitmap`: bit 0 is the first granule of `range`. All or nothing; `range` may have holes.
+    /// For a large range use a [`SparseBitmap`](crate::SparseBitmap).
     ///
-    /// Waits for the flush, so that on return no device reaches the memory: the pages of the view can be copied at once,
-    /// and are not reported again. No write is lost in between; a page that another lease has is reported by that one. Marks
-    /// that come later are errors.
+    /// Waits for the flush. On return no device reaches the memory, so the pages of the view can be
+    /// copied at once; they are not reported again. No write is lost in between. A page that
+    /// another lease has is reported by that lease. Marks that come later are errors.
     ///
     /// # Errors
-    /// In this order: [`Error::Unaligned`] (to `granule`), [`Error::BitmapTooShort`], then as
+    /// In this order: [`Error::Unaligned`] (to `granule`), [`Error::BitmapTooShort`], then those of
     /// [`unmap_discarding`](Self::unmap_discarding), then [`Error::BitmapShrank`],
-    /// [`Error::BitmapWindow`] or [`Error::BitmapNoSpace`] if a file cannot take what is dirty;
-    /// everything is as it was then, but for translations, as after a flush that failed.
+    /// [`Error::BitmapWindow`] or [`Error::BitmapNoSpace`] if a file cannot take the dirty bits.
+    /// Then everything is as before, except that translations have ended, as after a flush that
+    /// failed.
+    #[doc(alias = "IOMMU_IOAS_UNMAP")]
+    #[doc(alias = "VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP")]
     pub fn unmap<'a>(
         &self,
         range: IovaRange,
@@ -149,21 +167,23 @@ impl AddressSpace {
         Ok((unmapped, view))
     }
 
-    /// Undoes the map of an area that is not live, which some domains have been filled with. What was dirty in it meanwhile
-    /// is discarded.
+    /// Undoes the map of an area that is not live, after some domains have been filled. Pages that
+    /// became dirty meanwhile are discarded.
     pub(super) fn take_out(&self, area: &Arc<Area>) -> Result<(), Failure> {
         let range = area.mapping.range;
         let mut pairs = area.pairs();
         let emptied = self.empty_part(range, false, &mut pairs);
         self.settle(emptied)?;
-        self.mark_kept(area, range);
+        self.mark_put_back(area, range);
         let _: Result<(), Error> = self.areas.update(|edit| {
             edit.remove(range.start());
             Ok(())
         });
         area.retire();
         *pairs = None;
-        // SeqCst: F4 of the module's protocol; pairs with F3 in `Marks::mark_inside`.
+        // SeqCst: F4 of the module's protocol; pairs with F3 in `Marks::mark_inside`. If F3 comes
+        // first, the clear below sees the mark; if F4 comes first, the marker sees that the area
+        // has gone.
         fence(Ordering::SeqCst);
         self.discard(area.marks.clear(range));
         Ok(())

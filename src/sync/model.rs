@@ -1,6 +1,7 @@
 //! Runs models: the protocol as it is, and with single steps left out.
 //!
-//! A model says whether the contract held, instead of panicking: a panic unwinds through objects of the model checker.
+//! A model returns whether the contract held. It does not panic, because a panic would unwind
+//! through objects of the model checker.
 
 use std::any::type_name;
 use std::io::Write;
@@ -18,12 +19,12 @@ static FAILURES: StdUsize = StdUsize::new(0);
 /// A [`Witness`](super::Witness) has seen a race in this execution.
 static BROKEN: StdBool = StdBool::new(false);
 
-/// This execution broke the memory model, whatever the model says in the end.
+/// This execution broke the memory model, even if the model returns true.
 pub fn broken() {
     BROKEN.store(true, SeqCst);
 }
 
-/// Whether it did.
+/// Whether this execution broke the memory model.
 pub fn is_broken() -> bool {
     BROKEN.load(SeqCst)
 }
@@ -31,13 +32,13 @@ pub fn is_broken() -> bool {
 /// What an exploration found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Explored {
-    /// Executions that were looked at.
+    /// Executions that were explored.
     pub executions: usize,
     /// How many of them broke the contract.
     pub failures: usize,
 }
 
-/// Whether more is asked for than in the runs of every day.
+/// Whether the run asks for more than the daily runs do.
 pub fn is_deep() -> bool {
     std::env::var_os("DIRTYMAP_DEEP").is_some()
 }
@@ -70,10 +71,11 @@ pub fn name_of<M>(_: &M) -> &'static str {
     parts.next().unwrap_or(name)
 }
 
-/// Says in the file that `DIRTYMAP_CAUGHT` names, if it does, that `model` fails without `step`.
+/// Appends to the file that `DIRTYMAP_CAUGHT` names that `model` fails without `step`. Does nothing
+/// if the variable is not set.
 ///
 /// # Panics
-/// If the file cannot be written: a run whose record is lost proves less than it says.
+/// If the file cannot be written: a run whose record is lost proves less than it claims.
 pub fn caught(step: Step, model: &str) {
     let Some(path) = std::env::var_os("DIRTYMAP_CAUGHT") else {
         return;
@@ -87,11 +89,12 @@ pub fn caught(step: Step, model: &str) {
     assert!(written.is_ok(), "no record of what was caught: {written:?}");
 }
 
-/// Whether `access` panics, which says nothing: it is what the model checker does at a race that a witness has seen.
+/// Returns whether `access` panics, and prints nothing. The model checker panics at a race that a
+/// witness has seen.
 #[cfg(dirtymap_loom)]
 pub(super) fn panics(access: impl FnOnce()) -> bool {
     static SILENT: StdBool = StdBool::new(false);
-    // Put once in front of what is there: the model checkers have hooks of their own.
+    // Installed once, around the hook that is there: the model checkers have hooks of their own.
     static FILTER: std::sync::Once = std::sync::Once::new();
     FILTER.call_once(|| {
         let others = std::panic::take_hook();
@@ -116,7 +119,8 @@ impl Drop for Restore {
     }
 }
 
-/// Numbers that look random and are the same in every run (splitmix64): what a seed decides besides the schedule.
+/// Numbers that look random and are the same in every run (splitmix64): the choices of a seed
+/// besides the schedule.
 #[derive(Clone, Debug)]
 pub struct Random(u64);
 
@@ -135,10 +139,10 @@ impl Random {
     }
 }
 
-/// The one seed that `DIRTYMAP_SEED` asks for, or else `count` of them.
+/// The one seed that `DIRTYMAP_SEED` names, or else `count` seeds.
 ///
 /// # Panics
-/// If that is no number.
+/// If the variable is not a number.
 pub fn seeds(count: u64) -> std::ops::Range<u64> {
     match std::env::var("DIRTYMAP_SEED") {
         Ok(seed) => match seed.parse() {
@@ -153,7 +157,7 @@ pub fn seeds(count: u64) -> std::ops::Range<u64> {
 mod imp {
     use super::*;
 
-    /// Set in the processes of [`breaks_without`].
+    /// Set in the processes that [`breaks_without`] starts.
     const ALONE: &str = "DIRTYMAP_WITHOUT";
 
     /// How many preemptions an execution may have.
@@ -168,7 +172,8 @@ mod imp {
         /// As many as `LOOM_MAX_PREEMPTIONS` says.
         pub const USUAL: Bound = Bound::between(0, usize::MAX);
 
-        /// At least `least`, as fewer show nothing, and at most `most`, as more take too long. One more in deep runs.
+        /// At least `least`, because fewer find nothing, and at most `most`, because more take too
+        /// long. One more in deep runs.
         pub const fn between(least: usize, most: usize) -> Self {
             Bound {
                 least,
@@ -177,7 +182,7 @@ mod imp {
             }
         }
 
-        /// Of so many executions no more.
+        /// At most this many executions.
         pub const fn up_to(self, executions: usize) -> Self {
             Bound {
                 executions: Some(executions),
@@ -195,11 +200,13 @@ mod imp {
         }
     }
 
-    /// Explores `model` as it is: it must hold in every execution. Then without each of `steps`: it must fail in one. The
-    /// model says whether the contract held.
+    /// Explores `model` as it is: it must hold in every execution. Then explores it without each of
+    /// `steps`: it must fail in at least one execution. The model returns whether the contract
+    /// held.
     ///
     /// # Panics
-    /// If one of this is not so, or there is only one execution: then there was nothing to explore.
+    /// If the model fails as it is, holds without a step, or has only one execution, so that there
+    /// was nothing to explore.
     pub fn holds_only_with<M>(steps: &[Step], model: M)
     where
         M: Fn() -> bool + Sync + Send + Copy + 'static,
@@ -207,7 +214,7 @@ mod imp {
         holds_within(Bound::USUAL, steps, model);
     }
 
-    /// As [`holds_only_with`], within a bound of its own.
+    /// The same as [`holds_only_with`], within the bound `bound`.
     ///
     /// # Panics
     /// As [`holds_only_with`].
@@ -226,7 +233,7 @@ mod imp {
         fails_without(bound, steps, model);
     }
 
-    /// The second half of [`holds_within`].
+    /// The second half of [`holds_within`]: the model must fail without each of `steps`.
     ///
     /// # Panics
     /// As [`holds_only_with`].
@@ -250,8 +257,9 @@ mod imp {
         }
     }
 
-    /// The same, of a step without which the model checker itself stops, in the middle of objects that do not unwind: the test
-    /// `test`, which calls this, is run again in a process of its own, which must die of a race or a deadlock.
+    /// The same for a step without which the model checker itself stops, in the middle of objects
+    /// that do not unwind. The test `test`, which calls this, is run again in a process of its own,
+    /// which must end with a race or a deadlock.
     ///
     /// # Panics
     /// If it does not.
@@ -285,7 +293,8 @@ mod imp {
         caught(step, name);
     }
 
-    /// Executions of `model` without `step`. All of them; or, of a model that is to fail, so many that it did.
+    /// Explores `model` without `step`: all executions; or, for a model that must fail, only until
+    /// it has failed.
     pub fn explore<M>(bound: Bound, step: Option<Step>, model: M) -> Explored
     where
         M: Fn() -> bool + Sync + Send + Copy + 'static,
@@ -296,7 +305,7 @@ mod imp {
         let up_to = |permutations: Option<usize>| {
             let mut builder = bound.builder();
             builder.max_permutations = permutations;
-            // The bound is looked at where a checkpoint would be.
+            // The model checker looks at the bound where it would write a checkpoint.
             builder.checkpoint_interval = permutations.unwrap_or(usize::MAX);
             let check = || builder.check(move || count(model));
             counted(|| match step {
@@ -328,15 +337,16 @@ mod imp {
 
     /// Preemptions that the PCT scheduler places, plus one.
     const DEPTH: usize = 4;
-    /// Executions of it for a seed: the first one tells it how long they are.
+    /// Executions of the PCT scheduler for a seed. The first one tells it how long they are.
     const EXECUTIONS: usize = 4;
 
-    /// Runs `model` under the random and the PCT scheduler for `count` seeds (`DIRTYMAP_SEED` for one): it must hold. Then
-    /// without each of `steps` until it fails, for ten times as many seeds at most. The model is given the seed, and says
-    /// whether the contract held.
+    /// Runs `model` under the random and the PCT scheduler for `count` seeds (one if
+    /// `DIRTYMAP_SEED` is set): it must hold. Then runs it without each of `steps`, for at most ten
+    /// times as many seeds: it must fail. The model gets the seed, and returns whether the contract
+    /// held.
     ///
     /// # Panics
-    /// If one of this is not so.
+    /// If the model fails as it is, or holds without a step.
     pub fn holds_only_with<M>(count: u64, steps: &[Step], model: M)
     where
         M: Fn(u64) -> bool + Sync + Send + Copy + 'static,
@@ -351,7 +361,8 @@ mod imp {
                 executions += explored.executions;
                 assert_eq!(
                     explored.failures, 0,
-                    "{name} does not hold: seed {seed}, {scheduler} scheduler; DIRTYMAP_SEED={seed} repeats it"
+                    "{name} does not hold: seed {seed}, {scheduler} scheduler; \
+                     DIRTYMAP_SEED={seed} repeats it"
                 );
             }
         }
@@ -375,7 +386,7 @@ mod imp {
         }
     }
 
-    /// What one seed finds, by scheduler.
+    /// What one seed finds, for each scheduler.
     fn explore<M>(seed: u64, model: M) -> [(&'static str, Explored); 2]
     where
         M: Fn(u64) -> bool + Sync + Send + Copy + 'static,
@@ -399,8 +410,8 @@ mod imp {
         counted(|| {
             runner.run(move || {
                 count(|| model(seed));
-                // All threads of an execution are one to the epoch, which outlives it: what they have left behind must not run
-                // in another one.
+                // To the epoch, all threads of an execution are one thread, and it outlives the
+                // execution. What they deferred must not run in another execution.
                 for _ in 0..64 {
                     crossbeam_epoch::pin().flush();
                 }

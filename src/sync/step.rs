@@ -1,28 +1,29 @@
-//! The steps of the protocols, one by one, and the switch that leaves one out.
+//! The steps of the protocols, and the switch that leaves one out.
 //!
-//! The list is closed: `Step::ALL` is made with the enumeration, each variant must be caught by a model, and the table in
-//! docs/sabotage.md says by which. Both are checked, see `tests/sabotage.rs`.
+//! The list is closed: the macro makes `Step::ALL` together with the enumeration, a model must fail
+//! without each variant, and the table in docs/sabotage.md names those models. `tests/sabotage.rs`
+//! checks both.
 
 #[cfg(any(dirtymap_loom, dirtymap_shuttle))]
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use super::Ordering;
 
-/// Makes the enumeration and its list from one source, so that neither can lack what the other has.
+/// Makes the enumeration and its list from one source, so that they always agree.
 macro_rules! steps {
     ($($(#[doc = $doc:literal])+ $name:ident,)+) => {
-        /// Steps of the protocols that a model can leave out, swap or weaken, to show that the checks notice. In builds for a
-        /// model checker only; elsewhere all are performed.
+        /// Steps of the protocols that a model can leave out, swap or weaken, to show that the
+        /// checks notice. Only builds for a model checker can do so; all others perform every step.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
         pub enum Step {
             $($(#[doc = $doc])+ $name,)+
         }
 
         impl Step {
-            /// All of them.
+            /// All steps, in the order of the enumeration.
             pub const ALL: &'static [Step] = &[$(Step::$name,)+];
 
-            /// What the step is, in words.
+            /// The description of the step.
             pub fn what(self) -> &'static str {
                 match self {
                     $(Step::$name => concat!($($doc),+).trim(),)+
@@ -41,7 +42,8 @@ steps! {
     OweBeforePutBack,
     /// Waiting for a flush that another thread has begun with our gather.
     WaitForLeader,
-    /// The fences between a mark, or the end of an area or a domain, and the look at the other.
+    /// The fences between a mark, or the end of an area or a domain, and the look at the other
+    /// side.
     GoneFence,
     /// Recording a page before its bit is cleared.
     RecordBeforeClear,
@@ -49,49 +51,50 @@ steps! {
     DrainInFlight,
     /// Dropping cached translations when a flush asks for it.
     DropCached,
-    /// Keeping what is to be freed until its flush has finished.
+    /// Holding back what is to be freed until its flush has finished.
     FreeAfterFlush,
     /// Running frees in one thread at a time.
     OneReleases,
-    /// Giving gathers that come during a flush to the next one.
+    /// Leaving gathers that come during a flush to the next flush.
     NextGeneration,
     /// Owing again what a failed flush carried.
     OweAgain,
-    /// Taking all of a range for dirty and owed whose unmap panicked.
+    /// Treating all of a range as dirty and owed if its unmap panicked.
     PanicIsDirty,
     /// Marking the pages of a write in flight before its slot is freed.
     MarkBeforeFree,
-    /// Publishing the rest of a leaf that a request covers in part before the leaf is cleared.
+    /// Publishing the rest of a partly covered leaf as in flight before the leaf is cleared.
     GuardRest,
     /// Handing over the debt of such a rest after the clear; left out, it is handed over before.
     OweAfterClear,
-    /// Filling a pair of area and domain only if it is not filled.
+    /// Filling a pair of area and domain only if it is not filled yet.
     FillOnce,
-    /// Leaving pairs unfilled whose domain is leaving.
+    /// Not filling pairs whose domain is leaving.
     RefuseLeaving,
     /// Looking at the areas after a domain was published, not before.
     LookAfterPublish,
-    /// Closing the pairs of an area that has gone.
+    /// Closing the pairs of an area that has left the tree or was cut.
     ClosePairs,
-    /// Looking at the tree again where the pairs of an area are closed.
+    /// Looking at the tree again when the pairs of an area are closed.
     LookAgain,
-    /// Marking what is put back into an area or a domain that is going.
+    /// Marking what is put back into an area or a domain that is on its way out.
     MarkIfGoing,
     /// Flushing before the addresses of an unmap are free.
     FlushBeforeReuse,
-    /// Waiting for the readers of a replaced node of the area tree before it is used again.
+    /// Waiting for the readers of a replaced node of the area tree before the node is used again.
     WaitForReaders,
-    /// Leading marks by the handle of an area that was cut to what has gone of it.
+    /// Publishing that an area was cut, so that marks by its handle look for the parts that have
+    /// gone.
     GiveWay,
-    /// Saying what has gone of an area that was cut.
+    /// Recording which parts of a cut area have gone.
     SayGone,
     /// Checking the alignment of a cut again in the update that publishes it.
     CheckCutAgain,
-    /// Saying that what a detach moves to the marks is in flight.
+    /// Publishing as in flight what a detach moves to the marks.
     DetachInFlight,
-    /// Looking at what is in flight when an area goes.
+    /// Looking at the writes in flight when an area is unmapped.
     LookInFlight,
-    /// Dropping those that are larger than what the flush names.
+    /// Dropping cached translations that are larger than the ranges of a flush.
     DropLarger,
     /// Looking at every entry of a leaf for its dirty bit.
     ReadEveryEntry,
@@ -103,15 +106,15 @@ steps! {
     SpareLarger,
     /// Making the parts of a split leaf dirty if the leaf was.
     DirtyParts,
-    /// Making all of a group dirty before an entry with D leaves it in a split.
+    /// Making all of a group dirty before an entry with a set dirty bit leaves it in a split.
     SpreadDirty,
-    /// Making a leaf that takes the place of a table dirty.
+    /// Making a leaf dirty that replaces a table.
     DirtyWhole,
-    /// Making it dirty again when no device caches a pointer to the table any more.
+    /// Making that leaf dirty again after no device caches a pointer to the table any more.
     DirtyBehindFlush,
-    /// Clearing a summary before what it stands for is taken, not after.
+    /// Clearing a summary before the marks below it are taken, not after.
     SummaryFirst,
-    /// The fence between the clear of a summary and the look at what it stands for.
+    /// The fence between the clear of a summary and the look at the marks below it.
     SummaryFence,
     /// Looking at the summary when a mark is found set.
     SummaryOnSkip,
@@ -133,13 +136,13 @@ steps! {
     PublishWhole,
     /// Giving a chunk that becomes whole the next number.
     NextNumber,
-    /// The fence between the announcement of a split and the look at the words.
+    /// The fence between announcing a split and the look at the words.
     SplitFence,
-    /// The fence that `membarrier` runs in a thread that marks.
+    /// The fence that `membarrier` runs in a marking thread.
     Membarrier,
     /// Looking at a subtree only after the flush that follows the clear of its accessed bit.
     LookAfterFlush,
-    /// Saying above a change by hand that nothing is known of the subtree any more.
+    /// Discarding the accessed state that is recorded above a change by software.
     HeatAbove,
     /// Release of a fresh chunk, group or directory of a bitmap.
     PublishChunk,
@@ -147,23 +150,23 @@ steps! {
     PublishBlock,
     /// Release of a slot whose range is written.
     PublishSlot,
-    /// Release of a slot's new range behind the claim of its new owner.
+    /// Release of a slot's new range after the claim of its new owner.
     ChangeBeforeRange,
     /// Release of the pool that an update leaves to the next one.
     PublishPool,
-    /// Release of the root of an edit.
+    /// Release of the root that an edit publishes.
     PublishRoot,
     /// Release of the switch that says that the baseline is clean.
     PublishBaseline,
     /// Release of the number of the generation that has finished.
     PublishFinished,
-    /// The fences of a detach, behind its slot and behind the marks of what is kept.
+    /// The fences of a detach, after its slot and after the marks of the put-back pages.
     DetachFence,
     /// The fence between the publication of a leaf's rest and the clear of the leaf.
     RestFence,
-    /// The fence of a device that wakes, between saying so and the look into its inbox.
+    /// The fence of a device that wakes, between saying so and the look at its inbox.
     WakeFence,
-    /// The fence of an invalidator, between its request and the look at who is awake.
+    /// The fence of an invalidator, between its request and the look at which devices are awake.
     AskFence,
     /// Release of what a device has landed, when it answers or goes to sleep.
     PublishLanded,
@@ -175,23 +178,24 @@ steps! {
     WaitForWalkers,
     /// Flushing at sync; left out, at the end of the harvest, which then waits for devices.
     FlushAtSync,
-    /// Securing the place of a line before its summary is cleared.
+    /// Making room to record a line before its summary is cleared.
     SecureBeforeHide,
     /// Waiting for the readers of a value that was replaced.
     WaitForInside,
-    /// The fences between a reader's coming, or the swap of a value, and the look at the other.
+    /// The fences between the arrival of a reader, or the swap of a value, and the look at the
+    /// other side.
     EnterFence,
-    /// Putting a table into a place of a slab only if nobody holds the table that lies there.
+    /// Putting a table into a place of a slab only if no thread holds the table in that place.
     ClaimFree,
     /// Showing a fresh log to harvests before a back end can mark in it.
     ListFirst,
     /// Moving what is left of a log that was swapped into the next one.
     CarryOver,
-    /// Publishing the words of a chunk that is whole before it is so no more.
+    /// Publishing the words of a whole chunk before its state says that it is split.
     PublishRest,
-    /// Saying that a chunk is being split before its words are set.
+    /// Announcing that a chunk is being split before its words are set.
     AnnounceSplit,
-    /// Looking whether a chunk is whole behind each clear of a summary.
+    /// Looking whether a chunk is whole after each clear of a summary.
     LookBehindHide,
 }
 
@@ -199,13 +203,14 @@ steps! {
 #[cfg(any(dirtymap_loom, dirtymap_shuttle))]
 static LEFT_OUT: AtomicUsize = AtomicUsize::new(0);
 
-/// Leaves `step` out of every run of the model from now on; `None` restores the protocol.
+/// Leaves `step` out of every execution from now on; `None` restores the protocol.
 #[cfg(any(dirtymap_loom, dirtymap_shuttle))]
 pub fn leave_out(step: Option<Step>) {
     LEFT_OUT.store(step.map_or(0, |s| s as usize + 1), SeqCst);
 }
 
-/// Whether the protocol performs `step`. Always true outside of builds for a model checker, and optimised away there.
+/// Whether the protocol performs `step`. Always true outside of builds for a model checker, and
+/// optimised away there.
 #[inline(always)]
 pub fn performs(step: Step) -> bool {
     #[cfg(any(dirtymap_loom, dirtymap_shuttle))]
@@ -219,7 +224,7 @@ pub fn performs(step: Step) -> bool {
     }
 }
 
-/// `ordering`, or Relaxed if `step` is left out: for steps that are nothing but an ordering.
+/// `ordering`, or Relaxed if `step` is left out: for steps that consist of an ordering alone.
 #[inline(always)]
 pub fn weaken(step: Step, ordering: Ordering) -> Ordering {
     if performs(step) {

@@ -1,19 +1,21 @@
-//! What whoever reaches an object must see: shows the model checker that the object was published, and not freed too early.
+//! A witness shows the model checker that an object was published before a thread reached it, and
+//! was freed only after the last access.
 //!
-//! Atomics of a fresh object tell the model checker nothing: a thread that got to them by a pointer without Acquire reads what
-//! they were made with, which real hardware does not promise. A witness is a cell beside them, written when the object is made
-//! and when it ends, and read by who reaches it. An access that is not ordered against another one is a violation, which
-//! `model` counts against the execution. To everything but loom it is nothing.
+//! The atomics of a fresh object do not show that. A thread that reaches them through a pointer
+//! without Acquire reads their initial values in the model, which real hardware does not promise. A
+//! witness is a cell next to them: it is written when the object is made and when it ends, and read
+//! by every thread that reaches the object. An access that is not ordered against another one is a
+//! violation, and `model` counts the execution as failed. In builds without loom it does nothing.
 
 #[cfg(dirtymap_loom)]
 mod imp {
     use super::super::model;
 
-    /// What whoever reaches an object must see; see `sync/witness.rs`.
+    /// Shows the model checker that each access to an object is ordered; see `sync/witness.rs`.
     #[derive(Debug)]
     pub struct Witness(loom::cell::UnsafeCell<()>);
 
-    // SAFETY: the cell holds nothing; the model checker says whether accesses to it race.
+    // SAFETY: the cell holds nothing; the model checker reports whether accesses to it race.
     unsafe impl Sync for Witness {}
 
     impl Witness {
@@ -29,20 +31,20 @@ mod imp {
             watch(|| self.0.with_mut(|_| ()));
         }
 
-        /// Somebody has reached the object, and relies on how it was made.
+        /// A thread has reached the object, and relies on its being complete.
         #[inline]
         pub fn look(&self) {
             watch(|| self.0.with(|_| ()));
         }
 
-        /// Nobody may look from now on: all who did come before.
+        /// The object ends: all threads that used it did so before.
         #[inline]
         pub fn end(&self) {
             watch(|| self.0.with_mut(|_| ()));
         }
     }
 
-    /// The model checker panics at a race; the execution goes on and is counted as one that failed.
+    /// The model checker panics at a race. The execution continues and is counted as failed.
     fn watch(access: impl FnOnce()) {
         if !model::is_broken() && model::panics(access) {
             model::broken();
@@ -52,7 +54,7 @@ mod imp {
 
 #[cfg(not(dirtymap_loom))]
 mod imp {
-    /// What whoever reaches an object must see; see `sync/witness.rs`.
+    /// Shows the model checker that each access to an object is ordered; see `sync/witness.rs`.
     #[derive(Debug)]
     pub struct Witness(());
 
@@ -67,11 +69,11 @@ mod imp {
         #[inline(always)]
         pub fn again(&self) {}
 
-        /// Somebody has reached the object, and relies on how it was made.
+        /// A thread has reached the object, and relies on its being complete.
         #[inline(always)]
         pub fn look(&self) {}
 
-        /// Nobody may look from now on: all who did come before.
+        /// The object ends: all threads that used it did so before.
         #[inline(always)]
         pub fn end(&self) {}
     }

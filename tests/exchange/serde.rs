@@ -55,7 +55,7 @@ fn what_could_not_be_made_is_not_deserialized() {
         let runs = json!([{"start": 1, "last": 3}, second]);
         refused(
             from_value::<RunTable>(runs).unwrap_err(),
-            "does not begin behind",
+            "must begin above the end",
         );
     }
     assert!(from_value::<RunTable>(json!([])).unwrap().is_empty());
