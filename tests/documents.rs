@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use common_documents::{Source, check_part, defines, sources, wrap};
 use dirtymap::sync::Step;
 
+const DESIGN: &str = include_str!("../DESIGN.md");
 const ORDERINGS: &str = include_str!("../docs/orderings.md");
 const ASSURANCE: &str = include_str!("../docs/assurance.md");
 
@@ -229,4 +230,41 @@ fn every_rule_has_its_sections_and_what_it_names() {
 /// The document without its blocks of code.
 fn without_code(document: &str) -> String {
     document.split("```").step_by(2).collect()
+}
+
+/// The section of DESIGN.md about the structure has each folder and each file of the library, and no
+/// other one.
+#[test]
+fn the_structure_has_every_folder_and_file() {
+    let Some(sources) = sources() else { return };
+    let (_, structure) = DESIGN.split_once("## 3. Structure").expect("the section");
+    let (structure, _) = structure.split_once("\n## ").expect("the next section");
+    let mut there: BTreeSet<String> = BTreeSet::new();
+    for source in sources.iter().filter(|source| source.is_code()) {
+        let Some(path) = source.path.strip_prefix("src/") else {
+            continue;
+        };
+        // `folder/file.rs`, `folder/deeper/` or `file.rs`.
+        let mut parts = path.split('/');
+        let name: Vec<&str> = parts.by_ref().take(2).collect();
+        let deeper = if parts.next().is_some() { "/" } else { "" };
+        there.insert(name.join("/") + deeper);
+    }
+    there.retain(|name| {
+        name != "lib.rs" && !name.ends_with("/mod.rs") && !name.starts_with("sync/")
+    });
+    let mut listed: BTreeSet<String> = BTreeSet::new();
+    for section in structure.split("\n### ").skip(1) {
+        let folder = quoted(section.lines().next().unwrap_or_default())
+            .next()
+            .unwrap_or_default();
+        let names = section.split("\n").skip(1).flat_map(quoted);
+        listed.extend(
+            names
+                .filter(|name| name.ends_with(".rs") || name.ends_with('/'))
+                .map(|name| format!("{folder}{name}")),
+        );
+    }
+    listed.retain(|name| !name.ends_with("/mod.rs") && name != "sync/");
+    assert_eq!(listed, there);
 }
