@@ -80,8 +80,9 @@
 //!   or a drop.
 //! * **Copy after sync.** The types hand out pages only when no stale translation can be written
 //!   through any more.
-//! * **Lock-free.** Marks and lookups never block. A harvest blocks only where a source does: those
-//!   of KVM and pagemap wait for locks of the kernel. Calls that flush or change the map wait, for
+//! * **Lock-free.** Marks and lookups never block. A harvest blocks only where a source or a file
+//!   does (KVM and pagemap wait for locks of the kernel), and briefly for a leaf that the request
+//!   covers in part, at the lock of the flush queue. Calls that flush or change the map wait, for
 //!   devices to drain and for each other: `sync`, switches of tracking, a `map` that fails, unmaps,
 //!   cuts, batches, attach and detach.
 //! * **Inside the bitmap.** No bit outside the request is touched, and set bits stay set.

@@ -1,6 +1,6 @@
-//! The list of steps that a model can leave out is closed. The steps of docs/sabotage.md are written
-//! by the first test here, from `sync::Step`, from the code that performs them, and from what the
-//! models caught; the others compare documents with the code.
+//! The list of steps that a model can leave out is closed. The first test here writes the steps of
+//! docs/sabotage.md: from `sync::Step`, from the code that performs them, and from the record of
+//! the models that noticed an absence.
 #![allow(clippy::expect_used)]
 
 mod common_documents;
