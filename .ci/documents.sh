@@ -82,7 +82,8 @@ check_links() {
   return "$broken"
 }
 
-# The relative links of documents, as `file:link`.
+# The relative links of documents, as `file:link`: those in place, and those of references.
 links() { # links FILE...
-  grep -HoE '\]\([^)# ]+' -- "$@" | sed 's/\](//' | grep -vE ':[a-z]+://|:mailto:'
+  grep -HoE '\]\([^)# ]+|^\[[^]]+\]: [^# ]+' -- "$@" |
+    sed -E 's/\]\(//; s/:\[[^]]+\]: /:/' | grep -vE ':[a-z]+://|:mailto:'
 }

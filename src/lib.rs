@@ -1,13 +1,48 @@
 //! Lock-free concurrent dirty tracking: **which memory was written since I last looked?**
 //!
-//! For hypervisors, device emulators, live migration and backup: devices and CPU threads write to memory at full
-//! speed while a harvester finds out, round after round, which pages have to be copied again, and never misses one.
+//! For hypervisors, device emulators, live migration and backup. Devices and CPU threads write to
+//! memory at full speed, while a harvester finds out, round after round, which pages it has to copy
+//! again. It never misses one.
+//!
+//! # Where to look
+//!
+//! | I want to | type or method | page |
+//! |---|---|---|
+//! | map memory, mark writes, harvest | [`AddressSpace`] | [`guide`] |
+//! | mark on a hot path | [`AreaHandle::mark`] | [`guide`] |
+//! | harvest everything, round after round | `AddressSpace::rounds` | [`guide`] |
+//! | harvest a range into my own bitmap | [`AddressSpace::harvest`], [`UserBitmap`] | below |
+//! | look without clearing | [`AddressSpace::peek`] | |
+//! | copy, commit or abort | [`Lease`] | below |
+//! | mark a write that a device completes | [`AddressSpace::begin_write`] | [`monitors`] |
+//! | map and unmap while everything runs | [`AddressSpace::unmap`], [`apply`] | [`monitors`] |
+//! | let the space choose addresses | [`AddressSpace::map_anywhere`] | |
+//! | connect my own dirty log or IOMMU | [`DirtySource`], [`AddressSpace::attach`] | |
+//! | read words or bytes that a peer logged | [`DirtyLog`] | [`exchange`] |
+//! | get ranges, tables, pieces | [`RunsExt`], [`RunTable`] | [`exchange`] |
+//! | keep a bitmap in a file | `FileBitmap`, `BitmapFile` | [`exchange`] |
+//! | track guest memory of rust-vmm | `vm_memory::SpaceBitmap` | [`vm_memory`] |
+//! | track a KVM guest | `kvm::KvmLog` | [`kvm`] |
+//! | share a log with vhost-user | `vhost::VhostLog`, `vhost::LogBitmap` | [`vhost`] |
+//! | track memory of a process | `pagemap::ProcessMemory` | [`pagemap`] |
+//! | do all of it in one harvest | [`AddressSpace::attach`] | [`joint`] |
+//! | count what happened | [`AddressSpace::stats`], [`AddressSpace::faults`] | |
+//! | decide when to flush | [`FlushPolicy`] | |
+//!
+//! [`apply`]: AddressSpace::apply
+//! [`monitors`]: crate::guide::monitors
+//! [`exchange`]: crate::guide::exchange
+//! [`vm_memory`]: crate::guide::vm_memory
+//! [`kvm`]: crate::guide::kvm
+//! [`vhost`]: crate::guide::vhost
+//! [`pagemap`]: crate::guide::pagemap
+//! [`joint`]: crate::guide::joint
 //!
 //! ```text
-//!  device write --> IOTLB --> leaf, D bit ---+
-//!                                            +--> harvest over areas --> user bitmap --> lease --> sync --> commit
-//!  CPU write ----> mark --> area's marks ----+            |                                |
-//!                                                         +--> gather --> flush queue -----+
+//!  device write -> IOTLB -> leaf, D bit --+
+//!                                         +-> harvest of areas -> bitmap -> lease -> sync, commit
+//!  CPU write ---> mark -> area's marks ---+          |                         |
+//!                                                    +-> gather -> flush queue +
 //! ```
 //!
 //! # Example
@@ -38,54 +73,68 @@
 //!
 //! # Guarantees
 //!
-//! * **No lost write.** A write that completed before a harvest of its page began is reported by that harvest, or
-//!   by another one that is not aborted and whose sync ends after the write. Under any interleaving, with any IOTLB
-//!   content.
-//! * **A harvest is a transaction.** What is not committed becomes dirty again: after an error, a panic, or a plain
-//!   drop.
-//! * **Copy after sync.** The types keep you from copying pages while stale translations may still be written
-//!   through.
-//! * **Lock-free.** Marks, lookups and harvests never wait. Only `sync`, `set_tracking`, `map` when it fails, unmap,
-//!   cuts, batches, attach and detach wait, for devices to drain and for each other.
+//! * **No lost write.** A write that completed before a harvest of its page began is reported by
+//!   that harvest, or by another one that is not aborted and whose sync ends after the write. This
+//!   holds under any interleaving, with any content of the IOTLBs.
+//! * **A harvest is a transaction.** What is not committed is dirty again: after an error, a panic,
+//!   or a drop.
+//! * **Copy after sync.** The types hand out pages only when no stale translation can be written
+//!   through any more.
+//! * **Lock-free.** Marks and lookups never block. A harvest blocks only where a source or a file
+//!   does (KVM and pagemap wait for locks of the kernel), and briefly for a leaf that the request
+//!   covers in part, at the lock of the flush queue. Calls that flush or change the map wait, for
+//!   devices to drain and for each other: `sync`, switches of tracking, a `map` that fails, unmaps,
+//!   cuts, batches, attach and detach.
 //! * **Inside the bitmap.** No bit outside the request is touched, and set bits stay set.
 //!
 //! # Trade-offs
 //!
-//! * The answer is a superset: a page may be reported that was not written (the rest of a large leaf, an aborted
-//!   lease). Never the reverse.
-//! * Mark **after** the write. A write that is marked before it is submitted can be harvested too early; for writes that
-//!   others complete there is [`AddressSpace::begin_write`].
-//! * Every call that maps or unmaps copies a path of the area tree: with thousands of changes a second and few
-//!   lookups, a locked map is faster.
-//! * A reservation copies the list of reserved ranges: they are meant to be a handful.
-//! * A snapshot that is held keeps memory of replaced tree nodes alive; harvests hold one for as long as they walk.
-//! * What an area that was unmapped owned is freed by a later map or unmap, some tens of them at the latest if no
-//!   snapshot is held: readers never free.
+//! * The answer is a superset. A page may be reported that was not written (the rest of a large
+//!   leaf, an aborted lease), never the reverse.
+//! * Mark **after** the write. A write that is marked before it is submitted can be harvested too
+//!   early. For writes that a device or another thread completes there is
+//!   [`AddressSpace::begin_write`].
+//! * Every call that maps or unmaps copies a path of the area tree (copy-on-write). With thousands
+//!   of changes a second and few lookups, a locked map is faster.
+//! * A reservation copies the list of reserved ranges. The list is meant to be short.
+//! * A snapshot keeps memory of replaced tree nodes alive for as long as it is held. A harvest
+//!   holds one while it walks.
+//! * Readers never free. What an unmapped area owned is freed by a later map or unmap, after some
+//!   tens of them at the latest if no snapshot is held.
 //!
 //! # Features
 //!
-//! * `mmap` (off by default): `FileBitmap`, a user bitmap in a file that is mapped one window at a time.
-//! * `rayon` (off by default): `AddressSpace::harvest_parallel`, one harvest by the threads of a pool.
-//! * `serde` (off by default): counts, reports, `Iova` (a number), `IovaRange` (`start` and `last`), `Granule` (its bytes) and `RunTable` implement
-//!   `Serialize`; the last four `Deserialize`, which refuses what could not be made.
-//! * `bitmap-file` (off by default): `BitmapFile`, a bitmap in a file with a header and checksums, written crash-safely.
-//! * `roaring` (off by default, Rust 1.90): views to and from `RoaringBitmap` and `RoaringTreemap`, and their portable format with a bound.
-//! * `membarrier` (off by default): `AddressSpace::with_asymmetric_marks`, marks without a fence, by `membarrier(2)` of Linux.
-//! * `tracing` (off by default): events with the target `dirtymap` at harvest, sync, commit, abort, map, unmap, cut, attach, detach,
-//!   switches and flushes that fail; none at marks. Some come under locks: a subscriber must not call what waits.
-//! * `vm-memory` (off by default): `vm_memory::SpaceBitmap`, a dirty bitmap for the guest memory of that crate.
-//! * `vhost` (off by default, Linux): the dirty log that vhost-user front ends and back ends share, for both sides.
+//! * `mmap` (off by default): `FileBitmap`, a user bitmap in a file that is mapped one window at a
+//!   time.
+//! * `rayon` (off by default): one harvest by the threads of a pool.
+//! * `serde` (off by default): counts, reports, `Iova` (a number), `IovaRange` (`start` and
+//!   `last`), `Granule` (its bytes) and `RunTable` implement `Serialize`. The last four implement
+//!   `Deserialize`, which refuses a value that could not be made.
+//! * `bitmap-file` (off by default): `BitmapFile`, a bitmap in a file with a header and checksums,
+//!   written crash-safely.
+//! * `roaring` (off by default, Rust 1.90): views to and from `RoaringBitmap` and `RoaringTreemap`,
+//!   and their portable format with a bound.
+//! * `membarrier` (off by default): `AddressSpace::with_asymmetric_marks`, marks without a fence,
+//!   by `membarrier(2)` of Linux.
+//! * `tracing` (off by default): events with the target `dirtymap` at harvest, sync, commit, abort,
+//!   map, unmap, cut, attach, detach, switches and flushes that fail; none at marks. Some are
+//!   emitted under locks, so a subscriber must not call what waits.
+//! * `vm-memory` (off by default): `vm_memory::SpaceBitmap`, a dirty bitmap for the guest memory of
+//!   that crate.
+//! * `vhost` (off by default, Linux): the dirty log that vhost-user front ends and back ends share,
+//!   for both sides.
 //! * `kvm` (off by default, Linux): `kvm::KvmLog`, the dirty logs and rings of KVM as a source.
-//! * `pagemap` (off by default, Linux 6.7): `pagemap::ProcessMemory`, memory of this process as a source.
+//! * `pagemap` (off by default, Linux 6.7): `pagemap::ProcessMemory`, memory of this process as a
+//!   source.
 //!
 //! # When not to use it
 //!
-//! * One thread writes and the same thread looks: a plain bitmap does it.
+//! * One thread writes and the same thread looks: a plain bitmap is enough.
 //! * You need to know *what* was written, or in which order: that is a log.
 //! * The writes must survive a crash of the tracker: the state here is in memory only.
 //!
-//! [DESIGN.md](https://github.com/dirtymap/dirtymap/blob/main/DESIGN.md) has the invariants and why they hold; the
-//! `pagetable-sim` crate is an IOMMU to test against.
+//! [DESIGN.md](https://github.com/dirtymap/dirtymap/blob/main/DESIGN.md) has the invariants and why
+//! they hold. The crate `pagetable-sim` is an IOMMU to test against.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 #[cfg(not(all(target_pointer_width = "64", target_has_atomic = "64")))]
@@ -164,27 +213,29 @@ pub use adapters::vm_memory;
 #[doc = include_str!("../README.md")]
 struct Readme;
 
-/// The examples of the guide are tests.
-#[cfg(doctest)]
-mod guide {
-    #[doc = include_str!("../docs/guide/README.md")]
-    struct First;
-    #[doc = include_str!("../docs/guide/exchange.md")]
-    struct Exchange;
-    #[doc = include_str!("../docs/guide/monitors.md")]
-    struct Monitors;
-    #[doc = include_str!("../docs/guide/joint.md")]
-    struct Joint;
-    #[cfg(all(feature = "kvm", target_os = "linux"))]
-    #[doc = include_str!("../docs/guide/kvm.md")]
-    struct Kvm;
-    #[cfg(all(feature = "pagemap", target_os = "linux"))]
-    #[doc = include_str!("../docs/guide/pagemap.md")]
-    struct Pagemap;
-    #[cfg(all(feature = "vhost", target_os = "linux"))]
-    #[doc = include_str!("../docs/guide/vhost.md")]
-    struct Vhost;
-    #[cfg(all(feature = "vm-memory", unix))]
-    #[doc = include_str!("../docs/guide/vm-memory.md")]
-    struct VmMemory;
+// The pages of docs/guide, as modules of the documentation. A page links to another one by
+// reference (`[text][kvm]`), and defines the reference at its end as the file beside it. In the
+// documentation the definitions of `page` come before the page's own. The first definition counts,
+// so the link leads to the module.
+#[cfg(any(doc, doctest))]
+macro_rules! page {
+    ($file:literal) => {
+        concat!(
+            "[first]: crate::guide\n",
+            "[vm-memory]: crate::guide::vm_memory\n",
+            "[kvm]: crate::guide::kvm\n",
+            "[vhost]: crate::guide::vhost\n",
+            "[pagemap]: crate::guide::pagemap\n",
+            "[joint]: crate::guide::joint\n",
+            "[monitors]: crate::guide::monitors\n",
+            "[exchange]: crate::guide::exchange\n",
+            "[bugs]: crate::guide::bugs\n",
+            "[history]: https://github.com/dirtymap/dirtymap/blob/main/docs/history.md\n",
+            "[consumers]: https://github.com/dirtymap/dirtymap/tree/main/tests/consumers\n\n",
+            include_str!(concat!("../docs/guide/", $file))
+        )
+    };
 }
+
+#[cfg(any(doc, doctest))]
+pub mod guide;

@@ -1,141 +1,101 @@
-//! The list of steps that a model can leave out is closed: each is in the table of docs/sabotage.md, with the models that fail
+//! The list of steps that a model can leave out is closed. The first test here writes the steps of
+//! docs/sabotage.md: from `sync::Step`, from the code that performs them, and from the record of
+//! the models that noticed an absence.
 #![allow(clippy::expect_used)]
-//! without it, and after the models have run, what they caught is what the table says.
+
+mod common_documents;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 
+use common_documents::{check_part, defines, part, sources, wrap};
 use dirtymap::sync::Step;
 
 const DOCUMENT: &str = include_str!("../docs/sabotage.md");
 
-/// A row: the step, what it is, and the models that fail without it.
-fn rows() -> Vec<(String, String, BTreeSet<String>)> {
-    let table = DOCUMENT
-        .lines()
-        .skip_while(|line| !line.starts_with("| step"));
-    let lines = table.skip(2).take_while(|line| !line.is_empty());
-    lines
-        .map(|line| {
-            let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
-            assert_eq!(cells.len(), 3, "{line}");
-            let models = cells[2].split(", ").map(bare).collect();
-            (bare(cells[0]), cells[1].to_owned(), models)
-        })
-        .collect()
+/// The models that fail without a step, for each step.
+type Caught = BTreeMap<String, BTreeSet<String>>;
+
+/// What the document says.
+fn listed() -> Caught {
+    let mut caught = Caught::new();
+    let mut step = String::new();
+    for line in part(DOCUMENT, "steps").lines() {
+        if let Some(name) = line.strip_prefix("### ") {
+            step = bare(name);
+        } else if let Some(name) = line.strip_prefix("* model: ") {
+            caught.entry(step.clone()).or_default().insert(bare(name));
+        }
+    }
+    caught
 }
 
 fn bare(name: &str) -> String {
     name.trim_matches('`').to_owned()
 }
 
-#[test]
-fn the_table_has_every_step_and_what_it_is() {
-    let listed: Vec<(String, String)> = rows().into_iter().map(|(s, what, _)| (s, what)).collect();
-    let steps = Step::ALL.iter();
-    let all: Vec<_> = steps
-        .map(|s| (format!("{s:?}"), s.what().to_owned()))
-        .collect();
-    assert_eq!(listed, all);
-}
-
-/// The sources in which the models, or all tests, are; `None` where the crate is alone, as it is published.
-fn sources(models_only: bool) -> Option<String> {
-    let mut text = String::new();
-    let mut directories = vec![Path::new(env!("CARGO_MANIFEST_DIR")).to_owned()];
-    if !directories[0].join("pagetable-sim").exists() {
-        return None;
-    }
-    while let Some(directory) = directories.pop() {
-        for file in std::fs::read_dir(directory).expect("a directory of the sources") {
-            let path = file.expect("a file of the sources").path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            if path.is_dir() && name != "target" && !name.starts_with('.') {
-                directories.push(path);
-            } else if path.extension().is_some_and(|end| end == "rs")
-                && (!models_only || path.to_string_lossy().contains("loom"))
-            {
-                text += &std::fs::read_to_string(path).expect("a source");
-            }
-        }
-    }
-    Some(text)
-}
-
-fn has(text: &str, function: &str) -> bool {
-    ["(", "<"]
-        .iter()
-        .any(|end| text.contains(&format!("fn {function}{end}")))
-}
-
-#[test]
-fn the_models_of_the_table_exist() {
-    let Some(text) = sources(true) else { return };
-    for (step, _, models) in rows() {
-        assert!(!models.is_empty(), "nothing fails without {step}");
-        for model in models {
-            assert!(has(&text, &model), "{step}: there is no {model}");
-        }
-    }
-}
-
-/// Each rule of docs/assurance.md has a model, a property or test, and a sabotage; and what it names is there.
-#[test]
-fn every_rule_has_a_model_a_property_and_a_sabotage() {
-    let document = include_str!("../docs/assurance.md");
-    let text = sources(false);
-    let mut rules = 0;
-    for line in document.lines() {
-        let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
-        let [number, _, model, property, sabotage] = cells[..] else {
-            continue;
-        };
-        if number.parse() != Ok(rules + 1) {
-            continue;
-        }
-        rules += 1;
-        for cell in [model, property, sabotage] {
-            assert!(cell.contains('`'), "rule {rules} names nothing in {cell:?}");
-        }
-        for name in line.split('`').skip(1).step_by(2) {
-            if let Some(step) = name.strip_prefix("Step::") {
-                let known = Step::ALL.iter().any(|known| format!("{known:?}") == step);
-                assert!(known, "rule {rules}: there is no step {step}");
-            }
-            let is_function = name.contains('_') && !name.contains(|c| "./: ".contains(c));
-            if let Some(text) = text.as_ref().filter(|_| is_function) {
-                assert!(has(text, name), "rule {rules}: there is no {name}");
-            }
-        }
-    }
-    assert_eq!(rules, 12);
-}
-
-/// The models write what they caught into the file that `DIRTYMAP_CAUGHT` names; `.ci/run loom` sets it, and runs this last.
-#[test]
-fn what_was_caught_is_what_the_table_says() {
-    let Some(path) = std::env::var_os("DIRTYMAP_CAUGHT") else {
-        return;
-    };
+/// What the models caught, in the file that `DIRTYMAP_CAUGHT` names: `.ci/run loom` sets it, and
+/// runs this after the models.
+fn recorded() -> Option<Caught> {
+    let path = std::env::var_os("DIRTYMAP_CAUGHT")?;
     let record = std::fs::read_to_string(path).expect("a record of what was caught");
-    let mut caught = BTreeMap::<&str, BTreeSet<String>>::new();
+    let mut caught = Caught::new();
     for (step, model) in record.lines().filter_map(|line| line.split_once(' ')) {
-        caught.entry(step).or_default().insert(model.to_owned());
+        let models = caught.entry(step.to_owned()).or_default();
+        models.insert(model.to_owned());
     }
-    let mut wrong = String::new();
-    for (step, what) in Step::ALL
-        .iter()
-        .map(|step| (format!("{step:?}"), step.what()))
-    {
-        let now = caught.get(step.as_str()).cloned().unwrap_or_default();
-        let row = rows().into_iter().find(|(listed, ..)| *listed == step);
-        if now.is_empty() || row.is_none_or(|(_, _, models)| models != now) {
-            let models: Vec<String> = now.iter().map(|model| format!("`{model}`")).collect();
-            wrong += &format!("| `{step}` | {what} | {} |\n", models.join(", "));
+    Some(caught)
+}
+
+/// Writes or compares the steps. `DIRTYMAP_WRITE=1 cargo test -p dirtymap --test sabotage` writes
+/// them; which models fail is left as it is listed unless `DIRTYMAP_CAUGHT` names a record.
+#[test]
+fn the_document_has_every_step_with_its_code_and_its_models() {
+    let Some(sources) = sources() else { return };
+    let caught = recorded().unwrap_or_else(listed);
+    let mut text = String::new();
+    for step in Step::ALL {
+        let name = format!("Step::{step:?}");
+        let performs = |code: &str| {
+            code.split_once(&name)
+                .is_some_and(|(_, rest)| !rest.starts_with(|c: char| c.is_alphanumeric()))
+        };
+        text += &format!("### `{step:?}`\n\n{}\n\n", wrap(step.what(), ""));
+        let mut used = false;
+        for source in sources.iter().filter(|source| source.is_code()) {
+            if source.path.starts_with("src/sync") {
+                continue;
+            }
+            for function in source.functions_with(performs) {
+                text += &format!("* code: `{function}` in `{}`\n", source.path);
+                used = true;
+            }
+        }
+        if !used {
+            let asks = format!("performs({name})");
+            let in_model = sources.iter().any(|source| source.text.contains(&asks));
+            assert!(in_model, "nothing performs {step:?}");
+            text += "* code: none; the model performs it, in the place of the kernel\n";
+        }
+        let models = caught
+            .get(&format!("{step:?}"))
+            .cloned()
+            .unwrap_or_default();
+        assert!(!models.is_empty(), "nothing fails without {step:?}");
+        for model in models {
+            text += &format!("* model: `{model}`\n");
+        }
+        text += "\n";
+    }
+    check_part("docs/sabotage.md", "steps", &text);
+}
+
+#[test]
+fn the_models_of_the_document_exist() {
+    let Some(mut sources) = sources() else { return };
+    sources.retain(|source| source.path.contains("loom"));
+    for (step, models) in listed() {
+        for model in models {
+            assert!(defines(&sources, &model), "{step}: there is no {model}");
         }
     }
-    assert!(
-        wrong.is_empty(),
-        "what was caught is not what docs/sabotage.md says; now it is\n{wrong}"
-    );
 }

@@ -1,0 +1,271 @@
+//! docs/orderings.md and docs/assurance.md name functions, models, tests and steps. Each of them
+//! exists. Each ordered access of the code has its rows in the index that the first test writes.
+#![allow(clippy::expect_used)]
+
+mod common_documents;
+
+use std::collections::BTreeSet;
+
+use common_documents::{Source, check_part, defines, sources, wrap};
+use dirtymap::sync::Step;
+
+const DESIGN: &str = include_str!("../DESIGN.md");
+const ORDERINGS: &str = include_str!("../docs/orderings.md");
+const ASSURANCE: &str = include_str!("../docs/assurance.md");
+
+/// A row of docs/orderings.md: its number, the lines of its sides, and the line of its models.
+#[derive(Default)]
+struct Row {
+    number: String,
+    sides: String,
+    models: String,
+}
+
+fn rows() -> Vec<Row> {
+    let mut rows: Vec<Row> = Vec::new();
+    let (mut in_row, mut in_models) = (false, false);
+    for line in ORDERINGS
+        .lines()
+        .take_while(|line| !line.starts_with("## Index"))
+    {
+        if let Some(number) = line.strip_prefix("### Row ") {
+            let number = number.to_owned();
+            rows.push(Row {
+                number,
+                ..Row::default()
+            });
+            in_row = true;
+        } else if line.starts_with("* ") {
+            in_models = line.starts_with("* model: ");
+        } else if !line.is_empty() && !line.starts_with("  ") {
+            in_row = false; // what follows the list is no part of the row
+        }
+        if let Some(row) = rows.last_mut().filter(|_| in_row && !line.starts_with('#')) {
+            let part = if in_models {
+                &mut row.models
+            } else {
+                &mut row.sides
+            };
+            *part += line.trim_start();
+            part.push(' ');
+        }
+    }
+    rows
+}
+
+/// What stands in back quotes.
+fn quoted(text: &str) -> impl Iterator<Item = &str> {
+    text.split('`').skip(1).step_by(2)
+}
+
+fn is_step(name: &str) -> bool {
+    Step::ALL.iter().any(|step| format!("{step:?}") == name)
+}
+
+/// A name of snake case that is no path, no file and no expression: a test or a model.
+fn is_test(name: &str) -> bool {
+    let is_letter = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+    name.contains('_') && name.chars().all(is_letter)
+}
+
+/// Whether `name`, as a row has it, names `function` of `source`: the last part is the function's
+/// name; the part before it, if there is one, is its type, or for a function without a type a part
+/// of the path of the file.
+fn names(name: &str, source: &Source, function: &str) -> bool {
+    let (of, name) = name.rsplit_once("::").unwrap_or(("", name));
+    let of = of.rsplit("::").next().unwrap_or(of);
+    let (own, function) = function.rsplit_once("::").unwrap_or(("", function));
+    let mut path = source.path.trim_end_matches(".rs").split('/');
+    name == function
+        && (of.is_empty() || of == own || own.is_empty() && path.any(|part| part == of))
+}
+
+fn is_ordered(code: &str) -> bool {
+    let mut words = code.split(|c: char| !c.is_alphanumeric() && c != '_');
+    words.any(|word| {
+        matches!(word, "Acquire" | "Release" | "AcqRel" | "SeqCst")
+            || (word.contains("fence") && code.contains(&format!("{word}(")))
+    })
+}
+
+/// `DIRTYMAP_WRITE=1 cargo test -p dirtymap --test documents` writes the index.
+#[test]
+fn the_index_has_every_ordered_access_with_its_rows() {
+    let Some(sources) = sources() else { return };
+    let rows = rows();
+    let mut text = String::new();
+    for source in sources.iter().filter(|source| source.is_code()) {
+        if source.path.starts_with("src/sync") {
+            continue;
+        }
+        let mut entries = String::new();
+        for function in source.functions_with(is_ordered) {
+            let named = |row: &&Row| quoted(&row.sides).any(|name| names(name, source, &function));
+            let numbers: Vec<&str> = rows
+                .iter()
+                .filter(named)
+                .map(|row| row.number.as_str())
+                .collect();
+            let numbers = match numbers.is_empty() {
+                true => "see the comment there".to_owned(),
+                false => numbers.join(", "),
+            };
+            entries += &wrap(&format!("* `{function}`: {numbers}"), "  ");
+            entries.push('\n');
+        }
+        if !entries.is_empty() {
+            text += &format!("`{}`\n\n{entries}\n", source.path);
+        }
+    }
+    check_part("docs/orderings.md", "index", &text);
+}
+
+#[test]
+fn the_rows_are_in_order() {
+    let key = |number: &str| {
+        let digits: String = number.chars().filter(char::is_ascii_digit).collect();
+        let letters: String = number.chars().filter(|c| !c.is_ascii_digit()).collect();
+        let kernel = letters.starts_with('K');
+        (
+            kernel,
+            digits.parse::<u32>().expect("the number of a row"),
+            letters,
+        )
+    };
+    let numbers: Vec<_> = rows().iter().map(|row| key(&row.number)).collect();
+    assert!(numbers.len() >= 60, "there are {} rows", numbers.len());
+    for pair in numbers.windows(2) {
+        assert!(
+            pair[0] < pair[1],
+            "row {:?} is before row {:?}",
+            pair[0],
+            pair[1]
+        );
+    }
+}
+
+/// The functions of each side, the models, and the steps that a row names exist. A row has a model,
+/// or says that it holds by reading.
+#[test]
+fn what_the_rows_name_exists() {
+    let Some(sources) = sources() else { return };
+    for Row {
+        number,
+        sides,
+        models,
+    } in rows()
+    {
+        for name in quoted(&sides) {
+            let last = name.rsplit("::").next().unwrap_or(name);
+            let is_path = name.contains("::") || is_test(name);
+            if is_path && last.starts_with(|c: char| c.is_ascii_lowercase()) {
+                let std = last.starts_with("fetch_");
+                assert!(
+                    std || defines(&sources, last),
+                    "row {number}: there is no {name}"
+                );
+            }
+        }
+        assert!(!models.is_empty(), "row {number} has no line of its models");
+        let mut tests = 0;
+        for name in quoted(&models) {
+            if name.starts_with(|c: char| c.is_ascii_uppercase()) && !name.contains("::") {
+                assert!(is_step(name), "row {number}: there is no step {name}");
+            } else if is_test(name) {
+                assert!(defines(&sources, name), "row {number}: there is no {name}");
+                tests += 1;
+            }
+        }
+        let argued = models.contains("by reading") || models.contains("protocol");
+        assert!(tests > 0 || argued, "row {number} has no model");
+    }
+}
+
+/// Each rule of docs/assurance.md has its models, its properties or tests, its sabotage, and what
+/// is not covered. Everything that the document names is there.
+#[test]
+fn every_rule_has_its_sections_and_what_it_names() {
+    let mut numbers = BTreeSet::new();
+    for rule in ASSURANCE.split("\n### Rule ").skip(1) {
+        let rule = rule.split("\n#").next().unwrap_or(rule);
+        let (number, rest) = rule.split_once('.').expect("the number of a rule");
+        numbers.insert(number.parse::<u32>().expect("the number of a rule"));
+        for part in [
+            "* models:",
+            "* properties and tests:",
+            "* sabotage:",
+            "* not covered:",
+        ] {
+            let (_, text) = rest
+                .split_once(part)
+                .unwrap_or_else(|| panic!("rule {number}: no {part}"));
+            let text = text.split("\n* ").next().unwrap_or(text);
+            let said = text.contains('`') || part == "* not covered:" || text.contains("none");
+            assert!(said, "rule {number} names nothing after {part}");
+        }
+    }
+    let wanted = BTreeSet::from_iter((1..=12).chain([15, 16, 17, 19]));
+    assert_eq!(numbers, wanted);
+
+    let sources = sources();
+    for name in quoted(&without_code(ASSURANCE)) {
+        if let Some(step) = name.strip_prefix("Step::") {
+            let known = step.is_empty() || step == "ALL" || is_step(step);
+            assert!(known, "docs/assurance.md: there is no step {step}");
+        } else if let Some(sources) = sources.as_ref().filter(|_| is_test(name)) {
+            assert!(
+                defines(sources, name),
+                "docs/assurance.md: there is no {name}"
+            );
+        } else if sources.is_some()
+            && (name.ends_with(".rs") || name.ends_with(".md"))
+            && !name.contains('*')
+        {
+            let file = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
+            assert!(file.exists(), "docs/assurance.md: there is no file {name}");
+        }
+    }
+}
+
+/// The document without its blocks of code.
+fn without_code(document: &str) -> String {
+    document.split("```").step_by(2).collect()
+}
+
+/// The section of DESIGN.md about the structure has each folder and each file of the library, and
+/// no other one.
+#[test]
+fn the_structure_has_every_folder_and_file() {
+    let Some(sources) = sources() else { return };
+    let (_, structure) = DESIGN.split_once("## 3. Structure").expect("the section");
+    let (structure, _) = structure.split_once("\n## ").expect("the next section");
+    let mut there: BTreeSet<String> = BTreeSet::new();
+    for source in sources.iter().filter(|source| source.is_code()) {
+        let Some(path) = source.path.strip_prefix("src/") else {
+            continue;
+        };
+        // `folder/file.rs`, `folder/deeper/` or `file.rs`.
+        let mut parts = path.split('/');
+        let name: Vec<&str> = parts.by_ref().take(2).collect();
+        let deeper = if parts.next().is_some() { "/" } else { "" };
+        there.insert(name.join("/") + deeper);
+    }
+    there.retain(|name| {
+        name != "lib.rs" && !name.ends_with("/mod.rs") && !name.starts_with("sync/")
+    });
+    let mut listed: BTreeSet<String> = BTreeSet::new();
+    for section in structure.split("\n### ").skip(1) {
+        let folder = quoted(section.lines().next().unwrap_or_default())
+            .next()
+            .unwrap_or_default();
+        let names = section.split("\n").skip(1).flat_map(quoted);
+        listed.extend(
+            names
+                .filter(|name| name.ends_with(".rs") || name.ends_with('/'))
+                .map(|name| format!("{folder}{name}")),
+        );
+    }
+    listed.retain(|name| !name.ends_with("/mod.rs") && name != "sync/");
+    let wrong: Vec<&String> = listed.symmetric_difference(&there).collect();
+    assert!(wrong.is_empty(), "listed or there, and not both: {wrong:?}");
+}
