@@ -10,6 +10,11 @@ use crate::error::Error;
 use crate::sync::{Arc, AtomicBool, AtomicUsize, Ordering, thread};
 use crate::units::{Granule, Iova, IovaRange};
 
+/// Changes of one kind in a loop; few under Miri, which runs each a thousand times slower.
+const fn times(usual: u64) -> u64 {
+    if cfg!(miri) { usual / 100 } else { usual }
+}
+
 fn range(start: u64, last: u64) -> IovaRange {
     IovaRange::new(Iova::new(start), Iova::new(last)).unwrap()
 }
@@ -276,14 +281,14 @@ fn agrees_with_a_btree_map<const F: usize>(seed: u64, rounds: u64) {
 #[test]
 fn narrow_nodes_agree_with_a_btree_map() {
     for seed in 1..=4 {
-        agrees_with_a_btree_map::<4>(seed, 1000);
+        agrees_with_a_btree_map::<4>(seed, times(1000));
     }
 }
 
 #[test]
 fn wide_nodes_agree_with_a_btree_map() {
     for seed in 5..=8 {
-        agrees_with_a_btree_map::<16>(seed, 1000);
+        agrees_with_a_btree_map::<16>(seed, times(1000));
     }
 }
 
@@ -395,7 +400,7 @@ fn first_fit_at_both_ends_of_the_address_space() {
 
 #[test]
 fn racing_allocations_never_share_an_address() {
-    const EACH: u64 = 2000;
+    const EACH: u64 = times(2000);
     let tree: AreaTree<u64, 4> = AreaTree::new();
     thread::scope(|scope| {
         for len in [3, 5] {
@@ -612,7 +617,7 @@ fn of_two_overlapping_inserts_one_wins() {
 fn a_reader_sees_all_of_a_batch_or_nothing() {
     /// Areas that one batch moves between two places.
     const SET: u64 = 24;
-    const MOVES: u64 = 3000;
+    const MOVES: u64 = times(3000);
     let mut maker = Maker::default();
     let tree: AreaTree<Counted, 4> = AreaTree::new();
     for i in 0..SET {
