@@ -6,7 +6,9 @@
 mod common;
 
 use common::{Fake, PAGE, pages, two_sources};
-use dirtymap::{Access, AddressSpace, Error, Granule, HarvestRequest, Iova, IovaRange, UserBitmap};
+use dirtymap::{
+    Access, AddressSpace, Error, Granule, HarvestRequest, Iova, IovaRange, Scope, UserBitmap,
+};
 use std::sync::{Arc, mpsc};
 
 const RW: Access = Access::ReadWrite;
@@ -318,6 +320,15 @@ fn a_batch_and_an_attach_of_larger_pages_refuse_each_other() {
     let areas = [pages(0, 4), pages(8, 4)];
     assert_eq!(mapped(&space), areas);
     assert_eq!(large.with(|s| s.mapped.clone()), areas);
+    // Of each domain alone, too: its consumer does not look at marks.
+    let domain = Scope::Domain(space.domains()[0]);
+    let peeked = areas.map(|area| {
+        let mut words = [0];
+        let request = HarvestRequest::new(area, Granule::K4).in_scope(domain);
+        space.peek(&request, UserBitmap::new(&mut words)).unwrap();
+        words[0]
+    });
+    assert_eq!(peeked, [0b0001, 0b0010]);
     handle.mark(pages(3, 1)).unwrap();
     assert_eq!(take(&space, areas[0]), 0b1001);
     assert_eq!(take(&space, areas[1]), 0b0010);

@@ -25,6 +25,7 @@
 use std::convert::Infallible;
 
 use super::area::{Area, Pairs};
+use super::attachment::Attachment;
 use super::emptying::Emptied;
 use super::plan::{Plan, Touched, check_new};
 use super::{AddressSpace, Unmapped};
@@ -181,22 +182,42 @@ impl AddressSpace {
         // Acquire: pairs with the Release fence in `LeafSink` and with `Slot::free`; whatever took a leaf before `empty_part`
         // looked at it has said so in a slot, or has kept the rest.
         fence(Ordering::Acquire);
-        for (area, range) in plan.going() {
-            self.mark_in_flight(area, range);
-            self.mark_kept(area, range);
-            if let Some(sink) = record.as_deref_mut() {
-                // Recorded while everything can still be taken back.
-                let recorded = area.marks.peek(range, sink);
-                recorded.map_err(|stopped| stopped.error)?;
+        let mut moved = Vec::new();
+        let published = self
+            .record(plan, record.as_deref_mut(), &mut moved)
+            .and_then(|()| self.publish(plan, claimed, promised));
+        if let Err(error) = published {
+            // The areas stay: a harvest of one domain finds there what it would have found.
+            for (domain, runs) in moved {
+                runs.iter().for_each(|run| domain.kept.mark(*run));
             }
+            return Err(error.into());
         }
-        self.publish(plan, claimed, promised)?;
         let unmapped = self.collect(plan, record);
         if unmapped.areas != 0 {
             // F2 of the marks' protocol: who marked without a write to the mark is seen by the copies.
             self.ordering.before_copies();
         }
         Ok(unmapped)
+    }
+
+    /// Brings all that is dirty in what goes to the marks, and records them while everything can
+    /// still be taken back. What that takes from domains is added to `moved`.
+    fn record(
+        &self,
+        plan: &Plan,
+        mut record: Option<&mut Sink<'_>>,
+        moved: &mut Vec<(Arc<Attachment>, Vec<IovaRange>)>,
+    ) -> Result<(), Error> {
+        for (area, range) in plan.going() {
+            self.mark_in_flight(area, range);
+            moved.extend(self.mark_kept(area, range));
+            if let Some(sink) = record.as_deref_mut() {
+                let recorded = area.marks.peek(range, sink);
+                recorded.map_err(|stopped| stopped.error)?;
+            }
+        }
+        Ok(())
     }
 
     /// Takes the addresses of new areas, and says which.
@@ -241,7 +262,7 @@ impl AddressSpace {
             // Devices may have written there already.
             for area in new() {
                 let range = area.mapping.range;
-                self.mark_kept(area, range);
+                let _ = self.mark_kept(area, range);
                 self.discard(area.marks.clear(range));
             }
         }
@@ -335,12 +356,22 @@ impl AddressSpace {
         }
     }
 
-    /// Moves what is kept for all domains to the marks of `area`, which is going and whose pairs are held.
-    pub(super) fn mark_kept(&self, area: &Area, range: IovaRange) {
+    /// Moves what is kept for all domains to the marks of `area`, which is going and whose pairs are
+    /// held. Returns what that was, for a caller whose area may stay.
+    pub(super) fn mark_kept(
+        &self,
+        area: &Area,
+        range: IovaRange,
+    ) -> Vec<(Arc<Attachment>, Vec<IovaRange>)> {
+        let mut moved = Vec::new();
         for domain in self.attachments().iter() {
             let kept = domain.kept.take_runs(range);
-            kept.into_iter().for_each(|run| area.marks.mark(run));
+            kept.iter().for_each(|run| area.marks.mark(*run));
+            if !kept.is_empty() {
+                moved.push((Arc::clone(domain), kept));
+            }
         }
+        moved
     }
 
     /// Makes the plan the state of the tree, unless a domain has come whose pages it would cut.

@@ -7,9 +7,12 @@
 //!                                                          collect the marks <---- out of the tree, record the marks
 //! ```
 //!
-//! What was dirty in a source is kept for its domain, behind the debt, as in an abort. So if the flush fails, the area is
-//! still there and its pages are still dirty. If it succeeds, all of it comes to the marks: they are all that there is to
-//! record or to discard. The steps are in [`change`](super::change).
+//! What was dirty in a source is kept for its domain, behind the debt, as in an abort. So if the
+//! flush fails, the area is still there and its pages are still dirty. If it succeeds, all of it
+//! comes to the marks: they are all that there is to record or to discard. If the recording fails,
+//! or the publication, the area stays, and each domain gets back what was kept for it: a harvest of
+//! one domain looks at no marks. The marks have it as well, a superset. The steps are in
+//! [`change`](super::change).
 //!
 //! # No write is lost
 //! A source ends a translation by one exchange, whose result is the last word on D. Take a write to a page that is
@@ -156,7 +159,7 @@ impl AddressSpace {
         let mut pairs = area.pairs();
         let emptied = self.empty_part(range, false, &mut pairs);
         self.settle(emptied)?;
-        self.mark_kept(area, range);
+        let _ = self.mark_kept(area, range);
         let _: Result<(), Error> = self.areas.update(|edit| {
             edit.remove(range.start());
             Ok(())
