@@ -38,10 +38,11 @@
 //!      if so, mark the page as well
 //! ```
 //!
-//! If F3 comes first, U2 takes the page; otherwise P2 marks it, and what becomes of marks is the protocol of
-//! [`unmap`](super::unmap). Where the page was kept already, P1 is a load that comes before U2, which takes it. A page that
-//! P1 keeps after U2 may be kept on, and is dirty in the next area at its address: a superset. That area must not forget
-//! it: from its publication on, what is kept there may be its own.
+//! If F3 comes first, U2 takes the page; otherwise P2 marks it, and what becomes of marks is the
+//! protocol of [`unmap`](super::unmap). Where the page was kept already, P1 is a load that comes
+//! before U2, which takes it. A page that P1 keeps after U2 may be kept on, and is dirty in the next
+//! area at its address: a superset. That area must not forget it: from its publication on, or from
+//! the promise of its addresses in a batch, what is kept there may be its own.
 
 use std::convert::Infallible;
 
@@ -338,7 +339,17 @@ impl AddressSpace {
     ///
     /// Nothing was taken after the tree had the version `taken`: what lies in an area that came
     /// later was in another one at the same addresses, and is outside as well.
+    ///
+    /// Where a batch has promised an area, it may have been filled, and the page be its own: it is
+    /// kept for the domains, which the area brings along. It counts as outside all the same, as it
+    /// may be that of an area that has gone.
     pub(crate) fn put_back(&self, run: IovaRange, covered: &Covered, taken: u64) -> Outside {
+        // Before the look at the areas: a promise becomes an area in one step.
+        for promised in self.snapshot().rules().promised_parts(run) {
+            for domain in covered.domains() {
+                domain.kept.mark(promised);
+            }
+        }
         let outside = self.in_areas(run, |area, part| {
             if area.is_younger(taken) {
                 let mut outside = Outside::default();
