@@ -393,6 +393,32 @@ fn a_switch_on_whose_taking_back_panics_is_repaired_by_the_next() {
     assert_eq!(take(&space), 0xff);
 }
 
+/// A source that panicked in its first switch, and again when that was taken back, is in doubt, but
+/// nobody may take its silence for "clean": there is no baseline.
+#[test]
+fn a_source_whose_first_switch_panicked_was_never_tracked() {
+    let points = Arc::new(Points::default());
+    let space = AddressSpace::new(Granule::K4);
+    space.attach(Device::new(&points)).unwrap();
+    space.map(pages(0, 16), 0, RW).unwrap();
+    points.arm("tracking: begun", 0, 2);
+    assert!(panics(|| space.set_tracking(true)).is_err());
+    assert_eq!(points.fired(), 2);
+    points.disarm();
+    for repaired in [false, true] {
+        let mut words = [0u64];
+        let request = HarvestRequest::new(pages(0, 16), Granule::K4);
+        let refused = space.harvest(&request, UserBitmap::new(&mut words));
+        let refused = refused.map(drop).map_err(Error::from);
+        assert!(
+            matches!(refused, Err(Error::NeverTracked { .. })),
+            "repaired {repaired}: {refused:?}"
+        );
+        // Asked again, as it is in doubt; off as it always was.
+        space.set_tracking(false).unwrap();
+    }
+}
+
 #[test]
 fn an_attach_that_panics_before_it_is_published_leaves_no_trace() {
     for point in [
