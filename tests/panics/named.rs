@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use dirtymap::{
-    Access, AddressSpace, Change, DomainId, Error, Granule, HarvestRequest, Iova, IovaRange, Scope,
-    SparseBitmap, UserBitmap,
+    Access, AddressSpace, Change, DomainId, Error, Granule, HarvestRequest, Iova, IovaRange,
+    Leaves, Scope, SparseBitmap, UserBitmap,
 };
 
 use crate::mock::{Device, Owned, Points, numbers, pages, panics};
@@ -90,6 +90,25 @@ fn an_unmap_that_panics_half_way_loses_no_dirty_page() {
             assert_eq!(space.stats().flush.pending, 0);
         }
     }
+}
+
+/// What a source has done before it panicked is not known: it may have parted or freed tables, and
+/// its leaves may have any size. The invalidation says so.
+#[test]
+fn an_unmap_that_panics_owes_tables_and_leaves_of_all_sizes() {
+    let (space, points, devices) = tracked(1);
+    points.arm("unmap: taken", 0, 1);
+    assert!(panics(|| space.unmap_discarding(pages(0, 16))).is_err());
+    let mut words = [0u64];
+    let request = HarvestRequest::new(pages(0, 16), Granule::K4);
+    let lease = space.harvest(&request, UserBitmap::new(&mut words));
+    lease.unwrap().sync().unwrap().commit();
+    let all = Leaves {
+        smallest: Granule::K4,
+        largest: Granule::from_bytes(16 << 12).unwrap(),
+    };
+    let told = devices[0].with(|s| s.invalidated.clone());
+    assert_eq!(told.last(), Some(&(true, Some(all))), "{told:?}");
 }
 
 /// The same without a harvest in between: what the first call took is in the result of the second.
