@@ -112,3 +112,36 @@ pub(crate) fn go_on(panic: Option<Panic>) {
         None => (),
     }
 }
+
+#[cfg(all(test, not(dirtymap_loom)))]
+mod tests {
+    use super::*;
+
+    fn panicked(text: &'static str) -> Failure {
+        Failure::Panicked(Box::new(text))
+    }
+
+    fn refused(at: u64) -> Failure {
+        let at = crate::units::Iova::new(at);
+        Failure::Refused(Error::CannotSplit { at })
+    }
+
+    fn text(failure: Failure) -> String {
+        match failure {
+            Failure::Refused(error) => error.to_string(),
+            Failure::Panicked(panic) => format!("panic {:?}", panic.downcast_ref::<&str>()),
+        }
+    }
+
+    /// An error of the undoing, such as a flush that is refused, does not hide the panic that made
+    /// it necessary.
+    #[test]
+    fn a_panic_goes_on_before_any_error_and_the_first_before_the_second() {
+        let told = |first: Failure, later: Failure| text(first.then(later));
+        let first = "panic Some(\"first\")";
+        assert_eq!(told(panicked("first"), refused(1)), first);
+        assert_eq!(told(panicked("first"), panicked("later")), first);
+        assert_eq!(told(refused(1), panicked("first")), first);
+        assert_eq!(told(refused(1), refused(2)), text(refused(2)));
+    }
+}

@@ -9,7 +9,8 @@ use common::{Fake, PAGE, pages};
 use common_file::scratch;
 use dirtymap::{
     Access, AddressSpace, DirtySource, Error, FileBitmap, FlushGather, Granule, HarvestError,
-    HarvestRequest, Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, UserBitmap,
+    HarvestRequest, Invalidated, Iova, IovaRange, LeafSink, Mapping, Scope, Sink, Stopped,
+    UserBitmap,
 };
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -394,4 +395,50 @@ fn a_harvest_that_cannot_record_hides_nothing_from_an_unmap() {
         // An abort that cannot read its file puts back everything: more than the page is fine.
         gone.dirty_bytes >= u128::from(PAGE) && words[0] & 1 == 1
     });
+}
+
+/// An unmap has moved what was dirty in a domain to the marks when the file turns out to be too
+/// short. The area stays, and a harvest of that domain alone, which looks at no marks, found
+/// nothing: its consumer lost the page.
+#[test]
+fn an_unmap_that_cannot_record_leaves_each_domain_what_it_had() {
+    let (ours, other) = (Arc::new(Fake::default()), Arc::new(Fake::default()));
+    let space = AddressSpace::new(Granule::K4);
+    let [id, other_id] = [&ours, &other].map(|source| space.attach(source.clone()).unwrap());
+    let all = pages(0, 2 * WINDOW);
+    space.map(all, 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    let taken = |scope| {
+        let mut words = vec![0; 2 * WINDOW as usize / 64];
+        let request = HarvestRequest::new(all, Granule::K4).in_scope(scope);
+        let lease = space.harvest(&request, UserBitmap::new(&mut words));
+        let lease = lease.unwrap().sync().unwrap();
+        let runs: Vec<IovaRange> = lease.runs().collect();
+        lease.commit();
+        runs
+    };
+    // One page in its table, and one that a lease put back.
+    let [kept, dirty] = [WINDOW + 3, WINDOW + 9];
+    ours.dirty(kept);
+    let mut words = vec![0; 2 * WINDOW as usize / 64];
+    let request = HarvestRequest::new(all, Granule::K4).in_scope(Scope::Domain(id));
+    let lease = space.harvest(&request, UserBitmap::new(&mut words));
+    lease.unwrap().abort();
+    ours.dirty(dirty);
+    let bitmap = FileBitmap::new(scratch(2 << 16), 0, 2 << 16);
+    let bitmap = bitmap.with_window(1 << 16).unwrap();
+    let cut = bitmap.file().try_clone().unwrap();
+    ours.with(|s| s.on_unmap = Some(Box::new(move || cut.set_len(1 << 16).unwrap())));
+    let refused = space.unmap(all, Granule::K4, UserBitmap::file(&bitmap));
+    assert!(
+        matches!(refused, Err(Error::BitmapShrank { .. })),
+        "{refused:?}"
+    );
+    assert_eq!(taken(Scope::Domain(other_id)), []);
+    let both = [pages(kept, 1), pages(dirty, 1)];
+    assert_eq!(taken(Scope::Domain(id)), both);
+    // A superset: the marks have them as well.
+    assert_eq!(taken(Scope::All), both);
+    let unmapped = space.unmap_discarding(all).unwrap();
+    assert_eq!((unmapped.areas, unmapped.discarded_bytes), (1, 0));
 }

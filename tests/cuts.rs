@@ -6,7 +6,9 @@
 mod common;
 
 use common::{Fake, PAGE, pages, two_sources};
-use dirtymap::{Access, AddressSpace, Error, Granule, HarvestRequest, Iova, IovaRange, UserBitmap};
+use dirtymap::{
+    Access, AddressSpace, Error, Granule, HarvestRequest, Iova, IovaRange, Scope, UserBitmap,
+};
 use std::sync::{Arc, mpsc};
 
 const RW: Access = Access::ReadWrite;
@@ -318,10 +320,63 @@ fn a_batch_and_an_attach_of_larger_pages_refuse_each_other() {
     let areas = [pages(0, 4), pages(8, 4)];
     assert_eq!(mapped(&space), areas);
     assert_eq!(large.with(|s| s.mapped.clone()), areas);
+    // Of each domain alone, too: its consumer does not look at marks.
+    let domain = Scope::Domain(space.domains()[0]);
+    let peeked = areas.map(|area| {
+        let mut words = [0];
+        let request = HarvestRequest::new(area, Granule::K4).in_scope(domain);
+        space.peek(&request, UserBitmap::new(&mut words)).unwrap();
+        words[0]
+    });
+    assert_eq!(peeked, [0b0001, 0b0010]);
     handle.mark(pages(3, 1)).unwrap();
     assert_eq!(take(&space, areas[0]), 0b1001);
     assert_eq!(take(&space, areas[1]), 0b0010);
     // Nothing is claimed, or held, or believed to have gone.
     let unmapped = space.unmap_discarding(IovaRange::ALL).unwrap();
     assert_eq!((unmapped.areas, space.stats().outside_marks), (2, 0));
+}
+
+/// The same, where the first cut of the batch is fine and the second is not.
+#[test]
+fn all_cuts_of_a_batch_are_checked_again() {
+    use dirtymap::Change::Cut;
+    let small = Arc::new(Fake::default());
+    let space = Arc::new(untracked().with_source(small.clone()).unwrap());
+    space.map(pages(0, 8), 0, RW).unwrap();
+    let (large, attached) = attach_at_flush(&space, &small);
+    let cuts = [2, 1, 4].map(|page| Cut { at: at(page) });
+    let refused = space.apply(&cuts).unwrap_err();
+    let Error::Change { index: 1, error } = refused else {
+        panic!("{refused}");
+    };
+    assert!(is_cut_of_page_1(&error), "{error}");
+    assert!(attached.recv().unwrap().join().unwrap());
+    assert_eq!(mapped(&space), [pages(0, 8)]);
+    assert_eq!(large.with(|s| s.mapped.clone()), [pages(0, 8)]);
+}
+
+/// A cut of what the batch has unmapped before finds nothing to cut: all of it goes, in one piece.
+#[test]
+fn a_batch_does_not_cut_what_it_has_unmapped() {
+    use dirtymap::Change::{Cut, Unmap};
+    let (space, first, second) = two_sources();
+    space.map(pages(0, 8), 0, RW).unwrap();
+    let unmap = |first, n| Unmap {
+        range: pages(first, n),
+    };
+    let changes = [
+        Cut { at: at(4) },
+        unmap(4, 4),
+        Cut { at: at(6) },
+        unmap(0, 4),
+        Cut { at: at(2) },
+    ];
+    let unmapped = space.apply(&changes).unwrap();
+    assert_eq!((unmapped.areas, unmapped.bytes), (2, 8 * u128::from(PAGE)));
+    assert_eq!(mapped(&space), []);
+    for source in [first, second] {
+        assert_eq!(source.with(|s| s.mapped.clone()), []);
+    }
+    space.map(pages(0, 8), 0, RW).unwrap();
 }

@@ -6,12 +6,12 @@ mod common;
 
 use common::{PAGE, pages, two_sources};
 use dirtymap::{
-    Aborted, Access, AddressSpace, Change, DirtySource, Error, FlushGather, Granule,
+    Aborted, Access, AddressSpace, Change, DirtySource, Error, FlushGather, Granule, HarvestBounds,
     HarvestRequest, Invalidated, Iova, IovaRange, LeafSink, Lease, Mapping, Owed, Scope, Sink,
     Stopped, UserBitmap,
 };
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 
 /// 64 pages, of which a device may have cached that their dirty bit is set.
 #[derive(Default)]
@@ -286,5 +286,101 @@ fn parts_in_any_order_are_committed_once() {
             stats.leased_bytes,
             stats.committed_bytes + stats.aborted_bytes
         );
+    }
+}
+
+/// A batch fills its areas before they are in the tree. A harvest with an older list of areas took
+/// a page that a device had written there, and was aborted while the batch went on: the page was in
+/// no area, so it was said to be outside, and the area came without it.
+#[test]
+fn an_abort_keeps_pages_of_an_area_that_a_batch_is_about_to_publish() {
+    for one_domain in [false, true] {
+        let (space, first, second) = two_sources();
+        let space = Arc::new(space);
+        space.map(pages(0, 16), 0, Access::ReadWrite).unwrap();
+        space.set_tracking(true).unwrap();
+        let scope = match one_domain {
+            true => Scope::Domain(space.domains()[0]),
+            false => Scope::All,
+        };
+        let (filled, is_filled) = mpsc::channel();
+        let (go_on, goes_on) = mpsc::channel::<()>();
+        second.with(|s| {
+            s.on_map = Some(Box::new(move || {
+                filled.send(()).unwrap();
+                goes_on.recv().unwrap();
+            }));
+        });
+        let (batch, running) = mpsc::channel();
+        first.with(|s| {
+            let (space, first) = (space.clone(), first.clone());
+            // The harvest is under way.
+            s.on_read = Some(Box::new(move || {
+                space.unmap_discarding(pages(0, 16)).unwrap();
+                let thread = std::thread::spawn(move || {
+                    let (range, backing, access) = (pages(0, 16), 0, Access::ReadWrite);
+                    let map = Change::Map {
+                        range,
+                        backing,
+                        access,
+                    };
+                    space.apply(&[map]).unwrap();
+                });
+                is_filled.recv().unwrap();
+                first.dirty(5);
+                batch.send(thread).unwrap();
+            }));
+        });
+        let mut words = [0u64];
+        let request = HarvestRequest::new(pages(0, 16), Granule::K4).in_scope(scope);
+        let lease = space.harvest(&request, UserBitmap::new(&mut words));
+        let lease = lease.unwrap();
+        assert_eq!(lease.report().bits_set, 1);
+        drop(lease);
+        go_on.send(()).unwrap();
+        running.recv().unwrap().join().unwrap();
+        let mut words = [0u64];
+        let lease = space.harvest(&request, UserBitmap::new(&mut words));
+        lease.unwrap().sync().unwrap().commit();
+        assert_eq!(words, [1 << 5]);
+    }
+}
+
+/// Every mode of harvest says how old its lease is: what it took of an area that has gone is
+/// outside, though another one has its addresses, or pieces of another one.
+#[test]
+fn leases_of_all_modes_know_their_age() {
+    for (mode, cut) in (0..4).flat_map(|mode| [(mode, false), (mode, true)]) {
+        let (space, first, _) = two_sources();
+        space.map(pages(0, 16), 0, Access::ReadWrite).unwrap();
+        space.set_tracking(true).unwrap();
+        first.dirty(5);
+        let (mut words, mut mask) = ([0u64], [1u64 << 5]);
+        let mask = UserBitmap::new(&mut mask);
+        let mask = mask.view(pages(0, 16), Granule::K4).unwrap();
+        let request = HarvestRequest::new(pages(0, 16), Granule::K4);
+        let bitmap = UserBitmap::new(&mut words);
+        let bounds = HarvestBounds::default();
+        let lease = match mode {
+            0 => space.harvest(&request, bitmap).unwrap(),
+            1 => space.harvest_masked(&request, &mask, bitmap).unwrap(),
+            2 => {
+                let part = space.harvest_bounded(&request, Iova::MIN, bounds, bitmap);
+                part.unwrap().lease
+            }
+            #[cfg(feature = "rayon")]
+            _ => space.harvest_parallel(&request, bitmap).unwrap(),
+            #[cfg(not(feature = "rayon"))]
+            _ => continue,
+        };
+        space.unmap_discarding(pages(0, 16)).unwrap();
+        space.map(pages(0, 16), 0, Access::ReadWrite).unwrap();
+        if cut {
+            assert!(space.cut(Iova::new(4 * PAGE)).unwrap());
+        }
+        let aborted = lease.abort();
+        let told = (aborted.bytes, aborted.outside_bytes);
+        assert_eq!(told, (0, PAGE), "mode {mode}, cut {cut}");
+        assert_eq!(take(&space, pages(0, 16)), 0);
     }
 }

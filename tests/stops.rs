@@ -329,3 +329,75 @@ fn of_two_stops_of_a_parallel_harvest_the_lowest_counts() {
         }
     }
 }
+
+/// Of three pieces of a parallel harvest the lowest stops, and the highest has nothing: what the one
+/// between them took is put back.
+#[cfg(feature = "rayon")]
+#[test]
+fn a_piece_above_that_recorded_nothing_hides_no_other() {
+    let piece = 1u64 << 18;
+    let (space, first, second) = two_sources();
+    space
+        .map(pages(0, 3 * piece), 0, Access::ReadWrite)
+        .unwrap();
+    space.set_tracking(true).unwrap();
+    first.dirty(piece + 7);
+    second.with(|s| s.stop_at = Some(100));
+    let mut words = vec![0u64; 3 * piece as usize / 64];
+    let all = request(pages(0, 3 * piece));
+    let stop = stopped(space.harvest_parallel(&all, UserBitmap::new(&mut words)));
+    assert_eq!(stop.lease.report().bits_set, 0);
+    drop(stop);
+    second.with(|s| s.stop_at = None);
+    assert_eq!(take(&space, 3 * piece), [piece + 7]);
+    accounts_hold(&space);
+}
+
+/// What is to be put back at a stop, and lies in an area that has gone meanwhile, is counted.
+#[test]
+fn from_a_stop_on_what_has_gone_meanwhile_is_counted() {
+    let (space, first, second) = two_sources();
+    let space = Arc::new(space);
+    space.map(pages(0, 64), 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    [5, 50].iter().for_each(|page| first.dirty(*page));
+    second.with(|s| {
+        let space = space.clone();
+        s.on_read = Some(Box::new(move || {
+            space.unmap_discarding(pages(0, 64)).unwrap();
+        }));
+        s.stop_at = Some(10);
+    });
+    let mut words = [0u64];
+    let stop = stopped(space.harvest(&request(pages(0, 64)), UserBitmap::new(&mut words)));
+    assert_eq!(stop.lease.report().bits_set, 1);
+    assert_eq!(space.stats().put_back_outside_bytes, PAGE);
+    let aborted = stop.lease.abort();
+    assert_eq!((aborted.bytes, aborted.outside_bytes), (0, PAGE));
+    assert_eq!(space.stats().put_back_outside_bytes, 2 * PAGE);
+}
+
+/// A source that names a stop outside of what it was asked for has done nothing of it, for all that
+/// is known: the harvest stops where the source was asked to begin.
+#[test]
+fn a_stop_outside_of_what_was_asked_is_one_at_its_beginning() {
+    for lie in [0, 40, 1 << 40] {
+        let (space, first, second) = tracked();
+        [12, 35].iter().for_each(|page| first.dirty(*page));
+        space.mark(pages(14, 1)).unwrap();
+        second.with(|s| {
+            s.stop_at = Some(20);
+            s.stop_says = Some(lie);
+        });
+        let mut words = [0u64];
+        let asked = request(pages(10, 20));
+        let stop = stopped(space.harvest(&asked, UserBitmap::new(&mut words)));
+        assert_eq!(stop.at, Iova::new(10 * PAGE), "a stop at page {lie}");
+        let lease = stop.lease.sync().unwrap();
+        assert_eq!(lease.dirty(), 0);
+        lease.commit();
+        second.with(|s| s.stop_at = None);
+        assert_eq!(take(&space, 64), [12, 14, 35]);
+        accounts_hold(&space);
+    }
+}

@@ -409,3 +409,20 @@ fn entries_add_up_when_a_gather_has_stopped_counting() {
     queue.wait(ticket, flushes).unwrap();
     assert_eq!(queue.stats().entries, 2 * u128::from(u64::MAX));
 }
+
+/// What is owed while a flush is under way that fails, joins what that flush had taken.
+#[test]
+fn entries_add_up_when_a_flush_fails_while_more_is_owed() {
+    let queue = FlushQueue::new();
+    let ticket = queue.owe(&gather(0));
+    let failed = queue.wait(ticket, |_| {
+        let _ = queue.owe(&gather(1));
+        let at = Iova::new(1);
+        Err(Error::CannotSplit { at })
+    });
+    assert!(failed.is_err());
+    assert_eq!(queue.stats().entries_pending, 2);
+    queue.wait(ticket, flushes).unwrap();
+    let stats = queue.stats();
+    assert_eq!((stats.entries, stats.entries_pending), (2, 0), "{stats:?}");
+}

@@ -52,8 +52,8 @@
 //!
 //! If the page was in the store already, P1 is a load that finds it there before U2, which takes
 //! it. A page that P1 stores after U2 may stay in the store, and is then dirty in the next area at
-//! its address: a superset. That area must not clear it: from its publication on, a page in the
-//! store at its addresses may belong to it.
+//! its address: a superset. That area must not clear it: from its publication on, or
+//! from the promise of its addresses in a batch, a page in the store at its addresses may belong to it.
 
 use std::convert::Infallible;
 
@@ -369,7 +369,17 @@ impl AddressSpace {
     /// Everything in the lease was taken when the tree had at most the version `taken`. So in an
     /// area that was mapped later, a page of the lease belonged to an earlier area at the same
     /// addresses, and is outside as well.
+    ///
+    /// Where a batch has promised an area, a source may have been filled with it already, and the page
+    /// may belong to it: it goes to the put-back stores of the domains, which the area finds when it
+    /// comes. It counts as outside all the same, because it may belong to an area that has gone.
     pub(crate) fn put_back(&self, run: IovaRange, covered: &Covered, taken: u64) -> Outside {
+        // Before the look at the areas: a promise becomes an area in one step.
+        for promised in self.snapshot().rules().promised_parts(run) {
+            for domain in covered.domains() {
+                domain.put_back.mark(promised);
+            }
+        }
         let outside = self.in_areas(run, |area, part| {
             if area.is_younger(taken) {
                 let mut outside = Outside::default();

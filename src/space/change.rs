@@ -26,6 +26,7 @@
 use std::convert::Infallible;
 
 use super::area::{Area, Pairs};
+use super::attachment::Attachment;
 use super::emptying::Emptied;
 use super::plan::{Plan, Touched, check_new};
 use super::{AddressSpace, Unmapped};
@@ -190,16 +191,17 @@ impl AddressSpace {
         // harvest that took a leaf before `empty_part` looked at it has published the rest in a
         // slot, which we see; or it has freed the slot, and we see the rest in the put-back store.
         fence(Ordering::Acquire);
-        for (area, range) in plan.going() {
-            self.mark_in_flight(area, range);
-            self.mark_put_back(area, range);
-            if let Some(sink) = record.as_deref_mut() {
-                // Recorded now, while everything can still be undone.
-                let recorded = area.marks.peek(range, sink);
-                recorded.map_err(|stopped| stopped.error)?;
+        let mut moved = Vec::new();
+        let published = self
+            .record(plan, record.as_deref_mut(), &mut moved)
+            .and_then(|()| self.publish(plan, claimed, promised));
+        if let Err(error) = published {
+            // The areas stay: a harvest of one domain finds there what it would have found.
+            for (domain, runs) in moved {
+                runs.iter().for_each(|run| domain.put_back.mark(*run));
             }
+            return Err(error.into());
         }
-        self.publish(plan, claimed, promised)?;
         let unmapped = self.collect(plan, record);
         if unmapped.areas != 0 {
             // F2 of the marks' protocol: the copies come after it. They have the data of each
@@ -207,6 +209,25 @@ impl AddressSpace {
             self.ordering.before_copies();
         }
         Ok(unmapped)
+    }
+
+    /// Brings all that is dirty in what goes to the marks, and records them while everything can
+    /// still be undone. What that takes from domains is added to `moved`.
+    fn record(
+        &self,
+        plan: &Plan,
+        mut record: Option<&mut Sink<'_>>,
+        moved: &mut Vec<(Arc<Attachment>, Vec<IovaRange>)>,
+    ) -> Result<(), Error> {
+        for (area, range) in plan.going() {
+            self.mark_in_flight(area, range);
+            moved.extend(self.mark_put_back(area, range));
+            if let Some(sink) = record.as_deref_mut() {
+                let recorded = area.marks.peek(range, sink);
+                recorded.map_err(|stopped| stopped.error)?;
+            }
+        }
+        Ok(())
     }
 
     /// Takes the addresses of new areas, and returns them.
@@ -251,7 +272,7 @@ impl AddressSpace {
             // Devices may have written there already.
             for area in new() {
                 let range = area.mapping.range;
-                self.mark_put_back(area, range);
+                let _ = self.mark_put_back(area, range);
                 self.discard(area.marks.clear(range));
             }
         }
@@ -348,12 +369,21 @@ impl AddressSpace {
     }
 
     /// Moves the put-back pages of all domains to the marks of `area`. The area is going, and the
-    /// caller holds its pairs.
-    pub(super) fn mark_put_back(&self, area: &Area, range: IovaRange) {
+    /// caller holds its pairs. Returns what was moved, for a caller whose area may stay.
+    pub(super) fn mark_put_back(
+        &self,
+        area: &Area,
+        range: IovaRange,
+    ) -> Vec<(Arc<Attachment>, Vec<IovaRange>)> {
+        let mut moved = Vec::new();
         for domain in self.attachments().iter() {
             let stored = domain.put_back.take_runs(range);
-            stored.into_iter().for_each(|run| area.marks.mark(run));
+            stored.iter().for_each(|run| area.marks.mark(*run));
+            if !stored.is_empty() {
+                moved.push((Arc::clone(domain), stored));
+            }
         }
+        moved
     }
 
     /// Publishes the plan as the state of the tree, unless it would cut the pages of a domain that

@@ -88,6 +88,13 @@ impl Rules {
         first_in(&self.promised, range)
     }
 
+    /// The parts of `range` that batches are about to map.
+    pub(crate) fn promised_parts(&self, range: IovaRange) -> impl Iterator<Item = IovaRange> + '_ {
+        let from = self.promised.partition_point(|p| p.last() < range.start());
+        let promised = self.promised[from..].iter();
+        promised.map_while(move |promised| promised.intersection(range))
+    }
+
     /// The rules with `ranges` promised in addition. They are disjoint, also from those promised so
     /// far.
     pub(crate) fn promise(&self, ranges: &[IovaRange]) -> Rules {

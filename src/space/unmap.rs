@@ -13,7 +13,9 @@
 //! The pages that were dirty in a source go to the put-back store of its domain, after the debt was
 //! handed over, as in an abort. So if the flush fails, the area still exists and its pages are
 //! still dirty. If it succeeds, all of them move to the marks, which then hold everything that is
-//! to be recorded or discarded. The steps are in [`change`](super::change).
+//! to be recorded or discarded. If the recording or the publication fails, the area stays, and each
+//! domain gets back what came from its store, because a harvest of one domain does not look at the
+//! marks. The marks have it as well: a superset. The steps are in [`change`](super::change).
 //!
 //! # No write is lost
 //! A source ends a translation by one atomic exchange, which also returns the final dirty bit (D).
@@ -174,7 +176,7 @@ impl AddressSpace {
         let mut pairs = area.pairs();
         let emptied = self.empty_part(range, false, &mut pairs);
         self.settle(emptied)?;
-        self.mark_put_back(area, range);
+        let _ = self.mark_put_back(area, range);
         let _: Result<(), Error> = self.areas.update(|edit| {
             edit.remove(range.start());
             Ok(())

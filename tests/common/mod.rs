@@ -52,6 +52,8 @@ pub struct State {
     pub stop_at: Option<u64>,
     /// How far inside the page of `stop_at` the stop lies.
     pub stop_inside: u64,
+    /// The page that the stop names instead.
+    pub stop_says: Option<u64>,
     pub panic_at: Option<u64>,
     pub fail_invalidations: u32,
     pub flush_cost: FlushCost,
@@ -182,6 +184,7 @@ impl DirtySource for Fake {
                     happen();
                 }
                 if s.stop_at == Some(n) {
+                    let at = s.stop_says.map_or(at, |page| Iova::new(page * PAGE));
                     return Err(Stopped {
                         at: Iova::new(at.get() + s.stop_inside),
                         error: Error::source_failed(Broken),

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use dirtymap::{
     AddressSpace, DirtySource, Error, FlushCost, FlushGather, Granule, Invalidated, Iova,
-    IovaRange, LeafSink, Mapping, Sink, Stopped,
+    IovaRange, LeafSink, Leaves, Mapping, Sink, Stopped,
 };
 
 pub const PAGE: u64 = 4096;
@@ -146,6 +146,8 @@ pub struct State {
     pub refuse_map: bool,
     pub refuse_split: bool,
     pub fail_invalidations: u32,
+    /// What each invalidation said of tables, and of the sizes of leaves.
+    pub invalidated: Vec<(bool, Option<Leaves>)>,
     /// What an unmap tells instead of its first dirty leaf, if anything.
     pub tells: Vec<IovaRange>,
 }
@@ -348,6 +350,7 @@ impl DirtySource for Device {
         if self.with(fails) {
             return Err(Error::source_failed(Refused));
         }
+        self.with(|s| s.invalidated.push((gather.tables(), gather.leaves())));
         for range in gather.ranges() {
             self.with(|s| s.cached.retain(|_, leaf| !range.covers(*leaf)));
             self.points.at("invalidate: some");

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use dirtymap::{
-    Access, AddressSpace, Change, DomainId, Error, Granule, HarvestRequest, Iova, IovaRange, Scope,
-    SparseBitmap, UserBitmap,
+    Access, AddressSpace, Change, DomainId, Error, Granule, HarvestRequest, Iova, IovaRange,
+    Leaves, Scope, SparseBitmap, UserBitmap,
 };
 
 use crate::mock::{Device, Owned, Points, numbers, pages, panics};
@@ -90,6 +90,25 @@ fn an_unmap_that_panics_half_way_loses_no_dirty_page() {
             assert_eq!(space.stats().flush.pending, 0);
         }
     }
+}
+
+/// What a source has done before it panicked is not known: it may have parted or freed tables, and
+/// its leaves may have any size. The invalidation says so.
+#[test]
+fn an_unmap_that_panics_owes_tables_and_leaves_of_all_sizes() {
+    let (space, points, devices) = tracked(1);
+    points.arm("unmap: taken", 0, 1);
+    assert!(panics(|| space.unmap_discarding(pages(0, 16))).is_err());
+    let mut words = [0u64];
+    let request = HarvestRequest::new(pages(0, 16), Granule::K4);
+    let lease = space.harvest(&request, UserBitmap::new(&mut words));
+    lease.unwrap().sync().unwrap().commit();
+    let all = Leaves {
+        smallest: Granule::K4,
+        largest: Granule::from_bytes(16 << 12).unwrap(),
+    };
+    let told = devices[0].with(|s| s.invalidated.clone());
+    assert_eq!(told.last(), Some(&(true, Some(all))), "{told:?}");
 }
 
 /// The same without a harvest in between: what the first call took is in the result of the second.
@@ -391,6 +410,32 @@ fn a_switch_on_whose_taking_back_panics_is_repaired_by_the_next() {
     assert!(devices.iter().all(|d| d.with(|s| s.tracking)));
     assert!(devices[0].write(0) && devices[1].write(4));
     assert_eq!(take(&space), 0xff);
+}
+
+/// A source that panicked in its first switch, and again when that was taken back, is in doubt, but
+/// nobody may take its silence for "clean": there is no baseline.
+#[test]
+fn a_source_whose_first_switch_panicked_was_never_tracked() {
+    let points = Arc::new(Points::default());
+    let space = AddressSpace::new(Granule::K4);
+    space.attach(Device::new(&points)).unwrap();
+    space.map(pages(0, 16), 0, RW).unwrap();
+    points.arm("tracking: begun", 0, 2);
+    assert!(panics(|| space.set_tracking(true)).is_err());
+    assert_eq!(points.fired(), 2);
+    points.disarm();
+    for repaired in [false, true] {
+        let mut words = [0u64];
+        let request = HarvestRequest::new(pages(0, 16), Granule::K4);
+        let refused = space.harvest(&request, UserBitmap::new(&mut words));
+        let refused = refused.map(drop).map_err(Error::from);
+        assert!(
+            matches!(refused, Err(Error::NeverTracked { .. })),
+            "repaired {repaired}: {refused:?}"
+        );
+        // Asked again, as it is in doubt; off as it always was.
+        space.set_tracking(false).unwrap();
+    }
 }
 
 #[test]
