@@ -109,14 +109,16 @@ pub mod sync;
 pub use area::AreaMap;
 
 pub use error::Error;
-pub use units::{Access, DomainId, Granule, Iova, IovaRange};
+pub use units::{Access, DomainId, Granule, Iova, IovaRange, ToIovaRange};
 
 pub use space::{
     AddressSpace, AreaHandle, Change, Fault, FaultSource, Faults, SpaceRanges, SpaceSnapshot,
     SpaceStats, Unmapped,
 };
 
-pub use source::{DirtySource, LeafSink, Mapping, MarkOrdering, Stopped};
+#[cfg(not(dirtymap_loom))]
+pub use source::PulledLog;
+pub use source::{DirtySource, LeafSink, Mapping, MarkOrdering, SharedLog, Stopped};
 
 pub use harvest::{
     Aborted, BoundedHarvest, HarvestBounds, HarvestError, HarvestReport, HarvestRequest, Lease,

@@ -32,12 +32,6 @@ mod host;
 pub mod kvm;
 #[cfg(all(feature = "pagemap", target_os = "linux", not(dirtymap_loom)))]
 pub mod pagemap;
-#[cfg(all(
-    any(feature = "kvm", feature = "pagemap"),
-    target_os = "linux",
-    not(dirtymap_loom)
-))]
-mod pending;
 #[cfg(all(feature = "vhost", target_os = "linux", not(dirtymap_loom)))]
 pub mod vhost;
 #[cfg(all(feature = "vm-memory", not(dirtymap_loom)))]

@@ -3,9 +3,9 @@
 use super::error::PagemapError;
 use super::ioctl::{Kernel, Region};
 use super::sweep::{Broken, Why, first_unmapped, sweep};
-use crate::adapters::pending::{Pending, words_for};
 use crate::bitmap::Sink;
 use crate::error::Error;
+use crate::source::pending::{Pending, words_for};
 use crate::source::{LeafSink, Stopped};
 use crate::sync::{AtomicBool, Mutex, MutexGuard, Ordering, lock};
 use crate::units::{Granule, Iova, IovaRange};
