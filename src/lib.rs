@@ -118,7 +118,7 @@ pub use space::{
 
 #[cfg(not(dirtymap_loom))]
 pub use source::PulledLog;
-pub use source::{DirtySource, LeafSink, Mapping, MarkOrdering, SharedLog, Stopped};
+pub use source::{DirtySource, LeafSink, Mapping, MarkOrdering, SharedLog, Stopped, ToClear};
 
 pub use harvest::{
     Aborted, BoundedHarvest, HarvestBounds, HarvestError, HarvestReport, HarvestRequest, Lease,

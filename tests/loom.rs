@@ -159,6 +159,78 @@ fn an_abort_owes_before_it_puts_back() {
     });
 }
 
+/// Clean, and stops whoever asks for more than one page.
+struct StopsAtTwo;
+
+impl DirtySource for StopsAtTwo {
+    fn map(&self, _: &Mapping) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn unmap(&self, _: IovaRange, _: &mut FlushGather, _: &mut dyn FnMut(IovaRange)) {}
+
+    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn read_and_clear(&self, range: IovaRange, _: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        let at = range.start();
+        match range == page(0) {
+            true => Ok(()),
+            false => Err(Stopped {
+                at,
+                error: Error::ZeroLength { start: at },
+            }),
+        }
+    }
+
+    fn peek(&self, _: IovaRange, _: &mut Sink<'_>) -> Result<(), Stopped> {
+        Ok(())
+    }
+
+    fn invalidate(&self, _: &FlushGather) -> Result<Invalidated, Error> {
+        Ok(Invalidated::default())
+    }
+}
+
+/// Rule 15, and invariant 4: a harvest that stops puts back what an earlier source gave it, behind
+/// the debt. Otherwise the second harvest takes the page, syncs without a flush, and the device's
+/// next write goes through the stale translation.
+#[test]
+fn a_stop_owes_before_it_puts_back() {
+    holds_only_with(&[Step::OweBeforePutBack], || {
+        let hardware = Arc::new(OnePage {
+            dirty: AtomicU64::new(1),
+            cached: Mutex::new(true),
+            data: AtomicU64::new(1),
+        });
+        let space = AddressSpace::new(PAGE)
+            .with_source(Source(hardware.clone()))
+            .unwrap()
+            .with_source(StopsAtTwo)
+            .unwrap();
+        let both = IovaRange::new(Iova::MIN, page(1).last()).unwrap();
+        space.map(both, 0, Access::ReadWrite).unwrap();
+        space.set_tracking(true).unwrap();
+        let space = Arc::new(space);
+        let stopper = {
+            let space = space.clone();
+            thread::spawn(move || {
+                let words = [AtomicU64::new(0)];
+                let request = HarvestRequest::new(both, PAGE);
+                let stopped = space.harvest(&request, UserBitmap::shared(&words));
+                assert!(stopped.is_err());
+            })
+        };
+        let mut copy = 0;
+        harvest_and_copy(&space, &hardware.data, &mut copy);
+        hardware.device_writes(2);
+        stopper.join().unwrap();
+        harvest_and_copy(&space, &hardware.data, &mut copy);
+        copy == 2
+    });
+}
+
 /// What devices have cached of pages 0 and 2.
 type Stale = [AtomicU64; 2];
 

@@ -209,36 +209,48 @@ fn an_attach_does_not_fill_what_a_batch_has_cut_out() {
     assert_eq!(take(&space, pages(8, 9)), 1 << 4);
 }
 
-/// A lease over one domain outlived its area, and was aborted while the addresses were mapped again: after the new area was
-/// in the tree, before this domain was filled with it. The pages went to what is kept for the domain, which the fill then
-/// cleared as the leftovers of an earlier area: they were said to be dirty again, and were not.
+/// A lease over one domain was aborted after its area was in the tree, and before this domain was
+/// filled with it. The pages went to what is kept for the domain, which the fill then cleared as the
+/// leftovers of an earlier area: they were said to be dirty again, and were not.
+///
+/// A lease that is older than the area has nothing of it: its pages are outside, and stay clean.
 #[test]
 fn what_is_put_back_while_an_area_is_filled_stays_dirty() {
     for both in [false, true] {
-        let (space, first, second) = two_sources();
-        let space: &'static AddressSpace = Box::leak(Box::new(space));
-        space.map(pages(0, 16), 0, Access::ReadWrite).unwrap();
-        space.set_tracking(true).unwrap();
-        let last = Scope::Domain(space.domains()[1]);
-        let scope = if both { Scope::All } else { last };
-        second.dirty(3);
-        let request = HarvestRequest::new(pages(0, 16), Granule::K4).in_scope(scope);
-        let bitmap = UserBitmap::new(Box::leak(Box::new([0u64])));
-        let lease = space.harvest(&request, bitmap).unwrap();
-        space.unmap_discarding(pages(0, 16)).unwrap();
-        // The other domain is filled before.
-        first.with(|s| {
-            s.on_map = Some(Box::new(move || {
-                let aborted = lease.abort();
-                assert_eq!((aborted.bytes, aborted.outside_bytes), (4096, 0));
-            }));
-        });
-        space.map(pages(0, 16), 0, Access::ReadWrite).unwrap();
-        let mut words = [0u64];
-        let alone = HarvestRequest::new(pages(0, 16), Granule::K4).in_scope(last);
-        let lease = space.harvest(&alone, UserBitmap::new(&mut words)).unwrap();
-        lease.sync().unwrap().commit();
-        assert_eq!(words[0], 1 << 3, "both: {both}");
+        for older in [false, true] {
+            let (space, first, second) = two_sources();
+            let space: &'static AddressSpace = Box::leak(Box::new(space));
+            space.map(pages(0, 16), 0, Access::ReadWrite).unwrap();
+            space.set_tracking(true).unwrap();
+            let last = Scope::Domain(space.domains()[1]);
+            let scope = if both { Scope::All } else { last };
+            let request = HarvestRequest::new(pages(0, 16), Granule::K4).in_scope(scope);
+            let lease = {
+                let second = second.clone();
+                move || {
+                    second.dirty(3);
+                    let bitmap = UserBitmap::new(Box::leak(Box::new([0u64])));
+                    space.harvest(&request, bitmap).unwrap()
+                }
+            };
+            let before = older.then(&lease);
+            space.unmap_discarding(pages(0, 16)).unwrap();
+            // The other domain is filled before.
+            first.with(|s| {
+                s.on_map = Some(Box::new(move || {
+                    let aborted = before.unwrap_or_else(lease).abort();
+                    let expected = if older { (0, 4096) } else { (4096, 0) };
+                    assert_eq!((aborted.bytes, aborted.outside_bytes), expected);
+                }));
+            });
+            space.map(pages(0, 16), 0, Access::ReadWrite).unwrap();
+            let mut words = [0u64];
+            let alone = HarvestRequest::new(pages(0, 16), Granule::K4).in_scope(last);
+            let lease = space.harvest(&alone, UserBitmap::new(&mut words)).unwrap();
+            lease.sync().unwrap().commit();
+            let found = if older { 0 } else { 1 << 3 };
+            assert_eq!(words[0], found, "both: {both}, older: {older}");
+        }
     }
 }
 

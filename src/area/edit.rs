@@ -111,6 +111,11 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         }
     }
 
+    /// The version that the tree has when this is published: see [`Snapshot::version`](super::Snapshot::version).
+    pub(crate) fn version(&self) -> u64 {
+        self.base_root().version + 1
+    }
+
     /// The root that the edit began with.
     fn base_root(&self) -> &Root<T, F, R> {
         // SAFETY: a tree's root is never null; alive and unchanged while we are pinned, by the contract of `new`.

@@ -265,6 +265,15 @@ impl<'t, T, const F: usize, R> Snapshot<'t, T, F, R> {
         self.root().version
     }
 
+    /// The number of updates that were published by now, over the life of the tree.
+    pub(crate) fn newest(&self) -> u64
+    where
+        T: Send + Sync + 'static,
+        R: Default + Send + Sync + 'static,
+    {
+        self.tree.version(&self.pinned)
+    }
+
     /// The number of updates that were published since this moment. 0 says that the areas and rules are still current.
     pub(crate) fn age(&self) -> u64
     where
@@ -272,7 +281,7 @@ impl<'t, T, const F: usize, R> Snapshot<'t, T, F, R> {
         R: Default + Send + Sync + 'static,
     {
         // Not below 0: the root was read before, and versions only grow.
-        self.tree.version(&self.pinned) - self.version()
+        self.newest() - self.version()
     }
 
     /// The rules.

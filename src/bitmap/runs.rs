@@ -86,6 +86,14 @@ impl<'a> Words<'a> {
         }
     }
 
+    /// None of them.
+    fn none(view: &BitmapView<'a>) -> Self {
+        Words {
+            next: u64::MAX,
+            ..Words::new(view)
+        }
+    }
+
     /// Why a window could not be read, if there was one: its bits count as dirty.
     pub fn error(&self) -> Option<&Error> {
         self.error.as_ref()
@@ -246,6 +254,14 @@ impl<'a> Runs<'a> {
     pub(super) fn new(view: BitmapView<'a>) -> Self {
         Runs {
             bits: RunBits::new(Words::new(&view)),
+            view,
+        }
+    }
+
+    /// None of them.
+    pub(crate) fn none(view: BitmapView<'a>) -> Self {
+        Runs {
+            bits: RunBits::new(Words::none(&view)),
             view,
         }
     }

@@ -40,6 +40,11 @@ impl<'a> Sink<'a> {
         self.limit
     }
 
+    /// The bytes that one bit stands for.
+    pub(crate) fn granule(&self) -> Granule {
+        self.view.granule()
+    }
+
     /// Records nothing outside `part` from now on.
     pub(crate) fn limit_to(&mut self, part: IovaRange) {
         if let Some(inside) = part.intersection(self.view.range()) {

@@ -28,8 +28,9 @@ impl HarvestBounds {
         }
     }
 
-    /// Stops when the harvest has turned `bits` bits of the user's bitmap from 0 to 1. It may be up to 63 more, and as many more
-    /// as one page has bits of a granule smaller than it.
+    /// Stops when the harvest has turned `bits` bits of the user's bitmap from 0 to 1. It may be up
+    /// to 63 more, and as many more as one page of the [largest
+    /// source](crate::AddressSpace::alignment) has bits.
     #[must_use]
     pub const fn bits(mut self, bits: u64) -> Self {
         self.bits = Some(bits);
@@ -67,7 +68,8 @@ impl HarvestBounds {
 pub struct BoundedHarvest<'a> {
     /// What was taken. Its range ends below `next`.
     pub lease: Lease<'a, Owed>,
-    /// Where to go on, a multiple of the request's granule; `None` when the end of the request was reached.
+    /// Where to go on, a multiple of the request's granule and of
+    /// [`alignment`](AddressSpace::alignment); `None` when the end of the request was reached.
     pub next: Option<Iova>,
 }
 
@@ -80,8 +82,10 @@ impl AddressSpace {
     /// whole request, and pages that are written all the time at its beginning do not keep it from its end.
     ///
     /// # Errors
-    /// As [`harvest`](Self::harvest), the first of them [`Error::BadCursor`] if `from` is not the start of a granule, and of a
-    /// smallest page, inside the request.
+    /// As [`harvest`](Self::harvest), the first of them [`Error::BadCursor`] if `from` is not the
+    /// start of a granule inside the request, and a multiple of [`alignment`](Self::alignment): the
+    /// larger of the two is in the error. A domain that was attached since the last instalment can
+    /// raise it; then go on at the next lower multiple.
     pub fn harvest_bounded<'a>(
         &'a self,
         request: &HarvestRequest,
@@ -90,7 +94,9 @@ impl AddressSpace {
         bitmap: UserBitmap<'a>,
     ) -> Result<BoundedHarvest<'a>, HarvestError<'a>> {
         let range = request.range();
-        let granule = request.granule().max(self.page());
+        let snapshot = self.snapshot();
+        // Steps end at pages of all sources: none of them is cut.
+        let granule = request.granule().max(snapshot.alignment());
         if !range.contains(from) || !from.is_aligned(granule) {
             return Err(HarvestError::Refused(Error::BadCursor {
                 at: from,
@@ -98,7 +104,6 @@ impl AddressSpace {
                 granule,
             }));
         }
-        let snapshot = self.snapshot();
         let (bound, covered) = self
             .check(request, bitmap, &snapshot)
             .map_err(HarvestError::Refused)?;
@@ -116,11 +121,13 @@ impl AddressSpace {
             // Never empty: a step has one bit at least.
             let part = IovaRange::new(start, last).unwrap_or(range);
             if let Err(stopped) = self.walk(&mut holding, &snapshot, part, &mut sink) {
+                holding.walked(&snapshot);
                 return Err(holding.stopped(stopped, &sink));
             }
             next = last.checked_add(1).filter(|next| *next <= range.last());
             step = bounds.step(sink.bits_set());
         }
+        holding.walked(&snapshot);
         if let Some(next) = next {
             // `next` lies above `from`: a step was made.
             holding.end_at(Iova::new(next.get() - 1));

@@ -17,7 +17,9 @@ use crate::error::Error;
 use crate::events;
 use crate::flush::{FlushGather, Ticket};
 use crate::source::{LeafSink, Rests, Stopped};
-use crate::space::{AddressSpace, Area, Covered};
+use crate::space::{AddressSpace, Area, Areas, Covered};
+
+use super::committed::Committed;
 use crate::sync::{Ordering, Step, fence, performs};
 use crate::units::{Granule, Iova, IovaRange};
 
@@ -30,6 +32,20 @@ pub struct Owed(());
 pub struct Synced(());
 
 /// What one harvest took: owed, then synced, then committed or aborted. Dropping it aborts it.
+///
+/// # A lease that is forgotten
+/// A lease must end: commit it, abort it, or drop it. One that goes to [`std::mem::forget`], or is
+/// leaked in another way, loses writes, of no other pages than its own:
+/// * what was written before the harvest is reported by nobody: the dirty bits are cleared, and
+///   nothing puts them back;
+/// * what is written later is hidden as well, as long as the writer goes by a cached "D is set": the
+///   invalidation that the lease owes is known to the lease alone until [`sync`](Self::sync) or the
+///   abort hands it over. It lasts until a flush that names the page: by the sync of another lease
+///   that has a page in the same range of its gather, by an unmap or a detach, or by switching
+///   tracking on. A sync that names other pages need not help.
+///
+/// A lease that was synced has paid, so it hides nothing that is written later. Harvests take no lock
+/// and do not allocate, which is why the debt stays with the lease until then.
 #[must_use = "a lease that is dropped puts everything back: sync it, copy its pages, commit it"]
 pub struct Lease<'a, State> {
     holding: Holding<'a>,
@@ -42,7 +58,9 @@ pub struct Lease<'a, State> {
 pub struct HarvestReport {
     /// Areas that were walked.
     pub areas: u64,
-    /// Bits that went from 0 to 1 in the user's bitmap.
+    /// Bits of the lease that went from 0 to 1 in the user's bitmap. Of a harvest that
+    /// [stopped](StoppedHarvest), and put back what lies above the stop, it may be fewer, where bits
+    /// above it were set before.
     pub bits_set: u64,
     /// Dirty leaves of IO page tables; each owes an invalidation.
     pub leaves: u64,
@@ -69,6 +87,13 @@ impl<'a, State> Lease<'a, State> {
     /// Makes every page of the lease dirty again. A superset is possible: bits that were set in the user's bitmap
     /// before the harvest count as well. Does not wait for devices; what is owed stays owed, and the next sync of
     /// anybody pays it.
+    ///
+    /// Allocates where pages were never put back before: 4 KiB for each stretch of 32768 smallest
+    /// pages (128 MiB of 4 KiB pages) that has a page of the lease, in each domain that the lease
+    /// covers, and some hundred bytes for each 64 of these stretches. So an abort of a TiB of 4 KiB
+    /// pages takes at most 33 MiB a domain. The memory is used again by later aborts, and goes when
+    /// the domain is detached. The same holds for a lease that is dropped, and for a harvest that
+    /// stops where it has to put back what an earlier source gave it.
     pub fn abort(mut self) -> Aborted {
         self.holding.put_back()
     }
@@ -101,12 +126,15 @@ impl<'a> Lease<'a, Synced> {
     /// The ranges to copy: maximal runs of dirty granules, in order. Bits that were set in the user's bitmap before
     /// the harvest count as well, and so does each window of a file that cannot be read: see [`Runs::error`].
     pub fn runs(&self) -> Runs<'a> {
-        self.holding.view.runs()
+        self.holding.runs()
     }
 
-    /// Dirty granules in the user's bitmap, within the request.
+    /// Dirty granules in the user's bitmap, within the lease.
     pub fn dirty(&self) -> u64 {
-        self.holding.view.count()
+        match self.holding.is_empty {
+            true => 0,
+            false => self.holding.view.count(),
+        }
     }
 
     /// The bytes that one bit stands for.
@@ -117,7 +145,9 @@ impl<'a> Lease<'a, Synced> {
     /// The copies of what lies in `range` are safe: it is not put back, whatever becomes of the rest of the lease. Only granules
     /// that lie in `range` as a whole count. Returns how many dirty ones were not committed before.
     ///
-    /// Allocates a little; parts that are committed in ascending order cost no memory each.
+    /// Costs a look at the bitmap's words of `range`, and O(log n) for n parts that do not touch each
+    /// other, in any order. Allocates a little for each of these; parts that touch are one, so parts
+    /// that are committed one after the other cost no memory each.
     pub fn commit_range(&mut self, range: IovaRange) -> u64 {
         self.holding.commit_part(range)
     }
@@ -141,14 +171,18 @@ impl<State> fmt::Debug for Lease<'_, State> {
 pub(super) struct Holding<'a> {
     space: &'a AddressSpace,
     view: BitmapView<'a>,
+    /// Whether nothing of the view is in the lease: the walk stopped at its first granule.
+    is_empty: bool,
     covered: Covered,
+    /// The version of the area tree after the walk. What came later was not walked.
+    ended: u64,
     /// The last address that the walk may have touched; `None` before the first area.
     reached: Option<Iova>,
     gather: FlushGather,
     debt: Debt,
     report: HarvestReport,
-    /// What was committed by parts: disjoint, ascending, made of whole granules.
-    committed: Vec<IovaRange>,
+    /// What was committed by parts, made of whole granules.
+    committed: Committed,
     /// Bytes of the report that are neither committed nor put back.
     left: u64,
 }
@@ -173,12 +207,14 @@ impl<'a> Holding<'a> {
         Holding {
             space,
             view,
+            is_empty: false,
             covered,
+            ended: u64::MAX,
             reached: None,
             gather: FlushGather::new(),
             debt: Debt::Held,
             report: HarvestReport::default(),
-            committed: Vec::new(),
+            committed: Committed::new(),
             left: 0,
         }
     }
@@ -222,11 +258,63 @@ impl<'a> Holding<'a> {
         )
     }
 
-    /// The walk ended at `last`: what lies behind belongs to another lease.
+    /// The walk ended at `last`: what lies above belongs to another lease.
     pub(super) fn end_at(&mut self, last: Iova) {
         let walked = IovaRange::new(self.view.range().start(), last).ok();
         if let Some(part) = walked.and_then(|walked| self.view.part(walked)) {
             self.view = part;
+        }
+    }
+
+    /// The walk stopped at `at`. The lease ends below it: nothing was taken from there on, or is
+    /// dirty again when this returns. Returns how many bits of the bitmap that puts back.
+    ///
+    /// A hole may lie inside a granule; then its bit stays in the lease, for what lies below.
+    fn end_below(&mut self, at: Iova) -> u64 {
+        let range = self.view.range();
+        let below = at.get().checked_sub(1).map(Iova::new);
+        let below = below.filter(|last| *last >= range.start());
+        let last = below.map(|last| last.granule_last(self.view.granule()));
+        let above = match last {
+            Some(last) => last.checked_add(1),
+            None => Some(range.start()),
+        };
+        // Sources that came before the one that stopped, and other pieces of a parallel harvest.
+        let above = above.zip(self.reached);
+        let above = above.and_then(|(first, reached)| IovaRange::new(first, reached).ok());
+        let mut bits = 0;
+        if let Some(walked) = above
+            && let Some(part) = self.view.part(walked.round_out(self.view.granule()))
+        {
+            bits = part.count();
+            if bits > 0 {
+                if performs(Step::OweBeforePutBack) {
+                    // The debt first, as in an abort: whoever takes the pages from here on pays it.
+                    let _ = self.queue();
+                }
+                let aborted = self.put_back_runs(part, walked);
+                self.space.counters.put_back_outside(aborted.outside_bytes);
+                let _ = self.queue();
+            }
+        }
+        match last {
+            Some(last) => self.end_at(last),
+            None => self.is_empty = true,
+        }
+        self.reached = self.reached.and_then(|reached| Some(reached.min(last?)));
+        bits
+    }
+
+    /// The walk is over: areas that come from now on have nothing in the lease.
+    pub(super) fn walked(&mut self, snapshot: &Areas<'_>) {
+        self.ended = snapshot.newest();
+    }
+
+    /// The runs of the lease.
+    fn runs(&self) -> Runs<'a> {
+        match self.is_empty {
+            true => Runs::none(self.view),
+            false => self.view.runs(),
         }
     }
 
@@ -237,21 +325,18 @@ impl<'a> Holding<'a> {
 
     /// The walk stopped inside the range.
     pub(super) fn stopped(self, stopped: Stopped, sink: &Sink<'_>) -> HarvestError<'a> {
-        HarvestError::Stopped(Box::new(StoppedHarvest {
-            error: stopped.error,
-            at: stopped.at,
-            lease: self.into_lease_of(sink.bits_set(), sink.windows(), Some(stopped.at)),
-        }))
+        self.stopped_of(stopped, sink.bits_set(), sink.windows())
     }
 
     /// The same, for several sinks.
-    #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
     pub(super) fn stopped_of(
-        self,
+        mut self,
         stopped: Stopped,
         bits_set: u64,
         windows: u64,
     ) -> HarvestError<'a> {
+        let put_back = self.end_below(stopped.at);
+        let bits_set = bits_set.saturating_sub(put_back);
         HarvestError::Stopped(Box::new(StoppedHarvest {
             error: stopped.error,
             at: stopped.at,
@@ -319,36 +404,15 @@ impl<'a> Holding<'a> {
     }
 
     fn commit_part(&mut self, range: IovaRange) -> u64 {
-        let Some(part) = self.view.part(range).map(|view| view.range()) else {
+        let part = self.view.part(range).map(|view| view.range());
+        let Some(part) = part.filter(|_| !self.is_empty) else {
             return 0;
         };
         let mut bits = 0;
-        for fresh in without(part, &self.committed) {
+        for fresh in self.committed.without(part) {
             bits += self.view.part(fresh).map_or(0, |view| view.count());
         }
-        // Joins what the part touches: parts that are committed in order are one range.
-        let touches = |other: &IovaRange| {
-            other.intersects(part)
-                || other.last().checked_add(1) == Some(part.start())
-                || part.last().checked_add(1) == Some(other.start())
-        };
-        let first = self
-            .committed
-            .partition_point(|other| other.last() < part.start() && !touches(other));
-        let joined = self.committed[first..]
-            .iter()
-            .take_while(|other| touches(other))
-            .count();
-        let hull = self.committed[first..first + joined]
-            .iter()
-            .fold(part, |hull, other| {
-                IovaRange::new(
-                    hull.start().min(other.start()),
-                    hull.last().max(other.last()),
-                )
-                .unwrap_or(hull)
-            });
-        self.committed.splice(first..first + joined, [hull]);
+        self.committed.add(part);
         let bytes = self.bytes(bits).min(self.left);
         self.left -= bytes;
         self.space.counters.committed(bytes);
@@ -361,21 +425,13 @@ impl<'a> Holding<'a> {
             // The debt first, then the pages: see "Why no write is lost" in the module `harvest`.
             let _ = self.queue();
         }
-        let mut aborted = Aborted::default();
         let touched = self
             .reached
             .and_then(|last| IovaRange::new(self.view.range().start(), last).ok());
-        for run in self.view.runs() {
-            let Some(run) = touched.and_then(|touched| touched.intersection(run)) else {
-                break;
-            };
-            for run in without(run, &self.committed) {
-                let outside = self.space.put_back(run, &self.covered).bytes;
-                aborted.outside_bytes = aborted.outside_bytes.saturating_add(outside);
-                let all = u64::try_from(run.len()).unwrap_or(u64::MAX);
-                aborted.bytes = aborted.bytes.saturating_add(all - outside.min(all));
-            }
-        }
+        let aborted = match touched {
+            Some(touched) if !self.is_empty => self.put_back_runs(self.view, touched),
+            _ => Aborted::default(),
+        };
         let _ = self.queue();
         self.debt = Debt::Settled;
         self.space
@@ -386,39 +442,36 @@ impl<'a> Holding<'a> {
         aborted
     }
 
+    /// Makes the runs of `view` dirty again, as far as they lie in `touched` and are not committed.
+    fn put_back_runs(&self, view: BitmapView<'_>, touched: IovaRange) -> Aborted {
+        let mut aborted = Aborted::default();
+        for run in view.runs() {
+            let Some(run) = touched.intersection(run) else {
+                break;
+            };
+            for run in self.committed.without(run) {
+                let outside = self.space.put_back(run, &self.covered, self.ended).bytes;
+                aborted.outside_bytes = aborted.outside_bytes.saturating_add(outside);
+                let all = u64::try_from(run.len()).unwrap_or(u64::MAX);
+                aborted.bytes = aborted.bytes.saturating_add(all - outside.min(all));
+            }
+        }
+        aborted
+    }
+
     fn bytes(&self, bits: u64) -> u64 {
         let bytes = u128::from(bits) << self.view.granule().lg2();
         u64::try_from(bytes).unwrap_or(u64::MAX)
     }
 }
 
-/// The parts of `range` that lie outside of `holes`, which are disjoint and ascending.
-fn without(range: IovaRange, holes: &[IovaRange]) -> impl Iterator<Item = IovaRange> {
-    let first = holes.partition_point(|hole| hole.last() < range.start());
-    let mut holes = holes[first..].iter();
-    let mut next = Some(range.start());
-    std::iter::from_fn(move || {
-        loop {
-            let start = next?;
-            let hole = holes.next().filter(|hole| hole.start() <= range.last());
-            let Some(hole) = hole else {
-                next = None;
-                return IovaRange::new(start, range.last()).ok();
-            };
-            next = hole
-                .last()
-                .checked_add(1)
-                .filter(|next| *next <= range.last());
-            if start < hole.start() {
-                let last = Iova::new(hole.start().get() - 1);
-                return IovaRange::new(start, last).ok();
-            }
-        }
-    })
-}
-
 /// Takes what is dirty in `part` of `area` into `sink` and `gather`: the tables of the domains, then what is in flight, then what
 /// is kept for each domain, then the marks. Leaves that stick out of `part` are taken as far as they lie in `limit`.
+///
+/// A source that stops ends it for those that follow. The place where it stopped is rounded down to
+/// the pages of all sources, so that none of them is cut, and told as the beginning of a granule of
+/// the sink, so that no bit below it stands for anything above it. What earlier sources gave from
+/// there on is in the sink: the caller puts it back.
 pub(super) fn take(
     space: &AddressSpace,
     covered: &Covered,
@@ -428,6 +481,7 @@ pub(super) fn take(
     sink: &mut Sink<'_>,
     gather: &mut FlushGather,
 ) -> Result<(), Stopped> {
+    let page = covered.alignment(space.page());
     // What one source could not process ends the part for all that follow: below it, the lease has everything.
     let mut rest = Some(part);
     let mut outcome = Ok(());
@@ -435,7 +489,8 @@ pub(super) fn take(
         let Some(part) = rest else { break };
         sink.limit_to(if outcome.is_ok() { limit } else { part });
         let keep = |run| {
-            let outside = space.put_back(run, &covered.only(domain));
+            // Whatever area the leaf belongs to, it may be younger than this walk.
+            let outside = space.put_back(run, &covered.only(domain), u64::MAX);
             space.counters.put_back_outside(outside.bytes);
         };
         let rests = Rests {
@@ -445,7 +500,7 @@ pub(super) fn take(
         };
         let mut out = LeafSink::keeping(sink, gather, rests);
         if let Err(stopped) = domain.source.read_and_clear(part, &mut out) {
-            (rest, outcome) = below(part, stopped, space.page());
+            (rest, outcome) = below(part, stopped, page);
         }
     }
     // Acquire: pairs with the Release fence in `LeafSink`; whoever found a leaf clean sees its rest in flight.
@@ -454,7 +509,7 @@ pub(super) fn take(
         sink.limit_to(part);
         if let Err(error) = space.in_flight.visit(part, |write| sink.record(write)) {
             let at = part.start();
-            (rest, outcome) = below(part, Stopped { at, error }, space.page());
+            (rest, outcome) = below(part, Stopped { at, error }, page);
         }
     }
     // The tables came first: what an unmap takes out of them comes to what is kept, and then to the marks.
@@ -465,10 +520,13 @@ pub(super) fn take(
         fence(Ordering::Acquire);
         sink.limit_to(part);
         if let Err(stopped) = marks.read_and_clear(part, sink) {
-            (rest, outcome) = below(part, stopped, space.page());
+            (rest, outcome) = below(part, stopped, page);
         }
     }
-    outcome
+    outcome.map_err(|stopped: Stopped| Stopped {
+        at: stopped.at.granule_start(sink.granule()),
+        ..stopped
+    })
 }
 
 /// What is left of `part` below the page at which a source stopped, and the stop, at an address inside `part`.
@@ -506,13 +564,18 @@ pub enum HarvestError<'a> {
     Stopped(Box<StoppedHarvest<'a>>),
 }
 
-/// A harvest that stopped inside its range.
+/// A harvest that stopped inside its range: below [`at`](Self::at) the lease has all that was dirty,
+/// from there on nothing was taken from anybody.
+///
+/// What a source gave before another one stopped below it is put back before the harvest returns, as
+/// an abort would; its bits may stay set in the user's bitmap, and belong to no lease.
 #[derive(Debug, thiserror::Error)]
 #[error("the harvest stopped at {at}: {error}")]
 pub struct StoppedHarvest<'a> {
     /// Why it stopped.
     pub error: Error,
-    /// The first address that was not processed; everything below it is in the lease.
+    /// The first address that was not processed: that of a hole, or the beginning of a granule of the
+    /// request and of a page of every source.
     pub at: Iova,
     /// The lease for what was processed.
     pub lease: Lease<'a, Owed>,

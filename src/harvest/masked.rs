@@ -32,20 +32,28 @@ impl AddressSpace {
         let mut holding = Holding::begin(self, bound.view(), covered);
         let mut sink = bound.into_sink();
         // Sources clear whole pages of theirs.
-        let page = snapshot.rules().alignment(self.page());
+        let page = snapshot.alignment();
         let mut runs = mask.runs();
         let mut at = request.range().start();
         loop {
             let run = match runs.next_readable() {
                 Ok(Some(run)) => run,
-                Ok(None) => return Ok(holding.into_lease(&sink)),
-                Err(error) => return Err(holding.stopped(Stopped { at, error }, &sink)),
+                Ok(None) => {
+                    holding.walked(&snapshot);
+                    return Ok(holding.into_lease(&sink));
+                }
+                Err(error) => {
+                    holding.walked(&snapshot);
+                    let at = at.granule_start(request.granule());
+                    return Err(holding.stopped(Stopped { at, error }, &sink));
+                }
             };
             let whole_pages = run
                 .round_in(page)
                 .and_then(|run| run.intersection(request.range()));
             let Some(run) = whole_pages else { continue };
             if let Err(stopped) = self.walk(&mut holding, &snapshot, run, &mut sink) {
+                holding.walked(&snapshot);
                 return Err(holding.stopped(stopped, &sink));
             }
             at = run.last().checked_add(1).unwrap_or(run.last());

@@ -44,6 +44,7 @@
 //! | `harvest_parallel` | all of it, by many threads |
 
 mod bounded;
+mod committed;
 mod lease;
 mod masked;
 #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
@@ -93,7 +94,9 @@ impl AddressSpace {
         let mut holding = Holding::begin(self, bound.view(), covered);
         // After the holding, so that it goes before it: a walk that panics closes its window, then puts back.
         let mut sink = bound.into_sink();
-        match self.walk(&mut holding, &snapshot, range, &mut sink) {
+        let walked = self.walk(&mut holding, &snapshot, range, &mut sink);
+        holding.walked(&snapshot);
+        match walked {
             Ok(()) => Ok(holding.into_lease(&sink)),
             Err(stopped) => Err(holding.stopped(stopped, &sink)),
         }

@@ -19,7 +19,7 @@ use crate::error::Error;
 use crate::flush::FlushGather;
 use crate::source::Stopped;
 use crate::space::{AddressSpace, Areas, Covered};
-use crate::units::{Iova, IovaRange};
+use crate::units::{Granule, Iova, IovaRange};
 
 /// Bits of a piece, at least.
 const PIECE_BITS: u64 = 8 * CHUNK_BITS;
@@ -45,7 +45,8 @@ impl AddressSpace {
     /// megabytes.
     ///
     /// # Errors
-    /// As [`harvest`](Self::harvest). Behind the place of a stop some pages may have been taken as well: they are in the lease.
+    /// As [`harvest`](Self::harvest). The lowest of several stops counts; what other threads took from
+    /// there on is put back before the call returns.
     pub fn harvest_parallel<'a>(
         &'a self,
         request: &HarvestRequest,
@@ -75,7 +76,8 @@ impl AddressSpace {
         if let Some(walked) = end.and_then(|end| IovaRange::new(range.start(), end).ok()) {
             // Before the first bit is touched: a panic in any thread puts back all that was recorded.
             holding.reach(walked.last());
-            let pieces: Vec<IovaRange> = pieces(&view, self, walked).collect();
+            let page = covered.alignment(self.page());
+            let pieces: Vec<IovaRange> = pieces(&view, page, walked).collect();
             let taken: Vec<Taken<'_>> = pieces
                 .into_par_iter()
                 .map(|piece| Taken::take(self, &view, &covered, walked, piece))
@@ -90,6 +92,7 @@ impl AddressSpace {
                 }
             }
         }
+        holding.walked(&self.snapshot());
         match stopped {
             None => Ok(holding.into_lease_of(bits_set, windows, None)),
             Some(stopped) => Err(holding.stopped_of(stopped, bits_set, windows)),
@@ -97,13 +100,12 @@ impl AddressSpace {
     }
 }
 
-/// The pieces of `walked`: each begins at a chunk of bitmap, and at a page.
+/// The pieces of `walked`: each begins at a chunk of bitmap, rounded up to a page of all sources.
 fn pieces(
     view: &BitmapView<'_>,
-    space: &AddressSpace,
+    page: Granule,
     walked: IovaRange,
 ) -> impl Iterator<Item = IovaRange> {
-    let page = space.page();
     let view = *view;
     let bits = piece_bits(walked.granules(view.granule()));
     let mut next = Some(walked.start());

@@ -18,6 +18,14 @@
 //! * P4 comes after P3: a debt that was handed over before could be paid before, and devices may cache "D is set" again
 //!   between that flush and the clear. It comes before P5 for the same reason as in an abort.
 //! * Whoever reports the rest because it is in flight owes nothing for it: the rest stays dirty until P4 has happened.
+//!
+//! # A source that clears by batches
+//! P3 is the clear itself, and not a promise of one: with P5 before P3, another harvester takes the
+//! rest, flushes and copies it, the page is written again while its D is still set, and P3 then
+//! destroys the only trace of that write. So a source that clears many pages by one call hands them
+//! to [`LeafSink::take_run`]. What lies whole inside the request is recorded and owed, and may be
+//! cleared later: until then it is dirty and in a lease, which is a superset. A page that sticks
+//! out goes through P1 to P6, with a clear of its own.
 
 use super::Stopped;
 use super::in_flight::{InFlight, Slot};
@@ -48,6 +56,18 @@ pub(crate) struct Rests<'s> {
     pub(crate) keep: &'s dyn Fn(IovaRange),
     /// Receives the debts of whoever takes a rest.
     pub(crate) flush: &'s FlushQueue,
+}
+
+/// What [`LeafSink::take_run`] has recorded and owed, and the source still has to clear.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "clear exactly these pages before `read_and_clear` returns, and no others"]
+pub struct ToClear(Option<IovaRange>);
+
+impl ToClear {
+    /// The pages; none if there is nothing left to clear.
+    pub fn range(self) -> Option<IovaRange> {
+        self.0
+    }
 }
 
 impl std::fmt::Debug for Rests<'_> {
@@ -84,12 +104,16 @@ impl<'s, 'b> LeafSink<'s, 'b> {
         self.sink.range()
     }
 
-    /// Takes a leaf that was seen dirty: `leaf` are all its addresses, `size` is what an invalidation must know of it.
+    /// Takes a leaf that was seen dirty: `leaf` are all its addresses, `size` is what an
+    /// invalidation must know of it.
     ///
-    /// `clear` makes the leaf clean by one atomic step and says whether it was dirty until then. It is called last. Of a leaf
-    /// that sticks out of [`range`](Self::range) the part inside is reported, and the rest is found by later harvests; outside
-    /// of an [`AddressSpace`](crate::AddressSpace), which has a place for rests, such a leaf is reported but not cleared, and owes
-    /// the invalidation of what is reported, since a write to it may be translated and not have landed.
+    /// `clear` makes the leaf clean by one atomic step and says whether it was dirty until then.
+    /// **When it returns, the leaf is clean**: a source that clears later, by larger pieces, uses
+    /// [`take_run`](Self::take_run). It is called last. Of a leaf that sticks out of
+    /// [`range`](Self::range) the part inside is reported, and the rest is found by later harvests;
+    /// outside of an [`AddressSpace`](crate::AddressSpace), which has a place for rests, such a leaf
+    /// is reported but not cleared, and owes the invalidation of what is reported, since a write to
+    /// it may be translated and not have landed.
     ///
     /// # Errors
     /// Those of [`Sink::record`]; the leaf stays dirty.
@@ -112,6 +136,54 @@ impl<'s, 'b> LeafSink<'s, 'b> {
         self.gather.add(leaf, size);
         clear();
         Ok(())
+    }
+
+    /// Takes a run of pages of size `page` that were seen dirty, for a source that clears many runs
+    /// by one call.
+    ///
+    /// The pages that lie whole inside [`range`](Self::range) are recorded and owed, and stay as
+    /// they are: the answer names them, and the source clears **exactly these** before
+    /// [`read_and_clear`](super::DirtySource::read_and_clear) returns, alone or with those of other
+    /// runs. If it returns an error before that, it may leave them dirty.
+    ///
+    /// A page that sticks out, the lowest or the highest, cannot wait for that: its rest becomes
+    /// somebody else's as soon as it is kept. `clear` gets such a page alone, makes it clean before
+    /// it returns, and says whether it was dirty until then, as for [`take`](Self::take). Pages of
+    /// the run that are not asked for are left alone.
+    ///
+    /// # Errors
+    /// [`Stopped`] at the first page that was not recorded.
+    pub fn take_run(
+        &mut self,
+        run: IovaRange,
+        page: Granule,
+        mut clear: impl FnMut(IovaRange) -> bool,
+    ) -> Result<ToClear, Stopped> {
+        let Some(asked) = run.intersection(self.range()) else {
+            return Ok(ToClear(None));
+        };
+        let stopped = |at: Iova| move |error| Stopped { at, error };
+        // The pages at both ends of what is asked for; they may be one.
+        let end = |at: Iova| IovaRange::granule_at(at, page);
+        let sticks_out = |page: &IovaRange| !asked.covers(*page);
+        let low = Some(end(asked.start())).filter(sticks_out);
+        let high = Some(end(asked.last())).filter(sticks_out);
+        if let Some(low) = low {
+            self.take(low, page, || clear(low))
+                .map_err(stopped(asked.start()))?;
+        }
+        let inside = asked.round_in(page);
+        if let Some(inside) = inside {
+            if performs(Step::RecordBeforeClear) {
+                self.sink.record(inside).map_err(stopped(inside.start()))?;
+            }
+            self.gather.add(inside, page);
+        }
+        if let Some(high) = high.filter(|high| low != Some(*high)) {
+            self.take(high, page, || clear(high))
+                .map_err(stopped(high.start()))?;
+        }
+        Ok(ToClear(inside))
     }
 
     /// Takes many leaves of one size that were seen dirty: bit `n` of `mask` stands for the leaf `n` after the one at `start`.
@@ -343,5 +415,100 @@ mod tests {
         // Past the end of the address space there is nothing.
         let (pages, owed, cleared) = taken(u64::MAX - 0xfff, K4, u64::MAX);
         assert_eq!((pages, owed, cleared), (vec![], vec![], 0));
+    }
+
+    /// What happened, in order.
+    #[derive(Debug, PartialEq)]
+    enum Event {
+        Cleared(IovaRange),
+        Kept(IovaRange),
+    }
+    use Event::{Cleared, Kept};
+
+    /// What `take_run` of `run` says, does and records, where 1 KiB inside page 3 to the end of
+    /// page 70 are asked for.
+    fn run_taken(
+        run: IovaRange,
+        page: Granule,
+        keeps: bool,
+    ) -> (Option<IovaRange>, Vec<Event>, Vec<IovaRange>, FlushGather) {
+        let asked = IovaRange::new(Iova::new((3 << 12) + 1024), Iova::new((71 << 12) - 1));
+        let asked = asked.unwrap_or(IovaRange::ALL);
+        let events = std::cell::RefCell::new(Vec::new());
+        let keep = |rest| events.borrow_mut().push(Kept(rest));
+        let (in_flight, flush) = (InFlight::new(), FlushQueue::new());
+        let rests = Rests {
+            in_flight: &in_flight,
+            keep: &keep,
+            flush: &flush,
+        };
+        let mut words = [0; 5];
+        let mut gather = FlushGather::new();
+        let k1 = Granule::from_lg2(10).unwrap_or(K4);
+        let Ok(view) = UserBitmap::new(&mut words).view(asked, k1) else {
+            panic!("a bitmap that is too short");
+        };
+        let mut sink = view.sink();
+        let mut out = match keeps {
+            true => LeafSink::keeping(&mut sink, &mut gather, rests),
+            false => LeafSink::new(&mut sink, &mut gather),
+        };
+        let clear = |page| {
+            events.borrow_mut().push(Cleared(page));
+            true
+        };
+        let to_clear = out.take_run(run, page, clear).map_or(None, ToClear::range);
+        let runs = view.runs().collect();
+        // A debt of what is kept was handed over before.
+        let kept = |event: &&Event| matches!(event, Kept(_));
+        let any = events.borrow().iter().any(|event| kept(&event));
+        assert_eq!(flush.stats().owed > 0, any);
+        (to_clear, events.into_inner(), runs, gather)
+    }
+
+    #[test]
+    fn of_a_run_that_sticks_out_the_ends_are_cleared_at_once_and_the_rest_later() {
+        let bytes = |start: u64, end: u64| {
+            IovaRange::new(Iova::new(start), Iova::new(end - 1)).unwrap_or(IovaRange::ALL)
+        };
+        let page = |first: u64, end: u64| bytes(first << 12, end << 12);
+        // Whole inside: nothing happens now.
+        let (later, events, runs, gather) = run_taken(page(4, 9), K4, true);
+        assert_eq!(
+            (later, events, runs),
+            (Some(page(4, 9)), vec![], vec![page(4, 9)])
+        );
+        assert_eq!(gather.ranges(), [page(4, 9)]);
+        // The lowest page sticks out; pages that are not asked for are left alone.
+        let (later, events, runs, gather) = run_taken(page(1, 9), K4, true);
+        assert_eq!(later, Some(page(4, 9)));
+        let cut = bytes((3 << 12) + 1024, 9 << 12);
+        assert_eq!(
+            events,
+            [Cleared(page(3, 4)), Kept(bytes(3 << 12, (3 << 12) + 1024))]
+        );
+        assert_eq!((runs, gather.ranges()), (vec![cut], &[page(3, 9)][..]));
+        // The same where nothing can be kept: no page is cleared whose rest would be lost.
+        let (later, events, runs, _) = run_taken(page(1, 9), K4, false);
+        assert_eq!((later, events, runs), (Some(page(4, 9)), vec![], vec![cut]));
+        // Pages of 16 KiB: the last one ends above page 70.
+        let k16 = Granule::from_lg2(14).unwrap_or(K4);
+        let (later, events, runs, _) = run_taken(page(64, 80), k16, true);
+        assert_eq!(later, Some(page(64, 68)));
+        assert_eq!(events, [Cleared(page(68, 72)), Kept(page(71, 72))]);
+        assert_eq!(runs, [page(64, 71)]);
+        // One page sticks out at both ends: it is cleared once.
+        let m1 = Granule::from_lg2(20).unwrap_or(K4);
+        let (later, events, runs, gather) = run_taken(page(0, 256), m1, true);
+        assert_eq!(later, None);
+        let below = bytes(0, (3 << 12) + 1024);
+        let whole = page(0, 256);
+        assert_eq!(events, [Cleared(whole), Kept(below), Kept(page(71, 256))]);
+        assert_eq!(runs, [bytes((3 << 12) + 1024, 71 << 12)]);
+        assert_eq!(gather.ranges(), [whole]);
+        // Nothing of it is asked for.
+        let (later, events, runs, gather) = run_taken(page(80, 90), K4, true);
+        assert_eq!((later, events, runs), (None, vec![], vec![]));
+        assert!(gather.is_empty());
     }
 }

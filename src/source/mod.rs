@@ -18,8 +18,8 @@ mod shared;
 mod loom_tests;
 
 pub(crate) use in_flight::{InFlight, Slot};
-pub use leaf_sink::LeafSink;
 pub(crate) use leaf_sink::Rests;
+pub use leaf_sink::{LeafSink, ToClear};
 pub(crate) use marks::{Marks, NearMarks};
 pub use ordering::MarkOrdering;
 #[cfg(not(dirtymap_loom))]
@@ -57,8 +57,12 @@ pub struct Stopped {
 /// All methods take `&self` and may be called by many threads at once, on overlapping ranges too.
 ///
 /// # What an implementation owes
-/// * **A dirty bit is cleared only by [`LeafSink::take`]** or [`take_many`](LeafSink::take_many), which record the leaf and owe
-///   its invalidation first, and by one atomic operation for each leaf, from whose result follows whether it was dirty.
+/// * **A dirty bit is cleared only by the closure of [`LeafSink::take`]** or
+///   [`take_many`](LeafSink::take_many), which record the leaf and owe its invalidation first, and by
+///   one atomic operation for each leaf, from whose result follows whether it was dirty.
+/// * **Or by a batch, behind [`LeafSink::take_run`]**: exactly what its answer names, before
+///   `read_and_clear` returns. A closure that says "cleared" and clears later loses writes: the
+///   rest of a page that sticks out of the request is given to others when it returns.
 /// * **No waiting** in `read_and_clear` and `peek`: not for devices, not for `map` and `unmap`, not for each other.
 /// * **No way back**: no method calls into the address space that the source is attached to, except to look.
 pub trait DirtySource: Send + Sync {
@@ -118,8 +122,10 @@ pub trait DirtySource: Send + Sync {
     /// If the source cannot; then the old state stays.
     fn set_tracking(&self, on: bool) -> Result<(), Error>;
 
-    /// Hands every dirty leaf that `range` touches to `out`, in ascending order, by [`LeafSink::take`]. Addresses without
-    /// a translation are skipped.
+    /// Hands every dirty leaf that `range` touches to `out`, in ascending order, by
+    /// [`LeafSink::take`], [`take_many`](LeafSink::take_many) or [`take_run`](LeafSink::take_run).
+    /// Addresses without a translation are skipped. `range` need not be made of whole pages of this
+    /// source.
     ///
     /// # Errors
     /// [`Stopped`] with the first address that was not processed.

@@ -47,9 +47,16 @@ impl Pending {
     /// Adds `range`, as far as it lies inside; pages that it touches count whole.
     pub(crate) fn add_range(&mut self, range: IovaRange) {
         if let Some((first, last)) = self.numbers(range) {
-            for (word, mask) in word_masks(first, last) {
-                self.words[word as usize] |= mask;
-            }
+            set(&mut self.words, first, last);
+        }
+    }
+
+    #[cfg(feature = "kvm")]
+    /// Forgets the pages of a log whose bit 0 is page `first`, a multiple of 64.
+    pub(super) fn remove(&mut self, first: u64, log: &[u64]) {
+        let mine = self.words.iter_mut().skip((first / 64) as usize);
+        for (mine, gone) in mine.zip(log) {
+            *mine &= !gone;
         }
     }
 
@@ -80,15 +87,13 @@ impl Pending {
         };
         while let Some((from, to)) = next_run(&self.words, first, last) {
             let run = self.addresses(from, to);
-            let words = &mut self.words;
-            let clear = || {
-                clear(words, from, to);
+            let to_clear = out.take_run(run, self.page, |page| {
+                self.forget(page);
                 true
-            };
-            out.take(run, self.page, clear).map_err(|error| Stopped {
-                at: run.start(),
-                error,
             })?;
+            if let Some(recorded) = to_clear.range() {
+                self.forget(recorded);
+            }
             first = to + 1;
         }
         Ok(())
@@ -193,6 +198,13 @@ pub(crate) fn mask_tail(words: &mut [u64], pages: u64) {
         && let Some(last) = words.get_mut((pages / 64) as usize)
     {
         *last &= (1 << used) - 1;
+    }
+}
+
+/// Sets the bits `first` to `last`.
+pub(super) fn set(words: &mut [u64], first: u64, last: u64) {
+    for (word, mask) in word_masks(first, last) {
+        words[word as usize] |= mask;
     }
 }
 

@@ -71,6 +71,7 @@ impl AddressSpace {
                 access,
             };
             let area = Arc::new(Area::new(mapping, self.page, self.ordering));
+            area.born_with(edit.version());
             edit.insert(range, &area).map(|()| (area, domains))
         })?;
         let range = area.mapping.range;

@@ -19,7 +19,7 @@
 use super::attachment::Attachment;
 use crate::error::Error;
 use crate::source::{Mapping, MarkOrdering, Marks};
-use crate::sync::{Arc, AtomicU8, Mutex, MutexGuard, OnceLock, Ordering, lock};
+use crate::sync::{Arc, AtomicU8, AtomicU64, Mutex, MutexGuard, OnceLock, Ordering, lock};
 use crate::units::{Granule, IovaRange};
 
 const MAPPING: u8 = 0;
@@ -38,6 +38,9 @@ pub(crate) struct Area {
     /// Shared by the pieces of an area that was cut: so no mark has to move.
     pub(crate) marks: Arc<Marks>,
     state: AtomicU8,
+    /// The version of the tree from which on sources may be filled with the area. Pieces of a cut
+    /// have that of the whole.
+    born: AtomicU64,
     pairs: Mutex<Pairs>,
     /// What the area was cut into; set before the state says so.
     pieces: OnceLock<Vec<Arc<Area>>>,
@@ -50,6 +53,7 @@ impl Area {
             mapping,
             marks: Arc::new(Marks::new(mapping.range, page, ordering)),
             state: AtomicU8::new(MAPPING),
+            born: AtomicU64::new(0),
             pairs: Mutex::new(Some(Vec::new())),
             pieces: OnceLock::new(),
         }
@@ -66,9 +70,23 @@ impl Area {
             },
             marks: Arc::clone(&self.marks),
             state: AtomicU8::new(LIVE),
+            born: AtomicU64::new(self.born.load(Ordering::Relaxed)), // Relaxed: as in `is_younger`
             pairs: Mutex::new(pairs),
             pieces: OnceLock::new(),
         }
+    }
+
+    /// Says that the area comes with `version` of the tree; before that is published.
+    pub(super) fn born_with(&self, version: u64) {
+        // Relaxed: whoever finds the area has it from a root that was published after this.
+        self.born.store(version, Ordering::Relaxed);
+    }
+
+    /// Whether the area was not there yet, for any source, when the tree had `version`: then nothing
+    /// that a harvest took by that moment belongs to it.
+    pub(super) fn is_younger(&self, version: u64) -> bool {
+        // Relaxed: see `born_with`.
+        self.born.load(Ordering::Relaxed) > version
     }
 
     /// Locks the pairs.

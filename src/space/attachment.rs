@@ -296,10 +296,16 @@ impl AddressSpace {
         }
     }
 
-    /// Makes `run`, of a lease over `covered`, dirty again: kept for each domain, and marked, as far as the lease
-    /// covers them; what lies outside every area is counted, and recorded as a fault.
-    pub(crate) fn put_back(&self, run: IovaRange, covered: &Covered) -> Outside {
+    /// Makes `run`, of a lease over `covered`, dirty again: kept for each domain, and marked, as far
+    /// as the lease covers them; what lies outside every area is counted, and recorded as a fault.
+    ///
+    /// Nothing was taken after the tree had the version `taken`: what lies in an area that came later
+    /// was in another one at the same addresses, and is outside as well.
+    pub(crate) fn put_back(&self, run: IovaRange, covered: &Covered, taken: u64) -> Outside {
         let outside = self.in_areas(run, |area, part| {
+            if area.is_younger(taken) {
+                return false;
+            }
             for domain in covered.domains() {
                 domain.kept.mark(part);
             }
@@ -410,6 +416,12 @@ impl Covered {
             all: self.all.clone(),
             marks: false,
         }
+    }
+
+    /// What harvests over these are made of, in a space whose own smallest page is `own`: pages of
+    /// all domains that were attached at that moment.
+    pub(crate) fn alignment(&self, own: Granule) -> Granule {
+        self.all.alignment(own)
     }
 
     /// The domains.

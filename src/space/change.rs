@@ -173,6 +173,8 @@ impl AddressSpace {
                     let existing = edit.first_intersecting(range).map(|entry| entry.range);
                     check_new(&area.mapping, edit.rules(), existing, self.page())
                         .map_err(|error| in_change(*index, error))?;
+                    // Sources are filled next, before the area is in the tree.
+                    area.born_with(edit.version());
                 }
                 edit.set_rules(edit.rules().promise(&ranges));
                 Ok::<(), Error>(())

@@ -143,6 +143,7 @@ impl AddressSpace {
                 return Err(Error::Overlap { range, existing });
             }
             let domains = rules.attachments().clone();
+            area.born_with(edit.version());
             edit.insert(range, &area).map(|()| domains)
         })?;
         self.fill(area, &domains)

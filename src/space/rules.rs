@@ -44,6 +44,12 @@ impl Attachments {
             .position(|attachment| attachment.id == domain)
             .ok_or(Error::NotAttached { domain })
     }
+
+    /// The largest of `own` and the smallest pages of these domains.
+    pub(crate) fn alignment(&self, own: Granule) -> Granule {
+        let pages = self.iter().map(|domain| domain.page);
+        pages.fold(own, Granule::max)
+    }
 }
 
 impl Deref for Attachments {
@@ -72,8 +78,7 @@ impl Rules {
 
     /// What areas are made of in a space whose own smallest page is `own`.
     pub(crate) fn alignment(&self, own: Granule) -> Granule {
-        let pages = self.attachments.iter().map(|domain| domain.page);
-        pages.fold(own, Granule::max)
+        self.attachments.alignment(own)
     }
 
     /// What a batch is about to map inside `range`.

@@ -8,7 +8,11 @@ use crate::units::{DomainId, Granule, Iova, IovaRange};
 
 /// The areas, and the domains, of one moment: see [`AddressSpace::snapshot`]. What changes later does not show.
 ///
-/// Memory that is let go meanwhile is kept while the snapshot lives: keep it short.
+/// Memory that is let go meanwhile is kept while the snapshot lives: keep it short. A snapshot that
+/// goes to [`std::mem::forget`], or is leaked in another way, lives for ever: from then on nothing
+/// that any space of the process lets go comes back, neither the nodes of its tree nor areas that
+/// were unmapped, whose marks and sources stay too. Nothing waits for it, and memory grows with each
+/// change.
 pub struct SpaceSnapshot<'s> {
     areas: Snapshot<'s, Area, 16, Rules>,
     page: Granule,
@@ -59,6 +63,11 @@ impl SpaceSnapshot<'_> {
     /// it is still current.
     pub fn age(&self) -> u64 {
         self.areas.age()
+    }
+
+    /// How many changes were published by now, over the life of the space.
+    pub(crate) fn newest(&self) -> u64 {
+        self.areas.newest()
     }
 
     /// The areas that cover `range`, up to the first hole.

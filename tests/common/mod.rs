@@ -50,6 +50,8 @@ pub struct State {
     pub refuse_map: bool,
     pub refuse_map_at: Option<IovaRange>,
     pub stop_at: Option<u64>,
+    /// How far inside the page of `stop_at` the stop lies.
+    pub stop_inside: u64,
     pub panic_at: Option<u64>,
     pub fail_invalidations: u32,
     pub flush_cost: FlushCost,
@@ -57,6 +59,8 @@ pub struct State {
     pub refuse_tracking: bool,
     /// What happens, once, before this page is looked at.
     pub on_page: Option<(u64, Box<dyn FnOnce() + Send>)>,
+    /// What happens, once, when the source is asked next, before it looks.
+    pub on_read: Option<Box<dyn FnOnce() + Send>>,
     /// What happens, once, when the next area is to be mapped, before it is.
     pub on_map: Option<Box<dyn FnOnce() + Send>>,
     /// What happens, once, when the next unmap has taken what is dirty and told nobody yet.
@@ -159,6 +163,9 @@ impl DirtySource for Fake {
     }
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        if let Some(happen) = self.with(|s| s.on_read.take()) {
+            happen();
+        }
         self.with(|s| {
             let (mut next, last) = (*numbers(range).start(), *numbers(range).end());
             while next <= last {
@@ -171,7 +178,7 @@ impl DirtySource for Fake {
                 }
                 if s.stop_at == Some(n) {
                     return Err(Stopped {
-                        at,
+                        at: Iova::new(at.get() + s.stop_inside),
                         error: Error::source_failed(Broken),
                     });
                 }

@@ -9,7 +9,7 @@ use super::ioctl::Kernel;
 use super::{KvmMode, MAX_PAGES};
 use crate::bitmap::Sink;
 use crate::error::Error;
-use crate::source::pending::{Pending, clear, mask_tail, next_run, words_for, zeroed};
+use crate::source::pending::{Pending, clear, mask_tail, next_run, set, words_for, zeroed};
 use crate::source::{LeafSink, Stopped};
 use crate::sync::{AtomicBool, Mutex, MutexGuard, Ordering, lock};
 use crate::units::{Granule, Iova, IovaRange};
@@ -171,29 +171,68 @@ impl Slot {
             let mut next = pages.0;
             while let Some(run) = next_run(log, next, pages.1) {
                 let addresses = pending.addresses(run.0, run.1);
-                // KVM clears this run with the others of its piece, below.
-                out.take(addresses, self.page, || true)
-                    .map_err(|error| Stopped {
-                        at: addresses.start(),
-                        error,
-                    })?;
+                let mut refused = None;
+                let to_clear = out.take_run(addresses, self.page, |page| {
+                    if let Err(stopped) = self.clear_page(kernel, pending, page) {
+                        refused.get_or_insert(stopped);
+                    }
+                    // Of a page that stays dirty, the rest is kept as well: a superset.
+                    true
+                })?;
+                // KVM clears what was recorded with the other runs of its piece, below.
+                let recorded = to_clear.range().and_then(|range| pending.numbers(range));
+                if recorded != Some(run) {
+                    clear(log, run.0, run.1);
+                    if let Some((first, last)) = recorded {
+                        set(log, first, last);
+                    }
+                }
+                if let Some(stopped) = refused {
+                    return Err(stopped);
+                }
                 next = run.1 + 1;
             }
-            let known = pages.1.min(self.pages() - 1);
-            let piece = pending.addresses(pages.0, known);
-            let inside = piece.intersection(part).unwrap_or(part);
-            // A number of pages that is no multiple of 64 is fine at the end of the slot, and only there.
-            kernel
-                .clear_log(
-                    self.id,
-                    pages.0,
-                    (known - pages.0 + 1) as u32,
-                    &log[from..to],
-                )
-                .map_err(|error| self.stopped("KVM_CLEAR_DIRTY_LOG", inside.start(), error))?;
-            pending.forget(inside);
+            let Some((from, to)) = hull(log, from, to) else {
+                continue;
+            };
+            self.clear_words(kernel, pending, from as u64 * 64, &log[from..to])
+                .map_err(|error| {
+                    let at = pending
+                        .addresses(from as u64 * 64, from as u64 * 64)
+                        .start();
+                    self.stopped("KVM_CLEAR_DIRTY_LOG", at.max(part.start()), error)
+                })?;
         }
         Ok(())
+    }
+
+    /// Has KVM clear the pages of `mask`, whose bit 0 is page `first`, a multiple of 64.
+    fn clear_words(
+        &self,
+        kernel: &dyn Kernel,
+        pending: &mut Pending,
+        first: u64,
+        mask: &[u64],
+    ) -> io::Result<()> {
+        // A number of pages that is no multiple of 64 is fine at the end of the slot, and only there.
+        let pages = (mask.len() as u64 * 64).min(self.pages() - first);
+        kernel.clear_log(self.id, first, pages as u32, mask)?;
+        pending.remove(first, mask);
+        Ok(())
+    }
+
+    /// Has KVM clear one page now.
+    fn clear_page(
+        &self,
+        kernel: &dyn Kernel,
+        pending: &mut Pending,
+        page: IovaRange,
+    ) -> Result<(), Stopped> {
+        let Some((number, _)) = pending.numbers(page) else {
+            return Ok(());
+        };
+        self.clear_words(kernel, pending, number & !63, &[1 << (number % 64)])
+            .map_err(|error| self.stopped("KVM_CLEAR_DIRTY_LOG", page.start(), error))
     }
 
     /// Records what is dirty in `part`. What KVM forgets meanwhile stays pending.

@@ -1,6 +1,8 @@
 //! The logic of the adapter against a KVM of our own, which write-protects pages, as the real one does: a write is seen only if it
 //! meets a protected page.
 
+mod parts;
+
 use std::collections::HashMap;
 use std::io;
 

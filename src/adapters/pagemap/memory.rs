@@ -266,8 +266,10 @@ impl Memory {
         }
     }
 
-    /// First address, and the one behind the last, in this process; of a range that lies inside.
+    /// First address, and the one after the last, in this process, of the pages that a range inside
+    /// touches: the kernel knows whole pages only.
     fn addresses(&self, part: IovaRange) -> (u64, u64) {
+        let part = part.round_out(self.page);
         let host = |iova: Iova| iova.get() - self.range.start().get() + self.host;
         (host(part.start()), host(part.last()) + 1)
     }

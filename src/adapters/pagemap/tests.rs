@@ -1,5 +1,7 @@
 //! The logic of the adapter against a kernel of our own, which has the quirks of the real one, on demand.
 
+mod parts;
+
 use std::io;
 
 use super::ioctl::{Region, Scanned};
@@ -83,6 +85,9 @@ impl Kernel for Fake {
     fn scan(&self, start: u64, end: u64, protect: bool, out: &mut [Region]) -> io::Result<Scanned> {
         self.with(|state| {
             state.scans += 1;
+            if !(start - HOST).is_multiple_of(4096) {
+                return Err(io::Error::from_raw_os_error(libc::EINVAL));
+            }
             let address = |page: usize| HOST + ((page as u64) << 12);
             let pages = numbers(start, end);
             let half = pages.start + pages.len() / 2;
@@ -133,6 +138,9 @@ impl Kernel for Fake {
     }
 
     fn is_mapped(&self, start: u64, len: u64) -> bool {
+        if !(start - HOST).is_multiple_of(4096) {
+            return false; // EINVAL, as msync says
+        }
         self.with(|state| state.mapped[numbers(start, start + len)].iter().all(|m| *m))
     }
 }

@@ -123,6 +123,12 @@ fn runs(word: usize, bits: u64) -> impl Iterator<Item = IovaRange> {
     })
 }
 
+/// The bits of the pages of `run`, which lie in one word.
+fn bits(run: IovaRange) -> u64 {
+    let bit = |at: Iova| (at.get() >> LOG_PAGE.lg2() & 63) as u32;
+    word_mask(bit(run.start()), bit(run.last()))
+}
+
 /// A stop at a word, inside of `range`.
 fn stopped(word: usize, range: IovaRange, error: Error) -> Stopped {
     let start = Iova::new((word as u64 * 64) << LOG_PAGE.lg2());
@@ -186,13 +192,15 @@ impl DirtySource for VhostLog {
         self.logs.read(|logs| {
             for (word, mask) in dirty_words(logs, range) {
                 let found = seen(logs, word, mask);
-                let mut runs = runs(word, found).peekable();
-                while let Some(run) = runs.next() {
-                    // All runs of the word are recorded, then one exchange clears it.
-                    let more = runs.peek().is_some();
-                    let clear = || more || clear(logs, word, found) != 0;
-                    out.take(run, LOG_PAGE, clear)
-                        .map_err(|error| stopped(word, range, error))?;
+                let mut recorded = 0;
+                for run in runs(word, found) {
+                    let clear_page = |page| clear(logs, word, bits(page)) != 0;
+                    let to_clear = out.take_run(run, LOG_PAGE, clear_page)?;
+                    recorded |= to_clear.range().map_or(0, bits);
+                }
+                // All runs of the word are recorded: one exchange clears it.
+                if recorded != 0 {
+                    clear(logs, word, recorded);
                 }
             }
             Ok(())

@@ -65,6 +65,9 @@
 mod back;
 mod front;
 mod memory;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)] // helpers of tests
+mod parts_tests;
 
 pub use back::{LogBitmap, LogFollower, LogSlice, RegionLog};
 pub use front::{Swap, VhostLog};

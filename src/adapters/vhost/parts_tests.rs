@@ -1,0 +1,103 @@
+//! Harvests of a space whose pages are smaller than those of the log.
+
+use super::VhostLog;
+use super::memory::LOG_PAGE;
+use crate::adapters::log_list::LogWords;
+use crate::bitmap::UserBitmap;
+use crate::error::Error;
+use crate::flush::{FlushGather, FlushQueue};
+use crate::harvest::{HarvestBounds, HarvestError, HarvestRequest};
+use crate::source::{DirtySource, InFlight, LeafSink, Rests};
+use crate::space::AddressSpace;
+use crate::sync::{Arc, Mutex, Ordering, lock};
+use crate::units::{Access, Granule, Iova, IovaRange};
+
+/// 2 KiB.
+fn half() -> Granule {
+    Granule::from_lg2(11).unwrap()
+}
+
+/// Pages 0 to 63, one word of the log, from 2 KiB inside page `first` on.
+fn cut(first: u64) -> IovaRange {
+    let start = (first << 12) + 2048;
+    IovaRange::from_len(Iova::new(start), (64 << 12) - start).unwrap()
+}
+
+fn set(log: &VhostLog, pages: &[u64]) {
+    let word = pages.iter().fold(0, |word, page| word | 1 << page);
+    log.memory().words()[0].fetch_or(u64::to_le(word), Ordering::SeqCst);
+}
+
+fn word(log: &VhostLog) -> u64 {
+    u64::from_le(log.memory().words()[0].load(Ordering::SeqCst))
+}
+
+/// Two runs in one word of the log, of which the request cuts the first. The sink was told that it
+/// was clean, and its rest was kept, before the word was cleared behind the second run.
+#[test]
+fn the_first_of_two_runs_in_a_word_is_cleared_before_its_rest_is_kept() {
+    let log = VhostLog::new(Iova::new(1 << 20)).unwrap();
+    set(&log, &[32, 40, 41]);
+    let mut words = [0u64; 1];
+    let range = cut(32);
+    let view = UserBitmap::new(&mut words).view(range, half()).unwrap();
+    let (mut sink, mut gather) = (view.sink(), FlushGather::new());
+    let (in_flight, flush) = (InFlight::new(), FlushQueue::new());
+    let kept = Mutex::new(Vec::new());
+    let keep = |rest: IovaRange| {
+        assert_eq!(word(&log) >> 32 & 1, 0, "kept, and not cleared");
+        lock(&kept).push(rest);
+    };
+    let rests = Rests {
+        in_flight: &in_flight,
+        keep: &keep,
+        flush: &flush,
+    };
+    let mut out = LeafSink::keeping(&mut sink, &mut gather, rests);
+    log.read_and_clear(range, &mut out).unwrap();
+    let rest = IovaRange::from_len(Iova::new(32 << 12), 2048).unwrap();
+    assert_eq!((&*lock(&kept), word(&log)), (&vec![rest], 0));
+    assert_eq!(view.count(), 1 + 4);
+}
+
+/// Without a place for rests, a page that a request cuts is reported and stays in the log. It was
+/// cleared with the other run of its word.
+#[test]
+fn a_sink_of_its_own_leaves_a_page_that_sticks_out_in_the_log() {
+    let log = VhostLog::new(Iova::new(1 << 20)).unwrap();
+    set(&log, &[32, 40]);
+    let mut words = [0u64; 1];
+    let view = UserBitmap::new(&mut words).view(cut(32), half()).unwrap();
+    let (mut sink, mut gather) = (view.sink(), FlushGather::new());
+    let mut out = LeafSink::new(&mut sink, &mut gather);
+    log.read_and_clear(cut(32), &mut out).unwrap();
+    assert_eq!((view.count(), word(&log)), (1 + 2, 1 << 32));
+}
+
+/// Instalments begin and end at pages of the log.
+#[test]
+fn instalments_end_at_pages_of_the_log() {
+    let log = Arc::new(VhostLog::new(Iova::new(1 << 20)).unwrap());
+    let space = AddressSpace::new(half()).with_source(log.clone()).unwrap();
+    let all = IovaRange::from_len(Iova::MIN, 64 << 12).unwrap();
+    space.map(all, 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    set(&log, &(0..64).collect::<Vec<u64>>());
+    let request = HarvestRequest::new(all, half());
+    let mut words = [0u64; 2];
+    let bounds = HarvestBounds::new().bits(65);
+    let bitmap = UserBitmap::new(&mut words);
+    let part = space.harvest_bounded(&request, Iova::MIN, bounds, bitmap);
+    let part = part.unwrap();
+    assert_eq!(part.next, Some(Iova::new(33 << 12)));
+    part.lease.sync().unwrap().commit();
+    assert_eq!(word(&log), u64::MAX << 33);
+    let inside = Iova::new((33 << 12) + 2048);
+    let mut words = vec![0u64; 16];
+    let bitmap = UserBitmap::new(&mut words);
+    let refused = space.harvest_bounded(&request, inside, bounds, bitmap);
+    let Err(HarvestError::Refused(Error::BadCursor { granule, .. })) = refused else {
+        panic!("{refused:?}");
+    };
+    assert_eq!(granule, LOG_PAGE);
+}

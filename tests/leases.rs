@@ -1,0 +1,289 @@
+//! What becomes of a lease: forgotten, aborted after its area went, committed part by part.
+#![cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
+#![allow(clippy::unwrap_used)] // helpers of tests
+
+mod common;
+
+use common::{PAGE, pages, two_sources};
+use dirtymap::{
+    Aborted, Access, AddressSpace, Change, DirtySource, Error, FlushGather, Granule,
+    HarvestRequest, Invalidated, Iova, IovaRange, LeafSink, Lease, Mapping, Owed, Scope, Sink,
+    Stopped, UserBitmap,
+};
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
+
+/// 64 pages, of which a device may have cached that their dirty bit is set.
+#[derive(Default)]
+struct Cached(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    dirty: BTreeSet<u64>,
+    cached: BTreeSet<u64>,
+}
+
+impl Cached {
+    fn write(&self, page: u64) {
+        let mut state = self.0.lock().unwrap();
+        // With "D is set" in its cache, a device does not touch the table.
+        if state.cached.insert(page) {
+            state.dirty.insert(page);
+        }
+    }
+}
+
+fn numbers(range: IovaRange) -> std::ops::RangeInclusive<u64> {
+    range.start().get() / PAGE..=range.last().get() / PAGE
+}
+
+impl DirtySource for Cached {
+    fn map(&self, _: &Mapping) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
+        gather.add(range, Granule::K4);
+        let mut state = self.0.lock().unwrap();
+        let gone: Vec<u64> = state.dirty.range(numbers(range)).copied().collect();
+        state.dirty.retain(|page| !gone.contains(page));
+        drop(state);
+        gone.into_iter().for_each(|page| dirty(pages(page, 1)));
+    }
+
+    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        let mut state = self.0.lock().unwrap();
+        let found: Vec<u64> = state.dirty.range(numbers(range)).copied().collect();
+        for page in found {
+            out.take(pages(page, 1), Granule::K4, || state.dirty.remove(&page))
+                .map_err(|error| Stopped {
+                    at: Iova::new(page * PAGE),
+                    error,
+                })?;
+        }
+        Ok(())
+    }
+
+    fn peek(&self, _: IovaRange, _: &mut Sink<'_>) -> Result<(), Stopped> {
+        Ok(())
+    }
+
+    fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error> {
+        let mut state = self.0.lock().unwrap();
+        for range in gather.ranges() {
+            state.cached.retain(|page| !numbers(*range).contains(page));
+        }
+        Ok(Invalidated::default())
+    }
+}
+
+fn harvest<'a>(space: &'a AddressSpace, range: IovaRange, words: &'a mut [u64]) -> Lease<'a, Owed> {
+    let request = HarvestRequest::new(range, Granule::K4);
+    space.harvest(&request, UserBitmap::new(words)).unwrap()
+}
+
+/// The first 64 pages that are dirty, taken and committed.
+fn take(space: &AddressSpace, range: IovaRange) -> u64 {
+    let mut words = [0u64];
+    harvest(space, range, &mut words).sync().unwrap().commit();
+    words[0]
+}
+
+/// A lease that is forgotten keeps its debt to itself. So it does not only lose what it took: what
+/// devices write to its pages later is hidden, until a flush names them. This pins what the
+/// documentation of `Lease` says.
+#[test]
+fn a_lease_that_is_forgotten_hides_its_pages_until_a_flush_names_them() {
+    let by_sync = |space: &AddressSpace, source: &Cached| {
+        // Another lease, whose gather spans the page.
+        source.write(2);
+        source.write(4);
+        let request = HarvestRequest::new(pages(0, 64), Granule::K4);
+        let mut words = [0u64];
+        let lease = space
+            .harvest(&request, UserBitmap::new(&mut words))
+            .unwrap();
+        assert_eq!(lease.sync().unwrap().dirty(), 2);
+        // The two are apart in the gather: page 3 is not named.
+        source.write(3);
+        assert_eq!(take(space, pages(0, 64)), 0b10100, "put back by the drop");
+        let mut gather = FlushGather::new();
+        gather.add(pages(3, 1), Granule::K4);
+        source.invalidate(&gather).unwrap();
+    };
+    let by_unmap = |space: &AddressSpace, _: &Cached| {
+        space.unmap_discarding(pages(0, 64)).unwrap();
+        space.map(pages(0, 64), 0, Access::ReadWrite).unwrap();
+    };
+    let ways: [&dyn Fn(&AddressSpace, &Cached); 2] = [&by_sync, &by_unmap];
+    for way in ways {
+        let source = Arc::new(Cached::default());
+        let space = AddressSpace::new(Granule::K4)
+            .with_source(source.clone())
+            .unwrap();
+        space.map(pages(0, 64), 0, Access::ReadWrite).unwrap();
+        space.set_tracking(true).unwrap();
+        source.write(3);
+        let words = Box::leak(Box::new([0u64]));
+        std::mem::forget(harvest(&space, pages(0, 64), words));
+        assert_eq!(take(&space, pages(0, 64)), 0, "nobody reports what it took");
+        source.write(3);
+        source.write(40);
+        assert_eq!(take(&space, pages(0, 64)), 1 << 40, "nor what comes later");
+        source.write(3);
+        assert_eq!(take(&space, pages(0, 64)), 0, "whatever else was flushed");
+        way(&space, &source);
+        source.write(3);
+        assert_eq!(take(&space, pages(0, 64)), 1 << 3);
+        // Other pages were seen all the time.
+        source.write(40);
+        assert_eq!(take(&space, pages(0, 64)), 1 << 40);
+    }
+    // One that was synced has paid.
+    let source = Arc::new(Cached::default());
+    let space = AddressSpace::new(Granule::K4)
+        .with_source(source.clone())
+        .unwrap();
+    space.map(pages(0, 64), 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    source.write(3);
+    let words = Box::leak(Box::new([0u64]));
+    std::mem::forget(harvest(&space, pages(0, 64), words).sync().unwrap());
+    source.write(3);
+    assert_eq!(take(&space, pages(0, 64)), 1 << 3);
+}
+
+/// A lease outlived its area, and was aborted when another one had its addresses. The abort said that
+/// all was dirty again, and counted nothing as outside: what was written to the first area was lost
+/// in silence, and the second area was dirty though nobody had written there.
+#[test]
+fn an_abort_counts_what_was_lost_with_an_area_that_was_mapped_again() {
+    let unmap = |space: &AddressSpace| {
+        space.unmap_discarding(pages(16, 16)).unwrap();
+    };
+    let map = |space: &AddressSpace, range: IovaRange| {
+        space.map(range, 0, Access::ReadWrite).unwrap();
+    };
+    let batch = |space: &AddressSpace, range: IovaRange| {
+        let (backing, access) = (0, Access::ReadWrite);
+        let map = Change::Map {
+            range,
+            backing,
+            access,
+        };
+        space.apply(&[map]).unwrap();
+    };
+    let allocate = |space: &AddressSpace, range: IovaRange| {
+        let len = u64::try_from(range.len()).unwrap();
+        let at = space.map_anywhere(len, 0, Access::ReadWrite);
+        assert_eq!(at.unwrap(), range);
+    };
+    type Way<'a> = &'a dyn Fn(&AddressSpace, IovaRange);
+    let ways: [Way<'_>; 3] = [&map, &batch, &allocate];
+    for way in ways {
+        for one_domain in [false, true] {
+            let (space, first, _) = two_sources();
+            space.map(pages(16, 16), 0, Access::ReadWrite).unwrap();
+            space.map(pages(32, 16), 0, Access::ReadWrite).unwrap();
+            space.set_tracking(true).unwrap();
+            [19, 36].iter().for_each(|page| first.dirty(*page));
+            let mut words = [0u64];
+            let scope = match one_domain {
+                true => Scope::Domain(space.domains()[0]),
+                false => Scope::All,
+            };
+            let request = HarvestRequest::new(pages(16, 32), Granule::K4).in_scope(scope);
+            let lease = space
+                .harvest(&request, UserBitmap::new(&mut words))
+                .unwrap();
+            unmap(&space);
+            way(&space, pages(16, 16));
+            let aborted = lease.abort();
+            let expected = Aborted {
+                bytes: PAGE,
+                outside_bytes: PAGE,
+            };
+            assert_eq!(aborted, expected);
+            assert_eq!(space.stats().put_back_outside_bytes, PAGE);
+            assert_eq!(take(&space, pages(16, 32)), 1 << 20);
+        }
+    }
+}
+
+/// What a lease holds of an area that was cut meanwhile is put back, whoever has the pieces; of a
+/// piece that went and came again it is outside.
+#[test]
+fn the_pieces_of_an_area_are_as_old_as_it_was() {
+    let (space, first, _) = two_sources();
+    space.map(pages(0, 32), 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    [3, 10, 20].iter().for_each(|page| first.dirty(*page));
+    let mut words = [0u64];
+    let lease = harvest(&space, pages(0, 32), &mut words);
+    assert!(space.cut(Iova::new(8 * PAGE)).unwrap());
+    assert!(space.cut(Iova::new(16 * PAGE)).unwrap());
+    space.unmap_discarding(pages(8, 8)).unwrap();
+    space.map(pages(8, 8), 0, Access::ReadWrite).unwrap();
+    let aborted = lease.abort();
+    assert_eq!((aborted.bytes, aborted.outside_bytes), (2 * PAGE, PAGE));
+    assert_eq!(take(&space, pages(0, 32)), 1 << 3 | 1 << 20);
+}
+
+/// An area that comes while a harvest is under way may be in its lease: the source was asked after
+/// it was filled. It is not said to be outside.
+#[test]
+fn an_area_that_comes_during_the_harvest_is_put_back() {
+    let (space, first, second) = two_sources();
+    let space = Arc::new(space);
+    space.map(pages(0, 16), 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    first.with(|s| {
+        let (space, second) = (space.clone(), second.clone());
+        let swap = move || {
+            // The first source is being asked: it is filled again by a thread of its own.
+            space.unmap_discarding(pages(0, 16)).unwrap();
+            space.map(pages(0, 16), 0, Access::ReadWrite).unwrap();
+            second.dirty(9);
+        };
+        s.on_read = Some(Box::new(swap));
+    });
+    let mut words = [0u64];
+    let lease = harvest(&space, pages(0, 16), &mut words);
+    assert_eq!(lease.report().bits_set, 1);
+    let aborted = lease.abort();
+    assert_eq!((aborted.bytes, aborted.outside_bytes), (PAGE, 0));
+    assert_eq!(take(&space, pages(0, 16)), 1 << 9);
+}
+
+/// Parts that are committed in any order are committed once, and the rest is put back.
+#[test]
+fn parts_in_any_order_are_committed_once() {
+    const N: u64 = 4096;
+    for stride in [1, N - 1, 1597] {
+        let (space, _, _) = two_sources();
+        space.map(pages(0, N), 0, Access::ReadWrite).unwrap();
+        space.set_tracking(true).unwrap();
+        space.mark(pages(0, N)).unwrap();
+        let mut words = vec![0u64; (N / 64) as usize];
+        let mut lease = harvest(&space, pages(0, N), &mut words).sync().unwrap();
+        for n in 0..N {
+            let page = n * stride % N;
+            if page % 4 == 1 {
+                continue;
+            }
+            assert_eq!(lease.commit_range(pages(page, 1)), 1);
+        }
+        assert_eq!(lease.commit_range(pages(0, 9)), 2);
+        assert_eq!(lease.abort().bytes, (N / 4 - 2) * PAGE);
+        let stats = space.stats();
+        assert_eq!(stats.aborted_bytes, (N / 4 - 2) * PAGE);
+        assert_eq!(
+            stats.leased_bytes,
+            stats.committed_bytes + stats.aborted_bytes
+        );
+    }
+}

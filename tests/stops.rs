@@ -1,0 +1,331 @@
+//! Harvests that stop: below the stop the lease has everything, from it on nothing was taken.
+#![cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
+#![allow(clippy::unwrap_used)] // helpers of tests
+
+mod common;
+
+use common::{Fake, PAGE, pages, two_sources};
+use dirtymap::{
+    Access, AddressSpace, Error, Granule, HarvestBounds, HarvestError, HarvestRequest, Iova,
+    IovaRange, StoppedHarvest, UserBitmap,
+};
+use std::sync::Arc;
+
+/// Pages 0 to 63 in one area, two sources, tracking on.
+fn tracked() -> (AddressSpace, Arc<Fake>, Arc<Fake>) {
+    let (space, first, second) = two_sources();
+    space.map(pages(0, 64), 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    (space, first, second)
+}
+
+fn request(range: IovaRange) -> HarvestRequest {
+    HarvestRequest::new(range, Granule::K4)
+}
+
+/// The numbers of the pages that a harvest of `n` pages takes, syncs and commits.
+fn take(space: &AddressSpace, n: u64) -> Vec<u64> {
+    let mut words = vec![0u64; (n as usize).div_ceil(64)];
+    let bitmap = UserBitmap::new(&mut words);
+    let lease = space.harvest(&request(pages(0, n)), bitmap).unwrap();
+    let lease = lease.sync().unwrap();
+    let taken = numbers(lease.runs());
+    lease.commit();
+    taken
+}
+
+fn numbers(runs: impl Iterator<Item = IovaRange>) -> Vec<u64> {
+    let number = |at: Iova| at.get() / PAGE;
+    runs.flat_map(|run| number(run.start())..=number(run.last()))
+        .collect()
+}
+
+fn stopped<'a, T: std::fmt::Debug>(answer: Result<T, HarvestError<'a>>) -> StoppedHarvest<'a> {
+    match answer {
+        Err(HarvestError::Stopped(stopped)) => *stopped,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The live leases aside, each byte that was leased was committed or aborted.
+fn accounts_hold(space: &AddressSpace) {
+    let stats = space.stats();
+    let settled = stats.committed_bytes + stats.aborted_bytes;
+    assert_eq!(stats.leased_bytes, settled, "{stats:?}");
+}
+
+/// A source with dirty pages 5 and 50 was attached before one that stops at page 10. `at` was 10,
+/// and yet page 50 was cleared and in the lease: a consumer that copied below `at`, committed, and
+/// went on from there lost it (firecracker#4545 is a snapshot that lost pages so).
+#[test]
+fn from_a_stop_on_what_an_earlier_source_gave_is_put_back() {
+    let (space, first, second) = tracked();
+    [5, 50].iter().for_each(|page| first.dirty(*page));
+    second.dirty(9);
+    second.with(|s| s.stop_at = Some(10));
+    let mut words = [0u64];
+    let answer = space.harvest(&request(pages(0, 64)), UserBitmap::new(&mut words));
+    let stop = stopped(answer);
+    assert_eq!(stop.at, Iova::new(10 * PAGE));
+    assert_eq!(stop.lease.report().bits_set, 2);
+    // Before the lease is settled, another harvest finds page 50, and its sync pays for it.
+    second.with(|s| s.stop_at = None);
+    assert_eq!(take(&space, 64), [50]);
+    let paid = first.with(|s| s.invalidated.clone());
+    assert!(
+        paid.iter().any(|range| range.covers(pages(50, 1))),
+        "{paid:?}"
+    );
+    let mut lease = stop.lease.sync().unwrap();
+    assert_eq!(lease.dirty(), 2);
+    assert_eq!(numbers(lease.runs()), [5, 9]);
+    assert_eq!(lease.commit_range(pages(0, 64)), 2);
+    assert_eq!(lease.abort().bytes, 0);
+    assert_eq!(take(&space, 64), [0u64; 0]);
+    accounts_hold(&space);
+}
+
+/// The same, dropped: everything is dirty again, once.
+#[test]
+fn a_stopped_lease_that_is_dropped_puts_back_what_it_has() {
+    let (space, first, second) = tracked();
+    [5, 50].iter().for_each(|page| first.dirty(*page));
+    second.with(|s| s.stop_at = Some(10));
+    let mut words = [0u64];
+    let bitmap = UserBitmap::new(&mut words);
+    let stop = stopped(space.harvest(&request(pages(0, 64)), bitmap));
+    let aborted = stop.lease.abort();
+    assert_eq!((aborted.bytes, aborted.outside_bytes), (PAGE, 0));
+    second.with(|s| s.stop_at = None);
+    assert_eq!(take(&space, 64), [5, 50]);
+    accounts_hold(&space);
+}
+
+/// What was kept and marked is put back as what sources gave; what is in flight stays so.
+#[test]
+fn from_a_stop_on_marks_and_kept_pages_stay() {
+    for stop_at in [0, 10, 63] {
+        let (space, first, second) = tracked();
+        [3, 20].iter().for_each(|page| first.dirty(*page));
+        let mut words = [0u64];
+        let bitmap = UserBitmap::new(&mut words);
+        drop(space.harvest(&request(pages(0, 64)), bitmap).unwrap());
+        [4, 30].iter().for_each(|page| second.dirty(*page));
+        [5, 40]
+            .iter()
+            .for_each(|page| space.mark(pages(*page, 1)).unwrap());
+        let guard = space.begin_write(pages(50, 1)).unwrap();
+        second.with(|s| s.stop_at = Some(stop_at));
+        let mut words = [0u64];
+        let bitmap = UserBitmap::new(&mut words);
+        let stop = stopped(space.harvest(&request(pages(0, 64)), bitmap));
+        assert_eq!(stop.at, Iova::new(stop_at * PAGE));
+        second.with(|s| s.stop_at = None);
+        let lease = stop.lease.sync().unwrap();
+        let below = |page: &u64| *page < stop_at;
+        let all = [3, 4, 5, 20, 30, 40, 50];
+        let expect: Vec<u64> = all.into_iter().filter(below).collect();
+        assert_eq!(numbers(lease.runs()), expect);
+        assert_eq!(lease.dirty(), expect.len() as u64);
+        assert_eq!(lease.report().bits_set, expect.len() as u64);
+        lease.commit();
+        drop(guard);
+        // Page 50 was in flight: it is dirty whoever has reported it.
+        let rest = all.into_iter().filter(|page| !below(page) || *page == 50);
+        assert_eq!(take(&space, 64), rest.collect::<Vec<u64>>());
+        accounts_hold(&space);
+    }
+}
+
+/// A source stops inside a page of the space, or inside a granule of the request. The stop is
+/// rounded down: a bit that the lease has stands for a granule of which everything was taken.
+#[test]
+fn a_stop_is_a_border_of_pages_and_of_granules() {
+    for (granule, page, at) in [
+        (2048, 8, 8),
+        (4096, 8, 8),
+        (16384, 8, 8),
+        (16384, 10, 8),
+        (65536, 10, 0),
+        (131_072, 50, 32),
+    ] {
+        let (space, first, second) = tracked();
+        [1, 9, 33, 60].iter().for_each(|page| first.dirty(*page));
+        second.with(|s| {
+            s.stop_at = Some(page);
+            s.stop_inside = 2048;
+        });
+        let granule = Granule::from_bytes(granule).unwrap();
+        let mut words = [0u64; 2];
+        let request = HarvestRequest::new(pages(0, 64), granule);
+        let stop = stopped(space.harvest(&request, UserBitmap::new(&mut words)));
+        assert_eq!(stop.at, Iova::new(at * PAGE), "{granule}, at {page}");
+        second.with(|s| s.stop_at = None);
+        let lease = stop.lease.sync().unwrap();
+        let all = [1, 9, 33, 60];
+        for run in lease.runs() {
+            assert!(run.last() < stop.at, "{run} is not below the stop");
+        }
+        for page in all.into_iter().filter(|page| *page < at) {
+            assert!(lease.runs().any(|run| run.covers(pages(page, 1))));
+        }
+        lease.commit();
+        let left = take(&space, 64);
+        for page in all.into_iter().filter(|page| *page >= at) {
+            assert!(left.contains(&page), "{page} of {left:?}");
+        }
+        assert!(left.iter().all(|page| *page >= at), "{left:?}");
+        accounts_hold(&space);
+    }
+}
+
+/// The page of a source is larger than the space's, and another one stops inside of it.
+#[test]
+fn a_stop_is_a_border_of_the_pages_of_all_sources() {
+    let (space, first, second) = two_sources();
+    space.map(pages(0, 64), 0, Access::ReadWrite).unwrap();
+    let large = Arc::new(Fake::default());
+    large.with(|s| (s.page, s.leaf_pages) = (Granule::from_lg2(16), 16));
+    let space = space.with_source(large.clone()).unwrap();
+    space.set_tracking(true).unwrap();
+    [5, 20].iter().for_each(|page| large.dirty(*page));
+    first.dirty(17);
+    second.with(|s| s.stop_at = Some(20));
+    let mut words = [0u64];
+    let stop = stopped(space.harvest(&request(pages(0, 64)), UserBitmap::new(&mut words)));
+    assert_eq!(stop.at, Iova::new(16 * PAGE));
+    second.with(|s| s.stop_at = None);
+    let lease = stop.lease.sync().unwrap();
+    assert_eq!(numbers(lease.runs()), (0..16).collect::<Vec<u64>>());
+    lease.commit();
+    assert_eq!(take(&space, 64), (16..32).collect::<Vec<u64>>());
+}
+
+/// Bits that were set before the harvest stay as they are, below and above; the lease ends below.
+#[test]
+fn bits_of_others_stay_whatever_stops() {
+    let (space, first, second) = tracked();
+    [5, 50].iter().for_each(|page| first.dirty(*page));
+    second.with(|s| s.stop_at = Some(10));
+    let mut words = [1u64 << 2 | 1 << 40];
+    {
+        let bitmap = UserBitmap::new(&mut words);
+        let stop = stopped(space.harvest(&request(pages(0, 64)), bitmap));
+        let lease = stop.lease.sync().unwrap();
+        assert_eq!(numbers(lease.runs()), [2, 5]);
+        lease.commit();
+    }
+    assert_eq!(
+        words[0] & (1 << 2 | 1 << 5 | 1 << 40),
+        1 << 2 | 1 << 5 | 1 << 40
+    );
+    second.with(|s| s.stop_at = None);
+    let left = take(&space, 64);
+    assert!(left.contains(&50) && !left.contains(&5), "{left:?}");
+    accounts_hold(&space);
+}
+
+/// A hole keeps its exact address, and what lies below it in its granule is in the lease.
+#[test]
+fn a_hole_inside_a_granule_keeps_what_lies_below_it() {
+    let (space, first, _) = two_sources();
+    space.map(pages(0, 6), 0, Access::ReadWrite).unwrap();
+    space.map(pages(7, 9), 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    [1, 5, 7].iter().for_each(|page| first.dirty(*page));
+    let mut words = [0u64];
+    let request = HarvestRequest::new(pages(0, 16), Granule::from_lg2(14).unwrap());
+    let stop = stopped(space.harvest(&request, UserBitmap::new(&mut words)));
+    assert!(matches!(stop.error, Error::Hole { .. }));
+    assert_eq!(stop.at, Iova::new(6 * PAGE));
+    let lease = stop.lease.sync().unwrap();
+    assert_eq!(numbers(lease.runs()), (0..8).collect::<Vec<u64>>());
+    lease.commit();
+    accounts_hold(&space);
+}
+
+/// Nothing lies below a hole at the beginning: the lease is empty, whatever the bitmap holds.
+#[test]
+fn a_lease_of_nothing_is_empty() {
+    let (space, _, _) = two_sources();
+    space.map(pages(8, 8), 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    let mut words = [u64::MAX];
+    let bitmap = UserBitmap::new(&mut words);
+    let stop = stopped(space.harvest(&request(pages(0, 16)), bitmap));
+    assert_eq!(stop.at, Iova::MIN);
+    let mut lease = stop.lease.sync().unwrap();
+    assert_eq!((lease.dirty(), lease.runs().count()), (0, 0));
+    assert_eq!(lease.commit_range(pages(0, 16)), 0);
+    assert_eq!(lease.abort().bytes, 0);
+    accounts_hold(&space);
+}
+
+/// A stop of an instalment, and of a harvest by mask.
+#[test]
+fn instalments_and_masks_stop_alike() {
+    for masked in [false, true] {
+        let (space, first, second) = tracked();
+        [5, 50].iter().for_each(|page| first.dirty(*page));
+        second.with(|s| s.stop_at = Some(10));
+        let mut words = [0u64];
+        let bitmap = UserBitmap::new(&mut words);
+        let all = request(pages(0, 64));
+        let mut mask = [u64::MAX];
+        let mask = UserBitmap::new(&mut mask)
+            .view(pages(0, 64), Granule::K4)
+            .unwrap();
+        let stop = if masked {
+            stopped(space.harvest_masked(&all, &mask, bitmap))
+        } else {
+            let bounds = HarvestBounds::new();
+            stopped(space.harvest_bounded(&all, Iova::new(PAGE), bounds, bitmap))
+        };
+        assert_eq!(stop.at, Iova::new(10 * PAGE));
+        let lease = stop.lease.sync().unwrap();
+        assert_eq!(numbers(lease.runs()), [5]);
+        lease.commit();
+        second.with(|s| s.stop_at = None);
+        assert_eq!(take(&space, 64), [50]);
+        accounts_hold(&space);
+    }
+}
+
+/// Two sources stop, in different pieces of a parallel harvest: at page 100, and at page 2^19 + 7.
+/// The lowest counts, and what the pieces above it took is put back.
+#[cfg(feature = "rayon")]
+#[test]
+fn of_two_stops_of_a_parallel_harvest_the_lowest_counts() {
+    let n = 1u64 << 20;
+    let high = (1 << 19) + 7;
+    for threads in [1, 3] {
+        for stops in [[100, high], [high, 100]] {
+            let (space, first, second) = two_sources();
+            space.map(pages(0, n), 0, Access::ReadWrite).unwrap();
+            space.set_tracking(true).unwrap();
+            first.with(|s| s.stop_at = Some(stops[0]));
+            second.with(|s| s.stop_at = Some(stops[1]));
+            let dirty = [5, 99, 100, 101, 1 << 18, high - 1, high, n - 1];
+            dirty.iter().for_each(|page| first.dirty(*page));
+            space.mark(pages((1 << 18) + 1, 1)).unwrap();
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+            let pool = pool.build().unwrap();
+            let mut words = vec![0u64; (n / 64) as usize];
+            let bitmap = UserBitmap::new(&mut words);
+            let all = request(pages(0, n));
+            let stop = stopped(pool.install(|| space.harvest_parallel(&all, bitmap)));
+            assert_eq!(stop.at, Iova::new(100 * PAGE));
+            assert_eq!(stop.lease.report().bits_set, 2);
+            let lease = stop.lease.sync().unwrap();
+            assert_eq!(numbers(lease.runs()), [5, 99]);
+            lease.commit();
+            for source in [&first, &second] {
+                source.with(|s| s.stop_at = None);
+            }
+            let mut rest = dirty[2..].to_vec();
+            rest.insert(3, (1 << 18) + 1);
+            assert_eq!(take(&space, n), rest);
+            accounts_hold(&space);
+        }
+    }
+}
