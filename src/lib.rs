@@ -121,8 +121,7 @@ pub use source::PulledLog;
 pub use source::{DirtySource, LeafSink, Mapping, MarkOrdering, SharedLog, Stopped, ToClear};
 
 pub use harvest::{
-    Aborted, BoundedHarvest, HarvestBounds, HarvestError, HarvestReport, HarvestRequest, Lease,
-    Owed, Scope, StoppedHarvest, SyncError, Synced, WriteGuard,
+    Aborted, HarvestReport, HarvestRequest, Holes, Lease, Owed, Rounds, Scope, Synced, WriteGuard,
 };
 
 #[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]

@@ -132,6 +132,13 @@ impl IovaRange {
         Ok(IovaRange { start, last })
     }
 
+    /// The range from `start` to `last`, which the caller knows not to lie below it.
+    #[inline]
+    pub(crate) const fn ascending(start: Iova, last: Iova) -> Self {
+        debug_assert!(start.0 <= last.0, "a range that ends below its start");
+        IovaRange { start, last }
+    }
+
     /// The `len` bytes from `start` on. The range may end at 2^64 - 1.
     ///
     /// # Errors

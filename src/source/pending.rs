@@ -53,7 +53,7 @@ impl Pending {
 
     #[cfg(feature = "kvm")]
     /// Forgets the pages of a log whose bit 0 is page `first`, a multiple of 64.
-    pub(super) fn remove(&mut self, first: u64, log: &[u64]) {
+    pub(crate) fn remove(&mut self, first: u64, log: &[u64]) {
         let mine = self.words.iter_mut().skip((first / 64) as usize);
         for (mine, gone) in mine.zip(log) {
             *mine &= !gone;
@@ -202,7 +202,7 @@ pub(crate) fn mask_tail(words: &mut [u64], pages: u64) {
 }
 
 /// Sets the bits `first` to `last`.
-pub(super) fn set(words: &mut [u64], first: u64, last: u64) {
+pub(crate) fn set(words: &mut [u64], first: u64, last: u64) {
     for (word, mask) in word_masks(first, last) {
         words[word as usize] |= mask;
     }

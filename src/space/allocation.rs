@@ -9,7 +9,7 @@ use super::{AddressSpace, Area, check_mapping};
 use crate::error::Error;
 use crate::source::Mapping;
 use crate::sync::Arc;
-use crate::units::{Access, Granule, Iova, IovaRange};
+use crate::units::{Access, Granule, Iova, IovaRange, ToIovaRange};
 
 /// Allocated ranges are not aligned to more than this, the size of a large leaf: 2 MiB.
 const MAX_ALIGNMENT: Granule = Granule::M2;
@@ -87,7 +87,8 @@ impl AddressSpace {
     /// # Errors
     /// [`Error::CannotReserve`] if it intersects an area, one in transition included; then if it intersects an allowed
     /// range.
-    pub fn reserve(&self, range: IovaRange) -> Result<(), Error> {
+    pub fn reserve(&self, range: impl ToIovaRange) -> Result<(), Error> {
+        let range = range.to_iova_range()?;
         self.areas.update(|edit| {
             if let Some(area) = edit.first_intersecting(range) {
                 return Err(Error::CannotReserve {
@@ -109,7 +110,8 @@ impl AddressSpace {
     ///
     /// # Errors
     /// [`Error::NotReserved`] if there is no such reservation.
-    pub fn release_reserved(&self, range: IovaRange) -> Result<(), Error> {
+    pub fn release_reserved(&self, range: impl ToIovaRange) -> Result<(), Error> {
+        let range = range.to_iova_range()?;
         self.areas.update(|edit| {
             let rules = edit.rules().release(range)?;
             edit.set_rules(rules);

@@ -38,7 +38,7 @@ use crate::events;
 use crate::flush::FlushQueue;
 use crate::source::{DirtySource, InFlight, Mapping, MarkOrdering, NearMarks};
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, fence};
-use crate::units::{Access, DomainId, Granule, Iova, IovaRange};
+use crate::units::{Access, DomainId, Granule, Iova, IovaRange, ToIovaRange};
 use faults::Log;
 use rules::Rules;
 use tracking::Switch;
@@ -122,11 +122,12 @@ impl AddressSpace {
     /// Maps `range` to the memory that begins at `backing`.
     ///
     /// # Errors
-    /// In this order: [`Error::Unaligned`] and [`Error::UnalignedBacking`] (multiples of
+    /// In this order: those of the range, [`Error::Unaligned`] and [`Error::UnalignedBacking`] (multiples of
     /// [`alignment`](Self::alignment)), [`Error::BackingWraps`], [`Error::Reserved`], [`Error::Overlap`], then what a
     /// source says. On an error nothing is mapped; only if a source also fails to flush what another one had mapped
     /// already, the range stays taken until [`unmap_discarding`](Self::unmap_discarding) succeeds on it.
-    pub fn map(&self, range: IovaRange, backing: u64, access: Access) -> Result<(), Error> {
+    pub fn map(&self, range: impl ToIovaRange, backing: u64, access: Access) -> Result<(), Error> {
+        let range = range.to_iova_range()?;
         let mapping = Mapping {
             range,
             backing,
@@ -175,7 +176,8 @@ impl AddressSpace {
     /// # Errors
     /// [`Error::Outside`] with the first address that no area holds; the parts inside areas are marked all the
     /// same, and the call is counted in [`SpaceStats::outside_marks`].
-    pub fn mark(&self, range: IovaRange) -> Result<(), Error> {
+    pub fn mark(&self, range: impl ToIovaRange) -> Result<(), Error> {
+        let range = range.to_iova_range()?;
         let outside = self.in_areas(range, |area, part| area.mark(part).is_ok());
         match outside.first {
             None => Ok(()),
@@ -363,7 +365,8 @@ impl AreaHandle {
     /// [`Error::Outside`] if a part of `range` lies outside the area, or the area was unmapped; nothing is marked then, but for
     /// the pieces that are left of an area that was cut. The call is counted in [`SpaceStats::outside_marks`].
     #[inline]
-    pub fn mark(&self, range: IovaRange) -> Result<(), Error> {
+    pub fn mark(&self, range: impl ToIovaRange) -> Result<(), Error> {
+        let range = range.to_iova_range()?;
         let near = self.near.as_ref();
         if near.is_some_and(|near| near.mark(range)) && self.area.is_mapped() {
             return Ok(());

@@ -15,7 +15,7 @@ use super::attachment::{Attachment, Covered};
 use crate::error::Error;
 use crate::events;
 use crate::sync::{AtomicU8, Ordering, Step, lock, weaken};
-use crate::units::{DomainId, IovaRange};
+use crate::units::{DomainId, Granule, IovaRange};
 
 const NEVER: u8 = 0;
 const ON: u8 = 1;
@@ -64,6 +64,14 @@ impl Attachment {
 }
 
 impl AddressSpace {
+    /// An empty space that [tracks](Self::set_tracking) from the start: whatever is mapped is tracked at
+    /// once.
+    pub fn tracked(page: Granule) -> Self {
+        let space = Self::new(page);
+        space.tracking.set(true);
+        space
+    }
+
     /// Switches tracking of writes, in all domains and for marks. Domains that are attached later track if this is on.
     ///
     /// On, when it was off: the baseline becomes clean (what was dirty or marked before is discarded) and is flushed; every write

@@ -54,7 +54,7 @@ use crate::bitmap::{BitmapView, UserBitmap};
 use crate::error::Error;
 use crate::events;
 use crate::sync::{Arc, Ordering, fence};
-use crate::units::{Granule, IovaRange};
+use crate::units::{Granule, ToIovaRange};
 
 /// What an unmap did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -82,7 +82,8 @@ impl AddressSpace {
     /// call maps, unmaps or cuts one of them. Nothing is unmapped then. If a source cannot flush: its error; the areas keep
     /// their addresses and what is dirty in them, although devices can no longer reach their memory by new
     /// translations, and the call can be repeated.
-    pub fn unmap_discarding(&self, range: IovaRange) -> Result<Unmapped, Error> {
+    pub fn unmap_discarding(&self, range: impl ToIovaRange) -> Result<Unmapped, Error> {
+        let range = range.to_iova_range()?;
         let mut plan = Plan::default();
         plan.unmap(range, &self.areas.snapshot())?;
         let unmapped = self.execute(&plan, None)?;
@@ -104,10 +105,11 @@ impl AddressSpace {
     /// file cannot take what is dirty; everything is as it was then, but for translations, as after a flush that failed.
     pub fn unmap<'a>(
         &self,
-        range: IovaRange,
+        range: impl ToIovaRange,
         granule: Granule,
         bitmap: UserBitmap<'a>,
     ) -> Result<(Unmapped, BitmapView<'a>), Error> {
+        let range = range.to_iova_range()?;
         let bound = bitmap.bind(range, granule)?;
         let view = bound.view();
         let mut plan = Plan::default();
