@@ -13,7 +13,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (jobs, inbox) = mpsc::channel::<Job>();
     let copier = thread::spawn(move || {
         for Job(round, lease) in inbox {
-            lease.runs().for_each(|run| println!("round {round}: copy {run}"));
+            lease
+                .runs()
+                .for_each(|run| println!("round {round}: copy {run}"));
             lease.commit();
         }
     });

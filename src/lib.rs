@@ -118,6 +118,8 @@ pub use space::{
 
 #[cfg(not(dirtymap_loom))]
 pub use source::PulledLog;
+#[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
+pub use source::kit as source_kit;
 pub use source::{DirtySource, LeafSink, Mapping, MarkOrdering, SharedLog, Stopped, ToClear};
 
 pub use harvest::{

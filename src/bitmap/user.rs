@@ -73,6 +73,15 @@ impl<'a> UserBitmap<'a> {
         }
     }
 
+    /// A shared bitmap of which only the first `good` words can be recorded in: for tests of sources.
+    #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
+    pub(crate) fn failing(words: &'a [AtomicU64], good: u64) -> Self {
+        UserBitmap {
+            backing: Backing::Failing(Span::of_words(words), good),
+            exclusive: false,
+        }
+    }
+
     /// As [`sparse`](Self::sparse), where nobody else writes to the bits while this, or the one sink
     /// that it is made into, lives.
     pub(crate) fn sparse_alone(sparse: &'a SparseBitmap) -> Self {

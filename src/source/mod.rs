@@ -4,6 +4,9 @@
 //! marks by CPU threads are kept by the address space itself and join the same harvest and the same flush.
 
 mod in_flight;
+#[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
+#[allow(clippy::panic)] // a test kit says by a panic what is wrong
+pub mod kit;
 mod leaf_sink;
 mod marks;
 mod ordering;
