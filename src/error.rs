@@ -104,6 +104,17 @@ pub enum Error {
         #[source]
         error: std::io::Error,
     },
+    /// The file system of a user bitmap has no room for a window of it. Nothing was recorded there.
+    #[error("no room in the file system for {len} bytes of the bitmap from byte {at:#x}: {error}")]
+    BitmapNoSpace {
+        /// The first byte of the window.
+        at: u64,
+        /// Bytes of the window.
+        len: u64,
+        /// What the system says.
+        #[source]
+        error: std::io::Error,
+    },
     /// Runs that are to be taken as they are do not ascend, or touch each other.
     #[error(
         "the run {run} does not begin behind the end of {before}, with at least a byte in between"
@@ -294,7 +305,7 @@ impl Error {
     /// | `EBUSY` (16) | an area in transition |
     /// | `EEXIST` (17) | overlap with an area; a source that is attached already |
     /// | `EINVAL` (22) | zero length, alignment, granule, window size, short bitmap, runs out of order, a bit that is not there, never tracked, cursor, hole, outside, map of a reserved range, allowed ranges that overlap, a cut that is unaligned or would need a split |
-    /// | `ENOSPC` (28) | nothing free to allocate |
+    /// | `ENOSPC` (28) | nothing free to allocate; no room for a window of the bitmap |
     /// | `EOVERFLOW` (75) | a range past 2^64 - 1 |
     /// | `EADDRINUSE` (98) | a range to reserve that is mapped or allowed, one to allow that is reserved, a domain whose pages an area does not suit |
     /// A change of a batch has the number of its reason.
@@ -309,7 +320,7 @@ impl Error {
             Error::BitmapShrank { .. } | Error::BitmapWindow { .. } => 14,
             Error::Busy { .. } => 16,
             Error::Overlap { .. } | Error::AttachedTwice { .. } => 17,
-            Error::NoSpace { .. } => 28,
+            Error::NoSpace { .. } | Error::BitmapNoSpace { .. } => 28,
             Error::CannotReserve { .. }
             | Error::CannotAllow { .. }
             | Error::CannotAttach { .. } => 98,

@@ -14,13 +14,25 @@ use crate::units::{DomainId, Granule, Iova, IovaRange};
 #[cfg(all(feature = "tracing", not(dirtymap_loom)))]
 macro_rules! event {
     ($level:ident $name:literal, {$($shown:ident = $show:expr),*}, {$($field:ident = $value:expr),*}) => {
-        tracing::event!(
+        tell(|| tracing::event!(
             target: "dirtymap",
             tracing::Level::$level,
             { $($shown = %$show,)* $($field = $value,)* },
             $name
-        )
+        ))
     };
+}
+
+/// Tells a subscriber, whose panic goes on; but not out of a destructor while another one goes by,
+/// where it would end the process.
+#[cfg(all(feature = "tracing", not(dirtymap_loom)))]
+#[inline]
+fn tell(event: impl FnOnce()) {
+    if !std::thread::panicking() {
+        event();
+    } else if let Err(panic) = crate::failure::call(event) {
+        crate::failure::forget(panic);
+    }
 }
 
 /// Nothing: the arguments count as used.
@@ -32,7 +44,8 @@ macro_rules! event {
     }};
 }
 
-/// A walk is over: it took what was dirty in `range`, up to `stopped_at` if it stopped.
+/// A walk is over: its lease has what was dirty in `range`, which ends below `stopped_at` if it
+/// stopped; all of the request if that is where it began.
 #[inline]
 pub(crate) fn harvest(
     range: IovaRange,

@@ -87,8 +87,11 @@
 //! [DESIGN.md](https://github.com/dirtymap/dirtymap/blob/main/DESIGN.md) has the invariants and why they hold; the
 //! `pagetable-sim` crate is an IOMMU to test against.
 
+#[macro_use]
+mod compared;
 mod error;
 mod events;
+mod failure;
 mod units;
 
 mod area;
@@ -138,7 +141,7 @@ pub use bitmap::{
 };
 
 #[cfg(all(feature = "bitmap-file", not(dirtymap_loom)))]
-pub use exchange::{BitmapFile, BitmapFileError};
+pub use exchange::{BitmapFile, BitmapFileError, Truncate};
 pub use exchange::{DirtyLog, LogRuns, MergedRuns, Pieces, RunTable, RunsExt, merge_runs};
 #[cfg(all(feature = "roaring", not(dirtymap_loom)))]
 pub use exchange::{read_roaring, read_treemap};
@@ -174,4 +177,10 @@ mod guide {
     #[cfg(all(feature = "pagemap", target_os = "linux"))]
     #[doc = include_str!("../docs/guide/pagemap.md")]
     struct Pagemap;
+    #[cfg(all(feature = "vhost", target_os = "linux"))]
+    #[doc = include_str!("../docs/guide/vhost.md")]
+    struct Vhost;
+    #[cfg(all(feature = "vm-memory", unix))]
+    #[doc = include_str!("../docs/guide/vm-memory.md")]
+    struct VmMemory;
 }

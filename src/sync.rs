@@ -3,17 +3,23 @@
 //! Everything concurrent in the library takes its atomics, locks and threads from here, so that the model checkers see
 //! the same code that users run. `pagetable-sim` uses it too, through a hidden re-export: one shim, not three.
 //!
-//! | cfg | atomics, locks, threads | what explores |
-//! |---|---|---|
-//! | none | `std` | nothing |
-//! | `dirtymap_loom` | `loom` | all interleavings within a bound, and what weak memory lets loads return |
-//! | `dirtymap_shuttle` | `shuttle` | random interleavings of whole systems; each access is SeqCst |
+//! | cfg | feature | atomics, locks, threads | explores |
+//! |---|---|---|---|
+//! | none | | `std` | nothing |
+//! | `dirtymap_loom` | `__loom` | `loom` | all interleavings within a bound, and each value that weak memory lets a load return |
+//! | `dirtymap_shuttle` | `__shuttle` | `shuttle` | random interleavings of whole systems; each access is SeqCst |
+//!
+//! The cfg chooses the code, the feature brings the crate.
 
-#[cfg(all(dirtymap_loom, not(crossbeam_loom)))]
+#[cfg(all(dirtymap_loom, not(all(crossbeam_loom, feature = "__loom"))))]
 compile_error!(
-    "loom builds need both cfgs, RUSTFLAGS=\"--cfg dirtymap_loom --cfg crossbeam_loom\": without the second one \
-     crossbeam-epoch is invisible to the model checker and a broken model passes"
+    "loom builds need RUSTFLAGS=\"--cfg dirtymap_loom --cfg crossbeam_loom\" and --features __loom: \
+     without the second cfg and the feature crossbeam-epoch is invisible to the model checker, and \
+     a broken model passes"
 );
+
+#[cfg(all(dirtymap_shuttle, not(feature = "__shuttle")))]
+compile_error!("builds with --cfg dirtymap_shuttle need --features __shuttle");
 
 #[cfg(all(dirtymap_loom, dirtymap_shuttle))]
 compile_error!("one model checker at a time");
@@ -136,6 +142,18 @@ pub fn fence_after_look() {
 
 /// Set once and read without waiting; invisible to the model checker, so an atomic of its user must order the two.
 pub use std::sync::OnceLock;
+
+/// A lock of the standard library, whatever checks the model: for lists that are pushed to and
+/// taken whole, with no other lock and no step of a protocol inside. So no schedule can stop in it,
+/// and it orders nothing that a model looks at. Destructors may take it after an execution of a
+/// model has ended.
+pub use std::sync::Mutex as InnerLock;
+
+/// Locks `list`, as [`lock`] does.
+pub fn lock_inner<T>(list: &InnerLock<T>) -> std::sync::MutexGuard<'_, T> {
+    list.lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
 
 /// Locks `mutex`, also when a thread panicked while it held it: what the library guards with a mutex is valid at every
 /// step, so a panic elsewhere must not take the accounting down with it.

@@ -12,10 +12,15 @@ use std::ops::{Range, RangeInclusive};
 use crate::error::Error;
 
 /// A device-visible address in bytes.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+#[derive(Clone, Copy, Eq, Hash, Default)]
+#[cfg_attr(not(test), derive(PartialEq, PartialOrd, Ord))]
+#[cfg_attr(test, allow(clippy::derived_hash_with_manual_eq))]
 #[repr(transparent)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Iova(u64);
+
+#[cfg(test)]
+counted_order!(Iova);
 
 impl Iova {
     /// The lowest address.
@@ -163,6 +168,15 @@ impl IovaRange {
         }
     }
 
+    /// The one address `iova`.
+    #[inline]
+    pub(crate) const fn at(iova: Iova) -> Self {
+        IovaRange {
+            start: iova,
+            last: iova,
+        }
+    }
+
     /// The smallest range that covers both.
     #[inline]
     pub(crate) const fn hull(self, other: IovaRange) -> Self {
@@ -204,6 +218,7 @@ impl IovaRange {
         false
     }
 
+    counted! {
     /// Whether `iova` lies inside.
     #[inline]
     pub const fn contains(self, iova: Iova) -> bool {
@@ -240,6 +255,7 @@ impl IovaRange {
     #[inline]
     pub const fn intersects(self, other: IovaRange) -> bool {
         self.start.0 <= other.last.0 && other.start.0 <= self.last.0
+    }
     }
 
     /// Whether the range starts and ends at multiples of `granule`.
@@ -459,8 +475,13 @@ impl fmt::Display for Granule {
 
 /// Names a domain as long as it is attached to an address space: see
 /// [`AddressSpace::attach`](crate::AddressSpace::attach). Never given twice by one space.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, Eq, Hash, Debug)]
+#[cfg_attr(not(test), derive(PartialEq, PartialOrd, Ord))]
+#[cfg_attr(test, allow(clippy::derived_hash_with_manual_eq))]
 pub struct DomainId(pub(crate) u64);
+
+#[cfg(test)]
+counted_order!(DomainId);
 
 impl fmt::Display for DomainId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -8,8 +8,8 @@ mod common_file;
 use common::{Fake, PAGE, pages};
 use common_file::scratch;
 use dirtymap::{
-    Access, AddressSpace, Error, FileBitmap, Granule, HarvestError, HarvestRequest, Iova,
-    IovaRange, UserBitmap,
+    Access, AddressSpace, DirtySource, Error, FileBitmap, FlushGather, Granule, HarvestError,
+    HarvestRequest, Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, UserBitmap,
 };
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -101,16 +101,18 @@ fn a_file_that_shrinks_stops_the_harvest_and_loses_nothing() {
     assert_eq!(stopped.at, Iova::new((WINDOW + 3) * PAGE));
     let dirty = || fake.with(|s| s.dirty.iter().copied().collect::<Vec<_>>());
     assert_eq!(dirty(), [WINDOW + 3], "what cannot be recorded stays");
-    // The lease has the earlier part; what can no longer be read counts as dirty.
+    // The lease has what lies below the stop; what can no longer be read there counts as dirty.
     let lease = stopped.lease.sync().unwrap();
+    assert_eq!(lease.report().bits_set, 1);
     let mut runs = lease.runs();
-    let rest = pages(WINDOW, WINDOW);
+    let rest = pages(WINDOW, 3);
     assert_eq!(runs.by_ref().collect::<Vec<_>>(), [pages(7, 1), rest]);
     assert!(matches!(runs.error(), Some(Error::BitmapShrank { .. })));
     drop(runs);
     lease.abort();
     let mut words = vec![0; 2 * WINDOW as usize / 64];
     let view = space.peek(&request, UserBitmap::new(&mut words)).unwrap();
+    let rest = pages(WINDOW, 4); // with the page that could not be recorded
     assert_eq!(view.runs().collect::<Vec<_>>(), [pages(7, 1), rest]);
     // Strict where a superset would lose: taking away what cannot be read is refused.
     let unreadable = UserBitmap::file(&bitmap).view(all, Granule::K4);
@@ -183,6 +185,153 @@ fn marks_that_a_lost_window_could_not_take_are_found_again() {
     assert_eq!(runs, [pages(WINDOW + 3, 1), pages(WINDOW + 700, 1)]);
 }
 
+/// One source has given a page, and another one stops below it, when the file has lost the window
+/// that the page was recorded in: it cannot be read which pages were, so all of the window is put
+/// back.
+#[test]
+fn what_a_lost_window_had_above_a_stop_is_put_back() {
+    let (space, first, second) = common::two_sources();
+    let all = pages(0, 2 * WINDOW);
+    space.map(all, 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    let bitmap = FileBitmap::new(scratch(2 << 16), 0, 2 << 16);
+    let bitmap = bitmap.with_window(1 << 16).unwrap();
+    for n in [7, WINDOW + 3] {
+        first.dirty(n);
+    }
+    let cut = bitmap.file().try_clone().unwrap();
+    second.with(|s| {
+        s.on_read = Some(Box::new(move || cut.set_len(1 << 16).unwrap()));
+        s.stop_at = Some(10);
+    });
+    let request = HarvestRequest::new(all, Granule::K4);
+    let Err(HarvestError::Stopped(stopped)) = space.harvest(&request, UserBitmap::file(&bitmap))
+    else {
+        panic!("the harvest went on");
+    };
+    assert_eq!(stopped.at, Iova::new(10 * PAGE));
+    let lease = stopped.lease.sync().unwrap();
+    assert_eq!(lease.runs().collect::<Vec<_>>(), [pages(7, 1)]);
+    lease.commit();
+    second.with(|s| s.stop_at = None);
+    let mut words = vec![0; 2 * WINDOW as usize / 64];
+    let view = space.peek(&request, UserBitmap::new(&mut words)).unwrap();
+    let lost = pages(WINDOW, WINDOW);
+    assert_eq!(view.runs().collect::<Vec<_>>(), [lost]);
+}
+
+/// A source that cuts the file of one thread behind its first window.
+struct Cuts {
+    file: std::fs::File,
+    thread: std::sync::Mutex<Option<std::thread::ThreadId>>,
+}
+
+impl DirtySource for Cuts {
+    fn map(&self, _: &Mapping) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn unmap(&self, _: IovaRange, _: &mut FlushGather, _: &mut dyn FnMut(IovaRange)) {}
+
+    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn read_and_clear(&self, _: IovaRange, _: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        if *self.thread.lock().unwrap() == Some(std::thread::current().id()) {
+            self.file.set_len(1 << 16).unwrap();
+        }
+        Ok(())
+    }
+
+    fn peek(&self, _: IovaRange, _: &mut Sink<'_>) -> Result<(), Stopped> {
+        Ok(())
+    }
+
+    fn invalidate(&self, _: &FlushGather) -> Result<Invalidated, Error> {
+        Ok(Invalidated::default())
+    }
+}
+
+/// A line of marks lies in two windows, of which the second cannot be mapped. The place of the line
+/// is not secured by the first one: a harvest that took it to be hid the line, and failed, and
+/// another harvest that came in between missed a mark.
+#[test]
+fn a_line_across_two_windows_is_not_hidden() {
+    // Of the 64 bytes of the line, 32 lie in each window.
+    let (offset, bytes) = ((1 << 16) - 32, 64);
+    let file = scratch(offset + bytes);
+    let cuts = Arc::new(Cuts {
+        file: file.try_clone().unwrap(),
+        thread: std::sync::Mutex::new(None),
+    });
+    let space = AddressSpace::new(Granule::K4)
+        .with_source(cuts.clone())
+        .unwrap();
+    space.map(pages(0, 512), 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    let bitmap = FileBitmap::new(file, offset, bytes);
+    let bitmap = bitmap.with_window(1 << 16).unwrap();
+    let request = HarvestRequest::new(pages(0, 512), Granule::K4);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let failures = scope.spawn(|| {
+            *cuts.thread.lock().unwrap() = Some(std::thread::current().id());
+            let mut failures = 0u64;
+            while !stop.load(Relaxed) {
+                bitmap.file().set_len(offset + bytes).unwrap();
+                let harvest = space.harvest(&request, UserBitmap::file(&bitmap));
+                if let Err(HarvestError::Stopped(stopped)) = harvest {
+                    failures += u64::from(matches!(stopped.error, Error::BitmapShrank { .. }));
+                }
+            }
+            failures
+        });
+        let missed = (0..20_000)
+            .filter(|_| {
+                space.mark(pages(300, 1)).unwrap();
+                let mut words = [0u64; 8];
+                let bitmap = UserBitmap::new(&mut words);
+                let lease = space.harvest(&request, bitmap).unwrap();
+                lease.sync().unwrap().commit();
+                words[300 / 64] >> (300 % 64) & 1 == 0
+            })
+            .count();
+        stop.store(true, Relaxed);
+        let failures = failures.join().unwrap();
+        assert!(failures > 0, "nothing failed, so nothing was tested");
+        assert_eq!(missed, 0, "among {failures} harvests that failed");
+    });
+}
+
+/// A file that cannot be mapped for writing.
+fn read_only(writable: &std::fs::File) -> FileBitmap {
+    use std::os::fd::AsRawFd;
+    let path = format!("/proc/self/fd/{}", writable.as_raw_fd());
+    FileBitmap::new(std::fs::File::open(path).unwrap(), 0, 64)
+}
+
+/// What is dirty is recorded while the areas are still there: where it cannot be, they stay, and so
+/// does what is dirty.
+#[test]
+fn an_unmap_that_cannot_record_leaves_its_areas() {
+    let space = AddressSpace::new(Granule::K4);
+    space.map(pages(0, 512), 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    space.mark(pages(7, 2)).unwrap();
+    let writable = scratch(64);
+    let read_only = read_only(&writable);
+    let unmapped = space.unmap(pages(0, 512), Granule::K4, UserBitmap::file(&read_only));
+    assert!(matches!(unmapped, Err(Error::BitmapWindow { .. })));
+    assert_eq!(space.mappings().len(), 1);
+    assert_eq!(space.stats().discarded_bytes, 0);
+    let mut words = [0u64; 8];
+    let bitmap = UserBitmap::new(&mut words);
+    let (unmapped, view) = space.unmap(pages(0, 512), Granule::K4, bitmap).unwrap();
+    assert_eq!(unmapped.dirty_bytes, 2 * 4096);
+    assert_eq!(view.runs().collect::<Vec<_>>(), [pages(7, 2)]);
+}
+
 /// What stands against harvests that fail: one thread harvests into a file that cannot be mapped for writing, again and again,
 /// while the other marks page 0 and then looks for it by `find`, which must not miss it once.
 fn never_hidden_by_harvests_that_fail(mut find: impl FnMut(&AddressSpace) -> bool) {
@@ -190,11 +339,7 @@ fn never_hidden_by_harvests_that_fail(mut find: impl FnMut(&AddressSpace) -> boo
     space.map(pages(0, 512), 0, Access::ReadWrite).unwrap();
     space.set_tracking(true).unwrap();
     let writable = scratch(64);
-    let path = format!(
-        "/proc/self/fd/{}",
-        std::os::fd::AsRawFd::as_raw_fd(&writable)
-    );
-    let read_only = FileBitmap::new(std::fs::File::open(path).unwrap(), 0, 64);
+    let read_only = read_only(&writable);
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let failures = scope.spawn(|| {

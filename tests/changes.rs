@@ -9,7 +9,7 @@ use dirtymap::{
     Access, AddressSpace, BitmapView, Change, Error, Fault, FaultSource, Faults, Granule,
     HarvestRequest, Iova, IovaRange, SparseBitmap, UserBitmap,
 };
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 const RW: Access = Access::ReadWrite;
 
@@ -371,6 +371,52 @@ fn a_snapshot_stays_as_it_was() {
     assert_eq!(now.mappings(pages(16, 2)).count(), 0);
 }
 
+/// Each publication counts one: an area, a rule, a domain, or all of a batch.
+#[test]
+fn a_snapshot_knows_its_age() {
+    let (space, ..) = tracked();
+    let snapshot = space.snapshot();
+    assert_eq!(snapshot.age(), 0);
+    space.reserve(pages(100, 1)).unwrap();
+    assert_eq!(snapshot.age(), 1);
+    space.set_allowed(&[pages(50, 1)]).unwrap();
+    assert_eq!(snapshot.age(), 2);
+    space.reserve(pages(50, 1)).unwrap_err();
+    assert_eq!(snapshot.age(), 2, "what is refused changes nothing");
+    space.cut(at(8)).unwrap();
+    let range = pages(8, 8);
+    let changes = [Change::Cut { at: at(12) }, Change::Unmap { range }];
+    space.apply(&changes[..1]).unwrap();
+    assert_eq!(snapshot.age(), 4);
+    assert_eq!((space.snapshot().age(), snapshot.len()), (0, 1));
+}
+
+/// An unmap of three areas, the last of which is being mapped, is refused, and leaves the others as
+/// they were: the second stayed claimed for ever.
+#[test]
+fn an_unmap_that_is_refused_gives_all_areas_back() {
+    let (space, first, _) = tracked();
+    space.unmap_discarding(pages(0, 16)).unwrap();
+    let space = Arc::new(space);
+    space.map(pages(0, 4), 0, RW).unwrap();
+    space.map(pages(4, 4), 0, RW).unwrap();
+    let (inner, seen) = (Arc::downgrade(&space), Arc::new(Mutex::new(None)));
+    let report = seen.clone();
+    first.with(|s| {
+        s.on_map = Some(Box::new(move || {
+            let space = inner.upgrade().unwrap();
+            *report.lock().unwrap() = space.unmap_discarding(pages(0, 12)).err();
+        }));
+    });
+    space.map(pages(8, 4), 0, RW).unwrap();
+    let busy = seen.lock().unwrap().take();
+    assert!(matches!(busy, Some(Error::Busy { area }) if area == pages(8, 4)));
+    for nth in 0..3 {
+        let unmapped = space.unmap_discarding(pages(4 * nth, 4)).unwrap();
+        assert_eq!(unmapped.areas, 1);
+    }
+}
+
 #[test]
 fn faults_are_kept_newest_last_and_counted() {
     let (space, ..) = tracked();
@@ -532,4 +578,32 @@ fn addresses_of_a_batch_are_taken_until_its_end() {
     assert_eq!(*seen.lock().unwrap(), [17, 17, 98, 16, 16, 0]);
     assert_eq!(mapped(&space), [pages(20, 2), pages(22, 1)]);
     assert!(first.with(|s| s.mapped.contains(&pages(20, 2))));
+}
+
+/// Of three areas that an unmap needs, the last one is busy. The claims of the first two are given
+/// back, of both.
+#[test]
+fn an_unmap_that_finds_an_area_busy_gives_back_all_that_it_has_claimed() {
+    let fake = Arc::new(Fake::default());
+    let space = Arc::new(AddressSpace::new(Granule::K4));
+    space.attach(fake.clone()).unwrap();
+    space.map(pages(0, 4), 0, RW).unwrap();
+    space.map(pages(4, 4), 0, RW).unwrap();
+    let (inner, busy) = (
+        Arc::downgrade(&space),
+        Arc::new(std::sync::Mutex::new(None)),
+    );
+    let report = Arc::clone(&busy);
+    fake.with(|s| {
+        s.on_map = Some(Box::new(move || {
+            let space = inner.upgrade().unwrap();
+            *report.lock().unwrap() = space.unmap_discarding(pages(0, 12)).err();
+        }));
+    });
+    space.map(pages(8, 3), 0, RW).unwrap();
+    let busy = busy.lock().unwrap().take().unwrap();
+    assert!(matches!(busy, Error::Busy { area } if area == pages(8, 3)));
+    for range in [pages(0, 4), pages(4, 4), pages(8, 3)] {
+        assert_eq!(space.unmap_discarding(range).unwrap().areas, 1);
+    }
 }

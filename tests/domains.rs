@@ -6,8 +6,8 @@ mod common;
 
 use common::{Fake, PAGE, pages, two_sources};
 use dirtymap::{
-    Access, AddressSpace, DomainId, Error, Granule, HarvestError, HarvestRequest, Iova, IovaRange,
-    Scope, UserBitmap,
+    Access, AddressSpace, DomainId, Error, FlushCost, Granule, HarvestError, HarvestRequest, Iova,
+    IovaRange, Scope, UserBitmap,
 };
 use std::sync::Arc;
 
@@ -286,4 +286,49 @@ fn what_an_area_left_behind_is_not_dirty_in_the_next() {
     assert_eq!(take(&space, Scope::Domain(a)), 0);
     assert_eq!(space.faults().recent.len(), 1);
     assert_eq!(space.faults().recent[0].at, Iova::new(3 * PAGE));
+}
+
+/// An attach looks at the areas before it asks the source to track, and once more at those of the
+/// root that it publishes.
+#[test]
+fn an_area_that_is_mapped_during_an_attach_is_looked_at_too() {
+    let (space, ..) = tracked();
+    let space = Arc::new(space);
+    let late = Arc::new(Fake::default());
+    let mapping = Arc::clone(&space);
+    late.with(|s| {
+        s.page = Some(Granule::from_bytes(2 * PAGE).unwrap());
+        s.on_tracking = Some(Box::new(move || {
+            mapping.map(pages(21, 1), 0, RW).unwrap();
+        }));
+    });
+    let error = space.attach(late.clone()).unwrap_err();
+    assert!(matches!(error, Error::CannotAttach { area, .. } if area == pages(21, 1)));
+    assert!(late.with(|s| s.mapped.is_empty() && !s.tracking));
+    assert_eq!((space.domains().len(), space.alignment()), (2, Granule::K4));
+}
+
+/// What invalidations cost is the sum over the domains that are there, not over those that were.
+#[test]
+fn the_cost_of_a_domain_goes_with_it() {
+    let dear = Arc::new(Fake::default());
+    dear.with(|s| {
+        s.flush_cost = FlushCost {
+            per_range: 1000,
+            per_leaf: 0,
+            full: 1,
+        }
+    });
+    let (space, first, ..) = tracked();
+    let id = space.attach(dear).unwrap();
+    for (detached, full) in [(false, true), (true, false)] {
+        if detached {
+            space.detach(id).unwrap();
+        }
+        first.dirty(3);
+        first.with(|s| s.invalidated.clear());
+        assert_eq!(take(&space, Scope::All), 1 << 3);
+        let asked = first.with(|s| s.invalidated.clone());
+        assert_eq!(asked == [IovaRange::ALL], full, "{asked:?}");
+    }
 }

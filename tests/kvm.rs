@@ -8,13 +8,17 @@
 #![allow(clippy::unwrap_used)] // helpers of tests
 
 mod common_kvm;
+mod common_skip;
 
 use std::collections::BTreeSet;
 
 use common_kvm::{Guest, MODES, SLOTS, in_every_mode, kvm};
 use dirtymap::kvm::{KvmError, KvmLog, KvmMode};
 use dirtymap::{Access, HarvestError, HarvestRequest, Iova, IovaRange, UserBitmap};
-use kvm_bindings::{Msrs, kvm_msr_entry, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_CAP_MULTI_ADDRESS_SPACE, KVM_MEM_LOG_DIRTY_PAGES, Msrs, kvm_msr_entry,
+    kvm_userspace_memory_region,
+};
 
 #[test]
 fn a_page_that_the_guest_wrote_is_reported() {
@@ -313,4 +317,240 @@ fn what_kvm_cannot_do_is_said_before_anything_is_made() {
         Err(KvmError::Call { .. } | KvmError::Unsupported { .. }) => {}
         other => panic!("{other:?}"),
     }
+}
+
+/// Runs `call` in a child of `fork`, and returns what it returned.
+///
+/// The child has the one thread, and the locks of the others as they were: `call` takes none of
+/// another test, and does not print.
+fn in_child(call: impl FnOnce() -> u8) -> i32 {
+    // SAFETY: the child runs `call`, which keeps to what is said above, and ends.
+    let pid = unsafe { libc::fork() };
+    assert!(pid >= 0, "{}", std::io::Error::last_os_error());
+    if pid == 0 {
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(call));
+        // SAFETY: ends the child at once: no destructor and no handler of the parent runs.
+        unsafe { libc::_exit(i32::from(result.unwrap_or(u8::MAX))) };
+    }
+    let mut status = 0;
+    // SAFETY: of the child above; the call writes one number.
+    let waited = unsafe { libc::waitpid(pid, &raw mut status, 0) };
+    assert_eq!(waited, pid);
+    assert!(libc::WIFEXITED(status), "the child was killed: {status:#x}");
+    libc::WEXITSTATUS(status)
+}
+
+/// A child shares the rings of its parent: what it read, by a `peek` even, the parent never got,
+/// and KVM had it marked as read. With logs KVM refuses the child. botan#602 is the same with the
+/// state of a generator of random numbers.
+#[test]
+fn a_child_of_fork_takes_nothing_from_its_parent() {
+    in_every_mode(|mode, mut guest| {
+        let parent = std::process::id();
+        for (n, name) in ["peek", "harvest", "drain_rings", "set_tracking", "slots"]
+            .into_iter()
+            .enumerate()
+        {
+            let page = 20 + n as u64;
+            guest.write(page, 1, 0);
+            let guest = &guest;
+            let says = |error: &dyn std::fmt::Display| {
+                let text = format!("this log is of process {parent}");
+                u8::from(!error.to_string().contains(&text))
+            };
+            let call = || {
+                let mut words = [0u64; 4];
+                let bitmap = UserBitmap::new(&mut words);
+                let request = guest.request(0, 90);
+                match name {
+                    "peek" => match guest.space.peek(&request, bitmap) {
+                        Err(error) => says(&error),
+                        Ok(_) => 2,
+                    },
+                    "harvest" => match guest.space.harvest(&request, bitmap) {
+                        Err(HarvestError::Stopped(stopped)) => says(&stopped.error),
+                        _ => 2,
+                    },
+                    "drain_rings" => match guest.log.drain_rings() {
+                        Err(error) => says(&error),
+                        Ok(_) => 2,
+                    },
+                    "set_tracking" => match guest.space.set_tracking(false) {
+                        Err(error) => says(&error),
+                        Ok(()) => 2,
+                    },
+                    _ => {
+                        let range = guest.pages(300, 1);
+                        // SAFETY: no guest runs in the child.
+                        let added = unsafe { guest.log.add_slot(9, range, 0) };
+                        let removed = guest.log.remove_slot(5);
+                        let vcpu = guest.log.add_vcpu(&guest.vcpu);
+                        [added, removed, vcpu]
+                            .into_iter()
+                            .map(|refused| refused.map_or_else(|error| says(&error), |()| 2))
+                            .max()
+                            .unwrap_or(3)
+                    }
+                }
+            };
+            assert_eq!(in_child(call), 0, "{mode:?}: {name}");
+            assert_eq!(guest.harvest_all(), [page], "{mode:?}: {name}");
+            assert_eq!(guest.harvest_all(), [0u64; 0], "{mode:?}: {name}");
+        }
+    });
+}
+
+/// KVM maps a ring of any processor and of any size. The first switch then ended in SIGBUS, when
+/// the virtual machine has no rings or smaller ones; and of larger ones entries were never read.
+#[test]
+fn a_processor_without_such_a_ring_is_refused() {
+    let Some(kvm) = kvm() else { return };
+    let Some(guest) = Guest::new(&kvm, KvmMode::Ring { entries: 1024 }) else {
+        return;
+    };
+    let other = kvm.create_vm().unwrap();
+    let without = other.create_vcpu(0).unwrap();
+    let refused = guest.log.add_vcpu(&without);
+    assert!(
+        matches!(refused, Err(KvmError::NoSuchRing { entries: 1024 })),
+        "{refused:?}"
+    );
+    for entries in [256, 512, 2048, 4096] {
+        let other = kvm.create_vm().unwrap();
+        let _log = KvmLog::new(&other, KvmMode::Ring { entries }).unwrap();
+        let differs = other.create_vcpu(0).unwrap();
+        let refused = guest.log.add_vcpu(&differs);
+        assert!(
+            matches!(refused, Err(KvmError::NoSuchRing { entries: 1024 })),
+            "{entries}: {refused:?}"
+        );
+    }
+    // The log goes on.
+    guest.space.set_tracking(false).unwrap();
+    guest.space.set_tracking(true).unwrap();
+}
+
+/// No call of KVM says of which virtual machine a processor is. A ring of the same size is taken,
+/// and its entries are not taken back by the reset of the log's own machine: each flush says so.
+#[test]
+fn a_ring_of_another_machine_is_noticed_when_it_is_flushed() {
+    let Some(kvm) = kvm() else { return };
+    let mode = KvmMode::Ring { entries: 1024 };
+    let (Some(mut guest), Some(mut other)) = (Guest::new(&kvm, mode), Guest::new(&kvm, mode))
+    else {
+        return;
+    };
+    guest.log.add_vcpu(&other.vcpu).unwrap();
+    guest.write(8, 1, 0);
+    assert_eq!(guest.harvest_all(), [8], "nothing of the other one yet");
+    other.write(9, 1, 0);
+    let mut words = [0u64; 4];
+    let lease = guest
+        .space
+        .harvest(&guest.request(0, 90), UserBitmap::new(&mut words))
+        .unwrap();
+    let error = lease.sync().unwrap_err().error.to_string();
+    assert!(error.contains("added as number 1 is not of"), "{error}");
+    assert!(matches!(
+        guest.log.drain_rings(),
+        Err(KvmError::ForeignRing { ring: 1 })
+    ));
+}
+
+/// Other code that clears and sets the flags of a slot ends KVM's log of it, and no call of KVM
+/// tells that this has happened: what is reported then is the table of the guide. `renew_slot`
+/// makes the slot dirty as a whole.
+#[test]
+fn flags_that_other_code_switched_are_what_the_guide_says() {
+    in_every_mode(|mode, mut guest| {
+        let (slot, first, n) = SLOTS[1];
+        let set = |guest: &Guest, flags| {
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags,
+                guest_phys_addr: first * guest.page,
+                memory_size: n * guest.page,
+                userspace_addr: guest.memory[1].address(),
+            };
+            // SAFETY: the slot as it is, with other flags.
+            unsafe { guest.vm.set_user_memory_region(region) }.unwrap();
+        };
+        let stops = |guest: &Guest| {
+            let mut words = [0u64; 4];
+            let bitmap = UserBitmap::new(&mut words);
+            let request = guest.request(first, n);
+            match guest.space.harvest(&request, bitmap) {
+                Ok(_) => false,
+                Err(HarvestError::Stopped(_)) => true,
+                Err(error) => panic!("{error}"),
+            }
+        };
+        let all: Vec<u64> = (first..first + n).collect();
+
+        // Off and on, and no harvest between.
+        guest.write(110, 1, 0);
+        set(&guest, 0);
+        guest.write(120, 1, 0);
+        set(&guest, KVM_MEM_LOG_DIRTY_PAGES);
+        guest.write(130, 1, 0);
+        let found = guest.harvest(first, n);
+        let expected = match mode {
+            KvmMode::Ring { .. } => vec![110, 130],
+            _ if mode == MODES[2] => all.clone(),
+            _ => vec![130],
+        };
+        assert_eq!(found, expected, "{mode:?}");
+        // Code that knows of it says so.
+        guest.log.renew_slot(slot).unwrap();
+        assert_eq!(guest.harvest(first, n), all, "{mode:?}");
+        assert_eq!(guest.harvest(first, n), [0u64; 0], "{mode:?}");
+
+        // Off at the harvest.
+        guest.write(111, 1, 0);
+        set(&guest, 0);
+        guest.write(121, 1, 0);
+        let is_ring = matches!(mode, KvmMode::Ring { .. });
+        assert_eq!(stops(&guest), !is_ring, "{mode:?}");
+        set(&guest, KVM_MEM_LOG_DIRTY_PAGES);
+        guest.write(131, 1, 0);
+        let found = guest.harvest(first, n);
+        let expected = if is_ring { vec![111, 131] } else { all.clone() };
+        assert_eq!(found, expected, "{mode:?}");
+
+        // Off, and set again by the log.
+        set(&guest, 0);
+        guest.write(122, 1, 0);
+        guest.log.renew_slot(slot).unwrap();
+        guest.write(132, 1, 0);
+        assert_eq!(guest.harvest(first, n), all, "{mode:?}");
+        guest.write(133, 1, 0);
+        assert_eq!(guest.harvest(first, n), [133], "{mode:?}");
+    });
+}
+
+/// Where KVM knows system management mode, its slots may have the addresses of others.
+#[test]
+fn slots_of_two_address_spaces_may_share_addresses() {
+    in_every_mode(|mode, mut guest| {
+        let spaces = guest
+            .vm
+            .check_extension_raw(KVM_CAP_MULTI_ADDRESS_SPACE.into());
+        let (slot, first, n) = SLOTS[1];
+        let range = guest.pages(first, n);
+        let host = guest.memory[1].address();
+        // SAFETY: the memory that the guest has at these addresses already.
+        let added = unsafe { guest.log.add_slot(1 << 16 | slot, range, host) };
+        if spaces < 2 {
+            assert!(matches!(added, Err(KvmError::SlotCall { .. })), "{added:?}");
+            eprintln!("SKIP {mode:?}: this KVM has one address space");
+        } else {
+            added.unwrap();
+            if mode == MODES[2] {
+                assert_eq!(guest.harvest(first, n).len() as u64, n);
+            }
+        }
+        guest.write(150, 3, 1);
+        assert_eq!(guest.harvest(first, n), [150, 151, 152], "{mode:?}");
+        assert_eq!(guest.harvest(first, n), [0u64; 0], "{mode:?}");
+    });
 }

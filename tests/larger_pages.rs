@@ -185,6 +185,42 @@ fn a_sink_of_its_own_leaves_a_page_that_sticks_out_dirty() {
     );
 }
 
+/// The pieces of a parallel harvest follow the words of the bitmap, which may begin inside of one:
+/// at 4 KiB a bit, each byte that lies before the bitmap moves the borders by 32 KiB.
+#[cfg(feature = "rayon")]
+#[test]
+fn the_pieces_of_a_parallel_harvest_begin_at_pages_of_the_source() {
+    const GIB: u64 = 1 << 30;
+    let page = Granule::from_bytes(K64).unwrap();
+    let log = Arc::new(Batching::new(page, 3 * GIB));
+    let space = AddressSpace::new(Granule::K4)
+        .with_source(log.clone())
+        .unwrap();
+    let all = range(0, 3 * GIB);
+    space.map(all, 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    let request = HarvestRequest::new(all, Granule::K4);
+    let mut bytes = vec![0u8; (3 * GIB / PAGE / 8 + 8) as usize];
+    for skip in 0..8 {
+        // Both sides of each border.
+        let near = (1..3).flat_map(|n| [n * GIB - 2 * K64, n * GIB - K64, n * GIB]);
+        near.for_each(|at| log.write(at));
+        bytes.fill(0);
+        let bitmap = UserBitmap::bytes(&mut bytes[skip..]);
+        let lease = space.harvest_parallel(&request, bitmap).unwrap();
+        assert_eq!(lease.report().bits_set, 6 * 16);
+        lease.sync().unwrap().commit();
+        let asked = std::mem::take(&mut *log.asked.lock().unwrap());
+        assert!(asked.len() >= 3);
+        for asked in asked {
+            assert!(
+                asked.is_aligned(page),
+                "{asked} cuts a page, {skip} bytes in"
+            );
+        }
+    }
+}
+
 /// A way to ask for what is dirty.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Mode {
@@ -261,8 +297,8 @@ impl World {
         }
     }
 
-    /// Writes to some pages now. When the next harvest has looked and not cleared, another one takes
-    /// all that it finds, if `twice`; and some of the pages, and others, are written again.
+    /// Writes to some pages now. When the next harvest has looked and not cleared, another one
+    /// takes all that it finds, if `twice`; and some of the pages, and others, are written again.
     fn write(&mut self, twice: bool) {
         let mut some = |n: u64| (0..n).map(|_| self.random.below(BYTES / PAGE)).collect();
         let (now, mut then): (Vec<u64>, Vec<u64>) = (some(40), some(12));
@@ -393,6 +429,11 @@ fn no_mode_loses_a_write_of_a_source_that_clears_by_batches() {
                 harvest(&world.space, range(0, BYTES), &world.memory);
                 let lost = world.memory.lost();
                 assert!(lost.is_empty(), "{mode:?}, {times} times, {seed}: {lost:?}");
+                // No mode cuts a page of the source.
+                let page = world.space.alignment();
+                for asked in world.log.asked.lock().unwrap().iter() {
+                    assert!(asked.is_aligned(page), "{mode:?} asks for {asked}");
+                }
                 let stats = world.space.stats();
                 assert_eq!(
                     stats.leased_bytes,

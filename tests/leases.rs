@@ -119,7 +119,8 @@ fn a_lease_that_is_forgotten_hides_its_pages_until_a_flush_names_them() {
         space.unmap_discarding(pages(0, 64)).unwrap();
         space.map(pages(0, 64), 0, Access::ReadWrite).unwrap();
     };
-    let ways: [&dyn Fn(&AddressSpace, &Cached); 2] = [&by_sync, &by_unmap];
+    type Way<'a> = &'a dyn Fn(&AddressSpace, &Cached);
+    let ways: [Way<'_>; 2] = [&by_sync, &by_unmap];
     for way in ways {
         let source = Arc::new(Cached::default());
         let space = AddressSpace::new(Granule::K4)
@@ -157,9 +158,9 @@ fn a_lease_that_is_forgotten_hides_its_pages_until_a_flush_names_them() {
     assert_eq!(take(&space, pages(0, 64)), 1 << 3);
 }
 
-/// A lease outlived its area, and was aborted when another one had its addresses. The abort said that
-/// all was dirty again, and counted nothing as outside: what was written to the first area was lost
-/// in silence, and the second area was dirty though nobody had written there.
+/// A lease outlived its area, and was aborted when another one had its addresses. The abort said
+/// that all was dirty again, and counted nothing as outside: what was written to the first area was
+/// lost in silence, and the second area was dirty though nobody had written there.
 #[test]
 fn an_abort_counts_what_was_lost_with_an_area_that_was_mapped_again() {
     let unmap = |space: &AddressSpace| {

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used)] // helpers of tests
 
 mod common;
+#[cfg(all(any(feature = "kvm", feature = "pagemap"), target_os = "linux"))]
+mod common_skip;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -19,12 +21,14 @@ struct Counting;
 
 thread_local! {
     static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+    static BYTES: Cell<u64> = const { Cell::new(0) };
 }
 
 // SAFETY: hands everything on to the system's allocator, as it came.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.with(|count| count.set(count.get() + 1));
+        BYTES.with(|bytes| bytes.set(bytes.get() + layout.size() as u64));
         // SAFETY: by the caller.
         unsafe { System.alloc(layout) }
     }
@@ -127,14 +131,71 @@ fn marks_and_harvests_allocate_nothing() {
     assert_eq!(allocations(&mut round), 0);
 }
 
+/// Parts of a lease that are committed one after the other are kept as one range: their number
+/// costs no memory.
+#[test]
+fn parts_that_are_committed_in_order_allocate_once() {
+    const N: u64 = 1 << 14;
+    let space = AddressSpace::new(Granule::K4);
+    space.map(pages(0, N), 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    space.mark(pages(0, N)).unwrap();
+    let mut words = vec![0u64; (N / 64) as usize];
+    let request = HarvestRequest::new(pages(0, N), Granule::K4);
+    let bitmap = UserBitmap::new(&mut words);
+    let mut lease = space.harvest(&request, bitmap).unwrap().sync().unwrap();
+    let all = allocations(|| {
+        for n in 0..N {
+            assert_eq!(lease.commit_range(pages(n, 1)), 1);
+        }
+    });
+    assert!(all <= 1, "{all} allocations for {N} parts in order");
+    lease.commit();
+}
+
+/// What an abort allocates is what the documentation of `Lease::abort` says: a chunk of 4 KiB for
+/// each 32768 pages and domain, some hundred bytes for each 64 chunks, and nothing when the same is
+/// aborted again.
+#[test]
+fn an_abort_allocates_no_more_than_it_says() {
+    const CHUNKS: u64 = 640;
+    let n = CHUNKS << 15;
+    for domains in [0, 1, 3] {
+        let space = AddressSpace::new(Granule::K4);
+        for _ in 0..domains {
+            space.attach(OneLeaf::default()).unwrap();
+        }
+        space.map(pages(0, n), 0, Access::ReadWrite).unwrap();
+        space.set_tracking(true).unwrap();
+        let mut words = vec![0u64; (n / 64) as usize];
+        let mut abort = || {
+            space.mark(pages(0, n)).unwrap();
+            let request = HarvestRequest::new(pages(0, n), Granule::K4);
+            let bitmap = UserBitmap::new(&mut words);
+            let lease = space.harvest(&request, bitmap).unwrap();
+            let before = BYTES.with(Cell::get);
+            let _ = lease.abort();
+            BYTES.with(Cell::get) - before
+        };
+        let first = abort();
+        let chunks = domains * CHUNKS * 4096;
+        let all = chunks + chunks / 32 + domains * (64 << 10);
+        assert!(
+            (chunks..=all).contains(&first),
+            "{first} of {domains} domains"
+        );
+        assert_eq!(abort(), 0, "the second time");
+    }
+}
+
 /// What the kernel clears when it tells goes to memory that was reserved before.
 #[cfg(all(feature = "pagemap", target_os = "linux"))]
 #[test]
 fn harvests_of_process_memory_allocate_nothing() {
     use dirtymap::pagemap::ProcessMemory;
-    let Ok(memory) = ProcessMemory::new() else {
-        eprintln!("SKIP: this kernel does not track process memory");
-        return;
+    let memory = match ProcessMemory::new() {
+        Ok(memory) => memory,
+        Err(error) => return common_skip::skip(error),
     };
     let memory = std::sync::Arc::new(memory);
     let page = memory.page();
@@ -176,7 +237,7 @@ fn harvests_of_kvm_allocate_nothing() {
     for mode in [KvmMode::Clearing, manual(false), manual(true)] {
         let vm = kvm_ioctls::Kvm::new().and_then(|kvm| kvm.create_vm());
         let Ok(Ok(log)) = vm.as_ref().map(|vm| KvmLog::new(vm, mode)) else {
-            eprintln!("SKIP {mode:?}: this machine has no such KVM");
+            common_skip::skip(format_args!("{mode:?}: this machine has no such KVM"));
             continue;
         };
         let log = std::sync::Arc::new(log);

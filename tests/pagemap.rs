@@ -2,13 +2,17 @@
 #![cfg(all(feature = "pagemap", target_os = "linux", not(dirtymap_loom)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
+mod common_skip;
+
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::io::Write;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 
-use dirtymap::pagemap::{PagemapError, ProcessMemory};
+use common_skip::skip;
+use dirtymap::pagemap::{GivenBack, PagemapError, ProcessMemory};
 use dirtymap::{Access, AddressSpace, HarvestError, HarvestRequest, Iova, IovaRange, UserBitmap};
 
 /// What the kernel has, or why not.
@@ -16,7 +20,7 @@ fn tracker() -> Option<Arc<ProcessMemory>> {
     match ProcessMemory::new() {
         Ok(memory) => Some(Arc::new(memory)),
         Err(error @ PagemapError::Unsupported { .. }) => {
-            eprintln!("SKIP: {error}");
+            skip(error);
             None
         }
         Err(error) => panic!("{error}"),
@@ -98,6 +102,38 @@ impl Drop for Map {
     }
 }
 
+/// A file in memory, with flags of `memfd_create`.
+fn memfd(flags: libc::c_uint) -> std::io::Result<File> {
+    // SAFETY: a name that ends with a zero.
+    let fd = unsafe { libc::memfd_create(c"dirtymap".as_ptr(), libc::MFD_CLOEXEC | flags) };
+    if fd < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just opened, and nothing else has it.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+/// Runs `call` in a child of `fork`, and returns what it returned.
+///
+/// The child has the one thread, and the locks of the others as they were: `call` takes none of
+/// another test, and does not print.
+fn in_child(call: impl FnOnce() -> u8) -> i32 {
+    // SAFETY: the child runs `call`, which keeps to what is said above, and ends.
+    let pid = unsafe { libc::fork() };
+    assert!(pid >= 0, "{}", std::io::Error::last_os_error());
+    if pid == 0 {
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(call));
+        // SAFETY: ends the child at once: no destructor and no handler of the parent runs.
+        unsafe { libc::_exit(i32::from(result.unwrap_or(u8::MAX))) };
+    }
+    let mut status = 0;
+    // SAFETY: of the child above; the call writes one number.
+    let waited = unsafe { libc::waitpid(pid, &raw mut status, 0) };
+    assert_eq!(waited, pid);
+    assert!(libc::WIFEXITED(status), "the child was killed: {status:#x}");
+    libc::WEXITSTATUS(status)
+}
+
 /// A space over `map`, reported at addresses of its own, tracking.
 struct Tracked {
     space: AddressSpace,
@@ -111,6 +147,10 @@ const BASE: u64 = 1 << 46;
 
 impl Tracked {
     fn new(memory: Arc<ProcessMemory>, map: &Map) -> Self {
+        Tracked::with(memory, map, GivenBack::Reported)
+    }
+
+    fn with(memory: Arc<ProcessMemory>, map: &Map, given_back: GivenBack) -> Self {
         let page = memory.page();
         let space = AddressSpace::new(page)
             .with_source(Arc::clone(&memory))
@@ -122,7 +162,8 @@ impl Tracked {
             page: page.bytes(),
         };
         let all = tracked.range(0, map.pages);
-        tracked.memory.add(all, map.host()).unwrap();
+        let added = tracked.memory.add_with(all, map.host(), given_back);
+        added.unwrap();
         tracked.space.map(all, 0, Access::ReadWrite).unwrap();
         tracked.space.set_tracking(true).unwrap();
         tracked
@@ -272,7 +313,7 @@ fn huge_pages_are_dirty_as_a_whole_or_split() {
         .lines()
         .any(|line| line.starts_with("AnonHugePages:") && !line.ends_with(" 0 kB"))
     {
-        eprintln!("SKIP: this system gives no huge pages");
+        skip("this system gives no huge pages");
         return;
     }
     let tracked = Tracked::new(memory, &map);
@@ -384,14 +425,10 @@ fn pages_that_are_given_back_are_reported() {
 fn shared_memory_is_tracked_and_other_processes_are_not() {
     let Some(memory) = tracker() else { return };
     let page = memory.page().bytes();
-    // SAFETY: a name that ends with a zero.
-    let fd = unsafe { libc::memfd_create(c"dirtymap".as_ptr(), libc::MFD_CLOEXEC) };
-    assert!(fd >= 0);
-    // SAFETY: the descriptor was just opened, and nobody else has it.
-    let file = unsafe { <std::fs::File as std::os::fd::FromRawFd>::from_raw_fd(fd) };
+    let file = memfd(0).unwrap();
     file.set_len(300 * page).unwrap();
     let map = Map::flags(300, page, libc::MAP_SHARED, file.as_raw_fd()).unwrap();
-    let tracked = Tracked::new(memory, &map);
+    let tracked = Tracked::with(memory, &map, GivenBack::Marked);
     [0, 131, 299].iter().for_each(|page| map.write(*page));
     assert_eq!(tracked.harvest_all(), [0, 131, 299]);
     assert_eq!(tracked.harvest_all(), [0u64; 0]);
@@ -492,4 +529,371 @@ fn what_cannot_be_tracked_is_refused() {
     ));
     drop(memory);
     twin.add(range(0, 4), map.host()).unwrap();
+}
+
+/// QEMU discards memory of its guest, and a balloon gives back page after page. When a whole huge
+/// page goes, or the last page of a page table on a kernel that frees it then, nothing is left that
+/// the scan for writes looks at: two harvests said nothing, though the memory was zero.
+#[test]
+fn all_that_is_given_back_of_private_memory_is_reported() {
+    let Some(memory) = tracker() else { return };
+    let page = memory.page().bytes();
+    let table = page / 8;
+    let parts = [
+        (0, table),
+        (0, 2 * table),
+        (table, table),
+        (3, 5),
+        (table - 1, 2),
+    ];
+    for huge in [false, true] {
+        for ((from, n), read) in parts
+            .into_iter()
+            .flat_map(|part| [(part, false), (part, true)])
+        {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            let map = Map::flags(4 * table, page, flags, -1).unwrap();
+            let advice = [libc::MADV_NOHUGEPAGE, libc::MADV_HUGEPAGE][usize::from(huge)];
+            map.advise(0, 4 * table, advice);
+            (0..4 * table).for_each(|page| map.write(page));
+            let tracked = Tracked::new(Arc::clone(&memory), &map);
+            // Where the first table begins that lies inside as a whole.
+            let bytes = table * page;
+            let first = (map.host().next_multiple_of(bytes) - map.host()) / page;
+            let from = first + from;
+            let what = format!("{n} pages from {from} on, huge: {huge}, read: {read}");
+            map.advise(from, n, libc::MADV_DONTNEED);
+            if read {
+                // A page that is read is one of zeroes, and is as little what it was.
+                assert_eq!(map.word(from).load(SeqCst), 0);
+            }
+            let given_back: Vec<u64> = (from..from + n).collect();
+            let includes = |found: &[u64]| given_back.iter().all(|page| found.contains(page));
+            let mut words = tracked.words();
+            let request = tracked.request(0, 4 * table);
+            let bitmap = UserBitmap::new(&mut words);
+            let peeked = tracked.space.peek(&request, bitmap).unwrap();
+            let peeked = tracked.numbers(peeked.runs());
+            let found = tracked.harvest_all();
+            assert!(includes(&peeked), "{what}");
+            assert!(includes(&found), "{what}");
+            if !huge {
+                assert_eq!((&peeked, &found), (&given_back, &given_back), "{what}");
+            }
+            assert_eq!(tracked.harvest_all(), [0u64; 0], "{what}");
+            map.write(from + 1);
+            assert!(tracked.harvest_all().contains(&(from + 1)), "{what}");
+            // Given back once more, with and without what was written since.
+            map.advise(from, n, libc::MADV_DONTNEED);
+            assert!(includes(&tracked.harvest_all()), "{what}, again");
+            assert_eq!(tracked.harvest_all(), [0u64; 0], "{what}, again");
+            tracked.memory.remove(tracked.range(0, 4 * table)).unwrap();
+        }
+    }
+}
+
+/// Pages that MADV_FREE gave up are as they were until the kernel takes them, and zero from then
+/// on.
+#[test]
+fn pages_that_the_kernel_may_take_are_reported_when_it_has() {
+    let Some(memory) = tracker() else { return };
+    let map = Map::new(64, memory.page().bytes());
+    (0..64).for_each(|page| map.write(page));
+    let tracked = Tracked::new(memory, &map);
+    map.advise(10, 20, libc::MADV_FREE);
+    map.advise(10, 20, libc::MADV_PAGEOUT);
+    let taken: Vec<u64> = (0..64).filter(|n| map.word(*n).load(SeqCst) == 0).collect();
+    if taken.is_empty() {
+        eprintln!("SKIP: the kernel keeps the pages");
+        return;
+    }
+    let found = tracked.harvest_all();
+    assert!(taken.iter().all(|page| found.contains(page)), "{taken:?}");
+    assert_eq!(tracked.harvest_all(), [0u64; 0]);
+}
+
+/// How pages of a mapping are given back; whether the kernel did it.
+type GiveBack = fn(&Map, Option<&File>, u64, u64) -> bool;
+
+fn dontneed(map: &Map, _: Option<&File>, first: u64, n: u64) -> bool {
+    // SAFETY: of memory of this mapping, whose contents no reference promises.
+    let bytes = (n * map.page) as usize;
+    // SAFETY: as above.
+    unsafe { libc::madvise(map.at(first).cast(), bytes, libc::MADV_DONTNEED) == 0 }
+}
+
+fn remove(map: &Map, _: Option<&File>, first: u64, n: u64) -> bool {
+    let bytes = (n * map.page) as usize;
+    // SAFETY: of memory of this mapping, whose contents no reference promises.
+    unsafe { libc::madvise(map.at(first).cast(), bytes, libc::MADV_REMOVE) == 0 }
+}
+
+fn punch(map: &Map, file: Option<&File>, first: u64, n: u64) -> bool {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    let (from, bytes) = (
+        (first * map.page).cast_signed(),
+        (n * map.page).cast_signed(),
+    );
+    // SAFETY: this call takes numbers and touches no memory that a reference promises.
+    file.is_some_and(|file| unsafe { libc::fallocate(file.as_raw_fd(), mode, from, bytes) == 0 })
+}
+
+fn truncate(map: &Map, file: Option<&File>, first: u64, _: u64) -> bool {
+    file.is_some_and(|file| {
+        file.set_len(first * map.page).unwrap();
+        file.set_len(map.pages * map.page).unwrap();
+        true
+    })
+}
+
+/// Of shared memory, of files and of hugetlbfs the kernel keeps the mark of protection when a page
+/// is given back, also for the page of zeroes that is read in its place: nothing tells it from a
+/// clean page. So such memory needs the promise to mark. What each kind and way does on this kernel
+/// is the table of the guide.
+#[test]
+fn memory_whose_pages_go_unseen_needs_the_promise_to_mark() {
+    let Some(memory) = tracker() else { return };
+    let page = memory.page().bytes();
+    let (private, shared) = (libc::MAP_PRIVATE, libc::MAP_SHARED);
+    let (anonymous, huge) = (libc::MAP_ANONYMOUS, libc::MAP_HUGETLB);
+    // Name, flags of the mapping, those of its file.
+    let kinds = [
+        ("a private memfd", private, Some(0)),
+        ("a shared memfd", shared, Some(0)),
+        ("shared anonymous memory", shared | anonymous, None),
+        (
+            "a private memfd of hugetlbfs",
+            private,
+            Some(libc::MFD_HUGETLB),
+        ),
+        (
+            "a shared memfd of hugetlbfs",
+            shared,
+            Some(libc::MFD_HUGETLB),
+        ),
+        (
+            "private anonymous memory of hugetlbfs",
+            private | anonymous | huge,
+            None,
+        ),
+    ];
+    let ways: [(&str, GiveBack); 4] = [
+        ("MADV_DONTNEED", dontneed),
+        ("MADV_REMOVE", remove),
+        ("a hole", punch),
+        ("the end of the file", truncate),
+    ];
+    let mut unseen = BTreeSet::new();
+    for (kind, flags, file) in kinds {
+        let is_huge = kind.contains("hugetlbfs");
+        // Whole pages of hugetlbfs are given back.
+        let step = if is_huge { (2 << 20) / page } else { 1 };
+        let pages = 6 * step;
+        let file = file.map(|flags| memfd(flags).unwrap());
+        if let Some(file) = &file {
+            file.set_len(pages * page).unwrap();
+        }
+        let fd = file.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+        let map = match Map::flags(pages, page, flags, fd) {
+            Ok(map) => map,
+            Err(error) if is_huge => {
+                eprintln!("SKIP {kind}: {error} (see /proc/sys/vm/nr_hugepages)");
+                continue;
+            }
+            Err(error) => panic!("{kind}: {error}"),
+        };
+        let range = IovaRange::from_len(Iova::new(BASE), pages * page).unwrap();
+        let refused = memory.add(range, map.host());
+        let at = map.host();
+        assert!(
+            matches!(refused, Err(PagemapError::GivenBackUnseen { address }) if address == at),
+            "{kind}: {refused:?}"
+        );
+        let tracked = Tracked::with(Arc::clone(&memory), &map, GivenBack::Marked);
+        for (way, give_back) in ways {
+            (0..pages).for_each(|page| map.write(page));
+            assert_eq!(tracked.harvest_all().len() as u64, pages, "{kind}");
+            assert_eq!(tracked.harvest_all(), [0u64; 0], "{kind}");
+            if !give_back(&map, file.as_ref(), step, 2 * step) {
+                continue;
+            }
+            // As the promise says.
+            let marked = tracked.range(step, 2 * step);
+            let changed = map.word(step).load(SeqCst) == 0;
+            let found = tracked.harvest_all();
+            if changed && !found.contains(&step) {
+                unseen.insert(format!("{kind}, {way}"));
+            }
+            tracked.space.mark(marked).unwrap();
+            let found = tracked.harvest_all();
+            assert!(
+                (step..3 * step).all(|page| found.contains(&page)),
+                "{kind}, {way}"
+            );
+            assert_eq!(tracked.harvest_all(), [0u64; 0], "{kind}, {way}");
+        }
+        let all = tracked.range(0, pages);
+        tracked.memory.remove(all).unwrap();
+        tracked.space.unmap_discarding(all).unwrap();
+    }
+    // Were one of these seen some day, the promise would not be needed for it.
+    let expected = [
+        "a private memfd, MADV_DONTNEED",
+        "a private memfd, the end of the file",
+        "a shared memfd, MADV_REMOVE",
+        "a shared memfd, a hole",
+        "a shared memfd, the end of the file",
+        "shared anonymous memory, MADV_REMOVE",
+    ];
+    eprintln!("unseen: {unseen:#?}");
+    assert!(
+        expected
+            .iter()
+            .all(|unseen_way| unseen.contains(*unseen_way))
+    );
+}
+
+/// Two mappings side by side: one of them needs the promise, so both do.
+#[test]
+fn memory_of_two_kinds_is_refused_at_the_first_page_of_the_second() {
+    let Some(memory) = tracker() else { return };
+    let page = memory.page().bytes();
+    let map = Map::new(10, page);
+    let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let bytes = 3 * page as usize;
+    // SAFETY: over memory of this mapping, whose contents no reference promises.
+    let anew = unsafe { libc::mmap(map.at(4).cast(), bytes, protection, flags, -1, 0) };
+    assert_ne!(anew, libc::MAP_FAILED);
+    let range = IovaRange::from_len(Iova::new(BASE), 10 * page).unwrap();
+    let at = map.host() + 4 * page;
+    let refused = memory.add(range, map.host());
+    assert!(matches!(refused, Err(PagemapError::GivenBackUnseen { address }) if address == at));
+    memory
+        .add_with(range, map.host(), GivenBack::Marked)
+        .unwrap();
+}
+
+/// A child has the descriptors of its parent, which go on to act on the parent's memory: one
+/// harvest in the child took, and protected again, what the parent was to report. botan#602 is the
+/// same with the state of a generator of random numbers.
+#[test]
+fn a_child_of_fork_takes_nothing_from_its_parent() {
+    let Some(memory) = tracker() else { return };
+    let page = memory.page().bytes();
+    let map = Map::new(100, page);
+    let tracked = Tracked::new(memory, &map);
+    let refused = |error: &dyn std::fmt::Display| {
+        let text = format!("this tracker is of process {}", std::process::id());
+        u8::from(!error.to_string().contains(&text))
+    };
+    let parent = std::process::id();
+    let says = |error: &dyn std::fmt::Display| {
+        let text = format!("this tracker is of process {parent}");
+        u8::from(!error.to_string().contains(&text))
+    };
+    assert_eq!(refused(&"nothing"), 1);
+    let all = tracked.range(0, 100);
+    let calls: [(&str, &dyn Fn() -> u8); 6] = [
+        ("peek", &|| {
+            let mut words = tracked.words();
+            let request = tracked.request(0, 100);
+            match tracked.space.peek(&request, UserBitmap::new(&mut words)) {
+                Err(error) => says(&error),
+                Ok(_) => 2,
+            }
+        }),
+        ("harvest", &|| {
+            let mut words = tracked.words();
+            let request = tracked.request(0, 100);
+            let harvested = tracked.space.harvest(&request, UserBitmap::new(&mut words));
+            match harvested {
+                Err(HarvestError::Stopped(stopped)) => says(&stopped.error),
+                Err(_) => 3,
+                Ok(lease) => {
+                    lease.sync().unwrap().commit();
+                    2
+                }
+            }
+        }),
+        (
+            "set_tracking",
+            &|| match tracked.space.set_tracking(false) {
+                Err(error) => says(&error),
+                Ok(()) => 2,
+            },
+        ),
+        (
+            "add",
+            &|| match tracked.memory.add(tracked.range(200, 1), 1 << 40) {
+                Err(error) => says(&error),
+                Ok(()) => 2,
+            },
+        ),
+        ("remove", &|| match tracked.memory.remove(all) {
+            Err(error) => says(&error),
+            Ok(()) => 2,
+        }),
+        ("a tracker of its own", &|| {
+            // The memory is a copy, which no tracker has.
+            let own = ProcessMemory::new().unwrap();
+            own.add(all, map.host()).unwrap();
+            own.remove(all).unwrap();
+            0
+        }),
+    ];
+    for (n, (name, call)) in (0..).zip(calls) {
+        map.write(n);
+        assert_eq!(in_child(call), 0, "{name}");
+        assert_eq!(tracked.harvest_all(), [n], "{name}");
+        assert_eq!(tracked.harvest_all(), [0u64; 0], "{name}");
+    }
+    // The child of a child, whose number may be any.
+    map.write(50);
+    assert_eq!(in_child(|| in_child(calls[0].1) as u8), 0);
+    assert_eq!(tracked.harvest_all(), [50]);
+}
+
+/// A scan goes by addresses: a tracker whose memory was unmapped took the dirty pages of another
+/// one, which had added what was mapped there next, and protected them again.
+#[test]
+fn a_stale_tracker_takes_nothing_from_the_next_one() {
+    let Some(memory) = tracker() else { return };
+    let page = memory.page().bytes();
+    let map = Map::new(100, page);
+    let stale = Tracked::new(memory, &map);
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let bytes = 100 * page as usize;
+    // SAFETY: over this mapping, whose contents no reference promises.
+    let anew = unsafe { libc::mmap(map.at(0).cast(), bytes, protection, flags, -1, 0) };
+    assert_ne!(anew, libc::MAP_FAILED);
+    let tracked = Tracked::new(Arc::new(ProcessMemory::new().unwrap()), &map);
+    map.write(7);
+    let mut words = stale.words();
+    let request = stale.request(0, 100);
+    let Err(HarvestError::Stopped(stopped)) =
+        stale.space.harvest(&request, UserBitmap::new(&mut words))
+    else {
+        panic!("it has other memory's pages");
+    };
+    let text = format!("the memory from {:#x} on was mapped anew", map.host());
+    assert!(
+        stopped.error.to_string().contains(&text),
+        "{}",
+        stopped.error
+    );
+    drop(stopped);
+    let mut words = stale.words();
+    let bitmap = UserBitmap::new(&mut words);
+    let error = stale.space.peek(&request, bitmap).unwrap_err();
+    assert!(error.to_string().contains(&text), "{error}");
+    assert_eq!(tracked.harvest_all(), [7]);
+    // It leaves the other one's memory tracked when it goes.
+    stale.memory.remove(stale.range(0, 100)).unwrap();
+    map.write(8);
+    assert_eq!(tracked.harvest_all(), [8]);
+    drop(stale);
+    map.write(9);
+    assert_eq!(tracked.harvest_all(), [9]);
 }

@@ -210,8 +210,8 @@ fn an_attach_does_not_fill_what_a_batch_has_cut_out() {
 }
 
 /// A lease over one domain was aborted after its area was in the tree, and before this domain was
-/// filled with it. The pages went to what is kept for the domain, which the fill then cleared as the
-/// leftovers of an earlier area: they were said to be dirty again, and were not.
+/// filled with it. The pages went to what is kept for the domain, which the fill then cleared as
+/// the leftovers of an earlier area: they were said to be dirty again, and were not.
 ///
 /// A lease that is older than the area has nothing of it: its pages are outside, and stay clean.
 #[test]
@@ -294,6 +294,30 @@ fn what_is_dirty_in_a_map_that_fails_is_counted_as_discarded() {
     second.with(|s| s.refuse_map = false);
     map().unwrap();
     assert_eq!(take(&space, pages(0, 16)), 0);
+}
+
+/// The same in a batch: what the device had written was neither kept nor counted, and dirty in the
+/// next area.
+#[test]
+fn what_is_dirty_in_a_batch_that_fails_is_counted_as_discarded() {
+    let (space, first, second) = two_sources();
+    space.set_tracking(true).unwrap();
+    let device = Arc::clone(&first);
+    second.with(|s| {
+        s.refuse_map = true;
+        s.on_map = Some(Box::new(move || device.dirty(5)));
+    });
+    let range = pages(0, 16);
+    let map = Change::Map {
+        range,
+        backing: 0,
+        access: Access::ReadWrite,
+    };
+    assert!(space.apply(&[map]).is_err());
+    assert_eq!(space.stats().discarded_bytes, PAGE);
+    second.with(|s| s.refuse_map = false);
+    space.apply(&[map]).unwrap();
+    assert_eq!(take(&space, range), 0);
 }
 
 /// Harvests that walk by pieces counted an area once for each piece that lay in it.

@@ -160,7 +160,8 @@ fn what_goes_wrong_is_told() {
             panic!("refused");
         };
         drop(stopped.lease.sync().unwrap_err());
-        let range = pages(0, 8);
+        // That of the lease, which ends below the stop.
+        let range = pages(0, 4);
         let seen = lines.take();
         assert_eq!(seen.len(), 4, "{seen:?}");
         assert_eq!(
@@ -181,4 +182,50 @@ fn what_goes_wrong_is_told() {
         let stats = space.stats();
         assert_eq!((stats.harvests, stats.commits, stats.aborts), (1, 0, 1));
     });
+}
+
+/// A subscriber that panics at each event, silently.
+struct Panics;
+
+impl Subscriber for Panics {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.target() == "dirtymap"
+    }
+
+    fn event(&self, _: &Event<'_>) {
+        std::panic::resume_unwind(Box::new("the subscriber"));
+    }
+
+    fn new_span(&self, _: &Attributes<'_>) -> Id {
+        Id::from_u64(1)
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+    fn enter(&self, _: &Id) {}
+    fn exit(&self, _: &Id) {}
+}
+
+/// A lease that is dropped while a panic goes by tells of its abort. A subscriber that panicked
+/// there ended the process.
+#[test]
+fn a_subscriber_that_panics_in_an_abort_ends_no_process() {
+    let space = AddressSpace::new(Granule::K4);
+    space.map(pages(0, 4), 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    space.mark(pages(1, 1)).unwrap();
+    let mut words = [0];
+    let request = HarvestRequest::new(pages(0, 4), Granule::K4);
+    let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let lease = space.harvest(&request, UserBitmap::new(&mut words));
+        tracing::subscriber::with_default(Panics, || {
+            let _lease = lease.unwrap();
+            std::panic::resume_unwind(Box::new("the consumer"));
+        });
+    }));
+    assert_eq!(panicked.unwrap_err().downcast_ref(), Some(&"the consumer"));
+    let stats = space.stats();
+    assert_eq!((stats.harvests, stats.aborts), (1, 1));
+    let unmapped = space.unmap_discarding(pages(0, 4)).unwrap();
+    assert_eq!(unmapped.discarded_bytes, 4096);
 }

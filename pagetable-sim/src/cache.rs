@@ -1,8 +1,10 @@
-//! A set-associative cache keyed by addresses and sizes: translations, and pointers to tables, of any power of two.
+//! A set-associative cache keyed by addresses and sizes: translations, and pointers to tables, of
+//! any power of two.
 //!
-//! The key of an entry is one word, the first address with half the size added to it: `start | size / 2`. Sizes are
-//! powers of two and addresses multiples of them, so the lowest bit that is set tells the size, no two keys are equal,
-//! and none is 0. A lookup probes one set for each size that is cached at the moment, the smallest first.
+//! The key of an entry is one word, the first address with half the size added to it: `start | size
+//! / 2`. Sizes are powers of two and addresses multiples of them, so the lowest bit that is set
+//! tells the size, no two keys are equal, and none is 0. A lookup probes one set for each size that
+//! is cached at the moment, the smallest first.
 
 use dirtymap::sync::{Step, performs};
 use dirtymap::{Iova, IovaRange};
@@ -24,7 +26,7 @@ pub(crate) struct SizedCache<T> {
 }
 
 const NO_KEY: u64 = 0;
-/// The largest cache: no configuration may ask for more.
+/// The limits of a cache; larger configurations are cut down to them.
 pub(crate) const MAX_SETS: usize = 1 << 16;
 pub(crate) const MAX_WAYS: usize = 64;
 
@@ -44,8 +46,8 @@ fn range_of(key: u64) -> IovaRange {
 }
 
 impl<T> SizedCache<T> {
-    /// An empty cache of `sets` (rounded up to a power of two) times `ways` entries; each at least 1 and at most 65536
-    /// and 64.
+    /// An empty cache of `sets` (rounded up to a power of two) times `ways` entries; each at least
+    /// 1 and at most 65536 and 64.
     pub(crate) fn new(sets: usize, ways: usize) -> Self {
         let sets = sets.clamp(1, MAX_SETS).next_power_of_two();
         let ways = ways.clamp(1, MAX_WAYS);
@@ -67,7 +69,8 @@ impl<T> SizedCache<T> {
         self.entries[place].as_mut()
     }
 
-    /// Caches `entry` for the 2^`lg2` bytes around `iova`, in place of what was cached for just these, or of a victim.
+    /// Caches `entry` for the 2^`lg2` bytes around `iova`, in place of the entry for just these
+    /// bytes, or of a victim.
     pub(crate) fn insert(&mut self, iova: Iova, lg2: u32, entry: T) {
         if let Some(old) = self.find_sized(iova, lg2) {
             self.forget(old);
@@ -103,7 +106,8 @@ impl<T> SizedCache<T> {
         self.sizes |= 1 << lg2;
     }
 
-    /// Drops every entry that holds an address of `ranges`, which ascend and are disjoint. Returns how many.
+    /// Drops every entry that holds an address of `ranges`, which ascend and are disjoint. Returns
+    /// their number.
     pub(crate) fn invalidate(&mut self, ranges: &[IovaRange]) -> u64 {
         if self.sizes == 0 {
             return 0;

@@ -1,8 +1,8 @@
-//! What the simulated hardware refuses, and what a device's access can fault on.
+//! The errors of the simulated hardware, and the faults of a device's access.
 
 use dirtymap::{Access, Granule, Iova, IovaRange};
 
-/// Why the simulated hardware refused a call. Nothing was changed.
+/// Why the simulated hardware refused a call. The call has changed nothing.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -21,7 +21,7 @@ pub enum Error {
     NoMemory {
         /// The size asked for.
         bytes: u64,
-        /// What the system said.
+        /// The error of the system.
         #[source]
         cause: std::io::Error,
     },
@@ -41,8 +41,8 @@ pub enum Error {
         /// The smallest page of the format.
         page: Granule,
     },
-    /// The table does not translate these addresses. Where they are sign-extended, a range must lie in the lower or in
-    /// the upper half of them.
+    /// The table does not translate these addresses. Where they are sign-extended, a range must lie
+    /// in the lower or in the upper half of them.
     #[error("{range} exceeds the {width} bits of address that {format} translates")]
     TooWide {
         /// The offending range.
@@ -54,7 +54,8 @@ pub enum Error {
     },
     /// An entry cannot hold physical addresses that high.
     #[error(
-        "{len:#x} bytes from the physical address {phys:#x} exceed the {width} bits that {format} can point to"
+        "{len:#x} bytes from the physical address {phys:#x} exceed the {width} bits \
+         that {format} can point to"
     )]
     PhysTooWide {
         /// The first physical address.
@@ -69,7 +70,7 @@ pub enum Error {
     /// No leaf of the format grants this access and no other.
     #[error("{format} has no leaves for {access:?} access: name one that includes reading")]
     NoSuchAccess {
-        /// What was to be granted.
+        /// The rights that were to be granted.
         access: Access,
         /// The name of the format.
         format: &'static str,
@@ -104,11 +105,12 @@ impl From<Error> for dirtymap::Error {
     }
 }
 
-/// A device's access that the IOMMU blocked. What the access did below `iova` stays done.
+/// A device's access that the IOMMU blocked. The bytes below `iova` stay read or written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("DMA fault at {iova}: {kind}")]
 pub struct DmaError {
-    /// The first address that was not accessed, or the highest address if the access goes on past it.
+    /// The first address that was not accessed, or the highest address if the access goes on past
+    /// it.
     pub iova: Iova,
     /// Why.
     pub kind: FaultKind,

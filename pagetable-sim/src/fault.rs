@@ -1,4 +1,4 @@
-//! The fault log of a domain: what its devices were refused, for software to read.
+//! The fault log of a domain: the accesses of its devices that were blocked, for software to read.
 
 use dirtymap::Iova;
 use dirtymap::sync::{AtomicU64, Ordering, TINY};
@@ -20,7 +20,20 @@ pub struct Fault {
     pub kind: FaultKind,
 }
 
-/// What [`Domain::take_faults`](crate::Domain::take_faults) took.
+/// The faults that [`Domain::take_faults`](crate::Domain::take_faults) took.
+///
+/// ```
+/// use dirtymap::Iova;
+/// use pagetable_sim::{DeviceConfig, Domain, DomainConfig, FaultKind, PhysMemory};
+/// use std::sync::Arc;
+///
+/// let domain = Domain::new(Arc::new(PhysMemory::new(4096)?), DomainConfig::default());
+/// let mut device = domain.attach(DeviceConfig::default());
+/// assert!(device.write(Iova::new(0x1000), b"nowhere").is_err());
+/// let faults = domain.take_faults();
+/// assert_eq!((faults.records[0].kind, faults.dropped), (FaultKind::NotMapped, 0));
+/// # Ok::<(), pagetable_sim::Error>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Faults {
     /// The faults, the oldest first.
@@ -29,7 +42,7 @@ pub struct Faults {
     pub dropped: u64,
 }
 
-/// A bounded log: devices never wait for its reader, nor for each other.
+/// A bounded log. Devices never wait for its reader, nor for each other.
 pub(crate) struct FaultLog {
     records: Stack<Fault>,
     /// How many records are in the log or on their way into it.
@@ -48,7 +61,8 @@ impl FaultLog {
 
     /// Keeps `fault` if there is room, and counts it as dropped if not.
     pub(crate) fn add(&self, fault: Fault) {
-        // Relaxed, all: counts. A place is reserved before it is filled, so the bound holds at every moment.
+        // Relaxed, all: counts. A place is reserved before it is filled, so the bound holds at
+        // every moment.
         if self.held.fetch_add(1, Ordering::Relaxed) < CAPACITY {
             self.records.push(fault);
         } else {

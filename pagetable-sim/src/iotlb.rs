@@ -1,4 +1,4 @@
-//! Cached translations. They also cache "D is set", which is why clearing D takes a flush.
+//! Cached translations. An entry also caches "D is set", so a harvest that clears D owes a flush.
 //!
 //! ```text
 //!  write, entry absent            walk, set D, insert the entry with D
@@ -7,8 +7,8 @@
 //!  read, entry absent             walk, insert the entry with the D that was found
 //! ```
 //!
-//! The IOTLB and a device's own TLB are two caches of this kind. Each belongs to one device and one thread; only the
-//! [port](crate::port) connects it to the domain.
+//! The IOTLB and a device's own TLB are two caches of this kind. Each belongs to one device and one
+//! thread; only the [port](crate::port) connects it to the domain.
 
 use dirtymap::{Access, Granule, Iova};
 
@@ -30,7 +30,8 @@ pub(crate) struct Cached {
 }
 
 impl Cached {
-    /// The entry for the piece around `iova`, not larger than `largest`, of `leaf` as found in the table.
+    /// The entry for the piece around `iova`, not larger than `largest`, of `leaf` as found in the
+    /// table.
     pub(crate) fn new(leaf: &Leaf, iova: Iova, largest: Granule, dirty: bool) -> Self {
         let leaf_mask = leaf.range.last().get() - leaf.range.start().get();
         let mask = leaf_mask.min(largest.mask());

@@ -1,9 +1,10 @@
-//! A simulated IOMMU, as mean as real hardware: it exists so that a forgotten flush really loses writes.
+//! A simulated IOMMU, as mean as real hardware: it exists so that a forgotten flush really loses
+//! writes.
 //!
 //! ```text
-//!  Device::write --> TLBs --miss, or no D--> Table: walk, set A, D <--map, unmap-- Domain (a dirtymap::DirtySource)
-//!       |              |                      |                                  |
-//!       |              +-- hit with D:        +--read_and_clear--> sink, gather <+
+//!  Device::write --> TLBs --miss, or no D--> Table: walk, set A, D <--map, unmap-- Domain
+//!       |              |                      |                                      |
+//!       |              +-- hit with D:        +--read_and_clear--> sink, gather <----+
 //!       |                  no trace at all                           |
 //!       +--posted writes--> PhysMemory                               v
 //!                ^                                            Domain::invalidate
@@ -11,22 +12,26 @@
 //! ```
 //!
 //! * [`PhysMemory`]: the bytes. Devices write them while others copy them.
-//! * [`Format`], for [`AmdV1`], [`VtdSs`], [`X86_64`], [`ArmS1`] and [`Riscv`]: what the bits of an entry mean, and which
-//!   [`LeafSizes`] there are.
-//! * [`Table`]: the lock-free page table; hardware sets D in it, a harvest reads and clears it, and leaves are split, merged
-//!   and protected meanwhile.
-//! * [`Device`]: DMA through caches that remember "D is set" and pointers to tables, with writes that land late.
-//! * [`Domain`]: ties them together, switches tracking, and invalidates: [`Reach`] says how precisely, [`Breakage`] what
-//!   can go wrong.
+//! * [`Format`], for [`AmdV1`], [`VtdSs`], [`X86_64`], [`ArmS1`] and [`Riscv`]: what the bits of an
+//!   entry mean, and which [`LeafSizes`] there are.
+//! * [`Table`]: the lock-free page table; hardware sets D in it, a harvest reads and clears it, and
+//!   leaves are split, merged and protected at the same time.
+//! * [`Device`]: DMA through caches that remember "D is set" and pointers to tables, with writes
+//!   that land late.
+//! * [`Domain`]: ties them together, switches tracking, and invalidates: [`Reach`] says how
+//!   precisely, [`Breakage`] what can go wrong.
 //!
 //! # Example
 //! ```
-//! use dirtymap::{LeafSink, Access, DirtySource, FlushGather, Granule, Iova, IovaRange, Mapping, UserBitmap};
+//! use dirtymap::{
+//!     Access, DirtySource, FlushGather, Granule, Iova, IovaRange, LeafSink, Mapping, UserBitmap,
+//! };
 //! use pagetable_sim::{DeviceConfig, Domain, DomainConfig, PhysMemory};
 //! use std::sync::Arc;
 //!
 //! let memory = Arc::new(PhysMemory::new(1 << 20)?);
-//! let domain = Domain::new(memory, DomainConfig { max_leaf: Granule::K4, ..DomainConfig::default() });
+//! let config = DomainConfig { max_leaf: Granule::K4, ..DomainConfig::default() };
+//! let domain = Domain::new(memory, config);
 //! let range = IovaRange::from_len(Iova::new(0x10_0000), 1 << 20)?;
 //! domain.map(&Mapping { range, backing: 0, access: Access::ReadWrite })?;
 //! domain.set_tracking(true)?;
@@ -38,8 +43,11 @@
 //! let mut words = [0u64; 4];
 //! let mut gather = FlushGather::new();
 //! let view = UserBitmap::new(&mut words).view(range, Granule::K4)?;
-//! domain.read_and_clear(range, &mut LeafSink::new(&mut view.sink(), &mut gather)).map_err(|s| s.error)?;
-//! domain.invalidate(&gather)?; // leave this out, and the next write through the cached entry goes unseen
+//! let mut sink = view.sink();
+//! let mut out = LeafSink::new(&mut sink, &mut gather);
+//! domain.read_and_clear(range, &mut out).map_err(|s| s.error)?;
+//! // Without this flush, the next write through the cached entry goes unseen.
+//! domain.invalidate(&gather)?;
 //! assert_eq!(words[0], 0b1100);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -55,14 +63,18 @@ mod iotlb;
 mod fault;
 mod port;
 mod stack;
+mod word;
 
+mod breakage;
 mod device;
 mod domain;
+mod hardware;
 
 mod error;
 
+pub use breakage::Breakage;
 pub use device::{AtomicOperand, Device, DeviceConfig, DeviceStats};
-pub use domain::{Breakage, Domain, DomainConfig, DomainStats};
+pub use domain::{Domain, DomainConfig, DomainStats};
 pub use error::{DmaError, Error, FaultKind};
 pub use fault::{Fault, Faults};
 pub use fmt::{

@@ -1,12 +1,13 @@
 //! Simulated physical memory: bytes that devices write while others copy them.
 //!
-//! A harvester copies pages that devices may be writing at that moment, so every access is atomic: memory is an array
-//! of 64-bit words, little endian, accessed by relaxed loads and stores. A write that covers a word only in part merges
-//! its bytes into the word by compare-exchange, so that two devices writing the two halves of a word never undo each
-//! other. Mixing access sizes on one location would be undefined; there is only one size.
+//! A harvester copies pages while devices write them, so every access is atomic: memory is an array
+//! of 64-bit words, little endian, accessed by relaxed loads and stores. A write that covers a word
+//! only in part merges its bytes into the word by compare-exchange, so that two devices writing the
+//! two halves of a word never undo each other. Mixing access sizes on one location would be
+//! undefined; there is only one size.
 //!
-//! Bytes of different words become visible in any order, as on a real bus. What orders them is the invalidation: it
-//! returns after the device has landed its posted writes and said so with Release.
+//! Bytes of different words become visible in any order, as on a real bus. The invalidation orders
+//! them: it returns after the device has landed its posted writes and has said so with Release.
 
 use dirtymap::sync::{AtomicU64, Ordering};
 
@@ -16,9 +17,21 @@ const WORD: usize = size_of::<u64>();
 
 /// Simulated physical memory, zeroed at the start. Physical addresses are byte offsets into it.
 ///
-/// Pages that nobody wrote cost no host memory, so a large sparse memory is cheap. All methods take `&self` and may be
-/// called by many threads at once, on the same bytes too; bytes written by one call while another one reads them are
-/// seen old or new, each word as a whole.
+/// A page costs host memory from its first write on, so a large sparse memory is cheap. All methods
+/// take `&self` and may be called by many threads at once, on the same bytes too; bytes written by
+/// one call while another one reads them are seen old or new, each word as a whole.
+///
+/// ```
+/// use pagetable_sim::PhysMemory;
+///
+/// let memory = PhysMemory::new(1 << 40)?; // a terabyte, of which one page is touched
+/// memory.write(0x1_0000_0ffe, b"data")?;
+/// let mut back = [0; 6];
+/// memory.read(0x1_0000_0ffc, &mut back)?;
+/// assert_eq!(&back, b"\0\0data");
+/// assert!(memory.write((1 << 40) - 1, b"no").is_err());
+/// # Ok::<(), pagetable_sim::Error>(())
+/// ```
 pub struct PhysMemory {
     words: Words,
     len: u64,
@@ -47,7 +60,8 @@ impl PhysMemory {
         self.len == 0
     }
 
-    /// Writes `bytes` from `phys` on. Relaxed: whoever must see them needs an order of its own.
+    /// Writes `bytes` from `phys` on. The stores are Relaxed: a thread that must see the bytes
+    /// needs an order of its own.
     ///
     /// # Errors
     /// [`Error::OutsideMemory`] if any byte lies outside; then nothing was written.
@@ -55,11 +69,11 @@ impl PhysMemory {
         let (mut words, lead) = self.words_from(phys, bytes.len())?;
         let mut rest = bytes;
         if lead != 0
-            && let [first, behind @ ..] = words
+            && let [first, others @ ..] = words
         {
             let (head, tail) = rest.split_at(rest.len().min(WORD - lead));
             merge(first, lead, head);
-            (rest, words) = (tail, behind);
+            (rest, words) = (tail, others);
         }
         let (whole, tail) = rest.as_chunks::<WORD>();
         for (word, bytes) in words.iter().zip(whole) {
@@ -80,13 +94,13 @@ impl PhysMemory {
         let (mut words, lead) = self.words_from(phys, bytes.len())?;
         let mut rest = bytes;
         if lead != 0
-            && let [first, behind @ ..] = words
+            && let [first, others @ ..] = words
         {
             let (head, tail) = rest.split_at_mut(rest.len().min(WORD - lead));
             // Relaxed: as in `write`.
             let word = first.load(Ordering::Relaxed).to_le_bytes();
             head.copy_from_slice(&word[lead..lead + head.len()]);
-            (rest, words) = (tail, behind);
+            (rest, words) = (tail, others);
         }
         let (whole, tail) = rest.as_chunks_mut::<WORD>();
         let wholes = whole.len();
@@ -104,12 +118,12 @@ impl PhysMemory {
         Ok(())
     }
 
-    /// Replaces the number at `phys` by what `change` makes of it, in one step; returns what was there. `change` may be
-    /// called several times. Relaxed, as [`write`](Self::write).
+    /// Replaces the number at `phys` by the result of `change`, in one step; returns the old
+    /// number. `change` may be called several times. Relaxed, as [`write`](Self::write).
     ///
     /// # Errors
-    /// [`Error::OutsideMemory`] if any byte lies outside, or `phys` is not a multiple of the size; then nothing was
-    /// changed.
+    /// [`Error::OutsideMemory`] if any byte lies outside, or `phys` is not a multiple of the size;
+    /// then nothing was changed.
     pub(crate) fn update<T: Word>(&self, phys: u64, change: impl Fn(T) -> T) -> Result<T, Error> {
         let len = size_of::<T>();
         let (words, lead) = self.words_from(phys, len)?;
@@ -120,7 +134,7 @@ impl PhysMemory {
             limit: self.len,
         })?;
         let shift = 8 * lead as u32;
-        // Relaxed: only a first guess; the compare-exchange decides.
+        // Relaxed: a first guess; the compare-exchange decides.
         let mut seen = word.load(Ordering::Relaxed);
         loop {
             let old = T::from_word(seen >> shift);
@@ -134,8 +148,8 @@ impl PhysMemory {
         }
     }
 
-    /// The words from the one that holds `phys` on, and the place of `phys` in it, if `len` bytes from there lie
-    /// inside.
+    /// The words from the one that holds `phys` on, and the place of `phys` in it, if `len` bytes
+    /// from there lie inside.
     #[inline]
     fn words_from(&self, phys: u64, len: usize) -> Result<(&[AtomicU64], usize), Error> {
         self.check(phys, len as u64)?;
@@ -213,12 +227,13 @@ fn merge(word: &AtomicU64, lead: usize, bytes: &[u8]) {
     if bytes.is_empty() {
         return;
     }
-    // Relaxed: only a first guess; the compare-exchange decides.
+    // Relaxed: a first guess; the compare-exchange decides.
     let mut seen = word.load(Ordering::Relaxed);
     loop {
         let mut new = seen.to_le_bytes();
         new[lead..lead + bytes.len()].copy_from_slice(bytes);
-        // Relaxed, both: as the store of a whole word; a failure only hands back the value to merge with.
+        // Relaxed, both: as the store of a whole word; a failure only hands back the value to merge
+        // with.
         match word.compare_exchange_weak(
             seen,
             u64::from_le_bytes(new),
@@ -258,11 +273,12 @@ impl Words {
     fn all(&self) -> &[AtomicU64] {
         let first = self.map.as_mut_ptr().cast::<AtomicU64>();
         // SAFETY:
-        // - valid for `count` words as long as `self.map` lives: it was mapped with at least `count * WORD` bytes,
-        //   readable and writable, and is neither remapped nor unmapped before it is dropped.
+        // - valid for `count` words as long as `self.map` lives: it was mapped with at least `count
+        //   * WORD` bytes, readable and writable, and is neither remapped nor unmapped before it is
+        //   dropped.
         // - aligned: a mapping starts at a page.
         // - initialised: anonymous memory is zero, and every bit pattern is an `AtomicU64`.
-        // - all access is through these atomics: nobody else is given the pointer.
+        // - all access is through these atomics: the pointer is private to this type.
         unsafe { std::slice::from_raw_parts(first, self.count) }
     }
 }

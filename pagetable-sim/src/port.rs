@@ -1,33 +1,37 @@
-//! The port between a domain and one device: invalidation requests go in, acknowledgements come out.
+//! The port between a domain and one device: invalidation requests go in, acknowledgements come
+//! out.
 //!
-//! A device never waits: it uses its IOTLB, and between two operations it answers the requests in its inbox, if there
-//! are any. A device that sleeps answers nothing, and nobody may wait for it: it has no write in flight, and it looks
-//! into its inbox before it uses its IOTLB again. An invalidator must tell the two apart without a lock:
+//! A device never waits: it uses its IOTLB, and between two operations it answers the requests in
+//! its inbox, if there are any. A device that sleeps answers nothing, and an invalidator must not
+//! wait for it: it has no write in flight, and it looks into its inbox before it uses its IOTLB
+//! again. An invalidator must tell the two apart without a lock:
 //!
 //! ```text
-//!  device                                       invalidator (what it invalidates is changed in the table already)
+//!  device                                       invalidator, which has changed the table
 //!  D1  active := true                           I1  push the request
 //!  F1  fence(SeqCst)                            F2  fence(SeqCst)
 //!  D2  look into the inbox; answer              I2  look at `active`
 //!  D3  use the IOTLB, walk, post writes             false: done
-//!  ... (answers between operations)                 true:  wait for the answer, or for `active` = false
+//!  ... (answers between operations)                 true:  wait for the answer, or for false
 //!  D4  land all posted writes
 //!  D5  active := false
 //! ```
 //!
 //! Either F1 or F2 comes first in the one order of all SeqCst fences:
-//! - if F1 does, I2 sees D1 (or the D5 of that activity, or something newer). If it sees true, it waits. If it sees a
-//!   false of D5, all that this activity had in flight has landed and is visible, and the next activity begins with a
-//!   new F1 that comes after F2: the other branch;
-//! - if F2 does, D2 sees the request of I1, and every walk from D3 on sees the table as the invalidator left it. What
-//!   I2 sees does not matter: the device answers before it uses its IOTLB.
+//! - if F1 does, I2 sees D1 (or the D5 of that activity, or something newer). If it sees true, it
+//!   waits. If it sees a false of D5, all that this activity had in flight has landed and is
+//!   visible, and the next activity begins with a new F1 that comes after F2: the other branch;
+//! - if F2 does, D2 sees the request of I1, and every walk from D3 on sees the table as the
+//!   invalidator left it. The result of I2 does not matter: the device answers before it uses its
+//!   IOTLB.
 //!
-//! The answer comes after the device has dropped the cached entries **and** landed its posted writes. It is a Release
-//! that the invalidator acquires, so memory read after an invalidation holds every write that was translated before it.
+//! The answer comes after the device has dropped the cached entries **and** landed its posted
+//! writes. It is a Release that the invalidator acquires, so memory read after an invalidation
+//! holds every write that was translated before it.
 //!
-//! Requests to a sleeping device stay in its inbox and are as precise as any other, so a range that somebody forgot to
-//! flush stays cached over the sleep. After [`MAX_UNREAD`] of them the device is told to drop everything instead, so
-//! that an inbox cannot grow without bound.
+//! Requests to a sleeping device stay in its inbox and are as precise as any other, so a range
+//! whose flush was forgotten stays cached over the sleep. After [`MAX_UNREAD`] of them the device
+//! is told to drop everything instead, so that an inbox cannot grow without bound.
 
 use dirtymap::sync::{
     Arc, AtomicBool, AtomicU64, AtomicUsize, Ordering, Step, TINY, fence, performs, relax, weaken,
@@ -36,7 +40,8 @@ use dirtymap::{Invalidated, IovaRange};
 
 use crate::stack::{Stack, Taken};
 
-/// How many requests a sleeping device collects one by one; one in the model checker, so that models reach the bound.
+/// How many requests a sleeping device collects one by one; one in the model checker, so that
+/// models reach the bound.
 const MAX_UNREAD: usize = if TINY { 1 } else { 256 };
 
 /// See the [module](self).
@@ -53,7 +58,7 @@ pub(crate) struct Port {
     overflow: AtomicBool,
 }
 
-/// What devices are told to drop. They also land what they have in flight.
+/// The entries that devices are to drop. They also land their writes in flight.
 pub(crate) struct Order {
     /// Ascending and disjoint.
     pub(crate) ranges: Vec<IovaRange>,
@@ -98,10 +103,10 @@ impl Port {
 
     // The invalidator's side.
 
-    /// Asks the device to carry out `order` (I1). Does not wait. `None` if the device sleeps and was told to drop
-    /// everything.
+    /// Asks the device to carry out `order` (I1). Does not wait. `None` if the device sleeps and
+    /// was told to drop everything.
     pub(crate) fn ask(&self, order: &Arc<Order>) -> Option<Arc<Receipt>> {
-        // Relaxed: an estimate that bounds the inbox; nothing is decided by it that would not be right either way.
+        // Relaxed: an estimate that bounds the inbox; both branches are right at any value.
         if self.unread.load(Ordering::Relaxed) >= MAX_UNREAD && self.overflow() {
             return None;
         }
@@ -120,11 +125,12 @@ impl Port {
         Some(receipt)
     }
 
-    /// Waits until the device has answered, or sleeps (I2). The caller has performed F2, `fence(SeqCst)`, since it
-    /// asked.
+    /// Waits until the device has answered, or sleeps (I2). The caller has performed F2,
+    /// `fence(SeqCst)`, after it asked.
     pub(crate) fn wait(&self, receipt: &Receipt) -> Invalidated {
         loop {
-            // Acquire: pairs with the Release in `Request::acknowledge`; what the device landed before it is visible.
+            // Acquire: pairs with the Release in `Request::acknowledge`; writes that the device
+            // landed before it are visible.
             if receipt.answered.load(Ordering::Acquire) {
                 return Invalidated {
                     // Relaxed, both: ordered by the Acquire above.
@@ -133,7 +139,8 @@ impl Port {
                     ..Invalidated::default()
                 };
             }
-            // Acquire: pairs with the Release in `sleep`; what the device landed before it is visible.
+            // Acquire: pairs with the Release in `sleep`; writes that the device landed before it
+            // are visible.
             if !self.active.load(Ordering::Acquire) {
                 return Invalidated::default();
             }
@@ -141,12 +148,15 @@ impl Port {
         }
     }
 
-    /// Tells a sleeping device to drop everything when it wakes. False if it does not sleep; then a request is needed.
+    /// Tells a sleeping device to drop everything when it wakes. False if it does not sleep; then a
+    /// request is needed.
     fn overflow(&self) -> bool {
         // Relaxed: ordered by the fence, as I1 by F2.
         self.overflow.store(true, Ordering::Relaxed);
         if performs(Step::AskFence) {
-            // SeqCst: an F2 of its own, for `overflow` in place of the inbox; pairs with F1 in `wake`.
+            // SeqCst: an F2 of its own, for `overflow` in place of the inbox; pairs with F1 in
+            // `wake`. If F1 is first, the look below sees the device awake, and the caller asks it.
+            // If F2 is first, the device sees `overflow` when it wakes.
             fence(Ordering::SeqCst);
         }
         // Acquire: as in `wait`.
@@ -155,22 +165,25 @@ impl Port {
 
     // The device's side.
 
-    /// Begins to be active (D1, F1). Returns whether everything cached must be dropped. The device looks into its inbox
-    /// next.
+    /// Begins to be active (D1, F1). Returns whether everything cached must be dropped. The device
+    /// looks into its inbox next.
     pub(crate) fn wake(&self) -> bool {
         // Relaxed: ordered by the fence.
         self.active.store(true, Ordering::Relaxed);
         if performs(Step::WakeFence) {
-            // SeqCst: F1 of the module's protocol; pairs with F2 in `Domain::invalidate` and in `overflow`.
+            // SeqCst: F1 of the module's protocol; pairs with F2 in `Domain::invalidate_at` and in
+            // `overflow`. If F1 is first, the invalidator sees the device awake, and waits. If F2
+            // is first, the device sees the request or the overflow below.
             fence(Ordering::SeqCst);
         }
-        // Relaxed load: ordered by the fence. Acquire swap: the changes of the table came before the flag was set.
+        // Relaxed load: ordered by the fence. Acquire swap: the changes of the table came before
+        // the flag was set.
         self.overflow.load(Ordering::Relaxed) && self.overflow.swap(false, Ordering::Acquire)
     }
 
     /// Ceases to be active (D5); everything in flight has landed (D4).
     pub(crate) fn sleep(&self) {
-        // Release: publishes what was landed; pairs with the Acquire in `wait`.
+        // Release: publishes the writes that were landed; pairs with the Acquire in `wait`.
         let order = weaken(Step::PublishLanded, Ordering::Release);
         self.active.store(false, order);
     }
@@ -182,7 +195,8 @@ impl Port {
         !self.inbox.is_empty()
     }
 
-    /// Takes all requests, the newest first: they only drop what is cached, so their order does not matter.
+    /// Takes all requests, the newest first: they only drop cached entries, so their order does not
+    /// matter.
     pub(crate) fn take(&self) -> Requests<'_> {
         Requests {
             port: self,
@@ -198,7 +212,7 @@ impl std::fmt::Debug for Port {
 }
 
 impl Request {
-    /// What to drop.
+    /// The entries to drop.
     pub(crate) fn order(&self) -> &Order {
         &self.order
     }
@@ -215,7 +229,8 @@ impl Request {
     }
 }
 
-/// Requests that were taken out of an inbox. Those that are not iterated over are freed without an answer.
+/// Requests that were taken out of an inbox. Requests that are not iterated over are freed without
+/// an answer.
 pub(crate) struct Requests<'a> {
     port: &'a Port,
     taken: Taken<Request>,

@@ -1,4 +1,5 @@
-//! A lock-free stack that is emptied all at once: many push, somebody takes everything.
+//! A lock-free stack (Treiber) that is emptied all at once: any thread pushes one value, or takes
+//! all of them.
 
 use std::ptr;
 
@@ -29,15 +30,16 @@ impl<T> Stack<T> {
             next: ptr::null_mut(),
             witness: Witness::new(),
         }));
-        // Relaxed: we only link to the old top; whoever takes the stack reads what is behind it.
+        // Relaxed: we only link to the old top; the thread that takes the stack reads the nodes.
         let mut top = self.top.load(Ordering::Relaxed);
         loop {
-            // SAFETY: `node` came from `Box::into_raw` above and is not published yet, so it is ours alone.
+            // SAFETY: `node` came from `Box::into_raw` above and is not published yet, so it is
+            // ours alone.
             unsafe { (*node).next = top };
-            // Release on success: publishes the node, and all that we did before; pairs with the Acquire in `take`. The
-            // nodes below were published by their own pushes, whose release sequences this one continues. Relaxed on
-            // failure: as the load above. A top that was taken and pushed again meanwhile is no matter: we link to
-            // whatever is the top and never look into it.
+            // Release on success: publishes the node, and all that we did before; pairs with the
+            // Acquire in `take`. The nodes below were published by their own pushes, whose release
+            // sequences this one continues. Relaxed on failure: as the load above. ABA is harmless:
+            // we link to the top, whichever node it is, and never look into it.
             match self.top.compare_exchange_weak(
                 top,
                 node,
@@ -50,7 +52,8 @@ impl<T> Stack<T> {
         }
     }
 
-    /// Whether there is anything. Relaxed: who pushes something that must be seen here orders it by other means.
+    /// Whether the stack is empty. Relaxed: a push that must be seen here is ordered by other
+    /// means.
     #[inline]
     pub(crate) fn is_empty(&self) -> bool {
         // Relaxed: as said above; `take` acquires.
@@ -59,7 +62,8 @@ impl<T> Stack<T> {
 
     /// Takes everything, the newest first.
     pub(crate) fn take(&self) -> Taken<T> {
-        // Acquire: pairs with the Release of every push below the top; publishes the nodes and what they speak of.
+        // Acquire: pairs with the Release of every push below the top; publishes the nodes, and the
+        // changes that came before the pushes.
         Taken(self.top.swap(ptr::null_mut(), Ordering::Acquire))
     }
 }
@@ -70,13 +74,14 @@ impl<T> Drop for Stack<T> {
     }
 }
 
-// SAFETY: `top` leads to nodes that are owned by whoever swaps the pointer out: they move between threads, and are not
-// shared.
+// SAFETY: `top` leads to nodes that belong to the thread that swaps the pointer out: they move
+// between threads, and are not shared.
 unsafe impl<T: Send> Send for Stack<T> {}
-// SAFETY: as for `Send`; shared access is by atomic operations only, and hands values over, never references.
+// SAFETY: as for `Send`; shared access is by atomic operations only, and hands values over, never
+// references.
 unsafe impl<T: Send> Sync for Stack<T> {}
 
-/// What was taken, the newest first. What is not iterated over is dropped.
+/// The values that were taken, the newest first. Values that are not iterated over are dropped.
 pub(crate) struct Taken<T>(*mut Node<T>);
 
 impl<T> Iterator for Taken<T> {
@@ -86,8 +91,8 @@ impl<T> Iterator for Taken<T> {
         if self.0.is_null() {
             return None;
         }
-        // SAFETY: made by `Box::into_raw` in `push`; the swap in `take` made the whole stack ours, and each node is
-        // taken once.
+        // SAFETY: made by `Box::into_raw` in `push`; the swap in `take` made the whole stack ours,
+        // and each node is taken once.
         let node = *unsafe { Box::from_raw(self.0) };
         node.witness.end();
         self.0 = node.next;

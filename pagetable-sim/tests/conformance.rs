@@ -32,7 +32,10 @@ const RECORDED: &str = concat!(
 );
 
 const META: &str = r#"{"t":"meta","format":1}"#;
-const SEQ: &str = r#"{"t":"seq","seq":0,"name":"s","granule":2048,"iova_alignment":2048,"iova_ranges":[[4096,1048575]],"hwpts":[{"alloc_dirty_tracking":true}]}"#;
+const SEQ: &str = concat!(
+    r#"{"t":"seq","seq":0,"name":"s","granule":2048,"iova_alignment":2048,"#,
+    r#""iova_ranges":[[4096,1048575]],"hwpts":[{"alloc_dirty_tracking":true}]}"#
+);
 const END: &str = r#"{"t":"end"}"#;
 
 fn recorded() -> String {
@@ -90,10 +93,21 @@ fn other_answers_are_not() {
 #[test]
 fn a_hand_written_sequence_is_replayed() {
     let ops = [
-        r#"{"t":"op","seq":0,"i":0,"op":"map","iova":65536,"length":65536,"writeable":true,"errno":0,"layout":[{"hwpt":0,"ptes":[[65536,65536,1]]}]}"#,
+        concat!(
+            r#"{"t":"op","seq":0,"i":0,"op":"map","iova":65536,"length":65536,"#,
+            r#""writeable":true,"errno":0,"layout":[{"hwpt":0,"ptes":[[65536,65536,1]]}]}"#
+        ),
         r#"{"t":"op","seq":0,"i":1,"op":"track","hwpt":0,"flags":1,"errno":0,"after":[]}"#,
-        r#"{"t":"op","seq":0,"i":2,"op":"dirty","hwpt":0,"granules":[[67584,1]],"errno":0,"after":[[65536,65536]]}"#,
-        r#"{"t":"op","seq":0,"i":3,"op":"get","hwpt":0,"iova":65536,"length":65536,"page_size":2048,"flags":0,"reserved":0,"buf":{"off":0,"fill":0,"pages":[[0,1,"rw"]]},"errno":0,"new":[[0,32]],"after":[],"tags":["plain"]}"#,
+        concat!(
+            r#"{"t":"op","seq":0,"i":2,"op":"dirty","hwpt":0,"granules":[[67584,1]],"#,
+            r#""errno":0,"after":[[65536,65536]]}"#
+        ),
+        concat!(
+            r#"{"t":"op","seq":0,"i":3,"op":"get","hwpt":0,"iova":65536,"length":65536,"#,
+            r#""page_size":2048,"flags":0,"reserved":0,"#,
+            r#""buf":{"off":0,"fill":0,"pages":[[0,1,"rw"]]},"#,
+            r#""errno":0,"new":[[0,32]],"after":[],"tags":["plain"]}"#
+        ),
     ];
     let text = [&[META, SEQ], &ops[..], &[END]].concat().join("\n");
     let report = replay(&text).unwrap().report;
@@ -106,9 +120,15 @@ fn a_hand_written_sequence_is_replayed() {
 fn malformed_files_are_refused_with_their_line() {
     let op = |fields: &str| format!(r#"{{"t":"op","seq":0,"i":0,"errno":0,{fields}}}"#);
     let get = |buf: &str| {
+        let request = r#""op":"get","hwpt":0,"iova":0,"length":1,"page_size":1"#;
+        let answer = r#""new":[],"tags":[]"#;
         op(&format!(
-            r#""op":"get","hwpt":0,"iova":0,"length":1,"page_size":1,"flags":0,"reserved":0,"new":[],"tags":[],"buf":{buf}"#
+            r#"{request},"flags":0,"reserved":0,{answer},"buf":{buf}"#
         ))
+    };
+    let map = |layout: &str| {
+        let request = r#""op":"map","iova":4096,"length":4096,"writeable":true"#;
+        op(&format!(r#"{request},"layout":[{layout}]"#))
     };
     let cases = [
         (vec![], "line 1: the file ends without"),
@@ -178,9 +198,7 @@ fn malformed_files_are_refused_with_their_line() {
             vec![
                 META.into(),
                 SEQ.into(),
-                op(
-                    r#""op":"map","iova":4096,"length":4096,"writeable":true,"layout":[{"hwpt":0,"ptes":[[4096,4096,2]]}]"#,
-                ),
+                map(r#"{"hwpt":0,"ptes":[[4096,4096,2]]}"#),
             ],
             "line 3: the length of ptes is 8192",
         ),
@@ -188,20 +206,12 @@ fn malformed_files_are_refused_with_their_line() {
             vec![
                 META.into(),
                 SEQ.into(),
-                op(
-                    r#""op":"map","iova":4096,"length":4096,"writeable":true,"layout":[{"hwpt":0,"ptes":[[4096,3000,1]]}]"#,
-                ),
+                map(r#"{"hwpt":0,"ptes":[[4096,3000,1]]}"#),
             ],
             "line 3: ptes is",
         ),
         (
-            vec![
-                META.into(),
-                SEQ.into(),
-                op(
-                    r#""op":"map","iova":4096,"length":4096,"writeable":true,"layout":[{"hwpt":1}]"#,
-                ),
-            ],
+            vec![META.into(), SEQ.into(), map(r#"{"hwpt":1}"#)],
             "line 3: hwpt of a layout is 1",
         ),
         (

@@ -15,9 +15,11 @@
 mod bitmaps;
 mod bits;
 mod exchange;
+mod faults;
 mod flush;
 mod forms;
 mod gather;
+mod log_node;
 mod op;
 mod oracle;
 pub mod protocol;
@@ -35,8 +37,8 @@ pub use flush::check_flush;
 pub use forms::Form;
 pub use gather::check_gather;
 pub use op::{
-    Ask, Config, Cut, DOMAINS, Fate, Format, MapFault, Mask, Master, Mode, Op, Place, Sabotage,
-    Share, Step, Stretch, decode,
+    Ask, Callback, Config, Cut, DOMAINS, Fate, Format, MapFault, Mask, Master, Mode, Moment, Op,
+    Place, Sabotage, Share, Step, Stretch, decode,
 };
 pub use random::Random;
 pub use ranges::check_ranges;
@@ -44,11 +46,15 @@ pub use run::run;
 pub use violation::{Rule, Violation};
 
 #[cfg(test)]
+mod batches;
+#[cfg(test)]
 mod concurrent;
 #[cfg(test)]
 mod history;
 #[cfg(test)]
 mod matrix;
+#[cfg(test)]
+mod panics;
 #[cfg(test)]
 mod properties;
 #[cfg(test)]
@@ -57,3 +63,5 @@ mod regressions;
 mod sabotage;
 #[cfg(test)]
 mod traffic;
+#[cfg(test)]
+mod watch;

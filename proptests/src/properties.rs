@@ -3,7 +3,8 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-use crate::{Config, Op, run};
+use crate::watch::run_watched;
+use crate::{Config, Op};
 
 /// A program's steps; each is decoded from bytes of its own, so that a failing program shrinks step by step.
 pub(crate) fn ops(count: usize) -> impl Strategy<Value = Vec<Op>> {
@@ -22,7 +23,7 @@ proptest! {
     /// nothing.
     #[test]
     fn programs_keep_every_promise(config in config(), ops in ops(60)) {
-        run(&ops, &config)?;
+        run_watched(&ops, &config)?;
     }
 }
 
@@ -37,6 +38,6 @@ proptest! {
     /// Long lives, in which leases overlap and debts pile up.
     #[test]
     fn long_programs_keep_every_promise(config in config(), ops in ops(400)) {
-        run(&ops, &config)?;
+        run_watched(&ops, &config)?;
     }
 }

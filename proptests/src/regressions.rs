@@ -2,7 +2,8 @@
 
 use dirtymap::Access;
 
-use crate::{Ask, Config, Cut, MapFault, Master, Op, Place, check_gather, run};
+use crate::watch::run_watched as run;
+use crate::{Ask, Config, Cut, MapFault, Master, Op, Place, check_gather};
 
 const FIRST_PAGE: Place = Place {
     area: 0,

@@ -48,6 +48,12 @@ pub(crate) trait Node: DirtySource {
 
     /// Whether the next harvest panics.
     fn dies(&self) -> &Switch;
+
+    /// Merges the leaves of `range` as far as the format can; the caller owns it.
+    fn merge(&self, range: IovaRange) -> Result<(), pagetable_sim::Error>;
+
+    /// Splits the leaf that lies across `at`, and flushes what devices cached of it.
+    fn split(&self, at: Iova) -> Result<(), Error>;
 }
 
 /// Thrown and seen by one thread.
@@ -64,7 +70,7 @@ impl Switch {
         self.0.load(Ordering::Relaxed)
     }
 
-    fn take(&self) -> bool {
+    pub(crate) fn take(&self) -> bool {
         self.0.swap(false, Ordering::Relaxed)
     }
 }
@@ -103,7 +109,7 @@ struct Tracked<F: Format> {
 
 impl<F: Format> Rig<F> {
     /// The domain with the number `nth` of a world.
-    pub(crate) fn new(config: &Config, nth: usize, memory: &Arc<PhysMemory>) -> Arc<Rig<F>> {
+    pub(crate) fn new(config: &Config, nth: usize, memory: &Arc<PhysMemory>) -> Rig<F> {
         let max_leaf = if config.large_leaves[nth] {
             Granule::M2
         } else {
@@ -133,7 +139,7 @@ impl<F: Format> Rig<F> {
             in_flight: Vec::new(),
         };
         let devices = Mutex::new([device(), device()]);
-        Arc::new(Rig {
+        Rig {
             domain,
             devices,
             busy: Mutex::new(None),
@@ -141,7 +147,7 @@ impl<F: Format> Rig<F> {
             dies: Switch::default(),
             sabotage: config.sabotage,
             first: nth == 0,
-        })
+        }
     }
 
     /// Serves the devices until `flush` is done.
@@ -241,6 +247,17 @@ impl<F: Format> Node for Rig<F> {
 
     fn dies(&self) -> &Switch {
         &self.dies
+    }
+
+    fn merge(&self, range: IovaRange) -> Result<(), pagetable_sim::Error> {
+        let sizes = pagetable_sim::LeafSizes::up_to(Granule::M2);
+        self.serving(|| self.domain.merge(range, sizes)).map(drop)
+    }
+
+    fn split(&self, at: Iova) -> Result<(), Error> {
+        let mut gather = FlushGather::new();
+        self.domain.split_at(at, &mut gather)?;
+        self.serving(|| self.domain.invalidate(&gather)).map(drop)
     }
 }
 

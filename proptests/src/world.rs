@@ -4,33 +4,40 @@ use dirtymap::sync::Arc;
 use dirtymap::{Iova, IovaRange};
 use pagetable_sim::{AmdV1, ArmS1, DmaError, PhysMemory, RiscvSv48, VtdSs, X86_64};
 
+use crate::faults::Faulty;
+use crate::log_node::LogNode;
 use crate::op::{Config, DOMAINS, Format, Master};
 use crate::oracle::MEMORY;
-use crate::rig::{Node, Rig};
+use crate::rig::Rig;
 
 /// See the [module](self).
 pub(crate) struct World {
     pub(crate) memory: Arc<PhysMemory>,
-    pub(crate) nodes: [Arc<dyn Node>; DOMAINS],
+    pub(crate) nodes: [Arc<Faulty>; DOMAINS],
 }
 
 impl World {
     pub(crate) fn new(config: &Config) -> Result<World, pagetable_sim::Error> {
         let memory = Arc::new(PhysMemory::new(MEMORY)?);
-        let node = |nth: usize| -> Arc<dyn Node> {
-            match config.formats[nth] {
-                Format::Amd => Rig::<AmdV1>::new(config, nth, &memory),
-                Format::Vtd => Rig::<VtdSs>::new(config, nth, &memory),
-                Format::Arm => Rig::<ArmS1>::new(config, nth, &memory),
-                Format::X86 => Rig::<X86_64>::new(config, nth, &memory),
-                Format::Riscv => Rig::<RiscvSv48>::new(config, nth, &memory),
-            }
+        let node = |nth: usize| {
+            Arc::new(match config.formats[nth] {
+                Format::Amd => Faulty::new(Rig::<AmdV1>::new(config, nth, &memory)),
+                Format::Vtd => Faulty::new(Rig::<VtdSs>::new(config, nth, &memory)),
+                Format::Arm => Faulty::new(Rig::<ArmS1>::new(config, nth, &memory)),
+                Format::Arm16K => Faulty::new(Rig::<ArmS1<14>>::new(config, nth, &memory)),
+                Format::Arm64K => Faulty::new(Rig::<ArmS1<16>>::new(config, nth, &memory)),
+                Format::X86 => Faulty::new(Rig::<X86_64>::new(config, nth, &memory)),
+                Format::Riscv => Faulty::new(Rig::<RiscvSv48>::new(config, nth, &memory)),
+                Format::Log4K => Faulty::new(LogNode::new(config, nth, 12, &memory)),
+                Format::Log8K => Faulty::new(LogNode::new(config, nth, 13, &memory)),
+                Format::Log64K => Faulty::new(LogNode::new(config, nth, 16, &memory)),
+            })
         };
         let nodes = [node(0), node(1), node(2)];
         Ok(World { memory, nodes })
     }
 
-    pub(crate) fn node(&self, domain: impl Into<usize>) -> &Arc<dyn Node> {
+    pub(crate) fn node(&self, domain: impl Into<usize>) -> &Arc<Faulty> {
         &self.nodes[domain.into()]
     }
 
@@ -72,11 +79,10 @@ impl World {
             .count() as u64
     }
 
-    /// Nothing is told to fail or to die any more.
+    /// Nothing is told to fail, to panic or to stop any more.
     pub(crate) fn heal(&self) {
         for node in &self.nodes {
-            node.fails().set(false);
-            node.dies().set(false);
+            node.heal();
         }
     }
 }

@@ -23,13 +23,19 @@ mod replaceable;
 mod loom_tests;
 
 #[cfg(all(
-    any(feature = "kvm", feature = "pagemap"),
+    any(feature = "kvm", feature = "pagemap", feature = "vhost"),
     target_os = "linux",
     not(dirtymap_loom)
 ))]
 mod host;
 #[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]
 pub mod kvm;
+#[cfg(all(
+    any(feature = "kvm", feature = "pagemap"),
+    target_os = "linux",
+    not(dirtymap_loom)
+))]
+mod maker;
 #[cfg(all(feature = "pagemap", target_os = "linux", not(dirtymap_loom)))]
 pub mod pagemap;
 #[cfg(all(feature = "vhost", target_os = "linux", not(dirtymap_loom)))]

@@ -111,7 +111,8 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         }
     }
 
-    /// The version that the tree has when this is published: see [`Snapshot::version`](super::Snapshot::version).
+    /// The version that the tree has when this is published: see
+    /// [`Snapshot::version`](super::Snapshot::version).
     pub(crate) fn version(&self) -> u64 {
         self.base_root().version + 1
     }

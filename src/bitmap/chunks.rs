@@ -5,13 +5,15 @@
 //!           only where the chunks are more than one group may have
 //! ```
 //!
-//! A [`chunk`](super::chunk) hangs on a block of summaries and pointers, and blocks on a group: all of the bitmap up to 8192
-//! chunks (1 TiB of 4 KiB pages), else 512 chunks, under a radix tree of fixed depth. So a bitmap for 2^63 bytes costs
-//! nothing before its first bit. All of these are installed by compare-exchange and live as long as the bitmap: a reference to
-//! a word never goes stale.
+//! A block holds the summaries of some [`chunk`](super::chunk)s and the pointers to them, a group
+//! holds blocks. A bitmap of up to 8192 chunks (1 TiB of 4 KiB pages) is one group. A larger one
+//! has groups of 512 chunks under a radix tree of fixed depth. So a bitmap for 2^63 bytes costs
+//! nothing before its first bit. All of these are installed by compare-exchange and live as long as
+//! the bitmap: a reference to a word never goes stale.
 //!
-//! In a bitmap *in slabs* the chunks of a group lie side by side in one [`slab`](super::slab), of which the system provides what
-//! is touched: so whoever knows the group finds a word without a pointer in between.
+//! In a bitmap *in slabs* the chunks of a group lie side by side in one [`slab`](super::slab),
+//! whose memory the system provides when it is touched. So the address of a word follows from that
+//! of the group, without a pointer in between.
 
 use std::marker::PhantomData;
 use std::ptr::{self, NonNull};
@@ -35,7 +37,8 @@ struct Directory([AtomicPtr<()>; 1 << FANOUT_LG2]);
 
 /// See the [module](self).
 pub(crate) struct ChunkMap {
-    /// A group if `levels` is 0, else a directory whose subtree has `levels - 1` more levels of directories.
+    /// A group if `levels` is 0, else a directory whose subtree has `levels - 1` more levels of
+    /// directories.
     root: AtomicPtr<()>,
     levels: u32,
     /// Chunks of a group, as a logarithm.
@@ -49,7 +52,7 @@ pub(crate) struct ChunkMap {
     owns: PhantomData<Box<Directory>>,
 }
 
-/// The one group of a bitmap, for as long as whoever holds this keeps the bitmap.
+/// The one group of a bitmap; valid while the bitmap lives.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct OneGroup {
     blocks: NonNull<Block>,
@@ -63,7 +66,8 @@ impl ChunkMap {
         Self::with_slabs(last, false)
     }
 
-    /// As [`new`](Self::new), in slabs: 4 KiB of address space for each chunk of a group from its first bit on.
+    /// As [`new`](Self::new), in slabs: 4 KiB of address space for each chunk of a group from its
+    /// first bit on.
     pub(crate) fn in_slabs(last: u64) -> Self {
         // The atomics of the model checker are not made of zeros.
         Self::with_slabs(last, !TINY)
@@ -95,9 +99,10 @@ impl ChunkMap {
         }
     }
 
-    /// Sets the bits `first..=last`; a word whose bits are all set already costs a fence and a few loads, and no write. `fence` is
-    /// called once at most: it orders the caller's data write before the look at bits that are set already, see
-    /// [`marks`](crate::source). Returns whether it had to write; then a SeqCst fence has come behind that.
+    /// Sets the bits `first..=last`. A word whose bits are all set already costs a fence and a few
+    /// loads, and no write. `fence` is called once: it orders the caller's data write before the
+    /// look at bits that are set already, see [`marks`](crate::source). Returns whether a bit was
+    /// clear; then a SeqCst fence came after the write.
     #[inline]
     pub(crate) fn set(&self, first: u64, last: u64, fence: impl FnOnce()) -> bool {
         debug_assert!(first <= last && last <= self.last);
@@ -123,7 +128,7 @@ impl ChunkMap {
     /// The one group that the bitmap has, unless it is too large for that, or not in slabs.
     pub(crate) fn one_group(&self) -> Option<OneGroup> {
         let group = (self.levels == 0 && self.slab != 0).then(|| self.group_or_new(0))?;
-        // Relaxed: the pointers of a slab are there from before the group was installed.
+        // Relaxed: the pointers of a slab were written before the group was installed.
         let slab = slot_in(group, 0).chunk.load(Ordering::Relaxed).cast();
         Some(OneGroup {
             blocks: NonNull::from(group).cast(),
@@ -138,8 +143,8 @@ impl ChunkMap {
     #[inline(always)]
     pub(crate) unsafe fn set_near(&self, group: OneGroup, bit: u64, fence: impl FnOnce()) {
         debug_assert!(bit <= self.last);
-        // SAFETY: by the caller it came from `one_group` of this bitmap, which lives for as long as `self` is borrowed, and has a
-        // block for each bit of it.
+        // SAFETY: by the caller it came from `one_group` of this bitmap, which lives for as long as
+        // `self` is borrowed, and has a block for each bit of it.
         let block = unsafe { group.blocks.add((bit >> (BITS_LG2 + BLOCK_LG2)) as usize) };
         // SAFETY: as above.
         let block = unsafe { block.as_ref() };
@@ -152,11 +157,11 @@ impl ChunkMap {
         slot.set_word(word, bit, mask, fence);
     }
 
-    /// Takes the bits of `first..=last`: has `taker` visit each word that has some, with the word's first bit and those bits, in
-    /// order, and clears them after that.
+    /// Takes the bits of `first..=last`: `taker` visits each word that has some, in order, with the
+    /// word's first bit and those bits. They are cleared after the visit.
     ///
     /// # Errors
-    /// Those of `taker`; the bits of that word and of the words behind it stay.
+    /// Those of `taker`; the bits of that word and of the words after it stay.
     #[inline]
     pub(crate) fn take<T: Taker>(
         &self,
@@ -164,7 +169,8 @@ impl ChunkMap {
         last: u64,
         mut taker: T,
     ) -> Result<(), T::Error> {
-        // The last line of the bitmap is asked for as a whole, too, where it is not one: there are no bits behind.
+        // A request for the end of the bitmap covers its last line as a whole: there are no bits
+        // beyond.
         let last = if last == self.last {
             last | (LINE_BITS - 1)
         } else {
@@ -175,7 +181,7 @@ impl ChunkMap {
         })
     }
 
-    /// As [`take`](Self::take), and clears nothing.
+    /// As [`take`](Self::take), without a clear.
     ///
     /// # Errors
     /// Those of `visitor`.
@@ -190,7 +196,8 @@ impl ChunkMap {
         })
     }
 
-    /// Calls `each` for the chunks whose neighbourhood has bits, with the chunk's first bit, and which of its bits are asked for.
+    /// Calls `each` for the chunks of blocks that have bits, with the chunk's first bit, and the
+    /// bits of it that are asked for.
     #[inline]
     fn walk<E>(
         &self,
@@ -213,7 +220,8 @@ impl ChunkMap {
                     let slot = block.slot(index);
                     // Acquire: pairs with the Release in `install`; publishes the contents.
                     let chunk = slot.chunk.load(Ordering::Acquire).cast::<Chunk>();
-                    // SAFETY: a pointer of a block is null or names a `Chunk` that lives as long as `self`.
+                    // SAFETY: a pointer of a block is null or names a `Chunk` that lives as long as
+                    // `self`.
                     let Some(chunk) = (unsafe { chunk.as_ref() }) else {
                         continue;
                     };
@@ -250,11 +258,12 @@ impl ChunkMap {
         None
     }
 
-    /// The first group that exists among those of the chunks `index..=last`: its first chunk, and its blocks. Whole absent
-    /// subtrees are skipped at once.
+    /// The first group that exists among those of the chunks `index..=last`: its first chunk, and
+    /// its blocks. Whole absent subtrees are skipped at once.
     fn next_group(&self, mut index: u64, last: u64) -> Option<(u64, &[Block])> {
         'group: while index <= last {
-            // Acquire: pairs with the Release in `install`; publishes the contents of what the pointer names.
+            // Acquire: pairs with the Release in `install`; publishes the contents of what the
+            // pointer names.
             let mut pointer = self.root.load(Ordering::Acquire);
             let group = index >> self.group_lg2;
             for level in (0..self.levels).rev() {
@@ -262,7 +271,8 @@ impl ChunkMap {
                     index = next_subtree(group, level + 1)?.checked_mul(1 << self.group_lg2)?;
                     continue 'group;
                 }
-                // SAFETY: non-null pointers of this level name a `Directory` that lives as long as `self`.
+                // SAFETY: non-null pointers of this level name a `Directory` that lives as long as
+                // `self`.
                 let directory = unsafe { &*pointer.cast::<Directory>() };
                 // Acquire: as above.
                 pointer = directory.0[place_in(group, level)].load(Ordering::Acquire);
@@ -271,7 +281,8 @@ impl ChunkMap {
                 index = (group + 1).checked_mul(1 << self.group_lg2)?;
                 continue;
             }
-            // SAFETY: non-null pointers below the last directory name the first of `blocks` blocks that live as long as `self`.
+            // SAFETY: non-null pointers below the last directory name the first of `blocks` blocks
+            // that live as long as `self`.
             let blocks =
                 unsafe { std::slice::from_raw_parts(pointer.cast::<Block>(), self.blocks) };
             return Some((group << self.group_lg2, blocks));
@@ -309,7 +320,8 @@ impl ChunkMap {
             || new_group(blocks, slab),
             |first| free_group(first, blocks, slab),
         );
-        // SAFETY: below the last directory a pointer names the first of `blocks` blocks that live as long as `self`.
+        // SAFETY: below the last directory a pointer names the first of `blocks` blocks that live
+        // as long as `self`.
         unsafe { std::slice::from_raw_parts(first, blocks) }
     }
 
@@ -369,7 +381,8 @@ fn chunk_of(slot: Slot<'_>) -> &Chunk {
         || Box::into_raw(Box::new(Chunk::new())),
         free_chunk,
     );
-    // SAFETY: a pointer of a block names a `Chunk` that lives as long as the bitmap, which `slot` borrows from.
+    // SAFETY: a pointer of a block names a `Chunk` that lives as long as the bitmap, which `slot`
+    // borrows from.
     unsafe { &*chunk }
 }
 
@@ -399,7 +412,8 @@ fn new_group(blocks: usize, slab: usize) -> *mut Block {
 /// Frees a group and its chunks.
 fn free_group(first: *mut Block, blocks: usize, slab: usize) {
     let group = ptr::slice_from_raw_parts_mut(first, blocks);
-    // SAFETY: made by `Box::into_raw` of so many blocks in `new_group`; the caller has the only reference left.
+    // SAFETY: made by `Box::into_raw` of so many blocks in `new_group`; the caller has the only
+    // reference left.
     let group = unsafe { Box::from_raw(group) };
     // Relaxed: as above, exclusive access.
     let mut chunks = group
@@ -409,7 +423,8 @@ fn free_group(first: *mut Block, blocks: usize, slab: usize) {
     if slab == 0 {
         chunks.filter(|chunk| !chunk.is_null()).for_each(free_chunk);
     } else if let Some(first) = chunks.next() {
-        // SAFETY: the first chunk of the slab that `new_group` has allocated, of that many chunks; nothing refers to it any more.
+        // SAFETY: the first chunk of the slab that `new_group` has allocated, of that many chunks;
+        // nothing refers to it any more.
         unsafe { slab::free(first, slab) };
     }
 }
@@ -420,7 +435,8 @@ fn place_in(group: u64, level: u32) -> usize {
     (group >> (level * FANOUT_LG2)) as usize & ((1 << FANOUT_LG2) - 1)
 }
 
-/// The first group behind the subtree of `level` levels that holds `group`; `None` past the end of all indices.
+/// The first group after the subtree of `level` levels that holds `group`; `None` past the end of
+/// all indices.
 #[inline]
 fn next_subtree(group: u64, level: u32) -> Option<u64> {
     let lg2 = level * FANOUT_LG2;
@@ -430,7 +446,8 @@ fn next_subtree(group: u64, level: u32) -> Option<u64> {
     ((group >> lg2) + 1).checked_mul(1 << lg2)
 }
 
-/// What `place` points to; made by `new` and installed if it is null. `free` gets what another thread has forestalled.
+/// The object that `place` points to; made by `new` and installed if the pointer is null. If
+/// another thread installs first, `free` drops our copy.
 #[inline]
 fn get_or_install<T>(
     place: &AtomicPtr<()>,
@@ -447,7 +464,8 @@ fn get_or_install<T>(
 
 #[cold]
 fn install<T>(place: &AtomicPtr<()>, fresh: *mut T, free: impl FnOnce(*mut T)) -> *mut () {
-    // Release on success: publishes the fresh contents. Acquire on failure: we use the winner's contents.
+    // Release on success: publishes the fresh contents. Acquire on failure: we use the winner's
+    // contents.
     match place.compare_exchange(
         ptr::null_mut(),
         fresh.cast(),
@@ -462,11 +480,13 @@ fn install<T>(place: &AtomicPtr<()>, fresh: *mut T, free: impl FnOnce(*mut T)) -
     }
 }
 
-// SAFETY: the raw pointers name directories, blocks and chunks of atomics that the map owns, installed and read as above.
+// SAFETY: the raw pointers name directories, blocks and chunks of atomics that the map owns,
+// installed and read as above.
 unsafe impl Send for ChunkMap {}
 // SAFETY: as for `Send`: all shared access goes through atomics.
 unsafe impl Sync for ChunkMap {}
-// SAFETY: it names blocks of atomics, and is read only by `set_near`, whose caller holds the map.
+// SAFETY: it names blocks of atomics, and is read only by `set_near`, whose caller keeps the map
+// alive.
 unsafe impl Send for OneGroup {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for OneGroup {}

@@ -1,6 +1,8 @@
 //! A bitmap in a file of which one window is mapped at a time.
 
 use std::fs::File;
+use std::io;
+use std::ops::Range;
 
 use memmap2::{MmapOptions, MmapRaw};
 
@@ -8,27 +10,40 @@ use super::span::Span;
 use crate::error::Error;
 use crate::sync::{Arc, AtomicU64, Ordering};
 
-/// What the row of words is aligned to in the file: the largest page of common systems, so that every window starts
-/// on a page.
+/// What the row of words is aligned to in the file: the largest page of common systems, so that
+/// every window starts on a page. Readers copy so many bytes at a time.
 const ALIGN: u64 = 64 << 10;
 
-/// A bitmap in a file: bit 0 of a request is the lowest bit of the byte at an offset of the caller's choice.
+/// A bitmap in a file: bit 0 of a request is the lowest bit of the byte at an offset of the
+/// caller's choice.
 ///
-/// A harvest, or whoever reads the result, maps one window of it at a time (2 MiB unless told otherwise), so that a
-/// bitmap of any size takes little address space. Bytes outside the request stay as they were.
+/// A harvest maps one window of it at a time (2 MiB unless told otherwise), so that a bitmap of
+/// any size takes little address space. Readers of the result copy 64 KiB of it at a time. Bytes
+/// outside the request stay as they were.
 ///
 /// # Files that shrink
-/// A file that is too short is refused up front, by [`Error::BitmapTooShort`]. Its length is looked at again before
-/// each window: if it has shrunk, recording fails by [`Error::BitmapShrank`], the dirty state stays where it is, and
-/// the harvest stops there. For readers, a window that cannot be mapped counts as **dirty throughout**: a superset,
-/// so that nothing is lost by an abort or by a copy that does not look at [`Runs::error`](crate::Runs::error).
+/// A file that is too short is refused up front, by [`Error::BitmapTooShort`]. Its length is looked
+/// at again before each window: if it has shrunk, recording fails by [`Error::BitmapShrank`], the
+/// dirty state stays where it is, and the harvest stops there. For readers, a window that cannot be
+/// read counts as **dirty throughout**: a superset, so that nothing is lost by an abort or by a
+/// copy that does not look at [`Runs::error`](crate::Runs::error).
 ///
-/// One race is left: a file that is cut while its window is mapped raises `SIGBUS` at the next access, as with every
-/// mapped file. Where the other side is not trusted, seal the file against shrinking first (`F_SEAL_SHRINK`).
+/// One race is left: a file that is cut while a harvest has its window mapped raises `SIGBUS` at
+/// the next access, as with every mapped file. Where the other side is not trusted, seal the file
+/// against shrinking first (`F_SEAL_SHRINK`).
+///
+/// # File systems that are full
+/// On Linux all of a window has room in the file system before anything is recorded in it, and so
+/// before anything is cleared: otherwise recording fails by [`Error::BitmapNoSpace`], as above. So
+/// a window that a harvest records in takes its blocks even if the rest of it stays empty; reading
+/// a sparse file takes none. A file system that cannot reserve blocks is asked by a write fault on
+/// each page of the window. Two cases remain a `SIGBUS`: the same on a kernel before Linux 5.14,
+/// and a hole that somebody punches under a mapped window of a full file system.
 ///
 /// # Several at a time
-/// Harvests may share one `FileBitmap`; their bits are OR-ed in atomically. Two of them over overlapping parts of one
-/// file must begin and end at the same bytes modulo 8, or else be used one after the other.
+/// Harvests may share one `FileBitmap`; their bits are OR-ed in atomically. Two of them over
+/// overlapping parts of one file must begin and end at the same bytes modulo 8, or else be used one
+/// after the other.
 #[derive(Debug)]
 pub struct FileBitmap {
     file: File,
@@ -98,34 +113,140 @@ impl FileBitmap {
         self.window / 8
     }
 
-    /// Maps the window that begins with word `first`, as far as it belongs to a request whose last position is
-    /// `last`.
+    /// How many words readers copy at a time.
+    pub(super) fn copied_words(&self) -> u64 {
+        ALIGN / 8
+    }
+
+    /// Maps the window that begins with word `first`, as far as it belongs to a request whose last
+    /// position is `last`, for recording: the file system has room for all of it.
     pub(super) fn map(&self, first: u64, last: u64) -> Result<Mapping, Error> {
-        let origin = self.offset - self.offset % ALIGN;
-        let window = origin + first * 8;
-        let start = window.max(self.offset);
-        let end = (window + self.window).min(origin + last / 8 + 1);
-        let failed = |error| Error::BitmapWindow { at: start, error };
-        let len = self.file.metadata().map_err(failed)?.len();
-        if len < end {
-            return Err(Error::BitmapShrank { len, needed: end });
-        }
+        let (window, bytes) = self.part(first, last, self.window)?;
+        let failed = |error| Error::BitmapWindow {
+            at: bytes.start,
+            error,
+        };
         let map = MmapOptions::new()
-            .offset(start)
-            .len((end - start) as usize)
+            .offset(bytes.start)
+            .len((bytes.end - bytes.start) as usize)
             .map_raw(&self.file)
             .map_err(failed)?;
-        let bytes = end - window;
+        self.reserve(&bytes, &map)?;
+        let counted = bytes.end - window;
         // Relaxed, both: statistics.
-        let now = self.mapped.now.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        let now = self.mapped.now.fetch_add(counted, Ordering::Relaxed) + counted;
         self.mapped.most.fetch_max(now, Ordering::Relaxed);
         Ok(Mapping {
             map,
-            origin: first + (start - window) / 8,
-            bytes,
+            origin: first + (bytes.start - window) / 8,
+            bytes: counted,
             mapped: self.mapped.clone(),
         })
     }
+
+    /// Copies the words from `first` on, as far as they belong to a request whose last position is
+    /// `last`. A mapping would take blocks for the holes of a tmpfs that it reads.
+    pub(super) fn copy(&self, first: u64, last: u64) -> Result<Vec<[u8; 8]>, Error> {
+        let (window, bytes) = self.part(first, last, ALIGN)?;
+        let words = (bytes.end - window).div_ceil(8) as usize;
+        let mut copy = vec![[0; 8]; words];
+        let from = (bytes.start - window) as usize;
+        let len = (bytes.end - bytes.start) as usize;
+        let part = &mut copy.as_flattened_mut()[from..from + len];
+        read_at(&self.file, part, bytes.start).map_err(|error| match error.kind() {
+            // Cut between the look at its length and the read.
+            io::ErrorKind::UnexpectedEof => Error::BitmapShrank {
+                len: self.file.metadata().map_or(0, |metadata| metadata.len()),
+                needed: bytes.end,
+            },
+            _ => Error::BitmapWindow {
+                at: bytes.start,
+                error,
+            },
+        })?;
+        Ok(copy)
+    }
+
+    /// Where word `first` lies in the file, and the bytes of the `size` bytes from there on that
+    /// belong to a request whose last position is `last`. The file has all of them.
+    fn part(&self, first: u64, last: u64, size: u64) -> Result<(u64, Range<u64>), Error> {
+        let origin = self.offset - self.offset % ALIGN;
+        let window = origin + first * 8;
+        let start = window.max(self.offset);
+        let end = (window + size).min(origin + last / 8 + 1);
+        let failed = |error| Error::BitmapWindow { at: start, error };
+        let len = self.file.metadata().map_err(failed)?.len();
+        match len < end {
+            true => Err(Error::BitmapShrank { len, needed: end }),
+            false => Ok((window, start..end)),
+        }
+    }
+
+    /// Sees to it that the file system has room for `bytes`, which are mapped as `map`: a store to
+    /// a page that it has no block for would end the process.
+    #[cfg(target_os = "linux")]
+    fn reserve(&self, bytes: &Range<u64>, map: &MmapRaw) -> Result<(), Error> {
+        use std::os::fd::AsRawFd;
+        let (at, len) = (bytes.start, bytes.end - bytes.start);
+        // Without growth: a file that was cut in between stays cut. No file is longer than an
+        // `off_t` can tell, and this one had these bytes a moment ago.
+        let keep = libc::FALLOC_FL_KEEP_SIZE;
+        let (from, room) = (at as libc::off_t, len as libc::off_t);
+        loop {
+            // SAFETY: this call takes numbers and touches no memory of ours.
+            if unsafe { libc::fallocate(self.file.as_raw_fd(), keep, from, room) } == 0 {
+                return Ok(());
+            }
+            let error = io::Error::last_os_error();
+            return match error.raw_os_error() {
+                Some(libc::EINTR) => continue,
+                Some(libc::EOPNOTSUPP | libc::ENOSYS) => fault_in(map).map_err(full(at, len)),
+                Some(libc::ENOSPC | libc::EDQUOT) => Err(full(at, len)(error)),
+                _ => Err(Error::BitmapWindow { at, error }),
+            };
+        }
+    }
+
+    /// Other systems have no call that reserves and touches nothing.
+    #[cfg(not(target_os = "linux"))]
+    fn reserve(&self, _: &Range<u64>, _: &MmapRaw) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn full(at: u64, len: u64) -> impl Fn(io::Error) -> Error {
+    move |error| Error::BitmapNoSpace { at, len, error }
+}
+
+/// Makes every page of `map` writable, by an error where a store would raise `SIGBUS`.
+#[cfg(target_os = "linux")]
+fn fault_in(map: &MmapRaw) -> io::Result<()> {
+    match map.advise(memmap2::Advice::PopulateWrite) {
+        // Linux before 5.14 does not know it.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+        done => done,
+    }
+}
+
+/// Reads all of `bytes` from the byte `at` of `file` on, and leaves its cursor alone.
+#[cfg(unix)]
+fn read_at(file: &File, bytes: &mut [u8], at: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, bytes, at)
+}
+
+/// Reads all of `bytes` from the byte `at` of `file` on. Its cursor moves; nothing here uses it.
+#[cfg(not(unix))]
+fn read_at(file: &File, mut bytes: &mut [u8], mut at: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let read = std::os::windows::fs::FileExt::seek_read(file, bytes, at)?;
+        if read == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        bytes = &mut bytes[read..];
+        at += read as u64;
+    }
+    Ok(())
 }
 
 /// A window that is mapped. Unmapped when it is dropped. Borrows nothing, so that sinks and iterators may outlive what

@@ -21,6 +21,8 @@ pub struct Sink<'a> {
     exclusive: bool,
     bits_set: u64,
     windows: u64,
+    /// The first word above every window that was opened.
+    top: u64,
 }
 
 impl<'a> Sink<'a> {
@@ -32,6 +34,7 @@ impl<'a> Sink<'a> {
             exclusive,
             bits_set: 0,
             windows: 0,
+            top: 0,
         }
     }
 
@@ -62,11 +65,19 @@ impl<'a> Sink<'a> {
         self.windows
     }
 
+    /// The last address that may have been recorded; `None` if nothing was.
+    pub(crate) fn recorded_to(&self) -> Option<Iova> {
+        let position = self.top.saturating_mul(64).checked_sub(1)?;
+        let bit = position.min(self.view.last_position()) - self.view.shift();
+        Some(self.view.addresses(bit, bit).last())
+    }
+
     /// Records `range` as dirty: sets each bit whose granule it touches, and none outside the request.
     ///
     /// # Errors
-    /// None for bitmaps in memory. For a file [`Error::BitmapShrank`] or [`Error::BitmapWindow`], if the next window
-    /// cannot be mapped; then a part of `range` may be recorded, and the caller must leave the dirty state as it is.
+    /// None for bitmaps in memory. For a file [`Error::BitmapShrank`], [`Error::BitmapWindow`] or
+    /// [`Error::BitmapNoSpace`], if the next window cannot be mapped or filled; then a part of
+    /// `range` may be recorded, and the caller must leave the dirty state as it is.
     #[inline]
     pub fn record(&mut self, range: IovaRange) -> Result<(), Error> {
         let Some(inside) = range.intersection(self.limit) else {
@@ -208,6 +219,7 @@ impl<'a> Sink<'a> {
             .view
             .backing()
             .window(word, self.view.last_position())?;
+        self.top = self.top.max(self.window.end());
         self.windows += 1;
         Ok(())
     }

@@ -1,25 +1,26 @@
-//! The harvester's side of a [`chunk`](super::chunk): its bits are shown to who takes them, and cleared after that.
+//! The harvester's side of a [`chunk`](super::chunk): it shows each word with bits to a visitor,
+//! and clears the bits after that.
 
 use std::convert::Infallible;
 
-use super::chunk::{CHUNK_BITS, Chunk, KIND, LINE_BITS, LINE_WORDS, SPLIT, Slot, WHOLE, lines};
+use super::chunk::{CHUNK_BITS, Chunk, LINE_BITS, LINE_WORDS, Slot, State, lines};
 use super::word_mask;
 use crate::sync::{AtomicU64, Ordering, Step, fence, fence_after_rmw, performs};
 
-/// Who gets to see bits of a bitmap.
+/// Receives the bits of a bitmap, word by word.
 pub(crate) trait Visitor {
-    /// Why it may not want more.
+    /// Why the walk ends early.
     type Error;
 
-    /// Receives the bits of `mask`, of which the lowest one stands for the bit `first` of the bitmap. A harvest clears them after
-    /// that.
+    /// Receives the bits of `mask`, whose lowest bit stands for the bit `first` of the bitmap. A
+    /// harvest clears them afterwards.
     ///
     /// # Errors
-    /// They stay as they are.
+    /// The walk ends; the bits stay as they are.
     fn visit(&mut self, first: u64, mask: u64) -> Result<(), Self::Error>;
 
-    /// The words of a line that begins with the bit `first`; `found` says which of them are not 0. If it does not want them so,
-    /// they come one by one.
+    /// Receives the words of a line that begins with the bit `first`; `found` says which of them
+    /// are not 0. A visitor that returns false gets them one by one.
     #[inline]
     fn visit_line(&mut self, _first: u64, _words: &[u64; LINE_WORDS], _found: u64) -> bool {
         false
@@ -35,19 +36,20 @@ impl<E, F: FnMut(u64, u64) -> Result<(), E>> Visitor for F {
     }
 }
 
-/// Who takes bits out of a bitmap: what it has visited is cleared.
+/// Takes bits out of a bitmap: bits that it has visited are cleared.
 pub(crate) trait Taker: Visitor {
     /// Whether [`visit`](Visitor::visit) may fail.
     fn may_fail(&self) -> bool;
 
-    /// Makes sure, if it can, that no visit of the bits `first..=last` fails until something else is secured; whether it could.
+    /// Secures a place for the bits `first..=last`: until the next call, visits of them succeed.
+    /// Returns false if that cannot be promised.
     ///
     /// # Errors
-    /// Those of `visit`; nothing is hidden from others then.
+    /// Those of `visit`; nothing is hidden from other harvests then.
     fn secure(&mut self, first: u64, last: u64) -> Result<bool, Self::Error>;
 }
 
-/// What cannot fail has nothing to secure.
+/// An infallible visitor has nothing to secure.
 impl<F: FnMut(u64, u64) -> Result<(), Infallible>> Taker for F {
     #[inline]
     fn may_fail(&self) -> bool {
@@ -61,7 +63,8 @@ impl<F: FnMut(u64, u64) -> Result<(), Infallible>> Taker for F {
 }
 
 impl Slot<'_> {
-    /// Takes the bits `first..=last` of `chunk`, which begins with bit `base`: see [`ChunkMap::take`](super::ChunkMap::take).
+    /// Takes the bits `first..=last` of `chunk`, which begins with bit `base`: see
+    /// [`ChunkMap::take`](super::ChunkMap::take).
     #[inline]
     pub(super) fn take<T: Taker>(
         self,
@@ -88,14 +91,15 @@ impl Slot<'_> {
             cleared.clear();
         }
         let mut left = seen;
-        // Acquire: pairs with the Release of `set_whole`, and of who ended the state: then the words are there. Behind F5.
+        // Acquire, after F5: pairs with the Release of `set_whole`, and with that of the harvest
+        // that ended the state, which had set the words before.
         let state = self.state.load(Ordering::Acquire);
-        if state & KIND != 0 {
+        if !state.is_clean() {
             left = lines(first, last);
             if first == 0 && last == CHUNK_BITS - 1 {
                 visit_all(base, 0, last, taker)?;
-                self.end(state);
-                // All of the words were visited, so what they have goes without another visit.
+                self.state.end(state);
+                // All bits were visited, so those in the words go without another visit.
                 clear_words(chunk);
                 left = 0;
                 if early {
@@ -120,7 +124,8 @@ impl Slot<'_> {
         Ok(())
     }
 
-    /// The same line by line, for a taker that may fail: the place of a line is secured before its summary is cleared.
+    /// The same line by line, for a fallible taker: it secures the place of a line before it clears
+    /// the summary.
     fn take_securely<T: Taker>(
         self,
         chunk: &Chunk,
@@ -139,7 +144,7 @@ impl Slot<'_> {
             left &= left - 1;
             let start = line as u64 * LINE_BITS;
             let (from, to) = (first.max(start), last.min(start + (LINE_BITS - 1)));
-            // A line without bits needs no place; its summary stays for who comes by with one.
+            // A line without bits needs no place; a later harvest clears its summary.
             if !has_bits(chunk, line) {
                 continue;
             }
@@ -153,7 +158,7 @@ impl Slot<'_> {
             let secured = taker.secure(base + from, base + to)?;
             if secured && performs(Step::SecureBeforeHide) {
                 cleared.clear();
-                // Behind F5: a mark of all of the chunk that has found the summary set is seen here.
+                // After F5: a mark of the whole chunk that found the summary set is visible here.
                 if performs(Step::LookBehindHide) {
                     self.publish_whole(chunk);
                 }
@@ -166,58 +171,53 @@ impl Slot<'_> {
         Ok(())
     }
 
-    /// Moves the state to the words, if it is not clean; whether it was not.
+    /// Moves the state to the words unless it is clean; returns whether there was anything to move.
     fn publish_whole(self, chunk: &Chunk) -> bool {
         // Acquire: as in `take`.
         let state = self.state.load(Ordering::Acquire);
-        let dirty = state & KIND != 0;
-        if dirty {
+        if !state.is_clean() {
             self.publish(chunk, state);
         }
-        dirty
+        !state.is_clean()
     }
 
-    /// Moves a state that is not clean to the words. Other harvesters may do the same.
+    /// Moves `state`, which is not clean, to the words. Other harvesters may do the same.
     #[cold]
-    fn publish(self, chunk: &Chunk, state: u64) {
+    fn publish(self, chunk: &Chunk, state: State) {
         let mut split = state;
-        if state & KIND == WHOLE && performs(Step::AnnounceSplit) {
-            split = state - WHOLE + SPLIT;
-            // AcqRel: as in `end`; the words come behind it. On failure another one has gone on: look at what came of it.
-            let exchange = (Ordering::AcqRel, Ordering::Acquire);
-            match self
-                .state
-                .compare_exchange(state, split, exchange.0, exchange.1)
-            {
-                Ok(_) => {}
-                // Split by another one.
+        if state.is_whole() && performs(Step::AnnounceSplit) {
+            split = state.split();
+            // AcqRel on success: as in `AtomicState::end`; the words come after it. Acquire on
+            // failure: another thread went on, and the next look starts from what it did.
+            let order = (Ordering::AcqRel, Ordering::Acquire);
+            match self.state.replace(state, split, order.0, order.1) {
+                Ok(()) => {}
+                // Another harvest announced the same split.
                 Err(newer) if newer == split => {}
-                // Ended, or whole anew: in the latter case the next look finds it. What was seen is in the words, or with who
-                // recorded it.
-                Err(newer) if newer & KIND == 0 => return,
+                // The state ended: its bits are in the words, or another harvest recorded them.
+                // If the chunk is whole anew, the next look finds that.
+                Err(newer) if newer.is_clean() => return,
                 Err(newer) => return self.publish(chunk, newer),
             }
         }
-        // SeqCst: between the end of WHOLE and the look at the words; pairs with F1 and F2. A word that is found set is cleared, if at
-        // all, by one whose copies come behind the data of whoever still relied on WHOLE.
-        fence(Ordering::SeqCst);
+        if performs(Step::SplitFence) {
+            // SeqCst: between the announcement and the look at the words; pairs with F1 of a mark,
+            // which comes before its look at the state, and F2 of a sync.
+            // - If this fence is before F1, the mark sees the split, and makes the chunk whole
+            //   anew.
+            // - If F1 is before this fence, the mark may rely on *whole*. A word that is found set
+            //   below, and that another harvest takes, is taken before the F2 of that harvest. This
+            //   F2 is after this fence, and so after F1: the copies have the data of the mark.
+            fence(Ordering::SeqCst);
+        }
         if performs(Step::PublishRest) {
             self.set_words(chunk, 0, CHUNK_BITS - 1);
         }
-        self.end(split);
+        self.state.end(split);
     }
 
-    /// Makes `state` clean, if it is still there.
-    fn end(self, state: u64) {
-        let clean = state & !KIND;
-        // Release: pairs with the looks at the state; whoever sees it clean sees what the visit did, or the words that are set
-        // instead. Acquire: pairs with the Release of `set_whole`. Relaxed on failure: nothing is read.
-        let _ = self
-            .state
-            .compare_exchange(state, clean, Ordering::AcqRel, Ordering::Relaxed);
-    }
-
-    /// Looks at the bits `first..=last`, as [`take`](Self::take): see [`ChunkMap::peek`](super::ChunkMap::peek).
+    /// Looks at the bits `first..=last`, as [`take`](Self::take): see
+    /// [`ChunkMap::peek`](super::ChunkMap::peek).
     pub(super) fn peek<V: Visitor>(
         self,
         chunk: &Chunk,
@@ -229,7 +229,7 @@ impl Slot<'_> {
         // Relaxed: as in `has_any`.
         let mut left = self.summary.load(Ordering::Relaxed) & lines(first, last);
         // Acquire: as in `take`.
-        if left != 0 && self.state.load(Ordering::Acquire) & KIND != 0 {
+        if left != 0 && !self.state.load(Ordering::Acquire).is_clean() {
             return visit_all(base, first, last, visitor);
         }
         while left != 0 {
@@ -241,7 +241,8 @@ impl Slot<'_> {
     }
 }
 
-/// Lines whose summary a harvester has cleared, and whose words it has not taken yet. Dropped, it puts them back.
+/// Lines whose summary a harvester has cleared, and whose words it has not taken yet. Dropping this
+/// puts them back into the summary.
 struct Cleared<'a> {
     summary: &'a AtomicU64,
     lines: u64,
@@ -252,10 +253,13 @@ impl Cleared<'_> {
     #[inline]
     fn clear(&self) {
         if self.lines != 0 {
-            // Relaxed: the fence orders it before the look at the words. Clears what was seen and no more.
+            // Relaxed: the fence orders it before the look at the words. Clears what was seen and
+            // no more.
             self.summary.fetch_and(!self.lines, Ordering::Relaxed);
             if performs(Step::SummaryFence) {
-                // SeqCst: F5 of the module's protocol; pairs with F3.
+                // SeqCst: F5 of the protocol in `chunk`; pairs with F3 of a mark.
+                // - If F3 is first, the look at the words finds the bit.
+                // - If F5 is first, the mark finds the summary clear and sets it.
                 fence_after_rmw();
             }
         }
@@ -265,7 +269,8 @@ impl Cleared<'_> {
 impl Drop for Cleared<'_> {
     fn drop(&mut self) {
         if self.lines != 0 {
-            // Relaxed: the bits have been there before; who sees the summary set too late finds them at the next harvest.
+            // Relaxed: the bits were there before. A harvest that sees the summary too late leaves
+            // them for the next one.
             self.summary.fetch_or(self.lines, Ordering::Relaxed);
         }
     }
@@ -274,7 +279,7 @@ impl Drop for Cleared<'_> {
 /// Whether a word of `line` has bits.
 fn has_bits(chunk: &Chunk, line: usize) -> bool {
     let words = &chunk.0[line * LINE_WORDS..][..LINE_WORDS];
-    // Relaxed: of a mark that has returned, coherence shows it, unless a harvester took it.
+    // Relaxed: coherence shows the bits of a mark that has returned, unless a harvester took them.
     let or = |any, word: &AtomicU64| any | word.load(Ordering::Relaxed);
     words.iter().fold(0, or) != 0
 }
@@ -305,7 +310,8 @@ fn visit_all<V: Visitor>(
     Ok(())
 }
 
-/// Gives `visitor` the words of `line` that have bits of `first..=last`, and clears these after the call if `TAKE`.
+/// Gives `visitor` the words of `line` that have bits of `first..=last`, and clears these bits
+/// after the call if `TAKE`.
 #[inline]
 fn visit_line<const TAKE: bool, V: Visitor>(
     chunk: &Chunk,
@@ -317,15 +323,16 @@ fn visit_line<const TAKE: bool, V: Visitor>(
 ) -> Result<(), V::Error> {
     let words = &chunk.0[line * LINE_WORDS..][..LINE_WORDS];
     let start = line as u64 * LINE_BITS;
-    // Relaxed: F5 orders the looks after the clear of the summary; what is found is taken by the fetch_and.
+    // Relaxed: F5 orders the looks after the clear of the summary; `clear` takes what is found.
     let seen: [u64; LINE_WORDS] = std::array::from_fn(|nth| words[nth].load(Ordering::Relaxed));
-    // Which words have bits, without a branch for each.
+    // A mask of the words that have bits, without a branch for each.
     let mut found = 0u64;
     for (nth, seen) in seen.iter().enumerate() {
         found |= u64::from(*seen != 0) << nth;
     }
     let inside = first <= start && start + (LINE_BITS - 1) <= last;
-    // A locked operation waits for the stores before it: so all words of a line are recorded first, and cleared then.
+    // A locked operation waits for the stores before it. So all words of a line are recorded first,
+    // and cleared afterwards.
     if TAKE
         && inside
         && found & found.wrapping_sub(1) != 0
@@ -357,10 +364,12 @@ fn visit_line<const TAKE: bool, V: Visitor>(
     Ok(())
 }
 
-/// Clears the bits of `seen`, which were visited, and no more: a bit that was set in between stays for the next harvest.
+/// Clears the bits of `seen`, which were visited. A bit that was set in between stays for the next
+/// harvest.
 #[inline(always)]
 fn clear(word: &AtomicU64, seen: u64) {
-    // Acquire: pairs with the Release of `set`; Release: a marker that sees the bit gone sees what the visit did.
+    // Acquire: pairs with the Release of `set_word` and `set_words`; the copy of the page comes
+    // after the data of the mark. Release: a marker that sees the bit gone sees what the visit did.
     word.fetch_and(!seen, Ordering::AcqRel);
 }
 

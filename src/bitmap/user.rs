@@ -4,7 +4,7 @@
 use super::FileBitmap;
 use super::runs::Reader;
 use super::span::Span;
-use super::window::Backing;
+use super::window::{Backing, Window};
 use super::{Bits, Runs, Sink, SparseBitmap, Words, word_masks};
 use crate::error::Error;
 use crate::sync::AtomicU64;
@@ -243,8 +243,9 @@ impl<'a> BitmapView<'a> {
     /// So this merges (two equal requests), converts (another granule) and rebases (another range).
     ///
     /// # Errors
-    /// [`Error::BitmapShrank`] or [`Error::BitmapWindow`] if a window of a file cannot be mapped, on either side;
-    /// what was ORed in before stays.
+    /// [`Error::BitmapShrank`] or [`Error::BitmapWindow`] if a window of a file cannot be had, on
+    /// either side, [`Error::BitmapNoSpace`] if there is no room for one of `target`; what was ORed
+    /// in before stays.
     pub fn or_into(&self, target: &BitmapView<'_>) -> Result<u64, Error> {
         let mut sink = target.sink();
         let mut runs = self.runs();
@@ -264,6 +265,8 @@ impl<'a> BitmapView<'a> {
     pub fn and_not(&self, other: &BitmapView<'_>) -> Result<u64, Error> {
         let mut cleared = 0;
         let mut reader = Reader::new(self.backing, self.last_position());
+        // The reader's window may be a copy: what is cleared is cleared in one of its own.
+        let mut own = Window::none();
         let mut runs = other.runs();
         while let Some(run) = runs.next_readable()? {
             let Some((first, last)) = self.positions_within(run) else {
@@ -271,12 +274,17 @@ impl<'a> BitmapView<'a> {
             };
             let mut next = first / 64;
             while next <= last / 64
-                && let Some((word, window)) = reader.seek(next).map_err(|(_, error)| error)?
+                && let Some((word, _)) = reader.seek(next).map_err(|(_, error)| error)?
                 && word <= last / 64
             {
+                if !own.holds(word) {
+                    // The old one goes before the new one comes.
+                    drop(std::mem::replace(&mut own, Window::none()));
+                    own = self.backing.window(word, self.last_position())?;
+                }
                 let from = first.max(word * 64);
                 for (word, mask) in word_masks(from, last.min(word * 64 + 63)) {
-                    cleared += u64::from(window.and_not(word, mask).count_ones());
+                    cleared += u64::from(own.and_not(word, mask).count_ones());
                 }
                 next = word + 1;
             }

@@ -8,7 +8,8 @@
 //! |---|---|---|
 //! | memory | 512 chunks | nothing to do |
 //! | sparse | one chunk | a lookup; recording allocates the chunk if it is absent |
-//! | file | 2 MiB, or as the user says | mapping it, after a look at the length of the file |
+//! | file, to record | 2 MiB, or as told | mapping it, if the file has it, and its system room |
+//! | file, to read | 64 KiB | copying it, after a look at the length of the file |
 
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
 use super::file::{FileBitmap, Mapping};
@@ -100,10 +101,12 @@ impl<'a> Backing<'a> {
     /// words are absent, so zero.
     pub(super) fn next_window(&self, word: u64, last: u64) -> Result<Option<Window<'a>>, Error> {
         match self {
+            Backing::Memory(span) => Ok(Some(Window::of_memory(*span, word))),
             Backing::Sparse(sparse) => Ok(sparse.next_chunk(word, last / 64).map(Window::lent)),
             #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
             Backing::Failing(span, _) => Ok(Some(Window::of_memory(*span, word))),
-            _ => self.window(word, last).map(Some),
+            #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
+            Backing::File(file) => Window::copy_of_file(file, word, last).map(Some),
         }
     }
 
@@ -111,7 +114,7 @@ impl<'a> Backing<'a> {
     pub(super) fn unreadable(&self, word: u64) -> Window<'a> {
         let words = match self {
             #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
-            Backing::File(file) => file.window_words(),
+            Backing::File(file) => file.copied_words(),
             _ => WINDOW_BITS / 64,
         };
         Window {
@@ -137,6 +140,9 @@ enum Bits<'a> {
     /// In a mapping that the window owns.
     #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
     Mapped(Mapping),
+    /// A copy of a part of a file, to be read.
+    #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
+    Copied(Vec<[u8; 8]>),
     /// Not at hand.
     Unreadable,
 }
@@ -180,6 +186,17 @@ impl<'a> Window<'a> {
             first,
             words,
             bits: Bits::Mapped(file.map(first, last)?),
+        })
+    }
+
+    #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
+    fn copy_of_file(file: &'a FileBitmap, word: u64, last: u64) -> Result<Self, Error> {
+        let words = file.copied_words();
+        let first = word / words * words;
+        Ok(Window {
+            first,
+            words,
+            bits: Bits::Copied(file.copy(first, last)?),
         })
     }
 
@@ -231,6 +248,11 @@ impl<'a> Window<'a> {
     /// The bits of `word`.
     #[inline]
     pub(super) fn load(&self, word: u64) -> u64 {
+        #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
+        if let Bits::Copied(words) = &self.bits {
+            let copied = words.get((word - self.first) as usize);
+            return copied.map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        }
         self.at(word)
             .map_or(u64::MAX, |(span, index)| span.load(index))
     }
@@ -250,6 +272,11 @@ impl<'a> Window<'a> {
             Bits::Mapped(mapping) => {
                 let (span, origin) = mapping.span();
                 Some((span, (word - origin) as usize))
+            }
+            #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
+            Bits::Copied(_) => {
+                debug_assert!(false, "a copy is read, never written");
+                None
             }
             Bits::Unreadable => None,
         }

@@ -1,11 +1,10 @@
 //! What one flush pays, and what it sets free.
 
-use std::any::Any;
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 use super::FlushGather;
+use crate::failure::{Panic, call, keep_first};
 
 /// What runs when the flush that it waits for has finished.
 pub(super) struct Free(Box<dyn FnOnce() + Send>);
@@ -53,12 +52,12 @@ impl Debt {
     }
 }
 
-/// Runs all of `frees` in order, whichever panic. Keeps the first panic in `panic`.
-pub(super) fn run_all(frees: Vec<Free>, panic: &mut Option<Box<dyn Any + Send>>) {
+/// Runs all of `frees` in order, whichever panic. Keeps the first panic in `first`, and drops the
+/// others.
+pub(super) fn run_all(frees: Vec<Free>, first: &mut Option<Panic>) {
     for free in frees {
-        // Nothing of ours is borrowed by a free, so nothing of ours can be left half done by its panic.
-        if let Err(payload) = catch_unwind(AssertUnwindSafe(free.0)) {
-            panic.get_or_insert(payload);
+        if let Err(panic) = call(free.0) {
+            keep_first(first, panic);
         }
     }
 }

@@ -5,6 +5,7 @@ use std::time::Instant;
 use super::debt::{Debt, Free, run_all};
 use super::{FlushCost, FlushGather, FlushPolicy, FlushStats, Invalidated};
 use crate::error::Error;
+use crate::failure::go_on;
 use crate::sync::{AtomicU64, Mutex, Ordering, Step, lock, performs, weaken};
 
 /// The generation whose flush covers a gather.
@@ -164,7 +165,8 @@ impl FlushQueue {
     /// That of `invalidate`; everything it carried stays owed, and a later call tries again.
     ///
     /// # Panics
-    /// If a free panics, its panic goes on after all the others have run.
+    /// If a free panics, its panic goes on after all the others have run; not in a destructor that
+    /// runs because of another panic, where it is dropped.
     pub fn wait(
         &self,
         ticket: Ticket,
@@ -283,9 +285,7 @@ impl FlushQueue {
             ready = std::mem::take(&mut state.ready);
             state.releasing = !ready.is_empty();
         }
-        if let Some(panic) = panic {
-            std::panic::resume_unwind(panic);
-        }
+        go_on(panic);
     }
 
     /// The counts, all from one moment.
@@ -322,11 +322,7 @@ impl Drop for FlushQueue {
         let frees = std::mem::take(&mut lock(&self.state).debt.frees);
         let mut panic = None;
         run_all(frees, &mut panic);
-        if let Some(panic) = panic
-            && !std::thread::panicking()
-        {
-            std::panic::resume_unwind(panic);
-        }
+        go_on(panic);
     }
 }
 

@@ -178,6 +178,98 @@ fn a_free_that_panics_takes_no_other_with_it() {
     assert_eq!(freed.order(), [0, 1, 2, 3]);
 }
 
+/// A payload whose destructor panics, with another one like it.
+struct Bomb(u32);
+
+impl Drop for Bomb {
+    fn drop(&mut self) {
+        if self.0 > 0 {
+            std::panic::resume_unwind(Box::new(Bomb(self.0 - 1)));
+        }
+    }
+}
+
+/// Only the first of several panics goes on. The payload of another one was dropped in between, and
+/// its destructor panicked: the frees behind it never ran, and none did in this queue from then on.
+#[test]
+fn a_free_whose_payload_panics_in_its_drop_takes_no_other_with_it() {
+    for dropped in [false, true] {
+        let queue = FlushQueue::new();
+        let freed = Freed::default();
+        let bomb = |count| move || std::panic::resume_unwind(Box::new(Bomb(count)));
+        let _ = queue.owe_then(&gather(0), || panic!("the first"));
+        let _ = queue.owe_then(&gather(0), bomb(1));
+        let _ = queue.owe_then(&gather(0), freed.note(0));
+        let _ = queue.owe_then(&gather(0), bomb(3));
+        let ticket = queue.owe_then(&gather(0), freed.note(1));
+        let panic = if dropped {
+            catch_unwind(AssertUnwindSafe(|| drop(queue))).unwrap_err()
+        } else {
+            let waited = catch_unwind(AssertUnwindSafe(|| queue.wait(ticket, flushes)));
+            assert_eq!(
+                (queue.stats().frees_released, queue.stats().retired),
+                (5, 5)
+            );
+            let ticket = queue.owe_then(&gather(0), freed.note(2));
+            queue.wait(ticket, flushes).unwrap();
+            assert_eq!(freed.order(), [0, 1, 2], "the queue goes on");
+            waited.unwrap_err()
+        };
+        assert_eq!(panic.downcast_ref(), Some(&"the first"));
+        assert_eq!(freed.order()[..2], [0, 1]);
+    }
+}
+
+/// A queue that is dropped while a panic goes by runs its frees, and adds no second panic.
+#[test]
+fn a_queue_that_is_dropped_during_a_panic_is_silent() {
+    let freed = Freed::default();
+    let panic = catch_unwind(AssertUnwindSafe(|| {
+        let queue = FlushQueue::new();
+        let _ = queue.owe_then(&gather(0), || {
+            std::panic::resume_unwind(Box::new(Bomb(2)));
+        });
+        let _ = queue.owe_then(&gather(0), freed.note(0));
+        std::panic::resume_unwind(Box::new("the consumer"));
+    }));
+    assert_eq!(panic.unwrap_err().downcast_ref(), Some(&"the consumer"));
+    assert_eq!(freed.order(), [0]);
+}
+
+/// The thread that runs frees looks for more before it stops, and still runs them alone: one of a
+/// third batch waits for one of the second that blocks.
+#[test]
+fn a_free_of_a_third_batch_waits_for_one_of_the_second() {
+    let queue = Arc::new(FlushQueue::new());
+    let freed = Freed::default();
+    let (began, has_begun) = std::sync::mpsc::channel();
+    let (unblock, blocked) = std::sync::mpsc::channel::<()>();
+    let first = queue.owe_then(&gather(0), {
+        let (queue, freed) = (Arc::clone(&queue), freed.clone());
+        move || {
+            let note = freed.note(1);
+            let second = queue.owe_then(&gather(1 << 20), move || {
+                began.send(()).unwrap();
+                blocked.recv().unwrap();
+                note();
+            });
+            queue.wait(second, flushes).unwrap();
+            freed.note(0)();
+        }
+    });
+    let beside = std::thread::scope(|threads| {
+        threads.spawn(|| queue.wait(first, flushes).unwrap());
+        has_begun.recv().unwrap();
+        let third = queue.owe_then(&gather(2 << 20), freed.note(2));
+        queue.wait(third, flushes).unwrap();
+        let beside = freed.order();
+        unblock.send(()).unwrap();
+        beside
+    });
+    assert_eq!(beside, [0], "the second has not ended");
+    assert_eq!(freed.order(), [0, 1, 2]);
+}
+
 #[test]
 fn a_free_may_use_the_queue_and_wait_for_what_it_owes() {
     let queue = Arc::new(FlushQueue::new());

@@ -7,7 +7,8 @@ use crate::units::{Iova, IovaRange};
 /// Disjoint ranges that do not touch, by first address.
 ///
 /// A call costs a search, and a step for each range that its part joins, which is then gone: so
-/// parts in any order cost O(log n) each, and parts that touch are one range, however many they are.
+/// parts in any order cost O(log n) each, and parts that touch are one range, however many they
+/// are.
 #[derive(Debug, Default)]
 pub(super) struct Committed {
     /// First to last address.

@@ -41,14 +41,14 @@ pub struct Synced(());
 /// leaked in another way, loses writes, of no other pages than its own:
 /// * what was written before the harvest is reported by nobody: the dirty bits are cleared, and
 ///   nothing puts them back;
-/// * what is written later is hidden as well, as long as the writer goes by a cached "D is set": the
-///   invalidation that the lease owes is known to the lease alone until [`sync`](Self::sync) or the
-///   abort hands it over. It lasts until a flush that names the page: by the sync of another lease
-///   that has a page in the same range of its gather, by an unmap or a detach, or by switching
-///   tracking on. A sync that names other pages need not help.
+/// * what is written later is hidden as well, as long as the writer goes by a cached "D is set":
+///   the invalidation that the lease owes is known to the lease alone until [`sync`](Self::sync) or
+///   the abort hands it over. It lasts until a flush that names the page: by the sync of another
+///   lease that has a page in the same range of its gather, by an unmap or a detach, or by
+///   switching tracking on. A sync that names other pages need not help.
 ///
-/// A lease that was synced has paid, so it hides nothing that is written later. Harvests take no lock
-/// and do not allocate, which is why the debt stays with the lease until then.
+/// A lease that was synced has paid, so it hides nothing that is written later. Harvests take no
+/// lock and do not allocate, which is why the debt stays with the lease until then.
 #[must_use = "a lease that is dropped puts everything back: sync it, copy its pages, commit it"]
 pub struct Lease<'a, State> {
     holding: Holding<'a>,
@@ -62,8 +62,8 @@ pub struct HarvestReport {
     /// Areas that were walked.
     pub areas: u64,
     /// Bits of the lease that went from 0 to 1 in the user's bitmap. Of a harvest that
-    /// [stopped](Lease::stopped), and put back what lies above the stop, it may be fewer, where bits
-    /// above it were set before.
+    /// [stopped](Lease::stopped), and put back what lies above the stop, it may be fewer, where
+    /// bits above it were set before.
     pub bits_set: u64,
     /// Dirty leaves of IO page tables; each owes an invalidation.
     pub leaves: u64,
@@ -200,9 +200,9 @@ impl<'a> Lease<'a, Synced> {
     /// The copies of what lies in `range` are safe: it is not put back, whatever becomes of the rest of the lease. Only granules
     /// that lie in `range` as a whole count. Returns how many dirty ones were not committed before.
     ///
-    /// Costs a look at the bitmap's words of `range`, and O(log n) for n parts that do not touch each
-    /// other, in any order. Allocates a little for each of these; parts that touch are one, so parts
-    /// that are committed one after the other cost no memory each.
+    /// Costs a look at the bitmap's words of `range`, and O(log n) for n parts that do not touch
+    /// each other, in any order. Allocates a little for each of these; parts that touch are one, so
+    /// parts that are committed one after the other cost no memory each.
     ///
     /// Threads may commit parts of one lease at a time; they wait for each other.
     pub fn commit_range(&self, range: IovaRange) -> u64 {
@@ -222,6 +222,32 @@ impl<State> fmt::Debug for Lease<'_, State> {
             .field("stopped", &self.stopped())
             .field("report", &self.holding.report)
             .finish_non_exhaustive()
+    }
+}
+
+/// What the sinks of a walk recorded.
+#[derive(Default)]
+pub(super) struct Recorded {
+    bits_set: u64,
+    windows: u64,
+    /// No bit above this address was set.
+    up_to: Option<Iova>,
+}
+
+impl Recorded {
+    /// Adds what one sink recorded.
+    pub(super) fn add(&mut self, sink: &Sink<'_>) {
+        self.bits_set += sink.bits_set();
+        self.windows += sink.windows();
+        self.up_to = self.up_to.max(sink.recorded_to());
+    }
+
+    /// Adds what other sinks recorded.
+    #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
+    pub(super) fn merge(&mut self, other: &Recorded) {
+        self.bits_set += other.bits_set;
+        self.windows += other.windows;
+        self.up_to = self.up_to.max(other.up_to);
     }
 }
 
@@ -329,37 +355,37 @@ impl<'a> Holding<'a> {
         }
     }
 
-    /// The walk stopped at `at`. The lease ends below it: nothing was taken from there on, or is
-    /// dirty again when this returns. Returns how many bits of the bitmap that puts back.
+    /// The walk stopped at `at`, and recorded nothing above `recorded`. The lease ends below the
+    /// stop: nothing was taken from there on, or is dirty again when this returns. Returns how many
+    /// bits of the bitmap that puts back.
     ///
     /// A hole may lie inside a granule; then its bit stays in the lease, for what lies below.
-    fn end_below(&mut self, at: Iova) -> u64 {
+    fn end_below(&mut self, at: Iova, recorded: Option<Iova>) -> u64 {
         let (range, granule) = (self.range(), self.granule());
         let below = at.get().checked_sub(1).map(Iova::new);
         let below = below.filter(|last| *last >= range.start());
         let last = below.map(|last| last.granule_last(granule));
-        let above = match last {
+        let first = match last {
             Some(last) => last.checked_add(1),
             None => Some(range.start()),
         };
-        // Sources that came before the one that stopped, and other pieces of a parallel harvest.
-        let above = above.zip(self.reached);
-        let above = above.and_then(|(first, reached)| IovaRange::new(first, reached).ok());
+        // What sources gave that came before the one that stopped, and other pieces of a parallel
+        // harvest.
+        let above = first.zip(self.reached.min(recorded));
+        let above = above.and_then(|(first, last)| IovaRange::new(first, last).ok());
         let mut bits = 0;
-        if let Some(walked) = above
-            && let outer = walked.round_out(granule)
-            && let Some(set) = self.held.view().part(outer).map(|part| part.count())
+        if let Some(above) = above
+            && let part = above.round_out(granule)
+            && let Some(set) = self.held.view().part(part).and_then(|part| readable(&part))
         {
             bits = set;
-            if bits > 0 {
-                if performs(Step::OweBeforePutBack) {
-                    // The debt first, as in an abort: whoever takes the pages from here on pays it.
-                    let _ = self.queue();
-                }
-                let aborted = self.put_back_runs(outer, walked);
-                self.space.counters.put_back_outside(aborted.outside_bytes);
+            if performs(Step::OweBeforePutBack) {
+                // The debt first, as in an abort: the sync of the thread that takes the pages pays it.
                 let _ = self.queue();
             }
+            let aborted = self.put_back_runs(part, above);
+            self.space.counters.put_back_outside(aborted.outside_bytes);
+            let _ = self.queue();
         }
         match last {
             Some(last) => self.end_at(last),
@@ -410,14 +436,14 @@ impl<'a> Holding<'a> {
         self.held.view().granule()
     }
 
-    /// The walk has reached the end of the request, a bound, or a stop; `bits_set` and `windows` are
-    /// what its sinks say together.
+    /// The walk has reached the end of the request, a bound, or a stop; `recorded` is what
+    /// its sinks say together.
     pub(super) fn into_lease(
         mut self,
         walked: Result<Option<Iova>, Stopped>,
-        mut bits_set: u64,
-        windows: u64,
+        recorded: Recorded,
     ) -> Lease<'a, Owed> {
+        let mut bits_set = recorded.bits_set;
         match walked {
             Ok(next) => {
                 self.next = next;
@@ -426,7 +452,7 @@ impl<'a> Holding<'a> {
                 }
             }
             Err(stopped) => {
-                bits_set = bits_set.saturating_sub(self.end_below(stopped.at));
+                bits_set = bits_set.saturating_sub(self.end_below(stopped.at, recorded.up_to));
                 self.stopped = Some(stopped);
             }
         }
@@ -434,7 +460,7 @@ impl<'a> Holding<'a> {
             let _ = self.flush();
         }
         self.report.bits_set = bits_set;
-        self.report.windows = windows;
+        self.report.windows = recorded.windows;
         self.report.leaves = self.gather.entries();
         let bytes = self.bytes(bits_set);
         self.left = AtomicU64::new(bytes);
@@ -552,6 +578,20 @@ impl<'a> Holding<'a> {
         let bytes = u128::from(bits) << self.granule().lg2();
         u64::try_from(bytes).unwrap_or(u64::MAX)
     }
+}
+
+/// How many bits of `view` are set, up to the first window that cannot be read; `None` if all of it
+/// is clean.
+fn readable(view: &BitmapView<'_>) -> Option<u64> {
+    let (mut words, mut bits) = (view.words(), None);
+    while let Some((_, word)) = words.next() {
+        let ones = u64::from(word.count_ones());
+        bits = Some(bits.unwrap_or(0) + if words.error().is_none() { ones } else { 0 });
+        if words.error().is_some() {
+            break;
+        }
+    }
+    bits
 }
 
 impl Drop for Holding<'_> {

@@ -34,6 +34,15 @@
 //! detach, an unmap and an abort are not that careful: what they move may be found by the next harvest only, or, of an area that
 //! goes, by the unmap.
 //!
+//! # At a stop
+//! A source may fail inside the range, when sources before it have given what lies above. Below the
+//! place of the stop the lease has everything; what lies from there on is put back before the
+//! harvest returns, in the order of an abort: the gather to the queue, then the pages. Then the
+//! lease ends below the stop. The place is rounded down to a granule of the request, so that no bit
+//! of the lease stands for anything above it, and to pages of all sources, so that none is cut. A
+//! hole keeps its exact address: nothing above it was walked, but by other threads of a parallel
+//! harvest.
+//!
 //! # Modes
 //! A [`HarvestRequest`] says what is walked, and how: all of it or one domain, with holes or without, by
 //! a mask, up to a bound, by many threads. [`peek`](AddressSpace::peek) looks at the same places in the
@@ -59,7 +68,7 @@ use crate::error::Error;
 use crate::space::{AddressSpace, Areas, Covered};
 use crate::units::IovaRange;
 use held::{Held, SpaceRef};
-use lease::Holding;
+use lease::{Holding, Recorded};
 use walk::{Look, Parts, areas, look, walk};
 
 impl AddressSpace {
@@ -175,5 +184,7 @@ fn harvest<'a>(
     let mut sink = bound.into_sink();
     let walked = walk(&mut holding, &snapshot, request, asked, &mut sink);
     holding.walked(&snapshot);
-    holding.into_lease(walked, sink.bits_set(), sink.windows())
+    let mut recorded = Recorded::default();
+    recorded.add(&sink);
+    holding.into_lease(walked, recorded)
 }

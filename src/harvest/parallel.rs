@@ -12,7 +12,7 @@
 
 use rayon::prelude::*;
 
-use super::lease::Holding;
+use super::lease::{Holding, Recorded};
 use super::walk::{Look, areas, look};
 use super::{HarvestRequest, Lease, Owed};
 use crate::bitmap::{BitmapView, CHUNK_BITS};
@@ -31,8 +31,7 @@ struct Taken<'a> {
     space: &'a AddressSpace,
     gather: FlushGather,
     areas: u64,
-    bits_set: u64,
-    windows: u64,
+    recorded: Recorded,
     stopped: Option<Stopped>,
 }
 
@@ -52,7 +51,7 @@ pub(super) fn harvest<'a>(
         Some(hole) => Some(Iova::new(hole.at.get() - 1)),
         None => Some(asked.last()),
     };
-    let (mut bits_set, mut windows) = (0, 0);
+    let mut recorded = Recorded::default();
     if let Some(walked) = end.map(|end| IovaRange::ascending(asked.start(), end)) {
         // Before the first bit is touched: a panic in any thread puts back all that was recorded.
         holding.reach(walked.last());
@@ -66,8 +65,7 @@ pub(super) fn harvest<'a>(
         let mut owed = Vec::with_capacity(taken.len());
         for mut piece in taken {
             owed.push((std::mem::take(&mut piece.gather), piece.areas));
-            bits_set += piece.bits_set;
-            windows += piece.windows;
+            recorded.merge(&piece.recorded);
             let below = |other: &Stopped| stopped.as_ref().is_none_or(|now| other.at < now.at);
             if let Some(first) = piece.stopped.take().filter(below) {
                 stopped = Some(first);
@@ -77,7 +75,7 @@ pub(super) fn harvest<'a>(
             .for_each(|(gather, areas)| holding.add(gather, *areas));
     }
     holding.walked_by_now();
-    holding.into_lease(stopped.map_or(Ok(None), Err), bits_set, windows)
+    holding.into_lease(stopped.map_or(Ok(None), Err), recorded)
 }
 
 /// The pieces of `walked`: each begins at a chunk of bitmap, rounded up to a page of all sources.
@@ -120,8 +118,7 @@ impl<'a> Taken<'a> {
             space,
             gather: FlushGather::new(),
             areas: 0,
-            bits_set: 0,
-            windows: 0,
+            recorded: Recorded::default(),
             stopped: None,
         };
         let snapshot: Areas<'_> = space.snapshot();
@@ -143,8 +140,7 @@ impl<'a> Taken<'a> {
                 break;
             }
         }
-        taken.bits_set = sink.bits_set();
-        taken.windows = sink.windows();
+        taken.recorded.add(&sink);
         taken
     }
 }

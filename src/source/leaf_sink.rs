@@ -111,9 +111,9 @@ impl<'s, 'b> LeafSink<'s, 'b> {
     /// **When it returns, the leaf is clean**: a source that clears later, by larger pieces, uses
     /// [`take_run`](Self::take_run). It is called last. Of a leaf that sticks out of
     /// [`range`](Self::range) the part inside is reported, and the rest is found by later harvests;
-    /// outside of an [`AddressSpace`](crate::AddressSpace), which has a place for rests, such a leaf
-    /// is reported but not cleared, and owes the invalidation of what is reported, since a write to
-    /// it may be translated and not have landed.
+    /// outside of an [`AddressSpace`](crate::AddressSpace), which has a place for rests, such a
+    /// leaf is reported but not cleared, and owes the invalidation of what is reported, since a
+    /// write to it may be translated and not have landed.
     ///
     /// # Errors
     /// Those of [`Sink::record`]; the leaf stays dirty.

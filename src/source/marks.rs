@@ -24,8 +24,9 @@ use std::convert::Infallible;
 
 use crate::bitmap::{ChunkMap, LINE_WORDS, OneGroup, Sink, Taker, Visitor, word_runs};
 use crate::error::Error;
+use crate::source::gone::Gone;
 use crate::source::{MarkOrdering, Stopped};
-use crate::sync::{Arc, Step, performs};
+use crate::sync::{Arc, OnceLock, Step, performs};
 use crate::units::{Granule, Iova, IovaRange};
 
 /// Dirty bits in memory of our own, one for each smallest page: the marks of an area, and what is kept for a domain.
@@ -35,6 +36,8 @@ pub(crate) struct Marks {
     page: Granule,
     ordering: MarkOrdering,
     bits: ChunkMap,
+    /// Which parts have gone, since the area was first cut. The state of the area orders it.
+    gone: OnceLock<Box<Gone>>,
 }
 
 impl Marks {
@@ -46,6 +49,7 @@ impl Marks {
             page,
             ordering,
             bits: ChunkMap::in_slabs(last),
+            gone: OnceLock::new(),
         }
     }
 
@@ -57,6 +61,7 @@ impl Marks {
             page,
             ordering: MarkOrdering::Fences,
             bits: ChunkMap::new(last),
+            gone: OnceLock::new(),
         }
     }
 
@@ -74,6 +79,33 @@ impl Marks {
         let (first, last) = pages(self.range.start(), self.page, range);
         // A new mark is followed by F3 of the protocols in `space::unmap` and `space::attachment`, in `Slot::set_word`.
         self.bits.set(first, last, || self.ordering.before_look());
+    }
+
+    /// The area is about to be cut: from now on, parts of it may go.
+    ///
+    /// The first cut of an area has it alone, so nobody else does the same at the same time.
+    pub(crate) fn come_apart(&self) {
+        if self.gone.get().is_none() {
+            let _ = self.gone.set(Box::new(Gone::new()));
+        }
+    }
+
+    /// Says that `range` has gone, which was an area or a piece of one. Nothing, if it was all of
+    /// an area that was never cut: whoever has its marks looks at its state.
+    pub(crate) fn say_gone(&self, range: IovaRange) {
+        if let Some(gone) = self.gone.get()
+            && performs(Step::SayGone)
+        {
+            gone.add(range);
+        }
+    }
+
+    /// Visits the parts of `range` that have gone since the area was cut, in ascending order.
+    #[cold]
+    pub(crate) fn gone_in(&self, range: IovaRange, visit: impl FnMut(IovaRange)) {
+        if let Some(gone) = self.gone.get() {
+            gone.parts(range, visit);
+        }
     }
 
     /// Moves the marks of `range` into `sink`.

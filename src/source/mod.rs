@@ -3,6 +3,7 @@
 //! The core knows no hardware. An IO page table with its IOTLBs is a source, a kernel interface would be another;
 //! marks by CPU threads are kept by the address space itself and join the same harvest and the same flush.
 
+mod gone;
 mod in_flight;
 #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
 #[allow(clippy::panic)] // a test kit says by a panic what is wrong
@@ -61,22 +62,49 @@ pub struct Stopped {
 ///
 /// # What an implementation owes
 /// * **A dirty bit is cleared only by the closure of [`LeafSink::take`]** or
-///   [`take_many`](LeafSink::take_many), which record the leaf and owe its invalidation first, and by
-///   one atomic operation for each leaf, from whose result follows whether it was dirty.
+///   [`take_many`](LeafSink::take_many), which record the leaf and owe its invalidation first, and
+///   by one atomic operation for each leaf, from whose result follows whether it was dirty.
 /// * **Or by a batch, behind [`LeafSink::take_run`]**: exactly what its answer names, before
 ///   `read_and_clear` returns. A closure that says "cleared" and clears later loses writes: the
 ///   rest of a page that sticks out of the request is given to others when it returns.
 /// * **No waiting** in `read_and_clear` and `peek`: not for devices, not for `map` and `unmap`, not for each other.
 /// * **No way back**: no method calls into the address space that the source is attached to, except to look.
+///
+/// # Panics
+/// A method that panics is a method that failed, at the worst moment: the space takes for granted
+/// that it has done a part of its work and told nobody. The panic goes on to the caller of the
+/// space, when all has been cleaned up as after an error.
+/// * `map`: the range may be mapped in part, and is [unmapped](Self::unmap) again.
+/// * `unmap`: all of the range is dirty, all of it is owed an invalidation, and it is asked again
+///   before its addresses are free.
+/// * `split_at`: the same of all of the area, which stays whole.
+/// * `set_tracking`: tracking is in doubt, so the next switch asks again, whichever way.
+/// * `read_and_clear`: the harvest is aborted; what it had recorded is dirty. `peek`: nothing was
+///   changed.
+/// * `invalidate`: all of the gather stays owed.
+///
+/// While a panic is cleaned up, other methods are called, on this source too. One that panics then
+/// is cleaned up after in the same way; the first panic goes on.
+///
+/// # Drop
+/// A space drops a source without a lock of its own, some calls after its detach: at the beginning
+/// of a call that changes areas, domains, tracking or reserved ranges, before that has done
+/// anything; in [`reclaim`](crate::AddressSpace::reclaim); in an attach that failed; or with the
+/// space. So `Drop` may call anything of the space. If it panics, that call panics, when the others
+/// have been dropped. A source that something outlives the space with is dropped by that, on any
+/// thread: garbage of the space, an [`AreaHandle`](crate::AreaHandle). It must not wait then, and
+/// its panic goes to nobody.
 pub trait DirtySource: Send + Sync {
-    /// The smallest page: what it maps starts and ends at multiples of it, in device addresses and in memory. While the
-    /// source is attached, no area is finer. One byte, the default, asks for nothing.
+    /// The smallest page: what it maps starts and ends at multiples of it, in device addresses and
+    /// in memory. While the source is attached, no area is finer. One byte, the default, asks for
+    /// nothing. Asked once, when it is attached.
     fn page(&self) -> Granule {
         Granule::BYTE
     }
 
-    /// What tells this source from others, so that it is not attached twice; `None`, the default, if that cannot be
-    /// told. A source that is shared by [`Arc`] is told by its address.
+    /// What tells this source from others, so that it is not attached twice; `None`, the default,
+    /// if that cannot be told. A source that is shared by [`Arc`] is told by its address. Asked
+    /// once, when it is attached.
     fn identity(&self) -> Option<usize> {
         None
     }
@@ -155,7 +183,7 @@ pub trait DirtySource: Send + Sync {
 
     /// What invalidations cost here. When all sources of a space together would spend more on the ranges of a gather
     /// than on everything, they are asked for everything: a gather that [is full](FlushGather::is_full). Asked once,
-    /// when the source is added. By default nothing is declared, and ranges are asked for.
+    /// when the source is attached. By default nothing is declared, and ranges are asked for.
     fn flush_cost(&self) -> FlushCost {
         FlushCost::default()
     }

@@ -178,6 +178,12 @@ impl Pending {
     }
 }
 
+/// What of `range` lies below `at`.
+pub(crate) fn below(range: IovaRange, at: Iova) -> Option<IovaRange> {
+    let last = at.get().checked_sub(1).map(Iova::new)?;
+    IovaRange::new(range.start(), last).ok()
+}
+
 /// How many words hold one bit for each page of `range`; `usize::MAX` if no memory does.
 pub(crate) fn words_for(range: IovaRange, page: Granule) -> usize {
     usize::try_from(range.granules(page).div_ceil(64)).unwrap_or(usize::MAX)

@@ -46,6 +46,7 @@ impl AddressSpace {
     /// [`Error::UnalignedBacking`] (multiples of [`alignment`](Self::alignment)), [`Error::BackingWraps`] (with the range as if it
     /// began at 0), [`Error::NoSpace`], then what a source says. On an error nothing is mapped.
     pub fn map_anywhere(&self, len: u64, backing: u64, access: Access) -> Result<IovaRange, Error> {
+        self.retired.drop_all();
         let shape = IovaRange::from_len(Iova::MIN, len)?;
         let (area, domains) = self.areas.update(|edit| {
             let rules = edit.rules();
@@ -89,6 +90,7 @@ impl AddressSpace {
     /// range.
     pub fn reserve(&self, range: impl ToIovaRange) -> Result<(), Error> {
         let range = range.to_iova_range()?;
+        self.retired.drop_all();
         self.areas.update(|edit| {
             if let Some(area) = edit.first_intersecting(range) {
                 return Err(Error::CannotReserve {
@@ -112,6 +114,7 @@ impl AddressSpace {
     /// [`Error::NotReserved`] if there is no such reservation.
     pub fn release_reserved(&self, range: impl ToIovaRange) -> Result<(), Error> {
         let range = range.to_iova_range()?;
+        self.retired.drop_all();
         self.areas.update(|edit| {
             let rules = edit.rules().release(range)?;
             edit.set_rules(rules);
@@ -127,6 +130,7 @@ impl AddressSpace {
     /// [`Error::AllowedTwice`] if two of `ranges` overlap, then [`Error::CannotAllow`] if one intersects a reserved
     /// range. The old ranges stay then.
     pub fn set_allowed(&self, ranges: &[IovaRange]) -> Result<(), Error> {
+        self.retired.drop_all();
         self.areas.update(|edit| {
             let rules = edit.rules().allow(ranges)?;
             edit.set_rules(rules);

@@ -1,25 +1,36 @@
 //! One area: a mapped range with its backing, its marks, and where it stands between map and unmap.
 //!
 //! ```text
-//!            fill succeeds            claim                 removed from the tree
-//!  Mapping ---------------> Live ---------------> Claimed ----------------------> Gone
-//!                             ^-------------------/   \
-//!                              give back               \--------------------------> Cut: its pieces take its place
-//!                              (another area was busy, or the flush failed)
+//!            fill succeeds          claim               out of the tree
+//!  Mapping -------------> Live ----------------> Claimed --------------> Gone
+//!                           ^------------------/    \
+//!                            give back               \--> Cut: its pieces take its place in the tree
+//!                            (another area was busy, the flush failed, or the cut was refused)
 //! ```
 //!
-//! An area is in the tree, and so keeps its addresses from being used again, from `Mapping` to `Claimed`. Only
-//! the thread that claimed it removes it, after the flush.
+//! An area is in the tree, and so keeps its addresses from being used again, from `Mapping` to
+//! `Claimed`. Only the thread that claimed it removes it, after the flush.
 //!
 //! # Pairs
-//! Each area knows in which domains it is filled: its *pairs*, behind a lock that only calls take which map, unmap,
-//! attach and detach. So each pair of an area and a domain is filled once and emptied once, however these calls race:
-//! see [`attachment`](super::attachment).
+//! Each area knows in which domains it is filled: its *pairs*, behind a lock that only calls take
+//! which map, unmap, attach and detach. So each pair of an area and a domain is filled once and
+//! emptied once, however these calls race: see [`attachment`](super::attachment).
+//!
+//! # Cut
+//! The pieces share the marks of the whole, so no mark moves. The whole does not know its
+//! pieces: whoever still has it, by a handle or an old snapshot, learns from the marks what has
+//! gone of it since, and from the tree where its pairs are. So an area that was cut is dropped like
+//! one that has gone, and what was cut how often is nowhere written down.
+//!
+//! The memory of the marks is that of the whole, for as long as one piece is left: a bit for each
+//! page that was ever marked, rounded up to groups of 512 chunks (2 MiB of bits, as far as the
+//! system has backed them), of the pages that were unmapped too.
 
+use super::Outside;
 use super::attachment::Attachment;
 use crate::error::Error;
 use crate::source::{Mapping, MarkOrdering, Marks};
-use crate::sync::{Arc, AtomicU8, AtomicU64, Mutex, MutexGuard, OnceLock, Ordering, lock};
+use crate::sync::{Arc, AtomicU8, AtomicU64, Mutex, MutexGuard, Ordering, lock};
 use crate::units::{Granule, IovaRange};
 
 const MAPPING: u8 = 0;
@@ -28,7 +39,8 @@ const CLAIMED: u8 = 2;
 const GONE: u8 = 3;
 const CUT: u8 = 4;
 
-/// The domains in which an area is filled; `None` when the area has gone or was cut, and will not be filled any more.
+/// The domains in which an area is filled, in the order of their ids; `None` when the area has gone
+/// or was cut, and will not be filled any more.
 pub(super) type Pairs = Option<Vec<Arc<Attachment>>>;
 
 /// See the [module](self).
@@ -42,8 +54,6 @@ pub(crate) struct Area {
     /// have that of the whole.
     born: AtomicU64,
     pairs: Mutex<Pairs>,
-    /// What the area was cut into; set before the state says so.
-    pieces: OnceLock<Vec<Arc<Area>>>,
 }
 
 impl Area {
@@ -55,11 +65,11 @@ impl Area {
             state: AtomicU8::new(MAPPING),
             born: AtomicU64::new(0),
             pairs: Mutex::new(Some(Vec::new())),
-            pieces: OnceLock::new(),
         }
     }
 
-    /// The part `range` of this area as an area of its own, which is live and has the marks and the `pairs` of this one.
+    /// The part `range` of this area as an area of its own, which is live and has the marks and the
+    /// `pairs` of this one.
     pub(super) fn piece(&self, range: IovaRange, pairs: Pairs) -> Self {
         let skipped = range.start().get() - self.mapping.range.start().get();
         Area {
@@ -72,7 +82,6 @@ impl Area {
             state: AtomicU8::new(LIVE),
             born: AtomicU64::new(self.born.load(Ordering::Relaxed)), // Relaxed: as in `is_younger`
             pairs: Mutex::new(pairs),
-            pieces: OnceLock::new(),
         }
     }
 
@@ -82,8 +91,8 @@ impl Area {
         self.born.store(version, Ordering::Relaxed);
     }
 
-    /// Whether the area was not there yet, for any source, when the tree had `version`: then nothing
-    /// that a harvest took by that moment belongs to it.
+    /// Whether the area was not there yet, for any source, when the tree had `version`: then
+    /// nothing that a harvest took by that moment belongs to it.
     pub(super) fn is_younger(&self, version: u64) -> bool {
         // Relaxed: see `born_with`.
         self.born.load(Ordering::Relaxed) > version
@@ -94,9 +103,11 @@ impl Area {
         lock(&self.pairs)
     }
 
-    /// What the area was cut into; nothing if it was not.
-    pub(super) fn pieces(&self) -> &[Arc<Area>] {
-        self.pieces.get().map_or(&[], Vec::as_slice)
+    /// Forgets the pairs: the area is not filled any more.
+    pub(super) fn close(&self) {
+        let filled = self.pairs().take();
+        // Outside of the lock.
+        drop(filled);
     }
 
     /// The sources are filled, or will not be: from now on the area can be unmapped.
@@ -130,42 +141,50 @@ impl Area {
 
     /// The area has left the tree.
     pub(crate) fn retire(&self) {
-        // Release: pairs with the Acquire of `is_gone`; whoever sees it can rely on the area being out of the tree.
+        self.say_gone(self.mapping.range);
+        // Release: pairs with the Acquire of `is_mapped`; whoever sees it can rely on the area
+        // being out of the tree.
         self.state.store(GONE, Ordering::Release);
     }
 
-    /// The area gives way to `pieces`, which are about to replace it in the tree.
-    pub(super) fn give_way(&self, pieces: Vec<Arc<Area>>) {
-        // Only who claimed the area gets here, and once.
-        let _ = self.pieces.set(pieces);
-        // Release: pairs with the Acquire in `mark`; whoever sees it sees the pieces.
+    /// The area gives way to its pieces, which are about to replace it in the tree, and may go one
+    /// by one. Undone by `give_back`.
+    pub(super) fn give_way(&self) {
+        self.marks.come_apart();
+        // Release: pairs with the Acquire in `after_late_mark`; whoever sees it can ask what has
+        // gone. Before the pieces are published: nobody can unmap one before.
         self.state.store(CUT, Ordering::Release);
+    }
+
+    /// Says that `range`, a piece of what the area was cut out of, has left the tree.
+    pub(super) fn say_gone(&self, range: IovaRange) {
+        self.marks.say_gone(range);
     }
 
     /// Whether the area is on its way out of the tree, or has left it.
     pub(super) fn is_going(&self) -> bool {
-        // Acquire: as in `mark`. The order against `claim` is that of the fences around both: see `attachment`.
+        // Acquire: as in `is_mapped`. The order against `claim` is that of the fences around both:
+        // see `attachment`. What was cut never counts as staying again, so an unmap of a piece,
+        // which comes after the cut, is seen here as well.
         !matches!(self.state.load(Ordering::Acquire), MAPPING | LIVE)
     }
 
-    /// Marks `range`, which lies inside the area.
-    ///
-    /// # Errors
-    /// [`Error::Outside`] if a part lies outside the area (then nothing is marked), or if the area is gone: see
-    /// [`unmap`](super::unmap).
+    /// Marks `range`, as far as the area, or what is left of it, holds it; what it does not hold
+    /// comes back. If a part lies outside of what the area was, nothing is marked.
     #[inline]
-    pub(crate) fn mark(&self, range: IovaRange) -> Result<(), Error> {
+    pub(crate) fn mark(&self, range: IovaRange) -> Outside {
         if !self.mapping.range.covers(range) {
-            return Err(self.outside(range));
+            return self.outside(range);
         }
         self.marks.mark_inside(range);
         if self.is_mapped() {
-            return Ok(());
+            return Outside::default();
         }
         self.after_late_mark(range)
     }
 
-    /// The second half of [`mark`](Self::mark): whether what was marked is in an area that has neither gone nor been cut.
+    /// The second half of [`mark`](Self::mark): whether what was marked is in an area that has
+    /// neither gone nor been cut.
     #[inline]
     pub(super) fn is_mapped(&self) -> bool {
         // Acquire: pairs with the Release of `retire` and `give_way`.
@@ -173,30 +192,31 @@ impl Area {
     }
 
     #[cold]
-    fn after_late_mark(&self, range: IovaRange) -> Result<(), Error> {
+    fn after_late_mark(&self, range: IovaRange) -> Outside {
+        let mut outside = Outside::default();
         // Acquire: as in `is_mapped`.
         match self.state.load(Ordering::Acquire) {
-            GONE => Err(Error::Outside { at: range.start() }),
-            // The marks are those of the pieces; each of them says whether it is still there.
-            CUT => self.pieces().iter().try_for_each(|piece| {
-                match piece.mapping.range.intersection(range) {
-                    Some(part) => piece.mark(part),
-                    None => Ok(()),
-                }
-            }),
-            _ => Ok(()),
+            GONE => outside.add_range(range),
+            // The marks are those of the pieces that are left.
+            CUT => self.marks.gone_in(range, |part| outside.add_range(part)),
+            // Given back since.
+            _ => {}
         }
+        outside
     }
 
-    /// What to say of a `range` that sticks out of the area.
+    /// What to say of a `range` that sticks out of the area: all of it is outside.
     #[cold]
-    fn outside(&self, range: IovaRange) -> Error {
+    fn outside(&self, range: IovaRange) -> Outside {
         let own = self.mapping.range;
         let below = range.start() < own.start();
         let at = match own.last().checked_add(1) {
-            Some(behind) if !below => behind.max(range.start()),
+            Some(above) if !below => above.max(range.start()),
             _ => range.start(),
         };
-        Error::Outside { at }
+        let mut outside = Outside::default();
+        outside.add_range(range);
+        outside.first = Some(at);
+        outside
     }
 }

@@ -16,12 +16,14 @@
 //! Publications of one root have an order. If the map comes first, the attach sees the area; if the attach does, the map
 //! sees the domain. If both see the other, the lock decides, and the record keeps the second from filling again.
 //!
-//! A **detach** first says that the domain is *leaving*, and then empties the pairs of all areas that it sees; a map
-//! publishes its area, and then looks whether the domain is leaving. Each has a full fence between its two steps (F6, F7), so
-//! one of them sees the other. If the detach sees the area, the fill either came before, and is emptied, or finds the domain
-//! leaving under the same lock; else the map finds it leaving at once. While it leaves, the domain stays
-//! in the list, so that every flush reaches it; it goes after a flush that covers all that was emptied. An **unmap**
-//! holds the pairs of its areas from the first exchange to the end: whoever waits for the lock finds them gone.
+//! A **detach** first says that the domain is *leaving*, and then empties the pairs of all areas
+//! that it sees; a map publishes its area, and then looks whether the domain is leaving. Each has a
+//! full fence between its two steps (F6, F7), so one of them sees the other. If the detach sees the
+//! area, the fill either came before, and is emptied, or finds the domain leaving under the same
+//! lock; else the map finds it leaving at once. While it leaves, the domain stays in the list, so
+//! that every flush reaches it; it goes after a flush that covers all that was emptied. An
+//! **unmap** holds the pairs of its areas from the first exchange to the end: whoever waits for the
+//! lock finds them closed, and looks at the tree again: see [`pairs`](super::pairs).
 //!
 //! # What is kept for a domain
 //! Pages of its that are dirty although its table no longer says so: put back by an abort, or moved out of the table by
@@ -41,12 +43,17 @@
 //! P1 keeps after U2 may be kept on, and is dirty in the next area at its address: a superset. That area must not forget
 //! it: from its publication on, what is kept there may be its own.
 
+use std::convert::Infallible;
+
+use super::emptying::Emptied;
+use super::retired::Source;
 use super::rules::{Attachments, Rules};
 use super::tracking::Switch;
 use super::{AddressSpace, Area, Fault, FaultSource, Outside};
 use crate::error::Error;
 use crate::events;
-use crate::flush::{FlushCost, FlushGather, Ticket};
+use crate::failure::{Failure, attempt, call};
+use crate::flush::{FlushCost, FlushGather};
 use crate::source::{DirtySource, Marks, Slot};
 use crate::sync::{Arc, AtomicBool, Ordering, Step, TINY, fence, lock, performs};
 use crate::units::{DomainId, Granule, Iova, IovaRange};
@@ -56,7 +63,11 @@ pub(crate) struct Attachment {
     pub(crate) id: DomainId,
     /// The smallest page of the source.
     pub(super) page: Granule,
-    pub(crate) source: Box<dyn DirtySource>,
+    /// What the source said to [`DirtySource::identity`].
+    identity: Option<usize>,
+    /// What the source said to [`DirtySource::flush_cost`].
+    cost: FlushCost,
+    pub(crate) source: Source,
     /// Pages that are dirty in this domain though its table does not say so.
     pub(crate) kept: Marks,
     /// See [`tracking`](super::tracking).
@@ -94,20 +105,41 @@ impl AddressSpace {
     /// [`alignment`](Self::alignment) grows to its smallest page, if that is larger.
     ///
     /// # Errors
-    /// In this order: [`Error::AttachedTwice`], as far as [`DirtySource::identity`] can tell; [`Error::CannotAttach`]
-    /// with the first area that is not made of the domain's pages; what the source says to tracking, then to an area.
-    /// The source is then emptied again and not attached; only if it also fails to flush what it had been filled with,
-    /// it stays attached, without translations, until [`detach`](Self::detach) succeeds: its id is in
-    /// [`domains`](Self::domains).
+    /// In this order: [`Error::AttachedTwice`], as far as [`DirtySource::identity`] can tell;
+    /// [`Error::CannotAttach`] with the first area that is not made of the domain's pages; what the
+    /// source says to tracking, then to an area. The source is then emptied again and not attached;
+    /// only if it also fails to flush what it had been filled with, it stays attached, without
+    /// translations, until [`detach`](Self::detach) succeeds: its id is in
+    /// [`domains`](Self::domains). After a [panic](crate::DirtySource#panics) of the source all is
+    /// as after an error.
     pub fn attach(&self, source: impl DirtySource + 'static) -> Result<DomainId, Error> {
-        let _membership = lock(&self.membership);
-        let page = source.page();
-        let (identity, attached) = (source.identity(), self.attachments());
-        if let Some(twin) = attached
-            .iter()
-            .find(|other| identity.is_some() && other.source.identity() == identity)
-        {
-            return Err(Error::AttachedTwice { domain: twin.id });
+        self.retired.drop_all();
+        let source = Source::new(Box::new(source), self.retired.clone());
+        let attached = attempt(|| {
+            // Asked before anything is locked, and once.
+            let asked = (source.page(), source.identity(), source.flush_cost());
+            let _membership = lock(&self.membership);
+            self.attach_source(source, asked)
+        });
+        attached.map_err(|failure| {
+            // The source that was refused is dropped before the call returns.
+            match call(|| self.retired.drop_all()) {
+                Ok(()) => failure.raise(),
+                Err(panic) => failure.then(Failure::Panicked(panic)).raise(),
+            }
+        })
+    }
+
+    /// The part of an attach under the lock of the domains.
+    fn attach_source(
+        &self,
+        source: Source,
+        (page, identity, cost): (Granule, Option<usize>, FlushCost),
+    ) -> Result<DomainId, Failure> {
+        let attached = self.attachments();
+        let is_twin = |other: &&Arc<Attachment>| identity.is_some() && other.identity == identity;
+        if let Some(twin) = attached.iter().find(is_twin) {
+            return Err(Error::AttachedTwice { domain: twin.id }.into());
         }
         check_areas(
             self.areas.snapshot().iter(IovaRange::ALL).map(|e| e.area),
@@ -117,14 +149,18 @@ impl AddressSpace {
         let attachment = Arc::new(Attachment {
             id,
             page,
-            source: Box::new(source),
+            identity,
+            cost,
+            source,
             kept: Marks::few(all_kept(), self.page()),
             tracking: Switch::new(),
             leaving: AtomicBool::new(false),
         });
         if self.tracks() {
             // Before the first page is mapped: no write goes unseen.
-            attachment.switch(true)?;
+            attachment
+                .switch(true)
+                .map_err(|failure| attachment.switch_back(failure))?;
         }
         let too_early = (!performs(Step::LookAfterPublish)).then(|| self.all_areas());
         let published = self.areas.update(|edit| {
@@ -136,32 +172,39 @@ impl AddressSpace {
             Ok(())
         });
         if let Err(error) = published {
-            let _ = attachment.switch(false);
-            return Err(error);
+            return Err(attachment.switch_back(Failure::Refused(error)));
         }
         self.declare_cost();
         for area in too_early.unwrap_or_else(|| self.all_areas()) {
-            if let Err(error) = self.fill_pair(&area, &attachment) {
-                // The flush that failed stays owed, and the domain stays, so that it can be paid.
-                self.release(&attachment)?;
-                return Err(error);
+            if let Err(failure) = self.fill_pair(&area, &attachment) {
+                // A flush that fails stays owed, and the domain stays, so that it can be paid.
+                return Err(match self.release(&attachment) {
+                    Ok(()) => failure,
+                    Err(another) => failure.then(another),
+                });
             }
         }
         events::attach(id, page);
         Ok(id)
     }
 
-    /// Detaches a domain: empties it, flushes, and forgets it. Nothing is lost: what is dirty in it moves to the marks
-    /// of the areas, where harvests of all domains find it; one that runs meanwhile may report all of an area. On return its devices no longer reach the memory, and
+    /// Detaches a domain: empties it, flushes, and forgets it. Nothing is lost: what is dirty in it
+    /// moves to the marks of the areas, where harvests of all domains find it; one that runs
+    /// meanwhile may report all of an area. On return its devices no longer reach the memory, and
     /// nothing of the source is in use but by harvests that began before. Waits for the flush.
     ///
     /// # Errors
-    /// [`Error::NotAttached`]. If a source cannot flush: its error; the domain then stays attached without
-    /// translations, and is not filled any more, until a repeated call succeeds.
+    /// [`Error::NotAttached`]. If a source cannot flush: its error; the domain then stays attached
+    /// without translations, and is not filled any more, until a repeated call succeeds. So it does
+    /// after a [panic](crate::DirtySource#panics), with what the source left of its translations;
+    /// but for one in switching off, which comes last.
     pub fn detach(&self, domain: DomainId) -> Result<(), Error> {
-        let _membership = lock(&self.membership);
-        let attachment = Arc::clone(self.attachments().find(domain)?);
-        self.release(&attachment)?;
+        self.retired.drop_all();
+        {
+            let _membership = lock(&self.membership);
+            let attachment = Arc::clone(self.attachments().find(domain)?);
+            self.release(&attachment).map_err(Failure::raise)?;
+        }
         events::detach(domain);
         Ok(())
     }
@@ -172,7 +215,7 @@ impl AddressSpace {
     }
 
     /// The rest of a detach.
-    fn release(&self, attachment: &Arc<Attachment>) -> Result<(), Error> {
+    fn release(&self, attachment: &Arc<Attachment>) -> Result<(), Failure> {
         // Release: pairs with the Acquire in `is_leaving`.
         attachment.leaving.store(true, Ordering::Release);
         if performs(Step::GoneFence) {
@@ -180,12 +223,14 @@ impl AddressSpace {
             // `AddressSpace::fill`.
             fence(Ordering::SeqCst);
         }
-        let ticket = self.flush.owe(&FlushGather::new());
-        let mut last = ticket;
+        let mut emptied = Emptied {
+            ticket: Some(self.flush.owe(&FlushGather::new())),
+            panic: None,
+        };
         for area in self.all_areas() {
-            last = self.empty_pair(&area, attachment).unwrap_or(last);
+            emptied.add(self.empty_pair(&area, attachment));
         }
-        self.flush_until(last)?;
+        self.settle(emptied)?;
         let _: Result<(), Error> = self.areas.update(|edit| {
             let without = edit
                 .rules()
@@ -194,117 +239,112 @@ impl AddressSpace {
             Ok(())
         });
         self.declare_cost();
-        // A source that cannot be switched off goes on, which only costs.
-        let _ = attachment.switch(false);
-        Ok(())
+        match attachment.switch(false) {
+            Err(panicked @ Failure::Panicked(_)) => Err(panicked),
+            // A source that cannot be switched off goes on, which only costs.
+            Ok(_) | Err(Failure::Refused(_)) => Ok(()),
+        }
     }
 
     /// Tells the flush queue what it costs to invalidate all domains.
     fn declare_cost(&self) {
         let domains = self.attachments();
-        let costs = domains.iter().map(|domain| domain.source.flush_cost());
+        let costs = domains.iter().map(|domain| domain.cost);
         self.flush
             .set_cost(costs.fold(FlushCost::default(), FlushCost::and));
     }
 
-    /// Fills `attachment` with `area`, unless it is filled, or one of the two is going.
-    pub(super) fn fill_pair(&self, area: &Area, attachment: &Arc<Attachment>) -> Result<(), Error> {
-        let mut pairs = area.pairs();
-        let Some(filled) = &mut *pairs else {
-            drop(pairs);
-            return area
-                .pieces()
-                .iter()
-                .try_for_each(|piece| self.fill_pair(piece, attachment));
-        };
-        let known = filled.iter().any(|other| other.id == attachment.id);
-        if (known && performs(Step::FillOnce))
-            || (attachment.is_leaving() && performs(Step::RefuseLeaving))
-        {
-            return Ok(());
-        }
-        // What is kept at these addresses stays: the area is in the tree, so an abort may just have put pages back.
-        attachment.source.map(&area.mapping)?;
-        filled.push(Arc::clone(attachment));
-        Ok(())
+    /// Fills `attachment` with `area`, or what has taken its place, unless it is filled, or one of the
+    /// two is going. If the source panics, the pair counts as filled: what it has mapped is emptied
+    /// as everything is.
+    pub(super) fn fill_pair(
+        &self,
+        area: &Area,
+        attachment: &Arc<Attachment>,
+    ) -> Result<(), Failure> {
+        self.with_pairs(area, |area, filled| {
+            let place = filled.binary_search_by_key(&attachment.id, |other| other.id);
+            if (place.is_ok() && performs(Step::FillOnce))
+                || (attachment.is_leaving() && performs(Step::RefuseLeaving))
+            {
+                return Ok(());
+            }
+            // What is kept at these addresses stays: the area is in the tree, so an abort may just
+            // have put pages back.
+            let mapped = attempt(|| attachment.source.map(&area.mapping));
+            if !matches!(mapped, Err(Failure::Refused(_))) {
+                let at = place.unwrap_or_else(|at| at);
+                filled.insert(at, Arc::clone(attachment));
+            }
+            mapped
+        })
     }
 
-    /// Empties `attachment` of `area`: what was dirty moves to the area's marks, behind the debt. Returns the ticket of
-    /// that debt, if there is one.
-    fn empty_pair(&self, area: &Area, attachment: &Arc<Attachment>) -> Option<Ticket> {
-        let mut pairs = area.pairs();
-        let Some(filled) = &mut *pairs else {
-            drop(pairs);
-            let pieces = area.pieces().iter();
-            return pieces
-                .filter_map(|piece| self.empty_pair(piece, attachment))
-                .last();
-        };
+    /// Empties `attachment` of `area`, or of what has taken its place: what was dirty moves to the
+    /// area's marks, after the debt. If the source panics, the pair stays filled, so that it is asked
+    /// again.
+    fn empty_pair(&self, area: &Area, attachment: &Arc<Attachment>) -> Emptied {
+        let mut all = Emptied::default();
+        let emptied: Result<(), Infallible> = self.with_pairs(area, |area, filled| {
+            all.add(self.empty_open(area, filled, attachment));
+            Ok(())
+        });
+        debug_assert!(emptied.is_ok());
+        all
+    }
+
+    /// The same, of one area whose pairs are held.
+    fn empty_open(
+        &self,
+        area: &Area,
+        filled: &mut Vec<Arc<Attachment>>,
+        attachment: &Arc<Attachment>,
+    ) -> Emptied {
         let range = area.mapping.range;
-        // What is dirty in the table is in flight until it is marked: a harvest that comes between finds all of the area so.
+        // What is dirty in the table is in flight until it is marked: a harvest that comes between
+        // finds all of the area so.
         let _moving = Moving(performs(Step::DetachInFlight).then(|| self.in_flight.publish(range)));
         if performs(Step::DetachFence) {
-            // Release: pairs with the Acquire fence between tables and slots in `harvest::lease::take`.
+            // Release: pairs with the Acquire fence between tables and slots in
+            // `harvest::lease::take`.
             fence(Ordering::Release);
         }
-        let at = filled.iter().position(|other| other.id == attachment.id);
-        let ticket = at.map(|at| {
-            let ticket = self.empty(attachment, range, &area.marks);
-            filled.remove(at);
-            ticket
-        });
-        // What is kept is marked before it is taken, for harvests that have read the slots; and behind that, for who found it
-        // kept already.
+        let mut emptied = Emptied::default();
+        if let Ok(at) = filled.binary_search_by_key(&attachment.id, |other| other.id) {
+            emptied = self.empty(attachment, range, &area.marks);
+            if emptied.panic.is_none() {
+                filled.remove(at);
+            }
+        }
+        // What is kept is marked before it is taken, for harvests that have read the slots; and after
+        // that, for aborts that found it kept already.
         for run in attachment.kept.runs(range) {
             area.marks.mark(run);
         }
         if performs(Step::DetachFence) {
-            // Release: pairs with the Acquire fence between what is kept and the marks in `harvest::lease::take`.
+            // Release: pairs with the Acquire fence between what is kept and the marks in
+            // `harvest::lease::take`.
             fence(Ordering::Release);
         }
         for run in attachment.kept.take_runs(range) {
             area.marks.mark(run);
         }
-        ticket
+        emptied
     }
 
-    /// Ends the translations of `range` in `attachment`, owes their flush, and marks in `marks` what was dirty. Returns the
-    /// ticket of the debt.
-    pub(super) fn empty(&self, attachment: &Attachment, range: IovaRange, marks: &Marks) -> Ticket {
-        let mut owing = Owing {
-            space: self,
-            range,
-            gather: FlushGather::new(),
-        };
-        let mut dirty = Vec::new();
-        attachment
-            .source
-            .unmap(range, &mut owing.gather, &mut |leaf| {
-                append(&mut dirty, leaf)
-            });
-        let gather = owing.gather.clone();
-        std::mem::forget(owing);
-        let mark_all = || dirty.iter().for_each(|run| marks.mark(*run));
-        // The debt first, then the pages: see "Why no write is lost" in the module `harvest`.
-        if performs(Step::OweBeforePutBack) {
-            let ticket = self.flush.owe(&gather);
-            mark_all();
-            ticket
-        } else {
-            mark_all();
-            self.flush.owe(&gather)
-        }
-    }
-
-    /// Makes `run`, of a lease over `covered`, dirty again: kept for each domain, and marked, as far
-    /// as the lease covers them; what lies outside every area is counted, and recorded as a fault.
+    /// Makes `run`, of a lease over `covered`, dirty again: kept for each domain, and marked, as
+    /// far as the lease covers them; what lies outside every area is counted, and recorded as a
+    /// fault.
     ///
-    /// Nothing was taken after the tree had the version `taken`: what lies in an area that came later
-    /// was in another one at the same addresses, and is outside as well.
+    /// Nothing was taken after the tree had the version `taken`: what lies in an area that came
+    /// later was in another one at the same addresses, and is outside as well.
     pub(crate) fn put_back(&self, run: IovaRange, covered: &Covered, taken: u64) -> Outside {
         let outside = self.in_areas(run, |area, part| {
             if area.is_younger(taken) {
-                return false;
+                let mut outside = Outside::default();
+                let bytes = part.last().get() - part.start().get();
+                outside.add(part.start(), bytes.saturating_add(1));
+                return outside;
             }
             for domain in covered.domains() {
                 domain.kept.mark(part);
@@ -312,9 +352,9 @@ impl AddressSpace {
             let going =
                 area.is_going() || covered.domains().iter().any(|domain| domain.is_leaving());
             if covered.marks || (going && performs(Step::MarkIfGoing)) {
-                area.mark(part).is_ok()
+                area.mark(part)
             } else {
-                true
+                Outside::default()
             }
         });
         self.report(&outside, FaultSource::Abort);
@@ -324,15 +364,6 @@ impl AddressSpace {
     /// The domains of this moment.
     pub(crate) fn attachments(&self) -> Attachments {
         self.areas.snapshot().rules().attachments().clone()
-    }
-
-    /// All areas from now on, as a list, so that the snapshot does not keep memory alive while devices are waited for.
-    fn all_areas(&self) -> Vec<Arc<Area>> {
-        let snapshot = self.areas.snapshot();
-        snapshot
-            .iter(IovaRange::ALL)
-            .map(|entry| entry.to_arc())
-            .collect()
     }
 
     /// Every mapped range, and the memory behind it, starts and ends at a multiple of this many bytes: the largest of
@@ -430,31 +461,5 @@ impl Covered {
             Some(at) => &self.all[at..=at],
             None => &self.all,
         }
-    }
-}
-
-/// A gather that is being filled. Dropped by a source that panics, it owes all that may have been touched.
-struct Owing<'a> {
-    space: &'a AddressSpace,
-    range: IovaRange,
-    gather: FlushGather,
-}
-
-impl Drop for Owing<'_> {
-    fn drop(&mut self) {
-        self.gather.add(self.range, self.space.page());
-        let _ = self.space.flush.owe(&self.gather);
-    }
-}
-
-/// Adds `leaf` to ascending `runs`, to the last one if they touch.
-fn append(runs: &mut Vec<IovaRange>, leaf: IovaRange) {
-    if let Some(last) = runs.last_mut()
-        && last.last().checked_add(1) == Some(leaf.start())
-        && let Ok(joined) = IovaRange::new(last.start(), leaf.last())
-    {
-        *last = joined;
-    } else {
-        runs.push(leaf);
     }
 }

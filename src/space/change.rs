@@ -17,18 +17,21 @@
 //! addresses of either.
 //!
 //! # Cut
-//! The pieces of an area share its marks, and its place in each source but for the leaves: nothing dirty moves. The old
-//! area knows its pieces from before they are published, so that a mark by an old handle or snapshot, which lands in the
-//! shared marks, also asks the pieces whether they are still there.
+//! The pieces of an area share its marks, and its place in each source but for the leaves:
+//! nothing dirty moves. The old area says that it was cut before the pieces are published, so that
+//! a mark by an old handle or snapshot, which lands in the shared marks, also asks what has gone of
+//! them.
 
 use std::convert::Infallible;
 
 use super::area::{Area, Pairs};
-use super::plan::{Piece, Plan, Touched, check_new};
+use super::emptying::Emptied;
+use super::plan::{Plan, Touched, check_new};
 use super::{AddressSpace, Unmapped};
 use crate::bitmap::Sink;
 use crate::error::Error;
 use crate::events;
+use crate::failure::{Failure, attempt};
 use crate::flush::{FlushGather, Ticket};
 use crate::sync::{Arc, MutexGuard, Ordering, Step, fence, lock, performs};
 use crate::units::{Access, Iova, IovaRange};
@@ -66,11 +69,23 @@ impl AddressSpace {
     /// or splits; domains neither come nor go meanwhile if it maps.
     ///
     /// # Errors
-    /// [`Error::Change`] with the first change that is refused or that a source refuses, in the order that each documents;
-    /// [`Error::Busy`] if another call maps, unmaps or cuts one of the areas; that of a source that cannot flush. Nothing is
-    /// changed then, but as [`map`](Self::map) and [`unmap_discarding`](Self::unmap_discarding) say for a failed
-    /// flush, devices may no longer reach what was to be unmapped, and what was to be mapped may stay taken.
+    /// [`Error::Change`] with the first change that is refused or that a source refuses,
+    /// in the order that each documents; [`Error::Busy`] if another call maps, unmaps or cuts one
+    /// of the areas; that of a source that cannot flush; [`Error::Change`] with a cut through the
+    /// pages of a domain that came meanwhile. Nothing is changed then, but as [`map`](Self::map)
+    /// and [`unmap_discarding`](Self::unmap_discarding) say for a failed flush, devices may no
+    /// longer reach what was to be unmapped, and what was to be mapped may stay taken.
+    ///
+    /// After a [panic](crate::DirtySource#panics) of a source all is as after an error, but that what
+    /// it was asked to unmap, or to split, counts as dirty.
     pub fn apply(&self, changes: &[Change]) -> Result<Unmapped, Error> {
+        self.retired.drop_all();
+        let unmapped = self.apply_all(changes)?;
+        events::batch(changes.len(), &unmapped);
+        Ok(unmapped)
+    }
+
+    fn apply_all(&self, changes: &[Change]) -> Result<Unmapped, Error> {
         let maps = changes
             .iter()
             .any(|change| matches!(change, Change::Map { .. }));
@@ -83,9 +98,7 @@ impl AddressSpace {
                     .map_err(|error| in_change(index, error))?;
             }
         }
-        let unmapped = self.execute(&plan, None)?;
-        events::batch(changes.len(), &unmapped);
-        Ok(unmapped)
+        self.execute(&plan, None)
     }
 
     /// Cuts the area that holds `at` in two, of which the right one begins there. What is dirty stays dirty, in the part
@@ -95,12 +108,20 @@ impl AddressSpace {
     /// Waits for a flush if a source had to split leaves.
     ///
     /// # Errors
-    /// [`Error::UnalignedCut`] (multiples of [`alignment`](Self::alignment)), [`Error::Busy`] if another call maps,
-    /// unmaps or cuts the area, then what a source says that cannot split a leaf or flush. The area stays whole then.
+    /// [`Error::UnalignedCut`] (multiples of [`alignment`](Self::alignment)),
+    /// [`Error::Busy`] if another call maps, unmaps or cuts the area, then what a source says that
+    /// cannot split a leaf or flush, then [`Error::UnalignedCut`] again, if a domain with larger
+    /// pages came meanwhile. The area stays whole then, and
+    /// after a [panic](crate::DirtySource#panics) of a source, which leaves all of the area dirty.
     pub fn cut(&self, at: Iova) -> Result<bool, Error> {
+        self.retired.drop_all();
         let mut plan = Plan::default();
-        plan.cut(at, &self.areas.snapshot(), self.page())?;
-        self.execute(&plan, None)?;
+        plan.cut(0, at, &self.areas.snapshot(), self.page())?;
+        self.execute(&plan, None).map_err(|error| match error {
+            // There is only one.
+            Error::Change { error, .. } => *error,
+            other => other,
+        })?;
         let cut = !plan.touched.is_empty();
         if cut {
             events::cut(at);
@@ -112,31 +133,50 @@ impl AddressSpace {
     pub(super) fn execute(
         &self,
         plan: &Plan,
-        mut record: Option<&mut Sink<'_>>,
+        record: Option<&mut Sink<'_>>,
     ) -> Result<Unmapped, Error> {
         let mut claimed = Claimed::new(plan)?;
         if performs(Step::GoneFence) {
             // SeqCst: F6 of the protocol in `attachment`; pairs with F3 in `Marks::mark_inside`, for `put_back`.
             fence(Ordering::SeqCst);
         }
-        let mut promised = self.promise(plan)?;
+        let promised = self.promise(plan)?;
+        // A panic of whatever is called in here gives back what was taken, and goes on then.
+        let done = attempt(|| self.perform(plan, &mut claimed, &promised, record));
+        done.map_err(|failure| {
+            let failure = match claimed.published {
+                true => failure,
+                false => self.break_promise(plan, &promised, failure),
+            };
+            drop(claimed);
+            failure.raise()
+        })
+    }
+
+    /// The steps of [`execute`](Self::execute) from the first one on that may fail.
+    fn perform(
+        &self,
+        plan: &Plan,
+        claimed: &mut Claimed<'_>,
+        promised: &[IovaRange],
+        mut record: Option<&mut Sink<'_>>,
+    ) -> Result<Unmapped, Failure> {
         self.fill_new(plan)?;
-        let mut ticket = self.split(&claimed)?;
+        let mut emptied = Emptied {
+            ticket: self.split(claimed)?,
+            panic: None,
+        };
         if plan.going().next().is_some() {
             // Empty, too, it waits for a flush under way, which may cover what an earlier call owed.
-            ticket = Some(self.flush.owe(&FlushGather::new()));
+            emptied.ticket = Some(self.flush.owe(&FlushGather::new()));
         }
         for (touched, pairs) in &mut claimed.areas {
-            for piece in touched.pieces.iter().filter(|piece| piece.goes) {
-                ticket = self
-                    .empty_part(piece.range, touched.is_cut(), pairs)
-                    .or(ticket);
+            for range in touched.pieces(true) {
+                emptied.add(self.empty_part(range, touched.is_cut(), pairs));
             }
         }
-        if let Some(ticket) = ticket
-            && performs(Step::FlushBeforeReuse)
-        {
-            self.flush_until(ticket)?;
+        if emptied.panic.is_some() || performs(Step::FlushBeforeReuse) {
+            self.settle(emptied)?;
         }
         // Acquire: pairs with the Release fence in `LeafSink` and with `Slot::free`; whatever took a leaf before `empty_part`
         // looked at it has said so in a slot, or has kept the rest.
@@ -150,7 +190,7 @@ impl AddressSpace {
                 recorded.map_err(|stopped| stopped.error)?;
             }
         }
-        self.publish(plan, &mut claimed, &mut promised)?;
+        self.publish(plan, claimed, promised)?;
         let unmapped = self.collect(plan, record);
         if unmapped.areas != 0 {
             // F2 of the marks' protocol: who marked without a write to the mark is seen by the copies.
@@ -159,8 +199,8 @@ impl AddressSpace {
         Ok(unmapped)
     }
 
-    /// Takes the addresses of new areas.
-    fn promise<'a>(&'a self, plan: &'a Plan) -> Result<Promised<'a>, Error> {
+    /// Takes the addresses of new areas, and says which.
+    fn promise(&self, plan: &Plan) -> Result<Vec<IovaRange>, Error> {
         let ranges: Vec<IovaRange> = plan
             .new
             .iter()
@@ -180,15 +220,50 @@ impl AddressSpace {
                 Ok::<(), Error>(())
             })?;
         }
-        Ok(Promised {
-            space: self,
-            plan,
-            ranges,
-        })
+        Ok(ranges)
+    }
+
+    /// Undoes a batch that ended in `failure` before it was published: empties the new areas,
+    /// flushes, and gives their addresses free. If devices may still reach them, the addresses stay
+    /// taken: by areas without translations.
+    fn break_promise(&self, plan: &Plan, promised: &[IovaRange], failure: Failure) -> Failure {
+        if promised.is_empty() {
+            return failure;
+        }
+        let new = || plan.new.iter().map(|(_, area)| area);
+        let mut emptied = Emptied::default();
+        for area in new() {
+            let range = area.mapping.range;
+            emptied.add(self.empty_part(range, false, &mut area.pairs()));
+        }
+        let flushed = self.settle(emptied);
+        if flushed.is_ok() {
+            // Devices may have written there already.
+            for area in new() {
+                let range = area.mapping.range;
+                self.mark_kept(area, range);
+                self.discard(area.marks.clear(range));
+            }
+        }
+        let _: Result<(), Error> = self.areas.update(|edit| {
+            edit.set_rules(edit.rules().keep_promise(promised));
+            if flushed.is_err() {
+                for area in new() {
+                    edit.insert(area.mapping.range, area)?;
+                }
+            }
+            Ok(())
+        });
+        new().for_each(|area| area.go_live());
+        match flushed {
+            Err(panicked @ Failure::Panicked(_)) => failure.then(panicked),
+            // What made the batch fail says more than that its undoing has failed.
+            Ok(()) | Err(Failure::Refused(_)) => failure,
+        }
     }
 
     /// Fills the new areas in all domains. The domains stay the same: `apply` holds the lock of their coming and going.
-    fn fill_new(&self, plan: &Plan) -> Result<(), Error> {
+    fn fill_new(&self, plan: &Plan) -> Result<(), Failure> {
         if plan.new.is_empty() {
             return Ok(());
         }
@@ -196,48 +271,56 @@ impl AddressSpace {
         for (index, area) in &plan.new {
             for domain in domains.iter() {
                 self.fill_pair(area, domain)
-                    .map_err(|error| in_change(*index, error))?;
+                    .map_err(|failure| failure.map_error(|error| in_change(*index, error)))?;
             }
         }
         Ok(())
     }
 
-    /// Splits the leaves at all borders of pieces. Returns the ticket of what that owes, if it owes anything.
-    fn split(&self, claimed: &Claimed<'_>) -> Result<Option<Ticket>, Error> {
+    /// Splits the leaves at all borders of pieces. Returns the ticket of what that owes, if it owes
+    /// anything; it is owed whatever the outcome. All of an area whose source panics is dirty then,
+    /// as after an unmap that panics.
+    fn split(&self, claimed: &Claimed<'_>) -> Result<Option<Ticket>, Failure> {
         let mut gather = FlushGather::new();
         let mut outcome = Ok(());
+        let mut unsure = None;
         for (touched, pairs) in &claimed.areas {
-            for (border, domain) in touched.pieces[1..].iter().flat_map(|piece| {
+            for (border, domain) in touched.pieces.keys().skip(1).flat_map(|border| {
                 let domains = pairs.iter().flatten();
-                domains.map(|domain| (piece.range.start(), domain))
+                domains.map(move |domain| (*border, domain))
             }) {
                 if outcome.is_ok() {
-                    outcome = domain.source.split_at(border, &mut gather);
+                    outcome = attempt(|| domain.source.split_at(border, &mut gather));
+                    if matches!(outcome, Err(Failure::Panicked(_))) {
+                        let range = touched.area.mapping.range;
+                        self.owe_all_of(&mut gather, range, domain);
+                        unsure = Some((domain, range));
+                    }
                 }
             }
         }
         let ticket = (!gather.is_empty()).then(|| self.flush.owe(&gather));
+        if let Some((domain, range)) = unsure {
+            // Behind the debt.
+            domain.kept.mark(range);
+        }
         outcome.map(|()| ticket)
     }
 
     /// Ends the translations of `range`, an area or, if `is_part`, a part of one whose pairs these are. What was dirty is
-    /// kept for its domain, behind the debt. Returns the ticket of that debt, if there is one.
-    pub(super) fn empty_part(
-        &self,
-        range: IovaRange,
-        is_part: bool,
-        pairs: &mut Pairs,
-    ) -> Option<Ticket> {
-        let mut ticket = None;
+    /// kept for its domain, behind the debt.
+    pub(super) fn empty_part(&self, range: IovaRange, is_part: bool, pairs: &mut Pairs) -> Emptied {
+        let mut all = Emptied::default();
         let filled = pairs.get_or_insert_default();
-        for domain in filled.iter() {
-            ticket = Some(self.empty(domain, range, &domain.kept));
-        }
-        if !is_part {
-            // Only now: a source that panics is asked again.
-            filled.clear();
-        }
-        ticket
+        // All of them, whichever panic.
+        filled.retain(|domain| {
+            let emptied = self.empty(domain, range, &domain.kept);
+            let asked_again = emptied.panic.is_some();
+            all.add(emptied);
+            // Of a part the pair stays: it is that of the whole area.
+            is_part || asked_again
+        });
+        all
     }
 
     /// Marks what is in flight in `area`, which is going: the rest of a leaf that a harvest is moving, and pages that are
@@ -260,66 +343,57 @@ impl AddressSpace {
         }
     }
 
-    /// Makes the plan the state of the tree.
+    /// Makes the plan the state of the tree, unless a domain has come whose pages it would cut.
     fn publish(
         &self,
         plan: &Plan,
         claimed: &mut Claimed<'_>,
-        promised: &mut Promised<'_>,
+        promised: &[IovaRange],
     ) -> Result<(), Error> {
-        let mut cut = Vec::new();
-        for (touched, pairs) in &claimed.areas {
-            let filled = || pairs.iter().flatten().cloned().collect();
-            let piece = |piece: &Piece| {
-                // What goes is closed from the start: an attach that saw the whole area comes to its pieces.
-                let closed = piece.goes && performs(Step::ClosePieces);
-                let pairs = (!closed).then(filled);
-                Arc::new(touched.area.piece(piece.range, pairs))
-            };
-            let pieces: Vec<_> = if touched.is_cut() {
-                touched.pieces.iter().map(piece).collect()
-            } else {
-                Vec::new()
-            };
-            if touched.is_cut() && performs(Step::GiveWay) {
-                touched.area.give_way(pieces.clone());
+        let mut pieces = Vec::new();
+        for (touched, pairs) in claimed.areas.iter().filter(|(t, _)| t.is_cut()) {
+            for range in touched.pieces(false) {
+                // In the domains of the whole. What goes is in the tree at no time: an attach that
+                // finds the whole closed finds what stays, and nothing else.
+                let filled = pairs.iter().flatten().cloned().collect();
+                pieces.push(Arc::new(touched.area.piece(range, Some(filled))));
             }
-            cut.push(pieces);
+            if performs(Step::GiveWay) {
+                touched.area.give_way();
+            }
         }
         self.areas.update(|edit| {
-            for ((touched, _), pieces) in claimed.areas.iter().zip(&cut) {
-                edit.remove(touched.area.mapping.range.start());
-                for (piece, area) in touched.pieces.iter().zip(pieces) {
-                    if !piece.goes {
-                        edit.insert(piece.range, area)?;
-                    }
-                }
+            if performs(Step::CheckCutAgain) {
+                plan.check_again(edit.rules(), self.page())
+                    .map_err(|(index, error)| in_change(index, error))?;
             }
-            for (_, area) in &plan.new {
+            for (touched, _) in &claimed.areas {
+                edit.remove(touched.area.mapping.range.start());
+            }
+            for area in pieces.iter().chain(plan.new.iter().map(|(_, area)| area)) {
                 edit.insert(area.mapping.range, area)?;
             }
-            if !promised.ranges.is_empty() {
-                edit.set_rules(edit.rules().keep_promise(&promised.ranges));
+            if !promised.is_empty() {
+                edit.set_rules(edit.rules().keep_promise(promised));
             }
             Ok::<(), Error>(())
         })?;
-        promised.ranges.clear();
+        // What is published is not given back.
+        claimed.published = true;
         plan.new.iter().for_each(|(_, area)| area.go_live());
-        for ((touched, pairs), pieces) in claimed.areas.iter_mut().zip(cut) {
+        for (touched, pairs) in &mut claimed.areas {
             if touched.is_cut() {
-                for (piece, area) in touched.pieces.iter().zip(&pieces) {
-                    if piece.goes {
-                        area.retire();
-                    }
-                }
+                touched
+                    .pieces(true)
+                    .for_each(|range| touched.area.say_gone(range));
             } else {
                 touched.area.retire();
             }
             if performs(Step::ClosePairs) {
+                // After the area has left the tree: whoever finds them closed looks there again.
                 **pairs = None;
             }
         }
-        claimed.published = true;
         if performs(Step::GoneFence) {
             // SeqCst: F4 of the protocol in `unmap`; pairs with F3 in `Marks::mark_inside`.
             fence(Ordering::SeqCst);
@@ -382,47 +456,6 @@ impl Drop for Claimed<'_> {
         if !self.published {
             self.areas.iter().for_each(|(t, _)| t.area.give_back());
         }
-    }
-}
-
-/// Addresses that are promised to the new areas of a plan. Dropped before these are published, it empties them, flushes,
-/// and gives the addresses free.
-struct Promised<'a> {
-    space: &'a AddressSpace,
-    plan: &'a Plan,
-    /// Empty when the promise was kept.
-    ranges: Vec<IovaRange>,
-}
-
-impl Drop for Promised<'_> {
-    fn drop(&mut self) {
-        if self.ranges.is_empty() {
-            return;
-        }
-        let new = || self.plan.new.iter().map(|(_, area)| area);
-        let mut ticket = None;
-        for area in new() {
-            let range = area.mapping.range;
-            ticket = self
-                .space
-                .empty_part(range, false, &mut area.pairs())
-                .or(ticket);
-        }
-        let flushed = match ticket {
-            Some(ticket) => self.space.flush_until(ticket),
-            None => Ok(()),
-        };
-        // If devices may still reach them, the addresses stay taken: by areas without translations.
-        let _: Result<(), Error> = self.space.areas.update(|edit| {
-            edit.set_rules(edit.rules().keep_promise(&self.ranges));
-            if flushed.is_err() {
-                for area in new() {
-                    edit.insert(area.mapping.range, area)?;
-                }
-            }
-            Ok(())
-        });
-        new().for_each(|area| area.go_live());
     }
 }
 

@@ -10,7 +10,8 @@ const KEPT: usize = 64;
 /// One access outside every area.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// The first address outside. For a call by a handle, none of which counts, the first of the call.
+    /// The first address outside. For a call by a handle that sticks out of its area, none of which
+    /// counts, the first of the call.
     pub at: Iova,
     /// Bytes outside, all stretches of the call together; at most `u64::MAX`.
     pub len: u64,

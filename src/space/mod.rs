@@ -13,9 +13,15 @@ mod allocation;
 mod area;
 mod attachment;
 mod change;
+mod emptying;
 mod faults;
 mod flushing;
+#[cfg(all(test, not(dirtymap_loom)))]
+#[allow(clippy::unwrap_used)] // helpers of tests
+mod growth_tests;
+mod pairs;
 mod plan;
+mod retired;
 mod rules;
 mod snapshot;
 mod stats;
@@ -40,6 +46,7 @@ use crate::source::{DirtySource, InFlight, Mapping, MarkOrdering, NearMarks};
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, fence};
 use crate::units::{Access, DomainId, Granule, Iova, IovaRange, ToIovaRange};
 use faults::Log;
+use retired::LastRetired;
 use rules::Rules;
 use tracking::Switch;
 
@@ -52,8 +59,10 @@ pub(crate) type Areas<'a> = SpaceSnapshot<'a>;
 /// [`unmap_discarding`](Self::unmap_discarding), [`attach`](Self::attach), [`detach`](Self::detach) and
 /// [`set_tracking`](Self::set_tracking) may wait for devices to drain.
 ///
-/// Sources, areas and rules that are replaced are dropped when no reader can hold them any more: later, on any thread,
-/// possibly after the space.
+/// Areas and rules that are replaced are dropped when no reader can hold them any more: later, on
+/// any thread, possibly after the space. A source is dropped by a call that changes the space,
+/// before it takes a lock: some calls after its detach, at the latest with the space; see
+/// [`DirtySource`].
 pub struct AddressSpace {
     page: Granule,
     pub(crate) ordering: MarkOrdering,
@@ -66,6 +75,8 @@ pub struct AddressSpace {
     /// Held while domains come, go, or are switched.
     membership: Mutex<()>,
     domains: AtomicU64,
+    /// The last field: dropped after all that may hold a domain.
+    retired: LastRetired,
 }
 
 impl AddressSpace {
@@ -82,6 +93,7 @@ impl AddressSpace {
             tracking: Switch::new(),
             membership: Mutex::new(()),
             domains: AtomicU64::new(0),
+            retired: LastRetired::new(),
         }
     }
 
@@ -122,12 +134,15 @@ impl AddressSpace {
     /// Maps `range` to the memory that begins at `backing`.
     ///
     /// # Errors
-    /// In this order: those of the range, [`Error::Unaligned`] and [`Error::UnalignedBacking`] (multiples of
-    /// [`alignment`](Self::alignment)), [`Error::BackingWraps`], [`Error::Reserved`], [`Error::Overlap`], then what a
-    /// source says. On an error nothing is mapped; only if a source also fails to flush what another one had mapped
-    /// already, the range stays taken until [`unmap_discarding`](Self::unmap_discarding) succeeds on it.
+    /// In this order: those of the range, [`Error::Unaligned`] and [`Error::UnalignedBacking`]
+    /// (multiples of [`alignment`](Self::alignment)), [`Error::BackingWraps`], [`Error::Reserved`],
+    /// [`Error::Overlap`], then what a source says. On an error nothing is mapped; only if a source
+    /// also fails to flush what another one had mapped already, the range stays taken until
+    /// [`unmap_discarding`](Self::unmap_discarding) succeeds on it. After a
+    /// [panic](DirtySource#panics) of a source all is as after an error.
     pub fn map(&self, range: impl ToIovaRange, backing: u64, access: Access) -> Result<(), Error> {
         let range = range.to_iova_range()?;
+        self.retired.drop_all();
         let mapping = Mapping {
             range,
             backing,
@@ -157,10 +172,13 @@ impl AddressSpace {
         // SeqCst: F7 of the protocol in `attachment`, between the publication and the looks at `leaving`; pairs with F6 there.
         fence(Ordering::SeqCst);
         for domain in domains {
-            if let Err(error) = self.fill_pair(&area, domain) {
+            if let Err(failure) = self.fill_pair(&area, domain) {
                 // If this fails, the addresses stay taken rather than reach memory that is not theirs.
-                self.take_out(&area)?;
-                return Err(error);
+                let failure = match self.take_out(&area) {
+                    Ok(()) => failure,
+                    Err(another) => failure.then(another),
+                };
+                return Err(failure.raise());
             }
         }
         events::map(area.mapping.range, area.mapping.backing);
@@ -178,7 +196,7 @@ impl AddressSpace {
     /// same, and the call is counted in [`SpaceStats::outside_marks`].
     pub fn mark(&self, range: impl ToIovaRange) -> Result<(), Error> {
         let range = range.to_iova_range()?;
-        let outside = self.in_areas(range, |area, part| area.mark(part).is_ok());
+        let outside = self.in_areas(range, |area, part| area.mark(part));
         match outside.first {
             None => Ok(()),
             Some(at) => {
@@ -195,36 +213,28 @@ impl AddressSpace {
         self.faults.record(Fault { at, len, source });
     }
 
-    /// Calls `inside` for each part of `range` that an area holds. What none holds, or is unmapped by the time that
-    /// `inside` says so, is outside.
+    /// Calls `inside` for each part of `range` that an area holds. What none holds, or is unmapped
+    /// by the time that `inside` says so, is outside.
     fn in_areas(
         &self,
         range: IovaRange,
-        mut inside: impl FnMut(&Area, IovaRange) -> bool,
+        mut inside: impl FnMut(&Area, IovaRange) -> Outside,
     ) -> Outside {
-        let mut outside = Outside::default();
         let snapshot = self.areas.snapshot();
         // Most marks lie in one area.
         if let Some(entry) = snapshot.lookup(range.start())
             && entry.range.covers(range)
         {
-            if !inside(entry.area, range) {
-                let bytes = range.last().get() - range.start().get();
-                outside.add(range.start(), bytes.saturating_add(1));
-            }
-            return outside;
+            return inside(entry.area, range);
         }
+        let mut outside = Outside::default();
         let mut next = Some(range.start());
         for entry in snapshot.iter(range) {
             if let Some(from) = next.filter(|from| *from < entry.range.start()) {
                 outside.add(from, entry.range.start().get() - from.get());
             }
-            if let Some(part) = entry.range.intersection(range)
-                && !inside(entry.area, part)
-            {
-                // Unmapped since the snapshot.
-                let bytes = part.last().get() - part.start().get();
-                outside.add(part.start(), bytes.saturating_add(1));
+            if let Some(part) = entry.range.intersection(range) {
+                outside.join(inside(entry.area, part));
             }
             next = entry.range.last().checked_add(1);
         }
@@ -267,8 +277,12 @@ impl AddressSpace {
 
     /// Lets go of memory of areas that were unmapped. Maps and unmaps do so for each other, by and by: this is for a space in
     /// which none will follow soon. After three calls without a snapshot or a harvest anywhere, nothing is held back.
+    ///
+    /// # Panics
+    /// If the destructor of a source panics, its panic goes on after the others have been dropped.
     pub fn reclaim(&self) {
         self.areas.reclaim();
+        self.retired.drop_all();
     }
 
     /// Counts of this space since it was made.
@@ -291,6 +305,15 @@ impl AddressSpace {
     fn next_domain(&self) -> DomainId {
         // Relaxed: a number that nobody else gets; it orders nothing.
         DomainId(self.domains.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+impl Drop for AddressSpace {
+    fn drop(&mut self) {
+        // A handle keeps its area, and must not keep the sources that it is filled in.
+        for entry in self.areas.snapshot().iter(IovaRange::ALL) {
+            entry.area.close();
+        }
     }
 }
 
@@ -339,10 +362,25 @@ impl Outside {
         self.first.get_or_insert(at);
         self.bytes = self.bytes.saturating_add(bytes);
     }
+
+    fn add_range(&mut self, range: IovaRange) {
+        self.add(
+            range.start(),
+            u64::try_from(range.len()).unwrap_or(u64::MAX),
+        );
+    }
+
+    /// Adds what lies above.
+    fn join(&mut self, above: Outside) {
+        if let Some(at) = above.first {
+            self.add(at, above.bytes);
+        }
+    }
 }
 
-/// One area, for marking without a lookup. Keeps the area's memory, not its addresses: after an unmap it only gives
-/// errors. After a cut it marks the pieces, at some cost.
+/// One area, for marking without a lookup. Keeps the memory of the area's marks, not its addresses,
+/// and no source: after an unmap it only gives errors. After a cut it marks the pieces that are
+/// left, for the price of a lookup, however often the area was cut.
 #[derive(Clone, Debug)]
 pub struct AreaHandle {
     near: Option<NearMarks>,
@@ -362,8 +400,9 @@ impl AreaHandle {
     /// On a page that is marked already this costs a fence and a load, and no write to shared memory.
     ///
     /// # Errors
-    /// [`Error::Outside`] if a part of `range` lies outside the area, or the area was unmapped; nothing is marked then, but for
-    /// the pieces that are left of an area that was cut. The call is counted in [`SpaceStats::outside_marks`].
+    /// [`Error::Outside`] with the first address that lies outside the area, or was
+    /// unmapped. Nothing is marked then, but for the pieces that are left of an area that was cut.
+    /// The call is counted in [`SpaceStats::outside_marks`].
     #[inline]
     pub fn mark(&self, range: impl ToIovaRange) -> Result<(), Error> {
         let range = range.to_iova_range()?;
@@ -377,20 +416,19 @@ impl AreaHandle {
     /// A mark of any kind; marking twice does no harm.
     #[cold]
     fn mark_far(&self, range: IovaRange) -> Result<(), Error> {
-        self.area
-            .mark(range)
-            .map_err(|error| self.outside(range, error))
-    }
-
-    #[cold]
-    fn outside(&self, range: IovaRange, error: Error) -> Error {
+        let outside = self.area.mark(range);
+        let Some(at) = outside.first else {
+            return Ok(());
+        };
         self.counters.outside_mark();
+        // A call that sticks out of the area marks nothing.
+        let inside = self.area.mapping.range.covers(range);
         self.faults.record(Fault {
-            at: range.start(),
-            len: u64::try_from(range.len()).unwrap_or(u64::MAX),
+            at: if inside { at } else { range.start() },
+            len: outside.bytes,
             source: FaultSource::Handle,
         });
-        error
+        Err(Error::Outside { at })
     }
 }
 

@@ -15,20 +15,31 @@ use crate::units::{Granule, Iova, IovaRange};
 /// The areas that a plan is made from.
 type Areas<'a> = Snapshot<'a, Area, 16, Rules>;
 
+/// Disjoint ranges by their first address.
+type Ranges = BTreeMap<Iova, IovaRange>;
+
 /// What is to become of which areas.
+///
+/// Each change costs a few searches, whatever came before it in the batch.
 #[derive(Default)]
 pub(super) struct Plan {
     /// By first address.
     pub(super) touched: BTreeMap<Iova, Touched>,
     /// New areas, each with the number of its change.
     pub(super) new: Vec<(usize, Arc<Area>)>,
+    /// Where these lie.
+    taken: Ranges,
+    /// Where the unmaps so far leave nothing of the snapshot: it need not be looked at again there.
+    emptied: Ranges,
+    /// Where areas are cut, each with the number of its change.
+    cuts: Vec<(usize, Iova)>,
 }
 
 /// An area that is cut, or goes, or both.
 pub(super) struct Touched {
     pub(super) area: Arc<Area>,
-    /// In order; together they are the area.
-    pub(super) pieces: Vec<Piece>,
+    /// By first address; together they are the area.
+    pub(super) pieces: BTreeMap<Iova, Piece>,
 }
 
 pub(super) struct Piece {
@@ -40,6 +51,12 @@ pub(super) struct Piece {
 impl Touched {
     pub(super) fn is_cut(&self) -> bool {
         self.pieces.len() > 1
+    }
+
+    /// The pieces that go, or that stay.
+    pub(super) fn pieces(&self, that_go: bool) -> impl Iterator<Item = IovaRange> {
+        let pieces = self.pieces.values();
+        pieces.filter_map(move |piece| (piece.goes == that_go).then_some(piece.range))
     }
 }
 
@@ -63,55 +80,84 @@ impl Plan {
                     access,
                 };
                 let existing = snapshot.iter(range).next().map(|entry| entry.range);
-                let existing = existing.or_else(|| self.new_in(range));
+                let existing = existing.or_else(|| first_in(&self.taken, range));
                 check_new(&mapping, snapshot.rules(), existing, page)?;
                 self.new
                     .push((index, Arc::new(Area::new(mapping, page, ordering))));
+                self.taken.insert(range.start(), range);
                 Ok(())
             }
             Change::Unmap { range } => self.unmap(range, snapshot),
-            Change::Cut { at } => self.cut(at, snapshot, page),
+            Change::Cut { at } => self.cut(index, at, snapshot, page),
         }
     }
 
-    /// Unmaps all areas inside `range`, or what is left of them: one at least, none of which sticks out.
+    /// Unmaps all areas inside `range`, or what is left of them: one at least, none of which sticks
+    /// out.
     pub(super) fn unmap(&mut self, range: IovaRange, snapshot: &Areas<'_>) -> Result<(), Error> {
-        if let Some(area) = self.new_in(range) {
+        if let Some(area) = first_in(&self.taken, range) {
             return Err(Error::Busy { area });
         }
         let mut any = false;
-        for entry in snapshot.iter(range) {
-            let pieces = &mut self.touch(entry).pieces;
-            for piece in pieces.iter_mut().filter(|piece| !piece.goes) {
-                if !piece.range.intersects(range) {
+        let mut next = Some(range.start());
+        while let Some(from) = next.filter(|from| *from <= range.last()) {
+            let rest = IovaRange::new(from, range.last())?;
+            // Each area is looked at as often as it has pieces that go, for what goes is skipped.
+            let stretch = match first_in(&self.emptied, rest) {
+                Some(emptied) if emptied.contains(from) => {
+                    next = emptied.last().checked_add(1);
                     continue;
                 }
-                if !range.covers(piece.range) {
-                    let area = piece.range;
-                    return Err(Error::PartOfArea { range, area });
+                // The last address below.
+                Some(emptied) => IovaRange::new(from, Iova::new(emptied.start().get() - 1))?,
+                None => rest,
+            };
+            for entry in snapshot.iter(stretch) {
+                let pieces = &mut self.touch(entry).pieces;
+                // The one that holds the first address of the stretch may begin below it.
+                let first = pieces.range(..=from).next_back();
+                let first = first.map_or(from, |(start, _)| *start);
+                for (_, piece) in pieces.range_mut(first..=stretch.last()) {
+                    if piece.goes || !piece.range.intersects(stretch) {
+                        continue;
+                    }
+                    if !range.covers(piece.range) {
+                        let area = piece.range;
+                        return Err(Error::PartOfArea { range, area });
+                    }
+                    piece.goes = true;
+                    any = true;
                 }
-                piece.goes = true;
-                any = true;
             }
+            next = stretch.last().checked_add(1);
         }
-        match any {
-            true => Ok(()),
-            false => Err(Error::NothingMapped { range }),
+        if !any {
+            return Err(Error::NothingMapped { range });
         }
+        self.empty(range);
+        Ok(())
+    }
+
+    /// Notes that nothing stays in `range`.
+    fn empty(&mut self, range: IovaRange) {
+        let mut all = range;
+        while let Some(other) = first_in(&self.emptied, range) {
+            self.emptied.remove(&other.start());
+            all = all.hull(other);
+        }
+        self.emptied.insert(all.start(), all);
     }
 
     /// Cuts at `at`, if something lies on both sides of it.
     pub(super) fn cut(
         &mut self,
+        index: usize,
         at: Iova,
         snapshot: &Areas<'_>,
         page: Granule,
     ) -> Result<(), Error> {
-        let granule = snapshot.rules().alignment(page);
-        if !at.is_aligned(granule) {
-            return Err(Error::UnalignedCut { at, granule });
-        }
-        if let Some(area) = self.new_in(IovaRange::granule_at(at, Granule::BYTE))
+        check_cut(at, snapshot.rules().alignment(page))?;
+        if let Some(area) = first_in(&self.taken, IovaRange::at(at))
             && area.start() < at
         {
             return Err(Error::Busy { area });
@@ -123,17 +169,18 @@ impl Plan {
             return Ok(());
         };
         let pieces = &mut self.touch(entry).pieces;
-        let across = |piece: &Piece| piece.range.contains(below) && piece.range.contains(at);
-        if let Some(nth) = pieces.iter().position(across)
-            && !pieces[nth].goes
+        if let Some((_, left)) = pieces.range_mut(..=below).next_back()
+            && left.range.contains(at)
+            && !left.goes
         {
-            let whole = pieces[nth].range;
-            pieces[nth].range = IovaRange::new(whole.start(), below)?;
+            let whole = left.range;
+            left.range = IovaRange::new(whole.start(), below)?;
             let right = Piece {
                 range: IovaRange::new(at, whole.last())?,
                 goes: false,
             };
-            pieces.insert(nth + 1, right);
+            pieces.insert(at, right);
+            self.cuts.push((index, at));
         }
         Ok(())
     }
@@ -144,23 +191,49 @@ impl Plan {
             .entry(range.start())
             .or_insert_with(|| Touched {
                 area: entry.to_arc(),
-                pieces: vec![Piece { range, goes: false }],
+                pieces: BTreeMap::from([(range.start(), Piece { range, goes: false })]),
             })
-    }
-
-    /// The new area that intersects `range`.
-    fn new_in(&self, range: IovaRange) -> Option<IovaRange> {
-        let mut new = self.new.iter().map(|(_, area)| area.mapping.range);
-        new.find(|new| new.intersects(range))
     }
 
     /// What goes, with the areas that it is in.
     pub(super) fn going(&self) -> impl Iterator<Item = (&Area, IovaRange)> {
         self.touched.values().flat_map(|touched| {
-            let going = touched.pieces.iter().filter(|piece| piece.goes);
-            going.map(|piece| (&*touched.area, piece.range))
+            let going = touched.pieces(true);
+            going.map(|range| (&*touched.area, range))
         })
     }
+
+    /// Checks again, in the update that publishes the plan, what may have changed since it was made
+    /// and nothing holds back: the alignment of cuts, as a domain with larger pages may have come.
+    /// Of the rest:
+    /// * An area that is touched is claimed, and so in the tree as it was.
+    /// * New areas are checked again by the promise of their addresses, which holds from then on;
+    ///   the domains stay as they are.
+    /// * Areas that were mapped since in a range that is unmapped came after the unmap.
+    ///
+    /// # Errors
+    /// That of the first cut, with the number of its change.
+    pub(super) fn check_again(&self, rules: &Rules, page: Granule) -> Result<(), (usize, Error)> {
+        let granule = rules.alignment(page);
+        let mut cuts = self.cuts.iter();
+        cuts.try_for_each(|(index, at)| check_cut(*at, granule).map_err(|error| (*index, error)))
+    }
+}
+
+fn check_cut(at: Iova, granule: Granule) -> Result<(), Error> {
+    if at.is_aligned(granule) {
+        Ok(())
+    } else {
+        Err(Error::UnalignedCut { at, granule })
+    }
+}
+
+/// The lowest of `ranges` that intersects `range`.
+fn first_in(ranges: &Ranges, range: IovaRange) -> Option<IovaRange> {
+    let below = ranges.range(..=range.start()).next_back();
+    let below = below.filter(|(_, found)| found.intersects(range));
+    let found = below.or_else(|| ranges.range(range.start()..=range.last()).next());
+    found.map(|(_, found)| *found)
 }
 
 /// Checks a mapping that is to be new, with the lowest area in its way.

@@ -21,7 +21,7 @@ pub(crate) struct Rules {
     blocked: Vec<IovaRange>,
     /// Where ranges may be allocated, in the same form; if empty, everywhere. Never intersects `blocked`.
     allowed: Vec<IovaRange>,
-    /// What a batch is about to map: taken, though no area holds it yet.
+    /// What batches are about to map: taken, though no area holds it yet. Disjoint, in order.
     promised: Vec<IovaRange>,
     attachments: Attachments,
 }
@@ -40,9 +40,9 @@ impl Attachments {
     /// # Errors
     /// [`Error::NotAttached`].
     pub(crate) fn position(&self, domain: DomainId) -> Result<usize, Error> {
-        self.iter()
-            .position(|attachment| attachment.id == domain)
-            .ok_or(Error::NotAttached { domain })
+        // Ids grow.
+        self.binary_search_by_key(&domain, |attachment| attachment.id)
+            .map_err(|_| Error::NotAttached { domain })
     }
 
     /// The largest of `own` and the smallest pages of these domains.
@@ -83,10 +83,10 @@ impl Rules {
 
     /// What a batch is about to map inside `range`.
     pub(crate) fn promised_in(&self, range: IovaRange) -> Option<IovaRange> {
-        self.promised.iter().copied().find(|p| p.intersects(range))
+        first_in(&self.promised, range)
     }
 
-    /// The rules with `ranges` promised.
+    /// The rules with `ranges` promised, which are disjoint, and from what is promised.
     pub(crate) fn promise(&self, ranges: &[IovaRange]) -> Rules {
         let mut rules = self.clone();
         rules.promised.extend_from_slice(ranges);
@@ -96,8 +96,13 @@ impl Rules {
 
     /// The rules with `ranges` promised no more.
     pub(crate) fn keep_promise(&self, ranges: &[IovaRange]) -> Rules {
+        let mut kept = ranges.to_vec();
+        kept.sort_unstable_by_key(|range| key(*range));
         let mut rules = self.clone();
-        rules.promised.retain(|promised| !ranges.contains(promised));
+        rules.promised.retain(|promised| {
+            kept.binary_search_by_key(&key(*promised), |r| key(*r))
+                .is_err()
+        });
         rules
     }
 
@@ -183,7 +188,13 @@ impl Rules {
             self.allowed.iter().filter_map(inside).collect()
         };
         if !self.promised.is_empty() {
-            let unpromised = |window: IovaRange| holes(window, self.promised.iter().copied());
+            // Windows are disjoint and in order, so each promise is looked at in one or two of
+            // them.
+            let unpromised = |window: IovaRange| {
+                let from = self.promised.partition_point(|p| p.last() < window.start());
+                let inside = self.promised[from..].iter().copied();
+                holes(window, inside.take_while(|p| p.start() <= window.last()))
+            };
             windows = windows.into_iter().flat_map(unpromised).collect();
         }
         windows

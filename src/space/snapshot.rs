@@ -11,8 +11,8 @@ use crate::units::{DomainId, Granule, Iova, IovaRange};
 /// Memory that is let go meanwhile is kept while the snapshot lives: keep it short. A snapshot that
 /// goes to [`std::mem::forget`], or is leaked in another way, lives for ever: from then on nothing
 /// that any space of the process lets go comes back, neither the nodes of its tree nor areas that
-/// were unmapped, whose marks and sources stay too. Nothing waits for it, and memory grows with each
-/// change.
+/// were unmapped, whose marks and sources stay too. Nothing waits for it, and memory grows with
+/// each change.
 pub struct SpaceSnapshot<'s> {
     areas: Snapshot<'s, Area, 16, Rules>,
     page: Granule,

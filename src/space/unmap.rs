@@ -29,8 +29,9 @@
 //! * Pages of a live [`WriteGuard`](crate::WriteGuard) are in flight, and so in the result. When the guard is dropped, the
 //!   write is counted as outside.
 //!
-//! A lease that has such a page and is aborted later finds no area, and counts it as outside; one that is aborted meanwhile
-//! puts the page where the unmap finds it, or counts it (see [`attachment`](super::attachment)).
+//! A lease that has such a page and is aborted later finds no area, or a younger one, and counts it
+//! as outside; one that is aborted meanwhile puts the page where the unmap finds it, or counts it
+//! (see [`attachment`](super::attachment)).
 //!
 //! # The last mark
 //! A mark may come while the area goes. Both sides have a fence between their two steps:
@@ -47,12 +48,38 @@
 //! - if F4 does, M2 sees that the area is gone: the mark is an error, and counted as outside.
 //!
 //! A marker that finds the page marked already (no M1) leaves it to the one who marked it.
+//!
+//! # The last mark by the handle of what was cut
+//! The pieces of a cut share the marks, so M1, by a handle or a snapshot that led to the whole, lands
+//! in those of the piece. But the state of the whole says only that it was cut. What has gone of it
+//! since stands with the marks:
+//!
+//! ```text
+//!  cut (has claimed the whole)     unmap of a piece, or a batch       marker by the whole
+//!  G1  room for what will go       U0  the piece leaves the tree      M1  set the mark
+//!  G2  state of the whole := cut   U1  add the piece to what has gone F3  fence(SeqCst)
+//!  G3  publish the pieces          F4  fence(SeqCst)                  M2  look at the state: cut?
+//!                                  U2  take the marks, count them     M3  look at what has gone
+//! ```
+//!
+//! * Whoever unmaps a piece has found it in the tree, after G3, or is the batch that has done G1
+//!   and G2 itself. So if F4 comes before F3, M2 sees the cut, by G2, and M3 the piece, by U1; if
+//!   F3 does, U2 sees M1. One of the two counts the mark at least, as for an area that goes whole.
+//! * What has gone stays so for these marks. If the same addresses are mapped anew, the area has
+//!   marks of its own, which M1 does not touch; a mark by the old handle is outside. By the space,
+//!   a mark looks the area up, and finds the new one.
+//! * A cut that fails after G2 gives the area back as it was: a marker in between has looked in
+//!   vain.
+//! * What M1 sets in a piece that has gone stays set, for as long as the marks live, and nobody
+//!   reads it: no piece lies there. A later mark of that page finds it set, does M2 and M3 all the
+//!   same, and is outside.
 
 use super::plan::Plan;
 use super::{AddressSpace, Area};
 use crate::bitmap::{BitmapView, UserBitmap};
 use crate::error::Error;
 use crate::events;
+use crate::failure::Failure;
 use crate::sync::{Arc, Ordering, fence};
 use crate::units::{Granule, ToIovaRange};
 
@@ -78,12 +105,15 @@ impl AddressSpace {
     /// Waits for the flush, so that on return no device reaches the memory and its addresses can be mapped again.
     ///
     /// # Errors
-    /// [`Error::PartOfArea`] if an area sticks out of `range`; [`Error::NothingMapped`]; [`Error::Busy`] if another
-    /// call maps, unmaps or cuts one of them. Nothing is unmapped then. If a source cannot flush: its error; the areas keep
-    /// their addresses and what is dirty in them, although devices can no longer reach their memory by new
-    /// translations, and the call can be repeated.
+    /// [`Error::PartOfArea`] if an area sticks out of `range`; [`Error::NothingMapped`];
+    /// [`Error::Busy`] if another call maps, unmaps or cuts one of them. Nothing is unmapped then.
+    /// If a source cannot flush: its error; the areas keep their addresses and what is dirty in
+    /// them, although devices can no longer reach their memory by new translations, and the call
+    /// can be repeated. So do they after a [panic](crate::DirtySource#panics): all of what the
+    /// source was asked to unmap counts as dirty then.
     pub fn unmap_discarding(&self, range: impl ToIovaRange) -> Result<Unmapped, Error> {
         let range = range.to_iova_range()?;
+        self.retired.drop_all();
         let mut plan = Plan::default();
         plan.unmap(range, &self.areas.snapshot())?;
         let unmapped = self.execute(&plan, None)?;
@@ -101,8 +131,9 @@ impl AddressSpace {
     ///
     /// # Errors
     /// In this order: [`Error::Unaligned`] (to `granule`), [`Error::BitmapTooShort`], then as
-    /// [`unmap_discarding`](Self::unmap_discarding), then [`Error::BitmapShrank`] or [`Error::BitmapWindow`] if a
-    /// file cannot take what is dirty; everything is as it was then, but for translations, as after a flush that failed.
+    /// [`unmap_discarding`](Self::unmap_discarding), then [`Error::BitmapShrank`],
+    /// [`Error::BitmapWindow`] or [`Error::BitmapNoSpace`] if a file cannot take what is dirty;
+    /// everything is as it was then, but for translations, as after a flush that failed.
     pub fn unmap<'a>(
         &self,
         range: impl ToIovaRange,
@@ -110,6 +141,7 @@ impl AddressSpace {
         bitmap: UserBitmap<'a>,
     ) -> Result<(Unmapped, BitmapView<'a>), Error> {
         let range = range.to_iova_range()?;
+        self.retired.drop_all();
         let bound = bitmap.bind(range, granule)?;
         let view = bound.view();
         let mut plan = Plan::default();
@@ -121,12 +153,11 @@ impl AddressSpace {
 
     /// Undoes the map of an area that is not live, which some domains have been filled with. What was dirty in it meanwhile
     /// is discarded.
-    pub(super) fn take_out(&self, area: &Arc<Area>) -> Result<(), Error> {
+    pub(super) fn take_out(&self, area: &Arc<Area>) -> Result<(), Failure> {
         let range = area.mapping.range;
         let mut pairs = area.pairs();
-        if let Some(ticket) = self.empty_part(range, false, &mut pairs) {
-            self.flush_until(ticket)?;
-        }
+        let emptied = self.empty_part(range, false, &mut pairs);
+        self.settle(emptied)?;
         self.mark_kept(area, range);
         let _: Result<(), Error> = self.areas.update(|edit| {
             edit.remove(range.start());

@@ -57,6 +57,8 @@ steps! {
     NextGeneration,
     /// Owing again what a failed flush carried.
     OweAgain,
+    /// Taking all of a range for dirty and owed whose unmap panicked.
+    PanicIsDirty,
     /// Marking the pages of a write in flight before its slot is freed.
     MarkBeforeFree,
     /// Publishing the rest of a leaf that a request covers in part before the leaf is cleared.
@@ -71,16 +73,20 @@ steps! {
     LookAfterPublish,
     /// Closing the pairs of an area that has gone.
     ClosePairs,
-    /// Closing the pairs of a piece that goes in the batch that cuts it out.
-    ClosePieces,
+    /// Looking at the tree again where the pairs of an area are closed.
+    LookAgain,
     /// Marking what is put back into an area or a domain that is going.
     MarkIfGoing,
     /// Flushing before the addresses of an unmap are free.
     FlushBeforeReuse,
     /// Waiting for the readers of a replaced node of the area tree before it is used again.
     WaitForReaders,
-    /// Leading marks by the handle of an area that was cut to its pieces.
+    /// Leading marks by the handle of an area that was cut to what has gone of it.
     GiveWay,
+    /// Saying what has gone of an area that was cut.
+    SayGone,
+    /// Checking the alignment of a cut again in the update that publishes it.
+    CheckCutAgain,
     /// Saying that what a detach moves to the marks is in flight.
     DetachInFlight,
     /// Looking at what is in flight when an area goes.
@@ -91,6 +97,10 @@ steps! {
     ReadEveryEntry,
     /// Making every entry of a leaf clean.
     CleanEveryEntry,
+    /// Leaving a leaf of several entries dirty where a harvest has recorded a leaf of one.
+    SpareGroup,
+    /// Leaving a leaf dirty that is larger than the one that a harvest has recorded.
+    SpareLarger,
     /// Making the parts of a split leaf dirty if the leaf was.
     DirtyParts,
     /// Making all of a group dirty before an entry with D leaves it in a split.
@@ -105,6 +115,26 @@ steps! {
     SummaryFence,
     /// Looking at the summary when a mark is found set.
     SummaryOnSkip,
+    /// The fence between the bit that a mark sets and the look at its summary.
+    WordFence,
+    /// The fence between the bit that a mark finds set and the look at its summary.
+    SkipFence,
+    /// The fence between the bits of several words that a mark sets and the look at their summary.
+    WordsFence,
+    /// The fence between the mark of a whole chunk and the look at its summary.
+    WholeFence,
+    /// The fence between a summary that a mark finds set and the look at its area.
+    FoundFence,
+    /// The fence between a summary that a mark sets and the look at its area.
+    SummarizedFence,
+    /// Release of the bits that a mark sets.
+    PublishMark,
+    /// Release of the chunk that a mark makes whole.
+    PublishWhole,
+    /// Giving a chunk that becomes whole the next number.
+    NextNumber,
+    /// The fence between the announcement of a split and the look at the words.
+    SplitFence,
     /// The fence that `membarrier` runs in a thread that marks.
     Membarrier,
     /// Looking at a subtree only after the flush that follows the clear of its accessed bit.

@@ -63,6 +63,8 @@ pub struct State {
     pub on_read: Option<Box<dyn FnOnce() + Send>>,
     /// What happens, once, when the next area is to be mapped, before it is.
     pub on_map: Option<Box<dyn FnOnce() + Send>>,
+    /// What happens, once, when the source is switched next, before it is.
+    pub on_tracking: Option<Box<dyn FnOnce() + Send>>,
     /// What happens, once, when the next unmap has taken what is dirty and told nobody yet.
     pub on_unmap: Option<Box<dyn FnOnce() + Send>>,
     /// What happens, once, before the next invalidation.
@@ -150,6 +152,9 @@ impl DirtySource for Fake {
     }
 
     fn set_tracking(&self, on: bool) -> Result<(), Error> {
+        if let Some(happen) = self.with(|s| s.on_tracking.take()) {
+            happen();
+        }
         self.with(|s| {
             if s.refuse_tracking {
                 return Err(Error::source_failed(Broken));

@@ -1,5 +1,5 @@
 //! A source whose pages are larger than those of its space, and which clears many of them at once.
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // helpers of tests; each file uses a part
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // helpers: each file uses a part
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -33,6 +33,8 @@ pub struct Batching {
     page: Granule,
     log: Vec<AtomicU64>,
     pub before_clear: Hook,
+    /// What harvests asked for.
+    pub asked: Mutex<Vec<IovaRange>>,
 }
 
 impl Batching {
@@ -43,6 +45,7 @@ impl Batching {
             page,
             log: (0..words).map(|_| AtomicU64::new(0)).collect(),
             before_clear: Hook::default(),
+            asked: Mutex::default(),
         }
     }
 
@@ -121,6 +124,7 @@ impl DirtySource for Batching {
     }
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        self.asked.lock().unwrap().push(range);
         let runs = self.runs(range);
         let mut later = Vec::new();
         for run in runs {

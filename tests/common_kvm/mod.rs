@@ -8,6 +8,8 @@ use dirtymap::kvm::{KvmLog, KvmMode};
 use dirtymap::{Access, AddressSpace, HarvestRequest, Iova, IovaRange, UserBitmap};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
+use crate::common_skip::skip;
+
 /// Increments a byte in each of CX pages, from segment BX on, DX paragraphs apart; then stops.
 const CODE: [u8; 12] = [
     0x8e, 0xc3, // mov es, bx
@@ -41,11 +43,11 @@ pub fn kvm() -> Option<Kvm> {
     match Kvm::new() {
         Ok(kvm) if cfg!(target_arch = "x86_64") => Some(kvm),
         Ok(_) => {
-            eprintln!("SKIP: the guest of this test is of x86");
+            skip("the guest of this test is of x86");
             None
         }
         Err(error) => {
-            eprintln!("SKIP: /dev/kvm cannot be used: {error}");
+            skip(format_args!("/dev/kvm cannot be used: {error}"));
             None
         }
     }
@@ -109,7 +111,7 @@ impl Guest {
         let log = match KvmLog::new(&vm, mode) {
             Ok(log) => Arc::new(log),
             Err(error) => {
-                eprintln!("SKIP {mode:?}: {error}");
+                skip(format_args!("{mode:?}: {error}"));
                 return None;
             }
         };

@@ -6,6 +6,8 @@
 mod file;
 #[cfg(all(feature = "bitmap-file", unix))]
 mod killed;
+#[cfg(all(feature = "bitmap-file", unix))]
+mod places;
 #[cfg(feature = "roaring")]
 mod roaring;
 #[cfg(feature = "serde")]

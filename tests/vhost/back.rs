@@ -1,12 +1,13 @@
 //! The back end's side: a real daemon in this process, which gets its log from a front end.
 
 use super::rig::{Ram, rig};
-use super::{NONE, PAGE, bits, bytes, taken};
-use dirtymap::vhost::{LogBitmap, VhostLog};
+use super::{NONE, PAGE, bits, bytes, in_child, taken};
+use dirtymap::vhost::{LogBitmap, LogError, LogFollower, VhostLog};
 use dirtymap::{Access, AddressSpace, Granule, Iova};
 use std::collections::BTreeSet;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use vm_memory::GuestAddressSpace;
 use vm_memory::bitmap::{Bitmap, NewBitmap};
 
 /// Begins and ends inside of words and bytes of the log.
@@ -191,6 +192,47 @@ fn what_was_written_without_a_log_is_in_the_first_one() {
     swap.acknowledged();
     assert_eq!(bits(&log.memory()), [256 + 5, 256 + 6, 256 + 7]);
     assert_eq!(bitmap.early(), None);
+}
+
+/// A range that is one byte long, or ends with the first byte of a page: with a length that is one
+/// too short, the first log lacked its page.
+#[test]
+fn a_byte_at_a_page_border_without_a_log_is_in_the_first_one() {
+    for (at, len, marked) in [
+        (5 * PAGE, 1, vec![5]),
+        (6 * PAGE - 1, 1, vec![5]),
+        (6 * PAGE - 1, 2, vec![5, 6]),
+        (0, PAGE + 1, vec![0, 1]),
+        (15 * PAGE, PAGE, vec![15]),
+    ] {
+        let rig = rig(&[Ram::new(0, 16 * PAGE)], false);
+        let bitmap = rig.bitmap(0);
+        bitmap.mark_dirty(at as usize, len as usize);
+        assert_eq!(bitmap.early(), Some((at, at + len - 1)));
+        let log = VhostLog::new(Iova::new(16 * PAGE - 1)).unwrap();
+        rig.front_end.set_log(&log.memory()).unwrap();
+        assert_eq!(bits(&log.memory()), marked, "{len} bytes from {at:#x} on");
+    }
+}
+
+/// A child of a fork has a copy of what counts the marks under way, and never sees them end: a log
+/// that it gives to a region could wait for ever, and marks of its own go where its parent has
+/// stopped looking.
+#[test]
+fn a_child_of_a_fork_gives_no_log_on() {
+    let rig = rig(&[Ram::new(0, 16 * PAGE)], true);
+    let log = VhostLog::new(Iova::new(2 << 20)).unwrap();
+    rig.front_end.set_log(&log.memory()).unwrap();
+    let follower = LogFollower::default();
+    assert_eq!(follower.update(&rig.guest.memory()).unwrap(), 0);
+    let tried = in_child(|| {
+        let error = follower.update(&rig.guest.memory()).unwrap_err();
+        let reason = error.get_ref().and_then(|error| error.downcast_ref());
+        i32::from(!matches!(reason, Some(LogError::Forked { .. })))
+    });
+    assert_eq!(tried, 0);
+    rig.write(PAGE);
+    assert_eq!(bits(&log.memory()), [1]);
 }
 
 #[test]

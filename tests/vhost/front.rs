@@ -1,8 +1,10 @@
 //! The front end's side without a back end: layout, harvests with all else, swaps.
 
-use super::{NONE, PAGE, bits, bytes, content, set_bit, taken};
+use super::{NONE, PAGE, bits, bytes, content, in_child, set_bit, taken};
 use dirtymap::vhost::{LOG_PAGE, LogError, VhostLog};
-use dirtymap::{Access, AddressSpace, Error, Granule, HarvestRequest, Iova, IovaRange, UserBitmap};
+use dirtymap::{
+    Access, AddressSpace, DirtySource, Error, Granule, HarvestRequest, Iova, IovaRange, UserBitmap,
+};
 use std::sync::Arc;
 
 /// A tracked space with pages of `page`, an area, and a log up to its end.
@@ -156,9 +158,125 @@ fn memory_beyond_the_log_is_refused_until_a_longer_one_is_swapped_in() {
     );
     let swap = log.swap(more.last()).unwrap();
     set_bit(swap.memory(), 100);
-    space.map(more, 0, Access::ReadWrite).unwrap();
+    let early = space.map(more, 0, Access::ReadWrite);
+    assert!(early.is_err(), "a back end may still have the old log");
     assert_eq!(swap.acknowledged(), 0);
+    space.map(more, 0, Access::ReadWrite).unwrap();
     assert_eq!(taken(&space, more), [100]);
+}
+
+/// A back end refused the longer log, and the swap was dropped; its log stayed the newest one.
+/// Memory was mapped by its length, for which no back end had room, and what was written there was
+/// lost.
+#[test]
+fn a_swap_that_was_dropped_gives_no_room() {
+    let (space, log) = tracked(Granule::K4, bytes(0, 64 * PAGE));
+    let more = bytes(64 * PAGE, 64 * PAGE);
+    drop(log.swap(more.last()).unwrap());
+    let refused = space.map(more, 0, Access::ReadWrite).unwrap_err();
+    assert!(matches!(&refused, Error::Source(error)
+        if matches!(error.downcast_ref(), Some(LogError::TooShort { end, range })
+            if end.get() == 64 * PAGE - 1 && *range == more)));
+    // The next one is as long, and is taken up by all.
+    let swap = log.swap(Iova::MIN).unwrap();
+    drop(log.swap(Iova::new(1 << 30)).unwrap()); // and one after it by none
+    swap.acknowledged();
+    space.map(more, 0, Access::ReadWrite).unwrap();
+    let beyond = bytes(256 * PAGE, 64 * PAGE);
+    assert!(space.map(beyond, 0, Access::ReadWrite).is_err());
+}
+
+/// The old log ends inside of a line of the fresh one: its words there are looked at all the same.
+#[test]
+fn a_line_that_the_old_log_has_in_part_is_looked_at_during_a_swap() {
+    for words in 1..8 {
+        let area = bytes(0, words * 64 * PAGE);
+        let (space, log) = tracked(Granule::K4, area);
+        let old = log.memory();
+        assert_eq!(old.size(), words * 8);
+        let swap = log.swap(Iova::new(1024 * PAGE - 1)).unwrap();
+        let marked = [0, words * 64 - 1];
+        marked.iter().for_each(|page| set_bit(&old, *page));
+        assert_eq!(taken(&space, area), marked, "of {words} words");
+        set_bit(&old, words * 64 - 2);
+        assert_eq!(swap.acknowledged(), 1);
+        assert_eq!(taken(&space, area), [words * 64 - 2]);
+    }
+}
+
+/// Bits for addresses in no area were nowhere counted: a back end that writes where nothing is
+/// mapped, or whose addresses are off, went unnoticed.
+#[test]
+fn bits_outside_every_area_are_counted() {
+    let (space, log) = tracked(Granule::K4, bytes(64 * PAGE, 64 * PAGE));
+    let more = bytes(256 * PAGE, 64 * PAGE);
+    let swap = log.swap(Iova::new(1024 * PAGE)).unwrap();
+    let old = swap.memory();
+    for page in [64, 100, 127, 300] {
+        set_bit(old, page);
+    }
+    let outside = |pages, first: Option<u64>| {
+        let found = log.outside(&space).unwrap();
+        assert_eq!(
+            (found.pages, found.first.map(|at| at.get() / PAGE)),
+            (pages, first)
+        );
+    };
+    outside(1, Some(300));
+    swap.acknowledged();
+    space.map(more, 0, Access::ReadWrite).unwrap();
+    outside(0, None);
+    for page in [63, 128, 255, 320, 1000, 1024] {
+        set_bit(&log.memory(), page);
+    }
+    outside(6, Some(63));
+    assert_eq!(taken(&space, bytes(64 * PAGE, 64 * PAGE)), [64, 100, 127]);
+    outside(6, Some(63)); // nothing of it was taken
+    space.unmap_discarding(more).unwrap();
+    outside(6, Some(63)); // the bit of page 300 went with its area
+}
+
+/// botan#602, in another library: a child of a fork has the log too, for it is shared memory. Its
+/// harvest took bits that its parent then never saw.
+#[test]
+fn a_child_of_a_fork_takes_nothing_from_its_parent() {
+    let area = bytes(0, 64 * PAGE);
+    let (space, log) = tracked(Granule::K4, area);
+    set_bit(&log.memory(), 9);
+    let swap = log.swap(Iova::MIN).unwrap();
+    let tried = in_child(|| {
+        let mut words = [0];
+        let request = HarvestRequest::new(area, Granule::K4);
+        let refused = |error: &Error| {
+            matches!(error, Error::Source(error)
+            if matches!(error.downcast_ref(), Some(LogError::Forked { .. })))
+        };
+        let harvest = space.harvest(&request, UserBitmap::new(&mut words));
+        let harvest = harvest.map_err(Error::from);
+        let peek = space.peek(&request, UserBitmap::new(&mut [0])).map(drop);
+        let switch = DirtySource::set_tracking(&*log, false);
+        let map = space.map(bytes(1 << 20, 4096), 0, Access::ReadWrite);
+        let results = [
+            matches!(&harvest, Err(error) if refused(error)),
+            matches!(&peek, Err(error) if refused(error)),
+            matches!(&switch, Err(error) if refused(error)),
+            matches!(&map, Err(error) if refused(error)),
+            matches!(log.swap(Iova::MIN), Err(LogError::Forked { .. })),
+            matches!(log.outside(&space), Err(LogError::Forked { .. })),
+            swap.acknowledged() == 0,
+        ];
+        drop(harvest);
+        let mut words = [0];
+        // Nothing that was dirty passes for clean: all of it comes out.
+        let unmapped = space.unmap(area, Granule::K4, UserBitmap::new(&mut words));
+        let all = unmapped.is_ok() && words == [u64::MAX];
+        results
+            .iter()
+            .chain([&all])
+            .fold(0, |bits, ok| bits << 1 | i32::from(!ok))
+    });
+    assert_eq!(tried, 0, "which of the calls were not refused");
+    assert_eq!(taken(&space, area), [9]);
 }
 
 /// Harvests between the swap and its acknowledgement see both logs; what is left of the old one is found once.

@@ -4,6 +4,7 @@
 
 mod back;
 mod front;
+mod hostile;
 mod processes;
 mod rig;
 
@@ -45,6 +46,29 @@ fn set_bit(log: &LogMemory, page: u64) {
     log.file().read_exact_at(&mut byte, at).unwrap();
     byte[0] |= 1 << (page % 8);
     log.file().write_all_at(&byte, at).unwrap();
+}
+
+/// What `body` says in a child of a fork of this process, 0 to 255.
+fn in_child(body: impl FnOnce() -> i32) -> i32 {
+    // SAFETY: the child uses nothing that another thread of its parent may have locked, but the
+    // allocator, which the system sees to.
+    match unsafe { libc::fork() } {
+        0 => {
+            // SAFETY: takes a number. A child that waits for a thread that it does not have ends.
+            unsafe { libc::alarm(30) };
+            let body = std::panic::AssertUnwindSafe(body);
+            let code = std::panic::catch_unwind(body).unwrap_or(255);
+            // SAFETY: takes a number.
+            unsafe { libc::_exit(code) }
+        }
+        child => {
+            let mut status = 0;
+            // SAFETY: `status` outlives the call.
+            assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+            assert!(libc::WIFEXITED(status), "the child ended by {status:#x}");
+            libc::WEXITSTATUS(status)
+        }
+    }
 }
 
 /// Harvests `range` and commits; the pages of 4 KiB that were dirty, by number.

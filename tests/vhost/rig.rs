@@ -94,6 +94,20 @@ pub(crate) fn socket() -> PathBuf {
     std::env::temp_dir().join(format!("dirtymap-vhost-{}-{n}", std::process::id()))
 }
 
+/// Shared memory of `len` bytes with `seals`.
+pub(crate) fn memfd(len: u64, seals: i32) -> File {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    // SAFETY: the name is a string that ends with 0 and outlives the call.
+    let fd = unsafe { libc::memfd_create(c"ram".as_ptr(), flags) };
+    assert!(fd >= 0);
+    // SAFETY: a descriptor that was just made; nobody else owns it.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(len).unwrap();
+    // SAFETY: takes numbers.
+    assert_eq!(unsafe { libc::fcntl(fd, libc::F_ADD_SEALS, seals) }, 0);
+    file
+}
+
 /// A region of guest memory in a file that the device has too.
 pub(crate) struct Ram {
     pub(crate) start: u64,
@@ -103,12 +117,7 @@ pub(crate) struct Ram {
 
 impl Ram {
     pub(crate) fn new(start: u64, len: u64) -> Self {
-        // SAFETY: the name is a string that ends with 0 and outlives the call.
-        let fd = unsafe { libc::memfd_create(c"ram".as_ptr(), libc::MFD_CLOEXEC) };
-        assert!(fd >= 0);
-        // SAFETY: a descriptor that was just made; nobody else owns it.
-        let file = unsafe { File::from_raw_fd(fd) };
-        file.set_len(len.next_multiple_of(PAGE)).unwrap();
+        let file = memfd(len.next_multiple_of(PAGE), 0);
         Ram { start, len, file }
     }
 
@@ -179,10 +188,15 @@ impl FrontEnd {
     }
 
     pub(crate) fn set_log(&self, log: &LogMemory) -> vhost::Result<()> {
+        self.send_log(log.file(), log.offset(), log.size())
+    }
+
+    /// Says that the log is so many bytes of `file`, whatever is true.
+    pub(crate) fn send_log(&self, file: &File, offset: u64, size: u64) -> vhost::Result<()> {
         let region = VhostUserDirtyLogRegion {
-            mmap_size: log.size(),
-            mmap_offset: log.offset(),
-            mmap_handle: log.file().as_raw_fd(),
+            mmap_size: size,
+            mmap_offset: offset,
+            mmap_handle: file.as_raw_fd(),
         };
         self.connection.set_log_base(0, Some(region))
     }

@@ -2,7 +2,10 @@
 
 use super::{NONE, PAGE, bytes, harvest, machine, taken};
 use dirtymap::vm_memory::SpaceBitmap;
-use dirtymap::{AddressSpace, Error, Granule, HarvestError, HarvestRequest, UserBitmap};
+use dirtymap::{
+    AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestError, HarvestRequest,
+    Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, UserBitmap,
+};
 use std::sync::Arc;
 use vm_memory::bitmap::{Bitmap, NewBitmap};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
@@ -134,4 +137,78 @@ fn a_harvest_of_more_than_the_memory_is_refused_whole_if_asked_for() {
     drop(refused);
     assert_eq!(words, [0]);
     assert_eq!(taken(&space, bytes(0, 16 * PAGE)), [3]);
+}
+
+/// A source that cannot be read, as a kernel's log that answers with an error.
+#[derive(Debug)]
+struct Unreadable;
+
+#[derive(Debug, thiserror::Error)]
+#[error("broken on purpose")]
+struct Broken;
+
+fn broken() -> Error {
+    Error::source_failed(Broken)
+}
+
+impl DirtySource for Unreadable {
+    fn map(&self, _: &Mapping) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn unmap(&self, _: IovaRange, _: &mut FlushGather, _: &mut dyn FnMut(IovaRange)) {}
+
+    fn split_at(&self, _: Iova, _: &mut FlushGather) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn read_and_clear(&self, range: IovaRange, _: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        let (at, error) = (range.start(), broken());
+        Err(Stopped { at, error })
+    }
+
+    fn peek(&self, range: IovaRange, _: &mut Sink<'_>) -> Result<(), Stopped> {
+        let (at, error) = (range.start(), broken());
+        Err(Stopped { at, error })
+    }
+
+    fn invalidate(&self, _: &FlushGather) -> Result<Invalidated, Error> {
+        Ok(Invalidated::default())
+    }
+}
+
+/// infra#2092: an error on the way to the answer was taken for "clean", and pages that a snapshot
+/// asked about one by one were left out of it.
+#[test]
+fn a_page_of_which_a_source_cannot_tell_is_dirty() {
+    let (space, memory) = machine(&[(0, 16 * PAGE)]);
+    let (region, _) = memory.to_region_addr(GuestAddress(0)).unwrap();
+    let bitmap = (**region).bitmap();
+    assert!(!bitmap.dirty_at(4096));
+    let domain = space.attach(Unreadable).unwrap();
+    assert!(bitmap.dirty_at(4096) && bitmap.slice_at(4096).dirty_at(4096));
+    // Where there is no memory, nothing is dirty: that is no failure.
+    let all = SpaceBitmap::new(&space, IovaRange::ALL);
+    assert!(!all.dirty_at(16 * 4096) && !bitmap.dirty_at(16 * 4096));
+    space.detach(domain).unwrap();
+    assert!(!bitmap.dirty_at(4096));
+}
+
+/// A write across the end of a bitmap whose area is gone is outside in both of its parts, and one
+/// write.
+#[test]
+fn a_write_across_the_end_of_a_bitmap_without_area_counts_once() {
+    let space = Arc::new(AddressSpace::new(Granule::K4));
+    let bitmap = SpaceBitmap::map(&space, bytes(0, 4 * PAGE)).unwrap();
+    let by_lookup = SpaceBitmap::new(&space, bytes(0, 4 * PAGE));
+    space.unmap_discarding(bytes(0, 4 * PAGE)).unwrap();
+    let late = SpaceBitmap::new(&space, bytes(0, 4 * PAGE));
+    for (n, bitmap) in [bitmap, by_lookup, late].iter().enumerate() {
+        bitmap.mark_dirty(3 * 4096, 2 * 4096);
+        assert_eq!(space.stats().outside_marks, n as u64 + 1);
+    }
 }

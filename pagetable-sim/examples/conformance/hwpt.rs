@@ -16,7 +16,7 @@ type Mock = AmdHost<4, 11>;
 pub(crate) struct Hwpt {
     /// Its name in the address space.
     pub(crate) id: DomainId,
-    /// What the address space harvests.
+    /// The source that the address space harvests.
     pub(crate) source: Arc<Source>,
     /// Whether it can track.
     pub(crate) tracks: bool,

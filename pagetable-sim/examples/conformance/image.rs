@@ -2,7 +2,8 @@
 
 use super::parse::{Buffer, HOST_PAGE, Rights};
 
-/// The pages of a buffer that can be read, as far as they are one piece with page 0, and where the bitmap begins in them.
+/// The pages of a buffer that can be read, as far as they are one piece with page 0, and where the
+/// bitmap begins in them.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Image {
     bytes: Vec<u8>,
@@ -66,7 +67,8 @@ impl Image {
     }
 }
 
-/// How many pages in a row, from `at` on in steps of `step`, have rights that are `fine`. Later entries of a buffer win.
+/// How many pages in a row, from `at` on in steps of `step`, have rights that are `fine`. Later
+/// entries of a buffer win.
 fn pages(buffer: &Buffer, mut at: i64, step: i64, fine: impl Fn(Rights) -> bool) -> usize {
     let rights = |at: i64| {
         let mut runs = buffer.pages.iter().rev();

@@ -1,6 +1,6 @@
-//! What a sequence works on: one address space, and a domain of it for each recorded one.
+//! The object of a sequence: one address space, and a domain of it for each recorded one.
 //!
-//! The calls check what the interface around a kernel's address space checks before it asks it, in the same order.
+//! The calls make the checks of the interface around a kernel's address space, in the same order.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -115,12 +115,13 @@ impl Ioas {
             hwpt.source
                 .map_next_by(layout.map_or(&[], |layout| &layout.ptes));
         }
-        // Leaves stay aligned, and so does the memory behind a mapping, or it does not.
+        // Leaves stay aligned; the memory of a mapping is aligned as the recorded one.
         let backing = map.iova % BACKING + (map.va_off & page.mask());
         Ok(self.space.map(range, backing, access)?)
     }
 
-    /// Unmaps in all domains; how many bytes went. 2^64 - 1 bytes from 0 on are everything, even if that is nothing.
+    /// Unmaps in all domains; returns the number of bytes. 2^64 - 1 bytes from 0 on are everything,
+    /// even if that is nothing.
     pub(crate) fn unmap(&self, iova: u64, len: u64) -> Result<u128, Refusal> {
         let everything = (iova, len) == (0, u64::MAX);
         let range = if everything {
@@ -145,7 +146,7 @@ impl Ioas {
         Ok(())
     }
 
-    /// A device of the domain writes to `granules`, as far as they are mapped; it does not care what it may write to.
+    /// A device of the domain writes to `granules`, as far as they are mapped, read-only or not.
     pub(crate) fn write(&self, hwpt: &Hwpt, granules: &[(u64, u64)]) -> Result<(), Refusal> {
         if !hwpt.is_tracking() {
             return Err(Refusal::NotTracking);
@@ -163,8 +164,8 @@ impl Ioas {
         Ok(())
     }
 
-    /// Reads the dirty state of the domain into `bitmap`, and cleans it if `clear`. Returns the first hole, if the range has
-    /// one: what lies below it was read.
+    /// Reads the dirty state of the domain into `bitmap`, and cleans it if `clear`. Returns the
+    /// first hole, if the range has one: the part below it was read.
     pub(crate) fn read(
         &self,
         hwpt: &Hwpt,
@@ -178,7 +179,7 @@ impl Ioas {
         done.map_err(|error| {
             use dirtymap::Error::{BitmapTooShort, NeverTracked};
             match error {
-                // A domain that cannot track says so last, when the range is fine.
+                // A domain that cannot track is refused last, when the range is fine.
                 NeverTracked { .. } | BitmapTooShort { .. } if !hwpt.tracks => Refusal::CannotTrack,
                 error => error.into(),
             }
@@ -216,12 +217,12 @@ impl Ioas {
         }
     }
 
-    /// What is mapped.
+    /// The mapped addresses.
     pub(crate) fn mapped(&self) -> Ranges {
         Ranges::new(self.space.mappings().into_iter().map(|m| m.range))
     }
 
-    /// What is dirty in the domain: in its table, and what the space keeps for it.
+    /// The dirty addresses of the domain: in its table, and kept for it by the space.
     pub(crate) fn dirty(&self, hwpt: &Hwpt) -> Result<Ranges, Refusal> {
         let granule = Granule::from_bytes(GRANULE)?;
         let mut all = Vec::new();
@@ -247,7 +248,7 @@ impl Ioas {
     /// Makes exactly the leaves of `dirty` dirty in the domain.
     pub(crate) fn set(&self, hwpt: &Hwpt, dirty: &Ranges) -> Result<(), Refusal> {
         if hwpt.ever_tracked.get() {
-            // Takes what the space keeps.
+            // Takes the pages that the space keeps.
             let granule = Granule::from_bytes(GRANULE)?;
             for Mapping { range, .. } in self.space.mappings() {
                 let mut words = vec![0; words(range, granule)];
@@ -263,7 +264,7 @@ fn words(range: IovaRange, granule: Granule) -> usize {
     usize::try_from(range.granules(granule).div_ceil(64)).unwrap_or(usize::MAX)
 }
 
-/// What the interface refuses before it looks closer.
+/// The checks that the interface makes first.
 fn below_max(iova: u64, len: u64) -> Result<(), Refusal> {
     if iova == u64::MAX || len == u64::MAX {
         return Err(Refusal::TooLarge);

@@ -1,4 +1,5 @@
-//! Replays what a running Linux kernel answered, and compares: see `testdata/README.md`.
+//! Replays recorded calls to a running Linux kernel, and compares the answers: see
+//! `testdata/README.md`.
 //!
 //! ```text
 //! cargo run --release -p pagetable-sim --example conformance -- testdata/linux-7.3.4.jsonl.gz

@@ -1,7 +1,8 @@
-//! The recorded sequences: one JSON object a line, plain or gzip. The format is in `testdata/README.md`.
+//! The recorded sequences: one JSON object a line, plain or gzip. The format is in
+//! `testdata/README.md`.
 //!
-//! Whatever is in a file, parsing ends in lines that a replay can trust, or in an error that names the line: runs do not
-//! wrap, and nothing asks for more memory than a limit.
+//! For any file, parsing ends in lines that a replay can trust, or in an error that names the line:
+//! runs do not wrap, and no line asks for more memory than a limit.
 
 use std::io::{self, BufRead, BufReader, Cursor, Read};
 
@@ -20,7 +21,7 @@ const MAX_HWPTS: usize = 64;
 pub(crate) const HOST_PAGE: u64 = 4096;
 /// The smallest page of the recorded domains.
 pub(crate) const GRANULE: u64 = 2048;
-/// What is mapped behind an address: it, modulo this. Leaves up to it stay aligned, and the memory small.
+/// An address is mapped to itself modulo this. Leaves up to it stay aligned, and the memory small.
 pub(crate) const BACKING: u64 = 4 << 30;
 /// The longest area, in bytes.
 const MAX_AREA: u64 = 8 << 30;
@@ -35,7 +36,7 @@ pub(crate) enum ParseError {
     Io {
         /// The line that could not be read.
         line: u64,
-        /// What the system or the decompressor said.
+        /// The error of the system or the decompressor.
         source: io::Error,
     },
     /// The line is longer than any recorder writes.
@@ -49,7 +50,7 @@ pub(crate) enum ParseError {
     Json {
         /// The offending line.
         line: u64,
-        /// What is wrong with it.
+        /// The error of the JSON parser.
         source: serde_json::Error,
     },
     /// A value is out of range.
@@ -59,9 +60,9 @@ pub(crate) enum ParseError {
         line: u64,
         /// The name of the value.
         what: &'static str,
-        /// What it is.
+        /// The value.
         value: String,
-        /// What it may be.
+        /// The values that are allowed.
         limit: &'static str,
     },
     /// A line at a place where it does not belong.
@@ -69,9 +70,9 @@ pub(crate) enum ParseError {
     Order {
         /// The offending line.
         line: u64,
-        /// What the line is.
+        /// The kind of the line.
         found: &'static str,
-        /// What it should be.
+        /// The kind that belongs there.
         expected: &'static str,
     },
     /// The file ends early.
@@ -96,10 +97,10 @@ enum Line {
 pub(crate) struct Sequence {
     /// Its number.
     pub(crate) seq: u64,
-    /// What it is called.
+    /// Its name in the file.
     pub(crate) name: String,
     granule: u64,
-    /// What ranges are checked against.
+    /// The alignment that ranges must have.
     pub(crate) iova_alignment: u64,
     /// The addresses that may be mapped, first and last.
     pub(crate) iova_ranges: Vec<(u64, u64)>,
@@ -114,22 +115,22 @@ pub(crate) struct HwptShape {
     pub(crate) alloc_dirty_tracking: bool,
 }
 
-/// An operation and what the kernel answered.
+/// An operation and the kernel's answer.
 #[derive(Clone, Debug, Deserialize)]
 pub(crate) struct Op {
     /// Its place in the sequence.
     pub(crate) i: u64,
     /// The kernel's answer.
     pub(crate) errno: i32,
-    /// What is dirty afterwards: first address and length.
+    /// The dirty ranges afterwards: first address and length.
     #[serde(default)]
     pub(crate) after: Option<Vec<(u64, u64)>>,
-    /// What is done.
+    /// The kind of the operation, and its arguments.
     #[serde(flatten)]
     pub(crate) kind: Kind,
 }
 
-/// What an operation does.
+/// The kinds of operations.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(tag = "op", rename_all = "lowercase")]
 pub(crate) enum Kind {
@@ -223,13 +224,13 @@ pub(crate) struct Get {
 pub(crate) struct Buffer {
     /// Where the bitmap begins in page 0.
     pub(crate) off: u64,
-    /// What every byte holds before.
+    /// The value of every byte before the call.
     pub(crate) fill: u8,
-    /// First page from page 0 on, how many, and what may be done with them.
+    /// First page from page 0 on, how many, and their rights.
     pub(crate) pages: Vec<(i64, u64, Rights)>,
 }
 
-/// What the caller may do with pages of its own.
+/// The caller's rights to its own pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Rights {
@@ -241,7 +242,7 @@ pub(crate) enum Rights {
     None,
 }
 
-/// What a file holds, line by line.
+/// The items of a file, line by line.
 pub(crate) enum Item {
     /// A sequence begins.
     Sequence(Sequence),
@@ -249,7 +250,7 @@ pub(crate) enum Item {
     Op(Op),
 }
 
-/// Hands all items of a file to `each`, with their lines. Nothing behind an error is handed out.
+/// Hands all items of a file to `each`, with their lines. No item after an error is handed out.
 ///
 /// # Errors
 /// [`ParseError`], at the first line that is wrong.
@@ -403,7 +404,7 @@ fn check_map(line: u64, map: &Map, hwpts: usize) -> Result<(), ParseError> {
                 check_run(line, "ptes", *start, *count, *size)?;
                 let aligned = size.is_power_of_two() && start.is_multiple_of(*size);
                 if !aligned || !(GRANULE..=BACKING).contains(size) || *start != next {
-                    let limit = "leaves are powers of two from 2 KiB to 4 GiB, aligned, and follow each other";
+                    let limit = "leaves are aligned powers of two, 2 KiB to 4 GiB, without gaps";
                     return Err(value(
                         line,
                         "ptes",

@@ -31,7 +31,7 @@ impl Ranges {
             .filter_map(|(start, last)| IovaRange::new(Iova::new(*start), Iova::new(*last)).ok())
     }
 
-    /// What is in both.
+    /// The addresses in both.
     pub(crate) fn and(&self, other: &Ranges) -> Ranges {
         let mut both = Vec::new();
         let (mut a, mut b) = (self.iter().peekable(), other.iter().peekable());
@@ -46,7 +46,7 @@ impl Ranges {
         Ranges::new(both)
     }
 
-    /// What is in `self` and not in `other`.
+    /// The addresses in `self` and not in `other`.
     pub(crate) fn without(&self, other: &Ranges) -> Ranges {
         let mut from = Some(0);
         let mut holes = Vec::new();

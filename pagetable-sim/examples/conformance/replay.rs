@@ -1,4 +1,5 @@
-//! Replays sequences and compares answers. What must be equal, and where our contract is stricter, is decided here.
+//! Replays sequences and compares answers. This file decides which answers must be equal, and where
+//! our contract is stricter.
 
 use std::sync::Arc;
 
@@ -12,7 +13,7 @@ use super::parse::{Get, Item, Kind, Op, Sequence};
 use super::ranges::Ranges;
 use super::report::Report;
 
-/// Behind the mappings of every domain. Only what is written costs memory.
+/// The memory that every domain maps. Pages cost host memory from their first write on.
 const MEMORY: u64 = 16 << 30;
 const PEEK: u64 = 1;
 
@@ -28,13 +29,13 @@ const ALL_OR_NOTHING: &str = "an unmap that is refused unmaps nothing";
 pub(crate) struct Replay {
     memory: Arc<PhysMemory>,
     sequence: String,
-    /// What the sequence works on; nothing if it could not be made.
+    /// The object of the sequence; `None` if it could not be made.
     ioas: Option<Ioas>,
-    /// What was seen.
+    /// The results so far.
     pub(crate) report: Report,
 }
 
-/// What an operation came to, when it was right: the name of an exception that it needed.
+/// The result of an operation that was right: the name of an exception that it needed.
 type Verdict = Result<Option<&'static str>, String>;
 
 impl Replay {
@@ -87,7 +88,7 @@ impl Replay {
     }
 }
 
-/// One operation, and what it works on.
+/// One operation, and its object.
 struct Player<'a> {
     ioas: &'a Ioas,
     op: &'a Op,
@@ -130,8 +131,8 @@ impl Player<'_> {
         Ok(exception)
     }
 
-    /// The kernel unmaps area by area, and what lies below the one that sticks out of the range is gone when it refuses;
-    /// but not if it says that something there is dirty.
+    /// The kernel unmaps area by area: when it refuses an area that sticks out of the range, those
+    /// below it are gone. It keeps them if it reports something dirty there.
     fn follow_partial_unmap(&self, iova: u64, sticks_out: Iova) -> Verdict {
         let below = sticks_out.get().checked_sub(1).map(Iova::new);
         let Some(range) = below.and_then(|last| IovaRange::new(Iova::new(iova), last).ok()) else {
@@ -244,8 +245,8 @@ impl Player<'_> {
         Ok(exception)
     }
 
-    /// What an accepted read had to walk: the range, or what lies below the first address that is not mapped, which must be
-    /// the `hole` that was reported.
+    /// The part that an accepted read had to walk: the range, or its part below the first address
+    /// that is not mapped, which must be the reported `hole`.
     fn walked(&self, get: &Get, hole: Option<Iova>) -> Result<Ranges, String> {
         let range = IovaRange::from_len(Iova::new(get.iova), get.length)
             .map_err(|error| format!("accepted, though {error}"))?;
@@ -323,7 +324,7 @@ impl Player<'_> {
         }
     }
 
-    /// The same state; if not, the sequence goes on with the kernel's.
+    /// The same state; if not, the sequence continues with the kernel's.
     fn settle(&self, hwpt: &Hwpt) -> Verdict {
         let same = self.same_state(hwpt);
         if same.is_err() {
@@ -332,7 +333,7 @@ impl Player<'_> {
         same.map(|()| None)
     }
 
-    /// Goes on with the kernel's dirty state.
+    /// Continues with the kernel's dirty state.
     fn adopt(&self, hwpt: &Hwpt) -> Result<(), String> {
         let Some(recorded) = self.recorded() else {
             return Ok(());

@@ -1,4 +1,4 @@
-//! What a replay saw, in numbers and in the first failures.
+//! The results of a replay: numbers, and the first failures.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,7 +12,7 @@ struct Count {
     failed: u64,
 }
 
-/// What a replay saw.
+/// The results of a replay.
 #[derive(Default)]
 pub(crate) struct Report {
     /// Sequences that began.

@@ -1,33 +1,26 @@
 //! Reads, writes and atomic operations of a device.
 //!
-//! A write is posted: it is done as far as the device knows once it is translated, and lands later. Reads and atomic
-//! operations push the device's own earlier writes ahead of them, as on a real bus.
+//! A write is posted: for the device it is done once it is translated, and it lands later. Reads
+//! and atomic operations push the device's own earlier writes ahead of them, as on a real bus.
 
 use dirtymap::{Access, Iova};
 
-use super::Device;
+use super::{Device, Posted};
 use crate::error::{DmaError, FaultKind};
 use crate::fmt::Format;
 use crate::memory::Word;
 
-/// A write that was translated and has not arrived.
-#[derive(Debug)]
-pub(super) struct Posted {
-    phys: u64,
-    bytes: Vec<u8>,
-}
-
-/// The operand of an atomic operation: `u32` or `u64`, as PCI Express has them (PCI Express Base Specification,
-/// "Atomic Operations"). Little endian in memory.
+/// The operand of an atomic operation: `u32` or `u64`, as PCI Express has them (PCI Express Base
+/// Specification, "Atomic Operations"). Little endian in memory.
 pub trait AtomicOperand: Word {}
 
 impl AtomicOperand for u32 {}
 impl AtomicOperand for u64 {}
 
 impl<F: Format> Device<F> {
-    /// Writes `bytes` from `iova` on: any length, any alignment, across pages. The bytes are posted: they land when the
-    /// FIFO is full, when an invalidation drains it, before a read or an atomic operation, or in
-    /// [`land_all`](Self::land_all). Waits for nobody.
+    /// Writes `bytes` from `iova` on: any length, any alignment, across pages. The bytes are
+    /// posted: they land when the FIFO is full, when an invalidation drains it, before a read or an
+    /// atomic operation, or in [`land_all`](Self::land_all). Never waits.
     ///
     /// # Errors
     /// [`DmaError`] at the first page that could not be written; the pages before it are written.
@@ -38,9 +31,9 @@ impl<F: Format> Device<F> {
         let mut at = iova;
         while !rest.is_empty() {
             let phys = self.translate(at, Access::Write)?;
-            let (piece, behind) = rest.split_at(piece_at::<F>(at, rest.len()));
+            let (piece, tail) = rest.split_at(piece_at::<F>(at, rest.len()));
             self.post(phys, piece);
-            rest = behind;
+            rest = tail;
             if !rest.is_empty() {
                 at = self.next(at, piece.len())?;
             }
@@ -48,7 +41,8 @@ impl<F: Format> Device<F> {
         Ok(())
     }
 
-    /// Reads the bytes from `iova` on into `bytes`, after this device's earlier writes. Waits for nobody.
+    /// Reads the bytes from `iova` on into `bytes`, after this device's earlier writes. Never
+    /// waits.
     ///
     /// # Errors
     /// [`DmaError`] at the first page that could not be read; the pages before it are read.
@@ -60,12 +54,12 @@ impl<F: Format> Device<F> {
         let mut at = iova;
         while !rest.is_empty() {
             let phys = self.translate(at, Access::Read)?;
-            let (piece, behind) = rest.split_at_mut(piece_at::<F>(at, rest.len()));
+            let (piece, tail) = rest.split_at_mut(piece_at::<F>(at, rest.len()));
             let done = self.hardware.memory.read(phys, piece);
             debug_assert!(done.is_ok(), "what is mapped lies in memory");
             self.stats.bytes += piece.len() as u64;
             let done = piece.len();
-            rest = behind;
+            rest = tail;
             if !rest.is_empty() {
                 at = self.next(at, done)?;
             }
@@ -73,18 +67,19 @@ impl<F: Format> Device<F> {
         Ok(())
     }
 
-    /// Adds `value`, wrapping, to the operand at `iova` in one step, after this device's earlier writes; returns what
-    /// was there. Sets D as a write does. Waits for nobody.
+    /// Adds `value`, wrapping, to the operand at `iova` in one step, after this device's earlier
+    /// writes; returns the old value. Sets D as a write does. Never waits.
     ///
     /// # Errors
-    /// [`DmaError`] if `iova` is not a multiple of the operand's size, or the device may not both read and write there;
-    /// then memory is unchanged.
+    /// [`DmaError`] if `iova` is not a multiple of the operand's size, or the device may not both
+    /// read and write there; then memory is unchanged.
     pub fn fetch_add<T: AtomicOperand>(&mut self, iova: Iova, value: T) -> Result<T, DmaError> {
         self.update(iova, |old: T| old.plus(value))
     }
 
-    /// Replaces the operand at `iova` by `new` in one step if it equals `expected`, after this device's earlier writes;
-    /// returns what was there. Sets D as a write does, also if nothing is replaced. Waits for nobody.
+    /// Replaces the operand at `iova` by `new` in one step if it equals `expected`, after this
+    /// device's earlier writes; returns the old value. Sets D as a write does, even if nothing is
+    /// replaced. Never waits.
     ///
     /// # Errors
     /// As [`fetch_add`](Self::fetch_add).
@@ -111,7 +106,7 @@ impl<F: Format> Device<F> {
         Ok(done.unwrap_or_default())
     }
 
-    /// The address `len` bytes further, where an access goes on; past 2^64 - 1 there is none.
+    /// The address `len` bytes further, where an access continues. A fault past 2^64 - 1.
     #[inline]
     fn next(&mut self, iova: Iova, len: usize) -> Result<Iova, DmaError> {
         iova.checked_add(len as u64)
@@ -150,7 +145,8 @@ impl<F: Format> Device<F> {
     }
 }
 
-/// How many of `len` bytes from `iova` on lie in one smallest page: the unit in which a device translates and posts.
+/// How many of `len` bytes from `iova` on lie in one smallest page: the unit in which a device
+/// translates and posts.
 #[inline]
 fn piece_at<F: Format>(iova: Iova, len: usize) -> usize {
     let left = F::PAGE.bytes() - (iova.get() & F::PAGE.mask());

@@ -1,19 +1,21 @@
 //! A device: its DMA goes through caches of translations, and its writes are posted.
 //!
 //! ```text
-//!  write, page by page --> [device TLB] --miss--> IOTLB --miss, or no D--> walk --> cached tables, or root
+//!  write, page by page --> [device TLB] --miss--> IOTLB --miss, or no D--> walk --> tables
 //!                               |                   |                       |
 //!                           hit with D          hit with D               set A, D
-//!                               +-------------------+-----------------------+--> FIFO of posted writes --> memory
+//!                               +-------------------+-----------------------+
+//!                                                                           v
+//!                                               memory <-- FIFO of posted writes
 //! ```
 //!
 //! * `translate.rs`: from an address to memory, through the caches;
 //! * `dma.rs`: reads, writes and atomic operations.
 //!
-//! A write that was translated is done as far as the device knows, and D is set, but its bytes may still be on their
-//! way. So a page can be harvested and copied before the write arrives, unless the invalidation that follows the
-//! harvest waits for it: that is the "drain" of a flush. A read pushes the device's own earlier writes ahead of it, as
-//! reads do on a real bus.
+//! For the device, a write is done once it is translated and D is set, but its bytes may still be
+//! on their way. So a page could be harvested and copied before the write arrives. The invalidation
+//! that follows the harvest waits for such writes: it drains them. A read pushes the device's own
+//! earlier writes ahead of it, as reads do on a real bus.
 //!
 //! Before each operation the device answers its inbox; see [`port`](crate::port).
 
@@ -25,15 +27,22 @@ use std::collections::VecDeque;
 use dirtymap::sync::{Arc, Step, performs};
 use dirtymap::{Granule, IovaRange};
 
+use crate::breakage::Breakage;
 use crate::cache::SizedCache;
-use crate::domain::{Breakage, Hardware};
 use crate::fmt::{AmdV1, Format, granule};
+use crate::hardware::Hardware;
 use crate::iotlb::Iotlb;
 use crate::port::{Cache, Port};
 use crate::table::TableRef;
 
 pub use dma::AtomicOperand;
-use dma::Posted;
+
+/// A write that was translated and has not arrived.
+#[derive(Debug)]
+struct Posted {
+    phys: u64,
+    bytes: Vec<u8>,
+}
 
 /// The shape of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,22 +51,23 @@ pub struct DeviceConfig {
     pub iotlb_sets: usize,
     /// Entries of each set, 1 to 64.
     pub iotlb_ways: usize,
-    /// Pointers to tables that are cached, so that walks begin below the root; rounded up to four times a power of two,
-    /// at most 262144. 0: each walk begins at the root.
+    /// Pointers to tables that are cached, so that walks begin below the root; rounded up to four
+    /// times a power of two, at most 262144. 0: each walk begins at the root.
     pub walk_entries: usize,
-    /// Translations that the device caches itself, in front of the IOTLB (ATS); rounded up as `walk_entries`. 0: it has
-    /// no TLB of its own.
+    /// Translations that the device caches in a TLB of its own, which it asks before the IOTLB
+    /// (ATS); rounded up as `walk_entries`. 0: it has none.
     pub tlb_entries: usize,
-    /// Translations are cached in naturally aligned pieces of at most this size, though their leaf may be larger; at
-    /// least the smallest page. Hardware that caches small pieces of large leaves needs flushes of whole leaves.
+    /// Translations are cached in naturally aligned pieces of at most this size, though their leaf
+    /// may be larger; at least the smallest page. Hardware that caches small pieces of large leaves
+    /// needs flushes of whole leaves.
     pub largest_cached: Granule,
     /// How many writes may be on their way to memory. 0: each write lands at once.
     pub posted_writes: usize,
 }
 
 impl DeviceConfig {
-    /// What [`default`](Self::default) returns: an IOTLB of 64 sets of 8 for leaves of any size, 256 cached pointers to
-    /// tables, no TLB in the device, 64 posted writes.
+    /// The value of [`default`](Self::default): an IOTLB of 64 sets of 8 for leaves of any size,
+    /// 256 cached pointers to tables, no TLB in the device, 64 posted writes.
     pub const DEFAULT: DeviceConfig = DeviceConfig {
         iotlb_sets: 64,
         iotlb_ways: 8,
@@ -74,7 +84,7 @@ impl Default for DeviceConfig {
     }
 }
 
-/// What a device did.
+/// The counts of a device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DeviceStats {
     /// Reads that were asked for.
@@ -101,10 +111,29 @@ pub struct DeviceStats {
 
 /// A device attached to a [`Domain`](crate::Domain). Owned by the thread that drives it.
 ///
-/// From its first operation on the device is **awake**, and an invalidation waits for it until it answers, which it
-/// does at its next operation, in [`service`](Self::service), or by going to sleep in [`quiesce`](Self::quiesce) or
-/// when dropped. So one thread that drives a device and harvests as well must quiesce the device before it flushes. Its
-/// IOTLB keeps its contents over a sleep.
+/// From its first operation on the device is **awake**, and an invalidation waits until it answers.
+/// It answers at its next operation, in [`service`](Self::service), or by going to sleep in
+/// [`quiesce`](Self::quiesce) or when it is dropped. So a thread that drives a device and also
+/// harvests must quiesce the device before it flushes. The IOTLB keeps its contents over a sleep.
+///
+/// ```
+/// use dirtymap::{Access, DirtySource, Iova, IovaRange, Mapping};
+/// use pagetable_sim::{DeviceConfig, Domain, DomainConfig, PhysMemory};
+/// use std::sync::Arc;
+///
+/// let domain = Domain::new(Arc::new(PhysMemory::new(8192)?), DomainConfig::default());
+/// let range = IovaRange::from_len(Iova::new(0x10_0000), 8192)?;
+/// domain.map(&Mapping { range, backing: 0, access: Access::ReadWrite })?;
+///
+/// let mut device = domain.attach(DeviceConfig::default());
+/// device.write(Iova::new(0x10_0ffe), b"four")?; // across a page border: two posted writes
+/// assert_eq!(device.in_flight(), 2);
+/// device.fetch_add(Iova::new(0x10_1008), 1u64)?; // lands earlier writes first
+/// assert_eq!(device.in_flight(), 0);
+/// assert!(device.read(Iova::new(0x10_2000), &mut [0]).is_err());
+/// assert_eq!(device.detach().faults, 1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Device<F: Format = AmdV1> {
     hardware: Arc<Hardware<F>>,
     port: Arc<Port>,
@@ -112,7 +141,7 @@ pub struct Device<F: Format = AmdV1> {
     /// The device's own TLB.
     tlb: Option<Iotlb>,
     tables: Option<SizedCache<TableRef<F>>>,
-    /// What the last walk met; empty between walks.
+    /// The tables that the last walk went through; empty between walks.
     met: Vec<TableRef<F>>,
     largest_cached: Granule,
     posted: VecDeque<Posted>,
@@ -142,13 +171,13 @@ impl<F: Format> Device<F> {
         }
     }
 
-    /// The number of the device: no other one that was ever attached to its domain has it, up to 2^32 of them.
+    /// The number of the device, unique among the first 2^32 that were ever attached to its domain.
     pub fn number(&self) -> u32 {
         self.port.number
     }
 
-    /// Answers the requests in the inbox. Every operation does so first; a device that is idle but awake should do so
-    /// now and then. One load if there is nothing to answer.
+    /// Answers the requests in the inbox. Every operation does so first; a device that is idle but
+    /// awake should call this now and then. One load if the inbox is empty.
     #[inline]
     pub fn service(&mut self) {
         if self.port.has_mail() {
@@ -165,8 +194,8 @@ impl<F: Format> Device<F> {
         landed
     }
 
-    /// Lets all posted writes land and goes to sleep: until its next operation nobody waits for this device. What is
-    /// cached stays cached.
+    /// Lets all posted writes land and goes to sleep: until its next operation no invalidation
+    /// waits for this device. It keeps its caches.
     pub fn quiesce(&mut self) {
         self.land_all();
         if self.awake {
@@ -175,12 +204,12 @@ impl<F: Format> Device<F> {
         }
     }
 
-    /// Lets all posted writes land and leaves the domain, as dropping does. Returns what the device did.
+    /// Lets all posted writes land and leaves the domain, as dropping does. Returns the counts.
     pub fn detach(self) -> DeviceStats {
         self.stats
     }
 
-    /// What the device did so far.
+    /// The counts so far.
     pub fn stats(&self) -> DeviceStats {
         self.stats
     }
@@ -221,7 +250,8 @@ impl<F: Format> Device<F> {
         }
     }
 
-    /// Drops what `cache` holds for `ranges`, which ascend and are disjoint. Returns how many entries.
+    /// Drops the entries of `cache` for `ranges`, which ascend and are disjoint. Returns their
+    /// number.
     fn forget(&mut self, cache: Cache, ranges: &[IovaRange]) -> u64 {
         let leaves = match (cache, &mut self.tlb) {
             (Cache::Iotlb { .. }, _) => Some(&mut self.iotlb),
@@ -260,7 +290,7 @@ impl<F: Format> std::fmt::Debug for Device<F> {
     }
 }
 
-/// A cache of about `entries`, with sets of four or less; none for none.
+/// A cache of about `entries`, in sets of four or less; `None` for 0.
 fn small_cache<T>(entries: usize) -> Option<SizedCache<T>> {
     (entries != 0).then(|| SizedCache::new(entries.div_ceil(4), entries.min(4)))
 }

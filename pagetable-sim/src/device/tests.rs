@@ -1,4 +1,4 @@
-//! Devices on a domain: DMA, faults, and what happens when a flush is done, forgotten, or broken.
+//! Devices on a domain: DMA, faults, and flushes that are done, forgotten, or broken.
 
 mod access;
 mod caches;
@@ -41,7 +41,7 @@ fn domain_of<F: Format>(pages: u64, max_leaf: Granule) -> Arc<Domain<F>> {
     domain
 }
 
-/// Reads and clears; returns the dirty pages, counted from `BASE`, and what is owed. No flush.
+/// Reads and clears; returns the dirty pages, counted from `BASE`, and the debt. No flush.
 fn harvest<F: Format>(domain: &Domain<F>, pages: u64) -> (Vec<u64>, FlushGather) {
     let mut words = vec![0u64; pages.div_ceil(64) as usize];
     let all = range(BASE, pages * K4);
@@ -258,7 +258,7 @@ fn a_forgotten_flush_loses_the_next_write() {
     device.write(at(5, 0), &[2]).unwrap();
     device.quiesce();
     assert_eq!(bytes(domain.memory(), 5 * K4, 1), [2], "memory changed");
-    assert_eq!(harvest(&domain, 8).0, [0u64; 0], "and nobody knows");
+    assert_eq!(harvest(&domain, 8).0, [0u64; 0], "and no harvest knows");
     assert_eq!(device.stats().iotlb_hits, 1);
 }
 
@@ -294,8 +294,8 @@ fn ignored_invalidations_lose_the_next_write() {
     assert_eq!(bytes(domain.memory(), 5 * K4, 1), [2]);
 }
 
-/// Writes, harvests and flushes while the device answers on a thread of its own; returns what the copy made after the
-/// flush holds.
+/// Writes, harvests and flushes while the device answers on a thread of its own; returns the byte
+/// that the copy after the flush holds.
 fn copy_after_flush(breakage: Breakage) -> (u8, Vec<u64>) {
     let domain = domain(8, Granule::K4);
     domain.set_tracking(true).unwrap();
@@ -381,7 +381,7 @@ fn enabling_forgets_what_was_cached_untracked() {
     device.quiesce();
     domain.set_tracking(true).unwrap();
     assert_eq!(harvest(&domain, 8).0, [0u64; 0], "enabling begins clean");
-    // Without the flush, what was cached untracked hides the next writes.
+    // Without the flush, entries that were cached untracked hide the next writes.
     domain.set_tracking(false).unwrap();
     device.write(at(6, 0), &[2]).unwrap();
     device.quiesce();

@@ -1,13 +1,15 @@
-//! From an address to memory: the device's own TLB, the IOTLB, cached pointers to tables, the table.
+//! From an address to memory: the device's own TLB, the IOTLB, cached pointers to tables, the
+//! table.
 //!
 //! ```text
-//!  device TLB (ATS)  a miss is a translation request: for a write it sets D, though nothing is written yet
+//!  device TLB (ATS)  a miss is a translation request: for a write it sets D before the write
 //!  IOTLB             a miss, or a write without D, is a walk
-//!  tables            a walk begins at the lowest table that is cached; it notes no access in the entries above
+//!  tables            a walk begins at the lowest cached table, and sets no A above it
 //! ```
 //!
-//! The IOTLB is behind the device's TLB and refills it. So an invalidation reaches the IOTLB first: the other way round,
-//! the device's TLB would drop an entry and take it back from the IOTLB before that drops it, too.
+//! The IOTLB refills the device's TLB. So an invalidation reaches the IOTLB first. In the other
+//! order, the device's TLB could drop an entry and take it back from the IOTLB before the IOTLB
+//! drops it.
 
 use dirtymap::{Access, Iova};
 
@@ -19,8 +21,8 @@ use crate::iotlb::{Cached, Iotlb};
 use crate::table::Walk;
 
 impl<F: Format> Device<F> {
-    /// Asks for the translation of `iova` and caches it, as a device does ahead of its accesses. One that includes
-    /// writing sets D, so the leaf is reported though nothing may ever be written. Waits for nobody.
+    /// Asks for the translation of `iova` and caches it, as a device does ahead of its accesses. A
+    /// prefetch for writing sets D, so the leaf is reported even if no write follows. Never waits.
     ///
     /// # Errors
     /// [`DmaError`] if the access would fault.
@@ -29,8 +31,8 @@ impl<F: Format> Device<F> {
         self.translate(iova, access).map(|_| ())
     }
 
-    /// Where `iova` lies in memory, if the device may do `wanted` there. Sets D for a write, unless a cached entry says
-    /// that it is set.
+    /// Where `iova` lies in memory, if the device may do `wanted` there. Sets D for a write, unless
+    /// a cached entry says that it is set.
     #[inline(always)]
     pub(super) fn translate(&mut self, iova: Iova, wanted: Access) -> Result<u64, DmaError> {
         let tracking = self.hardware.is_tracking();
@@ -45,7 +47,7 @@ impl<F: Format> Device<F> {
         self.miss(iova, wanted, tracking)
     }
 
-    /// Translates what the nearest cache does not.
+    /// Translates an address that misses in the nearest cache.
     #[inline(never)]
     fn miss(&mut self, iova: Iova, wanted: Access, tracking: bool) -> Result<u64, DmaError> {
         if self.tlb.is_none() {
@@ -64,7 +66,7 @@ impl<F: Format> Device<F> {
         Ok(entry.phys(iova))
     }
 
-    /// Translates by the table and caches what it says, faults excepted.
+    /// Translates by the table and caches the translation; a fault is not cached.
     fn walk(&mut self, iova: Iova, wanted: Access, tracking: bool) -> Result<Cached, DmaError> {
         self.stats.iotlb_misses += 1;
         let sets_dirty = tracking && wanted.writes();
@@ -114,11 +116,12 @@ impl<F: Format> Device<F> {
     }
 }
 
-/// The entry for `iova` in `cache`, if it lets the device do `wanted` without further ado.
+/// The entry for `iova` in `cache`, if it lets the device do `wanted` without a walk.
 #[inline]
 fn usable(cache: &mut Iotlb, iova: Iova, wanted: Access, tracking: bool) -> Option<&mut Cached> {
     let entry = cache.lookup(iova)?;
-    // While tracking is off, hardware sets no D: the entry is as good as dirty until the flush that enabling ends with.
+    // While tracking is off, hardware sets no D: the entry counts as dirty until the flush at the
+    // end of enabling.
     entry.dirty |= !tracking;
     entry.serves(wanted).then_some(entry)
 }

@@ -1,39 +1,36 @@
-//! Invalidation: what is asked for, rounded to what commands can name, reaches every device in two rounds.
+//! Invalidation: the ranges are rounded out to those that commands can name, and reach every device
+//! in two rounds.
 //!
 //! ```text
-//!  ranges --Format::REACH--> commands --first--> IOTLBs, and pointers to tables if asked for --all acknowledged-->
-//!                                     --then---> TLBs of devices                             --all acknowledged--> done
+//!  ranges --Format::REACH--> commands
+//!    first round   IOTLBs, and pointers to tables if asked for   until all have acknowledged
+//!    second round  TLBs of devices                               until all have acknowledged
 //! ```
 //!
-//! The order of the rounds matters. A device whose own TLB misses asks the IOTLB. If its TLB were emptied first, it could
-//! take back an entry with D from the IOTLB, which is emptied only after that, and no later flush would be owed. After
-//! the first round no IOTLB has such an entry, and every walk from then on sees the table as the invalidator left it.
+//! The order of the rounds matters. A device whose own TLB misses asks the IOTLB. If its TLB were
+//! emptied first, it could take back an entry with D from the IOTLB, which is emptied only after
+//! that, and no later flush would be owed. After the first round no IOTLB has such an entry, and
+//! every walk from then on sees the table as the invalidator left it.
 //!
-//! Both rounds drain the writes in flight, the second one those that were translated by a device's TLB between the two.
+//! Both rounds drain the writes in flight. The second one drains those that a device's TLB
+//! translated between the two.
 
 use dirtymap::sync::{Arc, Ordering, Step, fence, lock, performs};
 use dirtymap::{FlushGather, Granule, Invalidated, IovaRange};
 
-use super::{Breakage, Domain};
+use super::Domain;
+use crate::breakage::Breakage;
 use crate::error::Error;
 use crate::fmt::Format;
 use crate::port::{Cache, Order, Port, Receipt};
 
-/// What invalidations came to.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Counts {
-    pub(super) invalidations: u64,
-    pub(super) commands: u64,
-    pub(super) bytes_asked: u128,
-    pub(super) bytes_invalidated: u128,
-}
-
-/// What is to be invalidated.
+/// The commands of one invalidation.
 struct Job {
-    /// What the commands name; ascending and disjoint.
+    /// The ranges that the commands name; ascending and disjoint.
     ranges: Vec<IovaRange>,
-    /// Pointers to tables as well.
+    /// The commands name pointers to tables as well.
     tables: bool,
+    /// The bytes that the caller asked for.
     asked: u128,
 }
 
@@ -45,10 +42,10 @@ impl Job {
 }
 
 impl<F: Format> Domain<F> {
-    /// Invalidates everything that devices cache, pointers to tables included, and lands what they have in flight;
-    /// returns when all have. Waits for every device that is awake.
+    /// Has every device drop its whole cache, pointers to tables included, and land its writes in
+    /// flight. Returns when all have done so: waits for every device that is awake.
     pub fn invalidate_all(&self) -> Invalidated {
-        let ports = self.ports();
+        let ports = self.hardware.ports();
         self.invalidate_at(&ports, &[IovaRange::ALL], F::PAGE, true)
     }
 
@@ -57,7 +54,7 @@ impl<F: Format> Domain<F> {
     /// # Errors
     /// [`Error::NoSuchDevice`] if no device with that number is attached.
     pub fn invalidate_device(&self, number: u32) -> Result<Invalidated, Error> {
-        let mut ports = self.ports();
+        let mut ports = self.hardware.ports();
         ports.retain(|port| port.number == number);
         if ports.is_empty() {
             return Err(Error::NoSuchDevice { number });
@@ -65,42 +62,38 @@ impl<F: Format> Domain<F> {
         Ok(self.invalidate_at(&ports, &[IovaRange::ALL], F::PAGE, true))
     }
 
-    /// Invalidates what `gather` names, at all devices.
+    /// Invalidates the ranges of `gather` at all devices.
     pub(super) fn invalidate_gather(&self, gather: &FlushGather) -> Invalidated {
         let stride = gather.leaves().map_or(F::PAGE, |leaves| leaves.smallest);
         if !gather.tables() {
-            return self.invalidate_at(&self.ports(), gather.ranges(), stride, false);
+            let ports = self.hardware.ports();
+            return self.invalidate_at(&ports, gather.ranges(), stride, false);
         }
-        // One at a time: what one of them says of tables when it ends is of its own flush.
+        // One at a time: the end of a flush speaks of the tables that were cleared before it began.
         let _tables = lock(&self.tables);
         let table = &self.hardware.table;
         table.flush_begins(gather.ranges());
-        let done = self.invalidate_at(&self.ports(), gather.ranges(), stride, true);
+        let ports = self.hardware.ports();
+        let done = self.invalidate_at(&ports, gather.ranges(), stride, true);
         table.flush_ends(gather.ranges());
         done
     }
 
-    /// Has all devices forget their pointers to tables in `range`, where a table was replaced by a leaf, before they do
-    /// anything that begins after the return. Waits for nobody: nothing is in flight through a table without leaves, and
-    /// devices answer before they translate.
+    /// Has all devices forget their pointers to tables in `range`, where a leaf replaced a table,
+    /// before any operation that begins after the return. Never waits: nothing is in flight through
+    /// a table without leaves, and devices answer before they translate.
     pub(super) fn forget_tables(&self, range: IovaRange) {
         let job = self.job(&[range], F::PAGE, true);
         if job.tables && !job.ranges.is_empty() {
-            let ports = self.ports();
+            let ports = self.hardware.ports();
             let commands = (job.ranges.len() * ports.len()) as u64;
             self.count(&job, commands);
             self.ask(&ports, Cache::Iotlb { tables: true }, job.ranges);
         }
     }
 
-    /// The ports of all devices. A device that joins after this has nothing cached, and the lock orders its walks after
-    /// the changes that are invalidated.
-    fn ports(&self) -> Vec<Arc<Port>> {
-        lock(&self.hardware.ports).clone()
-    }
-
-    /// Has the devices at `ports` drop what they cached for `asked`, and land what they have in flight; returns when all
-    /// have.
+    /// Has the devices at `ports` drop their entries for `asked`, and land their writes in flight.
+    /// Returns when all have done so.
     fn invalidate_at(
         &self,
         ports: &[Arc<Port>],
@@ -127,7 +120,10 @@ impl<F: Format> Domain<F> {
             };
             let asked = self.ask(ports, cache, job.ranges.clone());
             if performs(Step::AskFence) {
-                // SeqCst: F2 of the protocol in `port`, once for all devices; pairs with F1 in `Port::wake`.
+                // SeqCst: F2 of the protocol in `port`, once for all devices; pairs with F1 in
+                // `Port::wake`.
+                // - If F1 is first, the wait below sees the device awake, and waits for it.
+                // - If F2 is first, the device sees the request when it wakes.
                 fence(Ordering::SeqCst);
             }
             for (port, receipt) in &asked {
@@ -142,7 +138,7 @@ impl<F: Format> Domain<F> {
         done
     }
 
-    /// What invalidating `asked` takes. Nothing, if nothing is asked for or nothing works.
+    /// The commands for `asked`. None if nothing is asked for, or the hardware ignores them.
     fn job(&self, asked: &[IovaRange], stride: Granule, tables: bool) -> Job {
         let breakage = self.hardware.breakage();
         let mut ranges: Vec<IovaRange> = match breakage {
@@ -154,7 +150,7 @@ impl<F: Format> Domain<F> {
                 .collect(),
         };
         ranges.sort_unstable_by_key(|range| range.start());
-        // What covers two ranges may reach into each other.
+        // Ranges that were disjoint may overlap once they are rounded out.
         ranges.dedup_by(|next, kept| {
             let joins = next.intersects(*kept);
             if joins && let Ok(hull) = IovaRange::new(kept.start(), kept.last().max(next.last())) {

@@ -1,49 +1,48 @@
 //! A domain: one page table, the devices that translate by it, and the switch for dirty tracking.
 //!
 //! ```text
-//!  Domain (software's side) --map, unmap, harvest--> table <--walk, set D-- Device (hardware's side)
-//!     |                                                                       |   |
-//!     +--invalidate--> port of each device --acknowledged when dropped, drained--+   +--> memory
+//!  Domain (software) --map, unmap, harvest--> table <--walk, set D-- Device (hardware)
+//!     |                                                               |   |
+//!     +--invalidate--> port of each device --drop, drain, acknowledge-+   +--> memory
 //! ```
 //!
-//! Invalidations are in `invalidate.rs`, ways to break them in `breakage.rs`.
+//! Invalidations are in `invalidate.rs`.
 
-mod breakage;
 mod invalidate;
 
-use dirtymap::sync::{Arc, AtomicBool, AtomicU8, AtomicU64, Mutex, Ordering, Step, lock, performs};
+use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering, Step, lock, performs};
 use dirtymap::{
     DirtySource, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink,
     Stopped,
 };
 
-use self::invalidate::Counts;
+use crate::breakage::Breakage;
 use crate::device::{Device, DeviceConfig};
 use crate::error::Error;
-use crate::fault::{Fault, FaultLog, Faults};
+use crate::fault::Faults;
 use crate::fmt::{AmdV1, Format, LeafSizes, granule};
+use crate::hardware::Hardware;
 use crate::memory::PhysMemory;
-use crate::port::Port;
 use crate::table::{Leaf, Table};
-
-pub use self::breakage::Breakage;
 
 /// The shape of a domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DomainConfig {
-    /// Leaves are not larger than this. Large leaves make tracking coarse; below the smallest page it counts as the
-    /// smallest page.
+    /// The largest size of a leaf. Large leaves make tracking coarse. A value below the smallest
+    /// page counts as the smallest page.
     pub max_leaf: Granule,
-    /// Enabling tracking splits leaves that are larger than this, so that tracking is finer than the mapping.
+    /// Enabling tracking splits leaves that are larger than this, so that tracking is finer than
+    /// the mapping.
     pub split_on_enable: Option<Granule>,
-    /// Harvests skip tables that no device walked through since they were found clean, where the format has A above its
-    /// leaves ([`Format::TABLE_ACCESSED`]). For that they owe a flush of pointers to tables each time that tables come to
-    /// rest. Reads keep tables from resting as writes do, so where devices read all the time, each harvest flushes.
+    /// Harvests skip tables that no device walked through since they were found clean, where the
+    /// format has A above its leaves ([`Format::TABLE_ACCESSED`]). For that they owe a flush of
+    /// pointers to tables each time that a table is found clean for the first time. Reads set A as
+    /// writes do, so where devices read all the time, each harvest flushes.
     pub skip_quiet: bool,
 }
 
 impl Default for DomainConfig {
-    /// Leaves as large as the format has them.
+    /// Leaves as large as the format has them, no splits, and no skips.
     fn default() -> Self {
         DomainConfig {
             max_leaf: granule(63),
@@ -53,7 +52,7 @@ impl Default for DomainConfig {
     }
 }
 
-/// What a domain counted. Each number is exact; together they are of one moment only while nothing goes on.
+/// The counts of a domain. Each number is exact; they are of one moment only while nothing goes on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DomainStats {
     /// Devices that are attached.
@@ -66,79 +65,82 @@ pub struct DomainStats {
     pub invalidations: u64,
     /// Invalidation commands sent: ranges times devices, and once more for devices that have a TLB.
     pub commands: u64,
-    /// Bytes that were to be invalidated.
+    /// Bytes that callers asked to invalidate.
     pub bytes_asked: u128,
     /// Bytes that the commands for them named: [`Format::REACH`] rounds out.
     pub bytes_invalidated: u128,
-    /// Ranges that were to be unmapped and were refused, because they cut through a leaf or cannot be mapped at all.
+    /// Ranges whose unmap was refused, because they cut through a leaf or cannot be mapped at all.
     pub refused_unmaps: u64,
     /// Subtrees that harvests skipped: see [`DomainConfig::skip_quiet`].
     pub skipped: u64,
 }
 
-/// What the devices of a domain are wired to.
-pub(crate) struct Hardware<F: Format> {
-    pub(crate) memory: Arc<PhysMemory>,
-    pub(crate) table: Table<F>,
-    tracking: AtomicBool,
-    breakage: AtomicU8,
-    ports: Mutex<Vec<Arc<Port>>>,
-    /// How many devices were ever attached.
-    joined: AtomicU64,
-    fault_log: FaultLog,
-    faults: AtomicU64,
-    dirty_walks: AtomicU64,
+/// The counts of invalidations.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counts {
+    invalidations: u64,
+    commands: u64,
+    bytes_asked: u128,
+    bytes_invalidated: u128,
 }
 
-/// One page table, the devices that translate by it, and the switch for dirty tracking: the hardware's side of a
-/// [`DirtySource`](dirtymap::DirtySource).
+/// One page table, the devices that translate by it, and the switch for dirty tracking: the side of
+/// the hardware of a [`DirtySource`](dirtymap::DirtySource).
 ///
-/// `F` is the format of the table: [`Domain::new`] makes a domain of AMD v1, [`Domain::with_format`] one of any format.
+/// `F` is the format of the table: [`Domain::new`] makes a domain of AMD v1,
+/// [`Domain::with_format`] one of any format.
 ///
-/// Shared by `Arc`. Mapping, unmapping, harvesting and DMA never wait for each other; invalidations and enabling wait
-/// for every device that is awake.
+/// Shared by `Arc`. Mapping, unmapping, harvesting and DMA never block each other; invalidations
+/// and enabling wait for every device that is awake.
+///
+/// ```
+/// use dirtymap::{Access, DirtySource, Iova, IovaRange, Mapping};
+/// use pagetable_sim::{DeviceConfig, Domain, DomainConfig, PhysMemory, VtdSs};
+/// use std::sync::Arc;
+///
+/// let memory = Arc::new(PhysMemory::new(1 << 20)?);
+/// let domain = Domain::<VtdSs>::with_format(memory, DomainConfig::default());
+/// let range = IovaRange::from_len(Iova::new(0x4000_0000), 1 << 20)?;
+/// domain.map(&Mapping { range, backing: 0, access: Access::ReadWrite })?;
+/// domain.set_tracking(true)?;
+/// domain.attach(DeviceConfig::default()).write(range.start(), b"dirty")?;
+/// assert!(domain.translate(range.start()).unwrap().dirty);
+/// assert_eq!(domain.stats().dirty_walks, 1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Domain<F: Format = AmdV1> {
     hardware: Arc<Hardware<F>>,
     config: DomainConfig,
-    /// Held by who switches tracking.
+    /// Held while tracking is switched.
     switch: Mutex<()>,
     counts: Mutex<Counts>,
-    /// Held by who flushes pointers to tables.
+    /// Held during a flush of pointers to tables.
     tables: Mutex<()>,
     refused_unmaps: AtomicU64,
 }
 
 impl Domain {
-    /// The smallest page that a domain of AMD v1 maps: ranges and backing addresses are multiples of it. For other
-    /// formats see [`Format::PAGE`].
+    /// The smallest page that a domain of AMD v1 maps: ranges and backing addresses are multiples
+    /// of it. For other formats see [`Format::PAGE`].
     pub const PAGE: Granule = AmdV1::PAGE;
 
-    /// A domain of AMD v1 that maps nothing and tracks nothing, over `memory`.
+    /// A domain of AMD v1 over `memory` that maps nothing and tracks nothing.
     pub fn new(memory: Arc<PhysMemory>, config: DomainConfig) -> Arc<Domain> {
         Domain::with_format(memory, config)
     }
 }
 
 impl<F: Format> Domain<F> {
-    /// A domain of the format `F` that maps nothing and tracks nothing, over `memory`. The format is named, as in
-    /// `Domain::<VtdSs>::with_format(memory, config)`.
+    /// A domain of the format `F` over `memory` that maps nothing and tracks nothing. The caller
+    /// names the format, as in `Domain::<VtdSs>::with_format(memory, config)`.
     pub fn with_format(memory: Arc<PhysMemory>, config: DomainConfig) -> Arc<Self> {
+        let table = if config.skip_quiet {
+            Table::skipping()
+        } else {
+            Table::new()
+        };
         Arc::new(Domain {
-            hardware: Arc::new(Hardware {
-                memory,
-                table: if config.skip_quiet {
-                    Table::skipping()
-                } else {
-                    Table::new()
-                },
-                tracking: AtomicBool::new(false),
-                breakage: AtomicU8::new(Breakage::None as u8),
-                ports: Mutex::new(Vec::new()),
-                joined: AtomicU64::new(0),
-                fault_log: FaultLog::new(),
-                faults: AtomicU64::new(0),
-                dirty_walks: AtomicU64::new(0),
-            }),
+            hardware: Arc::new(Hardware::new(memory, table)),
             config,
             switch: Mutex::new(()),
             counts: Mutex::new(Counts::default()),
@@ -152,7 +154,7 @@ impl<F: Format> Domain<F> {
         Device::new(Arc::clone(&self.hardware), config)
     }
 
-    /// What the devices are wired to.
+    /// The hardware that the devices share.
     #[cfg(all(test, not(dirtymap_loom)))]
     pub(crate) fn hardware(&self) -> &Hardware<F> {
         &self.hardware
@@ -163,16 +165,18 @@ impl<F: Format> Domain<F> {
         &self.hardware.memory
     }
 
-    /// The table that devices walk. What is changed in it by hand is not invalidated by the domain.
+    /// The table that devices walk. The domain does not invalidate changes that are made in it by
+    /// hand.
     pub fn table(&self) -> &Table<F> {
         &self.hardware.table
     }
 
-    /// As [`DirtySource::map`], by leaves whose sizes are among `sizes`. Devices forget their pointers to a table that a leaf
-    /// replaces before they translate again.
+    /// As [`DirtySource::map`], by leaves whose sizes are among `sizes`. Devices forget their
+    /// pointers to a table that a leaf replaces before they translate again.
     ///
     /// # Errors
-    /// [`Error::OutsideMemory`] if the memory behind it is not all there, else as [`Table::map`].
+    /// [`Error::OutsideMemory`] if a part of the backing lies outside the memory, else as
+    /// [`Table::map`].
     pub fn map_leaves(&self, mapping: &Mapping, sizes: impl Into<LeafSizes>) -> Result<(), Error> {
         let &Mapping {
             range,
@@ -187,8 +191,9 @@ impl<F: Format> Domain<F> {
         Ok(())
     }
 
-    /// Merges leaves as [`Table::merge`], and has devices forget the tables whose place was taken. Waits for every device
-    /// that is awake, if there are such. Returns how many leaves came to be.
+    /// Merges leaves as [`Table::merge`], and has devices forget the tables that leaves replaced.
+    /// If there are such tables, waits for every device that is awake. Returns the number of new
+    /// leaves.
     ///
     /// # Errors
     /// As [`Table::merge`].
@@ -230,37 +235,37 @@ impl<F: Format> Domain<F> {
         self.hardware.is_tracking()
     }
 
-    /// Takes the faults that were logged, and how many were dropped since the last time. Devices do not wait for it.
+    /// Takes the faults that were logged, and the number of those that were dropped since the last
+    /// call. Devices never wait for it.
     pub fn take_faults(&self) -> Faults {
-        self.hardware.fault_log.take()
+        self.hardware.take_faults()
     }
 
-    /// Sets the reserved bits of the leaf that maps `iova`, as a memory error would: the next walk there faults. False
-    /// if nothing is mapped there, or the format has no reserved bits ([`Format::RESERVED`]).
+    /// Sets the reserved bits of the leaf that maps `iova`, as a memory error would: the next walk
+    /// there faults. False if nothing is mapped there, or the format has no reserved bits
+    /// ([`Format::RESERVED`]).
     pub fn corrupt(&self, iova: Iova) -> bool {
         self.hardware.table.corrupt(iova)
     }
 
-    /// Makes the hardware break its promises from now on; [`Breakage::None`] repairs it. What was lost stays lost.
+    /// Makes the hardware break its promises from now on; [`Breakage::None`] repairs it. Writes
+    /// that were lost stay lost.
     pub fn break_hardware(&self, breakage: Breakage) {
-        // Relaxed: a switch for tests, thrown before the scenario begins.
-        self.hardware
-            .breakage
-            .store(breakage as u8, Ordering::Relaxed);
+        self.hardware.break_it(breakage);
     }
 
-    /// What was counted so far.
+    /// The counts so far.
     pub fn stats(&self) -> DomainStats {
         let counts = *lock(&self.counts);
-        // Relaxed, all: counts order nothing.
         DomainStats {
-            devices: lock(&self.hardware.ports).len() as u64,
-            faults: self.hardware.faults.load(Ordering::Relaxed),
-            dirty_walks: self.hardware.dirty_walks.load(Ordering::Relaxed),
+            devices: self.hardware.devices(),
+            faults: self.hardware.faults(),
+            dirty_walks: self.hardware.dirty_walks(),
             invalidations: counts.invalidations,
             commands: counts.commands,
             bytes_asked: counts.bytes_asked,
             bytes_invalidated: counts.bytes_invalidated,
+            // Relaxed: a count.
             refused_unmaps: self.refused_unmaps.load(Ordering::Relaxed),
             skipped: self.hardware.table.skipped(),
         }
@@ -291,19 +296,20 @@ impl<F: Format> DirtySource for Domain<F> {
             }
         });
         if done.is_err() {
-            // Relaxed: a count. A caller who unmaps what was mapped never gets here.
+            // Relaxed: a count. A caller that unmaps a mapped range never gets here.
             self.refused_unmaps.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// Enabling goes clear, split if the domain is configured so, switch, flush:
+    /// Enabling clears, splits if the domain is configured so, switches and flushes:
     ///
-    /// * the **flush comes last**. Translations cached while tracking was off count as dirty and never look at the
-    ///   table, and those cached with a D that the clear has removed would not either; only after the flush does every
-    ///   write walk;
-    /// * the **switch comes before the flush**, or a device could cache an entry as untracked right after it;
-    /// * the **clear comes before the switch**, so that it removes only what is left from an earlier tracking, and no D
-    ///   that a write sets while tracking is being enabled.
+    /// * the **flush comes last**. Translations cached while tracking was off count as dirty and
+    ///   never look at the table, and neither do those that were cached with a D that the clear has
+    ///   removed. Only after the flush does every write walk;
+    /// * the **switch comes before the flush**, or a device could cache an entry as untracked right
+    ///   after it;
+    /// * the **clear comes before the switch**, so that it removes only what is left from an
+    ///   earlier tracking, and no D that a write sets while tracking is being enabled.
     fn set_tracking(&self, on: bool) -> Result<(), dirtymap::Error> {
         let _switch = lock(&self.switch);
         if self.hardware.is_tracking() == on {
@@ -312,16 +318,14 @@ impl<F: Format> DirtySource for Domain<F> {
         if on {
             self.hardware.table.clean();
             if let Some(largest) = self.config.split_on_enable {
-                // Owed to the flush below, which drops the old leaves from all devices.
+                // The flush below drops the old leaves from all devices.
                 self.hardware.table.split_everything(largest, |_, _| ());
             }
         }
-        // Release: the clear comes first. That devices see the switch in time is not this store's work but that of the
-        // flush: they look at the switch after they answered, or after they woke behind F2.
-        self.hardware.tracking.store(on, Ordering::Release);
+        self.hardware.set_tracking(on);
         if on {
-            // Walks that were not tracked set no A, and devices cache what they led to until the flush: what is written while
-            // tracking is being enabled is not to be skipped.
+            // Walks that were not tracked set no A, and devices keep the cached entries until the
+            // flush. Pages that are written while tracking is being enabled must not be skipped.
             self.hardware.table.heat_all();
             self.invalidate_all();
         }
@@ -349,44 +353,5 @@ impl<F: Format> std::fmt::Debug for Domain<F> {
             .field("config", &self.config)
             .field("stats", &self.stats())
             .finish_non_exhaustive()
-    }
-}
-
-impl<F: Format> Hardware<F> {
-    /// Gives a new device its port.
-    pub(crate) fn join(&self, has_tlb: bool) -> Arc<Port> {
-        // Relaxed: a count.
-        let number = self.joined.fetch_add(1, Ordering::Relaxed) as u32;
-        let port = Arc::new(Port::new(number, has_tlb));
-        lock(&self.ports).push(Arc::clone(&port));
-        port
-    }
-
-    /// Takes the port of a device that sleeps and never wakes again.
-    pub(crate) fn leave(&self, port: &Arc<Port>) {
-        lock(&self.ports).retain(|other| !Arc::ptr_eq(other, port));
-    }
-
-    #[inline]
-    pub(crate) fn is_tracking(&self) -> bool {
-        // Relaxed: see `set_tracking`; a device that reads the old value is flushed before enabling returns.
-        self.tracking.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn breakage(&self) -> Breakage {
-        // Relaxed: a switch for tests.
-        Breakage::from_number(self.breakage.load(Ordering::Relaxed))
-    }
-
-    /// Counts and logs a blocked access.
-    pub(crate) fn fault(&self, fault: Fault) {
-        // Relaxed: a count.
-        self.faults.fetch_add(1, Ordering::Relaxed);
-        self.fault_log.add(fault);
-    }
-
-    pub(crate) fn count_dirty_walk(&self) {
-        // Relaxed: a count, next to a compare-exchange on the table.
-        self.dirty_walks.fetch_add(1, Ordering::Relaxed);
     }
 }

@@ -1,6 +1,7 @@
 //! The host page table of AMD's IOMMU, version 1.
 //!
-//! Layout of an entry, from the AMD I/O Virtualization Technology (IOMMU) Specification, document 48882:
+//! Layout of an entry, from the AMD I/O Virtualization Technology (IOMMU) Specification, document
+//! 48882:
 //!
 //! | bits | name | meaning |
 //! |---|---|---|
@@ -15,21 +16,26 @@
 //! | 61 | IR | devices may read |
 //! | 62 | IW | devices may write |
 //!
-//! The document counts levels from 1 at the bottom, so an entry of our level `l` leads to the document's level `l`. Four
-//! levels translate 48 bits, six translate all 64: the topmost table of six has 128 entries and no leaves.
+//! The document counts levels from 1 at the bottom, so an entry of our level `l` leads to the
+//! document's level `l`. Four levels translate 48 bits, six translate all 64: the topmost table of
+//! six has 128 entries and no leaves.
 //!
-//! A leaf may have any other power of two from twice the page up to 2^51 bytes, but not 512 GiB: next level 7 says that
-//! its size is in the address field. There the bits below the size are all set, except for the highest of them, which is
-//! clear: 0 for 8 KiB, 01 for 16 KiB, 011 for 32 KiB. Every entry that the leaf covers holds the same value, and hardware
-//! sets D in any of them.
+//! A leaf may have any other power of two from twice the page up to 2^51 bytes, but not 512 GiB:
+//! next level 7 says that its size is in the address field. There the bits below the size are all
+//! set, except for the highest of them, which is clear: 0 for 8 KiB, 01 for 16 KiB, 011 for 32 KiB.
+//! Every entry that the leaf covers holds the same value, and hardware sets D in any of them.
 //!
-//! The address field holds the number of the frame, so it is free of the low bits at any page size: 2 KiB pages exist
-//! here as they do in the kernel's mock of an IOMMU. The model checker gets two levels and pages of 8 bytes, with the
-//! same bits: tables of two entries, or of four where pages would have 2 KiB, so that there are groups.
+//! The address field holds the number of the frame, so it is free of the low bits at any page size:
+//! 2 KiB pages exist here as they do in the kernel's mock of an IOMMU. The model checker gets two
+//! levels and pages of 8 bytes, with the same bits: tables of two entries, or of four where pages
+//! would have 2 KiB, so that there are groups.
 
-use dirtymap::{Access, Granule};
+use dirtymap::Granule;
 
-use super::{Format, INDEX_LG2, Iopte, LeafSizes, MakeClean, Reach, granule, sealed, shape};
+use super::entry::{Iopte, MakeClean};
+use super::format::{Format, INDEX_LG2, sealed, shape};
+use super::reach::Reach;
+use super::sizes::{LeafSizes, granule};
 
 const PR: u64 = 1 << 0;
 const A: u64 = 1 << 5;
@@ -44,8 +50,9 @@ const IR: u64 = 1 << 61;
 const IW: u64 = 1 << 62;
 const RESERVED: u64 = 0x7f << 52;
 
-/// The host page table of AMD's IOMMU, version 1, of `N` levels, 3 to 6, and with pages of 2^`P` bytes, 11 or 12: 39, 48,
-/// 57 or 64 bits of address at 4 KiB, leaves of any power of two from a page to 2^51 bytes except for 2^39, D in bit 6.
+/// The host page table of AMD's IOMMU, version 1, of `N` levels, 3 to 6, and with pages of 2^`P`
+/// bytes, 11 or 12: 39, 48, 57 or 64 bits of address at 4 KiB, leaves of any power of two from a
+/// page to 2^51 bytes except for 2^39, D in bit 6.
 #[derive(Clone, Copy, Debug)]
 pub struct AmdHost<const N: u32, const P: u32 = 12>;
 
@@ -73,7 +80,13 @@ where
     };
     const LEAF_LEVELS: u32 = if Self::LEVELS < 5 { Self::LEVELS } else { 5 };
     const ADDRESS: u64 = ADDRESS;
-    const ACCESS: u64 = IR | IW;
+    const PRESENT: u64 = PR;
+    const LEAF: u64 = PR | FC;
+    const TABLE: u64 = PR | IR | IW;
+    const READ: u64 = IR;
+    const WRITE: u64 = IW;
+    const WRITE_ONLY: bool = true;
+    const WRITTEN: u64 = A | D;
     const LEAF_SIZES: LeafSizes = {
         // Half of a table at the highest level that may hold leaves.
         let half = Self::PAGE_LG2 + Self::LEAF_LEVELS * Self::INDEX_LG2 - 1;
@@ -91,31 +104,25 @@ where
     const RESERVED: u64 = RESERVED;
 
     #[inline]
-    fn is_present(entry: Iopte) -> bool {
-        entry.0 & PR != 0
-    }
-
-    #[inline]
-    fn is_leaf(entry: Iopte, _level: u32) -> bool {
+    fn is_large_leaf(entry: Iopte) -> bool {
         let next = entry.0 & NEXT_LEVEL;
         next == 0 || next == SIZED
     }
 
     #[inline]
-    fn leaf(phys: u64, access: Access, size: Granule) -> Iopte {
+    fn size_bits(size: Granule) -> u64 {
         let above_page = u32::from(size.lg2()) - Self::PAGE_LG2;
-        let sized = if above_page.is_multiple_of(Self::INDEX_LG2) {
+        if above_page.is_multiple_of(Self::INDEX_LG2) {
             0
         } else {
             SIZED | ((1 << (above_page - 1)) - 1) << ADDRESS_SHIFT
-        };
-        Iopte(PR | FC | Self::access_bits(access) | Self::frame_bits(phys) | sized)
+        }
     }
 
     #[inline]
     fn table(address: u64, level: u32) -> Iopte {
         let next = u64::from(level) << NEXT_LEVEL_SHIFT & NEXT_LEVEL;
-        Iopte(PR | IR | IW | next | Self::table_bits(address))
+        Iopte(Self::TABLE | next | Self::table_bits(address))
     }
 
     #[inline]
@@ -141,27 +148,6 @@ where
     }
 
     #[inline]
-    fn access_bits(access: Access) -> u64 {
-        let read = if access.reads() { IR } else { 0 };
-        let write = if access.writes() { IW } else { 0 };
-        read | write
-    }
-
-    #[inline]
-    fn access(entry: Iopte) -> Access {
-        match (entry.0 & IR != 0, entry.0 & IW != 0) {
-            (true, true) => Access::ReadWrite,
-            (false, true) => Access::Write,
-            (_, false) => Access::Read,
-        }
-    }
-
-    #[inline]
-    fn written(entry: Iopte) -> Iopte {
-        Iopte(entry.0 | A | D)
-    }
-
-    #[inline]
     fn worth_a_look(entry: Iopte, level: u32) -> u64 {
         // Above the lowest level: all but leaves of one entry.
         entry.0 & if level == 0 { D } else { D | NEXT_LEVEL }
@@ -172,6 +158,7 @@ where
 #[cfg(not(dirtymap_loom))]
 mod tests {
     use super::*;
+    use dirtymap::Access;
 
     #[test]
     fn bits_are_where_the_specification_puts_them() {

@@ -1,14 +1,15 @@
-//! Stage 1 tables of Arm's SMMU and processors (VMSAv8-64, "LPAE"), granules of 4, 16 and 64 KiB, with hardware management of the
-//! dirty state.
+//! Stage 1 tables of Arm's SMMU and processors (VMSAv8-64, "LPAE"), granules of 4, 16 and 64 KiB,
+//! with hardware management of the dirty state.
 //!
-//! Layout of a descriptor, from the Arm Architecture Reference Manual for A-profile, DDI 0487, chapter "The AArch64
-//! Virtual Memory System Architecture", stage 1 descriptors, which the SMMUv3 specification, IHI 0070, refers to:
+//! Layout of a descriptor, from the Arm Architecture Reference Manual for A-profile, DDI 0487,
+//! chapter "The AArch64 Virtual Memory System Architecture", stage 1 descriptors, which the SMMUv3
+//! specification, IHI 0070, refers to:
 //!
 //! | bits | name | meaning |
 //! |---|---|---|
 //! | 0 | valid | present |
 //! | 1 | table, page | 1: leads to a table; at the lowest level, a page. 0: a block |
-//! | 6 | AP\[1\] | unprivileged requests may access: set, for requests of devices are unprivileged |
+//! | 6 | AP\[1\] | unprivileged requests may access, such as those of devices: set |
 //! | 7 | AP\[2\] | read-only |
 //! | 9:8 | SH | shareability, 3: inner |
 //! | 10 | AF | accessed |
@@ -27,8 +28,9 @@
 //! | 0 | 1 | 1 | read-only, clean |
 //! | 0 | 1 | 0 | read-only, written while it was writable |
 //!
-//! So a write clears AP\[2\], and making a leaf clean **sets** it. Hardware cannot say of a read-only leaf that it was
-//! written; bit 55, which hardware ignores, keeps that when a leaf is write-protected.
+//! So a write clears AP\[2\], and making a leaf clean **sets** it. Hardware cannot say of a
+//! read-only leaf that it was written; bit 55, which hardware ignores, keeps that when a leaf is
+//! write-protected.
 //!
 //! | granule | levels | entries | leaves |
 //! |---|---|---|---|
@@ -36,12 +38,14 @@
 //! | 16 KiB | 4, two entries in the topmost table | 2048 | 16 KiB, 32 MiB |
 //! | 64 KiB | 3, 64 entries in the topmost table | 8192 | 64 KiB, 512 MiB |
 //!
-//! All translate 48 bits, from 0 on. The document counts levels down to 3 at the bottom. Write-only does not exist and is
-//! refused. Leaves are born clean and accessed.
+//! All translate 48 bits, from 0 on. The document counts levels down to 3 at the bottom. Write-only
+//! does not exist and is refused. Leaves are born clean and accessed.
 
 use dirtymap::{Access, Granule};
 
-use super::{Format, HOST_PAGE_LG2, INDEX_LG2, Iopte, MakeClean, Reach, sealed, shape};
+use super::entry::{Iopte, MakeClean};
+use super::format::{Format, HOST_PAGE_LG2, INDEX_LG2, sealed, shape};
+use super::reach::Reach;
 
 const VALID: u64 = 1 << 0;
 const TABLE: u64 = 1 << 1;
@@ -57,9 +61,9 @@ const UNWRITTEN: u64 = 1 << 55;
 /// How many bits of address the tables translate and hold.
 const BITS: u32 = 48;
 
-/// Stage 1 tables of Arm with a granule of 2^`P` bytes, 12, 14 or 16: 48 bits of address, leaves of 4 KiB, 2 MiB and 1 GiB,
-/// or of 16 KiB and 32 MiB, or of 64 KiB and 512 MiB; written means that DBM, bit 51, is set and read-only, bit 7, is not.
-/// Has no write-only leaves.
+/// Stage 1 tables of Arm with a granule of 2^`P` bytes, 12, 14 or 16: 48 bits of address, leaves of
+/// 4 KiB, 2 MiB and 1 GiB, or of 16 KiB and 32 MiB, or of 64 KiB and 512 MiB; written means that
+/// DBM, bit 51, is set and read-only, bit 7, is not. Has no write-only leaves.
 #[derive(Clone, Copy, Debug)]
 pub struct ArmS1<const P: u32 = 12>;
 
@@ -79,7 +83,14 @@ where
     const LEAF_LEVELS: u32 = shape(if P == 12 { 3 } else { 2 }, 2);
     const ADDRESS: u64 = ((1 << BITS) - 1) & !((1 << P) - 1);
     const TABLE_LG2: u32 = shape(P, HOST_PAGE_LG2);
-    const ACCESS: u64 = DBM;
+    const PRESENT: u64 = VALID;
+    const LEAF: u64 = {
+        let attributes = UNPRIVILEGED | INNER_SHAREABLE | AF | NG | PXN | UXN;
+        VALID | attributes | READ_ONLY | UNWRITTEN
+    };
+    const TABLE: u64 = VALID | TABLE;
+    const READ: u64 = 0;
+    const WRITE: u64 = DBM;
     const TABLE_SET: u64 = TABLE;
     const MAKE_CLEAN: MakeClean = MakeClean::Set(READ_ONLY | UNWRITTEN);
     // Without invalidation by range: from as many granules on as a table has entries, everything.
@@ -88,46 +99,8 @@ where
     };
 
     #[inline]
-    fn is_present(entry: Iopte) -> bool {
-        entry.0 & VALID != 0
-    }
-
-    #[inline]
-    fn is_leaf(entry: Iopte, level: u32) -> bool {
-        level == 0 || entry.0 & TABLE == 0
-    }
-
-    #[inline]
-    fn leaf(phys: u64, access: Access, size: Granule) -> Iopte {
-        let page = if size == Self::PAGE { TABLE } else { 0 };
-        let clean = READ_ONLY | UNWRITTEN;
-        let attributes = UNPRIVILEGED | INNER_SHAREABLE | AF | NG | PXN | UXN;
-        let rights = Self::access_bits(access);
-        Iopte(VALID | page | clean | attributes | rights | Self::frame_bits(phys))
-    }
-
-    #[inline]
-    fn table(address: u64, _level: u32) -> Iopte {
-        Iopte(VALID | TABLE | Self::table_bits(address))
-    }
-
-    #[inline]
-    fn access_bits(access: Access) -> u64 {
-        if access.writes() { DBM } else { 0 }
-    }
-
-    #[inline]
-    fn access(entry: Iopte) -> Access {
-        if entry.0 & DBM != 0 {
-            Access::ReadWrite
-        } else {
-            Access::Read
-        }
-    }
-
-    #[inline]
-    fn grants(access: Access) -> bool {
-        access.reads()
+    fn size_bits(size: Granule) -> u64 {
+        if size == Self::PAGE { TABLE } else { 0 }
     }
 
     #[inline]

@@ -1,25 +1,38 @@
-//! What an invalidation command can express: seldom exactly what is asked for.
+//! The range of an invalidation command: often larger than the range that is asked for.
 
 use dirtymap::{Granule, IovaRange};
 
-use super::granule;
+use super::sizes::granule;
 
-/// What one invalidation command of an IOMMU can name.
+/// The ranges that one invalidation command of an IOMMU can name.
 ///
-/// | format | command | source |
+/// | format | command | command in the specification |
 /// |---|---|---|
-/// | AMD v1 | one aligned power of two up to 2^52 | AMD IOMMU specification, INVALIDATE_IOMMU_PAGES, S bit |
-/// | VT-d, x86-64 | one aligned power of two | VT-d specification, page-selective invalidation, address mask |
-/// | Arm | one granule; many granules: everything | SMMUv3 specification, CMD_TLBI_NH_VA without range fields |
-/// | RISC-V | one leaf; more than 512 of them: everything | RISC-V IOMMU specification, IOTINVAL.VMA; the limit is Linux's |
+/// | AMD v1 | one aligned power of two up to 2^52 | AMD: INVALIDATE_IOMMU_PAGES, S bit |
+/// | VT-d, x86-64 | one aligned power of two | Intel: page-selective invalidation, address mask |
+/// | Arm | one granule; many granules: everything | SMMUv3: CMD_TLBI_NH_VA without range fields |
+/// | RISC-V | one leaf; more than 512 of them: everything | IOTINVAL.VMA; the limit is Linux's |
+///
+/// ```
+/// use dirtymap::{Granule, Iova, IovaRange};
+/// use pagetable_sim::{AmdV1, Format};
+///
+/// // Two pages across a border of 64 KiB: no smaller power of two holds both.
+/// let asked = IovaRange::from_len(Iova::new(0xf000), 0x2000)?;
+/// let named = AmdV1::REACH.covering(asked, Granule::K4);
+/// assert_eq!(named, IovaRange::from_len(Iova::new(0), 0x2_0000)?);
+/// # Ok::<(), dirtymap::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reach {
-    /// A naturally aligned power of two of at most 2^`max_lg2` bytes; what does not fit into one is everything.
+    /// A naturally aligned power of two of at most 2^`max_lg2` bytes; a range that fits into none
+    /// invalidates everything.
     Aligned {
         /// The largest power of two, as a logarithm.
         max_lg2: u32,
     },
-    /// One leaf for each command, and up to `max` commands; what takes more is everything.
+    /// One leaf for each command, and up to `max` commands; a range that takes more invalidates
+    /// everything.
     Strides {
         /// How many commands are sent before everything is invalidated.
         max: u64,
@@ -27,13 +40,14 @@ pub enum Reach {
 }
 
 impl Reach {
-    /// What is invalidated when `range` is asked for: all of it, rounded out to what commands can name. `stride` is the
-    /// size of the smallest leaf in the range, at least the smallest page.
+    /// The range that is invalidated when `range` is asked for: all of it, rounded out to one that
+    /// commands can name. `stride` is the size of the smallest leaf in the range, at least the
+    /// smallest page.
     pub fn covering(self, range: IovaRange, stride: Granule) -> IovaRange {
         match self {
             Reach::Aligned { max_lg2 } => {
-                // From the highest bit in which the ends differ, never from the length: two pages that lie across a
-                // border of 2^n take 2^(n+1) bytes.
+                // From the highest bit in which the ends differ, never from the length: two pages
+                // that lie across a border of 2^n take 2^(n+1) bytes.
                 let differ = range.start().get() ^ range.last().get();
                 let lg2 = (u64::BITS - differ.leading_zeros()).max(stride.lg2().into());
                 if lg2 > max_lg2 {
@@ -66,7 +80,8 @@ mod tests {
         IovaRange::from_len(Iova::new(first * K4), count * K4).unwrap()
     }
 
-    /// A mask from the length alone gives pages 6 and 7 for the pages 7 and 8, and page 8 stays cached.
+    /// A mask from the length alone gives pages 6 and 7 for the pages 7 and 8, and page 8 stays
+    /// cached.
     #[test]
     fn an_unaligned_range_across_a_power_of_two_is_covered_to_its_end() {
         for reach in [AmdV1::REACH, VtdSs::<4>::REACH, X86_64::<4>::REACH] {

@@ -1,7 +1,7 @@
 //! First-stage tables of RISC-V: Sv39, Sv48 and Sv57.
 //!
-//! Layout of an entry, from The RISC-V Instruction Set Manual, volume II: Privileged Architecture, chapter
-//! "Supervisor-Level ISA", which the RISC-V IOMMU Architecture Specification refers to:
+//! Layout of an entry, from The RISC-V Instruction Set Manual, volume II: Privileged Architecture,
+//! chapter "Supervisor-Level ISA", which the RISC-V IOMMU Architecture Specification refers to:
 //!
 //! | bits | name | meaning |
 //! |---|---|---|
@@ -16,23 +16,24 @@
 //! | 60:54 | | reserved, 0 |
 //! | 63 | N | one of 16 entries of a contiguous leaf (Svnapot) |
 //!
-//! An entry with R, W or X is a leaf, at any level: Sv39 has leaves of 4 KiB, 2 MiB and 1 GiB, Sv48 adds 512 GiB, Sv57
-//! adds 256 TiB. At the lowest level 16 entries with N, all of one value, are a leaf of 64 KiB; its frame ends in the bits
+//! An entry with R, W or X is a leaf, at any level: Sv39 has leaves of 4 KiB, 2 MiB and 1 GiB, Sv48
+//! adds 512 GiB, Sv57 adds 256 TiB. At the lowest level 16 entries with N, all of one value, are a
+//! leaf of 64 KiB; its frame ends in the bits
 //! 1000. Addresses are sign-extended: the bits above equal the highest
 //! bit that is translated.
 //!
-//! W without R is reserved, so a mapping that devices may only write is refused. Leaves are born clean, and a write sets
-//! A and D; systems that do not track set both when they map.
+//! W without R is reserved, so a write-only mapping is refused. Leaves are born clean, and a write
+//! sets A and D; systems that do not track set both when they map.
 
-use dirtymap::{Access, Granule};
+use dirtymap::Granule;
 
-use super::{
-    Format, INDEX_LG2, Iopte, LeafSizes, MakeClean, Reach, granule, one_size_a_level, sealed, shape,
-};
+use super::entry::{Iopte, MakeClean};
+use super::format::{Format, INDEX_LG2, sealed, shape};
+use super::reach::Reach;
+use super::sizes::{LeafSizes, granule, one_size_a_level};
 
 const V: u64 = 1 << 0;
-const R_SHIFT: u32 = 1;
-const R: u64 = 1 << R_SHIFT;
+const R: u64 = 1 << 1;
 const W: u64 = 1 << 2;
 const X: u64 = 1 << 3;
 const U: u64 = 1 << 4;
@@ -42,12 +43,13 @@ const PPN_SHIFT: u32 = 10;
 const PPN: u64 = ((1 << 44) - 1) << PPN_SHIFT;
 const RESERVED: u64 = 0x7f << 54;
 const N: u64 = 1 << 63;
-/// A contiguous leaf has 2^4 entries, and says so by the number of its frame: the lowest four bits are 1000.
+/// A contiguous leaf has 2^4 entries; the number of its frame encodes that: the lowest four bits
+/// are 1000.
 const NAPOT_LG2: u32 = 4;
 const NAPOT: u64 = N | 1 << (NAPOT_LG2 - 1) << PPN_SHIFT;
 
-/// First-stage tables of RISC-V, of `LEVELS` levels, 3 to 5: 39, 48 or 57 bits of sign-extended address, leaves at every level and
-/// of 64 KiB, D in bit 7. Has no write-only leaves.
+/// First-stage tables of RISC-V, of `LEVELS` levels, 3 to 5: 39, 48 or 57 bits of sign-extended
+/// address, leaves at every level and of 64 KiB, D in bit 7. Has no write-only leaves.
 #[derive(Clone, Copy, Debug)]
 pub struct Riscv<const LEVELS: u32>;
 
@@ -76,7 +78,12 @@ where
     const PAGE_LG2: u32 = shape(12, 3);
     const LEAF_LEVELS: u32 = Self::LEVELS;
     const ADDRESS: u64 = PPN;
-    const ACCESS: u64 = R | W;
+    const PRESENT: u64 = V;
+    const LEAF: u64 = V | U;
+    const TABLE: u64 = V;
+    const READ: u64 = R;
+    const WRITE: u64 = W;
+    const WRITTEN: u64 = A | D;
     const LEAF_SIZES: LeafSizes = {
         let sizes = one_size_a_level(Self::PAGE_LG2, Self::INDEX_LG2, Self::LEVELS);
         if NAPOT_LG2 < Self::INDEX_LG2 {
@@ -93,28 +100,17 @@ where
     const SIGN_EXTENDED: bool = true;
 
     #[inline]
-    fn is_present(entry: Iopte) -> bool {
-        entry.0 & V != 0
-    }
-
-    #[inline]
-    fn is_leaf(entry: Iopte, _level: u32) -> bool {
+    fn is_large_leaf(entry: Iopte) -> bool {
         entry.0 & (R | W | X) != 0
     }
 
     #[inline]
-    fn leaf(phys: u64, access: Access, size: Granule) -> Iopte {
-        let contiguous = if u32::from(size.lg2()) == Self::PAGE_LG2 + NAPOT_LG2 {
+    fn size_bits(size: Granule) -> u64 {
+        if u32::from(size.lg2()) == Self::PAGE_LG2 + NAPOT_LG2 {
             NAPOT
         } else {
             0
-        };
-        Iopte(V | U | contiguous | Self::access_bits(access) | Self::frame_bits(phys))
-    }
-
-    #[inline]
-    fn table(address: u64, _level: u32) -> Iopte {
-        Iopte(V | Self::table_bits(address))
+        }
     }
 
     #[inline]
@@ -127,43 +123,13 @@ where
         let marker = if entry.0 & N == 0 { 0 } else { NAPOT };
         (entry.0 & PPN & !marker) >> PPN_SHIFT << Self::PAGE_LG2
     }
-
-    #[inline]
-    fn access_bits(access: Access) -> u64 {
-        if access.writes() { R | W } else { R }
-    }
-
-    #[inline]
-    fn access(entry: Iopte) -> Access {
-        if entry.0 & W != 0 {
-            Access::ReadWrite
-        } else {
-            Access::Read
-        }
-    }
-
-    #[inline]
-    fn grants(access: Access) -> bool {
-        access.reads()
-    }
-
-    #[inline]
-    fn written(entry: Iopte) -> Iopte {
-        Iopte(entry.0 | A | D)
-    }
-
-    #[inline]
-    fn worth_a_look(entry: Iopte, level: u32) -> u64 {
-        // A table is what is present and not readable: `leaf` sets R in all leaves.
-        let table = entry.0 & !(entry.0 >> R_SHIFT) & V;
-        entry.0 & D | if level == 0 { 0 } else { table }
-    }
 }
 
 #[cfg(test)]
 #[cfg(not(dirtymap_loom))]
 mod tests {
     use super::*;
+    use dirtymap::Access;
 
     type F = RiscvSv48;
 

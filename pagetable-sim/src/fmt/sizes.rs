@@ -5,6 +5,15 @@ use dirtymap::Granule;
 /// A set of leaf sizes, each a power of two in bytes.
 ///
 /// A [`Granule`] stands for all sizes up to it: `table.map(range, phys, access, Granule::M2)`.
+///
+/// ```
+/// use dirtymap::Granule;
+/// use pagetable_sim::{Format, LeafSizes, VtdSs};
+///
+/// let without_large = LeafSizes::ALL.without(LeafSizes::only(Granule::G1));
+/// let sizes = VtdSs::<4>::LEAF_SIZES.and(without_large);
+/// assert_eq!(sizes.iter().collect::<Vec<_>>(), [Granule::K4, Granule::M2]);
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct LeafSizes(u64);
 
@@ -80,5 +89,24 @@ impl From<Granule> for LeafSizes {
 impl std::fmt::Debug for LeafSizes {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_set().entries(self.iter()).finish()
+    }
+}
+
+/// The sizes of the ranges that single entries cover.
+pub(super) const fn one_size_a_level(page_lg2: u32, index_lg2: u32, levels: u32) -> LeafSizes {
+    let mut sizes = LeafSizes::NONE;
+    let mut level = 0;
+    while level < levels {
+        sizes = sizes.or(LeafSizes::only(granule(page_lg2 + level * index_lg2)));
+        level += 1;
+    }
+    sizes
+}
+
+/// The granule of 2^`lg2` bytes, for logarithms that a format's constants keep below 64.
+pub(crate) const fn granule(lg2: u32) -> Granule {
+    match Granule::from_lg2(if lg2 < 64 { lg2 as u8 } else { 63 }) {
+        Some(granule) => granule,
+        None => Granule::K4,
     }
 }

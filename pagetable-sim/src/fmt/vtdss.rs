@@ -1,7 +1,7 @@
 //! Second-stage tables of Intel's VT-d.
 //!
-//! Layout of an entry, from the Intel Virtualization Technology for Directed I/O Architecture Specification, chapter
-//! "Translation Structure Formats", second-stage paging entries:
+//! Layout of an entry, from the Intel Virtualization Technology for Directed I/O Architecture
+//! Specification, chapter "Translation Structure Formats", second-stage paging entries:
 //!
 //! | bits | name | meaning |
 //! |---|---|---|
@@ -14,24 +14,24 @@
 //! | 51:12 | ADDR | frame of the page, or of the next table |
 //! | 61:52 | | ignored; above leaves 54:52 are software's |
 //!
-//! There is no present bit: an entry is present if R or W is set. Three, four or five levels translate 39, 48 or 57 bits;
-//! leaves of 4 KiB, 2 MiB and 1 GiB. The document counts levels from 1 at the bottom.
+//! There is no present bit: an entry is present if R or W is set. Three, four or five levels
+//! translate 39, 48 or 57 bits; leaves of 4 KiB, 2 MiB and 1 GiB. The document counts levels from 1
+//! at the bottom.
 
-use dirtymap::{Access, Granule};
-
-use super::{Format, INDEX_LG2, Iopte, MakeClean, Reach, sealed, shape};
+use super::entry::MakeClean;
+use super::format::{Format, INDEX_LG2, sealed, shape};
+use super::reach::Reach;
 
 const R: u64 = 1 << 0;
 const W: u64 = 1 << 1;
-const PS_SHIFT: u32 = 7;
-const PS: u64 = 1 << PS_SHIFT;
+const PS: u64 = 1 << 7;
 const A: u64 = 1 << 8;
 const D: u64 = 1 << 9;
 const ADDRESS_SHIFT: u32 = 12;
 const ADDRESS: u64 = ((1 << 40) - 1) << ADDRESS_SHIFT;
 
-/// Second-stage tables of Intel's VT-d, of `N` levels, 3 to 5: 39, 48 or 57 bits of address, leaves of 4 KiB, 2 MiB and
-/// 1 GiB, D in bit 9.
+/// Second-stage tables of Intel's VT-d, of `N` levels, 3 to 5: 39, 48 or 57 bits of address, leaves
+/// of 4 KiB, 2 MiB and 1 GiB, D in bit 9.
 #[derive(Clone, Copy, Debug)]
 pub struct VtdSs<const N: u32 = 4>;
 
@@ -49,67 +49,26 @@ where
     const PAGE_LG2: u32 = shape(12, 3);
     const LEAF_LEVELS: u32 = shape(3, 2);
     const ADDRESS: u64 = ADDRESS;
-    const ACCESS: u64 = R | W;
+    const PRESENT: u64 = R | W;
+    const LEAF: u64 = 0;
+    const TABLE: u64 = R | W;
+    const READ: u64 = R;
+    const WRITE: u64 = W;
+    const WRITE_ONLY: bool = true;
+    const WRITTEN: u64 = A | D;
     const MAKE_CLEAN: MakeClean = MakeClean::Clear(D);
     const REACH: Reach = Reach::Aligned { max_lg2: 63 };
     const LEAF_SET: u64 = PS;
     const TABLE_ACCESSED: u64 = A;
     const KNOWN: u64 = 0b111 << 52;
-
-    #[inline]
-    fn is_present(entry: Iopte) -> bool {
-        entry.0 & (R | W) != 0
-    }
-
-    #[inline]
-    fn is_leaf(entry: Iopte, level: u32) -> bool {
-        level == 0 || entry.0 & PS != 0
-    }
-
-    #[inline]
-    fn leaf(phys: u64, access: Access, size: Granule) -> Iopte {
-        let large = if size == Self::PAGE { 0 } else { PS };
-        Iopte(Self::access_bits(access) | large | Self::frame_bits(phys))
-    }
-
-    #[inline]
-    fn table(address: u64, _level: u32) -> Iopte {
-        Iopte(R | W | Self::table_bits(address))
-    }
-
-    #[inline]
-    fn access_bits(access: Access) -> u64 {
-        let read = if access.reads() { R } else { 0 };
-        let write = if access.writes() { W } else { 0 };
-        read | write
-    }
-
-    #[inline]
-    fn access(entry: Iopte) -> Access {
-        match (entry.0 & R != 0, entry.0 & W != 0) {
-            (true, true) => Access::ReadWrite,
-            (false, true) => Access::Write,
-            (_, false) => Access::Read,
-        }
-    }
-
-    #[inline]
-    fn written(entry: Iopte) -> Iopte {
-        Iopte(entry.0 | A | D)
-    }
-
-    #[inline]
-    fn worth_a_look(entry: Iopte, level: u32) -> u64 {
-        // A table is what is readable without PS: `table` sets R in all of them.
-        let table = entry.0 & !(entry.0 >> PS_SHIFT) & R;
-        entry.0 & D | if level == 0 { 0 } else { table }
-    }
 }
 
 #[cfg(test)]
 #[cfg(not(dirtymap_loom))]
 mod tests {
     use super::*;
+    use crate::fmt::Iopte;
+    use dirtymap::{Access, Granule};
 
     type F = VtdSs;
 

@@ -1,13 +1,14 @@
-//! First-stage tables in the format of x86-64 processors, which the IOMMUs of Intel and AMD walk as well.
+//! First-stage tables in the format of x86-64 processors, which the IOMMUs of Intel and AMD walk as
+//! well.
 //!
-//! Layout of an entry, from the Intel 64 and IA-32 Architectures Software Developer's Manual, volume 3, chapter
-//! "Paging", and the VT-d specification, first-stage paging entries:
+//! Layout of an entry, from the Intel 64 and IA-32 Architectures Software Developer's Manual,
+//! volume 3, chapter "Paging", and the VT-d specification, first-stage paging entries:
 //!
 //! | bits | name | meaning |
 //! |---|---|---|
 //! | 0 | P | present |
 //! | 1 | R/W | devices may write |
-//! | 2 | U/S | user requests may access: set everywhere, for requests of devices are user requests |
+//! | 2 | U/S | user requests may access, such as those of devices: set everywhere |
 //! | 5 | A | accessed |
 //! | 6 | D | written; leaves only |
 //! | 7 | PS | a leaf, above the lowest level |
@@ -15,29 +16,28 @@
 //! | 62:52 | | ignored above leaves; 54:52 are software's there |
 //! | 63 | XD | no instruction fetches; leaves only |
 //!
-//! Four levels translate 48 bits, five translate 57; leaves of 4 KiB, 2 MiB and 1 GiB. Addresses are canonical: the bits
-//! above equal the highest bit that is translated.
+//! Four levels translate 48 bits, five translate 57; leaves of 4 KiB, 2 MiB and 1 GiB. Addresses
+//! are canonical: the bits above equal the highest bit that is translated.
 //!
-//! What is present is readable, so a mapping that devices may only write is refused. Leaves are born clean, and a write
-//! sets A and D; systems that do not track set both when they map.
+//! Every present leaf is readable, so a write-only mapping is refused. Leaves are born clean, and a
+//! write sets A and D; systems that do not track set both when they map.
 
-use dirtymap::{Access, Granule};
-
-use super::{Format, INDEX_LG2, Iopte, MakeClean, Reach, sealed, shape};
+use super::entry::MakeClean;
+use super::format::{Format, INDEX_LG2, sealed, shape};
+use super::reach::Reach;
 
 const P: u64 = 1 << 0;
 const RW: u64 = 1 << 1;
 const US: u64 = 1 << 2;
 const A: u64 = 1 << 5;
 const D: u64 = 1 << 6;
-const PS_SHIFT: u32 = 7;
-const PS: u64 = 1 << PS_SHIFT;
+const PS: u64 = 1 << 7;
 const ADDRESS_SHIFT: u32 = 12;
 const ADDRESS: u64 = ((1 << 40) - 1) << ADDRESS_SHIFT;
 const XD: u64 = 1 << 63;
 
-/// First-stage tables in the format of x86-64, of `N` levels, 4 or 5: 48 or 57 bits of sign-extended address, leaves of
-/// 4 KiB, 2 MiB and 1 GiB, D in bit 6. Has no write-only leaves.
+/// First-stage tables in the format of x86-64, of `N` levels, 4 or 5: 48 or 57 bits of
+/// sign-extended address, leaves of 4 KiB, 2 MiB and 1 GiB, D in bit 6. Has no write-only leaves.
 #[derive(Clone, Copy, Debug)]
 pub struct X86_64<const N: u32 = 4>;
 
@@ -54,71 +54,25 @@ where
     const PAGE_LG2: u32 = shape(12, 3);
     const LEAF_LEVELS: u32 = shape(3, 2);
     const ADDRESS: u64 = ADDRESS;
-    const ACCESS: u64 = RW;
+    const PRESENT: u64 = P;
+    const LEAF: u64 = P | US | XD;
+    const TABLE: u64 = P | RW | US;
+    const READ: u64 = 0;
+    const WRITE: u64 = RW;
+    const WRITTEN: u64 = A | D;
     const MAKE_CLEAN: MakeClean = MakeClean::Clear(D);
     const REACH: Reach = Reach::Aligned { max_lg2: 63 };
     const LEAF_SET: u64 = PS;
     const TABLE_ACCESSED: u64 = A;
     const KNOWN: u64 = 0b111 << 52;
     const SIGN_EXTENDED: bool = true;
-
-    #[inline]
-    fn is_present(entry: Iopte) -> bool {
-        entry.0 & P != 0
-    }
-
-    #[inline]
-    fn is_leaf(entry: Iopte, level: u32) -> bool {
-        level == 0 || entry.0 & PS != 0
-    }
-
-    #[inline]
-    fn leaf(phys: u64, access: Access, size: Granule) -> Iopte {
-        let large = if size == Self::PAGE { 0 } else { PS };
-        Iopte(P | US | XD | large | Self::access_bits(access) | Self::frame_bits(phys))
-    }
-
-    #[inline]
-    fn table(address: u64, _level: u32) -> Iopte {
-        Iopte(P | RW | US | Self::table_bits(address))
-    }
-
-    #[inline]
-    fn access_bits(access: Access) -> u64 {
-        if access.writes() { RW } else { 0 }
-    }
-
-    #[inline]
-    fn access(entry: Iopte) -> Access {
-        if entry.0 & RW != 0 {
-            Access::ReadWrite
-        } else {
-            Access::Read
-        }
-    }
-
-    #[inline]
-    fn grants(access: Access) -> bool {
-        access.reads()
-    }
-
-    #[inline]
-    fn written(entry: Iopte) -> Iopte {
-        Iopte(entry.0 | A | D)
-    }
-
-    #[inline]
-    fn worth_a_look(entry: Iopte, level: u32) -> u64 {
-        // A table is what is present without PS.
-        let table = entry.0 & !(entry.0 >> PS_SHIFT) & P;
-        entry.0 & D | if level == 0 { 0 } else { table }
-    }
 }
 
 #[cfg(test)]
 #[cfg(not(dirtymap_loom))]
 mod tests {
     use super::*;
+    use dirtymap::{Access, Granule};
 
     type F = X86_64;
 

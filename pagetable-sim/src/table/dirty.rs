@@ -1,132 +1,45 @@
 //! The dirty bit: hardware sets it, a harvest reads and clears it.
 //!
 //! ```text
-//!  device write --walk--> D := 1 in the entry it hits (compare-exchange, while present and writable)
+//!  device write --walk--> D := 1 in the entry (compare-exchange, while present and writable)
 //!  harvest ------scan---> record, owe, then D := 0 in every entry of the leaf (compare-exchange)
 //! ```
 //!
-//! For one leaf the harvest sees D set, records the leaf, owes its invalidation and clears D, in this order. Hardware
-//! may act in between:
+//! For one leaf the harvest sees D set, records the leaf, owes its invalidation and clears D, in
+//! this order. Hardware may act in between:
 //! - a write that sets nothing because D is still set lands in a leaf that is recorded already;
-//! - a write after the clear sets D anew, unless the device goes by a cached "D is set": then it leaves no trace, until
-//!   the invalidation that the harvest owes makes the device forget. The page is recorded and copied after that, so the
-//!   write is in the copy.
+//! - a write after the clear sets D anew, unless the device uses a cached "D is set". Such a write
+//!   leaves no trace, until the invalidation that the harvest owes drops the cached entry. The page
+//!   is recorded, and copied after that invalidation, so the write is in the copy.
 //!
-//! "D" is what the format calls written: a bit that is set or, for Arm, one that is not.
+//! "D is set" means that the leaf is written in the sense of the format: a bit is set or, for Arm,
+//! clear.
 //!
-//! # What may be cleaned
-//! D is cleared only in an entry whose leaf, at that moment, lies inside what was recorded. So if the leaf was unmapped,
-//! split or merged since it was seen: an absent entry stays absent, a table a table; a smaller leaf becomes clean, all of
-//! it was recorded; a larger one stays dirty. That is why cleaning is a compare-exchange, and no `fetch_and`, which would
-//! take the D of whatever it hits.
+//! # Which entries may be cleaned
+//! D is cleared only in an entry whose leaf, at that moment, lies inside the recorded range. The
+//! leaf may have been unmapped, split or merged since it was seen. An absent entry stays absent,
+//! and an entry that leads to a table stays as it is. A smaller leaf becomes clean: all of it was
+//! recorded. A larger leaf stays dirty. So cleaning is a compare-exchange; a `fetch_and` would
+//! clear D in any of these.
 
 use std::ops::ControlFlow;
 
 use crossbeam_epoch::Guard;
-use dirtymap::sync::{Ordering, Step, performs};
-use dirtymap::{Granule, Iova, IovaRange, LeafSink, Sink, Stopped};
+use dirtymap::sync::Ordering;
+use dirtymap::{Iova, IovaRange, LeafSink, Sink, Stopped};
 
-use super::scan::Visitor;
-use super::skip::{Harvest, Upper, is_quiet};
-use super::{AtomicIopte, Found, Leaf, Table, is_leaf};
+use super::leaf::{Batch, DirtyLeaf, Leaf, make_dirty};
+use super::scan::{Upper, Visitor};
+use super::skip::{Harvest, is_quiet};
+use super::tree::Table;
 use crate::error::Error;
-use crate::fmt::{Format, Iopte};
+use crate::fmt::Format;
 
-/// A dirty leaf that a scan found.
-pub(super) struct DirtyLeaf<'g> {
-    /// All entries of the leaf.
-    pub(super) group: &'g [AtomicIopte],
-    pub(super) level: u32,
-    /// All addresses of the leaf.
-    pub(super) span: IovaRange,
-    pub(super) size: Granule,
-}
-
-impl DirtyLeaf<'_> {
-    /// Makes the leaf clean; whether it was dirty until now.
-    pub(super) fn clear<F: Format>(&self) -> bool {
-        let mut was_dirty = false;
-        for slot in self.group {
-            was_dirty |= clear_entry::<F>(slot, self.level, |entry| {
-                F::leaf_size(entry, self.level) <= self.size
-            });
-            if !performs(Step::CleanEveryEntry) {
-                break;
-            }
-        }
-        was_dirty
-    }
-}
-
-/// Up to 64 entries of one table that lie side by side.
-pub(super) struct Batch<'g> {
-    pub(super) slots: &'g [AtomicIopte],
-    pub(super) level: u32,
-    /// The first address of the first one.
-    pub(super) start: Iova,
-    /// What one of them covers.
-    pub(super) size: Granule,
-}
-
-impl Batch<'_> {
-    /// Whether all addresses of the entries lie in `range`.
-    #[inline]
-    pub(super) fn is_inside(&self, range: IovaRange) -> bool {
-        let last = ((self.slots.len() as u64 - 1) << self.size.lg2()) + self.size.mask();
-        let end = self.start.checked_add(last);
-        self.start >= range.start() && end.is_some_and(|end| end <= range.last())
-    }
-
-    /// Makes those clean that `mask` has set; returns those that were dirty until now.
-    #[inline]
-    pub(super) fn clear<F: Format>(&self, mask: u64) -> u64 {
-        let (mut rest, mut were_dirty) = (mask, 0);
-        while rest != 0 {
-            let nth = rest.trailing_zeros();
-            rest &= rest - 1;
-            let slot = &self.slots[nth as usize];
-            // One entry is the smallest leaf of its level.
-            let cleared = clear_entry::<F>(slot, self.level, |entry| entry.0 & F::GROUPED == 0);
-            were_dirty |= u64::from(cleared) << nth;
-        }
-        were_dirty
-    }
-}
-
-/// Makes an entry of a table of `level` clean if its leaf is `recorded`; whether it was dirty until now.
-#[inline]
-fn clear_entry<F: Format>(
-    slot: &AtomicIopte,
-    level: u32,
-    recorded: impl Fn(Iopte) -> bool,
-) -> bool {
-    // Relaxed: only the first guess of the compare-exchange.
-    let mut entry = slot.load(Ordering::Relaxed);
-    while F::is_present(entry)
-        && is_leaf::<F>(entry, level)
-        && F::is_dirty(entry)
-        && recorded(entry)
-    {
-        // Acquire on success: pairs with the Release of `set_dirty`. Release: whoever finds D clear, hardware or
-        // an unmap, sees what the scan did before. Relaxed on failure: the next guess.
-        match slot.replace(
-            entry,
-            F::MAKE_CLEAN.of(entry),
-            Ordering::AcqRel,
-            Ordering::Relaxed,
-        ) {
-            Ok(()) => return true,
-            Err(now) => entry = now,
-        }
-    }
-    false
-}
-
-/// A look at what is dirty that changes nothing.
+/// A look at the dirty leaves that changes nothing.
 struct Peek<'s, 'b> {
     sink: &'s mut Sink<'b>,
     range: IovaRange,
-    /// It need not look below what is quiet.
+    /// It need not look below quiet entries.
     skips: bool,
 }
 
@@ -155,7 +68,7 @@ impl<F: Format> Visitor<F> for Peek<'_, '_> {
     fn leave(&mut self, _upper: &Upper<'_>, _look: ()) {}
 }
 
-/// Makes clean and tells nobody.
+/// Makes leaves clean without a record.
 struct Clean;
 
 impl<F: Format> Visitor<F> for Clean {
@@ -179,9 +92,9 @@ impl<F: Format> Visitor<F> for Clean {
 }
 
 impl<F: Format> Table<F> {
-    /// The walk of a write: sets D in the entry that maps `iova` in one step, while it is present and writable. Returns
-    /// the leaf as it was found (`dirty` tells whether D was set in that entry before), `None` if nothing is mapped
-    /// there. A leaf that is not writable stays as it is.
+    /// The walk of a write: sets D in the entry that maps `iova` in one step, while it is present
+    /// and writable. Returns the leaf as it was before (`dirty` is the D of that entry), or `None`
+    /// if nothing is mapped there. A leaf that is not writable stays as it is.
     pub fn set_dirty(&self, iova: Iova) -> Option<Leaf> {
         let guard = crossbeam_epoch::pin();
         loop {
@@ -194,12 +107,13 @@ impl<F: Format> Table<F> {
                 self.heat(found.span, &guard);
                 return Some(leaf);
             }
-            // The entry changed meanwhile. Walk anew: the leaf may have been split or merged, and was never gone then.
+            // The entry changed. Walk anew: the leaf may have been split or merged, and was mapped
+            // all the time.
         }
     }
 
-    /// Makes every leaf that `range` touches dirty, writable or not. Addresses without a leaf are skipped. Lock-free;
-    /// may run at the same time as everything else.
+    /// Makes every leaf that `range` touches dirty, writable or not. Addresses without a leaf are
+    /// skipped. Lock-free; may run at the same time as everything else.
     ///
     /// # Errors
     /// [`Error::TooWide`], [`Error::Unaligned`]; nothing is changed then.
@@ -216,7 +130,7 @@ impl<F: Format> Table<F> {
         let done = self.visit(range, guard, &mut |mut found| {
             while !make_dirty::<F>(&found) {
                 match self.walk(found.span.start(), guard) {
-                    // A table took its place, or the reverse.
+                    // A table replaced it, or a leaf replaced the table.
                     Some(now) if now.level != found.level => self.dirty_entries(found.span, guard),
                     Some(now) => {
                         found = now;
@@ -231,8 +145,8 @@ impl<F: Format> Table<F> {
         debug_assert!(done.is_continue());
     }
 
-    /// Hands the dirty leaves that `range` touches to `out`, which has them cleared. Addresses without a leaf are
-    /// skipped. Lock-free; may run at the same time as everything else.
+    /// Hands the dirty leaves that `range` touches to `out`, which has them cleared. Addresses
+    /// without a leaf are skipped. Lock-free; may run at the same time as everything else.
     ///
     /// # Errors
     /// [`Stopped`] with the first address that was not processed, and the error of `out`.
@@ -259,25 +173,9 @@ impl<F: Format> Table<F> {
         self.scan(range, &mut Peek { sink, range, skips })
     }
 
-    /// Makes every leaf clean and tells nobody what was dirty.
+    /// Makes every leaf clean, and reports nothing.
     pub fn clean(&self) {
         let done = self.scan(IovaRange::ALL, &mut Clean);
         debug_assert!(done.is_ok());
     }
-}
-
-/// Sets D in the entry, unless it is set; false if the entry is no longer what was found.
-pub(super) fn make_dirty<F: Format>(found: &Found<'_>) -> bool {
-    // AcqRel on success: D is in the table before the data is in memory, and after what the last clear of D recorded;
-    // pairs with `DirtyLeaf::clear`. Relaxed on failure: the caller walks anew.
-    F::is_dirty(found.entry)
-        || found
-            .slot()
-            .replace(
-                found.entry,
-                F::written(found.entry),
-                Ordering::AcqRel,
-                Ordering::Relaxed,
-            )
-            .is_ok()
 }

@@ -1,8 +1,10 @@
-//! Mapping: everything is checked first, then installed leaf by leaf, the largest that fits each time.
+//! Mapping: everything is checked first, then installed leaf by leaf, the largest that fits each
+//! time.
 //!
-//! A large leaf may take the place of a table without leaves. That table is **frozen** first: every absent entry in it
-//! becomes one that nobody can install into, by compare-exchange. So a `map` that wrongly runs in the same range either
-//! finds a frozen entry, and is refused, or has installed a leaf before, and refuses us.
+//! A large leaf may replace a table without leaves. That table is **frozen** first: a
+//! compare-exchange turns each absent entry into one that takes no leaf. So a `map` that wrongly
+//! runs in the same range either finds a frozen entry, and is refused, or has installed a leaf
+//! before, and refuses us.
 
 use std::cell::Cell;
 
@@ -10,7 +12,9 @@ use crossbeam_epoch::Guard;
 use dirtymap::sync::{Ordering, Step, weaken};
 use dirtymap::{Access, Granule, Iova, IovaRange};
 
-use super::{Node, Slot, Table, TableRef, child, entry_for, is_leaf, leads_to_same, retire, slots};
+use super::entries::{Slot, leads_to_same, slots};
+use super::page::{Node, TableRef, child, entry_for, retire};
+use super::tree::Table;
 use crate::error::Error;
 use crate::fmt::{AtomicIopte, Format, Iopte, LeafSizes, granule};
 
@@ -19,11 +23,12 @@ pub(super) struct Job {
     range: IovaRange,
     phys: u64,
     access: Access,
-    /// The sizes that the caller names and that the format and the alignment of both addresses to each other allow.
+    /// The sizes that the caller names and that the format and the alignment of both addresses to
+    /// each other allow.
     sizes: LeafSizes,
     /// No leaf maps both sides of it.
     cut: Option<Iova>,
-    /// What leaves start as.
+    /// Leaves start dirty.
     pub(super) dirty: bool,
     /// A leaf took the place of a table.
     retired: Cell<bool>,
@@ -73,24 +78,26 @@ impl Job {
     }
 }
 
-/// Something is in the way of a leaf.
+/// A leaf, or a frozen entry, where a leaf was to be installed.
 pub(super) struct InTheWay {
-    /// Everything of the job below it is installed.
+    /// All leaves of the job below this address are installed.
     at: Iova,
     leaf: IovaRange,
 }
 
 impl<F: Format> Table<F> {
-    /// Maps `range` to the memory from `phys` on, clean, by the largest leaves that the alignment of both addresses
-    /// allows and that are among `sizes`: a set, or a [`Granule`] for all sizes up to it. The smallest page always is
-    /// among them.
+    /// Maps `range` to the memory from `phys` on, clean, by the largest leaves that the alignment
+    /// of both addresses allows and that are among `sizes`: a set, or a [`Granule`] for all sizes
+    /// up to it. The smallest page always is among them.
     ///
-    /// Returns whether a table was retired: devices that cache a pointer to it must forget it, for what it says of the
-    /// range has not been true since. Lock-free. The caller owns the range for the time of the call.
+    /// Returns whether a table was retired: devices that cache a pointer to it must forget it,
+    /// because it no longer translates the range. Lock-free. The caller owns the range until the
+    /// call returns.
     ///
     /// # Errors
-    /// In this order: [`Error::TooWide`], [`Error::Unaligned`], [`Error::UnalignedPhys`], [`Error::PhysTooWide`],
-    /// [`Error::NoSuchAccess`], [`Error::AlreadyMapped`]. Nothing is changed then.
+    /// In this order: [`Error::TooWide`], [`Error::Unaligned`], [`Error::UnalignedPhys`],
+    /// [`Error::PhysTooWide`], [`Error::NoSuchAccess`], [`Error::AlreadyMapped`]. Nothing is
+    /// changed then.
     pub fn map(
         &self,
         range: IovaRange,
@@ -120,7 +127,8 @@ impl<F: Format> Table<F> {
         }
         let job = Job::new::<F>(range, phys, access, sizes.into(), None);
         fill::<F>(self.root.node(), F::LEVELS - 1, range, &job, &guard).map_err(|in_the_way| {
-            // Another call maps into our range, which it must not. Ours lies below: take it back.
+            // Another call maps into our range, which it must not. Our leaves lie below: remove
+            // them.
             let InTheWay { at, leaf } = in_the_way;
             if let Some(last) = at.get().checked_sub(1)
                 && let Ok(below) = IovaRange::new(range.start(), Iova::new(last))
@@ -153,7 +161,8 @@ impl<F: Format> Table<F> {
     }
 }
 
-/// Installs the leaves for `range`, a part of the job's, in the subtree of `page`, a table of `level`.
+/// Installs the leaves for `range`, a part of the job's, in the subtree of `page`, a table of
+/// `level`.
 pub(super) fn fill<'g, F: Format>(
     page: Node<'g>,
     level: u32,
@@ -184,8 +193,8 @@ pub(super) fn fill<'g, F: Format>(
     Ok(())
 }
 
-/// Puts `leaf` into an entry of `page`, a table of `level`, that is absent, or that leads to a table without leaves: that
-/// table is retired. Returns whether there was one.
+/// Puts `leaf` into an entry of `page`, a table of `level`, that is absent, or that leads to a
+/// table without leaves: that table is retired. Returns whether there was one.
 fn install<F: Format>(
     page: Node<'_>,
     slot: &Slot<'_>,
@@ -193,15 +202,15 @@ fn install<F: Format>(
     leaf: Iopte,
     guard: &Guard,
 ) -> Result<bool, InTheWay> {
-    // Release on success: publishes what the caller wrote into the memory. Acquire on failure: pairs with the Release
-    // in `child_or_new`, for the table that we look into.
+    // Release on success: publishes the bytes that the caller wrote into the memory. Acquire on
+    // failure: pairs with the Release in `child_or_new`, for the table that we look into.
     let Err(mut now) =
         slot.entry
             .replace(Iopte::ABSENT, leaf, Ordering::Release, Ordering::Acquire)
     else {
         return Ok(false);
     };
-    if !F::is_present(now) || is_leaf::<F>(now, level) {
+    if !F::is_present(now) || F::is_leaf(now, level) {
         return Err(slot.taken_by::<F>(now, level));
     }
     let table = child::<F>(now, guard);
@@ -217,8 +226,8 @@ fn install<F: Format>(
             .replace(now, leaf, Ordering::Release, Ordering::Relaxed)
         {
             Ok(()) => {
-                // SAFETY: `now` was present and no leaf; the compare-exchange took the one entry that led there, so nobody
-                // else retires it.
+                // SAFETY: `now` was present and no leaf; the compare-exchange took the one entry
+                // that led there, so no other call retires it.
                 unsafe { retire::<F>(page, now, level, guard) };
                 return Ok(true);
             }
@@ -245,10 +254,11 @@ impl Slot<'_> {
     }
 }
 
-/// Sees to it that nobody installs anything in the subtree of `page`.
+/// Freezes the absent entries of the subtree of `page`, so that no call installs anything there.
 ///
 /// # Errors
-/// The addresses of what is there already, or is being frozen by another call; then nothing is frozen.
+/// The addresses of a leaf that is there already, or of an entry that another call is freezing;
+/// then nothing is frozen.
 fn freeze<F: Format>(
     page: &[AtomicIopte],
     level: u32,
@@ -265,7 +275,7 @@ fn freeze<F: Format>(
         ) else {
             continue;
         };
-        let frozen = if !F::is_present(now) || is_leaf::<F>(now, level) {
+        let frozen = if !F::is_present(now) || F::is_leaf(now, level) {
             Err(slot.taken_by::<F>(now, level).leaf)
         } else {
             freeze::<F>(child::<F>(now, guard), level - 1, slot.part, guard)
@@ -292,15 +302,15 @@ fn thaw<F: Format>(page: &[AtomicIopte], level: u32, range: IovaRange, guard: &G
             Ordering::Relaxed,
             Ordering::Acquire,
         ) && F::is_present(now)
-            && !is_leaf::<F>(now, level)
+            && !F::is_leaf(now, level)
         {
             thaw::<F>(child::<F>(now, guard), level - 1, slot.part, guard);
         }
     }
 }
 
-/// The table that `slot`, the entry `index` of `page`, a table of `level`, leads to; installed if there is none, as one of
-/// `needed`.
+/// The table that `slot`, the entry `index` of `page`, a table of `level`, leads to; installed if
+/// there is none, as one of `needed`.
 fn child_or_new<'g, F: Format>(
     page: Node<'g>,
     index: usize,
@@ -328,7 +338,7 @@ fn child_or_new<'g, F: Format>(
             Err(now) => entry = now,
         }
     }
-    if !F::is_present(entry) || is_leaf::<F>(entry, level) {
+    if !F::is_present(entry) || F::is_leaf(entry, level) {
         return Err(slot.taken_by::<F>(entry, level));
     }
     Ok(page.below::<F>(entry, guard))

@@ -2,48 +2,55 @@
 //!
 //! ```text
 //!  entries of one table      compare-exchange of each: the same D, a larger leaf
-//!  a whole table, to a leaf  compare-exchange of the entry that leads to it: a dirty leaf; retire the table
+//!  a whole table, to a leaf  compare-exchange of the entry above: a dirty leaf; retire the table
 //! ```
 //!
 //! # Why no write is lost
 //! The invariant is that of [`split`](super::split).
 //!
-//! * In **one table** an entry only comes to speak of more addresses, in one step, with the D that it has. What was dirty
-//!   by its D still is.
-//! * A device may be **inside a table** that goes: it sets D in a part after the entry above leads past the table, and
-//!   caches that. Nobody looks there again. So the leaf is dirty from the start, if it is writable, written or not.
-//!   It becomes clean only by a harvest that records all of it and owes its flush, and that flush waits for the device to
-//!   finish its operation and drops what it cached.
-//! * A device may **cache a pointer** to such a table, and go by it until an invalidation that names tables. The flush of a
-//!   harvest does not, so the leaf is made dirty once more behind that invalidation.
+//! * In **one table** a larger leaf replaces an entry, in one step, with the D that it has.
+//!   Addresses that were dirty by its D still are.
+//! * A device may be **inside a table** that is replaced: it sets D in a part after the entry above
+//!   no longer leads there, and caches that. No harvest looks there again. So a writable leaf
+//!   starts dirty, written or not. It becomes clean only by a harvest that records all of it and
+//!   owes its flush. That flush waits until the device has finished its operation, and drops its
+//!   cached entry.
+//! * A device may **cache a pointer** to such a table, and use it until an invalidation that names
+//!   tables. The flush of a harvest names none, so the leaf is made dirty once more after that
+//!   invalidation.
 //!
-//! That is the price: the first harvest after a merge reports the whole of each writable leaf that took the place of a
-//! table. A leaf that devices may only read, or that was made of entries of one table, is dirty if a part of it was.
+//! The price: the first harvest after a merge reports the whole of each writable leaf that replaced
+//! a table. A read-only leaf, or one made of entries of one table, is dirty if a part of it was.
 
 use crossbeam_epoch::Guard;
 use dirtymap::sync::{Ordering, Step, performs};
 use dirtymap::{Access, Granule, IovaRange};
 
-use super::{Node, Slot, Table, any_dirty, is_leaf, leads_to_same, retire, slots};
+use super::entries::{Slot, any_dirty, leads_to_same, slots};
+use super::page::{Node, retire};
+use super::tree::Table;
 use crate::error::Error;
 use crate::fmt::{AtomicIopte, Format, Iopte, LeafSizes, granule};
 
-/// Is told of each leaf that was merged: its addresses, its size, and whether it took the place of a table.
+/// Receives each leaf that was merged: its addresses, its size, and whether it replaced a table.
 type Merged<'a> = dyn FnMut(IovaRange, Granule, bool) + 'a;
 
 impl<F: Format> Table<F> {
-    /// Merges the leaves of `range` into the largest that are among `sizes` (a set, or a [`Granule`] for all sizes up to
-    /// it), as far as they map contiguous memory with the same rights. Calls `merged` with each leaf that came to be, its
-    /// size, and whether it took the place of a table; devices may go by its parts until its addresses are invalidated,
-    /// which does no harm.
+    /// Merges the leaves of `range` into the largest that are among `sizes` (a set, or a
+    /// [`Granule`] for all sizes up to it), as far as they map contiguous memory with the same
+    /// rights. Calls `merged` with each new leaf, its size, and whether it replaced a table.
+    /// Devices may use its parts until its addresses are invalidated, which does no harm.
     ///
-    /// A writable leaf that takes the place of a table is dirty afterwards; any other if one of its parts was. Devices that
-    /// cache a pointer to the table set D where nobody looks until an invalidation that names tables
-    /// ([`FlushGather::add_table`](dirtymap::FlushGather::add_table)) has reached them; harvests before that may have made
-    /// the leaf clean, so after it the leaf is to be made dirty again ([`make_dirty`](Self::make_dirty)).
-    /// [`Domain::merge`](crate::Domain::merge) does all that.
+    /// A writable leaf that replaces a table is dirty afterwards; any other leaf is if one of its
+    /// parts was. A device that caches a pointer to the table sets D in the old table until an
+    /// invalidation that names tables
+    /// ([`FlushGather::add_table`](dirtymap::FlushGather::add_table)) has reached it. Harvests
+    /// before that may have made the leaf clean, so the caller makes it dirty again after that
+    /// invalidation ([`make_dirty`](Self::make_dirty)). [`Domain::merge`](crate::Domain::merge)
+    /// does all that.
     ///
-    /// Lock-free, and devices may write meanwhile; the caller owns the range for the time of the call.
+    /// Lock-free, and devices may write at the same time; the caller owns the range until the call
+    /// returns.
     ///
     /// # Errors
     /// [`Error::TooWide`], [`Error::Unaligned`]; nothing is changed then.
@@ -69,7 +76,8 @@ impl<F: Format> Table<F> {
     }
 }
 
-/// Merges what lies in `range` in the subtree of `page`, a table of `level`: the tables below first, then its entries.
+/// Merges the leaves of `range` in the subtree of `page`, a table of `level`: the tables below
+/// first, then its entries.
 fn merge_table<'g, F: Format>(
     page: Node<'g>,
     level: u32,
@@ -81,7 +89,7 @@ fn merge_table<'g, F: Format>(
     for (_, slot) in slots::<F>(page.entries, level, range) {
         // Acquire: pairs with the Release in `child_or_new`; publishes the table.
         let entry = slot.entry.load(Ordering::Acquire);
-        if F::is_present(entry) && !is_leaf::<F>(entry, level) {
+        if F::is_present(entry) && !F::is_leaf(entry, level) {
             let table = page.below::<F>(entry, guard);
             merge_table::<F>(table, level - 1, slot.part, sizes, merged, guard);
             if slot.part == slot.span && sizes.contains(F::size(level)) {
@@ -117,7 +125,8 @@ fn merge_table<'g, F: Format>(
     }
 }
 
-/// Puts one leaf in the place of the table that `entry`, of `page`, leads to, if its parts make one.
+/// Puts one leaf in the place of the table that `entry`, of `page`, leads to, if its parts make
+/// one.
 fn replace_table<F: Format>(
     page: Node<'_>,
     slot: &Slot<'_>,
@@ -139,8 +148,8 @@ fn replace_table<F: Format>(
     loop {
         let dirty = written || any_dirty::<F>(table, level - 1);
         let leaf = if dirty { F::written(clean) } else { clean };
-        // AcqRel: whoever finds the leaf sees what we saw of the parts. Acquire on failure: a walk has set A, or else the
-        // caller does not own the range and nothing is changed.
+        // AcqRel: a thread that finds the leaf sees the parts as we saw them. Acquire on failure: a
+        // walk has set A, or else the caller does not own the range and nothing is changed.
         match slot
             .entry
             .replace(entry, leaf, Ordering::AcqRel, Ordering::Acquire)
@@ -150,14 +159,14 @@ fn replace_table<F: Format>(
             Err(_) => return,
         }
     }
-    // SAFETY: `entry` was present and no leaf; the compare-exchange took the one entry that led there, so nobody else
-    // retires it.
+    // SAFETY: `entry` was present and no leaf; the compare-exchange took the one entry that led
+    // there, so no other call retires it.
     unsafe { retire::<F>(page, entry, level, guard) };
     merged(slot.span, size, true);
 }
 
-/// Makes one leaf of the 2^`group_lg2` entries from `first` on, the first of which covers `span`; whether it did, or they
-/// are one already.
+/// Makes one leaf of the 2^`group_lg2` entries from `first` on, the first of which covers `span`;
+/// whether it did, or they are one already.
 #[allow(clippy::too_many_arguments)] // one candidate in one table
 fn join<F: Format>(
     page: &[AtomicIopte],
@@ -177,7 +186,7 @@ fn join<F: Format>(
     let group = &page[first..first + entries];
     // Acquire: as the load of a walk.
     let entry = group[0].load(Ordering::Acquire);
-    if F::is_present(entry) && is_leaf::<F>(entry, level) && F::leaf_size(entry, level) >= size {
+    if F::is_present(entry) && F::is_leaf(entry, level) && F::leaf_size(entry, level) >= size {
         return true;
     }
     if !sizes.contains(size) {
@@ -191,15 +200,15 @@ fn join<F: Format>(
     for slot in group {
         // Acquire: as the load of a walk.
         let mut old = slot.load(Ordering::Acquire);
-        // Only if the caller does not own the range is it something else.
-        while F::is_present(old) && is_leaf::<F>(old, level) {
+        // It is always a leaf if the caller owns the range.
+        while F::is_present(old) && F::is_leaf(old, level) {
             let new = if F::is_dirty(old) {
                 F::written(leaf)
             } else {
                 leaf
             };
-            // AcqRel on success: as hardware's own change of the entry. Acquire on failure: D was set or cleared, and
-            // the new value follows from that.
+            // AcqRel on success: as hardware's own change of the entry. Acquire on failure: D was
+            // set or cleared, and the new value follows from that.
             match slot.replace(old, new, Ordering::AcqRel, Ordering::Acquire) {
                 Ok(()) => break,
                 Err(now) => old = now,
@@ -210,14 +219,14 @@ fn join<F: Format>(
     true
 }
 
-/// Where the memory of all these entries begins, and the rights, if they are leaves, whole ones, that map contiguous
-/// memory with the same rights.
+/// Where the memory of all these entries begins, and the rights, if they are leaves, whole ones,
+/// that map contiguous memory with the same rights.
 fn contiguous<F: Format>(entries: &[AtomicIopte], level: u32) -> Option<(u64, Access)> {
     let mut first = None;
     for (nth, slot) in entries.iter().enumerate() {
         // Acquire: as the load of a walk.
         let entry = slot.load(Ordering::Acquire);
-        if !F::is_present(entry) || !is_leaf::<F>(entry, level) {
+        if !F::is_present(entry) || !F::is_leaf(entry, level) {
             return None;
         }
         // Groups are aligned in the table, and so are the entries that we are given.

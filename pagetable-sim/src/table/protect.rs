@@ -1,24 +1,25 @@
-//! Changing what devices may do with leaves that they are using.
+//! Changing the rights of leaves that devices are using.
 
 use std::ops::ControlFlow;
 
 use dirtymap::sync::Ordering;
 use dirtymap::{Access, Granule, IovaRange};
 
-use super::{Table, is_leaf};
+use super::tree::Table;
 use crate::error::Error;
 use crate::fmt::Format;
 
 impl<F: Format> Table<F> {
-    /// Lets devices do `access`, and nothing else, with all leaves in `range`; whether a leaf is dirty stays as it is. Calls
-    /// `changed` for each leaf whose rights changed, with its addresses and its size: devices may use the old rights
-    /// until these are invalidated. Addresses without a leaf are skipped.
+    /// Gives all leaves in `range` the rights `access`; a dirty leaf stays dirty, a clean one
+    /// clean. Calls `changed` for each leaf whose rights changed, with its addresses and its size:
+    /// devices may use the old rights until these are invalidated. Addresses without a leaf are
+    /// skipped.
     ///
-    /// Lock-free; the caller owns the range for the time of the call.
+    /// Lock-free; the caller owns the range until the call returns.
     ///
     /// # Errors
-    /// In this order: [`Error::TooWide`], [`Error::Unaligned`], [`Error::NoSuchAccess`], [`Error::PartOfLeaf`]. Nothing
-    /// is changed then.
+    /// In this order: [`Error::TooWide`], [`Error::Unaligned`], [`Error::NoSuchAccess`],
+    /// [`Error::PartOfLeaf`]. Nothing is changed then.
     pub fn protect(
         &self,
         range: IovaRange,
@@ -33,11 +34,12 @@ impl<F: Format> Table<F> {
         let done = self.visit(range, &guard, &mut |found| {
             let mut entry = found.entry;
             while F::is_present(entry)
-                && is_leaf::<F>(entry, found.level)
+                && F::is_leaf(entry, found.level)
                 && F::access(entry) != access
             {
-                // AcqRel on success: as hardware's own change of the entry, in `make_dirty`. Acquire on failure: the new
-                // value follows from what is there, so a D that is set or cleared meanwhile is kept.
+                // AcqRel on success: as hardware's own change of the entry, in `make_dirty`.
+                // Acquire on failure: the new value follows from the current one, so a D that was
+                // set or cleared in between is kept.
                 match found.slot().replace(
                     entry,
                     F::with_access(entry, access),

@@ -1,36 +1,49 @@
 //! Scans for dirty leaves: up to 64 entries at a time, which is a word of a bitmap.
 //!
 //! ```text
-//!  64 entries:  [8][8][8][8][8][8][8][8]   OR of each line of eight; a mask of those lines that have anything to look at
-//!                                          or, where the last 64 had much of it, the mask of all lines, without branches
-//!  the mask:    leaves of one entry        recorded by one OR, owed in one call, then cleared one by one
+//!  64 entries:  [8][8][8][8][8][8][8][8]   OR of each line of eight; a mask of the lines that
+//!                                          have anything to look at. Where the last 64 had
+//!                                          much, the mask of all lines, without branches
+//!  the mask:    leaves of one entry        recorded by one OR, owed in one call, then cleared
 //!               groups, tables             entry by entry, in order
 //! ```
 //!
-//! Clean entries cost a load and an OR each; nothing is written, and nothing locked.
+//! A clean entry costs a load and an OR; nothing is written, and nothing locked.
 
 use crossbeam_epoch::Guard;
 use dirtymap::sync::{Ordering, Step, performs};
 use dirtymap::{Iova, IovaRange, Stopped};
 
-use super::dirty::{Batch, DirtyLeaf};
-use super::skip::Upper;
-use super::{AtomicIopte, Found, Table, any_dirty, child, is_leaf};
-use crate::fmt::Format;
+use super::entries::any_dirty;
+use super::leaf::{Batch, DirtyLeaf, Found};
+use super::page::child;
+use super::tree::Table;
+use crate::fmt::{AtomicIopte, Format, Iopte};
 
 /// Entries that are looked at together.
 const WORD: usize = 64;
 /// Entries in a line of the cache.
 const LINE: usize = 8;
 
-/// What a scan is for.
+/// An entry that leads to a table, as the scan read it.
+pub(super) struct Upper<'g> {
+    pub(super) slot: &'g AtomicIopte,
+    pub(super) entry: Iopte,
+    pub(super) level: u32,
+    pub(super) span: IovaRange,
+    /// The scan is of all that is below.
+    pub(super) whole: bool,
+}
+
+/// The purpose of a scan.
 pub(super) trait Visitor<F: Format> {
-    /// What it remembers while it is below an entry.
+    /// The state that the visitor keeps while the scan is below an entry.
     type Look;
 
     /// A dirty leaf.
     fn leaf(&mut self, leaf: &DirtyLeaf<'_>) -> Result<(), dirtymap::Error>;
-    /// Those leaves of `batch` that `mask` has set, one at least: all are dirty, and inside of what is scanned.
+    /// The leaves of `batch` that `mask` has set, at least one: all are dirty, and inside the
+    /// scanned range.
     fn leaves(&mut self, batch: &Batch<'_>, mask: u64) -> Result<(), Stopped>;
     /// An entry that leads to a table; `None` if the scan need not look there.
     fn enter(&mut self, upper: &Upper<'_>) -> Option<Self::Look>;
@@ -65,10 +78,10 @@ struct Scan<'v, V> {
     dense: bool,
 }
 
-/// What some entries say to a scan.
+/// The summary of some entries for a scan.
 #[derive(Clone, Copy)]
 struct Seen {
-    /// Those that it must look at.
+    /// The entries that the scan must look at.
     mask: u64,
     /// The OR of at least those.
     any: u64,
@@ -77,7 +90,8 @@ struct Seen {
 }
 
 impl<V> Scan<'_, V> {
-    /// Visits the dirty leaves of `range` in the subtree of `page`, a table of `level`. `ahead` is the table that comes next.
+    /// Visits the dirty leaves of `range` in the subtree of `page`, a table of `level`. `ahead` is
+    /// the table that comes next.
     fn table<F>(
         &mut self,
         page: &[AtomicIopte],
@@ -102,7 +116,8 @@ impl<V> Scan<'_, V> {
                     break;
                 }
             }
-            // From the start of a word on, so that the mask is one of the bitmap's: what comes before is clean.
+            // From the start of a word on, so that the mask is a word of the bitmap: the entries
+            // before it are clean.
             let begin = (at & !(WORD - 1)).max(first);
             let end = (at | (WORD - 1)).min(last) + 1;
             let mut seen =
@@ -151,8 +166,8 @@ impl<V> Scan<'_, V> {
         }
     }
 
-    /// Visits the dirty leaves that `range` touches under one entry of a table of `level`. Returns the next entry to look
-    /// at.
+    /// Visits the dirty leaves that `range` touches under one entry of a table of `level`. Returns
+    /// the next entry to look at.
     fn entry<F>(
         &mut self,
         page: &[AtomicIopte],
@@ -164,14 +179,15 @@ impl<V> Scan<'_, V> {
         F: Format,
         V: Visitor<F>,
     {
-        // Acquire: pairs with the Release that installed the entry, in `map`; publishes the table it leads to.
+        // Acquire: pairs with the Release that installed the entry, in `map`; publishes the table
+        // it leads to.
         let entry = page[index].load(Ordering::Acquire);
         if !F::is_present(entry) {
             return Ok(index + 1);
         }
         let start = Iova::new(address_of::<F>(range, level, index));
         let span = IovaRange::granule_at(start, F::size(level));
-        if !is_leaf::<F>(entry, level) {
+        if !F::is_leaf(entry, level) {
             if let Some(part) = span.intersection(range) {
                 let upper = Upper {
                     slot: &page[index],
@@ -218,8 +234,9 @@ impl<V> Scan<'_, V> {
     }
 }
 
-/// The lowest table that comes after that of entry `index` of `page`, a table of `level`. Even where it follows in memory, a
-/// processor that fetches ahead by itself begins anew with each table.
+/// The lowest table that comes after that of entry `index` of `page`, a table of `level`. Even
+/// where it follows in memory, a processor that fetches ahead by itself begins anew with each
+/// table.
 fn ahead<'g, F: Format>(
     page: &[AtomicIopte],
     level: u32,
@@ -231,12 +248,12 @@ fn ahead<'g, F: Format>(
     }
     // Acquire: as the load in `entry`.
     let entry = page.get(index + 1)?.load(Ordering::Acquire);
-    let is_table = F::is_present(entry) && !is_leaf::<F>(entry, level);
+    let is_table = F::is_present(entry) && !F::is_leaf(entry, level);
     is_table.then(|| child::<F>(entry, guard))
 }
 
-/// How many of the entries, in whole lines, come before the first line with anything to look at; has the processor fetch as
-/// many `ahead`.
+/// How many of the entries, in whole lines, come before the first line with anything to look at;
+/// has the processor fetch as many `ahead`.
 #[inline]
 fn clean_lines<F: Format>(
     slots: &[AtomicIopte],
@@ -262,23 +279,25 @@ fn clean_lines<F: Format>(
     };
     match clean {
         Some(clean) => clean * LINE,
-        // What is left is not worth a test.
+        // The rest is too short for a test.
         None => slots.len() - rest.len(),
     }
 }
 
-/// Not zero if a line of a table of `level`, the lowest one if it is `LOW`, has anything to look at.
+/// Not zero if a line of a table of `level`, the lowest one if it is `LOW`, has anything to look
+/// at.
 #[inline]
 fn any<F: Format, const LOW: bool>(line: &[AtomicIopte; LINE], level: u32) -> u64 {
-    // Relaxed: only decides whether to look closer. A D that was set before the harvest began is seen, because
-    // whatever tells the harvester that the write is done also orders this load after it.
+    // Relaxed: only decides whether to look closer. A D that was set before the harvest began is
+    // seen: the harvester learned that the write is done, and that orders this load after it.
     let entries = line.iter().map(|slot| slot.load(Ordering::Relaxed));
     // With a level that the compiler knows, the test is one AND of the OR.
     let level = if LOW { 0 } else { level };
     entries.fold(0, |any, entry| any | F::worth_a_look(entry, level))
 }
 
-/// Looks at entries of a table of `level`, the lowest one if it is `LOW`: without branches if it is `DENSE`.
+/// Looks at entries of a table of `level`, the lowest one if it is `LOW`: without branches if it is
+/// `DENSE`.
 #[inline]
 fn look<F: Format, const LOW: bool, const DENSE: bool>(slots: &[AtomicIopte], level: u32) -> Seen {
     let mut seen = Seen {
@@ -305,7 +324,7 @@ impl Seen {
         let level = if LOW { 0 } else { level };
         let mut mask = 0;
         for (nth, slot) in line.iter().enumerate() {
-            // Relaxed: as in `look`; whoever clears D derives from what is there then.
+            // Relaxed: as in `look`; a clear of D derives from the value at that time.
             let entry = slot.load(Ordering::Relaxed);
             self.any |= entry.0;
             self.all &= entry.0;
@@ -315,16 +334,16 @@ impl Seen {
     }
 }
 
-/// Whether so many of 64 entries had anything to look at that the next 64 are looked at without branches: three, since
-/// mispredicted ones cost more then than the loads that they save.
+/// Whether so many of 64 entries had anything to look at that the next 64 are looked at without
+/// branches: three, since mispredicted ones cost more then than the loads that they save.
 #[inline]
 fn is_dense(mask: u64) -> bool {
     let without_lowest = mask & mask.wrapping_sub(1);
     without_lowest & without_lowest.wrapping_sub(1) != 0
 }
 
-/// Whether all that was `seen` are leaves of one entry each. One that is merged into a larger leaf meanwhile does no harm: it
-/// stays as it is.
+/// Whether all that was `seen` are leaves of one entry each. One that is merged into a larger leaf
+/// in between does no harm: it stays as it is.
 #[inline]
 fn all_single<F: Format>(batch: &Batch<'_>, seen: Seen) -> bool {
     let no_group = seen.any & F::GROUPED == 0;
@@ -341,7 +360,7 @@ fn each_single<F: Format>(batch: &Batch<'_>, seen: Seen) -> bool {
     while rest != 0 {
         // Relaxed: only decides how to look.
         let entry = slots[rest.trailing_zeros() as usize].load(Ordering::Relaxed);
-        let leaf = F::is_present(entry) && is_leaf::<F>(entry, level);
+        let leaf = F::is_present(entry) && F::is_leaf(entry, level);
         if !leaf || entry.0 & F::GROUPED != 0 {
             return false;
         }
@@ -353,17 +372,18 @@ fn each_single<F: Format>(batch: &Batch<'_>, seen: Seen) -> bool {
 /// The first address of the entry `index` of a table of `level` that covers `range`.
 #[inline]
 fn address_of<F: Format>(range: IovaRange, level: u32, index: usize) -> u64 {
-    // Bits above what the table covers come from the range; below, the index says them.
+    // The bits above the table's span come from the range, those below from the index.
     let from = range.start().granule_start(F::size(level)).get();
     let away = (index as u64).wrapping_sub(F::index(from, level) as u64) << F::size(level).lg2();
     from.wrapping_add(away)
 }
 
-/// The first and the last entry of the leaf that entry `index` belongs to; the entry itself if it holds none.
+/// The first and the last entry of the leaf that entry `index` belongs to; the entry itself if it
+/// holds none.
 fn group_at<F: Format>(page: &[AtomicIopte], level: u32, index: usize) -> (usize, usize) {
     // Relaxed: only says where to look.
     let entry = page[index].load(Ordering::Relaxed);
-    if !F::is_present(entry) || !is_leaf::<F>(entry, level) {
+    if !F::is_present(entry) || !F::is_leaf(entry, level) {
         return (index, index);
     }
     let others = (1 << F::group_lg2(entry, level)) - 1;

@@ -1,44 +1,59 @@
-//! Subtrees that a harvest need not look at: those whose upper entry says that no device went through it since a harvest
-//! found them clean.
+//! Subtrees that a harvest may skip: those whose upper entry says that no device went through it
+//! since a harvest found the subtree clean.
 //!
-//! A walk sets A in each upper entry that it reads in memory. Beside A, in the same word and in bits that the format ignores
-//! there ([`Format::KNOWN`]), software keeps what it knows of the subtree:
+//! A walk sets A in each upper entry that it reads in memory. Beside A, in the same word and in
+//! bits that the format ignores there ([`Format::KNOWN`]), software keeps its knowledge of the
+//! subtree:
 //!
 //! ```text
-//!       nothing is dirty:               a flush of the subtree,         A is clear: one harvest
-//!       clear A                         cached pointers to tables too   looks at all of it      A is still clear
-//!  Hot -----------------------> Cleared ---> Flushing ---> Flushed ---> Looking ----------------------> Quiet
-//!   ^                                                                      |                              |
-//!   +----------------------------------------------------------------------+ A is set                     |
-//!   +-----------------------------------------------------------------------------------------------------+
+//!  Hot        nothing is known
+//!   |           a harvest finds nothing dirty: clear A
+//!  Cleared
+//!   |           a flush of the subtree begins, of cached pointers to tables too
+//!  Flushing
+//!   |           it ends
+//!  Flushed
+//!   |           A is clear: one harvest begins to look at all of it
+//!  Looking
+//!   |           A is still clear (if it is set: Hot)
+//!  Quiet      harvests skip it while A is clear
 //! ```
 //!
+//! An entry whose A was set starts again, and so does one above a change by hand.
+//!
 //! # Why no write is lost
-//! **Invariant.** Below an entry that is quiet and whose A is clear nothing is dirty, but for what a harvest is about to
-//! take, or what a call that changes leaves by hand is about to make hot.
+//! **Invariant.** Below an entry that is quiet and whose A is clear nothing is dirty, with two
+//! exceptions: leaves that a harvest is about to take, and leaves below an entry that a change by
+//! hand is about to make hot.
 //!
-//! * **A cached pointer** to a table lets a device set D and leave A above as it is. Clearing A is therefore not enough: the
-//!   look that counts begins behind a flush that made devices forget such pointers, and finish what they do by them. A flush
-//!   stands only for what was cleared before it began, and flushes of tables go one after the other: that is `Flushing`.
-//! * **A walk from above** that comes after the clear sets A before D. Either it does so before the harvest that looks says
-//!   `Quiet`, which is one compare-exchange with "A is clear" in it, or A is set in what is quiet, and nobody skips that.
-//! * **One looks at a time**, and while one does nobody clears A: that would hide from it that A was set meanwhile. Who does
-//!   not get to the end, or leaves a dirty leaf behind, makes the entry hot, whatever others said of it meanwhile.
-//! * **Changes by hand** ([`Table::make_dirty`], splits and merges) set D, or move it, without a walk. They make all entries
-//!   above hot, and do so last: a harvest that did not see the change is then no reason to skip.
+//! * **A cached pointer** to a table lets a device set D and leave A above as it is. So a clear of
+//!   A is not enough. The look that counts begins after a flush that made devices forget such
+//!   pointers and finish their operations by them. A flush counts only for entries that were
+//!   cleared before it began, and flushes of tables run one after the other: that is `Flushing`.
+//! * **A walk from above** that comes after the clear sets A before D. Either it does so before the
+//!   harvest that looks says `Quiet`, which is one compare-exchange that includes "A is clear":
+//!   then the harvest does not say it. Or A is set in a quiet entry, and no harvest skips that.
+//! * **One harvest looks at a time**, and until it ends no other clears A: that would hide a walk
+//!   from it. A harvest that does not get to the end, or leaves a dirty leaf, makes the entry hot.
+//! * **Changes by hand** ([`Table::make_dirty`], splits and merges) set D, or move it, without a
+//!   walk. They make all entries above hot, and do so last: so a harvest that missed the change
+//!   does not cause later ones to skip it.
 //!
-//! A leaf that is mapped below a quiet entry is clean, and to get to it a device walks through that entry.
+//! A leaf that is mapped below a quiet entry is clean, and to get to it a device walks through that
+//! entry.
 
 use crossbeam_epoch::Guard;
 use dirtymap::sync::{Ordering, Step, performs};
 use dirtymap::{IovaRange, LeafSink, Stopped};
 
-use super::dirty::{Batch, DirtyLeaf};
-use super::scan::Visitor;
-use super::{Slot, Table, child, is_leaf, leads_to_same, slots};
+use super::entries::{Slot, leads_to_same, slots};
+use super::leaf::{Batch, DirtyLeaf};
+use super::page::child;
+use super::scan::{Upper, Visitor};
+use super::tree::Table;
 use crate::fmt::{AtomicIopte, Format, Iopte};
 
-/// What software knows of the subtree below an entry.
+/// The knowledge of software about the subtree below an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Known {
@@ -48,11 +63,11 @@ pub(super) enum Known {
     Cleared,
     /// A flush has begun since.
     Flushing,
-    /// It has ended: only who walks through the entry gets below it.
+    /// The flush has ended: a device gets below the entry only by a walk through it.
     Flushed,
     /// A harvest looks at all of it.
     Looking,
-    /// That found it clean, or made it so.
+    /// That harvest found it clean, or made it so.
     Quiet,
 }
 
@@ -70,7 +85,7 @@ impl Known {
         ALL.get(number as usize).copied().unwrap_or(Known::Hot)
     }
 
-    /// `entry`, with this knowledge.
+    /// `entry`, with this knowledge in it.
     fn put<F: Format>(self, entry: Iopte) -> Iopte {
         Iopte(entry.0 & !F::KNOWN | (self as u64 * lowest_bit::<F>()))
     }
@@ -92,29 +107,19 @@ pub(super) fn is_quiet<F: Format>(entry: Iopte) -> bool {
     F::KNOWN != 0 && !accessed::<F>(entry) && Known::of::<F>(entry) == Known::Quiet
 }
 
-/// An entry that leads to a table, as a scan came to it.
-pub(super) struct Upper<'g> {
-    pub(super) slot: &'g AtomicIopte,
-    pub(super) entry: Iopte,
-    pub(super) level: u32,
-    pub(super) span: IovaRange,
-    /// The scan is of all that is below.
-    pub(super) whole: bool,
-}
-
-/// What a harvest found below an entry so far.
+/// The leaves that a harvest has found below an entry so far.
 #[derive(Clone, Copy, Default)]
 struct Tally {
     /// A dirty leaf.
     dirty: bool,
-    /// One that it did not make clean; the scan ends there if that is for an error.
+    /// A dirty leaf that it did not make clean; if that was for an error, the scan ends there.
     left: bool,
 }
 
 /// The scan of a harvest.
 pub(super) struct Harvest<'h, 's, 'b> {
     out: &'h mut LeafSink<'s, 'b>,
-    /// Skip what is quiet, and find out what is.
+    /// Skip quiet entries, and look for more of them.
     skips: bool,
     tally: Tally,
     pub(super) skipped: u64,
@@ -122,7 +127,7 @@ pub(super) struct Harvest<'h, 's, 'b> {
 
 /// A look at a subtree that has begun.
 pub(super) struct Look {
-    /// What was found before, elsewhere.
+    /// The tally of the scan before it came to this subtree.
     before: Tally,
     /// It may call the subtree quiet.
     counts: bool,
@@ -176,8 +181,9 @@ impl<F: Format> Visitor<F> for Harvest<'_, '_, '_> {
                 || known == Known::Cleared && !performs(Step::LookAfterFlush);
             if upper.whole && flushed && !accessed::<F>(upper.entry) {
                 let looking = Known::Looking.put::<F>(upper.entry);
-                // Acquire on success: pairs with the Release of `flush_ends`; what was dirty before is seen below.
-                // Relaxed on failure: A was set, or another harvest looks; this look does not count.
+                // Acquire on success: pairs with the Release of `flush_ends`; a D that was set
+                // before is seen below. Relaxed on failure: A was set, or another harvest looks;
+                // this look does not count.
                 counts = upper
                     .slot
                     .replace(upper.entry, looking, Ordering::Acquire, Ordering::Relaxed)
@@ -219,7 +225,8 @@ fn judge<F: Format>(upper: &Upper<'_>, clean: bool) {
         } else {
             Known::Quiet
         };
-        // Release on success: who skips comes after what we took. Relaxed on failure: the next guess.
+        // Release on success: a harvest that skips comes after the leaves that we took. Relaxed on
+        // failure: the next guess.
         match upper.slot.replace(
             now,
             known.put::<F>(now),
@@ -232,35 +239,36 @@ fn judge<F: Format>(upper: &Upper<'_>, clean: bool) {
     }
 }
 
-/// Clears A of an entry below which nothing was found, unless the entry changed since the scan came to it. Returns whether
-/// a flush is owed for it.
+/// Clears A of an entry below which nothing was found, unless the entry changed since the scan came
+/// to it. Returns whether a flush is owed for it.
 fn clear<F: Format>(upper: &Upper<'_>) -> bool {
     match Known::of::<F>(upper.entry) {
         Known::Looking => return false,
-        // Whoever cleared A may have had no way to flush, or not got to the end.
+        // The harvest that cleared A may have had no way to flush, or may not have ended.
         Known::Cleared | Known::Flushing if !accessed::<F>(upper.entry) => return true,
         Known::Flushed | Known::Quiet if !accessed::<F>(upper.entry) => return false,
-        // Hot with A clear, too: as if a walk that wrote nothing had set A.
+        // Hot with A clear as well: as if a read had set A.
         _ => (),
     }
     let cleared = Iopte(Known::Cleared.put::<F>(upper.entry).0 & !F::TABLE_ACCESSED);
-    // Release on success: whoever flushes for what we say comes after it; pairs with the Acquire in `Table::tell`. Relaxed
-    // on failure: a walk or another harvest was here, and we say nothing.
+    // Release on success: the flush that we owe comes after it; pairs with the Acquire in
+    // `Table::tell`. Relaxed on failure: a walk or another harvest was here, and nothing is owed.
     upper
         .slot
         .replace(upper.entry, cleared, Ordering::AcqRel, Ordering::Relaxed)
         .is_ok()
 }
 
-/// Nothing is known of the subtree any more. Harmless for an entry that leads to no table.
+/// Forgets all about the subtree. Harmless for an entry that leads to no table.
 fn heat_entry<F: Format>(slot: &AtomicIopte) {
-    // AcqRel: after all that we changed below, and one step with whatever a harvest says of the subtree: either it comes
-    // later, and saw our change, or we take it back.
+    // AcqRel: after all changes below, and in one order with the words of harvests about the
+    // subtree: a harvest that speaks later saw our change; one that spoke before is overruled.
     slot.clear_bits(F::KNOWN, Ordering::AcqRel);
 }
 
 impl<F: Format> Table<F> {
-    /// Makes all entries hot that lead to tables for `range`, which the table can map: the last step of a change by hand.
+    /// Makes all entries hot that lead to tables for `range`, which the table can map: the last
+    /// step of a change by hand.
     pub(super) fn heat(&self, range: IovaRange, guard: &Guard) {
         if self.skips() && performs(Step::HeatAbove) {
             for_upper::<F>(&self.root, F::LEVELS - 1, range, guard, &mut |slot, _| {
@@ -278,17 +286,18 @@ impl<F: Format> Table<F> {
         }
     }
 
-    /// A flush of `ranges`, with pointers to tables, begins. The caller has one such flush at a time.
+    /// A flush of `ranges`, with pointers to tables, begins. The caller has one such flush at a
+    /// time.
     pub(crate) fn flush_begins(&self, ranges: &[IovaRange]) {
         self.tell(ranges, Known::Cleared, Known::Flushing);
     }
 
-    /// It has ended: all devices forgot what they had cached there.
+    /// The flush has ended: all devices forgot their cached entries of `ranges`.
     pub(crate) fn flush_ends(&self, ranges: &[IovaRange]) {
         self.tell(ranges, Known::Flushing, Known::Flushed);
     }
 
-    /// Makes what is known of subtrees inside `ranges` `new` if it is `old`.
+    /// Changes the knowledge about subtrees inside `ranges` from `old` to `new`.
     fn tell(&self, ranges: &[IovaRange], old: Known, new: Known) {
         if !self.skips() {
             return;
@@ -304,9 +313,10 @@ impl<F: Format> Table<F> {
                     &mut |slot, entry| {
                         let mut now = entry;
                         while slot.part == slot.span && Known::of::<F>(now) == old {
-                            // Acquire on success: pairs with the Release of `clear`, so that the flush comes after it;
-                            // Release: a look that begins with what we say comes after the flush. Relaxed on failure: A was
-                            // set, or the entry is hot or another one.
+                            // Acquire on success: pairs with the Release of `clear`, so that the
+                            // flush comes after it; Release: a look that begins from the new state
+                            // comes after the flush. Relaxed on failure: A was set, or the entry is
+                            // hot or another one.
                             match slot.entry.replace(
                                 now,
                                 new.put::<F>(now),
@@ -317,7 +327,8 @@ impl<F: Format> Table<F> {
                                 Err(other) => now = other,
                             }
                         }
-                        // Nobody looks below what is quiet, and what is cleared there is flushed when somebody does.
+                        // No harvest looks below a quiet entry. Entries that were cleared there are
+                        // flushed when one does.
                         !is_quiet::<F>(now)
                     },
                 );
@@ -331,14 +342,15 @@ impl<F: Format> Table<F> {
         self.skipped.load(Ordering::Relaxed)
     }
 
-    /// Whether harvests skip what is quiet.
+    /// Whether harvests skip quiet entries.
     #[inline]
     pub(super) fn skips(&self) -> bool {
         F::KNOWN != 0 && self.skip_quiet
     }
 }
 
-/// Visits the entries that lead to tables for `range`, from above; goes below those for which `visit` says so.
+/// Visits the entries that lead to tables for `range`, from above, and goes below those for which
+/// `visit` returns true.
 fn for_upper<F: Format>(
     page: &[AtomicIopte],
     level: u32,
@@ -352,7 +364,7 @@ fn for_upper<F: Format>(
     for (_, slot) in slots::<F>(page, level, range) {
         // Acquire: pairs with the Release that installed the entry; publishes the table.
         let entry = slot.entry.load(Ordering::Acquire);
-        let is_table = F::is_present(entry) && !is_leaf::<F>(entry, level);
+        let is_table = F::is_present(entry) && !F::is_leaf(entry, level);
         if is_table && visit(&slot, entry) && level > 1 {
             for_upper::<F>(child::<F>(entry, guard), level - 1, slot.part, guard, visit);
         }

@@ -2,24 +2,27 @@
 //!
 //! ```text
 //!  a table       [entry 0][entry 1][entry 2] ... [entry 511]
-//!  its slab      [table 0][table 1][table 2] ... [table 511]      2 MiB, touched where there are tables
-//!  beside them   [Beside ][Beside ][Beside ] ... [Beside   ]      who holds each of them
+//!  its slab      [table 0][table 1][table 2] ... [table 511]      2 MiB, used where tables are
+//!  beside them   [Beside ][Beside ][Beside ] ... [Beside   ]      the holds on each of them
 //! ```
 //!
-//! A harvest goes through the lowest tables in the order of addresses. Where they follow each other in memory it runs at
-//! the speed of memory; where each lies somewhere else, the processor begins anew at every 4 KiB, and it takes three to four
-//! times as long.
+//! A harvest visits the lowest tables in the order of addresses. Where they follow each other in
+//! memory it runs at the speed of memory. Where each lies elsewhere, the prefetcher of the
+//! processor starts anew at every 4 KiB, and the harvest takes three to four times as long.
 //!
-//! * **A table has a slab** as soon as one call touches [`FEW`] entries below it, or the second call of that many did one each:
-//!   maps with a page here and there do not pay for it. A slab costs 20 KiB, and address space; its memory is the system's
-//!   until tables come to lie in it, but where the system gives out memory by 2 MiB at a time.
-//! * **The place of a table** follows from the entry that leads to it. If another table is still held there, one that was
-//!   retired, the new one is an allocation of its own.
-//! * **A slab lives** as long as the table above it, or any table in it. Then all of it is freed, and no part earlier.
+//! * **A table has a slab** once one call needs [`FEW`] tables below it, or that many calls needed
+//!   one each: maps of single scattered pages do not pay for it. A slab costs 20 KiB, and address
+//!   space. The system provides its memory as tables are put there, or 2 MiB at a time where it
+//!   uses huge pages.
+//! * **The place of a table** follows from the entry that leads to it. If a retired table is still
+//!   held there, the new one is an allocation of its own.
+//! * **A slab lives** as long as the table above it, or any table in it. Then all of it is freed at
+//!   once.
 //!
-//! # Why no table is written over that somebody uses
-//! A place is free, or it is held. Who lets go last still reads the entries, to let go of the tables below, and then says
-//! that it is free; who takes it does so by one compare-exchange from free, so that what it writes comes after that.
+//! # Why no table in use is written over
+//! A place is free, or it is held. The thread that ends the last hold still reads the entries, to
+//! end the holds on the tables below, and then declares the place free. A new table claims it by
+//! one compare-exchange from free, so its writes come after those reads.
 
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::ptr::{self, NonNull};
@@ -28,25 +31,25 @@ use dirtymap::sync::{
     AtomicBool, AtomicPtr, AtomicU64, Ordering, Step, TINY, Witness, fence, performs,
 };
 
-/// From so many tables below a table on they lie in a slab. In the model checker, all do.
+/// From this many tables below a table on they lie in a slab. In the model checker, all do.
 pub(super) const FEW: u64 = if TINY { 1 } else { 8 };
 
 /// No table: the place is free.
 const FREE: u64 = 0;
-/// A table that one holds. Nobody holds it any more, but the place is not free yet: one less.
+/// A table with one hold. One less: no hold is left, but the place is not free yet.
 const ONE: u64 = 2;
 
-/// What is kept of a table, but for its entries.
+/// The record of a table: everything but its entries.
 pub(super) struct Beside {
-    /// How many hold the table, and one; [`FREE`] for a place in a slab without a table.
+    /// The number of holds on the table, plus one; [`FREE`] for a place in a slab without a table.
     holders: AtomicU64,
     /// The slab that the table lies in, which it holds; null if it is an allocation of its own.
     home: AtomicPtr<Slab>,
     /// The slab of the tables below, which the table holds; null if there is none.
     below: AtomicPtr<Slab>,
-    /// Tables that were made below while there was no slab.
+    /// The number of tables that were made below without a slab.
     made: AtomicU64,
-    /// There never is a slab below.
+    /// The tables below never get a slab.
     apart: AtomicBool,
     /// Of the table.
     witness: Witness,
@@ -64,7 +67,7 @@ impl Beside {
         }
     }
 
-    /// For a table that is an allocation of its own, and that one holds.
+    /// For a table that is an allocation of its own, with one hold.
     pub(super) fn single(apart: bool) -> Self {
         Beside {
             holders: AtomicU64::new(ONE),
@@ -78,31 +81,31 @@ impl Beside {
         self.apart.load(Ordering::Relaxed)
     }
 
-    /// One more holds the table. The caller knows one who does.
+    /// Adds a hold. The caller knows of one that lasts.
     pub(super) fn hold(&self) {
         // Relaxed: a new hold is made from one that lasts at least as long as we run.
         self.holders.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// One less holds the table; whether it was the last one, who then frees it.
+    /// Ends a hold. Returns whether it was the last one: then the caller frees the table.
     pub(super) fn let_go(&self) -> bool {
-        // Release: what we did with the table comes before its end; pairs with the fence below.
+        // Release: our use of the table comes before its end; pairs with the fence below.
         let last = self.holders.fetch_sub(1, Ordering::Release) == ONE;
         if last {
-            // Acquire: pairs with the Release of all who let go before.
+            // Acquire: pairs with the Release of all holds that ended before.
             fence(Ordering::Acquire);
             self.end();
         }
         last
     }
 
-    /// Somebody has reached the table.
+    /// A walk has reached the table.
     #[inline]
     pub(super) fn look(&self) {
         self.witness.look();
     }
 
-    /// Nobody may reach the table from now on.
+    /// No walk may reach the table from now on.
     pub(super) fn end(&self) {
         self.witness.end();
     }
@@ -117,13 +120,14 @@ impl Beside {
     pub(super) fn below(&self) -> Option<&Slab> {
         // Acquire: pairs with the Release in `slab`; publishes the slab.
         let slab = self.below.load(Ordering::Acquire);
-        // SAFETY: null, or a slab that the table holds, for as long as it lives: `self` is borrowed from it.
+        // SAFETY: null, or a slab that the table holds, for as long as it lives: `self` is borrowed
+        // from it.
         unsafe { slab.as_ref() }
     }
 
     /// The slab of the tables below, by the pointer that it can be freed by.
     pub(super) fn slab_below(&self) -> *mut Slab {
-        // Relaxed: who asks has found the slab.
+        // Relaxed: the caller has found the slab by `below`.
         self.below.load(Ordering::Relaxed)
     }
 
@@ -145,18 +149,18 @@ impl Beside {
             Ordering::Relaxed,
         );
         if installed.is_err() {
-            // SAFETY: nobody else knows the fresh slab, whose one hold is ours.
+            // SAFETY: the fresh slab is ours alone, with its one hold.
             unsafe { Slab::let_go(fresh) };
         }
         self.below()
     }
 
-    /// Lets go of the slab of the tables below.
+    /// Ends the hold on the slab of the tables below.
     ///
     /// # Safety
-    /// Nobody holds the table any more, and this is called once for it.
+    /// No hold on the table is left, and this is called once for it.
     pub(super) unsafe fn let_go_below(&self) {
-        // Relaxed: all who used the table let go before.
+        // Relaxed: all holds on the table ended before.
         let slab = self.below.load(Ordering::Relaxed);
         if let Some(slab) = NonNull::new(slab) {
             // SAFETY: installed by `slab` with a hold that the table has, and that ends here, once.
@@ -165,11 +169,11 @@ impl Beside {
     }
 }
 
-/// A place for a new table, which one holds.
+/// A place for a new table, with one hold.
 pub(super) enum Place<'s> {
-    /// Memory that nobody uses.
+    /// Memory that is not in use.
     Free(NonNull<u8>, &'s Beside),
-    /// Without [`Step::ClaimFree`]: somebody's table.
+    /// Without [`Step::ClaimFree`]: a table in use.
     Held(NonNull<u8>, &'s Beside),
 }
 
@@ -205,28 +209,30 @@ impl Slab {
         NonNull::from(Box::leak(slab))
     }
 
-    /// What is kept of the table at `address`, if it lies here.
+    /// The record of the table at `address`, if it lies here.
     #[inline]
     pub(super) fn beside(&self, address: u64) -> Option<&Beside> {
         let away = address.wrapping_sub(self.memory.as_ptr().expose_provenance() as u64);
         self.beside.get((away >> self.table_lg2) as usize)
     }
 
-    /// Takes the place `nth` for a table that one holds; the caller may write to its memory before it publishes the table.
-    /// `None` if a table is held there.
-    /// `home` is this slab, by the pointer that [`allocate`](Self::allocate) returned: the last table may have to free it.
+    /// Claims the place `nth` for a table with one hold; the caller may write to its memory before
+    /// it publishes the table. `None` if a table is held there. `home` is this slab, by the pointer
+    /// that [`allocate`](Self::allocate) returned: the last table may have to free it.
     pub(super) fn claim(&self, home: *mut Slab, nth: usize, apart: bool) -> Option<Place<'_>> {
         let beside = self.beside.get(nth)?;
         // SAFETY: inside the allocation, which has room for as many tables as there is `beside` of.
         let memory = unsafe { self.memory.add(nth << self.table_lg2) };
-        // Acquire: pairs with the Release in `vacate`; what we write comes after what the last holder did.
+        // Acquire: pairs with the Release in `vacate`; our writes come after those of the last
+        // holder.
         let claimed =
             beside
                 .holders
                 .compare_exchange(FREE, ONE, Ordering::Acquire, Ordering::Relaxed);
         if claimed.is_err() {
             if !performs(Step::ClaimFree) {
-                // What is left out: the place is taken, and whoever uses the table there finds nothing in it.
+                // The step that is left out: the place is claimed, and the table there loses its
+                // entries.
                 beside.hold();
                 return Some(Place::Held(memory, beside));
             }
@@ -248,32 +254,32 @@ impl Slab {
         self.beside[nth].holders.load(Ordering::Acquire) == FREE
     }
 
-    /// The place of `beside` is free.
+    /// Declares the place of `beside` free.
     ///
     /// # Safety
-    /// `slab` is the home of `beside`. Nobody holds the table there any more, and nobody uses its memory; this is called once
-    /// for it.
+    /// `slab` is the home of `beside`. No hold on the table there is left, and its memory is not in
+    /// use; this is called once for it.
     pub(super) unsafe fn vacate(slab: NonNull<Slab>, beside: NonNull<Beside>) {
         // SAFETY: it lies in the slab, which the table still holds.
         let beside = unsafe { beside.as_ref() };
-        // Release: pairs with the Acquire in `claim`; whoever writes there comes after us.
+        // Release: pairs with the Acquire in `claim`; the writes of the next table come after ours.
         beside.holders.store(FREE, Ordering::Release);
         // SAFETY: the hold of the table, from `claim`, which ends here.
         unsafe { Slab::let_go(slab) };
     }
 
-    /// Gives up a hold, and frees the slab if it was the last one.
+    /// Ends a hold, and frees the slab if it was the last one.
     ///
     /// # Safety
-    /// The hold is the caller's, who does not use the slab any more.
+    /// The hold is the caller's, and the caller does not use the slab afterwards.
     unsafe fn let_go(slab: NonNull<Slab>) {
         // SAFETY: alive: we hold it.
         let holders = unsafe { &slab.as_ref().holders };
-        // Release: what we did with the slab comes before its end; pairs with the fence below.
+        // Release: our use of the slab comes before its end; pairs with the fence below.
         if holders.fetch_sub(1, Ordering::Release) == 1 {
-            // Acquire: pairs with the Release of all who let go before.
+            // Acquire: pairs with the Release of all holds that ended before.
             fence(Ordering::Acquire);
-            // SAFETY: leaked by `allocate`; nobody holds it any more.
+            // SAFETY: leaked by `allocate`; no hold is left.
             drop(unsafe { Box::from_raw(slab.as_ptr()) });
         }
     }

@@ -1,27 +1,30 @@
 //! Splitting leaves while devices write: tracking gets finer, and a range can be unmapped in part.
 //!
 //! ```text
-//!  one entry, to a table     build a table of parts, D as in the entry --> compare-exchange of the entry
-//!  a group, entry by entry   D set?  set D in every entry of the leaf --> compare-exchange of this entry
+//!  one entry, to a table     build a table of parts, D as in the entry --> compare-exchange
+//!  a group, entry by entry   D set?  set D in every entry of the leaf --> compare-exchange
 //! ```
 //!
 //! # Why no write is lost
-//! **Invariant.** A device holds "D is set" for a range R only if each page of R is dirty in the table, or is in a harvest
-//! whose flush of that page is still to come.
+//! **Invariant.** A device holds "D is set" for a range R only if each page of R is dirty in the
+//! table, or is in a harvest whose flush of that page is still to come.
 //!
-//! * A device that holds it for the whole leaf writes on without a trace in the parts. It got there by a D that was set
-//!   in some entry of the leaf, and each part starts out dirty if the leaf is: for a single entry because the table of
-//!   parts is installed by a compare-exchange against the very value, D included, that its parts were made from; for a
-//!   group because an entry with D leaves it only after D is set in all others.
-//! * The parts are then cleaned one by one. Whoever cleans one has recorded it, and owes the flush of its addresses; that
-//!   flush drops every cached translation that touches them, also those of the whole leaf. So the device walks
-//!   again before it writes to another part, and sets D there.
-//! * A device that walks while the entry changes fails to set D in the old value and walks anew. There is a translation
-//!   at every moment.
+//! * A device that holds it for the whole leaf continues to write without a trace in the parts. It
+//!   cached that from a D in some entry of the leaf, and each part starts dirty if the leaf is: for
+//!   a single entry because the table of parts is installed by a compare-exchange against the very
+//!   value, D included, that its parts were made from; for a group because an entry with D leaves
+//!   it only after D is set in all others.
+//! * The parts are then cleaned one by one. A harvest that cleans one has recorded it, and owes the
+//!   flush of its addresses. That flush drops every cached translation that touches them, also
+//!   those of the whole leaf. So the device walks again before it writes to another part, and sets
+//!   D there.
+//! * A device that walks while the entry changes fails to set D in the old value and walks anew.
+//!   There is a translation at every moment.
 //!
-//! The parts of a dirty leaf are all dirty: a superset of what was written, and no more than the leaf reported before.
-//! A harvest that runs during the split of a group may find D between two of its entries: what it misses is in the table
-//! for the next one, from before until after the split.
+//! The parts of a dirty leaf are all dirty: a superset of the written pages, and no more than the
+//! leaf reported before. A harvest that runs during the split of a group may miss a D that moves
+//! between two of its entries: the next one finds it, because the table holds it from before until
+//! after the split.
 
 use std::ops::ControlFlow;
 
@@ -29,22 +32,28 @@ use crossbeam_epoch::Guard;
 use dirtymap::sync::{Ordering, Step, performs};
 use dirtymap::{Granule, Iova, IovaRange};
 
+use super::leaf::Found;
 use super::map::{Job, fill};
-use super::{Found, Node, Table, TableRef, entry_for, is_leaf};
+use super::page::{Node, TableRef, entry_for};
+use super::tree::Table;
 use crate::error::Error;
 use crate::fmt::{Format, Iopte, LeafSizes};
 
 impl<F: Format> Table<F> {
-    /// Splits the leaf that maps both sides of `at`, so that afterwards none does: into the largest leaves of the format
-    /// that fit on either side. Every part has the rights of the leaf, and is dirty if the leaf was.
+    /// Splits the leaf that maps both sides of `at`, so that afterwards none does: into the largest
+    /// leaves of the format that fit on either side. Every part has the rights of the leaf, and is
+    /// dirty if the leaf was.
     ///
-    /// Calls `split` with the addresses and the size of the old leaf: devices may go by it until its addresses are
-    /// invalidated. For what is dirty it is enough that the addresses of each part are invalidated when it is cleaned.
+    /// Calls `split` with the addresses and the size of the old leaf: devices may use it until its
+    /// addresses are invalidated. For tracking it is enough to invalidate the addresses of each
+    /// part when it is cleaned.
     ///
-    /// Lock-free. Devices may write meanwhile, and the leaf may be unmapped: what is left of it is split.
+    /// Lock-free. Devices may write at the same time, and the leaf may be unmapped: the entries
+    /// that are left are split.
     ///
     /// # Errors
-    /// [`Error::TooWide`]; [`Error::Unaligned`] if `at` is not the start of a smallest page. Nothing is changed then.
+    /// [`Error::TooWide`]; [`Error::Unaligned`] if `at` is not the start of a smallest page.
+    /// Nothing is changed then.
     pub fn split_at(
         &self,
         at: Iova,
@@ -69,9 +78,9 @@ impl<F: Format> Table<F> {
         Ok(())
     }
 
-    /// Splits every leaf that `range` touches and whose size is not among `sizes`, into the largest that are: a set, or a
-    /// [`Granule`] for all sizes up to it; the smallest page always is among them. Otherwise as
-    /// [`split_at`](Self::split_at).
+    /// Splits every leaf that `range` touches and whose size is not among `sizes`, into the largest
+    /// that are: a set, or a [`Granule`] for all sizes up to it; the smallest page always is among
+    /// them. Otherwise as [`split_at`](Self::split_at).
     ///
     /// # Errors
     /// [`Error::TooWide`], [`Error::Unaligned`]; nothing is changed then.
@@ -131,7 +140,7 @@ impl<F: Format> Table<F> {
         all: IovaRange,
         guard: &Guard,
     ) {
-        // If the table is another one by now, then what is put into it goes with it.
+        // If another table has replaced this one, the parts go with the old table.
         let above = self.table_of(leaf, guard);
         let needed = all.granules(F::size(leaf.level)).min(1 << F::INDEX_LG2) as u64;
         let (range, level) = (leaf.range::<F>(), leaf.level);
@@ -150,9 +159,9 @@ impl<F: Format> Table<F> {
             part = Some((IovaRange::granule_at(span.start(), size), size));
             // Acquire: as the load of a walk.
             let mut old = slot.load(Ordering::Acquire);
-            // If it is something else, it was unmapped meanwhile: then there is nothing to split.
+            // If it is something else, the leaf was unmapped: then there is nothing to split.
             while F::is_present(old)
-                && is_leaf::<F>(old, level)
+                && F::is_leaf(old, level)
                 && F::leaf_size(old, level) == leaf.size::<F>()
                 && (F::output(old), F::access(old)) == (phys, access)
             {
@@ -169,9 +178,9 @@ impl<F: Format> Table<F> {
                     None => TableRef::new(level - 1, false),
                 };
                 let new = Parts::<F>::new(&job, span, level, size, table, guard);
-                // AcqRel on success: Release publishes the table, and D in the other entries before this one goes;
-                // Acquire pairs with `set_dirty`. Acquire on failure: as the load above; D was set or cleared, and the
-                // parts follow from that.
+                // AcqRel on success: Release publishes the table, and D in the other entries before
+                // this one goes; Acquire pairs with `set_dirty`. Acquire on failure: as the load
+                // above; D was set or cleared, and the parts follow from that.
                 match slot.replace(old, new.entry, Ordering::AcqRel, Ordering::Acquire) {
                     Ok(()) => {
                         new.publish();
@@ -190,7 +199,7 @@ impl<F: Format> Table<F> {
         for level in (leaf.level + 1..F::LEVELS).rev() {
             // Acquire: as the load of a walk.
             let entry = node[F::index(leaf.span.start().get(), level)].load(Ordering::Acquire);
-            if !F::is_present(entry) || is_leaf::<F>(entry, level) {
+            if !F::is_present(entry) || F::is_leaf(entry, level) {
                 return None;
             }
             node = node.below::<F>(entry, guard);
@@ -199,7 +208,7 @@ impl<F: Format> Table<F> {
     }
 }
 
-/// What an entry of a split leaf becomes.
+/// The new value of an entry of a split leaf.
 struct Parts<F: Format> {
     entry: Iopte,
     /// The table that the entry leads to, if it is no leaf.
@@ -207,8 +216,8 @@ struct Parts<F: Format> {
 }
 
 impl<F: Format> Parts<F> {
-    /// For an entry of a table of `level`, with the addresses `span`, where the first leaf has the given size; `table` is a new
-    /// table below.
+    /// For an entry of a table of `level`, with the addresses `span`, where the first leaf has the
+    /// given size; `table` is a new table below.
     fn new(
         job: &Job,
         span: IovaRange,

@@ -1,6 +1,6 @@
-//! One suite for every format: the table against a model that knows pages only, and the borders of map, unmap and
-//! harvest. What differs between formats is asked of the format (`LEAF_LEVELS`, `WIDTH`, `grants`), never listed by
-//! name.
+//! One suite for every format: the table against a model that knows pages only, and the borders of
+//! map, unmap and harvest. Differences between formats are asked of the format (`LEAF_LEVELS`,
+//! `WIDTH`, `grants`), never listed by name.
 
 mod dirty;
 mod history;
@@ -8,9 +8,14 @@ mod model;
 mod reshape;
 mod slabs;
 
+use crossbeam_epoch::Guard;
+use dirtymap::sync::Ordering;
+use dirtymap::{Access, FlushGather, Granule, Iova, IovaRange, LeafSink, UserBitmap};
+
+use super::page::Node;
 use super::*;
-use crate::fmt::LeafSizes;
-use dirtymap::{FlushGather, LeafSink, UserBitmap};
+use crate::error::Error;
+use crate::fmt::{Format, Iopte, LeafSizes, granule};
 
 use self::dirty::*;
 use self::history::*;
@@ -139,8 +144,8 @@ fn leaf_for<F: Format>(at: u64, start: u64, end: u64, phys: u64, limit: u64) -> 
     for size in F::LEAF_SIZES.iter().map(Granule::bytes) {
         let first = at & !(size - 1);
         let fits = first >= start && u128::from(first) + u128::from(size) <= u128::from(end);
-        let behind = phys.wrapping_add(first.wrapping_sub(start));
-        if size <= limit && fits && behind.is_multiple_of(size) {
+        let backing = phys.wrapping_add(first.wrapping_sub(start));
+        if size <= limit && fits && backing.is_multiple_of(size) {
             best = (first, size);
         }
     }
@@ -209,7 +214,7 @@ fn leaves_have_the_sizes_that_the_caller_names<F: Format>() {
 fn bad_requests_are_refused_and_change_nothing<F: Format>() {
     let table = Table::<F>::new();
     let map = |range, phys| table.map(range, phys, Access::ReadWrite, F::size(2));
-    // The first address past what is translated from 0 on, and the page before it.
+    // The first address that is not translated from 0 on, and the page before it.
     let end = 1 << (F::WIDTH - u32::from(F::SIGN_EXTENDED));
     for wide in [
         range(0, end + k::<F>()),
@@ -233,18 +238,18 @@ fn bad_requests_are_refused_and_change_nothing<F: Format>() {
         map(range(0, page), 8),
         Err(Error::UnalignedPhys { phys: 8, .. })
     ));
-    let behind = 1 << F::OUTPUT_LG2;
-    for phys in [behind - page, behind, !F::PAGE.mask()] {
+    let end_of_memory = 1 << F::OUTPUT_LG2;
+    for phys in [end_of_memory - page, end_of_memory, !F::PAGE.mask()] {
         assert!(matches!(
             map(range(0, 2 * page), phys),
             Err(Error::PhysTooWide { width, .. }) if width == F::OUTPUT_LG2
         ));
     }
-    map(range(end - page, page), behind - page).unwrap();
+    map(range(end - page, page), end_of_memory - page).unwrap();
     let last = table.translate(iova(end - 1)).unwrap();
     assert_eq!(
         (last.phys, last.range),
-        (behind - page, range(end - k::<F>(), k::<F>()))
+        (end_of_memory - page, range(end - k::<F>(), k::<F>()))
     );
 
     // An odd page, so that no larger leaf fits there.
@@ -339,7 +344,7 @@ fn entries_are_decoded_as_they_were_encoded<F: Format>() {
                 let written = F::written(clean);
                 assert!(F::is_dirty(written) && F::worth_a_look(written, level) != 0);
                 for leaf in [clean, written] {
-                    assert!(F::is_present(leaf) && is_leaf::<F>(leaf, level));
+                    assert!(F::is_present(leaf) && F::is_leaf(leaf, level));
                     assert_eq!((F::output(leaf), F::access(leaf)), (phys, access));
                     assert_eq!(F::leaf_size(leaf, level), size);
                     assert_eq!(F::group_lg2(leaf, level), group_lg2);
@@ -394,9 +399,13 @@ fn unmap_reports_leaves_and_refuses_parts_of_them<F: Format>() {
         (range(0, m::<F>() + k::<F>()), m::<F>()),
         (range(k::<F>(), 4 * m::<F>()), 0),
     ] {
-        assert!(
-            matches!(table.unmap(part, none), Err(Error::PartOfLeaf { leaf: l, .. }) if l == range(leaf, m::<F>()))
-        );
+        let Err(Error::PartOfLeaf {
+            leaf: sticks_out, ..
+        }) = table.unmap(part, none)
+        else {
+            panic!("{part} cuts through a leaf");
+        };
+        assert_eq!(sticks_out, range(leaf, m::<F>()));
     }
     assert!(matches!(
         table.unmap(range(0, 5), none),

@@ -4,11 +4,13 @@ use crossbeam_epoch::Guard;
 use dirtymap::sync::Ordering;
 use dirtymap::{Granule, IovaRange};
 
-use super::{Table, child, is_leaf, slots};
+use super::entries::slots;
+use super::page::child;
+use super::tree::Table;
 use crate::error::Error;
 use crate::fmt::{AtomicIopte, Format, Iopte};
 
-/// Is told of each leaf that went: its addresses, its size, and whether it was dirty.
+/// Receives each leaf that was removed: its addresses, its size, and whether it was dirty.
 type Removed<'a> = dyn FnMut(IovaRange, Granule, bool) + 'a;
 
 /// A leaf whose entries are going.
@@ -19,15 +21,16 @@ struct Going {
 }
 
 impl<F: Format> Table<F> {
-    /// Removes all leaves in `range`. Calls `removed` for each, with its addresses, its size, and whether it was dirty:
-    /// hardware can no longer set D when the leaf is gone, so that is the last word. Addresses without a leaf are
-    /// skipped.
+    /// Removes all leaves in `range`. Calls `removed` for each, with its addresses, its size, and
+    /// whether it was dirty: hardware cannot set D once the leaf is gone, so that is final.
+    /// Addresses without a leaf are skipped.
     ///
-    /// Devices may use cached translations until they are invalidated. Lock-free; the caller owns the range for the
-    /// time of the call.
+    /// Devices may use cached translations until they are invalidated. Lock-free; the caller owns
+    /// the range until the call returns.
     ///
     /// # Errors
-    /// In this order: [`Error::TooWide`], [`Error::Unaligned`], [`Error::PartOfLeaf`]. Nothing is changed then.
+    /// In this order: [`Error::TooWide`], [`Error::Unaligned`], [`Error::PartOfLeaf`]. Nothing is
+    /// changed then.
     pub fn unmap(
         &self,
         range: IovaRange,
@@ -62,15 +65,15 @@ fn clear<F: Format>(
         // Acquire: pairs with the Release in `child_or_new`; publishes the table.
         let mut entry = slot.entry.load(Ordering::Acquire);
         while F::is_present(entry) {
-            if !is_leaf::<F>(entry, level) {
+            if !F::is_leaf(entry, level) {
                 let child = child::<F>(entry, guard);
                 clear::<F>(child, level - 1, slot.part, removed, guard);
                 break;
             }
-            // Acquire on success: pairs with the Release of a harvest's clear, so that a leaf seen clean was recorded;
-            // Release: what we did before is visible to a walk that finds nothing. Acquire on failure: as the load
-            // above. A failure means that hardware set D or a harvest cleared it: what we report is what was there when
-            // the entry went.
+            // Acquire on success: pairs with the Release of a harvest's clear, so that a leaf seen
+            // clean was recorded; Release: our writes before it are visible to a walk that finds
+            // nothing. Acquire on failure: as the load above. A failure means that hardware set D
+            // or a harvest cleared it: we report the value that the entry had when it was removed.
             match slot
                 .entry
                 .replace(entry, Iopte::ABSENT, Ordering::AcqRel, Ordering::Acquire)

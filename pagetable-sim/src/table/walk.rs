@@ -3,26 +3,27 @@
 //! ```text
 //!  root --entry: note A--> table --entry: note A--> table --leaf: set D of a write-->
 //!                            ^                        ^
-//!                            +------------------------+-- or begin here: entries above are neither read nor changed
+//!                            +------------------------+-- or begin here: no entry above is read
 //! ```
 //!
-//! A cached pointer is a [`TableRef`], which keeps the table in memory. Whether the table is still the one that
-//! translates the address is another matter: after it was retired, only an invalidation that names pointers to tables
+//! A cached pointer is a [`TableRef`], which keeps the table in memory. The table may no longer
+//! translate the address: after it was retired, only an invalidation that names pointers to tables
 //! makes devices forget it.
 
 use dirtymap::sync::Ordering;
 use dirtymap::{Iova, IovaRange};
 
+use super::leaf::{Found, Leaf, make_dirty};
+use super::page::TableRef;
 #[cfg(all(test, not(dirtymap_loom)))]
-use super::child;
-use super::dirty::make_dirty;
-use super::{Found, Leaf, Table, TableRef, is_leaf};
+use super::page::child;
+use super::tree::Table;
 use crate::error::FaultKind;
 #[cfg(all(test, not(dirtymap_loom)))]
 use crate::fmt::AtomicIopte;
 use crate::fmt::{Format, Iopte};
 
-/// What a device walks for.
+/// The reason of a device's walk.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Walk {
     pub(crate) iova: Iova,
@@ -33,10 +34,11 @@ pub(crate) struct Walk {
 }
 
 impl<F: Format> Table<F> {
-    /// Walks for a device to the leaf that maps an address, and returns the leaf as it was found. Begins at `from`, a
-    /// table that covers the address, or at the root. Sets A in each upper entry that it reads, and D for a write that
-    /// the leaf permits, if accesses are tracked. Pointers to the tables that it goes through are added to `met`, also
-    /// by a walk that ends in a fault.
+    /// Walks for a device to the leaf that maps an address, and returns the leaf as it was found.
+    /// Begins at `from`, a table that covers the address, or at the root. Sets A in each upper
+    /// entry that it reads, and D for a write that the leaf permits, if accesses are tracked.
+    /// Pointers to the tables that it goes through are added to `met`, also by a walk that ends in
+    /// a fault.
     #[inline]
     pub(crate) fn walk_from(
         &self,
@@ -57,8 +59,8 @@ impl<F: Format> Table<F> {
             let page = node.entries;
             let index = F::index(iova.get(), level);
             let slot = &page[index];
-            // Acquire: pairs with the Release that installed the entry, in `map`; publishes the table it leads to, or
-            // what the mapper wrote into the memory behind a leaf.
+            // Acquire: pairs with the Release that installed the entry, in `map`; publishes the
+            // table that it leads to, or the bytes that the mapper wrote into the memory of a leaf.
             let mut entry = slot.load(Ordering::Acquire);
             loop {
                 if !F::is_present(entry) {
@@ -67,7 +69,7 @@ impl<F: Format> Table<F> {
                 if entry.0 & F::RESERVED != 0 {
                     return Err(FaultKind::Reserved);
                 }
-                if is_leaf::<F>(entry, level) {
+                if F::is_leaf(entry, level) {
                     let span = IovaRange::granule_at(iova, F::size(level));
                     let found = Found {
                         page,
@@ -80,7 +82,7 @@ impl<F: Format> Table<F> {
                     if !notes || make_dirty::<F>(&found) {
                         return Ok(found.leaf::<F>());
                     }
-                    // The entry changed meanwhile: it may be another leaf now, lead to a table, or be gone.
+                    // The entry changed: it may be another leaf now, lead to a table, or be gone.
                     // Acquire: as the load above.
                     entry = slot.load(Ordering::Acquire);
                     continue;
@@ -93,8 +95,9 @@ impl<F: Format> Table<F> {
                 if noted == entry {
                     break;
                 }
-                // Release on success: whoever sees what we set below, by Acquire, sees A above as well. Acquire, both: as
-                // the load above, for what we derive from the entry or look at anew.
+                // Release on success: a harvest that sees the D that we set below, by Acquire, sees
+                // A above as well. Acquire, both: as the load above, for the table below or the
+                // next look.
                 match slot.replace(entry, noted, Ordering::AcqRel, Ordering::Acquire) {
                     Ok(()) => break,
                     Err(now) => entry = now,
@@ -116,7 +119,7 @@ impl<F: Format> Table<F> {
         let mut found = Vec::new();
         for level in (1..F::LEVELS).rev() {
             let entry = page[F::index(iova.get(), level)].load(Ordering::Acquire);
-            if !F::is_present(entry) || is_leaf::<F>(entry, level) {
+            if !F::is_present(entry) || F::is_leaf(entry, level) {
                 break;
             }
             found.push(entry.0 & F::TABLE_ACCESSED != 0);
@@ -125,8 +128,8 @@ impl<F: Format> Table<F> {
         found
     }
 
-    /// Sets the reserved bits of the leaf that maps `iova`, so that the next walk there faults. False if there is no
-    /// leaf, or the format has no reserved bits.
+    /// Sets the reserved bits of the leaf that maps `iova`, so that the next walk there faults.
+    /// False if there is no leaf, or the format has no reserved bits.
     pub(crate) fn corrupt(&self, iova: Iova) -> bool {
         let guard = crossbeam_epoch::pin();
         if F::RESERVED == 0 {
@@ -135,7 +138,8 @@ impl<F: Format> Table<F> {
         while let Some(found) = self.walk(iova, &guard) {
             let (slot, entry) = (found.slot(), found.entry);
             let bad = Iopte(entry.0 | F::RESERVED);
-            // Relaxed on success: publishes nothing. Acquire on failure: as the walk, which is repeated.
+            // Relaxed on success: publishes nothing. Acquire on failure: as the walk, which is
+            // repeated.
             if slot
                 .replace(entry, bad, Ordering::Relaxed, Ordering::Acquire)
                 .is_ok()

@@ -1,5 +1,5 @@
-//! Sequences by hand, of what the recorded file does not contain. The kernel's answers follow from the rules in
-//! `testdata/README.md`.
+//! Sequences by hand, of cases that the recorded file does not contain. The kernel's answers follow
+//! from the rules in `testdata/README.md`.
 
 use std::sync::Arc;
 
@@ -11,12 +11,13 @@ use super::ranges::Ranges;
 use super::report::Report;
 use super::{END, META, SEQ, replay};
 
-/// Two domains that can track, and one that cannot. The numbers of `ops` and the sequence are filled in.
+/// Two domains that can track, and one that cannot. The numbers of `ops` and the sequence are
+/// filled in.
 fn three_hwpts(ops: &[&str]) -> Report {
-    let hwpts = r#"{"alloc_dirty_tracking":true},{"alloc_dirty_tracking":true},{"alloc_dirty_tracking":false}"#;
+    let hwpts = [true, true, false].map(|on| format!(r#"{{"alloc_dirty_tracking":{on}}}"#));
     let mut text = vec![
         META.to_string(),
-        SEQ.replace(r#"{"alloc_dirty_tracking":true}"#, hwpts),
+        SEQ.replace(r#"{"alloc_dirty_tracking":true}"#, &hwpts.join(",")),
     ];
     text.extend((0..).zip(ops).map(|(i, op): (u64, _)| {
         let errno = if op.contains("errno") {
@@ -52,9 +53,8 @@ fn get(hwpt: i64, iova: u64, length: u64, rest: &str) -> String {
     } else {
         r#","new":[]"#
     };
-    format!(
-        r#""op":"get","hwpt":{hwpt},"iova":{iova},"length":{length},"reserved":0{buf}{size}{flags}{new},{rest}"#
-    )
+    let request = format!(r#""op":"get","hwpt":{hwpt},"iova":{iova},"length":{length}"#);
+    format!(r#"{request},"reserved":0{buf}{size}{flags}{new},{rest}"#)
 }
 
 #[track_caller]
@@ -73,8 +73,13 @@ fn all_pass(ops: &[&str], exceptions: &[&str]) {
     }
 }
 
-/// 64 KiB: one leaf in domain 0, two in domain 1, and what domain 2 likes.
-const MAP: &str = r#""op":"map","iova":65536,"length":65536,"writeable":true,"layout":[{"hwpt":0,"ptes":[[65536,65536,1]]},{"hwpt":1,"ptes":[[65536,32768,2]]},{"hwpt":2}]"#;
+/// 64 KiB: one leaf in domain 0, two in domain 1, any leaves in domain 2.
+const MAP: &str = concat!(
+    r#""op":"map","iova":65536,"length":65536,"writeable":true,"layout":["#,
+    r#"{"hwpt":0,"ptes":[[65536,65536,1]]},"#,
+    r#"{"hwpt":1,"ptes":[[65536,32768,2]]},"#,
+    r#"{"hwpt":2}]"#
+);
 const TRACK_0: &str = r#""op":"track","hwpt":0,"flags":1,"after":[]"#;
 const TRACK_1: &str = r#""op":"track","hwpt":1,"flags":1,"after":[]"#;
 const DIRTY_0: &str = r#""op":"dirty","hwpt":0,"granules":[[67584,1]],"after":[[65536,65536]]"#;
@@ -150,24 +155,30 @@ fn the_state_of_another_domain_is_no_answer() {
 #[test]
 fn several_areas_are_read_as_one_up_to_a_hole() {
     let map = |iova: u64| {
-        format!(
-            r#""op":"map","iova":{iova},"length":8192,"writeable":false,"layout":[{{"hwpt":0,"ptes":[[{iova},4096,2]]}}]"#
-        )
+        let layout = format!(r#"[{{"hwpt":0,"ptes":[[{iova},4096,2]]}}]"#);
+        let map = format!(r#""op":"map","iova":{iova},"length":8192"#);
+        format!(r#"{map},"writeable":false,"layout":{layout}"#)
     };
-    let dirty = r#""op":"dirty","hwpt":0,"granules":[[65536,1],[77824,3],[131072,400]],"after":[[65536,4096],[77824,4096],[90112,4096]]"#;
-    let dirty = dirty.replace("[77824,3]", "[77824,2],[81920,1],[90112,1]");
+    let dirty = concat!(
+        r#""op":"dirty","hwpt":0,"#,
+        r#""granules":[[65536,1],[77824,2],[81920,1],[90112,1],[131072,400]],"#,
+        r#""after":[[65536,4096],[77824,4096],[90112,4096]]"#
+    );
     let ops = [
         &map(65536),
         &map(73728),
         // A hole of 8 KiB.
         &map(90112),
         TRACK_0,
-        &dirty,
+        dirty,
         &get(
             0,
             65536,
             16384,
-            r#""flags":1,"new":[[0,2],[6,2]],"tags":["plain","multi-area"],"after":[[65536,4096],[77824,4096],[90112,4096]]"#,
+            concat!(
+                r#""flags":1,"new":[[0,2],[6,2]],"tags":["plain","multi-area"],"#,
+                r#""after":[[65536,4096],[77824,4096],[90112,4096]]"#
+            ),
         ),
         // The kernel cleans a leaf in part of the range only, and stops at the hole.
         &get(
@@ -188,7 +199,7 @@ fn several_areas_are_read_as_one_up_to_a_hole() {
             8192,
             r#""page_size":8192,"new":[[0,1]],"tags":["plain"],"after":[]"#,
         ),
-        // What is gone below the area that sticks out is gone with the kernel alone.
+        // Areas below the one that sticks out are gone with the kernel, and stay here.
         r#""op":"unmap","iova":65536,"length":26624,"unmapped":0,"errno":2,"after":[]"#,
         &map(65536),
         r#""op":"unmap","iova":0,"length":18446744073709551615,"unmapped":16384,"after":[]"#,
@@ -233,7 +244,7 @@ fn what_is_left_of_a_leaf_is_read_later() {
     ioas.set(hwpt, &Ranges::default()).unwrap();
     assert!(ioas.dirty(hwpt).unwrap().is_empty());
 
-    // The kernel cleans the leaf and tells nothing; that is ours to go on with.
+    // The kernel cleans the leaf and reports nothing; the replay continues from that state.
     let cut = get_cut(r#"["straddle-start-lost","data-loss"]"#);
     let ops = [MAP, TRACK_0, DIRTY_0, &cut, DIRTY_0];
     all_pass(&ops, &[]);
@@ -277,14 +288,17 @@ fn odd_requests_and_buffers() {
         )),
         // Four bytes across the border of two pages, one bit of each preset.
         &whole(&format!(
-            r#""buf":{{"off":4094,"fill":16,"pages":[[-1,3,"rw"],[9007199254740991,9,"none"]]}},"flags":1,"new":[[0,4],[5,7],[13,7],[21,7],[29,3]],"tags":["plain","unaligned-data"],{all}"#
+            r#"{},"flags":1,"new":{},"tags":["plain","unaligned-data"],{all}"#,
+            r#""buf":{"off":4094,"fill":16,"pages":[[-1,3,"rw"],[9007199254740991,9,"none"]]}"#,
+            "[[0,4],[5,7],[13,7],[21,7],[29,3]]"
         )),
         &whole(&format!(
             r#""buf":{{"off":0,"fill":255,"pages":[[0,1,"rw"]]}},"flags":1,"tags":["plain"],{all}"#
         )),
         // A bit for each byte.
         &whole(&format!(
-            r#""page_size":1,"buf":{{"off":1,"fill":0,"pages":[[0,3,"rw"]]}},"flags":1,"new":[[0,65536]],"tags":["plain"],{all}"#
+            r#""page_size":1,{},"flags":1,"new":[[0,65536]],"tags":["plain"],{all}"#,
+            r#""buf":{"off":1,"fill":0,"pages":[[0,3,"rw"]]}"#
         )),
         &whole(&format!(
             r#""page_size":12288,"flags":1,"tags":["np2-page-size"],{all}"#
@@ -323,7 +337,11 @@ fn odd_requests_and_buffers() {
         r#""op":"unmap","iova":0,"length":0,"errno":22"#,
         r#""op":"unmap","iova":18446744073709551615,"length":0,"errno":75"#,
         r#""op":"unmap","iova":4096,"length":18446744073709551614,"errno":75"#,
-        r#""op":"dirty","hwpt":0,"granules":[[0,9007199254740991],[18446744073709549568,1]],"after":[[65536,65536]]"#,
+        concat!(
+            r#""op":"dirty","hwpt":0,"#,
+            r#""granules":[[0,9007199254740991],[18446744073709549568,1]],"#,
+            r#""after":[[65536,65536]]"#
+        ),
     ];
     all_pass(
         &ops,

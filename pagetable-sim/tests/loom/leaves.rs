@@ -1,4 +1,5 @@
-//! Leaves that change their size and their rights while a device writes, and leaves of several entries.
+//! Leaves that change their size and their rights while a device writes, and leaves of several
+//! entries.
 
 use super::*;
 
@@ -66,7 +67,8 @@ pub(super) fn copied<F: Format>(domain: &Domain<F>, copy: &mut [u64; 2]) -> bool
     *copy == [memory_of(domain, 0), memory_of(domain, 1)]
 }
 
-/// A device writes to both pages of a leaf, and again, while the leaf is split and one of its parts harvested.
+/// A device writes to both pages of a leaf, and again, while the leaf is split and one of its parts
+/// harvested.
 fn writes_against_a_split<F: Format>() -> bool {
     let domain = two_pages::<F>(granule_of_both());
     let mut device = domain.attach(DEVICE);
@@ -88,8 +90,9 @@ fn writes_against_a_split<F: Format>() -> bool {
     copied(&domain, &mut copy) && parts && owed == 1
 }
 
-/// A leaf that was dirtied and cached as a whole is split; a harvest of one part must make the device forget the whole,
-/// or its next write to the other part, which was harvested before, goes unseen.
+/// A leaf that was dirtied and cached as a whole is split; a harvest of one part must make the
+/// device forget the whole, or its next write to the other part, which was harvested before, goes
+/// unseen.
 fn a_split_with_a_cached_whole<F: Format>() -> bool {
     let domain = two_pages::<F>(granule_of_both());
     let mut device = domain.attach(DEVICE);
@@ -109,7 +112,7 @@ fn a_split_with_a_cached_whole<F: Format>() -> bool {
     copied(&domain, &mut copy)
 }
 
-/// A device writes to both parts of what becomes one leaf, while that is merged and harvested.
+/// A device writes to both parts of a future leaf, while they are merged and harvested.
 fn writes_against_a_merge<F: Format>() -> bool {
     let domain = two_pages::<F>(F::PAGE);
     let mut device = domain.attach(DEVICE);
@@ -130,8 +133,8 @@ fn writes_against_a_merge<F: Format>() -> bool {
     copied(&domain, &mut copy) && merged
 }
 
-/// A device that caches a pointer to a table writes by it while the table is merged away, and the leaf that took its
-/// place is harvested before the device forgets the table.
+/// A device that caches a pointer to a table writes by it while the table is merged away, and the
+/// leaf that took its place is harvested before the device forgets the table.
 fn a_merge_of_a_cached_table_against_a_harvest() -> bool {
     let domain = two_pages::<AmdV1>(AmdV1::PAGE);
     let mut device = domain.attach(DeviceConfig {
@@ -152,8 +155,9 @@ fn a_merge_of_a_cached_table_against_a_harvest() -> bool {
     copied(&domain, &mut copy) && merged == 1
 }
 
-/// A table is merged away and its leaf split again, while a device goes by a pointer to the old table, which nobody made it
-/// forget: that table lies in a slab, and the new one must not be put into its place. Returns whether the device can write.
+/// A table is merged away and its leaf split again, while a device uses a pointer to the old table,
+/// which no flush made it forget. That table lies in a slab, and the new one must not be put into
+/// its place. Returns whether the device can write.
 fn a_table_in_the_place_of_a_cached_one() -> bool {
     let whole = IovaRange::from_len(Iova::MIN, 4 * PAGE).unwrap();
     let memory = Arc::new(PhysMemory::new(4 * PAGE).unwrap());
@@ -181,7 +185,7 @@ fn a_table_in_the_place_of_a_cached_one() -> bool {
     });
     let table = domain.table();
     table.merge(whole, Grouped::size(1), |_, _, _| ()).unwrap();
-    // What the entry above held it by is given up when all who are pinned have left.
+    // The hold of the entry above ends when all threads that are pinned have left.
     table.split(whole, Grouped::PAGE, |_, _| ()).unwrap();
     writer.join().unwrap()
 }
@@ -207,7 +211,64 @@ fn a_write_to_a_later_entry_against_a_harvest() -> bool {
     !lost && !still_dirty
 }
 
-/// A leaf of two entries is unmapped while a device writes: what the unmap says of D holds for every write before.
+/// A harvest has recorded one page, and that page becomes a share of a leaf of two before the
+/// harvest makes it clean. Another device found D in that share, cached it for the whole leaf, and
+/// writes to the other page without a trace. So the harvest must leave the D of the larger leaf,
+/// which it has recorded in part only. `others` are mapped beside the two pages.
+fn a_merge_against_a_harvest_of_a_part(others: Option<IovaRange>, range: IovaRange) -> bool {
+    let memory = Arc::new(PhysMemory::new(4 * PAGE).unwrap());
+    let domain = Domain::<Grouped>::with_format(memory, DomainConfig::default());
+    let map = |range: IovaRange, sizes: Granule| {
+        let mapping = Mapping {
+            range,
+            backing: range.start().get(),
+            access: Access::ReadWrite,
+        };
+        domain.map_leaves(&mapping, sizes).unwrap();
+    };
+    map(both(), Grouped::PAGE);
+    if let Some(others) = others {
+        map(others, granule_of_both());
+    }
+    domain.set_tracking(true).unwrap();
+    let mut first = domain.attach(DEVICE);
+    write_page(&mut first, 0, 1);
+    drop(first);
+    let mut device = domain.attach(DEVICE);
+    let harvester = thread::spawn({
+        let domain = Arc::clone(&domain);
+        move || {
+            let mut copy = [0; 2];
+            pass_over(&domain, range, &mut copy);
+            copy
+        }
+    });
+    let mut merged = 0;
+    domain
+        .table()
+        .merge(both(), granule_of_both(), |_, _, _| merged += 1)
+        .unwrap();
+    write_page(&mut device, 0, 2);
+    write_page(&mut device, 1, 3);
+    drop(device);
+    let mut copy = harvester.join().unwrap();
+    copied(&domain, &mut copy) && merged == 1
+}
+
+/// The page is one of a batch of leaves.
+fn a_merge_against_a_harvest_of_a_page() -> bool {
+    a_merge_against_a_harvest_of_a_part(None, page(0))
+}
+
+/// The page is looked at by itself, as there is a leaf of several entries in its table.
+fn a_merge_against_a_harvest_beside_a_group() -> bool {
+    let others = IovaRange::from_len(Iova::new(2 * PAGE), 2 * PAGE).unwrap();
+    let all = IovaRange::from_len(Iova::MIN, 4 * PAGE).unwrap();
+    a_merge_against_a_harvest_of_a_part(Some(others), all)
+}
+
+/// A leaf of two entries is unmapped while a device writes: the D that the unmap reports includes
+/// every write before.
 fn a_write_against_an_unmap_of_a_group() -> bool {
     let table = Arc::new(Table::<Grouped>::new());
     table
@@ -228,7 +289,8 @@ fn a_write_against_an_unmap_of_a_group() -> bool {
     }
 }
 
-/// Two calls map overlapping ranges, one of them by a leaf of two entries: at most one is in the table.
+/// Two calls map overlapping ranges, one of them by a leaf of two entries: at most one is in the
+/// table.
 fn two_maps_of_a_range<F: Format>() -> bool {
     let table = Arc::new(Table::<F>::new());
     let map =
@@ -297,6 +359,20 @@ fn a_merge_loses_no_write() {
 }
 
 #[test]
+fn a_harvest_cleans_what_it_has_recorded_and_no_larger_leaf() {
+    holds_within(
+        TABLES,
+        &[Step::SpareGroup],
+        a_merge_against_a_harvest_of_a_page,
+    );
+    holds_within(
+        TABLES,
+        &[Step::SpareLarger],
+        a_merge_against_a_harvest_beside_a_group,
+    );
+}
+
+#[test]
 fn a_group_is_read_cleaned_and_unmapped_as_a_whole() {
     let steps = [Step::ReadEveryEntry, Step::CleanEveryEntry];
     holds_within(TABLES, &steps, a_write_to_a_later_entry_against_a_harvest);
@@ -316,8 +392,8 @@ fn rights_that_are_taken_away_leave_what_is_dirty() {
     holds_within(TABLES, &[], a_write_against_protect::<ArmS1>);
 }
 
-/// A device walks into a table that is installed beside it, and a large leaf takes the place of another table meanwhile: it finds
-/// what it walks through whole, and nothing is freed under it.
+/// A device walks into a table that is installed beside it, and a large leaf takes the place of
+/// another table: it finds each table whole, and no table is freed while it is inside.
 fn walks_against_tables_that_come_and_go() -> bool {
     let table = Arc::new(Table::<AmdV1>::new());
     let map = |table: &Table<AmdV1>, range, max: Granule| {
@@ -338,7 +414,8 @@ fn walks_against_tables_that_come_and_go() -> bool {
     mapped && unmapped && replaced && seen
 }
 
-/// Rule 10 of the contract for tables: installed whole, and freed only behind those who are inside.
+/// Rule 10 of the contract for tables: installed whole, and freed only after the walkers inside
+/// have left.
 #[test]
 fn a_table_is_whole_and_outlives_its_walkers() {
     let steps = [Step::WaitForWalkers];
@@ -350,7 +427,8 @@ fn a_table_is_whole_and_outlives_its_walkers() {
     );
 }
 
-/// A table is put into a place of a slab only when no device caches a pointer to the table that lay there.
+/// A table is put into a place of a slab only when no device caches a pointer to the table that lay
+/// there.
 #[test]
 fn a_place_of_a_slab_is_used_again_when_nobody_holds_it() {
     let steps = [Step::ClaimFree];

@@ -1,7 +1,9 @@
-//! Every interleaving of one device with one harvester, and proof that leaving out a step of the protocol is noticed.
+//! Every interleaving of one device with one harvester, and proof that leaving out a step of the
+//! protocol is noticed.
 //!
 //! ```text
-//! RUSTFLAGS="--cfg dirtymap_loom --cfg crossbeam_loom" cargo test --profile loom -p pagetable-sim --test loom
+//! RUSTFLAGS="--cfg dirtymap_loom --cfg crossbeam_loom" \
+//!   cargo test --profile loom -p pagetable-sim --features __loom --test loom
 //! ```
 #![cfg(dirtymap_loom)]
 #![allow(clippy::unwrap_used)]
@@ -82,14 +84,16 @@ fn pass<F: Format>(domain: &Domain<F>, copy: &mut u64) {
     }
 }
 
-/// Lets the other thread go on. A thread that waits for an answer is scheduled again only when this one pauses, blocks
-/// or ends, so without a pause after the answer the model would never copy while the device goes on.
+/// Lets the other thread go on. A thread that waits for an answer is scheduled again only when this
+/// one pauses, blocks or ends, so without a pause after the answer the model would never copy while
+/// the device goes on.
 fn idle() {
     thread::yield_now();
 }
 
-/// A device writes twice to one page and then answers once more, while a harvester copies what it finds. When the
-/// device is gone, one last pass must make the copy equal to the memory. Returns whether it did.
+/// A device writes twice to one page and then answers once more, while a harvester copies the pages
+/// that it finds. When the device is gone, one last pass must make the copy equal to the memory.
+/// Returns whether it did.
 fn two_writes_against_a_harvest<F: Format>() -> bool {
     let domain = domain::<F>();
     domain.set_tracking(true).unwrap();
@@ -110,8 +114,8 @@ fn two_writes_against_a_harvest<F: Format>() -> bool {
     copy == 2
 }
 
-/// A device that sleeps with a cached translation wakes and writes while a harvester flushes: it is either waited for,
-/// or finds the request.
+/// A device that sleeps with a cached translation wakes and writes while a harvester flushes: it is
+/// either waited for, or finds the request.
 fn waking_against_a_harvest() -> bool {
     waking(|_| ())
 }
@@ -145,8 +149,8 @@ fn waking(while_it_sleeps: fn(&Domain)) -> bool {
     copy == 2
 }
 
-/// A device that cached its translation untracked writes while tracking is being enabled. Returns whether the write is
-/// copied if it began after the enabling.
+/// A device that cached its translation untracked writes while tracking is being enabled. Returns
+/// whether the write is copied if it began after the enabling.
 fn a_write_against_enabling() -> bool {
     let domain = domain::<AmdV1>();
     let mut device = domain.attach(DEVICE);
@@ -157,7 +161,8 @@ fn a_write_against_enabling() -> bool {
         move || {
             write(&mut device, 2);
             idle();
-            // Acquire: pairs with the Release below; a write that sees 1 begins after tracking was enabled.
+            // Acquire: pairs with the Release below; a write that sees 1 begins after tracking was
+            // enabled.
             let tracked = enabled.load(Ordering::Acquire) == 1;
             write(&mut device, 3);
             tracked
@@ -172,8 +177,9 @@ fn a_write_against_enabling() -> bool {
     !tracked || copy == 3
 }
 
-/// A harvest cleans a dirty leaf of two pages while the leaf is unmapped and one of its pages is mapped anew, which takes
-/// a table in the same entry. Returns whether the new page is mapped, and the other one is not.
+/// A harvest cleans a dirty leaf of two pages while the leaf is unmapped and one of its pages is
+/// mapped anew, which takes a table in the same entry. Returns whether the new page is mapped, and
+/// the other one is not.
 fn a_clean_against_a_remap<F: Format>() -> bool {
     let table = Arc::new(Table::<F>::new());
     let both = IovaRange::from_len(Iova::MIN, 2 * PAGE).unwrap();
@@ -191,8 +197,8 @@ fn a_clean_against_a_remap<F: Format>() -> bool {
     found == Some(all()) && table.translate(Iova::new(PAGE)).is_none()
 }
 
-/// A device whose own TLB is in front of its IOTLB writes three times while a harvester copies what it finds. Returns
-/// whether the copies end up equal to the memory.
+/// A device with a TLB of its own writes three times while a harvester copies the pages that it
+/// finds. Returns whether the copies end up equal to the memory.
 fn a_device_tlb_against_a_harvest(breakage: Breakage) -> bool {
     let domain = domain::<AmdV1>();
     domain.set_tracking(true).unwrap();
@@ -218,8 +224,9 @@ fn a_device_tlb_against_a_harvest(breakage: Breakage) -> bool {
     copy == 3
 }
 
-/// The last table of two pages is unmapped and flushed, and a large leaf takes its place, while a device walks through
-/// it and caches a pointer to it. Returns whether a write that begins after that is done and reported.
+/// The last table of two pages is unmapped and flushed, and a large leaf takes its place, while a
+/// device walks through it and caches a pointer to it. Returns whether a write that begins after
+/// that is done and reported.
 fn a_cached_table_against_its_replacement(breakage: Breakage) -> bool {
     let domain = domain::<AmdV1>();
     domain.set_tracking(true).unwrap();
@@ -251,7 +258,7 @@ fn a_cached_table_against_its_replacement(breakage: Breakage) -> bool {
             access: Access::ReadWrite,
         })
         .unwrap();
-    // Release: whoever sees it writes to the large leaf.
+    // Release: a device that sees it writes to the large leaf.
     replaced.store(1, Ordering::Release);
     let (mapped, done) = writer.join().unwrap();
     let leaf = domain.translate(Iova::MIN).unwrap();
@@ -259,7 +266,8 @@ fn a_cached_table_against_its_replacement(breakage: Breakage) -> bool {
     !mapped || done && leaf.dirty
 }
 
-/// A device that faults twice while the log, which has room for one fault, is read: each fault is read or counted.
+/// A device that faults twice while the log, which has room for one fault, is read: each fault is
+/// read or counted.
 fn faults_against_their_reader() -> bool {
     let domain = domain::<AmdV1>();
     let mut device = domain.attach(DEVICE);
@@ -274,8 +282,8 @@ fn faults_against_their_reader() -> bool {
     read as u64 + taken.dropped + rest.dropped == 2
 }
 
-/// Rule 1 of the contract, with what it rests on in the hardware: recording before the clear, dropping what is cached, and
-/// waiting for what is in flight.
+/// Rule 1 of the contract, with its three steps: recording before the clear, dropping cached
+/// entries, and waiting for writes in flight.
 #[test]
 fn no_write_is_lost_by_a_harvest() {
     let steps = [
@@ -332,7 +340,7 @@ fn device_tlbs_are_emptied_behind_what_refills_them() {
     fails(swapped);
 }
 
-/// Rule 10 of the contract: no write goes by a table that was replaced.
+/// Rule 10 of the contract: no write uses a table that was replaced.
 #[test]
 fn a_replaced_table_is_forgotten() {
     fn sound() -> bool {

@@ -3,7 +3,8 @@
 use super::leaves::{both, copied, memory_of, page, pass_over, write_page};
 use super::*;
 
-/// Two pages by leaves of one, whose harvests skip what is quiet, and a device that caches a pointer to their table.
+/// Two pages by leaves of one, whose harvests skip quiet tables, and a device that caches a pointer
+/// to their table.
 fn quiet_pages(breakage: Breakage) -> (Arc<Domain>, Device) {
     let memory = Arc::new(PhysMemory::new(2 * PAGE).unwrap());
     let config = DomainConfig {
@@ -29,8 +30,8 @@ fn quiet_pages(breakage: Breakage) -> (Arc<Domain>, Device) {
     (domain, device)
 }
 
-/// A device writes by a cached pointer while a harvester clears A, flushes, looks, and skips; it clears and looks before
-/// the flush, too. Returns whether the copies end up equal to the memory.
+/// A device writes by a cached pointer while a harvester clears A, flushes, looks, and skips; it
+/// clears and looks before the flush, too. Returns whether the copies end up equal to the memory.
 fn a_cached_table_against_skipping(breakage: Breakage) -> bool {
     let (domain, mut device) = quiet_pages(breakage);
     let mut copy = [0; 2];
@@ -59,12 +60,14 @@ fn a_cached_table_against_skipping(breakage: Breakage) -> bool {
     copied(&domain, &mut copy)
 }
 
-/// A harvester looks, and a device that cached a pointer to a table while nothing was tracked writes by it, while tracking
-/// is being enabled. Returns whether what is dirty in the end is reported.
+/// A harvester looks, and a device that cached a pointer to a table while nothing was tracked
+/// writes by it, while tracking is being enabled. Returns whether the page is reported if it is
+/// dirty in the end.
 fn a_cached_table_against_enabling() -> bool {
     let (domain, mut device) = quiet_pages(Breakage::None);
     let mut copy = [0; 2];
-    // What the device wrote, and then: A is cleared and the flush is over, so that the next look counts.
+    // The pages that the device wrote, and then: A is cleared and the flush is over, so that the
+    // next look counts.
     for _ in 0..2 {
         pass_over(&domain, both(), &mut copy);
     }
@@ -94,8 +97,8 @@ fn a_cached_table_against_enabling() -> bool {
     !dirty || copy[1] == 2
 }
 
-/// A page is made dirty by hand while a harvester looks, and what it finds makes it skip or not. Returns whether the page
-/// is reported, now or next time.
+/// A page is made dirty by hand while a harvester looks, which decides whether later harvests skip.
+/// Returns whether the page is reported, now or next time.
 fn a_change_by_hand_against_a_look() -> bool {
     let (domain, device) = quiet_pages(Breakage::None);
     drop(device);
@@ -115,8 +118,9 @@ fn a_change_by_hand_against_a_look() -> bool {
     copy[1] == 0
 }
 
-/// Two harvesters look, clear A, flush and skip at once, and then a device writes by the pointer that it has cached, or by a new
-/// walk. Returns whether the page that was written is reported afterwards.
+/// Two harvesters look, clear A, flush and skip at once, and then a device writes by the pointer
+/// that it has cached, or by a new walk. Returns whether the page that was written is reported
+/// afterwards.
 fn two_harvesters_that_skip() -> bool {
     let (domain, mut device) = quiet_pages(Breakage::None);
     let mut copy = [0; 2];

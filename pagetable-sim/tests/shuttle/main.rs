@@ -1,13 +1,15 @@
-//! Whole systems, too large for loom, under random schedules: an address space over a simulated IOMMU with devices, CPU threads,
-//! mappers and two harvesters.
+//! Whole systems, too large for loom, under random schedules: an address space over a simulated
+//! IOMMU with devices, CPU threads, mappers and two harvesters.
 //!
 //! ```text
-//! RUSTFLAGS="--cfg dirtymap_shuttle" cargo test --profile loom -p pagetable-sim --test shuttle -- --nocapture
+//! RUSTFLAGS="--cfg dirtymap_shuttle" \
+//!     cargo test --profile loom -p pagetable-sim --features __shuttle --test shuttle -- --nocapture
 //! ```
 //!
-//! What is found are errors of the protocols, not of weak memory: here each access is SeqCst, and fences are nothing. All threads
-//! of an execution are one OS thread, so to crossbeam-epoch they are one participant that is pinned as long as any of them is: it
-//! frees later than it might, never earlier.
+//! It finds errors of the protocols, not of weak memory: here each access is SeqCst, and fences are
+//! nothing. All threads of an execution are one OS thread, so to crossbeam-epoch they are one
+//! participant that is pinned as long as any of them is: it frees later than it might, never
+//! earlier.
 #![cfg(dirtymap_shuttle)]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -19,7 +21,7 @@ use pagetable_sim::{AmdV1, Device, DeviceConfig, Domain, DomainConfig, PhysMemor
 const PAGE: u64 = Domain::PAGE.bytes();
 /// Pages that stay mapped, in two areas.
 const STAY: u64 = 3;
-/// A page that is mapped and unmapped all the time, behind them.
+/// A page after them that is mapped and unmapped all the time.
 const COMES_AND_GOES: u64 = STAY;
 const PAGES: u64 = STAY + 1;
 
@@ -32,7 +34,7 @@ struct Machine {
     space: AddressSpace,
     domain: Arc<Domain>,
     memory: Arc<PhysMemory>,
-    /// What was copied. The lock is held over each copy, so that no old copy overtakes a new one.
+    /// The copy. The lock is held over each copy, so that no old copy overtakes a new one.
     copy: Mutex<[u64; PAGES as usize]>,
 }
 
@@ -98,14 +100,14 @@ impl Machine {
         lease.commit();
     }
 
-    /// Whether what stayed mapped was copied as it is.
+    /// Whether the copy of the pages that stayed mapped is equal to the memory.
     fn is_copied(&self) -> bool {
         let copy = *lock(&self.copy);
         (0..PAGES).all(|page| copy[page as usize] == self.word(page))
     }
 }
 
-/// Writes `count` numbers that nobody else writes, to pages that `random` chooses.
+/// Writes `count` numbers that no other thread writes, to pages that `random` chooses.
 fn drive(mut device: Device<AmdV1>, mut random: Random, count: u64) {
     for nth in 0..count {
         let page = random.below(PAGES);
@@ -121,7 +123,7 @@ fn drive(mut device: Device<AmdV1>, mut random: Random, count: u64) {
     linger(&mut device, 4);
 }
 
-/// The device does nothing but answer, while what it wrote last may be in flight.
+/// The device only answers, while its last writes may be in flight.
 fn linger(device: &mut Device<AmdV1>, times: u64) {
     for _ in 0..times {
         device.service();
@@ -129,8 +131,9 @@ fn linger(device: &mut Device<AmdV1>, times: u64) {
     }
 }
 
-/// Rules 1, 2, 4, 5 and 10 of the contract: a device, a CPU thread that marks or holds a guard, a mapper, and two harvesters that
-/// commit and abort, over two areas and one that comes and goes. In the end all that was written was copied.
+/// Rules 1, 2, 4, 5 and 10 of the contract: a device, a CPU thread that marks or holds a guard, a
+/// mapper, and two harvesters that commit and abort, over two areas and one that comes and goes. In
+/// the end all that was written was copied.
 fn precopy(seed: u64, config: DomainConfig) -> bool {
     let machine = Machine::new(config);
     let mut random = Random::new(seed);
@@ -199,8 +202,8 @@ fn a_migration_loses_no_write() {
     holds_only_with(SEEDS, &steps, |seed| precopy(seed, DomainConfig::default()));
 }
 
-/// The same while the harvesters skip what no device walked through: also what no loom model reaches, two that clear A, look and
-/// flush at once while a device writes.
+/// The same while the harvesters skip tables that no device walked through: also what no loom model
+/// reaches, two that clear A, look and flush at once while a device writes.
 #[test]
 fn a_migration_that_skips_what_is_quiet_loses_no_write() {
     fn skipping(seed: u64) -> bool {

@@ -3,8 +3,8 @@
 use dirtymap::Access;
 
 use super::{
-    Ask, Config, Cut, Fate, Format, MapFault, Mask, Master, Mode, Op, Place, Sabotage, Share, Step,
-    Stretch,
+    Ask, Callback, Config, Cut, Fate, Format, MapFault, Mask, Master, Mode, Moment, Op, Place,
+    Sabotage, Share, Step, Stretch,
 };
 use crate::forms::FORMS;
 
@@ -21,6 +21,41 @@ const BOUNDS: [u16; 8] = [1, 0, 2, 40, 64, 65, 500, 2000];
 const CUTS: [Cut; 4] = [Cut::Whole, Cut::Whole, Cut::Rest, Cut::Part];
 /// Most programs are about the first domain.
 const DOMAIN: [u8; 8] = [0, 0, 0, 0, 1, 1, 1, 2];
+const CALLBACKS: [Callback; 16] = [
+    Callback::Unmap,
+    Callback::Map,
+    Callback::ReadAndClear,
+    Callback::Invalidate,
+    Callback::SplitAt,
+    Callback::SetTracking,
+    Callback::Peek,
+    Callback::FlushCost,
+    Callback::Unmap,
+    Callback::Map,
+    Callback::ReadAndClear,
+    Callback::Invalidate,
+    Callback::SplitAt,
+    Callback::Unmap,
+    Callback::Page,
+    Callback::Identity,
+];
+const MOMENTS: [Moment; 4] = [
+    Moment::Middle,
+    Moment::Before,
+    Moment::After,
+    Moment::Middle,
+];
+/// Formats with larger pages, and logs.
+const LARGER: [Format; 8] = [
+    Format::Arm64K,
+    Format::Log64K,
+    Format::Log8K,
+    Format::Arm16K,
+    Format::Log4K,
+    Format::Arm64K,
+    Format::Log64K,
+    Format::Log8K,
+];
 const FORMATS: [Format; 8] = [
     Format::Amd,
     Format::Vtd,
@@ -60,10 +95,24 @@ impl Op {
             25 | 26 => Op::Sync(more & 1),
             27 => Op::Copy(more & 1),
             28..32 => Op::Commit(more & 1),
+            32 if more == 3 => Op::Forget(bytes.next()? & 1),
             32 => Op::Abort(more & 1),
             33 if more < 2 => Op::DropLease(more & 1),
             33 => Op::Crash(more & 1),
+            34 if more == 3 => Op::Stops {
+                domain: pick(&DOMAIN, bytes.next()?),
+                at: Place::decode(bytes)?,
+            },
             34 => Op::FlushFails(pick(&DOMAIN, bytes.next()?)),
+            35 if more != 0 => {
+                let (domain, when) = (bytes.next()?, bytes.next()?);
+                Op::Panics {
+                    domain: pick(&DOMAIN, domain),
+                    callback: pick(&CALLBACKS, domain / 8 % 2 * 8 + when % 8),
+                    calls: pick(&[0, 0, 0, 1, 1, 2, 3, 5], when / 8),
+                    moment: pick(&MOMENTS, when / 64),
+                }
+            }
             35 => Op::HarvestDies(pick(&DOMAIN, bytes.next()?)),
             36 | 37 => Op::BusySync {
                 lease: more & 1,
@@ -105,6 +154,14 @@ impl Op {
             52 => Op::Track(more != 0),
             53 => Op::TrackDomain(pick(&DOMAIN, bytes.next()?), more != 0),
             54 => Op::Land(Master::decode(bytes)?),
+            55 if more == 3 => {
+                let domain = bytes.next()?;
+                Op::Reshape {
+                    domain: pick(&DOMAIN, domain),
+                    at: Place::decode(bytes)?,
+                    merge: domain / 8 % 4 != 0,
+                }
+            }
             55 => Op::Quiesce(Master::decode(bytes)?),
             56 | 57 => Op::BeginWrite {
                 guard: more & 1,
@@ -281,6 +338,7 @@ impl Config {
     /// A small world in which all is well.
     pub const PLAIN: Config = Config {
         formats: [Format::Amd, Format::Vtd, Format::Arm],
+        space_lg2: 12,
         large_leaves: [false; 3],
         iotlb_sets: 16,
         iotlb_ways: 4,
@@ -297,10 +355,11 @@ impl Config {
         let (iotlb_sets, iotlb_ways) = pick(&[(16, 4), (1, 1), (2, 2), (64, 8)], shape / 8);
         Some(Config {
             formats: [
-                pick(&FORMATS, first),
-                pick(&FORMATS, others),
-                pick(&FORMATS, others / 8),
+                format(first, matches!(first / 16, 12 | 15), first),
+                format(others, matches!(first / 16, 12 | 14), others / 4),
+                format(others / 8, first / 16 == 13, others),
             ],
+            space_lg2: if more / 32 == 7 { 13 } else { 12 },
             large_leaves: [0, 1, 2].map(|domain| shape >> domain & 1 != 0),
             iotlb_sets,
             iotlb_ways,
@@ -318,6 +377,14 @@ pub fn decode(bytes: &[u8], limit: usize) -> Option<(Config, Vec<Op>)> {
     let config = Config::decode(&mut bytes)?;
     let ops = std::iter::from_fn(|| Op::decode(&mut bytes));
     Some((config, ops.take(limit).collect()))
+}
+
+/// One with small pages, or the one that stands for it with larger ones.
+fn format(small: u8, is_larger: bool, larger: u8) -> Format {
+    match is_larger {
+        true => pick(&LARGER, larger),
+        false => pick(&FORMATS, small),
+    }
 }
 
 /// Mostly all.

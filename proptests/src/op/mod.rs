@@ -15,6 +15,19 @@ use crate::forms::Form;
 /// How many domains a world has.
 pub const DOMAINS: usize = 3;
 
+/// Makes the enumeration and its list from one source: a sabotage that is not run is one that is not there.
+macro_rules! listed {
+    ($(#[$of_all:meta])* pub enum $name:ident { $($(#[$of_one:meta])* $one:ident,)+ }) => {
+        $(#[$of_all])*
+        pub enum $name { $($(#[$of_one])* $one,)+ }
+
+        impl $name {
+            /// All of them.
+            pub const ALL: &'static [$name] = &[$($name::$one,)+];
+        }
+    };
+}
+
 /// One step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Op {
@@ -92,6 +105,35 @@ pub enum Op {
     HarvestDies(u8),
     /// The next flush of this domain fails.
     FlushFails(u8),
+    /// A callback of this domain panics.
+    Panics {
+        /// Which domain.
+        domain: u8,
+        /// Which callback.
+        callback: Callback,
+        /// How many calls go well before.
+        calls: u8,
+        /// When in the call.
+        moment: Moment,
+    },
+    /// The next harvest of this domain that comes to this place stops there.
+    Stops {
+        /// Which domain.
+        domain: u8,
+        /// Where.
+        at: Place,
+    },
+    /// The consumer forgets a lease: nothing is put back, and what it has not copied is lost.
+    Forget(u8),
+    /// The leaves of an area are merged as far as its domain can, or one of them is split.
+    Reshape {
+        /// Which domain.
+        domain: u8,
+        /// Where.
+        at: Place,
+        /// Merges; else splits.
+        merge: bool,
+    },
     /// Maps a new area.
     Map {
         /// Which 2 MiB of the window it begins in.
@@ -360,11 +402,51 @@ pub enum Cut {
     Rest,
 }
 
+listed! {
+/// What a space asks of a source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Callback {
+    /// `DirtySource::page`.
+    Page,
+    /// `DirtySource::identity`.
+    Identity,
+    /// `DirtySource::map`.
+    Map,
+    /// `DirtySource::unmap`.
+    Unmap,
+    /// `DirtySource::split_at`.
+    SplitAt,
+    /// `DirtySource::set_tracking`.
+    SetTracking,
+    /// `DirtySource::read_and_clear`.
+    ReadAndClear,
+    /// `DirtySource::peek`.
+    Peek,
+    /// `DirtySource::invalidate`.
+    Invalidate,
+    /// `DirtySource::flush_cost`.
+    FlushCost,
+}
+}
+
+/// When in a call something happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// Before anything is done.
+    Before,
+    /// When a half is done.
+    Middle,
+    /// When all is done.
+    After,
+}
+
 /// The world that a program runs in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
     /// The page tables of the domains. The first one is attached when the program begins.
     pub formats: [Format; DOMAINS],
+    /// The smallest page of the space, as a logarithm: 12 or 13.
+    pub space_lg2: u8,
     /// Leaves may have 2 MiB, otherwise all have 4 KiB; for each domain.
     pub large_leaves: [bool; DOMAINS],
     /// Sets of each IOTLB.
@@ -390,23 +472,20 @@ pub enum Format {
     Vtd,
     /// Arm, stage 1.
     Arm,
+    /// Arm, stage 1, with pages of 16 KiB.
+    Arm16K,
+    /// Arm, stage 1, with pages of 64 KiB.
+    Arm64K,
     /// x86-64, four levels.
     X86,
     /// RISC-V, Sv48.
     Riscv,
-}
-
-/// Makes the enumeration and its list from one source: a sabotage that is not run is one that is not there.
-macro_rules! listed {
-    ($(#[$of_all:meta])* pub enum $name:ident { $($(#[$of_one:meta])* $one:ident,)+ }) => {
-        $(#[$of_all])*
-        pub enum $name { $($(#[$of_one])* $one,)+ }
-
-        impl $name {
-            /// All of them.
-            pub const ALL: &'static [$name] = &[$($name::$one,)+];
-        }
-    };
+    /// A log that is cleared by batches.
+    Log4K,
+    /// The same with pages of 8 KiB.
+    Log8K,
+    /// The same with pages of 64 KiB.
+    Log64K,
 }
 
 listed! {

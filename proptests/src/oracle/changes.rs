@@ -1,6 +1,6 @@
 //! What cuts and batches do to the areas, one change after the other.
 
-use dirtymap::{Change, Error, Granule, Iova, IovaRange};
+use dirtymap::{Change, Error, Iova, IovaRange};
 
 use super::{Area, Oracle, PAGE, page_in};
 use crate::op::{Place, Step};
@@ -45,9 +45,13 @@ impl<'o> Plan<'o> {
     /// Where an operand cuts.
     pub(crate) fn place(&self, at: Place) -> Option<Iova> {
         let area = self.nth(at.area)?;
-        Some(Iova::new(
-            page_in(&area, at.page) * PAGE + u64::from(at.byte),
-        ))
+        // Borders that suit the domains that are attached, or all that there are.
+        let unit = match at.page {
+            0..4 => self.oracle.unit(),
+            _ => self.oracle.largest_unit(),
+        };
+        let page = page_in(&area, at.page) / unit * unit;
+        Some(Iova::new(page * PAGE + u64::from(at.byte)))
     }
 
     /// The change that an operand names, if there is something to change. `new` is what a map would map.
@@ -98,8 +102,8 @@ impl<'o> Plan<'o> {
     /// # Errors
     /// Why it is refused.
     pub(crate) fn cut(&mut self, at: Iova) -> Result<(), Error> {
-        if !at.get().is_multiple_of(PAGE) {
-            let granule = Granule::K4;
+        let granule = self.oracle.alignment();
+        if !at.is_aligned(granule) {
             return Err(Error::UnalignedCut { at, granule });
         }
         let page = at.get() / PAGE;

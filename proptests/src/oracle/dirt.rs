@@ -36,6 +36,8 @@ pub(crate) struct DomainState {
     pub(crate) dirt: Dirt,
     /// Pages that its devices may have written while nobody looked.
     pub(crate) untracked: BTreeSet<u64>,
+    /// Where leaves were merged: they may be larger than the domain maps them.
+    pub(crate) merged: Vec<(u64, u64)>,
 }
 
 /// What a live lease holds.
@@ -46,6 +48,8 @@ pub(crate) struct Leased {
     /// The domains that it covers, and as what they were attached.
     domains: Vec<(usize, Option<DomainId>)>,
     marks: bool,
+    /// How many maps there were: an area that came later has nothing of it.
+    maps: u64,
     pub(crate) synced: bool,
 }
 
@@ -102,10 +106,15 @@ impl Oracle {
     pub(crate) fn unmap(&mut self, area: &Area) {
         self.areas.remove(&area.first);
         self.marks.take(area.first, area.last());
-        self.untracked.retain(|page| !area.holds(*page));
+        for pages in [&mut self.untracked, &mut self.lost, &mut self.hidden] {
+            pages.retain(|page| !area.holds(*page));
+        }
         for domain in &mut self.domains {
             domain.dirt.take(area.first, area.last());
             domain.untracked.retain(|page| !area.holds(*page));
+            domain
+                .merged
+                .retain(|(first, last)| !area.holds(*first) || !area.holds(*last));
         }
         for lease in self.leases.iter_mut().flatten() {
             lease.pages.retain(|page| !area.holds(*page));
@@ -128,6 +137,8 @@ impl Oracle {
         self.attached.retain(|other| *other != domain);
         let gone = std::mem::take(&mut self.domains[domain]);
         self.domains[domain].id = gone.id;
+        let may = self.rounded(gone.dirt.may());
+        self.marks.pages.extend(may);
         self.marks.add(gone.dirt);
         self.untracked.extend(gone.untracked);
     }
@@ -172,15 +183,21 @@ impl Oracle {
         // flush.
         let covers = |lease: &Leased| lease.domains.contains(&(domain, state.id));
         let hidden = |lease: &Leased| !lease.synced && lease.pages.contains(&page) && covers(lease);
-        if !self.leases.iter().flatten().any(hidden) {
+        let by_lease = self.leases.iter().flatten().any(hidden);
+        if !by_lease && !self.hidden.contains(&page) {
             state.dirt.must.insert(page);
         }
     }
 
     /// A CPU marked a mapped page.
     pub(crate) fn marked(&mut self, page: u64) {
-        self.marks.pages.insert(page);
+        self.may_be_marked(page);
         self.marks.must.insert(page);
+    }
+
+    /// What is marked with `page` may be.
+    pub(crate) fn may_be_marked(&mut self, page: u64) {
+        self.marks.pages.extend(self.marked_with(page));
     }
 
     /// A harvest went over the pages `walked`, runs of them, all mapped, and reported `reported` of them.
@@ -210,16 +227,53 @@ impl Oracle {
         }
     }
 
+    /// A lease was forgotten. What it named is in nobody's copy, and a page that it hides stays hidden until a flush, which
+    /// nobody tells the oracle of: none of it need be reported, or compared, until its area is gone.
+    pub(crate) fn forgotten(&mut self, lease: usize) {
+        if let Some(lease) = self.leases[lease].take() {
+            let hidden = if lease.synced {
+                &mut self.lost
+            } else {
+                &mut self.hidden
+            };
+            hidden.extend(lease.pages);
+        }
+    }
+
     /// A harvest panicked, after it had reported `runs`.
     pub(crate) fn died(&mut self, ask: &Ask, runs: &[IovaRange]) {
         let lease = self.leased(ask, BTreeSet::new());
         self.put_back(&lease, runs);
     }
 
+    /// A domain may report `page` once more, and so may the marks, if it is mapped.
+    pub(crate) fn may_be_dirty(&mut self, domain: usize, page: u64) {
+        if self.area_at(page).is_some() {
+            let pages = self.marked_with(page);
+            self.domains[domain].dirt.pages.extend(pages.clone());
+            self.marks.pages.extend(pages);
+        }
+    }
+
+    /// The leaves of `area` have become the largest that a domain has: those that took the place of tables are dirty.
+    pub(crate) fn merged(&mut self, domain: usize, area: &Area) {
+        self.domains[domain].merged.push((area.first, area.last()));
+        if area.access.writes() {
+            self.domains[domain]
+                .dirt
+                .pages
+                .extend(area.first..=area.last());
+        }
+    }
+
     fn put_back(&mut self, lease: &Leased, runs: &[IovaRange]) {
         let back: BTreeSet<u64> = runs.iter().flat_map(|run| pages_of(*run)).collect();
-        let mapped = back.iter().filter(|page| self.area_at(**page).is_some());
-        let mapped: BTreeSet<u64> = mapped.copied().collect();
+        let there = |page: u64| {
+            self.area_at(page)
+                .is_some_and(|area| area.origin <= lease.maps)
+        };
+        let mapped = back.iter().filter(|page| there(**page));
+        let mapped = self.rounded(mapped.copied());
         // But for those that were committed, which are not in the runs.
         let reported: Vec<u64> = lease.pages.intersection(&back).copied().collect();
         let mut marks = lease.marks;
@@ -239,6 +293,16 @@ impl Oracle {
     }
 
     // What must hold.
+
+    /// The domains that an operand names.
+    pub(crate) fn covered(&self, ask: &Ask) -> Vec<usize> {
+        self.scope(ask).0
+    }
+
+    /// How often something was to be mapped.
+    pub(crate) fn maps(&self) -> u64 {
+        self.maps
+    }
 
     /// The domains that an operand names, and whether marks are covered as well.
     fn scope(&self, ask: &Ask) -> (Vec<usize>, bool) {
@@ -273,6 +337,7 @@ impl Oracle {
             pages,
             domains: domains.collect(),
             marks,
+            maps: self.maps,
             synced: false,
         }
     }
@@ -312,7 +377,7 @@ impl Oracle {
         let may = places().flat_map(Dirt::may);
         (
             must.chain(flying()).filter(inside).collect(),
-            may.chain(flying()).filter(inside).collect(),
+            self.rounded(may.chain(flying()).filter(inside)),
         )
     }
 
@@ -323,6 +388,7 @@ impl Oracle {
         let flying = self.guards.iter().flatten();
         untracked
             .chain([&self.untracked])
+            .chain([&self.lost, &self.hidden])
             .any(|set| set.contains(&page))
             || flying.clone().any(|w| pages_of(*w).any(|p| p == page))
     }

@@ -129,12 +129,17 @@ impl Oracle {
         let len = u128::from(area.pages * PAGE);
         // What suits large leaves: the length as a power of two, as far as the memory and 2 MiB allow.
         let by_memory = 1 << (area.frame * PAGE).trailing_zeros();
-        let align = len.next_power_of_two().min(by_memory).min(2 << 20);
+        let page = u128::from(self.unit() * PAGE);
+        let align = len
+            .next_power_of_two()
+            .min(by_memory)
+            .min(2 << 20)
+            .max(page);
         let all = [IovaRange::ALL].to_vec();
         let allowed = self.free.allowed();
         let windows = if allowed.is_empty() { all } else { allowed };
         // The first and the last page are never given.
-        let edges = (u128::from(PAGE), (1 << 64) - u128::from(PAGE));
+        let edges = (page, (1 << 64) - page);
         let mut starts = Vec::new();
         for (w_start, w_end) in windows.into_iter().map(bytes_of) {
             for (h_start, h_end) in self.holes().into_iter().map(bytes_of) {

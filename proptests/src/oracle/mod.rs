@@ -23,8 +23,7 @@ use crate::op::{Ask, Config, DOMAINS, Format, Mask, Place, Stretch};
 use crate::world::World;
 
 pub(crate) use changes::{Outcome, Plan};
-use dirt::Dirt;
-pub(crate) use dirt::{DomainState, Leased, Tracking};
+pub(crate) use dirt::{Dirt, DomainState, Leased, Tracking};
 pub(crate) use free::Free;
 
 /// The smallest page.
@@ -62,7 +61,13 @@ pub(crate) struct Area {
 pub(crate) struct Oracle {
     /// The pages of the leaves that each domain has, ascending.
     leaf_pages: [Vec<u64>; DOMAINS],
+    /// The same, where leaves were merged.
+    largest: [Vec<u64>; DOMAINS],
     formats: [&'static str; DOMAINS],
+    /// Pages of 4 KiB in a page of the space.
+    space: u64,
+    /// And in one of each domain.
+    pages: [u64; DOMAINS],
     /// For each domain, whether it has leaves that devices can only write.
     write_only: [bool; DOMAINS],
     /// By first page.
@@ -78,6 +83,10 @@ pub(crate) struct Oracle {
     pub(crate) marks: Dirt,
     /// Pages that devices of detached domains may have written while nobody looked.
     pub(crate) untracked: BTreeSet<u64>,
+    /// Pages of leases that were forgotten: what the copy has of them is anybody's guess.
+    pub(crate) lost: BTreeSet<u64>,
+    /// The same, of leases that had not been flushed: writes of devices may leave no trace.
+    pub(crate) hidden: BTreeSet<u64>,
     /// The third is that of the pass under way.
     pub(crate) leases: [Option<Leased>; 3],
     /// The ranges of writes in flight, whole pages.
@@ -117,11 +126,12 @@ impl Oracle {
     pub(crate) fn new(config: &Config, world: &World) -> Self {
         Oracle {
             leaf_pages: [0, 1, 2].map(|nth| match config.formats[nth] {
-                _ if !config.large_leaves[nth] => vec![1],
-                Format::Amd => (0..=LARGE.ilog2()).map(|lg2| 1 << lg2).collect(),
-                Format::Riscv => vec![1, 16, LARGE],
-                Format::Vtd | Format::Arm | Format::X86 => vec![1, LARGE],
+                format if !config.large_leaves[nth] => vec![pages_of_format(format)],
+                format => leaves_of(format),
             }),
+            largest: config.formats.map(leaves_of),
+            space: 1 << (config.space_lg2 - 12),
+            pages: config.formats.map(pages_of_format),
             formats: [0, 1, 2].map(|nth| world.nodes[nth].format()),
             write_only: [0, 1, 2].map(|nth| world.nodes[nth].grants(Access::Write)),
             areas: BTreeMap::new(),
@@ -132,10 +142,58 @@ impl Oracle {
             tracking: Tracking::Never,
             marks: Dirt::default(),
             untracked: BTreeSet::new(),
+            lost: BTreeSet::new(),
+            hidden: BTreeSet::new(),
             leases: [None, None, None],
             guards: [None, None],
             free: Free::default(),
         }
+    }
+
+    /// What every area is made of now, in pages.
+    pub(crate) fn unit(&self) -> u64 {
+        let pages = self.attached.iter().map(|nth| self.pages[*nth]);
+        pages.fold(self.space, u64::max)
+    }
+
+    /// The same in bytes.
+    pub(crate) fn alignment(&self) -> Granule {
+        granule_of(self.unit())
+    }
+
+    /// The smallest page of the space.
+    pub(crate) fn space_page(&self) -> Granule {
+        granule_of(self.space)
+    }
+
+    /// What suits all domains, attached or not, in pages.
+    pub(crate) fn largest_unit(&self) -> u64 {
+        self.pages.iter().copied().fold(self.space, u64::max)
+    }
+
+    /// The pages that are marked with `page`.
+    pub(crate) fn marked_with(&self, page: u64) -> std::ops::Range<u64> {
+        let first = page / self.space * self.space;
+        first..first + self.space
+    }
+
+    /// All pages that are marked with one of `pages`.
+    pub(crate) fn rounded(&self, pages: impl IntoIterator<Item = u64>) -> BTreeSet<u64> {
+        let all = pages.into_iter().flat_map(|page| self.marked_with(page));
+        all.collect()
+    }
+
+    /// The first area, if there is one, that is not made of pages of a domain.
+    pub(crate) fn cannot_attach(&self, nth: usize) -> Option<Error> {
+        let unit = self.pages[nth];
+        let odd = |area: &&Area| {
+            [area.first, area.pages, area.frame]
+                .iter()
+                .any(|n| !n.is_multiple_of(unit))
+        };
+        let area = self.areas.values().find(odd)?.range();
+        let page = granule_of(unit);
+        Some(Error::CannotAttach { page, area })
     }
 
     // Where things are.
@@ -188,6 +246,7 @@ impl Oracle {
         // What the bitmap has room for.
         let last = last.min(first + PAGES - 1);
         let per_bit = 1 << (u32::from(ask.granule_lg2).saturating_sub(12));
+        let per_bit = self.unit().max(per_bit);
         if ask.ragged {
             return pages(first, last);
         }
@@ -196,12 +255,13 @@ impl Oracle {
 
     /// The area that an operand of `Map` describes.
     pub(crate) fn new_area(&mut self, at: Stretch, shifted: bool, access: Access) -> Area {
-        let first = first_of(at);
-        let frame = first - FIRST + if shifted { PAGES + 1 } else { 0 };
+        let unit = self.largest_unit();
+        let first = first_of(at) / unit * unit;
+        let frame = first - FIRST + if shifted { PAGES + unit } else { 0 };
         self.maps += 1;
         Area {
             first,
-            pages: u64::from(at.pages),
+            pages: u64::from(at.pages).next_multiple_of(unit),
             frame,
             access,
             origin: self.maps,
@@ -222,10 +282,12 @@ impl Oracle {
             return None;
         }
         self.maps += 1;
+        let unit = self.largest_unit();
+        let skip = u64::from(skip) / unit * unit;
         Some(Area {
             first: 0,
-            pages: count.into(),
-            frame: piece + u64::from(skip),
+            pages: u64::from(count).next_multiple_of(unit).min(PIECE - skip),
+            frame: piece + skip,
             access,
             origin: self.maps,
         })
@@ -251,7 +313,12 @@ impl Oracle {
                 _ => runs.push((page, page)),
             }
         }
-        runs
+        let unit = self.unit();
+        let whole = |(first, last): (u64, u64)| {
+            let (first, end) = (first.next_multiple_of(unit), (last + 1) / unit * unit);
+            (first < end).then(|| (first, end - 1))
+        };
+        runs.into_iter().filter_map(whole).collect()
     }
 
     /// The first page of `first..=last` that no area holds.
@@ -272,7 +339,7 @@ impl Oracle {
             let borders = [range.start().get(), range.last().get() + 1];
             borders.iter().any(|border| border & granule.mask() != 0)
         };
-        let page = Granule::K4;
+        let page = self.alignment();
         if ragged(page) {
             Some(Error::Unaligned {
                 range,
@@ -308,7 +375,16 @@ impl Oracle {
     /// The leaf of a domain that maps `page`: the largest that fits. A cut leaves the largest that fit on either side.
     fn leaf_of(&self, domain: usize, page: u64) -> Option<(u64, u64)> {
         let area = self.area_at(page)?;
-        let leaves = self.leaf_pages[domain].iter().rev();
+        let merged = &self.domains[domain].merged;
+        let merged = merged
+            .iter()
+            .any(|(first, last)| (*first..=*last).contains(&page));
+        let leaves = if merged {
+            &self.largest[domain]
+        } else {
+            &self.leaf_pages[domain]
+        };
+        let leaves = leaves.iter().rev();
         leaves
             .map(|count| (page / count * count, *count))
             .find(|(first, count)| {
@@ -337,6 +413,33 @@ impl Mask {
     /// Whether the bits of `page` are set.
     pub(crate) fn has(self, page: u64) -> bool {
         self.stretches >> ((page >> self.pages_lg2) % 8) & 1 == 1
+    }
+}
+
+/// A page of so many pages.
+fn granule_of(pages: u64) -> Granule {
+    Granule::from_bytes(pages * PAGE).unwrap_or(Granule::K4)
+}
+
+/// The pages of 4 KiB that the smallest page of a format has.
+fn pages_of_format(format: Format) -> u64 {
+    match format {
+        Format::Arm16K => 4,
+        Format::Arm64K | Format::Log64K => 16,
+        Format::Log8K => 2,
+        _ => 1,
+    }
+}
+
+/// The pages of the leaves that a format has, up to 2 MiB.
+fn leaves_of(format: Format) -> Vec<u64> {
+    match format {
+        Format::Arm16K | Format::Arm64K | Format::Log4K | Format::Log8K | Format::Log64K => {
+            vec![pages_of_format(format)]
+        }
+        Format::Amd => (0..=LARGE.ilog2()).map(|lg2| 1 << lg2).collect(),
+        Format::Riscv => vec![1, 16, LARGE],
+        Format::Vtd | Format::Arm | Format::X86 => vec![1, LARGE],
     }
 }
 

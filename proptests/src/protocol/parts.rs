@@ -1,9 +1,17 @@
-//! Two harvesters of one leaf over two pages: each asks for one page, and leaves the other dirty.
+//! Two harvesters of one leaf over two pages: each asks for one page, and leaves the other dirty; then
+//! one of them asks for both.
 //!
 //! Who clears D takes on the rest of the leaf: it is dirty, though the table no longer says so. A guard over the rest is
 //! visible from before the clear until the rest is kept as a residual, so that whoever harvests it meanwhile reports it. And
 //! the debt of the whole leaf enters the queue between the two: after the clear, or a flush may pay it too early; before
 //! the rest is kept, or whoever takes the rest, and finds D clear, syncs without a flush.
+
+//!
+//! A source that clears by batches, such as a log of KVM, tells of many leaves first and clears them
+//! later. A leaf that lies inside the request may wait for that: it is dirty and in a lease until
+//! then, and the clear comes before the flush. One that sticks out may not: when the source says that
+//! it is clean, its rest is kept, and who takes the rest is done with it when the late clear destroys
+//! what was written since.
 
 use super::explore::{Outcome, Steps, explore};
 
@@ -16,6 +24,8 @@ pub(super) const WEAKNESSES: &[&str] = &[
     "looks for guards and residuals before the table",
     "looks for residuals before guards",
     "the rest is forgotten",
+    "a batch clears a leaf that sticks out",
+    "a batch is cleared after the flush",
 ];
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -49,7 +59,9 @@ enum Step {
 struct Harvester {
     step: Step,
     rounds: u8,
-    recorded: bool,
+    recorded: [bool; 2],
+    /// It owes the flush of a leaf that it took whole.
+    took: bool,
     /// Whether D was set when it was cleared.
     was_dirty: bool,
     guards_rest: bool,
@@ -88,6 +100,12 @@ struct Weak {
     table_last: bool,
     guards_last: bool,
     forget: bool,
+    /// The source says that a leaf is clean, and clears it when the rest is kept.
+    batch_part: bool,
+    /// The source clears what it took whole after the flush.
+    batch_late: bool,
+    /// The second harvester asks for both pages.
+    whole: bool,
 }
 
 /// Explores the model, weakened as `weakness` says.
@@ -103,11 +121,30 @@ pub(super) fn explore_with(weakness: Option<&'static str>) -> Outcome {
         table_last: weak("looks for guards and residuals before the table"),
         guards_last: weak("looks for residuals before guards"),
         forget: weak("the rest is forgotten"),
+        batch_part: weak("a batch clears a leaf that sticks out"),
+        batch_late: weak("a batch is cleared after the flush"),
+        whole: false,
     };
+    let parts = explore_weak(weak);
+    if parts.loss.is_some() {
+        return parts;
+    }
+    let whole = explore_weak(Weak {
+        whole: true,
+        ..weak
+    });
+    Outcome {
+        states: parts.states + whole.states,
+        ..whole
+    }
+}
+
+fn explore_weak(weak: Weak) -> Outcome {
     let harvester = Harvester {
         step: Step::Start,
         rounds: 2,
-        recorded: false,
+        recorded: [false; 2],
+        took: false,
         was_dirty: false,
         guards_rest: false,
         ticket: 0,
@@ -189,16 +226,18 @@ fn device(s: State, out: &mut Steps<State>) {
     }
 }
 
-/// What harvester `who`, who asks for page `who`, may do next.
+/// What harvester `who`, who asks for page `who` or for both, may do next.
 fn harvest(s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
     let rest = 1 - who;
+    let whole = weak.whole && who == 1;
+    let asks = [whole || who == 0, who == 1];
     let mut h = s.harvesters[who];
     let mut s = s;
     let name = match h.step {
         Step::Start if h.rounds == 0 => return,
         Step::Start => {
             h.rounds -= 1;
-            h.recorded = false;
+            h.recorded = [false; 2];
             h.after_all = is_over(&s);
             h.step = if weak.table_last {
                 Step::Guards
@@ -209,6 +248,7 @@ fn harvest(s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
         }
         Step::Table => {
             h.step = match s.d {
+                true if whole => Step::Record,
                 true if weak.early_keep => Step::Keep,
                 true if weak.no_guard => Step::Record,
                 true => Step::Guard,
@@ -222,8 +262,16 @@ fn harvest(s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
             "harvest: guards the rest"
         }
         Step::Record => {
-            h.recorded = true;
-            h.step = if weak.early_debt {
+            h.recorded = asks;
+            h.took = whole;
+            h.step = if whole && weak.batch_late {
+                behind_table(weak)
+            } else if whole {
+                Step::Clear
+            } else if weak.batch_part {
+                h.was_dirty = true;
+                Step::Owe
+            } else if weak.early_debt {
                 Step::Owe
             } else {
                 Step::Clear
@@ -244,7 +292,11 @@ fn harvest(s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
         Step::Clear => {
             h.was_dirty = s.d;
             s.d = false;
-            h.step = if weak.early_debt || weak.late_debt {
+            h.step = if whole && weak.batch_late {
+                Step::Copy
+            } else if whole || weak.batch_part {
+                behind_table(weak)
+            } else if weak.early_debt || weak.late_debt {
                 behind_owe(weak)
             } else {
                 Step::Owe
@@ -264,7 +316,9 @@ fn harvest(s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
         }
         Step::Unguard => {
             h.guards_rest = false;
-            h.step = if weak.early_unguard {
+            h.step = if weak.batch_part {
+                Step::Clear
+            } else if weak.early_unguard {
                 Step::Keep
             } else {
                 behind_keep(weak)
@@ -272,7 +326,8 @@ fn harvest(s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
             "harvest: drops its guard"
         }
         Step::Guards => {
-            h.recorded |= s.harvesters[rest].guards_rest;
+            // The other one guards what it did not ask for.
+            h.recorded[who] |= s.harvesters[rest].guards_rest;
             h.step = if weak.guards_last {
                 Step::Debt
             } else {
@@ -281,8 +336,9 @@ fn harvest(s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
             "harvest: looks for guards"
         }
         Step::Residual => {
-            h.recorded |= s.residual[who];
-            h.step = if s.residual[who] {
+            let found = [0, 1].map(|page| asks[page] && s.residual[page]);
+            h.recorded = [0, 1].map(|page| h.recorded[page] || found[page]);
+            h.step = if found != [false; 2] {
                 Step::ClearResidual
             } else {
                 behind_residual(weak)
@@ -290,17 +346,22 @@ fn harvest(s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
             "harvest: looks at the residual, records"
         }
         Step::ClearResidual => {
-            s.residual[who] = false;
+            s.residual = [0, 1].map(|page| s.residual[page] && !asks[page]);
             h.step = behind_residual(weak);
             "harvest: clears the residual"
         }
         Step::Debt => {
+            s.owed |= h.took;
             h.ticket = s.generation;
             h.step = Step::Wait;
             "sync: takes a ticket"
         }
         Step::Wait if s.finished > h.ticket => {
-            h.step = Step::Copy;
+            h.step = if h.took && weak.batch_late {
+                Step::Clear
+            } else {
+                Step::Copy
+            };
             "sync: its generation has finished"
         }
         Step::Wait if s.running.is_none() => {
@@ -320,12 +381,14 @@ fn harvest(s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
         }
         Step::Flush => return,
         Step::Copy => {
-            if h.recorded {
-                s.copy[who] = s.data[who];
+            for page in (0..2).filter(|page| h.recorded[*page]) {
+                s.copy[page] = s.data[page];
             }
-            s.missed |= h.after_all && s.copy[who] != s.data[who];
+            let missed = |page: usize| asks[page] && s.copy[page] != s.data[page];
+            s.missed |= h.after_all && (0..2).any(missed);
             h.step = Step::Start;
-            h.recorded = false;
+            h.recorded = [false; 2];
+            h.took = false;
             h.was_dirty = false;
             h.after_all = false;
             "consumer: copies"

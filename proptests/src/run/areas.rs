@@ -20,8 +20,9 @@ impl Runner<'_> {
             }
             MapFault::UnalignedBacking => backing += 512,
             MapFault::Wraps => {
-                range = pages(area.first, area.last().max(area.first + 1));
-                backing = u64::MAX - (PAGE - 1);
+                let unit = self.oracle.largest_unit();
+                range = pages(area.first, area.last().max(area.first + 2 * unit - 1));
+                backing = u64::MAX - (unit * PAGE - 1);
             }
             MapFault::OutsideMemory => backing = MEMORY,
         }
@@ -32,7 +33,7 @@ impl Runner<'_> {
         }
         let space = self.space;
         let answer = self.stubbornly(|| space.map(range, backing, area.access))?;
-        let granule = Granule::K4;
+        let granule = self.oracle.alignment();
         let existing = self
             .oracle
             .areas
@@ -87,7 +88,7 @@ impl Runner<'_> {
         let answer = self.stubbornly(|| space.map_anywhere(len, backing, area.access))?;
         let refused = self.oracle.refuses(&area, &self.oracle.attached);
         let right = if ragged {
-            let granule = Granule::K4;
+            let granule = self.oracle.alignment();
             Err(Error::UnalignedLength { len, granule })
         } else if first.is_none() {
             Err(Error::NoSpace { len, alignment })
@@ -219,6 +220,7 @@ impl Runner<'_> {
     }
 
     pub(super) fn forget_copies(&mut self, gone: &[Area]) -> Checked {
+        self.check_paid(gone)?;
         for area in gone {
             self.copy.retain(|page, _| !area.holds(*page));
             for node in &self.world.nodes {

@@ -16,7 +16,7 @@ impl Runner<'_> {
             Rule::Accounting,
             "bytes leased",
             stats.leased_bytes,
-            settled + live,
+            settled + live + self.forgotten,
         )?;
         let flush = stats.flush;
         same(
@@ -77,6 +77,7 @@ impl Runner<'_> {
             if !self.oracle.areas.is_empty() {
                 let pending = self.space.stats().flush.pending;
                 same(Rule::Accounting, "gathers pending at the end", pending, 0)?;
+                self.check_all_paid()?;
             }
         }
         while !self.oracle.areas.is_empty() {

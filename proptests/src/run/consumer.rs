@@ -7,6 +7,7 @@ use dirtymap::sync::Arc;
 use dirtymap::{Granule, HarvestRequest, Iova, IovaRange};
 
 use super::modes::share_of;
+use super::panics::{Panicked, caught};
 use super::{Checked, End, Held, Live, Runner, broken};
 use crate::bits::{clear, runs_in};
 use crate::op::{Master, Place, Sabotage, Share};
@@ -40,14 +41,22 @@ impl Runner<'_> {
             return Ok(());
         };
         let failures = self.world.failures_ahead();
+        let open = self.open_runs(nth, &held);
+        let (maps, bytes) = (held.maps, held.bytes);
         let mut failed = false;
         held.live = match held.live {
             Live::Synced(lease) => Live::Synced(lease),
-            Live::Owed(lease) => match lease.sync() {
-                Ok(lease) => Live::Synced(lease),
-                Err(error) => {
+            Live::Owed(lease) => match caught(|| lease.sync()) {
+                Ok(Ok(lease)) => Live::Synced(lease),
+                Ok(Err(error)) => {
                     failed = true;
                     Live::Owed(*error.lease)
+                }
+                Err(Panicked) => {
+                    // The panic has dropped the lease.
+                    let outside = self.right_abort(&open, maps).outside_bytes;
+                    self.was_put_back(nth, &open, bytes, outside);
+                    return Ok(());
                 }
             },
         };
@@ -55,7 +64,8 @@ impl Runner<'_> {
             leased.synced = true;
             let (range, granule) = (held.request.range(), held.request.granule());
             let runs = runs_in(&self.buffers[nth].read(), range, granule);
-            let inside = runs.iter().filter_map(|run| run.intersection(held.view));
+            let view = (!held.empty).then_some(held.view);
+            let inside = runs.iter().filter_map(|run| run.intersection(view?));
             let runs: Vec<IovaRange> = inside.collect();
             let dirty: u128 = runs.iter().map(|run| run.granules(granule)).sum();
             same(
@@ -146,7 +156,10 @@ impl Runner<'_> {
         };
         if let Live::Synced(lease) = &mut held.live {
             let part = share_of(held.view, part);
-            let all = self.committed_by(&after, held.request, held.view, part);
+            let all = match held.empty {
+                true => BTreeSet::new(),
+                false => self.committed_by(&after, held.request, held.view, part),
+            };
             let fresh = all.difference(&held.committed).count() as u64;
             same(
                 Rule::Answer,
@@ -184,13 +197,8 @@ impl Runner<'_> {
         let Some(held) = self.leases[nth].take() else {
             return Ok(());
         };
-        let (range, granule) = (held.request.range(), held.request.granule());
-        let open = without(&self.buffers[nth].read(), range, granule, &held.committed);
-        let runs: Vec<IovaRange> = runs_in(&open, range, granule)
-            .iter()
-            .filter_map(|run| run.intersection(held.reached?))
-            .collect();
-        let right = self.right_abort(&runs);
+        let runs = self.open_runs(nth, &held);
+        let right = self.right_abort(&runs, held.maps);
         match held.live {
             live if end == End::Drop => drop(live),
             live if end == End::Crash => {
@@ -212,11 +220,36 @@ impl Runner<'_> {
             Live::Owed(lease) => same(Rule::Answer, "an abort", lease.abort(), right)?,
             Live::Synced(lease) => same(Rule::Answer, "an abort", lease.abort(), right)?,
         }
-        self.oracle.aborted(nth, &runs);
-        self.counts.aborts += 1;
-        self.counts.aborted_bytes += held.bytes;
-        self.counts.put_back_outside_bytes += right.outside_bytes;
+        self.was_put_back(nth, &runs, held.bytes, right.outside_bytes);
         Ok(())
+    }
+
+    /// What an end of a lease puts back.
+    fn open_runs(&self, nth: usize, held: &Held<'_>) -> Vec<IovaRange> {
+        let (range, granule) = (held.request.range(), held.request.granule());
+        let open = without(&self.buffers[nth].read(), range, granule, &held.committed);
+        runs_in(&open, range, granule)
+            .iter()
+            .filter_map(|run| run.intersection(held.reached?))
+            .collect()
+    }
+
+    /// The runs of a lease, and what was left of its bytes, were put back.
+    fn was_put_back(&mut self, nth: usize, runs: &[IovaRange], bytes: u64, outside: u64) {
+        self.oracle.aborted(nth, runs);
+        self.counts.aborts += 1;
+        self.counts.aborted_bytes += bytes;
+        self.counts.put_back_outside_bytes += outside;
+    }
+
+    /// A lease vanishes: what it took is reported by nobody. Until a flush, later writes of its pages may
+    /// be hidden as well.
+    pub(super) fn forget_lease(&mut self, nth: usize) {
+        if let Some(held) = self.leases[nth].take() {
+            self.forgotten += held.bytes;
+            self.vanished.push(held.live);
+            self.oracle.forgotten(nth);
+        }
     }
 
     /// Copies what is mapped of `runs`.

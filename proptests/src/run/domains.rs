@@ -3,25 +3,26 @@
 use dirtymap::sync::Arc;
 use dirtymap::{Error, IovaRange};
 
+use super::panics::{Panicked, caught};
 use super::{Checked, Runner, same_answer};
-use crate::oracle::{Area, PAGE, Tracking};
+use crate::faults::Source;
+use crate::op::Place;
+use crate::oracle::{Area, Dirt, PAGE, Tracking, pages};
 use crate::violation::{Rule, check, same, violation};
 
 impl Runner<'_> {
     pub(super) fn attach(&mut self, nth: usize) -> Checked {
-        let source = Arc::clone(self.world.node(nth));
+        let node = Arc::clone(self.world.node(nth));
         let space = self.space;
-        let answer = self.stubbornly(|| space.attach(Arc::clone(&source)))?;
+        let answer = self.stubbornly(|| space.attach(Source(Arc::clone(&node))))?;
         let twin = self.oracle.attached.contains(&nth);
         let right = match self.oracle.domains[nth].id {
             Some(domain) if twin => Err(Error::AttachedTwice { domain }),
             _ => {
                 let refused = |area: &Area| self.oracle.refuses(area, &[nth]);
-                self.oracle
-                    .areas
-                    .values()
-                    .find_map(refused)
-                    .map_or(Ok(()), Err)
+                let mut areas = self.oracle.areas.values();
+                let odd = self.oracle.cannot_attach(nth);
+                odd.or_else(|| areas.find_map(refused)).map_or(Ok(()), Err)
             }
         };
         match answer {
@@ -39,7 +40,14 @@ impl Runner<'_> {
             return Ok(());
         };
         let space = self.space;
-        let answer = self.stubbornly(|| space.detach(id))?;
+        let mut again = false;
+        let answer = self.stubbornly(|| {
+            // The last callback comes when it is gone: then a panic does not bring it back.
+            if std::mem::replace(&mut again, true) && !space.domains().contains(&id) {
+                return Ok(());
+            }
+            space.detach(id)
+        })?;
         let attached = self.oracle.attached.contains(&nth);
         let right = if attached {
             Ok(())
@@ -49,6 +57,10 @@ impl Runner<'_> {
         same_answer("a detach", answer, right)?;
         if attached {
             self.oracle.detach(nth);
+            let owed = self.world.node(nth).owed();
+            check(owed.is_empty(), Rule::Answer, || {
+                format!("domain {nth} was detached and not told to forget {owed:?}")
+            })?;
         }
         self.check_domains()?;
         self.check_translations()?;
@@ -75,16 +87,20 @@ impl Runner<'_> {
         Ok(())
     }
 
-    /// Performs a call; if a flush was told to fail in it, everything must still be there, and the call is repeated.
+    /// Performs a call; if a flush was told to fail in it, or a callback to panic, everything must still be there, and the
+    /// call is repeated.
     pub(super) fn stubbornly<T>(
         &mut self,
         mut call: impl FnMut() -> Result<T, Error>,
     ) -> Result<Result<T, Error>, crate::violation::Violation> {
         loop {
             let failures = self.world.failures_ahead();
-            let answer = call();
-            if self.world.failures_ahead() == failures || answer.is_ok() {
-                return Ok(answer);
+            match caught(&mut call) {
+                Ok(answer) if self.world.failures_ahead() == failures || answer.is_ok() => {
+                    return Ok(answer);
+                }
+                Ok(_) => {}
+                Err(Panicked) => self.after_panic(),
             }
             self.clear_leftovers()?;
             // What is unmapped may have lost its translations, but nothing that is dirty.
@@ -99,11 +115,18 @@ impl Runner<'_> {
             let known = self.oracle.area_at(page);
             if known.is_none() {
                 let done = loop {
-                    match self.space.unmap_discarding(mapping.range) {
-                        Ok(done) => break done,
-                        Err(error) => self.only_told_to_fail(error)?,
+                    match caught(|| self.space.unmap_discarding(mapping.range)) {
+                        Ok(Ok(done)) => break done,
+                        Ok(Err(error)) => self.only_told_to_fail(error)?,
+                        Err(Panicked) => self.after_panic(),
                     }
                 };
+                for (nth, node) in self.world.nodes.iter().enumerate() {
+                    let start = mapping.range.start();
+                    check(!node.translates(start), Rule::Answer, || {
+                        format!("domain {nth} still translates {start}, whose map failed")
+                    })?;
+                }
                 // Nothing is dirty in it but what is being written.
                 let flying = self.oracle.guards.iter().flatten();
                 let parts = flying.filter_map(|write| write.intersection(mapping.range));
@@ -117,8 +140,12 @@ impl Runner<'_> {
         for id in self.space.domains() {
             let ours = |nth: &usize| self.oracle.domains[*nth].id == Some(id);
             if !self.oracle.attached.iter().any(ours) {
-                while let Err(error) = self.space.detach(id) {
-                    self.only_told_to_fail(error)?;
+                while self.space.domains().contains(&id) {
+                    match caught(|| self.space.detach(id)) {
+                        Ok(Ok(())) => {}
+                        Ok(Err(error)) => self.only_told_to_fail(error)?,
+                        Err(Panicked) => self.after_panic(),
+                    }
                 }
             }
         }
@@ -135,32 +162,63 @@ impl Runner<'_> {
         }
     }
 
+    /// Merges the leaves of an area, or splits one of them, as far as the domain can.
+    pub(super) fn reshape(&mut self, nth: usize, at: Place, merge: bool) -> Checked {
+        let page = self.oracle.address_of(at) / PAGE;
+        let Some(area) = self.oracle.area_at(page).copied() else {
+            return Ok(());
+        };
+        let node = self.world.node(nth);
+        let done = match merge {
+            true => node.merge(area.range()).map_err(|error| error.to_string()),
+            false => match node.split(pages(page, page).start()) {
+                Ok(()) | Err(Error::CannotSplit { .. }) => Ok(()),
+                Err(error) => Err(error.to_string()),
+            },
+        };
+        if merge && self.oracle.attached.contains(&nth) {
+            self.oracle.merged(nth, &area);
+        }
+        check(done.is_ok(), Rule::Answer, || {
+            format!("leaves of {} in domain {nth}: {done:?}", area.range())
+        })
+    }
+
     /// Switches tracking, in one domain or everywhere.
     pub(super) fn track(&mut self, domain: Option<usize>, on: bool) -> Checked {
         let attached = domain.is_none_or(|nth| self.oracle.attached.contains(&nth));
-        let answer = match domain.map(|nth| self.oracle.domains[nth].id) {
-            None => self.space.set_tracking(on),
-            Some(Some(id)) => {
-                let answer = self.space.set_domain_tracking(id, on);
-                if !attached {
-                    let right = Err(Error::NotAttached { domain: id });
-                    return same_answer("switching a domain", answer, right);
-                }
-                answer
+        let id = domain.map(|nth| self.oracle.domains[nth].id);
+        let answer = loop {
+            let answer = caught(|| match id {
+                None => self.space.set_tracking(on),
+                Some(Some(id)) => self.space.set_domain_tracking(id, on),
+                Some(None) => Ok(()),
+            });
+            match answer {
+                Ok(answer) => break answer,
+                Err(Panicked) => self.after_panic(),
+            }
+        };
+        match id {
+            Some(Some(domain)) if !attached => {
+                let right = Err(Error::NotAttached { domain });
+                return same_answer("switching a domain", answer, right);
             }
             Some(None) => return Ok(()),
-        };
+            _ => {}
+        }
         same_answer("switching tracking", answer, Ok(()))?;
         let mut starting = self.oracle.not_tracking();
         starting.retain(|nth| on && domain.is_none_or(|domain| domain == *nth));
         let marks = on && domain.is_none() && self.oracle.tracking != Tracking::On;
         // Dirty leaves of tables do not count, but what is kept for domains does.
         let kept = starting.iter().map(|nth| &self.oracle.domains[*nth].dirt);
-        let mut most: u64 = kept.map(|dirt| dirt.may().count() as u64).sum();
+        let rounded = |dirt: &Dirt| self.oracle.rounded(dirt.may()).len() as u64;
+        let mut most: u64 = kept.map(rounded).sum();
         let mut least = 0;
         if marks {
             least = self.oracle.marks.must.len() as u64;
-            most += self.oracle.marks.may().count() as u64;
+            most += rounded(&self.oracle.marks);
         }
         let counted = self.space.stats().discarded_bytes;
         let pages = (counted - self.counts.discarded_bytes) / PAGE;
@@ -176,6 +234,11 @@ impl Runner<'_> {
             let areas: Vec<IovaRange> = self.oracle.areas.values().map(Area::range).collect();
             self.copy_runs(&areas)?;
             self.oracle.untracked.clear();
+            self.oracle.lost.clear();
+            if marks && starting == self.oracle.attached {
+                // Their caches are flushed.
+                self.oracle.hidden.clear();
+            }
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! Writes in flight, and handles that are kept whatever becomes of their areas.
 
-use dirtymap::{Error, Fault, FaultSource, Granule, Iova, IovaRange};
+use dirtymap::{Error, Fault, FaultSource, Iova, IovaRange};
 
 use super::{Checked, Guard, Runner, same_answer};
 use crate::op::{Place, Sabotage};
@@ -29,7 +29,7 @@ impl Runner<'_> {
             Err(error) => same_answer("a write that begins", Err(error), right),
             Ok(guard) => {
                 same_answer("a write that begins", Ok(()), right)?;
-                let whole = range.round_out(Granule::K4);
+                let whole = range.round_out(self.oracle.space_page());
                 same(Rule::Answer, "what is being written", guard.range(), whole)?;
                 self.oracle.guards[nth] = Some(whole);
                 let guard = Some(guard);
@@ -104,7 +104,8 @@ impl Runner<'_> {
         let (left, gone): (Vec<u64>, Vec<u64>) = pages_of(range).partition(there);
         if let Some(first) = gone.first() {
             // Nothing is written; pages that are still there may be marked all the same.
-            self.oracle.marks.pages.extend(left);
+            left.into_iter()
+                .for_each(|page| self.oracle.may_be_marked(page));
             self.counts.outside_marks += 1;
             let at = range.start().max(Iova::new(first * PAGE));
             let right = Err(Error::Outside { at });

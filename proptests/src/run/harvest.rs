@@ -11,11 +11,13 @@ use dirtymap::{
 };
 
 use super::modes::{call, cursor};
+use super::panics::{Panicked, caught};
 
 use super::{Checked, Held, Live, Runner, same_answer};
 use crate::bits::{Buffer, Found, check_bits, pages_in, runs_in, words_for};
+use crate::faults::{ToldToStop, was_told};
 use crate::op::{Ask, Mode, Sabotage};
-use crate::oracle::pages;
+use crate::oracle::{PAGE, pages};
 use crate::rig::ToldToDie;
 use crate::violation::{Rule, Violation, check, same};
 
@@ -28,24 +30,41 @@ pub(super) struct Request {
     pub(super) before: Vec<u64>,
     /// Why it is refused.
     refusal: Option<Error>,
-    /// Where it stops.
+    /// Where it stops because nothing is mapped.
     pub(super) hole: Option<Iova>,
+    /// Where a source stops it before that.
+    pub(super) stop: Option<Iova>,
     /// The runs of pages that it goes over; none if it stops at once.
     pub(super) walked: Vec<(u64, u64)>,
     /// The addresses of its lease.
     pub(super) view: IovaRange,
+    /// Its lease has none: it stopped at once.
+    pub(super) empty: bool,
 }
 
 impl Request {
-    /// The addresses of the lease, if it goes on at `next`.
-    pub(super) fn view_of(&self, next: Option<Iova>) -> IovaRange {
-        let last = next.map_or(self.view.last(), |next| Iova::new(next.get() - 1));
-        IovaRange::new(self.view.start(), last).unwrap_or(self.view)
+    /// The addresses of the lease, if it goes on at `next`, or stopped at `at`; `None` if there are
+    /// none.
+    pub(super) fn view_of(&self, next: Option<Iova>, at: Option<Iova>) -> Option<IovaRange> {
+        let below = |end: Iova| Iova::new(end.get() - 1).granule_last(self.inner.granule());
+        if at.is_some_and(|at| at <= self.view.start()) {
+            return None;
+        }
+        let last = next.or(at).map_or(self.view.last(), below);
+        IovaRange::new(self.view.start(), last.min(self.view.last())).ok()
+    }
+
+    /// The parts of `runs` that are the lease's.
+    pub(super) fn leased(&self, runs: &[IovaRange]) -> Vec<IovaRange> {
+        let view = (!self.empty).then_some(self.view);
+        runs.iter()
+            .filter_map(|run| run.intersection(view?))
+            .collect()
     }
 
     /// What an abort puts back of it: up to the last page that it went over.
     pub(super) fn reached(&self) -> Option<IovaRange> {
-        let (_, last) = self.walked.last()?;
+        let (_, last) = self.walked.last().filter(|_| !self.empty)?;
         IovaRange::new(self.view.start(), pages(*last, *last).last()).ok()
     }
 }
@@ -67,7 +86,10 @@ impl<'a> Runner<'a> {
         let mut request = self.request(range, ask, buffer);
         let (space, inner) = (self.space, request.inner);
         let bitmap = UserBitmap::shared(buffer.bitmap(request.words));
-        let answer = catch_unwind(AssertUnwindSafe(|| call(space, &inner, ask.mode, bitmap)));
+        let page = self.oracle.alignment();
+        let answer = catch_unwind(AssertUnwindSafe(|| {
+            call(space, &inner, ask.mode, page, bitmap)
+        }));
         let (lease, next, stopped) = match answer {
             Ok(Ok((lease, next))) => (lease, next, None),
             Ok(Err(HarvestError::Stopped(stopped))) => {
@@ -77,8 +99,9 @@ impl<'a> Runner<'a> {
             Ok(Err(HarvestError::Refused(error))) => {
                 return Self::refused(request, &buffer.read(), error);
             }
-            Err(panic) if panic.is::<ToldToDie>() => {
-                return self.died(&request, ask, &buffer.read());
+            Err(panic) if was_told(&*panic) => {
+                let first = panic.is::<ToldToDie>();
+                return self.died(&request, ask, &buffer.read(), first);
             }
             Err(panic) => resume_unwind(panic),
         };
@@ -99,28 +122,108 @@ impl<'a> Runner<'a> {
         same_answer("a harvest", Err(error), request.refusal.map_or(Ok(()), Err))
     }
 
-    /// Checks what a harvest said, and what it left in its buffer; completes `request` with where it ended.
+    /// Checks what a harvest said, and what it left in its buffer; completes `request` with where it
+    /// ended. What sources gave that others stopped below is dirty again.
     pub(super) fn check_harvest(
-        &self,
+        &mut self,
         request: &mut Request,
         ask: &Ask,
         (report, next, stopped): Said,
         after: &[u64],
     ) -> Result<Found, Violation> {
-        Self::ended(request, ask, next)?;
+        self.ended(request, ask, next)?;
         let at = stopped.as_ref().map(|(at, _)| *at);
-        same(Rule::Answer, "where a harvest stopped", at, request.hole)?;
-        let found = self.check_bits(request, ask, after)?;
+        let (stop, granule) = (request.stop, request.inner.granule());
+        let right = stop.map(|at| at.granule_start(granule)).or(request.hole);
+        same(Rule::Answer, "where a harvest stopped", at, right)?;
+        let whole = request.walked.clone();
+        if let Some(stop) = stop {
+            let page = stop.granule_start(granule).get() / PAGE;
+            request.walked.retain(|(first, _)| *first < page);
+            for (_, last) in &mut request.walked {
+                *last = (*last).min(page - 1);
+            }
+        }
+        let (must, _) = self.oracle.bounds(ask, &request.walked);
+        let (_, may) = self.oracle.bounds(ask, &whole);
+        let mut found = check_bits(&request.inner, &request.before, after, &must, &may)?;
         let range = request.view;
         let right = request.refusal.take();
-        let right = right.or(request.hole.map(|at| Error::Hole { at, range }));
+        let right = right.or(match stop {
+            Some(_) => Some(Error::source_failed(ToldToStop)),
+            None => request.hole.map(|at| Error::Hole { at, range }),
+        });
         let answer = stopped.map_or(Ok(()), |(_, error)| Err(error));
         same_answer("a harvest", answer, right.map_or(Ok(()), Err))?;
+        if at.is_some() {
+            let view = request.view_of(None, at);
+            request.empty = view.is_none();
+            request.view = view.unwrap_or(request.view);
+        }
+        if stop.is_some() {
+            self.check_above(request, ask, &whole, &mut found, after, report.bits_set)?;
+        }
         same(Rule::Accounting, "bits set", report.bits_set, found.set)?;
-        let areas = self.areas_in(&request.walked);
+        let last = stop.map_or(u64::MAX, |stop| stop.get() / PAGE);
+        let touched = whole.iter().filter(|(first, _)| *first <= last);
+        let touched: Vec<(u64, u64)> = touched.map(|(f, l)| (*f, (*l).min(last))).collect();
+        let areas = self.areas_in(&touched);
         same(Rule::Accounting, "areas walked", report.areas, areas)?;
-        Self::check_bound(request, ask, next, found.set)?;
+        self.check_bound(request, ask, next, found.set)?;
         Ok(found)
+    }
+
+    /// A source stopped a harvest that would have gone over `whole`. What lies above the lease was put back: of the bits that
+    /// were set, only those of the lease count.
+    fn check_above(
+        &mut self,
+        request: &Request,
+        ask: &Ask,
+        whole: &[(u64, u64)],
+        found: &mut Found,
+        after: &[u64],
+        said: u64,
+    ) -> Checked {
+        let (range, granule) = (request.inner.range(), request.inner.granule());
+        let count = |runs: &[IovaRange]| -> u64 {
+            let all: u128 = runs.iter().map(|run| run.granules(granule)).sum();
+            all as u64
+        };
+        let mine = request.leased(&found.runs);
+        let before = runs_in(&request.before, range, granule);
+        let fresh = count(&mine) - count(&request.leased(&before));
+        let end = match request.empty {
+            true => Some(request.view.start()),
+            false => request.view.last().checked_add(1),
+        };
+        let last = whole.last().map(|(_, last)| pages(*last, *last).last());
+        let above = end
+            .zip(last)
+            .and_then(|(end, last)| IovaRange::new(end, last).ok());
+        let inside = |runs: &[IovaRange]| -> Vec<IovaRange> {
+            runs.iter()
+                .filter_map(|run| run.intersection(above?))
+                .collect()
+        };
+        // A bit that was set before looks like one that a source gave: then fewer count.
+        let known = inside(&before).is_empty();
+        let least = if known { fresh } else { 0 };
+        check((least..=fresh).contains(&said), Rule::Accounting, || {
+            format!("{said} bits set below a stop, of {fresh}")
+        })?;
+        found.set = said;
+        let runs = inside(&runs_in(after, range, granule));
+        let outside = self.right_abort(&runs, u64::MAX).outside_bytes;
+        let counted = self.space.stats().put_back_outside_bytes;
+        let known = self.counts.put_back_outside_bytes;
+        check(
+            (known..=known + outside).contains(&counted),
+            Rule::Accounting,
+            || format!("{counted} bytes put back outside, not {known} and {outside}"),
+        )?;
+        self.counts.put_back_outside_bytes = counted;
+        self.oracle.died(ask, &runs);
+        Ok(())
     }
 
     /// Tells the oracle what a harvest reported.
@@ -133,19 +236,41 @@ impl<'a> Runner<'a> {
         self.oracle.harvested(nth, ask, walked, reported);
     }
 
-    /// A domain panicked half-way through the first area: what was recorded must be dirty again.
-    pub(super) fn died(&mut self, request: &Request, ask: &Ask, after: &[u64]) -> Checked {
+    /// A domain panicked, if `first` half-way through the first area: what was recorded must be dirty
+    /// again.
+    pub(super) fn died(
+        &mut self,
+        request: &Request,
+        ask: &Ask,
+        after: &[u64],
+        first: bool,
+    ) -> Checked {
         check(request.refusal.is_none(), Rule::Answer, || {
             "a harvest that must be refused asked a domain".to_owned()
         })?;
         let runs = runs_in(after, request.inner.range(), request.inner.granule());
-        let died_in = self.died_in(request, ask);
+        let died_in = if first {
+            self.died_in(request, ask)
+        } else {
+            request.reached()
+        };
         let runs: Vec<IovaRange> = runs
             .iter()
             .filter_map(|run| run.intersection(died_in?))
             .collect();
-        self.counts.put_back_outside_bytes += self.right_abort(&runs).outside_bytes;
+        let outside = self.right_abort(&runs, u64::MAX).outside_bytes;
+        let before = self.counts.put_back_outside_bytes;
+        let counted = self.space.stats().put_back_outside_bytes;
+        // Where it was is known of the first area only.
+        let least = before + if first { outside } else { 0 };
+        check(
+            (least..=before + outside).contains(&counted),
+            Rule::Accounting,
+            || format!("{counted} bytes put back outside, not {before} and {outside}"),
+        )?;
+        self.counts.put_back_outside_bytes = counted;
         self.oracle.died(ask, &runs);
+        self.after_panic();
         self.counts.harvests += 1;
         self.counts.aborts += 1;
         self.peek_everything()
@@ -178,6 +303,8 @@ impl<'a> Runner<'a> {
             live: Live::Owed(lease),
             request: request.inner,
             view: request.view,
+            empty: request.empty,
+            maps: self.oracle.maps(),
             reached: request.reached(),
             committed: BTreeSet::new(),
             bytes,
@@ -197,8 +324,13 @@ impl<'a> Runner<'a> {
             ..*ask
         };
         let request = self.request(range, ask, &buffer);
-        let bitmap = UserBitmap::shared(buffer.bitmap(request.words));
-        let answer = self.space.peek(&request.inner, bitmap).map(|_| ());
+        let answer = loop {
+            let bitmap = UserBitmap::shared(buffer.bitmap(request.words));
+            match caught(|| self.space.peek(&request.inner, bitmap).map(|_| ())) {
+                Ok(answer) => break answer,
+                Err(Panicked) => buffer.fill(ask.preset),
+            }
+        };
         if let Some(refusal) = request.refusal {
             same(
                 Rule::Bitmap,
@@ -224,14 +356,15 @@ impl<'a> Runner<'a> {
             Some((_, id)) => inner.in_scope(Scope::Domain(id)),
             None => inner,
         };
-        let refusal = Self::mode_refusal(range, granule, ask)
+        let refusal = self
+            .mode_refusal(range, granule, ask)
             .or_else(|| self.oracle.refusal(range, granule, bits, ask));
         let (walked, hole) = match refusal {
             Some(_) => Default::default(),
             None => self.ways(range, granule, ask),
         };
         let start = match ask.mode {
-            Mode::Bounded { from, .. } => cursor(range, granule, from),
+            Mode::Bounded { from, .. } => cursor(range, granule.max(self.oracle.alignment()), from),
             _ => range.start(),
         };
         Request {
@@ -244,8 +377,10 @@ impl<'a> Runner<'a> {
             before: buffer.read(),
             refusal,
             hole,
+            stop: self.stop_in(&walked, ask),
             walked,
             view: IovaRange::new(start, range.last()).unwrap_or(range),
+            empty: false,
         }
     }
 

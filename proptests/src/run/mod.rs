@@ -11,13 +11,14 @@ mod domains;
 mod guards;
 mod harvest;
 mod modes;
+mod panics;
 mod pass;
 mod writers;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use dirtymap::{
-    Access, AddressSpace, AreaHandle, Error, Granule, HarvestRequest, IovaRange, Lease, Owed,
+    Access, AddressSpace, AreaHandle, Error, Granule, HarvestRequest, Iova, IovaRange, Lease, Owed,
     SpaceStats, Synced, WriteGuard,
 };
 use pagetable_sim::PhysMemory;
@@ -36,7 +37,8 @@ type Checked = Result<(), Violation>;
 /// The first [`Violation`].
 pub fn run(ops: &[Op], config: &Config) -> Result<SpaceStats, Violation> {
     let world = World::new(config).map_err(broken)?;
-    let space = AddressSpace::new(Granule::K4);
+    let page = Granule::from_lg2(config.space_lg2).unwrap_or(Granule::K4);
+    let space = AddressSpace::new(page);
     let buffers = [Buffer::new(), Buffer::new()];
     let mut runner = Runner {
         config: *config,
@@ -49,6 +51,8 @@ pub fn run(ops: &[Op], config: &Config) -> Result<SpaceStats, Violation> {
         handles: [None, None],
         copy: BTreeMap::new(),
         counts: SpaceStats::default(),
+        vanished: Vec::new(),
+        forgotten: 0,
         time: 0,
     };
     let prelude = if config.warm { &PRELUDE } else { &PRELUDE[..1] };
@@ -101,6 +105,11 @@ struct Runner<'a> {
     copy: BTreeMap<u64, Box<Bytes>>,
     /// What the space should have counted; of the flushes only `failed`.
     counts: SpaceStats,
+    /// Leases that were forgotten: nobody looks at them, and they go when all has been checked, so that
+    /// the test leaks no memory.
+    vanished: Vec<Live<'a>>,
+    /// Their bytes.
+    forgotten: u64,
     /// Goes up with every step, so that every write has bytes of its own.
     time: u8,
 }
@@ -111,6 +120,10 @@ struct Held<'a> {
     request: HarvestRequest,
     /// The addresses of the lease.
     view: IovaRange,
+    /// It has none.
+    empty: bool,
+    /// How many maps there were: an area that came later has nothing of it.
+    maps: u64,
     /// What of it the harvest went over.
     reached: Option<IovaRange>,
     /// The starts of granules that were committed by parts.
@@ -167,6 +180,18 @@ impl<'a> Runner<'a> {
             Op::Crash(lease) => self.put_back(lease.into(), End::Crash)?,
             Op::HarvestDies(domain) => self.world.node(domain).dies().set(true),
             Op::FlushFails(domain) => self.world.node(domain).fails().set(true),
+            Op::Panics {
+                domain,
+                callback,
+                calls,
+                moment,
+            } => self.world.node(domain).panic_at(callback, calls, moment),
+            Op::Stops { domain, at } => {
+                let at = Iova::new(self.oracle.address_of(at));
+                self.world.node(domain).stop_at(Some(at));
+            }
+            Op::Forget(lease) => self.forget_lease(lease.into()),
+            Op::Reshape { domain, at, merge } => self.reshape(domain.into(), at, merge)?,
             Op::Map {
                 slot,
                 skip,
@@ -218,6 +243,7 @@ impl<'a> Runner<'a> {
         if !matches!(op, Op::FlushFails(_)) && !self.hides_failures() {
             self.counts.flush.failed += failed;
         }
+        self.count_broken_flushes(op)?;
         self.check_counts()
     }
 

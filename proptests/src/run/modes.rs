@@ -14,10 +14,10 @@ use crate::violation::{Rule, Violation, check, same};
 /// A lease, and where a bounded harvest goes on.
 pub(super) type Answer<'b> = Result<(Lease<'b, Owed>, Option<Iova>), HarvestError<'b>>;
 
-/// Where a bounded harvest begins.
-pub(super) fn cursor(range: IovaRange, granule: Granule, from: u8) -> Iova {
+/// Where a bounded harvest begins: a multiple of `unit`.
+pub(super) fn cursor(range: IovaRange, unit: Granule, from: u8) -> Iova {
     let at = (range.len() * u128::from(from) / 256) as u64;
-    let start = Iova::new(range.start().get() + at).granule_start(granule.max(Granule::K4));
+    let start = Iova::new(range.start().get() + at).granule_start(unit);
     match from {
         240.. => Iova::new(start.get() + 512),
         _ => start,
@@ -31,11 +31,12 @@ pub(super) fn share_of(range: IovaRange, Share(one, other): Share) -> IovaRange 
     IovaRange::new(at(one.min(other)), at(one.max(other))).unwrap_or(range)
 }
 
-/// Calls what `mode` names.
+/// Calls what `mode` names; `page` is what areas are made of.
 pub(super) fn call<'b>(
     space: &'b AddressSpace,
     request: &HarvestRequest,
     mode: Mode,
+    page: Granule,
     bitmap: UserBitmap<'b>,
 ) -> Answer<'b> {
     let range = request.range();
@@ -45,7 +46,7 @@ pub(super) fn call<'b>(
             .harvest_parallel(request, bitmap)
             .map(|lease| (lease, None)),
         Mode::Bounded { from, bits } => {
-            let from = cursor(range, request.granule(), from);
+            let from = cursor(range, request.granule().max(page), from);
             let bounds = HarvestBounds::new().bits(bits.into());
             let part = space.harvest_bounded(request, from, bounds, bitmap)?;
             Ok((part.lease, part.next))
@@ -73,12 +74,17 @@ fn mask_words(mask: Mask, over: IovaRange, granule: Granule) -> Vec<u64> {
 
 impl Runner<'_> {
     /// Why the call is refused for what is particular to its mode: that comes first.
-    pub(super) fn mode_refusal(range: IovaRange, granule: Granule, ask: &Ask) -> Option<Error> {
+    pub(super) fn mode_refusal(
+        &self,
+        range: IovaRange,
+        granule: Granule,
+        ask: &Ask,
+    ) -> Option<Error> {
         let Mode::Bounded { from, .. } = ask.mode else {
             return None;
         };
-        let at = cursor(range, granule, from);
-        let unit = granule.max(Granule::K4);
+        let unit = granule.max(self.oracle.alignment());
+        let at = cursor(range, unit, from);
         let good = range.contains(at) && at.is_aligned(unit);
         (!good).then_some(Error::BadCursor {
             at,
@@ -98,7 +104,8 @@ impl Runner<'_> {
         let asked = match ask.mode {
             Mode::Whole | Mode::Parallel => vec![(first, last)],
             Mode::Bounded { from, .. } => {
-                vec![(cursor(range, granule, from).get() / PAGE, last)]
+                let unit = granule.max(self.oracle.alignment());
+                vec![(cursor(range, unit, from).get() / PAGE, last)]
             }
             Mode::Masked(mask) => self.oracle.masked(range, mask),
         };
@@ -118,6 +125,7 @@ impl Runner<'_> {
 
     /// What the answer of a bounded harvest says of where it ended: within its bounds, and not before it had reached them.
     pub(super) fn ended(
+        &self,
         request: &mut Request,
         ask: &Ask,
         next: Option<Iova>,
@@ -126,6 +134,7 @@ impl Runner<'_> {
             return same(Rule::Answer, "where to go on", next, None);
         };
         let (range, granule) = (request.inner.range(), request.inner.granule());
+        let granule = granule.max(self.oracle.alignment());
         let from = cursor(range, granule, from);
         let Some(next) = next else {
             return Ok(());
@@ -139,6 +148,9 @@ impl Runner<'_> {
         if request.hole.is_some_and(|hole| next <= hole) {
             request.hole = None;
         }
+        if request.stop.is_some_and(|stop| next <= stop) {
+            request.stop = None;
+        }
         for (_, last) in &mut request.walked {
             *last = (*last).min(page - 1);
         }
@@ -148,6 +160,7 @@ impl Runner<'_> {
 
     /// A bounded harvest found about as many bits as it should.
     pub(super) fn check_bound(
+        &self,
         request: &Request,
         ask: &Ask,
         next: Option<Iova>,
@@ -156,7 +169,8 @@ impl Runner<'_> {
         let Mode::Bounded { bits, .. } = ask.mode else {
             return Ok(());
         };
-        let of_page = (PAGE >> request.inner.granule().lg2()).saturating_sub(1);
+        let page = self.oracle.unit() * PAGE;
+        let of_page = (page >> request.inner.granule().lg2()).saturating_sub(1);
         let most = u64::from(bits).max(1) + 63 + of_page;
         let least = if next.is_some() { bits.into() } else { 0 };
         check((least..=most).contains(&set), Rule::Answer, || {
@@ -184,14 +198,28 @@ impl Runner<'_> {
         Some(pages(request.view.start().get() / PAGE, end))
     }
 
-    /// What an abort of `runs` should say.
-    pub(super) fn right_abort(&self, runs: &[IovaRange]) -> dirtymap::Aborted {
+    /// Where a source stops a harvest that goes over `walked`: the lowest place counts.
+    pub(super) fn stop_in(&self, walked: &[(u64, u64)], ask: &Ask) -> Option<Iova> {
+        let within = |at: &Iova| {
+            let page = at.get() / PAGE;
+            walked
+                .iter()
+                .any(|(first, last)| (*first..=*last).contains(&page))
+        };
+        let domains = self.oracle.covered(ask).into_iter();
+        let stops = domains.filter_map(|nth| self.world.nodes[nth].stop());
+        let lowest = stops.filter(within).min()?;
+        Some(lowest.granule_start(self.oracle.alignment()))
+    }
+
+    /// What an abort of `runs` should say, of a lease from when there were so many maps.
+    pub(super) fn right_abort(&self, runs: &[IovaRange], maps: u64) -> dirtymap::Aborted {
         let mut right = dirtymap::Aborted::default();
         for run in runs {
             for page in pages_of(*run) {
                 let part = pages(page, page).intersection(*run);
                 let len = part.map_or(0, |part| part.len() as u64);
-                match self.oracle.area_at(page) {
+                match self.oracle.area_at(page).filter(|area| area.origin <= maps) {
                     Some(_) => right.bytes += len,
                     None => right.outside_bytes += len,
                 }

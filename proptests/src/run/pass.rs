@@ -7,8 +7,10 @@ use dirtymap::{Aborted, Error, HarvestError, IovaRange, UserBitmap};
 
 use super::harvest::{Request, Said};
 use super::modes::{call, share_of};
+use super::panics::caught;
 use super::{Checked, Runner};
 use crate::bits::{Buffer, runs_in};
+use crate::faults::was_told;
 use crate::forms::{Form, Memory};
 use crate::op::{Ask, Fate};
 use crate::rig::ToldToDie;
@@ -20,8 +22,11 @@ const PASS: usize = 2;
 /// What became of a harvest and its lease.
 enum End {
     Refused(Error),
-    /// A domain panicked.
-    Died,
+    /// A domain panicked, as it was told: half-way through the first area, or anywhere.
+    Died {
+        /// The first area.
+        first: bool,
+    },
     Ended(Box<Ended>),
 }
 
@@ -46,7 +51,7 @@ impl Runner<'_> {
         let after = words_of(&memory.image(&before)?);
         match end {
             End::Refused(error) => Self::refused(request, &after, error),
-            End::Died => self.died(&request, ask, &after),
+            End::Died { first } => self.died(&request, ask, &after, first),
             End::Ended(ended) => self.check_pass(&mut request, ask, fate, *ended, &after),
         }
     }
@@ -61,7 +66,10 @@ impl Runner<'_> {
     ) -> Result<End, Violation> {
         let space = self.space;
         let inner = &request.inner;
-        let answer = catch_unwind(AssertUnwindSafe(|| call(space, inner, ask.mode, bitmap)));
+        let page = self.oracle.alignment();
+        let answer = catch_unwind(AssertUnwindSafe(|| {
+            call(space, inner, ask.mode, page, bitmap)
+        }));
         let (lease, next, stopped) = match answer {
             Ok(Ok((lease, next))) => (lease, next, None),
             Ok(Err(HarvestError::Stopped(stopped))) => {
@@ -69,9 +77,13 @@ impl Runner<'_> {
                 (stopped.lease, None, Some(stop))
             }
             Ok(Err(HarvestError::Refused(error))) => return Ok(End::Refused(error)),
-            Err(panic) if panic.is::<ToldToDie>() => return Ok(End::Died),
+            Err(panic) if was_told(&*panic) => {
+                let first = panic.is::<ToldToDie>();
+                return Ok(End::Died { first });
+            }
             Err(panic) => resume_unwind(panic),
         };
+        let at = stopped.as_ref().map(|(at, _)| *at);
         let mut ended = Ended {
             said: (lease.report(), next, stopped),
             synced: None,
@@ -80,7 +92,9 @@ impl Runner<'_> {
         };
         let failures = self.world.failures_ahead();
         // A lease that cannot be flushed is dropped.
-        if let Ok(mut lease) = lease.sync() {
+        let synced = caught(|| lease.sync());
+        let panicked = synced.is_err();
+        if let Ok(Ok(mut lease)) = synced {
             let runs: Vec<IovaRange> = lease.runs().collect();
             self.copy_runs(&runs)?;
             ended.synced = Some((runs, lease.dirty()));
@@ -88,13 +102,15 @@ impl Runner<'_> {
                 Fate::Commit => drop(lease.commit()),
                 Fate::Abort => ended.aborted = Some(lease.abort()),
                 Fate::CommitRange(part) => {
-                    ended.committed = lease.commit_range(share_of(request.view_of(next), part));
+                    let view = request.view_of(next, at).unwrap_or(request.view);
+                    ended.committed = lease.commit_range(share_of(view, part));
                     ended.aborted = Some(lease.abort());
                 }
             }
         }
         let failed = ended.synced.is_none();
         let told = self.world.failures_ahead() < failures && !self.hides_failures();
+        let told = told || panicked;
         same(Rule::Answer, "whether a sync failed", failed, told)?;
         Ok(End::Ended(Box::new(ended)))
     }
@@ -113,10 +129,7 @@ impl Runner<'_> {
         let failed = ended.synced.is_none();
         let granule = inner.granule();
         let view = request.view;
-        let inside = |runs: Vec<IovaRange>| -> Vec<IovaRange> {
-            let inside = runs.iter().filter_map(|run| run.intersection(view));
-            inside.collect()
-        };
+        let inside = |runs: Vec<IovaRange>| request.leased(&runs);
         let leased = inside(runs_in(after, inner.range(), granule));
         if let Some((synced, dirty)) = ended.synced {
             let right: u128 = leased.iter().map(|run| run.granules(granule)).sum();
@@ -134,7 +147,9 @@ impl Runner<'_> {
         }
         let mut gone = BTreeSet::new();
         if let (Fate::CommitRange(part), false) = (fate, failed) {
-            gone = self.committed_by(after, inner, view, share_of(view, part));
+            if !request.empty {
+                gone = self.committed_by(after, inner, view, share_of(view, part));
+            }
             let right = gone.len() as u64;
             same(Rule::Answer, "granules committed", ended.committed, right)?;
         }
@@ -146,7 +161,7 @@ impl Runner<'_> {
             reached.collect()
         });
         let back: Vec<IovaRange> = back.unwrap_or_default();
-        let right = self.right_abort(&back);
+        let right = self.right_abort(&back, u64::MAX);
         if let Some(aborted) = ended.aborted {
             same(Rule::Answer, "an abort", aborted, right)?;
         }

@@ -22,6 +22,33 @@ pub enum KvmError {
         /// The largest ring.
         limit: u32,
     },
+    /// A child of `fork` used a log of its parent.
+    #[error(
+        "this log is of process {maker}, and this process is a child of it: use it there, or make \
+         a log for a virtual machine of this process"
+    )]
+    OfAnotherProcess {
+        /// The process that made the log.
+        maker: u32,
+    },
+    /// The processor has no ring, or one of another size.
+    #[error(
+        "the processor has no ring of exactly {entries} entries: it is not of the virtual machine \
+         of this log"
+    )]
+    NoSuchRing {
+        /// Entries of each ring of this log.
+        entries: u32,
+    },
+    /// KVM did not take back what was read from a ring.
+    #[error(
+        "the ring that was added as number {ring} is not of the virtual machine of this log, which \
+         did not take its entries back: both logs miss writes"
+    )]
+    ForeignRing {
+        /// Which call of [`add_vcpu`](super::KvmLog::add_vcpu) it came with, from 0 on.
+        ring: usize,
+    },
     /// Processors are of no interest to a log that is not a ring.
     #[error("this log has no rings: make it in the mode Ring to add processors")]
     NoRings,

@@ -9,6 +9,8 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 
+use crate::adapters::maker::Maker;
+
 const SET_USER_MEMORY_REGION: libc::Ioctl = libc::_IOW::<kvm_userspace_memory_region>(KVMIO, 0x46);
 const GET_DIRTY_LOG: libc::Ioctl = libc::_IOW::<kvm_dirty_log>(KVMIO, 0x42);
 const CLEAR_DIRTY_LOG: libc::Ioctl = libc::_IOWR::<kvm_clear_dirty_log>(KVMIO, 0xc0);
@@ -16,6 +18,10 @@ const RESET_DIRTY_RINGS: libc::Ioctl = libc::_IO(KVMIO, 0xc7);
 
 /// What the logic of the adapter needs of KVM; tests bring their own.
 pub(super) trait Kernel: Send + Sync {
+    /// The process that made this, if it is not the one that asks: a child of `fork` has all
+    /// descriptors and rings of its parent.
+    fn of_another_process(&self) -> Option<u32>;
+
     /// KVM_SET_USER_MEMORY_REGION.
     ///
     /// # Safety
@@ -37,23 +43,32 @@ pub(super) trait Kernel: Send + Sync {
 const MOST_RESETS: u32 = 1 << 16;
 
 /// A virtual machine, by a descriptor of our own.
-pub(super) struct Vm(OwnedFd);
+pub(super) struct Vm {
+    fd: OwnedFd,
+    maker: Maker,
+}
 
 impl Vm {
     /// Duplicates the descriptor of `vm`, which may then be closed.
     pub(super) fn new(vm: &VmFd) -> io::Result<Self> {
         // SAFETY: the descriptor is open as long as `vm` is borrowed.
         let fd = unsafe { BorrowedFd::borrow_raw(vm.as_raw_fd()) };
-        fd.try_clone_to_owned().map(Vm)
+        let fd = fd.try_clone_to_owned()?;
+        let maker = Maker::new()?;
+        Ok(Vm { fd, maker })
     }
 }
 
 impl Kernel for Vm {
+    fn of_another_process(&self) -> Option<u32> {
+        self.maker.of_another_process()
+    }
+
     unsafe fn set_region(&self, region: &kvm_userspace_memory_region) -> io::Result<()> {
         // SAFETY:
         // - the call reads the one struct that it is given;
         // - that the guest may use the memory is promised by the caller.
-        check(unsafe { libc::ioctl(self.0.as_raw_fd(), SET_USER_MEMORY_REGION, region) })
+        check(unsafe { libc::ioctl(self.fd.as_raw_fd(), SET_USER_MEMORY_REGION, region) })
     }
 
     fn get_log(&self, slot: u32, words: &mut [u64]) -> io::Result<()> {
@@ -68,7 +83,7 @@ impl Kernel for Vm {
         // - the call reads the one struct that it is given;
         // - it writes the bits of the slot, rounded up to a whole word, to the bitmap: the slot has no more pages than
         //   `words` has bits, as it was added with as many, and KVM does not resize slots.
-        check(unsafe { libc::ioctl(self.0.as_raw_fd(), GET_DIRTY_LOG, &log) })
+        check(unsafe { libc::ioctl(self.fd.as_raw_fd(), GET_DIRTY_LOG, &log) })
     }
 
     fn clear_log(&self, slot: u32, first: u64, pages: u32, mask: &[u64]) -> io::Result<()> {
@@ -87,7 +102,7 @@ impl Kernel for Vm {
         // - the call reads the one struct that it is given, and owns it meanwhile;
         // - it reads the bits of `pages`, rounded up to a whole word, from the mask, which has them, and does not write
         //   to it.
-        check(unsafe { libc::ioctl(self.0.as_raw_fd(), CLEAR_DIRTY_LOG, &mut clear) })
+        check(unsafe { libc::ioctl(self.fd.as_raw_fd(), CLEAR_DIRTY_LOG, &mut clear) })
     }
 
     /// A call that a signal ends early says how many entries it has reset, perhaps none, and no error; the signal is delivered
@@ -96,7 +111,7 @@ impl Kernel for Vm {
         let mut idle = 0;
         for _ in 0..MOST_RESETS {
             // SAFETY: this call takes no argument, and touches the rings alone, whose entries are atomics to us.
-            let reset = unsafe { libc::ioctl(self.0.as_raw_fd(), RESET_DIRTY_RINGS, 0) };
+            let reset = unsafe { libc::ioctl(self.fd.as_raw_fd(), RESET_DIRTY_RINGS, 0) };
             check(reset)?;
             idle = if reset == 0 { idle + 1 } else { 0 };
             if idle == 2 {

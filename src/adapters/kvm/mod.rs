@@ -49,6 +49,13 @@
 //! must come *before* the page is read. The calls flush the TLBs before they return, so [`invalidate`](DirtySource::invalidate)
 //! has nothing to do for logs, and resets the rings for rings.
 //!
+//! # Address spaces
+//! Where KVM knows system management mode, it has two address spaces (bits 16 to 31 of the number
+//! of a slot), and a slot of each may have the same guest physical addresses, backed by the same
+//! memory or by other memory. An [`AddressSpace`](crate::AddressSpace) has those addresses once. A
+//! page of it is dirty when *any* slot at its address says so: the union. So a copy of a dirty page
+//! takes the memory of every slot that is there.
+//!
 //! # Guarantees
 //! * What KVM says is in memory that was reserved when the slot was added before anything can fail: an error in one slot loses nothing
 //!   of another, and nothing of its own.
@@ -68,6 +75,10 @@
 //! * An area that is unmapped from the space is not taken from the guest. First [`remove_slot`](KvmLog::remove_slot), then
 //!   [`unmap`](crate::AddressSpace::unmap), which reports what was dirty at the end.
 //! * One log for one virtual machine: two would take from each other.
+//! * A child of `fork` has the rings of its parent, and KVM serves it no log: every call is refused
+//!   there, with [`KvmError::OfAnotherProcess`].
+//! * KVM does not tell that other code switched the flags of a slot: see
+//!   [`renew_slot`](KvmLog::renew_slot).
 
 mod error;
 mod ioctl;
@@ -86,10 +97,12 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use super::host;
+use crate::error::Error;
 #[cfg(doc)]
 use crate::source::DirtySource;
+use crate::source::Stopped;
 use crate::sync::{Arc, AtomicU64, Mutex, MutexGuard, Ordering, lock};
-use crate::units::{Granule, IovaRange};
+use crate::units::{Granule, Iova, IovaRange};
 use ioctl::{Kernel, Vm};
 use ring::{Mapped, Ring};
 use slot::Slot;
@@ -152,7 +165,7 @@ impl KvmLog {
     pub fn new(vm: &VmFd, mode: KvmMode) -> Result<Self, KvmError> {
         enable(vm, mode)?;
         let vm = Vm::new(vm).map_err(|error| KvmError::Call {
-            call: "fcntl",
+            call: "fcntl or madvise(MADV_WIPEONFORK)",
             error,
         })?;
         Ok(Self::with_kernel(Box::new(vm), mode, host::page()))
@@ -183,17 +196,28 @@ impl KvmLog {
     /// Gives the guest the memory from `host` on, an address of this process, at the guest physical addresses `guest`; or says that
     /// KVM has this very slot already, which is then left as it is, but for its log. Tracked at once if the log is.
     ///
-    /// `slot` is KVM's number, address space included. The slot must be writable, and not backed by a `guest_memfd`.
+    /// `slot` is KVM's number, with the address space in bits 16 to 31: 0 is what processors use,
+    /// 1 is system management mode, where KVM has it (KVM_CAP_MULTI_ADDRESS_SPACE). Slots of
+    /// different address spaces may overlap. A page is dirty when it is in the log of any slot
+    /// that has it: see the [module](self#address-spaces). The slot must be writable, and not
+    /// backed by a `guest_memfd`.
     ///
     /// # Errors
-    /// In this order: [`KvmError::Unaligned`], [`KvmError::TooLarge`], [`KvmError::HostWraps`], [`KvmError::NoMemory`],
-    /// [`KvmError::SlotTaken`], [`KvmError::Overlap`], then [`KvmError::SlotCall`]. Nothing has changed then.
+    /// In this order: [`KvmError::OfAnotherProcess`], [`KvmError::Unaligned`],
+    /// [`KvmError::TooLarge`], [`KvmError::HostWraps`], [`KvmError::NoMemory`],
+    /// [`KvmError::SlotTaken`], [`KvmError::Overlap`], then [`KvmError::SlotCall`]. Nothing has
+    /// changed then.
     ///
     /// # Safety
     /// Until the slot is removed or the virtual machine is gone:
     /// * the memory stays mapped, and the process is prepared for a guest that reads and writes it;
-    /// * nobody else deletes the slot, or makes another one of its number: KVM writes as many bits as its slot has pages.
+    /// * no other code deletes the slot, or makes another one of its number: KVM writes as many
+    ///   bits as its slot has pages.
+    ///
+    /// Other code that switches the flags of the slot does no harm to memory, and takes writes from
+    /// the log: see [`renew_slot`](Self::renew_slot).
     pub unsafe fn add_slot(&self, slot: u32, guest: IovaRange, host: u64) -> Result<(), KvmError> {
+        self.check_process()?;
         let new = Slot::new(slot, guest, host, self.page)?;
         let tracking = lock(&self.tracking);
         let slots = self.slots();
@@ -201,7 +225,7 @@ impl KvmLog {
             if other.id == slot {
                 return Err(KvmError::SlotTaken { slot });
             }
-            if other.guest.intersects(guest) {
+            if other.space() == new.space() && other.guest.intersects(guest) {
                 return Err(KvmError::Overlap {
                     slot,
                     guest,
@@ -209,7 +233,8 @@ impl KvmLog {
                 });
             }
         }
-        // Nobody takes entries until the slot is in the list: those of a slot that is not there name no page.
+        // No thread takes entries until the slot is in the list: those of a slot that is not there
+        // name no page.
         let _rings = self.rings();
         // SAFETY: by the caller.
         unsafe { new.set(&*self.kernel, *tracking) }?;
@@ -223,8 +248,10 @@ impl KvmLog {
     /// the log and the end of the slot is lost with the log, as KVM has no call that does both.
     ///
     /// # Errors
-    /// [`KvmError::NoSlot`], or [`KvmError::SlotCall`] and the slot stays.
+    /// [`KvmError::OfAnotherProcess`], [`KvmError::NoSlot`], or [`KvmError::SlotCall`] and the slot
+    /// stays.
     pub fn remove_slot(&self, slot: u32) -> Result<(), KvmError> {
+        self.check_process()?;
         let _tracking = lock(&self.tracking);
         let slots = self.slots();
         let Some(found) = find(&slots, slot) else {
@@ -238,18 +265,48 @@ impl KvmLog {
         Ok(())
     }
 
-    /// Maps the ring of a processor of the same virtual machine.
+    /// Sets the flags of the slot again, and counts all of it as dirty: for a slot whose flags
+    /// other code has switched off, or off and on again, by KVM_SET_USER_MEMORY_REGION.
+    ///
+    /// KVM forgets its log of a slot then, and does not tell: no call reads the flags of a slot,
+    /// and one that sets them as they are does nothing. Without this call
+    /// * a slot whose flags are *off* stops the harvest, unless the mode is [`KvmMode::Ring`], and
+    ///   from that stop on counts as dirty as a whole;
+    /// * a slot whose flags are *on again* is dirty as a whole with `initially_set`; else pages
+    ///   that were written before, unless they are in a ring, and while the flags were off are
+    ///   missing.
     ///
     /// # Errors
-    /// [`KvmError::NoRings`] unless the mode is [`KvmMode::Ring`]; [`KvmError::Call`].
+    /// [`KvmError::OfAnotherProcess`], [`KvmError::NoSlot`], [`KvmError::SlotCall`].
+    pub fn renew_slot(&self, slot: u32) -> Result<(), KvmError> {
+        self.check_process()?;
+        let tracking = lock(&self.tracking);
+        let slots = self.slots();
+        let Some(found) = find(&slots, slot) else {
+            return Err(KvmError::NoSlot { slot });
+        };
+        // SAFETY: the slot was added, and not removed: its memory is the guest's.
+        unsafe { found.set(&*self.kernel, *tracking) }?;
+        // What is written from here on is in the log; what was written before is dirty now.
+        found.dirty_all();
+        Ok(())
+    }
+
+    /// Maps the ring of a processor of the same virtual machine.
+    ///
+    /// KVM has no call that tells of which virtual machine a processor is. One without rings, or
+    /// with rings of another size, is refused here. One of another virtual machine whose rings have
+    /// the same size is noticed when entries were taken from it, by each flush from then on.
+    ///
+    /// # Errors
+    /// [`KvmError::OfAnotherProcess`]; [`KvmError::NoRings`] unless the mode is
+    /// [`KvmMode::Ring`]; [`KvmError::Call`]; [`KvmError::NoSuchRing`].
     pub fn add_vcpu(&self, vcpu: &VcpuFd) -> Result<(), KvmError> {
+        self.check_process()?;
         let KvmMode::Ring { entries } = self.mode else {
             return Err(KvmError::NoRings);
         };
-        let ring = Mapped::new(vcpu, entries, self.page).map_err(|error| KvmError::Call {
-            call: "mmap",
-            error,
-        })?;
+        let ring = Mapped::new(vcpu, entries, self.page)?;
         self.rings().push(Ring::new(Box::new(ring)));
         Ok(())
     }
@@ -258,8 +315,10 @@ impl KvmLog {
     /// runs it. The pages stay for the next harvest. How many there were; 0 without rings.
     ///
     /// # Errors
-    /// [`KvmError::Call`]; the pages are kept, and the call can be repeated.
+    /// [`KvmError::OfAnotherProcess`]; [`KvmError::Call`], the pages are kept, and the call can be
+    /// repeated; [`KvmError::ForeignRing`].
     pub fn drain_rings(&self) -> Result<usize, KvmError> {
+        self.check_process()?;
         if !self.mode.is_ring() {
             return Ok(0);
         }
@@ -278,6 +337,7 @@ impl KvmLog {
 
     /// Switches all slots, or none.
     fn switch(&self, on: bool) -> Result<(), KvmError> {
+        self.check_process()?;
         let mut tracking = lock(&self.tracking);
         if *tracking == on {
             return Ok(());
@@ -347,12 +407,35 @@ impl KvmLog {
         rings.iter_mut().map(|ring| ring.reap(keep)).sum()
     }
 
-    /// Hands entries that were taken back to KVM, which protects their pages. `_rings` says that nobody takes any meanwhile.
-    fn reset(&self, _rings: &[Ring]) -> Result<(), KvmError> {
+    /// Hands entries that were taken back to KVM, which protects their pages. `rings` says that no
+    /// other thread takes any meanwhile. KVM takes back those of its own processors: a ring with
+    /// entries that are left is of another virtual machine.
+    fn reset(&self, rings: &[Ring]) -> Result<(), KvmError> {
         let call = "KVM_RESET_DIRTY_RINGS";
         self.kernel
             .reset_rings()
-            .map_err(|error| KvmError::Call { call, error })
+            .map_err(|error| KvmError::Call { call, error })?;
+        match rings.iter().position(|ring| !ring.is_taken_back()) {
+            Some(ring) => Err(KvmError::ForeignRing { ring }),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses a child of `fork`, before any lock is taken: another thread of the parent may have
+    /// held it, and no thread of the child gives it back.
+    fn check_process(&self) -> Result<(), KvmError> {
+        match self.kernel.of_another_process() {
+            Some(maker) => Err(KvmError::OfAnotherProcess { maker }),
+            None => Ok(()),
+        }
+    }
+
+    /// The same, for a harvest that begins at `at`.
+    fn check_process_at(&self, at: Iova) -> Result<(), Stopped> {
+        self.check_process().map_err(|error| Stopped {
+            at,
+            error: Error::source_failed(error),
+        })
     }
 
     fn rings(&self) -> MutexGuard<'_, Vec<Ring>> {

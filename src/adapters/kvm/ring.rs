@@ -22,6 +22,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use kvm_bindings::KVM_DIRTY_LOG_PAGE_OFFSET;
 use kvm_ioctls::VcpuFd;
 
+use super::error::KvmError;
 use crate::units::Granule;
 
 const DIRTY: u32 = 1;
@@ -84,6 +85,16 @@ impl Ring {
         Ring { memory, next: 0 }
     }
 
+    /// Whether KVM has taken back what was handed back, which a reset of the same thread did.
+    pub(super) fn is_taken_back(&self) -> bool {
+        let entries = self.memory.entries();
+        let before = self.next.checked_sub(1).unwrap_or(entries.len() - 1);
+        entries.get(before).is_none_or(|entry| {
+            // Relaxed: the kernel wrote it in a call of this thread, under the lock of the rings.
+            entry.flags.load(Ordering::Relaxed) & RESET == 0
+        })
+    }
+
     /// As [`reap`].
     pub(super) fn reap(&mut self, keep: impl FnMut(u32, u64)) -> usize {
         reap(self.memory.entries(), &mut self.next, keep)
@@ -100,28 +111,61 @@ pub(super) struct Mapped {
 unsafe impl Send for Mapped {}
 
 impl Mapped {
-    /// Maps the ring of `vcpu`, which has `len` entries.
-    pub(super) fn new(vcpu: &VcpuFd, len: u32, page: Granule) -> io::Result<Self> {
-        let len = len as usize;
+    /// Maps the ring of `vcpu`, which must have `entries` entries.
+    ///
+    /// KVM maps any number of pages of any processor, and an access to a page that is not of a
+    /// ring ends in SIGBUS. A ring that is longer than what is read of it is worse: entries are
+    /// missed. So the length is checked from both sides, by MADV_POPULATE_READ, which looks at
+    /// pages as an access does, and returns an error where the access raises a signal. It is a
+    /// plain `madvise`, which filters of system calls let through, and needs neither `/proc` nor a
+    /// right to trace.
+    pub(super) fn new(vcpu: &VcpuFd, entries: u32, page: Granule) -> Result<Self, KvmError> {
+        let called = |call| move |error| KvmError::Call { call, error };
+        let none = || KvmError::NoSuchRing { entries };
+        let len = entries as usize;
+        let bytes = len * size_of::<Entry>();
         let offset = u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) << page.lg2();
-        // SAFETY: a new mapping, at an address of the kernel's choice.
-        let address = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                len * size_of::<Entry>(),
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                vcpu.as_raw_fd(),
-                offset.cast_signed(),
-            )
+        let map = |bytes| {
+            // SAFETY: a new mapping, at an address of the kernel's choice.
+            let address = unsafe {
+                libc::mmap(
+                    std::ptr::null_mut(),
+                    bytes,
+                    libc::PROT_READ | libc::PROT_WRITE,
+                    libc::MAP_SHARED,
+                    vcpu.as_raw_fd(),
+                    offset.cast_signed(),
+                )
+            };
+            if address == libc::MAP_FAILED {
+                return Err(called("mmap")(io::Error::last_os_error()));
+            }
+            Ok(address)
         };
-        if address == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
+        // One page more than the ring should have, for as long as it takes to look at it.
+        let address = map(bytes + page.bytes() as usize)?;
+        let ring = has_pages(address, bytes);
+        let above = has_pages(address.wrapping_byte_add(bytes), page.bytes() as usize);
+        // SAFETY: the mapping of above, to which nothing refers.
+        unsafe { libc::munmap(address, bytes + page.bytes() as usize) };
+        const LOOK: &str = "madvise(MADV_POPULATE_READ)";
+        if !ring.map_err(called(LOOK))? || above.map_err(called(LOOK))? {
+            return Err(none());
         }
-        match NonNull::new(address.cast()) {
-            Some(entries) => Ok(Mapped { entries, len }),
-            None => Err(io::ErrorKind::AddrNotAvailable.into()),
-        }
+        let entries = NonNull::new(map(bytes)?.cast()).ok_or_else(none)?;
+        Ok(Mapped { entries, len })
+    }
+}
+
+/// Whether an access to any of these bytes of a mapping finds memory.
+fn has_pages(address: *mut libc::c_void, bytes: usize) -> io::Result<bool> {
+    // SAFETY: of a mapping of the caller, whose contents stay as they are.
+    if unsafe { libc::madvise(address, bytes, libc::MADV_POPULATE_READ) } == 0 {
+        return Ok(true);
+    }
+    match io::Error::last_os_error() {
+        error if error.raw_os_error() == Some(libc::EFAULT) => Ok(false),
+        error => Err(error),
     }
 }
 

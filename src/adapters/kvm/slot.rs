@@ -82,6 +82,11 @@ impl Slot {
         })
     }
 
+    /// Which of KVM's address spaces it is a slot of: 1 is that of system management mode.
+    pub(super) fn space(&self) -> u32 {
+        self.id >> 16
+    }
+
     /// Tells KVM of the slot, or that its log is switched.
     ///
     /// # Safety
@@ -100,8 +105,7 @@ impl Slot {
     /// As for [`set`](Self::set).
     pub(super) unsafe fn stop(&self, kernel: &dyn Kernel, mode: KvmMode) -> Result<(), KvmError> {
         let mut state = self.state();
-        self.collect(&mut state, kernel, mode)
-            .map_err(|error| self.failed("KVM_GET_DIRTY_LOG", error))?;
+        self.collect_last(&mut state, kernel, mode)?;
         // SAFETY: by the caller.
         unsafe { self.set_region(kernel, false) }?;
         state.logging = false;
@@ -111,8 +115,7 @@ impl Slot {
     /// Takes the slot from the guest. What its log says stays pending.
     pub(super) fn delete(&self, kernel: &dyn Kernel, mode: KvmMode) -> Result<(), KvmError> {
         let mut state = self.state();
-        self.collect(&mut state, kernel, mode)
-            .map_err(|error| self.failed("KVM_GET_DIRTY_LOG", error))?;
+        self.collect_last(&mut state, kernel, mode)?;
         let mut region = self.region(state.logging);
         region.memory_size = 0;
         // SAFETY: a region without size gives the guest nothing.
@@ -214,7 +217,8 @@ impl Slot {
         first: u64,
         mask: &[u64],
     ) -> io::Result<()> {
-        // A number of pages that is no multiple of 64 is fine at the end of the slot, and only there.
+        // A number of pages that is no multiple of 64 is fine at the end of the slot, and only
+        // there.
         let pages = (mask.len() as u64 * 64).min(self.pages() - first);
         kernel.clear_log(self.id, first, pages as u32, mask)?;
         pending.remove(first, mask);
@@ -312,6 +316,13 @@ impl Slot {
         self.state().pending.add_all();
     }
 
+    /// The pages of `range` that are in the slot are dirty.
+    pub(super) fn dirty(&self, range: IovaRange) {
+        if self.guest.intersects(range) {
+            self.state().pending.add_range(range);
+        }
+    }
+
     /// Forgets what is pending.
     pub(super) fn forget(&self) {
         self.state().pending.clear();
@@ -330,7 +341,7 @@ impl Slot {
 
     /// Reads the log of KVM, with what is pending, into `log`.
     fn look(&self, state: &mut State, kernel: &dyn Kernel) -> io::Result<()> {
-        kernel.get_log(self.id, &mut state.log)?;
+        self.read_log(state, kernel)?;
         for (log, pending) in state.log.iter_mut().zip(state.pending.words()) {
             *log |= pending;
         }
@@ -341,10 +352,34 @@ impl Slot {
     /// Moves the log of KVM to what is pending.
     fn collect(&self, state: &mut State, kernel: &dyn Kernel, mode: KvmMode) -> io::Result<()> {
         if state.logging && !mode.is_ring() {
-            kernel.get_log(self.id, &mut state.log)?;
+            self.read_log(state, kernel)?;
             state.pending.add(&state.log);
         }
         Ok(())
+    }
+
+    /// The same, before the log ends. If it has ended already, all of the slot is pending.
+    fn collect_last(
+        &self,
+        state: &mut State,
+        kernel: &dyn Kernel,
+        mode: KvmMode,
+    ) -> Result<(), KvmError> {
+        match self.collect(state, kernel, mode) {
+            Err(error) if !is_off(&error) => Err(self.failed("KVM_GET_DIRTY_LOG", error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads the log of KVM into `state.log`. When KVM says that the slot has none, other code has
+    /// switched it off: what was written meanwhile is not known, also after it is on again.
+    fn read_log(&self, state: &mut State, kernel: &dyn Kernel) -> io::Result<()> {
+        let State { pending, log, .. } = state;
+        kernel.get_log(self.id, log).inspect_err(|error| {
+            if is_off(error) {
+                pending.add_all();
+            }
+        })
     }
 
     /// # Safety
@@ -387,6 +422,11 @@ impl Slot {
     fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
     }
+}
+
+/// Whether KVM says that it keeps no log of the slot.
+fn is_off(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ENOENT)
 }
 
 /// Clears all bits but `first` to `last`.

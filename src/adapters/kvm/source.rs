@@ -1,6 +1,7 @@
 //! The log as a source of dirty state.
 
-use super::{KvmError, KvmLog};
+use super::KvmLog;
+use crate::source::pending::below;
 use crate::bitmap::Sink;
 use crate::error::Error;
 use crate::flush::{FlushGather, Invalidated};
@@ -14,11 +15,16 @@ impl DirtySource for KvmLog {
 
     /// Any area: what of it lies in slots is tracked.
     fn map(&self, _: &Mapping) -> Result<(), Error> {
-        Ok(())
+        self.check_process().map_err(Error::source_failed)
     }
 
-    /// Reports and forgets what is dirty; slots stay as they are.
+    /// Reports and forgets what is dirty; slots stay as they are. In a child of `fork` all of it
+    /// is.
     fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
+        if self.check_process().is_err() {
+            gather.add(range, self.page);
+            return dirty(range);
+        }
         self.reap();
         gather.add(range, self.page);
         for (slot, part) in self.parts(range) {
@@ -39,13 +45,32 @@ impl DirtySource for KvmLog {
         self.switch(on).map_err(Error::source_failed)
     }
 
+    /// Slot by slot, ascending by first address. Slots of two of KVM's address spaces may share
+    /// addresses: when one stops, the others still hand out all below the stop, and what earlier
+    /// ones handed out from there on is dirty again.
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        self.check_process_at(range.start())?;
         self.reap();
-        self.parts(range)
-            .try_for_each(|(slot, part)| slot.take(&*self.kernel, self.mode, part, out))
+        let slots = self.slots();
+        let (mut rest, mut outcome) = (Some(range), Ok(()));
+        for (n, slot) in slots.iter().enumerate() {
+            let Some(part) = rest.and_then(|rest| slot.guest.intersection(rest)) else {
+                continue;
+            };
+            let Err(stopped) = slot.take(&*self.kernel, self.mode, part, out) else {
+                continue;
+            };
+            if let Ok(above) = IovaRange::new(stopped.at, range.last()) {
+                slots[..n].iter().for_each(|earlier| earlier.dirty(above));
+            }
+            rest = below(range, stopped.at);
+            outcome = Err(stopped);
+        }
+        outcome
     }
 
     fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+        self.check_process_at(range.start())?;
         self.reap();
         self.parts(range)
             .try_for_each(|(slot, part)| slot.peek(&*self.kernel, self.mode, part, sink))
@@ -53,13 +78,11 @@ impl DirtySource for KvmLog {
 
     /// The calls that clear a log flush before they return. For rings the flush is KVM_RESET_DIRTY_RINGS.
     fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error> {
+        self.check_process().map_err(Error::source_failed)?;
         if self.mode.is_ring() {
             // With this lock no page is pending whose entry is not handed back yet: see `reap`.
-            let _rings = self.rings();
-            self.kernel.reset_rings().map_err(|error| {
-                let call = "KVM_RESET_DIRTY_RINGS";
-                Error::source_failed(KvmError::Call { call, error })
-            })?;
+            let rings = self.rings();
+            self.reset(&rings).map_err(Error::source_failed)?;
         }
         let _ = gather;
         Ok(Invalidated::default())

@@ -11,7 +11,9 @@ use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use super::ring::{Entry, Memory};
 use super::*;
 use crate::bitmap::UserBitmap;
+use crate::flush::FlushGather;
 use crate::harvest::{HarvestError, HarvestRequest};
+use crate::source::DirtySource;
 use crate::space::AddressSpace;
 use crate::units::{Access, Iova};
 
@@ -37,6 +39,10 @@ struct State {
     before_clear: Vec<u64>,
     memory: Vec<u64>,
     clears: Vec<(u64, u32)>,
+    /// The process that made all this, when another one asks.
+    maker: Option<u32>,
+    /// Whether a reset leaves the entries of the ring, as one of another machine does.
+    foreign_ring: bool,
 }
 
 #[derive(Default)]
@@ -60,9 +66,17 @@ impl Fake {
 impl State {
     /// The guest writes page `number` of its memory.
     fn write(&mut self, number: u64) {
+        self.write_in(0, number);
+    }
+
+    /// The same, in one of the address spaces.
+    fn write_in(&mut self, space: u32, number: u64) {
         self.memory[number as usize] += 1;
-        let inside = |slot: &FakeSlot| (slot.first..slot.first + slot.pages).contains(&number);
-        let Some((id, slot)) = self.slots.iter_mut().find(|(_, slot)| inside(slot)) else {
+        let inside = |id: u32, slot: &FakeSlot| {
+            id >> 16 == space && (slot.first..slot.first + slot.pages).contains(&number)
+        };
+        let slot = self.slots.iter_mut().find(|(id, slot)| inside(**id, slot));
+        let Some((id, slot)) = slot else {
             return;
         };
         let page = number - slot.first;
@@ -97,6 +111,10 @@ impl State {
 }
 
 impl Kernel for Fake {
+    fn of_another_process(&self) -> Option<u32> {
+        self.with(|state| state.maker)
+    }
+
     unsafe fn set_region(&self, region: &kvm_userspace_memory_region) -> io::Result<()> {
         self.with(|state| {
             state.fails()?;
@@ -124,7 +142,9 @@ impl Kernel for Fake {
             state.fails()?;
             let (manual, tail) = (state.manual, state.tail);
             let slot = state.slots.get_mut(&slot).unwrap();
-            assert!(slot.logging, "ENOENT");
+            if !slot.logging {
+                return Err(io::Error::from_raw_os_error(libc::ENOENT));
+            }
             assert_eq!(slot.log.len(), words.len(), "written past the buffer");
             words.copy_from_slice(&slot.log);
             if tail {
@@ -163,6 +183,9 @@ impl Kernel for Fake {
     fn reset_rings(&self) -> io::Result<()> {
         self.with(|state| {
             state.fails()?;
+            if state.foreign_ring {
+                return Ok(());
+            }
             let ring = state.ring.clone().unwrap();
             for (slot, page) in ring.iter().filter_map(Entry::recycle) {
                 if let Some(slot) = state.slots.get_mut(&slot)
@@ -614,4 +637,266 @@ fn every_refusal_of_a_slot_names_what_is_wrong() {
     let overlaps = add(0, pages(299, 2), 0);
     assert!(matches!(overlaps, Err(KvmError::Overlap { other: 7, .. })));
     assert!(matches!(log.drain_rings(), Ok(0)));
+}
+
+/// A switch that fails is undone: the slots that were off are dirty as a whole, once. The second of
+/// two harvests is clean.
+#[test]
+fn a_switch_that_fails_is_reported_once() {
+    for mode in [MODES[1], MODES[2]] {
+        let (space, _log, fake) = machine(mode);
+        space.map(pages(200, 100), 0, Access::ReadWrite).unwrap();
+        harvest(&space, pages(0, 370));
+        // The second slot cannot be read.
+        fake.with(|state| state.fail_in = Some(2));
+        space.set_tracking(false).unwrap_err();
+        let first: Vec<u64> = (0..200).collect();
+        let again: Vec<u64> = (300..370).collect();
+        let found = harvest(&space, pages(0, 370));
+        assert!(found.starts_with(&first), "{mode:?}: {found:?}");
+        assert!(found.len() == 200 || found[200..] == again, "{mode:?}");
+        assert_eq!(harvest(&space, pages(0, 370)), [0u64; 0], "{mode:?}");
+        fake.with(|state| [3, 310].iter().for_each(|page| state.write(*page)));
+        assert_eq!(harvest(&space, pages(0, 370)), [3, 310], "{mode:?}");
+    }
+}
+
+/// Number and addresses of the slot of system management mode are those of an ordinary one, but for
+/// the address space in the upper half of the number.
+const SMM: (u32, u64, u64) = (1 << 16 | 3, 100, 230);
+
+/// A machine whose system management mode sees pages 100 to 329.
+fn machine_with_smm(mode: KvmMode) -> (AddressSpace, Arc<KvmLog>, Fake) {
+    let (space, log, fake) = machine(mode);
+    let (slot, first, n) = SMM;
+    // SAFETY: the fake has no guest.
+    unsafe { log.add_slot(slot, pages(first, n), 0) }.unwrap();
+    space.map(pages(200, 100), 0, Access::ReadWrite).unwrap();
+    harvest(&space, pages(0, 370));
+    (space, log, fake)
+}
+
+/// KVM has an address space of its own for system management mode, and QEMU gives it the same
+/// memory at the same addresses. Slots of it were refused as an overlap.
+#[test]
+fn slots_of_two_address_spaces_may_share_addresses() {
+    for mode in MODES {
+        let (space, log, fake) = machine_with_smm(mode);
+        // SAFETY: the fake has no guest.
+        let add = |slot, range| unsafe { log.add_slot(slot, range, 0) };
+        let taken = add(SMM.0, pages(380, 1));
+        assert!(matches!(taken, Err(KvmError::SlotTaken { slot }) if slot == SMM.0));
+        let overlaps = add(1 << 16, pages(329, 2));
+        assert!(matches!(overlaps, Err(KvmError::Overlap { other, .. }) if other == SMM.0));
+        let overlaps = add(0, pages(199, 2));
+        assert!(matches!(overlaps, Err(KvmError::Overlap { other: 3, .. })));
+
+        // A page is dirty when either of its slots says so, and once if both do.
+        fake.with(|state| {
+            [10, 120, 310].iter().for_each(|page| state.write(*page));
+            [120, 150, 250, 329]
+                .iter()
+                .for_each(|page| state.write_in(1, *page));
+        });
+        let written = [10, 120, 150, 250, 310, 329];
+        assert_eq!(harvest(&space, pages(0, 370)), written, "{mode:?}");
+        assert_eq!(harvest(&space, pages(0, 370)), [0u64; 0], "{mode:?}");
+        assert_eq!(log.foreign_entries(), 0, "{mode:?}");
+
+        // Each goes by itself.
+        fake.with(|state| {
+            state.write(150);
+            state.write_in(1, 151);
+        });
+        log.remove_slot(SMM.0).unwrap();
+        fake.with(|state| state.write(152));
+        assert_eq!(harvest(&space, pages(0, 370)), [150, 151, 152], "{mode:?}");
+    }
+}
+
+/// The slot that stops lies over one that has told its pages already. Below the stop all is told,
+/// from there on nothing is lost.
+#[test]
+fn a_stop_in_one_address_space_loses_nothing_of_the_other() {
+    for mode in [MODES[0], MODES[1]] {
+        let (space, _log, fake) = machine_with_smm(mode);
+        fake.with(|state| {
+            [10, 120, 310].iter().for_each(|page| state.write(*page));
+            [150, 250].iter().for_each(|page| state.write_in(1, *page));
+        });
+        // The slot of system management mode cannot be read.
+        fake.with(|state| state.fail_in = Some(if mode.is_manual() { 2 } else { 1 }));
+        let mut words = [0u64; 8];
+        let request = HarvestRequest::new(pages(0, 370), Granule::K4);
+        let Err(HarvestError::Stopped(stopped)) =
+            space.harvest(&request, UserBitmap::new(&mut words))
+        else {
+            panic!("the second slot cannot be read");
+        };
+        assert_eq!(stopped.at, Iova::new(100 << 12), "{mode:?}");
+        stopped.lease.sync().unwrap().commit();
+        let found = harvest(&space, pages(0, 370));
+        let above = [120, 150, 250, 310];
+        assert!(
+            above.iter().all(|page| found.contains(page)),
+            "{mode:?}: {found:?}"
+        );
+        assert!(!found.contains(&10), "{mode:?}: told below the stop");
+        assert_eq!(harvest(&space, pages(0, 370)), [0u64; 0], "{mode:?}");
+    }
+}
+
+/// The first of two slots stops in the middle: the second one tells what it has below, and no more.
+#[test]
+fn a_stop_in_the_middle_leaves_the_other_address_space_whole() {
+    const PAGES: u64 = 200_000;
+    let fake = Fake::default();
+    fake.with(|state| {
+        state.manual = true;
+        state.memory = vec![0; PAGES as usize + 1];
+    });
+    let log = KvmLog::with_kernel(Box::new(fake.clone()), MODES[1], Granule::K4);
+    let log = Arc::new(log);
+    let space = AddressSpace::new(Granule::K4)
+        .with_source(Arc::clone(&log))
+        .unwrap();
+    for (slot, first) in [(0, 0), (1 << 16, 1)] {
+        // SAFETY: the fake has no guest.
+        unsafe { log.add_slot(slot, pages(first, PAGES), 0) }.unwrap();
+    }
+    let all = pages(0, PAGES + 1);
+    space.map(all, 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    fake.with(|state| {
+        [70, 130_000].iter().for_each(|page| state.write(*page));
+        [80, 140_000]
+            .iter()
+            .for_each(|page| state.write_in(1, *page));
+        // One read, one clear; the next clear fails.
+        state.fail_in = Some(2);
+    });
+    let mut words = vec![0u64; PAGES as usize / 64 + 1];
+    let request = HarvestRequest::new(all, Granule::K4);
+    let numbers = |runs: Vec<IovaRange>| -> Vec<u64> {
+        let numbers = |run: &IovaRange| run.start().get() >> 12..=run.last().get() >> 12;
+        runs.iter().flat_map(numbers).collect()
+    };
+    let Err(HarvestError::Stopped(stopped)) = space.harvest(&request, UserBitmap::new(&mut words))
+    else {
+        panic!("a clear failed");
+    };
+    assert_eq!(stopped.at, Iova::new(129_984 << 12));
+    let lease = stopped.lease.sync().unwrap();
+    let below: Vec<_> = numbers(lease.runs().collect());
+    assert!(below.starts_with(&[70, 80]), "{below:?}");
+    assert!(!below.contains(&140_000), "{below:?}");
+    lease.commit();
+    let mut words = vec![0u64; PAGES as usize / 64 + 1];
+    let lease = space
+        .harvest(&request, UserBitmap::new(&mut words))
+        .unwrap();
+    let lease = lease.sync().unwrap();
+    assert_eq!(numbers(lease.runs().collect()), [130_000, 140_000]);
+    lease.commit();
+}
+
+/// Other code that clears a slot's flags ends its log, and KVM says so as long as they are off.
+/// What was written by then, and until they are on again, is not known.
+#[test]
+fn a_log_that_other_code_switched_off_is_dirty_as_a_whole() {
+    for mode in [MODES[0], MODES[1]] {
+        let (space, log, fake) = machine(mode);
+        fake.with(|state| {
+            state.write(5);
+            state.slots.get_mut(&3).unwrap().logging = false;
+            state.write(6);
+        });
+        let mut words = [0u64; 8];
+        let request = HarvestRequest::new(pages(0, 200), Granule::K4);
+        let Err(HarvestError::Stopped(stopped)) =
+            space.harvest(&request, UserBitmap::new(&mut words))
+        else {
+            panic!("the slot has no log");
+        };
+        assert_eq!(stopped.at, Iova::new(0), "{mode:?}");
+        drop(stopped);
+        // It can be removed all the same, or be set again.
+        log.renew_slot(3).unwrap();
+        assert_eq!(harvest(&space, pages(0, 200)).len(), 200, "{mode:?}");
+        fake.with(|state| state.write(7));
+        assert_eq!(harvest(&space, pages(0, 200)), [7], "{mode:?}");
+        fake.with(|state| state.slots.get_mut(&3).unwrap().logging = false);
+        log.remove_slot(3).unwrap();
+        assert_eq!(harvest(&space, pages(0, 200)).len(), 200, "{mode:?}");
+        let none = log.renew_slot(3);
+        assert!(matches!(none, Err(KvmError::NoSlot { slot: 3 })));
+    }
+}
+
+/// Botan's generator had its state twice after a `fork`; here the child has the rings, which it
+/// shares with its parent: what it read, by a `peek` even, the parent never got.
+#[test]
+fn a_child_of_fork_is_refused_by_every_call() {
+    for mode in MODES {
+        let (space, log, fake) = machine(mode);
+        harvest(&space, pages(0, 200));
+        fake.with(|state| {
+            state.write(5);
+            state.maker = Some(4711);
+        });
+        let refused = |error: &dyn std::fmt::Display| {
+            let error = error.to_string();
+            assert!(error.contains("this log is of process 4711"), "{error}");
+        };
+        // The locks may be held by threads that the child has not got: no call takes them.
+        let held = (lock(&log.tracking), lock(&log.slots), lock(&log.rings));
+        // SAFETY: the fake has no guest.
+        refused(&unsafe { log.add_slot(9, pages(380, 1), 0) }.unwrap_err());
+        refused(&log.remove_slot(3).unwrap_err());
+        refused(&log.renew_slot(3).unwrap_err());
+        refused(&log.drain_rings().unwrap_err());
+        refused(&space.set_tracking(false).unwrap_err());
+        let mut words = [0u64; 8];
+        let request = HarvestRequest::new(pages(0, 200), Granule::K4);
+        refused(
+            &space
+                .peek(&request, UserBitmap::new(&mut words))
+                .unwrap_err(),
+        );
+        let refusal = space.harvest(&request, UserBitmap::new(&mut words));
+        let Err(HarvestError::Stopped(stopped)) = refusal else {
+            panic!("the child harvests");
+        };
+        assert_eq!(stopped.at, Iova::new(0));
+        refused(&stopped.error);
+        refused(&log.invalidate(&FlushGather::new()).unwrap_err());
+        refused(&space.map(pages(380, 1), 0, Access::ReadWrite).unwrap_err());
+        space.unmap_discarding(pages(0, 200)).unwrap_err();
+        drop(held);
+        fake.with(|state| state.maker = None);
+        // The unmap told that all is dirty, here of the space that the child has a copy of.
+        assert!(harvest(&space, pages(0, 200)).contains(&5), "{mode:?}");
+    }
+}
+
+/// KVM does not tell of which machine a processor is. A ring of another machine keeps the entries
+/// that were handed back, so each flush says so, instead of pages that are missing in both logs.
+#[test]
+fn a_ring_of_another_machine_is_noticed_when_it_is_flushed() {
+    let (space, log, fake) = machine(MODES[3]);
+    fake.with(|state| {
+        state.foreign_ring = true;
+        state.write(5);
+    });
+    let mut words = [0u64; 8];
+    let request = HarvestRequest::new(pages(0, 200), Granule::K4);
+    let lease = space
+        .harvest(&request, UserBitmap::new(&mut words))
+        .unwrap();
+    let error = lease.sync().unwrap_err().error.to_string();
+    assert!(error.contains("added as number 0 is not of"), "{error}");
+    let refused = log.drain_rings();
+    assert!(matches!(refused, Err(KvmError::ForeignRing { ring: 0 })));
+    fake.with(|state| state.foreign_ring = false);
+    assert_eq!(harvest(&space, pages(0, 200)), [5]);
 }

@@ -18,6 +18,34 @@ pub enum PagemapError {
         #[source]
         error: io::Error,
     },
+    /// A child of `fork` used what its parent made.
+    #[error(
+        "this tracker is of process {maker}, and this process is a child of it: use it there, or \
+         make one for the memory of this process"
+    )]
+    OfAnotherProcess {
+        /// The process that made it.
+        maker: u32,
+    },
+    /// Pages of this memory can be given back to the kernel in ways that leave no trace.
+    #[error(
+        "the memory at {address:#x} is shared, of a file, or of hugetlbfs: pages of it that are \
+         given back do not come out of the kernel as dirty. Add it with GivenBack::Marked, and \
+         mark what is given back"
+    )]
+    GivenBackUnseen {
+        /// The first such address.
+        address: u64,
+    },
+    /// The memory was unmapped, and what was mapped in its place belongs to another tracker.
+    #[error(
+        "the memory from {address:#x} on was mapped anew, and added to another ProcessMemory: \
+         remove it from this one"
+    )]
+    TakenOver {
+        /// Where the memory begins.
+        address: u64,
+    },
     /// Memory is tracked in whole pages.
     #[error("the memory for {range}, from {address:#x} on, is not made of pages of {page}")]
     Unaligned {

@@ -3,8 +3,13 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ptr::NonNull;
 
 use super::error::PagemapError;
+use super::maps;
+use super::owners::{self, Owners};
+use crate::adapters::host;
+use crate::adapters::maker::Maker;
 
 /// A run of pages that a scan reports.
 #[repr(C)]
@@ -36,8 +41,37 @@ pub(super) struct Scanned {
     pub(super) walk_end: u64,
 }
 
-/// What the logic of the adapter needs of the kernel; tests bring their own. Addresses are of this process.
+/// Which pages a scan reports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Find {
+    /// Those that were written since they were protected.
+    Written,
+    /// Those of which the page tables have nothing, not even a marker of their protection: they
+    /// were given back.
+    Nothing,
+}
+
+/// What the logic of the adapter needs of the kernel; tests bring their own. Addresses are of this
+/// process.
 pub(super) trait Kernel: Send + Sync {
+    /// The process that made this, if it is not the one that asks: a child of `fork`, in which all
+    /// of this still acts on the memory of its parent.
+    fn of_another_process(&self) -> Option<u32>;
+
+    /// Whose memory is where.
+    fn owners(&self) -> &Owners;
+
+    /// The first address of these pages that is not private anonymous memory.
+    fn not_private(&self, start: u64, end: u64) -> io::Result<Option<u64>>;
+
+    /// Whether a scan for writes skips pages that have no page table, as that of Linux 6.7 does.
+    /// Later kernels report them, as they report pages without an entry in a table.
+    fn skips_tables(&self) -> bool;
+
+    /// Says of each of `pages`, by a number that is not negative, that it is there. Of pages of
+    /// which it says nothing else, nothing is known. At most [`PROBES`] pages.
+    fn probe(&self, pages: &[u64], there: &mut [i32]);
+
     /// UFFDIO_REGISTER for write protection, of whole pages.
     fn register(&self, start: u64, len: u64) -> io::Result<()>;
 
@@ -47,9 +81,15 @@ pub(super) trait Kernel: Send + Sync {
     /// UFFDIO_WRITEPROTECT, on or off.
     fn protect(&self, start: u64, len: u64, on: bool) -> io::Result<()>;
 
-    /// PAGEMAP_SCAN of the pages from `start` up to `end` that were written since they were protected; if `protect`, they are
+    /// PAGEMAP_SCAN of the pages from `start` up to `end`; if `protect`, those that are found are
     /// protected again by the same step that finds them.
-    fn scan(&self, start: u64, end: u64, protect: bool, out: &mut [Region]) -> io::Result<Scanned>;
+    fn scan(
+        &self,
+        span: (u64, u64),
+        find: Find,
+        protect: bool,
+        out: &mut [Region],
+    ) -> io::Result<Scanned>;
 
     /// Whether all of these pages are mapped.
     fn is_mapped(&self, start: u64, len: u64) -> bool;
@@ -73,6 +113,12 @@ const PAGEMAP_SCAN: libc::Ioctl = libc::_IOWR::<Scan>(b'f' as u32, 16);
 const SCAN_WP_MATCHING: u64 = 1;
 const SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
+const PAGE_IS_PRESENT: u64 = 1 << 3;
+/// In swap, or with a marker of protection in its place.
+const PAGE_IS_SWAPPED: u64 = 1 << 4;
+
+/// Pages of one [`Kernel::probe`].
+pub(super) const PROBES: usize = 32;
 
 #[repr(C)]
 struct Api {
@@ -121,6 +167,9 @@ struct Scan {
 pub(super) struct Process {
     uffd: OwnedFd,
     pagemap: File,
+    maker: Maker,
+    owners: &'static Owners,
+    skips_tables: bool,
 }
 
 impl Process {
@@ -151,16 +200,127 @@ impl Process {
         check(unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_API, &mut api) })
             .map_err(unsupported("UFFD_FEATURE_WP_ASYNC"))?;
         let pagemap = File::open("/proc/self/pagemap").map_err(unsupported("pagemap"))?;
-        let process = Process { uffd, pagemap };
+        let maker = Maker::new().map_err(unsupported("MADV_WIPEONFORK"))?;
+        let mut process = Process {
+            uffd,
+            pagemap,
+            maker,
+            owners: owners::of_this_process().map_err(unsupported("MADV_WIPEONFORK"))?,
+            skips_tables: true,
+        };
         // An empty range: whether the call is known.
         process
-            .scan(0, 0, false, &mut [Region::default()])
+            .scan((0, 0), Find::Written, false, &mut [Region::default()])
             .map_err(unsupported("PAGEMAP_SCAN"))?;
+        process.skips_tables = process.is_skipped().unwrap_or(true);
+        Ok(process)
+    }
+
+    /// Whether the scan skips a page table that is not there: that of memory which was just mapped,
+    /// and is as large as two tables, so that one of them has nothing else.
+    fn is_skipped(&self) -> io::Result<bool> {
+        let page = host::page().bytes();
+        let table = table_bytes(page);
+        let scratch = Scratch::new(table.saturating_mul(2))?;
+        let start = (scratch.start()).next_multiple_of(table);
+        self.register(start, table)?;
+        let mut found = [Region::default()];
+        let span = (start, start + table);
+        let scanned = self.scan(span, Find::Written, false, &mut found)?;
+        Ok(scanned.regions != 1 || found[0].start != span.0 || found[0].end != span.1)
+    }
+
+    /// As a kernel that skips tables.
+    #[cfg(test)]
+    pub(super) fn that_skips_tables() -> Result<Self, PagemapError> {
+        let mut process = Process::new()?;
+        process.skips_tables = true;
         Ok(process)
     }
 }
 
+/// Bytes that one page table maps: it is a page of entries of 8 bytes.
+pub(super) fn table_bytes(page: u64) -> u64 {
+    page.saturating_mul(page / 8)
+}
+
+/// Memory that no byte of is used.
+struct Scratch(NonNull<libc::c_void>, usize);
+
+impl Scratch {
+    fn new(bytes: u64) -> io::Result<Self> {
+        let len = usize::try_from(bytes).map_err(|_| io::ErrorKind::OutOfMemory)?;
+        // SAFETY: a new mapping, at an address of the kernel's choice.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        match NonNull::new(address) {
+            Some(start) if address != libc::MAP_FAILED => Ok(Scratch(start, len)),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    fn start(&self) -> u64 {
+        self.0.addr().get() as u64
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // SAFETY: the mapping of `new`, of this length, to which nothing refers.
+        unsafe { libc::munmap(self.0.as_ptr(), self.1) };
+    }
+}
+
 impl Kernel for Process {
+    fn of_another_process(&self) -> Option<u32> {
+        self.maker.of_another_process()
+    }
+
+    fn owners(&self) -> &Owners {
+        self.owners
+    }
+
+    fn not_private(&self, start: u64, end: u64) -> io::Result<Option<u64>> {
+        maps::not_private(&std::fs::read("/proc/self/maps")?, start, end)
+    }
+
+    fn skips_tables(&self) -> bool {
+        self.skips_tables
+    }
+
+    /// By `move_pages`, which moves nothing when it is not told where to: one call for many pages.
+    fn probe(&self, pages: &[u64], there: &mut [i32]) {
+        there.fill(-1);
+        let mut addresses = [std::ptr::null::<libc::c_void>(); PROBES];
+        for (address, page) in addresses.iter_mut().zip(pages) {
+            *address = std::ptr::with_exposed_provenance(*page as usize);
+        }
+        let count = pages.len().min(there.len()).min(PROBES);
+        // SAFETY:
+        // - the call reads `count` addresses, and writes as many numbers: both have them;
+        // - without a list of nodes it looks, and changes nothing.
+        // An error leaves the numbers as they are, which say nothing.
+        unsafe {
+            libc::syscall(
+                libc::SYS_move_pages,
+                0,
+                count,
+                addresses.as_ptr(),
+                std::ptr::null::<libc::c_int>(),
+                there.as_mut_ptr(),
+                0,
+            )
+        };
+    }
+
     fn register(&self, start: u64, len: u64) -> io::Result<()> {
         let mut register = Register {
             span: Span { start, len },
@@ -188,7 +348,21 @@ impl Kernel for Process {
         check(unsafe { libc::ioctl(self.uffd.as_raw_fd(), UFFDIO_WRITEPROTECT, &mut protect) })
     }
 
-    fn scan(&self, start: u64, end: u64, protect: bool, out: &mut [Region]) -> io::Result<Scanned> {
+    fn scan(
+        &self,
+        (start, end): (u64, u64),
+        find: Find,
+        protect: bool,
+        out: &mut [Region],
+    ) -> io::Result<Scanned> {
+        // The kernel scans for the first mask, alone, three times as fast as for any other.
+        let (inverted, mask) = match find {
+            Find::Written => (0, PAGE_IS_WRITTEN),
+            Find::Nothing => {
+                let nothing = PAGE_IS_PRESENT | PAGE_IS_SWAPPED;
+                (nothing, nothing)
+            }
+        };
         let mut scan = Scan {
             size: size_of::<Scan>() as u64,
             // Memory that is not registered must not pass for clean.
@@ -197,8 +371,9 @@ impl Kernel for Process {
             end,
             vec: out.as_mut_ptr().expose_provenance() as u64,
             vec_len: out.len() as u64,
-            category_mask: PAGE_IS_WRITTEN,
-            return_mask: PAGE_IS_WRITTEN,
+            category_inverted: inverted,
+            category_mask: mask,
+            return_mask: mask,
             ..Scan::default()
         };
         // SAFETY:

@@ -1,13 +1,14 @@
 //! One piece of memory that was added: what the kernel and this process know of its dirty pages.
 
+use super::GivenBack;
 use super::error::PagemapError;
 use super::ioctl::{Kernel, Region};
-use super::sweep::{Broken, Why, first_unmapped, sweep};
+use super::sweep::{Ask, Broken, Why, first_unmapped, sweep};
 use crate::bitmap::Sink;
 use crate::error::Error;
-use crate::source::pending::{Pending, words_for};
+use crate::source::pending::{Pending, below, words_for};
 use crate::source::{LeafSink, Stopped};
-use crate::sync::{AtomicBool, Mutex, MutexGuard, Ordering, lock};
+use crate::sync::{Arc, AtomicBool, Mutex, MutexGuard, Ordering, lock};
 use crate::units::{Granule, Iova, IovaRange};
 
 /// Regions that one call may report.
@@ -19,6 +20,7 @@ pub(super) struct Memory {
     /// The address of its first byte in this process.
     host: u64,
     page: Granule,
+    given_back: GivenBack,
     state: Mutex<State>,
     /// Whether it was removed.
     gone: AtomicBool,
@@ -31,6 +33,8 @@ struct State {
     regions: Vec<Region>,
     /// Whether the kernel protects it.
     tracked: bool,
+    /// Whether another tracker has what is mapped at its addresses by now.
+    lost: bool,
 }
 
 impl Memory {
@@ -40,7 +44,8 @@ impl Memory {
         range: IovaRange,
         host: u64,
         page: Granule,
-    ) -> Result<Self, PagemapError> {
+        given_back: GivenBack,
+    ) -> Result<Arc<Self>, PagemapError> {
         let address = host;
         if !range.is_aligned(page) || host & page.mask() != 0 {
             return Err(PagemapError::Unaligned {
@@ -56,6 +61,13 @@ impl Memory {
         if let Some(address) = first_unmapped(kernel, (host, end), page.bytes()) {
             return Err(PagemapError::Unmapped { address });
         }
+        if given_back == GivenBack::Reported
+            && let Some(address) = kernel
+                .not_private(host, end)
+                .map_err(|error| called("a read of /proc/self/maps", host, error))?
+        {
+            return Err(PagemapError::GivenBackUnseen { address });
+        }
         // Bits for memory that is there.
         let words = words_for(range, page);
         let no_memory = |_| PagemapError::NoMemory { range, words };
@@ -63,26 +75,35 @@ impl Memory {
         let mut regions = Vec::new();
         regions.try_reserve_exact(REGIONS).map_err(no_memory)?;
         regions.resize(REGIONS, Region::default());
-        kernel
-            .register(host, end - host)
-            .map_err(|error| called("UFFDIO_REGISTER", host, error))?;
-        Ok(Memory {
+        let new = Arc::new(Memory {
             range,
             host,
             page,
+            given_back,
             state: Mutex::new(State {
                 pending,
                 regions,
                 tracked: false,
+                lost: false,
             }),
             gone: AtomicBool::new(false),
-        })
+        });
+        kernel.owners().give(&new, || {
+            kernel
+                .register(host, end - host)
+                .map_err(|error| called("UFFDIO_REGISTER", host, error))
+        })?;
+        Ok(new)
     }
 
     /// Protects the memory, or ends that; what is dirty then stays pending.
     pub(super) fn track(&self, kernel: &dyn Kernel, on: bool) -> Result<(), PagemapError> {
         let mut state = self.state();
         let (start, end) = self.addresses(self.range);
+        if state.lost {
+            let error = PagemapError::TakenOver { address: start };
+            return if on { Err(error) } else { Ok(()) };
+        }
         if !on && state.tracked {
             self.sweep_all(&mut state, kernel, self.range);
         }
@@ -95,18 +116,30 @@ impl Memory {
         Ok(())
     }
 
-    /// Ends the tracking. What is dirty stays pending.
+    /// Ends the tracking. What is dirty stays pending. Memory that another tracker has by now is
+    /// left to it.
     pub(super) fn remove(&self, kernel: &dyn Kernel) {
-        let mut state = self.state();
-        if state.tracked {
-            self.sweep_all(&mut state, kernel, self.range);
-        }
-        state.tracked = false;
-        let (start, end) = self.addresses(self.range);
-        // Of memory that was unmapped, the kernel knows nothing any more.
-        let _ = kernel.unregister(start, end - start);
+        kernel.owners().take_back(self, || {
+            let mut state = self.state();
+            if state.tracked {
+                self.sweep_all(&mut state, kernel, self.range);
+            }
+            state.tracked = false;
+            let (start, end) = self.addresses(self.range);
+            // Of memory that was unmapped, the kernel knows nothing any more.
+            let _ = kernel.unregister(start, end - start);
+        });
         // Relaxed: those who look hold the lock of the list's changes.
         self.gone.store(true, Ordering::Relaxed);
+    }
+
+    /// Another tracker has the memory. What was written to the old one by then is not known: all of
+    /// it is dirty.
+    pub(super) fn lose(&self) {
+        let mut state = self.state();
+        state.tracked = false;
+        state.lost = true;
+        state.pending.add_all();
     }
 
     /// Hands what is dirty in `part`, which lies inside, to `out`.
@@ -137,13 +170,15 @@ impl Memory {
         sink: &mut Sink<'_>,
     ) -> Result<(), Stopped> {
         let mut state = self.state();
+        self.check_owner(&state, part)?;
         state.pending.peek(part, sink)?;
         if !state.tracked {
             return Ok(());
         }
         let (span, hole) = self.mapped(kernel, part);
         let mut recorded = Ok(());
-        let swept = sweep(kernel, span, false, &mut state.regions, |from, to| {
+        let ask = self.ask(kernel, false);
+        let swept = sweep(ask, span, &mut state.regions, |from, to| {
             if recorded.is_ok()
                 && let Some(run) = self.run(from, to)
             {
@@ -191,6 +226,13 @@ impl Memory {
         self.is_gone() && self.state().pending.is_empty()
     }
 
+    /// Whether it has addresses of `other`, in this process.
+    pub(super) fn meets(&self, other: &Memory) -> bool {
+        let (start, end) = self.addresses(self.range);
+        let (from, to) = other.addresses(other.range);
+        start < to && from < end
+    }
+
     /// Whether it is, in part, the memory that begins at `host` and is as long as `range`.
     pub(super) fn overlaps(&self, range: IovaRange, host: u64) -> bool {
         let last = |range: IovaRange, host: u64| {
@@ -207,6 +249,7 @@ impl Memory {
         kernel: &dyn Kernel,
         part: IovaRange,
     ) -> Result<(), Stopped> {
+        self.check_owner(state, part)?;
         if !state.tracked {
             return Ok(());
         }
@@ -234,10 +277,31 @@ impl Memory {
         let State {
             pending, regions, ..
         } = state;
-        sweep(kernel, span, true, regions, |from, to| {
+        sweep(self.ask(kernel, true), span, regions, |from, to| {
             if let Some(run) = self.run(from, to) {
                 pending.add_range(run);
             }
+        })
+    }
+
+    fn ask<'k>(&self, kernel: &'k dyn Kernel, protect: bool) -> Ask<'k> {
+        Ask {
+            kernel,
+            protect,
+            page: self.page.bytes(),
+            given_back: self.given_back == GivenBack::Reported && kernel.skips_tables(),
+        }
+    }
+
+    /// Refuses memory that another tracker has, for a harvest of `part`.
+    fn check_owner(&self, state: &State, part: IovaRange) -> Result<(), Stopped> {
+        if !state.lost {
+            return Ok(());
+        }
+        let address = self.host;
+        Err(Stopped {
+            at: part.start(),
+            error: Error::source_failed(PagemapError::TakenOver { address }),
         })
     }
 
@@ -286,12 +350,6 @@ impl Memory {
     fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
     }
-}
-
-/// What of `part` lies below `at`.
-fn below(part: IovaRange, at: Iova) -> Option<IovaRange> {
-    let last = at.get().checked_sub(1).map(Iova::new)?;
-    IovaRange::new(part.start(), last).ok()
 }
 
 fn called(call: &'static str, address: u64, error: std::io::Error) -> PagemapError {

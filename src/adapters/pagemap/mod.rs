@@ -65,22 +65,49 @@
 //!   that call was asked for, 64 MiB at most, stays dirty as a whole.
 //! * Harvests do not allocate.
 //!
+//! # Pages that are given back
+//! MADV_DONTNEED, MADV_REMOVE, a hole in a file (`FALLOC_FL_PUNCH_HOLE`) and the end of a file that
+//! moves (`ftruncate`) change what a page holds, and no write takes part.
+//!
+//! Of private anonymous memory, the mark of protection goes with the page, so the page comes out as
+//! written; also when it was read since. When its whole page table goes, as with a huge page, the
+//! scan of older kernels says nothing. [`ProcessMemory::new`] asks the kernel which one it is, and
+//! on such a kernel one page of each table is looked at too, by `move_pages(2)`: 0.13 ns a page in
+//! addition to 0.85 ns for a scan of small pages, and twice the 0.1 ns for huge ones. Where the
+//! kernel reports it, nothing is added.
+//!
+//! Of all other memory, the kernel keeps the mark when the page goes, also for the page of zeroes
+//! that is read in its place. That page is present and protected, as a clean one is, so comparing
+//! what is present does not find it either. Such memory is refused by [`ProcessMemory::add`]
+//! ([`PagemapError::GivenBackUnseen`]), unless the caller promises to mark what is given back:
+//! [`GivenBack::Marked`]. `docs/guide/pagemap.md` has the table.
+//!
 //! # Limits
-//! * What writes without the processor's page tables is not seen: devices, and the kernel through pages that it holds, as with O_DIRECT,
-//!   buffers that are registered with io_uring, or VFIO. Mark those, with [`begin_write`](crate::AddressSpace::begin_write) while they
-//!   last. A `read(2)` into the memory is seen.
+//! * What writes without the processor's page tables is not seen: devices, and the kernel through
+//!   pages that it holds, as with O_DIRECT, buffers that are registered with io_uring, or VFIO.
+//!   Mark those, with [`begin_write`](crate::AddressSpace::begin_write) while they last. A
+//!   `read(2)` into the memory is seen.
 //! * A huge page of anonymous memory may be reported as a whole. Where the kernel splits it at the first write, reports are fine, but
 //!   the memory is mapped by small pages from then on. A page of hugetlbfs is reported as a whole, so a request must not cut it:
 //!   [`PagemapError::NoProgress`].
 //! * The first write to each page after a harvest costs a fault, of a microsecond or so.
-//! * A child of `fork` is not tracked.
+//! * The memory of a child of `fork` is not tracked, and in a child every call is refused, with
+//!   [`PagemapError::OfAnotherProcess`]: what it inherits acts on the memory of its parent. A child
+//!   makes a tracker of its own. A child that shares the memory, as one of `vfork`, is the same
+//!   process.
+//! * Memory that is unmapped, and mapped and added anew to another tracker while this one still has
+//!   it, is refused here from then on, with [`PagemapError::TakenOver`], and all of it is dirty for
+//!   the unmap of its area. Of trackers outside of this library nothing is known: the kernel's scan
+//!   does not ask whose the protection is.
 //! * The calls take locks of the kernel, of the memory map above all, and each memory has one here: harvests wait for each other, and
 //!   for `mmap` and `munmap` of any thread.
 //! * An area that is unmapped from the space stays memory of the process; writes to it are not tracked from then on.
 
 mod error;
 mod ioctl;
+mod maps;
 mod memory;
+mod owners;
 mod source;
 mod sweep;
 #[cfg(test)]
@@ -89,10 +116,26 @@ mod tests;
 pub use error::PagemapError;
 
 use super::host;
+use crate::error::Error;
+use crate::source::Stopped;
 use crate::sync::{Arc, Mutex, lock};
-use crate::units::{Granule, IovaRange};
+use crate::units::{Granule, Iova, IovaRange};
 use ioctl::{Kernel, Process};
 use memory::Memory;
+
+/// How pages become dirty that are given back to the kernel: by MADV_DONTNEED or MADV_REMOVE, by a
+/// hole in the file behind them, or by its end. Their contents are zero from then on, or those of
+/// the file. See [Pages that are given back](self#pages-that-are-given-back).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GivenBack {
+    /// They are reported. Private anonymous memory alone can be added so.
+    #[default]
+    Reported,
+    /// The caller promises to [`mark`](crate::AddressSpace::mark) each of them, after it was given
+    /// back, whichever part of the program or other process gives it back. Harvests report none
+    /// that is not marked, at a smaller cost, from any memory.
+    Marked,
+}
 
 /// Memory of this process as a [`DirtySource`](crate::DirtySource). See [the module](self).
 pub struct ProcessMemory {
@@ -127,14 +170,33 @@ impl ProcessMemory {
         self.page
     }
 
-    /// Adds the memory of this process that begins at `address`, to be reported at `range`: the same numbers, or others, such as
-    /// guest physical addresses. Anonymous memory, `tmpfs` or `hugetlbfs`, which no other userfaultfd has. Tracked at once if the
-    /// others are.
+    /// Adds the private anonymous memory of this process that begins at `address`, to be reported
+    /// at `range`: the same numbers, or others, such as guest physical addresses. No other
+    /// userfaultfd may have it. Tracked at once if the others are. Pages of it that are given back
+    /// to the kernel are reported.
     ///
     /// # Errors
-    /// In this order: [`PagemapError::Overlap`], [`PagemapError::Unaligned`], [`PagemapError::Wraps`], [`PagemapError::Unmapped`],
-    /// [`PagemapError::NoMemory`], [`PagemapError::Call`]. Nothing has changed then.
+    /// In this order: [`PagemapError::OfAnotherProcess`], [`PagemapError::Overlap`],
+    /// [`PagemapError::Unaligned`], [`PagemapError::Wraps`], [`PagemapError::Unmapped`],
+    /// [`PagemapError::GivenBackUnseen`] for memory of another kind, [`PagemapError::NoMemory`],
+    /// [`PagemapError::Call`]. Nothing has changed then.
     pub fn add(&self, range: IovaRange, address: u64) -> Result<(), PagemapError> {
+        self.add_with(range, address, GivenBack::Reported)
+    }
+
+    /// As [`add`](Self::add). With [`GivenBack::Marked`] memory of any kind can be added: shared,
+    /// or of `tmpfs`, `hugetlbfs` or another file, too.
+    ///
+    /// # Errors
+    /// As for [`add`](Self::add), but [`PagemapError::GivenBackUnseen`] only with
+    /// [`GivenBack::Reported`].
+    pub fn add_with(
+        &self,
+        range: IovaRange,
+        address: u64,
+        given_back: GivenBack,
+    ) -> Result<(), PagemapError> {
+        self.check_process()?;
         let tracking = lock(&self.tracking);
         let memory = self.memory();
         let mut live = memory.iter().filter(|memory| !memory.is_gone());
@@ -142,7 +204,7 @@ impl ProcessMemory {
             let other = other.range;
             return Err(PagemapError::Overlap { range, other });
         }
-        let new = Memory::new(&*self.kernel, range, address, self.page)?;
+        let new = Memory::new(&*self.kernel, range, address, self.page, given_back)?;
         if *tracking && let Err(error) = new.track(&*self.kernel, true) {
             new.remove(&*self.kernel);
             return Err(error);
@@ -155,8 +217,9 @@ impl ProcessMemory {
     /// if it is not mapped any more.
     ///
     /// # Errors
-    /// [`PagemapError::NotAdded`].
+    /// [`PagemapError::OfAnotherProcess`], [`PagemapError::NotAdded`].
     pub fn remove(&self, range: IovaRange) -> Result<(), PagemapError> {
+        self.check_process()?;
         let _tracking = lock(&self.tracking);
         let memory = self.memory();
         let mut live = memory.iter().filter(|memory| !memory.is_gone());
@@ -170,6 +233,7 @@ impl ProcessMemory {
 
     /// Switches all memory, or none.
     fn switch(&self, on: bool) -> Result<(), PagemapError> {
+        self.check_process()?;
         let mut tracking = lock(&self.tracking);
         if *tracking == on {
             return Ok(());
@@ -195,17 +259,34 @@ impl ProcessMemory {
         Ok(())
     }
 
+    /// Refuses a child of `fork`, before any lock is taken: another thread of the parent may have
+    /// held it, and no thread of the child gives it back.
+    fn check_process(&self) -> Result<(), PagemapError> {
+        match self.kernel.of_another_process() {
+            Some(maker) => Err(PagemapError::OfAnotherProcess { maker }),
+            None => Ok(()),
+        }
+    }
+
+    /// The same, for a harvest that begins at `at`.
+    fn check_process_at(&self, at: Iova) -> Result<(), Stopped> {
+        self.check_process().map_err(|error| Stopped {
+            at,
+            error: Error::source_failed(error),
+        })
+    }
+
     fn memory(&self) -> Arc<[Arc<Memory>]> {
         Arc::clone(&lock(&self.memory))
     }
 
     /// Replaces the list, by one with `new`, and without what nothing is left of.
-    fn change(&self, memory: &[Arc<Memory>], new: Option<Memory>) {
+    fn change(&self, memory: &[Arc<Memory>], new: Option<Arc<Memory>>) {
         let left = memory
             .iter()
             .filter(|memory| !memory.is_done())
             .map(Arc::clone);
-        let mut memory: Vec<_> = left.chain(new.map(Arc::new)).collect();
+        let mut memory: Vec<_> = left.chain(new).collect();
         memory.sort_by_key(|memory| memory.range.start());
         *lock(&self.memory) = memory.into();
     }
@@ -222,6 +303,19 @@ impl ProcessMemory {
                 }
             }
         })
+    }
+}
+
+/// What it had is no tracker's any more. The kernel unprotects it when the userfaultfd is closed.
+impl Drop for ProcessMemory {
+    fn drop(&mut self) {
+        if self.check_process().is_ok() {
+            let owners = self.kernel.owners();
+            let memory = self.memory();
+            memory
+                .iter()
+                .for_each(|memory| owners.take_back(memory, || ()));
+        }
     }
 }
 

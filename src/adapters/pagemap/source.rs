@@ -14,12 +14,16 @@ impl DirtySource for ProcessMemory {
 
     /// Any area: what of it was added is tracked.
     fn map(&self, _: &Mapping) -> Result<(), Error> {
-        Ok(())
+        self.check_process().map_err(Error::source_failed)
     }
 
-    /// Reports and forgets what is dirty; the memory stays as it is.
+    /// Reports and forgets what is dirty; the memory stays as it is. In a child of `fork` all of it
+    /// is dirty.
     fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
         gather.add(range, self.page);
+        if self.check_process().is_err() {
+            return dirty(range);
+        }
         for (memory, part) in self.parts(range) {
             memory.drain(&*self.kernel, part, dirty);
         }
@@ -39,17 +43,20 @@ impl DirtySource for ProcessMemory {
     }
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        self.check_process_at(range.start())?;
         self.parts(range)
             .try_for_each(|(memory, part)| memory.take(&*self.kernel, part, out))
     }
 
     fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+        self.check_process_at(range.start())?;
         self.parts(range)
             .try_for_each(|(memory, part)| memory.peek(&*self.kernel, part, sink))
     }
 
     /// The call that protects pages has flushed when it returns.
     fn invalidate(&self, _: &FlushGather) -> Result<Invalidated, Error> {
+        self.check_process().map_err(Error::source_failed)?;
         Ok(Invalidated::default())
     }
 }

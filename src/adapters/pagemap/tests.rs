@@ -4,11 +4,15 @@ mod parts;
 
 use std::io;
 
-use super::ioctl::{Region, Scanned};
+use super::ioctl::{Find, Region, Scanned, table_bytes};
+use super::owners::Owners;
+use super::sweep::{Ask, sweep_nothing};
 use super::*;
 use crate::bitmap::UserBitmap;
 use crate::error::Error;
+use crate::flush::FlushGather;
 use crate::harvest::{HarvestError, HarvestRequest};
+use crate::source::DirtySource;
 use crate::space::AddressSpace;
 use crate::units::{Access, Iova};
 
@@ -30,15 +34,25 @@ struct State {
     scans: u64,
     /// A page that is never written as a part.
     huge_at: Option<usize>,
+    /// Pages without a page table.
+    without_table: Vec<bool>,
+    /// Whether pages can be probed without a scan.
+    probes: bool,
+    /// What the kernel says instead of where it stopped, of a scan from one address to another.
+    walk_end: Option<fn(u64, u64) -> u64>,
+    /// The process that made all this, when another one asks.
+    maker: Option<u32>,
+    /// The first address that is not private.
+    shared: Option<u64>,
 }
 
 #[derive(Clone)]
-struct Fake(Arc<Mutex<State>>);
+struct Fake(Arc<Mutex<State>>, Arc<Owners>);
 
 impl Fake {
     fn new() -> Self {
         let all = |value| vec![value; PAGES as usize];
-        Fake(Arc::new(Mutex::new(State {
+        let state = Mutex::new(State {
             protected: all(false),
             registered: all(false),
             mapped: all(true),
@@ -47,7 +61,13 @@ impl Fake {
             fail_in: None,
             scans: 0,
             huge_at: None,
-        })))
+            without_table: all(false),
+            probes: true,
+            walk_end: None,
+            maker: None,
+            shared: None,
+        });
+        Fake(Arc::new(state), Arc::new(Owners::new().unwrap()))
     }
 
     fn with<R>(&self, f: impl FnOnce(&mut State) -> R) -> R {
@@ -58,6 +78,16 @@ impl Fake {
         self.with(|state| {
             state.content[page as usize] += 1;
             state.protected[page as usize] = false;
+            state.without_table[page as usize] = false;
+        });
+    }
+
+    /// The pages are given back with the page tables that they had for themselves.
+    fn give_back(&self, pages: std::ops::Range<usize>) {
+        self.with(|state| {
+            state.content[pages.clone()].fill(0);
+            state.protected[pages.clone()].fill(false);
+            state.without_table[pages].fill(true);
         });
     }
 }
@@ -67,6 +97,31 @@ fn numbers(start: u64, end: u64) -> std::ops::Range<usize> {
 }
 
 impl Kernel for Fake {
+    fn of_another_process(&self) -> Option<u32> {
+        self.with(|state| state.maker)
+    }
+
+    fn owners(&self) -> &Owners {
+        &self.1
+    }
+
+    fn not_private(&self, _: u64, _: u64) -> io::Result<Option<u64>> {
+        Ok(self.with(|state| state.shared))
+    }
+
+    fn skips_tables(&self) -> bool {
+        true
+    }
+
+    fn probe(&self, pages: &[u64], there: &mut [i32]) {
+        self.with(|state| {
+            for (page, there) in pages.iter().zip(there).filter(|_| state.probes) {
+                let page = numbers(*page, page + 4096).start;
+                *there = if state.without_table[page] { -2 } else { 0 };
+            }
+        });
+    }
+
     fn register(&self, start: u64, len: u64) -> io::Result<()> {
         self.with(|state| state.registered[numbers(start, start + len)].fill(true));
         Ok(())
@@ -82,7 +137,13 @@ impl Kernel for Fake {
         Ok(())
     }
 
-    fn scan(&self, start: u64, end: u64, protect: bool, out: &mut [Region]) -> io::Result<Scanned> {
+    fn scan(
+        &self,
+        (start, end): (u64, u64),
+        find: Find,
+        protect: bool,
+        out: &mut [Region],
+    ) -> io::Result<Scanned> {
         self.with(|state| {
             state.scans += 1;
             if !(start - HOST).is_multiple_of(4096) {
@@ -104,7 +165,8 @@ impl Kernel for Fake {
                 if !state.registered[page] {
                     return Err(io::Error::from_raw_os_error(libc::EPERM));
                 }
-                if state.protected[page] {
+                let nothing = state.without_table[page];
+                if state.protected[page] || nothing != (find == Find::Nothing) {
                     continue;
                 }
                 if state.huge_at == Some(page) {
@@ -128,10 +190,12 @@ impl Kernel for Fake {
                 }
                 if protect {
                     state.protected[page] = true;
+                    state.without_table[page] = false;
                 }
             }
             // As the real one: the end only if nothing was handed out before it.
             let walk_end = if walk_end == 0 { end } else { walk_end };
+            let walk_end = state.walk_end.map_or(walk_end, |lie| lie(start, end));
             let regions = filled;
             Ok(Scanned { regions, walk_end })
         })
@@ -178,6 +242,25 @@ fn harvest(space: &AddressSpace, range: IovaRange) -> Vec<u64> {
     let found = numbers_of(lease.runs());
     lease.commit();
     found
+}
+
+/// A harvest that must stop: where, with which error, and what of the range below is dirty.
+fn stops(space: &AddressSpace, range: IovaRange) -> (Iova, String, Vec<u64>) {
+    let mut words = vec![0u64; PAGES.div_ceil(64) as usize];
+    let request = HarvestRequest::new(range, Granule::K4);
+    let Err(HarvestError::Stopped(stopped)) = space.harvest(&request, UserBitmap::new(&mut words))
+    else {
+        panic!("it does not stop");
+    };
+    let runs = match stopped.lease.sync() {
+        Ok(lease) => {
+            let found = numbers_of(lease.runs());
+            lease.commit();
+            found
+        }
+        Err(_) => Vec::new(),
+    };
+    (stopped.at, stopped.error.to_string(), runs)
 }
 
 /// xorshift64*, so that a failure can be repeated.
@@ -379,4 +462,252 @@ fn every_refusal_names_what_is_wrong() {
     let hole = HOST + (77 << 12);
     assert!(matches!(unmapped, Err(PagemapError::Unmapped { address }) if address == hole));
     fake.with(|state| assert!(!state.registered[0], "touched before it was checked"));
+}
+
+/// QEMU discards memory of its guest, and a balloon gives back page after page: when the last page
+/// of a page table goes, the kernel frees the table (x86, since Linux 6.14), and a whole huge page
+/// takes its entry along. The scan for writes skips what has no entry: two harvests said nothing,
+/// though the memory was zero.
+#[test]
+fn pages_that_went_with_their_table_are_dirty_once() {
+    for probes in [true, false] {
+        let (space, _memory, fake) = process();
+        fake.with(|state| state.probes = probes);
+        // Tables begin at multiples of 512 pages of the process.
+        let table = 512 - 5;
+        fake.give_back(table..table + 1024);
+        fake.write(20);
+        let mut words = vec![0u64; PAGES.div_ceil(64) as usize];
+        let request = HarvestRequest::new(pages(0, PAGES), Granule::K4);
+        let peeked = space.peek(&request, UserBitmap::new(&mut words)).unwrap();
+        let expected: Vec<u64> = std::iter::once(20)
+            .chain(table as u64..table as u64 + 1024)
+            .collect();
+        assert_eq!(numbers_of(peeked.runs()), expected);
+        assert_eq!(harvest(&space, pages(0, PAGES)), expected);
+        assert_eq!(harvest(&space, pages(0, PAGES)), [0u64; 0]);
+        // A part of a table: the rest stays for the next harvest.
+        fake.give_back(table..table + 512);
+        let from = table as u64 + 100;
+        let part: Vec<u64> = (from..from + 10).collect();
+        assert_eq!(harvest(&space, pages(from, 10)), part);
+        assert_eq!(harvest(&space, pages(0, PAGES)).len(), 502);
+        // Written again, in part: the rest has a table, and no protection.
+        fake.give_back(table..table + 512);
+        fake.write(from);
+        fake.with(|state| state.without_table.fill(false));
+        assert_eq!(harvest(&space, pages(0, PAGES)).len(), 512);
+    }
+}
+
+/// The same on the kernel of this machine, which reports such pages itself by now: the look for
+/// tables finds them too, and protects them.
+#[test]
+fn tables_that_are_gone_are_found_on_this_kernel() {
+    let process = match Process::that_skips_tables() {
+        Ok(process) => process,
+        Err(error) => {
+            eprintln!("SKIP: {error}");
+            return;
+        }
+    };
+    let page = host::page().bytes();
+    let table = table_bytes(page);
+    let mut block = vec![1u8; 4 * table as usize];
+    let first = block.as_ptr().addr() as u64;
+    let start = first.next_multiple_of(table);
+    let (from, end) = (start + table, start + 2 * table);
+    process.register(start, 3 * table).unwrap();
+    process.protect(start, 3 * table, true).unwrap();
+    let mut regions = vec![Region::default(); 512];
+    let mut sweep = |protect| {
+        let ask = Ask {
+            kernel: &process,
+            protect,
+            page,
+            given_back: true,
+        };
+        let mut found = Vec::new();
+        let span = (start, start + 3 * table);
+        sweep_nothing(ask, span, &mut regions, &mut |from, to| {
+            found.push((from, to))
+        })
+        .unwrap();
+        found
+    };
+    assert_eq!(sweep(true), []);
+    let offset = (from - first) as usize;
+    let given_back = block[offset..offset + table as usize].as_mut_ptr();
+    // SAFETY: whole pages of the block, which are zero after it.
+    let result = unsafe { libc::madvise(given_back.cast(), table as usize, libc::MADV_DONTNEED) };
+    assert_eq!(result, 0);
+    // Whether the kernel is one of those is found out right.
+    let mut written = [Region::default()];
+    let scanned = process.scan((from, end), Find::Written, false, &mut written);
+    let skips = Process::new().unwrap().skips_tables();
+    assert_eq!(scanned.unwrap().regions == 0, skips);
+    assert_eq!(sweep(false), [(from, end)]);
+    assert_eq!(sweep(true), [(from, end)]);
+    assert_eq!(sweep(true), [], "protected, and there by its marks");
+    let mut written = [Region::default()];
+    let scanned = process.scan((from, end), Find::Written, false, &mut written);
+    assert_eq!(scanned.unwrap().regions, 0);
+    assert_eq!(block[offset], 0);
+}
+
+/// A call that fails while it looks for tables that are gone has protected pages as well.
+#[test]
+fn a_look_for_tables_that_fails_makes_its_piece_dirty() {
+    for call in 0..3 {
+        let (space, _memory, fake) = process();
+        fake.give_back(507..1019);
+        fake.write(3000);
+        fake.with(|state| state.fail_in = Some(call));
+        let (at, error, below) = stops(&space, pages(0, PAGES));
+        assert_eq!((at, below), (pages(0, 1).start(), vec![]), "{call}");
+        assert!(error.contains("PAGEMAP_SCAN failed"), "{error}");
+        let found = harvest(&space, pages(0, PAGES));
+        let given_back: Vec<u64> = (507..1019).chain([3000]).collect();
+        assert!(given_back.iter().all(|page| found.contains(page)), "{call}");
+    }
+}
+
+/// The place where a scan says that it stopped is a number from outside. Too far: what is above the
+/// last region of a full output was not scanned. Too near: a caller that goes on from there stands
+/// still, or sees pages again.
+#[test]
+fn a_kernel_that_lies_about_where_it_stopped_loses_no_write() {
+    let too_far: [fn(u64, u64) -> u64; 2] = [|_, end| end, |_, _| u64::MAX];
+    let too_near: [fn(u64, u64) -> u64; 2] = [|start, _| start, |_, _| 0];
+    // More regions than one output holds, in each piece.
+    let written: Vec<u64> = (0..PAGES).step_by(2).collect();
+    for lie in too_far {
+        let (space, _memory, fake) = process();
+        fake.with(|state| state.walk_end = Some(lie));
+        written.iter().for_each(|page| fake.write(*page));
+        assert_eq!(harvest(&space, pages(0, PAGES)), written);
+        assert_eq!(harvest(&space, pages(0, PAGES)), [0u64; 0]);
+    }
+    for lie in too_near {
+        let (space, _memory, fake) = process();
+        fake.with(|state| state.walk_end = Some(lie));
+        [10, 11, 400].iter().for_each(|page| fake.write(*page));
+        // It went as far as its last region, and says then that it stands still.
+        let (at, error, below) = stops(&space, pages(0, 1000));
+        assert_eq!((at, below), (pages(0, 1).start(), vec![]));
+        let stands = HOST + (401 << 12);
+        assert!(
+            error.contains(&format!("stands still at {stands:#x}")),
+            "{error}"
+        );
+        fake.with(|state| state.walk_end = None);
+        let found = harvest(&space, pages(0, 1000));
+        assert!([10, 11, 400].iter().all(|page| found.contains(page)));
+    }
+}
+
+/// A scan goes by addresses, and does not ask whose memory is there: after an unmap and a map, the
+/// tracker that had the old memory took the dirty pages of the one that has the new memory.
+#[test]
+fn memory_that_another_tracker_has_by_now_is_not_taken() {
+    let (space, memory, fake) = process();
+    fake.write(5);
+    // Unmapped, mapped anew, added to another tracker.
+    fake.with(|state| state.registered.fill(false));
+    let other = ProcessMemory::with_kernel(Box::new(fake.clone()), Granule::K4);
+    let other = Arc::new(other);
+    let anew = AddressSpace::new(Granule::K4)
+        .with_source(Arc::clone(&other))
+        .unwrap();
+    // It is enough that they share a page.
+    let last = pages(PAGES - 1, 1);
+    other.add(last, HOST + ((PAGES - 1) << 12)).unwrap();
+    anew.map(last, 0, Access::ReadWrite).unwrap();
+    anew.set_tracking(true).unwrap();
+    fake.write(PAGES - 1);
+
+    let (at, error, below) = stops(&space, pages(0, PAGES));
+    assert_eq!((at, below), (pages(0, 1).start(), vec![]));
+    let text = format!("the memory from {HOST:#x} on was mapped anew");
+    assert!(error.contains(&text), "{error}");
+    let mut words = vec![0u64; PAGES.div_ceil(64) as usize];
+    let request = HarvestRequest::new(pages(0, PAGES), Granule::K4);
+    let error = space
+        .peek(&request, UserBitmap::new(&mut words))
+        .unwrap_err();
+    assert!(error.to_string().contains(&text), "{error}");
+    space.set_tracking(false).unwrap();
+    let error = space.set_tracking(true).unwrap_err();
+    assert!(error.to_string().contains(&text), "{error}");
+
+    // The stale one goes, and takes nothing from the other: not a page, and not the registration.
+    memory.remove(pages(0, PAGES)).unwrap();
+    assert_eq!(harvest(&anew, last), [PAGES - 1]);
+    fake.write(PAGES - 1);
+    assert_eq!(harvest(&anew, last), [PAGES - 1]);
+    // What was dirty in memory that is not there any more: all of it, for the unmap.
+    let unmapped = space.unmap_discarding(pages(0, PAGES)).unwrap();
+    assert_eq!(unmapped.discarded_bytes, u128::from(PAGES << 12));
+}
+
+/// Botan's generator had its state twice after a `fork`; here the child has the descriptors, which
+/// act on the memory of its parent: a scan of the child took what the parent was to report.
+#[test]
+fn a_child_of_fork_is_refused_by_every_call() {
+    let (space, memory, fake) = process();
+    fake.write(5);
+    let scans = fake.with(|state| {
+        state.maker = Some(4711);
+        state.scans
+    });
+    let text = "this tracker is of process 4711";
+    let refused = |error: &dyn std::fmt::Display| {
+        let error = error.to_string();
+        assert!(error.contains(text), "{error}");
+    };
+    // The lock may be held by a thread that the child has not got: no call takes it.
+    let held = (lock(&memory.tracking), lock(&memory.memory));
+    refused(&memory.add(pages(PAGES, 1), 1 << 50).unwrap_err());
+    refused(&memory.remove(pages(0, PAGES)).unwrap_err());
+    refused(&space.set_tracking(false).unwrap_err());
+    let mut words = vec![0u64; PAGES.div_ceil(64) as usize];
+    let request = HarvestRequest::new(pages(0, PAGES), Granule::K4);
+    refused(
+        &space
+            .peek(&request, UserBitmap::new(&mut words))
+            .unwrap_err(),
+    );
+    let refusal = space.harvest(&request, UserBitmap::new(&mut words));
+    let Err(HarvestError::Stopped(stopped)) = refusal else {
+        panic!("the child harvests");
+    };
+    assert_eq!(stopped.at, pages(0, 1).start());
+    refused(&stopped.error);
+    refused(&memory.invalidate(&FlushGather::new()).unwrap_err());
+    let far = IovaRange::from_len(Iova::new(1 << 50), 4096).unwrap();
+    refused(&space.map(far, 0, Access::ReadWrite).unwrap_err());
+    space.unmap_discarding(pages(0, PAGES)).unwrap_err();
+    drop(held);
+    fake.with(|state| {
+        assert_eq!(state.scans, scans, "the child looked");
+        state.maker = None;
+    });
+    // The unmap told that all is dirty, here of the space that the child has a copy of.
+    assert!(harvest(&space, pages(0, PAGES)).contains(&5));
+}
+
+#[test]
+fn memory_whose_pages_are_given_back_unseen_needs_the_promise_to_mark() {
+    let (space, memory, fake) = process();
+    memory.remove(pages(0, PAGES)).unwrap();
+    fake.with(|state| state.shared = Some(HOST + 8192));
+    let refused = memory.add(pages(0, PAGES), HOST);
+    assert!(
+        matches!(refused, Err(PagemapError::GivenBackUnseen { address }) if address == HOST + 8192)
+    );
+    fake.with(|state| assert!(!state.registered[0], "touched before it was checked"));
+    let marked = GivenBack::Marked;
+    memory.add_with(pages(0, PAGES), HOST, marked).unwrap();
+    fake.write(9);
+    assert_eq!(harvest(&space, pages(0, PAGES)), [9]);
 }

@@ -10,141 +10,16 @@
 //! may be *added* while others have a log: what is written there until it has one is remembered, as one range, and marked in the
 //! first log that it gets.
 
-use std::fmt;
 use std::io;
-use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::ptr;
 
 use ::vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
-use ::vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
-use vhost_user_backend::bitmap::{BitmapReplace, MemRegionBitmap, MmapLogReg};
+use ::vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
+use vhost_user_backend::bitmap::{BitmapReplace, MmapLogReg};
 
-use super::memory::LOG_PAGE;
+use super::memory::LogError;
+use super::region::RegionLog;
 use crate::adapters::replaceable::Replaceable;
-use crate::bitmap::word_masks;
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, lock};
-
-/// The part of a log that belongs to one region of guest memory.
-pub struct RegionLog {
-    memory: Arc<MmapLogReg>,
-    /// The first and the last guest physical address of the region.
-    start: u64,
-    last: u64,
-    /// Where the log lies in this process.
-    base: usize,
-    /// The words all of whose bytes belong to pages of the region, and so to the log: its own end is not told.
-    whole: Range<u64>,
-}
-
-impl fmt::Debug for RegionLog {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RegionLog")
-            .field("start", &self.start)
-            .field("last", &self.last)
-            .finish_non_exhaustive()
-    }
-}
-
-fn invalid(text: String) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, text)
-}
-
-impl MemRegionBitmap for RegionLog {
-    /// # Errors
-    /// `InvalidData` if the region is empty, ends past 2^64, or the log has no bit for its last page. Lengths are rounded up: a page
-    /// of which the region has a part has a bit.
-    fn new<R: GuestMemoryRegion>(region: &R, memory: Arc<MmapLogReg>) -> io::Result<Self> {
-        let (start, len) = (region.start_addr().raw_value(), region.len());
-        let last = len
-            .checked_sub(1)
-            .and_then(|more| start.checked_add(more))
-            .ok_or_else(|| invalid(format!("a region of {len:#x} bytes at {start:#x}")))?;
-        let byte = |address: u64| address >> LOG_PAGE.lg2() >> 3;
-        let end = usize::try_from(byte(last)).ok();
-        // The log does not tell its length; its index panics past the end, and that is the one way to ask.
-        let reaches = |end: usize| {
-            let look = || memory[end].load(Ordering::Relaxed);
-            catch_unwind(AssertUnwindSafe(look)).is_ok()
-        };
-        if !end.is_some_and(reaches) {
-            return Err(invalid(format!(
-                "the log has no bit for the last page of the region [{start:#x}, {last:#x}]"
-            )));
-        }
-        let base = ptr::from_ref(&memory[0]).expose_provenance();
-        let whole = match base % align_of::<AtomicU64>() {
-            0 => byte(start).div_ceil(8)..(byte(last) + 1) / 8,
-            _ => 0..0,
-        };
-        Ok(RegionLog {
-            memory,
-            start,
-            last,
-            base,
-            whole,
-        })
-    }
-}
-
-impl RegionLog {
-    /// The pages of `len` bytes from `offset` on, as far as they lie in the region; `None` if none does.
-    fn pages(&self, offset: u64, len: u64) -> Option<(u64, u64)> {
-        let first = self
-            .start
-            .checked_add(offset)
-            .filter(|at| *at <= self.last)?;
-        let last = first.saturating_add(len.checked_sub(1)?).min(self.last);
-        Some((first >> LOG_PAGE.lg2(), last >> LOG_PAGE.lg2()))
-    }
-
-    fn mark(&self, offset: u64, len: u64) {
-        let Some((first, last)) = self.pages(offset, len) else {
-            return;
-        };
-        for (word, mask) in word_masks(first, last) {
-            self.set(word, mask);
-        }
-    }
-
-    /// Sets the bits of one word, each of which belongs to a page of the region.
-    fn set(&self, word: u64, mask: u64) {
-        if self.whole.contains(&word) {
-            // Release: pairs with the Acquire of the front end that reads and clears it; publishes the data.
-            self.word(word).fetch_or(mask.to_le(), Ordering::Release);
-            return;
-        }
-        for (n, byte) in mask.to_le_bytes().into_iter().enumerate() {
-            if byte != 0 {
-                // Release: as above.
-                self.memory[word as usize * 8 + n].fetch_or(byte, Ordering::Release);
-            }
-        }
-    }
-
-    /// One of the words in `whole`.
-    fn word(&self, word: u64) -> &AtomicU64 {
-        debug_assert!(self.whole.contains(&word));
-        let at = ptr::with_exposed_provenance::<AtomicU64>(self.base + word as usize * 8);
-        // SAFETY:
-        // - in bounds: all bytes of the word lie at or before the last byte of the region, of which `new` has seen that the
-        //   log has it, and aligned, which `new` has seen too.
-        // - alive: the mapping is that of `memory`, which `self` holds; it was made by a system call, outside of what the
-        //   compiler knows, and its address was exposed.
-        // - shared: all that have the mapping go at it by atomic operations, as the protocol demands; those of other processes
-        //   may be of other sizes, as in every log that is shared with them.
-        unsafe { &*at }
-    }
-
-    fn is_dirty(&self, offset: u64) -> bool {
-        let Some((page, _)) = self.pages(offset, 1) else {
-            return false;
-        };
-        // Relaxed: a hint for whoever asks.
-        let byte = self.memory[(page / 8) as usize].load(Ordering::Relaxed);
-        byte >> (page % 8) & 1 == 1
-    }
-}
 
 /// A bitmap for the guest memory of a vhost-user back end: `GuestMemoryMmap<LogBitmap>`, and `type Bitmap = LogBitmap`.
 ///
@@ -226,8 +101,8 @@ impl LogBitmap {
         })
     }
 
-    fn memory(&self) -> Option<Arc<MmapLogReg>> {
-        self.region.log.read(|log| Some(Arc::clone(&log?.memory)))
+    fn memory(&self) -> Option<Result<Arc<MmapLogReg>, LogError>> {
+        self.region.log.read(|log| log.map(RegionLog::memory))
     }
 }
 
@@ -383,15 +258,19 @@ impl LogFollower {
     /// many regions that were. What was written to them before is marked.
     ///
     /// # Errors
-    /// `InvalidData` if the log does not reach the end of a region: the front end has to send a longer one, and until then
-    /// writes to that region are remembered. The other regions have the log all the same.
+    /// `InvalidData` with a [`LogError`]: [`TooShort`](LogError::TooShort) or
+    /// [`NoMemory`](LogError::NoMemory) if the log does not reach the end of a region. The front
+    /// end has to send a longer one, and until then writes to that region are remembered. The other
+    /// regions have the log all the same. [`Forked`](LogError::Forked) in a child of a fork: no
+    /// region is touched.
     pub fn update(&self, memory: &GuestMemoryMmap<LogBitmap>) -> io::Result<usize> {
         let regions = || memory.iter().map(|region| (region, (**region).bitmap()));
         let mut known = lock(&self.known);
         let log = regions()
             .map(|(_, bitmap)| bitmap)
             .chain(known.iter())
-            .find_map(LogBitmap::memory);
+            .find_map(LogBitmap::memory)
+            .transpose()?;
         // A table without regions, on the way to another one, does not forget the log.
         if regions().next().is_some() {
             known.clear();
@@ -403,7 +282,7 @@ impl LogFollower {
         let mut given = 0;
         let mut refused = None;
         for (region, bitmap) in regions().filter(|(_, bitmap)| !bitmap.has_log()) {
-            match RegionLog::new(region, Arc::clone(&log)) {
+            match RegionLog::of(region, Arc::clone(&log)) {
                 Ok(part) => {
                     bitmap.replace(part);
                     given += 1;

@@ -2,11 +2,13 @@
 //! [`log_list`](crate::adapters::log_list).
 
 use super::memory::{LOG_PAGE, LogError, LogMemory};
+use crate::adapters::host::Owner;
 use crate::adapters::log_list::{LogList, LogWords, clear, seen};
 use crate::bitmap::{Sink, word_mask, word_runs};
 use crate::error::Error;
 use crate::flush::{FlushGather, Invalidated};
 use crate::source::{DirtySource, LeafSink, Mapping, Stopped};
+use crate::space::AddressSpace;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering};
 use crate::units::{Granule, Iova, IovaRange};
 
@@ -23,6 +25,17 @@ const LINE: u64 = 8;
 pub struct VhostLog {
     logs: LogList<LogMemory>,
     tracking: AtomicBool,
+    owner: Owner,
+}
+
+/// What back ends marked outside every area: see [`VhostLog::outside`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LogOutside {
+    /// How many pages of 4 KiB.
+    pub pages: u64,
+    /// The first one.
+    pub first: Option<Iova>,
 }
 
 impl VhostLog {
@@ -34,6 +47,7 @@ impl VhostLog {
         Ok(VhostLog {
             logs: LogList::new(LogMemory::new(last)?),
             tracking: AtomicBool::new(false),
+            owner: Owner::new(),
         })
     }
 
@@ -42,19 +56,77 @@ impl VhostLog {
         self.logs.newest()
     }
 
-    /// Begins a swap: makes a clean log that reaches `last` or as far as the newest one, whatever is farther. From now on
-    /// harvests look at both. Send [`Swap::memory`] to every back end, and when all have answered, say so by
-    /// [`Swap::acknowledged`].
+    /// Begins a swap: makes a clean log that reaches `last`, or as far as the newest one if that is
+    /// farther. From now on harvests look at both. Send [`Swap::memory`] to every back end, and
+    /// when all have answered, say so by [`Swap::acknowledged`].
     ///
-    /// Needed when memory grows beyond the log. A swap that is dropped, because a back end has refused or is gone, leaves
-    /// both logs in use until the next one is acknowledged. Waits for harvests that are under way.
+    /// Needed when memory grows beyond the log: it can be mapped after the acknowledgement. A swap
+    /// that is dropped, because a back end has refused or is gone, leaves both logs in use until
+    /// the next one is acknowledged, and gives no room for memory. Waits for harvests that are
+    /// under way.
     ///
     /// # Errors
-    /// [`LogError::Memory`]; nothing has changed then.
+    /// [`LogError::Forked`], [`LogError::Memory`]; nothing has changed then.
     pub fn swap(&self, last: Iova) -> Result<Swap<'_>, LogError> {
+        self.owner.check()?;
         let make = |newest: &LogMemory| LogMemory::new(last.max(newest.last()));
         let fresh = self.logs.push(make)?;
         Ok(Swap { log: self, fresh })
+    }
+
+    /// What back ends have marked by now for addresses that no area of `space` holds: faults, as
+    /// are marks there. Such a bit stays in the log, counts at each call, and is reported by a
+    /// harvest once an area is mapped there.
+    ///
+    /// Reads all of the log that has no area: for now and then, not for each round.
+    ///
+    /// # Errors
+    /// [`LogError::Forked`].
+    pub fn outside(&self, space: &AddressSpace) -> Result<LogOutside, LogError> {
+        self.owner.check()?;
+        let mut found = LogOutside::default();
+        self.logs.read(|logs| {
+            let mut look = |hole: IovaRange| {
+                // Of a page that an area has a part of, the space speaks.
+                let pages = hole.round_in(LOG_PAGE);
+                for run in pages.into_iter().flat_map(|pages| set_runs(logs, pages)) {
+                    // No log has more pages than that.
+                    found.pages += run.granules(LOG_PAGE) as u64;
+                    found.first.get_or_insert(run.start());
+                }
+            };
+            let mut next = Some(Iova::MIN);
+            for area in space.snapshot().mappings(IovaRange::ALL) {
+                let below = area.range.start().get().checked_sub(1).map(Iova::new);
+                if let Some((start, last)) = next.zip(below)
+                    && let Ok(hole) = IovaRange::new(start, last)
+                {
+                    look(hole);
+                }
+                next = area.range.last().checked_add(1);
+            }
+            if let Some(start) = next
+                && let Ok(rest) = IovaRange::new(start, Iova::MAX)
+            {
+                look(rest);
+            }
+        });
+        Ok(found)
+    }
+
+    /// The last address that all logs in use have a bit for.
+    fn reach(&self) -> Iova {
+        self.logs.read(|logs| {
+            let ends = logs.iter().map(|log| log.last());
+            // There is always a log.
+            ends.min().unwrap_or(Iova::MIN)
+        })
+    }
+
+    /// That this is not a copy in a child of a fork.
+    fn own(&self) -> Result<(), Error> {
+        let checked = self.owner.check().map_err(LogError::from);
+        checked.map_err(Error::source_failed)
     }
 }
 
@@ -72,10 +144,14 @@ impl Swap<'_> {
         &self.fresh
     }
 
-    /// Every back end has answered: none marks in the logs before this one. What is left of them is carried over, and they are
-    /// given up. Returns how many pages that were. Waits for harvests that are under way.
+    /// Every back end has answered: none marks in the logs before this one. What is left of them is
+    /// carried over, and they are given up. Returns how many pages that were. Waits for harvests
+    /// that are under way. Does nothing in a child of a fork.
     pub fn acknowledged(self) -> u64 {
-        self.log.logs.acknowledge(&self.fresh)
+        match self.log.owner.check() {
+            Ok(()) => self.log.logs.acknowledge(&self.fresh),
+            Err(_) => 0,
+        }
     }
 }
 
@@ -129,6 +205,11 @@ fn bits(run: IovaRange) -> u64 {
     word_mask(bit(run.start()), bit(run.last()))
 }
 
+/// The runs of pages in `range` that some log has a bit for.
+fn set_runs(logs: &[Arc<LogMemory>], range: IovaRange) -> impl Iterator<Item = IovaRange> {
+    dirty_words(logs, range).flat_map(|(word, mask)| runs(word, seen(logs, word, mask)))
+}
+
 /// A stop at a word, inside of `range`.
 fn stopped(word: usize, range: IovaRange, error: Error) -> Stopped {
     let start = Iova::new((word as u64 * 64) << LOG_PAGE.lg2());
@@ -145,16 +226,22 @@ impl DirtySource for VhostLog {
         LOG_PAGE
     }
 
-    /// Refuses memory that the newest log has no bits for. What back ends marked there before is dirty.
+    /// Refuses memory that a log in use has no bits for: a back end may mark in that one. What back
+    /// ends marked there before is dirty.
     fn map(&self, mapping: &Mapping) -> Result<(), Error> {
-        let (end, range) = (self.memory().last(), mapping.range);
+        self.own()?;
+        let (end, range) = (self.reach(), mapping.range);
         if range.last() > end {
             return Err(Error::source_failed(LogError::TooShort { end, range }));
         }
         Ok(())
     }
 
+    /// In a child of a fork all of `range` counts as dirty, and the log stays as it is.
     fn unmap(&self, range: IovaRange, _: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
+        if self.own().is_err() {
+            return dirty(range);
+        }
         self.logs.read(|logs| {
             for (word, mask) in dirty_words(logs, range) {
                 let found = seen(logs, word, mask);
@@ -177,6 +264,7 @@ impl DirtySource for VhostLog {
     /// On clears the log. That back ends mark in it from then on, because they have it and the feature
     /// `VHOST_F_LOG_ALL`, is up to the caller, before.
     fn set_tracking(&self, on: bool) -> Result<(), Error> {
+        self.own()?;
         // AcqRel: the caller's lock orders it; calls by others are rare, too.
         if !self.tracking.swap(on, Ordering::AcqRel) && on {
             self.logs.read(|logs| {
@@ -189,6 +277,7 @@ impl DirtySource for VhostLog {
     }
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        self.own().map_err(|error| stopped(0, range, error))?;
         self.logs.read(|logs| {
             for (word, mask) in dirty_words(logs, range) {
                 let found = seen(logs, word, mask);
@@ -208,14 +297,12 @@ impl DirtySource for VhostLog {
     }
 
     fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+        self.own().map_err(|error| stopped(0, range, error))?;
         self.logs.read(|logs| {
-            for (word, mask) in dirty_words(logs, range) {
-                for run in runs(word, seen(logs, word, mask)) {
-                    sink.record(run)
-                        .map_err(|error| stopped(word, range, error))?;
-                }
-            }
-            Ok(())
+            set_runs(logs, range).try_for_each(|run| {
+                let at = run.start();
+                sink.record(run).map_err(|error| Stopped { at, error })
+            })
         })
     }
 

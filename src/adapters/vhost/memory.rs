@@ -27,14 +27,61 @@ pub enum LogError {
         #[source]
         error: io::Error,
     },
-    /// Memory beyond the end of the log.
-    #[error("the log ends at {end}, below the memory {range}: swap in one that reaches {}", range.last())]
+    /// Memory beyond the end of the log, or of one that back ends may still have.
+    #[error(
+        "a log in use ends at {end}, below the memory {range}: swap in one that reaches {}, and map \
+         the memory when all back ends have answered",
+        range.last()
+    )]
     TooShort {
         /// The last address that has a bit.
         end: Iova,
         /// The memory.
         range: IovaRange,
     },
+    /// A region of no bytes, or one that ends past the last address.
+    #[error("a region of {len:#x} bytes at {start:#x} has no last page")]
+    EmptyRegion {
+        /// Where it begins.
+        start: u64,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// `vhost-user-backend` does not tell the length of a log in the way that this version expects.
+    #[error(
+        "the vhost-user-backend of this build does not tell how long a log is: use version 0.24.0"
+    )]
+    UnknownLength,
+    /// The front end's file can be made shorter, and a mark would end this process then.
+    #[error(
+        "the file of the log has no F_SEAL_SHRINK, or /proc does not tell: seal it, or call \
+         `accept_unsealed_logs` if the front end is trusted"
+    )]
+    Unsealed,
+    /// There is no memory for a part of the log: the front end's file is shorter than it said.
+    #[error(
+        "the log has no memory at its byte {at:#x}: its file is shorter than the front end says"
+    )]
+    NoMemory {
+        /// The first byte without memory, of those that the region needs.
+        at: u64,
+    },
+    /// The log belongs to the process that this one was forked from.
+    #[error(
+        "the log is that of process {owner}, and this is its child {process}: it needs its own"
+    )]
+    Forked {
+        /// The process that made the log, or got it.
+        owner: u32,
+        /// This process.
+        process: u32,
+    },
+}
+
+impl From<(u32, u32)> for LogError {
+    fn from((owner, process): (u32, u32)) -> Self {
+        LogError::Forked { owner, process }
+    }
 }
 
 /// The shared memory of one log: a sealed memfd, mapped here and, once it was sent, by back ends.

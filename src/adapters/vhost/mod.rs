@@ -53,22 +53,35 @@
 //! }
 //! ```
 //!
+//! # Front ends that are not trusted
+//! Before a region takes a log, it looks at the length, at the memory behind the log, and at the
+//! seal that keeps the file from getting shorter: see [`RegionLog`] for the errors, and
+//! [`accept_unsealed_logs`] for front ends that do not seal.
+//!
 //! # Traps
-//! * **Read the log after the device has stopped**, once more; it stays readable when the back end and its connection are gone.
+//! * **Read the log after the device has stopped**, once more; it stays readable when the back end
+//!   and its connection are gone.
 //! * **What is written through raw pointers marks nothing**, as with every bitmap of vm-memory.
-//! * `vhost-user-backend` 0.24 never stops logging: it does not look at `VHOST_F_LOG_ALL`. A log that is given up stays mapped in the
-//!   back end until the next one.
-//! * A front end that has no more memory for the log than its file says is refused by an error, for which the library that
-//!   maps it has to panic once; in a back end that is built with `panic = "abort"`, this ends the process.
+//! * `vhost-user-backend` 0.24 never stops logging: it does not look at `VHOST_F_LOG_ALL`. A log
+//!   that is given up stays mapped in the back end until the next one.
 //! * Bits for addresses that are in no area of the space stay in the log; no harvest asks for them.
+//!   [`VhostLog::outside`] counts them.
+//! * **`fork`**: a child has the log and not what guards it. Harvests, swaps and
+//!   [`LogFollower::update`] are refused there by [`LogError::Forked`]; a [`LogBitmap`] of before
+//!   the fork must not be used.
 
 mod back;
 mod front;
+mod marks;
 mod memory;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod parts_tests;
+mod received;
+mod region;
 
-pub use back::{LogBitmap, LogFollower, LogSlice, RegionLog};
-pub use front::{Swap, VhostLog};
+pub use back::{LogBitmap, LogFollower, LogSlice};
+pub use front::{LogOutside, Swap, VhostLog};
 pub use memory::{LOG_PAGE, LogError, LogMemory};
+pub use received::accept_unsealed_logs;
+pub use region::RegionLog;

@@ -131,7 +131,7 @@ impl SpaceBitmap {
         }
     }
 
-    /// Whether a harvest would report the page.
+    /// Whether a harvest would report the page. One of which a source cannot tell is dirty.
     fn is_dirty(&self, offset: Option<u64>) -> bool {
         let Some(iova) = self
             .address(offset)
@@ -146,7 +146,12 @@ impl SpaceBitmap {
             &HarvestRequest::new(page, granule),
             UserBitmap::new(&mut word),
         );
-        peeked.is_ok_and(|view| view.count() > 0)
+        match peeked {
+            Ok(view) => view.count() > 0,
+            // Nothing is tracked here, so there is nothing to report.
+            Err(Error::Hole { .. } | Error::NeverTracked { .. }) => false,
+            Err(_) => true,
+        }
     }
 }
 

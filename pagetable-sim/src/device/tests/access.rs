@@ -160,3 +160,43 @@ fn reserved_bits_fault_where_the_format_has_them() {
     assert_eq!(fault::<X86_64>(), None);
     assert_eq!(fault::<ArmS1>(), None);
 }
+
+/// While tracking is off, the IOTLB takes every entry for dirty. A read of a read-only page caches
+/// it like that, and the write that follows must fault all the same: the rights come from the
+/// table.
+#[test]
+fn a_cached_read_of_a_read_only_page_grants_no_write() {
+    fn refused<F: Format>(config: DeviceConfig) {
+        let domain = domain_of::<F>(1, Granule::K4);
+        let mapping = Mapping {
+            range: range(BASE + K4, K4),
+            backing: 0,
+            access: Access::Read,
+        };
+        domain.map(&mapping).unwrap();
+        let mut device = domain.attach(config);
+        device.read(at(1, 0), &mut [0; 8]).unwrap();
+        assert_eq!(device.stats().iotlb_misses, 1);
+        let fault = DmaError {
+            iova: at(1, 0),
+            kind: FaultKind::ReadOnly,
+        };
+        assert_eq!(device.write(at(1, 0), &[1]), Err(fault), "{}", F::NAME);
+        assert_eq!(device.fetch_add(at(1, 0), 1u64), Err(fault));
+        assert_eq!(device.prefetch(at(1, 0), Access::Write), Err(fault));
+        device.read(at(1, 0), &mut [0; 8]).unwrap();
+        device.quiesce();
+        assert_eq!(bytes(domain.memory(), 0, 8), [0; 8]);
+    }
+    for tlb_entries in [0, 16] {
+        let config = DeviceConfig {
+            tlb_entries,
+            ..DeviceConfig::DEFAULT
+        };
+        refused::<AmdV1>(config);
+        refused::<VtdSs>(config);
+        refused::<X86_64>(config);
+        refused::<ArmS1>(config);
+        refused::<RiscvSv48>(config);
+    }
+}

@@ -1,11 +1,12 @@
-//! What devices cache, what an invalidation must reach, and what is lost when it does not.
+//! The caches of devices, the entries that an invalidation must reach, and the writes that are lost
+//! if it does not.
 
 use super::*;
 use crate::{AmdV1, ArmS1, RiscvSv48, VtdSs};
 
 const M2: u64 = 1 << 21;
 
-/// A device that caches leaves of 4 KiB only, whatever the table has.
+/// A device that caches leaves of 4 KiB only, however large the leaf in the table is.
 const PIECES: DeviceConfig = DeviceConfig {
     largest_cached: Granule::K4,
     ..DeviceConfig::DEFAULT
@@ -36,8 +37,8 @@ fn unmap<F: Format>(domain: &Domain<F>, range: IovaRange) -> FlushGather {
     gather
 }
 
-/// Writes to the pages of `first`, harvests and flushes on hardware with `breakage`, writes to them again, and returns
-/// what the next harvest reports.
+/// Writes to the pages of `first`, harvests and flushes on hardware with `breakage`, writes to them
+/// again, and returns the pages that the next harvest reports.
 fn written_again(breakage: Breakage, config: DeviceConfig, first: &[u64]) -> Vec<u64> {
     let domain = domain(32, Granule::K4);
     domain.set_tracking(true).unwrap();
@@ -70,7 +71,8 @@ fn a_flush_that_is_short_by_one_page_loses_a_write() {
     }
 }
 
-/// A mask from the length of the range alone names the pages 6 and 7 here, and leaves page 8 cached.
+/// A mask from the length of the range alone names the pages 6 and 7 here, and leaves page 8
+/// cached.
 #[test]
 fn a_flush_across_a_power_of_two_reaches_both_sides() {
     for config in [DeviceConfig::DEFAULT, ATS] {
@@ -79,8 +81,8 @@ fn a_flush_across_a_power_of_two_reaches_both_sides() {
     }
 }
 
-/// A flush that covers only what was asked for, and not the whole leaf, leaves the rest of the leaf cached in a device
-/// that caches pieces of leaves.
+/// A flush that covers only the requested part, and not the whole leaf, leaves the rest of the leaf
+/// cached in a device that caches pieces of leaves.
 #[test]
 fn a_flush_of_a_part_of_a_large_leaf_leaves_the_rest_reachable() {
     for whole in [true, false] {
@@ -208,7 +210,8 @@ fn a_walk_notes_accesses_in_the_entries_above_only_if_it_reads_them() {
         device.write(at(1, 0), &[1]).unwrap();
         assert_eq!(device.stats().short_walks, 1);
         assert_eq!(accessed(1), nothing, "the walk began below");
-        // The next 2 MiB have a table of their own, so the walk begins one level higher and reads one entry.
+        // The next 2 MiB have a table of their own, so the walk begins one level higher and reads
+        // one entry.
         device.read(at(512, 0), &mut [0]).unwrap();
         assert_eq!(device.stats().short_walks, 2);
         let last = accessed(512).pop();
@@ -237,8 +240,8 @@ fn a_walk_notes_accesses_in_the_entries_above_only_if_it_reads_them() {
     walks::<RiscvSv48>();
 }
 
-/// A device has been in a table that is then unmapped and replaced by one large leaf. Returns what becomes of its next
-/// write there, and which pages are reported.
+/// A device has been in a table that is then unmapped and replaced by one large leaf. Returns the
+/// result of its next write there, and the number of reported pages.
 fn write_after_a_table_was_replaced<F: Format>(
     breakage: Breakage,
     config: DeviceConfig,
@@ -331,8 +334,9 @@ fn a_translation_for_writing_is_dirty_before_anything_is_written() {
     assert_eq!((stats.writes, stats.iotlb_misses), (2, 3));
 }
 
-/// A device writes to one page all the while, also between the two rounds of the flush that a harvest owes. Afterwards
-/// the page is copied, and the device writes once more. Returns whether the next harvest finds that.
+/// A device writes to one page all the while, also between the two rounds of the flush that a
+/// harvest owes. Afterwards the page is copied, and the device writes once more. Returns whether
+/// the next harvest finds that.
 fn last_write_is_found(breakage: Breakage, config: DeviceConfig) -> bool {
     let domain = domain(8, Granule::K4);
     domain.set_tracking(true).unwrap();
@@ -349,7 +353,8 @@ fn last_write_is_found(breakage: Breakage, config: DeviceConfig) -> bool {
         assert_eq!(flush.join().unwrap().commands, 2);
     });
     device.quiesce();
-    // Whatever was written up to now may be reported here, flushed and copied. The device sleeps: nobody waits.
+    // All writes up to now may be reported here, flushed and copied. The device sleeps: no flush
+    // waits for it.
     let (_, gather) = harvest(&domain, 8);
     if !gather.is_empty() {
         domain.invalidate(&gather).unwrap();
@@ -368,8 +373,8 @@ fn a_device_tlb_that_is_flushed_before_its_iotlb_refills_from_it() {
     }
 }
 
-/// A leaf that a harvest covers in part keeps its D, and used to owe nothing: the sync drained no write, and the part was copied
-/// before the write had landed.
+/// A leaf that a harvest covers in part keeps its D, and used to owe nothing: the sync drained no
+/// write, and the part was copied before the write had landed.
 #[test]
 fn a_part_of_a_leaf_is_drained_before_it_is_copied() {
     let memory = Arc::new(PhysMemory::new(2 << 20).unwrap());

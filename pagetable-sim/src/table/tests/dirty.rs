@@ -1,12 +1,12 @@
 //! The dirty bit: set, recorded, cleared, at every level and at every border.
 
 use super::*;
-use crate::table::dirty::{Batch, DirtyLeaf};
-use crate::table::scan::Visitor;
-use crate::table::skip::Upper;
+use crate::table::leaf::{Batch, DirtyLeaf};
+use crate::table::scan::{Upper, Visitor};
+
 use dirtymap::Stopped;
 
-/// Is handed a way to clean whatever a scan found dirty.
+/// Receives a way to clean each leaf that a scan found dirty.
 struct Finder<V>(V);
 
 impl<F: Format, V: FnMut(&dyn Fn() -> bool)> Visitor<F> for Finder<V> {

@@ -1,5 +1,5 @@
-//! Bugs that dirty tracking elsewhere had, each as a plain test: by number in the order in which they are told in the
-//! history of Linux and its neighbours.
+//! Bugs that dirty tracking elsewhere had, each as a plain test: by number in the order in which
+//! they are told in the history of Linux and its neighbours.
 
 use super::*;
 
@@ -22,7 +22,8 @@ fn mapped<F: Format>(size: Granule, count: u64) -> (Table<F>, IovaRange) {
     (table, area)
 }
 
-/// Bug 11a: only the part of a contiguous leaf inside the request was recorded, and all of it cleaned.
+/// Bug 11a: only the part of a contiguous leaf inside the request was recorded, and all of it
+/// cleaned.
 pub(super) fn bug_11a_one_half_of_a_leaf_is_read_then_the_other<F: Format>() {
     let size = sixteen::<F>();
     let half = size.bytes() / 2;
@@ -48,8 +49,8 @@ pub(super) fn bug_11b_the_last_page_of_a_leaf_is_reported<F: Format>() {
     }
 }
 
-/// Bug 12: a request that begins inside a leaf never came to the last leaf; one that begins inside a hole skipped the
-/// start of what follows.
+/// Bug 12: a request that begins inside a leaf never reached the last leaf; one that begins inside
+/// a hole skipped the start of what follows.
 pub(super) fn bug_12_a_request_from_inside_a_leaf_or_a_hole_reaches_the_next<F: Format>() {
     let size = F::size(1);
     let (table, _) = mapped::<F>(size, 2);
@@ -65,14 +66,16 @@ pub(super) fn bug_12_a_request_from_inside_a_leaf_or_a_hole_reaches_the_next<F: 
     assert_eq!(found, pages::<F>(size.bytes(), size.bytes()));
 }
 
-/// Bug 16: an unmap of the start of a large leaf went past the requested end, and the flush covered only the request.
+/// Bug 16: an unmap of the start of a large leaf went past the requested end, and the flush covered
+/// only the request.
 pub(super) fn bug_16_an_unmap_of_the_start_of_a_leaf_is_refused_or_owes_all_of_it<F: Format>() {
     for size in [sixteen::<F>(), F::size(1)] {
         let (table, area) = mapped::<F>(size, 1);
         let part = range(0, k::<F>());
         let refused = table.unmap(part, |_, _, _| panic!("nothing goes"));
         assert!(matches!(refused, Err(Error::PartOfLeaf { leaf, .. }) if leaf == area));
-        // Split first: then exactly the request goes, and what devices may go by is the whole leaf.
+        // Split first: then exactly the request is unmapped, and devices may still use the whole
+        // leaf.
         let mut owed = FlushGather::new();
         table
             .split_at(iova(k::<F>()), |leaf, size| owed.add(leaf, size))
@@ -83,7 +86,8 @@ pub(super) fn bug_16_an_unmap_of_the_start_of_a_leaf_is_refused_or_owes_all_of_i
     }
 }
 
-/// Bug 23: a D that hardware set between reading an entry and writing it back went with the stale copy.
+/// Bug 23: a D that hardware set between reading an entry and writing it back went with the stale
+/// copy.
 pub(super) fn bug_23_no_change_of_a_leaf_writes_a_stale_copy_back<F: Format>() {
     let size = F::size(1);
     for _ in 0..50 {
@@ -99,8 +103,8 @@ pub(super) fn bug_23_no_change_of_a_leaf_writes_a_stale_copy_back<F: Format>() {
     }
 }
 
-/// Bug 25: a write that is not aligned dirtied as many pages as it has bytes in pages, and the page of its tail stayed
-/// clean.
+/// Bug 25: a write that is not aligned dirtied as many pages as it has bytes in pages, and the page
+/// of its tail stayed clean.
 pub(super) fn bug_25_the_page_of_a_writes_tail_is_dirty<F: Format>() {
     use crate::{DeviceConfig, Domain, DomainConfig, PhysMemory};
     use dirtymap::{DirtySource, Mapping};

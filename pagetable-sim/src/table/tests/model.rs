@@ -15,7 +15,7 @@ impl Random {
     }
 }
 
-/// What the model knows of a 4 KiB page.
+/// The model of a 4 KiB page.
 #[derive(Clone, Copy, PartialEq, Debug)]
 struct Page {
     phys: u64,
@@ -26,7 +26,7 @@ struct Page {
 }
 
 pub(super) fn agrees_with_a_map_of_pages<F: Format>() {
-    // Around the border of what an entry two levels up covers.
+    // Around the border of the span of an entry two levels up.
     let (low, high) = (g::<F>() - 4 * m::<F>(), g::<F>() + 4 * m::<F>());
     let mut random = Random(0x5DEE_CE66_D1CE_4E5B);
     for _ in 0..(3072 >> F::INDEX_LG2).max(1) {
@@ -151,7 +151,8 @@ pub(super) fn threads_map_walk_and_harvest_at_once<F: Format>() {
         for half in 0..2 {
             let table = &table;
             s.spawn(move || {
-                // Both halves lie under one table of level 1; each turns from 4 KiB leaves to one 2 MiB leaf and back.
+                // Both halves lie under one table of level 1; each turns from 4 KiB leaves to one 2
+                // MiB leaf and back.
                 let mine = range(half * m::<F>(), m::<F>());
                 for round in 0..200 {
                     let limit = if round % 2 == 0 { F::PAGE } else { F::size(1) };
@@ -176,14 +177,14 @@ pub(super) fn threads_map_walk_and_harvest_at_once<F: Format>() {
     assert_eq!(dirty(&table, range(0, 2 * m::<F>()), true).0, [0u64; 0]);
 }
 
-/// Writers keep setting D while a harvester takes it: a page that was written is dirty, or was taken since the write
-/// before it.
+/// Writers keep setting D while a harvester takes it: a page that was written is dirty, or was
+/// taken since the write before it.
 pub(super) fn writers_and_a_harvester_lose_nothing<F: Format>() {
     use std::sync::atomic::{AtomicBool, AtomicU64};
     const WRITES: u64 = 4000;
     let per_table = m::<F>() / k::<F>();
     let table = Table::<F>::new();
-    // Two tables of the smallest pages, and two leaves of one entry behind them.
+    // Two tables of the smallest pages, and two leaves of one entry after them.
     table
         .map(range(0, 2 * m::<F>()), 0, Access::ReadWrite, F::PAGE)
         .unwrap();

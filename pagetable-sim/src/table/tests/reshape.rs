@@ -1,4 +1,4 @@
-//! Splitting, merging and protecting: what is dirty stays dirty, with devices and without.
+//! Splitting, merging and protecting: dirty leaves stay dirty, with devices and without.
 
 use super::*;
 
@@ -111,7 +111,8 @@ pub(super) fn a_split_and_a_merge_keep_what_is_dirty<F: Format>() {
             let last = &leaves(&table, area)[..];
             assert_eq!(last.len(), 2);
             assert!(whole.contains(&(first, size)));
-            // Superset: only a writable leaf that took the place of a table is dirty without a dirty part.
+            // Superset: only a writable leaf that took the place of a table is dirty without a
+            // dirty part.
             let bound = access.writes() && size >= F::size(1);
             assert_eq!((last[0].2, last[1].2), (bound, true), "{size}");
             assert!(is_identity(&table, area));
@@ -123,7 +124,8 @@ pub(super) fn only_what_belongs_together_is_merged<F: Format>() {
     let m = m::<F>();
     let table = Table::<F>::new();
     let map = |start, len, phys, access| table.map(range(start, len), phys, access, F::PAGE);
-    // Whole; one page with other rights; memory that is not contiguous; memory that is not aligned; a hole.
+    // Whole; one page with other rights; memory that is not contiguous; memory that is not aligned;
+    // a hole.
     map(0, m, 0, Access::ReadWrite).unwrap();
     map(m, m - k::<F>(), m, Access::ReadWrite).unwrap();
     map(2 * m - k::<F>(), k::<F>(), 2 * m - k::<F>(), Access::Read).unwrap();
@@ -151,7 +153,7 @@ pub(super) fn only_what_belongs_together_is_merged<F: Format>() {
         (last.range.len(), last.access),
         (u128::from(k::<F>()), Access::Read)
     );
-    // A part of what was split is not merged.
+    // A part of the leaf that was split is not merged.
     table.split(range(0, m), F::PAGE, |_, _| ()).unwrap();
     table
         .merge(range(0, m - k::<F>()), F::size(1), |_, _, _| ())
@@ -232,8 +234,8 @@ pub(super) fn rights_change_and_what_is_dirty_stays<F: Format>() {
     }
 }
 
-/// Leaves are split and merged while devices set D and a harvester takes it: every D that was set is seen by a harvest
-/// that ends later.
+/// Leaves are split and merged while devices set D and a harvester takes it: every D that was set
+/// is seen by a harvest that ends later.
 pub(super) fn nothing_is_lost_while_leaves_change_their_size<F: Format>() {
     use std::sync::atomic::{AtomicBool, AtomicU64};
     let area = range(0, 2 * m::<F>());
@@ -290,7 +292,8 @@ pub(super) fn nothing_is_lost_while_leaves_change_their_size<F: Format>() {
     }
 }
 
-/// Two threads map the same addresses by leaves of different sizes: one at least is refused, and leaves nothing behind.
+/// Two threads map the same addresses by leaves of different sizes: one at least is refused, and
+/// leaves nothing behind.
 pub(super) fn of_two_maps_of_the_same_addresses_one_wins<F: Format>() {
     let area = range(0, 2 * m::<F>());
     for round in 0..20 {

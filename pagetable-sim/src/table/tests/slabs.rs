@@ -1,4 +1,4 @@
-//! Where tables lie: side by side where there are many, and never in the place of one that somebody holds.
+//! Where tables lie: side by side where there are many, and never in the place of one that is held.
 
 use super::*;
 
@@ -8,7 +8,7 @@ fn places<F: Format>(table: &Table<F>) -> Vec<u64> {
     let above = above(table, &guard);
     let entries = above.iter().map(|slot| slot.load(Ordering::Acquire));
     entries
-        .filter(|entry| F::is_present(*entry) && !is_leaf::<F>(*entry, 1))
+        .filter(|entry| F::is_present(*entry) && !F::is_leaf(*entry, 1))
         .map(F::table_address)
         .collect()
 }
@@ -80,7 +80,8 @@ pub(super) fn a_place_is_used_again_when_nobody_holds_the_table_there<F: Format>
     let merge_and_split = |free: bool| {
         table.merge(first, F::size(1), |_, _, _| ()).unwrap();
         assert_eq!(places(&table).len(), 7);
-        // The entry's own hold is given up when all have left who were pinned, in other tests too.
+        // The entry's own hold ends when all threads that were pinned have left, those of other
+        // tests too.
         while free && !above(&table, &crossbeam_epoch::pin()).is_free(0) {
             crossbeam_epoch::pin().flush();
             std::thread::yield_now();
@@ -92,7 +93,7 @@ pub(super) fn a_place_is_used_again_when_nobody_holds_the_table_there<F: Format>
     let apart = merge_and_split(false);
     assert_ne!(apart[0], before[0], "the place is held");
     assert_eq!(apart[1..], before[1..]);
-    // What is held is as it was, dirty bit and all.
+    // The held table is as it was, dirty bits too.
     assert!(
         hold.iter()
             .all(|slot| F::is_present(slot.load(Ordering::Relaxed)))

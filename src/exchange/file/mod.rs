@@ -1,4 +1,5 @@
-//! A bitmap in a file of its own: what stands for what, of which generation, and whether all of it is there.
+//! A bitmap in a file of its own: what stands for what, of which generation, and whether all of it
+//! is there.
 //!
 //! ```text
 //!  byte   0   8  "dirtymap"
@@ -9,17 +10,22 @@
 //!        64      payload: bit n is bit n % 8 of byte n / 8; what is left of the last byte is zero
 //! ```
 //!
-//! All numbers are little endian. A new file takes the place of an old one in one step, and only when all of it is on the disk, so
-//! that after a crash there is the old one or the new one, each of them whole.
+//! All numbers are little endian. A new file takes the place of an old one in one step, and only
+//! when all of it is on the disk, so that after a crash there is the old one or the new one, each
+//! of them whole.
 
-use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
+mod payload;
+mod place;
+
+use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crc32fast::Hasher;
 
-use super::DirtyLog;
+pub use place::Truncate;
+use place::{Draft, begin};
+
 use crate::bitmap::BitmapView;
 use crate::error::Error;
 use crate::units::{Granule, Iova, IovaRange};
@@ -30,11 +36,12 @@ const HEADER: usize = 64;
 /// What is read or written at a time, in bytes. A multiple of 8.
 const BLOCK: usize = 64 << 10;
 
-/// A file that holds a bitmap: its range, granule, a generation that the caller gave it, and checksums. With the feature
-/// `bitmap-file`.
+/// A file that holds a bitmap: its range, granule, a generation that the caller gave it, and
+/// checksums. With the feature `bitmap-file`.
 ///
-/// [`save`](Self::save) writes one crash-safely, [`open`](Self::open) checks the header, [`or_into`](Self::or_into) checks the
-/// payload and then reads it. Whoever cannot read a file back knows nothing of what was written, so everything is dirty.
+/// [`save`](Self::save) writes one crash-safely, [`open`](Self::open) checks the header,
+/// [`or_into`](Self::or_into) checks the payload and uses what it has checked. A program that
+/// cannot read a file back knows nothing of what was written, so everything is dirty.
 ///
 /// ```
 /// use dirtymap::{BitmapFile, Granule, Iova, IovaRange, UserBitmap};
@@ -107,6 +114,13 @@ pub enum BitmapFileError {
         /// How many are allowed.
         limit: u64,
     },
+    /// The place appends: the header, which is written last, cannot get to its beginning. It is as
+    /// it was.
+    #[error("what is written to byte 0 of the file goes to byte {at}: open it without append")]
+    Appends {
+        /// The byte that the beginning of a bitmap file would get to.
+        at: u64,
+    },
     /// The bitmap in memory could not be read or recorded into.
     #[error("{0}")]
     Bitmap(#[from] Error),
@@ -116,14 +130,19 @@ impl BitmapFile {
     /// The most bits that a file may have: 2^41, which take 256 GiB.
     pub const MAX_BITS: u64 = 1 << 41;
 
-    /// Writes what `view` says to the file `path`, which takes the place of the one that is there. On return it is on the
-    /// disk. If this fails, or the process or the system dies meanwhile, the old file is there, or the new one, as a whole.
+    /// Writes what `view` says to the file `path`, which takes the place of the one that is there.
+    /// On return it is on the disk. If this fails, or the process or the system dies meanwhile, the
+    /// old file is there, or the new one, as a whole.
     ///
-    /// Writes to `.NAME.PID.N.tmp` in the same folder first; a process that dies leaves it behind.
+    /// Writes to `.dirtymap-PID-N.tmp` in the same folder first; a process that dies leaves it
+    /// behind. If `path` is a symbolic link, the file that it leads to is replaced, in the folder
+    /// of that one. On Unix the new file has the permissions of the old one, and its owner and
+    /// group as far as the process may give files away; without the group, the group has the rights
+    /// of all others. Access lists and extended attributes are not kept.
     ///
     /// # Errors
-    /// [`BitmapFileError::TooLarge`] before anything is written; [`BitmapFileError::Bitmap`] if `view` is a file of which a window
-    /// cannot be mapped; [`BitmapFileError::Io`].
+    /// [`BitmapFileError::TooLarge`] before anything is written; [`BitmapFileError::Bitmap`] if
+    /// `view` is a file of which a window cannot be mapped; [`BitmapFileError::Io`].
     pub fn save(
         path: impl AsRef<Path>,
         view: &BitmapView<'_>,
@@ -136,19 +155,20 @@ impl BitmapFile {
         Ok(())
     }
 
-    /// Writes what [`save`](Self::save) writes, from where `writer` begins, for places that are no files: nothing is said about
-    /// what a crash leaves behind.
+    /// Writes what [`save`](Self::save) writes to a place from its beginning on, in place of all
+    /// that is there, for places that are no files: nothing is said about what a crash leaves
+    /// behind.
     ///
     /// # Errors
-    /// As [`save`](Self::save).
+    /// As [`save`](Self::save), and [`BitmapFileError::Appends`] if the place appends; it is as it
+    /// was then.
     pub fn write_to(
-        writer: &mut (impl Write + Seek),
+        writer: &mut impl Truncate,
         view: &BitmapView<'_>,
         generation: u64,
     ) -> Result<(), BitmapFileError> {
         check_size(view)?;
-        writer.seek(SeekFrom::Start(0))?;
-        writer.write_all(&[0; HEADER])?;
+        begin(writer)?;
         let header = Header {
             range: view.range(),
             granule: view.granule(),
@@ -170,13 +190,15 @@ impl BitmapFile {
 }
 
 impl<R: Read + Seek> BitmapFile<R> {
-    /// Checks the header of a file that begins where `reader` begins. Takes no memory that depends on what the file says.
+    /// Checks the header of a file that begins where `reader` begins. Takes no memory that depends
+    /// on what the file says.
     ///
     /// # Errors
     /// In this order: [`Truncated`](BitmapFileError::Truncated) if there is no room for a header,
-    /// [`Foreign`](BitmapFileError::Foreign), [`Version`](BitmapFileError::Version), [`Damaged`](BitmapFileError::Damaged) if its
-    /// checksum or what it says of the range is wrong, [`TooLarge`](BitmapFileError::TooLarge), and `Truncated` or `Damaged` if the
-    /// file has another length than that; [`Io`](BitmapFileError::Io) at any time.
+    /// [`Foreign`](BitmapFileError::Foreign), [`Version`](BitmapFileError::Version),
+    /// [`Damaged`](BitmapFileError::Damaged) if its checksum or what it says of the range is wrong,
+    /// [`TooLarge`](BitmapFileError::TooLarge), and `Truncated` or `Damaged` if the file has
+    /// another length than that; [`Io`](BitmapFileError::Io) at any time.
     pub fn from_reader(mut reader: R) -> Result<Self, BitmapFileError> {
         let len = reader.seek(SeekFrom::End(0))?;
         let truncated = |needed| BitmapFileError::Truncated { len, needed };
@@ -212,63 +234,20 @@ impl<R: Read + Seek> BitmapFile<R> {
         self.header.generation
     }
 
-    /// Checks the payload, then ORs it into `target`, and returns how many bits that set there. Granules and bases may differ, as in
-    /// [`BitmapView::or_into`].
+    /// Checks the payload, then ORs what was checked into `target`, and returns how many bits that
+    /// set there. Granules and bases may differ, as in [`BitmapView::or_into`].
+    ///
+    /// Keeps up to 64 MiB of the payload in memory, without its zeros; of what is more, a hash of 8
+    /// bytes for each 64 KiB, by which it is known when it is read again.
     ///
     /// # Errors
-    /// [`Damaged`](BitmapFileError::Damaged) if the payload is not what was written, before anything is touched;
-    /// [`Bitmap`](BitmapFileError::Bitmap) if `target` is a file of which a window cannot be mapped;
-    /// [`Io`](BitmapFileError::Io).
+    /// [`Damaged`](BitmapFileError::Damaged) if the payload is not what was written, before
+    /// anything is touched; or if a part that was not kept has changed since it was checked: what
+    /// was ORed in before was written, and is not all. [`Bitmap`](BitmapFileError::Bitmap) if
+    /// `target` is a file of which a window cannot be had; [`Io`](BitmapFileError::Io).
     pub fn or_into(&mut self, target: &BitmapView<'_>) -> Result<u64, BitmapFileError> {
-        let mut checksum = Hasher::new();
-        let mut last = 0;
-        self.each_block(|block, _| {
-            checksum.update(block);
-            last = block.last().copied().unwrap_or(last);
-            Ok(())
-        })?;
-        if checksum.finalize() != self.header.checksum {
-            return Err(BitmapFileError::Damaged(
-                "the checksum of its bits is wrong",
-            ));
-        }
-        let used = self.header.bits() % 8;
-        if used != 0 && last >> used != 0 {
-            return Err(BitmapFileError::Damaged("it has bits behind its end"));
-        }
-        let mut set = 0;
-        let granule = self.header.granule;
-        self.each_block(|block, range| {
-            set += DirtyLog::bytes(block, range, granule)?.or_into(target)?;
-            Ok(())
-        })?;
-        Ok(set)
-    }
-
-    /// Reads the payload from its start, and hands out each block with the addresses it is about.
-    fn each_block(
-        &mut self,
-        mut each: impl FnMut(&[u8], IovaRange) -> Result<(), BitmapFileError>,
-    ) -> Result<(), BitmapFileError> {
-        self.reader.seek(SeekFrom::Start(HEADER as u64))?;
-        let mut block = vec![0; BLOCK];
-        let mut rest = Some(self.header.range);
-        while let Some(range) = rest {
-            let base = range.start().get();
-            let span = (BLOCK as u128 * 8) << self.header.granule.lg2();
-            let last = u128::from(base) + span - 1;
-            let last = Iova::new(u64::try_from(last).unwrap_or(u64::MAX)).min(range.last());
-            let part = IovaRange::new(range.start(), last)?;
-            rest = match last.checked_add(1) {
-                Some(next) => IovaRange::new(next, range.last()).ok(),
-                None => None,
-            };
-            // No more than the block has.
-            let bytes = part.granules(self.header.granule).div_ceil(8) as usize;
-            self.reader.read_exact(&mut block[..bytes])?;
-            each(&block[..bytes], part)?;
-        }
-        Ok(())
+        self.checked(payload::KEPT)?
+            .or_into(&mut self.reader, target)
     }
 }
 
@@ -377,69 +356,5 @@ fn write_payload(writer: &mut impl Write, view: &BitmapView<'_>) -> Result<u32, 
     match words.take_error() {
         Some(error) => Err(error.into()),
         None => Ok(checksum.finalize()),
-    }
-}
-
-/// A file on its way to its name. Removed when it is dropped before it got there.
-struct Draft<'p> {
-    file: File,
-    temporary: PathBuf,
-    path: &'p Path,
-    published: bool,
-}
-
-impl<'p> Draft<'p> {
-    fn create(path: &'p Path) -> io::Result<Self> {
-        let Some(name) = path.file_name() else {
-            let text = "the path of a bitmap file must end in a name";
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
-        };
-        // A name may be taken by another thread, or by a process of this number that died.
-        for attempt in 0u64.. {
-            let mut hidden = OsString::from(".");
-            hidden.push(name);
-            hidden.push(format!(".{}.{attempt}.tmp", std::process::id()));
-            let temporary = path.with_file_name(hidden);
-            match OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .open(&temporary)
-            {
-                Ok(file) => {
-                    return Ok(Draft {
-                        file,
-                        temporary,
-                        path,
-                        published: false,
-                    });
-                }
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Err(io::ErrorKind::AlreadyExists.into())
-    }
-
-    /// The file first, then its name, then the folder that holds the name: each is on the disk before the next begins.
-    fn publish(mut self) -> io::Result<()> {
-        self.file.sync_all()?;
-        std::fs::rename(&self.temporary, self.path)?;
-        self.published = true;
-        // Elsewhere a folder cannot be opened, and has nothing to be synced.
-        #[cfg(unix)]
-        {
-            let folder = self.path.parent().filter(|folder| *folder != Path::new(""));
-            File::open(folder.unwrap_or(Path::new(".")))?.sync_all()?;
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Draft<'_> {
-    fn drop(&mut self) {
-        if !self.published {
-            // What cannot be removed is only in the way.
-            let _ = std::fs::remove_file(&self.temporary);
-        }
     }
 }

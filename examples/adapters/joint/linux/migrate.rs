@@ -233,14 +233,10 @@ pub(crate) fn main() -> ExitCode {
 }
 
 fn print(report: &Report, cli: &Cli) -> ExitCode {
-    for (what, why) in [
-        ("guest", &report.no_guest),
-        ("quiet writes", &report.no_pagemap),
-    ] {
-        if let Some(why) = why {
-            println!("SKIP {what}: {why}");
-        }
-    }
+    let no_guest = report.no_guest.iter().filter(|_| cli.kvm != Mode::None);
+    no_guest.for_each(|why| println!("SKIP guest: {why}"));
+    let no_pagemap = report.no_pagemap.iter();
+    no_pagemap.for_each(|why| println!("SKIP quiet writes: {why}"));
     let size = GRANULE.bytes() >> 10;
     let lines = [
         (

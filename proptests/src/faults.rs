@@ -1,0 +1,330 @@
+//! A source that fails where it is told to: it panics at its n-th next callback, or stops at an address.
+//!
+//! ```text
+//!  space --callback--> Source --the same callback--> the node of the world
+//!                        |
+//!                        +-- panics before it, in the middle of it, or after it
+//!                        +-- keeps a ledger: what `unmap` and `split_at` owe, until an invalidation has covered it
+//! ```
+//!
+//! Each order is obeyed once. A panic in the middle comes after the source has mapped, reported or
+//! cleared a half.
+
+use std::any::Any;
+use std::ops::Deref;
+use std::panic::resume_unwind;
+
+use dirtymap::sync::{Arc, Mutex, lock};
+use dirtymap::{
+    DirtySource, Error, FlushCost, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink,
+    Mapping, Sink, Stopped,
+};
+
+use crate::op::{Callback, Moment};
+use crate::rig::Node;
+
+/// What a callback that was told to panic panics with.
+pub(crate) struct ToldToPanic;
+
+/// Whether `panic` is one that was asked for.
+pub(crate) fn was_told(panic: &(dyn Any + Send)) -> bool {
+    panic.is::<ToldToPanic>() || panic.is::<crate::rig::ToldToDie>()
+}
+
+/// What a source says that was told to stop.
+#[derive(Debug, thiserror::Error)]
+#[error("this source was told to stop")]
+pub(crate) struct ToldToStop;
+
+/// See the [module](self).
+pub(crate) struct Faulty {
+    node: Box<dyn Node>,
+    orders: Mutex<Orders>,
+}
+
+#[derive(Default)]
+struct Orders {
+    /// For each callback, how many calls go well before the one that panics.
+    panics: [Option<(u8, Moment)>; Callback::ALL.len()],
+    /// How often an invalidation has panicked since somebody asked.
+    broken_flushes: u64,
+    /// Where the next harvest of this address stops.
+    stop: Option<Iova>,
+    /// What `unmap` was asked for when it panicked, and where `split_at` was: all of the range, and of
+    /// the area, may be reported as dirty.
+    blurred: Vec<IovaRange>,
+    /// What is owed.
+    owed: Vec<IovaRange>,
+}
+
+impl Faulty {
+    pub(crate) fn new(node: impl Node + 'static) -> Self {
+        Faulty {
+            node: Box::new(node),
+            orders: Mutex::default(),
+        }
+    }
+
+    /// Of the calls of `callback` that come, `calls` go well and the next one panics.
+    pub(crate) fn panic_at(&self, callback: Callback, calls: u8, moment: Moment) {
+        lock(&self.orders).panics[callback as usize] = Some((calls, moment));
+    }
+
+    /// The next harvest that comes to `at` stops there.
+    pub(crate) fn stop_at(&self, at: Option<Iova>) {
+        lock(&self.orders).stop = at;
+    }
+
+    /// Where the next harvest stops.
+    pub(crate) fn stop(&self) -> Option<Iova> {
+        lock(&self.orders).stop
+    }
+
+    /// Nothing panics or stops any more.
+    pub(crate) fn heal(&self) {
+        let mut orders = lock(&self.orders);
+        orders.panics = Default::default();
+        orders.stop = None;
+        self.node.fails().set(false);
+        self.node.dies().set(false);
+    }
+
+    /// What may be reported as dirty, with the areas that it cuts, since an unmap or a split panicked.
+    pub(crate) fn take_blurred(&self) -> Vec<IovaRange> {
+        std::mem::take(&mut lock(&self.orders).blurred)
+    }
+
+    /// How many invalidations have panicked since the last time.
+    pub(crate) fn take_broken_flushes(&self) -> u64 {
+        std::mem::take(&mut lock(&self.orders).broken_flushes)
+    }
+
+    /// What is owed and not paid.
+    pub(crate) fn owed(&self) -> Vec<IovaRange> {
+        lock(&self.orders).owed.clone()
+    }
+
+    /// Whether this call of `callback` panics, and when.
+    fn turn(&self, callback: Callback) -> Option<Moment> {
+        let mut orders = lock(&self.orders);
+        match &mut orders.panics[callback as usize] {
+            Some((0, moment)) => {
+                let moment = *moment;
+                orders.panics[callback as usize] = None;
+                Some(moment)
+            }
+            Some((calls, _)) => {
+                *calls -= 1;
+                None
+            }
+            None => None,
+        }
+    }
+
+    /// Performs `all`, or panics before it, or after it; in the middle, `half` comes first.
+    fn around<T>(&self, callback: Callback, half: impl FnOnce(), all: impl FnOnce() -> T) -> T {
+        match self.turn(callback) {
+            None => all(),
+            Some(moment) => {
+                match moment {
+                    Moment::Before => {}
+                    Moment::Middle => half(),
+                    Moment::After => drop(all()),
+                }
+                panic_now()
+            }
+        }
+    }
+
+    /// The lower half of `range`, made of whole pages; all of it if it has one page.
+    fn half(&self, range: IovaRange) -> IovaRange {
+        let middle = range.start().get() + (range.last().get() - range.start().get()) / 2;
+        let middle = Iova::new(middle).granule_last(self.node.page());
+        IovaRange::new(range.start(), middle.min(range.last())).unwrap_or(range)
+    }
+
+    /// Adds to `gather`, and to the ledger, what `owe` owes; it may panic.
+    fn owing<T>(&self, gather: &mut FlushGather, owe: impl FnOnce(&mut FlushGather) -> T) -> T {
+        struct Ledger<'f> {
+            source: &'f Faulty,
+            all: &'f mut FlushGather,
+            fresh: FlushGather,
+        }
+        impl Drop for Ledger<'_> {
+            fn drop(&mut self) {
+                self.all.merge(&self.fresh);
+                lock(&self.source.orders)
+                    .owed
+                    .extend_from_slice(self.fresh.ranges());
+            }
+        }
+        let mut ledger = Ledger {
+            source: self,
+            all: gather,
+            fresh: FlushGather::new(),
+        };
+        owe(&mut ledger.fresh)
+    }
+
+    /// An invalidation of `gather` is done.
+    fn paid(&self, gather: &FlushGather) {
+        let all = gather.is_full();
+        let covered = |owed: &IovaRange| gather.ranges().iter().any(|range| range.covers(*owed));
+        lock(&self.orders)
+            .owed
+            .retain(|owed| !all && !covered(owed));
+    }
+}
+
+/// Not by `panic!`: hooks that end the process need not know.
+fn panic_now() -> ! {
+    resume_unwind(Box::new(ToldToPanic))
+}
+
+impl Deref for Faulty {
+    type Target = dyn Node;
+
+    fn deref(&self) -> &Self::Target {
+        &*self.node
+    }
+}
+
+/// A node as the space sees it.
+pub(crate) struct Source(pub(crate) Arc<Faulty>);
+
+impl Deref for Source {
+    type Target = Faulty;
+
+    fn deref(&self) -> &Faulty {
+        &self.0
+    }
+}
+
+impl DirtySource for Source {
+    fn page(&self) -> Granule {
+        self.around(Callback::Page, || (), || self.node.page())
+    }
+
+    fn identity(&self) -> Option<usize> {
+        let own = || Some(Arc::as_ptr(&self.0).addr());
+        self.around(Callback::Identity, || (), own)
+    }
+
+    fn map(&self, mapping: &Mapping) -> Result<(), Error> {
+        let half = Mapping {
+            range: self.half(mapping.range),
+            ..*mapping
+        };
+        self.around(
+            Callback::Map,
+            || drop(self.node.map(&half)),
+            || self.node.map(mapping),
+        )
+    }
+
+    fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
+        let moment = self.turn(Callback::Unmap);
+        if moment.is_some() {
+            lock(&self.orders).blurred.push(range);
+        }
+        if moment == Some(Moment::Before) {
+            panic_now();
+        }
+        self.owing(gather, |gather| {
+            self.node.unmap(range, gather, &mut |leaf| {
+                dirty(leaf);
+                if moment == Some(Moment::Middle) {
+                    panic_now();
+                }
+            });
+        });
+        if moment.is_some() {
+            panic_now();
+        }
+    }
+
+    fn split_at(&self, at: Iova, gather: &mut FlushGather) -> Result<(), Error> {
+        let moment = self.turn(Callback::SplitAt);
+        if moment.is_some() {
+            let page = IovaRange::granule_at(at, self.node.page());
+            lock(&self.orders).blurred.push(page);
+        }
+        if moment == Some(Moment::Before) {
+            panic_now();
+        }
+        let done = self.owing(gather, |gather| self.node.split_at(at, gather));
+        if moment.is_some() {
+            panic_now();
+        }
+        done
+    }
+
+    fn set_tracking(&self, on: bool) -> Result<(), Error> {
+        self.around(Callback::SetTracking, || (), || self.node.set_tracking(on))
+    }
+
+    fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        match self.turn(Callback::ReadAndClear) {
+            None => {}
+            Some(Moment::Before) => panic_now(),
+            Some(Moment::Middle) => {
+                let _ = self.node.read_and_clear(self.half(range), out);
+                panic_now();
+            }
+            Some(Moment::After) => {
+                let _ = self.node.read_and_clear(range, out);
+                panic_now();
+            }
+        }
+        let stop = {
+            let mut orders = lock(&self.orders);
+            let here = |at: &mut Iova| range.contains(*at);
+            orders.stop.take_if(here)
+        };
+        let Some(at) = stop else {
+            return self.node.read_and_clear(range, out);
+        };
+        let below = at.granule_start(self.node.page()).get().checked_sub(1);
+        let below = below.and_then(|last| IovaRange::new(range.start(), Iova::new(last)).ok());
+        if let Some(below) = below {
+            self.node.read_and_clear(below, out)?;
+        }
+        Err(Stopped {
+            at,
+            error: Error::source_failed(ToldToStop),
+        })
+    }
+
+    fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+        match self.turn(Callback::Peek) {
+            None => self.node.peek(range, sink),
+            Some(moment) => {
+                if moment != Moment::Before {
+                    let _ = self.node.peek(self.half(range), sink);
+                }
+                panic_now()
+            }
+        }
+    }
+
+    fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error> {
+        let moment = self.turn(Callback::Invalidate);
+        if moment.is_some() {
+            lock(&self.orders).broken_flushes += 1;
+        }
+        if moment == Some(Moment::Before) {
+            panic_now();
+        }
+        let done = self.node.invalidate(gather)?;
+        if moment.is_some() {
+            // Nobody heard that it was done.
+            panic_now();
+        }
+        self.paid(gather);
+        Ok(done)
+    }
+
+    fn flush_cost(&self) -> FlushCost {
+        self.around(Callback::FlushCost, || (), || self.node.flush_cost())
+    }
+}

@@ -1,0 +1,84 @@
+//! What a source records by masks stays inside what is asked for.
+#![cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
+#![allow(clippy::unwrap_used)] // helpers of tests
+
+mod common;
+
+use common::{PAGE, pages};
+use dirtymap::{
+    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Invalidated,
+    Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, UserBitmap,
+};
+
+/// 64 pages from an address on are dirty, whatever is asked for.
+struct Word(u64);
+
+impl DirtySource for Word {
+    fn map(&self, _: &Mapping) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn unmap(&self, _: IovaRange, _: &mut FlushGather, _: &mut dyn FnMut(IovaRange)) {}
+
+    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn read_and_clear(&self, _: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        out.take_many(Iova::new(self.0 * PAGE), Granule::K4, u64::MAX, |some| some)
+    }
+
+    fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+        let recorded = sink.record_mask(Iova::new(self.0 * PAGE), Granule::K4, u64::MAX);
+        recorded.map_err(|error| Stopped {
+            at: range.start(),
+            error,
+        })
+    }
+
+    fn invalidate(&self, _: &FlushGather) -> Result<Invalidated, Error> {
+        Ok(Invalidated::default())
+    }
+}
+
+/// The word reaches past the area, below or above: bits of no other page are set.
+#[test]
+fn a_mask_of_64_pages_sets_the_bits_of_an_area_of_four() {
+    for (word, area) in [(64, 64), (64, 100), (64, 124), (60, 64), (3, 64)] {
+        let space = AddressSpace::new(Granule::K4)
+            .with_source(Word(word))
+            .unwrap();
+        space.map(pages(area, 4), 0, Access::ReadWrite).unwrap();
+        space.set_tracking(true).unwrap();
+        // The bits above the request belong to somebody else.
+        let request = HarvestRequest::new(pages(area, 4), Granule::K4);
+        let expected = (0..4).fold(0u64, |bits, n| {
+            let dirty = (word..word + 64).contains(&(area + n));
+            bits | u64::from(dirty) << n
+        });
+        let mut words = [0u64; 2];
+        space.peek(&request, UserBitmap::new(&mut words)).unwrap();
+        assert_eq!(words, [expected, 0], "peek of {area} by {word}");
+        let mut words = [0u64; 2];
+        let lease = space
+            .harvest(&request, UserBitmap::new(&mut words))
+            .unwrap();
+        lease.sync().unwrap().commit();
+        assert_eq!(words, [expected, 0], "harvest of {area} by {word}");
+    }
+}
+
+/// The same of an area that ends inside the request: its neighbour's bits are its neighbour's.
+#[test]
+fn a_mask_that_reaches_into_the_next_area_leaves_its_bits_alone() {
+    let space = AddressSpace::new(Granule::K4).with_source(Word(0)).unwrap();
+    space.map(pages(0, 4), 0, Access::ReadWrite).unwrap();
+    space.map(pages(8, 120), 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    let mut words = [0u64; 2];
+    let request = HarvestRequest::new(pages(0, 128), Granule::K4);
+    // The walk stops at the hole: of what lies above it, nobody has told.
+    let peeked = space.peek(&request, UserBitmap::new(&mut words));
+    assert!(matches!(peeked, Err(Error::Hole { .. })));
+    assert_eq!(words, [0b1111, 0]);
+}
