@@ -86,6 +86,13 @@
 //!
 //! [DESIGN.md](https://github.com/dirtymap/dirtymap/blob/main/DESIGN.md) has the invariants and why they hold; the
 //! `pagetable-sim` crate is an IOMMU to test against.
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+#[cfg(not(all(target_pointer_width = "64", target_has_atomic = "64")))]
+compile_error!(
+    "dirtymap needs a target with 64-bit pointers and 64-bit atomics: the number of a page is an \
+     index into words of 64 bits, and those are atomic"
+);
 
 #[macro_use]
 mod compared;

@@ -191,45 +191,45 @@ fn harvests_are_refused_in_order() {
         (new(pages(0, 64), lg2(63)), 0, unaligned, unaligned),
         // The bitmap: one bit short, or far; before the scope, the tracking and the hole.
         (new(pages(0, 64), k4), 0, short, short),
-        (new(pages(0, 65), k4).all_or_nothing(), 1, short, short),
+        (new(pages(0, 65), k4).holes(Holes::Refuse), 1, short, short),
         (new(pages(0, 16), lg2(9)), 1, short, short),
         (new(pages(0, 65), k4).in_scope(gone), 1, short, short),
         (new(IovaRange::ALL, lg2(0)), 1, short, short),
         (new(IovaRange::ALL, k4), 1, short, short),
         // The scope, then the tracking; before the hole.
         (
-            new(pages(0, 65), k4).all_or_nothing().in_scope(gone),
+            new(pages(0, 65), k4).holes(Holes::Refuse).in_scope(gone),
             2,
             ("NotAttached", 2),
             ("NotAttached", 2),
         ),
         (
-            new(pages(0, 65), k4).all_or_nothing(),
+            new(pages(0, 65), k4).holes(Holes::Refuse),
             2,
             never,
             ("Hole", 22),
         ),
         // A hole: at the end, in the middle, at the start, everywhere, over all addresses.
         (
-            new(pages(0, 80), k4).all_or_nothing(),
+            new(pages(0, 80), k4).holes(Holes::Refuse),
             2,
             never,
             ("Hole", 22),
         ),
         (
-            new(pages(64, 16), k4).all_or_nothing(),
+            new(pages(64, 16), k4).holes(Holes::Refuse),
             1,
             never,
             ("Hole", 22),
         ),
         (
-            new(bytes(TOP, PAGE), k4).all_or_nothing(),
+            new(bytes(TOP, PAGE), k4).holes(Holes::Refuse),
             1,
             never,
             ("Hole", 22),
         ),
         (
-            new(IovaRange::ALL, lg2(63)).all_or_nothing(),
+            new(IovaRange::ALL, lg2(63)).holes(Holes::Refuse),
             1,
             never,
             ("Hole", 22),

@@ -25,10 +25,8 @@ fn pages(first: u64, count: u64) -> IovaRange {
 fn harvested(space: &AddressSpace, range: IovaRange) -> Result<BTreeSet<u64>, Error> {
     let mut words = [0; 8];
     let request = HarvestRequest::new(range, Granule::K4);
-    let lease = space
-        .harvest(&request, UserBitmap::new(&mut words))
-        .map_err(Error::from)?;
-    let lease = lease.sync().map_err(Error::from)?;
+    let lease = space.harvest(&request, UserBitmap::new(&mut words))?;
+    let lease = lease.sync()?;
     let runs = lease.runs().flat_map(|run| {
         let first = (run.start().get() - BASE) / 4096;
         first..first + run.granules(Granule::K4) as u64

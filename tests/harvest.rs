@@ -143,7 +143,7 @@ fn requests_are_refused_in_order_and_nothing_is_touched() {
     assert!(matches!(error, Error::NeverTracked { .. }));
     space.set_tracking(true).unwrap();
     fake.dirty(1);
-    let error = refuse(&request(pages(0, 65)).all_or_nothing(), &mut [0, 0]);
+    let error = refuse(&request(pages(0, 65)).holes(Holes::Refuse), &mut [0, 0]);
     assert!(matches!(error, Error::Hole { at, .. } if at.get() == 64 * PAGE));
     assert_eq!(
         take(&space, pages(0, 64)),

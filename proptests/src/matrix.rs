@@ -314,7 +314,7 @@ fn check(case: &Case, mode: Mode, form: Form) -> Result<(), TestCaseError> {
         numbers(bytes(offset, PAGE), lg2).for_each(|bit| set(&mut image, bit));
     }
 
-    let request = HarvestRequest::new(range, granule).all_or_nothing();
+    let request = HarvestRequest::new(range, granule).holes(Holes::Refuse);
     let mut committed: BTreeSet<u64> = BTreeSet::new();
     let mut back = false;
     match mode {

@@ -7,6 +7,11 @@ use super::reclaim::{Reclaim, SPARE_NODES, Whereabouts};
 use crate::sync::{Arc, AtomicBool, AtomicUsize, Ordering, thread};
 use crate::units::{Iova, IovaRange};
 
+/// Changes of one kind in a loop; few under Miri, which runs each a thousand times slower.
+const fn times(usual: u64) -> u64 {
+    if cfg!(miri) { usual / 50 } else { usual }
+}
+
 fn range(start: u64, last: u64) -> IovaRange {
     IovaRange::new(Iova::new(start), Iova::new(last)).unwrap()
 }
@@ -38,11 +43,11 @@ fn every_node_is_in_the_tree_or_spare_and_none_is_left_behind() {
     let tree: AreaTree<u64, 4> = AreaTree::new();
     let allocated = tree.reclaimer().allocated();
     for round in 0..5 {
-        for i in 0..300 {
+        for i in 0..times(300) {
             tree.insert(range(i * 10, i * 10 + 9), Arc::new(i)).unwrap();
         }
         // Attempts that fail give their nodes back.
-        for i in 0..50 {
+        for i in 0..times(300) / 6 {
             assert!(tree.insert(range(i, 5000), Arc::new(i)).is_err());
             let refused = tree.update(|edit| {
                 edit.remove(Iova::new(i * 10));
@@ -51,7 +56,7 @@ fn every_node_is_in_the_tree_or_spare_and_none_is_left_behind() {
             assert!(refused.is_err());
         }
         settle(&tree);
-        for i in 0..300 {
+        for i in 0..times(300) {
             remove(&tree, i * 10 % 3000);
         }
         assert_eq!(tree.snapshot().shape(), (0, 0), "round {round}");
@@ -74,11 +79,11 @@ fn every_node_is_in_the_tree_or_spare_and_none_is_left_behind() {
 #[test]
 fn a_tree_that_changes_for_ever_stops_to_allocate() {
     let tree: AreaTree<u64, 4> = AreaTree::new();
-    for i in 0..500 {
+    for i in 0..times(500) {
         tree.insert(range(i * 10, i * 10 + 9), Arc::new(i)).unwrap();
     }
-    for i in 0..20_000 {
-        let start = i * 7919 % 500 * 10;
+    for i in 0..times(20_000) {
+        let start = i * 7919 % times(500) * 10;
         remove(&tree, start);
         tree.insert(range(start, start + 9), Arc::new(i)).unwrap();
     }
@@ -151,7 +156,7 @@ fn readers_never_drop_areas() {
                 }
             });
         }
-        for i in 0..5_000 {
+        for i in 0..times(5_000) {
             let start = i * 17 % 99 * 10;
             remove(&tree, start);
             tree.insert(range(start, start + 9), new()).unwrap();
@@ -164,7 +169,7 @@ fn readers_never_drop_areas() {
 #[test]
 fn writers_that_compete_lose_nothing() {
     const WRITERS: u64 = 4;
-    const EACH: u64 = 1_500;
+    const EACH: u64 = times(1_500);
     let tree: AreaTree<u64, 4> = AreaTree::new();
     thread::scope(|scope| {
         for writer in 0..WRITERS {

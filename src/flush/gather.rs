@@ -301,7 +301,7 @@ mod tests {
             for sparse in 0..6 {
                 let (mut many, mut single) = (FlushGather::new(), FlushGather::new());
                 let mut leaves = 0;
-                for nth in 0..2000u64 {
+                for nth in 0..if cfg!(miri) { 20 } else { 2000u64 } {
                     let mask = (0..sparse).fold(next(), |mask, _| mask & next());
                     // Mostly upwards, as a walk goes; sometimes anywhere.
                     let word = if next() % 50 == 0 { next() % 4000 } else { nth };
@@ -330,7 +330,7 @@ mod tests {
     #[test]
     fn keeps_every_page_and_stays_sorted_disjoint_and_bounded() {
         let mut x = 0x2545_F491_4F6C_DD1Du64;
-        for _ in 0..400 {
+        for _ in 0..if cfg!(miri) { 4 } else { 400 } {
             let mut gather = FlushGather::new();
             let mut pages = BTreeSet::new();
             for _ in 0..x % 90 {

@@ -116,18 +116,6 @@ impl<'a, State> Lease<'a, State> {
         stopped.or(self.holding.next)
     }
 
-    /// The lease of a harvest that did not stop: for a consumer that wants all of its request, or an
-    /// error.
-    ///
-    /// # Errors
-    /// Why the harvest stopped. What was taken is put back.
-    pub fn complete(mut self) -> Result<Self, Error> {
-        match self.holding.stopped.take() {
-            None => Ok(self),
-            Some(stopped) => Err(stopped.error),
-        }
-    }
-
     /// Makes every page of the lease dirty again. A superset is possible: bits that were set in the user's bitmap
     /// before the harvest count as well. Does not wait for devices; what is owed stays owed, and the next sync of
     /// anybody pays it.
@@ -149,9 +137,15 @@ impl<'a> Lease<'a, Owed> {
     /// devices. One flush serves all who wait.
     ///
     /// # Errors
-    /// That of a source that could not flush. The lease is put back then; to keep it and try again,
-    /// call [`flush`](Self::flush) first.
+    /// Why the harvest [stopped](Self::stopped), unless [`partial`](Self::partial) says that this is
+    /// fine; then that of a source that could not flush. The lease is put back then; to keep it and
+    /// try again when a flush fails, call [`flush`](Self::flush) first.
     pub fn sync(mut self) -> Result<Lease<'a, Synced>, Error> {
+        if !self.holding.is_partial
+            && let Some(stopped) = self.holding.stopped.take()
+        {
+            return Err(stopped.error);
+        }
         self.flush()?;
         Ok(Lease {
             holding: self.holding,
@@ -159,7 +153,40 @@ impl<'a> Lease<'a, Owed> {
         })
     }
 
-    /// The first half of [`sync`](Self::sync), which then returns at once: for a consumer that tries
+    /// Goes on with what lies below the place where the harvest [stopped](Self::stopped): without this,
+    /// a lease of a harvest that stopped does not [`sync`](Self::sync), so that no consumer takes it for
+    /// all of its request. Of a harvest that did not stop it changes nothing.
+    ///
+    /// ```
+    /// use dirtymap::{Access, AddressSpace, Granule, HarvestRequest, Holes, ToIovaRange, UserBitmap};
+    ///
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// let space = AddressSpace::tracked(Granule::K4);
+    /// space.map(0..8 << 12, 0, Access::ReadWrite)?;
+    /// space.mark(0x3000..0x3001)?;
+    /// let request = HarvestRequest::new((0..64 << 12).to_iova_range()?, Granule::K4);
+    /// let request = request.holes(Holes::Stop);
+    ///
+    /// let mut words = [0; 1];
+    /// let lease = space.harvest(&request, UserBitmap::new(&mut words))?;
+    /// assert!(lease.sync().is_err()); // the hole; page 3 is dirty again
+    ///
+    /// let mut words = [0; 1];
+    /// let lease = space.harvest(&request, UserBitmap::new(&mut words))?;
+    /// let at = lease.next();
+    /// let lease = lease.partial().sync()?;
+    /// assert_eq!((lease.dirty(), at), (1, Some(0x8000.into())));
+    /// lease.commit();
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn partial(mut self) -> Self {
+        self.holding.is_partial = true;
+        self
+    }
+
+    /// The flush of [`sync`](Self::sync), which then returns at once: for a consumer that tries
     /// again when a source could not flush, and keeps the lease meanwhile. Waits for devices.
     ///
     /// # Errors
@@ -257,6 +284,8 @@ pub(super) struct Holding<'a> {
     held: Held<'a>,
     /// Where and why the walk stopped.
     stopped: Option<Stopped>,
+    /// Whether the consumer knows that the walk stopped.
+    is_partial: bool,
     /// Where a bounded harvest goes on.
     next: Option<Iova>,
     /// Whether nothing of the view is in the lease: the walk stopped at its first granule.
@@ -297,6 +326,7 @@ impl<'a> Holding<'a> {
             space,
             held,
             stopped: None,
+            is_partial: false,
             next: None,
             is_empty: false,
             covered,

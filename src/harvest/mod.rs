@@ -80,8 +80,9 @@ impl AddressSpace {
     /// next.
     ///
     /// A harvest that stops half-way, because a source or the bitmap failed, gives a lease for what
-    /// lies below that place: [`Lease::stopped`] has it and the error. [`Lease::complete`] makes an error
-    /// of it, for a consumer that wants all or nothing.
+    /// lies below that place: [`Lease::stopped`] has it and the error. Its [`sync`](Lease::sync) is that
+    /// error, and puts everything back, for a consumer that wants all or nothing; [`Lease::partial`] goes
+    /// on with what there is.
     ///
     /// # Errors
     /// Nothing was touched then. In this order: [`Error::Unaligned`] (to the smallest

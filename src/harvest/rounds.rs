@@ -125,7 +125,8 @@ impl<'a> Rounds<'a> {
     /// attached sources do not.
     ///
     /// # Errors
-    /// As [`next`](Self::next), but for the flush.
+    /// [`Error::NothingMapped`] if there is no area; else those of
+    /// [`harvest`](AddressSpace::harvest).
     pub fn harvest(&mut self) -> Result<Lease<'a, Owed>, Error> {
         let snapshot = self.space.snapshot();
         let areas = snapshot.areas_in(self.within).map(|entry| entry.range);
@@ -153,7 +154,7 @@ impl<'a> Rounds<'a> {
             part: range,
         });
         let holding = Holding::begin(self.space.clone(), held, covered);
-        harvest(holding, snapshot, &request, bound).complete()
+        Ok(harvest(holding, snapshot, &request, bound))
     }
 }
 

@@ -179,6 +179,7 @@ impl Pending {
 }
 
 /// What of `range` lies below `at`.
+#[cfg(any(feature = "kvm", feature = "pagemap"))]
 pub(crate) fn below(range: IovaRange, at: Iova) -> Option<IovaRange> {
     let last = at.get().checked_sub(1).map(Iova::new)?;
     IovaRange::new(range.start(), last).ok()

@@ -35,8 +35,8 @@ use crate::units::{Granule, Iova, IovaRange, ToIovaRange};
 ///
 /// let mut bits = [0; 4];
 /// let request = HarvestRequest::new(ram, Granule::K4);
-/// let lease = space.harvest(&request, UserBitmap::new(&mut bits)).map_err(dirtymap::Error::from)?;
-/// lease.sync().map_err(dirtymap::Error::from)?.commit();
+/// let lease = space.harvest(&request, UserBitmap::new(&mut bits))?;
+/// lease.sync()?.commit();
 /// assert_eq!(bits, [0, 1 << 6, 0, 0]);
 /// # Ok(())
 /// # }

@@ -128,7 +128,7 @@ fn a_harvest_of_more_than_the_memory_is_refused_whole_if_asked_for() {
     let (space, memory) = machine(&[(0, 16 * PAGE)]);
     memory.write_obj(1u8, GuestAddress(3 * PAGE)).unwrap();
     let mut words = [0];
-    let request = HarvestRequest::new(bytes(0, 64 * PAGE), Granule::K4).all_or_nothing();
+    let request = HarvestRequest::new(bytes(0, 64 * PAGE), Granule::K4).holes(Holes::Refuse);
     let refused = space.harvest(&request, UserBitmap::new(&mut words));
     assert!(matches!(
         refused,

@@ -240,8 +240,8 @@ impl Machine {
         let all = IovaRange::from_len(Iova::new(0), RAM)?;
         let request = HarvestRequest::new(all, self.log.page());
         let lease = self.space.harvest(&request, UserBitmap::new(&mut words));
-        let lease = lease.map_err(dirtymap::Error::from)?.sync();
-        let lease = lease.map_err(dirtymap::Error::from)?;
+        let lease = lease?.sync();
+        let lease = lease?;
         let mut found = BTreeSet::new();
         for run in lease.runs() {
             let (start, end) = (run.start().get() as usize, run.last().get() as usize + 1);

@@ -180,9 +180,8 @@ impl<'a> Snapshots<'a> {
             let lease = self
                 .machine
                 .space
-                .harvest(&request, UserBitmap::new(words))
-                .map_err(dirtymap::Error::from)?;
-            leases.push(lease.sync().map_err(dirtymap::Error::from)?);
+                .harvest(&request, UserBitmap::new(words))?;
+            leases.push(lease.sync()?);
         }
         let dirty: u64 = leases.iter().map(Lease::dirty).sum();
         let written = self.write(&leases);

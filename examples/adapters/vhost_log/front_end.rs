@@ -254,10 +254,8 @@ fn copy_dirty(
     for region in regions {
         let mut words = vec![0; (region.range.granules(PAGE) as usize).div_ceil(64)];
         let request = HarvestRequest::new(region.range, PAGE);
-        let lease = space
-            .harvest(&request, UserBitmap::new(&mut words))
-            .map_err(dirtymap::Error::from)?;
-        let lease = lease.sync().map_err(dirtymap::Error::from)?;
+        let lease = space.harvest(&request, UserBitmap::new(&mut words))?;
+        let lease = lease.sync()?;
         for run in lease.runs() {
             let start = run.start().get();
             let from = (start - region.range.start().get()) as usize;

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! RUSTFLAGS="--cfg dirtymap_shuttle" \
-//!     cargo test --profile loom -p pagetable-sim --features __shuttle --test shuttle -- --nocapture
+//!     cargo test --profile loom -p pagetable-sim --features __shuttle --test shuttle
 //! ```
 //!
 //! It finds errors of the protocols, not of weak memory: here each access is SeqCst, and fences are

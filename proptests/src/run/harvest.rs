@@ -369,7 +369,7 @@ impl<'a> Runner<'a> {
         };
         Request {
             inner: if ask.all_or_nothing {
-                inner.all_or_nothing()
+                inner.holes(Holes::Refuse)
             } else {
                 inner
             },

@@ -26,7 +26,7 @@
 //!
 //! let mut words = vec![0u64; 256];
 //! let lease = space.harvest(&HarvestRequest::new(ram, log.page()), UserBitmap::new(&mut words));
-//! let lease = lease.map_err(Error::from)?.sync().map_err(Error::from)?;
+//! let lease = lease?.sync()?;
 //! for run in lease.runs() { /* send it */ }
 //! lease.commit(); // dropped instead, all of it is dirty again, and KVM is not asked for it
 //! # Ok(())

@@ -1,10 +1,10 @@
 //! The log as a source of dirty state.
 
 use super::KvmLog;
-use crate::source::pending::below;
 use crate::bitmap::Sink;
 use crate::error::Error;
 use crate::flush::{FlushGather, Invalidated};
+use crate::source::pending::below;
 use crate::source::{DirtySource, LeafSink, Mapping, Stopped};
 use crate::units::{Granule, Iova, IovaRange};
 

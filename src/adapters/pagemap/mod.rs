@@ -37,7 +37,7 @@
 //!
 //! let mut words = [0u64];
 //! let lease = space.harvest(&HarvestRequest::new(pages, page), UserBitmap::new(&mut words));
-//! let lease = lease.map_err(Error::from)?.sync().map_err(Error::from)?;
+//! let lease = lease?.sync()?;
 //! let written = IovaRange::granule_at(Iova::new(fifth), page);
 //! assert!(lease.runs().any(|run| run.covers(written))); // with huge pages, its neighbours too
 //! lease.commit();

@@ -1,0 +1,148 @@
+# Stages about what is released, and to whom: packages, toolchains, targets, the public interface.
+# Sourced by .ci/run.
+
+# Every crate that can be published, in order: packed, unpacked, and built from what was packed. The
+# documents of a package link to nothing that it lacks.
+stage_package() {
+  local manifest
+  # All but those that say that they are not for publishing.
+  for manifest in $(grep -L '^publish = false' $(git ls-files Cargo.toml '*/Cargo.toml')); do
+    package_links "$manifest" || return 1
+  done
+  cargo publish --workspace --dry-run --locked --allow-dirty
+}
+
+package_links() { # package_links MANIFEST
+  local root files file link broken=0
+  root=$(dirname "$1")
+  files=$(cargo package --list --locked --allow-dirty --manifest-path "$1" 2>/dev/null) || return 1
+  while IFS=: read -r file link; do
+    link=$(realpath -m --relative-to "$root" "$root/$(dirname "$file")/$link")
+    grep -qE "^$link(/|$)" <<<"$files" || {
+      echo "$file links to $link, which the package of $1 lacks"
+      broken=1
+    }
+  done < <(cd "$root" && links $(grep '\.md$' <<<"$files"))
+  return "$broken"
+}
+
+# The oldest Rust that Cargo.toml promises. Where it is missing, clippy's incompatible_msrv (stage
+# lint) stands in: it knows since when a function of std exists, not what the compiler understands.
+# The feature roaring says that it needs a newer one.
+stage_msrv() {
+  local oldest
+  oldest=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+  if ! cargo "+$oldest" --version >/dev/null 2>&1; then
+    skip msrv "no toolchain $oldest: rustup toolchain install $oldest"
+    return
+  fi
+  CARGO_TARGET_DIR=target/msrv cargo "+$oldest" check --locked -p dirtymap --lib \
+    --features "$(features | grep -vx roaring | tr '\n' ' ')" &&
+    CARGO_TARGET_DIR=target/msrv cargo "+$oldest" check --locked -p pagetable-sim --lib
+}
+
+# Other systems and processors: the library builds there with all features. One of 32 bits is refused
+# with words.
+stage_targets() {
+  local targets="aarch64-unknown-linux-gnu x86_64-pc-windows-msvc aarch64-apple-darwin"
+  local narrow=i686-unknown-linux-gnu said
+  if ! rustup target add $targets $narrow >target/rustup.out 2>&1; then
+    skip targets "$(tail -n 1 target/rustup.out)"
+    return
+  fi
+  cargo check --locked -p dirtymap -p pagetable-sim --lib --all-features \
+    $(printf -- '--target %s ' $targets) || return 1
+  said=$(cargo check --locked -p dirtymap --lib --target "$narrow" 2>&1) && {
+    echo "$narrow is not refused"
+    return 1
+  }
+  grep -q 'dirtymap needs a target with 64-bit pointers' <<<"$said" || {
+    printf '%s\n%s is refused, but not with words\n' "$said" "$narrow"
+    return 1
+  }
+}
+
+# The documentation as docs.rs makes it: with nightly, and the features that each item needs.
+stage_docs-rs() {
+  nightly docs-rs || return 0
+  RUSTDOCFLAGS="--cfg docsrs -D warnings" CARGO_TARGET_DIR=target/docs-rs \
+    cargo +nightly doc --locked --no-deps --all-features -p dirtymap -p pagetable-sim
+}
+
+# Each dependency in the oldest version that the manifests allow: they promise no more than is used.
+stage_minimal-versions() {
+  nightly minimal-versions || return 0
+  local copy=target/minimal
+  rm -rf "$copy" && mkdir -p "$copy" || return 1
+  git ls-files -z | xargs -0 cp --parents -Pt "$copy" || return 1
+  (
+    cd "$copy" && rm Cargo.lock && cargo +nightly update -Z direct-minimal-versions &&
+      CARGO_TARGET_DIR=../minimal-build cargo check --locked -p dirtymap --lib --all-features &&
+      CARGO_TARGET_DIR=../minimal-build cargo check --locked -p pagetable-sim --lib
+  )
+}
+
+nightly() { # nightly STAGE: false, and a skip, without that toolchain
+  cargo +nightly --version >/dev/null 2>&1 && return
+  skip "$1" "no nightly toolchain: rustup toolchain install nightly"
+  return 1
+}
+
+# Installs a tool from crates.io unless it is there: false, and a skip, if it cannot be had.
+tool() { # tool STAGE NAME
+  cargo "${2#cargo-}" --version >/dev/null 2>&1 && return
+  cargo install --locked "$2" && return
+  skip "$1" "$2 cannot be installed"
+  return 1
+}
+
+# The public interface of each published crate, blanket and automatic impls left out, against the
+# snapshot in docs/public-api: a change of it is seen in review. With BLESS=1 the snapshot is written.
+stage_public-api() {
+  nightly public-api || return 0
+  tool public-api cargo-public-api || return 0
+  local crate got
+  for crate in dirtymap pagetable-sim; do
+    got=$(cargo +nightly public-api -p "$crate" --all-features -sss 2>target/public-api.out) || {
+      cat target/public-api.out
+      return 1
+    }
+    if [ -n "${BLESS:-}" ]; then
+      mkdir -p docs/public-api && echo "$got" >"docs/public-api/$crate.txt"
+    fi
+    diff "docs/public-api/$crate.txt" <(echo "$got") || {
+      echo "the public interface of $crate has changed: BLESS=1 .ci/run public-api"
+      return 1
+    }
+  done
+  external_types
+}
+
+# Types of other crates in the public interface are those that .ci/external-types lists: a release of
+# such a crate breaks ours.
+external_types() {
+  local there
+  there=$(grep -ohE '\b[a-z_]+(::[A-Za-z_]+)+' docs/public-api/*.txt | sed 's/::.*//' | sort -u |
+    grep -vxE 'core|alloc|std|dirtymap|pagetable_sim')
+  differ ".ci/external-types" "$there" "$(sort -u .ci/external-types)"
+}
+
+# The interface against the newest tag `v*`: the version number must say what the change does.
+stage_semver() {
+  local release
+  release=$(git describe --tags --abbrev=0 --match 'v*' 2>/dev/null) || {
+    echo "no release yet: nothing to compare with"
+    return 0
+  }
+  tool semver cargo-semver-checks || return 0
+  cargo semver-checks --baseline-rev "$release" -p dirtymap -p pagetable-sim
+}
+
+# Licences, sources and advisories of dependencies, as deny.toml has them. Without the database of
+# advisories, which comes from elsewhere than crates, all but those.
+stage_deny() {
+  tool deny cargo-deny || return 0
+  cargo deny --all-features fetch db >/dev/null 2>&1 && cargo deny --all-features check && return
+  cargo deny --all-features check bans licenses sources &&
+    skip deny "the database of advisories cannot be fetched; licences and sources are in order"
+}
