@@ -17,9 +17,9 @@
 //!
 //! # fn main() -> Result<(), dirtymap::Error> {
 //! let ram = IovaRange::from_len(Iova::new(0x4000_0000), 64 << 20)?; // 64 MiB of guest memory
-//! let space = AddressSpace::new(Granule::K4); // .with_source(iommu_domain)? to track devices as well
+//! let space = AddressSpace::new(Granule::K4); // with_source(.., iommu_domain)? tracks devices as well
 //! space.map(ram, 0, Access::ReadWrite)?;
-//! space.set_tracking(true)?; // from here on every write is reported; now copy everything once
+//! space.start_tracking()?; // from here on every write is reported; now copy everything once
 //!
 //! // Any thread, after it wrote to guest memory:
 //! space.mark(IovaRange::from_len(Iova::new(0x4000_1ffe), 4)?)?; // touches two pages
@@ -45,7 +45,7 @@
 //!   drop.
 //! * **Copy after sync.** The types keep you from copying pages while stale translations may still be written
 //!   through.
-//! * **Lock-free.** Marks, lookups and harvests never wait. Only `sync`, `set_tracking`, `map` when it fails, unmap,
+//! * **Lock-free.** Marks, lookups and harvests never wait. Only `sync`, `start_tracking`, `map` when it fails, unmap,
 //!   cuts, batches, attach and detach wait, for devices to drain and for each other.
 //! * **Inside the bitmap.** No bit outside the request is touched, and set bits stay set.
 //!
@@ -130,7 +130,9 @@ pub use space::{
 pub use source::PulledLog;
 #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
 pub use source::kit as source_kit;
-pub use source::{DirtySource, LeafSink, Mapping, MarkOrdering, SharedLog, Stopped, ToClear};
+pub use source::{
+    DirtySource, LeafSink, Mapping, MarkOrdering, SharedLog, Stopped, ToClear, Tracking,
+};
 
 pub use harvest::{
     Aborted, HarvestReport, HarvestRequest, Holes, Lease, Owed, Rounds, Scope, Synced, WriteGuard,

@@ -83,7 +83,7 @@ fn pulled() -> (AddressSpace, Arc<Log>) {
     space
         .attach(PulledLog::new(pages(0, PAGES), Granule::K4, pull).unwrap())
         .unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     (space, log)
 }
 
@@ -154,7 +154,7 @@ fn a_shared_log_is_taken_word_by_word_while_its_writers_run() {
     space
         .attach(SharedLog::new(pages(0, PAGES), Granule::K4, Arc::clone(&words)).unwrap())
         .unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     assert!(harvested(&space, pages(0, PAGES)).unwrap().is_empty());
 
     // Each page carries a number; the copy must have the last one of each when the writers are done.

@@ -15,7 +15,7 @@
 /// device.quiesce();
 ///
 /// domain.break_hardware(Breakage::IgnoreInvalidations);
-/// domain.set_tracking(true)?; // ends with a flush, which reaches no device
+/// domain.set_tracking(Tracking::On)?; // ends with a flush, which reaches no device
 /// device.write(range.start(), b"lost")?;
 /// assert!(!domain.translate(range.start()).unwrap().dirty);
 /// # Ok::<(), Box<dyn std::error::Error>>(())

@@ -34,7 +34,7 @@
 //! let domain = Domain::new(memory, config);
 //! let range = IovaRange::from_len(Iova::new(0x10_0000), 1 << 20)?;
 //! domain.map(&Mapping { range, backing: 0, access: Access::ReadWrite })?;
-//! domain.set_tracking(true)?;
+//! domain.set_tracking(Tracking::On)?;
 //!
 //! let mut device = domain.attach(DeviceConfig::default());
 //! device.write(Iova::new(0x10_2ffe), b"four")?; // across a page border

@@ -16,7 +16,7 @@ use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering, lock};
 use dirtymap::{
     Access, AddressSpace, DirtySource, DomainId, Error, FlushGather, Granule, HarvestBounds,
     HarvestError, HarvestRequest, Invalidated, Iova, IovaRange, LeafSink, Lease, Mapping, Owed,
-    Scope, Sink, Stopped, UserBitmap,
+    Scope, Sink, Stopped, Tracking, UserBitmap,
 };
 
 use crate::Random;
@@ -138,7 +138,7 @@ impl DirtySource for Log {
         }
     }
 
-    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
         Ok(())
     }
 
@@ -215,7 +215,7 @@ impl World {
             let range = pages(first, AREA);
             space.map(range, first * PAGE, Access::ReadWrite).unwrap();
         }
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         let world = Arc::new(World {
             space,
             log: Arc::clone(&log),
@@ -293,16 +293,16 @@ impl World {
         let whole = UserBitmap::new(&mut words);
         let space = &self.space;
         let lease = match self.below(8) {
-            0 => space.harvest_masked(&request, &mask.unwrap(), whole),
+            0 => space.harvest(&request.masked(mask.unwrap()), whole),
             1..4 => {
                 let unit = space.alignment().max(granule(bits));
                 let at = range.start().get() + self.below(range.len() as u64);
                 let from = Iova::new(at).granule_start(unit).max(range.start());
-                let bounds = HarvestBounds::new().bits(1 + self.below(40));
-                let part = space.harvest_bounded(&request, from, bounds, whole);
+                let part =
+                    space.harvest(&request.resume_at(from).max_bits(1 + self.below(40)), whole);
                 part.map(|part| part.lease)
             }
-            4 => space.harvest_parallel(&request, whole),
+            4 => space.harvest(&request.parallel(), whole),
             5 => {
                 let one = request.in_scope(Scope::Domain(self.domain));
                 space.harvest(&one, whole)
@@ -318,7 +318,7 @@ impl World {
             Ok(lease) => lease,
             // Another consumer has unmapped an area.
             Err(HarvestError::Stopped(stopped)) => stopped.lease,
-            Err(HarvestError::Refused(error)) => panic!("{error}"),
+            Err(error) => panic!("{error}"),
         };
         self.end(lease);
     }

@@ -6,7 +6,8 @@ use std::collections::BTreeSet;
 use dirtymap::sync::Arc;
 use dirtymap::{
     Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestBounds, HarvestRequest,
-    Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, SparseBitmap, Stopped, UserBitmap,
+    Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, SparseBitmap, Stopped, Tracking,
+    UserBitmap,
 };
 use pagetable_sim::{Domain, DomainConfig, LeafSizes, PhysMemory};
 use proptest::collection::{btree_set, vec};
@@ -195,8 +196,8 @@ impl DirtySource for Leaves {
         self.domain.unmap(range, gather, dirty);
     }
 
-    fn set_tracking(&self, on: bool) -> Result<(), Error> {
-        self.domain.set_tracking(on)
+    fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
+        self.domain.set_tracking(to)
     }
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
@@ -224,7 +225,7 @@ fn world(case: &Case) -> (AddressSpace, BTreeSet<u64>) {
             _ => areas.clone(),
         },
     };
-    let space = AddressSpace::new(Granule::K4).with_source(source).unwrap();
+    let space = AddressSpace::with_source(Granule::K4, source).unwrap();
     let window = case.in_window(0, WINDOW * PAGE);
     for (range, _) in &areas {
         let backing = range.start().get() - window.start().get();
@@ -241,7 +242,7 @@ fn world(case: &Case) -> (AddressSpace, BTreeSet<u64>) {
             space.map(bytes(start, len), 0, Access::ReadWrite).unwrap();
         }
     }
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let mut dirty = BTreeSet::new();
     for &(device, at, len) in &case.writes {
         if !device || case.block == TOP {
@@ -324,7 +325,7 @@ fn check(case: &Case, mode: Mode, form: Form) -> Result<(), TestCaseError> {
             lease.sync().unwrap().commit();
         }
         Mode::Parallel => {
-            let lease = space.harvest_parallel(&request, memory.bitmap()).unwrap();
+            let lease = space.harvest(&request.parallel(), memory.bitmap()).unwrap();
             lease.sync().unwrap().commit();
         }
         Mode::Masked => {
@@ -335,16 +336,18 @@ fn check(case: &Case, mode: Mode, form: Form) -> Result<(), TestCaseError> {
             let recorded = case.mask.1.iter().map(in_window);
             recorded.for_each(|range| mask.sink().record(range).unwrap());
             let lease = space
-                .harvest_masked(&request, &mask, memory.bitmap())
+                .harvest(&request.masked(mask), memory.bitmap())
                 .unwrap();
             lease.sync().unwrap().commit();
         }
         Mode::Bounded => {
             let mut next = Some(range.start());
             while let Some(from) = next {
-                let bounds = HarvestBounds::new().bits(case.limit);
                 let part = space
-                    .harvest_bounded(&request, from, bounds, memory.bitmap())
+                    .harvest(
+                        &request.resume_at(from).max_bits(case.limit),
+                        memory.bitmap(),
+                    )
                     .unwrap();
                 next = part.next;
                 prop_assert!(next.is_none_or(|next| next > from));

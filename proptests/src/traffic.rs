@@ -252,7 +252,7 @@ fn violations(breakage: Breakage, time: Duration, seed: u64) -> [u64; 3] {
     let random = |nth: u64| Random::new(seed.wrapping_mul(31).wrapping_add(nth));
     let permanent = traffic.domain(&mut random(0));
     let id = traffic.space.attach(Arc::clone(&permanent)).unwrap();
-    traffic.space.set_tracking(true).unwrap();
+    traffic.space.start_tracking().unwrap();
     let traffic_ref = &traffic;
     thread::scope(|scope| {
         for nth in 0..MAPPERS {

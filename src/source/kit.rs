@@ -104,7 +104,7 @@ impl<'r> Bench<'r> {
         allowed(space.map(range, 0, Access::ReadWrite), "an area");
         let attached = space.attach(Arc::clone(&source));
         allowed(attached.map(drop), "a source");
-        allowed(space.set_tracking(true), "tracking");
+        allowed(space.start_tracking(), "tracking");
         Bench {
             rig,
             source,
@@ -277,20 +277,20 @@ fn a_panic_in_the_middle_leaves_the_source_usable(bench: &Bench<'_>) {
 
 fn tracking_begins_clean(bench: &Bench<'_>) {
     bench.write(1);
-    allowed(bench.space.set_tracking(true), "tracking, twice");
+    allowed(bench.space.start_tracking(), "tracking, twice");
     assert_eq!(
         bench.committed(),
         set(&[1]),
         "tracking twice keeps what is dirty"
     );
     bench.write(2);
-    allowed(bench.space.set_tracking(false), "an end of tracking");
+    allowed(bench.space.stop_tracking(), "an end of tracking");
     assert_eq!(
         bench.committed(),
         set(&[2]),
         "an end of tracking keeps what is dirty"
     );
-    allowed(bench.space.set_tracking(true), "tracking again");
+    allowed(bench.space.start_tracking(), "tracking again");
     assert_eq!(bench.committed(), set(&[]), "tracking begins clean");
     bench.write(3);
     assert_eq!(bench.committed(), set(&[3]), "tracking again reports");
@@ -310,7 +310,7 @@ fn a_space_of_smaller_pages_gets_whole_ones(bench: &Bench<'_>) {
         "a second space",
     );
     allowed(space.map(bench.range, 0, Access::ReadWrite), "an area");
-    allowed(space.set_tracking(true), "tracking");
+    allowed(space.start_tracking(), "tracking");
     bench.write(70);
     let (mut reported, mut from) = (0, Some(bench.range.start()));
     while let Some(at) = from {

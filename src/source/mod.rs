@@ -56,6 +56,22 @@ pub struct Stopped {
     pub error: Error,
 }
 
+/// Whether a source is to track writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tracking {
+    /// Every write is reported.
+    On,
+    /// Nothing need be reported.
+    Off,
+}
+
+impl Tracking {
+    /// Whether it is [`Tracking::On`].
+    pub const fn is_on(self) -> bool {
+        matches!(self, Tracking::On)
+    }
+}
+
 /// Something that knows which of its memory was written.
 ///
 /// All methods take `&self` and may be called by many threads at once, on overlapping ranges too.
@@ -145,13 +161,13 @@ pub trait DirtySource: Send + Sync {
         Err(Error::CannotSplit { at })
     }
 
-    /// Switches tracking. On: leaves that are dirty become clean, and every write that begins after the return is
-    /// reported; twice on changes nothing and keeps what is dirty. Off: what is dirty stays for a last harvest. May
-    /// wait for devices.
+    /// Switches tracking. [`Tracking::On`]: leaves that are dirty become clean, and every write that
+    /// begins after the return is reported; twice on changes nothing and keeps what is dirty.
+    /// [`Tracking::Off`]: what is dirty stays for a last harvest. May wait for devices.
     ///
     /// # Errors
     /// If the source cannot; then the old state stays.
-    fn set_tracking(&self, on: bool) -> Result<(), Error>;
+    fn set_tracking(&self, to: Tracking) -> Result<(), Error>;
 
     /// Hands every dirty leaf that `range` touches to `out`, in ascending order, by
     /// [`LeafSink::take`], [`take_many`](LeafSink::take_many) or [`take_run`](LeafSink::take_run).
@@ -211,8 +227,8 @@ impl<T: DirtySource + ?Sized> DirtySource for Arc<T> {
         (**self).split_at(at, gather)
     }
 
-    fn set_tracking(&self, on: bool) -> Result<(), Error> {
-        (**self).set_tracking(on)
+    fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
+        (**self).set_tracking(to)
     }
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {

@@ -3,7 +3,7 @@
 use std::collections::TryReserveError;
 
 use super::pending::{Pending, zeroed};
-use super::{DirtySource, LeafSink, Stopped};
+use super::{DirtySource, LeafSink, Stopped, Tracking};
 use crate::bitmap::Sink;
 use crate::error::Error;
 use crate::flush::FlushGather;
@@ -40,7 +40,7 @@ use crate::units::{Granule, Iova, IovaRange, ToIovaRange};
 /// space.attach(PulledLog::new(ram, Granule::K4, |range, words: &mut [u64]| {
 ///     device_log(range, words) // your ioctl
 /// })?)?;
-/// space.set_tracking(true)?;
+/// space.start_tracking()?;
 /// # Ok(())
 /// # }
 /// ```
@@ -153,8 +153,8 @@ where
         state.pending.drain(range, dirty);
     }
 
-    fn set_tracking(&self, on: bool) -> Result<(), Error> {
-        if on {
+    fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
+        if to.is_on() {
             let mut state = lock(&self.state);
             self.pull(&mut state, self.range)?;
             state.pending.clear();

@@ -1,6 +1,6 @@
 //! A log in shared memory: someone else sets bits, harvests take them.
 
-use super::{DirtySource, LeafSink, Stopped};
+use super::{DirtySource, LeafSink, Stopped, Tracking};
 use crate::bitmap::{Sink, word_masks, word_runs};
 use crate::error::Error;
 use crate::flush::FlushGather;
@@ -29,7 +29,7 @@ use crate::units::{Granule, Iova, IovaRange, ToIovaRange};
 /// let space = AddressSpace::new(Granule::K4);
 /// space.map(ram, 0, Access::ReadWrite)?;
 /// space.attach(SharedLog::new(ram, Granule::K4, Arc::clone(&words))?)?;
-/// space.set_tracking(true)?;
+/// space.start_tracking()?;
 ///
 /// words[1].fetch_or(1 << 6, Ordering::Release); // a device wrote page 70
 ///
@@ -117,8 +117,8 @@ impl<W: AsRef<[AtomicU64]> + Send + Sync> DirtySource for SharedLog<W> {
         }
     }
 
-    fn set_tracking(&self, on: bool) -> Result<(), Error> {
-        if on {
+    fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
+        if to.is_on() {
             for (_, mask, word) in self.words(self.range) {
                 Self::take(word, mask);
             }

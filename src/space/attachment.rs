@@ -54,7 +54,7 @@ use crate::error::Error;
 use crate::events;
 use crate::failure::{Failure, attempt, call};
 use crate::flush::{FlushCost, FlushGather};
-use crate::source::{DirtySource, Marks, Slot};
+use crate::source::{DirtySource, Marks, Slot, Tracking};
 use crate::sync::{Arc, AtomicBool, Ordering, Step, TINY, fence, lock, performs};
 use crate::units::{DomainId, Granule, Iova, IovaRange};
 
@@ -159,7 +159,7 @@ impl AddressSpace {
         if self.tracks() {
             // Before the first page is mapped: no write goes unseen.
             attachment
-                .switch(true)
+                .switch(Tracking::On)
                 .map_err(|failure| attachment.switch_back(failure))?;
         }
         let too_early = (!performs(Step::LookAfterPublish)).then(|| self.all_areas());
@@ -239,7 +239,7 @@ impl AddressSpace {
             Ok(())
         });
         self.declare_cost();
-        match attachment.switch(false) {
+        match attachment.switch(Tracking::Off) {
             Err(panicked @ Failure::Panicked(_)) => Err(panicked),
             // A source that cannot be switched off goes on, which only costs.
             Ok(_) | Err(Failure::Refused(_)) => Ok(()),

@@ -57,7 +57,7 @@ pub(crate) type Areas<'a> = SpaceSnapshot<'a>;
 ///
 /// Shared by reference between any number of threads. Marks, lookups and harvests never wait; [`map`](Self::map),
 /// [`unmap_discarding`](Self::unmap_discarding), [`attach`](Self::attach), [`detach`](Self::detach) and
-/// [`set_tracking`](Self::set_tracking) may wait for devices to drain.
+/// [`start_tracking`](Self::start_tracking) may wait for devices to drain.
 ///
 /// Areas and rules that are replaced are dropped when no reader can hold them any more: later, on
 /// any thread, possibly after the space. A source is dropped by a call that changes the space,
@@ -97,18 +97,36 @@ impl AddressSpace {
         }
     }
 
-    /// [Attaches](Self::attach) a source of dirty state, such as the domain of an IOMMU, to a space in the making.
+    /// An empty space over a source of dirty state, such as the domain of an IOMMU; for further
+    /// sources there is [`attach`](Self::attach).
+    ///
+    /// ```
+    /// use dirtymap::{Access, AddressSpace, Granule, SharedLog, ToIovaRange};
+    /// use std::sync::Arc;
+    /// use std::sync::atomic::AtomicU64;
+    ///
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// let ram = (0..1 << 20).to_iova_range()?;
+    /// let words: Arc<[AtomicU64]> = (0..4).map(|_| AtomicU64::new(0)).collect();
+    /// let log = SharedLog::new(ram, Granule::K4, words)?; // a device sets a bit for each page
+    /// let space = AddressSpace::with_source(Granule::K4, log)?;
+    /// space.map(ram, 0, Access::ReadWrite)?;
+    /// space.start_tracking()?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// Those of `attach`; the space is gone then, so add sources first.
-    pub fn with_source(self, source: impl DirtySource + 'static) -> Result<Self, Error> {
-        self.attach(source)?;
-        Ok(self)
+    /// Those of `attach`.
+    pub fn with_source(page: Granule, source: impl DirtySource + 'static) -> Result<Self, Error> {
+        let space = Self::new(page);
+        space.attach(source)?;
+        Ok(space)
     }
 
     /// Lets marks of areas that are mapped from now on do without a fence, which is most of the cost of a mark of a page that is
     /// marked already: where the system has `membarrier(2)` with expedited private barriers,
-    /// [`sync`](crate::Lease::sync), [`unmap`](Self::unmap) and [`set_tracking`](Self::set_tracking) run a full fence in all
+    /// [`sync`](crate::Lease::sync), [`unmap`](Self::unmap) and [`start_tracking`](Self::start_tracking) run a full fence in all
     /// threads of this process instead. That takes some 10 microseconds, and interrupts each processor that runs one of them:
     /// worth it from some ten thousand marks a harvest on. [`mark_ordering`](Self::mark_ordering) says what is in use. Needs the
     /// feature `membarrier`.

@@ -89,7 +89,7 @@ fn run(cli: &Cli) -> Result<u8, Failure> {
         cli.devices
     )?;
     // From here on every write is reported, so the first snapshot may be taken while devices write.
-    machine.space.set_tracking(true)?;
+    machine.space.start_tracking()?;
     let mut snapshots = Snapshots::new(cli, &machine, &regions, dir);
     std::thread::scope(|scope| {
         let mut devices: Vec<_> = (0..u64::from(cli.devices))

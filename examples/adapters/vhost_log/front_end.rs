@@ -187,7 +187,7 @@ fn migrate(cli: &Cli) -> Result<u8, Box<dyn Error>> {
     let memory = GuestMemoryMmap::<()>::from_ranges_with_files(&ranges?)?;
 
     let log = Arc::new(VhostLog::new(regions[1].range.last())?);
-    let space = AddressSpace::new(PAGE).with_source(Arc::clone(&log))?;
+    let space = AddressSpace::with_source(PAGE, Arc::clone(&log))?;
     for region in &regions {
         let backing = region.range.start().get();
         space.map(region.range, backing, Access::ReadWrite)?;
@@ -207,7 +207,7 @@ fn migrate(cli: &Cli) -> Result<u8, Box<dyn Error>> {
     )?;
     send(&device, &log.memory())?;
     // The device has the log: from here on every write is reported, and everything is copied once.
-    space.set_tracking(true)?;
+    space.start_tracking()?;
     for region in &mut regions {
         memory.read_slice(&mut region.copy, GuestAddress(region.range.start().get()))?;
     }

@@ -141,7 +141,10 @@ impl Ioas {
         if !hwpt.tracks {
             return Err(Refusal::CannotTrack);
         }
-        self.space.set_domain_tracking(hwpt.id, on)?;
+        match on {
+            true => self.space.start_domain_tracking(hwpt.id)?,
+            false => self.space.stop_domain_tracking(hwpt.id)?,
+        }
         hwpt.ever_tracked.set(hwpt.ever_tracked.get() || on);
         Ok(())
     }
@@ -205,7 +208,7 @@ impl Ioas {
                     stopped.lease.sync()?.commit();
                     Some(stopped.error)
                 }
-                Err(HarvestError::Refused(error)) => return Err(error),
+                Err(error) => return Err(error),
             }
         } else {
             self.space.peek(&request, bitmap).err()

@@ -253,9 +253,7 @@ pub(super) fn record(broken: Broken, time: Duration, seed: u64) -> History {
     };
     let domain = Domain::new(Arc::clone(&memory), config);
     let run = Run {
-        space: AddressSpace::new(Granule::K4)
-            .with_source(Arc::clone(&domain))
-            .unwrap(),
+        space: AddressSpace::with_source(Granule::K4, Arc::clone(&domain)).unwrap(),
         memory,
         broken,
         began: Instant::now(),
@@ -267,7 +265,7 @@ pub(super) fn record(broken: Broken, time: Duration, seed: u64) -> History {
         let backing = range.start().get();
         run.space.map(range, backing, Access::ReadWrite).unwrap();
     }
-    run.space.set_tracking(true).unwrap();
+    run.space.start_tracking().unwrap();
     if let Broken::Hardware(breakage) = broken {
         domain.break_hardware(breakage);
     }

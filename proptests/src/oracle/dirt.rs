@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use dirtymap::{DomainId, IovaRange};
+use dirtymap::{DomainId, IovaRange, Tracking};
 
 use super::{Area, Oracle, pages_of};
 use crate::op::Ask;

@@ -1,7 +1,7 @@
 //! Domains that come and go, and the switches of tracking.
 
 use dirtymap::sync::Arc;
-use dirtymap::{Error, IovaRange};
+use dirtymap::{Error, IovaRange, Tracking};
 
 use super::panics::{Panicked, caught};
 use super::{Checked, Runner, same_answer};
@@ -190,7 +190,7 @@ impl Runner<'_> {
         let id = domain.map(|nth| self.oracle.domains[nth].id);
         let answer = loop {
             let answer = caught(|| match id {
-                None => self.space.set_tracking(on),
+                None => self.space.set_tracking(to),
                 Some(Some(id)) => self.space.set_domain_tracking(id, on),
                 Some(None) => Ok(()),
             });

@@ -96,7 +96,7 @@ impl<'a> Runner<'a> {
                 let stop = (stopped.at, stopped.error);
                 (stopped.lease, None, Some(stop))
             }
-            Ok(Err(HarvestError::Refused(error))) => {
+            Ok(Err(error)) => {
                 return Self::refused(request, &buffer.read(), error);
             }
             Err(panic) if was_told(&*panic) => {

@@ -34,7 +34,7 @@ pub(super) fn share_of(range: IovaRange, Share(one, other): Share) -> IovaRange 
 /// Calls what `mode` names; `page` is what areas are made of.
 pub(super) fn call<'b>(
     space: &'b AddressSpace,
-    request: &HarvestRequest,
+    request: &HarvestRequest<'_>,
     mode: Mode,
     page: Granule,
     bitmap: UserBitmap<'b>,
@@ -43,12 +43,11 @@ pub(super) fn call<'b>(
     match mode {
         Mode::Whole => space.harvest(request, bitmap).map(|lease| (lease, None)),
         Mode::Parallel => space
-            .harvest_parallel(request, bitmap)
+            .harvest(&request.parallel(), bitmap)
             .map(|lease| (lease, None)),
         Mode::Bounded { from, bits } => {
             let from = cursor(range, request.granule().max(page), from);
-            let bounds = HarvestBounds::new().bits(bits.into());
-            let part = space.harvest_bounded(request, from, bounds, bitmap)?;
+            let part = space.harvest(&request.resume_at(from).max_bits(bits.into()), bitmap)?;
             Ok((part.lease, part.next))
         }
         Mode::Masked(mask) => {
@@ -57,7 +56,7 @@ pub(super) fn call<'b>(
             let mut words = mask_words(mask, over, granule);
             let view = UserBitmap::new(&mut words).view(over, granule);
             let view = view.map_err(HarvestError::Refused)?;
-            let lease = space.harvest_masked(request, &view, bitmap)?;
+            let lease = space.harvest(&request.masked(view), bitmap)?;
             Ok((lease, None))
         }
     }

@@ -76,7 +76,7 @@ impl Runner<'_> {
                 let stop = (stopped.at, stopped.error);
                 (stopped.lease, None, Some(stop))
             }
-            Ok(Err(HarvestError::Refused(error))) => return Ok(End::Refused(error)),
+            Ok(Err(error)) => return Ok(End::Refused(error)),
             Err(panic) if was_told(&*panic) => {
                 let first = panic.is::<ToldToDie>();
                 return Ok(End::Died { first });

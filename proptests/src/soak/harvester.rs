@@ -63,7 +63,7 @@ impl<'w> Harvester<'w> {
     }
 
     /// A range, a granule and a scope.
-    fn request(&mut self) -> HarvestRequest {
+    fn request(&mut self) -> HarvestRequest<'static> {
         let random = &mut self.random;
         let (first, pages) = match random.below(4) {
             // A slot, or a part of it with its neighbours.
@@ -96,14 +96,14 @@ impl<'w> Harvester<'w> {
         HarvestRequest::new(layout::range(first, pages), granule).in_scope(scope)
     }
 
-    fn clear_words(&mut self, request: &HarvestRequest) {
+    fn clear_words(&mut self, request: &HarvestRequest<'_>) {
         let bits = request.range().granules(request.granule()) as usize;
         self.words.clear();
         self.words
             .resize_with(bits.div_ceil(64), || AtomicU64::new(0));
     }
 
-    fn peek(&mut self, request: &HarvestRequest) -> Result<(), Failure> {
+    fn peek(&mut self, request: &HarvestRequest<'_>) -> Result<(), Failure> {
         self.clear_words(request);
         self.world.tally.add(Count::Peeks, 1);
         match self
@@ -117,7 +117,11 @@ impl<'w> Harvester<'w> {
     }
 
     /// One harvest, and what becomes of it. Returns how many bits it set.
-    pub(super) fn round(&mut self, request: &HarvestRequest, fate: Fate) -> Result<u64, Failure> {
+    pub(super) fn round(
+        &mut self,
+        request: &HarvestRequest<'_>,
+        fate: Fate,
+    ) -> Result<u64, Failure> {
         let range = request.range();
         let (world, tally) = (self.world, &self.world.tally);
         let sabotage = world.options.sabotage;
@@ -211,7 +215,7 @@ impl<'w> Harvester<'w> {
     }
 }
 
-fn text(request: &HarvestRequest, fate: Fate) -> &'static str {
+fn text(request: &HarvestRequest<'_>, fate: Fate) -> &'static str {
     match (request.scope(), fate) {
         (Scope::All, Fate::Commit) => "harvests, to commit,",
         (Scope::All, Fate::AbortSynced) => "harvests, to abort after the sync,",

@@ -110,7 +110,7 @@ impl World {
         for (first, pages) in layout::STATIC {
             space.map(layout::range(first, pages), first * PAGE, Access::ReadWrite)?;
         }
-        space.set_tracking(true)?;
+        space.start_tracking()?;
         let breakage = options.breakage();
         for machine in &machines {
             machine.break_hardware(breakage);

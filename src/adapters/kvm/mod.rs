@@ -20,9 +20,9 @@
 //! // SAFETY: 64 MiB from here on are mapped for the guest alone, until the virtual machine is gone.
 //! unsafe { log.add_slot(0, ram, host_address) }?;
 //!
-//! let space = AddressSpace::new(log.page()).with_source(Arc::clone(&log))?;
+//! let space = AddressSpace::with_source(log.page(), Arc::clone(&log))?;
 //! space.map(ram, 0, Access::ReadWrite)?;
-//! space.set_tracking(true)?; // from here on, whatever guest or VMM write is reported
+//! space.start_tracking()?; // from here on, whatever guest or VMM write is reported
 //!
 //! let mut words = vec![0u64; 256];
 //! let lease = space.harvest(&HarvestRequest::new(ram, log.page()), UserBitmap::new(&mut words));

@@ -28,9 +28,9 @@
 //! let pages = bytes.round_in(page).ok_or("no whole page")?;
 //! memory.add(pages, pages.start().get())?;
 //!
-//! let space = AddressSpace::new(page).with_source(Arc::clone(&memory))?;
+//! let space = AddressSpace::with_source(page, Arc::clone(&memory))?;
 //! space.map(pages, 0, Access::ReadWrite)?;
-//! space.set_tracking(true)?; // from here on, every write is reported
+//! space.start_tracking()?; // from here on, every write is reported
 //!
 //! let fifth = pages.start().get() + (5 << page.lg2());
 //! heap[(fifth - bytes.start().get()) as usize] = 1; // no mark

@@ -31,7 +31,7 @@
 //! // front_end.set_log_base(0, Some(VhostUserDirtyLogRegion {
 //! //     mmap_size: memory.size(), mmap_offset: memory.offset(), mmap_handle: memory.file().as_raw_fd() }))?;
 //! // front_end.set_features(features | 1 << VHOST_F_LOG_ALL)?;
-//! space.set_tracking(true)?; // when all back ends have answered; then copy everything, harvest, copy, ...
+//! space.start_tracking()?; // when all back ends have answered; then copy everything, harvest, copy, ...
 //!
 //! // Memory has grown beyond the log:
 //! let swap = log.swap(Iova::new(0x2_3fff_ffff))?; // harvests look at both logs from here on

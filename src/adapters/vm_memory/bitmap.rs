@@ -199,7 +199,7 @@ impl NewBitmap for SpaceBitmap {
         };
         let own = Self::map(&bare.space, bytes.round_out(bare.space.page()));
         // A lone area from address 0 on is never refused. If it were, every mark would be counted as outside.
-        match own.and_then(|own| own.space.set_tracking(true).map(|()| own)) {
+        match own.and_then(|own| own.space.start_tracking().map(|()| own)) {
             Ok(own) => own,
             Err(_) => bare,
         }
