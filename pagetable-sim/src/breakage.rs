@@ -3,7 +3,7 @@
 /// Ways in which invalidations can go wrong, to show that a test of their users notices.
 ///
 /// ```
-/// use dirtymap::{Access, DirtySource, Granule, Iova, IovaRange, Mapping};
+/// use dirtymap::{Access, DirtySource, Granule, Iova, IovaRange, Mapping, Tracking};
 /// use pagetable_sim::{Breakage, DeviceConfig, Domain, DomainConfig, PhysMemory};
 /// use std::sync::Arc;
 ///

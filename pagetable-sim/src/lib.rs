@@ -24,7 +24,8 @@
 //! # Example
 //! ```
 //! use dirtymap::{
-//!     Access, DirtySource, FlushGather, Granule, Iova, IovaRange, LeafSink, Mapping, UserBitmap,
+//!     Access, DirtySource, FlushGather, Granule, Iova, IovaRange, LeafSink, Mapping, Tracking,
+//!     UserBitmap,
 //! };
 //! use pagetable_sim::{DeviceConfig, Domain, DomainConfig, PhysMemory};
 //! use std::sync::Arc;

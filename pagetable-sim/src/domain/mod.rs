@@ -94,7 +94,7 @@ struct Counts {
 /// and enabling wait for every device that is awake.
 ///
 /// ```
-/// use dirtymap::{Access, DirtySource, Iova, IovaRange, Mapping};
+/// use dirtymap::{Access, DirtySource, Iova, IovaRange, Mapping, Tracking};
 /// use pagetable_sim::{DeviceConfig, Domain, DomainConfig, PhysMemory, VtdSs};
 /// use std::sync::Arc;
 ///

@@ -107,7 +107,7 @@ pub(super) fn bug_23_no_change_of_a_leaf_writes_a_stale_copy_back<F: Format>() {
 /// of its tail stayed clean.
 pub(super) fn bug_25_the_page_of_a_writes_tail_is_dirty<F: Format>() {
     use crate::{DeviceConfig, Domain, DomainConfig, PhysMemory};
-    use dirtymap::{DirtySource, Mapping};
+    use dirtymap::{DirtySource, Mapping, Tracking};
     let k = k::<F>();
     let config = DomainConfig {
         max_leaf: F::PAGE,
