@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use dirtymap::{HarvestRequest, IovaRange, SpaceStats, UserBitmap};
+use dirtymap::{HarvestRequest, Holes, IovaRange, SpaceStats, UserBitmap};
 use pagetable_sim::{Format, PhysMemory};
 
 use crate::Failure;

@@ -159,7 +159,7 @@ fn round(
     let lease = machine
         .space
         .harvest(&request, UserBitmap::new(&mut words))?;
-    let mut lease = lease.sync()?;
+    let lease = lease.sync()?;
     let runs: Vec<IovaRange> = lease.runs().collect();
     let safe = if fails { runs.len() / 2 } else { runs.len() };
     for run in &runs[..safe] {
