@@ -136,10 +136,6 @@ fn refuse_everywhere(
         }),
         ("bounded", &|space, request, words| {
             let from = request.range().start();
-            // A start that is no granule's is refused as a cursor, which tests/modes.rs has.
-            if !from.is_aligned(request.granule().max(space.page())) {
-                return space.peek(request, UserBitmap::new(words)).map(drop);
-            }
             let bounded = request.resume_at(from).max_bits(u64::MAX);
             let part = space.harvest(&bounded, UserBitmap::new(words));
             part.map(drop)

@@ -357,16 +357,20 @@ fn shared_bitmaps_are_or_ed_into_by_several_harvests() {
 
 #[test]
 fn errors_turn_into_the_library_error_and_put_back() {
-    fn migrate(space: &AddressSpace) -> Result<(), Error> {
+    fn migrate(space: &AddressSpace, holes: Holes) -> Result<(), Box<dyn std::error::Error>> {
         let mut words = [0u64];
+        let request = request(pages(0, 24)).holes(holes);
         space
-            .harvest(&request(pages(0, 24)), UserBitmap::new(&mut words))?
+            .harvest(&request, UserBitmap::new(&mut words))?
             .sync()?
             .commit();
         Ok(())
     }
     let (space, fake) = space();
     fake.dirty(3);
-    assert!(matches!(migrate(&space), Err(Error::Hole { .. })));
+    for holes in [Holes::Stop, Holes::Refuse] {
+        let error = migrate(&space, holes).unwrap_err();
+        assert!(matches!(error.downcast_ref(), Some(Error::Hole { .. })));
+    }
     assert_eq!(take(&space, pages(0, 16)), 1 << 3);
 }

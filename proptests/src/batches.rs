@@ -1,22 +1,22 @@
-//! Sources whose pages are larger than those of the space, or smaller, and that clear by batches, in every mode; between any two
-//! of their steps another consumer harvests and a guest writes.
+//! Sources whose pages are larger than those of the space, or smaller, and that clear by batches,
+//! in every mode; between any two of their steps another consumer harvests and a guest writes.
 //!
 //! ```text
 //!  harvest --> look at the log | tell the sink | clear
 //!                              ^               ^
-//!                              +---------------+--- here: writes, and whole rounds of other consumers, in any mode
+//!                              +---------------+--- writes, and whole rounds of other consumers
 //! ```
 //!
-//! What runs in between runs to its end, as a second thread would while the first one sleeps. In the end the copy must have
-//! the last write to every page.
+//! What runs in between runs to its end, as a second thread would while the first one sleeps. In
+//! the end the copy must have the last write to every page.
 
 use std::collections::BTreeSet;
 
 use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering, lock};
 use dirtymap::{
-    Access, AddressSpace, DirtySource, DomainId, Error, FlushGather, Granule, HarvestBounds,
-    HarvestError, HarvestRequest, Invalidated, Iova, IovaRange, LeafSink, Lease, Mapping, Owed,
-    Scope, Sink, Stopped, Tracking, UserBitmap,
+    Access, AddressSpace, DirtySource, DomainId, Error, FlushGather, Granule, HarvestRequest,
+    Holes, Invalidated, Iova, IovaRange, LeafSink, Lease, Mapping, Owed, Scope, Sink, Stopped,
+    Tracking, UserBitmap,
 };
 
 use crate::Random;
@@ -290,6 +290,10 @@ impl World {
         let mask = UserBitmap::new(&mut mask).view(pages(0, PAGES), Granule::K4);
         let bits = 11 + self.below(2) as u8;
         let request = HarvestRequest::new(range, granule(bits));
+        let request = match self.below(2) {
+            0 => request,
+            _ => request.holes(Holes::Stop),
+        };
         let whole = UserBitmap::new(&mut words);
         let space = &self.space;
         let lease = match self.below(8) {
@@ -298,9 +302,8 @@ impl World {
                 let unit = space.alignment().max(granule(bits));
                 let at = range.start().get() + self.below(range.len() as u64);
                 let from = Iova::new(at).granule_start(unit).max(range.start());
-                let part =
-                    space.harvest(&request.resume_at(from).max_bits(1 + self.below(40)), whole);
-                part.map(|part| part.lease)
+                let bits = 1 + self.below(40);
+                space.harvest(&request.resume_at(from).max_bits(bits), whole)
             }
             4 => space.harvest(&request.parallel(), whole),
             5 => {
@@ -314,13 +317,8 @@ impl World {
                 space.harvest(&request, whole)
             }
         };
-        let lease = match lease {
-            Ok(lease) => lease,
-            // Another consumer has unmapped an area.
-            Err(HarvestError::Stopped(stopped)) => stopped.lease,
-            Err(error) => panic!("{error}"),
-        };
-        self.end(lease);
+        // It may stop: another consumer has unmapped an area.
+        self.end(lease.unwrap().partial());
     }
 
     fn end(&self, lease: Lease<'_, Owed>) {
@@ -390,8 +388,8 @@ fn run(shape: Shape, seed: u64) -> Result<(), String> {
     done
 }
 
-/// A bit is a page of the source, or what the source calls a leaf of several; 1, 2 and 16 times the page of the space, or half
-/// of it.
+/// A bit is a page of the source, or what the source calls a leaf of several; 1, 2 and 16 times the
+/// page of the space, or half of it.
 fn shapes(clearing: Clearing) -> impl Iterator<Item = Shape> {
     let sizes = [
         (12, 12),
@@ -412,9 +410,10 @@ fn shapes(clearing: Clearing) -> impl Iterator<Item = Shape> {
     })
 }
 
-/// A bounded harvest cut a page of KVM's log, of 64 KiB in a space of 4 KiB. The adapter said "cleared" and cleared later, with
-/// the other pages of its piece; the rest of the page was kept by then. Another consumer took the rest, copied it and
-/// committed, the guest wrote again, and the late clear destroyed the only trace of that write.
+/// A bounded harvest cut a page of KVM's log, of 64 KiB in a space of 4 KiB. The adapter said
+/// "cleared" and cleared later, with the other pages of its piece; the rest of the page was kept by
+/// then. Another consumer took the rest, copied it and committed, the guest wrote again, and the
+/// late clear destroyed the only trace of that write.
 #[test]
 fn a_source_that_clears_by_batches_loses_nothing_in_any_mode() {
     for clearing in [Clearing::Each, Clearing::Batch] {

@@ -1,10 +1,11 @@
-//! A source that fails where it is told to: it panics at its n-th next callback, or stops at an address.
+//! A source that fails where it is told to: it panics at its n-th next callback, or stops at an
+//! address.
 //!
 //! ```text
 //!  space --callback--> Source --the same callback--> the node of the world
 //!                        |
 //!                        +-- panics before it, in the middle of it, or after it
-//!                        +-- keeps a ledger: what `unmap` and `split_at` owe, until an invalidation has covered it
+//!                        +-- keeps a ledger of what `unmap` and `split_at` owe and nobody paid
 //! ```
 //!
 //! Each order is obeyed once. A panic in the middle comes after the source has mapped, reported or
@@ -20,7 +21,7 @@ use dirtymap::{
     Mapping, Sink, Stopped, Tracking,
 };
 
-use crate::op::{Callback, Moment};
+use crate::op::{Callback, Moment, Sabotage};
 use crate::rig::Node;
 
 /// What a callback that was told to panic panics with.
@@ -39,6 +40,7 @@ pub(crate) struct ToldToStop;
 /// See the [module](self).
 pub(crate) struct Faulty {
     node: Box<dyn Node>,
+    sabotage: Sabotage,
     orders: Mutex<Orders>,
 }
 
@@ -50,17 +52,18 @@ struct Orders {
     broken_flushes: u64,
     /// Where the next harvest of this address stops.
     stop: Option<Iova>,
-    /// What `unmap` was asked for when it panicked, and where `split_at` was: all of the range, and of
-    /// the area, may be reported as dirty.
+    /// What `unmap` was asked for when it panicked, and where `split_at` was: all of the range, and
+    /// of the area, may be reported as dirty.
     blurred: Vec<IovaRange>,
     /// What is owed.
     owed: Vec<IovaRange>,
 }
 
 impl Faulty {
-    pub(crate) fn new(node: impl Node + 'static) -> Self {
+    pub(crate) fn new(node: impl Node + 'static, sabotage: Sabotage) -> Self {
         Faulty {
             node: Box::new(node),
+            sabotage,
             orders: Mutex::default(),
         }
     }
@@ -89,7 +92,8 @@ impl Faulty {
         self.node.dies().set(false);
     }
 
-    /// What may be reported as dirty, with the areas that it cuts, since an unmap or a split panicked.
+    /// What may be reported as dirty, with the areas that it cuts, since an unmap or a split
+    /// panicked.
     pub(crate) fn take_blurred(&self) -> Vec<IovaRange> {
         std::mem::take(&mut lock(&self.orders).blurred)
     }
@@ -284,7 +288,11 @@ impl DirtySource for Source {
         let Some(at) = stop else {
             return self.node.read_and_clear(range, out);
         };
-        let below = at.granule_start(self.node.page()).get().checked_sub(1);
+        let page = self.node.page();
+        let mut below = at.granule_start(page).get().checked_sub(1);
+        if self.sabotage == Sabotage::StopShort {
+            below = below.and_then(|last| last.checked_sub(page.bytes()));
+        }
         let below = below.and_then(|last| IovaRange::new(range.start(), Iova::new(last)).ok());
         if let Some(below) = below {
             self.node.read_and_clear(below, out)?;
@@ -311,6 +319,9 @@ impl DirtySource for Source {
         let moment = self.turn(Callback::Invalidate);
         if moment.is_some() {
             lock(&self.orders).broken_flushes += 1;
+        }
+        if moment.is_some() && self.sabotage == Sabotage::HidePanickedFlush {
+            return Ok(Invalidated::default());
         }
         if moment == Some(Moment::Before) {
             panic_now();

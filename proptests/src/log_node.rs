@@ -1,14 +1,14 @@
-//! A source that clears by batches, as the dirty logs of kernels are cleared: one bit for each of its pages, no translations,
-//! no caches.
+//! A source that clears by batches, as the dirty logs of kernels are cleared: one bit for each of
+//! its pages, no translations, no caches.
 //!
 //! ```text
-//!  read_and_clear    look at the log --> tell the sink of all runs --> clear them, 64 pages at a time
-//!                                          |
-//!                                          +-- a page that sticks out of what is asked for: cleared inside the call
+//!  read_and_clear   look at the log --> tell the sink of all runs --> clear them by 64 pages
+//!                                        |
+//!                                        +-- a page that sticks out: cleared inside the call
 //! ```
 //!
-//! The sink keeps the rest of a page that sticks out as soon as it hears that the page is clean: so of
-//! such a page it must be true by then.
+//! The sink keeps the rest of a page that sticks out as soon as it hears that the page is clean: so
+//! of such a page it must be true by then.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -230,10 +230,10 @@ impl DirtySource for LogNode {
 
     fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
         let mut state = lock(&self.state);
-        if on && !state.tracks {
+        if to.is_on() && !state.tracks {
             state.log.clear();
         }
-        state.tracks = on;
+        state.tracks = to.is_on();
         Ok(())
     }
 
@@ -274,7 +274,10 @@ impl DirtySource for LogNode {
         }
         for word in later.chunk_by(|a, b| a / 64 == b / 64) {
             let log = &mut lock(&self.state).log;
-            log.retain(|n| !word.contains(n));
+            match self.sabotage {
+                Sabotage::ClearWholeWords => log.retain(|n| n / 64 != word[0] / 64),
+                _ => log.retain(|n| !word.contains(n)),
+            }
         }
         taken
     }

@@ -1,11 +1,12 @@
-//! Every way to harvest, into every form of bitmap, against a set of dirty pages: at any base and granule, over areas that
-//! abut, with leaves of three sizes and marks among them.
+//! Every way to harvest, into every form of bitmap, against a set of dirty pages: at any base and
+//! granule, over areas that abut, with leaves of three sizes and marks among them; or over a log
+//! that clears by batches, whose pages are 1, 2 and 16 times that of the space.
 
 use std::collections::BTreeSet;
 
 use dirtymap::sync::Arc;
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestBounds, HarvestRequest,
+    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Holes,
     Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, SparseBitmap, Stopped, Tracking,
     UserBitmap,
 };
@@ -14,7 +15,10 @@ use proptest::collection::{btree_set, vec};
 use proptest::prelude::*;
 use proptest::sample::select;
 
+use crate::Config;
 use crate::forms::{FORMS, Form, GUARD, Memory, bits_of, set};
+use crate::log_node::LogNode;
+use crate::rig::Node;
 
 const PAGE: u64 = 4096;
 /// Pages of the part that has leaves, and can be dirty.
@@ -54,6 +58,8 @@ struct Case {
     cuts: BTreeSet<u64>,
     /// The leaves of each area.
     leaves: Vec<u8>,
+    /// Bytes of a page of a log, as a logarithm; 0 for a table with those leaves.
+    log: u8,
     /// By a device or by a CPU; first byte in the window, and length.
     writes: Vec<(bool, u64, u64)>,
     granule: u8,
@@ -78,6 +84,7 @@ fn case() -> impl Strategy<Value = Case> {
         select(vec![0, (1 << 38) - (2 << 20), (1 << 40) - bytes]),
         btree_set(1..WINDOW, 0..4),
         vec(0u8..3, 4),
+        select(vec![0u8, 0, 0, 12, 13, 16]),
         vec((any::<bool>(), 0..bytes, 1u64..20_000), 0..12),
     );
     let request = (
@@ -93,7 +100,10 @@ fn case() -> impl Strategy<Value = Case> {
     );
     let bitmap = (vec(any::<u64>(), 0..4), 0usize..3, 0usize..8);
     (place, request, bitmap).prop_map(|(place, request, bitmap)| {
-        let (block, window, cuts, leaves, writes) = place;
+        let (block, window, cuts, leaves, log, writes) = place;
+        let unit = 1 << log.saturating_sub(12);
+        let cuts = cuts.into_iter().map(|cut| cut / unit * unit);
+        let cuts = cuts.filter(|cut| *cut > 0).collect();
         let (granule, wide, stretch, mask, limit, commits) = request;
         let (preset, slack, skip) = bitmap;
         Case {
@@ -101,6 +111,7 @@ fn case() -> impl Strategy<Value = Case> {
             window,
             cuts,
             leaves,
+            log,
             writes,
             granule,
             wide,
@@ -154,6 +165,11 @@ impl Case {
             .collect()
     }
 
+    /// Bytes of the smallest page of all, as a logarithm.
+    fn page(&self) -> u8 {
+        self.log.max(12)
+    }
+
     /// The granule and the range of the request.
     fn request(&self, mode: Mode) -> (u8, IovaRange) {
         if self.wide {
@@ -162,7 +178,7 @@ impl Case {
                 self.granule.is_multiple_of(2) && !matches!(mode, Mode::CommitRange | Mode::Abort);
             return (if huge { BLOCK } else { 20 }, self.block());
         }
-        let unit = 1 << self.granule.max(12);
+        let unit = 1 << self.granule.max(self.page());
         let units = WINDOW * PAGE / unit;
         let start = self.stretch.0 % units;
         let len = self.stretch.1 % (units - start) + 1;
@@ -173,17 +189,29 @@ impl Case {
 /// A domain whose areas have leaves of chosen sizes, or none: then only CPUs write there.
 struct Leaves {
     domain: Arc<Domain>,
+    /// In its place.
+    log: Option<Arc<LogNode>>,
     areas: Vec<(IovaRange, LeafSizes)>,
+}
+
+impl Leaves {
+    fn source(&self) -> &dyn DirtySource {
+        match &self.log {
+            Some(log) => &**log,
+            None => &*self.domain,
+        }
+    }
 }
 
 impl DirtySource for Leaves {
     fn page(&self) -> Granule {
-        self.domain.page()
+        self.source().page()
     }
 
     fn map(&self, mapping: &Mapping) -> Result<(), Error> {
         let mut areas = self.areas.iter();
         match areas.find(|(range, _)| *range == mapping.range) {
+            Some(_) if self.log.is_some() => self.source().map(mapping),
             Some((_, sizes)) => self
                 .domain
                 .map_leaves(mapping, *sizes)
@@ -193,23 +221,23 @@ impl DirtySource for Leaves {
     }
 
     fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
-        self.domain.unmap(range, gather, dirty);
+        self.source().unmap(range, gather, dirty);
     }
 
     fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
-        self.domain.set_tracking(to)
+        self.source().set_tracking(to)
     }
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
-        self.domain.read_and_clear(range, out)
+        self.source().read_and_clear(range, out)
     }
 
     fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
-        self.domain.peek(range, sink)
+        self.source().peek(range, sink)
     }
 
     fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error> {
-        self.domain.invalidate(gather)
+        self.source().invalidate(gather)
     }
 }
 
@@ -217,8 +245,11 @@ impl DirtySource for Leaves {
 fn world(case: &Case) -> (AddressSpace, BTreeSet<u64>) {
     let areas = case.areas();
     let memory = Arc::new(PhysMemory::new(WINDOW * PAGE).unwrap());
-    let domain = Domain::new(memory, DomainConfig::default());
+    let domain = Domain::new(Arc::clone(&memory), DomainConfig::default());
+    let log = || Arc::new(LogNode::new(&Config::PLAIN, 0, case.log, &memory));
+    let log = (case.log > 0).then(log);
     let source = Leaves {
+        log: log.clone(),
         domain: Arc::clone(&domain),
         areas: match case.block {
             TOP => Vec::new(),
@@ -252,6 +283,12 @@ fn world(case: &Case) -> (AddressSpace, BTreeSet<u64>) {
             continue;
         }
         let at = case.in_window(at, 1).start();
+        if let Some(log) = &log {
+            log.write(0, at, &[1]).unwrap();
+            let page = Granule::from_lg2(case.log).unwrap();
+            dirty.extend(numbers(IovaRange::granule_at(at, page), 12));
+            continue;
+        }
         let (area, sizes) = areas.iter().find(|(range, _)| range.contains(at)).unwrap();
         let spans = sizes.iter().map(|size| IovaRange::granule_at(at, size));
         let leaf = spans.filter(|span| area.covers(*span)).last().unwrap();
@@ -295,7 +332,8 @@ fn check(case: &Case, mode: Mode, form: Form) -> Result<(), TestCaseError> {
     let before = image.clone();
     let mut memory = Memory::new(form, &image, case.skip).unwrap();
 
-    // A page is in the mask if all granules of the mask that it touches are.
+    // A page is in the mask if all granules of the mask are that the page of a source around it
+    // touches.
     let fine = case.mask.0;
     let in_window = |(at, len): &(u64, u64)| case.in_window(*at, *len);
     let masked: BTreeSet<u64> = case
@@ -305,7 +343,11 @@ fn check(case: &Case, mode: Mode, form: Form) -> Result<(), TestCaseError> {
         .map(in_window)
         .flat_map(|r| numbers(r, fine))
         .collect();
-    let in_mask = |page: u64| numbers(page_range(page), fine).all(|n| masked.contains(&n));
+    let around = |page: u64| {
+        let unit = Granule::from_lg2(case.page()).unwrap();
+        IovaRange::granule_at(page_range(page).start(), unit)
+    };
+    let in_mask = |page: u64| numbers(around(page), fine).all(|n| masked.contains(&n));
     let asked = |page: &u64| range.covers(page_range(*page));
     let taken: BTreeSet<u64> = (dirty.iter().copied().filter(asked))
         .filter(|page| mode != Mode::Masked || in_mask(*page))
@@ -349,16 +391,16 @@ fn check(case: &Case, mode: Mode, form: Form) -> Result<(), TestCaseError> {
                         memory.bitmap(),
                     )
                     .unwrap();
-                next = part.next;
+                next = part.next();
                 prop_assert!(next.is_none_or(|next| next > from));
-                part.lease.sync().unwrap().commit();
+                part.sync().unwrap().commit();
             }
         }
         Mode::CommitRange | Mode::Abort => {
             let lease = space.harvest(&request, memory.bitmap()).unwrap();
             let left: BTreeSet<u64> = dirty.difference(&taken).copied().collect();
             prop_assert_eq!(peek(&space, case.block()), left, "while leased");
-            let mut lease = lease.sync().unwrap();
+            let lease = lease.sync().unwrap();
             if mode == Mode::CommitRange {
                 for part in case.commits.iter().map(|shares| share(range, *shares)) {
                     lease.commit_range(part);

@@ -1,5 +1,6 @@
-//! Every callback of a source panics once, at each of its first calls, before, in the middle and after, in programs that
-//! come to every call of the space. Programs at random find what these do not.
+//! Every callback of a source panics once, at each of its first calls, before, in the middle and
+//! after, in programs that come to every call of the space. Programs at random find what these do
+//! not.
 
 use dirtymap::Access;
 
@@ -177,9 +178,10 @@ fn world(large: bool) -> (Config, Vec<Op>) {
     (config, ops)
 }
 
-/// Bugs 2 to 5 of a review: a source that panicked in `unmap` after it had reported leaves took them with it; one that
-/// panicked half-way through `map` was never asked to unmap what it had mapped; the second of two splits lost the debt of
-/// the first; and an invalidation that panicked while a batch was undone ended the process.
+/// Bugs 2 to 5 of a review: a source that panicked in `unmap` after it had reported leaves took
+/// them with it; one that panicked half-way through `map` was never asked to unmap what it had
+/// mapped; the second of two splits lost the debt of the first; and an invalidation that panicked
+/// while a batch was undone ended the process.
 #[test]
 fn every_callback_may_panic_at_every_call() {
     let mut wrong = Vec::new();

@@ -3,7 +3,9 @@
 use dirtymap::Access;
 
 use crate::watch::run_watched as run;
-use crate::{Ask, Config, Cut, MapFault, Master, Op, Place, check_gather};
+use crate::{
+    Ask, Callback, Config, Cut, Format, MapFault, Master, Mode, Moment, Op, Place, check_gather,
+};
 
 const FIRST_PAGE: Place = Place {
     area: 0,
@@ -64,4 +66,140 @@ fn gathers_that_are_merged_to_and_fro_do_not_wrap() {
     let to_and_fro = [[0, 0, 0, 0], [1, 0, 0, 0]].concat();
     let steps = [add.to_vec(), to_and_fro.repeat(70)].concat();
     check_gather(&steps).unwrap();
+}
+
+const fn page(page: u8) -> Place {
+    Place { page, ..FIRST_PAGE }
+}
+
+const fn panics(domain: u8, callback: Callback, calls: u8, moment: Moment) -> Op {
+    Op::Panics {
+        domain,
+        callback,
+        calls,
+        moment,
+    }
+}
+
+/// A source that panicked half-way through a map was recorded as one that has nothing, so nobody
+/// asked it to unmap: the attach that came after it found its own addresses taken, and devices
+/// reached them.
+#[test]
+fn a_map_that_panics_half_way_is_undone() {
+    let half = panics(1, Callback::Map, 0, Moment::Middle);
+    run(&[half, Op::Attach(1)], &Config::PLAIN).unwrap();
+}
+
+/// What a source had told of an unmap went with its panic. The area was there, and clean.
+#[test]
+fn an_unmap_that_panics_takes_nothing_with_it() {
+    let unmap = Op::Unmap {
+        area: 0,
+        cut: Cut::Whole,
+        granule_lg2: 12,
+        short: false,
+    };
+    let half = panics(0, Callback::Unmap, 0, Moment::Middle);
+    run(&[WRITE, half, unmap], &Config::PLAIN).unwrap();
+}
+
+/// A cut splits a leaf in each domain. The second domain panicked, and the gather with the debt of
+/// the first was on the stack. The cut that was tried again found nothing to split there, and owed
+/// nothing.
+#[test]
+fn a_split_that_panics_leaves_the_debt_of_the_one_before() {
+    // The second one has nothing to split, so it owes nothing that stands for the first.
+    let config = Config {
+        large_leaves: [true, false, false],
+        ..Config::PLAIN
+    };
+    let cut = Op::CutAt {
+        at: page(15),
+        unaligned: false,
+    };
+    let second = panics(1, Callback::SplitAt, 0, Moment::Before);
+    // Nothing is dirty: no harvest owes the same by chance.
+    let ops = [Op::Attach(1), second, cut];
+    run(&ops, &config).unwrap();
+}
+
+/// A batch that maps and unmaps undid its maps while the panic of an invalidation unwound, and
+/// invalidated again: the second panic ended the process.
+#[test]
+fn an_invalidation_that_panics_while_a_batch_is_undone_ends_nothing() {
+    let stretch = crate::Stretch {
+        slot: 2,
+        skip: 0,
+        pages: 8,
+    };
+    let batch = Op::Batch([
+        crate::Step::Map(stretch, Access::ReadWrite),
+        crate::Step::Unmap(0),
+        crate::Step::Nothing,
+    ]);
+    let both = [0, 1].map(|domain| panics(domain, Callback::Invalidate, 0, Moment::Before));
+    let ops = [Op::Attach(1), WRITE, both[0], both[1], batch];
+    run(&ops, &Config::PLAIN).unwrap();
+}
+
+/// A bounded harvest rounded its cursor and its steps to the page of the space, 4 KiB, and not to
+/// that of a log, 64 KiB: it took a part of a page of the log.
+#[test]
+fn a_bounded_harvest_takes_whole_pages_of_all_sources() {
+    let config = Config {
+        formats: [Format::Log64K, Format::Amd, Format::Arm],
+        ..Config::PLAIN
+    };
+    let bounded = |from| {
+        Op::Harvest(Ask {
+            mode: Mode::Bounded { from, bits: 1 },
+            ..Ask::EVERYTHING
+        })
+    };
+    // The second begins 512 bytes after a page.
+    run(&[WRITE, bounded(0), bounded(250)], &config).unwrap();
+}
+
+/// Two sources, of which the first had given a page when the second stopped below it. The lease had
+/// the page, and its consumer copied up to the stop and committed.
+#[test]
+fn of_two_sources_the_one_that_stops_lower_counts() {
+    let ops = [
+        Op::Attach(1),
+        WRITE,
+        Op::DmaWrite {
+            device: DEVICE,
+            at: page(10),
+            len: 8,
+        },
+        Op::Stops {
+            domain: 1,
+            at: page(7),
+        },
+        Op::Harvest(Ask::EVERYTHING),
+        Op::Commit(0),
+        Op::Harvest(Ask::EVERYTHING),
+    ];
+    run(&ops, &Config::PLAIN).unwrap();
+}
+
+/// A consumer that vanishes loses what its lease names, and hides nothing of other pages.
+#[test]
+fn a_lease_that_is_forgotten_loses_no_other_page() {
+    let other = Op::DmaWrite {
+        device: DEVICE,
+        at: page(3),
+        len: 8,
+    };
+    let ops = [
+        WRITE,
+        Op::Harvest(Ask::EVERYTHING),
+        Op::Forget(0),
+        other,
+        WRITE,
+        Op::Harvest(Ask::EVERYTHING),
+        Op::Commit(0),
+        WRITE,
+    ];
+    run(&ops, &Config::PLAIN).unwrap();
 }

@@ -3,7 +3,10 @@
 use dirtymap::{Access, SpaceStats};
 
 use crate::random::Random;
-use crate::{Ask, Config, Cut, MapFault, Master, Op, Place, Rule, Sabotage, run};
+use crate::watch::run_watched as run;
+use crate::{
+    Ask, Callback, Config, Cut, Format, MapFault, Master, Moment, Op, Place, Rule, Sabotage,
+};
 
 /// Programs that are tried before a sabotage counts as unnoticed: as many as a property tries.
 const TRIES: u64 = 256;
@@ -61,10 +64,91 @@ fn every_sabotage_is_noticed() {
             | Sabotage::HarvestFirstDomainOnly
             | Sabotage::ForgetGuards
             | Sabotage::LeakLease => expect_noticed(sabotage, program),
+            Sabotage::StopShort => expect_caught_by(sabotage, Rule::Unreported, stopped),
+            Sabotage::HidePanickedFlush => expect_noticed(sabotage, panicked),
+            Sabotage::ClearWholeWords => expect_caught_by(sabotage, Rule::Unreported, logged),
             Sabotage::DeviceTlbFirst => expect_noticed(sabotage, between_rounds),
             Sabotage::SkipNonLeaf => expect_noticed(sabotage, table_replaced),
         }
     }
+}
+
+/// As `expect_caught`, by programs of another kind.
+fn expect_caught_by(sabotage: Sabotage, rule: Rule, program: impl Fn(u64) -> (Config, Vec<Op>)) {
+    expect(sabotage, Some(rule), program);
+}
+
+/// Two pages of the first area are dirty, and a source stops at the second one.
+fn stopped(seed: u64) -> (Config, Vec<Op>) {
+    let device = Master {
+        domain: 0,
+        device: 0,
+    };
+    let page = |page| Place {
+        area: 0,
+        page,
+        byte: 0,
+    };
+    let write = |at| Op::DmaWrite { device, at, len: 8 };
+    let at = page(3);
+    let stop = Op::Stops { domain: 0, at };
+    let first = [
+        write(page(2)),
+        write(at),
+        stop,
+        Op::Harvest(Ask::EVERYTHING),
+        Op::Commit(0),
+    ];
+    let (config, ops) = program(seed);
+    let config = Config {
+        warm: true,
+        ..config
+    };
+    (config, [&first[..], &ops].concat())
+}
+
+/// The invalidation of a page that is written again is told to panic.
+fn panicked(seed: u64) -> (Config, Vec<Op>) {
+    let device = Master {
+        domain: 0,
+        device: 0,
+    };
+    let at = Place {
+        area: 0,
+        page: 0,
+        byte: 0,
+    };
+    let write = Op::DmaWrite { device, at, len: 8 };
+    let panics = Op::Panics {
+        domain: 0,
+        callback: Callback::Invalidate,
+        calls: 0,
+        moment: Moment::Before,
+    };
+    let first = [
+        write,
+        Op::Harvest(Ask::EVERYTHING),
+        panics,
+        Op::Commit(0),
+        write,
+    ];
+    let (config, ops) = program(seed);
+    let config = Config {
+        warm: true,
+        ..config
+    };
+    (config, [&first[..], &ops].concat())
+}
+
+/// Programs over logs.
+fn logged(seed: u64) -> (Config, Vec<Op>) {
+    let (config, ops) = program(seed);
+    let config = Config {
+        formats: [Format::Log4K, Format::Log8K, Format::Log64K],
+        warm: true,
+        ..config
+    };
+    (config, ops)
 }
 
 /// Few programs meet by chance a device that writes between the two rounds of a flush. So the steps that matter come first, and

@@ -21,16 +21,36 @@ impl World {
         let memory = Arc::new(PhysMemory::new(MEMORY)?);
         let node = |nth: usize| {
             Arc::new(match config.formats[nth] {
-                Format::Amd => Faulty::new(Rig::<AmdV1>::new(config, nth, &memory)),
-                Format::Vtd => Faulty::new(Rig::<VtdSs>::new(config, nth, &memory)),
-                Format::Arm => Faulty::new(Rig::<ArmS1>::new(config, nth, &memory)),
-                Format::Arm16K => Faulty::new(Rig::<ArmS1<14>>::new(config, nth, &memory)),
-                Format::Arm64K => Faulty::new(Rig::<ArmS1<16>>::new(config, nth, &memory)),
-                Format::X86 => Faulty::new(Rig::<X86_64>::new(config, nth, &memory)),
-                Format::Riscv => Faulty::new(Rig::<RiscvSv48>::new(config, nth, &memory)),
-                Format::Log4K => Faulty::new(LogNode::new(config, nth, 12, &memory)),
-                Format::Log8K => Faulty::new(LogNode::new(config, nth, 13, &memory)),
-                Format::Log64K => Faulty::new(LogNode::new(config, nth, 16, &memory)),
+                Format::Amd => {
+                    Faulty::new(Rig::<AmdV1>::new(config, nth, &memory), config.sabotage)
+                }
+                Format::Vtd => {
+                    Faulty::new(Rig::<VtdSs>::new(config, nth, &memory), config.sabotage)
+                }
+                Format::Arm => {
+                    Faulty::new(Rig::<ArmS1>::new(config, nth, &memory), config.sabotage)
+                }
+                Format::Arm16K => {
+                    Faulty::new(Rig::<ArmS1<14>>::new(config, nth, &memory), config.sabotage)
+                }
+                Format::Arm64K => {
+                    Faulty::new(Rig::<ArmS1<16>>::new(config, nth, &memory), config.sabotage)
+                }
+                Format::X86 => {
+                    Faulty::new(Rig::<X86_64>::new(config, nth, &memory), config.sabotage)
+                }
+                Format::Riscv => {
+                    Faulty::new(Rig::<RiscvSv48>::new(config, nth, &memory), config.sabotage)
+                }
+                Format::Log4K => {
+                    Faulty::new(LogNode::new(config, nth, 12, &memory), config.sabotage)
+                }
+                Format::Log8K => {
+                    Faulty::new(LogNode::new(config, nth, 13, &memory), config.sabotage)
+                }
+                Format::Log64K => {
+                    Faulty::new(LogNode::new(config, nth, 16, &memory), config.sabotage)
+                }
             })
         };
         let nodes = [node(0), node(1), node(2)];

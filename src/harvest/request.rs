@@ -175,7 +175,8 @@ impl<'m> HarvestRequest<'m> {
         self.granule
     }
 
-    pub(super) const fn scope(&self) -> Scope {
+    /// The scope asked for.
+    pub const fn scope(&self) -> Scope {
         self.scope
     }
 

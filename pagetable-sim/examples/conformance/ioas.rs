@@ -6,8 +6,8 @@ use std::cell::Cell;
 use std::sync::Arc;
 
 use dirtymap::{
-    Access, AddressSpace, DirtySource, DomainId, Granule, HarvestRequest, Holes, Iova,
-    IovaRange, Mapping, Scope, UserBitmap,
+    Access, AddressSpace, DirtySource, DomainId, Granule, HarvestRequest, Holes, Iova, IovaRange,
+    Mapping, Scope, UserBitmap,
 };
 use pagetable_sim::PhysMemory;
 
@@ -213,7 +213,11 @@ impl Ioas {
             _ => None,
         });
         // The kernel clears what lies below a hole; what another stop leaves is its error here.
-        let lease = if hole.is_some() { lease.partial() } else { lease };
+        let lease = if hole.is_some() {
+            lease.partial()
+        } else {
+            lease
+        };
         lease.sync()?.commit();
         Ok(hole)
     }

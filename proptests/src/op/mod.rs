@@ -8,14 +8,15 @@ mod decode;
 
 pub use decode::decode;
 
-use dirtymap::Access;
+use dirtymap::{Access, Holes};
 
 use crate::forms::Form;
 
 /// How many domains a world has.
 pub const DOMAINS: usize = 3;
 
-/// Makes the enumeration and its list from one source: a sabotage that is not run is one that is not there.
+/// Makes the enumeration and its list from one source: a sabotage that is not run is one that is
+/// not there.
 macro_rules! listed {
     ($(#[$of_all:meta])* pub enum $name:ident { $($(#[$of_one:meta])* $one:ident,)+ }) => {
         $(#[$of_all])*
@@ -306,8 +307,8 @@ pub struct Ask {
     pub ragged: bool,
     /// The bitmap is too short by a word.
     pub short: bool,
-    /// A hole refuses the request.
-    pub all_or_nothing: bool,
+    /// What becomes of holes.
+    pub holes: Holes,
     /// Bits that the user has set before.
     pub preset: u8,
     /// One domain alone; all of them and the marks if there is none, or it was never attached.
@@ -369,7 +370,7 @@ impl Ask {
         granule_lg2: 12,
         ragged: false,
         short: false,
-        all_or_nothing: false,
+        holes: Holes::Stop,
         preset: 0,
         domain: None,
         mode: Mode::Whole,
@@ -525,5 +526,11 @@ pub enum Sabotage {
     ForgetGuards,
     /// A consumer that crashes takes its lease with it.
     LeakLease,
+    /// A source that stops has left out the page below the place that it names.
+    StopShort,
+    /// An invalidation that was told to panic does nothing and says that all is well.
+    HidePanickedFlush,
+    /// A log that clears by batches clears all of a word, asked for or not.
+    ClearWholeWords,
 }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use dirtymap::{DomainId, IovaRange, Tracking};
+use dirtymap::{DomainId, IovaRange};
 
 use super::{Area, Oracle, pages_of};
 use crate::op::Ask;
@@ -227,8 +227,9 @@ impl Oracle {
         }
     }
 
-    /// A lease was forgotten. What it named is in nobody's copy, and a page that it hides stays hidden until a flush, which
-    /// nobody tells the oracle of: none of it need be reported, or compared, until its area is gone.
+    /// A lease was forgotten. What it named is in nobody's copy, and a page that it hides stays
+    /// hidden until a flush, which nobody tells the oracle of: none of it need be reported, or
+    /// compared, until its area is gone.
     pub(crate) fn forgotten(&mut self, lease: usize) {
         if let Some(lease) = self.leases[lease].take() {
             let hidden = if lease.synced {
@@ -255,7 +256,8 @@ impl Oracle {
         }
     }
 
-    /// The leaves of `area` have become the largest that a domain has: those that took the place of tables are dirty.
+    /// The leaves of `area` have become the largest that a domain has: those that took the place of
+    /// tables are dirty.
     pub(crate) fn merged(&mut self, domain: usize, area: &Area) {
         self.domains[domain].merged.push((area.first, area.last()));
         if area.access.writes() {
@@ -363,7 +365,8 @@ impl Oracle {
         let may = self.places(ask).flat_map(Dirt::may);
         (
             must.chain(flying()).filter(inside).collect(),
-            may.chain(flying()).filter(inside).collect(),
+            // What moves from a table to what is kept or marked becomes pages of the space.
+            self.rounded(may.chain(flying()).filter(inside)),
         )
     }
 

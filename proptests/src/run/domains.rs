@@ -1,7 +1,7 @@
 //! Domains that come and go, and the switches of tracking.
 
 use dirtymap::sync::Arc;
-use dirtymap::{Error, IovaRange, Tracking};
+use dirtymap::{Error, IovaRange};
 
 use super::panics::{Panicked, caught};
 use super::{Checked, Runner, same_answer};
@@ -87,8 +87,8 @@ impl Runner<'_> {
         Ok(())
     }
 
-    /// Performs a call; if a flush was told to fail in it, or a callback to panic, everything must still be there, and the
-    /// call is repeated.
+    /// Performs a call; if a flush was told to fail in it, or a callback to panic, everything must
+    /// still be there, and the call is repeated.
     pub(super) fn stubbornly<T>(
         &mut self,
         mut call: impl FnMut() -> Result<T, Error>,
@@ -131,6 +131,9 @@ impl Runner<'_> {
                 let flying = self.oracle.guards.iter().flatten();
                 let parts = flying.filter_map(|write| write.intersection(mapping.range));
                 let most: u128 = parts.map(|part| part.len()).sum();
+                let range = mapping.range;
+                let unsure = self.unsure.iter().any(|unsure| unsure.intersects(range));
+                let most = if unsure { range.len() } else { most };
                 check(done.discarded_bytes <= most, Rule::Accounting, || {
                     format!("{done:?} of an area that was never there")
                 })?;
@@ -165,18 +168,19 @@ impl Runner<'_> {
     /// Merges the leaves of an area, or splits one of them, as far as the domain can.
     pub(super) fn reshape(&mut self, nth: usize, at: Place, merge: bool) -> Checked {
         let page = self.oracle.address_of(at) / PAGE;
-        let Some(area) = self.oracle.area_at(page).copied() else {
+        let attached = self.oracle.attached.contains(&nth);
+        let Some(area) = self.oracle.area_at(page).copied().filter(|_| attached) else {
             return Ok(());
         };
         let node = self.world.node(nth);
         let done = match merge {
             true => node.merge(area.range()).map_err(|error| error.to_string()),
-            false => match node.split(pages(page, page).start()) {
+            false => match node.split(pages(page, page).start().granule_start(node.page())) {
                 Ok(()) | Err(Error::CannotSplit { .. }) => Ok(()),
                 Err(error) => Err(error.to_string()),
             },
         };
-        if merge && self.oracle.attached.contains(&nth) {
+        if merge {
             self.oracle.merged(nth, &area);
         }
         check(done.is_ok(), Rule::Answer, || {
@@ -189,10 +193,12 @@ impl Runner<'_> {
         let attached = domain.is_none_or(|nth| self.oracle.attached.contains(&nth));
         let id = domain.map(|nth| self.oracle.domains[nth].id);
         let answer = loop {
-            let answer = caught(|| match id {
-                None => self.space.set_tracking(to),
-                Some(Some(id)) => self.space.set_domain_tracking(id, on),
-                Some(None) => Ok(()),
+            let answer = caught(|| match (id, on) {
+                (None, true) => self.space.start_tracking(),
+                (None, false) => self.space.stop_tracking(),
+                (Some(Some(id)), true) => self.space.start_domain_tracking(id),
+                (Some(Some(id)), false) => self.space.stop_domain_tracking(id),
+                (Some(None), _) => Ok(()),
             });
             match answer {
                 Ok(answer) => break answer,

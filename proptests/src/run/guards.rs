@@ -4,7 +4,7 @@ use dirtymap::{Error, Fault, FaultSource, Iova, IovaRange};
 
 use super::{Checked, Guard, Runner, same_answer};
 use crate::op::{Place, Sabotage};
-use crate::oracle::{Area, PAGE, page_in, pages_of};
+use crate::oracle::{Area, PAGE, page_in, pages, pages_of};
 use crate::violation::{Rule, same};
 
 impl Runner<'_> {
@@ -110,9 +110,13 @@ impl Runner<'_> {
             let at = range.start().max(Iova::new(first * PAGE));
             let right = Err(Error::Outside { at });
             same_answer("a mark by a kept handle", handle.mark(range), right)?;
+            let outside = |page: &u64| {
+                let part = pages(*page, *page).intersection(range);
+                part.map_or(0, |part| part.len() as u64)
+            };
             let fault = Fault {
-                at: range.start(),
-                len: range.len() as u64,
+                at,
+                len: gone.iter().map(outside).sum(),
                 source: FaultSource::Handle,
             };
             let newest = self.space.faults().recent.last().copied();

@@ -51,6 +51,7 @@ pub fn run(ops: &[Op], config: &Config) -> Result<SpaceStats, Violation> {
         handles: [None, None],
         copy: BTreeMap::new(),
         counts: SpaceStats::default(),
+        unsure: Vec::new(),
         vanished: Vec::new(),
         forgotten: 0,
         time: 0,
@@ -105,8 +106,10 @@ struct Runner<'a> {
     copy: BTreeMap<u64, Box<Bytes>>,
     /// What the space should have counted; of the flushes only `failed`.
     counts: SpaceStats,
-    /// Leases that were forgotten: nobody looks at them, and they go when all has been checked, so that
-    /// the test leaks no memory.
+    /// What was being unmapped in this step when a source panicked.
+    unsure: Vec<IovaRange>,
+    /// Leases that were forgotten: nobody looks at them, and they go when all has been checked, so
+    /// that the test leaks no memory.
     vanished: Vec<Live<'a>>,
     /// Their bytes.
     forgotten: u64,
@@ -117,7 +120,7 @@ struct Runner<'a> {
 /// A live lease.
 struct Held<'a> {
     live: Live<'a>,
-    request: HarvestRequest,
+    request: HarvestRequest<'static>,
     /// The addresses of the lease.
     view: IovaRange,
     /// It has none.
@@ -158,6 +161,7 @@ impl<'a> Runner<'a> {
     fn step(&mut self, op: &Op) -> Checked {
         self.time = self.time.wrapping_add(1);
         let failures = self.world.failures_ahead();
+        self.unsure.clear();
         match *op {
             Op::DmaWrite { device, at, len } => self.dma_write(device, at, len)?,
             Op::DmaRead { device, at, len } => self.dma_read(device, at, len)?,

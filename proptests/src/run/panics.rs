@@ -1,5 +1,5 @@
-//! What a caller does who meets the panic of a source: it catches it, makes sure that nothing was lost,
-//! and goes on.
+//! What a caller does who meets the panic of a source: it catches it, makes sure that nothing was
+//! lost, and goes on.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
@@ -29,6 +29,7 @@ impl Runner<'_> {
     pub(super) fn after_panic(&mut self) {
         for (nth, node) in self.world.nodes.iter().enumerate() {
             for range in node.take_blurred() {
+                self.unsure.push(range);
                 let areas = self.oracle.areas.values().map(Area::range);
                 let touched: Vec<IovaRange> = areas.filter(|a| a.intersects(range)).collect();
                 for page in touched.into_iter().flat_map(pages_of) {

@@ -7,6 +7,7 @@ use dirtymap::sync::{AtomicU8, Ordering, thread};
 use super::failure::Failure;
 use super::layout::{self, PAGES};
 use super::machine::{self, Dma};
+use super::panics::caught;
 use super::tally::Count;
 use super::world::World;
 use super::writer::{Pen, Reach};
@@ -46,9 +47,13 @@ impl<'w> Attacher<'w> {
         let domain = machine::machine(format, leaf, &self.world.memory);
         domain.break_hardware(self.world.breakage());
         self.world.events.note(self.actor, "attaches", all);
-        let id = Arc::clone(&domain)
-            .join(&self.world.space)
-            .map_err(|error| Failure::call("attach", all, error))?;
+        let joined = Arc::clone(&domain).join(&self.world.space, &self.world.panics);
+        let Some(id) = joined else {
+            // It is attached no more, or waits for its detach, which the end has for it.
+            self.world.tally.add(Count::Panicked, 1);
+            return Ok(());
+        };
+        let id = id.map_err(|error| Failure::call("attach", all, error))?;
         self.world.tally.add(Count::Attaches, 1);
         let mut dma = domain.device(machine::device_config(shape));
         for _ in 0..bursts {
@@ -60,8 +65,14 @@ impl<'w> Attacher<'w> {
         }
         self.world.events.note(self.actor, "detaches", all);
         let detach = || {
-            let detached = self.world.space.detach(id);
-            detached.map_err(|error| Failure::call("detach", all, error))
+            loop {
+                match caught(|| self.world.space.detach(id)) {
+                    Some(detached) => {
+                        return detached.map_err(|error| Failure::call("detach", all, error));
+                    }
+                    None => self.world.tally.add(Count::Panicked, 1),
+                }
+            }
         };
         if busy {
             self.world.tally.add(Count::DetachedBusy, 1);

@@ -4,11 +4,12 @@
 //! is final, as the unmap has flushed: the harvester copies them by the bitmap that it still has.
 
 use dirtymap::sync::AtomicU64;
-use dirtymap::{Error, Granule, HarvestError, HarvestRequest, Scope, UserBitmap};
+use dirtymap::{Error, Granule, HarvestRequest, Holes, Scope, UserBitmap};
 
 use super::failure::Failure;
 use super::layout::{self, PAGES};
 use super::options::Sabotage;
+use super::panics::caught;
 use super::tally::Count;
 use super::world::World;
 use crate::Random;
@@ -24,6 +25,8 @@ pub(super) enum Fate {
     AbortOwed,
     /// Dropped before its flush.
     Drop,
+    /// Synced, copied, forgotten.
+    Forget,
 }
 
 /// See the [module](self).
@@ -55,9 +58,14 @@ impl<'w> Harvester<'w> {
                 0 => Fate::AbortSynced,
                 1 => Fate::AbortOwed,
                 2 => Fate::Drop,
+                3 if self.world.options.forget && self.random.below(64) == 0 => Fate::Forget,
                 _ => Fate::Commit,
             };
-            self.round(&request, fate)?;
+            let bits = match self.random.below(4) {
+                0 => 1 + self.random.below(200),
+                _ => u64::MAX,
+            };
+            self.round(&request, fate, bits)?;
         }
         Ok(())
     }
@@ -83,6 +91,9 @@ impl<'w> Harvester<'w> {
             _ => (layout::slot(0).0, PAGES),
         };
         let pages = pages.min(PAGES - first);
+        let unit = self.world.options.unit();
+        let (first, end) = (first / unit * unit, (first + pages).next_multiple_of(unit));
+        let pages = end - first;
         let lg2 = match random.below(4) {
             0 => 11,
             1 if first % 4 == 0 && pages.is_multiple_of(4) => 14,
@@ -93,7 +104,13 @@ impl<'w> Harvester<'w> {
             0 => Scope::Domain(self.world.ids[random.below(self.world.ids.len() as u64) as usize]),
             _ => Scope::All,
         };
-        HarvestRequest::new(layout::range(first, pages), granule).in_scope(scope)
+        let holes = match random.below(2) {
+            0 => Holes::Skip,
+            _ => Holes::Stop,
+        };
+        HarvestRequest::new(layout::range(first, pages), granule)
+            .in_scope(scope)
+            .holes(holes)
     }
 
     fn clear_words(&mut self, request: &HarvestRequest<'_>) {
@@ -106,21 +123,25 @@ impl<'w> Harvester<'w> {
     fn peek(&mut self, request: &HarvestRequest<'_>) -> Result<(), Failure> {
         self.clear_words(request);
         self.world.tally.add(Count::Peeks, 1);
-        match self
-            .world
-            .space
-            .peek(request, UserBitmap::shared(&self.words))
-        {
-            Ok(_) | Err(Error::Hole { .. }) => Ok(()),
-            Err(error) => Err(Failure::call("peek", request.range(), error)),
+        let space = &self.world.space;
+        match caught(|| space.peek(request, UserBitmap::shared(&self.words))) {
+            Some(Ok(_) | Err(Error::Hole { .. })) => Ok(()),
+            Some(Err(error)) => Err(Failure::call("peek", request.range(), error)),
+            None => {
+                self.world.tally.add(Count::Panicked, 1);
+                Ok(())
+            }
         }
     }
 
     /// One harvest, and what becomes of it. Returns how many bits it set.
+    ///
+    /// Of at most so many bits, by and large.
     pub(super) fn round(
         &mut self,
         request: &HarvestRequest<'_>,
         fate: Fate,
+        bits: u64,
     ) -> Result<u64, Failure> {
         let range = request.range();
         let (world, tally) = (self.world, &self.world.tally);
@@ -132,19 +153,41 @@ impl<'w> Harvester<'w> {
         let view = view.map_err(|error| failed("view", &error))?;
         world.events.note(self.actor, text(request, fate), range);
         tally.add(Count::Harvests, 1);
-        let lease = match world.space.harvest(request, bitmap()) {
-            Ok(lease) => lease,
-            Err(HarvestError::Stopped(stopped)) if matches!(stopped.error, Error::Hole { .. }) => {
-                tally.add(Count::Holes, 1);
-                stopped.lease
+        // A drop does not say what was outside: all of it may have been.
+        let dropped = |view: dirtymap::BitmapView<'_>| {
+            if layout::slot(0).0 <= *layout::pages_of(range).end() {
+                tally.add(Count::OutsideAborts, 1);
+                world.copy_runs(view.runs());
             }
-            Err(error) => return Err(failed("harvest", &error.into())),
+        };
+        let mut asked = *request;
+        if fate != Fate::Forget && bits != u64::MAX {
+            tally.add(Count::Bounded, 1);
+            asked = asked.max_bits(bits);
+        }
+        let Some(harvested) = caught(|| world.space.harvest(&asked, bitmap())) else {
+            tally.add(Count::Panicked, 1);
+            dropped(view);
+            return Ok(1);
+        };
+        let lease = harvested.map_err(|error| failed("harvest", &error))?;
+        let lease = match lease.stopped().map(|stopped| &stopped.error) {
+            None => lease,
+            Some(Error::Hole { .. }) => {
+                tally.add(Count::Holes, 1);
+                lease.partial()
+            }
+            Some(error) => return Err(failed("harvest", error)),
         };
         let bits = lease.report().bits_set;
+        if fate == Fate::Drop && sabotage == Some(Sabotage::ForgetLease) {
+            std::mem::forget(lease);
+            return Ok(bits);
+        }
         if fate != Fate::Commit && sabotage == Some(Sabotage::ForgetAbort) {
             let _ = lease
                 .sync()
-                .map_err(|error| failed("sync", &error.into()))?
+                .map_err(|error| failed("sync", &error))?
                 .commit();
             return Ok(bits);
         }
@@ -159,17 +202,27 @@ impl<'w> Harvester<'w> {
                 tally.add(Count::Aborts, 1);
                 lease.abort().outside_bytes != 0
             }
-            Fate::Commit | Fate::AbortSynced => {
+            Fate::Commit | Fate::AbortSynced | Fate::Forget => {
                 let early = sabotage == Some(Sabotage::CopyBeforeSync);
                 if early {
                     world.copy_runs(view.runs());
                 }
-                let lease = lease
-                    .sync()
-                    .map_err(|error| failed("sync", &error.into()))?;
-                if fate == Fate::Commit {
+                let Some(lease) = caught(|| lease.sync()) else {
+                    // The panic has dropped it.
+                    tally.add(Count::Panicked, 1);
+                    dropped(view);
+                    return Ok(1);
+                };
+                let lease = lease.map_err(|error| failed("sync", &error))?;
+                if fate != Fate::AbortSynced {
                     if !early {
                         world.copy_runs(lease.runs());
+                    }
+                    if fate == Fate::Forget {
+                        tally.add(Count::Forgotten, 1);
+                        tally.add(Count::ForgottenBytes, bits << request.granule().lg2());
+                        std::mem::forget(lease);
+                        return Ok(bits);
                     }
                     lease.commit();
                     tally.add(Count::Commits, 1);
@@ -204,7 +257,7 @@ impl<'w> Harvester<'w> {
         }
         for range in ranges {
             let request = HarvestRequest::new(range, Granule::K4).in_scope(scope);
-            bits += self.round(&request, Fate::Commit)?;
+            bits += self.round(&request, Fate::Commit, u64::MAX)?;
         }
         Ok(bits)
     }
@@ -221,6 +274,7 @@ fn text(request: &HarvestRequest<'_>, fate: Fate) -> &'static str {
         (Scope::All, Fate::AbortSynced) => "harvests, to abort after the sync,",
         (Scope::All, Fate::AbortOwed) => "harvests, to abort,",
         (Scope::All, Fate::Drop) => "harvests, to drop,",
+        (_, Fate::Forget) => "harvests, to forget,",
         (Scope::Domain(_), Fate::Commit) => "harvests a domain, to commit,",
         (Scope::Domain(_), Fate::AbortSynced) => "harvests a domain, to abort after the sync,",
         (Scope::Domain(_), Fate::AbortOwed) => "harvests a domain, to abort,",

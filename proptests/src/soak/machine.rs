@@ -8,6 +8,7 @@ use pagetable_sim::{
     Format, PhysMemory, RiscvSv48, VtdSs, X86_64,
 };
 
+use super::panics::{Panicking, Panics, caught};
 use crate::Random;
 
 /// A device of any format.
@@ -41,7 +42,12 @@ where
 
 /// A domain of any format.
 pub(super) trait Machine: Send + Sync {
-    fn join(self: Arc<Self>, space: &AddressSpace) -> Result<DomainId, Error>;
+    /// Attaches it; `None` if it panicked.
+    fn join(
+        self: Arc<Self>,
+        space: &AddressSpace,
+        panics: &Arc<Panics>,
+    ) -> Option<Result<DomainId, Error>>;
     fn device(&self, config: DeviceConfig) -> Box<dyn Dma>;
     fn break_hardware(&self, breakage: Breakage);
     fn stats(&self) -> DomainStats;
@@ -52,8 +58,18 @@ where
     Domain<F>: Send + Sync,
     Device<F>: Send,
 {
-    fn join(self: Arc<Self>, space: &AddressSpace) -> Result<DomainId, Error> {
-        space.attach(self)
+    fn join(
+        self: Arc<Self>,
+        space: &AddressSpace,
+        panics: &Arc<Panics>,
+    ) -> Option<Result<DomainId, Error>> {
+        let panics = Arc::clone(panics);
+        caught(|| {
+            space.attach(Panicking {
+                domain: self,
+                panics,
+            })
+        })
     }
 
     fn device(&self, config: DeviceConfig) -> Box<dyn Dma> {
@@ -71,6 +87,8 @@ where
 
 /// How many formats there are.
 pub(super) const FORMATS: u64 = 5;
+/// The number of one more, with pages of 16 KiB.
+pub(super) const LARGE_PAGES: u64 = 5;
 
 /// A domain of format number `format`.
 pub(super) fn machine(
@@ -88,6 +106,7 @@ pub(super) fn machine(
         1 => Domain::<VtdSs>::with_format(memory, config),
         2 => Domain::<ArmS1>::with_format(memory, config),
         3 => Domain::<X86_64>::with_format(memory, config),
+        LARGE_PAGES => Domain::<ArmS1<14>>::with_format(memory, config),
         _ => Domain::<RiscvSv48>::with_format(memory, config),
     }
 }

@@ -1,11 +1,12 @@
 //! Who maps and unmaps slots. What an unmap returns is copied after it; from then on, until the next map, no device may
 //! change the memory.
 
-use dirtymap::sync::{MutexGuard, thread};
+use dirtymap::sync::{AtomicU64, MutexGuard, thread};
 use dirtymap::{Access, Change, Error, Granule, Iova, IovaRange, SparseBitmap, UserBitmap};
 
 use super::failure::Failure;
 use super::layout::{self, LANE, LARGE, PAGE, SMALL};
+use super::panics::caught;
 use super::tally::Count;
 use super::world::{Slot, SlotState, World};
 use super::writer;
@@ -88,17 +89,51 @@ impl<'w> Mapper<'w> {
         self.verify_frozen(slot, state)?;
         slot.step();
         let pages = slot.pages / parts;
+        let mut panicked = false;
         for part in 0..parts {
             let first = slot.first + part * pages;
             let range = layout::range(first, pages);
             self.world.events.note(self.actor, "maps", range);
-            let mapped = self.world.space.map(range, first * PAGE, Access::ReadWrite);
+            let map = || self.world.space.map(range, first * PAGE, Access::ReadWrite);
+            let mapped = loop {
+                if let Some(mapped) = caught(map) {
+                    break mapped;
+                }
+                self.clear_away(range)?;
+                panicked = true;
+            };
             mapped.map_err(|error| Failure::call("map", range, error))?;
+        }
+        if panicked {
+            // What devices wrote while it was mapped in part is reported by nobody.
+            self.world.copy_range(slot.range());
         }
         state.mapped = true;
         slot.step();
         self.world.tally.add(Count::Maps, parts);
         Ok(())
+    }
+
+    /// A map panicked: what it may have left of `range` goes.
+    fn clear_away(&self, range: IovaRange) -> Result<(), Failure> {
+        self.world.tally.add(Count::Panicked, 1);
+        loop {
+            match caught(|| self.world.space.unmap_discarding(range)) {
+                Some(Ok(_) | Err(Error::NothingMapped { .. })) => return Ok(()),
+                Some(Err(error)) => return Err(Failure::call("unmap", range, error)),
+                None => self.world.tally.add(Count::Panicked, 1),
+            }
+        }
+    }
+
+    /// Repeats a call until no source panics in it.
+    fn stubbornly<T>(&self, mut call: impl FnMut() -> T) -> T {
+        loop {
+            match caught(&mut call) {
+                Some(done) => return done,
+                None => self.world.tally.add(Count::Panicked, 1),
+            }
+        }
     }
 
     /// Unmaps neighbours, in one of several ways.
@@ -109,6 +144,7 @@ impl<'w> Mapper<'w> {
         let range = layout::range(first, pages);
         if self.random.below(4) == 0 {
             let at = first + self.random.below(pages);
+            let at = at / self.world.options.unit() * self.world.options.unit();
             self.cut(layout::iova(at))?;
         }
         held.iter().for_each(|(slot, _)| slot.step());
@@ -117,7 +153,7 @@ impl<'w> Mapper<'w> {
                 self.world
                     .events
                     .note(self.actor, "unmaps, discarding", range);
-                let done = self.world.space.unmap_discarding(range);
+                let done = self.stubbornly(|| self.world.space.unmap_discarding(range));
                 done.map_err(|error| Failure::call("unmap_discarding", range, error))?;
                 self.world.tally.add(Count::Discards, 1);
                 // What is discarded nobody reports any more.
@@ -139,7 +175,7 @@ impl<'w> Mapper<'w> {
     fn cut(&self, at: Iova) -> Result<(), Failure> {
         let page = IovaRange::granule_at(at, Granule::K4);
         self.world.events.note(self.actor, "cuts at", page);
-        match self.world.space.cut(at) {
+        match self.stubbornly(|| self.world.space.cut(at)) {
             Ok(_) => self.world.tally.add(Count::Cuts, 1),
             // The domain with large leaves cannot split them.
             Err(Error::Source(_)) => self.world.tally.add(Count::CutsRefused, 1),
@@ -150,8 +186,10 @@ impl<'w> Mapper<'w> {
 
     /// Replaces the areas of a range by what is left without its middle, as one batch.
     fn unmap_middle(&mut self, first: u64, pages: u64) -> Result<(), Failure> {
-        let from = 1 + self.random.below(pages - 2);
-        let n = 1 + self.random.below(pages - 1 - from);
+        let unit = self.world.options.unit();
+        let from = 1 + self.random.below(pages / unit - 2);
+        let n = 1 + self.random.below(pages / unit - 1 - from);
+        let (from, n) = (from * unit, n * unit);
         let middle = layout::range(first + from, n);
         let changes = [
             Change::Cut {
@@ -174,7 +212,18 @@ impl<'w> Mapper<'w> {
         changes: &[Change],
     ) -> Result<(), Failure> {
         self.world.events.note(self.actor, what, range);
-        let applied = self.world.space.apply(changes);
+        let applied = loop {
+            if let Some(applied) = caught(|| self.world.space.apply(changes)) {
+                break applied;
+            }
+            self.world.tally.add(Count::Panicked, 1);
+            // If the way back panicked as well, what was to be mapped is still taken.
+            for change in changes {
+                if let Change::Map { range, .. } = change {
+                    self.clear_away(*range)?;
+                }
+            }
+        };
         applied.map_err(|error| Failure::call(what, range, error))?;
         self.world.tally.add(Count::Batches, 1);
         Ok(())
@@ -184,17 +233,20 @@ impl<'w> Mapper<'w> {
     fn unmap_returning(&mut self, range: IovaRange) -> Result<(), Failure> {
         self.world.events.note(self.actor, "unmaps", range);
         let pages = (range.len() / u128::from(PAGE)) as u64;
-        let mut words = vec![0; pages.div_ceil(64) as usize];
+        let words: Vec<AtomicU64> = (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         let sparse = SparseBitmap::new(pages);
-        let bitmap = match self.random.below(2) {
-            0 => UserBitmap::sparse(&sparse),
-            _ => UserBitmap::new(&mut words),
-        };
-        let (unmapped, view) = self
-            .world
-            .space
-            .unmap(range, Granule::K4, bitmap)
-            .map_err(|error| Failure::call("unmap", range, error))?;
+        let kind = self.random.below(2);
+        let (unmapped, view) = loop {
+            let bitmap = match kind {
+                0 => UserBitmap::sparse(&sparse),
+                _ => UserBitmap::shared(&words),
+            };
+            match caught(|| self.world.space.unmap(range, Granule::K4, bitmap)) {
+                Some(done) => break done,
+                None => self.world.tally.add(Count::Panicked, 1),
+            }
+        }
+        .map_err(|error| Failure::call("unmap", range, error))?;
         if unmapped.discarded_bytes != 0 {
             let error = format!("{} bytes discarded", unmapped.discarded_bytes);
             return Err(Failure::call("unmap", range, error));
@@ -237,6 +289,10 @@ impl<'w> Mapper<'w> {
         comes.1.mapped = true;
         self.world.tally.add(Count::Maps, 1);
         self.world.copy_range(goes.0.range());
+        if self.world.options.panics {
+            // As in `map`.
+            self.world.copy_range(comes.0.range());
+        }
         self.freeze(goes.0, &mut goes.1);
         Ok(())
     }
@@ -244,17 +300,28 @@ impl<'w> Mapper<'w> {
     /// Maps a range that nobody writes at the lowest free place, and unmaps it.
     fn anywhere(&mut self) -> Result<(), Failure> {
         let space = &self.world.space;
-        let pages = 1 + self.random.below(layout::SCRATCH);
+        let unit = self.world.options.unit();
+        let pages = (1 + self.random.below(layout::SCRATCH)).next_multiple_of(unit);
         let backing = layout::PAGES * PAGE;
-        let range = space
-            .map_anywhere(pages * PAGE, backing, Access::ReadWrite)
-            .map_err(|error| Failure::call("map_anywhere", layout::scratch(), error))?;
+        let map = || space.map_anywhere(pages * PAGE, backing, Access::ReadWrite);
+        let range = match caught(map) {
+            Some(Ok(range)) => range,
+            // What a panic has left is unmapped in the end.
+            Some(Err(Error::NoSpace { .. })) if self.world.options.panics => return Ok(()),
+            Some(Err(error)) => {
+                return Err(Failure::call("map_anywhere", layout::scratch(), error));
+            }
+            None => {
+                self.world.tally.add(Count::Panicked, 1);
+                return Ok(());
+            }
+        };
         self.world.events.note(self.actor, "maps anywhere", range);
         if !layout::scratch().covers(range) {
             let error = "it lies outside of what is allowed";
             return Err(Failure::call("map_anywhere", range, error));
         }
-        let unmapped = space.unmap_discarding(range);
+        let unmapped = self.stubbornly(|| space.unmap_discarding(range));
         unmapped.map_err(|error| Failure::call("unmap_discarding", range, error))?;
         self.world.tally.add(Count::Anywhere, 1);
         Ok(())

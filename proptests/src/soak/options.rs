@@ -46,9 +46,22 @@ pub struct Options {
     #[arg(long, value_name = "N", default_value_t = 2.0, value_parser = amount)]
     pub checkpoint: f64,
 
-    /// How much the resident memory may grow from the first comparison to the last, in MiB
+    /// How much the resident memory may grow from the first comparison to the last, in MiB; not
+    /// looked at with --forget
     #[arg(long, value_name = "MIB", default_value_t = 64)]
     pub growth: u64,
+
+    /// Sources panic now and then, in any callback; those who call catch it and go on
+    #[arg(long)]
+    pub panics: bool,
+
+    /// One of the domains that stay has pages of 16 KiB, the others 4 KiB
+    #[arg(long)]
+    pub large_pages: bool,
+
+    /// Consumers forget leases that they have copied, now and then
+    #[arg(long)]
+    pub forget: bool,
 
     /// Break one step, to see that the comparison finds what is lost
     #[arg(long, value_enum, value_name = "KIND")]
@@ -70,6 +83,8 @@ pub enum Sabotage {
     ForgetAbort,
     /// Pages are copied before the lease is synced.
     CopyBeforeSync,
+    /// Leases are forgotten that were neither flushed nor copied.
+    ForgetLease,
 }
 
 impl Options {
@@ -79,6 +94,11 @@ impl Options {
         std::time::Duration::from_secs_f64(self.seconds.unwrap_or(minutes * 60.0))
     }
 
+    /// What areas, cuts and requests are made of, in pages.
+    pub(super) fn unit(&self) -> u64 {
+        if self.large_pages { 4 } else { 1 }
+    }
+
     /// What the hardware breaks.
     pub(super) fn breakage(&self) -> Breakage {
         match self.sabotage {
@@ -86,7 +106,8 @@ impl Options {
             Some(Sabotage::NoDrain) => Breakage::AcknowledgeWithoutDraining,
             Some(Sabotage::ShortFlush) => Breakage::FlushShortByOnePage,
             Some(Sabotage::SkipNonLeaf) => Breakage::SkipNonLeaf,
-            Some(Sabotage::ForgetAbort | Sabotage::CopyBeforeSync) | None => Breakage::None,
+            Some(Sabotage::ForgetAbort | Sabotage::CopyBeforeSync | Sabotage::ForgetLease)
+            | None => Breakage::None,
         }
     }
 
@@ -104,6 +125,14 @@ impl Options {
             self.harvesters,
             self.checkpoint,
         );
+        let flags = [
+            (self.panics, " --panics"),
+            (self.large_pages, " --large-pages"),
+            (self.forget, " --forget"),
+        ];
+        for (_, flag) in flags.iter().filter(|(on, _)| *on) {
+            command += flag;
+        }
         if let Some(sabotage) = self.sabotage.and_then(|kind| kind.to_possible_value()) {
             command += " --sabotage ";
             command += sabotage.get_name();

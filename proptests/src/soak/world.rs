@@ -11,6 +11,7 @@ use super::failure::{Events, Failure};
 use super::layout::{self, LANE, PAGE, PAGES};
 use super::machine::{self, Machine};
 use super::options::Options;
+use super::panics::Panics;
 use super::tally::{Count, Tally};
 use crate::Random;
 
@@ -91,6 +92,7 @@ pub(super) struct World {
     pub(super) control: Control,
     pub(super) tally: Tally,
     pub(super) events: Events,
+    pub(super) panics: Arc<Panics>,
 }
 
 impl World {
@@ -98,19 +100,28 @@ impl World {
     pub(super) fn new(options: Options) -> Result<Self, dirtymap::Error> {
         let memory = Arc::new(PhysMemory::new((PAGES + layout::SCRATCH) * PAGE)?);
         let space = AddressSpace::new(Granule::K4);
+        let panics = Arc::new(Panics::new(options.seed));
         let leaves = [Granule::M2, Granule::K4];
         let machines: Vec<_> = (0..DOMAINS)
-            .map(|nth| machine::machine(nth as u64, leaves[nth], &memory))
+            .map(|nth| {
+                let format = match nth {
+                    1 if options.large_pages => machine::LARGE_PAGES,
+                    _ => nth as u64,
+                };
+                machine::machine(format, leaves[nth], &memory)
+            })
             .collect();
         let ids = machines
             .iter()
-            .map(|machine| Arc::clone(machine).join(&space))
+            .filter_map(|machine| Arc::clone(machine).join(&space, &panics))
             .collect::<Result<_, _>>()?;
         space.set_allowed(&[layout::scratch()])?;
         for (first, pages) in layout::STATIC {
+            let pages = pages.next_multiple_of(options.unit());
             space.map(layout::range(first, pages), first * PAGE, Access::ReadWrite)?;
         }
         space.start_tracking()?;
+        panics.switch(options.panics);
         let breakage = options.breakage();
         for machine in &machines {
             machine.break_hardware(breakage);
@@ -133,6 +144,7 @@ impl World {
             control: Control::default(),
             tally: Tally::default(),
             events: Events::new(names),
+            panics,
             options,
         })
     }
