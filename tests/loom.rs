@@ -214,8 +214,8 @@ fn a_stop_owes_before_it_puts_back() {
             thread::spawn(move || {
                 let words = [AtomicU64::new(0)];
                 let request = HarvestRequest::new(both, PAGE);
-                let stopped = space.harvest(&request, UserBitmap::shared(&words));
-                assert!(stopped.is_err());
+                let lease = space.harvest(&request, UserBitmap::shared(&words)).unwrap();
+                assert!(lease.stopped().is_some());
             })
         };
         let mut copy = 0;

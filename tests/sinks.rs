@@ -6,8 +6,8 @@ mod common;
 
 use common::{PAGE, pages};
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Invalidated,
-    Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking, UserBitmap,
+    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Holes,
+    Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking, UserBitmap,
 };
 
 /// 64 pages from an address on are dirty, whatever is asked for.
@@ -74,9 +74,14 @@ fn a_mask_that_reaches_into_the_next_area_leaves_its_bits_alone() {
     space.map(pages(8, 120), 0, Access::ReadWrite).unwrap();
     space.start_tracking().unwrap();
     let mut words = [0u64; 2];
-    let request = HarvestRequest::new(pages(0, 128), Granule::K4);
+    let all = HarvestRequest::new(pages(0, 128), Granule::K4);
     // The walk stops at the hole: of what lies above it, nobody has told.
+    let request = all.holes(Holes::Stop);
     let peeked = space.peek(&request, UserBitmap::new(&mut words));
     assert!(matches!(peeked, Err(Error::Hole { .. })));
     assert_eq!(words, [0b1111, 0]);
+    // A walk that goes on sets the bits of both areas, and none of the hole.
+    let mut words = [0u64; 2];
+    space.peek(&all, UserBitmap::new(&mut words)).unwrap();
+    assert_eq!(words, [!0b1111_0000, 0]);
 }

@@ -79,7 +79,7 @@ fn a_snapshot_that_fails_loses_nothing() {
         let mut words = [[0u64; 1]; 2];
         let [low, high] = &mut words;
         let low = harvest(&space, bytes(0, 16 * PAGE), low);
-        let request = HarvestRequest::new(bytes(second, 16 * PAGE), Granule::K4);
+        let request = HarvestRequest::new(bytes(second, 16 * PAGE), Granule::K4).holes(Holes::Stop);
         let high = space.harvest(&request, UserBitmap::new(high))?.sync()?;
         if file_fails {
             return Ok::<_, Error>(0); // fsync failed; both leases are dropped

@@ -149,7 +149,7 @@ impl SpaceBitmap {
         match peeked {
             Ok(view) => view.count() > 0,
             // Nothing is tracked here, so there is nothing to report.
-            Err(Error::Hole { .. } | Error::NeverTracked { .. }) => false,
+            Err(Error::NeverTracked { .. }) => false,
             Err(_) => true,
         }
     }
