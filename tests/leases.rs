@@ -211,7 +211,7 @@ fn an_abort_counts_what_was_lost_with_an_area_that_was_mapped_again() {
     }
 }
 
-/// What a lease holds of an area that was cut meanwhile is put back, whoever has the pieces; of a
+/// What a lease holds of an area that was cut meanwhile is put back into its pieces; of a
 /// piece that went and came again it is outside.
 #[test]
 fn the_pieces_of_an_area_are_as_old_as_it_was() {

@@ -158,7 +158,7 @@ fn an_abort_owes_before_it_puts_back() {
     });
 }
 
-/// Clean, and stops whoever asks for more than one page.
+/// Clean, and stops a harvest that asks for more than one page.
 struct StopsAtTwo;
 
 impl DirtySource for StopsAtTwo {

@@ -142,7 +142,7 @@ fn from_a_stop_on_marks_and_kept_pages_stay() {
         assert_eq!(lease.report().bits_set, expect.len() as u64);
         lease.commit();
         drop(guard);
-        // Page 50 was in flight: it is dirty whoever has reported it.
+        // Page 50 was in flight: it stays dirty, whichever harvest has reported it.
         let rest = all.into_iter().filter(|page| !below(page) || *page == 50);
         assert_eq!(take(&space, 64), rest.collect::<Vec<u64>>());
         accounts_hold(&space);

@@ -196,7 +196,7 @@ impl DirtySource for Log {
         })
     }
 
-    /// Nothing runs meanwhile: who waits for this flush waits for its thread.
+    /// Nothing runs meanwhile: a thread that waits for this flush waits for its thread.
     fn invalidate(&self, _: &FlushGather) -> Result<Invalidated, Error> {
         Ok(Invalidated::default())
     }

@@ -3,18 +3,20 @@
 //! # The swap
 //! ```text
 //!  front end                                    back end
-//!  S1  make a fresh log, list it behind the old
+//!  S1  make a fresh log, list it after the old
 //!  S2  send it                                  marks in the old one
-//!                                               replaces it, waits until nobody marks in the old one, answers
+//!                                               replaces it, waits until no thread marks
+//!                                               in the old one, answers
 //!  S3  got the answer                           marks in the fresh one
 //!  S4  OR what is left of the old into the fresh
 //!  S5  take the old one off the list
 //! ```
 //!
-//! *Never invisible:* a harvest looks at all logs of the list. Before S1 a back end has no fresh log to mark in; between S1 and S5
-//! both are on the list; and when the old one leaves it, everything in it is in the fresh one. S4 clears nothing: a harvest that takes
-//! a page out of the old one meanwhile has reported it, and it may be reported once more.
-//! *Nothing later:* after S3 nobody marks in the old log, so S4 has the last of it.
+//! *Never invisible:* a harvest looks at all logs of the list. Before S1 a back end has no fresh
+//! log to mark in; between S1 and S5 both are on the list; and when the old one leaves it,
+//! everything in it is in the fresh one. S4 clears nothing: a harvest that takes a page out of the
+//! old one meanwhile has reported it, and it may be reported once more. *Nothing later:* after S3
+//! no thread marks in the old log, so S4 has the last of it.
 
 use super::replaceable::Replaceable;
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, Step, lock, performs};
@@ -29,7 +31,7 @@ pub(super) trait LogWords {
 pub(super) struct LogList<L> {
     /// What harvests see of `list`.
     shown: Replaceable<Vec<Arc<L>>>,
-    /// Held by who changes it.
+    /// Held for each change of it.
     list: Mutex<Vec<Arc<L>>>,
 }
 
@@ -49,7 +51,8 @@ impl<L: LogWords> LogList<L> {
         Arc::clone(&list[list.len() - 1])
     }
 
-    /// S1: lists what `make` makes of the newest log, and which is not shorter. Waits for harvests under way.
+    /// S1: lists what `make` makes of the newest log, and which is not shorter. Waits for harvests
+    /// under way.
     ///
     /// # Errors
     /// Those of `make`; the list stays as it was.
@@ -63,7 +66,8 @@ impl<L: LogWords> LogList<L> {
         Ok(fresh)
     }
 
-    /// S4 and S5: nobody marks in what is older than `fresh`. Returns how many bits were left there. Waits for harvests under way.
+    /// S4 and S5: no thread marks in the logs before `fresh`. Returns how many bits were left
+    /// there. Waits for harvests under way.
     pub(super) fn acknowledge(&self, fresh: &Arc<L>) -> u64 {
         let mut list = lock(&self.list);
         let place = list.iter().position(|log| Arc::ptr_eq(log, fresh));
@@ -110,7 +114,8 @@ pub(super) fn seen<L: LogWords>(logs: &[Arc<L>], word: usize, mask: u64) -> u64 
 /// Clears `mask` in a word of all logs; what of it was set.
 pub(super) fn clear<L: LogWords>(logs: &[Arc<L>], word: usize, mask: u64) -> u64 {
     let each = logs.iter().filter_map(|log| log.words().get(word));
-    // Acquire: as in `seen`. Release: whoever finds a page clean finds it recorded.
+    // Acquire: as in `seen`. Release: a harvest that finds the page clean sees it recorded; one
+    // that does not finds it here.
     let or = each.fold(0, |or, word| {
         or | word.fetch_and(!mask.to_le(), Ordering::AcqRel)
     });

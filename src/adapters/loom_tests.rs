@@ -1,4 +1,5 @@
-//! Models of what adapters do concurrently on their own: a log that is replaced under those who mark in it.
+//! Models of what adapters do concurrently on their own: a log that is replaced while threads mark
+//! in it.
 
 use super::log_list::{LogList, LogWords, clear, seen};
 use super::replaceable::Replaceable;
@@ -39,7 +40,7 @@ impl BackEnd {
     }
 }
 
-/// After the acknowledgement nobody marks in the old log, and what is in it and in the new one is all there is.
+/// After the acknowledgement no thread marks in the old log, and the two logs have all marks.
 #[test]
 fn no_mark_goes_to_a_log_that_was_replaced() {
     holds_only_with(&[Step::WaitForInside, Step::EnterFence], || {
@@ -63,7 +64,8 @@ fn no_mark_goes_to_a_log_that_was_replaced() {
     });
 }
 
-/// The first log: who found none has written before it was in place, and the first full copy has it.
+/// The first log: a writer that found none wrote before it was in place, and the first full copy
+/// has that write.
 #[test]
 fn who_finds_no_log_has_written_before_there_was_one() {
     holds_only_with(&[Step::EnterFence], || {
@@ -124,7 +126,8 @@ impl Swapping {
     }
 }
 
-/// At every moment of a swap, a harvest that begins after a write finds it, or another one has; after it nothing is left behind.
+/// At every moment of a swap, a harvest that begins after a write finds it, or another one has;
+/// after it nothing is left behind.
 #[test]
 fn a_mark_is_found_at_every_moment_of_a_swap() {
     holds_only_with(&[Step::ListFirst, Step::CarryOver], || {

@@ -13,6 +13,7 @@ use super::host;
 /// are used again. So one page of memory tells: the kernel wipes it in every copy of the address
 /// space (`MADV_WIPEONFORK`). A child that shares the memory (`vfork`) is the same process here.
 /// A check costs a load.
+#[derive(Debug)]
 pub(super) struct Maker {
     page: NonNull<u8>,
     len: usize,

@@ -11,16 +11,19 @@
 //! ```
 //!
 //! Either R2 or P2 comes first in the one order of all SeqCst fences:
-//! - if R2 does, P3 sees the reader inside and waits for it: whatever it did with the old value comes before P4;
-//! - if P2 does, the reader sees the new value. It counts as inside, but nobody has to wait for it.
+//! - if R2 does, P3 sees the reader inside and waits for it: whatever it did with the old value
+//!   comes before P4;
+//! - if P2 does, the reader sees the new value. It counts as inside, but P3 need not wait for it.
 //!
-//! The same holds for data that the reader wrote before it came (W1): after P4 the replacer sees it, or the reader sees the new
-//! value. So a marker that finds no log has written before the log was in place.
+//! The same holds for data that the reader wrote before it came (W1): after P4 the replacer sees
+//! it, or the reader sees the new value. So a marker that finds no log has written before the log
+//! was in place.
 //!
 //! # Progress
-//! There are two counts, and readers use the one that the phase names. A replacer waits for the other one, turns the phase, and
-//! waits for the first: behind its back only readers come in who had looked at the phase before, so that it never waits for
-//! more than those who are inside. Readers never wait.
+//! There are two counts, and readers use the one that the phase names. A replacer waits for the
+//! other one, turns the phase, and waits for the first. Meanwhile a reader enters the first count
+//! only if it read the phase before the turn. So a replacer waits for no more readers than are
+//! inside. Readers never wait.
 
 use std::ptr;
 
@@ -45,9 +48,11 @@ pub(crate) struct Replaceable<T> {
 #[repr(align(128))]
 struct Shard([AtomicUsize; 2]);
 
-// SAFETY: the value is owned as by a `Box`, and given away by whoever replaces it, on any thread.
+// SAFETY: the value is owned as by a `Box`, and given away by the thread that replaces it, which
+// may be any.
 unsafe impl<T: Send> Send for Replaceable<T> {}
-// SAFETY: readers on several threads share the value; a replacer may take it out of another thread's hands.
+// SAFETY: readers on several threads share the value; a replacer may take it out of another
+// thread's hands.
 unsafe impl<T: Send + Sync> Sync for Replaceable<T> {}
 
 impl<T> Default for Replaceable<T> {
@@ -73,11 +78,13 @@ impl<T> Replaceable<T> {
         read(unsafe { current.as_ref() })
     }
 
-    /// Puts `value` in place, and returns the one before it when nobody reads that any more. Waits for those who do.
+    /// Puts `value` in place, and returns the one before it when no thread reads that any more.
+    /// Waits for the readers inside.
     pub(crate) fn replace(&self, value: Box<T>) -> Option<Box<T>> {
         let _replacing = lock(&self.replacing);
         let value = Box::into_raw(value);
-        // Release: publishes the value to `read`. Acquire: the one before is ours, as it was published.
+        // Release: publishes the value to `read`. Acquire: the one before is ours, as it was
+        // published.
         let old = self.current.swap(value, Ordering::AcqRel);
         if performs(Step::EnterFence) {
             // SeqCst: P2; pairs with R2 in `enter`.
@@ -87,11 +94,12 @@ impl<T> Replaceable<T> {
             // Relaxed: only replacers change it, and they hold the lock.
             let phase = self.phase.load(Ordering::Relaxed);
             self.wait_for(phase ^ 1);
-            // Relaxed: which count a reader uses matters to nobody but those who wait long.
+            // Relaxed: either count is right; the phase bounds the wait of replacers.
             self.phase.store(phase ^ 1, Ordering::Relaxed);
             self.wait_for(phase);
         }
-        // SAFETY: null, or made by `Box::into_raw` above and swapped out once; who could read it has left.
+        // SAFETY: null, or made by `Box::into_raw` above and swapped out once; each reader that
+        // could hold it has left.
         (!old.is_null()).then(|| unsafe { Box::from_raw(old) })
     }
 
@@ -112,7 +120,7 @@ impl<T> Replaceable<T> {
         // Relaxed: either count is right.
         let phase = self.phase.load(Ordering::Relaxed);
         let count = &self.inside[own_shard()].0[phase & 1];
-        // Relaxed: R2 behind it orders it.
+        // Relaxed: R2, a fence, comes after it and orders it.
         count.fetch_add(1, Ordering::Relaxed);
         if performs(Step::EnterFence) {
             // R2; pairs with P2 in `replace`.
@@ -214,7 +222,7 @@ mod tests {
                 replaced.store(true, Ordering::Release);
             });
             wait(&inside);
-            // Who comes after the swap reads the new value, and is not waited for.
+            // A reader that comes after the swap reads the new value, and is not waited for.
             while cell.read(|value| value == Some(&1)) {
                 thread::yield_now();
             }
@@ -224,7 +232,8 @@ mod tests {
         assert!(replaced.load(Ordering::Acquire));
     }
 
-    /// Readers who overlap without end: a replacer that waited for one count to be 0 would wait for ever.
+    /// Readers that overlap without end: a replacer that waited for one count to be 0 would wait
+    /// for ever.
     #[test]
     fn a_replacer_does_not_wait_for_readers_that_come_later() {
         let cell = Replaceable::default();

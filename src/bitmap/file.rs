@@ -38,7 +38,7 @@ const ALIGN: u64 = 64 << 10;
 /// a window that a harvest records in takes its blocks even if the rest of it stays empty; reading
 /// a sparse file takes none. A file system that cannot reserve blocks is asked by a write fault on
 /// each page of the window. Two cases remain a `SIGBUS`: the same on a kernel before Linux 5.14,
-/// and a hole that somebody punches under a mapped window of a full file system.
+/// and a hole that is punched under a mapped window of a full file system.
 ///
 /// # Several at a time
 /// Harvests may share one `FileBitmap`; their bits are OR-ed in atomically. Two of them over
@@ -63,8 +63,8 @@ struct Mapped {
 }
 
 impl FileBitmap {
-    /// The `bytes` bytes of `file` from `offset` on; as far as the file reaches when a request is made. The file must
-    /// be open for reading and writing.
+    /// The `bytes` bytes of `file` from `offset` on; as far as the file reaches when a request is
+    /// made. The file must be open for reading and writing.
     pub fn new(file: File, offset: u64, bytes: u64) -> Self {
         FileBitmap {
             file,
@@ -249,8 +249,8 @@ fn read_at(file: &File, mut bytes: &mut [u8], mut at: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// A window that is mapped. Unmapped when it is dropped. Borrows nothing, so that sinks and iterators may outlive what
-/// they were made from as they may without the feature.
+/// A window that is mapped. Unmapped when it is dropped. Borrows nothing, so that sinks and
+/// iterators may outlive what they were made from as they may without the feature.
 #[derive(Debug)]
 pub(super) struct Mapping {
     map: MmapRaw,
@@ -266,11 +266,13 @@ impl Mapping {
     #[inline]
     pub(super) fn span(&self) -> (Span<'_>, u64) {
         // SAFETY:
-        // - valid for reads and writes for as long as `self` is borrowed: the mapping is `len` bytes long, shared and
-        //   writable, and `self` owns it. The file was that long when it was mapped; if it is cut afterwards, an
-        //   access raises a signal, which is no access to memory of anybody else.
-        // - cut the same way by every span: mappings start on pages, so each byte of a file lies at the same place in
-        //   a word in all of them, and windows meet at words; the request's borders are documented on `FileBitmap`.
+        // - valid for reads and writes for as long as `self` is borrowed: the mapping is `len`
+        //   bytes long, shared and writable, and `self` owns it. The file was that long when it was
+        //   mapped; if it is cut afterwards, an access raises a signal, which is no access to
+        //   memory of anybody else.
+        // - cut the same way by every span: mappings start on pages, so each byte of a file lies at
+        //   the same place in a word in all of them, and windows meet at words; the request's
+        //   borders are documented on `FileBitmap`.
         let span = unsafe { Span::from_raw(self.map.as_mut_ptr(), self.map.len()) };
         (span, self.origin)
     }

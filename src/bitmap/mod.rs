@@ -1,17 +1,18 @@
 //! User bitmaps: where a harvest writes down what it found.
 //!
-//! Bit `n` stands for the bytes `[base + n * granule, base + (n + 1) * granule)`, least significant bit first, words
-//! little endian on every host. A harvest only ever ORs bits in, inside the request; bits that were set stay set, bits
-//! outside stay as they were.
+//! Bit `n` stands for the bytes `[base + n * granule, base + (n + 1) * granule)`, least significant
+//! bit first, words little endian on every host. A harvest only ever ORs bits in, inside the
+//! request; bits that were set stay set, bits outside stay as they were.
 //!
 //! ```text
 //!  IOVA range --record--> bits --window by window--> words of the user
 //!                          |
-//!                          +-- a chunk is one 4 KiB page of bitmap, 32768 bits; a window is at most 512 chunks
+//!                          +-- a chunk is one 4 KiB page of bitmap, 32768 bits;
+//!                              a window is at most 512 chunks
 //! ```
 //!
-//! A harvest records a page **before** it clears the page's dirty bit, so a record that fails leaves the bit where it
-//! was (contract: never clear what cannot be recorded).
+//! A harvest records a page **before** it clears the page's dirty bit, so a record that fails
+//! leaves the bit where it was (contract: never clear what cannot be recorded).
 
 mod chunk;
 mod chunks;

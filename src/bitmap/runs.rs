@@ -1,7 +1,8 @@
 //! What is recorded in a view: words, bits, and maximal ranges of addresses.
 //!
-//! All of them read forward through one window at a time. A window of a file that cannot be mapped counts as dirty
-//! throughout, and the iterator's `error` says so: who ignores it copies too much, never too little.
+//! All of them read forward through one window at a time. A window of a file that cannot be mapped
+//! counts as dirty throughout, and the iterator's `error` says so: a caller that ignores it copies
+//! too much, never too little.
 
 use super::window::{Backing, Window};
 use super::{BitmapView, word_mask};
@@ -26,7 +27,8 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// The first word from `word` on that is not zero, with the window that holds it; `None` if all are zero.
+    /// The first word from `word` on that is not zero, with the window that holds it; `None` if all
+    /// are zero.
     ///
     /// # Errors
     /// With the first word of the window that could not be opened.
@@ -59,8 +61,8 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// The words of a view that are not zero, in ascending order, as `(index, bits)`: bit `b` of word `index` is bit
-/// `64 * index + b` of the view. Bits past the end of the request are zero.
+/// The words of a view that are not zero, in ascending order, as `(index, bits)`: bit `b` of word
+/// `index` is bit `64 * index + b` of the view. Bits past the end of the request are zero.
 #[derive(Debug)]
 pub struct Words<'a> {
     reader: Reader<'a>,
@@ -120,7 +122,8 @@ impl<'a> Words<'a> {
                 Err((at, error)) => {
                     self.error.get_or_insert(error);
                     self.reader.give_up(at);
-                    // What lies before was zero; going back would close the stand-in and fail again.
+                    // What lies before was zero; going back would close the stand-in and fail
+                    // again.
                     word = at;
                 }
             }
@@ -134,7 +137,8 @@ impl Iterator for Words<'_> {
     fn next(&mut self) -> Option<(u64, u64)> {
         let (skip, low) = (self.shift / 64, self.shift % 64);
         while self.next <= self.last / 64 {
-            // Word `n` of the view is the upper part of word `n + skip` of the row, then the lower part of the next.
+            // Word `n` of the view is the upper part of word `n + skip` of the row, then the lower
+            // part of the next.
             let (at, bits) = self.seek(self.next + skip)?;
             let mut word = 0;
             let straddles = u64::from(low != 0);
@@ -231,7 +235,8 @@ impl<W: Iterator<Item = (u64, u64)>> Iterator for RunBits<W> {
             self.rest &= !word_mask(from, from + len - 1);
             let end = self.index * 64 + u64::from(from + len);
             if from + len == 64 {
-                // The run reaches the end of its word: it goes on if the next word begins with a set bit.
+                // The run reaches the end of its word: it goes on if the next word begins with a
+                // set bit.
                 (self.index, self.rest) = self.words.next().unwrap_or((0, 0));
                 if self.rest & 1 == 1 && self.index * 64 == end {
                     continue;
@@ -242,8 +247,8 @@ impl<W: Iterator<Item = (u64, u64)>> Iterator for RunBits<W> {
     }
 }
 
-/// The maximal runs of set bits of a view, as address ranges in ascending order. Runs go on across words, chunks and
-/// windows; bits past the end of the request do not count.
+/// The maximal runs of set bits of a view, as address ranges in ascending order. Runs go on across
+/// words, chunks and windows; bits past the end of the request do not count.
 #[derive(Debug)]
 pub struct Runs<'a> {
     view: BitmapView<'a>,
@@ -298,7 +303,8 @@ mod tests {
 
     #[test]
     fn a_clean_word_closes_an_open_run() {
-        // History: a merge that skipped zero words without closing the run glued pages together and dropped others.
+        // History: a merge that skipped zero words without closing the run glued pages together and
+        // dropped others.
         let mut words = [1u64 << 63, 0, 1];
         let all = IovaRange::from_len(Iova::MIN, 192 * 4096).unwrap();
         let view = UserBitmap::new(&mut words).view(all, Granule::K4).unwrap();

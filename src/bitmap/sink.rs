@@ -17,7 +17,7 @@ pub struct Sink<'a> {
     /// What lies outside is not recorded. Inside the view.
     limit: IovaRange,
     window: Window<'a>,
-    /// Whether nobody else writes to the bits meanwhile.
+    /// Whether no other thread writes to the bits meanwhile.
     exclusive: bool,
     bits_set: u64,
     windows: u64,
@@ -72,7 +72,8 @@ impl<'a> Sink<'a> {
         Some(self.view.addresses(bit, bit).last())
     }
 
-    /// Records `range` as dirty: sets each bit whose granule it touches, and none outside the request.
+    /// Records `range` as dirty: sets each bit whose granule it touches, and none outside the
+    /// request.
     ///
     /// # Errors
     /// None for bitmaps in memory. For a file [`Error::BitmapShrank`], [`Error::BitmapWindow`] or
@@ -112,7 +113,8 @@ impl<'a> Sink<'a> {
             && start >= limit.start()
             && end.is_some_and(|end| end <= limit.last())
         {
-            // All 64 pages lie inside and are bits of their own: the mask as it is, shifted across two words.
+            // All 64 pages lie inside and are bits of their own: the mask as it is, shifted across
+            // two words.
             let base = self.view.range().start().get();
             let bit = ((start.get() - base) >> page.lg2()) + self.view.shift();
             self.or(bit / 64, mask << (bit % 64))?;
@@ -138,8 +140,8 @@ impl<'a> Sink<'a> {
         self.view.backing().may_fail()
     }
 
-    /// Opens the window for `range`, if one window holds all of it: then recording there does not fail until something else is
-    /// recorded or secured. Whether it did.
+    /// Opens the window for `range`, if one window holds all of it: then recording there does not
+    /// fail until something else is recorded or secured. Whether it did.
     ///
     /// # Errors
     /// As [`record`](Sink::record).
@@ -154,8 +156,8 @@ impl<'a> Sink<'a> {
         Ok(self.window.holds(last / 64))
     }
 
-    /// If words of pages of size `page`, the first of which is the page at `base`, are words of the bitmap: which one the first of
-    /// them is, modulo 2^64.
+    /// If words of pages of size `page`, the first of which is the page at `base`, are words of the
+    /// bitmap: which one the first of them is, modulo 2^64.
     pub(crate) fn first_word(&self, base: Iova, page: Granule) -> Option<u64> {
         let number = |iova: Iova| iova.get() >> page.lg2();
         let bit = number(base)
@@ -185,8 +187,8 @@ impl<'a> Sink<'a> {
         Ok(())
     }
 
-    /// As [`or`](Self::or), for `seen` from `word` on; `found` says which of them are not 0. False, and nothing is recorded, if
-    /// the bitmap is shared or not all of the words are at hand.
+    /// As [`or`](Self::or), for `seen` from `word` on; `found` says which of them are not 0. False,
+    /// and nothing is recorded, if the bitmap is shared or not all of the words are at hand.
     #[inline]
     pub(crate) fn or_line(&mut self, word: u64, seen: &[u64; LINE_WORDS], found: u64) -> bool {
         if !self.exclusive {
@@ -200,7 +202,8 @@ impl<'a> Sink<'a> {
             // Relaxed, both: as in `Span::or_alone`.
             let old = u64::from_le(words[nth].load(Ordering::Relaxed));
             words[nth].store((old | seen[nth]).to_le(), Ordering::Relaxed);
-            // Without a look at single bits: in a line of several words it is as often wrong as right.
+            // Without a look at single bits: in a line of several words it is as often wrong as
+            // right.
             bits_set += match seen[nth] & !old {
                 u64::MAX => 64,
                 bits => u64::from(bits.count_ones()),
@@ -225,7 +228,8 @@ impl<'a> Sink<'a> {
     }
 }
 
-/// How many bits are set: at once for most words of bitmaps that are dense, or have hardly a bit; not all processors count them.
+/// How many bits are set: at once for most words of bitmaps that are dense, or have hardly a bit;
+/// not all processors count them.
 #[inline]
 fn count(bits: u64) -> u64 {
     match bits {

@@ -1,8 +1,8 @@
 //! Chunks side by side, zero at first.
 //!
-//! The allocator is asked for zeroed memory at no more than its usual alignment, because only then does it hand on what the
-//! system provides at the first touch. Alignment is made here, and the place before the first chunk says where the memory
-//! began.
+//! The allocator is asked for zeroed memory at no more than its usual alignment, because only then
+//! does it hand on what the system provides at the first touch. Alignment is made here, and the
+//! place before the first chunk says where the memory began.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 
@@ -35,7 +35,8 @@ pub(super) fn allocate(chunks: usize) -> impl Iterator<Item = *mut Chunk> {
     let skip = size_of::<*mut u8>();
     let first = began.wrapping_add(skip);
     let first = first.wrapping_add(first.align_offset(align_of::<Chunk>()));
-    // SAFETY: between `began` and `first`, so inside the allocation, and as aligned as `first` but for one pointer.
+    // SAFETY: between `began` and `first`, so inside the allocation, and as aligned as `first` but
+    // for one pointer.
     unsafe { first.wrapping_sub(skip).cast::<*mut u8>().write(began) };
     let first = first.cast::<Chunk>();
     (0..chunks).map(move |nth| first.wrapping_add(nth))
@@ -44,7 +45,8 @@ pub(super) fn allocate(chunks: usize) -> impl Iterator<Item = *mut Chunk> {
 /// Frees a slab.
 ///
 /// # Safety
-/// `first` is the first of `chunks` chunks that [`allocate`] has allocated, and nothing refers to them any more.
+/// `first` is the first of `chunks` chunks that [`allocate`] has allocated, and nothing refers to
+/// them any more.
 pub(super) unsafe fn free(first: *mut Chunk, chunks: usize) {
     let place = first.cast::<*mut u8>().wrapping_sub(1);
     // SAFETY: by the caller, `allocate` has written it.

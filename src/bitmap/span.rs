@@ -5,9 +5,10 @@
 //!  the span              [ head    |     words     | tail ]
 //! ```
 //!
-//! A span may begin and end at any byte. Words that it covers whole are accessed as words; a word of which it covers
-//! only a part is accessed byte by byte, so that no byte outside is touched. Which of the two a byte gets depends on
-//! where the span begins and ends, so two accesses of one span never differ in size.
+//! A span may begin and end at any byte. Words that it covers whole are accessed as words; a word
+//! of which it covers only a part is accessed byte by byte, so that no byte outside is touched.
+//! Which of the two a byte gets depends on where the span begins and ends, so two accesses of one
+//! span never differ in size.
 
 use crate::sync::{AtomicU8, AtomicU64, Ordering};
 
@@ -19,7 +20,7 @@ pub(super) struct Span<'a> {
     /// The part of word 0 that the span covers, unless it covers all of it.
     head: &'a [AtomicU8],
     words: &'a [AtomicU64],
-    /// The part of the word behind `words` that the span covers.
+    /// The part of the word after `words` that the span covers.
     tail: &'a [AtomicU8],
 }
 
@@ -37,8 +38,8 @@ impl<'a> Span<'a> {
     /// The `len` bytes from `first` on.
     ///
     /// # Safety
-    /// For `'a`, the bytes are valid for reads and writes, and this process accesses them only through spans that
-    /// cut them into the same words and bytes.
+    /// For `'a`, the bytes are valid for reads and writes, and this process accesses them only
+    /// through spans that cut them into the same words and bytes.
     #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
     pub(super) unsafe fn from_raw(first: *mut u8, len: usize) -> Self {
         let skip = first.addr() % 8;
@@ -49,7 +50,8 @@ impl<'a> Span<'a> {
             first.wrapping_add(head + words * 8),
         );
         // SAFETY:
-        // - valid for `head <= len` atomics: an `AtomicU8` has the layout of a byte, and the caller vouches for those.
+        // - valid for `head <= len` atomics: an `AtomicU8` has the layout of a byte, and the caller
+        //   vouches for those.
         // - shared access through atomics of this size only: by the caller.
         let head = unsafe { std::slice::from_raw_parts(first.cast::<AtomicU8>(), head) };
         let words = if words == 0 {
@@ -57,7 +59,8 @@ impl<'a> Span<'a> {
             &[][..]
         } else {
             // SAFETY:
-            // - valid for `words` atomics: `head + 8 * words <= len`, and an `AtomicU64` has the layout of 8 bytes.
+            // - valid for `words` atomics: `head + 8 * words <= len`, and an `AtomicU64` has the
+            //   layout of 8 bytes.
             // - aligned: there are words, so `head` bytes led from `first` to a multiple of 8.
             // - shared access through atomics of this size only: by the caller.
             unsafe { std::slice::from_raw_parts(at_words.cast::<AtomicU64>(), words) }
@@ -86,8 +89,8 @@ impl<'a> Span<'a> {
     /// Sets the bits of `mask` in word `index`, and returns those that were clear.
     #[inline]
     pub(super) fn or(&self, index: usize, mask: u64) -> u64 {
-        // Relaxed, here and in `and_not`: the access only has to be atomic with those of other harvests; the lease
-        // hands the result over.
+        // Relaxed, here and in `and_not`: the access only has to be atomic with those of other
+        // harvests; the lease hands the result over.
         let old = match self.word(index) {
             Some(word) => u64::from_le(word.fetch_or(mask.to_le(), Ordering::Relaxed)),
             None => self.each_byte(index, mask, |byte, part| {
@@ -97,13 +100,14 @@ impl<'a> Span<'a> {
         mask & !old
     }
 
-    /// As [`or`](Self::or), where nobody else writes to the word meanwhile: without a locked operation.
+    /// As [`or`](Self::or), where no other thread writes to the word meanwhile: without a locked
+    /// operation.
     #[inline]
     pub(super) fn or_alone(&self, index: usize, mask: u64) -> u64 {
         let Some(word) = self.word(index) else {
             return self.or(index, mask);
         };
-        // Relaxed, both: as in `or`; nobody writes between the two.
+        // Relaxed, both: as in `or`; no other thread writes between the two.
         let old = u64::from_le(word.load(Ordering::Relaxed));
         word.store((old | mask).to_le(), Ordering::Relaxed);
         mask & !old
@@ -133,7 +137,8 @@ impl<'a> Span<'a> {
     #[inline]
     pub(super) fn load(&self, index: usize) -> u64 {
         match self.word(index) {
-            // Relaxed: whoever may read owns the lease or the bitmap, which orders the read after the harvest.
+            // Relaxed: the reader owns the lease or the bitmap, which orders the read after the
+            // harvest.
             Some(word) => u64::from_le(word.load(Ordering::Relaxed)),
             None => self.each_byte(index, u64::MAX, |byte, _| byte.load(Ordering::Relaxed)),
         }
@@ -150,7 +155,8 @@ impl<'a> Span<'a> {
         self.words.get(index.wrapping_sub(self.lead()))
     }
 
-    /// Calls `access` for each byte of a border word that `mask` has bits in; the results, as a word.
+    /// Calls `access` for each byte of a border word that `mask` has bits in; the results, as a
+    /// word.
     #[cold]
     fn each_byte(
         &self,

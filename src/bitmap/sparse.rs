@@ -6,10 +6,10 @@ use super::window::MAX_BITS;
 
 /// An owned bitmap that allocates a chunk (4 KiB, 32768 bits) when the first bit of it is recorded.
 ///
-/// For requests over address spaces that are mostly clean, or far too large for a bitmap in one piece: one for 2^63
-/// bytes costs nothing before its first bit. Memory grows with the chunks that have bits, at worst to the size of a
-/// bitmap in one piece; recording one leaf that spans many chunks allocates all of them. Shared by `&self`: several
-/// harvests may record at a time.
+/// For requests over address spaces that are mostly clean, or far too large for a bitmap in one
+/// piece: one for 2^63 bytes costs nothing before its first bit. Memory grows with the chunks that
+/// have bits, at worst to the size of a bitmap in one piece; recording one leaf that spans many
+/// chunks allocates all of them. Shared by `&self`: several harvests may record at a time.
 ///
 /// ```
 /// use dirtymap::{Granule, Iova, IovaRange, SparseBitmap, UserBitmap};
@@ -61,7 +61,8 @@ impl SparseBitmap {
         self.map = ChunkMap::new(self.bits.saturating_sub(1));
     }
 
-    /// The chunk that holds `word`, allocated if it is absent: its first word, its memory, its length.
+    /// The chunk that holds `word`, allocated if it is absent: its first word, its memory, its
+    /// length.
     pub(super) fn chunk(&self, word: u64) -> (u64, Span<'_>, u64) {
         let chunk = word / CHUNK_WORDS;
         let words = self.map.words_or_new(chunk);

@@ -10,14 +10,15 @@ use crate::error::Error;
 use crate::sync::AtomicU64;
 use crate::units::{Granule, Iova, IovaRange};
 
-/// Memory of the caller, or a file, that receives dirty bits. It carries its length; no bit outside a request is ever
-/// written. At most 2^63 bits of it are used.
+/// Memory of the caller, or a file, that receives dirty bits. It carries its length; no bit outside
+/// a request is ever written. At most 2^63 bits of it are used.
 ///
 /// Several harvests may record into one shared bitmap at a time: bits are OR-ed in atomically.
 #[derive(Debug)]
 pub struct UserBitmap<'a> {
     backing: Backing<'a>,
-    /// Whether nobody else can write to the bits while this, or the one sink that it is made into, lives: so it is not `Copy`.
+    /// Whether no other code can write to the bits while this, or the one sink that it is made
+    /// into, lives. So it is not `Copy`.
     exclusive: bool,
 }
 
@@ -27,10 +28,11 @@ impl<'a> UserBitmap<'a> {
     pub fn new(words: &'a mut [u64]) -> Self {
         let (first, len) = (words.as_mut_ptr().cast::<AtomicU64>(), words.len());
         // SAFETY:
-        // - valid for `len` elements of `AtomicU64`: it has the size and bit validity of `u64`, and an alignment of
-        //   8, which the `u64`s of every target with 64-bit atomics that we build for have (checked below at
-        //   compile time).
-        // - shared access only through atomics for `'a`: the caller's exclusive borrow ends with `'a`.
+        // - valid for `len` elements of `AtomicU64`: it has the size and bit validity of `u64`, and
+        //   an alignment of 8, which the `u64`s of every target with 64-bit atomics that we build
+        //   for have (checked below at compile time).
+        // - shared access only through atomics for `'a`: the caller's exclusive borrow ends with
+        //   `'a`.
         let words = unsafe { std::slice::from_raw_parts(first, len) };
         const { assert!(align_of::<u64>() == align_of::<AtomicU64>()) };
         UserBitmap {
@@ -39,8 +41,8 @@ impl<'a> UserBitmap<'a> {
         }
     }
 
-    /// A bitmap in bytes that are the caller's alone for as long as the lease lives. It may begin at any address and
-    /// have any length: bit `n` is bit `n % 8` of byte `n / 8`.
+    /// A bitmap in bytes that are the caller's alone for as long as the lease lives. It may begin
+    /// at any address and have any length: bit `n` is bit `n % 8` of byte `n / 8`.
     #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
     pub fn bytes(bytes: &'a mut [u8]) -> Self {
         // SAFETY:
@@ -109,7 +111,8 @@ impl<'a> UserBitmap<'a> {
 
     /// A bitmap in a file, mapped one window at a time.
     ///
-    /// Nobody may clear bits of a request's range, or cut the file, while the lease of that request lives.
+    /// No code may clear bits of a request's range, or cut the file, while the lease of that
+    /// request lives.
     #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
     pub fn file(file: &'a FileBitmap) -> Self {
         UserBitmap {
@@ -118,7 +121,8 @@ impl<'a> UserBitmap<'a> {
         }
     }
 
-    /// How many bits the bitmap holds; for a file, as far as it reaches now (none if its length cannot be told).
+    /// How many bits the bitmap holds; for a file, as far as it reaches now (none if its length
+    /// cannot be told).
     pub fn bits(&self) -> u64 {
         self.backing.bits()
     }
@@ -126,13 +130,13 @@ impl<'a> UserBitmap<'a> {
     /// Binds the bitmap to a request: bit 0 is `range`'s first granule.
     ///
     /// # Errors
-    /// In this order: [`Error::Unaligned`] if `range` does not start and end at multiples of `granule`,
-    /// [`Error::BitmapTooShort`] if the bitmap has fewer bits than `range` has granules.
+    /// In this order: [`Error::Unaligned`] if `range` does not start and end at multiples of
+    /// `granule`, [`Error::BitmapTooShort`] if the bitmap has fewer bits than `range` has granules.
     pub fn view(self, range: IovaRange, granule: Granule) -> Result<BitmapView<'a>, Error> {
         self.bind(range, granule).map(|bound| bound.view)
     }
 
-    /// As [`view`](Self::view), and remembers whether nobody else writes to the bits.
+    /// As [`view`](Self::view), and remembers whether no other code writes to the bits.
     pub(crate) fn bind(self, range: IovaRange, granule: Granule) -> Result<Bound<'a>, Error> {
         if !range.is_aligned(granule) {
             return Err(Error::Unaligned { range, granule });
@@ -167,7 +171,7 @@ pub(crate) struct Bound<'a> {
 }
 
 impl<'a> Bound<'a> {
-    /// The view. Whoever gets it while the sink lives must not record into it.
+    /// The view. Code that gets it while the sink lives must not record into it.
     pub(crate) fn view(&self) -> BitmapView<'a> {
         self.view
     }
@@ -184,7 +188,8 @@ impl<'a> Bound<'a> {
     }
 }
 
-/// A user bitmap as one request sees it: which address each bit stands for, and where the request ends.
+/// A user bitmap as one request sees it: which address each bit stands for, and where the request
+/// ends.
 #[derive(Clone, Copy, Debug)]
 pub struct BitmapView<'a> {
     backing: Backing<'a>,
@@ -204,8 +209,8 @@ impl<'a> BitmapView<'a> {
         self.granule
     }
 
-    /// The view of the granules that lie inside `range` as a whole, over the same bits of the bitmap; `None` if there are none.
-    /// Numbers of words and bits count from the first of them.
+    /// The view of the granules that lie inside `range` as a whole, over the same bits of the
+    /// bitmap; `None` if there are none. Numbers of words and bits count from the first of them.
     pub fn part(&self, range: IovaRange) -> Option<BitmapView<'a>> {
         let (first, last) = self.positions_within(range)?;
         Some(BitmapView {
@@ -237,8 +242,9 @@ impl<'a> BitmapView<'a> {
             .sum()
     }
 
-    /// ORs what is dirty here into `target`, and returns how many bits that set there. Granules and bases may differ:
-    /// a bit of `target` is set if any byte it stands for is dirty here, and none outside `target`'s range.
+    /// ORs what is dirty here into `target`, and returns how many bits that set there. Granules and
+    /// bases may differ: a bit of `target` is set if any byte it stands for is dirty here, and none
+    /// outside `target`'s range.
     ///
     /// So this merges (two equal requests), converts (another granule) and rebases (another range).
     ///
@@ -255,8 +261,8 @@ impl<'a> BitmapView<'a> {
         Ok(sink.bits_set())
     }
 
-    /// Clears what is dirty in `other`, and returns how many bits that cleared. Granules and bases may differ: a bit
-    /// is cleared only if every byte it stands for is dirty in `other`.
+    /// Clears what is dirty in `other`, and returns how many bits that cleared. Granules and bases
+    /// may differ: a bit is cleared only if every byte it stands for is dirty in `other`.
     ///
     /// Not while a lease over this bitmap lives: what is cleared here would be lost by its abort.
     ///
@@ -334,8 +340,8 @@ impl<'a> BitmapView<'a> {
         (first <= last).then_some((first, last))
     }
 
-    /// The last address of the bits that lie in the same `bits` bits of the row as the one of `start`; `bits` is a multiple of 64,
-    /// so pieces that are cut there share no words.
+    /// The last address of the bits that lie in the same `bits` bits of the row as the one of
+    /// `start`; `bits` is a multiple of 64, so pieces that are cut there share no words.
     #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
     pub(crate) fn piece_last(&self, start: Iova, bits: u64) -> Iova {
         let bit = (start.get() - self.range.start().get()) >> self.granule.lg2();
@@ -396,8 +402,8 @@ mod tests {
 
     #[test]
     fn a_record_longer_than_a_window_is_recorded_whole() {
-        // History: a leaf that straddled the pinned window lost its tail, or wrote behind the window (Linux
-        // 2780025e01e2, a4ab7dedaee0). One bit a byte makes three windows out of 48 MiB.
+        // History: a leaf that straddled the pinned window lost its tail, or wrote past the window
+        // (Linux 2780025e01e2, a4ab7dedaee0). One bit a byte makes three windows out of 48 MiB.
         let byte = Granule::from_bytes(1).unwrap();
         let len = 3 * WINDOW_BITS;
         let mut words = vec![0u64; (len / 64) as usize];
@@ -431,7 +437,8 @@ mod tests {
         assert_eq!(words[0], 0b1100);
     }
 
-    /// A driver of Linux compared bytes of a bitmap with pages of a request. Here lengths are counted in bits, and bytes are addresses.
+    /// A driver of Linux compared bytes of a bitmap with pages of a request. Here lengths are
+    /// counted in bits, and bytes are addresses.
     #[test]
     fn a_bitmap_that_is_short_by_one_bit_is_refused() {
         let words = [const { AtomicU64::new(0) }; 2];

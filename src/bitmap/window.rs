@@ -1,8 +1,9 @@
 //! Where the bits of a bitmap live, and the one window of them that is at hand.
 //!
-//! Every form of bitmap is a row of aligned 64-bit words. Bit `n` of a request is bit `n + shift` of that row, where
-//! `shift` is what lies before the bitmap in its first word (or, for a file, in its first page). So all forms share
-//! one way to record and one way to read; they differ in how a window is opened:
+//! Every form of bitmap is a row of aligned 64-bit words. Bit `n` of a request is bit `n + shift`
+//! of that row, where `shift` is what lies before the bitmap in its first word (or, for a file, in
+//! its first page). So all forms share one way to record and one way to read; they differ in how a
+//! window is opened:
 //!
 //! | form | window | opened by |
 //! |---|---|---|
@@ -62,7 +63,8 @@ impl<'a> Backing<'a> {
         }
     }
 
-    /// The window that holds `word`, for recording. The position `last` is the last one of the request.
+    /// The window that holds `word`, for recording. The position `last` is the last one of the
+    /// request.
     #[cfg_attr(
         not(all(feature = "mmap", not(dirtymap_loom))),
         expect(unused_variables)
@@ -97,8 +99,8 @@ impl<'a> Backing<'a> {
         }
     }
 
-    /// The first window that holds `word` or a later one up to the position `last`, for reading. `None` if all those
-    /// words are absent, so zero.
+    /// The first window that holds `word` or a later one up to the position `last`, for reading.
+    /// `None` if all those words are absent, so zero.
     pub(super) fn next_window(&self, word: u64, last: u64) -> Result<Option<Window<'a>>, Error> {
         match self {
             Backing::Memory(span) => Ok(Some(Window::of_memory(*span, word))),
@@ -110,7 +112,8 @@ impl<'a> Backing<'a> {
         }
     }
 
-    /// A stand-in for the window that holds `word` and cannot be opened: all of its bits count as set.
+    /// A stand-in for the window that holds `word` and cannot be opened: all of its bits count as
+    /// set.
     pub(super) fn unreadable(&self, word: u64) -> Window<'a> {
         let words = match self {
             #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
@@ -211,7 +214,7 @@ impl<'a> Window<'a> {
         self.first
     }
 
-    /// The first word behind the window.
+    /// The first word after the window.
     pub(super) fn end(&self) -> u64 {
         self.first + self.words
     }
@@ -223,7 +226,7 @@ impl<'a> Window<'a> {
             .map_or(0, |(span, index)| span.or(index, mask))
     }
 
-    /// As [`or`](Self::or), where nobody else writes to the word meanwhile.
+    /// As [`or`](Self::or), where no other thread writes to the word meanwhile.
     #[inline]
     pub(super) fn or_alone(&self, word: u64, mask: u64) -> u64 {
         self.at(word)

@@ -1,17 +1,19 @@
-//! A dirty log that somebody else keeps, as it lies in memory.
+//! A dirty log that other code keeps, as it lies in memory.
 
 use crate::bitmap::{BitmapView, RunBits, word_mask};
 use crate::error::Error;
 use crate::units::{Granule, Iova, IovaRange};
 
-/// A dirty log of somebody else's, read only: of a kernel, a device, another process.
+/// A dirty log of a kernel, a device or another process, read only.
 ///
-/// Bit `n` stands for `[base + n * granule, base + (n + 1) * granule)`, least significant bit first. A log of bytes has any
-/// length and need not be aligned. Words are little endian on every host, as those of a
-/// [`UserBitmap`](crate::UserBitmap). **Bits behind the end of the range do not count**, whatever they are.
+/// Bit `n` stands for `[base + n * granule, base + (n + 1) * granule)`, least significant bit
+/// first. A log of bytes has any length and need not be aligned. Words are little endian on every
+/// host, as those of a [`UserBitmap`](crate::UserBitmap). **Bits above the end of the range do not
+/// count**, set or not.
 ///
-/// What it says goes into a bitmap by [`or_into`](Self::or_into), into an address space by marking its
-/// [`runs`](Self::runs), and together with others into one list by [`merge_runs`](crate::merge_runs).
+/// What it says goes into a bitmap by [`or_into`](Self::or_into), into an address space by marking
+/// its [`runs`](Self::runs), and together with others into one list by
+/// [`merge_runs`](crate::merge_runs).
 #[derive(Clone, Copy, Debug)]
 pub struct DirtyLog<'a> {
     form: Form<'a>,
@@ -29,8 +31,8 @@ impl<'a> DirtyLog<'a> {
     /// The log in `words`; bit 0 is the first granule of `range`.
     ///
     /// # Errors
-    /// In this order: [`Error::Unaligned`] if `range` does not start and end at multiples of `granule`,
-    /// [`Error::BitmapTooShort`] if there are fewer bits than `range` has granules.
+    /// In this order: [`Error::Unaligned`] if `range` does not start and end at multiples of
+    /// `granule`, [`Error::BitmapTooShort`] if there are fewer bits than `range` has granules.
     pub fn words(words: &'a [u64], range: IovaRange, granule: Granule) -> Result<Self, Error> {
         Self::new(
             Form::Words(words),
@@ -103,19 +105,20 @@ impl<'a> DirtyLog<'a> {
         words.map(|(_, word)| u64::from(word.count_ones())).sum()
     }
 
-    /// ORs what is dirty here into `target`, and returns how many bits that set there. Granules and bases may differ:
-    /// a bit of `target` is set if any byte it stands for is dirty here, and none outside `target`'s range.
+    /// ORs what is dirty here into `target`, and returns how many bits that set there. Granules and
+    /// bases may differ: a bit of `target` is set if any byte it stands for is dirty here, and none
+    /// outside `target`'s range.
     ///
     /// # Errors
-    /// [`Error::BitmapShrank`] or [`Error::BitmapWindow`] if `target` is a file of which a window cannot be mapped; what
-    /// was ORed in before stays.
+    /// [`Error::BitmapShrank`] or [`Error::BitmapWindow`] if `target` is a file of which a window
+    /// cannot be mapped; what was ORed in before stays.
     pub fn or_into(&self, target: &BitmapView<'_>) -> Result<u64, Error> {
         let mut sink = target.sink();
         for (index, word) in (LogWords {
             log: *self,
             next: 0,
         }) {
-            // Bits behind the range are masked, so each of these stands for an address.
+            // Bits above the range are masked, so each of these stands for an address.
             let start = self.addresses(index * 64, index * 64).start();
             sink.record_mask(start, self.granule, word)?;
         }
@@ -135,7 +138,7 @@ impl<'a> DirtyLog<'a> {
     }
 }
 
-/// The words of a log that are not zero. Bits behind the end of the range are zero.
+/// The words of a log that are not zero. Bits above the end of the range are zero.
 #[derive(Clone, Debug)]
 struct LogWords<'a> {
     log: DirtyLog<'a>,
@@ -157,7 +160,7 @@ impl LogWords<'_> {
                 let nth = words.iter().position(|word| *word != [0; 8]);
                 let word = match nth {
                     Some(nth) => words[nth],
-                    // What is left behind the last whole word.
+                    // What is left above the last whole word.
                     None => std::array::from_fn(|nth| tail.get(nth).copied().unwrap_or(0)),
                 };
                 let index = self.next + nth.unwrap_or(words.len()) as u64;
@@ -175,7 +178,7 @@ impl Iterator for LogWords<'_> {
         self.next = index + 1;
         let left = self.log.last_bit().checked_sub(index * 64)?;
         let word = word & word_mask(0, left.min(63) as u32);
-        // Only in the last word can all that is set lie behind the end.
+        // Only in the last word can all that is set lie above the end.
         (word != 0).then_some((index, word))
     }
 }

@@ -6,8 +6,8 @@
 //!  a lease -------------------runs--+
 //! ```
 //!
-//! Nothing here takes part in a harvest: what goes in is recorded through a view, or marked; what goes out is read
-//! from a view or a lease.
+//! Nothing here takes part in a harvest: what goes in is recorded through a view, or marked; what
+//! goes out is read from a view or a lease.
 
 #[cfg(all(feature = "bitmap-file", not(dirtymap_loom)))]
 mod file;

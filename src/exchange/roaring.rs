@@ -1,7 +1,7 @@
 //! To and from the sets of the crate `roaring`: compressed, to be kept for long, compared and sent.
 //!
-//! A set holds the numbers of the bits of a view: 0 is the first granule of its range. Sets of views with the same range and
-//! granule can be united, intersected and subtracted as they are.
+//! A set holds the numbers of the bits of a view: 0 is the first granule of its range. Sets of
+//! views with the same range and granule can be united, intersected and subtracted as they are.
 
 use std::io::{self, Read};
 
@@ -10,8 +10,8 @@ use roaring::{RoaringBitmap, RoaringTreemap};
 use crate::bitmap::BitmapView;
 use crate::error::Error;
 
-/// Bytes of the largest container of a portable set with 2^16 values, with what its header says of it: every second value is a
-/// run of its own.
+/// Bytes of the largest container of a portable set with 2^16 values, with what its header says of
+/// it: every second value is a run of its own.
 const CONTAINER: u64 = 2 + 4 * (1 << 15) + 9;
 
 /// With the feature `roaring`.
@@ -19,9 +19,9 @@ impl BitmapView<'_> {
     /// The numbers of the set bits.
     ///
     /// # Errors
-    /// [`Error::NoSuchBit`] if the view has more than 2^32 bits, which is what such a set has room for: see
-    /// [`to_treemap`](Self::to_treemap). [`Error::BitmapShrank`] or [`Error::BitmapWindow`] if a window of a file cannot be
-    /// mapped.
+    /// [`Error::NoSuchBit`] if the view has more than 2^32 bits, which is what such a set has room
+    /// for: see [`to_treemap`](Self::to_treemap). [`Error::BitmapShrank`] or
+    /// [`Error::BitmapWindow`] if a window of a file cannot be mapped.
     pub fn to_roaring(&self) -> Result<RoaringBitmap, Error> {
         let bit = self.last_bit();
         let last = u64::from(u32::MAX);
@@ -51,8 +51,9 @@ impl BitmapView<'_> {
     /// Sets the bits whose numbers are in `set`, and returns how many were clear.
     ///
     /// # Errors
-    /// [`Error::NoSuchBit`] if the view does not have all of them; then nothing is touched. [`Error::BitmapShrank`] or
-    /// [`Error::BitmapWindow`] if a window of a file cannot be mapped; what was set before stays.
+    /// [`Error::NoSuchBit`] if the view does not have all of them; then nothing is touched.
+    /// [`Error::BitmapShrank`] or [`Error::BitmapWindow`] if a window of a file cannot be mapped;
+    /// what was set before stays.
     pub fn or_roaring(&self, set: &RoaringBitmap) -> Result<u64, Error> {
         self.has(set.max().map(u64::from))?;
         let mut sink = self.sink();
@@ -100,12 +101,14 @@ impl BitmapView<'_> {
     }
 }
 
-/// Reads a set of numbers below `bits` in the portable format of Roaring bitmaps. Reads no more than such a set can have in its
-/// longest form, and takes memory only for what it has read. With the feature `roaring`.
+/// Reads a set of numbers below `bits` in the portable format of Roaring bitmaps. Reads no more
+/// than such a set can have in its longest form, and takes memory only for what it has read. With
+/// the feature `roaring`.
 ///
 /// # Errors
-/// [`io::ErrorKind::InvalidData`] if a number is not below `bits`, or the bytes are not such a set; otherwise those of
-/// `reader`, [`io::ErrorKind::UnexpectedEof`] among them, which also says that the set is too long.
+/// [`io::ErrorKind::InvalidData`] if a number is not below `bits`, or the bytes are not such a set;
+/// otherwise those of `reader`, [`io::ErrorKind::UnexpectedEof`] among them, which also says that
+/// the set is too long.
 pub fn read_roaring(reader: impl Read, bits: u64) -> io::Result<RoaringBitmap> {
     let set = RoaringBitmap::deserialize_from(reader.take(longest(bits)))?;
     below(set.max().map(u64::from), bits)?;
@@ -139,8 +142,8 @@ pub fn read_treemap(reader: impl Read, bits: u64) -> io::Result<RoaringTreemap> 
     Ok(RoaringTreemap::from_bitmaps(parts))
 }
 
-/// The most bytes that a set of numbers below `bits` can have: its containers, the header of a part for each 2^32 numbers, and that of
-/// the whole.
+/// The most bytes that a set of numbers below `bits` can have: its containers, the header of a part
+/// for each 2^32 numbers, and that of the whole.
 fn longest(bits: u64) -> u64 {
     let containers = bits.div_ceil(1 << 16).saturating_mul(CONTAINER);
     let parts = bits.div_ceil(1 << 32).saturating_mul(12);

@@ -1,20 +1,23 @@
-//! Runs as other programs take them: plain numbers, pieces of a bounded size, those of several logs as one.
+//! Runs as other programs take them: plain numbers, pieces of a bounded size, those of several logs
+//! as one.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use crate::units::{Granule, Iova, IovaRange};
 
-/// What every iterator of runs can do: [`Runs`](crate::Runs) of a lease or a view, [`LogRuns`](crate::LogRuns),
-/// [`MergedRuns`], or one of the caller's own.
+/// What every iterator of runs can do: [`Runs`](crate::Runs) of a lease or a view,
+/// [`LogRuns`](crate::LogRuns), [`MergedRuns`], or one of the caller's own.
 pub trait RunsExt: Iterator<Item = IovaRange> + Sized {
-    /// The runs as `(start, len)` in bytes. A run of more than 2^63 bytes comes in several, since its length may not fit.
+    /// The runs as `(start, len)` in bytes. A run of more than 2^63 bytes comes in several, since
+    /// its length may not fit.
     fn pairs(self) -> Pieces<Self> {
         self.pieces(Granule::MAX)
     }
 
-    /// The runs as `(start, len)`, cut at multiples of `size`, so that none has more bytes than that. With a `size` no
-    /// smaller than the granule of the request, a piece is made of whole granules and can be committed by itself.
+    /// The runs as `(start, len)`, cut at multiples of `size`, so that none has more bytes than
+    /// that. With a `size` no smaller than the granule of the request, a piece is made of whole
+    /// granules and can be committed by itself.
     fn pieces(self, size: Granule) -> Pieces<Self> {
         Pieces {
             runs: self,
@@ -53,7 +56,7 @@ impl<I: Iterator<Item = IovaRange>> Iterator for Pieces<I> {
     }
 }
 
-/// `run` up to `last`, and what lies behind.
+/// `run` up to `last`, and the rest above it.
 pub(super) fn cut(run: IovaRange, last: Iova) -> (IovaRange, Option<IovaRange>) {
     let behind = last.checked_add(1);
     let rest = behind.and_then(|start| IovaRange::new(start, run.last()).ok());
@@ -61,17 +64,20 @@ pub(super) fn cut(run: IovaRange, last: Iova) -> (IovaRange, Option<IovaRange>) 
     (piece, rest)
 }
 
-/// Merges the runs of several logs: ordered, maximal, each byte once, whatever their granules and bases.
+/// Merges the runs of several logs: ordered, maximal, each byte once, whatever their granules and
+/// bases.
 ///
-/// Each source has to be ascending, as all iterators of runs of this library are. Its runs may touch and overlap. Sources of
-/// different types are passed as `&mut dyn Iterator<Item = IovaRange>`.
+/// Each source has to be ascending, as all iterators of runs of this library are. Its runs may
+/// touch and overlap. Sources of different types are passed as `&mut dyn Iterator<Item =
+/// IovaRange>`.
 ///
 /// ```
 /// use dirtymap::{DirtyLog, Granule, Iova, IovaRange, RunsExt, merge_runs};
 ///
 /// # fn main() -> Result<(), dirtymap::Error> {
 /// let slot = IovaRange::from_len(Iova::new(0x10_0000), 64 << 12)?;
-/// let kernel = DirtyLog::words(&[0b0110], slot, Granule::K4)?; // bit 0 is the first page of the slot
+/// // Bit 0 is the first page of the slot.
+/// let kernel = DirtyLog::words(&[0b0110], slot, Granule::K4)?;
 /// let low = IovaRange::from_len(Iova::MIN, 264 << 12)?;
 /// let mut bytes = [0; 33]; // bit 0 is address 0
 /// bytes[32] = 0b1000;
@@ -82,8 +88,9 @@ pub(super) fn cut(run: IovaRange, last: Iova) -> (IovaRange, Option<IovaRange>) 
 /// # }
 /// ```
 ///
-/// Allocates room for one run of each source. For logs that are dense and broken up, ORing them into one bitmap
-/// ([`DirtyLog::or_into`](crate::DirtyLog::or_into), [`BitmapView::or_into`](crate::BitmapView::or_into)) and reading its runs is faster.
+/// Allocates room for one run of each source. For logs that are dense and broken up, ORing them
+/// into one bitmap ([`DirtyLog::or_into`](crate::DirtyLog::or_into),
+/// [`BitmapView::or_into`](crate::BitmapView::or_into)) and reading its runs is faster.
 pub fn merge_runs<I>(sources: impl IntoIterator<Item = I>) -> MergedRuns<I>
 where
     I: Iterator<Item = IovaRange>,
@@ -102,7 +109,8 @@ where
 #[derive(Clone, Debug)]
 pub struct MergedRuns<I> {
     sources: Vec<I>,
-    /// The next run of each source that has one: its first and last address, and which source it is.
+    /// The next run of each source that has one: its first and last address, and which source it
+    /// is.
     heads: BinaryHeap<Reverse<(Iova, Iova, usize)>>,
 }
 
@@ -130,7 +138,8 @@ impl<I: Iterator<Item = IovaRange>> Iterator for MergedRuns<I> {
 
     fn next(&mut self) -> Option<IovaRange> {
         let (start, mut last) = self.take(Iova::MAX)?;
-        // What touches the run belongs to it. Behind the last address there is nothing left to touch.
+        // What touches the run belongs to it. Above the last address there is nothing left to
+        // touch.
         while let Some((_, other)) = self.take(last.checked_add(1).unwrap_or(last)) {
             last = last.max(other);
         }

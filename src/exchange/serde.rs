@@ -1,4 +1,5 @@
-//! What can be wrong is checked when it is deserialized, by the same rules and with the same errors as when it is made.
+//! What can be wrong is checked when it is deserialized, by the same rules and with the same errors
+//! as when it is made.
 
 use serde::de::{Deserialize, Deserializer, Error as _};
 
@@ -27,8 +28,8 @@ impl<'de> Deserialize<'de> for Granule {
     }
 }
 
-/// A sequence of ranges in the order of a table. What a sequence says of its length is not believed: memory follows what is
-/// read.
+/// A sequence of ranges in the order of a table. What a sequence says of its length is not
+/// believed: memory follows what is read.
 impl<'de> Deserialize<'de> for RunTable {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let runs = Vec::<IovaRange>::deserialize(deserializer)?;

@@ -1,4 +1,5 @@
-//! An owned list of runs: what is sent to another machine, written to a file, or merged with that of a device.
+//! An owned list of runs: what is sent to another machine, written to a file, or merged with that
+//! of a device.
 
 use super::runs::{cut, merge_runs};
 use crate::error::Error;
@@ -6,8 +7,8 @@ use crate::units::{Granule, IovaRange};
 
 /// Ranges of addresses: ascending, and neither touching nor overlapping each other.
 ///
-/// It is collected from runs in any order, overlapping or not, so tables of several devices become one in which no page
-/// comes twice:
+/// It is collected from runs in any order, overlapping or not, so tables of several devices become
+/// one in which no page comes twice:
 ///
 /// ```
 /// use dirtymap::{Iova, IovaRange, RunTable};
@@ -21,7 +22,8 @@ use crate::units::{Granule, IovaRange};
 /// # }
 /// ```
 ///
-/// With the feature `serde` it is serialized as a sequence of ranges, and deserialized if they are in this order.
+/// With the feature `serde` it is serialized as a sequence of ranges, and deserialized if they are
+/// in this order.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize), serde(transparent))]
 pub struct RunTable {
@@ -32,8 +34,8 @@ impl RunTable {
     /// The table of `runs`, as they are.
     ///
     /// # Errors
-    /// [`Error::UnorderedRuns`] if one of them does not begin behind the end of the one before it, with at least a byte in
-    /// between.
+    /// [`Error::UnorderedRuns`] if one of them does not begin above the end of the one before it,
+    /// with at least a byte in between.
     pub fn from_ordered(runs: Vec<IovaRange>) -> Result<Self, Error> {
         match runs.windows(2).find(|pair| !apart(pair[0], pair[1])) {
             Some(pair) => Err(Error::UnorderedRuns {
@@ -59,8 +61,9 @@ impl RunTable {
         self.runs.iter().map(|run| run.len()).sum()
     }
 
-    /// Cuts the table into tables of `bytes` bytes each, the last of which may have fewer: for senders that work side by
-    /// side. Runs are cut where a table is full, which is at granules of the request if those are no larger than `bytes`.
+    /// Cuts the table into tables of `bytes` bytes each, the last of which may have fewer: for
+    /// senders that work side by side. Runs are cut where a table is full, which is at granules of
+    /// the request if those are no larger than `bytes`.
     pub fn partition(&self, bytes: Granule) -> impl Iterator<Item = RunTable> {
         let mut runs = self.runs.iter().copied();
         let mut rest = None;
@@ -82,7 +85,7 @@ impl RunTable {
     }
 }
 
-/// Whether `next` begins behind the end of `run`, with at least a byte in between.
+/// Whether `next` begins above the end of `run`, with at least a byte in between.
 fn apart(run: IovaRange, next: IovaRange) -> bool {
     let behind = run.last().checked_add(1);
     behind.is_some_and(|behind| next.start() > behind)
@@ -145,9 +148,8 @@ mod tests {
             (run(8, u64::MAX), run(0, 0)),
         ] {
             let error = RunTable::from_ordered(vec![before, next]).unwrap_err();
-            assert!(
-                matches!(error, Error::UnorderedRuns { before: b, run } if b == before && run == next)
-            );
+            assert!(matches!(error, Error::UnorderedRuns { before: b, run }
+                    if b == before && run == next));
         }
     }
 

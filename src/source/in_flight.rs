@@ -15,8 +15,15 @@
 //!
 //! # Slots
 //! A slot counts its owners, and its state says how far the present one is. Who reads a range between two equal states has
-//! read the range of one owner. Blocks of slots are linked and live as long as the registry; slots are used again. To publish
-//! and to look cost a step for each slot, so this is meant for some tens of writes at a time.
+//! read the range of one owner. Blocks of slots are linked and live as long as the registry; slots are used again.
+//!
+//! # Cost
+//! To publish and to look cost a step for each slot, so this is meant for some tens of writes at a
+//! time. The number of slots is the greatest number of writes that were ever in flight at once,
+//! rounded up to 8, and a harvest looks at each once for each area that it meets: 1,000 writes at
+//! once leave 1,000 loads, 24 bytes apart, for each area from then on. Blocks stay, also when all
+//! of their slots are free: to skip them, a look would have to be ordered against a writer that
+//! enters one meanwhile.
 
 use std::ptr;
 

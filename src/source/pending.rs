@@ -1,7 +1,8 @@
 //! Pages that a kernel interface has reported, and forgotten by that, until a lease records them.
 //!
-//! Some interfaces clear what they report. What they said is then the only trace of a write, so it goes into memory that was
-//! reserved before, and only from there into a user bitmap: whatever fails behind it loses nothing.
+//! Some interfaces clear what they report. What they said is then the only trace of a write, so it
+//! goes into memory that was reserved before, and only from there into a user bitmap: a failure
+//! after that loses nothing.
 
 use std::collections::TryReserveError;
 
@@ -222,14 +223,14 @@ pub(crate) fn clear(words: &mut [u64], first: u64, last: u64) {
     }
 }
 
-/// The first run of bits that are set, from `first` on and not behind `last`.
+/// The first run of bits that are set, from `first` to `last`.
 pub(crate) fn next_run(words: &[u64], first: u64, last: u64) -> Option<(u64, u64)> {
     let from = next_where(words, first, last, 0)?;
     let to = next_where(words, from, last, u64::MAX).map_or(last, |clear| clear - 1);
     Some((from, to))
 }
 
-/// The first bit, from `first` on and not behind `last`, that differs from those of `skip`.
+/// The first bit, from `first` to `last`, that differs from those of `skip`.
 fn next_where(words: &[u64], first: u64, last: u64, skip: u64) -> Option<u64> {
     if first > last {
         return None;
@@ -282,7 +283,8 @@ mod tests {
     }
 
     #[cfg(feature = "kvm")]
-    /// hyperlight met a hypervisor whose logs had bits behind the last page; a run of them reached past the memory.
+    /// hyperlight met a hypervisor whose logs had bits above the last page; a run of them reached
+    /// past the memory.
     #[test]
     fn bits_behind_the_last_page_are_no_pages() {
         let mut pending = Pending::new(pages(16, 70), Granule::K4).unwrap();

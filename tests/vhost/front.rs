@@ -276,6 +276,32 @@ fn a_child_of_a_fork_takes_nothing_from_its_parent() {
     assert_eq!(taken(&space, area), [9]);
 }
 
+/// A log was known by the number of its process. The first child in a new PID namespace is process
+/// 1, and so may its parent be: it took bits from the log, which its parent then never saw.
+#[test]
+fn a_child_with_the_same_process_number_takes_nothing_from_its_parent() {
+    const SKIPPED: i32 = 77;
+    let as_process_one = |body: &dyn Fn() -> i32| {
+        // SAFETY: takes a number. The caller is a child of `fork`, and has one thread.
+        match unsafe { libc::unshare(libc::CLONE_NEWPID) } {
+            0 => in_child(|| if std::process::id() == 1 { body() } else { 2 }),
+            _ => SKIPPED,
+        }
+    };
+    let tried = in_child(|| {
+        as_process_one(&|| {
+            let (_space, log) = tracked(Granule::K4, bytes(0, 64 * PAGE));
+            let is_refused = || matches!(log.swap(Iova::MIN), Err(LogError::Forked { .. }));
+            as_process_one(&|| i32::from(!is_refused()))
+        })
+    });
+    if tried == SKIPPED {
+        println!("SKIP: this process may not make a PID namespace");
+        return;
+    }
+    assert_eq!(tried, 0, "1: the child was taken for its parent");
+}
+
 /// Harvests between the swap and its acknowledgement see both logs; what is left of the old one is found once.
 #[test]
 fn what_is_left_of_a_log_that_was_swapped_is_found() {

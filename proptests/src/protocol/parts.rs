@@ -10,7 +10,7 @@
 //! A source that clears by batches, such as a log of KVM, tells of many leaves first and clears
 //! them later. A leaf that lies inside the request may wait for that: it is dirty and in a lease
 //! until then, and the clear comes before the flush. One that sticks out may not: when the source
-//! says that it is clean, its rest is kept, and who takes the rest is done with it when the late
+//! says that it is clean, its rest is kept, and a harvest that takes the rest is done with it when the late
 //! clear destroys what was written since.
 
 use super::explore::{Outcome, Steps, explore};

@@ -52,7 +52,8 @@ pub enum KvmError {
     /// Processors are of no interest to a log that is not a ring.
     #[error("this log has no rings: make it in the mode Ring to add processors")]
     NoRings,
-    /// A slot must be made of whole pages of the host, in guest addresses and in the memory behind it.
+    /// A slot must be made of whole pages of the host, in guest addresses and in the memory behind
+    /// it.
     #[error("the slot {slot} at {guest}, backed from {host:#x}, is not made of pages of {page}")]
     Unaligned {
         /// The slot.

@@ -1,4 +1,5 @@
-//! The calls of KVM, and nothing else: what is unsafe about this adapter is here and in [`ring`](super::ring).
+//! The calls of KVM, and nothing else: what is unsafe about this adapter is here and in
+//! [`ring`](super::ring).
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
@@ -25,8 +26,8 @@ pub(super) trait Kernel: Send + Sync {
     /// KVM_SET_USER_MEMORY_REGION.
     ///
     /// # Safety
-    /// Unless its size is 0, the memory that `region` names is the guest's to read and write from now on, until the
-    /// slot is deleted.
+    /// Unless its size is 0, the memory that `region` names is the guest's to read and write from
+    /// now on, until the slot is deleted.
     unsafe fn set_region(&self, region: &kvm_userspace_memory_region) -> io::Result<()>;
 
     /// KVM_GET_DIRTY_LOG of the slot, which has at most 64 pages for each of `words`.
@@ -39,7 +40,8 @@ pub(super) trait Kernel: Send + Sync {
     fn reset_rings(&self) -> io::Result<()>;
 }
 
-/// Calls after which a reset of the rings that signals end again and again is given up; its debt stays owed.
+/// Calls after which a reset of the rings that signals end again and again is given up; its debt
+/// stays owed.
 const MOST_RESETS: u32 = 1 << 16;
 
 /// A virtual machine, by a descriptor of our own.
@@ -81,8 +83,9 @@ impl Kernel for Vm {
         };
         // SAFETY:
         // - the call reads the one struct that it is given;
-        // - it writes the bits of the slot, rounded up to a whole word, to the bitmap: the slot has no more pages than
-        //   `words` has bits, as it was added with as many, and KVM does not resize slots.
+        // - it writes the bits of the slot, rounded up to a whole word, to the bitmap: the slot has
+        //   no more pages than `words` has bits, as it was added with as many, and KVM does not
+        //   resize slots.
         check(unsafe { libc::ioctl(self.fd.as_raw_fd(), GET_DIRTY_LOG, &log) })
     }
 
@@ -100,17 +103,19 @@ impl Kernel for Vm {
         };
         // SAFETY:
         // - the call reads the one struct that it is given, and owns it meanwhile;
-        // - it reads the bits of `pages`, rounded up to a whole word, from the mask, which has them, and does not write
-        //   to it.
+        // - it reads the bits of `pages`, rounded up to a whole word, from the mask, which has
+        //   them, and does not write to it.
         check(unsafe { libc::ioctl(self.fd.as_raw_fd(), CLEAR_DIRTY_LOG, &mut clear) })
     }
 
-    /// A call that a signal ends early says how many entries it has reset, perhaps none, and no error; the signal is delivered
-    /// when it returns. So it is repeated until twice in a row nothing was left.
+    /// A call that a signal ends early says how many entries it has reset, perhaps none, and no
+    /// error; the signal is delivered when it returns. So it is repeated until twice in a row
+    /// nothing was left.
     fn reset_rings(&self) -> io::Result<()> {
         let mut idle = 0;
         for _ in 0..MOST_RESETS {
-            // SAFETY: this call takes no argument, and touches the rings alone, whose entries are atomics to us.
+            // SAFETY: this call takes no argument, and touches the rings alone, whose entries are
+            // atomics to us.
             let reset = unsafe { libc::ioctl(self.fd.as_raw_fd(), RESET_DIRTY_RINGS, 0) };
             check(reset)?;
             idle = if reset == 0 { idle + 1 } else { 0 };

@@ -1,9 +1,10 @@
-//! The dirty logs of KVM: what a guest wrote joins the harvest of an address space of guest physical addresses.
+//! The dirty logs of KVM: what a guest wrote joins the harvest of an address space of guest
+//! physical addresses.
 //!
 //! ```text
 //!  guest write ---> KVM's log of the slot, or ring of the processor ---+
-//!                                                                      +--> one harvest, one lease, one abort
-//!  write by the VMM ---> mark --> marks of the area -------------------+
+//!                                                                      +--> one harvest,
+//!  write by the VMM ---> mark --> marks of the area -------------------+    lease and abort
 //! ```
 //!
 //! # Use
@@ -17,12 +18,12 @@
 //! let ram = IovaRange::from_len(Iova::new(0), 64 << 20)?;
 //! # let host_address = 0u64;
 //! let log = Arc::new(KvmLog::new(&vm, KvmMode::Manual { initially_set: false })?);
-//! // SAFETY: 64 MiB from here on are mapped for the guest alone, until the virtual machine is gone.
+//! // SAFETY: 64 MiB from here on are mapped for the guest alone, until the machine is gone.
 //! unsafe { log.add_slot(0, ram, host_address) }?;
 //!
 //! let space = AddressSpace::with_source(log.page(), Arc::clone(&log))?;
 //! space.map(ram, 0, Access::ReadWrite)?;
-//! space.start_tracking()?; // from here on, whatever guest or VMM write is reported
+//! space.start_tracking()?; // from here on, every write of guest or VMM is reported
 //!
 //! let mut words = vec![0u64; 256];
 //! let lease = space.harvest(&HarvestRequest::new(ram, log.page()), UserBitmap::new(&mut words));
@@ -32,22 +33,29 @@
 //! # Ok(())
 //! # }
 //! ```
-//! Without this module, a VMM reads each slot into a fresh `Vec`, reads its own bitmap, joins the two, masks the tail, and when the
-//! third slot fails has already cleared the first two.
+//! Without this module, a VMM reads each slot into a fresh `Vec`, reads its own bitmap, joins the
+//! two, masks the tail, and when the third slot fails has already cleared the first two.
 //!
 //! # Modes
 //! | [`KvmMode`] | what reads | what clears, and flushes | between the two |
 //! |---|---|---|---|
-//! | `Clearing` | KVM_GET_DIRTY_LOG | the same call | what it said waits in memory of the log, for the part that nobody asked for, or if recording fails |
-//! | `Manual` | KVM_GET_DIRTY_LOG | KVM_CLEAR_DIRTY_LOG of exactly the bits that were recorded, at most 65536 pages a call | the page is in the user bitmap |
-//! | `Ring` | entries of the rings | KVM_RESET_DIRTY_RINGS, as the lease's flush | the page may be written unseen, and may not be copied: that is what [`sync`](crate::Lease::sync) waits for |
+//! | `Clearing` | KVM_GET_DIRTY_LOG | the same call | the page is kept in memory of the log |
+//! | `Manual` | KVM_GET_DIRTY_LOG | KVM_CLEAR_DIRTY_LOG | the page is in the user bitmap |
+//! | `Ring` | entries of the rings | KVM_RESET_DIRTY_RINGS | the page may be written unseen |
+//!
+//! * `Clearing`: what the call said stays in memory of the log for the part that no request named,
+//!   or if recording fails.
+//! * `Manual`: exactly the bits that were recorded are cleared, at most 65536 pages a call.
+//! * `Ring`: the reset is the flush that the lease owes. A page may not be copied before it, which
+//!   is why [`sync`](crate::Lease::sync) waits for it.
 //!
 //! # Who flushes
-//! The processors' TLBs may hold a translation that lets the guest write without a trace. By the kernel's API documentation
-//! (`Documentation/virt/kvm/api.rst`: `KVM_GET_DIRTY_LOG`, `KVM_CLEAR_DIRTY_LOG` and
-//! `KVM_CAP_DIRTY_LOG_RING`) a page is write-protected again by the call that clears its bit, and for rings by the reset, which
-//! must come *before* the page is read. The calls flush the TLBs before they return, so [`invalidate`](DirtySource::invalidate)
-//! has nothing to do for logs, and resets the rings for rings.
+//! The processors' TLBs may hold a translation that lets the guest write without a trace. By the
+//! kernel's API documentation (`Documentation/virt/kvm/api.rst`: `KVM_GET_DIRTY_LOG`,
+//! `KVM_CLEAR_DIRTY_LOG` and `KVM_CAP_DIRTY_LOG_RING`) a page is write-protected again by the call
+//! that clears its bit, and for rings by the reset, which must come *before* the page is read. The
+//! calls flush the TLBs before they return, so [`invalidate`](DirtySource::invalidate) has nothing
+//! to do for logs, and resets the rings for rings.
 //!
 //! # Address spaces
 //! Where KVM knows system management mode, it has two address spaces (bits 16 to 31 of the number
@@ -57,23 +65,32 @@
 //! takes the memory of every slot that is there.
 //!
 //! # Guarantees
-//! * What KVM says is in memory that was reserved when the slot was added before anything can fail: an error in one slot loses nothing
-//!   of another, and nothing of its own.
-//! * Bits behind the end of a slot are never pages. A read that says "everything" (the first of `initially_set`) is within the slot.
+//! * What KVM says is in memory that was reserved when the slot was added before anything can fail:
+//!   an error in one slot loses nothing of another, and nothing of its own.
+//! * Bits above the end of a slot are never pages. A read that says "everything" (the first of
+//!   `initially_set`) is within the slot.
 //! * The page is that of the host, [`KvmLog::page`], not a literal 4096.
 //! * Harvests do not allocate.
-//! * An entry of a ring is checked before it is computed with: the guest's VMM can write there. One that names no page of its slot
-//!   makes the whole slot dirty.
+//! * An entry of a ring is checked before it is computed with: the guest's VMM can write there. One
+//!   that names no page of its slot makes the whole slot dirty.
 //!
 //! # Limits
-//! * KVM's calls take locks of the kernel, and each slot has one here: unlike marks, harvests of a `KvmLog` wait for each other, for
-//!   changes of slots, and for page faults of the guest. None waits for a processor to run.
-//! * KVM_GET_DIRTY_LOG reads a whole slot, whatever the request. Bounded and parallel harvests ask for many parts: cut guest memory into
-//!   slots of some GiB for them, or harvest it whole.
-//! * KVM's calls are one after the other: a processor may log to a buffer of hardware (PML) first. What it wrote is reported by one of the
-//!   harvests that follow; the last harvest belongs behind the stop of all processors.
-//! * An area that is unmapped from the space is not taken from the guest. First [`remove_slot`](KvmLog::remove_slot), then
-//!   [`unmap`](crate::AddressSpace::unmap), which reports what was dirty at the end.
+//! * Each harvest looks at every ring once for each area that it meets, as a source is asked area
+//!   by area: areas times processors, at a load of one cache line each. The entries that it finds
+//!   are taken once. Few large areas keep that small.
+//! * To add or remove a slot copies the list of slots, a pointer each, as a harvest works on its
+//!   list while slots come and go. KVM bounds the number of slots (32764 on x86).
+//! * KVM's calls take locks of the kernel, and each slot has one here: unlike marks, harvests of a
+//!   `KvmLog` wait for each other, for changes of slots, and for page faults of the guest.
+//!   None waits for a processor to run.
+//! * KVM_GET_DIRTY_LOG reads a whole slot, whatever the request. Bounded and parallel harvests ask
+//!   for many parts: cut guest memory into slots of some GiB for them, or harvest it whole.
+//! * KVM's calls are one after the other: a processor may log to a buffer of hardware (PML) first.
+//!   What it wrote is reported by one of the harvests that follow; the last harvest has to follow
+//!   the stop of all processors.
+//! * An area that is unmapped from the space is not taken from the guest. First
+//!   [`remove_slot`](KvmLog::remove_slot), then [`unmap`](crate::AddressSpace::unmap), which
+//!   reports what was dirty at the end.
 //! * One log for one virtual machine: two would take from each other.
 //! * A child of `fork` has the rings of its parent, and KVM serves it no log: every call is refused
 //!   there, with [`KvmError::OfAnotherProcess`].
@@ -97,6 +114,7 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use super::host;
+use super::placed::PlacedList;
 use crate::error::Error;
 #[cfg(doc)]
 use crate::source::DirtySource;
@@ -118,17 +136,19 @@ const ENTRY: u32 = 16;
 pub enum KvmMode {
     /// Reading the log clears it. Every KVM can.
     Clearing,
-    /// Reading leaves the log, and exactly what was recorded is cleared, piece by piece (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2).
+    /// Reading leaves the log, and exactly what was recorded is cleared, piece by piece
+    /// (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2).
     Manual {
-        /// Each slot begins as dirty as a whole, so that switching tracking on costs no time: pages are write-protected when they
-        /// are first cleared. The first harvest reports everything, which a migration copies anyway.
+        /// Each slot begins as dirty as a whole, so that switching tracking on costs no time: pages
+        /// are write-protected when they are first cleared. The first harvest reports everything,
+        /// which a migration copies anyway.
         initially_set: bool,
     },
-    /// Each processor writes the pages that it dirties to a ring (KVM_CAP_DIRTY_LOG_RING). The cost follows what is dirty, not
-    /// what is there.
+    /// Each processor writes the pages that it dirties to a ring (KVM_CAP_DIRTY_LOG_RING). The cost
+    /// follows what is dirty, not what is there.
     Ring {
-        /// Entries of each ring: a power of two. KVM keeps 64 and a few of them for itself, and stops a processor whose ring is
-        /// full: see [`KvmLog::drain_rings`].
+        /// Entries of each ring: a power of two. KVM keeps 64 and a few of them for itself, and
+        /// stops a processor whose ring is full: see [`KvmLog::drain_rings`].
         entries: u32,
     },
 }
@@ -148,8 +168,8 @@ pub struct KvmLog {
     kernel: Box<dyn Kernel>,
     mode: KvmMode,
     page: Granule,
-    /// Ascending by guest address. The lock is held to look, never for a call of KVM.
-    slots: Mutex<Arc<[Arc<Slot>]>>,
+    /// Replaced as a whole (copy-on-write). The lock is held to look, never for a call of KVM.
+    slots: Mutex<Arc<Slots>>,
     rings: Mutex<Vec<Ring>>,
     /// Whether writes are tracked; held while slots come, go, or are switched.
     tracking: Mutex<bool>,
@@ -157,11 +177,12 @@ pub struct KvmLog {
 }
 
 impl KvmLog {
-    /// The log of `vm`, whose descriptor is duplicated. Sets the mode for the whole virtual machine; for rings that must come before
-    /// its first processor is made.
+    /// The log of `vm`, whose descriptor is duplicated. Sets the mode for the whole virtual
+    /// machine; for rings that must come before its first processor is made.
     ///
     /// # Errors
-    /// [`KvmError::Unsupported`], [`KvmError::BadRing`], or [`KvmError::Call`] with what KVM says to the mode.
+    /// [`KvmError::Unsupported`], [`KvmError::BadRing`], or [`KvmError::Call`] with what KVM says
+    /// to the mode.
     pub fn new(vm: &VmFd, mode: KvmMode) -> Result<Self, KvmError> {
         enable(vm, mode)?;
         let vm = Vm::new(vm).map_err(|error| KvmError::Call {
@@ -176,7 +197,7 @@ impl KvmLog {
             kernel,
             mode,
             page,
-            slots: Mutex::new(Arc::new([])),
+            slots: Mutex::default(),
             rings: Mutex::new(Vec::new()),
             tracking: Mutex::new(false),
             foreign: AtomicU64::new(0),
@@ -193,8 +214,9 @@ impl KvmLog {
         self.mode
     }
 
-    /// Gives the guest the memory from `host` on, an address of this process, at the guest physical addresses `guest`; or says that
-    /// KVM has this very slot already, which is then left as it is, but for its log. Tracked at once if the log is.
+    /// Gives the guest the memory from `host` on, an address of this process, at the guest physical
+    /// addresses `guest`; or says that KVM has this very slot already, which is then left as it is,
+    /// but for its log. Tracked at once if the log is.
     ///
     /// `slot` is KVM's number, with the address space in bits 16 to 31: 0 is what processors use,
     /// 1 is system management mode, where KVM has it (KVM_CAP_MULTI_ADDRESS_SPACE). Slots of
@@ -221,18 +243,16 @@ impl KvmLog {
         let new = Slot::new(slot, guest, host, self.page)?;
         let tracking = lock(&self.tracking);
         let slots = self.slots();
-        for other in slots.iter().filter(|other| !other.is_gone()) {
-            if other.id == slot {
-                return Err(KvmError::SlotTaken { slot });
-            }
-            if other.space() == new.space() && other.guest.intersects(guest) {
-                return Err(KvmError::Overlap {
-                    slot,
-                    guest,
-                    other: other.id,
-                });
-            }
+        if slots.find(slot).is_some() {
+            return Err(KvmError::SlotTaken { slot });
         }
+        let mut touched = slots.placed.touched(guest).map(|(other, _)| other);
+        let in_the_way = |other: &&Arc<Slot>| !other.is_gone() && other.space() == new.space();
+        if let Some(other) = touched.find(in_the_way) {
+            let other = other.id;
+            return Err(KvmError::Overlap { slot, guest, other });
+        }
+        drop(touched);
         // No thread takes entries until the slot is in the list: those of a slot that is not there
         // name no page.
         let _rings = self.rings();
@@ -242,10 +262,12 @@ impl KvmLog {
         Ok(())
     }
 
-    /// Takes the slot from the guest. What was dirty in it stays, for a harvest, or for the unmap of its area.
+    /// Takes the slot from the guest. What was dirty in it stays, for a harvest, or for the unmap
+    /// of its area.
     ///
-    /// No processor should write to it any more, stopped or by agreement with the guest: what is written between the last read of
-    /// the log and the end of the slot is lost with the log, as KVM has no call that does both.
+    /// No processor should write to it any more, stopped or by agreement with the guest: what is
+    /// written between the last read of the log and the end of the slot is lost with the log, as
+    /// KVM has no call that does both.
     ///
     /// # Errors
     /// [`KvmError::OfAnotherProcess`], [`KvmError::NoSlot`], or [`KvmError::SlotCall`] and the slot
@@ -254,7 +276,7 @@ impl KvmLog {
         self.check_process()?;
         let _tracking = lock(&self.tracking);
         let slots = self.slots();
-        let Some(found) = find(&slots, slot) else {
+        let Some(found) = slots.find(slot) else {
             return Err(KvmError::NoSlot { slot });
         };
         found.delete(&*self.kernel, self.mode)?;
@@ -282,7 +304,7 @@ impl KvmLog {
         self.check_process()?;
         let tracking = lock(&self.tracking);
         let slots = self.slots();
-        let Some(found) = find(&slots, slot) else {
+        let Some(found) = slots.find(slot) else {
             return Err(KvmError::NoSlot { slot });
         };
         // SAFETY: the slot was added, and not removed: its memory is the guest's.
@@ -311,8 +333,9 @@ impl KvmLog {
         Ok(())
     }
 
-    /// Empties the rings, and hands them back to KVM: for a processor that stopped with KVM_EXIT_DIRTY_RING_FULL, in the thread that
-    /// runs it. The pages stay for the next harvest. How many there were; 0 without rings.
+    /// Empties the rings, and hands them back to KVM: for a processor that stopped with
+    /// KVM_EXIT_DIRTY_RING_FULL, in the thread that runs it. The pages stay for the next harvest.
+    /// How many there were; 0 without rings.
     ///
     /// # Errors
     /// [`KvmError::OfAnotherProcess`]; [`KvmError::Call`], the pages are kept, and the call can be
@@ -328,8 +351,8 @@ impl KvmLog {
         Ok(taken)
     }
 
-    /// Entries of rings that named no page of a slot of this log. Of a slot that is not known here there may be any number;
-    /// others say that something else writes to the rings.
+    /// Entries of rings that named no page of a slot of this log. Of a slot that is not known here
+    /// there may be any number; others say that something else writes to the rings.
     pub fn foreign_entries(&self) -> u64 {
         // Relaxed: a count.
         self.foreign.load(Ordering::Relaxed)
@@ -343,7 +366,7 @@ impl KvmLog {
             return Ok(());
         }
         let slots = self.slots();
-        let live = || slots.iter().filter(|slot| !slot.is_gone());
+        let live = || slots.placed.iter().filter(|slot| !slot.is_gone());
         for (done, slot) in live().enumerate() {
             if let Err(error) = self.switch_slot(slot, on) {
                 for slot in live().take(done) {
@@ -374,22 +397,24 @@ impl KvmLog {
         }
     }
 
-    /// Forgets what was dirty before tracking began. Writes that come from now on are not forgotten: what is pending is protected
-    /// again, and nothing more comes from the rings meanwhile.
-    fn discard(&self, slots: &[Arc<Slot>]) -> Result<(), KvmError> {
+    /// Forgets what was dirty before tracking began. Writes that come from now on are not
+    /// forgotten: what is pending is protected again, and nothing more comes from the rings
+    /// meanwhile.
+    fn discard(&self, slots: &Slots) -> Result<(), KvmError> {
         let mut rings = self.rings();
         if self.mode.is_ring() {
             self.reap_all(&mut rings);
             self.reset(&rings)?;
         }
-        slots.iter().for_each(|slot| slot.forget());
+        slots.placed.iter().for_each(|slot| slot.forget());
         Ok(())
     }
 
     /// Takes what is in the rings.
     ///
-    /// Pages are pending before their entries are handed back, and both happen under the lock of the rings. A reset takes that lock
-    /// too, so it covers every page that was pending when it began: whoever takes one owes a reset that begins later.
+    /// Pages are pending before their entries are handed back, and both happen under the lock of
+    /// the rings. A reset takes that lock too, so it covers every page that was pending when it
+    /// began: a harvest that takes one owes a reset that begins later.
     fn reap(&self) {
         if self.mode.is_ring() {
             self.reap_all(&mut self.rings());
@@ -399,7 +424,7 @@ impl KvmLog {
     fn reap_all(&self, rings: &mut [Ring]) -> usize {
         let slots = self.slots();
         let keep = |slot: u32, page: u64| {
-            if !find(&slots, slot).is_some_and(|slot| slot.keep(page)) {
+            if !slots.find(slot).is_some_and(|slot| slot.keep(page)) {
                 // Relaxed: a count.
                 self.foreign.fetch_add(1, Ordering::Relaxed);
             }
@@ -442,30 +467,15 @@ impl KvmLog {
         lock(&self.rings)
     }
 
-    fn slots(&self) -> Arc<[Arc<Slot>]> {
+    fn slots(&self) -> Arc<Slots> {
         Arc::clone(&lock(&self.slots))
     }
 
     /// Replaces the list, by one with `new`, and without those that nothing is left of.
-    fn change(&self, slots: &[Arc<Slot>], new: Option<Slot>) {
-        let left = slots.iter().filter(|slot| !slot.is_done()).map(Arc::clone);
-        let mut slots: Vec<_> = left.chain(new.map(Arc::new)).collect();
-        slots.sort_by_key(|slot| slot.guest.start());
-        *lock(&self.slots) = slots.into();
-    }
-
-    /// The slots that `range` touches, each with the part of it.
-    fn parts(&self, range: IovaRange) -> impl Iterator<Item = (Arc<Slot>, IovaRange)> {
-        let (slots, mut next) = (self.slots(), 0);
-        std::iter::from_fn(move || {
-            loop {
-                let slot = slots.get(next)?;
-                next += 1;
-                if let Some(part) = slot.guest.intersection(range) {
-                    return Some((Arc::clone(slot), part));
-                }
-            }
-        })
+    fn change(&self, slots: &Slots, new: Option<Slot>) {
+        let left = slots.placed.iter().filter(|slot| !slot.is_done());
+        let new = Slots::new(left.map(Arc::clone).chain(new.map(Arc::new)).collect());
+        *lock(&self.slots) = Arc::new(new);
     }
 }
 
@@ -478,9 +488,33 @@ impl std::fmt::Debug for KvmLog {
     }
 }
 
-/// The slot of this number that KVM knows.
-fn find(slots: &[Arc<Slot>], id: u32) -> Option<&Arc<Slot>> {
-    slots.iter().find(|slot| slot.id == id && !slot.is_gone())
+/// The slots of a log at one time.
+#[derive(Default)]
+struct Slots {
+    placed: PlacedList<Slot>,
+    /// Those that KVM knew when the list was made, ascending by number: there is one of each.
+    by_id: Vec<Arc<Slot>>,
+}
+
+impl Slots {
+    fn new(slots: Vec<Arc<Slot>>) -> Self {
+        let live = slots.iter().filter(|slot| !slot.is_gone());
+        let mut by_id: Vec<_> = live.map(Arc::clone).collect();
+        by_id.sort_unstable_by_key(|slot| slot.id);
+        let placed = PlacedList::new(slots);
+        Slots { placed, by_id }
+    }
+
+    /// The slot of this number that KVM knows.
+    fn find(&self, id: u32) -> Option<&Arc<Slot>> {
+        let place = self.by_id.binary_search_by(|slot| {
+            #[cfg(test)]
+            crate::compared::one();
+            slot.id.cmp(&id)
+        });
+        let found = self.by_id.get(place.ok()?)?;
+        (!found.is_gone()).then_some(found)
+    }
 }
 
 /// Sets the mode of the virtual machine.

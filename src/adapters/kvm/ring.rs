@@ -1,18 +1,19 @@
 //! The dirty ring of one virtual processor: a producer in the kernel, a consumer here.
 //!
 //! ```text
-//!  kernel                                     we
-//!  K1  payload := slot, offset                R1  flags is DIRTY?               Acquire, pairs with K2
-//!  K2  flags := DIRTY            (release)    R2  read and check the payload, keep the page
-//!                                             R3  flags := RESET                Release, pairs with K3
+//!  kernel                                   we
+//!  K1  payload := slot, offset              R1  flags is DIRTY?     Acquire, pairs with K2
+//!  K2  flags := DIRTY           (release)   R2  read and check the payload, keep the page
+//!                                           R3  flags := RESET      Release, pairs with K3
 //!  K3  flags is RESET?           (acquire)
 //!  K4  re-protect the page, flush
 //!  K5  flags := 0                (release)
 //! ```
 //!
-//! Between R3 and K4 the guest writes to the page unseen, so the page may be copied only after K4, which is
-//! KVM_RESET_DIRTY_RINGS: the flush that a lease owes. The memory of a ring is mapped into this process, so whatever runs
-//! amok in it can write there: an entry is checked before it is computed with.
+//! Between R3 and K4 the guest writes to the page unseen, so the page may be copied only after K4,
+//! which is KVM_RESET_DIRTY_RINGS: the flush that a lease owes. The memory of a ring is mapped into
+//! this process, so a stray write of any code in it may hit it: an entry is checked before it is
+//! computed with.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -38,25 +39,27 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    /// Takes the page out, if one is there: `keep` has its slot and its number in that, as they were found.
+    /// Takes the page out, if one is there: `keep` has its slot and its number in that, as they
+    /// were found.
     fn take(&self, keep: impl FnOnce(u32, u64)) -> bool {
-        // Acquire: R1, pairs with the kernel's release of the flags behind the payload.
+        // Acquire: R1, pairs with the kernel's release of the flags after the payload.
         if self.flags.load(Ordering::Acquire) & (DIRTY | RESET) != DIRTY {
             return false;
         }
-        // Relaxed: behind R1.
+        // Relaxed: R1, an Acquire, comes before it.
         let slot = self.slot.load(Ordering::Relaxed);
-        // Relaxed: behind R1.
+        // Relaxed: R1, an Acquire, comes before it.
         let offset = self.offset.load(Ordering::Relaxed);
         keep(slot, offset);
-        // Release: R3, pairs with the kernel's acquire of the flags before it reads the payload and uses the entry again.
+        // Release: R3, pairs with the kernel's acquire of the flags before it reads the payload and
+        // uses the entry again.
         self.flags.store(RESET, Ordering::Release);
         true
     }
 }
 
-/// Takes the pages out of `entries`, from `next` on, and moves `next` behind them. No more than one round, so that a processor
-/// that writes all the time keeps nobody here.
+/// Takes the pages out of `entries`, from `next` on, and moves `next` past them. At most one round,
+/// so that it ends while a processor writes all the time.
 pub(super) fn reap(entries: &[Entry], next: &mut usize, mut keep: impl FnMut(u32, u64)) -> usize {
     for taken in 0..entries.len() {
         match entries.get(*next) {
@@ -107,7 +110,8 @@ pub(super) struct Mapped {
     len: usize,
 }
 
-// SAFETY: the ring is memory of the process, used through atomics, and unmapped by whoever drops the one `Mapped` of it.
+// SAFETY: the ring is memory of the process, used through atomics, and only the one `Mapped` of it
+// unmaps it.
 unsafe impl Send for Mapped {}
 
 impl Mapped {
@@ -173,14 +177,15 @@ impl Memory for Mapped {
     fn entries(&self) -> &[Entry] {
         // SAFETY:
         // - the mapping holds `len` entries, is page-aligned, and lives as long as `self`;
-        // - entries are atomics, of which every content is valid, so the kernel may write them meanwhile.
+        // - entries are atomics, of which every content is valid, so the kernel may write them
+        //   meanwhile.
         unsafe { std::slice::from_raw_parts(self.entries.as_ptr(), self.len) }
     }
 }
 
 impl Drop for Mapped {
     fn drop(&mut self) {
-        // SAFETY: the mapping of `new`, of this length, that nobody else refers to.
+        // SAFETY: the mapping of `new`, of this length, to which nothing else refers.
         unsafe { libc::munmap(self.entries.as_ptr().cast(), self.len * size_of::<Entry>()) };
     }
 }
@@ -247,7 +252,8 @@ mod tests {
         assert_eq!(reap(&ring, &mut next, |_, _| panic!("twice")), 0);
     }
 
-    /// A processor and its reaper race: every page arrives once, with the payload that belongs to it.
+    /// A processor and its reaper race: every page arrives once, with the payload that belongs to
+    /// it.
     #[test]
     fn a_producer_and_the_reaper_agree() {
         let ring: Vec<Entry> = (0..64).map(|_| Entry::default()).collect();

@@ -7,6 +7,7 @@ use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use super::error::KvmError;
 use super::ioctl::Kernel;
 use super::{KvmMode, MAX_PAGES};
+use crate::adapters::placed::Placed;
 use crate::bitmap::Sink;
 use crate::error::Error;
 use crate::source::pending::{Pending, clear, mask_tail, next_run, set, words_for, zeroed};
@@ -14,7 +15,8 @@ use crate::source::{LeafSink, Stopped};
 use crate::sync::{AtomicBool, Mutex, MutexGuard, Ordering, lock};
 use crate::units::{Granule, Iova, IovaRange};
 
-/// Words of one KVM_CLEAR_DIRTY_LOG, for which KVM holds the lock of its page tables: 65536 pages, 256 MiB of 4 KiB.
+/// Words of one KVM_CLEAR_DIRTY_LOG, for which KVM holds the lock of its page tables: 65536 pages,
+/// 256 MiB of 4 KiB.
 const CLEAR_WORDS: usize = 1024;
 
 /// A slot that was added.
@@ -35,6 +37,12 @@ struct State {
     log: Vec<u64>,
     /// Whether KVM keeps a log.
     logging: bool,
+}
+
+impl Placed for Slot {
+    fn range(&self) -> IovaRange {
+        self.guest
+    }
 }
 
 impl Slot {
@@ -127,7 +135,8 @@ impl Slot {
 
     /// KVM has forgotten the slot, and nothing more comes from the rings.
     pub(super) fn bury(&self) {
-        // Relaxed: those who come for the slot hold the lock of the list's changes; to a ring it is a hint.
+        // Relaxed: calls by the number of a slot hold the lock of the list's changes; to a ring it
+        // is a hint.
         self.gone.store(true, Ordering::Relaxed);
     }
 
@@ -148,8 +157,9 @@ impl Slot {
         state.pending.take(part, out)
     }
 
-    /// GET clears nothing, so: look, record, and then clear exactly what was recorded. What the guest writes between the look and
-    /// the clear is cleared with it, and recorded, and copied after the clear.
+    /// GET clears nothing, so: look, record, and then clear exactly what was recorded. What the
+    /// guest writes between the look and the clear is cleared with it, and recorded, and copied
+    /// after the clear.
     fn take_seen(
         &self,
         state: &mut State,
@@ -301,7 +311,8 @@ impl Slot {
         state.pending.drain(part, dirty);
     }
 
-    /// Keeps page `number`, which a ring names. Of one that is not there, nobody knows which it should have been: then all.
+    /// Keeps page `number`, which a ring names. Of a number past the end, the page that was meant
+    /// is unknown: all pages are dirty then.
     pub(super) fn keep(&self, number: u64) -> bool {
         let mut state = self.state();
         let known = state.pending.add_page(number);

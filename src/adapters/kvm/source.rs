@@ -27,7 +27,7 @@ impl DirtySource for KvmLog {
         }
         self.reap();
         gather.add(range, self.page);
-        for (slot, part) in self.parts(range) {
+        for (slot, part) in self.slots().placed.touched(range) {
             slot.drain(&*self.kernel, self.mode, part, dirty);
         }
     }
@@ -53,15 +53,16 @@ impl DirtySource for KvmLog {
         self.reap();
         let slots = self.slots();
         let (mut rest, mut outcome) = (Some(range), Ok(()));
-        for (n, slot) in slots.iter().enumerate() {
-            let Some(part) = rest.and_then(|rest| slot.guest.intersection(rest)) else {
+        for (n, (slot, part)) in slots.placed.touched(range).enumerate() {
+            let Some(part) = rest.and_then(|rest| part.intersection(rest)) else {
                 continue;
             };
             let Err(stopped) = slot.take(&*self.kernel, self.mode, part, out) else {
                 continue;
             };
             if let Ok(above) = IovaRange::new(stopped.at, range.last()) {
-                slots[..n].iter().for_each(|earlier| earlier.dirty(above));
+                let earlier = slots.placed.touched(range).take(n);
+                earlier.for_each(|(earlier, _)| earlier.dirty(above));
             }
             rest = below(range, stopped.at);
             outcome = Err(stopped);
@@ -72,11 +73,15 @@ impl DirtySource for KvmLog {
     fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
         self.check_process_at(range.start())?;
         self.reap();
-        self.parts(range)
+        let slots = self.slots();
+        slots
+            .placed
+            .touched(range)
             .try_for_each(|(slot, part)| slot.peek(&*self.kernel, self.mode, part, sink))
     }
 
-    /// The calls that clear a log flush before they return. For rings the flush is KVM_RESET_DIRTY_RINGS.
+    /// The calls that clear a log flush before they return. For rings the flush is
+    /// KVM_RESET_DIRTY_RINGS.
     fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error> {
         self.check_process().map_err(Error::source_failed)?;
         if self.mode.is_ring() {

@@ -1,6 +1,7 @@
-//! The logic of the adapter against a KVM of our own, which write-protects pages, as the real one does: a write is seen only if it
-//! meets a protected page.
+//! The logic of the adapter against a KVM of our own, which write-protects pages, as the real one
+//! does: a write is seen only if it meets a protected page.
 
+mod growth;
 mod parts;
 
 use std::collections::HashMap;
@@ -27,7 +28,7 @@ struct State {
     slots: HashMap<u32, FakeSlot>,
     manual: bool,
     initially_set: bool,
-    /// Bits that the log has behind the end of a slot.
+    /// Bits that the log has above the end of a slot.
     tail: bool,
     ring: Option<Arc<Vec<Entry>>>,
     pushed: u64,
@@ -272,8 +273,8 @@ impl Random {
     }
 }
 
-/// Guest and VMM write, harvests of parts are committed, aborted, refused by KVM, or fail to flush, and the guest writes in the
-/// middle of each. In the end the copy is the memory.
+/// Guest and VMM write, harvests of parts are committed, aborted, refused by KVM, or fail to flush,
+/// and the guest writes in the middle of each. In the end the copy is the memory.
 #[test]
 fn no_write_is_lost_in_any_mode() {
     for mode in MODES {
@@ -348,8 +349,9 @@ fn no_write_is_lost_in_any_mode() {
     }
 }
 
-/// stratovirt and Cloud Hypervisor read slot after slot, and KVM clears what it tells: when a later slot failed, what the earlier ones
-/// had said was dropped, and what this one had said as well if the bitmap beside it could not be read.
+/// stratovirt and Cloud Hypervisor read slot after slot, and KVM clears what it tells: when a later
+/// slot failed, what the earlier ones had said was dropped, and what this one had said as well if
+/// the bitmap beside it could not be read.
 #[test]
 fn an_error_in_one_slot_loses_nothing_of_the_others() {
     for mode in [MODES[0], MODES[1]] {
@@ -396,7 +398,7 @@ fn a_lease_that_is_dropped_puts_back_what_kvm_has_forgotten() {
     }
 }
 
-/// hyperlight met logs with bits behind the end of the memory, and first reads that say everything.
+/// hyperlight met logs with bits above the end of the memory, and first reads that say everything.
 #[test]
 fn a_log_with_bits_behind_the_slot_names_pages_of_the_slot_only() {
     for mode in MODES {
@@ -411,8 +413,8 @@ fn a_log_with_bits_behind_the_slot_names_pages_of_the_slot_only() {
     }
 }
 
-/// What is cleared is what was asked for: the neighbours in the same words stay. And each clear is one that KVM accepts: the fake
-/// refuses others.
+/// What is cleared is what was asked for: the neighbours in the same words stay. And each clear is
+/// one that KVM accepts: the fake refuses others.
 #[test]
 fn parts_of_words_are_cleared_alone() {
     for mode in MODES {
@@ -463,8 +465,8 @@ fn clears_are_bounded_and_skip_what_is_clean() {
     fake.with(|state| assert_eq!(state.clears, clears));
 }
 
-/// CubeSandbox and Cloud Hypervisor took a page for 4096 bytes, where the kernel takes its own: on a host with 64 KiB a bit
-/// stood for the wrong memory.
+/// CubeSandbox and Cloud Hypervisor took a page for 4096 bytes, where the kernel takes its own: on
+/// a host with 64 KiB a bit stood for the wrong memory.
 #[test]
 fn a_bit_is_a_page_of_the_host() {
     let page = Granule::from_bytes(65536).unwrap();
@@ -490,7 +492,8 @@ fn a_bit_is_a_page_of_the_host() {
     assert_eq!(told, [range(5, 1)]);
 }
 
-/// The kernel's own ring once took an offset near 2^64 for granted, and its sum with a bit number wrapped (CVE-2026-52969).
+/// The kernel's own ring once took an offset near 2^64 for granted, and its sum with a bit number
+/// wrapped (CVE-2026-52969).
 #[test]
 fn an_entry_that_names_no_page_is_not_computed_with() {
     let (space, log, fake) = machine(MODES[3]);
@@ -507,8 +510,8 @@ fn an_entry_that_names_no_page_is_not_computed_with() {
     assert_eq!(log.foreign_entries(), 3);
 }
 
-/// A page that came out of a ring is written on unseen until the reset. Another harvest, which takes it from what is pending, waits
-/// for that reset too.
+/// A page that came out of a ring is written on unseen until the reset. Another harvest, which
+/// takes it from what is pending, waits for that reset too.
 #[test]
 fn whoever_takes_a_page_of_a_ring_waits_for_its_reset() {
     let (space, _log, fake) = machine(MODES[3]);
@@ -522,7 +525,7 @@ fn whoever_takes_a_page_of_a_ring_waits_for_its_reset() {
     fake.with(|state| state.fail_in = Some(0));
     drop(lease.sync().unwrap_err());
     assert_eq!(harvest(&space, pages(64, 136)), [100]);
-    // Whether it is copied before or behind its write, no write behind that harvest is lost.
+    // Whether it is copied before or after its write, no write after that harvest is lost.
     fake.with(|state| state.write(100));
     assert_eq!(harvest(&space, pages(64, 136)), [100]);
     assert_eq!(harvest(&space, pages(0, 64)), [5]);
@@ -547,7 +550,8 @@ fn what_is_dirty_when_tracking_ends_stays_and_what_was_before_it_begins_does_not
     }
 }
 
-/// A switch that one slot refuses leaves all as they were; what was written to the others meanwhile is not known, so it is dirty.
+/// A switch that one slot refuses leaves all as they were; what was written to the others meanwhile
+/// is not known, so it is dirty.
 #[test]
 fn a_switch_that_fails_loses_nothing() {
     for mode in MODES {
@@ -590,7 +594,7 @@ fn a_slot_that_goes_leaves_what_was_dirty_to_the_unmap() {
         // Number and addresses are free again.
         // SAFETY: the fake has no guest.
         unsafe { log.add_slot(7, pages(320, 10), 0) }.unwrap();
-        assert_eq!(log.slots().len(), 2);
+        assert_eq!(log.slots().placed.iter().len(), 2);
     }
 }
 

@@ -4,8 +4,8 @@ use std::io;
 
 use crate::units::{Granule, IovaRange};
 
-/// What a [`ProcessMemory`](super::ProcessMemory) refuses, or what the kernel says. Addresses named `address` are of this
-/// process.
+/// What a [`ProcessMemory`](super::ProcessMemory) refuses, or what the kernel says. Addresses named
+/// `address` are of this process.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PagemapError {
@@ -98,8 +98,8 @@ pub enum PagemapError {
         /// Where.
         address: u64,
     },
-    /// The kernel failed, or does not track this memory: that of another mapping, at addresses that were added. All that it was asked
-    /// for counts as dirty.
+    /// The kernel failed, or does not track this memory: that of another mapping, at addresses that
+    /// were added. All that it was asked for counts as dirty.
     #[error("{call} failed at {address:#x} (is this still the mapping that was added?): {error}")]
     Call {
         /// The call by its name in the documentation.

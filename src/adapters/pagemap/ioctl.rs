@@ -176,7 +176,8 @@ impl Process {
     /// # Errors
     /// [`PagemapError::Unsupported`].
     pub(super) fn new() -> Result<Self, PagemapError> {
-        // Faults are resolved by the kernel, so none is ever handed to us: those of the kernel do not matter, and no privilege is needed.
+        // Faults are resolved by the kernel, so none is ever handed to us: those of the kernel do
+        // not matter, and no privilege is needed.
         let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | UFFD_USER_MODE_ONLY;
         // SAFETY: this call takes a number and touches no memory of ours.
         let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
@@ -186,7 +187,7 @@ impl Process {
             .filter(|fd| *fd >= 0)
             .ok_or_else(io::Error::last_os_error)
             .map_err(unsupported("userfaultfd"))?;
-        // SAFETY: the descriptor was just opened, and nobody else has it.
+        // SAFETY: the descriptor was just opened, and no other code has it.
         let uffd = unsafe { OwnedFd::from_raw_fd(fd) };
         let mut api = Api {
             version: VERSION,
@@ -329,13 +330,15 @@ impl Kernel for Process {
         };
         // SAFETY:
         // - the call reads and writes the one struct that it is given;
-        // - memory that is registered so keeps its contents and its rights: a write to a protected page is let through by the kernel.
+        // - memory that is registered so keeps its contents and its rights: a write to a protected
+        //   page is let through by the kernel.
         check(unsafe { libc::ioctl(self.uffd.as_raw_fd(), UFFDIO_REGISTER, &mut register) })
     }
 
     fn unregister(&self, start: u64, len: u64) -> io::Result<()> {
         let mut span = Span { start, len };
-        // SAFETY: the call reads the one struct that it is given; memory keeps its contents and its rights.
+        // SAFETY: the call reads the one struct that it is given; memory keeps its contents and its
+        // rights.
         check(unsafe { libc::ioctl(self.uffd.as_raw_fd(), UFFDIO_UNREGISTER, &mut span) })
     }
 

@@ -4,6 +4,7 @@ use super::GivenBack;
 use super::error::PagemapError;
 use super::ioctl::{Kernel, Region};
 use super::sweep::{Ask, Broken, Why, first_unmapped, sweep};
+use crate::adapters::placed::Placed;
 use crate::bitmap::Sink;
 use crate::error::Error;
 use crate::source::pending::{Pending, below, words_for};
@@ -35,6 +36,12 @@ struct State {
     tracked: bool,
     /// Whether another tracker has what is mapped at its addresses by now.
     lost: bool,
+}
+
+impl Placed for Memory {
+    fn range(&self) -> IovaRange {
+        self.range
+    }
 }
 
 impl Memory {
@@ -129,7 +136,7 @@ impl Memory {
             // Of memory that was unmapped, the kernel knows nothing any more.
             let _ = kernel.unregister(start, end - start);
         });
-        // Relaxed: those who look hold the lock of the list's changes.
+        // Relaxed: the calls that read it hold the lock of the list's changes.
         self.gone.store(true, Ordering::Relaxed);
     }
 
@@ -226,11 +233,10 @@ impl Memory {
         self.is_gone() && self.state().pending.is_empty()
     }
 
-    /// Whether it has addresses of `other`, in this process.
-    pub(super) fn meets(&self, other: &Memory) -> bool {
+    /// Its first and its last address in this process.
+    pub(super) fn place(&self) -> (Iova, Iova) {
         let (start, end) = self.addresses(self.range);
-        let (from, to) = other.addresses(other.range);
-        start < to && from < end
+        (Iova::new(start), Iova::new(end - 1))
     }
 
     /// Whether it is, in part, the memory that begins at `host` and is as long as `range`.
@@ -259,8 +265,8 @@ impl Memory {
         hole.map_or(Ok(()), Err)
     }
 
-    /// The same, where nothing can stop it: pieces that the kernel refuses are dirty as a whole, and what is not mapped any more is
-    /// skipped.
+    /// The same, where nothing can stop it: pieces that the kernel refuses are dirty as a whole,
+    /// and what is not mapped any more is skipped.
     fn sweep_all(&self, state: &mut State, kernel: &dyn Kernel, part: IovaRange) {
         let mut span = self.addresses(part);
         while let Err(broken) = self.sweep_span(state, kernel, span) {
@@ -305,7 +311,8 @@ impl Memory {
         })
     }
 
-    /// The addresses of `part` in this process, up to the first that is not mapped any more; and what that means.
+    /// The addresses of `part` in this process, up to the first that is not mapped any more; and
+    /// what that means.
     fn mapped(&self, kernel: &dyn Kernel, part: IovaRange) -> ((u64, u64), Option<Stopped>) {
         let (start, end) = self.addresses(part);
         match first_unmapped(kernel, (start, end), self.page.bytes()) {

@@ -1,9 +1,10 @@
-//! The memory of this process: which of its pages any thread wrote, without a mark, by the page tables of the processor.
+//! The memory of this process: which of its pages any thread wrote, without a mark, by the page
+//! tables of the processor.
 //!
 //! ```text
-//!  write by a thread ---> page is protected? ---> the kernel lets it through, unprotected ---+
-//!                                                                                            +--> one harvest, one lease, one abort
-//!  DMA, io_uring, O_DIRECT into it ---> mark, begin_write ---> marks of the area ------------+
+//!  write by a thread ---> page is protected? ---> the kernel unprotects it ---+
+//!                                                                             +--> one harvest,
+//!  DMA, io_uring, O_DIRECT ---> mark, begin_write ---> marks of the area -----+    lease and abort
 //! ```
 //!
 //! # Use
@@ -45,24 +46,29 @@
 //! # Ok(())
 //! # }
 //! ```
-//! Without this module: a loop around PAGEMAP_SCAN that has to know when the kernel is done, or reads of `/proc/self/pagemap` for
-//! soft-dirty bits, eight bytes a page, with a window between read and clear in which writes are lost.
+//! Without this module: a loop around PAGEMAP_SCAN that has to know when the kernel is done, or
+//! reads of `/proc/self/pagemap` for soft-dirty bits, eight bytes a page, with a window between
+//! read and clear in which writes are lost.
 //!
 //! # Protocol
-//! The memory is registered with userfaultfd for write protection in ASYNC mode: nobody is told of a fault, and the kernel just takes the
-//! protection off the page. PAGEMAP_SCAN finds the pages without protection, and protects each by the same step that reports
-//! it, under the lock of its page table, and flushes the processors' TLBs before it lets go. So the report is the last trace of the
-//! write: it goes into memory that was reserved when the pages were added, from there into the user bitmap, and is
-//! forgotten last. A harvest that fails in between, or asked for a part only, loses nothing. Nothing is left to flush.
+//! The memory is registered with userfaultfd for write protection in ASYNC mode: the kernel handles
+//! a fault by itself, and takes the protection off the page. PAGEMAP_SCAN finds the pages without
+//! protection, and protects each by the same step that reports it, under the lock of its page
+//! table, and flushes the processors' TLBs before it lets go. So the report is the last trace of
+//! the write: it goes into memory that was reserved when the pages were added, from there into the
+//! user bitmap, and is forgotten last. A harvest that fails in between, or asked for a part only,
+//! loses nothing. Nothing is left to flush.
 //!
 //! # Guarantees
-//! * Any number of regions: calls follow each other until the kernel has come to the end, wherever it says that it stopped.
-//!   A page that found no room in the output is not protected, and comes with the next call.
-//! * Memory that was unmapped meanwhile stops the harvest there, with [`PagemapError::Unmapped`]; what lies below is in the lease.
-//!   [`remove`](ProcessMemory::remove) it, and unmap its area. In an unmap it is skipped: the dirty pages of memory that is not there
-//!   are nobody's.
-//! * Memory that another mapping has taken the place of does not pass for clean: the harvest stops with [`PagemapError::Call`], and what
-//!   that call was asked for, 64 MiB at most, stays dirty as a whole.
+//! * Any number of regions: calls follow each other until the kernel has come to the end, wherever
+//!   it says that it stopped. A page that found no room in the output is not protected, and comes
+//!   with the next call.
+//! * Memory that was unmapped meanwhile stops the harvest there, with [`PagemapError::Unmapped`];
+//!   what lies below is in the lease. [`remove`](ProcessMemory::remove) it, and unmap its area. In
+//!   an unmap it is skipped: memory that is not there has no dirty pages.
+//! * Memory that another mapping has taken the place of does not pass for clean: the harvest stops
+//!   with [`PagemapError::Call`], and what that call was asked for, 64 MiB at most, stays dirty as
+//!   a whole.
 //! * Harvests do not allocate.
 //!
 //! # Pages that are given back
@@ -87,9 +93,9 @@
 //!   pages that it holds, as with O_DIRECT, buffers that are registered with io_uring, or VFIO.
 //!   Mark those, with [`begin_write`](crate::AddressSpace::begin_write) while they last. A
 //!   `read(2)` into the memory is seen.
-//! * A huge page of anonymous memory may be reported as a whole. Where the kernel splits it at the first write, reports are fine, but
-//!   the memory is mapped by small pages from then on. A page of hugetlbfs is reported as a whole, so a request must not cut it:
-//!   [`PagemapError::NoProgress`].
+//! * A huge page of anonymous memory may be reported as a whole. Where the kernel splits it at the
+//!   first write, reports are fine, but the memory is mapped by small pages from then on. A page of
+//!   hugetlbfs is reported as a whole, so a request must not cut it: [`PagemapError::NoProgress`].
 //! * The first write to each page after a harvest costs a fault, of a microsecond or so.
 //! * The memory of a child of `fork` is not tracked, and in a child every call is refused, with
 //!   [`PagemapError::OfAnotherProcess`]: what it inherits acts on the memory of its parent. A child
@@ -99,9 +105,12 @@
 //!   it, is refused here from then on, with [`PagemapError::TakenOver`], and all of it is dirty for
 //!   the unmap of its area. Of trackers outside of this library nothing is known: the kernel's scan
 //!   does not ask whose the protection is.
-//! * The calls take locks of the kernel, of the memory map above all, and each memory has one here: harvests wait for each other, and
-//!   for `mmap` and `munmap` of any thread.
-//! * An area that is unmapped from the space stays memory of the process; writes to it are not tracked from then on.
+//! * The calls take locks of the kernel, of the memory map above all, and each memory has one here:
+//!   harvests wait for each other, and for `mmap` and `munmap` of any thread.
+//! * To add or remove memory looks at, and copies, the list of what was added: for some thousand
+//!   pieces, not for each object of a heap.
+//! * An area that is unmapped from the space stays memory of the process; writes to it are not
+//!   tracked from then on.
 
 mod error;
 mod ioctl;
@@ -116,6 +125,7 @@ mod tests;
 pub use error::PagemapError;
 
 use super::host;
+use super::placed::PlacedList;
 use crate::error::Error;
 use crate::source::Stopped;
 use crate::sync::{Arc, Mutex, lock};
@@ -141,8 +151,8 @@ pub enum GivenBack {
 pub struct ProcessMemory {
     kernel: Box<dyn Kernel>,
     page: Granule,
-    /// Ascending by the addresses at which it is reported. The lock is held to look, never for a call.
-    memory: Mutex<Arc<[Arc<Memory>]>>,
+    /// Replaced as a whole (copy-on-write). The lock is held to look, never for a call.
+    memory: Mutex<Arc<PlacedList<Memory>>>,
     /// Whether writes are tracked; held while memory comes, goes, or is switched.
     tracking: Mutex<bool>,
 }
@@ -160,7 +170,7 @@ impl ProcessMemory {
         ProcessMemory {
             kernel,
             page,
-            memory: Mutex::new(Arc::new([])),
+            memory: Mutex::default(),
             tracking: Mutex::new(false),
         }
     }
@@ -213,8 +223,8 @@ impl ProcessMemory {
         Ok(())
     }
 
-    /// Ends the tracking of what was added as `range`. What was dirty in it stays, for a harvest, or for the unmap of its area; none of it
-    /// if it is not mapped any more.
+    /// Ends the tracking of what was added as `range`. What was dirty in it stays, for a harvest,
+    /// or for the unmap of its area; none of it if it is not mapped any more.
     ///
     /// # Errors
     /// [`PagemapError::OfAnotherProcess`], [`PagemapError::NotAdded`].
@@ -252,7 +262,8 @@ impl ProcessMemory {
             }
         }
         if on {
-            // All of it is protected by now: what is written from here on is seen, and not forgotten here.
+            // All of it is protected by now: what is written from here on is seen, and not
+            // forgotten here.
             memory.iter().for_each(|memory| memory.forget());
         }
         *tracking = on;
@@ -276,33 +287,15 @@ impl ProcessMemory {
         })
     }
 
-    fn memory(&self) -> Arc<[Arc<Memory>]> {
+    fn memory(&self) -> Arc<PlacedList<Memory>> {
         Arc::clone(&lock(&self.memory))
     }
 
     /// Replaces the list, by one with `new`, and without what nothing is left of.
-    fn change(&self, memory: &[Arc<Memory>], new: Option<Arc<Memory>>) {
-        let left = memory
-            .iter()
-            .filter(|memory| !memory.is_done())
-            .map(Arc::clone);
-        let mut memory: Vec<_> = left.chain(new).collect();
-        memory.sort_by_key(|memory| memory.range.start());
-        *lock(&self.memory) = memory.into();
-    }
-
-    /// What `range` touches, each with the part of it.
-    fn parts(&self, range: IovaRange) -> impl Iterator<Item = (Arc<Memory>, IovaRange)> {
-        let (memory, mut next) = (self.memory(), 0);
-        std::iter::from_fn(move || {
-            loop {
-                let memory = memory.get(next)?;
-                next += 1;
-                if let Some(part) = memory.range.intersection(range) {
-                    return Some((Arc::clone(memory), part));
-                }
-            }
-        })
+    fn change(&self, memory: &PlacedList<Memory>, new: Option<Arc<Memory>>) {
+        let left = memory.iter().filter(|memory| !memory.is_done());
+        let memory = PlacedList::new(left.map(Arc::clone).chain(new).collect());
+        *lock(&self.memory) = Arc::new(memory);
     }
 }
 

@@ -6,17 +6,20 @@
 //! lets a tracker register belongs to no other one: what the list has at its addresses is taken
 //! over.
 
+use std::collections::BTreeMap;
 use std::io;
 
 use super::memory::Memory;
 use crate::adapters::maker::Maker;
 use crate::sync::{Arc, AtomicPtr, Mutex, Ordering, lock};
+use crate::units::Iova;
 
 /// What all trackers of a process have. The lock is held over each call that gives memory to a
 /// tracker or takes it away, and comes before that of a [`Memory`].
 pub(super) struct Owners {
     maker: Maker,
-    list: Mutex<Vec<Arc<Memory>>>,
+    /// By first address in this process. No two have an address in common.
+    list: Mutex<BTreeMap<Iova, Arc<Memory>>>,
 }
 
 impl Owners {
@@ -25,7 +28,7 @@ impl Owners {
     pub(super) fn new() -> io::Result<Self> {
         Ok(Owners {
             maker: Maker::new()?,
-            list: Mutex::new(Vec::new()),
+            list: Mutex::default(),
         })
     }
 
@@ -37,23 +40,25 @@ impl Owners {
     ) -> Result<(), E> {
         let mut list = lock(&self.list);
         register()?;
-        list.retain(|old| {
-            let meets = old.meets(new);
-            if meets {
-                old.lose();
-            }
-            !meets
-        });
-        list.push(Arc::clone(new));
+        // The last one that begins below the end of the new one is the last one that can meet it.
+        let (first, last) = new.place();
+        while let Some((&place, old)) = list.range(..=last).next_back()
+            && old.place().1 >= first
+        {
+            old.lose();
+            list.remove(&place);
+        }
+        list.insert(first, Arc::clone(new));
         Ok(())
     }
 
     /// Takes `memory` off the list, and calls `release` if it was there.
     pub(super) fn take_back(&self, memory: &Memory, release: impl FnOnce()) {
         let mut list = lock(&self.list);
-        let place = list.iter().position(|other| std::ptr::eq(&**other, memory));
-        if let Some(place) = place {
-            list.swap_remove(place);
+        let (place, _) = memory.place();
+        let listed = list.get(&place);
+        if listed.is_some_and(|other| std::ptr::eq(&**other, memory)) {
+            list.remove(&place);
             release();
         }
     }

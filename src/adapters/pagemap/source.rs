@@ -24,7 +24,7 @@ impl DirtySource for ProcessMemory {
         if self.check_process().is_err() {
             return dirty(range);
         }
-        for (memory, part) in self.parts(range) {
+        for (memory, part) in self.memory().touched(range) {
             memory.drain(&*self.kernel, part, dirty);
         }
     }
@@ -44,13 +44,15 @@ impl DirtySource for ProcessMemory {
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
         self.check_process_at(range.start())?;
-        self.parts(range)
+        self.memory()
+            .touched(range)
             .try_for_each(|(memory, part)| memory.take(&*self.kernel, part, out))
     }
 
     fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
         self.check_process_at(range.start())?;
-        self.parts(range)
+        self.memory()
+            .touched(range)
             .try_for_each(|(memory, part)| memory.peek(&*self.kernel, part, sink))
     }
 

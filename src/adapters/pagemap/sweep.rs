@@ -2,18 +2,22 @@
 //!
 //! # What the kernel leaves to its callers
 //! * A call stops when its output is full, and a page that found no room is left as it was.
-//! * When a call found more regions than the 512 that the kernel keeps at a time, the place where it says that it stopped is where
-//!   it last handed some out, not where it came to: what follows was scanned, and is in the output.
-//! * So a scan that goes on from there sees pages again; without protection they are reported twice. The receiver is a set.
-//! * Where a huge page is larger than what was asked for and cannot be split, the kernel returns without a word.
-//! * When a call fails, what it had protected before is not told. So each call is for a piece of bounded size, and all of a piece
-//!   whose call failed counts as written.
+//! * When a call found more regions than the 512 that the kernel keeps at a time, the place where
+//!   it says that it stopped is where it last handed some out, not where it came to: what follows
+//!   was scanned, and is in the output.
+//! * So a scan that goes on from there sees pages again; without protection they are reported
+//!   twice. The receiver is a set.
+//! * Where a huge page is larger than what was asked for and cannot be split, the kernel returns no
+//!   region and no error.
+//! * When a call fails, what it had protected before is not told. So each call is for a piece of
+//!   bounded size, and all of a piece whose call failed counts as written.
 
 use std::io;
 
 use super::ioctl::{Find, Kernel, PROBES, Region, table_bytes};
 
-/// Bytes of one piece, which also begins at a multiple of it: no huge page of x86 but the largest is cut by its borders.
+/// Bytes of one piece, which also begins at a multiple of it: no huge page of x86 but the largest
+/// is cut by its borders.
 const PIECE: u64 = 64 << 20;
 
 /// A sweep that ended before the end.
@@ -21,7 +25,7 @@ const PIECE: u64 = 64 << 20;
 pub(super) struct Broken {
     /// Where the piece begins that could not be done; all below it was.
     pub(super) at: u64,
-    /// Behind the last byte of that piece.
+    /// The address after the last byte of that piece.
     pub(super) end: u64,
     /// Why.
     pub(super) why: Why,
@@ -32,7 +36,7 @@ pub(super) struct Broken {
 pub(super) enum Why {
     /// The kernel refused a piece. All of it may be written.
     Refused(io::Error),
-    /// The kernel stands still here.
+    /// The kernel makes no progress here.
     Stuck(u64),
 }
 
@@ -154,7 +158,8 @@ fn scan(
     Ok(())
 }
 
-/// The first page of `start..end` that is not mapped, where the range has one. Pages have `page` bytes.
+/// The first page of `start..end` that is not mapped, where the range has one. Pages have `page`
+/// bytes.
 pub(super) fn first_unmapped(
     kernel: &dyn Kernel,
     (start, end): (u64, u64),

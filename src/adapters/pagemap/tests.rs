@@ -1,5 +1,7 @@
-//! The logic of the adapter against a kernel of our own, which has the quirks of the real one, on demand.
+//! The logic of the adapter against a kernel of our own, which has the quirks of the real one, on
+//! demand.
 
+mod growth;
 mod parts;
 
 use std::io;
@@ -16,7 +18,8 @@ use crate::source::DirtySource;
 use crate::space::AddressSpace;
 use crate::units::{Access, Iova};
 
-/// Where the memory lies in the fake process, not at the begin of a piece, and where it is reported.
+/// Where the memory lies in the fake process, not at the begin of a piece, and where it is
+/// reported.
 const HOST: u64 = (1 << 40) + (5 << 12);
 const GUEST: u64 = 7;
 /// Two pieces and a bit.
@@ -29,7 +32,8 @@ struct State {
     content: Vec<u64>,
     /// Regions that the kernel keeps before it hands them out.
     buffer: usize,
-    /// The call that fails, counted from the next on, when it has protected half of what it was asked for.
+    /// The call that fails, counted from the next on, when it has protected half of what it was
+    /// asked for.
     fail_in: Option<u32>,
     scans: u64,
     /// A page that is never written as a part.
@@ -276,8 +280,8 @@ impl Random {
     }
 }
 
-/// Parts are harvested, committed, dropped; calls fail half-way, and do not say what they did; the kernel keeps few or many regions.
-/// In the end the copy is the memory.
+/// Parts are harvested, committed, dropped; calls fail half-way, and do not say what they did; the
+/// kernel keeps few or many regions. In the end the copy is the memory.
 #[test]
 fn no_write_is_lost() {
     for seed in 1..=10u64 {
@@ -326,8 +330,9 @@ fn no_write_is_lost() {
     }
 }
 
-/// With more than 512 regions the kernel says that it stopped where it last handed some out, though it came further: whoever goes on
-/// from there counts pages twice, and whoever goes on behind the last region if the output is full is right as well.
+/// With more than 512 regions the kernel says that it stopped where it last handed some out, though
+/// it came further. A scan that goes on from there counts pages twice. One that goes on after the
+/// last region, if the output is full, is right as well.
 #[test]
 fn more_regions_than_the_kernel_keeps_come_out_once() {
     for (buffer, every) in [(512, 3), (100, 3), (1, 2), (512, 16), (7, 200)] {
@@ -344,7 +349,8 @@ fn more_regions_than_the_kernel_keeps_come_out_once() {
     }
 }
 
-/// A call that fails has protected pages, and does not tell which: without care, their writes are gone.
+/// A call that fails has protected pages, and does not tell which: without care, their writes are
+/// gone.
 #[test]
 fn a_call_that_fails_makes_its_piece_dirty() {
     let (space, _memory, fake) = process();
@@ -359,7 +365,7 @@ fn a_call_that_fails_makes_its_piece_dirty() {
     let stopped = lease
         .stopped()
         .unwrap_or_else(|| panic!("the second piece fails"));
-    // The second piece begins 16384 pages behind the first address that is a multiple of 64 MiB.
+    // The second piece begins 16384 pages above the first address that is a multiple of 64 MiB.
     let second = 16_384 - 5;
     assert_eq!(stopped.at, pages(second, 1).start());
     assert_eq!(lease.report().bits_set, 1);

@@ -1,14 +1,16 @@
 //! The back end's side: a bitmap for guest memory that marks in the log of the front end.
 //!
 //! # The mark path
-//! No lock and no wait: a mark counts itself as a reader of the region's log, ORs masks of up to 64 pages into it, and leaves. See
-//! [`replaceable`](crate::adapters::replaceable) for what this owes to the front end: `replace` returns, and so the answer to
-//! `VHOST_USER_SET_LOG_BASE` is sent, when nobody marks in the old log any more.
+//! No lock and no wait: a mark counts itself as a reader of the region's log, ORs masks of up to 64
+//! pages into it, and leaves. See [`replaceable`](crate::adapters::replaceable) for what this owes
+//! to the front end: `replace` returns, and so the answer to `VHOST_USER_SET_LOG_BASE` is sent,
+//! when no thread marks in the old log any more.
 //!
 //! # Marks without a log
-//! Whoever finds no log has written before there was one, and the first copy of the front end has it. Only that a region
-//! may be *added* while others have a log: what is written there until it has one is remembered, as one range, and marked in the
-//! first log that it gets.
+//! A mark that finds no log follows a write that came before the log, and the first copy of the
+//! front end has that write. One case remains: a region may be *added* while others have a log. The
+//! writes to it until it has one are remembered, as one range, which is marked in the first log
+//! that it gets.
 
 use std::io;
 
@@ -21,7 +23,8 @@ use super::region::RegionLog;
 use crate::adapters::replaceable::Replaceable;
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, lock};
 
-/// A bitmap for the guest memory of a vhost-user back end: `GuestMemoryMmap<LogBitmap>`, and `type Bitmap = LogBitmap`.
+/// A bitmap for the guest memory of a vhost-user back end: `GuestMemoryMmap<LogBitmap>`, and `type
+/// Bitmap = LogBitmap`.
 ///
 /// Clones mark the same region. `default` is a bitmap of unknown length.
 #[derive(Clone, Debug, Default)]
@@ -55,8 +58,8 @@ impl LogBitmap {
         self.region.log.read(|log| log.is_some())
     }
 
-    /// The first and the last byte of what was written while there was no log, counted from the start of the region. The first log
-    /// gets the whole range marked.
+    /// The first and the last byte of what was written while there was no log, counted from the
+    /// start of the region. The first log gets the whole range marked.
     pub fn early(&self) -> Option<(u64, u64)> {
         self.region.early.get()
     }
@@ -234,7 +237,7 @@ impl Early {
         (first <= last).then_some((first, last))
     }
 
-    /// When nobody adds any more.
+    /// When no thread adds any more.
     fn take(&self) -> Option<(u64, u64)> {
         let taken = self.get();
         self.first.store(u64::MAX, Ordering::Relaxed);
@@ -245,17 +248,19 @@ impl Early {
 
 /// Gives the log to regions that come after it.
 ///
-/// A vhost-user daemon hands the log to the regions that there are when `VHOST_USER_SET_LOG_BASE` comes, and forgets it. Regions
-/// that are added later, and all of them after a new table of memory, would be written to without a trace until the front end happens to
-/// send a log again. The back end is told of them by `update_memory`: call [`update`](Self::update) there.
+/// A vhost-user daemon hands the log to the regions that there are when `VHOST_USER_SET_LOG_BASE`
+/// comes, and forgets it. Regions that are added later, and all of them after a new table of
+/// memory, would be written to without a trace until the front end happens to send a log again. The
+/// back end is told of them by `update_memory`: call [`update`](Self::update) there.
 #[derive(Debug, Default)]
 pub struct LogFollower {
     known: Mutex<Vec<LogBitmap>>,
 }
 
 impl LogFollower {
-    /// Gives every region of `memory` without a log the one that others of it have, or those of the last call had. Returns how
-    /// many regions that were. What was written to them before is marked.
+    /// Gives every region of `memory` without a log the one that others of it have, or those of the
+    /// last call had. Returns how many regions that were. What was written to them before is
+    /// marked.
     ///
     /// # Errors
     /// `InvalidData` with a [`LogError`]: [`TooShort`](LogError::TooShort) or

@@ -1,9 +1,9 @@
 //! The front end's side: a source that joins harvests. How its logs follow each other is in
 //! [`log_list`](crate::adapters::log_list).
 
-use super::memory::{LOG_PAGE, LogError, LogMemory};
-use crate::adapters::host::Owner;
+use super::memory::{LOG_PAGE, LogError, LogMemory, check_process, maker};
 use crate::adapters::log_list::{LogList, LogWords, clear, seen};
+use crate::adapters::maker::Maker;
 use crate::bitmap::{Sink, word_mask, word_runs};
 use crate::error::Error;
 use crate::flush::{FlushGather, Invalidated};
@@ -15,17 +15,18 @@ use crate::units::{Granule, Iova, IovaRange};
 /// Words that are looked at together before a closer look: one cache line.
 const LINE: u64 = 8;
 
-/// The dirty log of a vhost or vhost-user front end, and a [`DirtySource`] over it: attach it to a space whose addresses are
-/// guest physical addresses, and what back ends mark is in every harvest.
+/// The dirty log of a vhost or vhost-user front end, and a [`DirtySource`] over it: attach it to a
+/// space whose addresses are guest physical addresses, and what back ends mark is in every harvest.
 ///
-/// Bit `n` of the log is the page of 4 KiB at the address `4096 * n` of the space, whatever its own page and wherever its areas
-/// begin. Harvests exchange word by word, with back ends running, and clear a bit after it was recorded. What a lease puts back
-/// goes to the marks of the space: the log is left to the back ends.
+/// Bit `n` of the log is the page of 4 KiB at the address `4096 * n` of the space, whatever its own
+/// page and wherever its areas begin. Harvests exchange word by word, with back ends running, and
+/// clear a bit after it was recorded. What a lease puts back goes to the marks of the space: the
+/// log is left to the back ends.
 #[derive(Debug)]
 pub struct VhostLog {
     logs: LogList<LogMemory>,
     tracking: AtomicBool,
-    owner: Owner,
+    maker: Maker,
 }
 
 /// What back ends marked outside every area: see [`VhostLog::outside`].
@@ -39,15 +40,16 @@ pub struct LogOutside {
 }
 
 impl VhostLog {
-    /// A clean log for memory up to the address `last`: that of the last byte of RAM. Its size is rounded up to 8 bytes.
+    /// A clean log for memory up to the address `last`: that of the last byte of RAM. Its size is
+    /// rounded up to 8 bytes.
     ///
     /// # Errors
-    /// [`LogError::Memory`].
+    /// [`LogError::Memory`], [`LogError::NoMaker`].
     pub fn new(last: Iova) -> Result<Self, LogError> {
         Ok(VhostLog {
             logs: LogList::new(LogMemory::new(last)?),
             tracking: AtomicBool::new(false),
-            owner: Owner::new(),
+            maker: maker()?,
         })
     }
 
@@ -68,7 +70,7 @@ impl VhostLog {
     /// # Errors
     /// [`LogError::Forked`], [`LogError::Memory`]; nothing has changed then.
     pub fn swap(&self, last: Iova) -> Result<Swap<'_>, LogError> {
-        self.owner.check()?;
+        check_process(&self.maker)?;
         let make = |newest: &LogMemory| LogMemory::new(last.max(newest.last()));
         let fresh = self.logs.push(make)?;
         Ok(Swap { log: self, fresh })
@@ -83,7 +85,7 @@ impl VhostLog {
     /// # Errors
     /// [`LogError::Forked`].
     pub fn outside(&self, space: &AddressSpace) -> Result<LogOutside, LogError> {
-        self.owner.check()?;
+        check_process(&self.maker)?;
         let mut found = LogOutside::default();
         self.logs.read(|logs| {
             let mut look = |hole: IovaRange| {
@@ -125,8 +127,7 @@ impl VhostLog {
 
     /// That this is not a copy in a child of a fork.
     fn own(&self) -> Result<(), Error> {
-        let checked = self.owner.check().map_err(LogError::from);
-        checked.map_err(Error::source_failed)
+        check_process(&self.maker).map_err(Error::source_failed)
     }
 }
 
@@ -148,15 +149,15 @@ impl Swap<'_> {
     /// carried over, and they are given up. Returns how many pages that were. Waits for harvests
     /// that are under way. Does nothing in a child of a fork.
     pub fn acknowledged(self) -> u64 {
-        match self.log.owner.check() {
+        match check_process(&self.log.maker) {
             Ok(()) => self.log.logs.acknowledge(&self.fresh),
             Err(_) => 0,
         }
     }
 }
 
-/// The pages of `range`, as the words of a log and the bits in them; words that no log has are left out, and so are, at a
-/// glance, lines in which all logs are clean.
+/// The pages of `range`, as the words of a log and the bits in them; words that no log has are left
+/// out, and so are, at a glance, lines in which all logs are clean.
 fn dirty_words(logs: &[Arc<LogMemory>], range: IovaRange) -> impl Iterator<Item = (usize, u64)> {
     let (first, last) = (
         range.start().get() >> LOG_PAGE.lg2(),
@@ -168,7 +169,8 @@ fn dirty_words(logs: &[Arc<LogMemory>], range: IovaRange) -> impl Iterator<Item 
         let (from, to) = (line * LINE, (line * LINE + LINE).min(words));
         logs.iter().any(|log| {
             let line = log.words().get(from as usize..to as usize);
-            // Relaxed: a mark that came before the harvest is seen by any load; who takes it looks again.
+            // Relaxed: a mark that came before the harvest is seen by any load; a harvest that
+            // takes it looks again.
             let or = |or, word: &AtomicU64| or | word.load(Ordering::Relaxed);
             line.map_or(log.words().len() as u64 > from, |line| {
                 line.iter().fold(0, or) != 0
@@ -219,8 +221,9 @@ fn stopped(word: usize, range: IovaRange, error: Error) -> Stopped {
 
 /// Addresses of the space are guest physical addresses; what is behind them does not matter.
 ///
-/// A back end caches nothing, so there is nothing to invalidate: it marks after each write, and who sees the mark sees the
-/// write. The space is to be told of memory after the log reaches it, and to forget it after back ends have.
+/// A back end caches nothing, so there is nothing to invalidate: it marks after each write, and a
+/// thread that sees the mark sees the write. The space is to be told of memory after the log
+/// reaches it, and to forget it after back ends have.
 impl DirtySource for VhostLog {
     fn page(&self) -> Granule {
         LOG_PAGE
@@ -261,8 +264,8 @@ impl DirtySource for VhostLog {
         }
     }
 
-    /// On clears the log. That back ends mark in it from then on, because they have it and the feature
-    /// `VHOST_F_LOG_ALL`, is up to the caller, before.
+    /// On clears the log. That back ends mark in it from then on, because they have it and the
+    /// feature `VHOST_F_LOG_ALL`, is up to the caller, before.
     fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
         self.own()?;
         // AcqRel: the caller's lock orders it; calls by others are rare, too.

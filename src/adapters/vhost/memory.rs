@@ -8,10 +8,12 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use memmap2::{MmapOptions, MmapRaw};
 
 use crate::adapters::log_list::LogWords;
+use crate::adapters::maker::Maker;
 use crate::sync::AtomicU64;
 use crate::units::{Granule, Iova, IovaRange};
 
-/// What one bit of a log stands for, whatever the page of the guest, of the host and of the space: `VHOST_LOG_PAGE`.
+/// What one bit of a log stands for, whatever the page of the guest, of the host and of the space:
+/// `VHOST_LOG_PAGE`.
 pub const LOG_PAGE: Granule = Granule::K4;
 
 /// Why a log cannot be had, or cannot take something.
@@ -29,8 +31,8 @@ pub enum LogError {
     },
     /// Memory beyond the end of the log, or of one that back ends may still have.
     #[error(
-        "a log in use ends at {end}, below the memory {range}: swap in one that reaches {}, and map \
-         the memory when all back ends have answered",
+        "a log in use ends at {end}, below the memory {range}: swap in one that reaches {}, and \
+         map the memory when all back ends have answered",
         range.last()
     )]
     TooShort {
@@ -76,11 +78,31 @@ pub enum LogError {
         /// This process.
         process: u32,
     },
+    /// The system gives no page that tells this process from a child of `fork`.
+    #[error(
+        "no page that a child of `fork` gets wiped (madvise(MADV_WIPEONFORK), Linux 4.14) can be \
+         had: {error}"
+    )]
+    NoMaker {
+        /// What the system says.
+        #[source]
+        error: io::Error,
+    },
 }
 
-impl From<(u32, u32)> for LogError {
-    fn from((owner, process): (u32, u32)) -> Self {
-        LogError::Forked { owner, process }
+/// This process, as the one that a log belongs to.
+pub(super) fn maker() -> Result<Maker, LogError> {
+    Maker::new().map_err(|error| LogError::NoMaker { error })
+}
+
+/// Refuses a child of `fork`.
+pub(super) fn check_process(maker: &Maker) -> Result<(), LogError> {
+    match maker.of_another_process() {
+        Some(owner) => Err(LogError::Forked {
+            owner,
+            process: std::process::id(),
+        }),
+        None => Ok(()),
     }
 }
 
@@ -105,7 +127,8 @@ impl LogMemory {
         let len = usize::try_from(bytes).map_err(too_large)?;
         let file = memfd()?;
         file.set_len(bytes)?;
-        // Neither side can take pages away from under the other one, which would be killed by its next access.
+        // Neither side can take pages away from under the other one, which would be killed by its
+        // next access.
         seal(
             &file,
             libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL,
@@ -118,7 +141,7 @@ impl LogMemory {
         })
     }
 
-    /// The memfd, to be sent to back ends. Its size cannot be changed by anybody.
+    /// The memfd, to be sent to back ends. Its size is sealed.
     pub fn file(&self) -> &File {
         &self.file
     }
@@ -144,10 +167,11 @@ impl LogWords for LogMemory {
     fn words(&self) -> &[AtomicU64] {
         let first = self.map.as_mut_ptr().cast::<AtomicU64>();
         // SAFETY:
-        // - valid for `words` elements for as long as `self`: the mapping has `8 * words` bytes, begins at a page, and the seals
-        //   keep its file from getting shorter.
-        // - shared: this process reaches the mapping through these atomics alone. Others have the same memory, and mark in it by
-        //   atomic operations, as the protocol demands; what they do otherwise gives other bits, not other types.
+        // - valid for `words` elements for as long as `self`: the mapping has `8 * words` bytes,
+        //   begins at a page, and the seals keep its file from getting shorter.
+        // - shared: this process reaches the mapping through these atomics alone. Others have the
+        //   same memory, and mark in it by atomic operations, as the protocol demands; what they do
+        //   otherwise gives other bits, not other types.
         unsafe { std::slice::from_raw_parts(first, self.words) }
     }
 }
@@ -159,7 +183,7 @@ fn memfd() -> io::Result<File> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: a descriptor that was just made for us; nobody else owns it.
+    // SAFETY: a descriptor that was just made for us; no other code owns it.
     Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 

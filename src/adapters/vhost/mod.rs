@@ -1,21 +1,23 @@
 //! The dirty log that vhost-user front ends and back ends share, for both sides.
 //!
-//! Feature `vhost`, on Linux. The log is shared memory: one bit for each 4096 bytes of guest physical address, from address 0 on, the least
-//! significant bit of a byte first. Back ends set bits after they wrote guest memory; the front end, which migrates, reads and
-//! clears them.
+//! Feature `vhost`, on Linux. The log is shared memory: one bit for each 4096 bytes of guest
+//! physical address, from address 0 on, the least significant bit of a byte first. Back ends set
+//! bits after they wrote guest memory; the front end, which migrates, reads and clears them.
 //!
 //! # The front end: before and after
-//! A VMM in the style of cloud-hypervisor makes a new log for every harvest, and hands the old one to hand-written code:
+//! A VMM in the style of cloud-hypervisor makes a new log for every harvest, and hands the old one
+//! to hand-written code:
 //!
 //! ```text
-//! let size = last_ram_addr / (4096 * 8) + 1;                  // not a multiple of 8, but read in words: the tail is cut off
-//! let old = self.log.replace(memfd_and_mmap(size)?);          // a round trip to each device, each time
-//! vu.set_log_base(0, Some(region_of(&self.log)))?;            // an error here: the old log is gone
+//! let size = last_ram_addr / (4096 * 8) + 1;          // no multiple of 8: the tail is cut off
+//! let old = self.log.replace(memfd_and_mmap(size)?);  // a round trip to each device, each time
+//! vu.set_log_base(0, Some(region_of(&self.log)))?;    // an error here: the old log is gone
 //! for region in mem.iter() { table.extend(ranges(&old[..])) } // and merged with KVM's by hand
 //! ```
 //!
-//! [`VhostLog`] is a [`DirtySource`](crate::DirtySource): attached to the space of guest physical addresses, its bits are in the lease of
-//! each harvest, beside those of all other sources, and come back when that is aborted.
+//! [`VhostLog`] is a [`DirtySource`](crate::DirtySource): attached to the space of guest physical
+//! addresses, its bits are in the lease of each harvest, beside those of all other sources, and
+//! come back when that is aborted.
 //!
 //! ```
 //! use dirtymap::vhost::VhostLog;
@@ -23,19 +25,23 @@
 //! use std::sync::Arc;
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let space = AddressSpace::new(Granule::K4); // areas are mapped at their guest physical addresses
+//! // Areas are mapped at their guest physical addresses.
+//! let space = AddressSpace::new(Granule::K4);
 //! let log = Arc::new(VhostLog::new(Iova::new(0x1_3fff_ffff))?); // the last byte of RAM
 //! space.attach(Arc::clone(&log))?;
 //!
 //! let memory = log.memory();
 //! // front_end.set_log_base(0, Some(VhostUserDirtyLogRegion {
-//! //     mmap_size: memory.size(), mmap_offset: memory.offset(), mmap_handle: memory.file().as_raw_fd() }))?;
+//! //     mmap_size: memory.size(), mmap_offset: memory.offset(),
+//! //     mmap_handle: memory.file().as_raw_fd() }))?;
 //! // front_end.set_features(features | 1 << VHOST_F_LOG_ALL)?;
-//! space.start_tracking()?; // when all back ends have answered; then copy everything, harvest, copy, ...
+//! // When all back ends have answered; then copy everything, harvest, copy, ...
+//! space.start_tracking()?;
 //!
 //! // Memory has grown beyond the log:
 //! let swap = log.swap(Iova::new(0x2_3fff_ffff))?; // harvests look at both logs from here on
-//! // front_end.set_log_base(0, Some(.. swap.memory() ..))?: an error drops the swap, and nothing is lost
+//! // front_end.set_log_base(0, Some(.. swap.memory() ..))?: an error drops the swap, and nothing
+//! // is lost
 //! swap.acknowledged(); // what is left of the old log is carried over, and it is given up
 //! # assert_eq!(memory.size(), 0x14_0000 / 8);
 //! # Ok(())
@@ -44,8 +50,10 @@
 //!
 //! # The back end: before and after
 //! ```text
-//! type Bitmap = BitmapMmapRegion;  // before: a lock for each mark, an operation for each page, lengths rounded down
-//! type Bitmap = LogBitmap;         // after
+//! // Before: a lock for each mark, an operation for each page, lengths rounded down.
+//! type Bitmap = BitmapMmapRegion;
+//! // After.
+//! type Bitmap = LogBitmap;
 //!
 //! fn update_memory(&mut self, memory: GM<LogBitmap>) -> io::Result<()> {
 //!     self.follower.update(&memory.memory())?; // regions that come after the log are logged too

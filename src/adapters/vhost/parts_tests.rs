@@ -33,7 +33,7 @@ fn word(log: &VhostLog) -> u64 {
 }
 
 /// Two runs in one word of the log, of which the request cuts the first. The sink was told that it
-/// was clean, and its rest was kept, before the word was cleared behind the second run.
+/// was clean, and its rest was kept, before the word was cleared after the second run.
 #[test]
 fn the_first_of_two_runs_in_a_word_is_cleared_before_its_rest_is_kept() {
     let log = VhostLog::new(Iova::new(1 << 20)).unwrap();

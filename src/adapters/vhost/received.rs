@@ -34,6 +34,12 @@ static ACCEPT_UNSEALED: AtomicBool = AtomicBool::new(false);
 /// The front end can make such a file shorter at any time, and the next mark ends this process by
 /// `SIGBUS`: for front ends that are trusted with that. QEMU, cloud-hypervisor and
 /// [`VhostLog`](super::VhostLog) seal their logs; QEMU does not where the system has no memfd.
+///
+/// The switch is one for the process because the daemon makes every [`LogBitmap`](super::LogBitmap)
+/// and every [`RegionLog`](super::RegionLog) itself, by functions of traits that take no option:
+/// `NewBitmap::with_len` and `MemRegionBitmap::new`. No value of the back end takes part there. The
+/// one place for an option is a type parameter, which the types of the bitmap, of its slices, of
+/// its logs and of the follower would all need.
 pub fn accept_unsealed_logs() {
     // Relaxed: a switch; it orders nothing.
     ACCEPT_UNSEALED.store(true, Ordering::Relaxed);

@@ -8,9 +8,9 @@ use ::vm_memory::{Address, GuestMemoryRegion};
 use vhost_user_backend::bitmap::{MemRegionBitmap, MmapLogReg};
 
 use super::marks::Marks;
-use super::memory::{LOG_PAGE, LogError};
+use super::memory::{LOG_PAGE, LogError, check_process, maker};
 use super::received;
-use crate::adapters::host::Owner;
+use crate::adapters::maker::Maker;
 use crate::sync::Arc;
 
 /// The part of a log that belongs to one region of guest memory.
@@ -18,7 +18,7 @@ pub struct RegionLog {
     /// Before the memory, so that it goes before it.
     marks: Marks,
     memory: Arc<MmapLogReg>,
-    owner: Owner,
+    maker: Maker,
 }
 
 impl fmt::Debug for RegionLog {
@@ -45,8 +45,8 @@ impl MemRegionBitmap for RegionLog {
     /// `InvalidData` with a [`LogError`], in this order: [`EmptyRegion`](LogError::EmptyRegion)
     /// also if the region ends past 2^64, [`UnknownLength`](LogError::UnknownLength),
     /// [`TooShort`](LogError::TooShort), [`Unsealed`](LogError::Unsealed),
-    /// [`NoMemory`](LogError::NoMemory). Lengths are rounded up: a page of which the region has a
-    /// part has a bit.
+    /// [`NoMemory`](LogError::NoMemory), [`NoMaker`](LogError::NoMaker). Lengths are rounded up: a
+    /// page of which the region has a part has a bit.
     fn new<R: GuestMemoryRegion>(region: &R, memory: Arc<MmapLogReg>) -> io::Result<Self> {
         if !received::is_sealed(&memory) && !received::unsealed_are_accepted() {
             // What is wrong with the lengths is told first.
@@ -79,6 +79,7 @@ impl RegionLog {
         let base = ptr::from_ref(&memory[0]).expose_provenance();
         let byte = |address: u64| (address >> LOG_PAGE.lg2() >> 3) as usize;
         received::check_memory(base, byte(start)..byte(last) + 1)?;
+        let maker = maker()?;
         // SAFETY:
         // - aligned: a mapping begins at a page.
         // - in bounds: the mapping has the bytes of the region, as `check_length` saw, and consists
@@ -94,7 +95,7 @@ impl RegionLog {
         Ok(RegionLog {
             marks,
             memory,
-            owner: Owner::new(),
+            maker,
         })
     }
 
@@ -111,7 +112,7 @@ impl RegionLog {
     /// # Errors
     /// [`LogError::Forked`] in a child of a fork.
     pub(super) fn memory(&self) -> Result<Arc<MmapLogReg>, LogError> {
-        self.owner.check()?;
+        check_process(&self.maker)?;
         Ok(Arc::clone(&self.memory))
     }
 }

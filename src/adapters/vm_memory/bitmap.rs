@@ -11,15 +11,15 @@ use crate::space::{AddressSpace, AreaHandle};
 use crate::sync::Arc;
 use crate::units::{Access, Granule, Iova, IovaRange};
 
-/// A dirty bitmap for a region of guest memory, or for all addresses behind an IOMMU: byte `n` of it is the address
-/// `range().start() + n` of a space.
+/// A dirty bitmap for a region of guest memory, or for all addresses behind an IOMMU: byte `n` of
+/// it is the address `range().start() + n` of a space.
 ///
-/// Marks are those of [`AddressSpace::mark`]: lock-free, without waiting, to be made after the write, as vm-memory does. What lies outside
-/// of the range, or in no area, is counted in [`SpaceStats::outside_marks`](crate::SpaceStats::outside_marks). Clones
-/// mark the same pages.
+/// Marks are those of [`AddressSpace::mark`]: lock-free, without waiting, to be made after the
+/// write, as vm-memory does. What lies outside of the range, or in no area, is counted in
+/// [`SpaceStats::outside_marks`](crate::SpaceStats::outside_marks). Clones mark the same pages.
 ///
-/// `with_len` and `default` make a space of their own: with tracking on and one area from address 0 on, in pages of the host's
-/// size; and without any area, so that every mark is counted as outside.
+/// `with_len` and `default` make a space of their own: with tracking on and one area from address 0
+/// on, in pages of the host's size; and without any area, so that every mark is counted as outside.
 #[derive(Clone)]
 pub struct SpaceBitmap {
     space: Arc<AddressSpace>,
@@ -29,11 +29,11 @@ pub struct SpaceBitmap {
 }
 
 impl SpaceBitmap {
-    /// A bitmap over `range` of `space`, in which areas may come and go. [`IovaRange::ALL`] makes offsets addresses, which is what
-    /// `IommuMemory` needs.
+    /// A bitmap over `range` of `space`, in which areas may come and go. [`IovaRange::ALL`] makes
+    /// offsets addresses, which is what `IommuMemory` needs.
     ///
-    /// If one area holds all of `range` by now, marks need no lookup, and follow this area: once it is unmapped they are
-    /// outside, whatever is mapped in its place.
+    /// If one area holds all of `range` by now, marks need no lookup, and follow this area: once it
+    /// is unmapped they are outside, whatever is mapped in its place.
     pub fn new(space: &Arc<AddressSpace>, range: IovaRange) -> Self {
         let area = space.area(range.start());
         SpaceBitmap {
@@ -43,8 +43,9 @@ impl SpaceBitmap {
         }
     }
 
-    /// Maps `range` as an area of `space`, for devices to read and write, and makes a bitmap over it: one region of guest memory at
-    /// its guest physical addresses, which are its backing too. Others may mark, map and harvest meanwhile.
+    /// Maps `range` as an area of `space`, for devices to read and write, and makes a bitmap over
+    /// it: one region of guest memory at its guest physical addresses, which are its backing too.
+    /// Others may mark, map and harvest meanwhile.
     ///
     /// # Errors
     /// Those of [`AddressSpace::map`].
@@ -63,12 +64,13 @@ impl SpaceBitmap {
         self.range
     }
 
-    /// Says that a write to `len` bytes from `offset` on is about to begin, past vm-memory: it is in flight, and its pages are
-    /// reported by every harvest, until the guard is dropped. See [`AddressSpace::begin_write`].
+    /// Says that a write to `len` bytes from `offset` on is about to begin, past vm-memory: it is
+    /// in flight, and its pages are reported by every harvest, until the guard is dropped. See
+    /// [`AddressSpace::begin_write`].
     ///
     /// # Errors
-    /// [`Error::ZeroLength`]; [`Error::Outside`] with the first address that lies outside of the bitmap or in no area, which is
-    /// counted.
+    /// [`Error::ZeroLength`]; [`Error::Outside`] with the first address that lies outside of the
+    /// bitmap or in no area, which is counted.
     pub fn begin_write(&self, offset: usize, len: usize) -> Result<WriteGuard<'_>, Error> {
         let at = Some(offset as u64);
         match self.clip(at, len) {
@@ -121,7 +123,7 @@ impl SpaceBitmap {
     #[inline]
     fn mark_at(&self, offset: Option<u64>, len: usize) {
         let Clip { inside, outside } = self.clip(offset, len);
-        // Whoever finds addresses outside counts them, once for each call.
+        // The code that finds addresses outside counts them, once for each call.
         let counted = inside.is_some_and(|range| match &self.area {
             Some(area) => area.mark(range).is_err(),
             None => self.space.mark(range).is_err(),
@@ -198,7 +200,8 @@ impl NewBitmap for SpaceBitmap {
             return bare;
         };
         let own = Self::map(&bare.space, bytes.round_out(bare.space.page()));
-        // A lone area from address 0 on is never refused. If it were, every mark would be counted as outside.
+        // A lone area from address 0 on is never refused. If it were, every mark would be counted
+        // as outside.
         match own.and_then(|own| own.space.start_tracking().map(|()| own)) {
             Ok(own) => own,
             Err(_) => bare,
@@ -266,7 +269,8 @@ impl Bitmap for SpaceSlice<'_> {
     }
 }
 
-/// The page of the host, which is what its hypervisor tracks in: 4 KiB on most systems, 16 or 64 KiB on some.
+/// The page of the host, which is what its hypervisor tracks in: 4 KiB on most systems, 16 or 64
+/// KiB on some.
 fn host_page() -> Granule {
     #[cfg(unix)]
     // SAFETY: this call takes a number, returns one, and touches no memory of ours.

@@ -98,7 +98,7 @@ impl Draft {
             let temporary = path.with_file_name(name);
             let mut open = OpenOptions::new();
             open.write(true).create_new(true);
-            // Until it has the permissions of the old one, nobody else reads it.
+            // Until it has the permissions of the old one, no other user reads it.
             #[cfg(unix)]
             if old.is_some() {
                 std::os::unix::fs::OpenOptionsExt::mode(&mut open, 0o600);

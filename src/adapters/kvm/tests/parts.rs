@@ -20,8 +20,8 @@ fn dirty(log: &KvmLog) -> Vec<u64> {
 }
 
 /// The rest of a page that a request cuts was kept when the sink was told that the page was clean.
-/// KVM cleared its log after that: a write in between, behind a harvest that took the rest, was in
-/// nobody's lease.
+/// KVM cleared its log after that: a write in between, after a harvest that took the rest, was in
+/// no lease.
 #[test]
 fn a_page_that_sticks_out_is_cleared_before_its_rest_is_kept() {
     for mode in MODES {
