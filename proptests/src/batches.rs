@@ -289,11 +289,7 @@ impl World {
         }
         let mask = UserBitmap::new(&mut mask).view(pages(0, PAGES), Granule::K4);
         let bits = 11 + self.below(2) as u8;
-        let request = HarvestRequest::new(range, granule(bits));
-        let request = match self.below(2) {
-            0 => request,
-            _ => request.holes(Holes::Stop),
-        };
+        let request = HarvestRequest::new(range, granule(bits)).holes(Holes::Stop);
         let whole = UserBitmap::new(&mut words);
         let space = &self.space;
         let lease = match self.below(8) {
@@ -357,7 +353,7 @@ impl World {
         let mut words = [0u64; 2];
         // Nothing runs in between.
         self.depth.fetch_add(DEPTH, Ordering::Relaxed);
-        let request = HarvestRequest::new(all, Granule::K4);
+        let request = HarvestRequest::new(all, Granule::K4).holes(Holes::Refuse);
         let lease = self.space.harvest(&request, UserBitmap::new(&mut words));
         let lease = lease.map_err(|error| error.to_string())?.sync();
         let lease = lease.map_err(|error| error.to_string())?;
