@@ -158,7 +158,7 @@ impl<'a> Runner<'a> {
         let (must, _) = self.oracle.bounds(ask, &request.walked);
         let (_, may) = self.oracle.bounds(ask, &whole);
         let mut found = check_bits(&request.inner, &request.before, after, &must, &may)?;
-        let range = request.view;
+        let range = request.inner.range();
         let right = request.refusal.take();
         let right = right.or(match stop {
             Some(_) => Some(Error::source_failed(ToldToStop)),

@@ -7,6 +7,7 @@ use crate::bitmap::UserBitmap;
 use crate::error::Error;
 use crate::flush::{FlushGather, FlushQueue};
 use crate::harvest::HarvestRequest;
+use crate::source::kit::{Rig, check};
 use crate::source::{DirtySource, InFlight, LeafSink, Rests};
 use crate::space::AddressSpace;
 use crate::sync::{Arc, Mutex, Ordering, lock};
@@ -99,4 +100,28 @@ fn instalments_end_at_pages_of_the_log() {
         panic!("{refused:?}");
     };
     assert_eq!(granule, LOG_PAGE);
+}
+
+/// A front end whose back end marks in the log.
+struct FrontEnd(Arc<VhostLog>);
+
+impl Rig for FrontEnd {
+    fn range(&self) -> IovaRange {
+        IovaRange::from_len(Iova::new(1 << 20), 256 << 12).unwrap()
+    }
+
+    fn source(&self) -> Arc<dyn DirtySource> {
+        self.0.clone()
+    }
+
+    fn write(&self, iova: Iova) {
+        let page = iova.get() >> 12;
+        let mask = u64::to_le(1 << (page % 64));
+        self.0.memory().words()[(page / 64) as usize].fetch_or(mask, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn the_log_keeps_the_rules_of_sources() {
+    check(|| FrontEnd(Arc::new(VhostLog::new(Iova::new(2 << 20)).unwrap())));
 }
