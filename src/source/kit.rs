@@ -30,7 +30,7 @@
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use super::DirtySource;
+use super::{DirtySource, Tracking};
 use crate::bitmap::UserBitmap;
 use crate::error::Error;
 use crate::flush::FlushGather;
@@ -280,6 +280,9 @@ fn a_panic_in_the_middle_leaves_the_source_usable(bench: &Bench<'_>) {
 fn tracking_begins_clean(bench: &Bench<'_>) {
     bench.write(1);
     allowed(bench.space.start_tracking(), "tracking, twice");
+    // A space that is in doubt asks again, and so does a second space.
+    let twice = bench.source.set_tracking(Tracking::On);
+    allowed(twice, "tracking, twice");
     assert_eq!(
         bench.committed(),
         set(&[1]),
@@ -296,6 +299,12 @@ fn tracking_begins_clean(bench: &Bench<'_>) {
     assert_eq!(bench.committed(), set(&[]), "tracking begins clean");
     bench.write(3);
     assert_eq!(bench.committed(), set(&[3]), "tracking again reports");
+    // Written before the end and after it, and read by nobody.
+    bench.write(4);
+    allowed(bench.space.stop_tracking(), "an end of tracking");
+    bench.write(5);
+    allowed(bench.space.start_tracking(), "tracking again");
+    assert_eq!(bench.committed(), set(&[]), "tracking begins clean");
 }
 
 fn a_space_of_smaller_pages_gets_whole_ones(bench: &Bench<'_>) {

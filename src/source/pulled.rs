@@ -57,6 +57,7 @@ struct State<F> {
     pending: Pending,
     /// What a pull fills, one word for each 64 pages.
     words: Vec<u64>,
+    tracks: bool,
 }
 
 impl<F, E> PulledLog<F>
@@ -90,6 +91,7 @@ where
                 pull,
                 pending,
                 words,
+                tracks: false,
             }),
         })
     }
@@ -154,11 +156,12 @@ where
     }
 
     fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
-        if to.is_on() {
-            let mut state = lock(&self.state);
+        let mut state = lock(&self.state);
+        if to.is_on() && !state.tracks {
             self.pull(&mut state, self.range)?;
             state.pending.clear();
         }
+        state.tracks = to.is_on();
         Ok(())
     }
 

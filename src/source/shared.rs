@@ -4,7 +4,7 @@ use super::{DirtySource, LeafSink, Stopped, Tracking};
 use crate::bitmap::{Sink, word_masks, word_runs};
 use crate::error::Error;
 use crate::flush::FlushGather;
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{AtomicBool, AtomicU64, Ordering};
 use crate::units::{Granule, Iova, IovaRange, ToIovaRange};
 
 /// A dirty log in memory that its writers share with the harvests: bit `n` of the words is page `n`
@@ -46,6 +46,7 @@ pub struct SharedLog<W> {
     range: IovaRange,
     page: Granule,
     words: W,
+    tracks: AtomicBool,
 }
 
 impl<W: AsRef<[AtomicU64]> + Send + Sync> SharedLog<W> {
@@ -72,7 +73,12 @@ impl<W: AsRef<[AtomicU64]> + Send + Sync> SharedLog<W> {
                 granule: page,
             });
         }
-        Ok(SharedLog { range, page, words })
+        Ok(SharedLog {
+            range,
+            page,
+            words,
+            tracks: AtomicBool::new(false),
+        })
     }
 
     /// The words of the log that have bits of `range`: their first page, the mask of the bits, and
@@ -118,7 +124,9 @@ impl<W: AsRef<[AtomicU64]> + Send + Sync> DirtySource for SharedLog<W> {
     }
 
     fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
-        if to.is_on() {
+        // Relaxed: the lock of the space orders the switches, and nothing else looks at it.
+        let tracked = self.tracks.swap(to.is_on(), Ordering::Relaxed);
+        if to.is_on() && !tracked {
             for (_, mask, word) in self.words(self.range) {
                 Self::take(word, mask);
             }
