@@ -65,7 +65,7 @@
 //! # Features
 //!
 //! * `mmap` (off by default): `FileBitmap`, a user bitmap in a file that is mapped one window at a time.
-//! * `rayon` (off by default): `AddressSpace::harvest_parallel`, one harvest by the threads of a pool.
+//! * `rayon` (off by default): `HarvestRequest::parallel`, one harvest by the threads of a pool.
 //! * `serde` (off by default): counts, reports, `Iova` (a number), `IovaRange` (`start` and `last`), `Granule` (its bytes) and `RunTable` implement
 //!   `Serialize`; the last four `Deserialize`, which refuses what could not be made.
 //! * `bitmap-file` (off by default): `BitmapFile`, a bitmap in a file with a header and checksums, written crash-safely.

@@ -180,7 +180,6 @@ impl<'a> Lease<'a, Owed> {
     /// # Ok(())
     /// # }
     /// ```
-    #[must_use]
     pub fn partial(mut self) -> Self {
         self.holding.is_partial = true;
         self

@@ -322,16 +322,16 @@ pub struct Ask {
 pub enum Mode {
     /// `harvest`.
     Whole,
-    /// `harvest_masked`.
+    /// With a mask.
     Masked(Mask),
-    /// `harvest_bounded`.
+    /// With a bound.
     Bounded {
         /// Where it begins: a share of the range in 1/256, rounded down to a granule; from 240 on in the middle of a page.
         from: u8,
         /// Bits after which it stops.
         bits: u16,
     },
-    /// `harvest_parallel`.
+    /// By many threads.
     Parallel,
 }
 
