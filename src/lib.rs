@@ -10,7 +10,7 @@
 //! |---|---|---|
 //! | map memory, mark writes, harvest | [`AddressSpace`] | [`guide`] |
 //! | mark on a hot path | [`AreaHandle::mark`] | [`guide`] |
-//! | harvest everything, round after round | `AddressSpace::rounds` | [`guide`] |
+//! | harvest everything, round after round | [`AddressSpace::rounds`] | [`guide`] |
 //! | harvest a range into my own bitmap | [`AddressSpace::harvest`], [`UserBitmap`] | below |
 //! | look without clearing | [`AddressSpace::peek`] | |
 //! | copy, commit or abort | [`Lease`] | below |
@@ -52,9 +52,9 @@
 //!
 //! # fn main() -> Result<(), dirtymap::Error> {
 //! let ram = IovaRange::from_len(Iova::new(0x4000_0000), 64 << 20)?; // 64 MiB of guest memory
-//! let space = AddressSpace::new(Granule::K4); // .with_source(iommu_domain)? to track devices as well
+//! let space = AddressSpace::new(Granule::K4); // with_source(.., iommu_domain)? tracks devices as well
 //! space.map(ram, 0, Access::ReadWrite)?;
-//! space.set_tracking(true)?; // from here on every write is reported; now copy everything once
+//! space.start_tracking()?; // from here on every write is reported; now copy everything once
 //!
 //! // Any thread, after it wrote to guest memory:
 //! space.mark(IovaRange::from_len(Iova::new(0x4000_1ffe), 4)?)?; // touches two pages
@@ -83,7 +83,7 @@
 //! * **Lock-free.** Marks and lookups never block. A harvest blocks only where a source or a file
 //!   does (KVM and pagemap wait for locks of the kernel), and briefly for a leaf that the request
 //!   covers in part, at the lock of the flush queue. Calls that flush or change the map wait, for
-//!   devices to drain and for each other: `sync`, switches of tracking, a `map` that fails, unmaps,
+//!   devices to drain and for each other: `sync`, `start_tracking`, a `map` that fails, unmaps,
 //!   cuts, batches, attach and detach.
 //! * **Inside the bitmap.** No bit outside the request is touched, and set bits stay set.
 //!
@@ -106,7 +106,7 @@
 //!
 //! * `mmap` (off by default): `FileBitmap`, a user bitmap in a file that is mapped one window at a
 //!   time.
-//! * `rayon` (off by default): one harvest by the threads of a pool.
+//! * `rayon` (off by default): `HarvestRequest::parallel`, one harvest by the threads of a pool.
 //! * `serde` (off by default): counts, reports, `Iova` (a number), `IovaRange` (`start` and
 //!   `last`), `Granule` (its bytes) and `RunTable` implement `Serialize`. The last four implement
 //!   `Deserialize`, which refuses a value that could not be made.
@@ -168,18 +168,23 @@ pub mod sync;
 pub use area::AreaMap;
 
 pub use error::Error;
-pub use units::{Access, DomainId, Granule, Iova, IovaRange};
+pub use units::{Access, DomainId, Granule, Iova, IovaRange, ToIovaRange};
 
 pub use space::{
     AddressSpace, AreaHandle, Change, Fault, FaultSource, Faults, SpaceRanges, SpaceSnapshot,
     SpaceStats, Unmapped,
 };
 
-pub use source::{DirtySource, LeafSink, Mapping, MarkOrdering, Stopped, ToClear};
+#[cfg(not(dirtymap_loom))]
+pub use source::PulledLog;
+#[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
+pub use source::kit as source_kit;
+pub use source::{
+    DirtySource, LeafSink, Mapping, MarkOrdering, SharedLog, Stopped, ToClear, Tracking,
+};
 
 pub use harvest::{
-    Aborted, BoundedHarvest, HarvestBounds, HarvestError, HarvestReport, HarvestRequest, Lease,
-    Owed, Scope, StoppedHarvest, SyncError, Synced, WriteGuard,
+    Aborted, HarvestReport, HarvestRequest, Holes, Lease, Owed, Rounds, Scope, Synced, WriteGuard,
 };
 
 #[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]

@@ -7,6 +7,7 @@
 //! * **granule**: a power of two in bytes, stored as its base-2 logarithm (`lg2`).
 
 use std::fmt;
+use std::ops::{Range, RangeInclusive};
 
 use crate::error::Error;
 
@@ -86,9 +87,27 @@ impl fmt::Display for Iova {
     }
 }
 
+impl fmt::LowerHex for Iova {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::LowerHex::fmt(&self.0, f)
+    }
+}
+
+impl fmt::UpperHex for Iova {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::UpperHex::fmt(&self.0, f)
+    }
+}
+
 impl From<u64> for Iova {
     fn from(bytes: u64) -> Self {
         Iova(bytes)
+    }
+}
+
+impl From<Iova> for u64 {
+    fn from(iova: Iova) -> Self {
+        iova.0
     }
 }
 
@@ -117,6 +136,13 @@ impl IovaRange {
             return Err(Error::ReversedRange { start, last });
         }
         Ok(IovaRange { start, last })
+    }
+
+    /// The range from `start` to `last`, which the caller knows not to lie below it.
+    #[inline]
+    pub(crate) const fn ascending(start: Iova, last: Iova) -> Self {
+        debug_assert!(start.0 <= last.0, "a range that ends below its start");
+        IovaRange { start, last }
     }
 
     /// The `len` bytes that begin at `start`. The range may end at 2^64 - 1.
@@ -295,6 +321,77 @@ impl fmt::Display for IovaRange {
     }
 }
 
+/// What a call that takes a range accepts: an [`IovaRange`], or a range of bytes as Rust writes it.
+///
+/// ```
+/// use dirtymap::{Iova, IovaRange, ToIovaRange};
+///
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// let page = IovaRange::from_len(Iova::new(0x1000), 0x1000)?;
+/// assert_eq!((0x1000..0x2000).to_iova_range()?, page);
+/// assert_eq!((0x1000..=0x1fff).to_iova_range()?, page);
+/// assert!((0x1000..0x1000).to_iova_range().is_err()); // no byte at all
+/// # Ok(())
+/// # }
+/// ```
+///
+/// Only `0..=u64::MAX` and its like reach the last address, because a half-open range has no name for its end.
+pub trait ToIovaRange {
+    /// The same addresses as an [`IovaRange`].
+    ///
+    /// # Errors
+    /// [`Error::ZeroLength`] for a range without a byte, [`Error::ReversedRange`] if it ends below its start.
+    fn to_iova_range(self) -> Result<IovaRange, Error>;
+}
+
+impl ToIovaRange for IovaRange {
+    #[inline]
+    fn to_iova_range(self) -> Result<IovaRange, Error> {
+        Ok(self)
+    }
+}
+
+impl ToIovaRange for Range<u64> {
+    #[inline]
+    fn to_iova_range(self) -> Result<IovaRange, Error> {
+        let (start, end) = (Iova(self.start), Iova(self.end));
+        match self.end.checked_sub(1) {
+            Some(last) if start < end => IovaRange::new(start, Iova(last)),
+            _ if start == end => Err(Error::ZeroLength { start }),
+            _ => Err(Error::ReversedRange { start, last: end }),
+        }
+    }
+}
+
+impl ToIovaRange for RangeInclusive<u64> {
+    #[inline]
+    fn to_iova_range(self) -> Result<IovaRange, Error> {
+        IovaRange::new(Iova(*self.start()), Iova(*self.end()))
+    }
+}
+
+impl TryFrom<Range<u64>> for IovaRange {
+    type Error = Error;
+
+    fn try_from(range: Range<u64>) -> Result<Self, Error> {
+        range.to_iova_range()
+    }
+}
+
+impl TryFrom<RangeInclusive<u64>> for IovaRange {
+    type Error = Error;
+
+    fn try_from(range: RangeInclusive<u64>) -> Result<Self, Error> {
+        range.to_iova_range()
+    }
+}
+
+impl From<IovaRange> for RangeInclusive<u64> {
+    fn from(range: IovaRange) -> Self {
+        range.start.0..=range.last.0
+    }
+}
+
 /// A power of two in bytes, 1 to 2^63, stored as its logarithm.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Granule(u8);
@@ -442,6 +539,39 @@ mod tests {
             IovaRange::new(Iova::new(2), Iova::new(1)),
             Err(Error::ReversedRange { .. })
         ));
+    }
+
+    #[test]
+    fn ranges_of_rust_become_ranges_of_addresses() {
+        let range = |start: u64, last: u64| IovaRange::new(Iova::new(start), Iova::new(last));
+        assert_eq!((3..9).to_iova_range().unwrap(), range(3, 8).unwrap());
+        assert_eq!((3..=9).to_iova_range().unwrap(), range(3, 9).unwrap());
+        assert_eq!((0..=u64::MAX).to_iova_range().unwrap(), IovaRange::ALL);
+        assert_eq!((5..=5).to_iova_range().unwrap().len(), 1);
+        for empty in [0, 7, u64::MAX] {
+            let refused = (empty..empty).to_iova_range();
+            assert!(matches!(refused, Err(Error::ZeroLength { start }) if start.get() == empty));
+        }
+        let (high, low) = (9, 3);
+        assert!(matches!(
+            (high..low).to_iova_range(),
+            Err(Error::ReversedRange { .. })
+        ));
+        assert!(matches!(
+            (high..0).to_iova_range(),
+            Err(Error::ReversedRange { .. })
+        ));
+        assert!(matches!(
+            (high..=low).to_iova_range(),
+            Err(Error::ReversedRange { .. })
+        ));
+        let back: RangeInclusive<u64> = range(3, 8).unwrap().into();
+        assert_eq!(back, 3..=8);
+        assert_eq!(IovaRange::try_from(3..9).unwrap(), range(3, 8).unwrap());
+        assert_eq!(
+            format!("{:x} {:#X}", Iova::new(0xab), Iova::new(0xab)),
+            "ab 0xAB"
+        );
     }
 
     #[test]

@@ -11,9 +11,7 @@ use std::sync::Arc;
 fn space() -> (AddressSpace, Arc<Fake>) {
     let fake = Arc::new(Fake::default());
     (
-        AddressSpace::new(Granule::K4)
-            .with_source(fake.clone())
-            .unwrap(),
+        AddressSpace::with_source(Granule::K4, fake.clone()).unwrap(),
         fake,
     )
 }
@@ -192,16 +190,16 @@ fn tracking_twice_keeps_what_is_dirty() {
     space.map(pages(0, 4), 0, Access::ReadWrite).unwrap();
     space.mark(pages(0, 1)).unwrap();
     fake.dirty(1);
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     assert!(
         fake.with(|s| s.dirty.is_empty()),
         "the first switch on makes the baseline clean"
     );
     fake.dirty(2);
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     assert!(fake.with(|s| s.dirty.contains(&2)));
-    space.set_tracking(false).unwrap();
-    space.set_tracking(false).unwrap();
+    space.stop_tracking().unwrap();
+    space.stop_tracking().unwrap();
     assert!(
         fake.with(|s| s.dirty.contains(&2)),
         "off keeps what is dirty for a last harvest"
@@ -212,10 +210,10 @@ fn tracking_twice_keeps_what_is_dirty() {
 fn tracking_that_one_source_refuses_is_off_in_all() {
     let (space, first, second) = two_sources();
     second.with(|s| s.refuse_tracking = true);
-    assert!(space.set_tracking(true).is_err());
+    assert!(space.start_tracking().is_err());
     assert!(!first.with(|s| s.tracking));
     second.with(|s| s.refuse_tracking = false);
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     assert!(first.with(|s| s.tracking) && second.with(|s| s.tracking));
 }
 

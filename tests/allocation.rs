@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, OnceLock, Weak, mpsc};
 
 use common::{Fake, PAGE, pages};
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestError, HarvestRequest,
-    Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, UserBitmap,
+    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Holes,
+    Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking, UserBitmap,
 };
 
 const M2: u64 = 2 << 20;
@@ -81,9 +81,7 @@ fn the_lowest_free_place_is_taken() {
 #[test]
 fn map_anywhere_refuses_in_order_and_changes_nothing() {
     let fake = Arc::new(Fake::default());
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(fake.clone())
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, fake.clone()).unwrap();
     space.set_allowed(&[pages(4, 2)]).unwrap();
     let refused = |len, backing| space.map_anywhere(len, backing, RW).unwrap_err();
     let top = u64::MAX - (PAGE - 1);
@@ -299,7 +297,7 @@ impl DirtySource for Nosy {
         Ok(())
     }
     fn unmap(&self, _: IovaRange, _: &mut FlushGather, _: &mut dyn FnMut(IovaRange)) {}
-    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
         Ok(())
     }
     fn read_and_clear(&self, _: IovaRange, _: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
@@ -316,11 +314,7 @@ impl DirtySource for Nosy {
 #[test]
 fn an_area_in_transition_holds_its_addresses() {
     let nosy = Arc::new(Nosy::default());
-    let space = Arc::new(
-        AddressSpace::new(Granule::K4)
-            .with_source(nosy.clone())
-            .unwrap(),
-    );
+    let space = Arc::new(AddressSpace::with_source(Granule::K4, nosy.clone()).unwrap());
     nosy.space.set(Arc::downgrade(&space)).unwrap();
     let range = space.map_anywhere(4 * PAGE, 0, RW).unwrap();
     {
@@ -452,20 +446,19 @@ fn what_is_reserved_is_a_hole_to_everyone_else() {
     space.map(pages(0, 4), 0, RW).unwrap();
     space.map(pages(6, 4), 0, RW).unwrap();
     space.reserve(pages(4, 2)).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     assert!(space.lookup(Iova::new(4 * PAGE)).is_none());
     assert!(space.area(Iova::new(5 * PAGE)).is_none());
     assert!(matches!(space.mark(pages(3, 4)), Err(Error::Outside { at }) if at.get() == 4 * PAGE));
     let mut words = [0u64; 1];
-    let request = HarvestRequest::new(pages(0, 10), Granule::K4);
-    match space.harvest(&request, UserBitmap::new(&mut words)) {
-        Err(HarvestError::Stopped(stopped)) => {
-            assert_eq!(stopped.at.get(), 4 * PAGE);
-            assert!(matches!(stopped.error, Error::Hole { at, .. } if at.get() == 4 * PAGE));
-            stopped.lease.sync().unwrap().commit();
-        }
-        other => panic!("{other:?}"),
-    }
+    let request = HarvestRequest::new(pages(0, 10), Granule::K4).holes(Holes::Stop);
+    let lease = space
+        .harvest(&request, UserBitmap::new(&mut words))
+        .unwrap();
+    let stopped = lease.stopped().unwrap();
+    assert_eq!(stopped.at.get(), 4 * PAGE);
+    assert!(matches!(stopped.error, Error::Hole { at, .. } if at.get() == 4 * PAGE));
+    lease.partial().sync().unwrap().commit();
     assert_eq!(words, [1 << 3]);
     assert_eq!(space.mappings().len(), 2);
     assert_eq!(space.unmap_discarding(pages(0, 10)).unwrap().areas, 2);
@@ -508,9 +501,7 @@ fn an_unmap_never_takes_what_was_mapped_in_its_place() {
     // History: an unmap that went on from its start after it had let go of its lock took, or stumbled over, a mapping
     // that had reused the addresses (Linux, 2026).
     const ROUNDS: u64 = 3000;
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(Arc::new(Fake::default()))
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, Arc::new(Fake::default())).unwrap();
     // Few addresses, so that they are reused at once.
     space.set_allowed(&[pages(1, 8)]).unwrap();
     let (sender, receiver) = mpsc::channel::<(IovaRange, u64)>();

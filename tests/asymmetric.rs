@@ -12,7 +12,7 @@ fn space() -> (AddressSpace, IovaRange) {
     let page = IovaRange::from_len(Iova::MIN, 4096).unwrap();
     let space = AddressSpace::new(Granule::K4).with_asymmetric_marks();
     space.map(page, 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     (space, page)
 }
 

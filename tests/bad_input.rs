@@ -6,8 +6,8 @@ mod common;
 
 use common::{Fake, PAGE, pages};
 use dirtymap::{
-    Access, AddressSpace, Change, Error, Granule, HarvestBounds, HarvestError, HarvestRequest,
-    Iova, IovaRange, Scope, UserBitmap,
+    Access, AddressSpace, Change, Error, Granule, HarvestRequest, Holes, Iova, IovaRange, Scope,
+    UserBitmap,
 };
 use std::sync::Arc;
 
@@ -74,14 +74,12 @@ struct World {
 impl World {
     fn new(tracked: bool) -> World {
         let fake = Arc::new(Fake::default());
-        let space = AddressSpace::new(Granule::K4)
-            .with_source(fake.clone())
-            .unwrap();
+        let space = AddressSpace::with_source(Granule::K4, fake.clone()).unwrap();
         space.map(pages(0, 64), 0, RW).unwrap();
         space.map(pages(72, 8), 0, RW).unwrap();
         space.reserve(pages(90, 2)).unwrap();
         if tracked {
-            space.set_tracking(true).unwrap();
+            space.start_tracking().unwrap();
             space.mark(pages(2, 1)).unwrap();
         }
         fake.dirty(1);
@@ -112,45 +110,40 @@ impl World {
     }
 }
 
-type Ask<'a> = dyn Fn(&AddressSpace, &HarvestRequest, &mut [u64]) -> Result<(), Error> + 'a;
-
-fn refusal(error: HarvestError<'_>) -> Error {
-    match error {
-        HarvestError::Refused(error) => error,
-        HarvestError::Stopped(stopped) => panic!("stopped: {stopped:?}"),
-    }
-}
+type Ask<'a> = dyn Fn(&AddressSpace, &HarvestRequest<'_>, &mut [u64]) -> Result<(), Error> + 'a;
 
 /// Makes the request in every mode; all refuse it alike and leave the bitmap, the space and the source as they were.
-fn refuse_everywhere(world: &World, request: HarvestRequest, words: usize, expected: (&str, i32)) {
+fn refuse_everywhere(
+    world: &World,
+    request: HarvestRequest<'_>,
+    words: usize,
+    expected: (&str, i32),
+) {
     let full = &mut [u64::MAX; 2];
     let mask = UserBitmap::new(full).view(pages(0, 128), Granule::K4);
     let mask = mask.unwrap();
     let modes: &[(&str, &Ask<'_>)] = &[
         ("harvest", &|space, request, words| {
             let lease = space.harvest(request, UserBitmap::new(words));
-            lease.map(drop).map_err(refusal)
+            lease.map(drop)
         }),
         ("peek", &|space, request, words| {
             space.peek(request, UserBitmap::new(words)).map(drop)
         }),
         ("masked", &|space, request, words| {
-            let lease = space.harvest_masked(request, &mask, UserBitmap::new(words));
-            lease.map(drop).map_err(refusal)
+            let lease = space.harvest(&request.masked(mask), UserBitmap::new(words));
+            lease.map(drop)
         }),
         ("bounded", &|space, request, words| {
-            let (from, bounds) = (request.range().start(), HarvestBounds::new());
-            // A start that is no granule's is refused as a cursor, which tests/modes.rs has.
-            if !from.is_aligned(request.granule().max(space.page())) {
-                return space.peek(request, UserBitmap::new(words)).map(drop);
-            }
-            let part = space.harvest_bounded(request, from, bounds, UserBitmap::new(words));
-            part.map(drop).map_err(refusal)
+            let from = request.range().start();
+            let bounded = request.resume_at(from).max_bits(u64::MAX);
+            let part = space.harvest(&bounded, UserBitmap::new(words));
+            part.map(drop)
         }),
         #[cfg(feature = "rayon")]
         ("parallel", &|space, request, words| {
-            let lease = space.harvest_parallel(request, UserBitmap::new(words));
-            lease.map(drop).map_err(refusal)
+            let lease = space.harvest(&request.parallel(), UserBitmap::new(words));
+            lease.map(drop)
         }),
     ];
     for (mode, ask) in modes {
@@ -191,45 +184,45 @@ fn harvests_are_refused_in_order() {
         (new(pages(0, 64), lg2(63)), 0, unaligned, unaligned),
         // The bitmap: one bit short, or far; before the scope, the tracking and the hole.
         (new(pages(0, 64), k4), 0, short, short),
-        (new(pages(0, 65), k4).all_or_nothing(), 1, short, short),
+        (new(pages(0, 65), k4).holes(Holes::Refuse), 1, short, short),
         (new(pages(0, 16), lg2(9)), 1, short, short),
         (new(pages(0, 65), k4).in_scope(gone), 1, short, short),
         (new(IovaRange::ALL, lg2(0)), 1, short, short),
         (new(IovaRange::ALL, k4), 1, short, short),
         // The scope, then the tracking; before the hole.
         (
-            new(pages(0, 65), k4).all_or_nothing().in_scope(gone),
+            new(pages(0, 65), k4).holes(Holes::Refuse).in_scope(gone),
             2,
             ("NotAttached", 2),
             ("NotAttached", 2),
         ),
         (
-            new(pages(0, 65), k4).all_or_nothing(),
+            new(pages(0, 65), k4).holes(Holes::Refuse),
             2,
             never,
             ("Hole", 22),
         ),
         // A hole: at the end, in the middle, at the start, everywhere, over all addresses.
         (
-            new(pages(0, 80), k4).all_or_nothing(),
+            new(pages(0, 80), k4).holes(Holes::Refuse),
             2,
             never,
             ("Hole", 22),
         ),
         (
-            new(pages(64, 16), k4).all_or_nothing(),
+            new(pages(64, 16), k4).holes(Holes::Refuse),
             1,
             never,
             ("Hole", 22),
         ),
         (
-            new(bytes(TOP, PAGE), k4).all_or_nothing(),
+            new(bytes(TOP, PAGE), k4).holes(Holes::Refuse),
             1,
             never,
             ("Hole", 22),
         ),
         (
-            new(IovaRange::ALL, lg2(63)).all_or_nothing(),
+            new(IovaRange::ALL, lg2(63)).holes(Holes::Refuse),
             1,
             never,
             ("Hole", 22),
@@ -264,18 +257,21 @@ fn a_hole_stops_where_it_begins() {
     ];
     for (range, hole, bits) in rows {
         let mut words = [0u64; 2];
-        let request = HarvestRequest::new(range, Granule::K4);
-        match world.space.harvest(&request, UserBitmap::new(&mut words)) {
-            Err(HarvestError::Stopped(stopped)) => {
-                assert_eq!(stopped.at, Iova::new(hole * PAGE));
-                assert_eq!(name(&stopped.error), ("Hole".to_string(), 22));
-                assert!(
-                    matches!(stopped.error, Error::Hole { at, range: asked } if at == stopped.at && asked == range)
-                );
-                // Dropped here: what its lease had is put back.
-            }
-            other => panic!("{range} has a hole: {other:?}"),
-        }
+        let request = HarvestRequest::new(range, Granule::K4).holes(Holes::Stop);
+        let lease = world
+            .space
+            .harvest(&request, UserBitmap::new(&mut words))
+            .unwrap();
+        let Some(stopped) = lease.stopped() else {
+            panic!("{range} has a hole: {lease:?}");
+        };
+        assert_eq!(stopped.at, Iova::new(hole * PAGE));
+        assert_eq!(name(&stopped.error), ("Hole".to_string(), 22));
+        assert!(matches!(
+            stopped.error,
+            Error::Hole { at, range: asked } if at == stopped.at && asked == range
+        ));
+        drop(lease); // what it had is put back
         assert_eq!(words, [bits, 0], "{range}");
         for (range, bits) in [(pages(0, 64), 0b110), (pages(72, 8), 0b10)] {
             let mut words = [0u64];
@@ -410,7 +406,7 @@ fn changes_are_refused_in_order() {
     );
     row(Box::new(|| space.detach(gone)), "NotAttached", 2);
     row(
-        Box::new(|| space.set_domain_tracking(gone, true)),
+        Box::new(|| space.start_domain_tracking(gone)),
         "NotAttached",
         2,
     );

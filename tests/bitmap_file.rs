@@ -8,8 +8,8 @@ mod common_file;
 use common::{Fake, PAGE, pages};
 use common_file::scratch;
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FileBitmap, FlushGather, Granule, HarvestError,
-    HarvestRequest, Invalidated, Iova, IovaRange, LeafSink, Mapping, Scope, Sink, Stopped,
+    Access, AddressSpace, DirtySource, Error, FileBitmap, FlushGather, Granule, HarvestRequest,
+    Holes, Invalidated, Iova, IovaRange, LeafSink, Mapping, Scope, Sink, Stopped, Tracking,
     UserBitmap,
 };
 use std::sync::Arc;
@@ -24,7 +24,7 @@ fn a_quarter_gigabyte_of_bitmap_never_has_more_than_one_window_mapped() {
     let all = IovaRange::from_len(Iova::MIN, 8 << 40).unwrap();
     let space = AddressSpace::new(Granule::K4);
     space.map(all, 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let marked: Vec<_> = (0..128).map(|n| pages((n << 24) + 5 * n, 2)).collect();
     for pages in &marked {
         space.mark(*pages).unwrap();
@@ -46,14 +46,14 @@ fn a_quarter_gigabyte_of_bitmap_never_has_more_than_one_window_mapped() {
 fn a_file_that_is_too_short_is_refused_up_front() {
     let space = AddressSpace::new(Granule::K4);
     space.map(pages(0, 64), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     space.mark(pages(63, 1)).unwrap();
     let request = HarvestRequest::new(pages(0, 64), Granule::K4);
     for (offset, bytes) in [(93, 8), (0, 7), (u64::MAX, 8), (101, u64::MAX)] {
         let bitmap = FileBitmap::new(scratch(100), offset, bytes);
         assert!(matches!(
             space.harvest(&request, UserBitmap::file(&bitmap)),
-            Err(HarvestError::Refused(Error::BitmapTooShort { needed: 64, bits, .. })) if bits <= 56
+            Err(Error::BitmapTooShort { needed: 64, bits, .. }) if bits <= 56
         ));
         assert_eq!(bitmap.most_mapped(), 0);
     }
@@ -76,12 +76,10 @@ fn windows_are_powers_of_two_of_at_least_a_page() {
 #[test]
 fn a_file_that_shrinks_stops_the_harvest_and_loses_nothing() {
     let fake = Arc::new(Fake::default());
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(fake.clone())
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, fake.clone()).unwrap();
     let all = pages(0, 2 * WINDOW);
     space.map(all, 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let bitmap = FileBitmap::new(scratch(2 << 16), 0, 2 << 16);
     let bitmap = bitmap.with_window(1 << 16).unwrap();
     for n in [7, WINDOW + 3] {
@@ -91,10 +89,10 @@ fn a_file_that_shrinks_stops_the_harvest_and_loses_nothing() {
     let cut = bitmap.file().try_clone().unwrap();
     fake.with(|s| s.on_page = Some((8, Box::new(move || cut.set_len(1 << 16).unwrap()))));
     let request = HarvestRequest::new(all, Granule::K4);
-    let Err(HarvestError::Stopped(stopped)) = space.harvest(&request, UserBitmap::file(&bitmap))
-    else {
-        panic!("the harvest went on");
-    };
+    let lease = space.harvest(&request, UserBitmap::file(&bitmap)).unwrap();
+    let stopped = lease
+        .stopped()
+        .unwrap_or_else(|| panic!("the harvest went on"));
     assert!(matches!(
         stopped.error,
         Error::BitmapShrank { len, needed } if len == 1 << 16 && needed == 2 << 16
@@ -103,7 +101,7 @@ fn a_file_that_shrinks_stops_the_harvest_and_loses_nothing() {
     let dirty = || fake.with(|s| s.dirty.iter().copied().collect::<Vec<_>>());
     assert_eq!(dirty(), [WINDOW + 3], "what cannot be recorded stays");
     // The lease has what lies below the stop; what can no longer be read there counts as dirty.
-    let lease = stopped.lease.sync().unwrap();
+    let lease = lease.partial().sync().unwrap();
     assert_eq!(lease.report().bits_set, 1);
     let mut runs = lease.runs();
     let rest = pages(WINDOW, 3);
@@ -158,12 +156,10 @@ fn what_cannot_be_read_is_neither_merged_nor_taken_away() {
 #[test]
 fn marks_that_a_lost_window_could_not_take_are_found_again() {
     let fake = Arc::new(Fake::default());
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(fake.clone())
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, fake.clone()).unwrap();
     let all = pages(0, 2 * WINDOW);
     space.map(all, 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let bitmap = FileBitmap::new(scratch(2 << 16), 0, 2 << 16);
     let bitmap = bitmap.with_window(1 << 16).unwrap();
     let marked = [7, WINDOW + 3, WINDOW + 700];
@@ -173,11 +169,9 @@ fn marks_that_a_lost_window_could_not_take_are_found_again() {
     let cut = bitmap.file().try_clone().unwrap();
     fake.with(|s| s.on_page = Some((8, Box::new(move || cut.set_len(1 << 16).unwrap()))));
     let request = HarvestRequest::new(all, Granule::K4);
-    let Err(HarvestError::Stopped(stopped)) = space.harvest(&request, UserBitmap::file(&bitmap))
-    else {
-        panic!("the harvest went on");
-    };
-    stopped.lease.sync().unwrap().commit();
+    let lease = space.harvest(&request, UserBitmap::file(&bitmap)).unwrap();
+    assert!(lease.stopped().is_some(), "the harvest went on");
+    lease.partial().sync().unwrap().commit();
     let mut words = vec![0; 2 * WINDOW as usize / 64];
     let lease = space
         .harvest(&request, UserBitmap::new(&mut words))
@@ -194,7 +188,7 @@ fn what_a_lost_window_had_above_a_stop_is_put_back() {
     let (space, first, second) = common::two_sources();
     let all = pages(0, 2 * WINDOW);
     space.map(all, 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let bitmap = FileBitmap::new(scratch(2 << 16), 0, 2 << 16);
     let bitmap = bitmap.with_window(1 << 16).unwrap();
     for n in [7, WINDOW + 3] {
@@ -206,12 +200,12 @@ fn what_a_lost_window_had_above_a_stop_is_put_back() {
         s.stop_at = Some(10);
     });
     let request = HarvestRequest::new(all, Granule::K4);
-    let Err(HarvestError::Stopped(stopped)) = space.harvest(&request, UserBitmap::file(&bitmap))
-    else {
-        panic!("the harvest went on");
-    };
+    let lease = space.harvest(&request, UserBitmap::file(&bitmap)).unwrap();
+    let stopped = lease
+        .stopped()
+        .unwrap_or_else(|| panic!("the harvest went on"));
     assert_eq!(stopped.at, Iova::new(10 * PAGE));
-    let lease = stopped.lease.sync().unwrap();
+    let lease = lease.partial().sync().unwrap();
     assert_eq!(lease.runs().collect::<Vec<_>>(), [pages(7, 1)]);
     lease.commit();
     second.with(|s| s.stop_at = None);
@@ -234,7 +228,7 @@ impl DirtySource for Cuts {
 
     fn unmap(&self, _: IovaRange, _: &mut FlushGather, _: &mut dyn FnMut(IovaRange)) {}
 
-    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
         Ok(())
     }
 
@@ -266,11 +260,9 @@ fn a_line_across_two_windows_is_not_hidden() {
         file: file.try_clone().unwrap(),
         thread: std::sync::Mutex::new(None),
     });
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(cuts.clone())
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, cuts.clone()).unwrap();
     space.map(pages(0, 512), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let bitmap = FileBitmap::new(file, offset, bytes);
     let bitmap = bitmap.with_window(1 << 16).unwrap();
     let request = HarvestRequest::new(pages(0, 512), Granule::K4);
@@ -282,7 +274,7 @@ fn a_line_across_two_windows_is_not_hidden() {
             while !stop.load(Relaxed) {
                 bitmap.file().set_len(offset + bytes).unwrap();
                 let harvest = space.harvest(&request, UserBitmap::file(&bitmap));
-                if let Err(HarvestError::Stopped(stopped)) = harvest {
+                if let Some(stopped) = harvest.unwrap().stopped() {
                     failures += u64::from(matches!(stopped.error, Error::BitmapShrank { .. }));
                 }
             }
@@ -318,7 +310,7 @@ fn read_only(writable: &std::fs::File) -> FileBitmap {
 fn an_unmap_that_cannot_record_leaves_its_areas() {
     let space = AddressSpace::new(Granule::K4);
     space.map(pages(0, 512), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     space.mark(pages(7, 2)).unwrap();
     let writable = scratch(64);
     let read_only = read_only(&writable);
@@ -338,7 +330,7 @@ fn an_unmap_that_cannot_record_leaves_its_areas() {
 fn never_hidden_by_harvests_that_fail(mut find: impl FnMut(&AddressSpace) -> bool) {
     let space = AddressSpace::new(Granule::K4);
     space.map(pages(0, 512), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let writable = scratch(64);
     let read_only = read_only(&writable);
     let stop = AtomicBool::new(false);
@@ -349,7 +341,8 @@ fn never_hidden_by_harvests_that_fail(mut find: impl FnMut(&AddressSpace) -> boo
             while !stop.load(Relaxed) {
                 let bitmap = UserBitmap::file(&read_only);
                 // In between, there is no area, or nothing dirty.
-                if let Err(HarvestError::Stopped(stopped)) = space.harvest(&request, bitmap) {
+                let request = request.holes(Holes::Stop);
+                if let Some(stopped) = space.harvest(&request, bitmap).unwrap().stopped() {
                     failures += u64::from(matches!(stopped.error, Error::BitmapWindow { .. }));
                 }
             }

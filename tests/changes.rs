@@ -16,7 +16,7 @@ const RW: Access = Access::ReadWrite;
 fn tracked() -> (AddressSpace, Arc<Fake>, Arc<Fake>) {
     let (space, first, second) = two_sources();
     space.map(pages(0, 16), 16 * PAGE, RW).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     (space, first, second)
 }
 
@@ -317,9 +317,7 @@ fn a_batch_that_cannot_take_back_what_it_filled_keeps_the_addresses() {
 
 #[test]
 fn readers_see_a_batch_whole() {
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(Arc::new(Fake::default()))
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, Arc::new(Fake::default())).unwrap();
     space.map(pages(0, 8), 0, RW).unwrap();
     let swap = |from: u64, to: u64| {
         let range = pages(to, 8);
@@ -471,7 +469,7 @@ fn the_largest_and_the_smallest_areas_are_cut_and_unmapped() {
     let half = IovaRange::from_len(Iova::MIN, 1 << 63).unwrap();
     let upper = IovaRange::from_len(Iova::new(1 << 63), 1 << 63).unwrap();
     space.map(IovaRange::ALL, 0, RW).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     space
         .mark(IovaRange::from_len(Iova::MAX, 1).unwrap())
         .unwrap();

@@ -48,7 +48,7 @@ fn a_handle_survives_a_hundred_thousand_cuts() {
     on_a_small_stack(|| {
         let space = untracked();
         space.map(pages(0, CUTS + 1), 0, RW).unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         let handle = space.area(at(0)).unwrap();
         for n in 1..=CUTS {
             assert!(space.cut(at(n)).unwrap());
@@ -96,7 +96,7 @@ fn a_handle_survives_what_is_cut_off_a_hundred_thousand_times() {
 fn an_old_handle_does_not_mark_what_was_mapped_anew() {
     let space = untracked();
     space.map(pages(0, 16), 0, RW).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let old = space.area(at(0)).unwrap();
     space.cut(at(8)).unwrap();
     space.unmap_discarding(pages(0, 8)).unwrap();
@@ -120,7 +120,7 @@ fn an_old_handle_does_not_mark_what_was_mapped_anew() {
 fn a_handle_of_a_piece_marks_no_other_piece() {
     let space = untracked();
     space.map(pages(0, 16), 0, RW).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     space.cut(at(8)).unwrap();
     let right = space.area(at(8)).unwrap();
     for marks in 1..=2 {
@@ -149,7 +149,7 @@ fn an_old_handle_follows_a_batch() {
     use dirtymap::Change::{Cut, Unmap};
     let space = untracked();
     space.map(pages(0, 16), 0, RW).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let old = space.area(at(0)).unwrap();
     let cut = |n| Cut { at: at(n) };
     let unmap = |n| Unmap { range: pages(n, 2) };
@@ -235,7 +235,7 @@ fn a_detach_finds_what_became_of_an_area() {
         let domain = space.attach(source.clone()).unwrap();
         space.map(pages(0, 4), 0, RW).unwrap();
         space.map(pages(1000, 3000), 0, RW).unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         source.dirty(3999);
         let inner = Arc::downgrade(&space);
         source.with(|s| s.on_unmap = Some(Box::new(move || cut_all(&inner.upgrade().unwrap()))));
@@ -283,7 +283,8 @@ fn is_cut_of_page_1(error: &Error) -> bool {
 #[test]
 fn a_cut_and_an_attach_of_larger_pages_refuse_each_other() {
     let small = Arc::new(Fake::default());
-    let space = Arc::new(untracked().with_source(small.clone()).unwrap());
+    let space = Arc::new(untracked());
+    space.attach(small.clone()).unwrap();
     space.map(pages(0, 4), 0, RW).unwrap();
     let (large, attached) = attach_at_flush(&space, &small);
     let refused = space.cut(at(1)).unwrap_err();
@@ -302,10 +303,11 @@ fn a_cut_and_an_attach_of_larger_pages_refuse_each_other() {
 fn a_batch_and_an_attach_of_larger_pages_refuse_each_other() {
     use dirtymap::Change::{Cut, Unmap};
     let small = Arc::new(Fake::default());
-    let space = Arc::new(untracked().with_source(small.clone()).unwrap());
+    let space = Arc::new(untracked());
+    space.attach(small.clone()).unwrap();
     space.map(pages(0, 4), 0, RW).unwrap();
     space.map(pages(8, 4), 0, RW).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let handle = space.area(at(0)).unwrap();
     small.dirty(0);
     small.dirty(9);

@@ -6,8 +6,8 @@ mod common;
 
 use common::{Fake, PAGE, pages, two_sources};
 use dirtymap::{
-    Access, AddressSpace, DomainId, Error, FlushCost, Granule, HarvestError, HarvestRequest, Iova,
-    IovaRange, Scope, UserBitmap,
+    Access, AddressSpace, DomainId, Error, FlushCost, Granule, HarvestRequest, Iova, IovaRange,
+    Scope, UserBitmap,
 };
 use std::sync::Arc;
 
@@ -17,12 +17,12 @@ const RW: Access = Access::ReadWrite;
 fn tracked() -> (AddressSpace, Arc<Fake>, Arc<Fake>, DomainId, DomainId) {
     let (space, first, second) = two_sources();
     space.map(pages(0, 16), 0, RW).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let ids = space.domains();
     (space, first, second, ids[0], ids[1])
 }
 
-fn request(scope: Scope) -> HarvestRequest {
+fn request(scope: Scope) -> HarvestRequest<'static> {
     HarvestRequest::new(pages(0, 16), Granule::K4).in_scope(scope)
 }
 
@@ -179,14 +179,11 @@ fn the_alignment_follows_the_domains() {
         space.map_anywhere(PAGE, 0, RW),
         Err(Error::UnalignedLength { .. })
     ));
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let mut words = [0u64];
     let odd = HarvestRequest::new(pages(4, 1), Granule::K4);
     let refused = space.harvest(&odd, UserBitmap::new(&mut words));
-    assert!(matches!(
-        refused,
-        Err(HarvestError::Refused(Error::Unaligned { .. }))
-    ));
+    assert!(matches!(refused, Err(Error::Unaligned { .. })));
     space.detach(id).unwrap();
     assert_eq!(space.alignment(), Granule::K4);
     space.map(pages(9, 1), PAGE, RW).unwrap();
@@ -226,10 +223,7 @@ fn a_domain_is_harvested_alone_and_aborts_are_seen_by_all_it_covered() {
     let mut words = [0u64];
     let nobody = Scope::Domain(tracked().0.attach(Arc::new(Fake::default())).unwrap());
     let refused = space.harvest(&request(nobody), UserBitmap::new(&mut words));
-    assert!(matches!(
-        refused,
-        Err(HarvestError::Refused(Error::NotAttached { .. }))
-    ));
+    assert!(matches!(refused, Err(Error::NotAttached { .. })));
 }
 
 #[test]
@@ -238,17 +232,17 @@ fn each_domain_has_a_switch() {
     space.map(pages(0, 16), 0, RW).unwrap();
     let (a, b) = (space.domains()[0], space.domains()[1]);
     first.dirty(1);
-    space.set_domain_tracking(a, true).unwrap();
+    space.start_domain_tracking(a).unwrap();
     assert!(first.with(|s| s.tracking && s.dirty.is_empty()));
     assert!(second.with(|s| !s.tracking));
     let mut words = [0u64];
     assert!(matches!(
         space.harvest(&request(Scope::Domain(b)), UserBitmap::new(&mut words)),
-        Err(HarvestError::Refused(Error::NeverTracked { .. }))
+        Err(Error::NeverTracked { .. })
     ));
     first.dirty(2);
-    space.set_domain_tracking(a, true).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_domain_tracking(a).unwrap();
+    space.start_tracking().unwrap();
     assert_eq!(
         take(&space, Scope::Domain(a)),
         1 << 2,
@@ -256,19 +250,19 @@ fn each_domain_has_a_switch() {
     );
     first.dirty(2);
     abort(&space, Scope::Domain(a));
-    space.set_domain_tracking(a, false).unwrap();
-    space.set_domain_tracking(a, false).unwrap();
+    space.stop_domain_tracking(a).unwrap();
+    space.stop_domain_tracking(a).unwrap();
     assert!(first.with(|s| !s.tracking) && second.with(|s| s.tracking));
     assert_eq!(peek(&space, Scope::Domain(a)), 1 << 2, "a last harvest");
     second.dirty(3);
-    space.set_domain_tracking(a, true).unwrap();
+    space.start_domain_tracking(a).unwrap();
     assert_eq!(
         take(&space, Scope::All),
         1 << 3,
         "the baseline of one domain is clean, the others keep theirs"
     );
     space.detach(b).unwrap();
-    let error = space.set_domain_tracking(b, true).unwrap_err();
+    let error = space.start_domain_tracking(b).unwrap_err();
     assert_eq!(error.errno(), 2);
 }
 

@@ -7,7 +7,7 @@ mod common;
 use common::{PAGE, pages};
 use dirtymap::{
     Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Invalidated,
-    IovaRange, LeafSink, Mapping, Sink, Stopped, UserBitmap,
+    IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking, UserBitmap,
 };
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -46,7 +46,7 @@ impl DirtySource for Leaves {
 
     fn unmap(&self, _: IovaRange, _: &mut FlushGather, _: &mut dyn FnMut(IovaRange)) {}
 
-    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
         Ok(())
     }
 
@@ -98,7 +98,7 @@ fn consume(space: &AddressSpace, steps: &Steps, range: IovaRange, safe: &mut BTr
         .harvest(&request, UserBitmap::new(&mut words))
         .unwrap();
     steps.step(); // leased
-    let mut lease = lease.sync().unwrap();
+    let lease = lease.sync().unwrap();
     steps.step(); // synced
     let numbers = |run: IovaRange| run.start().get() / PAGE..=run.last().get() / PAGE;
     let copied: BTreeSet<u64> = lease.runs().flat_map(numbers).collect();
@@ -124,11 +124,9 @@ fn a_harvest_that_is_stopped_at_any_step_loses_nothing() {
                 stale: AtomicU64::new(0b1111),
                 steps: steps.clone(),
             });
-            let space = AddressSpace::new(Granule::K4)
-                .with_source(leaves.clone())
-                .unwrap();
+            let space = AddressSpace::with_source(Granule::K4, leaves.clone()).unwrap();
             space.map(pages(0, 16), 0, Access::ReadWrite).unwrap();
-            space.set_tracking(true).unwrap();
+            space.start_tracking().unwrap();
             space.mark(pages(7, 2)).unwrap();
             let mut safe = BTreeSet::new();
             steps.made.store(0, SeqCst);

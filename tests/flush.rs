@@ -290,16 +290,14 @@ fn tickets_taken_before_the_first_wait_need_one_flush_and_a_second_if_one_is_und
 /// Eight pages, all dirty, behind one source.
 fn dirty_space() -> (AddressSpace, Arc<Fake>) {
     let fake = Arc::new(Fake::default());
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(fake.clone())
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, fake.clone()).unwrap();
     space.map(pages(0, 8), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     (0..8).for_each(|page| fake.dirty(page));
     (space, fake)
 }
 
-fn request(page: u64) -> HarvestRequest {
+fn request(page: u64) -> HarvestRequest<'static> {
     HarvestRequest::new(pages(page, 1), Granule::K4)
 }
 
@@ -400,13 +398,10 @@ fn the_sources_of_a_space_decide_together_when_everything_is_cheaper() {
         fake
     });
     let [first, second] = sources.clone();
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(first)
-        .unwrap()
-        .with_source(second)
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, first).unwrap();
+    space.attach(second).unwrap();
     space.map(pages(0, 8), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     for (dirty, full) in [(&[0, 2][..], false), (&[0, 2, 4], true)] {
         for page in dirty {
             sources[0].dirty(*page);

@@ -10,8 +10,7 @@ mod common;
 
 use common::{Fake, pages};
 use dirtymap::{
-    Access, AddressSpace, Error, FileBitmap, Granule, HarvestBounds, HarvestError, HarvestRequest,
-    StoppedHarvest, UserBitmap,
+    Access, AddressSpace, Error, FileBitmap, Granule, HarvestRequest, Lease, Owed, UserBitmap,
 };
 use std::ffi::{CStr, CString};
 use std::fs::File;
@@ -101,19 +100,17 @@ fn bitmap(folder: &Path, name: &str) -> FileBitmap {
     bitmap.with_window(1 << 16).unwrap()
 }
 
-fn request() -> HarvestRequest {
+fn request() -> HarvestRequest<'static> {
     HarvestRequest::new(pages(0, 2 * WINDOW), Granule::K4)
 }
 
 /// A tracked space in which [`DIRTY`] is dirty.
 fn space() -> (AddressSpace, Arc<Fake>) {
     let fake = Arc::new(Fake::default());
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(fake.clone())
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, fake.clone()).unwrap();
     let all = request().range();
     space.map(all, 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     fake.dirty(DIRTY[0]);
     fake.dirty(DIRTY[2]);
     space.mark(pages(DIRTY[1], 1)).unwrap();
@@ -132,13 +129,12 @@ fn found(space: &AddressSpace) -> Vec<u64> {
 }
 
 /// The stop of a harvest into a full file: it names the bytes, and everything is dirty as before.
-fn refused(way: &str, space: &AddressSpace, stopped: Result<(), HarvestError<'_>>) {
-    let Err(HarvestError::Stopped(stopped)) = stopped else {
-        panic!("{way}: {stopped:?}");
-    };
-    let StoppedHarvest { error, lease, .. } = *stopped;
-    no_room(way, &error);
-    lease.sync().unwrap().commit();
+fn refused(way: &str, space: &AddressSpace, lease: Result<Lease<'_, Owed>, Error>) {
+    let lease = lease.unwrap();
+    let stopped = lease.stopped();
+    let stopped = stopped.unwrap_or_else(|| panic!("{way}: {lease:?}"));
+    no_room(way, &stopped.error);
+    lease.partial().sync().unwrap().commit();
     assert_eq!(found(space), DIRTY, "{way}: what was not recorded stays");
 }
 
@@ -157,26 +153,25 @@ fn each_way_of_harvesting(folder: &Path) {
 
     let (space, _) = space();
     let lease = space.harvest(&request(), whole(&file));
-    refused("harvest", &space, lease.map(drop));
+    refused("harvest", &space, lease);
 
     let (space, _) = self::space();
-    let bounds = HarvestBounds::new().bits(100);
     let from = request().range().start();
-    let lease = space.harvest_bounded(&request(), from, bounds, whole(&file));
-    refused("bounded", &space, lease.map(drop));
+    let lease = space.harvest(&request().resume_at(from).max_bits(100), whole(&file));
+    refused("bounded", &space, lease);
 
     let (space, _) = self::space();
     let mut words = vec![u64::MAX; 2 * WINDOW as usize / 64];
     let mask = UserBitmap::new(&mut words);
     let mask = mask.view(request().range(), Granule::K4).unwrap();
-    let lease = space.harvest_masked(&request(), &mask, whole(&file));
-    refused("masked", &space, lease.map(drop));
+    let lease = space.harvest(&request().masked(mask), whole(&file));
+    refused("masked", &space, lease);
 
     #[cfg(feature = "rayon")]
     {
         let (space, _) = self::space();
-        let lease = space.harvest_parallel(&request(), whole(&file));
-        refused("parallel", &space, lease.map(drop));
+        let lease = space.harvest(&request().parallel(), whole(&file));
+        refused("parallel", &space, lease);
     }
 
     let (space, _) = self::space();
@@ -200,14 +195,13 @@ fn a_part(folder: &Path) {
     std::fs::write(folder.join("ballast"), [7; 2 << 12]).unwrap();
     let (space, fake) = space();
     let lease = space.harvest(&request(), UserBitmap::file(&file));
-    let Err(HarvestError::Stopped(stopped)) = lease else {
-        panic!("{lease:?}");
-    };
+    let lease = lease.unwrap();
+    let stopped = lease.stopped().unwrap_or_else(|| panic!("{lease:?}"));
     no_room("part", &stopped.error);
     let at = stopped.at.get() >> 12;
     assert!((WINDOW..=WINDOW + 3).contains(&at), "stopped at page {at}");
     assert_eq!(fake.with(|s| s.dirty.first().copied()), Some(WINDOW + 3));
-    stopped.lease.abort();
+    lease.abort();
     assert_eq!(found(&space), DIRTY);
     std::fs::remove_file(folder.join("part")).unwrap();
 }

@@ -7,7 +7,7 @@ mod common;
 
 use common::{Fake, PAGE, pages};
 use dirtymap::{
-    Access, AddressSpace, Error, Granule, HarvestError, HarvestRequest, Iova, IovaRange, UserBitmap,
+    Access, AddressSpace, Error, Granule, HarvestRequest, Holes, Iova, IovaRange, UserBitmap,
 };
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -15,19 +15,17 @@ use std::sync::Arc;
 /// Pages 0..8 and 8..16 in two areas that touch, and 20..24 behind a hole; tracking on.
 fn space() -> (AddressSpace, Arc<Fake>) {
     let fake = Arc::new(Fake::default());
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(fake.clone())
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, fake.clone()).unwrap();
     for (first, n) in [(0, 8), (8, 8), (20, 4)] {
         space
             .map(pages(first, n), first * PAGE, Access::ReadWrite)
             .unwrap();
     }
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     (space, fake)
 }
 
-fn request(range: IovaRange) -> HarvestRequest {
+fn request(range: IovaRange) -> HarvestRequest<'static> {
     HarvestRequest::new(range, Granule::K4)
 }
 
@@ -97,15 +95,13 @@ fn devices_and_marks_come_out_of_one_harvest() {
 #[test]
 fn requests_are_refused_in_order_and_nothing_is_touched() {
     let fake = Arc::new(Fake::default());
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(fake.clone())
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, fake.clone()).unwrap();
     space.map(pages(0, 64), 0, Access::ReadWrite).unwrap();
     fake.dirty(1);
-    let refuse = |request: &HarvestRequest, words: &mut [u64]| match space
+    let refuse = |request: &HarvestRequest<'_>, words: &mut [u64]| match space
         .harvest(request, UserBitmap::new(words))
     {
-        Err(HarvestError::Refused(error)) => error,
+        Err(error) => error,
         other => panic!("{other:?}"),
     };
     let odd = IovaRange::from_len(Iova::new(2048), 2048).unwrap();
@@ -141,9 +137,9 @@ fn requests_are_refused_in_order_and_nothing_is_touched() {
     );
     let error = refuse(&request(pages(0, 64)), &mut [0]);
     assert!(matches!(error, Error::NeverTracked { .. }));
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     fake.dirty(1);
-    let error = refuse(&request(pages(0, 65)).all_or_nothing(), &mut [0, 0]);
+    let error = refuse(&request(pages(0, 65)).holes(Holes::Refuse), &mut [0, 0]);
     assert!(matches!(error, Error::Hole { at, .. } if at.get() == 64 * PAGE));
     assert_eq!(
         take(&space, pages(0, 64)),
@@ -159,14 +155,14 @@ fn a_hole_stops_the_harvest_and_the_lease_has_what_came_before() {
     fake.dirty(15);
     fake.dirty(20);
     let mut words = [0u64];
-    match space.harvest(&request(pages(0, 24)), UserBitmap::new(&mut words)) {
-        Err(HarvestError::Stopped(stopped)) => {
-            assert!(matches!(stopped.error, Error::Hole { .. }));
-            assert_eq!(stopped.at, Iova::new(16 * PAGE));
-            stopped.lease.sync().unwrap().commit();
-        }
-        other => panic!("{other:?}"),
-    }
+    let to_the_hole = |range| request(range).holes(Holes::Stop);
+    let lease = space
+        .harvest(&to_the_hole(pages(0, 24)), UserBitmap::new(&mut words))
+        .unwrap();
+    let stopped = lease.stopped().unwrap();
+    assert!(matches!(stopped.error, Error::Hole { .. }));
+    assert_eq!(stopped.at, Iova::new(16 * PAGE));
+    lease.partial().sync().unwrap().commit();
     assert_eq!(words, [1 << 15]);
     assert_eq!(
         take(&space, pages(20, 4)),
@@ -175,9 +171,10 @@ fn a_hole_stops_the_harvest_and_the_lease_has_what_came_before() {
     );
     let mut words = [0u64];
     let at_start = space
-        .harvest(&request(pages(16, 4)), UserBitmap::new(&mut words))
-        .unwrap_err();
-    assert!(matches!(at_start, HarvestError::Stopped(ref s) if s.at == Iova::new(16 * PAGE)));
+        .harvest(&to_the_hole(pages(16, 4)), UserBitmap::new(&mut words))
+        .unwrap();
+    assert_eq!(at_start.stopped().unwrap().at, Iova::new(16 * PAGE));
+    assert!(matches!(at_start.sync(), Err(Error::Hole { .. })));
 }
 
 #[test]
@@ -241,22 +238,22 @@ fn what_was_unmapped_meanwhile_is_counted_and_not_put_back() {
 }
 
 #[test]
-fn a_failed_sync_hands_the_lease_back() {
+fn a_failed_flush_leaves_the_lease_whole_and_a_failed_sync_puts_it_back() {
     let (space, fake) = space();
     fake.dirty(4);
     fake.with(|s| s.fail_invalidations = 1);
     let mut words = [0u64];
-    let lease = space
+    let mut lease = space
         .harvest(&request(pages(0, 8)), UserBitmap::new(&mut words))
         .unwrap();
-    let failed = lease.sync().unwrap_err();
+    let failed = lease.flush().unwrap_err();
     assert!(failed.to_string().contains("broken on purpose"));
     let flush = space.stats().flush;
     assert_eq!(
         (flush.owed, flush.pending, flush.retired, flush.failed),
         (1, 1, 0, 1)
     );
-    let lease = failed.lease.sync().unwrap();
+    let lease = lease.sync().unwrap();
     assert_eq!(lease.runs().collect::<Vec<_>>(), [pages(4, 1)]);
     lease.commit();
     let flush = space.stats().flush;
@@ -265,6 +262,17 @@ fn a_failed_sync_hands_the_lease_back() {
         (1, 0, 1, 1),
         "not owed twice"
     );
+    // Without a flush before, the lease goes with the error.
+    fake.dirty(5);
+    fake.with(|s| s.fail_invalidations = 1);
+    let mut words = [0u64];
+    let lease = space
+        .harvest(&request(pages(0, 8)), UserBitmap::new(&mut words))
+        .unwrap();
+    let failed = lease.sync().unwrap_err();
+    assert!(failed.to_string().contains("broken on purpose"));
+    assert_eq!(space.stats().aborts, 1);
+    assert_eq!(take(&space, pages(0, 8)), 1 << 5);
 }
 
 #[test]
@@ -282,13 +290,12 @@ fn a_source_that_stops_or_panics_at_any_page_loses_nothing() {
             });
             let mut words = [0u64];
             let outcome = catch_unwind(AssertUnwindSafe(|| {
-                match space.harvest(&request(pages(0, 16)), UserBitmap::new(&mut words)) {
-                    Err(HarvestError::Stopped(stopped)) => {
-                        assert_eq!(stopped.at, Iova::new(n * PAGE));
-                        assert_eq!(stopped.lease.report().bits_set, n);
-                    } // dropped here: all of it goes back
-                    other => panic!("{other:?}"),
-                }
+                let lease = space
+                    .harvest(&request(pages(0, 16)), UserBitmap::new(&mut words))
+                    .unwrap();
+                assert_eq!(lease.stopped().unwrap().at, Iova::new(n * PAGE));
+                assert_eq!(lease.report().bits_set, n);
+                // Dropped here: all of it goes back.
             }));
             assert_eq!(outcome.is_err(), panics);
             fake.with(|s| (s.panic_at, s.stop_at) = (None, None));
@@ -350,16 +357,20 @@ fn shared_bitmaps_are_or_ed_into_by_several_harvests() {
 
 #[test]
 fn errors_turn_into_the_library_error_and_put_back() {
-    fn migrate(space: &AddressSpace) -> Result<(), Error> {
+    fn migrate(space: &AddressSpace, holes: Holes) -> Result<(), Box<dyn std::error::Error>> {
         let mut words = [0u64];
+        let request = request(pages(0, 24)).holes(holes);
         space
-            .harvest(&request(pages(0, 24)), UserBitmap::new(&mut words))?
+            .harvest(&request, UserBitmap::new(&mut words))?
             .sync()?
             .commit();
         Ok(())
     }
     let (space, fake) = space();
     fake.dirty(3);
-    assert!(matches!(migrate(&space), Err(Error::Hole { .. })));
+    for holes in [Holes::Stop, Holes::Refuse] {
+        let error = migrate(&space, holes).unwrap_err();
+        assert!(matches!(error.downcast_ref(), Some(Error::Hole { .. })));
+    }
     assert_eq!(take(&space, pages(0, 16)), 1 << 3);
 }

@@ -8,7 +8,7 @@ mod common;
 use common::{Fake, PAGE, pages};
 use dirtymap::{
     Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Invalidated,
-    IovaRange, LeafSink, Mapping, Sink, Stopped, UserBitmap,
+    IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking, UserBitmap,
 };
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
@@ -34,7 +34,7 @@ impl DirtySource for OneLeaf {
         }
     }
 
-    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
         Ok(())
     }
 
@@ -71,7 +71,7 @@ fn while_the_rest_moves(
     let space = Arc::new(AddressSpace::new(Granule::K4));
     space.attach(leaf.clone()).unwrap();
     space.map(pages(0, 4), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     leaf.dirty.store(true, SeqCst);
     *leaf.on_clear.lock().unwrap() = Some(Box::new({
         let space = space.clone();
@@ -123,7 +123,7 @@ fn an_unmap_returns_the_pages_of_a_write_in_flight() {
     space.attach(fake).unwrap();
     space.map(pages(0, 8), 0, Access::ReadWrite).unwrap();
     space.map(pages(8, 8), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let across = space.begin_write(pages(6, 4)).unwrap();
     let mut words = [0u64];
     space

@@ -14,7 +14,7 @@ use std::collections::BTreeSet;
 
 use common_kvm::{Guest, MODES, SLOTS, in_every_mode, kvm};
 use dirtymap::kvm::{KvmError, KvmLog, KvmMode};
-use dirtymap::{Access, HarvestError, HarvestRequest, Iova, IovaRange, UserBitmap};
+use dirtymap::{Access, HarvestRequest, Iova, IovaRange, UserBitmap};
 use kvm_bindings::{
     KVM_CAP_MULTI_ADDRESS_SPACE, KVM_MEM_LOG_DIRTY_PAGES, Msrs, kvm_msr_entry,
     kvm_userspace_memory_region,
@@ -116,20 +116,21 @@ fn an_error_in_the_second_slot_loses_nothing_of_the_first() {
         // SAFETY: a slot without size gives the guest nothing; KVM then has no log of it to write.
         unsafe { guest.vm.set_user_memory_region(gone) }.unwrap();
         let mut words = [0u64; 4];
-        let Err(HarvestError::Stopped(stopped)) = guest
+        let lease = guest
             .space
             .harvest(&guest.request(0, 230), UserBitmap::new(&mut words))
-        else {
-            panic!("{mode:?}: the log of a slot that is not there");
-        };
+            .unwrap();
+        let stopped = lease
+            .stopped()
+            .unwrap_or_else(|| panic!("{mode:?}: the log of a slot that is not there"));
         assert_eq!(stopped.at, Iova::new(100 * guest.page));
-        assert_eq!(stopped.lease.report().bits_set, 2);
-        let text = stopped.to_string();
+        assert_eq!(lease.report().bits_set, 2);
+        let text = stopped.error.to_string();
         assert!(
             text.contains("KVM_GET_DIRTY_LOG failed for slot 5"),
             "{text}"
         );
-        drop(stopped);
+        drop(lease);
         assert_eq!(guest.harvest(0, 90), [30, 31], "{mode:?}");
     });
 }
@@ -220,10 +221,10 @@ fn a_slot_is_removed_and_its_last_writes_come_with_the_unmap() {
 fn what_is_dirty_when_tracking_ends_stays() {
     in_every_mode(|mode, mut guest| {
         guest.write(40, 2, 1);
-        guest.space.set_tracking(false).unwrap();
+        guest.space.stop_tracking().unwrap();
         guest.write(50, 2, 1);
         assert_eq!(guest.harvest_all(), [40, 41], "{mode:?}");
-        guest.space.set_tracking(true).unwrap();
+        guest.space.start_tracking().unwrap();
         if mode == MODES[2] {
             assert_eq!(guest.harvest_all().len(), 220);
         }
@@ -368,14 +369,16 @@ fn a_child_of_fork_takes_nothing_from_its_parent() {
                         Ok(_) => 2,
                     },
                     "harvest" => match guest.space.harvest(&request, bitmap) {
-                        Err(HarvestError::Stopped(stopped)) => says(&stopped.error),
+                        Ok(lease) if lease.stopped().is_some() => {
+                            says(&lease.sync().map(drop).unwrap_err())
+                        }
                         _ => 2,
                     },
                     "drain_rings" => match guest.log.drain_rings() {
                         Err(error) => says(&error),
                         Ok(_) => 2,
                     },
-                    "set_tracking" => match guest.space.set_tracking(false) {
+                    "set_tracking" => match guest.space.stop_tracking() {
                         Err(error) => says(&error),
                         Ok(()) => 2,
                     },
@@ -426,8 +429,8 @@ fn a_processor_without_such_a_ring_is_refused() {
         );
     }
     // The log goes on.
-    guest.space.set_tracking(false).unwrap();
-    guest.space.set_tracking(true).unwrap();
+    guest.space.stop_tracking().unwrap();
+    guest.space.start_tracking().unwrap();
 }
 
 /// No call of KVM says of which virtual machine a processor is. A ring of the same size is taken,
@@ -449,7 +452,7 @@ fn a_ring_of_another_machine_is_noticed_when_it_is_flushed() {
         .space
         .harvest(&guest.request(0, 90), UserBitmap::new(&mut words))
         .unwrap();
-    let error = lease.sync().unwrap_err().error.to_string();
+    let error = lease.sync().unwrap_err().to_string();
     assert!(error.contains("added as number 1 is not of"), "{error}");
     assert!(matches!(
         guest.log.drain_rings(),
@@ -479,11 +482,8 @@ fn flags_that_other_code_switched_are_what_the_guide_says() {
             let mut words = [0u64; 4];
             let bitmap = UserBitmap::new(&mut words);
             let request = guest.request(first, n);
-            match guest.space.harvest(&request, bitmap) {
-                Ok(_) => false,
-                Err(HarvestError::Stopped(_)) => true,
-                Err(error) => panic!("{error}"),
-            }
+            let lease = guest.space.harvest(&request, bitmap).unwrap();
+            lease.stopped().is_some()
         };
         let all: Vec<u64> = (first..first + n).collect();
 

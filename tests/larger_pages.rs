@@ -9,8 +9,8 @@ use std::sync::{Arc, mpsc};
 
 use common_batch::{Batching, Pause};
 use dirtymap::{
-    Access, AddressSpace, Error, FlushGather, Granule, HarvestBounds, HarvestError, HarvestRequest,
-    Iova, IovaRange, LeafSink, Lease, Owed, Scope, UserBitmap,
+    Access, AddressSpace, Error, FlushGather, Granule, HarvestRequest, Iova, IovaRange, LeafSink,
+    Lease, Owed, Scope, UserBitmap,
 };
 
 const PAGE: u64 = 4096;
@@ -83,14 +83,11 @@ fn a_page_that_a_bounded_harvest_meets_is_cleared_whole() {
     let bytes = 8 * K64;
     let log = Arc::new(Batching::new(Granule::from_bytes(K64).unwrap(), bytes));
     let pause = Arc::new(Pause::default());
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(log.clone())
-        .unwrap()
-        .with_source(pause.clone())
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, log.clone()).unwrap();
+    space.attach(pause.clone()).unwrap();
     let all = range(0, bytes);
     space.map(all, 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let memory = Arc::new(Memory::new(bytes / PAGE));
     let write = |log: &Batching, memory: &Memory, page: u64, value| {
         memory.content[page as usize].store(value, SeqCst);
@@ -121,12 +118,14 @@ fn a_page_that_a_bounded_harvest_meets_is_cleared_whole() {
         });
         let mut words = [0u64; 2];
         let request = HarvestRequest::new(all, Granule::K4);
-        let bounds = HarvestBounds::new().bits(100);
         let part = space
-            .harvest_bounded(&request, Iova::MIN, bounds, UserBitmap::new(&mut words))
+            .harvest(
+                &request.resume_at(Iova::MIN).max_bits(100),
+                UserBitmap::new(&mut words),
+            )
             .unwrap();
-        let next = part.next;
-        finish(part.lease, &memory);
+        let next = part.next();
+        finish(part, &memory);
         harvest(&space, all, &memory);
         assert_eq!(memory.lost(), [0usize; 0]);
         assert_eq!(next, Some(Iova::new(7 * K64)), "whole pages of the log");
@@ -138,18 +137,16 @@ fn a_page_that_a_bounded_harvest_meets_is_cleared_whole() {
 fn a_cursor_inside_the_page_of_a_source_is_refused() {
     let bytes = 8 * K64;
     let log = Arc::new(Batching::new(Granule::from_bytes(K64).unwrap(), bytes));
-    let space = AddressSpace::new(Granule::K4).with_source(log).unwrap();
+    let space = AddressSpace::with_source(Granule::K4, log).unwrap();
     space.map(range(0, bytes), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     for from in [PAGE, K64 - PAGE, 3 * K64 + 2 * PAGE] {
         let mut words = [0u64; 2];
-        let refused = space.harvest_bounded(
-            &HarvestRequest::new(range(0, bytes), Granule::K4),
-            Iova::new(from),
-            HarvestBounds::new(),
+        let refused = space.harvest(
+            &HarvestRequest::new(range(0, bytes), Granule::K4).resume_at(Iova::new(from)),
             UserBitmap::new(&mut words),
         );
-        let Err(HarvestError::Refused(Error::BadCursor { at, granule, .. })) = refused else {
+        let Err(Error::BadCursor { at, granule, .. }) = refused else {
             panic!("{from}: {refused:?}");
         };
         assert_eq!((at.get(), granule.bytes()), (from, K64));
@@ -193,12 +190,10 @@ fn the_pieces_of_a_parallel_harvest_begin_at_pages_of_the_source() {
     const GIB: u64 = 1 << 30;
     let page = Granule::from_bytes(K64).unwrap();
     let log = Arc::new(Batching::new(page, 3 * GIB));
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(log.clone())
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, log.clone()).unwrap();
     let all = range(0, 3 * GIB);
     space.map(all, 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let request = HarvestRequest::new(all, Granule::K4);
     let mut bytes = vec![0u8; (3 * GIB / PAGE / 8 + 8) as usize];
     for skip in 0..8 {
@@ -207,7 +202,7 @@ fn the_pieces_of_a_parallel_harvest_begin_at_pages_of_the_source() {
         near.for_each(|at| log.write(at));
         bytes.fill(0);
         let bitmap = UserBitmap::bytes(&mut bytes[skip..]);
-        let lease = space.harvest_parallel(&request, bitmap).unwrap();
+        let lease = space.harvest(&request.parallel(), bitmap).unwrap();
         assert_eq!(lease.report().bits_set, 6 * 16);
         lease.sync().unwrap().commit();
         let asked = std::mem::take(&mut *log.asked.lock().unwrap());
@@ -279,16 +274,14 @@ impl World {
     fn new(times: u64, seed: u64) -> Self {
         let page = Granule::from_bytes(times * PAGE).unwrap();
         let log = Arc::new(Batching::new(page, BYTES));
-        let space = AddressSpace::new(Granule::K4)
-            .with_source(log.clone())
-            .unwrap();
+        let space = AddressSpace::with_source(Granule::K4, log.clone()).unwrap();
         space
             .map(range(0, BYTES / 2), 0, Access::ReadWrite)
             .unwrap();
         space
             .map(range(BYTES / 2, BYTES / 2), 0, Access::ReadWrite)
             .unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         World {
             space: Arc::new(space),
             log,
@@ -348,13 +341,15 @@ impl World {
                 let mut next = Some(asked.start());
                 while let Some(from) = next {
                     bitmap.fill(0);
-                    let bounds = HarvestBounds::new().bits(65 + self.random.below(70));
                     let part = space
-                        .harvest_bounded(&request, from, bounds, UserBitmap::bytes(bitmap))
+                        .harvest(
+                            &request.resume_at(from).max_bits(65 + self.random.below(70)),
+                            UserBitmap::bytes(bitmap),
+                        )
                         .unwrap();
-                    assert!(part.next.is_none_or(|next| next > from));
-                    next = part.next;
-                    finish(part.lease, memory);
+                    assert!(part.next().is_none_or(|next| next > from));
+                    next = part.next();
+                    finish(part, memory);
                 }
             }
             Mode::Masked => {
@@ -362,14 +357,14 @@ impl World {
                 let mut mask = [0x0fff_ff00_ffff_8001u64; 8];
                 let mask = UserBitmap::new(&mut mask).view(asked, granule).unwrap();
                 let lease = space
-                    .harvest_masked(&request, &mask, UserBitmap::bytes(bitmap))
+                    .harvest(&request.masked(mask), UserBitmap::bytes(bitmap))
                     .unwrap();
                 finish(lease, memory);
             }
             #[cfg(feature = "rayon")]
             Mode::Parallel => finish(
                 space
-                    .harvest_parallel(&request, UserBitmap::bytes(bitmap))
+                    .harvest(&request.parallel(), UserBitmap::bytes(bitmap))
                     .unwrap(),
                 memory,
             ),

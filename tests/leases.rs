@@ -8,7 +8,7 @@ use common::{PAGE, pages, two_sources};
 use dirtymap::{
     Aborted, Access, AddressSpace, Change, DirtySource, Error, FlushGather, Granule, HarvestBounds,
     HarvestRequest, Invalidated, Iova, IovaRange, LeafSink, Lease, Mapping, Owed, Scope, Sink,
-    Stopped, UserBitmap,
+    Stopped, Tracking, UserBitmap,
 };
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, mpsc};
@@ -51,7 +51,7 @@ impl DirtySource for Cached {
         gone.into_iter().for_each(|page| dirty(pages(page, 1)));
     }
 
-    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
         Ok(())
     }
 
@@ -123,11 +123,9 @@ fn a_lease_that_is_forgotten_hides_its_pages_until_a_flush_names_them() {
     let ways: [Way<'_>; 2] = [&by_sync, &by_unmap];
     for way in ways {
         let source = Arc::new(Cached::default());
-        let space = AddressSpace::new(Granule::K4)
-            .with_source(source.clone())
-            .unwrap();
+        let space = AddressSpace::with_source(Granule::K4, source.clone()).unwrap();
         space.map(pages(0, 64), 0, Access::ReadWrite).unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         source.write(3);
         let words = Box::leak(Box::new([0u64]));
         std::mem::forget(harvest(&space, pages(0, 64), words));
@@ -146,11 +144,9 @@ fn a_lease_that_is_forgotten_hides_its_pages_until_a_flush_names_them() {
     }
     // One that was synced has paid.
     let source = Arc::new(Cached::default());
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(source.clone())
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, source.clone()).unwrap();
     space.map(pages(0, 64), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     source.write(3);
     let words = Box::leak(Box::new([0u64]));
     std::mem::forget(harvest(&space, pages(0, 64), words).sync().unwrap());
@@ -190,7 +186,7 @@ fn an_abort_counts_what_was_lost_with_an_area_that_was_mapped_again() {
             let (space, first, _) = two_sources();
             space.map(pages(16, 16), 0, Access::ReadWrite).unwrap();
             space.map(pages(32, 16), 0, Access::ReadWrite).unwrap();
-            space.set_tracking(true).unwrap();
+            space.start_tracking().unwrap();
             [19, 36].iter().for_each(|page| first.dirty(*page));
             let mut words = [0u64];
             let scope = match one_domain {
@@ -221,7 +217,7 @@ fn an_abort_counts_what_was_lost_with_an_area_that_was_mapped_again() {
 fn the_pieces_of_an_area_are_as_old_as_it_was() {
     let (space, first, _) = two_sources();
     space.map(pages(0, 32), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     [3, 10, 20].iter().for_each(|page| first.dirty(*page));
     let mut words = [0u64];
     let lease = harvest(&space, pages(0, 32), &mut words);
@@ -241,7 +237,7 @@ fn an_area_that_comes_during_the_harvest_is_put_back() {
     let (space, first, second) = two_sources();
     let space = Arc::new(space);
     space.map(pages(0, 16), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     first.with(|s| {
         let (space, second) = (space.clone(), second.clone());
         let swap = move || {
@@ -267,10 +263,10 @@ fn parts_in_any_order_are_committed_once() {
     for stride in [1, N - 1, 1597] {
         let (space, _, _) = two_sources();
         space.map(pages(0, N), 0, Access::ReadWrite).unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         space.mark(pages(0, N)).unwrap();
         let mut words = vec![0u64; (N / 64) as usize];
-        let mut lease = harvest(&space, pages(0, N), &mut words).sync().unwrap();
+        let lease = harvest(&space, pages(0, N), &mut words).sync().unwrap();
         for n in 0..N {
             let page = n * stride % N;
             if page % 4 == 1 {

@@ -12,7 +12,8 @@ use dirtymap::sync::model::{Bound, breaks_without, holds_only_with, holds_within
 use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering::Relaxed, Step, lock, thread};
 use dirtymap::{
     Access, AddressSpace, DirtySource, Error, FlushGather, FlushPolicy, FlushQueue, Granule,
-    HarvestRequest, Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, UserBitmap,
+    HarvestRequest, Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking,
+    UserBitmap,
 };
 
 const PAGE: Granule = Granule::K4;
@@ -45,7 +46,7 @@ fn a_mark_that_is_skipped_is_never_lost() {
         || {
             let space = AddressSpace::new(PAGE);
             space.map(page(0), 0, Access::ReadWrite).unwrap();
-            space.set_tracking(true).unwrap();
+            space.start_tracking().unwrap();
             let area = space.area(Iova::MIN).unwrap();
             area.mark(page(0)).unwrap();
             let data = Arc::new(AtomicU64::new(0));
@@ -95,7 +96,7 @@ impl DirtySource for Source {
 
     fn unmap(&self, _: IovaRange, _: &mut FlushGather, _: &mut dyn FnMut(IovaRange)) {}
 
-    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
         Ok(())
     }
 
@@ -131,11 +132,9 @@ fn an_abort_owes_before_it_puts_back() {
             cached: Mutex::new(true),
             data: AtomicU64::new(1),
         });
-        let space = AddressSpace::new(PAGE)
-            .with_source(Source(hardware.clone()))
-            .unwrap();
+        let space = AddressSpace::with_source(PAGE, Source(hardware.clone())).unwrap();
         space.map(page(0), 0, Access::ReadWrite).unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         let space = Arc::new(space);
         let aborter = {
             let space = space.clone();
@@ -169,7 +168,7 @@ impl DirtySource for StopsAtTwo {
 
     fn unmap(&self, _: IovaRange, _: &mut FlushGather, _: &mut dyn FnMut(IovaRange)) {}
 
-    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
         Ok(())
     }
 
@@ -204,22 +203,19 @@ fn a_stop_owes_before_it_puts_back() {
             cached: Mutex::new(true),
             data: AtomicU64::new(1),
         });
-        let space = AddressSpace::new(PAGE)
-            .with_source(Source(hardware.clone()))
-            .unwrap()
-            .with_source(StopsAtTwo)
-            .unwrap();
+        let space = AddressSpace::with_source(PAGE, Source(hardware.clone())).unwrap();
+        space.attach(StopsAtTwo).unwrap();
         let both = IovaRange::new(Iova::MIN, page(1).last()).unwrap();
         space.map(both, 0, Access::ReadWrite).unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         let space = Arc::new(space);
         let stopper = {
             let space = space.clone();
             thread::spawn(move || {
                 let words = [AtomicU64::new(0)];
                 let request = HarvestRequest::new(both, PAGE);
-                let stopped = space.harvest(&request, UserBitmap::shared(&words));
-                assert!(stopped.is_err());
+                let lease = space.harvest(&request, UserBitmap::shared(&words)).unwrap();
+                assert!(lease.stopped().is_some());
             })
         };
         let mut copy = 0;
@@ -440,7 +436,7 @@ fn two_harvesters_share_a_word() {
         let space = AddressSpace::new(PAGE);
         let both = IovaRange::new(page(0).start(), page(1).last()).unwrap();
         space.map(both, 0, Access::ReadWrite).unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         space.mark(both).unwrap();
         let space = Arc::new(space);
         let harvest = move |space: &AddressSpace| {
@@ -468,7 +464,7 @@ fn a_mark_and_an_unmap_do_not_miss_each_other() {
     holds_only_with(&[Step::GoneFence], || {
         let space = AddressSpace::new(PAGE);
         space.map(page(0), 0, Access::ReadWrite).unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         let handle = space.area(Iova::MIN).unwrap();
         let marker = thread::spawn(move || handle.mark(page(0)).is_ok());
         let discarded = space.unmap_discarding(page(0)).unwrap().discarded_bytes;
@@ -483,7 +479,7 @@ fn a_write_in_flight_is_never_invisible() {
     holds_only_with(&[Step::MarkBeforeFree], || {
         let space = AddressSpace::new(PAGE);
         space.map(page(0), 0, Access::ReadWrite).unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         let space = Arc::new(space);
         let data = Arc::new(AtomicU64::new(0));
         let begun = Arc::new(AtomicU64::new(0));
@@ -516,11 +512,9 @@ fn a_flush_that_hangs() -> bool {
         cached: Mutex::new(true),
         data: AtomicU64::new(1),
     });
-    let space = AddressSpace::new(PAGE)
-        .with_source(Source(hardware.clone()))
-        .unwrap();
+    let space = AddressSpace::with_source(PAGE, Source(hardware.clone())).unwrap();
     space.map(page(0), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     hardware.dirty.store(1, Relaxed);
     let space = Arc::new(space);
     let hangs = lock(&hardware.cached);

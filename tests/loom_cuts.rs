@@ -7,7 +7,7 @@ use dirtymap::sync::model::{Bound, holds_within};
 use dirtymap::sync::{Arc, AtomicU64, Ordering::Relaxed, Step, thread};
 use dirtymap::{
     Access, AddressSpace, Change, DirtySource, Error, FlushGather, Granule, HarvestRequest,
-    Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, UserBitmap,
+    Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking, UserBitmap,
 };
 
 const PAGE: Granule = Granule::K4;
@@ -89,7 +89,7 @@ impl DirtySource for Source {
         Ok(())
     }
 
-    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
         Ok(())
     }
 
@@ -120,7 +120,7 @@ fn a_mark_by_a_handle_follows_a_cut() {
     let steps = [Step::GiveWay, Step::SayGone, Step::GoneFence];
     holds_within(BOUND, &steps, || {
         let space = space();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         let handle = space.area(Iova::MIN).unwrap();
         let marker = thread::spawn(move || handle.mark(both()));
         let cut = space.cut(page(1).start()).unwrap();
@@ -142,7 +142,7 @@ fn a_mark_by_a_handle_follows_a_batch() {
     let steps = [Step::GiveWay, Step::SayGone, Step::GoneFence];
     holds_within(BOUND, &steps, || {
         let space = space();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         let handle = space.area(Iova::MIN).unwrap();
         let marker = thread::spawn(move || handle.mark(both()));
         let (at, range) = (page(1).start(), page(1));

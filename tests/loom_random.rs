@@ -10,8 +10,8 @@ use dirtymap::sync::{
     Arc, AtomicU64, Mutex, Ordering::Relaxed, Ordering::SeqCst, Step, lock, thread,
 };
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestError, HarvestRequest,
-    Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, UserBitmap,
+    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Holes,
+    Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking, UserBitmap,
 };
 
 const PAGE: Granule = Granule::K4;
@@ -148,7 +148,7 @@ impl DirtySource for Hardware {
         }
     }
 
-    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
         Ok(())
     }
 
@@ -199,13 +199,11 @@ struct System {
 impl System {
     fn new() -> Self {
         let leaves = Arc::new([Leaf::new(), Leaf::new()]);
-        let space = AddressSpace::new(PAGE)
-            .with_source(Hardware(leaves.clone()))
-            .unwrap();
+        let space = AddressSpace::with_source(PAGE, Hardware(leaves.clone())).unwrap();
         for nth in 0..PAGES {
             space.map(page(nth), 0, Access::ReadWrite).unwrap();
         }
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         System { space, leaves }
     }
 
@@ -232,11 +230,11 @@ impl System {
     fn harvest(&self, commit: bool, copies: &mut Copies) {
         let words = [AtomicU64::new(0)];
         let request = HarvestRequest::new(both(), PAGE);
-        let lease = match self.space.harvest(&request, UserBitmap::shared(&words)) {
-            Ok(lease) => lease,
-            Err(HarvestError::Stopped(stopped)) => stopped.lease,
-            Err(HarvestError::Refused(_)) => return,
+        let request = request.holes(Holes::Stop);
+        let Ok(lease) = self.space.harvest(&request, UserBitmap::shared(&words)) else {
+            return;
         };
+        let lease = lease.partial();
         if commit {
             let lease = lease.sync().unwrap();
             self.copy(0, words[0].load(Relaxed), copies);

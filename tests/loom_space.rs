@@ -9,7 +9,7 @@ use dirtymap::sync::model::{Bound, holds_within};
 use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering, Ordering::Relaxed, Step, lock, thread};
 use dirtymap::{
     Access, AddressSpace, DirtySource, DomainId, Error, FlushGather, Granule, HarvestRequest,
-    Invalidated, Iova, IovaRange, LeafSink, Mapping, Scope, Sink, Stopped, UserBitmap,
+    Invalidated, Iova, IovaRange, LeafSink, Mapping, Scope, Sink, Stopped, Tracking, UserBitmap,
 };
 
 const PAGE: Granule = Granule::K4;
@@ -92,7 +92,7 @@ impl DirtySource for Source {
         Ok(())
     }
 
-    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
         Ok(())
     }
 
@@ -124,7 +124,7 @@ fn tracked() -> (Arc<AddressSpace>, DomainId, Arc<OnePage>) {
     let space = AddressSpace::new(PAGE);
     let domain = space.attach(Source(hardware.clone())).unwrap();
     space.map(page(0), 0, RW).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     (Arc::new(space), domain, hardware)
 }
 
@@ -331,7 +331,7 @@ fn an_unmap_finds_a_write_in_flight() {
     holds_within(BOUND, &[Step::LookInFlight, Step::MarkBeforeFree], || {
         let space = Arc::new(AddressSpace::new(PAGE));
         space.map(page(0), 0, RW).unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         let begun = Arc::new(AtomicU64::new(0));
         let writer = {
             let (space, begun) = (space.clone(), begun.clone());
@@ -384,8 +384,8 @@ impl DirtySource for LaxSource {
         }
     }
 
-    fn set_tracking(&self, on: bool) -> Result<(), Error> {
-        self.0.baseline.store(u64::from(on), Relaxed);
+    fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
+        self.0.baseline.store(u64::from(to.is_on()), Relaxed);
         Ok(())
     }
 
@@ -422,7 +422,7 @@ fn what_a_detach_moves_is_never_invisible() {
         let space = AddressSpace::new(PAGE);
         let domain = space.attach(LaxSource(source.clone())).unwrap();
         space.map(page(0), 0, RW).unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         source.dirty.store(1, Relaxed);
         let space = Arc::new(space);
         let detach = {
@@ -444,7 +444,7 @@ fn a_harvest_that_sees_tracking_sees_its_baseline() {
         space.map(page(0), 0, RW).unwrap();
         let enable = {
             let space = space.clone();
-            thread::spawn(move || space.set_domain_tracking(domain, true).is_ok())
+            thread::spawn(move || space.start_domain_tracking(domain).is_ok())
         };
         let _ = harvest(&space, Scope::Domain(domain), &source.dirty);
         enable.join().unwrap() && source.early.load(Relaxed) == 0

@@ -5,10 +5,7 @@
 mod common;
 
 use common::{Fake, PAGE, pages};
-use dirtymap::{
-    Access, AddressSpace, BoundedHarvest, Error, Granule, HarvestBounds, HarvestError,
-    HarvestRequest, Iova, IovaRange, UserBitmap,
-};
+use dirtymap::{Access, AddressSpace, Error, Granule, HarvestRequest, Iova, IovaRange, UserBitmap};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -16,19 +13,17 @@ use std::time::Instant;
 fn space(leaf: u64) -> (AddressSpace, Arc<Fake>) {
     let fake = Arc::new(Fake::default());
     fake.with(|s| s.leaf_pages = leaf);
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(fake.clone())
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, fake.clone()).unwrap();
     for first in (0..64).step_by(16) {
         space
             .map(pages(first, 16), first * PAGE, Access::ReadWrite)
             .unwrap();
     }
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     (space, fake)
 }
 
-fn request(range: IovaRange) -> HarvestRequest {
+fn request(range: IovaRange) -> HarvestRequest<'static> {
     HarvestRequest::new(range, Granule::K4)
 }
 
@@ -129,7 +124,7 @@ fn a_mask_clears_what_it_holds_and_nothing_else() {
     let mut words = [0u64];
     let all = request(pages(0, 32));
     let lease = space
-        .harvest_masked(&all, &mask, UserBitmap::new(&mut words))
+        .harvest(&all.masked(mask), UserBitmap::new(&mut words))
         .unwrap();
     assert_eq!(lease.report().bits_set, 5);
     lease.sync().unwrap().commit();
@@ -144,7 +139,7 @@ fn a_mask_clears_what_it_holds_and_nothing_else() {
         .unwrap();
     let mut words = [0u64];
     let lease = space
-        .harvest_masked(&all, &mask, UserBitmap::new(&mut words))
+        .harvest(&all.masked(mask), UserBitmap::new(&mut words))
         .unwrap();
     lease.sync().unwrap().commit();
     assert_eq!(words, [0x5555]);
@@ -156,26 +151,26 @@ fn instalments_see_the_whole_request_and_stop_at_their_bounds() {
     for (leaf, limit) in [(1, 1), (1, 70), (16, 1), (4, 1000)] {
         let fake = Arc::new(Fake::default());
         fake.with(|s| s.leaf_pages = leaf);
-        let space = AddressSpace::new(Granule::K4)
-            .with_source(fake.clone())
-            .unwrap();
+        let space = AddressSpace::with_source(Granule::K4, fake.clone()).unwrap();
         space.map(pages(0, 320), 0, Access::ReadWrite).unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         (0..320).step_by(3).for_each(|page| fake.dirty(page));
         let all = request(pages(0, 320));
         let mut next = Some(Iova::MIN);
         let mut words = [0u64; 5];
         let mut calls = 0;
         while let Some(from) = next {
-            let bounds = HarvestBounds::new().bits(limit);
             let part = space
-                .harvest_bounded(&all, from, bounds, UserBitmap::new(&mut words))
+                .harvest(
+                    &all.resume_at(from).max_bits(limit),
+                    UserBitmap::new(&mut words),
+                )
                 .unwrap();
-            assert!(part.lease.report().bits_set <= limit + 63);
-            assert!(part.next.is_none_or(|next| next > from));
-            next = part.next;
+            assert!(part.report().bits_set <= limit + 63);
+            assert!(part.next().is_none_or(|next| next > from));
+            next = part.next();
             calls += 1;
-            let lease = part.lease.sync().unwrap();
+            let lease = part.sync().unwrap();
             assert!(lease.runs().all(|run| run.start() >= from), "its own part");
             if calls == 2 {
                 lease.abort(); // by this only its own part is dirty again
@@ -196,28 +191,24 @@ fn a_deadline_that_has_passed_still_makes_progress() {
     let (space, fake) = space(1);
     fake.dirty(0);
     let mut words = [0u64];
-    let BoundedHarvest { lease, next } = space
-        .harvest_bounded(
-            &request(pages(0, 64)),
-            Iova::MIN,
-            HarvestBounds::new().until(Instant::now()),
+    let lease = space
+        .harvest(
+            &request(pages(0, 64))
+                .resume_at(Iova::MIN)
+                .until(Instant::now()),
             UserBitmap::new(&mut words),
         )
         .unwrap();
-    assert!(next.is_none());
+    assert!(lease.next().is_none());
     lease.sync().unwrap().commit();
     assert_eq!(words, [1]);
     for from in [64 * PAGE, 5] {
         let mut words = [0u64];
-        let refused = space.harvest_bounded(
-            &request(pages(0, 64)),
-            Iova::new(from),
-            HarvestBounds::new(),
+        let refused = space.harvest(
+            &request(pages(0, 64)).resume_at(Iova::new(from)),
             UserBitmap::new(&mut words),
         );
-        assert!(
-            matches!(refused, Err(HarvestError::Refused(Error::BadCursor { at, .. })) if at.get() == from)
-        );
+        assert!(matches!(refused, Err(Error::BadCursor { at, .. }) if at.get() == from));
     }
 }
 
@@ -226,7 +217,7 @@ fn what_was_committed_by_range_is_not_put_back() {
     let (space, fake) = space(1);
     (0..64).step_by(2).for_each(|page| fake.dirty(page));
     let mut words = [0u64];
-    let mut lease = space
+    let lease = space
         .harvest(&request(pages(0, 64)), UserBitmap::new(&mut words))
         .unwrap()
         .sync()
@@ -261,14 +252,12 @@ fn the_number_of_threads_changes_nothing() {
     for threads in [0, 1, 2, 5] {
         let fake = Arc::new(Fake::default());
         fake.with(|s| s.leaf_pages = 1 << 19);
-        let space = AddressSpace::new(Granule::K4)
-            .with_source(fake.clone())
-            .unwrap();
+        let space = AddressSpace::with_source(Granule::K4, fake.clone()).unwrap();
         space.map(pages(0, n / 2), 0, Access::ReadWrite).unwrap();
         space
             .map(pages(n / 2, n / 2), 0, Access::ReadWrite)
             .unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         fake.dirty(n / 2 + 9);
         (0..n / 2)
             .step_by(997)
@@ -283,7 +272,8 @@ fn the_number_of_threads_changes_nothing() {
                 .num_threads(threads)
                 .build()
                 .unwrap();
-            let lease = pool.install(|| space.harvest_parallel(&all, UserBitmap::new(&mut words)));
+            let lease =
+                pool.install(|| space.harvest(&all.parallel(), UserBitmap::new(&mut words)));
             lease.unwrap().sync().unwrap().commit()
         };
         let mut left = vec![0u64; (n / 64) as usize];
@@ -303,11 +293,9 @@ fn a_thread_that_panics_or_stops_puts_back_and_owes_what_all_took() {
     let n = 1u64 << 20;
     for panics in [true, false] {
         let fake = Arc::new(Fake::default());
-        let space = AddressSpace::new(Granule::K4)
-            .with_source(fake.clone())
-            .unwrap();
+        let space = AddressSpace::with_source(Granule::K4, fake.clone()).unwrap();
         space.map(pages(0, n), 0, Access::ReadWrite).unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         let dirty = [3, n / 2 - 1, n / 2 + 7, n - 1];
         dirty.iter().for_each(|page| fake.dirty(*page));
         space.mark(pages(n / 4, 1)).unwrap();
@@ -318,12 +306,12 @@ fn a_thread_that_panics_or_stops_puts_back_and_owes_what_all_took() {
         let mut words = vec![0u64; (n / 64) as usize];
         let all = request(pages(0, n));
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            match space.harvest_parallel(&all, UserBitmap::new(&mut words)) {
-                Err(HarvestError::Stopped(stopped)) => {
-                    assert_eq!(stopped.at, Iova::new((n / 2 + 7) * PAGE));
-                } // dropped here
-                other => panic!("{other:?}"),
-            }
+            let lease = space
+                .harvest(&all.parallel(), UserBitmap::new(&mut words))
+                .unwrap();
+            let at = lease.stopped().unwrap().at;
+            assert_eq!(at, Iova::new((n / 2 + 7) * PAGE));
+            // Dropped here.
         }));
         assert_eq!(outcome.is_err(), panics);
         fake.with(|s| (s.panic_at, s.stop_at) = (None, None));

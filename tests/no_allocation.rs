@@ -11,8 +11,8 @@ use std::cell::Cell;
 
 use common::pages;
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestBounds, HarvestRequest,
-    Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, UserBitmap,
+    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Invalidated,
+    Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking, UserBitmap,
 };
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
@@ -59,7 +59,7 @@ impl DirtySource for OneLeaf {
 
     fn unmap(&self, _: IovaRange, _: &mut FlushGather, _: &mut dyn FnMut(IovaRange)) {}
 
-    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
         Ok(())
     }
 
@@ -87,11 +87,9 @@ impl DirtySource for OneLeaf {
 #[test]
 fn marks_and_harvests_allocate_nothing() {
     let source = std::sync::Arc::new(OneLeaf::default());
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(source.clone())
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, source.clone()).unwrap();
     space.map(pages(0, 1 << 18), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let mut words = vec![0u64; 1 << 12];
     let area = space.area(Iova::MIN).unwrap();
     let mut round = || {
@@ -114,16 +112,13 @@ fn marks_and_harvests_allocate_nothing() {
                     .unwrap(),
             );
             space.peek(&request, UserBitmap::new(&mut words)).unwrap();
-            let bounds = HarvestBounds::new().bits(100);
             let part = space
-                .harvest_bounded(
-                    &request,
-                    pages(first, n).start(),
-                    bounds,
+                .harvest(
+                    &request.resume_at(pages(first, n).start()).max_bits(100),
                     UserBitmap::new(&mut words),
                 )
                 .unwrap();
-            let _ = part.lease.abort();
+            let _ = part.abort();
         }
     };
     // The first round allocates the chunks of marks, and what the epoch keeps for each thread.
@@ -138,12 +133,12 @@ fn parts_that_are_committed_in_order_allocate_once() {
     const N: u64 = 1 << 14;
     let space = AddressSpace::new(Granule::K4);
     space.map(pages(0, N), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     space.mark(pages(0, N)).unwrap();
     let mut words = vec![0u64; (N / 64) as usize];
     let request = HarvestRequest::new(pages(0, N), Granule::K4);
     let bitmap = UserBitmap::new(&mut words);
-    let mut lease = space.harvest(&request, bitmap).unwrap().sync().unwrap();
+    let lease = space.harvest(&request, bitmap).unwrap().sync().unwrap();
     let all = allocations(|| {
         for n in 0..N {
             assert_eq!(lease.commit_range(pages(n, 1)), 1);
@@ -166,7 +161,7 @@ fn an_abort_allocates_no_more_than_it_says() {
             space.attach(OneLeaf::default()).unwrap();
         }
         space.map(pages(0, n), 0, Access::ReadWrite).unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         let mut words = vec![0u64; (n / 64) as usize];
         let mut abort = || {
             space.mark(pages(0, n)).unwrap();
@@ -206,9 +201,9 @@ fn harvests_of_process_memory_allocate_nothing() {
         .next_multiple_of(page.bytes() as usize);
     let range = IovaRange::from_len(Iova::new(first as u64), 2998 << page.lg2()).unwrap();
     memory.add(range, first as u64).unwrap();
-    let space = AddressSpace::new(page).with_source(memory.clone()).unwrap();
+    let space = AddressSpace::with_source(page, memory.clone()).unwrap();
     space.map(range, 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let mut words = vec![0u64; 2998usize.div_ceil(64)];
     let from = first - block.as_ptr().addr();
     let mut round = || {
@@ -247,9 +242,9 @@ fn harvests_of_kvm_allocate_nothing() {
         let range = IovaRange::from_len(Iova::MIN, 100 << page.lg2()).unwrap();
         // SAFETY: the block lives until the slot is removed, and no guest runs.
         unsafe { log.add_slot(0, range, host.next_multiple_of(page.bytes())) }.unwrap();
-        let space = AddressSpace::new(page).with_source(log.clone()).unwrap();
+        let space = AddressSpace::with_source(page, log.clone()).unwrap();
         space.map(range, 0, Access::ReadWrite).unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         let mut words = [0u64; 2];
         let mut round = || {
             let request = HarvestRequest::new(range, page);
@@ -292,11 +287,9 @@ fn harvests_of_a_vhost_log_allocate_nothing() {
 
     let all = pages(0, 1 << 18);
     let log = std::sync::Arc::new(VhostLog::new(all.last()).unwrap());
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(log.clone())
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, log.clone()).unwrap();
     space.map(all, 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let memory = log.memory();
     let mut words = vec![0u64; 1 << 12];
     let mut round = || {

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqC
 
 use common_skip::skip;
 use dirtymap::pagemap::{GivenBack, PagemapError, ProcessMemory};
-use dirtymap::{Access, AddressSpace, HarvestError, HarvestRequest, Iova, IovaRange, UserBitmap};
+use dirtymap::{Access, AddressSpace, HarvestRequest, Iova, IovaRange, UserBitmap};
 
 /// What the kernel has, or why not.
 fn tracker() -> Option<Arc<ProcessMemory>> {
@@ -152,9 +152,7 @@ impl Tracked {
 
     fn with(memory: Arc<ProcessMemory>, map: &Map, given_back: GivenBack) -> Self {
         let page = memory.page();
-        let space = AddressSpace::new(page)
-            .with_source(Arc::clone(&memory))
-            .unwrap();
+        let space = AddressSpace::with_source(page, Arc::clone(&memory)).unwrap();
         let tracked = Tracked {
             space,
             memory,
@@ -165,7 +163,7 @@ impl Tracked {
         let added = tracked.memory.add_with(all, map.host(), given_back);
         added.unwrap();
         tracked.space.map(all, 0, Access::ReadWrite).unwrap();
-        tracked.space.set_tracking(true).unwrap();
+        tracked.space.start_tracking().unwrap();
         tracked
     }
 
@@ -177,7 +175,7 @@ impl Tracked {
         vec![0; self.pages.div_ceil(64) as usize]
     }
 
-    fn request(&self, first: u64, n: u64) -> HarvestRequest {
+    fn request(&self, first: u64, n: u64) -> HarvestRequest<'static> {
         HarvestRequest::new(self.range(first, n), self.memory.page())
     }
 
@@ -348,14 +346,13 @@ fn memory_that_is_unmapped_stops_the_harvest_and_loses_nothing_else() {
     let mut words = tracked.words();
     let request = tracked.request(0, 3000);
     let refused = tracked.space.harvest(&request, UserBitmap::new(&mut words));
-    let Err(HarvestError::Stopped(stopped)) = refused else {
-        panic!("a hole");
-    };
+    let lease = refused.unwrap();
+    let stopped = lease.stopped().unwrap_or_else(|| panic!("a hole"));
     assert_eq!(stopped.at, tracked.range(1000, 1).start());
     let text = stopped.error.to_string();
     let hole = map.host() + 1000 * map.page;
     assert!(text.contains(&format!("{hole:#x} was unmapped")), "{text}");
-    let lease = stopped.lease.sync().unwrap();
+    let lease = lease.partial().sync().unwrap();
     assert_eq!(tracked.numbers(lease.runs()), [10, 900]);
     lease.commit();
     assert_eq!(tracked.harvest(1200, 1800), [2000]);
@@ -387,11 +384,12 @@ fn another_mapping_in_the_place_of_the_memory_does_not_pass_for_clean() {
     let mut words = tracked.words();
     let request = tracked.request(0, 3000);
     let refused = tracked.space.harvest(&request, UserBitmap::new(&mut words));
-    let Err(HarvestError::Stopped(stopped)) = refused else {
-        panic!("page 1100 was written and is not tracked");
-    };
+    let lease = refused.unwrap();
+    let stopped = lease
+        .stopped()
+        .unwrap_or_else(|| panic!("page 1100 was written and is not tracked"));
     assert!(stopped.error.to_string().contains("PAGEMAP_SCAN failed"));
-    drop(stopped);
+    drop(lease);
     // Added anew; what was dirty before is still told.
     tracked.memory.remove(tracked.range(0, 3000)).unwrap();
     tracked
@@ -446,11 +444,11 @@ fn what_is_dirty_when_tracking_ends_stays_and_what_was_before_it_begins_does_not
     let map = Map::new(100, memory.page().bytes());
     let tracked = Tracked::new(memory, &map);
     map.write(1);
-    tracked.space.set_tracking(false).unwrap();
+    tracked.space.stop_tracking().unwrap();
     map.write(2);
     assert_eq!(tracked.harvest_all(), [1]);
     map.write(3);
-    tracked.space.set_tracking(true).unwrap();
+    tracked.space.start_tracking().unwrap();
     map.write(4);
     assert_eq!(tracked.harvest_all(), [4]);
 }
@@ -808,21 +806,20 @@ fn a_child_of_fork_takes_nothing_from_its_parent() {
             let request = tracked.request(0, 100);
             let harvested = tracked.space.harvest(&request, UserBitmap::new(&mut words));
             match harvested {
-                Err(HarvestError::Stopped(stopped)) => says(&stopped.error),
                 Err(_) => 3,
+                Ok(lease) if lease.stopped().is_some() => {
+                    says(&lease.sync().map(drop).unwrap_err())
+                }
                 Ok(lease) => {
                     lease.sync().unwrap().commit();
                     2
                 }
             }
         }),
-        (
-            "set_tracking",
-            &|| match tracked.space.set_tracking(false) {
-                Err(error) => says(&error),
-                Ok(()) => 2,
-            },
-        ),
+        ("set_tracking", &|| match tracked.space.stop_tracking() {
+            Err(error) => says(&error),
+            Ok(()) => 2,
+        }),
         (
             "add",
             &|| match tracked.memory.add(tracked.range(200, 1), 1 << 40) {
@@ -872,18 +869,20 @@ fn a_stale_tracker_takes_nothing_from_the_next_one() {
     map.write(7);
     let mut words = stale.words();
     let request = stale.request(0, 100);
-    let Err(HarvestError::Stopped(stopped)) =
-        stale.space.harvest(&request, UserBitmap::new(&mut words))
-    else {
-        panic!("it has other memory's pages");
-    };
+    let lease = stale
+        .space
+        .harvest(&request, UserBitmap::new(&mut words))
+        .unwrap();
+    let stopped = lease
+        .stopped()
+        .unwrap_or_else(|| panic!("it has other memory's pages"));
     let text = format!("the memory from {:#x} on was mapped anew", map.host());
     assert!(
         stopped.error.to_string().contains(&text),
         "{}",
         stopped.error
     );
-    drop(stopped);
+    drop(lease);
     let mut words = stale.words();
     let bitmap = UserBitmap::new(&mut words);
     let error = stale.space.peek(&request, bitmap).unwrap_err();

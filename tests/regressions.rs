@@ -6,8 +6,8 @@ mod common;
 
 use common::{Fake, PAGE, pages, two_sources};
 use dirtymap::{
-    Access, AddressSpace, Change, Error, Granule, HarvestBounds, HarvestError, HarvestRequest,
-    Iova, IovaRange, Scope, SparseBitmap, UserBitmap,
+    Access, AddressSpace, Change, Error, Granule, HarvestRequest, Iova, IovaRange, Scope,
+    SparseBitmap, UserBitmap,
 };
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use std::sync::Arc;
 fn tracked() -> (AddressSpace, Arc<Fake>, Arc<Fake>) {
     let (space, first, second) = two_sources();
     space.map(pages(0, 16), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     (space, first, second)
 }
 
@@ -36,10 +36,10 @@ fn take(space: &AddressSpace, range: IovaRange) -> u64 {
 fn a_switch_off_that_fails_half_way_is_undone_by_the_next_switch_on() {
     let (space, first, second) = tracked();
     second.with(|s| s.refuse_tracking = true);
-    assert!(space.set_tracking(false).is_err());
+    assert!(space.stop_tracking().is_err());
     second.with(|s| s.refuse_tracking = false);
     second.dirty(3);
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     assert!(first.with(|s| s.tracking) && second.with(|s| s.tracking));
     assert_eq!(
         take(&space, pages(0, 16)),
@@ -53,9 +53,9 @@ fn a_switch_off_that_fails_half_way_is_undone_by_the_next_switch_on() {
 fn a_switch_on_that_fails_keeps_the_marks() {
     let (space, first, _) = tracked();
     space.mark(pages(1, 1)).unwrap();
-    space.set_tracking(false).unwrap();
+    space.stop_tracking().unwrap();
     first.with(|s| s.refuse_tracking = true);
-    assert!(space.set_tracking(true).is_err());
+    assert!(space.start_tracking().is_err());
     assert_eq!(take(&space, pages(0, 16)), 1 << 1);
 }
 
@@ -70,13 +70,11 @@ fn below_a_stop_the_lease_has_everything() {
     space.mark(pages(2, 1)).unwrap();
     let mut words = [0u64];
     let request = HarvestRequest::new(pages(0, 16), Granule::K4);
-    match space.harvest(&request, UserBitmap::new(&mut words)) {
-        Err(HarvestError::Stopped(stopped)) => {
-            assert_eq!(stopped.at, Iova::new(5 * PAGE));
-            stopped.lease.sync().unwrap().commit();
-        }
-        other => panic!("{other:?}"),
-    }
+    let lease = space
+        .harvest(&request, UserBitmap::new(&mut words))
+        .unwrap();
+    assert_eq!(lease.stopped().unwrap().at, Iova::new(5 * PAGE));
+    lease.partial().sync().unwrap().commit();
     assert_eq!(words[0], 1 << 2 | 1 << 4);
     first.with(|s| s.stop_at = None);
     assert_eq!(
@@ -124,7 +122,7 @@ fn an_unmap_that_panics_can_be_repeated() {
 fn a_source_that_comes_late_is_mapped_and_tracks() {
     let (space, _, _) = tracked();
     let late = Arc::new(Fake::default());
-    let space = space.with_source(late.clone()).unwrap();
+    space.attach(late.clone()).unwrap();
     assert!(late.with(|s| s.tracking && s.mapped == [pages(0, 16)]));
     late.dirty(2);
     assert_eq!(take(&space, pages(0, 16)), 1 << 2);
@@ -163,7 +161,7 @@ fn pages_of_one_byte_reach_the_top() {
     let byte = Granule::from_bytes(1).unwrap();
     let space = AddressSpace::new(byte);
     space.map(IovaRange::ALL, 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let top = IovaRange::from_len(Iova::MAX, 1).unwrap();
     space.mark(top).unwrap();
     let mut words = [0u64];
@@ -202,7 +200,7 @@ fn an_attach_does_not_fill_what_a_batch_has_cut_out() {
     assert_eq!(filled, [pages(0, 4), pages(8, 3), pages(14, 3)]);
     // Whoever has the addresses now is filled, and emptied, as ever.
     space.map(pages(11, 3), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     late.dirty(12);
     space.detach(id).unwrap();
     assert!(late.with(|s| s.mapped.is_empty()));
@@ -221,7 +219,7 @@ fn what_is_put_back_while_an_area_is_filled_stays_dirty() {
             let (space, first, second) = two_sources();
             let space: &'static AddressSpace = Box::leak(Box::new(space));
             space.map(pages(0, 16), 0, Access::ReadWrite).unwrap();
-            space.set_tracking(true).unwrap();
+            space.start_tracking().unwrap();
             let last = Scope::Domain(space.domains()[1]);
             let scope = if both { Scope::All } else { last };
             let request = HarvestRequest::new(pages(0, 16), Granule::K4).in_scope(scope);
@@ -279,7 +277,7 @@ fn a_mark_covers_every_page_that_it_touches() {
 fn what_is_dirty_in_a_map_that_fails_is_counted_as_discarded() {
     let (space, first, second) = two_sources();
     let space = Arc::new(space);
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let (marked, device) = (Arc::clone(&space), Arc::clone(&first));
     second.with(|s| {
         s.refuse_map = true;
@@ -301,7 +299,7 @@ fn what_is_dirty_in_a_map_that_fails_is_counted_as_discarded() {
 #[test]
 fn what_is_dirty_in_a_batch_that_fails_is_counted_as_discarded() {
     let (space, first, second) = two_sources();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let device = Arc::clone(&first);
     second.with(|s| {
         s.refuse_map = true;
@@ -328,19 +326,18 @@ fn an_area_is_counted_once_however_many_pieces_it_is_walked_in() {
     let halves = (pages(0, 1 << 15), pages(1 << 15, 2 << 15));
     space.map(halves.0, 0, Access::ReadWrite).unwrap();
     space.map(halves.1, 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let sparse = SparseBitmap::new(3 << 15);
     let bitmap = || UserBitmap::sparse(&sparse);
     let request = HarvestRequest::new(range, Granule::K4);
-    let bounds = HarvestBounds::new();
-    let bounded = space.harvest_bounded(&request, Iova::MIN, bounds, bitmap());
-    assert_eq!(bounded.unwrap().lease.report().areas, 2);
+    let bounded = space.harvest(&request.resume_at(Iova::MIN), bitmap());
+    assert_eq!(bounded.unwrap().report().areas, 2);
     let mut words = [0b1011u64, 0, 1];
     let start = pages((1 << 15) - 2, 192);
     let mask = UserBitmap::new(&mut words)
         .view(start, Granule::K4)
         .unwrap();
-    let masked = space.harvest_masked(&request, &mask, bitmap()).unwrap();
+    let masked = space.harvest(&request.masked(mask), bitmap()).unwrap();
     assert_eq!(masked.report().areas, 2);
 }
 
@@ -351,7 +348,7 @@ fn an_area_is_counted_once_however_many_pieces_it_is_walked_in() {
 fn a_parallel_harvest_of_the_whole_address_space() {
     let space = AddressSpace::new(Granule::K4);
     space.map(IovaRange::ALL, 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     for at in [Iova::MIN, Iova::MAX] {
         space
             .mark(IovaRange::granule_at(at, Granule::BYTE))
@@ -360,7 +357,7 @@ fn a_parallel_harvest_of_the_whole_address_space() {
     let sparse = SparseBitmap::new(1 << 52);
     let request = HarvestRequest::new(IovaRange::ALL, Granule::K4);
     let lease = space
-        .harvest_parallel(&request, UserBitmap::sparse(&sparse))
+        .harvest(&request.parallel(), UserBitmap::sparse(&sparse))
         .unwrap();
     assert_eq!((lease.report().areas, lease.report().bits_set), (1, 2));
     lease.sync().unwrap().commit();

@@ -17,7 +17,7 @@ fn addresses_are_numbers_and_reports_have_names() {
     assert_eq!(to_value(Granule::M2).unwrap(), json!(2 << 20));
     let space = AddressSpace::new(Granule::K4);
     space.map(range, 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     space.mark(range).unwrap();
     let mut words = [0u64];
     let request = HarvestRequest::new(range, Granule::K4);

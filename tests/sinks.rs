@@ -6,8 +6,8 @@ mod common;
 
 use common::{PAGE, pages};
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Invalidated,
-    Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, UserBitmap,
+    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Holes,
+    Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking, UserBitmap,
 };
 
 /// 64 pages from an address on are dirty, whatever is asked for.
@@ -20,7 +20,7 @@ impl DirtySource for Word {
 
     fn unmap(&self, _: IovaRange, _: &mut FlushGather, _: &mut dyn FnMut(IovaRange)) {}
 
-    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
         Ok(())
     }
 
@@ -45,11 +45,9 @@ impl DirtySource for Word {
 #[test]
 fn a_mask_of_64_pages_sets_the_bits_of_an_area_of_four() {
     for (word, area) in [(64, 64), (64, 100), (64, 124), (60, 64), (3, 64)] {
-        let space = AddressSpace::new(Granule::K4)
-            .with_source(Word(word))
-            .unwrap();
+        let space = AddressSpace::with_source(Granule::K4, Word(word)).unwrap();
         space.map(pages(area, 4), 0, Access::ReadWrite).unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         // The bits above the request belong to somebody else.
         let request = HarvestRequest::new(pages(area, 4), Granule::K4);
         let expected = (0..4).fold(0u64, |bits, n| {
@@ -71,14 +69,19 @@ fn a_mask_of_64_pages_sets_the_bits_of_an_area_of_four() {
 /// The same of an area that ends inside the request: its neighbour's bits are its neighbour's.
 #[test]
 fn a_mask_that_reaches_into_the_next_area_leaves_its_bits_alone() {
-    let space = AddressSpace::new(Granule::K4).with_source(Word(0)).unwrap();
+    let space = AddressSpace::with_source(Granule::K4, Word(0)).unwrap();
     space.map(pages(0, 4), 0, Access::ReadWrite).unwrap();
     space.map(pages(8, 120), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let mut words = [0u64; 2];
-    let request = HarvestRequest::new(pages(0, 128), Granule::K4);
+    let all = HarvestRequest::new(pages(0, 128), Granule::K4);
     // The walk stops at the hole: of what lies above it, nobody has told.
+    let request = all.holes(Holes::Stop);
     let peeked = space.peek(&request, UserBitmap::new(&mut words));
     assert!(matches!(peeked, Err(Error::Hole { .. })));
     assert_eq!(words, [0b1111, 0]);
+    // A walk that goes on sets the bits of both areas, and none of the hole.
+    let mut words = [0u64; 2];
+    space.peek(&all, UserBitmap::new(&mut words)).unwrap();
+    assert_eq!(words, [!0b1111_0000, 0]);
 }

@@ -6,8 +6,8 @@ mod common;
 
 use common::{Fake, PAGE, pages, two_sources};
 use dirtymap::{
-    Access, AddressSpace, Error, Granule, HarvestBounds, HarvestError, HarvestRequest, Iova,
-    IovaRange, StoppedHarvest, UserBitmap,
+    Access, AddressSpace, Error, Granule, HarvestRequest, Holes, Iova, IovaRange, Lease, Owed,
+    UserBitmap,
 };
 use std::sync::Arc;
 
@@ -15,11 +15,11 @@ use std::sync::Arc;
 fn tracked() -> (AddressSpace, Arc<Fake>, Arc<Fake>) {
     let (space, first, second) = two_sources();
     space.map(pages(0, 64), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     (space, first, second)
 }
 
-fn request(range: IovaRange) -> HarvestRequest {
+fn request(range: IovaRange) -> HarvestRequest<'static> {
     HarvestRequest::new(range, Granule::K4)
 }
 
@@ -40,10 +40,22 @@ fn numbers(runs: impl Iterator<Item = IovaRange>) -> Vec<u64> {
         .collect()
 }
 
-fn stopped<'a, T: std::fmt::Debug>(answer: Result<T, HarvestError<'a>>) -> StoppedHarvest<'a> {
-    match answer {
-        Err(HarvestError::Stopped(stopped)) => *stopped,
-        other => panic!("{other:?}"),
+/// Where a harvest stopped, why, and its lease.
+struct Stop<'a> {
+    at: Iova,
+    error: String,
+    lease: Lease<'a, Owed>,
+}
+
+fn stopped<'a>(answer: Result<Lease<'a, Owed>, Error>) -> Stop<'a> {
+    let lease = answer.unwrap();
+    let Some(stopped) = lease.stopped() else {
+        panic!("{lease:?}");
+    };
+    Stop {
+        at: stopped.at,
+        error: stopped.error.to_string(),
+        lease: lease.partial(),
     }
 }
 
@@ -76,7 +88,7 @@ fn from_a_stop_on_what_an_earlier_source_gave_is_put_back() {
         paid.iter().any(|range| range.covers(pages(50, 1))),
         "{paid:?}"
     );
-    let mut lease = stop.lease.sync().unwrap();
+    let lease = stop.lease.sync().unwrap();
     assert_eq!(lease.dirty(), 2);
     assert_eq!(numbers(lease.runs()), [5, 9]);
     assert_eq!(lease.commit_range(pages(0, 64)), 2);
@@ -186,8 +198,8 @@ fn a_stop_is_a_border_of_the_pages_of_all_sources() {
     space.map(pages(0, 64), 0, Access::ReadWrite).unwrap();
     let large = Arc::new(Fake::default());
     large.with(|s| (s.page, s.leaf_pages) = (Granule::from_lg2(16), 16));
-    let space = space.with_source(large.clone()).unwrap();
-    space.set_tracking(true).unwrap();
+    space.attach(large.clone()).unwrap();
+    space.start_tracking().unwrap();
     [5, 20].iter().for_each(|page| large.dirty(*page));
     first.dirty(17);
     second.with(|s| s.stop_at = Some(20));
@@ -231,12 +243,17 @@ fn a_hole_inside_a_granule_keeps_what_lies_below_it() {
     let (space, first, _) = two_sources();
     space.map(pages(0, 6), 0, Access::ReadWrite).unwrap();
     space.map(pages(7, 9), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     [1, 5, 7].iter().for_each(|page| first.dirty(*page));
     let mut words = [0u64];
     let request = HarvestRequest::new(pages(0, 16), Granule::from_lg2(14).unwrap());
+    let request = request.holes(Holes::Stop);
     let stop = stopped(space.harvest(&request, UserBitmap::new(&mut words)));
-    assert!(matches!(stop.error, Error::Hole { .. }));
+    assert!(
+        stop.error.starts_with("nothing is mapped at "),
+        "{}",
+        stop.error
+    );
     assert_eq!(stop.at, Iova::new(6 * PAGE));
     let lease = stop.lease.sync().unwrap();
     assert_eq!(numbers(lease.runs()), (0..8).collect::<Vec<u64>>());
@@ -249,12 +266,13 @@ fn a_hole_inside_a_granule_keeps_what_lies_below_it() {
 fn a_lease_of_nothing_is_empty() {
     let (space, _, _) = two_sources();
     space.map(pages(8, 8), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let mut words = [u64::MAX];
     let bitmap = UserBitmap::new(&mut words);
-    let stop = stopped(space.harvest(&request(pages(0, 16)), bitmap));
+    let request = request(pages(0, 16)).holes(Holes::Stop);
+    let stop = stopped(space.harvest(&request, bitmap));
     assert_eq!(stop.at, Iova::MIN);
-    let mut lease = stop.lease.sync().unwrap();
+    let lease = stop.lease.sync().unwrap();
     assert_eq!((lease.dirty(), lease.runs().count()), (0, 0));
     assert_eq!(lease.commit_range(pages(0, 16)), 0);
     assert_eq!(lease.abort().bytes, 0);
@@ -276,10 +294,9 @@ fn instalments_and_masks_stop_alike() {
             .view(pages(0, 64), Granule::K4)
             .unwrap();
         let stop = if masked {
-            stopped(space.harvest_masked(&all, &mask, bitmap))
+            stopped(space.harvest(&all.masked(mask), bitmap))
         } else {
-            let bounds = HarvestBounds::new();
-            stopped(space.harvest_bounded(&all, Iova::new(PAGE), bounds, bitmap))
+            stopped(space.harvest(&all.resume_at(Iova::new(PAGE)), bitmap))
         };
         assert_eq!(stop.at, Iova::new(10 * PAGE));
         let lease = stop.lease.sync().unwrap();
@@ -302,7 +319,7 @@ fn of_two_stops_of_a_parallel_harvest_the_lowest_counts() {
         for stops in [[100, high], [high, 100]] {
             let (space, first, second) = two_sources();
             space.map(pages(0, n), 0, Access::ReadWrite).unwrap();
-            space.set_tracking(true).unwrap();
+            space.start_tracking().unwrap();
             first.with(|s| s.stop_at = Some(stops[0]));
             second.with(|s| s.stop_at = Some(stops[1]));
             let dirty = [5, 99, 100, 101, 1 << 18, high - 1, high, n - 1];
@@ -313,7 +330,7 @@ fn of_two_stops_of_a_parallel_harvest_the_lowest_counts() {
             let mut words = vec![0u64; (n / 64) as usize];
             let bitmap = UserBitmap::new(&mut words);
             let all = request(pages(0, n));
-            let stop = stopped(pool.install(|| space.harvest_parallel(&all, bitmap)));
+            let stop = stopped(pool.install(|| space.harvest(&all.parallel(), bitmap)));
             assert_eq!(stop.at, Iova::new(100 * PAGE));
             assert_eq!(stop.lease.report().bits_set, 2);
             let lease = stop.lease.sync().unwrap();

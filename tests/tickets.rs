@@ -24,7 +24,7 @@ fn space(sources: &[&Arc<Fake>]) -> Arc<AddressSpace> {
     for first in [0, 8, 100] {
         space.map(pages(first, 4), first * PAGE, RW).unwrap();
     }
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     Arc::new(space)
 }
 

@@ -76,7 +76,7 @@ fn events_of_a_round_come_in_order() {
         let space = AddressSpace::new(Granule::K4);
         let domain = space.attach(fake.clone()).unwrap();
         space.map(pages(16, 8), 0, Access::ReadWrite).unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         assert_eq!(
             lines.take(),
             [
@@ -93,7 +93,7 @@ fn events_of_a_round_come_in_order() {
         let mut words = [0];
         let request = HarvestRequest::new(pages(16, 8), Granule::K4);
         let lease = space.harvest(&request, UserBitmap::new(&mut words));
-        let mut lease = lease.unwrap().sync().unwrap();
+        let lease = lease.unwrap().sync().unwrap();
         lease.commit_range(pages(16, 2));
         lease.commit();
         let range = pages(16, 8);
@@ -119,9 +119,9 @@ fn events_of_a_round_come_in_order() {
             range: pages(20, 4),
         };
         space.apply(&[again]).unwrap();
-        space.set_domain_tracking(domain, false).unwrap();
+        space.stop_domain_tracking(domain).unwrap();
         space.detach(domain).unwrap();
-        space.set_tracking(false).unwrap();
+        space.stop_tracking().unwrap();
         assert_eq!(
             lines.take(),
             [
@@ -143,11 +143,9 @@ fn events_of_a_round_come_in_order() {
 fn what_goes_wrong_is_told() {
     watched(|lines| {
         let fake = Arc::new(Fake::default());
-        let space = AddressSpace::new(Granule::K4)
-            .with_source(fake.clone())
-            .unwrap();
+        let space = AddressSpace::with_source(Granule::K4, fake.clone()).unwrap();
         space.map(pages(0, 4), 0, Access::ReadWrite).unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         fake.dirty(1);
         fake.0.lock().unwrap().fail_invalidations = 1;
         lines.take();
@@ -155,11 +153,11 @@ fn what_goes_wrong_is_told() {
         // The request goes on behind the area.
         let mut words = [0];
         let request = HarvestRequest::new(pages(0, 8), Granule::K4);
-        let stopped = space.harvest(&request, UserBitmap::new(&mut words));
-        let dirtymap::HarvestError::Stopped(stopped) = stopped.unwrap_err() else {
-            panic!("refused");
-        };
-        drop(stopped.lease.sync().unwrap_err());
+        let request = request.holes(dirtymap::Holes::Stop);
+        let lease = space.harvest(&request, UserBitmap::new(&mut words));
+        let lease = lease.unwrap();
+        assert!(lease.stopped().is_some());
+        drop(lease.partial().sync().unwrap_err());
         // That of the lease, which ends below the stop.
         let range = pages(0, 4);
         let seen = lines.take();
@@ -212,7 +210,7 @@ impl Subscriber for Panics {
 fn a_subscriber_that_panics_in_an_abort_ends_no_process() {
     let space = AddressSpace::new(Granule::K4);
     space.map(pages(0, 4), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     space.mark(pages(1, 1)).unwrap();
     let mut words = [0];
     let request = HarvestRequest::new(pages(0, 4), Granule::K4);

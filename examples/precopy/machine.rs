@@ -51,9 +51,9 @@ impl<F: Format> Machine<F> {
         );
         let space = match sabotage {
             Some(Sabotage::ClearThenLose) => {
-                AddressSpace::new(PAGE).with_source(Forgetful::new(domain.clone(), seed))?
+                AddressSpace::with_source(PAGE, Forgetful::new(domain.clone(), seed))?
             }
-            _ => AddressSpace::new(PAGE).with_source(domain.clone())?,
+            _ => AddressSpace::with_source(PAGE, domain.clone())?,
         };
         sabotage::break_hardware(&domain, sabotage);
         let mut files = Vec::with_capacity(trace.files.len());

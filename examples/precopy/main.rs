@@ -127,7 +127,7 @@ fn migrate<F: Format>(cli: &Cli, trace: &Trace, memory: u64) -> Result<RunRecord
     let replayed = replay::Progress::default();
     let mut migration = Migration::new(&machine, &progress, &replayed, cli.sabotage, bandwidth)?;
 
-    machine.space.set_tracking(true)?;
+    machine.space.start_tracking()?;
     std::thread::scope(|scope| {
         let replay = replay::Replay::start(scope, &machine, trace, &settings, &replayed);
         let copied = precopy(&mut migration, cli.max_rounds);

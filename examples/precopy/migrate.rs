@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use dirtymap::{HarvestRequest, IovaRange, SpaceStats, UserBitmap};
+use dirtymap::{HarvestRequest, Holes, IovaRange, SpaceStats, UserBitmap};
 use pagetable_sim::{Format, PhysMemory};
 
 use crate::Failure;
@@ -109,13 +109,11 @@ impl<'a, F: Format> Migration<'a, F> {
         for word in &self.bitmap {
             word.store(0, Ordering::Relaxed);
         }
-        let request = HarvestRequest::new(self.machine.range, PAGE).all_or_nothing();
+        let request = HarvestRequest::new(self.machine.range, PAGE).holes(Holes::Refuse);
         let bitmap = UserBitmap::shared(&self.bitmap);
 
         let clock = Instant::now();
-        let lease = space
-            .harvest(&request, bitmap)
-            .map_err(dirtymap::Error::from)?;
+        let lease = space.harvest(&request, bitmap)?;
         let harvest = clock.elapsed();
         let interval = self.harvested.elapsed();
         self.harvested = Instant::now();
@@ -134,7 +132,7 @@ impl<'a, F: Format> Migration<'a, F> {
         }
 
         let clock = Instant::now();
-        let lease = lease.sync().map_err(dirtymap::Error::from)?;
+        let lease = lease.sync()?;
         let flush = clock.elapsed();
 
         if self.sabotage != Some(Sabotage::CopyBeforeSync) {

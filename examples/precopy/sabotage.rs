@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use dirtymap::{
     DirtySource, Error, FlushGather, Granule, Invalidated, IovaRange, LeafSink, Mapping, Sink,
-    Stopped, UserBitmap,
+    Stopped, Tracking, UserBitmap,
 };
 use pagetable_sim::{Breakage, Domain, Format};
 
@@ -73,8 +73,8 @@ impl<F: Format> DirtySource for Forgetful<F> {
         self.inner.unmap(range, gather, dirty);
     }
 
-    fn set_tracking(&self, on: bool) -> Result<(), Error> {
-        self.inner.set_tracking(on)
+    fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
+        self.inner.set_tracking(to)
     }
 
     fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {

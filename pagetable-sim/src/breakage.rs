@@ -3,7 +3,7 @@
 /// Ways in which invalidations can go wrong, to show that a test of their users notices.
 ///
 /// ```
-/// use dirtymap::{Access, DirtySource, Granule, Iova, IovaRange, Mapping};
+/// use dirtymap::{Access, DirtySource, Granule, Iova, IovaRange, Mapping, Tracking};
 /// use pagetable_sim::{Breakage, DeviceConfig, Domain, DomainConfig, PhysMemory};
 /// use std::sync::Arc;
 ///
@@ -15,7 +15,7 @@
 /// device.quiesce();
 ///
 /// domain.break_hardware(Breakage::IgnoreInvalidations);
-/// domain.set_tracking(true)?; // ends with a flush, which reaches no device
+/// domain.set_tracking(Tracking::On)?; // ends with a flush, which reaches no device
 /// device.write(range.start(), b"lost")?;
 /// assert!(!domain.translate(range.start()).unwrap().dirty);
 /// # Ok::<(), Box<dyn std::error::Error>>(())

@@ -24,7 +24,8 @@
 //! # Example
 //! ```
 //! use dirtymap::{
-//!     Access, DirtySource, FlushGather, Granule, Iova, IovaRange, LeafSink, Mapping, UserBitmap,
+//!     Access, DirtySource, FlushGather, Granule, Iova, IovaRange, LeafSink, Mapping, Tracking,
+//!     UserBitmap,
 //! };
 //! use pagetable_sim::{DeviceConfig, Domain, DomainConfig, PhysMemory};
 //! use std::sync::Arc;
@@ -34,7 +35,7 @@
 //! let domain = Domain::new(memory, config);
 //! let range = IovaRange::from_len(Iova::new(0x10_0000), 1 << 20)?;
 //! domain.map(&Mapping { range, backing: 0, access: Access::ReadWrite })?;
-//! domain.set_tracking(true)?;
+//! domain.set_tracking(Tracking::On)?;
 //!
 //! let mut device = domain.attach(DeviceConfig::default());
 //! device.write(Iova::new(0x10_2ffe), b"four")?; // across a page border

@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use dirtymap::{
-    Access, DirtySource, FlushGather, Granule, Iova, IovaRange, LeafSink, Mapping, UserBitmap,
+    Access, DirtySource, FlushGather, Granule, Iova, IovaRange, LeafSink, Mapping, Tracking,
+    UserBitmap,
 };
 use pagetable_sim::{
     AmdHost, AmdV1, ArmS1, Breakage, Device, DeviceConfig, Domain, DomainConfig, Format,
@@ -41,7 +42,7 @@ fn domain<F: Format>() -> Arc<Domain<F>> {
             access: Access::ReadWrite,
         })
         .unwrap();
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     domain
 }
 
@@ -168,9 +169,9 @@ fn changes_by_hand_and_of_tracking_are_seen<F: Format>() {
     for _ in 0..3 {
         pass(&domain);
     }
-    domain.set_tracking(false).unwrap();
+    domain.set_tracking(Tracking::Off).unwrap();
     write(&mut device, 6 * SPAN);
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     write(&mut device, 6 * SPAN + 1);
     assert_eq!(pass(&domain), [6 * SPAN + 1]);
 }

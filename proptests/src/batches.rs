@@ -14,9 +14,9 @@ use std::collections::BTreeSet;
 
 use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering, lock};
 use dirtymap::{
-    Access, AddressSpace, DirtySource, DomainId, Error, FlushGather, Granule, HarvestBounds,
-    HarvestError, HarvestRequest, Invalidated, Iova, IovaRange, LeafSink, Lease, Mapping, Owed,
-    Scope, Sink, Stopped, UserBitmap,
+    Access, AddressSpace, DirtySource, DomainId, Error, FlushGather, Granule, HarvestRequest,
+    Holes, Invalidated, Iova, IovaRange, LeafSink, Lease, Mapping, Owed, Scope, Sink, Stopped,
+    Tracking, UserBitmap,
 };
 
 use crate::Random;
@@ -138,7 +138,7 @@ impl DirtySource for Log {
         }
     }
 
-    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
         Ok(())
     }
 
@@ -215,7 +215,7 @@ impl World {
             let range = pages(first, AREA);
             space.map(range, first * PAGE, Access::ReadWrite).unwrap();
         }
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         let world = Arc::new(World {
             space,
             log: Arc::clone(&log),
@@ -289,20 +289,19 @@ impl World {
         }
         let mask = UserBitmap::new(&mut mask).view(pages(0, PAGES), Granule::K4);
         let bits = 11 + self.below(2) as u8;
-        let request = HarvestRequest::new(range, granule(bits));
+        let request = HarvestRequest::new(range, granule(bits)).holes(Holes::Stop);
         let whole = UserBitmap::new(&mut words);
         let space = &self.space;
         let lease = match self.below(8) {
-            0 => space.harvest_masked(&request, &mask.unwrap(), whole),
+            0 => space.harvest(&request.masked(mask.unwrap()), whole),
             1..4 => {
                 let unit = space.alignment().max(granule(bits));
                 let at = range.start().get() + self.below(range.len() as u64);
                 let from = Iova::new(at).granule_start(unit).max(range.start());
-                let bounds = HarvestBounds::new().bits(1 + self.below(40));
-                let part = space.harvest_bounded(&request, from, bounds, whole);
-                part.map(|part| part.lease)
+                let bits = 1 + self.below(40);
+                space.harvest(&request.resume_at(from).max_bits(bits), whole)
             }
-            4 => space.harvest_parallel(&request, whole),
+            4 => space.harvest(&request.parallel(), whole),
             5 => {
                 let one = request.in_scope(Scope::Domain(self.domain));
                 space.harvest(&one, whole)
@@ -314,13 +313,8 @@ impl World {
                 space.harvest(&request, whole)
             }
         };
-        let lease = match lease {
-            Ok(lease) => lease,
-            // Another consumer has unmapped an area.
-            Err(HarvestError::Stopped(stopped)) => stopped.lease,
-            Err(HarvestError::Refused(error)) => panic!("{error}"),
-        };
-        self.end(lease);
+        // It may stop: another consumer has unmapped an area.
+        self.end(lease.unwrap().partial());
     }
 
     fn end(&self, lease: Lease<'_, Owed>) {
@@ -359,7 +353,7 @@ impl World {
         let mut words = [0u64; 2];
         // Nothing runs in between.
         self.depth.fetch_add(DEPTH, Ordering::Relaxed);
-        let request = HarvestRequest::new(all, Granule::K4);
+        let request = HarvestRequest::new(all, Granule::K4).holes(Holes::Refuse);
         let lease = self.space.harvest(&request, UserBitmap::new(&mut words));
         let lease = lease.map_err(|error| error.to_string())?.sync();
         let lease = lease.map_err(|error| error.to_string())?;

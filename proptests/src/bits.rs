@@ -74,7 +74,7 @@ pub(crate) struct Found {
 /// Checks what `request` made of `before`, a whole buffer: it had to report the pages `must`, and could report the
 /// pages `may`.
 pub(crate) fn check_bits(
-    request: &HarvestRequest,
+    request: &HarvestRequest<'_>,
     before: &[u64],
     after: &[u64],
     must: &BTreeSet<u64>,

@@ -119,9 +119,7 @@ fn storm(config: DomainConfig, device: DeviceConfig, cuts: bool, seed: u64) {
     let memory = Arc::new(PhysMemory::new(4200 * PAGE).unwrap());
     let domain = Domain::new(Arc::clone(&memory), config);
     let storm = Storm {
-        space: AddressSpace::new(Granule::K4)
-            .with_source(Arc::clone(&domain))
-            .unwrap(),
+        space: AddressSpace::with_source(Granule::K4, Arc::clone(&domain)).unwrap(),
         memory,
         copy: (0..4200).map(|_| Mutex::new([0; PAGE as usize])).collect(),
         stop: AtomicBool::new(false),
@@ -133,7 +131,7 @@ fn storm(config: DomainConfig, device: DeviceConfig, cuts: bool, seed: u64) {
             .map(range, first * PAGE, Access::ReadWrite)
             .unwrap();
     }
-    storm.space.set_tracking(true).unwrap();
+    storm.space.start_tracking().unwrap();
     let random = |nth: u64| Random::new(seed.wrapping_mul(31).wrapping_add(nth));
     let storm = &storm;
     thread::scope(|scope| {

@@ -18,7 +18,7 @@ use std::panic::resume_unwind;
 use dirtymap::sync::{Arc, Mutex, lock};
 use dirtymap::{
     DirtySource, Error, FlushCost, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink,
-    Mapping, Sink, Stopped,
+    Mapping, Sink, Stopped, Tracking,
 };
 
 use crate::op::{Callback, Moment, Sabotage};
@@ -263,8 +263,8 @@ impl DirtySource for Source {
         done
     }
 
-    fn set_tracking(&self, on: bool) -> Result<(), Error> {
-        self.around(Callback::SetTracking, || (), || self.node.set_tracking(on))
+    fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
+        self.around(Callback::SetTracking, || (), || self.node.set_tracking(to))
     }
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {

@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use dirtymap::sync::{Arc, Mutex, lock};
 use dirtymap::{
     Access, DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink,
-    Mapping, Sink, Stopped,
+    Mapping, Sink, Stopped, Tracking,
 };
 use pagetable_sim::{DmaError, FaultKind, PhysMemory};
 
@@ -228,12 +228,12 @@ impl DirtySource for LogNode {
         }
     }
 
-    fn set_tracking(&self, on: bool) -> Result<(), Error> {
+    fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
         let mut state = lock(&self.state);
-        if on && !state.tracks {
+        if to.is_on() && !state.tracks {
             state.log.clear();
         }
-        state.tracks = on;
+        state.tracks = to.is_on();
         Ok(())
     }
 

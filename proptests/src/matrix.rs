@@ -6,8 +6,9 @@ use std::collections::BTreeSet;
 
 use dirtymap::sync::Arc;
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestBounds, HarvestRequest,
-    Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, SparseBitmap, Stopped, UserBitmap,
+    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Holes,
+    Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, SparseBitmap, Stopped, Tracking,
+    UserBitmap,
 };
 use pagetable_sim::{Domain, DomainConfig, LeafSizes, PhysMemory};
 use proptest::collection::{btree_set, vec};
@@ -223,8 +224,8 @@ impl DirtySource for Leaves {
         self.source().unmap(range, gather, dirty);
     }
 
-    fn set_tracking(&self, on: bool) -> Result<(), Error> {
-        self.source().set_tracking(on)
+    fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
+        self.source().set_tracking(to)
     }
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
@@ -255,7 +256,7 @@ fn world(case: &Case) -> (AddressSpace, BTreeSet<u64>) {
             _ => areas.clone(),
         },
     };
-    let space = AddressSpace::new(Granule::K4).with_source(source).unwrap();
+    let space = AddressSpace::with_source(Granule::K4, source).unwrap();
     let window = case.in_window(0, WINDOW * PAGE);
     for (range, _) in &areas {
         let backing = range.start().get() - window.start().get();
@@ -272,7 +273,7 @@ fn world(case: &Case) -> (AddressSpace, BTreeSet<u64>) {
             space.map(bytes(start, len), 0, Access::ReadWrite).unwrap();
         }
     }
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let mut dirty = BTreeSet::new();
     for &(device, at, len) in &case.writes {
         if !device || case.block == TOP {
@@ -356,7 +357,7 @@ fn check(case: &Case, mode: Mode, form: Form) -> Result<(), TestCaseError> {
         numbers(bytes(offset, PAGE), lg2).for_each(|bit| set(&mut image, bit));
     }
 
-    let request = HarvestRequest::new(range, granule).all_or_nothing();
+    let request = HarvestRequest::new(range, granule).holes(Holes::Refuse);
     let mut committed: BTreeSet<u64> = BTreeSet::new();
     let mut back = false;
     match mode {
@@ -366,7 +367,7 @@ fn check(case: &Case, mode: Mode, form: Form) -> Result<(), TestCaseError> {
             lease.sync().unwrap().commit();
         }
         Mode::Parallel => {
-            let lease = space.harvest_parallel(&request, memory.bitmap()).unwrap();
+            let lease = space.harvest(&request.parallel(), memory.bitmap()).unwrap();
             lease.sync().unwrap().commit();
         }
         Mode::Masked => {
@@ -377,27 +378,29 @@ fn check(case: &Case, mode: Mode, form: Form) -> Result<(), TestCaseError> {
             let recorded = case.mask.1.iter().map(in_window);
             recorded.for_each(|range| mask.sink().record(range).unwrap());
             let lease = space
-                .harvest_masked(&request, &mask, memory.bitmap())
+                .harvest(&request.masked(mask), memory.bitmap())
                 .unwrap();
             lease.sync().unwrap().commit();
         }
         Mode::Bounded => {
             let mut next = Some(range.start());
             while let Some(from) = next {
-                let bounds = HarvestBounds::new().bits(case.limit);
                 let part = space
-                    .harvest_bounded(&request, from, bounds, memory.bitmap())
+                    .harvest(
+                        &request.resume_at(from).max_bits(case.limit),
+                        memory.bitmap(),
+                    )
                     .unwrap();
-                next = part.next;
+                next = part.next();
                 prop_assert!(next.is_none_or(|next| next > from));
-                part.lease.sync().unwrap().commit();
+                part.sync().unwrap().commit();
             }
         }
         Mode::CommitRange | Mode::Abort => {
             let lease = space.harvest(&request, memory.bitmap()).unwrap();
             let left: BTreeSet<u64> = dirty.difference(&taken).copied().collect();
             prop_assert_eq!(peek(&space, case.block()), left, "while leased");
-            let mut lease = lease.sync().unwrap();
+            let lease = lease.sync().unwrap();
             if mode == Mode::CommitRange {
                 for part in case.commits.iter().map(|shares| share(range, *shares)) {
                     lease.commit_range(part);

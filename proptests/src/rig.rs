@@ -9,7 +9,7 @@ use std::panic::resume_unwind;
 use dirtymap::sync::{Arc, AtomicBool, Mutex, Ordering, lock, relax, thread};
 use dirtymap::{
     Access, DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink,
-    Mapping, Sink, Stopped,
+    Mapping, Sink, Stopped, Tracking,
 };
 use pagetable_sim::{
     Breakage, Device, DeviceConfig, DmaError, Domain, DomainConfig, Format, PhysMemory,
@@ -287,14 +287,14 @@ impl<F: Format> DirtySource for Rig<F> {
         }
     }
 
-    fn set_tracking(&self, on: bool) -> Result<(), Error> {
+    fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
         if self.sabotage == Sabotage::TrackWithoutFlush {
             self.domain.break_hardware(Breakage::IgnoreInvalidations);
-            let switched = self.serving(|| self.domain.set_tracking(on));
+            let switched = self.serving(|| self.domain.set_tracking(to));
             self.domain.break_hardware(Breakage::None);
             return switched;
         }
-        self.serving(|| self.domain.set_tracking(on))
+        self.serving(|| self.domain.set_tracking(to))
     }
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {

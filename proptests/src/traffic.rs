@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use dirtymap::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, lock, thread};
 use dirtymap::{
-    Access, AddressSpace, Change, Error, Granule, HarvestError, HarvestRequest, Iova, IovaRange,
-    Scope, UserBitmap,
+    Access, AddressSpace, Change, Error, Granule, HarvestRequest, Holes, Iova, IovaRange, Scope,
+    UserBitmap,
 };
 use pagetable_sim::{Breakage, Device, DeviceConfig, Domain, DomainConfig, PhysMemory};
 
@@ -222,12 +222,9 @@ impl Traffic {
         let words = [dirtymap::sync::AtomicU64::new(0)];
         let bitmap = || UserBitmap::shared(&words);
         let request = HarvestRequest::new(range, Granule::K4).in_scope(scope);
-        let lease = match self.space.harvest(&request, bitmap()) {
-            Ok(lease) => lease,
-            // Unmapped meanwhile.
-            Err(HarvestError::Stopped(stopped)) => stopped.lease,
-            Err(refused) => panic!("{refused}"),
-        };
+        let request = request.holes(Holes::Stop);
+        // It stops if an area was unmapped meanwhile.
+        let lease = self.space.harvest(&request, bitmap()).unwrap().partial();
         let aborted = match fate {
             0 => lease.abort(),
             1 => lease.sync().unwrap().abort(),
@@ -252,7 +249,7 @@ fn violations(breakage: Breakage, time: Duration, seed: u64) -> [u64; 3] {
     let random = |nth: u64| Random::new(seed.wrapping_mul(31).wrapping_add(nth));
     let permanent = traffic.domain(&mut random(0));
     let id = traffic.space.attach(Arc::clone(&permanent)).unwrap();
-    traffic.space.set_tracking(true).unwrap();
+    traffic.space.start_tracking().unwrap();
     let traffic_ref = &traffic;
     thread::scope(|scope| {
         for nth in 0..MAPPERS {

@@ -44,12 +44,6 @@ pub mod pagemap;
     target_os = "linux",
     not(dirtymap_loom)
 ))]
-mod pending;
-#[cfg(all(
-    any(feature = "kvm", feature = "pagemap"),
-    target_os = "linux",
-    not(dirtymap_loom)
-))]
 mod placed;
 #[cfg(all(feature = "vhost", target_os = "linux", not(dirtymap_loom)))]
 pub mod vhost;

@@ -88,5 +88,5 @@ mod reclaim_tests;
 mod tests;
 
 pub use map::AreaMap;
-pub(crate) use snapshot::{Contiguous, Entry, Snapshot};
+pub(crate) use snapshot::{Contiguous, Entry, Iter, Snapshot};
 pub(crate) use tree::AreaTree;

@@ -89,7 +89,7 @@ impl<'a> Words<'a> {
     }
 
     /// None of them.
-    fn none(view: &BitmapView<'a>) -> Self {
+    pub(crate) fn none(view: &BitmapView<'a>) -> Self {
         Words {
             next: u64::MAX,
             ..Words::new(view)

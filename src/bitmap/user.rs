@@ -75,6 +75,40 @@ impl<'a> UserBitmap<'a> {
         }
     }
 
+    /// A shared bitmap of which only the first `good` words can be recorded in: for tests of sources.
+    #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
+    pub(crate) fn failing(words: &'a [AtomicU64], good: u64) -> Self {
+        UserBitmap {
+            backing: Backing::Failing(Span::of_words(words), good),
+            exclusive: false,
+        }
+    }
+
+    /// As [`sparse`](Self::sparse), where nobody else writes to the bits while this, or the one sink
+    /// that it is made into, lives.
+    pub(crate) fn sparse_alone(sparse: &'a SparseBitmap) -> Self {
+        UserBitmap {
+            exclusive: true,
+            ..Self::sparse(sparse)
+        }
+    }
+
+    /// The view of `part`, which consists of whole granules of `bound`, whose first granule is bit 0.
+    pub(crate) fn part_of(
+        self,
+        bound: IovaRange,
+        granule: Granule,
+        part: IovaRange,
+    ) -> BitmapView<'a> {
+        let view = BitmapView {
+            backing: self.backing,
+            shift: self.backing.shift(),
+            range: bound,
+            granule,
+        };
+        view.part(part).unwrap_or(view)
+    }
+
     /// A bitmap in a file, mapped one window at a time.
     ///
     /// No code may clear bits of a request's range, or cut the file, while the lease of that

@@ -27,6 +27,9 @@ pub(super) const MAX_BITS: u64 = 1 << 63;
 pub(super) enum Backing<'a> {
     /// In the caller's memory.
     Memory(Span<'a>),
+    /// In memory of which the first words alone can be recorded in.
+    #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
+    Failing(Span<'a>, u64),
     /// In chunks that are allocated when they are needed.
     Sparse(&'a SparseBitmap),
     /// In a file of which one window is mapped at a time.
@@ -39,6 +42,8 @@ impl<'a> Backing<'a> {
     pub(super) fn bits(&self) -> u64 {
         let bits = match self {
             Backing::Memory(span) => span.bits(),
+            #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
+            Backing::Failing(span, _) => span.bits(),
             Backing::Sparse(sparse) => sparse.bits(),
             #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
             Backing::File(file) => file.bits(),
@@ -50,6 +55,8 @@ impl<'a> Backing<'a> {
     pub(super) fn shift(&self) -> u64 {
         match self {
             Backing::Memory(span) => span.skipped_bits(),
+            #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
+            Backing::Failing(span, _) => span.skipped_bits(),
             Backing::Sparse(_) => 0,
             #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
             Backing::File(file) => file.shift(),
@@ -65,6 +72,15 @@ impl<'a> Backing<'a> {
     pub(super) fn window(&self, word: u64, last: u64) -> Result<Window<'a>, Error> {
         Ok(match self {
             Backing::Memory(span) => Window::of_memory(*span, word),
+            #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
+            Backing::Failing(span, good) if word < *good => Window::lent((0, *span, *good)),
+            #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
+            Backing::Failing(..) => {
+                return Err(Error::BitmapWindow {
+                    at: word * 8,
+                    error: std::io::Error::other("a test refuses it"),
+                });
+            }
             Backing::Sparse(sparse) => Window::lent(sparse.chunk(word)),
             #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
             Backing::File(file) => Window::of_file(file, word, last)?,
@@ -76,6 +92,8 @@ impl<'a> Backing<'a> {
     pub(super) fn may_fail(&self) -> bool {
         match self {
             Backing::Memory(_) | Backing::Sparse(_) => false,
+            #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
+            Backing::Failing(..) => true,
             #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
             Backing::File(_) => true,
         }
@@ -87,6 +105,8 @@ impl<'a> Backing<'a> {
         match self {
             Backing::Memory(span) => Ok(Some(Window::of_memory(*span, word))),
             Backing::Sparse(sparse) => Ok(sparse.next_chunk(word, last / 64).map(Window::lent)),
+            #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
+            Backing::Failing(span, _) => Ok(Some(Window::of_memory(*span, word))),
             #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
             Backing::File(file) => Window::copy_of_file(file, word, last).map(Some),
         }

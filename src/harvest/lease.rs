@@ -13,14 +13,17 @@ use std::fmt;
 use std::marker::PhantomData;
 
 use super::committed::Committed;
-use super::error::{HarvestError, StoppedHarvest, SyncError};
-use crate::bitmap::{BitmapView, Runs, Sink};
+use super::held::{Held, SpaceRef};
+use super::walk::{Look, look};
+use crate::bitmap::{BitmapView, Runs, Sink, Words};
 use crate::error::Error;
 use crate::events;
 use crate::flush::{FlushGather, Ticket};
-use crate::source::{LeafSink, Rests, Stopped};
-use crate::space::{AddressSpace, Area, Areas, Covered};
-use crate::sync::{Ordering, Step, fence, performs};
+use crate::source::Stopped;
+#[cfg(all(feature = "rayon", not(dirtymap_loom)))]
+use crate::space::AddressSpace;
+use crate::space::{Area, Areas, Covered};
+use crate::sync::{AtomicU64, Mutex, Ordering, Step, lock, performs};
 use crate::units::{Granule, Iova, IovaRange};
 
 /// A lease that owes a flush. Nothing may be copied yet.
@@ -59,7 +62,7 @@ pub struct HarvestReport {
     /// Areas that were walked.
     pub areas: u64,
     /// Bits of the lease that went from 0 to 1 in the user's bitmap. Of a harvest that
-    /// [stopped](StoppedHarvest), and put back what lies above the stop, it may be fewer, where
+    /// [stopped](Lease::stopped), and put back what lies above the stop, it may be fewer, where
     /// bits above it were set before.
     pub bits_set: u64,
     /// Dirty leaves of IO page tables; each owes an invalidation.
@@ -84,6 +87,35 @@ impl<'a, State> Lease<'a, State> {
         self.holding.report
     }
 
+    /// The addresses that the lease covers: those of the request, or what of them lies below the
+    /// place where the harvest stopped or reached its bound.
+    pub fn range(&self) -> IovaRange {
+        self.holding.range()
+    }
+
+    /// The bytes that one bit stands for.
+    pub fn granule(&self) -> Granule {
+        self.holding.granule()
+    }
+
+    /// Where and why the harvest stopped, if it did: where a source or the bitmap failed, or at a
+    /// hole, if the request says so. Everything below that place is in the lease; from it on nothing
+    /// was taken. What a source gave before another one stopped below it is dirty again, as by an
+    /// abort; its bits may stay set in the user's bitmap, and belong to no lease.
+    ///
+    /// The place is that of a hole, or the beginning of a granule of the request and of a page of
+    /// every source.
+    pub fn stopped(&self) -> Option<&Stopped> {
+        self.holding.stopped.as_ref()
+    }
+
+    /// Where a next harvest goes on, by [`resume_at`](crate::HarvestRequest::resume_at): where this one
+    /// stopped or reached its bound. `None` when it reached the end of its request.
+    pub fn next(&self) -> Option<Iova> {
+        let stopped = self.stopped().map(|stopped| stopped.at);
+        stopped.or(self.holding.next)
+    }
+
     /// Makes every page of the lease dirty again. A superset is possible: bits that were set in the user's bitmap
     /// before the harvest count as well. Does not wait for devices; what is owed stays owed, and the next sync of
     /// anybody pays it.
@@ -105,41 +137,90 @@ impl<'a> Lease<'a, Owed> {
     /// devices. One flush serves all who wait.
     ///
     /// # Errors
-    /// [`SyncError`] with the lease if a source could not flush; it can be tried again.
-    pub fn sync(mut self) -> Result<Lease<'a, Synced>, SyncError<'a>> {
-        let flushed = self.holding.flush();
-        events::sync(self.holding.range(), &self.holding.gather, flushed.is_ok());
-        match flushed {
-            Ok(()) => Ok(Lease {
-                holding: self.holding,
-                state: PhantomData,
-            }),
-            Err(error) => Err(SyncError {
-                error,
-                lease: Box::new(self),
-            }),
+    /// Why the harvest [stopped](Self::stopped), unless [`partial`](Self::partial) says that this is
+    /// fine; then that of a source that could not flush. The lease is put back then; to keep it and
+    /// try again when a flush fails, call [`flush`](Self::flush) first.
+    pub fn sync(mut self) -> Result<Lease<'a, Synced>, Error> {
+        if !self.holding.is_partial
+            && let Some(stopped) = self.holding.stopped.take()
+        {
+            return Err(stopped.error);
         }
+        self.flush()?;
+        Ok(Lease {
+            holding: self.holding,
+            state: PhantomData,
+        })
+    }
+
+    /// Goes on with what lies below the place where the harvest [stopped](Self::stopped): without this,
+    /// a lease of a harvest that stopped does not [`sync`](Self::sync), so that no consumer takes it for
+    /// all of its request. Of a harvest that did not stop it changes nothing.
+    ///
+    /// ```
+    /// use dirtymap::{Access, AddressSpace, Granule, HarvestRequest, Holes, ToIovaRange, UserBitmap};
+    ///
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// let space = AddressSpace::tracked(Granule::K4);
+    /// space.map(0..8 << 12, 0, Access::ReadWrite)?;
+    /// space.mark(0x3000..0x3001)?;
+    /// let request = HarvestRequest::new((0..64 << 12).to_iova_range()?, Granule::K4);
+    /// let request = request.holes(Holes::Stop);
+    ///
+    /// let mut words = [0; 1];
+    /// let lease = space.harvest(&request, UserBitmap::new(&mut words))?;
+    /// assert!(lease.sync().is_err()); // the hole; page 3 is dirty again
+    ///
+    /// let mut words = [0; 1];
+    /// let lease = space.harvest(&request, UserBitmap::new(&mut words))?;
+    /// let at = lease.next();
+    /// let lease = lease.partial().sync()?;
+    /// assert_eq!((lease.dirty(), at), (1, Some(0x8000.into())));
+    /// lease.commit();
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn partial(mut self) -> Self {
+        self.holding.is_partial = true;
+        self
+    }
+
+    /// The flush of [`sync`](Self::sync), which then returns at once: for a consumer that tries
+    /// again when a source could not flush, and keeps the lease meanwhile. Waits for devices.
+    ///
+    /// # Errors
+    /// That of the source. The lease stays as it was, and what it owes stays owed.
+    pub fn flush(&mut self) -> Result<(), Error> {
+        let flushed = self.holding.flush();
+        events::sync(self.range(), &self.holding.gather, flushed.is_ok());
+        flushed
     }
 }
 
 impl<'a> Lease<'a, Synced> {
     /// The ranges to copy: maximal runs of dirty granules, in order. Bits that were set in the user's bitmap before
     /// the harvest count as well, and so does each window of a file that cannot be read: see [`Runs::error`].
-    pub fn runs(&self) -> Runs<'a> {
+    pub fn runs(&self) -> Runs<'_> {
         self.holding.runs()
+    }
+
+    /// The words of the user's bitmap that are not zero, as far as the lease covers them: for a
+    /// consumer that passes words on instead of [`runs`](Self::runs). Bit 0 of word 0 is the first
+    /// granule of [`range`](Self::range).
+    pub fn words(&self) -> Words<'_> {
+        let view = self.holding.held.view();
+        match self.holding.is_empty {
+            true => Words::none(&view),
+            false => view.words(),
+        }
     }
 
     /// Dirty granules in the user's bitmap, within the lease.
     pub fn dirty(&self) -> u64 {
         match self.holding.is_empty {
             true => 0,
-            false => self.holding.view.count(),
+            false => self.holding.held.view().count(),
         }
-    }
-
-    /// The bytes that one bit stands for.
-    pub fn granule(&self) -> Granule {
-        self.holding.view.granule()
     }
 
     /// The copies of what lies in `range` are safe: it is not put back, whatever becomes of the rest of the lease. Only granules
@@ -148,7 +229,9 @@ impl<'a> Lease<'a, Synced> {
     /// Costs a look at the bitmap's words of `range`, and O(log n) for n parts that do not touch
     /// each other, in any order. Allocates a little for each of these; parts that touch are one, so
     /// parts that are committed one after the other cost no memory each.
-    pub fn commit_range(&mut self, range: IovaRange) -> u64 {
+    ///
+    /// Threads may commit parts of one lease at a time; they wait for each other.
+    pub fn commit_range(&self, range: IovaRange) -> u64 {
         self.holding.commit_part(range)
     }
 
@@ -161,16 +244,49 @@ impl<'a> Lease<'a, Synced> {
 impl<State> fmt::Debug for Lease<'_, State> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Lease")
-            .field("range", &self.holding.view.range())
+            .field("range", &self.range())
+            .field("stopped", &self.stopped())
             .field("report", &self.holding.report)
             .finish_non_exhaustive()
     }
 }
 
+/// What the sinks of a walk recorded.
+#[derive(Default)]
+pub(super) struct Recorded {
+    bits_set: u64,
+    windows: u64,
+    /// No bit above this address was set.
+    up_to: Option<Iova>,
+}
+
+impl Recorded {
+    /// Adds what one sink recorded.
+    pub(super) fn add(&mut self, sink: &Sink<'_>) {
+        self.bits_set += sink.bits_set();
+        self.windows += sink.windows();
+        self.up_to = self.up_to.max(sink.recorded_to());
+    }
+
+    /// Adds what other sinks recorded.
+    #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
+    pub(super) fn merge(&mut self, other: &Recorded) {
+        self.bits_set += other.bits_set;
+        self.windows += other.windows;
+        self.up_to = self.up_to.max(other.up_to);
+    }
+}
+
 /// What a lease holds, whatever its state; puts it back when it is dropped.
 pub(super) struct Holding<'a> {
-    space: &'a AddressSpace,
-    view: BitmapView<'a>,
+    space: SpaceRef<'a>,
+    held: Held<'a>,
+    /// Where and why the walk stopped.
+    stopped: Option<Stopped>,
+    /// Whether the consumer knows that the walk stopped.
+    is_partial: bool,
+    /// Where a bounded harvest goes on.
+    next: Option<Iova>,
     /// Whether nothing of the view is in the lease: the walk stopped at its first granule.
     is_empty: bool,
     covered: Covered,
@@ -182,9 +298,10 @@ pub(super) struct Holding<'a> {
     debt: Debt,
     report: HarvestReport,
     /// What was committed by parts, made of whole granules.
-    committed: Committed,
-    /// Bytes of the report that are neither committed nor put back.
-    left: u64,
+    committed: Mutex<Committed>,
+    /// Bytes of the report that are neither committed nor put back. Changed under the lock of
+    /// `committed`, or by the owner of the lease.
+    left: AtomicU64,
 }
 
 /// Where the lease's gather is.
@@ -202,11 +319,14 @@ enum Debt {
 
 impl<'a> Holding<'a> {
     /// A lease that has taken nothing yet.
-    pub(super) fn begin(space: &'a AddressSpace, view: BitmapView<'a>, covered: Covered) -> Self {
+    pub(super) fn begin(space: SpaceRef<'a>, held: Held<'a>, covered: Covered) -> Self {
         space.counters.harvest();
         Holding {
             space,
-            view,
+            held,
+            stopped: None,
+            is_partial: false,
+            next: None,
             is_empty: false,
             covered,
             ended: u64::MAX,
@@ -214,8 +334,8 @@ impl<'a> Holding<'a> {
             gather: FlushGather::new(),
             debt: Debt::Held,
             report: HarvestReport::default(),
-            committed: Committed::new(),
-            left: 0,
+            committed: Mutex::new(Committed::new()),
+            left: AtomicU64::new(0),
         }
     }
 
@@ -247,22 +367,20 @@ impl<'a> Holding<'a> {
         self.report.areas += u64::from(is_new);
         // Before the first bit is touched: a walk that panics in here puts back all that it may have recorded.
         self.reach(part.last());
-        take(
-            self.space,
+        look(
+            &self.space,
             &self.covered,
             area,
-            part,
-            part,
+            (part, part),
             sink,
-            &mut self.gather,
+            Look::Take(&mut self.gather),
         )
     }
 
     /// The walk ended at `last`: what lies above belongs to another lease.
-    pub(super) fn end_at(&mut self, last: Iova) {
-        let walked = IovaRange::new(self.view.range().start(), last).ok();
-        if let Some(part) = walked.and_then(|walked| self.view.part(walked)) {
-            self.view = part;
+    fn end_at(&mut self, last: Iova) {
+        if let Ok(walked) = IovaRange::new(self.range().start(), last) {
+            self.held.narrow(walked);
         }
     }
 
@@ -272,7 +390,7 @@ impl<'a> Holding<'a> {
     ///
     /// A hole may lie inside a granule; then its bit stays in the lease, for what lies below.
     fn end_below(&mut self, at: Iova, recorded: Option<Iova>) -> u64 {
-        let (range, granule) = (self.view.range(), self.view.granule());
+        let (range, granule) = (self.range(), self.granule());
         let below = at.get().checked_sub(1).map(Iova::new);
         let below = below.filter(|last| *last >= range.start());
         let last = below.map(|last| last.granule_last(granule));
@@ -284,14 +402,14 @@ impl<'a> Holding<'a> {
         // harvest.
         let above = first.zip(self.reached.min(recorded));
         let above = above.and_then(|(first, last)| IovaRange::new(first, last).ok());
-        let part = above.and_then(|above| self.view.part(above.round_out(granule)));
         let mut bits = 0;
-        if let Some((above, part)) = above.zip(part)
-            && part.words().next().is_some()
+        if let Some(above) = above
+            && let part = above.round_out(granule)
+            && let Some(set) = self.held.view().part(part).and_then(|part| readable(&part))
         {
-            bits = readable(&part);
+            bits = set;
             if performs(Step::OweBeforePutBack) {
-                // The debt first, as in an abort: the sync of whoever takes the pages pays it.
+                // The debt first, as in an abort: the sync of the thread that takes the pages pays it.
                 let _ = self.queue();
             }
             let aborted = self.put_back_runs(part, above);
@@ -306,68 +424,78 @@ impl<'a> Holding<'a> {
         bits
     }
 
+    /// What is harvested.
+    #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
+    pub(super) fn space(&self) -> &AddressSpace {
+        &self.space
+    }
+
+    /// What of it.
+    #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
+    pub(super) fn covered(&self) -> &Covered {
+        &self.covered
+    }
+
+    /// As [`walked`](Self::walked), where each thread had a snapshot of its own.
+    #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
+    pub(super) fn walked_by_now(&mut self) {
+        self.ended = self.space.snapshot().newest();
+    }
+
     /// The walk is over: areas that come from now on have nothing in the lease.
     pub(super) fn walked(&mut self, snapshot: &Areas<'_>) {
         self.ended = snapshot.newest();
     }
 
     /// The runs of the lease.
-    fn runs(&self) -> Runs<'a> {
+    fn runs(&self) -> Runs<'_> {
+        let view = self.held.view();
         match self.is_empty {
-            true => Runs::none(self.view),
-            false => self.view.runs(),
+            true => Runs::none(view),
+            false => view.runs(),
         }
     }
 
     /// The addresses of the lease.
-    pub(super) fn range(&self) -> IovaRange {
-        self.view.range()
+    fn range(&self) -> IovaRange {
+        self.held.view().range()
     }
 
-    /// The walk stopped inside the range.
-    pub(super) fn stopped(self, stopped: Stopped, sink: &Sink<'_>) -> HarvestError<'a> {
-        let recorded = sink.recorded_to();
-        self.stopped_of(stopped, sink.bits_set(), sink.windows(), recorded)
+    fn granule(&self) -> Granule {
+        self.held.view().granule()
     }
 
-    /// The same, for several sinks, none of which recorded anything above `recorded`.
-    pub(super) fn stopped_of(
+    /// The walk has reached the end of the request, a bound, or a stop; `recorded` is what
+    /// its sinks say together.
+    pub(super) fn into_lease(
         mut self,
-        stopped: Stopped,
-        bits_set: u64,
-        windows: u64,
-        recorded: Option<Iova>,
-    ) -> HarvestError<'a> {
-        let put_back = self.end_below(stopped.at, recorded);
-        let bits_set = bits_set.saturating_sub(put_back);
-        HarvestError::Stopped(Box::new(StoppedHarvest {
-            error: stopped.error,
-            at: stopped.at,
-            lease: self.into_lease_of(bits_set, windows, Some(stopped.at)),
-        }))
-    }
-
-    /// The walk is over.
-    pub(super) fn into_lease(self, sink: &Sink<'_>) -> Lease<'a, Owed> {
-        self.into_lease_of(sink.bits_set(), sink.windows(), None)
-    }
-
-    /// The walk is over, or stopped; `bits_set` and `windows` are what its sinks say together.
-    pub(super) fn into_lease_of(
-        mut self,
-        bits_set: u64,
-        windows: u64,
-        stopped_at: Option<Iova>,
+        walked: Result<Option<Iova>, Stopped>,
+        recorded: Recorded,
     ) -> Lease<'a, Owed> {
+        let mut bits_set = recorded.bits_set;
+        match walked {
+            Ok(next) => {
+                self.next = next;
+                if let Some(last) = next.and_then(|next| next.get().checked_sub(1)) {
+                    self.end_at(Iova::new(last));
+                }
+            }
+            Err(stopped) => {
+                bits_set = bits_set.saturating_sub(self.end_below(stopped.at, recorded.up_to));
+                self.stopped = Some(stopped);
+            }
+        }
         if !performs(Step::FlushAtSync) {
             let _ = self.flush();
         }
         self.report.bits_set = bits_set;
-        self.report.windows = windows;
+        self.report.windows = recorded.windows;
         self.report.leaves = self.gather.entries();
-        self.left = self.bytes(bits_set);
-        self.space.counters.leased(self.left);
-        events::harvest(self.range(), self.view.granule(), &self.report, stopped_at);
+        let bytes = self.bytes(bits_set);
+        self.left = AtomicU64::new(bytes);
+        self.space.counters.leased(bytes);
+        let stopped_at = self.stopped.as_ref().map(|stopped| stopped.at);
+        events::harvest(self.range(), self.granule(), &self.report, stopped_at);
         Lease {
             holding: self,
             state: PhantomData,
@@ -400,24 +528,29 @@ impl<'a> Holding<'a> {
     fn commit(&mut self) -> HarvestReport {
         self.debt = Debt::Settled;
         self.space.counters.commit();
-        let bytes = std::mem::take(&mut self.left);
+        let bytes = self.take_left();
         self.space.counters.committed(bytes);
         events::commit(self.range(), bytes);
         self.report
     }
 
-    fn commit_part(&mut self, range: IovaRange) -> u64 {
-        let part = self.view.part(range).map(|view| view.range());
+    fn commit_part(&self, range: IovaRange) -> u64 {
+        let view = self.held.view();
+        let part = view.part(range).map(|view| view.range());
         let Some(part) = part.filter(|_| !self.is_empty) else {
             return 0;
         };
+        let mut committed = lock(&self.committed);
         let mut bits = 0;
-        for fresh in self.committed.without(part) {
-            bits += self.view.part(fresh).map_or(0, |view| view.count());
+        for fresh in committed.without(part) {
+            bits += view.part(fresh).map_or(0, |view| view.count());
         }
-        self.committed.add(part);
-        let bytes = self.bytes(bits).min(self.left);
-        self.left -= bytes;
+        committed.add(part);
+        // Relaxed, both: the lock orders them.
+        let left = self.left.load(Ordering::Relaxed);
+        let bytes = self.bytes(bits).min(left);
+        self.left.store(left - bytes, Ordering::Relaxed);
+        drop(committed);
         self.space.counters.committed(bytes);
         events::commit_part(part, bytes);
         bits
@@ -430,29 +563,37 @@ impl<'a> Holding<'a> {
         }
         let touched = self
             .reached
-            .and_then(|last| IovaRange::new(self.view.range().start(), last).ok());
+            .and_then(|last| IovaRange::new(self.range().start(), last).ok());
         let aborted = match touched {
-            Some(touched) if !self.is_empty => self.put_back_runs(self.view, touched),
+            Some(touched) if !self.is_empty => self.put_back_runs(self.range(), touched),
             _ => Aborted::default(),
         };
         let _ = self.queue();
         self.debt = Debt::Settled;
-        self.space
-            .counters
-            .aborted(self.left, aborted.outside_bytes);
-        self.left = 0;
+        let left = self.take_left();
+        self.space.counters.aborted(left, aborted.outside_bytes);
         events::abort(self.range(), &aborted);
         aborted
     }
 
-    /// Makes the runs of `view` dirty again, as far as they lie in `touched` and are not committed.
-    fn put_back_runs(&self, view: BitmapView<'_>, touched: IovaRange) -> Aborted {
+    fn take_left(&mut self) -> u64 {
+        // Relaxed: exclusive access.
+        let left = self.left.load(Ordering::Relaxed);
+        self.left = AtomicU64::new(0);
+        left
+    }
+
+    /// Makes the runs in `part`, which consists of whole granules, dirty again, as far as they lie in
+    /// `touched` and are not committed.
+    fn put_back_runs(&self, part: IovaRange, touched: IovaRange) -> Aborted {
         let mut aborted = Aborted::default();
-        for run in view.runs() {
+        let committed = lock(&self.committed);
+        let view = self.held.view();
+        for run in view.part(part).iter().flat_map(BitmapView::runs) {
             let Some(run) = touched.intersection(run) else {
                 break;
             };
-            for run in self.committed.without(run) {
+            for run in committed.without(run) {
                 let outside = self.space.put_back(run, &self.covered, self.ended).bytes;
                 aborted.outside_bytes = aborted.outside_bytes.saturating_add(outside);
                 let all = u64::try_from(run.len()).unwrap_or(u64::MAX);
@@ -463,100 +604,23 @@ impl<'a> Holding<'a> {
     }
 
     fn bytes(&self, bits: u64) -> u64 {
-        let bytes = u128::from(bits) << self.view.granule().lg2();
+        let bytes = u128::from(bits) << self.granule().lg2();
         u64::try_from(bytes).unwrap_or(u64::MAX)
     }
 }
 
-/// How many bits of `view` are set, up to the first window that cannot be read.
-fn readable(view: &BitmapView<'_>) -> u64 {
-    let (mut words, mut bits) = (view.words(), 0);
-    while let Some((_, word)) = words.next()
-        && words.error().is_none()
-    {
-        bits += u64::from(word.count_ones());
+/// How many bits of `view` are set, up to the first window that cannot be read; `None` if all of it
+/// is clean.
+fn readable(view: &BitmapView<'_>) -> Option<u64> {
+    let (mut words, mut bits) = (view.words(), None);
+    while let Some((_, word)) = words.next() {
+        let ones = u64::from(word.count_ones());
+        bits = Some(bits.unwrap_or(0) + if words.error().is_none() { ones } else { 0 });
+        if words.error().is_some() {
+            break;
+        }
     }
     bits
-}
-
-/// Takes what is dirty in `part` of `area` into `sink` and `gather`: the tables of the domains, then what is in flight, then what
-/// is kept for each domain, then the marks. Leaves that stick out of `part` are taken as far as they lie in `limit`.
-///
-/// A source that stops ends it for those that follow. The place where it stopped is rounded down to
-/// the pages of all sources, so that none of them is cut, and told as the beginning of a granule of
-/// the sink, so that no bit below it stands for anything above it. What earlier sources gave from
-/// there on is in the sink: the caller puts it back.
-pub(super) fn take(
-    space: &AddressSpace,
-    covered: &Covered,
-    area: &Area,
-    part: IovaRange,
-    limit: IovaRange,
-    sink: &mut Sink<'_>,
-    gather: &mut FlushGather,
-) -> Result<(), Stopped> {
-    let page = covered.alignment(space.page());
-    // What one source could not process ends the part for all that follow: below it, the lease has everything.
-    let mut rest = Some(part);
-    let mut outcome = Ok(());
-    for domain in covered.domains() {
-        let Some(part) = rest else { break };
-        sink.limit_to(if outcome.is_ok() { limit } else { part });
-        let keep = |run| {
-            // Whatever area the leaf belongs to, it may be younger than this walk.
-            let outside = space.put_back(run, &covered.only(domain), u64::MAX);
-            space.counters.put_back_outside(outside.bytes);
-        };
-        let rests = Rests {
-            in_flight: &space.in_flight,
-            keep: &keep,
-            flush: &space.flush,
-        };
-        let mut out = LeafSink::keeping(sink, gather, rests);
-        if let Err(stopped) = domain.source.read_and_clear(part, &mut out) {
-            (rest, outcome) = below(part, stopped, page);
-        }
-    }
-    // Acquire: pairs with the Release fence in `LeafSink`; whoever found a leaf clean sees its rest in flight.
-    fence(Ordering::Acquire);
-    if let Some(part) = rest {
-        sink.limit_to(part);
-        if let Err(error) = space.in_flight.visit(part, |write| sink.record(write)) {
-            let at = part.start();
-            (rest, outcome) = below(part, Stopped { at, error }, page);
-        }
-    }
-    // The tables came first: what an unmap takes out of them comes to what is kept, and then to the marks.
-    let stores = covered.domains().iter().map(|domain| &domain.put_back);
-    for marks in stores.chain(covered.marks.then_some(&*area.marks)) {
-        let Some(part) = rest else { break };
-        // Acquire: pairs with the Release fence of a detach; whoever found what is kept gone sees it marked.
-        fence(Ordering::Acquire);
-        sink.limit_to(part);
-        if let Err(stopped) = marks.read_and_clear(part, sink) {
-            (rest, outcome) = below(part, stopped, page);
-        }
-    }
-    outcome.map_err(|stopped: Stopped| Stopped {
-        at: stopped.at.granule_start(sink.granule()),
-        ..stopped
-    })
-}
-
-/// What is left of `part` below the page at which a source stopped, and the stop, at an address inside `part`.
-fn below(
-    part: IovaRange,
-    stopped: Stopped,
-    page: Granule,
-) -> (Option<IovaRange>, Result<(), Stopped>) {
-    let at = stopped.at.granule_start(page);
-    let at = if part.contains(at) { at } else { part.start() };
-    let rest = at
-        .get()
-        .checked_sub(1)
-        .and_then(|last| IovaRange::new(part.start(), Iova::new(last)).ok());
-    let error = stopped.error;
-    (rest, Err(Stopped { at, error }))
 }
 
 impl Drop for Holding<'_> {

@@ -44,147 +44,106 @@
 //! harvest.
 //!
 //! # Modes
-//! | call | takes |
-//! |---|---|
-//! | [`harvest`](AddressSpace::harvest) | all that is dirty in the request |
-//! | [`peek`](AddressSpace::peek) | nothing |
-//! | [`harvest_masked`](AddressSpace::harvest_masked) | what is set in a bitmap |
-//! | [`harvest_bounded`](AddressSpace::harvest_bounded) | some of it, and says where to go on |
-//! | `harvest_parallel` | all of it, by many threads |
+//! A [`HarvestRequest`] says what is walked, and how: all of it or one domain, with holes or without, by
+//! a mask, up to a bound, by many threads. [`peek`](AddressSpace::peek) looks at the same places in the
+//! same order, and takes nothing. [`Rounds`] harvests everything that is mapped, again and again.
 
-mod bounded;
 mod committed;
-mod error;
+mod held;
 mod lease;
-mod masked;
 #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
 mod parallel;
 mod request;
+mod rounds;
+mod walk;
 mod write_guard;
 
-pub use bounded::{BoundedHarvest, HarvestBounds};
-pub use error::{HarvestError, StoppedHarvest, SyncError};
 pub use lease::{Aborted, HarvestReport, Lease, Owed, Synced};
-pub use request::{HarvestRequest, Scope};
+pub use request::{HarvestRequest, Holes, Scope};
+pub use rounds::Rounds;
 pub use write_guard::WriteGuard;
 
-use crate::bitmap::{BitmapView, Bound, Sink, UserBitmap};
+use crate::bitmap::{BitmapView, Bound, UserBitmap};
 use crate::error::Error;
-use crate::source::Stopped;
 use crate::space::{AddressSpace, Areas, Covered};
-use crate::sync::{Ordering, fence};
 use crate::units::IovaRange;
-use lease::Holding;
+use held::{Held, SpaceRef};
+use lease::{Holding, Recorded};
+use walk::{Look, Parts, areas, look, walk};
 
 impl AddressSpace {
     /// Reads and clears what is dirty in the request's range, and records it in `bitmap`.
     ///
     /// The lease that it returns owes a flush: [`Lease::sync`] before pages are copied, [`Lease::commit`] when the
-    /// copies are safe. A lease that is dropped puts everything back. Lock-free, and never waits; what is dirtied
-    /// meanwhile is reported by this harvest or the next.
+    /// copies are safe. A lease that is dropped puts everything back. Lock-free, and never blocks, as
+    /// far as the attached sources do not; what is dirtied meanwhile is reported by this harvest or the
+    /// next.
+    ///
+    /// A harvest that stops half-way, because a source or the bitmap failed, gives a lease for what
+    /// lies below that place: [`Lease::stopped`] has it and the error. Its [`sync`](Lease::sync) is that
+    /// error, and puts everything back, for a consumer that wants all or nothing; [`Lease::partial`] goes
+    /// on with what there is.
     ///
     /// # Errors
-    /// [`HarvestError::Refused`], and nothing was touched, in this order: [`Error::Unaligned`] (to the smallest
-    /// page, then to the granule), [`Error::BitmapTooShort`], [`Error::NotAttached`], [`Error::NeverTracked`], and for
-    /// [all-or-nothing](HarvestRequest::all_or_nothing) requests [`Error::Hole`].
-    ///
-    /// [`HarvestError::Stopped`] at a hole, or where a source failed (an all-or-nothing request too): it has the error, the first address that was
-    /// not processed, and the lease for what was.
+    /// Nothing was touched then. In this order: [`Error::Unaligned`] (to the smallest
+    /// page, then to the granule), [`Error::BitmapTooShort`], [`Error::NotAttached`], [`Error::NeverTracked`],
+    /// [`Error::BadCursor`] if it is to [resume](HarvestRequest::resume_at) outside of its range, or not
+    /// at a multiple of the granule and of [`alignment`](Self::alignment) (a domain that was attached
+    /// since can raise it; then go on at the next lower multiple), and [`Error::Hole`] if it
+    /// [refuses holes](Holes::Refuse).
     pub fn harvest<'a>(
         &'a self,
-        request: &HarvestRequest,
+        request: &HarvestRequest<'_>,
         bitmap: UserBitmap<'a>,
-    ) -> Result<Lease<'a, Owed>, HarvestError<'a>> {
+    ) -> Result<Lease<'a, Owed>, Error> {
         let snapshot = self.snapshot();
-        let (bound, covered) = self
-            .check(request, bitmap, &snapshot)
-            .map_err(HarvestError::Refused)?;
-        let range = request.range();
-        let mut holding = Holding::begin(self, bound.view(), covered);
-        // After the holding, so that it goes before it: a walk that panics closes its window, then puts back.
-        let mut sink = bound.into_sink();
-        let walked = self.walk(&mut holding, &snapshot, range, &mut sink);
-        holding.walked(&snapshot);
-        match walked {
-            Ok(()) => Ok(holding.into_lease(&sink)),
-            Err(stopped) => Err(holding.stopped(stopped, &sink)),
-        }
-    }
-
-    /// Takes what is dirty in `range`, area by area.
-    fn walk(
-        &self,
-        holding: &mut Holding<'_>,
-        snapshot: &Areas<'_>,
-        range: IovaRange,
-        sink: &mut Sink<'_>,
-    ) -> Result<(), Stopped> {
-        for entry in snapshot.contiguous(range) {
-            let entry = entry.map_err(|at| Stopped {
-                at,
-                error: Error::Hole {
-                    at,
-                    range: holding.range(),
-                },
-            })?;
-            holding.take(entry.area, range, sink)?;
-        }
-        Ok(())
+        let (bound, covered) = self.check(request, bitmap, &snapshot)?;
+        let held = Held::Lent(bound.view());
+        let holding = Holding::begin(SpaceRef::Lent(self), held, covered);
+        Ok(harvest(holding, snapshot, request, bound))
     }
 
     /// Records what is dirty in the request's range in `bitmap`, and changes nothing. Owes no flush; what it shows
-    /// may not be copied on the strength of it alone.
+    /// may not be copied on the strength of it alone. Bounds of the request do not count.
     ///
     /// # Errors
-    /// As [`harvest`](Self::harvest); what was recorded before a hole or a failure stays in `bitmap`.
+    /// As [`harvest`](Self::harvest), and that of a source, or of a window of the bitmap, that failed;
+    /// what was recorded before a hole or a failure stays in `bitmap`.
     pub fn peek<'a>(
         &self,
-        request: &HarvestRequest,
+        request: &HarvestRequest<'_>,
         bitmap: UserBitmap<'a>,
     ) -> Result<BitmapView<'a>, Error> {
         let snapshot = self.snapshot();
         let (bound, covered) = self.check(request, bitmap, &snapshot)?;
-        let range = request.range();
         let view = bound.view();
+        let asked = view.range();
         let mut sink = bound.into_sink();
-        for entry in snapshot.contiguous(range) {
-            let entry = entry.map_err(|at| Error::Hole { at, range })?;
-            // Never empty: a contiguous walk yields areas that intersect the range.
-            let part = entry.range.intersection(range).unwrap_or(range);
-            sink.limit_to(part);
-            // As in `Holding::take`: first the tables, then what is in flight, then what is kept and marked.
-            let peeked = covered
-                .domains()
-                .iter()
-                .try_for_each(|domain| domain.source.peek(part, &mut sink));
-            peeked.map_err(|stopped| stopped.error)?;
-            fence(Ordering::Acquire);
-            self.in_flight.visit(part, |write| sink.record(write))?;
-            let peeked = covered
-                .domains()
-                .iter()
-                .map(|domain| &domain.put_back)
-                .chain(covered.marks.then_some(&*entry.area.marks))
-                .try_for_each(|marks| {
-                    // Acquire: as in `Holding::take`.
-                    fence(Ordering::Acquire);
-                    marks.peek(part, &mut sink)
-                });
-            peeked.map_err(|stopped| stopped.error)?;
+        let mut parts = Parts::new(request, asked, snapshot.alignment());
+        while let Some(piece) = parts.next().map_err(|stopped| stopped.error)? {
+            for area in areas(&snapshot, piece, request) {
+                let area = area.map_err(|stopped| stopped.error)?;
+                if let Some(part) = area.mapping.range.intersection(piece) {
+                    look(self, &covered, area, (part, part), &mut sink, Look::Peek)
+                        .map_err(|stopped| stopped.error)?;
+                }
+            }
         }
         Ok(view)
     }
 
-    /// The checks of a request, before anything is touched.
+    /// The checks of a request, before anything is touched. The bitmap is bound to what of the request
+    /// is to be walked.
     fn check<'a>(
         &self,
-        request: &HarvestRequest,
+        request: &HarvestRequest<'_>,
         bitmap: UserBitmap<'a>,
         snapshot: &Areas<'_>,
     ) -> Result<(Bound<'a>, Covered), Error> {
-        let range = request.range();
-        let granule = snapshot.rules().alignment(self.page());
-        if !range.is_aligned(granule) {
+        let (range, from) = (request.range(), request.from());
+        let page = snapshot.alignment();
+        if !range.is_aligned(page) {
+            let granule = page;
             return Err(Error::Unaligned { range, granule });
         }
         let bound = bitmap.bind(range, request.granule())?;
@@ -195,11 +154,38 @@ impl AddressSpace {
         if !self.ever_tracked(&covered) {
             return Err(Error::NeverTracked { range });
         }
-        if request.is_all_or_nothing()
-            && let Some(at) = snapshot.contiguous(range).find_map(Result::err)
+        let granule = request.granule().max(page);
+        if !range.contains(from) || !from.is_aligned(granule) {
+            let at = from;
+            return Err(Error::BadCursor { at, range, granule });
+        }
+        let asked = IovaRange::ascending(from, range.last());
+        if request.on_hole() == Holes::Refuse
+            && let Some(at) = snapshot.contiguous(asked).find_map(Result::err)
         {
             return Err(Error::Hole { at, range });
         }
-        Ok((bound, covered))
+        Ok((bound.part(asked), covered))
     }
+}
+
+/// Walks `request` into `bound`, the bits of `holding`.
+fn harvest<'a>(
+    mut holding: Holding<'a>,
+    snapshot: Areas<'_>,
+    request: &HarvestRequest<'_>,
+    bound: Bound<'_>,
+) -> Lease<'a, Owed> {
+    #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
+    if request.is_parallel() {
+        return parallel::harvest(holding, snapshot, request, bound.view());
+    }
+    let asked = bound.view().range();
+    // After the holding, so that it goes before it: a walk that panics closes its window, then puts back.
+    let mut sink = bound.into_sink();
+    let walked = walk(&mut holding, &snapshot, request, asked, &mut sink);
+    holding.walked(&snapshot);
+    let mut recorded = Recorded::default();
+    recorded.add(&sink);
+    holding.into_lease(walked, recorded)
 }

@@ -12,10 +12,10 @@
 
 use rayon::prelude::*;
 
-use super::lease::{Holding, take};
-use super::{HarvestError, HarvestRequest, Lease, Owed};
-use crate::bitmap::{BitmapView, CHUNK_BITS, UserBitmap};
-use crate::error::Error;
+use super::lease::{Holding, Recorded};
+use super::walk::{Look, areas, look};
+use super::{HarvestRequest, Lease, Owed};
+use crate::bitmap::{BitmapView, CHUNK_BITS};
 use crate::flush::FlushGather;
 use crate::source::Stopped;
 use crate::space::{AddressSpace, Areas, Covered};
@@ -31,75 +31,51 @@ struct Taken<'a> {
     space: &'a AddressSpace,
     gather: FlushGather,
     areas: u64,
-    bits_set: u64,
-    windows: u64,
-    recorded: Option<Iova>,
+    recorded: Recorded,
     stopped: Option<Stopped>,
 }
 
-impl AddressSpace {
-    /// As [`harvest`](Self::harvest), by the threads of the rayon pool that it is called in (`pool.install(..)`), or of the global
-    /// one. Needs the feature `rayon`.
-    ///
-    /// Worth it for tables that lie scattered in memory, or with a tenth of the pages dirty and more; a clean range is read at the
-    /// speed of memory by one thread, unless one core cannot use all of that. Allocates: some bytes for each 262144 bits of the request, at most a few
-    /// megabytes.
-    ///
-    /// # Errors
-    /// As [`harvest`](Self::harvest). The lowest of several stops counts; what other threads took
-    /// from there on is put back before the call returns.
-    pub fn harvest_parallel<'a>(
-        &'a self,
-        request: &HarvestRequest,
-        bitmap: UserBitmap<'a>,
-    ) -> Result<Lease<'a, Owed>, HarvestError<'a>> {
-        let snapshot = self.snapshot();
-        let (bound, covered) = self
-            .check(request, bitmap, &snapshot)
-            .map_err(HarvestError::Refused)?;
-        // Pieces share words where a leaf straddles them.
-        let view = bound.view();
-        let range = request.range();
-        // A hole ends the work for everybody, as it ends a walk.
-        let hole = snapshot.contiguous(range).find_map(Result::err);
-        drop(snapshot);
-        let end = match hole {
-            Some(at) if at == range.start() => None,
-            Some(at) => Some(Iova::new(at.get() - 1)),
-            None => Some(range.last()),
-        };
-        let mut holding = Holding::begin(self, view, covered.clone());
-        let (mut bits_set, mut windows, mut recorded) = (0, 0, None);
-        let mut stopped = hole.map(|at| Stopped {
-            at,
-            error: Error::Hole { at, range },
-        });
-        if let Some(walked) = end.and_then(|end| IovaRange::new(range.start(), end).ok()) {
-            // Before the first bit is touched: a panic in any thread puts back all that was recorded.
-            holding.reach(walked.last());
-            let page = covered.alignment(self.page());
-            let pieces: Vec<IovaRange> = pieces(&view, page, walked).collect();
-            let taken: Vec<Taken<'_>> = pieces
-                .into_par_iter()
-                .map(|piece| Taken::take(self, &view, &covered, walked, piece))
-                .collect();
-            for mut piece in taken {
-                holding.add(&std::mem::take(&mut piece.gather), piece.areas);
-                bits_set += piece.bits_set;
-                windows += piece.windows;
-                recorded = recorded.max(piece.recorded);
-                let below = |other: &Stopped| stopped.as_ref().is_none_or(|now| other.at < now.at);
-                if let Some(first) = piece.stopped.take().filter(below) {
-                    stopped = Some(first);
-                }
+/// Walks `request` into `view`, the bits of `holding`, by many threads.
+pub(super) fn harvest<'a>(
+    mut holding: Holding<'a>,
+    snapshot: Areas<'_>,
+    request: &HarvestRequest<'_>,
+    view: BitmapView<'_>,
+) -> Lease<'a, Owed> {
+    let asked = view.range();
+    // A hole ends the work for everybody, as it ends a walk.
+    let mut stopped = areas(&snapshot, asked, request).find_map(Result::err);
+    drop(snapshot);
+    let end = match &stopped {
+        Some(hole) if hole.at == asked.start() => None,
+        Some(hole) => Some(Iova::new(hole.at.get() - 1)),
+        None => Some(asked.last()),
+    };
+    let mut recorded = Recorded::default();
+    if let Some(walked) = end.map(|end| IovaRange::ascending(asked.start(), end)) {
+        // Before the first bit is touched: a panic in any thread puts back all that was recorded.
+        holding.reach(walked.last());
+        let (space, covered) = (holding.space(), holding.covered());
+        let page = covered.alignment(space.page());
+        let pieces: Vec<IovaRange> = pieces(&view, page, walked).collect();
+        let taken: Vec<Taken<'_>> = pieces
+            .into_par_iter()
+            .map(|piece| Taken::take(space, request, &view, covered, walked, piece))
+            .collect();
+        let mut owed = Vec::with_capacity(taken.len());
+        for mut piece in taken {
+            owed.push((std::mem::take(&mut piece.gather), piece.areas));
+            recorded.merge(&piece.recorded);
+            let below = |other: &Stopped| stopped.as_ref().is_none_or(|now| other.at < now.at);
+            if let Some(first) = piece.stopped.take().filter(below) {
+                stopped = Some(first);
             }
         }
-        holding.walked(&self.snapshot());
-        match stopped {
-            None => Ok(holding.into_lease_of(bits_set, windows, None)),
-            Some(stopped) => Err(holding.stopped_of(stopped, bits_set, windows, recorded)),
-        }
+        owed.iter()
+            .for_each(|(gather, areas)| holding.add(gather, *areas));
     }
+    holding.walked_by_now();
+    holding.into_lease(stopped.map_or(Ok(None), Err), recorded)
 }
 
 /// The pieces of `walked`: each begins at a chunk of bitmap, rounded up to a page of all sources.
@@ -132,6 +108,7 @@ fn piece_bits(bits: u128) -> u64 {
 impl<'a> Taken<'a> {
     fn take(
         space: &'a AddressSpace,
+        request: &HarvestRequest<'_>,
         view: &BitmapView<'_>,
         covered: &Covered,
         walked: IovaRange,
@@ -141,50 +118,29 @@ impl<'a> Taken<'a> {
             space,
             gather: FlushGather::new(),
             areas: 0,
-            bits_set: 0,
-            windows: 0,
-            recorded: None,
+            recorded: Recorded::default(),
             stopped: None,
         };
         let snapshot: Areas<'_> = space.snapshot();
         let mut sink = view.sink();
-        for entry in snapshot.contiguous(piece) {
-            let outcome = match entry {
-                // Unmapped since the walk began.
-                Err(at) => Err(Stopped {
-                    at,
-                    error: Error::Hole {
-                        at,
-                        range: view.range(),
-                    },
-                }),
-                Ok(entry) => {
-                    let area = entry.area;
-                    let Some(part) = area.mapping.range.intersection(piece) else {
-                        continue;
-                    };
-                    let limit = area.mapping.range.intersection(walked).unwrap_or(part);
-                    // Each area counts in the piece that it begins in.
-                    taken.areas += u64::from(limit.start() == part.start());
-                    take(
-                        space,
-                        covered,
-                        area,
-                        part,
-                        limit,
-                        &mut sink,
-                        &mut taken.gather,
-                    )
-                }
-            };
+        for area in areas(&snapshot, piece, request) {
+            // A hole: unmapped since the walk began.
+            let outcome = area.and_then(|area| {
+                let Some(part) = area.mapping.range.intersection(piece) else {
+                    return Ok(());
+                };
+                let limit = area.mapping.range.intersection(walked).unwrap_or(part);
+                // Each area counts in the piece that it begins in.
+                taken.areas += u64::from(limit.start() == part.start());
+                let how = Look::Take(&mut taken.gather);
+                look(space, covered, area, (part, limit), &mut sink, how)
+            });
             if let Err(stopped) = outcome {
                 taken.stopped = Some(stopped);
                 break;
             }
         }
-        taken.bits_set = sink.bits_set();
-        taken.windows = sink.windows();
-        taken.recorded = sink.recorded_to();
+        taken.recorded.add(&sink);
         taken
     }
 }

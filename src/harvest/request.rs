@@ -1,14 +1,47 @@
 //! What a harvest is asked for.
 
-use crate::units::{DomainId, Granule, IovaRange};
+use std::time::Instant;
 
-/// A range of addresses, and the bytes that one bit of the answer stands for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HarvestRequest {
+use crate::bitmap::{BitmapView, CHUNK_BITS};
+use crate::units::{DomainId, Granule, Iova, IovaRange};
+
+/// Bits that a bounded harvest looks at between two looks at its bounds, at least: one word.
+const MIN_STEP: u64 = 64;
+
+/// A range of addresses, the bytes that one bit of the answer stands for, and how to walk it.
+///
+/// | option | the harvest |
+/// |---|---|
+/// | [`in_scope`](Self::in_scope) | asks one domain alone |
+/// | [`holes`](Self::holes) | skips addresses that no area holds, ends there, or is refused |
+/// | [`masked`](Self::masked) | takes what is set in another bitmap, and leaves the rest dirty |
+/// | [`max_bits`](Self::max_bits), [`until`](Self::until) | ends at a bound: [`Lease::next`](crate::Lease::next) says where |
+/// | [`resume_at`](Self::resume_at) | goes on there |
+/// | `parallel` (feature `rayon`) | is walked by many threads |
+///
+/// ```
+/// use dirtymap::{Granule, HarvestRequest, Holes, ToIovaRange};
+///
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// let request = HarvestRequest::new((0..1 << 30).to_iova_range()?, Granule::K4)
+///     .holes(Holes::Refuse) // as the kernel does
+///     .max_bits(4096);      // 16 MiB at a time
+/// # let _ = request;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct HarvestRequest<'m> {
     range: IovaRange,
     granule: Granule,
-    all_or_nothing: bool,
     scope: Scope,
+    holes: Holes,
+    mask: Option<BitmapView<'m>>,
+    from: Option<Iova>,
+    bits: Option<u64>,
+    deadline: Option<Instant>,
+    #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
+    parallel: bool,
 }
 
 /// Whose dirty state a harvest asks for.
@@ -21,7 +54,21 @@ pub enum Scope {
     Domain(DomainId),
 }
 
-impl HarvestRequest {
+/// What a harvest does with addresses of its range that no area holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Holes {
+    /// Goes on after them: nothing there can be dirty.
+    #[default]
+    Skip,
+    /// Ends at the first one: the lease covers what lies below it, and says so by
+    /// [`Lease::stopped`](crate::Lease::stopped).
+    Stop,
+    /// Is refused before anything is touched, by [`Error::Hole`](crate::Error::Hole). A hole that
+    /// appears meanwhile ends it.
+    Refuse,
+}
+
+impl<'m> HarvestRequest<'m> {
     /// Asks for `range` at `granule` bytes a bit. Bit 0 of the bitmap is the first granule of `range`, which must
     /// start and end at multiples of both `granule` and the smallest page of the space.
     ///
@@ -30,8 +77,14 @@ impl HarvestRequest {
         HarvestRequest {
             range,
             granule,
-            all_or_nothing: false,
             scope: Scope::All,
+            holes: Holes::Skip,
+            mask: None,
+            from: None,
+            bits: None,
+            deadline: None,
+            #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
+            parallel: false,
         }
     }
 
@@ -42,15 +95,73 @@ impl HarvestRequest {
         self
     }
 
-    /// Whose dirty state is asked for.
-    pub const fn scope(&self) -> Scope {
-        self.scope
+    /// Says what becomes of addresses that no area holds; the default skips them.
+    #[must_use]
+    pub const fn holes(mut self, holes: Holes) -> Self {
+        self.holes = holes;
+        self
     }
 
-    /// Refuses the request, before anything is touched, if no area holds some address of the range.
+    /// Takes only what is set in `mask`, and leaves everything else dirty. So a consumer
+    /// [peeks](crate::AddressSpace::peek) once, and clears piece by piece just before it copies a
+    /// piece: pages that are written again in between cost one copy, not two.
+    /// `KVM_CLEAR_DIRTY_LOG` is the model.
+    ///
+    /// `mask` may have another base and granule than the request. Marks and leaves are cleared as far
+    /// as whole pages of all sources lie in a run of it; bits of it that are clean are fine, and holes
+    /// matter only where it has a bit. The harvest records into a bitmap of its own, which must not be
+    /// the memory of `mask`: what is set there already counts as taken by an abort.
     #[must_use]
-    pub const fn all_or_nothing(mut self) -> Self {
-        self.all_or_nothing = true;
+    pub const fn masked<'n>(self, mask: BitmapView<'n>) -> HarvestRequest<'n>
+    where
+        'm: 'n,
+    {
+        HarvestRequest {
+            mask: Some(mask),
+            ..self
+        }
+    }
+
+    /// Begins at `from`, a multiple of the granule and of
+    /// [`alignment`](crate::AddressSpace::alignment). Bit 0 of the bitmap is still the first granule
+    /// of the range, so the harvests of a pass can share one bitmap, one after the other.
+    #[must_use]
+    pub const fn resume_at(mut self, from: Iova) -> Self {
+        self.from = Some(from);
+        self
+    }
+
+    /// Ends when the harvest has turned `bits` bits of the user's bitmap from 0 to 1. It may be up
+    /// to 63 more, and as many more as one page of the [largest
+    /// source](crate::AddressSpace::alignment) has bits.
+    ///
+    /// Each harvest looks at some granules at least, however tight its bounds: a consumer that goes on
+    /// until [`Lease::next`](crate::Lease::next) is `None` has seen the whole range, and pages that are
+    /// written all the time at its beginning do not keep it from its end.
+    #[must_use]
+    pub const fn max_bits(mut self, bits: u64) -> Self {
+        self.bits = Some(bits);
+        self
+    }
+
+    /// Ends at `deadline`, or as soon after it as 32768 more bits are looked at. The first look comes
+    /// before that, as with [`max_bits`](Self::max_bits).
+    #[must_use]
+    pub const fn until(mut self, deadline: Instant) -> Self {
+        self.deadline = Some(deadline);
+        self
+    }
+
+    /// Walks by the threads of the rayon pool that it is called in (`pool.install(..)`), or of the
+    /// global one. A harvest with a mask or a bound is walked by the thread that calls all the same.
+    ///
+    /// Worth it for tables that lie scattered in memory, or with a tenth of the pages dirty and more; a
+    /// clean range is read at the speed of memory by one thread, unless one core cannot use all of
+    /// that. Allocates some bytes for each 262144 bits of the request, at most a few megabytes.
+    #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
+    #[must_use]
+    pub const fn parallel(mut self) -> Self {
+        self.parallel = true;
         self
     }
 
@@ -64,8 +175,57 @@ impl HarvestRequest {
         self.granule
     }
 
-    /// Whether a hole refuses the whole request.
-    pub const fn is_all_or_nothing(&self) -> bool {
-        self.all_or_nothing
+    /// The scope asked for.
+    pub const fn scope(&self) -> Scope {
+        self.scope
+    }
+
+    pub(super) const fn on_hole(&self) -> Holes {
+        self.holes
+    }
+
+    pub(super) const fn mask(&self) -> Option<&BitmapView<'m>> {
+        self.mask.as_ref()
+    }
+
+    /// Where to begin.
+    pub(super) const fn from(&self) -> Iova {
+        match self.from {
+            Some(from) => from,
+            None => self.range.start(),
+        }
+    }
+
+    const fn is_bounded(&self) -> bool {
+        self.bits.is_some() || self.deadline.is_some()
+    }
+
+    #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
+    pub(super) const fn is_parallel(&self) -> bool {
+        self.parallel && !self.is_bounded() && self.mask.is_none()
+    }
+
+    /// The bits of the first step, which is made whatever the bounds; `None` for all there are.
+    pub(super) fn first_step(&self) -> Option<u64> {
+        let bounded = self.is_bounded();
+        bounded.then(|| self.step(0).unwrap_or(MIN_STEP))
+    }
+
+    /// The bits of the next step of a bounded harvest that has set `taken` bits; `None` if a bound is
+    /// reached.
+    pub(super) fn step(&self, taken: u64) -> Option<u64> {
+        if self
+            .deadline
+            .is_some_and(|deadline| Instant::now() >= deadline)
+        {
+            return None;
+        }
+        match self.bits {
+            None => Some(CHUNK_BITS),
+            Some(bits) => {
+                let left = bits.saturating_sub(taken);
+                (left > 0).then(|| left.clamp(MIN_STEP, CHUNK_BITS))
+            }
+        }
     }
 }

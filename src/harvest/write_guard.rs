@@ -4,7 +4,7 @@ use crate::error::Error;
 use crate::source::FlightSlot;
 use crate::space::AddressSpace;
 use crate::sync::{Step, performs};
-use crate::units::IovaRange;
+use crate::units::{IovaRange, ToIovaRange};
 
 /// A write in flight. While it lives, every harvest and peek reports its pages, and they stay dirty; when it is dropped, the
 /// write is done and its pages are marked.
@@ -52,7 +52,8 @@ impl AddressSpace {
     /// # Errors
     /// [`Error::Outside`] with the first address that no area holds. Nothing is in flight then, and the call is counted in
     /// [`SpaceStats::outside_marks`](crate::SpaceStats::outside_marks).
-    pub fn begin_write(&self, range: IovaRange) -> Result<WriteGuard<'_>, Error> {
+    pub fn begin_write(&self, range: impl ToIovaRange) -> Result<WriteGuard<'_>, Error> {
+        let range = range.to_iova_range()?;
         if let Some(at) = self.snapshot().contiguous(range).find_map(Result::err) {
             let bytes = range.last().get() - at.get();
             self.outside_mark(at, bytes.saturating_add(1));

@@ -6,9 +6,17 @@
 
 mod gone;
 mod in_flight;
+#[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
+#[allow(clippy::panic)] // a test kit says by a panic what is wrong
+pub mod kit;
 mod leaf_sink;
 mod marks;
 mod ordering;
+#[cfg_attr(dirtymap_loom, expect(dead_code))] // its users are unknown to the model checker
+pub(crate) mod pending;
+#[cfg(not(dirtymap_loom))]
+mod pulled;
+mod shared;
 
 #[cfg(all(test, dirtymap_loom))]
 #[allow(clippy::unwrap_used)] // helpers of tests
@@ -19,6 +27,9 @@ pub(crate) use leaf_sink::Rests;
 pub use leaf_sink::{LeafSink, ToClear};
 pub(crate) use marks::{Marks, NearMarks};
 pub use ordering::MarkOrdering;
+#[cfg(not(dirtymap_loom))]
+pub use pulled::PulledLog;
+pub use shared::SharedLog;
 
 use crate::bitmap::Sink;
 use crate::error::Error;
@@ -45,6 +56,22 @@ pub struct Stopped {
     pub at: Iova,
     /// Why it stopped.
     pub error: Error,
+}
+
+/// Whether a source is to track writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tracking {
+    /// Every write is reported.
+    On,
+    /// Nothing need be reported.
+    Off,
+}
+
+impl Tracking {
+    /// Whether it is [`Tracking::On`].
+    pub const fn is_on(self) -> bool {
+        matches!(self, Tracking::On)
+    }
 }
 
 /// Something that knows which of its memory was written.
@@ -110,10 +137,14 @@ pub trait DirtySource: Send + Sync {
     }
 
     /// Lets devices reach `mapping`, which starts out clean. Nothing else is mapped in its range.
+    /// The default is for a source that translates nothing: a log that someone else keeps.
     ///
     /// # Errors
     /// If the source cannot express the mapping; then nothing is changed.
-    fn map(&self, mapping: &Mapping) -> Result<(), Error>;
+    fn map(&self, mapping: &Mapping) -> Result<(), Error> {
+        let _ = mapping;
+        Ok(())
+    }
 
     /// Ends the translations of `range`, and adds to `gather` the invalidations after which no
     /// device can reach the memory any more. Calls `dirty` with each leaf that was dirty when its
@@ -126,7 +157,13 @@ pub trait DirtySource: Send + Sync {
     ///
     /// The operation that ends a translation also reads its dirty bit, so no write can come between
     /// the two.
-    fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange));
+    ///
+    /// The default calls all of `range` dirty, because a source that does not say what was written
+    /// may have seen a write to any page of it.
+    fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
+        let _ = gather;
+        dirty(range);
+    }
 
     /// Splits any leaf that spans `at`, so that the addresses below `at` and those from `at` on can
     /// be unmapped separately. Devices reach the same memory as before. Dirty pages stay dirty;
@@ -141,14 +178,14 @@ pub trait DirtySource: Send + Sync {
         Err(Error::CannotSplit { at })
     }
 
-    /// Switches tracking. On: all leaves become clean, and every write that begins after the return
-    /// is reported. A second "on" changes nothing and leaves dirty pages dirty. Off: dirty pages
+    /// Switches tracking. [`Tracking::On`]: all leaves become clean, and every write that begins after the return
+    /// is reported. A second "on" changes nothing and leaves dirty pages dirty. [`Tracking::Off`]: dirty pages
     /// stay dirty for a last harvest. May wait for devices.
     ///
     /// # Errors
     /// If the source cannot switch; then the old state stays.
     #[doc(alias = "set_dirty_tracking")]
-    fn set_tracking(&self, on: bool) -> Result<(), Error>;
+    fn set_tracking(&self, to: Tracking) -> Result<(), Error>;
 
     /// Hands every dirty leaf that `range` touches to `out`, in ascending order, by
     /// [`LeafSink::take`], [`take_many`](LeafSink::take_many) or [`take_run`](LeafSink::take_run).
@@ -171,10 +208,16 @@ pub trait DirtySource: Send + Sync {
     /// translations of them **and** the writes that were already translated have landed in memory.
     /// Waits for devices.
     ///
+    /// The default is for a source whose devices cache nothing: a bit that it clears is set again by
+    /// the very next write.
+    ///
     /// # Errors
     /// If the source cannot promise that; the gather then stays owed.
     #[doc(alias = "iotlb_sync")]
-    fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error>;
+    fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error> {
+        let _ = gather;
+        Ok(Invalidated::default())
+    }
 
     /// What invalidations cost. When the ranges of a gather would cost all sources of a space
     /// together more than a full invalidation, the space asks for a full one: a gather that [is
@@ -207,8 +250,8 @@ impl<T: DirtySource + ?Sized> DirtySource for Arc<T> {
         (**self).split_at(at, gather)
     }
 
-    fn set_tracking(&self, on: bool) -> Result<(), Error> {
-        (**self).set_tracking(on)
+    fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
+        (**self).set_tracking(to)
     }
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {

@@ -9,7 +9,7 @@ use super::{AddressSpace, Area, check_mapping};
 use crate::error::Error;
 use crate::source::Mapping;
 use crate::sync::Arc;
-use crate::units::{Access, Granule, Iova, IovaRange};
+use crate::units::{Access, Granule, Iova, IovaRange, ToIovaRange};
 
 /// The largest alignment of allocated ranges, the size of a large leaf: 2 MiB.
 const MAX_ALIGNMENT: Granule = Granule::M2;
@@ -98,7 +98,8 @@ impl AddressSpace {
     /// [`Error::CannotReserve`] if `range` intersects an area, also one that is being mapped or
     /// unmapped; then if it intersects an allowed range.
     #[doc(alias = "iopt_reserve_iova")]
-    pub fn reserve(&self, range: IovaRange) -> Result<(), Error> {
+    pub fn reserve(&self, range: impl ToIovaRange) -> Result<(), Error> {
+        let range = range.to_iova_range()?;
         self.retired.drop_all();
         self.areas.update(|edit| {
             if let Some(area) = edit.first_intersecting(range) {
@@ -122,7 +123,8 @@ impl AddressSpace {
     ///
     /// # Errors
     /// [`Error::NotReserved`] if there is no such reservation.
-    pub fn release_reserved(&self, range: IovaRange) -> Result<(), Error> {
+    pub fn release_reserved(&self, range: impl ToIovaRange) -> Result<(), Error> {
+        let range = range.to_iova_range()?;
         self.retired.drop_all();
         self.areas.update(|edit| {
             let rules = edit.rules().release(range)?;

@@ -66,7 +66,7 @@ use crate::error::Error;
 use crate::events;
 use crate::failure::{Failure, attempt, call};
 use crate::flush::{FlushCost, FlushGather};
-use crate::source::{DirtySource, FlightSlot, Marks};
+use crate::source::{DirtySource, FlightSlot, Marks, Tracking};
 use crate::sync::{Arc, AtomicBool, Ordering, Step, TINY, fence, lock, performs};
 use crate::units::{DomainId, Granule, Iova, IovaRange};
 
@@ -178,7 +178,7 @@ impl AddressSpace {
         if self.tracks() {
             // Before the first page is mapped, so that no write is missed.
             attachment
-                .switch(true)
+                .switch(Tracking::On)
                 .map_err(|failure| attachment.switch_back(failure))?;
         }
         let too_early = (!performs(Step::LookAfterPublish)).then(|| self.all_areas());
@@ -265,7 +265,7 @@ impl AddressSpace {
             Ok(())
         });
         self.declare_cost();
-        match attachment.switch(false) {
+        match attachment.switch(Tracking::Off) {
             Err(panicked @ Failure::Panicked(_)) => Err(panicked),
             // A source that cannot be switched off keeps tracking, which costs time and loses
             // nothing.
@@ -333,7 +333,7 @@ impl AddressSpace {
         let _moving = Moving(performs(Step::DetachInFlight).then(|| self.in_flight.publish(range)));
         if performs(Step::DetachFence) {
             // Release: orders the slot before the changes of the table. Pairs with the Acquire
-            // fence between tables and slots in `harvest::lease::take`. If that harvest reads the
+            // fence between tables and slots in `harvest::walk::look`. If that harvest reads the
             // table after such a change, it sees the slot or, after its end, the marks; if before,
             // it takes the page itself.
             fence(Ordering::Release);
@@ -352,7 +352,7 @@ impl AddressSpace {
         }
         if performs(Step::DetachFence) {
             // Release: orders these marks before the removal. Pairs with the Acquire fence between
-            // the put-back stores and the marks in `harvest::lease::take`. If that harvest finds
+            // the put-back stores and the marks in `harvest::walk::look`. If that harvest finds
             // the store empty, it sees the marks; if not, it takes the page from the store.
             fence(Ordering::Release);
         }

@@ -6,7 +6,7 @@ use crate::bitmap::Sink;
 use crate::compared::{count, grows_gently};
 use crate::error::Error;
 use crate::flush::{FlushGather, Invalidated};
-use crate::source::{DirtySource, LeafSink, Mapping, Stopped};
+use crate::source::{DirtySource, LeafSink, Mapping, Stopped, Tracking};
 use crate::sync::{Arc, Mutex, lock};
 use crate::units::{Access, Granule, Iova, IovaRange};
 
@@ -64,7 +64,7 @@ impl DirtySource for Plain {
         Ok(())
     }
 
-    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
         Ok(())
     }
 
@@ -82,8 +82,7 @@ impl DirtySource for Plain {
 }
 
 fn space() -> AddressSpace {
-    let space = AddressSpace::new(Granule::K4);
-    space.with_source(Plain::default()).unwrap()
+    AddressSpace::with_source(Granule::K4, Plain::default()).unwrap()
 }
 
 /// A space with `n` areas of one page each, with holes in between.
@@ -163,7 +162,8 @@ fn a_batch_that_is_taken_back_costs_what_it_names() {
             refused: Some(pages(2 * n - 2, 1)),
             ..Plain::default()
         };
-        let space = space().with_source(refused).unwrap();
+        let space = space();
+        space.attach(refused).unwrap();
         let changes: Vec<Change> = shuffled(n).map(map).collect();
         count(|| assert!(space.apply(&changes).is_err()))
     });
@@ -175,8 +175,8 @@ fn promised_addresses_are_found_by_a_search() {
     let during = |what: fn(&AddressSpace, u64)| {
         move |n| {
             let source = Arc::new(Plain::default());
-            let space = AddressSpace::new(Granule::K4);
-            let space = Arc::new(space.with_source(source.clone()).unwrap());
+            let space = AddressSpace::with_source(Granule::K4, source.clone());
+            let space = Arc::new(space.unwrap());
             let counted = Arc::new(Mutex::new(0));
             let (inner, cost) = (Arc::downgrade(&space), counted.clone());
             *lock(&source.on_map) = Some(Box::new(move || {
@@ -216,7 +216,8 @@ fn domains_that_come_and_go_cost_what_there_is() {
     });
     let of_domains = |n| {
         (0..n).fold(space(), |space, _| {
-            space.with_source(Plain::default()).unwrap()
+            space.attach(Plain::default()).unwrap();
+            space
         })
     };
     grows_gently("a map in many domains", |n| {

@@ -47,7 +47,7 @@ use crate::events;
 use crate::flush::FlushQueue;
 use crate::source::{DirtySource, InFlight, Mapping, MarkOrdering, NearMarks};
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, fence};
-use crate::units::{Access, DomainId, Granule, Iova, IovaRange};
+use crate::units::{Access, DomainId, Granule, Iova, IovaRange, ToIovaRange};
 use faults::Log;
 use retired::LastRetired;
 use rules::Rules;
@@ -61,7 +61,7 @@ pub(crate) type Areas<'a> = SpaceSnapshot<'a>;
 ///
 /// Threads share it by reference. Marks, lookups and harvests never block on other threads;
 /// [`map`](Self::map), [`unmap_discarding`](Self::unmap_discarding), [`attach`](Self::attach),
-/// [`detach`](Self::detach) and [`set_tracking`](Self::set_tracking) may wait for devices to drain.
+/// [`detach`](Self::detach) and [`start_tracking`](Self::start_tracking) may wait for devices to drain.
 ///
 /// Areas and rules that are replaced are dropped after no reader can use them any more: later, on
 /// any thread, possibly after the space itself. A call that changes the space drops the sources of
@@ -106,20 +106,37 @@ impl AddressSpace {
         }
     }
 
-    /// [Attaches](Self::attach) a source of dirty state, such as the domain of an IOMMU, to a new
-    /// space.
+    /// An empty space over a source of dirty state, such as the domain of an IOMMU; for further
+    /// sources there is [`attach`](Self::attach).
+    ///
+    /// ```
+    /// use dirtymap::{Access, AddressSpace, Granule, SharedLog, ToIovaRange};
+    /// use std::sync::Arc;
+    /// use std::sync::atomic::AtomicU64;
+    ///
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// let ram = (0..1 << 20).to_iova_range()?;
+    /// let words: Arc<[AtomicU64]> = (0..4).map(|_| AtomicU64::new(0)).collect();
+    /// let log = SharedLog::new(ram, Granule::K4, words)?; // a device sets a bit for each page
+    /// let space = AddressSpace::with_source(Granule::K4, log)?;
+    /// space.map(ram, 0, Access::ReadWrite)?;
+    /// space.start_tracking()?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// Those of `attach`. The space is dropped then, so add sources before anything else.
-    pub fn with_source(self, source: impl DirtySource + 'static) -> Result<Self, Error> {
-        self.attach(source)?;
-        Ok(self)
+    /// Those of `attach`.
+    pub fn with_source(page: Granule, source: impl DirtySource + 'static) -> Result<Self, Error> {
+        let space = Self::new(page);
+        space.attach(source)?;
+        Ok(space)
     }
 
     /// Lets marks of areas that are mapped from now on do without a fence. The fence is most of the
     /// cost of a mark of a page that is marked already. If the system has `membarrier(2)` with
     /// expedited private barriers, [`sync`](crate::Lease::sync), [`unmap`](Self::unmap) and
-    /// [`set_tracking`](Self::set_tracking) run a full fence in all threads of this process
+    /// [`start_tracking`](Self::start_tracking) run a full fence in all threads of this process
     /// instead. Each such call takes some 10 microseconds and interrupts every processor that runs
     /// one of these threads, which pays off from some ten thousand marks per harvest on.
     /// [`mark_ordering`](Self::mark_ordering) says which ordering is in use. Needs the feature
@@ -147,8 +164,8 @@ impl AddressSpace {
     /// Maps `range` to the memory that begins at the backing address `backing`.
     ///
     /// # Errors
-    /// In this order: [`Error::Unaligned`] and [`Error::UnalignedBacking`] (multiples of
-    /// [`alignment`](Self::alignment)), [`Error::BackingWraps`], [`Error::Reserved`],
+    /// In this order: those of the range, [`Error::Unaligned`] and [`Error::UnalignedBacking`]
+    /// (multiples of [`alignment`](Self::alignment)), [`Error::BackingWraps`], [`Error::Reserved`],
     /// [`Error::Overlap`], then the error of a source. After an error nothing is mapped, with one
     /// exception: if a source also fails to flush the range that another source had mapped already,
     /// the range stays taken until [`unmap_discarding`](Self::unmap_discarding) succeeds on it. A
@@ -156,7 +173,8 @@ impl AddressSpace {
     #[doc(alias = "IOMMU_IOAS_MAP")]
     #[doc(alias = "iopt_map_pages")]
     #[doc(alias = "memory_region_add_subregion")]
-    pub fn map(&self, range: IovaRange, backing: u64, access: Access) -> Result<(), Error> {
+    pub fn map(&self, range: impl ToIovaRange, backing: u64, access: Access) -> Result<(), Error> {
+        let range = range.to_iova_range()?;
         self.retired.drop_all();
         let mapping = Mapping {
             range,
@@ -218,7 +236,8 @@ impl AddressSpace {
     #[doc(alias = "memory_region_set_dirty")]
     #[doc(alias = "mark_page_dirty")]
     #[doc(alias = "cpu_physical_memory_set_dirty_range")]
-    pub fn mark(&self, range: IovaRange) -> Result<(), Error> {
+    pub fn mark(&self, range: impl ToIovaRange) -> Result<(), Error> {
+        let range = range.to_iova_range()?;
         let outside = self.in_areas(range, |area, part| area.mark(part));
         match outside.first {
             None => Ok(()),
@@ -432,7 +451,8 @@ impl AreaHandle {
     /// nothing is marked, with one exception: in an area that was cut, the pieces that remain are
     /// marked. The call is counted in [`SpaceStats::outside_marks`].
     #[inline]
-    pub fn mark(&self, range: IovaRange) -> Result<(), Error> {
+    pub fn mark(&self, range: impl ToIovaRange) -> Result<(), Error> {
+        let range = range.to_iova_range()?;
         let near = self.near.as_ref();
         if near.is_some_and(|near| near.mark(range)) && self.area.is_mapped() {
             return Ok(());

@@ -2,7 +2,7 @@
 
 use super::rules::Rules;
 use super::{AddressSpace, Area};
-use crate::area::{Contiguous, Snapshot};
+use crate::area::{Contiguous, Iter, Snapshot};
 use crate::source::Mapping;
 use crate::units::{DomainId, Granule, Iova, IovaRange};
 
@@ -74,6 +74,11 @@ impl SpaceSnapshot<'_> {
     /// The areas that cover `range`, up to the first hole.
     pub(crate) fn contiguous(&self, range: IovaRange) -> Contiguous<'_, Area> {
         self.areas.contiguous(range)
+    }
+
+    /// The areas that touch `range`, in ascending order.
+    pub(crate) fn areas_in(&self, range: IovaRange) -> Iter<'_, Area> {
+        self.areas.iter(range)
     }
 
     pub(crate) fn rules(&self) -> &Rules {

@@ -18,8 +18,9 @@ use super::attachment::{Attachment, Covered};
 use crate::error::Error;
 use crate::events;
 use crate::failure::{Failure, attempt};
+use crate::source::Tracking;
 use crate::sync::{Arc, AtomicU8, Ordering, Step, lock, weaken};
-use crate::units::{DomainId, IovaRange};
+use crate::units::{DomainId, Granule, IovaRange};
 
 const NEVER: u8 = 0;
 const ON: u8 = 1;
@@ -86,13 +87,13 @@ impl Attachment {
     /// # Errors
     /// The error of the source, which keeps its state; or its panic, after which the next switch
     /// asks it again.
-    pub(super) fn switch(&self, on: bool) -> Result<bool, Failure> {
-        if self.tracking.is(on) {
+    pub(super) fn switch(&self, to: Tracking) -> Result<bool, Failure> {
+        if self.tracking.is(to.is_on()) {
             return Ok(false);
         }
-        let switched = attempt(|| self.source.set_tracking(on));
+        let switched = attempt(|| self.source.set_tracking(to));
         match switched {
-            Ok(()) => self.tracking.set(on),
+            Ok(()) => self.tracking.set(to.is_on()),
             Err(Failure::Panicked(_)) => self.tracking.doubt(),
             Err(Failure::Refused(_)) => (),
         }
@@ -102,7 +103,7 @@ impl Attachment {
     /// Switches the source off after `failure`. A source that refuses keeps tracking, which costs
     /// time and loses nothing; its switch says so.
     pub(super) fn switch_back(&self, failure: Failure) -> Failure {
-        match self.switch(false) {
+        match self.switch(Tracking::Off) {
             Err(panicked @ Failure::Panicked(_)) => failure.then(panicked),
             Ok(_) | Err(Failure::Refused(_)) => failure,
         }
@@ -110,58 +111,118 @@ impl Attachment {
 }
 
 impl AddressSpace {
-    /// Switches tracking of writes, in all domains and for marks. A domain that is attached later
-    /// tracks if this is on.
+    /// An empty space that [tracks](Self::start_tracking) from the start: whatever is mapped is
+    /// tracked at once.
     ///
-    /// *On*, if it was off: everything becomes clean, and is flushed. What was dirty or marked
-    /// before is discarded. Every write that begins after the return is reported. *On*, if it was
-    /// on, changes nothing: dirty pages stay dirty. *Off*: dirty pages stay dirty for a last
-    /// harvest. A domain that is in the requested state already, by
-    /// [`set_domain_tracking`](Self::set_domain_tracking), is not touched. May wait for devices.
+    /// ```
+    /// use dirtymap::{Access, AddressSpace, Granule};
+    ///
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// let space = AddressSpace::tracked(Granule::K4);
+    /// space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// space.mark(0x3000..0x3001)?; // the next harvest reports it
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn tracked(page: Granule) -> Self {
+        let space = Self::new(page);
+        space.tracking.set(true);
+        space
+    }
+
+    /// Starts to track writes, in all domains and for marks. Domains that are attached later track
+    /// from the start.
+    ///
+    /// The baseline becomes clean (what was dirty or marked before is discarded) and is flushed;
+    /// every write that begins after the return is reported. If writes are tracked already, nothing
+    /// changes, and what is dirty stays dirty. A domain that tracks already, by
+    /// [`start_domain_tracking`](Self::start_domain_tracking), is not touched.
+    ///
+    /// ```
+    /// use dirtymap::{Access, AddressSpace, Granule};
+    ///
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// let space = AddressSpace::new(Granule::K4);
+    /// space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// space.start_tracking()?;
+    /// // Copy everything once, then harvest, round after round.
+    /// space.stop_tracking()?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// The error of the first source that refuses. After a failed *on*, the sources that the call
-    /// had switched on are switched off again. They may have discarded their dirty pages; marks
-    /// stay. After a failed *off*, the other sources are off. Both can be repeated. The same holds
-    /// for the first source that [panics](crate::DirtySource#panics): whether it tracks is in doubt
-    /// until a switch succeeds.
+    /// That of the first source that refuses. The call is then taken back, although sources that had
+    /// agreed may have discarded what was dirty in them; marks are kept. It can be repeated. The same
+    /// holds of the first source that [panics](crate::DirtySource#panics): whether it tracks is in
+    /// doubt until a switch succeeds.
+    #[doc(alias = "set_dirty_tracking")]
     #[doc(alias = "IOMMU_HWPT_SET_DIRTY_TRACKING")]
     #[doc(alias = "iopt_set_dirty_tracking")]
     #[doc(alias = "memory_global_dirty_log_start")]
-    pub fn set_tracking(&self, on: bool) -> Result<(), Error> {
-        self.retired.drop_all();
-        {
-            let _membership = lock(&self.membership);
-            let switched = if on {
-                self.switch_on()
-            } else {
-                self.switch_off()
-            };
-            switched.map_err(Failure::raise)?;
-        }
-        events::tracking(on);
-        Ok(())
+    #[doc(alias = "log_global_start")]
+    pub fn start_tracking(&self) -> Result<(), Error> {
+        self.switch_all(Tracking::On)
     }
 
-    /// Switches tracking of writes in one domain, as [`set_tracking`](Self::set_tracking) does in
-    /// all. *On*, if it was off: the domain becomes clean and is flushed. *Off*: its dirty pages
-    /// stay dirty for a last harvest. Marks do not change. May wait for devices.
+    /// Stops tracking writes, in all domains and for marks. What is dirty stays for a last harvest.
+    ///
+    /// # Errors
+    /// That of the first source that refuses; the others are switched all the same, and the call can
+    /// be repeated, as can a [start](Self::start_tracking) after it. The same holds of the first
+    /// source that [panics](crate::DirtySource#panics): whether it tracks is in doubt until a switch
+    /// succeeds.
+    #[doc(alias = "log_global_stop")]
+    #[doc(alias = "memory_global_dirty_log_stop")]
+    pub fn stop_tracking(&self) -> Result<(), Error> {
+        self.switch_all(Tracking::Off)
+    }
+
+    /// Starts to track writes in one domain, as [`start_tracking`](Self::start_tracking) does in all:
+    /// the domain becomes clean and is flushed, unless it tracks already. Marks are left alone.
     ///
     /// # Errors
     /// [`Error::NotAttached`], or the error of the source, which keeps its state. After a
     /// [panic](crate::DirtySource#panics) its state is in doubt until a switch succeeds.
     #[doc(alias = "IOMMU_HWPT_SET_DIRTY_TRACKING")]
-    pub fn set_domain_tracking(&self, domain: DomainId, on: bool) -> Result<(), Error> {
+    pub fn start_domain_tracking(&self, domain: DomainId) -> Result<(), Error> {
+        self.switch_domain(domain, Tracking::On)
+    }
+
+    /// Stops tracking writes in one domain. What is dirty there stays for a last harvest. Marks are
+    /// left alone.
+    ///
+    /// # Errors
+    /// As [`start_domain_tracking`](Self::start_domain_tracking).
+    pub fn stop_domain_tracking(&self, domain: DomainId) -> Result<(), Error> {
+        self.switch_domain(domain, Tracking::Off)
+    }
+
+    fn switch_all(&self, to: Tracking) -> Result<(), Error> {
+        self.retired.drop_all();
+        {
+            let _membership = lock(&self.membership);
+            let switched = match to {
+                Tracking::On => self.switch_on(),
+                Tracking::Off => self.switch_off(),
+            };
+            switched.map_err(Failure::raise)?;
+        }
+        events::tracking(to.is_on());
+        Ok(())
+    }
+
+    fn switch_domain(&self, domain: DomainId, to: Tracking) -> Result<(), Error> {
         self.retired.drop_all();
         {
             let _membership = lock(&self.membership);
             let attachments = self.attachments();
             let attachment = attachments.find(domain)?;
-            if attachment.switch(on).map_err(Failure::raise)? && on {
+            if attachment.switch(to).map_err(Failure::raise)? && to.is_on() {
                 self.discard(attachment.put_back.clear(IovaRange::ALL));
             }
         }
-        events::domain_tracking(domain, on);
+        events::domain_tracking(domain, to.is_on());
         Ok(())
     }
 
@@ -174,7 +235,7 @@ impl AddressSpace {
         let attachments = self.attachments();
         let mut switched = Vec::new();
         for attachment in attachments.iter() {
-            match attachment.switch(true) {
+            match attachment.switch(Tracking::On) {
                 Ok(true) => switched.push(attachment),
                 Ok(false) => {}
                 Err(failure) => {
@@ -215,7 +276,7 @@ impl AddressSpace {
     fn switch_off(&self) -> Result<(), Failure> {
         let mut failed: Option<Failure> = None;
         for attachment in self.attachments().iter() {
-            if let Err(failure) = attachment.switch(false) {
+            if let Err(failure) = attachment.switch(Tracking::Off) {
                 failed = Some(match failed {
                     // The first failure wins, except that a panic wins over an error.
                     Some(first) if matches!(failure, Failure::Refused(_)) => first,

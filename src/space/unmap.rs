@@ -94,7 +94,7 @@ use crate::error::Error;
 use crate::events;
 use crate::failure::Failure;
 use crate::sync::{Arc, Ordering, fence};
-use crate::units::{Granule, IovaRange};
+use crate::units::{Granule, ToIovaRange};
 
 /// The result of an unmap.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -128,7 +128,8 @@ impl AddressSpace {
     #[doc(alias = "IOMMU_IOAS_UNMAP")]
     #[doc(alias = "iopt_unmap_iova")]
     #[doc(alias = "memory_region_del_subregion")]
-    pub fn unmap_discarding(&self, range: IovaRange) -> Result<Unmapped, Error> {
+    pub fn unmap_discarding(&self, range: impl ToIovaRange) -> Result<Unmapped, Error> {
+        let range = range.to_iova_range()?;
         self.retired.drop_all();
         let mut plan = Plan::default();
         plan.unmap(range, &self.areas.snapshot())?;
@@ -155,10 +156,11 @@ impl AddressSpace {
     #[doc(alias = "VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP")]
     pub fn unmap<'a>(
         &self,
-        range: IovaRange,
+        range: impl ToIovaRange,
         granule: Granule,
         bitmap: UserBitmap<'a>,
     ) -> Result<(Unmapped, BitmapView<'a>), Error> {
+        let range = range.to_iova_range()?;
         self.retired.drop_all();
         let bound = bitmap.bind(range, granule)?;
         let view = bound.view();

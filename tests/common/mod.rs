@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use dirtymap::{
     AddressSpace, DirtySource, Error, FlushCost, FlushGather, Granule, Invalidated, Iova,
-    IovaRange, LeafSink, Mapping, Sink, Stopped,
+    IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking,
 };
 
 pub const PAGE: u64 = 4096;
@@ -19,11 +19,8 @@ pub fn pages(first: u64, n: u64) -> IovaRange {
 /// An empty space over two sources.
 pub fn two_sources() -> (AddressSpace, Arc<Fake>, Arc<Fake>) {
     let (first, second) = (Arc::new(Fake::default()), Arc::new(Fake::default()));
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(first.clone())
-        .unwrap()
-        .with_source(second.clone())
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, first.clone()).unwrap();
+    space.attach(second.clone()).unwrap();
     (space, first, second)
 }
 
@@ -153,7 +150,7 @@ impl DirtySource for Fake {
         gone.into_iter().for_each(|n| dirty(pages(n, leaf_pages)));
     }
 
-    fn set_tracking(&self, on: bool) -> Result<(), Error> {
+    fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
         if let Some(happen) = self.with(|s| s.on_tracking.take()) {
             happen();
         }
@@ -161,10 +158,10 @@ impl DirtySource for Fake {
             if s.refuse_tracking {
                 return Err(Error::source_failed(Broken));
             }
-            if on && !s.tracking {
+            if to.is_on() && !s.tracking {
                 s.dirty.clear();
             }
-            s.tracking = on;
+            s.tracking = to.is_on();
             Ok(())
         })
     }

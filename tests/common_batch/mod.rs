@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 use dirtymap::{
     DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink, Mapping,
-    Sink, Stopped,
+    Sink, Stopped, Tracking,
 };
 
 /// What happens once, at a place that a test names.
@@ -116,8 +116,8 @@ impl DirtySource for Batching {
         Ok(())
     }
 
-    fn set_tracking(&self, on: bool) -> Result<(), Error> {
-        if on {
+    fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
+        if to.is_on() {
             self.log.iter().for_each(|word| word.store(0, SeqCst));
         }
         Ok(())
@@ -164,7 +164,7 @@ impl DirtySource for Pause {
 
     fn unmap(&self, _: IovaRange, _: &mut FlushGather, _: &mut dyn FnMut(IovaRange)) {}
 
-    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
         Ok(())
     }
 

@@ -120,9 +120,7 @@ impl Guest {
             log.add_vcpu(&vcpu).unwrap();
         }
         let page = log.page().bytes();
-        let space = AddressSpace::new(log.page())
-            .with_source(Arc::clone(&log))
-            .unwrap();
+        let space = AddressSpace::with_source(log.page(), Arc::clone(&log)).unwrap();
         let mut memory = Vec::new();
         for (slot, first, n) in SLOTS {
             let block = Memory::new(n * page, page);
@@ -138,7 +136,7 @@ impl Guest {
         sregs.cs.base = 0;
         sregs.cs.selector = 0;
         vcpu.set_sregs(&sregs).unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         Some(Guest {
             space,
             log,
@@ -175,7 +173,7 @@ impl Guest {
         IovaRange::from_len(Iova::new(first * self.page), n * self.page).unwrap()
     }
 
-    pub fn request(&self, first: u64, n: u64) -> HarvestRequest {
+    pub fn request(&self, first: u64, n: u64) -> HarvestRequest<'static> {
         HarvestRequest::new(self.pages(first, n), self.log.page())
     }
 

@@ -14,7 +14,7 @@ fn a_write_at_a_high_iova_is_found_and_one_outside_is_an_error() {
     let high = range(0x7fff_0000_0000, 16 * PAGE);
     let space = AddressSpace::new(Granule::K4);
     space.map(high, 0, RW).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let write = range(0x7fff_0000_3ffe, 4);
     space.mark(write).unwrap();
     assert_eq!(take(&space, high), [range(0x7fff_0000_3000, 2 * PAGE)]);
@@ -34,7 +34,7 @@ fn memory_that_is_plugged_in_after_logging_began_is_logged() {
     let log = Arc::new(Log::new(pages(0, 64), Granule::K4));
     let space = AddressSpace::new(Granule::K4);
     space.map(pages(0, 16), 0, RW).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     space.attach(log.clone()).unwrap();
     space.map(pages(32, 16), 0, RW).unwrap();
     log.write(pages(40, 1));
@@ -50,7 +50,7 @@ fn memory_from_before_logging_began_is_logged() {
     space.attach(log.clone()).unwrap();
     space.map(pages(0, 16), 0, RW).unwrap();
     let handle = space.area(Iova::MIN).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     log.write(pages(3, 1));
     handle.mark(pages(5, 1)).unwrap();
     assert_eq!(take(&space, pages(0, 16)), [pages(3, 1), pages(5, 1)]);
@@ -64,7 +64,7 @@ fn what_was_dirty_when_memory_goes_is_handed_over() {
     let space = AddressSpace::new(Granule::K4);
     space.attach(log.clone()).unwrap();
     space.map(pages(0, 16), 0, RW).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     log.write(pages(3, 1));
     space.mark(pages(5, 1)).unwrap();
     let mut words = [0u64];
@@ -86,7 +86,7 @@ fn what_a_device_wrote_before_it_went_is_there_when_it_is_gone() {
     let space = AddressSpace::new(Granule::K4);
     let device = space.attach(log.clone()).unwrap();
     space.map(pages(0, 16), 0, RW).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     log.write(pages(3, 1));
     space.detach(device).unwrap();
     assert_eq!(take(&space, pages(0, 16)), [pages(3, 1)]);
@@ -97,7 +97,7 @@ fn what_a_device_wrote_before_it_went_is_there_when_it_is_gone() {
 fn memory_that_grows_keeps_what_is_dirty_and_tracks_the_rest() {
     let space = AddressSpace::new(Granule::K4);
     space.map(pages(0, 40_000), 0, RW).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     space.mark(pages(39_999, 1)).unwrap();
     space.map(pages(40_000, 60_000), 40_000 * PAGE, RW).unwrap();
     space.mark(pages(99_999, 1)).unwrap();

@@ -54,7 +54,7 @@ fn pages_of_64_kib_are_not_taken_for_4096_bytes() {
     space.attach(kernel.clone()).unwrap();
     assert_eq!(space.alignment(), host);
     space.map(memory, 0, RW).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     kernel.write(range((1 << 30) + (130 << 10), 1));
     // Asked for at 4 KiB a bit, one page of the host is sixteen bits.
     let mut words = [0u64];
@@ -85,14 +85,14 @@ fn a_reset_rounds_in() {
     // The same for a lease that is committed by parts.
     let space = AddressSpace::new(Granule::K4);
     space.map(pages(0, 12), 0, RW).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     space.mark(pages(0, 12)).unwrap();
     let mut words = [0u64];
     let request = HarvestRequest::new(pages(0, 12), coarse);
     let lease = space
         .harvest(&request, UserBitmap::new(&mut words))
         .unwrap();
-    let mut lease = lease.sync().unwrap();
+    let lease = lease.sync().unwrap();
     assert_eq!(lease.commit_range(pages(2, 8)), 1);
     drop(lease);
     assert_eq!(take(&space, pages(0, 12)), [pages(0, 4), pages(8, 4)]);
@@ -107,7 +107,7 @@ fn a_request_that_ends_inside_a_page_leaves_the_rest_of_it_dirty() {
     let space = AddressSpace::new(Granule::K4);
     space.attach(log.clone()).unwrap();
     space.map(memory, 0, RW).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     log.write(range(0, 1));
     assert_eq!(take(&space, pages(0, 3)), [pages(0, 3)]);
     assert_eq!(take(&space, memory), [pages(3, 13)]);

@@ -17,7 +17,7 @@ impl Machine {
     fn new() -> Self {
         let space = AddressSpace::new(Granule::K4);
         space.map(pages(0, 1), 0, RW).unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         Machine {
             space,
             memory: Cell::new(0),

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 
 use dirtymap::{
     DirtyLog, DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink,
-    Mapping, RunsExt, Sink, Stopped,
+    Mapping, RunsExt, Sink, Stopped, Tracking,
 };
 
 /// What a log says when it fails on demand.
@@ -95,7 +95,7 @@ impl DirtySource for Log {
         }
     }
 
-    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
         Ok(())
     }
 

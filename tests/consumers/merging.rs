@@ -22,7 +22,7 @@ fn a_slot_without_a_map_of_our_own_keeps_what_the_kernel_said() {
     let space = AddressSpace::new(Granule::K4);
     space.attach(log.clone()).unwrap();
     space.map(pages(0, 64), 0, RW).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     log.write(pages(3, 1));
     assert_eq!(take(&space, pages(0, 64)), [pages(3, 1)]);
 }

@@ -81,7 +81,7 @@ fn clean_pages_at_the_end_of_a_slot_keep_their_place_in_the_file() {
     let space = AddressSpace::new(Granule::K4);
     space.map(low, 0, RW).unwrap();
     space.map(high, 8 * PAGE, RW).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let mut memory = vec![0u8; 12 * PAGE as usize];
     let mut file = memory.clone();
     // The guest writes to page 2 of the first slot, behind which all is clean, and to the second slot.

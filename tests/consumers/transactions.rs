@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 
-use dirtymap::{AddressSpace, Error, Granule, HarvestError, HarvestRequest, IovaRange, UserBitmap};
+use dirtymap::{AddressSpace, Error, Granule, HarvestRequest, IovaRange, UserBitmap};
 
 use crate::logs::{Log, dirty_bytes};
 use crate::{PAGE, RW, pages, take};
@@ -18,7 +18,7 @@ fn two_slots() -> (AddressSpace, Arc<Log>, Arc<Log>) {
         space.attach(log.clone()).unwrap();
         space.map(slot, 0, RW).unwrap();
     }
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     (space, low, high)
 }
 
@@ -33,16 +33,14 @@ fn a_log_that_fails_does_not_take_those_before_it_along() {
     high.broken.store(true, SeqCst);
     let mut words = [0u64];
     let request = HarvestRequest::new(pages(0, 64), Granule::K4);
-    let error = space
+    let lease = space
         .harvest(&request, UserBitmap::new(&mut words))
-        .unwrap_err();
-    let HarvestError::Stopped(stopped) = error else {
-        panic!("refused");
-    };
+        .unwrap();
+    let stopped = lease.stopped().unwrap();
     assert_eq!(stopped.at, pages(32, 1).start());
     assert_eq!(dirty_bytes(&low), 0, "it has been read");
-    // Whoever lets go of the error by a question mark puts the lease back.
-    drop(stopped);
+    // A consumer that leaves with the error of the sync, by a question mark, puts the lease back.
+    assert!(lease.sync().is_err());
     high.broken.store(false, SeqCst);
     assert_eq!(
         take(&space, pages(0, 64)),
@@ -60,15 +58,13 @@ fn a_log_that_fails_half_way_keeps_what_it_did_not_say() {
     high.broken.store(true, SeqCst);
     let mut words = [0u64];
     let request = HarvestRequest::new(pages(0, 64), Granule::K4);
-    let error = space
+    let lease = space
         .harvest(&request, UserBitmap::new(&mut words))
-        .unwrap_err();
-    let HarvestError::Stopped(stopped) = error else {
-        panic!("refused");
-    };
+        .unwrap();
+    let stopped = lease.stopped().unwrap();
     assert_eq!(stopped.at.get(), 40 * PAGE);
     // What was read can be used, too.
-    let lease = stopped.lease.sync().unwrap();
+    let lease = lease.partial().sync().unwrap();
     assert!(lease.runs().eq([pages(33, 1)]));
     lease.commit();
     high.broken.store(false, SeqCst);
@@ -88,7 +84,7 @@ fn a_save_that_fails_half_way_puts_back_what_it_did_not_save() {
     let lease = space
         .harvest(&request, UserBitmap::new(&mut words))
         .unwrap();
-    let mut lease = lease.sync().unwrap();
+    let lease = lease.sync().unwrap();
     let mut room = 6 * u128::from(PAGE);
     let save = |run: IovaRange| -> Result<(), std::io::Error> {
         room = room
@@ -176,10 +172,10 @@ fn what_is_dirty_when_tracking_stops_is_there_for_a_last_harvest() {
     let (space, low, _) = two_slots();
     low.write(pages(2, 1));
     space.mark(pages(20, 1)).unwrap();
-    space.set_tracking(false).unwrap();
+    space.stop_tracking().unwrap();
     assert_eq!(take(&space, pages(0, 64)), [pages(2, 1), pages(20, 1)]);
     // And a change of the map needs no stop.
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     space.mark(pages(21, 1)).unwrap();
     space.map(pages(64, 8), 0, RW).unwrap();
     space.mark(pages(70, 1)).unwrap();

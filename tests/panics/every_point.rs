@@ -33,7 +33,7 @@ const STEPS: [(&str, Step); 23] = [
     ("attach the first", |w| w.attach(0)),
     ("attach the second", |w| w.attach(1)),
     ("map", |w| w.map(pages(0, 16))),
-    ("switch on", |w| w.space.set_tracking(true)),
+    ("switch on", |w| w.space.start_tracking()),
     ("write", World::write),
     ("attach the third", |w| w.attach(2)),
     ("map in a batch", |w| w.batch(None, pages(20, 8))),
@@ -245,8 +245,8 @@ impl World {
     fn switch_one(&mut self) -> Result<(), Error> {
         self.harvest(true)?;
         if let Some(id) = self.ids[1] {
-            self.space.set_domain_tracking(id, false)?;
-            self.space.set_domain_tracking(id, true)?;
+            self.space.stop_domain_tracking(id)?;
+            self.space.start_domain_tracking(id)?;
         }
         Ok(())
     }
@@ -254,8 +254,8 @@ impl World {
     fn switch_all(&mut self) -> Result<(), Error> {
         self.harvest(true)?;
         // A switch off that panics is not repeated: on is what must be for certain.
-        let off = panics(|| self.space.set_tracking(false));
-        self.space.set_tracking(true)?;
+        let off = panics(|| self.space.stop_tracking());
+        self.space.start_tracking()?;
         let tracks = |nth: &usize| self.ids[*nth].is_some();
         let mut attached = (0..3).filter(tracks);
         assert!(attached.all(|nth| self.devices[nth].with(|s| s.tracking)));

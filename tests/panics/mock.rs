@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use dirtymap::{
     AddressSpace, DirtySource, Error, FlushCost, FlushGather, Granule, Invalidated, Iova,
-    IovaRange, LeafSink, Leaves, Mapping, Sink, Stopped,
+    IovaRange, LeafSink, Leaves, Mapping, Sink, Stopped, Tracking,
 };
 
 pub const PAGE: u64 = 4096;
@@ -286,11 +286,11 @@ impl DirtySource for Device {
         Ok(())
     }
 
-    fn set_tracking(&self, on: bool) -> Result<(), Error> {
+    fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
         self.points.at("tracking: begun");
-        let was = self.with(|s| std::mem::replace(&mut s.tracking, on));
+        let was = self.with(|s| std::mem::replace(&mut s.tracking, to.is_on()));
         self.points.at("tracking: said");
-        if on && !was {
+        if to.is_on() && !was {
             for (at, n, _) in self.leaves(IovaRange::ALL) {
                 self.with(|s| s.table.insert(at, (n, false)));
                 self.points.at("tracking: leaf");
@@ -418,8 +418,8 @@ impl DirtySource for Owned {
         self.device.split_at(at, gather)
     }
 
-    fn set_tracking(&self, on: bool) -> Result<(), Error> {
-        self.device.set_tracking(on)
+    fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
+        self.device.set_tracking(to)
     }
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {

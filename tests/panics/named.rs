@@ -20,7 +20,7 @@ fn tracked(n: usize) -> (AddressSpace, Arc<Points>, Vec<Arc<Device>>) {
         space.attach(Arc::clone(device)).unwrap();
     }
     space.map(pages(0, 16), 0, RW).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     (space, points, devices)
 }
 
@@ -360,9 +360,11 @@ fn a_source_that_panicked_in_a_switch_is_asked_by_the_next_one() {
         for one in [false, true] {
             let (space, points, devices) = tracked(3);
             let ids: Vec<DomainId> = space.domains();
-            let switch = |on| match one {
-                true => space.set_domain_tracking(ids[1], on),
-                false => space.set_tracking(on),
+            let switch = |on| match (one, on) {
+                (true, true) => space.start_domain_tracking(ids[1]),
+                (true, false) => space.stop_domain_tracking(ids[1]),
+                (false, true) => space.start_tracking(),
+                (false, false) => space.stop_tracking(),
             };
             points.arm(point, u32::from(!one), 1);
             assert!(panics(|| switch(false)).is_err());
@@ -401,12 +403,12 @@ fn a_source_that_panicked_in_a_switch_is_asked_by_the_next_one() {
 fn a_switch_on_whose_taking_back_panics_is_repaired_by_the_next() {
     let (space, points, devices) = tracked(2);
     space.mark(pages(7, 1)).unwrap();
-    space.set_tracking(false).unwrap();
+    space.stop_tracking().unwrap();
     points.arm("tracking: said", 1, 3);
-    assert!(panics(|| space.set_tracking(true)).is_err());
+    assert!(panics(|| space.start_tracking()).is_err());
     points.disarm();
     assert_eq!(take(&space), 1 << 7);
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     assert!(devices.iter().all(|d| d.with(|s| s.tracking)));
     assert!(devices[0].write(0) && devices[1].write(4));
     assert_eq!(take(&space), 0xff);
@@ -462,7 +464,7 @@ fn an_attach_that_panics_before_it_is_published_leaves_no_trace() {
         assert_eq!(space.domains().len(), 1);
         // No lock is held.
         space.attach(late).unwrap();
-        space.set_tracking(false).unwrap();
+        space.stop_tracking().unwrap();
     }
 }
 

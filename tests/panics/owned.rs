@@ -30,8 +30,8 @@ fn call_everything(space: &AddressSpace) {
     for id in space.domains().into_iter().skip(1) {
         space.detach(id).unwrap();
     }
-    space.set_tracking(false).unwrap();
-    space.set_tracking(true).unwrap();
+    space.stop_tracking().unwrap();
+    space.start_tracking().unwrap();
     space.map(pages(900, 2), 0, RW).unwrap();
     space.cut(pages(901, 1).start()).unwrap();
     space.unmap_discarding(pages(900, 2)).unwrap();
@@ -60,7 +60,7 @@ fn a_source_that_is_dropped_may_call_its_space() {
             let id = space.attach(owned).unwrap();
             // The destructor of an earlier one may have been faster.
             let _ = space.detach(id);
-            space.set_tracking(true).unwrap();
+            space.start_tracking().unwrap();
         }
         // Every kind of call takes its turn at cleaning up.
         for n in 0..100 {
@@ -97,7 +97,7 @@ fn a_source_that_is_refused_is_dropped_at_once_and_without_locks() {
         reclaim_until(&space, || dropped.load(SeqCst) == 1);
         // One that was never published is dropped by the call itself, and was under the lock of the
         // domains.
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         points.arm("tracking: begun", 0, 1);
         assert!(panics(|| space.attach(owned(&device))).is_err());
         assert_eq!(dropped.load(SeqCst), 2);
@@ -127,7 +127,7 @@ fn a_source_whose_drop_panics_undoes_nothing() {
     let stays = Device::new(&points);
     space.attach(Arc::clone(&stays)).unwrap();
     space.map(pages(0, 16), 0, RW).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     // Calls of each kind, of which each may be the one that comes by a destructor.
     type Call = fn(&AddressSpace) -> Result<(), Error>;
     let calls: [Call; 5] = [
@@ -184,7 +184,7 @@ fn a_source_whose_drop_panics_during_a_panic_is_silent() {
             space.attach(owned).unwrap();
         }
         space.map(pages(0, 16), 0, RW).unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         let mut words = [0u64];
         let request = HarvestRequest::new(pages(0, 16), Granule::K4);
         let _lease = space.harvest(&request, UserBitmap::new(&mut words));

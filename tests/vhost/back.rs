@@ -252,13 +252,11 @@ fn a_region_beyond_the_log_is_refused_and_remembered() {
 fn what_a_device_marked_is_found_when_it_is_gone() {
     let area = bytes(0, 16 * PAGE);
     let log = Arc::new(VhostLog::new(area.last()).unwrap());
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(Arc::clone(&log))
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, Arc::clone(&log)).unwrap();
     space.map(area, 0, Access::ReadWrite).unwrap();
     let rig = rig(&[Ram::new(0, 16 * PAGE)], true);
     rig.front_end.set_log(&log.memory()).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     rig.write(3 * PAGE);
     drop(rig);
     assert_eq!(taken(&space, area), [3]);

@@ -3,18 +3,17 @@
 use super::{NONE, PAGE, bits, bytes, content, in_child, set_bit, taken};
 use dirtymap::vhost::{LOG_PAGE, LogError, VhostLog};
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, Granule, HarvestRequest, Iova, IovaRange, UserBitmap,
+    Access, AddressSpace, DirtySource, Error, Granule, HarvestRequest, Iova, IovaRange, Tracking,
+    UserBitmap,
 };
 use std::sync::Arc;
 
 /// A tracked space with pages of `page`, an area, and a log up to its end.
 fn tracked(page: Granule, area: IovaRange) -> (AddressSpace, Arc<VhostLog>) {
     let log = Arc::new(VhostLog::new(area.last()).unwrap());
-    let space = AddressSpace::new(page)
-        .with_source(Arc::clone(&log))
-        .unwrap();
+    let space = AddressSpace::with_source(page, Arc::clone(&log)).unwrap();
     space.map(area, 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     (space, log)
 }
 
@@ -120,7 +119,7 @@ fn pages_and_granules_of_other_sizes() {
 
     // A space that is finer gets areas of whole pages of the log.
     let space = AddressSpace::new(Granule::from_bytes(512).unwrap());
-    let space = space.with_source(Arc::clone(&log)).unwrap();
+    space.attach(Arc::clone(&log)).unwrap();
     assert_eq!(space.alignment(), LOG_PAGE);
     assert!(matches!(
         space.map(bytes(512, 4096), 0, Access::ReadWrite),
@@ -132,17 +131,15 @@ fn pages_and_granules_of_other_sizes() {
 fn switching_on_clears_the_log_once() {
     let area = bytes(0, 256 * PAGE);
     let log = Arc::new(VhostLog::new(area.last()).unwrap());
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(Arc::clone(&log))
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, Arc::clone(&log)).unwrap();
     space.map(area, 0, Access::ReadWrite).unwrap();
     set_bit(&log.memory(), 1);
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     assert_eq!(bits(&log.memory()), NONE);
     set_bit(&log.memory(), 2);
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     assert_eq!(bits(&log.memory()), [2]);
-    space.set_tracking(false).unwrap();
+    space.stop_tracking().unwrap();
     assert_eq!(taken(&space, area), [2], "a last harvest");
 }
 
@@ -252,9 +249,9 @@ fn a_child_of_a_fork_takes_nothing_from_its_parent() {
             if matches!(error.downcast_ref(), Some(LogError::Forked { .. })))
         };
         let harvest = space.harvest(&request, UserBitmap::new(&mut words));
-        let harvest = harvest.map_err(Error::from);
+        let harvest = harvest.and_then(|lease| lease.sync());
         let peek = space.peek(&request, UserBitmap::new(&mut [0])).map(drop);
-        let switch = DirtySource::set_tracking(&*log, false);
+        let switch = DirtySource::set_tracking(&*log, Tracking::Off);
         let map = space.map(bytes(1 << 20, 4096), 0, Access::ReadWrite);
         let results = [
             matches!(&harvest, Err(error) if refused(error)),

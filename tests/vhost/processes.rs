@@ -126,9 +126,7 @@ impl Migration {
     fn new() -> Self {
         let areas = RAM.map(|(start, len)| bytes(start, len));
         let log = Arc::new(VhostLog::new(bytes(LARGE.0, LARGE.1).last()).unwrap());
-        let space = AddressSpace::new(Granule::K4)
-            .with_source(Arc::clone(&log))
-            .unwrap();
+        let space = AddressSpace::with_source(Granule::K4, Arc::clone(&log)).unwrap();
         for area in areas {
             space
                 .map(area, area.start().get(), Access::ReadWrite)
@@ -196,7 +194,7 @@ fn no_write_of_another_process_is_lost_while_its_log_is_swapped() {
     let mut migration = Migration::new();
 
     front_end.set_log(&migration.log.memory()).unwrap();
-    migration.space.set_tracking(true).unwrap();
+    migration.space.start_tracking().unwrap();
     // The first copy: everything, as it is after the switch.
     for (area, copy) in &mut migration.copies {
         let start = GuestAddress(area.start().get());

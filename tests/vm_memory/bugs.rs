@@ -3,8 +3,8 @@
 use super::{NONE, PAGE, bytes, harvest, machine, taken};
 use dirtymap::vm_memory::SpaceBitmap;
 use dirtymap::{
-    AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestError, HarvestRequest,
-    Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, UserBitmap,
+    AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Holes, Invalidated,
+    Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking, UserBitmap,
 };
 use std::sync::Arc;
 use vm_memory::bitmap::{Bitmap, NewBitmap};
@@ -79,7 +79,7 @@ fn a_snapshot_that_fails_loses_nothing() {
         let mut words = [[0u64; 1]; 2];
         let [low, high] = &mut words;
         let low = harvest(&space, bytes(0, 16 * PAGE), low);
-        let request = HarvestRequest::new(bytes(second, 16 * PAGE), Granule::K4);
+        let request = HarvestRequest::new(bytes(second, 16 * PAGE), Granule::K4).holes(Holes::Stop);
         let high = space.harvest(&request, UserBitmap::new(high))?.sync()?;
         if file_fails {
             return Ok::<_, Error>(0); // fsync failed; both leases are dropped
@@ -106,7 +106,7 @@ fn the_page_is_that_of_the_space_or_of_the_host() {
 
     let space = Arc::new(AddressSpace::new(Granule::from_bytes(65536).unwrap()));
     let bitmap = SpaceBitmap::map(&space, bytes(1 << 20, 1 << 20)).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     bitmap.mark_dirty(3 * 65536 + 5 * 4096, 1);
     assert!(bitmap.dirty_at(3 * 65536) && bitmap.dirty_at(4 * 65536 - 1));
     assert!(!bitmap.dirty_at(5 * 4096));
@@ -128,12 +128,9 @@ fn a_harvest_of_more_than_the_memory_is_refused_whole_if_asked_for() {
     let (space, memory) = machine(&[(0, 16 * PAGE)]);
     memory.write_obj(1u8, GuestAddress(3 * PAGE)).unwrap();
     let mut words = [0];
-    let request = HarvestRequest::new(bytes(0, 64 * PAGE), Granule::K4).all_or_nothing();
+    let request = HarvestRequest::new(bytes(0, 64 * PAGE), Granule::K4).holes(Holes::Refuse);
     let refused = space.harvest(&request, UserBitmap::new(&mut words));
-    assert!(matches!(
-        refused,
-        Err(HarvestError::Refused(Error::Hole { .. }))
-    ));
+    assert!(matches!(refused, Err(Error::Hole { .. })));
     drop(refused);
     assert_eq!(words, [0]);
     assert_eq!(taken(&space, bytes(0, 16 * PAGE)), [3]);
@@ -162,7 +159,7 @@ impl DirtySource for Unreadable {
         Ok(())
     }
 
-    fn set_tracking(&self, _: bool) -> Result<(), Error> {
+    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
         Ok(())
     }
 

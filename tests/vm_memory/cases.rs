@@ -104,7 +104,7 @@ fn every_way_to_write<A, M: Bytes<A>>(
 fn every_way_to_write_a_region_marks_it() {
     let space = Arc::new(AddressSpace::new(Granule::K4));
     let region = region(&space, 0x1_0000, 0x1_0000);
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     every_way_to_write(
         &region,
         |offset| MemoryRegionAddress(offset as u64),

@@ -51,7 +51,7 @@ fn behind_iommu() -> (
 ) {
     let (_, memory) = machine(&[(0, 16 * PAGE)]);
     let iovas = Arc::new(AddressSpace::new(Granule::K4));
-    iovas.set_tracking(true).unwrap();
+    iovas.start_tracking().unwrap();
     let table = Table::default();
     table.map(HIGH, 4 * PAGE, 4096 * 4);
     let bitmap = SpaceBitmap::new(&iovas, IovaRange::ALL);

@@ -40,7 +40,7 @@ fn machine(regions: &[(u64, u64)]) -> (Arc<AddressSpace>, GuestMemoryMmap<SpaceB
         .iter()
         .map(|(start, len)| region(&space, *start, *len))
         .collect();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     (space, GuestMemoryMmap::from_regions(regions).unwrap())
 }
 

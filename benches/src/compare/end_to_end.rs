@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use dirtymap::sync::{Arc, AtomicBool, Ordering, thread};
 use dirtymap::{
     Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Invalidated,
-    Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, UserBitmap,
+    Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking, UserBitmap,
 };
 use pagetable_sim::{Device, DeviceConfig, Domain, DomainConfig, PhysMemory};
 
@@ -47,8 +47,8 @@ impl DirtySource for Slow {
         self.0.unmap(range, gather, dirty);
     }
 
-    fn set_tracking(&self, on: bool) -> Result<(), Error> {
-        self.0.set_tracking(on)
+    fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
+        self.0.set_tracking(to)
     }
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
@@ -105,7 +105,7 @@ impl Machine {
             let range = IovaRange::from_len(Iova::new(start), backing).unwrap();
             space.map(range, 0, Access::ReadWrite).unwrap();
         }
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         let devices = (0..devices).map(|_| domain.attach(DeviceConfig::default()));
         Machine {
             devices: devices.collect(),
@@ -135,7 +135,7 @@ impl Machine {
         let began = Instant::now();
         let bitmap = UserBitmap::new(&mut self.words);
         let lease = if parallel {
-            self.space.harvest_parallel(&request, bitmap)
+            self.space.harvest(&request.parallel(), bitmap)
         } else {
             self.space.harvest(&request, bitmap)
         };
@@ -394,7 +394,11 @@ fn writes(settings: &Settings, report: &mut Report, name: &str) {
         let mut machine = Machine::new(BYTES, BYTES, 1, false);
         // The memory is there from the start.
         machine.write(0..BYTES / PAGE);
-        machine.space.set_tracking(on).unwrap();
+        match on {
+            true => machine.space.start_tracking(),
+            false => machine.space.stop_tracking(),
+        }
+        .unwrap();
         RefCell::new(machine)
     });
     for (what, pages) in [

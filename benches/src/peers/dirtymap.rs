@@ -28,7 +28,7 @@ impl ThroughSpace {
     fn over(space: AddressSpace, pages: u64) -> Self {
         let all = range(0, pages * PAGE);
         sure(space.map(all, 0, Access::ReadWrite));
-        sure(space.set_tracking(true));
+        sure(space.start_tracking());
         ThroughSpace { space, all }
     }
 }

@@ -151,9 +151,9 @@ impl Machine {
         let all = IovaRange::from_len(Iova::new(0), RAM)?;
         // SAFETY: the memory is mapped as long as the machine is there; it is read and written only while the guest does not run.
         unsafe { log.add_slot(0, all, ram.as_ptr().addr() as u64) }?;
-        let space = AddressSpace::new(log.page()).with_source(Arc::clone(&log))?;
+        let space = AddressSpace::with_source(log.page(), Arc::clone(&log))?;
         space.map(all, 0, Access::ReadWrite)?;
-        space.set_tracking(true)?;
+        space.start_tracking()?;
         // From here on all that is written is reported; now everything is copied once.
         let copy = ram.to_vec();
 
@@ -240,8 +240,8 @@ impl Machine {
         let all = IovaRange::from_len(Iova::new(0), RAM)?;
         let request = HarvestRequest::new(all, self.log.page());
         let lease = self.space.harvest(&request, UserBitmap::new(&mut words));
-        let lease = lease.map_err(dirtymap::Error::from)?.sync();
-        let lease = lease.map_err(dirtymap::Error::from)?;
+        let lease = lease?.sync();
+        let lease = lease?;
         let mut found = BTreeSet::new();
         for run in lease.runs() {
             let (start, end) = (run.start().get() as usize, run.last().get() as usize + 1);

@@ -89,7 +89,7 @@ fn run(cli: &Cli) -> Result<u8, Failure> {
         cli.devices
     )?;
     // From here on every write is reported, so the first snapshot may be taken while devices write.
-    machine.space.set_tracking(true)?;
+    machine.space.start_tracking()?;
     let mut snapshots = Snapshots::new(cli, &machine, &regions, dir);
     std::thread::scope(|scope| {
         let mut devices: Vec<_> = (0..u64::from(cli.devices))
@@ -180,9 +180,8 @@ impl<'a> Snapshots<'a> {
             let lease = self
                 .machine
                 .space
-                .harvest(&request, UserBitmap::new(words))
-                .map_err(dirtymap::Error::from)?;
-            leases.push(lease.sync().map_err(dirtymap::Error::from)?);
+                .harvest(&request, UserBitmap::new(words))?;
+            leases.push(lease.sync()?);
         }
         let dirty: u64 = leases.iter().map(Lease::dirty).sum();
         let written = self.write(&leases);

@@ -187,7 +187,7 @@ fn migrate(cli: &Cli) -> Result<u8, Box<dyn Error>> {
     let memory = GuestMemoryMmap::<()>::from_ranges_with_files(&ranges?)?;
 
     let log = Arc::new(VhostLog::new(regions[1].range.last())?);
-    let space = AddressSpace::new(PAGE).with_source(Arc::clone(&log))?;
+    let space = AddressSpace::with_source(PAGE, Arc::clone(&log))?;
     for region in &regions {
         let backing = region.range.start().get();
         space.map(region.range, backing, Access::ReadWrite)?;
@@ -207,7 +207,7 @@ fn migrate(cli: &Cli) -> Result<u8, Box<dyn Error>> {
     )?;
     send(&device, &log.memory())?;
     // The device has the log: from here on every write is reported, and everything is copied once.
-    space.set_tracking(true)?;
+    space.start_tracking()?;
     for region in &mut regions {
         memory.read_slice(&mut region.copy, GuestAddress(region.range.start().get()))?;
     }
@@ -254,10 +254,8 @@ fn copy_dirty(
     for region in regions {
         let mut words = vec![0; (region.range.granules(PAGE) as usize).div_ceil(64)];
         let request = HarvestRequest::new(region.range, PAGE);
-        let lease = space
-            .harvest(&request, UserBitmap::new(&mut words))
-            .map_err(dirtymap::Error::from)?;
-        let lease = lease.sync().map_err(dirtymap::Error::from)?;
+        let lease = space.harvest(&request, UserBitmap::new(&mut words))?;
+        let lease = lease.sync()?;
         for run in lease.runs() {
             let start = run.start().get();
             let from = (start - region.range.start().get()) as usize;

@@ -54,9 +54,9 @@ fn run(cli: &Cli) -> Result<(), Box<dyn std::error::Error>> {
     let range = IovaRange::from_len(Iova::new(first), size)?;
 
     memory.add(range, first)?;
-    let space = AddressSpace::new(page).with_source(Arc::clone(&memory))?;
+    let space = AddressSpace::with_source(page, Arc::clone(&memory))?;
     space.map(range, 0, Access::ReadWrite)?;
-    space.set_tracking(true)?;
+    space.start_tracking()?;
 
     let from = ((first - address) / 8) as usize;
     let program = &mut block[from..from + (size / 8) as usize];

@@ -158,7 +158,7 @@ mod tests {
         };
         let space = AddressSpace::new(Granule::K4);
         space.map(page(0, 1000), 0, Access::ReadWrite).unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         let mut watch = Watch::new(&space, page(0, 1000), Duration::from_millis(40));
         space.mark(page(0, 4)).unwrap();
         space.mark(page(999, 1)).unwrap();

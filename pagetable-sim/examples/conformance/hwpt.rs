@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dirtymap::{
     DirtySource, DomainId, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink, Mapping,
-    Sink, Stopped,
+    Sink, Stopped, Tracking,
 };
 use pagetable_sim::{AmdHost, Domain, DomainConfig, LeafSizes, PhysMemory};
 
@@ -104,8 +104,8 @@ impl DirtySource for Source {
         self.domain.unmap(range, gather, dirty);
     }
 
-    fn set_tracking(&self, on: bool) -> Result<(), dirtymap::Error> {
-        self.domain.set_tracking(on)
+    fn set_tracking(&self, to: Tracking) -> Result<(), dirtymap::Error> {
+        self.domain.set_tracking(to)
     }
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {

@@ -6,8 +6,8 @@ use std::cell::Cell;
 use std::sync::Arc;
 
 use dirtymap::{
-    Access, AddressSpace, DirtySource, DomainId, Granule, HarvestError, HarvestRequest, Iova,
-    IovaRange, Mapping, Scope, UserBitmap,
+    Access, AddressSpace, DirtySource, DomainId, Granule, HarvestRequest, Holes, Iova, IovaRange,
+    Mapping, Scope, UserBitmap,
 };
 use pagetable_sim::PhysMemory;
 
@@ -141,7 +141,10 @@ impl Ioas {
         if !hwpt.tracks {
             return Err(Refusal::CannotTrack);
         }
-        self.space.set_domain_tracking(hwpt.id, on)?;
+        match on {
+            true => self.space.start_domain_tracking(hwpt.id)?,
+            false => self.space.stop_domain_tracking(hwpt.id)?,
+        }
         hwpt.ever_tracked.set(hwpt.ever_tracked.get() || on);
         Ok(())
     }
@@ -194,27 +197,29 @@ impl Ioas {
         clear: bool,
         bitmap: UserBitmap<'_>,
     ) -> Result<Option<Iova>, dirtymap::Error> {
-        let request = HarvestRequest::new(range, granule).in_scope(Scope::Domain(domain));
-        let stopped = if clear {
-            match self.space.harvest(&request, bitmap) {
-                Ok(lease) => {
-                    lease.sync()?.commit();
-                    None
-                }
-                Err(HarvestError::Stopped(stopped)) => {
-                    stopped.lease.sync()?.commit();
-                    Some(stopped.error)
-                }
-                Err(HarvestError::Refused(error)) => return Err(error),
-            }
-        } else {
-            self.space.peek(&request, bitmap).err()
-        };
-        match stopped {
-            None => Ok(None),
-            Some(dirtymap::Error::Hole { at, .. }) => Ok(Some(at)),
-            Some(error) => Err(error),
+        let request = HarvestRequest::new(range, granule)
+            .in_scope(Scope::Domain(domain))
+            .holes(Holes::Stop);
+        if !clear {
+            return match self.space.peek(&request, bitmap) {
+                Ok(_) => Ok(None),
+                Err(dirtymap::Error::Hole { at, .. }) => Ok(Some(at)),
+                Err(error) => Err(error),
+            };
         }
+        let lease = self.space.harvest(&request, bitmap)?;
+        let hole = lease.stopped().and_then(|stopped| match stopped.error {
+            dirtymap::Error::Hole { at, .. } => Some(at),
+            _ => None,
+        });
+        // The kernel clears what lies below a hole; what another stop leaves is its error here.
+        let lease = if hole.is_some() {
+            lease.partial()
+        } else {
+            lease
+        };
+        lease.sync()?.commit();
+        Ok(hole)
     }
 
     /// The mapped addresses.

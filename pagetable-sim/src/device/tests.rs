@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
 use crate::{DmaError, Domain, DomainConfig, DomainStats, FaultKind, PhysMemory, X86_64};
-use dirtymap::{Access, DirtySource, FlushGather, Iova, LeafSink, Mapping, UserBitmap};
+use dirtymap::{Access, DirtySource, FlushGather, Iova, LeafSink, Mapping, Tracking, UserBitmap};
 
 const K4: u64 = 1 << 12;
 const BASE: u64 = 0x4000_0000;
@@ -182,7 +182,7 @@ fn dma_does_not_go_on_past_the_last_address() {
     };
     assert!(domain.map(&mapping(Access::Write)).is_err());
     domain.map(&mapping(access)).unwrap();
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     let mut device = domain.attach(DeviceConfig::default());
     let start = Iova::new(u64::MAX - 2);
     device.write(start, &[1, 2, 3]).unwrap();
@@ -225,7 +225,7 @@ fn a_mapping_must_have_memory_behind_it() {
 #[test]
 fn a_write_is_reported_once_flushed_and_again_when_written_again() {
     let domain = domain(8, Granule::K4);
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     let mut device = domain.attach(DeviceConfig::default());
     device.write(at(2, 4095), &[1, 2]).unwrap();
     device.write(at(3, 0), &[3]).unwrap();
@@ -249,7 +249,7 @@ fn a_write_is_reported_once_flushed_and_again_when_written_again() {
 #[test]
 fn a_forgotten_flush_loses_the_next_write() {
     let domain = domain(8, Granule::K4);
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     let mut device = domain.attach(DeviceConfig::default());
     device.write(at(5, 0), &[1]).unwrap();
     device.quiesce();
@@ -265,7 +265,7 @@ fn a_forgotten_flush_loses_the_next_write() {
 #[test]
 fn a_flush_of_too_little_loses_the_next_write() {
     let domain = domain(8, Granule::K4);
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     let mut device = domain.attach(DeviceConfig::default());
     device.write(at(5, 4000), &[1; 100]).unwrap();
     device.quiesce();
@@ -280,7 +280,7 @@ fn a_flush_of_too_little_loses_the_next_write() {
 #[test]
 fn ignored_invalidations_lose_the_next_write() {
     let domain = domain(8, Granule::K4);
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     domain.break_hardware(Breakage::IgnoreInvalidations);
     let mut device = domain.attach(DeviceConfig::default());
     for (value, expect) in [(1, vec![5]), (2, vec![])] {
@@ -298,7 +298,7 @@ fn ignored_invalidations_lose_the_next_write() {
 /// that the copy after the flush holds.
 fn copy_after_flush(breakage: Breakage) -> (u8, Vec<u64>) {
     let domain = domain(8, Granule::K4);
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     domain.break_hardware(breakage);
     let mut device = domain.attach(DeviceConfig::default());
     device.write(at(5, 0), &[7]).unwrap();
@@ -357,11 +357,11 @@ fn enabling_forgets_what_was_cached_untracked() {
         [0u64; 0],
         "hardware sets no D while tracking is off"
     );
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     device.write(at(1, 0), &[2]).unwrap();
     device.write(at(2, 0), &[2]).unwrap();
     device.quiesce();
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     assert_eq!(
         harvest(&domain, 8).0,
         [1, 2],
@@ -369,7 +369,7 @@ fn enabling_forgets_what_was_cached_untracked() {
     );
     device.write(at(3, 0), &[2]).unwrap();
     device.quiesce();
-    domain.set_tracking(false).unwrap();
+    domain.set_tracking(Tracking::Off).unwrap();
     device.write(at(4, 0), &[2]).unwrap();
     device.quiesce();
     assert_eq!(
@@ -379,14 +379,14 @@ fn enabling_forgets_what_was_cached_untracked() {
     );
     device.write(at(3, 0), &[2]).unwrap();
     device.quiesce();
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     assert_eq!(harvest(&domain, 8).0, [0u64; 0], "enabling begins clean");
     // Without the flush, entries that were cached untracked hide the next writes.
-    domain.set_tracking(false).unwrap();
+    domain.set_tracking(Tracking::Off).unwrap();
     device.write(at(6, 0), &[2]).unwrap();
     device.quiesce();
     domain.break_hardware(Breakage::IgnoreInvalidations);
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     device.write(at(6, 0), &[3]).unwrap();
     assert_eq!(harvest(&domain, 8).0, [0u64; 0]);
 }
@@ -394,7 +394,7 @@ fn enabling_forgets_what_was_cached_untracked() {
 #[test]
 fn a_cached_read_does_not_hide_a_write() {
     let domain = domain(8, Granule::K4);
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     let mut device = domain.attach(DeviceConfig::default());
     let mut byte = [0];
     device.read(at(1, 0), &mut byte).unwrap();
@@ -411,7 +411,7 @@ fn a_cached_read_does_not_hide_a_write() {
 #[test]
 fn unmapped_memory_is_reachable_until_it_is_flushed() {
     let domain = domain(8, Granule::K4);
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     let mut device = domain.attach(DeviceConfig::default());
     device.write(at(1, 0), &[1]).unwrap();
     device.quiesce();
@@ -472,7 +472,7 @@ fn devices_come_and_go() {
         [1],
         "a device that goes lands its writes"
     );
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     let stats = DomainStats {
         devices: 1,
         invalidations: 1,
@@ -505,7 +505,7 @@ fn enabling_splits_leaves_so_that_tracking_is_finer() {
     // Cached as a whole, and as good as dirty, while nothing tracks.
     device.write(at(3, 0), b"before").unwrap();
     device.quiesce();
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     assert_eq!(
         domain.translate(at(3, 0)).unwrap().range,
         range(BASE + 3 * K4, K4)

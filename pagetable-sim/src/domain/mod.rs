@@ -13,7 +13,7 @@ mod invalidate;
 use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering, Step, lock, performs};
 use dirtymap::{
     DirtySource, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink,
-    Stopped,
+    Stopped, Tracking,
 };
 
 use crate::breakage::Breakage;
@@ -94,7 +94,7 @@ struct Counts {
 /// and enabling wait for every device that is awake.
 ///
 /// ```
-/// use dirtymap::{Access, DirtySource, Iova, IovaRange, Mapping};
+/// use dirtymap::{Access, DirtySource, Iova, IovaRange, Mapping, Tracking};
 /// use pagetable_sim::{DeviceConfig, Domain, DomainConfig, PhysMemory, VtdSs};
 /// use std::sync::Arc;
 ///
@@ -102,7 +102,7 @@ struct Counts {
 /// let domain = Domain::<VtdSs>::with_format(memory, DomainConfig::default());
 /// let range = IovaRange::from_len(Iova::new(0x4000_0000), 1 << 20)?;
 /// domain.map(&Mapping { range, backing: 0, access: Access::ReadWrite })?;
-/// domain.set_tracking(true)?;
+/// domain.set_tracking(Tracking::On)?;
 /// domain.attach(DeviceConfig::default()).write(range.start(), b"dirty")?;
 /// assert!(domain.translate(range.start()).unwrap().dirty);
 /// assert_eq!(domain.stats().dirty_walks, 1);
@@ -310,7 +310,8 @@ impl<F: Format> DirtySource for Domain<F> {
     ///   after it;
     /// * the **clear comes before the switch**, so that it removes only what is left from an
     ///   earlier tracking, and no D that a write sets while tracking is being enabled.
-    fn set_tracking(&self, on: bool) -> Result<(), dirtymap::Error> {
+    fn set_tracking(&self, to: Tracking) -> Result<(), dirtymap::Error> {
+        let on = to.is_on();
         let _switch = lock(&self.switch);
         if self.hardware.is_tracking() == on {
             return Ok(());

@@ -27,7 +27,7 @@ fn two_pages<F: Format>(max_leaf: Granule) -> Arc<Domain<F>> {
             access: Access::ReadWrite,
         })
         .unwrap();
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     domain
 }
 
@@ -230,7 +230,7 @@ fn a_merge_against_a_harvest_of_a_part(others: Option<IovaRange>, range: IovaRan
     if let Some(others) = others {
         map(others, granule_of_both());
     }
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     let mut first = domain.attach(DEVICE);
     write_page(&mut first, 0, 1);
     drop(first);

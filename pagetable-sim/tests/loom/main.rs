@@ -13,7 +13,8 @@ use dirtymap::sync::model::{
 };
 use dirtymap::sync::{Arc, AtomicU64, Ordering, Step, thread};
 use dirtymap::{
-    Access, DirtySource, FlushGather, Granule, Iova, IovaRange, LeafSink, Mapping, UserBitmap,
+    Access, DirtySource, FlushGather, Granule, Iova, IovaRange, LeafSink, Mapping, Tracking,
+    UserBitmap,
 };
 use pagetable_sim::{
     AmdHost, AmdV1, ArmS1, Breakage, Device, DeviceConfig, Domain, DomainConfig, Format,
@@ -96,7 +97,7 @@ fn idle() {
 /// Returns whether it did.
 fn two_writes_against_a_harvest<F: Format>() -> bool {
     let domain = domain::<F>();
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     let mut device = domain.attach(DEVICE);
     let writer = thread::spawn(move || {
         write(&mut device, 1);
@@ -132,7 +133,7 @@ fn waking_with_a_full_inbox() -> bool {
 /// Returns whether the copies end up equal to the memory.
 fn waking(while_it_sleeps: fn(&Domain)) -> bool {
     let domain = domain::<AmdV1>();
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     let mut device = domain.attach(DEVICE);
     write(&mut device, 1);
     device.quiesce();
@@ -168,7 +169,7 @@ fn a_write_against_enabling() -> bool {
             tracked
         }
     });
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     let mut copy = word(domain.memory());
     // Release: as above.
     enabled.store(1, Ordering::Release);
@@ -201,7 +202,7 @@ fn a_clean_against_a_remap<F: Format>() -> bool {
 /// finds. Returns whether the copies end up equal to the memory.
 fn a_device_tlb_against_a_harvest(breakage: Breakage) -> bool {
     let domain = domain::<AmdV1>();
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     domain.break_hardware(breakage);
     let mut device = domain.attach(DeviceConfig {
         tlb_entries: 1,
@@ -229,7 +230,7 @@ fn a_device_tlb_against_a_harvest(breakage: Breakage) -> bool {
 /// that is done and reported.
 fn a_cached_table_against_its_replacement(breakage: Breakage) -> bool {
     let domain = domain::<AmdV1>();
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     domain.break_hardware(breakage);
     let mut device = domain.attach(DeviceConfig {
         walk_entries: 1,

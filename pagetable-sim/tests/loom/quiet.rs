@@ -19,7 +19,7 @@ fn quiet_pages(breakage: Breakage) -> (Arc<Domain>, Device) {
         access: Access::ReadWrite,
     };
     domain.map(&mapping).unwrap();
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     domain.break_hardware(breakage);
     let mut device = domain.attach(DeviceConfig {
         walk_entries: 1,
@@ -71,7 +71,7 @@ fn a_cached_table_against_enabling() -> bool {
     for _ in 0..2 {
         pass_over(&domain, both(), &mut copy);
     }
-    domain.set_tracking(false).unwrap();
+    domain.set_tracking(Tracking::Off).unwrap();
     write_page(&mut device, 0, 1);
     device.quiesce();
     let looker = thread::spawn({
@@ -89,7 +89,7 @@ fn a_cached_table_against_enabling() -> bool {
             idle();
         }
     });
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     looker.join().unwrap();
     let dirty = domain.translate(Iova::new(PAGE)).unwrap().dirty;
     copy[1] = 9;

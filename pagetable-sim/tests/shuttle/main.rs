@@ -42,14 +42,12 @@ impl Machine {
     fn new(config: DomainConfig) -> Arc<Self> {
         let memory = Arc::new(PhysMemory::new(PAGES * PAGE).unwrap());
         let domain = Domain::new(memory.clone(), config);
-        let space = AddressSpace::new(Domain::PAGE)
-            .with_source(domain.clone())
-            .unwrap();
+        let space = AddressSpace::with_source(Domain::PAGE, domain.clone()).unwrap();
         for (first, count) in [(0, 2), (2, 1)] {
             let range = pages(first, count);
             space.map(range, first * PAGE, Access::ReadWrite).unwrap();
         }
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         Arc::new(Machine {
             space,
             domain,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use dirtymap::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, lock, thread};
 use dirtymap::{
-    Access, AddressSpace, Error, Granule, HarvestError, HarvestRequest, Iova, IovaRange, UserBitmap,
+    Access, AddressSpace, Error, Granule, HarvestRequest, Holes, Iova, IovaRange, UserBitmap,
 };
 use pagetable_sim::{Breakage, Device, DeviceConfig, Domain, DomainConfig, PhysMemory};
 
@@ -146,16 +146,15 @@ impl Run {
     fn round(&self, first: u64, count: u64, fate: u64) -> Harvest {
         let range = pages(first, count);
         let words = [AtomicU64::new(0)];
-        let request = HarvestRequest::new(range, Granule::K4);
+        let request = HarvestRequest::new(range, Granule::K4).holes(Holes::Stop);
         let began = self.now();
         let answer = self.space.harvest(&request, UserBitmap::shared(&words));
         let looked = self.now();
-        let (lease, behind) = match answer {
-            Ok(lease) => (lease, first + count),
-            // The second area is away.
-            Err(HarvestError::Stopped(stopped)) => (stopped.lease, stopped.at.get() / PAGE),
-            Err(refused) => panic!("{refused}"),
-        };
+        // It stops if the second area is away.
+        let lease = answer.unwrap().partial();
+        let behind = lease
+            .stopped()
+            .map_or(first + count, |stopped| stopped.at.get() / PAGE);
         let harvest = |reported, end| Harvest {
             covers: (first, behind),
             began,
@@ -253,9 +252,7 @@ pub(super) fn record(broken: Broken, time: Duration, seed: u64) -> History {
     };
     let domain = Domain::new(Arc::clone(&memory), config);
     let run = Run {
-        space: AddressSpace::new(Granule::K4)
-            .with_source(Arc::clone(&domain))
-            .unwrap(),
+        space: AddressSpace::with_source(Granule::K4, Arc::clone(&domain)).unwrap(),
         memory,
         broken,
         began: Instant::now(),
@@ -267,7 +264,7 @@ pub(super) fn record(broken: Broken, time: Duration, seed: u64) -> History {
         let backing = range.start().get();
         run.space.map(range, backing, Access::ReadWrite).unwrap();
     }
-    run.space.set_tracking(true).unwrap();
+    run.space.start_tracking().unwrap();
     if let Broken::Hardware(breakage) = broken {
         domain.break_hardware(breakage);
     }

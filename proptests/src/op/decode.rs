@@ -1,6 +1,6 @@
 //! From bytes to programs.
 
-use dirtymap::Access;
+use dirtymap::{Access, Holes};
 
 use super::{
     Ask, Callback, Config, Cut, Fate, Format, MapFault, Mask, Master, Mode, Moment, Op, Place,
@@ -303,7 +303,11 @@ impl Ask {
             granule_lg2: pick(&GRANULES, part / 32),
             ragged: flags & 0b111 == 7,
             short: flags & 0b1_1100 == 0x1c,
-            all_or_nothing: flags & 0b10_0000 != 0,
+            holes: match flags & 0b10_0010 {
+                0 => Holes::Stop,
+                0b10 => Holes::Skip,
+                _ => Holes::Refuse,
+            },
             preset: if flags >> 6 == 3 { bytes.next()? } else { 0 },
             domain: (scope & 1 != 0).then(|| pick(&DOMAIN, scope / 2)),
             mode: Mode::decode(scope / 16, bytes)?,

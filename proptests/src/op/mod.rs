@@ -8,7 +8,7 @@ mod decode;
 
 pub use decode::decode;
 
-use dirtymap::Access;
+use dirtymap::{Access, Holes};
 
 use crate::forms::Form;
 
@@ -307,8 +307,8 @@ pub struct Ask {
     pub ragged: bool,
     /// The bitmap is too short by a word.
     pub short: bool,
-    /// A hole refuses the request.
-    pub all_or_nothing: bool,
+    /// What becomes of holes.
+    pub holes: Holes,
     /// Bits that the user has set before.
     pub preset: u8,
     /// One domain alone; all of them and the marks if there is none, or it was never attached.
@@ -322,16 +322,16 @@ pub struct Ask {
 pub enum Mode {
     /// `harvest`.
     Whole,
-    /// `harvest_masked`.
+    /// With a mask.
     Masked(Mask),
-    /// `harvest_bounded`.
+    /// With a bound.
     Bounded {
         /// Where it begins: a share of the range in 1/256, rounded down to a granule; from 240 on in the middle of a page.
         from: u8,
         /// Bits after which it stops.
         bits: u16,
     },
-    /// `harvest_parallel`.
+    /// By many threads.
     Parallel,
 }
 
@@ -370,7 +370,7 @@ impl Ask {
         granule_lg2: 12,
         ragged: false,
         short: false,
-        all_or_nothing: false,
+        holes: Holes::Stop,
         preset: 0,
         domain: None,
         mode: Mode::Whole,

@@ -17,7 +17,7 @@ mod free;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use dirtymap::{Access, Error, Granule, Iova, IovaRange};
+use dirtymap::{Access, Error, Granule, Holes, Iova, IovaRange};
 
 use crate::op::{Ask, Config, DOMAINS, Format, Mask, Place, Stretch};
 use crate::world::World;
@@ -321,17 +321,31 @@ impl Oracle {
         runs.into_iter().filter_map(whole).collect()
     }
 
+    /// The parts of `first..=last` that areas hold.
+    pub(crate) fn mapped_in(&self, first: u64, last: u64) -> Vec<(u64, u64)> {
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        for page in (first..=last).filter(|page| self.area_at(*page).is_some()) {
+            match runs.last_mut() {
+                Some((_, last)) if *last + 1 == page => *last = page,
+                _ => runs.push((page, page)),
+            }
+        }
+        runs
+    }
+
     /// The first page of `first..=last` that no area holds.
     pub(crate) fn first_hole(&self, first: u64, last: u64) -> Option<u64> {
         (first..=last).find(|page| self.area_at(*page).is_none())
     }
 
-    /// Why a request is refused before anything is touched.
+    /// Why a request that begins at `from`, which must be a multiple of `unit`, is refused before
+    /// anything is touched.
     pub(crate) fn refusal(
         &self,
         range: IovaRange,
         granule: Granule,
         bits: u64,
+        (from, unit): (Iova, Granule),
         ask: &Ask,
     ) -> Option<Error> {
         let needed = u128::from((range.last().get() - range.start().get()) >> granule.lg2()) + 1;
@@ -358,8 +372,15 @@ impl Oracle {
             Some(Error::NotAttached { domain })
         } else if !self.ever_tracked(ask) {
             Some(Error::NeverTracked { range })
-        } else if ask.all_or_nothing {
-            let at = self.hole_in(range)?;
+        } else if !range.contains(from) || !from.is_aligned(unit) {
+            Some(Error::BadCursor {
+                at: from,
+                range,
+                granule: unit,
+            })
+        } else if ask.holes == Holes::Refuse {
+            let asked = IovaRange::new(from, range.last()).ok()?;
+            let at = self.hole_in(asked)?;
             Some(Error::Hole { at, range })
         } else {
             None

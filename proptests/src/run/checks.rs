@@ -1,6 +1,6 @@
 //! What must hold after each step, and in the end.
 
-use dirtymap::{Mapping, SpaceStats};
+use dirtymap::{Holes, Mapping, SpaceStats};
 
 use super::{Checked, Runner, broken};
 use crate::op::{Ask, Cut, Op};
@@ -91,7 +91,7 @@ impl Runner<'_> {
 
     pub(super) fn last_harvest(&mut self) -> Checked {
         let all = Ask {
-            all_or_nothing: true,
+            holes: Holes::Refuse,
             ..Ask::EVERYTHING
         };
         for area in self.oracle.areas.clone().into_values() {

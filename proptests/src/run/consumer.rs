@@ -46,11 +46,16 @@ impl Runner<'_> {
         let mut failed = false;
         held.live = match held.live {
             Live::Synced(lease) => Live::Synced(lease),
-            Live::Owed(lease) => match caught(|| lease.sync()) {
+            Live::Owed(mut lease) => match caught(move || match lease.flush() {
+                Ok(()) => lease
+                    .sync()
+                    .map_err(|error| panic!("a flushed lease: {error}")),
+                Err(_) => Err(lease),
+            }) {
                 Ok(Ok(lease)) => Live::Synced(lease),
-                Ok(Err(error)) => {
+                Ok(Err(lease)) => {
                     failed = true;
-                    Live::Owed(*error.lease)
+                    Live::Owed(lease)
                 }
                 Err(Panicked) => {
                     // The panic has dropped the lease.

@@ -193,10 +193,12 @@ impl Runner<'_> {
         let attached = domain.is_none_or(|nth| self.oracle.attached.contains(&nth));
         let id = domain.map(|nth| self.oracle.domains[nth].id);
         let answer = loop {
-            let answer = caught(|| match id {
-                None => self.space.set_tracking(on),
-                Some(Some(id)) => self.space.set_domain_tracking(id, on),
-                Some(None) => Ok(()),
+            let answer = caught(|| match (id, on) {
+                (None, true) => self.space.start_tracking(),
+                (None, false) => self.space.stop_tracking(),
+                (Some(Some(id)), true) => self.space.start_domain_tracking(id),
+                (Some(Some(id)), false) => self.space.stop_domain_tracking(id),
+                (Some(None), _) => Ok(()),
             });
             match answer {
                 Ok(answer) => break answer,

@@ -6,8 +6,7 @@ use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use dirtymap::{
-    Error, Granule, HarvestError, HarvestReport, HarvestRequest, Iova, IovaRange, Lease, Owed,
-    Scope, UserBitmap,
+    Error, Granule, HarvestReport, HarvestRequest, Iova, IovaRange, Lease, Owed, Scope, UserBitmap,
 };
 
 use super::modes::{call, cursor};
@@ -23,7 +22,7 @@ use crate::violation::{Rule, Violation, check, same};
 
 /// A request, ready to be made, and how it should be answered.
 pub(super) struct Request {
-    pub(super) inner: HarvestRequest,
+    pub(super) inner: HarvestRequest<'static>,
     /// How many words the bitmap has.
     pub(super) words: usize,
     /// The whole buffer before the request.
@@ -70,7 +69,23 @@ impl Request {
 }
 
 /// What a harvest says of itself: its report, where it goes on, and why and where it stopped.
-pub(super) type Said = (HarvestReport, Option<Iova>, Option<(Iova, Error)>);
+pub(super) type Said = (HarvestReport, Option<Iova>, Option<(Iova, String)>);
+
+/// What `lease` says.
+pub(super) fn said(lease: &Lease<'_, Owed>) -> Result<Said, Violation> {
+    let stopped = lease.stopped().map(|at| (at.at, at.error.to_string()));
+    let Some((at, _)) = &stopped else {
+        return Ok((lease.report(), lease.next(), None));
+    };
+    let at = Some(*at);
+    same(
+        Rule::Answer,
+        "where to go on after a stop",
+        lease.next(),
+        at,
+    )?;
+    Ok((lease.report(), None, stopped))
+}
 
 impl<'a> Runner<'a> {
     /// Harvests into the first free lease, if there is one.
@@ -90,13 +105,9 @@ impl<'a> Runner<'a> {
         let answer = catch_unwind(AssertUnwindSafe(|| {
             call(space, &inner, ask.mode, page, bitmap)
         }));
-        let (lease, next, stopped) = match answer {
-            Ok(Ok((lease, next))) => (lease, next, None),
-            Ok(Err(HarvestError::Stopped(stopped))) => {
-                let stop = (stopped.at, stopped.error);
-                (stopped.lease, None, Some(stop))
-            }
-            Ok(Err(HarvestError::Refused(error))) => {
+        let lease = match answer {
+            Ok(Ok(lease)) => lease,
+            Ok(Err(error)) => {
                 return Self::refused(request, &buffer.read(), error);
             }
             Err(panic) if was_told(&*panic) => {
@@ -105,10 +116,10 @@ impl<'a> Runner<'a> {
             }
             Err(panic) => resume_unwind(panic),
         };
-        let said = (lease.report(), next, stopped);
+        let said = said(&lease)?;
         let found = self.check_harvest(&mut request, ask, said, &buffer.read())?;
         self.took(nth, &request, ask, &found);
-        self.hold(nth, lease, &request, &found)
+        self.hold(nth, lease.partial(), &request, &found)
     }
 
     /// A harvest was refused, which left `after` in its buffer.
@@ -147,14 +158,15 @@ impl<'a> Runner<'a> {
         let (must, _) = self.oracle.bounds(ask, &request.walked);
         let (_, may) = self.oracle.bounds(ask, &whole);
         let mut found = check_bits(&request.inner, &request.before, after, &must, &may)?;
-        let range = request.view;
+        let range = request.inner.range();
         let right = request.refusal.take();
         let right = right.or(match stop {
             Some(_) => Some(Error::source_failed(ToldToStop)),
             None => request.hole.map(|at| Error::Hole { at, range }),
         });
-        let answer = stopped.map_or(Ok(()), |(_, error)| Err(error));
-        same_answer("a harvest", answer, right.map_or(Ok(()), Err))?;
+        let right = right.map(|error| error.to_string());
+        let answer = stopped.map(|(_, error)| error);
+        same(Rule::Answer, "a harvest", answer, right)?;
         if at.is_some() {
             let view = request.view_of(None, at);
             request.empty = view.is_none();
@@ -356,23 +368,19 @@ impl<'a> Runner<'a> {
             Some((_, id)) => inner.in_scope(Scope::Domain(id)),
             None => inner,
         };
-        let refusal = self
-            .mode_refusal(range, granule, ask)
-            .or_else(|| self.oracle.refusal(range, granule, bits, ask));
+        let unit = granule.max(self.oracle.alignment());
+        let start = match ask.mode {
+            Mode::Bounded { from, .. } => cursor(range, unit, from),
+            _ => range.start(),
+        };
+        let from = (start, unit);
+        let refusal = self.oracle.refusal(range, granule, bits, from, ask);
         let (walked, hole) = match refusal {
             Some(_) => Default::default(),
             None => self.ways(range, granule, ask),
         };
-        let start = match ask.mode {
-            Mode::Bounded { from, .. } => cursor(range, granule.max(self.oracle.alignment()), from),
-            _ => range.start(),
-        };
         Request {
-            inner: if ask.all_or_nothing {
-                inner.all_or_nothing()
-            } else {
-                inner
-            },
+            inner: inner.holes(ask.holes),
             words,
             before: buffer.read(),
             refusal,

@@ -120,7 +120,7 @@ struct Runner<'a> {
 /// A live lease.
 struct Held<'a> {
     live: Live<'a>,
-    request: HarvestRequest,
+    request: HarvestRequest<'static>,
     /// The addresses of the lease.
     view: IovaRange,
     /// It has none.

@@ -1,8 +1,7 @@
 //! The calls that harvest: what each walks over, and how it is called.
 
 use dirtymap::{
-    AddressSpace, Error, Granule, HarvestBounds, HarvestError, HarvestRequest, Iova, IovaRange,
-    Lease, Owed, UserBitmap,
+    AddressSpace, Error, Granule, HarvestRequest, Holes, Iova, IovaRange, Lease, Owed, UserBitmap,
 };
 
 use super::Runner;
@@ -10,9 +9,6 @@ use super::harvest::Request;
 use crate::op::{Ask, Mask, Mode, Share};
 use crate::oracle::{PAGE, pages, pages_of};
 use crate::violation::{Rule, Violation, check, same};
-
-/// A lease, and where a bounded harvest goes on.
-pub(super) type Answer<'b> = Result<(Lease<'b, Owed>, Option<Iova>), HarvestError<'b>>;
 
 /// Where a bounded harvest begins: a multiple of `unit`.
 pub(super) fn cursor(range: IovaRange, unit: Granule, from: u8) -> Iova {
@@ -34,31 +30,25 @@ pub(super) fn share_of(range: IovaRange, Share(one, other): Share) -> IovaRange 
 /// Calls what `mode` names; `page` is what areas are made of.
 pub(super) fn call<'b>(
     space: &'b AddressSpace,
-    request: &HarvestRequest,
+    request: &HarvestRequest<'_>,
     mode: Mode,
     page: Granule,
     bitmap: UserBitmap<'b>,
-) -> Answer<'b> {
+) -> Result<Lease<'b, Owed>, Error> {
     let range = request.range();
     match mode {
-        Mode::Whole => space.harvest(request, bitmap).map(|lease| (lease, None)),
-        Mode::Parallel => space
-            .harvest_parallel(request, bitmap)
-            .map(|lease| (lease, None)),
+        Mode::Whole => space.harvest(request, bitmap),
+        Mode::Parallel => space.harvest(&request.parallel(), bitmap),
         Mode::Bounded { from, bits } => {
             let from = cursor(range, request.granule().max(page), from);
-            let bounds = HarvestBounds::new().bits(bits.into());
-            let part = space.harvest_bounded(request, from, bounds, bitmap)?;
-            Ok((part.lease, part.next))
+            space.harvest(&request.resume_at(from).max_bits(bits.into()), bitmap)
         }
         Mode::Masked(mask) => {
             let granule = Granule::from_lg2(mask.granule_lg2).unwrap_or(Granule::K4);
             let over = range.round_out(granule);
             let mut words = mask_words(mask, over, granule);
             let view = UserBitmap::new(&mut words).view(over, granule);
-            let view = view.map_err(HarvestError::Refused)?;
-            let lease = space.harvest_masked(request, &view, bitmap)?;
-            Ok((lease, None))
+            space.harvest(&request.masked(view?), bitmap)
         }
     }
 }
@@ -73,26 +63,6 @@ fn mask_words(mask: Mask, over: IovaRange, granule: Granule) -> Vec<u64> {
 }
 
 impl Runner<'_> {
-    /// Why the call is refused for what is particular to its mode: that comes first.
-    pub(super) fn mode_refusal(
-        &self,
-        range: IovaRange,
-        granule: Granule,
-        ask: &Ask,
-    ) -> Option<Error> {
-        let Mode::Bounded { from, .. } = ask.mode else {
-            return None;
-        };
-        let unit = granule.max(self.oracle.alignment());
-        let at = cursor(range, unit, from);
-        let good = range.contains(at) && at.is_aligned(unit);
-        (!good).then_some(Error::BadCursor {
-            at,
-            range,
-            granule: unit,
-        })
-    }
-
     /// The runs of pages that a harvest goes over, if nothing stops it but a hole: and that hole.
     pub(super) fn ways(
         &self,
@@ -111,6 +81,10 @@ impl Runner<'_> {
         };
         let mut walked = Vec::new();
         for (first, last) in asked {
+            if ask.holes == Holes::Skip {
+                walked.extend(self.oracle.mapped_in(first, last));
+                continue;
+            }
             let hole = self.oracle.first_hole(first, last);
             let end = hole.unwrap_or(last + 1);
             if first < end {
@@ -151,6 +125,7 @@ impl Runner<'_> {
         if request.stop.is_some_and(|stop| next <= stop) {
             request.stop = None;
         }
+        request.walked.retain(|(first, _)| *first < page);
         for (_, last) in &mut request.walked {
             *last = (*last).min(page - 1);
         }
@@ -192,7 +167,7 @@ impl Runner<'_> {
     pub(super) fn died_in(&self, request: &Request, ask: &Ask) -> Option<IovaRange> {
         let (first, last) = *request.walked.first()?;
         let end = match ask.mode {
-            Mode::Parallel => last,
+            Mode::Parallel => request.walked.last()?.1,
             _ => last.min(self.oracle.area_at(first)?.last()),
         };
         Some(pages(request.view.start().get() / PAGE, end))

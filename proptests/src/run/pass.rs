@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
-use dirtymap::{Aborted, Error, HarvestError, IovaRange, UserBitmap};
+use dirtymap::{Aborted, Error, IovaRange, UserBitmap};
 
-use super::harvest::{Request, Said};
+use super::harvest::{Request, Said, said};
 use super::modes::{call, share_of};
 use super::panics::caught;
 use super::{Checked, Runner};
@@ -70,22 +70,19 @@ impl Runner<'_> {
         let answer = catch_unwind(AssertUnwindSafe(|| {
             call(space, inner, ask.mode, page, bitmap)
         }));
-        let (lease, next, stopped) = match answer {
-            Ok(Ok((lease, next))) => (lease, next, None),
-            Ok(Err(HarvestError::Stopped(stopped))) => {
-                let stop = (stopped.at, stopped.error);
-                (stopped.lease, None, Some(stop))
-            }
-            Ok(Err(HarvestError::Refused(error))) => return Ok(End::Refused(error)),
+        let lease = match answer {
+            Ok(Ok(lease)) => lease.partial(),
+            Ok(Err(error)) => return Ok(End::Refused(error)),
             Err(panic) if was_told(&*panic) => {
                 let first = panic.is::<ToldToDie>();
                 return Ok(End::Died { first });
             }
             Err(panic) => resume_unwind(panic),
         };
+        let (report, next, stopped) = said(&lease)?;
         let at = stopped.as_ref().map(|(at, _)| *at);
         let mut ended = Ended {
-            said: (lease.report(), next, stopped),
+            said: (report, next, stopped),
             synced: None,
             committed: 0,
             aborted: None,
@@ -94,7 +91,7 @@ impl Runner<'_> {
         // A lease that cannot be flushed is dropped.
         let synced = caught(|| lease.sync());
         let panicked = synced.is_err();
-        if let Ok(Ok(mut lease)) = synced {
+        if let Ok(Ok(lease)) = synced {
             let runs: Vec<IovaRange> = lease.runs().collect();
             self.copy_runs(&runs)?;
             ended.synced = Some((runs, lease.dirty()));

@@ -4,7 +4,7 @@
 //! is final, as the unmap has flushed: the harvester copies them by the bitmap that it still has.
 
 use dirtymap::sync::AtomicU64;
-use dirtymap::{Error, Granule, HarvestBounds, HarvestError, HarvestRequest, Scope, UserBitmap};
+use dirtymap::{Error, Granule, HarvestRequest, Holes, Scope, UserBitmap};
 
 use super::failure::Failure;
 use super::layout::{self, PAGES};
@@ -71,7 +71,7 @@ impl<'w> Harvester<'w> {
     }
 
     /// A range, a granule and a scope.
-    fn request(&mut self) -> HarvestRequest {
+    fn request(&mut self) -> HarvestRequest<'static> {
         let random = &mut self.random;
         let (first, pages) = match random.below(4) {
             // A slot, or a part of it with its neighbours.
@@ -104,17 +104,23 @@ impl<'w> Harvester<'w> {
             0 => Scope::Domain(self.world.ids[random.below(self.world.ids.len() as u64) as usize]),
             _ => Scope::All,
         };
-        HarvestRequest::new(layout::range(first, pages), granule).in_scope(scope)
+        let holes = match random.below(2) {
+            0 => Holes::Skip,
+            _ => Holes::Stop,
+        };
+        HarvestRequest::new(layout::range(first, pages), granule)
+            .in_scope(scope)
+            .holes(holes)
     }
 
-    fn clear_words(&mut self, request: &HarvestRequest) {
+    fn clear_words(&mut self, request: &HarvestRequest<'_>) {
         let bits = request.range().granules(request.granule()) as usize;
         self.words.clear();
         self.words
             .resize_with(bits.div_ceil(64), || AtomicU64::new(0));
     }
 
-    fn peek(&mut self, request: &HarvestRequest) -> Result<(), Failure> {
+    fn peek(&mut self, request: &HarvestRequest<'_>) -> Result<(), Failure> {
         self.clear_words(request);
         self.world.tally.add(Count::Peeks, 1);
         let space = &self.world.space;
@@ -133,7 +139,7 @@ impl<'w> Harvester<'w> {
     /// Of at most so many bits, by and large.
     pub(super) fn round(
         &mut self,
-        request: &HarvestRequest,
+        request: &HarvestRequest<'_>,
         fate: Fate,
         bits: u64,
     ) -> Result<u64, Failure> {
@@ -154,30 +160,24 @@ impl<'w> Harvester<'w> {
                 world.copy_runs(view.runs());
             }
         };
-        let bounds = (fate != Fate::Forget && bits != u64::MAX).then(|| {
+        let mut asked = *request;
+        if fate != Fate::Forget && bits != u64::MAX {
             tally.add(Count::Bounded, 1);
-            HarvestBounds::new().bits(bits)
-        });
-        let harvest = || match bounds {
-            None => world.space.harvest(request, bitmap()),
-            Some(bounds) => {
-                let from = range.start();
-                let part = world.space.harvest_bounded(request, from, bounds, bitmap());
-                part.map(|part| part.lease)
-            }
-        };
-        let Some(harvested) = caught(harvest) else {
+            asked = asked.max_bits(bits);
+        }
+        let Some(harvested) = caught(|| world.space.harvest(&asked, bitmap())) else {
             tally.add(Count::Panicked, 1);
             dropped(view);
             return Ok(1);
         };
-        let lease = match harvested {
-            Ok(lease) => lease,
-            Err(HarvestError::Stopped(stopped)) if matches!(stopped.error, Error::Hole { .. }) => {
+        let lease = harvested.map_err(|error| failed("harvest", &error))?;
+        let lease = match lease.stopped().map(|stopped| &stopped.error) {
+            None => lease,
+            Some(Error::Hole { .. }) => {
                 tally.add(Count::Holes, 1);
-                stopped.lease
+                lease.partial()
             }
-            Err(error) => return Err(failed("harvest", &error.into())),
+            Some(error) => return Err(failed("harvest", error)),
         };
         let bits = lease.report().bits_set;
         if fate == Fate::Drop && sabotage == Some(Sabotage::ForgetLease) {
@@ -187,7 +187,7 @@ impl<'w> Harvester<'w> {
         if fate != Fate::Commit && sabotage == Some(Sabotage::ForgetAbort) {
             let _ = lease
                 .sync()
-                .map_err(|error| failed("sync", &error.into()))?
+                .map_err(|error| failed("sync", &error))?
                 .commit();
             return Ok(bits);
         }
@@ -213,7 +213,7 @@ impl<'w> Harvester<'w> {
                     dropped(view);
                     return Ok(1);
                 };
-                let lease = lease.map_err(|error| failed("sync", &error.into()))?;
+                let lease = lease.map_err(|error| failed("sync", &error))?;
                 if fate != Fate::AbortSynced {
                     if !early {
                         world.copy_runs(lease.runs());
@@ -268,7 +268,7 @@ impl<'w> Harvester<'w> {
     }
 }
 
-fn text(request: &HarvestRequest, fate: Fate) -> &'static str {
+fn text(request: &HarvestRequest<'_>, fate: Fate) -> &'static str {
     match (request.scope(), fate) {
         (Scope::All, Fate::Commit) => "harvests, to commit,",
         (Scope::All, Fate::AbortSynced) => "harvests, to abort after the sync,",

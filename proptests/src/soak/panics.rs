@@ -7,7 +7,7 @@ use std::sync::Arc;
 use dirtymap::sync::{AtomicBool, AtomicU64, Ordering};
 use dirtymap::{
     DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink, Mapping,
-    Sink, Stopped,
+    Sink, Stopped, Tracking,
 };
 use pagetable_sim::{Domain, Format};
 
@@ -113,8 +113,8 @@ impl<F: Format> DirtySource for Panicking<F> {
             .around(|| DirtySource::split_at(&*self.domain, at, gather))
     }
 
-    fn set_tracking(&self, on: bool) -> Result<(), Error> {
-        DirtySource::set_tracking(&*self.domain, on)
+    fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
+        DirtySource::set_tracking(&*self.domain, to)
     }
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {

@@ -120,7 +120,7 @@ impl World {
             let pages = pages.next_multiple_of(options.unit());
             space.map(layout::range(first, pages), first * PAGE, Access::ReadWrite)?;
         }
-        space.set_tracking(true)?;
+        space.start_tracking()?;
         panics.switch(options.panics);
         let breakage = options.breakage();
         for machine in &machines {

@@ -21,13 +21,13 @@
 //! // SAFETY: 64 MiB from here on are mapped for the guest alone, until the machine is gone.
 //! unsafe { log.add_slot(0, ram, host_address) }?;
 //!
-//! let space = AddressSpace::new(log.page()).with_source(Arc::clone(&log))?;
+//! let space = AddressSpace::with_source(log.page(), Arc::clone(&log))?;
 //! space.map(ram, 0, Access::ReadWrite)?;
-//! space.set_tracking(true)?; // from here on, every write of guest or VMM is reported
+//! space.start_tracking()?; // from here on, every write of guest or VMM is reported
 //!
 //! let mut words = vec![0u64; 256];
 //! let lease = space.harvest(&HarvestRequest::new(ram, log.page()), UserBitmap::new(&mut words));
-//! let lease = lease.map_err(Error::from)?.sync().map_err(Error::from)?;
+//! let lease = lease?.sync()?;
 //! for run in lease.runs() { /* send it */ }
 //! lease.commit(); // dropped instead, all of it is dirty again, and KVM is not asked for it
 //! # Ok(())

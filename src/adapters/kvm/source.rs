@@ -1,11 +1,11 @@
 //! The log as a source of dirty state.
 
 use super::KvmLog;
-use crate::adapters::pending::below;
 use crate::bitmap::Sink;
 use crate::error::Error;
 use crate::flush::{FlushGather, Invalidated};
-use crate::source::{DirtySource, LeafSink, Mapping, Stopped};
+use crate::source::pending::below;
+use crate::source::{DirtySource, LeafSink, Mapping, Stopped, Tracking};
 use crate::units::{Granule, Iova, IovaRange};
 
 impl DirtySource for KvmLog {
@@ -41,8 +41,8 @@ impl DirtySource for KvmLog {
         }
     }
 
-    fn set_tracking(&self, on: bool) -> Result<(), Error> {
-        self.switch(on).map_err(Error::source_failed)
+    fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
+        self.switch(to.is_on()).map_err(Error::source_failed)
     }
 
     /// Slot by slot, ascending by first address. Slots of two of KVM's address spaces may share

@@ -13,7 +13,7 @@ use super::ring::{Entry, Memory};
 use super::*;
 use crate::bitmap::UserBitmap;
 use crate::flush::FlushGather;
-use crate::harvest::{HarvestError, HarvestRequest};
+use crate::harvest::HarvestRequest;
 use crate::source::DirtySource;
 use crate::space::AddressSpace;
 use crate::units::{Access, Iova};
@@ -236,15 +236,13 @@ fn machine(mode: KvmMode) -> (AddressSpace, Arc<KvmLog>, Fake) {
         }
     });
     let log = Arc::new(log);
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(Arc::clone(&log))
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, Arc::clone(&log)).unwrap();
     for (slot, first, n) in SLOTS {
         // SAFETY: the fake has no guest.
         unsafe { log.add_slot(slot, pages(first, n), 0) }.unwrap();
         space.map(pages(first, n), 0, Access::ReadWrite).unwrap();
     }
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     (space, log, fake)
 }
 
@@ -315,11 +313,10 @@ fn no_write_is_lost_in_any_mode() {
                 let range = pages(first + from, 1 + random.below(n - from));
                 let mut words = [0u64; 8];
                 let request = HarvestRequest::new(range, Granule::K4);
-                let lease = match space.harvest(&request, UserBitmap::new(&mut words)) {
-                    Ok(lease) => lease,
-                    Err(HarvestError::Stopped(stopped)) => stopped.lease,
-                    Err(error) => panic!("{error}"),
-                };
+                let lease = space
+                    .harvest(&request, UserBitmap::new(&mut words))
+                    .unwrap()
+                    .partial();
                 let (late, outcome) = (page(&mut random), random.below(4));
                 fake.with(|state| state.write(late));
                 if let Ok(lease) = lease.sync()
@@ -366,14 +363,15 @@ fn an_error_in_one_slot_loses_nothing_of_the_others() {
         let request = HarvestRequest::new(pages(0, 370), Granule::K4);
         // The first slot is read (and cleared); the second one fails.
         fake.with(|state| state.fail_in = Some(if mode.is_manual() { 2 } else { 1 }));
-        let Err(HarvestError::Stopped(stopped)) =
-            space.harvest(&request, UserBitmap::new(&mut words))
-        else {
-            panic!("the second slot cannot be read");
-        };
+        let lease = space
+            .harvest(&request, UserBitmap::new(&mut words))
+            .unwrap();
+        let stopped = lease
+            .stopped()
+            .unwrap_or_else(|| panic!("the second slot cannot be read"));
         assert_eq!(stopped.at, Iova::new(300 << 12));
-        assert_eq!(stopped.lease.report().bits_set, 2);
-        drop(stopped);
+        assert_eq!(lease.report().bits_set, 2);
+        drop(lease);
         assert_eq!(harvest(&space, pages(0, 370)), [5, 199, 300, 369]);
     }
 }
@@ -453,11 +451,9 @@ fn clears_are_bounded_and_skip_what_is_clean() {
     let log = Arc::new(log);
     // SAFETY: the fake has no guest.
     unsafe { log.add_slot(0, pages(0, 200_001), 0) }.unwrap();
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(Arc::clone(&log))
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, Arc::clone(&log)).unwrap();
     space.map(pages(0, 200_001), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     fake.with(|state| [70, 130_000, 200_000].map(|page| state.write(page)));
     let mut words = vec![0u64; 3126];
     let request = HarvestRequest::new(pages(0, 200_001), Granule::K4);
@@ -541,11 +537,11 @@ fn what_is_dirty_when_tracking_ends_stays_and_what_was_before_it_begins_does_not
         let (space, _log, fake) = machine(mode);
         harvest(&space, pages(0, 200));
         fake.with(|state| [1, 2].map(|page| state.write(page)));
-        space.set_tracking(false).unwrap();
+        space.stop_tracking().unwrap();
         fake.with(|state| state.write(50));
         assert_eq!(harvest(&space, pages(0, 200)), [1, 2], "{mode:?}");
         fake.with(|state| state.write(60));
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         if mode == MODES[2] {
             harvest(&space, pages(0, 200));
         }
@@ -567,7 +563,7 @@ fn a_switch_that_fails_loses_nothing() {
         fake.with(|state| state.fail_in = Some(calls));
         // The first slot has no log at that moment.
         fake.with(|state| state.when_failed = vec![9]);
-        space.set_tracking(false).unwrap_err();
+        space.stop_tracking().unwrap_err();
         fake.with(|state| state.write(8));
         let found = harvest(&space, pages(0, 200));
         assert!(
@@ -653,7 +649,7 @@ fn a_switch_that_fails_is_reported_once() {
         harvest(&space, pages(0, 370));
         // The second slot cannot be read.
         fake.with(|state| state.fail_in = Some(2));
-        space.set_tracking(false).unwrap_err();
+        space.stop_tracking().unwrap_err();
         let first: Vec<u64> = (0..200).collect();
         let again: Vec<u64> = (300..370).collect();
         let found = harvest(&space, pages(0, 370));
@@ -732,13 +728,14 @@ fn a_stop_in_one_address_space_loses_nothing_of_the_other() {
         fake.with(|state| state.fail_in = Some(if mode.is_manual() { 2 } else { 1 }));
         let mut words = [0u64; 8];
         let request = HarvestRequest::new(pages(0, 370), Granule::K4);
-        let Err(HarvestError::Stopped(stopped)) =
-            space.harvest(&request, UserBitmap::new(&mut words))
-        else {
-            panic!("the second slot cannot be read");
-        };
+        let lease = space
+            .harvest(&request, UserBitmap::new(&mut words))
+            .unwrap();
+        let stopped = lease
+            .stopped()
+            .unwrap_or_else(|| panic!("the second slot cannot be read"));
         assert_eq!(stopped.at, Iova::new(100 << 12), "{mode:?}");
-        stopped.lease.sync().unwrap().commit();
+        lease.partial().sync().unwrap().commit();
         let found = harvest(&space, pages(0, 370));
         let above = [120, 150, 250, 310];
         assert!(
@@ -761,16 +758,14 @@ fn a_stop_in_the_middle_leaves_the_other_address_space_whole() {
     });
     let log = KvmLog::with_kernel(Box::new(fake.clone()), MODES[1], Granule::K4);
     let log = Arc::new(log);
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(Arc::clone(&log))
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, Arc::clone(&log)).unwrap();
     for (slot, first) in [(0, 0), (1 << 16, 1)] {
         // SAFETY: the fake has no guest.
         unsafe { log.add_slot(slot, pages(first, PAGES), 0) }.unwrap();
     }
     let all = pages(0, PAGES + 1);
     space.map(all, 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     fake.with(|state| {
         [70, 130_000].iter().for_each(|page| state.write(*page));
         [80, 140_000]
@@ -785,12 +780,12 @@ fn a_stop_in_the_middle_leaves_the_other_address_space_whole() {
         let numbers = |run: &IovaRange| run.start().get() >> 12..=run.last().get() >> 12;
         runs.iter().flat_map(numbers).collect()
     };
-    let Err(HarvestError::Stopped(stopped)) = space.harvest(&request, UserBitmap::new(&mut words))
-    else {
-        panic!("a clear failed");
-    };
+    let lease = space
+        .harvest(&request, UserBitmap::new(&mut words))
+        .unwrap();
+    let stopped = lease.stopped().unwrap_or_else(|| panic!("a clear failed"));
     assert_eq!(stopped.at, Iova::new(129_984 << 12));
-    let lease = stopped.lease.sync().unwrap();
+    let lease = lease.partial().sync().unwrap();
     let below: Vec<_> = numbers(lease.runs().collect());
     assert!(below.starts_with(&[70, 80]), "{below:?}");
     assert!(!below.contains(&140_000), "{below:?}");
@@ -817,13 +812,14 @@ fn a_log_that_other_code_switched_off_is_dirty_as_a_whole() {
         });
         let mut words = [0u64; 8];
         let request = HarvestRequest::new(pages(0, 200), Granule::K4);
-        let Err(HarvestError::Stopped(stopped)) =
-            space.harvest(&request, UserBitmap::new(&mut words))
-        else {
-            panic!("the slot has no log");
-        };
+        let lease = space
+            .harvest(&request, UserBitmap::new(&mut words))
+            .unwrap();
+        let stopped = lease
+            .stopped()
+            .unwrap_or_else(|| panic!("the slot has no log"));
         assert_eq!(stopped.at, Iova::new(0), "{mode:?}");
-        drop(stopped);
+        drop(lease);
         // It can be removed all the same, or be set again.
         log.renew_slot(3).unwrap();
         assert_eq!(harvest(&space, pages(0, 200)).len(), 200, "{mode:?}");
@@ -859,7 +855,7 @@ fn a_child_of_fork_is_refused_by_every_call() {
         refused(&log.remove_slot(3).unwrap_err());
         refused(&log.renew_slot(3).unwrap_err());
         refused(&log.drain_rings().unwrap_err());
-        refused(&space.set_tracking(false).unwrap_err());
+        refused(&space.stop_tracking().unwrap_err());
         let mut words = [0u64; 8];
         let request = HarvestRequest::new(pages(0, 200), Granule::K4);
         refused(
@@ -868,9 +864,10 @@ fn a_child_of_fork_is_refused_by_every_call() {
                 .unwrap_err(),
         );
         let refusal = space.harvest(&request, UserBitmap::new(&mut words));
-        let Err(HarvestError::Stopped(stopped)) = refusal else {
-            panic!("the child harvests");
-        };
+        let lease = refusal.unwrap();
+        let stopped = lease
+            .stopped()
+            .unwrap_or_else(|| panic!("the child harvests"));
         assert_eq!(stopped.at, Iova::new(0));
         refused(&stopped.error);
         refused(&log.invalidate(&FlushGather::new()).unwrap_err());
@@ -897,7 +894,7 @@ fn a_ring_of_another_machine_is_noticed_when_it_is_flushed() {
     let lease = space
         .harvest(&request, UserBitmap::new(&mut words))
         .unwrap();
-    let error = lease.sync().unwrap_err().error.to_string();
+    let error = lease.sync().unwrap_err().to_string();
     assert!(error.contains("added as number 0 is not of"), "{error}");
     let refused = log.drain_rings();
     assert!(matches!(refused, Err(KvmError::ForeignRing { ring: 0 })));

@@ -29,16 +29,16 @@
 //! let pages = bytes.round_in(page).ok_or("no whole page")?;
 //! memory.add(pages, pages.start().get())?;
 //!
-//! let space = AddressSpace::new(page).with_source(Arc::clone(&memory))?;
+//! let space = AddressSpace::with_source(page, Arc::clone(&memory))?;
 //! space.map(pages, 0, Access::ReadWrite)?;
-//! space.set_tracking(true)?; // from here on, every write is reported
+//! space.start_tracking()?; // from here on, every write is reported
 //!
 //! let fifth = pages.start().get() + (5 << page.lg2());
 //! heap[(fifth - bytes.start().get()) as usize] = 1; // no mark
 //!
 //! let mut words = [0u64];
 //! let lease = space.harvest(&HarvestRequest::new(pages, page), UserBitmap::new(&mut words));
-//! let lease = lease.map_err(Error::from)?.sync().map_err(Error::from)?;
+//! let lease = lease?.sync()?;
 //! let written = IovaRange::granule_at(Iova::new(fifth), page);
 //! assert!(lease.runs().any(|run| run.covers(written))); // with huge pages, its neighbours too
 //! lease.commit();

@@ -4,7 +4,7 @@ use super::ProcessMemory;
 use crate::bitmap::Sink;
 use crate::error::Error;
 use crate::flush::{FlushGather, Invalidated};
-use crate::source::{DirtySource, LeafSink, Mapping, Stopped};
+use crate::source::{DirtySource, LeafSink, Mapping, Stopped, Tracking};
 use crate::units::{Granule, Iova, IovaRange};
 
 impl DirtySource for ProcessMemory {
@@ -38,8 +38,8 @@ impl DirtySource for ProcessMemory {
         }
     }
 
-    fn set_tracking(&self, on: bool) -> Result<(), Error> {
-        self.switch(on).map_err(Error::source_failed)
+    fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
+        self.switch(to.is_on()).map_err(Error::source_failed)
     }
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {

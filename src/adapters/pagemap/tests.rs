@@ -13,7 +13,7 @@ use super::*;
 use crate::bitmap::UserBitmap;
 use crate::error::Error;
 use crate::flush::FlushGather;
-use crate::harvest::{HarvestError, HarvestRequest};
+use crate::harvest::HarvestRequest;
 use crate::source::DirtySource;
 use crate::space::AddressSpace;
 use crate::units::{Access, Iova};
@@ -221,12 +221,10 @@ fn process() -> (AddressSpace, Arc<ProcessMemory>, Fake) {
     let fake = Fake::new();
     let memory = ProcessMemory::with_kernel(Box::new(fake.clone()), Granule::K4);
     let memory = Arc::new(memory);
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(Arc::clone(&memory))
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, Arc::clone(&memory)).unwrap();
     memory.add(pages(0, PAGES), HOST).unwrap();
     space.map(pages(0, PAGES), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     (space, memory, fake)
 }
 
@@ -252,11 +250,14 @@ fn harvest(space: &AddressSpace, range: IovaRange) -> Vec<u64> {
 fn stops(space: &AddressSpace, range: IovaRange) -> (Iova, String, Vec<u64>) {
     let mut words = vec![0u64; PAGES.div_ceil(64) as usize];
     let request = HarvestRequest::new(range, Granule::K4);
-    let Err(HarvestError::Stopped(stopped)) = space.harvest(&request, UserBitmap::new(&mut words))
-    else {
-        panic!("it does not stop");
-    };
-    let runs = match stopped.lease.sync() {
+    let lease = space
+        .harvest(&request, UserBitmap::new(&mut words))
+        .unwrap();
+    let stopped = lease
+        .stopped()
+        .unwrap_or_else(|| panic!("it does not stop"));
+    let (at, error) = (stopped.at, stopped.error.to_string());
+    let runs = match lease.partial().sync() {
         Ok(lease) => {
             let found = numbers_of(lease.runs());
             lease.commit();
@@ -264,7 +265,7 @@ fn stops(space: &AddressSpace, range: IovaRange) -> (Iova, String, Vec<u64>) {
         }
         Err(_) => Vec::new(),
     };
-    (stopped.at, stopped.error.to_string(), runs)
+    (at, error, runs)
 }
 
 /// xorshift64*, so that a failure can be repeated.
@@ -303,11 +304,10 @@ fn no_write_is_lost() {
             let range = pages(from, 1 + random.below(PAGES - from));
             let mut words = vec![0u64; PAGES.div_ceil(64) as usize];
             let request = HarvestRequest::new(range, Granule::K4);
-            let lease = match space.harvest(&request, UserBitmap::new(&mut words)) {
-                Ok(lease) => lease,
-                Err(HarvestError::Stopped(stopped)) => stopped.lease,
-                Err(error) => panic!("{error}"),
-            };
+            let lease = space
+                .harvest(&request, UserBitmap::new(&mut words))
+                .unwrap()
+                .partial();
             fake.write(random.below(PAGES));
             let lease = lease.sync().unwrap();
             if random.below(4) > 0 {
@@ -359,15 +359,17 @@ fn a_call_that_fails_makes_its_piece_dirty() {
     fake.with(|state| state.fail_in = Some(1));
     let mut words = vec![0u64; PAGES.div_ceil(64) as usize];
     let request = HarvestRequest::new(pages(0, PAGES), Granule::K4);
-    let Err(HarvestError::Stopped(stopped)) = space.harvest(&request, UserBitmap::new(&mut words))
-    else {
-        panic!("the second piece fails");
-    };
+    let lease = space
+        .harvest(&request, UserBitmap::new(&mut words))
+        .unwrap();
+    let stopped = lease
+        .stopped()
+        .unwrap_or_else(|| panic!("the second piece fails"));
     // The second piece begins 16384 pages above the first address that is a multiple of 64 MiB.
     let second = 16_384 - 5;
     assert_eq!(stopped.at, pages(second, 1).start());
-    assert_eq!(stopped.lease.report().bits_set, 1);
-    assert_eq!(stopped.lease.sync().unwrap().commit().bits_set, 1);
+    assert_eq!(lease.report().bits_set, 1);
+    assert_eq!(lease.partial().sync().unwrap().commit().bits_set, 1);
     let found = harvest(&space, pages(0, PAGES));
     assert_eq!(found, (second..second + 16_384).collect::<Vec<_>>());
 }
@@ -381,10 +383,10 @@ fn memory_that_was_unmapped_stops_the_harvest_there() {
     fake.with(|state| state.mapped[1000..1200].fill(false));
     let mut words = vec![0u64; PAGES.div_ceil(64) as usize];
     let request = HarvestRequest::new(pages(0, PAGES), Granule::K4);
-    let Err(HarvestError::Stopped(stopped)) = space.harvest(&request, UserBitmap::new(&mut words))
-    else {
-        panic!("a hole");
-    };
+    let lease = space
+        .harvest(&request, UserBitmap::new(&mut words))
+        .unwrap();
+    let stopped = lease.stopped().unwrap_or_else(|| panic!("a hole"));
     assert_eq!(stopped.at, pages(1000, 1).start());
     let hole = HOST + (1000 << 12);
     let text = format!("the memory at {hole:#x} was unmapped: remove it, or map and add it anew");
@@ -393,7 +395,10 @@ fn memory_that_was_unmapped_stops_the_harvest_there() {
         "{}",
         stopped.error
     );
-    assert_eq!(numbers_of(stopped.lease.sync().unwrap().runs()), [10, 900]);
+    assert_eq!(
+        numbers_of(lease.partial().sync().unwrap().runs()),
+        [10, 900]
+    );
     // It was dropped. What is left of the memory is told to the unmap, over the hole.
     memory.remove(pages(0, PAGES)).unwrap();
     let refused = memory.remove(pages(0, PAGES));
@@ -412,12 +417,11 @@ fn another_mapping_in_the_place_of_the_memory_does_not_pass_for_clean() {
     let mut words = vec![0u64; PAGES.div_ceil(64) as usize];
     let request = HarvestRequest::new(pages(0, PAGES), Granule::K4);
     let refused = space.harvest(&request, UserBitmap::new(&mut words));
-    let Err(HarvestError::Stopped(stopped)) = refused else {
-        panic!("not tracked");
-    };
+    let lease = refused.unwrap();
+    let stopped = lease.stopped().unwrap_or_else(|| panic!("not tracked"));
     assert_eq!(stopped.at, pages(0, 1).start());
     assert!(stopped.error.to_string().contains("PAGEMAP_SCAN failed"));
-    drop(stopped);
+    drop(lease);
     // Page 10 came before the one that refused, and was protected by the call.
     fake.with(|state| state.registered.fill(true));
     assert!(harvest(&space, pages(0, PAGES)).contains(&10));
@@ -430,16 +434,18 @@ fn a_kernel_that_stands_still_is_not_asked_for_ever() {
     fake.with(|state| state.huge_at = Some(700));
     let request = HarvestRequest::new(pages(0, 1000), Granule::K4);
     let mut words = [0u64; 16];
-    let Err(HarvestError::Stopped(stopped)) = space.harvest(&request, UserBitmap::new(&mut words))
-    else {
-        panic!("it never comes to an end");
-    };
+    let lease = space
+        .harvest(&request, UserBitmap::new(&mut words))
+        .unwrap();
+    let stopped = lease
+        .stopped()
+        .unwrap_or_else(|| panic!("it never comes to an end"));
     let at = HOST + (700 << 12);
-    let Error::Source(error) = stopped.error else {
+    let Error::Source(error) = &stopped.error else {
         panic!("of the source");
     };
     assert!(error.to_string().contains(&format!("{at:#x}")), "{error}");
-    drop(stopped.lease);
+    drop(lease);
     fake.with(|state| state.huge_at = None);
     assert!(harvest(&space, pages(0, 1000)).contains(&700));
 }
@@ -622,14 +628,12 @@ fn memory_that_another_tracker_has_by_now_is_not_taken() {
     fake.with(|state| state.registered.fill(false));
     let other = ProcessMemory::with_kernel(Box::new(fake.clone()), Granule::K4);
     let other = Arc::new(other);
-    let anew = AddressSpace::new(Granule::K4)
-        .with_source(Arc::clone(&other))
-        .unwrap();
+    let anew = AddressSpace::with_source(Granule::K4, Arc::clone(&other)).unwrap();
     // It is enough that they share a page.
     let last = pages(PAGES - 1, 1);
     other.add(last, HOST + ((PAGES - 1) << 12)).unwrap();
     anew.map(last, 0, Access::ReadWrite).unwrap();
-    anew.set_tracking(true).unwrap();
+    anew.start_tracking().unwrap();
     fake.write(PAGES - 1);
 
     let (at, error, below) = stops(&space, pages(0, PAGES));
@@ -642,8 +646,8 @@ fn memory_that_another_tracker_has_by_now_is_not_taken() {
         .peek(&request, UserBitmap::new(&mut words))
         .unwrap_err();
     assert!(error.to_string().contains(&text), "{error}");
-    space.set_tracking(false).unwrap();
-    let error = space.set_tracking(true).unwrap_err();
+    space.stop_tracking().unwrap();
+    let error = space.start_tracking().unwrap_err();
     assert!(error.to_string().contains(&text), "{error}");
 
     // The stale one goes, and takes nothing from the other: not a page, and not the registration.
@@ -675,7 +679,7 @@ fn a_child_of_fork_is_refused_by_every_call() {
     let held = (lock(&memory.tracking), lock(&memory.memory));
     refused(&memory.add(pages(PAGES, 1), 1 << 50).unwrap_err());
     refused(&memory.remove(pages(0, PAGES)).unwrap_err());
-    refused(&space.set_tracking(false).unwrap_err());
+    refused(&space.stop_tracking().unwrap_err());
     let mut words = vec![0u64; PAGES.div_ceil(64) as usize];
     let request = HarvestRequest::new(pages(0, PAGES), Granule::K4);
     refused(
@@ -684,9 +688,10 @@ fn a_child_of_fork_is_refused_by_every_call() {
             .unwrap_err(),
     );
     let refusal = space.harvest(&request, UserBitmap::new(&mut words));
-    let Err(HarvestError::Stopped(stopped)) = refusal else {
-        panic!("the child harvests");
-    };
+    let lease = refusal.unwrap();
+    let stopped = lease
+        .stopped()
+        .unwrap_or_else(|| panic!("the child harvests"));
     assert_eq!(stopped.at, pages(0, 1).start());
     refused(&stopped.error);
     refused(&memory.invalidate(&FlushGather::new()).unwrap_err());

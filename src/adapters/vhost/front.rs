@@ -7,7 +7,7 @@ use crate::adapters::maker::Maker;
 use crate::bitmap::{Sink, word_mask, word_runs};
 use crate::error::Error;
 use crate::flush::{FlushGather, Invalidated};
-use crate::source::{DirtySource, LeafSink, Mapping, Stopped};
+use crate::source::{DirtySource, LeafSink, Mapping, Stopped, Tracking};
 use crate::space::AddressSpace;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering};
 use crate::units::{Granule, Iova, IovaRange};
@@ -266,10 +266,10 @@ impl DirtySource for VhostLog {
 
     /// On clears the log. That back ends mark in it from then on, because they have it and the
     /// feature `VHOST_F_LOG_ALL`, is up to the caller, before.
-    fn set_tracking(&self, on: bool) -> Result<(), Error> {
+    fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
         self.own()?;
         // AcqRel: the caller's lock orders it; calls by others are rare, too.
-        if !self.tracking.swap(on, Ordering::AcqRel) && on {
+        if !self.tracking.swap(to.is_on(), Ordering::AcqRel) && to.is_on() {
             self.logs.read(|logs| {
                 for (word, mask) in dirty_words(logs, IovaRange::ALL) {
                     clear(logs, word, mask);

@@ -36,7 +36,7 @@
 //! //     mmap_handle: memory.file().as_raw_fd() }))?;
 //! // front_end.set_features(features | 1 << VHOST_F_LOG_ALL)?;
 //! // When all back ends have answered; then copy everything, harvest, copy, ...
-//! space.set_tracking(true)?;
+//! space.start_tracking()?;
 //!
 //! // Memory has grown beyond the log:
 //! let swap = log.swap(Iova::new(0x2_3fff_ffff))?; // harvests look at both logs from here on

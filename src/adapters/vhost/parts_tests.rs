@@ -6,7 +6,8 @@ use crate::adapters::log_list::LogWords;
 use crate::bitmap::UserBitmap;
 use crate::error::Error;
 use crate::flush::{FlushGather, FlushQueue};
-use crate::harvest::{HarvestBounds, HarvestError, HarvestRequest};
+use crate::harvest::HarvestRequest;
+use crate::source::kit::{Rig, check};
 use crate::source::{DirtySource, InFlight, LeafSink, Rests};
 use crate::space::AddressSpace;
 use crate::sync::{Arc, Mutex, Ordering, lock};
@@ -78,26 +79,49 @@ fn a_sink_of_its_own_leaves_a_page_that_sticks_out_in_the_log() {
 #[test]
 fn instalments_end_at_pages_of_the_log() {
     let log = Arc::new(VhostLog::new(Iova::new(1 << 20)).unwrap());
-    let space = AddressSpace::new(half()).with_source(log.clone()).unwrap();
+    let space = AddressSpace::with_source(half(), log.clone()).unwrap();
     let all = IovaRange::from_len(Iova::MIN, 64 << 12).unwrap();
     space.map(all, 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     set(&log, &(0..64).collect::<Vec<u64>>());
     let request = HarvestRequest::new(all, half());
     let mut words = [0u64; 2];
-    let bounds = HarvestBounds::new().bits(65);
     let bitmap = UserBitmap::new(&mut words);
-    let part = space.harvest_bounded(&request, Iova::MIN, bounds, bitmap);
+    let part = space.harvest(&request.resume_at(Iova::MIN).max_bits(65), bitmap);
     let part = part.unwrap();
-    assert_eq!(part.next, Some(Iova::new(33 << 12)));
-    part.lease.sync().unwrap().commit();
+    assert_eq!(part.next(), Some(Iova::new(33 << 12)));
+    part.sync().unwrap().commit();
     assert_eq!(word(&log), u64::MAX << 33);
     let inside = Iova::new((33 << 12) + 2048);
     let mut words = vec![0u64; 16];
     let bitmap = UserBitmap::new(&mut words);
-    let refused = space.harvest_bounded(&request, inside, bounds, bitmap);
-    let Err(HarvestError::Refused(Error::BadCursor { granule, .. })) = refused else {
+    let refused = space.harvest(&request.resume_at(inside).max_bits(65), bitmap);
+    let Err(Error::BadCursor { granule, .. }) = refused else {
         panic!("{refused:?}");
     };
     assert_eq!(granule, LOG_PAGE);
+}
+
+/// A front end whose back end marks in the log.
+struct FrontEnd(Arc<VhostLog>);
+
+impl Rig for FrontEnd {
+    fn range(&self) -> IovaRange {
+        IovaRange::from_len(Iova::new(1 << 20), 256 << 12).unwrap()
+    }
+
+    fn source(&self) -> Arc<dyn DirtySource> {
+        self.0.clone()
+    }
+
+    fn write(&self, iova: Iova) {
+        let page = iova.get() >> 12;
+        let mask = u64::to_le(1 << (page % 64));
+        self.0.memory().words()[(page / 64) as usize].fetch_or(mask, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn the_log_keeps_the_rules_of_sources() {
+    check(|| FrontEnd(Arc::new(VhostLog::new(Iova::new(2 << 20)).unwrap())));
 }

@@ -151,7 +151,7 @@ impl SpaceBitmap {
         match peeked {
             Ok(view) => view.count() > 0,
             // Nothing is tracked here, so there is nothing to report.
-            Err(Error::Hole { .. } | Error::NeverTracked { .. }) => false,
+            Err(Error::NeverTracked { .. }) => false,
             Err(_) => true,
         }
     }
@@ -202,7 +202,7 @@ impl NewBitmap for SpaceBitmap {
         let own = Self::map(&bare.space, bytes.round_out(bare.space.page()));
         // A lone area from address 0 on is never refused. If it were, every mark would be counted
         // as outside.
-        match own.and_then(|own| own.space.set_tracking(true).map(|()| own)) {
+        match own.and_then(|own| own.space.start_tracking().map(|()| own)) {
             Ok(own) => own,
             Err(_) => bare,
         }

@@ -29,7 +29,7 @@
 //! use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap, mmap::MmapRegionBuilder};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! // .with_source(..)?: KVM, an IOMMU, a vhost log
+//! // with_source(..)?: KVM, an IOMMU, a vhost log
 //! let space = Arc::new(AddressSpace::new(Granule::K4));
 //! let mut regions = Vec::new();
 //! for (start, len) in [(0u64, 1 << 20), (0x1_0000_0000, 2 << 20)] {
@@ -41,7 +41,7 @@
 //!     regions.push(GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or("past 2^64")?);
 //! }
 //! let memory = GuestMemoryMmap::from_regions(regions)?;
-//! space.set_tracking(true)?;
+//! space.start_tracking()?;
 //!
 //! memory.write_obj(7u64, GuestAddress(0x1_0000_3000))?; // marks page 3 of the second region
 //! increment(&space, IovaRange::from_len(Iova::new(0x1_0000_0000), 2 << 20)?)?;

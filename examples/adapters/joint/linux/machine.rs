@@ -132,7 +132,7 @@ impl Machine {
         for range in [rest, silent] {
             space.map(range, range.start().get(), Access::ReadWrite)?;
         }
-        space.set_tracking(true)?;
+        space.start_tracking()?;
         let machine = Machine {
             space,
             memory,

@@ -158,9 +158,8 @@ fn round(
     let mut words = [0u64; WORDS];
     let lease = machine
         .space
-        .harvest(&request, UserBitmap::new(&mut words))
-        .map_err(dirtymap::Error::from)?;
-    let mut lease = lease.sync().map_err(dirtymap::Error::from)?;
+        .harvest(&request, UserBitmap::new(&mut words))?;
+    let lease = lease.sync()?;
     let runs: Vec<IovaRange> = lease.runs().collect();
     let safe = if fails { runs.len() / 2 } else { runs.len() };
     for run in &runs[..safe] {

@@ -6,7 +6,7 @@ use crate::{AmdV1, ArmS1, Fault, RiscvSv48, VtdSs};
 #[test]
 fn atomic_operations_change_their_operand_only_and_set_d() {
     let domain = domain(4, Granule::K4);
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     let mut device = domain.attach(DeviceConfig::DEFAULT);
     device.write(at(1, 0), &[0xff; 16]).unwrap();
     assert_eq!(device.in_flight(), 1);

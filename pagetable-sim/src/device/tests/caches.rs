@@ -41,7 +41,7 @@ fn unmap<F: Format>(domain: &Domain<F>, range: IovaRange) -> FlushGather {
 /// again, and returns the pages that the next harvest reports.
 fn written_again(breakage: Breakage, config: DeviceConfig, first: &[u64]) -> Vec<u64> {
     let domain = domain(32, Granule::K4);
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     domain.break_hardware(breakage);
     let mut device = domain.attach(config);
     let write = |device: &mut Device, value| {
@@ -112,7 +112,7 @@ fn a_part_of_a_leaf_that_is_named_with_its_size_is_flushed_whole() {
     let memory = Arc::new(PhysMemory::new(M2).unwrap());
     let domain = Domain::new(memory, DomainConfig::default());
     map(&domain, range(BASE, M2), 0);
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     let mut device = domain.attach(PIECES);
     device.write(at(300, 0), &[1]).unwrap();
     device.quiesce();
@@ -205,7 +205,7 @@ fn a_walk_notes_accesses_in_the_entries_above_only_if_it_reads_them() {
         assert_eq!(accessed(0), nothing, "nothing is noted while untracked");
         device.quiesce();
         domain.break_hardware(Breakage::SkipNonLeaf);
-        domain.set_tracking(true).unwrap();
+        domain.set_tracking(Tracking::On).unwrap();
         domain.break_hardware(Breakage::None);
         device.write(at(1, 0), &[1]).unwrap();
         assert_eq!(device.stats().short_walks, 1);
@@ -249,7 +249,7 @@ fn write_after_a_table_was_replaced<F: Format>(
 ) -> (Result<(), FaultKind>, usize) {
     let memory = Arc::new(PhysMemory::new(M2).unwrap());
     let domain = Domain::<F>::with_format(Arc::clone(&memory), DomainConfig::default());
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     domain.break_hardware(breakage);
     let mut device = domain.attach(config);
     map(&domain, range(BASE, K4), 0);
@@ -320,7 +320,7 @@ fn a_flush_of_leaves_keeps_pointers_to_tables_and_one_of_tables_drops_them() {
 #[test]
 fn a_translation_for_writing_is_dirty_before_anything_is_written() {
     let domain = domain(8, Granule::K4);
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     let mut device = domain.attach(ATS);
     device.prefetch(at(1, 0), Access::Write).unwrap();
     device.prefetch(at(2, 0), Access::Read).unwrap();
@@ -339,7 +339,7 @@ fn a_translation_for_writing_is_dirty_before_anything_is_written() {
 /// the next harvest finds that.
 fn last_write_is_found(breakage: Breakage, config: DeviceConfig) -> bool {
     let domain = domain(8, Granule::K4);
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     domain.break_hardware(breakage);
     let mut device = domain.attach(config);
     device.write(at(5, 0), &[1]).unwrap();
@@ -387,7 +387,7 @@ fn a_part_of_a_leaf_is_drained_before_it_is_copied() {
             access: Access::ReadWrite,
         })
         .unwrap();
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     let mut device = domain.attach(DeviceConfig::default());
     device.write(leaf.start(), &[7]).unwrap();
     let mut words = [0u64; 1];

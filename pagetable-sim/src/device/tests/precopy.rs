@@ -18,7 +18,7 @@ fn precopy<F: Format>(breakage: Breakage, max_leaf: Granule, config: DeviceConfi
     const PAGES: u64 = HOT + 2 * BURSTS * BURST / 4;
     let domain = domain_of::<F>(PAGES, max_leaf);
     let copy = PhysMemory::new(PAGES * K4).unwrap();
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     domain.break_hardware(breakage);
     let passes = AtomicU64::new(0);
     let running = AtomicU64::new(2);

@@ -107,7 +107,7 @@ pub(super) fn bug_23_no_change_of_a_leaf_writes_a_stale_copy_back<F: Format>() {
 /// of its tail stayed clean.
 pub(super) fn bug_25_the_page_of_a_writes_tail_is_dirty<F: Format>() {
     use crate::{DeviceConfig, Domain, DomainConfig, PhysMemory};
-    use dirtymap::{DirtySource, Mapping};
+    use dirtymap::{DirtySource, Mapping, Tracking};
     let k = k::<F>();
     let config = DomainConfig {
         max_leaf: F::PAGE,
@@ -123,7 +123,7 @@ pub(super) fn bug_25_the_page_of_a_writes_tail_is_dirty<F: Format>() {
             access: Access::ReadWrite,
         })
         .unwrap();
-    domain.set_tracking(true).unwrap();
+    domain.set_tracking(Tracking::On).unwrap();
     let mut device = domain.attach(DeviceConfig::default());
     for (start, len) in [(k - 1, 2), (k - 1, k + 2), (k / 2, k), (1, 2 * k), (0, k)] {
         device.write(iova(start), &vec![1; len as usize]).unwrap();

@@ -3,7 +3,6 @@
 use super::*;
 use crate::error::Error;
 use crate::flush::{FlushGather, FlushQueue};
-use crate::harvest::HarvestBounds;
 use crate::source::{DirtySource, InFlight, LeafSink, Rests};
 
 /// Bytes from one address up to another.
@@ -123,27 +122,26 @@ fn instalments_end_at_pages_of_kvm() {
     let log = KvmLog::with_kernel(Box::new(fake.clone()), MODES[1], Granule::K4);
     let granule = Granule::from_lg2(10).unwrap();
     let log = Arc::new(log);
-    let space = AddressSpace::new(granule).with_source(log.clone()).unwrap();
+    let space = AddressSpace::with_source(granule, log.clone()).unwrap();
     // SAFETY: the fake has no guest.
     unsafe { log.add_slot(3, pages(0, 200), 0) }.unwrap();
     space.map(pages(0, 200), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     fake.with(|state| (0..200).for_each(|page| state.write(page)));
     let request = HarvestRequest::new(pages(0, 200), granule);
     let mut words = [0u64; 16];
     let bitmap = UserBitmap::new(&mut words);
-    let bounds = HarvestBounds::new().bits(65);
-    let part = space.harvest_bounded(&request, Iova::MIN, bounds, bitmap);
+    let part = space.harvest(&request.resume_at(Iova::MIN).max_bits(65), bitmap);
     let part = part.unwrap();
-    assert_eq!(part.next, Some(Iova::new(17 << 12)));
-    assert_eq!(part.lease.report().bits_set, 68);
-    part.lease.sync().unwrap().commit();
+    assert_eq!(part.next(), Some(Iova::new(17 << 12)));
+    assert_eq!(part.report().bits_set, 68);
+    part.sync().unwrap().commit();
     assert_eq!(dirty(&log).len(), 183);
     let mut words = vec![0u64; 16];
     let bitmap = UserBitmap::new(&mut words);
     let inside = Iova::new((17 << 12) + 1024);
-    let refused = space.harvest_bounded(&request, inside, bounds, bitmap);
-    let Err(HarvestError::Refused(Error::BadCursor { granule, .. })) = refused else {
+    let refused = space.harvest(&request.resume_at(inside).max_bits(65), bitmap);
+    let Err(Error::BadCursor { granule, .. }) = refused else {
         panic!("{refused:?}");
     };
     assert_eq!(granule, Granule::K4);

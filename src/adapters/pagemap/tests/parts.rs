@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::flush::FlushGather;
-use crate::harvest::HarvestBounds;
 use crate::source::{DirtySource, LeafSink};
 
 const K1: u64 = 1024;
@@ -43,24 +42,21 @@ fn instalments_of_a_finer_space_do_not_stop() {
     let memory = ProcessMemory::with_kernel(Box::new(fake.clone()), Granule::K4);
     let memory = Arc::new(memory);
     let granule = Granule::from_lg2(10).unwrap();
-    let space = AddressSpace::new(granule)
-        .with_source(Arc::clone(&memory))
-        .unwrap();
+    let space = AddressSpace::with_source(granule, Arc::clone(&memory)).unwrap();
     memory.add(pages(0, PAGES), HOST).unwrap();
     space.map(pages(0, PAGES), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let request = HarvestRequest::new(pages(0, 256), granule);
     let mut words = [0u64; 16];
     (0..256).for_each(|page| fake.write(page));
     let (mut next, mut bits) = (Some(pages(0, 1).start()), 0);
     while let Some(from) = next {
         let bitmap = UserBitmap::new(&mut words);
-        let bounds = HarvestBounds::new().bits(65);
-        let part = space.harvest_bounded(&request, from, bounds, bitmap);
+        let part = space.harvest(&request.resume_at(from).max_bits(65), bitmap);
         let part = part.unwrap();
-        bits += part.lease.report().bits_set;
-        next = part.next;
-        part.lease.sync().unwrap().commit();
+        bits += part.report().bits_set;
+        next = part.next();
+        part.sync().unwrap().commit();
     }
     assert_eq!(bits, 1024);
 }

@@ -12,7 +12,7 @@ use crate::units::{Granule, Iova, IovaRange};
 
 /// One bit for each page of a range, for one thread at a time.
 #[derive(Debug)]
-pub(super) struct Pending {
+pub(crate) struct Pending {
     range: IovaRange,
     page: Granule,
     words: Vec<u64>,
@@ -23,16 +23,22 @@ impl Pending {
     ///
     /// # Errors
     /// If there is no memory for the bits.
-    pub(super) fn new(range: IovaRange, page: Granule) -> Result<Self, TryReserveError> {
+    pub(crate) fn new(range: IovaRange, page: Granule) -> Result<Self, TryReserveError> {
         let words = zeroed(words_for(range, page))?;
         Ok(Pending { range, page, words })
     }
 
-    #[cfg(feature = "kvm")]
-    /// Adds the pages of a log, whose bit 0 is the first page. Bits above the last page are not
+    /// Adds the pages of a log, whose bit 0 is the first page. Bits after the last page are not
     /// pages.
-    pub(super) fn add(&mut self, log: &[u64]) {
-        for (mine, new) in self.words.iter_mut().zip(log) {
+    #[cfg(feature = "kvm")]
+    pub(crate) fn add(&mut self, log: &[u64]) {
+        self.add_words(0, log);
+    }
+
+    /// Adds the pages of `log`, whose bit 0 is page 64 * `at`. Bits after the last page are not
+    /// pages.
+    pub(crate) fn add_words(&mut self, at: usize, log: &[u64]) {
+        for (mine, new) in self.words.iter_mut().skip(at).zip(log) {
             *mine |= new;
         }
         let pages = self.pages();
@@ -40,7 +46,7 @@ impl Pending {
     }
 
     /// Adds `range`, as far as it lies inside; pages that it touches count whole.
-    pub(super) fn add_range(&mut self, range: IovaRange) {
+    pub(crate) fn add_range(&mut self, range: IovaRange) {
         if let Some((first, last)) = self.numbers(range) {
             set(&mut self.words, first, last);
         }
@@ -48,7 +54,7 @@ impl Pending {
 
     #[cfg(feature = "kvm")]
     /// Forgets the pages of a log whose bit 0 is page `first`, a multiple of 64.
-    pub(super) fn remove(&mut self, first: u64, log: &[u64]) {
+    pub(crate) fn remove(&mut self, first: u64, log: &[u64]) {
         let mine = self.words.iter_mut().skip((first / 64) as usize);
         for (mine, gone) in mine.zip(log) {
             *mine &= !gone;
@@ -57,7 +63,7 @@ impl Pending {
 
     #[cfg(feature = "kvm")]
     /// Adds page `number`; whether there is one.
-    pub(super) fn add_page(&mut self, number: u64) -> bool {
+    pub(crate) fn add_page(&mut self, number: u64) -> bool {
         let known = number < self.pages();
         if known {
             self.words[(number / 64) as usize] |= 1 << (number % 64);
@@ -66,12 +72,13 @@ impl Pending {
     }
 
     /// Adds all pages.
-    pub(super) fn add_all(&mut self) {
+    #[cfg(any(feature = "kvm", feature = "pagemap"))]
+    pub(crate) fn add_all(&mut self) {
         self.add_range(self.range);
     }
 
     /// Hands the pages of `range` to `out`, and forgets each when it is recorded.
-    pub(super) fn take(
+    pub(crate) fn take(
         &mut self,
         range: IovaRange,
         out: &mut LeafSink<'_, '_>,
@@ -94,7 +101,7 @@ impl Pending {
     }
 
     /// Records the pages of `range`, and keeps them.
-    pub(super) fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+    pub(crate) fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
         self.for_each(range, |run| {
             sink.record(run).map_err(|error| Stopped {
                 at: run.start(),
@@ -104,7 +111,7 @@ impl Pending {
     }
 
     /// Tells `each` the pages of `range`, and forgets them.
-    pub(super) fn drain(&mut self, range: IovaRange, each: &mut dyn FnMut(IovaRange)) {
+    pub(crate) fn drain(&mut self, range: IovaRange, each: &mut dyn FnMut(IovaRange)) {
         let told: Result<(), std::convert::Infallible> = self.for_each(range, |run| {
             each(run);
             Ok(())
@@ -114,30 +121,30 @@ impl Pending {
     }
 
     /// Forgets the pages of `range`.
-    pub(super) fn forget(&mut self, range: IovaRange) {
+    pub(crate) fn forget(&mut self, range: IovaRange) {
         if let Some((first, last)) = self.numbers(range) {
             clear(&mut self.words, first, last);
         }
     }
 
     /// Forgets all pages.
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.words.fill(0);
     }
 
     /// Whether no page is there.
-    pub(super) fn is_empty(&self) -> bool {
+    #[cfg(any(test, feature = "kvm", feature = "pagemap"))]
+    pub(crate) fn is_empty(&self) -> bool {
         self.words.iter().all(|word| *word == 0)
     }
 
-    #[cfg(feature = "kvm")]
     /// The bits of the pages, by 64.
-    pub(super) fn words(&self) -> &[u64] {
+    pub(crate) fn words(&self) -> &[u64] {
         &self.words
     }
 
     /// The addresses of the pages `first` to `last`, which are there.
-    pub(super) fn addresses(&self, first: u64, last: u64) -> IovaRange {
+    pub(crate) fn addresses(&self, first: u64, last: u64) -> IovaRange {
         let start = self.range.start().get() + (first << self.page.lg2());
         let end = self.range.start().get() + (last << self.page.lg2()) + self.page.mask();
         // Never an error: a run goes upwards.
@@ -145,14 +152,14 @@ impl Pending {
     }
 
     /// The numbers of the first and the last page that `range` touches, if there are any.
-    pub(super) fn numbers(&self, range: IovaRange) -> Option<(u64, u64)> {
+    pub(crate) fn numbers(&self, range: IovaRange) -> Option<(u64, u64)> {
         let inside = range.intersection(self.range)?;
         let number = |iova: Iova| (iova.get() - self.range.start().get()) >> self.page.lg2();
         Some((number(inside.start()), number(inside.last())))
     }
 
-    #[cfg(feature = "kvm")]
-    fn pages(&self) -> u64 {
+    /// How many pages there are.
+    pub(crate) fn pages(&self) -> u64 {
         ((self.range.last().get() - self.range.start().get()) >> self.page.lg2()) + 1
     }
 
@@ -173,27 +180,27 @@ impl Pending {
 }
 
 /// What of `range` lies below `at`.
-pub(super) fn below(range: IovaRange, at: Iova) -> Option<IovaRange> {
+#[cfg(any(feature = "kvm", feature = "pagemap"))]
+pub(crate) fn below(range: IovaRange, at: Iova) -> Option<IovaRange> {
     let last = at.get().checked_sub(1).map(Iova::new)?;
     IovaRange::new(range.start(), last).ok()
 }
 
 /// How many words hold one bit for each page of `range`; `usize::MAX` if no memory does.
-pub(super) fn words_for(range: IovaRange, page: Granule) -> usize {
+pub(crate) fn words_for(range: IovaRange, page: Granule) -> usize {
     usize::try_from(range.granules(page).div_ceil(64)).unwrap_or(usize::MAX)
 }
 
 /// So many words, all zero, or an error.
-pub(super) fn zeroed(words: usize) -> Result<Vec<u64>, TryReserveError> {
+pub(crate) fn zeroed(words: usize) -> Result<Vec<u64>, TryReserveError> {
     let mut zeroed = Vec::new();
     zeroed.try_reserve_exact(words)?;
     zeroed.resize(words, 0);
     Ok(zeroed)
 }
 
-#[cfg(feature = "kvm")]
-/// Clears the bits above page `pages - 1`: some kernels set them.
-pub(super) fn mask_tail(words: &mut [u64], pages: u64) {
+/// Clears the bits after page `pages - 1`: some kernels set them.
+pub(crate) fn mask_tail(words: &mut [u64], pages: u64) {
     let used = pages % 64;
     if used != 0
         && let Some(last) = words.get_mut((pages / 64) as usize)
@@ -203,21 +210,21 @@ pub(super) fn mask_tail(words: &mut [u64], pages: u64) {
 }
 
 /// Sets the bits `first` to `last`.
-pub(super) fn set(words: &mut [u64], first: u64, last: u64) {
+pub(crate) fn set(words: &mut [u64], first: u64, last: u64) {
     for (word, mask) in word_masks(first, last) {
         words[word as usize] |= mask;
     }
 }
 
 /// Clears the bits `first` to `last`.
-pub(super) fn clear(words: &mut [u64], first: u64, last: u64) {
+pub(crate) fn clear(words: &mut [u64], first: u64, last: u64) {
     for (word, mask) in word_masks(first, last) {
         words[word as usize] &= !mask;
     }
 }
 
 /// The first run of bits that are set, from `first` to `last`.
-pub(super) fn next_run(words: &[u64], first: u64, last: u64) -> Option<(u64, u64)> {
+pub(crate) fn next_run(words: &[u64], first: u64, last: u64) -> Option<(u64, u64)> {
     let from = next_where(words, first, last, 0)?;
     let to = next_where(words, from, last, u64::MAX).map_or(last, |clear| clear - 1);
     Some((from, to))

@@ -1,0 +1,169 @@
+//! Round after round over everything that is mapped, with a bitmap of its own.
+
+use super::held::{Held, OwnBits, SpaceRef};
+use super::lease::Holding;
+use super::{HarvestRequest, Lease, Owed, Scope, Synced, harvest};
+use crate::bitmap::{SparseBitmap, UserBitmap};
+use crate::error::Error;
+use crate::space::AddressSpace;
+use crate::sync::Arc;
+use crate::units::{DomainId, Granule, IovaRange, ToIovaRange};
+
+/// Harvests of all areas of a space, holes skipped, one after the other.
+///
+/// Each round has one lease over everything. The bitmap is made as large as the areas reach, takes memory
+/// only where something is dirty, and is empty at the beginning of each round: there is nothing to
+/// size, to clear, or to keep alive.
+///
+/// ```
+/// use dirtymap::{Access, AddressSpace, Granule};
+///
+/// # fn send(_: dirtymap::IovaRange) -> Result<(), std::io::Error> { Ok(()) }
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// const GIB: u64 = 1 << 30;
+/// let space = AddressSpace::tracked(Granule::K4);
+/// space.map(0..3 * GIB, 0, Access::ReadWrite)?;
+/// space.map(4 * GIB..5 * GIB, 3 * GIB, Access::ReadWrite)?; // above the hole
+/// space.mark(4 * GIB..4 * GIB + 1)?;
+///
+/// let mut rounds = space.rounds();
+/// let lease = rounds.next()?;
+/// for run in lease.runs() {
+///     send(run)?; // an error drops the lease, and what was not committed is dirty again
+///     lease.commit_range(run);
+/// }
+/// lease.commit();
+/// # Ok(())
+/// # }
+/// ```
+///
+/// Leases of [`AddressSpace::rounds`] borrow the space. Those of [`shared`](Self::shared) own what they
+/// need: they go through channels, into structs and trait objects, and to C.
+pub struct Rounds<'a> {
+    space: SpaceRef<'a>,
+    granule: Granule,
+    scope: Scope,
+    within: IovaRange,
+    bitmap: Arc<SparseBitmap>,
+}
+
+impl AddressSpace {
+    /// Harvests of all that is mapped, round after round.
+    pub fn rounds(&self) -> Rounds<'_> {
+        Rounds::over(SpaceRef::Lent(self))
+    }
+}
+
+impl Rounds<'static> {
+    /// As [`AddressSpace::rounds`], over a space that the leases keep alive: they are `'static`.
+    ///
+    /// ```
+    /// use dirtymap::{Access, AddressSpace, Granule, Lease, Rounds, Synced};
+    /// use std::sync::Arc;
+    ///
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// let space = Arc::new(AddressSpace::tracked(Granule::K4));
+    /// space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// space.mark(0x1000..0x1001)?;
+    /// let lease: Lease<'static, Synced> = Rounds::shared(Arc::clone(&space)).next()?;
+    /// let copied = std::thread::spawn(move || lease.commit().bits_set);
+    /// assert_eq!(copied.join().ok(), Some(1));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn shared(space: Arc<AddressSpace>) -> Self {
+        Rounds::over(SpaceRef::Shared(space))
+    }
+}
+
+impl<'a> Rounds<'a> {
+    fn over(space: SpaceRef<'a>) -> Self {
+        Rounds {
+            granule: space.page(),
+            space,
+            scope: Scope::All,
+            within: IovaRange::ALL,
+            bitmap: Arc::new(SparseBitmap::new(0)),
+        }
+    }
+
+    /// Reports `granule` bytes a bit, instead of the page of the space.
+    #[must_use]
+    pub fn granule(mut self, granule: Granule) -> Self {
+        self.granule = granule;
+        self
+    }
+
+    /// Asks one domain alone, instead of all of them and the marks.
+    #[must_use]
+    pub fn domain(mut self, domain: DomainId) -> Self {
+        self.scope = Scope::Domain(domain);
+        self
+    }
+
+    /// Harvests what is mapped inside `range`, rounded out to whole granules, instead of everything.
+    ///
+    /// # Errors
+    /// Those of the range.
+    pub fn within(mut self, range: impl ToIovaRange) -> Result<Self, Error> {
+        self.within = range.to_iova_range()?;
+        Ok(self)
+    }
+
+    /// The next round, synced: its pages can be copied. Waits for devices to drain.
+    ///
+    /// # Errors
+    /// [`Error::NothingMapped`] if there is no area; else those of
+    /// [`harvest`](AddressSpace::harvest), of a source that stopped it, and of
+    /// [`sync`](Lease::sync). Nothing is lost: what was taken is dirty again.
+    #[expect(clippy::should_implement_trait)] // it can fail, and is never over
+    pub fn next(&mut self) -> Result<Lease<'a, Synced>, Error> {
+        self.harvest()?.sync()
+    }
+
+    /// The next round before its flush, for a consumer that syncs later. Never blocks, as far as the
+    /// attached sources do not.
+    ///
+    /// # Errors
+    /// [`Error::NothingMapped`] if there is no area; else those of
+    /// [`harvest`](AddressSpace::harvest).
+    pub fn harvest(&mut self) -> Result<Lease<'a, Owed>, Error> {
+        let snapshot = self.space.snapshot();
+        let areas = snapshot.areas_in(self.within).map(|entry| entry.range);
+        let hull = areas.reduce(IovaRange::hull);
+        let Some(hull) = hull.and_then(|hull| hull.intersection(self.within)) else {
+            return Err(Error::NothingMapped { range: self.within });
+        };
+        let page = self.granule.max(snapshot.alignment());
+        let range = hull.round_out(page);
+        let bits = u64::try_from(range.granules(self.granule)).unwrap_or(u64::MAX);
+        // A lease that still lives keeps its bitmap; else the memory goes back here.
+        match Arc::get_mut(&mut self.bitmap).filter(|bitmap| bitmap.bits() == bits) {
+            Some(bitmap) => bitmap.clear(),
+            None => self.bitmap = Arc::new(SparseBitmap::new(bits)),
+        }
+        let request = HarvestRequest::new(range, self.granule).in_scope(self.scope);
+        let bitmap = Arc::clone(&self.bitmap);
+        let (bound, covered) =
+            self.space
+                .check(&request, UserBitmap::sparse_alone(&bitmap), &snapshot)?;
+        let held = Held::Own(OwnBits {
+            bitmap: Arc::clone(&bitmap),
+            bound: range,
+            granule: self.granule,
+            part: range,
+        });
+        let holding = Holding::begin(self.space.clone(), held, covered);
+        Ok(harvest(holding, snapshot, &request, bound))
+    }
+}
+
+impl std::fmt::Debug for Rounds<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Rounds")
+            .field("granule", &self.granule)
+            .field("scope", &self.scope)
+            .field("within", &self.within)
+            .finish_non_exhaustive()
+    }
+}
