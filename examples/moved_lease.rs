@@ -13,9 +13,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (jobs, inbox) = mpsc::channel::<Job>();
     let copier = thread::spawn(move || {
         for Job(round, lease) in inbox {
-            lease
-                .runs()
-                .for_each(|run| println!("round {round}: copy {run}"));
+            println!("round {round}: copy {:?}", lease.runs().collect::<Vec<_>>());
             lease.commit();
         }
     });

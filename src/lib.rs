@@ -199,7 +199,7 @@ pub use bitmap::{
 };
 
 #[cfg(all(feature = "bitmap-file", not(dirtymap_loom)))]
-pub use exchange::{BitmapFile, BitmapFileError, Truncate};
+pub use exchange::{BitmapFile, BitmapFileError, Restored, Truncate};
 pub use exchange::{DirtyLog, LogRuns, MergedRuns, Pieces, RunTable, RunsExt, merge_runs};
 #[cfg(all(feature = "roaring", not(dirtymap_loom)))]
 pub use exchange::{read_roaring, read_treemap};

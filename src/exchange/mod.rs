@@ -22,7 +22,7 @@ mod table;
 #[cfg(all(feature = "roaring", not(dirtymap_loom)))]
 pub use self::roaring::{read_roaring, read_treemap};
 #[cfg(all(feature = "bitmap-file", not(dirtymap_loom)))]
-pub use file::{BitmapFile, BitmapFileError, Truncate};
+pub use file::{BitmapFile, BitmapFileError, Restored, Truncate};
 pub use log::{DirtyLog, LogRuns};
 pub use runs::{MergedRuns, Pieces, RunsExt, merge_runs};
 pub use table::RunTable;

@@ -8,6 +8,8 @@ mod file;
 mod killed;
 #[cfg(all(feature = "bitmap-file", unix))]
 mod places;
+#[cfg(feature = "bitmap-file")]
+mod restart;
 #[cfg(feature = "roaring")]
 mod roaring;
 #[cfg(feature = "serde")]

@@ -16,6 +16,7 @@
 
 mod payload;
 mod place;
+mod restart;
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -25,6 +26,7 @@ use crc32fast::Hasher;
 
 pub use place::Truncate;
 use place::{Draft, begin};
+pub use restart::Restored;
 
 use crate::bitmap::BitmapView;
 use crate::error::Error;

@@ -148,14 +148,18 @@ impl Draft {
         self.file.sync_all()?;
         std::fs::rename(&self.temporary, &self.path)?;
         self.published = true;
-        // Elsewhere a folder cannot be opened, and has nothing to be synced.
-        #[cfg(unix)]
-        {
-            let folder = self.path.parent().filter(|folder| *folder != Path::new(""));
-            File::open(folder.unwrap_or(Path::new(".")))?.sync_all()?;
-        }
-        Ok(())
+        sync_folder_of(&self.path)
     }
+}
+
+/// Makes a change of the name `path` durable.
+pub(super) fn sync_folder_of(path: &Path) -> io::Result<()> {
+    // Elsewhere a folder cannot be opened, and has nothing to be synced.
+    if cfg!(unix) {
+        let folder = path.parent().filter(|folder| *folder != Path::new(""));
+        File::open(folder.unwrap_or(Path::new(".")))?.sync_all()?;
+    }
+    Ok(())
 }
 
 impl Drop for Draft {
@@ -168,7 +172,7 @@ impl Drop for Draft {
 }
 
 /// What `path` leads to in the end, if it is a symbolic link; it need not be there.
-fn resolved(path: &Path) -> io::Result<PathBuf> {
+pub(super) fn resolved(path: &Path) -> io::Result<PathBuf> {
     let mut path = path.to_owned();
     // As many as Linux follows.
     for _ in 0..=40 {
