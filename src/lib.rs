@@ -17,10 +17,12 @@
 //! | mark a write that a device completes | [`AddressSpace::begin_write`] | [`monitors`] |
 //! | map and unmap while everything runs | [`AddressSpace::unmap`], [`apply`] | [`monitors`] |
 //! | let the space choose addresses | [`AddressSpace::map_anywhere`] | |
-//! | connect my own dirty log or IOMMU | [`DirtySource`], [`AddressSpace::attach`] | |
+//! | connect somebody else's log | [`PulledLog`], [`SharedLog`] | |
+//! | connect my own IOMMU, and test that | [`DirtySource`], [`source_kit`] | |
 //! | read words or bytes that a peer logged | [`DirtyLog`] | [`exchange`] |
 //! | get ranges, tables, pieces | [`RunsExt`], [`RunTable`] | [`exchange`] |
 //! | keep a bitmap in a file | `FileBitmap`, `BitmapFile` | [`exchange`] |
+//! | keep what is dirty over a restart | `BitmapFile::save_space`, `restore_space` | [`exchange`] |
 //! | track guest memory of rust-vmm | `vm_memory::SpaceBitmap` | [`vm_memory`] |
 //! | track a KVM guest | `kvm::KvmLog` | [`kvm`] |
 //! | share a log with vhost-user | `vhost::VhostLog`, `vhost::LogBitmap` | [`vhost`] |
@@ -47,24 +49,28 @@
 //!
 //! # Example
 //!
+//! [`AddressSpace::rounds`] is the short way: everything that is mapped, with a bitmap of its own. This
+//! is the long one, for a range and a bitmap of yours:
+//!
 //! ```
-//! use dirtymap::{Access, AddressSpace, Granule, HarvestRequest, Iova, IovaRange, UserBitmap};
+//! use dirtymap::{Access, AddressSpace, Granule, HarvestRequest, ToIovaRange, UserBitmap};
 //!
 //! # fn main() -> Result<(), dirtymap::Error> {
-//! let ram = IovaRange::from_len(Iova::new(0x4000_0000), 64 << 20)?; // 64 MiB of guest memory
-//! let space = AddressSpace::new(Granule::K4); // with_source(.., iommu_domain)? tracks devices as well
+//! let ram = (0x4000_0000..0x4400_0000).to_iova_range()?; // 64 MiB of guest memory
+//! let space = AddressSpace::new(Granule::K4); // with_source(..)? tracks a device as well
 //! space.map(ram, 0, Access::ReadWrite)?;
 //! space.start_tracking()?; // from here on every write is reported; now copy everything once
 //!
 //! // Any thread, after it wrote to guest memory:
-//! space.mark(IovaRange::from_len(Iova::new(0x4000_1ffe), 4)?)?; // touches two pages
+//! space.mark(0x4000_1ffe..0x4000_2002)?; // touches two pages
 //!
-//! // The harvester, round after round:
+//! // The harvester, round after round, with words that are zero:
 //! let mut words = vec![0u64; 256]; // one bit for each 4 KiB page
-//! let lease = space.harvest(&HarvestRequest::new(ram, Granule::K4), UserBitmap::new(&mut words))?;
+//! let request = HarvestRequest::new(ram, Granule::K4);
+//! let lease = space.harvest(&request, UserBitmap::new(&mut words))?;
 //! let lease = lease.sync()?; // only a synced lease hands out ranges to copy
 //! for run in lease.runs() {
-//!     assert_eq!(run, IovaRange::from_len(Iova::new(0x4000_1000), 8192)?); // copy it to safety here
+//!     assert_eq!(run, (0x4000_1000..0x4000_3000).to_iova_range()?); // copy it to safety here
 //! }
 //! lease.commit(); // without this, the pages become dirty again
 //! # Ok(())
@@ -160,6 +166,9 @@ mod source;
 mod space;
 
 mod adapters;
+#[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
+#[allow(clippy::panic)] // a test kit says by a panic what is wrong
+pub mod source_kit;
 
 #[doc(hidden)]
 pub mod sync;
@@ -177,8 +186,6 @@ pub use space::{
 
 #[cfg(not(dirtymap_loom))]
 pub use source::PulledLog;
-#[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
-pub use source::kit as source_kit;
 pub use source::{
     DirtySource, LeafSink, Mapping, MarkOrdering, SharedLog, Stopped, ToClear, Tracking,
 };

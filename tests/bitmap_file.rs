@@ -400,7 +400,7 @@ fn an_unmap_that_cannot_record_leaves_each_domain_what_it_had() {
     let [id, other_id] = [&ours, &other].map(|source| space.attach(source.clone()).unwrap());
     let all = pages(0, 2 * WINDOW);
     space.map(all, 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     let taken = |scope| {
         let mut words = vec![0; 2 * WINDOW as usize / 64];
         let request = HarvestRequest::new(all, Granule::K4).in_scope(scope);

@@ -344,7 +344,7 @@ fn a_batch_and_an_attach_of_larger_pages_refuse_each_other() {
 fn all_cuts_of_a_batch_are_checked_again() {
     use dirtymap::Change::Cut;
     let small = Arc::new(Fake::default());
-    let space = Arc::new(untracked().with_source(small.clone()).unwrap());
+    let space = Arc::new(AddressSpace::with_source(Granule::K4, small.clone()).unwrap());
     space.map(pages(0, 8), 0, RW).unwrap();
     let (large, attached) = attach_at_flush(&space, &small);
     let cuts = [2, 1, 4].map(|page| Cut { at: at(page) });

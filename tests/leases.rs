@@ -6,7 +6,7 @@ mod common;
 
 use common::{PAGE, pages, two_sources};
 use dirtymap::{
-    Aborted, Access, AddressSpace, Change, DirtySource, Error, FlushGather, Granule, HarvestBounds,
+    Aborted, Access, AddressSpace, Change, DirtySource, Error, FlushGather, Granule,
     HarvestRequest, Invalidated, Iova, IovaRange, LeafSink, Lease, Mapping, Owed, Scope, Sink,
     Stopped, Tracking, UserBitmap,
 };
@@ -294,7 +294,7 @@ fn an_abort_keeps_pages_of_an_area_that_a_batch_is_about_to_publish() {
         let (space, first, second) = two_sources();
         let space = Arc::new(space);
         space.map(pages(0, 16), 0, Access::ReadWrite).unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         let scope = match one_domain {
             true => Scope::Domain(space.domains()[0]),
             false => Scope::All,
@@ -349,23 +349,19 @@ fn leases_of_all_modes_know_their_age() {
     for (mode, cut) in (0..4).flat_map(|mode| [(mode, false), (mode, true)]) {
         let (space, first, _) = two_sources();
         space.map(pages(0, 16), 0, Access::ReadWrite).unwrap();
-        space.set_tracking(true).unwrap();
+        space.start_tracking().unwrap();
         first.dirty(5);
         let (mut words, mut mask) = ([0u64], [1u64 << 5]);
         let mask = UserBitmap::new(&mut mask);
         let mask = mask.view(pages(0, 16), Granule::K4).unwrap();
         let request = HarvestRequest::new(pages(0, 16), Granule::K4);
         let bitmap = UserBitmap::new(&mut words);
-        let bounds = HarvestBounds::default();
         let lease = match mode {
             0 => space.harvest(&request, bitmap).unwrap(),
-            1 => space.harvest_masked(&request, &mask, bitmap).unwrap(),
-            2 => {
-                let part = space.harvest_bounded(&request, Iova::MIN, bounds, bitmap);
-                part.unwrap().lease
-            }
+            1 => space.harvest(&request.masked(mask), bitmap).unwrap(),
+            2 => space.harvest(&request.max_bits(64), bitmap).unwrap(),
             #[cfg(feature = "rayon")]
-            _ => space.harvest_parallel(&request, bitmap).unwrap(),
+            _ => space.harvest(&request.parallel(), bitmap).unwrap(),
             #[cfg(not(feature = "rayon"))]
             _ => continue,
         };

@@ -357,12 +357,12 @@ fn a_piece_above_that_recorded_nothing_hides_no_other() {
     space
         .map(pages(0, 3 * piece), 0, Access::ReadWrite)
         .unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     first.dirty(piece + 7);
     second.with(|s| s.stop_at = Some(100));
     let mut words = vec![0u64; 3 * piece as usize / 64];
     let all = request(pages(0, 3 * piece));
-    let stop = stopped(space.harvest_parallel(&all, UserBitmap::new(&mut words)));
+    let stop = stopped(space.harvest(&all.parallel(), UserBitmap::new(&mut words)));
     assert_eq!(stop.lease.report().bits_set, 0);
     drop(stop);
     second.with(|s| s.stop_at = None);
@@ -376,7 +376,7 @@ fn from_a_stop_on_what_has_gone_meanwhile_is_counted() {
     let (space, first, second) = two_sources();
     let space = Arc::new(space);
     space.map(pages(0, 64), 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     [5, 50].iter().for_each(|page| first.dirty(*page));
     second.with(|s| {
         let space = space.clone();

@@ -6,9 +6,6 @@
 
 mod gone;
 mod in_flight;
-#[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
-#[allow(clippy::panic)] // a test kit says by a panic what is wrong
-pub mod kit;
 mod leaf_sink;
 mod marks;
 mod ordering;

@@ -423,7 +423,7 @@ fn a_source_whose_first_switch_panicked_was_never_tracked() {
     space.attach(Device::new(&points)).unwrap();
     space.map(pages(0, 16), 0, RW).unwrap();
     points.arm("tracking: begun", 0, 2);
-    assert!(panics(|| space.set_tracking(true)).is_err());
+    assert!(panics(|| space.start_tracking()).is_err());
     assert_eq!(points.fired(), 2);
     points.disarm();
     for repaired in [false, true] {
@@ -436,7 +436,7 @@ fn a_source_whose_first_switch_panicked_was_never_tracked() {
             "repaired {repaired}: {refused:?}"
         );
         // Asked again, as it is in doubt; off as it always was.
-        space.set_tracking(false).unwrap();
+        space.stop_tracking().unwrap();
     }
 }
 

@@ -30,11 +30,11 @@
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use super::{DirtySource, Tracking};
 use crate::bitmap::UserBitmap;
 use crate::error::Error;
 use crate::flush::FlushGather;
 use crate::harvest::{HarvestRequest, Lease, Owed};
+use crate::source::{DirtySource, Tracking};
 use crate::space::AddressSpace;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering, thread};
 use crate::units::{Access, Granule, Iova, IovaRange};
