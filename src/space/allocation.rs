@@ -41,6 +41,17 @@ impl AddressSpace {
     /// allowed range, or if there are none for each stretch between reserved ones; alignment can make it look at more
     /// holes, those that are long enough but not aligned.
     ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// let range = space.map_anywhere(0x4000, 0, Access::ReadWrite)?;
+    /// assert_eq!(space.lookup(range.start()).map(|area| area.range), Some(range));
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// In this order: [`Error::ZeroLength`] (at 0, as it has no place yet), [`Error::UnalignedLength`] and
     /// [`Error::UnalignedBacking`] (multiples of [`alignment`](Self::alignment)), [`Error::BackingWraps`] (with the range as if it
@@ -84,6 +95,17 @@ impl AddressSpace {
     /// platform. Marks, lookups, harvests and unmaps treat it as the hole that it is.
     ///
     /// Reserved ranges may overlap each other. Takes time in proportion to their number.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// space.reserve(0xfee0_0000..0xfef0_0000)?; // interrupts
+    /// assert!(space.map(0xfee0_0000..0xfee0_1000, 0, Access::ReadWrite).is_err());
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`Error::CannotReserve`] if it intersects an area, one in transition included; then if it intersects an allowed

@@ -47,15 +47,12 @@ impl Runner<'_> {
         held.live = match held.live {
             Live::Synced(lease) => Live::Synced(lease),
             Live::Owed(mut lease) => match caught(move || match lease.flush() {
-                Ok(()) => lease
-                    .sync()
-                    .map_err(|error| panic!("a flushed lease: {error}")),
-                Err(_) => Err(lease),
+                Ok(()) => Live::Synced(lease.sync().unwrap()),
+                Err(_) => Live::Owed(lease),
             }) {
-                Ok(Ok(lease)) => Live::Synced(lease),
-                Ok(Err(lease)) => {
-                    failed = true;
-                    Live::Owed(lease)
+                Ok(live) => {
+                    failed = !live.is_synced();
+                    live
                 }
                 Err(Panicked) => {
                     // The panic has dropped the lease.
