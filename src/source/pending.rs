@@ -249,6 +249,7 @@ fn next_where(words: &[u64], first: u64, last: u64, skip: u64) -> Option<u64> {
 }
 
 #[cfg(all(test, not(dirtymap_loom)))]
+#[allow(clippy::unwrap_used)] // helpers of tests
 mod tests {
     use super::*;
     use crate::bitmap::UserBitmap;
