@@ -62,6 +62,7 @@ pub fn check<R: Rig>(make: impl Fn() -> R) {
     for part in [
         each_write_is_reported_once,
         a_peek_takes_nothing,
+        a_part_leaves_the_rest,
         an_abort_puts_back,
         a_bitmap_that_fails_loses_nothing,
         an_unmap_tells_what_was_dirty,
@@ -194,6 +195,27 @@ fn a_peek_takes_nothing(bench: &Bench<'_>) {
         );
     }
     assert_eq!(bench.committed(), set(&[70]), "a peek takes nothing");
+}
+
+fn a_part_leaves_the_rest(bench: &Bench<'_>) {
+    [10, 20, 63, 64].iter().for_each(|page| bench.write(*page));
+    for (from, to, seen) in [(5, 15, vec![10]), (60, 63, vec![63]), (100, 200, vec![])] {
+        let part = IovaRange::new(bench.page_at(from), bench.page_at(to));
+        let part = part.map(|part| part.hull(IovaRange::granule_at(part.last(), bench.page)));
+        let request = HarvestRequest::new(allowed(part, "a part"), bench.page);
+        let words: Vec<AtomicU64> = (0..PAGES / 64).map(|_| AtomicU64::new(0)).collect();
+        let bitmap = UserBitmap::shared(&words);
+        let lease = allowed(bench.space.harvest(&request, bitmap), "a harvest");
+        allowed(lease.sync(), "a flush").commit();
+        let told: BTreeSet<u64> = Bench::bits(&words).iter().map(|n| n + from).collect();
+        assert_eq!(
+            told,
+            set(&seen),
+            "a part is told, and what was not asked for stays dirty"
+        );
+    }
+    let rest = bench.committed();
+    assert_eq!(rest, set(&[20, 64]), "what was not asked for stays dirty");
 }
 
 fn an_abort_puts_back(bench: &Bench<'_>) {

@@ -250,7 +250,10 @@ fn each_bad_source_is_told_the_rule_that_it_breaks() {
         ),
         (Fault::PeekTakes, "a peek shows what is dirty"),
         (Fault::NeverClears, "what was cleared stays clear"),
-        (Fault::ClearsAWordAtATime, "no lost write"),
+        (
+            Fault::ClearsAWordAtATime,
+            "what was not asked for stays dirty",
+        ),
         (Fault::ReportsHalves, "both halves of the page, once"),
     ] {
         let said = verdict(fault);

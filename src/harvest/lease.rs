@@ -36,6 +36,21 @@ pub struct Synced(());
 
 /// What one harvest took: owed, then synced, then committed or aborted. Dropping it aborts it.
 ///
+/// ```
+/// # use dirtymap::{Access, AddressSpace, Granule};
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// # let space = AddressSpace::tracked(Granule::K4);
+/// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+/// space.mark(0x3000..0x3001)?;
+/// let lease = space.rounds().harvest()?; // owes a flush
+/// let lease = lease.sync()?; // its pages can be copied
+/// lease.abort(); // or dropped: dirty again
+/// assert_eq!(space.rounds().next()?.commit().bits_set, 1);
+/// assert_eq!(space.rounds().next()?.dirty(), 0);
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # A lease that is forgotten
 /// A lease must end: commit it, abort it, or drop it. One that goes to [`std::mem::forget`], or is
 /// leaked in another way, loses writes, of no other pages than its own:
@@ -188,6 +203,22 @@ impl<'a> Lease<'a, Owed> {
     /// The flush of [`sync`](Self::sync), which then returns at once: for a consumer that tries
     /// again when a source could not flush, and keeps the lease meanwhile. Waits for devices.
     ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// let mut lease = space.rounds().harvest()?;
+    /// for _ in 0..3 {
+    ///     if lease.flush().is_ok() {
+    ///         break; // else try again, with the same lease
+    ///     }
+    /// }
+    /// lease.sync()?.commit();
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// That of the source. The lease stays as it was, and what it owes stays owed.
     pub fn flush(&mut self) -> Result<(), Error> {
@@ -207,6 +238,19 @@ impl<'a> Lease<'a, Synced> {
     /// The words of the user's bitmap that are not zero, as far as the lease covers them: for a
     /// consumer that passes words on instead of [`runs`](Self::runs). Bit 0 of word 0 is the first
     /// granule of [`range`](Self::range).
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// space.mark(0x3000..0x5000)?;
+    /// let lease = space.rounds().next()?;
+    /// assert!(lease.words().eq([(0, 0b11 << 3)]));
+    /// lease.commit();
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn words(&self) -> Words<'_> {
         let view = self.holding.held.view();
         match self.holding.is_empty {
@@ -231,6 +275,19 @@ impl<'a> Lease<'a, Synced> {
     /// parts that are committed one after the other cost no memory each.
     ///
     /// Threads may commit parts of one lease at a time; they wait for each other.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule, ToIovaRange};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// space.mark(0x3000..0x5000)?;
+    /// let lease = space.rounds().next()?;
+    /// assert_eq!(lease.commit_range((0x3000..0x4000).to_iova_range()?), 1); // is on disk
+    /// assert_eq!(lease.abort().bytes, 4096); // the other page
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn commit_range(&self, range: IovaRange) -> u64 {
         self.holding.commit_part(range)
     }

@@ -84,6 +84,23 @@ impl AddressSpace {
     /// error, and puts everything back, for a consumer that wants all or nothing; [`Lease::partial`] goes
     /// on with what there is.
     ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule, HarvestRequest, ToIovaRange, UserBitmap};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// let ram = (0..1 << 20).to_iova_range()?;
+    /// space.mark(0x3000..0x3001)?;
+    /// let mut words = [0; 4]; // a bit for each page
+    /// let lease = space.harvest(&HarvestRequest::new(ram, Granule::K4), UserBitmap::new(&mut words))?;
+    /// let lease = lease.sync()?; // only now there is something to copy
+    /// assert_eq!(lease.runs().next(), Some((0x3000..0x4000).to_iova_range()?));
+    /// lease.commit();
+    /// assert_eq!(words, [1 << 3, 0, 0, 0]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// Nothing was touched then. In this order: [`Error::Unaligned`] (to the smallest
     /// page, then to the granule), [`Error::BitmapTooShort`], [`Error::NotAttached`], [`Error::NeverTracked`],
@@ -105,6 +122,21 @@ impl AddressSpace {
 
     /// Records what is dirty in the request's range in `bitmap`, and changes nothing. Owes no flush; what it shows
     /// may not be copied on the strength of it alone. Bounds of the request do not count.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule, HarvestRequest, ToIovaRange, UserBitmap};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// let ram = (0..1 << 20).to_iova_range()?;
+    /// space.mark(0x3000..0x3001)?;
+    /// let mut words = [0; 4];
+    /// let request = HarvestRequest::new(ram, Granule::K4);
+    /// assert_eq!(space.peek(&request, UserBitmap::new(&mut words))?.count(), 1);
+    /// assert_eq!(space.rounds().next()?.dirty(), 1); // it was left dirty
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// As [`harvest`](Self::harvest), and that of a source, or of a window of the bitmap, that failed;

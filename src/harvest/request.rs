@@ -111,6 +111,27 @@ impl<'m> HarvestRequest<'m> {
     /// as whole pages of all sources lie in a run of it; bits of it that are clean are fine, and holes
     /// matter only where it has a bit. The harvest records into a bitmap of its own, which must not be
     /// the memory of `mask`: what is set there already counts as taken by an abort.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule, HarvestRequest, ToIovaRange, UserBitmap};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// let ram = (0..1 << 20).to_iova_range()?;
+    /// let request = HarvestRequest::new(ram, Granule::K4);
+    /// space.mark(0x3000..0x9000)?;
+    /// let mut seen = [0; 4];
+    /// let seen = space.peek(&request, UserBitmap::new(&mut seen))?;
+    /// // Just before these pages are copied:
+    /// let first = seen.part((0..0x5000).to_iova_range()?).ok_or(dirtymap::Error::ZeroLength {
+    ///     start: 0.into(),
+    /// })?;
+    /// let mut words = [0; 4];
+    /// let lease = space.harvest(&request.masked(first), UserBitmap::new(&mut words))?;
+    /// assert_eq!(lease.sync()?.commit().bits_set, 2);
+    /// # Ok(())
+    /// # }
+    /// ```
     #[must_use]
     pub const fn masked<'n>(self, mask: BitmapView<'n>) -> HarvestRequest<'n>
     where
@@ -138,6 +159,26 @@ impl<'m> HarvestRequest<'m> {
     /// Each harvest looks at some granules at least, however tight its bounds: a consumer that goes on
     /// until [`Lease::next`](crate::Lease::next) is `None` has seen the whole range, and pages that are
     /// written all the time at its beginning do not keep it from its end.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule, HarvestRequest, ToIovaRange, UserBitmap};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// let ram = (0..1 << 20).to_iova_range()?;
+    /// let request = HarvestRequest::new(ram, Granule::K4).max_bits(64);
+    /// space.mark(0..1 << 20)?;
+    /// let (mut next, mut bits) = (Some(ram.start()), 0);
+    /// while let Some(from) = next {
+    ///     let mut words = [0; 4];
+    ///     let lease = space.harvest(&request.resume_at(from), UserBitmap::new(&mut words))?;
+    ///     next = lease.next();
+    ///     bits += lease.sync()?.commit().bits_set;
+    /// }
+    /// assert_eq!(bits, 256);
+    /// # Ok(())
+    /// # }
+    /// ```
     #[must_use]
     pub const fn max_bits(mut self, bits: u64) -> Self {
         self.bits = Some(bits);

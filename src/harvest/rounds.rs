@@ -103,6 +103,18 @@ impl<'a> Rounds<'a> {
 
     /// Harvests what is mapped inside `range`, rounded out to whole granules, instead of everything.
     ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// space.mark(0x3000..0x5000)?;
+    /// let lease = space.rounds().within(0..0x4000)?.next()?;
+    /// assert_eq!(lease.dirty(), 1);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// Those of the range.
     pub fn within(mut self, range: impl ToIovaRange) -> Result<Self, Error> {

@@ -248,7 +248,8 @@ fn next_where(words: &[u64], first: u64, last: u64, skip: u64) -> Option<u64> {
     (found <= last).then_some(found)
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(dirtymap_loom)))]
+#[allow(clippy::unwrap_used)] // helpers of tests
 mod tests {
     use super::*;
     use crate::bitmap::UserBitmap;

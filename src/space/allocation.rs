@@ -45,6 +45,17 @@ impl AddressSpace {
     /// areas, for each allowed range or, if there are none, for each gap between reserved ranges.
     /// It may also have to look at holes that are long enough but not aligned.
     ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// let range = space.map_anywhere(0x4000, 0, Access::ReadWrite)?;
+    /// assert_eq!(space.lookup(range.start()).map(|area| area.range), Some(range));
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// In this order: [`Error::ZeroLength`] (at 0, as there is no address yet),
     /// [`Error::UnalignedLength`] and [`Error::UnalignedBacking`] (multiples of
@@ -93,6 +104,17 @@ impl AddressSpace {
     /// hole.
     ///
     /// Reserved ranges may overlap each other. Takes time in proportion to their number.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// space.reserve(0xfee0_0000..0xfef0_0000)?; // interrupts
+    /// assert!(space.map(0xfee0_0000..0xfee0_1000, 0, Access::ReadWrite).is_err());
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`Error::CannotReserve`] if `range` intersects an area, also one that is being mapped or

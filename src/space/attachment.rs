@@ -121,6 +121,22 @@ impl AddressSpace {
     ///
     /// [`alignment`](Self::alignment) grows to the smallest page of the source, if that is larger.
     ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule, SharedLog};
+    /// # use std::sync::Arc;
+    /// # use std::sync::atomic::{AtomicU64, Ordering};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// let log: Arc<[AtomicU64]> = (0..4).map(|_| AtomicU64::new(0)).collect();
+    /// let domain = space.attach(SharedLog::new(0..1 << 20, Granule::K4, Arc::clone(&log))?)?;
+    /// log[0].fetch_or(1 << 3, Ordering::Release); // a device wrote page 3
+    /// assert_eq!(space.rounds().domain(domain).next()?.commit().bits_set, 1);
+    /// space.detach(domain)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// In this order: [`Error::AttachedTwice`], as far as [`DirtySource::identity`] can tell;
     /// [`Error::CannotAttach`] with the first area that is not made of the domain's pages; then the

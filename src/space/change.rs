@@ -72,6 +72,23 @@ impl AddressSpace {
     /// become free only after the flush. The call waits for one flush if it unmaps or splits. While
     /// it maps, no domain is attached or detached.
     ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Change, Granule, ToIovaRange};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// // The middle goes, and other memory comes, in one step.
+    /// let middle = (0x4000..0x8000).to_iova_range()?;
+    /// space.apply(&[
+    ///     Change::Cut { at: middle.start() },
+    ///     Change::Cut { at: 0x8000.into() },
+    ///     Change::Unmap { range: middle },
+    /// ])?;
+    /// assert_eq!(space.mappings().len(), 2);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Change`] with the first change that is refused, or that a source refuses, in the
     /// order that each change documents; [`Error::Busy`] if another call maps, unmaps or cuts one
@@ -111,6 +128,17 @@ impl AddressSpace {
     /// parts.
     ///
     /// Waits for a flush if a source had to split leaves.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// assert!(space.cut(0x8000.into())?);
+    /// space.unmap_discarding(0x8000..1 << 20)?; // the right part
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`Error::UnalignedCut`] (multiples of [`alignment`](Self::alignment)); [`Error::Busy`] if

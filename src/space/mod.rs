@@ -67,6 +67,19 @@ pub(crate) type Areas<'a> = SpaceSnapshot<'a>;
 /// any thread, possibly after the space itself. A call that changes the space drops the sources of
 /// detached domains before it takes a lock, some calls after the detach, at the latest together
 /// with the space; see [`DirtySource`].
+///
+/// ```
+/// # use dirtymap::{Access, AddressSpace, Granule};
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// let space = AddressSpace::tracked(Granule::K4);
+/// space.map(0..1 << 20, 0, Access::ReadWrite)?;
+/// space.mark(0x1ffe..0x2002)?; // after a write that touches two pages
+/// let lease = space.rounds().next()?;
+/// assert_eq!(lease.dirty(), 2);
+/// lease.commit(); // when they are copied
+/// # Ok(())
+/// # }
+/// ```
 #[doc(alias = "iommufd_ioas")]
 #[doc(alias = "io_pagetable")]
 #[doc(alias = "IOMMU_IOAS_ALLOC")]
@@ -162,6 +175,17 @@ impl AddressSpace {
     }
 
     /// Maps `range` to the memory that begins at the backing address `backing`.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// space.map(4 << 30..5 << 30, 3 << 30, Access::ReadWrite)?; // above a hole
+    /// assert!(space.map(0x1000..0x2000, 0, Access::Read).is_err()); // taken
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// In this order: those of the range, [`Error::Unaligned`] and [`Error::UnalignedBacking`]
@@ -288,6 +312,18 @@ impl AddressSpace {
     }
 
     /// A handle on the area that holds `iova`, for threads that mark the area often. Lock-free.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// let ram = space.area(0x3000.into()).ok_or(dirtymap::Error::Outside { at: 0x3000.into() })?;
+    /// ram.mark(0x3000..0x3008)?; // no lookup
+    /// assert!(ram.mark(1 << 20..(1 << 20) + 1).is_err()); // outside of the area
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn area(&self, iova: Iova) -> Option<AreaHandle> {
         let snapshot = self.areas.snapshot();
         let entry = snapshot.lookup(iova)?;
@@ -301,6 +337,17 @@ impl AddressSpace {
     }
 
     /// The mapping at `iova`. Lock-free; never blocks.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// assert_eq!(space.lookup(0x3000.into()).map(|area| area.backing), Some(0));
+    /// assert!(space.lookup((1 << 20).into()).is_none());
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn lookup(&self, iova: Iova) -> Option<Mapping> {
         self.areas
             .snapshot()
@@ -329,6 +376,19 @@ impl AddressSpace {
     }
 
     /// Counts of this space since it was made. They are read one by one.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// space.mark(0x3000..0x3001)?;
+    /// drop(space.rounds().next()?);
+    /// let stats = space.stats();
+    /// assert_eq!((stats.harvests, stats.aborts, stats.aborted_bytes), (1, 1, 4096));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn stats(&self) -> SpaceStats {
         self.counters.read(self.flush.stats())
     }

@@ -21,6 +21,18 @@ pub struct SpaceSnapshot<'s> {
 impl AddressSpace {
     /// The areas and domains of this moment. Lock-free, never blocks, and copies nothing, however
     /// many areas there are.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// let areas = space.snapshot();
+    /// space.unmap_discarding(0..1 << 20)?;
+    /// assert_eq!(areas.len(), 1); // of the moment before
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn snapshot(&self) -> SpaceSnapshot<'_> {
         SpaceSnapshot {
             areas: self.areas.snapshot(),

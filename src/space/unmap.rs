@@ -146,6 +146,20 @@ impl AddressSpace {
     /// copied at once; they are not reported again. No write is lost in between. A page that
     /// another lease has is reported by that lease. Marks that come later are errors.
     ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule, UserBitmap};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// space.mark(0x3000..0x3001)?;
+    /// let mut words = [0; 4];
+    /// let bitmap = UserBitmap::new(&mut words);
+    /// let (unmapped, dirty) = space.unmap(0..1 << 20, Granule::K4, bitmap)?;
+    /// assert_eq!((unmapped.areas, dirty.count()), (1, 1)); // the last copy of page 3
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// In this order: [`Error::Unaligned`] (to `granule`), [`Error::BitmapTooShort`], then those of
     /// [`unmap_discarding`](Self::unmap_discarding), then [`Error::BitmapShrank`],

@@ -13,7 +13,7 @@ use crate::bits::{clear, runs_in};
 use crate::op::{Master, Place, Sabotage, Share};
 use crate::oracle::{PAGE, pieces};
 use crate::rig::Busy;
-use crate::violation::{Rule, check, same};
+use crate::violation::{Rule, check, same, violation};
 
 /// The buffer `after` of a request for `range`, without the granules that begin at `starts`.
 pub(super) fn without(
@@ -47,15 +47,16 @@ impl Runner<'_> {
         held.live = match held.live {
             Live::Synced(lease) => Live::Synced(lease),
             Live::Owed(mut lease) => match caught(move || match lease.flush() {
-                Ok(()) => lease
-                    .sync()
-                    .map_err(|error| panic!("a flushed lease: {error}")),
-                Err(_) => Err(lease),
+                Ok(()) => lease.sync().map(Live::Synced),
+                Err(_) => Ok(Live::Owed(lease)),
             }) {
-                Ok(Ok(lease)) => Live::Synced(lease),
-                Ok(Err(lease)) => {
-                    failed = true;
-                    Live::Owed(lease)
+                Ok(Ok(live)) => {
+                    failed = !live.is_synced();
+                    live
+                }
+                Ok(Err(error)) => {
+                    let text = format!("the sync of a lease that was flushed: {error}");
+                    return Err(violation(Rule::Answer, text));
                 }
                 Err(Panicked) => {
                     // The panic has dropped the lease.
