@@ -71,6 +71,38 @@ fn a_log_that_is_shorter_than_the_front_end_says_is_refused() {
     });
 }
 
+/// All bits of the region lie in one byte of the log, and the file ends where that byte begins.
+#[test]
+fn a_region_whose_bits_are_one_byte_is_looked_at_too() {
+    let name = "hostile::a_region_whose_bits_are_one_byte_is_looked_at_too";
+    on_its_own(name, || {
+        for len in [2 * PAGE, 8 * PAGE] {
+            let rig = rig(&[Ram::new(HIGH, len)], true);
+            let file = memfd(16 << 10, SHRINK);
+            let said = format!("{len} bytes of memory");
+            assert!(
+                rig.front_end.send_log(&file, 0, 32 << 10).is_err(),
+                "{said}"
+            );
+            has_no_log(&rig, &said);
+        }
+    });
+}
+
+/// The log has a bit for each page of the region but the last one, of which the region has one
+/// byte. That bit would lie past the length that the front end said, though in a page of the file.
+#[test]
+fn a_log_that_lacks_the_bit_of_the_last_byte_is_refused() {
+    let size = (16 << 10) + 8;
+    let file = memfd(32 << 10, SHRINK);
+    let fits = rig(&[Ram::new(HIGH, 64 * PAGE)], true);
+    fits.front_end.send_log(&file, 0, size).unwrap();
+    assert!(fits.bitmap(HIGH).has_log());
+    let lacks = rig(&[Ram::new(HIGH, 64 * PAGE + 1)], true);
+    assert!(lacks.front_end.send_log(&file, 0, size).is_err());
+    has_no_log(&lacks, "one byte more");
+}
+
 /// Lengths and places that wrap, or that no mapping can have.
 #[test]
 fn places_that_cannot_be_are_refused() {

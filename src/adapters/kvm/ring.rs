@@ -252,6 +252,26 @@ mod tests {
         assert_eq!(reap(&ring, &mut next, |_, _| panic!("twice")), 0);
     }
 
+    /// The entry before the first one is the last one. A ring whose last entry is still handed back
+    /// belongs to another machine, also when its first entry is free.
+    #[test]
+    fn the_entry_before_the_first_one_is_the_last_one() {
+        let entries: std::sync::Arc<Vec<_>> =
+            std::sync::Arc::new((0..4).map(|_| Entry::default()).collect());
+        let mut ring = Ring::new(Box::new(std::sync::Arc::clone(&entries)));
+        assert!(ring.is_taken_back(), "nothing was handed back");
+        for (n, entry) in (0..).zip(&*entries) {
+            assert!(entry.push(0, n));
+        }
+        assert_eq!(ring.reap(|_, _| ()), 4);
+        for entry in &entries[..3] {
+            assert!(entry.recycle().is_some());
+            assert!(!ring.is_taken_back(), "the last entry is still handed back");
+        }
+        assert!(entries[3].recycle().is_some());
+        assert!(ring.is_taken_back());
+    }
+
     /// A processor and its reaper race: every page arrives once, with the payload that belongs to
     /// it.
     #[test]

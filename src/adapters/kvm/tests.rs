@@ -573,6 +573,22 @@ fn a_switch_that_fails_loses_nothing() {
     }
 }
 
+/// A switch to on that the second slot refuses: the first one has no log either.
+#[test]
+fn a_switch_to_on_that_fails_leaves_all_slots_off() {
+    for mode in MODES {
+        let (space, _log, fake) = machine(mode);
+        space.set_tracking(false).unwrap();
+        fake.with(|state| state.fail_in = Some(1));
+        space.set_tracking(true).unwrap_err();
+        fake.with(|state| {
+            assert_eq!(state.fail_in, None, "{mode:?}: no call failed");
+            let logging = state.slots.values().filter(|slot| slot.logging).count();
+            assert_eq!(logging, 0, "{mode:?}");
+        });
+    }
+}
+
 #[test]
 fn a_slot_that_goes_leaves_what_was_dirty_to_the_unmap() {
     for mode in MODES {

@@ -374,6 +374,18 @@ fn a_call_that_fails_makes_its_piece_dirty() {
     assert_eq!(found, (second..second + 16_384).collect::<Vec<_>>());
 }
 
+/// The end of tracking goes on after a piece that the kernel refused, with the first page above it.
+#[test]
+fn the_page_above_a_refused_piece_is_found_when_tracking_ends() {
+    let (space, _memory, fake) = process();
+    let second = 16_384 - 5;
+    fake.write(second);
+    fake.with(|state| state.fail_in = Some(0));
+    space.set_tracking(false).unwrap();
+    let found = harvest(&space, pages(0, PAGES));
+    assert_eq!(found, (0..=second).collect::<Vec<_>>());
+}
+
 #[test]
 fn memory_that_was_unmapped_stops_the_harvest_there() {
     let (space, memory, fake) = process();
@@ -658,6 +670,56 @@ fn memory_that_another_tracker_has_by_now_is_not_taken() {
     // What was dirty in memory that is not there any more: all of it, for the unmap.
     let unmapped = space.unmap_discarding(pages(0, PAGES)).unwrap();
     assert_eq!(unmapped.discarded_bytes, u128::from(PAGES << 12));
+}
+
+/// Another tracker on the same kernel, with a space of its own over `range`, tracking.
+fn another(fake: &Fake, range: IovaRange) -> (AddressSpace, Arc<ProcessMemory>) {
+    let memory = ProcessMemory::with_kernel(Box::new(fake.clone()), Granule::K4);
+    let memory = Arc::new(memory);
+    let space = AddressSpace::new(Granule::K4)
+        .with_source(Arc::clone(&memory))
+        .unwrap();
+    let first = range.start().get() - (GUEST << 12);
+    memory.add(range, HOST + first).unwrap();
+    space.map(range, 0, Access::ReadWrite).unwrap();
+    space.set_tracking(true).unwrap();
+    (space, memory)
+}
+
+/// The area of memory that another tracker has by now is unmapped, with no call before it: the
+/// unmap scans nothing, so the page stays with the other tracker.
+#[test]
+fn an_unmap_of_memory_that_another_tracker_has_takes_nothing() {
+    let (space, _memory, fake) = process();
+    fake.with(|state| state.registered.fill(false));
+    let (anew, _other) = another(&fake, pages(0, PAGES));
+    fake.write(5);
+    let unmapped = space.unmap_discarding(pages(0, PAGES)).unwrap();
+    assert_eq!(unmapped.discarded_bytes, u128::from(PAGES << 12));
+    assert_eq!(harvest(&anew, pages(0, PAGES)), [5]);
+}
+
+/// Memory that was removed is on no list: a tracker that is given it later takes nothing over, and
+/// what was dirty by the removal is all that is dirty.
+#[test]
+fn memory_that_was_removed_is_not_lost_to_a_later_tracker() {
+    let (space, memory, fake) = process();
+    fake.write(5);
+    memory.remove(pages(0, PAGES)).unwrap();
+    let (_anew, _other) = another(&fake, pages(0, PAGES));
+    let unmapped = space.unmap_discarding(pages(0, PAGES)).unwrap();
+    assert_eq!(unmapped.discarded_bytes, 1 << 12);
+}
+
+/// Memory right below and right above that of a tracker belongs to other ones.
+#[test]
+fn neighbours_are_not_taken_over() {
+    let fake = Fake::new();
+    let (space, _memory) = another(&fake, pages(10, 10));
+    let (_below, _other) = another(&fake, pages(0, 10));
+    let (_above, _third) = another(&fake, pages(20, 10));
+    [10, 19].iter().for_each(|page| fake.write(*page));
+    assert_eq!(harvest(&space, pages(10, 10)), [10, 19]);
 }
 
 /// Botan's generator had its state twice after a `fork`; here the child has the descriptors, which

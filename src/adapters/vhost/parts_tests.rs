@@ -75,6 +75,23 @@ fn a_sink_of_its_own_leaves_a_page_that_sticks_out_in_the_log() {
     assert_eq!((view.count(), word(&log)), (1 + 2, 1 << 32));
 }
 
+/// A back end marks a page while the unmap reports the others of the same word. The unmap clears
+/// that mark too, so the unmap reports it.
+#[test]
+fn a_mark_between_the_look_and_the_clear_of_an_unmap_is_reported() {
+    let log = VhostLog::new(Iova::new(1 << 20)).unwrap();
+    set(&log, &[3, 4]);
+    let all = IovaRange::from_len(Iova::MIN, 64 << 12).unwrap();
+    let mut told = Vec::new();
+    log.unmap(all, &mut FlushGather::new(), &mut |run| {
+        if told.is_empty() {
+            set(&log, &[9]);
+        }
+        told.push((run.start().get() >> 12, run.last().get() >> 12));
+    });
+    assert_eq!((told, word(&log)), (vec![(3, 4), (9, 9)], 0));
+}
+
 /// Instalments begin and end at pages of the log.
 #[test]
 fn instalments_end_at_pages_of_the_log() {

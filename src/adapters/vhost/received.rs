@@ -161,6 +161,7 @@ fn keeps_its_length(fd: i32) -> bool {
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod tests {
     use super::*;
+    use std::os::fd::FromRawFd;
 
     #[test]
     fn a_length_is_what_the_text_says_or_none() {
@@ -188,5 +189,31 @@ mod tests {
         assert_eq!(file_of(maps, 0x8f00), Some((0, 0, 0)));
         assert_eq!(file_of(maps, 0x55d_0fff), Some((0xfe, 0, 77)));
         assert_eq!(file_of(maps, 0x9f00), None);
+    }
+
+    /// The seal keeps a file of huge pages as long as it is, and a hole can still take its last
+    /// page away: the next mark there ends the process by SIGBUS.
+    #[test]
+    fn a_sealed_file_of_huge_pages_does_not_keep_its_memory() {
+        for (flag, keeps) in [(0, true), (libc::MFD_HUGETLB, false)] {
+            let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | flag;
+            // SAFETY: the name is a string that ends with 0 and outlives the call.
+            let fd = unsafe { libc::memfd_create(c"log".as_ptr(), flags) };
+            if fd < 0 {
+                assert!(!keeps, "{}", io::Error::last_os_error());
+                eprintln!(
+                    "SKIP: no files of huge pages: {}",
+                    io::Error::last_os_error()
+                );
+                continue;
+            }
+            // SAFETY: a descriptor that was just made; no other value owns it.
+            let file = unsafe { fs::File::from_raw_fd(fd) };
+            assert!(!keeps_its_length(file.as_raw_fd()), "there is no seal yet");
+            // SAFETY: takes numbers.
+            let sealed = unsafe { libc::fcntl(fd, libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) };
+            assert_eq!(sealed, 0);
+            assert_eq!(keeps_its_length(file.as_raw_fd()), keeps, "{flag:#x}");
+        }
     }
 }
