@@ -52,6 +52,8 @@ struct Orders {
     broken_flushes: u64,
     /// Where the next harvest of this address stops.
     stop: Option<Iova>,
+    /// Whether the last switch of tracking panicked: it may have been performed or not.
+    in_doubt: bool,
     /// What `unmap` was asked for when it panicked, and where `split_at` was: all of the range, and
     /// of the area, may be reported as dirty.
     blurred: Vec<IovaRange>,
@@ -101,6 +103,11 @@ impl Faulty {
     /// How many invalidations have panicked since the last time.
     pub(crate) fn take_broken_flushes(&self) -> u64 {
         std::mem::take(&mut lock(&self.orders).broken_flushes)
+    }
+
+    /// Whether it may track although its space has switched it off: the switch of a detach panicked.
+    pub(crate) fn is_in_doubt(&self) -> bool {
+        lock(&self.orders).in_doubt
     }
 
     /// What is owed and not paid.
@@ -264,7 +271,10 @@ impl DirtySource for Source {
     }
 
     fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
-        self.around(Callback::SetTracking, || (), || self.node.set_tracking(to))
+        lock(&self.orders).in_doubt = true;
+        let done = self.around(Callback::SetTracking, || (), || self.node.set_tracking(to));
+        lock(&self.orders).in_doubt = false;
+        done
     }
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {

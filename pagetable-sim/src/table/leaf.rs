@@ -14,8 +14,9 @@ pub struct Leaf {
     pub phys: u64,
     /// The rights of devices.
     pub access: Access,
-    /// Whether D is set: in any of its entries for [`Table::translate`], in the one that the walk
-    /// went through for [`Table::set_dirty`].
+    /// Whether D is set: in any of its entries for
+    /// [`Table::translate`](super::Table::translate), in the one that the walk went through for
+    /// [`Table::set_dirty`](super::Table::set_dirty).
     pub dirty: bool,
 }
 

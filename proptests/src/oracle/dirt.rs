@@ -33,6 +33,8 @@ pub(crate) struct DomainState {
     /// As what it is or was attached.
     pub(crate) id: Option<DomainId>,
     pub(crate) tracking: Tracking,
+    /// Whether it may track before it is switched on: its last switch, by a detach, panicked.
+    in_doubt: bool,
     pub(crate) dirt: Dirt,
     /// Pages that its devices may have written while nobody looked.
     pub(crate) untracked: BTreeSet<u64>,
@@ -121,10 +123,11 @@ impl Oracle {
         }
     }
 
-    pub(crate) fn attach(&mut self, domain: usize, id: DomainId) {
+    pub(crate) fn attach(&mut self, domain: usize, id: DomainId, in_doubt: bool) {
         self.attached.push(domain);
         self.domains[domain] = DomainState {
             id: Some(id),
+            in_doubt,
             ..DomainState::default()
         };
         if self.tracking == Tracking::On {
@@ -176,6 +179,9 @@ impl Oracle {
         let state = &mut self.domains[domain];
         if state.tracking != Tracking::On {
             state.untracked.insert(page);
+            if state.in_doubt {
+                state.dirt.leaves.extend(leaf);
+            }
             return;
         }
         state.dirt.leaves.extend(leaf);

@@ -28,7 +28,8 @@ impl Runner<'_> {
         match answer {
             Ok(id) => {
                 same_answer("an attach", Ok(()), right)?;
-                self.oracle.attach(nth, id);
+                let in_doubt = self.world.nodes[nth].is_in_doubt();
+                self.oracle.attach(nth, id, in_doubt);
             }
             Err(error) => same_answer("an attach", Err(error), right)?,
         }

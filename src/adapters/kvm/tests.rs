@@ -578,9 +578,9 @@ fn a_switch_that_fails_loses_nothing() {
 fn a_switch_to_on_that_fails_leaves_all_slots_off() {
     for mode in MODES {
         let (space, _log, fake) = machine(mode);
-        space.set_tracking(false).unwrap();
+        space.stop_tracking().unwrap();
         fake.with(|state| state.fail_in = Some(1));
-        space.set_tracking(true).unwrap_err();
+        space.start_tracking().unwrap_err();
         fake.with(|state| {
             assert_eq!(state.fail_in, None, "{mode:?}: no call failed");
             let logging = state.slots.values().filter(|slot| slot.logging).count();

@@ -381,7 +381,7 @@ fn the_page_above_a_refused_piece_is_found_when_tracking_ends() {
     let second = 16_384 - 5;
     fake.write(second);
     fake.with(|state| state.fail_in = Some(0));
-    space.set_tracking(false).unwrap();
+    space.stop_tracking().unwrap();
     let found = harvest(&space, pages(0, PAGES));
     assert_eq!(found, (0..=second).collect::<Vec<_>>());
 }
@@ -676,13 +676,11 @@ fn memory_that_another_tracker_has_by_now_is_not_taken() {
 fn another(fake: &Fake, range: IovaRange) -> (AddressSpace, Arc<ProcessMemory>) {
     let memory = ProcessMemory::with_kernel(Box::new(fake.clone()), Granule::K4);
     let memory = Arc::new(memory);
-    let space = AddressSpace::new(Granule::K4)
-        .with_source(Arc::clone(&memory))
-        .unwrap();
+    let space = AddressSpace::with_source(Granule::K4, Arc::clone(&memory)).unwrap();
     let first = range.start().get() - (GUEST << 12);
     memory.add(range, HOST + first).unwrap();
     space.map(range, 0, Access::ReadWrite).unwrap();
-    space.set_tracking(true).unwrap();
+    space.start_tracking().unwrap();
     (space, memory)
 }
 
