@@ -43,14 +43,16 @@ pub(super) fn harvest<'a>(
     view: BitmapView<'_>,
 ) -> Lease<'a, Owed> {
     let asked = view.range();
-    // A hole ends the work for everybody, as it ends a walk.
-    let mut stopped = areas(&snapshot, asked, request).find_map(Result::err);
+    // A hole ends the work of all threads, as it ends a walk, unless the request skips it. Addresses
+    // above the last area are in no lease.
+    let (mut stopped, mut end) = (None, None);
+    for area in areas(&snapshot, asked, request) {
+        match area {
+            Ok(area) => end = Some(area.mapping.range.last().min(asked.last())),
+            Err(hole) => stopped = Some(hole),
+        }
+    }
     drop(snapshot);
-    let end = match &stopped {
-        Some(hole) if hole.at == asked.start() => None,
-        Some(hole) => Some(Iova::new(hole.at.get() - 1)),
-        None => Some(asked.last()),
-    };
     let mut recorded = Recorded::default();
     if let Some(walked) = end.map(|end| IovaRange::ascending(asked.start(), end)) {
         // Before the first bit is touched: a panic in any thread puts back all that was recorded.

@@ -166,7 +166,17 @@ impl Oracle {
     pub(crate) fn track_domain(&mut self, domain: usize, on: bool) {
         let state = &mut self.domains[domain];
         if on && state.tracking != Tracking::On {
-            state.dirt = Dirt::default();
+            // A source that tracks already keeps what is dirty.
+            let still_dirty = if state.in_doubt {
+                state.dirt.leaves.clone()
+            } else {
+                BTreeSet::new()
+            };
+            state.in_doubt = false;
+            state.dirt = Dirt {
+                leaves: still_dirty,
+                ..Dirt::default()
+            };
             state.untracked.clear();
         }
         state.tracking.switch(on);
