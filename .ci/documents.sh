@@ -63,7 +63,7 @@ check_stages() {
 
 differ() { # differ WHERE THERE LISTED
   local differences
-  differences=$(diff <(echo "$2") <(echo "$3") | sed -n 's/^</is missing:/p; s/^>/does not exist:/p')
+  differences=$(diff <(printf "%s\n" "$2") <(printf "%s\n" "$3") | sed -n 's/^</is missing:/p; s/^>/does not exist:/p')
   [ -z "$differences" ] || {
     printf '%s:\n%s\n' "$1" "$differences"
     return 1

@@ -4,8 +4,8 @@ use std::io;
 
 use dirtymap::{Access, AddressSpace, Granule, IovaRange, PulledLog};
 
-/// Stands for the call of the log: sets a bit for each page of `range` that was written, and forgets
-/// it.
+/// Stands for the call of the log: sets a bit for each page of `range` that was written, and
+/// forgets it.
 fn read_and_clear(range: IovaRange, words: &mut [u64]) -> io::Result<()> {
     words[0] = u64::from(range.start().get() == 0) << 5; // page 5
     Ok(())
