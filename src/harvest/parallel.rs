@@ -19,7 +19,7 @@ use crate::bitmap::{BitmapView, CHUNK_BITS};
 use crate::flush::FlushGather;
 use crate::source::Stopped;
 use crate::space::{AddressSpace, Areas, Covered};
-use crate::units::{Granule, Iova, IovaRange};
+use crate::units::{Granule, IovaRange};
 
 /// Bits of a piece, at least.
 const PIECE_BITS: u64 = 8 * CHUNK_BITS;
