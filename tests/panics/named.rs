@@ -430,7 +430,7 @@ fn a_source_whose_first_switch_panicked_was_never_tracked() {
         let mut words = [0u64];
         let request = HarvestRequest::new(pages(0, 16), Granule::K4);
         let refused = space.harvest(&request, UserBitmap::new(&mut words));
-        let refused = refused.map(drop).map_err(Error::from);
+        let refused = refused.map(drop);
         assert!(
             matches!(refused, Err(Error::NeverTracked { .. })),
             "repaired {repaired}: {refused:?}"
