@@ -88,9 +88,9 @@ impl<'o> Plan<'o> {
                     return Err(Error::Reserved { range, reserved });
                 }
                 // What goes is in the way as well, until the flush.
-                let areas = self.oracle.areas.values().map(Area::range);
-                let mut taken = areas.chain(self.new.iter().map(|(_, area)| area.range()));
-                if let Some(existing) = taken.find(|other| other.intersects(range)) {
+                let mut areas = self.oracle.areas.values().map(Area::range);
+                let area = areas.find(|other| other.intersects(range));
+                if let Some(existing) = area.or(self.lowest_new_in(range)) {
                     return Err(Error::Overlap { range, existing });
                 }
                 self.new.push((index, new));
@@ -124,9 +124,16 @@ impl<'o> Plan<'o> {
         Ok(())
     }
 
+    /// The lowest of the new areas that intersect `range`.
+    fn lowest_new_in(&self, range: IovaRange) -> Option<IovaRange> {
+        let new = self.new.iter().map(|(_, area)| area.range());
+        let inside = new.filter(|new| new.intersects(range));
+        inside.min_by_key(|new| new.start())
+    }
+
     fn unmap(&mut self, range: IovaRange) -> Result<(), Error> {
-        if let Some((_, new)) = self.new.iter().find(|(_, a)| a.range().intersects(range)) {
-            return Err(Error::Busy { area: new.range() });
+        if let Some(area) = self.lowest_new_in(range) {
+            return Err(Error::Busy { area });
         }
         let mut any = false;
         for (area, goes) in self.pieces.iter_mut().filter(|(_, goes)| !goes) {

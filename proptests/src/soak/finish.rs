@@ -45,16 +45,15 @@ pub(super) fn take_down(world: World, elapsed: Duration) -> Result<String, Strin
     let forgotten = world.tally.get(Count::Forgotten);
     println!("panics of sources: {}", world.panics.count());
     drop(world);
-    let left = if forgotten == 0 {
-        domains_left(&memory)
-    } else {
-        0
+    let kept = match forgotten {
+        0 => match domains_left(&memory) {
+            0 => "0 domains in memory",
+            left => return failed(&format!("{left} domains are still in memory")),
+        },
+        _ => "domains in memory that were forgotten",
     };
-    if left != 0 {
-        return failed(&format!("{left} domains are still in memory"));
-    }
     Ok(format!(
-        "left: {areas} areas, {domains} domains attached, {left} domains in memory, {} debts\n",
+        "left: {areas} areas, {domains} domains attached, {kept}, {} debts\n",
         flush.pending
     ))
 }

@@ -100,6 +100,7 @@ impl<'w> Mapper<'w> {
                     break mapped;
                 }
                 self.clear_away(range)?;
+                self.world.tally.add(Count::Panicked, 1);
                 panicked = true;
             };
             mapped.map_err(|error| Failure::call("map", range, error))?;
@@ -116,7 +117,6 @@ impl<'w> Mapper<'w> {
 
     /// A map panicked: what it may have left of `range` goes.
     fn clear_away(&self, range: IovaRange) -> Result<(), Failure> {
-        self.world.tally.add(Count::Panicked, 1);
         loop {
             match caught(|| self.world.space.unmap_discarding(range)) {
                 Some(Ok(_) | Err(Error::NothingMapped { .. })) => return Ok(()),
@@ -216,13 +216,13 @@ impl<'w> Mapper<'w> {
             if let Some(applied) = caught(|| self.world.space.apply(changes)) {
                 break applied;
             }
-            self.world.tally.add(Count::Panicked, 1);
             // If the way back panicked as well, what was to be mapped is still taken.
             for change in changes {
                 if let Change::Map { range, .. } = change {
                     self.clear_away(*range)?;
                 }
             }
+            self.world.tally.add(Count::Panicked, 1);
         };
         applied.map_err(|error| Failure::call(what, range, error))?;
         self.world.tally.add(Count::Batches, 1);
