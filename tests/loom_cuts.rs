@@ -117,7 +117,7 @@ fn space() -> Arc<AddressSpace> {
 /// the two; what is left of it is marked, and what is mapped anew in the place of the piece is not.
 #[test]
 fn a_mark_by_a_handle_follows_a_cut() {
-    let steps = [Step::GiveWay, Step::SayGone, Step::GoneFence];
+    let steps = [Step::GiveWay, Step::SayGone, Step::SummarizedFence];
     holds_within(BOUND, &steps, || {
         let space = space();
         space.start_tracking().unwrap();
@@ -139,7 +139,7 @@ fn a_mark_by_a_handle_follows_a_cut() {
 /// The same by a batch, in which no reader ever sees the piece that goes.
 #[test]
 fn a_mark_by_a_handle_follows_a_batch() {
-    let steps = [Step::GiveWay, Step::SayGone, Step::GoneFence];
+    let steps = [Step::GiveWay, Step::SayGone, Step::SummarizedFence];
     holds_within(BOUND, &steps, || {
         let space = space();
         space.start_tracking().unwrap();
