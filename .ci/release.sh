@@ -156,7 +156,10 @@ stage_semver() {
 # advisories, which comes from elsewhere than crates, all but those.
 stage_deny() {
   tool deny cargo-deny || return 0
-  cargo deny --all-features fetch db >/dev/null 2>&1 && cargo deny --all-features check && return
-  cargo deny --all-features check bans licenses sources &&
-    skip deny "the database of advisories cannot be fetched; licences and sources are in order"
+  if cargo deny --workspace --all-features fetch db >/dev/null 2>&1; then
+    cargo deny --workspace --all-features check
+    return
+  fi
+  cargo deny --workspace --all-features check bans licenses sources || return 1
+  skip deny "the database of advisories cannot be fetched; licences and sources are in order"
 }

@@ -351,6 +351,8 @@ pub(super) struct Holding<'a> {
     ended: u64,
     /// The last address that the walk may have touched; `None` before the first area.
     reached: Option<Iova>,
+    /// The last address of an area below which everything is in the lease: no hole above it is.
+    walked_to: Option<Iova>,
     gather: FlushGather,
     debt: Debt,
     report: HarvestReport,
@@ -388,6 +390,7 @@ impl<'a> Holding<'a> {
             covered,
             ended: u64::MAX,
             reached: None,
+            walked_to: None,
             gather: FlushGather::new(),
             debt: Debt::Held,
             report: HarvestReport::default(),
@@ -424,14 +427,21 @@ impl<'a> Holding<'a> {
         self.report.areas += u64::from(is_new);
         // Before the first bit is touched: a walk that panics in here puts back all that it may have recorded.
         self.reach(part.last());
-        look(
+        let looked = look(
             &self.space,
             &self.covered,
             area,
             (part, part),
             sink,
             Look::Take(&mut self.gather),
-        )
+        );
+        self.walk_to(walked_to(part, &looked));
+        looked
+    }
+
+    /// Everything up to `last`, if there is one, is in the lease.
+    pub(super) fn walk_to(&mut self, last: Option<Iova>) {
+        self.walked_to = self.walked_to.max(last);
     }
 
     /// The walk ended at `last`: what lies above belongs to another lease.
@@ -477,7 +487,7 @@ impl<'a> Holding<'a> {
             Some(last) => self.end_at(last),
             None => self.is_empty = true,
         }
-        self.reached = self.reached.and_then(|reached| Some(reached.min(last?)));
+        self.reached = self.walked_to.and_then(|walked| Some(walked.min(last?)));
         bits
     }
 
@@ -663,6 +673,15 @@ impl<'a> Holding<'a> {
     fn bytes(&self, bits: u64) -> u64 {
         let bytes = u128::from(bits) << self.granule().lg2();
         u64::try_from(bytes).unwrap_or(u64::MAX)
+    }
+}
+
+/// The last address of `part` that a look at it has processed.
+pub(super) fn walked_to(part: IovaRange, looked: &Result<(), Stopped>) -> Option<Iova> {
+    match looked {
+        Ok(()) => Some(part.last()),
+        Err(stopped) if stopped.at > part.start() => Some(Iova::new(stopped.at.get() - 1)),
+        Err(_) => None,
     }
 }
 

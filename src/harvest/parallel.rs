@@ -12,14 +12,14 @@
 
 use rayon::prelude::*;
 
-use super::lease::{Holding, Recorded};
+use super::lease::{Holding, Recorded, walked_to};
 use super::walk::{Look, areas, look};
 use super::{HarvestRequest, Lease, Owed};
 use crate::bitmap::{BitmapView, CHUNK_BITS};
 use crate::flush::FlushGather;
 use crate::source::Stopped;
 use crate::space::{AddressSpace, Areas, Covered};
-use crate::units::{Granule, IovaRange};
+use crate::units::{Granule, Iova, IovaRange};
 
 /// Bits of a piece, at least.
 const PIECE_BITS: u64 = 8 * CHUNK_BITS;
@@ -32,6 +32,8 @@ struct Taken<'a> {
     gather: FlushGather,
     areas: u64,
     recorded: Recorded,
+    /// As [`Holding`] has it.
+    walked_to: Option<Iova>,
     stopped: Option<Stopped>,
 }
 
@@ -66,15 +68,23 @@ pub(super) fn harvest<'a>(
             .collect();
         let mut owed = Vec::with_capacity(taken.len());
         for mut piece in taken {
-            owed.push((std::mem::take(&mut piece.gather), piece.areas));
+            owed.push((
+                std::mem::take(&mut piece.gather),
+                piece.areas,
+                piece.walked_to,
+            ));
             recorded.merge(&piece.recorded);
             let below = |other: &Stopped| stopped.as_ref().is_none_or(|now| other.at < now.at);
             if let Some(first) = piece.stopped.take().filter(below) {
                 stopped = Some(first);
             }
         }
-        owed.iter()
-            .for_each(|(gather, areas)| holding.add(gather, *areas));
+        // What pieces above a stop have walked is in no lease.
+        let below = |last: &Iova| stopped.as_ref().is_none_or(|stop| *last < stop.at);
+        for (gather, areas, walked_to) in owed {
+            holding.add(&gather, areas);
+            holding.walk_to(walked_to.filter(below));
+        }
     }
     holding.walked_by_now();
     holding.into_lease(stopped.map_or(Ok(None), Err), recorded)
@@ -121,6 +131,7 @@ impl<'a> Taken<'a> {
             gather: FlushGather::new(),
             areas: 0,
             recorded: Recorded::default(),
+            walked_to: None,
             stopped: None,
         };
         let snapshot: Areas<'_> = space.snapshot();
@@ -135,7 +146,9 @@ impl<'a> Taken<'a> {
                 // Each area counts in the piece that it begins in.
                 taken.areas += u64::from(limit.start() == part.start());
                 let how = Look::Take(&mut taken.gather);
-                look(space, covered, area, (part, limit), &mut sink, how)
+                let looked = look(space, covered, area, (part, limit), &mut sink, how);
+                taken.walked_to = taken.walked_to.max(walked_to(part, &looked));
+                looked
             });
             if let Err(stopped) = outcome {
                 taken.stopped = Some(stopped);
