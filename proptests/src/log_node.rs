@@ -211,11 +211,12 @@ impl DirtySource for LogNode {
             if self.sabotage != Sabotage::UnmapOwesNothing {
                 gather.add(part, self.page);
             }
-            for n in self.written(part) {
-                lock(&self.state).log.remove(&n);
-                if self.sabotage != Sabotage::UnmapForgetsDirty {
-                    dirty(self.addresses(n));
-                }
+        }
+        // All of the range: of an unmap that panicked in `dirty`, the log still has the other pages.
+        for n in self.written(range) {
+            lock(&self.state).log.remove(&n);
+            if self.sabotage != Sabotage::UnmapForgetsDirty {
+                dirty(self.addresses(n));
             }
         }
     }
