@@ -212,7 +212,7 @@ impl DirtySource for LogNode {
                 gather.add(part, self.page);
             }
         }
-        // All of the range: of an unmap that panicked in `dirty`, the log still has the other pages.
+        // All of the range: an unmap that panicked in `dirty` left the other pages in the log.
         for n in self.written(range) {
             lock(&self.state).log.remove(&n);
             if self.sabotage != Sabotage::UnmapForgetsDirty {

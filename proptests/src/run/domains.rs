@@ -1,11 +1,13 @@
 //! Domains that come and go, and the switches of tracking.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
 use dirtymap::sync::Arc;
 use dirtymap::{Error, IovaRange};
 
 use super::panics::{Panicked, caught};
 use super::{Checked, Runner, same_answer};
-use crate::faults::Source;
+use crate::faults::{Source, was_told};
 use crate::op::Place;
 use crate::oracle::{Area, Dirt, PAGE, Tracking, pages};
 use crate::violation::{Rule, check, same, violation};
@@ -43,12 +45,18 @@ impl Runner<'_> {
         let space = self.space;
         let mut again = false;
         let answer = self.stubbornly(|| {
-            // The last callback comes when it is gone: then a panic does not bring it back.
             if std::mem::replace(&mut again, true) && !space.domains().contains(&id) {
                 return Ok(());
             }
-            space.detach(id)
+            // The last callback comes when it is gone: then a panic does not bring it back.
+            catch_unwind(AssertUnwindSafe(|| space.detach(id))).unwrap_or_else(|panic| {
+                match was_told(&*panic) && !space.domains().contains(&id) {
+                    true => Ok(()),
+                    false => resume_unwind(panic),
+                }
+            })
         })?;
+        self.after_panic();
         let attached = self.oracle.attached.contains(&nth);
         let right = if attached {
             Ok(())

@@ -6,7 +6,8 @@ use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use dirtymap::{
-    Error, Granule, HarvestReport, HarvestRequest, Iova, IovaRange, Lease, Owed, Scope, UserBitmap,
+    AddressSpace, Error, Granule, HarvestReport, HarvestRequest, Iova, IovaRange, Lease, Owed,
+    Scope, UserBitmap,
 };
 
 use super::modes::{call, cursor};
@@ -68,14 +69,16 @@ impl Request {
     }
 }
 
-/// What a harvest says of itself: its report, where it goes on, and why and where it stopped.
-pub(super) type Said = (HarvestReport, Option<Iova>, Option<(Iova, String)>);
+/// What a harvest says of itself: its report, where it goes on, why and where it stopped, and how
+/// many bytes outside every area had been put back by then.
+pub(super) type Said = (HarvestReport, Option<Iova>, Option<(Iova, String)>, u64);
 
-/// What `lease` says.
-pub(super) fn said(lease: &Lease<'_, Owed>) -> Result<Said, Violation> {
+/// What `lease` says, of which nothing was put back yet.
+pub(super) fn said(space: &AddressSpace, lease: &Lease<'_, Owed>) -> Result<Said, Violation> {
+    let put_back = space.stats().put_back_outside_bytes;
     let stopped = lease.stopped().map(|at| (at.at, at.error.to_string()));
     let Some((at, _)) = &stopped else {
-        return Ok((lease.report(), lease.next(), None));
+        return Ok((lease.report(), lease.next(), None, put_back));
     };
     let at = Some(*at);
     same(
@@ -84,7 +87,7 @@ pub(super) fn said(lease: &Lease<'_, Owed>) -> Result<Said, Violation> {
         lease.next(),
         at,
     )?;
-    Ok((lease.report(), None, stopped))
+    Ok((lease.report(), None, stopped, put_back))
 }
 
 impl<'a> Runner<'a> {
@@ -116,7 +119,7 @@ impl<'a> Runner<'a> {
             }
             Err(panic) => resume_unwind(panic),
         };
-        let said = said(&lease)?;
+        let said = said(space, &lease)?;
         let found = self.check_harvest(&mut request, ask, said, &buffer.read())?;
         self.took(nth, &request, ask, &found);
         self.hold(nth, lease.partial(), &request, &found)
@@ -139,7 +142,7 @@ impl<'a> Runner<'a> {
         &mut self,
         request: &mut Request,
         ask: &Ask,
-        (report, next, stopped): Said,
+        (report, next, stopped, put_back): Said,
         after: &[u64],
     ) -> Result<Found, Violation> {
         self.ended(request, ask, next)?;
@@ -173,7 +176,8 @@ impl<'a> Runner<'a> {
             request.view = view.unwrap_or(request.view);
         }
         if stop.is_some() {
-            self.check_above(request, ask, &whole, &mut found, after, report.bits_set)?;
+            let said = (report.bits_set, put_back);
+            self.check_above(request, ask, &whole, &mut found, after, said)?;
         }
         same(Rule::Accounting, "bits set", report.bits_set, found.set)?;
         let last = stop.map_or(u64::MAX, |stop| stop.get() / PAGE);
@@ -194,7 +198,7 @@ impl<'a> Runner<'a> {
         whole: &[(u64, u64)],
         found: &mut Found,
         after: &[u64],
-        said: u64,
+        (said, counted): (u64, u64),
     ) -> Checked {
         let (range, granule) = (request.inner.range(), request.inner.granule());
         let count = |runs: &[IovaRange]| -> u64 {
@@ -226,7 +230,6 @@ impl<'a> Runner<'a> {
         found.set = said;
         let runs = inside(&runs_in(after, range, granule));
         let outside = self.right_abort(&runs, u64::MAX).outside_bytes;
-        let counted = self.space.stats().put_back_outside_bytes;
         let known = self.counts.put_back_outside_bytes;
         check(
             (known..=known + outside).contains(&counted),

@@ -79,10 +79,10 @@ impl Runner<'_> {
             }
             Err(panic) => resume_unwind(panic),
         };
-        let (report, next, stopped) = said(&lease)?;
-        let at = stopped.as_ref().map(|(at, _)| *at);
+        let said = said(space, &lease)?;
+        let (next, at) = (said.1, said.2.as_ref().map(|(at, _)| *at));
         let mut ended = Ended {
-            said: (report, next, stopped),
+            said,
             synced: None,
             committed: 0,
             aborted: None,
