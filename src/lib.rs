@@ -165,7 +165,7 @@ mod harvest;
 mod source;
 mod space;
 
-mod adapters;
+pub mod adapter;
 #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
 #[allow(clippy::panic)] // a test kit says by a panic what is wrong
 pub mod source_kit;
@@ -194,31 +194,17 @@ pub use harvest::{
     Aborted, HarvestReport, HarvestRequest, Holes, Lease, Owed, Rounds, Scope, Synced, WriteGuard,
 };
 
-#[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]
-pub use adapters::kvm;
-#[cfg(all(feature = "pagemap", target_os = "linux", not(dirtymap_loom)))]
-pub use adapters::pagemap;
-
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
 pub use bitmap::FileBitmap;
 pub use bitmap::{
     BitmapView, Bits, CHUNK_BITS, Runs, Sink, SparseBitmap, UserBitmap, WINDOW_BITS, Words,
 };
 
-#[cfg(all(feature = "bitmap-file", not(dirtymap_loom)))]
-pub use exchange::{BitmapFile, BitmapFileError, Restored, Truncate};
 pub use exchange::{DirtyLog, LogRuns, MergedRuns, Pieces, RunTable, RunsExt, merge_runs};
-#[cfg(all(feature = "roaring", not(dirtymap_loom)))]
-pub use exchange::{read_roaring, read_treemap};
 
 pub use flush::{
     FlushCost, FlushGather, FlushPolicy, FlushQueue, FlushStats, Invalidated, Leaves, Ticket,
 };
-
-#[cfg(all(feature = "vhost", target_os = "linux", not(dirtymap_loom)))]
-pub use adapters::vhost;
-#[cfg(all(feature = "vm-memory", not(dirtymap_loom)))]
-pub use adapters::vm_memory;
 
 /// The examples of the README are tests.
 #[cfg(doctest)]
@@ -234,11 +220,12 @@ macro_rules! page {
     ($file:literal) => {
         concat!(
             "[first]: crate::guide\n",
-            "[vm-memory]: crate::guide::vm_memory\n",
-            "[kvm]: crate::guide::kvm\n",
-            "[vhost]: crate::guide::vhost\n",
-            "[pagemap]: crate::guide::pagemap\n",
-            "[joint]: crate::guide::joint\n",
+            "[vm-memory]: https://docs.rs/dirtymap-vm-memory/latest/dirtymap_vm_memory/guide/\n",
+            "[kvm]: https://docs.rs/dirtymap-kvm/latest/dirtymap_kvm/guide/\n",
+            "[vhost]: https://docs.rs/dirtymap-vhost/latest/dirtymap_vhost/guide/\n",
+            "[pagemap]: https://docs.rs/dirtymap-pagemap/latest/dirtymap_pagemap/guide/\n",
+            "[formats]: https://docs.rs/dirtymap-formats/latest/dirtymap_formats/guide/\n",
+            "[joint]: https://github.com/dirtymap/dirtymap/blob/main/examples/adapters/joint.md\n",
             "[monitors]: crate::guide::monitors\n",
             "[exchange]: crate::guide::exchange\n",
             "[bugs]: crate::guide::bugs\n",

@@ -58,7 +58,7 @@ pub(crate) const fn word_mask(first: u32, last: u32) -> u64 {
 
 /// Splits the bits `first..=last` into words: yields each word's index and the mask of its bits.
 #[inline]
-pub(crate) fn word_masks(first: u64, last: u64) -> impl Iterator<Item = (u64, u64)> {
+pub fn word_masks(first: u64, last: u64) -> impl Iterator<Item = (u64, u64)> {
     (first / 64..=last / 64).map(move |word| {
         let from = if word == first / 64 { first % 64 } else { 0 };
         let to = if word == last / 64 { last % 64 } else { 63 };
@@ -68,7 +68,7 @@ pub(crate) fn word_masks(first: u64, last: u64) -> impl Iterator<Item = (u64, u6
 
 /// Yields the maximal runs of ones in a word as `(first, last)`.
 #[inline]
-pub(crate) fn word_runs(mut word: u64) -> impl Iterator<Item = (u32, u32)> {
+pub fn word_runs(mut word: u64) -> impl Iterator<Item = (u32, u32)> {
     std::iter::from_fn(move || {
         if word == 0 {
             return None;

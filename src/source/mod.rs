@@ -9,8 +9,8 @@ mod in_flight;
 mod leaf_sink;
 mod marks;
 mod ordering;
-#[cfg_attr(dirtymap_loom, expect(dead_code))] // its users are unknown to the model checker
 pub(crate) mod pending;
+pub(crate) mod placed;
 #[cfg(not(dirtymap_loom))]
 mod pulled;
 mod shared;

@@ -10,34 +10,32 @@ use crate::bitmap::{Sink, word_masks};
 use crate::source::{LeafSink, Stopped};
 use crate::units::{Granule, Iova, IovaRange};
 
-/// One bit for each page of a range, for one thread at a time.
+/// One bit for each page of a range, for one thread at a time: set for the pages that a log has
+/// reported and, by that, forgotten, until a lease has recorded them. See the
+/// [module](crate::adapter) for an example.
 #[derive(Debug)]
-pub(crate) struct Pending {
+pub struct Pending {
     range: IovaRange,
     page: Granule,
     words: Vec<u64>,
 }
 
 impl Pending {
-    /// Clean pages of `range`, which is made of whole pages.
+    /// Clean pages: all that `range` touches.
     ///
     /// # Errors
     /// If there is no memory for the bits.
-    pub(crate) fn new(range: IovaRange, page: Granule) -> Result<Self, TryReserveError> {
-        let words = zeroed(words_for(range, page))?;
+    pub fn new(range: IovaRange, page: Granule) -> Result<Self, TryReserveError> {
+        let range = range.round_out(page);
+        // No memory holds `usize::MAX` words.
+        let words = usize::try_from(range.granules(page).div_ceil(64)).unwrap_or(usize::MAX);
+        let words = zeroed(words)?;
         Ok(Pending { range, page, words })
-    }
-
-    /// Adds the pages of a log, whose bit 0 is the first page. Bits after the last page are not
-    /// pages.
-    #[cfg(feature = "kvm")]
-    pub(crate) fn add(&mut self, log: &[u64]) {
-        self.add_words(0, log);
     }
 
     /// Adds the pages of `log`, whose bit 0 is page 64 * `at`. Bits after the last page are not
     /// pages.
-    pub(crate) fn add_words(&mut self, at: usize, log: &[u64]) {
+    pub fn add_words(&mut self, at: usize, log: &[u64]) {
         for (mine, new) in self.words.iter_mut().skip(at).zip(log) {
             *mine |= new;
         }
@@ -46,24 +44,21 @@ impl Pending {
     }
 
     /// Adds `range`, as far as it lies inside; pages that it touches count whole.
-    pub(crate) fn add_range(&mut self, range: IovaRange) {
+    pub fn add_range(&mut self, range: IovaRange) {
         if let Some((first, last)) = self.numbers(range) {
             set(&mut self.words, first, last);
         }
     }
 
-    #[cfg(feature = "kvm")]
-    /// Forgets the pages of a log whose bit 0 is page `first`, a multiple of 64.
-    pub(crate) fn remove(&mut self, first: u64, log: &[u64]) {
-        let mine = self.words.iter_mut().skip((first / 64) as usize);
-        for (mine, gone) in mine.zip(log) {
+    /// Forgets the pages of `log`, whose bit 0 is page 64 * `at`.
+    pub fn remove_words(&mut self, at: usize, log: &[u64]) {
+        for (mine, gone) in self.words.iter_mut().skip(at).zip(log) {
             *mine &= !gone;
         }
     }
 
-    #[cfg(feature = "kvm")]
-    /// Adds page `number`; whether there is one.
-    pub(crate) fn add_page(&mut self, number: u64) -> bool {
+    /// Adds page `number`, counted from 0. Returns whether there is one.
+    pub fn add_page(&mut self, number: u64) -> bool {
         let known = number < self.pages();
         if known {
             self.words[(number / 64) as usize] |= 1 << (number % 64);
@@ -72,17 +67,15 @@ impl Pending {
     }
 
     /// Adds all pages.
-    #[cfg(any(feature = "kvm", feature = "pagemap"))]
-    pub(crate) fn add_all(&mut self) {
+    pub fn add_all(&mut self) {
         self.add_range(self.range);
     }
 
     /// Hands the pages of `range` to `out`, and forgets each when it is recorded.
-    pub(crate) fn take(
-        &mut self,
-        range: IovaRange,
-        out: &mut LeafSink<'_, '_>,
-    ) -> Result<(), Stopped> {
+    ///
+    /// # Errors
+    /// [`Stopped`] where a page cannot be recorded. The pages from there on stay pending.
+    pub fn take(&mut self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
         let Some((mut first, last)) = self.numbers(range) else {
             return Ok(());
         };
@@ -100,8 +93,11 @@ impl Pending {
         Ok(())
     }
 
-    /// Records the pages of `range`, and keeps them.
-    pub(crate) fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+    /// Records the pages of `range`, which stay pending.
+    ///
+    /// # Errors
+    /// [`Stopped`] where a page cannot be recorded.
+    pub fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
         self.for_each(range, |run| {
             sink.record(run).map_err(|error| Stopped {
                 at: run.start(),
@@ -110,8 +106,8 @@ impl Pending {
         })
     }
 
-    /// Tells `each` the pages of `range`, and forgets them.
-    pub(crate) fn drain(&mut self, range: IovaRange, each: &mut dyn FnMut(IovaRange)) {
+    /// Calls `each` with the runs of pages of `range`, in order, and forgets the pages.
+    pub fn drain(&mut self, range: IovaRange, each: &mut dyn FnMut(IovaRange)) {
         let told: Result<(), std::convert::Infallible> = self.for_each(range, |run| {
             each(run);
             Ok(())
@@ -121,30 +117,31 @@ impl Pending {
     }
 
     /// Forgets the pages of `range`.
-    pub(crate) fn forget(&mut self, range: IovaRange) {
+    pub fn forget(&mut self, range: IovaRange) {
         if let Some((first, last)) = self.numbers(range) {
             clear(&mut self.words, first, last);
         }
     }
 
     /// Forgets all pages.
-    pub(crate) fn clear(&mut self) {
+    pub fn clear(&mut self) {
         self.words.fill(0);
     }
 
-    /// Whether no page is there.
-    #[cfg(any(test, feature = "kvm", feature = "pagemap"))]
-    pub(crate) fn is_empty(&self) -> bool {
+    /// Whether no page is pending.
+    pub fn is_empty(&self) -> bool {
         self.words.iter().all(|word| *word == 0)
     }
 
-    /// The bits of the pages, by 64.
-    pub(crate) fn words(&self) -> &[u64] {
+    /// The bits: that of page `n` is bit `n % 64` of word `n / 64`.
+    pub fn words(&self) -> &[u64] {
         &self.words
     }
 
-    /// The addresses of the pages `first` to `last`, which are there.
-    pub(crate) fn addresses(&self, first: u64, last: u64) -> IovaRange {
+    /// The addresses of the pages `first` to `last`. Numbers past the last page stand for it.
+    pub fn addresses(&self, first: u64, last: u64) -> IovaRange {
+        let end = self.pages() - 1;
+        let (first, last) = (first.min(end), last.min(end).max(first.min(end)));
         let start = self.range.start().get() + (first << self.page.lg2());
         let end = self.range.start().get() + (last << self.page.lg2()) + self.page.mask();
         // Never an error: a run goes upwards.
@@ -152,14 +149,14 @@ impl Pending {
     }
 
     /// The numbers of the first and the last page that `range` touches, if there are any.
-    pub(crate) fn numbers(&self, range: IovaRange) -> Option<(u64, u64)> {
+    pub fn numbers(&self, range: IovaRange) -> Option<(u64, u64)> {
         let inside = range.intersection(self.range)?;
         let number = |iova: Iova| (iova.get() - self.range.start().get()) >> self.page.lg2();
         Some((number(inside.start()), number(inside.last())))
     }
 
-    /// How many pages there are.
-    pub(crate) fn pages(&self) -> u64 {
+    /// How many pages the range has.
+    pub fn pages(&self) -> u64 {
         ((self.range.last().get() - self.range.start().get()) >> self.page.lg2()) + 1
     }
 
@@ -179,18 +176,6 @@ impl Pending {
     }
 }
 
-/// What of `range` lies below `at`.
-#[cfg(any(feature = "kvm", feature = "pagemap"))]
-pub(crate) fn below(range: IovaRange, at: Iova) -> Option<IovaRange> {
-    let last = at.get().checked_sub(1).map(Iova::new)?;
-    IovaRange::new(range.start(), last).ok()
-}
-
-/// How many words hold one bit for each page of `range`; `usize::MAX` if no memory does.
-pub(crate) fn words_for(range: IovaRange, page: Granule) -> usize {
-    usize::try_from(range.granules(page).div_ceil(64)).unwrap_or(usize::MAX)
-}
-
 /// So many words, all zero, or an error.
 pub(crate) fn zeroed(words: usize) -> Result<Vec<u64>, TryReserveError> {
     let mut zeroed = Vec::new();
@@ -200,7 +185,7 @@ pub(crate) fn zeroed(words: usize) -> Result<Vec<u64>, TryReserveError> {
 }
 
 /// Clears the bits after page `pages - 1`: some kernels set them.
-pub(crate) fn mask_tail(words: &mut [u64], pages: u64) {
+fn mask_tail(words: &mut [u64], pages: u64) {
     let used = pages % 64;
     if used != 0
         && let Some(last) = words.get_mut((pages / 64) as usize)
@@ -209,22 +194,35 @@ pub(crate) fn mask_tail(words: &mut [u64], pages: u64) {
     }
 }
 
-/// Sets the bits `first` to `last`.
-pub(crate) fn set(words: &mut [u64], first: u64, last: u64) {
+/// Sets the bits `first` to `last`, as far as `words` has them.
+pub fn set(words: &mut [u64], first: u64, last: u64) {
+    for_each_mask(words, first, last, |word, mask| *word |= mask);
+}
+
+/// Clears the bits `first` to `last`, as far as `words` has them.
+pub fn clear(words: &mut [u64], first: u64, last: u64) {
+    for_each_mask(words, first, last, |word, mask| *word &= !mask);
+}
+
+/// Calls `change` with each word that has some of the bits `first` to `last`, and their mask.
+fn for_each_mask(words: &mut [u64], first: u64, last: u64, change: impl Fn(&mut u64, u64)) {
+    let Some(last) = last_of(words, last) else {
+        return;
+    };
     for (word, mask) in word_masks(first, last) {
-        words[word as usize] |= mask;
+        change(&mut words[word as usize], mask);
     }
 }
 
-/// Clears the bits `first` to `last`.
-pub(crate) fn clear(words: &mut [u64], first: u64, last: u64) {
-    for (word, mask) in word_masks(first, last) {
-        words[word as usize] &= !mask;
-    }
+/// The last bit up to `last` that `words` has; `None` without words.
+fn last_of(words: &[u64], last: u64) -> Option<u64> {
+    let end = (words.len() as u64).checked_mul(64);
+    Some(last.min(end.unwrap_or(u64::MAX).checked_sub(1)?))
 }
 
-/// The first run of bits that are set, from `first` to `last`.
-pub(crate) fn next_run(words: &[u64], first: u64, last: u64) -> Option<(u64, u64)> {
+/// The first run of bits that are set, from `first` to `last`, as its first and its last bit.
+pub fn next_run(words: &[u64], first: u64, last: u64) -> Option<(u64, u64)> {
+    let last = last_of(words, last)?;
     let from = next_where(words, first, last, 0)?;
     let to = next_where(words, from, last, u64::MAX).map_or(last, |clear| clear - 1);
     Some((from, to))
@@ -283,13 +281,12 @@ mod tests {
         }
     }
 
-    #[cfg(feature = "kvm")]
     /// hyperlight met a hypervisor whose logs had bits above the last page; a run of them reached
     /// past the memory.
     #[test]
     fn bits_behind_the_last_page_are_no_pages() {
         let mut pending = Pending::new(pages(16, 70), Granule::K4).unwrap();
-        pending.add(&[u64::MAX; 2]);
+        pending.add_words(0, &[u64::MAX; 2]);
         let mut told = Vec::new();
         pending.drain(IovaRange::ALL, &mut |run| told.push(run));
         assert_eq!(told, [pages(16, 70)]);
@@ -297,6 +294,37 @@ mod tests {
         assert!(pending.add_page(69));
         assert!(!pending.add_page(70));
         assert!(!pending.add_page(u64::MAX));
+    }
+
+    /// An adapter's kernel may name pages and words that are not there. They are left out, and
+    /// nothing wraps.
+    #[test]
+    fn numbers_past_the_end_name_nothing() {
+        let mut words = [u64::MAX; 2];
+        assert_eq!(next_run(&words, 100, u64::MAX), Some((100, 127)));
+        assert_eq!(next_run(&words, 128, u64::MAX), None);
+        assert_eq!(next_run(&[], 0, 5), None);
+        clear(&mut words, 100, u64::MAX);
+        assert_eq!(words, [u64::MAX, (1 << 36) - 1]);
+        set(&mut words, 128, 300);
+        set(&mut words, 127, 300);
+        assert_eq!(words, [u64::MAX, 1 << 63 | ((1 << 36) - 1)]);
+        set(&mut [], 0, 9);
+
+        // A range that begins and ends inside of pages has them whole, up to the last address.
+        let range = IovaRange::new(Iova::new(u64::MAX - 8200), Iova::MAX).unwrap();
+        let mut pending = Pending::new(range, Granule::K4).unwrap();
+        assert_eq!(pending.pages(), 3);
+        pending.add_words(1, &[u64::MAX]);
+        pending.add_words(usize::MAX, &[u64::MAX]);
+        assert!(pending.is_empty());
+        pending.add_words(0, &[u64::MAX, u64::MAX]);
+        pending.remove_words(1, &[u64::MAX]);
+        pending.remove_words(0, &[0b10, u64::MAX]);
+        assert_eq!(pending.words(), [0b101]);
+        let last = IovaRange::new(Iova::new(u64::MAX - 4095), Iova::MAX).unwrap();
+        assert_eq!(pending.addresses(2, u64::MAX), last);
+        assert_eq!(pending.addresses(u64::MAX, 0), last);
     }
 
     #[test]
