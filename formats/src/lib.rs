@@ -17,6 +17,10 @@ pub mod roaring;
 
 pub use file::{BitmapFile, BitmapFileError, Restored, Truncate};
 
+#[cfg(any(doc, doctest))]
+#[doc = include_str!("../docs/guide.md")]
+pub mod guide {}
+
 /// The examples of the README are tests.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -20,3 +20,8 @@ mod page;
 #[cfg(target_os = "linux")]
 pub use maker::Maker;
 pub use page::page;
+
+/// The examples of the README are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
