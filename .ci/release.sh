@@ -1,7 +1,7 @@
 # Stages about what is released, and to whom: packages, toolchains, targets, the public interface.
 # Sourced by .ci/run.
 
-# The crates of which others use the library: all but those that say that they are not for publishing.
+# The crates that are published: all but those that say that they are not.
 published() {
   local manifest
   for manifest in $(grep -L '^publish = false' $(git ls-files Cargo.toml '*/Cargo.toml')); do
@@ -91,12 +91,13 @@ stage_docs-rs() {
 # In a copy of what is published, without the dependencies of tests, which have minimums of their own.
 stage_minimal-versions() {
   nightly minimal-versions || return 0
-  local copy=target/minimal manifest members
+  local copy=target/minimal manifest members packages
+  packages=$(packages)
   rm -rf "$copy" && mkdir -p "$copy" || return 1
   git ls-files -z | xargs -0 cp --parents -Pt "$copy" || return 1
   (
     cd "$copy" && rm Cargo.lock rust-toolchain.toml || exit 1
-    for manifest in $(grep -L '^publish = false' $(cd - >/dev/null && git ls-files '*/Cargo.toml')); do
+    for manifest in $(grep -L '^publish = false' */Cargo.toml adapters/*/Cargo.toml); do
       members="$members \"$(dirname "$manifest")\","
       without_dev_dependencies "$manifest" || exit 1
     done
@@ -104,7 +105,7 @@ stage_minimal-versions() {
       sed -i -E "/^members = \[/,/^\]/c members = [$members ]" Cargo.toml &&
       sed -i '/^default-members = /d' Cargo.toml &&
       cargo +nightly update -Z direct-minimal-versions &&
-      CARGO_TARGET_DIR=../minimal-build cargo check --locked $(packages) --lib --all-features
+      CARGO_TARGET_DIR=../minimal-build cargo check --locked $packages --lib --all-features
   )
 }
 
@@ -148,8 +149,8 @@ stage_public-api() {
   external_types
 }
 
-# Types of other crates in the public interface of a crate are those that .ci/external-types lists: a
-# release of such a crate breaks ours.
+# Types of other crates in the public interface of a crate are those that .ci/external-types lists:
+# a release of such a crate breaks ours.
 external_types() {
   local there crate
   there=$(for crate in $(published); do

@@ -2,9 +2,9 @@
 //! [`DirtySource`](crate::DirtySource).
 //!
 //! The adapters of this repository (`dirtymap-kvm`, `dirtymap-vhost`, `dirtymap-pagemap`,
-//! `dirtymap-vm-memory`) are written with these parts and with the rest of the public interface, and
-//! with nothing else. An adapter of yours can do what they do. Two short ways need no part at all: a
-//! log in shared words is a [`SharedLog`](crate::SharedLog), and one behind a call is a
+//! `dirtymap-vm-memory`) are written with these parts and with the rest of the public interface,
+//! and with nothing else. An adapter of yours can do what they do. Two short ways need no part at
+//! all: a log in shared words is a [`SharedLog`](crate::SharedLog), and one behind a call is a
 //! [`PulledLog`](crate::PulledLog).
 //!
 //! * [`Pending`]: pages that a log has reported and no lease has recorded yet.
@@ -14,9 +14,9 @@
 //! * [`source_kit`](crate::source_kit): tests that every source has to pass.
 //!
 //! # Example
-//! A log of which each look clears what it reports. The report is the only trace of a write then. It
-//! goes into memory that was reserved before, and from there into the lease, page by page, so that a
-//! failure after the look loses nothing.
+//! A log of which each look clears what it reports. The report is the only trace of a write then.
+//! It goes into memory that was reserved before, and from there into the lease, page by page, so
+//! that a failure after the look loses nothing.
 //!
 //! ```
 //! use std::sync::{Mutex, PoisonError};
@@ -59,7 +59,11 @@
 //!         }
 //!         Ok(())
 //!     }
-//!     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+//!     fn read_and_clear(
+//!         &self,
+//!         range: IovaRange,
+//!         out: &mut LeafSink<'_, '_>,
+//!     ) -> Result<(), Stopped> {
 //!         self.look(|pending| pending.take(range, out))
 //!     }
 //!     fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {

@@ -154,9 +154,9 @@ impl<'r> Bench<'r> {
     }
 }
 
-/// Reads `source` into `view` as a harvest of a space does. Of a page that the range of `view` cuts,
-/// the rest goes to `keep`, after the source has cleared the page: for tests of that order, and of
-/// what is left in the source. Returns what was owed.
+/// Reads `source` into `view` as a harvest of a space does. Of a page that the range of `view`
+/// cuts, the rest goes to `keep`, after the source has cleared the page: for tests of that order,
+/// and of what is left in the source. Returns what was owed.
 ///
 /// ```
 /// use dirtymap::source_kit::read_keeping;

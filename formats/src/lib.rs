@@ -5,7 +5,7 @@
 //! |---|---|
 //! | a bitmap in a file with a header and checksums, written crash-safely | [`BitmapFile`] |
 //! | the dirty state of a space over a restart of its process | [`BitmapFile::save_space`] |
-//! | sets of the crate `roaring`, and their portable format | the module `roaring`, by the feature of that name |
+//! | sets of the crate `roaring`, and their portable format | the feature `roaring` |
 //!
 //! Nothing here takes part in a harvest: what goes in is recorded through a view, or marked; what
 //! goes out is read from a view or a lease.

@@ -7,8 +7,8 @@
 //! ```
 //!
 //! Nothing here takes part in a harvest: what goes in is recorded through a view, or marked; what
-//! goes out is read from a view or a lease. Formats of files, of the wire and of other crates are in
-//! the crate `dirtymap-formats`.
+//! goes out is read from a view or a lease. Formats of files, of the wire and of other crates are
+//! in the crate `dirtymap-formats`.
 
 mod log;
 mod runs;

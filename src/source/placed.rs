@@ -32,8 +32,11 @@ pub trait Placed {
 /// }
 ///
 /// # fn main() -> Result<(), dirtymap::Error> {
-/// let slot = |range: std::ops::Range<u64>| range.to_iova_range().map(|range| Arc::new(Slot(range)));
-/// let slots = PlacedList::new(vec![slot(0..0x9000)?, slot(0x1000..0x2000)?, slot(0x4000..0x5000)?]);
+/// let slot = |start: u64, end: u64| -> Result<Arc<Slot>, dirtymap::Error> {
+///     Ok(Arc::new(Slot((start..end).to_iova_range()?)))
+/// };
+/// let slots = vec![slot(0, 0x9000)?, slot(0x1000, 0x2000)?, slot(0x4000, 0x5000)?];
+/// let slots = PlacedList::new(slots);
 /// let parts: Vec<IovaRange> = slots.touched((0x1800..0x2800).to_iova_range()?)
 ///     .map(|(_, part)| part)
 ///     .collect();

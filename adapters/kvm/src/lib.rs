@@ -60,9 +60,9 @@
 //! # Address spaces
 //! Where KVM knows system management mode, it has two address spaces (bits 16 to 31 of the number
 //! of a slot), and a slot of each may have the same guest physical addresses, backed by the same
-//! memory or by other memory. An [`AddressSpace`](dirtymap::AddressSpace) has those addresses once. A
-//! page of it is dirty when *any* slot at its address says so: the union. So a copy of a dirty page
-//! takes the memory of every slot that is there.
+//! memory or by other memory. An [`AddressSpace`](dirtymap::AddressSpace) has those addresses once.
+//! A page of it is dirty when *any* slot at its address says so: the union. So a copy of a dirty
+//! page takes the memory of every slot that is there.
 //!
 //! # Guarantees
 //! * What KVM says is in memory that was reserved when the slot was added before anything can fail:
@@ -174,7 +174,8 @@ impl KvmMode {
     }
 }
 
-/// The dirty state of the slots of one virtual machine, as a [`DirtySource`](dirtymap::DirtySource).
+/// The dirty state of the slots of one virtual machine, as a
+/// [`DirtySource`](dirtymap::DirtySource).
 pub struct KvmLog {
     kernel: Box<dyn Kernel>,
     mode: KvmMode,

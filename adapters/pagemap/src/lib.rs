@@ -151,9 +151,9 @@ pub enum GivenBack {
     /// They are reported. Private anonymous memory alone can be added so.
     #[default]
     Reported,
-    /// The caller promises to [`mark`](dirtymap::AddressSpace::mark) each of them, after it was given
-    /// back, whichever part of the program or other process gives it back. Harvests report none
-    /// that is not marked, at a smaller cost, from any memory.
+    /// The caller promises to [`mark`](dirtymap::AddressSpace::mark) each of them, after it was
+    /// given back, whichever part of the program or other process gives it back. Harvests report
+    /// none that is not marked, at a smaller cost, from any memory.
     Marked,
 }
 

@@ -15,9 +15,9 @@
 //! for region in mem.iter() { table.extend(ranges(&old[..])) } // and merged with KVM's by hand
 //! ```
 //!
-//! [`VhostLog`] is a [`DirtySource`](dirtymap::DirtySource): attached to the space of guest physical
-//! addresses, its bits are in the lease of each harvest, beside those of all other sources, and
-//! come back when that is aborted.
+//! [`VhostLog`] is a [`DirtySource`](dirtymap::DirtySource): attached to the space of guest
+//! physical addresses, its bits are in the lease of each harvest, beside those of all other
+//! sources, and come back when that is aborted.
 //!
 //! ```
 //! use dirtymap_vhost::VhostLog;

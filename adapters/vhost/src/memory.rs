@@ -51,7 +51,8 @@ pub enum LogError {
     },
     /// `vhost-user-backend` does not tell the length of a log in the way that this version expects.
     #[error(
-        "the vhost-user-backend of this build does not tell how long a log is: use version 0.24.0"
+        "the vhost-user-backend of this build does not tell how long a log is: use version 0.23.0 or \
+         0.24.0"
     )]
     UnknownLength,
     /// The front end's file can be made shorter, and a mark would end this process then.
