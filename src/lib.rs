@@ -155,8 +155,11 @@ mod error;
 mod events;
 mod failure;
 mod units;
+mod words;
 
 mod area;
+mod chunkmap;
+
 mod bitmap;
 mod flush;
 

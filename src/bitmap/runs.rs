@@ -4,10 +4,11 @@
 //! counts as dirty throughout, and the iterator's `error` says so: a caller that ignores it copies
 //! too much, never too little.
 
+use super::BitmapView;
 use super::window::{Backing, Window};
-use super::{BitmapView, word_mask};
 use crate::error::Error;
 use crate::units::IovaRange;
+use crate::words::word_mask;
 
 /// Reads the words of a bitmap in ascending order, window by window.
 #[derive(Debug)]

@@ -5,10 +5,11 @@ use super::FileBitmap;
 use super::runs::Reader;
 use super::span::Span;
 use super::window::{Backing, Window};
-use super::{Bits, Runs, Sink, SparseBitmap, Words, word_masks};
+use super::{Bits, Runs, Sink, SparseBitmap, Words};
 use crate::error::Error;
 use crate::sync::AtomicU64;
 use crate::units::{Granule, Iova, IovaRange};
+use crate::words::word_masks;
 
 /// Memory of the caller, or a file, that receives dirty bits. It carries its length; no bit outside
 /// a request is ever written. At most 2^63 bits of it are used.

@@ -25,12 +25,14 @@
 
 use std::convert::Infallible;
 
-use crate::bitmap::{ChunkMap, LINE_WORDS, OneGroup, Sink, Taker, Visitor, word_runs};
+use crate::bitmap::Sink;
+use crate::chunkmap::{ChunkMap, LINE_WORDS, OneGroup, Taker, Visitor};
 use crate::error::Error;
 use crate::source::gone::Gone;
 use crate::source::{MarkOrdering, Stopped};
 use crate::sync::{Arc, OnceLock, Step, performs};
 use crate::units::{Granule, Iova, IovaRange};
+use crate::words::word_runs;
 
 /// Dirty bits in the library's own memory, one for each smallest page. They serve as the marks of
 /// an area, and as the put-back store of a domain.

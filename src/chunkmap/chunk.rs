@@ -65,11 +65,11 @@
 
 use std::ptr;
 
-use super::word_mask;
 use crate::sync::{
     AtomicPtr, AtomicU64, Ordering, Step, TINY, fence, fence_after_look, fence_after_rmw, performs,
     weaken,
 };
+use crate::words::word_mask;
 
 /// Words of a chunk, as a logarithm; tiny in the model checker, so that models reach every border.
 pub(super) const WORDS_LG2: u32 = if TINY { 1 } else { 9 };
