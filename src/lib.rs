@@ -158,13 +158,13 @@ mod units;
 mod words;
 
 mod area;
-mod chunkmap;
-
 mod bitmap;
+mod chunkmap;
 mod flush;
 
 mod exchange;
 mod harvest;
+mod marks;
 mod source;
 mod space;
 
@@ -189,9 +189,9 @@ pub use space::{
 
 #[cfg(not(dirtymap_loom))]
 pub use source::PulledLog;
-pub use source::{
-    DirtySource, LeafSink, Mapping, MarkOrdering, SharedLog, Stopped, ToClear, Tracking,
-};
+pub use source::{DirtySource, LeafSink, Mapping, SharedLog, Stopped, ToClear, Tracking};
+
+pub use marks::MarkOrdering;
 
 pub use harvest::{
     Aborted, HarvestReport, HarvestRequest, Holes, Lease, Owed, Rounds, Scope, Synced, WriteGuard,

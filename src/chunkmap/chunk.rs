@@ -238,7 +238,7 @@ impl Slot<'_> {
     ) -> bool {
         fence();
         // Acquire: pairs with the Release below; the thread that set the bit is on its way to the
-        // summary. The caller's fence orders the look after its data write: see `source::marks`.
+        // summary. The caller's fence orders the look after its data write: see `marks`.
         let anew = word.load(Ordering::Acquire) & mask != mask;
         if anew {
             // Release: pairs with the Acquire in `visit_line`; publishes the data of the mark.

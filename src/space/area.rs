@@ -30,7 +30,8 @@
 use super::Outside;
 use super::attachment::Attachment;
 use crate::error::Error;
-use crate::source::{Mapping, MarkOrdering, Marks};
+use crate::marks::{MarkOrdering, Marks};
+use crate::source::Mapping;
 use crate::sync::{Arc, AtomicU8, AtomicU64, Mutex, MutexGuard, Ordering, lock};
 use crate::units::{Granule, IovaRange};
 

@@ -66,7 +66,8 @@ use crate::error::Error;
 use crate::events;
 use crate::failure::{Failure, attempt, call};
 use crate::flush::{FlushCost, FlushGather};
-use crate::source::{DirtySource, FlightSlot, Marks, Tracking};
+use crate::marks::{FlightSlot, Marks};
+use crate::source::{DirtySource, Tracking};
 use crate::sync::{Arc, AtomicBool, Ordering, Step, TINY, fence, lock, performs};
 use crate::units::{DomainId, Granule, Iova, IovaRange};
 

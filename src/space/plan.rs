@@ -9,7 +9,8 @@ use super::check_mapping;
 use super::rules::Rules;
 use crate::area::{Entry, Snapshot};
 use crate::error::Error;
-use crate::source::{Mapping, MarkOrdering};
+use crate::marks::MarkOrdering;
+use crate::source::Mapping;
 use crate::sync::Arc;
 use crate::units::{Granule, Iova, IovaRange};
 

@@ -265,7 +265,7 @@ impl AddressSpace {
                 self.discard(marks.clear(range));
             }
         }
-        // F2 of the marks' protocol (`source::marks`), for the first full copy that follows: it has
+        // F2 of the marks' protocol (`marks`), for the first full copy that follows: it has
         // the data of each marker that found its mark set, or that marker sees the clear and marks
         // again.
         self.ordering.before_copies();
