@@ -14,6 +14,7 @@
 //! A harvest records a page **before** it clears the page's dirty bit, so a record that fails
 //! leaves the bit where it was (contract: never clear what cannot be recorded).
 
+mod combine;
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
 mod file;
 mod runs;
@@ -21,6 +22,7 @@ mod sink;
 mod span;
 mod sparse;
 mod user;
+mod view;
 mod window;
 
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
@@ -30,7 +32,8 @@ pub use runs::{Bits, Runs, Words};
 pub use sink::Sink;
 pub use sparse::SparseBitmap;
 pub(crate) use user::Bound;
-pub use user::{BitmapView, UserBitmap};
+pub use user::UserBitmap;
+pub use view::BitmapView;
 
 #[cfg(all(feature = "vhost", target_os = "linux", not(dirtymap_loom)))]
 pub(crate) use crate::words::{word_mask, word_masks, word_runs};
@@ -39,3 +42,5 @@ pub(crate) use crate::words::{word_mask, word_masks, word_runs};
 pub const CHUNK_BITS: u64 = 1 << 15;
 /// Bits of one window: 512 chunks, 2 MiB of bitmap, 64 GiB of address space at 4 KiB a bit.
 pub const WINDOW_BITS: u64 = 512 * CHUNK_BITS;
+/// The most bits that a bitmap of any form is used for: positions then never wrap.
+const MAX_BITS: u64 = 1 << 63;

@@ -8,6 +8,13 @@ use crate::sync::Ordering;
 use crate::units::{Granule, Iova, IovaRange};
 use crate::words::{ones, word_mask, word_masks, word_runs};
 
+impl<'a> BitmapView<'a> {
+    /// A sink that records into this view.
+    pub fn sink(&self) -> Sink<'a> {
+        Sink::new(*self, false)
+    }
+}
+
 /// What a dirty source writes its findings into during one harvest.
 ///
 /// The source calls [`record`](Sink::record) **before** it clears the state that told it so.
