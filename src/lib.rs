@@ -154,6 +154,7 @@ mod compared;
 mod error;
 mod events;
 mod failure;
+mod report;
 mod units;
 mod words;
 
@@ -184,7 +185,7 @@ pub use units::{Access, DomainId, Granule, Iova, IovaRange, ToIovaRange};
 
 pub use space::{
     AddressSpace, AreaHandle, Change, Fault, FaultSource, Faults, SpaceRanges, SpaceSnapshot,
-    SpaceStats, Unmapped,
+    SpaceStats,
 };
 
 #[cfg(not(dirtymap_loom))]
@@ -193,9 +194,8 @@ pub use source::{DirtySource, LeafSink, Mapping, SharedLog, Stopped, ToClear, Tr
 
 pub use marks::MarkOrdering;
 
-pub use harvest::{
-    Aborted, HarvestReport, HarvestRequest, Holes, Lease, Owed, Rounds, Scope, Synced, WriteGuard,
-};
+pub use harvest::{HarvestRequest, Holes, Lease, Owed, Rounds, Scope, Synced, WriteGuard};
+pub use report::{Aborted, HarvestReport, Unmapped};
 
 #[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]
 pub use adapters::kvm;

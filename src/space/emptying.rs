@@ -2,7 +2,7 @@
 //! the worst.
 
 use super::AddressSpace;
-use super::attachment::Attachment;
+use super::domain::Attachment;
 use crate::failure::{Failure, Panic, attempt, call, keep_first};
 use crate::flush::{FlushGather, Ticket};
 use crate::marks::Marks;
