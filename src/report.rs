@@ -7,8 +7,8 @@ pub struct HarvestReport {
     /// Areas that were walked.
     pub areas: u64,
     /// Bits of the lease that went from 0 to 1 in the user's bitmap. Of a harvest that
-    /// [stopped](crate::Lease::stopped), and put back what lies above the stop, it may be fewer, where
-    /// bits above it were set before.
+    /// [stopped](crate::Lease::stopped), and put back what lies above the stop, it may be fewer,
+    /// where bits above it were set before.
     pub bits_set: u64,
     /// Dirty leaves of IO page tables; each owes an invalidation.
     pub leaves: u64,
