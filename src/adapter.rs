@@ -107,6 +107,5 @@ pub use crate::source::placed::{Placed, PlacedList};
 /// assert_eq!(words::runs(0b1110_0110).collect::<Vec<_>>(), [(1, 2), (5, 7)]);
 /// ```
 pub mod words {
-    pub use crate::bitmap::{word_masks as masks, word_runs as runs};
-    pub use crate::source::pending::{clear, next_run, set};
+    pub use crate::words::{clear, next_run, set, word_masks as masks, word_runs as runs};
 }

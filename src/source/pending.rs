@@ -6,9 +6,10 @@
 
 use std::collections::TryReserveError;
 
-use crate::bitmap::{Sink, word_masks};
+use crate::bitmap::Sink;
 use crate::source::{LeafSink, Stopped};
 use crate::units::{Granule, Iova, IovaRange};
+use crate::words::{clear, next_run, set};
 
 /// One bit for each page of a range, for one thread at a time: set for the pages that a log has
 /// reported and, by that, forgotten, until a lease has recorded them. See the
@@ -194,58 +195,6 @@ fn mask_tail(words: &mut [u64], pages: u64) {
     }
 }
 
-/// Sets the bits `first` to `last`, as far as `words` has them.
-pub fn set(words: &mut [u64], first: u64, last: u64) {
-    for_each_mask(words, first, last, |word, mask| *word |= mask);
-}
-
-/// Clears the bits `first` to `last`, as far as `words` has them.
-pub fn clear(words: &mut [u64], first: u64, last: u64) {
-    for_each_mask(words, first, last, |word, mask| *word &= !mask);
-}
-
-/// Calls `change` with each word that has some of the bits `first` to `last`, and their mask.
-fn for_each_mask(words: &mut [u64], first: u64, last: u64, change: impl Fn(&mut u64, u64)) {
-    let Some(last) = last_of(words, last) else {
-        return;
-    };
-    for (word, mask) in word_masks(first, last) {
-        change(&mut words[word as usize], mask);
-    }
-}
-
-/// The last bit up to `last` that `words` has; `None` without words.
-fn last_of(words: &[u64], last: u64) -> Option<u64> {
-    let end = (words.len() as u64).checked_mul(64);
-    Some(last.min(end.unwrap_or(u64::MAX).checked_sub(1)?))
-}
-
-/// The first run of bits that are set, from `first` to `last`, as its first and its last bit.
-pub fn next_run(words: &[u64], first: u64, last: u64) -> Option<(u64, u64)> {
-    let last = last_of(words, last)?;
-    let from = next_where(words, first, last, 0)?;
-    let to = next_where(words, from, last, u64::MAX).map_or(last, |clear| clear - 1);
-    Some((from, to))
-}
-
-/// The first bit, from `first` to `last`, that differs from those of `skip`.
-fn next_where(words: &[u64], first: u64, last: u64, skip: u64) -> Option<u64> {
-    if first > last {
-        return None;
-    }
-    let mut word = first / 64;
-    let mut differs = (words.get(word as usize)? ^ skip) & (u64::MAX << (first % 64));
-    while differs == 0 {
-        word += 1;
-        if word > last / 64 {
-            return None;
-        }
-        differs = words.get(word as usize)? ^ skip;
-    }
-    let found = word * 64 + u64::from(differs.trailing_zeros());
-    (found <= last).then_some(found)
-}
-
 #[cfg(all(test, not(dirtymap_loom)))]
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod tests {
@@ -255,30 +204,6 @@ mod tests {
 
     fn pages(first: u64, n: u64) -> IovaRange {
         IovaRange::from_len(Iova::new(first << 12), n << 12).unwrap()
-    }
-
-    /// Every run between every two borders, against a look at each bit.
-    #[test]
-    fn runs_are_what_the_bits_say() {
-        let words = [
-            0x8000_0000_0000_0001,
-            0xffff_ffff_ffff_ffff,
-            0x0000_00ff_0000_00f0,
-        ];
-        let bit = |n: u64| words[(n / 64) as usize] >> (n % 64) & 1 == 1;
-        for first in (0..192).step_by(7) {
-            for last in first..192 {
-                let mut seen = Vec::new();
-                let mut at = first;
-                while let Some((from, to)) = next_run(&words, at, last) {
-                    seen.extend(from..=to);
-                    assert!(to == last || !bit(to + 1), "a run that ends too early");
-                    at = to + 1;
-                }
-                let set: Vec<u64> = (first..=last).filter(|n| bit(*n)).collect();
-                assert_eq!(seen, set, "from {first} to {last}");
-            }
-        }
     }
 
     /// hyperlight met a hypervisor whose logs had bits above the last page; a run of them reached
@@ -299,18 +224,7 @@ mod tests {
     /// An adapter's kernel may name pages and words that are not there. They are left out, and
     /// nothing wraps.
     #[test]
-    fn numbers_past_the_end_name_nothing() {
-        let mut words = [u64::MAX; 2];
-        assert_eq!(next_run(&words, 100, u64::MAX), Some((100, 127)));
-        assert_eq!(next_run(&words, 128, u64::MAX), None);
-        assert_eq!(next_run(&[], 0, 5), None);
-        clear(&mut words, 100, u64::MAX);
-        assert_eq!(words, [u64::MAX, (1 << 36) - 1]);
-        set(&mut words, 128, 300);
-        set(&mut words, 127, 300);
-        assert_eq!(words, [u64::MAX, 1 << 63 | ((1 << 36) - 1)]);
-        set(&mut [], 0, 9);
-
+    fn pages_and_words_past_the_end_are_left_out() {
         // A range that begins and ends inside of pages has them whole, up to the last address.
         let range = IovaRange::new(Iova::new(u64::MAX - 8200), Iova::MAX).unwrap();
         let mut pending = Pending::new(range, Granule::K4).unwrap();
