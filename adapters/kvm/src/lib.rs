@@ -174,8 +174,7 @@ impl KvmMode {
     }
 }
 
-/// The dirty state of the slots of one virtual machine, as a
-/// [`DirtySource`](dirtymap::DirtySource).
+/// The dirty state of the slots of one virtual machine, as a [`DirtySource`].
 pub struct KvmLog {
     kernel: Box<dyn Kernel>,
     mode: KvmMode,
