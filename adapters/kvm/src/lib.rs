@@ -109,7 +109,7 @@ mod source;
 mod tests;
 
 pub use error::KvmError;
-pub use {kvm_bindings, kvm_ioctls};
+pub use kvm_ioctls;
 
 #[cfg(any(doc, doctest))]
 #[doc = include_str!("../docs/guide.md")]
