@@ -1,36 +1,30 @@
 //! The error type. Every text names the value that was refused and the limit that it missed.
 
-use crate::units::{DomainId, Granule, Iova, IovaRange};
+use crate::units::{DomainId, Granule, Iova, IovaRange, RangeError};
 
 /// Why a call was refused or could not complete.
 ///
 /// Input is checked before anything is changed, in the order that each call documents.
 /// [`Error::errno`] gives the number that Linux's iommufd uses for the same refusal.
+///
+/// Calls that need no space have errors of their own, which `?` turns into this one:
+///
+/// ```
+/// use dirtymap::{Error, Iova, IovaRange, RangeError};
+///
+/// fn bytes(start: u64, len: u64) -> Result<IovaRange, Error> {
+///     Ok(IovaRange::from_len(Iova::new(start), len)?)
+/// }
+/// let refused = bytes(0x1000, u64::MAX).unwrap_err();
+/// assert!(matches!(refused, Error::Range(RangeError::Wraps { .. })));
+/// assert_eq!(refused.errno(), 75);
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A range of no bytes.
-    #[error("a range of zero bytes at {start}: a range needs at least one byte")]
-    ZeroLength {
-        /// Where the range would start.
-        start: Iova,
-    },
-    /// The range would extend past 2^64 - 1.
-    #[error("{len:#x} bytes from {start} go past the last address 0xffffffffffffffff")]
-    Wraps {
-        /// Where the range would start.
-        start: Iova,
-        /// Its length in bytes.
-        len: u64,
-    },
-    /// The last address lies below the first.
-    #[error("the range ends at {last}, below its start {start}")]
-    ReversedRange {
-        /// The first address.
-        start: Iova,
-        /// The last address.
-        last: Iova,
-    },
+    /// A range or a granule cannot be made.
+    #[error(transparent)]
+    Range(#[from] RangeError),
     /// A border of the range is not a multiple of the granule that the call requires.
     #[error("the range {range} does not start and end at multiples of {granule}")]
     Unaligned {
@@ -64,12 +58,6 @@ pub enum Error {
         backing: u64,
         /// The range to map.
         range: IovaRange,
-    },
-    /// The size of a granule is not a power of two.
-    #[error("a granule of {bytes} bytes: it must be a power of two from 1 to 2^63")]
-    BadGranule {
-        /// The offending size.
-        bytes: u64,
     },
     /// The user bitmap has fewer bits than the request has granules.
     #[error("the bitmap holds {bits} bits, but {range} needs {needed} at {granule} a bit")]
@@ -339,17 +327,15 @@ impl Error {
             Error::CannotReserve { .. }
             | Error::CannotAllow { .. }
             | Error::CannotAttach { .. } => 98,
-            Error::Wraps { .. } | Error::BackingWraps { .. } => 75,
-            Error::ZeroLength { .. }
-            | Error::ReversedRange { .. }
-            | Error::Unaligned { .. }
+            Error::Range(error) => error.errno(),
+            Error::BackingWraps { .. } => 75,
+            Error::Unaligned { .. }
             | Error::UnalignedLength { .. }
             | Error::UnalignedBacking { .. }
             | Error::Reserved { .. }
             | Error::AllowedTwice { .. }
             | Error::UnalignedCut { .. }
             | Error::CannotSplit { .. }
-            | Error::BadGranule { .. }
             | Error::BadWindow { .. }
             | Error::BitmapTooShort { .. }
             | Error::UnorderedRuns { .. }

@@ -181,7 +181,7 @@ pub mod sync;
 pub use area::AreaMap;
 
 pub use error::Error;
-pub use units::{Access, DomainId, Granule, Iova, IovaRange, ToIovaRange};
+pub use units::{Access, DomainId, Granule, Iova, IovaRange, RangeError, ToIovaRange};
 
 pub use space::{
     AddressSpace, AreaHandle, Change, Fault, FaultSource, Faults, SpaceRanges, SpaceSnapshot,

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)] // helpers of tests
 
 use dirtymap::{
-    CHUNK_BITS, Error, Granule, Iova, IovaRange, SparseBitmap, UserBitmap, WINDOW_BITS,
+    CHUNK_BITS, Error, Granule, Iova, IovaRange, RangeError, SparseBitmap, UserBitmap, WINDOW_BITS,
 };
 
 fn range(start: u64, len: u64) -> IovaRange {
@@ -126,10 +126,10 @@ fn bug_10_no_granule_of_zero_bytes_and_no_range_of_zero_bytes() {
     // A length of zero passed every check and then meant the whole address space.
     assert!(matches!(
         Granule::from_bytes(0),
-        Err(Error::BadGranule { bytes: 0 })
+        Err(RangeError::BadGranule { bytes: 0 })
     ));
     let nothing = IovaRange::from_len(Iova::MIN, 0);
-    assert!(matches!(nothing, Err(Error::ZeroLength { .. })));
+    assert!(matches!(nothing, Err(RangeError::ZeroLength { .. })));
 }
 
 #[test]

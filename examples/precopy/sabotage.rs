@@ -45,7 +45,7 @@ impl<F: Format> DirtySource for Forgetful<F> {
         while start <= range.last() {
             let last = start.granule_last(Granule::M2).min(range.last());
             let stopped = |error| Stopped { at: start, error };
-            let piece = IovaRange::new(start, last).map_err(stopped)?;
+            let piece = IovaRange::new(start, last).map_err(|error| stopped(error.into()))?;
             if mix(self.seed ^ mix(call) ^ start.get()).is_multiple_of(16) {
                 let mut nowhere = [0u64; 512];
                 let view = UserBitmap::new(&mut nowhere)

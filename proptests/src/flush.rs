@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use dirtymap::{
     Error, FlushCost, FlushGather, FlushPolicy, FlushQueue, Granule, Invalidated, Iova, IovaRange,
-    Ticket,
+    RangeError, Ticket,
 };
 
 /// What a naive queue would hold: each gather by itself.
@@ -116,7 +116,7 @@ impl Run {
                     bytes: gather.bytes(),
                     ..Invalidated::default()
                 }),
-                End::Fails => Err(Error::ZeroLength { start: Iova::MIN }),
+                End::Fails => Err(Error::Range(RangeError::ZeroLength { start: Iova::MIN })),
                 End::Panics => std::panic::resume_unwind(Box::new("on purpose")),
             }
         };

@@ -295,7 +295,7 @@ impl Taker for Recorder<'_, '_> {
         let start = self.marks.page_at(first);
         let end = u128::from(start.get()) + (bits << self.marks.page.lg2()) - 1;
         let last = u64::try_from(end).map_or(Iova::MAX, Iova::new);
-        let secured = IovaRange::new(start, last).and_then(|range| self.sink.secure(range));
+        let secured = self.sink.secure(IovaRange::ascending(start, last));
         secured.map_err(|error| self.marks.stopped(first, self.range, error))
     }
 }

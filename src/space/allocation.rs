@@ -57,8 +57,8 @@ impl AddressSpace {
     /// ```
     ///
     /// # Errors
-    /// In this order: [`Error::ZeroLength`] (at 0, as there is no address yet),
-    /// [`Error::UnalignedLength`] and [`Error::UnalignedBacking`] (multiples of
+    /// In this order: [`RangeError::ZeroLength`](crate::RangeError::ZeroLength) (at 0, as there is
+    /// no address yet), [`Error::UnalignedLength`] and [`Error::UnalignedBacking`] (multiples of
     /// [`alignment`](Self::alignment)), [`Error::BackingWraps`] (with the range as if it began at
     /// 0), [`Error::NoSpace`], then those of a source. After an error nothing is mapped, with the
     /// exception that [`map`](Self::map) names.

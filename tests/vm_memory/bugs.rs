@@ -4,7 +4,7 @@ use super::{NONE, PAGE, bytes, harvest, machine, taken};
 use dirtymap::vm_memory::SpaceBitmap;
 use dirtymap::{
     AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Holes, Invalidated,
-    Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking, UserBitmap,
+    Iova, IovaRange, LeafSink, Mapping, RangeError, Sink, Stopped, Tracking, UserBitmap,
 };
 use std::sync::Arc;
 use vm_memory::bitmap::{Bitmap, NewBitmap};
@@ -59,7 +59,7 @@ fn a_write_that_cannot_begin_is_counted() {
     ));
     assert!(matches!(
         bitmap.begin_write(0, 0),
-        Err(Error::ZeroLength { .. })
+        Err(Error::Range(RangeError::ZeroLength { .. }))
     ));
     assert_eq!(space.stats().outside_marks, 2);
     assert_eq!(taken(&space, bytes(0, 32 * PAGE)), NONE);

@@ -39,6 +39,9 @@ pub(crate) enum Refusal {
     /// The library's own refusal.
     #[error(transparent)]
     Space(#[from] dirtymap::Error),
+    /// The library refuses to make a range or a granule.
+    #[error(transparent)]
+    Range(#[from] dirtymap::RangeError),
 }
 
 impl Refusal {
@@ -50,6 +53,7 @@ impl Refusal {
             Refusal::NotTracking | Refusal::Unaligned(_) => 22,
             Refusal::TooLarge => 75,
             Refusal::Space(error) => error.errno(),
+            Refusal::Range(error) => error.errno(),
         }
     }
 }

@@ -9,7 +9,7 @@ use crate::error::Error;
 use crate::harvest::{HarvestRequest, WriteGuard};
 use crate::space::{AddressSpace, AreaHandle};
 use crate::sync::Arc;
-use crate::units::{Access, Granule, Iova, IovaRange};
+use crate::units::{Access, Granule, Iova, IovaRange, RangeError};
 
 /// A dirty bitmap for a region of guest memory, or for all addresses behind an IOMMU: byte `n` of
 /// it is the address `range().start() + n` of a space.
@@ -69,7 +69,7 @@ impl SpaceBitmap {
     /// [`AddressSpace::begin_write`].
     ///
     /// # Errors
-    /// [`Error::ZeroLength`]; [`Error::Outside`] with the first address that lies outside of the
+    /// [`RangeError::ZeroLength`]; [`Error::Outside`] with the first address that lies outside of the
     /// bitmap or in no area, which is counted.
     pub fn begin_write(&self, offset: usize, len: usize) -> Result<WriteGuard<'_>, Error> {
         let at = Some(offset as u64);
@@ -85,9 +85,9 @@ impl SpaceBitmap {
                 self.space.outside_mark(at, bytes);
                 Err(Error::Outside { at })
             }
-            _ => Err(Error::ZeroLength {
+            _ => Err(Error::Range(RangeError::ZeroLength {
                 start: self.address(at).unwrap_or(Iova::MAX),
-            }),
+            })),
         }
     }
 
