@@ -193,8 +193,8 @@ impl IovaRange {
     /// The `len` bytes that begin at `start`. The range may end at 2^64 - 1.
     ///
     /// # Errors
-    /// [`RangeError::ZeroLength`] if `len` is 0, [`RangeError::Wraps`] if the last byte would lie past 2^64 -
-    /// 1.
+    /// [`RangeError::ZeroLength`] if `len` is 0, [`RangeError::Wraps`] if the last byte would lie
+    /// past 2^64 - 1.
     #[inline]
     pub const fn from_len(start: Iova, len: u64) -> Result<Self, RangeError> {
         if len == 0 {
@@ -380,7 +380,8 @@ impl fmt::Display for IovaRange {
 /// # }
 /// ```
 ///
-/// Only `0..=u64::MAX` and its like reach the last address, because a half-open range has no name for its end.
+/// Only `0..=u64::MAX` and its like reach the last address, because a half-open range has no name
+/// for its end.
 pub trait ToIovaRange {
     /// The same addresses as an [`IovaRange`].
     ///
@@ -489,6 +490,20 @@ impl Granule {
     #[inline]
     pub const fn mask(self) -> u64 {
         self.bytes() - 1
+    }
+}
+
+impl TryFrom<u64> for Granule {
+    type Error = RangeError;
+
+    fn try_from(bytes: u64) -> Result<Self, RangeError> {
+        Granule::from_bytes(bytes)
+    }
+}
+
+impl From<Granule> for u64 {
+    fn from(granule: Granule) -> Self {
+        granule.bytes()
     }
 }
 
@@ -628,9 +643,9 @@ mod tests {
         assert_eq!(Granule::from_bytes(1 << 63).unwrap().lg2(), 63);
         assert_eq!(Granule::from_bytes(1).unwrap().bytes(), 1);
         for bad in [0, 3, 12288, u64::MAX] {
-            assert!(
-                matches!(Granule::from_bytes(bad), Err(RangeError::BadGranule { bytes }) if bytes == bad)
-            );
+            let refused = Err(RangeError::BadGranule { bytes: bad });
+            assert_eq!(Granule::from_bytes(bad), refused);
+            assert_eq!(Granule::try_from(bad), refused);
         }
         assert_eq!(Granule::from_lg2(64), None);
         assert_eq!(Granule::M2.to_string(), "2 MiB");
