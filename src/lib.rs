@@ -154,6 +154,7 @@ mod compared;
 mod error;
 mod events;
 mod failure;
+mod ranges;
 mod report;
 mod units;
 mod words;

@@ -241,6 +241,22 @@ impl IovaRange {
         }
     }
 
+    /// Whether the ranges overlap, or follow each other without a gap.
+    #[inline]
+    pub(crate) const fn touches(self, other: IovaRange) -> bool {
+        self.start.0 <= other.last.0.saturating_add(1)
+            && other.start.0 <= self.last.0.saturating_add(1)
+    }
+
+    /// Both ranges as one, if they touch or overlap.
+    #[inline]
+    pub(crate) const fn joined(self, other: IovaRange) -> Option<IovaRange> {
+        match self.touches(other) {
+            true => Some(self.hull(other)),
+            false => None,
+        }
+    }
+
     /// The first address.
     #[inline]
     pub const fn start(self) -> Iova {

@@ -105,7 +105,7 @@ impl<'a> UserBitmap<'a> {
             range: bound,
             granule,
         };
-        view.part(part).unwrap_or(view)
+        view.narrowed(part)
     }
 
     /// A bitmap in a file, mapped one window at a time.
@@ -175,9 +175,9 @@ impl<'a> Bound<'a> {
         self.view
     }
 
-    /// As [`BitmapView::part`].
-    pub(crate) fn part(self, range: IovaRange) -> Self {
-        let view = self.view.part(range).unwrap_or(self.view);
+    /// As [`BitmapView::narrowed`].
+    pub(crate) fn narrowed(self, part: IovaRange) -> Self {
+        let view = self.view.narrowed(part);
         Bound { view, ..self }
     }
 

@@ -135,7 +135,7 @@ impl<'a> DirtyLog<'a> {
         let base = self.range.start().get();
         let start = Iova::new(base + (first << self.granule.lg2()));
         let last = Iova::new(base + (last << self.granule.lg2()) + self.granule.mask());
-        IovaRange::new(start, last).unwrap_or(self.range)
+        IovaRange::ascending(start, last)
     }
 }
 

@@ -60,7 +60,7 @@ impl<I: Iterator<Item = IovaRange>> Iterator for Pieces<I> {
 pub(super) fn cut(run: IovaRange, last: Iova) -> (IovaRange, Option<IovaRange>) {
     let behind = last.checked_add(1);
     let rest = behind.and_then(|start| IovaRange::new(start, run.last()).ok());
-    let piece = IovaRange::new(run.start(), run.last().min(last)).unwrap_or(run);
+    let piece = IovaRange::ascending(run.start(), run.last().min(last));
     (piece, rest)
 }
 
@@ -121,15 +121,15 @@ impl<I: Iterator<Item = IovaRange>> MergedRuns<I> {
         }
     }
 
-    /// Takes the lowest run if it begins at `limit` or below.
-    fn take(&mut self, limit: Iova) -> Option<(Iova, Iova)> {
+    /// Takes the lowest run if `wanted` says so.
+    fn take(&mut self, wanted: impl FnOnce(IovaRange) -> bool) -> Option<IovaRange> {
         let Reverse((start, last, nth)) = *self.heads.peek()?;
-        if start > limit {
-            return None;
-        }
-        self.heads.pop();
-        self.refill(nth);
-        Some((start, last))
+        let run = IovaRange::ascending(start, last);
+        wanted(run).then(|| {
+            self.heads.pop();
+            self.refill(nth);
+            run
+        })
     }
 }
 
@@ -137,13 +137,12 @@ impl<I: Iterator<Item = IovaRange>> Iterator for MergedRuns<I> {
     type Item = IovaRange;
 
     fn next(&mut self) -> Option<IovaRange> {
-        let (start, mut last) = self.take(Iova::MAX)?;
-        // What touches the run belongs to it. Above the last address there is nothing left to
-        // touch.
-        while let Some((_, other)) = self.take(last.checked_add(1).unwrap_or(last)) {
-            last = last.max(other);
+        let mut run = self.take(|_| true)?;
+        // What touches the run belongs to it.
+        while let Some(next) = self.take(|next| next.touches(run)) {
+            run = run.hull(next);
         }
-        IovaRange::new(start, last).ok()
+        Some(run)
     }
 }
 

@@ -87,8 +87,7 @@ impl RunTable {
 
 /// Whether `next` begins above the end of `run`, with at least a byte in between.
 fn apart(run: IovaRange, next: IovaRange) -> bool {
-    let behind = run.last().checked_add(1);
-    behind.is_some_and(|behind| next.start() > behind)
+    run.last() < next.start() && !run.touches(next)
 }
 
 impl FromIterator<IovaRange> for RunTable {

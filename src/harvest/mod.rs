@@ -199,7 +199,7 @@ impl AddressSpace {
         {
             return Err(Error::Hole { at, range });
         }
-        Ok((bound.part(asked), covered))
+        Ok((bound.narrowed(asked), covered))
     }
 }
 

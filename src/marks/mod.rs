@@ -230,11 +230,8 @@ impl Marks {
     fn add_runs(&self, start: Iova, mask: u64, runs: &mut Vec<IovaRange>) {
         for (first, last) in word_runs(mask) {
             let page = |n: u32| Iova::new(start.get() + (u64::from(n) << self.page.lg2()));
-            // Never an error: a run ascends.
-            runs.extend(IovaRange::new(
-                page(first),
-                page(last).granule_last(self.page),
-            ));
+            let last = page(last).granule_last(self.page);
+            runs.push(IovaRange::ascending(page(first), last));
         }
     }
 
