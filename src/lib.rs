@@ -19,10 +19,10 @@
 //! | let the space choose addresses | [`AddressSpace::map_anywhere`] | |
 //! | connect somebody else's log | [`PulledLog`], [`SharedLog`] | |
 //! | connect my own IOMMU, and test that | [`DirtySource`], [`source_kit`] | |
-//! | read words or bytes that a peer logged | [`DirtyLog`] | [`exchange`] |
-//! | get ranges, tables, pieces | [`RunsExt`], [`RunTable`] | [`exchange`] |
-//! | keep a bitmap in a file | `FileBitmap`, `BitmapFile` | [`exchange`] |
-//! | keep what is dirty over a restart | `BitmapFile::save_space`, `restore_space` | [`exchange`] |
+//! | read words or bytes that a peer logged | [`DirtyLog`] | [`formats`] |
+//! | get ranges, tables, pieces | [`RunsExt`], [`RunTable`] | [`formats`] |
+//! | keep a bitmap in a file | `FileBitmap`, `BitmapFile` | [`formats`] |
+//! | keep what is dirty over a restart | `BitmapFile::save_space`, `restore_space` | [`formats`] |
 //! | track guest memory of rust-vmm | `vm_memory::SpaceBitmap` | [`vm_memory`] |
 //! | track a KVM guest | `kvm::KvmLog` | [`kvm`] |
 //! | share a log with vhost-user | `vhost::VhostLog`, `vhost::LogBitmap` | [`vhost`] |
@@ -31,9 +31,17 @@
 //! | count what happened | [`AddressSpace::stats`], [`AddressSpace::faults`] | |
 //! | decide when to flush | [`FlushPolicy`] | |
 //!
+//! The root of the crate has what most programs name. The rest is in modules: [`bitmap`] (views,
+//! runs, sinks), [`source`] (all that a source of your own names), [`exchange`] (logs, runs, tables),
+//! [`space`] (snapshots, counts, faults), [`harvest`] (leases and their reports), [`flush`] (what is
+//! owed).
+//!
 //! [`apply`]: AddressSpace::apply
 //! [`monitors`]: crate::guide::monitors
-//! [`exchange`]: crate::guide::exchange
+//! [`formats`]: crate::guide::exchange
+//! [`DirtyLog`]: exchange::DirtyLog
+//! [`RunsExt`]: exchange::RunsExt
+//! [`RunTable`]: exchange::RunTable
 //! [`vm_memory`]: crate::guide::vm_memory
 //! [`kvm`]: crate::guide::kvm
 //! [`vhost`]: crate::guide::vhost
@@ -159,16 +167,17 @@ mod report;
 mod units;
 mod words;
 
-mod area;
-mod bitmap;
+#[doc(hidden)]
+pub mod area;
+pub mod bitmap;
 mod chunkmap;
-mod flush;
+pub mod flush;
 
-mod exchange;
-mod harvest;
+pub mod exchange;
+pub mod harvest;
 mod marks;
-mod source;
-mod space;
+pub mod source;
+pub mod space;
 
 mod adapters;
 #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
@@ -178,51 +187,41 @@ pub mod source_kit;
 #[doc(hidden)]
 pub mod sync;
 
-#[doc(hidden)]
-pub use area::AreaMap;
-
+// What the first screens of the README and of the guide use. Everything else is in the modules that
+// say what it is for.
 pub use error::Error;
 pub use units::{Access, DomainId, Granule, Iova, IovaRange, RangeError, ToIovaRange};
 
-pub use space::{
-    AddressSpace, AreaHandle, Change, Fault, FaultSource, Faults, SpaceRanges, SpaceSnapshot,
-    SpaceStats,
-};
+#[doc(inline)]
+pub use space::{AddressSpace, AreaHandle, Change};
 
 #[cfg(not(dirtymap_loom))]
+#[doc(inline)]
 pub use source::PulledLog;
-pub use source::{DirtySource, LeafSink, Mapping, SharedLog, Stopped, ToClear, Tracking};
+#[doc(inline)]
+pub use source::{DirtySource, Mapping, SharedLog, Tracking};
 
-pub use marks::MarkOrdering;
-
+#[doc(inline)]
 pub use harvest::{HarvestRequest, Holes, Lease, Owed, Rounds, Scope, Synced, WriteGuard};
-pub use report::{Aborted, HarvestReport, Unmapped};
+
+#[doc(inline)]
+pub use bitmap::{BitmapView, SparseBitmap, UserBitmap};
+
+#[doc(inline)]
+pub use flush::FlushPolicy;
 
 #[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]
 pub use adapters::kvm;
 #[cfg(all(feature = "pagemap", target_os = "linux", not(dirtymap_loom)))]
 pub use adapters::pagemap;
-
-#[cfg(all(feature = "mmap", not(dirtymap_loom)))]
-pub use bitmap::FileBitmap;
-pub use bitmap::{
-    BitmapView, Bits, CHUNK_BITS, Runs, Sink, SparseBitmap, UserBitmap, WINDOW_BITS, Words,
-};
-
-#[cfg(all(feature = "bitmap-file", not(dirtymap_loom)))]
-pub use exchange::{BitmapFile, BitmapFileError, Restored, Truncate};
-pub use exchange::{DirtyLog, LogRuns, MergedRuns, Pieces, RunTable, RunsExt, merge_runs};
-#[cfg(all(feature = "roaring", not(dirtymap_loom)))]
-pub use exchange::{read_roaring, read_treemap};
-
-pub use flush::{
-    FlushCost, FlushGather, FlushPolicy, FlushQueue, FlushStats, Invalidated, Leaves, Ticket,
-};
-
 #[cfg(all(feature = "vhost", target_os = "linux", not(dirtymap_loom)))]
 pub use adapters::vhost;
 #[cfg(all(feature = "vm-memory", not(dirtymap_loom)))]
 pub use adapters::vm_memory;
+#[cfg(all(feature = "bitmap-file", not(dirtymap_loom)))]
+pub use exchange::{BitmapFile, BitmapFileError, Restored, Truncate};
+#[cfg(all(feature = "roaring", not(dirtymap_loom)))]
+pub use exchange::{read_roaring, read_treemap};
 
 /// The examples of the README are tests.
 #[cfg(doctest)]

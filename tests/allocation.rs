@@ -8,10 +8,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak, mpsc};
 
 use common::{Fake, PAGE, pages};
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Holes,
-    Invalidated, Iova, IovaRange, LeafSink, Mapping, RangeError, Sink, Stopped, Tracking,
-    UserBitmap,
+    Access, AddressSpace, DirtySource, Error, Granule, HarvestRequest, Holes, Iova, IovaRange,
+    Mapping, RangeError, Tracking, UserBitmap,
 };
 
 const M2: u64 = 2 << 20;

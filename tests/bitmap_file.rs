@@ -7,10 +7,11 @@ mod common_file;
 
 use common::{Fake, PAGE, pages};
 use common_file::scratch;
+use dirtymap::bitmap::FileBitmap;
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FileBitmap, FlushGather, Granule, HarvestRequest,
-    Holes, Invalidated, Iova, IovaRange, LeafSink, Mapping, Scope, Sink, Stopped, Tracking,
-    UserBitmap,
+    Access, AddressSpace, DirtySource, Error, Granule, HarvestRequest, Holes, Iova, IovaRange,
+    Mapping, Scope, Tracking, UserBitmap,
 };
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};

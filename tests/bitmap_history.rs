@@ -2,9 +2,8 @@
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
-use dirtymap::{
-    CHUNK_BITS, Error, Granule, Iova, IovaRange, RangeError, SparseBitmap, UserBitmap, WINDOW_BITS,
-};
+use dirtymap::bitmap::{CHUNK_BITS, WINDOW_BITS};
+use dirtymap::{Error, Granule, Iova, IovaRange, RangeError, SparseBitmap, UserBitmap};
 
 fn range(start: u64, len: u64) -> IovaRange {
     IovaRange::from_len(Iova::new(start), len).unwrap()

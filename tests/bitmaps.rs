@@ -110,7 +110,7 @@ fn with_form(form: Form, bytes: &[u8], f: impl FnOnce(UserBitmap<'_>)) -> Vec<u8
             let file = common_file::scratch(0);
             let from = offset - GUARD as u64;
             file.write_all_at(&padded, from).unwrap();
-            let bitmap = dirtymap::FileBitmap::new(file, offset, bytes.len() as u64);
+            let bitmap = dirtymap::bitmap::FileBitmap::new(file, offset, bytes.len() as u64);
             let bitmap = bitmap.with_window(1 << 16).unwrap();
             f(UserBitmap::file(&bitmap));
             assert!(bitmap.most_mapped() <= 1 << 16);

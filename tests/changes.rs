@@ -5,9 +5,10 @@
 mod common;
 
 use common::{Fake, PAGE, pages, two_sources};
+use dirtymap::space::{Fault, FaultSource, Faults};
 use dirtymap::{
-    Access, AddressSpace, BitmapView, Change, Error, Fault, FaultSource, Faults, Granule,
-    HarvestRequest, Iova, IovaRange, SparseBitmap, UserBitmap,
+    Access, AddressSpace, BitmapView, Change, Error, Granule, HarvestRequest, Iova, IovaRange,
+    SparseBitmap, UserBitmap,
 };
 use std::sync::{Arc, Mutex};
 
@@ -353,7 +354,7 @@ fn a_snapshot_stays_as_it_was() {
     let snapshot = space.snapshot();
     space.map(pages(20, 1), 0, Access::Read).unwrap();
     let late = space.attach(Arc::new(Fake::default())).unwrap();
-    let all = |snapshot: &dirtymap::SpaceSnapshot<'_>| {
+    let all = |snapshot: &dirtymap::space::SpaceSnapshot<'_>| {
         let ranges = snapshot.mappings(IovaRange::ALL).map(|m| m.range);
         ranges.collect::<Vec<_>>()
     };

@@ -9,9 +9,8 @@
 mod common;
 
 use common::{Fake, pages};
-use dirtymap::{
-    Access, AddressSpace, Error, FileBitmap, Granule, HarvestRequest, Lease, Owed, UserBitmap,
-};
+use dirtymap::bitmap::FileBitmap;
+use dirtymap::{Access, AddressSpace, Error, Granule, HarvestRequest, Lease, Owed, UserBitmap};
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io::{self, Write};

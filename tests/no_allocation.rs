@@ -10,9 +10,10 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 use common::pages;
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Invalidated,
-    Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking, UserBitmap,
+    Access, AddressSpace, DirtySource, Error, Granule, HarvestRequest, Iova, IovaRange, Mapping,
+    Tracking, UserBitmap,
 };
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 

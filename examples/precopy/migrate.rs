@@ -4,7 +4,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use dirtymap::{HarvestRequest, Holes, IovaRange, SpaceStats, UserBitmap};
+use dirtymap::space::SpaceStats;
+use dirtymap::{HarvestRequest, Holes, IovaRange, UserBitmap};
 use pagetable_sim::{Format, PhysMemory};
 
 use crate::Failure;
@@ -265,9 +266,9 @@ fn decide(rounds: &[RoundRecord], small: u64, max_rounds: u32) -> Decision {
 }
 
 /// What the invalidations between two readings did.
-fn invalidated_since(before: &SpaceStats, after: &SpaceStats) -> dirtymap::Invalidated {
+fn invalidated_since(before: &SpaceStats, after: &SpaceStats) -> dirtymap::flush::Invalidated {
     let (before, after) = (before.flush.invalidated, after.flush.invalidated);
-    dirtymap::Invalidated {
+    dirtymap::flush::Invalidated {
         commands: after.commands - before.commands,
         bytes: after.bytes - before.bytes,
         dropped: after.dropped - before.dropped,

@@ -3,10 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use dirtymap::{
-    DirtySource, Error, FlushGather, Granule, Invalidated, IovaRange, LeafSink, Mapping, Sink,
-    Stopped, Tracking, UserBitmap,
-};
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
+use dirtymap::{DirtySource, Error, Granule, IovaRange, Mapping, Tracking, UserBitmap};
 use pagetable_sim::{Breakage, Domain, Format};
 
 use crate::cli::Sabotage;

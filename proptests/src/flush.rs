@@ -5,10 +5,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use dirtymap::{
-    Error, FlushCost, FlushGather, FlushPolicy, FlushQueue, Granule, Invalidated, Iova, IovaRange,
-    RangeError, Ticket,
-};
+use dirtymap::flush::{FlushCost, FlushGather, FlushQueue, Invalidated, Ticket};
+use dirtymap::{Error, FlushPolicy, Granule, Iova, IovaRange, RangeError};
 
 /// What a naive queue would hold: each gather by itself.
 #[derive(Default)]

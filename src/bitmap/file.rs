@@ -26,7 +26,7 @@ const ALIGN: u64 = 64 << 10;
 /// at again before each window: if it has shrunk, recording fails by [`Error::BitmapShrank`], the
 /// dirty state stays where it is, and the harvest stops there. For readers, a window that cannot be
 /// read counts as **dirty throughout**: a superset, so that nothing is lost by an abort or by a
-/// copy that does not look at [`Runs::error`](crate::Runs::error).
+/// copy that does not look at [`Runs::error`](crate::bitmap::Runs::error).
 ///
 /// One race is left: a file that is cut while a harvest has its window mapped raises `SIGBUS` at
 /// the next access, as with every mapped file. Where the other side is not trusted, seal the file

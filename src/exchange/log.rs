@@ -14,7 +14,7 @@ use crate::words::word_mask;
 ///
 /// What it says goes into a bitmap by [`or_into`](Self::or_into), into an address space by marking
 /// its [`runs`](Self::runs), and together with others into one list by
-/// [`merge_runs`](crate::merge_runs).
+/// [`merge_runs`](crate::exchange::merge_runs).
 #[derive(Clone, Copy, Debug)]
 pub struct DirtyLog<'a> {
     form: Form<'a>,

@@ -6,8 +6,8 @@ use std::collections::BinaryHeap;
 
 use crate::units::{Granule, Iova, IovaRange};
 
-/// What every iterator of runs can do: [`Runs`](crate::Runs) of a lease or a view,
-/// [`LogRuns`](crate::LogRuns), [`MergedRuns`], or one of the caller's own.
+/// What every iterator of runs can do: [`Runs`](crate::bitmap::Runs) of a lease or a view,
+/// [`LogRuns`](crate::exchange::LogRuns), [`MergedRuns`], or one of the caller's own.
 pub trait RunsExt: Iterator<Item = IovaRange> + Sized {
     /// The runs as `(start, len)` in bytes. A run of more than 2^63 bytes comes in several, since
     /// its length may not fit.
@@ -72,7 +72,8 @@ pub(super) fn cut(run: IovaRange, last: Iova) -> (IovaRange, Option<IovaRange>) 
 /// IovaRange>`.
 ///
 /// ```
-/// use dirtymap::{DirtyLog, Granule, Iova, IovaRange, RunsExt, merge_runs};
+/// use dirtymap::exchange::{DirtyLog, RunsExt, merge_runs};
+/// use dirtymap::{Granule, Iova, IovaRange};
 ///
 /// # fn main() -> Result<(), dirtymap::Error> {
 /// let slot = IovaRange::from_len(Iova::new(0x10_0000), 64 << 12)?;
@@ -89,7 +90,7 @@ pub(super) fn cut(run: IovaRange, last: Iova) -> (IovaRange, Option<IovaRange>) 
 /// ```
 ///
 /// Allocates room for one run of each source. For logs that are dense and broken up, ORing them
-/// into one bitmap ([`DirtyLog::or_into`](crate::DirtyLog::or_into),
+/// into one bitmap ([`DirtyLog::or_into`](crate::exchange::DirtyLog::or_into),
 /// [`BitmapView::or_into`](crate::BitmapView::or_into)) and reading its runs is faster.
 pub fn merge_runs<I>(sources: impl IntoIterator<Item = I>) -> MergedRuns<I>
 where

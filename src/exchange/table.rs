@@ -11,7 +11,8 @@ use crate::units::{Granule, IovaRange};
 /// one in which no page comes twice:
 ///
 /// ```
-/// use dirtymap::{Iova, IovaRange, RunTable};
+/// use dirtymap::exchange::RunTable;
+/// use dirtymap::{Iova, IovaRange};
 ///
 /// # fn main() -> Result<(), dirtymap::Error> {
 /// let disk = [IovaRange::from_len(Iova::new(0x3000), 0x2000)?];

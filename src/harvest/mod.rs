@@ -59,6 +59,7 @@ mod rounds;
 mod walk;
 mod write_guard;
 
+pub use crate::report::{Aborted, HarvestReport};
 pub use lease::{Lease, Owed, Synced};
 pub use request::{HarvestRequest, Holes, Scope};
 pub use rounds::Rounds;

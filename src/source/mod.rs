@@ -15,7 +15,9 @@ mod shared;
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod loom_tests;
 
+pub use crate::bitmap::Sink;
 pub use crate::error::Stopped;
+pub use crate::flush::{FlushCost, FlushGather, Invalidated, Leaves};
 #[cfg(all(test, not(dirtymap_loom), any(feature = "kvm", feature = "vhost")))]
 pub(crate) use crate::marks::InFlight;
 pub(crate) use leaf_sink::Rests;
@@ -24,9 +26,7 @@ pub use leaf_sink::{LeafSink, ToClear};
 pub use pulled::PulledLog;
 pub use shared::SharedLog;
 
-use crate::bitmap::Sink;
 use crate::error::Error;
-use crate::flush::{FlushCost, FlushGather, Invalidated};
 use crate::sync::Arc;
 use crate::units::{Access, Granule, Iova, IovaRange};
 

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use dirtymap::{AddressSpace, DirtyLog, Error, Granule, IovaRange, RunTable, RunsExt, merge_runs};
+use dirtymap::exchange::{DirtyLog, RunTable, RunsExt, merge_runs};
+use dirtymap::{AddressSpace, Error, Granule, IovaRange};
 
 use crate::logs::Log;
 use crate::{PAGE, RW, pages, range, take};

@@ -1,6 +1,7 @@
 //! What is deserialized obeys the rules of what is made.
 
-use dirtymap::{Granule, Iova, IovaRange, RunTable};
+use dirtymap::exchange::RunTable;
+use dirtymap::{Granule, Iova, IovaRange};
 use serde_json::{from_str, from_value, json, to_value};
 
 use crate::range;

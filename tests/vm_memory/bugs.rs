@@ -1,10 +1,11 @@
 //! Losses that hypervisors had with bitmaps of their own, each as a test.
 
 use super::{NONE, PAGE, bytes, harvest, machine, taken};
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::vm_memory::SpaceBitmap;
 use dirtymap::{
-    AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Holes, Invalidated,
-    Iova, IovaRange, LeafSink, Mapping, RangeError, Sink, Stopped, Tracking, UserBitmap,
+    AddressSpace, DirtySource, Error, Granule, HarvestRequest, Holes, Iova, IovaRange, Mapping,
+    RangeError, Tracking, UserBitmap,
 };
 use std::sync::Arc;
 use vm_memory::bitmap::{Bitmap, NewBitmap};

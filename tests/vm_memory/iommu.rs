@@ -1,8 +1,9 @@
 //! `IommuMemory`: writes by IOVA, in areas that are sparse in 2^64 bytes.
 
 use super::{PAGE, bytes, machine, taken};
+use dirtymap::space::FaultSource;
 use dirtymap::vm_memory::SpaceBitmap;
-use dirtymap::{Access, AddressSpace, FaultSource, Granule, IovaRange};
+use dirtymap::{Access, AddressSpace, Granule, IovaRange};
 use std::sync::{Arc, RwLock, RwLockReadGuard};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, NewBitmap};
 use vm_memory::iommu::{Error, IotlbIterator};

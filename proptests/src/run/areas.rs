@@ -1,6 +1,7 @@
 //! Map, unmap, and what they do to the copy.
 
-use dirtymap::{Error, Granule, Iova, IovaRange, Unmapped, UserBitmap};
+use dirtymap::space::Unmapped;
+use dirtymap::{Error, Granule, Iova, IovaRange, UserBitmap};
 
 use super::{Checked, Runner, same_answer};
 use crate::bits::{Buffer, check_bits, words_for};

@@ -16,7 +16,7 @@ use crate::units::{Access, Granule, Iova, IovaRange, RangeError};
 ///
 /// Marks are those of [`AddressSpace::mark`]: lock-free, without waiting, to be made after the
 /// write, as vm-memory does. What lies outside of the range, or in no area, is counted in
-/// [`SpaceStats::outside_marks`](crate::SpaceStats::outside_marks). Clones mark the same pages.
+/// [`SpaceStats::outside_marks`](crate::space::SpaceStats::outside_marks). Clones mark the same pages.
 ///
 /// `with_len` and `default` make a space of their own: with tracking on and one area from address 0
 /// on, in pages of the host's size; and without any area, so that every mark is counted as outside.
