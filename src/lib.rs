@@ -32,9 +32,9 @@
 //! | decide when to flush | [`FlushPolicy`] | |
 //!
 //! The root of the crate has what most programs name. The rest is in modules: [`bitmap`] (views,
-//! runs, sinks), [`source`] (all that a source of your own names), [`exchange`] (logs, runs, tables),
-//! [`space`] (snapshots, counts, faults), [`harvest`] (leases and their reports), [`flush`] (what is
-//! owed).
+//! runs, sinks), [`source`] (all that a source of your own names), [`exchange`] (logs, runs,
+//! tables), [`space`] (snapshots, counts, faults), [`harvest`] (leases and their reports),
+//! [`flush`] (what is owed).
 //!
 //! [`apply`]: AddressSpace::apply
 //! [`monitors`]: crate::guide::monitors
