@@ -19,6 +19,7 @@ const TOP: u64 = u64::MAX - (PAGE - 1);
 fn name(error: &Error) -> (String, i32) {
     let debug = match error {
         Error::Range(error) => format!("{error:?}"),
+        Error::Bitmap(error) => format!("Bitmap{error:?}"),
         error => format!("{error:?}"),
     };
     let end = debug.find([' ', '(']).unwrap_or(debug.len());

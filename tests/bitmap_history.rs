@@ -2,8 +2,8 @@
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
-use dirtymap::bitmap::{CHUNK_BITS, WINDOW_BITS};
-use dirtymap::{Error, Granule, Iova, IovaRange, RangeError, SparseBitmap, UserBitmap};
+use dirtymap::bitmap::{BitmapError, CHUNK_BITS, WINDOW_BITS};
+use dirtymap::{Granule, Iova, IovaRange, RangeError, SparseBitmap, UserBitmap};
 
 fn range(start: u64, len: u64) -> IovaRange {
     IovaRange::from_len(Iova::new(start), len).unwrap()
@@ -138,7 +138,7 @@ fn bug_22_a_bitmap_of_less_than_a_byte() {
     let none = UserBitmap::bytes(&mut []).view(request, Granule::K4);
     assert!(matches!(
         none,
-        Err(Error::BitmapTooShort {
+        Err(BitmapError::TooShort {
             bits: 0,
             needed: 4,
             ..

@@ -2,8 +2,9 @@
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
+use dirtymap::bitmap::BitmapError;
 use dirtymap::sync::{AtomicU64, Ordering};
-use dirtymap::{BitmapView, Error, Granule, Iova, IovaRange, SparseBitmap, UserBitmap};
+use dirtymap::{BitmapView, Granule, Iova, IovaRange, SparseBitmap, UserBitmap};
 
 #[cfg(feature = "mmap")]
 mod common_file;
@@ -329,7 +330,7 @@ fn requests_from_one_bit_to_half_of_all_addresses() {
         UserBitmap::sparse(&most).view(IovaRange::ALL, Granule::from_bytes(1).unwrap());
     assert!(matches!(
         everything,
-        Err(Error::BitmapTooShort { bits, needed, .. }) if bits == 1 << 63 && needed == 1 << 64
+        Err(BitmapError::TooShort { bits, needed, .. }) if bits == 1 << 63 && needed == 1 << 64
     ));
 }
 

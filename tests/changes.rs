@@ -5,6 +5,7 @@
 mod common;
 
 use common::{Fake, PAGE, pages, two_sources};
+use dirtymap::bitmap::BitmapError;
 use dirtymap::space::{Fault, FaultSource, Faults};
 use dirtymap::{
     Access, AddressSpace, BitmapView, Change, Error, Granule, HarvestRequest, Iova, IovaRange,
@@ -90,7 +91,7 @@ fn an_unmap_with_a_bad_bitmap_touches_nothing() {
     ));
     assert!(matches!(
         unmap(pages(0, 16), byte, &mut words),
-        Error::BitmapTooShort { .. }
+        Error::Bitmap(BitmapError::TooShort { .. })
     ));
     assert!(matches!(
         unmap(pages(0, 8), Granule::K4, &mut words),

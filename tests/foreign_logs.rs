@@ -8,6 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use dirtymap::bitmap::BitmapError;
 use dirtymap::{
     Access, AddressSpace, Error, Granule, HarvestRequest, IovaRange, PulledLog, RangeError,
     SharedLog, ToIovaRange, UserBitmap,
@@ -211,10 +212,10 @@ fn logs_that_do_not_fit_are_refused() {
     let short = SharedLog::new(0..65 * 4096, Granule::K4, vec![AtomicU64::new(0)]).err();
     assert!(matches!(
         short,
-        Some(Error::BitmapTooShort {
+        Some(Error::Bitmap(BitmapError::TooShort {
             bits: 64,
             needed: 65,
             ..
-        })
+        }))
     ));
 }

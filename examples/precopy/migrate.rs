@@ -128,7 +128,8 @@ impl<'a, F: Format> Migration<'a, F> {
             // The lease would not hand out its ranges yet; the bitmap itself can't refuse.
             let clock = Instant::now();
             let bitmap = UserBitmap::shared(&self.bitmap);
-            bytes = self.copy(bitmap.view(self.machine.range, PAGE)?.runs())?;
+            let view = bitmap.view(self.machine.range, PAGE);
+            bytes = self.copy(view.map_err(dirtymap::Error::from)?.runs())?;
             copy = clock.elapsed();
         }
 

@@ -48,7 +48,7 @@ impl<F: Format> DirtySource for Forgetful<F> {
                 let mut nowhere = [0u64; 512];
                 let view = UserBitmap::new(&mut nowhere)
                     .view(piece, Granule::K4)
-                    .map_err(stopped)?;
+                    .map_err(|error| stopped(error.into()))?;
                 let (mut sink, mut gather) = (view.sink(), FlushGather::new());
                 self.inner
                     .read_and_clear(piece, &mut LeafSink::new(&mut sink, &mut gather))?;

@@ -1,5 +1,6 @@
 //! Addresses, ranges, granules and the checks of requests at the edges of 64 bits, against arithmetic in 128.
 
+use dirtymap::bitmap::BitmapError;
 use dirtymap::{Error, Granule, Iova, IovaRange, RangeError, SparseBitmap, UserBitmap};
 
 /// A number that is often near a power of two, or near an end.
@@ -153,8 +154,8 @@ fn request(range: IovaRange, granule: Granule, bits: u64) -> Result<(), String> 
             }
             same("the bits", view.count(), needed.min(2) as u64)
         }
-        Err(Error::Unaligned { .. }) => same("a request that is unaligned", aligned, false),
-        Err(Error::BitmapTooShort { needed: said, .. }) => {
+        Err(BitmapError::Unaligned { .. }) => same("a request that is unaligned", aligned, false),
+        Err(BitmapError::TooShort { needed: said, .. }) => {
             same("the bits that are needed", said, needed)?;
             same("a bitmap that is too short", aligned && needed > bits, true)
         }

@@ -8,7 +8,7 @@ use std::io::{self, Read};
 use roaring::{RoaringBitmap, RoaringTreemap};
 
 use crate::bitmap::BitmapView;
-use crate::error::Error;
+use crate::error::{BitmapError, Error};
 
 /// Bytes of the largest container of a portable set with 2^16 values, with what its header says of
 /// it: every second value is a run of its own.
@@ -19,14 +19,14 @@ impl BitmapView<'_> {
     /// The numbers of the set bits.
     ///
     /// # Errors
-    /// [`Error::NoSuchBit`] if the view has more than 2^32 bits, which is what such a set has room
-    /// for: see [`to_treemap`](Self::to_treemap). [`Error::BitmapShrank`] or
-    /// [`Error::BitmapWindow`] if a window of a file cannot be mapped.
+    /// [`BitmapError::NoSuchBit`] if the view has more than 2^32 bits, which is what such a set has room
+    /// for: see [`to_treemap`](Self::to_treemap). [`BitmapError::Shrank`] or
+    /// [`BitmapError::Window`] if a window of a file cannot be mapped.
     pub fn to_roaring(&self) -> Result<RoaringBitmap, Error> {
         let bit = self.last_bit();
         let last = u64::from(u32::MAX);
         if bit > last {
-            return Err(Error::NoSuchBit { bit, last });
+            return Err(Error::Bitmap(BitmapError::NoSuchBit { bit, last }));
         }
         let mut set = RoaringBitmap::new();
         self.each_run(|first, last| {
@@ -39,7 +39,7 @@ impl BitmapView<'_> {
     /// The numbers of the set bits of a view of any size.
     ///
     /// # Errors
-    /// [`Error::BitmapShrank`] or [`Error::BitmapWindow`] if a window of a file cannot be mapped.
+    /// [`BitmapError::Shrank`] or [`BitmapError::Window`] if a window of a file cannot be mapped.
     pub fn to_treemap(&self) -> Result<RoaringTreemap, Error> {
         let mut set = RoaringTreemap::new();
         self.each_run(|first, last| {
@@ -51,8 +51,8 @@ impl BitmapView<'_> {
     /// Sets the bits whose numbers are in `set`, and returns how many were clear.
     ///
     /// # Errors
-    /// [`Error::NoSuchBit`] if the view does not have all of them; then nothing is touched.
-    /// [`Error::BitmapShrank`] or [`Error::BitmapWindow`] if a window of a file cannot be mapped;
+    /// [`BitmapError::NoSuchBit`] if the view does not have all of them; then nothing is touched.
+    /// [`BitmapError::Shrank`] or [`BitmapError::Window`] if a window of a file cannot be mapped;
     /// what was set before stays.
     pub fn or_roaring(&self, set: &RoaringBitmap) -> Result<u64, Error> {
         self.has(set.max().map(u64::from))?;
@@ -85,7 +85,7 @@ impl BitmapView<'_> {
     fn has(&self, highest: Option<u64>) -> Result<(), Error> {
         let last = self.last_bit();
         match highest {
-            Some(bit) if bit > last => Err(Error::NoSuchBit { bit, last }),
+            Some(bit) if bit > last => Err(Error::Bitmap(BitmapError::NoSuchBit { bit, last })),
             _ => Ok(()),
         }
     }

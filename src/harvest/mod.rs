@@ -106,7 +106,7 @@ impl AddressSpace {
     ///
     /// # Errors
     /// Nothing was touched then. In this order: [`Error::Unaligned`] (to the smallest
-    /// page, then to the granule), [`Error::BitmapTooShort`], [`Error::NotAttached`], [`Error::NeverTracked`],
+    /// page, then to the granule), [`BitmapError::TooShort`](crate::bitmap::BitmapError::TooShort), [`Error::NotAttached`], [`Error::NeverTracked`],
     /// [`Error::BadCursor`] if it is to [resume](HarvestRequest::resume_at) outside of its range, or not
     /// at a multiple of the granule and of [`alignment`](Self::alignment) (a domain that was attached
     /// since can raise it; then go on at the next lower multiple), and [`Error::Hole`] if it

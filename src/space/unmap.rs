@@ -147,9 +147,9 @@ impl AddressSpace {
     /// ```
     ///
     /// # Errors
-    /// In this order: [`Error::Unaligned`] (to `granule`), [`Error::BitmapTooShort`], then those of
-    /// [`unmap_discarding`](Self::unmap_discarding), then [`Error::BitmapShrank`],
-    /// [`Error::BitmapWindow`] or [`Error::BitmapNoSpace`] if a file cannot take the dirty bits.
+    /// In this order: [`Error::Unaligned`] (to `granule`), [`BitmapError::TooShort`](crate::bitmap::BitmapError::TooShort), then those of
+    /// [`unmap_discarding`](Self::unmap_discarding), then [`BitmapError::Shrank`](crate::bitmap::BitmapError::Shrank),
+    /// [`BitmapError::Window`](crate::bitmap::BitmapError::Window) or [`BitmapError::NoSpace`](crate::bitmap::BitmapError::NoSpace) if a file cannot take the dirty bits.
     /// Then everything is as before, except that translations have ended, as after a flush that
     /// failed.
     #[doc(alias = "IOMMU_IOAS_UNMAP")]

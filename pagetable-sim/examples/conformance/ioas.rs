@@ -184,10 +184,13 @@ impl Ioas {
         let granule = Granule::from_bytes(get.page_size)?;
         let done = self.harvest(hwpt.id, range, granule, clear, UserBitmap::bytes(bitmap));
         done.map_err(|error| {
-            use dirtymap::Error::{BitmapTooShort, NeverTracked};
+            use dirtymap::Error::{Bitmap, NeverTracked};
+            use dirtymap::bitmap::BitmapError::TooShort;
             match error {
                 // A domain that cannot track is refused last, when the range is fine.
-                NeverTracked { .. } | BitmapTooShort { .. } if !hwpt.tracks => Refusal::CannotTrack,
+                NeverTracked { .. } | Bitmap(TooShort { .. }) if !hwpt.tracks => {
+                    Refusal::CannotTrack
+                }
                 error => error.into(),
             }
         })
@@ -242,7 +245,8 @@ impl Ioas {
                 Ok(view) => view,
                 // The space gives no answer, but keeps nothing either.
                 Err(dirtymap::Error::NeverTracked { .. }) => {
-                    let view = UserBitmap::new(&mut words).view(range, granule)?;
+                    let view = UserBitmap::new(&mut words).view(range, granule);
+                    let view = view.map_err(dirtymap::Error::from)?;
                     let peeked = hwpt.source.peek(range, &mut view.sink());
                     peeked.map_err(|stopped| stopped.error)?;
                     view

@@ -268,8 +268,9 @@ impl Player<'_> {
 
     /// A read that we refuse is one that the kernel refuses as well, or one of the exceptions.
     fn stricter(&self, hwpt: &Hwpt, get: &Get, buffer: &Image, refusal: Refusal) -> Verdict {
-        use dirtymap::Error::{BitmapTooShort, NeverTracked};
+        use dirtymap::Error::{Bitmap, NeverTracked};
         use dirtymap::RangeError::BadGranule;
+        use dirtymap::bitmap::BitmapError::TooShort;
         if self.op.errno != 0 && refusal.errno() == self.op.errno {
             return Ok(None);
         }
@@ -282,7 +283,7 @@ impl Player<'_> {
             Refusal::Space(NeverTracked { .. }) if accepted && !hwpt.ever_tracked.get() => {
                 Ok(Some(NEVER_TRACKED))
             }
-            Refusal::Space(BitmapTooShort { .. })
+            Refusal::Space(Bitmap(TooShort { .. }))
                 if accepted && u128::from(needed) > buffer.bits() =>
             {
                 Ok(Some(SHORT_BITMAP))

@@ -29,7 +29,7 @@ use place::{Draft, begin};
 pub use restart::Restored;
 
 use crate::bitmap::BitmapView;
-use crate::error::Error;
+use crate::error::{BitmapError, Error};
 use crate::units::{Granule, Iova, IovaRange};
 
 const MAGIC: [u8; 8] = *b"dirtymap";
@@ -126,6 +126,12 @@ pub enum BitmapFileError {
     /// The bitmap in memory could not be read or recorded into.
     #[error("{0}")]
     Bitmap(#[from] Error),
+}
+
+impl From<BitmapError> for BitmapFileError {
+    fn from(error: BitmapError) -> Self {
+        BitmapFileError::Bitmap(error.into())
+    }
 }
 
 impl BitmapFile {
