@@ -2,7 +2,8 @@
 
 use std::io::Cursor;
 
-use dirtymap::{BitmapFile, BitmapFileError, SparseBitmap, UserBitmap};
+use dirtymap::{SparseBitmap, UserBitmap};
+use dirtymap_formats::{BitmapFile, BitmapFileError};
 
 /// Bytes of a header, and where in it the checksums are.
 const HEADER: usize = 64;
@@ -66,6 +67,7 @@ mod tests {
 
     use dirtymap::exchange::{DirtyLog, RunTable, RunsExt, merge_runs};
     use dirtymap::{BitmapView, Granule, Iova, IovaRange};
+    use dirtymap_formats::roaring::RoaringExt;
     use proptest::collection::vec;
     use proptest::prelude::*;
 

@@ -1,7 +1,7 @@
 //! Addresses, ranges, granules and the checks of requests at the edges of 64 bits, against arithmetic in 128.
 
 use dirtymap::bitmap::BitmapError;
-use dirtymap::{Error, Granule, Iova, IovaRange, RangeError, SparseBitmap, UserBitmap};
+use dirtymap::{Granule, Iova, IovaRange, RangeError, SparseBitmap, UserBitmap};
 
 /// A number that is often near a power of two, or near an end.
 fn number(bytes: &mut impl Iterator<Item = u8>) -> u64 {
