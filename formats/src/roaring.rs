@@ -34,8 +34,8 @@ pub trait RoaringExt {
     /// The numbers of the set bits.
     ///
     /// # Errors
-    /// [`BitmapError::NoSuchBit`] if the view has more than 2^32 bits, which is what such a set has room
-    /// for: see [`to_treemap`](Self::to_treemap). [`BitmapError::Shrank`] or
+    /// [`BitmapError::NoSuchBit`] if the view has more than 2^32 bits, which is what such a set has
+    /// room for: see [`to_treemap`](Self::to_treemap). [`BitmapError::Shrank`] or
     /// [`BitmapError::Window`] if a window of a file cannot be mapped.
     fn to_roaring(&self) -> Result<RoaringBitmap, Error>;
 

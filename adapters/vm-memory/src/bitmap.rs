@@ -15,7 +15,8 @@ use dirtymap::{
 ///
 /// Marks are those of [`AddressSpace::mark`]: lock-free, without waiting, to be made after the
 /// write, as vm-memory does. What lies outside of the range, or in no area, is counted in
-/// [`SpaceStats::outside_marks`](dirtymap::space::SpaceStats::outside_marks). Clones mark the same pages.
+/// [`SpaceStats::outside_marks`](dirtymap::space::SpaceStats::outside_marks). Clones mark the same
+/// pages.
 ///
 /// `with_len` and `default` make a space of their own: with tracking on and one area from address 0
 /// on, in pages of the host's size; and without any area, so that every mark is counted as outside.
@@ -68,8 +69,8 @@ impl SpaceBitmap {
     /// [`AddressSpace::begin_write`].
     ///
     /// # Errors
-    /// [`RangeError::ZeroLength`]; [`Error::Outside`] with the first address that lies outside of the
-    /// bitmap or in no area, which is counted.
+    /// [`RangeError::ZeroLength`]; [`Error::Outside`] with the first address that lies outside of
+    /// the bitmap or in no area, which is counted.
     pub fn begin_write(&self, offset: usize, len: usize) -> Result<WriteGuard<'_>, Error> {
         let at = Some(offset as u64);
         match self.clip(at, len) {
