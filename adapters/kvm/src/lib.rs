@@ -176,7 +176,7 @@ impl KvmMode {
 }
 
 /// The dirty state of the slots of one virtual machine, as a
-/// [`DirtySource`](dirtymap::DirtySource).
+/// [`DirtySource`].
 pub struct KvmLog {
     kernel: Box<dyn Kernel>,
     mode: KvmMode,

@@ -86,7 +86,7 @@
 //! that is read in its place. That page is present and protected, as a clean one is, so comparing
 //! what is present does not find it either. Such memory is refused by [`ProcessMemory::add`]
 //! ([`PagemapError::GivenBackUnseen`]), unless the caller promises to mark what is given back:
-//! [`GivenBack::Marked`]. The [guide](self::guide) has the table.
+//! [`GivenBack::Marked`]. The [`guide`] has the table.
 //!
 //! # Limits
 //! * What writes without the processor's page tables is not seen: devices, and the kernel through
