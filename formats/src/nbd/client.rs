@@ -118,9 +118,12 @@ impl Connect {
         client.extended =
             !self.compact && client.agrees(option::EXTENDED_HEADERS, "extended headers")?;
         if !client.extended {
-            client.ask(option::STRUCTURED_REPLY, &[], "structured replies", |_, _| {
-                Ok(())
-            })?;
+            client.ask(
+                option::STRUCTURED_REPLY,
+                &[],
+                "structured replies",
+                |_, _| Ok(()),
+            )?;
         }
         client.select(&self)?;
         client.go(&self.export)?;
@@ -173,7 +176,11 @@ impl<S: Read + Write> Client<S> {
         };
         let mut at = 0;
         while at < self.size {
-            let longest = if self.extended { u64::MAX } else { LONGEST_COMPACT };
+            let longest = if self.extended {
+                u64::MAX
+            } else {
+                LONGEST_COMPACT
+            };
             let len = (self.size - at).min(longest);
             self.request(command::BLOCK_STATUS, at, len)?;
             at = self.status(id, at, |start, len, flags| match wanted(flags) {
@@ -210,9 +217,9 @@ impl<S: Read + Write> Client<S> {
                         chunk::DATA => rest,
                         _ => u64::from(self.wire.u32("the size of a hole")?),
                     };
-                    let from = at.checked_sub(offset).filter(|from| {
-                        from.checked_add(size).is_some_and(|end| end <= len)
-                    });
+                    let from = at
+                        .checked_sub(offset)
+                        .filter(|from| from.checked_add(size).is_some_and(|end| end <= len));
                     let from = from.ok_or(NbdError::Invalid {
                         place,
                         found: at,
@@ -258,7 +265,8 @@ impl<S: Read + Write> Client<S> {
 
     fn greet(&mut self) -> Result<(), NbdError> {
         self.wire.magic(NBD_MAGIC, "the greeting")?;
-        self.wire.magic(OPTION_MAGIC, "the style of the handshake")?;
+        self.wire
+            .magic(OPTION_MAGIC, "the style of the handshake")?;
         let place = "the flags of the server";
         let flags = self.wire.u16(place)?;
         if flags & FIXED_NEWSTYLE == 0 {
@@ -345,7 +353,11 @@ impl<S: Read + Write> Client<S> {
             }
             Ok(())
         })?;
-        match connect.contexts.iter().find(|it| !contexts.contains_key(*it)) {
+        match connect
+            .contexts
+            .iter()
+            .find(|it| !contexts.contains_key(*it))
+        {
             Some(name) => Err(NbdError::NoContext { name: name.clone() }),
             None => {
                 self.contexts = contexts;
@@ -359,15 +371,20 @@ impl<S: Read + Write> Client<S> {
         put_name(&mut data, export);
         data.extend_from_slice(&0u16.to_be_bytes());
         let mut size = None;
-        self.ask(option::GO, &data, "the choice of an export", |kind, body| {
-            let mut fields = Fields::new(body);
-            match (kind, fields.u16()) {
-                (reply::INFO, Some(info::EXPORT)) => size = fields.u64(),
-                (reply::INFO, Some(_)) => {}
-                _ => return Err(unexpected_reply(kind)),
-            }
-            Ok(())
-        })?;
+        self.ask(
+            option::GO,
+            &data,
+            "the choice of an export",
+            |kind, body| {
+                let mut fields = Fields::new(body);
+                match (kind, fields.u16()) {
+                    (reply::INFO, Some(info::EXPORT)) => size = fields.u64(),
+                    (reply::INFO, Some(_)) => {}
+                    _ => return Err(unexpected_reply(kind)),
+                }
+                Ok(())
+            },
+        )?;
         let place = "the size of the export";
         let found = size.ok_or(NbdError::Invalid {
             place,
@@ -381,7 +398,11 @@ impl<S: Read + Write> Client<S> {
     fn request(&mut self, kind: u16, offset: u64, len: u64) -> Result<(), NbdError> {
         let place = "a request";
         self.cookie += 1;
-        let magic = if self.extended { REQUEST_EXTENDED } else { REQUEST };
+        let magic = if self.extended {
+            REQUEST_EXTENDED
+        } else {
+            REQUEST
+        };
         self.wire.put(&magic.to_be_bytes(), place)?;
         self.wire.put(&0u16.to_be_bytes(), place)?;
         self.wire.put(&kind.to_be_bytes(), place)?;

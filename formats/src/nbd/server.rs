@@ -299,13 +299,13 @@ impl<'e, 'a, S: Read + Write> Handshake<'e, 'a, S> {
         let all = !set && queries.is_empty();
         let wanted = |context: &Context| {
             all || queries.iter().any(|query| {
-                *query == context.name || !set && is_prefix(query) && context.name.starts_with(query)
+                *query == context.name
+                    || !set && is_prefix(query) && context.name.starts_with(query)
             })
         };
         let exports = self.exports;
         let found = exports[nth].contexts.iter().enumerate();
-        let found: Vec<(usize, &Context)> =
-            found.filter(|(_, context)| wanted(context)).collect();
+        let found: Vec<(usize, &Context)> = found.filter(|(_, context)| wanted(context)).collect();
         for (context, of) in &found {
             let mut body = context_id(*context).to_be_bytes().to_vec();
             body.extend_from_slice(of.name.as_bytes());

@@ -207,7 +207,11 @@ impl<S: Read + Write> Transmission<'_, '_, '_, S> {
         let beyond = if one { end } else { self.chosen.export.size };
         let longest = if extended { u64::MAX } else { LONGEST_COMPACT };
         let (header, each) = if extended { (8, 16) } else { (4, 8) };
-        let most = if one { 1 } else { (MAX_PAYLOAD - header) / each };
+        let most = if one {
+            1
+        } else {
+            (MAX_PAYLOAD - header) / each
+        };
         let extents = || {
             let extents = context.extents(request.offset, end, beyond, longest);
             extents.take(most as usize)
@@ -239,13 +243,7 @@ impl<S: Read + Write> Transmission<'_, '_, '_, S> {
     }
 
     /// The header of a chunk of `len` bytes, no more than a payload has.
-    fn chunk(
-        &mut self,
-        request: Request,
-        flags: u16,
-        kind: u16,
-        len: u64,
-    ) -> Result<(), NbdError> {
+    fn chunk(&mut self, request: Request, flags: u16, kind: u16, len: u64) -> Result<(), NbdError> {
         let place = "the header of a reply";
         let extended = self.chosen.mode == Mode::Extended;
         let magic = if extended { CHUNK_EXTENDED } else { CHUNK };
