@@ -23,8 +23,10 @@ struct Layout {
     l2: u64,
 }
 
-/// Writes the image of metadata for a raw disk of `size` bytes, which is the file `data_file`, as
-/// seen from the folder of the image. Bitmaps are added by [`Image::write`](super::Image::write).
+/// Writes the image of metadata for a raw disk of `size` bytes, which is the file `data_file`.
+/// Bitmaps are added by [`Image::write`](super::Image::write).
+///
+/// QEMU looks for a relative `data_file` in the folder in which it runs, so give the whole path.
 ///
 /// Programs that open the image, such as QEMU, read and write the raw disk; others go on to use the
 /// disk itself. The image maps each of its clusters, in 8 bytes: with clusters of 64 KiB that is
