@@ -21,7 +21,12 @@ pub(super) struct Refcounts {
     blocks: BTreeMap<u64, Block>,
     /// No cluster below this one is free.
     next: u64,
+    /// Bytes that were taken, and of which the file may not have any yet.
+    taken: u64,
 }
+
+/// Free clusters begin no further past the end of the file than this.
+const SLACK: u64 = 64 << 20;
 
 #[derive(Debug)]
 struct Block {
@@ -55,6 +60,7 @@ impl Refcounts {
             entries,
             blocks: BTreeMap::new(),
             next: 1,
+            taken: 0,
         })
     }
 
@@ -124,6 +130,16 @@ impl Refcounts {
         };
         let (start, end) = (first * self.cluster, (first + clusters) * self.cluster);
         unused(start, end, parts)?;
+        let len = file.length().map_err(QcowError::io("the image", 0))?;
+        if start > len + self.taken + SLACK {
+            return Err(QcowError::Damaged {
+                place: "the first free cluster",
+                at: start,
+                found: len,
+                why: "the file ends long before: qemu-img check -r all",
+            });
+        }
+        self.taken += end - start;
         for index in first..first + clusters {
             self.set(file, index, true)?;
         }
@@ -159,6 +175,7 @@ impl Refcounts {
             why: "the table is full, and this library does not make it larger",
         })?;
         *entry = first * self.cluster;
+        self.taken += self.cluster;
         let mut bytes = vec![0; self.cluster as usize];
         set_count(&mut bytes, 0, self.order, true);
         let block = Block {

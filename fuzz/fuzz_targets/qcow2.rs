@@ -1,0 +1,8 @@
+//! The reader and the writer of bitmaps in images: whatever the bytes are: what is taken adds up, and the rest is a typed error.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    if let Err(text) = proptests::check_qcow2(bytes) {
+        panic!("{text}");
+    }
+});
