@@ -4,8 +4,8 @@
 use std::convert::Infallible;
 
 use super::chunk::{CHUNK_BITS, Chunk, LINE_BITS, LINE_WORDS, Slot, State, lines};
-use super::word_mask;
 use crate::sync::{AtomicU64, Ordering, Step, fence, fence_after_rmw, performs};
+use crate::words::{ones, word_mask};
 
 /// Receives the bits of a bitmap, word by word.
 pub(crate) trait Visitor {
@@ -19,10 +19,10 @@ pub(crate) trait Visitor {
     /// The walk ends; the bits stay as they are.
     fn visit(&mut self, first: u64, mask: u64) -> Result<(), Self::Error>;
 
-    /// Receives the words of a line that begins with the bit `first`; `found` says which of them
-    /// are not 0. A visitor that returns false gets them one by one.
+    /// Receives the words of a line that begins with the bit `first`; some may be 0. A visitor that
+    /// returns false gets the others one by one.
     #[inline]
-    fn visit_line(&mut self, _first: u64, _words: &[u64; LINE_WORDS], _found: u64) -> bool {
+    fn visit_line(&mut self, _first: u64, _words: &[u64; LINE_WORDS]) -> bool {
         false
     }
 }
@@ -292,13 +292,12 @@ fn visit_all<V: Visitor>(
     visitor: &mut V,
 ) -> Result<(), V::Error> {
     const FULL: [u64; LINE_WORDS] = [u64::MAX; LINE_WORDS];
-    let found = word_mask(0, LINE_WORDS as u32 - 1);
     let mut bit = first;
     while bit <= last {
         let word_last = last.min(bit | 63);
         if bit.is_multiple_of(LINE_BITS)
             && bit + (LINE_BITS - 1) <= last
-            && visitor.visit_line(base + bit, &FULL, found)
+            && visitor.visit_line(base + bit, &FULL)
         {
             bit += LINE_BITS;
             continue;
@@ -336,7 +335,7 @@ fn visit_line<const TAKE: bool, V: Visitor>(
     if TAKE
         && inside
         && found & found.wrapping_sub(1) != 0
-        && visitor.visit_line(base + start, &seen, found)
+        && visitor.visit_line(base + start, &seen)
     {
         for nth in ones(found) {
             clear(&words[nth], seen[nth]);
@@ -387,18 +386,6 @@ fn clear_words(chunk: &Chunk) {
             }
         }
     }
-}
-
-/// The numbers of the bits of `mask`.
-#[inline(always)]
-pub(super) fn ones(mut mask: u64) -> impl Iterator<Item = usize> {
-    std::iter::from_fn(move || {
-        let nth = mask.trailing_zeros() as usize;
-        (mask != 0).then(|| {
-            mask &= mask - 1;
-            nth
-        })
-    })
 }
 
 /// The lines that lie in the bits `first..=last` as a whole.
