@@ -2,7 +2,7 @@
 //!
 //! | module | format | for |
 //! |---|---|---|
-//! | [`nbd`] | metadata contexts of network block devices | programs that copy a disk over a socket |
+//! | [`nbd`] | metadata contexts of network block devices | copies of a disk over a socket |
 //! | [`qcow2`] | persistent bitmaps in qcow2 images | QEMU, and disks that it has or had open |
 //! | [`rbd`] | `rbd diff v1` | increments in Ceph's form, as files |
 //!
@@ -10,6 +10,8 @@
 //! [`IovaRange`](dirtymap::IovaRange), where an address is an offset in the disk), and gives them
 //! back. No reader trusts what it reads: lengths and offsets are held against the file or the
 //! export before anything is allocated or used, and an error names the place and the value.
+//!
+//! [`storage`] is the guide.
 //!
 //! # Features
 //!
@@ -28,6 +30,10 @@ pub mod qcow2;
 pub mod rbd;
 
 pub use data::ReadAt;
+
+#[cfg(any(doc, doctest))]
+#[doc = include_str!("../docs/storage.md")]
+pub mod storage {}
 
 /// The example of the README is a test.
 #[cfg(doctest)]

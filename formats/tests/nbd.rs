@@ -86,7 +86,7 @@ fn a_lease_is_served_and_outlives_the_connection() {
 
 #[test]
 fn data_comes_with_and_without_structure() {
-    let bytes: Vec<u8> = (0..3 << 20).map(|at| (at * 7 >> 3) as u8).collect();
+    let bytes: Vec<u8> = (0..3 << 20).map(|at| ((at * 7) >> 3) as u8).collect();
     let export = [Export::new("", 3 << 20).unwrap().with_data(&bytes)];
     let (_, ended) = session(&export, |stream| {
         let mut client = Connect::new("").over(stream).unwrap();

@@ -92,8 +92,8 @@ fn bitmaps_are_listed_written_merged_and_removed() {
     assert_eq!(file.len(), len, "the file does not grow");
 }
 
-/// A program that dies while it writes the disk leaves its bitmap in use, and whoever opens the
-/// image next is told: everything is dirty. Nothing but a whole new content changes that.
+/// A program that dies while it writes the disk leaves its bitmap in use. The program that opens
+/// the image next is told that everything is dirty. Nothing but a whole new content changes that.
 #[test]
 fn a_bitmap_in_use_is_read_and_merged_by_no_one() {
     let mut file = image(1 << 20, 64 << 10);

@@ -47,11 +47,12 @@ fn script(bytes: &[u8], steps: &[&[u8]]) -> Script {
     Script(Cursor::new([&steps.concat(), rest].concat()))
 }
 
-/// A client that sends these bytes is served, or refused with an error.
+/// A client that sends these bytes is served, or refused with an error. Says how many requests were
+/// served before it said that it is done.
 ///
 /// # Errors
 /// What does not add up, if it was served.
-pub fn check_nbd_client(bytes: &[u8]) -> Result<(), String> {
+pub fn check_nbd_client(bytes: &[u8]) -> Result<u64, String> {
     let data = vec![7; DISK as usize];
     let dirty = table(&[(0, 1), (4096, 8192), (DISK - 1, 100)])?;
     let export = Export::new("x", DISK).map_err(text)?.with_data(&data);
@@ -67,7 +68,7 @@ pub fn check_nbd_client(bytes: &[u8]) -> Result<(), String> {
     );
     let len = client.0.get_ref().len() as u64;
     let Ok(session) = serve(client, &exports) else {
-        return Ok(());
+        return Ok(0);
     };
     // A request has at least 28 bytes, and one for status at most six extents in each context.
     let replies = session.status_replies;
@@ -78,14 +79,15 @@ pub fn check_nbd_client(bytes: &[u8]) -> Result<(), String> {
     {
         return Err(format!("{session:?} of {len} bytes"));
     }
-    Ok(())
+    Ok(session.requests - session.refused)
 }
 
-/// A server that sends these bytes is read, or refused with an error.
+/// A server that sends these bytes is read, or refused with an error. Says whether a bitmap and data
+/// were read.
 ///
 /// # Errors
 /// What does not add up, if it was read.
-pub fn check_nbd_server(bytes: &[u8]) -> Result<(), String> {
+pub fn check_nbd_server(bytes: &[u8]) -> Result<[bool; 2], String> {
     const REPLY: &[u8] = b"\x00\x03\xe8\x89\x04\x55\x65\xa9";
     let select = [
         REPLY,
@@ -110,17 +112,18 @@ pub fn check_nbd_server(bytes: &[u8]) -> Result<(), String> {
     );
     let connect = Connect::new("x").dirty("b").max_runs(100);
     let Ok(mut client) = connect.over(server) else {
-        return Ok(());
+        return Ok([false; 2]);
     };
     let size = client.size();
-    if let Ok(runs) = client.read_dirty("b") {
+    let runs = client.read_dirty("b");
+    if let Ok(runs) = &runs {
         let last = runs.runs().last().map(|run| run.last().get());
         if runs.runs().len() > 100 || last.is_some_and(|last| last >= size) {
             return Err(format!("{runs:?} of a disk of {size} bytes"));
         }
     }
-    let _ = client.read_at(&mut [0; 100], 5);
-    Ok(())
+    let data = client.read_at(&mut [0; 100], 5);
+    Ok([runs.is_ok(), data.is_ok()])
 }
 
 /// An image with two bitmaps, for readers that are to get further than its header.
@@ -141,10 +144,11 @@ fn sample() -> Result<Vec<u8>, String> {
 
 /// An image of these bytes is read, and written, or refused with an error. With an odd first byte
 /// the rest is changes of a good image: two bytes for the place, and one for what is there then.
+/// Says how many bitmaps were read, if it could be written too.
 ///
 /// # Errors
 /// What does not add up, if it was read or written.
-pub fn check_qcow2(bytes: &[u8]) -> Result<(), String> {
+pub fn check_qcow2(bytes: &[u8]) -> Result<usize, String> {
     let mut file = match bytes.split_first() {
         Some((first, changes)) if first % 2 == 1 => {
             let mut file = sample()?;
@@ -159,7 +163,7 @@ pub fn check_qcow2(bytes: &[u8]) -> Result<(), String> {
         None => Vec::new(),
     };
     let Ok(mut image) = Image::open(&mut file) else {
-        return Ok(());
+        return Ok(0);
     };
     image.set_max_runs(1 << 16);
     let size = image.size();
@@ -179,10 +183,11 @@ pub fn check_qcow2(bytes: &[u8]) -> Result<(), String> {
     let runs = table(&[(0, 1)])?;
     let options = BitmapOptions::new().granule(Granule::M2);
     if image.write(new, &runs, options).is_err() {
-        return Ok(());
+        return Ok(0);
     }
     let mut image = Image::open(&mut file).map_err(text)?;
     image.set_max_runs(1 << 16);
+    let known = before.iter().filter(|(_, runs)| runs.is_some()).count();
     for (name, runs) in before {
         let now = image.read(&name).ok();
         if now != runs {
@@ -192,17 +197,18 @@ pub fn check_qcow2(bytes: &[u8]) -> Result<(), String> {
     let read = image.read(new).map_err(text)?;
     let whole = table(&[(0, size.min(Granule::M2.bytes()))])?;
     match read == whole {
-        true => Ok(()),
+        true => Ok(known),
         false => Err(format!("{read:?} in place of {whole:?}")),
     }
 }
 
 /// An increment of these bytes is read, or refused with an error. What is read would be written in
 /// the same way, and merges with itself. With an odd first byte the rest follows a good beginning.
+/// Says whether it was read.
 ///
 /// # Errors
 /// What does not add up, if it was read.
-pub fn check_rbd(bytes: &[u8]) -> Result<(), String> {
+pub fn check_rbd(bytes: &[u8]) -> Result<bool, String> {
     let begin = b"rbd diff v1\nf\x01\0\0\0at\x01\0\0\0as\0\x10\0\0\0\0\0\0";
     let stream = match bytes.split_first() {
         Some((first, rest)) if first % 2 == 1 => [begin, rest].concat(),
@@ -210,7 +216,7 @@ pub fn check_rbd(bytes: &[u8]) -> Result<(), String> {
         None => Vec::new(),
     };
     let Ok(mut reader) = Reader::new(&stream[..]) else {
-        return Ok(());
+        return Ok(false);
     };
     let meta = reader.meta().clone();
     let mut writer = Writer::new(Vec::new(), &meta).map_err(text)?;
@@ -226,7 +232,7 @@ pub fn check_rbd(bytes: &[u8]) -> Result<(), String> {
                 // No more than there are in `stream`, or reading them fails.
                 let mut data = vec![0; len.min(stream.len() as u64) as usize];
                 if reader.data(&mut data).is_err() || data.len() as u64 != len {
-                    return Ok(());
+                    return Ok(false);
                 }
                 writer.data(offset, &data).map_err(text)?;
             }
@@ -245,7 +251,7 @@ pub fn check_rbd(bytes: &[u8]) -> Result<(), String> {
             return Err(format!("{again:02x?} merges with itself to {merged:02x?}"));
         }
     }
-    Ok(())
+    Ok(true)
 }
 
 #[cfg(test)]
@@ -261,21 +267,56 @@ mod tests {
         vec(small, 0..200)
     }
 
+    macro_rules! seed {
+        ($file:literal) => {
+            include_bytes!(concat!("../../fuzz/corpus/", $file))
+        };
+    }
+
+    /// What the fuzzer begins with gets past the checks of readers, so that it finds what lies
+    /// beyond them.
+    #[test]
+    fn the_seeds_of_the_fuzzer_are_taken() {
+        assert_eq!(check_nbd_client(seed!("nbd_client/seed-extended")), Ok(4));
+        assert_eq!(check_nbd_client(seed!("nbd_client/seed-compact")), Ok(3));
+        assert_eq!(check_nbd_client(seed!("nbd_client/seed-simple")), Ok(2));
+        assert_eq!(
+            check_nbd_server(seed!("nbd_server/seed-extents")),
+            Ok([true, true])
+        );
+        assert_eq!(
+            check_nbd_server(seed!("nbd_server/seed-hole")),
+            Ok([true, true])
+        );
+        assert_eq!(
+            check_nbd_server(seed!("nbd_server/seed-compact")),
+            Ok([true, false])
+        );
+        assert_eq!(
+            check_nbd_server(seed!("nbd_server/seed-error")),
+            Ok([false, false])
+        );
+        assert_eq!(check_qcow2(seed!("qcow2/seed-changes")), Ok(2));
+        assert_eq!(check_qcow2(seed!("qcow2/seed-image")), Ok(1));
+        assert_eq!(check_rbd(seed!("rbd/seed-records")), Ok(true));
+        assert_eq!(check_rbd(seed!("rbd/seed-whole")), Ok(true));
+    }
+
     proptest! {
         #[test]
         fn a_client_of_nbd_is_served_or_refused(bytes in bytes()) {
-            prop_assert_eq!(check_nbd_client(&bytes), Ok(()));
+            check_nbd_client(&bytes).map_err(TestCaseError::fail)?;
         }
 
         #[test]
         fn a_server_of_nbd_is_read_or_refused(bytes in bytes()) {
-            prop_assert_eq!(check_nbd_server(&bytes), Ok(()));
+            check_nbd_server(&bytes).map_err(TestCaseError::fail)?;
         }
 
         #[test]
         fn an_image_is_read_or_refused(first: u8, changes in vec(any::<[u8; 3]>(), 0..6)) {
             let bytes = [&[first][..], &changes.concat()].concat();
-            prop_assert_eq!(check_qcow2(&bytes), Ok(()));
+            check_qcow2(&bytes).map_err(TestCaseError::fail)?;
         }
 
         #[test]
@@ -283,7 +324,7 @@ mod tests {
             bytes in bytes(),
             records in vec((any::<bool>(), 0u64..4096, 0u64..100), 0..6),
         ) {
-            prop_assert_eq!(check_rbd(&bytes), Ok(()));
+            check_rbd(&bytes).map_err(TestCaseError::fail)?;
             let mut stream = vec![1];
             for (data, offset, len) in records {
                 stream.push(if data { b'w' } else { b'z' });
@@ -292,7 +333,7 @@ mod tests {
                 stream.resize(stream.len() + if data { len as usize } else { 0 }, 9);
             }
             stream.push(b'e');
-            prop_assert_eq!(check_rbd(&stream), Ok(()));
+            check_rbd(&stream).map_err(TestCaseError::fail)?;
         }
     }
 }

@@ -81,6 +81,13 @@ pub fn serve<S: Read + Write>(stream: S, exports: &[Export<'_>]) -> Result<Sessi
     }
 }
 
+/// What follows an option.
+enum Next<'e, 'a> {
+    Option,
+    Serve(Chosen<'e, 'a>),
+    End,
+}
+
 struct Handshake<'e, 'a, S> {
     wire: Wire<S>,
     exports: &'e [Export<'a>],
@@ -136,8 +143,10 @@ impl<'e, 'a, S: Read + Write> Handshake<'e, 'a, S> {
                 continue;
             }
             let data = self.wire.take(len, "the data of an option")?;
-            if let Some(end) = self.option(option, &data)? {
-                return Ok(end);
+            match self.option(option, &data)? {
+                Next::Option => {}
+                Next::Serve(chosen) => return Ok(Some(chosen)),
+                Next::End => return Ok(None),
             }
         }
         Err(NbdError::Limit {
@@ -147,23 +156,18 @@ impl<'e, 'a, S: Read + Write> Handshake<'e, 'a, S> {
         })
     }
 
-    /// Answers one option. `Some` ends the handshake.
-    #[allow(clippy::type_complete)]
-    fn option(
-        &mut self,
-        option: u32,
-        data: &[u8],
-    ) -> Result<Option<Option<Chosen<'e, 'a>>>, NbdError> {
+    /// Answers one option.
+    fn option(&mut self, option: u32, data: &[u8]) -> Result<Next<'e, 'a>, NbdError> {
         match option {
-            option::EXPORT_NAME => return self.export_name(data).map(|chosen| Some(Some(chosen))),
+            option::EXPORT_NAME => return self.export_name(data).map(Next::Serve),
             option::ABORT => {
                 // The client may have gone already.
                 let _ = self.reply(option, reply::ACK, &[]);
-                return Ok(Some(None));
+                return Ok(Next::End);
             }
             option::INFO | option::GO => {
                 if let Some(export) = self.go(option, data)? {
-                    return Ok(Some(Some(self.chosen(export))));
+                    return Ok(Next::Serve(self.chosen(export)));
                 }
             }
             option::LIST_META_CONTEXT | option::SET_META_CONTEXT => {
@@ -198,7 +202,7 @@ impl<'e, 'a, S: Read + Write> Handshake<'e, 'a, S> {
             }
             _ => self.reply(option, reply::UNSUPPORTED, b"the option is not known here")?,
         }
-        Ok(None)
+        Ok(Next::Option)
     }
 
     /// The old way to choose: no errors, so that a name that does not exist ends the connection.

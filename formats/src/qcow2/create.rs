@@ -51,7 +51,7 @@ pub fn create_for_raw<F: ImageFile>(
             most: of(21),
         });
     }
-    if size == 0 || size % 512 != 0 {
+    if size == 0 || !size.is_multiple_of(512) {
         return Err(QcowError::Limit {
             place: "the size of the disk modulo its sectors",
             found: size % 512,
@@ -179,7 +179,7 @@ impl Layout {
             let first = nth * per_table;
             let mut l2 = Vec::with_capacity(self.cluster as usize);
             for entry in first..guest.min(first + per_table) {
-                l2.extend_from_slice(&(entry * self.cluster | COPIED).to_be_bytes());
+                l2.extend_from_slice(&((entry * self.cluster) | COPIED).to_be_bytes());
             }
             l2.resize(self.cluster as usize, 0);
             put(file, at, &l2, "an L2 table")?;

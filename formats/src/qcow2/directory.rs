@@ -149,7 +149,7 @@ pub(super) fn entries(
             let found = u64::from(entry.lg2);
             return Err(damaged("the granule of a bitmap", 17, found, why));
         }
-        if entry.table.at % header.cluster() != 0 || entry.table.at == 0 {
+        if !entry.table.at.is_multiple_of(header.cluster()) || entry.table.at == 0 {
             let why = "it is no multiple of the size of a cluster";
             return Err(damaged(
                 "the offset of a bitmap's table",

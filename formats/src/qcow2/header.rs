@@ -145,7 +145,7 @@ impl Header {
         let aligned = |place, at: usize| {
             let found = be64(&fixed, at);
             let why = "it is no multiple of the size of a cluster";
-            number(place, at, found, found % cluster == 0, why)
+            number(place, at, found, found.is_multiple_of(cluster), why)
         };
         let l1 = Part {
             at: aligned("the offset of the L1 table", 40)?,
@@ -268,7 +268,7 @@ impl Header {
             let place = "the size of the bitmaps' directory";
             return Err(damaged(place, 8, directory.len, why));
         }
-        if directory.at == 0 || directory.at % self.cluster() != 0 {
+        if directory.at == 0 || !directory.at.is_multiple_of(self.cluster()) {
             let why = "it is no multiple of the size of a cluster";
             let place = "the offset of the bitmaps' directory";
             return Err(damaged(place, 16, directory.at, why));

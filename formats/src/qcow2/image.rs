@@ -259,7 +259,7 @@ impl<F: ImageFile> Image<F> {
             let offset = found & OFFSET;
             let good = match offset {
                 0 => found <= ALL_ONES,
-                _ => found == offset && offset % self.header.cluster() == 0,
+                _ => found == offset && offset.is_multiple_of(self.header.cluster()),
             };
             if !good {
                 return Err(QcowError::Damaged {

@@ -43,7 +43,7 @@ impl Refcounts {
         let mut entries = Vec::with_capacity(bytes.len() / 8);
         for at in (0..bytes.len()).step_by(8) {
             let entry = be64(&bytes, at);
-            if entry & !OFFSET != 0 || entry % header.cluster() != 0 {
+            if entry & !OFFSET != 0 || !entry.is_multiple_of(header.cluster()) {
                 return Err(QcowError::Damaged {
                     place: "an entry of the refcount table",
                     at: table.at + at as u64,
@@ -71,7 +71,7 @@ impl Refcounts {
 
     /// How many counts are in a block.
     fn per_block(&self) -> u64 {
-        self.cluster * 8 >> self.order
+        (self.cluster * 8) >> self.order
     }
 
     fn block<F: ImageFile>(&mut self, file: &mut F, nth: u64) -> Result<&mut Block, QcowError> {

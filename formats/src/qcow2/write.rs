@@ -54,8 +54,8 @@ impl<F: ImageFile> Image<F> {
     ///
     /// # Errors
     /// Before anything is touched: [`QcowError::Outside`] if a run begins past the end of the disk
-    /// (what reaches past it is cut off); [`QcowError::Granule`]; [`QcowError::Limit`] for a name or
-    /// a bitmap that is too long, or too many of them; [`QcowError::Stale`];
+    /// (the part past the end of a run across it is cut off); [`QcowError::Granule`];
+    /// [`QcowError::Limit`] for a name or a bitmap that is too long, or too many of them; [`QcowError::Stale`];
     /// [`QcowError::Unsupported`] for an image that needs repair, or has no room.
     /// [`QcowError::Io`] leaves the bitmap as it was, in use, or as it is to be.
     pub fn write(
@@ -146,7 +146,8 @@ impl<F: ImageFile> Image<F> {
         self.change(|image| image.set_in_use(nth))
     }
 
-    /// Adds what other bitmaps hold to the bitmap `into`, all of it or nothing. Granules may differ.
+    /// Adds the content of other bitmaps to the bitmap `into`, all of it or nothing. Granules may
+    /// differ.
     ///
     /// # Errors
     /// [`QcowError::InUse`] if one of them is; otherwise as [`read`](Self::read) and
@@ -375,7 +376,7 @@ impl<F: ImageFile> Image<F> {
         }
         if let Some(name) = header.backing {
             let at = (end - name.len) & !7;
-            // The old name stays until the header names the new one, and a mark ends the extensions.
+            // The old name stays until the header names the new one. A mark ends the extensions.
             if at >= needed.max(name.at + name.len) && header.end_at + 8 <= name.at {
                 return Ok(Some(Part { at, len: name.len }));
             }

@@ -7,8 +7,8 @@ use super::error::RbdError;
 use super::read::{Reader, Record};
 use super::write::Writer;
 
-/// Merges the increment `first` with `second`, which starts where the first one ends, and writes one
-/// that leads from the beginning of the first to the end of the second. Data passes through a
+/// Merges the increment `first` with `second`, which starts where the first one ends, and writes
+/// one that leads from the beginning of the first to the end of the second. Data passes through a
 /// buffer: nothing is stored.
 ///
 /// Where both have a record, the second one counts. If the disk is larger after the second than

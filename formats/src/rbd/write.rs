@@ -76,7 +76,7 @@ impl<W: Write> Writer<W> {
         Ok(())
     }
 
-    /// Ends the increment, and returns the stream. It is the caller who makes it durable.
+    /// Ends the increment, and returns the stream. The caller makes it durable.
     ///
     /// # Errors
     /// [`RbdError::Io`].
@@ -124,8 +124,8 @@ impl<W: Write> Writer<W> {
 /// Commit the lease that the runs are from when the increment is durable.
 ///
 /// # Errors
-/// [`RbdError::Outside`] if a run begins past the end of the disk (what reaches past it is cut off),
-/// before anything is written; [`RbdError::Data`] if the disk cannot be read; [`RbdError::Name`],
+/// [`RbdError::Outside`] if a run begins past the end of the disk (the part past the end of a run
+/// across it is cut off), before anything is written; [`RbdError::Data`] if the disk cannot be read; [`RbdError::Name`],
 /// [`RbdError::Io`].
 pub fn write_increment<W: Write>(
     stream: W,
