@@ -1,5 +1,5 @@
-//! Peers and files from anywhere: what the readers of `dirtymap-formats` take adds up, and what they
-//! refuse ends in a typed error.
+//! Peers and files from anywhere: what the readers of `dirtymap-formats` take adds up, and what
+//! they refuse ends in a typed error.
 
 use std::io::{self, Cursor, Read, Write};
 
@@ -82,8 +82,8 @@ pub fn check_nbd_client(bytes: &[u8]) -> Result<u64, String> {
     Ok(session.requests - session.refused)
 }
 
-/// A server that sends these bytes is read, or refused with an error. Says whether a bitmap and data
-/// were read.
+/// A server that sends these bytes is read, or refused with an error. Says whether a bitmap and
+/// data were read.
 ///
 /// # Errors
 /// What does not add up, if it was read.
@@ -224,7 +224,7 @@ pub fn check_rbd(bytes: &[u8]) -> Result<bool, String> {
         let record = match reader.next_record() {
             Ok(Some(record)) => record,
             Ok(None) => break,
-            Err(_) => return Ok(()),
+            Err(_) => return Ok(false),
         };
         match record {
             Record::Zeroes { offset, len } => writer.zeroes(offset, len).map_err(text)?,

@@ -55,8 +55,9 @@ impl<F: ImageFile> Image<F> {
     /// # Errors
     /// Before anything is touched: [`QcowError::Outside`] if a run begins past the end of the disk
     /// (the part past the end of a run across it is cut off); [`QcowError::Granule`];
-    /// [`QcowError::Limit`] for a name or a bitmap that is too long, or too many of them; [`QcowError::Stale`];
-    /// [`QcowError::Unsupported`] for an image that needs repair, or has no room.
+    /// [`QcowError::Limit`] for a name or a bitmap that is too long, or too many of them;
+    /// [`QcowError::Stale`]; [`QcowError::Unsupported`] for an image that needs repair, or has no
+    /// room.
     /// [`QcowError::Io`] leaves the bitmap as it was, in use, or as it is to be.
     pub fn write(
         &mut self,

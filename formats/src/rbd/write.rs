@@ -125,8 +125,8 @@ impl<W: Write> Writer<W> {
 ///
 /// # Errors
 /// [`RbdError::Outside`] if a run begins past the end of the disk (the part past the end of a run
-/// across it is cut off), before anything is written; [`RbdError::Data`] if the disk cannot be read; [`RbdError::Name`],
-/// [`RbdError::Io`].
+/// across it is cut off), before anything is written; [`RbdError::Data`] if the disk cannot be
+/// read; [`RbdError::Name`], [`RbdError::Io`].
 pub fn write_increment<W: Write>(
     stream: W,
     meta: &Meta,
