@@ -439,6 +439,60 @@ fn a_write_that_is_cut_off_leaves_the_old_the_new_or_everything() {
     );
 }
 
+/// The first bitmap of an overlay takes the place of its backing file's name, which moves. At every
+/// moment the header leads to the name.
+#[test]
+fn the_name_of_the_backing_file_moves_and_is_never_lost() {
+    let mut file = image(4 << 20, 512);
+    // The extensions of this image end with a mark at 120.
+    assert_eq!(file[112..128], *b"disk.raw\0\0\0\0\0\0\0\0");
+    file[128..140].copy_from_slice(b"base.img and");
+    file[8..16].copy_from_slice(&128u64.to_be_bytes());
+    file[16..20].copy_from_slice(&8u32.to_be_bytes());
+    let new = table(&[(1 << 20, 1 << 16)]);
+    crashes(
+        &file,
+        |image| image.write("it", &new, K64),
+        |left| {
+            let at = u64::from_be_bytes(left[8..16].try_into().unwrap()) as usize;
+            assert_eq!(left[at..at + 8], *b"base.img");
+            let it = found(left.to_vec(), "it");
+            assert!([Found::Absent, Found::Everything, Found::Runs(new.clone())].contains(&it));
+        },
+    );
+    // A name that leaves no room is a refusal.
+    file[8..16].copy_from_slice(&504u64.to_be_bytes());
+    file[100..104].copy_from_slice(&480u32.to_be_bytes());
+    file[480..504].fill(0);
+    let before = file.clone();
+    let mut image = Image::open(&mut file).unwrap();
+    let error = image.write("it", &new, K64).unwrap_err();
+    assert!(error.to_string().contains("40 bytes are needed"), "{error}");
+    drop(image);
+    assert!(file == before);
+}
+
+/// Bits of the header whose meaning is not known here are cleared by every change: they say that
+/// the image was written by a program that knows them.
+#[test]
+fn unknown_features_that_a_writer_has_to_clear_are_cleared() {
+    let (good, ..) = sample();
+    type Change = fn(&mut Image<&mut Vec<u8>>) -> Result<(), QcowError>;
+    let changes: [Change; 3] = [
+        |image| image.begin_use("a"),
+        |image| image.write("c", &RunTable::default(), K64),
+        |image| image.remove("a"),
+    ];
+    for change in changes {
+        let mut file = good.clone();
+        file[88] = 0x80;
+        let mut image = Image::open(&mut file).unwrap();
+        change(&mut image).unwrap();
+        drop(image);
+        assert_eq!(file[88..96], 3u64.to_be_bytes(), "bitmaps, raw disk");
+    }
+}
+
 /// The old content is not believed any more once the new one has begun: the flag is durable before
 /// anything else is written.
 #[test]

@@ -65,6 +65,7 @@ pub fn serve<S: Read + Write>(stream: S, exports: &[Export<'_>]) -> Result<Sessi
         exports,
         mode: Mode::Simple,
         zeroes: true,
+        aborted: false,
         selected: None,
     };
     let mut session = Session::default();
@@ -74,10 +75,10 @@ pub fn serve<S: Read + Write>(stream: S, exports: &[Export<'_>]) -> Result<Sessi
             session.export = Some(chosen.export.name.clone());
             transmit(handshake.wire, &chosen, session)
         }
-        None => Ok(Session {
-            said_goodbye: true,
-            ..session
-        }),
+        None => {
+            session.said_goodbye = handshake.aborted;
+            Ok(session)
+        }
     }
 }
 
@@ -94,6 +95,8 @@ struct Handshake<'e, 'a, S> {
     mode: Mode,
     /// Whether the old option gets its 124 bytes of zeroes.
     zeroes: bool,
+    /// Whether the client said that it is done.
+    aborted: bool,
     /// The export for which contexts were selected, and which of its contexts.
     selected: Option<(usize, Vec<usize>)>,
 }
@@ -161,6 +164,7 @@ impl<'e, 'a, S: Read + Write> Handshake<'e, 'a, S> {
         match option {
             option::EXPORT_NAME => return self.export_name(data).map(Next::Serve),
             option::ABORT => {
+                self.aborted = true;
                 // The client may have gone already.
                 let _ = self.reply(option, reply::ACK, &[]);
                 return Ok(Next::End);

@@ -246,7 +246,9 @@ impl Refcounts {
 
 /// Refuses clusters that belong to the image although they count as free.
 fn unused(start: u64, end: u64, parts: &[(u64, u64, &'static str)]) -> Result<(), QcowError> {
-    match parts.iter().find(|part| part.0 < end && start < part.1) {
+    // They ascend and do not overlap, so the last one that begins below `end` reaches the furthest.
+    let below = parts.partition_point(|part| part.0 < end);
+    match parts[..below].last().filter(|part| start < part.1) {
         None => Ok(()),
         Some(&(at, _, _)) => Err(QcowError::Damaged {
             place: "a refcount",

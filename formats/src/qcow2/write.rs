@@ -317,6 +317,11 @@ impl<F: ImageFile> Image<F> {
         change: impl FnOnce(&mut Self) -> Result<(), QcowError>,
     ) -> Result<(), QcowError> {
         self.broken = true;
+        // Features that this library does not know are not true after it has written.
+        let autoclear = self.header.autoclear & KNOWN_AUTOCLEAR;
+        if autoclear != self.header.autoclear {
+            self.put_autoclear(autoclear)?;
+        }
         change(self)?;
         self.reload()?;
         self.broken = false;
@@ -419,26 +424,15 @@ impl<F: ImageFile> Image<F> {
             Some(bitmaps) => bitmaps.at,
             None => self.header.end_at,
         };
-        // Other programs' features that this one does not know are not true after its writes.
-        let autoclear = self.header.autoclear & KNOWN_AUTOCLEAR;
+        let autoclear = self.header.autoclear;
         let place = "the bitmaps' extension";
         let new = self.header.bitmaps.is_none();
         // A sector is written as a whole.
         let data_at = at + 8;
         let one_sector = data_at / 512 == (data_at + 23) / 512;
         let hidden = to.is_none() || new || !one_sector;
-        let visible = if hidden {
-            autoclear & !HAS_BITMAPS
-        } else {
-            autoclear
-        };
-        if visible != self.header.autoclear {
-            self.put(
-                AT_AUTOCLEAR,
-                &visible.to_be_bytes(),
-                "the autoclear features",
-            )?;
-            self.sync()?;
+        if hidden && autoclear & HAS_BITMAPS != 0 {
+            self.put_autoclear(autoclear & !HAS_BITMAPS)?;
         }
         let Some((count, directory)) = to else {
             self.put(at, &[0; 8], place)?;
@@ -462,10 +456,16 @@ impl<F: ImageFile> Image<F> {
         }
         self.sync()?;
         if hidden {
-            let shown = autoclear | HAS_BITMAPS;
-            self.put(AT_AUTOCLEAR, &shown.to_be_bytes(), "the autoclear features")?;
-            self.sync()?;
+            self.put_autoclear(autoclear | HAS_BITMAPS)?;
         }
+        Ok(())
+    }
+
+    fn put_autoclear(&mut self, features: u64) -> Result<(), QcowError> {
+        let place = "the autoclear features";
+        self.put(AT_AUTOCLEAR, &features.to_be_bytes(), place)?;
+        self.sync()?;
+        self.header.autoclear = features;
         Ok(())
     }
 
