@@ -62,7 +62,7 @@ pub fn check_nbd_client(bytes: &[u8]) -> Result<u64, String> {
         &[
             &[0, 0, 0, 3],
             b"IHAVEOPT\0\0\0\x0b\0\0\0\0",
-            b"IHAVEOPT\0\0\0\x0a\0\0\0\x21\0\0\0\x01x\0\0\0\x01\0\0\0\x13qemu:dirty-bitmap:b\0\0",
+            b"IHAVEOPT\0\0\0\x0a\0\0\0\x20\0\0\0\x01x\0\0\0\x01\0\0\0\x13qemu:dirty-bitmap:b",
             b"IHAVEOPT\0\0\0\x07\0\0\0\x07\0\0\0\x01x\0\0",
         ],
     );
