@@ -355,7 +355,12 @@ impl Hwpt {
         for (other, log) in &reached {
             other.last_look(log.range, &mut log.state());
         }
-        let unmapped = uninterrupted(|| self.ioas.kernel().unmap(self.ioas.id(), log.range));
+        let unmap = || uninterrupted(|| self.ioas.kernel().unmap(self.ioas.id(), log.range));
+        let unmapped = unmap().or_else(|error| match error.raw_os_error() {
+            // Nothing is there: true if it is said twice.
+            Some(libc::ENOENT) => unmap(),
+            _ => Err(error),
+        });
         if let Err(error) = unmapped {
             // Whatever is mapped there: what was dirty is not known.
             state.pending.add_all();

@@ -190,14 +190,6 @@ fn a_table_that_goes_in_the_middle_of_an_unmap_of_another_one() {
         ..
     } = two();
     drop(space);
-    let again = dirtymap::Mapping {
-        range: pages(0, 64),
-        backing: 0,
-        access: Access::ReadWrite,
-    };
-    first.map(&again).unwrap();
-    last.map(&again).unwrap();
-    last.set_tracking(dirtymap::Tracking::On).unwrap();
     fake.write(last.id(), 3 << 12);
     first.unmap(pages(0, 64), &mut dirtymap::FlushGather::new(), &mut |_| ());
     let mut first = Some(first);

@@ -155,6 +155,19 @@ fn what_someone_else_unmapped_is_dirty() {
     assert_eq!(words[0], 0xffff_ffff | WRITTEN);
 }
 
+/// Found by the kernel's own fault injection: an unmap answered "nothing is there", and the memory
+/// was still mapped. Devices reached what the space called unmapped.
+#[test]
+fn an_unmap_that_finds_nothing_is_made_again() {
+    let (fake, hwpt, space) = written();
+    fake.fail(Fault::once("unmap", libc::ENOENT));
+    let mut words = [0];
+    let bitmap = UserBitmap::new(&mut words);
+    space.unmap(pages(0, 64), Granule::K4, bitmap).unwrap();
+    assert!(!fake.write(hwpt.id(), 3 << 12), "no device reaches it");
+    assert_eq!(words[0], WRITTEN);
+}
+
 /// Another driver has the memory pinned: the kernel refuses to unmap it. Devices reach it still,
 /// so the space may not call it unmapped.
 #[test]

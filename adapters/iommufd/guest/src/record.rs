@@ -1,0 +1,2 @@
+//! stub
+pub(crate) fn run(_: std::fs::File) -> crate::Outcome { Ok(()) }
