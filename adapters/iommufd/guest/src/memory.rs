@@ -57,18 +57,18 @@ impl Memory {
 
     /// Makes all bytes `value`.
     pub(crate) fn fill(&self, value: u8) {
-        for at in 0..self.bytes {
-            // SAFETY: inside the mapping, which can be written until rights are taken away. The
-            // kernel writes to it only during calls, so the access is volatile.
-            unsafe { self.at(at).write_volatile(value) };
-        }
+        // SAFETY: all of the mapping, which can be written until rights are taken away, and to
+        // which no reference exists. The kernel writes to it only during calls.
+        unsafe { self.at(0).write_bytes(value, self.bytes) };
     }
 
-    /// The byte at `at`.
-    pub(crate) fn byte(&self, at: usize) -> u8 {
-        assert!(at < self.bytes, "a byte of {} at {at}", self.bytes);
-        // SAFETY: inside the mapping.
-        unsafe { self.at(at).read_volatile() }
+    /// The bytes of page `page` now.
+    pub(crate) fn page(&self, page: usize) -> [u8; PAGE] {
+        assert!((page + 1) * PAGE <= self.bytes, "a page of the mapping");
+        let mut bytes = [0; PAGE];
+        // SAFETY: a page of the mapping, which can be read; the copy is elsewhere.
+        unsafe { self.at(page * PAGE).copy_to_nonoverlapping(bytes.as_mut_ptr(), PAGE) };
+        bytes
     }
 
     /// Sets the rights of `count` pages from page `first` on.

@@ -39,11 +39,11 @@ pub(crate) struct Flags {
 }
 
 /// An argument of a call.
-struct Arg([u64; 9], u32);
+struct Arg([u64; 9]);
 
 impl Arg {
     fn new(size: u32) -> Self {
-        Arg([0; 9], size).u32(0, size)
+        Arg([0; 9]).u32(0, size)
     }
 
     fn u32(mut self, at: usize, value: u32) -> Self {
