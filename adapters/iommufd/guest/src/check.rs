@@ -165,11 +165,17 @@ pub(crate) fn run() -> crate::Outcome {
         ("several domains have dirty state of their own", domains),
         ("a device moves while tracking is on", replace),
         ("an unmap tells what was dirty", unmap),
-        ("an unmap that is told to calls everything dirty", unmap_everything),
+        (
+            "an unmap that is told to calls everything dirty",
+            unmap_everything,
+        ),
         ("what was dirty before the end of tracking is kept", stop),
         ("a second on keeps what is dirty", second_on),
         ("refusals have errors of their own", refusals),
-        ("errors that the kernel injects lose nothing", crate::faults::run),
+        (
+            "errors that the kernel injects lose nothing",
+            crate::faults::run,
+        ),
     ] {
         check().map_err(|error| format!("{name}: {error}"))?;
         println!("ok: {name}");

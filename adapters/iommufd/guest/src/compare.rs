@@ -27,7 +27,10 @@ const ROUNDS: usize = 5;
 
 pub(crate) fn run() -> crate::Outcome {
     println!("{LEAVES} granules of 2 KiB; microseconds of the fastest of {ROUNDS} walks");
-    println!("{:>12} {:>10} {:>10} {:>8}", "dirty", "kernel", "ours", "ratio");
+    println!(
+        "{:>12} {:>10} {:>10} {:>8}",
+        "dirty", "kernel", "ours", "ratio"
+    );
     for every in [0, 97, 2, 1] {
         let mut words = vec![0u64; LEAVES / 64];
         for leaf in (0..LEAVES).filter(|leaf| every != 0 && leaf % every == 0) {
@@ -92,7 +95,9 @@ fn ours(written: &[u64]) -> Result<Duration, Box<dyn std::error::Error>> {
         for (nth, word) in written.iter().enumerate() {
             for bit in (0..64).filter(|bit| word >> bit & 1 != 0) {
                 let at = Iova::new(APERTURE + (nth as u64 * 64 + bit) * GRANULE);
-                domain.table().make_dirty(IovaRange::granule_at(at, granule))?;
+                domain
+                    .table()
+                    .make_dirty(IovaRange::granule_at(at, granule))?;
             }
         }
         bits.fill(0);

@@ -77,7 +77,9 @@ fn read(nth: u32) -> Result<bool, Box<dyn std::error::Error>> {
     let setup = setup()?;
     let space = setup.space(BYTES)?;
     let written = [0, 5, 64, 100, 255];
-    written.iter().for_each(|page| setup.write(&setup.table, page << 12));
+    written
+        .iter()
+        .for_each(|page| setup.write(&setup.table, page << 12));
     let all = range(0, BYTES);
     let (done, reached) = failing(nth, || harvest_partial(&space))?;
     let mut told = done?;
@@ -106,7 +108,9 @@ fn unmap(nth: u32) -> Result<bool, Box<dyn std::error::Error>> {
     let mut words = [0; 4];
     let all = range(0, BYTES);
     let (done, reached) = failing(nth, || {
-        space.unmap(all, Granule::K4, UserBitmap::new(&mut words)).map(drop)
+        space
+            .unmap(all, Granule::K4, UserBitmap::new(&mut words))
+            .map(drop)
     })?;
     if done.is_err() {
         space.unmap(all, Granule::K4, UserBitmap::new(&mut words))?;

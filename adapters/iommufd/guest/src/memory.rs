@@ -67,7 +67,10 @@ impl Memory {
         assert!((page + 1) * PAGE <= self.bytes, "a page of the mapping");
         let mut bytes = [0; PAGE];
         // SAFETY: a page of the mapping, which can be read; the copy is elsewhere.
-        unsafe { self.at(page * PAGE).copy_to_nonoverlapping(bytes.as_mut_ptr(), PAGE) };
+        unsafe {
+            self.at(page * PAGE)
+                .copy_to_nonoverlapping(bytes.as_mut_ptr(), PAGE)
+        };
         bytes
     }
 

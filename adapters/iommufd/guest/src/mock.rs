@@ -128,10 +128,7 @@ impl Iommu {
     ) -> io::Result<()> {
         let flags = 1 | 4 | if writeable { 2 } else { 0 };
         let arg = Arg::new(40).u32(4, flags).u32(8, ioas);
-        self.call(
-            IOAS_MAP,
-            &mut arg.u64(16, va).u64(24, length).u64(32, iova),
-        )
+        self.call(IOAS_MAP, &mut arg.u64(16, va).u64(24, length).u64(32, iova))
     }
 
     /// Returns how many bytes went.
@@ -155,12 +152,12 @@ impl Iommu {
     /// Reads dirty bits into the bitmap at `data`. The caller keeps memory there for all bits that
     /// the kernel may set: for the range, and for leaves that extend past it.
     pub(crate) fn dirty(&self, hwpt: u32, get: &Get) -> io::Result<()> {
-        let arg = Arg::new(48).u32(4, hwpt).u32(8, get.flags).u32(12, get.reserved);
+        let arg = Arg::new(48)
+            .u32(4, hwpt)
+            .u32(8, get.flags)
+            .u32(12, get.reserved);
         let arg = arg.u64(16, get.iova).u64(24, get.length);
-        self.call(
-            GET_DIRTY,
-            &mut arg.u64(32, get.page_size).u64(40, get.data),
-        )
+        self.call(GET_DIRTY, &mut arg.u64(32, get.page_size).u64(40, get.data))
     }
 
     /// Lets the mock write to the granules of `bits` from `iova` on. Returns how many it counts.
@@ -223,5 +220,7 @@ impl Device for MockDevice {
 
 /// The number of an error; 0 for none.
 pub(crate) fn errno<T>(done: &io::Result<T>) -> i32 {
-    done.as_ref().err().map_or(0, |error| error.raw_os_error().unwrap_or(-1))
+    done.as_ref()
+        .err()
+        .map_or(0, |error| error.raw_os_error().unwrap_or(-1))
 }

@@ -21,7 +21,9 @@ impl Bitmap {
     /// A bitmap for `bits` bits from byte `off` of page 0 on. All bytes are `fill`. The pages with
     /// its bits can be read and written, and so can those next to them.
     pub(crate) fn new(bits: u64, off: usize, fill: u8) -> io::Result<Self> {
-        let needed = (off + usize::try_from(bits.div_ceil(8)).unwrap_or(0)).div_ceil(PAGE).max(1);
+        let needed = (off + usize::try_from(bits.div_ceil(8)).unwrap_or(0))
+            .div_ceil(PAGE)
+            .max(1);
         let pages = vec![Rights::Rw; AROUND + needed + AROUND];
         let memory = Memory::new(pages.len() * PAGE, false)?;
         memory.fill(fill);
@@ -90,9 +92,7 @@ impl Bitmap {
         for (page, rights) in self.pages.iter().enumerate() {
             let page = page as i64 - AROUND as i64;
             match runs.last_mut() {
-                Some((first, count, same))
-                    if same == rights && *first + *count as i64 == page =>
-                {
+                Some((first, count, same)) if same == rights && *first + *count as i64 == page => {
                     *count += 1;
                 }
                 _ if *rights == Rights::None => (),
@@ -112,7 +112,10 @@ impl Bitmap {
             })
             .collect();
         let (off, fill) = (self.off, self.fill);
-        format!("{{\"off\":{off},\"fill\":{fill},\"pages\":[{}]}}", runs.join(","))
+        format!(
+            "{{\"off\":{off},\"fill\":{fill},\"pages\":[{}]}}",
+            runs.join(",")
+        )
     }
 }
 

@@ -51,7 +51,9 @@ impl Areas {
             let below = self.0.range(..iova).next_back();
             let below = below.filter(|(start, area)| *start + (area.length - 1) >= iova);
             let touched = below.into_iter().chain(self.0.range(iova..=last));
-            touched.map(|(start, area)| (*start, *start + (area.length - 1))).collect()
+            touched
+                .map(|(start, area)| (*start, *start + (area.length - 1)))
+                .collect()
         };
         for (start, end) in inside {
             if start < iova || end > last {

@@ -77,7 +77,11 @@ impl Sequence {
             "{{\"t\":\"seq\",\"seq\":{number},\"name\":\"{}\",\"pagetable\":\"{}\",\
              \"option_huge_pages\":{},\"granule\":{GRANULE},\"iova_alignment\":{alignment},\
              \"iova_ranges\":{},\"hwpts\":[{}]}}",
-            if huge { "leaves of 1 MiB" } else { "small leaves" },
+            if huge {
+                "leaves of 1 MiB"
+            } else {
+                "small leaves"
+            },
             if huge { "huge" } else { "default" },
             u8::from(large),
             pairs(&ranges),
@@ -182,11 +186,17 @@ impl Sequence {
         }
         let odd = rng.once_in(16);
         if odd {
-            iova = rng.of(&[0, iova + 512, (1 << 31) - length / 2]).unwrap_or(iova);
+            iova = rng
+                .of(&[0, iova + 512, (1 << 31) - length / 2])
+                .unwrap_or(iova);
         }
         let writeable = !rng.once_in(8);
         let bytes = usize::try_from(length)?.next_multiple_of(PAGE) + PAGE;
-        let bytes = if hugetlb { usize::try_from(length)? } else { bytes };
+        let bytes = if hugetlb {
+            usize::try_from(length)?
+        } else {
+            bytes
+        };
         let memory = Memory::new(bytes, hugetlb)?;
         let va_off = match self.alignment {
             GRANULE if !hugetlb && rng.once_in(3) => GRANULE,
@@ -204,10 +214,12 @@ impl Sequence {
             let leaves = self.leaves((iova, length))?;
             let ptes = ptes(&leaves);
             layout = (0..self.tables.len())
-                .map(|hwpt| match self.tables.get(hwpt).is_some_and(|table| table.tracks) {
-                    true => format!("{{\"hwpt\":{hwpt},\"ptes\":[{ptes}]}}"),
-                    false => format!("{{\"hwpt\":{hwpt}}}"),
-                })
+                .map(
+                    |hwpt| match self.tables.get(hwpt).is_some_and(|table| table.tracks) {
+                        true => format!("{{\"hwpt\":{hwpt},\"ptes\":[{ptes}]}}"),
+                        false => format!("{{\"hwpt\":{hwpt}}}"),
+                    },
+                )
                 .collect();
             let area = Area {
                 length,
@@ -255,7 +267,12 @@ impl Sequence {
     }
 
     fn unmap(&mut self, rng: &mut Rng) -> Done<String> {
-        let areas: Vec<Run> = self.areas.0.iter().map(|(at, area)| (*at, area.length)).collect();
+        let areas: Vec<Run> = self
+            .areas
+            .0
+            .iter()
+            .map(|(at, area)| (*at, area.length))
+            .collect();
         let (start, len) = rng.of(&areas).unwrap_or((APERTURE, GRANULE));
         let (iova, length) = match rng.below(6) {
             0 => (start, len + GRANULE * rng.below(512)),
@@ -276,7 +293,9 @@ impl Sequence {
 
     fn track(&mut self, hwpt: i64, flags: u32) -> Done<String> {
         let errno = errno(&self.iommu.track(self.id(hwpt), flags));
-        let table = usize::try_from(hwpt).ok().and_then(|hwpt| self.tables.get_mut(hwpt));
+        let table = usize::try_from(hwpt)
+            .ok()
+            .and_then(|hwpt| self.tables.get_mut(hwpt));
         if let (0, Some(table)) = (errno, table) {
             table.on = flags == 1;
         }
@@ -290,7 +309,12 @@ impl Sequence {
     /// A device writes to some granules near an area.
     fn dirty(&mut self, rng: &mut Rng) -> Done<String> {
         let hwpt = self.draw_table(rng).max(0);
-        let areas: Vec<Run> = self.areas.0.iter().map(|(at, area)| (*at, area.length)).collect();
+        let areas: Vec<Run> = self
+            .areas
+            .0
+            .iter()
+            .map(|(at, area)| (*at, area.length))
+            .collect();
         let (start, len) = rng.of(&areas).unwrap_or((APERTURE, LARGE));
         let count = len / GRANULE + 4;
         let mut words = vec![0u64; usize::try_from(count.div_ceil(64))?];
@@ -334,7 +358,11 @@ impl Sequence {
             dirty: &dirty,
         }
         .tags();
-        let changed = |one| bitmap.as_ref().map_or(Vec::new(), |bitmap| bitmap.changed(one));
+        let changed = |one| {
+            bitmap
+                .as_ref()
+                .map_or(Vec::new(), |bitmap| bitmap.changed(one))
+        };
         let (new, lost) = (pairs(&changed(true)), pairs(&changed(false)));
         let buf = bitmap.as_ref().map_or("null".into(), Bitmap::json);
         let after = self.after(hwpt)?;
@@ -357,9 +385,26 @@ impl Sequence {
 
     /// The arguments of a read: mostly a range of whole areas, sometimes a part of one, or nonsense.
     fn draw_get(&self, rng: &mut Rng) -> Done<(Get, Option<Bitmap>)> {
-        let areas: Vec<Run> = self.areas.0.iter().map(|(at, area)| (*at, area.length)).collect();
+        let areas: Vec<Run> = self
+            .areas
+            .0
+            .iter()
+            .map(|(at, area)| (*at, area.length))
+            .collect();
         let (start, len) = rng.of(&areas).unwrap_or((APERTURE, LARGE));
-        let sizes = [GRANULE, GRANULE, GRANULE, 4096, 4096, 4096, 8192, 1 << 16, 1 << 20, 512, 6144];
+        let sizes = [
+            GRANULE,
+            GRANULE,
+            GRANULE,
+            4096,
+            4096,
+            4096,
+            8192,
+            1 << 16,
+            1 << 20,
+            512,
+            6144,
+        ];
         let page_size = rng.of(&sizes).unwrap_or(GRANULE);
         let unit = page_size.max(self.alignment);
         let round = |at: u64| at.next_multiple_of(unit);

@@ -74,6 +74,8 @@ impl Read<'_> {
     }
 
     fn is_dirty(&self, iova: u64) -> bool {
-        self.dirty.iter().any(|(start, len)| iova >= *start && iova - start < *len)
+        self.dirty
+            .iter()
+            .any(|(start, len)| iova >= *start && iova - start < *len)
     }
 }
