@@ -11,7 +11,7 @@ use crate::error::IommufdError;
 use crate::ioas::{Ioas, Locked, OnUnmap, Piece};
 use crate::kernel::{TRIES, uninterrupted};
 use crate::log::{self, Log};
-use crate::scratch::{Pool, host_page};
+use crate::scratch::Pool;
 
 /// The most pages of a piece: the bits of as many are what the kernel pins at a time.
 const MAX_PAGES_LG2: u8 = 24;
@@ -73,8 +73,10 @@ impl Hwpt {
 
     fn checked(ioas: &Ioas, id: u32) -> Result<Arc<Self>, IommufdError> {
         let smallest = ioas.alignment()?;
-        let host = Granule::from_bytes(host_page() as u64).unwrap_or(Granule::K4);
-        let page = ioas.options().page.unwrap_or(smallest.max(host));
+        let page = ioas
+            .options()
+            .page
+            .unwrap_or(smallest.max(dirtymap_host::page()));
         if page < smallest {
             return Err(IommufdError::PageTooSmall { page, smallest });
         }
@@ -196,15 +198,16 @@ impl Hwpt {
         state: &mut log::State,
         clear: bool,
     ) -> Result<(), IommufdError> {
+        let words = state.pending.words().len();
         let mut tries = 0;
-        let pulled = self.pool.with(state.pending.words(), |bits| {
+        let pulled = self.pool.with(words, |bits| {
             let kernel = self.ioas.kernel();
             let done = uninterrupted(|| {
                 tries += 1;
                 kernel.dirty(self.id, range, self.page, clear, bits)
             });
             // What an interrupted call told is in the bits, too: the kernel only adds.
-            state.pending.add(bits);
+            state.pending.add_words(0, bits);
             done
         });
         let done = match pulled {
@@ -331,7 +334,7 @@ impl Hwpt {
             }
         }
         drop(logs);
-        state.pending.drain(dirty);
+        state.pending.drain(log.range, dirty);
         kept
     }
 
@@ -376,7 +379,7 @@ impl Hwpt {
         for (other, log) in reached {
             let mut state = log.state();
             state.gone = true;
-            state.pending.drain(dirty);
+            state.pending.drain(log.range, dirty);
             let mut logs = other.logs_mut();
             logs.kept.remove(&start);
             logs.by_start.remove(&start);

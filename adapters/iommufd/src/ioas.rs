@@ -33,8 +33,11 @@ impl Iommufd {
     }
 
     /// An open file `/dev/iommu`, such as one that a manager of devices hands over.
-    pub fn from_fd(fd: std::os::fd::OwnedFd) -> Self {
-        Self::over(Iommu(fd))
+    ///
+    /// # Errors
+    /// [`IommufdError::Call`] if the kernel is older than 4.14.
+    pub fn from_fd(fd: std::os::fd::OwnedFd) -> Result<Self, IommufdError> {
+        Ok(Self::over(Iommu::new(fd)?))
     }
 
     pub(crate) fn over(kernel: impl Kernel + 'static) -> Self {

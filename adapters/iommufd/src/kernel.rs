@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use dirtymap::{Access, Granule, Iova, IovaRange, Mapping};
+use dirtymap_host::Maker;
 
 use crate::error::IommufdError;
 use crate::uapi::{self, Sized32, Span};
@@ -67,7 +68,10 @@ pub(crate) fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::R
 
 /// A file of iommufd.
 #[derive(Debug)]
-pub(crate) struct Iommu(pub(crate) OwnedFd);
+pub(crate) struct Iommu {
+    fd: OwnedFd,
+    maker: Maker,
+}
 
 pub(crate) const PATH: &str = "/dev/iommu";
 
@@ -75,11 +79,16 @@ impl Iommu {
     pub(crate) fn open() -> Result<Self, IommufdError> {
         let path = PATH;
         let file = uninterrupted(|| File::options().read(true).write(true).open(path));
-        file.map(|file| Iommu(file.into()))
-            .map_err(|error| match error.raw_os_error() {
-                Some(libc::EACCES | libc::EPERM) => IommufdError::NoPermission { path, error },
-                _ => IommufdError::NoIommufd { path, error },
-            })
+        let file = file.map_err(|error| match error.raw_os_error() {
+            Some(libc::EACCES | libc::EPERM) => IommufdError::NoPermission { path, error },
+            _ => IommufdError::NoIommufd { path, error },
+        })?;
+        Self::new(file.into())
+    }
+
+    pub(crate) fn new(fd: OwnedFd) -> Result<Self, IommufdError> {
+        let maker = Maker::new().map_err(|error| IommufdError::call("MADV_WIPEONFORK", error))?;
+        Ok(Iommu { fd, maker })
     }
 }
 
@@ -102,11 +111,26 @@ pub(crate) unsafe fn ioctl<T: Sized32>(
 }
 
 impl Iommu {
+    /// The file, for a call.
+    ///
+    /// # Errors
+    /// In a child of `fork`: the kernel would clear what the parent has to learn, and write the
+    /// bits into the memory of the child.
+    fn here(&self) -> io::Result<BorrowedFd<'_>> {
+        match self.maker.of_another_process() {
+            None => Ok(self.fd.as_fd()),
+            Some(maker) => Err(io::Error::other(format!(
+                "this process is a child of {maker}, which opened iommufd: use it there, or open \
+                 another one"
+            ))),
+        }
+    }
+
     /// A call whose struct names no memory of this process.
     fn plain<T: Sized32>(&self, call: libc::Ioctl, arg: &mut T) -> io::Result<()> {
         // SAFETY: the calls of this file that come here name numbers of objects, and addresses of
         // devices.
-        unsafe { ioctl(self.0.as_fd(), call, arg) }
+        unsafe { ioctl(self.here()?, call, arg) }
     }
 }
 
@@ -118,7 +142,7 @@ fn span(range: IovaRange) -> io::Result<(u64, u64)> {
 
 impl Kernel for Iommu {
     fn fd(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.0.as_fd())
+        Some(self.fd.as_fd())
     }
 
     fn ioas_alloc(&self) -> io::Result<u32> {
@@ -146,7 +170,7 @@ impl Kernel for Iommu {
             out_iova_alignment: 0,
         };
         // SAFETY: the kernel writes at most `num_iovas` pairs to `spans`, which has as many.
-        match unsafe { ioctl(self.0.as_fd(), uapi::IOAS_IOVA_RANGES, &mut arg) } {
+        match unsafe { ioctl(self.here()?, uapi::IOAS_IOVA_RANGES, &mut arg) } {
             Err(error) if error.raw_os_error() != Some(libc::EMSGSIZE) => Err(error),
             // EMSGSIZE: there are more; the number and the alignment are right all the same.
             _ => Ok((arg.num_iovas as usize, arg.out_iova_alignment)),
@@ -183,7 +207,7 @@ impl Kernel for Iommu {
         };
         // SAFETY: the kernel pins the memory and lets devices reach it; the caller of `Ioas::new`
         // promised that devices may.
-        unsafe { ioctl(self.0.as_fd(), uapi::IOAS_MAP, &mut arg) }
+        unsafe { ioctl(self.here()?, uapi::IOAS_MAP, &mut arg) }
     }
 
     fn unmap(&self, ioas: u32, range: IovaRange) -> io::Result<()> {
@@ -247,7 +271,7 @@ impl Kernel for Iommu {
         };
         // SAFETY: the kernel sets bits of `data`, one for each page of `range`; there are as many.
         // A leaf extends past no range that comes here: see "Pieces" in the crate.
-        unsafe { ioctl(self.0.as_fd(), uapi::HWPT_GET_DIRTY_BITMAP, &mut arg) }?;
+        unsafe { ioctl(self.here()?, uapi::HWPT_GET_DIRTY_BITMAP, &mut arg) }?;
         // The kernel's words are little endian.
         bits.iter_mut().for_each(|word| *word = u64::from_le(*word));
         Ok(())

@@ -58,7 +58,6 @@
 #![cfg(target_os = "linux")]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
-mod bits;
 mod device;
 mod error;
 mod hwpt;

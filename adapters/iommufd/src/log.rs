@@ -3,9 +3,8 @@
 use std::collections::TryReserveError;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use dirtymap::adapter::Pending;
 use dirtymap::{Granule, IovaRange, Mapping};
-
-use crate::bits::Pending;
 
 /// A piece of an area.
 #[derive(Debug)]

@@ -25,10 +25,8 @@ pub(crate) struct Scratch {
 unsafe impl Send for Scratch {}
 
 /// The page of the host.
-pub(crate) fn host_page() -> usize {
-    // SAFETY: the call reads a number and touches no memory.
-    let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    usize::try_from(bytes).unwrap_or(4096)
+fn host_page() -> usize {
+    dirtymap_host::page().bytes() as usize
 }
 
 impl Scratch {

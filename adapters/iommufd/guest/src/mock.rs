@@ -73,8 +73,8 @@ impl Iommu {
     }
 
     /// The same file, for the adapter.
-    pub(crate) fn adapter(&self) -> io::Result<Iommufd> {
-        Ok(Iommufd::from_fd(OwnedFd::from(self.0.try_clone()?)))
+    pub(crate) fn adapter(&self) -> Result<Iommufd, Box<dyn std::error::Error>> {
+        Ok(Iommufd::from_fd(OwnedFd::from(self.0.try_clone()?))?)
     }
 
     fn try_clone(&self) -> io::Result<Self> {

@@ -33,12 +33,32 @@ fn a_missing_file_says_what_to_load() {
 #[test]
 fn a_file_of_another_kind_is_told() {
     let null = || std::fs::File::open("/dev/null").unwrap();
-    let iommufd = Iommufd::from_fd(null().into());
+    let iommufd = Iommufd::from_fd(null().into()).unwrap();
     // SAFETY: no device exists.
     let error = unsafe { Ioas::new(&iommufd, IoasOptions::default()) }.unwrap_err();
     assert!(matches!(error, IommufdError::Unsupported { .. }), "{error}");
     let error = VfioDevice::bind(null().into(), &iommufd).unwrap_err();
     assert!(matches!(error, IommufdError::Unsupported { .. }), "{error}");
+}
+
+/// A child of `fork` that harvested would clear what its parent has to learn.
+#[test]
+fn a_child_of_fork_is_refused() {
+    let null = std::fs::File::open("/dev/null").unwrap();
+    let iommufd = Iommufd::from_fd(null.into()).unwrap();
+    // SAFETY: the child calls one function that only looks, and ends without unwinding.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let refused = iommufd.kernel().ioas_alloc().unwrap_err();
+        // SAFETY: ends the child.
+        unsafe { libc::_exit(i32::from(refused.raw_os_error().is_some())) };
+    }
+    let mut status = -1;
+    // SAFETY: waits for the child above, and writes one number.
+    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+    assert_eq!(status, 0, "refused before the kernel was asked");
+    let asked = iommufd.kernel().ioas_alloc().unwrap_err();
+    assert_eq!(asked.raw_os_error(), Some(libc::ENOTTY));
 }
 
 #[test]
