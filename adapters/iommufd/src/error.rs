@@ -112,8 +112,8 @@ pub enum IommufdError {
     },
     /// The backing address is not that of memory which can be pinned.
     #[error(
-        "the memory for {range} cannot be pinned from address {backing:#x} on: it has to be mapped, \
-         and writable if devices write: {error}"
+        "the memory for {range} cannot be pinned from address {backing:#x} on: it has to be \
+         mapped, and writable if devices write: {error}"
     )]
     NotMemory {
         /// The addresses to map.
@@ -161,7 +161,8 @@ pub enum IommufdError {
     },
     /// The kernel did not say what was written. All that it was asked for counts as dirty.
     #[error(
-        "the page table {hwpt} does not tell what was written; all of {range} counts as dirty: {error}"
+        "the page table {hwpt} does not tell what was written; all of {range} counts as dirty: \
+         {error}"
     )]
     Unknown {
         /// The page table by its number in iommufd.

@@ -119,8 +119,8 @@ impl Hwpt {
     /// space until it was harvested.
     ///
     /// # Errors
-    /// [`IommufdError::DeviceRefused`]; [`IommufdError::Call`]. Then the device uses the one that it
-    /// used before.
+    /// [`IommufdError::DeviceRefused`]; [`IommufdError::Call`]. Then the device uses the one that
+    /// it used before.
     pub fn attach(&self, device: &impl Device) -> Result<(), IommufdError> {
         // The lock: no unmap looks at the devices meanwhile.
         let _locked = self.ioas.lock();

@@ -178,8 +178,8 @@ fn a_table_of_other_mappings_is_refused() {
     );
 }
 
-/// The last count of a table is dropped while another one of its IOAS is at work. Its drop waits for
-/// the same lock.
+/// The last count of a table is dropped while another one of its IOAS is at work. Its drop waits
+/// for the same lock.
 #[test]
 fn a_table_that_goes_in_the_middle_of_an_unmap_of_another_one() {
     let Two {

@@ -84,7 +84,7 @@ fn pages_and_pieces_that_do_not_fit() {
     let table = |options| fake.ioas(options).hwpt(1);
     let error = table(IoasOptions::default().page(Granule::K4)).unwrap_err();
     assert!(
-        matches!(error, IommufdError::PageTooSmall { page: Granule::K4, smallest } if smallest == k64),
+        matches!(error, IommufdError::PageTooSmall { smallest, .. } if smallest == k64),
         "{error}"
     );
     assert_eq!(table(IoasOptions::default()).unwrap().page_size(), k64);

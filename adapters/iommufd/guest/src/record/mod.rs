@@ -1,8 +1,8 @@
 //! Records what a kernel answers, in the format of `testdata/README.md`.
 //!
 //! Each sequence is one IOAS of the kernel with some page tables. Its calls are drawn from a
-//! generator with a fixed seed. What the kernel did is measured around each call; only the tags of a
-//! read are concluded, from what was dirty before it.
+//! generator with a fixed seed. What the kernel did is measured around each call. Only the tags of
+//! a read are concluded, from what was dirty before it.
 
 mod bitmap;
 mod model;

@@ -383,7 +383,7 @@ impl Sequence {
         ))
     }
 
-    /// The arguments of a read: mostly a range of whole areas, sometimes a part of one, or nonsense.
+    /// The arguments of a read: mostly a range of whole areas, sometimes a part, or nonsense.
     fn draw_get(&self, rng: &mut Rng) -> Done<(Get, Option<Bitmap>)> {
         let areas: Vec<Run> = self
             .areas
