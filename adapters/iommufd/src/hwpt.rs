@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::Arc;
 
+use dirtymap::sync::{Mutex, MutexGuard, lock};
 use dirtymap::{FlushGather, Granule, IovaRange, Mapping};
 
 use crate::device::Device;
@@ -28,7 +29,7 @@ pub struct Hwpt {
     id: u32,
     page: Granule,
     pool: Pool,
-    logs: RwLock<Logs>,
+    logs: Mutex<Logs>,
     /// Held while tracking is switched.
     switch: Mutex<()>,
 }
@@ -94,8 +95,8 @@ impl Hwpt {
             id,
             page,
             pool,
-            logs: RwLock::default(),
-            switch: Mutex::default(),
+            logs: Mutex::new(Logs::default()),
+            switch: Mutex::new(()),
         }))
     }
 
@@ -154,12 +155,8 @@ impl Hwpt {
         devices.values().any(|hwpt| *hwpt == self.id)
     }
 
-    pub(crate) fn logs(&self) -> RwLockReadGuard<'_, Logs> {
-        self.logs.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn logs_mut(&self) -> RwLockWriteGuard<'_, Logs> {
-        self.logs.write().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn logs(&self) -> MutexGuard<'_, Logs> {
+        lock(&self.logs)
     }
 
     /// The first piece at or above `from` that touches `range`, and whether the kernel tracks.
@@ -232,7 +229,7 @@ impl Hwpt {
 
     /// Switches tracking: see [`DirtySource::set_tracking`](dirtymap::DirtySource::set_tracking).
     pub(crate) fn switch(&self, on: bool) -> Result<(), IommufdError> {
-        let _switch = self.switch.lock().unwrap_or_else(PoisonError::into_inner);
+        let _switch = lock(&self.switch);
         if self.logs().tracked == on {
             return Ok(());
         }
@@ -258,7 +255,7 @@ impl Hwpt {
         if on {
             each_piece(&|_, state| state.pending.clear());
         }
-        self.logs_mut().tracked = on;
+        self.logs().tracked = on;
         Ok(())
     }
 
@@ -290,7 +287,7 @@ impl Hwpt {
                 ioas.state.pieces.insert(start, Piece { mapping, users });
             }
         }
-        let mut logs = self.logs_mut();
+        let mut logs = self.logs();
         logs.kept.remove(&start);
         // One that an unmap could not end is still there, with what it knows.
         logs.by_start.entry(start).or_insert_with(|| Arc::new(log));
@@ -322,7 +319,7 @@ impl Hwpt {
             true => self.unmap(ioas, log, &mut state, dirty),
             false => self.has_devices().then_some(Kept::ByOther),
         };
-        let mut logs = self.logs_mut();
+        let mut logs = self.logs();
         match kept {
             Some(kept) => {
                 logs.kept.insert(start, kept);
@@ -380,7 +377,7 @@ impl Hwpt {
             let mut state = log.state();
             state.gone = true;
             state.pending.drain(log.range, dirty);
-            let mut logs = other.logs_mut();
+            let mut logs = other.logs();
             logs.kept.remove(&start);
             logs.by_start.remove(&start);
         }
@@ -456,7 +453,7 @@ impl Drop for Hwpt {
     fn drop(&mut self) {
         let ioas = self.ioas.clone();
         let mut state = ioas.lock();
-        let logs = std::mem::take(&mut self.logs_mut().by_start);
+        let logs = std::mem::take(&mut self.logs().by_start);
         for log in logs.into_values() {
             // Nobody asks for what is dirty any more.
             let _ = self.leave(&mut state, &log, &mut |_| ());

@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 
+use dirtymap::sync::{Mutex, MutexGuard, lock};
 use dirtymap::{Granule, IovaRange, Mapping};
 
 use crate::error::IommufdError;
@@ -43,7 +44,7 @@ impl Iommufd {
     pub(crate) fn over(kernel: impl Kernel + 'static) -> Self {
         Iommufd(Arc::new(File {
             kernel: Box::new(kernel),
-            devices: Mutex::default(),
+            devices: Mutex::new(BTreeMap::new()),
         }))
     }
 
@@ -53,10 +54,7 @@ impl Iommufd {
 
     /// Which page table each device uses.
     pub(crate) fn devices(&self) -> MutexGuard<'_, BTreeMap<u32, u32>> {
-        self.0
-            .devices
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0.devices)
     }
 }
 
@@ -181,7 +179,7 @@ impl Ioas {
             iommufd: iommufd.clone(),
             id,
             options,
-            state: Mutex::default(),
+            state: Mutex::new(State::default()),
         }));
         if options.small_pages {
             uninterrupted(|| kernel.small_pages(id))
@@ -256,7 +254,7 @@ impl Ioas {
     /// What is mapped. A thread that panicked with it left nothing half done.
     pub(crate) fn lock(&self) -> Locked<'_> {
         Locked {
-            state: self.0.state.lock().unwrap_or_else(PoisonError::into_inner),
+            state: lock(&self.0.state),
             held: Vec::new(),
         }
     }

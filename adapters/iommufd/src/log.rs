@@ -1,9 +1,9 @@
 //! One piece of an area, as one page table sees it.
 
 use std::collections::TryReserveError;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use dirtymap::adapter::Pending;
+use dirtymap::sync::{Mutex, MutexGuard, lock};
 use dirtymap::{Granule, IovaRange, Mapping};
 
 /// A piece of an area.
@@ -35,7 +35,7 @@ impl Log {
 
     /// What is known. A thread that panicked with it left nothing half done.
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

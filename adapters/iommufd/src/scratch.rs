@@ -9,7 +9,8 @@
 
 use std::io;
 use std::ptr::NonNull;
-use std::sync::{Mutex, PoisonError};
+
+use dirtymap::sync::{Mutex, lock};
 
 /// A bitmap in pages of its own, with a page without access at its end.
 #[derive(Debug)]
@@ -124,14 +125,13 @@ impl Pool {
         words: usize,
         with: impl FnOnce(&mut [u64]) -> T,
     ) -> io::Result<T> {
-        let waiting = || self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = waiting().pop();
+        let found = lock(&self.waiting).pop();
         let mut scratch = match found {
             Some(scratch) => scratch,
             None => Scratch::new(self.words)?,
         };
         let done = scratch.zeroed(words).map(with);
-        let mut waiting = waiting();
+        let mut waiting = lock(&self.waiting);
         if waiting.len() < KEPT {
             waiting.push(scratch);
         }

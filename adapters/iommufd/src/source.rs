@@ -1,5 +1,6 @@
 //! A page table as a dirty source.
 
+use dirtymap::sync::MutexGuard;
 use dirtymap::{
     DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink, Mapping,
     Sink, Stopped, Tracking,
@@ -81,7 +82,7 @@ impl Hwpt {
         asked: IovaRange,
         tracked: bool,
         clear: bool,
-    ) -> Result<std::sync::MutexGuard<'l, State>, Stopped> {
+    ) -> Result<MutexGuard<'l, State>, Stopped> {
         let mut state = log.state();
         if tracked && !state.gone {
             let pulled = self.pull(log.range, &mut state, clear);

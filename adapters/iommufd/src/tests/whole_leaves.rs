@@ -34,7 +34,8 @@ fn harvest(space: &AddressSpace, range: IovaRange) -> Vec<IovaRange> {
 }
 
 /// The kernel itself, with the same leaf: a read of 1 MiB to 2 MiB of a leaf that begins at 0
-/// cleans it and tells nothing; a read of its first 64 KiB writes 496 bits past the end of the bitmap.
+/// cleans it and tells nothing; a read of its first 64 KiB writes 496 bits past the end of the
+/// bitmap.
 #[test]
 fn the_kernel_loses_and_overruns_what_this_source_keeps() {
     let (fake, hwpt, space) = space(IoasOptions::default());
