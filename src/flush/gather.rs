@@ -13,6 +13,20 @@ const MAX_RANGES: usize = 32;
 /// Ranges that touch are joined. When there are too many, the two neighbours with the smallest gap
 /// between them are joined, gap included: invalidating more than needed costs time, and never data.
 /// An empty gather is a state of its own, not a sentinel range.
+///
+/// ```
+/// use dirtymap::flush::FlushGather;
+/// use dirtymap::{Granule, ToIovaRange};
+///
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// let mut gather = FlushGather::new();
+/// gather.add((0x1000..0x2000).to_iova_range()?, Granule::K4);
+/// gather.add((0x2000..0x3000).to_iova_range()?, Granule::K4);
+/// assert_eq!(gather.ranges(), [(0x1000..0x3000).to_iova_range()?]);
+/// assert_eq!(gather.entries(), 2);
+/// # Ok(())
+/// # }
+/// ```
 #[doc(alias = "iommu_iotlb_gather")]
 #[doc(alias = "iotlb_gather")]
 #[doc(alias = "iommu_iotlb_sync")]
