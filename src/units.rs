@@ -635,6 +635,8 @@ impl fmt::Display for DomainId {
 }
 
 /// What a device may do with a mapping.
+#[doc(alias = "IOMMU_IOAS_MAP_READABLE")]
+#[doc(alias = "IOMMU_IOAS_MAP_WRITEABLE")]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Access {
     /// Device reads only.

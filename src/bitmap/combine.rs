@@ -31,6 +31,7 @@ impl BitmapView<'_> {
     /// [`BitmapError::Shrank`] or [`BitmapError::Window`] if a window of a file cannot be had, on
     /// either side, [`BitmapError::NoSpace`] if there is no room for one of `target`; what was ORed
     /// in before stays.
+    #[doc(alias = "bdrv_merge_dirty_bitmap")]
     pub fn or_into(&self, target: &BitmapView<'_>) -> Result<u64, BitmapError> {
         let mut sink = target.sink();
         let mut runs = self.runs();

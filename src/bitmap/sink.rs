@@ -101,6 +101,7 @@ impl<'a> Sink<'a> {
     /// None for bitmaps in memory. For a file [`BitmapError::Shrank`], [`BitmapError::Window`] or
     /// [`BitmapError::NoSpace`], if the next window cannot be mapped or filled; then a part of
     /// `range` may be recorded, and the caller must leave the dirty state as it is.
+    #[doc(alias = "iova_bitmap_set")]
     #[inline]
     pub fn record(&mut self, range: IovaRange) -> Result<(), Error> {
         Ok(self.put(range)?)

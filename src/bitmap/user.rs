@@ -26,6 +26,8 @@ use crate::units::{Granule, IovaRange};
 /// # Ok(())
 /// # }
 /// ```
+#[doc(alias = "iova_bitmap")]
+#[doc(alias = "iova_bitmap_alloc")]
 #[derive(Debug)]
 pub struct UserBitmap<'a> {
     backing: Backing<'a>,

@@ -28,6 +28,8 @@ use crate::words::word_mask;
 /// # Ok(())
 /// # }
 /// ```
+#[doc(alias = "kvm_dirty_log")]
+#[doc(alias = "cpu_physical_memory_set_dirty_lebitmap")]
 #[derive(Clone, Copy, Debug)]
 pub struct DirtyLog<'a> {
     form: Form<'a>,

@@ -102,6 +102,7 @@ impl FlushGather {
     }
 
     /// Owes the invalidation of `range`, which is mapped by leaves of size `leaf`.
+    #[doc(alias = "iommu_iotlb_gather_add_page")]
     #[inline]
     pub fn add(&mut self, range: IovaRange, leaf: Granule) {
         self.entries = self.entries.saturating_add(1);

@@ -30,6 +30,7 @@ const MIN_STEP: u64 = 64;
 /// # Ok(())
 /// # }
 /// ```
+#[doc(alias = "IOMMU_HWPT_GET_DIRTY_BITMAP")]
 #[derive(Clone, Copy, Debug)]
 pub struct HarvestRequest<'m> {
     range: IovaRange,

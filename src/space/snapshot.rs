@@ -26,6 +26,7 @@ use crate::units::{DomainId, Granule, Iova, IovaRange};
 /// # Ok(())
 /// # }
 /// ```
+#[doc(alias = "FlatView")]
 pub struct SpaceSnapshot<'s> {
     areas: Snapshot<'s, Area, 16, Rules>,
     page: Granule,
