@@ -46,6 +46,7 @@
 //! | track a KVM guest | `KvmLog` | [dirtymap-kvm] |
 //! | share a log with vhost-user | `VhostLog`, `LogBitmap` | [dirtymap-vhost] |
 //! | track memory of a process | `ProcessMemory` | [dirtymap-pagemap] |
+//! | track devices by their IOMMU | `Hwpt` | [dirtymap-iommufd] |
 //! | keep a bitmap in a file, or a Roaring set | `BitmapFile` | [dirtymap-formats] |
 //! | keep what is dirty over a restart | `BitmapFile::save_space` | [dirtymap-formats] |
 //!
@@ -53,6 +54,7 @@
 //! [dirtymap-kvm]: https://docs.rs/dirtymap-kvm
 //! [dirtymap-vhost]: https://docs.rs/dirtymap-vhost
 //! [dirtymap-pagemap]: https://docs.rs/dirtymap-pagemap
+//! [dirtymap-iommufd]: https://docs.rs/dirtymap-iommufd
 //! [dirtymap-formats]: https://docs.rs/dirtymap-formats
 //!
 //! ```text
@@ -226,6 +228,7 @@ macro_rules! page {
             "[kvm]: https://docs.rs/dirtymap-kvm/latest/dirtymap_kvm/guide/\n",
             "[vhost]: https://docs.rs/dirtymap-vhost/latest/dirtymap_vhost/guide/\n",
             "[pagemap]: https://docs.rs/dirtymap-pagemap/latest/dirtymap_pagemap/guide/\n",
+            "[iommufd]: https://docs.rs/dirtymap-iommufd/latest/dirtymap_iommufd/\n",
             "[formats]: https://docs.rs/dirtymap-formats/latest/dirtymap_formats/guide/\n",
             "[joint]: https://github.com/dirtymap/dirtymap/blob/main/examples/adapters/joint.md\n",
             "[monitors]: crate::guide::monitors\n",
