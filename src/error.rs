@@ -295,6 +295,18 @@ impl Error {
 }
 
 /// Why a bitmap cannot be bound to a request, read or written. Becomes an [`Error`] by `?`.
+///
+/// ```
+/// use dirtymap::bitmap::BitmapError;
+/// use dirtymap::{Granule, ToIovaRange, UserBitmap};
+///
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// let mut word = [0]; // 64 bits, for 65 pages
+/// let view = UserBitmap::new(&mut word).view((0..65 << 12).to_iova_range()?, Granule::K4);
+/// assert!(matches!(view, Err(BitmapError::TooShort { bits: 64, needed: 65, .. })));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BitmapError {

@@ -13,10 +13,25 @@ impl BitmapView<'_> {
     ///
     /// So this merges (two equal requests), converts (another granule) and rebases (another range).
     ///
+    /// ```
+    /// use dirtymap::{Granule, ToIovaRange, UserBitmap};
+    ///
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// let range = (0..64 << 12).to_iova_range()?;
+    /// let (mut fine, mut coarse) = ([0b1_0001], [0]);
+    /// let fine = UserBitmap::new(&mut fine).view(range, Granule::K4)?;
+    /// let coarse_view = UserBitmap::new(&mut coarse).view(range, Granule::from_bytes(16 << 10)?)?;
+    /// assert_eq!(fine.or_into(&coarse_view)?, 2); // pages 0 and 4 are in two pages of 16 KiB
+    /// assert_eq!(coarse, [0b11]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// [`BitmapError::Shrank`] or [`BitmapError::Window`] if a window of a file cannot be had, on
     /// either side, [`BitmapError::NoSpace`] if there is no room for one of `target`; what was ORed
     /// in before stays.
+    #[doc(alias = "bdrv_merge_dirty_bitmap")]
     pub fn or_into(&self, target: &BitmapView<'_>) -> Result<u64, BitmapError> {
         let mut sink = target.sink();
         let mut runs = self.runs();
@@ -30,6 +45,19 @@ impl BitmapView<'_> {
     /// may differ: a bit is cleared only if every byte it stands for is dirty in `other`.
     ///
     /// Not while a lease over this bitmap lives: what is cleared here would be lost by its abort.
+    ///
+    /// ```
+    /// use dirtymap::{Granule, ToIovaRange, UserBitmap};
+    ///
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// let range = (0..64 << 12).to_iova_range()?;
+    /// let (mut dirty, mut sent) = ([0b111], [0b010]);
+    /// let sent = UserBitmap::new(&mut sent).view(range, Granule::K4)?;
+    /// UserBitmap::new(&mut dirty).view(range, Granule::K4)?.and_not(&sent)?;
+    /// assert_eq!(dirty, [0b101]);
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// As [`or_into`](Self::or_into); what was cleared before stays cleared.

@@ -18,6 +18,21 @@ impl<'a> BitmapView<'a> {
 /// What a dirty source writes its findings into during one harvest.
 ///
 /// The source calls [`record`](Sink::record) **before** it clears the state that told it so.
+///
+/// ```
+/// use dirtymap::{Granule, Iova, ToIovaRange, UserBitmap};
+///
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// let mut words = [0];
+/// let view = UserBitmap::new(&mut words).view((0..64 << 12).to_iova_range()?, Granule::K4)?;
+/// let mut sink = view.sink();
+/// sink.record((0x2ffe..0x3002).to_iova_range()?)?; // a write that touches two pages
+/// sink.record_mask(Iova::new(0x8000), Granule::K4, 0b11)?; // two pages of a log
+/// assert_eq!(sink.bits_set(), 4);
+/// assert_eq!(words, [0b11_0000_1100]);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Sink<'a> {
     view: BitmapView<'a>,
@@ -86,6 +101,7 @@ impl<'a> Sink<'a> {
     /// None for bitmaps in memory. For a file [`BitmapError::Shrank`], [`BitmapError::Window`] or
     /// [`BitmapError::NoSpace`], if the next window cannot be mapped or filled; then a part of
     /// `range` may be recorded, and the caller must leave the dirty state as it is.
+    #[doc(alias = "iova_bitmap_set")]
     #[inline]
     pub fn record(&mut self, range: IovaRange) -> Result<(), Error> {
         Ok(self.put(range)?)

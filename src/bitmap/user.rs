@@ -13,6 +13,21 @@ use crate::units::{Granule, IovaRange};
 /// a request is ever written. At most 2^63 bits of it are used.
 ///
 /// Several harvests may record into one shared bitmap at a time: bits are OR-ed in atomically.
+///
+/// ```
+/// use dirtymap::{Granule, ToIovaRange, UserBitmap};
+///
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// let ram = (0x10_0000..0x20_0000).to_iova_range()?; // 256 pages
+/// let mut words = [0; 4];
+/// let view = UserBitmap::new(&mut words).view(ram, Granule::K4)?;
+/// view.sink().record((0x10_1000..0x10_3000).to_iova_range()?)?;
+/// assert_eq!(words, [0b110, 0, 0, 0]);
+/// # Ok(())
+/// # }
+/// ```
+#[doc(alias = "iova_bitmap")]
+#[doc(alias = "iova_bitmap_alloc")]
 #[derive(Debug)]
 pub struct UserBitmap<'a> {
     backing: Backing<'a>,

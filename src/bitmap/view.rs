@@ -5,6 +5,19 @@ use crate::units::{Granule, Iova, IovaRange};
 
 /// A user bitmap as one request sees it: which address each bit stands for, and where the request
 /// ends.
+///
+/// ```
+/// use dirtymap::{Granule, ToIovaRange, UserBitmap};
+///
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// let mut words = [0b1011];
+/// let view = UserBitmap::new(&mut words).view((0..64 << 12).to_iova_range()?, Granule::K4)?;
+/// assert_eq!(view.count(), 3);
+/// assert!(view.bits().eq([0, 1, 3]));
+/// assert!(view.runs().eq([(0..0x2000).to_iova_range()?, (0x3000..0x4000).to_iova_range()?]));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct BitmapView<'a> {
     pub(super) backing: Backing<'a>,

@@ -15,6 +15,21 @@ use crate::words::word_mask;
 /// What it says goes into a bitmap by [`or_into`](Self::or_into), into an address space by marking
 /// its [`runs`](Self::runs), and together with others into one list by
 /// [`merge_runs`](crate::exchange::merge_runs).
+///
+/// ```
+/// use dirtymap::exchange::DirtyLog;
+/// use dirtymap::{Granule, ToIovaRange};
+///
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// let slot = (0x10_0000..0x14_0000).to_iova_range()?; // bit 0 is its first page
+/// let log = DirtyLog::words(&[0b110], slot, Granule::K4)?;
+/// assert_eq!(log.count(), 2);
+/// assert_eq!(log.runs().next(), Some((0x10_1000..0x10_3000).to_iova_range()?));
+/// # Ok(())
+/// # }
+/// ```
+#[doc(alias = "kvm_dirty_log")]
+#[doc(alias = "cpu_physical_memory_set_dirty_lebitmap")]
 #[derive(Clone, Copy, Debug)]
 pub struct DirtyLog<'a> {
     form: Form<'a>,

@@ -8,6 +8,20 @@ use crate::units::{Granule, Iova, IovaRange};
 
 /// What every iterator of runs can do: [`Runs`](crate::bitmap::Runs) of a lease or a view,
 /// [`LogRuns`](crate::exchange::LogRuns), [`MergedRuns`], or one of the caller's own.
+///
+/// ```
+/// use dirtymap::exchange::RunsExt;
+/// use dirtymap::{Granule, IovaRange, ToIovaRange};
+///
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// let runs: [IovaRange; 1] = [(0x1000..0x4000).to_iova_range()?];
+/// assert!(runs.into_iter().pairs().eq([(0x1000, 0x3000)]));
+/// let pieces = runs.into_iter().pieces(Granule::from_bytes(0x2000)?);
+/// assert!(pieces.eq([(0x1000, 0x1000), (0x2000, 0x2000)]));
+/// assert_eq!(runs.into_iter().total_bytes(), 0x3000);
+/// # Ok(())
+/// # }
+/// ```
 pub trait RunsExt: Iterator<Item = IovaRange> + Sized {
     /// The runs as `(start, len)` in bytes. A run of more than 2^63 bytes comes in several, since
     /// its length may not fit.

@@ -116,6 +116,19 @@ impl<'a, State> Lease<'a, State> {
     /// pages takes at most 33 MiB a domain. The memory is used again by later aborts, and goes when
     /// the domain is detached. The same holds for a lease that is dropped, and for a harvest that
     /// stops where it has to put back what an earlier source gave it.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// space.mark(0x3000..0x4000)?;
+    /// let aborted = space.rounds().next()?.abort(); // a copy has failed
+    /// assert_eq!(aborted.bytes, 0x1000);
+    /// assert_eq!(space.rounds().next()?.dirty(), 1); // the page is dirty again
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn abort(mut self) -> Aborted {
         self.holding.put_back()
     }

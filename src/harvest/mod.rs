@@ -113,6 +113,8 @@ impl AddressSpace {
     /// it [refuses holes](Holes::Refuse).
     ///
     /// [`BitmapError::TooShort`]: crate::bitmap::BitmapError::TooShort
+    #[doc(alias = "iopt_read_and_clear_dirty_data")]
+    #[doc(alias = "memory_region_snapshot_and_clear_dirty")]
     pub fn harvest<'a>(
         &'a self,
         request: &HarvestRequest<'_>,
@@ -146,6 +148,7 @@ impl AddressSpace {
     /// # Errors
     /// As [`harvest`](Self::harvest), and that of a source, or of a window of the bitmap, that failed;
     /// what was recorded before a hole or a failure stays in `bitmap`.
+    #[doc(alias = "IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR")]
     pub fn peek<'a>(
         &self,
         request: &HarvestRequest<'_>,

@@ -30,6 +30,7 @@ const MIN_STEP: u64 = 64;
 /// # Ok(())
 /// # }
 /// ```
+#[doc(alias = "IOMMU_HWPT_GET_DIRTY_BITMAP")]
 #[derive(Clone, Copy, Debug)]
 pub struct HarvestRequest<'m> {
     range: IovaRange,
@@ -73,6 +74,17 @@ impl<'m> HarvestRequest<'m> {
     /// start and end at multiples of both `granule` and the smallest page of the space.
     ///
     /// A granule larger than the page makes a bit cover several pages; a smaller one makes a page set several bits.
+    ///
+    /// ```
+    /// use dirtymap::{AddressSpace, Granule, HarvestRequest, Holes, ToIovaRange};
+    ///
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// let ram = (0..1 << 30).to_iova_range()?;
+    /// let request = HarvestRequest::new(ram, Granule::K4).holes(Holes::Refuse).max_bits(4096);
+    /// assert_eq!(request.range(), ram);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub const fn new(range: IovaRange, granule: Granule) -> Self {
         HarvestRequest {
             range,

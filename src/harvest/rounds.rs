@@ -39,6 +39,8 @@ use crate::units::{DomainId, Granule, IovaRange, ToIovaRange};
 ///
 /// Leases of [`AddressSpace::rounds`] borrow the space. Those of [`shared`](Self::shared) own what they
 /// need: they go through channels, into structs and trait objects, and to C.
+#[doc(alias = "migration_bitmap_sync")]
+#[doc(alias = "memory_global_dirty_log_sync")]
 pub struct Rounds<'a> {
     space: SpaceRef<'a>,
     granule: Granule,
@@ -123,6 +125,22 @@ impl<'a> Rounds<'a> {
     }
 
     /// The next round, synced: its pages can be copied. Waits for devices to drain.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// let mut rounds = space.rounds();
+    /// for round in 0..3 {
+    ///     space.mark(round << 12..(round << 12) + 1)?;
+    ///     let lease = rounds.next()?;
+    ///     assert_eq!(lease.dirty(), 1); // send them, then
+    ///     lease.commit();
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`Error::NothingMapped`] if there is no area; else those of

@@ -49,6 +49,19 @@ impl AddressSpace {
     /// If an area of the range is unmapped meanwhile, the drop of the guard counts in
     /// [`SpaceStats::outside_marks`](crate::space::SpaceStats::outside_marks).
     ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// let write = space.begin_write(0x3000..0x4000)?; // then submit it
+    /// assert_eq!(space.rounds().next()?.commit().bits_set, 1); // it may be half done
+    /// drop(write); // when it has completed
+    /// assert_eq!(space.rounds().next()?.commit().bits_set, 1); // all of it
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Outside`] with the first address that no area holds. Nothing is in flight then, and the call is counted in
     /// [`SpaceStats::outside_marks`](crate::space::SpaceStats::outside_marks).

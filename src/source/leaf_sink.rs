@@ -48,6 +48,24 @@ use crate::units::{Granule, Iova, IovaRange};
 /// It keeps the order by which no write is lost: a leaf is recorded in the user bitmap, and its
 /// invalidation is owed, before its dirty bit is cleared. A harvest that stops between any two of
 /// these steps loses nothing. Linux's `iommu_dirty_bitmap_record` has the same place in its walk.
+///
+/// ```
+/// use dirtymap::source::{FlushGather, LeafSink};
+/// use dirtymap::{Granule, ToIovaRange, UserBitmap};
+/// use std::sync::atomic::{AtomicBool, Ordering};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let dirty = AtomicBool::new(true); // the D bit of a leaf
+/// let leaf = (0x1000..0x2000).to_iova_range()?;
+/// let mut words = [0];
+/// let view = UserBitmap::new(&mut words).view((0..64 << 12).to_iova_range()?, Granule::K4)?;
+/// let (mut sink, mut gather) = (view.sink(), FlushGather::new());
+/// let mut out = LeafSink::new(&mut sink, &mut gather);
+/// out.take(leaf, Granule::K4, || dirty.swap(false, Ordering::AcqRel))?;
+/// assert_eq!((gather.entries(), view.count()), (1, 1)); // recorded and owed, then cleared
+/// # Ok(())
+/// # }
+/// ```
 #[doc(alias = "iommu_dirty_bitmap_record")]
 #[doc(alias = "iommu_dirty_bitmap")]
 #[derive(Debug)]

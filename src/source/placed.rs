@@ -119,7 +119,7 @@ fn fill<T: Placed>(items: &[Arc<T>], reach: &mut [Iova]) -> Iova {
     reach[middle]
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(dirtymap_loom)))]
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod tests {
     use super::*;

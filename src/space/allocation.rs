@@ -160,6 +160,18 @@ impl AddressSpace {
     /// Ranges that touch are joined. An empty list means no restriction. This restricts only
     /// allocation: areas in other places stay, and [`map`](Self::map) ignores it.
     ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule, ToIovaRange};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// space.set_allowed(&[(1 << 30..2 << 30).to_iova_range()?])?;
+    /// let range = space.map_anywhere(0x1000, 1 << 20, Access::ReadWrite)?;
+    /// assert_eq!(range, (1 << 30..(1 << 30) + 0x1000).to_iova_range()?);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// [`Error::AllowedTwice`] if two of `ranges` overlap, then [`Error::CannotAllow`] if one
     /// intersects a reserved range. Then the old ranges stay.

@@ -475,6 +475,19 @@ fn check_mapping(mapping: &Mapping, alignment: Granule) -> Result<(), Error> {
 /// One area, for marks without a lookup. It keeps the memory of the area's marks alive, but not its
 /// addresses, and no source. After an unmap each mark by it is an error. After a cut it marks the
 /// pieces that remain, at the cost of a lookup, however often the area was cut.
+///
+/// ```
+/// # use dirtymap::{Access, AddressSpace, Granule};
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// # let space = AddressSpace::tracked(Granule::K4);
+/// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+/// let ram = space.area(0x3000.into()).ok_or(dirtymap::Error::Outside { at: 0x3000.into() })?;
+/// ram.mark(0x3000..0x3008)?; // no lookup
+/// space.unmap_discarding(0..1 << 20)?;
+/// assert!(ram.mark(0x3000..0x3008).is_err());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct AreaHandle {
     near: Option<NearMarks>,
