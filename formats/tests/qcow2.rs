@@ -472,6 +472,31 @@ fn the_name_of_the_backing_file_moves_and_is_never_lost() {
     assert!(file == before);
 }
 
+/// The bitmap takes more clusters than the blocks of refcounts count: a new block is there before
+/// the table names it.
+#[test]
+fn a_new_block_of_refcounts_is_whole_before_it_is_named() {
+    // With its metadata, 254 of 256 clusters.
+    let file = image(247 * 64 * 512, 512);
+    let entry = |file: &[u8]| u64::from_be_bytes(file[520..528].try_into().unwrap());
+    assert_eq!((file.len(), entry(&file)), (254 * 512, 0));
+    let new = table(&[(1 << 20, 1 << 16)]);
+    crashes(
+        &file,
+        |image| image.write("it", &new, K64),
+        |left| {
+            let it = found(left.to_vec(), "it");
+            assert!([Found::Absent, Found::Everything, Found::Runs(new.clone())].contains(&it));
+        },
+    );
+    let mut file = file;
+    Image::open(&mut file)
+        .unwrap()
+        .write("it", &new, K64)
+        .unwrap();
+    assert_eq!(entry(&file), 256 * 512);
+}
+
 /// Bits of the header whose meaning is not known here are cleared by every change: they say that
 /// the image was written by a program that knows them.
 #[test]

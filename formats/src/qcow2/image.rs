@@ -148,9 +148,9 @@ impl<F: ImageFile> Image<F> {
     /// The bytes of the disk that a bitmap holds, in whole granules, cut at the end of the disk.
     ///
     /// # Errors
-    /// [`QcowError::NoBitmap`]; [`QcowError::Stale`] and [`QcowError::InUse`], after which all of
-    /// the disk counts as dirty; [`QcowError::Limit`] for more runs than allowed; otherwise
-    /// [`QcowError`] names what is wrong in the image, and where.
+    /// After each of them all of the disk counts as dirty. [`QcowError::NoBitmap`],
+    /// [`QcowError::Stale`], [`QcowError::InUse`]; [`QcowError::Limit`] for more runs than allowed;
+    /// otherwise [`QcowError`] names what is wrong in the image, and where.
     pub fn read(&mut self, name: &str) -> Result<RunTable, QcowError> {
         let limit = self.max_runs as u64;
         let mut runs = Vec::new();
