@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::thread;
 
@@ -58,6 +59,22 @@ fn a_client_reads_what_a_server_has() {
             assert_eq!(replies.0, 2, "the whole disk in one reply for each context");
         }
     }
+}
+
+#[test]
+fn the_loopback_interface_does_as_well() {
+    let dirty = table(&[(4096, 8192)]);
+    let export = Export::new("", 1 << 20).unwrap();
+    let export = [export.with_dirty("x", dirty.clone()).unwrap()];
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    thread::scope(|scope| {
+        let server = scope.spawn(|| serve(listener.accept().unwrap().0, &export));
+        let mut client = Connect::new("").dirty("x").over(stream).unwrap();
+        assert_eq!(client.read_dirty("x").unwrap(), dirty);
+        client.disconnect().unwrap();
+        assert!(server.join().unwrap().unwrap().said_goodbye);
+    });
 }
 
 /// The lease stays with the program that serves it: a client that went away half-way leaves
