@@ -14,7 +14,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use dirtymap::{Granule, Iova, IovaRange, RunTable, RunsExt};
+use dirtymap::exchange::{RunTable, RunsExt};
+use dirtymap::{Granule, Iova, IovaRange};
 use dirtymap_formats::qcow2::{BitmapOptions, Image, QcowError, create_for_raw};
 
 /// Lists, shows and changes the persistent bitmaps of a qcow2 image.

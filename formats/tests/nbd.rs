@@ -8,7 +8,8 @@ use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::thread;
 
-use dirtymap::{Access, AddressSpace, Granule, Iova, IovaRange, RunTable};
+use dirtymap::exchange::RunTable;
+use dirtymap::{Access, AddressSpace, Granule, Iova, IovaRange};
 use dirtymap_formats::nbd::{Client, Connect, Export, NbdError, Session, serve};
 use proptest::collection::vec;
 use proptest::prelude::*;

@@ -4,7 +4,8 @@
 
 use std::io;
 
-use dirtymap::{Granule, Iova, IovaRange, RunTable, UserBitmap};
+use dirtymap::exchange::RunTable;
+use dirtymap::{Granule, Iova, IovaRange, UserBitmap};
 use dirtymap_formats::qcow2::{BitmapOptions, Image, ImageFile, QcowError, create_for_raw};
 use proptest::collection::vec;
 use proptest::prelude::*;

@@ -2,7 +2,8 @@
 #![cfg(feature = "rbd")]
 #![allow(clippy::unwrap_used)]
 
-use dirtymap::{Iova, IovaRange, RunTable};
+use dirtymap::exchange::RunTable;
+use dirtymap::{Iova, IovaRange};
 use dirtymap_formats::rbd::{Meta, RbdError, Reader, Record, Writer, merge, write_increment};
 use proptest::collection::vec;
 use proptest::prelude::*;

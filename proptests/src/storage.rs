@@ -3,7 +3,8 @@
 
 use std::io::{self, Cursor, Read, Write};
 
-use dirtymap::{Granule, Iova, IovaRange, RunTable};
+use dirtymap::exchange::RunTable;
+use dirtymap::{Granule, Iova, IovaRange};
 use dirtymap_formats::nbd::{Connect, Export, serve};
 use dirtymap_formats::qcow2::{BitmapOptions, Image, create_for_raw};
 use dirtymap_formats::rbd::{Reader, Record, Writer, merge};

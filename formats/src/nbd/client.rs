@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 use std::io::{Read, Write};
 
-use dirtymap::{Iova, IovaRange, RunTable};
+use dirtymap::exchange::RunTable;
+use dirtymap::{Iova, IovaRange};
 
 use super::error::{NbdError, at_most};
 use super::export::{DIRTY, DIRTY_BITMAP};

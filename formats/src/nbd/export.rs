@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-use dirtymap::{IovaRange, Lease, RunTable, Synced};
+use dirtymap::exchange::RunTable;
+use dirtymap::{IovaRange, Lease, Synced};
 
 use super::error::{NbdError, at_most};
 use super::wire::MAX_NAME;

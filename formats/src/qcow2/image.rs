@@ -1,6 +1,7 @@
 //! An image that is open: which bitmaps it has, and what they say.
 
-use dirtymap::{BitmapView, Granule, Iova, IovaRange, RunTable};
+use dirtymap::exchange::RunTable;
+use dirtymap::{BitmapView, Granule, Iova, IovaRange};
 
 use super::directory::{AUTO, Entry, entries, granules, table_entries};
 use super::error::{QcowError, at_most};
@@ -205,7 +206,8 @@ impl<F: ImageFile> Image<F> {
             emit: |first: u64, end: u64| {
                 // Granules of the disk, so that neither product exceeds its size by a granule.
                 let last = (end << lg2).min(size) - 1;
-                each(IovaRange::new(Iova::new(first << lg2), Iova::new(last))?)
+                let run = IovaRange::new(Iova::new(first << lg2), Iova::new(last));
+                each(run.map_err(dirtymap::Error::from)?)
             },
         };
         for (cluster, &content) in self.tables[nth].iter().enumerate() {

@@ -1,7 +1,8 @@
 //! Changes of an image: each in an order that leaves an image that opens, whatever moment it is cut
 //! off at.
 
-use dirtymap::{Granule, IovaRange, RunTable};
+use dirtymap::exchange::RunTable;
+use dirtymap::{Granule, IovaRange};
 
 use super::directory::*;
 use super::error::{QcowError, at_most};

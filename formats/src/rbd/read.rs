@@ -2,7 +2,8 @@
 
 use std::io::Read;
 
-use dirtymap::{Iova, IovaRange, RunTable};
+use dirtymap::exchange::RunTable;
+use dirtymap::{Iova, IovaRange};
 
 use super::error::RbdError;
 use super::{MAGIC, MAX_NAME, Meta};

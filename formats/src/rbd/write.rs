@@ -2,7 +2,8 @@
 
 use std::io::Write;
 
-use dirtymap::{IovaRange, RunTable};
+use dirtymap::IovaRange;
+use dirtymap::exchange::RunTable;
 
 use super::error::RbdError;
 use super::{MAGIC, MAX_NAME, Meta};

@@ -18,7 +18,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use dirtymap::{Granule, Iova, IovaRange, RunTable};
+use dirtymap::exchange::RunTable;
+use dirtymap::{Granule, Iova, IovaRange};
 use dirtymap_formats::nbd::{Export, serve};
 use dirtymap_formats::qcow2::{Image, create_for_raw};
 

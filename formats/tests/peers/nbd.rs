@@ -4,7 +4,8 @@ use std::fs;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use dirtymap::{Granule, RunTable};
+use dirtymap::Granule;
+use dirtymap::exchange::RunTable;
 use dirtymap_formats::nbd::{Connect, Export};
 use dirtymap_formats::qcow2::BitmapOptions;
 
