@@ -234,6 +234,20 @@ impl<F: ImageFile> Image<F> {
         open.clear(bits)
     }
 
+    pub(super) fn put(
+        &mut self,
+        at: u64,
+        bytes: &[u8],
+        place: &'static str,
+    ) -> Result<(), QcowError> {
+        let wrote = self.file.write_at(at, bytes);
+        wrote.map_err(QcowError::io(place, at))
+    }
+
+    pub(super) fn sync(&mut self) -> Result<(), QcowError> {
+        self.file.flush().map_err(QcowError::io("the image", 0))
+    }
+
     /// Whether the bitmaps are not true any more.
     pub(super) fn is_stale(&self) -> bool {
         self.header.bitmaps.is_some() && self.header.autoclear & HAS_BITMAPS == 0
