@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
+use dirtymap::flush::FlushGather;
 use dirtymap::sync::{Mutex, MutexGuard, lock};
-use dirtymap::{FlushGather, Granule, IovaRange, Mapping};
+use dirtymap::{Granule, IovaRange, Mapping};
 
 use crate::device::Device;
 use crate::error::IommufdError;

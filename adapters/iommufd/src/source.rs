@@ -1,10 +1,10 @@
 //! A page table as a dirty source.
 
+use dirtymap::bitmap::Sink;
+use dirtymap::flush::{FlushGather, Invalidated};
+use dirtymap::source::{LeafSink, Stopped};
 use dirtymap::sync::MutexGuard;
-use dirtymap::{
-    DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink, Mapping,
-    Sink, Stopped, Tracking,
-};
+use dirtymap::{DirtySource, Error, Granule, Iova, IovaRange, Mapping, Tracking};
 
 use crate::hwpt::Hwpt;
 use crate::ioas::Locked;

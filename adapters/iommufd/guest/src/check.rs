@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 
+use dirtymap::bitmap::Sink;
+use dirtymap::flush::{FlushGather, Invalidated};
+use dirtymap::source::{LeafSink, Stopped};
 use dirtymap::source_kit::{Rig, check};
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Invalidated,
-    Iova, IovaRange, LeafSink, Mapping, Scope, Sink, Stopped, Tracking, UserBitmap,
+    Access, AddressSpace, DirtySource, Error, Granule, HarvestRequest, Iova, IovaRange, Mapping,
+    Scope, Tracking, UserBitmap,
 };
 use dirtymap_iommufd::{Device, Hwpt, Ioas, IoasOptions, IommufdError, OnUnmap};
 

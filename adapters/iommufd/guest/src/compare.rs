@@ -128,7 +128,7 @@ impl DirtySource for Small {
     fn unmap(
         &self,
         range: IovaRange,
-        gather: &mut dirtymap::FlushGather,
+        gather: &mut dirtymap::flush::FlushGather,
         dirty: &mut dyn FnMut(IovaRange),
     ) {
         self.0.unmap(range, gather, dirty);
@@ -141,23 +141,23 @@ impl DirtySource for Small {
     fn read_and_clear(
         &self,
         range: IovaRange,
-        out: &mut dirtymap::LeafSink<'_, '_>,
-    ) -> Result<(), dirtymap::Stopped> {
+        out: &mut dirtymap::source::LeafSink<'_, '_>,
+    ) -> Result<(), dirtymap::source::Stopped> {
         self.0.read_and_clear(range, out)
     }
 
     fn peek(
         &self,
         range: IovaRange,
-        sink: &mut dirtymap::Sink<'_>,
-    ) -> Result<(), dirtymap::Stopped> {
+        sink: &mut dirtymap::bitmap::Sink<'_>,
+    ) -> Result<(), dirtymap::source::Stopped> {
         self.0.peek(range, sink)
     }
 
     fn invalidate(
         &self,
-        gather: &dirtymap::FlushGather,
-    ) -> Result<dirtymap::Invalidated, dirtymap::Error> {
+        gather: &dirtymap::flush::FlushGather,
+    ) -> Result<dirtymap::flush::Invalidated, dirtymap::Error> {
         self.0.invalidate(gather)
     }
 }

@@ -84,7 +84,7 @@ fn the_last_unmap_tells_what_the_others_wrote_until_then() {
     two.tables[1].attach(&Dev::new(2)).unwrap();
     two.write(0, 3);
     two.write(1, 40);
-    let mut gather = dirtymap::FlushGather::new();
+    let mut gather = dirtymap::flush::FlushGather::new();
     let mut told = Vec::new();
     two.tables[0].unmap(pages(0, 64), &mut gather, &mut |run| told.push(run));
     assert_eq!(told, [pages(3, 1)]);
@@ -191,12 +191,16 @@ fn a_table_that_goes_in_the_middle_of_an_unmap_of_another_one() {
     } = two();
     drop(space);
     fake.write(last.id(), 3 << 12);
-    first.unmap(pages(0, 64), &mut dirtymap::FlushGather::new(), &mut |_| ());
+    first.unmap(
+        pages(0, 64),
+        &mut dirtymap::flush::FlushGather::new(),
+        &mut |_| (),
+    );
     let mut first = Some(first);
     let mut drop_it = |_| drop(first.take());
     last.unmap(
         pages(0, 64),
-        &mut dirtymap::FlushGather::new(),
+        &mut dirtymap::flush::FlushGather::new(),
         &mut drop_it,
     );
     assert!(first.is_none() && fake.state().areas.is_empty());
