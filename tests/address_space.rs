@@ -1,4 +1,5 @@
-//! Map, unmap, mark and tracking through the public interface, errors in their documented order included.
+//! Map, unmap, mark and tracking through the public interface, errors in their documented order
+//! included.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 

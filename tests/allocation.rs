@@ -1,4 +1,5 @@
-//! Which addresses are free: allocation, reserved and allowed ranges, and every refusal of map and unmap with its errno.
+//! Which addresses are free: allocation, reserved and allowed ranges, and every refusal of map and
+//! unmap with its errno.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -113,10 +114,12 @@ fn map_anywhere_refuses_in_order_and_changes_nothing() {
     assert_eq!(fake.with(|s| s.mapped.clone()), [pages(4, 2)]);
 }
 
-/// Linux rounded an address near 2^64 up to 0, and gave a range that overlapped another area, or a reserved one.
+/// Linux rounded an address near 2^64 up to 0, and gave a range that overlapped another area, or a
+/// reserved one.
 #[test]
 fn allocation_near_the_top_does_not_wrap() {
-    // History: rounding up near the last address wrapped, and the mapping overlapped another or a reserved range.
+    // History: rounding up near the last address wrapped, and the mapping overlapped another or a
+    // reserved range.
     let space = space();
     let last_page = bytes(u64::MAX - (PAGE - 1), PAGE);
     space
@@ -494,12 +497,12 @@ fn the_report_is_a_partition_of_all_addresses() {
         .unwrap();
 }
 
-/// Linux dropped its lock in the middle of an unmap and began again at the start, where a map had used the addresses that were free by
-/// then: it unmapped the new area.
+/// Linux dropped its lock in the middle of an unmap and began again at the start, where a map had
+/// used the addresses that were free by then: it unmapped the new area.
 #[test]
 fn an_unmap_never_takes_what_was_mapped_in_its_place() {
-    // History: an unmap that went on from its start after it had let go of its lock took, or stumbled over, a mapping
-    // that had reused the addresses (Linux, 2026).
+    // History: an unmap that went on from its start after it had let go of its lock took, or
+    // stumbled over, a mapping that had reused the addresses (Linux, 2026).
     const ROUNDS: u64 = 3000;
     let space = AddressSpace::with_source(Granule::K4, Arc::new(Fake::default())).unwrap();
     // Few addresses, so that they are reused at once.

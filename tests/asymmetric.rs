@@ -1,4 +1,5 @@
-//! Marks without a fence, ordered by `membarrier(2)`: the same answers, and no lost write by real threads.
+//! Marks without a fence, ordered by `membarrier(2)`: the same answers, and no lost write by real
+//! threads.
 #![cfg(all(feature = "membarrier", not(dirtymap_loom)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -40,7 +41,8 @@ fn a_space_says_what_it_uses() {
     println!("marks are ordered by {:?}", space.mark_ordering());
 }
 
-/// The writer stops now and then with its last write marked; the copy must have it after one more pass.
+/// The writer stops now and then with its last write marked; the copy must have it after one more
+/// pass.
 #[test]
 fn the_last_write_is_copied() {
     let (space, page) = space();

@@ -1,4 +1,5 @@
-//! Every refusal: which error and errno for which input, which of two faults is named, and that nothing was touched.
+//! Every refusal: which error and errno for which input, which of two faults is named, and that
+//! nothing was touched.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -65,7 +66,8 @@ fn ranges_and_granules_that_do_not_exist() {
     assert!(Granule::from_lg2(64).is_none() && Granule::from_lg2(255).is_none());
 }
 
-/// A space of 64 pages and a hole and 8 pages, and its source; page 1 is dirty for the device, page 2 is marked.
+/// A space of 64 pages and a hole and 8 pages, and its source; page 1 is dirty for the device, page
+/// 2 is marked.
 struct World {
     space: AddressSpace,
     fake: Arc<Fake>,
@@ -112,7 +114,8 @@ impl World {
 
 type Ask<'a> = dyn Fn(&AddressSpace, &HarvestRequest<'_>, &mut [u64]) -> Result<(), Error> + 'a;
 
-/// Makes the request in every mode; all refuse it alike and leave the bitmap, the space and the source as they were.
+/// Makes the request in every mode; all refuse it alike and leave the bitmap, the space and the
+/// source as they were.
 fn refuse_everywhere(
     world: &World,
     request: HarvestRequest<'_>,

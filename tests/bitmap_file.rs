@@ -1,4 +1,5 @@
-//! Bitmaps in files through the public interface: one window at a time, and files that are or become too short.
+//! Bitmaps in files through the public interface: one window at a time, and files that are or
+//! become too short.
 #![cfg(all(feature = "mmap", not(dirtymap_loom)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -151,8 +152,8 @@ fn what_cannot_be_read_is_neither_merged_nor_taken_away() {
     ));
 }
 
-/// A window that cannot be opened stops a harvest in the middle of marks whose summary it has cleared: the next harvest must
-/// be led to them all the same.
+/// A window that cannot be opened stops a harvest in the middle of marks whose summary it has
+/// cleared: the next harvest must be led to them all the same.
 #[test]
 fn marks_that_a_lost_window_could_not_take_are_found_again() {
     let fake = Arc::new(Fake::default());
@@ -325,8 +326,9 @@ fn an_unmap_that_cannot_record_leaves_its_areas() {
     assert_eq!(view.runs().collect::<Vec<_>>(), [pages(7, 2)]);
 }
 
-/// What stands against harvests that fail: one thread harvests into a file that cannot be mapped for writing, again and again,
-/// while the other marks page 0 and then looks for it by `find`, which must not miss it once.
+/// What stands against harvests that fail: one thread harvests into a file that cannot be mapped
+/// for writing, again and again, while the other marks page 0 and then looks for it by `find`,
+/// which must not miss it once.
 fn never_hidden_by_harvests_that_fail(mut find: impl FnMut(&AddressSpace) -> bool) {
     let space = AddressSpace::new(Granule::K4);
     space.map(pages(0, 512), 0, Access::ReadWrite).unwrap();
@@ -361,9 +363,9 @@ fn never_hidden_by_harvests_that_fail(mut find: impl FnMut(&AddressSpace) -> boo
     });
 }
 
-/// A harvest cleared the summary over a line of marks, then found that it could not map the window of the file, and put the summary
-/// back. A harvest that came in between saw a clean summary and passed over a mark that had returned before it began, although
-/// nobody had that page.
+/// A harvest cleared the summary over a line of marks, then found that it could not map the window
+/// of the file, and put the summary back. A harvest that came in between saw a clean summary and
+/// passed over a mark that had returned before it began, although nobody had that page.
 #[test]
 fn a_harvest_that_cannot_record_hides_nothing_from_another() {
     never_hidden_by_harvests_that_fail(|space| {
@@ -377,7 +379,8 @@ fn a_harvest_that_cannot_record_hides_nothing_from_another() {
     });
 }
 
-/// The same, of an unmap: it returned without the page, which stayed as a mark in an area that was gone, and that nobody counted.
+/// The same, of an unmap: it returned without the page, which stayed as a mark in an area that was
+/// gone, and that nobody counted.
 #[test]
 fn a_harvest_that_cannot_record_hides_nothing_from_an_unmap() {
     never_hidden_by_harvests_that_fail(|space| {

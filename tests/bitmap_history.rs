@@ -1,4 +1,5 @@
-//! Bugs that dirty bitmaps have had elsewhere, one test each: how they lost or invented dirty pages, and that we do not.
+//! Bugs that dirty bitmaps have had elsewhere, one test each: how they lost or invented dirty
+//! pages, and that we do not.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -14,7 +15,8 @@ fn byte() -> Granule {
     Granule::from_bytes(1).unwrap()
 }
 
-/// Records `dirty` in a bitmap that begins `skip` bytes into a block of 0xFF guards; the runs that come out.
+/// Records `dirty` in a bitmap that begins `skip` bytes into a block of 0xFF guards; the runs that
+/// come out.
 fn runs_at(skip: usize, request: IovaRange, granule: Granule, dirty: IovaRange) -> Vec<IovaRange> {
     let bytes = request.granules(granule).div_ceil(8) as usize;
     let mut block = vec![0u64; (skip + bytes + 4096) / 8 + 2];
@@ -35,7 +37,8 @@ fn runs_at(skip: usize, request: IovaRange, granule: Granule, dirty: IovaRange) 
 
 #[test]
 fn bug_1_a_run_that_crosses_the_first_page_of_an_unaligned_bitmap() {
-    // A bitmap that began inside a page: bits past that page's end were written into the wrong page.
+    // A bitmap that began inside a page: bits past that page's end were written into the wrong
+    // page.
     let dirty = range(100, 4096 * 8);
     assert_eq!(runs_at(0xff1, range(0, 8 * 8192), byte(), dirty), [dirty]);
 }

@@ -55,8 +55,9 @@ fn to_words(bytes: &[u8]) -> Vec<u64> {
         .collect()
 }
 
-/// Hands a bitmap of this form with the contents `bytes` to `f`; the contents afterwards. What lies around the bitmap
-/// must be as it was. Forms of whole words get zero bytes behind `bytes`, which must stay zero.
+/// Hands a bitmap of this form with the contents `bytes` to `f`; the contents afterwards. What lies
+/// around the bitmap must be as it was. Forms of whole words get zero bytes behind `bytes`, which
+/// must stay zero.
 fn with_form(form: Form, bytes: &[u8], f: impl FnOnce(UserBitmap<'_>)) -> Vec<u8> {
     let mut padded = vec![0xA5; GUARD];
     padded.extend(bytes);
@@ -335,7 +336,8 @@ fn requests_from_one_bit_to_half_of_all_addresses() {
 
 #[test]
 fn harvests_that_share_bytes_lose_nothing() {
-    // Two threads record into one byte bitmap whose borders are not whole words, and into one sparse bitmap.
+    // Two threads record into one byte bitmap whose borders are not whole words, and into one
+    // sparse bitmap.
     let mut bytes = [0u8; 101];
     let sparse = SparseBitmap::new(800);
     let request = IovaRange::from_len(Iova::MIN, 800 * 4096).unwrap();

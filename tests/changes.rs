@@ -71,7 +71,8 @@ fn an_unmap_returns_what_was_dirty_anywhere() {
     assert!(first.with(|s| s.mapped.is_empty()) && second.with(|s| s.mapped.is_empty()));
 }
 
-/// QEMU unmapped although the question for the dirty pages had failed, and nobody heard of it: the migration went on without them.
+/// QEMU unmapped although the question for the dirty pages had failed, and nobody heard of it: the
+/// migration went on without them.
 #[test]
 fn an_unmap_with_a_bad_bitmap_touches_nothing() {
     let (space, first, _) = tracked();
@@ -462,7 +463,8 @@ fn marks_outside_from_many_threads_are_all_counted() {
     assert_eq!(faults.recent.len() as u64 + faults.dropped, 4000);
 }
 
-/// Map, cut, unmap at both ends and in the largest sizes: one page, half of all addresses, all of them.
+/// Map, cut, unmap at both ends and in the largest sizes: one page, half of all addresses, all of
+/// them.
 #[test]
 fn the_largest_and_the_smallest_areas_are_cut_and_unmapped() {
     let space = AddressSpace::new(Granule::K4);
@@ -489,7 +491,8 @@ fn the_largest_and_the_smallest_areas_are_cut_and_unmapped() {
     space.map(top, 0, RW).unwrap_err();
 }
 
-/// The refusals of the kernel's IOMMU_IOAS_MAP, UNMAP, CUT, RESERVE and ALLOW that a caller here can make too, with the same numbers.
+/// The refusals of the kernel's IOMMU_IOAS_MAP, UNMAP, CUT, RESERVE and ALLOW that a caller here
+/// can make too, with the same numbers.
 #[test]
 fn refusals_have_the_numbers_of_the_kernel() {
     let space = AddressSpace::new(Granule::K4);
@@ -535,7 +538,8 @@ fn refusals_have_the_numbers_of_the_kernel() {
     assert_eq!(mapped(&space), [pages(10, 4)]);
 }
 
-/// A source that looks at its space while its pages go, or come by a batch: both are taken until the end.
+/// A source that looks at its space while its pages go, or come by a batch: both are taken until
+/// the end.
 #[test]
 fn addresses_of_a_batch_are_taken_until_its_end() {
     let (space, first, second) = tracked();

@@ -49,8 +49,8 @@ fn peek(space: &AddressSpace, scope: Scope) -> u64 {
     words[0]
 }
 
-/// Linux lost dirty pages when a domain for one process was attached to a nested parent that tracked: the new attachment did not
-/// know that tracking was on.
+/// Linux lost dirty pages when a domain for one process was attached to a nested parent that
+/// tracked: the new attachment did not know that tracking was on.
 #[test]
 fn a_domain_that_comes_late_is_filled_once_and_tracks() {
     let (space, first, ..) = tracked();

@@ -1,4 +1,5 @@
-//! A harvest that is stopped at any of its steps loses nothing: one pass counts the steps, the next ones stop at each in turn.
+//! A harvest that is stopped at any of its steps loses nothing: one pass counts the steps, the next
+//! ones stop at each in turn.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -32,7 +33,8 @@ impl Steps {
     }
 }
 
-/// Four leaves; a bit of `dirty` for each, and of `stale` for each whose dirty state a device has cached.
+/// Four leaves; a bit of `dirty` for each, and of `stale` for each whose dirty state a device has
+/// cached.
 struct Leaves {
     dirty: AtomicU64,
     stale: AtomicU64,
@@ -90,7 +92,8 @@ impl DirtySource for Leaves {
     }
 }
 
-/// Harvests `range`, with a step between all calls, and commits the first half before the rest. What was committed.
+/// Harvests `range`, with a step between all calls, and commits the first half before the rest.
+/// What was committed.
 fn consume(space: &AddressSpace, steps: &Steps, range: IovaRange, safe: &mut BTreeSet<u64>) {
     let mut words = [0u64];
     let request = HarvestRequest::new(range, Granule::K4);
@@ -135,7 +138,8 @@ fn a_harvest_that_is_stopped_at_any_step_loses_nothing() {
                 consume(&space, &steps, pages(first, n), &mut safe);
             }));
             steps.fatal.store(NEVER, SeqCst);
-            // A device that believes "D is set" writes again and leaves no trace; only a sync that pays the debt sees it.
+            // A device that believes "D is set" writes again and leaves no trace; only a sync that
+            // pays the debt sees it.
             let untraced = leaves.stale.load(SeqCst) & !leaves.dirty.load(SeqCst);
             let mut rest = BTreeSet::new();
             consume(&space, &steps, pages(0, 16), &mut rest);

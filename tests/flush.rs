@@ -1,6 +1,6 @@
-//! The flush queue under many threads: how few flushes they need, and that it has none of the flaws of Linux's queue of
-//! deferred flushes (`dma-iommu.c`). The orders that matter are forced: a flush stands still until the others are
-//! there.
+//! The flush queue under many threads: how few flushes they need, and that it has none of the flaws
+//! of Linux's queue of deferred flushes (`dma-iommu.c`). The orders that matter are forced: a flush
+//! stands still until the others are there.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -89,9 +89,9 @@ impl Rig {
     }
 }
 
-/// In Linux's queue, a flush that another CPU has begun and not finished keeps a full ring's own flush from freeing
-/// anything: its entries count a flush as theirs that is not over. The next entry then fills the last slot, and the
-/// ring reads as empty.
+/// In Linux's queue, a flush that another CPU has begun and not finished keeps a full ring's own
+/// flush from freeing anything: its entries count a flush as theirs that is not over. The next
+/// entry then fills the last slot, and the ring reads as empty.
 #[test]
 fn a_full_queue_leaks_nothing_while_another_flush_is_under_way() {
     let rig = Rig::new(FlushPolicy {
@@ -131,7 +131,8 @@ fn a_full_queue_leaks_nothing_while_another_flush_is_under_way() {
     assert_eq!((stats.flushes, stats.forced, stats.merged), (2, 1, 7));
 }
 
-/// The same timing in Linux's timer: its flush frees nothing, and it is armed again only when somebody queues.
+/// The same timing in Linux's timer: its flush frees nothing, and it is armed again only when
+/// somebody queues.
 #[test]
 fn a_timer_strands_nothing_while_another_flush_is_under_way_or_fails() {
     let rig = Rig::new(FlushPolicy {
@@ -164,7 +165,8 @@ fn a_timer_strands_nothing_while_another_flush_is_under_way_or_fails() {
     rig.check_all_freed(2);
     assert_eq!(rig.queue.deadline(), None, "nothing to wake up for");
 
-    // What comes while the timer flushes has a time of its own, and what failed keeps the one it had.
+    // What comes while the timer flushes has a time of its own, and what failed keeps the one it
+    // had.
     let _ = rig.owe(2);
     let armed = rig.queue.deadline();
     let failing = rig.queue.flush_due(armed.unwrap(), |_| {
@@ -186,7 +188,8 @@ fn a_timer_strands_nothing_while_another_flush_is_under_way_or_fails() {
     rig.check_all_freed(5);
 }
 
-/// Linux's queue always invalidates everything. Here neighbours become one range, and the rest stays cached.
+/// Linux's queue always invalidates everything. Here neighbours become one range, and the rest
+/// stays cached.
 #[test]
 fn neighbours_are_one_range_in_one_flush_of_their_bytes_only() {
     let queue = FlushQueue::new();
@@ -203,9 +206,9 @@ fn neighbours_are_one_range_in_one_flush_of_their_bytes_only() {
     assert_eq!(stats.invalidated.bytes, 100 * 4096);
 }
 
-/// In Linux's queue nobody waits for the flush that is under way, however much is pending. Here who hands over does when
-/// a bound is reached. So the debt in the queue and that of the flush under way are each below the bound, but for one
-/// gather of each thread.
+/// In Linux's queue nobody waits for the flush that is under way, however much is pending. Here who
+/// hands over does when a bound is reached. So the debt in the queue and that of the flush under
+/// way are each below the bound, but for one gather of each thread.
 #[test]
 fn what_is_pending_stays_bounded_under_many_threads() {
     const MAX: u64 = 8;

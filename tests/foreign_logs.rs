@@ -157,7 +157,8 @@ fn a_shared_log_is_taken_word_by_word_while_its_writers_run() {
     space.start_tracking().unwrap();
     assert!(harvested(&space, pages(0, PAGES)).unwrap().is_empty());
 
-    // Each page carries a number; the copy must have the last one of each when the writers are done.
+    // Each page carries a number; the copy must have the last one of each when the writers are
+    // done.
     let memory: Vec<AtomicU64> = (0..PAGES).map(|_| AtomicU64::new(0)).collect();
     let mut copy = vec![0; PAGES as usize];
     let done = AtomicBool::new(false);

@@ -1,5 +1,5 @@
-//! Harvest and lease through the public interface: modes, errors in their documented order, and what happens when
-//! something stops half-way.
+//! Harvest and lease through the public interface: modes, errors in their documented order, and
+//! what happens when something stops half-way.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -150,7 +150,8 @@ fn requests_are_refused_in_order_and_nothing_is_touched() {
 
 #[test]
 fn a_hole_stops_the_harvest_and_the_lease_has_what_came_before() {
-    // History: holes and driver errors surfaced as success with a partial bitmap (Linux, up to today).
+    // History: holes and driver errors surfaced as success with a partial bitmap (Linux, up to
+    // today).
     let (space, fake) = space();
     fake.dirty(15);
     fake.dirty(20);
@@ -205,7 +206,8 @@ fn abort_and_drop_put_everything_back() {
 
 #[test]
 fn the_next_sync_pays_what_an_aborted_lease_owed() {
-    // Without it, the device would go on writing page 2 through a stale translation, and leave no trace.
+    // Without it, the device would go on writing page 2 through a stale translation, and leave no
+    // trace.
     let (space, fake) = space();
     fake.dirty(2);
     let mut words = [0u64];

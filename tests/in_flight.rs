@@ -1,5 +1,5 @@
-//! What an unmap finds on its way from one place to another: the rest of a leaf that a harvest is moving, and writes that
-//! have begun and not ended.
+//! What an unmap finds on its way from one place to another: the rest of a leaf that a harvest is
+//! moving, and writes that have begun and not ended.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 

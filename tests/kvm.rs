@@ -1,4 +1,5 @@
-//! The adapter of KVM under the KVM of this machine. Without one, each test says that it is skipped.
+//! The adapter of KVM under the KVM of this machine. Without one, each test says that it is
+//! skipped.
 #![cfg(all(
     feature = "kvm",
     target_os = "linux",
@@ -60,7 +61,8 @@ fn a_page_that_kvm_wrote_is_reported() {
     });
 }
 
-/// Slots of 90 and 130 pages: KVM refuses to clear a number of pages that is no multiple of 64, but at the end of a slot.
+/// Slots of 90 and 130 pages: KVM refuses to clear a number of pages that is no multiple of 64, but
+/// at the end of a slot.
 #[test]
 fn the_last_pages_of_a_slot_are_cleared_by_themselves() {
     in_every_mode(|mode, mut guest| {
@@ -97,8 +99,8 @@ fn a_lease_that_is_dropped_puts_back_and_the_guest_may_go_on() {
     });
 }
 
-/// Firecracker reads slot after slot and collects the results: when one failed, KVM had cleared the logs of those before, and what they
-/// had said was dropped.
+/// Firecracker reads slot after slot and collects the results: when one failed, KVM had cleared the
+/// logs of those before, and what they had said was dropped.
 #[test]
 fn an_error_in_the_second_slot_loses_nothing_of_the_first() {
     in_every_mode(|mode, mut guest| {
@@ -135,7 +137,8 @@ fn an_error_in_the_second_slot_loses_nothing_of_the_first() {
     });
 }
 
-/// hyperlight met first reads that say everything, and bits behind the end; `initially_set` of KVM says everything, too.
+/// hyperlight met first reads that say everything, and bits behind the end; `initially_set` of KVM
+/// says everything, too.
 #[test]
 fn what_is_initially_set_ends_with_the_slot() {
     let Some(kvm) = kvm() else { return };
@@ -233,8 +236,8 @@ fn what_is_dirty_when_tracking_ends_stays() {
     });
 }
 
-/// The processor runs in a thread of its own while another one harvests: what comes out, together, is what was written, and the copy
-/// behind the last harvest is the memory.
+/// The processor runs in a thread of its own while another one harvests: what comes out, together,
+/// is what was written, and the copy behind the last harvest is the memory.
 #[test]
 fn a_guest_that_runs_on_loses_nothing() {
     in_every_mode(|mode, mut guest| {

@@ -1,8 +1,8 @@
-//! Model checking of the public protocols: every interleaving with a bounded number of preemptions, and every value
-//! that the memory model lets a load return.
+//! Model checking of the public protocols: every interleaving with a bounded number of preemptions,
+//! and every value that the memory model lets a load return.
 //!
-//! Run by `.ci/run loom`. Each model asserts that it explored more than one execution, and each is run again with
-//! one step of the protocol left out: it must then fail, or it proves nothing.
+//! Run by `.ci/run loom`. Each model asserts that it explored more than one execution, and each is
+//! run again with one step of the protocol left out: it must then fail, or it proves nothing.
 #![cfg(dirtymap_loom)]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -38,7 +38,8 @@ fn harvest_and_copy(space: &AddressSpace, data: &AtomicU64, copy: &mut u64) {
     lease.commit();
 }
 
-/// Rule 1 for marks: the writer skips a page that is marked already while the harvester clears the mark and copies.
+/// Rule 1 for marks: the writer skips a page that is marked already while the harvester clears the
+/// mark and copies.
 #[test]
 fn a_mark_that_is_skipped_is_never_lost() {
     holds_only_with(
@@ -66,8 +67,8 @@ fn a_mark_that_is_skipped_is_never_lost() {
     );
 }
 
-/// A page with a dirty bit, and one device whose IOTLB holds "D is set". The lock stands for a write in flight: an
-/// invalidation waits for it.
+/// A page with a dirty bit, and one device whose IOTLB holds "D is set". The lock stands for a
+/// write in flight: an invalidation waits for it.
 struct OnePage {
     dirty: AtomicU64,
     cached: Mutex<bool>,
@@ -78,8 +79,8 @@ impl OnePage {
     fn device_writes(&self, value: u64) {
         let mut cached = lock(&self.cached);
         if !*cached {
-            // A read-modify-write, as the compare-exchange of hardware is: loom lets a plain store and a concurrent swap that
-            // read what came before it take either order.
+            // A read-modify-write, as the compare-exchange of hardware is: loom lets a plain store
+            // and a concurrent swap that read what came before it take either order.
             self.dirty.swap(1, dirtymap::sync::Ordering::SeqCst);
             *cached = true;
         }
@@ -122,8 +123,9 @@ impl DirtySource for Source {
     }
 }
 
-/// Invariant 4: an abort hands over its debt before its pages become dirty again. Otherwise the second harvest
-/// takes the page, syncs without a flush, and the device's next write goes through the stale translation.
+/// Invariant 4: an abort hands over its debt before its pages become dirty again. Otherwise the
+/// second harvest takes the page, syncs without a flush, and the device's next write goes through
+/// the stale translation.
 #[test]
 fn an_abort_owes_before_it_puts_back() {
     holds_only_with(&[Step::OweBeforePutBack], || {
@@ -258,8 +260,8 @@ fn owe_and_wait(n: u64, queue: &FlushQueue, stale: &Stale) -> bool {
     stale[n as usize].load(Relaxed) == 0
 }
 
-/// Invariant 5: whoever returns from `wait` finds its range invalidated, whoever did it; two threads need at most
-/// two flushes.
+/// Invariant 5: whoever returns from `wait` finds its range invalidated, whoever did it; two
+/// threads need at most two flushes.
 #[test]
 fn a_ticket_is_honoured_by_a_flush_that_began_later() {
     holds_only_with(&[Step::WaitForLeader, Step::PublishFinished], || {
@@ -276,8 +278,9 @@ fn a_ticket_is_honoured_by_a_flush_that_began_later() {
     });
 }
 
-/// Invariant 5 at a bound: two threads that hand over find the queue full and flush what is due, for themselves or for each other;
-/// then nothing is pending, and what each has owed was invalidated.
+/// Invariant 5 at a bound: two threads that hand over find the queue full and flush what is due,
+/// for themselves or for each other; then nothing is pending, and what each has owed was
+/// invalidated.
 #[test]
 fn a_full_queue_is_flushed_by_who_hands_over() {
     holds_only_with(&[Step::NextGeneration, Step::WaitForLeader], || {
@@ -290,7 +293,8 @@ fn a_full_queue_is_flushed_by_who_hands_over() {
             let ticket = queue.owe(&one_page(n));
             let now = std::time::Instant::now();
             let done = queue.flush_due(now, |gather| invalidate(stale, gather));
-            // It is not due if another thread has taken it: then that flush covers it, and is waited for.
+            // It is not due if another thread has taken it: then that flush covers it, and is
+            // waited for.
             if !done.unwrap() {
                 let waited = queue.wait(ticket, |gather| invalidate(stale, gather));
                 waited.unwrap();
@@ -348,7 +352,8 @@ fn owe_freeing(
     })
 }
 
-/// Invariant 7: a free runs once, and sees the flush that covers it, whoever flushed and whoever runs it.
+/// Invariant 7: a free runs once, and sees the flush that covers it, whoever flushed and whoever
+/// runs it.
 #[test]
 fn what_is_freed_was_flushed_before() {
     holds_only_with(&[Step::FreeAfterFlush], || {
@@ -369,7 +374,8 @@ fn what_is_freed_was_flushed_before() {
     });
 }
 
-/// Invariant 5: a flush that fails, with another thread's gather in it, loses neither gathers nor frees.
+/// Invariant 5: a flush that fails, with another thread's gather in it, loses neither gathers nor
+/// frees.
 #[test]
 fn a_flush_that_fails_leaves_all_of_it_owed() {
     holds_only_with(&[Step::OweAgain, Step::FreeAfterFlush], || {
@@ -395,8 +401,8 @@ fn a_flush_that_fails_leaves_all_of_it_owed() {
     });
 }
 
-/// Frees run in the order in which they were handed over, in whatever threads, and none is left behind when a thread
-/// leaves its own to another one.
+/// Frees run in the order in which they were handed over, in whatever threads, and none is left
+/// behind when a thread leaves its own to another one.
 #[test]
 fn frees_keep_their_order_across_threads() {
     holds_only_with(&[Step::OneReleases], || {
@@ -429,7 +435,8 @@ fn frees_keep_their_order_across_threads() {
     });
 }
 
-/// Two harvesters on one word: each marked page is in at least one of the two leases, and none is left behind.
+/// Two harvesters on one word: each marked page is in at least one of the two leases, and none is
+/// left behind.
 #[test]
 fn two_harvesters_share_a_word() {
     holds_only_with(&[Step::RecordBeforeClear], || {
@@ -458,7 +465,8 @@ fn two_harvesters_share_a_word() {
     });
 }
 
-/// A mark that races an unmap is counted by one of the two: by the unmap as discarded, or by the marker as outside.
+/// A mark that races an unmap is counted by one of the two: by the unmap as discarded, or by the
+/// marker as outside.
 #[test]
 fn a_mark_and_an_unmap_do_not_miss_each_other() {
     holds_only_with(&[Step::GoneFence], || {
@@ -473,7 +481,8 @@ fn a_mark_and_an_unmap_do_not_miss_each_other() {
     });
 }
 
-/// A write in flight ends while a harvester looks: its pages are in flight or marked, never neither.
+/// A write in flight ends while a harvester looks: its pages are in flight or marked, never
+/// neither.
 #[test]
 fn a_write_in_flight_is_never_invisible() {
     holds_only_with(&[Step::MarkBeforeFree], || {
@@ -487,7 +496,8 @@ fn a_write_in_flight_is_never_invisible() {
             let (space, data, begun) = (space.clone(), data.clone(), begun.clone());
             thread::spawn(move || {
                 let guard = space.begin_write(page(0)).unwrap();
-                // Release: pairs with the Acquire below; a harvest that sees it began during or after the write.
+                // Release: pairs with the Acquire below; a harvest that sees it began during or
+                // after the write.
                 begun.store(1, dirtymap::sync::Ordering::Release);
                 data.store(1, Relaxed);
                 drop(guard);
@@ -504,8 +514,8 @@ fn a_write_in_flight_is_never_invisible() {
     });
 }
 
-/// Rule 9 of the contract: while a write hangs in a device, and another thread waits for it in a sync, marks, lookups, harvests and
-/// aborts end.
+/// Rule 9 of the contract: while a write hangs in a device, and another thread waits for it in a
+/// sync, marks, lookups, harvests and aborts end.
 fn a_flush_that_hangs() -> bool {
     let hardware = Arc::new(OnePage {
         dirty: AtomicU64::new(1),

@@ -1,5 +1,6 @@
-//! Short random programs of two threads under the model checker, beside the models that were written by hand: an address space
-//! with two areas, a device, CPU writers, harvesters, and areas that go and come.
+//! Short random programs of two threads under the model checker, beside the models that were
+//! written by hand: an address space with two areas, a device, CPU writers, harvesters, and areas
+//! that go and come.
 //!
 //! `DIRTYMAP_SEED=N` explores one program only; each failure prints its seed and its program.
 #![cfg(dirtymap_loom)]
@@ -56,7 +57,8 @@ impl Op {
     }
 }
 
-/// The programs of the two threads. The first one harvests last, so that there is something for the second to race.
+/// The programs of the two threads. The first one harvests last, so that there is something for the
+/// second to race.
 fn program(seed: u64) -> [[Op; OPS]; 2] {
     let mut random = Random::new(seed);
     let mut ops = || std::array::from_fn(|_| Op::random(&mut random));
@@ -67,7 +69,8 @@ fn program(seed: u64) -> [[Op; OPS]; 2] {
     threads
 }
 
-/// A page behind a leaf with a dirty bit, and a device that caches the leaf with "D is set". The lock stands for a write in flight.
+/// A page behind a leaf with a dirty bit, and a device that caches the leaf with "D is set". The
+/// lock stands for a write in flight.
 struct Leaf {
     mapped: AtomicU64,
     dirty: AtomicU64,
@@ -188,7 +191,8 @@ impl DirtySource for Hardware {
     }
 }
 
-/// What was copied of each page: of the device, and of CPUs. Counts only grow, so the newest copy is the largest.
+/// What was copied of each page: of the device, and of CPUs. Counts only grow, so the newest copy
+/// is the largest.
 type Copies = [[u64; 2]; PAGES];
 
 struct System {
@@ -276,7 +280,8 @@ impl System {
         }
     }
 
-    /// Rules 1 and 2 of the contract: each write was copied after it was done, and nothing is left dirty, leased or owed.
+    /// Rules 1 and 2 of the contract: each write was copied after it was done, and nothing is left
+    /// dirty, leased or owed.
     fn is_settled(&self, copies: &Copies) -> bool {
         let copied = self.leaves.iter().zip(copies).all(|(leaf, copy)| {
             let cpu = copy[1] == leaf.cpu.load(Relaxed) || leaf.outside.load(Relaxed) == 1;

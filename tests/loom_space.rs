@@ -1,5 +1,6 @@
-//! Model checking of domains that come and go, unmaps that return what was dirty, and cuts, against each other and
-//! against harvests. As in `loom.rs`, each model is run again with single steps left out, and must fail then.
+//! Model checking of domains that come and go, unmaps that return what was dirty, and cuts, against
+//! each other and against harvests. As in `loom.rs`, each model is run again with single steps left
+//! out, and must fail then.
 #![cfg(dirtymap_loom)]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -21,8 +22,8 @@ fn page(n: u64) -> IovaRange {
     IovaRange::from_len(Iova::new(n << 12), 1 << 12).unwrap()
 }
 
-/// Page 0 behind a leaf with a dirty bit, and a device that caches the leaf with "D is set". The lock stands for a write
-/// in flight: an invalidation waits for it.
+/// Page 0 behind a leaf with a dirty bit, and a device that caches the leaf with "D is set". The
+/// lock stands for a write in flight: an invalidation waits for it.
 struct OnePage {
     /// How often the page was filled and not emptied.
     filled: AtomicU64,
@@ -72,7 +73,8 @@ impl DirtySource for Source {
     }
 
     fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
-        // The lock makes one step of the walk of a device that has nothing cached; one that has goes on by its cache.
+        // The lock makes one step of the walk of a device that has nothing cached; one that has
+        // goes on by its cache.
         let was_dirty = {
             let _walk = lock(&self.0.cached);
             self.0.filled.fetch_sub(1, Ordering::SeqCst);
@@ -190,8 +192,8 @@ fn a_map_and_a_detach_leave_nothing_behind() {
     });
 }
 
-/// An unmap that returns what was dirty, a harvest, and a device that writes by what it has cached: whoever has the page
-/// copies it after the last write.
+/// An unmap that returns what was dirty, a harvest, and a device that writes by what it has cached:
+/// whoever has the page copies it after the last write.
 #[test]
 fn an_unmap_and_a_harvest_share_a_stale_write() {
     holds_within(BOUND, &[Step::FlushBeforeReuse], || {
@@ -221,7 +223,8 @@ fn an_unmap_and_a_harvest_share_a_stale_write() {
     });
 }
 
-/// Memory that an unmap has let go belongs to its next owner: no write by a cached translation reaches it.
+/// Memory that an unmap has let go belongs to its next owner: no write by a cached translation
+/// reaches it.
 #[test]
 fn no_stale_write_reaches_the_next_owner() {
     holds_within(BOUND, &[Step::FlushBeforeReuse], || {
@@ -239,7 +242,8 @@ fn no_stale_write_reaches_the_next_owner() {
     });
 }
 
-/// A domain goes while it is harvested, and a device writes by what it has cached: the last write is copied.
+/// A domain goes while it is harvested, and a device writes by what it has cached: the last write
+/// is copied.
 #[test]
 fn a_detach_and_a_harvest_lose_no_write() {
     holds_within(BOUND, &[Step::OweBeforePutBack], || {
@@ -278,11 +282,12 @@ fn a_detach_that_panics_and_a_harvest_lose_no_write() {
     });
 }
 
-/// What an aborted lease over one domain puts back while that domain goes is found by a harvest of all.
+/// What an aborted lease over one domain puts back while that domain goes is found by a harvest of
+/// all.
 #[test]
 fn an_abort_and_a_detach_do_not_miss_each_other() {
-    // The fence of the detach is not among them: a snapshot of the areas follows it, whose own fence
-    // stands in for it.
+    // The fence of the detach is not among them: a snapshot of the areas follows it, whose own
+    // fence stands in for it.
     holds_within(BOUND, &[Step::MarkIfGoing, Step::SummarizedFence], || {
         let (space, domain, hardware) = tracked();
         hardware.device_writes(1);
@@ -303,7 +308,8 @@ fn an_abort_and_a_detach_do_not_miss_each_other() {
     });
 }
 
-/// What an aborted lease over one domain puts back while the area goes is returned by the unmap, or counted as outside.
+/// What an aborted lease over one domain puts back while the area goes is returned by the unmap, or
+/// counted as outside.
 #[test]
 fn an_abort_and_an_unmap_do_not_miss_each_other() {
     holds_within(BOUND, &[Step::MarkIfGoing, Step::GoneFence], || {
@@ -325,7 +331,8 @@ fn an_abort_and_an_unmap_do_not_miss_each_other() {
     });
 }
 
-/// A write that has begun when its area goes is in the result of the unmap, whether it has ended or not.
+/// A write that has begun when its area goes is in the result of the unmap, whether it has ended or
+/// not.
 #[test]
 fn an_unmap_finds_a_write_in_flight() {
     holds_within(BOUND, &[Step::LookInFlight, Step::MarkBeforeFree], || {
@@ -337,7 +344,8 @@ fn an_unmap_finds_a_write_in_flight() {
             let (space, begun) = (space.clone(), begun.clone());
             thread::spawn(move || {
                 let guard = space.begin_write(page(0)).ok();
-                // Release: pairs with the Acquire below; an unmap that sees it began during or after the write.
+                // Release: pairs with the Acquire below; an unmap that sees it began during or
+                // after the write.
                 begun.store(u64::from(guard.is_some()), Ordering::Release);
                 drop(guard);
             })
@@ -413,7 +421,8 @@ impl DirtySource for LaxSource {
     }
 }
 
-/// Invariant 14: what a detach moves from the table to the marks is found by a harvest at every moment.
+/// Invariant 14: what a detach moves from the table to the marks is found by a harvest at every
+/// moment.
 #[test]
 fn what_a_detach_moves_is_never_invisible() {
     let steps = [Step::DetachInFlight, Step::DetachFence];
@@ -434,7 +443,8 @@ fn what_a_detach_moves_is_never_invisible() {
     });
 }
 
-/// Section 2 of the contract: a harvest that is not refused for want of tracking finds the clean baseline.
+/// Section 2 of the contract: a harvest that is not refused for want of tracking finds the clean
+/// baseline.
 #[test]
 fn a_harvest_that_sees_tracking_sees_its_baseline() {
     holds_within(BOUND, &[Step::PublishBaseline], || {

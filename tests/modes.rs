@@ -1,4 +1,5 @@
-//! The ways to harvest besides the plain one: writes in flight, parts of leaves, masks, bounds, threads, commits by range.
+//! The ways to harvest besides the plain one: writes in flight, parts of leaves, masks, bounds,
+//! threads, commits by range.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 

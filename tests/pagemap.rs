@@ -1,4 +1,5 @@
-//! The adapter of process memory on the kernel of this machine. Where that cannot do it, each test says that it is skipped.
+//! The adapter of process memory on the kernel of this machine. Where that cannot do it, each test
+//! says that it is skipped.
 #![cfg(all(feature = "pagemap", target_os = "linux", not(dirtymap_loom)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -72,7 +73,8 @@ impl Map {
 
     fn word(&self, page: u64) -> &AtomicU64 {
         assert!(page < self.pages);
-        // SAFETY: aligned, inside the mapping, which lives as long as the reference, and used as an atomic alone.
+        // SAFETY: aligned, inside the mapping, which lives as long as the reference, and used as an
+        // atomic alone.
         unsafe { &*self.at(page).cast() }
     }
 
@@ -97,7 +99,8 @@ impl Map {
 
 impl Drop for Map {
     fn drop(&mut self) {
-        // SAFETY: of memory of this mapping, to which no reference is left; parts that are gone do no harm.
+        // SAFETY: of memory of this mapping, to which no reference is left; parts that are gone do
+        // no harm.
         unsafe { libc::munmap(self.address.cast(), (self.pages * self.page) as usize) };
     }
 }
@@ -295,8 +298,8 @@ fn a_read_is_no_write_and_the_kernel_writes_too() {
     assert_eq!(tracked.harvest_all(), [7]);
 }
 
-/// Huge pages: a write makes no page dirty that is not in the same huge page (this kernel splits it, and then one small page is), and a
-/// request may cut it.
+/// Huge pages: a write makes no page dirty that is not in the same huge page (this kernel splits
+/// it, and then one small page is), and a request may cut it.
 #[test]
 fn huge_pages_are_dirty_as_a_whole_or_split() {
     let Some(memory) = tracker() else { return };
@@ -367,7 +370,8 @@ fn memory_that_is_unmapped_stops_the_harvest_and_loses_nothing_else() {
     assert_eq!(tracked.numbers(view.runs()), [2001]);
 }
 
-/// Whoever maps something else in the place of tracked memory has writes that the kernel does not see.
+/// Whoever maps something else in the place of tracked memory has writes that the kernel does not
+/// see.
 #[test]
 fn another_mapping_in_the_place_of_the_memory_does_not_pass_for_clean() {
     let Some(memory) = tracker() else { return };

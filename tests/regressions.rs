@@ -30,8 +30,9 @@ fn take(space: &AddressSpace, range: IovaRange) -> u64 {
     words[0]
 }
 
-/// The second of two sources refused to be switched off. The first one was off by then, and the space believed that all were
-/// on: switching on again did nothing, and the first source never tracked again.
+/// The second of two sources refused to be switched off. The first one was off by then, and the
+/// space believed that all were on: switching on again did nothing, and the first source never
+/// tracked again.
 #[test]
 fn a_switch_off_that_fails_half_way_is_undone_by_the_next_switch_on() {
     let (space, first, second) = tracked();
@@ -48,7 +49,8 @@ fn a_switch_off_that_fails_half_way_is_undone_by_the_next_switch_on() {
     );
 }
 
-/// Marks were cleared before the sources were asked, so a switch that failed had thrown away what a last harvest was to find.
+/// Marks were cleared before the sources were asked, so a switch that failed had thrown away what a
+/// last harvest was to find.
 #[test]
 fn a_switch_on_that_fails_keeps_the_marks() {
     let (space, first, _) = tracked();
@@ -59,8 +61,9 @@ fn a_switch_on_that_fails_keeps_the_marks() {
     assert_eq!(take(&space, pages(0, 16)), 1 << 1);
 }
 
-/// One source stopped at page 5, and the marks and the other source were not looked at, although the error said that everything
-/// below page 5 was in the lease. Who went on behind page 5 lost them.
+/// One source stopped at page 5, and the marks and the other source were not looked at, although
+/// the error said that everything below page 5 was in the lease. Who went on behind page 5 lost
+/// them.
 #[test]
 fn below_a_stop_the_lease_has_everything() {
     let (space, first, second) = tracked();
@@ -84,8 +87,8 @@ fn below_a_stop_the_lease_has_everything() {
     );
 }
 
-/// The leaves were gone, their dirty bits with them, then the flush failed: the area was still mapped, and a harvest found it
-/// clean.
+/// The leaves were gone, their dirty bits with them, then the flush failed: the area was still
+/// mapped, and a harvest found it clean.
 #[test]
 fn an_unmap_that_fails_leaves_dirty_what_was_dirty() {
     let (space, first, second) = tracked();
@@ -117,7 +120,8 @@ fn an_unmap_that_panics_can_be_repeated() {
     );
 }
 
-/// A source that was added when areas were mapped and tracking was on had no mapping and did not track, in silence.
+/// A source that was added when areas were mapped and tracking was on had no mapping and did not
+/// track, in silence.
 #[test]
 fn a_source_that_comes_late_is_mapped_and_tracks() {
     let (space, _, _) = tracked();
@@ -141,7 +145,8 @@ fn a_mark_by_a_stale_handle_is_counted() {
     assert_eq!(space.stats().outside_marks, 1);
 }
 
-/// Pages of a mask past 2^64 wrapped to address 0, and a mask that did not start at a page lost the tail of its last page.
+/// Pages of a mask past 2^64 wrapped to address 0, and a mask that did not start at a page lost the
+/// tail of its last page.
 #[test]
 fn masks_neither_wrap_nor_lose_their_tail() {
     let mut words = [0u64; 2];
@@ -155,7 +160,8 @@ fn masks_neither_wrap_nor_lose_their_tail() {
     assert_eq!(view.runs().collect::<Vec<_>>(), [pages(0, 2)]);
 }
 
-/// Pages of one byte, over the whole address space: the highest page has no bit number below 2^64 - 1 to spare.
+/// Pages of one byte, over the whole address space: the highest page has no bit number below 2^64 -
+/// 1 to spare.
 #[test]
 fn pages_of_one_byte_reach_the_top() {
     let byte = Granule::from_bytes(1).unwrap();
@@ -175,9 +181,10 @@ fn pages_of_one_byte_reach_the_top() {
     assert_eq!(lease.sync().unwrap().runs().collect::<Vec<_>>(), [top]);
 }
 
-/// An attach looks at the areas once, and then fills them one by one. One of them was meanwhile cut by a batch that also
-/// unmapped its middle: the attach went on to the pieces, and mapped the middle too, whose addresses were free by then.
-/// The devices of the new domain wrote to memory that was not theirs any more. Found by the soak.
+/// An attach looks at the areas once, and then fills them one by one. One of them was meanwhile cut
+/// by a batch that also unmapped its middle: the attach went on to the pieces, and mapped the
+/// middle too, whose addresses were free by then. The devices of the new domain wrote to memory
+/// that was not theirs any more. Found by the soak.
 #[test]
 fn an_attach_does_not_fill_what_a_batch_has_cut_out() {
     let space = Arc::new(AddressSpace::new(Granule::K4));
@@ -252,7 +259,8 @@ fn what_is_put_back_while_an_area_is_filled_stays_dirty() {
     }
 }
 
-/// `len >> shift` pages for a range that begins inside a page is one too few: the last page was neither marked nor copied.
+/// `len >> shift` pages for a range that begins inside a page is one too few: the last page was
+/// neither marked nor copied.
 #[test]
 fn a_mark_covers_every_page_that_it_touches() {
     for off in [0, 1, 2048, PAGE - 1] {
@@ -270,9 +278,9 @@ fn a_mark_covers_every_page_that_it_touches() {
     }
 }
 
-/// A map put its area into the tree, where it was marked, and one domain of two was filled, where a device wrote. Then the second
-/// domain refused, and the area went: the mark was neither kept nor counted, and what the device had written was dirty in the next
-/// area at these addresses.
+/// A map put its area into the tree, where it was marked, and one domain of two was filled, where a
+/// device wrote. Then the second domain refused, and the area went: the mark was neither kept nor
+/// counted, and what the device had written was dirty in the next area at these addresses.
 #[test]
 fn what_is_dirty_in_a_map_that_fails_is_counted_as_discarded() {
     let (space, first, second) = two_sources();
@@ -341,8 +349,9 @@ fn an_area_is_counted_once_however_many_pieces_it_is_walked_in() {
     assert_eq!(masked.report().areas, 2);
 }
 
-/// The list of pieces of a parallel harvest grew with the request: for all of a 64-bit space at 4 KiB it was 256 GiB long, and the
-/// process was aborted, though a sparse bitmap takes the request and nothing was dirty.
+/// The list of pieces of a parallel harvest grew with the request: for all of a 64-bit space at 4
+/// KiB it was 256 GiB long, and the process was aborted, though a sparse bitmap takes the request
+/// and nothing was dirty.
 #[cfg(feature = "rayon")]
 #[test]
 fn a_parallel_harvest_of_the_whole_address_space() {
@@ -363,8 +372,8 @@ fn a_parallel_harvest_of_the_whole_address_space() {
     lease.sync().unwrap().commit();
 }
 
-/// A detach took what was dirty out of the table of its domain, and marked it a moment later. A harvest in between, perhaps the
-/// last one, found it in neither place.
+/// A detach took what was dirty out of the table of its domain, and marked it a moment later. A
+/// harvest in between, perhaps the last one, found it in neither place.
 #[test]
 fn a_harvest_during_a_detach_finds_what_is_on_its_way() {
     let (space, first, _) = tracked();

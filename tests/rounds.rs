@@ -1,4 +1,5 @@
-//! Round after round: one lease over all that is mapped, with a bitmap of its own, whatever comes and goes.
+//! Round after round: one lease over all that is mapped, with a bitmap of its own, whatever comes
+//! and goes.
 #![cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -69,8 +70,8 @@ fn one_lease_covers_both_sides_of_a_hole() {
     accounts_hold(&space);
 }
 
-/// A lease that is dropped, or lost by a `?` in the middle of the copy, is in the next round but for
-/// what was committed.
+/// A lease that is dropped, or lost by a `?` in the middle of the copy, is in the next round but
+/// for what was committed.
 #[test]
 fn what_was_not_committed_is_in_the_next_round() {
     let space = with_a_hole();
@@ -294,8 +295,8 @@ fn a_flush_that_fails_in_a_round_puts_everything_back() {
     assert_eq!(fake.with(|s| s.invalidated.clone()), [pages(7, 1)]);
 }
 
-/// A lease of a harvest that stopped does not pass for one of all that was asked: no way to its runs
-/// but one that names the stop.
+/// A lease of a harvest that stopped does not pass for one of all that was asked: no way to its
+/// runs but one that names the stop.
 #[test]
 fn a_stopped_lease_cannot_be_synced_by_accident() {
     let fake = Arc::new(Fake::default());
@@ -332,7 +333,8 @@ fn a_stopped_lease_cannot_be_synced_by_accident() {
     accounts_hold(&space);
 }
 
-/// Leases that own what they need are `'static`, and go to other threads. This is a test that it compiles.
+/// Leases that own what they need are `'static`, and go to other threads. This is a test that it
+/// compiles.
 #[test]
 fn leases_of_a_shared_space_are_static_and_send() {
     fn owned<T: Send + Sync + 'static>(_: &T) {}

@@ -1,4 +1,5 @@
-//! The test kit for sources: those of this crate pass, and each kind of bad source is told what rule it breaks.
+//! The test kit for sources: those of this crate pass, and each kind of bad source is told what
+//! rule it breaks.
 #![cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 

@@ -347,8 +347,8 @@ fn of_two_stops_of_a_parallel_harvest_the_lowest_counts() {
     }
 }
 
-/// Of three pieces of a parallel harvest the lowest stops, and the highest has nothing: what the one
-/// between them took is put back.
+/// Of three pieces of a parallel harvest the lowest stops, and the highest has nothing: what the
+/// one between them took is put back.
 #[cfg(feature = "rayon")]
 #[test]
 fn a_piece_above_that_recorded_nothing_hides_no_other() {

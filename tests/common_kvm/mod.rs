@@ -125,8 +125,8 @@ impl Guest {
         for (slot, first, n) in SLOTS {
             let block = Memory::new(n * page, page);
             let range = IovaRange::from_len(Iova::new(first * page), n * page).unwrap();
-            // SAFETY: the block is the guest's until it is dropped, behind the virtual machine; nobody else touches slots, but
-            // the test that deletes one.
+            // SAFETY: the block is the guest's until it is dropped, behind the virtual machine;
+            // nobody else touches slots, but the test that deletes one.
             unsafe { log.add_slot(slot, range, block.address()) }.unwrap();
             space.map(range, 0, Access::ReadWrite).unwrap();
             memory.push(block);

@@ -7,8 +7,8 @@ use dirtymap::{AddressSpace, Error, Granule, Iova, UserBitmap};
 use crate::logs::Log;
 use crate::{PAGE, RW, pages, range, take};
 
-/// A device behind an IOMMU writes by IOVA. A bitmap as long as memory has no bit for an IOVA of 0x7fff_0000_0000, and marks behind its
-/// end are ignored in silence: the write was nowhere.
+/// A device behind an IOMMU writes by IOVA. A bitmap as long as memory has no bit for an IOVA of
+/// 0x7fff_0000_0000, and marks behind its end are ignored in silence: the write was nowhere.
 #[test]
 fn a_write_at_a_high_iova_is_found_and_one_outside_is_an_error() {
     let high = range(0x7fff_0000_0000, 16 * PAGE);
@@ -27,8 +27,9 @@ fn a_write_at_a_high_iova_is_found_and_one_outside_is_an_error() {
     assert_eq!(take(&space, high), [range(0x7fff_0000_f000, PAGE)]);
 }
 
-/// A back end kept the log of the moment at which logging began. Memory that was plugged in later got a map with no log behind it, and
-/// what devices wrote there was not logged until the log was next replaced.
+/// A back end kept the log of the moment at which logging began. Memory that was plugged in later
+/// got a map with no log behind it, and what devices wrote there was not logged until the log was
+/// next replaced.
 #[test]
 fn memory_that_is_plugged_in_after_logging_began_is_logged() {
     let log = Arc::new(Log::new(pages(0, 64), Granule::K4));
@@ -42,7 +43,8 @@ fn memory_that_is_plugged_in_after_logging_began_is_logged() {
     assert_eq!(take(&space, pages(32, 16)), [pages(40, 2)]);
 }
 
-/// The other way about: mappings from before logging began were not known to the logger, which only looked at new ones.
+/// The other way about: mappings from before logging began were not known to the logger, which only
+/// looked at new ones.
 #[test]
 fn memory_from_before_logging_began_is_logged() {
     let log = Arc::new(Log::new(pages(0, 64), Granule::K4));
@@ -56,8 +58,8 @@ fn memory_from_before_logging_began_is_logged() {
     assert_eq!(take(&space, pages(0, 16)), [pages(3, 1), pages(5, 1)]);
 }
 
-/// A region was taken out while a migration ran. What was dirty in it went with its maps, though its memory, which was still there,
-/// had not been copied.
+/// A region was taken out while a migration ran. What was dirty in it went with its maps, though
+/// its memory, which was still there, had not been copied.
 #[test]
 fn what_was_dirty_when_memory_goes_is_handed_over() {
     let log = Arc::new(Log::new(pages(0, 64), Granule::K4));
@@ -78,8 +80,8 @@ fn what_was_dirty_when_memory_goes_is_handed_over() {
     );
 }
 
-/// A device was disconnected before its log was read for the last time, and what it had written at the end was in a log that nobody had
-/// any more.
+/// A device was disconnected before its log was read for the last time, and what it had written at
+/// the end was in a log that nobody had any more.
 #[test]
 fn what_a_device_wrote_before_it_went_is_there_when_it_is_gone() {
     let log = Arc::new(Log::new(pages(0, 64), Granule::K4));
@@ -92,7 +94,8 @@ fn what_a_device_wrote_before_it_went_is_there_when_it_is_gone() {
     assert_eq!(take(&space, pages(0, 16)), [pages(3, 1)]);
 }
 
-/// A disk grew past a border of its map, and blocks behind the border were no longer told to be changed.
+/// A disk grew past a border of its map, and blocks behind the border were no longer told to be
+/// changed.
 #[test]
 fn memory_that_grows_keeps_what_is_dirty_and_tracks_the_rest() {
     let space = AddressSpace::new(Granule::K4);

@@ -35,8 +35,9 @@ impl Machine {
     }
 }
 
-/// A block device marked the buffer of a read and then submitted it. A harvest between the submission and the completion took the mark and
-/// copied the old bytes; the data came later, by DMA, and nobody looked again.
+/// A block device marked the buffer of a read and then submitted it. A harvest between the
+/// submission and the completion took the mark and copied the old bytes; the data came later, by
+/// DMA, and nobody looked again.
 #[test]
 fn a_write_that_is_marked_before_it_is_submitted_is_reported_until_it_has_landed() {
     let machine = Machine::new();
@@ -67,7 +68,8 @@ fn a_write_that_is_marked_at_its_completion_is_copied() {
     assert_eq!(machine.copy, machine.memory);
 }
 
-/// A harvest that failed while a write was in flight gave back what it had taken; the write is reported all the same, once it has landed.
+/// A harvest that failed while a write was in flight gave back what it had taken; the write is
+/// reported all the same, once it has landed.
 #[test]
 fn an_abort_and_a_write_in_flight_do_not_hide_each_other() {
     let machine = Machine::new();

@@ -1,7 +1,7 @@
 //! Bugs of programs that write dirty tracking by hand, each as a test that it would fail.
 //!
-//! Every one of these was found in a released program, or in its issues, or by reading it: docs/guide/bugs.md says where.
-//! The code here is ours; what is told is what went wrong.
+//! Every one of these was found in a released program, or in its issues, or by reading it:
+//! docs/guide/bugs.md says where. The code here is ours; what is told is what went wrong.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 

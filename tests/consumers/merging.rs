@@ -7,8 +7,9 @@ use dirtymap::{AddressSpace, DirtyLog, Error, Granule, IovaRange, RunTable, Runs
 use crate::logs::Log;
 use crate::{PAGE, RW, pages, range, take};
 
-/// The kernel's log of a slot and that of the program itself were walked side by side, as long as both had words. A slot for which the
-/// program had no map gave it no words: the kernel had cleared its log by then, and what it had said was gone.
+/// The kernel's log of a slot and that of the program itself were walked side by side, as long as
+/// both had words. A slot for which the program had no map gave it no words: the kernel had cleared
+/// its log by then, and what it had said was gone.
 #[test]
 fn a_slot_without_a_map_of_our_own_keeps_what_the_kernel_said() {
     let kernel = [0b1010u64];
@@ -47,8 +48,8 @@ fn the_shorter_of_two_logs_does_not_cut_the_longer_one() {
     ));
 }
 
-/// The tables of several devices were put one behind the other. Where they overlapped, pages were sent twice, and what the table
-/// said of its size was too much.
+/// The tables of several devices were put one behind the other. Where they overlapped, pages were
+/// sent twice, and what the table said of its size was too much.
 #[test]
 fn tables_that_overlap_are_sent_once() {
     let tables: [&[IovaRange]; 3] = [
@@ -72,7 +73,8 @@ fn tables_that_overlap_are_sent_once() {
     assert_eq!(sent.len(), 21);
 }
 
-/// A log counts from the start of its slot, another from address 0. Words of the two that are ORed as they are say nothing true.
+/// A log counts from the start of its slot, another from address 0. Words of the two that are ORed
+/// as they are say nothing true.
 #[test]
 fn logs_that_count_from_different_places_agree_on_addresses() {
     let slot = range(0x8_0000, 64 * PAGE);

@@ -22,8 +22,9 @@ fn two_slots() -> (AddressSpace, Arc<Log>, Arc<Log>) {
     (space, low, high)
 }
 
-/// The logs of all slots were fetched one after the other, and the list of results made into a result of a list. When one failed, those
-/// before it had been read, were thus clear, and went with the list. Elsewhere a question mark between two logs did the same.
+/// The logs of all slots were fetched one after the other, and the list of results made into a
+/// result of a list. When one failed, those before it had been read, were thus clear, and went with
+/// the list. Elsewhere a question mark between two logs did the same.
 #[test]
 fn a_log_that_fails_does_not_take_those_before_it_along() {
     let (space, low, high) = two_slots();
@@ -71,8 +72,9 @@ fn a_log_that_fails_half_way_keeps_what_it_did_not_say() {
     assert_eq!(take(&space, pages(0, 64)), [pages(50, 1)]);
 }
 
-/// A snapshot failed when the logs had been read: the disk was full. The next one said of those pages that they had not changed. A
-/// second snapshot after one that failed half-way needs all that the first did not finish, and nothing of what it did.
+/// A snapshot failed when the logs had been read: the disk was full. The next one said of those
+/// pages that they had not changed. A second snapshot after one that failed half-way needs all that
+/// the first did not finish, and nothing of what it did.
 #[test]
 fn a_save_that_fails_half_way_puts_back_what_it_did_not_save() {
     let (space, low, high) = two_slots();
@@ -103,8 +105,8 @@ fn a_save_that_fails_half_way_puts_back_what_it_did_not_save() {
     assert_eq!(take(&space, pages(0, 64)), [pages(30, 4), pages(60, 4)]);
 }
 
-/// The marks were reset when the pages had been written to the file, and the file was flushed and synced after that. Where the sync
-/// failed, the pages were neither on the disk nor dirty.
+/// The marks were reset when the pages had been written to the file, and the file was flushed and
+/// synced after that. Where the sync failed, the pages were neither on the disk nor dirty.
 #[test]
 fn pages_stay_dirty_until_the_file_is_on_the_disk() {
     let (space, low, _) = two_slots();
@@ -127,8 +129,9 @@ fn pages_stay_dirty_until_the_file_is_on_the_disk() {
     assert_eq!(take(&space, pages(0, 64)), []);
 }
 
-/// A migration failed in its last round, and the guest went on at the source. The second migration believed the dirty state, which the
-/// first had cleared: the guest at the target had old pages, and died of them.
+/// A migration failed in its last round, and the guest went on at the source. The second migration
+/// believed the dirty state, which the first had cleared: the guest at the target had old pages,
+/// and died of them.
 #[test]
 fn a_second_migration_after_one_that_failed_sends_what_the_first_had_taken() {
     let (space, low, high) = two_slots();
@@ -165,8 +168,8 @@ fn a_second_migration_after_one_that_failed_sends_what_the_first_had_taken() {
     assert_eq!(target, source);
 }
 
-/// To follow a change of its map, tracking was stopped and started again. What was dirty between the last look and the stop was lost,
-/// since the start cleans the slate.
+/// To follow a change of its map, tracking was stopped and started again. What was dirty between
+/// the last look and the stop was lost, since the start cleans the slate.
 #[test]
 fn what_is_dirty_when_tracking_stops_is_there_for_a_last_harvest() {
     let (space, low, _) = two_slots();

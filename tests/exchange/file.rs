@@ -1,4 +1,5 @@
-//! Bitmap files: what is written is read back, and what is not as it was written is refused by name.
+//! Bitmap files: what is written is read back, and what is not as it was written is refused by
+//! name.
 
 use std::io::Cursor;
 

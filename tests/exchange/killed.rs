@@ -1,7 +1,8 @@
-//! A process that is killed while it saves, at any moment: the file is whole, the old one or the new one.
+//! A process that is killed while it saves, at any moment: the file is whole, the old one or the
+//! new one.
 //!
-//! A child, which is this test again with a variable set, saves one generation after the other and says which of them are on
-//! the disk; the parent kills it and looks.
+//! A child, which is this test again with a variable set, saves one generation after the other and
+//! says which of them are on the disk; the parent kills it and looks.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;

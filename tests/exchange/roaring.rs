@@ -100,7 +100,8 @@ fn reading_is_bounded_by_what_is_expected_and_by_what_is_there() {
         "{}",
         counted.1
     );
-    // A header that promises 65536 containers or 2^64 parts, and ends: an error, without memory for them.
+    // A header that promises 65536 containers or 2^64 parts, and ends: an error, without memory for
+    // them.
     let mut many = 12346u32.to_le_bytes().to_vec();
     many.extend(65536u32.to_le_bytes());
     assert!(read_roaring(&many[..], 1 << 32).is_err());
@@ -115,8 +116,8 @@ fn reading_is_bounded_by_what_is_expected_and_by_what_is_there() {
 
 #[test]
 fn parts_that_come_twice_do_not_replace_each_other() {
-    // History: a reader of the 64-bit format that inserts each part under its key keeps the last of two with the same key,
-    // and forgets what the first one said.
+    // History: a reader of the 64-bit format that inserts each part under its key keeps the last of
+    // two with the same key, and forgets what the first one said.
     let mut bytes = 2u64.to_le_bytes().to_vec();
     for value in [3u32, 8] {
         bytes.extend(0u32.to_le_bytes());

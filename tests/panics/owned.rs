@@ -206,8 +206,9 @@ fn a_source_whose_drop_panics_during_a_panic_is_silent() {
     assert_eq!(panicked.unwrap_err(), Fault("drop".into()));
 }
 
-/// Rules of the space that were replaced know its domains until no reader can hold them: their sources
-/// may go with these, after the space. Nobody is there to take a panic of their destructors.
+/// Rules of the space that were replaced know its domains until no reader can hold them: their
+/// sources may go with these, after the space. Nobody is there to take a panic of their
+/// destructors.
 #[test]
 fn a_source_that_garbage_holds_goes_with_it_in_silence() {
     let points = Arc::new(Points::default());

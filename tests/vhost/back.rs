@@ -116,7 +116,8 @@ fn marks_of_no_bytes_and_past_the_end() {
     assert_eq!((low.outside_marks(), bits(&log.memory())), (4, vec![3]));
 }
 
-/// A log that is too short for the memory was written past its end, or ended the thread that marked.
+/// A log that is too short for the memory was written past its end, or ended the thread that
+/// marked.
 #[test]
 fn a_log_that_is_too_short_is_refused_and_the_old_one_stays() {
     let ram = [Ram::new(0, 16 * PAGE), Ram::new(1 << 32, 16 * PAGE)];
@@ -159,8 +160,8 @@ fn a_new_table_of_memory_keeps_the_log() {
     assert_eq!(bits(&log.memory()), [2, 257]);
 }
 
-/// The only region goes and comes again, as one does that is resized: the table without regions in between took the log with it,
-/// and what was written from then on was never in it.
+/// The only region goes and comes again, as one does that is resized: the table without regions in
+/// between took the log with it, and what was written from then on was never in it.
 #[test]
 fn a_table_without_regions_keeps_the_log() {
     let ram = [Ram::new(0, 16 * PAGE)];
@@ -173,7 +174,8 @@ fn a_table_without_regions_keeps_the_log() {
     assert_eq!(bits(&log.memory()), [3]);
 }
 
-/// A back end that does not follow: what is written without a log is remembered, and the first log gets all of it.
+/// A back end that does not follow: what is written without a log is remembered, and the first log
+/// gets all of it.
 #[test]
 fn what_was_written_without_a_log_is_in_the_first_one() {
     let mut rig = rig(&[Ram::new(0, 16 * PAGE)], false);
@@ -247,7 +249,8 @@ fn a_region_beyond_the_log_is_refused_and_remembered() {
     assert_eq!(bits(&log.memory()), NONE);
 }
 
-/// The log was to be read before the connection was closed, or what a device wrote last was lost. It is the front end's memory.
+/// The log was to be read before the connection was closed, or what a device wrote last was lost.
+/// It is the front end's memory.
 #[test]
 fn what_a_device_marked_is_found_when_it_is_gone() {
     let area = bytes(0, 16 * PAGE);

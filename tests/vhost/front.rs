@@ -302,7 +302,8 @@ fn a_child_with_the_same_process_number_takes_nothing_from_its_parent() {
     assert_eq!(tried, 0, "1: the child was taken for its parent");
 }
 
-/// Harvests between the swap and its acknowledgement see both logs; what is left of the old one is found once.
+/// Harvests between the swap and its acknowledgement see both logs; what is left of the old one is
+/// found once.
 #[test]
 fn what_is_left_of_a_log_that_was_swapped_is_found() {
     let area = bytes(0, 256 * PAGE);
@@ -332,7 +333,8 @@ fn what_is_left_of_a_log_that_was_swapped_is_found() {
     assert_eq!(content(&old), given_up);
 }
 
-/// A back end that refuses the fresh log goes on with the old one, and one of several may have taken it up.
+/// A back end that refuses the fresh log goes on with the old one, and one of several may have
+/// taken it up.
 #[test]
 fn a_swap_that_fails_loses_nothing() {
     let area = bytes(0, 256 * PAGE);

@@ -1,4 +1,5 @@
-//! The vhost log, both sides: its layout, swaps, and a real vhost-user daemon, in this process and in another one.
+//! The vhost log, both sides: its layout, swaps, and a real vhost-user daemon, in this process and
+//! in another one.
 #![cfg(all(feature = "vhost", target_os = "linux", not(dirtymap_loom)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 

@@ -1,7 +1,9 @@
-//! Two processes over a unix socket: a device writes guest memory and marks it, while the front end harvests, copies and swaps its log.
+//! Two processes over a unix socket: a device writes guest memory and marks it, while the front end
+//! harvests, copies and swaps its log.
 //!
-//! The device is this test binary, started again, with a real vhost-user daemon. At the end every byte that it wrote must be
-//! in the copy, and no log that it had acknowledged to have left may have changed since.
+//! The device is this test binary, started again, with a real vhost-user daemon. At the end every
+//! byte that it wrote must be in the copy, and no log that it had acknowledged to have left may
+//! have changed since.
 
 use super::rig::{FrontEnd, Guest, Ram, serve, socket};
 use super::{PAGE, bytes, content};
@@ -23,7 +25,8 @@ const DEVICE: &str = "DIRTYMAP_VHOST_DEVICE";
 const WRITERS: u64 = 3;
 /// Two regions, one of which begins and ends inside of bytes of the log.
 const RAM: [(u64, u64); 2] = [(0, 256 * PAGE), ((1 << 32) + 3 * PAGE, 333 * PAGE)];
-/// A large one, of which nothing is written, but all is marked: most swaps come while one such mark is under way.
+/// A large one, of which nothing is written, but all is marked: most swaps come while one such mark
+/// is under way.
 const LARGE: (u64, u64) = (8 << 30, 16 << 30);
 
 /// Not a test of its own: the other process of the next one.
@@ -47,7 +50,8 @@ fn the_device_process() {
                 }
             }
         });
-        // The front end says by closing this that the device is to stop: what it has begun it finishes.
+        // The front end says by closing this that the device is to stop: what it has begun it
+        // finishes.
         let mut nothing = Vec::new();
         let closed = std::io::stdin().read_to_end(&mut nothing);
         stop.store(true, Ordering::Relaxed);

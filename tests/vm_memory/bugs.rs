@@ -10,8 +10,9 @@ use std::sync::Arc;
 use vm_memory::bitmap::{Bitmap, NewBitmap};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-/// Raw pointers: a block device read a disk through pointers of guest memory, nothing was marked, and guests were corrupted after a
-/// migration. That no bitmap can see; a mark by hand, or a guard, is what the bitmap offers.
+/// Raw pointers: a block device read a disk through pointers of guest memory, nothing was marked,
+/// and guests were corrupted after a migration. That no bitmap can see; a mark by hand, or a guard,
+/// is what the bitmap offers.
 #[test]
 fn a_write_through_a_raw_pointer_is_not_tracked_and_a_mark_by_hand_is() {
     let (space, memory) = machine(&[(0, 16 * PAGE)]);
@@ -25,8 +26,8 @@ fn a_write_through_a_raw_pointer_is_not_tracked_and_a_mark_by_hand_is() {
     assert_eq!(taken(&space, all), [3]);
 }
 
-/// Mark before submission: a harvest between the submission and the completion of an asynchronous read took the mark; the data landed
-/// later, and no harvest reported it.
+/// Mark before submission: a harvest between the submission and the completion of an asynchronous
+/// read took the mark; the data landed later, and no harvest reported it.
 #[test]
 fn a_read_that_completes_after_a_harvest_is_reported_by_the_next() {
     let (space, memory) = machine(&[(0, 16 * PAGE)]);
@@ -65,8 +66,9 @@ fn a_write_that_cannot_begin_is_counted() {
     assert_eq!(taken(&space, bytes(0, 32 * PAGE)), NONE);
 }
 
-/// A snapshot that failed after it had read and cleared some logs lost what was in them: the next one lacked those pages. Here
-/// the second region cannot be read, and after that a write to the file fails.
+/// A snapshot that failed after it had read and cleared some logs lost what was in them: the next
+/// one lacked those pages. Here the second region cannot be read, and after that a write to the
+/// file fails.
 #[test]
 fn a_snapshot_that_fails_loses_nothing() {
     let (space, memory) = machine(&[(0, 16 * PAGE), (1 << 20, 16 * PAGE)]);
@@ -113,7 +115,8 @@ fn the_page_is_that_of_the_space_or_of_the_host() {
     assert_eq!(taken(&space, bitmap.range()), [16 + 3]);
 }
 
-/// The length of a region that is no multiple of the page was rounded down, and its last bytes had no bit.
+/// The length of a region that is no multiple of the page was rounded down, and its last bytes had
+/// no bit.
 #[test]
 fn the_last_bytes_of_a_region_have_a_page() {
     let bitmap = SpaceBitmap::with_len(65536 + 1);

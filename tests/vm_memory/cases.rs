@@ -1,4 +1,5 @@
-//! What vm-memory checks of its own bitmap holds for this one: each way to write marks what it wrote, and nothing before.
+//! What vm-memory checks of its own bitmap holds for this one: each way to write marks what it
+//! wrote, and nothing before.
 
 use super::{PAGE, is, machine, region};
 use dirtymap::vm_memory::SpaceBitmap;
@@ -70,8 +71,8 @@ fn a_slice_of_volatile_memory_and_what_is_made_from_it_mark_their_bytes() {
     assert!(is(false, bitmap, 0x8000, 0x1000));
 }
 
-/// Each way of `Bytes` to write, at pages of their own from the second on. `dirty` says whether a range is all dirty, `clean` whether it is
-/// all clean.
+/// Each way of `Bytes` to write, at pages of their own from the second on. `dirty` says whether a
+/// range is all dirty, `clean` whether it is all clean.
 fn every_way_to_write<A, M: Bytes<A>>(
     memory: &M,
     at: impl Fn(usize) -> A,
@@ -150,7 +151,8 @@ fn a_write_across_two_regions_marks_both() {
     assert_eq!(super::taken(&space, super::bytes(0, 0x4000)), [1, 2]);
 }
 
-/// Random marks, inside, across the end and past it, by slices of slices: the same pages as vm-memory's own bitmap has.
+/// Random marks, inside, across the end and past it, by slices of slices: the same pages as
+/// vm-memory's own bitmap has.
 #[test]
 fn random_marks_agree_with_the_bitmap_of_vm_memory() {
     let len = 100 * host_page();

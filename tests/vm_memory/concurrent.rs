@@ -1,4 +1,5 @@
-//! Device threads that write through vm-memory, against harvests that copy: at the end both sides are equal.
+//! Device threads that write through vm-memory, against harvests that copy: at the end both sides
+//! are equal.
 
 use super::{PAGE, bytes, machine, region};
 use dirtymap::vm_memory::SpaceBitmap;
@@ -11,7 +12,8 @@ use vm_memory::{
 
 type Memory = GuestMemoryMmap<SpaceBitmap>;
 
-/// Copies what is dirty in `range`; every third time the copy "fails" half-way and the lease is dropped.
+/// Copies what is dirty in `range`; every third time the copy "fails" half-way and the lease is
+/// dropped.
 fn pass(space: &AddressSpace, memory: &Memory, range: IovaRange, copy: &mut [u8], n: usize) {
     let mut words = vec![0; (range.granules(Granule::K4) as usize).div_ceil(64)];
     let request = HarvestRequest::new(range, Granule::K4);
@@ -77,7 +79,8 @@ fn no_write_is_lost_between_markers_and_harvests() {
     assert_eq!(space.stats().outside_marks, 0);
 }
 
-/// `AtomicBitmap::enlarge` needs exclusive access. Here memory grows by regions, under writers and harvests.
+/// `AtomicBitmap::enlarge` needs exclusive access. Here memory grows by regions, under writers and
+/// harvests.
 #[test]
 fn memory_grows_while_others_mark_and_harvest() {
     const REGION: u64 = 64 * PAGE;

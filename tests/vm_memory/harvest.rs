@@ -67,7 +67,8 @@ fn an_abort_puts_back_and_a_commit_does_not() {
     assert_eq!(taken(&space, all), NONE);
 }
 
-/// A mark that ran past its region marked the first page of the next one, in a bitmap for all regions.
+/// A mark that ran past its region marked the first page of the next one, in a bitmap for all
+/// regions.
 #[test]
 fn a_mark_past_the_end_of_a_region_marks_no_other_region() {
     let (space, memory) = machine(&[(0, 4 * PAGE), (4 * PAGE, 4 * PAGE)]);

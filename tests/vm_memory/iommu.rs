@@ -44,7 +44,8 @@ impl Table {
     }
 }
 
-/// Guest memory of 16 pages behind an IOMMU that maps `HIGH` to its page 4. The space is that of the IOVAs.
+/// Guest memory of 16 pages behind an IOMMU that maps `HIGH` to its page 4. The space is that of
+/// the IOVAs.
 fn behind_iommu() -> (
     Arc<AddressSpace>,
     IommuMemory<GuestMemoryMmap<SpaceBitmap>, Table>,
@@ -58,8 +59,8 @@ fn behind_iommu() -> (
     (iovas, IommuMemory::new(memory, table, true, bitmap))
 }
 
-/// The bug: `AtomicBitmap` is as long as the guest's memory, and a write at a high IOVA is marked nowhere, in silence. This test says how it
-/// is there; the next one, how it is here.
+/// The bug: `AtomicBitmap` is as long as the guest's memory, and a write at a high IOVA is marked
+/// nowhere, in silence. This test says how it is there; the next one, how it is here.
 #[test]
 fn with_the_bitmap_of_vm_memory_a_write_at_a_high_iova_is_marked_nowhere() {
     let ranges = [(GuestAddress(0), 16 * 4096)];
