@@ -1,5 +1,5 @@
-//! Bitmaps read, merged, converted and taken away from each other, against lists of intervals: any base, granule, form and byte
-//! offset, up to both ends of the address space.
+//! Bitmaps read, merged, converted and taken away from each other, against lists of intervals: any
+//! base, granule, form and byte offset, up to both ends of the address space.
 
 use std::collections::BTreeSet;
 
@@ -78,7 +78,8 @@ impl Side {
     }
 }
 
-/// A range of whole granules, at most [`MOST`], that lies somewhere near `near`, as far as that is possible.
+/// A range of whole granules, at most [`MOST`], that lies somewhere near `near`, as far as that is
+/// possible.
 fn range_of(granule: Granule, near: u128, bytes: &mut impl Iterator<Item = u8>) -> IovaRange {
     let (shift, count) = (bytes.next().unwrap_or(0), bytes.next().unwrap_or(0));
     let room = (1u128 << 64) >> granule.lg2();

@@ -1,4 +1,5 @@
-//! The user's bitmap as the runner sees it: a buffer with guard words, and what a harvest did to it, bit by bit.
+//! The user's bitmap as the runner sees it: a buffer with guard words, and what a harvest did to
+//! it, bit by bit.
 
 use std::collections::BTreeSet;
 
@@ -71,8 +72,8 @@ pub(crate) struct Found {
     pub(crate) runs: Vec<IovaRange>,
 }
 
-/// Checks what `request` made of `before`, a whole buffer: it had to report the pages `must`, and could report the
-/// pages `may`.
+/// Checks what `request` made of `before`, a whole buffer: it had to report the pages `must`, and
+/// could report the pages `may`.
 pub(crate) fn check_bits(
     request: &HarvestRequest<'_>,
     before: &[u64],

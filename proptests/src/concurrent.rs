@@ -1,5 +1,5 @@
-//! Real threads: two devices and a CPU write as fast as they can, two consumers harvest, abort and commit; in the end
-//! the copy must equal the memory, byte for byte.
+//! Real threads: two devices and a CPU write as fast as they can, two consumers harvest, abort and
+//! commit; in the end the copy must equal the memory, byte for byte.
 
 use std::time::{Duration, Instant};
 
@@ -10,13 +10,15 @@ use pagetable_sim::{Device, DeviceConfig, Domain, DomainConfig, PhysMemory};
 use crate::Random;
 
 const PAGE: u64 = 4096;
-/// First page and number of pages of each area; the first has a large leaf, the second follows it without a gap.
+/// First page and number of pages of each area; the first has a large leaf, the second follows it
+/// without a gap.
 const AREAS: [(u64, u64); 3] = [(512, 514), (1026, 40), (4096, 9)];
 
 struct Storm {
     space: AddressSpace,
     memory: Arc<PhysMemory>,
-    /// The copy. Each page is copied under its lock, so that an older copy never replaces a newer one.
+    /// The copy. Each page is copied under its lock, so that an older copy never replaces a newer
+    /// one.
     copy: Vec<Mutex<[u8; PAGE as usize]>>,
     stop: AtomicBool,
 }

@@ -1,4 +1,5 @@
-//! Bitmap files from anywhere: a file that is taken is one that would be written, and no other is taken.
+//! Bitmap files from anywhere: a file that is taken is one that would be written, and no other is
+//! taken.
 
 use std::io::Cursor;
 
@@ -9,10 +10,12 @@ const HEADER: usize = 64;
 const PAYLOAD_SUM: usize = 40;
 const HEADER_SUM: usize = 60;
 
-/// Reads `bytes` as a bitmap file, as they are and with checksums that fit. Says how many of the two were taken.
+/// Reads `bytes` as a bitmap file, as they are and with checksums that fit. Says how many of the
+/// two were taken.
 ///
 /// # Errors
-/// What is wrong, if a file was taken that says anything but what it would say if it were written anew.
+/// What is wrong, if a file was taken that says anything but what it would say if it were written
+/// anew.
 pub fn check_bitmap_file(bytes: &[u8]) -> Result<usize, String> {
     let mut sealed = bytes.to_vec();
     if let Some((header, payload)) = sealed.split_at_mut_checked(HEADER) {
@@ -30,7 +33,8 @@ fn check(bytes: &[u8]) -> Result<bool, String> {
     let Ok(mut file) = BitmapFile::from_reader(Cursor::new(bytes)) else {
         return Ok(false);
     };
-    // As many bits as there are in `bytes`, and no chunk for more of them: a header that lies costs nothing.
+    // As many bits as there are in `bytes`, and no chunk for more of them: a header that lies costs
+    // nothing.
     let (range, granule) = (file.range(), file.granule());
     let sparse = SparseBitmap::new(range.granules(granule) as u64);
     let view = UserBitmap::sparse(&sparse).view(range, granule);

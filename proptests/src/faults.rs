@@ -105,7 +105,8 @@ impl Faulty {
         std::mem::take(&mut lock(&self.orders).broken_flushes)
     }
 
-    /// Whether it may track although its space has switched it off: the switch of a detach panicked.
+    /// Whether it may track although its space has switched it off: the switch of a detach
+    /// panicked.
     pub(crate) fn is_in_doubt(&self) -> bool {
         lock(&self.orders).in_doubt
     }

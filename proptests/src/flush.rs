@@ -1,5 +1,5 @@
-//! The flush queue against a naive one: which gathers a flush covers, in which order things are freed, and what is
-//! counted, whatever fails or panics in between.
+//! The flush queue against a naive one: which gathers a flush covers, in which order things are
+//! freed, and what is counted, whatever fails or panics in between.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
@@ -92,7 +92,8 @@ impl Run {
         debt
     }
 
-    /// Runs `flush` of the queue, with an invalidation that ends in `end`. It must happen exactly if `expected`.
+    /// Runs `flush` of the queue, with an invalidation that ends in `end`. It must happen exactly
+    /// if `expected`.
     fn flush(
         &mut self,
         end: End,

@@ -1,5 +1,5 @@
-//! The set of ranges that a flush invalidates, against a naive one: nothing may be forgotten, at no border of the
-//! address space.
+//! The set of ranges that a flush invalidates, against a naive one: nothing may be forgotten, at no
+//! border of the address space.
 
 use dirtymap::{FlushCost, FlushGather, Granule, Iova, IovaRange};
 
@@ -112,7 +112,8 @@ impl Pair {
         self.check_costs().or_else(|what| fail(&what))
     }
 
-    /// The costs of one range, and of one leaf, add up to that of both, at all borders of the arithmetic.
+    /// The costs of one range, and of one leaf, add up to that of both, at all borders of the
+    /// arithmetic.
     fn check_costs(&self) -> Result<(), String> {
         for unit in [0, 1, u64::MAX] {
             let cost = |per_range, per_leaf| FlushCost {

@@ -1,5 +1,5 @@
-//! Properties of `dirtymap` as a whole: programs of [`Op`]s run on the library, over a simulated IOMMU, and on an
-//! oracle.
+//! Properties of `dirtymap` as a whole: programs of [`Op`]s run on the library, over a simulated
+//! IOMMU, and on an oracle.
 //!
 //! ```text
 //!  bytes --decode--> ops --run--> AddressSpace, three domains, six devices, two leases, a migrator's copy
@@ -7,10 +7,11 @@
 //!                            +--> oracle --------- compare after each step, byte for byte at the end
 //! ```
 //!
-//! The same programs are run by `cargo test` (`PROPTEST_CASES` says how many), by the fuzzer, and with something
-//! broken on purpose: a run that does not notice a missing flush checks nothing.
+//! The same programs are run by `cargo test` (`PROPTEST_CASES` says how many), by the fuzzer, and
+//! with something broken on purpose: a run that does not notice a missing flush checks nothing.
 //!
-//! [`soak`] does without an oracle: real threads at full speed, whose bytes are compared while they rest.
+//! [`soak`] does without an oracle: real threads at full speed, whose bytes are compared while they
+//! rest.
 
 mod bitmaps;
 mod bits;

@@ -1,4 +1,5 @@
-//! Addresses, ranges, granules and the checks of requests at the edges of 64 bits, against arithmetic in 128.
+//! Addresses, ranges, granules and the checks of requests at the edges of 64 bits, against
+//! arithmetic in 128.
 
 use dirtymap::{Error, Granule, Iova, IovaRange, SparseBitmap, UserBitmap};
 
@@ -130,7 +131,8 @@ pub fn check_ranges(bytes: &[u8]) -> Result<(), String> {
     request(one.round_out(granule), granule, bits)
 }
 
-/// A request is refused for its alignment, then for a bitmap that is too short, and for nothing else.
+/// A request is refused for its alignment, then for a bitmap that is too short, and for nothing
+/// else.
 fn request(range: IovaRange, granule: Granule, bits: u64) -> Result<(), String> {
     let sparse = SparseBitmap::new(bits);
     let bits = u128::from(bits.min(1 << 63));

@@ -24,9 +24,9 @@ const WRITE: Op = Op::DmaWrite {
     len: 8,
 };
 
-/// A map that a source refuses flushes to take back what other sources had mapped. There was nothing to take back,
-/// but the flush also carried the debt of an aborted lease; when it failed, the area stayed in the tree for ever,
-/// neither usable nor unmappable.
+/// A map that a source refuses flushes to take back what other sources had mapped. There was
+/// nothing to take back, but the flush also carried the debt of an aborted lease; when it failed,
+/// the area stayed in the tree for ever, neither usable nor unmappable.
 #[test]
 fn a_refused_map_does_not_depend_on_the_flush_of_somebody_else() {
     let refused = Op::Map {
@@ -47,8 +47,8 @@ fn a_refused_map_does_not_depend_on_the_flush_of_somebody_else() {
     run(&ops, &Config::PLAIN).unwrap();
 }
 
-/// An unmap whose flush fails has removed the leaves already, and with them their dirty bits; the call that succeeds
-/// later finds them clean. So nobody counted them as discarded.
+/// An unmap whose flush fails has removed the leaves already, and with them their dirty bits; the
+/// call that succeeds later finds them clean. So nobody counted them as discarded.
 #[test]
 fn an_unmap_whose_flush_fails_counts_what_it_discarded() {
     let unmap = Op::UnmapDiscarding {
@@ -58,8 +58,8 @@ fn an_unmap_whose_flush_fails_counts_what_it_discarded() {
     run(&[WRITE, Op::FlushFails(0), unmap], &Config::PLAIN).unwrap();
 }
 
-/// Two gathers that are merged into each other double what they count with each step: the count of entries wrapped, which
-/// is a panic in a debug build.
+/// Two gathers that are merged into each other double what they count with each step: the count of
+/// entries wrapped, which is a panic in a debug build.
 #[test]
 fn gathers_that_are_merged_to_and_fro_do_not_wrap() {
     let add = [3, 0, 0, 0];

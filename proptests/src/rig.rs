@@ -1,8 +1,9 @@
 //! The hardware side: a domain and its devices, as one dirty source that can be told to fail.
 //!
-//! An invalidation waits for devices that are awake, and here one thread drives everything. So while the domain
-//! invalidates, on a thread of its own, the caller's thread serves the devices. Between two steps no device does
-//! anything: writes stay in flight, and runs repeat themselves exactly.
+//! An invalidation waits for devices that are awake, and here one thread drives everything. So
+//! while the domain invalidates, on a thread of its own, the caller's thread serves the devices.
+//! Between two steps no device does anything: writes stay in flight, and runs repeat themselves
+//! exactly.
 
 use std::panic::resume_unwind;
 
@@ -40,7 +41,8 @@ pub(crate) trait Node: DirtySource {
     /// Lands what is in flight; the device goes to sleep.
     fn quiesce(&self, device: u8);
 
-    /// Has a device write again and again while the domain invalidates, until it is told to stop by `None`.
+    /// Has a device write again and again while the domain invalidates, until it is told to stop by
+    /// `None`.
     fn keep_busy(&self, busy: Option<Busy>);
 
     /// Whether the next invalidation fails.

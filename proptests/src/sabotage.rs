@@ -1,4 +1,5 @@
-//! What is broken on purpose must be noticed: a run that passes without a flush, a drain or a mark checks nothing.
+//! What is broken on purpose must be noticed: a run that passes without a flush, a drain or a mark
+//! checks nothing.
 
 use dirtymap::{Access, SpaceStats};
 
@@ -18,7 +19,8 @@ fn program(seed: u64) -> (Config, Vec<Op>) {
     (config, ops)
 }
 
-/// Tries programs until one breaks `rule`, and makes sure that the same one passes when nothing is broken.
+/// Tries programs until one breaks `rule`, and makes sure that the same one passes when nothing is
+/// broken.
 fn expect_caught(sabotage: Sabotage, rule: Rule) {
     expect(sabotage, Some(rule), program);
 }
@@ -42,7 +44,8 @@ fn expect(sabotage: Sabotage, rule: Option<Rule>, program: impl Fn(u64) -> (Conf
     panic!("{sabotage:?} was not noticed by {rule:?} in {TRIES} programs");
 }
 
-/// Every sabotage that there is. The match has no arm for all others: one that is added must say what notices it.
+/// Every sabotage that there is. The match has no arm for all others: one that is added must say
+/// what notices it.
 #[test]
 fn every_sabotage_is_noticed() {
     for sabotage in Sabotage::ALL.iter().copied() {
@@ -151,8 +154,8 @@ fn logged(seed: u64) -> (Config, Vec<Op>) {
     (config, ops)
 }
 
-/// Few programs meet by chance a device that writes between the two rounds of a flush. So the steps that matter come first, and
-/// any program after them.
+/// Few programs meet by chance a device that writes between the two rounds of a flush. So the steps
+/// that matter come first, and any program after them.
 fn between_rounds(seed: u64) -> (Config, Vec<Op>) {
     let device = Master {
         domain: 0,

@@ -1,9 +1,10 @@
-//! Everything at once: mappers that map, cut and unmap, domains that come and go with their devices, and harvesters.
+//! Everything at once: mappers that map, cut and unmap, domains that come and go with their
+//! devices, and harvesters.
 //!
-//! Addresses are mapped to the memory of the same number, and each mapper owns a stretch of it. While a page is not
-//! mapped, its owner writes to it, and nobody else may: a device that still does was not flushed. While it is mapped,
-//! every write must be reported: by a harvest, by the unmap, or by an abort as outside. In the end the copy equals the
-//! memory.
+//! Addresses are mapped to the memory of the same number, and each mapper owns a stretch of it.
+//! While a page is not mapped, its owner writes to it, and nobody else may: a device that still
+//! does was not flushed. While it is mapped, every write must be reported: by a harvest, by the
+//! unmap, or by an abort as outside. In the end the copy equals the memory.
 
 use std::time::{Duration, Instant};
 
@@ -25,7 +26,8 @@ const PAGES: u64 = MAPPERS * STRETCH;
 struct Traffic {
     space: AddressSpace,
     memory: Arc<PhysMemory>,
-    /// The copy. Each page is copied under its lock, so that an older copy never replaces a newer one.
+    /// The copy. Each page is copied under its lock, so that an older copy never replaces a newer
+    /// one.
     copy: Vec<Mutex<[u8; PAGE as usize]>>,
     breakage: Breakage,
     stop: AtomicBool,
@@ -109,7 +111,8 @@ impl Traffic {
         self.space.apply(&batch).unwrap();
     }
 
-    /// The pages are the caller's alone: writes to them, and looks whether that is still there a little later.
+    /// The pages are the caller's alone: writes to them, and looks whether that is still there a
+    /// little later.
     fn own(&self, range: IovaRange, random: &mut Random) {
         let fill = [random.bits() as u8; PAGE as usize];
         for page in numbers(range) {

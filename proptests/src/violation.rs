@@ -27,7 +27,8 @@ pub enum Rule {
     Bitmap,
     /// The counts add up.
     Accounting,
-    /// A call does what its documentation says, or refuses with the right error and changes nothing.
+    /// A call does what its documentation says, or refuses with the right error and changes
+    /// nothing.
     Answer,
 }
 

@@ -71,8 +71,8 @@ impl World {
         self.node(device.domain).read(device.device, at, bytes)
     }
 
-    /// Lands what may be in flight to these bytes from all devices but `except`: so the last of several writers wins,
-    /// as in the oracle.
+    /// Lands what may be in flight to these bytes from all devices but `except`: so the last of
+    /// several writers wins, as in the oracle.
     pub(crate) fn settle(&self, except: Option<Master>, at: Iova, len: usize) {
         let Ok(range) = IovaRange::from_len(at, len as u64) else {
             return;

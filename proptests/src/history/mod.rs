@@ -1,5 +1,5 @@
-//! The contract as a checker: real threads say when each write, harvest and abort began and ended, and the checker decides from
-//! that alone whether a write was lost.
+//! The contract as a checker: real threads say when each write, harvest and abort began and ended,
+//! and the checker decides from that alone whether a write was lost.
 //!
 //! ```text
 //!  write W      |--began--ended--|
@@ -7,17 +7,19 @@
 //! ```
 //!
 //! # The rule
-//! Take a write W to a page that ended before a harvest H that covers the page began. Then H reported the page, or some other
-//! harvest was responsible for it while H looked:
-//! * one that *carries* W: it began before H had looked everywhere, reported the page, was not put back, its sync ended after W began,
-//!   and its copy has W or something newer of the same writer;
+//! Take a write W to a page that ended before a harvest H that covers the page began. Then H
+//! reported the page, or some other harvest was responsible for it while H looked:
+//! * one that *carries* W: it began before H had looked everywhere, reported the page, was not put
+//!   back, its sync ended after W began, and its copy has W or something newer of the same writer;
 //! * or one that was put back later: it reported the page, and its abort ended after H began.
 //!
-//! This is rule 1 of the contract, and a little more: the contract is content with a harvest that comes later, which the next
-//! write to the page would satisfy. Here it is not enough that nothing was lost in the end.
+//! This is rule 1 of the contract, and a little more: the contract is content with a harvest that
+//! comes later, which the next write to the page would satisfy. Here it is not enough that nothing
+//! was lost in the end.
 //!
-//! An unmap that returns what is dirty is a harvest that cannot be put back. A lease that is aborted when its area is gone stays
-//! responsible: its pages are counted as outside, and its consumer copies them.
+//! An unmap that returns what is dirty is a harvest that cannot be put back. A lease that is
+//! aborted when its area is gone stays responsible: its pages are counted as outside, and its
+//! consumer copies them.
 
 mod record;
 mod tests;
@@ -50,7 +52,8 @@ pub(crate) struct Harvest {
     pub(crate) began: Stamp,
     /// When it had looked everywhere.
     pub(crate) looked: Stamp,
-    /// The pages that it reported, and what the copy has of each writer; zero where nothing was copied.
+    /// The pages that it reported, and what the copy has of each writer; zero where nothing was
+    /// copied.
     pub(crate) reported: BTreeMap<u64, [u64; WRITERS]>,
     pub(crate) end: End,
 }
@@ -87,8 +90,8 @@ impl Harvest {
             return false;
         };
         let copied = self.reported.get(&write.page);
-        // A device may write by a cached translation until the sync ends, so the write need only have begun before that: whether
-        // it came in time, the copy tells.
+        // A device may write by a cached translation until the sync ends, so the write need only
+        // have begun before that: whether it came in time, the copy tells.
         synced > write.began && copied.is_some_and(|numbers| numbers[write.writer] >= write.number)
     }
 
@@ -105,7 +108,8 @@ impl Harvest {
     }
 }
 
-/// Decides the rule: see the [module](self). Returns how many pairs of a write and a harvest that came later were decided.
+/// Decides the rule: see the [module](self). Returns how many pairs of a write and a harvest that
+/// came later were decided.
 pub(crate) fn check(history: &History) -> Result<u64, Box<LostWrite>> {
     let mut by_page: BTreeMap<u64, Vec<&Harvest>> = BTreeMap::new();
     for harvest in &history.harvests {

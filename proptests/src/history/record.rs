@@ -1,5 +1,5 @@
-//! The run: two devices and a CPU write, two consumers harvest, one mapper unmaps and maps again, and all of them say what they
-//! did and when.
+//! The run: two devices and a CPU write, two consumers harvest, one mapper unmaps and maps again,
+//! and all of them say what they did and when.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

@@ -71,7 +71,8 @@ impl Op {
     /// The next step of the program that `bytes` spell; `None` when they are used up.
     pub fn decode(bytes: &mut impl Iterator<Item = u8>) -> Option<Op> {
         let code = bytes.next()?;
-        // Of the 64 codes, each operation has as many as it should be frequent; the two bits above are operands.
+        // Of the 64 codes, each operation has as many as it should be frequent; the two bits above
+        // are operands.
         let more = code / 64;
         Some(match code % 64 {
             0..11 => Op::DmaWrite {

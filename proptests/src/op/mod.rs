@@ -1,8 +1,8 @@
 //! The language of the tests: what can be done to an address space, its devices and its leases.
 //!
-//! Operands are small numbers that the oracle turns into addresses when the operation runs: "the second area", "its
-//! last page", so that most inputs are legal, hit few places again and again, and still reach the borders. Every byte
-//! string is a program.
+//! Operands are small numbers that the oracle turns into addresses when the operation runs: "the
+//! second area", "its last page", so that most inputs are legal, hit few places again and again,
+//! and still reach the borders. Every byte string is a program.
 
 mod decode;
 
@@ -326,7 +326,8 @@ pub enum Mode {
     Masked(Mask),
     /// With a bound.
     Bounded {
-        /// Where it begins: a share of the range in 1/256, rounded down to a granule; from 240 on in the middle of a page.
+        /// Where it begins: a share of the range in 1/256, rounded down to a granule; from 240 on
+        /// in the middle of a page.
         from: u8,
         /// Bits after which it stops.
         bits: u16,
@@ -338,7 +339,8 @@ pub enum Mode {
 /// A mask over the range of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mask {
-    /// Which of eight neighbouring stretches have their bits set; the next eight are the same again.
+    /// Which of eight neighbouring stretches have their bits set; the next eight are the same
+    /// again.
     pub stretches: u8,
     /// Pages of a stretch, as a logarithm: at least that of the granule.
     pub pages_lg2: u8,

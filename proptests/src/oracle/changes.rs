@@ -54,7 +54,8 @@ impl<'o> Plan<'o> {
         Some(Iova::new(page * PAGE + u64::from(at.byte)))
     }
 
-    /// The change that an operand names, if there is something to change. `new` is what a map would map.
+    /// The change that an operand names, if there is something to change. `new` is what a map would
+    /// map.
     pub(crate) fn change(&self, step: Step, new: Area) -> Option<Change> {
         Some(match step {
             Step::Nothing => return None,
@@ -178,7 +179,8 @@ impl<'o> Plan<'o> {
 }
 
 impl Oracle {
-    /// The areas are cut as a batch says, and what it unmaps goes. New areas come when the caller maps them.
+    /// The areas are cut as a batch says, and what it unmaps goes. New areas come when the caller
+    /// maps them.
     pub(crate) fn perform(&mut self, outcome: &Outcome) {
         self.areas.clear();
         for area in outcome.kept.iter().chain(&outcome.gone) {

@@ -195,8 +195,8 @@ impl Oracle {
             return;
         }
         state.dirt.leaves.extend(leaf);
-        // A cached "dirty" from before the harvest may hide this write from the table: the lease copies after its
-        // flush.
+        // A cached "dirty" from before the harvest may hide this write from the table: the lease
+        // copies after its flush.
         let covers = |lease: &Leased| lease.domains.contains(&(domain, state.id));
         let hidden = |lease: &Leased| !lease.synced && lease.pages.contains(&page) && covers(lease);
         let by_lease = self.leases.iter().flatten().any(hidden);
@@ -216,7 +216,8 @@ impl Oracle {
         self.marks.pages.extend(self.marked_with(page));
     }
 
-    /// A harvest went over the pages `walked`, runs of them, all mapped, and reported `reported` of them.
+    /// A harvest went over the pages `walked`, runs of them, all mapped, and reported `reported` of
+    /// them.
     pub(crate) fn harvested(
         &mut self,
         lease: usize,
@@ -236,7 +237,8 @@ impl Oracle {
         self.leases[lease] = Some(leased);
     }
 
-    /// A lease was put back: the pages of `runs`, as far as they are mapped, are dirty wherever it covered them.
+    /// A lease was put back: the pages of `runs`, as far as they are mapped, are dirty wherever it
+    /// covered them.
     pub(crate) fn aborted(&mut self, lease: usize, runs: &[IovaRange]) {
         if let Some(lease) = self.leases[lease].take() {
             self.put_back(&lease, runs);
@@ -400,8 +402,8 @@ impl Oracle {
         )
     }
 
-    /// Whether the copy of `page` may differ from the memory: a device wrote while nobody looked, or somebody may be
-    /// writing.
+    /// Whether the copy of `page` may differ from the memory: a device wrote while nobody looked,
+    /// or somebody may be writing.
     pub(crate) fn is_unknown(&self, page: u64) -> bool {
         let untracked = self.domains.iter().map(|domain| &domain.untracked);
         let flying = self.guards.iter().flatten();

@@ -123,11 +123,13 @@ impl Oracle {
         holes
     }
 
-    /// Where an area with this many pages and this memory goes, and the alignment that it needs: the lowest start that
-    /// fits is where a free stretch begins, or the first aligned address behind that.
+    /// Where an area with this many pages and this memory goes, and the alignment that it needs:
+    /// the lowest start that fits is where a free stretch begins, or the first aligned address
+    /// behind that.
     pub(crate) fn first_fit(&self, area: &Area) -> (Option<u64>, Granule) {
         let len = u128::from(area.pages * PAGE);
-        // What suits large leaves: the length as a power of two, as far as the memory and 2 MiB allow.
+        // What suits large leaves: the length as a power of two, as far as the memory and 2 MiB
+        // allow.
         let by_memory = 1 << (area.frame * PAGE).trailing_zeros();
         let page = u128::from(self.unit() * PAGE);
         let align = len

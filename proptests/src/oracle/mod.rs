@@ -1,15 +1,17 @@
-//! The oracle: what the memory holds, and what each harvest must and may report. Sequential sets and maps, right by
-//! reading.
+//! The oracle: what the memory holds, and what each harvest must and may report. Sequential sets
+//! and maps, right by reading.
 //!
-//! The oracle knows the leaves of the tables but not what the IOTLBs hold, so it has a lower and an upper bound, for
-//! each place that can be dirty (a domain, or the marks):
+//! The oracle knows the leaves of the tables but not what the IOTLBs hold, so it has a lower and an
+//! upper bound, for each place that can be dirty (a domain, or the marks):
 //!
-//! * a harvest **must** report the pages that were written and not reported since, with one exception: a write to a page
-//!   of a lease that is not flushed yet may leave no trace, and is in the copy that follows the flush of that lease;
-//! * it **may** report pages that are marked, or kept for a domain, and pages of leaves that a device wrote since the
-//!   leaf was last cleared.
+//! * a harvest **must** report the pages that were written and not reported since, with one
+//!   exception: a write to a page of a lease that is not flushed yet may leave no trace, and is in
+//!   the copy that follows the flush of that lease;
+//! * it **may** report pages that are marked, or kept for a domain, and pages of leaves that a
+//!   device wrote since the leaf was last cleared.
 //!
-//! `dirt.rs` has the dirty state, `changes.rs` what a batch does to the areas, `free.rs` which addresses are free.
+//! `dirt.rs` has the dirty state, `changes.rs` what a batch does to the areas, `free.rs` which
+//! addresses are free.
 
 mod changes;
 mod dirt;
@@ -30,12 +32,13 @@ pub(crate) use free::Free;
 pub(crate) const PAGE: u64 = 4096;
 /// Pages of a large leaf.
 const LARGE: u64 = 512;
-/// The first page of the window in which everything happens: 4 MiB below 4 GiB, so that areas cross from one table to
-/// the next.
+/// The first page of the window in which everything happens: 4 MiB below 4 GiB, so that areas cross
+/// from one table to the next.
 const FIRST: u64 = 0x10_0000 - 2 * LARGE;
 /// Pages of the window: four slots, and what an area in the last one can have.
 const PAGES: u64 = 7 * LARGE;
-/// The first page of memory behind the window, twice, the second time shifted by a page; aligned to large leaves.
+/// The first page of memory behind the window, twice, the second time shifted by a page; aligned to
+/// large leaves.
 const PIECES: u64 = 15 * LARGE;
 /// Pages of one of the four pieces of memory that are mapped anywhere.
 const PIECE: u64 = 2 * LARGE;
@@ -268,7 +271,8 @@ impl Oracle {
         }
     }
 
-    /// The area, but for its place, that an operand of `MapAnywhere` describes; `None` if its memory is in use.
+    /// The area, but for its place, that an operand of `MapAnywhere` describes; `None` if its
+    /// memory is in use.
     pub(crate) fn new_piece(
         &mut self,
         piece: u8,
@@ -393,7 +397,8 @@ impl Oracle {
         Some(Iova::new(self.first_hole(first, last)? * PAGE))
     }
 
-    /// The leaf of a domain that maps `page`: the largest that fits. A cut leaves the largest that fit on either side.
+    /// The leaf of a domain that maps `page`: the largest that fits. A cut leaves the largest that
+    /// fit on either side.
     fn leaf_of(&self, domain: usize, page: u64) -> Option<(u64, u64)> {
         let area = self.area_at(page)?;
         let merged = &self.domains[domain].merged;
@@ -474,7 +479,8 @@ pub(crate) fn range_of(at: Stretch) -> IovaRange {
     pages(first_of(at), first_of(at) + u64::from(at.pages) - 1)
 }
 
-/// The page of `area` that an operand names: one of the first, middle or last ones, or the one behind it.
+/// The page of `area` that an operand names: one of the first, middle or last ones, or the one
+/// behind it.
 pub(crate) fn page_in(area: &Area, code: u8) -> u64 {
     let code = u64::from(code);
     let within = match code {

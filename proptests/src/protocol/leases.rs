@@ -1,8 +1,9 @@
 //! Two harvesters of one page that share a flush queue; each lease is committed or aborted.
 //!
-//! What an abort puts back goes into the marks, which every harvest takes as well. A harvester that takes a mark owes no
-//! invalidation of its own: it relies on the debt that the abort handed to the queue *before* it set the mark, and on the
-//! queue, which never lets a flush that had begun stand for a debt that came later.
+//! What an abort puts back goes into the marks, which every harvest takes as well. A harvester that
+//! takes a mark owes no invalidation of its own: it relies on the debt that the abort handed to the
+//! queue *before* it set the mark, and on the queue, which never lets a flush that had begun stand
+//! for a debt that came later.
 
 use super::explore::{Outcome, Steps, explore};
 use super::machine::Machine;

@@ -1,10 +1,10 @@
 //! One leaf over two pages that is split into two and merged again while the device writes.
 //!
-//! * **Split**: both small leaves start with the D that the large one had when it was replaced, by a compare-exchange
-//!   that fails if D changed. A device that still caches the large leaf writes through it without a look at the table:
-//!   so a flush drops whatever it overlaps, of any size.
-//! * **Merge**: the large leaf starts dirty, whatever the small ones were: a walk that is inside the old table may still set a D
-//!   there, where nobody looks any more.
+//! * **Split**: both small leaves start with the D that the large one had when it was replaced, by
+//!   a compare-exchange that fails if D changed. A device that still caches the large leaf writes
+//!   through it without a look at the table: so a flush drops whatever it overlaps, of any size.
+//! * **Merge**: the large leaf starts dirty, whatever the small ones were: a walk that is inside
+//!   the old table may still set a D there, where nobody looks any more.
 
 use super::explore::{Outcome, Steps, explore};
 
@@ -211,7 +211,8 @@ fn harvest(s: State, weak: Weak, out: &mut Steps<State>) {
                 ..s
             };
             match (seen, s.leaves) {
-                // It clears the entry that it looked at: if that leads to a table by now, nothing happens.
+                // It clears the entry that it looked at: if that leads to a table by now, nothing
+                // happens.
                 (Leaves::Large(_), Leaves::Large(dirty)) => {
                     state.leaves = Leaves::Large(dirty && !s.recorded[0]);
                 }

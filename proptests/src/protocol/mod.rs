@@ -1,12 +1,14 @@
-//! The protocols as models small enough to be explored whole: every interleaving of a device and the threads around it.
+//! The protocols as models small enough to be explored whole: every interleaving of a device and
+//! the threads around it.
 //!
 //! ```text
 //!  cases() --> for each protocol: as it is (must hold), and with each single weakness (must lose a write)
 //! ```
 //!
-//! A model has one step for each step of the protocol that others can see, and nothing else: no code of the library runs
-//! here. What it shows is that the *order of steps* is right, in full, where loom shows that the *code* is, as far as it
-//! gets. It knows no weak memory: each step is one point in time.
+//! A model has one step for each step of the protocol that others can see, and nothing else: no
+//! code of the library runs here. What it shows is that the *order of steps* is right, in full,
+//! where loom shows that the *code* is, as far as it gets. It knows no weak memory: each step is
+//! one point in time.
 //!
 //! | model | threads | contract |
 //! |---|---|---|
@@ -18,10 +20,12 @@
 //! | `leaves` | a device, a harvester, a thread that splits and merges leaves | no lost write |
 //! | `summary` | two CPUs that mark, two harvesters of which one may fail to record | no lost write, nothing is cleared that cannot be recorded |
 //!
-//! A state is bad if the device has stopped, nobody is in the middle of anything, nothing is dirty any more, and what was
-//! copied differs from what is in memory; in some models also if a harvest passed over what it had to report.
+//! A state is bad if the device has stopped, nobody is in the middle of anything, nothing is dirty
+//! any more, and what was copied differs from what is in memory; in some models also if a harvest
+//! passed over what it had to report.
 //!
-//! `cargo run --release -p proptests --bin protocol` prints the table, and for each weakness the shortest way to lose.
+//! `cargo run --release -p proptests --bin protocol` prints the table, and for each weakness the
+//! shortest way to lose.
 
 mod explore;
 mod leases;
@@ -87,7 +91,8 @@ pub fn cases() -> Vec<Case> {
     cases
 }
 
-/// Says of each name whether it is the weakness of this run. A name that is not in the list of its model would never be run.
+/// Says of each name whether it is the weakness of this run. A name that is not in the list of its
+/// model would never be run.
 fn chosen(weakness: Option<&str>, all: &[&str]) -> impl Fn(&str) -> bool {
     move |name| {
         assert!(all.contains(&name), "no weakness is called {name:?}");

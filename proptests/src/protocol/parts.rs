@@ -1,17 +1,18 @@
 //! Two harvesters of one leaf over two pages: each asks for one page, and leaves the other dirty;
 //! then one of them asks for both.
 //!
-//! Who clears D takes on the rest of the leaf: it is dirty, though the table no longer says so. A guard over the rest is
-//! visible from before the clear until the rest is kept as a residual, so that whoever harvests it meanwhile reports it. And
-//! the debt of the whole leaf enters the queue between the two: after the clear, or a flush may pay it too early; before
-//! the rest is kept, or whoever takes the rest, and finds D clear, syncs without a flush.
+//! Who clears D takes on the rest of the leaf: it is dirty, though the table no longer says so. A
+//! guard over the rest is visible from before the clear until the rest is kept as a residual, so
+//! that whoever harvests it meanwhile reports it. And the debt of the whole leaf enters the queue
+//! between the two: after the clear, or a flush may pay it too early; before the rest is kept, or
+//! whoever takes the rest, and finds D clear, syncs without a flush.
 
 //!
 //! A source that clears by batches, such as a log of KVM, tells of many leaves first and clears
 //! them later. A leaf that lies inside the request may wait for that: it is dirty and in a lease
 //! until then, and the clear comes before the flush. One that sticks out may not: when the source
-//! says that it is clean, its rest is kept, and a harvest that takes the rest is done with it when the late
-//! clear destroys what was written since.
+//! says that it is clean, its rest is kept, and a harvest that takes the rest is done with it when
+//! the late clear destroys what was written since.
 
 use super::explore::{Outcome, Steps, explore};
 

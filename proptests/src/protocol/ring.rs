@@ -1,8 +1,10 @@
-//! A guest whose dirty pages come out of KVM's ring, and two harvesters that share what they took out.
+//! A guest whose dirty pages come out of KVM's ring, and two harvesters that share what they took
+//! out.
 //!
-//! A write that meets a protected page puts it into the ring, and takes the protection off; from then on the guest writes unseen, until the
-//! entry was handed back and KVM_RESET_DIRTY_RINGS has protected the page again. So the reset is a flush: it comes before the
-//! copy, whoever took the page out, and it must not miss an entry whose page another harvester could take already.
+//! A write that meets a protected page puts it into the ring, and takes the protection off; from
+//! then on the guest writes unseen, until the entry was handed back and KVM_RESET_DIRTY_RINGS has
+//! protected the page again. So the reset is a flush: it comes before the copy, whoever took the
+//! page out, and it must not miss an entry whose page another harvester could take already.
 
 use super::explore::{Outcome, explore};
 
@@ -154,7 +156,8 @@ pub(super) fn explore_with(weakness: Option<&'static str>) -> Outcome {
                             (state.entry, state.protected) = (Entry::Free, true);
                         }
                         out.push(RESETS[who], with(state, at(step)));
-                        // Or the lease is dropped before, and the debt stays to whoever takes the page then.
+                        // Or the lease is dropped before, and the debt stays to whoever takes the
+                        // page then.
                         let pending = s.pending || (now.has && !no_put_back);
                         if !copy_early {
                             out.push(ABORTS[who], with(State { pending, ..s }, at(Step::Start)));

@@ -1,7 +1,8 @@
-//! Harvests that skip a subtree by the accessed bit of its upper entry, while another harvest does the same.
+//! Harvests that skip a subtree by the accessed bit of its upper entry, while another harvest does
+//! the same.
 //!
-//! The upper entry has A, which the device sets when it walks the entry in memory, and beside it, in the same word, what
-//! software knows of the subtree:
+//! The upper entry has A, which the device sets when it walks the entry in memory, and beside it,
+//! in the same word, what software knows of the subtree:
 //!
 //! ```text
 //!       nothing is dirty:               a flush of the subtree,         A is clear: one harvest
@@ -12,10 +13,10 @@
 //!   +-----------------------------------------------------------------------------------------------------+
 //! ```
 //!
-//! Only what is quiet, with A clear, is skipped. Between clear and flush a device may dirty leaves by a cached upper entry
-//! and never set A: so the look that counts begins after the flush. Clearing A and saying so are one step; a flush stands
-//! only for what was cleared before it began; and while one harvest looks nobody clears A, or it would not see that A was set
-//! meanwhile.
+//! Only what is quiet, with A clear, is skipped. Between clear and flush a device may dirty leaves
+//! by a cached upper entry and never set A: so the look that counts begins after the flush.
+//! Clearing A and saying so are one step; a flush stands only for what was cleared before it began;
+//! and while one harvest looks nobody clears A, or it would not see that A was set meanwhile.
 
 use super::explore::{Outcome, Steps, explore};
 use super::machine::Machine;
@@ -188,7 +189,8 @@ fn harvest(mut s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
             h.step = Step::Judge;
             "harvest: clears D"
         }
-        // One compare-exchange of the upper entry: it acts on what the look began with, or not at all.
+        // One compare-exchange of the upper entry: it acts on what the look began with, or not at
+        // all.
         Step::Judge => {
             h.step = Step::Sync;
             let free = s.known == h.known && h.known != Known::Looking;

@@ -1,8 +1,8 @@
-//! A summary over marks: two CPUs mark one page, two harvesters look at the summary first, and one of them may find that it has no
-//! place to record.
+//! A summary over marks: two CPUs mark one page, two harvesters look at the summary first, and one
+//! of them may find that it has no place to record.
 //!
-//! Who finds the summary clear takes the line for clean and may be the last one to look. So a summary may be clear only while
-//! somebody is sure to take what lies below, or nothing does.
+//! Who finds the summary clear takes the line for clean and may be the last one to look. So a
+//! summary may be clear only while somebody is sure to take what lies below, or nothing does.
 
 use super::explore::{Outcome, Steps, explore};
 
@@ -41,7 +41,8 @@ struct State {
     summary: bool,
     harvesters: [(Harvester, u8); 2],
     copy: [u8; 2],
-    /// A harvest found the summary clear and the other one at it, and passed over what had returned by then.
+    /// A harvest found the summary clear and the other one at it, and passed over what had returned
+    /// by then.
     passed: [u8; 2],
     /// The other one failed, or there was none.
     lost: bool,

@@ -1,7 +1,7 @@
 //! An unmap that returns what was dirty, beside a harvest, while the device goes on.
 //!
-//! The leaf is removed by one exchange, so what it held at that moment is the last word on D; after the flush no device
-//! reaches the memory; then it is copied; then the addresses may be used again.
+//! The leaf is removed by one exchange, so what it held at that moment is the last word on D; after
+//! the flush no device reaches the memory; then it is copied; then the addresses may be used again.
 
 use super::explore::{Outcome, explore};
 use super::machine::Machine;

@@ -52,8 +52,8 @@ impl Runner<'_> {
         same(Rule::Answer, "the areas", self.space.mappings(), right)
     }
 
-    /// Devices stop, all leases are committed, one last harvest: the copy must equal the memory, and nothing is dirty
-    /// any more.
+    /// Devices stop, all leases are committed, one last harvest: the copy must equal the memory,
+    /// and nothing is dirty any more.
     pub(super) fn finish(mut self) -> Checked {
         self.world.quiesce();
         self.step(&Op::EndWrite(0))?;
@@ -106,7 +106,8 @@ impl Runner<'_> {
         self.compare_areas(&areas)
     }
 
-    /// Compares the memory with the oracle's, and the copy with the memory, as far as no live lease will be copied.
+    /// Compares the memory with the oracle's, and the copy with the memory, as far as no live lease
+    /// will be copied.
     pub(super) fn compare_areas(&self, areas: &[Area]) -> Checked {
         for area in areas {
             for page in pages_of(area.range()) {

@@ -1,6 +1,7 @@
 //! Harvests and peeks, and what they should find.
 //!
-//! A new mode of harvest is a [`Mode`], and in `modes.rs` a call and the runs of pages that it goes over.
+//! A new mode of harvest is a [`Mode`], and in `modes.rs` a call and the runs of pages that it goes
+//! over.
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};

@@ -1,7 +1,8 @@
 //! The runner: executes a program on the library and on the oracle, and compares after every step.
 //!
-//! It keeps a copy of the memory as a migrator would: all of an area when the area is mapped or tracking is switched
-//! on, and from then on only what synced leases name. In the end the copy must equal the memory.
+//! It keeps a copy of the memory as a migrator would: all of an area when the area is mapped or
+//! tracking is switched on, and from then on only what synced leases name. In the end the copy must
+//! equal the memory.
 
 mod areas;
 mod changes;
@@ -31,7 +32,8 @@ use crate::world::World;
 
 type Checked = Result<(), Violation>;
 
-/// Executes `ops` in the world of `config`, on the library and on the oracle. Returns what the space counted.
+/// Executes `ops` in the world of `config`, on the library and on the oracle. Returns what the
+/// space counted.
 ///
 /// # Errors
 /// The first [`Violation`].

@@ -97,7 +97,8 @@ impl Runner<'_> {
         (walked, None)
     }
 
-    /// What the answer of a bounded harvest says of where it ended: within its bounds, and not before it had reached them.
+    /// What the answer of a bounded harvest says of where it ended: within its bounds, and not
+    /// before it had reached them.
     pub(super) fn ended(
         &self,
         request: &mut Request,
@@ -162,8 +163,8 @@ impl Runner<'_> {
         self.oracle.areas.values().filter(touched).count() as u64
     }
 
-    /// What a harvest may have recorded that panicked when a domain was asked first: in its first area, or anywhere if its
-    /// threads asked.
+    /// What a harvest may have recorded that panicked when a domain was asked first: in its first
+    /// area, or anywhere if its threads asked.
     pub(super) fn died_in(&self, request: &Request, ask: &Ask) -> Option<IovaRange> {
         let (first, last) = *request.walked.first()?;
         let end = match ask.mode {

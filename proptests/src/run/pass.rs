@@ -32,7 +32,8 @@ enum End {
 
 struct Ended {
     said: Said,
-    /// What the lease named to copy, and how many granules it said that is; `None` if it could not be flushed.
+    /// What the lease named to copy, and how many granules it said that is; `None` if it could not
+    /// be flushed.
     synced: Option<(Vec<IovaRange>, u64)>,
     /// Granules that were committed by a part of it.
     committed: u64,
@@ -56,7 +57,8 @@ impl Runner<'_> {
         }
     }
 
-    /// Harvests, syncs, copies, and ends the lease: what is in the bitmap can be read when that is done.
+    /// Harvests, syncs, copies, and ends the lease: what is in the bitmap can be read when that is
+    /// done.
     fn use_up(
         &mut self,
         request: &Request,

@@ -1,4 +1,5 @@
-//! Who attaches a domain of its own, lets its device write for a while, and detaches it, sometimes in the middle of a write.
+//! Who attaches a domain of its own, lets its device write for a while, and detaches it, sometimes
+//! in the middle of a write.
 
 use std::sync::Arc;
 

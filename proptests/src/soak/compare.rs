@@ -1,8 +1,9 @@
-//! The comparison, while all writers rest: what was copied against the memory, and the memory against what each writer wrote
-//! last.
+//! The comparison, while all writers rest: what was copied against the memory, and the memory
+//! against what each writer wrote last.
 //!
-//! First each domain that stays is harvested alone: after that, the lanes of its devices must be complete in the copy. Then
-//! everything is harvested until nothing is dirty any more: after that, all bytes must be equal.
+//! First each domain that stays is harvested alone: after that, the lanes of its devices must be
+//! complete in the copy. Then everything is harvested until nothing is dirty any more: after that,
+//! all bytes must be equal.
 
 use dirtymap::sync::{AtomicU64, Ordering};
 use dirtymap::{Error, Scope};

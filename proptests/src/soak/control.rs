@@ -1,4 +1,5 @@
-//! Rest and end: all actors can be brought to rest between two of their steps, and the first failure ends the run.
+//! Rest and end: all actors can be brought to rest between two of their steps, and the first
+//! failure ends the run.
 
 use std::time::{Duration, Instant};
 
@@ -63,7 +64,8 @@ impl Control {
 
     /// Brings all actors to rest.
     pub(super) fn rest(&self) -> Result<(), Failure> {
-        // Relaxed: only says that all should come; what orders is their answer. A failure has put STOP there.
+        // Relaxed: only says that all should come; what orders is their answer. A failure has put
+        // STOP there.
         let _ = self
             .state
             .compare_exchange(RUN, REST, Ordering::Relaxed, Ordering::Relaxed);

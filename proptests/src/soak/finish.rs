@@ -58,8 +58,8 @@ pub(super) fn take_down(world: World, elapsed: Duration) -> Result<String, Strin
     ))
 }
 
-/// How many domains are still in memory: each of them holds `memory`. What other threads replaced is freed by readers and
-/// writers that come later, of any space.
+/// How many domains are still in memory: each of them holds `memory`. What other threads replaced
+/// is freed by readers and writers that come later, of any space.
 fn domains_left(memory: &Arc<PhysMemory>) -> usize {
     let began = Instant::now();
     loop {

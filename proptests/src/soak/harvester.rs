@@ -1,7 +1,9 @@
-//! Who harvests: random ranges and scopes, and every end that a lease can have. What was taken is copied page by page.
+//! Who harvests: random ranges and scopes, and every end that a lease can have. What was taken is
+//! copied page by page.
 //!
-//! A lease that was aborted says when some of its pages were unmapped meanwhile. Nobody reports these again, and their memory
-//! is final, as the unmap has flushed: the harvester copies them by the bitmap that it still has.
+//! A lease that was aborted says when some of its pages were unmapped meanwhile. Nobody reports
+//! these again, and their memory is final, as the unmap has flushed: the harvester copies them by
+//! the bitmap that it still has.
 
 use dirtymap::sync::AtomicU64;
 use dirtymap::{Error, Granule, HarvestRequest, Holes, Scope, UserBitmap};

@@ -1,4 +1,5 @@
-//! Which addresses there are. Address and memory behind it differ by a constant, so a page has one number for both.
+//! Which addresses there are. Address and memory behind it differ by a constant, so a page has one
+//! number for both.
 //!
 //! ```text
 //!  page 0            1024        1400    1536                     2560                                4608

@@ -1,5 +1,5 @@
-//! Who maps and unmaps slots. What an unmap returns is copied after it; from then on, until the next map, no device may
-//! change the memory.
+//! Who maps and unmaps slots. What an unmap returns is copied after it; from then on, until the
+//! next map, no device may change the memory.
 
 use dirtymap::sync::{AtomicU64, MutexGuard, thread};
 use dirtymap::{Access, Change, Error, Granule, Iova, IovaRange, SparseBitmap, UserBitmap};

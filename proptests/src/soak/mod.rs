@@ -9,9 +9,10 @@
 //! ```
 //!
 //! * Each writer owns a lane of every page, and remembers what it wrote there last: `writer.rs`.
-//! * Slots come and go: `mapper.rs`; so do domains: `attacher.rs`. A device knows from the slot's phase when a write must be
-//!   refused, and when it must not.
-//! * A harvest ends in every way that there is: `harvester.rs`. A further mode of harvest is a further arm there.
+//! * Slots come and go: `mapper.rs`; so do domains: `attacher.rs`. A device knows from the slot's
+//!   phase when a write must be refused, and when it must not.
+//! * A harvest ends in every way that there is: `harvester.rs`. A further mode of harvest is a
+//!   further arm there.
 //! * `compare.rs` says what must be equal. Nothing is sampled: the first difference ends the run.
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -132,8 +133,8 @@ fn spawn_all<'scope, 'env>(scope: &'scope thread::Scope<'scope, 'env>, world: &'
     }
 }
 
-/// Tells each second how it goes, and compares every few seconds, until the time is over. `grown` becomes the resident
-/// memory at the first and the last comparison.
+/// Tells each second how it goes, and compares every few seconds, until the time is over. `grown`
+/// becomes the resident memory at the first and the last comparison.
 fn conduct(
     world: &World,
     began: Instant,

@@ -3,8 +3,9 @@
 use clap::{Parser, ValueEnum};
 use pagetable_sim::Breakage;
 
-/// Devices, CPU threads, mappers, domains that come and go, and harvesters, all at full speed with real bytes; every few
-/// seconds all writers rest, and what was copied is compared with what was written, byte for byte.
+/// Devices, CPU threads, mappers, domains that come and go, and harvesters, all at full speed with
+/// real bytes; every few seconds all writers rest, and what was copied is compared with what was
+/// written, byte for byte.
 ///
 /// Exit status: 0 if nothing was lost, 1 at the first difference, 2 if the input is refused.
 #[derive(Parser, Clone, Debug)]

@@ -18,9 +18,9 @@ use crate::Random;
 /// Domains that stay.
 pub(super) const DOMAINS: usize = 2;
 
-/// What a slot is doing; counts up, four steps a round. Only who holds the slot changes it, and it changes **before** a
-/// call that changes what devices reach, or after it: who reads the same number before and after an access knows what must
-/// become of that access.
+/// What a slot is doing; counts up, four steps a round. Only who holds the slot changes it, and it
+/// changes **before** a call that changes what devices reach, or after it: who reads the same
+/// number before and after an access knows what must become of that access.
 pub(super) const MAPPED: u64 = 0;
 pub(super) const UNMAPPED: u64 = 2;
 
@@ -59,14 +59,15 @@ impl Slot {
     }
 
     pub(super) fn phase(&self) -> u64 {
-        // Acquire: pairs with the Release in `step`; who sees a slot unmapped comes after the unmap.
+        // Acquire: pairs with the Release in `step`; who sees a slot unmapped comes after the
+        // unmap.
         self.phase.load(Ordering::Acquire)
     }
 
     /// To the next phase.
     pub(super) fn step(&self) {
-        // AcqRel: Release pairs with the Acquire in `phase`. What comes later in this thread can only be seen through the
-        // table, whose entries are published with Release.
+        // AcqRel: Release pairs with the Acquire in `phase`. What comes later in this thread can
+        // only be seen through the table, whose entries are published with Release.
         self.phase.fetch_add(1, Ordering::AcqRel);
     }
 
@@ -84,8 +85,8 @@ pub(super) struct World {
     pub(super) machines: Vec<Arc<dyn Machine>>,
     pub(super) ids: Vec<DomainId>,
     pub(super) slots: Vec<Slot>,
-    /// The destination. A page is read from memory and written here under its lock, so that an older copy never replaces
-    /// a newer one.
+    /// The destination. A page is read from memory and written here under its lock, so that an
+    /// older copy never replaces a newer one.
     copy: Vec<Mutex<[u8; PAGE as usize]>>,
     /// By lane: what its writer wrote last to each page.
     pub(super) shadows: Vec<Vec<AtomicU64>>,
@@ -96,7 +97,8 @@ pub(super) struct World {
 }
 
 impl World {
-    /// A machine whose static areas are mapped, which tracks, and whose copy is equal to its memory.
+    /// A machine whose static areas are mapped, which tracks, and whose copy is equal to its
+    /// memory.
     pub(super) fn new(options: Options) -> Result<Self, dirtymap::Error> {
         let memory = Arc::new(PhysMemory::new((PAGES + layout::SCRATCH) * PAGE)?);
         let space = AddressSpace::new(Granule::K4);

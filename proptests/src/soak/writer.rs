@@ -1,5 +1,5 @@
-//! Who writes: devices, and CPU threads that mark in three ways. Each owns a lane of every page and remembers what it wrote
-//! there last.
+//! Who writes: devices, and CPU threads that mark in three ways. Each owns a lane of every page and
+//! remembers what it wrote there last.
 
 use dirtymap::sync::{Ordering, thread};
 use dirtymap::{AreaHandle, IovaRange};
@@ -155,8 +155,8 @@ impl<'w> Pen<'w> {
         IovaRange::from_len(at, LANE).unwrap()
     }
 
-    /// Writes, then marks. A mark that comes after an unmap is refused: then the copy is this thread's business. Returns
-    /// how often that was so.
+    /// Writes, then marks. A mark that comes after an unmap is refused: then the copy is this
+    /// thread's business. Returns how often that was so.
     fn marked(&mut self, handle: Option<&AreaHandle>) -> u64 {
         let page = match handle {
             Some(handle) => {
