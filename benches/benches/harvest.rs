@@ -1,6 +1,7 @@
 //! Harvests of 64 GiB in pages of 4 KiB: 2^24 pages, of which some are dirty.
 //!
-//! Marking the pages anew and zeroing the caller's bitmap are not timed; `zero-the-bitmap` says what the latter costs.
+//! Marking the pages anew and zeroing the caller's bitmap are not timed; `zero-the-bitmap` says
+//! what the latter costs.
 
 #![allow(missing_docs)]
 
@@ -34,8 +35,8 @@ fn time<P: Peer>(
     });
 }
 
-/// A memory of which every page was dirty and harvested once, as in the second round of a migration: what a peer
-/// allocates is allocated.
+/// A memory of which every page was dirty and harvested once, as in the second round of a
+/// migration: what a peer allocates is allocated.
 fn used<P: Peer>() -> P {
     let peer = P::new(PAGES);
     peer.mark(0, PAGES * PAGE);

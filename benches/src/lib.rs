@@ -6,9 +6,10 @@
 //!                                    compare: a family of workloads, all peers in turn, one table
 //! ```
 //!
-//! A peer is one way to track dirty pages, behind the traits [`Tracker`] and [`Peer`], or one way to find the area of an address, behind
-//! [`Areas`]; each has a file of its own in [`peers`]. The tests of this crate check that all peers give the same
-//! answers, so that the benches compare the same work.
+//! A peer is one way to track dirty pages, behind the traits [`Tracker`] and [`Peer`], or one way
+//! to find the area of an address, behind [`Areas`]; each has a file of its own in [`peers`]. The
+//! tests of this crate check that all peers give the same answers, so that the benches compare the
+//! same work.
 
 use std::borrow::Borrow;
 use std::hint::black_box;
@@ -30,7 +31,8 @@ pub const PAGE: u64 = 1 << PAGE_LG2;
 
 /// One way to track which pages of a memory were written.
 ///
-/// The memory starts at address 0. Callers stay inside it; what a peer does with other addresses is its own business.
+/// The memory starts at address 0. Callers stay inside it; what a peer does with other addresses is
+/// its own business.
 pub trait Tracker: Send + Sync {
     /// Tracks a memory of `pages` pages, all clean.
     fn new(pages: u64) -> Self
@@ -70,8 +72,9 @@ pub trait Tracker: Send + Sync {
         }
     }
 
-    /// Moves all marks into `bitmap`: ORs them in, page `n` at bit `n % 64` of word `n / 64`, and clears them. Whatever
-    /// the peer needs before the pages may be copied is part of it. `bitmap` has a bit for each page.
+    /// Moves all marks into `bitmap`: ORs them in, page `n` at bit `n % 64` of word `n / 64`, and
+    /// clears them. Whatever the peer needs before the pages may be copied is part of it. `bitmap`
+    /// has a bit for each page.
     fn harvest_alone(&mut self, bitmap: &mut [u64]);
 }
 
@@ -102,14 +105,15 @@ pub trait Areas: Send + Sync {
     /// The area that holds `iova`.
     fn lookup(&self, iova: u64) -> Option<Mapping>;
 
-    /// The lowest free multiple of `len` that is not in the first page. `len` is a power of two of pages. `None` if the
-    /// peer finds places only to take them.
+    /// The lowest free multiple of `len` that is not in the first page. `len` is a power of two of
+    /// pages. `None` if the peer finds places only to take them.
     fn first_fit(&self, len: u64) -> Option<IovaRange>;
 
     /// Visits all areas in order, and returns their [`sum`].
     fn scan(&self) -> u64;
 
-    /// Looks up each of `addresses`; returns how many were mapped. A loop on this side of the trait object.
+    /// Looks up each of `addresses`; returns how many were mapped. A loop on this side of the trait
+    /// object.
     fn look_up_all(&self, addresses: &[u64]) -> usize {
         let held = addresses
             .iter()
@@ -117,7 +121,8 @@ pub trait Areas: Send + Sync {
         held.count()
     }
 
-    /// Looks up `addresses`; returns how many ticks of the processor's counter each took. Ends early after `limit` ticks.
+    /// Looks up `addresses`; returns how many ticks of the processor's counter each took. Ends
+    /// early after `limit` ticks.
     fn time_each(&self, addresses: &[u64], limit: u64) -> Vec<u64> {
         let start = ticks::now();
         let time = |iova: &u64| {
@@ -140,7 +145,8 @@ pub trait Areas: Send + Sync {
 
 /// One way to find free addresses: [`Areas`] that choose them.
 pub trait Allocator: Areas {
-    /// Maps `len` bytes, a power of two of pages, at the lowest free multiple of `len` that is not in the first page.
+    /// Maps `len` bytes, a power of two of pages, at the lowest free multiple of `len` that is not
+    /// in the first page.
     fn allocate(&self, len: u64) -> IovaRange;
 }
 

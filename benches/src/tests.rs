@@ -1,4 +1,5 @@
-//! All peers do the same work: the same marks give the same bits, the same maps the same lookups and free places.
+//! All peers do the same work: the same marks give the same bits, the same maps the same lookups
+//! and free places.
 
 use dirtymap::AddressSpace;
 

@@ -13,7 +13,8 @@ pub const WORDS: usize = (PAGES / 64) as usize;
 /// The seed of every workload.
 const SEED: u64 = 0x6469_7274_796d_6170;
 
-/// Random numbers that stay the same on every machine and with every version of every crate (SplitMix64).
+/// Random numbers that stay the same on every machine and with every version of every crate
+/// (SplitMix64).
 pub struct Random(u64);
 
 impl Random {
@@ -36,7 +37,8 @@ impl Random {
     }
 }
 
-/// `count` different numbers below `bound`, in random order. The closer `count` comes to `bound`, the longer it takes.
+/// `count` different numbers below `bound`, in random order. The closer `count` comes to `bound`,
+/// the longer it takes.
 ///
 /// # Panics
 /// If `count` exceeds `bound`.

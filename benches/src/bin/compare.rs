@@ -11,10 +11,12 @@ use dirtymap_benches::compare::{FAMILIES, Report, Settings, memory::Counting};
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Holds dirtymap against its peers: rounds in turn in one process, one table for each family on standard output.
+/// Holds dirtymap against its peers: rounds in turn in one process, one table for each family on
+/// standard output.
 #[derive(Parser)]
 struct Options {
-    /// Under a minute instead of some for each family; to see whether a change is for the better, not for numbers to keep.
+    /// Under a minute instead of some for each family; to see whether a change is for the better,
+    /// not for numbers to keep.
     #[arg(long)]
     quick: bool,
     /// Only this family; may be given several times.
@@ -29,7 +31,8 @@ struct Options {
     /// Also draws the ratios of each family, and how cost grows, into this directory.
     #[arg(long, value_name = "DIRECTORY")]
     plot: Option<PathBuf>,
-    /// Also puts each table into this document, between `<!-- compare FAMILY -->` and `<!-- end -->`.
+    /// Also puts each table into this document, between `<!-- compare FAMILY -->` and `<!-- end
+    /// -->`.
     #[arg(long, value_name = "FILE")]
     update: Option<PathBuf>,
 }

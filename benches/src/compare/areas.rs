@@ -1,6 +1,7 @@
 //! Maps of areas: which one holds an address, and where is room for another.
 //!
-//! Areas of 1 to 16 pages with holes of 0 to 15 pages between them; see [`workloads::areas`](crate::workloads::areas).
+//! Areas of 1 to 16 pages with holes of 0 to 15 pages between them; see
+//! [`workloads::areas`](crate::workloads::areas).
 
 use std::hint::{black_box, spin_loop};
 

@@ -1,7 +1,8 @@
-//! The whole way: devices write, a harvest takes what is dirty, a flush reaches the devices, and a lease is committed.
+//! The whole way: devices write, a harvest takes what is dirty, a flush reaches the devices, and a
+//! lease is committed.
 //!
-//! Devices sleep while they are harvested, so that what is timed is the work of the library and of the simulated IOMMU, and not
-//! how soon a thread answers.
+//! Devices sleep while they are harvested, so that what is timed is the work of the library and of
+//! the simulated IOMMU, and not how soon a thread answers.
 
 use std::cell::RefCell;
 use std::hint::black_box;
@@ -31,7 +32,8 @@ const GIB: u64 = 1 << 30;
 /// Pages of the machine: 64 GiB.
 const PAGES: u64 = 64 * GIB / PAGE;
 
-/// A domain whose flushes take as long as those of an IOMMU with many devices may: others come to wait meanwhile.
+/// A domain whose flushes take as long as those of an IOMMU with many devices may: others come to
+/// wait meanwhile.
 struct Slow(Arc<Domain>);
 
 impl DirtySource for Slow {
@@ -467,7 +469,8 @@ fn beside_harvests(machine: &RefCell<Machine>, pages: u64, turn: Duration) -> Ve
     })
 }
 
-/// Copies all pages, then those that became dirty meanwhile, and so on: a device writes to one random page while four are copied.
+/// Copies all pages, then those that became dirty meanwhile, and so on: a device writes to one
+/// random page while four are copied.
 #[allow(clippy::unwrap_used)] // ranges that are mapped
 fn precopy(settings: &Settings, report: &mut Report, name: &str) {
     const LEFT: u64 = 64;

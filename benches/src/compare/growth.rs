@@ -1,7 +1,8 @@
-//! How cost grows: the main operations of all families over three decades of size, and the slope of each.
+//! How cost grows: the main operations of all families over three decades of size, and the slope of
+//! each.
 //!
-//! What a slope says: 0, the size does not matter; 1, the cost is in proportion to it. A tree that fits into no cache any more
-//! grows faster than its depth.
+//! What a slope says: 0, the size does not matter; 1, the cost is in proportion to it. A tree that
+//! fits into no cache any more grows faster than its depth.
 
 use super::{FAMILIES, Family, Report, Settings};
 

@@ -1,7 +1,8 @@
 //! Harvests of marks: all of a terabyte, of which some pages are dirty.
 //!
-//! To mark the pages, in ascending order, and to zero the caller's bitmap is not timed. Ours is `harvest`, `sync` and `commit`.
-//! Every page was dirty and harvested once before the first turn, but for those whose turns would take seconds.
+//! To mark the pages, in ascending order, and to zero the caller's bitmap is not timed. Ours is
+//! `harvest`, `sync` and `commit`. Every page was dirty and harvested once before the first turn,
+//! but for those whose turns would take seconds.
 
 use std::cell::RefCell;
 use std::time::Instant;

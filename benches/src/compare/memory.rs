@@ -26,7 +26,8 @@ unsafe impl GlobalAlloc for Counting {
         unsafe { System.alloc(layout) }
     }
 
-    // Not by way of `alloc`: memory of the system is zero until it is touched, and need not be provided before.
+    // Not by way of `alloc`: memory of the system is zero until it is touched, and need not be
+    // provided before.
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         count(layout.size() as u64);
         // SAFETY: as for `alloc`.
@@ -46,8 +47,8 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// How many bytes more are allocated after `build` than before, less what it freed. 0 if [`Counting`] is not the allocator
-/// of the program.
+/// How many bytes more are allocated after `build` than before, less what it freed. 0 if
+/// [`Counting`] is not the allocator of the program.
 pub fn grown_by<T>(build: impl FnOnce() -> T) -> (T, u64) {
     // Relaxed, all: see `count`.
     BYTES.store(0, Ordering::Relaxed);
@@ -57,10 +58,12 @@ pub fn grown_by<T>(build: impl FnOnce() -> T) -> (T, u64) {
     (built, BYTES.load(Ordering::Relaxed))
 }
 
-/// How many bytes of memory this process has, as the system counts them; `None` where it does not say.
+/// How many bytes of memory this process has, as the system counts them; `None` where it does not
+/// say.
 pub fn resident() -> Option<u64> {
     let counts = std::fs::read_to_string("/proc/self/statm").ok()?;
     let pages: u64 = counts.split(' ').nth(1)?.parse().ok()?;
-    // Of the systems that have this file, few have other pages; numbers are compared with each other only.
+    // Of the systems that have this file, few have other pages; numbers are compared with each
+    // other only.
     Some(pages * 4096)
 }

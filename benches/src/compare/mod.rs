@@ -4,12 +4,13 @@
 //!  Family --for each workload--> Contest: every peer, round after round --samples--> Report --> table, JSON, plots
 //! ```
 //!
-//! A machine that others use as well has slow and fast phases, some of them longer than a round. So the peers take turns
-//! within a round, a ratio is that of one round, and what is shown are the least and the median over all rounds.
+//! A machine that others use as well has slow and fast phases, some of them longer than a round. So
+//! the peers take turns within a round, a ratio is that of one round, and what is shown are the
+//! least and the median over all rounds.
 //!
 //! # A family
-//! One file, and one line in [`FAMILIES`]. Its `run` builds the peers and calls [`contest`] for each set of workloads that
-//! are measured together:
+//! One file, and one line in [`FAMILIES`]. Its `run` builds the peers and calls [`contest`] for
+//! each set of workloads that are measured together:
 //!
 //! ```
 //! use dirtymap_benches::compare::{Contestant, Report, Settings, Target, Workload, contest, per_operation};
@@ -35,14 +36,16 @@
 //! println!("{}", report.table("sums"));
 //! ```
 //!
-//! Its `grow`, if it has one, runs its main operations over three decades of size, by workloads that are
-//! [`grown`](Workload::grown), and reports them as of the family that it is told; the family `growth` calls it.
+//! Its `grow`, if it has one, runs its main operations over three decades of size, by workloads
+//! that are [`grown`](Workload::grown), and reports them as of the family that it is told; the
+//! family `growth` calls it.
 //!
 //! # Time
-//! A contest ends when all rounds are done, or with the first round, but not before [`Settings::least_rounds`], in which
-//! [`Settings::contest`] is over: so a family takes as long as its contests and what it builds for them. With
-//! [`Settings::thorough`] that is about two minutes for each, with [`Settings::quick`] under ten seconds; what takes longer to
-//! build is left out there.
+//! A contest ends when all rounds are done, or with the first round, but not before
+//! [`Settings::least_rounds`], in which [`Settings::contest`] is over: so a family takes as long as
+//! its contests and what it builds for them. With [`Settings::thorough`] that is about two minutes
+//! for each, with [`Settings::quick`] under ten seconds; what takes longer to build is left out
+//! there.
 
 use std::io::{IsTerminal, stderr};
 use std::time::{Duration, Instant};
@@ -70,7 +73,8 @@ pub struct Family {
     pub name: &'static str,
     /// Runs all its contests.
     pub run: fn(&Settings, &mut Report),
-    /// Runs its main operations over three decades of size, and reports them as of the family of this name.
+    /// Runs its main operations over three decades of size, and reports them as of the family of
+    /// this name.
     pub grow: Option<fn(&Settings, &mut Report, &'static str)>,
 }
 
@@ -103,7 +107,8 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Under a minute for all families, to see whether a change is for the better and nothing is broken.
+    /// Under a minute for all families, to see whether a change is for the better and nothing is
+    /// broken.
     pub fn quick() -> Self {
         Settings {
             rounds: 3,
@@ -128,7 +133,8 @@ impl Settings {
         }
     }
 
-    /// Sizes of memories for what grows with them, in bytes, as logarithms: 1 GiB to 1 TiB, or less.
+    /// Sizes of memories for what grows with them, in bytes, as logarithms: 1 GiB to 1 TiB, or
+    /// less.
     pub fn decades(&self) -> impl Iterator<Item = u32> + use<> {
         let lg2s: &[u32] = if self.thorough {
             &[30, 33, 36, 40]
@@ -197,16 +203,16 @@ impl<'a> Contestant<'a> {
         Contestant::new(name, Role::Limit, turn)
     }
 
-    /// The same, with an output: a sum over all that the work gives. It is asked for before the first round and after the
-    /// last one, is not timed, and must be the same for all who have one.
+    /// The same, with an output: a sum over all that the work gives. It is asked for before the
+    /// first round and after the last one, is not timed, and must be the same for all who have one.
     pub fn checked(mut self, output: impl FnMut() -> u64 + 'a) -> Self {
         self.check = Some(Box::new(output));
         self
     }
 }
 
-/// Lets all take turns, and records `workloads`: what the numbers of a turn stand for. Outputs that differ, and numbers that
-/// are none, are [problems](Report::problems).
+/// Lets all take turns, and records `workloads`: what the numbers of a turn stand for. Outputs that
+/// differ, and numbers that are none, are [problems](Report::problems).
 pub fn contest(
     settings: &Settings,
     report: &mut Report,
@@ -274,7 +280,8 @@ fn check(
     }
 }
 
-/// Nanoseconds for one of the operations that `run` performs as many of as it is told, over about `turn`.
+/// Nanoseconds for one of the operations that `run` performs as many of as it is told, over about
+/// `turn`.
 pub fn per_operation(turn: Duration, mut run: impl FnMut(usize)) -> f64 {
     // Enough of them that the clock does not count.
     let mut batch = 1;

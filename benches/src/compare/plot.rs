@@ -83,8 +83,8 @@ fn decades(numbers: impl Iterator<Item = f64>) -> Range<f64> {
     10f64.powf(least.log10().floor())..end
 }
 
-/// A row for each workload: how many times longer each peer takes than ours, with the spread over all rounds; a bar
-/// where the target for the best peer is.
+/// A row for each workload: how many times longer each peer takes than ours, with the spread over
+/// all rounds; a bar where the target for the best peer is.
 fn plot_ratios(path: &Path, family: &str, peers: &[&'static str], rows: &[&Row]) -> Drawn {
     let shown = |row: &Row, name: &str| {
         let others = row

@@ -16,8 +16,8 @@ pub struct Report {
     problems: Vec<String>,
 }
 
-/// How one who took part grows with the size: the slope of the logarithm of its time over that of the size. 0 says that
-/// the size does not matter, 1 that the time is in proportion.
+/// How one who took part grows with the size: the slope of the logarithm of its time over that of
+/// the size. 0 says that the size does not matter, 1 that the time is in proportion.
 pub(super) struct Curve<'a> {
     pub(super) peer: &'static str,
     /// Size and time.
@@ -44,7 +44,8 @@ impl Curve<'_> {
 impl Report {
     /// Adds a row: for each one who took part a name, a role and a sample for each round.
     ///
-    /// A row without ours, without a sample, or with a sample that is no number is a [problem](Report::problems).
+    /// A row without ours, without a sample, or with a sample that is no number is a
+    /// [problem](Report::problems).
     pub fn add(
         &mut self,
         family: &'static str,

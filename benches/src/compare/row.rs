@@ -1,4 +1,5 @@
-//! One workload: what its numbers count, what all who took part needed, and what ours is meant to reach.
+//! One workload: what its numbers count, what all who took part needed, and what ours is meant to
+//! reach.
 
 /// What a number counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -7,7 +8,8 @@ pub enum Unit {
     Time,
     /// Bytes for one item; less is better.
     Bytes,
-    /// A plain count, such as flushes for each harvest; less is better, and 0 is a number like others.
+    /// A plain count, such as flushes for each harvest; less is better, and 0 is a number like
+    /// others.
     Count,
     /// How many in a second; more is better.
     Rate,
@@ -24,7 +26,8 @@ impl Unit {
         }
     }
 
-    /// How much of `to` a number is, and what that is called: the unit in which `number` is read best.
+    /// How much of `to` a number is, and what that is called: the unit in which `number` is read
+    /// best.
     fn scale(self, number: f64) -> (f64, &'static str) {
         let steps: &[(f64, &str)] = match self {
             Unit::Time => &[(1.0, " ns"), (1e3, " µs"), (1e6, " ms"), (1e9, " s")],
@@ -158,7 +161,8 @@ impl Workload {
         Workload::new(name, Unit::Time)
     }
 
-    /// One of a series that differs in size only: nanoseconds that grow with it. The report names the slope.
+    /// One of a series that differs in size only: nanoseconds that grow with it. The report names
+    /// the slope.
     pub fn grown(curve: &str, value: f64, scale: Scale) -> Self {
         Workload {
             size: Some(Size {
@@ -195,7 +199,8 @@ impl Cell {
     }
 }
 
-/// How many times better ours is than another one: the least, the median and the greatest of all rounds.
+/// How many times better ours is than another one: the least, the median and the greatest of all
+/// rounds.
 pub(super) struct Ratio {
     pub(super) least: f64,
     pub(super) median: f64,

@@ -1,7 +1,8 @@
-//! Harvests of IO page tables: read and clear the dirty bits of all leaves, into the caller's bitmap.
+//! Harvests of IO page tables: read and clear the dirty bits of all leaves, into the caller's
+//! bitmap.
 //!
-//! Ours records and owes what it clears; the walk that looks at each entry does neither. The limit is how long it takes to
-//! read the tables, in the order of the walk.
+//! Ours records and owes what it clears; the walk that looks at each entry does neither. The limit
+//! is how long it takes to read the tables, in the order of the walk.
 
 use std::cell::RefCell;
 use std::hint::black_box;
@@ -106,7 +107,8 @@ impl Shape {
             map(&table, 0, self.bytes);
             return table;
         }
-        // Each of the lowest tables is made when it is needed: so they lie as the order of maps has it.
+        // Each of the lowest tables is made when it is needed: so they lie as the order of maps has
+        // it.
         let table = Table::scattered();
         let span = ENTRIES * self.leaf.bytes();
         for nth in shuffled((self.bytes / span) as usize) {

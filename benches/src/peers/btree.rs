@@ -1,4 +1,5 @@
-//! Areas in a `BTreeMap` behind a reader-writer lock, that of std or of `parking_lot`: what one writes first.
+//! Areas in a `BTreeMap` behind a reader-writer lock, that of std or of `parking_lot`: what one
+//! writes first.
 
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};

@@ -1,7 +1,8 @@
 //! The least that works: a flat array of atomic words.
 //!
-//! It has no areas, leases, flushes, or errors, and no way to skip a clean gigabyte; it is the floor that the others are
-//! held against. How it sets a bit that may be set already is a question of its own, with three answers.
+//! It has no areas, leases, flushes, or errors, and no way to skip a clean gigabyte; it is the
+//! floor that the others are held against. How it sets a bit that may be set already is a question
+//! of its own, with three answers.
 
 use std::marker::PhantomData;
 
@@ -25,8 +26,9 @@ pub trait Setting: Send + Sync + 'static {
 /// A locked operation for each word.
 pub struct Always;
 
-/// A look, and a locked operation only where a bit is clear. **Loses writes**: the look may come before the data is there for
-/// others to see. It shows what a look costs where something else brings the order.
+/// A look, and a locked operation only where a bit is clear. **Loses writes**: the look may come
+/// before the data is there for others to see. It shows what a look costs where something else
+/// brings the order.
 pub struct Tested;
 
 /// A full fence, and then as [`Tested`].
@@ -40,7 +42,8 @@ impl Setting for Always {
 
     #[inline(always)]
     fn set(word: &AtomicU64, mask: u64) {
-        // Release: pairs with the Acquire of the swap in `harvest`; publishes the data that the mark speaks of.
+        // Release: pairs with the Acquire of the swap in `harvest`; publishes the data that the
+        // mark speaks of.
         word.fetch_or(mask, Ordering::Release);
     }
 }
@@ -123,8 +126,8 @@ impl<S: Setting> Peer for Flat<S> {
                 *out |= word.swap(0, Ordering::Acquire);
             }
         }
-        // SeqCst: keeps the copies that follow behind the swaps; pairs with the fence of `Fenced`. A mark of `Always` is a
-        // read-modify-write and needs none.
+        // SeqCst: keeps the copies that follow behind the swaps; pairs with the fence of `Fenced`.
+        // A mark of `Always` is a read-modify-write and needs none.
         fence(Ordering::SeqCst);
     }
 }

@@ -1,7 +1,8 @@
 //! An IO page table as plain as can be: its lowest tables, and a walk that looks at each entry.
 //!
-//! It maps nothing, records no debt, and nobody else may change its leaves: the floor that a harvest is held against. Entries
-//! have the layout of AMD's, version 1: bit 0 present, bit 6 dirty.
+//! It maps nothing, records no debt, and nobody else may change its leaves: the floor that a
+//! harvest is held against. Entries have the layout of AMD's, version 1: bit 0 present, bit 6
+//! dirty.
 
 use std::ops::Range;
 
@@ -26,7 +27,8 @@ pub struct NaiveTable {
 }
 
 impl NaiveTable {
-    /// Tables for `leaves` clean leaves, a multiple of [`ENTRIES`]; side by side, or at random places.
+    /// Tables for `leaves` clean leaves, a multiple of [`ENTRIES`]; side by side, or at random
+    /// places.
     pub fn new(leaves: u64, scattered: bool) -> Self {
         let tables = (leaves / ENTRIES) as usize;
         let entry = |table: usize, nth: usize| {
@@ -58,8 +60,8 @@ impl NaiveTable {
         }
     }
 
-    /// Moves what is dirty in `tables` into `words`, a bit for each leaf from the first table of all on: one entry after the
-    /// other.
+    /// Moves what is dirty in `tables` into `words`, a bit for each leaf from the first table of
+    /// all on: one entry after the other.
     pub fn harvest(&self, words: &mut [u64]) {
         for (place, words) in self.places.iter().zip(words.as_chunks_mut::<8>().0) {
             for (nth, slot) in self.memory[*place].0.iter().enumerate() {
@@ -79,8 +81,8 @@ impl NaiveTable {
         for place in &self.places {
             let page =
                 std::ptr::from_mut(&mut self.memory[*place]).cast::<[u64; ENTRIES as usize]>();
-            // SAFETY: as long and as aligned as the atomics that lie there, which nobody else can reach: they are borrowed
-            // exclusively.
+            // SAFETY: as long and as aligned as the atomics that lie there, which nobody else can
+            // reach: they are borrowed exclusively.
             let entries = unsafe { &*page };
             for line in entries.as_chunks::<8>().0 {
                 for (lane, entry) in lanes.iter_mut().zip(line) {

@@ -1,4 +1,5 @@
-//! Areas in a `RangeInclusiveMap` of the crate `rangemap` behind a `parking_lot` lock: a map made for ranges.
+//! Areas in a `RangeInclusiveMap` of the crate `rangemap` behind a `parking_lot` lock: a map made
+//! for ranges.
 
 use dirtymap::{Access, IovaRange, Mapping};
 use parking_lot::RwLock;
@@ -6,7 +7,8 @@ use rangemap::RangeInclusiveMap;
 
 use crate::{Areas, Fit, range_of, sum};
 
-/// Where an area leads. Neighbours with the same would become one area; no two areas of a workload have the same.
+/// Where an area leads. Neighbours with the same would become one area; no two areas of a workload
+/// have the same.
 type Backing = (u64, Access);
 
 /// A `RangeInclusiveMap` behind a `parking_lot` lock.
@@ -52,7 +54,8 @@ impl Areas for LockedRangeMap {
     }
 
     fn first_fit(&self, len: u64) -> Option<IovaRange> {
-        // A gap that is long enough need not hold an aligned range, so gaps are looked at as for the others.
+        // A gap that is long enough need not hold an aligned range, so gaps are looked at as for
+        // the others.
         let mut fit = Fit::of(len);
         let areas = self.areas.read();
         areas

@@ -5,7 +5,8 @@ use roaring::RoaringBitmap;
 
 use crate::{PAGE_LG2, Peer, Tracker};
 
-/// The numbers of the dirty pages; a harvest swaps the set for an empty one and reads it without the lock.
+/// The numbers of the dirty pages; a harvest swaps the set for an empty one and reads it without
+/// the lock.
 pub struct LockedRoaring {
     pages: Mutex<RoaringBitmap>,
 }

@@ -1,6 +1,7 @@
 //! Areas in the `TreeIndex` of the crate `scc`: a concurrent B+tree that is read without locks.
 //!
-//! Nothing keeps two areas from overlapping when several threads map, and a scan does not see one moment.
+//! Nothing keeps two areas from overlapping when several threads map, and a scan does not see one
+//! moment.
 
 use dirtymap::{Iova, IovaRange, Mapping};
 use scc::{Guard, TreeIndex};

@@ -1,6 +1,7 @@
 //! Areas in the lock-free `SkipMap` of `crossbeam-skiplist`.
 //!
-//! Nothing keeps two areas from overlapping when several threads map, and a scan does not see one moment.
+//! Nothing keeps two areas from overlapping when several threads map, and a scan does not see one
+//! moment.
 
 use std::ops::Bound;
 

@@ -17,8 +17,8 @@ pub struct VmMemory {
 }
 
 impl VmMemory {
-    /// The peer's own way to harvest: into a vector that it allocates. [`Peer::harvest`] moves it into the caller's
-    /// words.
+    /// The peer's own way to harvest: into a vector that it allocates. [`Peer::harvest`] moves it
+    /// into the caller's words.
     pub fn get_and_reset(&self) -> Vec<u64> {
         self.bits.get_and_reset()
     }

@@ -1,5 +1,6 @@
-//! What `AtomicBitmap` of `vm-memory` would be with the improvements that are proposed for it: ranges are set by masks of
-//! whole words, and a harvest leaves cache lines alone that are clean. A model of the logic; no code of it is used.
+//! What `AtomicBitmap` of `vm-memory` would be with the improvements that are proposed for it:
+//! ranges are set by masks of whole words, and a harvest leaves cache lines alone that are clean. A
+//! model of the logic; no code of it is used.
 
 use dirtymap::sync::{AtomicU64, Ordering};
 
