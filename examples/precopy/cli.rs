@@ -18,15 +18,16 @@ const AUTO_FULL_COPY_SECONDS: f64 = 8.0;
 
 /// Live migration of a simulated machine while its devices replay a recorded write trace.
 ///
-/// Every file of the trace becomes an area of IOVA space. Devices issue the trace's writes and CPU threads write and
-/// mark, while a migrator copies everything, then harvests, syncs and copies what became dirty, round after round. At
-/// the end source and destination are compared byte for byte.
+/// Every file of the trace becomes an area of IOVA space. Devices issue the trace's writes and CPU
+/// threads write and mark, while a migrator copies everything, then harvests, syncs and copies what
+/// became dirty, round after round. At the end source and destination are compared byte for byte.
 ///
 /// Exit status: 0 if all pages are identical, 1 if a page differs, 2 if the input is refused.
 #[derive(Parser, Clone, Debug)]
 #[command(name = "precopy", max_term_width = 100)]
 pub(crate) struct Cli {
-    /// The trace: a fio iolog, version 2 or 3, plain or gzip [default: testdata/pgbench.iolog.gz of this repository]
+    /// The trace: a fio iolog, version 2 or 3, plain or gzip [default: testdata/pgbench.iolog.gz of
+    /// this repository]
     #[arg(long, value_name = "FILE")]
     pub(crate) trace: Option<PathBuf>,
 
@@ -38,7 +39,8 @@ pub(crate) struct Cli {
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(0..=64))]
     pub(crate) cpus: u32,
 
-    /// Replay X times as fast as recorded; max: without pauses; auto: the whole trace in about 20 seconds
+    /// Replay X times as fast as recorded; max: without pauses; auto: the whole trace in about 20
+    /// seconds
     #[arg(long, value_name = "X|max|auto", default_value = "auto")]
     pub(crate) speed: Speed,
 
@@ -211,9 +213,11 @@ impl TableFormat {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Sabotage {
-    /// Sync flushes nothing: devices go on writing through translations that remember the page as dirty
+    /// Sync flushes nothing: devices go on writing through translations that remember the page as
+    /// dirty
     SkipFlush,
-    /// Pages are copied before the sync: a write through an old translation comes after the copy and leaves no trace
+    /// Pages are copied before the sync: a write through an old translation comes after the copy
+    /// and leaves no trace
     CopyBeforeSync,
     /// Dirty bits of one 2 MiB piece in sixteen are cleared without being recorded
     ClearThenLose,
@@ -261,7 +265,8 @@ impl Cli {
     /// Checks what no single argument can tell.
     ///
     /// # Errors
-    /// `--sabotage skip-mark` without CPU threads; an output file in a directory that does not exist.
+    /// `--sabotage skip-mark` without CPU threads; an output file in a directory that does not
+    /// exist.
     pub(crate) fn checked(self) -> Result<Self, clap::Error> {
         if self.sabotage == Some(Sabotage::SkipMark) && self.cpus == 0 {
             return Err(Cli::command().error(

@@ -61,7 +61,8 @@ impl Comparison {
         self.differing_pages == 0
     }
 
-    /// Compares one page. Pages come in the order of their IOVAs; what only one of the two has differs.
+    /// Compares one page. Pages come in the order of their IOVAs; what only one of the two has
+    /// differs.
     pub(crate) fn page(&mut self, at: PageAt<'_>, source: &[u8], destination: &[u8]) {
         let bytes = source.len().max(destination.len()) as u64;
         self.pages_compared += 1;

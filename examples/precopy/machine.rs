@@ -32,8 +32,8 @@ pub(crate) struct Machine<F: Format> {
 }
 
 impl<F: Format> Machine<F> {
-    /// Lays out one area for each file, large enough for its highest write, in leaves of at most `leaf`; `bytes` is
-    /// what that takes.
+    /// Lays out one area for each file, large enough for its highest write, in leaves of at most
+    /// `leaf`; `bytes` is what that takes.
     pub(crate) fn new(
         trace: &Trace,
         bytes: u64,

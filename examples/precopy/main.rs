@@ -110,8 +110,8 @@ fn run(cli: &Cli) -> Result<u8, Box<dyn std::error::Error>> {
     })
 }
 
-/// Replays the trace on a machine of `memory` bytes, with an IO page table of the format `F`, while the machine migrates;
-/// then compares the two ends.
+/// Replays the trace on a machine of `memory` bytes, with an IO page table of the format `F`, while
+/// the machine migrates; then compares the two ends.
 fn migrate<F: Format>(cli: &Cli, trace: &Trace, memory: u64) -> Result<RunRecord, Failure> {
     let granule = dirtymap::Granule::from_bytes(cli.page_size.bytes())?;
     let machine = Machine::<F>::new(trace, memory, granule, cli.sabotage, cli.seed)?;

@@ -1,5 +1,5 @@
-//! The migrator: copy everything, then rounds of harvest, sync and copy, until what is left can be copied with the
-//! devices stopped.
+//! The migrator: copy everything, then rounds of harvest, sync and copy, until what is left can be
+//! copied with the devices stopped.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -75,7 +75,8 @@ impl<'a, F: Format> Migration<'a, F> {
         })
     }
 
-    /// Copies every page. Tracking must be on: what is written meanwhile is found by the first harvest.
+    /// Copies every page. Tracking must be on: what is written meanwhile is found by the first
+    /// harvest.
     pub(crate) fn copy_everything(&mut self) -> Result<(), Failure> {
         let pages = self.machine.range.granules(PAGE) as u64;
         let started = self.began.elapsed();
@@ -219,7 +220,8 @@ impl<'a, F: Format> Migration<'a, F> {
                 let buffer = &mut buffer[..block.len() as usize];
                 let phys = self.machine.phys(block.start());
                 self.machine.memory.read(phys, buffer)?;
-                // The destination starts out zero: a first copy of zeros would only make it allocate memory.
+                // The destination starts out zero: a first copy of zeros would only make it
+                // allocate memory.
                 if !self.rounds.is_empty() || buffer.iter().any(|byte| *byte != 0) {
                     self.destination.write(phys, buffer)?;
                 }

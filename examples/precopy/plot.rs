@@ -100,7 +100,8 @@ fn legend(root: &Area<'_>) -> Drawn<()> {
     Ok(())
 }
 
-/// A bar for each round, on a logarithmic axis: the first round has all pages, the last a few hundred.
+/// A bar for each round, on a logarithmic axis: the first round has all pages, the last a few
+/// hundred.
 fn dirty_pages(area: &Area<'_>, rounds: &[RoundRecord]) -> Drawn<()> {
     // A bar of no pages has no height: the axis starts at 1.
     let bottom = 1.0;

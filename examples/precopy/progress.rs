@@ -1,4 +1,5 @@
-//! What is shown while the migration runs: two bars on a terminal, one plain line for each round elsewhere.
+//! What is shown while the migration runs: two bars on a terminal, one plain line for each round
+//! elsewhere.
 
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;

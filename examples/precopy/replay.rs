@@ -1,6 +1,7 @@
-//! The workload: devices and CPU markers that issue the writes of the trace, each on a thread of its own. At its end the
-//! trace starts anew, with other bytes: a machine does not fall silent because a recording is over. Each further pass
-//! issues the writes of a few blocks only, others each time, as working sets move: what was lost is not healed by chance.
+//! The workload: devices and CPU markers that issue the writes of the trace, each on a thread of
+//! its own. At its end the trace starts anew, with other bytes: a machine does not fall silent
+//! because a recording is over. Each further pass issues the writes of a few blocks only, others
+//! each time, as working sets move: what was lost is not healed by chance.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{Scope, ScopedJoinHandle};
@@ -14,7 +15,8 @@ use crate::Failure;
 use crate::cli::Sabotage;
 use crate::machine::Machine;
 
-/// Writes that touch one block go through one worker, so that each device sees locality, as real ones do.
+/// Writes that touch one block go through one worker, so that each device sees locality, as real
+/// ones do.
 const BLOCK: u64 = 256 << 10;
 /// After the first pass, one block in so many is replayed in each.
 const PASS_SHARE: u64 = 16;
@@ -22,7 +24,8 @@ const PASS_SHARE: u64 = 16;
 const PIECE: u64 = 1 << 20;
 /// How long a device with nothing to do keeps its posted writes in flight.
 const HOLD: Duration = Duration::from_millis(100);
-/// Devices remember many translations and have much in flight, so that a flush that is left out or too early is found out.
+/// Devices remember many translations and have much in flight, so that a flush that is left out or
+/// too early is found out.
 const DEVICE: DeviceConfig = DeviceConfig {
     iotlb_sets: 512,
     iotlb_ways: 8,
@@ -161,7 +164,8 @@ impl<F: Format> Worker<'_, F> {
         Ok(())
     }
 
-    /// Waits until `at_us` of the trace, and looks after the device meanwhile. False if the machine is to stop.
+    /// Waits until `at_us` of the trace, and looks after the device meanwhile. False if the machine
+    /// is to stop.
     fn wait_until(&self, at_us: u64, port: &mut Port<F>) -> bool {
         let due = self.settings.speed.map(|speed| {
             Duration::try_from_secs_f64(at_us as f64 / 1e6 / speed).unwrap_or(Duration::MAX)
@@ -227,7 +231,8 @@ impl<F: Format> Worker<'_, F> {
                     .memory
                     .write(self.machine.phys(range.start()), bytes)?;
                 *writes += 1;
-                // After the write: a mark that comes first can be harvested before the data is there.
+                // After the write: a mark that comes first can be harvested before the data is
+                // there.
                 if self.settings.sabotage != Some(Sabotage::SkipMark) || !writes.is_multiple_of(8) {
                     self.machine.space.mark(range)?;
                 }

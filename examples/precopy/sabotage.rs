@@ -1,4 +1,5 @@
-//! What `--sabotage` breaks inside the simulated hardware. The comparison at the end must find each of them out.
+//! What `--sabotage` breaks inside the simulated hardware. The comparison at the end must find each
+//! of them out.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,7 +22,8 @@ pub(crate) fn break_hardware<F: Format>(domain: &Domain<F>, sabotage: Option<Sab
     }
 }
 
-/// A domain that loses some of the dirty bits that it clears, and owes no flush for them: one 2 MiB piece in sixteen at each harvest.
+/// A domain that loses some of the dirty bits that it clears, and owes no flush for them: one 2 MiB
+/// piece in sixteen at each harvest.
 pub(crate) struct Forgetful<F: Format> {
     inner: Arc<Domain<F>>,
     seed: u64,

@@ -1,4 +1,5 @@
-//! Bytes to lines: gunzip where needed, bounded lines, and the number of the line that an error belongs to.
+//! Bytes to lines: gunzip where needed, bounded lines, and the number of the line that an error
+//! belongs to.
 
 use std::io::{self, BufRead, BufReader, Cursor, Read};
 

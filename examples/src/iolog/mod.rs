@@ -6,17 +6,18 @@
 //! TIME FILE ACTION OFFSET LENGTH           FILE ACTION OFFSET LENGTH
 //! ```
 //!
-//! `TIME` is in microseconds from the start of the recording. `ACTION` is `read`, `write`, `trim`, `sync` or
-//! `datasync`; version 2, which has no times, knows `wait` as well: a pause of `OFFSET` microseconds. Fields are
-//! split by white space and are never quoted, so a file name holds none. Empty lines mean nothing.
+//! `TIME` is in microseconds from the start of the recording. `ACTION` is `read`, `write`, `trim`,
+//! `sync` or `datasync`; version 2, which has no times, knows `wait` as well: a pause of `OFFSET`
+//! microseconds. Fields are split by white space and are never quoted, so a file name holds none.
+//! Empty lines mean nothing.
 //!
 //! ```text
 //! bytes --> gunzip if they start with 1f 8b --> lines (bounded) --> fields --> Trace
 //! ```
 //!
-//! Input is never trusted: a line longer than [`MAX_LINE`], more entries than [`Limits`] allow, or a number that
-//! does not fit is an error with the number of its line. Memory grows with what was read, never with what a field
-//! claims.
+//! Input is never trusted: a line longer than [`MAX_LINE`], more entries than [`Limits`] allow, or
+//! a number that does not fit is an error with the number of its line. Memory grows with what was
+//! read, never with what a field claims.
 //!
 //! ```
 //! use dirtymap_examples::iolog::{Kind, Trace};
@@ -40,13 +41,14 @@ use std::path::Path;
 
 pub use error::IologError;
 
-/// The longest line in bytes, its line feed not counted. fio itself reads lines of up to 4095 bytes.
+/// The longest line in bytes, its line feed not counted. fio itself reads lines of up to 4095
+/// bytes.
 pub const MAX_LINE: usize = 4096;
 
 /// A recorded trace, ready for replay.
 ///
-/// It holds at least one write. Files and operations refer to each other by index, and no operation reaches past the
-/// size that its file has here.
+/// It holds at least one write. Files and operations refer to each other by index, and no operation
+/// reaches past the size that its file has here.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trace {
     /// The version of the format: 2 or 3.
@@ -107,8 +109,8 @@ pub struct Skipped {
     pub syncs: u64,
     /// Files that were added or opened, but neither read nor written.
     pub unused_files: u64,
-    /// Times that lay before the time of an earlier line and were raised to it. Logs that several threads wrote have
-    /// such lines.
+    /// Times that lay before the time of an earlier line and were raised to it. Logs that several
+    /// threads wrote have such lines.
     pub clamped_times: u64,
 }
 
@@ -152,14 +154,14 @@ impl Trace {
     /// Reads a log, plain or gzip. The first two bytes tell which, not a name.
     ///
     /// # Errors
-    /// The first line that is not understood, in the order of the log, and within a line from left to right; then
-    /// [`IologError::NoWrites`].
+    /// The first line that is not understood, in the order of the log, and within a line from left
+    /// to right; then [`IologError::NoWrites`].
     pub fn read_within(input: impl Read, limits: Limits) -> Result<Trace, IologError> {
         parse::parse(lines::Lines::new(input)?, limits)
     }
 
-    /// Gives the operations new times, `interval_us` microseconds apart: for a log without times, which would
-    /// otherwise be replayed at once.
+    /// Gives the operations new times, `interval_us` microseconds apart: for a log without times,
+    /// which would otherwise be replayed at once.
     pub fn space_evenly(&mut self, interval_us: u64) {
         for (index, op) in self.ops.iter_mut().enumerate() {
             op.at_us = (index as u64).saturating_mul(interval_us);
