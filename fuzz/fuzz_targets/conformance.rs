@@ -1,4 +1,5 @@
-//! The reader of recorded kernel sequences: whatever the bytes are, plain or gzip, items in the order of their lines or an error.
+//! The reader of recorded kernel sequences: whatever the bytes are, plain or gzip, items in the
+//! order of their lines or an error.
 #![no_main]
 
 #[allow(dead_code, unreachable_pub)] // the replay uses more of it
