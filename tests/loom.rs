@@ -2,7 +2,8 @@
 //! and every value that the memory model lets a load return.
 //!
 //! Run by `.ci/run loom`. Each model asserts that it explored more than one execution, and each is
-//! run again with one step of the protocol left out: it must then fail, or it proves nothing.
+//! run again with one step of the protocol left out. It must then fail, otherwise it proves
+//! nothing.
 #![cfg(dirtymap_loom)]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -38,7 +39,7 @@ fn harvest_and_copy(space: &AddressSpace, data: &AtomicU64, copy: &mut u64) {
     lease.commit();
 }
 
-/// Rule 1 for marks: the writer skips a page that is marked already while the harvester clears the
+/// Rule 1 for marks: the writer skips a page that is already marked, while the harvester clears the
 /// mark and copies.
 #[test]
 fn a_mark_that_is_skipped_is_never_lost() {
@@ -79,8 +80,8 @@ impl OnePage {
     fn device_writes(&self, value: u64) {
         let mut cached = lock(&self.cached);
         if !*cached {
-            // A read-modify-write, as the compare-exchange of hardware is: loom lets a plain store
-            // and a concurrent swap that read what came before it take either order.
+            // A read-modify-write, like the compare-exchange of hardware. Loom may order a plain
+            // store before a concurrent swap that has read an older value.
             self.dirty.swap(1, dirtymap::sync::Ordering::SeqCst);
             *cached = true;
         }
@@ -160,7 +161,7 @@ fn an_abort_owes_before_it_puts_back() {
     });
 }
 
-/// Clean, and stops a harvest that asks for more than one page.
+/// A clean source that stops each harvest of more than one page.
 struct StopsAtTwo;
 
 impl DirtySource for StopsAtTwo {
@@ -194,9 +195,9 @@ impl DirtySource for StopsAtTwo {
     }
 }
 
-/// Rule 15, and invariant 4: a harvest that stops puts back what an earlier source gave it, behind
-/// the debt. Otherwise the second harvest takes the page, syncs without a flush, and the device's
-/// next write goes through the stale translation.
+/// Rule 15, and invariant 4: a harvest that stops hands over its debt, and then puts back the pages
+/// of an earlier source. Otherwise the second harvest takes the page, syncs without a flush, and
+/// the device's next write goes through the stale translation.
 #[test]
 fn a_stop_owes_before_it_puts_back() {
     holds_only_with(&[Step::OweBeforePutBack], || {
@@ -229,7 +230,7 @@ fn a_stop_owes_before_it_puts_back() {
     });
 }
 
-/// What devices have cached of pages 0 and 2.
+/// The translations of pages 0 and 2 that devices have cached.
 type Stale = [AtomicU64; 2];
 
 fn one_page(n: u64) -> FlushGather {
@@ -251,7 +252,7 @@ fn both_stale() -> Arc<Stale> {
     Arc::new([AtomicU64::new(1), AtomicU64::new(1)])
 }
 
-/// Owes page `n`, and waits; whether it was invalidated then.
+/// Owes page `n`, waits, and returns whether it was invalidated then.
 fn owe_and_wait(n: u64, queue: &FlushQueue, stale: &Stale) -> bool {
     let ticket = queue.owe(&one_page(n));
     queue
@@ -260,7 +261,7 @@ fn owe_and_wait(n: u64, queue: &FlushQueue, stale: &Stale) -> bool {
     stale[n as usize].load(Relaxed) == 0
 }
 
-/// Invariant 5: whoever returns from `wait` finds its range invalidated, whoever did it; two
+/// Invariant 5: when `wait` returns, the thread's range is invalidated, by whichever thread. Two
 /// threads need at most two flushes.
 #[test]
 fn a_ticket_is_honoured_by_a_flush_that_began_later() {
@@ -278,8 +279,8 @@ fn a_ticket_is_honoured_by_a_flush_that_began_later() {
     });
 }
 
-/// Invariant 5 at a bound: two threads that hand over find the queue full and flush what is due,
-/// for themselves or for each other; then nothing is pending, and what each has owed was
+/// Invariant 5 at a bound: two threads that hand over a debt find the queue full, and flush for
+/// themselves or for each other. Afterwards nothing is pending, and the debt of each was
 /// invalidated.
 #[test]
 fn a_full_queue_is_flushed_by_who_hands_over() {
@@ -293,8 +294,8 @@ fn a_full_queue_is_flushed_by_who_hands_over() {
             let ticket = queue.owe(&one_page(n));
             let now = std::time::Instant::now();
             let done = queue.flush_due(now, |gather| invalidate(stale, gather));
-            // It is not due if another thread has taken it: then that flush covers it, and is
-            // waited for.
+            // If another thread has taken the debt, none is due: that thread's flush covers it, and
+            // this thread waits for it.
             if !done.unwrap() {
                 let waited = queue.wait(ticket, |gather| invalidate(stale, gather));
                 waited.unwrap();
@@ -312,7 +313,7 @@ fn a_full_queue_is_flushed_by_who_hands_over() {
     });
 }
 
-/// Invariant 5: what is handed over while a flush runs is not covered by it.
+/// Invariant 5: a flush does not cover a debt that is handed over while it runs.
 #[test]
 fn what_comes_during_a_flush_is_left_to_the_next() {
     holds_only_with(&[Step::NextGeneration], || {
@@ -330,7 +331,7 @@ fn what_comes_during_a_flush_is_left_to_the_next() {
     });
 }
 
-/// Counts the frees of page 0: all of them, and those that ran too early.
+/// Counts the frees of page 0, and those of them that ran too early.
 #[derive(Default)]
 struct Freed {
     all: StdUsize,
@@ -352,8 +353,8 @@ fn owe_freeing(
     })
 }
 
-/// Invariant 7: a free runs once, and sees the flush that covers it, whoever flushed and whoever
-/// runs it.
+/// Invariant 7: a free runs once, and sees the flush that covers it, whichever threads flush and
+/// run it.
 #[test]
 fn what_is_freed_was_flushed_before() {
     holds_only_with(&[Step::FreeAfterFlush], || {
@@ -401,8 +402,8 @@ fn a_flush_that_fails_leaves_all_of_it_owed() {
     });
 }
 
-/// Frees run in the order in which they were handed over, in whatever threads, and none is left
-/// behind when a thread leaves its own to another one.
+/// Frees run in the order in which they were handed over, on whichever threads. None is left when a
+/// thread leaves its own to another one.
 #[test]
 fn frees_keep_their_order_across_threads() {
     holds_only_with(&[Step::OneReleases], || {
@@ -435,8 +436,8 @@ fn frees_keep_their_order_across_threads() {
     });
 }
 
-/// Two harvesters on one word: each marked page is in at least one of the two leases, and none is
-/// left behind.
+/// Two harvesters on one word: each marked page is in at least one of the two leases, and none
+/// stays dirty.
 #[test]
 fn two_harvesters_share_a_word() {
     holds_only_with(&[Step::RecordBeforeClear], || {
@@ -514,8 +515,8 @@ fn a_write_in_flight_is_never_invisible() {
     });
 }
 
-/// Rule 9 of the contract: while a write hangs in a device, and another thread waits for it in a
-/// sync, marks, lookups, harvests and aborts end.
+/// Rule 9 of the contract: while a write hangs in a device and another thread waits for it in a
+/// sync, marks, lookups, harvests and aborts still return.
 fn a_flush_that_hangs() -> bool {
     let hardware = Arc::new(OnePage {
         dirty: AtomicU64::new(1),
@@ -545,7 +546,7 @@ fn a_flush_that_hangs() -> bool {
 
 #[test]
 fn what_waits_for_nobody_ends_while_a_flush_hangs() {
-    // Where the two threads meet is the flush, not the harvests.
+    // The two threads meet in the flush only, not in the harvests.
     holds_within(Bound::between(1, 1), &[], a_flush_that_hangs);
     let test = "what_waits_for_nobody_ends_while_a_flush_hangs";
     breaks_without(Step::FlushAtSync, test, a_flush_that_hangs);

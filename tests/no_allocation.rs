@@ -1,4 +1,4 @@
-//! Marks and harvests do not allocate, once the memory that they mark is known.
+//! Marks and harvests do not allocate, once each chunk of marks exists.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -16,7 +16,7 @@ use dirtymap::{
 };
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
-/// Counts the allocations of this thread.
+/// The allocations of this thread so far.
 struct Counting;
 
 thread_local! {
@@ -24,7 +24,7 @@ thread_local! {
     static BYTES: Cell<u64> = const { Cell::new(0) };
 }
 
-// SAFETY: hands everything on to the system's allocator, as it came.
+// SAFETY: passes each call to the system's allocator unchanged.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.with(|count| count.set(count.get() + 1));
@@ -96,7 +96,7 @@ fn marks_and_harvests_allocate_nothing() {
         area.mark(pages(5, 3)).unwrap();
         space.mark(pages(1 << 15, 70_000)).unwrap();
         drop(space.begin_write(pages(9, 1)).unwrap());
-        // The first one splits a chunk of marks that is dirty as a whole.
+        // The first harvest splits a chunk of marks that is dirty as a whole.
         for (first, n) in [(1 << 15, 64), (0, 1 << 18), (0, 8), (32, 32)] {
             source.0.store(true, SeqCst);
             let request = HarvestRequest::new(pages(first, n), Granule::K4);
@@ -121,13 +121,14 @@ fn marks_and_harvests_allocate_nothing() {
             let _ = part.abort();
         }
     };
-    // The first round allocates the chunks of marks, and what the epoch keeps for each thread.
+    // The first round allocates the chunks of marks, and the state of each thread in the epoch
+    // collector.
     round();
     assert_eq!(allocations(&mut round), 0);
 }
 
-/// Parts of a lease that are committed one after the other are kept as one range: their number
-/// costs no memory.
+/// Parts of a lease that are committed in order are joined to one range, so their number costs no
+/// memory.
 #[test]
 fn parts_that_are_committed_in_order_allocate_once() {
     const N: u64 = 1 << 14;
@@ -148,8 +149,8 @@ fn parts_that_are_committed_in_order_allocate_once() {
     lease.commit();
 }
 
-/// What an abort allocates is what the documentation of `Lease::abort` says: a chunk of 4 KiB for
-/// each 32768 pages and domain, some hundred bytes for each 64 chunks, and nothing when the same is
+/// An abort allocates as the documentation of `Lease::abort` says: a chunk of 4 KiB for each 32768
+/// pages and domain, some hundred bytes for each 64 chunks, and nothing if the same pages are
 /// aborted again.
 #[test]
 fn an_abort_allocates_no_more_than_it_says() {
@@ -183,7 +184,7 @@ fn an_abort_allocates_no_more_than_it_says() {
     }
 }
 
-/// What the kernel clears when it tells goes to memory that was reserved before.
+/// For a log that is cleared by the read, the memory for the answer is allocated before the read.
 #[cfg(all(feature = "pagemap", target_os = "linux"))]
 #[test]
 fn harvests_of_process_memory_allocate_nothing() {
@@ -207,7 +208,7 @@ fn harvests_of_process_memory_allocate_nothing() {
     let mut words = vec![0u64; 2998usize.div_ceil(64)];
     let from = first - block.as_ptr().addr();
     let mut round = || {
-        // More regions than one call reports.
+        // More regions than one call of PAGEMAP_SCAN reports.
         for page_of_two in (0..2998 << page.lg2()).step_by(2 << page.lg2()) {
             block[from + page_of_two] += 1;
         }

@@ -4,8 +4,8 @@ use dirtymap::{BitmapFile, BitmapFileError, Granule, IovaRange, UserBitmap};
 
 use crate::pages;
 
-/// What a program that starts knows of a disk: the map of generation `now`, or that it knows
-/// nothing.
+/// The blocks of a disk that may have changed, for a program that starts and expects a map of
+/// generation `now`. Without such a map, these are all blocks.
 fn changed(path: &std::path::Path, disk: IovaRange, now: u64) -> Vec<IovaRange> {
     let mut words = vec![0; disk.granules(Granule::K4).div_ceil(64) as usize];
     let mut read = || -> Result<Vec<IovaRange>, BitmapFileError> {
@@ -26,11 +26,11 @@ fn save(path: &std::path::Path, disk: IovaRange, dirty: u64, generation: u64) {
     BitmapFile::save(path, &view, generation).unwrap();
 }
 
-/// A map was written when its program ended in good order, and only then. After a crash it was the
-/// map of an earlier run, and where it was believed, all that was written since was missing; where
-/// it was not, its program could not even remove it. Here a file says whose it is, by the
-/// generation that its owner counts up before it writes to the disk again, and what is not the
-/// right one means: all is dirty.
+/// A map was written only when its program ended in good order. After a crash the file had the map
+/// of an earlier run. A program that believed it missed all writes since then; a program that did
+/// not believe it could not even remove it. Here a file has a generation, which its owner
+/// increments before it writes to the disk again. A file of another generation means that
+/// everything is dirty.
 #[test]
 fn a_map_of_an_earlier_run_a_torn_one_and_none_at_all_mean_that_all_is_dirty() {
     let name = format!("dirtymap-consumers-{}", std::process::id());
@@ -45,7 +45,7 @@ fn a_map_of_an_earlier_run_a_torn_one_and_none_at_all_mean_that_all_is_dirty() {
     // A newer one takes its place.
     save(&path, disk, 0b1000, 2);
     assert_eq!(changed(&path, disk, 2), [pages(3, 1)]);
-    // Torn: somebody else cut it, or the disk lost a block.
+    // A torn file: another program truncated it, or the disk lost a block.
     let whole = std::fs::read(&path).unwrap();
     std::fs::write(&path, &whole[..whole.len() - 1]).unwrap();
     assert_eq!(changed(&path, disk, 2), [disk]);

@@ -1,4 +1,4 @@
-//! What goes in and out: bitmap files, roaring sets, serialized runs.
+//! Forms of dirty state for other programs: bitmap files, roaring sets, serialized runs.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -16,7 +16,7 @@ mod roaring;
 mod serde;
 
 #[cfg(feature = "bitmap-file")]
-/// A folder of a test's own, removed when it is dropped.
+/// A folder for one test, which is removed when the value is dropped.
 struct Folder(std::path::PathBuf);
 
 #[cfg(feature = "bitmap-file")]
@@ -32,7 +32,7 @@ impl Folder {
         self.0.join("bits")
     }
 
-    /// The names of what is in the folder.
+    /// The names of the files in the folder.
     fn names(&self) -> Vec<String> {
         let entries = std::fs::read_dir(&self.0).unwrap();
         let names = entries.map(|entry| entry.unwrap().file_name());

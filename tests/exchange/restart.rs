@@ -1,4 +1,5 @@
-//! The dirty state over a restart: what was saved, once; everything, where the file is no use.
+//! The dirty state over a restart: a saved file is used once, and without a usable file everything
+//! is dirty.
 
 use dirtymap::{
     Access, AddressSpace, BitmapFile, BitmapFileError, Error, Granule, IovaRange, Restored,
@@ -52,7 +53,7 @@ fn what_was_saved_is_dirty_once() {
     assert_eq!(dirty(&after), dirty(&before));
     assert!(!path.exists(), "used up");
 
-    // A crash before the next save: nobody knows what was written meanwhile.
+    // A crash before the next save: the writes since then are unknown.
     let after = space();
     let restored = BitmapFile::restore_space(&path, &after).unwrap();
     let Restored::Everything { reason } = restored else {

@@ -1,4 +1,4 @@
-//! What is deserialized obeys the rules of what is made.
+//! Deserialized values obey the same rules as constructed ones.
 
 use dirtymap::{Granule, Iova, IovaRange, RunTable};
 use serde_json::{from_str, from_value, json, to_value};
