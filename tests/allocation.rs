@@ -99,10 +99,8 @@ fn map_anywhere_refuses_in_order_and_changes_nothing() {
     assert!(matches!(error, Error::BackingWraps { backing, .. } if backing == top));
     assert_eq!(error.errno(), 75);
     let error = refused(4 * PAGE, 0);
-    assert!(
-        matches!(error, Error::NoSpace { len, alignment }
-            if len == 4 * PAGE && alignment.bytes() == 4 * PAGE)
-    );
+    assert!(matches!(error, Error::NoSpace { len, alignment }
+            if len == 4 * PAGE && alignment.bytes() == 4 * PAGE));
     assert_eq!(error.errno(), 28);
     assert!(space.mappings().is_empty() && fake.with(|s| s.mapped.is_empty()));
 
@@ -224,10 +222,8 @@ fn fixed_maps_refuse_in_order() {
     ));
     assert!(matches!(refused(both, top), Error::BackingWraps { .. }));
     let error = refused(both, 0);
-    assert!(
-        matches!(error, Error::Reserved { range, reserved }
-            if range == both && reserved == bytes(20 * PAGE + 5, 1))
-    );
+    assert!(matches!(error, Error::Reserved { range, reserved }
+            if range == both && reserved == bytes(20 * PAGE + 5, 1)));
     assert_eq!(error.errno(), 22);
     let error = refused(pages(13, 2), 0);
     assert!(matches!(error, Error::Overlap { existing, .. } if existing == pages(10, 4)));
@@ -404,16 +400,12 @@ fn allowed_ranges_restrict_only_allocation() {
     let refused = |ranges: &[IovaRange]| space.set_allowed(ranges).unwrap_err();
     space.set_allowed(&[pages(64, 4)]).unwrap();
     let error = refused(&[pages(50, 2), pages(40, 2), pages(41, 4)]);
-    assert!(
-        matches!(error, Error::AllowedTwice { range, other }
-            if range == pages(40, 2) && other == pages(41, 4))
-    );
+    assert!(matches!(error, Error::AllowedTwice { range, other }
+            if range == pages(40, 2) && other == pages(41, 4)));
     assert_eq!(error.errno(), 22);
     let error = refused(&[pages(0, 4), pages(99, 2)]);
-    assert!(
-        matches!(error, Error::CannotAllow { range, reserved }
-            if range == pages(99, 2) && reserved == pages(100, 1))
-    );
+    assert!(matches!(error, Error::CannotAllow { range, reserved }
+            if range == pages(99, 2) && reserved == pages(100, 1)));
     assert_eq!(error.errno(), 98);
     // With both faults, the overlap is reported.
     assert_eq!(refused(&[pages(99, 2), pages(100, 2)]).errno(), 22);

@@ -189,10 +189,8 @@ fn the_alignment_follows_the_domains() {
     assert_eq!(space.alignment(), Granule::K4);
     space.map(pages(9, 1), PAGE, RW).unwrap();
     let error = space.attach(coarse()).unwrap_err();
-    assert!(
-        matches!(error, Error::CannotAttach { page, area }
-            if page.bytes() == 4 * PAGE && area == pages(9, 1))
-    );
+    assert!(matches!(error, Error::CannotAttach { page, area }
+            if page.bytes() == 4 * PAGE && area == pages(9, 1)));
     assert_eq!(error.errno(), 98);
     space.unmap_discarding(pages(9, 1)).unwrap();
     // The memory behind an area counts as well.

@@ -106,7 +106,7 @@ fn the_rest_of_a_leaf_carries_its_debt_and_is_discarded_with_its_area() {
     assert_eq!(
         fake.with(|s| s.invalidated.clone()),
         [pages(0, 16)],
-        "the sync of who took the rest"
+        "the sync of the lease that took the rest"
     );
     assert_eq!(lower.abort().bytes, 4 * PAGE);
     let unmapped = space.unmap_discarding(pages(0, 16)).unwrap();

@@ -165,7 +165,8 @@ fn what_goes_wrong_is_told() {
         assert_eq!(
             seen[0],
             format!(
-                "DEBUG harvest range={range} granule=4 KiB areas=1 bits=1 windows=1 leaves=1 stopped_at=16384"
+                "DEBUG harvest range={range} granule=4 KiB areas=1 bits=1 windows=1 leaves=1 \
+                 stopped_at=16384"
             )
         );
         assert!(seen[1].starts_with("WARN flush failed error="), "{seen:?}");
