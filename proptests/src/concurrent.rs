@@ -29,7 +29,7 @@ impl Storm {
         !self.stop.load(Ordering::Relaxed)
     }
 
-    /// A page that is often the same.
+    /// A random page, often one of a few.
     fn place(random: &mut Random) -> u64 {
         let (first, pages) = AREAS[random.below(3) as usize];
         let most = if random.below(4) == 0 {
@@ -50,7 +50,7 @@ impl Storm {
             match random.below(64) {
                 0 => device.quiesce(),
                 1 => drop(device.read(Iova::new(at), &mut bytes[..len])),
-                // Past the end of an area the device faults, and has written what lies before.
+                // At the end of an area the device faults, after it has written the bytes before.
                 _ => drop(device.write(Iova::new(at), &bytes[..len])),
             }
             device.service();
@@ -86,7 +86,7 @@ impl Storm {
         }
     }
 
-    /// One harvest, and what becomes of it.
+    /// One harvest, and the end of its lease.
     fn round(&self, first: u64, pages: u64, granule: Granule, fate: u64) {
         let range = IovaRange::from_len(Iova::new(first * PAGE), pages * PAGE).unwrap();
         let mut words = vec![0; (range.granules(granule) as usize).div_ceil(64)];
@@ -194,7 +194,7 @@ fn leaves(max_leaf: Granule) -> DomainConfig {
     }
 }
 
-/// Another seed in every run; a failure names it.
+/// The seed differs in every run. A failure prints it.
 fn seed() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     now.unwrap().as_nanos() as u64

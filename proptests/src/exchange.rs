@@ -1,21 +1,20 @@
-//! Bitmap files from anywhere: a file that is taken is one that would be written, and no other is
-//! taken.
+//! Bitmap files from arbitrary bytes: a file is accepted only if a save of its contents gives the
+//! same bytes.
 
 use std::io::Cursor;
 
 use dirtymap::{BitmapFile, BitmapFileError, SparseBitmap, UserBitmap};
 
-/// Bytes of a header, and where in it the checksums are.
+/// The length of a header, and the offsets of the checksums in it.
 const HEADER: usize = 64;
 const PAYLOAD_SUM: usize = 40;
 const HEADER_SUM: usize = 60;
 
-/// Reads `bytes` as a bitmap file, as they are and with checksums that fit. Says how many of the
-/// two were taken.
+/// Reads `bytes` as a bitmap file, once as they are and once with correct checksums. Returns how
+/// many of the two were accepted.
 ///
 /// # Errors
-/// What is wrong, if a file was taken that says anything but what it would say if it were written
-/// anew.
+/// A file was accepted although a save of its contents gives other bytes.
 pub fn check_bitmap_file(bytes: &[u8]) -> Result<usize, String> {
     let mut sealed = bytes.to_vec();
     if let Some((header, payload)) = sealed.split_at_mut_checked(HEADER) {
@@ -27,14 +26,13 @@ pub fn check_bitmap_file(bytes: &[u8]) -> Result<usize, String> {
     Ok(usize::from(check(bytes)?) + usize::from(check(&sealed)?))
 }
 
-/// Whether the file was taken.
+/// Whether the file was accepted.
 fn check(bytes: &[u8]) -> Result<bool, String> {
     let failed = |error: BitmapFileError| error.to_string();
     let Ok(mut file) = BitmapFile::from_reader(Cursor::new(bytes)) else {
         return Ok(false);
     };
-    // As many bits as there are in `bytes`, and no chunk for more of them: a header that lies costs
-    // nothing.
+    // As many bits as `bytes` holds, and no chunk for more, so a false header costs nothing.
     let (range, granule) = (file.range(), file.granule());
     let sparse = SparseBitmap::new(range.granules(granule) as u64);
     let view = UserBitmap::sparse(&sparse).view(range, granule);
@@ -77,7 +75,7 @@ mod tests {
     /// Addresses are single bytes here, so that a model can count them.
     const END: u64 = 4096;
 
-    /// A log of any base, granule and form, with bits behind its end.
+    /// A log of any base, granule and form, with bits past its end.
     #[derive(Clone, Debug)]
     struct Given {
         range: IovaRange,
@@ -87,7 +85,7 @@ mod tests {
     }
 
     impl Given {
-        /// The bytes that are dirty.
+        /// The dirty bytes.
         fn model(&self) -> BTreeSet<u64> {
             let base = self.range.start().get();
             let dirty = |address: &u64| {
@@ -152,7 +150,7 @@ mod tests {
             prop_assert_eq!(set(merged.iter().copied()), expect.clone());
             prop_assert_eq!(merged.iter().copied().total_bytes(), expect.len() as u128, "each byte once");
             let table = RunTable::from_ordered(merged.clone()).unwrap();
-            // The same, not merged before.
+            // The same without an earlier merge.
             let whole: RunTable = read.iter().flat_map(DirtyLog::runs).collect();
             prop_assert_eq!(&whole, &table);
             let size = Granule::from_lg2(size).unwrap();

@@ -7,10 +7,10 @@
 //!                            +--> oracle --------- compare after each step, byte for byte at the end
 //! ```
 //!
-//! The same programs are run by `cargo test` (`PROPTEST_CASES` says how many), by the fuzzer, and
-//! with something broken on purpose: a run that does not notice a missing flush checks nothing.
+//! The same programs are run by `cargo test` (`PROPTEST_CASES` is their number), by the fuzzer, and
+//! with one step broken on purpose: a run that does not notice a missing flush checks nothing.
 //!
-//! [`soak`] does without an oracle: real threads at full speed, whose bytes are compared while they
+//! [`soak`] has no oracle: real threads run at full speed, and their bytes are compared while they
 //! rest.
 
 mod bitmaps;
