@@ -1,4 +1,4 @@
-//! Programs at random, on worlds in which all is well.
+//! Random programs, on worlds without faults.
 
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -29,14 +29,14 @@ proptest! {
 }
 
 proptest! {
-    // Each is as long as seven of the others.
+    // Each program is as long as seven of the others.
     #![proptest_config(ProptestConfig {
         cases: ProptestConfig::default().cases.div_ceil(4),
         max_shrink_iters: 20_000,
         ..ProptestConfig::default()
     })]
 
-    /// Long lives, in which leases overlap and debts pile up.
+    /// Long programs, in which leases overlap and debts accumulate.
     #[test]
     fn long_programs_keep_every_promise(config in config(), ops in ops(400)) {
         run_watched(&ops, &config)?;
