@@ -32,11 +32,17 @@ pub(crate) struct Cli {
     pub(crate) trace: Option<PathBuf>,
 
     /// Devices that issue the writes, 1 to 64
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(
+        long, value_name = "N", default_value_t = 3,
+        value_parser = clap::value_parser!(u32).range(1..=64)
+    )]
     pub(crate) devices: u32,
 
     /// CPU threads that write and mark, 0 to 64
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(0..=64))]
+    #[arg(
+        long, value_name = "N", default_value_t = 2,
+        value_parser = clap::value_parser!(u32).range(0..=64)
+    )]
     pub(crate) cpus: u32,
 
     /// Replay X times as fast as recorded; max: without pauses; auto: the whole trace in about 20
@@ -61,7 +67,10 @@ pub(crate) struct Cli {
     pub(crate) seed: u64,
 
     /// Stop the devices after this many rounds at the latest, 1 to 1000
-    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(
+        long, value_name = "N", default_value_t = 30,
+        value_parser = clap::value_parser!(u32).range(1..=1000)
+    )]
     pub(crate) max_rounds: u32,
 
     /// Draw the rounds as an SVG picture

@@ -137,7 +137,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn logs_of_any_form_merge_into_what_any_of_them_says(logs in vec(given(), 0..5), size in 0u8..8) {
+        fn logs_of_any_form_merge_into_what_any_of_them_says(
+            logs in vec(given(), 0..5), size in 0u8..8
+        ) {
             let words: Vec<Vec<u64>> = logs.iter().map(Given::words).collect();
             let read: Vec<DirtyLog<'_>> = logs.iter().zip(&words).map(|(log, words)| {
                 match log.as_words {
@@ -148,7 +150,8 @@ mod tests {
             let expect: BTreeSet<u64> = logs.iter().flat_map(Given::model).collect();
             let merged: Vec<IovaRange> = merge_runs(read.iter().map(DirtyLog::runs)).collect();
             prop_assert_eq!(set(merged.iter().copied()), expect.clone());
-            prop_assert_eq!(merged.iter().copied().total_bytes(), expect.len() as u128, "each byte once");
+            let total = merged.iter().copied().total_bytes();
+            prop_assert_eq!(total, expect.len() as u128, "each byte once");
             let table = RunTable::from_ordered(merged.clone()).unwrap();
             // The same without an earlier merge.
             let whole: RunTable = read.iter().flat_map(DirtyLog::runs).collect();
@@ -156,10 +159,13 @@ mod tests {
             let size = Granule::from_lg2(size).unwrap();
             let pieces: Vec<(u64, u64)> = merged.into_iter().pieces(size).collect();
             prop_assert!(pieces.iter().all(|(_, len)| *len <= size.bytes()));
-            let ranges = pieces.iter().map(|(start, len)| IovaRange::from_len(Iova::new(*start), *len).unwrap());
+            let ranges = pieces
+                .iter()
+                .map(|(start, len)| IovaRange::from_len(Iova::new(*start), *len).unwrap());
             prop_assert_eq!(ranges.collect::<RunTable>(), table.clone());
             let parts: Vec<RunTable> = table.partition(size).collect();
-            let full = parts.iter().rev().skip(1).all(|part| part.total_bytes() == u128::from(size.bytes()));
+            let size_bytes = u128::from(size.bytes());
+            let full = parts.iter().rev().skip(1).all(|part| part.total_bytes() == size_bytes);
             prop_assert!(full);
             prop_assert_eq!(parts.iter().flatten().collect::<RunTable>(), table);
         }
@@ -177,7 +183,9 @@ mod tests {
         }
 
         #[test]
-        fn a_file_and_a_set_give_back_what_they_were_given(log in given(), target in given(), generation: u64) {
+        fn a_file_and_a_set_give_back_what_they_were_given(
+            log in given(), target in given(), generation: u64
+        ) {
             in_view(&log, |view| {
                 let mut bytes = Cursor::new(Vec::new());
                 BitmapFile::write_to(&mut bytes, view, generation).unwrap();
@@ -202,7 +210,9 @@ mod tests {
 
         #[test]
         fn bytes_that_are_no_file_are_never_taken_for_one(
-            log in given(), flip in vec((any::<prop::sample::Index>(), any::<u8>()), 1..4), cut in 0usize..8
+            log in given(),
+            flip in vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+            cut in 0usize..8
         ) {
             let mut bytes = Cursor::new(Vec::new());
             in_view(&log, |view| BitmapFile::write_to(&mut bytes, view, 1)).unwrap();

@@ -2,9 +2,9 @@
 //! IOMMU, and on an oracle.
 //!
 //! ```text
-//!  bytes --decode--> ops --run--> AddressSpace, three domains, six devices, two leases, a migrator's copy
-//!                            |                     |
-//!                            +--> oracle --------- compare after each step, byte for byte at the end
+//!  bytes --decode--> ops --run--> AddressSpace, three domains, six devices, two leases, a copy
+//!                            |             |
+//!                            +--> oracle --+-- compare after each step; at the end all bytes
 //! ```
 //!
 //! The same programs are run by `cargo test` (`PROPTEST_CASES` is their number), by the fuzzer, and

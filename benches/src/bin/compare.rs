@@ -20,7 +20,10 @@ struct Options {
     #[arg(long)]
     quick: bool,
     /// Only this family; may be given several times.
-    #[arg(long, value_name = "FAMILY", value_parser = FAMILIES.iter().map(|family| family.name).collect::<Vec<_>>())]
+    #[arg(
+        long, value_name = "FAMILY",
+        value_parser = FAMILIES.iter().map(|family| family.name).collect::<Vec<_>>()
+    )]
     only: Vec<String>,
     /// Only workloads whose name contains this.
     #[arg(long, value_name = "TEXT", default_value = "")]

@@ -2,8 +2,8 @@
 //! ended. From these records alone, the checker decides whether a write was lost.
 //!
 //! ```text
-//!  write W      |--began--ended--|
-//!  harvest H                         |--began--looked--|--sync--|--copied--|--committed, or put back--|
+//!  write W    |--began--ended--|
+//!  harvest H                     |--began--looked--|--sync--|--copied--|--committed or put back--|
 //! ```
 //!
 //! # The rule

@@ -2,7 +2,7 @@
 //! the threads around it.
 //!
 //! ```text
-//!  cases() --> for each protocol: as it is (must hold), and with each single weakness (must lose a write)
+//!  cases() --> each protocol as it is (must hold), and with each weakness (must lose a write)
 //! ```
 //!
 //! A model has one step for each step of the protocol that other threads can see, and nothing else:
@@ -10,15 +10,18 @@
 //! shows the same of the *code*, up to its bounds. The models have no weak memory: each step
 //! happens at one point in time.
 //!
-//! | model | threads | contract |
-//! |---|---|---|
-//! | `skip` | a device, a harvester that skips subtrees by their accessed bit | no lost write |
-//! | `leases` | a device, two harvesters that share a flush queue, commit and abort | no lost write, abort puts back, copy after sync |
-//! | `parts` | a device, two harvesters that ask for different pages of one leaf | no lost write, partial leaves |
-//! | `unmap` | a device, a harvester, an unmap that returns what is dirty | no lost write, no reuse before flush |
-//! | `ring` | a guest, two harvesters that take its pages out of KVM's ring | no lost write, copy after sync |
-//! | `leaves` | a device, a harvester, a thread that splits and merges leaves | no lost write |
-//! | `summary` | two CPUs that mark, two harvesters of which one may fail to record | no lost write, nothing is cleared that cannot be recorded |
+//! Each model checks that no write is lost, and the promises that are named with it:
+//!
+//! * `skip`: a device, harvesters that skip subtrees by their accessed bit
+//! * `leases`: a device, two harvesters that share a flush queue, commit and abort. An abort puts
+//!   back; the copy comes after the sync
+//! * `parts`: a device, two harvesters that request different pages of one leaf. Parts of leaves
+//! * `unmap`: a device, a harvester, an unmap that returns dirty pages. No reuse before the flush
+//! * `ring`: a guest, two harvesters that take its pages out of KVM's ring. The copy comes after
+//!   the sync
+//! * `leaves`: a device, a harvester, a thread that splits and merges leaves
+//! * `summary`: two CPUs that mark, two harvesters of which one may fail to record. A page that
+//!   cannot be recorded is not cleared
 //!
 //! A state is bad if the device has stopped, no thread is in the middle of an operation, nothing is
 //! dirty, and the copy differs from the memory. In some models, a state is also bad if a harvest

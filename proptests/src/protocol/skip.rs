@@ -5,12 +5,11 @@
 //! has the software's state of the subtree:
 //!
 //! ```text
-//!       nothing is dirty:               a flush of the subtree,         A is clear: one harvest
-//!       clear A                         caches of upper entries too     looks at all of it      A is still clear
-//!  Hot -----------------------> Cleared ---> Flushing ---> Flushed ---> Looking ----------------------> Quiet
-//!   ^                                                                      |                              |
-//!   +----------------------------------------------------------------------+ A is set                     |
-//!   +-----------------------------------------------------------------------------------------------------+
+//!      nothing dirty:            flush of the subtree,      A clear: one
+//!      clear A                   upper entries too          harvest looks     A still clear
+//!  Hot --------------> Cleared ---> Flushing ---> Flushed ---> Looking ----------------> Quiet
+//!   ^                                                             |                        |
+//!   +------------------------- A is set --------------------------+------------------------+
 //! ```
 //!
 //! A harvest skips only a quiet subtree with A clear. Between the clear and the flush, a device may
