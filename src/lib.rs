@@ -154,14 +154,18 @@ mod compared;
 mod error;
 mod events;
 mod failure;
+mod report;
 mod units;
+mod words;
 
 mod area;
 mod bitmap;
+mod chunkmap;
 mod flush;
 
 mod exchange;
 mod harvest;
+mod marks;
 mod source;
 mod space;
 
@@ -181,18 +185,17 @@ pub use units::{Access, DomainId, Granule, Iova, IovaRange, ToIovaRange};
 
 pub use space::{
     AddressSpace, AreaHandle, Change, Fault, FaultSource, Faults, SpaceRanges, SpaceSnapshot,
-    SpaceStats, Unmapped,
+    SpaceStats,
 };
 
 #[cfg(not(dirtymap_loom))]
 pub use source::PulledLog;
-pub use source::{
-    DirtySource, LeafSink, Mapping, MarkOrdering, SharedLog, Stopped, ToClear, Tracking,
-};
+pub use source::{DirtySource, LeafSink, Mapping, SharedLog, Stopped, ToClear, Tracking};
 
-pub use harvest::{
-    Aborted, HarvestReport, HarvestRequest, Holes, Lease, Owed, Rounds, Scope, Synced, WriteGuard,
-};
+pub use marks::MarkOrdering;
+
+pub use harvest::{HarvestRequest, Holes, Lease, Owed, Rounds, Scope, Synced, WriteGuard};
+pub use report::{Aborted, HarvestReport, Unmapped};
 
 #[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]
 pub use adapters::kvm;

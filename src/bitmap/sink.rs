@@ -1,12 +1,19 @@
 //! The sink: what a dirty source writes its findings into.
 
-use super::chunk::LINE_WORDS;
-use super::take::ones;
+use super::BitmapView;
 use super::window::Window;
-use super::{BitmapView, word_mask, word_masks, word_runs};
+use crate::chunkmap::LINE_WORDS;
 use crate::error::Error;
 use crate::sync::Ordering;
 use crate::units::{Granule, Iova, IovaRange};
+use crate::words::{ones, word_mask, word_masks, word_runs};
+
+impl<'a> BitmapView<'a> {
+    /// A sink that records into this view.
+    pub fn sink(&self) -> Sink<'a> {
+        Sink::new(*self, false)
+    }
+}
 
 /// What a dirty source writes its findings into during one harvest.
 ///

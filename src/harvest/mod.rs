@@ -51,6 +51,7 @@
 mod committed;
 mod held;
 mod lease;
+mod look;
 #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
 mod parallel;
 mod request;
@@ -58,7 +59,7 @@ mod rounds;
 mod walk;
 mod write_guard;
 
-pub use lease::{Aborted, HarvestReport, Lease, Owed, Synced};
+pub use lease::{Lease, Owed, Synced};
 pub use request::{HarvestRequest, Holes, Scope};
 pub use rounds::Rounds;
 pub use write_guard::WriteGuard;
@@ -69,7 +70,8 @@ use crate::space::{AddressSpace, Areas, Covered};
 use crate::units::IovaRange;
 use held::{Held, SpaceRef};
 use lease::{Holding, Recorded};
-use walk::{Look, Parts, areas, look, walk};
+use look::{Look, look};
+use walk::{Parts, areas, walk};
 
 impl AddressSpace {
     /// Reads and clears what is dirty in the request's range, and records it in `bitmap`.
@@ -180,8 +182,8 @@ impl AddressSpace {
         }
         let bound = bitmap.bind(range, request.granule())?;
         let covered = match request.scope() {
-            Scope::All => Covered::everything(snapshot.rules()),
-            Scope::Domain(domain) => Covered::domain(snapshot.rules(), domain)?,
+            Scope::All => Covered::everything(snapshot.rules().attachments()),
+            Scope::Domain(domain) => Covered::domain(snapshot.rules().attachments(), domain)?,
         };
         if !self.ever_tracked(&covered) {
             return Err(Error::NeverTracked { range });

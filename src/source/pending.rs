@@ -6,9 +6,10 @@
 
 use std::collections::TryReserveError;
 
-use crate::bitmap::{Sink, word_masks};
+use crate::bitmap::Sink;
 use crate::source::{LeafSink, Stopped};
 use crate::units::{Granule, Iova, IovaRange};
+use crate::words::word_masks;
 
 /// One bit for each page of a range, for one thread at a time.
 #[derive(Debug)]

@@ -16,42 +16,46 @@ mod allocation;
 mod area;
 mod attachment;
 mod change;
+mod domain;
 mod emptying;
 mod faults;
 mod flushing;
 #[cfg(all(test, not(dirtymap_loom)))]
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod growth_tests;
+mod outside;
 mod pairs;
 mod plan;
 mod retired;
 mod rules;
 mod snapshot;
 mod stats;
+mod switch;
 mod tracking;
 mod unmap;
 
 pub use allocation::SpaceRanges;
 pub(crate) use area::Area;
-pub(crate) use attachment::{Attachment, Covered};
-pub use change::Change;
+pub(crate) use domain::{Attachment, Covered};
 pub use faults::{Fault, FaultSource, Faults};
+pub use plan::Change;
 pub use snapshot::SpaceSnapshot;
 pub(crate) use stats::Counters;
 pub use stats::SpaceStats;
-pub use unmap::Unmapped;
 
 use crate::area::AreaTree;
 use crate::error::Error;
 use crate::events;
 use crate::flush::FlushQueue;
-use crate::source::{DirtySource, InFlight, Mapping, MarkOrdering, NearMarks};
+use crate::marks::{InFlight, MarkOrdering, NearMarks};
+use crate::source::{DirtySource, Mapping};
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, fence};
 use crate::units::{Access, DomainId, Granule, Iova, IovaRange, ToIovaRange};
 use faults::Log;
+use outside::Outside;
 use retired::LastRetired;
 use rules::Rules;
-use tracking::Switch;
+use switch::Switch;
 
 /// The areas of one moment.
 pub(crate) type Areas<'a> = SpaceSnapshot<'a>;
@@ -453,34 +457,6 @@ fn check_mapping(mapping: &Mapping, alignment: Granule) -> Result<(), Error> {
         return Err(Error::BackingWraps { backing, range });
     }
     Ok(())
-}
-
-/// The parts of a range that lie in no area: the first address, and the number of bytes.
-#[derive(Debug, Default)]
-pub(crate) struct Outside {
-    pub(crate) first: Option<Iova>,
-    pub(crate) bytes: u64,
-}
-
-impl Outside {
-    fn add(&mut self, at: Iova, bytes: u64) {
-        self.first.get_or_insert(at);
-        self.bytes = self.bytes.saturating_add(bytes);
-    }
-
-    fn add_range(&mut self, range: IovaRange) {
-        self.add(
-            range.start(),
-            u64::try_from(range.len()).unwrap_or(u64::MAX),
-        );
-    }
-
-    /// Adds parts that lie above.
-    fn join(&mut self, above: Outside) {
-        if let Some(at) = above.first {
-            self.add(at, above.bytes);
-        }
-    }
 }
 
 /// One area, for marks without a lookup. It keeps the memory of the area's marks alive, but not its

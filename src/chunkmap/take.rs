@@ -4,8 +4,8 @@
 use std::convert::Infallible;
 
 use super::chunk::{CHUNK_BITS, Chunk, LINE_BITS, LINE_WORDS, Slot, State, lines};
-use super::word_mask;
 use crate::sync::{AtomicU64, Ordering, Step, fence, fence_after_rmw, performs};
+use crate::words::{ones, word_mask};
 
 /// Receives the bits of a bitmap, word by word.
 pub(crate) trait Visitor {
@@ -387,18 +387,6 @@ fn clear_words(chunk: &Chunk) {
             }
         }
     }
-}
-
-/// The numbers of the bits of `mask`.
-#[inline(always)]
-pub(super) fn ones(mut mask: u64) -> impl Iterator<Item = usize> {
-    std::iter::from_fn(move || {
-        let nth = mask.trailing_zeros() as usize;
-        (mask != 0).then(|| {
-            mask &= mask - 1;
-            nth
-        })
-    })
 }
 
 /// The lines that lie in the bits `first..=last` as a whole.

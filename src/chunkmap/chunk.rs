@@ -65,11 +65,11 @@
 
 use std::ptr;
 
-use super::word_mask;
 use crate::sync::{
     AtomicPtr, AtomicU64, Ordering, Step, TINY, fence, fence_after_look, fence_after_rmw, performs,
     weaken,
 };
+use crate::words::word_mask;
 
 /// Words of a chunk, as a logarithm; tiny in the model checker, so that models reach every border.
 pub(super) const WORDS_LG2: u32 = if TINY { 1 } else { 9 };
@@ -238,7 +238,7 @@ impl Slot<'_> {
     ) -> bool {
         fence();
         // Acquire: pairs with the Release below; the thread that set the bit is on its way to the
-        // summary. The caller's fence orders the look after its data write: see `source::marks`.
+        // summary. The caller's fence orders the look after its data write: see `marks`.
         let anew = word.load(Ordering::Acquire) & mask != mask;
         if anew {
             // Release: pairs with the Acquire in `visit_line`; publishes the data of the mark.

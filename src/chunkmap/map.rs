@@ -19,16 +19,17 @@ use std::marker::PhantomData;
 use std::ptr::{self, NonNull};
 
 use super::chunk::{BLOCK_LG2, Block, Chunk, LINE_BITS, Slot, WORDS_LG2};
+use super::slab;
 use super::take::{Taker, Visitor};
-use super::{slab, word_mask};
 use crate::sync::{AtomicPtr, AtomicU64, Ordering, Step, TINY, weaken};
+use crate::words::word_mask;
 
 /// Pointers of a directory, as a logarithm.
 const FANOUT_LG2: u32 = if TINY { 1 } else { 9 };
 /// The most chunks of a bitmap of one group, as a logarithm.
 const ONE_GROUP_LG2: u32 = if TINY { 1 } else { 13 };
 /// Words of a chunk.
-pub(super) const CHUNK_WORDS: u64 = 1 << WORDS_LG2;
+pub(crate) const CHUNK_WORDS: u64 = 1 << WORDS_LG2;
 /// Bits of a chunk, as a logarithm.
 pub(super) const BITS_LG2: u32 = WORDS_LG2 + 6;
 
@@ -236,12 +237,12 @@ impl ChunkMap {
     }
 
     /// The words of chunk `index`, allocated if it does not exist yet.
-    pub(super) fn words_or_new(&self, index: u64) -> &[AtomicU64] {
+    pub(crate) fn words_or_new(&self, index: u64) -> &[AtomicU64] {
         &chunk_of(self.slot_or_new(index)).0
     }
 
     /// The first chunk from `index` to `last` that exists: its index and its words.
-    pub(super) fn next_words(&self, index: u64, last: u64) -> Option<(u64, &[AtomicU64])> {
+    pub(crate) fn next_words(&self, index: u64, last: u64) -> Option<(u64, &[AtomicU64])> {
         let mut next = Some(index);
         while let Some((group, blocks)) = next.and_then(|next| self.next_group(next, last)) {
             let to = last.min(group + ((blocks.len() as u64) << BLOCK_LG2) - 1);

@@ -1,4 +1,10 @@
-//! Software dirty bits: CPU threads mark the pages that they wrote.
+//! Page marks, and what keeps them from being missed.
+//!
+//! * this file: software dirty bits, by which CPU threads mark the pages that they wrote. The pages
+//!   that an abort, a stop or an unmap put back are marks of the same kind
+//! * [`ordering`]: the fences that order marks with copies
+//! * [`in_flight`]: writes that have begun and are not marked yet
+//! * [`gone`]: the unmapped parts of an area that was cut, for marks that come late
 //!
 //! # The race between a mark and a copy
 //! A mark of a page that is marked already should cost a load, not a locked operation. That makes
@@ -18,19 +24,31 @@
 //! - if F2 comes first, W2 sees the clear of H1, so it sets the mark again for the next harvest.
 //!
 //! Instead of F1, the thread that copies can run a fence in all other threads: see
-//! [`ordering`](super::ordering).
+//! [`ordering`].
 //!
 //! A CPU that has loaded "marked" thus plays the part of an IOTLB entry, and the fence in `sync` is
 //! its flush.
 
+mod gone;
+mod in_flight;
+mod ordering;
+
+#[cfg(all(test, dirtymap_loom))]
+#[allow(clippy::unwrap_used)] // helpers of tests
+mod loom_tests;
+
+pub(crate) use in_flight::{FlightSlot, InFlight};
+pub use ordering::MarkOrdering;
+
 use std::convert::Infallible;
 
-use crate::bitmap::{ChunkMap, LINE_WORDS, OneGroup, Sink, Taker, Visitor, word_runs};
-use crate::error::Error;
-use crate::source::gone::Gone;
-use crate::source::{MarkOrdering, Stopped};
+use crate::bitmap::Sink;
+use crate::chunkmap::{ChunkMap, LINE_WORDS, OneGroup, Taker, Visitor};
+use crate::error::{Error, Stopped};
 use crate::sync::{Arc, OnceLock, Step, performs};
 use crate::units::{Granule, Iova, IovaRange};
+use crate::words::word_runs;
+use gone::Gone;
 
 /// Dirty bits in the library's own memory, one for each smallest page. They serve as the marks of
 /// an area, and as the put-back store of a domain.

@@ -1,6 +1,6 @@
 //! Tests of [`ChunkMap`] against sets of bits.
 
-use super::chunks::{BITS_LG2, ChunkMap};
+use super::map::{BITS_LG2, ChunkMap};
 use super::take::{Taker, Visitor};
 use std::collections::BTreeSet;
 use std::convert::Infallible;
