@@ -50,9 +50,9 @@ mod imp {
     pub use std::sync::{Arc, Mutex, MutexGuard};
     pub use std::thread;
 
-    /// Waits a little longer for each failure in a row, up to some 100 ns, so that threads that
-    /// compete for one word do not fail again and again. After more failures it yields the core to
-    /// other threads.
+    /// Waits a little longer after each consecutive failure, up to some 100 ns, so that threads
+    /// that compete for one word do not fail again and again. After more failures it yields the
+    /// core to other threads.
     pub fn back_off(failures: u32) {
         const SPIN_LG2: u32 = 6;
         if failures > SPIN_LG2 {

@@ -321,7 +321,7 @@ impl fmt::Display for IovaRange {
     }
 }
 
-/// What a call that takes a range accepts: an [`IovaRange`], or a range of bytes as Rust writes it.
+/// The range argument of a call: an [`IovaRange`], or a range of bytes as Rust writes it.
 ///
 /// ```
 /// use dirtymap::{Iova, IovaRange, ToIovaRange};
@@ -335,12 +335,14 @@ impl fmt::Display for IovaRange {
 /// # }
 /// ```
 ///
-/// Only `0..=u64::MAX` and its like reach the last address, because a half-open range has no name for its end.
+/// Only an inclusive range such as `0..=u64::MAX` reaches the last address, because a half-open
+/// range cannot express its end.
 pub trait ToIovaRange {
     /// The same addresses as an [`IovaRange`].
     ///
     /// # Errors
-    /// [`Error::ZeroLength`] for a range without a byte, [`Error::ReversedRange`] if it ends below its start.
+    /// [`Error::ZeroLength`] for a range without a byte, [`Error::ReversedRange`] if it ends below
+    /// its start.
     fn to_iova_range(self) -> Result<IovaRange, Error>;
 }
 
@@ -491,7 +493,7 @@ impl fmt::Display for DomainId {
     }
 }
 
-/// What a device may do with a mapping.
+/// The access of devices to a mapping.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Access {
     /// Device reads only.

@@ -232,28 +232,34 @@ fn each_bad_source_is_told_the_rule_that_it_breaks() {
         ),
         (
             Fault::ForgetsWhatWasDirtyInUnmap,
-            "an unmap tells what was dirty",
+            "an unmap reports the dirty pages",
         ),
         (
             Fault::IgnoresErrorsOfRecording,
             "a source that cannot record stops",
         ),
-        (Fault::ReportsCleanPages, "tight: pages that nobody wrote"),
+        (
+            Fault::ReportsCleanPages,
+            "tight: only written pages are reported",
+        ),
         (Fault::StartKeepsTheOldState, "tracking begins clean"),
         (
             Fault::StartTwiceForgets,
-            "tracking twice keeps what is dirty",
+            "tracking twice keeps dirty pages dirty",
         ),
-        (Fault::StopForgets, "an end of tracking keeps what is dirty"),
+        (
+            Fault::StopForgets,
+            "an end of tracking keeps dirty pages dirty",
+        ),
         (
             Fault::PoisonsItsLock,
             "a source answers after a panic in the middle of a call",
         ),
-        (Fault::PeekTakes, "a peek shows what is dirty"),
-        (Fault::NeverClears, "what was cleared stays clear"),
+        (Fault::PeekTakes, "a peek shows the dirty pages"),
+        (Fault::NeverClears, "cleared pages stay clean"),
         (
             Fault::ClearsAWordAtATime,
-            "what was not asked for stays dirty",
+            "pages outside of the request stay dirty",
         ),
         (Fault::ReportsHalves, "both halves of the page, once"),
     ] {

@@ -1,10 +1,9 @@
-//! A user bitmap as one request sees it: which address each bit stands for.
+//! A user bitmap through one request, which gives each bit its address.
 
 use super::window::Backing;
 use crate::units::{Granule, Iova, IovaRange};
 
-/// A user bitmap as one request sees it: which address each bit stands for, and where the request
-/// ends.
+/// A user bitmap through one request, which gives each bit its address, and has an end.
 #[derive(Clone, Copy, Debug)]
 pub struct BitmapView<'a> {
     pub(super) backing: Backing<'a>,
@@ -25,7 +24,7 @@ impl<'a> BitmapView<'a> {
     }
 
     /// The view of the granules that lie inside `range` as a whole, over the same bits of the
-    /// bitmap; `None` if there are none. Numbers of words and bits count from the first of them.
+    /// bitmap. `None` if there are none. Numbers of words and bits count from the first of them.
     pub fn part(&self, range: IovaRange) -> Option<BitmapView<'a>> {
         let (first, last) = self.positions_within(range)?;
         Some(BitmapView {

@@ -1,8 +1,9 @@
-//! Pages that a kernel interface has reported, and forgotten by that, until a lease records them.
+//! Pending pages: a kernel interface has reported and thereby cleared them, and no lease has
+//! recorded them yet.
 //!
-//! Some interfaces clear what they report. What they said is then the only trace of a write, so it
-//! goes into memory that was reserved before, and only from there into a user bitmap: a failure
-//! after that loses nothing.
+//! Some interfaces clear the pages that they report. The report is then the only trace of a write,
+//! so it goes into memory that was allocated before, and only from there into a user bitmap: a
+//! failure after that loses nothing.
 
 use std::collections::TryReserveError;
 
@@ -29,15 +30,13 @@ impl Pending {
         Ok(Pending { range, page, words })
     }
 
-    /// Adds the pages of a log, whose bit 0 is the first page. Bits after the last page are not
-    /// pages.
+    /// Adds the pages of a log, whose bit 0 is the first page. Ignores bits after the last page.
     #[cfg(feature = "kvm")]
     pub(crate) fn add(&mut self, log: &[u64]) {
         self.add_words(0, log);
     }
 
-    /// Adds the pages of `log`, whose bit 0 is page 64 * `at`. Bits after the last page are not
-    /// pages.
+    /// Adds the pages of `log`, whose bit 0 is page 64 * `at`. Ignores bits after the last page.
     pub(crate) fn add_words(&mut self, at: usize, log: &[u64]) {
         for (mine, new) in self.words.iter_mut().skip(at).zip(log) {
             *mine |= new;
@@ -46,7 +45,7 @@ impl Pending {
         mask_tail(&mut self.words, pages);
     }
 
-    /// Adds `range`, as far as it lies inside; pages that it touches count whole.
+    /// Adds the part of `range` inside. A page that it touches in part counts as a whole.
     pub(crate) fn add_range(&mut self, range: IovaRange) {
         if let Some((first, last)) = self.numbers(range) {
             set(&mut self.words, first, last);
@@ -54,7 +53,7 @@ impl Pending {
     }
 
     #[cfg(feature = "kvm")]
-    /// Forgets the pages of a log whose bit 0 is page `first`, a multiple of 64.
+    /// Removes the pages of a log whose bit 0 is page `first`, a multiple of 64.
     pub(crate) fn remove(&mut self, first: u64, log: &[u64]) {
         let mine = self.words.iter_mut().skip((first / 64) as usize);
         for (mine, gone) in mine.zip(log) {
@@ -63,7 +62,7 @@ impl Pending {
     }
 
     #[cfg(feature = "kvm")]
-    /// Adds page `number`; whether there is one.
+    /// Adds page `number`. Returns whether it exists.
     pub(crate) fn add_page(&mut self, number: u64) -> bool {
         let known = number < self.pages();
         if known {
@@ -78,7 +77,7 @@ impl Pending {
         self.add_range(self.range);
     }
 
-    /// Hands the pages of `range` to `out`, and forgets each when it is recorded.
+    /// Passes the pages of `range` to `out`, and removes each after it is recorded.
     pub(crate) fn take(
         &mut self,
         range: IovaRange,
@@ -111,7 +110,7 @@ impl Pending {
         })
     }
 
-    /// Tells `each` the pages of `range`, and forgets them.
+    /// Passes the pages of `range` to `each`, and removes them.
     pub(crate) fn drain(&mut self, range: IovaRange, each: &mut dyn FnMut(IovaRange)) {
         let told: Result<(), std::convert::Infallible> = self.for_each(range, |run| {
             each(run);
@@ -121,19 +120,19 @@ impl Pending {
         self.forget(range);
     }
 
-    /// Forgets the pages of `range`.
+    /// Removes the pages of `range`.
     pub(crate) fn forget(&mut self, range: IovaRange) {
         if let Some((first, last)) = self.numbers(range) {
             clear(&mut self.words, first, last);
         }
     }
 
-    /// Forgets all pages.
+    /// Removes all pages.
     pub(crate) fn clear(&mut self) {
         self.words.fill(0);
     }
 
-    /// Whether no page is there.
+    /// Whether no page is pending.
     #[cfg(any(test, feature = "kvm", feature = "pagemap"))]
     pub(crate) fn is_empty(&self) -> bool {
         self.words.iter().all(|word| *word == 0)
@@ -144,7 +143,7 @@ impl Pending {
         &self.words
     }
 
-    /// The addresses of the pages `first` to `last`, which are there.
+    /// The addresses of the pages `first` to `last`, which exist.
     pub(crate) fn addresses(&self, first: u64, last: u64) -> IovaRange {
         let start = self.range.start().get() + (first << self.page.lg2());
         let end = self.range.start().get() + (last << self.page.lg2()) + self.page.mask();
@@ -159,7 +158,7 @@ impl Pending {
         Some((number(inside.start()), number(inside.last())))
     }
 
-    /// How many pages there are.
+    /// The number of pages of the range.
     pub(crate) fn pages(&self) -> u64 {
         ((self.range.last().get() - self.range.start().get()) >> self.page.lg2()) + 1
     }
@@ -180,19 +179,20 @@ impl Pending {
     }
 }
 
-/// What of `range` lies below `at`.
+/// The part of `range` below `at`.
 #[cfg(any(feature = "kvm", feature = "pagemap"))]
 pub(crate) fn below(range: IovaRange, at: Iova) -> Option<IovaRange> {
     let last = at.get().checked_sub(1).map(Iova::new)?;
     IovaRange::new(range.start(), last).ok()
 }
 
-/// How many words hold one bit for each page of `range`; `usize::MAX` if no memory does.
+/// The number of words for one bit for each page of `range`; `usize::MAX` if no memory can hold
+/// them.
 pub(crate) fn words_for(range: IovaRange, page: Granule) -> usize {
     usize::try_from(range.granules(page).div_ceil(64)).unwrap_or(usize::MAX)
 }
 
-/// So many words, all zero, or an error.
+/// This number of words, all zero, or an error.
 pub(crate) fn zeroed(words: usize) -> Result<Vec<u64>, TryReserveError> {
     let mut zeroed = Vec::new();
     zeroed.try_reserve_exact(words)?;
