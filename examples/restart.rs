@@ -1,6 +1,7 @@
 //! Dirty state that outlives the process: one run saves it, the next one restores it. Run it twice.
 
-use dirtymap::{Access, AddressSpace, BitmapFile, Granule};
+use dirtymap::{Access, AddressSpace, Granule};
+use dirtymap_formats::BitmapFile;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let path = std::env::temp_dir().join("dirtymap-restart.bitmap");

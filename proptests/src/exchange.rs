@@ -3,7 +3,8 @@
 
 use std::io::Cursor;
 
-use dirtymap::{BitmapFile, BitmapFileError, SparseBitmap, UserBitmap};
+use dirtymap::{SparseBitmap, UserBitmap};
+use dirtymap_formats::{BitmapFile, BitmapFileError};
 
 /// The length of a header, and the offsets of the checksums in it.
 const HEADER: usize = 64;
@@ -67,6 +68,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use dirtymap::{BitmapView, DirtyLog, Granule, Iova, IovaRange, RunTable, RunsExt, merge_runs};
+    use dirtymap_formats::roaring::RoaringExt;
     use proptest::collection::vec;
     use proptest::prelude::*;
 

@@ -2,10 +2,10 @@
 
 use std::marker::PhantomData;
 
-use super::node::{Node, prefetch};
+use super::node::Node;
 use super::reclaim::Pinned;
 use super::root::Root;
-use crate::sync::{Arc, AtomicPtr, Ordering, Step, performs};
+use crate::sync::{Arc, AtomicPtr, Ordering, Step, performs, prefetch};
 use crate::units::{Granule, Iova, IovaRange};
 
 /// One range and the area that is mapped there.

@@ -35,9 +35,6 @@ pub(crate) use user::Bound;
 pub use user::UserBitmap;
 pub use view::BitmapView;
 
-#[cfg(all(feature = "vhost", target_os = "linux", not(dirtymap_loom)))]
-pub(crate) use crate::words::{word_mask, word_masks, word_runs};
-
 /// Bits of one chunk: a 4 KiB page of bitmap.
 pub const CHUNK_BITS: u64 = 1 << 15;
 /// Bits of one window: 512 chunks, 2 MiB of bitmap, 64 GiB of address space at 4 KiB a bit.

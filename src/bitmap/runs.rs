@@ -127,8 +127,8 @@ impl<'a> Words<'a> {
         self.error.as_ref()
     }
 
-    /// The same error by value.
-    pub(crate) fn take_error(&mut self) -> Option<Error> {
+    /// The same as [`error`](Self::error), by value.
+    pub fn take_error(&mut self) -> Option<Error> {
         self.error.take()
     }
 
@@ -302,8 +302,12 @@ impl<'a> Runs<'a> {
         self.bits.words.error()
     }
 
-    /// The next run, unless a window could not be read on the way to it.
-    pub(crate) fn next_readable(&mut self) -> Result<Option<IovaRange>, Error> {
+    /// The next run, unless a window could not be read on the way to it: for callers that had
+    /// rather stop than take the bits of such a window for dirty.
+    ///
+    /// # Errors
+    /// [`Error::BitmapShrank`] or [`Error::BitmapWindow`] with the window of a file.
+    pub fn next_readable(&mut self) -> Result<Option<IovaRange>, Error> {
         let run = self.next();
         match self.bits.words.take_error() {
             Some(error) => Err(error),

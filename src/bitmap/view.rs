@@ -44,7 +44,8 @@ impl<'a> BitmapView<'a> {
         self.shift
     }
 
-    pub(crate) fn last_bit(&self) -> u64 {
+    /// The number of the last bit.
+    pub fn last_bit(&self) -> u64 {
         (self.range.last().get() - self.range.start().get()) >> self.granule.lg2()
     }
 

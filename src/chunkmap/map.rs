@@ -216,6 +216,7 @@ impl ChunkMap {
                 if !block.has_any() {
                     continue;
                 }
+                block.prefetch_dirty();
                 let start = group + (nth << BLOCK_LG2);
                 for index in from.max(start)..=to.min(start + ((1 << BLOCK_LG2) - 1)) {
                     let slot = block.slot(index);

@@ -19,10 +19,10 @@ pub(crate) trait Visitor {
     /// The walk ends; the bits stay as they are.
     fn visit(&mut self, first: u64, mask: u64) -> Result<(), Self::Error>;
 
-    /// Receives the words of a line that begins with the bit `first`; `found` says which of them
-    /// are not 0. A visitor that returns false gets them one by one.
+    /// Receives the words of a line that begins with the bit `first`; some may be 0. A visitor that
+    /// returns false gets the others one by one.
     #[inline]
-    fn visit_line(&mut self, _first: u64, _words: &[u64; LINE_WORDS], _found: u64) -> bool {
+    fn visit_line(&mut self, _first: u64, _words: &[u64; LINE_WORDS]) -> bool {
         false
     }
 }
@@ -292,13 +292,12 @@ fn visit_all<V: Visitor>(
     visitor: &mut V,
 ) -> Result<(), V::Error> {
     const FULL: [u64; LINE_WORDS] = [u64::MAX; LINE_WORDS];
-    let found = word_mask(0, LINE_WORDS as u32 - 1);
     let mut bit = first;
     while bit <= last {
         let word_last = last.min(bit | 63);
         if bit.is_multiple_of(LINE_BITS)
             && bit + (LINE_BITS - 1) <= last
-            && visitor.visit_line(base + bit, &FULL, found)
+            && visitor.visit_line(base + bit, &FULL)
         {
             bit += LINE_BITS;
             continue;
@@ -336,7 +335,7 @@ fn visit_line<const TAKE: bool, V: Visitor>(
     if TAKE
         && inside
         && found & found.wrapping_sub(1) != 0
-        && visitor.visit_line(base + start, &seen, found)
+        && visitor.visit_line(base + start, &seen)
     {
         for nth in ones(found) {
             clear(&words[nth], seen[nth]);

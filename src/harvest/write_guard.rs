@@ -58,7 +58,7 @@ impl AddressSpace {
         let range = range.to_iova_range()?;
         if let Some(at) = self.snapshot().contiguous(range).find_map(Result::err) {
             let bytes = range.last().get() - at.get();
-            self.outside_mark(at, bytes.saturating_add(1));
+            self.report_outside_mark(at, bytes.saturating_add(1));
             return Err(Error::Outside { at });
         }
         let range = range.round_out(self.page());

@@ -275,11 +275,9 @@ impl Visitor for Recorder<'_, '_> {
     }
 
     #[inline]
-    fn visit_line(&mut self, first: u64, words: &[u64; LINE_WORDS], found: u64) -> bool {
-        self.word.is_some_and(|word| {
-            self.sink
-                .or_line(word.wrapping_add(first / 64), words, found)
-        })
+    fn visit_line(&mut self, first: u64, words: &[u64; LINE_WORDS]) -> bool {
+        self.word
+            .is_some_and(|word| self.sink.or_line(word.wrapping_add(first / 64), words))
     }
 }
 

@@ -5,8 +5,8 @@
 //! harvest and the same flush.
 
 mod leaf_sink;
-#[cfg_attr(dirtymap_loom, expect(dead_code))] // its users are unknown to the model checker
 pub(crate) mod pending;
+pub(crate) mod placed;
 #[cfg(not(dirtymap_loom))]
 mod pulled;
 mod shared;
@@ -16,8 +16,6 @@ mod shared;
 mod loom_tests;
 
 pub use crate::error::Stopped;
-#[cfg(all(test, not(dirtymap_loom), any(feature = "kvm", feature = "vhost")))]
-pub(crate) use crate::marks::InFlight;
 pub(crate) use leaf_sink::Rests;
 pub use leaf_sink::{LeafSink, ToClear};
 #[cfg(not(dirtymap_loom))]

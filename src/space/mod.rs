@@ -271,14 +271,25 @@ impl AddressSpace {
         match outside.first {
             None => Ok(()),
             Some(at) => {
-                self.outside_mark(at, outside.bytes);
+                self.report_outside_mark(at, outside.bytes);
                 Err(Error::Outside { at })
             }
         }
     }
 
-    /// Counts a mark that touched addresses outside every area, and records the fault.
-    pub(crate) fn outside_mark(&self, at: Iova, len: u64) {
+    /// Counts a mark that touched `len` bytes from `at` on outside every area, and records the
+    /// fault, as [`mark`](Self::mark) does: for an adapter that refuses a mark by itself, because
+    /// the mark lies outside of the part of the space that the adapter stands for.
+    ///
+    /// ```
+    /// use dirtymap::{AddressSpace, Granule, Iova};
+    ///
+    /// let space = AddressSpace::new(Granule::K4);
+    /// space.report_outside_mark(Iova::new(0x5000), 8);
+    /// assert_eq!(space.stats().outside_marks, 1);
+    /// assert_eq!(space.faults().recent.len(), 1);
+    /// ```
+    pub fn report_outside_mark(&self, at: Iova, len: u64) {
         self.counters.outside_mark();
         let source = FaultSource::Mark;
         self.faults.record(Fault { at, len, source });
