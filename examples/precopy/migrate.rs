@@ -4,7 +4,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use dirtymap::{HarvestRequest, Holes, IovaRange, SpaceStats, UserBitmap};
+use dirtymap::space::SpaceStats;
+use dirtymap::{HarvestRequest, Holes, IovaRange, UserBitmap};
 use pagetable_sim::{Format, PhysMemory};
 
 use crate::Failure;
@@ -128,7 +129,8 @@ impl<'a, F: Format> Migration<'a, F> {
             // The lease has no ranges before its sync, but the bitmap can be read.
             let clock = Instant::now();
             let bitmap = UserBitmap::shared(&self.bitmap);
-            bytes = self.copy(bitmap.view(self.machine.range, PAGE)?.runs())?;
+            let view = bitmap.view(self.machine.range, PAGE);
+            bytes = self.copy(view.map_err(dirtymap::Error::from)?.runs())?;
             copy = clock.elapsed();
         }
 
@@ -268,9 +270,9 @@ fn decide(rounds: &[RoundRecord], small: u64, max_rounds: u32) -> Decision {
 }
 
 /// The invalidations between two readings of the counters.
-fn invalidated_since(before: &SpaceStats, after: &SpaceStats) -> dirtymap::Invalidated {
+fn invalidated_since(before: &SpaceStats, after: &SpaceStats) -> dirtymap::flush::Invalidated {
     let (before, after) = (before.flush.invalidated, after.flush.invalidated);
-    dirtymap::Invalidated {
+    dirtymap::flush::Invalidated {
         commands: after.commands - before.commands,
         bytes: after.bytes - before.bytes,
         dropped: after.dropped - before.dropped,

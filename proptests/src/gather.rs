@@ -1,7 +1,8 @@
 //! The set of ranges that a flush invalidates, against a naive one: no range may be lost, up to
 //! both ends of the address space.
 
-use dirtymap::{FlushCost, FlushGather, Granule, Iova, IovaRange};
+use dirtymap::flush::{FlushCost, FlushGather};
+use dirtymap::{Granule, Iova, IovaRange};
 
 /// The most ranges of a gather.
 const BOUND: usize = 32;

@@ -3,7 +3,7 @@
 use super::BitmapView;
 use super::runs::Reader;
 use super::window::Window;
-use crate::error::Error;
+use crate::error::BitmapError;
 use crate::words::word_masks;
 
 impl BitmapView<'_> {
@@ -14,14 +14,14 @@ impl BitmapView<'_> {
     /// So this merges (two equal requests), converts (another granule) and rebases (another range).
     ///
     /// # Errors
-    /// [`Error::BitmapShrank`] or [`Error::BitmapWindow`] if a window of a file cannot be mapped,
-    /// on either side, [`Error::BitmapNoSpace`] if there is no room for one of `target`. Bits that
+    /// [`BitmapError::Shrank`] or [`BitmapError::Window`] if a window of a file cannot be mapped,
+    /// on either side, [`BitmapError::NoSpace`] if there is no room for one of `target`. Bits that
     /// were set before stay set.
-    pub fn or_into(&self, target: &BitmapView<'_>) -> Result<u64, Error> {
+    pub fn or_into(&self, target: &BitmapView<'_>) -> Result<u64, BitmapError> {
         let mut sink = target.sink();
         let mut runs = self.runs();
         while let Some(run) = runs.next_readable()? {
-            sink.record(run)?;
+            sink.put(run)?;
         }
         Ok(sink.bits_set())
     }
@@ -35,7 +35,7 @@ impl BitmapView<'_> {
     ///
     /// # Errors
     /// As [`or_into`](Self::or_into). Bits that were cleared before stay cleared.
-    pub fn and_not(&self, other: &BitmapView<'_>) -> Result<u64, Error> {
+    pub fn and_not(&self, other: &BitmapView<'_>) -> Result<u64, BitmapError> {
         let mut cleared = 0;
         let mut reader = Reader::new(self.backing, self.last_position());
         // The reader's window may be a copy, so bits are cleared in another window.

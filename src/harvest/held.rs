@@ -55,8 +55,8 @@ impl Held<'_> {
     /// Restricts the lease to `part`, which is made of whole granules.
     pub(super) fn narrow(&mut self, part: IovaRange) {
         match self {
-            Held::Lent(view) => *view = view.part(part).unwrap_or(*view),
-            Held::Own(own) => own.part = own.part.intersection(part).unwrap_or(own.part),
+            Held::Lent(view) => *view = view.narrowed(part),
+            Held::Own(own) => own.part = part,
         }
     }
 }

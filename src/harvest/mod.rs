@@ -64,6 +64,7 @@ mod rounds;
 mod walk;
 mod write_guard;
 
+pub use crate::report::{Aborted, HarvestReport};
 pub use lease::{Lease, Owed, Synced};
 pub use request::{HarvestRequest, Holes, Scope};
 pub use rounds::Rounds;
@@ -111,11 +112,13 @@ impl AddressSpace {
     ///
     /// # Errors
     /// Nothing was touched then. In this order: [`Error::Unaligned`] (to the smallest page, then to
-    /// the granule), [`Error::BitmapTooShort`], [`Error::NotAttached`], [`Error::NeverTracked`],
+    /// the granule), [`BitmapError::TooShort`], [`Error::NotAttached`], [`Error::NeverTracked`],
     /// [`Error::BadCursor`] if it is to [resume](HarvestRequest::resume_at) outside of its range,
     /// or not at a multiple of the granule and of [`alignment`](Self::alignment) (a domain that was
     /// attached since can raise it; then go on at the next lower multiple), and [`Error::Hole`] if
     /// it [refuses holes](Holes::Refuse).
+    ///
+    /// [`BitmapError::TooShort`]: crate::bitmap::BitmapError::TooShort
     pub fn harvest<'a>(
         &'a self,
         request: &HarvestRequest<'_>,
@@ -206,7 +209,7 @@ impl AddressSpace {
         {
             return Err(Error::Hole { at, range });
         }
-        Ok((bound.part(asked), covered))
+        Ok((bound.narrowed(asked), covered))
     }
 }
 

@@ -34,6 +34,8 @@ mod switch;
 mod tracking;
 mod unmap;
 
+pub use crate::marks::MarkOrdering;
+pub use crate::report::Unmapped;
 pub use allocation::SpaceRanges;
 pub(crate) use area::Area;
 pub(crate) use domain::{Attachment, Covered};
@@ -47,7 +49,7 @@ use crate::area::AreaTree;
 use crate::error::Error;
 use crate::events;
 use crate::flush::FlushQueue;
-use crate::marks::{InFlight, MarkOrdering, NearMarks};
+use crate::marks::{InFlight, NearMarks};
 use crate::source::{DirtySource, Mapping};
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, fence};
 use crate::units::{Access, DomainId, Granule, Iova, IovaRange, ToIovaRange};

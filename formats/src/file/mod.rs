@@ -12,25 +12,26 @@
 //! All numbers are little endian. A new file replaces an old one in one step, after all of it is on
 //! the disk. So after a crash there is the old file or the new one, as a whole.
 
+mod error;
 mod payload;
 mod place;
 mod restart;
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use crc32fast::Hasher;
 
+pub use error::BitmapFileError;
 pub use place::Truncate;
-use place::{Draft, begin};
+use place::{Draft, HEADER, begin};
 pub use restart::Restored;
 
-use dirtymap::{BitmapView, Error, Granule, Iova, IovaRange};
+use dirtymap::{BitmapView, Granule, Iova, IovaRange};
 
 const MAGIC: [u8; 8] = *b"dirtymap";
 const VERSION: u32 = 1;
-const HEADER: usize = 64;
 /// The number of bytes that are read or written at a time, a multiple of 8.
 const BLOCK: usize = 64 << 10;
 
@@ -74,55 +75,6 @@ struct Header {
     generation: u64,
     /// The checksum of the payload.
     checksum: u32,
-}
-
-/// The error of a bitmap file that could not be written or read.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum BitmapFileError {
-    /// The system refused.
-    #[error("the bitmap file cannot be accessed: {0}")]
-    Io(#[from] io::Error),
-    /// The file ends early.
-    #[error("the bitmap file has {len} bytes, but {needed} are needed")]
-    Truncated {
-        /// Bytes that the file has.
-        len: u64,
-        /// Bytes that it needs.
-        needed: u64,
-    },
-    /// The file does not begin as a bitmap file does.
-    #[error("this is not a bitmap file: it does not begin with \"dirtymap\"")]
-    Foreign,
-    /// The file is of another version of the format.
-    #[error("the bitmap file has version {found} of its format, but only {known} is known")]
-    Version {
-        /// The version of the file.
-        found: u32,
-        /// The version that can be read.
-        known: u32,
-    },
-    /// The file does not hold what was written.
-    #[error("the bitmap file is damaged: {0}")]
-    Damaged(&'static str),
-    /// There are more bits than such a file may have.
-    #[error("{bits} bits are too many for a bitmap file: at most {limit} are allowed")]
-    TooLarge {
-        /// The number of bits.
-        bits: u64,
-        /// The greatest allowed number.
-        limit: u64,
-    },
-    /// The place appends: the header, which is written last, cannot be written to its beginning.
-    /// The contents are unchanged.
-    #[error("a write to byte 0 of the file goes to byte {at}: open it without append")]
-    Appends {
-        /// The byte at which a write to byte 0 lands.
-        at: u64,
-    },
-    /// The bitmap in memory could not be read or recorded into.
-    #[error("{0}")]
-    Bitmap(#[from] Error),
 }
 
 impl BitmapFile {

@@ -40,6 +40,9 @@ pub(crate) enum Refusal {
     /// The library's own refusal.
     #[error(transparent)]
     Space(#[from] dirtymap::Error),
+    /// The library refuses to make a range or a granule.
+    #[error(transparent)]
+    Range(#[from] dirtymap::RangeError),
 }
 
 impl Refusal {
@@ -51,6 +54,7 @@ impl Refusal {
             Refusal::NotTracking | Refusal::Unaligned(_) => 22,
             Refusal::TooLarge => 75,
             Refusal::Space(error) => error.errno(),
+            Refusal::Range(error) => error.errno(),
         }
     }
 }
@@ -182,10 +186,13 @@ impl Ioas {
         let granule = Granule::from_bytes(get.page_size)?;
         let done = self.harvest(hwpt.id, range, granule, clear, UserBitmap::bytes(bitmap));
         done.map_err(|error| {
-            use dirtymap::Error::{BitmapTooShort, NeverTracked};
+            use dirtymap::Error::{Bitmap, NeverTracked};
+            use dirtymap::bitmap::BitmapError::TooShort;
             match error {
                 // A domain that cannot track is refused last, after the range is checked.
-                NeverTracked { .. } | BitmapTooShort { .. } if !hwpt.tracks => Refusal::CannotTrack,
+                NeverTracked { .. } | Bitmap(TooShort { .. }) if !hwpt.tracks => {
+                    Refusal::CannotTrack
+                }
                 error => error.into(),
             }
         })
@@ -240,7 +247,8 @@ impl Ioas {
                 Ok(view) => view,
                 // The space refuses the request, and its put-back store is empty then.
                 Err(dirtymap::Error::NeverTracked { .. }) => {
-                    let view = UserBitmap::new(&mut words).view(range, granule)?;
+                    let view = UserBitmap::new(&mut words).view(range, granule);
+                    let view = view.map_err(dirtymap::Error::from)?;
                     let peeked = hwpt.source.peek(range, &mut view.sink());
                     peeked.map_err(|stopped| stopped.error)?;
                     view

@@ -1,6 +1,7 @@
 //! The checks after each step, and at the end.
 
-use dirtymap::{Holes, Mapping, SpaceStats};
+use dirtymap::space::SpaceStats;
+use dirtymap::{Holes, Mapping};
 
 use super::{Checked, Runner, broken};
 use crate::op::{Ask, Cut, Op};

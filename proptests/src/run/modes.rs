@@ -189,8 +189,8 @@ impl Runner<'_> {
 
     /// The expected result of an abort of `runs`, for a lease that is as old as this number of
     /// maps.
-    pub(super) fn right_abort(&self, runs: &[IovaRange], maps: u64) -> dirtymap::Aborted {
-        let mut right = dirtymap::Aborted::default();
+    pub(super) fn right_abort(&self, runs: &[IovaRange], maps: u64) -> dirtymap::harvest::Aborted {
+        let mut right = dirtymap::harvest::Aborted::default();
         for run in runs {
             for page in pages_of(*run) {
                 let part = pages(page, page).intersection(*run);
