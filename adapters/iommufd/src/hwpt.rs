@@ -1,4 +1,4 @@
-//! A page table with dirty tracking: what it has mapped, and what it knows to be dirty.
+//! A page table with dirty tracking: its mapped pieces, and their dirty pages.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -15,7 +15,7 @@ use crate::kernel::{TRIES, uninterrupted};
 use crate::log::{self, Log};
 use crate::scratch::Pool;
 
-/// The most pages of a piece: the bits of as many are what the kernel pins at a time.
+/// The most pages of a piece: the kernel pins the bits of this number of pages at a time.
 const MAX_PAGES_LG2: u8 = 24;
 
 /// A page table of the kernel (HWPT) that tracks: the source of one domain. Made by
@@ -41,7 +41,7 @@ pub struct Hwpt {
 pub(crate) struct Logs {
     /// By their first addresses; they do not overlap.
     pub(crate) by_start: BTreeMap<u64, Arc<Log>>,
-    /// Those that an unmap could not end.
+    /// Pieces that an unmap could not end.
     pub(crate) kept: BTreeMap<u64, Kept>,
     /// Whether the kernel tracks.
     pub(crate) tracked: bool,
@@ -68,7 +68,7 @@ impl Hwpt {
             })?;
         // The alignment is that of all page tables, so this one has to be there.
         Self::checked(&ioas, id).inspect_err(|_| {
-            // An error of the clean-up says nothing new.
+            // An error of the clean-up is ignored: the first error is returned.
             let _ = ioas.kernel().destroy(id);
         })
     }
@@ -184,12 +184,13 @@ impl Hwpt {
         Ok(())
     }
 
-    /// Moves what the kernel knows to be dirty in a piece to what is pending. Without `clear` the
-    /// kernel knows it still.
+    /// Adds the pages that the kernel has dirty in a piece to the pending ones. Without `clear`
+    /// they stay dirty in the kernel.
     ///
     /// # Errors
-    /// After [`IommufdError::BitmapNotPresent`] the kernel was not asked. After all others it may
-    /// have cleared something that it did not tell, if it was to clear: then all is pending.
+    /// After [`IommufdError::BitmapNotPresent`] the kernel was not called. After any other error of
+    /// a call with `clear`, the kernel may have cleared pages that it did not report, so all pages
+    /// are pending.
     pub(crate) fn pull(
         &self,
         range: IovaRange,
@@ -204,7 +205,7 @@ impl Hwpt {
                 tries += 1;
                 kernel.dirty(self.id, range, self.page, clear, bits)
             });
-            // What an interrupted call told is in the bits, too: the kernel only adds.
+            // The bits have the pages of an interrupted call, too: the kernel only sets bits.
             state.pending.add_words(0, bits);
             done
         });
@@ -290,13 +291,13 @@ impl Hwpt {
         }
         let mut logs = self.logs();
         logs.kept.remove(&start);
-        // One that an unmap could not end is still there, with what it knows.
+        // A piece that an unmap could not end is still there, with its pending pages.
         logs.by_start.entry(start).or_insert_with(|| Arc::new(log));
         Ok(())
     }
 
-    /// Ends the mapping of one piece, and tells `dirty` what is dirty in it. Returns why devices
-    /// reach it still.
+    /// Ends the mapping of one piece, and passes its dirty pages to `dirty`. Returns the reason if
+    /// devices still reach it.
     pub(crate) fn leave(
         &self,
         ioas: &mut Locked<'_>,
@@ -358,12 +359,12 @@ impl Hwpt {
         }
         let unmap = || uninterrupted(|| self.ioas.kernel().unmap(self.ioas.id(), log.range));
         let unmapped = unmap().or_else(|error| match error.raw_os_error() {
-            // Nothing is there: true if it is said twice.
+            // Nothing is mapped there, if the kernel says so twice.
             Some(libc::ENOENT) => unmap(),
             _ => Err(error),
         });
         if let Err(error) = unmapped {
-            // Whatever is mapped there: what was dirty is not known.
+            // The unmap failed, so which pages were dirty is unknown: all of them are.
             state.pending.add_all();
             if error.raw_os_error() != Some(libc::ENOENT) {
                 // It stays: with one user, which asks again.
@@ -385,12 +386,12 @@ impl Hwpt {
         None
     }
 
-    /// Ends what an unmap could not end, as far as it is owed in `gather`.
+    /// Ends the mappings that an unmap could not end, as far as they are owed in `gather`.
     ///
-    /// An unmap cannot tell what was dirty twice, so what a device wrote since is kept elsewhere:
-    /// * The kernel refused: the unmap called all of the piece dirty. Until this succeeds, no flush
-    ///   does, so no lease with these pages is synced.
-    /// * Another domain keeps it mapped: that domain tells it.
+    /// An unmap reports dirty pages once. What a device wrote after it is recorded elsewhere:
+    /// * The kernel refused: the unmap reported all of the piece as dirty. No flush succeeds before
+    ///   this call does, so no lease with these pages is synced.
+    /// * Another domain keeps it mapped: that domain reports it.
     ///
     /// # Errors
     /// [`IommufdError::StillMapped`], [`IommufdError::DevicesAttached`]: the first that cannot be
@@ -456,7 +457,7 @@ impl Drop for Hwpt {
         let mut state = ioas.lock();
         let logs = std::mem::take(&mut self.logs().by_start);
         for log in logs.into_values() {
-            // Nobody asks for what is dirty any more.
+            // No call asks for dirty pages any more.
             let _ = self.leave(&mut state, &log, &mut |_| ());
         }
         // A page table that devices use stays until the file is closed.

@@ -64,13 +64,13 @@ impl fmt::Debug for Iommufd {
     }
 }
 
-/// What an unmap reports as dirty. The kernel has no call that unmaps and tells, so there is a
-/// choice.
+/// What an unmap reports as dirty. No call of the kernel unmaps and also reports dirty pages, so
+/// there is a choice.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnUnmap {
-    /// What was dirty when the kernel was asked, just before the unmap. **A write that a device
-    /// makes between the two is lost.** For memory that no device uses any more when it is
-    /// unmapped, as drivers of guests have it: they end the DMA, and then unmap.
+    /// The pages that were dirty at a read just before the unmap. **A write that a device makes
+    /// between the two is lost.** For memory that no device uses any more when it is unmapped:
+    /// drivers of guests end the DMA before they unmap.
     #[default]
     Asked,
     /// Everything: nothing is lost, and all of the memory is to be copied. For memory that devices
@@ -113,8 +113,8 @@ impl IoasOptions {
         IoasOptions { page, ..self }
     }
 
-    /// Leaves are as small as a page of the host, so no page is reported for the sake of another
-    /// one. Walks and translations take longer. (`IOMMU_OPTION_HUGE_PAGES`, off.)
+    /// Leaves are as small as a page of the host, so a write makes no other page dirty. Walks and
+    /// translations take longer. (`IOMMU_OPTION_HUGE_PAGES`, off.)
     #[must_use]
     pub fn small_pages(self) -> Self {
         IoasOptions {
@@ -263,8 +263,8 @@ impl Ioas {
 /// The state of an IOAS, locked.
 pub(crate) struct Locked<'a> {
     pub(crate) state: MutexGuard<'a, State>,
-    /// Page tables that were looked at. Dropped after the lock (fields are dropped in order): the
-    /// last count of one may be here, and its drop takes the lock.
+    /// Page tables that were read from the list. Dropped after the lock (fields are dropped in
+    /// order): this may be the last reference to one, and its drop takes the lock.
     pub(crate) held: Vec<Arc<Hwpt>>,
 }
 
@@ -291,7 +291,7 @@ impl Locked<'_> {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // The last page table has gone. If devices of another hand use it, it stays.
+        // The last page table has gone. If devices that others attached use it, it stays.
         let _ = self.iommufd.kernel().destroy(self.id);
     }
 }

@@ -58,7 +58,7 @@ impl DirtySource for Hwpt {
 
     fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
         self.for_each_log(range, |log, tracked| {
-            // What is pending and still known to the kernel is one page, and is reported once.
+            // A page that is pending, and dirty in the kernel as well, is reported once.
             let state = self.read(log, range, tracked, false)?;
             state.pending.peek(range, sink)
         })
@@ -75,7 +75,7 @@ impl DirtySource for Hwpt {
 }
 
 impl Hwpt {
-    /// Moves what the kernel knows of a piece to what is pending.
+    /// Adds the dirty pages of the kernel in a piece to the pending ones.
     fn read<'l>(
         &self,
         log: &'l Log,
