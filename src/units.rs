@@ -437,7 +437,7 @@ impl fmt::Display for IovaRange {
     }
 }
 
-/// What a call that takes a range accepts: an [`IovaRange`], or a range of bytes as Rust writes it.
+/// The range argument of a call: an [`IovaRange`], or a range of bytes as Rust writes it.
 ///
 /// ```
 /// use dirtymap::{Iova, IovaRange, ToIovaRange};
@@ -451,8 +451,8 @@ impl fmt::Display for IovaRange {
 /// # }
 /// ```
 ///
-/// Only `0..=u64::MAX` and its like reach the last address, because a half-open range has no name
-/// for its end.
+/// Only an inclusive range such as `0..=u64::MAX` reaches the last address, because a half-open
+/// range cannot express its end.
 pub trait ToIovaRange {
     /// The same addresses as an [`IovaRange`].
     ///

@@ -7,9 +7,9 @@ use crate::error::BitmapError;
 use crate::words::word_masks;
 
 impl BitmapView<'_> {
-    /// ORs what is dirty here into `target`, and returns how many bits that set there. Granules and
-    /// bases may differ: a bit of `target` is set if any byte it stands for is dirty here, and none
-    /// outside `target`'s range.
+    /// ORs the dirty bytes of this view into `target`, and returns how many bits that set there.
+    /// Granules and bases may differ: a bit of `target` is set if any of its bytes is dirty here.
+    /// Bits outside `target`'s range are not touched.
     ///
     /// So this merges (two equal requests), converts (another granule) and rebases (another range).
     ///
@@ -41,10 +41,12 @@ impl BitmapView<'_> {
         Ok(sink.bits_set())
     }
 
-    /// Clears what is dirty in `other`, and returns how many bits that cleared. Granules and bases
-    /// may differ: a bit is cleared only if every byte it stands for is dirty in `other`.
+    /// Clears the bits whose bytes are dirty in `other`, and returns how many bits that cleared.
+    /// Granules and bases may differ: a bit is cleared only if each of its bytes is dirty in
+    /// `other`.
     ///
-    /// Not while a lease over this bitmap lives: what is cleared here would be lost by its abort.
+    /// Do not call this while a lease over this bitmap lives: the abort of that lease would lose
+    /// the cleared pages.
     ///
     /// ```
     /// use dirtymap::{Granule, ToIovaRange, UserBitmap};
@@ -60,11 +62,11 @@ impl BitmapView<'_> {
     /// ```
     ///
     /// # Errors
-    /// As [`or_into`](Self::or_into); what was cleared before stays cleared.
+    /// As [`or_into`](Self::or_into). Bits that were cleared before stay cleared.
     pub fn and_not(&self, other: &BitmapView<'_>) -> Result<u64, BitmapError> {
         let mut cleared = 0;
         let mut reader = Reader::new(self.backing, self.last_position());
-        // The reader's window may be a copy: what is cleared is cleared in one of its own.
+        // The reader's window may be a copy, so bits are cleared in another window.
         let mut own = Window::none();
         let mut runs = other.runs();
         while let Some(run) = runs.next_readable()? {
@@ -77,7 +79,7 @@ impl BitmapView<'_> {
                 && word <= last / 64
             {
                 if !own.holds(word) {
-                    // The old one goes before the new one comes.
+                    // The old window is closed before the new one is opened.
                     drop(std::mem::replace(&mut own, Window::none()));
                     own = self.backing.window(word, self.last_position())?;
                 }

@@ -1,4 +1,4 @@
-//! A user bitmap as one request sees it: which address each bit stands for.
+//! A user bitmap through one request, which gives each bit its address.
 
 use super::window::Backing;
 use crate::units::{Granule, Iova, IovaRange};
@@ -38,7 +38,7 @@ impl<'a> BitmapView<'a> {
     }
 
     /// The view of the granules that lie inside `range` as a whole, over the same bits of the
-    /// bitmap; `None` if there are none. Numbers of words and bits count from the first of them.
+    /// bitmap. `None` if there are none. Numbers of words and bits count from the first of them.
     pub fn part(&self, range: IovaRange) -> Option<BitmapView<'a>> {
         let (first, last) = self.positions_within(range)?;
         Some(BitmapView {

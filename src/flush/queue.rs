@@ -22,8 +22,8 @@ pub struct Ticket(u64);
 /// [`AddressSpace`](crate::AddressSpace) has a queue of its own; use another where something else
 /// owes invalidations.
 ///
-/// The queue contains no invalidator. A thread that may have to flush brings one, as a closure over
-/// IOTLBs, kernel interfaces or several of them. All callers of one queue must bring the same,
+/// The queue contains no invalidator. A thread that may have to flush passes one, as a closure over
+/// IOTLBs, kernel interfaces or several of them. All callers of one queue must pass the same one,
 /// because a leader flushes for the other threads.
 ///
 /// ```
@@ -70,7 +70,7 @@ pub struct FlushQueue {
 /// Valid whenever the lock is free, also during a flush: see [`FlushStats::is_consistent`].
 #[derive(Debug, Default)]
 struct State {
-    /// What no flush has taken yet.
+    /// The debt that no flush has taken yet.
     debt: SharedDebt,
     cost: FlushCost,
     /// The generation that `debt` will be flushed as.

@@ -1,4 +1,4 @@
-//! Round after round over everything that is mapped, with a bitmap of its own.
+//! Rounds of harvests over everything that is mapped, with a bitmap of their own.
 
 use super::held::{Held, OwnBits, SpaceRef};
 use super::lease::Holding;
@@ -11,9 +11,9 @@ use crate::units::{DomainId, Granule, IovaRange, ToIovaRange};
 
 /// Harvests of all areas of a space, holes skipped, one after the other.
 ///
-/// Each round has one lease over everything. The bitmap is made as large as the areas reach, takes memory
-/// only where something is dirty, and is empty at the beginning of each round: there is nothing to
-/// size, to clear, or to keep alive.
+/// Each round has one lease over everything. The bitmap is made as large as the areas reach, takes
+/// memory only where something is dirty, and is empty at the beginning of each round: the caller
+/// has nothing to size, to clear, or to keep alive.
 ///
 /// ```
 /// use dirtymap::{Access, AddressSpace, Granule};
@@ -96,14 +96,14 @@ impl<'a> Rounds<'a> {
         self
     }
 
-    /// Asks one domain alone, instead of all of them and the marks.
+    /// Harvests one domain alone, instead of all of them and the marks.
     #[must_use]
     pub fn domain(mut self, domain: DomainId) -> Self {
         self.scope = Scope::Domain(domain);
         self
     }
 
-    /// Harvests what is mapped inside `range`, rounded out to whole granules, instead of everything.
+    /// Harvests the areas inside `range`, rounded out to whole granules, instead of everything.
     ///
     /// ```
     /// # use dirtymap::{Access, AddressSpace, Granule};
@@ -145,13 +145,13 @@ impl<'a> Rounds<'a> {
     /// # Errors
     /// [`Error::NothingMapped`] if there is no area; else those of
     /// [`harvest`](AddressSpace::harvest), of a source that stopped it, and of
-    /// [`sync`](Lease::sync). Nothing is lost: what was taken is dirty again.
+    /// [`sync`](Lease::sync). Nothing is lost: the pages that were taken are dirty again.
     #[expect(clippy::should_implement_trait)] // it can fail, and is never over
     pub fn next(&mut self) -> Result<Lease<'a, Synced>, Error> {
         self.harvest()?.sync()
     }
 
-    /// The next round before its flush, for a consumer that syncs later. Never blocks, as far as the
+    /// The next round before its flush, for a consumer that syncs later. Never blocks if the
     /// attached sources do not.
     ///
     /// # Errors

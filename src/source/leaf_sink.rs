@@ -75,7 +75,7 @@ pub struct LeafSink<'s, 'b> {
     rests: Option<Rests<'s>>,
 }
 
-/// Where the rest of a leaf goes if a request covers only a part of the leaf.
+/// The place for the rest of a leaf if a request covers only a part of the leaf.
 #[derive(Clone, Copy)]
 pub(crate) struct Rests<'s> {
     /// Says that a rest is dirty while it moves.
@@ -175,7 +175,7 @@ impl<'s, 'b> LeafSink<'s, 'b> {
     /// by one call.
     ///
     /// The pages that lie whole inside [`range`](Self::range) are recorded and owed, and stay dirty
-    /// for now. The answer names them, and the source clears **exactly these** before
+    /// for now. The return value names them, and the source clears **exactly these** before
     /// [`read_and_clear`](super::DirtySource::read_and_clear) returns, alone or together with those
     /// of other runs. If `read_and_clear` returns an error before that, it may leave them dirty.
     ///
@@ -348,7 +348,7 @@ struct Rest<'s> {
     rests: Rests<'s>,
     leaf: IovaRange,
     size: Granule,
-    /// The parts below and above the part that was asked for.
+    /// The parts below and above the requested part.
     sides: [Option<IovaRange>; 2],
     slots: [Option<&'s FlightSlot>; 2],
     /// Whether the leaf was dirty until the clear, or may have been.

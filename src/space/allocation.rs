@@ -1,4 +1,4 @@
-//! Which addresses are free: allocation, reserved and allowed ranges, and a report of all of them.
+//! Free addresses: allocation, reserved and allowed ranges, and a report of all of them.
 //!
 //! One root of the tree carries areas and rules. So each of these calls looks at one state, and is
 //! published only if that state is still the current one. Two allocations never get the same

@@ -6,8 +6,8 @@ use crate::area::{Contiguous, Iter, Snapshot};
 use crate::source::Mapping;
 use crate::units::{DomainId, Granule, Iova, IovaRange};
 
-/// The areas and the domains of one moment: see [`AddressSpace::snapshot`]. Later changes do not
-/// show.
+/// The areas and the domains of one moment: see [`AddressSpace::snapshot`]. Later changes are not
+/// visible in it.
 ///
 /// A live snapshot holds back memory that is released meanwhile, so keep it short. A snapshot that
 /// is leaked, for example by [`std::mem::forget`], holds it back for ever: from then on nothing
