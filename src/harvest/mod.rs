@@ -153,8 +153,8 @@ impl AddressSpace {
     /// ```
     ///
     /// # Errors
-    /// As [`harvest`](Self::harvest), and that of a source, or of a window of the bitmap, that failed;
-    /// what was recorded before a hole or a failure stays in `bitmap`.
+    /// As [`harvest`](Self::harvest), and that of a source, or of a window of the bitmap, that
+    /// failed. What was recorded before a hole or a failure stays in `bitmap`.
     #[doc(alias = "IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR")]
     pub fn peek<'a>(
         &self,

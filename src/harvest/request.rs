@@ -75,7 +75,8 @@ impl<'m> HarvestRequest<'m> {
     /// `range`, which must start and end at multiples of both `granule` and the smallest page of
     /// the space.
     ///
-    /// A granule larger than the page makes a bit cover several pages; a smaller one makes a page set several bits.
+    /// A granule larger than the page makes a bit cover several pages. A smaller one makes a page
+    /// set several bits.
     ///
     /// ```
     /// use dirtymap::{AddressSpace, Granule, HarvestRequest, Holes, ToIovaRange};

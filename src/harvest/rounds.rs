@@ -37,8 +37,8 @@ use crate::units::{DomainId, Granule, IovaRange, ToIovaRange};
 /// # }
 /// ```
 ///
-/// Leases of [`AddressSpace::rounds`] borrow the space. Those of [`shared`](Self::shared) own what they
-/// need: they go through channels, into structs and trait objects, and to C.
+/// Leases of [`AddressSpace::rounds`] borrow the space. Those of [`shared`](Self::shared) own what
+/// they need: they go through channels, into structs and trait objects, and to C.
 #[doc(alias = "migration_bitmap_sync")]
 #[doc(alias = "memory_global_dirty_log_sync")]
 pub struct Rounds<'a> {
