@@ -16,7 +16,7 @@ use crate::log::{self, Log};
 use crate::scratch::Pool;
 use crate::table::{Kept, Table};
 
-/// The most pages of a piece: the bits of as many are what the kernel pins at a time.
+/// The most pages of a piece: the kernel pins the bits of this number of pages at a time.
 const MAX_PAGES_LG2: u8 = 24;
 
 /// A page table of the kernel (HWPT) that tracks: the source of one domain. Made by
@@ -193,13 +193,13 @@ impl Hwpt {
         }
         let mut logs = self.table.logs();
         logs.kept.remove(&start);
-        // One that an unmap could not end is still there, with what it knows.
+        // A piece that an unmap could not end is still there, with its pending pages.
         logs.by_start.entry(start).or_insert_with(|| Arc::new(log));
         Ok(())
     }
 
-    /// Ends the mapping of one piece, and tells `dirty` what is dirty in it. Returns why devices
-    /// reach it still.
+    /// Ends the mapping of one piece, and passes its dirty pages to `dirty`. Returns the reason if
+    /// devices still reach it.
     pub(crate) fn leave(
         &self,
         ioas: &mut State,
@@ -255,12 +255,12 @@ impl Hwpt {
         }
         let unmap = || uninterrupted(|| self.ioas.kernel().unmap(self.ioas.id(), log.range));
         let unmapped = unmap().or_else(|error| match error.raw_os_error() {
-            // Nothing is there: true if it is said twice.
+            // Nothing is mapped there, if the kernel says so twice.
             Some(libc::ENOENT) => unmap(),
             _ => Err(error),
         });
         if let Err(error) = unmapped {
-            // Whatever is mapped there: what was dirty is not known.
+            // The unmap failed, so which pages were dirty is unknown: all of them are.
             state.pending.add_all();
             if error.raw_os_error() != Some(libc::ENOENT) {
                 // It stays: with one user, which asks again.
@@ -280,12 +280,12 @@ impl Hwpt {
         None
     }
 
-    /// Ends what an unmap could not end, as far as it is owed in `gather`.
+    /// Ends the mappings that an unmap could not end, as far as they are owed in `gather`.
     ///
-    /// An unmap cannot tell what was dirty twice, so what a device wrote since is kept elsewhere:
-    /// * The kernel refused: the unmap called all of the piece dirty. Until this succeeds, no flush
-    ///   does, so no lease with these pages is synced.
-    /// * Another domain keeps it mapped: that domain tells it.
+    /// An unmap reports dirty pages once. What a device wrote after it is recorded elsewhere:
+    /// * The kernel refused: the unmap reported all of the piece as dirty. No flush succeeds before
+    ///   this call does, so no lease with these pages is synced.
+    /// * Another domain keeps it mapped: that domain reports it.
     ///
     /// # Errors
     /// [`IommufdError::StillMapped`], [`IommufdError::DevicesAttached`]: the first that cannot be
@@ -337,7 +337,7 @@ impl Drop for Hwpt {
         let mut state = ioas.lock();
         let logs = std::mem::take(&mut self.table.logs().by_start);
         for log in logs.into_values() {
-            // Nobody asks for what is dirty any more.
+            // No call asks for dirty pages any more.
             let _ = self.leave(&mut state, &log, &mut |_| ());
         }
         // A page table that devices use stays until the file is closed.

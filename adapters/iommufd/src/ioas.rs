@@ -150,7 +150,7 @@ impl State {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // The last page table has gone. If devices of another hand use it, it stays.
+        // The last page table has gone. If devices that others attached use it, it stays.
         let _ = self.iommufd.kernel().destroy(self.id);
     }
 }

@@ -78,7 +78,7 @@ impl DirtySource for Hwpt {
 }
 
 impl Hwpt {
-    /// Moves what the kernel knows of a piece to what is pending.
+    /// Adds the dirty pages of the kernel in a piece to the pending ones.
     fn read<'l>(
         &self,
         log: &'l Log,
