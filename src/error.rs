@@ -7,7 +7,9 @@ use crate::units::{DomainId, Granule, Iova, IovaRange, RangeError};
 /// Input is checked before anything is changed, in the order that each call documents.
 /// [`Error::errno`] gives the number that Linux's iommufd uses for the same refusal.
 ///
-/// Calls that need no space have errors of their own, which `?` turns into this one:
+/// Calls that need no space have errors of their own, which `?` turns into this one. An error type
+/// of yours implements `From<RangeError>` and `From<BitmapError>` too, or the caller writes
+/// `.map_err(dirtymap::Error::from)`:
 ///
 /// ```
 /// use dirtymap::{Error, Iova, IovaRange, RangeError};

@@ -13,6 +13,7 @@
 //! | harvest everything, round after round | [`AddressSpace::rounds`] | [`guide`] |
 //! | harvest a range into my own bitmap | [`AddressSpace::harvest`], [`UserBitmap`] | below |
 //! | look without clearing | [`AddressSpace::peek`] | |
+//! | send a lease to another thread, keep it in a struct | [`Rounds::shared`] | |
 //! | copy, commit or abort | [`Lease`] | below |
 //! | mark a write that a device completes | [`AddressSpace::begin_write`] | [`monitors`] |
 //! | map and unmap while everything runs | [`AddressSpace::unmap`], [`apply`] | [`monitors`] |

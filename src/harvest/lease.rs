@@ -54,6 +54,10 @@ pub struct Synced(());
 /// # }
 /// ```
 ///
+/// A `Lease<'static, _>`, for other threads, structs and trait objects, comes from
+/// [`Rounds::shared`](super::Rounds::shared). A lease into a bitmap of the caller's lives as long
+/// as that bitmap and the space.
+///
 /// # A lease that is forgotten
 /// A lease must end: commit it, abort it, or drop it. A lease that goes to [`std::mem::forget`], or
 /// is leaked in another way, loses writes to its own pages, and to no others:
@@ -133,6 +137,7 @@ impl<'a, State> Lease<'a, State> {
     /// # Ok(())
     /// # }
     /// ```
+    #[doc(alias = "bdrv_reclaim_dirty_bitmap")]
     pub fn abort(mut self) -> Aborted {
         self.holding.put_back()
     }
@@ -226,7 +231,11 @@ impl<'a> Lease<'a, Owed> {
 }
 
 impl<'a> Lease<'a, Synced> {
-    /// The ranges to copy: maximal runs of dirty granules, in order. Bits that were set in the
+    /// The ranges to copy: maximal runs of dirty granules, in order. A run may go on into the next
+    /// area, whose backing need not follow. To copy by backing address, cut it:
+    /// `run.intersection(area.range)` for each `area` of [`AddressSpace::mappings`].
+    ///
+    /// Bits that were set in the
     /// user's bitmap before the harvest count as well, and so does each window of a file that
     /// cannot be read: see [`Runs::error`].
     pub fn runs(&self) -> Runs<'_> {

@@ -119,6 +119,8 @@ impl AddressSpace {
     /// it [refuses holes](Holes::Refuse).
     ///
     /// [`BitmapError::TooShort`]: crate::bitmap::BitmapError::TooShort
+    #[doc(alias = "KVM_GET_DIRTY_LOG")]
+    #[doc(alias = "get_and_reset")]
     #[doc(alias = "iopt_read_and_clear_dirty_data")]
     #[doc(alias = "memory_region_snapshot_and_clear_dirty")]
     pub fn harvest<'a>(
@@ -156,6 +158,7 @@ impl AddressSpace {
     /// As [`harvest`](Self::harvest), and that of a source, or of a window of the bitmap, that
     /// failed. What was recorded before a hole or a failure stays in `bitmap`.
     #[doc(alias = "IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR")]
+    #[doc(alias = "dirty_at")]
     pub fn peek<'a>(
         &self,
         request: &HarvestRequest<'_>,

@@ -50,7 +50,8 @@ pub struct Rounds<'a> {
 }
 
 impl AddressSpace {
-    /// Harvests of all that is mapped, round after round.
+    /// Harvests of all that is mapped, round after round. The leases borrow the space; those of
+    /// [`Rounds::shared`] go to other threads.
     pub fn rounds(&self) -> Rounds<'_> {
         Rounds::over(SpaceRef::Lent(self))
     }
@@ -89,7 +90,9 @@ impl<'a> Rounds<'a> {
         }
     }
 
-    /// Reports `granule` bytes a bit, instead of the page of the space.
+    /// Reports `granule` bytes a bit, instead of the page of the space. A bit stands for a whole
+    /// granule, so a run may reach into a hole beside an area; the copier intersects it with
+    /// [`mappings`](AddressSpace::mappings).
     #[must_use]
     pub fn granule(mut self, granule: Granule) -> Self {
         self.granule = granule;
@@ -103,7 +106,8 @@ impl<'a> Rounds<'a> {
         self
     }
 
-    /// Harvests the areas inside `range`, rounded out to whole granules, instead of everything.
+    /// Harvests what lies inside `range`, rounded out to whole granules, instead of everything:
+    /// areas and parts of areas.
     ///
     /// ```
     /// # use dirtymap::{Access, AddressSpace, Granule};
@@ -125,6 +129,9 @@ impl<'a> Rounds<'a> {
     }
 
     /// The next round, synced: its pages can be copied. Waits for devices to drain.
+    ///
+    /// Leases of earlier rounds may still live; each has a bitmap of its own. This is no
+    /// `Iterator`: a round can fail, and be repeated.
     ///
     /// ```
     /// # use dirtymap::{Access, AddressSpace, Granule};

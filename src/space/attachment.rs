@@ -92,6 +92,9 @@ impl AddressSpace {
     ///
     /// [`alignment`](Self::alignment) grows to the smallest page of the source, if that is larger.
     ///
+    /// What a source says that was written before it tracks is discarded: in a space that tracks,
+    /// before the attach. Attach a log before its writers begin, or mark these pages yourself.
+    ///
     /// ```
     /// # use dirtymap::{Access, AddressSpace, Granule, SharedLog};
     /// # use std::sync::Arc;

@@ -181,7 +181,8 @@ impl AddressSpace {
         self.page
     }
 
-    /// Maps `range` to the memory that begins at the backing address `backing`.
+    /// Maps `range` to the memory that begins at the backing address `backing`. The area begins
+    /// clean: what its memory holds already has to be copied once.
     ///
     /// ```
     /// # use dirtymap::{Access, AddressSpace, Granule};
@@ -257,6 +258,8 @@ impl AddressSpace {
     /// Marks `range` dirty: a CPU thread wrote it. Call it **after** the write. A page that `range`
     /// covers only in part is marked as a whole.
     ///
+    /// In a space that does not track yet, the next start of tracking discards the mark.
+    ///
     /// Lock-free; never blocks. The cost grows with the number of pages: a mark of a terabyte sets
     /// a bit for each of them. If one area is marked again and again, [`area`](Self::area) saves
     /// the lookup.
@@ -264,6 +267,7 @@ impl AddressSpace {
     /// # Errors
     /// [`Error::Outside`] with the first address that no area holds. The parts inside areas are
     /// still marked, and the call is counted in [`SpaceStats::outside_marks`].
+    #[doc(alias = "mark_dirty")]
     #[doc(alias = "memory_region_set_dirty")]
     #[doc(alias = "mark_page_dirty")]
     #[doc(alias = "cpu_physical_memory_set_dirty_range")]
