@@ -21,6 +21,7 @@ mod chunks;
 mod chunks_tests;
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
 mod file;
+mod handed;
 #[cfg(all(test, dirtymap_loom))]
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod loom_tests;

@@ -12,6 +12,7 @@
 //! | file, to record | 2 MiB, or as told | mapping it, if the file has it, and its system room |
 //! | file, to read | 64 KiB | copying it, after a look at the length of the file |
 
+use super::chunks::{CHUNK_WORDS, ChunkMap};
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
 use super::file::{FileBitmap, Mapping};
 use super::span::Span;
@@ -32,6 +33,8 @@ pub(super) enum Backing<'a> {
     Failing(Span<'a>, u64),
     /// In chunks that are allocated when they are needed.
     Sparse(&'a SparseBitmap),
+    /// In chunks with summaries, which one writer records in.
+    Chunks(&'a ChunkMap),
     /// In a file of which one window is mapped at a time.
     #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
     File(&'a FileBitmap),
@@ -45,6 +48,7 @@ impl<'a> Backing<'a> {
             #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
             Backing::Failing(span, _) => span.bits(),
             Backing::Sparse(sparse) => sparse.bits(),
+            Backing::Chunks(map) => map.last().saturating_add(1),
             #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
             Backing::File(file) => file.bits(),
         };
@@ -57,7 +61,7 @@ impl<'a> Backing<'a> {
             Backing::Memory(span) => span.skipped_bits(),
             #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
             Backing::Failing(span, _) => span.skipped_bits(),
-            Backing::Sparse(_) => 0,
+            Backing::Sparse(_) | Backing::Chunks(_) => 0,
             #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
             Backing::File(file) => file.shift(),
         }
@@ -82,6 +86,11 @@ impl<'a> Backing<'a> {
                 });
             }
             Backing::Sparse(sparse) => Window::lent(sparse.chunk(word)),
+            Backing::Chunks(map) => {
+                let chunk = word / CHUNK_WORDS;
+                let words = Span::of_words(map.words_to_record(chunk));
+                Window::lent((chunk * CHUNK_WORDS, words, CHUNK_WORDS))
+            }
             #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
             Backing::File(file) => Window::of_file(file, word, last)?,
         })
@@ -91,7 +100,7 @@ impl<'a> Backing<'a> {
     #[inline]
     pub(super) fn may_fail(&self) -> bool {
         match self {
-            Backing::Memory(_) | Backing::Sparse(_) => false,
+            Backing::Memory(_) | Backing::Sparse(_) | Backing::Chunks(_) => false,
             #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
             Backing::Failing(..) => true,
             #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
@@ -105,6 +114,12 @@ impl<'a> Backing<'a> {
         match self {
             Backing::Memory(span) => Ok(Some(Window::of_memory(*span, word))),
             Backing::Sparse(sparse) => Ok(sparse.next_chunk(word, last / 64).map(Window::lent)),
+            Backing::Chunks(map) => {
+                let found = map.next_words(word / CHUNK_WORDS, last / 64 / CHUNK_WORDS);
+                Ok(found.map(|(chunk, words)| {
+                    Window::lent((chunk * CHUNK_WORDS, Span::of_words(words), CHUNK_WORDS))
+                }))
+            }
             #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
             Backing::Failing(span, _) => Ok(Some(Window::of_memory(*span, word))),
             #[cfg(all(feature = "mmap", not(dirtymap_loom)))]

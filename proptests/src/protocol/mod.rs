@@ -15,6 +15,7 @@
 //! | `parts` | a device, two harvesters that ask for different pages of one leaf | no lost write, partial leaves |
 //! | `unmap` | a device, a harvester, an unmap that returns what is dirty | no lost write, no reuse before flush |
 //! | `ring` | a guest, two harvesters that take its pages out of KVM's ring | no lost write, copy after sync |
+//! | `consumers` | a device, two consumers that harvest, abort and join | each consumer is told every write |
 //! | `leaves` | a device, a harvester, a thread that splits and merges leaves | no lost write |
 //! | `summary` | two CPUs that mark, two harvesters of which one may fail to record | no lost write, nothing is cleared that cannot be recorded |
 //!
@@ -23,6 +24,7 @@
 //!
 //! `cargo run --release -p proptests --bin protocol` prints the table, and for each weakness the shortest way to lose.
 
+mod consumers;
 mod explore;
 mod leases;
 mod leaves;
@@ -64,9 +66,10 @@ pub fn cases() -> Vec<Case> {
         &'static [&'static str],
         fn(Option<&'static str>) -> Outcome,
     );
-    let models: [Model; 7] = [
+    let models: [Model; 8] = [
         ("skip", skip::WEAKNESSES, skip::explore_with),
         ("leases", leases::WEAKNESSES, leases::explore_with),
+        ("consumers", consumers::WEAKNESSES, consumers::explore_with),
         ("parts", parts::WEAKNESSES, parts::explore_with),
         ("unmap", unmap::WEAKNESSES, unmap::explore_with),
         ("leaves", leaves::WEAKNESSES, leaves::explore_with),
