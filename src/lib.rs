@@ -191,7 +191,8 @@ pub use source::{
 };
 
 pub use harvest::{
-    Aborted, HarvestReport, HarvestRequest, Holes, Lease, Owed, Rounds, Scope, Synced, WriteGuard,
+    Aborted, Consumer, ConsumerStats, HarvestReport, HarvestRequest, Holes, Lease, Owed, Rounds,
+    Scope, Start, Synced, WriteGuard,
 };
 
 #[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]

@@ -149,12 +149,14 @@ pub(super) enum Look<'g> {
 /// the pages of all sources, so that none of them is cut, and told as the beginning of a granule of
 /// the sink, so that no bit below it stands for anything above it. What earlier sources gave from
 /// there on is in the sink: the caller puts it back.
+///
+/// What is in flight is seen and not taken: it goes to the second sink, if there is one.
 pub(super) fn look(
     space: &AddressSpace,
     covered: &Covered,
     area: &Area,
     (part, limit): (IovaRange, IovaRange),
-    sink: &mut Sink<'_>,
+    (sink, seen): (&mut Sink<'_>, Option<&mut Sink<'_>>),
     mut how: Look<'_>,
 ) -> Result<(), Stopped> {
     let page = covered.alignment(space.page());
@@ -176,6 +178,7 @@ pub(super) fn look(
                     in_flight: &space.in_flight,
                     keep: &keep,
                     flush: &space.flush,
+                    shared: covered.audience.is_shared(),
                 };
                 let mut out = LeafSink::keeping(sink, gather, rests);
                 domain.source.read_and_clear(part, &mut out)
@@ -190,7 +193,11 @@ pub(super) fn look(
     fence(Ordering::Acquire);
     if let Some(part) = rest {
         sink.limit_to(part);
-        if let Err(error) = space.in_flight.visit(part, |write| sink.record(write)) {
+        let visited = match seen {
+            Some(seen) => space.in_flight.visit(part, |write| seen.record(write)),
+            None => space.in_flight.visit(part, |write| sink.record(write)),
+        };
+        if let Err(error) = visited {
             let at = part.start();
             (rest, outcome) = below(part, Stopped { at, error }, page);
         }
@@ -218,7 +225,7 @@ pub(super) fn look(
 }
 
 /// What is left of `part` below the page at which a source stopped, and the stop, at an address inside `part`.
-fn below(
+pub(super) fn below(
     part: IovaRange,
     stopped: Stopped,
     page: Granule,

@@ -163,6 +163,38 @@ impl Marks {
         })
     }
 
+    /// Marks the pages of `mask`, of 64 pages from `start` on, in marks that begin at address 0. The
+    /// caller has performed F1 after all that the marks stand for.
+    pub(crate) fn mark_mask(&self, start: Iova, mask: u64) {
+        debug_assert!(self.range.start() == Iova::MIN);
+        self.bits.set_mask(start.get() >> self.page.lg2(), mask);
+    }
+
+    /// As [`peek`](Self::peek), without trust in summaries, which another harvest may have cleared:
+    /// see `harvest::shared`.
+    pub(crate) fn peek_all(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+        let Some((first, last)) = self.bits_of(range) else {
+            return Ok(());
+        };
+        self.bits.peek_all(first, last, |bit, mask| {
+            let recorded = sink.record_mask(self.page_at(bit), self.page, mask);
+            recorded.map_err(|error| self.stopped(bit, range, error))
+        })
+    }
+
+    /// Visits the words of `range` that have marks, without trust in summaries.
+    pub(crate) fn visit_all(&self, range: IovaRange, visit: &mut impl FnMut(Iova, u64)) {
+        let Some((first, last)) = self.bits_of(range) else {
+            return;
+        };
+        let Ok(()) = self
+            .bits
+            .peek_all(first, last, |bit, mask| -> Result<(), Infallible> {
+                visit(self.page_at(bit), mask);
+                Ok(())
+            });
+    }
+
     /// Clears the marks of `range`, which is made of whole pages. Returns how many there were.
     pub(crate) fn clear(&self, range: IovaRange) -> u64 {
         let mut pages = 0;

@@ -4,6 +4,7 @@
 //! interface. Marks by CPU threads belong to the address space itself, and take part in the same
 //! harvest and the same flush.
 
+mod flights;
 mod gone;
 mod in_flight;
 mod leaf_sink;
@@ -19,6 +20,7 @@ mod shared;
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod loom_tests;
 
+pub(crate) use flights::{Flight, Flights};
 pub(crate) use in_flight::{FlightSlot, InFlight};
 pub(crate) use leaf_sink::Rests;
 pub use leaf_sink::{LeafSink, ToClear};

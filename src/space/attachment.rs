@@ -58,6 +58,7 @@
 use std::convert::Infallible;
 
 use super::emptying::Emptied;
+use super::members::{Audience, Member};
 use super::retired::Source;
 use super::rules::{Attachments, Rules};
 use super::tracking::Switch;
@@ -88,7 +89,7 @@ pub(crate) struct Attachment {
 }
 
 impl Attachment {
-    fn is_leaving(&self) -> bool {
+    pub(super) fn is_leaving(&self) -> bool {
         // Acquire: pairs with the Release in `release`, directly, or through the lock of the pairs
         // or the tree's root. If it sees that store, the domain is not filled; if not, F6 and F7
         // decide, as the module says.
@@ -104,7 +105,7 @@ impl std::fmt::Debug for Attachment {
 
 /// The range of a put-back store: all addresses. Fewer in the model checker, where a bitmap of all
 /// of them would be dozens of levels deep.
-fn put_back_range() -> IovaRange {
+pub(super) fn put_back_range() -> IovaRange {
     if TINY {
         IovaRange::new(Iova::MIN, Iova::new(0x3_ffff)).unwrap_or(IovaRange::ALL)
     } else {
@@ -389,7 +390,12 @@ impl AddressSpace {
     /// Where a batch has promised an area, a source may have been filled with it already, and the page
     /// may belong to it: it goes to the put-back stores of the domains, which the area finds when it
     /// comes. It counts as outside all the same, because it may belong to an area that has gone.
+    ///
+    /// In a space with consumers, `run` goes to the store of the lease's consumer instead.
     pub(crate) fn put_back(&self, run: IovaRange, covered: &Covered, taken: u64) -> Outside {
+        if let Some(member) = covered.audience.own() {
+            return self.put_back_for(member, run, covered, taken);
+        }
         // Before the look at the areas: a promise becomes an area in one step.
         for promised in self.snapshot().rules().promised_parts(run) {
             for domain in covered.domains() {
@@ -476,6 +482,8 @@ pub(crate) struct Covered {
     /// The position of the only domain, if it is only one.
     only: Option<usize>,
     pub(crate) marks: bool,
+    /// For whom the harvest takes, and to whom it leaves what it takes.
+    pub(crate) audience: Audience,
 }
 
 impl Covered {
@@ -485,7 +493,17 @@ impl Covered {
             all: rules.attachments().clone(),
             only: None,
             marks: true,
+            audience: Audience::unnamed(rules),
         }
+    }
+
+    /// The same for `member`, which must be a consumer of the space.
+    ///
+    /// # Errors
+    /// [`Error::ConsumerLeft`].
+    pub(crate) fn for_member(self, rules: &Rules, member: &Arc<Member>) -> Result<Self, Error> {
+        let audience = Audience::of(rules, member)?;
+        Ok(Covered { audience, ..self })
     }
 
     /// One domain.
@@ -498,6 +516,7 @@ impl Covered {
             only: Some(all.position(id)?),
             all,
             marks: false,
+            audience: Audience::unnamed(rules),
         })
     }
 
@@ -507,6 +526,7 @@ impl Covered {
             only: self.all.position(domain.id).ok(),
             all: self.all.clone(),
             marks: false,
+            audience: Audience::default(),
         }
     }
 

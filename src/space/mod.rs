@@ -22,6 +22,7 @@ mod flushing;
 #[cfg(all(test, not(dirtymap_loom)))]
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod growth_tests;
+mod members;
 mod pairs;
 mod plan;
 mod retired;
@@ -30,12 +31,14 @@ mod snapshot;
 mod stats;
 mod tracking;
 mod unmap;
+mod walks;
 
 pub use allocation::SpaceRanges;
 pub(crate) use area::Area;
 pub(crate) use attachment::{Attachment, Covered};
 pub use change::Change;
 pub use faults::{Fault, FaultSource, Faults};
+pub(crate) use members::{Beginning, Member, MemberCounts};
 pub use snapshot::SpaceSnapshot;
 pub(crate) use stats::Counters;
 pub use stats::SpaceStats;
@@ -45,13 +48,14 @@ use crate::area::AreaTree;
 use crate::error::Error;
 use crate::events;
 use crate::flush::FlushQueue;
-use crate::source::{DirtySource, InFlight, Mapping, MarkOrdering, NearMarks};
+use crate::source::{DirtySource, Flights, InFlight, Mapping, MarkOrdering, NearMarks};
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, fence};
 use crate::units::{Access, DomainId, Granule, Iova, IovaRange, ToIovaRange};
 use faults::Log;
 use retired::LastRetired;
 use rules::Rules;
 use tracking::Switch;
+use walks::Walks;
 
 /// The areas of one moment.
 pub(crate) type Areas<'a> = SpaceSnapshot<'a>;
@@ -90,6 +94,11 @@ pub struct AddressSpace {
     pub(crate) areas: AreaTree<Area, 16, Rules>,
     pub(crate) flush: FlushQueue,
     pub(crate) in_flight: InFlight,
+    /// What harvests have taken and not left to other consumers yet.
+    pub(crate) flights: Flights,
+    /// The pieces whose summaries such harvests may have cleared.
+    pub(crate) hiding: InFlight,
+    pub(crate) walks: Walks,
     pub(crate) counters: Arc<Counters>,
     faults: Arc<Log>,
     tracking: Switch,
@@ -110,6 +119,9 @@ impl AddressSpace {
             areas: AreaTree::new(),
             flush: FlushQueue::new(),
             in_flight: InFlight::new(),
+            flights: Flights::new(attachment::put_back_range(), page),
+            hiding: InFlight::new(),
+            walks: Walks::new(),
             counters: Arc::new(Counters::default()),
             faults: Arc::new(Log::new()),
             tracking: Switch::new(),

@@ -8,6 +8,7 @@
 use std::ops::Deref;
 
 use super::attachment::Attachment;
+use super::members::{Member, Members};
 use crate::error::Error;
 use crate::sync::Arc;
 use crate::units::{DomainId, Granule, Iova, IovaRange};
@@ -26,6 +27,7 @@ pub(crate) struct Rules {
     /// in order.
     promised: Vec<IovaRange>,
     attachments: Attachments,
+    members: Members,
 }
 
 /// The attached domains of one moment, in the order in which they were attached. Cheap to clone.
@@ -66,6 +68,21 @@ impl Rules {
     /// The attached domains.
     pub(crate) fn attachments(&self) -> &Attachments {
         &self.attachments
+    }
+
+    /// The consumers.
+    pub(crate) fn members(&self) -> &Members {
+        &self.members
+    }
+
+    /// The rules with the list of consumers that `change` makes of the present one.
+    pub(crate) fn with_members(&self, change: impl FnOnce(&mut Vec<Arc<Member>>)) -> Rules {
+        let mut members = self.members.to_vec();
+        change(&mut members);
+        Rules {
+            members: Members::new(members),
+            ..self.clone()
+        }
     }
 
     /// The rules with the list of domains that `change` makes of the present one.
