@@ -162,10 +162,7 @@ fn look_further(
         // Acquire: pairs with the Release of a clear, or the Release fence before it, in
         // `LeafSink` and `take::clear`. A page that was found clear is seen in flight.
         fence(Ordering::Acquire);
-        match performs(Step::LookAtFlights) {
-            true => space.flights.look(part, own, sink),
-            false => Ok(()),
-        }
+        space.flights.look(part, own, sink)
     });
     let further = further.and_then(|()| {
         // Acquire: pairs with the Release stores of `ChunkMap::wipe`. A page that was found wiped
@@ -226,6 +223,7 @@ struct Taking<'s> {
     gather: FlushGather,
     /// Leaves that the queue got.
     entries: u64,
+    handed_over: bool,
 }
 
 impl<'s> Taking<'s> {
@@ -237,6 +235,7 @@ impl<'s> Taking<'s> {
             flight: space.flights.claim(),
             gather: FlushGather::new(),
             entries: 0,
+            handed_over: false,
         }
     }
 
@@ -290,13 +289,16 @@ impl<'s> Taking<'s> {
             });
         debug_assert!(done.is_ok());
         self.flight.wipe(self.part);
+        self.handed_over = true;
     }
 }
 
 impl Drop for Taking<'_> {
     fn drop(&mut self) {
-        // Nothing is left here unless a source has panicked.
-        self.leave(|_, _| false);
+        if !self.handed_over {
+            // A source has panicked.
+            self.leave(|_, _| false);
+        }
         self.flight.free();
     }
 }

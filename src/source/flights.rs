@@ -27,7 +27,7 @@ use std::convert::Infallible;
 use crate::bitmap::{ChunkMap, Sink, UserBitmap};
 use crate::error::Error;
 use crate::source::Stopped;
-use crate::sync::{AtomicBool, OnceLock, Ordering};
+use crate::sync::{AtomicBool, OnceLock, Ordering, Step, performs};
 use crate::units::{Granule, Iova, IovaRange};
 
 /// The flights of a space.
@@ -72,6 +72,11 @@ impl Flights {
         }
     }
 
+    fn list(&self) -> Option<&Flight> {
+        let first = self.first.get().filter(|_| performs(Step::LookAtFlights));
+        first.map(|flight| &**flight)
+    }
+
     /// Records in `sink` what others than the owner of `own` have in flight in `range`.
     ///
     /// # Errors
@@ -82,25 +87,25 @@ impl Flights {
         own: Option<&Flight>,
         sink: &mut Sink<'_>,
     ) -> Result<(), Stopped> {
-        let mut next = self.first.get();
+        let mut next = self.list();
         while let Some(flight) = next {
-            if !own.is_some_and(|own| std::ptr::eq(own, &**flight)) {
+            if !own.is_some_and(|own| std::ptr::eq(own, flight)) {
                 flight.record(range, sink)?;
             }
-            next = flight.next.get();
+            next = flight.next.get().map(|next| &**next);
         }
         Ok(())
     }
 
     /// Visits the words of pages that are in flight in `range`.
     pub(crate) fn visit(&self, range: IovaRange, visit: &mut impl FnMut(Iova, u64)) {
-        let mut next = self.first.get();
+        let mut next = self.list();
         while let Some(flight) = next {
             let Ok(()) = flight.visit(range, |at, mask| -> Result<(), Infallible> {
                 visit(at, mask);
                 Ok(())
             });
-            next = flight.next.get();
+            next = flight.next.get().map(|next| &**next);
         }
     }
 }
@@ -176,7 +181,7 @@ mod tests {
     fn seen(flights: &Flights, range: IovaRange, own: Option<&Flight>) -> Vec<u64> {
         let mut words = [0; 4];
         let view = UserBitmap::new(&mut words)
-            .view(range, Granule::K4)
+            .view(range, flights.page)
             .unwrap();
         flights.look(range, own, &mut view.sink()).unwrap();
         view.bits().collect()

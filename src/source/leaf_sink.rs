@@ -480,6 +480,7 @@ mod tests {
             in_flight: &in_flight,
             keep: &keep,
             flush: &flush,
+            shared: false,
         };
         let mut words = [0; 5];
         let mut gather = FlushGather::new();

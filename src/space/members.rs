@@ -164,11 +164,11 @@ impl Member {
 
 /// The consumers of one moment. Cheap to clone.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Members(Arc<Vec<Arc<Member>>>);
+pub(crate) struct Members(Option<Arc<Vec<Arc<Member>>>>);
 
 impl Members {
     pub(super) fn new(members: Vec<Arc<Member>>) -> Self {
-        Members(Arc::new(members))
+        Members(Some(Arc::new(members)))
     }
 }
 
@@ -176,7 +176,7 @@ impl Deref for Members {
     type Target = [Arc<Member>];
 
     fn deref(&self) -> &Self::Target {
-        &self.0
+        self.0.as_ref().map_or(&[], |members| members)
     }
 }
 
