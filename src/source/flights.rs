@@ -23,17 +23,18 @@
 //! for each 32768 pages.
 
 use std::convert::Infallible;
+use std::ptr;
 
 use crate::bitmap::{ChunkMap, Sink, UserBitmap};
 use crate::error::Error;
 use crate::source::Stopped;
-use crate::sync::{AtomicBool, OnceLock, Ordering, Step, performs};
+use crate::sync::{AtomicBool, AtomicPtr, Ordering, Step, performs};
 use crate::units::{Granule, Iova, IovaRange};
 
 /// The flights of a space.
 #[derive(Debug)]
 pub(crate) struct Flights {
-    first: OnceLock<Box<Flight>>,
+    first: Next,
     /// All addresses that pages may have.
     range: IovaRange,
     page: Granule,
@@ -45,14 +46,67 @@ pub(crate) struct Flight {
     bits: ChunkMap,
     page: Granule,
     claimed: AtomicBool,
-    next: OnceLock<Box<Flight>>,
+    next: Next,
+}
+
+/// The flight that follows in the list, if there is one. It lives as long as the list.
+#[derive(Debug)]
+struct Next(AtomicPtr<Flight>);
+
+impl Next {
+    fn none() -> Self {
+        Next(AtomicPtr::new(ptr::null_mut()))
+    }
+
+    fn get(&self) -> Option<&Flight> {
+        // Acquire: pairs with the Release in `get_or`; publishes the contents.
+        let next = self.0.load(Ordering::Acquire);
+        // SAFETY: a linked flight lives as long as the list, which `self` belongs to.
+        unsafe { next.as_ref() }
+    }
+
+    fn get_or(&self, new: impl FnOnce() -> Flight) -> &Flight {
+        if let Some(next) = self.get() {
+            return next;
+        }
+        let fresh = Box::into_raw(Box::new(new()));
+        // Release on success: publishes the fresh flight. Acquire on failure: another thread has
+        // linked one first, and we use that one.
+        let (success, failure) = (Ordering::Release, Ordering::Acquire);
+        let linked = self
+            .0
+            .compare_exchange(ptr::null_mut(), fresh, success, failure);
+        let next = match linked {
+            Ok(_) => fresh,
+            Err(winner) => {
+                // SAFETY: `fresh` came from `Box::into_raw` above and was not linked.
+                drop(unsafe { Box::from_raw(fresh) });
+                winner
+            }
+        };
+        // SAFETY: as in `get`.
+        unsafe { &*next }
+    }
+}
+
+impl Drop for Flights {
+    fn drop(&mut self) {
+        // Relaxed: exclusive access, here and below.
+        let mut next = self.first.0.load(Ordering::Relaxed);
+        while !next.is_null() {
+            // SAFETY: made by `Box::into_raw` in `get_or` and linked once; `drop` has the only
+            // reference left.
+            let flight = unsafe { Box::from_raw(next) };
+            next = flight.next.0.load(Ordering::Relaxed);
+        }
+    }
 }
 
 impl Flights {
     /// No flights. Allocates nothing.
     pub(crate) fn new(range: IovaRange, page: Granule) -> Self {
         Flights {
-            first: OnceLock::new(),
+            first: Next::none(),
             range,
             page,
         }
@@ -63,7 +117,7 @@ impl Flights {
     pub(crate) fn claim(&self) -> &Flight {
         let mut place = &self.first;
         loop {
-            let flight = place.get_or_init(|| Box::new(Flight::new(self.range, self.page)));
+            let flight = place.get_or(|| Flight::new(self.range, self.page));
             // Acquire: pairs with the Release in `free`; the new owner sees the words wiped.
             if !flight.claimed.swap(true, Ordering::Acquire) {
                 return flight;
@@ -73,8 +127,9 @@ impl Flights {
     }
 
     fn list(&self) -> Option<&Flight> {
-        let first = self.first.get().filter(|_| performs(Step::LookAtFlights));
-        first.map(|flight| &**flight)
+        performs(Step::LookAtFlights)
+            .then(|| self.first.get())
+            .flatten()
     }
 
     /// Records in `sink` what others than the owner of `own` have in flight in `range`.
@@ -89,10 +144,10 @@ impl Flights {
     ) -> Result<(), Stopped> {
         let mut next = self.list();
         while let Some(flight) = next {
-            if !own.is_some_and(|own| std::ptr::eq(own, flight)) {
+            if !own.is_some_and(|own| ptr::eq(own, flight)) {
                 flight.record(range, sink)?;
             }
-            next = flight.next.get().map(|next| &**next);
+            next = flight.next.get();
         }
         Ok(())
     }
@@ -105,7 +160,7 @@ impl Flights {
                 visit(at, mask);
                 Ok(())
             });
-            next = flight.next.get().map(|next| &**next);
+            next = flight.next.get();
         }
     }
 }
@@ -116,7 +171,7 @@ impl Flight {
             bits: ChunkMap::new(range.last().get() >> page.lg2()),
             page,
             claimed: AtomicBool::new(false),
-            next: OnceLock::new(),
+            next: Next::none(),
         }
     }
 
