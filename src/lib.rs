@@ -11,6 +11,7 @@
 //! | map memory, mark writes, harvest | [`AddressSpace`] | [`guide`] |
 //! | mark on a hot path | [`AreaHandle::mark`] | [`guide`] |
 //! | harvest everything, round after round | [`AddressSpace::rounds`] | [`guide`] |
+//! | several consumers of one memory | [`AddressSpace::consumer`], [`Consumer`] | [`many`] |
 //! | harvest a range into my own bitmap | [`AddressSpace::harvest`], [`UserBitmap`] | below |
 //! | look without clearing | [`AddressSpace::peek`] | |
 //! | copy, commit or abort | [`Lease`] | below |
@@ -32,6 +33,7 @@
 //! | decide when to flush | [`FlushPolicy`] | |
 //!
 //! [`apply`]: AddressSpace::apply
+//! [`many`]: crate::guide::many
 //! [`monitors`]: crate::guide::monitors
 //! [`exchange`]: crate::guide::exchange
 //! [`vm_memory`]: crate::guide::vm_memory
@@ -240,6 +242,7 @@ macro_rules! page {
             "[vhost]: crate::guide::vhost\n",
             "[pagemap]: crate::guide::pagemap\n",
             "[joint]: crate::guide::joint\n",
+            "[many]: crate::guide::many\n",
             "[monitors]: crate::guide::monitors\n",
             "[exchange]: crate::guide::exchange\n",
             "[bugs]: crate::guide::bugs\n",
