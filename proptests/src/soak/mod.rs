@@ -130,6 +130,9 @@ fn spawn_all<'scope, 'env>(scope: &'scope thread::Scope<'scope, 'env>, world: &'
     for nth in 0..options.harvesters {
         act(Box::new(move || Harvester::new(world, nth).run()));
     }
+    for who in 1..=options.consumers as usize {
+        act(Box::new(move || Harvester::of_consumer(world, who).run()));
+    }
 }
 
 /// Tells each second how it goes, and compares every few seconds, until the time is over. `grown` becomes the resident
