@@ -407,3 +407,13 @@ impl Error {
         }
     }
 }
+
+/// A walk of a source stopped inside the range that it was given.
+#[derive(Debug)]
+pub struct Stopped {
+    /// The first address that was not processed. Everything below it was processed; nothing from it
+    /// on was touched.
+    pub at: Iova,
+    /// Why it stopped.
+    pub error: Error,
+}

@@ -42,6 +42,19 @@ pub use witness::Witness;
 /// models reach every border.
 pub const TINY: bool = cfg!(any(dirtymap_loom, dirtymap_shuttle));
 
+/// Prefetches a cache line: a hint, which changes no result.
+#[inline]
+pub(crate) fn prefetch(line: *const u8) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint; it neither faults nor reads, for any address.
+        unsafe { _mm_prefetch(line.cast(), _MM_HINT_T0) };
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+    let _ = line;
+}
+
 #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
 mod imp {
     pub use std::sync::atomic::{

@@ -181,7 +181,7 @@ impl IovaRange {
 
     /// The smallest range that covers both ranges.
     #[inline]
-    pub(crate) const fn hull(self, other: IovaRange) -> Self {
+    pub const fn hull(self, other: IovaRange) -> Self {
         IovaRange {
             start: if self.start.0 < other.start.0 {
                 self.start
@@ -258,6 +258,32 @@ impl IovaRange {
     pub const fn intersects(self, other: IovaRange) -> bool {
         self.start.0 <= other.last.0 && other.start.0 <= self.last.0
     }
+    }
+
+    /// The part of the range below `at`; `None` if there is none.
+    ///
+    /// ```
+    /// use dirtymap::{Iova, ToIovaRange};
+    ///
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// let range = (0x1000..0x4000).to_iova_range()?;
+    /// assert_eq!(range.below(Iova::new(0x2000)), Some((0x1000..0x2000).to_iova_range()?));
+    /// assert_eq!(range.below(Iova::new(0x9000)), Some(range));
+    /// assert_eq!(range.below(Iova::new(0x1000)), None);
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[inline]
+    pub const fn below(self, at: Iova) -> Option<IovaRange> {
+        if at.0 <= self.start.0 {
+            return None;
+        }
+        let last = if at.0 - 1 < self.last.0 {
+            Iova(at.0 - 1)
+        } else {
+            self.last
+        };
+        Some(IovaRange { last, ..self })
     }
 
     /// Whether the range starts and ends at multiples of `granule`.

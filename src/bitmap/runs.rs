@@ -4,10 +4,35 @@
 //! counts as dirty throughout, and the iterator's `error` says so: a caller that ignores it copies
 //! too much, never too little.
 
+use super::BitmapView;
 use super::window::{Backing, Window};
-use super::{BitmapView, word_mask};
 use crate::error::Error;
 use crate::units::IovaRange;
+use crate::words::word_mask;
+
+impl<'a> BitmapView<'a> {
+    /// The words that are not zero, in order.
+    pub fn words(&self) -> Words<'a> {
+        Words::new(self)
+    }
+
+    /// The numbers of the set bits, in order.
+    pub fn bits(&self) -> Bits<'a> {
+        Bits::new(self)
+    }
+
+    /// The maximal runs of dirty granules, in order.
+    pub fn runs(&self) -> Runs<'a> {
+        Runs::new(*self)
+    }
+
+    /// How many bits of the view are set. Windows of a file that cannot be read count as set.
+    pub fn count(&self) -> u64 {
+        self.words()
+            .map(|(_, word)| u64::from(word.count_ones()))
+            .sum()
+    }
+}
 
 /// Reads the words of a bitmap in ascending order, window by window.
 #[derive(Debug)]
@@ -101,8 +126,8 @@ impl<'a> Words<'a> {
         self.error.as_ref()
     }
 
-    /// The same, to be given away.
-    pub(crate) fn take_error(&mut self) -> Option<Error> {
+    /// As [`error`](Self::error), and gives it away.
+    pub fn take_error(&mut self) -> Option<Error> {
         self.error.take()
     }
 
@@ -276,8 +301,12 @@ impl<'a> Runs<'a> {
         self.bits.words.error()
     }
 
-    /// The next run, unless a window could not be read on the way to it.
-    pub(crate) fn next_readable(&mut self) -> Result<Option<IovaRange>, Error> {
+    /// The next run, unless a window could not be read on the way to it: for callers that had
+    /// rather stop than take the bits of such a window for dirty.
+    ///
+    /// # Errors
+    /// [`Error::BitmapShrank`] or [`Error::BitmapWindow`] with the window of a file.
+    pub fn next_readable(&mut self) -> Result<Option<IovaRange>, Error> {
         let run = self.next();
         match self.bits.words.take_error() {
             Some(error) => Err(error),

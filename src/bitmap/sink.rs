@@ -1,12 +1,19 @@
 //! The sink: what a dirty source writes its findings into.
 
-use super::chunk::LINE_WORDS;
-use super::take::ones;
+use super::BitmapView;
 use super::window::Window;
-use super::{BitmapView, word_mask, word_masks, word_runs};
+use crate::chunkmap::LINE_WORDS;
 use crate::error::Error;
 use crate::sync::Ordering;
 use crate::units::{Granule, Iova, IovaRange};
+use crate::words::{word_mask, word_masks, word_runs};
+
+impl<'a> BitmapView<'a> {
+    /// A sink that records into this view.
+    pub fn sink(&self) -> Sink<'a> {
+        Sink::new(*self, false)
+    }
+}
 
 /// What a dirty source writes its findings into during one harvest.
 ///
@@ -187,28 +194,26 @@ impl<'a> Sink<'a> {
         Ok(())
     }
 
-    /// As [`or`](Self::or), for `seen` from `word` on; `found` says which of them are not 0. False,
+    /// As [`or`](Self::or), for `seen` from `word` on. False,
     /// and nothing is recorded, if the bitmap is shared or not all of the words are at hand.
     #[inline]
-    pub(crate) fn or_line(&mut self, word: u64, seen: &[u64; LINE_WORDS], found: u64) -> bool {
+    pub(crate) fn or_line(&mut self, word: u64, seen: &[u64; LINE_WORDS]) -> bool {
         if !self.exclusive {
             return false;
         }
         let Some(words) = self.window.whole::<LINE_WORDS>(word) else {
             return false;
         };
-        let mut bits_set = 0;
-        for nth in ones(found) {
+        // Words of 0 change nothing. Without a branch for each word the compiler counts several at
+        // once, and counting is more than half of the work of a processor without an instruction
+        // for it.
+        let fresh: [u64; LINE_WORDS] = std::array::from_fn(|nth| {
             // Relaxed, both: as in `Span::or_alone`.
             let old = u64::from_le(words[nth].load(Ordering::Relaxed));
             words[nth].store((old | seen[nth]).to_le(), Ordering::Relaxed);
-            // Without a look at single bits: in a line of several words it is as often wrong as
-            // right.
-            bits_set += match seen[nth] & !old {
-                u64::MAX => 64,
-                bits => u64::from(bits.count_ones()),
-            };
-        }
+            seen[nth] & !old
+        });
+        let bits_set: u64 = fresh.iter().map(|word| u64::from(word.count_ones())).sum();
         self.bits_set += bits_set;
         true
     }

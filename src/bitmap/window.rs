@@ -12,16 +12,13 @@
 //! | file, to record | 2 MiB, or as told | mapping it, if the file has it, and its system room |
 //! | file, to read | 64 KiB | copying it, after a look at the length of the file |
 
-use super::chunks::{CHUNK_WORDS, ChunkMap};
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
 use super::file::{FileBitmap, Mapping};
 use super::span::Span;
-use super::{SparseBitmap, WINDOW_BITS};
+use super::{MAX_BITS, SparseBitmap, WINDOW_BITS};
+use crate::chunkmap::{CHUNK_WORDS, ChunkMap};
 use crate::error::Error;
 use crate::sync::AtomicU64;
-
-/// The most bits that a bitmap of any form is used for: positions then never wrap.
-pub(super) const MAX_BITS: u64 = 1 << 63;
 
 /// Where the bits of a bitmap live.
 #[derive(Clone, Copy, Debug)]

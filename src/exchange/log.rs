@@ -1,8 +1,9 @@
 //! A dirty log that other code keeps, as it lies in memory.
 
-use crate::bitmap::{BitmapView, RunBits, word_mask};
+use crate::bitmap::{BitmapView, RunBits};
 use crate::error::Error;
 use crate::units::{Granule, Iova, IovaRange};
+use crate::words::word_mask;
 
 /// A dirty log of a kernel, a device or another process, read only.
 ///

@@ -52,6 +52,7 @@ mod committed;
 mod consumer;
 mod held;
 mod lease;
+mod look;
 #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
 mod parallel;
 mod request;
@@ -61,14 +62,14 @@ mod walk;
 mod write_guard;
 
 pub use consumer::{Consumer, ConsumerStats, Start};
-pub use lease::{Aborted, HarvestReport, Lease, Owed, Synced};
+pub use lease::{Lease, Owed, Synced};
 pub use request::{HarvestRequest, Holes, Scope};
 pub use rounds::Rounds;
 pub use write_guard::WriteGuard;
 
 use crate::bitmap::{BitmapView, Bound, UserBitmap};
 use crate::error::Error;
-use crate::space::{AddressSpace, Areas, Covered, Member};
+use crate::space::{AddressSpace, Areas, Audience, Covered, Member};
 use crate::sync::Arc;
 use crate::units::IovaRange;
 use held::{Held, SpaceRef};
@@ -197,13 +198,14 @@ impl AddressSpace {
         }
         let bound = bitmap.bind(range, request.granule())?;
         let covered = match request.scope() {
-            Scope::All => Covered::everything(snapshot.rules()),
-            Scope::Domain(domain) => Covered::domain(snapshot.rules(), domain)?,
+            Scope::All => Covered::everything(snapshot.rules().attachments()),
+            Scope::Domain(domain) => Covered::domain(snapshot.rules().attachments(), domain)?,
         };
-        let covered = match member {
-            None => covered,
-            Some(member) => covered.for_member(snapshot.rules(), member)?,
-        };
+        let members = snapshot.rules().members();
+        let covered = covered.heard_by(match member {
+            None => Audience::unnamed(members),
+            Some(member) => Audience::of(members, member)?,
+        });
         if !self.ever_tracked(&covered) {
             return Err(Error::NeverTracked { range });
         }

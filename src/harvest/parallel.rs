@@ -13,7 +13,8 @@
 use rayon::prelude::*;
 
 use super::lease::{Holding, Recorded, walked_to};
-use super::walk::{Look, areas, look};
+use super::look::{Look, look};
+use super::walk::areas;
 use super::{HarvestRequest, Lease, Owed};
 use crate::bitmap::{BitmapView, CHUNK_BITS};
 use crate::flush::FlushGather;

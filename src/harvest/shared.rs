@@ -47,10 +47,11 @@
 //! flush queue is locked once for each piece of 64 GiB (at 4 KiB a page) that owes something, and
 //! each word of dirty pages is stored once for each consumer.
 
-use super::walk::{Look, below, look};
+use super::look::{Look, below, look};
 use crate::bitmap::{Sink, WINDOW_BITS};
+use crate::error::Stopped;
 use crate::flush::FlushGather;
-use crate::source::{Flight, FlightSlot, Stopped};
+use crate::marks::{Flight, FlightSlot};
 use crate::space::{AddressSpace, Area, Covered};
 use crate::sync::{Ordering, Step, fence, performs};
 use crate::units::{Iova, IovaRange};

@@ -1,7 +1,7 @@
 //! Writes that take their time: dirty from before they begin until after they end.
 
 use crate::error::Error;
-use crate::source::FlightSlot;
+use crate::marks::FlightSlot;
 use crate::space::AddressSpace;
 use crate::sync::{Step, performs};
 use crate::units::{IovaRange, ToIovaRange};
@@ -56,7 +56,7 @@ impl AddressSpace {
         let range = range.to_iova_range()?;
         if let Some(at) = self.snapshot().contiguous(range).find_map(Result::err) {
             let bytes = range.last().get() - at.get();
-            self.outside_mark(at, bytes.saturating_add(1));
+            self.report_outside_mark(at, bytes.saturating_add(1));
             return Err(Error::Outside { at });
         }
         let range = range.round_out(self.page());
@@ -74,7 +74,7 @@ impl Drop for WriteGuard<'_> {
         if early {
             self.slot.free();
         }
-        // The mark first, then the slot: one of the two always names the pages. See `source::in_flight`.
+        // The mark first, then the slot: one of the two always names the pages. See `marks::in_flight`.
         let _ = self.space.mark(self.range);
         if !early {
             self.slot.free();

@@ -1,11 +1,12 @@
 //! A log in shared memory: someone else sets bits, harvests take them.
 
 use super::{DirtySource, LeafSink, Stopped, Tracking};
-use crate::bitmap::{Sink, word_masks, word_runs};
+use crate::bitmap::Sink;
 use crate::error::Error;
 use crate::flush::FlushGather;
 use crate::sync::{AtomicBool, AtomicU64, Ordering};
 use crate::units::{Granule, Iova, IovaRange, ToIovaRange};
+use crate::words::{word_masks, word_runs};
 
 /// A dirty log in memory that its writers share with the harvests: bit `n` of the words is page `n`
 /// of its range, least significant bit first.

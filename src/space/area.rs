@@ -27,10 +27,11 @@
 //! that was ever marked, in unmapped parts too, rounded up to groups of 512 chunks (2 MiB of bits,
 //! as far as the system has backed them).
 
-use super::Outside;
-use super::attachment::Attachment;
+use super::domain::Attachment;
+use super::outside::Outside;
 use crate::error::Error;
-use crate::source::{Mapping, MarkOrdering, Marks};
+use crate::marks::{MarkOrdering, Marks};
+use crate::source::Mapping;
 use crate::sync::{Arc, AtomicU8, AtomicU64, Mutex, MutexGuard, Ordering, lock};
 use crate::units::{Granule, IovaRange};
 

@@ -2,10 +2,10 @@
 //! the worst.
 
 use super::AddressSpace;
-use super::attachment::Attachment;
+use super::domain::Attachment;
 use crate::failure::{Failure, Panic, attempt, call, keep_first};
 use crate::flush::{FlushGather, Ticket};
-use crate::source::Marks;
+use crate::marks::Marks;
 use crate::sync::{Step, performs};
 use crate::units::{Granule, IovaRange};
 

@@ -24,14 +24,15 @@
 use std::convert::Infallible;
 use std::ops::Deref;
 
-use super::attachment::{Covered, put_back_range};
-use super::rules::Rules;
-use super::{AddressSpace, Area, FaultSource, Outside};
+use super::attachment::put_back_range;
+use super::domain::Covered;
+use super::outside::Outside;
+use super::{AddressSpace, Area, FaultSource};
 use crate::bitmap::Sink;
 use crate::error::Error;
 use crate::failure::{Failure, attempt};
 use crate::flush::FlushGather;
-use crate::source::Marks;
+use crate::marks::Marks;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering, Step, fence, lock, performs};
 use crate::units::{Granule, Iova, IovaRange};
 
@@ -140,7 +141,7 @@ impl Member {
             return;
         };
         let number = |iova: Iova| ((iova.get() - start.get()) >> self.page.lg2()) as u32;
-        let mine = crate::bitmap::word_mask(number(inside.start()), number(inside.last()));
+        let mine = crate::words::word_mask(number(inside.start()), number(inside.last()));
         if mask & mine != 0 {
             self.pending.mark_mask(start, mask & mine);
         }
@@ -190,9 +191,9 @@ pub(crate) struct Audience {
 
 impl Audience {
     /// The unnamed consumer, and the others.
-    pub(super) fn unnamed(rules: &Rules) -> Self {
+    pub(crate) fn unnamed(members: &Members) -> Self {
         Audience {
-            all: rules.members().clone(),
+            all: members.clone(),
             own: 0,
         }
     }
@@ -201,8 +202,8 @@ impl Audience {
     ///
     /// # Errors
     /// [`Error::ConsumerLeft`].
-    pub(super) fn of(rules: &Rules, member: &Arc<Member>) -> Result<Self, Error> {
-        let all = rules.members().clone();
+    pub(crate) fn of(members: &Members, member: &Arc<Member>) -> Result<Self, Error> {
+        let all = members.clone();
         let own = all.iter().position(|other| other.id == member.id);
         let own = own.ok_or_else(|| Error::ConsumerLeft {
             name: member.name().into(),
@@ -445,7 +446,7 @@ impl AddressSpace {
         range: IovaRange,
         stores: impl Iterator<Item = &'m Marks> + Clone,
         sink: &mut Sink<'_>,
-    ) -> Result<(), crate::source::Stopped> {
+    ) -> Result<(), crate::error::Stopped> {
         // Acquire: pairs with the Release fence after a claim in `harvest::shared`. If a summary
         // was found clear because of that harvest, its claim, or the end of it, is seen.
         fence(Ordering::Acquire);

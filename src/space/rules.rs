@@ -5,13 +5,11 @@
 //! a map and a reservation race, one of them sees the other. A change takes time in proportion to
 //! the number of reserved and allowed ranges, of which a platform has a handful.
 
-use std::ops::Deref;
-
-use super::attachment::Attachment;
+use super::domain::{Attachment, Attachments};
 use super::members::{Member, Members};
 use crate::error::Error;
 use crate::sync::Arc;
-use crate::units::{DomainId, Granule, Iova, IovaRange};
+use crate::units::{Granule, Iova, IovaRange};
 
 /// See the [module](self).
 #[derive(Clone, Debug, Default)]
@@ -28,40 +26,6 @@ pub(crate) struct Rules {
     promised: Vec<IovaRange>,
     attachments: Attachments,
     members: Members,
-}
-
-/// The attached domains of one moment, in the order in which they were attached. Cheap to clone.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Attachments(Arc<Vec<Arc<Attachment>>>);
-
-impl Attachments {
-    /// # Errors
-    /// [`Error::NotAttached`].
-    pub(crate) fn find(&self, domain: DomainId) -> Result<&Arc<Attachment>, Error> {
-        self.position(domain).map(|at| &self[at])
-    }
-
-    /// # Errors
-    /// [`Error::NotAttached`].
-    pub(crate) fn position(&self, domain: DomainId) -> Result<usize, Error> {
-        // Ids grow with each attach.
-        self.binary_search_by_key(&domain, |attachment| attachment.id)
-            .map_err(|_| Error::NotAttached { domain })
-    }
-
-    /// The largest of `own` and the smallest pages of these domains.
-    pub(crate) fn alignment(&self, own: Granule) -> Granule {
-        let pages = self.iter().map(|domain| domain.page);
-        pages.fold(own, Granule::max)
-    }
-}
-
-impl Deref for Attachments {
-    type Target = [Arc<Attachment>];
-
-    fn deref(&self) -> &Self::Target {
-        &self.0
-    }
 }
 
 impl Rules {

@@ -93,23 +93,9 @@ use crate::bitmap::{BitmapView, UserBitmap};
 use crate::error::Error;
 use crate::events;
 use crate::failure::Failure;
+use crate::report::Unmapped;
 use crate::sync::{Arc, Ordering, fence};
 use crate::units::{Granule, ToIovaRange};
-
-/// The result of an unmap.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize))]
-pub struct Unmapped {
-    /// Areas that were removed.
-    pub areas: u64,
-    /// The bytes of those areas.
-    pub bytes: u128,
-    /// Bytes of their dirty pages that were recorded in the user's bitmap.
-    pub dirty_bytes: u128,
-    /// Bytes of their dirty pages that were not recorded. With a bitmap this is 0, unless a window
-    /// of a file failed for a mark that came while the areas went.
-    pub discarded_bytes: u128,
-}
 
 impl AddressSpace {
     /// Unmaps every area inside `range` and **discards** their dirty pages. All or nothing; `range`

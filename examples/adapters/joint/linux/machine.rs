@@ -3,10 +3,10 @@
 use std::io;
 use std::sync::Arc;
 
-use dirtymap::kvm::KvmMode;
-use dirtymap::pagemap::{PagemapError, ProcessMemory};
-use dirtymap::vhost::{LogError, VhostLog};
 use dirtymap::{Access, AddressSpace, DomainId, Granule, Iova, IovaRange};
+use dirtymap_kvm::KvmMode;
+use dirtymap_pagemap::{PagemapError, ProcessMemory};
+use dirtymap_vhost::{LogError, VhostLog};
 use pagetable_sim::{Domain, DomainConfig, PhysMemory};
 
 use super::guest::{Guest, GuestError, REACH};
