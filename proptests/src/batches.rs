@@ -273,27 +273,27 @@ impl World {
         }
     }
 
-    fn copy(&self, who: usize, runs: impl Iterator<Item = IovaRange>) {
+    fn copy(&self, whose: usize, runs: impl Iterator<Item = IovaRange>) {
         for run in runs {
             for page in run.start().get() / PAGE..=run.last().get() / PAGE {
-                lock(&self.copies[who])[page as usize] = lock(&self.memory)[page as usize];
+                lock(&self.copies[whose])[page as usize] = lock(&self.memory)[page as usize];
             }
         }
     }
 
-    /// A harvest of consumer `who`, to which `then` happens.
+    /// A harvest of consumer `whose`, to which `then` happens.
     fn harvest<T>(
         &self,
-        who: usize,
+        whose: usize,
         request: &HarvestRequest<'_>,
         words: &mut [u64],
         then: impl FnOnce(Result<Lease<'_, Owed>, Error>) -> T,
     ) -> T {
         let bitmap = UserBitmap::new(words);
-        if who == 0 {
+        if whose == 0 {
             return then(self.space.harvest(request, bitmap));
         }
-        let consumer = Arc::clone(&lock(&self.named)[who - 1]);
+        let consumer = Arc::clone(&lock(&self.named)[whose - 1]);
         then(consumer.harvest(request, bitmap))
     }
 
@@ -345,7 +345,7 @@ impl World {
         let bits = 11 + self.below(2) as u8;
         let request = HarvestRequest::new(range, granule(bits)).holes(Holes::Stop);
         let space = &self.space;
-        let who = match self.copies.len() as u64 {
+        let whose = match self.copies.len() as u64 {
             1 => 0,
             many => self.below(many) as usize,
         };
@@ -368,12 +368,12 @@ impl World {
             }
         };
         // It may stop: another consumer has unmapped an area.
-        self.harvest(who, &request, &mut words, |lease| {
-            self.end(who, lease.unwrap().partial());
+        self.harvest(whose, &request, &mut words, |lease| {
+            self.end(whose, lease.unwrap().partial());
         });
     }
 
-    fn end(&self, who: usize, lease: Lease<'_, Owed>) {
+    fn end(&self, whose: usize, lease: Lease<'_, Owed>) {
         if self.below(6) == 0 {
             return drop(lease);
         }
@@ -381,7 +381,7 @@ impl World {
         let lease = lease.sync().unwrap();
         self.others();
         // Pages whose area is gone are in the copy of the unmap.
-        self.copy(who, lease.runs());
+        self.copy(whose, lease.runs());
         match self.below(6) {
             0 => drop(lease.abort()),
             _ => drop(lease.commit()),
@@ -396,8 +396,8 @@ impl World {
         let Ok((_, view)) = self.space.unmap(range, Granule::K4, bitmap) else {
             return;
         };
-        for who in 0..self.copies.len() {
-            self.copy(who, view.runs());
+        for whose in 0..self.copies.len() {
+            self.copy(whose, view.runs());
         }
         let mapped = self
             .space
@@ -412,31 +412,33 @@ impl World {
         // Nothing runs in between.
         self.depth.fetch_add(DEPTH, Ordering::Relaxed);
         let request = HarvestRequest::new(all, Granule::K4).holes(Holes::Refuse);
-        for who in 0..self.copies.len() {
+        for whose in 0..self.copies.len() {
             words.fill(0);
-            self.harvest(who, &request, &mut words, |lease| {
+            self.harvest(whose, &request, &mut words, |lease| {
                 let lease = lease.map_err(|error| error.to_string())?.sync();
                 let lease = lease.map_err(|error| error.to_string())?;
-                self.copy(who, lease.runs());
+                self.copy(whose, lease.runs());
                 lease.commit();
                 Ok::<(), String>(())
             })?;
         }
-        for who in 0..self.copies.len() {
+        for whose in 0..self.copies.len() {
             words.fill(0);
-            let again = self.harvest(who, &request, &mut words, |lease| {
+            let again = self.harvest(whose, &request, &mut words, |lease| {
                 lease.map(|lease| lease.report().bits_set)
             });
             if !matches!(again, Ok(0)) {
-                return Err(format!("consumer {who} is told again: {again:?}"));
+                return Err(format!("consumer {whose} is told again: {again:?}"));
             }
         }
         self.depth.fetch_sub(DEPTH, Ordering::Relaxed);
         let memory = lock(&self.memory);
-        for (who, copy) in self.copies.iter().enumerate() {
+        for (whose, copy) in self.copies.iter().enumerate() {
             let copy = lock(copy);
             if let Some(page) = (0..PAGES as usize).find(|page| memory[*page] != copy[*page]) {
-                return Err(format!("consumer {who} lost the last write to page {page}"));
+                return Err(format!(
+                    "consumer {whose} lost the last write to page {page}"
+                ));
             }
         }
         Ok(())

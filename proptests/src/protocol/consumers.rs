@@ -240,13 +240,13 @@ fn device(s: State, out: &mut Steps<State>) {
     }
 }
 
-/// What consumer `who` may do next.
-fn consume(s: State, who: usize, order: &Order, out: &mut Steps<State>) {
-    let me = s.consumers[who];
-    let other = s.consumers[1 - who];
+/// What consumer `whose` may do next.
+fn consume(s: State, whose: usize, order: &Order, out: &mut Steps<State>) {
+    let me = s.consumers[whose];
+    let other = s.consumers[1 - whose];
     let with = |me: Consumer, s: State| {
         let mut s = s;
-        s.consumers[who] = me;
+        s.consumers[whose] = me;
         s
     };
     let go = |step| Consumer { step, ..me };
@@ -264,7 +264,7 @@ fn consume(s: State, who: usize, order: &Order, out: &mut Steps<State>) {
     };
     let leave = |s: State, step| {
         let mut s = with(go(step), s);
-        s.consumers[1 - who].pending = true;
+        s.consumers[1 - whose].pending = true;
         s
     };
     match me.step {

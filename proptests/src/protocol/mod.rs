@@ -15,7 +15,7 @@
 //! | `parts` | a device, two harvesters that ask for different pages of one leaf | no lost write, partial leaves |
 //! | `unmap` | a device, a harvester, an unmap that returns what is dirty | no lost write, no reuse before flush |
 //! | `ring` | a guest, two harvesters that take its pages out of KVM's ring | no lost write, copy after sync |
-//! | `consumers` | a device, two consumers that harvest, abort and join | each consumer is told every write |
+//! | `consumers` | a device, two consumers that harvest, abort, join | every write told to each |
 //! | `leaves` | a device, a harvester, a thread that splits and merges leaves | no lost write |
 //! | `summary` | two CPUs that mark, two harvesters of which one may fail to record | no lost write, nothing is cleared that cannot be recorded |
 //!

@@ -42,18 +42,18 @@ fn compare(world: &World) -> Result<(), Failure> {
             })?;
         }
     }
-    for who in 0..=world.consumers.len() {
-        compare_for(world, who)?;
+    for whose in 0..=world.consumers.len() {
+        compare_for(world, whose)?;
     }
     identities(world)
 }
 
 /// Compares everything that one consumer has copied.
-fn compare_for(world: &World, who: usize) -> Result<(), Failure> {
-    let mut harvester = Harvester::of_comparison(world, who);
-    let copied = match who {
+fn compare_for(world: &World, whose: usize) -> Result<(), Failure> {
+    let mut harvester = Harvester::of_comparison(world, whose);
+    let copied = match whose {
         0 => "the copy".to_owned(),
-        _ => format!("the copy of {}", super::world::name(who)),
+        _ => format!("the copy of {}", super::world::name(whose)),
     };
     let mut rounds = 0;
     while harvester.everything(Scope::All)? != 0 {
@@ -63,7 +63,7 @@ fn compare_for(world: &World, who: usize) -> Result<(), Failure> {
         }
     }
     for page in 0..PAGES {
-        world.compare(who, page, |copy, memory| {
+        world.compare(whose, page, |copy, memory| {
             for lane in 0..world.shadows.len() {
                 check_lane(world, page, lane, memory, "the memory")?;
                 check_lane(world, page, lane, copy, &copied)?;

@@ -36,7 +36,7 @@ pub(super) struct Harvester<'w> {
     world: &'w World,
     actor: usize,
     /// For which consumer; 0 is the unnamed one.
-    who: usize,
+    whose: usize,
     random: Random,
     words: Vec<AtomicU64>,
 }
@@ -47,17 +47,17 @@ impl<'w> Harvester<'w> {
         Harvester {
             world,
             actor: (others + nth) as usize,
-            who: 0,
+            whose: 0,
             random: world.random(3, nth.into()),
             words: Vec::new(),
         }
     }
 
-    /// The one that harvests for the named consumer `who`.
-    pub(super) fn of_consumer(world: &'w World, who: usize) -> Self {
-        let nth = world.options.harvesters + who as u32 - 1;
+    /// The one that harvests for the named consumer `whose`.
+    pub(super) fn of_consumer(world: &'w World, whose: usize) -> Self {
+        let nth = world.options.harvesters + whose as u32 - 1;
         Harvester {
-            who,
+            whose,
             ..Harvester::new(world, nth)
         }
     }
@@ -70,13 +70,13 @@ impl<'w> Harvester<'w> {
         world
             .events
             .note(self.actor, "leaves and comes back", everything);
-        let mut place = lock(&world.consumers[self.who - 1]);
+        let mut place = lock(&world.consumers[self.whose - 1]);
         world.tally.add(Count::Joins, 1);
         loop {
             let clean = self.random.below(2) == 0;
             let start = if clean { Start::Clean } else { Start::Dirty };
             // The old one leaves when it is replaced, so the new one has another name.
-            let name = format!("{} of {}", self.random.bits(), name(self.who));
+            let name = format!("{} of {}", self.random.bits(), name(self.whose));
             match caught(|| Consumer::shared(Arc::clone(&world.space), &name, start)) {
                 Some(Ok(consumer)) => *place = Arc::new(consumer),
                 Some(Err(error)) => return Err(Failure::call("join", everything, error)),
@@ -87,14 +87,14 @@ impl<'w> Harvester<'w> {
             }
             // What was unmapped while there was no consumer is told by nobody.
             let first = if clean { 0 } else { layout::slot(0).0 };
-            world.copy_for(self.who, layout::range(first, PAGES - first));
+            world.copy_for(self.whose, layout::range(first, PAGES - first));
             return Ok(());
         }
     }
 
     pub(super) fn run(mut self) -> Result<(), Failure> {
         while self.world.control.goes_on(|| ()) {
-            if self.who != 0 && self.random.below(64) == 0 {
+            if self.whose != 0 && self.random.below(64) == 0 {
                 self.come_back()?;
             }
             let request = self.request();
@@ -171,7 +171,7 @@ impl<'w> Harvester<'w> {
         self.clear_words(request);
         self.world.tally.add(Count::Peeks, 1);
         let space = &self.world.space;
-        let consumer = self.world.consumer(self.who);
+        let consumer = self.world.consumer(self.whose);
         let peek = || match &consumer {
             None => space.peek(request, UserBitmap::shared(&self.words)),
             Some(consumer) => consumer.peek(request, UserBitmap::shared(&self.words)),
@@ -206,15 +206,15 @@ impl<'w> Harvester<'w> {
         world.events.note(self.actor, text(request, fate), range);
         tally.add(Count::Harvests, 1);
         // A drop does not say what was outside: all of it may have been.
-        let who = self.who;
-        let copy = |runs: dirtymap::Runs<'_>| runs.for_each(|run| world.copy_for(who, run));
+        let whose = self.whose;
+        let copy = |runs: dirtymap::Runs<'_>| runs.for_each(|run| world.copy_for(whose, run));
         let dropped = |view: dirtymap::BitmapView<'_>| {
             if layout::slot(0).0 <= *layout::pages_of(range).end() {
                 tally.add(Count::OutsideAborts, 1);
                 copy(view.runs());
             }
         };
-        let consumer = world.consumer(who);
+        let consumer = world.consumer(whose);
         let mut asked = *request;
         if fate != Fate::Forget && bits != u64::MAX {
             tally.add(Count::Bounded, 1);
@@ -288,7 +288,7 @@ impl<'w> Harvester<'w> {
                     return Ok(bits);
                 }
                 if let Some(run) = lease.runs().next() {
-                    world.copy_for(who, run);
+                    world.copy_for(whose, run);
                 }
                 tally.add(Count::Aborts, 1);
                 lease.abort().outside_bytes != 0
@@ -321,11 +321,11 @@ impl<'w> Harvester<'w> {
         Ok(bits)
     }
 
-    /// The comparison, for the consumer `who`.
-    pub(super) fn of_comparison(world: &'w World, who: usize) -> Self {
+    /// The comparison, for the consumer `whose`.
+    pub(super) fn of_comparison(world: &'w World, whose: usize) -> Self {
         let nth = world.options.harvesters + world.options.consumers;
         Harvester {
-            who,
+            whose,
             ..Harvester::new(world, nth)
         }
     }

@@ -130,8 +130,8 @@ fn spawn_all<'scope, 'env>(scope: &'scope thread::Scope<'scope, 'env>, world: &'
     for nth in 0..options.harvesters {
         act(Box::new(move || Harvester::new(world, nth).run()));
     }
-    for who in 1..=options.consumers as usize {
-        act(Box::new(move || Harvester::of_consumer(world, who).run()));
+    for whose in 1..=options.consumers as usize {
+        act(Box::new(move || Harvester::of_consumer(world, whose).run()));
     }
 }
 

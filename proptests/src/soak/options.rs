@@ -44,7 +44,12 @@ pub struct Options {
 
     /// Threads that each harvest for a named consumer, which leaves and comes back now and then, 0
     /// to 16
-    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=16))]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        value_parser = clap::value_parser!(u32).range(0..=16)
+    )]
     pub consumers: u32,
 
     /// Seconds between two comparisons

@@ -137,7 +137,7 @@ impl World {
         let space = Arc::new(space);
         panics.switch(false);
         let consumers = (1..=options.consumers as usize)
-            .map(|who| Consumer::shared(Arc::clone(&space), &name(who), Start::Clean))
+            .map(|whose| Consumer::shared(Arc::clone(&space), &name(whose), Start::Clean))
             .map(|joined| joined.map(|consumer| Mutex::new(Arc::new(consumer))))
             .collect::<Result<_, _>>()?;
         panics.switch(options.panics);
@@ -189,38 +189,38 @@ impl World {
 
     /// Copies all pages that `range` touches, for every consumer.
     pub(super) fn copy_range(&self, range: IovaRange) {
-        for who in 0..self.copies.len() {
-            self.copy_for(who, range);
+        for whose in 0..self.copies.len() {
+            self.copy_for(whose, range);
         }
     }
 
     /// Copies all pages that `range` touches, for one consumer.
-    pub(super) fn copy_for(&self, who: usize, range: IovaRange) {
+    pub(super) fn copy_for(&self, whose: usize, range: IovaRange) {
         let mut pages = 0;
         for page in layout::pages_of(range) {
-            let mut copy = lock(&self.copies[who][page as usize]);
+            let mut copy = lock(&self.copies[whose][page as usize]);
             self.memory.read(page * PAGE, &mut *copy).unwrap();
             pages += 1;
         }
         self.tally.add(Count::Pages, pages);
     }
 
-    /// The named consumer number `who`, counted from 1; `None` for 0.
-    pub(super) fn consumer(&self, who: usize) -> Option<Arc<Consumer<'static>>> {
-        let at = who.checked_sub(1)?;
+    /// The named consumer number `whose`, counted from 1; `None` for 0.
+    pub(super) fn consumer(&self, whose: usize) -> Option<Arc<Consumer<'static>>> {
+        let at = whose.checked_sub(1)?;
         Some(Arc::clone(&lock(&self.consumers[at])))
     }
 
     /// Calls `compare` with the copy of a consumer and the memory of `page`.
     pub(super) fn compare(
         &self,
-        who: usize,
+        whose: usize,
         page: u64,
         compare: impl FnOnce(&[u8; PAGE as usize], &[u8; PAGE as usize]) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
         let mut now = [0; PAGE as usize];
         self.memory.read(page * PAGE, &mut now).unwrap();
-        compare(&lock(&self.copies[who][page as usize]), &now)
+        compare(&lock(&self.copies[whose][page as usize]), &now)
     }
 
     /// The name of the writer of `lane`.
@@ -239,9 +239,9 @@ impl World {
     }
 }
 
-/// The name of the named consumer number `who`.
-pub(super) fn name(who: usize) -> String {
-    format!("consumer {who}")
+/// The name of the named consumer number `whose`.
+pub(super) fn name(whose: usize) -> String {
+    format!("consumer {whose}")
 }
 
 /// The actors with events: mappers, then attachers, then harvesters, then named consumers, then the
