@@ -10,7 +10,7 @@
 //! * [`Pending`]: pages that a log has reported and no lease has recorded yet.
 //! * [`PlacedList`]: slots or regions by address, also where they overlap.
 //! * [`words`]: runs and masks of bits in words.
-//! * [`LeafSink::take_run`](crate::LeafSink::take_run): many pages of one size in one call.
+//! * [`LeafSink::take_run`](crate::source::LeafSink::take_run): many pages of one size in one call.
 //! * [`source_kit`](crate::source_kit): tests that every source has to pass.
 //!
 //! # Example
@@ -22,9 +22,8 @@
 //! use std::sync::{Mutex, PoisonError};
 //!
 //! use dirtymap::adapter::Pending;
-//! use dirtymap::{
-//!     DirtySource, Error, FlushGather, Granule, IovaRange, LeafSink, Sink, Stopped, Tracking,
-//! };
+//! use dirtymap::source::{FlushGather, LeafSink, Sink, Stopped};
+//! use dirtymap::{DirtySource, Error, Granule, IovaRange, Tracking};
 //!
 //! struct Log<R> {
 //!     /// Reads the log of all pages, as words, and clears it.

@@ -20,17 +20,24 @@
 //! | let the space choose addresses | [`AddressSpace::map_anywhere`] | |
 //! | connect somebody else's log | [`PulledLog`], [`SharedLog`] | |
 //! | connect my own IOMMU, and test that | [`DirtySource`], [`source_kit`], [`adapter`] | |
-//! | read words or bytes that a peer logged | [`DirtyLog`] | [`exchange`] |
-//! | get ranges, tables, pieces | [`RunsExt`], [`RunTable`] | [`exchange`] |
+//! | read words or bytes that a peer logged | [`DirtyLog`] | [guide](crate::guide::exchange) |
+//! | get ranges, tables, pieces | [`RunsExt`], [`RunTable`] | [guide](crate::guide::exchange) |
 //! | harvest into a bitmap in a file | `FileBitmap` | |
 //! | do all of it in one harvest | [`AddressSpace::attach`] | [joint] |
 //! | count what happened | [`AddressSpace::stats`], [`AddressSpace::faults`] | |
 //! | decide when to flush | [`FlushPolicy`] | |
 //!
+//! The root of the crate has what most programs name. The rest is in modules: [`bitmap`] (views,
+//! runs, sinks), [`source`] (all that a source of your own names), [`exchange`] (logs, runs,
+//! tables), [`space`] (snapshots, counts, faults), [`harvest`] (leases and their reports),
+//! [`flush`] (what is owed).
+//!
 //! [`apply`]: AddressSpace::apply
 //! [`many`]: crate::guide::many
 //! [`monitors`]: crate::guide::monitors
-//! [`exchange`]: crate::guide::exchange
+//! [`DirtyLog`]: exchange::DirtyLog
+//! [`RunsExt`]: exchange::RunsExt
+//! [`RunTable`]: exchange::RunTable
 //! [joint]: https://github.com/dirtymap/dirtymap/blob/main/examples/adapters/joint.md
 //!
 //! Adapters and formats are crates of their own. Each has a guide.
@@ -41,6 +48,7 @@
 //! | track a KVM guest | `KvmLog` | [dirtymap-kvm] |
 //! | share a log with vhost-user | `VhostLog`, `LogBitmap` | [dirtymap-vhost] |
 //! | track memory of a process | `ProcessMemory` | [dirtymap-pagemap] |
+//! | track devices by their IOMMU | `Hwpt` | [dirtymap-iommufd] |
 //! | keep a bitmap in a file, or a Roaring set | `BitmapFile` | [dirtymap-formats] |
 //! | keep what is dirty over a restart | `BitmapFile::save_space` | [dirtymap-formats] |
 //!
@@ -48,6 +56,7 @@
 //! [dirtymap-kvm]: https://docs.rs/dirtymap-kvm
 //! [dirtymap-vhost]: https://docs.rs/dirtymap-vhost
 //! [dirtymap-pagemap]: https://docs.rs/dirtymap-pagemap
+//! [dirtymap-iommufd]: https://docs.rs/dirtymap-iommufd
 //! [dirtymap-formats]: https://docs.rs/dirtymap-formats
 //!
 //! ```text
@@ -153,20 +162,22 @@ mod compared;
 mod error;
 mod events;
 mod failure;
+mod ranges;
 mod report;
 mod units;
 mod words;
 
-mod area;
-mod bitmap;
+#[doc(hidden)]
+pub mod area;
+pub mod bitmap;
 mod chunkmap;
-mod flush;
+pub mod flush;
 
-mod exchange;
-mod harvest;
+pub mod exchange;
+pub mod harvest;
 mod marks;
-mod source;
-mod space;
+pub mod source;
+pub mod space;
 
 pub mod adapter;
 #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
@@ -178,40 +189,30 @@ pub mod source_kit;
 #[doc(hidden)]
 pub mod sync;
 
-#[doc(hidden)]
-pub use area::AreaMap;
-
+// What the first screens of the README and of the guide use. Everything else is in the modules that
+// say what it is for.
 pub use error::Error;
-pub use units::{Access, DomainId, Granule, Iova, IovaRange, ToIovaRange};
+pub use units::{Access, DomainId, Granule, Iova, IovaRange, RangeError, ToIovaRange};
 
-pub use space::{
-    AddressSpace, AreaHandle, Change, Fault, FaultSource, Faults, SpaceRanges, SpaceSnapshot,
-    SpaceStats,
-};
+#[doc(inline)]
+pub use space::{AddressSpace, AreaHandle, Change};
 
 #[cfg(not(dirtymap_loom))]
+#[doc(inline)]
 pub use source::PulledLog;
-pub use source::{DirtySource, LeafSink, Mapping, SharedLog, Stopped, ToClear, Tracking};
+#[doc(inline)]
+pub use source::{DirtySource, Mapping, SharedLog, Tracking};
 
-pub use marks::MarkOrdering;
-
+#[doc(inline)]
 pub use harvest::{
-    Consumer, ConsumerStats, HarvestRequest, Holes, Lease, Owed, Rounds, Scope, Start, Synced,
-    WriteGuard,
-};
-pub use report::{Aborted, HarvestReport, Unmapped};
-
-#[cfg(all(feature = "mmap", not(dirtymap_loom)))]
-pub use bitmap::FileBitmap;
-pub use bitmap::{
-    BitmapView, Bits, CHUNK_BITS, Runs, Sink, SparseBitmap, UserBitmap, WINDOW_BITS, Words,
+    Consumer, HarvestRequest, Holes, Lease, Owed, Rounds, Scope, Start, Synced, WriteGuard,
 };
 
-pub use exchange::{DirtyLog, LogRuns, MergedRuns, Pieces, RunTable, RunsExt, merge_runs};
+#[doc(inline)]
+pub use bitmap::{BitmapView, SparseBitmap, UserBitmap};
 
-pub use flush::{
-    FlushCost, FlushGather, FlushPolicy, FlushQueue, FlushStats, Invalidated, Leaves, Ticket,
-};
+#[doc(inline)]
+pub use flush::FlushPolicy;
 
 /// The examples of the README are tests.
 #[cfg(doctest)]
@@ -231,6 +232,7 @@ macro_rules! page {
             "[kvm]: https://docs.rs/dirtymap-kvm/latest/dirtymap_kvm/guide/\n",
             "[vhost]: https://docs.rs/dirtymap-vhost/latest/dirtymap_vhost/guide/\n",
             "[pagemap]: https://docs.rs/dirtymap-pagemap/latest/dirtymap_pagemap/guide/\n",
+            "[iommufd]: https://docs.rs/dirtymap-iommufd/latest/dirtymap_iommufd/\n",
             "[formats]: https://docs.rs/dirtymap-formats/latest/dirtymap_formats/guide/\n",
             "[many]: crate::guide::many\n",
             "[joint]: https://github.com/dirtymap/dirtymap/blob/main/examples/adapters/joint.md\n",

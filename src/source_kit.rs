@@ -28,10 +28,10 @@
 //! ```
 
 use std::collections::BTreeSet;
+use std::fmt::Display;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::bitmap::{BitmapView, UserBitmap};
-use crate::error::Error;
 use crate::flush::{FlushGather, FlushQueue};
 use crate::harvest::{HarvestRequest, Lease, Owed};
 use crate::marks::InFlight;
@@ -199,7 +199,7 @@ pub fn read_keeping(
     Ok(gather)
 }
 
-fn allowed<T>(result: Result<T, Error>, what: &str) -> T {
+fn allowed<T, E: Display>(result: Result<T, E>, what: &str) -> T {
     result.unwrap_or_else(|error| panic!("the source refuses {what}: {error}"))
 }
 

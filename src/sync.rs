@@ -1,8 +1,9 @@
 //! The only module that names `std::sync`, `loom` or `shuttle`.
 //!
 //! Everything concurrent in the library takes its atomics, locks and threads from here, so that the
-//! model checkers see the code that users run. `pagetable-sim` uses it too, through a hidden
-//! re-export: one shim for both.
+//! model checkers see the code that users run. The simulator and the adapters of this repository use
+//! it too, because it is public and hidden: one shim for all. It is outside of the promise of
+//! versions. An adapter elsewhere takes the atomics of std.
 //!
 //! | cfg | feature | atomics, locks, threads from |
 //! |---|---|---|

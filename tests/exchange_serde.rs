@@ -2,7 +2,8 @@
 #![cfg(all(feature = "serde", not(dirtymap_loom)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
-use dirtymap::{Granule, Iova, IovaRange, RunTable};
+use dirtymap::exchange::RunTable;
+use dirtymap::{Granule, Iova, IovaRange};
 use serde_json::{from_str, from_value, json, to_value};
 
 fn range(start: u64, len: u64) -> IovaRange {

@@ -3,11 +3,12 @@
 #![cfg(dirtymap_loom)]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::sync::model::{Bound, holds_within};
 use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering::Relaxed, Step, lock, thread};
 use dirtymap::{
-    Access, AddressSpace, Consumer, DirtySource, Error, FlushGather, Granule, HarvestRequest,
-    Invalidated, Iova, IovaRange, LeafSink, Rounds, Sink, Start, Stopped, Tracking, UserBitmap,
+    Access, AddressSpace, Consumer, DirtySource, Error, Granule, HarvestRequest, Iova, IovaRange,
+    Rounds, Start, Tracking, UserBitmap,
 };
 
 const PAGE: Granule = Granule::K4;

@@ -7,9 +7,10 @@ mod common_allocations;
 
 use common::pages;
 use common_allocations::{allocated_bytes, allocations};
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Invalidated,
-    Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking, UserBitmap,
+    Access, AddressSpace, DirtySource, Error, Granule, HarvestRequest, Iova, IovaRange, Mapping,
+    Tracking, UserBitmap,
 };
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 

@@ -401,7 +401,9 @@ fn a_lease_outlives_its_consumer() {
 #[cfg(feature = "mmap")]
 mod failing_bitmap {
     use super::*;
-    use dirtymap::{DirtySource, FileBitmap, FlushGather, LeafSink, Sink, Stopped, Tracking};
+    use dirtymap::bitmap::FileBitmap;
+    use dirtymap::source::{FlushGather, LeafSink, Sink, Stopped};
+    use dirtymap::{DirtySource, Tracking};
     use std::fs::File;
 
     /// Cuts the file of the bitmap during a harvest.

@@ -7,6 +7,7 @@ use std::io::{self, Read};
 
 pub use ::roaring::{RoaringBitmap, RoaringTreemap};
 
+use dirtymap::bitmap::BitmapError;
 use dirtymap::{BitmapView, Error, Iova, IovaRange};
 
 /// Bytes of the largest container of a portable set with 2^16 values, with what its header says of
@@ -33,22 +34,22 @@ pub trait RoaringExt {
     /// The numbers of the set bits.
     ///
     /// # Errors
-    /// [`Error::NoSuchBit`] if the view has more than 2^32 bits, which is what such a set has room
-    /// for: see [`to_treemap`](Self::to_treemap). [`Error::BitmapShrank`] or
-    /// [`Error::BitmapWindow`] if a window of a file cannot be mapped.
+    /// [`BitmapError::NoSuchBit`] if the view has more than 2^32 bits, which is what such a set has
+    /// room for: see [`to_treemap`](Self::to_treemap). [`BitmapError::Shrank`] or
+    /// [`BitmapError::Window`] if a window of a file cannot be mapped.
     fn to_roaring(&self) -> Result<RoaringBitmap, Error>;
 
     /// The numbers of the set bits of a view of any size.
     ///
     /// # Errors
-    /// [`Error::BitmapShrank`] or [`Error::BitmapWindow`] if a window of a file cannot be mapped.
+    /// [`BitmapError::Shrank`] or [`BitmapError::Window`] if a window of a file cannot be mapped.
     fn to_treemap(&self) -> Result<RoaringTreemap, Error>;
 
     /// Sets the bits whose numbers are in `set`, and returns how many were clear.
     ///
     /// # Errors
-    /// [`Error::NoSuchBit`] if the view does not have all of them; then nothing is touched.
-    /// [`Error::BitmapShrank`] or [`Error::BitmapWindow`] if a window of a file cannot be mapped;
+    /// [`BitmapError::NoSuchBit`] if the view does not have all of them; then nothing is touched.
+    /// [`BitmapError::Shrank`] or [`BitmapError::Window`] if a window of a file cannot be mapped;
     /// what was set before stays.
     fn or_roaring(&self, set: &RoaringBitmap) -> Result<u64, Error>;
 
@@ -64,7 +65,7 @@ impl RoaringExt for BitmapView<'_> {
         let bit = self.last_bit();
         let last = u64::from(u32::MAX);
         if bit > last {
-            return Err(Error::NoSuchBit { bit, last });
+            return Err(BitmapError::NoSuchBit { bit, last }.into());
         }
         let mut set = RoaringBitmap::new();
         each_run(self, |first, last| {
@@ -111,7 +112,7 @@ impl RoaringExt for BitmapView<'_> {
 fn has(view: &BitmapView<'_>, highest: Option<u64>) -> Result<(), Error> {
     let last = view.last_bit();
     match highest {
-        Some(bit) if bit > last => Err(Error::NoSuchBit { bit, last }),
+        Some(bit) if bit > last => Err(BitmapError::NoSuchBit { bit, last }.into()),
         _ => Ok(()),
     }
 }
@@ -121,7 +122,7 @@ fn addresses(view: &BitmapView<'_>, first: u64, last: u64) -> Result<IovaRange, 
     let (base, granule) = (view.range().start().get(), view.granule());
     let start = Iova::new(base + (first << granule.lg2()));
     let last = Iova::new(base + (last << granule.lg2()) + granule.mask());
-    IovaRange::new(start, last)
+    Ok(IovaRange::new(start, last)?)
 }
 
 fn each_run(view: &BitmapView<'_>, mut each: impl FnMut(u64, u64)) -> Result<(), Error> {

@@ -65,7 +65,8 @@ fn crc32(bytes: &[u8]) -> u32 {
 mod tests {
     use std::collections::BTreeSet;
 
-    use dirtymap::{BitmapView, DirtyLog, Granule, Iova, IovaRange, RunTable, RunsExt, merge_runs};
+    use dirtymap::exchange::{DirtyLog, RunTable, RunsExt, merge_runs};
+    use dirtymap::{BitmapView, Granule, Iova, IovaRange};
     use dirtymap_formats::roaring::RoaringExt;
     use proptest::collection::vec;
     use proptest::prelude::*;

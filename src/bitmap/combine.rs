@@ -3,7 +3,7 @@
 use super::BitmapView;
 use super::runs::Reader;
 use super::window::Window;
-use crate::error::Error;
+use crate::error::BitmapError;
 use crate::words::word_masks;
 
 impl BitmapView<'_> {
@@ -14,14 +14,14 @@ impl BitmapView<'_> {
     /// So this merges (two equal requests), converts (another granule) and rebases (another range).
     ///
     /// # Errors
-    /// [`Error::BitmapShrank`] or [`Error::BitmapWindow`] if a window of a file cannot be had, on
-    /// either side, [`Error::BitmapNoSpace`] if there is no room for one of `target`; what was ORed
+    /// [`BitmapError::Shrank`] or [`BitmapError::Window`] if a window of a file cannot be had, on
+    /// either side, [`BitmapError::NoSpace`] if there is no room for one of `target`; what was ORed
     /// in before stays.
-    pub fn or_into(&self, target: &BitmapView<'_>) -> Result<u64, Error> {
+    pub fn or_into(&self, target: &BitmapView<'_>) -> Result<u64, BitmapError> {
         let mut sink = target.sink();
         let mut runs = self.runs();
         while let Some(run) = runs.next_readable()? {
-            sink.record(run)?;
+            sink.put(run)?;
         }
         Ok(sink.bits_set())
     }
@@ -33,7 +33,7 @@ impl BitmapView<'_> {
     ///
     /// # Errors
     /// As [`or_into`](Self::or_into); what was cleared before stays cleared.
-    pub fn and_not(&self, other: &BitmapView<'_>) -> Result<u64, Error> {
+    pub fn and_not(&self, other: &BitmapView<'_>) -> Result<u64, BitmapError> {
         let mut cleared = 0;
         let mut reader = Reader::new(self.backing, self.last_position());
         // The reader's window may be a copy: what is cleared is cleared in one of its own.

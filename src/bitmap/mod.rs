@@ -25,6 +25,7 @@ mod user;
 mod view;
 mod window;
 
+pub use crate::error::BitmapError;
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
 pub use file::FileBitmap;
 pub(crate) use runs::RunBits;

@@ -6,7 +6,7 @@
 
 use super::BitmapView;
 use super::window::{Backing, Window};
-use crate::error::Error;
+use crate::error::BitmapError;
 use crate::units::IovaRange;
 use crate::words::word_mask;
 
@@ -60,7 +60,7 @@ impl<'a> Reader<'a> {
     pub(super) fn seek(
         &mut self,
         mut word: u64,
-    ) -> Result<Option<(u64, &Window<'a>)>, (u64, Error)> {
+    ) -> Result<Option<(u64, &Window<'a>)>, (u64, BitmapError)> {
         while word <= self.last / 64 {
             if !self.window.holds(word) {
                 // The old window goes before the new one comes: there is never more than one.
@@ -98,7 +98,7 @@ pub struct Words<'a> {
     next: u64,
     /// The word of the row that was read last.
     read: Option<(u64, u64)>,
-    error: Option<Error>,
+    error: Option<BitmapError>,
 }
 
 impl<'a> Words<'a> {
@@ -122,12 +122,12 @@ impl<'a> Words<'a> {
     }
 
     /// Why a window could not be read, if there was one: its bits count as dirty.
-    pub fn error(&self) -> Option<&Error> {
+    pub fn error(&self) -> Option<&BitmapError> {
         self.error.as_ref()
     }
 
     /// As [`error`](Self::error), and gives it away.
-    pub fn take_error(&mut self) -> Option<Error> {
+    pub fn take_error(&mut self) -> Option<BitmapError> {
         self.error.take()
     }
 
@@ -209,7 +209,7 @@ impl<'a> Bits<'a> {
     }
 
     /// Why a window could not be read, if there was one: its bits count as dirty.
-    pub fn error(&self) -> Option<&Error> {
+    pub fn error(&self) -> Option<&BitmapError> {
         self.words.error()
     }
 }
@@ -297,7 +297,7 @@ impl<'a> Runs<'a> {
     }
 
     /// Why a window could not be read, if there was one: its bits count as dirty.
-    pub fn error(&self) -> Option<&Error> {
+    pub fn error(&self) -> Option<&BitmapError> {
         self.bits.words.error()
     }
 
@@ -305,8 +305,8 @@ impl<'a> Runs<'a> {
     /// rather stop than take the bits of such a window for dirty.
     ///
     /// # Errors
-    /// [`Error::BitmapShrank`] or [`Error::BitmapWindow`] with the window of a file.
-    pub fn next_readable(&mut self) -> Result<Option<IovaRange>, Error> {
+    /// [`BitmapError::Shrank`] or [`BitmapError::Window`] with the window of a file.
+    pub fn next_readable(&mut self) -> Result<Option<IovaRange>, BitmapError> {
         let run = self.next();
         match self.bits.words.take_error() {
             Some(error) => Err(error),

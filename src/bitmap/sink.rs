@@ -3,7 +3,7 @@
 use super::BitmapView;
 use super::window::Window;
 use crate::chunkmap::LINE_WORDS;
-use crate::error::Error;
+use crate::error::{BitmapError, Error};
 use crate::sync::Ordering;
 use crate::units::{Granule, Iova, IovaRange};
 use crate::words::{word_mask, word_masks, word_runs};
@@ -83,11 +83,26 @@ impl<'a> Sink<'a> {
     /// request.
     ///
     /// # Errors
-    /// None for bitmaps in memory. For a file [`Error::BitmapShrank`], [`Error::BitmapWindow`] or
-    /// [`Error::BitmapNoSpace`], if the next window cannot be mapped or filled; then a part of
+    /// None for bitmaps in memory. For a file [`BitmapError::Shrank`], [`BitmapError::Window`] or
+    /// [`BitmapError::NoSpace`], if the next window cannot be mapped or filled; then a part of
     /// `range` may be recorded, and the caller must leave the dirty state as it is.
     #[inline]
     pub fn record(&mut self, range: IovaRange) -> Result<(), Error> {
+        Ok(self.put(range)?)
+    }
+
+    /// Records the pages of `mask`: bit `n` stands for the page `n` of size `page` after `start`.
+    ///
+    /// # Errors
+    /// As [`record`](Sink::record).
+    #[inline]
+    pub fn record_mask(&mut self, start: Iova, page: Granule, mask: u64) -> Result<(), Error> {
+        Ok(self.put_mask(start, page, mask)?)
+    }
+
+    /// As [`record`](Self::record), with the bitmap's own error.
+    #[inline]
+    pub(crate) fn put(&mut self, range: IovaRange) -> Result<(), BitmapError> {
         let Some(inside) = range.intersection(self.limit) else {
             return Ok(());
         };
@@ -104,12 +119,14 @@ impl<'a> Sink<'a> {
         Ok(())
     }
 
-    /// Records the pages of `mask`: bit `n` stands for the page `n` of size `page` after `start`.
-    ///
-    /// # Errors
-    /// As [`record`](Sink::record).
+    /// As [`record_mask`](Self::record_mask), with the bitmap's own error.
     #[inline]
-    pub fn record_mask(&mut self, start: Iova, page: Granule, mask: u64) -> Result<(), Error> {
+    pub(crate) fn put_mask(
+        &mut self,
+        start: Iova,
+        page: Granule,
+        mask: u64,
+    ) -> Result<(), BitmapError> {
         let limit = self.limit;
         // Pages of more than 2^58 bytes: 64 of them do not fit the address space.
         let end = (page.lg2() <= 58)
@@ -136,7 +153,7 @@ impl<'a> Sink<'a> {
                 break; // past the end of the address space
             };
             let to = u64::try_from(address(last + 1) - 1).unwrap_or(u64::MAX);
-            self.record(IovaRange::new(Iova::new(from), Iova::new(to))?)?;
+            self.put(IovaRange::ascending(Iova::new(from), Iova::new(to)))?;
         }
         Ok(())
     }
@@ -152,7 +169,7 @@ impl<'a> Sink<'a> {
     ///
     /// # Errors
     /// As [`record`](Sink::record).
-    pub(crate) fn secure(&mut self, range: IovaRange) -> Result<bool, Error> {
+    pub(crate) fn secure(&mut self, range: IovaRange) -> Result<bool, BitmapError> {
         let Some(inside) = range.intersection(self.limit) else {
             return Ok(true);
         };
@@ -180,7 +197,7 @@ impl<'a> Sink<'a> {
     /// # Errors
     /// As [`record`](Sink::record).
     #[inline]
-    pub(crate) fn or(&mut self, word: u64, mask: u64) -> Result<(), Error> {
+    pub(crate) fn or(&mut self, word: u64, mask: u64) -> Result<(), BitmapError> {
         if mask != 0 {
             if !self.window.holds(word) {
                 self.open(word)?;
@@ -220,7 +237,7 @@ impl<'a> Sink<'a> {
 
     /// Makes the window that holds `word` the current one.
     #[cold]
-    fn open(&mut self, word: u64) -> Result<(), Error> {
+    fn open(&mut self, word: u64) -> Result<(), BitmapError> {
         // The old window goes before the new one comes: there is never more than one.
         self.window = Window::none();
         self.window = self

@@ -6,7 +6,7 @@ use super::span::Span;
 use super::window::Backing;
 use super::{BitmapView, Sink, SparseBitmap};
 use crate::chunkmap::ChunkMap;
-use crate::error::Error;
+use crate::error::BitmapError;
 use crate::sync::AtomicU64;
 use crate::units::{Granule, IovaRange};
 
@@ -122,7 +122,7 @@ impl<'a> UserBitmap<'a> {
             range: bound,
             granule,
         };
-        view.part(part).unwrap_or(view)
+        view.narrowed(part)
     }
 
     /// A bitmap in a file, mapped one window at a time.
@@ -146,21 +146,21 @@ impl<'a> UserBitmap<'a> {
     /// Binds the bitmap to a request: bit 0 is `range`'s first granule.
     ///
     /// # Errors
-    /// In this order: [`Error::Unaligned`] if `range` does not start and end at multiples of
-    /// `granule`, [`Error::BitmapTooShort`] if the bitmap has fewer bits than `range` has granules.
-    pub fn view(self, range: IovaRange, granule: Granule) -> Result<BitmapView<'a>, Error> {
+    /// In this order: [`BitmapError::Unaligned`] if `range` does not start and end at multiples of
+    /// `granule`, [`BitmapError::TooShort`] if the bitmap has fewer bits than `range` has granules.
+    pub fn view(self, range: IovaRange, granule: Granule) -> Result<BitmapView<'a>, BitmapError> {
         self.bind(range, granule).map(|bound| bound.view)
     }
 
     /// As [`view`](Self::view), and remembers whether no other code writes to the bits.
-    pub(crate) fn bind(self, range: IovaRange, granule: Granule) -> Result<Bound<'a>, Error> {
+    pub(crate) fn bind(self, range: IovaRange, granule: Granule) -> Result<Bound<'a>, BitmapError> {
         if !range.is_aligned(granule) {
-            return Err(Error::Unaligned { range, granule });
+            return Err(BitmapError::Unaligned { range, granule });
         }
         let needed = range.granules(granule);
         let bits = self.bits();
         if needed > u128::from(bits) {
-            return Err(Error::BitmapTooShort {
+            return Err(BitmapError::TooShort {
                 bits,
                 needed,
                 range,
@@ -192,9 +192,9 @@ impl<'a> Bound<'a> {
         self.view
     }
 
-    /// As [`BitmapView::part`].
-    pub(crate) fn part(self, range: IovaRange) -> Self {
-        let view = self.view.part(range).unwrap_or(self.view);
+    /// As [`BitmapView::narrowed`].
+    pub(crate) fn narrowed(self, part: IovaRange) -> Self {
+        let view = self.view.narrowed(part);
         Bound { view, ..self }
     }
 
@@ -293,7 +293,7 @@ mod tests {
         assert!(bitmap().view(range(0, 128 * 4096), Granule::K4).is_ok());
         assert!(matches!(
             bitmap().view(range(0, 129 * 4096), Granule::K4),
-            Err(Error::BitmapTooShort {
+            Err(BitmapError::TooShort {
                 bits: 128,
                 needed: 129,
                 ..
@@ -301,11 +301,11 @@ mod tests {
         ));
         assert!(matches!(
             bitmap().view(range(2048, 4096), Granule::K4),
-            Err(Error::Unaligned { .. })
+            Err(BitmapError::Unaligned { .. })
         ));
         assert!(matches!(
             bitmap().view(IovaRange::ALL, Granule::from_bytes(1).unwrap()),
-            Err(Error::BitmapTooShort { .. })
+            Err(BitmapError::TooShort { .. })
         ));
         // The whole address space at the coarsest granule is two bits.
         assert!(

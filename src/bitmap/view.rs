@@ -50,6 +50,21 @@ impl<'a> BitmapView<'a> {
         (self.range.last().get() - self.range.start().get()) >> self.granule.lg2()
     }
 
+    /// The view of `part`, which the caller knows to be made of whole granules of this one.
+    pub(crate) fn narrowed(&self, part: IovaRange) -> BitmapView<'a> {
+        debug_assert!(
+            self.range.covers(part) && part.is_aligned(self.granule),
+            "{part} is no part of {} in granules of {}",
+            self.range,
+            self.granule
+        );
+        BitmapView {
+            range: part,
+            shift: self.positions(part).0,
+            ..*self
+        }
+    }
+
     pub(super) fn last_position(&self) -> u64 {
         self.last_bit() + self.shift
     }
@@ -87,6 +102,6 @@ impl<'a> BitmapView<'a> {
         let base = self.range.start().get();
         let start = Iova::new(base + (first << self.granule.lg2()));
         let last = Iova::new(base + (last << self.granule.lg2()) + self.granule.mask());
-        IovaRange::new(start, last).unwrap_or(self.range)
+        IovaRange::ascending(start, last)
     }
 }

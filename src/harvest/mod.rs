@@ -61,6 +61,7 @@ mod shared;
 mod walk;
 mod write_guard;
 
+pub use crate::report::{Aborted, HarvestReport};
 pub use consumer::{Consumer, ConsumerStats, Start};
 pub use lease::{Lease, Owed, Synced};
 pub use request::{HarvestRequest, Holes, Scope};
@@ -107,12 +108,14 @@ impl AddressSpace {
     /// ```
     ///
     /// # Errors
-    /// Nothing was touched then. In this order: [`Error::Unaligned`] (to the smallest
-    /// page, then to the granule), [`Error::BitmapTooShort`], [`Error::NotAttached`], [`Error::NeverTracked`],
-    /// [`Error::BadCursor`] if it is to [resume](HarvestRequest::resume_at) outside of its range, or not
-    /// at a multiple of the granule and of [`alignment`](Self::alignment) (a domain that was attached
-    /// since can raise it; then go on at the next lower multiple), and [`Error::Hole`] if it
-    /// [refuses holes](Holes::Refuse).
+    /// Nothing was touched then. In this order: [`Error::Unaligned`] (to the smallest page, then to
+    /// the granule), [`BitmapError::TooShort`], [`Error::NotAttached`], [`Error::NeverTracked`],
+    /// [`Error::BadCursor`] if it is to [resume](HarvestRequest::resume_at) outside of its range, or
+    /// not at a multiple of the granule and of [`alignment`](Self::alignment) (a domain that was
+    /// attached since can raise it; then go on at the next lower multiple), and [`Error::Hole`] if
+    /// it [refuses holes](Holes::Refuse).
+    ///
+    /// [`BitmapError::TooShort`]: crate::bitmap::BitmapError::TooShort
     pub fn harvest<'a>(
         &'a self,
         request: &HarvestRequest<'_>,
@@ -220,7 +223,7 @@ impl AddressSpace {
         {
             return Err(Error::Hole { at, range });
         }
-        Ok((bound.part(asked), covered))
+        Ok((bound.narrowed(asked), covered))
     }
 }
 

@@ -51,7 +51,7 @@ impl<'m> Parts<'m> {
         loop {
             let run = runs.next_readable().map_err(|error| Stopped {
                 at: start.granule_start(self.granule),
-                error,
+                error: error.into(),
             })?;
             let Some(run) = run else {
                 self.next = None;

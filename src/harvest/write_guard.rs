@@ -47,11 +47,11 @@ impl AddressSpace {
     /// once for each area, so this is meant for some tens at a time.
     ///
     /// If an area of the range is unmapped meanwhile, the drop of the guard counts in
-    /// [`SpaceStats::outside_marks`](crate::SpaceStats::outside_marks).
+    /// [`SpaceStats::outside_marks`](crate::space::SpaceStats::outside_marks).
     ///
     /// # Errors
     /// [`Error::Outside`] with the first address that no area holds. Nothing is in flight then, and the call is counted in
-    /// [`SpaceStats::outside_marks`](crate::SpaceStats::outside_marks).
+    /// [`SpaceStats::outside_marks`](crate::space::SpaceStats::outside_marks).
     pub fn begin_write(&self, range: impl ToIovaRange) -> Result<WriteGuard<'_>, Error> {
         let range = range.to_iova_range()?;
         if let Some(at) = self.snapshot().contiguous(range).find_map(Result::err) {

@@ -40,12 +40,48 @@ use crate::units::{Iova, IovaRange};
 /// Slots in a block. One in the model checker, so that models reach the second block.
 const SLOTS: usize = if TINY { 1 } else { 8 };
 
-/// Added to a state to get the next one. The stages are free, claimed, live, and then free for the
-/// next owner.
-const STEP: u64 = 1;
-const STAGES: u64 = 4;
-const FREE: u64 = 0;
-const LIVE: u64 = 2;
+/// The state of a slot: which owner it has, counted from 0, and in which stage that owner is. An
+/// owner claims the slot, publishes its range, and frees the slot for the next owner. Owners are
+/// counted modulo 2^62.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct State(u64);
+
+impl State {
+    /// The lower two bits: the stage.
+    const STAGE: u64 = 3;
+    const FREE: u64 = 0;
+    const CLAIMED: u64 = 1;
+    const LIVE: u64 = 2;
+
+    /// Before the first owner.
+    const FIRST: State = State(Self::FREE);
+
+    fn is_free(self) -> bool {
+        self.0 & Self::STAGE == Self::FREE
+    }
+
+    fn is_live(self) -> bool {
+        self.0 & Self::STAGE == Self::LIVE
+    }
+
+    /// This owner claims the slot, which is free.
+    fn claimed(self) -> State {
+        debug_assert!(self.is_free(), "a slot that another owner has");
+        State(self.0 | Self::CLAIMED)
+    }
+
+    /// The owner of the slot, which has claimed it, publishes its range.
+    fn published(self) -> State {
+        debug_assert!(self.0 & Self::STAGE == Self::CLAIMED, "not claimed");
+        State(self.0 ^ (Self::CLAIMED | Self::LIVE))
+    }
+
+    /// The owner of the slot, which has published its range, leaves it to the next owner.
+    fn freed(self) -> State {
+        debug_assert!(self.is_live(), "a slot that names no range");
+        State((self.0 | Self::STAGE).wrapping_add(1))
+    }
+}
 
 /// The registry of ranges in flight: see the [module](self).
 #[derive(Debug)]
@@ -62,7 +98,7 @@ pub(super) struct SlotBlock {
 /// A place for one range.
 #[derive(Debug)]
 pub(crate) struct FlightSlot {
-    /// The number of owners so far times [`STAGES`], plus the stage of the present owner.
+    /// A [`State`].
     state: AtomicU64,
     start: AtomicU64,
     last: AtomicU64,
@@ -129,7 +165,7 @@ impl SlotBlock {
     fn new() -> Self {
         SlotBlock {
             slots: std::array::from_fn(|_| FlightSlot {
-                state: AtomicU64::new(FREE),
+                state: AtomicU64::new(State::FIRST.0),
                 start: AtomicU64::new(0),
                 last: AtomicU64::new(0),
             }),
@@ -173,13 +209,18 @@ impl FlightSlot {
     /// Takes the slot if it is free. Returns whether this call took it.
     fn claim(&self) -> bool {
         // Relaxed: the compare-exchange decides.
-        let state = self.state.load(Ordering::Relaxed);
+        let state = State(self.state.load(Ordering::Relaxed));
         // Acquire on success: pairs with the Release of `free`, so a thread that reads our range
         // also sees the marks of the owner before us. Relaxed on failure: nothing is read.
-        state % STAGES == FREE
+        state.is_free()
             && self
                 .state
-                .compare_exchange(state, state + STEP, Ordering::Acquire, Ordering::Relaxed)
+                .compare_exchange(
+                    state.0,
+                    state.claimed().0,
+                    Ordering::Acquire,
+                    Ordering::Relaxed,
+                )
                 .is_ok()
     }
 
@@ -190,34 +231,34 @@ impl FlightSlot {
         self.start.store(range.start().get(), order);
         self.last.store(range.last().get(), order);
         // Relaxed: only the owner of the slot changes it.
-        let taken = self.state.load(Ordering::Relaxed);
+        let taken = State(self.state.load(Ordering::Relaxed));
         // Release: pairs with the Acquire in `read`; publishes the range.
         let order = weaken(Step::PublishSlot, Ordering::Release);
-        self.state.store(taken + STEP, order);
+        self.state.store(taken.published().0, order);
     }
 
     /// Ends the publication. The caller has marked the pages before, so that later harvests find
     /// them.
     pub(crate) fn free(&self) {
         // Relaxed: only the owner of the slot changes it.
-        let live = self.state.load(Ordering::Relaxed);
+        let live = State(self.state.load(Ordering::Relaxed));
         // Release: pairs with the Acquires in `read` and `claim`; publishes the marks.
-        self.state.store(live - LIVE + STAGES, Ordering::Release);
+        self.state.store(live.freed().0, Ordering::Release);
     }
 
     /// The range in flight. `None` if there is none, or if the publication has just ended: then the
     /// marks of that owner are visible to the caller.
     fn read(&self) -> Option<IovaRange> {
         // Acquire, here and below: pairs with the Releases of `fill` and `free`.
-        let state = self.state.load(Ordering::Acquire);
-        if state % STAGES != LIVE {
+        let state = State(self.state.load(Ordering::Acquire));
+        if !state.is_live() {
             return None;
         }
         let start = Iova::new(self.start.load(Ordering::Acquire));
         let last = Iova::new(self.last.load(Ordering::Acquire));
         // Seqlock: if `start` or `last` came from a later owner, this load sees that owner's claim,
         // and the states differ.
-        let same = self.state.load(Ordering::Acquire) == state;
+        let same = State(self.state.load(Ordering::Acquire)) == state;
         same.then(|| IovaRange::new(start, last).ok()).flatten()
     }
 }
@@ -237,6 +278,17 @@ mod tests {
         done.unwrap();
         starts.sort_unstable();
         starts
+    }
+
+    /// Each owner has states of its own, also where the count of owners wraps.
+    #[test]
+    fn the_states_of_two_owners_differ() {
+        let free = State(u64::MAX & !State::STAGE);
+        let states = [free, free.claimed(), free.claimed().published()];
+        let next = states[2].freed();
+        assert_eq!(next.0, State::FIRST.0);
+        assert!(next.is_free() && states.iter().all(|state| *state != next));
+        assert!(states[2].is_live() && !states[1].is_live() && !states[1].is_free());
     }
 
     #[test]

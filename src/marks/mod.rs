@@ -46,7 +46,7 @@ use std::convert::Infallible;
 
 use crate::bitmap::Sink;
 use crate::chunkmap::{ChunkMap, LINE_WORDS, OneGroup, Taker, Visitor};
-use crate::error::{Error, Stopped};
+use crate::error::{BitmapError, Stopped};
 use crate::sync::{Arc, OnceLock, Step, performs};
 use crate::units::{Granule, Iova, IovaRange};
 use crate::words::word_runs;
@@ -167,8 +167,9 @@ impl Marks {
 
     /// The error for a walk that stopped at the word that begins with `bit`.
     #[cold]
-    fn stopped(&self, bit: u64, range: IovaRange, error: Error) -> Stopped {
+    fn stopped(&self, bit: u64, range: IovaRange, error: BitmapError) -> Stopped {
         let at = self.page_at(bit).max(range.start());
+        let error = error.into();
         Stopped { at, error }
     }
 
@@ -178,7 +179,7 @@ impl Marks {
             return Ok(());
         };
         self.bits.peek(first, last, |bit, mask| {
-            let recorded = sink.record_mask(self.page_at(bit), self.page, mask);
+            let recorded = sink.put_mask(self.page_at(bit), self.page, mask);
             recorded.map_err(|error| self.stopped(bit, range, error))
         })
     }
@@ -197,7 +198,7 @@ impl Marks {
             return Ok(());
         };
         self.bits.peek_all(first, last, |bit, mask| {
-            let recorded = sink.record_mask(self.page_at(bit), self.page, mask);
+            let recorded = sink.put_mask(self.page_at(bit), self.page, mask);
             recorded.map_err(|error| self.stopped(bit, range, error))
         })
     }
@@ -264,11 +265,8 @@ impl Marks {
     fn add_runs(&self, start: Iova, mask: u64, runs: &mut Vec<IovaRange>) {
         for (first, last) in word_runs(mask) {
             let page = |n: u32| Iova::new(start.get() + (u64::from(n) << self.page.lg2()));
-            // Never an error: a run ascends.
-            runs.extend(IovaRange::new(
-                page(first),
-                page(last).granule_last(self.page),
-            ));
+            let last = page(last).granule_last(self.page);
+            runs.push(IovaRange::ascending(page(first), last));
         }
     }
 
@@ -301,9 +299,7 @@ impl Visitor for Recorder<'_, '_> {
         }
         let recorded = match self.word {
             Some(word) => self.sink.or(word.wrapping_add(first / 64), mask),
-            None => self
-                .sink
-                .record_mask(marks.page_at(first), marks.page, mask),
+            None => self.sink.put_mask(marks.page_at(first), marks.page, mask),
         };
         recorded.map_err(|error| marks.stopped(first, self.range, error))
     }
@@ -327,7 +323,7 @@ impl Taker for Recorder<'_, '_> {
         let start = self.marks.page_at(first);
         let end = u128::from(start.get()) + (bits << self.marks.page.lg2()) - 1;
         let last = u64::try_from(end).map_or(Iova::MAX, Iova::new);
-        let secured = IovaRange::new(start, last).and_then(|range| self.sink.secure(range));
+        let secured = self.sink.secure(IovaRange::ascending(start, last));
         secured.map_err(|error| self.marks.stopped(first, self.range, error))
     }
 }

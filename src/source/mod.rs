@@ -15,16 +15,16 @@ mod shared;
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod loom_tests;
 
+pub use crate::bitmap::Sink;
 pub use crate::error::Stopped;
+pub use crate::flush::{FlushCost, FlushGather, Invalidated, Leaves};
 pub(crate) use leaf_sink::Rests;
 pub use leaf_sink::{LeafSink, ToClear};
 #[cfg(not(dirtymap_loom))]
 pub use pulled::PulledLog;
 pub use shared::SharedLog;
 
-use crate::bitmap::Sink;
 use crate::error::Error;
-use crate::flush::{FlushCost, FlushGather, Invalidated};
 use crate::sync::Arc;
 use crate::units::{Access, Granule, Iova, IovaRange};
 

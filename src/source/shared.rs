@@ -2,7 +2,7 @@
 
 use super::{DirtySource, LeafSink, Stopped, Tracking};
 use crate::bitmap::Sink;
-use crate::error::Error;
+use crate::error::{BitmapError, Error};
 use crate::flush::FlushGather;
 use crate::sync::{AtomicBool, AtomicU64, Ordering};
 use crate::units::{Granule, Iova, IovaRange, ToIovaRange};
@@ -55,7 +55,7 @@ impl<W: AsRef<[AtomicU64]> + Send + Sync> SharedLog<W> {
     ///
     /// # Errors
     /// In this order: those of the range, [`Error::Unaligned`] unless `range` is made of whole pages,
-    /// [`Error::BitmapTooShort`] if there are fewer bits than pages.
+    /// [`BitmapError::TooShort`] if there are fewer bits than pages.
     pub fn new(range: impl ToIovaRange, page: Granule, words: W) -> Result<Self, Error> {
         let range = range.to_iova_range()?;
         if !range.is_aligned(page) {
@@ -67,12 +67,12 @@ impl<W: AsRef<[AtomicU64]> + Send + Sync> SharedLog<W> {
         let bits = (words.as_ref().len() as u64).saturating_mul(64);
         let needed = range.granules(page);
         if needed > u128::from(bits) {
-            return Err(Error::BitmapTooShort {
+            return Err(Error::Bitmap(BitmapError::TooShort {
                 bits,
                 needed,
                 range,
                 granule: page,
-            });
+            }));
         }
         Ok(SharedLog {
             range,

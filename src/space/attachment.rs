@@ -76,7 +76,7 @@ use crate::units::{DomainId, Granule, Iova, IovaRange};
 /// of them would be dozens of levels deep.
 pub(super) fn put_back_range() -> IovaRange {
     if TINY {
-        IovaRange::new(Iova::MIN, Iova::new(0x3_ffff)).unwrap_or(IovaRange::ALL)
+        IovaRange::ascending(Iova::MIN, Iova::new(0x3_ffff))
     } else {
         IovaRange::ALL
     }

@@ -36,6 +36,8 @@ mod tracking;
 mod unmap;
 mod walks;
 
+pub use crate::marks::MarkOrdering;
+pub use crate::report::Unmapped;
 pub use allocation::SpaceRanges;
 pub(crate) use area::Area;
 pub(crate) use domain::{Attachment, Covered};
@@ -50,7 +52,7 @@ use crate::area::AreaTree;
 use crate::error::Error;
 use crate::events;
 use crate::flush::FlushQueue;
-use crate::marks::{Flights, InFlight, MarkOrdering, NearMarks};
+use crate::marks::{Flights, InFlight, NearMarks};
 use crate::source::{DirtySource, Mapping};
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, fence};
 use crate::units::{Access, DomainId, Granule, Iova, IovaRange, ToIovaRange};

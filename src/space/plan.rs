@@ -19,10 +19,10 @@ type TreeSnapshot<'a> = Snapshot<'a, Area, 16, Rules>;
 /// Disjoint ranges by their first address.
 type Ranges = BTreeMap<Iova, IovaRange>;
 
-/// One change of a batch: see [`AddressSpace::apply`].
+/// One change of a batch: see [`AddressSpace::apply`](crate::AddressSpace::apply).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// As [`AddressSpace::map`].
+    /// As [`AddressSpace::map`](crate::AddressSpace::map).
     Map {
         /// The device-visible addresses.
         range: IovaRange,
@@ -31,12 +31,12 @@ pub enum Change {
         /// What devices may do.
         access: Access,
     },
-    /// As [`AddressSpace::unmap_discarding`].
+    /// As [`AddressSpace::unmap_discarding`](crate::AddressSpace::unmap_discarding).
     Unmap {
         /// The range to unmap: whole areas, or pieces that earlier cuts of the batch made of them.
         range: IovaRange,
     },
-    /// As [`AddressSpace::cut`].
+    /// As [`AddressSpace::cut`](crate::AddressSpace::cut).
     Cut {
         /// The first address of the upper part.
         at: Iova,

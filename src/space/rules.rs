@@ -8,6 +8,7 @@
 use super::domain::{Attachment, Attachments};
 use super::members::{Member, Members};
 use crate::error::Error;
+use crate::ranges::{add_joined, without};
 use crate::sync::Arc;
 use crate::units::{Granule, Iova, IovaRange};
 
@@ -174,8 +175,8 @@ impl Rules {
 
     /// The ranges in which allocation is allowed inside `bounds`: disjoint, in ascending order.
     pub(crate) fn windows(&self, bounds: IovaRange) -> Vec<IovaRange> {
-        let mut windows = if self.allowed.is_empty() {
-            holes(bounds, self.blocked.iter().copied())
+        let mut windows: Vec<IovaRange> = if self.allowed.is_empty() {
+            without(bounds, self.blocked.iter().copied()).collect()
         } else {
             let inside = |allowed: &IovaRange| allowed.intersection(bounds);
             self.allowed.iter().filter_map(inside).collect()
@@ -186,31 +187,15 @@ impl Rules {
             let unpromised = |window: IovaRange| {
                 let from = self.promised.partition_point(|p| p.last() < window.start());
                 let inside = self.promised[from..].iter().copied();
-                holes(window, inside.take_while(|p| p.start() <= window.last()))
+                without(
+                    window,
+                    inside.take_while(move |p| p.start() <= window.last()),
+                )
             };
             windows = windows.into_iter().flat_map(unpromised).collect();
         }
         windows
     }
-}
-
-/// The parts of `bounds` that lie in none of `taken`, which are disjoint and in ascending order.
-pub(crate) fn holes(
-    bounds: IovaRange,
-    taken: impl IntoIterator<Item = IovaRange>,
-) -> Vec<IovaRange> {
-    let mut holes = Vec::new();
-    let mut floor = Some(bounds.start());
-    for range in taken {
-        let Some(from) = floor else { break };
-        let before = range.start().get().checked_sub(1).map(Iova::new);
-        let hole = before.and_then(|last| IovaRange::new(from, last.min(bounds.last())).ok());
-        holes.extend(hole);
-        // A range that ends below the floor does not move it.
-        floor = range.last().checked_add(1).map(|above| above.max(from));
-    }
-    holes.extend(floor.and_then(|from| IovaRange::new(from, bounds.last()).ok()));
-    holes
 }
 
 fn key(range: IovaRange) -> (Iova, Iova) {
@@ -225,21 +210,9 @@ fn first_in(ranges: &[IovaRange], range: IovaRange) -> Option<IovaRange> {
 
 /// The addresses of `ranges`, which are in order of start, as disjoint ranges that do not touch.
 fn merged(ranges: &[IovaRange]) -> Vec<IovaRange> {
-    let mut merged: Vec<IovaRange> = Vec::with_capacity(ranges.len());
+    let mut merged = Vec::with_capacity(ranges.len());
     for range in ranges {
-        let joined = merged.last_mut().filter(|before| {
-            let above = before.last().checked_add(1);
-            above.is_none_or(|above| range.start() <= above)
-        });
-        match joined {
-            Some(before) => {
-                // Never an error: the ranges are in order of start.
-                if let Ok(both) = IovaRange::new(before.start(), before.last().max(range.last())) {
-                    *before = both;
-                }
-            }
-            None => merged.push(*range),
-        }
+        add_joined(&mut merged, *range);
     }
     merged
 }

@@ -147,11 +147,16 @@ impl AddressSpace {
     /// ```
     ///
     /// # Errors
-    /// In this order: [`Error::Unaligned`] (to `granule`), [`Error::BitmapTooShort`], then those of
-    /// [`unmap_discarding`](Self::unmap_discarding), then [`Error::BitmapShrank`],
-    /// [`Error::BitmapWindow`] or [`Error::BitmapNoSpace`] if a file cannot take the dirty bits.
+    /// In this order: [`Error::Unaligned`] (to `granule`), [`BitmapError::TooShort`], then those of
+    /// [`unmap_discarding`](Self::unmap_discarding), then [`BitmapError::Shrank`],
+    /// [`BitmapError::Window`] or [`BitmapError::NoSpace`] if a file cannot take the dirty bits.
     /// Then everything is as before, except that translations have ended, as after a flush that
     /// failed.
+    ///
+    /// [`BitmapError::TooShort`]: crate::bitmap::BitmapError::TooShort
+    /// [`BitmapError::Shrank`]: crate::bitmap::BitmapError::Shrank
+    /// [`BitmapError::Window`]: crate::bitmap::BitmapError::Window
+    /// [`BitmapError::NoSpace`]: crate::bitmap::BitmapError::NoSpace
     #[doc(alias = "IOMMU_IOAS_UNMAP")]
     #[doc(alias = "VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP")]
     pub fn unmap<'a>(

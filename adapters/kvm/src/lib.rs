@@ -129,8 +129,9 @@ use kvm_ioctls::{VcpuFd, VmFd};
 #[cfg(doc)]
 use dirtymap::DirtySource;
 use dirtymap::adapter::PlacedList;
+use dirtymap::source::Stopped;
 use dirtymap::sync::{Arc, AtomicU64, Mutex, MutexGuard, Ordering, lock};
-use dirtymap::{Error, Granule, Iova, IovaRange, Stopped};
+use dirtymap::{Error, Granule, Iova, IovaRange};
 use dirtymap_host as host;
 use ioctl::{Kernel, Vm};
 use ring::{Mapped, Ring};
@@ -175,7 +176,7 @@ impl KvmMode {
 }
 
 /// The dirty state of the slots of one virtual machine, as a
-/// [`DirtySource`](dirtymap::DirtySource).
+/// [`DirtySource`].
 pub struct KvmLog {
     kernel: Box<dyn Kernel>,
     mode: KvmMode,

@@ -9,8 +9,10 @@ use super::ioctl::Kernel;
 use super::{KvmMode, MAX_PAGES};
 use dirtymap::adapter::words::{clear, next_run, set};
 use dirtymap::adapter::{Pending, Placed};
+use dirtymap::bitmap::Sink;
+use dirtymap::source::{LeafSink, Stopped};
 use dirtymap::sync::{AtomicBool, Mutex, MutexGuard, Ordering, lock};
-use dirtymap::{Error, Granule, Iova, IovaRange, LeafSink, Sink, Stopped};
+use dirtymap::{Error, Granule, Iova, IovaRange};
 
 /// Words of one KVM_CLEAR_DIRTY_LOG, for which KVM holds the lock of its page tables: 65536 pages,
 /// 256 MiB of 4 KiB.

@@ -11,7 +11,8 @@ use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 
 use super::ring::{Entry, Memory};
 use super::*;
-use dirtymap::{Access, AddressSpace, DirtySource, FlushGather, HarvestRequest, Iova, UserBitmap};
+use dirtymap::source::FlushGather;
+use dirtymap::{Access, AddressSpace, DirtySource, HarvestRequest, Iova, UserBitmap};
 
 const RING: u32 = 64;
 /// Two slots with a hole between them; neither is made of whole words.

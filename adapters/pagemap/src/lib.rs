@@ -86,7 +86,7 @@
 //! that is read in its place. That page is present and protected, as a clean one is, so comparing
 //! what is present does not find it either. Such memory is refused by [`ProcessMemory::add`]
 //! ([`PagemapError::GivenBackUnseen`]), unless the caller promises to mark what is given back:
-//! [`GivenBack::Marked`]. The [guide](self::guide) has the table.
+//! [`GivenBack::Marked`]. The [`guide`] has the table.
 //!
 //! # Limits
 //! * What writes without the processor's page tables is not seen: devices, and the kernel through
@@ -137,8 +137,9 @@ pub mod guide {}
 struct Readme;
 
 use dirtymap::adapter::{Placed, PlacedList};
+use dirtymap::source::Stopped;
 use dirtymap::sync::{Arc, Mutex, lock};
-use dirtymap::{Error, Granule, Iova, IovaRange, Stopped};
+use dirtymap::{Error, Granule, Iova, IovaRange};
 use dirtymap_host as host;
 use ioctl::{Kernel, Process};
 use memory::Memory;

@@ -5,8 +5,10 @@ use super::error::PagemapError;
 use super::ioctl::{Kernel, Region};
 use super::sweep::{Ask, Broken, Why, first_unmapped, sweep};
 use dirtymap::adapter::{Pending, Placed};
+use dirtymap::bitmap::Sink;
+use dirtymap::source::{LeafSink, Stopped};
 use dirtymap::sync::{Arc, AtomicBool, Mutex, MutexGuard, Ordering, lock};
-use dirtymap::{Error, Granule, Iova, IovaRange, LeafSink, Sink, Stopped};
+use dirtymap::{Error, Granule, Iova, IovaRange};
 
 /// Regions that one call may report.
 const REGIONS: usize = 512;

@@ -1,10 +1,8 @@
 //! Process memory as a source of dirty state.
 
 use super::ProcessMemory;
-use dirtymap::{
-    DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink, Mapping,
-    Sink, Stopped, Tracking,
-};
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
+use dirtymap::{DirtySource, Error, Granule, Iova, IovaRange, Mapping, Tracking};
 
 impl DirtySource for ProcessMemory {
     fn page(&self) -> Granule {

@@ -10,9 +10,8 @@ use super::ioctl::{Find, Region, Scanned, table_bytes};
 use super::owners::Owners;
 use super::sweep::{Ask, sweep_nothing};
 use super::*;
-use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FlushGather, HarvestRequest, Iova, UserBitmap,
-};
+use dirtymap::source::FlushGather;
+use dirtymap::{Access, AddressSpace, DirtySource, Error, HarvestRequest, Iova, UserBitmap};
 
 /// Where the memory lies in the fake process, not at the begin of a piece, and where it is
 /// reported.

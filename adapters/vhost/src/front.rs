@@ -4,11 +4,9 @@
 use super::memory::{LOG_PAGE, LogError, LogMemory, check_process, maker};
 use crate::log_list::{LogList, LogWords, clear, seen};
 use dirtymap::adapter::words;
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::sync::{Arc, AtomicBool, AtomicU64, Ordering};
-use dirtymap::{
-    AddressSpace, DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink,
-    Mapping, Sink, Stopped, Tracking,
-};
+use dirtymap::{AddressSpace, DirtySource, Error, Granule, Iova, IovaRange, Mapping, Tracking};
 use dirtymap_host::Maker;
 
 /// Words that are looked at together before a closer look: one cache line.

@@ -3,11 +3,11 @@
 use super::VhostLog;
 use super::memory::LOG_PAGE;
 use crate::log_list::LogWords;
+use dirtymap::source::{FlushGather, LeafSink};
 use dirtymap::source_kit::{Rig, check, read_keeping};
 use dirtymap::sync::{Arc, Mutex, Ordering, lock};
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Iova,
-    IovaRange, LeafSink, UserBitmap,
+    Access, AddressSpace, DirtySource, Error, Granule, HarvestRequest, Iova, IovaRange, UserBitmap,
 };
 
 /// 2 KiB.

@@ -6,8 +6,8 @@ use vm_memory::bitmap::{Bitmap, BitmapSlice, NewBitmap, WithBitmapSlice};
 
 use dirtymap::sync::Arc;
 use dirtymap::{
-    Access, AddressSpace, AreaHandle, Error, HarvestRequest, Iova, IovaRange, UserBitmap,
-    WriteGuard,
+    Access, AddressSpace, AreaHandle, Error, HarvestRequest, Iova, IovaRange, RangeError,
+    UserBitmap, WriteGuard,
 };
 
 /// A dirty bitmap for a region of guest memory, or for all addresses behind an IOMMU: byte `n` of
@@ -15,7 +15,8 @@ use dirtymap::{
 ///
 /// Marks are those of [`AddressSpace::mark`]: lock-free, without waiting, to be made after the
 /// write, as vm-memory does. What lies outside of the range, or in no area, is counted in
-/// [`SpaceStats::outside_marks`](dirtymap::SpaceStats::outside_marks). Clones mark the same pages.
+/// [`SpaceStats::outside_marks`](dirtymap::space::SpaceStats::outside_marks). Clones mark the same
+/// pages.
 ///
 /// `with_len` and `default` make a space of their own: with tracking on and one area from address 0
 /// on, in pages of the host's size; and without any area, so that every mark is counted as outside.
@@ -68,8 +69,8 @@ impl SpaceBitmap {
     /// [`AddressSpace::begin_write`].
     ///
     /// # Errors
-    /// [`Error::ZeroLength`]; [`Error::Outside`] with the first address that lies outside of the
-    /// bitmap or in no area, which is counted.
+    /// [`RangeError::ZeroLength`]; [`Error::Outside`] with the first address that lies outside of
+    /// the bitmap or in no area, which is counted.
     pub fn begin_write(&self, offset: usize, len: usize) -> Result<WriteGuard<'_>, Error> {
         let at = Some(offset as u64);
         match self.clip(at, len) {
@@ -84,9 +85,9 @@ impl SpaceBitmap {
                 self.space.report_outside_mark(at, bytes);
                 Err(Error::Outside { at })
             }
-            _ => Err(Error::ZeroLength {
+            _ => Err(Error::Range(RangeError::ZeroLength {
                 start: self.address(at).unwrap_or(Iova::MAX),
-            }),
+            })),
         }
     }
 

@@ -71,7 +71,7 @@
 //! of 0x7fff_0000_0000, and a write there is marked nowhere. Give it `SpaceBitmap::new(&iovas,
 //! IovaRange::ALL)` over a second space, whose areas are what the IOMMU maps: marks land in their
 //! area, and those outside of every area are counted in
-//! [`SpaceStats::outside_marks`](dirtymap::SpaceStats::outside_marks) and named by
+//! [`SpaceStats::outside_marks`](dirtymap::space::SpaceStats::outside_marks) and named by
 //! [`AddressSpace::faults`].
 //!
 //! # Traps

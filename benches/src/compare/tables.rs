@@ -8,8 +8,10 @@ use std::hint::black_box;
 use std::ops::Range;
 use std::time::Instant;
 
+use dirtymap::flush::FlushGather;
+use dirtymap::source::LeafSink;
 use dirtymap::sync::thread;
-use dirtymap::{Access, FlushGather, Granule, Iova, IovaRange, LeafSink, UserBitmap};
+use dirtymap::{Access, Granule, Iova, IovaRange, UserBitmap};
 use pagetable_sim::{AmdV1, LeafSizes, Table};
 
 use super::{Contestant, Family, Report, Scale, Settings, Target, Workload, contest};

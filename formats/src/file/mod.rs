@@ -14,25 +14,26 @@
 //! when all of it is on the disk, so that after a crash there is the old one or the new one, each
 //! of them whole.
 
+mod error;
 mod payload;
 mod place;
 mod restart;
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use crc32fast::Hasher;
 
+pub use error::BitmapFileError;
 pub use place::Truncate;
-use place::{Draft, begin};
+use place::{Draft, HEADER, begin};
 pub use restart::Restored;
 
-use dirtymap::{BitmapView, Error, Granule, Iova, IovaRange};
+use dirtymap::{BitmapView, Granule, Iova, IovaRange};
 
 const MAGIC: [u8; 8] = *b"dirtymap";
 const VERSION: u32 = 1;
-const HEADER: usize = 64;
 /// What is read or written at a time, in bytes. A multiple of 8.
 const BLOCK: usize = 64 << 10;
 
@@ -76,55 +77,6 @@ struct Header {
     generation: u64,
     /// Of the payload.
     checksum: u32,
-}
-
-/// Why a bitmap was not written to a file, or not read from one.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum BitmapFileError {
-    /// The system refused.
-    #[error("the bitmap file cannot be accessed: {0}")]
-    Io(#[from] io::Error),
-    /// The file ends early.
-    #[error("the bitmap file has {len} bytes, but {needed} are needed")]
-    Truncated {
-        /// Bytes that the file has.
-        len: u64,
-        /// Bytes that it should have.
-        needed: u64,
-    },
-    /// The file does not begin as a bitmap file does.
-    #[error("this is not a bitmap file: it does not begin with \"dirtymap\"")]
-    Foreign,
-    /// The file is of another version of the format.
-    #[error("the bitmap file has version {found} of its format, but only {known} is known")]
-    Version {
-        /// The version of the file.
-        found: u32,
-        /// The version that can be read.
-        known: u32,
-    },
-    /// The file does not hold what was written.
-    #[error("the bitmap file is damaged: {0}")]
-    Damaged(&'static str),
-    /// There are more bits than such a file may have.
-    #[error("{bits} bits are too many for a bitmap file: at most {limit} are allowed")]
-    TooLarge {
-        /// How many there are.
-        bits: u64,
-        /// How many are allowed.
-        limit: u64,
-    },
-    /// The place appends: the header, which is written last, cannot get to its beginning. It is as
-    /// it was.
-    #[error("what is written to byte 0 of the file goes to byte {at}: open it without append")]
-    Appends {
-        /// The byte that the beginning of a bitmap file would get to.
-        at: u64,
-    },
-    /// The bitmap in memory could not be read or recorded into.
-    #[error("{0}")]
-    Bitmap(#[from] Error),
 }
 
 impl BitmapFile {

@@ -11,7 +11,8 @@ use std::io::{Read, Seek, SeekFrom};
 use crc32fast::Hasher;
 
 use super::{BLOCK, BitmapFile, BitmapFileError, HEADER, Header};
-use dirtymap::{BitmapView, DirtyLog, Iova, IovaRange};
+use dirtymap::exchange::DirtyLog;
+use dirtymap::{BitmapView, Iova, IovaRange};
 
 /// How many bytes of a payload are kept in memory.
 pub(super) const KEPT: usize = 64 << 20;

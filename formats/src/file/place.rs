@@ -4,7 +4,10 @@ use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, BufWriter, Cursor, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use super::{BitmapFileError, HEADER};
+use super::error::BitmapFileError;
+
+/// Bytes of the header, at the beginning of the file.
+pub(super) const HEADER: usize = 64;
 
 /// A place that [`BitmapFile::write_to`](super::BitmapFile::write_to) can fill anew: what was there
 /// before does not stay as a tail.

@@ -89,7 +89,7 @@ impl BitmapFile {
     ///
     /// Map the areas and start tracking before this, and let writers begin after it. Pages of the
     /// file that no area holds any more count in
-    /// [`SpaceStats::outside_marks`](dirtymap::SpaceStats::outside_marks).
+    /// [`SpaceStats::outside_marks`](dirtymap::space::SpaceStats::outside_marks).
     ///
     /// # Errors
     /// [`BitmapFileError::Io`] if the file cannot be removed: it would be taken for the state of a

@@ -2,7 +2,7 @@
 
 use std::io::Cursor;
 
-use dirtymap::{Error, Granule, Iova, IovaRange, SparseBitmap, UserBitmap};
+use dirtymap::{Error, Granule, Iova, IovaRange, RangeError, SparseBitmap, UserBitmap};
 use dirtymap_formats::{BitmapFile, BitmapFileError};
 
 use crate::{Folder, range};
@@ -232,6 +232,6 @@ fn a_path_without_a_folder_is_one_in_the_current_folder() {
 
 #[test]
 fn errors_of_the_bitmap_keep_their_name() {
-    let error = BitmapFileError::from(Error::BadGranule { bytes: 3 });
+    let error = BitmapFileError::from(Error::Range(RangeError::BadGranule { bytes: 3 }));
     assert!(error.to_string().contains("3 bytes"), "{error}");
 }

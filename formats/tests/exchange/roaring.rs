@@ -2,6 +2,7 @@
 
 use std::io::ErrorKind;
 
+use dirtymap::bitmap::BitmapError;
 use dirtymap::{Error, Granule, IovaRange, SparseBitmap, UserBitmap};
 use dirtymap_formats::roaring::{RoaringExt, read_roaring, read_treemap};
 use roaring::{RoaringBitmap, RoaringTreemap};
@@ -52,7 +53,7 @@ fn a_view_of_more_than_32_bits_needs_a_treemap() {
     view.sink().record(range((bits - 1) << 12, 4096)).unwrap();
     assert!(matches!(
         view.to_roaring(),
-        Err(Error::NoSuchBit { bit, last: 0xFFFF_FFFF }) if bit == bits - 1
+        Err(Error::Bitmap(BitmapError::NoSuchBit { bit, last: 0xFFFF_FFFF })) if bit == bits - 1
     ));
     let set = view.to_treemap().unwrap();
     assert_eq!((set.len(), set.max()), (5, Some(bits - 1)));
@@ -77,7 +78,10 @@ fn a_number_that_the_view_does_not_have_is_refused_before_anything_is_set() {
     let small: RoaringBitmap = [1, 40].into_iter().collect();
     let large: RoaringTreemap = [1, 40].into_iter().collect();
     for error in [view.or_roaring(&small), view.or_treemap(&large)] {
-        assert!(matches!(error, Err(Error::NoSuchBit { bit: 40, last: 39 })));
+        assert!(matches!(
+            error,
+            Err(Error::Bitmap(BitmapError::NoSuchBit { bit: 40, last: 39 }))
+        ));
     }
     assert_eq!(words, [0]);
 }

@@ -119,6 +119,8 @@ enum Failure {
     #[error("{0}")]
     Tracking(#[from] dirtymap::Error),
     #[error("{0}")]
+    Range(#[from] dirtymap::RangeError),
+    #[error("{0}")]
     Memory(#[from] io::Error),
     #[error("the guest stopped with {0}")]
     Exit(String),

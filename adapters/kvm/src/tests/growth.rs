@@ -62,7 +62,7 @@ fn looking_at_an_area_for_each_slot_grows_as_a_search_does() {
 /// The same in a take, which also has to find the earlier slots of the area when one stops.
 #[test]
 fn taking_an_area_for_each_slot_grows_as_a_search_does() {
-    use dirtymap::LeafSink;
+    use dirtymap::source::LeafSink;
     grows_gently("a take for each slot", |n| {
         let (log, _ring) = of_slots(n);
         let mut words = [0u64; 1];

@@ -1,8 +1,9 @@
 //! Pages that are larger than those of the space, and requests that cut them.
 
 use super::*;
+use dirtymap::source::{FlushGather, LeafSink};
 use dirtymap::source_kit::read_keeping;
-use dirtymap::{DirtySource, Error, FlushGather, LeafSink};
+use dirtymap::{DirtySource, Error};
 
 /// Bytes from one address up to another.
 fn bytes(start: u64, end: u64) -> IovaRange {

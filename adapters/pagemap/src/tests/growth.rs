@@ -2,7 +2,7 @@
 //! search does, never as a scan.
 
 use super::*;
-use dirtymap::LeafSink;
+use dirtymap::source::LeafSink;
 use dirtymap_host::counted::{count, grows_gently};
 
 /// The `nth` piece, of one page.

@@ -1,7 +1,8 @@
 //! Requests that cut pages of the process.
 
 use super::*;
-use dirtymap::{DirtySource, FlushGather, LeafSink};
+use dirtymap::DirtySource;
+use dirtymap::source::{FlushGather, LeafSink};
 
 const K1: u64 = 1024;
 

@@ -27,6 +27,8 @@ const FAILED: u8 = 2;
 pub(crate) enum Failure {
     #[error("{0}")]
     Tracking(#[from] dirtymap::Error),
+    #[error("{0}")]
+    Range(#[from] dirtymap::RangeError),
     #[error("guest memory: {0}")]
     Memory(String),
     #[error("{}: {error}; --dir names a place with more room, or another owner", path.display())]

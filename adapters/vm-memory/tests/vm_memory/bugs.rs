@@ -1,9 +1,10 @@
 //! Losses that hypervisors had with bitmaps of their own, each as a test.
 
 use super::{NONE, PAGE, bytes, harvest, machine, taken};
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::{
-    AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Holes, Invalidated,
-    Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking, UserBitmap,
+    AddressSpace, DirtySource, Error, Granule, HarvestRequest, Holes, Iova, IovaRange, Mapping,
+    RangeError, Tracking, UserBitmap,
 };
 use dirtymap_vm_memory::SpaceBitmap;
 use std::sync::Arc;
@@ -59,7 +60,7 @@ fn a_write_that_cannot_begin_is_counted() {
     ));
     assert!(matches!(
         bitmap.begin_write(0, 0),
-        Err(Error::ZeroLength { .. })
+        Err(Error::Range(RangeError::ZeroLength { .. }))
     ));
     assert_eq!(space.stats().outside_marks, 2);
     assert_eq!(taken(&space, bytes(0, 32 * PAGE)), NONE);

@@ -1,7 +1,8 @@
 //! `IommuMemory`: writes by IOVA, in areas that are sparse in 2^64 bytes.
 
 use super::{PAGE, bytes, machine, taken};
-use dirtymap::{Access, AddressSpace, FaultSource, Granule, IovaRange};
+use dirtymap::space::FaultSource;
+use dirtymap::{Access, AddressSpace, Granule, IovaRange};
 use dirtymap_vm_memory::SpaceBitmap;
 use std::sync::{Arc, RwLock, RwLockReadGuard};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, NewBitmap};

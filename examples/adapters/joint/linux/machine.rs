@@ -31,6 +31,8 @@ pub(crate) enum Failure {
     #[error("{0}")]
     Tracking(#[from] dirtymap::Error),
     #[error("{0}")]
+    Range(#[from] dirtymap::RangeError),
+    #[error("{0}")]
     Guest(#[from] GuestError),
     #[error("process memory: {0}")]
     Pagemap(#[from] PagemapError),
@@ -48,7 +50,7 @@ pub(crate) enum Failure {
 
 /// The `n` pages from page `first` on.
 pub(crate) fn pages(first: u64, n: u64) -> Result<IovaRange, dirtymap::Error> {
-    IovaRange::from_len(Iova::new(first * PAGE), n * PAGE)
+    Ok(IovaRange::from_len(Iova::new(first * PAGE), n * PAGE)?)
 }
 
 /// Every page has two halves: one in memory that the guest, the back end and the program write, and one that the devices write, for the
