@@ -207,7 +207,8 @@ impl<'w> Harvester<'w> {
         tally.add(Count::Harvests, 1);
         // A drop does not say what was outside: all of it may have been.
         let whose = self.whose;
-        let copy = |runs: dirtymap::Runs<'_>| runs.for_each(|run| world.copy_for(whose, run));
+        let copy =
+            |runs: dirtymap::bitmap::Runs<'_>| runs.for_each(|run| world.copy_for(whose, run));
         let dropped = |view: dirtymap::BitmapView<'_>| {
             if layout::slot(0).0 <= *layout::pages_of(range).end() {
                 tally.add(Count::OutsideAborts, 1);
