@@ -380,7 +380,8 @@ fn consume(s: State, whose: usize, order: &Order, out: &mut Steps<State>) {
                 gather: false,
                 ..go(Step::Copy)
             };
-            if !me.gather && !(s.queue && order.pays_all) {
+            let owed = me.gather || (s.queue && order.pays_all);
+            if !owed {
                 out.push("sync: nothing is owed", with(synced, s));
             } else if s.device == Device::Idle {
                 let flushed = State {
