@@ -184,8 +184,8 @@ impl Marks {
         })
     }
 
-    /// Marks the pages of `mask`, of 64 pages from `start` on, in marks that begin at address 0. The
-    /// caller has performed F1 after all that the marks stand for.
+    /// Marks the pages of `mask`, of 64 pages from `start` on, in marks that begin at address 0.
+    /// The caller has performed F1 after all that the marks stand for.
     pub(crate) fn mark_mask(&self, start: Iova, mask: u64) {
         debug_assert!(self.range.start() == Iova::MIN);
         self.bits.set_mask(start.get() >> self.page.lg2(), mask);
