@@ -16,6 +16,7 @@ use std::marker::PhantomData;
 use super::committed::Committed;
 use super::held::{Held, SpaceRef};
 use super::look::{Look, look};
+use super::shared;
 use crate::bitmap::{BitmapView, Runs, Sink, Words};
 use crate::error::Error;
 use crate::events;
@@ -24,7 +25,7 @@ use crate::report::{Aborted, HarvestReport};
 use crate::source::Stopped;
 #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
 use crate::space::AddressSpace;
-use crate::space::{Area, Areas, Covered};
+use crate::space::{Area, Areas, Covered, MemberCounts};
 use crate::sync::{AtomicU64, Mutex, Ordering, Step, lock, performs};
 use crate::units::{Granule, Iova, IovaRange};
 
@@ -362,6 +363,8 @@ pub(super) struct Holding<'a> {
     /// The last address of an area below which everything is in the lease: no hole above it is.
     walked_to: Option<Iova>,
     gather: FlushGather,
+    /// Leaves whose debt the queue has already.
+    handed_over: u64,
     debt: Debt,
     report: HarvestReport,
     /// The parts that were committed, in whole granules.
@@ -388,6 +391,9 @@ impl<'a> Holding<'a> {
     /// A lease that has taken nothing yet.
     pub(super) fn begin(space: SpaceRef<'a>, held: Held<'a>, covered: Covered) -> Self {
         space.counters.harvest();
+        if let Some(member) = covered.audience.own() {
+            member.counts.begin();
+        }
         Holding {
             space,
             held,
@@ -400,6 +406,7 @@ impl<'a> Holding<'a> {
             reached: None,
             walked_to: None,
             gather: FlushGather::new(),
+            handed_over: 0,
             debt: Debt::Held,
             report: HarvestReport::default(),
             committed: Mutex::new(Committed::new()),
@@ -436,14 +443,22 @@ impl<'a> Holding<'a> {
         // Before the first bit is touched: a walk that panics from here on puts back everything
         // that it may have recorded.
         self.reach(part.last());
-        let looked = look(
-            &self.space,
-            &self.covered,
-            area,
-            (part, part),
-            sink,
-            Look::Take(&mut self.gather),
-        );
+        let looked = if self.covered.audience.own().is_none() {
+            look(
+                &self.space,
+                &self.covered,
+                area,
+                (part, part),
+                (sink, None),
+                Look::Take(&mut self.gather),
+            )
+        } else {
+            let gather = &mut self.gather;
+            let (handed, looked) =
+                shared::take(&self.space, &self.covered, area, part, sink, gather);
+            self.handed_over += handed;
+            looked
+        };
         self.walk_to(walked_to(part, &looked));
         looked
     }
@@ -500,6 +515,12 @@ impl<'a> Holding<'a> {
         }
         self.reached = self.walked_to.and_then(|walked| Some(walked.min(last?)));
         bits
+    }
+
+    /// Whether the harvest leaves what it takes to other consumers, or has taken from them.
+    #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
+    pub(super) fn is_shared(&self) -> bool {
+        self.covered.audience.own().is_some()
     }
 
     /// What is harvested.
@@ -568,10 +589,11 @@ impl<'a> Holding<'a> {
         }
         self.report.bits_set = bits_set;
         self.report.windows = recorded.windows;
-        self.report.leaves = self.gather.entries();
+        self.report.leaves = self.gather.entries() + self.handed_over;
         let bytes = self.bytes(bits_set);
         self.left = AtomicU64::new(bytes);
         self.space.counters.leased(bytes);
+        self.count(|counts| &counts.leased, bytes);
         let stopped_at = self.stopped.as_ref().map(|stopped| stopped.at);
         events::harvest(self.range(), self.granule(), &self.report, stopped_at);
         Lease {
@@ -608,6 +630,8 @@ impl<'a> Holding<'a> {
         self.space.counters.commit();
         let bytes = self.take_left();
         self.space.counters.committed(bytes);
+        self.count(|counts| &counts.committed, bytes);
+        self.end();
         events::commit(self.range(), bytes);
         self.report
     }
@@ -630,6 +654,7 @@ impl<'a> Holding<'a> {
         self.left.store(left - bytes, Ordering::Relaxed);
         drop(committed);
         self.space.counters.committed(bytes);
+        self.count(|counts| &counts.committed, bytes);
         events::commit_part(part, bytes);
         bits
     }
@@ -650,8 +675,24 @@ impl<'a> Holding<'a> {
         self.debt = Debt::Settled;
         let left = self.take_left();
         self.space.counters.aborted(left, aborted.outside_bytes);
+        self.count(|counts| &counts.aborted, left);
+        self.end();
         events::abort(self.range(), &aborted);
         aborted
+    }
+
+    /// Adds to a count of the lease's consumer.
+    fn count(&self, which: impl FnOnce(&MemberCounts) -> &AtomicU64, bytes: u64) {
+        if let Some(member) = self.covered.audience.own() {
+            MemberCounts::add(which(&member.counts), bytes);
+        }
+    }
+
+    /// The lease is committed or put back.
+    fn end(&self) {
+        if let Some(member) = self.covered.audience.own() {
+            member.counts.end();
+        }
     }
 
     fn take_left(&mut self) -> u64 {

@@ -5,7 +5,7 @@ use super::lease::Holding;
 use super::{HarvestRequest, Lease, Owed, Scope, Synced, harvest};
 use crate::bitmap::{SparseBitmap, UserBitmap};
 use crate::error::Error;
-use crate::space::AddressSpace;
+use crate::space::{AddressSpace, Member};
 use crate::sync::Arc;
 use crate::units::{DomainId, Granule, IovaRange, ToIovaRange};
 
@@ -47,6 +47,8 @@ pub struct Rounds<'a> {
     scope: Scope,
     within: IovaRange,
     bitmap: Arc<SparseBitmap>,
+    /// The consumer; `None` is the unnamed one.
+    member: Option<Arc<Member>>,
 }
 
 impl AddressSpace {
@@ -87,6 +89,16 @@ impl<'a> Rounds<'a> {
             scope: Scope::All,
             within: IovaRange::ALL,
             bitmap: Arc::new(SparseBitmap::new(0)),
+            member: None,
+        }
+    }
+
+    /// The rounds of a consumer.
+    pub(super) fn of(space: SpaceRef<'a>, member: Arc<Member>) -> Self {
+        Rounds {
+            within: member.range,
+            member: Some(member),
+            ..Self::over(space)
         }
     }
 
@@ -165,7 +177,10 @@ impl<'a> Rounds<'a> {
     /// [`Error::NothingMapped`] if there is no area; else those of
     /// [`harvest`](AddressSpace::harvest).
     pub fn harvest(&mut self) -> Result<Lease<'a, Owed>, Error> {
-        let snapshot = self.space.snapshot();
+        // Before the snapshot: as in `harvest_for`.
+        let space = self.space.clone();
+        let _walk = space.walks.enter();
+        let snapshot = space.snapshot();
         let areas = snapshot.areas_in(self.within).map(|entry| entry.range);
         let hull = areas.reduce(IovaRange::hull);
         let Some(hull) = hull.and_then(|hull| hull.intersection(self.within)) else {
@@ -181,9 +196,12 @@ impl<'a> Rounds<'a> {
         }
         let request = HarvestRequest::new(range, self.granule).in_scope(self.scope);
         let bitmap = Arc::clone(&self.bitmap);
-        let (bound, covered) =
-            self.space
-                .check(&request, UserBitmap::sparse_alone(&bitmap), &snapshot)?;
+        let (bound, covered) = self.space.check(
+            self.member.as_ref(),
+            &request,
+            UserBitmap::sparse_alone(&bitmap),
+            &snapshot,
+        )?;
         let held = Held::Own(OwnBits {
             bitmap: Arc::clone(&bitmap),
             bound: range,

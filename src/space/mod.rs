@@ -23,6 +23,7 @@ mod flushing;
 #[cfg(all(test, not(dirtymap_loom)))]
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod growth_tests;
+mod members;
 mod outside;
 mod pairs;
 mod plan;
@@ -33,6 +34,7 @@ mod stats;
 mod switch;
 mod tracking;
 mod unmap;
+mod walks;
 
 pub use crate::marks::MarkOrdering;
 pub use crate::report::Unmapped;
@@ -40,6 +42,7 @@ pub use allocation::SpaceRanges;
 pub(crate) use area::Area;
 pub(crate) use domain::{Attachment, Covered};
 pub use faults::{Fault, FaultSource, Faults};
+pub(crate) use members::{Audience, Beginning, Member, MemberCounts};
 pub use plan::Change;
 pub use snapshot::SpaceSnapshot;
 pub(crate) use stats::Counters;
@@ -49,7 +52,7 @@ use crate::area::AreaTree;
 use crate::error::Error;
 use crate::events;
 use crate::flush::FlushQueue;
-use crate::marks::{InFlight, NearMarks};
+use crate::marks::{Flights, InFlight, NearMarks};
 use crate::source::{DirtySource, Mapping};
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, fence};
 use crate::units::{Access, DomainId, Granule, Iova, IovaRange, ToIovaRange};
@@ -58,6 +61,7 @@ use outside::Outside;
 use retired::LastRetired;
 use rules::Rules;
 use switch::Switch;
+use walks::Walks;
 
 /// The areas of one moment.
 pub(crate) type Areas<'a> = SpaceSnapshot<'a>;
@@ -97,6 +101,11 @@ pub struct AddressSpace {
     pub(crate) areas: AreaTree<Area, 16, Rules>,
     pub(crate) flush: FlushQueue,
     pub(crate) in_flight: InFlight,
+    /// What harvests have taken and not left to other consumers yet.
+    pub(crate) flights: Flights,
+    /// The pieces whose summaries such harvests may have cleared.
+    pub(crate) hiding: InFlight,
+    pub(crate) walks: Walks,
     pub(crate) counters: Arc<Counters>,
     faults: Arc<Log>,
     tracking: Switch,
@@ -117,6 +126,9 @@ impl AddressSpace {
             areas: AreaTree::new(),
             flush: FlushQueue::new(),
             in_flight: InFlight::new(),
+            flights: Flights::new(attachment::put_back_range(), page),
+            hiding: InFlight::new(),
+            walks: Walks::new(),
             counters: Arc::new(Counters::default()),
             faults: Arc::new(Log::new()),
             tracking: Switch::new(),
