@@ -70,18 +70,8 @@ use crate::failure::{Failure, attempt, call};
 use crate::flush::{FlushCost, FlushGather};
 use crate::marks::{FlightSlot, Marks};
 use crate::source::{DirtySource, Tracking};
-use crate::sync::{Arc, AtomicBool, Ordering, Step, TINY, fence, lock, performs};
-use crate::units::{DomainId, Granule, Iova, IovaRange};
-
-/// The range of a put-back store: all addresses. Fewer in the model checker, where a bitmap of all
-/// of them would be dozens of levels deep.
-pub(super) fn put_back_range() -> IovaRange {
-    if TINY {
-        IovaRange::ascending(Iova::MIN, Iova::new(0x3_ffff))
-    } else {
-        IovaRange::ALL
-    }
-}
+use crate::sync::{Arc, AtomicBool, Ordering, Step, fence, lock, performs};
+use crate::units::{DomainId, Granule, IovaRange};
 
 impl AddressSpace {
     /// Attaches a domain, such as that of an IOMMU. `source` is filled with all areas, those that
@@ -161,7 +151,7 @@ impl AddressSpace {
             identity,
             cost,
             source,
-            put_back: Marks::few(put_back_range(), self.page()),
+            put_back: Marks::everywhere(self.page()),
             tracking: Switch::new(),
             leaving: AtomicBool::new(false),
         });
