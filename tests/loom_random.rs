@@ -346,7 +346,7 @@ fn random_operations_keep_the_contract() {
 
 /// Steps, and the program that found each when it was left out.
 const FOUND: [(Step, u64); 3] = [
-    (Step::RecordBeforeClear, 0),
+    (Step::RecordMarks, 0),
     (Step::FlushBeforeReuse, 1985),
     (Step::OweBeforePutBack, 6899),
 ];

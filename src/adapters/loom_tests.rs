@@ -43,7 +43,7 @@ impl BackEnd {
 /// After the acknowledgement no thread marks in the old log, and the two logs have all marks.
 #[test]
 fn no_mark_goes_to_a_log_that_was_replaced() {
-    holds_only_with(&[Step::WaitForInside, Step::EnterFence], || {
+    holds_only_with(&[Step::WaitForInside, Step::EnterFence, Step::ReplaceFence], || {
         let back_end = BackEnd::new();
         back_end.log.replace(Box::new(0));
         let writer = thread::spawn({
@@ -68,7 +68,7 @@ fn no_mark_goes_to_a_log_that_was_replaced() {
 /// has that write.
 #[test]
 fn who_finds_no_log_has_written_before_there_was_one() {
-    holds_only_with(&[Step::EnterFence], || {
+    holds_only_with(&[Step::EnterFence, Step::ReplaceFence], || {
         let back_end = BackEnd::new();
         let writer = thread::spawn({
             let back_end = Arc::clone(&back_end);

@@ -408,7 +408,7 @@ fn a_mark_of_a_word_publishes_its_data() {
 /// The same for a mark of several words.
 #[test]
 fn a_mark_of_words_publishes_its_data() {
-    holds_only_with(&[Step::PublishMark], || publishes_data(1, CHUNK - 1));
+    holds_only_with(&[Step::PublishMarks], || publishes_data(1, CHUNK - 1));
 }
 
 /// The same for a mark of a whole chunk.

@@ -3,11 +3,12 @@
 //! The harvests do what those of `harvest::lease` do, without areas and leases, so that the model
 //! stays small.
 
+use super::ordering::interrupt;
 use super::{InFlight, LeafSink, MarkOrdering, Marks, Rests};
 use crate::bitmap::UserBitmap;
 use crate::flush::{FlushGather, FlushQueue, Invalidated};
 use crate::sync::model::{Bound, holds_only_with, holds_within};
-use crate::sync::{Arc, AtomicU64, Mutex, Ordering, Step, fence, lock, performs, thread};
+use crate::sync::{Arc, AtomicU64, Mutex, Ordering, Step, fence, lock, thread};
 use crate::units::{Granule, Iova, IovaRange};
 
 const PAGE: Granule = Granule::K4;
@@ -145,44 +146,29 @@ fn a_mark_without_a_fence_needs_the_membarrier() {
 
 /// Returns whether the last copy has the last write.
 fn a_mark_without_a_fence() -> bool {
-    const NOTHING: u64 = 0;
-    const ASKED: u64 = 1;
-    const DONE: u64 = 2;
     let marks = Arc::new(Marks::new(pages(0, 0), PAGE, MarkOrdering::Membarrier));
-    let [data, interrupt] = [0, NOTHING].map(|value| Arc::new(AtomicU64::new(value)));
+    let data = Arc::new(AtomicU64::new(0));
     // The page was marked, and harvests have seen it: every load finds the mark until it is
     // cleared.
     marks.mark(pages(0, 0));
     let marker = thread::spawn({
-        let (marks, data, interrupt) = (marks.clone(), data.clone(), interrupt.clone());
+        let (marks, data) = (marks.clone(), data.clone());
         move || {
-            // A read-modify-write reads the newest value, as an interrupt arrives without a load.
-            let come_by = |next| {
-                if interrupt.fetch_and(next, Ordering::AcqRel) == ASKED {
-                    fence(Ordering::SeqCst);
-                }
-            };
-            come_by(DONE);
+            interrupt::come_by();
             data.store(1, Ordering::Relaxed);
-            come_by(DONE);
+            interrupt::come_by();
             marks.mark(pages(0, 0));
-            come_by(DONE);
-            interrupt.swap(DONE, Ordering::AcqRel);
+            interrupt::come_by();
+            interrupt::end();
         }
     });
-    // False if the marker has not run the fence: then the copier would wait longer. Other
-    // executions show what it sees afterwards.
+    // False if the marker has not run the fence: then the copier would wait longer.
     let copy = |copied: &mut u64| {
         let mut dirty = false;
         marks.take(pages(0, 0), |_, _| dirty = true);
-        fence(Ordering::SeqCst);
-        if performs(Step::Membarrier) {
-            let ask = (Ordering::AcqRel, Ordering::Acquire);
-            let asked = interrupt.compare_exchange(NOTHING, ASKED, ask.0, ask.1);
-            thread::yield_now();
-            if asked.is_ok() && interrupt.fetch_and(!0, Ordering::AcqRel) == ASKED {
-                return false;
-            }
+        MarkOrdering::Membarrier.before_copies(Step::SyncFence);
+        if interrupt::is_pending() {
+            return false;
         }
         if dirty {
             *copied = data.load(Ordering::Relaxed);

@@ -59,19 +59,20 @@ impl MarkOrdering {
         }
     }
 
-    /// F2: orders the clear of marks before the copies.
+    /// F2: orders the clear of marks before the copies. `step` names the call.
     ///
     /// # Panics
     /// If the system no longer grants `membarrier(2)`, which it granted when the space was made: to
     /// go on would lose writes.
-    pub(crate) fn before_copies(self) {
-        if performs(Step::SyncFence) {
+    #[cfg_attr(dirtymap_loom, track_caller)]
+    pub(crate) fn before_copies(self, step: Step) {
+        if performs(step) {
             // SeqCst: F2 of the protocol of `marks`; pairs with F1 in `before_look`. If F1 comes
             // first, the copies have the data; if F2 comes first, the marker sees the clear and
             // marks again. Also orders a flush before the copies.
             fence(Ordering::SeqCst);
         }
-        if self == MarkOrdering::Membarrier {
+        if self == MarkOrdering::Membarrier && performs(Step::Membarrier) {
             assert!(
                 imp::issue(),
                 "membarrier(2) has failed after it was registered"
@@ -120,6 +121,48 @@ mod imp {
 
     /// In models this succeeds: they run a fence at any point of the other thread themselves.
     pub(super) fn issue() -> bool {
+        #[cfg(all(test, dirtymap_loom))]
+        super::interrupt::ask();
         crate::sync::TINY
+    }
+}
+
+/// The interrupt of a `membarrier(2)`, in models: the marker looks for it between its steps.
+#[cfg(all(test, dirtymap_loom))]
+pub(super) mod interrupt {
+    use crate::sync::{AtomicU64, Ordering, fence, thread};
+
+    const NOTHING: u64 = 0;
+    const ASKED: u64 = 1;
+    const DONE: u64 = 2;
+
+    loom::lazy_static! {
+        static ref STATE: AtomicU64 = AtomicU64::new(NOTHING);
+    }
+
+    /// The kernel's side: interrupts the marker, unless that has ended or was interrupted before.
+    pub(super) fn ask() {
+        let order = (Ordering::AcqRel, Ordering::Acquire);
+        let _ = STATE.compare_exchange(NOTHING, ASKED, order.0, order.1);
+        thread::yield_now();
+    }
+
+    /// The marker's side, between two steps: runs the fence if it is asked for.
+    pub(in crate::source) fn come_by() {
+        // A read-modify-write reads the newest value, as an interrupt arrives without a load.
+        if STATE.fetch_and(DONE, Ordering::AcqRel) == ASKED {
+            fence(Ordering::SeqCst);
+        }
+    }
+
+    /// The marker ends: a thread that is not running needs no interrupt.
+    pub(in crate::source) fn end() {
+        STATE.swap(DONE, Ordering::AcqRel);
+    }
+
+    /// Whether the marker has been asked and has not run the fence. The kernel would wait longer;
+    /// other executions show what it finds afterwards.
+    pub(in crate::source) fn is_pending() -> bool {
+        STATE.fetch_and(!0, Ordering::AcqRel) == ASKED
     }
 }

@@ -268,7 +268,7 @@ impl AddressSpace {
         // F2 of the marks' protocol (`source::marks`), for the first full copy that follows: it has
         // the data of each marker that found its mark set, or that marker sees the clear and marks
         // again.
-        self.ordering.before_copies();
+        self.ordering.before_copies(Step::SwitchFence);
         self.tracking.set(true);
         Ok(())
     }
