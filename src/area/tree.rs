@@ -138,7 +138,9 @@ where
         // Acquire: pairs with the Release in `Edit::publish`; the version of that root is visible.
         let root = self.root.load(Ordering::Acquire);
         // SAFETY: never null; loaded under a pin, so alive (Inv. 3), and unchanged (Inv. 2).
-        unsafe { &*root }.version
+        let root = unsafe { &*root };
+        root.witness.look();
+        root.version
     }
 
     #[cfg(all(test, not(dirtymap_loom)))]

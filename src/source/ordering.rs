@@ -122,47 +122,7 @@ mod imp {
     /// In models this succeeds: they run a fence at any point of the other thread themselves.
     pub(super) fn issue() -> bool {
         #[cfg(all(test, dirtymap_loom))]
-        super::interrupt::ask();
+        crate::source::loom_tests::interrupt::ask();
         crate::sync::TINY
-    }
-}
-
-/// The interrupt of a `membarrier(2)`, in models: the marker looks for it between its steps.
-#[cfg(all(test, dirtymap_loom))]
-pub(super) mod interrupt {
-    use crate::sync::{AtomicU64, Ordering, fence, thread};
-
-    const NOTHING: u64 = 0;
-    const ASKED: u64 = 1;
-    const DONE: u64 = 2;
-
-    loom::lazy_static! {
-        static ref STATE: AtomicU64 = AtomicU64::new(NOTHING);
-    }
-
-    /// The kernel's side: interrupts the marker, unless that has ended or was interrupted before.
-    pub(super) fn ask() {
-        let order = (Ordering::AcqRel, Ordering::Acquire);
-        let _ = STATE.compare_exchange(NOTHING, ASKED, order.0, order.1);
-        thread::yield_now();
-    }
-
-    /// The marker's side, between two steps: runs the fence if it is asked for.
-    pub(in crate::source) fn come_by() {
-        // A read-modify-write reads the newest value, as an interrupt arrives without a load.
-        if STATE.fetch_and(DONE, Ordering::AcqRel) == ASKED {
-            fence(Ordering::SeqCst);
-        }
-    }
-
-    /// The marker ends: a thread that is not running needs no interrupt.
-    pub(in crate::source) fn end() {
-        STATE.swap(DONE, Ordering::AcqRel);
-    }
-
-    /// Whether the marker has been asked and has not run the fence. The kernel would wait longer;
-    /// other executions show what it finds afterwards.
-    pub(in crate::source) fn is_pending() -> bool {
-        STATE.fetch_and(!0, Ordering::AcqRel) == ASKED
     }
 }

@@ -379,8 +379,15 @@ mod imp {
                 let _ = check(100) || check(usize::MAX);
                 found
             });
-            let verdict = if explored.failures > 0 { "caught" } else { "holds" };
-            println!("{verdict} {site} {name}: {} executions", explored.executions);
+            let verdict = if explored.failures > 0 {
+                "caught"
+            } else {
+                "holds"
+            };
+            println!(
+                "{verdict} {site} {name}: {} executions",
+                explored.executions
+            );
             append(format!("{verdict} {site} {name}"));
         }
         true

@@ -106,10 +106,10 @@ fn performs_at(place: &Location<'_>, part: Part) -> bool {
 
 /// The ordering of an access: `order`, without the parts that are weakened.
 fn weakened(place: &Location<'_>, order: Ordering) -> Ordering {
-    let acquires = matches!(order, Ordering::Acquire | Ordering::AcqRel)
-        && performs_at(place, Part::Acquire);
-    let releases = matches!(order, Ordering::Release | Ordering::AcqRel)
-        && performs_at(place, Part::Release);
+    let acquires =
+        matches!(order, Ordering::Acquire | Ordering::AcqRel) && performs_at(place, Part::Acquire);
+    let releases =
+        matches!(order, Ordering::Release | Ordering::AcqRel) && performs_at(place, Part::Release);
     match (acquires, releases) {
         (true, true) => Ordering::AcqRel,
         (true, false) => Ordering::Acquire,
