@@ -248,6 +248,8 @@ fn a_look_beside_a_split(look: fn(&ChunkMap) -> u64) -> bool {
         let map = map.clone();
         move || take_words(&map, 0, 63)
     });
+    // The other thread may go first: a look that only loads is no place to stop at.
+    thread::yield_now();
     let upper = look(&map);
     lower.join().unwrap() == 0b01 && upper == 0b10
 }
