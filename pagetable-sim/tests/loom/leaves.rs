@@ -331,7 +331,7 @@ fn a_write_against_protect<F: Format>() -> bool {
 /// AMD v1 with tables of four entries: two pages are a leaf of two entries.
 type Grouped = AmdHost<4, 11>;
 
-pub(super) fn granule_of_both() -> Granule {
+fn granule_of_both() -> Granule {
     Granule::from_bytes(2 * PAGE).unwrap()
 }
 

@@ -1,6 +1,6 @@
 //! Harvests that skip tables which no device walked through.
 
-use super::leaves::{both, copied, granule_of_both, memory_of, page, pass_over, write_page};
+use super::leaves::{both, copied, memory_of, page, pass_over, write_page};
 use super::*;
 
 /// Two pages by leaves of one, whose harvests skip quiet tables, and a device that caches a pointer
@@ -110,14 +110,6 @@ fn a_write_by_hand_against_a_look() -> bool {
     })
 }
 
-/// The same for a merge, which leaves the larger leaf dirty.
-fn a_merge_against_a_look() -> bool {
-    a_change_against_a_look(|domain| {
-        let sizes = granule_of_both();
-        domain.table().merge(both(), sizes, |_, _, _| ()).unwrap();
-    })
-}
-
 fn a_change_against_a_look(change: fn(&Domain)) -> bool {
     let (domain, device) = quiet_pages(Breakage::None);
     drop(device);
@@ -183,6 +175,4 @@ fn what_is_skipped_is_clean_unless_a_step_is_left_out() {
     holds_within(TABLES, &steps, a_change_by_hand_against_a_look);
     let steps = [Step::HeatWrite];
     holds_within(TABLES, &steps, a_write_by_hand_against_a_look);
-    let steps = [Step::HeatMerge];
-    holds_within(TABLES, &steps, a_merge_against_a_look);
 }
