@@ -177,10 +177,13 @@ fn recorded(sources: &[Source]) -> Option<Found> {
     }
     let mut found = Found::new();
     let mut calls: BTreeMap<String, Vec<(usize, usize, String)>> = BTreeMap::new();
+    let mut lines = BTreeMap::new();
     for ((path, row, column, part), model) in sites {
         let source = sources.iter().find(|source| source.path == path);
         let source = source.expect("a source of the record");
-        let lines = source.lines();
+        let lines = lines
+            .entry(path)
+            .or_insert_with(|| source.lines_with(|_| true));
         let line = lines.iter().find(|(number, ..)| *number == row);
         let (_, function, _) = line.expect("a line of code; the record is older than the code");
         let text = source.text.lines().nth(row - 1).unwrap_or_default();
@@ -224,8 +227,8 @@ fn the_index_has_every_ordered_access_with_its_rows() {
             continue;
         }
         let mut entries = String::new();
+        let lines = source.lines_with(|code| orderings(code) > 0);
         for function in source.functions_with(|code| orderings(code) > 0) {
-            let lines = source.lines();
             let own = lines.iter().filter(|(_, of, _)| *of == function);
             let count: usize = own.map(|(.., code)| orderings(code)).sum();
             let named = |row: &&Row| quoted(&row.sides).any(|name| names(name, source, &function));
@@ -279,7 +282,8 @@ fn the_index_has_every_ordered_access_with_its_rows() {
                         continue;
                     }
                 };
-                entries += &wrap(&format!("  * `{call}` {part}: {by}"), "    ");
+                entries += "  ";
+                entries += &wrap(&format!("* `{call}` {part}: {by}"), "    ");
                 entries.push('\n');
             }
         }

@@ -428,3 +428,44 @@ fn parts_with_bits_of_others_commit_no_more_than_was_leased() {
     let stats = space.stats();
     assert_eq!((stats.leased_bytes, stats.committed_bytes), (PAGE, PAGE));
 }
+
+/// A bound that is met exactly ends the harvest, and one in the past leaves the smallest step.
+#[test]
+fn bounds_end_the_harvest_as_soon_as_they_are_met() {
+    let bounded = |request: HarvestRequest<'static>| {
+        let fake = Arc::new(Fake::default());
+        let space = AddressSpace::with_source(Granule::K4, fake.clone()).unwrap();
+        space.map(pages(0, 256), 0, Access::ReadWrite).unwrap();
+        space.start_tracking().unwrap();
+        (0..256).for_each(|page| fake.dirty(page));
+        let mut words = [0u64; 4];
+        let lease = space.harvest(&request, UserBitmap::new(&mut words));
+        let lease = lease.unwrap();
+        let next = lease.next();
+        (next, lease.sync().unwrap().commit().bits_set)
+    };
+    let first = (Some(Iova::new(64 * PAGE)), 64);
+    assert_eq!(bounded(request(pages(0, 256)).max_bits(64)), first);
+    let now = Instant::now();
+    assert_eq!(bounded(request(pages(0, 256)).until(now)), first);
+}
+
+/// A harvest that refuses holes looks for them from its cursor on: those below were not asked for.
+#[test]
+fn a_hole_below_the_cursor_is_not_refused() {
+    let space = AddressSpace::tracked(Granule::K4);
+    for first in [0, 32] {
+        space
+            .map(pages(first, 16), first * PAGE, Access::ReadWrite)
+            .unwrap();
+    }
+    space.mark(pages(40, 1)).unwrap();
+    let mut words = [0u64];
+    let refuses = request(pages(0, 48)).holes(dirtymap::Holes::Refuse);
+    let whole = space.harvest(&refuses, UserBitmap::new(&mut words));
+    assert!(matches!(whole, Err(Error::Hole { at, .. }) if at == Iova::new(16 * PAGE)));
+    let above = refuses.resume_at(Iova::new(32 * PAGE));
+    let mut words = [0u64];
+    let lease = space.harvest(&above, UserBitmap::new(&mut words));
+    assert_eq!(lease.unwrap().sync().unwrap().commit().bits_set, 1);
+}

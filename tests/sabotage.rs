@@ -121,29 +121,27 @@ fn each_step_is_asked_at_one_place_of_the_code() {
         .iter()
         .filter(|source| source.is_code() && !source.path.starts_with("src/sync"))
         .collect();
-    for step in Step::ALL {
-        let name = format!("Step::{step:?}");
-        let (mut asks, mut stands_in) = (Vec::new(), Vec::new());
-        for source in &code {
-            for (number, line) in (1..).zip(source.text.lines()) {
-                let line = line.split("//").next().unwrap_or_default();
-                for (at, _) in line.match_indices(&name) {
-                    let rest = &line[at + name.len()..];
-                    if rest.starts_with(|c: char| c.is_alphanumeric()) {
-                        continue; // another step
-                    }
-                    let place = format!("{}:{number}", source.path);
-                    match line[..at].ends_with("!performs(") {
-                        true => stands_in.push(place),
-                        false => asks.push(place),
-                    }
-                }
+    // For each step, where the code asks for it, and where for what stands in its place.
+    let mut asked: BTreeMap<String, [Vec<String>; 2]> = BTreeMap::new();
+    for source in &code {
+        for (number, line) in (1..).zip(source.text.lines()) {
+            let line = line.split("//").next().unwrap_or_default();
+            for (at, start) in line.match_indices("Step::") {
+                let rest = &line[at + start.len()..];
+                let end = rest.find(|c: char| !c.is_alphanumeric());
+                let step = rest[..end.unwrap_or(rest.len())].to_owned();
+                let stands_in = usize::from(line[..at].ends_with("!performs("));
+                let places = &mut asked.entry(step).or_default()[stands_in];
+                places.push(format!("{}:{number}", source.path));
             }
         }
-        assert!(asks.len() <= 1, "{step:?} is asked at {asks:?}");
-        assert!(stands_in.len() <= 1, "{step:?} is asked at {stands_in:?}");
-        let asked = asks.len() + stands_in.len();
-        assert!(asked >= 1, "no code asks for {step:?}");
+    }
+    for step in Step::ALL {
+        let places = asked.get(&format!("{step:?}"));
+        let places = places.unwrap_or_else(|| panic!("no code asks for {step:?}"));
+        for places in places {
+            assert!(places.len() <= 1, "{step:?} is asked at {places:?}");
+        }
     }
 }
 

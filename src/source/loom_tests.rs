@@ -134,8 +134,10 @@ fn the_rest_of_a_leaf_is_dirty_all_the_time() {
     holds_within(Bound::between(2, 2), &steps, the_rest_of_a_leaf);
 }
 
-/// The interrupt of a `membarrier(2)`, in models: the marker looks for it between its steps.
+/// The interrupt of a `membarrier(2)`: the marker looks for it between its steps.
 pub(super) mod interrupt {
+    use std::sync::atomic::{AtomicBool as StdBool, Ordering::SeqCst};
+
     use crate::sync::{AtomicU64, Ordering, fence, thread};
 
     const NOTHING: u64 = 0;
@@ -146,11 +148,23 @@ pub(super) mod interrupt {
         static ref STATE: AtomicU64 = AtomicU64::new(NOTHING);
     }
 
+    /// The marker has been asked and has not run the fence. The kernel would wait longer; other
+    /// executions show what it finds afterwards. The model checker does not see this flag: an
+    /// access that it sees would order the two threads by itself.
+    static PENDING: StdBool = StdBool::new(false);
+
     /// The kernel's side: interrupts the marker, unless that has ended or was interrupted before.
     pub(in crate::source) fn ask() {
         let order = (Ordering::AcqRel, Ordering::Acquire);
-        let _ = STATE.compare_exchange(NOTHING, ASKED, order.0, order.1);
+        let asked = STATE.compare_exchange(NOTHING, ASKED, order.0, order.1);
         thread::yield_now();
+        let pending = asked.is_ok() && STATE.fetch_and(!0, Ordering::AcqRel) == ASKED;
+        PENDING.store(pending, SeqCst);
+    }
+
+    /// Whether the interrupt is still on its way.
+    pub(super) fn is_pending() -> bool {
+        PENDING.swap(false, SeqCst)
     }
 
     /// The marker's side, between two steps: runs the fence if it is asked for.
@@ -164,12 +178,6 @@ pub(super) mod interrupt {
     /// The marker ends: a thread that is not running needs no interrupt.
     pub(super) fn end() {
         STATE.swap(DONE, Ordering::AcqRel);
-    }
-
-    /// Whether the marker has been asked and has not run the fence. The kernel would wait longer;
-    /// other executions show what it finds afterwards.
-    pub(super) fn is_pending() -> bool {
-        STATE.fetch_and(!0, Ordering::AcqRel) == ASKED
     }
 }
 

@@ -46,18 +46,18 @@ impl Source {
     /// The functions in which `wanted` says yes to a line of code, each once, in order.
     pub(crate) fn functions_with(&self, wanted: impl Fn(&str) -> bool) -> Vec<String> {
         let mut found: Vec<String> = Vec::new();
-        for (_, name, code) in self.lines() {
-            if wanted(code) && !found.contains(&name) {
+        for (_, name, _) in self.lines_with(wanted) {
+            if !found.contains(&name) {
                 found.push(name);
             }
         }
         found
     }
 
-    /// The number of each line of code, the function that it is in, methods as `Type::method`, and
-    /// the line without its comment. Unit tests at the end of the file and imports do not count.
-    /// What is outside of all functions is in `file`.
-    pub(crate) fn lines(&self) -> Vec<(usize, String, &str)> {
+    /// The number of each line of code for which `wanted` says yes, the function that it is in,
+    /// methods as `Type::method`, and the line without its comment. Unit tests at the end of the
+    /// file and imports do not count. What is outside of all functions is in `file`.
+    pub(crate) fn lines_with(&self, wanted: impl Fn(&str) -> bool) -> Vec<(usize, String, &str)> {
         let mut found = Vec::new();
         let mut enclosing: Vec<(usize, bool, String)> = Vec::new();
         let tests = |line: &&str| *line == "mod tests {";
@@ -76,7 +76,7 @@ impl Source {
                 enclosing.push((indent, false, name.to_owned()));
             }
             let import = code.starts_with("use ") || code.starts_with("pub use ");
-            if !import && !code.is_empty() {
+            if !import && !code.is_empty() && wanted(code) {
                 let path: Vec<&str> = enclosing.iter().map(|(.., name)| name.as_str()).collect();
                 let name = match enclosing
                     .iter()
