@@ -71,8 +71,8 @@ fn an_unmap_returns_what_was_dirty_anywhere() {
     assert!(first.with(|s| s.mapped.is_empty()) && second.with(|s| s.mapped.is_empty()));
 }
 
-/// Every other page of an area of three is dirty: as many runs as an area can have. An unmap reports
-/// these and no more.
+/// Every other page of an area of three is dirty: as many runs as an area can have. An unmap
+/// reports these and no more.
 #[test]
 fn an_unmap_of_as_many_runs_as_can_be_reports_no_other_page() {
     let (space, first, _) = two_sources();

@@ -279,7 +279,7 @@ fn a_ticket_is_honoured_by_a_flush_that_began_later() {
 /// Invariant 5 at a bound: two threads that hand over find the queue full and flush what is due, for themselves or for each other;
 /// then nothing is pending, and what each has owed was invalidated.
 #[test]
-fn a_full_queue_is_flushed_by_who_hands_over() {
+fn a_full_queue_is_flushed_by_the_thread_that_owes() {
     holds_only_with(&[Step::NextGeneration, Step::WaitForLeader], || {
         let queue = FlushQueue::new().with_policy(FlushPolicy {
             max_pending: Some(1),

@@ -70,7 +70,7 @@ fn no_mark_goes_to_a_log_that_was_replaced() {
 /// The first log: a writer that found none wrote before it was in place, and the first full copy
 /// has that write.
 #[test]
-fn who_finds_no_log_has_written_before_there_was_one() {
+fn a_writer_without_a_log_wrote_before_the_first_copy() {
     holds_only_with(&[Step::EnterFence, Step::ReplaceFence], || {
         let back_end = BackEnd::new();
         let writer = thread::spawn({
