@@ -4,9 +4,8 @@
 
 mod common_skip;
 
-use dirtymap::{
-    Access, AddressSpace, Granule, HarvestRequest, Iova, IovaRange, MarkOrdering, UserBitmap,
-};
+use dirtymap::space::MarkOrdering;
+use dirtymap::{Access, AddressSpace, Granule, HarvestRequest, Iova, IovaRange, UserBitmap};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 

@@ -6,7 +6,7 @@ mod common_documents;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use common_documents::{Source, check_part, defines, part, sources, wrap};
+use common_documents::{Source, check_part, defines, part, qualified, sources, wrap};
 use dirtymap::sync::Step;
 
 const DESIGN: &str = include_str!("../DESIGN.md");
@@ -142,7 +142,7 @@ fn listed() -> Found {
             let (call, kind) = place.split_once('`').expect("a call");
             let place = (call.to_owned(), kind.trim().to_owned());
             let model = quoted(model).next().map(str::to_owned);
-            let all = found.entry(format!("{path} {function}")).or_default();
+            let all = found.entry(qualified(&path, &function)).or_default();
             all.push((place, model));
         } else if line.starts_with('`') {
             path = bare(line);
@@ -192,7 +192,7 @@ fn recorded(sources: &[Source]) -> Option<Found> {
             .take_while(|c| c.is_alphanumeric() || *c == '_')
             .collect();
         // Calls of one name are told apart by their order.
-        let key = format!("{path} {function}");
+        let key = source.qualified(function);
         let known = calls.entry(key.clone()).or_default();
         if !known.contains(&(row, column, call.clone())) {
             known.push((row, column, call.clone()));
@@ -245,7 +245,7 @@ fn the_index_has_every_ordered_access_with_its_rows() {
             let plural = if count == 1 { "" } else { "s" };
             let head = format!("* `{function}`, {count} ordering{plural}{rows}");
             let name = source.qualified(&function);
-            let Some(places) = found.get(&format!("{} {function}", source.path)) else {
+            let Some(places) = found.get(&name) else {
                 entries += &wrap(&format!("{head}: no model reaches it"), "  ");
                 entries.push('\n');
                 counts[3] += 1;

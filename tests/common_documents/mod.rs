@@ -39,8 +39,10 @@ pub(crate) fn sources() -> Option<Vec<Source>> {
 impl Source {
     /// Whether the file is part of a crate, and no test of it.
     pub(crate) fn is_code(&self) -> bool {
-        let crates = ["src/", "pagetable-sim/src/"];
-        crates.iter().any(|start| self.path.starts_with(start)) && !self.path.contains("test")
+        let (before, _) = self.path.split_once("src/").unwrap_or(("-", ""));
+        let crates = ["", "formats/", "pagetable-sim/"];
+        let is_crate = crates.contains(&before) || before.starts_with("adapters/");
+        is_crate && !self.path.contains("test")
     }
 
     /// The functions in which `wanted` says yes to a line of code, each once, in order.
@@ -94,12 +96,17 @@ impl Source {
     /// The name of `function` in all of the code: a function without a type is named after its
     /// file.
     pub(crate) fn qualified(&self, function: &str) -> String {
-        let path = self.path.trim_end_matches(".rs").trim_end_matches("/mod");
-        let stem = path.rsplit('/').next().unwrap_or(path);
-        match function.contains("::") {
-            true => function.to_owned(),
-            false => format!("{stem}::{function}"),
-        }
+        qualified(&self.path, function)
+    }
+}
+
+/// The name of `function`, of the file `path`, in all of the code: it stays when the file moves.
+pub(crate) fn qualified(path: &str, function: &str) -> String {
+    let path = path.trim_end_matches(".rs").trim_end_matches("/mod");
+    let stem = path.rsplit('/').next().unwrap_or(path);
+    match function.contains("::") {
+        true => function.to_owned(),
+        false => format!("{stem}::{function}"),
     }
 }
 
