@@ -11,7 +11,7 @@ use dirtymap::sync::model::{Bound, holds_within};
 use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering, Ordering::Relaxed, Step, lock, thread};
 use dirtymap::{
     Access, AddressSpace, DirtySource, DomainId, Error, Granule, HarvestRequest, Iova, IovaRange,
-    Mapping, Scope, Tracking, UserBitmap,
+    Mapping, RangeError, Scope, Tracking, UserBitmap,
 };
 
 const PAGE: Granule = Granule::K4;
@@ -530,7 +530,7 @@ struct Refuses;
 impl DirtySource for Refuses {
     fn map(&self, mapping: &Mapping) -> Result<(), Error> {
         let start = mapping.range.start();
-        Err(Error::ZeroLength { start })
+        Err(Error::Range(RangeError::ZeroLength { start }))
     }
 
     fn unmap(&self, _: IovaRange, _: &mut FlushGather, _: &mut dyn FnMut(IovaRange)) {}

@@ -104,9 +104,14 @@ impl Source {
 pub(crate) fn qualified(path: &str, function: &str) -> String {
     let path = path.trim_end_matches(".rs").trim_end_matches("/mod");
     let stem = path.rsplit('/').next().unwrap_or(path);
+    let simulator = if path.starts_with("pagetable-sim/") {
+        "sim::"
+    } else {
+        ""
+    };
     match function.contains("::") {
         true => function.to_owned(),
-        false => format!("{stem}::{function}"),
+        false => format!("{simulator}{stem}::{function}"),
     }
 }
 
