@@ -33,6 +33,8 @@ compile_error!("one model checker at a time");
 
 #[cfg(any(dirtymap_loom, dirtymap_shuttle))]
 pub mod model;
+#[cfg(dirtymap_loom)]
+mod sites;
 mod step;
 mod witness;
 
@@ -85,9 +87,8 @@ mod imp {
 
 #[cfg(dirtymap_loom)]
 mod imp {
-    pub use loom::sync::atomic::{
-        AtomicBool, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence,
-    };
+    pub use super::sites::{AtomicBool, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, fence};
+    pub use loom::sync::atomic::Ordering;
     pub use loom::sync::{Arc, Mutex, MutexGuard};
     pub use loom::thread;
 
@@ -131,6 +132,7 @@ pub use std::sync::atomic::compiler_fence;
 /// already, as every locked instruction is (Intel SDM volume 3, "Memory Ordering"), so only the
 /// compiler has to keep the order.
 #[inline]
+#[cfg_attr(dirtymap_loom, track_caller)]
 pub fn fence_after_rmw() {
     if cfg!(all(
         target_arch = "x86_64",
@@ -148,6 +150,7 @@ pub fn fence_after_rmw() {
 /// becomes visible to all other threads at once, such as x86-64, AArch64 and RISC-V, two loads in
 /// this order see the same with a fence between them as without one.
 #[inline]
+#[cfg_attr(dirtymap_loom, track_caller)]
 pub fn fence_after_look() {
     if cfg!(all(
         any(

@@ -309,7 +309,7 @@ impl Visitor for Recorder<'_, '_> {
     #[inline]
     fn visit(&mut self, first: u64, mask: u64) -> Result<(), Stopped> {
         let marks = self.marks;
-        if !performs(Step::RecordBeforeClear) {
+        if !performs(Step::RecordMarks) {
             return Ok(());
         }
         let recorded = match self.word {

@@ -221,7 +221,7 @@ impl AddressSpace {
     fn release(&self, attachment: &Arc<Attachment>) -> Result<(), Failure> {
         // Release: pairs with the Acquire in `is_leaving`.
         attachment.leaving.store(true, Ordering::Release);
-        if performs(Step::GoneFence) {
+        if performs(Step::LeaveFence) {
             // SeqCst: F6 of the module's protocols, between `leaving` and the looks at areas and
             // stores. Pairs with F3 in `Marks::mark_inside`, for `put_back`: if F3 comes first, we
             // take the page from the store; if F6 comes first, `put_back` marks it. Pairs with F7
@@ -330,7 +330,7 @@ impl AddressSpace {
         for run in attachment.put_back.runs(range) {
             area.marks.mark(run);
         }
-        if performs(Step::DetachFence) {
+        if performs(Step::MovedFence) {
             // Release: orders these marks before the removal. Pairs with the Acquire fence between
             // the put-back stores and the marks in `harvest::walk::look`. If that harvest finds
             // the store empty, it sees the marks; if not, it takes the page from the store.

@@ -118,7 +118,7 @@ impl AddressSpace {
             attempt(|| self.flush_until(ticket))?;
         }
         // F2 of the marks' protocol, for the full copy that follows, as in a switch of tracking.
-        self.ordering.before_copies();
+        self.ordering.before_copies(Step::JoinFence);
         match beginning {
             Beginning::Clean => Ok(()),
             Beginning::Dirty => {

@@ -86,7 +86,7 @@ impl<T> Replaceable<T> {
         // Release: publishes the value to `read`. Acquire: the one before is ours, as it was
         // published.
         let old = self.current.swap(value, Ordering::AcqRel);
-        if performs(Step::EnterFence) {
+        if performs(Step::ReplaceFence) {
             // SeqCst: P2; pairs with R2 in `enter`.
             fence(Ordering::SeqCst);
         }
