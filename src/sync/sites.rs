@@ -219,7 +219,8 @@ macro_rules! numbers {
                 }
 
                 accesses!($value);
-                changes!($value: fetch_add, fetch_sub, fetch_and, fetch_or, fetch_max, fetch_min);
+                changes!($value: fetch_add, fetch_sub, fetch_and, fetch_or, fetch_xor);
+                changes!($value: fetch_max, fetch_min);
 
                 /// Changes the value by `change`, until no other thread interferes.
                 ///
