@@ -17,6 +17,7 @@
 //! | `ring` | a guest, two harvesters that take its pages out of KVM's ring | no lost write, copy after sync |
 //! | `leaves` | a device, a harvester, a thread that splits and merges leaves | no lost write |
 //! | `summary` | two CPUs that mark, two harvesters of which one may fail to record | no lost write, nothing is cleared that cannot be recorded |
+//! | `store` | a writer, a log on disk with its leader, two consumers, crashes | durable means durable |
 //!
 //! A state is bad if the device has stopped, nobody is in the middle of anything, nothing is dirty any more, and what was
 //! copied differs from what is in memory; in some models also if a harvest passed over what it had to report.
@@ -30,6 +31,7 @@ mod machine;
 mod parts;
 mod ring;
 mod skip;
+mod store;
 mod summary;
 mod unmap;
 
@@ -64,7 +66,7 @@ pub fn cases() -> Vec<Case> {
         &'static [&'static str],
         fn(Option<&'static str>) -> Outcome,
     );
-    let models: [Model; 7] = [
+    let models: [Model; 8] = [
         ("skip", skip::WEAKNESSES, skip::explore_with),
         ("leases", leases::WEAKNESSES, leases::explore_with),
         ("parts", parts::WEAKNESSES, parts::explore_with),
@@ -72,6 +74,7 @@ pub fn cases() -> Vec<Case> {
         ("leaves", leaves::WEAKNESSES, leaves::explore_with),
         ("ring", ring::WEAKNESSES, ring::explore_with),
         ("summary", summary::WEAKNESSES, summary::explore_with),
+        ("store", store::WEAKNESSES, store::explore_with),
     ];
     let mut cases = Vec::new();
     for (model, weaknesses, run) in models {
