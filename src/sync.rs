@@ -47,7 +47,7 @@ mod imp {
     pub use std::sync::atomic::{
         AtomicBool, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence,
     };
-    pub use std::sync::{Arc, Mutex, MutexGuard};
+    pub use std::sync::{Arc, Condvar, Mutex, MutexGuard};
     pub use std::thread;
 
     /// Waits a little longer for each failure in a row, up to some 100 ns, so that threads that
@@ -74,7 +74,7 @@ mod imp {
     pub use loom::sync::atomic::{
         AtomicBool, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence,
     };
-    pub use loom::sync::{Arc, Mutex, MutexGuard};
+    pub use loom::sync::{Arc, Condvar, Mutex, MutexGuard};
     pub use loom::thread;
 
     /// Tells the model that this thread waits for others.
@@ -93,7 +93,7 @@ mod imp {
     pub use shuttle::sync::atomic::{
         AtomicBool, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence,
     };
-    pub use shuttle::sync::{Arc, Mutex, MutexGuard};
+    pub use shuttle::sync::{Arc, Condvar, Mutex, MutexGuard};
     pub use shuttle::thread;
 
     /// Lets other threads run.
@@ -172,5 +172,13 @@ pub fn lock_inner<T>(list: &InnerLock<T>) -> std::sync::MutexGuard<'_, T> {
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex
         .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Waits on `condvar` with `guard`, even if a thread panicked while it held the mutex; see
+/// [`lock`].
+pub fn wait<'m, T>(condvar: &Condvar, guard: MutexGuard<'m, T>) -> MutexGuard<'m, T> {
+    condvar
+        .wait(guard)
         .unwrap_or_else(std::sync::PoisonError::into_inner)
 }

@@ -1,0 +1,208 @@
+//! Which pages of which extents are dirty: a sparse map from extents to masks of pages.
+
+use std::collections::BTreeMap;
+use std::iter;
+
+/// Extents of a chunk.
+const CHUNK: u64 = 256;
+/// Above so many entries a chunk is an array.
+const FEW: usize = 64;
+
+/// The dirty pages of extents, in memory in proportion to what is dirty: 8 bytes for a lone extent,
+/// 1 KiB at most for 256 neighbours.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Delta {
+    chunks: BTreeMap<u64, Chunk>,
+}
+
+#[derive(Clone, Debug)]
+enum Chunk {
+    /// Ascending by extent. No mask is 0.
+    Few(Vec<(u8, u32)>),
+    Many(Box<[u32; CHUNK as usize]>),
+    /// All extents have this mask.
+    Same(u32),
+}
+
+/// Extents that lie side by side and have the same mask, which is not 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    pub(crate) first: u64,
+    pub(crate) count: u64,
+    pub(crate) mask: u32,
+}
+
+impl Delta {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.chunks.is_empty()
+    }
+
+    /// The pages of `mask` become dirty in `count` extents from `first` on.
+    pub(crate) fn add(&mut self, run: Run) {
+        if run.mask == 0 {
+            return;
+        }
+        let end = run.first.saturating_add(run.count);
+        let mut at = run.first;
+        while at < end {
+            let chunk = at / CHUNK;
+            let next = end.min((chunk + 1) * CHUNK);
+            let entry = self.chunks.entry(chunk);
+            if next - at == CHUNK {
+                let chunk = entry.or_insert(Chunk::Same(run.mask));
+                chunk.add_all(run.mask);
+            } else {
+                let chunk = entry.or_insert_with(|| Chunk::Few(Vec::new()));
+                (at..next).for_each(|extent| chunk.add((extent % CHUNK) as u8, run.mask));
+            }
+            at = next;
+        }
+    }
+
+    /// All of `other` becomes dirty here, too.
+    pub(crate) fn merge(&mut self, other: Delta) {
+        if self.is_empty() {
+            *self = other;
+            return;
+        }
+        other.runs().for_each(|run| self.add(run));
+    }
+
+    /// What is dirty, ascending: maximal runs of extents with one mask.
+    pub(crate) fn runs(&self) -> impl Iterator<Item = Run> {
+        let mut pieces = self.pieces().peekable();
+        iter::from_fn(move || {
+            let mut run = pieces.next()?;
+            while let Some(next) = pieces.peek()
+                && next.first == run.first + run.count
+                && next.mask == run.mask
+            {
+                run.count += next.count;
+                pieces.next();
+            }
+            Some(run)
+        })
+    }
+
+    fn pieces(&self) -> impl Iterator<Item = Run> {
+        self.chunks.iter().flat_map(|(chunk, entries)| {
+            let base = chunk * CHUNK;
+            let one = move |(extent, mask): (u64, u32)| Run {
+                first: base + extent,
+                count: 1,
+                mask,
+            };
+            let few = match entries {
+                Chunk::Few(few) => few.as_slice(),
+                _ => &[],
+            };
+            let many = match entries {
+                Chunk::Many(many) => many.as_slice(),
+                _ => &[],
+            };
+            let same = match entries {
+                Chunk::Same(mask) => Some(Run {
+                    first: base,
+                    count: CHUNK,
+                    mask: *mask,
+                }),
+                _ => None,
+            };
+            let few = few.iter().map(|(extent, mask)| (u64::from(*extent), *mask));
+            let many = (0..).zip(many.iter().copied());
+            let many = many.filter(|(_, mask)| *mask != 0);
+            few.chain(many).map(one).chain(same)
+        })
+    }
+}
+
+impl Chunk {
+    fn add(&mut self, extent: u8, mask: u32) {
+        match self {
+            Chunk::Few(few) => match few.binary_search_by_key(&extent, |(extent, _)| *extent) {
+                Ok(at) => few[at].1 |= mask,
+                Err(at) if few.len() < FEW => few.insert(at, (extent, mask)),
+                Err(_) => self.spread()[usize::from(extent)] |= mask,
+            },
+            Chunk::Same(all) if *all & mask == mask => {}
+            Chunk::Same(_) | Chunk::Many(_) => self.spread()[usize::from(extent)] |= mask,
+        }
+    }
+
+    fn add_all(&mut self, mask: u32) {
+        match self {
+            Chunk::Same(all) => *all |= mask,
+            _ => self.spread().iter_mut().for_each(|entry| *entry |= mask),
+        }
+    }
+
+    /// The chunk as an array.
+    fn spread(&mut self) -> &mut [u32; CHUNK as usize] {
+        let mut array = Box::new([0; CHUNK as usize]);
+        match self {
+            Chunk::Many(_) => {}
+            Chunk::Few(few) => few
+                .iter()
+                .for_each(|(extent, mask)| array[usize::from(*extent)] = *mask),
+            Chunk::Same(mask) => array.fill(*mask),
+        }
+        if !matches!(self, Chunk::Many(_)) {
+            *self = Chunk::Many(array);
+        }
+        match self {
+            Chunk::Many(array) => array,
+            Chunk::Few(_) | Chunk::Same(_) => unreachable!("it was made an array above"),
+        }
+    }
+}
+
+#[cfg(all(test, not(dirtymap_loom)))]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::{Delta, Run};
+
+    /// The dumb version.
+    fn naive(runs: &[Run]) -> BTreeMap<u64, u32> {
+        let mut map = BTreeMap::new();
+        for run in runs {
+            for extent in run.first..run.first + run.count {
+                *map.entry(extent).or_insert(0) |= run.mask;
+            }
+        }
+        map
+    }
+
+    fn runs() -> impl Strategy<Value = Vec<Run>> {
+        let mask = prop_oneof![Just(1u32), Just(u32::MAX), 1..16u32];
+        let run = (0..2_000u64, 1..600u64, 1..4u64, mask);
+        let run = run.prop_map(|(first, count, short, mask)| Run {
+            first,
+            count: if short == 1 { count } else { short },
+            mask,
+        });
+        vec(run, 0..120)
+    }
+
+    proptest! {
+        #[test]
+        fn a_delta_holds_what_a_map_holds(one in runs(), two in runs()) {
+            let mut delta = Delta::default();
+            one.iter().for_each(|run| delta.add(*run));
+            let mut other = Delta::default();
+            two.iter().for_each(|run| other.add(*run));
+            delta.merge(other);
+            let found: Vec<Run> = delta.runs().collect();
+            let all: Vec<Run> = one.into_iter().chain(two).collect();
+            prop_assert_eq!(naive(&found), naive(&all));
+            for pair in found.windows(2) {
+                let touch = pair[0].first + pair[0].count == pair[1].first;
+                prop_assert!(pair[0].first + pair[0].count <= pair[1].first);
+                prop_assert!(!touch || pair[0].mask != pair[1].mask, "not maximal");
+            }
+        }
+    }
+}
