@@ -287,14 +287,6 @@ impl Store {
         Epoch::new(self.identity, number)
     }
 
-    pub(crate) fn geometry(&self) -> Geometry {
-        Geometry {
-            len: self.device_len(),
-            extent: self.extent,
-            page: self.page,
-        }
-    }
-
     /// Announces a write to the bytes `range`. [`Intent::wait`] returns once the extents that it
     /// touches are durably open, and only then may the write be issued. If they are open, that is
     /// at once, without a lock.

@@ -156,12 +156,13 @@ impl SimFolder {
     pub fn rot(&self, name: &str, offset: u64) {
         let mut state = lock_inner(&self.0);
         let state = &mut *state;
-        let file = state.names.get(name).map(|file| &mut state.files[*file]);
-        for file in file {
-            for bytes in [&mut file.now, &mut file.durable] {
-                if let Some(byte) = bytes.get_mut(offset as usize) {
-                    *byte = !*byte;
-                }
+        let Some(file) = state.names.get(name) else {
+            return;
+        };
+        let file = &mut state.files[*file];
+        for bytes in [&mut file.now, &mut file.durable] {
+            if let Some(byte) = bytes.get_mut(offset as usize) {
+                *byte = !*byte;
             }
         }
     }
@@ -225,7 +226,11 @@ impl File {
             let torn = match way {
                 0 => continue,
                 1 => SECTOR,
-                _ => SECTOR / 2,
+                // All but the last byte that has changed.
+                _ => {
+                    let (new, old) = (sector(&self.now, at), sector(&self.durable, at));
+                    (0..SECTOR).rev().find(|byte| new[*byte] != old[*byte]).unwrap_or(0)
+                }
             };
             let end = self.now.len().min(at * SECTOR + torn);
             if found.len() < end {
