@@ -389,7 +389,7 @@ impl World {
                     copies.durable = None;
                     copies.committed = None;
                 }
-                Ok(lost.start_over(&options()).unwrap())
+                lost.start_over(&options()).map_err(other)
             }
             Ok(Opened::Everything(lost)) => Err(other(format!("everything: {}", lost.why()))),
             Err(error) => Err(other(format!("cannot be opened: {error}"))),
@@ -401,6 +401,8 @@ impl World {
         let names: Vec<String> = all_names(store).map_err(other)?;
         for who in 0..2 {
             let copies = &mut self.copies[who];
+            // A new store was made, and its maker crashed.
+            copies.unsure |= before.growing.is_some() && names.is_empty();
             let is_there = names.contains(&copies.name);
             let is_renamed = names.contains(&copies.other_name);
             if copies.unsure && !is_there && is_renamed {
