@@ -38,7 +38,8 @@ stage_msrv() {
   fi
   CARGO_TARGET_DIR=target/msrv cargo "+$oldest" check --locked -p dirtymap --lib \
     --features "$(features | grep -vx roaring | tr '\n' ' ')" &&
-    CARGO_TARGET_DIR=target/msrv cargo "+$oldest" check --locked -p pagetable-sim --lib
+    CARGO_TARGET_DIR=target/msrv cargo "+$oldest" check --locked -p pagetable-sim --lib &&
+    CARGO_TARGET_DIR=target/msrv cargo "+$oldest" check --locked -p dirtymap-store --lib
 }
 
 # Other systems and processors: the library builds there with all features. One of 32 bits is refused
@@ -55,7 +56,8 @@ stage_targets() {
   fi
   # One at a time: together each would get the features that dependencies have on the others.
   for target in $targets; do
-    cargo check --locked -p dirtymap -p pagetable-sim --lib --all-features --target "$target" ||
+    cargo check --locked -p dirtymap -p pagetable-sim -p dirtymap-store --lib --all-features \
+      --target "$target" ||
       return 1
   done
   said=$(cargo check --locked -p dirtymap --lib --target "$narrow" 2>&1) && {
@@ -72,7 +74,7 @@ stage_targets() {
 stage_docs-rs() {
   nightly docs-rs || return 0
   RUSTDOCFLAGS="--cfg docsrs -D warnings" CARGO_TARGET_DIR=target/docs-rs \
-    cargo +nightly doc --locked --no-deps --all-features -p dirtymap -p pagetable-sim
+    cargo +nightly doc --locked --no-deps --all-features -p dirtymap -p pagetable-sim -p dirtymap-store
 }
 
 # Each dependency in the oldest version that the manifests allow: they promise no more than is used.
