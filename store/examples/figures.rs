@@ -15,7 +15,9 @@ use dirtymap_store::{Device, DirFolder, Opened, Options, Store};
 const EXTENT: u64 = 64 << 10;
 const TIB: u64 = 1 << 40;
 
-fn main() -> Result<(), Box<dyn Error>> {
+type Outcome = Result<(), Box<dyn Error>>;
+
+fn main() -> Outcome {
     steady()?;
     cold()?;
     recovery()
@@ -27,7 +29,7 @@ fn create(path: &std::path::Path, len: u64, options: &Options) -> Result<Store, 
 }
 
 /// The least time of several runs of `count` calls, for one call.
-fn least(count: u32, mut call: impl FnMut(u64) -> Result<(), Box<dyn Error>>) -> Result<f64, Box<dyn Error>> {
+fn least(count: u32, mut call: impl FnMut(u64) -> Outcome) -> Result<f64, Box<dyn Error>> {
     let mut least = Duration::MAX;
     for _ in 0..9 {
         let start = Instant::now();
@@ -40,7 +42,7 @@ fn least(count: u32, mut call: impl FnMut(u64) -> Result<(), Box<dyn Error>>) ->
 }
 
 /// Writes of 4 KiB to 256 open extents, one after the other, and marks of the same pages.
-fn steady() -> Result<(), Box<dyn Error>> {
+fn steady() -> Outcome {
     let dir = tempfile::tempdir()?;
     let len = 1 << 30;
     let store = create(dir.path(), len, &Options::new())?;
@@ -76,7 +78,7 @@ fn steady() -> Result<(), Box<dyn Error>> {
 }
 
 /// 10,000 extents that nobody wrote before.
-fn cold() -> Result<(), Box<dyn Error>> {
+fn cold() -> Outcome {
     const COUNT: u64 = 10_000;
     for (threads, depth) in [(1, 1), (16, 1), (128, 1), (1, 64), (8, 64)] {
         let dir = tempfile::tempdir()?;
@@ -115,7 +117,7 @@ fn cold() -> Result<(), Box<dyn Error>> {
 }
 
 /// A device of 16 TiB, a million dirty extents at random, half of them harvested.
-fn recovery() -> Result<(), Box<dyn Error>> {
+fn recovery() -> Outcome {
     const DIRTY: u64 = 1 << 20;
     let dir = tempfile::tempdir()?;
     let device = Device {

@@ -8,7 +8,9 @@ use dirtymap::Granule;
 /// use dirtymap::Granule;
 /// use dirtymap_store::Options;
 ///
-/// let options = Options::new().extent(Granule::from_bytes(1 << 20)?).page(Granule::from_bytes(1 << 16)?);
+/// // Coarse: extents of 1 MiB, pages of 64 KiB.
+/// let (extent, page) = (Granule::from_bytes(1 << 20)?, Granule::from_bytes(1 << 16)?);
+/// let options = Options::new().extent(extent).page(page).hot(256);
 /// # Ok::<(), dirtymap::Error>(())
 /// ```
 #[derive(Clone, Debug)]

@@ -1,5 +1,5 @@
-//! The store: writers that ask for extents, one leader at a time that writes the log, and those who
-//! wait for it.
+//! The store: writers that ask for extents, one leader at a time that writes the log, and the threads
+//! that wait for it.
 //!
 //! ```text
 //!  begin_write --> pin --> open? -- yes --------------------------------------> write
@@ -420,7 +420,7 @@ impl Store {
         let records = mem::take(&mut queue.records);
         drop(queue);
         let work = || self.batch(&mut journal, &records, plan);
-        // A disk is code of the user, and may panic. Those who wait must hear of it.
+        // A disk is code of the user, and may panic. Threads that wait must hear of it.
         let outcome = catch_unwind(AssertUnwindSafe(work));
         let mut queue = lock(&self.queue);
         let failed = match &outcome {

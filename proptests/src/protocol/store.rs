@@ -185,7 +185,7 @@ pub(super) fn explore_with(weakness: Option<&'static str>) -> Outcome {
         |s, out| {
             write(*s, weak, out);
             lead(*s, weak, out);
-            (0..2).for_each(|who| consume(*s, who, weak, out));
+            (0..2).for_each(|number| consume(*s, number, weak, out));
             crash(*s, weak, out);
         },
         |s| loses_in_a_crash(s, weak) || has_lost(s),
@@ -310,8 +310,8 @@ fn appended(s: State, op: Op) -> State {
 /// The dirty page moves from the word into the deltas of all consumers.
 fn collected(s: State, for_one: bool) -> State {
     let mut s = s;
-    for who in 0..2 {
-        s.memory.pending[who] |= s.dirty && s.memory.joined[who] && (who == 0 || !for_one);
+    for number in 0..2 {
+        s.memory.pending[number] |= s.dirty && s.memory.joined[number] && (number == 0 || !for_one);
     }
     s.dirty = false;
     s
@@ -321,39 +321,39 @@ fn acknowledged(s: State, op: Op) -> State {
     let mut s = State { busy: None, ..s };
     match op {
         Op::Open => s.open = true,
-        Op::Harvest(who) => {
-            s.consumers[who].reported |= s.memory.leased[who];
-            s.consumers[who].step = Step::Leased;
+        Op::Harvest(number) => {
+            s.consumers[number].reported |= s.memory.leased[number];
+            s.consumers[number].step = Step::Leased;
         }
-        Op::Commit(who) | Op::Abort(who) => s.consumers[who].step = Step::Idle,
+        Op::Commit(number) | Op::Abort(number) => s.consumers[number].step = Step::Idle,
         Op::Close | Op::Join(_) | Op::Switch | Op::Renamed => {}
     }
     s
 }
 
-/// What consumer `who` may do next.
-fn consume(s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
-    let c = s.consumers[who];
+/// What consumer `number` may do next.
+fn consume(s: State, number: usize, weak: Weak, out: &mut Steps<State>) {
+    let c = s.consumers[number];
     let with = |c: Consumer| {
         let mut s = s;
-        s.consumers[who] = c;
+        s.consumers[number] = c;
         s
     };
     let lead = s.busy.is_none() && !s.recovering;
     match c.step {
-        Step::Idle if lead && !s.memory.joined[who] => {
+        Step::Idle if lead && !s.memory.joined[number] => {
             let mut s = s;
-            s.memory.joined[who] = true;
-            s.memory.pending[who] = !weak.join_clean;
-            out.push("join: is appended", appended(s, Op::Join(who)));
+            s.memory.joined[number] = true;
+            s.memory.pending[number] = !weak.join_clean;
+            out.push("join: is appended", appended(s, Op::Join(number)));
         }
         Step::Idle if lead && c.rounds > 0 => {
             let mut s = collected(s, false);
-            let taken = std::mem::take(&mut s.memory.pending[who]);
-            s.memory.leased[who] = taken && !weak.clear_at_harvest;
-            s.consumers[who].rounds -= 1;
-            s.consumers[who].reported = taken;
-            out.push("harvest: is appended", appended(s, Op::Harvest(who)));
+            let taken = std::mem::take(&mut s.memory.pending[number]);
+            s.memory.leased[number] = taken && !weak.clear_at_harvest;
+            s.consumers[number].rounds -= 1;
+            s.consumers[number].reported = taken;
+            out.push("harvest: is appended", appended(s, Op::Harvest(number)));
         }
         Step::Leased => {
             let copy = if c.reported { s.data } else { c.copy };
@@ -362,9 +362,9 @@ fn consume(s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
             out.push("consumer: copies", copied);
             if lead {
                 let mut s = s;
-                s.memory.pending[who] |= s.memory.leased[who] && !weak.abort_forgets;
-                s.memory.leased[who] = false;
-                out.push("abort: is appended", appended(s, Op::Abort(who)));
+                s.memory.pending[number] |= s.memory.leased[number] && !weak.abort_forgets;
+                s.memory.leased[number] = false;
+                out.push("abort: is appended", appended(s, Op::Abort(number)));
             }
         }
         Step::Copied => {
@@ -383,14 +383,14 @@ fn consume(s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
         }
         Step::DeviceFlushed if lead => {
             let mut s = s;
-            s.memory.leased[who] = false;
+            s.memory.leased[number] = false;
             if weak.commit_all {
-                s.memory.pending[who] = false;
+                s.memory.pending[number] = false;
             }
             if weak.commit_other {
-                (s.memory.pending[1 - who], s.memory.leased[1 - who]) = (false, false);
+                (s.memory.pending[1 - number], s.memory.leased[1 - number]) = (false, false);
             }
-            out.push("commit: is appended", appended(s, Op::Commit(who)));
+            out.push("commit: is appended", appended(s, Op::Commit(number)));
         }
         Step::Idle | Step::DeviceFlushed => {}
     }
@@ -424,24 +424,24 @@ fn values(s: &State) -> Vec<u8> {
 
 fn loses_in_a_crash(s: &State, weak: Weak) -> bool {
     found(s, weak).iter().any(|image| {
-        (0..2).any(|who| {
-            let c = s.consumers[who];
-            let reported = image.open || image.pending[who] || image.leased[who];
+        (0..2).any(|number| {
+            let c = s.consumers[number];
+            let reported = image.open || image.pending[number] || image.leased[number];
             let copies = [c.copy_disk, c.copy];
             let differ = |value: &u8| copies.iter().any(|copy| copy != value);
-            image.joined[who] && !reported && values(s).iter().any(differ)
+            image.joined[number] && !reported && values(s).iter().any(differ)
         })
     })
 }
 
 /// Whether nothing is left to report to a consumer that has another value, without a crash.
 fn has_lost(s: &State) -> bool {
-    (0..2).any(|who| {
-        let c = s.consumers[who];
-        let waits = s.dirty || s.memory.pending[who] || s.memory.leased[who];
+    (0..2).any(|number| {
+        let c = s.consumers[number];
+        let waits = s.dirty || s.memory.pending[number] || s.memory.leased[number];
         let quiet = c.step == Step::Idle && s.busy.is_none() && s.writer == Writer::Idle;
         let after_a_crash = s.recovering && s.memory.open;
-        s.memory.joined[who] && quiet && !waits && !after_a_crash && c.copy != s.data
+        s.memory.joined[number] && quiet && !waits && !after_a_crash && c.copy != s.data
     })
 }
 
@@ -479,15 +479,15 @@ fn crash(s: State, weak: Weak, out: &mut Steps<State>) {
 
 /// Open extents and what was harvested become dirty again, for each consumer.
 fn recover(s: &mut State, weak: Weak) {
-    for who in 0..2 {
+    for number in 0..2 {
         let image = &mut s.memory;
-        let open = image.open && image.joined[who] && !weak.forget_open;
-        let leased = image.leased[who] && !weak.forget_leased;
-        image.pending[who] |= open || leased;
-        image.leased[who] = false;
-        s.consumers[who].step = Step::Idle;
-        s.consumers[who].reported = false;
-        s.consumers[who].copy_disk = s.consumers[who].copy;
+        let open = image.open && image.joined[number] && !weak.forget_open;
+        let leased = image.leased[number] && !weak.forget_leased;
+        image.pending[number] |= open || leased;
+        image.leased[number] = false;
+        s.consumers[number].step = Step::Idle;
+        s.consumers[number].reported = false;
+        s.consumers[number].copy_disk = s.consumers[number].copy;
     }
     s.memory.open = false;
 }

@@ -199,9 +199,9 @@ impl World {
                     self.land(guards);
                 }
             }
-            Op::Join(who) => self.join(store, who),
-            Op::Leave(who) if self.copies[who].joined && leases[who].is_none() => {
-                let copies = &mut self.copies[who];
+            Op::Join(number) => self.join(store, number),
+            Op::Leave(number) if self.copies[number].joined && leases[number].is_none() => {
+                let copies = &mut self.copies[number];
                 copies.unsure = true;
                 if store.leave(&copies.name).is_ok() {
                     copies.joined = false;
@@ -210,39 +210,39 @@ impl World {
                     copies.committed = None;
                 }
             }
-            Op::Rename(who) if self.copies[who].joined => {
-                let copies = &mut self.copies[who];
+            Op::Rename(number) if self.copies[number].joined => {
+                let copies = &mut self.copies[number];
                 copies.unsure = true;
                 if store.rename(&copies.name, &copies.other_name).is_ok() {
                     std::mem::swap(&mut copies.name, &mut copies.other_name);
                     copies.unsure = false;
                 }
             }
-            Op::Harvest(who) if self.copies[who].joined && leases[who].is_none() => {
-                let copies = &mut self.copies[who];
+            Op::Harvest(number) if self.copies[number].joined && leases[number].is_none() => {
+                let copies = &mut self.copies[number];
                 let lease = store.harvest(&copies.name, copies.durable);
                 if lease.is_ok() {
                     copies.copied = false;
                     copies.dirty_since.clear();
                 }
-                leases[who] = lease.ok();
+                leases[number] = lease.ok();
             }
-            Op::Copy(who) => {
-                self.copies[who].copied = leases[who].is_some();
-                for run in leases[who].iter().flat_map(|lease| lease.runs()) {
+            Op::Copy(number) => {
+                self.copies[number].copied = leases[number].is_some();
+                for run in leases[number].iter().flat_map(|lease| lease.runs()) {
                     for page in run.start().get() / PAGE..=run.last().get() / PAGE {
                         let version = self.pages[page as usize].now();
-                        self.copies[who].pages[page as usize].write(version);
+                        self.copies[number].pages[page as usize].write(version);
                     }
                 }
             }
-            Op::Commit(who) if !self.copies[who].copied => {}
-            Op::Commit(who) => self.commit(who, &mut leases[who]),
-            Op::Abort(who) => {
+            Op::Commit(number) if !self.copies[number].copied => {}
+            Op::Commit(number) => self.commit(number, &mut leases[number]),
+            Op::Abort(number) => {
                 // Whether the abort is durable matters to nobody.
-                let _ = leases[who].take().map(Increment::abort);
+                let _ = leases[number].take().map(Increment::abort);
             }
-            Op::Drop(who) => drop(leases[who].take()),
+            Op::Drop(number) => drop(leases[number].take()),
             Op::FlushDevice => {
                 if self.sim.step().is_ok() {
                     self.pages.iter_mut().for_each(Page::flush);
@@ -278,8 +278,8 @@ impl World {
         }
     }
 
-    fn join(&mut self, store: &Store, who: usize) {
-        let copies = &mut self.copies[who];
+    fn join(&mut self, store: &Store, number: usize) {
+        let copies = &mut self.copies[number];
         if copies.joined {
             return;
         }
@@ -336,10 +336,10 @@ impl World {
         drop(guard);
     }
 
-    fn commit(&mut self, who: usize, lease: &mut Option<Increment<'_>>) {
+    fn commit(&mut self, number: usize, lease: &mut Option<Increment<'_>>) {
         let Some(lease) = lease.take() else { return };
         let epoch = lease.epoch();
-        let copies = &mut self.copies[who];
+        let copies = &mut self.copies[number];
         let (sim, pages) = (&self.sim, &mut self.pages);
         let committed = lease.commit(|| {
             sim.step()?;
@@ -399,8 +399,8 @@ impl World {
     /// Asks each consumer, and compares with what may be on the disks.
     fn check(&mut self, store: &Store, before: &World) -> Result<(), Loss> {
         let names: Vec<String> = all_names(store).map_err(other)?;
-        for who in 0..2 {
-            let copies = &mut self.copies[who];
+        for number in 0..2 {
+            let copies = &mut self.copies[number];
             // A new store was made, and its maker crashed.
             copies.unsure |= before.growing.is_some() && names.is_empty();
             let is_there = names.contains(&copies.name);
@@ -419,7 +419,7 @@ impl World {
             copies.joined = found;
             copies.unsure = false;
             if found {
-                self.check_one(store, who, before)?;
+                self.check_one(store, number, before)?;
             }
         }
         Ok(())
@@ -427,25 +427,25 @@ impl World {
 
     /// Asks with the parent that the copy names, and with the one that the store does: a consumer
     /// may rely on either.
-    fn check_one(&self, store: &Store, who: usize, before: &World) -> Result<(), Loss> {
-        let copies = &self.copies[who];
+    fn check_one(&self, store: &Store, number: usize, before: &World) -> Result<(), Loss> {
+        let copies = &self.copies[number];
         let all = store.consumers().map_err(other)?;
         let listed = all.into_iter().find(|info| info.name == copies.name);
         let listed = listed.and_then(|info| info.committed);
         if listed.is_some() && listed != copies.durable {
-            self.check_parent(store, who, before, listed)?;
+            self.check_parent(store, number, before, listed)?;
         }
-        self.check_parent(store, who, before, copies.durable)
+        self.check_parent(store, number, before, copies.durable)
     }
 
     fn check_parent(
         &self,
         store: &Store,
-        who: usize,
+        number: usize,
         before: &World,
         parent: Option<Epoch>,
     ) -> Result<(), Loss> {
-        let copies = &self.copies[who];
+        let copies = &self.copies[number];
         let increment = store.harvest(&copies.name, parent).map_err(other)?;
         if copies.committed.is_some() && increment.everything().is_some() {
             return Err(other(format!("everything: {:?}", increment.everything())));

@@ -20,19 +20,19 @@ impl Landed for AtRandom {
 }
 
 fn op() -> impl Strategy<Value = Op> {
-    let who = 0..2usize;
+    let number = 0..2usize;
     prop_oneof![
         6 => (0..PAGES).prop_map(|page| Op::Write { page }),
         2 => (0..PAGES, 1..4u64).prop_map(|(page, pages)| Op::Begin { page, pages }),
         3 => Just(Op::Land),
-        2 => who.clone().prop_map(Op::Join),
-        1 => who.clone().prop_map(Op::Leave),
-        1 => who.clone().prop_map(Op::Rename),
-        4 => who.clone().prop_map(Op::Harvest),
-        4 => who.clone().prop_map(Op::Copy),
-        4 => who.clone().prop_map(Op::Commit),
-        1 => who.clone().prop_map(Op::Abort),
-        1 => who.prop_map(Op::Drop),
+        2 => number.clone().prop_map(Op::Join),
+        1 => number.clone().prop_map(Op::Leave),
+        1 => number.clone().prop_map(Op::Rename),
+        4 => number.clone().prop_map(Op::Harvest),
+        4 => number.clone().prop_map(Op::Copy),
+        4 => number.clone().prop_map(Op::Commit),
+        1 => number.clone().prop_map(Op::Abort),
+        1 => number.prop_map(Op::Drop),
         1 => Just(Op::FlushDevice),
         1 => Just(Op::CloseExtents),
         1 => Just(Op::Grow),
