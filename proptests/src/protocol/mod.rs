@@ -17,7 +17,7 @@
 //! | `ring` | a guest, two harvesters that take its pages out of KVM's ring | no lost write, copy after sync |
 //! | `leaves` | a device, a harvester, a thread that splits and merges leaves | no lost write |
 //! | `summary` | two CPUs that mark, two harvesters of which one may fail to record | no lost write, nothing is cleared that cannot be recorded |
-//! | `store` | a writer, a log on disk with its leader, two consumers, crashes | durable means durable |
+//! | `store` | a writer, a log on disk, two consumers, crashes | durable means durable |
 //!
 //! A state is bad if the device has stopped, nobody is in the middle of anything, nothing is dirty any more, and what was
 //! copied differs from what is in memory; in some models also if a harvest passed over what it had to report.
