@@ -86,7 +86,7 @@ fn file(folder: &Path, name: &str, len: u64) -> io::Result<File> {
 
 fn open(folder: &Path, len: u64) -> Result<Store, Box<dyn Error>> {
     let device = Device { id: 0xd15c, len };
-    let options = Options::new().hot(64);
+    let options = Options::new().hot(256);
     let store = match Store::open(DirFolder::new(folder.join("store"))?, &device, &options)? {
         Opened::Known(store) => store,
         Opened::Everything(lost) => lost.start_over(&options)?,

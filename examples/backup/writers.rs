@@ -22,6 +22,8 @@ pub(crate) const PAGE: u64 = 4096;
 /// Bytes of a stripe.
 const STRIPE: u64 = 1 << 20;
 pub(crate) const WRITERS: usize = 2;
+/// The most writes that a thread announces together.
+const QUEUE: usize = 64;
 
 /// What is written, and when.
 pub(crate) struct Plan {
@@ -127,21 +129,30 @@ impl Writers<'_> {
         let first = self.at(thread)?;
         let writes = &self.plan.writes[thread];
         let resumed = writes.get(first as usize).map_or(0, |write| write.1);
-        for number in first..self.plan.writes(thread) {
-            let due = Duration::from_micros(writes[number as usize].1 - resumed);
+        let mut next = first;
+        while let Some((_, due, _)) = writes.get(next as usize) {
+            let due = Duration::from_micros(due - resumed);
             thread::sleep(due.saturating_sub(start.elapsed()));
-            let (page, bytes) = self.plan.contents(thread, number);
-            let at = page * PAGE;
             let _running = self.freeze.read().unwrap_or_else(PoisonError::into_inner);
-            let skipped = self.plan.sabotage == Some(Sabotage::Unannounced) && number % 8 == 7;
-            let write = match skipped {
-                true => None,
-                false => Some(self.store.begin_write(at..at + PAGE)?.wait()?),
+            // As the queue of a disk does: what waits is announced together, and costs one flush.
+            let now = resumed + start.elapsed().as_micros() as u64;
+            let waits = writes[next as usize..].iter().take(QUEUE);
+            let count = waits.take_while(|write| write.1 <= now).count().max(1) as u64;
+            let announce = |number: u64| {
+                let skipped = self.plan.sabotage == Some(Sabotage::Unannounced) && number % 8 == 7;
+                let at = writes[number as usize].2 * PAGE;
+                (!skipped).then(|| self.store.begin_write(at..at + PAGE))
             };
-            self.image.write_all_at(&bytes, at)?;
-            drop(write); // it has landed
-            let done = (number + 1).to_le_bytes();
-            self.progress.write_all_at(&done, thread as u64 * 8)?;
+            let intents: Vec<_> = (next..next + count).map(announce).collect();
+            for (number, intent) in (next..).zip(intents) {
+                let write = intent.transpose()?.map(|intent| intent.wait()).transpose()?;
+                let (page, bytes) = self.plan.contents(thread, number);
+                self.image.write_all_at(&bytes, page * PAGE)?;
+                drop(write); // it has landed
+                let done = (number + 1).to_le_bytes();
+                self.progress.write_all_at(&done, thread as u64 * 8)?;
+            }
+            next += count;
         }
         Ok(())
     }
