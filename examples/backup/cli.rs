@@ -15,6 +15,9 @@ pub(crate) struct Cli {
     /// Size of the disk image in MiB; the trace is folded into it
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u64).range(1..=4096))]
     pub(crate) size: u64,
+    /// How many writes of the trace are replayed
+    #[arg(long, default_value_t = 20_000, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) writes: u64,
     /// How long the trace is replayed, in seconds
     #[arg(long, default_value_t = 12, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) seconds: u64,

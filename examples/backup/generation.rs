@@ -52,7 +52,8 @@ fn path(folder: &Path, consumer: &str, number: u64) -> PathBuf {
 /// What has to be copied.
 pub(crate) fn runs(increment: &Increment<'_>) -> Vec<(u64, u64)> {
     let runs = increment.runs().runs().iter();
-    runs.map(|run| (run.start().get(), run.len() as u64)).collect()
+    runs.map(|run| (run.start().get(), run.len() as u64))
+        .collect()
 }
 
 /// Copies a generation from the image.
@@ -121,9 +122,14 @@ pub(crate) fn restore(path: &Path, onto: &mut [u8]) -> io::Result<()> {
     }
     file.seek(SeekFrom::Start(0))?;
     let head = head(&mut BufReader::new(file))?;
-    let mut rest = contents.splitn(2, |byte| *byte == b'\n').nth(1).unwrap_or(&[]);
+    let mut rest = contents
+        .splitn(2, |byte| *byte == b'\n')
+        .nth(1)
+        .unwrap_or(&[]);
     for (first, len) in head.runs {
-        let end = first.checked_add(len).ok_or_else(|| damaged("a run wraps"))?;
+        let end = first
+            .checked_add(len)
+            .ok_or_else(|| damaged("a run wraps"))?;
         let place = onto.get_mut(first as usize..end as usize);
         let (Some(place), Some((run, more))) = (place, rest.split_at_checked(len as usize)) else {
             return Err(damaged("a run is too long"));

@@ -77,7 +77,10 @@ fn bars(
     chart.draw_series(ours.iter().map(|one| {
         let x = one.number as f64;
         let height = mib(one.bytes).max(bottom);
-        Rectangle::new([(x - 0.36, bottom), (x + 0.36, height)], colour(one).filled())
+        Rectangle::new(
+            [(x - 0.36, bottom), (x + 0.36, height)],
+            colour(one).filled(),
+        )
     }))?;
     Ok(())
 }

@@ -76,7 +76,9 @@ impl Report {
     }
 
     pub(crate) fn verified(&self) -> bool {
-        self.generations.iter().all(|one| one.pages_that_differ == 0)
+        self.generations
+            .iter()
+            .all(|one| one.pages_that_differ == 0)
     }
 }
 
@@ -84,7 +86,9 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut table = Table::new();
         table.load_preset(presets::NOTHING);
-        table.set_header(["consumer", "gen", "after", "runs", "read", "of disk", "", "differ"]);
+        table.set_header([
+            "consumer", "gen", "after", "runs", "read", "of disk", "", "differ",
+        ]);
         for one in &self.generations {
             let note = match (&one.everything, one.recovered_extents) {
                 (Some(why), _) => format!("everything: {why}"),
@@ -116,7 +120,10 @@ impl fmt::Display for Report {
             self.kills,
             HumanBytes(self.log_bytes),
         )?;
-        let differ = self.generations.iter().filter(|one| one.pages_that_differ > 0);
+        let differ = self
+            .generations
+            .iter()
+            .filter(|one| one.pages_that_differ > 0);
         match differ.count() {
             0 => writeln!(
                 f,

@@ -27,7 +27,11 @@ impl Drop for Worker {
 pub(crate) fn run(cli: &Cli, folder: &Path) -> Result<u64, Box<dyn Error>> {
     fs::create_dir_all(folder)?;
     if folder.join("disk.img").exists() {
-        return Err(format!("{} has a run already: name another folder", folder.display()).into());
+        return Err(format!(
+            "{} has a run already: name another folder",
+            folder.display()
+        )
+        .into());
     }
     let bar = ProgressBar::new(cli.seconds * 1000);
     let style = ProgressStyle::with_template("{bar:30} {elapsed} {msg}")?;
@@ -38,12 +42,18 @@ pub(crate) fn run(cli: &Cli, folder: &Path) -> Result<u64, Box<dyn Error>> {
     loop {
         let this = std::env::current_exe()?;
         let args = std::env::args_os().skip(1);
-        let child = Command::new(this).args(args).arg("--worker").arg(folder).spawn()?;
+        let child = Command::new(this)
+            .args(args)
+            .arg("--worker")
+            .arg(folder)
+            .spawn()?;
         let mut worker = Worker(child);
         // Moments that share out the time that is left among the kills that are left.
         let left = Duration::from_secs(cli.seconds).saturating_sub(start.elapsed());
         let mean = left / (cli.kills - killed + 1) as u32;
-        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        random = random
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
         let share = (random >> 33) as f64 / f64::from(1u32 << 31);
         let life = mean.mul_f64(0.5 + share).max(Duration::from_millis(150));
         let moment = (killed < cli.kills).then(|| Instant::now() + life);
@@ -53,7 +63,10 @@ pub(crate) fn run(cli: &Cli, folder: &Path) -> Result<u64, Box<dyn Error>> {
             None => killed += 1,
         }
         drop(worker); // kill -9
-        bar.println(format!("killed the worker after {:.1} s", start.elapsed().as_secs_f64()));
+        bar.println(format!(
+            "killed the worker after {:.1} s",
+            start.elapsed().as_secs_f64()
+        ));
         if cli.lose_log && killed == 1 {
             work::lose_log(folder)?;
         }
@@ -74,10 +87,10 @@ fn wait(
         if let Some(status) = worker.0.try_wait()? {
             return Ok(Some(status));
         }
-        if moment.is_some_and(|moment| Instant::now() >= moment) {
+        let generations = generation::all(folder, work::INCREMENTS)?.len();
+        if moment.is_some_and(|moment| Instant::now() >= moment) && generations > 0 {
             return Ok(None);
         }
-        let generations = generation::all(folder, work::INCREMENTS)?.len();
         bar.set_position(start.elapsed().as_millis() as u64);
         bar.set_message(format!("{generations} generations"));
         thread::sleep(Duration::from_millis(25));

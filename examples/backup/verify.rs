@@ -32,7 +32,10 @@ impl Truth<'_> {
             }
         }
         self.writes = head.writes;
-        let both = self.bytes.chunks(PAGE as usize).zip(restored.chunks(PAGE as usize));
+        let both = self
+            .bytes
+            .chunks(PAGE as usize)
+            .zip(restored.chunks(PAGE as usize));
         both.filter(|(truth, restored)| truth != restored).count() as u64
     }
 }

@@ -106,7 +106,10 @@ impl Worker<'_> {
     fn back_up(&self, consumer: &str) -> Result<(), Box<dyn Error>> {
         let before = generation::all(self.folder, consumer)?;
         // The last generation that has its name, committed or not.
-        let parent = before.last().map(|(head, _)| head.epoch.parse()).transpose()?;
+        let parent = before
+            .last()
+            .map(|(head, _)| head.epoch.parse())
+            .transpose()?;
         let writers = self.writers;
         let frozen = writers.freeze.write();
         let frozen = frozen.unwrap_or_else(PoisonError::into_inner);

@@ -49,12 +49,14 @@ impl Plan {
             starts.push(start);
             start = start.wrapping_add(file.bytes.next_multiple_of(STRIPE));
         }
-        let scale = cli.seconds as f64 * 1e6 / trace.duration_us as f64;
+        let ops = (0u32..)
+            .zip(&trace.ops)
+            .filter(|(_, op)| op.kind == Kind::Write);
+        let ops: Vec<_> = ops.take(usize::try_from(cli.writes)?).collect();
+        let last = ops.last().map_or(1, |(_, op)| op.at_us.max(1));
+        let scale = cli.seconds as f64 * 1e6 / last as f64;
         let mut writes = [const { Vec::new() }; WRITERS];
-        for (number, op) in (0..).zip(&trace.ops) {
-            if op.kind != Kind::Write {
-                continue;
-            }
+        for (number, op) in ops {
             let first = starts[op.file as usize].wrapping_add(op.offset) / PAGE;
             // A write that is longer than the image covers it.
             let pages = op.length.div_ceil(PAGE).min(len / PAGE);
@@ -145,7 +147,10 @@ impl Writers<'_> {
             };
             let intents: Vec<_> = (next..next + count).map(announce).collect();
             for (number, intent) in (next..).zip(intents) {
-                let write = intent.transpose()?.map(|intent| intent.wait()).transpose()?;
+                let write = intent
+                    .transpose()?
+                    .map(|intent| intent.wait())
+                    .transpose()?;
                 let (page, bytes) = self.plan.contents(thread, number);
                 self.image.write_all_at(&bytes, page * PAGE)?;
                 drop(write); // it has landed

@@ -73,7 +73,10 @@ fn steady() -> Outcome {
     println!("volatile: mark by the space                {mark:8.1} ns");
     println!("volatile: mark by a handle                 {handle:8.1} ns");
     println!("volatile: begin_write, begin to end        {guard:8.1} ns");
-    println!("  times a mark by the space                {:8.2}", write / mark);
+    println!(
+        "  times a mark by the space                {:8.2}",
+        write / mark
+    );
     Ok(())
 }
 

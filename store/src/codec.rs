@@ -109,7 +109,13 @@ mod tests {
         assert_eq!(Reader::new(&two).number(), bad);
         let long = Reader::new(&[5, 1, 2]).bytes(4, "long");
         assert_eq!(long, Err(Bad("long")));
-        assert_eq!(Reader::new(&[2, 1]).bytes(4, "long"), Err(Bad("it ends early")));
-        assert_eq!(Reader::new(&[2]).flag(), Err(Bad("a flag is neither 0 nor 1")));
+        assert_eq!(
+            Reader::new(&[2, 1]).bytes(4, "long"),
+            Err(Bad("it ends early"))
+        );
+        assert_eq!(
+            Reader::new(&[2]).flag(),
+            Err(Bad("a flag is neither 0 nor 1"))
+        );
     }
 }

@@ -1,6 +1,7 @@
 //! Which pages of which extents are dirty: a sparse map from extents to masks of pages.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::iter;
 
 /// Extents of a chunk.
@@ -39,33 +40,53 @@ impl Delta {
 
     /// The pages of `mask` become dirty in `count` extents from `first` on.
     pub(crate) fn add(&mut self, run: Run) {
-        if run.mask == 0 {
-            return;
-        }
-        let end = run.first.saturating_add(run.count);
-        let mut at = run.first;
-        while at < end {
-            let chunk = at / CHUNK;
-            let next = end.min((chunk + 1) * CHUNK);
-            let entry = self.chunks.entry(chunk);
-            if next - at == CHUNK {
-                let chunk = entry.or_insert(Chunk::Same(run.mask));
-                chunk.add_all(run.mask);
-            } else {
-                let chunk = entry.or_insert_with(|| Chunk::Few(Vec::new()));
-                (at..next).for_each(|extent| chunk.add((extent % CHUNK) as u8, run.mask));
+        for (number, part) in parts(run) {
+            match self.chunks.entry(number) {
+                Entry::Vacant(place) => {
+                    place.insert(Chunk::new(part));
+                }
+                Entry::Occupied(chunk) => chunk.into_mut().add(part),
             }
-            at = next;
         }
     }
 
-    /// All of `other` becomes dirty here, too.
+    /// The delta of ascending runs, made in one go.
+    pub(crate) fn try_from_runs<E>(runs: impl Iterator<Item = Result<Run, E>>) -> Result<Delta, E> {
+        let mut chunks: Vec<(u64, Chunk)> = Vec::new();
+        for run in runs {
+            for (number, part) in parts(run?) {
+                match chunks.last_mut() {
+                    Some((last, chunk)) if *last == number => chunk.add(part),
+                    _ => chunks.push((number, Chunk::new(part))),
+                }
+            }
+        }
+        // Sorted already, which makes this one pass.
+        let chunks = BTreeMap::from_iter(chunks);
+        Ok(Delta { chunks })
+    }
+
+    /// All of `other` becomes dirty here, too. Takes time in proportion to both.
     pub(crate) fn merge(&mut self, other: Delta) {
-        if self.is_empty() {
-            *self = other;
+        if self.is_empty() || other.is_empty() {
+            if self.is_empty() {
+                *self = other;
+            }
             return;
         }
-        other.runs().for_each(|run| self.add(run));
+        let mut mine = std::mem::take(&mut self.chunks).into_iter().peekable();
+        let mut theirs = other.chunks.into_iter().peekable();
+        let both = iter::from_fn(|| match (mine.peek(), theirs.peek()) {
+            (Some((one, _)), Some((two, _))) if one == two => {
+                let ((number, mut chunk), (_, more)) = (mine.next()?, theirs.next()?);
+                more.pieces(0).for_each(|part| chunk.add(part));
+                Some((number, chunk))
+            }
+            (Some((one, _)), Some((two, _))) if one > two => theirs.next(),
+            (Some(_), _) => mine.next(),
+            (None, _) => theirs.next(),
+        });
+        self.chunks = BTreeMap::from_iter(both.collect::<Vec<_>>());
     }
 
     /// What is dirty, ascending: maximal runs of extents with one mask.
@@ -85,39 +106,74 @@ impl Delta {
     }
 
     fn pieces(&self) -> impl Iterator<Item = Run> {
-        self.chunks.iter().flat_map(|(chunk, entries)| {
-            let base = chunk * CHUNK;
-            let one = move |(extent, mask): (u64, u32)| Run {
-                first: base + extent,
-                count: 1,
-                mask,
-            };
-            let few = match entries {
-                Chunk::Few(few) => few.as_slice(),
-                _ => &[],
-            };
-            let many = match entries {
-                Chunk::Many(many) => many.as_slice(),
-                _ => &[],
-            };
-            let same = match entries {
-                Chunk::Same(mask) => Some(Run {
-                    first: base,
-                    count: CHUNK,
-                    mask: *mask,
-                }),
-                _ => None,
-            };
-            let few = few.iter().map(|(extent, mask)| (u64::from(*extent), *mask));
-            let many = (0..).zip(many.iter().copied());
-            let many = many.filter(|(_, mask)| *mask != 0);
-            few.chain(many).map(one).chain(same)
-        })
+        let chunks = self.chunks.iter();
+        chunks.flat_map(|(number, chunk)| chunk.pieces(number * CHUNK))
     }
 }
 
+/// The parts of a run in chunks: the number of the chunk, and the part inside it.
+fn parts(run: Run) -> impl Iterator<Item = (u64, Run)> {
+    let end = match run.mask {
+        0 => run.first,
+        _ => run.first.saturating_add(run.count),
+    };
+    let mut at = run.first;
+    iter::from_fn(move || {
+        let number = at / CHUNK;
+        let next = end.min((number + 1) * CHUNK);
+        let part = Run {
+            first: at % CHUNK,
+            count: next.saturating_sub(at),
+            mask: run.mask,
+        };
+        at = next;
+        (part.count > 0).then_some((number, part))
+    })
+}
+
 impl Chunk {
-    fn add(&mut self, extent: u8, mask: u32) {
+    fn new(part: Run) -> Chunk {
+        if part.count == CHUNK {
+            return Chunk::Same(part.mask);
+        }
+        let mut chunk = Chunk::Few(Vec::new());
+        chunk.add(part);
+        chunk
+    }
+
+    /// A run inside the chunk becomes dirty.
+    fn add(&mut self, part: Run) {
+        if part.count == CHUNK {
+            return self.add_all(part.mask);
+        }
+        let extents = part.first..part.first + part.count;
+        extents.for_each(|extent| self.add_one(extent as u8, part.mask));
+    }
+
+    /// What is dirty, ascending, counted from `base`.
+    fn pieces(&self, base: u64) -> impl Iterator<Item = Run> {
+        let one = move |(extent, mask): (u64, u32)| Run {
+            first: base + extent,
+            count: 1,
+            mask,
+        };
+        let (few, many, same) = match self {
+            Chunk::Few(few) => (few.as_slice(), &[][..], None),
+            Chunk::Many(many) => (&[][..], &many[..], None),
+            Chunk::Same(mask) => (&[][..], &[][..], Some(*mask)),
+        };
+        let same = same.map(|mask| Run {
+            first: base,
+            count: CHUNK,
+            mask,
+        });
+        let few = few.iter().map(|(extent, mask)| (u64::from(*extent), *mask));
+        let many = (0..).zip(many.iter().copied());
+        let many = many.filter(|(_, mask)| *mask != 0);
+        few.chain(many).map(one).chain(same)
+    }
+
+    fn add_one(&mut self, extent: u8, mask: u32) {
         match self {
             Chunk::Few(few) => match few.binary_search_by_key(&extent, |(extent, _)| *extent) {
                 Ok(at) => few[at].1 |= mask,

@@ -138,7 +138,7 @@ impl Header {
         if header.generation.max(header.sequence) > u64::MAX / 2 {
             return Err(damaged("a number is too high"));
         }
-        if header.log > MAX_LOG || header.log % BLOCK as u64 != 0 {
+        if header.log > MAX_LOG || !header.log.is_multiple_of(BLOCK as u64) {
             return Err(damaged("the room for batches is not possible"));
         }
         // Checked before anything of that length is read.
@@ -159,7 +159,8 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 /// Eight bytes, or as many as there are; little endian.
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
     let some = bytes.iter().skip(at).take(8);
-    some.rev().fold(0, |value, byte| value << 8 | u64::from(*byte))
+    some.rev()
+        .fold(0, |value, byte| value << 8 | u64::from(*byte))
 }
 
 fn u128_at(bytes: &[u8], at: usize) -> u128 {

@@ -103,7 +103,9 @@ impl Geometry {
             let shift = self.extent.lg2();
             if mask == all {
                 let last = ((run.first + run.count - 1) << shift) | self.extent.mask();
-                range(run.first << shift, last).into_iter().for_each(&mut push);
+                range(run.first << shift, last)
+                    .into_iter()
+                    .for_each(&mut push);
                 continue;
             }
             for extent in run.first..run.first + run.count {
@@ -111,9 +113,8 @@ impl Geometry {
                 while left != 0 {
                     let first = left.trailing_zeros();
                     let count = (left >> first).trailing_ones();
-                    let page = |number: u32| {
-                        (extent << shift) + (u64::from(number) << self.page.lg2())
-                    };
+                    let page =
+                        |number: u32| (extent << shift) + (u64::from(number) << self.page.lg2());
                     let run = range(page(first), page(first + count) - 1);
                     run.into_iter().for_each(&mut push);
                     left &= !(((1u64 << count) - 1) << first) as u32;

@@ -103,7 +103,9 @@ impl Image {
                 if consumer.lease.is_some() || *epoch != consumer.next {
                     return Err(Bad("an increment is out of order"));
                 }
-                consumer.next = epoch.checked_add(1).ok_or(Bad("there are no more epochs"))?;
+                consumer.next = epoch
+                    .checked_add(1)
+                    .ok_or(Bad("there are no more epochs"))?;
                 let mut delta = std::mem::take(&mut consumer.pending);
                 if !performs(Step::HoldUntilCommit) {
                     delta = Delta::default();
@@ -129,7 +131,9 @@ impl Image {
                 put_back(consumer, lease);
             }
             Record::Grow { len } => {
-                let new = geometry.grown(*len).ok_or(Bad("the device cannot grow so"))?;
+                let new = geometry
+                    .grown(*len)
+                    .ok_or(Bad("the device cannot grow so"))?;
                 *geometry = Geometry {
                     len: *len,
                     ..*geometry
@@ -287,30 +291,31 @@ fn put_back(consumer: &mut Consumer, lease: Lease) {
 }
 
 fn put_delta(out: &mut Vec<u8>, delta: &Delta) {
-    put(out, delta.runs().count() as u64);
-    let mut next = 0;
+    let (mut runs, mut count, mut next) = (Vec::new(), 0, 0);
     for run in delta.runs() {
-        put(out, run.first - next);
-        put(out, run.count);
-        put(out, u64::from(run.mask));
+        put(&mut runs, run.first - next);
+        put(&mut runs, run.count);
+        put(&mut runs, u64::from(run.mask));
         next = run.first + run.count;
+        count += 1;
     }
+    put(out, count);
+    out.append(&mut runs);
 }
 
 fn read_delta(from: &mut Reader<'_>, geometry: &Geometry) -> Result<Delta, Bad> {
-    let mut delta = Delta::default();
     let mut next = 0;
-    for _ in 0..from.number()? {
+    let count = from.number()?;
+    Delta::try_from_runs((0..count).map(|_| {
         let first = next_extent(from, &mut next, geometry)?;
         let count = from.at_most(geometry.extents() - first, "a run leaves the device")?;
         let mask = record::mask(from)?;
         if count == 0 || mask == 0 {
             return Err(Bad("a run is empty"));
         }
-        delta.add(Run { first, count, mask });
         next = first + count;
-    }
-    Ok(delta)
+        Ok(Run { first, count, mask })
+    }))
 }
 
 /// The extent that lies so many above the last one.

@@ -71,7 +71,9 @@ impl<'s> Intent<'s> {
     #[inline]
     pub fn wait(mut self) -> Result<WriteGuard<'s>, Error> {
         if !self.open {
-            self.pins.store.await_open(self.pins.first, self.pins.last)?;
+            self.pins
+                .store
+                .await_open(self.pins.first, self.pins.last)?;
         }
         self.pins.issued = true;
         Ok(WriteGuard { pins: self.pins })

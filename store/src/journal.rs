@@ -122,7 +122,11 @@ impl Journal {
             match words.close(extent, hot > 0) {
                 Close::InUse => self.clock.push_back(extent),
                 Close::Closed(mask) => {
-                    let mask = if performs(Step::RecordAtClose) { mask } else { 0 };
+                    let mask = if performs(Step::RecordAtClose) {
+                        mask
+                    } else {
+                        0
+                    };
                     self.add(words, Record::Close { extent, mask })?;
                 }
             }
@@ -244,7 +248,9 @@ pub(crate) fn replay(
     folder: &mut dyn Folder,
     device: &Device,
 ) -> Result<Result<Replayed, Why>, Error> {
-    let opened = folder.open(LOG).map_err(Error::io("the log cannot be opened"))?;
+    let opened = folder
+        .open(LOG)
+        .map_err(Error::io("the log cannot be opened"))?;
     let Some(disk) = opened else {
         return Ok(Err(Why::Missing));
     };

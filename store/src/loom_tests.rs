@@ -127,7 +127,10 @@ fn an_extent_is_open_after_its_flush() {
 #[test]
 fn writers_that_wait_together_are_both_let_in() {
     holds_only_with(&[], || {
-        let device = Device { id: 1, len: 1 << 18 };
+        let device = Device {
+            id: 1,
+            len: 1 << 18,
+        };
         let store = Store::create(SimFolder::new(), &device, &Options::new());
         let store = Arc::new(store.unwrap());
         let write = |store: &Store, at: u64| {

@@ -10,24 +10,53 @@ pub(crate) const MAX_NAME: usize = 255;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Record {
     /// `count` extents from `first` on are open: they may be written from now on.
-    Open { first: u64, count: u64 },
+    Open {
+        first: u64,
+        count: u64,
+    },
     /// The extent is closed, and these pages of it are dirty for each consumer.
-    Close { extent: u64, mask: u32 },
+    Close {
+        extent: u64,
+        mask: u32,
+    },
     /// These pages of an open extent are dirty for each consumer.
-    Dirty { extent: u64, mask: u32 },
+    Dirty {
+        extent: u64,
+        mask: u32,
+    },
     /// A consumer joins. It needs everything.
-    Join { id: u32, name: String },
-    Leave { id: u32 },
-    Rename { id: u32, name: String },
+    Join {
+        id: u32,
+        name: String,
+    },
+    Leave {
+        id: u32,
+    },
+    Rename {
+        id: u32,
+        name: String,
+    },
     /// What is dirty for the consumer becomes its increment `epoch`. With `whole`, the increment is
     /// everything.
-    Harvest { id: u32, epoch: u64, whole: bool },
+    Harvest {
+        id: u32,
+        epoch: u64,
+        whole: bool,
+    },
     /// The increment is copied.
-    Commit { id: u32, epoch: u64 },
+    Commit {
+        id: u32,
+        epoch: u64,
+    },
     /// The increment is dirty again.
-    Abort { id: u32, epoch: u64 },
+    Abort {
+        id: u32,
+        epoch: u64,
+    },
     /// The device has this length now. The new part is dirty for each consumer.
-    Grow { len: u64 },
+    Grow {
+        len: u64,
+    },
 }
 
 const OPEN: u8 = 1;

@@ -15,7 +15,7 @@
 use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
-use dirtymap::sync::{AtomicU64, Condvar, Mutex, MutexGuard, Ordering, lock, wait};
+use dirtymap::sync::{AtomicU64, Condvar, Mutex, MutexGuard, Ordering, lock, relax, wait};
 use dirtymap::{Granule, IovaRange, ToIovaRange};
 
 use crate::disk::Folder;
@@ -54,6 +54,8 @@ struct Queue {
     open: usize,
     /// Extents that the next batches open.
     opening: usize,
+    /// Extents that the last batch opened.
+    companions: usize,
     /// After a failure: the folder stays locked for as long as writes may be in flight.
     broken: Option<Box<Journal>>,
     /// Why the store failed, once it has.
@@ -95,6 +97,7 @@ pub struct StoreStats {
 
 /// What is known after [`Store::open`].
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // one for each start of a program, and taken apart at once
 pub enum Opened {
     /// The store is whole: each consumer gets what was written since its last commit.
     Known(Store),
@@ -224,7 +227,13 @@ impl Store {
             log: options.log_bytes,
             sequence: 1,
         };
-        Store::start(folder, draft, Image::default(), options, Recovery::default())
+        Store::start(
+            folder,
+            draft,
+            Image::default(),
+            options,
+            Recovery::default(),
+        )
     }
 
     fn start(
@@ -246,6 +255,7 @@ impl Store {
                 records: Vec::new(),
                 open: 0,
                 opening: 0,
+                companions: 0,
                 broken: None,
                 failed: None,
                 counts: journal.counts,
@@ -374,8 +384,18 @@ impl Store {
     #[cold]
     pub(crate) fn await_open(&self, first: u64, last: u64) -> Result<(), Error> {
         let mut queue = lock(&self.queue);
+        // Where threads waited together before, they will again: a leader that yields to them has
+        // more of them in its batch.
+        let mut patience = 4;
         while !(first..=last).all(|extent| self.words.is_open(extent)) {
             queue.check()?;
+            if queue.journal.is_some() && queue.opening < queue.companions && patience > 0 {
+                patience -= 1;
+                drop(queue);
+                relax();
+                queue = lock(&self.queue);
+                continue;
+            }
             queue = match queue.journal.take() {
                 Some(journal) => self.lead(queue, journal, |_| Ok(None::<()>)).0,
                 None => wait(&self.turn, queue),
@@ -429,12 +449,14 @@ impl Store {
             Err(_) => Some("a disk panicked".to_owned()),
         };
         if failed.is_none() {
+            queue.companions = 0;
             for record in &records {
                 let Record::Open { first, count } = record else {
                     continue;
                 };
                 (*first..first + count).for_each(|extent| self.words.opened(extent));
                 queue.opening -= *count as usize;
+                queue.companions += *count as usize;
             }
             queue.open = journal.image.open.len();
             queue.counts = journal.counts;
@@ -598,7 +620,7 @@ impl Options {
                 limit,
             });
         }
-        if self.log_bytes % BLOCK as u64 != 0 || self.log_bytes > MAX_LOG {
+        if !self.log_bytes.is_multiple_of(BLOCK as u64) || self.log_bytes > MAX_LOG {
             return Err(Error::LogBytes {
                 bytes: self.log_bytes,
                 block: BLOCK as u64,

@@ -96,7 +96,9 @@ fn child() {
                 let at = random.below(bound) * PAGE;
                 let stamp = random.below(u64::MAX).to_le_bytes();
                 let write = store.begin_write(at..at + PAGE).unwrap().wait().unwrap();
-                device.write_all_at(&stamp, at + random.below(PAGE - 8)).unwrap();
+                device
+                    .write_all_at(&stamp, at + random.below(PAGE - 8))
+                    .unwrap();
                 drop(write);
             }
         });
@@ -139,11 +141,16 @@ fn check(folder: &Path, kill: u64) {
     let device = fs::read(folder.join("device")).unwrap();
     let backup = fs::read(folder.join("backup")).unwrap();
     let runs = increment.runs().runs();
-    let both = device.chunks(PAGE as usize).zip(backup.chunks(PAGE as usize));
+    let both = device
+        .chunks(PAGE as usize)
+        .zip(backup.chunks(PAGE as usize));
     for (page, (device, backup)) in (0..).zip(both) {
         let at = dirtymap::Iova::new(page * PAGE);
         let reported = runs.iter().any(|run| run.contains(at));
-        assert!(reported || device == backup, "page {page} is lost after kill {kill}");
+        assert!(
+            reported || device == backup,
+            "page {page} is lost after kill {kill}"
+        );
     }
 }
 

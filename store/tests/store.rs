@@ -12,11 +12,19 @@ use dirtymap_store::{
     Device, DirFolder, Disk, Error, Folder, Increment, Opened, Options, Store, Why,
 };
 
-const DEVICE: Device = Device { id: 1, len: 1 << 30 };
+const DEVICE: Device = Device {
+    id: 1,
+    len: 1 << 30,
+};
 const EXTENT: u64 = 64 << 10;
 
 fn create(path: &Path, options: &Options) -> Store {
-    Store::create(DirFolder::new(path.join("store")).unwrap(), &DEVICE, options).unwrap()
+    Store::create(
+        DirFolder::new(path.join("store")).unwrap(),
+        &DEVICE,
+        options,
+    )
+    .unwrap()
 }
 
 fn open(path: &Path, device: &Device) -> Opened {
@@ -49,7 +57,10 @@ fn increments_follow_each_other_over_restarts() {
     let store = create(dir.path(), &Options::new());
     store.join("nightly").unwrap();
     let first = store.harvest("nightly", None).unwrap();
-    assert_eq!((first.everything(), first.parent()), (Some(&Why::New), None));
+    assert_eq!(
+        (first.everything(), first.parent()),
+        (Some(&Why::New), None)
+    );
     assert_eq!(runs(&first), [range(0..DEVICE.len)]);
     let first = first.commit(|| Ok(())).unwrap();
     write(&store, 0x1ffe..0x2002);
@@ -103,7 +114,10 @@ fn consumers_are_independent_and_a_failed_commit_takes_nothing() {
     }
     write(&store, 0..1);
     let a = store.harvest("a", Some(parents[0])).unwrap();
-    assert!(matches!(store.harvest("a", None), Err(Error::Outstanding { number: 2, .. })));
+    assert!(matches!(
+        store.harvest("a", None),
+        Err(Error::Outstanding { number: 2, .. })
+    ));
     let full = || Err(io::Error::from(io::ErrorKind::StorageFull));
     assert!(matches!(a.commit(full), Err(Error::NotDurable { .. })));
     let a = store.harvest("a", Some(parents[0])).unwrap();
@@ -129,11 +143,20 @@ fn consumers_come_and_go_while_the_log_wraps() {
         store.join("guest").unwrap();
         write(&store, round * EXTENT..round * EXTENT + 1);
         store.rename("guest", "visitor").unwrap();
-        assert!(matches!(store.rename("guest", "x"), Err(Error::UnknownConsumer { .. })));
-        assert!(matches!(store.join("visitor"), Err(Error::NameTaken { .. })));
+        assert!(matches!(
+            store.rename("guest", "x"),
+            Err(Error::UnknownConsumer { .. })
+        ));
+        assert!(matches!(
+            store.join("visitor"),
+            Err(Error::NameTaken { .. })
+        ));
         let increment = store.harvest("visitor", None).unwrap();
         store.leave("visitor").unwrap();
-        assert!(matches!(increment.commit(|| Ok(())), Err(Error::Gone { .. })));
+        assert!(matches!(
+            increment.commit(|| Ok(())),
+            Err(Error::Gone { .. })
+        ));
     }
     assert!(store.stats().switches > 20);
     drop(store);
@@ -154,9 +177,15 @@ fn a_device_that_grows_is_dirty_where_it_is_new() {
     store.join("a").unwrap();
     let first = store.harvest("a", None).unwrap().commit(|| Ok(())).unwrap();
     let len = DEVICE.len + 3 * EXTENT;
-    assert!(matches!(store.begin_write(DEVICE.len..len), Err(Error::PastEnd { .. })));
+    assert!(matches!(
+        store.begin_write(DEVICE.len..len),
+        Err(Error::PastEnd { .. })
+    ));
     store.grow(len).unwrap();
-    assert!(matches!(store.grow(1), Err(Error::Shrinks { asked: 1, .. })));
+    assert!(matches!(
+        store.grow(1),
+        Err(Error::Shrinks { asked: 1, .. })
+    ));
     write(&store, len - 1..len);
     drop(store);
     let grown = Device { len, ..DEVICE };
@@ -182,28 +211,52 @@ fn bad_input_is_refused_before_anything_is_touched() {
     let folder = || DirFolder::new(dir.path().join("store")).unwrap();
     let bad = |device: Device, options: Options| Store::create(folder(), &device, &options);
     let empty = Device { len: 0, ..DEVICE };
-    assert!(matches!(bad(empty, Options::new()), Err(Error::DeviceLength { .. })));
-    let huge = Device { len: u64::MAX, ..DEVICE };
-    assert!(matches!(bad(huge, Options::new()), Err(Error::DeviceLength { .. })));
+    assert!(matches!(
+        bad(empty, Options::new()),
+        Err(Error::DeviceLength { .. })
+    ));
+    let huge = Device {
+        len: u64::MAX,
+        ..DEVICE
+    };
+    assert!(matches!(
+        bad(huge, Options::new()),
+        Err(Error::DeviceLength { .. })
+    ));
     let coarse = Options::new().page(Granule::M2);
     assert!(matches!(bad(DEVICE, coarse), Err(Error::Granules { .. })));
     for hot in [0, u32::MAX] {
-        assert!(matches!(bad(DEVICE, Options::new().hot(hot)), Err(Error::Hot { .. })));
+        assert!(matches!(
+            bad(DEVICE, Options::new().hot(hot)),
+            Err(Error::Hot { .. })
+        ));
     }
-    for bytes in [1, u64::MAX & !4095] {
+    for bytes in [1, !4095] {
         let options = Options::new().log_bytes(bytes);
         assert!(matches!(bad(DEVICE, options), Err(Error::LogBytes { .. })));
     }
     let store = bad(DEVICE, Options::new()).unwrap();
     assert!(matches!(bad(DEVICE, Options::new()), Err(Error::Locked)));
     assert!(matches!(store.begin_write(5..5), Err(Error::Range(_))));
-    assert!(matches!(store.begin_write(0..u64::MAX), Err(Error::PastEnd { .. })));
-    assert!(matches!(store.join(""), Err(Error::NameLength { len: 0, .. })));
-    assert!(matches!(store.join(&"x".repeat(256)), Err(Error::NameLength { .. })));
+    assert!(matches!(
+        store.begin_write(0..u64::MAX),
+        Err(Error::PastEnd { .. })
+    ));
+    assert!(matches!(
+        store.join(""),
+        Err(Error::NameLength { len: 0, .. })
+    ));
+    assert!(matches!(
+        store.join(&"x".repeat(256)),
+        Err(Error::NameLength { .. })
+    ));
     for number in 0..64 {
         store.join(&number.to_string()).unwrap();
     }
-    assert!(matches!(store.join("more"), Err(Error::TooManyConsumers { limit: 64 })));
+    assert!(matches!(
+        store.join("more"),
+        Err(Error::TooManyConsumers { limit: 64 })
+    ));
     assert_eq!(store.stats().opened, 0);
     drop(store);
     assert!(matches!(bad(DEVICE, Options::new()), Err(Error::Exists)));

@@ -368,9 +368,17 @@ fn consume(s: State, number: usize, weak: Weak, out: &mut Steps<State>) {
             }
         }
         Step::Copied => {
-            let copy_disk = if weak.commit_early { c.copy_disk } else { c.copy };
+            let copy_disk = if weak.commit_early {
+                c.copy_disk
+            } else {
+                c.copy
+            };
             let step = Step::CopyDurable;
-            let durable = with(Consumer { copy_disk, step, ..c });
+            let durable = with(Consumer {
+                copy_disk,
+                step,
+                ..c
+            });
             out.push("consumer: its copy is durable", durable);
         }
         Step::CopyDurable => {

@@ -31,7 +31,9 @@ impl DirFolder {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             // Also if it was there: the process that made it may have died before this.
             _ => {
-                let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+                let parent = path
+                    .parent()
+                    .filter(|parent| !parent.as_os_str().is_empty());
                 File::open(parent.unwrap_or(Path::new(".")))?.sync_all()?;
             }
         }
@@ -46,7 +48,10 @@ impl DirFolder {
 
 impl Folder for DirFolder {
     fn open(&mut self, name: &str) -> io::Result<Option<Box<dyn Disk>>> {
-        let options = File::options().read(true).write(true).open(self.path.join(name));
+        let options = File::options()
+            .read(true)
+            .write(true)
+            .open(self.path.join(name));
         match options {
             Ok(file) => Ok(Some(Box::new(FileDisk(file)))),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),

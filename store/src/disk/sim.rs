@@ -229,7 +229,10 @@ impl File {
                 // All but the last byte that has changed.
                 _ => {
                     let (new, old) = (sector(&self.now, at), sector(&self.durable, at));
-                    (0..SECTOR).rev().find(|byte| new[*byte] != old[*byte]).unwrap_or(0)
+                    (0..SECTOR)
+                        .rev()
+                        .find(|byte| new[*byte] != old[*byte])
+                        .unwrap_or(0)
                 }
             };
             let end = self.now.len().min(at * SECTOR + torn);

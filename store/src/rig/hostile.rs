@@ -94,7 +94,10 @@ fn a_store_of_another_device_version_or_length_says_so() {
     let recorded = world.device().len;
     world.resize(8);
     let found = world.device().len;
-    assert_eq!(open(&world, bytes.clone()).unwrap_err(), Why::Resized { recorded, found });
+    assert_eq!(
+        open(&world, bytes.clone()).unwrap_err(),
+        Why::Resized { recorded, found }
+    );
     assert_eq!(open(&world, Vec::new()).unwrap_err(), Why::Foreign);
     let none = Store::open(SimFolder::new(), &world.device(), &options()).unwrap();
     assert!(matches!(none, Opened::Everything(lost) if *lost.why() == Why::Missing));

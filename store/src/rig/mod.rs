@@ -48,11 +48,16 @@ fn options() -> Options {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Op {
     /// Announces a write, waits, issues it.
-    Begin { page: u64, pages: u64 },
+    Begin {
+        page: u64,
+        pages: u64,
+    },
     /// The oldest write in flight lands.
     Land,
     /// Both.
-    Write { page: u64 },
+    Write {
+        page: u64,
+    },
     Join(usize),
     Leave(usize),
     Rename(usize),
@@ -457,7 +462,9 @@ impl World {
         for page in 0..self.pages.len() as u64 {
             let device = &self.pages[page as usize].0;
             let copy = &copies.pages[page as usize].0;
-            let same = device.iter().all(|version| copy.iter().all(|other| other == version));
+            let same = device
+                .iter()
+                .all(|version| copy.iter().all(|other| other == version));
             if !same && !reported.contains(&page) {
                 return Err(Loss::Write(format!(
                     "page {page} has {device:?}, the copy of {} has {copy:?}",

@@ -32,9 +32,7 @@ fn program(step: Step) -> &'static [Op] {
     match step {
         Step::FlushBatch => &[W0],
         // The extent is closed, so that the log has the page and nothing else has.
-        Step::CopyBeforeCommit => {
-            &[W0, Op::CloseExtents, HARVEST, Op::Copy(0), Op::Commit(0)]
-        }
+        Step::CopyBeforeCommit => &[W0, Op::CloseExtents, HARVEST, Op::Copy(0), Op::Commit(0)],
         Step::HoldUntilCommit => &[W0, Op::CloseExtents, HARVEST],
         // Each log has room for two batches.
         Step::FlushFolder => &[W0, W2, W0, W2],
