@@ -54,7 +54,9 @@ struct Queue {
     open: usize,
     /// Extents that the next batches open.
     opening: usize,
-    /// Extents that the last batch opened.
+    /// Threads that wait for extents.
+    waiting: usize,
+    /// How many did at the end of the last batch.
     companions: usize,
     /// After a failure: the folder stays locked for as long as writes may be in flight.
     broken: Option<Box<Journal>>,
@@ -255,6 +257,7 @@ impl Store {
                 records: Vec::new(),
                 open: 0,
                 opening: 0,
+                waiting: 0,
                 companions: 0,
                 broken: None,
                 failed: None,
@@ -384,12 +387,18 @@ impl Store {
     #[cold]
     pub(crate) fn await_open(&self, first: u64, last: u64) -> Result<(), Error> {
         let mut queue = lock(&self.queue);
+        queue.waiting += 1;
         // Where threads waited together before, they will again: a leader that yields to them has
         // more of them in its batch.
         let mut patience = 4;
-        while !(first..=last).all(|extent| self.words.is_open(extent)) {
-            queue.check()?;
-            if queue.journal.is_some() && queue.opening < queue.companions && patience > 0 {
+        let result = loop {
+            if (first..=last).all(|extent| self.words.is_open(extent)) {
+                break Ok(());
+            }
+            if let Err(error) = queue.check() {
+                break Err(error);
+            }
+            if queue.journal.is_some() && queue.waiting < queue.companions && patience > 0 {
                 patience -= 1;
                 drop(queue);
                 relax();
@@ -400,8 +409,9 @@ impl Store {
                 Some(journal) => self.lead(queue, journal, |_| Ok(None::<()>)).0,
                 None => wait(&self.turn, queue),
             };
-        }
-        Ok(())
+        };
+        queue.waiting -= 1;
+        result
     }
 
     /// Has the leader add the record that `plan` makes of the image, after all that wait already,
@@ -449,14 +459,13 @@ impl Store {
             Err(_) => Some("a disk panicked".to_owned()),
         };
         if failed.is_none() {
-            queue.companions = 0;
+            queue.companions = queue.waiting;
             for record in &records {
                 let Record::Open { first, count } = record else {
                     continue;
                 };
                 (*first..first + count).for_each(|extent| self.words.opened(extent));
                 queue.opening -= *count as usize;
-                queue.companions += *count as usize;
             }
             queue.open = journal.image.open.len();
             queue.counts = journal.counts;
