@@ -31,7 +31,7 @@ fn create(path: &std::path::Path, len: u64, options: &Options) -> Result<Store, 
 /// The least time of several runs of `count` calls, for one call.
 fn least(count: u32, mut call: impl FnMut(u64) -> Outcome) -> Result<f64, Box<dyn Error>> {
     let mut least = Duration::MAX;
-    for _ in 0..9 {
+    for _ in 0..2000 {
         let start = Instant::now();
         for number in 0..count {
             call(u64::from(number))?;
@@ -47,24 +47,24 @@ fn steady() -> Outcome {
     let len = 1 << 30;
     let store = create(dir.path(), len, &Options::new())?;
     let place = |number: u64| black_box(number % 256 * EXTENT + number % 16 * 4096);
-    let write = least(1 << 20, |number| {
+    let write = least(1 << 12, |number| {
         let at = place(number);
         drop(store.begin_write(at..at + 4096)?.wait()?);
         Ok(())
     })?;
     let space = AddressSpace::tracked(Granule::K4);
     space.map(0..len, 0, Access::ReadWrite)?;
-    let mark = least(1 << 20, |number| {
+    let mark = least(1 << 12, |number| {
         let at = place(number);
         Ok(space.mark(at..at + 4096)?)
     })?;
     let range = (0..len).to_iova_range()?;
     let area = space.area(range.start()).ok_or("no area")?;
-    let handle = least(1 << 20, |number| {
+    let handle = least(1 << 12, |number| {
         let at = place(number);
         Ok(area.mark((at..at + 4096).to_iova_range()?)?)
     })?;
-    let guard = least(1 << 20, |number| {
+    let guard = least(1 << 12, |number| {
         let at = place(number);
         drop(space.begin_write(at..at + 4096)?);
         Ok(())
