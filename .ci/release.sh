@@ -1,11 +1,23 @@
 # Stages about what is released, and to whom: packages, toolchains, targets, the public interface.
 # Sourced by .ci/run.
 
+# The crates that are published: all but those that say that they are not.
+published() {
+  local manifest
+  for manifest in $(grep -L '^publish = false' $(git ls-files Cargo.toml '*/Cargo.toml')); do
+    sed -n 's/^name = "\(.*\)"/\1/p;T;q' "$manifest"
+  done
+}
+
+# The same, as arguments of cargo.
+packages() {
+  published | sed 's/^/-p /'
+}
+
 # Every crate that can be published, in order: packed, unpacked, and built from what was packed. The
 # documents of a package link to nothing that it lacks.
 stage_package() {
   local manifest
-  # All but those that say that they are not for publishing.
   for manifest in $(grep -L '^publish = false' $(git ls-files Cargo.toml '*/Cargo.toml')); do
     package_links "$manifest" || return 1
   done
@@ -28,7 +40,7 @@ package_links() { # package_links MANIFEST
 
 # The oldest Rust that Cargo.toml promises. Where it is missing, clippy's incompatible_msrv (stage
 # lint) stands in: it knows since when a function of std exists, not what the compiler understands.
-# The feature roaring says that it needs a newer one.
+# The feature roaring of the formats says that it needs a newer one.
 stage_msrv() {
   local oldest
   oldest=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
@@ -37,9 +49,8 @@ stage_msrv() {
     return
   fi
   CARGO_TARGET_DIR=target/msrv cargo "+$oldest" check --locked -p dirtymap --lib \
-    --features "$(features | grep -vx roaring | tr '\n' ' ')" &&
-    CARGO_TARGET_DIR=target/msrv cargo "+$oldest" check --locked -p pagetable-sim --lib &&
-    CARGO_TARGET_DIR=target/msrv cargo "+$oldest" check --locked -p dirtymap-store --lib
+    --features "$(features | tr '\n' ' ')" &&
+    CARGO_TARGET_DIR=target/msrv cargo "+$oldest" check --locked $(packages) --lib
 }
 
 # Other systems and processors: the library builds there with all features. One of 32 bits is refused
@@ -56,8 +67,7 @@ stage_targets() {
   fi
   # One at a time: together each would get the features that dependencies have on the others.
   for target in $targets; do
-    cargo check --locked -p dirtymap -p pagetable-sim -p dirtymap-store --lib --all-features \
-      --target "$target" ||
+    cargo check --locked $(packages) --lib --all-features --target "$target" ||
       return 1
   done
   said=$(cargo check --locked -p dirtymap --lib --target "$narrow" 2>&1) && {
@@ -74,23 +84,28 @@ stage_targets() {
 stage_docs-rs() {
   nightly docs-rs || return 0
   RUSTDOCFLAGS="--cfg docsrs -D warnings" CARGO_TARGET_DIR=target/docs-rs \
-    cargo +nightly doc --locked --no-deps --all-features -p dirtymap -p pagetable-sim -p dirtymap-store
+    cargo +nightly doc --locked --no-deps --all-features $(packages)
 }
 
 # Each dependency in the oldest version that the manifests allow: they promise no more than is used.
 # In a copy of what is published, without the dependencies of tests, which have minimums of their own.
 stage_minimal-versions() {
   nightly minimal-versions || return 0
-  local copy=target/minimal
+  local copy=target/minimal manifest members packages
+  packages=$(packages)
   rm -rf "$copy" && mkdir -p "$copy" || return 1
   git ls-files -z | xargs -0 cp --parents -Pt "$copy" || return 1
   (
-    cd "$copy" && rm Cargo.lock rust-toolchain.toml &&
-      sed -i -E 's/^(default-)?members = .*/\1members = ["pagetable-sim"]/' Cargo.toml &&
-      without_dev_dependencies Cargo.toml && without_dev_dependencies pagetable-sim/Cargo.toml &&
+    cd "$copy" && rm Cargo.lock rust-toolchain.toml || exit 1
+    for manifest in $(grep -L '^publish = false' */Cargo.toml adapters/*/Cargo.toml); do
+      members="$members \"$(dirname "$manifest")\","
+      without_dev_dependencies "$manifest" || exit 1
+    done
+    without_dev_dependencies Cargo.toml &&
+      sed -i -E "/^members = \[/,/^\]/c members = [$members ]" Cargo.toml &&
+      sed -i '/^default-members = /d' Cargo.toml &&
       cargo +nightly update -Z direct-minimal-versions &&
-      CARGO_TARGET_DIR=../minimal-build cargo check --locked -p dirtymap --lib --all-features &&
-      CARGO_TARGET_DIR=../minimal-build cargo check --locked -p pagetable-sim --lib
+      CARGO_TARGET_DIR=../minimal-build cargo check --locked $packages --lib --all-features
   )
 }
 
@@ -118,7 +133,7 @@ stage_public-api() {
   nightly public-api || return 0
   tool public-api cargo-public-api || return 0
   local crate got
-  for crate in dirtymap pagetable-sim; do
+  for crate in $(published); do
     got=$(cargo +nightly public-api -p "$crate" --all-features -sss 2>target/public-api.out) || {
       cat target/public-api.out
       return 1
@@ -134,12 +149,14 @@ stage_public-api() {
   external_types
 }
 
-# Types of other crates in the public interface are those that .ci/external-types lists: a release of
-# such a crate breaks ours.
+# Types of other crates in the public interface of a crate are those that .ci/external-types lists:
+# a release of such a crate breaks ours.
 external_types() {
-  local there
-  there=$(grep -ohE '\b[a-z_]+(::[A-Za-z_]+)+' .ci/public-api/*.txt | sed 's/::.*//' | sort -u |
-    grep -vxE 'core|alloc|std|dirtymap|pagetable_sim')
+  local there crate
+  there=$(for crate in $(published); do
+    grep -ohE '\b[a-z_]+(::[A-Za-z_]+)+' ".ci/public-api/$crate.txt" | sed 's/::.*//' | sort -u |
+      grep -vxE "core|alloc|std|${crate//-/_}" | sed "s/^/$crate: /"
+  done | sort -u)
   differ ".ci/external-types" "$there" "$(grep -v "^#" .ci/external-types | sort -u)"
 }
 
@@ -151,7 +168,7 @@ stage_semver() {
     return 0
   }
   tool semver cargo-semver-checks || return 0
-  cargo semver-checks --baseline-rev "$release" -p dirtymap -p pagetable-sim
+  cargo semver-checks --baseline-rev "$release" $(packages)
 }
 
 # Licences, sources and advisories of dependencies, as deny.toml has them. Without the database of

@@ -1,6 +1,7 @@
 //! The dirty state outlives the process: what one start saves, the next one finds. Run it twice.
 
-use dirtymap::{Access, AddressSpace, BitmapFile, Granule};
+use dirtymap::{Access, AddressSpace, Granule};
+use dirtymap_formats::BitmapFile;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let path = std::env::temp_dir().join("dirtymap-restart.bitmap");

@@ -1,36 +1,34 @@
 //! The error type. Every text names the value that was refused and the limit that it missed.
 
-use crate::units::{DomainId, Granule, Iova, IovaRange};
+use crate::units::{DomainId, Granule, Iova, IovaRange, RangeError};
 
 /// Why a call was refused or could not complete.
 ///
 /// Input is checked before anything is changed, in the order that each call documents.
 /// [`Error::errno`] gives the number that Linux's iommufd uses for the same refusal.
+///
+/// Calls that need no space have errors of their own, which `?` turns into this one:
+///
+/// ```
+/// use dirtymap::{Error, Iova, IovaRange, RangeError};
+///
+/// fn bytes(start: u64, len: u64) -> Result<IovaRange, Error> {
+///     Ok(IovaRange::from_len(Iova::new(start), len)?)
+/// }
+/// let refused = bytes(0x1000, u64::MAX).unwrap_err();
+/// assert!(matches!(refused, Error::Range(RangeError::Wraps { .. })));
+/// assert_eq!(refused.errno(), 75);
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A range of no bytes.
-    #[error("a range of zero bytes at {start}: a range needs at least one byte")]
-    ZeroLength {
-        /// Where the range would start.
-        start: Iova,
-    },
-    /// The range would extend past 2^64 - 1.
-    #[error("{len:#x} bytes from {start} go past the last address 0xffffffffffffffff")]
-    Wraps {
-        /// Where the range would start.
-        start: Iova,
-        /// Its length in bytes.
-        len: u64,
-    },
-    /// The last address lies below the first.
-    #[error("the range ends at {last}, below its start {start}")]
-    ReversedRange {
-        /// The first address.
-        start: Iova,
-        /// The last address.
-        last: Iova,
-    },
+    /// A range or a granule cannot be made.
+    #[error(transparent)]
+    Range(#[from] RangeError),
+    /// A bitmap cannot hold what a request asks for. A request that is not made of whole granules
+    /// is [`Error::Unaligned`].
+    #[error(transparent)]
+    Bitmap(BitmapError),
     /// A border of the range is not a multiple of the granule that the call requires.
     #[error("the range {range} does not start and end at multiples of {granule}")]
     Unaligned {
@@ -65,59 +63,6 @@ pub enum Error {
         /// The range to map.
         range: IovaRange,
     },
-    /// The size of a granule is not a power of two.
-    #[error("a granule of {bytes} bytes: it must be a power of two from 1 to 2^63")]
-    BadGranule {
-        /// The offending size.
-        bytes: u64,
-    },
-    /// The user bitmap has fewer bits than the request has granules.
-    #[error("the bitmap holds {bits} bits, but {range} needs {needed} at {granule} a bit")]
-    BitmapTooShort {
-        /// Bits that the bitmap holds.
-        bits: u64,
-        /// Bits that the request needs.
-        needed: u128,
-        /// The range asked for.
-        range: IovaRange,
-        /// Bytes that one bit stands for.
-        granule: Granule,
-    },
-    /// The size of a window of a bitmap in a file is not allowed.
-    #[error("a window of {bytes} bytes: it must be a power of two from 64 KiB to 1 GiB")]
-    BadWindow {
-        /// The offending size.
-        bytes: u64,
-    },
-    /// The file of a user bitmap has become shorter than the request needs.
-    #[error("the file of the bitmap shrank to {len} bytes, but {needed} are needed")]
-    BitmapShrank {
-        /// Bytes that the file has now.
-        len: u64,
-        /// Bytes that the window needs, from the start of the file.
-        needed: u64,
-    },
-    /// A window of a user bitmap in a file could not be mapped.
-    #[error("the window of the bitmap at byte {at:#x} of its file cannot be mapped: {error}")]
-    BitmapWindow {
-        /// The first byte of the window.
-        at: u64,
-        /// What the system says.
-        #[source]
-        error: std::io::Error,
-    },
-    /// The file system of a user bitmap has no room for a window of it. Nothing was recorded in
-    /// that window.
-    #[error("no room in the file system for {len} bytes of the bitmap from byte {at:#x}: {error}")]
-    BitmapNoSpace {
-        /// The first byte of the window.
-        at: u64,
-        /// Bytes of the window.
-        len: u64,
-        /// What the system says.
-        #[source]
-        error: std::io::Error,
-    },
     /// Runs that have to be in ascending order, with a gap between neighbours, are not.
     #[error(
         "the run {run} must begin above the end of {before}, with at least one byte in between"
@@ -127,14 +72,6 @@ pub enum Error {
         before: IovaRange,
         /// The offending run.
         run: IovaRange,
-    },
-    /// A set names a bit that the bitmap does not have.
-    #[error("bit {bit} is to be set, but the last bit of the bitmap is {last}")]
-    NoSuchBit {
-        /// The highest bit of the set.
-        bit: u64,
-        /// The last bit of the bitmap.
-        last: u64,
     },
     /// Tracking was never enabled here, so there is no answer.
     #[error("tracking was never enabled for {range}: enable it before the first harvest")]
@@ -332,32 +269,129 @@ impl Error {
             | Error::NotReserved { .. }
             | Error::NotAttached { .. } => 2,
             Error::Source(_) => 5,
-            Error::BitmapShrank { .. } | Error::BitmapWindow { .. } => 14,
             Error::Busy { .. } => 16,
             Error::Overlap { .. } | Error::AttachedTwice { .. } => 17,
-            Error::NoSpace { .. } | Error::BitmapNoSpace { .. } => 28,
+            Error::NoSpace { .. } => 28,
             Error::CannotReserve { .. }
             | Error::CannotAllow { .. }
             | Error::CannotAttach { .. } => 98,
-            Error::Wraps { .. } | Error::BackingWraps { .. } => 75,
-            Error::ZeroLength { .. }
-            | Error::ReversedRange { .. }
-            | Error::Unaligned { .. }
+            Error::Range(error) => error.errno(),
+            Error::Bitmap(error) => error.errno(),
+            Error::BackingWraps { .. } => 75,
+            Error::Unaligned { .. }
             | Error::UnalignedLength { .. }
             | Error::UnalignedBacking { .. }
             | Error::Reserved { .. }
             | Error::AllowedTwice { .. }
             | Error::UnalignedCut { .. }
             | Error::CannotSplit { .. }
-            | Error::BadGranule { .. }
-            | Error::BadWindow { .. }
-            | Error::BitmapTooShort { .. }
             | Error::UnorderedRuns { .. }
-            | Error::NoSuchBit { .. }
             | Error::NeverTracked { .. }
             | Error::BadCursor { .. }
             | Error::Hole { .. }
             | Error::Outside { .. } => 22,
         }
     }
+}
+
+/// Why a bitmap cannot be bound to a request, read or written. Becomes an [`Error`] by `?`.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BitmapError {
+    /// A border of the range is not a multiple of the granule.
+    #[error("the range {range} does not start and end at multiples of {granule}")]
+    Unaligned {
+        /// The offending range.
+        range: IovaRange,
+        /// What both of its borders must be multiples of.
+        granule: Granule,
+    },
+    /// The user bitmap has fewer bits than the request has granules.
+    #[error("the bitmap holds {bits} bits, but {range} needs {needed} at {granule} a bit")]
+    TooShort {
+        /// Bits that the bitmap holds.
+        bits: u64,
+        /// Bits that the request needs.
+        needed: u128,
+        /// The range asked for.
+        range: IovaRange,
+        /// Bytes that one bit stands for.
+        granule: Granule,
+    },
+    /// The size of a window of a bitmap in a file is not allowed.
+    #[error("a window of {bytes} bytes: it must be a power of two from 64 KiB to 1 GiB")]
+    BadWindow {
+        /// The offending size.
+        bytes: u64,
+    },
+    /// The file of a user bitmap has become shorter than the request needs.
+    #[error("the file of the bitmap shrank to {len} bytes, but {needed} are needed")]
+    Shrank {
+        /// Bytes that the file has now.
+        len: u64,
+        /// Bytes that the window needs, from the start of the file.
+        needed: u64,
+    },
+    /// A window of a user bitmap in a file could not be mapped.
+    #[error("the window of the bitmap at byte {at:#x} of its file cannot be mapped: {error}")]
+    Window {
+        /// The first byte of the window.
+        at: u64,
+        /// What the system says.
+        #[source]
+        error: std::io::Error,
+    },
+    /// The file system of a user bitmap has no room for a window of it. Nothing was recorded in
+    /// that window.
+    #[error("no room in the file system for {len} bytes of the bitmap from byte {at:#x}: {error}")]
+    NoSpace {
+        /// The first byte of the window.
+        at: u64,
+        /// Bytes of the window.
+        len: u64,
+        /// What the system says.
+        #[source]
+        error: std::io::Error,
+    },
+    /// A set names a bit that the bitmap does not have.
+    #[error("bit {bit} is to be set, but the last bit of the bitmap is {last}")]
+    NoSuchBit {
+        /// The highest bit of the set.
+        bit: u64,
+        /// The last bit of the bitmap.
+        last: u64,
+    },
+}
+
+impl BitmapError {
+    /// The errno with which Linux's iommufd refuses the same thing: see [`Error::errno`].
+    pub const fn errno(&self) -> i32 {
+        match self {
+            BitmapError::Shrank { .. } | BitmapError::Window { .. } => 14,
+            BitmapError::NoSpace { .. } => 28,
+            BitmapError::Unaligned { .. }
+            | BitmapError::TooShort { .. }
+            | BitmapError::BadWindow { .. }
+            | BitmapError::NoSuchBit { .. } => 22,
+        }
+    }
+}
+
+impl From<BitmapError> for Error {
+    fn from(error: BitmapError) -> Self {
+        match error {
+            BitmapError::Unaligned { range, granule } => Error::Unaligned { range, granule },
+            error => Error::Bitmap(error),
+        }
+    }
+}
+
+/// A walk of a source stopped inside the range that it was given.
+#[derive(Debug)]
+pub struct Stopped {
+    /// The first address that was not processed. Everything below it was processed; nothing from it
+    /// on was touched.
+    pub at: Iova,
+    /// Why it stopped.
+    pub error: Error,
 }

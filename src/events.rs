@@ -7,9 +7,7 @@
 //! space: a subscriber must not call any method that waits.
 
 use crate::error::Error;
-use crate::flush::FlushGather;
-use crate::harvest::{Aborted, HarvestReport};
-use crate::space::Unmapped;
+use crate::report::{Aborted, HarvestReport, Unmapped};
 use crate::units::{DomainId, Granule, Iova, IovaRange};
 
 /// An event, first with the fields that are displayed, and then with those that are numbers or
@@ -73,13 +71,13 @@ pub(crate) fn harvest(
     });
 }
 
-/// The flush of a lease over `range`, which owed `gather`, has ended; `ok` says whether it
-/// succeeded.
+/// The flush of a lease over `range`, which owed `entries` invalidations in `ranges` ranges, has
+/// ended; `ok` says whether it succeeded.
 #[inline]
-pub(crate) fn sync(range: IovaRange, gather: &FlushGather, ok: bool) {
+pub(crate) fn sync(range: IovaRange, (ranges, entries): (usize, u64), ok: bool) {
     event!(DEBUG "sync", {range = range}, {
-        ranges = gather.ranges().len(),
-        entries = gather.entries(),
+        ranges = ranges,
+        entries = entries,
         ok = ok
     });
 }

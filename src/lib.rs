@@ -18,27 +18,44 @@
 //! | map and unmap while everything runs | [`AddressSpace::unmap`], [`apply`] | [`monitors`] |
 //! | let the space choose addresses | [`AddressSpace::map_anywhere`] | |
 //! | connect somebody else's log | [`PulledLog`], [`SharedLog`] | |
-//! | connect my own IOMMU, and test that | [`DirtySource`], [`source_kit`] | |
-//! | read words or bytes that a peer logged | [`DirtyLog`] | [`exchange`] |
-//! | get ranges, tables, pieces | [`RunsExt`], [`RunTable`] | [`exchange`] |
-//! | keep a bitmap in a file | `FileBitmap`, `BitmapFile` | [`exchange`] |
-//! | keep what is dirty over a restart | `BitmapFile::save_space`, `restore_space` | [`exchange`] |
-//! | track guest memory of rust-vmm | `vm_memory::SpaceBitmap` | [`vm_memory`] |
-//! | track a KVM guest | `kvm::KvmLog` | [`kvm`] |
-//! | share a log with vhost-user | `vhost::VhostLog`, `vhost::LogBitmap` | [`vhost`] |
-//! | track memory of a process | `pagemap::ProcessMemory` | [`pagemap`] |
-//! | do all of it in one harvest | [`AddressSpace::attach`] | [`joint`] |
+//! | connect my own IOMMU, and test that | [`DirtySource`], [`source_kit`], [`adapter`] | |
+//! | read words or bytes that a peer logged | [`DirtyLog`] | [guide](crate::guide::exchange) |
+//! | get ranges, tables, pieces | [`RunsExt`], [`RunTable`] | [guide](crate::guide::exchange) |
+//! | harvest into a bitmap in a file | `FileBitmap` | |
+//! | do all of it in one harvest | [`AddressSpace::attach`] | [joint] |
 //! | count what happened | [`AddressSpace::stats`], [`AddressSpace::faults`] | |
 //! | decide when to flush | [`FlushPolicy`] | |
 //!
+//! The root of the crate has what most programs name. The rest is in modules: [`bitmap`] (views,
+//! runs, sinks), [`source`] (all that a source of your own names), [`exchange`] (logs, runs,
+//! tables), [`space`] (snapshots, counts, faults), [`harvest`] (leases and their reports),
+//! [`flush`] (what is owed).
+//!
 //! [`apply`]: AddressSpace::apply
 //! [`monitors`]: crate::guide::monitors
-//! [`exchange`]: crate::guide::exchange
-//! [`vm_memory`]: crate::guide::vm_memory
-//! [`kvm`]: crate::guide::kvm
-//! [`vhost`]: crate::guide::vhost
-//! [`pagemap`]: crate::guide::pagemap
-//! [`joint`]: crate::guide::joint
+//! [`DirtyLog`]: exchange::DirtyLog
+//! [`RunsExt`]: exchange::RunsExt
+//! [`RunTable`]: exchange::RunTable
+//! [joint]: https://github.com/dirtymap/dirtymap/blob/main/examples/adapters/joint.md
+//!
+//! Adapters and formats are crates of their own. Each has a guide.
+//!
+//! | I want to | type | crate |
+//! |---|---|---|
+//! | track guest memory of rust-vmm | `SpaceBitmap` | [dirtymap-vm-memory] |
+//! | track a KVM guest | `KvmLog` | [dirtymap-kvm] |
+//! | share a log with vhost-user | `VhostLog`, `LogBitmap` | [dirtymap-vhost] |
+//! | track memory of a process | `ProcessMemory` | [dirtymap-pagemap] |
+//! | track devices by their IOMMU | `Hwpt` | [dirtymap-iommufd] |
+//! | keep a bitmap in a file, or a Roaring set | `BitmapFile` | [dirtymap-formats] |
+//! | keep what is dirty over a restart | `BitmapFile::save_space` | [dirtymap-formats] |
+//!
+//! [dirtymap-vm-memory]: https://docs.rs/dirtymap-vm-memory
+//! [dirtymap-kvm]: https://docs.rs/dirtymap-kvm
+//! [dirtymap-vhost]: https://docs.rs/dirtymap-vhost
+//! [dirtymap-pagemap]: https://docs.rs/dirtymap-pagemap
+//! [dirtymap-iommufd]: https://docs.rs/dirtymap-iommufd
+//! [dirtymap-formats]: https://docs.rs/dirtymap-formats
 //!
 //! ```text
 //!  device write -> IOTLB -> leaf, D bit --+
@@ -116,22 +133,11 @@
 //! * `serde` (off by default): counts, reports, `Iova` (a number), `IovaRange` (`start` and
 //!   `last`), `Granule` (its bytes) and `RunTable` implement `Serialize`. The last four implement
 //!   `Deserialize`, which refuses a value that could not be made.
-//! * `bitmap-file` (off by default): `BitmapFile`, a bitmap in a file with a header and checksums,
-//!   written crash-safely.
-//! * `roaring` (off by default, Rust 1.90): views to and from `RoaringBitmap` and `RoaringTreemap`,
-//!   and their portable format with a bound.
 //! * `membarrier` (off by default): `AddressSpace::with_asymmetric_marks`, marks without a fence,
 //!   by `membarrier(2)` of Linux.
 //! * `tracing` (off by default): events with the target `dirtymap` at harvest, sync, commit, abort,
 //!   map, unmap, cut, attach, detach, switches and flushes that fail; none at marks. Some are
 //!   emitted under locks, so a subscriber must not call what waits.
-//! * `vm-memory` (off by default): `vm_memory::SpaceBitmap`, a dirty bitmap for the guest memory of
-//!   that crate.
-//! * `vhost` (off by default, Linux): the dirty log that vhost-user front ends and back ends share,
-//!   for both sides.
-//! * `kvm` (off by default, Linux): `kvm::KvmLog`, the dirty logs and rings of KVM as a source.
-//! * `pagemap` (off by default, Linux 6.7): `pagemap::ProcessMemory`, memory of this process as a
-//!   source.
 //!
 //! # When not to use it
 //!
@@ -155,71 +161,55 @@ mod compared;
 mod error;
 mod events;
 mod failure;
+mod ranges;
+mod report;
 mod units;
+mod words;
 
-mod area;
-mod bitmap;
-mod flush;
+#[doc(hidden)]
+pub mod area;
+pub mod bitmap;
+mod chunkmap;
+pub mod flush;
 
-mod exchange;
-mod harvest;
-mod source;
-mod space;
+pub mod exchange;
+pub mod harvest;
+mod marks;
+pub mod source;
+pub mod space;
 
-mod adapters;
+pub mod adapter;
 #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
 #[allow(clippy::panic)] // a test kit says by a panic what is wrong
 pub mod source_kit;
 
+// Hidden, and outside of the promise of versions: for crates of this repository, whose models need
+// the atomics of the model checker. An adapter elsewhere takes those of std.
 #[doc(hidden)]
 pub mod sync;
 
-#[doc(hidden)]
-pub use area::AreaMap;
-
+// What the first screens of the README and of the guide use. Everything else is in the modules that
+// say what it is for.
 pub use error::Error;
-pub use units::{Access, DomainId, Granule, Iova, IovaRange, ToIovaRange};
+pub use units::{Access, DomainId, Granule, Iova, IovaRange, RangeError, ToIovaRange};
 
-pub use space::{
-    AddressSpace, AreaHandle, Change, Fault, FaultSource, Faults, SpaceRanges, SpaceSnapshot,
-    SpaceStats, Unmapped,
-};
+#[doc(inline)]
+pub use space::{AddressSpace, AreaHandle, Change};
 
 #[cfg(not(dirtymap_loom))]
+#[doc(inline)]
 pub use source::PulledLog;
-pub use source::{
-    DirtySource, LeafSink, Mapping, MarkOrdering, SharedLog, Stopped, ToClear, Tracking,
-};
+#[doc(inline)]
+pub use source::{DirtySource, Mapping, SharedLog, Tracking};
 
-pub use harvest::{
-    Aborted, HarvestReport, HarvestRequest, Holes, Lease, Owed, Rounds, Scope, Synced, WriteGuard,
-};
+#[doc(inline)]
+pub use harvest::{HarvestRequest, Holes, Lease, Owed, Rounds, Scope, Synced, WriteGuard};
 
-#[cfg(all(feature = "kvm", target_os = "linux", not(dirtymap_loom)))]
-pub use adapters::kvm;
-#[cfg(all(feature = "pagemap", target_os = "linux", not(dirtymap_loom)))]
-pub use adapters::pagemap;
+#[doc(inline)]
+pub use bitmap::{BitmapView, SparseBitmap, UserBitmap};
 
-#[cfg(all(feature = "mmap", not(dirtymap_loom)))]
-pub use bitmap::FileBitmap;
-pub use bitmap::{
-    BitmapView, Bits, CHUNK_BITS, Runs, Sink, SparseBitmap, UserBitmap, WINDOW_BITS, Words,
-};
-
-#[cfg(all(feature = "bitmap-file", not(dirtymap_loom)))]
-pub use exchange::{BitmapFile, BitmapFileError, Restored, Truncate};
-pub use exchange::{DirtyLog, LogRuns, MergedRuns, Pieces, RunTable, RunsExt, merge_runs};
-#[cfg(all(feature = "roaring", not(dirtymap_loom)))]
-pub use exchange::{read_roaring, read_treemap};
-
-pub use flush::{
-    FlushCost, FlushGather, FlushPolicy, FlushQueue, FlushStats, Invalidated, Leaves, Ticket,
-};
-
-#[cfg(all(feature = "vhost", target_os = "linux", not(dirtymap_loom)))]
-pub use adapters::vhost;
-#[cfg(all(feature = "vm-memory", not(dirtymap_loom)))]
-pub use adapters::vm_memory;
+#[doc(inline)]
+pub use flush::FlushPolicy;
 
 /// The examples of the README are tests.
 #[cfg(doctest)]
@@ -235,11 +225,13 @@ macro_rules! page {
     ($file:literal) => {
         concat!(
             "[first]: crate::guide\n",
-            "[vm-memory]: crate::guide::vm_memory\n",
-            "[kvm]: crate::guide::kvm\n",
-            "[vhost]: crate::guide::vhost\n",
-            "[pagemap]: crate::guide::pagemap\n",
-            "[joint]: crate::guide::joint\n",
+            "[vm-memory]: https://docs.rs/dirtymap-vm-memory/latest/dirtymap_vm_memory/guide/\n",
+            "[kvm]: https://docs.rs/dirtymap-kvm/latest/dirtymap_kvm/guide/\n",
+            "[vhost]: https://docs.rs/dirtymap-vhost/latest/dirtymap_vhost/guide/\n",
+            "[pagemap]: https://docs.rs/dirtymap-pagemap/latest/dirtymap_pagemap/guide/\n",
+            "[iommufd]: https://docs.rs/dirtymap-iommufd/latest/dirtymap_iommufd/\n",
+            "[formats]: https://docs.rs/dirtymap-formats/latest/dirtymap_formats/guide/\n",
+            "[joint]: https://github.com/dirtymap/dirtymap/blob/main/examples/adapters/joint.md\n",
             "[monitors]: crate::guide::monitors\n",
             "[exchange]: crate::guide::exchange\n",
             "[bugs]: crate::guide::bugs\n",

@@ -28,13 +28,14 @@
 //! ```
 
 use std::collections::BTreeSet;
+use std::fmt::Display;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use crate::bitmap::UserBitmap;
-use crate::error::Error;
-use crate::flush::FlushGather;
+use crate::bitmap::{BitmapView, UserBitmap};
+use crate::flush::{FlushGather, FlushQueue};
 use crate::harvest::{HarvestRequest, Lease, Owed};
-use crate::source::{DirtySource, Tracking};
+use crate::marks::InFlight;
+use crate::source::{DirtySource, LeafSink, Rests, Stopped, Tracking};
 use crate::space::AddressSpace;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering, thread};
 use crate::units::{Access, Granule, Iova, IovaRange};
@@ -154,7 +155,50 @@ impl<'r> Bench<'r> {
     }
 }
 
-fn allowed<T>(result: Result<T, Error>, what: &str) -> T {
+/// Reads `source` into `view` as a harvest of a space does. Of a page that the range of `view`
+/// cuts, the rest goes to `keep`, after the source has cleared the page: for tests of that order,
+/// and of what is left in the source. Returns what was owed.
+///
+/// ```
+/// use dirtymap::source_kit::read_keeping;
+/// use dirtymap::{Granule, SharedLog, ToIovaRange, UserBitmap};
+/// use std::sync::Mutex;
+/// use std::sync::atomic::AtomicU64;
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let log = SharedLog::new(0..64 << 12, Granule::K4, vec![AtomicU64::new(1 << 3)])?;
+/// let half = Granule::from_bytes(2048)?;
+/// let mut words = [0];
+/// let view = UserBitmap::new(&mut words).view((0x3800..0x5000).to_iova_range()?, half)?;
+/// let rests = Mutex::new(Vec::new());
+/// read_keeping(&log, &view, &|rest| rests.lock().expect("no panic").push(rest))
+///     .map_err(|stopped| stopped.error)?;
+/// assert_eq!(rests.into_inner()?, [(0x3000..0x3800).to_iova_range()?]);
+/// assert_eq!(words, [1]);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// That of the source.
+pub fn read_keeping(
+    source: &(impl DirtySource + ?Sized),
+    view: &BitmapView<'_>,
+    keep: &dyn Fn(IovaRange),
+) -> Result<FlushGather, Stopped> {
+    let (mut sink, mut gather) = (view.sink(), FlushGather::new());
+    let (in_flight, flush) = (InFlight::new(), FlushQueue::new());
+    let rests = Rests {
+        in_flight: &in_flight,
+        keep,
+        flush: &flush,
+    };
+    let mut out = LeafSink::keeping(&mut sink, &mut gather, rests);
+    source.read_and_clear(view.range(), &mut out)?;
+    Ok(gather)
+}
+
+fn allowed<T, E: Display>(result: Result<T, E>, what: &str) -> T {
     result.unwrap_or_else(|error| panic!("the source refuses {what}: {error}"))
 }
 

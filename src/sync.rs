@@ -1,8 +1,9 @@
 //! The only module that names `std::sync`, `loom` or `shuttle`.
 //!
 //! Everything concurrent in the library takes its atomics, locks and threads from here, so that the
-//! model checkers see the code that users run. `pagetable-sim` uses it too, through a hidden
-//! re-export: one shim for both.
+//! model checkers see the code that users run. The simulator and the adapters of this repository use
+//! it too, because it is public and hidden: one shim for all. It is outside of the promise of
+//! versions. An adapter elsewhere takes the atomics of std.
 //!
 //! | cfg | feature | atomics, locks, threads from |
 //! |---|---|---|
@@ -41,6 +42,19 @@ pub use witness::Witness;
 /// Whether everything has the size of a model: tables of two entries, chunks of two words. So
 /// models reach every border.
 pub const TINY: bool = cfg!(any(dirtymap_loom, dirtymap_shuttle));
+
+/// Prefetches a cache line: a hint, which changes no result.
+#[inline]
+pub(crate) fn prefetch(line: *const u8) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint; it neither faults nor reads, for any address.
+        unsafe { _mm_prefetch(line.cast(), _MM_HINT_T0) };
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+    let _ = line;
+}
 
 #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
 mod imp {

@@ -9,7 +9,52 @@
 use std::fmt;
 use std::ops::{Range, RangeInclusive};
 
-use crate::error::Error;
+/// Why a range or a granule cannot be made. Becomes an [`Error`](crate::Error) by `?`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RangeError {
+    /// A range of no bytes.
+    #[error("a range of zero bytes at {start}: a range needs at least one byte")]
+    ZeroLength {
+        /// Where the range would start.
+        start: Iova,
+    },
+    /// The range would extend past 2^64 - 1.
+    #[error("{len:#x} bytes from {start} go past the last address 0xffffffffffffffff")]
+    Wraps {
+        /// Where the range would start.
+        start: Iova,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// The last address lies below the first.
+    #[error("the range ends at {last}, below its start {start}")]
+    ReversedRange {
+        /// The first address.
+        start: Iova,
+        /// The last address.
+        last: Iova,
+    },
+    /// The size of a granule is not a power of two.
+    #[error("a granule of {bytes} bytes: it must be a power of two from 1 to 2^63")]
+    BadGranule {
+        /// The offending size.
+        bytes: u64,
+    },
+}
+
+impl RangeError {
+    /// The errno with which Linux's iommufd refuses the same thing: see
+    /// [`Error::errno`](crate::Error::errno).
+    pub const fn errno(&self) -> i32 {
+        match self {
+            RangeError::Wraps { .. } => 75,
+            RangeError::ZeroLength { .. }
+            | RangeError::ReversedRange { .. }
+            | RangeError::BadGranule { .. } => 22,
+        }
+    }
+}
 
 /// A device-visible address in bytes.
 #[doc(alias = "dma_addr_t")]
@@ -129,11 +174,11 @@ impl IovaRange {
     /// The range from `start` to `last`, both included.
     ///
     /// # Errors
-    /// [`Error::ReversedRange`] if `last` lies below `start`.
+    /// [`RangeError::ReversedRange`] if `last` lies below `start`.
     #[inline]
-    pub const fn new(start: Iova, last: Iova) -> Result<Self, Error> {
+    pub const fn new(start: Iova, last: Iova) -> Result<Self, RangeError> {
         if last.0 < start.0 {
-            return Err(Error::ReversedRange { start, last });
+            return Err(RangeError::ReversedRange { start, last });
         }
         Ok(IovaRange { start, last })
     }
@@ -148,16 +193,16 @@ impl IovaRange {
     /// The `len` bytes that begin at `start`. The range may end at 2^64 - 1.
     ///
     /// # Errors
-    /// [`Error::ZeroLength`] if `len` is 0, [`Error::Wraps`] if the last byte would lie past 2^64 -
-    /// 1.
+    /// [`RangeError::ZeroLength`] if `len` is 0, [`RangeError::Wraps`] if the last byte would lie
+    /// past 2^64 - 1.
     #[inline]
-    pub const fn from_len(start: Iova, len: u64) -> Result<Self, Error> {
+    pub const fn from_len(start: Iova, len: u64) -> Result<Self, RangeError> {
         if len == 0 {
-            return Err(Error::ZeroLength { start });
+            return Err(RangeError::ZeroLength { start });
         }
         match start.checked_add(len - 1) {
             Some(last) => Ok(IovaRange { start, last }),
-            None => Err(Error::Wraps { start, len }),
+            None => Err(RangeError::Wraps { start, len }),
         }
     }
 
@@ -181,7 +226,7 @@ impl IovaRange {
 
     /// The smallest range that covers both ranges.
     #[inline]
-    pub(crate) const fn hull(self, other: IovaRange) -> Self {
+    pub const fn hull(self, other: IovaRange) -> Self {
         IovaRange {
             start: if self.start.0 < other.start.0 {
                 self.start
@@ -193,6 +238,22 @@ impl IovaRange {
             } else {
                 other.last
             },
+        }
+    }
+
+    /// Whether the ranges overlap, or follow each other without a gap.
+    #[inline]
+    pub(crate) const fn touches(self, other: IovaRange) -> bool {
+        self.start.0 <= other.last.0.saturating_add(1)
+            && other.start.0 <= self.last.0.saturating_add(1)
+    }
+
+    /// Both ranges as one, if they touch or overlap.
+    #[inline]
+    pub(crate) const fn joined(self, other: IovaRange) -> Option<IovaRange> {
+        match self.touches(other) {
+            true => Some(self.hull(other)),
+            false => None,
         }
     }
 
@@ -258,6 +319,32 @@ impl IovaRange {
     pub const fn intersects(self, other: IovaRange) -> bool {
         self.start.0 <= other.last.0 && other.start.0 <= self.last.0
     }
+    }
+
+    /// The part of the range below `at`; `None` if there is none.
+    ///
+    /// ```
+    /// use dirtymap::{Iova, ToIovaRange};
+    ///
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// let range = (0x1000..0x4000).to_iova_range()?;
+    /// assert_eq!(range.below(Iova::new(0x2000)), Some((0x1000..0x2000).to_iova_range()?));
+    /// assert_eq!(range.below(Iova::new(0x9000)), Some(range));
+    /// assert_eq!(range.below(Iova::new(0x1000)), None);
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[inline]
+    pub const fn below(self, at: Iova) -> Option<IovaRange> {
+        if at.0 <= self.start.0 {
+            return None;
+        }
+        let last = if at.0 - 1 < self.last.0 {
+            Iova(at.0 - 1)
+        } else {
+            self.last
+        };
+        Some(IovaRange { last, ..self })
     }
 
     /// Whether the range starts and ends at multiples of `granule`.
@@ -335,53 +422,55 @@ impl fmt::Display for IovaRange {
 /// # }
 /// ```
 ///
-/// Only `0..=u64::MAX` and its like reach the last address, because a half-open range has no name for its end.
+/// Only `0..=u64::MAX` and its like reach the last address, because a half-open range has no name
+/// for its end.
 pub trait ToIovaRange {
     /// The same addresses as an [`IovaRange`].
     ///
     /// # Errors
-    /// [`Error::ZeroLength`] for a range without a byte, [`Error::ReversedRange`] if it ends below its start.
-    fn to_iova_range(self) -> Result<IovaRange, Error>;
+    /// [`RangeError::ZeroLength`] for a range without a byte, [`RangeError::ReversedRange`] if it
+    /// ends below its start.
+    fn to_iova_range(self) -> Result<IovaRange, RangeError>;
 }
 
 impl ToIovaRange for IovaRange {
     #[inline]
-    fn to_iova_range(self) -> Result<IovaRange, Error> {
+    fn to_iova_range(self) -> Result<IovaRange, RangeError> {
         Ok(self)
     }
 }
 
 impl ToIovaRange for Range<u64> {
     #[inline]
-    fn to_iova_range(self) -> Result<IovaRange, Error> {
+    fn to_iova_range(self) -> Result<IovaRange, RangeError> {
         let (start, end) = (Iova(self.start), Iova(self.end));
         match self.end.checked_sub(1) {
             Some(last) if start < end => IovaRange::new(start, Iova(last)),
-            _ if start == end => Err(Error::ZeroLength { start }),
-            _ => Err(Error::ReversedRange { start, last: end }),
+            _ if start == end => Err(RangeError::ZeroLength { start }),
+            _ => Err(RangeError::ReversedRange { start, last: end }),
         }
     }
 }
 
 impl ToIovaRange for RangeInclusive<u64> {
     #[inline]
-    fn to_iova_range(self) -> Result<IovaRange, Error> {
+    fn to_iova_range(self) -> Result<IovaRange, RangeError> {
         IovaRange::new(Iova(*self.start()), Iova(*self.end()))
     }
 }
 
 impl TryFrom<Range<u64>> for IovaRange {
-    type Error = Error;
+    type Error = RangeError;
 
-    fn try_from(range: Range<u64>) -> Result<Self, Error> {
+    fn try_from(range: Range<u64>) -> Result<Self, RangeError> {
         range.to_iova_range()
     }
 }
 
 impl TryFrom<RangeInclusive<u64>> for IovaRange {
-    type Error = Error;
+    type Error = RangeError;
 
-    fn try_from(range: RangeInclusive<u64>) -> Result<Self, Error> {
+    fn try_from(range: RangeInclusive<u64>) -> Result<Self, RangeError> {
         range.to_iova_range()
     }
 }
@@ -411,13 +500,13 @@ impl Granule {
     /// The granule of `bytes` bytes.
     ///
     /// # Errors
-    /// [`Error::BadGranule`] unless `bytes` is a power of two from 1 to 2^63.
+    /// [`RangeError::BadGranule`] unless `bytes` is a power of two from 1 to 2^63.
     #[inline]
-    pub const fn from_bytes(bytes: u64) -> Result<Self, Error> {
+    pub const fn from_bytes(bytes: u64) -> Result<Self, RangeError> {
         if bytes.is_power_of_two() {
             Ok(Granule(bytes.trailing_zeros() as u8))
         } else {
-            Err(Error::BadGranule { bytes })
+            Err(RangeError::BadGranule { bytes })
         }
     }
 
@@ -443,6 +532,20 @@ impl Granule {
     #[inline]
     pub const fn mask(self) -> u64 {
         self.bytes() - 1
+    }
+}
+
+impl TryFrom<u64> for Granule {
+    type Error = RangeError;
+
+    fn try_from(bytes: u64) -> Result<Self, RangeError> {
+        Granule::from_bytes(bytes)
+    }
+}
+
+impl From<Granule> for u64 {
+    fn from(granule: Granule) -> Self {
+        granule.bytes()
     }
 }
 
@@ -529,15 +632,15 @@ mod tests {
         assert_eq!(IovaRange::ALL.granules(Granule::K4), 1 << 52);
         assert!(matches!(
             IovaRange::from_len(Iova::new(u64::MAX - 4095), 4097),
-            Err(Error::Wraps { len: 4097, .. })
+            Err(RangeError::Wraps { len: 4097, .. })
         ));
         assert!(matches!(
             IovaRange::from_len(Iova::new(7), 0),
-            Err(Error::ZeroLength { .. })
+            Err(RangeError::ZeroLength { .. })
         ));
         assert!(matches!(
             IovaRange::new(Iova::new(2), Iova::new(1)),
-            Err(Error::ReversedRange { .. })
+            Err(RangeError::ReversedRange { .. })
         ));
     }
 
@@ -550,20 +653,22 @@ mod tests {
         assert_eq!((5..=5).to_iova_range().unwrap().len(), 1);
         for empty in [0, 7, u64::MAX] {
             let refused = (empty..empty).to_iova_range();
-            assert!(matches!(refused, Err(Error::ZeroLength { start }) if start.get() == empty));
+            assert!(
+                matches!(refused, Err(RangeError::ZeroLength { start }) if start.get() == empty)
+            );
         }
         let (high, low) = (9, 3);
         assert!(matches!(
             (high..low).to_iova_range(),
-            Err(Error::ReversedRange { .. })
+            Err(RangeError::ReversedRange { .. })
         ));
         assert!(matches!(
             (high..0).to_iova_range(),
-            Err(Error::ReversedRange { .. })
+            Err(RangeError::ReversedRange { .. })
         ));
         assert!(matches!(
             (high..=low).to_iova_range(),
-            Err(Error::ReversedRange { .. })
+            Err(RangeError::ReversedRange { .. })
         ));
         let back: RangeInclusive<u64> = range(3, 8).unwrap().into();
         assert_eq!(back, 3..=8);
@@ -580,9 +685,9 @@ mod tests {
         assert_eq!(Granule::from_bytes(1 << 63).unwrap().lg2(), 63);
         assert_eq!(Granule::from_bytes(1).unwrap().bytes(), 1);
         for bad in [0, 3, 12288, u64::MAX] {
-            assert!(
-                matches!(Granule::from_bytes(bad), Err(Error::BadGranule { bytes }) if bytes == bad)
-            );
+            let refused = Err(RangeError::BadGranule { bytes: bad });
+            assert_eq!(Granule::from_bytes(bad), refused);
+            assert_eq!(Granule::try_from(bad), refused);
         }
         assert_eq!(Granule::from_lg2(64), None);
         assert_eq!(Granule::M2.to_string(), "2 MiB");

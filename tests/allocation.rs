@@ -8,9 +8,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak, mpsc};
 
 use common::{Fake, PAGE, pages};
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Holes,
-    Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking, UserBitmap,
+    Access, AddressSpace, DirtySource, Error, Granule, HarvestRequest, Holes, Iova, IovaRange,
+    Mapping, RangeError, Tracking, UserBitmap,
 };
 
 const M2: u64 = 2 << 20;
@@ -86,7 +87,10 @@ fn map_anywhere_refuses_in_order_and_changes_nothing() {
     let refused = |len, backing| space.map_anywhere(len, backing, RW).unwrap_err();
     let top = u64::MAX - (PAGE - 1);
 
-    assert!(matches!(refused(0, 1), Error::ZeroLength { .. }));
+    assert!(matches!(
+        refused(0, 1),
+        Error::Range(RangeError::ZeroLength { .. })
+    ));
     for len in [1, PAGE - 1, PAGE + 1, u64::MAX] {
         let error = refused(len, 1);
         assert!(matches!(error, Error::UnalignedLength { len: l, .. } if l == len));

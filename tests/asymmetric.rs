@@ -2,9 +2,8 @@
 #![cfg(all(feature = "membarrier", not(dirtymap_loom)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
-use dirtymap::{
-    Access, AddressSpace, Granule, HarvestRequest, Iova, IovaRange, MarkOrdering, UserBitmap,
-};
+use dirtymap::space::MarkOrdering;
+use dirtymap::{Access, AddressSpace, Granule, HarvestRequest, Iova, IovaRange, UserBitmap};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 

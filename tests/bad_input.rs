@@ -17,7 +17,11 @@ const TOP: u64 = u64::MAX - (PAGE - 1);
 
 /// The name of an error's variant, and its number.
 fn name(error: &Error) -> (String, i32) {
-    let debug = format!("{error:?}");
+    let debug = match error {
+        Error::Range(error) => format!("{error:?}"),
+        Error::Bitmap(error) => format!("Bitmap{error:?}"),
+        error => format!("{error:?}"),
+    };
     let end = debug.find([' ', '(']).unwrap_or(debug.len());
     (debug[..end].to_string(), error.errno())
 }
@@ -57,6 +61,8 @@ fn ranges_and_granules_that_do_not_exist() {
         match result {
             Ok(()) => assert_eq!(error, "", "row {nth}"),
             Err(refused) => {
+                assert_eq!(refused.errno(), errno, "row {nth}");
+                let refused = Error::from(refused);
                 assert_eq!(name(&refused), (error.to_string(), errno), "row {nth}");
                 assert!(refused.to_string().contains(text), "row {nth}: {refused}");
             }

@@ -7,10 +7,11 @@ mod common_file;
 
 use common::{Fake, PAGE, pages};
 use common_file::scratch;
+use dirtymap::bitmap::{BitmapError, FileBitmap};
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FileBitmap, FlushGather, Granule, HarvestRequest,
-    Holes, Invalidated, Iova, IovaRange, LeafSink, Mapping, Scope, Sink, Stopped, Tracking,
-    UserBitmap,
+    Access, AddressSpace, DirtySource, Error, Granule, HarvestRequest, Holes, Iova, IovaRange,
+    Mapping, Scope, Tracking, UserBitmap,
 };
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -53,7 +54,7 @@ fn a_file_that_is_too_short_is_refused_up_front() {
         let bitmap = FileBitmap::new(scratch(100), offset, bytes);
         assert!(matches!(
             space.harvest(&request, UserBitmap::file(&bitmap)),
-            Err(Error::BitmapTooShort { needed: 64, bits, .. }) if bits <= 56
+            Err(Error::Bitmap(BitmapError::TooShort { needed: 64, bits, .. })) if bits <= 56
         ));
         assert_eq!(bitmap.most_mapped(), 0);
     }
@@ -69,7 +70,7 @@ fn a_file_that_is_too_short_is_refused_up_front() {
 fn windows_are_powers_of_two_of_at_least_a_page() {
     for bad in [0, 4096, 3 << 16, 2 << 30, u64::MAX] {
         let bitmap = FileBitmap::new(scratch(0), 0, 0).with_window(bad);
-        assert!(matches!(bitmap, Err(Error::BadWindow { bytes }) if bytes == bad));
+        assert!(matches!(bitmap, Err(BitmapError::BadWindow { bytes }) if bytes == bad));
     }
 }
 
@@ -95,7 +96,7 @@ fn a_file_that_shrinks_stops_the_harvest_and_loses_nothing() {
         .unwrap_or_else(|| panic!("the harvest went on"));
     assert!(matches!(
         stopped.error,
-        Error::BitmapShrank { len, needed } if len == 1 << 16 && needed == 2 << 16
+        Error::Bitmap(BitmapError::Shrank { len, needed }) if len == 1 << 16 && needed == 2 << 16
     ));
     assert_eq!(stopped.at, Iova::new((WINDOW + 3) * PAGE));
     let dirty = || fake.with(|s| s.dirty.iter().copied().collect::<Vec<_>>());
@@ -106,7 +107,7 @@ fn a_file_that_shrinks_stops_the_harvest_and_loses_nothing() {
     let mut runs = lease.runs();
     let rest = pages(WINDOW, 3);
     assert_eq!(runs.by_ref().collect::<Vec<_>>(), [pages(7, 1), rest]);
-    assert!(matches!(runs.error(), Some(Error::BitmapShrank { .. })));
+    assert!(matches!(runs.error(), Some(BitmapError::Shrank { .. })));
     drop(runs);
     lease.abort();
     let mut words = vec![0; 2 * WINDOW as usize / 64];
@@ -115,7 +116,7 @@ fn a_file_that_shrinks_stops_the_harvest_and_loses_nothing() {
     assert_eq!(view.runs().collect::<Vec<_>>(), [pages(7, 1), rest]);
     // Strict where a superset would lose: taking away what cannot be read is refused.
     let unreadable = UserBitmap::file(&bitmap).view(all, Granule::K4);
-    assert!(matches!(unreadable, Err(Error::BitmapTooShort { .. })));
+    assert!(matches!(unreadable, Err(BitmapError::TooShort { .. })));
 }
 
 #[test]
@@ -134,20 +135,20 @@ fn what_cannot_be_read_is_neither_merged_nor_taken_away() {
         .unwrap();
     assert!(matches!(
         other.and_not(&view),
-        Err(Error::BitmapShrank { .. })
+        Err(BitmapError::Shrank { .. })
     ));
     assert_eq!(other.count(), 2 * WINDOW - 1);
     assert!(matches!(
         view.and_not(&other),
-        Err(Error::BitmapShrank { .. })
+        Err(BitmapError::Shrank { .. })
     ));
     assert!(matches!(
         view.or_into(&other),
-        Err(Error::BitmapShrank { .. })
+        Err(BitmapError::Shrank { .. })
     ));
     assert!(matches!(
         other.or_into(&view),
-        Err(Error::BitmapShrank { .. })
+        Err(BitmapError::Shrank { .. })
     ));
 }
 
@@ -275,7 +276,10 @@ fn a_line_across_two_windows_is_not_hidden() {
                 bitmap.file().set_len(offset + bytes).unwrap();
                 let harvest = space.harvest(&request, UserBitmap::file(&bitmap));
                 if let Some(stopped) = harvest.unwrap().stopped() {
-                    failures += u64::from(matches!(stopped.error, Error::BitmapShrank { .. }));
+                    failures += u64::from(matches!(
+                        stopped.error,
+                        Error::Bitmap(BitmapError::Shrank { .. })
+                    ));
                 }
             }
             failures
@@ -315,7 +319,10 @@ fn an_unmap_that_cannot_record_leaves_its_areas() {
     let writable = scratch(64);
     let read_only = read_only(&writable);
     let unmapped = space.unmap(pages(0, 512), Granule::K4, UserBitmap::file(&read_only));
-    assert!(matches!(unmapped, Err(Error::BitmapWindow { .. })));
+    assert!(matches!(
+        unmapped,
+        Err(Error::Bitmap(BitmapError::Window { .. }))
+    ));
     assert_eq!(space.mappings().len(), 1);
     assert_eq!(space.stats().discarded_bytes, 0);
     let mut words = [0u64; 8];
@@ -343,7 +350,10 @@ fn never_hidden_by_harvests_that_fail(mut find: impl FnMut(&AddressSpace) -> boo
                 // In between, there is no area, or nothing dirty.
                 let request = request.holes(Holes::Stop);
                 if let Some(stopped) = space.harvest(&request, bitmap).unwrap().stopped() {
-                    failures += u64::from(matches!(stopped.error, Error::BitmapWindow { .. }));
+                    failures += u64::from(matches!(
+                        stopped.error,
+                        Error::Bitmap(BitmapError::Window { .. })
+                    ));
                 }
             }
             failures
@@ -424,7 +434,7 @@ fn an_unmap_that_cannot_record_leaves_each_domain_what_it_had() {
     ours.with(|s| s.on_unmap = Some(Box::new(move || cut.set_len(1 << 16).unwrap())));
     let refused = space.unmap(all, Granule::K4, UserBitmap::file(&bitmap));
     assert!(
-        matches!(refused, Err(Error::BitmapShrank { .. })),
+        matches!(refused, Err(Error::Bitmap(BitmapError::Shrank { .. }))),
         "{refused:?}"
     );
     assert_eq!(taken(Scope::Domain(other_id)), []);

@@ -2,9 +2,8 @@
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
-use dirtymap::{
-    CHUNK_BITS, Error, Granule, Iova, IovaRange, SparseBitmap, UserBitmap, WINDOW_BITS,
-};
+use dirtymap::bitmap::{BitmapError, CHUNK_BITS, WINDOW_BITS};
+use dirtymap::{Granule, Iova, IovaRange, RangeError, SparseBitmap, UserBitmap};
 
 fn range(start: u64, len: u64) -> IovaRange {
     IovaRange::from_len(Iova::new(start), len).unwrap()
@@ -126,10 +125,10 @@ fn bug_10_no_granule_of_zero_bytes_and_no_range_of_zero_bytes() {
     // A length of zero passed every check and then meant the whole address space.
     assert!(matches!(
         Granule::from_bytes(0),
-        Err(Error::BadGranule { bytes: 0 })
+        Err(RangeError::BadGranule { bytes: 0 })
     ));
     let nothing = IovaRange::from_len(Iova::MIN, 0);
-    assert!(matches!(nothing, Err(Error::ZeroLength { .. })));
+    assert!(matches!(nothing, Err(RangeError::ZeroLength { .. })));
 }
 
 #[test]
@@ -139,7 +138,7 @@ fn bug_22_a_bitmap_of_less_than_a_byte() {
     let none = UserBitmap::bytes(&mut []).view(request, Granule::K4);
     assert!(matches!(
         none,
-        Err(Error::BitmapTooShort {
+        Err(BitmapError::TooShort {
             bits: 0,
             needed: 4,
             ..

@@ -2,8 +2,9 @@
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
+use dirtymap::bitmap::BitmapError;
 use dirtymap::sync::{AtomicU64, Ordering};
-use dirtymap::{BitmapView, Error, Granule, Iova, IovaRange, SparseBitmap, UserBitmap};
+use dirtymap::{BitmapView, Granule, Iova, IovaRange, SparseBitmap, UserBitmap};
 
 #[cfg(feature = "mmap")]
 mod common_file;
@@ -110,7 +111,7 @@ fn with_form(form: Form, bytes: &[u8], f: impl FnOnce(UserBitmap<'_>)) -> Vec<u8
             let file = common_file::scratch(0);
             let from = offset - GUARD as u64;
             file.write_all_at(&padded, from).unwrap();
-            let bitmap = dirtymap::FileBitmap::new(file, offset, bytes.len() as u64);
+            let bitmap = dirtymap::bitmap::FileBitmap::new(file, offset, bytes.len() as u64);
             let bitmap = bitmap.with_window(1 << 16).unwrap();
             f(UserBitmap::file(&bitmap));
             assert!(bitmap.most_mapped() <= 1 << 16);
@@ -329,7 +330,7 @@ fn requests_from_one_bit_to_half_of_all_addresses() {
         UserBitmap::sparse(&most).view(IovaRange::ALL, Granule::from_bytes(1).unwrap());
     assert!(matches!(
         everything,
-        Err(Error::BitmapTooShort { bits, needed, .. }) if bits == 1 << 63 && needed == 1 << 64
+        Err(BitmapError::TooShort { bits, needed, .. }) if bits == 1 << 63 && needed == 1 << 64
     ));
 }
 

@@ -5,9 +5,11 @@
 mod common;
 
 use common::{Fake, PAGE, pages, two_sources};
+use dirtymap::bitmap::BitmapError;
+use dirtymap::space::{Fault, FaultSource, Faults};
 use dirtymap::{
-    Access, AddressSpace, BitmapView, Change, Error, Fault, FaultSource, Faults, Granule,
-    HarvestRequest, Iova, IovaRange, SparseBitmap, UserBitmap,
+    Access, AddressSpace, BitmapView, Change, Error, Granule, HarvestRequest, Iova, IovaRange,
+    SparseBitmap, UserBitmap,
 };
 use std::sync::{Arc, Mutex};
 
@@ -89,7 +91,7 @@ fn an_unmap_with_a_bad_bitmap_touches_nothing() {
     ));
     assert!(matches!(
         unmap(pages(0, 16), byte, &mut words),
-        Error::BitmapTooShort { .. }
+        Error::Bitmap(BitmapError::TooShort { .. })
     ));
     assert!(matches!(
         unmap(pages(0, 8), Granule::K4, &mut words),
@@ -353,7 +355,7 @@ fn a_snapshot_stays_as_it_was() {
     let snapshot = space.snapshot();
     space.map(pages(20, 1), 0, Access::Read).unwrap();
     let late = space.attach(Arc::new(Fake::default())).unwrap();
-    let all = |snapshot: &dirtymap::SpaceSnapshot<'_>| {
+    let all = |snapshot: &dirtymap::space::SpaceSnapshot<'_>| {
         let ranges = snapshot.mappings(IovaRange::ALL).map(|m| m.range);
         ranges.collect::<Vec<_>>()
     };
@@ -501,9 +503,13 @@ fn refusals_have_the_numbers_of_the_kernel() {
     let number = |refused: Result<(), Error>| refused.unwrap_err().errno();
     // MAP, fixed.
     let nothing = IovaRange::from_len(at(0), 0).map(drop);
-    assert_eq!(number(nothing), 22);
+    assert_eq!(number(nothing.map_err(Error::from)), 22);
     assert_eq!(
-        number(IovaRange::from_len(Iova::new(top), 8192).map(drop)),
+        number(
+            IovaRange::from_len(Iova::new(top), 8192)
+                .map(drop)
+                .map_err(Error::from)
+        ),
         75
     );
     assert_eq!(number(map(odd(PAGE, PAGE + 1), 0)), 22);

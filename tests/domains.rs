@@ -5,9 +5,10 @@
 mod common;
 
 use common::{Fake, PAGE, pages, two_sources};
+use dirtymap::flush::FlushCost;
 use dirtymap::{
-    Access, AddressSpace, DomainId, Error, FlushCost, Granule, HarvestRequest, Iova, IovaRange,
-    Scope, UserBitmap,
+    Access, AddressSpace, DomainId, Error, Granule, HarvestRequest, Iova, IovaRange, Scope,
+    UserBitmap,
 };
 use std::sync::Arc;
 

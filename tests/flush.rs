@@ -12,9 +12,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{Fake, pages};
+use dirtymap::flush::{FlushCost, FlushGather, FlushQueue, Invalidated};
 use dirtymap::{
-    Access, AddressSpace, Error, FlushCost, FlushGather, FlushPolicy, FlushQueue, Granule,
-    HarvestRequest, Invalidated, IovaRange, UserBitmap,
+    Access, AddressSpace, Error, FlushPolicy, Granule, HarvestRequest, IovaRange, UserBitmap,
 };
 
 fn gather(page: u64) -> FlushGather {
@@ -70,7 +70,7 @@ impl Rig {
         }
     }
 
-    fn owe(&self, n: u64) -> dirtymap::Ticket {
+    fn owe(&self, n: u64) -> dirtymap::flush::Ticket {
         let freed = self.freed.clone();
         self.queue
             .owe_then(&gather(2 * n), move || freed.lock().unwrap().push(n))

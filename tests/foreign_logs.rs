@@ -8,9 +8,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use dirtymap::bitmap::BitmapError;
 use dirtymap::{
-    Access, AddressSpace, Error, Granule, HarvestRequest, IovaRange, PulledLog, SharedLog,
-    ToIovaRange, UserBitmap,
+    Access, AddressSpace, Error, Granule, HarvestRequest, IovaRange, PulledLog, RangeError,
+    SharedLog, ToIovaRange, UserBitmap,
 };
 
 const PAGES: u64 = 200;
@@ -202,16 +203,19 @@ fn logs_that_do_not_fit_are_refused() {
     let odd = PulledLog::new(0..4097, Granule::K4, pull).err();
     assert!(matches!(odd, Some(Error::Unaligned { .. })));
     let none = PulledLog::new(5..5, Granule::K4, pull).err();
-    assert!(matches!(none, Some(Error::ZeroLength { .. })));
+    assert!(matches!(
+        none,
+        Some(Error::Range(RangeError::ZeroLength { .. }))
+    ));
     let huge = PulledLog::new(0..=u64::MAX, Granule::BYTE, pull).err();
     assert!(matches!(huge, Some(Error::Source(_))));
     let short = SharedLog::new(0..65 * 4096, Granule::K4, vec![AtomicU64::new(0)]).err();
     assert!(matches!(
         short,
-        Some(Error::BitmapTooShort {
+        Some(Error::Bitmap(BitmapError::TooShort {
             bits: 64,
             needed: 65,
             ..
-        })
+        }))
     ));
 }

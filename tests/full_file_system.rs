@@ -9,9 +9,8 @@
 mod common;
 
 use common::{Fake, pages};
-use dirtymap::{
-    Access, AddressSpace, Error, FileBitmap, Granule, HarvestRequest, Lease, Owed, UserBitmap,
-};
+use dirtymap::bitmap::{BitmapError, FileBitmap};
+use dirtymap::{Access, AddressSpace, Error, Granule, HarvestRequest, Lease, Owed, UserBitmap};
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io::{self, Write};
@@ -140,7 +139,10 @@ fn refused(way: &str, space: &AddressSpace, lease: Result<Lease<'_, Owed>, Error
 
 fn no_room(way: &str, error: &Error) {
     assert!(
-        matches!(error, Error::BitmapNoSpace { at: 0 | 0x1_0000, len, .. } if *len == 1 << 16),
+        matches!(
+            error,
+            Error::Bitmap(BitmapError::NoSpace { at: 0 | 0x1_0000, len, .. }) if *len == 1 << 16
+        ),
         "{way}: {error}"
     );
     assert_eq!(error.errno(), libc::ENOSPC);
@@ -220,7 +222,7 @@ fn reading(folder: &Path) {
     assert_eq!(view.or_into(&other).unwrap(), 0);
     assert_eq!(view.and_not(&other).unwrap(), 0);
     assert_eq!(other.and_not(&view).unwrap(), 0);
-    no_room("or_into", &other.or_into(&view).unwrap_err());
+    no_room("or_into", &other.or_into(&view).unwrap_err().into());
 }
 
 /// A sparse file of a bitmap on a tmpfs of a few pages: the harvest cleared a page's dirty bit for

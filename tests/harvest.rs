@@ -6,6 +6,7 @@
 mod common;
 
 use common::{Fake, PAGE, pages};
+use dirtymap::bitmap::BitmapError;
 use dirtymap::{
     Access, AddressSpace, Error, Granule, HarvestRequest, Holes, Iova, IovaRange, UserBitmap,
 };
@@ -127,11 +128,11 @@ fn requests_are_refused_in_order_and_nothing_is_touched() {
     assert!(
         matches!(
             error,
-            Error::BitmapTooShort {
+            Error::Bitmap(BitmapError::TooShort {
                 bits: 64,
                 needed: 65,
                 ..
-            }
+            })
         ),
         "short by one bit"
     );

@@ -6,9 +6,10 @@
 mod common;
 
 use common::{Fake, PAGE, pages};
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Invalidated,
-    IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking, UserBitmap,
+    Access, AddressSpace, DirtySource, Error, Granule, HarvestRequest, IovaRange, Mapping,
+    Tracking, UserBitmap,
 };
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};

@@ -8,9 +8,11 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, mpsc};
 
 use common_batch::{Batching, Pause};
+use dirtymap::flush::FlushGather;
+use dirtymap::source::LeafSink;
 use dirtymap::{
-    Access, AddressSpace, Error, FlushGather, Granule, HarvestRequest, Iova, IovaRange, LeafSink,
-    Lease, Owed, Scope, UserBitmap,
+    Access, AddressSpace, Error, Granule, HarvestRequest, Iova, IovaRange, Lease, Owed, Scope,
+    UserBitmap,
 };
 
 const PAGE: u64 = 4096;

@@ -5,10 +5,11 @@
 mod common;
 
 use common::{PAGE, pages, two_sources};
+use dirtymap::harvest::Aborted;
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::{
-    Aborted, Access, AddressSpace, Change, DirtySource, Error, FlushGather, Granule,
-    HarvestRequest, Invalidated, Iova, IovaRange, LeafSink, Lease, Mapping, Owed, Scope, Sink,
-    Stopped, Tracking, UserBitmap,
+    Access, AddressSpace, Change, DirtySource, Error, Granule, HarvestRequest, Iova, IovaRange,
+    Lease, Mapping, Owed, Scope, Tracking, UserBitmap,
 };
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, mpsc};

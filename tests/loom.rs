@@ -8,12 +8,13 @@
 
 use std::sync::atomic::{AtomicUsize as StdUsize, Ordering::SeqCst};
 
+use dirtymap::flush::FlushQueue;
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::sync::model::{Bound, breaks_without, holds_only_with, holds_within};
 use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering::Relaxed, Step, lock, thread};
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FlushGather, FlushPolicy, FlushQueue, Granule,
-    HarvestRequest, Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking,
-    UserBitmap,
+    Access, AddressSpace, DirtySource, Error, FlushPolicy, Granule, HarvestRequest, Iova,
+    IovaRange, Mapping, RangeError, Tracking, UserBitmap,
 };
 
 const PAGE: Granule = Granule::K4;
@@ -178,7 +179,7 @@ impl DirtySource for StopsAtTwo {
             true => Ok(()),
             false => Err(Stopped {
                 at,
-                error: Error::ZeroLength { start: at },
+                error: Error::Range(RangeError::ZeroLength { start: at }),
             }),
         }
     }
@@ -338,7 +339,7 @@ fn owe_freeing(
     queue: &FlushQueue,
     stale: &Arc<Stale>,
     freed: &std::sync::Arc<Freed>,
-) -> dirtymap::Ticket {
+) -> dirtymap::flush::Ticket {
     let (stale, freed) = (stale.clone(), freed.clone());
     queue.owe_then(&one_page(0), move || {
         freed.all.fetch_add(1, SeqCst);
@@ -380,7 +381,9 @@ fn a_flush_that_fails_leaves_all_of_it_owed() {
             thread::spawn(move || owe_and_wait(1, &queue, &stale))
         };
         let ticket = owe_freeing(&queue, &stale, &freed);
-        let failing = queue.wait(ticket, |_| Err(Error::ZeroLength { start: Iova::MIN }));
+        let failing = queue.wait(ticket, |_| {
+            Err(Error::Range(RangeError::ZeroLength { start: Iova::MIN }))
+        });
         let theirs = other.join().unwrap();
         if failing.is_err() {
             queue

@@ -3,11 +3,12 @@
 #![cfg(dirtymap_loom)]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::sync::model::{Bound, holds_within};
 use dirtymap::sync::{Arc, AtomicU64, Ordering::Relaxed, Step, thread};
 use dirtymap::{
-    Access, AddressSpace, Change, DirtySource, Error, FlushGather, Granule, HarvestRequest,
-    Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking, UserBitmap,
+    Access, AddressSpace, Change, DirtySource, Error, Granule, HarvestRequest, Iova, IovaRange,
+    Mapping, Tracking, UserBitmap,
 };
 
 const PAGE: Granule = Granule::K4;

@@ -5,13 +5,14 @@
 #![cfg(dirtymap_loom)]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::sync::model::{Bound, Random, caught, explore, is_deep, seeds};
 use dirtymap::sync::{
     Arc, AtomicU64, Mutex, Ordering::Relaxed, Ordering::SeqCst, Step, lock, thread,
 };
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Holes,
-    Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking, UserBitmap,
+    Access, AddressSpace, DirtySource, Error, Granule, HarvestRequest, Holes, Iova, IovaRange,
+    Mapping, Tracking, UserBitmap,
 };
 
 const PAGE: Granule = Granule::K4;

@@ -5,11 +5,12 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::sync::model::{Bound, holds_within};
 use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering, Ordering::Relaxed, Step, lock, thread};
 use dirtymap::{
-    Access, AddressSpace, DirtySource, DomainId, Error, FlushGather, Granule, HarvestRequest,
-    Invalidated, Iova, IovaRange, LeafSink, Mapping, Scope, Sink, Stopped, Tracking, UserBitmap,
+    Access, AddressSpace, DirtySource, DomainId, Error, Granule, HarvestRequest, Iova, IovaRange,
+    Mapping, Scope, Tracking, UserBitmap,
 };
 
 const PAGE: Granule = Granule::K4;

@@ -3,50 +3,16 @@
 #![allow(clippy::unwrap_used)] // helpers of tests
 
 mod common;
-#[cfg(all(any(feature = "kvm", feature = "pagemap"), target_os = "linux"))]
-mod common_skip;
-
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
+mod common_allocations;
 
 use common::pages;
+use common_allocations::{allocated_bytes, allocations};
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Invalidated,
-    Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking, UserBitmap,
+    Access, AddressSpace, DirtySource, Error, Granule, HarvestRequest, Iova, IovaRange, Mapping,
+    Tracking, UserBitmap,
 };
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-
-/// Counts the allocations of this thread.
-struct Counting;
-
-thread_local! {
-    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-    static BYTES: Cell<u64> = const { Cell::new(0) };
-}
-
-// SAFETY: hands everything on to the system's allocator, as it came.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.with(|count| count.set(count.get() + 1));
-        BYTES.with(|bytes| bytes.set(bytes.get() + layout.size() as u64));
-        // SAFETY: by the caller.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: by the caller; every block came from `System`.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-fn allocations(work: impl FnOnce()) -> u64 {
-    let before = ALLOCATIONS.with(Cell::get);
-    work();
-    ALLOCATIONS.with(Cell::get) - before
-}
 
 /// One dirty bit over 64 pages.
 #[derive(Default)]
@@ -168,9 +134,9 @@ fn an_abort_allocates_no_more_than_it_says() {
             let request = HarvestRequest::new(pages(0, n), Granule::K4);
             let bitmap = UserBitmap::new(&mut words);
             let lease = space.harvest(&request, bitmap).unwrap();
-            let before = BYTES.with(Cell::get);
-            let _ = lease.abort();
-            BYTES.with(Cell::get) - before
+            allocated_bytes(|| {
+                let _ = lease.abort();
+            })
         };
         let first = abort();
         let chunks = domains * CHUNKS * 4096;
@@ -181,128 +147,4 @@ fn an_abort_allocates_no_more_than_it_says() {
         );
         assert_eq!(abort(), 0, "the second time");
     }
-}
-
-/// What the kernel clears when it tells goes to memory that was reserved before.
-#[cfg(all(feature = "pagemap", target_os = "linux"))]
-#[test]
-fn harvests_of_process_memory_allocate_nothing() {
-    use dirtymap::pagemap::ProcessMemory;
-    let memory = match ProcessMemory::new() {
-        Ok(memory) => memory,
-        Err(error) => return common_skip::skip(error),
-    };
-    let memory = std::sync::Arc::new(memory);
-    let page = memory.page();
-    let mut block = vec![0u8; 3000 << page.lg2()];
-    let first = block
-        .as_ptr()
-        .addr()
-        .next_multiple_of(page.bytes() as usize);
-    let range = IovaRange::from_len(Iova::new(first as u64), 2998 << page.lg2()).unwrap();
-    memory.add(range, first as u64).unwrap();
-    let space = AddressSpace::with_source(page, memory.clone()).unwrap();
-    space.map(range, 0, Access::ReadWrite).unwrap();
-    space.start_tracking().unwrap();
-    let mut words = vec![0u64; 2998usize.div_ceil(64)];
-    let from = first - block.as_ptr().addr();
-    let mut round = || {
-        // More regions than one call reports.
-        for page_of_two in (0..2998 << page.lg2()).step_by(2 << page.lg2()) {
-            block[from + page_of_two] += 1;
-        }
-        let request = HarvestRequest::new(range, page);
-        let lease = space
-            .harvest(&request, UserBitmap::new(&mut words))
-            .unwrap();
-        let lease = lease.sync().unwrap();
-        assert!(lease.dirty() >= 1499);
-        lease.commit();
-    };
-    round();
-    assert_eq!(allocations(&mut round), 0);
-    memory.remove(range).unwrap();
-}
-
-#[cfg(all(feature = "kvm", target_os = "linux"))]
-#[test]
-fn harvests_of_kvm_allocate_nothing() {
-    use dirtymap::kvm::{KvmLog, KvmMode};
-    let manual = |initially_set| KvmMode::Manual { initially_set };
-    for mode in [KvmMode::Clearing, manual(false), manual(true)] {
-        let vm = kvm_ioctls::Kvm::new().and_then(|kvm| kvm.create_vm());
-        let Ok(Ok(log)) = vm.as_ref().map(|vm| KvmLog::new(vm, mode)) else {
-            common_skip::skip(format_args!("{mode:?}: this machine has no such KVM"));
-            continue;
-        };
-        let log = std::sync::Arc::new(log);
-        let page = log.page();
-        let block = vec![0u8; 101 << page.lg2()];
-        let host = block.as_ptr().addr() as u64;
-        let range = IovaRange::from_len(Iova::MIN, 100 << page.lg2()).unwrap();
-        // SAFETY: the block lives until the slot is removed, and no guest runs.
-        unsafe { log.add_slot(0, range, host.next_multiple_of(page.bytes())) }.unwrap();
-        let space = AddressSpace::with_source(page, log.clone()).unwrap();
-        space.map(range, 0, Access::ReadWrite).unwrap();
-        space.start_tracking().unwrap();
-        let mut words = [0u64; 2];
-        let mut round = || {
-            let request = HarvestRequest::new(range, page);
-            let lease = space
-                .harvest(&request, UserBitmap::new(&mut words))
-                .unwrap();
-            lease.sync().unwrap().commit();
-        };
-        let first = allocations(&mut round);
-        assert_eq!((first, allocations(&mut round)), (0, 0), "{mode:?}");
-        log.remove_slot(0).unwrap();
-    }
-}
-
-#[cfg(feature = "vm-memory")]
-#[test]
-fn marks_of_guest_memory_allocate_nothing() {
-    use dirtymap::vm_memory::SpaceBitmap;
-    use vm_memory::bitmap::{Bitmap, NewBitmap};
-
-    let region = SpaceBitmap::with_len(1 << 30);
-    let sparse = SpaceBitmap::new(region.space(), IovaRange::ALL);
-    let round = || {
-        for bitmap in [&region, &sparse] {
-            bitmap.slice_at(5 << 12).mark_dirty(100, 1 << 20);
-            bitmap.mark_dirty(0, 8);
-            assert!(bitmap.dirty_at(5 << 12));
-            drop(bitmap.begin_write(9 << 12, 512).unwrap());
-        }
-    };
-    round();
-    assert_eq!(allocations(round), 0);
-}
-
-#[cfg(all(feature = "vhost", target_os = "linux"))]
-#[test]
-fn harvests_of_a_vhost_log_allocate_nothing() {
-    use dirtymap::vhost::VhostLog;
-    use std::os::unix::fs::FileExt;
-
-    let all = pages(0, 1 << 18);
-    let log = std::sync::Arc::new(VhostLog::new(all.last()).unwrap());
-    let space = AddressSpace::with_source(Granule::K4, log.clone()).unwrap();
-    space.map(all, 0, Access::ReadWrite).unwrap();
-    space.start_tracking().unwrap();
-    let memory = log.memory();
-    let mut words = vec![0u64; 1 << 12];
-    let mut round = || {
-        words.fill(0);
-        memory.file().write_all_at(&[0b1011], 9).unwrap();
-        let request = HarvestRequest::new(all, Granule::K4);
-        let lease = space
-            .harvest(&request, UserBitmap::new(&mut words))
-            .unwrap();
-        let lease = lease.sync().unwrap();
-        assert_eq!(lease.dirty(), 3);
-        lease.commit();
-    };
-    round();
-    assert_eq!(allocations(&mut round), 0);
 }

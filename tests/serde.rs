@@ -2,9 +2,8 @@
 #![cfg(all(feature = "serde", not(dirtymap_loom)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
-use dirtymap::{
-    Access, AddressSpace, Granule, HarvestRequest, Iova, IovaRange, SpaceStats, UserBitmap,
-};
+use dirtymap::space::SpaceStats;
+use dirtymap::{Access, AddressSpace, Granule, HarvestRequest, Iova, IovaRange, UserBitmap};
 use serde_json::{json, to_value};
 
 #[test]

@@ -5,9 +5,10 @@
 mod common;
 
 use common::{PAGE, pages};
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Holes,
-    Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking, UserBitmap,
+    Access, AddressSpace, DirtySource, Error, Granule, HarvestRequest, Holes, Iova, IovaRange,
+    Mapping, Tracking, UserBitmap,
 };
 
 /// 64 pages from an address on are dirty, whatever is asked for.

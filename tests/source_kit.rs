@@ -2,10 +2,10 @@
 #![cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
+use dirtymap::source::{FlushGather, LeafSink, Sink, Stopped};
 use dirtymap::source_kit::{Rig, check};
 use dirtymap::{
-    DirtySource, Error, FlushGather, Granule, Iova, IovaRange, LeafSink, PulledLog, SharedLog,
-    Sink, Stopped, ToIovaRange, Tracking,
+    DirtySource, Error, Granule, Iova, IovaRange, PulledLog, SharedLog, ToIovaRange, Tracking,
 };
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};

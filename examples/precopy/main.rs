@@ -50,6 +50,8 @@ const UNTIMED_US: u64 = 100;
 enum Failure {
     #[error("{0}")]
     Tracking(#[from] dirtymap::Error),
+    #[error("{0}")]
+    Range(#[from] dirtymap::RangeError),
     #[error("the simulated memory: {0}")]
     Memory(#[from] pagetable_sim::Error),
     #[error("a device: {0}")]

@@ -4,7 +4,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use dirtymap::{HarvestRequest, Holes, IovaRange, SpaceStats, UserBitmap};
+use dirtymap::space::SpaceStats;
+use dirtymap::{HarvestRequest, Holes, IovaRange, UserBitmap};
 use pagetable_sim::{Format, PhysMemory};
 
 use crate::Failure;
@@ -127,7 +128,8 @@ impl<'a, F: Format> Migration<'a, F> {
             // The lease would not hand out its ranges yet; the bitmap itself can't refuse.
             let clock = Instant::now();
             let bitmap = UserBitmap::shared(&self.bitmap);
-            bytes = self.copy(bitmap.view(self.machine.range, PAGE)?.runs())?;
+            let view = bitmap.view(self.machine.range, PAGE);
+            bytes = self.copy(view.map_err(dirtymap::Error::from)?.runs())?;
             copy = clock.elapsed();
         }
 
@@ -265,9 +267,9 @@ fn decide(rounds: &[RoundRecord], small: u64, max_rounds: u32) -> Decision {
 }
 
 /// What the invalidations between two readings did.
-fn invalidated_since(before: &SpaceStats, after: &SpaceStats) -> dirtymap::Invalidated {
+fn invalidated_since(before: &SpaceStats, after: &SpaceStats) -> dirtymap::flush::Invalidated {
     let (before, after) = (before.flush.invalidated, after.flush.invalidated);
-    dirtymap::Invalidated {
+    dirtymap::flush::Invalidated {
         commands: after.commands - before.commands,
         bytes: after.bytes - before.bytes,
         dropped: after.dropped - before.dropped,

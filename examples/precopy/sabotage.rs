@@ -3,10 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use dirtymap::{
-    DirtySource, Error, FlushGather, Granule, Invalidated, IovaRange, LeafSink, Mapping, Sink,
-    Stopped, Tracking, UserBitmap,
-};
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
+use dirtymap::{DirtySource, Error, Granule, IovaRange, Mapping, Tracking, UserBitmap};
 use pagetable_sim::{Breakage, Domain, Format};
 
 use crate::cli::Sabotage;
@@ -45,12 +43,12 @@ impl<F: Format> DirtySource for Forgetful<F> {
         while start <= range.last() {
             let last = start.granule_last(Granule::M2).min(range.last());
             let stopped = |error| Stopped { at: start, error };
-            let piece = IovaRange::new(start, last).map_err(stopped)?;
+            let piece = IovaRange::new(start, last).map_err(|error| stopped(error.into()))?;
             if mix(self.seed ^ mix(call) ^ start.get()).is_multiple_of(16) {
                 let mut nowhere = [0u64; 512];
                 let view = UserBitmap::new(&mut nowhere)
                     .view(piece, Granule::K4)
-                    .map_err(stopped)?;
+                    .map_err(|error| stopped(error.into()))?;
                 let (mut sink, mut gather) = (view.sink(), FlushGather::new());
                 self.inner
                     .read_and_clear(piece, &mut LeafSink::new(&mut sink, &mut gather))?;

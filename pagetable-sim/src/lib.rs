@@ -23,10 +23,8 @@
 //!
 //! # Example
 //! ```
-//! use dirtymap::{
-//!     Access, DirtySource, FlushGather, Granule, Iova, IovaRange, LeafSink, Mapping, Tracking,
-//!     UserBitmap,
-//! };
+//! use dirtymap::source::{FlushGather, LeafSink};
+//! use dirtymap::{Access, DirtySource, Granule, Iova, IovaRange, Mapping, Tracking, UserBitmap};
 //! use pagetable_sim::{DeviceConfig, Domain, DomainConfig, PhysMemory};
 //! use std::sync::Arc;
 //!

@@ -33,10 +33,11 @@
 //! whose flush was forgotten stays cached over the sleep. After [`MAX_UNREAD`] of them the device
 //! is told to drop everything instead, so that an inbox cannot grow without bound.
 
+use dirtymap::IovaRange;
+use dirtymap::flush::Invalidated;
 use dirtymap::sync::{
     Arc, AtomicBool, AtomicU64, AtomicUsize, Ordering, Step, TINY, fence, performs, relax, weaken,
 };
-use dirtymap::{Invalidated, IovaRange};
 
 use crate::stack::{Stack, Taken};
 

@@ -7,10 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use dirtymap::{
-    Access, DirtySource, FlushGather, Granule, Iova, IovaRange, LeafSink, Mapping, Tracking,
-    UserBitmap,
-};
+use dirtymap::source::{FlushGather, LeafSink};
+use dirtymap::{Access, DirtySource, Granule, Iova, IovaRange, Mapping, Tracking, UserBitmap};
 use pagetable_sim::{
     AmdHost, AmdV1, ArmS1, Breakage, Device, DeviceConfig, Domain, DomainConfig, Format,
     PhysMemory, VtdSs, X86_64,

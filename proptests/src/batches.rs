@@ -12,11 +12,11 @@
 
 use std::collections::BTreeSet;
 
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering, lock};
 use dirtymap::{
-    Access, AddressSpace, DirtySource, DomainId, Error, FlushGather, Granule, HarvestRequest,
-    Holes, Invalidated, Iova, IovaRange, LeafSink, Lease, Mapping, Owed, Scope, Sink, Stopped,
-    Tracking, UserBitmap,
+    Access, AddressSpace, DirtySource, DomainId, Error, Granule, HarvestRequest, Holes, Iova,
+    IovaRange, Lease, Mapping, Owed, Scope, Tracking, UserBitmap,
 };
 
 use crate::Random;

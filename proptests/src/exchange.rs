@@ -2,7 +2,8 @@
 
 use std::io::Cursor;
 
-use dirtymap::{BitmapFile, BitmapFileError, SparseBitmap, UserBitmap};
+use dirtymap::{SparseBitmap, UserBitmap};
+use dirtymap_formats::{BitmapFile, BitmapFileError};
 
 /// Bytes of a header, and where in it the checksums are.
 const HEADER: usize = 64;
@@ -64,7 +65,9 @@ fn crc32(bytes: &[u8]) -> u32 {
 mod tests {
     use std::collections::BTreeSet;
 
-    use dirtymap::{BitmapView, DirtyLog, Granule, Iova, IovaRange, RunTable, RunsExt, merge_runs};
+    use dirtymap::exchange::{DirtyLog, RunTable, RunsExt, merge_runs};
+    use dirtymap::{BitmapView, Granule, Iova, IovaRange};
+    use dirtymap_formats::roaring::RoaringExt;
     use proptest::collection::vec;
     use proptest::prelude::*;
 

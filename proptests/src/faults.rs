@@ -15,11 +15,9 @@ use std::any::Any;
 use std::ops::Deref;
 use std::panic::resume_unwind;
 
+use dirtymap::source::{FlushCost, FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::sync::{Arc, Mutex, lock};
-use dirtymap::{
-    DirtySource, Error, FlushCost, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink,
-    Mapping, Sink, Stopped, Tracking,
-};
+use dirtymap::{DirtySource, Error, Granule, Iova, IovaRange, Mapping, Tracking};
 
 use crate::op::{Callback, Moment, Sabotage};
 use crate::rig::Node;

@@ -5,10 +5,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use dirtymap::{
-    Error, FlushCost, FlushGather, FlushPolicy, FlushQueue, Granule, Invalidated, Iova, IovaRange,
-    Ticket,
-};
+use dirtymap::flush::{FlushCost, FlushGather, FlushQueue, Invalidated, Ticket};
+use dirtymap::{Error, FlushPolicy, Granule, Iova, IovaRange, RangeError};
 
 /// What a naive queue would hold: each gather by itself.
 #[derive(Default)]
@@ -116,7 +114,7 @@ impl Run {
                     bytes: gather.bytes(),
                     ..Invalidated::default()
                 }),
-                End::Fails => Err(Error::ZeroLength { start: Iova::MIN }),
+                End::Fails => Err(Error::Range(RangeError::ZeroLength { start: Iova::MIN })),
                 End::Panics => std::panic::resume_unwind(Box::new("on purpose")),
             }
         };

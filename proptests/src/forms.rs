@@ -3,8 +3,9 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use dirtymap::bitmap::FileBitmap;
 use dirtymap::sync::{AtomicU64, Ordering};
-use dirtymap::{FileBitmap, Granule, Iova, IovaRange, SparseBitmap, UserBitmap};
+use dirtymap::{Granule, Iova, IovaRange, SparseBitmap, UserBitmap};
 
 use crate::violation::{Rule, Violation, check, violation};
 

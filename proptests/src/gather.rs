@@ -1,7 +1,8 @@
 //! The set of ranges that a flush invalidates, against a naive one: nothing may be forgotten, at no border of the
 //! address space.
 
-use dirtymap::{FlushCost, FlushGather, Granule, Iova, IovaRange};
+use dirtymap::flush::{FlushCost, FlushGather};
+use dirtymap::{Granule, Iova, IovaRange};
 
 /// How many ranges a gather keeps apart.
 const BOUND: usize = 32;

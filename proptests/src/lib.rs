@@ -28,6 +28,7 @@ mod ranges;
 mod rig;
 mod run;
 pub mod soak;
+mod storage;
 mod violation;
 mod world;
 
@@ -43,6 +44,7 @@ pub use op::{
 pub use random::Random;
 pub use ranges::check_ranges;
 pub use run::run;
+pub use storage::{check_nbd_client, check_nbd_server, check_qcow2, check_rbd};
 pub use violation::{Rule, Violation};
 
 #[cfg(test)]

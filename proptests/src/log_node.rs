@@ -12,11 +12,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::sync::{Arc, Mutex, lock};
-use dirtymap::{
-    Access, DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink,
-    Mapping, Sink, Stopped, Tracking,
-};
+use dirtymap::{Access, DirtySource, Error, Granule, Iova, IovaRange, Mapping, Tracking};
 use pagetable_sim::{DmaError, FaultKind, PhysMemory};
 
 use crate::op::{Config, Sabotage};

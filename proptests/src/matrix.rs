@@ -4,11 +4,11 @@
 
 use std::collections::BTreeSet;
 
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::sync::Arc;
 use dirtymap::{
-    Access, AddressSpace, DirtySource, Error, FlushGather, Granule, HarvestRequest, Holes,
-    Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink, SparseBitmap, Stopped, Tracking,
-    UserBitmap,
+    Access, AddressSpace, DirtySource, Error, Granule, HarvestRequest, Holes, Iova, IovaRange,
+    Mapping, SparseBitmap, Tracking, UserBitmap,
 };
 use pagetable_sim::{Domain, DomainConfig, LeafSizes, PhysMemory};
 use proptest::collection::{btree_set, vec};

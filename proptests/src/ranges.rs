@@ -1,6 +1,7 @@
 //! Addresses, ranges, granules and the checks of requests at the edges of 64 bits, against arithmetic in 128.
 
-use dirtymap::{Error, Granule, Iova, IovaRange, SparseBitmap, UserBitmap};
+use dirtymap::bitmap::BitmapError;
+use dirtymap::{Granule, Iova, IovaRange, RangeError, SparseBitmap, UserBitmap};
 
 /// A number that is often near a power of two, or near an end.
 fn number(bytes: &mut impl Iterator<Item = u8>) -> u64 {
@@ -47,8 +48,8 @@ pub fn check_ranges(bytes: &[u8]) -> Result<(), String> {
     let len = IovaRange::from_len(iova, b).map(ends);
     match len {
         Ok(got) => same("the range", got, (wide_a, wide_a + wide_b))?,
-        Err(Error::ZeroLength { .. }) => same("a length", b, 0)?,
-        Err(Error::Wraps { .. }) => same("a wrap", b > 0 && wide_a + wide_b > end, true)?,
+        Err(RangeError::ZeroLength { .. }) => same("a length", b, 0)?,
+        Err(RangeError::Wraps { .. }) => same("a wrap", b > 0 && wide_a + wide_b > end, true)?,
         Err(error) => return Err(error.to_string()),
     }
     same(
@@ -153,8 +154,8 @@ fn request(range: IovaRange, granule: Granule, bits: u64) -> Result<(), String> 
             }
             same("the bits", view.count(), needed.min(2) as u64)
         }
-        Err(Error::Unaligned { .. }) => same("a request that is unaligned", aligned, false),
-        Err(Error::BitmapTooShort { needed: said, .. }) => {
+        Err(BitmapError::Unaligned { .. }) => same("a request that is unaligned", aligned, false),
+        Err(BitmapError::TooShort { needed: said, .. }) => {
             same("the bits that are needed", said, needed)?;
             same("a bitmap that is too short", aligned && needed > bits, true)
         }

@@ -6,11 +6,9 @@
 
 use std::panic::resume_unwind;
 
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::sync::{Arc, AtomicBool, Mutex, Ordering, lock, relax, thread};
-use dirtymap::{
-    Access, DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink,
-    Mapping, Sink, Stopped, Tracking,
-};
+use dirtymap::{Access, DirtySource, Error, Granule, Iova, IovaRange, Mapping, Tracking};
 use pagetable_sim::{
     Breakage, Device, DeviceConfig, DmaError, Domain, DomainConfig, Format, PhysMemory,
 };

@@ -1,6 +1,7 @@
 //! What is broken on purpose must be noticed: a run that passes without a flush, a drain or a mark checks nothing.
 
-use dirtymap::{Access, SpaceStats};
+use dirtymap::Access;
+use dirtymap::space::SpaceStats;
 
 use crate::random::Random;
 use crate::watch::run_watched as run;

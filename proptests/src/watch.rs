@@ -3,7 +3,7 @@
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
-use dirtymap::SpaceStats;
+use dirtymap::space::SpaceStats;
 
 use crate::{Config, Op, Rule, Violation, run};
 

@@ -5,8 +5,8 @@ use std::ptr;
 
 use super::node::{HoleChange, Node, NodeSlot};
 use super::reclaim::{Checkout, Pinned, Pool, Reclaim};
+use super::root::Root;
 use super::snapshot::{Entry, Iter, Subtree};
-use super::tree::Root;
 use crate::error::Error;
 use crate::sync::{Arc, AtomicPtr, Ordering, Step, Witness, weaken};
 use crate::units::{Granule, Iova, IovaRange};

@@ -69,6 +69,7 @@ mod fit;
 mod map;
 mod node;
 mod reclaim;
+mod root;
 mod snapshot;
 mod tree;
 #[cfg(test)]

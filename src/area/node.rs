@@ -6,6 +6,7 @@
 
 use std::marker::PhantomData;
 
+use crate::sync::prefetch;
 use crate::units::{Iova, IovaRange};
 
 /// The contents of one slot of a node.
@@ -396,17 +397,4 @@ fn greatest(mut numbers: impl Iterator<Item = u64>) -> u64 {
         other = numbers.next().unwrap_or(0).max(other);
     }
     one.max(other)
-}
-
-/// Prefetches a cache line.
-#[inline]
-pub(super) fn prefetch(line: *const u8) {
-    #[cfg(all(target_arch = "x86_64", not(miri)))]
-    {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a hint; it neither faults nor reads, for any address.
-        unsafe { _mm_prefetch(line.cast(), _MM_HINT_T0) };
-    }
-    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
-    let _ = line;
 }

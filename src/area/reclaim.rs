@@ -27,7 +27,7 @@ use std::ops::{Deref, DerefMut};
 use std::ptr;
 
 use super::node::Node;
-use super::tree::Root;
+use super::root::Root;
 use crate::sync::{Arc, AtomicPtr, Ordering, Step, TINY, Witness, performs, weaken};
 
 /// Spare nodes that a tree keeps: the contents of two lists of garbage, because one comes back

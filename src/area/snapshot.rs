@@ -2,10 +2,10 @@
 
 use std::marker::PhantomData;
 
-use super::node::{Node, prefetch};
+use super::node::Node;
 use super::reclaim::Pinned;
-use super::tree::{AreaTree, Root};
-use crate::sync::{Arc, Step, performs};
+use super::root::Root;
+use crate::sync::{Arc, AtomicPtr, Ordering, Step, performs, prefetch};
 use crate::units::{Granule, Iova, IovaRange};
 
 /// One range and the area that is mapped there.
@@ -230,18 +230,24 @@ pub(crate) struct Snapshot<'t, T, const F: usize = 16, R = ()> {
     root: *const Root<T, F, R>,
     /// Keeps the root and what it leads to alive.
     pinned: Pinned,
-    tree: &'t AreaTree<T, F, R>,
+    /// Where the tree has its newest root.
+    newest: &'t AtomicPtr<Root<T, F, R>>,
 }
 
 impl<'t, T, const F: usize, R> Snapshot<'t, T, F, R> {
     /// # Safety
-    /// `root` was loaded from `tree` with Acquire while `pinned` was pinned.
+    /// * `newest` is the root of a tree, which is not dropped while it is borrowed.
+    /// * `root` was loaded from it with Acquire while `pinned` was pinned.
     pub(super) unsafe fn new(
-        tree: &'t AreaTree<T, F, R>,
+        newest: &'t AtomicPtr<Root<T, F, R>>,
         root: *const Root<T, F, R>,
         pinned: Pinned,
     ) -> Self {
-        Snapshot { root, pinned, tree }
+        Snapshot {
+            root,
+            pinned,
+            newest,
+        }
     }
 
     #[inline]
@@ -271,21 +277,18 @@ impl<'t, T, const F: usize, R> Snapshot<'t, T, F, R> {
     }
 
     /// The number of updates that were published by now, over the life of the tree.
-    pub(crate) fn newest(&self) -> u64
-    where
-        T: Send + Sync + 'static,
-        R: Default + Send + Sync + 'static,
-    {
-        self.tree.version(&self.pinned)
+    pub(crate) fn newest(&self) -> u64 {
+        let _pinned = &self.pinned;
+        // Acquire: pairs with the Release in `Edit::publish`; the version of that root is visible.
+        let root = self.newest.load(Ordering::Acquire);
+        // SAFETY: never null, by the contract of `new`; loaded under a pin, so alive (Inv. 3), and
+        // unchanged (Inv. 2).
+        unsafe { &*root }.version
     }
 
     /// The number of updates that were published since this moment. At 0 the areas and rules are
     /// still current.
-    pub(crate) fn age(&self) -> u64
-    where
-        T: Send + Sync + 'static,
-        R: Default + Send + Sync + 'static,
-    {
+    pub(crate) fn age(&self) -> u64 {
         // Never below 0: the root was read before, and versions only grow.
         self.newest() - self.version()
     }

@@ -7,33 +7,11 @@ use std::ptr;
 use super::edit::Edit;
 use super::node::Node;
 use super::reclaim::{Pinned, Pool, Reclaim};
+use super::root::Root;
 use super::snapshot::Snapshot;
 use crate::sync::{Arc, AtomicPtr, Ordering, Witness, back_off};
 #[cfg(test)]
 use crate::{error::Error, units::IovaRange};
-
-/// What an update publishes: all areas, and the rules of what may be inserted where. Dropping it
-/// frees no node.
-pub(super) struct Root<T, const F: usize, R> {
-    /// Null while there are no areas.
-    pub(super) node: *mut Node<T, F>,
-    /// The pointer that `Arc::into_raw` returned. The tree owns one count of its rules, however
-    /// many successive roots carry them.
-    pub(super) rules: *const R,
-    /// The number of updates that were published before, over the life of the tree.
-    pub(super) version: u64,
-    pub(super) witness: Witness,
-}
-
-impl<T, const F: usize, R> Root<T, F, R> {
-    /// # Safety
-    /// The rules are alive as long as the root is borrowed: they are retired with the last root
-    /// that carries them.
-    pub(super) unsafe fn rules(&self) -> &R {
-        // SAFETY: from `Arc::into_raw`, so valid; alive, by our contract; rules do not change.
-        unsafe { &*self.rules }
-    }
-}
 
 /// A concurrent map from non-overlapping ranges to shared areas, in nodes of up to `F` slots, with
 /// rules of type `R`. See the [module](super).
@@ -77,7 +55,7 @@ where
         // way.
         let root = self.root.load(Ordering::Acquire);
         // SAFETY: loaded from our root with Acquire, after the pin.
-        unsafe { Snapshot::new(self, root, pinned) }
+        unsafe { Snapshot::new(&self.root, root, pinned) }
     }
 
     /// Maps `area` at `range`.
@@ -131,14 +109,6 @@ where
         pool.drop_areas(usize::MAX);
         // SAFETY: published updates have replaced what is open.
         unsafe { pool.hand_over(&Pinned::new()) };
-    }
-
-    /// The number of updates that have been published.
-    pub(super) fn version(&self, _pinned: &Pinned) -> u64 {
-        // Acquire: pairs with the Release in `Edit::publish`; the version of that root is visible.
-        let root = self.root.load(Ordering::Acquire);
-        // SAFETY: never null; loaded under a pin, so alive (Inv. 3), and unchanged (Inv. 2).
-        unsafe { &*root }.version
     }
 
     #[cfg(all(test, not(dirtymap_loom)))]

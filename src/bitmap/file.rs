@@ -7,7 +7,7 @@ use std::ops::Range;
 use memmap2::{MmapOptions, MmapRaw};
 
 use super::span::Span;
-use crate::error::Error;
+use crate::error::BitmapError;
 use crate::sync::{Arc, AtomicU64, Ordering};
 
 /// What the row of words is aligned to in the file: the largest page of common systems, so that
@@ -22,11 +22,11 @@ const ALIGN: u64 = 64 << 10;
 /// outside the request stay as they were.
 ///
 /// # Files that shrink
-/// A file that is too short is refused up front, by [`Error::BitmapTooShort`]. Its length is looked
-/// at again before each window: if it has shrunk, recording fails by [`Error::BitmapShrank`], the
+/// A file that is too short is refused up front, by [`BitmapError::TooShort`]. Its length is looked
+/// at again before each window: if it has shrunk, recording fails by [`BitmapError::Shrank`], the
 /// dirty state stays where it is, and the harvest stops there. For readers, a window that cannot be
 /// read counts as **dirty throughout**: a superset, so that nothing is lost by an abort or by a
-/// copy that does not look at [`Runs::error`](crate::Runs::error).
+/// copy that does not look at [`Runs::error`](crate::bitmap::Runs::error).
 ///
 /// One race is left: a file that is cut while a harvest has its window mapped raises `SIGBUS` at
 /// the next access, as with every mapped file. Where the other side is not trusted, seal the file
@@ -34,7 +34,7 @@ const ALIGN: u64 = 64 << 10;
 ///
 /// # File systems that are full
 /// On Linux all of a window has room in the file system before anything is recorded in it, and so
-/// before anything is cleared: otherwise recording fails by [`Error::BitmapNoSpace`], as above. So
+/// before anything is cleared: otherwise recording fails by [`BitmapError::NoSpace`], as above. So
 /// a window that a harvest records in takes its blocks even if the rest of it stays empty; reading
 /// a sparse file takes none. A file system that cannot reserve blocks is asked by a write fault on
 /// each page of the window. Two cases remain a `SIGBUS`: the same on a kernel before Linux 5.14,
@@ -78,10 +78,10 @@ impl FileBitmap {
     /// Maps windows of `bytes` bytes.
     ///
     /// # Errors
-    /// [`Error::BadWindow`] unless `bytes` is a power of two from 64 KiB to 1 GiB.
-    pub fn with_window(mut self, bytes: u64) -> Result<Self, Error> {
+    /// [`BitmapError::BadWindow`] unless `bytes` is a power of two from 64 KiB to 1 GiB.
+    pub fn with_window(mut self, bytes: u64) -> Result<Self, BitmapError> {
         if !bytes.is_power_of_two() || !(ALIGN..=1 << 30).contains(&bytes) {
-            return Err(Error::BadWindow { bytes });
+            return Err(BitmapError::BadWindow { bytes });
         }
         self.window = bytes;
         Ok(self)
@@ -120,9 +120,9 @@ impl FileBitmap {
 
     /// Maps the window that begins with word `first`, as far as it belongs to a request whose last
     /// position is `last`, for recording: the file system has room for all of it.
-    pub(super) fn map(&self, first: u64, last: u64) -> Result<Mapping, Error> {
+    pub(super) fn map(&self, first: u64, last: u64) -> Result<Mapping, BitmapError> {
         let (window, bytes) = self.part(first, last, self.window)?;
-        let failed = |error| Error::BitmapWindow {
+        let failed = |error| BitmapError::Window {
             at: bytes.start,
             error,
         };
@@ -146,7 +146,7 @@ impl FileBitmap {
 
     /// Copies the words from `first` on, as far as they belong to a request whose last position is
     /// `last`. A mapping would take blocks for the holes of a tmpfs that it reads.
-    pub(super) fn copy(&self, first: u64, last: u64) -> Result<Vec<[u8; 8]>, Error> {
+    pub(super) fn copy(&self, first: u64, last: u64) -> Result<Vec<[u8; 8]>, BitmapError> {
         let (window, bytes) = self.part(first, last, ALIGN)?;
         let words = (bytes.end - window).div_ceil(8) as usize;
         let mut copy = vec![[0; 8]; words];
@@ -155,11 +155,11 @@ impl FileBitmap {
         let part = &mut copy.as_flattened_mut()[from..from + len];
         read_at(&self.file, part, bytes.start).map_err(|error| match error.kind() {
             // Cut between the look at its length and the read.
-            io::ErrorKind::UnexpectedEof => Error::BitmapShrank {
+            io::ErrorKind::UnexpectedEof => BitmapError::Shrank {
                 len: self.file.metadata().map_or(0, |metadata| metadata.len()),
                 needed: bytes.end,
             },
-            _ => Error::BitmapWindow {
+            _ => BitmapError::Window {
                 at: bytes.start,
                 error,
             },
@@ -169,15 +169,15 @@ impl FileBitmap {
 
     /// Where word `first` lies in the file, and the bytes of the `size` bytes from there on that
     /// belong to a request whose last position is `last`. The file has all of them.
-    fn part(&self, first: u64, last: u64, size: u64) -> Result<(u64, Range<u64>), Error> {
+    fn part(&self, first: u64, last: u64, size: u64) -> Result<(u64, Range<u64>), BitmapError> {
         let origin = self.offset - self.offset % ALIGN;
         let window = origin + first * 8;
         let start = window.max(self.offset);
         let end = (window + size).min(origin + last / 8 + 1);
-        let failed = |error| Error::BitmapWindow { at: start, error };
+        let failed = |error| BitmapError::Window { at: start, error };
         let len = self.file.metadata().map_err(failed)?.len();
         match len < end {
-            true => Err(Error::BitmapShrank { len, needed: end }),
+            true => Err(BitmapError::Shrank { len, needed: end }),
             false => Ok((window, start..end)),
         }
     }
@@ -185,7 +185,7 @@ impl FileBitmap {
     /// Sees to it that the file system has room for `bytes`, which are mapped as `map`: a store to
     /// a page that it has no block for would end the process.
     #[cfg(target_os = "linux")]
-    fn reserve(&self, bytes: &Range<u64>, map: &MmapRaw) -> Result<(), Error> {
+    fn reserve(&self, bytes: &Range<u64>, map: &MmapRaw) -> Result<(), BitmapError> {
         use std::os::fd::AsRawFd;
         let (at, len) = (bytes.start, bytes.end - bytes.start);
         // Without growth: a file that was cut in between stays cut. No file is longer than an
@@ -202,21 +202,21 @@ impl FileBitmap {
                 Some(libc::EINTR) => continue,
                 Some(libc::EOPNOTSUPP | libc::ENOSYS) => fault_in(map).map_err(full(at, len)),
                 Some(libc::ENOSPC | libc::EDQUOT) => Err(full(at, len)(error)),
-                _ => Err(Error::BitmapWindow { at, error }),
+                _ => Err(BitmapError::Window { at, error }),
             };
         }
     }
 
     /// Other systems have no call that reserves and touches nothing.
     #[cfg(not(target_os = "linux"))]
-    fn reserve(&self, _: &Range<u64>, _: &MmapRaw) -> Result<(), Error> {
+    fn reserve(&self, _: &Range<u64>, _: &MmapRaw) -> Result<(), BitmapError> {
         Ok(())
     }
 }
 
 #[cfg(target_os = "linux")]
-fn full(at: u64, len: u64) -> impl Fn(io::Error) -> Error {
-    move |error| Error::BitmapNoSpace { at, len, error }
+fn full(at: u64, len: u64) -> impl Fn(io::Error) -> BitmapError {
+    move |error| BitmapError::NoSpace { at, len, error }
 }
 
 /// Makes every page of `map` writable, by an error where a store would raise `SIGBUS`.

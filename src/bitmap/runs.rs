@@ -4,10 +4,35 @@
 //! counts as dirty throughout, and the iterator's `error` says so: a caller that ignores it copies
 //! too much, never too little.
 
+use super::BitmapView;
 use super::window::{Backing, Window};
-use super::{BitmapView, word_mask};
-use crate::error::Error;
+use crate::error::BitmapError;
 use crate::units::IovaRange;
+use crate::words::word_mask;
+
+impl<'a> BitmapView<'a> {
+    /// The words that are not zero, in order.
+    pub fn words(&self) -> Words<'a> {
+        Words::new(self)
+    }
+
+    /// The numbers of the set bits, in order.
+    pub fn bits(&self) -> Bits<'a> {
+        Bits::new(self)
+    }
+
+    /// The maximal runs of dirty granules, in order.
+    pub fn runs(&self) -> Runs<'a> {
+        Runs::new(*self)
+    }
+
+    /// How many bits of the view are set. Windows of a file that cannot be read count as set.
+    pub fn count(&self) -> u64 {
+        self.words()
+            .map(|(_, word)| u64::from(word.count_ones()))
+            .sum()
+    }
+}
 
 /// Reads the words of a bitmap in ascending order, window by window.
 #[derive(Debug)]
@@ -35,7 +60,7 @@ impl<'a> Reader<'a> {
     pub(super) fn seek(
         &mut self,
         mut word: u64,
-    ) -> Result<Option<(u64, &Window<'a>)>, (u64, Error)> {
+    ) -> Result<Option<(u64, &Window<'a>)>, (u64, BitmapError)> {
         while word <= self.last / 64 {
             if !self.window.holds(word) {
                 // The old window goes before the new one comes: there is never more than one.
@@ -73,7 +98,7 @@ pub struct Words<'a> {
     next: u64,
     /// The word of the row that was read last.
     read: Option<(u64, u64)>,
-    error: Option<Error>,
+    error: Option<BitmapError>,
 }
 
 impl<'a> Words<'a> {
@@ -97,12 +122,12 @@ impl<'a> Words<'a> {
     }
 
     /// Why a window could not be read, if there was one: its bits count as dirty.
-    pub fn error(&self) -> Option<&Error> {
+    pub fn error(&self) -> Option<&BitmapError> {
         self.error.as_ref()
     }
 
-    /// The same, to be given away.
-    pub(crate) fn take_error(&mut self) -> Option<Error> {
+    /// As [`error`](Self::error), and gives it away.
+    pub fn take_error(&mut self) -> Option<BitmapError> {
         self.error.take()
     }
 
@@ -184,7 +209,7 @@ impl<'a> Bits<'a> {
     }
 
     /// Why a window could not be read, if there was one: its bits count as dirty.
-    pub fn error(&self) -> Option<&Error> {
+    pub fn error(&self) -> Option<&BitmapError> {
         self.words.error()
     }
 }
@@ -272,12 +297,16 @@ impl<'a> Runs<'a> {
     }
 
     /// Why a window could not be read, if there was one: its bits count as dirty.
-    pub fn error(&self) -> Option<&Error> {
+    pub fn error(&self) -> Option<&BitmapError> {
         self.bits.words.error()
     }
 
-    /// The next run, unless a window could not be read on the way to it.
-    pub(crate) fn next_readable(&mut self) -> Result<Option<IovaRange>, Error> {
+    /// The next run, unless a window could not be read on the way to it: for callers that had
+    /// rather stop than take the bits of such a window for dirty.
+    ///
+    /// # Errors
+    /// [`BitmapError::Shrank`] or [`BitmapError::Window`] with the window of a file.
+    pub fn next_readable(&mut self) -> Result<Option<IovaRange>, BitmapError> {
         let run = self.next();
         match self.bits.words.take_error() {
             Some(error) => Err(error),

@@ -1,12 +1,19 @@
 //! The sink: what a dirty source writes its findings into.
 
-use super::chunk::LINE_WORDS;
-use super::take::ones;
+use super::BitmapView;
 use super::window::Window;
-use super::{BitmapView, word_mask, word_masks, word_runs};
-use crate::error::Error;
+use crate::chunkmap::LINE_WORDS;
+use crate::error::{BitmapError, Error};
 use crate::sync::Ordering;
 use crate::units::{Granule, Iova, IovaRange};
+use crate::words::{word_mask, word_masks, word_runs};
+
+impl<'a> BitmapView<'a> {
+    /// A sink that records into this view.
+    pub fn sink(&self) -> Sink<'a> {
+        Sink::new(*self, false)
+    }
+}
 
 /// What a dirty source writes its findings into during one harvest.
 ///
@@ -76,11 +83,26 @@ impl<'a> Sink<'a> {
     /// request.
     ///
     /// # Errors
-    /// None for bitmaps in memory. For a file [`Error::BitmapShrank`], [`Error::BitmapWindow`] or
-    /// [`Error::BitmapNoSpace`], if the next window cannot be mapped or filled; then a part of
+    /// None for bitmaps in memory. For a file [`BitmapError::Shrank`], [`BitmapError::Window`] or
+    /// [`BitmapError::NoSpace`], if the next window cannot be mapped or filled; then a part of
     /// `range` may be recorded, and the caller must leave the dirty state as it is.
     #[inline]
     pub fn record(&mut self, range: IovaRange) -> Result<(), Error> {
+        Ok(self.put(range)?)
+    }
+
+    /// Records the pages of `mask`: bit `n` stands for the page `n` of size `page` after `start`.
+    ///
+    /// # Errors
+    /// As [`record`](Sink::record).
+    #[inline]
+    pub fn record_mask(&mut self, start: Iova, page: Granule, mask: u64) -> Result<(), Error> {
+        Ok(self.put_mask(start, page, mask)?)
+    }
+
+    /// As [`record`](Self::record), with the bitmap's own error.
+    #[inline]
+    pub(crate) fn put(&mut self, range: IovaRange) -> Result<(), BitmapError> {
         let Some(inside) = range.intersection(self.limit) else {
             return Ok(());
         };
@@ -97,12 +119,14 @@ impl<'a> Sink<'a> {
         Ok(())
     }
 
-    /// Records the pages of `mask`: bit `n` stands for the page `n` of size `page` after `start`.
-    ///
-    /// # Errors
-    /// As [`record`](Sink::record).
+    /// As [`record_mask`](Self::record_mask), with the bitmap's own error.
     #[inline]
-    pub fn record_mask(&mut self, start: Iova, page: Granule, mask: u64) -> Result<(), Error> {
+    pub(crate) fn put_mask(
+        &mut self,
+        start: Iova,
+        page: Granule,
+        mask: u64,
+    ) -> Result<(), BitmapError> {
         let limit = self.limit;
         // Pages of more than 2^58 bytes: 64 of them do not fit the address space.
         let end = (page.lg2() <= 58)
@@ -129,7 +153,7 @@ impl<'a> Sink<'a> {
                 break; // past the end of the address space
             };
             let to = u64::try_from(address(last + 1) - 1).unwrap_or(u64::MAX);
-            self.record(IovaRange::new(Iova::new(from), Iova::new(to))?)?;
+            self.put(IovaRange::ascending(Iova::new(from), Iova::new(to)))?;
         }
         Ok(())
     }
@@ -145,7 +169,7 @@ impl<'a> Sink<'a> {
     ///
     /// # Errors
     /// As [`record`](Sink::record).
-    pub(crate) fn secure(&mut self, range: IovaRange) -> Result<bool, Error> {
+    pub(crate) fn secure(&mut self, range: IovaRange) -> Result<bool, BitmapError> {
         let Some(inside) = range.intersection(self.limit) else {
             return Ok(true);
         };
@@ -173,7 +197,7 @@ impl<'a> Sink<'a> {
     /// # Errors
     /// As [`record`](Sink::record).
     #[inline]
-    pub(crate) fn or(&mut self, word: u64, mask: u64) -> Result<(), Error> {
+    pub(crate) fn or(&mut self, word: u64, mask: u64) -> Result<(), BitmapError> {
         if mask != 0 {
             if !self.window.holds(word) {
                 self.open(word)?;
@@ -187,35 +211,33 @@ impl<'a> Sink<'a> {
         Ok(())
     }
 
-    /// As [`or`](Self::or), for `seen` from `word` on; `found` says which of them are not 0. False,
+    /// As [`or`](Self::or), for `seen` from `word` on. False,
     /// and nothing is recorded, if the bitmap is shared or not all of the words are at hand.
     #[inline]
-    pub(crate) fn or_line(&mut self, word: u64, seen: &[u64; LINE_WORDS], found: u64) -> bool {
+    pub(crate) fn or_line(&mut self, word: u64, seen: &[u64; LINE_WORDS]) -> bool {
         if !self.exclusive {
             return false;
         }
         let Some(words) = self.window.whole::<LINE_WORDS>(word) else {
             return false;
         };
-        let mut bits_set = 0;
-        for nth in ones(found) {
+        // Words of 0 change nothing. Without a branch for each word the compiler counts several at
+        // once, and counting is more than half of the work of a processor without an instruction
+        // for it.
+        let fresh: [u64; LINE_WORDS] = std::array::from_fn(|nth| {
             // Relaxed, both: as in `Span::or_alone`.
             let old = u64::from_le(words[nth].load(Ordering::Relaxed));
             words[nth].store((old | seen[nth]).to_le(), Ordering::Relaxed);
-            // Without a look at single bits: in a line of several words it is as often wrong as
-            // right.
-            bits_set += match seen[nth] & !old {
-                u64::MAX => 64,
-                bits => u64::from(bits.count_ones()),
-            };
-        }
+            seen[nth] & !old
+        });
+        let bits_set: u64 = fresh.iter().map(|word| u64::from(word.count_ones())).sum();
         self.bits_set += bits_set;
         true
     }
 
     /// Makes the window that holds `word` the current one.
     #[cold]
-    fn open(&mut self, word: u64) -> Result<(), Error> {
+    fn open(&mut self, word: u64) -> Result<(), BitmapError> {
         // The old window goes before the new one comes: there is never more than one.
         self.window = Window::none();
         self.window = self

@@ -1,8 +1,8 @@
 //! A bitmap that takes memory only where bits are set.
 
-use super::chunks::{CHUNK_WORDS, ChunkMap};
+use super::MAX_BITS;
 use super::span::Span;
-use super::window::MAX_BITS;
+use crate::chunkmap::{CHUNK_WORDS, ChunkMap};
 
 /// An owned bitmap that allocates a chunk (4 KiB, 32768 bits) when the first bit of it is recorded.
 ///

@@ -2,13 +2,12 @@
 
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
 use super::FileBitmap;
-use super::runs::Reader;
 use super::span::Span;
-use super::window::{Backing, Window};
-use super::{Bits, Runs, Sink, SparseBitmap, Words, word_masks};
-use crate::error::Error;
+use super::window::Backing;
+use super::{BitmapView, Sink, SparseBitmap};
+use crate::error::BitmapError;
 use crate::sync::AtomicU64;
-use crate::units::{Granule, Iova, IovaRange};
+use crate::units::{Granule, IovaRange};
 
 /// Memory of the caller, or a file, that receives dirty bits. It carries its length; no bit outside
 /// a request is ever written. At most 2^63 bits of it are used.
@@ -106,7 +105,7 @@ impl<'a> UserBitmap<'a> {
             range: bound,
             granule,
         };
-        view.part(part).unwrap_or(view)
+        view.narrowed(part)
     }
 
     /// A bitmap in a file, mapped one window at a time.
@@ -130,21 +129,21 @@ impl<'a> UserBitmap<'a> {
     /// Binds the bitmap to a request: bit 0 is `range`'s first granule.
     ///
     /// # Errors
-    /// In this order: [`Error::Unaligned`] if `range` does not start and end at multiples of
-    /// `granule`, [`Error::BitmapTooShort`] if the bitmap has fewer bits than `range` has granules.
-    pub fn view(self, range: IovaRange, granule: Granule) -> Result<BitmapView<'a>, Error> {
+    /// In this order: [`BitmapError::Unaligned`] if `range` does not start and end at multiples of
+    /// `granule`, [`BitmapError::TooShort`] if the bitmap has fewer bits than `range` has granules.
+    pub fn view(self, range: IovaRange, granule: Granule) -> Result<BitmapView<'a>, BitmapError> {
         self.bind(range, granule).map(|bound| bound.view)
     }
 
     /// As [`view`](Self::view), and remembers whether no other code writes to the bits.
-    pub(crate) fn bind(self, range: IovaRange, granule: Granule) -> Result<Bound<'a>, Error> {
+    pub(crate) fn bind(self, range: IovaRange, granule: Granule) -> Result<Bound<'a>, BitmapError> {
         if !range.is_aligned(granule) {
-            return Err(Error::Unaligned { range, granule });
+            return Err(BitmapError::Unaligned { range, granule });
         }
         let needed = range.granules(granule);
         let bits = self.bits();
         if needed > u128::from(bits) {
-            return Err(Error::BitmapTooShort {
+            return Err(BitmapError::TooShort {
                 bits,
                 needed,
                 range,
@@ -176,9 +175,9 @@ impl<'a> Bound<'a> {
         self.view
     }
 
-    /// As [`BitmapView::part`].
-    pub(crate) fn part(self, range: IovaRange) -> Self {
-        let view = self.view.part(range).unwrap_or(self.view);
+    /// As [`BitmapView::narrowed`].
+    pub(crate) fn narrowed(self, part: IovaRange) -> Self {
+        let view = self.view.narrowed(part);
         Bound { view, ..self }
     }
 
@@ -188,181 +187,12 @@ impl<'a> Bound<'a> {
     }
 }
 
-/// A user bitmap as one request sees it: which address each bit stands for, and where the request
-/// ends.
-#[derive(Clone, Copy, Debug)]
-pub struct BitmapView<'a> {
-    backing: Backing<'a>,
-    shift: u64,
-    range: IovaRange,
-    granule: Granule,
-}
-
-impl<'a> BitmapView<'a> {
-    /// The addresses that the bits of the view stand for.
-    pub fn range(&self) -> IovaRange {
-        self.range
-    }
-
-    /// The bytes that one bit stands for.
-    pub fn granule(&self) -> Granule {
-        self.granule
-    }
-
-    /// The view of the granules that lie inside `range` as a whole, over the same bits of the
-    /// bitmap; `None` if there are none. Numbers of words and bits count from the first of them.
-    pub fn part(&self, range: IovaRange) -> Option<BitmapView<'a>> {
-        let (first, last) = self.positions_within(range)?;
-        Some(BitmapView {
-            range: self.addresses(first - self.shift, last - self.shift),
-            shift: first,
-            ..*self
-        })
-    }
-
-    /// The words that are not zero, in order.
-    pub fn words(&self) -> Words<'a> {
-        Words::new(self)
-    }
-
-    /// The numbers of the set bits, in order.
-    pub fn bits(&self) -> Bits<'a> {
-        Bits::new(self)
-    }
-
-    /// The maximal runs of dirty granules, in order.
-    pub fn runs(&self) -> Runs<'a> {
-        Runs::new(*self)
-    }
-
-    /// How many bits of the view are set. Windows of a file that cannot be read count as set.
-    pub fn count(&self) -> u64 {
-        self.words()
-            .map(|(_, word)| u64::from(word.count_ones()))
-            .sum()
-    }
-
-    /// ORs what is dirty here into `target`, and returns how many bits that set there. Granules and
-    /// bases may differ: a bit of `target` is set if any byte it stands for is dirty here, and none
-    /// outside `target`'s range.
-    ///
-    /// So this merges (two equal requests), converts (another granule) and rebases (another range).
-    ///
-    /// # Errors
-    /// [`Error::BitmapShrank`] or [`Error::BitmapWindow`] if a window of a file cannot be had, on
-    /// either side, [`Error::BitmapNoSpace`] if there is no room for one of `target`; what was ORed
-    /// in before stays.
-    pub fn or_into(&self, target: &BitmapView<'_>) -> Result<u64, Error> {
-        let mut sink = target.sink();
-        let mut runs = self.runs();
-        while let Some(run) = runs.next_readable()? {
-            sink.record(run)?;
-        }
-        Ok(sink.bits_set())
-    }
-
-    /// Clears what is dirty in `other`, and returns how many bits that cleared. Granules and bases
-    /// may differ: a bit is cleared only if every byte it stands for is dirty in `other`.
-    ///
-    /// Not while a lease over this bitmap lives: what is cleared here would be lost by its abort.
-    ///
-    /// # Errors
-    /// As [`or_into`](Self::or_into); what was cleared before stays cleared.
-    pub fn and_not(&self, other: &BitmapView<'_>) -> Result<u64, Error> {
-        let mut cleared = 0;
-        let mut reader = Reader::new(self.backing, self.last_position());
-        // The reader's window may be a copy: what is cleared is cleared in one of its own.
-        let mut own = Window::none();
-        let mut runs = other.runs();
-        while let Some(run) = runs.next_readable()? {
-            let Some((first, last)) = self.positions_within(run) else {
-                continue;
-            };
-            let mut next = first / 64;
-            while next <= last / 64
-                && let Some((word, _)) = reader.seek(next).map_err(|(_, error)| error)?
-                && word <= last / 64
-            {
-                if !own.holds(word) {
-                    // The old one goes before the new one comes.
-                    drop(std::mem::replace(&mut own, Window::none()));
-                    own = self.backing.window(word, self.last_position())?;
-                }
-                let from = first.max(word * 64);
-                for (word, mask) in word_masks(from, last.min(word * 64 + 63)) {
-                    cleared += u64::from(own.and_not(word, mask).count_ones());
-                }
-                next = word + 1;
-            }
-        }
-        Ok(cleared)
-    }
-
-    /// A sink that records into this view.
-    pub fn sink(&self) -> Sink<'a> {
-        Sink::new(*self, false)
-    }
-
-    pub(super) fn backing(&self) -> Backing<'a> {
-        self.backing
-    }
-
-    /// The position of bit 0 in the row of words; see [`window`](super::window).
-    #[inline]
-    pub(super) fn shift(&self) -> u64 {
-        self.shift
-    }
-
-    pub(crate) fn last_bit(&self) -> u64 {
-        (self.range.last().get() - self.range.start().get()) >> self.granule.lg2()
-    }
-
-    pub(super) fn last_position(&self) -> u64 {
-        self.last_bit() + self.shift
-    }
-
-    /// The positions of the bits that `inside`, a part of the range, touches.
-    #[inline]
-    pub(super) fn positions(&self, inside: IovaRange) -> (u64, u64) {
-        let base = self.range.start().get();
-        let at = |iova: Iova| ((iova.get() - base) >> self.granule.lg2()) + self.shift;
-        (at(inside.start()), at(inside.last()))
-    }
-
-    /// The positions of the bits that lie within `range` as a whole.
-    fn positions_within(&self, range: IovaRange) -> Option<(u64, u64)> {
-        let inside = range.intersection(self.range)?;
-        let (first, last) = self.positions(inside);
-        // The range starts and ends at granules, so rounding in cannot leave it.
-        let first = first + u64::from(!inside.start().is_aligned(self.granule));
-        let cut = inside.last().granule_last(self.granule) != inside.last();
-        let last = last.checked_sub(u64::from(cut))?;
-        (first <= last).then_some((first, last))
-    }
-
-    /// The last address of the bits that lie in the same `bits` bits of the row as the one of
-    /// `start`; `bits` is a multiple of 64, so pieces that are cut there share no words.
-    #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
-    pub(crate) fn piece_last(&self, start: Iova, bits: u64) -> Iova {
-        let bit = (start.get() - self.range.start().get()) >> self.granule.lg2();
-        let last = ((bit + self.shift) / bits + 1) * bits - 1 - self.shift;
-        self.addresses(bit, last.min(self.last_bit())).last()
-    }
-
-    /// The addresses of the bits `first..=last`.
-    pub(crate) fn addresses(&self, first: u64, last: u64) -> IovaRange {
-        let base = self.range.start().get();
-        let start = Iova::new(base + (first << self.granule.lg2()));
-        let last = Iova::new(base + (last << self.granule.lg2()) + self.granule.mask());
-        IovaRange::new(start, last).unwrap_or(self.range)
-    }
-}
-
 #[cfg(all(test, not(dirtymap_loom)))]
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod tests {
     use super::*;
     use crate::bitmap::WINDOW_BITS;
+    use crate::units::Iova;
 
     fn range(start: u64, len: u64) -> IovaRange {
         IovaRange::from_len(Iova::new(start), len).unwrap()
@@ -446,7 +276,7 @@ mod tests {
         assert!(bitmap().view(range(0, 128 * 4096), Granule::K4).is_ok());
         assert!(matches!(
             bitmap().view(range(0, 129 * 4096), Granule::K4),
-            Err(Error::BitmapTooShort {
+            Err(BitmapError::TooShort {
                 bits: 128,
                 needed: 129,
                 ..
@@ -454,11 +284,11 @@ mod tests {
         ));
         assert!(matches!(
             bitmap().view(range(2048, 4096), Granule::K4),
-            Err(Error::Unaligned { .. })
+            Err(BitmapError::Unaligned { .. })
         ));
         assert!(matches!(
             bitmap().view(IovaRange::ALL, Granule::from_bytes(1).unwrap()),
-            Err(Error::BitmapTooShort { .. })
+            Err(BitmapError::TooShort { .. })
         ));
         // The whole address space at the coarsest granule is two bits.
         assert!(

@@ -15,12 +15,9 @@
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
 use super::file::{FileBitmap, Mapping};
 use super::span::Span;
-use super::{SparseBitmap, WINDOW_BITS};
-use crate::error::Error;
+use super::{MAX_BITS, SparseBitmap, WINDOW_BITS};
+use crate::error::BitmapError;
 use crate::sync::AtomicU64;
-
-/// The most bits that a bitmap of any form is used for: positions then never wrap.
-pub(super) const MAX_BITS: u64 = 1 << 63;
 
 /// Where the bits of a bitmap live.
 #[derive(Clone, Copy, Debug)]
@@ -69,14 +66,14 @@ impl<'a> Backing<'a> {
         not(all(feature = "mmap", not(dirtymap_loom))),
         expect(unused_variables)
     )]
-    pub(super) fn window(&self, word: u64, last: u64) -> Result<Window<'a>, Error> {
+    pub(super) fn window(&self, word: u64, last: u64) -> Result<Window<'a>, BitmapError> {
         Ok(match self {
             Backing::Memory(span) => Window::of_memory(*span, word),
             #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
             Backing::Failing(span, good) if word < *good => Window::lent((0, *span, *good)),
             #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
             Backing::Failing(..) => {
-                return Err(Error::BitmapWindow {
+                return Err(BitmapError::Window {
                     at: word * 8,
                     error: std::io::Error::other("a test refuses it"),
                 });
@@ -101,7 +98,11 @@ impl<'a> Backing<'a> {
 
     /// The first window that holds `word` or a later one up to the position `last`, for reading.
     /// `None` if all those words are absent, so zero.
-    pub(super) fn next_window(&self, word: u64, last: u64) -> Result<Option<Window<'a>>, Error> {
+    pub(super) fn next_window(
+        &self,
+        word: u64,
+        last: u64,
+    ) -> Result<Option<Window<'a>>, BitmapError> {
         match self {
             Backing::Memory(span) => Ok(Some(Window::of_memory(*span, word))),
             Backing::Sparse(sparse) => Ok(sparse.next_chunk(word, last / 64).map(Window::lent)),
@@ -182,7 +183,7 @@ impl<'a> Window<'a> {
     }
 
     #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
-    fn of_file(file: &'a FileBitmap, word: u64, last: u64) -> Result<Self, Error> {
+    fn of_file(file: &'a FileBitmap, word: u64, last: u64) -> Result<Self, BitmapError> {
         let words = file.window_words();
         let first = word / words * words;
         Ok(Window {
@@ -193,7 +194,7 @@ impl<'a> Window<'a> {
     }
 
     #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
-    fn copy_of_file(file: &'a FileBitmap, word: u64, last: u64) -> Result<Self, Error> {
+    fn copy_of_file(file: &'a FileBitmap, word: u64, last: u64) -> Result<Self, BitmapError> {
         let words = file.copied_words();
         let first = word / words * words;
         Ok(Window {

@@ -1,8 +1,9 @@
 //! A dirty log that other code keeps, as it lies in memory.
 
-use crate::bitmap::{BitmapView, RunBits, word_mask};
-use crate::error::Error;
+use crate::bitmap::{BitmapView, RunBits};
+use crate::error::BitmapError;
 use crate::units::{Granule, Iova, IovaRange};
+use crate::words::word_mask;
 
 /// A dirty log of a kernel, a device or another process, read only.
 ///
@@ -13,7 +14,7 @@ use crate::units::{Granule, Iova, IovaRange};
 ///
 /// What it says goes into a bitmap by [`or_into`](Self::or_into), into an address space by marking
 /// its [`runs`](Self::runs), and together with others into one list by
-/// [`merge_runs`](crate::merge_runs).
+/// [`merge_runs`](crate::exchange::merge_runs).
 #[derive(Clone, Copy, Debug)]
 pub struct DirtyLog<'a> {
     form: Form<'a>,
@@ -31,9 +32,13 @@ impl<'a> DirtyLog<'a> {
     /// The log in `words`; bit 0 is the first granule of `range`.
     ///
     /// # Errors
-    /// In this order: [`Error::Unaligned`] if `range` does not start and end at multiples of
-    /// `granule`, [`Error::BitmapTooShort`] if there are fewer bits than `range` has granules.
-    pub fn words(words: &'a [u64], range: IovaRange, granule: Granule) -> Result<Self, Error> {
+    /// In this order: [`BitmapError::Unaligned`] if `range` does not start and end at multiples of
+    /// `granule`, [`BitmapError::TooShort`] if there are fewer bits than `range` has granules.
+    pub fn words(
+        words: &'a [u64],
+        range: IovaRange,
+        granule: Granule,
+    ) -> Result<Self, BitmapError> {
         Self::new(
             Form::Words(words),
             (words.len() as u64).saturating_mul(64),
@@ -46,7 +51,7 @@ impl<'a> DirtyLog<'a> {
     ///
     /// # Errors
     /// As [`words`](Self::words).
-    pub fn bytes(bytes: &'a [u8], range: IovaRange, granule: Granule) -> Result<Self, Error> {
+    pub fn bytes(bytes: &'a [u8], range: IovaRange, granule: Granule) -> Result<Self, BitmapError> {
         Self::new(
             Form::Bytes(bytes),
             (bytes.len() as u64).saturating_mul(8),
@@ -55,13 +60,18 @@ impl<'a> DirtyLog<'a> {
         )
     }
 
-    fn new(form: Form<'a>, bits: u64, range: IovaRange, granule: Granule) -> Result<Self, Error> {
+    fn new(
+        form: Form<'a>,
+        bits: u64,
+        range: IovaRange,
+        granule: Granule,
+    ) -> Result<Self, BitmapError> {
         if !range.is_aligned(granule) {
-            return Err(Error::Unaligned { range, granule });
+            return Err(BitmapError::Unaligned { range, granule });
         }
         let needed = range.granules(granule);
         if needed > u128::from(bits) {
-            return Err(Error::BitmapTooShort {
+            return Err(BitmapError::TooShort {
                 bits,
                 needed,
                 range,
@@ -110,9 +120,9 @@ impl<'a> DirtyLog<'a> {
     /// outside `target`'s range.
     ///
     /// # Errors
-    /// [`Error::BitmapShrank`] or [`Error::BitmapWindow`] if `target` is a file of which a window
+    /// [`BitmapError::Shrank`] or [`BitmapError::Window`] if `target` is a file of which a window
     /// cannot be mapped; what was ORed in before stays.
-    pub fn or_into(&self, target: &BitmapView<'_>) -> Result<u64, Error> {
+    pub fn or_into(&self, target: &BitmapView<'_>) -> Result<u64, BitmapError> {
         let mut sink = target.sink();
         for (index, word) in (LogWords {
             log: *self,
@@ -120,7 +130,7 @@ impl<'a> DirtyLog<'a> {
         }) {
             // Bits above the range are masked, so each of these stands for an address.
             let start = self.addresses(index * 64, index * 64).start();
-            sink.record_mask(start, self.granule, word)?;
+            sink.put_mask(start, self.granule, word)?;
         }
         Ok(sink.bits_set())
     }
@@ -134,7 +144,7 @@ impl<'a> DirtyLog<'a> {
         let base = self.range.start().get();
         let start = Iova::new(base + (first << self.granule.lg2()));
         let last = Iova::new(base + (last << self.granule.lg2()) + self.granule.mask());
-        IovaRange::new(start, last).unwrap_or(self.range)
+        IovaRange::ascending(start, last)
     }
 }
 
@@ -261,7 +271,7 @@ mod tests {
     fn a_log_that_is_too_short_or_off_is_refused() {
         assert!(matches!(
             DirtyLog::bytes(&[0; 2], range(0, 17 << 12), Granule::K4),
-            Err(Error::BitmapTooShort {
+            Err(BitmapError::TooShort {
                 bits: 16,
                 needed: 17,
                 ..
@@ -269,7 +279,7 @@ mod tests {
         ));
         assert!(matches!(
             DirtyLog::words(&[0], range(512, 4096), Granule::K4),
-            Err(Error::Unaligned { .. })
+            Err(BitmapError::Unaligned { .. })
         ));
         let top = range(u64::MAX - 4095, 4096);
         let log = DirtyLog::bytes(&[0xFF], top, Granule::K4).unwrap();

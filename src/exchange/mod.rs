@@ -2,27 +2,20 @@
 //!
 //! ```text
 //!  a log of somebody else's --runs--+
-//!  a view of a user bitmap ---runs--+--merge--> runs --> pairs, pieces, a table, a set, a file
+//!  a view of a user bitmap ---runs--+--merge--> runs --> pairs, pieces, a table
 //!  a lease -------------------runs--+
 //! ```
 //!
 //! Nothing here takes part in a harvest: what goes in is recorded through a view, or marked; what
-//! goes out is read from a view or a lease.
+//! goes out is read from a view or a lease. Formats of files, of the wire and of other crates are
+//! in the crate `dirtymap-formats`.
 
-#[cfg(all(feature = "bitmap-file", not(dirtymap_loom)))]
-mod file;
 mod log;
-#[cfg(all(feature = "roaring", not(dirtymap_loom)))]
-mod roaring;
 mod runs;
 #[cfg(feature = "serde")]
 mod serde;
 mod table;
 
-#[cfg(all(feature = "roaring", not(dirtymap_loom)))]
-pub use self::roaring::{read_roaring, read_treemap};
-#[cfg(all(feature = "bitmap-file", not(dirtymap_loom)))]
-pub use file::{BitmapFile, BitmapFileError, Restored, Truncate};
 pub use log::{DirtyLog, LogRuns};
 pub use runs::{MergedRuns, Pieces, RunsExt, merge_runs};
 pub use table::RunTable;

@@ -6,8 +6,8 @@ use std::collections::BinaryHeap;
 
 use crate::units::{Granule, Iova, IovaRange};
 
-/// What every iterator of runs can do: [`Runs`](crate::Runs) of a lease or a view,
-/// [`LogRuns`](crate::LogRuns), [`MergedRuns`], or one of the caller's own.
+/// What every iterator of runs can do: [`Runs`](crate::bitmap::Runs) of a lease or a view,
+/// [`LogRuns`](crate::exchange::LogRuns), [`MergedRuns`], or one of the caller's own.
 pub trait RunsExt: Iterator<Item = IovaRange> + Sized {
     /// The runs as `(start, len)` in bytes. A run of more than 2^63 bytes comes in several, since
     /// its length may not fit.
@@ -60,7 +60,7 @@ impl<I: Iterator<Item = IovaRange>> Iterator for Pieces<I> {
 pub(super) fn cut(run: IovaRange, last: Iova) -> (IovaRange, Option<IovaRange>) {
     let behind = last.checked_add(1);
     let rest = behind.and_then(|start| IovaRange::new(start, run.last()).ok());
-    let piece = IovaRange::new(run.start(), run.last().min(last)).unwrap_or(run);
+    let piece = IovaRange::ascending(run.start(), run.last().min(last));
     (piece, rest)
 }
 
@@ -72,7 +72,8 @@ pub(super) fn cut(run: IovaRange, last: Iova) -> (IovaRange, Option<IovaRange>) 
 /// IovaRange>`.
 ///
 /// ```
-/// use dirtymap::{DirtyLog, Granule, Iova, IovaRange, RunsExt, merge_runs};
+/// use dirtymap::exchange::{DirtyLog, RunsExt, merge_runs};
+/// use dirtymap::{Granule, Iova, IovaRange};
 ///
 /// # fn main() -> Result<(), dirtymap::Error> {
 /// let slot = IovaRange::from_len(Iova::new(0x10_0000), 64 << 12)?;
@@ -89,7 +90,7 @@ pub(super) fn cut(run: IovaRange, last: Iova) -> (IovaRange, Option<IovaRange>) 
 /// ```
 ///
 /// Allocates room for one run of each source. For logs that are dense and broken up, ORing them
-/// into one bitmap ([`DirtyLog::or_into`](crate::DirtyLog::or_into),
+/// into one bitmap ([`DirtyLog::or_into`](crate::exchange::DirtyLog::or_into),
 /// [`BitmapView::or_into`](crate::BitmapView::or_into)) and reading its runs is faster.
 pub fn merge_runs<I>(sources: impl IntoIterator<Item = I>) -> MergedRuns<I>
 where
@@ -121,15 +122,15 @@ impl<I: Iterator<Item = IovaRange>> MergedRuns<I> {
         }
     }
 
-    /// Takes the lowest run if it begins at `limit` or below.
-    fn take(&mut self, limit: Iova) -> Option<(Iova, Iova)> {
+    /// Takes the lowest run if `wanted` says so.
+    fn take(&mut self, wanted: impl FnOnce(IovaRange) -> bool) -> Option<IovaRange> {
         let Reverse((start, last, nth)) = *self.heads.peek()?;
-        if start > limit {
-            return None;
-        }
-        self.heads.pop();
-        self.refill(nth);
-        Some((start, last))
+        let run = IovaRange::ascending(start, last);
+        wanted(run).then(|| {
+            self.heads.pop();
+            self.refill(nth);
+            run
+        })
     }
 }
 
@@ -137,13 +138,12 @@ impl<I: Iterator<Item = IovaRange>> Iterator for MergedRuns<I> {
     type Item = IovaRange;
 
     fn next(&mut self) -> Option<IovaRange> {
-        let (start, mut last) = self.take(Iova::MAX)?;
-        // What touches the run belongs to it. Above the last address there is nothing left to
-        // touch.
-        while let Some((_, other)) = self.take(last.checked_add(1).unwrap_or(last)) {
-            last = last.max(other);
+        let mut run = self.take(|_| true)?;
+        // What touches the run belongs to it.
+        while let Some(next) = self.take(|next| next.touches(run)) {
+            run = run.hull(next);
         }
-        IovaRange::new(start, last).ok()
+        Some(run)
     }
 }
 

@@ -11,7 +11,8 @@ use crate::units::{Granule, IovaRange};
 /// one in which no page comes twice:
 ///
 /// ```
-/// use dirtymap::{Iova, IovaRange, RunTable};
+/// use dirtymap::exchange::RunTable;
+/// use dirtymap::{Iova, IovaRange};
 ///
 /// # fn main() -> Result<(), dirtymap::Error> {
 /// let disk = [IovaRange::from_len(Iova::new(0x3000), 0x2000)?];
@@ -87,8 +88,7 @@ impl RunTable {
 
 /// Whether `next` begins above the end of `run`, with at least a byte in between.
 fn apart(run: IovaRange, next: IovaRange) -> bool {
-    let behind = run.last().checked_add(1);
-    behind.is_some_and(|behind| next.start() > behind)
+    run.last() < next.start() && !run.touches(next)
 }
 
 impl FromIterator<IovaRange> for RunTable {

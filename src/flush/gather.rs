@@ -182,7 +182,7 @@ impl FlushGather {
         let full = self.len == MAX_RANGES;
         if let Some(last) = self.ranges[..self.len].last_mut()
             && last.start() <= range.start()
-            && (touches(*last, range) || full && gap(*last, range) <= self.closest)
+            && (last.touches(range) || full && gap(*last, range) <= self.closest)
         {
             // The gaps between the other ranges stay the same.
             *last = last.hull(range);
@@ -196,9 +196,9 @@ impl FlushGather {
         // The ranges that touch the new one are `from..to`; they become one with it.
         let from = self
             .ranges()
-            .partition_point(|r| r.last() < range.start() && !touches(*r, range));
+            .partition_point(|r| r.last() < range.start() && !r.touches(range));
         let mut to = from;
-        while to < self.len && touches(self.ranges[to], range) {
+        while to < self.len && self.ranges[to].touches(range) {
             range = range.hull(self.ranges[to]);
             to += 1;
         }
@@ -257,14 +257,6 @@ impl fmt::Debug for FlushGather {
             .field("tables", &self.tables)
             .finish()
     }
-}
-
-/// Whether the ranges overlap, or follow each other without a gap.
-#[inline]
-fn touches(a: IovaRange, b: IovaRange) -> bool {
-    a.intersects(b)
-        || a.last().checked_add(1) == Some(b.start())
-        || b.last().checked_add(1) == Some(a.start())
 }
 
 /// Whether `mask`, which is not 0, has at least `zeros` zeros in a row between two of its ones.
@@ -354,7 +346,7 @@ mod tests {
                 assert!(
                     ranges
                         .windows(2)
-                        .all(|w| w[0].last() < w[1].start() && !touches(w[0], w[1]))
+                        .all(|w| w[0].last() < w[1].start() && !w[0].touches(w[1]))
                 );
                 assert!(
                     pages

@@ -27,7 +27,8 @@ pub struct Ticket(u64);
 /// because a leader flushes for the other threads.
 ///
 /// ```
-/// use dirtymap::{FlushGather, FlushPolicy, FlushQueue, Granule, Invalidated, Iova, IovaRange};
+/// use dirtymap::flush::{FlushGather, FlushQueue, Invalidated};
+/// use dirtymap::{FlushPolicy, Granule, Iova, IovaRange};
 /// use std::time::Instant;
 ///
 /// # fn main() -> Result<(), dirtymap::Error> {

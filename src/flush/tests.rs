@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::error::Error;
-use crate::units::{Granule, Iova, IovaRange};
+use crate::units::{Granule, Iova, IovaRange, RangeError};
 
 fn gather(start: u64) -> FlushGather {
     let mut gather = FlushGather::new();
@@ -27,7 +27,7 @@ fn flushes(gather: &FlushGather) -> Result<Invalidated, Error> {
 }
 
 fn fails(_: &FlushGather) -> Result<Invalidated, Error> {
-    Err(Error::ZeroLength { start: Iova::MIN })
+    Err(Error::Range(RangeError::ZeroLength { start: Iova::MIN }))
 }
 
 /// Notes the order in which frees run.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::ranges::without;
 use crate::units::{Iova, IovaRange};
 
 /// Disjoint ranges that do not touch, by first address.
@@ -27,23 +28,12 @@ impl Committed {
     pub(super) fn without(&self, range: IovaRange) -> impl Iterator<Item = IovaRange> + '_ {
         let below = self.runs.range(..range.start()).next_back();
         let below = below.filter(|(_, last)| **last >= range.start());
-        let mut holes = below
-            .into_iter()
-            .chain(self.runs.range(range.start()..=range.last()));
-        let mut next = Some(range.start());
-        std::iter::from_fn(move || {
-            loop {
-                let start = next?;
-                let Some((hole, last)) = holes.next() else {
-                    next = None;
-                    return IovaRange::new(start, range.last()).ok();
-                };
-                next = last.checked_add(1).filter(|next| *next <= range.last());
-                if start < *hole {
-                    return IovaRange::new(start, Iova::new(hole.get() - 1)).ok();
-                }
-            }
-        })
+        let above = self.runs.range(range.start()..=range.last());
+        let committed = below.into_iter().chain(above);
+        without(
+            range,
+            committed.map(|(start, last)| IovaRange::ascending(*start, *last)),
+        )
     }
 
     /// Commits `part`, and returns how many ranges it was joined with.

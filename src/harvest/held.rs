@@ -52,11 +52,11 @@ impl Held<'_> {
         }
     }
 
-    /// Gives up what lies outside of `part`, which consists of whole granules.
+    /// Gives up what lies outside of `part`, which consists of whole granules of the view.
     pub(super) fn narrow(&mut self, part: IovaRange) {
         match self {
-            Held::Lent(view) => *view = view.part(part).unwrap_or(*view),
-            Held::Own(own) => own.part = own.part.intersection(part).unwrap_or(own.part),
+            Held::Lent(view) => *view = view.narrowed(part),
+            Held::Own(own) => own.part = part,
         }
     }
 }

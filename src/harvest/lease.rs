@@ -14,11 +14,12 @@ use std::marker::PhantomData;
 
 use super::committed::Committed;
 use super::held::{Held, SpaceRef};
-use super::walk::{Look, look};
+use super::look::{Look, look};
 use crate::bitmap::{BitmapView, Runs, Sink, Words};
 use crate::error::Error;
 use crate::events;
 use crate::flush::{FlushGather, Ticket};
+use crate::report::{Aborted, HarvestReport};
 use crate::source::Stopped;
 #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
 use crate::space::AddressSpace;
@@ -68,32 +69,6 @@ pub struct Synced(());
 pub struct Lease<'a, State> {
     holding: Holding<'a>,
     state: PhantomData<State>,
-}
-
-/// What a harvest found.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize))]
-pub struct HarvestReport {
-    /// Areas that were walked.
-    pub areas: u64,
-    /// Bits of the lease that went from 0 to 1 in the user's bitmap. Of a harvest that
-    /// [stopped](Lease::stopped), and put back what lies above the stop, it may be fewer, where
-    /// bits above it were set before.
-    pub bits_set: u64,
-    /// Dirty leaves of IO page tables; each owes an invalidation.
-    pub leaves: u64,
-    /// Windows of the user's bitmap that were opened.
-    pub windows: u64,
-}
-
-/// What an abort put back.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize))]
-pub struct Aborted {
-    /// Bytes that are dirty again.
-    pub bytes: u64,
-    /// Bytes that could not be put back, because no area holds them any more.
-    pub outside_bytes: u64,
 }
 
 impl<'a, State> Lease<'a, State> {
@@ -223,7 +198,9 @@ impl<'a> Lease<'a, Owed> {
     /// That of the source. The lease stays as it was, and what it owes stays owed.
     pub fn flush(&mut self) -> Result<(), Error> {
         let flushed = self.holding.flush();
-        events::sync(self.range(), &self.holding.gather, flushed.is_ok());
+        let gather = &self.holding.gather;
+        let owed = (gather.ranges().len(), gather.entries());
+        events::sync(self.range(), owed, flushed.is_ok());
         flushed
     }
 }

@@ -51,6 +51,7 @@
 mod committed;
 mod held;
 mod lease;
+mod look;
 #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
 mod parallel;
 mod request;
@@ -58,7 +59,8 @@ mod rounds;
 mod walk;
 mod write_guard;
 
-pub use lease::{Aborted, HarvestReport, Lease, Owed, Synced};
+pub use crate::report::{Aborted, HarvestReport};
+pub use lease::{Lease, Owed, Synced};
 pub use request::{HarvestRequest, Holes, Scope};
 pub use rounds::Rounds;
 pub use write_guard::WriteGuard;
@@ -69,7 +71,8 @@ use crate::space::{AddressSpace, Areas, Covered};
 use crate::units::IovaRange;
 use held::{Held, SpaceRef};
 use lease::{Holding, Recorded};
-use walk::{Look, Parts, areas, look, walk};
+use look::{Look, look};
+use walk::{Parts, areas, walk};
 
 impl AddressSpace {
     /// Reads and clears what is dirty in the request's range, and records it in `bitmap`.
@@ -102,12 +105,14 @@ impl AddressSpace {
     /// ```
     ///
     /// # Errors
-    /// Nothing was touched then. In this order: [`Error::Unaligned`] (to the smallest
-    /// page, then to the granule), [`Error::BitmapTooShort`], [`Error::NotAttached`], [`Error::NeverTracked`],
-    /// [`Error::BadCursor`] if it is to [resume](HarvestRequest::resume_at) outside of its range, or not
-    /// at a multiple of the granule and of [`alignment`](Self::alignment) (a domain that was attached
-    /// since can raise it; then go on at the next lower multiple), and [`Error::Hole`] if it
-    /// [refuses holes](Holes::Refuse).
+    /// Nothing was touched then. In this order: [`Error::Unaligned`] (to the smallest page, then to
+    /// the granule), [`BitmapError::TooShort`], [`Error::NotAttached`], [`Error::NeverTracked`],
+    /// [`Error::BadCursor`] if it is to [resume](HarvestRequest::resume_at) outside of its range, or
+    /// not at a multiple of the granule and of [`alignment`](Self::alignment) (a domain that was
+    /// attached since can raise it; then go on at the next lower multiple), and [`Error::Hole`] if
+    /// it [refuses holes](Holes::Refuse).
+    ///
+    /// [`BitmapError::TooShort`]: crate::bitmap::BitmapError::TooShort
     pub fn harvest<'a>(
         &'a self,
         request: &HarvestRequest<'_>,
@@ -180,8 +185,8 @@ impl AddressSpace {
         }
         let bound = bitmap.bind(range, request.granule())?;
         let covered = match request.scope() {
-            Scope::All => Covered::everything(snapshot.rules()),
-            Scope::Domain(domain) => Covered::domain(snapshot.rules(), domain)?,
+            Scope::All => Covered::everything(snapshot.rules().attachments()),
+            Scope::Domain(domain) => Covered::domain(snapshot.rules().attachments(), domain)?,
         };
         if !self.ever_tracked(&covered) {
             return Err(Error::NeverTracked { range });
@@ -197,7 +202,7 @@ impl AddressSpace {
         {
             return Err(Error::Hole { at, range });
         }
-        Ok((bound.part(asked), covered))
+        Ok((bound.narrowed(asked), covered))
     }
 }
 

@@ -13,7 +13,8 @@
 use rayon::prelude::*;
 
 use super::lease::{Holding, Recorded, walked_to};
-use super::walk::{Look, areas, look};
+use super::look::{Look, look};
+use super::walk::areas;
 use super::{HarvestRequest, Lease, Owed};
 use crate::bitmap::{BitmapView, CHUNK_BITS};
 use crate::flush::FlushGather;
@@ -106,7 +107,7 @@ fn pieces(
             .granule_last(page)
             .min(walked.last());
         next = last.checked_add(1).filter(|next| *next <= walked.last());
-        IovaRange::new(start, last).ok()
+        Some(IovaRange::ascending(start, last))
     })
 }
 
@@ -139,10 +140,11 @@ impl<'a> Taken<'a> {
         for area in areas(&snapshot, piece, request) {
             // A hole: unmapped since the walk began.
             let outcome = area.and_then(|area| {
-                let Some(part) = area.mapping.range.intersection(piece) else {
+                let own = area.mapping.range;
+                let inside = own.intersection(piece).zip(own.intersection(walked));
+                let Some((part, limit)) = inside else {
                     return Ok(());
                 };
-                let limit = area.mapping.range.intersection(walked).unwrap_or(part);
                 // Each area counts in the piece that it begins in.
                 taken.areas += u64::from(limit.start() == part.start());
                 let how = Look::Take(&mut taken.gather);

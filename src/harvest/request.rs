@@ -123,7 +123,7 @@ impl<'m> HarvestRequest<'m> {
     /// let mut seen = [0; 4];
     /// let seen = space.peek(&request, UserBitmap::new(&mut seen))?;
     /// // Just before these pages are copied:
-    /// let first = seen.part((0..0x5000).to_iova_range()?).ok_or(dirtymap::Error::ZeroLength {
+    /// let first = seen.part((0..0x5000).to_iova_range()?).ok_or(dirtymap::RangeError::ZeroLength {
     ///     start: 0.into(),
     /// })?;
     /// let mut words = [0; 4];

@@ -1,7 +1,7 @@
 //! Writes that take their time: dirty from before they begin until after they end.
 
 use crate::error::Error;
-use crate::source::FlightSlot;
+use crate::marks::FlightSlot;
 use crate::space::AddressSpace;
 use crate::sync::{Step, performs};
 use crate::units::{IovaRange, ToIovaRange};
@@ -47,16 +47,16 @@ impl AddressSpace {
     /// once for each area, so this is meant for some tens at a time.
     ///
     /// If an area of the range is unmapped meanwhile, the drop of the guard counts in
-    /// [`SpaceStats::outside_marks`](crate::SpaceStats::outside_marks).
+    /// [`SpaceStats::outside_marks`](crate::space::SpaceStats::outside_marks).
     ///
     /// # Errors
     /// [`Error::Outside`] with the first address that no area holds. Nothing is in flight then, and the call is counted in
-    /// [`SpaceStats::outside_marks`](crate::SpaceStats::outside_marks).
+    /// [`SpaceStats::outside_marks`](crate::space::SpaceStats::outside_marks).
     pub fn begin_write(&self, range: impl ToIovaRange) -> Result<WriteGuard<'_>, Error> {
         let range = range.to_iova_range()?;
         if let Some(at) = self.snapshot().contiguous(range).find_map(Result::err) {
             let bytes = range.last().get() - at.get();
-            self.outside_mark(at, bytes.saturating_add(1));
+            self.report_outside_mark(at, bytes.saturating_add(1));
             return Err(Error::Outside { at });
         }
         let range = range.round_out(self.page());
@@ -74,7 +74,7 @@ impl Drop for WriteGuard<'_> {
         if early {
             self.slot.free();
         }
-        // The mark first, then the slot: one of the two always names the pages. See `source::in_flight`.
+        // The mark first, then the slot: one of the two always names the pages. See `marks::in_flight`.
         let _ = self.space.mark(self.range);
         if !early {
             self.slot.free();

@@ -35,10 +35,10 @@
 //! clear of its own.
 
 use super::Stopped;
-use super::in_flight::{FlightSlot, InFlight};
 use crate::bitmap::Sink;
 use crate::error::Error;
 use crate::flush::{FlushGather, FlushQueue};
+use crate::marks::{FlightSlot, InFlight};
 use crate::sync::{Ordering, Step, fence, performs};
 use crate::units::{Granule, Iova, IovaRange};
 

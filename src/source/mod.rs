@@ -1,16 +1,12 @@
-//! Where dirty state comes from: the trait of a dirty source, and software marks.
+//! Where dirty state comes from: the trait of a dirty source, its sink, and logs of others.
 //!
 //! The core contains no hardware. An IO page table with its IOTLBs is a source, and so is a kernel
 //! interface. Marks by CPU threads belong to the address space itself, and take part in the same
 //! harvest and the same flush.
 
-mod gone;
-mod in_flight;
 mod leaf_sink;
-mod marks;
-mod ordering;
-#[cfg_attr(dirtymap_loom, expect(dead_code))] // its users are unknown to the model checker
 pub(crate) mod pending;
+pub(crate) mod placed;
 #[cfg(not(dirtymap_loom))]
 mod pulled;
 mod shared;
@@ -19,18 +15,16 @@ mod shared;
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod loom_tests;
 
-pub(crate) use in_flight::{FlightSlot, InFlight};
+pub use crate::bitmap::Sink;
+pub use crate::error::Stopped;
+pub use crate::flush::{FlushCost, FlushGather, Invalidated, Leaves};
 pub(crate) use leaf_sink::Rests;
 pub use leaf_sink::{LeafSink, ToClear};
-pub(crate) use marks::{Marks, NearMarks};
-pub use ordering::MarkOrdering;
 #[cfg(not(dirtymap_loom))]
 pub use pulled::PulledLog;
 pub use shared::SharedLog;
 
-use crate::bitmap::Sink;
 use crate::error::Error;
-use crate::flush::{FlushCost, FlushGather, Invalidated};
 use crate::sync::Arc;
 use crate::units::{Access, Granule, Iova, IovaRange};
 
@@ -43,16 +37,6 @@ pub struct Mapping {
     pub backing: u64,
     /// What devices may do with the memory.
     pub access: Access,
-}
-
-/// A walk of a source stopped inside the range that it was given.
-#[derive(Debug)]
-pub struct Stopped {
-    /// The first address that was not processed. Everything below it was processed; nothing from it
-    /// on was touched.
-    pub at: Iova,
-    /// Why it stopped.
-    pub error: Error,
 }
 
 /// Whether a source is to track writes.

@@ -6,38 +6,37 @@
 
 use std::collections::TryReserveError;
 
-use crate::bitmap::{Sink, word_masks};
+use crate::bitmap::Sink;
 use crate::source::{LeafSink, Stopped};
 use crate::units::{Granule, Iova, IovaRange};
+use crate::words::{clear, next_run, set};
 
-/// One bit for each page of a range, for one thread at a time.
+/// One bit for each page of a range, for one thread at a time: set for the pages that a log has
+/// reported and, by that, forgotten, until a lease has recorded them. See the
+/// [module](crate::adapter) for an example.
 #[derive(Debug)]
-pub(crate) struct Pending {
+pub struct Pending {
     range: IovaRange,
     page: Granule,
     words: Vec<u64>,
 }
 
 impl Pending {
-    /// Clean pages of `range`, which is made of whole pages.
+    /// Clean pages: all that `range` touches.
     ///
     /// # Errors
     /// If there is no memory for the bits.
-    pub(crate) fn new(range: IovaRange, page: Granule) -> Result<Self, TryReserveError> {
-        let words = zeroed(words_for(range, page))?;
+    pub fn new(range: IovaRange, page: Granule) -> Result<Self, TryReserveError> {
+        let range = range.round_out(page);
+        // No memory holds `usize::MAX` words.
+        let words = usize::try_from(range.granules(page).div_ceil(64)).unwrap_or(usize::MAX);
+        let words = zeroed(words)?;
         Ok(Pending { range, page, words })
-    }
-
-    /// Adds the pages of a log, whose bit 0 is the first page. Bits after the last page are not
-    /// pages.
-    #[cfg(feature = "kvm")]
-    pub(crate) fn add(&mut self, log: &[u64]) {
-        self.add_words(0, log);
     }
 
     /// Adds the pages of `log`, whose bit 0 is page 64 * `at`. Bits after the last page are not
     /// pages.
-    pub(crate) fn add_words(&mut self, at: usize, log: &[u64]) {
+    pub fn add_words(&mut self, at: usize, log: &[u64]) {
         for (mine, new) in self.words.iter_mut().skip(at).zip(log) {
             *mine |= new;
         }
@@ -46,24 +45,21 @@ impl Pending {
     }
 
     /// Adds `range`, as far as it lies inside; pages that it touches count whole.
-    pub(crate) fn add_range(&mut self, range: IovaRange) {
+    pub fn add_range(&mut self, range: IovaRange) {
         if let Some((first, last)) = self.numbers(range) {
             set(&mut self.words, first, last);
         }
     }
 
-    #[cfg(feature = "kvm")]
-    /// Forgets the pages of a log whose bit 0 is page `first`, a multiple of 64.
-    pub(crate) fn remove(&mut self, first: u64, log: &[u64]) {
-        let mine = self.words.iter_mut().skip((first / 64) as usize);
-        for (mine, gone) in mine.zip(log) {
+    /// Forgets the pages of `log`, whose bit 0 is page 64 * `at`.
+    pub fn remove_words(&mut self, at: usize, log: &[u64]) {
+        for (mine, gone) in self.words.iter_mut().skip(at).zip(log) {
             *mine &= !gone;
         }
     }
 
-    #[cfg(feature = "kvm")]
-    /// Adds page `number`; whether there is one.
-    pub(crate) fn add_page(&mut self, number: u64) -> bool {
+    /// Adds page `number`, counted from 0. Returns whether there is one.
+    pub fn add_page(&mut self, number: u64) -> bool {
         let known = number < self.pages();
         if known {
             self.words[(number / 64) as usize] |= 1 << (number % 64);
@@ -72,17 +68,15 @@ impl Pending {
     }
 
     /// Adds all pages.
-    #[cfg(any(feature = "kvm", feature = "pagemap"))]
-    pub(crate) fn add_all(&mut self) {
+    pub fn add_all(&mut self) {
         self.add_range(self.range);
     }
 
     /// Hands the pages of `range` to `out`, and forgets each when it is recorded.
-    pub(crate) fn take(
-        &mut self,
-        range: IovaRange,
-        out: &mut LeafSink<'_, '_>,
-    ) -> Result<(), Stopped> {
+    ///
+    /// # Errors
+    /// [`Stopped`] where a page cannot be recorded. The pages from there on stay pending.
+    pub fn take(&mut self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
         let Some((mut first, last)) = self.numbers(range) else {
             return Ok(());
         };
@@ -100,8 +94,11 @@ impl Pending {
         Ok(())
     }
 
-    /// Records the pages of `range`, and keeps them.
-    pub(crate) fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+    /// Records the pages of `range`, which stay pending.
+    ///
+    /// # Errors
+    /// [`Stopped`] where a page cannot be recorded.
+    pub fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
         self.for_each(range, |run| {
             sink.record(run).map_err(|error| Stopped {
                 at: run.start(),
@@ -110,8 +107,8 @@ impl Pending {
         })
     }
 
-    /// Tells `each` the pages of `range`, and forgets them.
-    pub(crate) fn drain(&mut self, range: IovaRange, each: &mut dyn FnMut(IovaRange)) {
+    /// Calls `each` with the runs of pages of `range`, in order, and forgets the pages.
+    pub fn drain(&mut self, range: IovaRange, each: &mut dyn FnMut(IovaRange)) {
         let told: Result<(), std::convert::Infallible> = self.for_each(range, |run| {
             each(run);
             Ok(())
@@ -121,30 +118,31 @@ impl Pending {
     }
 
     /// Forgets the pages of `range`.
-    pub(crate) fn forget(&mut self, range: IovaRange) {
+    pub fn forget(&mut self, range: IovaRange) {
         if let Some((first, last)) = self.numbers(range) {
             clear(&mut self.words, first, last);
         }
     }
 
     /// Forgets all pages.
-    pub(crate) fn clear(&mut self) {
+    pub fn clear(&mut self) {
         self.words.fill(0);
     }
 
-    /// Whether no page is there.
-    #[cfg(any(test, feature = "kvm", feature = "pagemap"))]
-    pub(crate) fn is_empty(&self) -> bool {
+    /// Whether no page is pending.
+    pub fn is_empty(&self) -> bool {
         self.words.iter().all(|word| *word == 0)
     }
 
-    /// The bits of the pages, by 64.
-    pub(crate) fn words(&self) -> &[u64] {
+    /// The bits: that of page `n` is bit `n % 64` of word `n / 64`.
+    pub fn words(&self) -> &[u64] {
         &self.words
     }
 
-    /// The addresses of the pages `first` to `last`, which are there.
-    pub(crate) fn addresses(&self, first: u64, last: u64) -> IovaRange {
+    /// The addresses of the pages `first` to `last`. Numbers past the last page stand for it.
+    pub fn addresses(&self, first: u64, last: u64) -> IovaRange {
+        let end = self.pages() - 1;
+        let (first, last) = (first.min(end), last.min(end).max(first.min(end)));
         let start = self.range.start().get() + (first << self.page.lg2());
         let end = self.range.start().get() + (last << self.page.lg2()) + self.page.mask();
         // Never an error: a run goes upwards.
@@ -152,14 +150,14 @@ impl Pending {
     }
 
     /// The numbers of the first and the last page that `range` touches, if there are any.
-    pub(crate) fn numbers(&self, range: IovaRange) -> Option<(u64, u64)> {
+    pub fn numbers(&self, range: IovaRange) -> Option<(u64, u64)> {
         let inside = range.intersection(self.range)?;
         let number = |iova: Iova| (iova.get() - self.range.start().get()) >> self.page.lg2();
         Some((number(inside.start()), number(inside.last())))
     }
 
-    /// How many pages there are.
-    pub(crate) fn pages(&self) -> u64 {
+    /// How many pages the range has.
+    pub fn pages(&self) -> u64 {
         ((self.range.last().get() - self.range.start().get()) >> self.page.lg2()) + 1
     }
 
@@ -179,18 +177,6 @@ impl Pending {
     }
 }
 
-/// What of `range` lies below `at`.
-#[cfg(any(feature = "kvm", feature = "pagemap"))]
-pub(crate) fn below(range: IovaRange, at: Iova) -> Option<IovaRange> {
-    let last = at.get().checked_sub(1).map(Iova::new)?;
-    IovaRange::new(range.start(), last).ok()
-}
-
-/// How many words hold one bit for each page of `range`; `usize::MAX` if no memory does.
-pub(crate) fn words_for(range: IovaRange, page: Granule) -> usize {
-    usize::try_from(range.granules(page).div_ceil(64)).unwrap_or(usize::MAX)
-}
-
 /// So many words, all zero, or an error.
 pub(crate) fn zeroed(words: usize) -> Result<Vec<u64>, TryReserveError> {
     let mut zeroed = Vec::new();
@@ -200,52 +186,13 @@ pub(crate) fn zeroed(words: usize) -> Result<Vec<u64>, TryReserveError> {
 }
 
 /// Clears the bits after page `pages - 1`: some kernels set them.
-pub(crate) fn mask_tail(words: &mut [u64], pages: u64) {
+fn mask_tail(words: &mut [u64], pages: u64) {
     let used = pages % 64;
     if used != 0
         && let Some(last) = words.get_mut((pages / 64) as usize)
     {
         *last &= (1 << used) - 1;
     }
-}
-
-/// Sets the bits `first` to `last`.
-pub(crate) fn set(words: &mut [u64], first: u64, last: u64) {
-    for (word, mask) in word_masks(first, last) {
-        words[word as usize] |= mask;
-    }
-}
-
-/// Clears the bits `first` to `last`.
-pub(crate) fn clear(words: &mut [u64], first: u64, last: u64) {
-    for (word, mask) in word_masks(first, last) {
-        words[word as usize] &= !mask;
-    }
-}
-
-/// The first run of bits that are set, from `first` to `last`.
-pub(crate) fn next_run(words: &[u64], first: u64, last: u64) -> Option<(u64, u64)> {
-    let from = next_where(words, first, last, 0)?;
-    let to = next_where(words, from, last, u64::MAX).map_or(last, |clear| clear - 1);
-    Some((from, to))
-}
-
-/// The first bit, from `first` to `last`, that differs from those of `skip`.
-fn next_where(words: &[u64], first: u64, last: u64, skip: u64) -> Option<u64> {
-    if first > last {
-        return None;
-    }
-    let mut word = first / 64;
-    let mut differs = (words.get(word as usize)? ^ skip) & (u64::MAX << (first % 64));
-    while differs == 0 {
-        word += 1;
-        if word > last / 64 {
-            return None;
-        }
-        differs = words.get(word as usize)? ^ skip;
-    }
-    let found = word * 64 + u64::from(differs.trailing_zeros());
-    (found <= last).then_some(found)
 }
 
 #[cfg(all(test, not(dirtymap_loom)))]
@@ -259,37 +206,12 @@ mod tests {
         IovaRange::from_len(Iova::new(first << 12), n << 12).unwrap()
     }
 
-    /// Every run between every two borders, against a look at each bit.
-    #[test]
-    fn runs_are_what_the_bits_say() {
-        let words = [
-            0x8000_0000_0000_0001,
-            0xffff_ffff_ffff_ffff,
-            0x0000_00ff_0000_00f0,
-        ];
-        let bit = |n: u64| words[(n / 64) as usize] >> (n % 64) & 1 == 1;
-        for first in (0..192).step_by(7) {
-            for last in first..192 {
-                let mut seen = Vec::new();
-                let mut at = first;
-                while let Some((from, to)) = next_run(&words, at, last) {
-                    seen.extend(from..=to);
-                    assert!(to == last || !bit(to + 1), "a run that ends too early");
-                    at = to + 1;
-                }
-                let set: Vec<u64> = (first..=last).filter(|n| bit(*n)).collect();
-                assert_eq!(seen, set, "from {first} to {last}");
-            }
-        }
-    }
-
-    #[cfg(feature = "kvm")]
     /// hyperlight met a hypervisor whose logs had bits above the last page; a run of them reached
     /// past the memory.
     #[test]
     fn bits_behind_the_last_page_are_no_pages() {
         let mut pending = Pending::new(pages(16, 70), Granule::K4).unwrap();
-        pending.add(&[u64::MAX; 2]);
+        pending.add_words(0, &[u64::MAX; 2]);
         let mut told = Vec::new();
         pending.drain(IovaRange::ALL, &mut |run| told.push(run));
         assert_eq!(told, [pages(16, 70)]);
@@ -297,6 +219,26 @@ mod tests {
         assert!(pending.add_page(69));
         assert!(!pending.add_page(70));
         assert!(!pending.add_page(u64::MAX));
+    }
+
+    /// An adapter's kernel may name pages and words that are not there. They are left out, and
+    /// nothing wraps.
+    #[test]
+    fn pages_and_words_past_the_end_are_left_out() {
+        // A range that begins and ends inside of pages has them whole, up to the last address.
+        let range = IovaRange::new(Iova::new(u64::MAX - 8200), Iova::MAX).unwrap();
+        let mut pending = Pending::new(range, Granule::K4).unwrap();
+        assert_eq!(pending.pages(), 3);
+        pending.add_words(1, &[u64::MAX]);
+        pending.add_words(usize::MAX, &[u64::MAX]);
+        assert!(pending.is_empty());
+        pending.add_words(0, &[u64::MAX, u64::MAX]);
+        pending.remove_words(1, &[u64::MAX]);
+        pending.remove_words(0, &[0b10, u64::MAX]);
+        assert_eq!(pending.words(), [0b101]);
+        let last = IovaRange::new(Iova::new(u64::MAX - 4095), Iova::MAX).unwrap();
+        assert_eq!(pending.addresses(2, u64::MAX), last);
+        assert_eq!(pending.addresses(u64::MAX, 0), last);
     }
 
     #[test]

@@ -1,11 +1,12 @@
 //! A log in shared memory: someone else sets bits, harvests take them.
 
 use super::{DirtySource, LeafSink, Stopped, Tracking};
-use crate::bitmap::{Sink, word_masks, word_runs};
-use crate::error::Error;
+use crate::bitmap::Sink;
+use crate::error::{BitmapError, Error};
 use crate::flush::FlushGather;
 use crate::sync::{AtomicBool, AtomicU64, Ordering};
 use crate::units::{Granule, Iova, IovaRange, ToIovaRange};
+use crate::words::{word_masks, word_runs};
 
 /// A dirty log in memory that its writers share with the harvests: bit `n` of the words is page `n`
 /// of its range, least significant bit first.
@@ -54,7 +55,7 @@ impl<W: AsRef<[AtomicU64]> + Send + Sync> SharedLog<W> {
     ///
     /// # Errors
     /// In this order: those of the range, [`Error::Unaligned`] unless `range` is made of whole pages,
-    /// [`Error::BitmapTooShort`] if there are fewer bits than pages.
+    /// [`BitmapError::TooShort`] if there are fewer bits than pages.
     pub fn new(range: impl ToIovaRange, page: Granule, words: W) -> Result<Self, Error> {
         let range = range.to_iova_range()?;
         if !range.is_aligned(page) {
@@ -66,12 +67,12 @@ impl<W: AsRef<[AtomicU64]> + Send + Sync> SharedLog<W> {
         let bits = (words.as_ref().len() as u64).saturating_mul(64);
         let needed = range.granules(page);
         if needed > u128::from(bits) {
-            return Err(Error::BitmapTooShort {
+            return Err(Error::Bitmap(BitmapError::TooShort {
                 bits,
                 needed,
                 range,
                 granule: page,
-            });
+            }));
         }
         Ok(SharedLog {
             range,

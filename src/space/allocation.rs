@@ -4,9 +4,10 @@
 //! published only if that state is still the current one. Two allocations never get the same
 //! addresses, and if a map and a reservation of the same address race, one of them is refused.
 
-use super::rules::{Rules, holes};
+use super::rules::Rules;
 use super::{AddressSpace, Area, check_mapping};
 use crate::error::Error;
+use crate::ranges::without;
 use crate::source::Mapping;
 use crate::sync::Arc;
 use crate::units::{Access, Granule, Iova, IovaRange, ToIovaRange};
@@ -57,8 +58,8 @@ impl AddressSpace {
     /// ```
     ///
     /// # Errors
-    /// In this order: [`Error::ZeroLength`] (at 0, as there is no address yet),
-    /// [`Error::UnalignedLength`] and [`Error::UnalignedBacking`] (multiples of
+    /// In this order: [`RangeError::ZeroLength`](crate::RangeError::ZeroLength) (at 0, as there is
+    /// no address yet), [`Error::UnalignedLength`] and [`Error::UnalignedBacking`] (multiples of
     /// [`alignment`](Self::alignment)), [`Error::BackingWraps`] (with the range as if it began at
     /// 0), [`Error::NoSpace`], then those of a source. After an error nothing is mapped, with the
     /// exception that [`map`](Self::map) names.
@@ -181,11 +182,11 @@ impl AddressSpace {
             .iter(IovaRange::ALL)
             .map(|entry| entry.area.mapping)
             .collect();
-        let unreserved = holes(IovaRange::ALL, rules.blocked().iter().copied());
+        let unreserved = without(IovaRange::ALL, rules.blocked().iter().copied());
         let mut free = Vec::new();
         for window in unreserved {
             let taken = snapshot.iter(window).map(|entry| entry.range);
-            free.extend(holes(window, taken));
+            free.extend(without(window, taken));
         }
         SpaceRanges {
             mappings,

@@ -27,18 +27,62 @@
 //! that was ever marked, in unmapped parts too, rounded up to groups of 512 chunks (2 MiB of bits,
 //! as far as the system has backed them).
 
-use super::Outside;
-use super::attachment::Attachment;
+use super::domain::Attachment;
+use super::outside::Outside;
 use crate::error::Error;
-use crate::source::{Mapping, MarkOrdering, Marks};
+use crate::marks::{MarkOrdering, Marks};
+use crate::source::Mapping;
 use crate::sync::{Arc, AtomicU8, AtomicU64, Mutex, MutexGuard, Ordering, lock};
 use crate::units::{Granule, IovaRange};
 
-const MAPPING: u8 = 0;
-const LIVE: u8 = 1;
-const CLAIMED: u8 = 2;
-const GONE: u8 = 3;
-const CUT: u8 = 4;
+/// The state of an area: see the [module](self).
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct State(u8);
+
+impl State {
+    const MAPPING: State = State(0);
+    const LIVE: State = State(1);
+    const CLAIMED: State = State(2);
+    const GONE: State = State(3);
+    const CUT: State = State(4);
+
+    /// In the tree, and not cut.
+    #[inline]
+    fn is_mapped(self) -> bool {
+        self.is_settled() || self == Self::CLAIMED
+    }
+
+    /// Neither claimed, gone nor cut.
+    #[inline]
+    fn is_settled(self) -> bool {
+        matches!(self, Self::MAPPING | Self::LIVE)
+    }
+}
+
+/// The state in memory.
+#[derive(Debug)]
+struct AtomicState(AtomicU8);
+
+impl AtomicState {
+    fn new(state: State) -> Self {
+        AtomicState(AtomicU8::new(state.0))
+    }
+
+    #[inline]
+    fn load(&self, order: Ordering) -> State {
+        State(self.0.load(order))
+    }
+
+    fn store(&self, state: State, order: Ordering) {
+        self.0.store(state.0, order);
+    }
+
+    /// Replaces `old` by `new`; says whether the area was in that state.
+    fn replace(&self, (old, new): (State, State), success: Ordering, failure: Ordering) -> bool {
+        let done = self.0.compare_exchange(old.0, new.0, success, failure);
+        done.is_ok()
+    }
+}
 
 /// The domains into which an area is filled, in the order of their ids; `None` if the area has gone
 /// or was cut, and is not filled any more.
@@ -50,7 +94,7 @@ pub(crate) struct Area {
     pub(crate) mapping: Mapping,
     /// Shared by the pieces of an area that was cut, so that no mark has to move.
     pub(crate) marks: Arc<Marks>,
-    state: AtomicU8,
+    state: AtomicState,
     /// The version of the tree from which on sources may be filled with the area. Pieces of a cut
     /// have that of the whole.
     born: AtomicU64,
@@ -63,7 +107,7 @@ impl Area {
         Area {
             mapping,
             marks: Arc::new(Marks::new(mapping.range, page, ordering)),
-            state: AtomicU8::new(MAPPING),
+            state: AtomicState::new(State::MAPPING),
             born: AtomicU64::new(0),
             pairs: Mutex::new(Some(Vec::new())),
         }
@@ -80,7 +124,7 @@ impl Area {
                 access: self.mapping.access,
             },
             marks: Arc::clone(&self.marks),
-            state: AtomicU8::new(LIVE),
+            state: AtomicState::new(State::LIVE),
             born: AtomicU64::new(self.born.load(Ordering::Relaxed)), // Relaxed: as in `is_younger`
             pairs: Mutex::new(pairs),
         }
@@ -117,9 +161,10 @@ impl Area {
     pub(crate) fn go_live(&self) {
         // Release: pairs with the Acquire of `claim`, so the unmap sees the filled tables. Relaxed
         // on failure: the area has gone already, because a source refused it.
+        let step = (State::MAPPING, State::LIVE);
         let _ = self
             .state
-            .compare_exchange(MAPPING, LIVE, Ordering::Release, Ordering::Relaxed);
+            .replace(step, Ordering::Release, Ordering::Relaxed);
     }
 
     /// Claims the area for unmapping or cutting; at most one thread succeeds.
@@ -129,18 +174,19 @@ impl Area {
     pub(crate) fn claim(&self) -> Result<(), Error> {
         // Acquire on success: pairs with the Release of `go_live` and `give_back`, so what was done
         // to the area before is visible. Relaxed on failure: nothing is read.
-        self.state
-            .compare_exchange(LIVE, CLAIMED, Ordering::Acquire, Ordering::Relaxed)
-            .map(|_| ())
-            .map_err(|_| Error::Busy {
-                area: self.mapping.range,
-            })
+        let step = (State::LIVE, State::CLAIMED);
+        let claimed = self
+            .state
+            .replace(step, Ordering::Acquire, Ordering::Relaxed);
+        claimed.then_some(()).ok_or(Error::Busy {
+            area: self.mapping.range,
+        })
     }
 
     /// Undoes `claim`.
     pub(crate) fn give_back(&self) {
         // Release: pairs with the Acquire of the next `claim`, which sees what we did to the area.
-        self.state.store(LIVE, Ordering::Release);
+        self.state.store(State::LIVE, Ordering::Release);
     }
 
     /// The area has left the tree.
@@ -148,7 +194,7 @@ impl Area {
         self.say_gone(self.mapping.range);
         // Release: pairs with the Acquire of `is_mapped`. A thread that sees this state can rely on
         // the area being out of the tree; for one that does not, F3 and F4 of `unmap` decide.
-        self.state.store(GONE, Ordering::Release);
+        self.state.store(State::GONE, Ordering::Release);
     }
 
     /// Says that the area was cut, before its pieces replace it in the tree. From then on its
@@ -158,7 +204,7 @@ impl Area {
         // Release: pairs with the Acquire in `after_late_mark`. A thread that sees this state finds
         // the list of gone parts. It comes before the pieces are published, so before any of them
         // can be unmapped.
-        self.state.store(CUT, Ordering::Release);
+        self.state.store(State::CUT, Ordering::Release);
     }
 
     /// Records that `range`, a piece of the area, has left the tree.
@@ -171,7 +217,7 @@ impl Area {
         // Acquire: as in `is_mapped`. The fences around this load and around `claim` order the two:
         // see `attachment`. An area that was cut always counts as going, so an unmap of a piece,
         // which comes after the cut, is seen here as well.
-        !matches!(self.state.load(Ordering::Acquire), MAPPING | LIVE)
+        !self.state.load(Ordering::Acquire).is_settled()
     }
 
     /// Marks `range`, as far as the area, or what is left of it, holds it. Returns the parts that
@@ -195,7 +241,7 @@ impl Area {
         // Acquire: pairs with the Release of `retire` and `give_way`. If it sees one of them,
         // `after_late_mark` finds what they published before; if not, F3 and F4 of the protocol in
         // `unmap` ensure that the unmap counts the mark.
-        matches!(self.state.load(Ordering::Acquire), MAPPING | LIVE | CLAIMED)
+        self.state.load(Ordering::Acquire).is_mapped()
     }
 
     #[cold]
@@ -203,9 +249,9 @@ impl Area {
         let mut outside = Outside::default();
         // Acquire: as in `is_mapped`.
         match self.state.load(Ordering::Acquire) {
-            GONE => outside.add_range(range),
+            State::GONE => outside.add_range(range),
             // The marks belong to the pieces that are left.
-            CUT => self.marks.gone_in(range, |part| outside.add_range(part)),
+            State::CUT => self.marks.gone_in(range, |part| outside.add_range(part)),
             // Given back since.
             _ => {}
         }

@@ -57,56 +57,26 @@
 
 use std::convert::Infallible;
 
+use super::domain::{Attachment, Attachments, Covered};
 use super::emptying::Emptied;
+use super::outside::Outside;
 use super::retired::Source;
-use super::rules::{Attachments, Rules};
-use super::tracking::Switch;
-use super::{AddressSpace, Area, Fault, FaultSource, Outside};
+use super::switch::Switch;
+use super::{AddressSpace, Area, Fault, FaultSource};
 use crate::error::Error;
 use crate::events;
 use crate::failure::{Failure, attempt, call};
 use crate::flush::{FlushCost, FlushGather};
-use crate::source::{DirtySource, FlightSlot, Marks, Tracking};
+use crate::marks::{FlightSlot, Marks};
+use crate::source::{DirtySource, Tracking};
 use crate::sync::{Arc, AtomicBool, Ordering, Step, TINY, fence, lock, performs};
 use crate::units::{DomainId, Granule, Iova, IovaRange};
-
-/// A source that is attached to a space.
-pub(crate) struct Attachment {
-    pub(crate) id: DomainId,
-    /// The smallest page of the source.
-    pub(super) page: Granule,
-    /// The answer of [`DirtySource::identity`].
-    identity: Option<usize>,
-    /// The answer of [`DirtySource::flush_cost`].
-    cost: FlushCost,
-    pub(crate) source: Source,
-    /// The put-back store: pages that are dirty in this domain although its table does not say so.
-    pub(crate) put_back: Marks,
-    /// Whether the source tracks writes: see [`tracking`](super::tracking).
-    pub(super) tracking: Switch,
-    leaving: AtomicBool,
-}
-
-impl Attachment {
-    fn is_leaving(&self) -> bool {
-        // Acquire: pairs with the Release in `release`, directly, or through the lock of the pairs
-        // or the tree's root. If it sees that store, the domain is not filled; if not, F6 and F7
-        // decide, as the module says.
-        self.leaving.load(Ordering::Acquire)
-    }
-}
-
-impl std::fmt::Debug for Attachment {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.id)
-    }
-}
 
 /// The range of a put-back store: all addresses. Fewer in the model checker, where a bitmap of all
 /// of them would be dozens of levels deep.
 fn put_back_range() -> IovaRange {
     if TINY {
-        IovaRange::new(Iova::MIN, Iova::new(0x3_ffff)).unwrap_or(IovaRange::ALL)
+        IovaRange::ascending(Iova::MIN, Iova::new(0x3_ffff))
     } else {
         IovaRange::ALL
     }
@@ -466,61 +436,5 @@ fn check_areas<'a>(mut areas: impl Iterator<Item = &'a Area>, page: Granule) -> 
             area: area.mapping.range,
         }),
         None => Ok(()),
-    }
-}
-
-/// The sources of one harvest: which domains of one moment, and whether the marks.
-#[derive(Clone, Debug)]
-pub(crate) struct Covered {
-    all: Attachments,
-    /// The position of the only domain, if it is only one.
-    only: Option<usize>,
-    pub(crate) marks: bool,
-}
-
-impl Covered {
-    /// All domains, and the marks.
-    pub(crate) fn everything(rules: &Rules) -> Self {
-        Covered {
-            all: rules.attachments().clone(),
-            only: None,
-            marks: true,
-        }
-    }
-
-    /// One domain.
-    ///
-    /// # Errors
-    /// [`Error::NotAttached`].
-    pub(crate) fn domain(rules: &Rules, id: DomainId) -> Result<Self, Error> {
-        let all = rules.attachments().clone();
-        Ok(Covered {
-            only: Some(all.position(id)?),
-            all,
-            marks: false,
-        })
-    }
-
-    /// `domain` alone, which must be one of these.
-    pub(crate) fn only(&self, domain: &Arc<Attachment>) -> Self {
-        Covered {
-            only: self.all.position(domain.id).ok(),
-            all: self.all.clone(),
-            marks: false,
-        }
-    }
-
-    /// The granule that harvests over these are made of, in a space whose own smallest page is
-    /// `own`: the largest of that and the pages of all domains that were attached at that moment.
-    pub(crate) fn alignment(&self, own: Granule) -> Granule {
-        self.all.alignment(own)
-    }
-
-    /// The domains.
-    pub(crate) fn domains(&self) -> &[Arc<Attachment>] {
-        match self.only {
-            Some(at) => &self.all[at..=at],
-            None => &self.all,
-        }
     }
 }

@@ -25,42 +25,19 @@
 
 use std::convert::Infallible;
 
+use super::AddressSpace;
 use super::area::{Area, Pairs};
-use super::attachment::Attachment;
+use super::domain::Attachment;
 use super::emptying::Emptied;
-use super::plan::{Plan, Touched, check_new};
-use super::{AddressSpace, Unmapped};
+use super::plan::{Change, Plan, Touched, check_new};
 use crate::bitmap::Sink;
 use crate::error::Error;
 use crate::events;
 use crate::failure::{Failure, attempt};
 use crate::flush::{FlushGather, Ticket};
+use crate::report::Unmapped;
 use crate::sync::{Arc, MutexGuard, Ordering, Step, fence, lock, performs};
-use crate::units::{Access, Iova, IovaRange};
-
-/// One change of a batch: see [`AddressSpace::apply`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Change {
-    /// As [`AddressSpace::map`].
-    Map {
-        /// The device-visible addresses.
-        range: IovaRange,
-        /// The backing address, where the memory begins.
-        backing: u64,
-        /// What devices may do.
-        access: Access,
-    },
-    /// As [`AddressSpace::unmap_discarding`].
-    Unmap {
-        /// The range to unmap: whole areas, or pieces that earlier cuts of the batch made of them.
-        range: IovaRange,
-    },
-    /// As [`AddressSpace::cut`].
-    Cut {
-        /// The first address of the upper part.
-        at: Iova,
-    },
-}
+use crate::units::{Iova, IovaRange};
 
 impl AddressSpace {
     /// Performs `changes` in order, as one atomic step: a reader sees all of them or none. So cuts

@@ -2,10 +2,11 @@
 //! the worst.
 
 use super::AddressSpace;
-use super::attachment::Attachment;
+use super::domain::Attachment;
 use crate::failure::{Failure, Panic, attempt, call, keep_first};
 use crate::flush::{FlushGather, Ticket};
-use crate::source::Marks;
+use crate::marks::Marks;
+use crate::ranges::add_joined;
 use crate::sync::{Step, performs};
 use crate::units::{Granule, IovaRange};
 
@@ -119,14 +120,7 @@ impl DirtyRuns {
             return;
         };
         let part = part.round_out(self.page);
-        if let Some(last) = self.runs.last_mut()
-            && last.start() <= part.start()
-            && (last.intersects(part) || last.last().checked_add(1) == Some(part.start()))
-        {
-            *last = last.hull(part);
-            return;
-        }
-        self.runs.push(part);
+        add_joined(&mut self.runs, part);
         // In ascending order, runs that do not touch are at most half as many as the pages. More
         // runs mean that the order was another, and the whole range stands in for them.
         if self.runs.len() as u128 > (self.range.len() >> self.page.lg2()) / 2 + 1 {

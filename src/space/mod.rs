@@ -16,42 +16,48 @@ mod allocation;
 mod area;
 mod attachment;
 mod change;
+mod domain;
 mod emptying;
 mod faults;
 mod flushing;
 #[cfg(all(test, not(dirtymap_loom)))]
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod growth_tests;
+mod outside;
 mod pairs;
 mod plan;
 mod retired;
 mod rules;
 mod snapshot;
 mod stats;
+mod switch;
 mod tracking;
 mod unmap;
 
+pub use crate::marks::MarkOrdering;
+pub use crate::report::Unmapped;
 pub use allocation::SpaceRanges;
 pub(crate) use area::Area;
-pub(crate) use attachment::{Attachment, Covered};
-pub use change::Change;
+pub(crate) use domain::{Attachment, Covered};
 pub use faults::{Fault, FaultSource, Faults};
+pub use plan::Change;
 pub use snapshot::SpaceSnapshot;
 pub(crate) use stats::Counters;
 pub use stats::SpaceStats;
-pub use unmap::Unmapped;
 
 use crate::area::AreaTree;
 use crate::error::Error;
 use crate::events;
 use crate::flush::FlushQueue;
-use crate::source::{DirtySource, InFlight, Mapping, MarkOrdering, NearMarks};
+use crate::marks::{InFlight, NearMarks};
+use crate::source::{DirtySource, Mapping};
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, fence};
 use crate::units::{Access, DomainId, Granule, Iova, IovaRange, ToIovaRange};
 use faults::Log;
+use outside::Outside;
 use retired::LastRetired;
 use rules::Rules;
-use tracking::Switch;
+use switch::Switch;
 
 /// The areas of one moment.
 pub(crate) type Areas<'a> = SpaceSnapshot<'a>;
@@ -266,14 +272,25 @@ impl AddressSpace {
         match outside.first {
             None => Ok(()),
             Some(at) => {
-                self.outside_mark(at, outside.bytes);
+                self.report_outside_mark(at, outside.bytes);
                 Err(Error::Outside { at })
             }
         }
     }
 
-    /// Counts a mark that touched addresses outside every area, and records the fault.
-    pub(crate) fn outside_mark(&self, at: Iova, len: u64) {
+    /// Counts a mark that touched `len` bytes from `at` on outside every area, and records the
+    /// fault, as [`mark`](Self::mark) does: for an adapter that refuses a mark by itself, because
+    /// the mark lies outside of the part of the space that the adapter stands for.
+    ///
+    /// ```
+    /// use dirtymap::{AddressSpace, Granule, Iova};
+    ///
+    /// let space = AddressSpace::new(Granule::K4);
+    /// space.report_outside_mark(Iova::new(0x5000), 8);
+    /// assert_eq!(space.stats().outside_marks, 1);
+    /// assert_eq!(space.faults().recent.len(), 1);
+    /// ```
+    pub fn report_outside_mark(&self, at: Iova, len: u64) {
         self.counters.outside_mark();
         let source = FaultSource::Mark;
         self.faults.record(Fault { at, len, source });
@@ -453,34 +470,6 @@ fn check_mapping(mapping: &Mapping, alignment: Granule) -> Result<(), Error> {
         return Err(Error::BackingWraps { backing, range });
     }
     Ok(())
-}
-
-/// The parts of a range that lie in no area: the first address, and the number of bytes.
-#[derive(Debug, Default)]
-pub(crate) struct Outside {
-    pub(crate) first: Option<Iova>,
-    pub(crate) bytes: u64,
-}
-
-impl Outside {
-    fn add(&mut self, at: Iova, bytes: u64) {
-        self.first.get_or_insert(at);
-        self.bytes = self.bytes.saturating_add(bytes);
-    }
-
-    fn add_range(&mut self, range: IovaRange) {
-        self.add(
-            range.start(),
-            u64::try_from(range.len()).unwrap_or(u64::MAX),
-        );
-    }
-
-    /// Adds parts that lie above.
-    fn join(&mut self, above: Outside) {
-        if let Some(at) = above.first {
-            self.add(at, above.bytes);
-        }
-    }
 }
 
 /// One area, for marks without a lookup. It keeps the memory of the area's marks alive, but not its

@@ -25,7 +25,7 @@
 //!   in the tree. If an attach filled the whole before the batch took the lock, the domain is in
 //!   the pairs that the batch empties.
 
-use super::attachment::Attachment;
+use super::domain::Attachment;
 use super::{AddressSpace, Area};
 use crate::sync::{Arc, Step, performs};
 use crate::units::IovaRange;

@@ -4,20 +4,44 @@
 use std::collections::BTreeMap;
 
 use super::area::Area;
-use super::change::Change;
 use super::check_mapping;
 use super::rules::Rules;
 use crate::area::{Entry, Snapshot};
 use crate::error::Error;
-use crate::source::{Mapping, MarkOrdering};
+use crate::marks::MarkOrdering;
+use crate::source::Mapping;
 use crate::sync::Arc;
-use crate::units::{Granule, Iova, IovaRange};
+use crate::units::{Access, Granule, Iova, IovaRange};
 
 /// The snapshot that a plan is made from.
 type TreeSnapshot<'a> = Snapshot<'a, Area, 16, Rules>;
 
 /// Disjoint ranges by their first address.
 type Ranges = BTreeMap<Iova, IovaRange>;
+
+/// One change of a batch: see [`AddressSpace::apply`](crate::AddressSpace::apply).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// As [`AddressSpace::map`](crate::AddressSpace::map).
+    Map {
+        /// The device-visible addresses.
+        range: IovaRange,
+        /// The backing address, where the memory begins.
+        backing: u64,
+        /// What devices may do.
+        access: Access,
+    },
+    /// As [`AddressSpace::unmap_discarding`](crate::AddressSpace::unmap_discarding).
+    Unmap {
+        /// The range to unmap: whole areas, or pieces that earlier cuts of the batch made of them.
+        range: IovaRange,
+    },
+    /// As [`AddressSpace::cut`](crate::AddressSpace::cut).
+    Cut {
+        /// The first address of the upper part.
+        at: Iova,
+    },
+}
 
 /// The areas that a change cuts, unmaps or maps.
 ///

@@ -5,12 +5,11 @@
 //! a map and a reservation race, one of them sees the other. A change takes time in proportion to
 //! the number of reserved and allowed ranges, of which a platform has a handful.
 
-use std::ops::Deref;
-
-use super::attachment::Attachment;
+use super::domain::{Attachment, Attachments};
 use crate::error::Error;
+use crate::ranges::{add_joined, without};
 use crate::sync::Arc;
-use crate::units::{DomainId, Granule, Iova, IovaRange};
+use crate::units::{Granule, Iova, IovaRange};
 
 /// See the [module](self).
 #[derive(Clone, Debug, Default)]
@@ -26,40 +25,6 @@ pub(crate) struct Rules {
     /// in order.
     promised: Vec<IovaRange>,
     attachments: Attachments,
-}
-
-/// The attached domains of one moment, in the order in which they were attached. Cheap to clone.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Attachments(Arc<Vec<Arc<Attachment>>>);
-
-impl Attachments {
-    /// # Errors
-    /// [`Error::NotAttached`].
-    pub(crate) fn find(&self, domain: DomainId) -> Result<&Arc<Attachment>, Error> {
-        self.position(domain).map(|at| &self[at])
-    }
-
-    /// # Errors
-    /// [`Error::NotAttached`].
-    pub(crate) fn position(&self, domain: DomainId) -> Result<usize, Error> {
-        // Ids grow with each attach.
-        self.binary_search_by_key(&domain, |attachment| attachment.id)
-            .map_err(|_| Error::NotAttached { domain })
-    }
-
-    /// The largest of `own` and the smallest pages of these domains.
-    pub(crate) fn alignment(&self, own: Granule) -> Granule {
-        let pages = self.iter().map(|domain| domain.page);
-        pages.fold(own, Granule::max)
-    }
-}
-
-impl Deref for Attachments {
-    type Target = [Arc<Attachment>];
-
-    fn deref(&self) -> &Self::Target {
-        &self.0
-    }
 }
 
 impl Rules {
@@ -193,8 +158,8 @@ impl Rules {
 
     /// The ranges in which allocation is allowed inside `bounds`: disjoint, in ascending order.
     pub(crate) fn windows(&self, bounds: IovaRange) -> Vec<IovaRange> {
-        let mut windows = if self.allowed.is_empty() {
-            holes(bounds, self.blocked.iter().copied())
+        let mut windows: Vec<IovaRange> = if self.allowed.is_empty() {
+            without(bounds, self.blocked.iter().copied()).collect()
         } else {
             let inside = |allowed: &IovaRange| allowed.intersection(bounds);
             self.allowed.iter().filter_map(inside).collect()
@@ -205,31 +170,15 @@ impl Rules {
             let unpromised = |window: IovaRange| {
                 let from = self.promised.partition_point(|p| p.last() < window.start());
                 let inside = self.promised[from..].iter().copied();
-                holes(window, inside.take_while(|p| p.start() <= window.last()))
+                without(
+                    window,
+                    inside.take_while(move |p| p.start() <= window.last()),
+                )
             };
             windows = windows.into_iter().flat_map(unpromised).collect();
         }
         windows
     }
-}
-
-/// The parts of `bounds` that lie in none of `taken`, which are disjoint and in ascending order.
-pub(crate) fn holes(
-    bounds: IovaRange,
-    taken: impl IntoIterator<Item = IovaRange>,
-) -> Vec<IovaRange> {
-    let mut holes = Vec::new();
-    let mut floor = Some(bounds.start());
-    for range in taken {
-        let Some(from) = floor else { break };
-        let before = range.start().get().checked_sub(1).map(Iova::new);
-        let hole = before.and_then(|last| IovaRange::new(from, last.min(bounds.last())).ok());
-        holes.extend(hole);
-        // A range that ends below the floor does not move it.
-        floor = range.last().checked_add(1).map(|above| above.max(from));
-    }
-    holes.extend(floor.and_then(|from| IovaRange::new(from, bounds.last()).ok()));
-    holes
 }
 
 fn key(range: IovaRange) -> (Iova, Iova) {
@@ -244,21 +193,9 @@ fn first_in(ranges: &[IovaRange], range: IovaRange) -> Option<IovaRange> {
 
 /// The addresses of `ranges`, which are in order of start, as disjoint ranges that do not touch.
 fn merged(ranges: &[IovaRange]) -> Vec<IovaRange> {
-    let mut merged: Vec<IovaRange> = Vec::with_capacity(ranges.len());
+    let mut merged = Vec::with_capacity(ranges.len());
     for range in ranges {
-        let joined = merged.last_mut().filter(|before| {
-            let above = before.last().checked_add(1);
-            above.is_none_or(|above| range.start() <= above)
-        });
-        match joined {
-            Some(before) => {
-                // Never an error: the ranges are in order of start.
-                if let Ok(both) = IovaRange::new(before.start(), before.last().max(range.last())) {
-                    *before = both;
-                }
-            }
-            None => merged.push(*range),
-        }
+        add_joined(&mut merged, *range);
     }
     merged
 }

@@ -1,114 +1,18 @@
 //! The switches: whether writes are tracked, in the space and in each domain.
 //!
-//! ```text
-//!            on                    off
-//!  Never ----------> On <-------------------> Off
-//!                                     on
-//! ```
-//!
 //! The switch of the space applies to the marks, and to domains that are attached later. Each
-//! domain has a switch of its own, which stores the last state that its source confirmed. A source
-//! that refuses keeps its state, so after a switch that failed half-way, the next one asks exactly
-//! the sources that still differ. A source that panics may be on or off: its switch is *in doubt*,
-//! and the next switch asks it, for on and for off. All switches change under the lock that attach
-//! and detach take.
+//! domain has a [`switch`](super::switch) of its own. A source that refuses keeps its state, so
+//! after a switch that failed half-way, the next one asks exactly the sources that still differ.
+//! All switches change under the lock that attach and detach take.
 
 use super::AddressSpace;
-use super::attachment::{Attachment, Covered};
+use super::domain::{Attachment, Covered};
 use crate::error::Error;
 use crate::events;
-use crate::failure::{Failure, attempt};
+use crate::failure::Failure;
 use crate::source::Tracking;
-use crate::sync::{Arc, AtomicU8, Ordering, Step, lock, weaken};
+use crate::sync::{Arc, lock};
 use crate::units::{DomainId, Granule, IovaRange};
-
-const NEVER: u8 = 0;
-const ON: u8 = 1;
-const OFF: u8 = 2;
-/// Added to the last confirmed state if the source has panicked since.
-const IN_DOUBT: u8 = 4;
-
-/// One switch.
-#[derive(Debug)]
-pub(super) struct Switch(AtomicU8);
-
-impl Switch {
-    pub(super) fn new() -> Self {
-        Switch(AtomicU8::new(NEVER))
-    }
-
-    /// Whether it is on for certain.
-    fn is_on(&self) -> bool {
-        // Acquire: as in `was_ever_on`.
-        self.0.load(Ordering::Acquire) == ON
-    }
-
-    /// Whether its state is `on` for certain.
-    fn is(&self, on: bool) -> bool {
-        // Acquire: as in `was_ever_on`.
-        match self.0.load(Ordering::Acquire) {
-            ON => on,
-            NEVER | OFF => !on,
-            _ => false,
-        }
-    }
-
-    fn was_ever_on(&self) -> bool {
-        // Acquire: pairs with the Release in `set`.
-        self.0.load(Ordering::Acquire) & !IN_DOUBT != NEVER
-    }
-
-    /// "Off" is stored only if the switch was ever on; otherwise it stays "never".
-    fn set(&self, on: bool) {
-        let state = match on {
-            true => ON,
-            false if self.was_ever_on() => OFF,
-            false => NEVER,
-        };
-        // Release: pairs with the Acquire in `was_ever_on`. A harvest that sees the switch on finds
-        // a clean baseline; one that does not is refused, or runs as before the switch.
-        let order = weaken(Step::PublishBaseline, Ordering::Release);
-        self.0.store(state, order);
-    }
-
-    /// The state of the source is unknown. Whether a harvest is allowed stays as it is.
-    fn doubt(&self) {
-        // Relaxed: the lock of the domains orders all stores.
-        let said = self.0.load(Ordering::Relaxed);
-        // Release: a thread that reads this store also sees what the store in `set` published.
-        self.0.store(said | IN_DOUBT, Ordering::Release);
-    }
-}
-
-impl Attachment {
-    /// Switches the source if it is not in the state `on` for certain. Returns whether it was
-    /// asked.
-    ///
-    /// # Errors
-    /// The error of the source, which keeps its state; or its panic, after which the next switch
-    /// asks it again.
-    pub(super) fn switch(&self, to: Tracking) -> Result<bool, Failure> {
-        if self.tracking.is(to.is_on()) {
-            return Ok(false);
-        }
-        let switched = attempt(|| self.source.set_tracking(to));
-        match switched {
-            Ok(()) => self.tracking.set(to.is_on()),
-            Err(Failure::Panicked(_)) => self.tracking.doubt(),
-            Err(Failure::Refused(_)) => (),
-        }
-        switched.map(|()| true)
-    }
-
-    /// Switches the source off after `failure`. A source that refuses keeps tracking, which costs
-    /// time and loses nothing; its switch says so.
-    pub(super) fn switch_back(&self, failure: Failure) -> Failure {
-        match self.switch(Tracking::Off) {
-            Err(panicked @ Failure::Panicked(_)) => failure.then(panicked),
-            Ok(_) | Err(Failure::Refused(_)) => failure,
-        }
-    }
-}
 
 impl AddressSpace {
     /// An empty space that [tracks](Self::start_tracking) from the start: whatever is mapped is
@@ -265,7 +169,7 @@ impl AddressSpace {
                 self.discard(marks.clear(range));
             }
         }
-        // F2 of the marks' protocol (`source::marks`), for the first full copy that follows: it has
+        // F2 of the marks' protocol (`marks`), for the first full copy that follows: it has
         // the data of each marker that found its mark set, or that marker sees the clear and marks
         // again.
         self.ordering.before_copies();

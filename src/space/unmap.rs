@@ -93,23 +93,9 @@ use crate::bitmap::{BitmapView, UserBitmap};
 use crate::error::Error;
 use crate::events;
 use crate::failure::Failure;
+use crate::report::Unmapped;
 use crate::sync::{Arc, Ordering, fence};
 use crate::units::{Granule, ToIovaRange};
-
-/// The result of an unmap.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize))]
-pub struct Unmapped {
-    /// Areas that were removed.
-    pub areas: u64,
-    /// The bytes of those areas.
-    pub bytes: u128,
-    /// Bytes of their dirty pages that were recorded in the user's bitmap.
-    pub dirty_bytes: u128,
-    /// Bytes of their dirty pages that were not recorded. With a bitmap this is 0, unless a window
-    /// of a file failed for a mark that came while the areas went.
-    pub discarded_bytes: u128,
-}
 
 impl AddressSpace {
     /// Unmaps every area inside `range` and **discards** their dirty pages. All or nothing; `range`
@@ -161,11 +147,16 @@ impl AddressSpace {
     /// ```
     ///
     /// # Errors
-    /// In this order: [`Error::Unaligned`] (to `granule`), [`Error::BitmapTooShort`], then those of
-    /// [`unmap_discarding`](Self::unmap_discarding), then [`Error::BitmapShrank`],
-    /// [`Error::BitmapWindow`] or [`Error::BitmapNoSpace`] if a file cannot take the dirty bits.
+    /// In this order: [`Error::Unaligned`] (to `granule`), [`BitmapError::TooShort`], then those of
+    /// [`unmap_discarding`](Self::unmap_discarding), then [`BitmapError::Shrank`],
+    /// [`BitmapError::Window`] or [`BitmapError::NoSpace`] if a file cannot take the dirty bits.
     /// Then everything is as before, except that translations have ended, as after a flush that
     /// failed.
+    ///
+    /// [`BitmapError::TooShort`]: crate::bitmap::BitmapError::TooShort
+    /// [`BitmapError::Shrank`]: crate::bitmap::BitmapError::Shrank
+    /// [`BitmapError::Window`]: crate::bitmap::BitmapError::Window
+    /// [`BitmapError::NoSpace`]: crate::bitmap::BitmapError::NoSpace
     #[doc(alias = "IOMMU_IOAS_UNMAP")]
     #[doc(alias = "VFIO_DMA_UNMAP_FLAG_GET_DIRTY_BITMAP")]
     pub fn unmap<'a>(

@@ -33,7 +33,7 @@ pub enum Error {
     Exists,
     /// A range that is none.
     #[error(transparent)]
-    Range(#[from] dirtymap::Error),
+    Range(#[from] dirtymap::RangeError),
     /// A range that goes past the end of the device.
     #[error("the range {range} goes past the end of the device, which has {len:#x} bytes")]
     PastEnd {

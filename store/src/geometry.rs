@@ -1,6 +1,7 @@
 //! The device, its extents and their pages.
 
-use dirtymap::{Granule, Iova, IovaRange, RunTable};
+use dirtymap::exchange::RunTable;
+use dirtymap::{Granule, Iova, IovaRange};
 
 use crate::delta::{Delta, Run};
 use crate::error::Error;
@@ -127,6 +128,8 @@ impl Geometry {
 
 #[cfg(all(test, not(dirtymap_loom)))]
 mod tests {
+    #![allow(clippy::unwrap_used)] // helpers of tests
+
     use std::collections::BTreeSet;
 
     use dirtymap::{Granule, Iova, IovaRange};

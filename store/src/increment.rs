@@ -2,7 +2,7 @@
 
 use std::io;
 
-use dirtymap::RunTable;
+use dirtymap::exchange::RunTable;
 
 use crate::epoch::Epoch;
 use crate::error::{Error, Why};

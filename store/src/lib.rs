@@ -120,7 +120,7 @@ mod words;
 #[cfg(unix)]
 pub use disk::DirFolder;
 pub use disk::{Disk, Folder};
-#[cfg(feature = "test-kit")]
+#[cfg(any(test, feature = "test-kit"))]
 pub use disk::{Landed, SimFolder};
 pub use epoch::{BadEpoch, Epoch};
 pub use error::{Error, Why};

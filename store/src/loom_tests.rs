@@ -1,5 +1,6 @@
 //! Models of the path without a lock: a writer against the leader, each with the steps that it must
 //! not hold without.
+#![allow(clippy::unwrap_used)] // helpers of tests
 
 use dirtymap::sync::model::{Bound, explore, name_of};
 use dirtymap::sync::{Arc, AtomicU64, Ordering, thread};

@@ -1,5 +1,5 @@
-//! The store: writers that ask for extents, one leader at a time that writes the log, and the threads
-//! that wait for it.
+//! The store: writers that ask for extents, one leader at a time that writes the log, and the
+//! threads that wait for it.
 //!
 //! ```text
 //!  begin_write --> pin --> open? -- yes --------------------------------------> write

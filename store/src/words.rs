@@ -154,7 +154,8 @@ impl Words {
     /// Takes the dirty pages of an open extent, which stays open (T1).
     pub(crate) fn take(&self, extent: u64) -> u32 {
         // Acquire: pairs with the Release in `leave`; a thread that copies a page that is found
-        // here sees the data of its write. Read-modify-writes in between continue the release sequence.
+        // here sees the data of its write. Read-modify-writes in between continue the release
+        // sequence.
         let acquire = weaken(Step::SeeWrite, Ordering::Acquire);
         (self.word(extent).fetch_and(!PAGES, acquire) & PAGES) as u32
     }

@@ -4,10 +4,8 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
-use dirtymap::{
-    AddressSpace, DirtySource, Error, FlushCost, FlushGather, Granule, Invalidated, Iova,
-    IovaRange, LeafSink, Mapping, Sink, Stopped, Tracking,
-};
+use dirtymap::source::{FlushCost, FlushGather, Invalidated, LeafSink, Sink, Stopped};
+use dirtymap::{AddressSpace, DirtySource, Error, Granule, Iova, IovaRange, Mapping, Tracking};
 
 pub const PAGE: u64 = 4096;
 

@@ -4,10 +4,8 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
-use dirtymap::{
-    DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink, Mapping,
-    Sink, Stopped, Tracking,
-};
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
+use dirtymap::{DirtySource, Error, Granule, Iova, IovaRange, Mapping, Tracking};
 
 /// What happens once, at a place that a test names.
 #[derive(Default)]

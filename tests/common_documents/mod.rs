@@ -39,8 +39,10 @@ pub(crate) fn sources() -> Option<Vec<Source>> {
 impl Source {
     /// Whether the file is part of a crate, and no test of it.
     pub(crate) fn is_code(&self) -> bool {
-        let crates = ["src/", "pagetable-sim/src/"];
-        crates.iter().any(|start| self.path.starts_with(start)) && !self.path.contains("test")
+        let (before, _) = self.path.split_once("src/").unwrap_or(("-", ""));
+        let crates = ["", "formats/", "pagetable-sim/"];
+        let is_crate = crates.contains(&before) || before.starts_with("adapters/");
+        is_crate && !self.path.contains("test")
     }
 
     /// The functions in which `wanted` says yes to a line of code, each once, in order, methods as

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use dirtymap::{AddressSpace, DirtyLog, Granule, HarvestRequest, UserBitmap};
+use dirtymap::exchange::DirtyLog;
+use dirtymap::{AddressSpace, Granule, HarvestRequest, UserBitmap};
 
 use crate::logs::Log;
 use crate::{PAGE, RW, pages, range, take};

@@ -2,10 +2,9 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 
-use dirtymap::{
-    DirtyLog, DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink,
-    Mapping, RunsExt, Sink, Stopped, Tracking,
-};
+use dirtymap::exchange::{DirtyLog, RunsExt};
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
+use dirtymap::{DirtySource, Error, Granule, Iova, IovaRange, Mapping, Tracking};
 
 /// What a log says when it fails on demand.
 #[derive(Debug, thiserror::Error)]

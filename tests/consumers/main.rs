@@ -6,8 +6,6 @@
 #![allow(clippy::unwrap_used)] // helpers of tests
 
 mod areas;
-#[cfg(feature = "bitmap-file")]
-mod files;
 mod granules;
 mod in_flight;
 mod logs;
@@ -43,13 +41,13 @@ fn take(space: &AddressSpace, range: IovaRange) -> Vec<IovaRange> {
     runs
 }
 
-/// A story that nobody can find is not told.
+/// A story that nobody can find is not told. Those of `files` are tests of the crate that has the
+/// file format: formats/tests/exchange/files.rs.
 #[test]
 fn each_of_these_tests_is_in_the_guide() {
     let guide = include_str!("../../docs/guide/bugs.md");
     let modules = [
         ("areas", include_str!("areas.rs")),
-        ("files", include_str!("files.rs")),
         ("granules", include_str!("granules.rs")),
         ("in_flight", include_str!("in_flight.rs")),
         ("merging", include_str!("merging.rs")),

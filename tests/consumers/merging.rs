@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use dirtymap::{AddressSpace, DirtyLog, Error, Granule, IovaRange, RunTable, RunsExt, merge_runs};
+use dirtymap::bitmap::BitmapError;
+use dirtymap::exchange::{DirtyLog, RunTable, RunsExt, merge_runs};
+use dirtymap::{AddressSpace, Granule, IovaRange};
 
 use crate::logs::Log;
 use crate::{PAGE, RW, pages, range, take};
@@ -39,7 +41,7 @@ fn the_shorter_of_two_logs_does_not_cut_the_longer_one() {
     let error = DirtyLog::words(&short, pages(0, 192), Granule::K4).unwrap_err();
     assert!(matches!(
         error,
-        Error::BitmapTooShort {
+        BitmapError::TooShort {
             bits: 64,
             needed: 192,
             ..

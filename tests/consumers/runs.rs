@@ -1,6 +1,7 @@
 //! From bits to ranges.
 
-use dirtymap::{AddressSpace, DirtyLog, Granule, UserBitmap};
+use dirtymap::exchange::DirtyLog;
+use dirtymap::{AddressSpace, Granule, UserBitmap};
 
 use crate::{PAGE, RW, pages, range};
 

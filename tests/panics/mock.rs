@@ -5,10 +5,8 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use dirtymap::{
-    AddressSpace, DirtySource, Error, FlushCost, FlushGather, Granule, Invalidated, Iova,
-    IovaRange, LeafSink, Leaves, Mapping, Sink, Stopped, Tracking,
-};
+use dirtymap::source::{FlushCost, FlushGather, Invalidated, LeafSink, Leaves, Sink, Stopped};
+use dirtymap::{AddressSpace, DirtySource, Error, Granule, Iova, IovaRange, Mapping, Tracking};
 
 pub const PAGE: u64 = 4096;
 /// Pages of a leaf, where they are aligned and mapped together.

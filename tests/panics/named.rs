@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use dirtymap::flush::Leaves;
 use dirtymap::{
-    Access, AddressSpace, Change, DomainId, Error, Granule, HarvestRequest, Iova, IovaRange,
-    Leaves, Scope, SparseBitmap, UserBitmap,
+    Access, AddressSpace, Change, DomainId, Error, Granule, HarvestRequest, Iova, IovaRange, Scope,
+    SparseBitmap, UserBitmap,
 };
 
 use crate::mock::{Device, Owned, Points, numbers, pages, panics};

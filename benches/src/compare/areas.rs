@@ -4,8 +4,9 @@
 
 use std::hint::{black_box, spin_loop};
 
+use dirtymap::area::AreaMap;
 use dirtymap::sync::{AtomicU64, Ordering};
-use dirtymap::{AddressSpace, AreaMap, Mapping};
+use dirtymap::{AddressSpace, Mapping};
 
 use super::ticks::{self, Clock};
 use super::{

@@ -8,8 +8,10 @@ use std::hint::black_box;
 use std::ops::Range;
 use std::time::Instant;
 
+use dirtymap::flush::FlushGather;
+use dirtymap::source::LeafSink;
 use dirtymap::sync::thread;
-use dirtymap::{Access, FlushGather, Granule, Iova, IovaRange, LeafSink, UserBitmap};
+use dirtymap::{Access, Granule, Iova, IovaRange, UserBitmap};
 use pagetable_sim::{AmdV1, LeafSizes, Table};
 
 use super::{Contestant, Family, Report, Scale, Settings, Target, Workload, contest};
@@ -197,8 +199,9 @@ impl Pair {
     }
 }
 
+/// Moves the dirty bits of the `bytes` from `start` on into `words`, a bit for each `leaf`.
 #[allow(clippy::unwrap_used)] // ranges that are fit
-fn harvest(table: &Table<AmdV1>, start: u64, bytes: u64, leaf: Granule, words: &mut [u64]) {
+pub fn harvest(table: &Table<AmdV1>, start: u64, bytes: u64, leaf: Granule, words: &mut [u64]) {
     let range = IovaRange::from_len(Iova::new(start), bytes).unwrap();
     let view = UserBitmap::new(words).view(range, leaf).unwrap();
     let (mut sink, mut gather) = (view.sink(), FlushGather::new());

@@ -2,9 +2,9 @@
 
 use std::fmt::Display;
 
+use dirtymap::area::AreaMap;
 use dirtymap::{
-    Access, AddressSpace, AreaHandle, AreaMap, Granule, HarvestRequest, Iova, IovaRange, Mapping,
-    UserBitmap,
+    Access, AddressSpace, AreaHandle, Granule, HarvestRequest, Iova, IovaRange, Mapping, UserBitmap,
 };
 
 use crate::{Allocator, Areas, PAGE, Peer, Tracker, add_to_sum, sum};

@@ -3,10 +3,8 @@
 use std::cell::Cell;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use dirtymap::{
-    DirtySource, DomainId, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink, Mapping,
-    Sink, Stopped, Tracking,
-};
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
+use dirtymap::{DirtySource, DomainId, Granule, Iova, IovaRange, Mapping, Tracking};
 use pagetable_sim::{AmdHost, Domain, DomainConfig, LeafSizes, PhysMemory};
 
 /// AMD v1 with the pages of the kernel's mock, 2 KiB.

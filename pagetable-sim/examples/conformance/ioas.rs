@@ -39,6 +39,9 @@ pub(crate) enum Refusal {
     /// The library's own refusal.
     #[error(transparent)]
     Space(#[from] dirtymap::Error),
+    /// The library refuses to make a range or a granule.
+    #[error(transparent)]
+    Range(#[from] dirtymap::RangeError),
 }
 
 impl Refusal {
@@ -50,6 +53,7 @@ impl Refusal {
             Refusal::NotTracking | Refusal::Unaligned(_) => 22,
             Refusal::TooLarge => 75,
             Refusal::Space(error) => error.errno(),
+            Refusal::Range(error) => error.errno(),
         }
     }
 }
@@ -180,10 +184,13 @@ impl Ioas {
         let granule = Granule::from_bytes(get.page_size)?;
         let done = self.harvest(hwpt.id, range, granule, clear, UserBitmap::bytes(bitmap));
         done.map_err(|error| {
-            use dirtymap::Error::{BitmapTooShort, NeverTracked};
+            use dirtymap::Error::{Bitmap, NeverTracked};
+            use dirtymap::bitmap::BitmapError::TooShort;
             match error {
                 // A domain that cannot track is refused last, when the range is fine.
-                NeverTracked { .. } | BitmapTooShort { .. } if !hwpt.tracks => Refusal::CannotTrack,
+                NeverTracked { .. } | Bitmap(TooShort { .. }) if !hwpt.tracks => {
+                    Refusal::CannotTrack
+                }
                 error => error.into(),
             }
         })
@@ -238,7 +245,8 @@ impl Ioas {
                 Ok(view) => view,
                 // The space gives no answer, but keeps nothing either.
                 Err(dirtymap::Error::NeverTracked { .. }) => {
-                    let view = UserBitmap::new(&mut words).view(range, granule)?;
+                    let view = UserBitmap::new(&mut words).view(range, granule);
+                    let view = view.map_err(dirtymap::Error::from)?;
                     let peeked = hwpt.source.peek(range, &mut view.sink());
                     peeked.map_err(|stopped| stopped.error)?;
                     view

@@ -268,20 +268,22 @@ impl Player<'_> {
 
     /// A read that we refuse is one that the kernel refuses as well, or one of the exceptions.
     fn stricter(&self, hwpt: &Hwpt, get: &Get, buffer: &Image, refusal: Refusal) -> Verdict {
-        use dirtymap::Error::{BadGranule, BitmapTooShort, NeverTracked};
+        use dirtymap::Error::{Bitmap, NeverTracked};
+        use dirtymap::RangeError::BadGranule;
+        use dirtymap::bitmap::BitmapError::TooShort;
         if self.op.errno != 0 && refusal.errno() == self.op.errno {
             return Ok(None);
         }
         let accepted = self.op.errno == 0;
         let needed = get.length.checked_div(get.page_size).unwrap_or(0);
         match refusal {
-            Refusal::Space(BadGranule { bytes }) if bytes != 0 && !bytes.is_power_of_two() => {
+            Refusal::Range(BadGranule { bytes }) if bytes != 0 && !bytes.is_power_of_two() => {
                 Ok(Some(NOT_A_POWER))
             }
             Refusal::Space(NeverTracked { .. }) if accepted && !hwpt.ever_tracked.get() => {
                 Ok(Some(NEVER_TRACKED))
             }
-            Refusal::Space(BitmapTooShort { .. })
+            Refusal::Space(Bitmap(TooShort { .. }))
                 if accepted && u128::from(needed) > buffer.bits() =>
             {
                 Ok(Some(SHORT_BITMAP))

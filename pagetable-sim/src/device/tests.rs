@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
 use crate::{DmaError, Domain, DomainConfig, DomainStats, FaultKind, PhysMemory, X86_64};
-use dirtymap::{Access, DirtySource, FlushGather, Iova, LeafSink, Mapping, Tracking, UserBitmap};
+use dirtymap::source::{FlushGather, LeafSink};
+use dirtymap::{Access, DirtySource, Iova, Mapping, Tracking, UserBitmap};
 
 const K4: u64 = 1 << 12;
 const BASE: u64 = 0x4000_0000;
@@ -289,7 +290,7 @@ fn ignored_invalidations_lose_the_next_write() {
         let (dirty, gather) = harvest(&domain, 8);
         assert_eq!(dirty, expect);
         let done = domain.invalidate(&gather).unwrap();
-        assert_eq!(done, dirtymap::Invalidated::default());
+        assert_eq!(done, dirtymap::flush::Invalidated::default());
     }
     assert_eq!(bytes(domain.memory(), 5 * K4, 1), [2]);
 }

@@ -15,8 +15,9 @@
 //! Both rounds drain the writes in flight. The second one drains those that a device's TLB
 //! translated between the two.
 
+use dirtymap::flush::{FlushGather, Invalidated};
 use dirtymap::sync::{Arc, Ordering, Step, fence, lock, performs};
-use dirtymap::{FlushGather, Granule, Invalidated, IovaRange};
+use dirtymap::{Granule, IovaRange};
 
 use super::Domain;
 use crate::breakage::Breakage;

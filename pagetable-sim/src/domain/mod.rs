@@ -10,11 +10,9 @@
 
 mod invalidate;
 
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering, Step, lock, performs};
-use dirtymap::{
-    DirtySource, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink, Mapping, Sink,
-    Stopped, Tracking,
-};
+use dirtymap::{DirtySource, Granule, Iova, IovaRange, Mapping, Tracking};
 
 use crate::breakage::Breakage;
 use crate::device::{Device, DeviceConfig};

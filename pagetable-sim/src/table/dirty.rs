@@ -25,8 +25,10 @@
 use std::ops::ControlFlow;
 
 use crossbeam_epoch::Guard;
+use dirtymap::bitmap::Sink;
+use dirtymap::source::{LeafSink, Stopped};
 use dirtymap::sync::Ordering;
-use dirtymap::{Iova, IovaRange, LeafSink, Sink, Stopped};
+use dirtymap::{Iova, IovaRange};
 
 use super::leaf::{Batch, DirtyLeaf, Leaf, make_dirty};
 use super::scan::{Upper, Visitor};

@@ -44,10 +44,10 @@ impl<F: Format> Table<F> {
     /// A writable leaf that replaces a table is dirty afterwards; any other leaf is if one of its
     /// parts was. A device that caches a pointer to the table sets D in the old table until an
     /// invalidation that names tables
-    /// ([`FlushGather::add_table`](dirtymap::FlushGather::add_table)) has reached it. Harvests
-    /// before that may have made the leaf clean, so the caller makes it dirty again after that
-    /// invalidation ([`make_dirty`](Self::make_dirty)). [`Domain::merge`](crate::Domain::merge)
-    /// does all that.
+    /// ([`FlushGather::add_table`](dirtymap::flush::FlushGather::add_table)) has reached it.
+    /// Harvests before that may have made the leaf clean, so the caller makes it dirty again after
+    /// that invalidation ([`make_dirty`](Self::make_dirty)).
+    /// [`Domain::merge`](crate::Domain::merge) does all that.
     ///
     /// Lock-free, and devices may write at the same time; the caller owns the range until the call
     /// returns.

@@ -11,8 +11,9 @@
 //! A clean entry costs a load and an OR; nothing is written, and nothing locked.
 
 use crossbeam_epoch::Guard;
+use dirtymap::source::Stopped;
 use dirtymap::sync::{Ordering, Step, performs};
-use dirtymap::{Iova, IovaRange, Stopped};
+use dirtymap::{Iova, IovaRange};
 
 use super::entries::any_dirty;
 use super::leaf::{Batch, DirtyLeaf, Found};

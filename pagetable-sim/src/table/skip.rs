@@ -43,8 +43,9 @@
 //! entry.
 
 use crossbeam_epoch::Guard;
+use dirtymap::IovaRange;
+use dirtymap::source::{LeafSink, Stopped};
 use dirtymap::sync::{Ordering, Step, performs};
-use dirtymap::{IovaRange, LeafSink, Stopped};
 
 use super::entries::{Slot, leads_to_same, slots};
 use super::leaf::{Batch, DirtyLeaf};

@@ -9,8 +9,10 @@ mod reshape;
 mod slabs;
 
 use crossbeam_epoch::Guard;
+use dirtymap::flush::FlushGather;
+use dirtymap::source::LeafSink;
 use dirtymap::sync::Ordering;
-use dirtymap::{Access, FlushGather, Granule, Iova, IovaRange, LeafSink, UserBitmap};
+use dirtymap::{Access, Granule, Iova, IovaRange, UserBitmap};
 
 use super::page::Node;
 use super::*;

@@ -8,14 +8,12 @@
 #![cfg(dirtymap_loom)]
 #![allow(clippy::unwrap_used)]
 
+use dirtymap::source::{FlushGather, LeafSink};
 use dirtymap::sync::model::{
     Bound, breaks_without, explore, fails_without, holds_only_with, holds_within, name_of,
 };
 use dirtymap::sync::{Arc, AtomicU64, Ordering, Step, thread};
-use dirtymap::{
-    Access, DirtySource, FlushGather, Granule, Iova, IovaRange, LeafSink, Mapping, Tracking,
-    UserBitmap,
-};
+use dirtymap::{Access, DirtySource, Granule, Iova, IovaRange, Mapping, Tracking, UserBitmap};
 use pagetable_sim::{
     AmdHost, AmdV1, ArmS1, Breakage, Device, DeviceConfig, Domain, DomainConfig, Format,
     PhysMemory, Table,

@@ -17,6 +17,7 @@ mod free;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use dirtymap::bitmap::BitmapError;
 use dirtymap::{Access, Error, Granule, Holes, Iova, IovaRange};
 
 use crate::op::{Ask, Config, DOMAINS, Format, Mask, Place, Stretch};
@@ -362,12 +363,12 @@ impl Oracle {
         } else if ragged(granule) {
             Some(Error::Unaligned { range, granule })
         } else if needed > u128::from(bits) {
-            Some(Error::BitmapTooShort {
+            Some(Error::Bitmap(BitmapError::TooShort {
                 bits,
                 needed,
                 range,
                 granule,
-            })
+            }))
         } else if let Some(domain) = self.asked_in_vain(ask) {
             Some(Error::NotAttached { domain })
         } else if !self.ever_tracked(ask) {

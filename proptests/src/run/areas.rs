@@ -1,6 +1,8 @@
 //! Map, unmap, and what they do to the copy.
 
-use dirtymap::{Error, Granule, Iova, IovaRange, Unmapped, UserBitmap};
+use dirtymap::bitmap::BitmapError;
+use dirtymap::space::Unmapped;
+use dirtymap::{Error, Granule, Iova, IovaRange, UserBitmap};
 
 use super::{Checked, Runner, same_answer};
 use crate::bits::{Buffer, check_bits, words_for};
@@ -172,12 +174,12 @@ impl Runner<'_> {
         })?;
         let right = match right {
             _ if !range.is_aligned(granule) => Err(Error::Unaligned { range, granule }),
-            _ if short => Err(Error::BitmapTooShort {
+            _ if short => Err(Error::Bitmap(BitmapError::TooShort {
                 bits: words.len() as u64 * 64,
                 needed: range.granules(granule),
                 range,
                 granule,
-            }),
+            })),
             right => right,
         };
         let done = match answer {

@@ -70,7 +70,7 @@ impl Runner<'_> {
         self.check_translations()
     }
 
-    fn applied(&mut self, done: dirtymap::Unmapped, outcome: &Outcome) -> Checked {
+    fn applied(&mut self, done: dirtymap::space::Unmapped, outcome: &Outcome) -> Checked {
         self.check_discarded(&outcome.gone, done)?;
         self.oracle.perform(outcome);
         self.forget_copies(&outcome.gone)?;

@@ -1,6 +1,7 @@
 //! What must hold after each step, and in the end.
 
-use dirtymap::{Holes, Mapping, SpaceStats};
+use dirtymap::space::SpaceStats;
+use dirtymap::{Holes, Mapping};
 
 use super::{Checked, Runner, broken};
 use crate::op::{Ask, Cut, Op};

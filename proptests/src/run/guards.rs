@@ -1,6 +1,7 @@
 //! Writes in flight, and handles that are kept whatever becomes of their areas.
 
-use dirtymap::{Error, Fault, FaultSource, Iova, IovaRange};
+use dirtymap::space::{Fault, FaultSource};
+use dirtymap::{Error, Iova, IovaRange};
 
 use super::{Checked, Guard, Runner, same_answer};
 use crate::op::{Place, Sabotage};

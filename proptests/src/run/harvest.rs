@@ -5,9 +5,9 @@
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
+use dirtymap::harvest::HarvestReport;
 use dirtymap::{
-    AddressSpace, Error, Granule, HarvestReport, HarvestRequest, Iova, IovaRange, Lease, Owed,
-    Scope, UserBitmap,
+    AddressSpace, Error, Granule, HarvestRequest, Iova, IovaRange, Lease, Owed, Scope, UserBitmap,
 };
 
 use super::modes::{call, cursor};

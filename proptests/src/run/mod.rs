@@ -17,9 +17,10 @@ mod writers;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use dirtymap::space::SpaceStats;
 use dirtymap::{
     Access, AddressSpace, AreaHandle, Error, Granule, HarvestRequest, Iova, IovaRange, Lease, Owed,
-    SpaceStats, Synced, WriteGuard,
+    Synced, WriteGuard,
 };
 use pagetable_sim::PhysMemory;
 

@@ -188,8 +188,8 @@ impl Runner<'_> {
     }
 
     /// What an abort of `runs` should say, of a lease from when there were so many maps.
-    pub(super) fn right_abort(&self, runs: &[IovaRange], maps: u64) -> dirtymap::Aborted {
-        let mut right = dirtymap::Aborted::default();
+    pub(super) fn right_abort(&self, runs: &[IovaRange], maps: u64) -> dirtymap::harvest::Aborted {
+        let mut right = dirtymap::harvest::Aborted::default();
         for run in runs {
             for page in pages_of(*run) {
                 let part = pages(page, page).intersection(*run);

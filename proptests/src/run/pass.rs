@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
-use dirtymap::{Aborted, Error, IovaRange, UserBitmap};
+use dirtymap::harvest::Aborted;
+use dirtymap::{Error, IovaRange, UserBitmap};
 
 use super::harvest::{Request, Said, said};
 use super::modes::{call, share_of};

@@ -150,7 +150,7 @@ impl<'w> Harvester<'w> {
         let bitmap = || UserBitmap::shared(&self.words);
         let failed = |what: &str, error: &Error| Failure::call(what, range, error);
         let view = bitmap().view(range, request.granule());
-        let view = view.map_err(|error| failed("view", &error))?;
+        let view = view.map_err(|error| failed("view", &error.into()))?;
         world.events.note(self.actor, text(request, fate), range);
         tally.add(Count::Harvests, 1);
         // A drop does not say what was outside: all of it may have been.

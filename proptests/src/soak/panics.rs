@@ -4,11 +4,9 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::sync::{AtomicBool, AtomicU64, Ordering};
-use dirtymap::{
-    DirtySource, Error, FlushGather, Granule, Invalidated, Iova, IovaRange, LeafSink, Mapping,
-    Sink, Stopped, Tracking,
-};
+use dirtymap::{DirtySource, Error, Granule, Iova, IovaRange, Mapping, Tracking};
 use pagetable_sim::{Domain, Format};
 
 use crate::Random;

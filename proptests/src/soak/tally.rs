@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use dirtymap::SpaceStats;
+use dirtymap::space::SpaceStats;
 use dirtymap::sync::{AtomicU64, Ordering};
 
 macro_rules! counts {

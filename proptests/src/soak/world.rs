@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use dirtymap::bitmap::Runs;
 use dirtymap::sync::{AtomicU64, Mutex, MutexGuard, Ordering, lock};
-use dirtymap::{Access, AddressSpace, DomainId, Granule, IovaRange, Runs};
+use dirtymap::{Access, AddressSpace, DomainId, Granule, IovaRange};
 use pagetable_sim::{Breakage, PhysMemory};
 
 use super::control::Control;

@@ -10,6 +10,7 @@
 //! The world knows, for each page of the device and of each copy, every version that may be there
 //! after a crash: the durable one and those that were written later. A page that is not reported
 //! must have one version, and the same on both sides.
+#![allow(clippy::unwrap_used)] // helpers of tests
 
 mod hostile;
 mod programs;

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use dirtymap::IovaRange;
-use dirtymap::kvm::{KvmError, KvmLog, KvmMode};
+use dirtymap_kvm::{KvmError, KvmLog, KvmMode};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
 use super::memory::Shared;

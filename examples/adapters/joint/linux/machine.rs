@@ -3,10 +3,10 @@
 use std::io;
 use std::sync::Arc;
 
-use dirtymap::kvm::KvmMode;
-use dirtymap::pagemap::{PagemapError, ProcessMemory};
-use dirtymap::vhost::{LogError, VhostLog};
 use dirtymap::{Access, AddressSpace, DomainId, Granule, Iova, IovaRange};
+use dirtymap_kvm::KvmMode;
+use dirtymap_pagemap::{PagemapError, ProcessMemory};
+use dirtymap_vhost::{LogError, VhostLog};
 use pagetable_sim::{Domain, DomainConfig, PhysMemory};
 
 use super::guest::{Guest, GuestError, REACH};
@@ -31,6 +31,8 @@ pub(crate) enum Failure {
     #[error("{0}")]
     Tracking(#[from] dirtymap::Error),
     #[error("{0}")]
+    Range(#[from] dirtymap::RangeError),
+    #[error("{0}")]
     Guest(#[from] GuestError),
     #[error("process memory: {0}")]
     Pagemap(#[from] PagemapError),
@@ -48,7 +50,7 @@ pub(crate) enum Failure {
 
 /// The `n` pages from page `first` on.
 pub(crate) fn pages(first: u64, n: u64) -> Result<IovaRange, dirtymap::Error> {
-    IovaRange::from_len(Iova::new(first * PAGE), n * PAGE)
+    Ok(IovaRange::from_len(Iova::new(first * PAGE), n * PAGE)?)
 }
 
 /// Every page has two halves: one in memory that the guest, the back end and the program write, and one that the devices write, for the

@@ -6,8 +6,8 @@ use std::thread;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
-use dirtymap::kvm::KvmMode;
 use dirtymap::{HarvestRequest, IovaRange, Scope, UserBitmap};
+use dirtymap_kvm::KvmMode;
 
 use super::machine::{Failure, GRANULE, Machine, PAGE, PAGES, pages};
 use super::writers::{Random, Written, while_all_write};

@@ -4,7 +4,7 @@ use super::*;
 use crate::table::leaf::{Batch, DirtyLeaf};
 use crate::table::scan::{Upper, Visitor};
 
-use dirtymap::Stopped;
+use dirtymap::source::Stopped;
 
 /// Receives a way to clean each leaf that a scan found dirty.
 struct Finder<V>(V);

@@ -1,0 +1,111 @@
+//! A page table as a dirty source.
+
+use dirtymap::bitmap::Sink;
+use dirtymap::flush::{FlushGather, Invalidated};
+use dirtymap::source::{LeafSink, Stopped};
+use dirtymap::sync::MutexGuard;
+use dirtymap::{DirtySource, Error, Granule, Iova, IovaRange, Mapping, Tracking};
+
+use crate::hwpt::Hwpt;
+use crate::ioas::Locked;
+use crate::log::{Log, State, pieces};
+
+impl DirtySource for Hwpt {
+    fn page(&self) -> Granule {
+        self.page_size()
+    }
+
+    fn map(&self, mapping: &Mapping) -> Result<(), Error> {
+        let mut state = self.ioas().lock();
+        let mut entered: u128 = 0;
+        for piece in pieces(mapping, self.ioas().options().piece) {
+            if let Err(error) = self.enter(&mut state, &piece) {
+                self.leave_first(&mut state, mapping.range, entered);
+                return Err(error.into());
+            }
+            entered += piece.range.len();
+        }
+        Ok(())
+    }
+
+    fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
+        let mut state = self.ioas().lock();
+        let _ = self.for_each_log(range, |log, _| {
+            if self.leave(&mut state, log, dirty).is_some() {
+                gather.add(log.range, self.page_size());
+            }
+            Ok::<(), std::convert::Infallible>(())
+        });
+    }
+
+    fn split_at(&self, at: Iova, _: &mut FlushGather) -> Result<(), Error> {
+        match self.log_from(at.get(), IovaRange::granule_at(at, Granule::BYTE)) {
+            Some((log, _)) if log.range.start() < at => Err(Error::CannotSplit { at }),
+            _ => Ok(()),
+        }
+    }
+
+    fn set_tracking(&self, to: Tracking) -> Result<(), Error> {
+        Ok(self.switch(to.is_on())?)
+    }
+
+    fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        self.for_each_log(range, |log, tracked| {
+            let mut state = self.read(log, range, tracked, true)?;
+            state.pending.take(range, out)
+        })
+    }
+
+    fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+        self.for_each_log(range, |log, tracked| {
+            // What is pending and still known to the kernel is one page, and is reported once.
+            let state = self.read(log, range, tracked, false)?;
+            state.pending.peek(range, sink)
+        })
+    }
+
+    /// The kernel flushes before a read or an unmap returns. What is left to do is to try again
+    /// what an unmap could not end, because devices reach that memory still.
+    fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error> {
+        if !self.logs().kept.is_empty() {
+            self.leave_kept(gather)?;
+        }
+        Ok(Invalidated::default())
+    }
+}
+
+impl Hwpt {
+    /// Moves what the kernel knows of a piece to what is pending.
+    fn read<'l>(
+        &self,
+        log: &'l Log,
+        asked: IovaRange,
+        tracked: bool,
+        clear: bool,
+    ) -> Result<MutexGuard<'l, State>, Stopped> {
+        let mut state = log.state();
+        if tracked && !state.gone {
+            let pulled = self.pull(log.range, &mut state, clear);
+            pulled.map_err(|error| Stopped {
+                at: log.range.start().max(asked.start()),
+                error: error.into(),
+            })?;
+        }
+        Ok(state)
+    }
+
+    /// Undoes the first `len` bytes of a map of `range`.
+    fn leave_first(&self, state: &mut Locked<'_>, range: IovaRange, len: u128) {
+        let Some(last) = u64::try_from(len).ok().and_then(|len| len.checked_sub(1)) else {
+            return;
+        };
+        let Some(last) = range.start().checked_add(last) else {
+            return;
+        };
+        let done = IovaRange::new(range.start(), last);
+        let _ = self.for_each_log(done.unwrap_or(range), |log, _| {
+            self.leave(state, log, &mut |_| ());
+            Ok::<(), std::convert::Infallible>(())
+        });
+    }
+}

@@ -1,0 +1,208 @@
+//! Several page tables of one IOAS, as several domains of one space.
+
+use std::sync::Arc;
+
+use dirtymap::{
+    Access, AddressSpace, DirtySource, DomainId, Granule, HarvestRequest, Scope, UserBitmap,
+};
+
+use super::fake::{Dev, Fake, pages};
+use super::unknown::inner;
+use crate::{Hwpt, Ioas, IoasOptions, IommufdError};
+
+struct Two {
+    fake: Fake,
+    ioas: Ioas,
+    tables: [Arc<Hwpt>; 2],
+    domains: [DomainId; 2],
+    space: AddressSpace,
+}
+
+/// 64 pages, mapped by two domains that track.
+fn two() -> Two {
+    let fake = Fake::new(Granule::K4);
+    let ioas = fake.ioas(IoasOptions::default());
+    let tables = [1, 2].map(|device| ioas.hwpt(device).unwrap());
+    let space = AddressSpace::new(Granule::K4);
+    let attach = |table: &Arc<Hwpt>| space.attach(Arc::clone(table)).unwrap();
+    let domains = [attach(&tables[0]), attach(&tables[1])];
+    space.map(pages(0, 64), 0, Access::ReadWrite).unwrap();
+    space.start_tracking().unwrap();
+    Two {
+        fake,
+        ioas,
+        tables,
+        domains,
+        space,
+    }
+}
+
+impl Two {
+    fn write(&self, table: usize, page: u64) {
+        assert!(self.fake.write(self.tables[table].id(), page << 12));
+    }
+
+    fn harvest(&self, scope: Scope) -> u64 {
+        let mut words = [0];
+        let request = HarvestRequest::new(pages(0, 64), Granule::K4).in_scope(scope);
+        let lease = self
+            .space
+            .harvest(&request, UserBitmap::new(&mut words))
+            .unwrap();
+        lease.sync().unwrap().commit();
+        words[0]
+    }
+
+    fn unmap(&self) -> u64 {
+        let mut words = [0];
+        self.space
+            .unmap(pages(0, 64), Granule::K4, UserBitmap::new(&mut words))
+            .unwrap();
+        words[0]
+    }
+}
+
+#[test]
+fn one_mapping_of_the_kernel_serves_all_and_each_has_its_own_dirty_state() {
+    let two = two();
+    assert_eq!(two.fake.count("map"), 1);
+    two.write(0, 3);
+    two.write(1, 40);
+    assert_eq!(two.harvest(Scope::Domain(two.domains[0])), 1 << 3);
+    assert_eq!(two.harvest(Scope::Domain(two.domains[0])), 0);
+    two.write(0, 4);
+    assert_eq!(two.harvest(Scope::All), 1 << 4 | 1 << 40);
+    assert_eq!(two.harvest(Scope::All), 0);
+}
+
+/// The first domain that unmaps cannot end its translations: they go with the second's. What its
+/// devices write until then is told by the second.
+#[test]
+fn the_last_unmap_tells_what_the_others_wrote_until_then() {
+    let two = two();
+    two.tables[0].attach(&Dev::new(1)).unwrap();
+    two.tables[1].attach(&Dev::new(2)).unwrap();
+    two.write(0, 3);
+    two.write(1, 40);
+    let mut gather = dirtymap::flush::FlushGather::new();
+    let mut told = Vec::new();
+    two.tables[0].unmap(pages(0, 64), &mut gather, &mut |run| told.push(run));
+    assert_eq!(told, [pages(3, 1)]);
+    assert!(
+        !gather.is_empty(),
+        "a flush asks whether devices still reach it"
+    );
+    two.write(0, 5); // by the mapping of the other domain
+    let mut told = Vec::new();
+    two.tables[1].unmap(pages(0, 64), &mut gather, &mut |run| told.push(run));
+    told.sort_by_key(|run| run.start());
+    assert!(
+        told.contains(&pages(5, 1)) && told.contains(&pages(40, 1)),
+        "{told:?}"
+    );
+    two.tables[0].invalidate(&gather).unwrap();
+}
+
+#[test]
+fn an_unmap_ends_the_translations_of_all() {
+    let two = two();
+    two.tables[0].attach(&Dev::new(1)).unwrap();
+    two.write(0, 3);
+    two.write(1, 40);
+    assert_eq!(two.unmap(), 1 << 3 | 1 << 40);
+    assert_eq!(two.fake.count("unmap"), 1);
+    assert!(!two.fake.write(two.tables[0].id(), 3 << 12));
+    two.space.map(pages(0, 64), 0, Access::ReadWrite).unwrap();
+    assert_eq!(two.harvest(Scope::All), 0);
+}
+
+/// A domain is detached while its devices are attached: they would go on to reach the memory, by
+/// the mapping that the other domain keeps, and nobody would be told what they write.
+#[test]
+fn a_domain_with_devices_is_not_detached_from_memory_that_another_one_keeps_mapped() {
+    let two = two();
+    let device = Dev::new(1);
+    two.tables[0].attach(&device).unwrap();
+    two.write(0, 3);
+    let error = inner(two.space.detach(two.domains[0]).unwrap_err());
+    assert!(
+        matches!(error, IommufdError::DevicesAttached { .. }),
+        "{error}"
+    );
+    two.write(0, 5);
+    two.tables[1].attach(&device).unwrap(); // it moves, and nothing is lost
+    two.space.detach(two.domains[0]).unwrap();
+    assert_eq!(two.harvest(Scope::All), 1 << 3 | 1 << 5);
+    two.write(1, 6);
+    assert_eq!(two.harvest(Scope::All), 1 << 6);
+}
+
+#[test]
+fn a_device_that_moves_leaves_what_it_wrote_where_it_was() {
+    let two = two();
+    let device = Dev::new(1);
+    two.tables[0].attach(&device).unwrap();
+    two.write(0, 3);
+    two.tables[1].attach(&device).unwrap();
+    two.write(1, 4);
+    assert_eq!(two.harvest(Scope::Domain(two.domains[0])), 1 << 3);
+    assert_eq!(two.harvest(Scope::All), 1 << 4);
+}
+
+#[test]
+fn a_table_that_is_dropped_ends_its_mappings_and_is_destroyed() {
+    let Two {
+        fake,
+        ioas,
+        tables,
+        space,
+        ..
+    } = two();
+    drop((space, tables));
+    assert_eq!((fake.count("unmap"), fake.count("destroy")), (1, 2));
+    assert!(fake.state().areas.is_empty() && fake.state().hwpts.is_empty());
+    drop(ioas);
+    assert_eq!(fake.count("destroy"), 3);
+}
+
+#[test]
+fn a_table_of_other_mappings_is_refused() {
+    let two = two();
+    let other = AddressSpace::new(Granule::K4);
+    other.map(pages(0, 64), 0x1000, Access::ReadWrite).unwrap();
+    let third = two.ioas.hwpt(3).unwrap();
+    let error = inner(other.attach(third).unwrap_err());
+    assert!(
+        matches!(error, IommufdError::Occupied { range } if range == pages(0, 64)),
+        "{error}"
+    );
+}
+
+/// The last count of a table is dropped while another one of its IOAS is at work. Its drop waits
+/// for the same lock.
+#[test]
+fn a_table_that_goes_in_the_middle_of_an_unmap_of_another_one() {
+    let Two {
+        fake,
+        ioas: _ioas,
+        tables: [first, last],
+        space,
+        ..
+    } = two();
+    drop(space);
+    fake.write(last.id(), 3 << 12);
+    first.unmap(
+        pages(0, 64),
+        &mut dirtymap::flush::FlushGather::new(),
+        &mut |_| (),
+    );
+    let mut first = Some(first);
+    let mut drop_it = |_| drop(first.take());
+    last.unmap(
+        pages(0, 64),
+        &mut dirtymap::flush::FlushGather::new(),
+        &mut drop_it,
+    );
+    assert!(first.is_none() && fake.state().areas.is_empty());
+    assert_eq!(fake.state().hwpts.len(), 1);
+}

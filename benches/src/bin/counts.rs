@@ -1,0 +1,164 @@
+//! What the hot paths cost in instructions, for `.ci/counts`: it runs each workload under callgrind,
+//! which counts what runs inside of [`counted`] alone. Counts do not depend on how busy a machine is.
+//!
+//! ```text
+//! counts              the names of all workloads, and how many operations each one counts
+//! counts NAME         runs one of them
+//! ```
+
+use std::hint::black_box;
+use std::process::ExitCode;
+
+use dirtymap::{Access, AddressSpace, Granule, Iova, IovaRange};
+use dirtymap_benches::compare::tables;
+use dirtymap_benches::peers::{ThroughHandle, ThroughSpace};
+use dirtymap_benches::workloads::distinct;
+use dirtymap_benches::{Areas, PAGE, Peer, Tracker};
+use pagetable_sim::{AmdV1, LeafSizes, Table};
+
+/// Pages of the memory: 64 GiB.
+const PAGES: u64 = 1 << 24;
+/// Words of a bitmap of them.
+const WORDS: usize = (PAGES / 64) as usize;
+/// Bits of a cache line.
+const LINE: u64 = 512;
+/// Operations of the workloads that repeat one.
+const TIMES: u64 = 1 << 12;
+/// A page of the middle of the memory.
+const HOT: u64 = 12_345 * PAGE;
+/// A range of eight words.
+const RANGE: u64 = 2 << 20;
+
+/// A workload: its name, how many operations it counts, and the function that runs it.
+type Workload = (&'static str, u64, fn());
+
+const WORKLOADS: [Workload; 11] = [
+    ("mark-hot-handle", TIMES, mark_hot::<ThroughHandle>),
+    ("mark-hot-space", TIMES, mark_hot::<ThroughSpace>),
+    ("mark-cold", TIMES, || mark_cold(PAGE)),
+    ("mark-2m-clean", TIMES, || mark_cold(RANGE)),
+    ("mark-2m-again", TIMES, mark_2m_again),
+    ("harvest-clean-line", PAGES / LINE, || harvest(0)),
+    ("harvest-dirty-line", PAGES / LINE, || harvest(LINE)),
+    ("harvest-dirty-word", PAGES / 64, || harvest(64)),
+    ("lookup-100k-areas", TIMES, lookup),
+    ("table-clean-leaf", LEAVES, || table(false)),
+    ("table-dirty-leaf", LEAVES, || table(true)),
+];
+
+/// Leaves of the table that is harvested: 1 GiB.
+const LEAVES: u64 = 1 << 18;
+
+fn main() -> ExitCode {
+    let Some(name) = std::env::args().nth(1) else {
+        WORKLOADS
+            .iter()
+            .for_each(|(name, operations, _)| println!("{name} {operations}"));
+        return ExitCode::SUCCESS;
+    };
+    match WORKLOADS.iter().find(|workload| workload.0 == name) {
+        Some((.., run)) => {
+            run();
+            ExitCode::SUCCESS
+        }
+        None => {
+            eprintln!("no workload is called {name}; without an argument, counts lists them all");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The tool counts from the call of this function to its return. The name is unmangled so that the
+/// command line of the tool can give it.
+#[inline(never)]
+// SAFETY: no other symbol of this program has this name.
+#[unsafe(no_mangle)]
+fn counted(work: &mut dyn FnMut()) {
+    work();
+}
+
+fn mark_hot<P: Peer>() {
+    let peer = P::new(PAGES);
+    peer.mark(HOT, PAGE);
+    counted(&mut || (0..TIMES).for_each(|_| peer.mark(black_box(HOT), black_box(PAGE))));
+}
+
+/// Marks of clean ranges of `len` bytes at random places, in memory that is there already.
+fn mark_cold(len: u64) {
+    let peer = cleaned();
+    let starts: Vec<u64> = distinct(TIMES, PAGES * PAGE / len)
+        .iter()
+        .map(|at| at * len)
+        .collect();
+    counted(&mut || {
+        starts
+            .iter()
+            .for_each(|start| peer.mark(black_box(*start), len))
+    });
+}
+
+fn mark_2m_again() {
+    let peer = ThroughHandle::new(PAGES);
+    peer.mark(HOT & !(RANGE - 1), RANGE);
+    let start = HOT & !(RANGE - 1);
+    counted(&mut || (0..TIMES).for_each(|_| peer.mark(black_box(start), black_box(RANGE))));
+}
+
+/// A memory of which each line was marked and harvested, so that all that marks allocate is there.
+fn cleaned() -> ThroughHandle {
+    let peer = ThroughHandle::new(PAGES);
+    mark_one_in(&peer, LINE);
+    peer.harvest(&mut vec![0; WORDS]);
+    peer
+}
+
+/// Marks the pages whose number is a multiple of `every`, so that all lines cost alike.
+fn mark_one_in(peer: &impl Peer, every: u64) {
+    (0..PAGES)
+        .step_by(every as usize)
+        .for_each(|page| peer.mark_page(page));
+}
+
+/// A harvest in which one page of `every` is dirty; of none if `every` is 0.
+fn harvest(every: u64) {
+    let peer = cleaned();
+    if every > 0 {
+        mark_one_in(&peer, every);
+    }
+    let mut bitmap = vec![0; WORDS];
+    counted(&mut || peer.harvest(black_box(&mut bitmap)));
+}
+
+fn lookup() {
+    const AREAS: u64 = 100_000;
+    let space = <AddressSpace as Areas>::new();
+    for at in 0..AREAS {
+        sure(space.map(page_range(at * 2, 1), at * PAGE, Access::ReadWrite));
+    }
+    let places = distinct(TIMES, AREAS);
+    counted(&mut || {
+        for at in &places {
+            black_box(Areas::lookup(&space, black_box(at * 2 * PAGE)));
+        }
+    });
+}
+
+/// A harvest of a table of small leaves, all clean or all dirty.
+fn table(dirty: bool) {
+    let table = Table::<AmdV1>::new();
+    let all = page_range(0, LEAVES);
+    sure(table.map(all, 0, Access::ReadWrite, LeafSizes::only(Granule::K4)));
+    if dirty {
+        sure(table.make_dirty(all));
+    }
+    let mut words = vec![0u64; (LEAVES / 64) as usize];
+    counted(&mut || tables::harvest(&table, 0, LEAVES * PAGE, Granule::K4, &mut words));
+}
+
+fn page_range(page: u64, pages: u64) -> IovaRange {
+    sure(IovaRange::from_len(Iova::new(page * PAGE), pages * PAGE))
+}
+
+fn sure<T, E: std::fmt::Display>(result: Result<T, E>) -> T {
+    result.unwrap_or_else(|error| unreachable!("the workload is valid: {error}"))
+}

@@ -1,0 +1,138 @@
+//! The dirty state of a space over a restart of its process.
+
+use std::io;
+use std::path::Path;
+
+use super::place::{resolved, sync_folder_of};
+use super::{BitmapFile, BitmapFileError};
+use dirtymap::{AddressSpace, Error, HarvestRequest, IovaRange, SparseBitmap, UserBitmap};
+
+/// What [`BitmapFile::restore_space`] made dirty.
+#[derive(Debug)]
+#[must_use = "it says whether the file could be trusted"]
+#[non_exhaustive]
+pub enum Restored {
+    /// What the file says, and nothing else.
+    Saved {
+        /// The generation that the file was saved with.
+        generation: u64,
+        /// Its dirty bytes, inside areas or not.
+        bytes: u128,
+    },
+    /// All areas: the file is missing, or cannot be trusted.
+    Everything {
+        /// Why.
+        reason: BitmapFileError,
+    },
+}
+
+impl BitmapFile {
+    /// Saves what is dirty in all of `space`, in one bit for each of its pages, and takes nothing:
+    /// for the last moment of a process, when its writers have stopped. Returns the dirty bytes.
+    ///
+    /// [`restore_space`](Self::restore_space) gives it to the space of the next process. The file
+    /// spans from the lowest area to the highest, and takes an eighth of a byte for each page in
+    /// between.
+    ///
+    /// ```
+    /// use dirtymap::{Access, AddressSpace, Granule};
+    /// use dirtymap_formats::{BitmapFile, Restored};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let path = std::env::temp_dir().join(format!("dirtymap-restart-{}", std::process::id()));
+    /// let space = || -> Result<AddressSpace, dirtymap::Error> {
+    ///     let space = AddressSpace::tracked(Granule::K4);
+    ///     space.map(0..1 << 30, 0, Access::ReadWrite)?;
+    ///     Ok(space)
+    /// };
+    /// let before = space()?;
+    /// before.mark(0x5000..0x5001)?;
+    /// BitmapFile::save_space(&path, &before, 1)?;
+    ///
+    /// let after = space()?;
+    /// let restored = BitmapFile::restore_space(&path, &after)?;
+    /// assert!(matches!(restored, Restored::Saved { generation: 1, bytes: 4096 }));
+    /// assert_eq!(after.rounds().next()?.commit().bits_set, 1);
+    ///
+    /// // The file is used up: after a crash from here on, nobody knows what was written.
+    /// let restored = BitmapFile::restore_space(&path, &after)?;
+    /// assert!(matches!(restored, Restored::Everything { .. }));
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`save`](Self::save), and in [`BitmapFileError::Bitmap`]: [`Error::NothingMapped`], and
+    /// what [`peek`](AddressSpace::peek) says.
+    pub fn save_space(
+        path: impl AsRef<Path>,
+        space: &AddressSpace,
+        generation: u64,
+    ) -> Result<u128, BitmapFileError> {
+        let areas = space.mappings();
+        let hull = areas.iter().map(|area| area.range).reduce(IovaRange::hull);
+        let range = hull.ok_or(Error::NothingMapped {
+            range: IovaRange::ALL,
+        })?;
+        let page = space.page();
+        let bits = u64::try_from(range.granules(page)).unwrap_or(u64::MAX);
+        let bitmap = SparseBitmap::new(bits);
+        let request = HarvestRequest::new(range, page);
+        let view = space.peek(&request, UserBitmap::sparse(&bitmap))?;
+        Self::save(path, &view, generation)?;
+        Ok(u128::from(view.count()) << page.lg2())
+    }
+
+    /// Makes dirty in `space` what [`save_space`](Self::save_space) saved, and removes the file, so
+    /// that it is used once. Where the file is missing or cannot be trusted, all of `space` becomes
+    /// dirty: after a crash the file of the start before is gone.
+    ///
+    /// Map the areas and start tracking before this, and let writers begin after it. Pages of the
+    /// file that no area holds any more count in
+    /// [`SpaceStats::outside_marks`](dirtymap::space::SpaceStats::outside_marks).
+    ///
+    /// # Errors
+    /// [`BitmapFileError::Io`] if the file cannot be removed: it would be taken for the state of a
+    /// later moment. The pages are dirty all the same.
+    pub fn restore_space(
+        path: impl AsRef<Path>,
+        space: &AddressSpace,
+    ) -> Result<Restored, BitmapFileError> {
+        let path = path.as_ref();
+        let restored = match restore(path, space) {
+            Ok(restored) => restored,
+            Err(reason) => {
+                for area in space.mappings() {
+                    // An area that is unmapped meanwhile has nothing that could be dirty.
+                    let _ = space.mark(area.range);
+                }
+                Restored::Everything { reason }
+            }
+        };
+        let path = resolved(path)?;
+        match std::fs::remove_file(&path) {
+            Ok(()) => sync_folder_of(&path)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(restored)
+    }
+}
+
+/// Marks what the file says.
+fn restore(path: &Path, space: &AddressSpace) -> Result<Restored, BitmapFileError> {
+    let mut file = BitmapFile::open(path)?;
+    // No more than `MAX_BITS`.
+    let bits = file.range().granules(file.granule()) as u64;
+    let bitmap = SparseBitmap::new(bits);
+    let view = UserBitmap::sparse(&bitmap).view(file.range(), file.granule())?;
+    file.or_into(&view)?;
+    for run in view.runs() {
+        // What lies outside of every area is counted.
+        let _ = space.mark(run);
+    }
+    Ok(Restored::Saved {
+        generation: file.generation(),
+        bytes: u128::from(view.count()) << file.granule().lg2(),
+    })
+}

@@ -1,0 +1,648 @@
+//! The client: reads metadata contexts of a server into tables.
+
+use std::collections::HashMap;
+use std::io::{Read, Write};
+
+use dirtymap::exchange::RunTable;
+use dirtymap::{Iova, IovaRange};
+
+use super::error::{NbdError, at_most};
+use super::export::{DIRTY, DIRTY_BITMAP};
+use super::wire::*;
+
+/// The most replies to one option.
+const MAX_REPLIES: usize = 4096;
+/// The most bytes of a reply to an option, and of an error.
+const MAX_REPLY: u64 = 64 << 10;
+/// The most bytes of a chunk of extents. They are read a part at a time.
+const MAX_STATUS: u64 = 64 << 20;
+/// The longest request for block status in 32 bits, a multiple of 64 KiB.
+const LONGEST_COMPACT: u64 = (1 << 32) - (64 << 10);
+/// Extents that are read at a time.
+const AT_ONCE: u64 = 4096;
+
+/// What a client asks a server for.
+///
+/// ```no_run
+/// use std::os::unix::net::UnixStream;
+/// use dirtymap_formats::nbd::Connect;
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let stream = UnixStream::connect("/run/disk.sock")?;
+/// let mut client = Connect::new("").dirty("epoch7").over(stream)?;
+/// for run in client.read_dirty("epoch7")?.runs() {
+///     println!("copy {run}");
+/// }
+/// client.disconnect()?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Connect {
+    export: String,
+    contexts: Vec<String>,
+    compact: bool,
+    max_runs: usize,
+}
+
+/// A connection to a server, and what was agreed on.
+#[derive(Debug)]
+pub struct Client<S> {
+    wire: Wire<S>,
+    size: u64,
+    extended: bool,
+    contexts: HashMap<String, u32>,
+    max_runs: usize,
+    cookie: u64,
+    replies: u64,
+    extents: u64,
+}
+
+impl Connect {
+    /// For the export of this name; the empty name is that of the default.
+    pub fn new(export: impl Into<String>) -> Self {
+        Connect {
+            export: export.into(),
+            contexts: Vec::new(),
+            compact: false,
+            max_runs: 1 << 24,
+        }
+    }
+
+    /// Selects a metadata context, such as `base:allocation`.
+    pub fn context(mut self, name: impl Into<String>) -> Self {
+        self.contexts.push(name.into());
+        self
+    }
+
+    /// Selects the context of a dirty bitmap.
+    pub fn dirty(self, bitmap: &str) -> Self {
+        self.context(format!("{DIRTY_BITMAP}{bitmap}"))
+    }
+
+    /// Does not ask for extended headers, as an old client.
+    pub fn compact(mut self) -> Self {
+        self.compact = true;
+        self
+    }
+
+    /// The most runs that a table may get, which bounds what a server can make this client
+    /// allocate: 2^24 by default, of 16 bytes each.
+    pub fn max_runs(mut self, runs: usize) -> Self {
+        self.max_runs = runs;
+        self
+    }
+
+    /// Connects. Set the timeouts of a socket before.
+    ///
+    /// # Errors
+    /// [`NbdError::NoContext`] if the export lacks a context, [`NbdError::Refused`] if there is no
+    /// such export or the server has no structured replies; otherwise [`NbdError`] names the field
+    /// at which the server broke the protocol, or the connection failed.
+    pub fn over<S: Read + Write>(self, stream: S) -> Result<Client<S>, NbdError> {
+        for name in self.contexts.iter().chain([&self.export]) {
+            if name.len() as u64 > MAX_NAME {
+                return Err(NbdError::name(name, "has more than 4096 bytes"));
+            }
+        }
+        let mut client = Client {
+            wire: Wire::new(stream),
+            size: 0,
+            extended: false,
+            contexts: HashMap::new(),
+            max_runs: self.max_runs,
+            cookie: 0,
+            replies: 0,
+            extents: 0,
+        };
+        client.greet()?;
+        client.extended =
+            !self.compact && client.agrees(option::EXTENDED_HEADERS, "extended headers")?;
+        if !client.extended {
+            client.ask(
+                option::STRUCTURED_REPLY,
+                &[],
+                "structured replies",
+                |_, _| Ok(()),
+            )?;
+        }
+        client.select(&self)?;
+        client.go(&self.export)?;
+        Ok(client)
+    }
+}
+
+impl<S: Read + Write> Client<S> {
+    /// Bytes of the export.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Whether lengths have 64 bits on this connection.
+    pub fn is_extended(&self) -> bool {
+        self.extended
+    }
+
+    /// How many replies with extents there were, and how many extents in them.
+    pub fn status_replies(&self) -> (u64, u64) {
+        (self.replies, self.extents)
+    }
+
+    /// All bytes that a dirty bitmap holds.
+    ///
+    /// # Errors
+    /// As [`read_context`](Self::read_context).
+    pub fn read_dirty(&mut self, bitmap: &str) -> Result<RunTable, NbdError> {
+        let name = format!("{DIRTY_BITMAP}{bitmap}");
+        self.read_context(&name, |flags| flags & u64::from(DIRTY) != 0)
+    }
+
+    /// All bytes whose flags in a context are as asked for.
+    ///
+    /// # Errors
+    /// [`NbdError::NoContext`] if the context was not selected; [`NbdError::Refused`] with the
+    /// server's error; otherwise [`NbdError`] names the field at which the server broke the
+    /// protocol, or the connection failed.
+    pub fn read_context(
+        &mut self,
+        name: &str,
+        wanted: impl Fn(u64) -> bool,
+    ) -> Result<RunTable, NbdError> {
+        let id = *self.contexts.get(name).ok_or(NbdError::NoContext {
+            name: name.chars().take(64).collect(),
+        })?;
+        let mut runs = Runs {
+            runs: Vec::new(),
+            limit: self.max_runs,
+        };
+        let mut at = 0;
+        while at < self.size {
+            let longest = if self.extended {
+                u64::MAX
+            } else {
+                LONGEST_COMPACT
+            };
+            let len = (self.size - at).min(longest);
+            self.request(command::BLOCK_STATUS, at, len)?;
+            at = self.status(id, at, |start, len, flags| match wanted(flags) {
+                true => runs.push(start, len),
+                false => Ok(()),
+            })?;
+        }
+        // They ascend and do not touch, because each was joined with what it touched.
+        Ok(runs.runs.into_iter().collect())
+    }
+
+    /// Reads bytes of the disk.
+    ///
+    /// # Errors
+    /// [`NbdError::Refused`] with the server's error; [`NbdError::Limit`] for more than 32 MiB at
+    /// once; otherwise as [`read_context`](Self::read_context).
+    pub fn read_at(&mut self, buf: &mut [u8], offset: u64) -> Result<(), NbdError> {
+        let len = at_most("the length of a read", buf.len() as u64, MAX_PAYLOAD)?;
+        if len == 0 {
+            return Ok(());
+        }
+        self.request(command::READ, offset, len)?;
+        let mut got = 0;
+        loop {
+            let chunk = self.chunk()?;
+            match chunk.kind {
+                chunk::NONE if chunk.len == 0 => {}
+                chunk::DATA | chunk::HOLE => {
+                    let place = "the offset of data";
+                    let header = if chunk.kind == chunk::DATA { 8 } else { 12 };
+                    let rest = self.less(chunk.len, header, "the length of data")?;
+                    let at = self.wire.u64(place)?;
+                    let size = match chunk.kind {
+                        chunk::DATA => rest,
+                        _ => u64::from(self.wire.u32("the size of a hole")?),
+                    };
+                    let from = at
+                        .checked_sub(offset)
+                        .filter(|from| from.checked_add(size).is_some_and(|end| end <= len));
+                    let from = from.ok_or(NbdError::Invalid {
+                        place,
+                        found: at,
+                        why: "the data lies outside of what was asked for",
+                    })?;
+                    let part = &mut buf[from as usize..(from + size) as usize];
+                    if chunk.kind == chunk::DATA {
+                        self.wire.read(part, "data")?;
+                    } else if rest == 0 {
+                        part.fill(0);
+                    } else {
+                        return Err(unexpected(chunk.kind));
+                    }
+                    got += size;
+                }
+                kind => return Err(self.error(kind, chunk.len, "a read")?),
+            }
+            if got > len {
+                break; // some of it came twice
+            }
+            if chunk.done {
+                break;
+            }
+        }
+        if got != len {
+            return Err(NbdError::Invalid {
+                place: "the data of a read",
+                found: got,
+                why: "so many bytes are not what was asked for",
+            });
+        }
+        Ok(())
+    }
+
+    /// Says goodbye, and returns the stream.
+    ///
+    /// # Errors
+    /// [`NbdError::Io`] if the connection failed.
+    pub fn disconnect(mut self) -> Result<S, NbdError> {
+        self.request(command::DISCONNECT, 0, 0)?;
+        Ok(self.wire.into_stream())
+    }
+
+    fn greet(&mut self) -> Result<(), NbdError> {
+        self.wire.magic(NBD_MAGIC, "the greeting")?;
+        self.wire
+            .magic(OPTION_MAGIC, "the style of the handshake")?;
+        let place = "the flags of the server";
+        let flags = self.wire.u16(place)?;
+        if flags & FIXED_NEWSTYLE == 0 {
+            let found = u64::from(flags);
+            let why = "the server does not know the fixed newstyle handshake";
+            return Err(NbdError::Invalid { place, found, why });
+        }
+        let flags = u32::from(flags & (FIXED_NEWSTYLE | NO_ZEROES));
+        self.wire.put(&flags.to_be_bytes(), "flags")
+    }
+
+    /// Whether the server takes an option that has no data.
+    fn agrees(&mut self, option: u32, place: &'static str) -> Result<bool, NbdError> {
+        match self.ask(option, &[], place, |_, _| Ok(())) {
+            Ok(()) => Ok(true),
+            Err(NbdError::Refused { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Sends an option, and hands on what the server replies before it acknowledges it.
+    fn ask(
+        &mut self,
+        option: u32,
+        data: &[u8],
+        place: &'static str,
+        mut each: impl FnMut(u32, &[u8]) -> Result<(), NbdError>,
+    ) -> Result<(), NbdError> {
+        self.wire.put(&OPTION_MAGIC.to_be_bytes(), place)?;
+        self.wire.put(&option.to_be_bytes(), place)?;
+        self.wire.put(&(data.len() as u32).to_be_bytes(), place)?;
+        self.wire.put(data, place)?;
+        self.wire.flush(place)?;
+        for _ in 0..MAX_REPLIES {
+            let place = "the reply to an option";
+            self.wire.magic(REPLY_MAGIC, place)?;
+            let found = self.wire.u32(place)?;
+            if found != option {
+                return Err(NbdError::Magic {
+                    place: "the option that a reply is for",
+                    found: u64::from(found),
+                    expected: u64::from(option),
+                });
+            }
+            let kind = self.wire.u32(place)?;
+            let len = u64::from(self.wire.u32(place)?);
+            at_most("the length of a reply to an option", len, MAX_REPLY)?;
+            let body = self.wire.take(len, place)?;
+            match kind {
+                reply::ACK => return Ok(()),
+                code if code & reply::ERROR != 0 => {
+                    return Err(refused(asked(option), code, &body));
+                }
+                _ => each(kind, &body)?,
+            }
+        }
+        Err(NbdError::Limit {
+            place: "the number of replies to an option",
+            found: MAX_REPLIES as u64 + 1,
+            limit: MAX_REPLIES as u64,
+        })
+    }
+
+    fn select(&mut self, connect: &Connect) -> Result<(), NbdError> {
+        if connect.contexts.is_empty() {
+            return Ok(());
+        }
+        let mut data = Vec::new();
+        put_name(&mut data, &connect.export);
+        data.extend_from_slice(&(connect.contexts.len() as u32).to_be_bytes());
+        for name in &connect.contexts {
+            put_name(&mut data, name);
+        }
+        let place = "the name of a metadata context";
+        let mut contexts = HashMap::new();
+        self.ask(option::SET_META_CONTEXT, &data, place, |kind, body| {
+            let mut fields = Fields::new(body);
+            let (reply::META_CONTEXT, Some(id)) = (kind, fields.u32()) else {
+                return Err(unexpected_reply(kind));
+            };
+            let name = std::str::from_utf8(&body[4..]).unwrap_or_default();
+            if connect.contexts.iter().any(|asked| asked == name) {
+                contexts.insert(name.to_owned(), id);
+            }
+            Ok(())
+        })?;
+        match connect
+            .contexts
+            .iter()
+            .find(|it| !contexts.contains_key(*it))
+        {
+            Some(name) => Err(NbdError::NoContext { name: name.clone() }),
+            None => {
+                self.contexts = contexts;
+                Ok(())
+            }
+        }
+    }
+
+    fn go(&mut self, export: &str) -> Result<(), NbdError> {
+        let mut data = Vec::new();
+        put_name(&mut data, export);
+        data.extend_from_slice(&0u16.to_be_bytes());
+        let mut size = None;
+        self.ask(
+            option::GO,
+            &data,
+            "the choice of an export",
+            |kind, body| {
+                let mut fields = Fields::new(body);
+                match (kind, fields.u16()) {
+                    (reply::INFO, Some(info::EXPORT)) => size = fields.u64(),
+                    (reply::INFO, Some(_)) => {}
+                    _ => return Err(unexpected_reply(kind)),
+                }
+                Ok(())
+            },
+        )?;
+        let place = "the size of the export";
+        let found = size.ok_or(NbdError::Invalid {
+            place,
+            found: 0,
+            why: "the server does not say it",
+        })?;
+        self.size = at_most(place, found, i64::MAX as u64)?;
+        Ok(())
+    }
+
+    fn request(&mut self, kind: u16, offset: u64, len: u64) -> Result<(), NbdError> {
+        let place = "a request";
+        self.cookie += 1;
+        let magic = if self.extended {
+            REQUEST_EXTENDED
+        } else {
+            REQUEST
+        };
+        self.wire.put(&magic.to_be_bytes(), place)?;
+        self.wire.put(&0u16.to_be_bytes(), place)?;
+        self.wire.put(&kind.to_be_bytes(), place)?;
+        self.wire.put(&self.cookie.to_be_bytes(), place)?;
+        self.wire.put(&offset.to_be_bytes(), place)?;
+        match self.extended {
+            true => self.wire.put(&len.to_be_bytes(), place)?,
+            false => self.wire.put(&(len as u32).to_be_bytes(), place)?,
+        }
+        self.wire.flush(place)
+    }
+
+    /// The header of the next chunk of the reply to the newest request.
+    fn chunk(&mut self) -> Result<Chunk, NbdError> {
+        let place = "the magic number of a reply";
+        let found = u64::from(self.wire.u32(place)?);
+        let expected = if self.extended { CHUNK_EXTENDED } else { CHUNK };
+        let expected = u64::from(expected);
+        if found != expected {
+            return Err(NbdError::Magic {
+                place,
+                found,
+                expected,
+            });
+        }
+        let place = "the header of a reply";
+        let flags = self.wire.u16(place)?;
+        let kind = self.wire.u16(place)?;
+        let (found, expected) = (self.wire.u64(place)?, self.cookie);
+        if found != expected {
+            return Err(NbdError::Magic {
+                place: "the cookie of a reply",
+                found,
+                expected,
+            });
+        }
+        let len = match self.extended {
+            true => {
+                self.wire.u64(place)?; // the offset once more
+                self.wire.u64(place)?
+            }
+            false => u64::from(self.wire.u32(place)?),
+        };
+        Ok(Chunk {
+            done: flags & chunk::DONE != 0,
+            kind,
+            len,
+        })
+    }
+
+    /// `len` less the `header` that it has to have.
+    fn less(&self, len: u64, header: u64, place: &'static str) -> Result<u64, NbdError> {
+        len.checked_sub(header).ok_or(NbdError::Invalid {
+            place,
+            found: len,
+            why: "it is too short for its header",
+        })
+    }
+
+    /// Reads the reply to a request for block status from `start` on, and hands on the extents of
+    /// the context `id`. Returns where they end.
+    fn status(
+        &mut self,
+        id: u32,
+        start: u64,
+        mut each: impl FnMut(u64, u64, u64) -> Result<(), NbdError>,
+    ) -> Result<u64, NbdError> {
+        let mut end = start;
+        loop {
+            let chunk = self.chunk()?;
+            let (kind, header, width) = match self.extended {
+                true => (chunk::STATUS_EXTENDED, 8, 16),
+                false => (chunk::STATUS, 4, 8),
+            };
+            if chunk.kind == kind {
+                let place = "the length of a chunk of extents";
+                let len = at_most(place, chunk.len, MAX_STATUS)?;
+                let rest = self.less(len, header, place)?;
+                let of = self.wire.u32("the number of a metadata context")?;
+                let place = "the number of extents";
+                let said = match self.extended {
+                    true => u64::from(self.wire.u32(place)?),
+                    false => rest / width,
+                };
+                if rest % width != 0 || said != rest / width {
+                    return Err(NbdError::Invalid {
+                        place,
+                        found: said,
+                        why: "the chunk has another length",
+                    });
+                }
+                if of != id {
+                    self.wire.skip(rest, "extents")?;
+                } else if end != start {
+                    return Err(NbdError::Invalid {
+                        place: "the number of a metadata context",
+                        found: u64::from(of),
+                        why: "it comes twice in one reply",
+                    });
+                } else {
+                    end = self.extents(start, said, width, &mut each)?;
+                    self.replies += 1;
+                    self.extents += said;
+                }
+            } else if !(chunk.kind == chunk::NONE && chunk.len == 0) {
+                return Err(self.error(chunk.kind, chunk.len, "block status")?);
+            }
+            if chunk.done {
+                break;
+            }
+        }
+        if end == start {
+            return Err(NbdError::Invalid {
+                place: "a reply with extents",
+                found: start,
+                why: "it has nothing about the context from this offset on",
+            });
+        }
+        Ok(end)
+    }
+
+    fn extents(
+        &mut self,
+        start: u64,
+        count: u64,
+        width: u64,
+        each: &mut impl FnMut(u64, u64, u64) -> Result<(), NbdError>,
+    ) -> Result<u64, NbdError> {
+        let mut at = start;
+        let mut left = count;
+        while left > 0 {
+            let part = left.min(AT_ONCE);
+            let bytes = self.wire.take(part * width, "extents")?;
+            left -= part;
+            let mut fields = Fields::new(&bytes);
+            for _ in 0..part {
+                let extent = match self.extended {
+                    true => fields.u64().zip(fields.u64()),
+                    false => fields
+                        .u32()
+                        .zip(fields.u32())
+                        .map(|(len, flags)| (u64::from(len), u64::from(flags))),
+                };
+                let (len, flags) = extent.unwrap_or_default();
+                let room = self.size - at;
+                if len == 0 || len > room {
+                    return Err(NbdError::Invalid {
+                        place: "the length of an extent",
+                        found: len,
+                        why: "it is zero, or reaches past the end of the export",
+                    });
+                }
+                each(at, len, flags)?;
+                at += len;
+            }
+        }
+        Ok(at)
+    }
+
+    /// What a chunk says that is none of those expected.
+    fn error(&mut self, kind: u16, len: u64, of: &'static str) -> Result<NbdError, NbdError> {
+        if kind & chunk::IS_ERROR == 0 {
+            return Ok(unexpected(kind));
+        }
+        let len = at_most("the length of an error", len, MAX_REPLY)?;
+        let body = self.wire.take(len, "an error")?;
+        let mut fields = Fields::new(&body);
+        let code = fields.u32().unwrap_or(errno::EIO);
+        let text = fields.u16().and_then(|len| fields.bytes(usize::from(len)));
+        Ok(refused(of, code, text.unwrap_or_default()))
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Chunk {
+    done: bool,
+    kind: u16,
+    len: u64,
+}
+
+/// Runs that ascend; what touches the run before it is joined to it.
+struct Runs {
+    runs: Vec<IovaRange>,
+    limit: usize,
+}
+
+impl Runs {
+    fn push(&mut self, start: u64, len: u64) -> Result<(), NbdError> {
+        let last = Iova::new(start + (len - 1));
+        let invalid = |_| NbdError::Invalid {
+            place: "the length of an extent",
+            found: len,
+            why: "it is no range of addresses",
+        };
+        if let Some(before) = self.runs.last_mut()
+            && before.last().checked_add(1) == Some(Iova::new(start))
+        {
+            *before = IovaRange::new(before.start(), last).map_err(invalid)?;
+            return Ok(());
+        }
+        let found = self.runs.len() as u64 + 1;
+        at_most("the number of runs", found, self.limit as u64)?;
+        let run = IovaRange::new(Iova::new(start), last).map_err(invalid)?;
+        self.runs.push(run);
+        Ok(())
+    }
+}
+
+fn put_name(data: &mut Vec<u8>, name: &str) {
+    data.extend_from_slice(&(name.len() as u32).to_be_bytes());
+    data.extend_from_slice(name.as_bytes());
+}
+
+fn asked(option: u32) -> &'static str {
+    match option {
+        option::EXTENDED_HEADERS => "extended headers",
+        option::STRUCTURED_REPLY => "structured replies",
+        option::SET_META_CONTEXT => "metadata contexts",
+        _ => "the export",
+    }
+}
+
+fn refused(place: &'static str, code: u32, text: &[u8]) -> NbdError {
+    let text = String::from_utf8_lossy(text).chars().take(256).collect();
+    NbdError::Refused { place, code, text }
+}
+
+fn unexpected(kind: u16) -> NbdError {
+    NbdError::Invalid {
+        place: "the type of a reply",
+        found: u64::from(kind),
+        why: "it does not belong to this request, or its length is wrong",
+    }
+}
+
+fn unexpected_reply(kind: u32) -> NbdError {
+    NbdError::Invalid {
+        place: "the type of a reply to an option",
+        found: u64::from(kind),
+        why: "it does not belong to this option, or its length is wrong",
+    }
+}

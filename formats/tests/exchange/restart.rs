@@ -1,0 +1,129 @@
+//! The dirty state over a restart: what was saved, once; everything, where the file is no use.
+
+use dirtymap::{Access, AddressSpace, Error, Granule, IovaRange, ToIovaRange};
+use dirtymap_formats::{BitmapFile, BitmapFileError, Restored};
+
+use crate::Folder;
+
+const GIB: u64 = 1 << 30;
+
+/// A machine with a hole, all of it clean.
+fn space() -> AddressSpace {
+    let space = AddressSpace::tracked(Granule::K4);
+    space.map(0..GIB, 0, Access::ReadWrite).unwrap();
+    space.map(4 * GIB..5 * GIB, GIB, Access::ReadWrite).unwrap();
+    space
+}
+
+fn dirty(space: &AddressSpace) -> Vec<IovaRange> {
+    let lease = space.rounds().next().unwrap();
+    let runs = lease.runs().collect();
+    lease.abort();
+    runs
+}
+
+fn range(start: u64, end: u64) -> IovaRange {
+    (start..end).to_iova_range().unwrap()
+}
+
+fn everything(space: &AddressSpace) -> bool {
+    dirty(space) == [range(0, GIB), range(4 * GIB, 5 * GIB)]
+}
+
+#[test]
+fn what_was_saved_is_dirty_once() {
+    let folder = Folder::new("saved-once");
+    let path = folder.file();
+    let before = space();
+    before.mark(0x5000..0x7000).unwrap();
+    before.mark(4 * GIB..4 * GIB + 1).unwrap();
+    assert_eq!(BitmapFile::save_space(&path, &before, 7).unwrap(), 3 << 12);
+    assert_eq!(dirty(&before).len(), 2, "nothing is taken");
+
+    let after = space();
+    let restored = BitmapFile::restore_space(&path, &after).unwrap();
+    let saved = Restored::Saved {
+        generation: 7,
+        bytes: 3 << 12,
+    };
+    assert_eq!(format!("{restored:?}"), format!("{saved:?}"));
+    assert_eq!(dirty(&after), dirty(&before));
+    assert!(!path.exists(), "used up");
+
+    // A crash before the next save: nobody knows what was written meanwhile.
+    let after = space();
+    let restored = BitmapFile::restore_space(&path, &after).unwrap();
+    let Restored::Everything { reason } = restored else {
+        panic!("{restored:?}");
+    };
+    assert!(matches!(reason, BitmapFileError::Io(_)));
+    assert!(everything(&after));
+}
+
+#[test]
+fn a_file_that_cannot_be_trusted_means_everything() {
+    let folder = Folder::new("untrusted");
+    let path = folder.file();
+    let before = space();
+    before.mark(0x5000..0x7000).unwrap();
+    BitmapFile::save_space(&path, &before, 7).unwrap();
+    let good = std::fs::read(&path).unwrap();
+    for at in [0, 9, 17, 41, 64 + 3, good.len() - 1] {
+        let mut bad = good.clone();
+        bad[at] ^= 0x10;
+        std::fs::write(&path, bad).unwrap();
+        let after = space();
+        let restored = BitmapFile::restore_space(&path, &after).unwrap();
+        assert!(
+            matches!(restored, Restored::Everything { .. }),
+            "{at}: {restored:?}"
+        );
+        assert!(everything(&after));
+    }
+    std::fs::write(&path, &good[..100]).unwrap();
+    let after = space();
+    let restored = BitmapFile::restore_space(&path, &after).unwrap();
+    assert!(matches!(
+        restored,
+        Restored::Everything {
+            reason: BitmapFileError::Truncated { .. }
+        }
+    ));
+    assert!(everything(&after));
+}
+
+#[test]
+fn pages_of_areas_that_are_gone_are_counted() {
+    let folder = Folder::new("fewer");
+    let path = folder.file();
+    let before = space();
+    before.mark(0x5000..0x7000).unwrap();
+    before.mark(4 * GIB..4 * GIB + 1).unwrap();
+    BitmapFile::save_space(&path, &before, 7).unwrap();
+    let smaller = AddressSpace::tracked(Granule::K4);
+    smaller.map(0..GIB, 0, Access::ReadWrite).unwrap();
+    let restored = BitmapFile::restore_space(&path, &smaller).unwrap();
+    assert!(matches!(restored, Restored::Saved { .. }));
+    assert_eq!(dirty(&smaller), [range(0x5000, 0x7000)]);
+    assert_eq!(smaller.stats().outside_marks, 1);
+}
+
+#[test]
+fn a_file_that_stays_is_an_error_and_its_pages_are_dirty() {
+    let folder = Folder::new("stays");
+    let path = folder.file();
+    std::fs::create_dir(&path).unwrap(); // a folder is no file, and is not removed as one
+    let after = space();
+    let refused = BitmapFile::restore_space(&path, &after);
+    assert!(
+        matches!(refused, Err(BitmapFileError::Io(_))),
+        "{refused:?}"
+    );
+    assert!(everything(&after));
+    let empty = AddressSpace::tracked(Granule::K4);
+    let refused = BitmapFile::save_space(folder.0.join("none"), &empty, 1);
+    assert!(matches!(
+        refused,
+        Err(BitmapFileError::Bitmap(Error::NothingMapped { .. }))
+    ));
+}

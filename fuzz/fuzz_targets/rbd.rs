@@ -1,0 +1,8 @@
+//! The reader of increments, and merging: what is taken adds up, and the rest is a typed error.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    if let Err(text) = proptests::check_rbd(bytes) {
+        panic!("{text}");
+    }
+});

@@ -1,0 +1,31 @@
+//! The concurrent two-level bitmap under all marks.
+//!
+//! ```text
+//!  ChunkMap --> group of blocks --> 8 summaries, side by side
+//!                               --> chunk: 64 lines of 8 words, one bit for each page
+//! ```
+//!
+//! * [`map`]: the map of chunks, which installs what is missing
+//! * [`chunk`]: a chunk with its summary and its state, the protocol of the two, and the marker's
+//!   side of it
+//! * [`take`]: the harvester's side
+//! * [`slab`]: the memory of chunks that lie side by side
+//!
+//! The bitmap knows bits, and neither addresses nor areas. The marks of an area, the put-back store
+//! of a domain and a sparse bitmap of the user are made of it.
+
+mod chunk;
+mod map;
+mod slab;
+mod take;
+
+#[cfg(all(test, dirtymap_loom))]
+#[allow(clippy::unwrap_used)] // helpers of tests
+mod loom_tests;
+#[cfg(all(test, not(dirtymap_loom)))]
+#[allow(clippy::unwrap_used)] // helpers of tests
+mod tests;
+
+pub(crate) use chunk::LINE_WORDS;
+pub(crate) use map::{CHUNK_WORDS, ChunkMap, OneGroup};
+pub(crate) use take::{Taker, Visitor};

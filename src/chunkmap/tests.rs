@@ -1,0 +1,157 @@
+//! Tests of [`ChunkMap`] against sets of bits.
+
+use super::map::{BITS_LG2, ChunkMap};
+use super::take::{Taker, Visitor};
+use std::collections::BTreeSet;
+use std::convert::Infallible;
+
+fn bits(map: &ChunkMap, first: u64, last: u64, clear: bool) -> Vec<u64> {
+    let mut out = vec![];
+    let visit = |base: u64, seen: u64| -> Result<(), Infallible> {
+        out.extend((0..64).filter(|b| seen >> b & 1 == 1).map(|b| base + b));
+        Ok(())
+    };
+    match clear {
+        true => map.take(first, last, visit).unwrap(),
+        false => map.peek(first, last, visit).unwrap(),
+    }
+    out
+}
+
+#[test]
+fn agrees_with_a_set_of_bits_at_every_depth() {
+    for lg2 in [3u32, 4, 14, 15, 16, 17, 24, 25, 40, 41, 52, 63] {
+        let size = 1u64 << lg2;
+        let map = match lg2 % 2 {
+            0 => ChunkMap::new(size - 1),
+            _ => ChunkMap::in_slabs(size - 1),
+        };
+        let mut model = BTreeSet::new();
+        let mut x = 88172645463325252u64;
+        for _ in 0..if cfg!(miri) { 4 } else { 200 } {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            let first = (x >> 1) % size;
+            let last = (first + x % 97).min(size - 1);
+            map.set(first, last, || ());
+            model.extend(first..=last);
+            let (a, b) = (first.saturating_sub(40), (last + 17).min(size - 1));
+            assert_eq!(
+                bits(&map, a, b, false),
+                model.range(a..=b).copied().collect::<Vec<_>>()
+            );
+            if x.is_multiple_of(3) {
+                bits(&map, a, b, true);
+                model.retain(|m| !(a..=b).contains(m));
+            }
+        }
+        assert_eq!(
+            bits(&map, 0, size - 1, false),
+            model.iter().copied().collect::<Vec<_>>()
+        );
+        assert_eq!(
+            bits(&map, 0, size - 1, false).len() as u64,
+            model.len() as u64
+        );
+    }
+}
+
+/// Ranges that cover chunks as a whole, single bits in them, and harvests of all and of parts. A chunk that was whole and had
+/// words too gave these twice, so that what an unmap discards was counted twice.
+#[test]
+fn whole_chunks_agree_with_a_list_of_bits() {
+    const CHUNK: u64 = 1 << BITS_LG2;
+    let size = 3 * CHUNK + 777;
+    let map = ChunkMap::in_slabs(size - 1);
+    let mut model = vec![false; size as usize];
+    let mut x = 88172645463325252u64;
+    let mut random = |below: u64| {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        (x >> 8) % below
+    };
+    for _ in 0..150 {
+        let ranges = [
+            (random(2) * CHUNK, 2 * CHUNK - 1),
+            (random(CHUNK), 2 * CHUNK + random(CHUNK)),
+            (0, size - 1),
+            (CHUNK + random(CHUNK), 0),
+        ];
+        let (first, last) = ranges[random(4) as usize];
+        let last = last.max(first);
+        map.set(first, last, || ());
+        model[first as usize..=last as usize].fill(true);
+        let parts = [
+            (0, size - 1),
+            (CHUNK, 2 * CHUNK - 1),
+            (random(size - 100), 99),
+            (random(2 * CHUNK), CHUNK),
+        ];
+        let (first, last) = parts[random(4) as usize];
+        let last = if last < first { first + last } else { last };
+        let expected: Vec<u64> = (first..=last).filter(|bit| model[*bit as usize]).collect();
+        assert_eq!(bits(&map, first, last, false), expected);
+        if random(2) == 0 {
+            assert_eq!(bits(&map, first, last, true), expected);
+            model[first as usize..=last as usize].fill(false);
+        }
+    }
+    let left: Vec<u64> = (0..size).filter(|bit| model[*bit as usize]).collect();
+    assert_eq!(bits(&map, 0, size - 1, true), left);
+    assert!(bits(&map, 0, size - 1, true).is_empty());
+}
+
+/// An error in the midst of a chunk that is whole: what was not visited stays.
+#[test]
+fn an_error_leaves_the_rest_of_a_whole_chunk() {
+    const CHUNK: u64 = 1 << BITS_LG2;
+    let map = ChunkMap::in_slabs(CHUNK - 1);
+    map.set(0, CHUNK - 1, || ());
+    let stopped = map.take(0, CHUNK - 1, Up(6399));
+    assert_eq!(stopped, Err(6400));
+    let left: Vec<u64> = (6400..CHUNK).collect();
+    assert_eq!(bits(&map, 0, CHUNK - 1, false), left);
+    assert_eq!(bits(&map, 0, CHUNK - 1, true), left);
+}
+
+#[test]
+fn the_last_bit_of_the_largest_map() {
+    let map = ChunkMap::new(u64::MAX);
+    map.set(u64::MAX - 64, u64::MAX, || ());
+    assert_eq!(bits(&map, 0, u64::MAX, false).len() as u64, 65);
+    assert_eq!(bits(&map, 5, u64::MAX, true).last(), Some(&u64::MAX));
+    assert_eq!(bits(&map, 0, u64::MAX, false).len() as u64, 0);
+}
+
+/// Takes bits up to this one and fails behind it; secures what it can take.
+struct Up(u64);
+
+impl Visitor for Up {
+    type Error = u64;
+
+    fn visit(&mut self, first: u64, _: u64) -> Result<(), u64> {
+        if first > self.0 { Err(first) } else { Ok(()) }
+    }
+}
+
+impl Taker for Up {
+    fn may_fail(&self) -> bool {
+        true
+    }
+
+    fn secure(&mut self, _: u64, last: u64) -> Result<bool, u64> {
+        Ok(last <= self.0)
+    }
+}
+
+#[test]
+fn an_error_leaves_the_bits() {
+    let map = ChunkMap::new((1 << 20) - 1);
+    map.set(10, 10, || ());
+    map.set(700_000, 700_001, || ());
+    let stopped = map.take(0, (1 << 20) - 1, Up(64));
+    assert_eq!(stopped, Err(699_968));
+    assert_eq!(bits(&map, 0, (1 << 20) - 1, false), [700_000, 700_001]);
+}

@@ -1,0 +1,160 @@
+//! Models of marks without a fence, and of the slots of writes in flight.
+
+use super::{InFlight, MarkOrdering, Marks};
+use crate::sync::model::holds_only_with;
+use crate::sync::{Arc, AtomicU64, Ordering, Step, fence, performs, thread};
+use crate::units::{Granule, Iova, IovaRange};
+
+const PAGE: Granule = Granule::K4;
+
+fn pages(first: u64, last: u64) -> IovaRange {
+    IovaRange::new(Iova::new(first << 12), Iova::new(last << 12 | 0xfff)).unwrap()
+}
+
+/// Marks without F1, and an interrupt that runs a fence at any point of the marker, as
+/// `membarrier(2)` does. The model checker has no interrupts, so the marker looks for one between
+/// its steps. The copier continues if the marker has run the fence or has ended. The model cannot
+/// show that the compiler keeps the steps in order; a compiler fence does that.
+#[test]
+fn a_mark_without_a_fence_needs_the_membarrier() {
+    holds_only_with(&[Step::Membarrier], a_mark_without_a_fence);
+}
+
+/// Returns whether the last copy has the last write.
+fn a_mark_without_a_fence() -> bool {
+    const NOTHING: u64 = 0;
+    const ASKED: u64 = 1;
+    const DONE: u64 = 2;
+    let marks = Arc::new(Marks::new(pages(0, 0), PAGE, MarkOrdering::Membarrier));
+    let [data, interrupt] = [0, NOTHING].map(|value| Arc::new(AtomicU64::new(value)));
+    // The page was marked, and harvests have seen it: every load finds the mark until it is
+    // cleared.
+    marks.mark(pages(0, 0));
+    let marker = thread::spawn({
+        let (marks, data, interrupt) = (marks.clone(), data.clone(), interrupt.clone());
+        move || {
+            // A read-modify-write reads the newest value, as an interrupt arrives without a load.
+            let come_by = |next| {
+                if interrupt.fetch_and(next, Ordering::AcqRel) == ASKED {
+                    fence(Ordering::SeqCst);
+                }
+            };
+            come_by(DONE);
+            data.store(1, Ordering::Relaxed);
+            come_by(DONE);
+            marks.mark(pages(0, 0));
+            come_by(DONE);
+            interrupt.swap(DONE, Ordering::AcqRel);
+        }
+    });
+    // False if the marker has not run the fence: then the copier would wait longer. Other
+    // executions show what it sees afterwards.
+    let copy = |copied: &mut u64| {
+        let mut dirty = false;
+        marks.take(pages(0, 0), |_, _| dirty = true);
+        fence(Ordering::SeqCst);
+        if performs(Step::Membarrier) {
+            let ask = (Ordering::AcqRel, Ordering::Acquire);
+            let asked = interrupt.compare_exchange(NOTHING, ASKED, ask.0, ask.1);
+            thread::yield_now();
+            if asked.is_ok() && interrupt.fetch_and(!0, Ordering::AcqRel) == ASKED {
+                return false;
+            }
+        }
+        if dirty {
+            *copied = data.load(Ordering::Relaxed);
+        }
+        true
+    };
+    let mut copied = 0;
+    let came_by = copy(&mut copied);
+    marker.join().unwrap();
+    copy(&mut copied);
+    !came_by || copied == 1
+}
+
+/// A second write in flight makes a second block of slots. A harvester that reaches the block finds
+/// it whole, and the range that its slot names.
+#[test]
+fn a_fresh_block_of_slots_is_whole() {
+    holds_only_with(&[Step::PublishBlock], || {
+        let registry = Arc::new(InFlight::new());
+        // Takes the one slot of the first block.
+        let first = registry.publish(pages(0, 0));
+        let writer = thread::spawn({
+            let registry = registry.clone();
+            move || {
+                registry.publish(pages(1, 1));
+            }
+        });
+        registry.publish(pages(2, 2));
+        let early = in_flight(&registry);
+        writer.join().unwrap();
+        let late = in_flight(&registry).len();
+        first.free();
+        early.contains(&pages(0, 0)) && early.contains(&pages(2, 2)) && late == 3
+    });
+}
+
+/// The ranges that `registry` names, by their first page.
+fn in_flight(registry: &InFlight) -> Vec<IovaRange> {
+    let mut seen = Vec::new();
+    let done: Result<(), std::convert::Infallible> = registry.visit(pages(0, 3), |range| {
+        seen.push(range);
+        Ok(())
+    });
+    done.unwrap();
+    seen
+}
+
+/// A slot that is used again is seen with the range of its new owner, or the marks of that owner
+/// are seen.
+#[test]
+fn a_slot_that_is_used_again_is_seen_whole() {
+    holds_only_with(&[Step::PublishSlot], || {
+        let registry = Arc::new(InFlight::new());
+        let marks = Arc::new(Marks::few(pages(0, 3), PAGE));
+        let begun = Arc::new(AtomicU64::new(0));
+        let first = registry.publish(pages(0, 0));
+        let owner = thread::spawn({
+            let (registry, marks, begun) = (registry.clone(), marks.clone(), begun.clone());
+            move || {
+                let slot = registry.publish(pages(2, 3));
+                begun.store(1, Ordering::Release);
+                marks.mark(pages(2, 3));
+                slot.free();
+            }
+        });
+        first.free();
+        let had_begun = begun.load(Ordering::Acquire) == 1;
+        let seen = in_flight(&registry);
+        let marked = marks.runs(pages(2, 3)) == [pages(2, 3)];
+        owner.join().unwrap();
+        let theirs = seen.is_empty() || seen == [pages(2, 3)];
+        theirs && (!had_begun || marked || !seen.is_empty())
+    });
+}
+
+/// A slot ends and is used again for another range while a harvester reads it. The harvester sees
+/// the range of one owner, or the marks of the owners that have ended.
+#[test]
+fn a_slot_that_changes_hands_is_not_misread() {
+    holds_only_with(&[Step::ChangeBeforeRange], || {
+        let registry = Arc::new(InFlight::new());
+        let marks = Arc::new(Marks::few(pages(0, 3), PAGE));
+        registry.publish(pages(0, 0));
+        let owner = thread::spawn({
+            let (registry, marks) = (registry.clone(), marks.clone());
+            move || {
+                marks.mark(pages(0, 0));
+                registry.first.slots[0].free();
+                registry.publish(pages(2, 3));
+            }
+        });
+        let seen = in_flight(&registry);
+        let marked = marks.runs(pages(0, 0)) == [pages(0, 0)];
+        owner.join().unwrap();
+        let of_one = seen.is_empty() || seen == [pages(0, 0)] || seen == [pages(2, 3)];
+        of_one && (marked || seen == [pages(0, 0)])
+    });
+}

@@ -1,0 +1,42 @@
+//! What calls say that they did: numbers for the caller, and for events.
+
+/// What a harvest found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct HarvestReport {
+    /// Areas that were walked.
+    pub areas: u64,
+    /// Bits of the lease that went from 0 to 1 in the user's bitmap. Of a harvest that
+    /// [stopped](crate::Lease::stopped), and put back what lies above the stop, it may be fewer,
+    /// where bits above it were set before.
+    pub bits_set: u64,
+    /// Dirty leaves of IO page tables; each owes an invalidation.
+    pub leaves: u64,
+    /// Windows of the user's bitmap that were opened.
+    pub windows: u64,
+}
+
+/// What an abort put back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct Aborted {
+    /// Bytes that are dirty again.
+    pub bytes: u64,
+    /// Bytes that could not be put back, because no area holds them any more.
+    pub outside_bytes: u64,
+}
+
+/// The result of an unmap.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct Unmapped {
+    /// Areas that were removed.
+    pub areas: u64,
+    /// The bytes of those areas.
+    pub bytes: u128,
+    /// Bytes of their dirty pages that were recorded in the user's bitmap.
+    pub dirty_bytes: u128,
+    /// Bytes of their dirty pages that were not recorded. With a bitmap this is 0, unless a window
+    /// of a file failed for a mark that came while the areas went.
+    pub discarded_bytes: u128,
+}
