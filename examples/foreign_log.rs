@@ -1,11 +1,11 @@
-//! The log of somebody else, such as VFIO's or a hypervisor's: a closure asks it.
+//! The log of another program, such as VFIO's or a hypervisor's: a closure reads it.
 
 use std::io;
 
 use dirtymap::{Access, AddressSpace, Granule, IovaRange, PulledLog};
 
-/// Stands for the call of the log: sets a bit for each page of `range` that was written, and
-/// forgets it.
+/// In place of the log's call: sets a bit for each page of `range` that was written, and clears the
+/// page in the log.
 fn read_and_clear(range: IovaRange, words: &mut [u64]) -> io::Result<()> {
     words[0] = u64::from(range.start().get() == 0) << 5; // page 5
     Ok(())

@@ -1,4 +1,5 @@
-//! A lease owns what it needs: it goes to another thread, in a struct, through a channel.
+//! A lease that owns its space and its bitmap: it goes to another thread, in a struct, through a
+//! channel.
 
 use std::sync::{Arc, mpsc};
 use std::{error::Error, thread};

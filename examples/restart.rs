@@ -1,4 +1,4 @@
-//! The dirty state outlives the process: what one start saves, the next one finds. Run it twice.
+//! Dirty state that outlives the process: one run saves it, the next one restores it. Run it twice.
 
 use dirtymap::{Access, AddressSpace, Granule};
 use dirtymap_formats::BitmapFile;

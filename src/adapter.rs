@@ -1,4 +1,4 @@
-//! Parts for adapters: what a source over somebody else's log needs besides the trait
+//! Parts for adapters: what a source over a log of another component needs besides the trait
 //! [`DirtySource`](crate::DirtySource).
 //!
 //! The adapters of this repository (`dirtymap-kvm`, `dirtymap-vhost`, `dirtymap-pagemap`,
@@ -14,9 +14,9 @@
 //! * [`source_kit`](crate::source_kit): tests that every source has to pass.
 //!
 //! # Example
-//! A log of which each look clears what it reports. The report is the only trace of a write then.
-//! It goes into memory that was reserved before, and from there into the lease, page by page, so
-//! that a failure after the look loses nothing.
+//! Each read of the log in this example clears the pages that it reports, so the report is the only
+//! trace of a write. It goes into memory that was reserved before, and from there into the lease,
+//! page by page, so that a failure after the look loses nothing.
 //!
 //! ```
 //! use std::sync::{Mutex, PoisonError};

@@ -2,7 +2,7 @@
 
 use crate::units::{DomainId, Granule, Iova, IovaRange, RangeError};
 
-/// Why a call was refused or could not complete.
+/// The error of a call that was refused or could not complete.
 ///
 /// Input is checked before anything is changed, in the order that each call documents.
 /// [`Error::errno`] gives the number that Linux's iommufd uses for the same refusal.
@@ -34,7 +34,7 @@ pub enum Error {
     Unaligned {
         /// The offending range.
         range: IovaRange,
-        /// What both of its borders must be multiples of.
+        /// Both of its borders must be multiples of this.
         granule: Granule,
     },
     /// A length is not a multiple of the granule that the call requires.
@@ -42,7 +42,7 @@ pub enum Error {
     UnalignedLength {
         /// The offending length in bytes.
         len: u64,
-        /// What it must be a multiple of.
+        /// It must be a multiple of this.
         granule: Granule,
     },
     /// The backing address of a mapping is not aligned.
@@ -50,7 +50,7 @@ pub enum Error {
     UnalignedBacking {
         /// The offending address.
         backing: u64,
-        /// What it must be a multiple of.
+        /// It must be a multiple of this.
         granule: Granule,
     },
     /// The memory that backs the range would extend past 2^64 - 1.
@@ -76,7 +76,7 @@ pub enum Error {
     /// Tracking was never enabled here, so there is no answer.
     #[error("tracking was never enabled for {range}: enable it before the first harvest")]
     NeverTracked {
-        /// The range asked for.
+        /// The range of the call.
         range: IovaRange,
     },
     /// The areas leave a hole in the range.
@@ -84,7 +84,7 @@ pub enum Error {
     Hole {
         /// The first address that no area holds.
         at: Iova,
-        /// The range asked for.
+        /// The range of the call.
         range: IovaRange,
     },
     /// The address at which to continue lies outside of the request, or inside one of its granules.
@@ -95,9 +95,9 @@ pub enum Error {
     BadCursor {
         /// The offending address.
         at: Iova,
-        /// The range asked for.
+        /// The range of the call.
         range: IovaRange,
-        /// What the address must be a multiple of.
+        /// The address must be a multiple of this.
         granule: Granule,
     },
     /// The new area would overlap an existing one.
@@ -122,7 +122,7 @@ pub enum Error {
          ranges"
     )]
     NoSpace {
-        /// The length asked for, in bytes.
+        /// The requested length in bytes.
         len: u64,
         /// The alignment that the range needs.
         alignment: Granule,
@@ -160,13 +160,13 @@ pub enum Error {
     /// No area lies in the range to unmap.
     #[error("no area lies in {range}")]
     NothingMapped {
-        /// The range asked for.
+        /// The range of the call.
         range: IovaRange,
     },
     /// The range to unmap would cut through an area.
     #[error("{range} covers only a part of the area {area}: name whole areas")]
     PartOfArea {
-        /// The range asked for.
+        /// The range of the call.
         range: IovaRange,
         /// The area that extends past the range.
         area: IovaRange,
@@ -185,7 +185,7 @@ pub enum Error {
     UnalignedCut {
         /// The offending address.
         at: Iova,
-        /// What it must be a multiple of.
+        /// It must be a multiple of this.
         granule: Granule,
     },
     /// A leaf of a source spans the cut, or the source cannot tell, and the source does not split
@@ -198,7 +198,7 @@ pub enum Error {
     /// No such domain is attached.
     #[error("{domain} is not attached")]
     NotAttached {
-        /// The domain asked for.
+        /// The domain of the call.
         domain: DomainId,
     },
     /// The source is attached to the space already.
@@ -221,7 +221,7 @@ pub enum Error {
     Change {
         /// The number of the change, counted from 0.
         index: usize,
-        /// Why.
+        /// Its error.
         #[source]
         error: Box<Error>,
     },
@@ -248,7 +248,7 @@ impl Error {
     /// * `ENOENT` (2): the range to unmap holds no area, or only a part of one; no such
     ///   reservation; no such domain.
     /// * `EIO` (5): a source failed.
-    /// * `EFAULT` (14): a window of the bitmap cannot be mapped, or no longer.
+    /// * `EFAULT` (14): a window of the bitmap cannot be mapped, or its file shrank.
     /// * `EBUSY` (16): another call is changing the area.
     /// * `EEXIST` (17): overlap with an area; a source that is attached already.
     /// * `EINVAL` (22): zero length, alignment, granule, window size, short bitmap, runs out of
@@ -295,6 +295,18 @@ impl Error {
 }
 
 /// Why a bitmap cannot be bound to a request, read or written. Becomes an [`Error`] by `?`.
+///
+/// ```
+/// use dirtymap::bitmap::BitmapError;
+/// use dirtymap::{Granule, ToIovaRange, UserBitmap};
+///
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// let mut word = [0]; // 64 bits, for 65 pages
+/// let view = UserBitmap::new(&mut word).view((0..65 << 12).to_iova_range()?, Granule::K4);
+/// assert!(matches!(view, Err(BitmapError::TooShort { bits: 64, needed: 65, .. })));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BitmapError {
@@ -303,7 +315,7 @@ pub enum BitmapError {
     Unaligned {
         /// The offending range.
         range: IovaRange,
-        /// What both of its borders must be multiples of.
+        /// Both of its borders must be multiples of this.
         granule: Granule,
     },
     /// The user bitmap has fewer bits than the request has granules.
@@ -313,7 +325,7 @@ pub enum BitmapError {
         bits: u64,
         /// Bits that the request needs.
         needed: u128,
-        /// The range asked for.
+        /// The range of the call.
         range: IovaRange,
         /// Bytes that one bit stands for.
         granule: Granule,
@@ -337,7 +349,7 @@ pub enum BitmapError {
     Window {
         /// The first byte of the window.
         at: u64,
-        /// What the system says.
+        /// The error of the system.
         #[source]
         error: std::io::Error,
     },
@@ -349,7 +361,7 @@ pub enum BitmapError {
         at: u64,
         /// Bytes of the window.
         len: u64,
-        /// What the system says.
+        /// The error of the system.
         #[source]
         error: std::io::Error,
     },
@@ -389,9 +401,9 @@ impl From<BitmapError> for Error {
 /// A walk of a source stopped inside the range that it was given.
 #[derive(Debug)]
 pub struct Stopped {
-    /// The first address that was not processed. Everything below it was processed; nothing from it
-    /// on was touched.
+    /// The first address that was not processed. Everything below it was processed, and nothing
+    /// from it on was touched.
     pub at: Iova,
-    /// Why it stopped.
+    /// The reason of the stop.
     pub error: Error,
 }

@@ -28,8 +28,8 @@ macro_rules! event {
     };
 }
 
-/// Calls a subscriber. Its panic goes on, except in a destructor that runs because of another
-/// panic: there it would end the process.
+/// Calls a subscriber. Its panic goes on, except in a destructor that runs during unwinding, where
+/// it would abort the process.
 #[cfg(all(feature = "tracing", not(dirtymap_loom)))]
 #[inline]
 fn tell(event: impl FnOnce()) {

@@ -1,4 +1,4 @@
-//! How a call of users' code fails: with an error or with a panic.
+//! The failure of a call of users' code: an error or a panic.
 //!
 //! Sources, invalidators and frees are users' code, and each of their calls may panic. Each goes
 //! through [`call`], which catches the panic. So the code that cleans up handles a panic as it
@@ -13,7 +13,7 @@ use crate::error::Error;
 /// The payload of a panic.
 pub(crate) type Panic = Box<dyn Any + Send>;
 
-/// Why a call of users' code, or a call that made such calls, did not succeed.
+/// The failure of a call of users' code, or of a call that made such calls.
 pub(crate) enum Failure {
     /// It returned an error.
     Refused(Error),
@@ -34,8 +34,8 @@ impl Failure {
     }
 
     /// Combines this failure with one in the cleanup that followed it. A panic wins over an error,
-    /// and the first panic over the second. Of two errors the later one wins, because it says what
-    /// is left to do.
+    /// and the first panic over the second. Of two errors the later one wins, because it names the
+    /// work that is left.
     pub(crate) fn then(self, later: Failure) -> Failure {
         match (self, later) {
             (Failure::Panicked(first), Failure::Panicked(second)) => {
@@ -104,7 +104,8 @@ pub(crate) fn keep_first(first: &mut Option<Panic>, panic: Panic) {
     }
 }
 
-/// Resumes a panic, unless this thread is panicking already: a second panic would end the process.
+/// Resumes a panic, unless this thread is panicking already: a second panic would abort the
+/// process.
 pub(crate) fn go_on(panic: Option<Panic>) {
     match panic {
         Some(panic) if std::thread::panicking() => forget(panic),

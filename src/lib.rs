@@ -66,8 +66,8 @@
 //!
 //! # Example
 //!
-//! [`AddressSpace::rounds`] is the short way: everything that is mapped, with a bitmap of its own. This
-//! is the long one, for a range and a bitmap of yours:
+//! [`AddressSpace::rounds`] is the short way: everything that is mapped, with a bitmap of its own.
+//! This is the long one, for a range and a bitmap of yours:
 //!
 //! ```
 //! use dirtymap::{Access, AddressSpace, Granule, HarvestRequest, ToIovaRange, UserBitmap};

@@ -1,14 +1,14 @@
-//! What calls say that they did: numbers for the caller, and for events.
+//! The reports of calls: numbers for the caller, and for events.
 
-/// What a harvest found.
+/// The report of a harvest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct HarvestReport {
     /// Areas that were walked.
     pub areas: u64,
-    /// Bits of the lease that went from 0 to 1 in the user's bitmap. Of a harvest that
-    /// [stopped](crate::Lease::stopped), and put back what lies above the stop, it may be fewer,
-    /// where bits above it were set before.
+    /// Bits of the lease that went from 0 to 1 in the user's bitmap. A harvest that
+    /// [stopped](crate::Lease::stopped) and put back pages above the stop may count fewer bits, if
+    /// bits above the stop were set before.
     pub bits_set: u64,
     /// Dirty leaves of IO page tables; each owes an invalidation.
     pub leaves: u64,
@@ -16,7 +16,7 @@ pub struct HarvestReport {
     pub windows: u64,
 }
 
-/// What an abort put back.
+/// The report of an abort.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Aborted {
@@ -37,6 +37,6 @@ pub struct Unmapped {
     /// Bytes of their dirty pages that were recorded in the user's bitmap.
     pub dirty_bytes: u128,
     /// Bytes of their dirty pages that were not recorded. With a bitmap this is 0, unless a window
-    /// of a file failed for a mark that came while the areas went.
+    /// of a file failed for a mark that came during the unmap.
     pub discarded_bytes: u128,
 }

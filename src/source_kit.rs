@@ -1,4 +1,4 @@
-//! A test kit: what a [`DirtySource`] owes, tried from outside.
+//! A test kit: tests of the contract of a [`DirtySource`], from outside.
 //!
 //! The author of a source writes a [`Rig`], and calls [`check`] in a test:
 //!
@@ -40,22 +40,22 @@ use crate::space::AddressSpace;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering, thread};
 use crate::units::{Access, Granule, Iova, IovaRange};
 
-/// Pages that the kit uses, at least: some words of a bitmap.
+/// The least number of pages for the kit: some words of a bitmap.
 const PAGES: u64 = 256;
 
-/// A source under test, and the hands that write to its memory.
+/// A source under test, and a function that writes to its memory.
 pub trait Rig: Sync {
-    /// Where an area may be mapped: 256 pages of the source at least, made of whole pages.
+    /// The addresses at which an area may be mapped: at least 256 whole pages of the source.
     fn range(&self) -> IovaRange;
 
-    /// The source, attached to nothing yet. Asked once for each rig.
+    /// The source, not attached yet. Called once for each rig.
     fn source(&self) -> Arc<dyn DirtySource>;
 
     /// Writes the byte at `iova` as a device does. Returns when the write has landed.
     fn write(&self, iova: Iova);
 }
 
-/// Tries everything that the kit knows, each part on a rig of its own.
+/// Runs all tests of the kit, each on a rig of its own.
 ///
 /// # Panics
 /// With the rule that the source breaks.
@@ -83,12 +83,12 @@ struct Bench<'r> {
     source: Arc<dyn DirtySource>,
     space: AddressSpace,
     page: Granule,
-    /// What is mapped: 256 pages of the source.
+    /// The mapped range: 256 pages of the source.
     range: IovaRange,
 }
 
 impl<'r> Bench<'r> {
-    /// In a space whose page is what `smaller` makes of the source's.
+    /// In a space whose page is computed from the source's by `smaller`.
     fn new(rig: &'r dyn Rig, smaller: impl Fn(Granule) -> Granule) -> Self {
         let source = rig.source();
         let page = source.page();
@@ -138,7 +138,7 @@ impl<'r> Bench<'r> {
         (0..PAGES).filter(bit).collect()
     }
 
-    /// What a harvest reports; `then` gets the lease.
+    /// The pages that a harvest reports. `then` gets the lease.
     fn harvest(&self, then: impl FnOnce(Lease<'_, Owed>)) -> BTreeSet<u64> {
         let words: Vec<AtomicU64> = (0..PAGES / 64).map(|_| AtomicU64::new(0)).collect();
         let lease = self
@@ -212,10 +212,10 @@ fn each_write_is_reported_once(bench: &Bench<'_>) {
     let seen = bench.committed();
     assert!(
         seen.is_superset(&set(&pages)),
-        "no lost write: {pages:?} were written, {seen:?} told"
+        "no lost write: {pages:?} were written, {seen:?} reported"
     );
-    assert_eq!(seen, set(&pages), "tight: pages that nobody wrote");
-    assert_eq!(bench.committed(), set(&[]), "what was cleared stays clear");
+    assert_eq!(seen, set(&pages), "tight: only written pages are reported");
+    assert_eq!(bench.committed(), set(&[]), "cleared pages stay clean");
     bench.write(100);
     assert_eq!(
         bench.committed(),
@@ -235,7 +235,7 @@ fn a_peek_takes_nothing(bench: &Bench<'_>) {
         assert_eq!(
             Bench::bits(&words),
             set(&[70]),
-            "a peek shows what is dirty"
+            "a peek shows the dirty pages"
         );
     }
     assert_eq!(bench.committed(), set(&[70]), "a peek takes nothing");
@@ -255,11 +255,15 @@ fn a_part_leaves_the_rest(bench: &Bench<'_>) {
         assert_eq!(
             told,
             set(&seen),
-            "a part is told, and what was not asked for stays dirty"
+            "a part is reported, and pages outside of the request stay dirty"
         );
     }
     let rest = bench.committed();
-    assert_eq!(rest, set(&[20, 64]), "what was not asked for stays dirty");
+    assert_eq!(
+        rest,
+        set(&[20, 64]),
+        "pages outside of the request stay dirty"
+    );
 }
 
 fn an_abort_puts_back(bench: &Bench<'_>) {
@@ -318,7 +322,7 @@ fn an_unmap_tells_what_was_dirty(bench: &Bench<'_>) {
     let seen = Bench::bits(&words);
     assert!(
         seen.is_superset(&set(&[9, 130])),
-        "an unmap tells what was dirty, not {seen:?}"
+        "an unmap reports the dirty pages, not {seen:?}"
     );
 }
 
@@ -330,8 +334,9 @@ fn a_panic_in_the_middle_leaves_the_source_usable(bench: &Bench<'_>) {
             .source
             .unmap(bench.range, &mut FlushGather::new(), &mut told);
     }));
-    assert!(unwound.is_err(), "an unmap tells what was dirty");
-    // Whatever became of page 9, which the unmap had told: no lock is held, and the source answers.
+    assert!(unwound.is_err(), "an unmap reports the dirty pages");
+    // Page 9, which the unmap had reported, may be dirty or not. No lock is held, and the source
+    // answers.
     let answers = catch_unwind(AssertUnwindSafe(|| {
         bench.committed();
         let unmapped = bench.space.unmap_discarding(bench.range);
@@ -346,26 +351,26 @@ fn a_panic_in_the_middle_leaves_the_source_usable(bench: &Bench<'_>) {
 fn tracking_begins_clean(bench: &Bench<'_>) {
     bench.write(1);
     allowed(bench.space.start_tracking(), "tracking, twice");
-    // A space that is in doubt asks again, and so does a second space.
+    // A space in doubt switches again, and so does a second space.
     let twice = bench.source.set_tracking(Tracking::On);
     allowed(twice, "tracking, twice");
     assert_eq!(
         bench.committed(),
         set(&[1]),
-        "tracking twice keeps what is dirty"
+        "tracking twice keeps dirty pages dirty"
     );
     bench.write(2);
     allowed(bench.space.stop_tracking(), "an end of tracking");
     assert_eq!(
         bench.committed(),
         set(&[2]),
-        "an end of tracking keeps what is dirty"
+        "an end of tracking keeps dirty pages dirty"
     );
     allowed(bench.space.start_tracking(), "tracking again");
     assert_eq!(bench.committed(), set(&[]), "tracking begins clean");
     bench.write(3);
     assert_eq!(bench.committed(), set(&[3]), "tracking again reports");
-    // Written before the end and after it, and read by nobody.
+    // Written before the end and after it, and harvested by no call.
     bench.write(4);
     allowed(bench.space.stop_tracking(), "an end of tracking");
     bench.write(5);

@@ -1,8 +1,8 @@
 //! The only module that names `std::sync`, `loom` or `shuttle`.
 //!
 //! Everything concurrent in the library takes its atomics, locks and threads from here, so that the
-//! model checkers see the code that users run. The simulator and the adapters of this repository use
-//! it too, because it is public and hidden: one shim for all. It is outside of the promise of
+//! model checkers see the code that users run. The simulator and the adapters of this repository
+//! use it too, because it is public and hidden: one shim for all. It is outside of the promise of
 //! versions. An adapter elsewhere takes the atomics of std.
 //!
 //! | cfg | feature | atomics, locks, threads from |
@@ -64,9 +64,9 @@ mod imp {
     pub use std::sync::{Arc, Condvar, Mutex, MutexGuard};
     pub use std::thread;
 
-    /// Waits a little longer for each failure in a row, up to some 100 ns, so that threads that
-    /// compete for one word do not fail again and again. After more failures it yields the core to
-    /// other threads.
+    /// Waits a little longer after each consecutive failure, up to some 100 ns, so that threads
+    /// that compete for one word do not fail again and again. After more failures it yields the
+    /// core to other threads.
     pub fn back_off(failures: u32) {
         const SPIN_LG2: u32 = 6;
         if failures > SPIN_LG2 {

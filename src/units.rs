@@ -10,6 +10,13 @@ use std::fmt;
 use std::ops::{Range, RangeInclusive};
 
 /// Why a range or a granule cannot be made. Becomes an [`Error`](crate::Error) by `?`.
+///
+/// ```
+/// use dirtymap::{Iova, IovaRange, RangeError};
+///
+/// let start = Iova::new(0x1000);
+/// assert_eq!(IovaRange::from_len(start, 0), Err(RangeError::ZeroLength { start }));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RangeError {
@@ -57,6 +64,15 @@ impl RangeError {
 }
 
 /// A device-visible address in bytes.
+///
+/// ```
+/// use dirtymap::{Granule, Iova};
+///
+/// let iova = Iova::new(0x1234);
+/// assert_eq!(iova.granule_start(Granule::K4), Iova::new(0x1000));
+/// assert_eq!(iova.offset_from(Iova::new(0x1000)), Some(0x234));
+/// assert_eq!(format!("{iova}"), "0x1234");
+/// ```
 #[doc(alias = "dma_addr_t")]
 #[derive(Clone, Copy, Eq, Hash, Default)]
 #[cfg_attr(not(test), derive(PartialEq, PartialOrd, Ord))]
@@ -157,6 +173,19 @@ impl From<Iova> for u64 {
 }
 
 /// A non-empty range of addresses, both ends included.
+///
+/// ```
+/// use dirtymap::{Granule, Iova, IovaRange};
+///
+/// # fn main() -> Result<(), dirtymap::RangeError> {
+/// let written = IovaRange::from_len(Iova::new(0x1ffe), 4)?;
+/// assert_eq!(written.granules(Granule::K4), 2); // it touches two pages
+/// let pages = written.round_out(Granule::K4);
+/// assert_eq!((pages.start().get(), pages.last().get()), (0x1000, 0x2fff));
+/// assert_eq!(IovaRange::try_from(0x1000..0x3000)?, pages);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct IovaRange {
@@ -408,7 +437,7 @@ impl fmt::Display for IovaRange {
     }
 }
 
-/// What a call that takes a range accepts: an [`IovaRange`], or a range of bytes as Rust writes it.
+/// The range argument of a call: an [`IovaRange`], or a range of bytes as Rust writes it.
 ///
 /// ```
 /// use dirtymap::{Iova, IovaRange, ToIovaRange};
@@ -422,8 +451,8 @@ impl fmt::Display for IovaRange {
 /// # }
 /// ```
 ///
-/// Only `0..=u64::MAX` and its like reach the last address, because a half-open range has no name
-/// for its end.
+/// Only an inclusive range such as `0..=u64::MAX` reaches the last address, because a half-open
+/// range cannot express its end.
 pub trait ToIovaRange {
     /// The same addresses as an [`IovaRange`].
     ///
@@ -482,6 +511,17 @@ impl From<IovaRange> for RangeInclusive<u64> {
 }
 
 /// A power of two in bytes, 1 to 2^63, stored as its logarithm.
+///
+/// ```
+/// use dirtymap::Granule;
+///
+/// # fn main() -> Result<(), dirtymap::RangeError> {
+/// assert_eq!(Granule::from_bytes(4096)?, Granule::K4);
+/// assert_eq!(Granule::M2.bytes() / Granule::K4.bytes(), 512);
+/// assert!(Granule::try_from(5000).is_err());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Granule(u8);
 
@@ -595,6 +635,8 @@ impl fmt::Display for DomainId {
 }
 
 /// What a device may do with a mapping.
+#[doc(alias = "IOMMU_IOAS_MAP_READABLE")]
+#[doc(alias = "IOMMU_IOAS_MAP_WRITEABLE")]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Access {
     /// Device reads only.

@@ -1,4 +1,5 @@
-//! Map, unmap, mark and tracking through the public interface, errors in their documented order included.
+//! Map, unmap, mark and tracking through the public interface, with errors in their documented
+//! order.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -81,7 +82,7 @@ fn unmap_is_whole_areas_and_all_or_nothing() {
     let unmap = |range| space.unmap_discarding(range).unwrap_err();
     assert!(matches!(unmap(pages(4, 4)), Error::NothingMapped { .. }));
     assert_eq!(unmap(pages(4, 4)).errno(), 2);
-    // The first area lies inside, but the second one sticks out: nothing goes.
+    // The first area lies inside the range, the second one sticks out: both stay mapped.
     assert!(matches!(unmap(pages(0, 9)), Error::PartOfArea { area, .. } if area == pages(8, 4)));
     assert_eq!(space.mappings().len(), 2);
     fake.dirty(9);
@@ -121,7 +122,7 @@ fn an_unmap_that_cannot_flush_keeps_the_addresses_taken() {
     assert_eq!(fake.with(|s| s.invalidated.clone()), [pages(0, 4)]);
 }
 
-/// Linux did not say, when a map failed half-way, how far it had come, and took back the wrong end.
+/// A map failed half-way. Linux did not report how far it had come, and unmapped the wrong end.
 #[test]
 fn a_map_that_one_source_refuses_is_undone_in_the_others() {
     let (space, first, second) = two_sources();

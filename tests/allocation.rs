@@ -1,4 +1,5 @@
-//! Which addresses are free: allocation, reserved and allowed ranges, and every refusal of map and unmap with its errno.
+//! Which addresses are free: allocation, reserved and allowed ranges, and every refusal of map and
+//! unmap with its errno.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -102,9 +103,8 @@ fn map_anywhere_refuses_in_order_and_changes_nothing() {
     assert!(matches!(error, Error::BackingWraps { backing, .. } if backing == top));
     assert_eq!(error.errno(), 75);
     let error = refused(4 * PAGE, 0);
-    assert!(
-        matches!(error, Error::NoSpace { len, alignment } if len == 4 * PAGE && alignment.bytes() == 4 * PAGE)
-    );
+    assert!(matches!(error, Error::NoSpace { len, alignment }
+            if len == 4 * PAGE && alignment.bytes() == 4 * PAGE));
     assert_eq!(error.errno(), 28);
     assert!(space.mappings().is_empty() && fake.with(|s| s.mapped.is_empty()));
 
@@ -117,16 +117,18 @@ fn map_anywhere_refuses_in_order_and_changes_nothing() {
     assert_eq!(fake.with(|s| s.mapped.clone()), [pages(4, 2)]);
 }
 
-/// Linux rounded an address near 2^64 up to 0, and gave a range that overlapped another area, or a reserved one.
+/// Linux rounded an address near 2^64 up to 0, and gave a range that overlapped another area, or a
+/// reserved one.
 #[test]
 fn allocation_near_the_top_does_not_wrap() {
-    // History: rounding up near the last address wrapped, and the mapping overlapped another or a reserved range.
+    // History: rounding up near the last address wrapped, and the mapping overlapped another or a
+    // reserved range.
     let space = space();
     let last_page = bytes(u64::MAX - (PAGE - 1), PAGE);
     space
         .set_allowed(&[inclusive(u64::MAX - 3 * PAGE + 1, u64::MAX)])
         .unwrap();
-    // Of three pages at the top, the last one is never given out.
+    // Of the three highest pages, the last one is never allocated.
     assert!(matches!(
         space.map_anywhere(3 * PAGE, PAGE, RW),
         Err(Error::NoSpace { .. })
@@ -145,7 +147,7 @@ fn allocation_near_the_top_does_not_wrap() {
     space.map(last_page, 0, RW).unwrap();
     assert_eq!(space.mappings().len(), 3);
 
-    // The same below an area and below a reserved range that end at the last address.
+    // The same below an area, and below a reserved range, that end at the last address.
     for reserve in [false, true] {
         let space = self::space();
         let high = inclusive(u64::MAX - M2 + 1, u64::MAX);
@@ -181,7 +183,7 @@ fn areas_of_one_page_and_of_half_the_space() {
     assert_eq!(place(&space, PAGE), PAGE);
     assert_eq!(place(&space, PAGE), 2 * PAGE);
     assert_eq!(place(&space, M2), (1 << 63) + M2);
-    // More than the largest power of two: the greatest alignment, and no shift past the end.
+    // A length above the largest power of two: the greatest alignment, and no shift overflows.
     let error = space
         .map_anywhere(u64::MAX - (PAGE - 1), 0, RW)
         .unwrap_err();
@@ -214,7 +216,7 @@ fn fixed_maps_refuse_in_order() {
     space.reserve(bytes(20 * PAGE + 5, 1)).unwrap();
     let refused = |range, backing| space.map(range, backing, RW).unwrap_err();
     let top = u64::MAX - (PAGE - 1);
-    // Each is wrong in all later ways, too.
+    // Each request also has all the faults of the requests after it.
     let all = inclusive(1, u64::MAX);
     assert!(matches!(refused(all, 1), Error::Unaligned { .. }));
     let both = pages(10, 11);
@@ -224,14 +226,13 @@ fn fixed_maps_refuse_in_order() {
     ));
     assert!(matches!(refused(both, top), Error::BackingWraps { .. }));
     let error = refused(both, 0);
-    assert!(
-        matches!(error, Error::Reserved { range, reserved } if range == both && reserved == bytes(20 * PAGE + 5, 1))
-    );
+    assert!(matches!(error, Error::Reserved { range, reserved }
+            if range == both && reserved == bytes(20 * PAGE + 5, 1)));
     assert_eq!(error.errno(), 22);
     let error = refused(pages(13, 2), 0);
     assert!(matches!(error, Error::Overlap { existing, .. } if existing == pages(10, 4)));
     assert_eq!(error.errno(), 17);
-    // A range that is empty or wraps cannot even be named.
+    // An empty range, and one that wraps, cannot be constructed.
     assert_eq!(
         IovaRange::from_len(Iova::new(PAGE), 0).unwrap_err().errno(),
         22
@@ -267,7 +268,7 @@ fn unmap_refuses_in_order() {
         matches!(refused(pages(10, 12)), Error::PartOfArea { area, .. } if area == pages(20, 4))
     );
     assert_eq!(space.mappings().len(), 2, "all or nothing");
-    // What is reserved is not an area: nothing there, and no obstacle.
+    // A reserved range is not an area: an unmap finds nothing in it, and passes over it.
     for nothing in [pages(0, 10), pages(14, 6), pages(16, 2), pages(24, 100)] {
         let error = refused(nothing);
         assert!(matches!(error, Error::NothingMapped { .. }));
@@ -346,14 +347,15 @@ fn reserved_ranges_count() {
     ] {
         let error = space.reserve(range).unwrap_err();
         assert!(
-            matches!(error, Error::CannotReserve { range: r, existing: e } if r == range && e == existing),
+            matches!(error, Error::CannotReserve { range: r, existing: e }
+                if r == range && e == existing),
             "{error}"
         );
         assert_eq!(error.errno(), 98);
     }
     space.set_allowed(&[]).unwrap();
 
-    // Overlapping ones, one of them twice.
+    // Reservations may overlap, and one of them is made twice.
     for range in [
         pages(2, 4),
         pages(4, 3),
@@ -381,7 +383,7 @@ fn reserved_ranges_count() {
     space.release_reserved(pages(2, 4)).unwrap();
     space.map(pages(2, 4), 0, RW).unwrap();
 
-    // All of it, up to the last address.
+    // The whole space, up to the last address.
     let full = self::space();
     full.reserve(IovaRange::ALL).unwrap();
     full.reserve(IovaRange::ALL).unwrap();
@@ -402,16 +404,14 @@ fn allowed_ranges_restrict_only_allocation() {
     let refused = |ranges: &[IovaRange]| space.set_allowed(ranges).unwrap_err();
     space.set_allowed(&[pages(64, 4)]).unwrap();
     let error = refused(&[pages(50, 2), pages(40, 2), pages(41, 4)]);
-    assert!(
-        matches!(error, Error::AllowedTwice { range, other } if range == pages(40, 2) && other == pages(41, 4))
-    );
+    assert!(matches!(error, Error::AllowedTwice { range, other }
+            if range == pages(40, 2) && other == pages(41, 4)));
     assert_eq!(error.errno(), 22);
     let error = refused(&[pages(0, 4), pages(99, 2)]);
-    assert!(
-        matches!(error, Error::CannotAllow { range, reserved } if range == pages(99, 2) && reserved == pages(100, 1))
-    );
+    assert!(matches!(error, Error::CannotAllow { range, reserved }
+            if range == pages(99, 2) && reserved == pages(100, 1)));
     assert_eq!(error.errno(), 98);
-    // Both faults: the overlap comes first.
+    // With both faults, the overlap is reported.
     assert_eq!(refused(&[pages(99, 2), pages(100, 2)]).errno(), 22);
     assert_eq!(
         space.ranges().allowed,
@@ -419,7 +419,8 @@ fn allowed_ranges_restrict_only_allocation() {
         "a refused swap changes nothing"
     );
 
-    // In any order; ranges that touch are one. Of the first page nothing is given out.
+    // The order of ranges is free, and ranges that touch are joined. The first page is never
+    // allocated.
     space
         .set_allowed(&[pages(70, 2), bytes(0, 2 * PAGE), pages(68, 2)])
         .unwrap();
@@ -430,10 +431,11 @@ fn allowed_ranges_restrict_only_allocation() {
         space.map_anywhere(PAGE, 0, RW),
         Err(Error::NoSpace { .. })
     ));
-    // Fixed maps go anywhere, and an area that is not allowed any more stays.
+    // A map at a fixed address ignores the allowed ranges. An area stays when its range is no
+    // longer allowed.
     space.map(pages(0, 1), 0, RW).unwrap();
     space.map(pages(500, 1), 0, RW).unwrap();
-    // A single byte may be allowed, though no page fits.
+    // A single byte may be allowed, although no page fits.
     space.set_allowed(&[bytes(7, 1)]).unwrap();
     assert!(matches!(
         space.map_anywhere(PAGE, 0, RW),
@@ -498,12 +500,12 @@ fn the_report_is_a_partition_of_all_addresses() {
         .unwrap();
 }
 
-/// Linux dropped its lock in the middle of an unmap and began again at the start, where a map had used the addresses that were free by
-/// then: it unmapped the new area.
+/// Linux dropped its lock in the middle of an unmap and began again at the start, where a map had
+/// used the addresses that were free by then: it unmapped the new area.
 #[test]
 fn an_unmap_never_takes_what_was_mapped_in_its_place() {
-    // History: an unmap that went on from its start after it had let go of its lock took, or stumbled over, a mapping
-    // that had reused the addresses (Linux, 2026).
+    // History: an unmap that went on from its start after it had let go of its lock took, or
+    // stumbled over, a mapping that had reused the addresses (Linux, 2026).
     const ROUNDS: u64 = 3000;
     let space = AddressSpace::with_source(Granule::K4, Arc::new(Fake::default())).unwrap();
     // Few addresses, so that they are reused at once.
@@ -523,7 +525,7 @@ fn an_unmap_never_takes_what_was_mapped_in_its_place() {
                     }
                 };
                 kept.push((range, backing));
-                // What was not handed over yet is still there.
+                // An area that was not handed over yet is still mapped.
                 for (range, backing) in &kept {
                     let found = space.lookup(range.start()).map(|m| m.backing);
                     assert_eq!(found, Some(*backing), "somebody else's unmap took {range}");
@@ -602,7 +604,7 @@ fn a_hundred_thousand_areas() {
     for n in 0..COUNT {
         assert_eq!(place(&space, PAGE), (n + 1) * PAGE);
     }
-    // Single holes, found from below.
+    // Single holes, searched from the lowest address up.
     for n in [COUNT - 1, 70_001, 500] {
         space.unmap_discarding(pages(n, 1)).unwrap();
     }

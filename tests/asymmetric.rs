@@ -1,4 +1,5 @@
-//! Marks without a fence, ordered by `membarrier(2)`: the same answers, and no lost write by real threads.
+//! Marks without a fence, ordered by `membarrier(2)`: the same answers, and no lost write by real
+//! threads.
 #![cfg(all(feature = "membarrier", not(dirtymap_loom)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -39,13 +40,14 @@ fn a_space_says_what_it_uses() {
     println!("marks are ordered by {:?}", space.mark_ordering());
 }
 
-/// The writer stops now and then with its last write marked; the copy must have it after one more pass.
+/// The writer pauses now and then, after it has marked its last write. One more pass must copy that
+/// write.
 #[test]
 fn the_last_write_is_copied() {
     let (space, page) = space();
     let handle = space.area(Iova::MIN).unwrap();
     let data = AtomicU64::new(0);
-    // The round that the writer may write in, and the one that it has finished.
+    // The round in which the writer may write, and the round that it has finished.
     let (round, finished) = (AtomicU64::new(0), AtomicU64::new(0));
     let stop = AtomicBool::new(false);
     std::thread::scope(|threads| {

@@ -1,4 +1,5 @@
-//! Every refusal: which error and errno for which input, which of two faults is named, and that nothing was touched.
+//! Every refusal: which input gets which error and errno, which of two faults is reported, and that
+//! nothing was touched.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -71,7 +72,8 @@ fn ranges_and_granules_that_do_not_exist() {
     assert!(Granule::from_lg2(64).is_none() && Granule::from_lg2(255).is_none());
 }
 
-/// A space of 64 pages and a hole and 8 pages, and its source; page 1 is dirty for the device, page 2 is marked.
+/// A space of 64 pages, a hole and 8 pages, and its source. A device wrote page 1, a thread marked
+/// page 2.
 struct World {
     space: AddressSpace,
     fake: Arc<Fake>,
@@ -92,7 +94,7 @@ impl World {
         World { space, fake }
     }
 
-    /// What a refused call may not change.
+    /// The state that a refused call must not change.
     fn state(&self) -> impl PartialEq + std::fmt::Debug + use<> {
         let mut words = [0u64];
         let request = HarvestRequest::new(pages(0, 64), Granule::K4);
@@ -118,7 +120,8 @@ impl World {
 
 type Ask<'a> = dyn Fn(&AddressSpace, &HarvestRequest<'_>, &mut [u64]) -> Result<(), Error> + 'a;
 
-/// Makes the request in every mode; all refuse it alike and leave the bitmap, the space and the source as they were.
+/// Makes the request in every mode. All modes refuse it alike, and leave the bitmap, the space and
+/// the source as they were.
 fn refuse_everywhere(
     world: &World,
     request: HarvestRequest<'_>,
@@ -176,26 +179,28 @@ fn harvests_are_refused_in_order() {
     let unaligned = ("Unaligned", 22);
     let short = ("BitmapTooShort", 22);
     let never = ("NeverTracked", 22);
-    // (request, words of its bitmap, its error where nothing was ever tracked, and where it was)
+    // (request, words of its bitmap, its error if nothing was ever tracked, its error if it was)
     let rows = [
-        // To the page: the start, the end, both; before the granule, the bitmap and the hole.
+        // Unaligned to the page: the start, the end, both. This fault comes before those of the
+        // granule, the bitmap and the hole.
         (new(bytes(1, PAGE - 1), lg2(0)), 64, unaligned, unaligned),
         (new(bytes(0, PAGE + 512), lg2(9)), 1, unaligned, unaligned),
         (new(bytes(2048, PAGE), lg2(11)), 1, unaligned, unaligned),
         (new(bytes(2048, PAGE), lg2(13)), 0, unaligned, unaligned),
         (new(bytes(1, u64::MAX - 1), k4), 0, unaligned, unaligned),
-        // To the granule: the start, the end; before the bitmap.
+        // Unaligned to the granule: the start, the end. This fault comes before that of the bitmap.
         (new(pages(1, 3), lg2(13)), 1, unaligned, unaligned),
         (new(pages(0, 3), lg2(13)), 1, unaligned, unaligned),
         (new(pages(0, 64), lg2(63)), 0, unaligned, unaligned),
-        // The bitmap: one bit short, or far; before the scope, the tracking and the hole.
+        // The bitmap is too short, by one bit or by far. This fault comes before those of the
+        // scope, the tracking and the hole.
         (new(pages(0, 64), k4), 0, short, short),
         (new(pages(0, 65), k4).holes(Holes::Refuse), 1, short, short),
         (new(pages(0, 16), lg2(9)), 1, short, short),
         (new(pages(0, 65), k4).in_scope(gone), 1, short, short),
         (new(IovaRange::ALL, lg2(0)), 1, short, short),
         (new(IovaRange::ALL, k4), 1, short, short),
-        // The scope, then the tracking; before the hole.
+        // The scope, then the tracking; both come before the hole.
         (
             new(pages(0, 65), k4).holes(Holes::Refuse).in_scope(gone),
             2,
@@ -208,7 +213,7 @@ fn harvests_are_refused_in_order() {
             never,
             ("Hole", 22),
         ),
-        // A hole: at the end, in the middle, at the start, everywhere, over all addresses.
+        // A hole at the end, in the middle, at the start, everywhere, over all addresses.
         (
             new(pages(0, 80), k4).holes(Holes::Refuse),
             2,
@@ -239,7 +244,7 @@ fn harvests_are_refused_in_order() {
         refuse_everywhere(&untracked, request, words, before);
         refuse_everywhere(&tracked, request, words, after);
     }
-    // As asked for without a fault: also after all those refusals.
+    // A request without a fault succeeds after all those refusals.
     let mut words = [0u64];
     let request = new(pages(0, 64), k4);
     let lease = tracked
@@ -250,7 +255,7 @@ fn harvests_are_refused_in_order() {
     assert_eq!(words, [0b110]);
 }
 
-/// A hole that is not refused: what came before it is in the lease, the rest is as it was.
+/// A hole stops the harvest: the lease has the dirty pages below it, the rest is as it was.
 #[test]
 fn a_hole_stops_where_it_begins() {
     let world = World::new(true);
@@ -289,7 +294,7 @@ fn a_hole_stops_where_it_begins() {
     }
 }
 
-/// What changes a space, and refuses to.
+/// The calls that change a space, and their refusals.
 #[test]
 fn changes_are_refused_in_order() {
     let world = World::new(true);
@@ -416,7 +421,7 @@ fn changes_are_refused_in_order() {
         "NotAttached",
         2,
     );
-    // Batches: the number of the first fault, and nothing of what came before it.
+    // Batches: the error is that of the first fault, and no earlier change of the batch was made.
     let batches: [(Vec<Change>, usize, &str, i32); 4] = [
         (
             vec![map(pages(200, 1), 0), map(pages(200, 1), 0)],

@@ -1,4 +1,5 @@
-//! Bitmaps in files through the public interface: one window at a time, and files that are or become too short.
+//! Bitmaps in files through the public interface: one window at a time, and files that are or
+//! become too short.
 #![cfg(all(feature = "mmap", not(dirtymap_loom)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -101,7 +102,8 @@ fn a_file_that_shrinks_stops_the_harvest_and_loses_nothing() {
     assert_eq!(stopped.at, Iova::new((WINDOW + 3) * PAGE));
     let dirty = || fake.with(|s| s.dirty.iter().copied().collect::<Vec<_>>());
     assert_eq!(dirty(), [WINDOW + 3], "what cannot be recorded stays");
-    // The lease has what lies below the stop; what can no longer be read there counts as dirty.
+    // The lease has the pages below the stop. A window of it that can no longer be read counts as
+    // dirty.
     let lease = lease.partial().sync().unwrap();
     assert_eq!(lease.report().bits_set, 1);
     let mut runs = lease.runs();
@@ -114,7 +116,7 @@ fn a_file_that_shrinks_stops_the_harvest_and_loses_nothing() {
     let view = space.peek(&request, UserBitmap::new(&mut words)).unwrap();
     let rest = pages(WINDOW, 4); // with the page that could not be recorded
     assert_eq!(view.runs().collect::<Vec<_>>(), [pages(7, 1), rest]);
-    // Strict where a superset would lose: taking away what cannot be read is refused.
+    // A new view of the file is refused. A superset would lose pages here, in a subtraction.
     let unreadable = UserBitmap::file(&bitmap).view(all, Granule::K4);
     assert!(matches!(unreadable, Err(BitmapError::TooShort { .. })));
 }
@@ -152,8 +154,8 @@ fn what_cannot_be_read_is_neither_merged_nor_taken_away() {
     ));
 }
 
-/// A window that cannot be opened stops a harvest in the middle of marks whose summary it has cleared: the next harvest must
-/// be led to them all the same.
+/// A window that cannot be opened stops a harvest in the middle of marks whose summary bit it has
+/// cleared. The next harvest must still find these marks.
 #[test]
 fn marks_that_a_lost_window_could_not_take_are_found_again() {
     let fake = Arc::new(Fake::default());
@@ -181,8 +183,8 @@ fn marks_that_a_lost_window_could_not_take_are_found_again() {
     assert_eq!(runs, [pages(WINDOW + 3, 1), pages(WINDOW + 700, 1)]);
 }
 
-/// One source has given a page, and another one stops below it, when the file has lost the window
-/// that the page was recorded in: it cannot be read which pages were, so all of the window is put
+/// One source has reported a page, another source stops below that page, and the file has lost the
+/// window with the page's bit. The recorded pages cannot be read back, so the whole window is put
 /// back.
 #[test]
 fn what_a_lost_window_had_above_a_stop_is_put_back() {
@@ -216,7 +218,7 @@ fn what_a_lost_window_had_above_a_stop_is_put_back() {
     assert_eq!(view.runs().collect::<Vec<_>>(), [lost]);
 }
 
-/// A source that cuts the file of one thread behind its first window.
+/// A source that truncates the file of one thread after its first window.
 struct Cuts {
     file: std::fs::File,
     thread: std::sync::Mutex<Option<std::thread::ThreadId>>,
@@ -249,9 +251,9 @@ impl DirtySource for Cuts {
     }
 }
 
-/// A line of marks lies in two windows, of which the second cannot be mapped. The place of the line
-/// is not secured by the first one: a harvest that took it to be hid the line, and failed, and
-/// another harvest that came in between missed a mark.
+/// A cache line of marks lies in two windows, of which the second cannot be mapped. A harvest had
+/// checked the first window only, cleared the summary bit of the line, and then failed. Another
+/// harvest, which came in between, missed a mark.
 #[test]
 fn a_line_across_two_windows_is_not_hidden() {
     // Of the 64 bytes of the line, 32 lie in each window.
@@ -308,8 +310,8 @@ fn read_only(writable: &std::fs::File) -> FileBitmap {
     FileBitmap::new(std::fs::File::open(path).unwrap(), 0, 64)
 }
 
-/// What is dirty is recorded while the areas are still there: where it cannot be, they stay, and so
-/// does what is dirty.
+/// An unmap records dirty pages while the areas are still mapped. If it cannot record them, the
+/// areas stay mapped and their pages stay dirty.
 #[test]
 fn an_unmap_that_cannot_record_leaves_its_areas() {
     let space = AddressSpace::new(Granule::K4);
@@ -332,8 +334,9 @@ fn an_unmap_that_cannot_record_leaves_its_areas() {
     assert_eq!(view.runs().collect::<Vec<_>>(), [pages(7, 2)]);
 }
 
-/// What stands against harvests that fail: one thread harvests into a file that cannot be mapped for writing, again and again,
-/// while the other marks page 0 and then looks for it by `find`, which must not miss it once.
+/// One thread harvests again and again into a file that cannot be mapped for writing, and each
+/// harvest fails. The other thread marks page 0 and looks for it by `find`, which must see it every
+/// time.
 fn never_hidden_by_harvests_that_fail(mut find: impl FnMut(&AddressSpace) -> bool) {
     let space = AddressSpace::new(Granule::K4);
     space.map(pages(0, 512), 0, Access::ReadWrite).unwrap();
@@ -347,7 +350,7 @@ fn never_hidden_by_harvests_that_fail(mut find: impl FnMut(&AddressSpace) -> boo
             let mut failures = 0u64;
             while !stop.load(Relaxed) {
                 let bitmap = UserBitmap::file(&read_only);
-                // In between, there is no area, or nothing dirty.
+                // Between two rounds there is no area, or no dirty page.
                 let request = request.holes(Holes::Stop);
                 if let Some(stopped) = space.harvest(&request, bitmap).unwrap().stopped() {
                     failures += u64::from(matches!(
@@ -371,9 +374,9 @@ fn never_hidden_by_harvests_that_fail(mut find: impl FnMut(&AddressSpace) -> boo
     });
 }
 
-/// A harvest cleared the summary over a line of marks, then found that it could not map the window of the file, and put the summary
-/// back. A harvest that came in between saw a clean summary and passed over a mark that had returned before it began, although
-/// nobody had that page.
+/// A harvest cleared the summary over a line of marks, then found that it could not map the window
+/// of the file, and put the summary back. A harvest that came in between saw a clean summary and
+/// passed over a mark that had returned before the harvest began, although no lease had that page.
 #[test]
 fn a_harvest_that_cannot_record_hides_nothing_from_another() {
     never_hidden_by_harvests_that_fail(|space| {
@@ -387,7 +390,8 @@ fn a_harvest_that_cannot_record_hides_nothing_from_another() {
     });
 }
 
-/// The same, of an unmap: it returned without the page, which stayed as a mark in an area that was gone, and that nobody counted.
+/// The same with an unmap: it returned without the page, which stayed as a mark in an area that was
+/// gone, and was not counted.
 #[test]
 fn a_harvest_that_cannot_record_hides_nothing_from_an_unmap() {
     never_hidden_by_harvests_that_fail(|space| {
@@ -395,7 +399,8 @@ fn a_harvest_that_cannot_record_hides_nothing_from_an_unmap() {
         let bitmap = UserBitmap::new(&mut words);
         let (gone, _) = space.unmap(pages(0, 512), Granule::K4, bitmap).unwrap();
         space.map(pages(0, 512), 0, Access::ReadWrite).unwrap();
-        // An abort that cannot read its file puts back everything: more than the page is fine.
+        // An abort that cannot read its file puts back everything, so more pages than this one may
+        // be dirty.
         gone.dirty_bytes >= u128::from(PAGE) && words[0] & 1 == 1
     });
 }
@@ -440,7 +445,7 @@ fn an_unmap_that_cannot_record_leaves_each_domain_what_it_had() {
     assert_eq!(taken(Scope::Domain(other_id)), []);
     let both = [pages(kept, 1), pages(dirty, 1)];
     assert_eq!(taken(Scope::Domain(id)), both);
-    // A superset: the marks have them as well.
+    // A superset, because the marks have these pages as well.
     assert_eq!(taken(Scope::All), both);
     let unmapped = space.unmap_discarding(all).unwrap();
     assert_eq!((unmapped.areas, unmapped.discarded_bytes), (1, 0));

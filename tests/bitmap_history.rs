@@ -1,4 +1,5 @@
-//! Bugs that dirty bitmaps have had elsewhere, one test each: how they lost or invented dirty pages, and that we do not.
+//! Bugs of dirty bitmaps in other programs, which lost or invented dirty pages. Each has a test
+//! that this library does neither.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -13,7 +14,8 @@ fn byte() -> Granule {
     Granule::from_bytes(1).unwrap()
 }
 
-/// Records `dirty` in a bitmap that begins `skip` bytes into a block of 0xFF guards; the runs that come out.
+/// Records `dirty` in a bitmap that begins `skip` bytes into a block of 0xFF guards. Returns the
+/// runs of the bitmap.
 fn runs_at(skip: usize, request: IovaRange, granule: Granule, dirty: IovaRange) -> Vec<IovaRange> {
     let bytes = request.granules(granule).div_ceil(8) as usize;
     let mut block = vec![0u64; (skip + bytes + 4096) / 8 + 2];
@@ -34,21 +36,22 @@ fn runs_at(skip: usize, request: IovaRange, granule: Granule, dirty: IovaRange) 
 
 #[test]
 fn bug_1_a_run_that_crosses_the_first_page_of_an_unaligned_bitmap() {
-    // A bitmap that began inside a page: bits past that page's end were written into the wrong page.
+    // A bitmap that began inside a page: bits past that page's end were written into the wrong
+    // page.
     let dirty = range(100, 4096 * 8);
     assert_eq!(runs_at(0xff1, range(0, 8 * 8192), byte(), dirty), [dirty]);
 }
 
 #[test]
 fn bug_2_a_run_over_several_pages_of_bitmap() {
-    // The place in the bitmap was not moved on between one page and the next.
+    // The position in the bitmap was not advanced from one page to the next.
     let dirty = range(7, 3 * CHUNK_BITS);
     assert_eq!(runs_at(3, range(0, 4 * CHUNK_BITS), byte(), dirty), [dirty]);
 }
 
 #[test]
 fn bug_3_a_leaf_that_ends_behind_the_bitmap() {
-    // A huge leaf near the end was written past the last page that was there.
+    // The bits of a huge leaf near the end were written past the last page of the bitmap.
     let request = range(0, WINDOW_BITS);
     let leaf = range(WINDOW_BITS - 10, 1 << 30);
     assert_eq!(
@@ -59,21 +62,21 @@ fn bug_3_a_leaf_that_ends_behind_the_bitmap() {
 
 #[test]
 fn bug_4_a_leaf_that_straddles_two_windows() {
-    // What lay in the second window was dropped.
+    // The bits of the second window were dropped.
     let leaf = range(WINDOW_BITS - 100, 200);
     assert_eq!(runs_at(1, range(0, 2 * WINDOW_BITS), byte(), leaf), [leaf]);
 }
 
 #[test]
 fn bug_5_a_straddling_leaf_that_is_the_last_one() {
-    // After the last leaf the next window was asked for, past the end of the bitmap.
+    // After the last leaf the walk requested the next window, past the end of the bitmap.
     let leaf = range(WINDOW_BITS - 100, 101);
     assert_eq!(runs_at(0, range(0, WINDOW_BITS + 1), byte(), leaf), [leaf]);
 }
 
 #[test]
 fn bug_6_only_windows_with_dirty_pages_are_opened() {
-    // Every window was pinned before the walk looked whether it had anything to say.
+    // Every window was pinned, also those for which the walk found no dirty leaf.
     let mut words = vec![0u64; (4 * WINDOW_BITS / 64) as usize];
     let view = UserBitmap::new(&mut words)
         .view(range(0, 4 * WINDOW_BITS), byte())
@@ -98,7 +101,7 @@ fn bug_7_the_tail_of_a_small_bitmap_at_an_odd_address() {
 
 #[test]
 fn bug_8_three_gigabytes_into_a_bitmap_that_is_not_page_aligned() {
-    // Such a bitmap touches one page more than its length says; that page was missing.
+    // Such a bitmap touches one page more than its length suggests. That page was missing.
     let request = range(1 << 20, (3 << 30) - (1 << 20));
     for skip in [0x800, 0xff1] {
         assert_eq!(runs_at(skip, request, Granule::K4, request), [request]);
@@ -133,7 +136,7 @@ fn bug_10_no_granule_of_zero_bytes_and_no_range_of_zero_bytes() {
 
 #[test]
 fn bug_22_a_bitmap_of_less_than_a_byte() {
-    // A test rounded the bytes of four bits down to none, and so tested nothing.
+    // A test rounded four bits down to zero bytes, and so tested nothing.
     let request = range(0, 4 * 4096);
     let none = UserBitmap::bytes(&mut []).view(request, Granule::K4);
     assert!(matches!(

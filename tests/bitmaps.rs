@@ -56,8 +56,9 @@ fn to_words(bytes: &[u8]) -> Vec<u64> {
         .collect()
 }
 
-/// Hands a bitmap of this form with the contents `bytes` to `f`; the contents afterwards. What lies around the bitmap
-/// must be as it was. Forms of whole words get zero bytes behind `bytes`, which must stay zero.
+/// Passes a bitmap of this form with the contents `bytes` to `f`, and returns the contents
+/// afterwards. The bytes around the bitmap must be as they were. Forms of whole words get zero
+/// bytes after `bytes`, which must stay zero.
 fn with_form(form: Form, bytes: &[u8], f: impl FnOnce(UserBitmap<'_>)) -> Vec<u8> {
     let mut padded = vec![0xA5; GUARD];
     padded.extend(bytes);
@@ -78,7 +79,7 @@ fn with_form(form: Form, bytes: &[u8], f: impl FnOnce(UserBitmap<'_>)) -> Vec<u8
             to_bytes(&words.iter().map(load).collect::<Vec<_>>())
         }
         Form::Bytes(skip) => {
-            // One page-aligned block, the bitmap at `skip` behind its guard.
+            // One page-aligned block. The bitmap begins `skip` bytes after the guard.
             let mut block = vec![0xA5u8; padded.len() + 16];
             let base = block.as_ptr().align_offset(8) + skip;
             block[base..base + padded.len()].copy_from_slice(&padded);
@@ -127,7 +128,7 @@ fn with_form(form: Form, bytes: &[u8], f: impl FnOnce(UserBitmap<'_>)) -> Vec<u8
     after[at].to_vec()
 }
 
-/// Everything that can be read from `view`, against the twin.
+/// Compares everything that can be read from `view` with the twin.
 fn compare(view: &BitmapView<'_>, twin: &[bool]) {
     let set: Vec<u64> = (0..twin.len() as u64)
         .filter(|n| twin[*n as usize])
@@ -173,7 +174,7 @@ fn every_form_records_what_its_twin_records() {
 
 fn one_request(form: Form, granule: Granule, base: u64, bits: u64, x: &mut u64) {
     let request = IovaRange::from_len(Iova::new(base), bits * granule.bytes()).unwrap();
-    // Set before: some bits of the request, and of the rest of its last byte and the byte behind.
+    // Set before: some bits of the request, of the rest of its last byte, and of the byte after it.
     let before: Vec<u8> = (0..bits / 8 + 2)
         .map(|_| (xorshift(x) & xorshift(x) & xorshift(x)) as u8)
         .collect();
@@ -184,7 +185,7 @@ fn one_request(form: Form, granule: Granule, base: u64, bits: u64, x: &mut u64) 
         .collect();
     let after = with_form(form, &before, |bitmap| {
         let view = bitmap.view(request, granule).unwrap();
-        // In a block: the sink's window goes before the readers open theirs.
+        // In a block, so that the sink's window is closed before the readers open theirs.
         {
             let mut sink = view.sink();
             let mut newly = 0;
@@ -198,7 +199,8 @@ fn one_request(form: Form, granule: Granule, base: u64, bits: u64, x: &mut u64) 
                 newly
             };
             for _ in 0..3 {
-                // Anything from a byte to past either end of the request.
+                // A range of any length from one byte on, which may reach past either end of the
+                // request.
                 let span = request.len() as u64 + 3 * granule.bytes();
                 let start = base
                     .saturating_sub(granule.bytes())
@@ -243,7 +245,8 @@ fn every_form_merges_converts_and_rebases_into_every_other() {
         let word = |x: &mut u64| (xorshift(x) & xorshift(x)) as u8;
         (0..bits / 8 + 2).map(|_| word(x)).collect()
     };
-    // Forms of one kind differ in where they begin: two of each that has a border inside a word.
+    // Forms of one kind differ in their first byte. Each form with a border inside a word is there
+    // twice.
     let some = |form: &Form| !matches!(form, Form::Shared | Form::Bytes(0 | 2 | 4..=7));
     let forms: Vec<Form> = forms().into_iter().filter(some).collect();
     let pairs = forms
@@ -261,7 +264,7 @@ fn every_form_merges_converts_and_rebases_into_every_other() {
                 let a_bytes = random(bits(a_range, a_granule), &mut x);
                 let b_bytes = random(bits(b_range, b_granule), &mut x);
                 let (a_bits, b_bits) = (to_bits(&a_bytes), to_bits(&b_bytes));
-                // Dirty by 2048 bytes, the smallest unit of both.
+                // Counted in units of 2048 bytes, the smaller of the two granules.
                 let dirty = |bits: &[bool], range: IovaRange, granule: Granule, at: u64| {
                     range.contains(Iova::new(at))
                         && bits[((at - range.start().get()) >> granule.lg2()) as usize]
@@ -315,7 +318,7 @@ fn requests_from_one_bit_to_half_of_all_addresses() {
         bits.dedup();
         assert_eq!(view.bits().collect::<Vec<_>>(), bits);
         assert_eq!(view.count(), bits.len() as u64);
-        // Taking away what a coarser bitmap has does not allocate, and finds the bits.
+        // To subtract a coarser bitmap allocates nothing, and finds the bits.
         let chunks = sparse.chunks();
         let mut word = [u64::MAX];
         let coarse = Granule::from_lg2(lg2 as u8 - 1).unwrap();
@@ -336,7 +339,8 @@ fn requests_from_one_bit_to_half_of_all_addresses() {
 
 #[test]
 fn harvests_that_share_bytes_lose_nothing() {
-    // Two threads record into one byte bitmap whose borders are not whole words, and into one sparse bitmap.
+    // Two threads record into one byte bitmap whose borders are not whole words, and into one
+    // sparse bitmap.
     let mut bytes = [0u8; 101];
     let sparse = SparseBitmap::new(800);
     let request = IovaRange::from_len(Iova::MIN, 800 * 4096).unwrap();
@@ -373,7 +377,8 @@ fn a_part_of_a_view_is_the_same_bits() {
             let view = bitmap.view(request, Granule::K4).unwrap();
             let mut x = x;
             for _ in 0..60 {
-                // From any byte to any byte: cut pages do not belong to the part.
+                // From any byte to any byte. A page that the border cuts does not belong to the
+                // part.
                 let (a, b) = (
                     xorshift(&mut x) % (570 * 4096),
                     xorshift(&mut x) % (570 * 4096),

@@ -49,7 +49,7 @@ fn an_unmap_returns_what_was_dirty_anywhere() {
     first.dirty(1);
     second.dirty(2);
     space.mark(pages(3, 1)).unwrap();
-    // Kept for the domains: put back by an abort.
+    // In the put-back stores of the domains, by an abort.
     first.dirty(5);
     let mut words = [0u64];
     let request = HarvestRequest::new(pages(0, 16), Granule::K4);
@@ -73,7 +73,8 @@ fn an_unmap_returns_what_was_dirty_anywhere() {
     assert!(first.with(|s| s.mapped.is_empty()) && second.with(|s| s.mapped.is_empty()));
 }
 
-/// QEMU unmapped although the question for the dirty pages had failed, and nobody heard of it: the migration went on without them.
+/// QEMU unmapped memory although its request for the dirty pages had failed, and ignored the error:
+/// the migration went on without these pages.
 #[test]
 fn an_unmap_with_a_bad_bitmap_touches_nothing() {
     let (space, first, _) = tracked();
@@ -150,7 +151,7 @@ fn a_cut_loses_nothing_and_splits_leaves() {
     handle.mark(pages(6, 1)).unwrap();
     assert_eq!(take(&space, pages(0, 8)), 1 << 6 | 1 << 7);
     assert_eq!(first.with(|s| s.mapped.clone()), [pages(0, 8)]);
-    // A piece is cut like an area; a domain that comes sees pieces.
+    // A piece is cut like an area. A domain that is attached later is filled with the pieces.
     assert!(space.cut(at(2)).unwrap());
     let late = Arc::new(Fake::default());
     space.attach(late.clone()).unwrap();
@@ -272,7 +273,7 @@ fn a_batch_is_all_or_nothing_and_names_the_change() {
         access: RW,
     };
     is(refused(&[wraps]), 0, 75);
-    // A source says no to the second map: the first is taken out again, and flushed.
+    // A source refuses the second map: the first one is unmapped again, and flushed.
     second.with(|s| s.refuse_map_at = Some(pages(24, 1)));
     is(refused(&[unmap(0, 16), map(20, 1), map(24, 1)]), 2, 5);
     assert_eq!(
@@ -281,7 +282,7 @@ fn a_batch_is_all_or_nothing_and_names_the_change() {
     );
     assert_eq!(mapped(&space), [pages(0, 16)]);
     assert_eq!(first.with(|s| s.mapped.clone()), [pages(0, 16)]);
-    // The flush fails: nothing goes, and what is dirty stays.
+    // The flush fails: all areas stay mapped, and their dirty pages stay dirty.
     second.with(|s| s.refuse_map_at = None);
     first.with(|s| s.fail_invalidations = 1);
     assert_eq!(
@@ -371,7 +372,7 @@ fn a_snapshot_stays_as_it_was() {
     assert_eq!(now.mappings(pages(16, 2)).count(), 0);
 }
 
-/// Each publication counts one: an area, a rule, a domain, or all of a batch.
+/// Each publication counts as one: that of an area, a rule, a domain, or a whole batch.
 #[test]
 fn a_snapshot_knows_its_age() {
     let (space, ..) = tracked();
@@ -464,7 +465,8 @@ fn marks_outside_from_many_threads_are_all_counted() {
     assert_eq!(faults.recent.len() as u64 + faults.dropped, 4000);
 }
 
-/// Map, cut, unmap at both ends and in the largest sizes: one page, half of all addresses, all of them.
+/// Map, cut, unmap at both ends and in the largest sizes: one page, half of all addresses, all of
+/// them.
 #[test]
 fn the_largest_and_the_smallest_areas_are_cut_and_unmapped() {
     let space = AddressSpace::new(Granule::K4);
@@ -491,7 +493,8 @@ fn the_largest_and_the_smallest_areas_are_cut_and_unmapped() {
     space.map(top, 0, RW).unwrap_err();
 }
 
-/// The refusals of the kernel's IOMMU_IOAS_MAP, UNMAP, CUT, RESERVE and ALLOW that a caller here can make too, with the same numbers.
+/// The refusals of the kernel's IOMMU_IOAS_MAP, UNMAP, CUT, RESERVE and ALLOW that a caller here
+/// can make too, with the same numbers.
 #[test]
 fn refusals_have_the_numbers_of_the_kernel() {
     let space = AddressSpace::new(Granule::K4);
@@ -523,7 +526,8 @@ fn refusals_have_the_numbers_of_the_kernel() {
     assert_eq!(number(anywhere(0, 0)), 22);
     assert_eq!(number(anywhere(PAGE + 1, 0)), 22);
     assert_eq!(number(anywhere(top, 0)), 28);
-    // UNMAP: parts, nothing, and all even if empty is not an error of the kernel, but is one here.
+    // UNMAP: of a part of an area; of nothing; of everything in an empty space, which succeeds in
+    // the kernel and is an error here.
     let unmap = |range| space.unmap_discarding(range).map(drop);
     assert_eq!(number(unmap(pages(10, 2))), 2);
     assert_eq!(number(unmap(pages(0, 2))), 2);
@@ -541,7 +545,8 @@ fn refusals_have_the_numbers_of_the_kernel() {
     assert_eq!(mapped(&space), [pages(10, 4)]);
 }
 
-/// A source that looks at its space while its pages go, or come by a batch: both are taken until the end.
+/// A source that looks at its space during an unmap and during a batch that maps. The addresses of
+/// both are taken until the call ends.
 #[test]
 fn addresses_of_a_batch_are_taken_until_its_end() {
     let (space, first, second) = tracked();
@@ -584,8 +589,8 @@ fn addresses_of_a_batch_are_taken_until_its_end() {
     assert!(first.with(|s| s.mapped.contains(&pages(20, 2))));
 }
 
-/// Of three areas that an unmap needs, the last one is busy. The claims of the first two are given
-/// back, of both.
+/// Of the three areas of an unmap, the last one is busy. The unmap releases its claims of both
+/// others.
 #[test]
 fn an_unmap_that_finds_an_area_busy_gives_back_all_that_it_has_claimed() {
     let fake = Arc::new(Fake::default());

@@ -1,5 +1,5 @@
-//! Areas that were cut often: what that costs marks, memory and the stack, and handles that outlive
-//! what they were made for.
+//! Areas that were cut often: the cost for marks, memory and the stack, and handles that outlive
+//! their areas.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -34,15 +34,15 @@ fn take(space: &AddressSpace, range: IovaRange) -> u64 {
     words[0]
 }
 
-/// Runs `test` on a stack of 256 KiB, which a recursion in proportion to history overflows.
+/// Runs `test` on a stack of 256 KiB, which a recursion as deep as the number of cuts overflows.
 fn on_a_small_stack(test: impl FnOnce() + Send + 'static) {
     let small = std::thread::Builder::new().stack_size(256 << 10);
     small.spawn(test).unwrap().join().unwrap();
 }
 
-/// A guest's memory whose slots were split again and again, while a device kept the handle that it
-/// got at boot: each mark went through all cuts, one call inside the other, and ended on the guard
-/// page of the stack; so did the drop of the chain of areas.
+/// The slots of a guest's memory were split again and again, while a device kept the handle that it
+/// got at boot. Each mark recursed through all cuts and overflowed the stack, and so did the drop
+/// of the chain of areas.
 #[test]
 fn a_handle_survives_a_hundred_thousand_cuts() {
     on_a_small_stack(|| {
@@ -70,7 +70,7 @@ fn a_handle_survives_a_hundred_thousand_cuts() {
 }
 
 /// The same with one area that is cut and loses the part below, again and again: there is never
-/// more than one area, and the chain of those that were cut is as long as the history.
+/// more than one area, and the chain of cut areas grows with each cut.
 #[test]
 fn a_handle_survives_what_is_cut_off_a_hundred_thousand_times() {
     on_a_small_stack(|| {
@@ -91,7 +91,7 @@ fn a_handle_survives_what_is_cut_off_a_hundred_thousand_times() {
 }
 
 /// A handle of an area that was cut, whose left piece was unmapped, and the same addresses mapped
-/// anew: what it marks there is nobody's, and never that of the new area.
+/// anew: a mark there is outside, and never one of the new area.
 #[test]
 fn an_old_handle_does_not_mark_what_was_mapped_anew() {
     let space = untracked();
@@ -114,8 +114,8 @@ fn an_old_handle_does_not_mark_what_was_mapped_anew() {
     assert_eq!(space.stats().outside_marks, 2);
 }
 
-/// The handle of the right piece knows nothing of the left one, whether it is there or not, though
-/// both have the same marks.
+/// The handle of the right piece does not reach the left one, whether that is mapped or not,
+/// although both share the same marks.
 #[test]
 fn a_handle_of_a_piece_marks_no_other_piece() {
     let space = untracked();
@@ -143,7 +143,8 @@ fn a_handle_of_a_piece_marks_no_other_piece() {
     assert_eq!(space.stats().outside_marks, 5);
 }
 
-/// A batch cuts two pieces out of one area: the handle marks what is left, and says what is not.
+/// A batch cuts two pieces out of one area: the handle marks the pages that are left, and reports
+/// those that are gone.
 #[test]
 fn an_old_handle_follows_a_batch() {
     use dirtymap::Change::{Cut, Unmap};
@@ -178,8 +179,8 @@ fn an_old_handle_follows_a_batch() {
     assert_eq!(space.stats().outside_marks, 3);
 }
 
-/// The file of a log, or the descriptor of a VM, stays open for as long as its source lives: a
-/// handle that a thread keeps must not keep it.
+/// The file of a log, or the descriptor of a VM, stays open as long as its source lives. So a
+/// handle that a thread keeps must not keep the source.
 #[test]
 fn a_handle_keeps_no_source() {
     let (space, first, second) = two_sources();
@@ -206,8 +207,8 @@ fn cut_all(space: &AddressSpace) {
     }
 }
 
-/// A domain comes, and while it is filled with one area, the next one is cut into thousands of
-/// pieces: it gets each of them, once.
+/// A domain is attached. While it is filled with one area, the next one is cut into thousands of
+/// pieces: the domain is filled with each of them once.
 #[test]
 fn an_attach_finds_what_became_of_an_area() {
     on_a_small_stack(|| {
@@ -225,8 +226,8 @@ fn an_attach_finds_what_became_of_an_area() {
     });
 }
 
-/// A domain goes, and while it is emptied of one area, the next one is cut: nothing is left in it,
-/// and what was dirty is marked.
+/// A domain is detached. While it is emptied of one area, the next one is cut: nothing stays in the
+/// domain, and its dirty pages are marked.
 #[test]
 fn a_detach_finds_what_became_of_an_area() {
     on_a_small_stack(|| {
@@ -246,8 +247,9 @@ fn a_detach_finds_what_became_of_an_area() {
     });
 }
 
-/// A domain of 8 KiB pages, which comes while the next flush of `small` is under way: it is in the
-/// list then, and waits for the areas that are being changed. What its attach says is received.
+/// Attaches a domain with 8 KiB pages during the next flush of `small`. The domain is in the list
+/// then, and waits for the areas that are being changed. The receiver gets the thread that attaches
+/// it.
 fn attach_at_flush(
     space: &Arc<AddressSpace>,
     small: &Fake,
@@ -277,9 +279,9 @@ fn is_cut_of_page_1(error: &Error) -> bool {
     matches!(error, Error::UnalignedCut { at: a, granule: g } if *a == at(1) && *g == granule)
 }
 
-/// A cut has planned in pages of 4 KiB; while it waits for the flush of the leaves that it split, a
-/// domain of 8 KiB pages comes. One of the two is refused: else the domain, which had found the
-/// area whole, was asked to map a half of its page.
+/// A cut has been planned in pages of 4 KiB. While it waits for the flush of the leaves that it
+/// split, a domain with 8 KiB pages is attached, which has seen the whole area. Unless one of the
+/// two is refused, the domain is asked to map half of one of its pages.
 #[test]
 fn a_cut_and_an_attach_of_larger_pages_refuse_each_other() {
     let small = Arc::new(Fake::default());
@@ -297,8 +299,8 @@ fn a_cut_and_an_attach_of_larger_pages_refuse_each_other() {
     assert_eq!(large.with(|s| s.mapped.clone()), [pages(0, 2), pages(2, 2)]);
 }
 
-/// The same by a batch, which has emptied what was to go: it names the cut, everything is where it
-/// was, and what was dirty still is.
+/// The same with a batch, which has already emptied the areas that it unmaps. Its error has the
+/// cut, all areas are as they were, and dirty pages stay dirty.
 #[test]
 fn a_batch_and_an_attach_of_larger_pages_refuse_each_other() {
     use dirtymap::Change::{Cut, Unmap};
@@ -322,7 +324,7 @@ fn a_batch_and_an_attach_of_larger_pages_refuse_each_other() {
     let areas = [pages(0, 4), pages(8, 4)];
     assert_eq!(mapped(&space), areas);
     assert_eq!(large.with(|s| s.mapped.clone()), areas);
-    // Of each domain alone, too: its consumer does not look at marks.
+    // The same for each domain alone, because its consumer does not look at marks.
     let domain = Scope::Domain(space.domains()[0]);
     let peeked = areas.map(|area| {
         let mut words = [0];
@@ -334,7 +336,7 @@ fn a_batch_and_an_attach_of_larger_pages_refuse_each_other() {
     handle.mark(pages(3, 1)).unwrap();
     assert_eq!(take(&space, areas[0]), 0b1001);
     assert_eq!(take(&space, areas[1]), 0b0010);
-    // Nothing is claimed, or held, or believed to have gone.
+    // No area is claimed or held, and no part of it is recorded as gone.
     let unmapped = space.unmap_discarding(IovaRange::ALL).unwrap();
     assert_eq!((unmapped.areas, space.stats().outside_marks), (2, 0));
 }
@@ -358,7 +360,8 @@ fn all_cuts_of_a_batch_are_checked_again() {
     assert_eq!(large.with(|s| s.mapped.clone()), [pages(0, 8)]);
 }
 
-/// A cut of what the batch has unmapped before finds nothing to cut: all of it goes, in one piece.
+/// A cut inside an area that the same batch has unmapped finds nothing to cut: the whole area goes,
+/// in one piece.
 #[test]
 fn a_batch_does_not_cut_what_it_has_unmapped() {
     use dirtymap::Change::{Cut, Unmap};

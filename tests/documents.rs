@@ -1,5 +1,5 @@
-//! docs/orderings.md and docs/assurance.md name functions, models, tests and steps. Each of them
-//! exists. Each ordered access of the code has its rows in the index that the first test writes.
+//! Each function, model, test and step that docs/orderings.md and docs/assurance.md name exists.
+//! The first test writes the index, which lists the rows of each ordered access of the code.
 #![allow(clippy::expect_used)]
 
 mod common_documents;
@@ -53,7 +53,7 @@ fn rows() -> Vec<Row> {
     rows
 }
 
-/// What stands in back quotes.
+/// The text in back quotes.
 fn quoted(text: &str) -> impl Iterator<Item = &str> {
     text.split('`').skip(1).step_by(2)
 }
@@ -62,7 +62,8 @@ fn is_step(name: &str) -> bool {
     Step::ALL.iter().any(|step| format!("{step:?}") == name)
 }
 
-/// A name of snake case that is no path, no file and no expression: a test or a model.
+/// Whether a name is that of a test or a model: snake case, and neither a path, a file nor an
+/// expression.
 fn is_test(name: &str) -> bool {
     let is_letter = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
     name.contains('_') && name.chars().all(is_letter)
@@ -145,7 +146,7 @@ fn the_rows_are_in_order() {
 }
 
 /// The functions of each side, the models, and the steps that a row names exist. A row has a model,
-/// or says that it holds by reading.
+/// or says that it is argued by reading.
 #[test]
 fn what_the_rows_name_exists() {
     let Some(sources) = sources() else { return };
@@ -181,8 +182,8 @@ fn what_the_rows_name_exists() {
     }
 }
 
-/// Each rule of docs/assurance.md has its models, its properties or tests, its sabotage, and what
-/// is not covered. Everything that the document names is there.
+/// Each rule of docs/assurance.md lists its models, its properties or tests, its sabotage, and what
+/// is not covered. Everything that the document names exists.
 #[test]
 fn every_rule_has_its_sections_and_what_it_names() {
     let mut numbers = BTreeSet::new();
@@ -232,8 +233,7 @@ fn without_code(document: &str) -> String {
     document.split("```").step_by(2).collect()
 }
 
-/// The section of DESIGN.md about the structure has each folder and each file of the library, and
-/// no other one.
+/// The section of DESIGN.md about the structure lists exactly the folders and files of the library.
 #[test]
 fn the_structure_has_every_folder_and_file() {
     let Some(sources) = sources() else { return };

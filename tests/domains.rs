@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 const RW: Access = Access::ReadWrite;
 
-/// Sixteen mapped and tracked pages over two sources, and the ids of these.
+/// Sixteen mapped and tracked pages over two sources, and the ids of the two domains.
 fn tracked() -> (AddressSpace, Arc<Fake>, Arc<Fake>, DomainId, DomainId) {
     let (space, first, second) = two_sources();
     space.map(pages(0, 16), 0, RW).unwrap();
@@ -50,8 +50,8 @@ fn peek(space: &AddressSpace, scope: Scope) -> u64 {
     words[0]
 }
 
-/// Linux lost dirty pages when a domain for one process was attached to a nested parent that tracked: the new attachment did not
-/// know that tracking was on.
+/// Linux lost dirty pages when a domain for one process was attached to a nested parent that
+/// tracked: the new attachment did not know that tracking was on.
 #[test]
 fn a_domain_that_comes_late_is_filled_once_and_tracks() {
     let (space, first, ..) = tracked();
@@ -130,7 +130,7 @@ fn a_detach_that_cannot_flush_can_be_repeated() {
     first.with(|s| s.fail_invalidations = 1);
     assert_eq!(space.detach(a).unwrap_err().errno(), 5);
     assert_eq!(space.domains(), [a, b]);
-    // Neither filled with what comes, nor forgotten by flushes.
+    // It is not filled with later areas, and flushes still include it.
     space.map(pages(20, 1), 0, RW).unwrap();
     assert!(first.with(|s| s.mapped.is_empty() && s.invalidated.is_empty()));
     space.detach(a).unwrap();
@@ -169,7 +169,8 @@ fn the_alignment_follows_the_domains() {
     );
     let refused = |range, backing| space.map(range, backing, RW).unwrap_err();
     assert!(
-        matches!(refused(pages(9, 4), 0), Error::Unaligned { granule, .. } if granule.bytes() == 4 * PAGE)
+        matches!(refused(pages(9, 4), 0), Error::Unaligned { granule, .. }
+            if granule.bytes() == 4 * PAGE)
     );
     assert!(matches!(refused(pages(8, 3), 0), Error::Unaligned { .. }));
     assert!(matches!(
@@ -189,9 +190,8 @@ fn the_alignment_follows_the_domains() {
     assert_eq!(space.alignment(), Granule::K4);
     space.map(pages(9, 1), PAGE, RW).unwrap();
     let error = space.attach(coarse()).unwrap_err();
-    assert!(
-        matches!(error, Error::CannotAttach { page, area } if page.bytes() == 4 * PAGE && area == pages(9, 1))
-    );
+    assert!(matches!(error, Error::CannotAttach { page, area }
+            if page.bytes() == 4 * PAGE && area == pages(9, 1)));
     assert_eq!(error.errno(), 98);
     space.unmap_discarding(pages(9, 1)).unwrap();
     // The memory behind an area counts as well.
@@ -215,7 +215,7 @@ fn a_domain_is_harvested_alone_and_aborts_are_seen_by_all_it_covered() {
     assert_eq!((take(&space, a), take(&space, b)), (0, 1 << 2));
     first.dirty(1);
     second.dirty(2);
-    // All of it or none: what a lease over everything puts back, each harvest finds.
+    // What a lease over everything puts back is found by a harvest of any scope.
     assert_eq!(abort(&space, Scope::All), 0b1110);
     assert_eq!(take(&space, a) & 1 << 1, 1 << 1);
     assert_eq!(take(&space, b) & 1 << 2, 1 << 2);
@@ -283,8 +283,8 @@ fn what_an_area_left_behind_is_not_dirty_in_the_next() {
     assert_eq!(space.faults().recent[0].at, Iova::new(3 * PAGE));
 }
 
-/// An attach looks at the areas before it asks the source to track, and once more at those of the
-/// root that it publishes.
+/// An attach checks the areas before it asks the source to track, and again those of the root that
+/// it publishes.
 #[test]
 fn an_area_that_is_mapped_during_an_attach_is_looked_at_too() {
     let (space, ..) = tracked();
@@ -303,7 +303,7 @@ fn an_area_that_is_mapped_during_an_attach_is_looked_at_too() {
     assert_eq!((space.domains().len(), space.alignment()), (2, Granule::K4));
 }
 
-/// What invalidations cost is the sum over the domains that are there, not over those that were.
+/// The cost of an invalidation is the sum over the domains that are attached now.
 #[test]
 fn the_cost_of_a_domain_goes_with_it() {
     let dear = Arc::new(Fake::default());

@@ -1,4 +1,4 @@
-//! What is deserialized obeys the rules of what is made.
+//! Deserialized values obey the same rules as constructed ones.
 #![cfg(all(feature = "serde", not(dirtymap_loom)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 

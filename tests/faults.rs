@@ -1,4 +1,5 @@
-//! A harvest that is stopped at any of its steps loses nothing: one pass counts the steps, the next ones stop at each in turn.
+//! A harvest that panics at any of its steps loses nothing. One pass counts the steps, each further
+//! pass panics at one of them.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -17,10 +18,10 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 /// Pages of a leaf.
 const LEAF: u64 = 4;
-/// No step is the last one.
+/// No step panics.
 const NEVER: u64 = u64::MAX;
 
-/// Steps that have been made, and the one that panics.
+/// The number of steps so far, and the step that panics.
 struct Steps {
     made: AtomicU64,
     fatal: AtomicU64,
@@ -33,7 +34,8 @@ impl Steps {
     }
 }
 
-/// Four leaves; a bit of `dirty` for each, and of `stale` for each whose dirty state a device has cached.
+/// Four leaves. A bit of `dirty` for each dirty one, a bit of `stale` for each whose set dirty bit
+/// a device has cached.
 struct Leaves {
     dirty: AtomicU64,
     stale: AtomicU64,
@@ -91,7 +93,8 @@ impl DirtySource for Leaves {
     }
 }
 
-/// Harvests `range`, with a step between all calls, and commits the first half before the rest. What was committed.
+/// Harvests `range`, with a step between all calls, and commits the first half before the rest.
+/// Returns the committed pages.
 fn consume(space: &AddressSpace, steps: &Steps, range: IovaRange, safe: &mut BTreeSet<u64>) {
     let mut words = [0u64];
     let request = HarvestRequest::new(range, Granule::K4);
@@ -136,7 +139,8 @@ fn a_harvest_that_is_stopped_at_any_step_loses_nothing() {
                 consume(&space, &steps, pages(first, n), &mut safe);
             }));
             steps.fatal.store(NEVER, SeqCst);
-            // A device that believes "D is set" writes again and leaves no trace; only a sync that pays the debt sees it.
+            // A device that has cached "D is set" writes again and leaves no trace. Only a sync
+            // that pays the debt finds the write.
             let untraced = leaves.stale.load(SeqCst) & !leaves.dirty.load(SeqCst);
             let mut rest = BTreeSet::new();
             consume(&space, &steps, pages(0, 16), &mut rest);

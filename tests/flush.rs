@@ -1,6 +1,6 @@
-//! The flush queue under many threads: how few flushes they need, and that it has none of the flaws of Linux's queue of
-//! deferred flushes (`dma-iommu.c`). The orders that matter are forced: a flush stands still until the others are
-//! there.
+//! The flush queue under many threads: how few flushes they need, and that it has none of the flaws
+//! of Linux's queue of deferred flushes (`dma-iommu.c`). The tests force the interleavings that
+//! matter: a flush blocks until the other threads have arrived.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -31,7 +31,7 @@ fn flushes(gather: &FlushGather) -> Result<Invalidated, Error> {
     })
 }
 
-/// A flush that stands still: `began` says that it has begun, and it ends when `go` is sent.
+/// A flush that blocks: it sends on `began` when it begins, and ends when it receives from `go`.
 struct Standing {
     began: Receiver<()>,
     go: Sender<()>,
@@ -47,7 +47,7 @@ fn standing() -> (Standing, impl FnOnce() + Send + 'static) {
     (Standing { began, go }, stand)
 }
 
-/// Looks again and again until `condition` holds. Fails after a time that only a hang takes.
+/// Polls until `condition` holds. Fails after a time that only a hang takes.
 fn until(condition: impl Fn() -> bool) {
     let begun = Instant::now();
     while !condition() {
@@ -56,7 +56,7 @@ fn until(condition: impl Fn() -> bool) {
     }
 }
 
-/// A queue, and the numbers of what it has freed.
+/// A queue, and the numbers of the items that it has freed.
 struct Rig {
     queue: FlushQueue,
     freed: Arc<Mutex<Vec<u64>>>,
@@ -80,7 +80,7 @@ impl Rig {
         self.freed.lock().unwrap().clone()
     }
 
-    /// Nothing is left in the queue, and all of `0..n` was freed, once and in order.
+    /// The queue is empty, and each of `0..n` was freed once, in order.
     fn check_all_freed(&self, n: u64) {
         assert_eq!(self.freed(), (0..n).collect::<Vec<_>>());
         let stats = self.queue.stats();
@@ -89,9 +89,9 @@ impl Rig {
     }
 }
 
-/// In Linux's queue, a flush that another CPU has begun and not finished keeps a full ring's own flush from freeing
-/// anything: its entries count a flush as theirs that is not over. The next entry then fills the last slot, and the
-/// ring reads as empty.
+/// In Linux's queue, a full ring flushes and frees the entries whose flush has ended. Entries that
+/// were added during another CPU's flush wait for that one, so the ring's own flush frees nothing.
+/// The next entry fills the last slot, and the full ring reads as empty.
 #[test]
 fn a_full_queue_leaks_nothing_while_another_flush_is_under_way() {
     let rig = Rig::new(FlushPolicy {
@@ -131,7 +131,8 @@ fn a_full_queue_leaks_nothing_while_another_flush_is_under_way() {
     assert_eq!((stats.flushes, stats.forced, stats.merged), (2, 1, 7));
 }
 
-/// The same timing in Linux's timer: its flush frees nothing, and it is armed again only when somebody queues.
+/// The same timing with Linux's timer: its flush frees nothing, and the timer is armed again only
+/// by the next entry.
 #[test]
 fn a_timer_strands_nothing_while_another_flush_is_under_way_or_fails() {
     let rig = Rig::new(FlushPolicy {
@@ -164,7 +165,8 @@ fn a_timer_strands_nothing_while_another_flush_is_under_way_or_fails() {
     rig.check_all_freed(2);
     assert_eq!(rig.queue.deadline(), None, "nothing to wake up for");
 
-    // What comes while the timer flushes has a time of its own, and what failed keeps the one it had.
+    // A debt that arrives during the flush of the timer has a deadline of its own. A debt whose
+    // flush failed keeps its deadline.
     let _ = rig.owe(2);
     let armed = rig.queue.deadline();
     let failing = rig.queue.flush_due(armed.unwrap(), |_| {
@@ -186,7 +188,8 @@ fn a_timer_strands_nothing_while_another_flush_is_under_way_or_fails() {
     rig.check_all_freed(5);
 }
 
-/// Linux's queue always invalidates everything. Here neighbours become one range, and the rest stays cached.
+/// Linux's queue always invalidates everything. Here neighbours are joined to one range, and all
+/// other translations stay cached.
 #[test]
 fn neighbours_are_one_range_in_one_flush_of_their_bytes_only() {
     let queue = FlushQueue::new();
@@ -203,9 +206,9 @@ fn neighbours_are_one_range_in_one_flush_of_their_bytes_only() {
     assert_eq!(stats.invalidated.bytes, 100 * 4096);
 }
 
-/// In Linux's queue nobody waits for the flush that is under way, however much is pending. Here who hands over does when
-/// a bound is reached. So the debt in the queue and that of the flush under way are each below the bound, but for one
-/// gather of each thread.
+/// In Linux's queue no thread waits for the running flush, however much is pending. Here a thread
+/// that hands over a debt waits once a bound is reached. So the debt in the queue and that of the
+/// running flush each stay within the bound plus one gather for each thread.
 #[test]
 fn what_is_pending_stays_bounded_under_many_threads() {
     const MAX: u64 = 8;
@@ -287,7 +290,7 @@ fn tickets_taken_before_the_first_wait_need_one_flush_and_a_second_if_one_is_und
     }
 }
 
-/// Eight pages, all dirty, behind one source.
+/// Eight pages of one source, all dirty.
 fn dirty_space() -> (AddressSpace, Arc<Fake>) {
     let fake = Arc::new(Fake::default());
     let space = AddressSpace::with_source(Granule::K4, fake.clone()).unwrap();
@@ -321,7 +324,7 @@ fn harvesters_that_sync_together_need_two_flushes() {
                     lease.commit();
                 });
             }
-            // The first flush stands still until all the others have handed over.
+            // The first flush blocks until all others have handed over.
             standing.began.recv().unwrap();
             until(|| space.stats().flush.owed == before.owed + harvesters);
             standing.go.send(()).unwrap();

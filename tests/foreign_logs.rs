@@ -1,4 +1,4 @@
-//! Logs that someone else keeps: one that is asked by a call, one in shared memory.
+//! Logs of other programs: one that is read by a call, one in shared memory.
 #![cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
 #![allow(clippy::unwrap_used)] // tests
 
@@ -22,7 +22,7 @@ fn pages(first: u64, count: u64) -> IovaRange {
     (start..start + count * 4096).to_iova_range().unwrap()
 }
 
-/// What a harvest of `range` reports, committed.
+/// Harvests `range` and commits. Returns the dirty pages.
 fn harvested(space: &AddressSpace, range: IovaRange) -> Result<BTreeSet<u64>, Error> {
     let mut words = [0; 8];
     let request = HarvestRequest::new(range, Granule::K4);
@@ -37,7 +37,7 @@ fn harvested(space: &AddressSpace, range: IovaRange) -> Result<BTreeSet<u64>, Er
     Ok(pages)
 }
 
-/// A log of someone else: the numbers of the pages that were written.
+/// The log of another program: the numbers of the pages that were written.
 #[derive(Default)]
 struct Log {
     written: Mutex<BTreeSet<u64>>,
@@ -63,7 +63,7 @@ impl Log {
             nth >= count
         });
         if !count.is_multiple_of(64) {
-            // Bits that are no pages are ignored.
+            // Bits past the last page are ignored.
             *words.last_mut().unwrap() |= u64::MAX << (count % 64);
         }
         assert!(!self.panics.load(Ordering::Relaxed), "the log panics");
@@ -96,14 +96,14 @@ fn a_pulled_log_gives_what_was_written_once() {
         log.write(page);
     }
     space.mark(pages(5, 1)).unwrap();
-    // A part leaves the rest pending, though the call cleared more than was asked for.
+    // A harvest of a part leaves the rest pending, although the call cleared more than the part.
     assert_eq!(harvested(&space, pages(64, 2)).unwrap(), [64].into());
     assert_eq!(
         harvested(&space, pages(0, PAGES)).unwrap(),
         [0, 5, 63, 70, 199].into()
     );
     assert!(harvested(&space, pages(0, PAGES)).unwrap().is_empty());
-    // What a peek pulls stays for a harvest.
+    // Pages that a peek has pulled are reported by the next harvest.
     log.write(3);
     let mut words = [0; 4];
     let request = HarvestRequest::new(pages(0, PAGES), Granule::K4);
@@ -158,7 +158,8 @@ fn a_shared_log_is_taken_word_by_word_while_its_writers_run() {
     space.start_tracking().unwrap();
     assert!(harvested(&space, pages(0, PAGES)).unwrap().is_empty());
 
-    // Each page carries a number; the copy must have the last one of each when the writers are done.
+    // Each page carries a number; the copy must have the last one of each when the writers are
+    // done.
     let memory: Vec<AtomicU64> = (0..PAGES).map(|_| AtomicU64::new(0)).collect();
     let mut copy = vec![0; PAGES as usize];
     let done = AtomicBool::new(false);

@@ -1,8 +1,7 @@
-//! Bitmaps in files on a file system that is full: an error before anything is cleared, never a
-//! signal.
+//! Bitmaps in files on a full file system: an error before anything is cleared, never a signal.
 //!
-//! The test runs itself as a child, in a mount namespace of its own with a small file system: a
-//! child that the system kills by SIGBUS is a failure of the test, not the end of it.
+//! The test runs itself as a child, in a mount namespace of its own with a small file system. A
+//! child that is killed by SIGBUS is a failure of the test, and does not end it.
 #![cfg(all(feature = "mmap", target_os = "linux", not(dirtymap_loom)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -23,11 +22,12 @@ use std::sync::Arc;
 const FOLDER: &str = "DIRTYMAP_TEST_SMALL_FOLDER";
 /// Pages whose bits fill one window of 64 KiB.
 const WINDOW: u64 = 8 << 16;
-/// What is dirty in each space of these tests: two pages of a source, two marks, in two windows.
+/// The dirty pages of each space in these tests: two pages of a source and two marks, in two
+/// windows.
 const DIRTY: [u64; 4] = [3, 7, WINDOW + 3, WINDOW + 9];
 
-/// Runs `test` once more, in a process that sees a file system of `kind` and has its folder in
-/// `FOLDER`; how it ended. None, with a message, where the system does not let a process mount one.
+/// Runs `test` in a child process that has a file system of `kind` at the folder in `FOLDER`, and
+/// returns its status. Returns `None`, after a message, if the process may not mount a file system.
 fn on_its_own(test: &str, kind: &CStr, options: &CStr) -> Option<ExitStatus> {
     let folder = std::env::temp_dir().join(format!("dirtymap-{test}-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
@@ -73,7 +73,7 @@ fn folder() -> Option<PathBuf> {
     std::env::var_os(FOLDER).map(PathBuf::from)
 }
 
-/// A file of `len` bytes, all of it a hole.
+/// A file of `len` bytes, which is one hole.
 fn sparse(folder: &Path, name: &str, len: u64) -> File {
     let mut open = File::options();
     open.read(true).write(true).create(true).truncate(true);
@@ -82,7 +82,7 @@ fn sparse(folder: &Path, name: &str, len: u64) -> File {
     file
 }
 
-/// Writes until nothing fits any more.
+/// Writes until the file system is full.
 fn fill(folder: &Path) {
     let mut ballast = File::create(folder.join("ballast")).unwrap();
     let error = loop {
@@ -127,7 +127,8 @@ fn found(space: &AddressSpace) -> Vec<u64> {
     found
 }
 
-/// The stop of a harvest into a full file: it names the bytes, and everything is dirty as before.
+/// The stop of a harvest into a full file: its error names the bytes, and the same pages are dirty
+/// as before.
 fn refused(way: &str, space: &AddressSpace, lease: Result<Lease<'_, Owed>, Error>) {
     let lease = lease.unwrap();
     let stopped = lease.stopped();
@@ -190,10 +191,10 @@ fn each_way_of_harvesting(folder: &Path) {
     assert_eq!(found(&space), DIRTY, "unmap");
 }
 
-/// The first window has room, the second has none: the stop is at the second.
+/// The file system has room for the first window only, so the harvest stops at the second.
 fn a_part(folder: &Path) {
     let file = bitmap(folder, "part");
-    // Of 30 pages 28 are left: room for one window of 16, not for two.
+    // Of 30 pages 28 are free: room for one window of 16, not for two.
     std::fs::write(folder.join("ballast"), [7; 2 << 12]).unwrap();
     let (space, fake) = space();
     let lease = space.harvest(&request(), UserBitmap::file(&file));
@@ -208,8 +209,8 @@ fn a_part(folder: &Path) {
     std::fs::remove_file(folder.join("part")).unwrap();
 }
 
-/// A bitmap that is all holes is read, merged and emptied without a block: reads of holes by way of
-/// a mapping make blocks in a tmpfs, and raise the signal too.
+/// A bitmap that is one hole is read, merged and emptied without a new block. A read of a hole
+/// through a mapping allocates a block in a tmpfs, and can raise the signal too.
 fn reading(folder: &Path) {
     let file = bitmap(folder, "holes");
     let mut words = vec![u64::MAX; 2 * WINDOW as usize / 64];
@@ -225,8 +226,8 @@ fn reading(folder: &Path) {
     no_room("or_into", &other.or_into(&view).unwrap_err().into());
 }
 
-/// A sparse file of a bitmap on a tmpfs of a few pages: the harvest cleared a page's dirty bit for
-/// a record that the system could not take, and the process died by SIGBUS.
+/// A sparse file of a bitmap on a tmpfs of a few pages: the harvest cleared a page's dirty bit
+/// although its record found no room, and SIGBUS killed the process.
 #[test]
 fn a_full_file_system_is_an_error_that_names_the_bytes_and_clears_nothing() {
     if let Some(folder) = folder() {
@@ -241,7 +242,8 @@ fn a_full_file_system_is_an_error_that_names_the_bytes_and_clears_nothing() {
     }
 }
 
-/// One that cannot reserve blocks (here a ramfs) is asked by writing to each page of the window.
+/// A file system that cannot reserve blocks (here a ramfs) is tested by a write to each page of the
+/// window.
 #[test]
 fn a_file_system_that_cannot_reserve_works_as_well() {
     if let Some(folder) = folder() {

@@ -1,5 +1,5 @@
-//! Harvest and lease through the public interface: modes, errors in their documented order, and what happens when
-//! something stops half-way.
+//! Harvest and lease through the public interface: modes, errors in their documented order, and
+//! harvests that stop half-way.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -13,7 +13,7 @@ use dirtymap::{
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-/// Pages 0..8 and 8..16 in two areas that touch, and 20..24 behind a hole; tracking on.
+/// Pages 0..8 and 8..16 in two areas that touch, and 20..24 after a hole. Tracking is on.
 fn space() -> (AddressSpace, Arc<Fake>) {
     let fake = Arc::new(Fake::default());
     let space = AddressSpace::with_source(Granule::K4, fake.clone()).unwrap();
@@ -30,7 +30,7 @@ fn request(range: IovaRange) -> HarvestRequest<'static> {
     HarvestRequest::new(range, Granule::K4)
 }
 
-/// Harvests, syncs, commits; the bits.
+/// Harvests, syncs and commits. Returns the bits.
 fn take(space: &AddressSpace, range: IovaRange) -> u64 {
     let mut words = [0u64];
     let lease = space
@@ -40,7 +40,7 @@ fn take(space: &AddressSpace, range: IovaRange) -> u64 {
     words[0]
 }
 
-/// What is dirty, without touching it.
+/// The dirty pages, by a peek.
 fn dirty(space: &AddressSpace, range: IovaRange) -> u64 {
     let mut words = [0u64];
     space
@@ -151,7 +151,8 @@ fn requests_are_refused_in_order_and_nothing_is_touched() {
 
 #[test]
 fn a_hole_stops_the_harvest_and_the_lease_has_what_came_before() {
-    // History: holes and driver errors surfaced as success with a partial bitmap (Linux, up to today).
+    // History: holes and driver errors surfaced as success with a partial bitmap (Linux, up to
+    // today).
     let (space, fake) = space();
     fake.dirty(15);
     fake.dirty(20);
@@ -206,7 +207,8 @@ fn abort_and_drop_put_everything_back() {
 
 #[test]
 fn the_next_sync_pays_what_an_aborted_lease_owed() {
-    // Without it, the device would go on writing page 2 through a stale translation, and leave no trace.
+    // Without that flush, the device would go on to write page 2 through a stale translation, and
+    // leave no trace.
     let (space, fake) = space();
     fake.dirty(2);
     let mut words = [0u64];
@@ -263,7 +265,7 @@ fn a_failed_flush_leaves_the_lease_whole_and_a_failed_sync_puts_it_back() {
         (1, 0, 1, 1),
         "not owed twice"
     );
-    // Without a flush before, the lease goes with the error.
+    // Without an earlier flush, the failed sync consumes the lease.
     fake.dirty(5);
     fake.with(|s| s.fail_invalidations = 1);
     let mut words = [0u64];
@@ -296,7 +298,7 @@ fn a_source_that_stops_or_panics_at_any_page_loses_nothing() {
                     .unwrap();
                 assert_eq!(lease.stopped().unwrap().at, Iova::new(n * PAGE));
                 assert_eq!(lease.report().bits_set, n);
-                // Dropped here: all of it goes back.
+                // The lease is dropped here, which puts everything back.
             }));
             assert_eq!(outcome.is_err(), panics);
             fake.with(|s| (s.panic_at, s.stop_at) = (None, None));

@@ -1,5 +1,5 @@
-//! What an unmap finds on its way from one place to another: the rest of a leaf that a harvest is moving, and writes that
-//! have begun and not ended.
+//! Unmaps while dirty state moves from one place to another: the rest of a leaf that a harvest is
+//! moving, and writes in flight.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex};
 
 type Happening = Box<dyn FnOnce() + Send>;
 
-/// One leaf of the pages 0 to 3. What is to happen when its D has just been cleared happens there.
+/// One leaf of the pages 0 to 3. Its hook runs right after a harvest has cleared D.
 #[derive(Default)]
 struct OneLeaf {
     dirty: AtomicBool,
@@ -64,7 +64,8 @@ impl DirtySource for OneLeaf {
     }
 }
 
-/// Harvests page 1 of a leaf, and calls `unmap` when the leaf is clean and its rest is in flight.
+/// Harvests page 1 of a leaf, and calls `unmap` at the moment when the leaf is clean and its rest
+/// is in flight.
 fn while_the_rest_moves(
     unmap: impl FnOnce(&AddressSpace) + Send + 'static,
 ) -> (Arc<AddressSpace>, u64) {
@@ -102,7 +103,7 @@ fn an_unmap_returns_the_rest_of_a_leaf_that_a_harvest_is_moving() {
         }
     });
     assert_eq!((harvested, *found.lock().unwrap()), (0b1, 0b1101));
-    // The rest arrives when its area has gone.
+    // The rest of the leaf arrives after its area is gone.
     assert_eq!(space.stats().put_back_outside_bytes, 3 * PAGE);
     assert_eq!(space.faults().recent.len(), 2);
 }
@@ -131,7 +132,8 @@ fn an_unmap_returns_the_pages_of_a_write_in_flight() {
         .unmap(pages(0, 8), Granule::K4, UserBitmap::new(&mut words))
         .unwrap();
     assert_eq!(words[0], 0b1100_0000);
-    // The other area has its part of the write, still in flight, and marked when it ends.
+    // The part of the write in the other area is still in flight, and is marked when the write
+    // ends.
     drop(across);
     assert_eq!(space.stats().outside_marks, 1);
     let mut words = [0u64];

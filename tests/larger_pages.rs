@@ -22,7 +22,7 @@ fn range(start: u64, len: u64) -> IovaRange {
     IovaRange::from_len(Iova::new(start), len).unwrap()
 }
 
-/// One number for each page of 4 KiB, and what consumers have copied of it.
+/// One number for each page of 4 KiB, and the number that consumers have copied.
 #[derive(Default)]
 struct Memory {
     content: Vec<AtomicU64>,
@@ -74,12 +74,12 @@ fn harvest(space: &AddressSpace, range: IovaRange, memory: &Memory) {
     );
 }
 
-/// Two harvests of a space of 4 KiB pages over a log of 64 KiB pages, such as KVM's on AArch64.
-/// The second looks at page 6, which is clean, and stands between the tables and what is kept. The
-/// guest writes to it. A bounded harvest cuts the page at 400 KiB: it told the sink that the page
-/// was clean by then, so the rest was kept, and cleared the log after that. In between the second
-/// harvest took the rest, copied it, and committed; the guest wrote again, and found the bit of the
-/// log still set. The clear came then: the second write was in nobody's lease.
+/// Two harvests of a space of 4 KiB pages over a log of 64 KiB pages, such as KVM's on AArch64. The
+/// second harvest finds page 6 clean, and is now between the tables and the put-back store. The
+/// guest writes to page 6. A bounded harvest cuts that page at 400 KiB. It told the sink that the
+/// page was clean, so the rest was put back, and cleared the log only afterwards. Before that
+/// clear, the second harvest took the rest, copied it and committed, and the guest wrote again
+/// while the bit of the log was still set. Then came the clear, and no lease had the second write.
 #[test]
 fn a_page_that_a_bounded_harvest_meets_is_cleared_whole() {
     let bytes = 8 * K64;
@@ -155,8 +155,8 @@ fn a_cursor_inside_the_page_of_a_source_is_refused() {
     }
 }
 
-/// A sink that is made outside of a space has no place for the rest of a page that sticks out: the
-/// page is reported as far as it is asked for, and stays dirty.
+/// A sink that is made outside of a space has no place for the rest of a page that sticks out of
+/// the request. The part inside is reported, and the page stays dirty.
 #[test]
 fn a_sink_of_its_own_leaves_a_page_that_sticks_out_dirty() {
     use dirtymap::DirtySource;
@@ -177,15 +177,15 @@ fn a_sink_of_its_own_leaves_a_page_that_sticks_out_dirty() {
         read(cut),
         [range(K64 + PAGE, 3 * K64 - PAGE), range(5 * K64, PAGE)]
     );
-    // The pages that were asked for in part are there as before, the others are clean.
+    // The pages that were requested in part are dirty as before, the others are clean.
     assert_eq!(
         read(range(0, 8 * K64)),
         [range(K64, K64), range(5 * K64, K64)]
     );
 }
 
-/// The pieces of a parallel harvest follow the words of the bitmap, which may begin inside of one:
-/// at 4 KiB a bit, each byte that lies before the bitmap moves the borders by 32 KiB.
+/// The pieces of a parallel harvest follow the words of the bitmap, and the bitmap may begin inside
+/// a word. At 4 KiB a bit, each byte before the bitmap moves the borders by 32 KiB.
 #[cfg(feature = "rayon")]
 #[test]
 fn the_pieces_of_a_parallel_harvest_begin_at_pages_of_the_source() {
@@ -218,7 +218,7 @@ fn the_pieces_of_a_parallel_harvest_begin_at_pages_of_the_source() {
     }
 }
 
-/// A way to ask for what is dirty.
+/// A mode of harvest.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Mode {
     Plain,
@@ -244,7 +244,7 @@ const MODES: &[Mode] = &[
     Mode::Unmap,
 ];
 
-/// Numbers that look random.
+/// Pseudorandom numbers.
 struct Random(u64);
 
 impl Random {
@@ -265,7 +265,7 @@ struct World {
     random: Random,
 }
 
-/// All of it, and what harvests ask for: whole pages of 64 KiB, none at the border.
+/// The mapped range, and the requested range: whole pages of 64 KiB, without those at the border.
 const BYTES: u64 = 32 * K64;
 
 fn asked() -> IovaRange {
@@ -292,8 +292,9 @@ impl World {
         }
     }
 
-    /// Writes to some pages now. When the next harvest has looked and not cleared, another one
-    /// takes all that it finds, if `twice`; and some of the pages, and others, are written again.
+    /// Writes to some pages now. After the next harvest has read the bits and before it clears
+    /// them, another harvest takes everything that it finds, if `twice`. Then some of these pages,
+    /// and others, are written again.
     fn write(&mut self, twice: bool) {
         let mut some = |n: u64| (0..n).map(|_| self.random.below(BYTES / PAGE)).collect();
         let (now, mut then): (Vec<u64>, Vec<u64>) = (some(40), some(12));
@@ -314,12 +315,12 @@ impl World {
         });
     }
 
-    /// Once over what is asked for.
+    /// One pass over the requested range.
     fn pass(&mut self, mode: Mode) {
         let (space, memory) = (&*self.space, &*self.memory);
         let asked = asked();
-        // A byte for a bit of single bytes, as the parallel harvest needs many bits for a piece;
-        // the bitmap begins inside a word, so pieces do not begin at pages.
+        // Each bit stands for one byte, because the parallel harvest needs many bits for a piece.
+        // The bitmap begins inside a word, so pieces do not begin at pages.
         let granule = match mode {
             #[cfg(feature = "rayon")]
             Mode::Parallel => Granule::BYTE,
@@ -355,7 +356,7 @@ impl World {
                 }
             }
             Mode::Masked => {
-                // Runs that cut pages of 64 KiB, and some that hold one.
+                // Runs that cut pages of 64 KiB, and some that contain one.
                 let mut mask = [0x0fff_ff00_ffff_8001u64; 8];
                 let mask = UserBitmap::new(&mut mask).view(asked, granule).unwrap();
                 let lease = space
@@ -421,7 +422,7 @@ fn no_mode_loses_a_write_of_a_source_that_clears_by_batches() {
                     world.write(seed % 2 == 0);
                     world.pass(*mode);
                 }
-                // What came behind the last look, and what was not asked for.
+                // The writes after the last look, and those outside of the request.
                 world.log.before_clear.set(|| ());
                 harvest(&world.space, range(0, BYTES), &world.memory);
                 let lost = world.memory.lost();

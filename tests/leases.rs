@@ -1,4 +1,4 @@
-//! What becomes of a lease: forgotten, aborted after its area went, committed part by part.
+//! Leases that are forgotten, aborted after their area is gone, committed part by part.
 #![cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -14,7 +14,7 @@ use dirtymap::{
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, mpsc};
 
-/// 64 pages, of which a device may have cached that their dirty bit is set.
+/// 64 pages. A device may have cached that their dirty bit is set.
 #[derive(Default)]
 struct Cached(Mutex<State>);
 
@@ -27,7 +27,7 @@ struct State {
 impl Cached {
     fn write(&self, page: u64) {
         let mut state = self.0.lock().unwrap();
-        // With "D is set" in its cache, a device does not touch the table.
+        // A device that has cached "D is set" does not touch the table.
         if state.cached.insert(page) {
             state.dirty.insert(page);
         }
@@ -87,16 +87,16 @@ fn harvest<'a>(space: &'a AddressSpace, range: IovaRange, words: &'a mut [u64]) 
     space.harvest(&request, UserBitmap::new(words)).unwrap()
 }
 
-/// The first 64 pages that are dirty, taken and committed.
+/// Harvests and commits. Returns the bits of the first 64 pages.
 fn take(space: &AddressSpace, range: IovaRange) -> u64 {
     let mut words = [0u64];
     harvest(space, range, &mut words).sync().unwrap().commit();
     words[0]
 }
 
-/// A lease that is forgotten keeps its debt to itself. So it does not only lose what it took: what
-/// devices write to its pages later is hidden, until a flush names them. This pins what the
-/// documentation of `Lease` says.
+/// A forgotten lease never pays its debt. So its pages are lost, and later writes of devices to
+/// them are hidden as well, until a flush names these pages. This test holds what the documentation
+/// of `Lease` says.
 #[test]
 fn a_lease_that_is_forgotten_hides_its_pages_until_a_flush_names_them() {
     let by_sync = |space: &AddressSpace, source: &Cached| {
@@ -109,7 +109,7 @@ fn a_lease_that_is_forgotten_hides_its_pages_until_a_flush_names_them() {
             .harvest(&request, UserBitmap::new(&mut words))
             .unwrap();
         assert_eq!(lease.sync().unwrap().dirty(), 2);
-        // The two are apart in the gather: page 3 is not named.
+        // The gather has two ranges, and page 3 is in neither.
         source.write(3);
         assert_eq!(take(space, pages(0, 64)), 0b10100, "put back by the drop");
         let mut gather = FlushGather::new();
@@ -139,11 +139,11 @@ fn a_lease_that_is_forgotten_hides_its_pages_until_a_flush_names_them() {
         way(&space, &source);
         source.write(3);
         assert_eq!(take(&space, pages(0, 64)), 1 << 3);
-        // Other pages were seen all the time.
+        // Writes to other pages were seen all the time.
         source.write(40);
         assert_eq!(take(&space, pages(0, 64)), 1 << 40);
     }
-    // One that was synced has paid.
+    // A lease that was synced has paid its debt.
     let source = Arc::new(Cached::default());
     let space = AddressSpace::with_source(Granule::K4, source.clone()).unwrap();
     space.map(pages(0, 64), 0, Access::ReadWrite).unwrap();
@@ -155,9 +155,9 @@ fn a_lease_that_is_forgotten_hides_its_pages_until_a_flush_names_them() {
     assert_eq!(take(&space, pages(0, 64)), 1 << 3);
 }
 
-/// A lease outlived its area, and was aborted when another one had its addresses. The abort said
-/// that all was dirty again, and counted nothing as outside: what was written to the first area was
-/// lost in silence, and the second area was dirty though nobody had written there.
+/// A lease outlived its area, and was aborted when another area had its addresses. The abort
+/// reported that everything was dirty again, and counted nothing as outside. The writes to the
+/// first area were lost in silence, and the second area became dirty without a write.
 #[test]
 fn an_abort_counts_what_was_lost_with_an_area_that_was_mapped_again() {
     let unmap = |space: &AddressSpace| {
@@ -212,8 +212,8 @@ fn an_abort_counts_what_was_lost_with_an_area_that_was_mapped_again() {
     }
 }
 
-/// What a lease holds of an area that was cut meanwhile is put back into its pieces; of a
-/// piece that went and came again it is outside.
+/// Pages of an area that was cut meanwhile are put back into its pieces. Pages of a piece that was
+/// unmapped and mapped again are outside.
 #[test]
 fn the_pieces_of_an_area_are_as_old_as_it_was() {
     let (space, first, _) = two_sources();
@@ -231,8 +231,8 @@ fn the_pieces_of_an_area_are_as_old_as_it_was() {
     assert_eq!(take(&space, pages(0, 32)), 1 << 3 | 1 << 20);
 }
 
-/// An area that comes while a harvest is under way may be in its lease: the source was asked after
-/// it was filled. It is not said to be outside.
+/// An area that is mapped during a harvest may be in its lease, if the source was harvested after
+/// the fill. Its pages are not outside.
 #[test]
 fn an_area_that_comes_during_the_harvest_is_put_back() {
     let (space, first, second) = two_sources();
@@ -242,7 +242,7 @@ fn an_area_that_comes_during_the_harvest_is_put_back() {
     first.with(|s| {
         let (space, second) = (space.clone(), second.clone());
         let swap = move || {
-            // The first source is being asked: it is filled again by a thread of its own.
+            // While the first source is harvested, another thread fills it again.
             space.unmap_discarding(pages(0, 16)).unwrap();
             space.map(pages(0, 16), 0, Access::ReadWrite).unwrap();
             second.dirty(9);
@@ -287,8 +287,8 @@ fn parts_in_any_order_are_committed_once() {
 }
 
 /// A batch fills its areas before they are in the tree. A harvest with an older list of areas took
-/// a page that a device had written there, and was aborted while the batch went on: the page was in
-/// no area, so it was said to be outside, and the area came without it.
+/// a page that a device had written there, and was aborted before the batch ended. The page was in
+/// no area, so it was counted as outside, and the new area lacked it.
 #[test]
 fn an_abort_keeps_pages_of_an_area_that_a_batch_is_about_to_publish() {
     for one_domain in [false, true] {
@@ -343,8 +343,8 @@ fn an_abort_keeps_pages_of_an_area_that_a_batch_is_about_to_publish() {
     }
 }
 
-/// Every mode of harvest says how old its lease is: what it took of an area that has gone is
-/// outside, though another one has its addresses, or pieces of another one.
+/// In every mode of harvest, a lease knows the version of its areas: its pages of an area that is
+/// gone are outside, even if another area, or pieces of one, have its addresses.
 #[test]
 fn leases_of_all_modes_know_their_age() {
     for (mode, cut) in (0..4).flat_map(|mode| [(mode, false), (mode, true)]) {

@@ -1,8 +1,9 @@
-//! Model checking of the public protocols: every interleaving with a bounded number of preemptions, and every value
-//! that the memory model lets a load return.
+//! Model checking of the public protocols: every interleaving with a bounded number of preemptions,
+//! and every value that the memory model lets a load return.
 //!
-//! Run by `.ci/run loom`. Each model asserts that it explored more than one execution, and each is run again with
-//! one step of the protocol left out: it must then fail, or it proves nothing.
+//! Run by `.ci/run loom`. Each model asserts that it explored more than one execution, and each is
+//! run again with one step of the protocol left out. It must then fail, otherwise it proves
+//! nothing.
 #![cfg(dirtymap_loom)]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -39,7 +40,8 @@ fn harvest_and_copy(space: &AddressSpace, data: &AtomicU64, copy: &mut u64) {
     lease.commit();
 }
 
-/// Rule 1 for marks: the writer skips a page that is marked already while the harvester clears the mark and copies.
+/// Rule 1 for marks: the writer skips a page that is already marked, while the harvester clears the
+/// mark and copies.
 #[test]
 fn a_mark_that_is_skipped_is_never_lost() {
     holds_only_with(
@@ -67,8 +69,8 @@ fn a_mark_that_is_skipped_is_never_lost() {
     );
 }
 
-/// A page with a dirty bit, and one device whose IOTLB holds "D is set". The lock stands for a write in flight: an
-/// invalidation waits for it.
+/// A page with a dirty bit, and one device whose IOTLB holds "D is set". The lock stands for a
+/// write in flight: an invalidation waits for it.
 struct OnePage {
     dirty: AtomicU64,
     cached: Mutex<bool>,
@@ -79,8 +81,8 @@ impl OnePage {
     fn device_writes(&self, value: u64) {
         let mut cached = lock(&self.cached);
         if !*cached {
-            // A read-modify-write, as the compare-exchange of hardware is: loom lets a plain store and a concurrent swap that
-            // read what came before it take either order.
+            // A read-modify-write, like the compare-exchange of hardware. Loom may order a plain
+            // store before a concurrent swap that has read an older value.
             self.dirty.swap(1, dirtymap::sync::Ordering::SeqCst);
             *cached = true;
         }
@@ -123,8 +125,9 @@ impl DirtySource for Source {
     }
 }
 
-/// Invariant 4: an abort hands over its debt before its pages become dirty again. Otherwise the second harvest
-/// takes the page, syncs without a flush, and the device's next write goes through the stale translation.
+/// Invariant 4: an abort hands over its debt before its pages become dirty again. Otherwise the
+/// second harvest takes the page, syncs without a flush, and the device's next write goes through
+/// the stale translation.
 #[test]
 fn an_abort_owes_before_it_puts_back() {
     holds_only_with(&[Step::OweBeforePutBack], || {
@@ -159,7 +162,7 @@ fn an_abort_owes_before_it_puts_back() {
     });
 }
 
-/// Clean, and stops a harvest that asks for more than one page.
+/// A clean source that stops each harvest of more than one page.
 struct StopsAtTwo;
 
 impl DirtySource for StopsAtTwo {
@@ -193,9 +196,9 @@ impl DirtySource for StopsAtTwo {
     }
 }
 
-/// Rule 15, and invariant 4: a harvest that stops puts back what an earlier source gave it, behind
-/// the debt. Otherwise the second harvest takes the page, syncs without a flush, and the device's
-/// next write goes through the stale translation.
+/// Rule 15, and invariant 4: a harvest that stops hands over its debt, and then puts back the pages
+/// of an earlier source. Otherwise the second harvest takes the page, syncs without a flush, and
+/// the device's next write goes through the stale translation.
 #[test]
 fn a_stop_owes_before_it_puts_back() {
     holds_only_with(&[Step::OweBeforePutBack], || {
@@ -228,7 +231,7 @@ fn a_stop_owes_before_it_puts_back() {
     });
 }
 
-/// What devices have cached of pages 0 and 2.
+/// The translations of pages 0 and 2 that devices have cached.
 type Stale = [AtomicU64; 2];
 
 fn one_page(n: u64) -> FlushGather {
@@ -250,7 +253,7 @@ fn both_stale() -> Arc<Stale> {
     Arc::new([AtomicU64::new(1), AtomicU64::new(1)])
 }
 
-/// Owes page `n`, and waits; whether it was invalidated then.
+/// Owes page `n`, waits, and returns whether it was invalidated then.
 fn owe_and_wait(n: u64, queue: &FlushQueue, stale: &Stale) -> bool {
     let ticket = queue.owe(&one_page(n));
     queue
@@ -259,8 +262,8 @@ fn owe_and_wait(n: u64, queue: &FlushQueue, stale: &Stale) -> bool {
     stale[n as usize].load(Relaxed) == 0
 }
 
-/// Invariant 5: whoever returns from `wait` finds its range invalidated, whoever did it; two threads need at most
-/// two flushes.
+/// Invariant 5: when `wait` returns, the thread's range is invalidated, by whichever thread. Two
+/// threads need at most two flushes.
 #[test]
 fn a_ticket_is_honoured_by_a_flush_that_began_later() {
     holds_only_with(&[Step::WaitForLeader, Step::PublishFinished], || {
@@ -277,8 +280,9 @@ fn a_ticket_is_honoured_by_a_flush_that_began_later() {
     });
 }
 
-/// Invariant 5 at a bound: two threads that hand over find the queue full and flush what is due, for themselves or for each other;
-/// then nothing is pending, and what each has owed was invalidated.
+/// Invariant 5 at a bound: two threads that hand over a debt find the queue full, and flush for
+/// themselves or for each other. Afterwards nothing is pending, and the debt of each was
+/// invalidated.
 #[test]
 fn a_full_queue_is_flushed_by_who_hands_over() {
     holds_only_with(&[Step::NextGeneration, Step::WaitForLeader], || {
@@ -291,7 +295,8 @@ fn a_full_queue_is_flushed_by_who_hands_over() {
             let ticket = queue.owe(&one_page(n));
             let now = std::time::Instant::now();
             let done = queue.flush_due(now, |gather| invalidate(stale, gather));
-            // It is not due if another thread has taken it: then that flush covers it, and is waited for.
+            // If another thread has taken the debt, none is due: that thread's flush covers it, and
+            // this thread waits for it.
             if !done.unwrap() {
                 let waited = queue.wait(ticket, |gather| invalidate(stale, gather));
                 waited.unwrap();
@@ -309,7 +314,7 @@ fn a_full_queue_is_flushed_by_who_hands_over() {
     });
 }
 
-/// Invariant 5: what is handed over while a flush runs is not covered by it.
+/// Invariant 5: a flush does not cover a debt that is handed over while it runs.
 #[test]
 fn what_comes_during_a_flush_is_left_to_the_next() {
     holds_only_with(&[Step::NextGeneration], || {
@@ -327,7 +332,7 @@ fn what_comes_during_a_flush_is_left_to_the_next() {
     });
 }
 
-/// Counts the frees of page 0: all of them, and those that ran too early.
+/// Counts the frees of page 0, and those of them that ran too early.
 #[derive(Default)]
 struct Freed {
     all: StdUsize,
@@ -349,7 +354,8 @@ fn owe_freeing(
     })
 }
 
-/// Invariant 7: a free runs once, and sees the flush that covers it, whoever flushed and whoever runs it.
+/// Invariant 7: a free runs once, and sees the flush that covers it, whichever threads flush and
+/// run it.
 #[test]
 fn what_is_freed_was_flushed_before() {
     holds_only_with(&[Step::FreeAfterFlush], || {
@@ -370,7 +376,8 @@ fn what_is_freed_was_flushed_before() {
     });
 }
 
-/// Invariant 5: a flush that fails, with another thread's gather in it, loses neither gathers nor frees.
+/// Invariant 5: a flush that fails, with another thread's gather in it, loses neither gathers nor
+/// frees.
 #[test]
 fn a_flush_that_fails_leaves_all_of_it_owed() {
     holds_only_with(&[Step::OweAgain, Step::FreeAfterFlush], || {
@@ -398,8 +405,8 @@ fn a_flush_that_fails_leaves_all_of_it_owed() {
     });
 }
 
-/// Frees run in the order in which they were handed over, in whatever threads, and none is left behind when a thread
-/// leaves its own to another one.
+/// Frees run in the order in which they were handed over, on whichever threads. None is left when a
+/// thread leaves its own to another one.
 #[test]
 fn frees_keep_their_order_across_threads() {
     holds_only_with(&[Step::OneReleases], || {
@@ -432,7 +439,8 @@ fn frees_keep_their_order_across_threads() {
     });
 }
 
-/// Two harvesters on one word: each marked page is in at least one of the two leases, and none is left behind.
+/// Two harvesters on one word: each marked page is in at least one of the two leases, and none
+/// stays dirty.
 #[test]
 fn two_harvesters_share_a_word() {
     holds_only_with(&[Step::RecordBeforeClear], || {
@@ -461,7 +469,8 @@ fn two_harvesters_share_a_word() {
     });
 }
 
-/// A mark that races an unmap is counted by one of the two: by the unmap as discarded, or by the marker as outside.
+/// A mark that races an unmap is counted by one of the two: by the unmap as discarded, or by the
+/// marker as outside.
 #[test]
 fn a_mark_and_an_unmap_do_not_miss_each_other() {
     holds_only_with(&[Step::GoneFence], || {
@@ -476,7 +485,8 @@ fn a_mark_and_an_unmap_do_not_miss_each_other() {
     });
 }
 
-/// A write in flight ends while a harvester looks: its pages are in flight or marked, never neither.
+/// A write in flight ends while a harvester looks: its pages are in flight or marked, never
+/// neither.
 #[test]
 fn a_write_in_flight_is_never_invisible() {
     holds_only_with(&[Step::MarkBeforeFree], || {
@@ -490,7 +500,8 @@ fn a_write_in_flight_is_never_invisible() {
             let (space, data, begun) = (space.clone(), data.clone(), begun.clone());
             thread::spawn(move || {
                 let guard = space.begin_write(page(0)).unwrap();
-                // Release: pairs with the Acquire below; a harvest that sees it began during or after the write.
+                // Release: pairs with the Acquire below; a harvest that sees it began during or
+                // after the write.
                 begun.store(1, dirtymap::sync::Ordering::Release);
                 data.store(1, Relaxed);
                 drop(guard);
@@ -507,8 +518,8 @@ fn a_write_in_flight_is_never_invisible() {
     });
 }
 
-/// Rule 9 of the contract: while a write hangs in a device, and another thread waits for it in a sync, marks, lookups, harvests and
-/// aborts end.
+/// Rule 9 of the contract: while a write hangs in a device and another thread waits for it in a
+/// sync, marks, lookups, harvests and aborts still return.
 fn a_flush_that_hangs() -> bool {
     let hardware = Arc::new(OnePage {
         dirty: AtomicU64::new(1),
@@ -538,7 +549,7 @@ fn a_flush_that_hangs() -> bool {
 
 #[test]
 fn what_waits_for_nobody_ends_while_a_flush_hangs() {
-    // Where the two threads meet is the flush, not the harvests.
+    // The two threads meet in the flush only, not in the harvests.
     holds_within(Bound::between(1, 1), &[], a_flush_that_hangs);
     let test = "what_waits_for_nobody_ends_while_a_flush_hangs";
     breaks_without(Step::FlushAtSync, test, a_flush_that_hangs);

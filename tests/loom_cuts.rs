@@ -12,7 +12,7 @@ use dirtymap::{
 };
 
 const PAGE: Granule = Granule::K4;
-/// Two preemptions show all that these models show with more, in a tenth of the time.
+/// Two preemptions find every fault that more preemptions find here, in a tenth of the time.
 const BOUND: Bound = Bound::between(2, 2);
 const RW: Access = Access::ReadWrite;
 
@@ -32,11 +32,11 @@ fn peek(space: &AddressSpace, range: IovaRange) -> u64 {
     words[0].load(Relaxed)
 }
 
-/// How often each of two pages was filled and not emptied.
+/// For each of the two pages, the fills minus the removals.
 struct Pages {
     page: Granule,
     filled: [AtomicU64; 2],
-    /// It was asked for a part of its page.
+    /// The source was called with a part of its page.
     odd: AtomicU64,
 }
 
@@ -54,7 +54,7 @@ impl Pages {
         pages.filter_map(move |(n, filled)| range.covers(page(n)).then_some(filled))
     }
 
-    /// The counts, and whether the source was used as it asks.
+    /// The counts, and whether all calls kept to the source's page.
     fn filled(&self) -> ([u64; 2], bool) {
         let [left, right] = &self.filled;
         let filled = [left.load(Relaxed), right.load(Relaxed)];
@@ -114,8 +114,9 @@ fn space() -> Arc<AddressSpace> {
     Arc::new(space)
 }
 
-/// A mark by the handle of an area that is cut, and one piece of which goes, is counted by one of
-/// the two; what is left of it is marked, and what is mapped anew in the place of the piece is not.
+/// A thread marks by the handle of an area, while the area is cut and one piece is unmapped. The
+/// mark of that piece is counted by one of the two. The rest is marked, and a new area in the place
+/// of the piece is not.
 #[test]
 fn a_mark_by_a_handle_follows_a_cut() {
     let steps = [Step::GiveWay, Step::SayGone, Step::SummarizedFence];
@@ -137,7 +138,7 @@ fn a_mark_by_a_handle_follows_a_cut() {
     });
 }
 
-/// The same by a batch, in which no reader ever sees the piece that goes.
+/// The same with a batch, in which no reader ever sees the piece that is unmapped.
 #[test]
 fn a_mark_by_a_handle_follows_a_batch() {
     let steps = [Step::GiveWay, Step::SayGone, Step::SummarizedFence];
@@ -158,8 +159,8 @@ fn a_mark_by_a_handle_follows_a_batch() {
     });
 }
 
-/// A domain that comes while a piece is cut out of an area has what stays in the end, once, and
-/// nothing of that piece.
+/// A domain is attached while a piece is cut out of an area. In the end it is filled with the rest
+/// once, and not with that piece.
 #[test]
 fn a_batch_and_an_attach_leave_nothing_behind() {
     holds_within(BOUND, &[Step::LookAgain], || {
@@ -176,7 +177,7 @@ fn a_batch_and_an_attach_leave_nothing_behind() {
     });
 }
 
-/// A domain that goes while an area is cut has nothing of either piece in the end.
+/// A domain is detached while an area is cut. In the end it has neither piece.
 #[test]
 fn a_cut_and_a_detach_leave_nothing_behind() {
     holds_within(BOUND, &[Step::LookAgain], || {
@@ -193,8 +194,8 @@ fn a_cut_and_a_detach_leave_nothing_behind() {
     });
 }
 
-/// Of a cut and a domain whose page it would cut, one is refused, and the domain is never asked for
-/// a part of its page.
+/// A cut races the attach of a domain with a larger page, which it would split. One of the two is
+/// refused, and the domain is never called with a part of its page.
 #[test]
 fn a_cut_and_an_attach_of_larger_pages_refuse_each_other() {
     holds_within(BOUND, &[Step::CheckCutAgain], || {

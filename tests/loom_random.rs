@@ -1,5 +1,6 @@
-//! Short random programs of two threads under the model checker, beside the models that were written by hand: an address space
-//! with two areas, a device, CPU writers, harvesters, and areas that go and come.
+//! Short random programs of two threads under the model checker, beside the models that were
+//! written by hand: an address space with two areas, a device, CPU writers, harvesters, and areas
+//! that go and come.
 //!
 //! `DIRTYMAP_SEED=N` explores one program only; each failure prints its seed and its program.
 #![cfg(dirtymap_loom)]
@@ -25,9 +26,9 @@ const OPS: usize = 2;
 enum Op {
     /// A CPU writes to a page, and marks it.
     Mark(usize),
-    /// A CPU writes to both, and marks them as one range.
+    /// A CPU writes to both pages, and marks them as one range.
     MarkBoth,
-    /// A CPU writes to a page while a guard says so.
+    /// A CPU writes to a page under a write guard.
     Guard(usize),
     /// The device writes to a page.
     Dma(usize),
@@ -35,7 +36,7 @@ enum Op {
     Commit,
     /// Harvest, and drop the lease.
     Abort,
-    /// Look, and change nothing.
+    /// Peek.
     Peek,
     /// Unmap the second page, copy what was dirty, map it again.
     Remap,
@@ -57,7 +58,8 @@ impl Op {
     }
 }
 
-/// The programs of the two threads. The first one harvests last, so that there is something for the second to race.
+/// The programs of the two threads. The first one ends with a harvest, which the second one can
+/// race.
 fn program(seed: u64) -> [[Op; OPS]; 2] {
     let mut random = Random::new(seed);
     let mut ops = || std::array::from_fn(|_| Op::random(&mut random));
@@ -68,16 +70,17 @@ fn program(seed: u64) -> [[Op; OPS]; 2] {
     threads
 }
 
-/// A page behind a leaf with a dirty bit, and a device that caches the leaf with "D is set". The lock stands for a write in flight.
+/// A page behind a leaf with a dirty bit, and a device that caches the leaf with "D is set". The
+/// lock stands for a write in flight.
 struct Leaf {
     mapped: AtomicU64,
     dirty: AtomicU64,
     cached: Mutex<bool>,
-    /// How often the device wrote, which is all that it writes.
+    /// The number of writes of the device. This number is the value that it writes.
     dma: AtomicU64,
     /// How often CPUs wrote.
     cpu: AtomicU64,
-    /// A CPU was told that its write came too late for the area: it is nobody's.
+    /// A mark returned that the area is gone, so the write belongs to no area.
     outside: AtomicU64,
 }
 
@@ -189,7 +192,8 @@ impl DirtySource for Hardware {
     }
 }
 
-/// What was copied of each page: of the device, and of CPUs. Counts only grow, so the newest copy is the largest.
+/// The copied counts of each page, for the device and for CPUs. Counts only grow, so the newest
+/// copy is the largest.
 type Copies = [[u64; 2]; PAGES];
 
 struct System {
@@ -227,7 +231,7 @@ impl System {
         }
     }
 
-    /// A harvest of both pages, or of what is mapped of them.
+    /// A harvest of both pages, as far as they are mapped.
     fn harvest(&self, commit: bool, copies: &mut Copies) {
         let words = [AtomicU64::new(0)];
         let request = HarvestRequest::new(both(), PAGE);
@@ -277,7 +281,8 @@ impl System {
         }
     }
 
-    /// Rules 1 and 2 of the contract: each write was copied after it was done, and nothing is left dirty, leased or owed.
+    /// Rules 1 and 2 of the contract: each write was copied after it was made, and nothing stays
+    /// dirty, leased or owed.
     fn is_settled(&self, copies: &Copies) -> bool {
         let copied = self.leaves.iter().zip(copies).all(|(leaf, copy)| {
             let cpu = copy[1] == leaf.cpu.load(Relaxed) || leaf.outside.load(Relaxed) == 1;
@@ -321,7 +326,7 @@ fn holds(seed: u64) -> bool {
     system.is_settled(&copies)
 }
 
-/// Preemptions, in so many executions at most; more of both in deep runs.
+/// The preemptions and the most executions; deep runs have more of both.
 fn bound(preemptions: usize) -> Bound {
     let executions = if is_deep() { 100_000 } else { 3_000 };
     Bound::between(preemptions, preemptions).up_to(executions)
@@ -345,7 +350,7 @@ fn random_operations_keep_the_contract() {
     println!("{count} programs hold in {executions} executions");
 }
 
-/// Steps, and the program that found each when it was left out.
+/// Steps, and for each the seed of a program that fails without it.
 const FOUND: [(Step, u64); 3] = [
     (Step::RecordBeforeClear, 0),
     (Step::FlushBeforeReuse, 1985),
@@ -365,7 +370,7 @@ fn random_operations_find_what_is_left_out() {
     }
 }
 
-/// Where more of them can come from.
+/// The search for further seeds.
 #[test]
 #[ignore = "hours: looks for programs that find more"]
 fn look_for_programs() {

@@ -1,5 +1,6 @@
-//! Model checking of domains that come and go, unmaps that return what was dirty, and cuts, against each other and
-//! against harvests. As in `loom.rs`, each model is run again with single steps left out, and must fail then.
+//! Model checking of domains that come and go, unmaps that return what was dirty, and cuts, against
+//! each other and against harvests. As in `loom.rs`, each model is run again with single steps left
+//! out, and must fail then.
 #![cfg(dirtymap_loom)]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -14,7 +15,7 @@ use dirtymap::{
 };
 
 const PAGE: Granule = Granule::K4;
-/// Two preemptions show all that these models show with more, in a tenth of the time.
+/// Two preemptions find every fault that more preemptions find here, in a tenth of the time.
 const BOUND: Bound = Bound::between(2, 2);
 const RW: Access = Access::ReadWrite;
 
@@ -22,16 +23,17 @@ fn page(n: u64) -> IovaRange {
     IovaRange::from_len(Iova::new(n << 12), 1 << 12).unwrap()
 }
 
-/// Page 0 behind a leaf with a dirty bit, and a device that caches the leaf with "D is set". The lock stands for a write
-/// in flight: an invalidation waits for it.
+/// Page 0 behind a leaf with a dirty bit, and a device that caches the leaf with "D is set". The
+/// lock stands for a write in flight: an invalidation waits for it.
 struct OnePage {
-    /// How often the page was filled and not emptied.
+    /// The fills of the page minus its removals.
     filled: AtomicU64,
     most: AtomicU64,
     dirty: AtomicU64,
     cached: Mutex<bool>,
     data: AtomicU64,
-    /// An unmap panics when D is gone and nobody has been told. Never changed while threads run.
+    /// An unmap panics after it has cleared D and before it reports the page. Set before threads
+    /// run.
     panics: AtomicU64,
 }
 
@@ -73,7 +75,8 @@ impl DirtySource for Source {
     }
 
     fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
-        // The lock makes one step of the walk of a device that has nothing cached; one that has goes on by its cache.
+        // The lock makes the walk of a device without a cached translation one step. A device with
+        // one goes by its cache.
         let was_dirty = {
             let _walk = lock(&self.0.cached);
             self.0.filled.fetch_sub(1, Ordering::SeqCst);
@@ -129,7 +132,7 @@ fn tracked() -> (Arc<AddressSpace>, DomainId, Arc<OnePage>) {
     (Arc::new(space), domain, hardware)
 }
 
-/// Whether a harvest of page 0 finds it; copies it then.
+/// Harvests page 0, copies it if it is dirty, and returns whether it was.
 fn harvest(space: &AddressSpace, scope: Scope, data: &AtomicU64) -> Option<u64> {
     let words = [AtomicU64::new(0)];
     let request = HarvestRequest::new(page(0), PAGE).in_scope(scope);
@@ -140,7 +143,7 @@ fn harvest(space: &AddressSpace, scope: Scope, data: &AtomicU64) -> Option<u64> 
     copy
 }
 
-/// Each pair is filled once, by whoever comes second.
+/// Each pair is filled once, by the later of map and attach.
 #[test]
 fn a_map_and_an_attach_fill_their_pair_once() {
     holds_within(BOUND, &[Step::FillOnce, Step::LookAfterPublish], || {
@@ -157,7 +160,7 @@ fn a_map_and_an_attach_fill_their_pair_once() {
     });
 }
 
-/// A domain that comes while an area goes has nothing of it in the end.
+/// A domain is attached while an area is unmapped. In the end it has nothing of that area.
 #[test]
 fn an_unmap_and_an_attach_leave_nothing_behind() {
     holds_within(BOUND, &[Step::ClosePairs], || {
@@ -174,7 +177,7 @@ fn an_unmap_and_an_attach_leave_nothing_behind() {
     });
 }
 
-/// A domain that goes while an area comes has nothing of it in the end.
+/// A domain is detached while an area is mapped. In the end it has nothing of that area.
 #[test]
 fn a_map_and_a_detach_leave_nothing_behind() {
     holds_within(BOUND, &[Step::RefuseLeaving], || {
@@ -191,8 +194,8 @@ fn a_map_and_a_detach_leave_nothing_behind() {
     });
 }
 
-/// An unmap that returns what was dirty, a harvest, and a device that writes by what it has cached: whoever has the page
-/// copies it after the last write.
+/// An unmap that returns dirty pages, a harvest, and a device that writes through a cached
+/// translation: the one that gets the page copies it after the last write.
 #[test]
 fn an_unmap_and_a_harvest_share_a_stale_write() {
     holds_within(BOUND, &[Step::FlushBeforeReuse], || {
@@ -222,7 +225,8 @@ fn an_unmap_and_a_harvest_share_a_stale_write() {
     });
 }
 
-/// Memory that an unmap has let go belongs to its next owner: no write by a cached translation reaches it.
+/// Memory that an unmap has released belongs to its next owner: no write through a cached
+/// translation reaches it.
 #[test]
 fn no_stale_write_reaches_the_next_owner() {
     holds_within(BOUND, &[Step::FlushBeforeReuse], || {
@@ -240,7 +244,8 @@ fn no_stale_write_reaches_the_next_owner() {
     });
 }
 
-/// A domain goes while it is harvested, and a device writes by what it has cached: the last write is copied.
+/// A domain is detached during a harvest, and a device writes through a cached translation: the
+/// last write is copied.
 #[test]
 fn a_detach_and_a_harvest_lose_no_write() {
     holds_within(BOUND, &[Step::OweBeforePutBack], || {
@@ -258,8 +263,8 @@ fn a_detach_and_a_harvest_lose_no_write() {
     });
 }
 
-/// The source panics while its domain goes: it has taken D and told nobody. A harvest beside it, or
-/// one after it, copies the last write, and the domain is still there.
+/// The source panics in a detach, after it has cleared D and before it reports the page. A
+/// concurrent harvest, or the next one, copies the last write, and the domain is still attached.
 #[test]
 fn a_detach_that_panics_and_a_harvest_lose_no_write() {
     holds_within(BOUND, &[Step::PanicIsDirty, Step::OweBeforePutBack], || {
@@ -279,11 +284,12 @@ fn a_detach_that_panics_and_a_harvest_lose_no_write() {
     });
 }
 
-/// What an aborted lease over one domain puts back while that domain goes is found by a harvest of all.
+/// Pages that an aborted lease over one domain puts back during the detach of that domain are found
+/// by a harvest of all.
 #[test]
 fn an_abort_and_a_detach_do_not_miss_each_other() {
-    // The fence of the detach is not among them: a snapshot of the areas follows it, whose own fence
-    // stands in for it.
+    // The fence of the detach is not in the list: the fence of the snapshot of areas that follows
+    // it has the same effect.
     holds_within(BOUND, &[Step::MarkIfGoing, Step::SummarizedFence], || {
         let (space, domain, hardware) = tracked();
         hardware.device_writes(1);
@@ -304,7 +310,8 @@ fn an_abort_and_a_detach_do_not_miss_each_other() {
     });
 }
 
-/// What an aborted lease over one domain puts back while the area goes is returned by the unmap, or counted as outside.
+/// Pages that an aborted lease over one domain puts back during an unmap are returned by the unmap,
+/// or counted as outside.
 #[test]
 fn an_abort_and_an_unmap_do_not_miss_each_other() {
     holds_within(BOUND, &[Step::MarkIfGoing, Step::GoneFence], || {
@@ -326,7 +333,8 @@ fn an_abort_and_an_unmap_do_not_miss_each_other() {
     });
 }
 
-/// A write that has begun when its area goes is in the result of the unmap, whether it has ended or not.
+/// A write that has begun before the unmap of its area is in the result of the unmap, whether it
+/// has ended or not.
 #[test]
 fn an_unmap_finds_a_write_in_flight() {
     holds_within(BOUND, &[Step::LookInFlight, Step::MarkBeforeFree], || {
@@ -338,7 +346,8 @@ fn an_unmap_finds_a_write_in_flight() {
             let (space, begun) = (space.clone(), begun.clone());
             thread::spawn(move || {
                 let guard = space.begin_write(page(0)).ok();
-                // Release: pairs with the Acquire below; an unmap that sees it began during or after the write.
+                // Release: pairs with the Acquire below; an unmap that sees it began during or
+                // after the write.
                 begun.store(u64::from(guard.is_some()), Ordering::Release);
                 drop(guard);
             })
@@ -352,12 +361,12 @@ fn an_unmap_finds_a_write_in_flight() {
     });
 }
 
-/// Page 0 of a source whose own accesses order nothing: what orders them is the library's.
+/// Page 0 of a source whose own accesses are all relaxed, so that only the library orders them.
 struct Lax {
     dirty: AtomicU64,
     /// The baseline is clean.
     baseline: AtomicU64,
-    /// A harvest came to the source before it could see that.
+    /// A harvest reached the source before it could see the clean baseline.
     early: AtomicU64,
 }
 
@@ -414,7 +423,8 @@ impl DirtySource for LaxSource {
     }
 }
 
-/// Invariant 14: what a detach moves from the table to the marks is found by a harvest at every moment.
+/// Invariant 14: while a detach moves dirty state from the table to the marks, a harvest finds it
+/// at every moment.
 #[test]
 fn what_a_detach_moves_is_never_invisible() {
     let steps = [Step::DetachInFlight, Step::DetachFence];
@@ -435,7 +445,8 @@ fn what_a_detach_moves_is_never_invisible() {
     });
 }
 
-/// Section 2 of the contract: a harvest that is not refused for want of tracking finds the clean baseline.
+/// Section 2 of the contract: a harvest that is not refused as never tracked finds the clean
+/// baseline.
 #[test]
 fn a_harvest_that_sees_tracking_sees_its_baseline() {
     holds_within(BOUND, &[Step::PublishBaseline], || {

@@ -1,4 +1,5 @@
-//! The ways to harvest besides the plain one: writes in flight, parts of leaves, masks, bounds, threads, commits by range.
+//! The modes of harvest: writes in flight, parts of leaves, masks, bounds, threads, commits by
+//! range.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -27,7 +28,7 @@ fn request(range: IovaRange) -> HarvestRequest<'static> {
     HarvestRequest::new(range, Granule::K4)
 }
 
-/// Harvests, syncs, commits; the bits, shifted to their pages.
+/// Harvests, syncs and commits. Returns the bits, shifted to their pages.
 fn take(space: &AddressSpace, first: u64, n: u64) -> u64 {
     let mut words = [0u64];
     let request = request(pages(first, n));
@@ -69,7 +70,8 @@ fn a_write_outside_is_refused_and_counted_and_so_is_one_that_ends_there() {
     assert_eq!(take(&space, 0, 16), 0, "nothing was in flight");
 }
 
-/// Kernel history 11 and 12: a leaf that a request covered in part lost its rest, or its last page.
+/// Kernel history 11 and 12: a request covered a leaf in part, and the rest of the leaf, or its
+/// last page, was lost.
 #[test]
 fn every_part_of_a_leaf_is_reported_once() {
     for leaf in [2, 4, 16] {
@@ -104,7 +106,7 @@ fn the_rest_of_a_leaf_carries_its_debt_and_is_discarded_with_its_area() {
     assert_eq!(
         fake.with(|s| s.invalidated.clone()),
         [pages(0, 16)],
-        "the sync of who took the rest"
+        "the sync of the lease that took the rest"
     );
     assert_eq!(lower.abort().bytes, 4 * PAGE);
     let unmapped = space.unmap_discarding(pages(0, 16)).unwrap();
@@ -130,7 +132,7 @@ fn a_mask_clears_what_it_holds_and_nothing_else() {
     lease.sync().unwrap().commit();
     assert_eq!(words, [1 << 3 | 0b111 << 9 | 1 << 17]);
     assert_eq!(take(&space, 0, 64), 1 << 40 | 1 << 50, "the rest is dirty");
-    // Everything in the mask is clean now; a mask over a leaf keeps what it does not hold.
+    // Every page of the mask is clean now. Pages of a leaf outside of the mask stay dirty.
     let (space, fake) = self::space(16);
     fake.dirty(0);
     let mut alternating = [0x5555u64];
@@ -177,7 +179,7 @@ fn instalments_see_the_whole_request_and_stop_at_their_bounds() {
             } else {
                 lease.commit();
             }
-            // The beginning is written all the time.
+            // The beginning is written again before each part.
             space.mark(pages(0, 1)).unwrap();
         }
         let dirty = words.iter().map(|word| word.count_ones()).sum::<u32>();
@@ -311,7 +313,7 @@ fn a_thread_that_panics_or_stops_puts_back_and_owes_what_all_took() {
                 .unwrap();
             let at = lease.stopped().unwrap().at;
             assert_eq!(at, Iova::new((n / 2 + 7) * PAGE));
-            // Dropped here.
+            // The lease is dropped here.
         }));
         assert_eq!(outcome.is_err(), panics);
         fake.with(|s| (s.panic_at, s.stop_at) = (None, None));

@@ -1,4 +1,4 @@
-//! Marks and harvests do not allocate, once the memory that they mark is known.
+//! Marks and harvests do not allocate, once each chunk of marks exists.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -62,7 +62,7 @@ fn marks_and_harvests_allocate_nothing() {
         area.mark(pages(5, 3)).unwrap();
         space.mark(pages(1 << 15, 70_000)).unwrap();
         drop(space.begin_write(pages(9, 1)).unwrap());
-        // The first one splits a chunk of marks that is dirty as a whole.
+        // The first harvest splits a chunk of marks that is dirty as a whole.
         for (first, n) in [(1 << 15, 64), (0, 1 << 18), (0, 8), (32, 32)] {
             source.0.store(true, SeqCst);
             let request = HarvestRequest::new(pages(first, n), Granule::K4);
@@ -87,13 +87,14 @@ fn marks_and_harvests_allocate_nothing() {
             let _ = part.abort();
         }
     };
-    // The first round allocates the chunks of marks, and what the epoch keeps for each thread.
+    // The first round allocates the chunks of marks, and the state of each thread in the epoch
+    // collector.
     round();
     assert_eq!(allocations(&mut round), 0);
 }
 
-/// Parts of a lease that are committed one after the other are kept as one range: their number
-/// costs no memory.
+/// Parts of a lease that are committed in order are joined to one range, so their number costs no
+/// memory.
 #[test]
 fn parts_that_are_committed_in_order_allocate_once() {
     const N: u64 = 1 << 14;
@@ -114,8 +115,8 @@ fn parts_that_are_committed_in_order_allocate_once() {
     lease.commit();
 }
 
-/// What an abort allocates is what the documentation of `Lease::abort` says: a chunk of 4 KiB for
-/// each 32768 pages and domain, some hundred bytes for each 64 chunks, and nothing when the same is
+/// An abort allocates as the documentation of `Lease::abort` says: a chunk of 4 KiB for each 32768
+/// pages and domain, some hundred bytes for each 64 chunks, and nothing if the same pages are
 /// aborted again.
 #[test]
 fn an_abort_allocates_no_more_than_it_says() {

@@ -1,4 +1,4 @@
-//! Bugs that were found and must not come back, each with its story.
+//! Bugs that were found in this library, each with its story.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -30,8 +30,9 @@ fn take(space: &AddressSpace, range: IovaRange) -> u64 {
     words[0]
 }
 
-/// The second of two sources refused to be switched off. The first one was off by then, and the space believed that all were
-/// on: switching on again did nothing, and the first source never tracked again.
+/// The second of two sources refused to be switched off. The first one was already off, and the
+/// space took all for on: the next switch to on did nothing, and the first source never tracked
+/// again.
 #[test]
 fn a_switch_off_that_fails_half_way_is_undone_by_the_next_switch_on() {
     let (space, first, second) = tracked();
@@ -48,7 +49,8 @@ fn a_switch_off_that_fails_half_way_is_undone_by_the_next_switch_on() {
     );
 }
 
-/// Marks were cleared before the sources were asked, so a switch that failed had thrown away what a last harvest was to find.
+/// Marks were cleared before the sources were switched, so a switch that failed had discarded pages
+/// of the last harvest.
 #[test]
 fn a_switch_on_that_fails_keeps_the_marks() {
     let (space, first, _) = tracked();
@@ -59,8 +61,9 @@ fn a_switch_on_that_fails_keeps_the_marks() {
     assert_eq!(take(&space, pages(0, 16)), 1 << 1);
 }
 
-/// One source stopped at page 5, and the marks and the other source were not looked at, although the error said that everything
-/// below page 5 was in the lease. Who went on behind page 5 lost them.
+/// One source stopped at page 5, and the marks and the other source were not looked at, although
+/// the error said that everything below page 5 was in the lease. A consumer that continued after
+/// page 5 lost them.
 #[test]
 fn below_a_stop_the_lease_has_everything() {
     let (space, first, second) = tracked();
@@ -84,8 +87,8 @@ fn below_a_stop_the_lease_has_everything() {
     );
 }
 
-/// The leaves were gone, their dirty bits with them, then the flush failed: the area was still mapped, and a harvest found it
-/// clean.
+/// An unmap removed the leaves with their dirty bits, and then its flush failed: the area was still
+/// mapped, and a harvest found it clean.
 #[test]
 fn an_unmap_that_fails_leaves_dirty_what_was_dirty() {
     let (space, first, second) = tracked();
@@ -101,7 +104,7 @@ fn an_unmap_that_fails_leaves_dirty_what_was_dirty() {
     assert_eq!(space.stats().discarded_bytes, PAGE);
 }
 
-/// A panic in the flush left the area claimed, so it was busy for ever.
+/// A panic in the flush left the area claimed, so each later call got `Busy`.
 #[test]
 fn an_unmap_that_panics_can_be_repeated() {
     let (space, first, _) = tracked();
@@ -117,7 +120,8 @@ fn an_unmap_that_panics_can_be_repeated() {
     );
 }
 
-/// A source that was added when areas were mapped and tracking was on had no mapping and did not track, in silence.
+/// A source was attached when areas were mapped and tracking was on. It got no mappings and did not
+/// track, in silence.
 #[test]
 fn a_source_that_comes_late_is_mapped_and_tracks() {
     let (space, _, _) = tracked();
@@ -141,7 +145,8 @@ fn a_mark_by_a_stale_handle_is_counted() {
     assert_eq!(space.stats().outside_marks, 1);
 }
 
-/// Pages of a mask past 2^64 wrapped to address 0, and a mask that did not start at a page lost the tail of its last page.
+/// Pages of a mask past 2^64 wrapped to address 0, and a mask that did not start at a page lost the
+/// tail of its last page.
 #[test]
 fn masks_neither_wrap_nor_lose_their_tail() {
     let mut words = [0u64; 2];
@@ -155,7 +160,7 @@ fn masks_neither_wrap_nor_lose_their_tail() {
     assert_eq!(view.runs().collect::<Vec<_>>(), [pages(0, 2)]);
 }
 
-/// Pages of one byte, over the whole address space: the highest page has no bit number below 2^64 - 1 to spare.
+/// Pages of one byte, over the whole address space: the number of the highest page is 2^64 - 1.
 #[test]
 fn pages_of_one_byte_reach_the_top() {
     let byte = Granule::from_bytes(1).unwrap();
@@ -175,9 +180,10 @@ fn pages_of_one_byte_reach_the_top() {
     assert_eq!(lease.sync().unwrap().runs().collect::<Vec<_>>(), [top]);
 }
 
-/// An attach looks at the areas once, and then fills them one by one. One of them was meanwhile cut by a batch that also
-/// unmapped its middle: the attach went on to the pieces, and mapped the middle too, whose addresses were free by then.
-/// The devices of the new domain wrote to memory that was not theirs any more. Found by the soak.
+/// An attach looks at the areas once, and then fills them one by one. Meanwhile a batch cut one of
+/// them and unmapped its middle. The attach went on to the pieces, and also mapped the middle,
+/// whose addresses were free by then. The devices of the new domain wrote to memory of another
+/// owner. Found by the soak.
 #[test]
 fn an_attach_does_not_fill_what_a_batch_has_cut_out() {
     let space = Arc::new(AddressSpace::new(Granule::K4));
@@ -198,7 +204,7 @@ fn an_attach_does_not_fill_what_a_batch_has_cut_out() {
     let id = space.attach(late.clone()).unwrap();
     let filled = late.with(|s| s.mapped.clone());
     assert_eq!(filled, [pages(0, 4), pages(8, 3), pages(14, 3)]);
-    // Whoever has the addresses now is filled, and emptied, as ever.
+    // The area that has the addresses now is filled and emptied as usual.
     space.map(pages(11, 3), 0, Access::ReadWrite).unwrap();
     space.start_tracking().unwrap();
     late.dirty(12);
@@ -208,10 +214,12 @@ fn an_attach_does_not_fill_what_a_batch_has_cut_out() {
 }
 
 /// A lease over one domain was aborted after its area was in the tree, and before this domain was
-/// filled with it. The pages went to what is kept for the domain, which the fill then cleared as
-/// the leftovers of an earlier area: they were said to be dirty again, and were not.
+/// filled with it. The pages went to the put-back store of the domain, which the fill then cleared,
+/// because it took them for pages of an earlier area. The abort reported them as dirty again, and
+/// they were lost.
 ///
-/// A lease that is older than the area has nothing of it: its pages are outside, and stay clean.
+/// A lease that is older than the area has no page of it: the lease's pages are outside, and those
+/// of the area stay clean.
 #[test]
 fn what_is_put_back_while_an_area_is_filled_stays_dirty() {
     for both in [false, true] {
@@ -233,7 +241,7 @@ fn what_is_put_back_while_an_area_is_filled_stays_dirty() {
             };
             let before = older.then(&lease);
             space.unmap_discarding(pages(0, 16)).unwrap();
-            // The other domain is filled before.
+            // The other domain is filled first.
             first.with(|s| {
                 s.on_map = Some(Box::new(move || {
                     let aborted = before.unwrap_or_else(lease).abort();
@@ -252,7 +260,8 @@ fn what_is_put_back_while_an_area_is_filled_stays_dirty() {
     }
 }
 
-/// `len >> shift` pages for a range that begins inside a page is one too few: the last page was neither marked nor copied.
+/// `len >> shift` pages for a range that begins inside a page is one too few: the last page was
+/// neither marked nor copied.
 #[test]
 fn a_mark_covers_every_page_that_it_touches() {
     for off in [0, 1, 2048, PAGE - 1] {
@@ -270,9 +279,10 @@ fn a_mark_covers_every_page_that_it_touches() {
     }
 }
 
-/// A map put its area into the tree, where it was marked, and one domain of two was filled, where a device wrote. Then the second
-/// domain refused, and the area went: the mark was neither kept nor counted, and what the device had written was dirty in the next
-/// area at these addresses.
+/// A map published its area, which a thread marked, and filled the first of two domains, through
+/// which a device wrote. Then the second domain refused, and the area was removed. The mark was
+/// neither reported nor counted, and the page of the device was dirty in the next area at these
+/// addresses.
 #[test]
 fn what_is_dirty_in_a_map_that_fails_is_counted_as_discarded() {
     let (space, first, second) = two_sources();
@@ -294,8 +304,8 @@ fn what_is_dirty_in_a_map_that_fails_is_counted_as_discarded() {
     assert_eq!(take(&space, pages(0, 16)), 0);
 }
 
-/// The same in a batch: what the device had written was neither kept nor counted, and dirty in the
-/// next area.
+/// The same in a batch: the page that the device had written was neither reported nor counted, and
+/// was dirty in the next area.
 #[test]
 fn what_is_dirty_in_a_batch_that_fails_is_counted_as_discarded() {
     let (space, first, second) = two_sources();
@@ -318,7 +328,7 @@ fn what_is_dirty_in_a_batch_that_fails_is_counted_as_discarded() {
     assert_eq!(take(&space, range), 0);
 }
 
-/// Harvests that walk by pieces counted an area once for each piece that lay in it.
+/// Harvests that walk by pieces counted an area once for each of its pieces.
 #[test]
 fn an_area_is_counted_once_however_many_pieces_it_is_walked_in() {
     let space = AddressSpace::new(Granule::K4);
@@ -341,8 +351,9 @@ fn an_area_is_counted_once_however_many_pieces_it_is_walked_in() {
     assert_eq!(masked.report().areas, 2);
 }
 
-/// The list of pieces of a parallel harvest grew with the request: for all of a 64-bit space at 4 KiB it was 256 GiB long, and the
-/// process was aborted, though a sparse bitmap takes the request and nothing was dirty.
+/// The list of pieces of a parallel harvest grew with the request: for all of a 64-bit space at 4
+/// KiB it was 256 GiB long, and the process was aborted, although a sparse bitmap holds such a
+/// request and no page was dirty.
 #[cfg(feature = "rayon")]
 #[test]
 fn a_parallel_harvest_of_the_whole_address_space() {
@@ -363,8 +374,8 @@ fn a_parallel_harvest_of_the_whole_address_space() {
     lease.sync().unwrap().commit();
 }
 
-/// A detach took what was dirty out of the table of its domain, and marked it a moment later. A harvest in between, perhaps the
-/// last one, found it in neither place.
+/// A detach took dirty pages out of the table of its domain, and marked them later. A harvest in
+/// between, perhaps the last one, found them in neither place.
 #[test]
 fn a_harvest_during_a_detach_finds_what_is_on_its_way() {
     let (space, first, _) = tracked();

@@ -1,4 +1,5 @@
-//! Round after round: one lease over all that is mapped, with a bitmap of its own, whatever comes and goes.
+//! Rounds: one lease over everything that is mapped, with a bitmap of its own, while areas come and
+//! go.
 #![cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -34,7 +35,7 @@ fn numbers<State>(lease: &Lease<'_, State>, runs: impl Iterator<Item = IovaRange
     found
 }
 
-/// The pages of the next round, which is committed.
+/// Commits the next round, and returns its pages.
 fn next(rounds: &mut Rounds<'_>) -> Vec<u64> {
     let lease = rounds.next().unwrap();
     let found = numbers(&lease, lease.runs());
@@ -62,15 +63,15 @@ fn one_lease_covers_both_sides_of_a_hole() {
     assert_eq!((lease.report().areas, lease.report().bits_set), (2, 4));
     assert!(lease.stopped().is_none() && lease.next().is_none());
     lease.commit();
-    // The bitmap of a round has nothing of the one before.
+    // The bitmap of a round has no bits of the round before.
     mark(&space, 33);
     assert_eq!(next(&mut rounds), [33]);
     assert_eq!(next(&mut rounds), [0u64; 0]);
     accounts_hold(&space);
 }
 
-/// A lease that is dropped, or lost by a `?` in the middle of the copy, is in the next round but for
-/// what was committed.
+/// If a lease is dropped, also by a `?` in the middle of the copy, its pages are in the next round,
+/// except for those that were committed.
 #[test]
 fn what_was_not_committed_is_in_the_next_round() {
     let space = with_a_hole();
@@ -120,7 +121,7 @@ fn areas_come_and_go_between_rounds() {
     drop(lease);
     space.unmap_discarding(pages(100, 4)).unwrap();
     assert_eq!(next(&mut rounds), [21], "smaller again");
-    // A page that was taken, and whose area goes before the abort, is nobody's.
+    // A page whose area is unmapped before the abort is outside.
     mark(&space, 20);
     mark(&space, 33);
     let lease = rounds.next().unwrap();
@@ -144,7 +145,7 @@ fn a_space_without_areas_says_so_and_can_get_some() {
     assert_eq!(next(&mut rounds), [7]);
     space.unmap_discarding(pages(7, 1)).unwrap();
     assert!(matches!(rounds.next(), Err(Error::NothingMapped { .. })));
-    // One that was never tracked.
+    // A domain that was never tracked.
     let space = AddressSpace::new(Granule::K4);
     space.map(pages(7, 1), 0, RW).unwrap();
     assert!(matches!(
@@ -153,7 +154,7 @@ fn a_space_without_areas_says_so_and_can_get_some() {
     ));
 }
 
-/// The bitmap of a lease that still lives is not the bitmap of the next round.
+/// While a lease lives, the next round has another bitmap.
 #[test]
 fn a_lease_that_is_kept_over_the_next_rounds_keeps_its_pages() {
     let space = with_a_hole();
@@ -187,7 +188,7 @@ fn a_part_of_the_addresses_alone() {
     assert_eq!(lease.range(), pages(9, 31));
     assert_eq!(numbers(&lease, lease.runs()), [9, 15, 33]);
     lease.commit();
-    // Borders inside a page are those of the page.
+    // Borders inside a page are rounded out to the page.
     let mut inside = space
         .rounds()
         .within(15 * PAGE + 100..47 * PAGE + 1)
@@ -254,7 +255,7 @@ fn one_domain_alone() {
     assert!(matches!(one.next(), Err(Error::NotAttached { .. })));
 }
 
-/// A source stops: the round is an error, and everything is dirty again, above the stop and below.
+/// A source stops: the round is an error, and all pages below and above the stop are dirty again.
 #[test]
 fn a_stop_in_a_round_puts_everything_back() {
     let (space, first, second) = two_sources();
@@ -268,7 +269,7 @@ fn a_stop_in_a_round_puts_everything_back() {
     let error = rounds.next().unwrap_err();
     assert!(error.to_string().contains("broken on purpose"), "{error}");
     accounts_hold(&space);
-    // The same by hand: what is below can be had, the rest waits.
+    // The same with `partial`: the lease has the pages below the stop, the rest stays dirty.
     let lease = rounds.harvest().unwrap();
     assert_eq!(lease.next(), Some(Iova::new(10 * PAGE)));
     let lease = lease.partial().sync().unwrap();
@@ -281,7 +282,7 @@ fn a_stop_in_a_round_puts_everything_back() {
     accounts_hold(&space);
 }
 
-/// A flush that fails: the round is an error and put back, and the next one pays.
+/// A flush fails: the round is an error and is put back. The next round pays the debt.
 #[test]
 fn a_flush_that_fails_in_a_round_puts_everything_back() {
     let fake = Arc::new(Fake::default());
@@ -297,8 +298,8 @@ fn a_flush_that_fails_in_a_round_puts_everything_back() {
     assert_eq!(fake.with(|s| s.invalidated.clone()), [pages(7, 1)]);
 }
 
-/// A lease of a harvest that stopped does not pass for one of all that was asked: no way to its runs
-/// but one that names the stop.
+/// The lease of a partial scan cannot be mistaken for a whole one: the only call that leads to its
+/// runs is `partial`.
 #[test]
 fn a_stopped_lease_cannot_be_synced_by_accident() {
     let fake = Arc::new(Fake::default());
@@ -314,7 +315,7 @@ fn a_stopped_lease_cannot_be_synced_by_accident() {
         Ok(())
     };
     assert!(all(&mut [0]).is_err());
-    // A flush before does not hide the stop.
+    // An earlier flush does not hide the stop.
     let mut words = [0u64];
     let mut lease = space
         .harvest(&request, UserBitmap::new(&mut words))
@@ -328,14 +329,14 @@ fn a_stopped_lease_cannot_be_synced_by_accident() {
     let lease = space
         .harvest(&request, UserBitmap::new(&mut words))
         .unwrap();
-    // Of one that did not stop, `partial` changes nothing.
+    // `partial` changes nothing in the lease of a harvest that did not stop.
     let lease = lease.partial().sync().unwrap();
     assert_eq!(numbers(&lease, lease.runs()), [5, 50]);
     lease.commit();
     accounts_hold(&space);
 }
 
-/// Leases that own what they need are `'static`, and go to other threads. This is a test that it compiles.
+/// Leases that own their space and bitmap are `'static` and `Send`. The test is that this compiles.
 #[test]
 fn leases_of_a_shared_space_are_static_and_send() {
     fn owned<T: Send + Sync + 'static>(_: &T) {}
@@ -360,7 +361,7 @@ fn leases_of_a_shared_space_are_static_and_send() {
     jobs.send(lease.sync().unwrap()).unwrap();
     mark(&space, 8);
     let last = rounds.next().unwrap();
-    // The space lives as long as its last lease, and an abort reaches it.
+    // The space lives as long as its last lease, and an abort still works.
     let weak = Arc::downgrade(&space);
     drop((space, rounds));
     assert!(weak.upgrade().is_some());
@@ -374,7 +375,7 @@ fn leases_of_a_shared_space_are_static_and_send() {
     assert!(weak.upgrade().is_none(), "nothing keeps it");
 }
 
-/// Threads commit parts of one lease, that overlap: each dirty page is committed once, and the rest
+/// Threads commit overlapping parts of one lease: each dirty page is committed once, and the rest
 /// is put back.
 #[test]
 fn many_threads_commit_parts_of_one_lease() {
@@ -392,7 +393,7 @@ fn many_threads_commit_parts_of_one_lease() {
             scope.spawn(move || {
                 let mut mine = 0;
                 for nth in 0..600 {
-                    // Parts of all threads overlap; none reaches the last quarter.
+                    // The parts of all threads overlap. None reaches the last quarter.
                     let first = (nth * 37 + thread * 11) % (PAGES * 3 / 4 - 8);
                     mine += lease_ref.commit_range(pages(first, 1 + nth % 8));
                 }
@@ -418,8 +419,8 @@ fn many_threads_commit_parts_of_one_lease() {
     assert_eq!(next(&mut rounds), rest);
 }
 
-/// A mask and a bound in one request: the harvest takes what the mask has, a part at a time, and no
-/// more.
+/// A mask and a bound in one request: the harvest takes exactly the pages of the mask, a part at a
+/// time.
 #[test]
 fn masked_and_bounded_together() {
     let fake = Arc::new(Fake::default());

@@ -1,6 +1,6 @@
-//! The list of steps that a model can leave out is closed. The first test here writes the steps of
-//! docs/sabotage.md: from `sync::Step`, from the code that performs them, and from the record of
-//! the models that noticed an absence.
+//! The list of steps that a model can leave out is complete. The first test writes the steps of
+//! docs/sabotage.md from `sync::Step`, from the code that performs them, and from the record of the
+//! models that noticed an absence.
 #![allow(clippy::expect_used)]
 
 mod common_documents;
@@ -12,10 +12,10 @@ use dirtymap::sync::Step;
 
 const DOCUMENT: &str = include_str!("../docs/sabotage.md");
 
-/// The models that fail without a step, for each step.
+/// For each step, the models that fail without it.
 type Caught = BTreeMap<String, BTreeSet<String>>;
 
-/// What the document says.
+/// The models that the document lists.
 fn listed() -> Caught {
     let mut caught = Caught::new();
     let mut step = String::new();
@@ -33,8 +33,8 @@ fn bare(name: &str) -> String {
     name.trim_matches('`').to_owned()
 }
 
-/// What the models caught, in the file that `DIRTYMAP_CAUGHT` names: `.ci/run loom` sets it, and
-/// runs this after the models.
+/// The models that failed without a step, from the file that `DIRTYMAP_CAUGHT` names. `.ci/run
+/// loom` sets the variable, and runs this test after the models.
 fn recorded() -> Option<Caught> {
     let path = std::env::var_os("DIRTYMAP_CAUGHT")?;
     let record = std::fs::read_to_string(path).expect("a record of what was caught");
@@ -47,7 +47,7 @@ fn recorded() -> Option<Caught> {
 }
 
 /// Writes or compares the steps. `DIRTYMAP_WRITE=1 cargo test -p dirtymap --test sabotage` writes
-/// them; which models fail is left as it is listed unless `DIRTYMAP_CAUGHT` names a record.
+/// them. The lists of models stay as they are unless `DIRTYMAP_CAUGHT` names a record.
 #[test]
 fn the_document_has_every_step_with_its_code_and_its_models() {
     let Some(sources) = sources() else { return };

@@ -1,4 +1,4 @@
-//! What counts and reports look like when they are serialized.
+//! The serialized form of counts and reports.
 #![cfg(all(feature = "serde", not(dirtymap_loom)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 

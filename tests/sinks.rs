@@ -1,4 +1,4 @@
-//! What a source records by masks stays inside what is asked for.
+//! A source that records by masks sets no bits outside of the request.
 #![cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -11,7 +11,7 @@ use dirtymap::{
     Mapping, Tracking, UserBitmap,
 };
 
-/// 64 pages from an address on are dirty, whatever is asked for.
+/// A source that always reports the same 64 pages as dirty.
 struct Word(u64);
 
 impl DirtySource for Word {
@@ -49,7 +49,7 @@ fn a_mask_of_64_pages_sets_the_bits_of_an_area_of_four() {
         let space = AddressSpace::with_source(Granule::K4, Word(word)).unwrap();
         space.map(pages(area, 4), 0, Access::ReadWrite).unwrap();
         space.start_tracking().unwrap();
-        // The bits above the request belong to somebody else.
+        // The bits above the request belong to another user of the bitmap.
         let request = HarvestRequest::new(pages(area, 4), Granule::K4);
         let expected = (0..4).fold(0u64, |bits, n| {
             let dirty = (word..word + 64).contains(&(area + n));
@@ -67,7 +67,8 @@ fn a_mask_of_64_pages_sets_the_bits_of_an_area_of_four() {
     }
 }
 
-/// The same of an area that ends inside the request: its neighbour's bits are its neighbour's.
+/// The same for an area that ends inside the request: its source sets no bits of the neighbouring
+/// area.
 #[test]
 fn a_mask_that_reaches_into_the_next_area_leaves_its_bits_alone() {
     let space = AddressSpace::with_source(Granule::K4, Word(0)).unwrap();
@@ -76,12 +77,12 @@ fn a_mask_that_reaches_into_the_next_area_leaves_its_bits_alone() {
     space.start_tracking().unwrap();
     let mut words = [0u64; 2];
     let all = HarvestRequest::new(pages(0, 128), Granule::K4);
-    // The walk stops at the hole: of what lies above it, nobody has told.
+    // The walk stops at the hole, and reports nothing above it.
     let request = all.holes(Holes::Stop);
     let peeked = space.peek(&request, UserBitmap::new(&mut words));
     assert!(matches!(peeked, Err(Error::Hole { .. })));
     assert_eq!(words, [0b1111, 0]);
-    // A walk that goes on sets the bits of both areas, and none of the hole.
+    // A walk that skips the hole sets the bits of both areas, and none of the hole.
     let mut words = [0u64; 2];
     space.peek(&all, UserBitmap::new(&mut words)).unwrap();
     assert_eq!(words, [!0b1111_0000, 0]);

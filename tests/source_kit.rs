@@ -1,4 +1,5 @@
-//! The test kit for sources: those of this crate pass, and each kind of bad source is told what rule it breaks.
+//! The test kit for sources: the sources of this crate pass, and for each kind of bad source the
+//! kit reports the rule that it breaks.
 #![cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -40,7 +41,7 @@ fn set(log: &Log, at: Iova) {
     log[(bit / 64) as usize].fetch_or(1 << (bit % 64), Ordering::Release);
 }
 
-/// Clears the bit of a page; whether it was set.
+/// Clears the bit of a page. Returns whether it was set.
 fn clear(log: &Log, bit: u64) -> bool {
     let mask = 1 << (bit % 64);
     log[(bit / 64) as usize].fetch_and(!mask, Ordering::AcqRel) & mask != 0
@@ -50,7 +51,7 @@ fn is_set(log: &Log, bit: u64) -> bool {
     log[(bit / 64) as usize].load(Ordering::Acquire) >> (bit % 64) & 1 != 0
 }
 
-/// A log, and what makes a source of it.
+/// A log, and a function that makes a source of it.
 struct Made<F>(Log, F);
 
 impl<F: Fn(Log) -> Arc<dyn DirtySource> + Sync> Rig for Made<F> {
@@ -92,10 +93,10 @@ fn a_log_that_is_asked_by_a_call_keeps_the_rules() {
     });
 }
 
-/// What a bad source does.
+/// The fault of a bad source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
-    /// Nothing: the source below keeps all rules.
+    /// No fault: the source below keeps all rules.
     None,
     ClearsBeforeItRecords,
     ForgetsWhatWasDirtyInUnmap,
@@ -203,7 +204,7 @@ impl DirtySource for Sick {
     }
 }
 
-/// What the kit says of a source with `fault`.
+/// The report of the kit on a source with `fault`.
 fn verdict(fault: Fault) -> Option<String> {
     let make = move || {
         Made(log(), move |log| {
@@ -216,7 +217,7 @@ fn verdict(fault: Fault) -> Option<String> {
     text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_string()))
 }
 
-/// Without a fault the source below passes, so what the next test sees is the fault.
+/// Without a fault the source below passes, so the next test sees the faults alone.
 #[test]
 fn the_source_that_the_faults_are_put_into_is_sound() {
     assert_eq!(verdict(Fault::None), None);
@@ -231,28 +232,34 @@ fn each_bad_source_is_told_the_rule_that_it_breaks() {
         ),
         (
             Fault::ForgetsWhatWasDirtyInUnmap,
-            "an unmap tells what was dirty",
+            "an unmap reports the dirty pages",
         ),
         (
             Fault::IgnoresErrorsOfRecording,
             "a source that cannot record stops",
         ),
-        (Fault::ReportsCleanPages, "tight: pages that nobody wrote"),
+        (
+            Fault::ReportsCleanPages,
+            "tight: only written pages are reported",
+        ),
         (Fault::StartKeepsTheOldState, "tracking begins clean"),
         (
             Fault::StartTwiceForgets,
-            "tracking twice keeps what is dirty",
+            "tracking twice keeps dirty pages dirty",
         ),
-        (Fault::StopForgets, "an end of tracking keeps what is dirty"),
+        (
+            Fault::StopForgets,
+            "an end of tracking keeps dirty pages dirty",
+        ),
         (
             Fault::PoisonsItsLock,
             "a source answers after a panic in the middle of a call",
         ),
-        (Fault::PeekTakes, "a peek shows what is dirty"),
-        (Fault::NeverClears, "what was cleared stays clear"),
+        (Fault::PeekTakes, "a peek shows the dirty pages"),
+        (Fault::NeverClears, "cleared pages stay clean"),
         (
             Fault::ClearsAWordAtATime,
-            "what was not asked for stays dirty",
+            "pages outside of the request stay dirty",
         ),
         (Fault::ReportsHalves, "both halves of the page, once"),
     ] {

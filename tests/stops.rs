@@ -1,4 +1,4 @@
-//! Harvests that stop: below the stop the lease has everything, from it on nothing was taken.
+//! Harvests that stop: the lease has everything below the stop, and nothing from it on was taken.
 #![cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -23,7 +23,7 @@ fn request(range: IovaRange) -> HarvestRequest<'static> {
     HarvestRequest::new(range, Granule::K4)
 }
 
-/// The numbers of the pages that a harvest of `n` pages takes, syncs and commits.
+/// Harvests `n` pages, syncs and commits. Returns the numbers of the dirty pages.
 fn take(space: &AddressSpace, n: u64) -> Vec<u64> {
     let mut words = vec![0u64; (n as usize).div_ceil(64)];
     let bitmap = UserBitmap::new(&mut words);
@@ -40,7 +40,7 @@ fn numbers(runs: impl Iterator<Item = IovaRange>) -> Vec<u64> {
         .collect()
 }
 
-/// Where a harvest stopped, why, and its lease.
+/// The address and the error of a stop, and the lease.
 struct Stop<'a> {
     at: Iova,
     error: String,
@@ -113,7 +113,8 @@ fn a_stopped_lease_that_is_dropped_puts_back_what_it_has() {
     accounts_hold(&space);
 }
 
-/// What was kept and marked is put back as what sources gave; what is in flight stays so.
+/// Pages of the put-back store and of the marks are put back like those of sources. Pages in flight
+/// stay in flight.
 #[test]
 fn from_a_stop_on_marks_and_kept_pages_stay() {
     for stop_at in [0, 10, 63] {
@@ -142,7 +143,7 @@ fn from_a_stop_on_marks_and_kept_pages_stay() {
         assert_eq!(lease.report().bits_set, expect.len() as u64);
         lease.commit();
         drop(guard);
-        // Page 50 was in flight: it stays dirty, whichever harvest has reported it.
+        // Page 50 was in flight, so it stays dirty although a harvest has reported it.
         let rest = all.into_iter().filter(|page| !below(page) || *page == 50);
         assert_eq!(take(&space, 64), rest.collect::<Vec<u64>>());
         accounts_hold(&space);
@@ -150,7 +151,7 @@ fn from_a_stop_on_marks_and_kept_pages_stay() {
 }
 
 /// A source stops inside a page of the space, or inside a granule of the request. The stop is
-/// rounded down: a bit that the lease has stands for a granule of which everything was taken.
+/// rounded down, so that each bit of the lease stands for a granule that was taken as a whole.
 #[test]
 fn a_stop_is_a_border_of_pages_and_of_granules() {
     for (granule, page, at) in [
@@ -191,7 +192,7 @@ fn a_stop_is_a_border_of_pages_and_of_granules() {
     }
 }
 
-/// The page of a source is larger than the space's, and another one stops inside of it.
+/// The page of one source is larger than the space's, and another source stops inside such a page.
 #[test]
 fn a_stop_is_a_border_of_the_pages_of_all_sources() {
     let (space, first, second) = two_sources();
@@ -213,7 +214,8 @@ fn a_stop_is_a_border_of_the_pages_of_all_sources() {
     assert_eq!(take(&space, 64), (16..32).collect::<Vec<u64>>());
 }
 
-/// Bits that were set before the harvest stay as they are, below and above; the lease ends below.
+/// Bits that were set before the harvest stay as they are, below the stop and above it. The lease
+/// ends below the stop.
 #[test]
 fn bits_of_others_stay_whatever_stops() {
     let (space, first, second) = tracked();
@@ -237,7 +239,8 @@ fn bits_of_others_stay_whatever_stops() {
     accounts_hold(&space);
 }
 
-/// A hole keeps its exact address, and what lies below it in its granule is in the lease.
+/// A stop at a hole has the exact address of the hole. The dirty bytes below it in the same granule
+/// are in the lease.
 #[test]
 fn a_hole_inside_a_granule_keeps_what_lies_below_it() {
     let (space, first, _) = two_sources();
@@ -261,7 +264,7 @@ fn a_hole_inside_a_granule_keeps_what_lies_below_it() {
     accounts_hold(&space);
 }
 
-/// Nothing lies below a hole at the beginning: the lease is empty, whatever the bitmap holds.
+/// With a hole at the start of the request, the lease is empty, whatever bits the bitmap has.
 #[test]
 fn a_lease_of_nothing_is_empty() {
     let (space, _, _) = two_sources();
@@ -279,7 +282,7 @@ fn a_lease_of_nothing_is_empty() {
     accounts_hold(&space);
 }
 
-/// A stop of an instalment, and of a harvest by mask.
+/// A stop of a bounded harvest, and of a harvest by mask.
 #[test]
 fn instalments_and_masks_stop_alike() {
     for masked in [false, true] {
@@ -309,7 +312,7 @@ fn instalments_and_masks_stop_alike() {
 }
 
 /// Two sources stop, in different pieces of a parallel harvest: at page 100, and at page 2^19 + 7.
-/// The lowest counts, and what the pieces above it took is put back.
+/// The lowest stop counts, and the pages that the pieces above it took are put back.
 #[cfg(feature = "rayon")]
 #[test]
 fn of_two_stops_of_a_parallel_harvest_the_lowest_counts() {
@@ -347,8 +350,8 @@ fn of_two_stops_of_a_parallel_harvest_the_lowest_counts() {
     }
 }
 
-/// Of three pieces of a parallel harvest the lowest stops, and the highest has nothing: what the one
-/// between them took is put back.
+/// Of three pieces of a parallel harvest, the lowest stops and the highest has no dirty pages. The
+/// pages of the one in the middle are put back.
 #[cfg(feature = "rayon")]
 #[test]
 fn a_piece_above_that_recorded_nothing_hides_no_other() {
@@ -370,7 +373,8 @@ fn a_piece_above_that_recorded_nothing_hides_no_other() {
     accounts_hold(&space);
 }
 
-/// What is to be put back at a stop, and lies in an area that has gone meanwhile, is counted.
+/// Pages above a stop whose area was unmapped meanwhile cannot be put back, and are counted as
+/// outside.
 #[test]
 fn from_a_stop_on_what_has_gone_meanwhile_is_counted() {
     let (space, first, second) = two_sources();
@@ -394,8 +398,8 @@ fn from_a_stop_on_what_has_gone_meanwhile_is_counted() {
     assert_eq!(space.stats().put_back_outside_bytes, 2 * PAGE);
 }
 
-/// A source that names a stop outside of what it was asked for has done nothing of it, for all that
-/// is known: the harvest stops where the source was asked to begin.
+/// A source returns a stop outside of its range, so its work is unknown. The harvest stops at the
+/// start of that range.
 #[test]
 fn a_stop_outside_of_what_was_asked_is_one_at_its_beginning() {
     for lie in [0, 40, 1 << 40] {

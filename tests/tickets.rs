@@ -1,7 +1,7 @@
-//! Which of several tickets a call waits for. Each of its debts may be of another generation, if
-//! another thread flushes in between, and all of them have to be paid before addresses are free or
-//! a source is let go: a call that waited for the first of them, or for none because the last area
-//! owed nothing, gave addresses free that devices still reached.
+//! A call with several debts gets several tickets. If another thread flushes in between, their
+//! generations differ. All debts have to be paid before addresses are free or a source is dropped.
+//! A call that waited for the first ticket only, or for none because the last area owed nothing,
+//! freed addresses that devices still reached.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 const RW: Access = Access::ReadWrite;
 
-/// A tracked space over `sources`, with two areas of four pages, and one apart at page 100.
+/// A tracked space over `sources`, with two areas of four pages, and a separate area at page 100.
 fn space(sources: &[&Arc<Fake>]) -> Arc<AddressSpace> {
     let space = AddressSpace::new(Granule::K4);
     for source in sources {
@@ -28,7 +28,7 @@ fn space(sources: &[&Arc<Fake>]) -> Arc<AddressSpace> {
     Arc::new(space)
 }
 
-/// Flushes all that is owed in `space` by now, and forgets what was asked of `source`.
+/// Flushes everything that `space` owes now, and clears the record of calls of `source`.
 fn flush_between(space: &AddressSpace, source: &Fake) {
     let mut words = [0u64];
     let request = HarvestRequest::new(pages(100, 4), Granule::K4);
@@ -37,8 +37,8 @@ fn flush_between(space: &AddressSpace, source: &Fake) {
     source.with(|s| s.invalidated.clear());
 }
 
-/// Before the unmap of `skipped` more areas in `source` is owed, all that was owed before is
-/// flushed.
+/// Lets `skipped` more unmaps in `source` pass. In the one after them, before its debt is handed
+/// over, all earlier debts are flushed.
 fn flush_at_unmap(space: &Arc<AddressSpace>, source: &Arc<Fake>, skipped: u32) {
     let (inner, own) = (Arc::downgrade(space), Arc::downgrade(source));
     source.with(|s| {
@@ -67,7 +67,7 @@ fn an_unmap_waits_for_its_last_area() {
     assert!(is_invalidated(&source, pages(8, 4)));
 }
 
-/// The debt of the second of two domains is.
+/// The debt of the second of two domains is of a later generation.
 #[test]
 fn an_unmap_waits_for_its_last_domain() {
     let [first, second] = [Arc::new(Fake::default()), Arc::new(Fake::default())];
@@ -77,8 +77,8 @@ fn an_unmap_waits_for_its_last_domain() {
     assert!(is_invalidated(&second, pages(0, 4)));
 }
 
-/// Only the first of two areas owes anything: the second has no translations, since a flush had
-/// failed that was to take it back.
+/// Only the first of two areas owes anything. The second has no translations, because an earlier
+/// unmap emptied it and then failed to flush.
 #[test]
 fn an_unmap_waits_though_its_last_area_owes_nothing() {
     let source = Arc::new(Fake::default());
@@ -98,7 +98,7 @@ fn an_unmap_waits_though_its_last_area_owes_nothing() {
         3,
         "20 and 24 are taken, and empty"
     );
-    // The debt of the batch is paid first: nothing else is left to wait for.
+    // The debt of the batch is paid first, so no other ticket is left to wait for.
     flush_between(&space, &source);
     flush_at_unmap(&space, &source, 0);
     let unmapped = space.unmap_discarding(pages(8, 20)).unwrap();
@@ -106,7 +106,7 @@ fn an_unmap_waits_though_its_last_area_owes_nothing() {
     assert!(is_invalidated(&source, pages(8, 4)));
 }
 
-/// Of the maps of a batch that is refused, only the first has been filled.
+/// A batch of several maps is refused after only the first has been filled.
 #[test]
 fn a_batch_that_is_taken_back_waits_for_its_first_area() {
     let source = Arc::new(Fake::default());
@@ -124,7 +124,7 @@ fn a_batch_that_is_taken_back_waits_for_its_first_area() {
     space.map(pages(20, 1), 0, RW).unwrap();
 }
 
-/// The debt of the last area of a domain that goes is of a later generation than the others.
+/// A domain is detached. The debt of its last area is of a later generation than the others.
 #[test]
 fn a_detach_waits_for_its_last_area() {
     let source = Arc::new(Fake::default());
@@ -135,8 +135,8 @@ fn a_detach_waits_for_its_last_area() {
     assert!(is_invalidated(&source, pages(100, 4)));
 }
 
-/// A domain that refuses its second area has been filled with the first: of the areas that it is
-/// emptied of, the last owe nothing.
+/// A domain that refuses its second area has been filled with the first only, so the later areas
+/// owe nothing when it is emptied.
 #[test]
 fn an_attach_that_is_taken_back_waits_for_its_first_area() {
     let source = Arc::new(Fake::default());
@@ -148,8 +148,9 @@ fn an_attach_that_is_taken_back_waits_for_its_first_area() {
     assert_eq!(space.domains(), []);
 }
 
-/// A detach of a domain with three areas: while it is emptied of the first one, `happens` changes
-/// the last one, and before the unmap after `skipped` more is owed, all that was owed is flushed.
+/// Detaches a domain with three areas. While the first area is emptied, `happens` changes the last
+/// one. All debts before that of the unmap after `skipped` more are flushed early, as by
+/// `flush_at_unmap`.
 fn detach_while(happens: fn(&AddressSpace), skipped: u32) -> Arc<Fake> {
     let source = Arc::new(Fake::default());
     let space = space(&[&source]);
@@ -171,15 +172,15 @@ fn cut_the_last(space: &AddressSpace) {
     assert!(space.cut(pages(102, 1).start()).unwrap());
 }
 
-/// Of the pieces of an area that was cut meanwhile, the last owes of a later generation.
+/// An area is cut meanwhile. The debt of its last piece is of a later generation.
 #[test]
 fn a_detach_waits_for_the_last_piece() {
     let source = detach_while(cut_the_last, 2);
     assert!(is_invalidated(&source, pages(102, 2)));
 }
 
-/// Of what has taken the place of an area that was cut meanwhile, the last owes nothing: it was
-/// mapped when the domain was leaving already.
+/// An area is cut meanwhile, and the last area in its place owes nothing, because it was mapped
+/// when the domain was already leaving.
 #[test]
 fn a_detach_waits_for_the_last_piece_that_owes() {
     let happens = |space: &AddressSpace| {

@@ -1,4 +1,4 @@
-//! What a subscriber of `tracing` sees of one round, and of one that goes wrong.
+//! The events of `tracing` in a round, and in a round that fails.
 #![cfg(all(feature = "tracing", not(dirtymap_loom)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -18,7 +18,7 @@ use tracing::{Event, Metadata, Subscriber};
 struct Lines(Arc<Mutex<Vec<String>>>);
 
 impl Lines {
-    /// What was seen since the last call.
+    /// The lines since the last call.
     fn take(&self) -> Vec<String> {
         std::mem::take(&mut *self.0.lock().unwrap())
     }
@@ -63,7 +63,7 @@ impl Visit for Line {
     }
 }
 
-/// Runs `work` and gives it a look at what it causes.
+/// Runs `work` with access to the lines of its events.
 fn watched(work: impl FnOnce(&Lines)) {
     let lines = Lines::default();
     tracing::subscriber::with_default(lines.clone(), || work(&lines));
@@ -150,7 +150,7 @@ fn what_goes_wrong_is_told() {
         fake.0.lock().unwrap().fail_invalidations = 1;
         lines.take();
 
-        // The request goes on behind the area.
+        // The request reaches past the end of the area.
         let mut words = [0];
         let request = HarvestRequest::new(pages(0, 8), Granule::K4);
         let request = request.holes(dirtymap::Holes::Stop);
@@ -158,14 +158,15 @@ fn what_goes_wrong_is_told() {
         let lease = lease.unwrap();
         assert!(lease.stopped().is_some());
         drop(lease.partial().sync().unwrap_err());
-        // That of the lease, which ends below the stop.
+        // The range of the lease, which ends below the stop.
         let range = pages(0, 4);
         let seen = lines.take();
         assert_eq!(seen.len(), 4, "{seen:?}");
         assert_eq!(
             seen[0],
             format!(
-                "DEBUG harvest range={range} granule=4 KiB areas=1 bits=1 windows=1 leaves=1 stopped_at=16384"
+                "DEBUG harvest range={range} granule=4 KiB areas=1 bits=1 windows=1 leaves=1 \
+                 stopped_at=16384"
             )
         );
         assert!(seen[1].starts_with("WARN flush failed error="), "{seen:?}");
@@ -204,8 +205,8 @@ impl Subscriber for Panics {
     fn exit(&self, _: &Id) {}
 }
 
-/// A lease that is dropped while a panic goes by tells of its abort. A subscriber that panicked
-/// there ended the process.
+/// A lease that is dropped during unwinding reports its abort as an event. A subscriber that
+/// panicked there aborted the process.
 #[test]
 fn a_subscriber_that_panics_in_an_abort_ends_no_process() {
     let space = AddressSpace::new(Granule::K4);

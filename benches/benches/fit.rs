@@ -1,7 +1,9 @@
-//! First fit: find the lowest free place, map it, and unmap it again, beside a tree that is scanned for it.
+//! First fit: find the lowest free place, map it, and unmap it again. The peer is a tree that is
+//! scanned.
 //!
-//! The holes between the areas have up to 15 pages. *Above*: 16 pages, which fit only above all areas, so that every hole is
-//! in vain. *Among*: one page, which fits into one of the first holes.
+//! The holes between the areas have up to 15 pages. *Above*: 16 pages, which fit only above all
+//! areas, so that the search passes every hole. *Among*: one page, which fits into one of the first
+//! holes.
 
 #![allow(missing_docs)]
 

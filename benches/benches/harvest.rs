@@ -1,6 +1,7 @@
 //! Harvests of 64 GiB in pages of 4 KiB: 2^24 pages, of which some are dirty.
 //!
-//! Marking the pages anew and zeroing the caller's bitmap are not timed; `zero-the-bitmap` says what the latter costs.
+//! The new marks and the zeroing of the caller's bitmap are not timed. `zero-the-bitmap` measures
+//! the zeroing.
 
 #![allow(missing_docs)]
 
@@ -11,7 +12,8 @@ use dirtymap_benches::peers::{Flat, ThroughHandle, VmMemory};
 use dirtymap_benches::workloads::{Dirty, PAGES, WORDS};
 use dirtymap_benches::{PAGE, Peer, Tracker};
 
-/// Times `harvest` alone; before each, the pages of `dirty` are marked and the bitmap is zeroed.
+/// Times `harvest` alone. Before each harvest, the pages of `dirty` are marked and the bitmap is
+/// zeroed.
 fn time<P: Peer>(
     b: &mut Bencher<'_>,
     peer: &P,
@@ -34,8 +36,8 @@ fn time<P: Peer>(
     });
 }
 
-/// A memory of which every page was dirty and harvested once, as in the second round of a migration: what a peer
-/// allocates is allocated.
+/// A memory of which every page was dirty and harvested once, as in the second round of a
+/// migration, so that the peers have allocated their memory.
 fn used<P: Peer>() -> P {
     let peer = P::new(PAGES);
     peer.mark(0, PAGES * PAGE);
@@ -64,7 +66,7 @@ fn harvest(c: &mut Criterion) {
         bench(c, label, &ours, dirty.as_ref());
         bench(c, label, &vm_memory, dirty.as_ref());
         bench(c, label, &flat, dirty.as_ref());
-        // Without the move from the peer's own vector into the caller's bitmap.
+        // The peer without the move from its own vector into the caller's bitmap.
         c.benchmark_group(format!("harvest/{label}"))
             .bench_function("vm-memory-own-vec", |b| {
                 time(b, &vm_memory, dirty.as_ref(), |peer, _| {

@@ -1,4 +1,5 @@
-//! Lookups: which area holds an address, alone and beside another thread that asks all the time.
+//! Lookups of the area that holds an address, alone and beside another thread that looks up all the
+//! time.
 
 #![allow(missing_docs)]
 
@@ -11,7 +12,7 @@ use dirtymap_benches::Areas;
 use dirtymap_benches::peers::LockedBTree;
 use dirtymap_benches::workloads::{addresses, areas, beside};
 
-/// Addresses that one iteration asks for.
+/// Addresses that one iteration looks up.
 const ADDRESSES: usize = 1 << 14;
 
 fn ask<A: Areas>(peer: &A, addresses: &[u64]) {

@@ -1,7 +1,7 @@
-//! Marks: what one write of a CPU thread costs.
+//! Marks: the cost of one write of a CPU thread.
 //!
 //! * hot: the pages are dirty already, as the pages of a guest are most of the time;
-//! * cold: every mark finds its page clean; a harvest, which is not timed, cleans it again.
+//! * cold: every mark finds its page clean. A harvest, which is not timed, makes it clean again.
 
 #![allow(missing_docs)]
 
@@ -37,10 +37,10 @@ fn contended<P: Peer>(c: &mut Criterion, group: &str) {
     });
 }
 
-/// Marks of clean ranges of `len` bytes at `starts`; one iteration marks them all.
+/// Marks of clean ranges of `len` bytes at `starts`. One iteration marks all of them.
 fn cold<P: Peer>(c: &mut Criterion, group: &str, starts: &[u64], len: u64) {
     let peer = P::new(PAGES);
-    // Memory that a peer allocates at the first mark is there already.
+    // The peers have already allocated the memory of a first mark.
     peer.mark(0, PAGES * PAGE);
     let mut bitmap = vec![0; WORDS];
     let mut clean = || peer.harvest(&mut bitmap);

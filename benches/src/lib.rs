@@ -6,9 +6,10 @@
 //!                                    compare: a family of workloads, all peers in turn, one table
 //! ```
 //!
-//! A peer is one way to track dirty pages, behind the traits [`Tracker`] and [`Peer`], or one way to find the area of an address, behind
-//! [`Areas`]; each has a file of its own in [`peers`]. The tests of this crate check that all peers give the same
-//! answers, so that the benches compare the same work.
+//! A peer is a way to track dirty pages, which implements the traits [`Tracker`] and [`Peer`], or a
+//! way to find the area of an address, which implements [`Areas`]. Each has a file of its own in
+//! [`peers`]. The tests of this crate check that all peers give the same answers, so that the
+//! benches compare the same work.
 
 use std::borrow::Borrow;
 use std::hint::black_box;
@@ -30,7 +31,8 @@ pub const PAGE: u64 = 1 << PAGE_LG2;
 
 /// One way to track which pages of a memory were written.
 ///
-/// The memory starts at address 0. Callers stay inside it; what a peer does with other addresses is its own business.
+/// The memory starts at address 0. Callers stay inside it. For other addresses a peer may do
+/// anything.
 pub trait Tracker: Send + Sync {
     /// Tracks a memory of `pages` pages, all clean.
     fn new(pages: u64) -> Self
@@ -40,7 +42,7 @@ pub trait Tracker: Send + Sync {
     /// The name of the peer in reports.
     fn name(&self) -> &'static str;
 
-    /// Marks the pages that the `len` bytes from `start` on touch. `len` is not 0.
+    /// Marks the pages of the `len` bytes from `start` on. `len` is not 0.
     fn mark(&self, start: u64, len: u64);
 
     /// Marks one page.
@@ -49,7 +51,7 @@ pub trait Tracker: Send + Sync {
         self.mark(page << PAGE_LG2, PAGE);
     }
 
-    /// Marks each of `pages`. A loop on this side of the trait object.
+    /// Marks each of `pages`, in a loop inside of the trait object.
     fn mark_pages(&self, pages: &[u64]) {
         pages.iter().for_each(|page| self.mark_page(*page));
     }
@@ -70,12 +72,13 @@ pub trait Tracker: Send + Sync {
         }
     }
 
-    /// Moves all marks into `bitmap`: ORs them in, page `n` at bit `n % 64` of word `n / 64`, and clears them. Whatever
-    /// the peer needs before the pages may be copied is part of it. `bitmap` has a bit for each page.
+    /// Moves all marks into `bitmap`: ORs them in, page `n` at bit `n % 64` of word `n / 64`, and
+    /// clears them. Each step that the peer needs before the pages may be copied is included.
+    /// `bitmap` has a bit for each page.
     fn harvest_alone(&mut self, bitmap: &mut [u64]);
 }
 
-/// A [`Tracker`] that can be harvested while others mark.
+/// A [`Tracker`] that can be harvested while other threads mark.
 pub trait Peer: Tracker {
     /// As [`harvest_alone`](Tracker::harvest_alone), beside marks.
     fn harvest(&self, bitmap: &mut [u64]);
@@ -83,9 +86,9 @@ pub trait Peer: Tracker {
 
 /// One way to find the area that holds an address.
 ///
-/// A scan and the search for a free place read one moment where the peer can show one.
+/// A scan and the search for a free place use a snapshot if the peer has one.
 pub trait Areas: Send + Sync {
-    /// No areas.
+    /// An empty map.
     fn new() -> Self
     where
         Self: Sized;
@@ -102,14 +105,15 @@ pub trait Areas: Send + Sync {
     /// The area that holds `iova`.
     fn lookup(&self, iova: u64) -> Option<Mapping>;
 
-    /// The lowest free multiple of `len` that is not in the first page. `len` is a power of two of pages. `None` if the
-    /// peer finds places only to take them.
+    /// The lowest free multiple of `len` that is not in the first page. `len` is a power of two of
+    /// pages. `None` if the peer can only find and map a place in one step.
     fn first_fit(&self, len: u64) -> Option<IovaRange>;
 
     /// Visits all areas in order, and returns their [`sum`].
     fn scan(&self) -> u64;
 
-    /// Looks up each of `addresses`; returns how many were mapped. A loop on this side of the trait object.
+    /// Looks up each of `addresses`, in a loop inside of the trait object, and returns how many
+    /// were mapped.
     fn look_up_all(&self, addresses: &[u64]) -> usize {
         let held = addresses
             .iter()
@@ -117,7 +121,8 @@ pub trait Areas: Send + Sync {
         held.count()
     }
 
-    /// Looks up `addresses`; returns how many ticks of the processor's counter each took. Ends early after `limit` ticks.
+    /// Looks up `addresses`, and returns the ticks of the processor's counter that each lookup
+    /// took. Ends early after `limit` ticks.
     fn time_each(&self, addresses: &[u64], limit: u64) -> Vec<u64> {
         let start = ticks::now();
         let time = |iova: &u64| {
@@ -140,11 +145,12 @@ pub trait Areas: Send + Sync {
 
 /// One way to find free addresses: [`Areas`] that choose them.
 pub trait Allocator: Areas {
-    /// Maps `len` bytes, a power of two of pages, at the lowest free multiple of `len` that is not in the first page.
+    /// Maps `len` bytes, a power of two of pages, at the lowest free multiple of `len` that is not
+    /// in the first page.
     fn allocate(&self, len: u64) -> IovaRange;
 }
 
-/// What a scan makes of areas: a number that depends on each of them and on their order.
+/// A number that depends on each of the scanned areas and on their order.
 pub fn sum<M: Borrow<Mapping>>(areas: impl IntoIterator<Item = M>) -> u64 {
     areas
         .into_iter()
@@ -157,7 +163,7 @@ pub(crate) fn add_to_sum(sum: u64, area: &Mapping) -> u64 {
     sum.rotate_left(1).wrapping_add(of_area)
 }
 
-/// First fit by looking at every hole: what peers do that only know the areas in order.
+/// First fit by a look at every hole, for peers that only have the areas in order.
 pub(crate) struct Fit {
     len: u64,
     start: u64,
@@ -193,7 +199,7 @@ pub(crate) fn range_of(first: u64, last: u64) -> IovaRange {
         .unwrap_or_else(|error| panic!("a workload stays far below 2^64: {error}"))
 }
 
-/// An area where a peer keeps nothing but the addresses.
+/// An area of a peer that stores only the addresses.
 pub(crate) fn unbacked(range: IovaRange) -> Mapping {
     Mapping {
         range,

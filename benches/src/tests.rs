@@ -1,4 +1,5 @@
-//! All peers do the same work: the same marks give the same bits, the same maps the same lookups and free places.
+//! All peers do the same work: the same marks give the same bits, the same maps the same lookups
+//! and free places.
 
 use dirtymap::AddressSpace;
 
@@ -38,7 +39,7 @@ fn the_same_marks_give_the_same_bits() {
         expected[round] = 1 << round;
         let before = expected.clone();
         for step in 0..200 {
-            // Any bytes: pages, parts of pages, and now and then a run over many words.
+            // Random bytes: pages, parts of pages, and now and then a run over many words.
             let start = random.below(pages * PAGE);
             let longest = if step % 20 == 0 { 300 * PAGE } else { 2 * PAGE };
             let len = 1 + random.below(longest.min(pages * PAGE - start));
@@ -125,7 +126,7 @@ fn the_same_maps_give_the_same_answers() {
     let highest = areas[areas.len() - 1].range.last().get() + 16 * PAGE;
     for peer in &peers {
         areas.iter().for_each(|area| peer.map(*area));
-        // Gone and back again, and some of them gone for good.
+        // Areas are removed and inserted again, and some of them are removed for good.
         peer.remap_all(&areas[500..700]);
         areas[1_000..]
             .iter()

@@ -1,4 +1,4 @@
-//! What the peers are put to: the same pages, ranges and addresses in every run.
+//! The workloads: the same pages, ranges and addresses in every run.
 
 use dirtymap::sync::{AtomicBool, Ordering, thread};
 use dirtymap::{Access, Iova, IovaRange, Mapping};
@@ -13,7 +13,8 @@ pub const WORDS: usize = (PAGES / 64) as usize;
 /// The seed of every workload.
 const SEED: u64 = 0x6469_7274_796d_6170;
 
-/// Random numbers that stay the same on every machine and with every version of every crate (SplitMix64).
+/// Pseudorandom numbers that are the same on every machine and with every version of every crate
+/// (SplitMix64).
 pub struct Random(u64);
 
 impl Random {
@@ -36,7 +37,8 @@ impl Random {
     }
 }
 
-/// `count` different numbers below `bound`, in random order. The closer `count` comes to `bound`, the longer it takes.
+/// `count` different numbers below `bound`, in random order. Takes longer the closer `count` is to
+/// `bound`.
 ///
 /// # Panics
 /// If `count` exceeds `bound`.
@@ -57,7 +59,8 @@ pub fn distinct(count: u64, bound: u64) -> Vec<u64> {
     numbers
 }
 
-/// A bitmap of `pages` pages, of which one in `every` is set, chosen at random; one in 1 is all.
+/// A bitmap of `pages` pages, of which one in `every` is set, chosen at random. With 1, all are
+/// set.
 pub fn random_bits(pages: u64, every: u64) -> Vec<u64> {
     if every == 1 {
         return vec![u64::MAX; (pages / 64) as usize];
@@ -83,14 +86,14 @@ pub fn shuffled(count: usize) -> Vec<usize> {
     numbers
 }
 
-/// Some `count` of the numbers below `bound`, as ascending runs of `len`, each at a multiple of it.
+/// `count` of the numbers below `bound`, as ascending runs of `len`, each at a multiple of `len`.
 pub fn clusters(count: u64, len: u64, bound: u64) -> Vec<std::ops::Range<u64>> {
     let mut starts = distinct(count / len, bound / len);
     starts.sort_unstable();
     starts.iter().map(|at| at * len..(at + 1) * len).collect()
 }
 
-/// Which of [`PAGES`] pages are dirty when a harvest comes.
+/// The dirty ones of [`PAGES`] pages at the time of a harvest.
 pub enum Dirty {
     /// Single pages, in the order in which they are written.
     Pages(Vec<u64>),
@@ -99,7 +102,7 @@ pub enum Dirty {
 }
 
 impl Dirty {
-    /// One page in `every`, chosen at random; one in 1 is all.
+    /// One page in `every`, chosen at random. With 1, all pages.
     pub fn one_in(every: u64) -> Self {
         match every {
             1 => Dirty::All,
@@ -123,7 +126,7 @@ pub fn areas(count: usize) -> Vec<Mapping> {
     let mut areas = Vec::with_capacity(count);
     while areas.len() < count {
         let len = (1 + random.below(16)) * PAGE;
-        // Never an error: a workload stays far below 2^64.
+        // Never an error, because a workload stays far below 2^64.
         if let Ok(range) = IovaRange::from_len(Iova::new(start), len) {
             areas.push(Mapping {
                 range,
@@ -148,7 +151,7 @@ pub fn addresses(areas: &[Mapping], count: usize) -> Vec<u64> {
 
 /// Runs `timed` while another thread repeats `other`.
 pub fn beside(other: impl Fn() + Sync, timed: impl FnOnce()) {
-    /// Stops the other thread even if `timed` panics: the scope waits for it.
+    /// Stops the other thread even if `timed` panics, because the scope waits for it.
     struct Stop<'a>(&'a AtomicBool);
     impl Drop for Stop<'_> {
         fn drop(&mut self) {
@@ -159,7 +162,7 @@ pub fn beside(other: impl Fn() + Sync, timed: impl FnOnce()) {
     let stopped = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| {
-            // Relaxed: pairs with the store above; nothing is read on the strength of it.
+            // Relaxed: pairs with the store above; no read depends on it.
             while !stopped.load(Ordering::Relaxed) {
                 other();
             }

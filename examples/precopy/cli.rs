@@ -1,4 +1,4 @@
-//! The command line, and what follows from it for a given trace.
+//! The command line, and the settings that follow from it for a given trace.
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
@@ -18,31 +18,42 @@ const AUTO_FULL_COPY_SECONDS: f64 = 8.0;
 
 /// Live migration of a simulated machine while its devices replay a recorded write trace.
 ///
-/// Every file of the trace becomes an area of IOVA space. Devices issue the trace's writes and CPU threads write and
-/// mark, while a migrator copies everything, then harvests, syncs and copies what became dirty, round after round. At
-/// the end source and destination are compared byte for byte.
+/// Each file of the trace becomes an area of IOVA space. Devices issue the trace's writes, and CPU
+/// threads write and mark. Meanwhile a migrator copies everything, and then harvests, syncs and
+/// copies the pages that became dirty, round after round. At the end source and destination are
+/// compared byte for byte.
 ///
-/// Exit status: 0 if all pages are identical, 1 if a page differs, 2 if the input is refused.
+/// Exit status: 0 if all pages are identical, 1 if a page differs, 2 if an option or the trace is
+/// refused.
 #[derive(Parser, Clone, Debug)]
 #[command(name = "precopy", max_term_width = 100)]
 pub(crate) struct Cli {
-    /// The trace: a fio iolog, version 2 or 3, plain or gzip [default: testdata/pgbench.iolog.gz of this repository]
+    /// The trace: a fio iolog, version 2 or 3, plain or gzip [default: testdata/pgbench.iolog.gz of
+    /// this repository]
     #[arg(long, value_name = "FILE")]
     pub(crate) trace: Option<PathBuf>,
 
     /// Devices that issue the writes, 1 to 64
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(
+        long, value_name = "N", default_value_t = 3,
+        value_parser = clap::value_parser!(u32).range(1..=64)
+    )]
     pub(crate) devices: u32,
 
     /// CPU threads that write and mark, 0 to 64
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(0..=64))]
+    #[arg(
+        long, value_name = "N", default_value_t = 2,
+        value_parser = clap::value_parser!(u32).range(0..=64)
+    )]
     pub(crate) cpus: u32,
 
-    /// Replay X times as fast as recorded; max: without pauses; auto: the whole trace in about 20 seconds
+    /// Speed of the replay: X times as fast as recorded; max: without pauses; auto: the whole trace
+    /// in about 20 seconds
     #[arg(long, value_name = "X|max|auto", default_value = "auto")]
     pub(crate) speed: Speed,
 
-    /// The simulated link; auto: the first copy takes about 8 seconds, or max with --speed max
+    /// Bandwidth of the simulated link; max: no limit; auto: the first copy takes about 8 seconds,
+    /// or max with --speed max
     #[arg(long, value_name = "MiB/s|max|auto", default_value = "auto")]
     pub(crate) bandwidth: Bandwidth,
 
@@ -54,12 +65,15 @@ pub(crate) struct Cli {
     #[arg(long, value_enum, value_name = "NAME", default_value = "amdv1")]
     pub(crate) format: TableFormat,
 
-    /// Seed of everything that is random
+    /// Seed of all random choices
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) seed: u64,
 
     /// Stop the devices after this many rounds at the latest, 1 to 1000
-    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(
+        long, value_name = "N", default_value_t = 30,
+        value_parser = clap::value_parser!(u32).range(1..=1000)
+    )]
     pub(crate) max_rounds: u32,
 
     /// Draw the rounds as an SVG picture
@@ -70,11 +84,11 @@ pub(crate) struct Cli {
     #[arg(long, value_name = "FILE")]
     pub(crate) json: Option<PathBuf>,
 
-    /// Break one step, to see that the comparison finds what is lost
+    /// Break one step, to see that the comparison finds the loss
     #[arg(long, value_enum, value_name = "NAME")]
     pub(crate) sabotage: Option<Sabotage>,
 
-    /// Refuse a trace whose areas need more simulated memory: bytes, or with K, M, G or T
+    /// Most simulated memory that the areas of the trace may need, in bytes, or with K, M, G or T
     #[arg(long, value_name = "BYTES", default_value = "64G", value_parser = parse_bytes)]
     pub(crate) memory_limit: u64,
 }
@@ -91,7 +105,7 @@ pub(crate) enum Speed {
 }
 
 impl Speed {
-    /// By what the recorded times are divided; `None` for no pauses.
+    /// The divisor of the recorded times; `None` for no pauses.
     pub(crate) fn factor(self, duration_us: u64) -> Option<f64> {
         match self {
             Speed::Max => None,
@@ -117,7 +131,7 @@ impl FromStr for Speed {
 /// How fast the simulated link is.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Bandwidth {
-    /// The first copy takes about 8 seconds, but no limit where the replay has none.
+    /// The first copy takes about 8 seconds. No limit if the replay has no pauses.
     Auto,
     /// No limit.
     Max,
@@ -211,11 +225,12 @@ impl TableFormat {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Sabotage {
-    /// Sync flushes nothing: devices go on writing through translations that remember the page as dirty
+    /// Sync flushes nothing: devices go on to write through cached translations with "D is set"
     SkipFlush,
-    /// Pages are copied before the sync: a write through an old translation comes after the copy and leaves no trace
+    /// Pages are copied before the sync: a write through an old translation comes after the copy
+    /// and leaves no trace
     CopyBeforeSync,
-    /// Dirty bits of one 2 MiB piece in sixteen are cleared without being recorded
+    /// The dirty bits of one 2 MiB piece in sixteen are cleared and not recorded
     ClearThenLose,
     /// The flush does not wait for writes that are translated but not yet in memory
     NoDrain,
@@ -235,16 +250,16 @@ impl Sabotage {
         }
     }
 
-    /// What was broken, for the report.
+    /// The broken step, for the report.
     pub(crate) const fn broken_step(self) -> &'static str {
         match self {
             Sabotage::SkipFlush => {
-                "sync did not flush the IOTLBs, so devices went on writing through translations that remembered \
-                 the page as dirty"
+                "sync did not flush the IOTLBs, so devices went on to write through cached \
+                 translations with \"D is set\""
             }
             Sabotage::CopyBeforeSync => {
-                "pages were copied before the sync, so a write through an old translation could come after the copy \
-                 and leave no trace"
+                "pages were copied before the sync, so a write through an old translation could \
+                 come after the copy and leave no trace"
             }
             Sabotage::ClearThenLose => {
                 "dirty bits of one 2 MiB piece in sixteen were cleared without being recorded"
@@ -258,15 +273,17 @@ impl Sabotage {
 }
 
 impl Cli {
-    /// Checks what no single argument can tell.
+    /// Checks that concern several arguments.
     ///
     /// # Errors
-    /// `--sabotage skip-mark` without CPU threads; an output file in a directory that does not exist.
+    /// `--sabotage skip-mark` without CPU threads; an output file in a directory that does not
+    /// exist.
     pub(crate) fn checked(self) -> Result<Self, clap::Error> {
         if self.sabotage == Some(Sabotage::SkipMark) && self.cpus == 0 {
             return Err(Cli::command().error(
                 ErrorKind::ArgumentConflict,
-                "--sabotage skip-mark needs --cpus 1 or more: with --cpus 0 there is no mark to skip",
+                "--sabotage skip-mark needs --cpus 1 or more: with --cpus 0 there is no mark to \
+                 skip",
             ));
         }
         for (option, path) in [("--plot", &self.plot), ("--json", &self.json)] {
@@ -291,7 +308,7 @@ impl Cli {
         Ok(self)
     }
 
-    /// Where the trace is.
+    /// The path of the trace.
     pub(crate) fn trace_path(&self) -> Cow<'_, Path> {
         match &self.trace {
             Some(path) => Cow::Borrowed(path),
@@ -315,7 +332,7 @@ impl Cli {
     /// The bytes of all areas together: every file of the trace, rounded up to whole pages.
     ///
     /// # Errors
-    /// More than `--memory-limit`; the text says how much is needed.
+    /// If the areas need more than `--memory-limit`. The text has the needed bytes.
     pub(crate) fn check_memory(&self, trace: &Trace) -> Result<u64, MemoryError> {
         let page = u128::from(self.page_size.bytes());
         let needed = trace
@@ -337,8 +354,8 @@ impl Cli {
 /// The trace's areas do not fit the limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the areas of the trace's {files} files need {needed} bytes of simulated memory, more than the {limit} bytes ({}) \
-     of --memory-limit",
+    "the areas of the trace's {files} files need {needed} bytes of simulated memory, more than \
+     the {limit} bytes ({}) of --memory-limit: pass a larger limit or a smaller trace",
     text::bytes(*limit)
 )]
 pub(crate) struct MemoryError {
@@ -526,8 +543,8 @@ mod tests {
             .unwrap_err();
         assert_eq!(
             error.to_string(),
-            "the areas of the trace's 2 files need 12288 bytes of simulated memory, more than the 8192 bytes (8 KiB) \
-             of --memory-limit"
+            "the areas of the trace's 2 files need 12288 bytes of simulated memory, more than the \
+             8192 bytes (8 KiB) of --memory-limit: pass a larger limit or a smaller trace"
         );
         let huge = format!(
             "fio version 3 iolog\n0 a add\n0 a write {} 1\n",

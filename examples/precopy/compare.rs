@@ -2,10 +2,10 @@
 
 use serde::Serialize;
 
-/// How many differing ranges are kept; all are counted.
+/// The number of differing ranges that are stored. All are counted.
 const KEPT_RANGES: usize = 10;
 
-/// What a byte for byte comparison has found so far.
+/// The result of a comparison byte for byte so far.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(crate) struct Comparison {
     /// Pages of 4 KiB that were compared.
@@ -34,15 +34,15 @@ pub(crate) struct DifferingRange {
     pub(crate) iova_last: u64,
     /// The file of the trace.
     pub(crate) file: String,
-    /// Where in the file the range starts, in bytes.
+    /// The offset of the range in the file, in bytes.
     pub(crate) file_offset: u64,
-    /// How many pages.
+    /// The number of pages.
     pub(crate) pages: u64,
-    /// How many of their bytes differ.
+    /// The number of their bytes that differ.
     pub(crate) differing_bytes: u64,
 }
 
-/// Where a page is.
+/// The place of a page.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PageAt<'a> {
     /// Its first IOVA.
@@ -51,17 +51,18 @@ pub(crate) struct PageAt<'a> {
     pub(crate) file: u32,
     /// The file's name.
     pub(crate) name: &'a str,
-    /// Where in the file it starts, in bytes.
+    /// Its offset in the file, in bytes.
     pub(crate) offset: u64,
 }
 
 impl Comparison {
-    /// Whether all that was compared is identical.
+    /// Whether all compared pages are identical.
     pub(crate) fn identical(&self) -> bool {
         self.differing_pages == 0
     }
 
-    /// Compares one page. Pages come in the order of their IOVAs; what only one of the two has differs.
+    /// Compares one page. Pages come in the order of their IOVAs. If one side is longer, its
+    /// additional bytes differ.
     pub(crate) fn page(&mut self, at: PageAt<'_>, source: &[u8], destination: &[u8]) {
         let bytes = source.len().max(destination.len()) as u64;
         self.pages_compared += 1;
@@ -109,7 +110,8 @@ impl Comparison {
 mod tests {
     use super::*;
 
-    /// Compares `pages` pages of one file; `differs` tells which have one changed byte.
+    /// Compares `pages` pages of one file; `differs` tells for each page whether one of its bytes
+    /// has changed.
     fn compare(pages: u64, differs: impl Fn(u64) -> bool) -> Comparison {
         let mut comparison = Comparison::default();
         let source = [7; 4096];

@@ -12,10 +12,10 @@ use crate::sabotage::{self, Forgetful};
 
 /// The first address of the first area: low addresses stay unmapped, as they usually are.
 const BASE: u64 = 1 << 32;
-/// The unit of the report and of the last line, whatever the leaves of the IO page table are.
+/// The unit of the report and of the last line, independent of the leaves of the IO page table.
 pub(crate) const PAGE: Granule = Granule::K4;
 
-/// Where a file of the trace lies. Areas follow each other without a hole.
+/// The area of a file of the trace. Areas follow each other without a hole.
 pub(crate) struct FileArea {
     pub(crate) name: String,
     pub(crate) range: IovaRange,
@@ -32,8 +32,8 @@ pub(crate) struct Machine<F: Format> {
 }
 
 impl<F: Format> Machine<F> {
-    /// Lays out one area for each file, large enough for its highest write, in leaves of at most `leaf`; `bytes` is
-    /// what that takes.
+    /// Lays out one area for each file, large enough for its highest write, in leaves of at most
+    /// `leaf`. All areas need `bytes`.
     pub(crate) fn new(
         trace: &Trace,
         bytes: u64,
@@ -77,7 +77,7 @@ impl<F: Format> Machine<F> {
         })
     }
 
-    /// Where `iova` lies in physical memory.
+    /// The physical address of `iova`.
     pub(crate) fn phys(&self, iova: Iova) -> u64 {
         iova.get() - BASE
     }

@@ -1,14 +1,15 @@
 //! Pre-copy live migration of a simulated machine whose devices replay a recorded write trace.
 //!
 //! ```text
-//! trace --> areas (one for each file) --> devices and CPU markers write, each write with bytes of its own
-//!                                              |
-//!            copy everything --> harvest --> sync --> copy what is dirty --> harvest ... --> stop the devices
-//!                                                                                              |
-//!            compare source and destination, byte for byte <-- last copy <-- sync <-- last harvest
+//! trace --> areas, one for each file --> devices and CPU markers write, each its own bytes
+//!                                               |
+//!     copy everything --> harvest --> sync --> copy dirty pages --> ... --> stop the devices
+//!                                                                               |
+//!     compare source and destination, all bytes <-- last copy <-- sync <-- last harvest
 //! ```
 //!
-//! Exit status: 0 if every page is identical, 1 if one differs, 2 if the input is refused.
+//! Exit status: 0 if every page is identical, 1 if one differs, 2 if an option or the trace is
+//! refused.
 
 mod cli;
 mod compare;
@@ -39,13 +40,13 @@ use report::{RoundKind, RunRecord};
 const VERIFIED: u8 = 0;
 /// A page differs.
 const NOT_IDENTICAL: u8 = 1;
-/// The input was refused; nothing was run.
+/// An option or the trace was refused, and nothing ran.
 const BAD_INPUT: u8 = 2;
 
 /// Microseconds between two operations of a trace that was recorded without times.
 const UNTIMED_US: u64 = 100;
 
-/// What can go wrong once the input is accepted.
+/// Failures of a run after its input is accepted.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
     #[error("{0}")]
@@ -65,7 +66,7 @@ enum Failure {
 fn main() -> ExitCode {
     let cli = match Cli::try_parse().and_then(Cli::checked) {
         Ok(cli) => cli,
-        // A request for help comes this way as well, with status 0.
+        // A request for help is an error of clap as well, with status 0.
         Err(error) => {
             let _ = error.print();
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(BAD_INPUT));
@@ -112,8 +113,8 @@ fn run(cli: &Cli) -> Result<u8, Box<dyn std::error::Error>> {
     })
 }
 
-/// Replays the trace on a machine of `memory` bytes, with an IO page table of the format `F`, while the machine migrates;
-/// then compares the two ends.
+/// Replays the trace on a machine of `memory` bytes, with an IO page table of the format `F`, while
+/// the machine migrates. Then compares the two ends.
 fn migrate<F: Format>(cli: &Cli, trace: &Trace, memory: u64) -> Result<RunRecord, Failure> {
     let granule = dirtymap::Granule::from_bytes(cli.page_size.bytes())?;
     let machine = Machine::<F>::new(trace, memory, granule, cli.sabotage, cli.seed)?;
@@ -133,7 +134,7 @@ fn migrate<F: Format>(cli: &Cli, trace: &Trace, memory: u64) -> Result<RunRecord
     std::thread::scope(|scope| {
         let replay = replay::Replay::start(scope, &machine, trace, &settings, &replayed);
         let copied = precopy(&mut migration, cli.max_rounds);
-        // Whatever happened, the workers must stop before the scope can end.
+        // In any case the workers must stop before the scope can end.
         replayed.stop();
         replay.join().and(copied)
     })?;
@@ -193,7 +194,7 @@ fn counters<F: Format>(machine: &Machine<F>) -> BTreeMap<&'static str, u64> {
     ])
 }
 
-/// What will be replayed, in a few lines.
+/// A few lines about the replay.
 fn print_facts(cli: &Cli, trace: &Trace, memory: u64) -> io::Result<()> {
     let mut out = io::stdout().lock();
     writeln!(
@@ -215,7 +216,8 @@ fn print_facts(cli: &Cli, trace: &Trace, memory: u64) -> io::Result<()> {
     };
     writeln!(
         out,
-        "machine: {} of memory in pages of {}, table {}, {} devices, {} CPUs; replay {speed}, link {link}",
+        "machine: {} of memory in pages of {}, table {}, {} devices, {} CPUs; replay {speed}, \
+         link {link}",
         text::bytes(memory),
         text::bytes(cli.page_size.bytes()),
         cli.format.name(),

@@ -1,5 +1,5 @@
-//! The migrator: copy everything, then rounds of harvest, sync and copy, until what is left can be copied with the
-//! devices stopped.
+//! The migrator: copy everything, then rounds of harvest, sync and copy, until the rest can be
+//! copied with the devices stopped.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -18,16 +18,16 @@ use crate::report::{RoundKind, RoundRecord};
 
 /// Bytes that are copied at a time.
 const BLOCK: usize = 1 << 20;
-/// Rounds before the migrator may decide to stop, the full copy not counted.
+/// The least number of rounds before the migrator may stop, without the full copy.
 const MIN_ROUNDS: u32 = 5;
-/// How many rounds in a row may fail to shrink the dirty set.
+/// The number of consecutive rounds that may fail to shrink the dirty set.
 const PATIENCE: u32 = 3;
-/// What may be left to be copied while the machine stands still.
+/// The longest copy with the machine stopped.
 const DOWNTIME: Duration = Duration::from_millis(50);
-/// The same, where the link has no limit, in pages.
+/// The same in pages, for a link without a limit.
 const SMALL: u64 = 256;
 
-/// The destination, and the link that leads to it.
+/// The destination, and the link to it.
 pub(crate) struct Migration<'a, F: Format> {
     machine: &'a Machine<F>,
     progress: &'a Progress,
@@ -39,11 +39,11 @@ pub(crate) struct Migration<'a, F: Format> {
     began: Instant,
     harvested: Instant,
     rounds: Vec<RoundRecord>,
-    /// From the start to the end of the last round.
+    /// The time from the start to the end of the last round.
     took: Duration,
 }
 
-/// When the migrator stops the machine.
+/// The conditions under which the migrator stops the machine.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Decision {
     Continue,
@@ -76,7 +76,8 @@ impl<'a, F: Format> Migration<'a, F> {
         })
     }
 
-    /// Copies every page. Tracking must be on: what is written meanwhile is found by the first harvest.
+    /// Copies every page. Tracking must be on, so that the first harvest finds the pages that are
+    /// written meanwhile.
     pub(crate) fn copy_everything(&mut self) -> Result<(), Failure> {
         let pages = self.machine.range.granules(PAGE) as u64;
         let started = self.began.elapsed();
@@ -125,7 +126,7 @@ impl<'a, F: Format> Migration<'a, F> {
         let mut copy = Duration::ZERO;
         let mut bytes = 0;
         if self.sabotage == Some(Sabotage::CopyBeforeSync) {
-            // The lease would not hand out its ranges yet; the bitmap itself can't refuse.
+            // The lease has no ranges before its sync, but the bitmap can be read.
             let clock = Instant::now();
             let bitmap = UserBitmap::shared(&self.bitmap);
             let view = bitmap.view(self.machine.range, PAGE);
@@ -162,7 +163,7 @@ impl<'a, F: Format> Migration<'a, F> {
         Ok(())
     }
 
-    /// Whether another round is worth its while.
+    /// Whether another round is useful.
     pub(crate) fn decide(&self, max_rounds: u32) -> Decision {
         let small = match self.bytes_per_second {
             Some(rate) => (rate * DOWNTIME.as_secs_f64()) as u64 / PAGE.bytes(),
@@ -171,7 +172,7 @@ impl<'a, F: Format> Migration<'a, F> {
         decide(&self.rounds, small, max_rounds)
     }
 
-    /// What was done, and how long all of it took.
+    /// The records of the rounds, and the time of all of them.
     pub(crate) fn into_rounds(self) -> (Vec<RoundRecord>, Duration) {
         (self.rounds, self.took)
     }
@@ -211,7 +212,8 @@ impl<'a, F: Format> Migration<'a, F> {
         self.took = self.began.elapsed();
     }
 
-    /// Copies `ranges` over the link and waits as long as it would take. Returns the bytes.
+    /// Copies `ranges` over the link, and waits for the time that a real link takes. Returns the
+    /// bytes.
     fn copy(&self, ranges: impl Iterator<Item = IovaRange>) -> Result<u64, Failure> {
         let clock = Instant::now();
         let mut buffer = vec![0; BLOCK];
@@ -221,7 +223,8 @@ impl<'a, F: Format> Migration<'a, F> {
                 let buffer = &mut buffer[..block.len() as usize];
                 let phys = self.machine.phys(block.start());
                 self.machine.memory.read(phys, buffer)?;
-                // The destination starts out zero: a first copy of zeros would only make it allocate memory.
+                // The destination is zero at first, so a first copy of zeros would only allocate
+                // memory.
                 if !self.rounds.is_empty() || buffer.iter().any(|byte| *byte != 0) {
                     self.destination.write(phys, buffer)?;
                 }
@@ -266,7 +269,7 @@ fn decide(rounds: &[RoundRecord], small: u64, max_rounds: u32) -> Decision {
     }
 }
 
-/// What the invalidations between two readings did.
+/// The invalidations between two readings of the counters.
 fn invalidated_since(before: &SpaceStats, after: &SpaceStats) -> dirtymap::flush::Invalidated {
     let (before, after) = (before.flush.invalidated, after.flush.invalidated);
     dirtymap::flush::Invalidated {

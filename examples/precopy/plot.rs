@@ -22,7 +22,7 @@ const FONT: &str = "sans-serif";
 const TEXT: RGBColor = RGBColor(33, 37, 41);
 const GRID: RGBColor = RGBColor(222, 226, 230);
 const LINE: RGBColor = RGBColor(11, 114, 133);
-/// Bars with a number above; with more rounds the numbers would touch each other.
+/// The most bars with a number above. With more of them, the numbers would touch.
 const MOST_LABELLED_ROUNDS: usize = 14;
 
 /// The colour of a round's bar.
@@ -82,7 +82,7 @@ fn title(root: &Area<'_>, run: &RunRecord) -> Drawn<()> {
     Ok(())
 }
 
-/// What the colours mean, in one row under the title.
+/// The legend of the colours, in one row under the title.
 fn legend(root: &Area<'_>) -> Drawn<()> {
     const ENTRIES: [(i32, RoundKind, &str); 3] = [
         (24, RoundKind::Full, "everything"),
@@ -100,9 +100,10 @@ fn legend(root: &Area<'_>) -> Drawn<()> {
     Ok(())
 }
 
-/// A bar for each round, on a logarithmic axis: the first round has all pages, the last a few hundred.
+/// A bar for each round, on a logarithmic axis: the first round has all pages, the last a few
+/// hundred.
 fn dirty_pages(area: &Area<'_>, rounds: &[RoundRecord]) -> Drawn<()> {
-    // A bar of no pages has no height: the axis starts at 1.
+    // A bar of no pages has no height, because the axis starts at 1.
     let bottom = 1.0;
     let most = rounds
         .iter()
@@ -162,7 +163,7 @@ fn dirty_pages(area: &Area<'_>, rounds: &[RoundRecord]) -> Drawn<()> {
     Ok(())
 }
 
-/// How fast the machine made pages dirty before each harvest; the full copy has none before it.
+/// The rate at which the machine made pages dirty before each harvest. The full copy has no rate.
 fn dirty_rate(area: &Area<'_>, rounds: &[RoundRecord]) -> Drawn<()> {
     let points: Vec<(f64, f64)> = rounds
         .iter()
@@ -211,7 +212,7 @@ fn columns(rounds: &[RoundRecord]) -> Range<f64> {
     -0.6..f64::from(last) + 0.6
 }
 
-/// A round's number; nothing between two rounds.
+/// The number of a round. No text between two rounds.
 fn whole(x: f64) -> String {
     if (x - x.round()).abs() < 1e-9 {
         format!("{}", x.round())

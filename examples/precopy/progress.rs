@@ -1,4 +1,4 @@
-//! What is shown while the migration runs: two bars on a terminal, one plain line for each round elsewhere.
+//! The progress of the migration: two bars on a terminal, one plain line for each round elsewhere.
 
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
@@ -8,7 +8,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use crate::report::{RoundKind, RoundRecord};
 use crate::text;
 
-/// How often a bar is drawn anew when nothing moves it.
+/// The interval at which a bar without progress is redrawn.
 const TICK: Duration = Duration::from_millis(200);
 
 const REPLAY_BAR: &str = "replay   {wide_bar} {human_pos}/{human_len} writes  {elapsed}";
@@ -16,7 +16,7 @@ const ROUND_BAR: &str = "{prefix:8} {wide_bar} {human_pos}/{human_len} pages  {m
 
 /// The bars. All calls take `&self` and may come from any thread.
 pub(crate) struct Progress {
-    /// `None` where stderr is no terminal.
+    /// `None` if stderr is no terminal.
     bars: Option<Bars>,
 }
 
@@ -27,7 +27,7 @@ struct Bars {
 }
 
 impl Progress {
-    /// Shows how many of `writes` are replayed, and the round that runs.
+    /// Shows how many of `writes` are replayed, and the current round.
     pub(crate) fn new(writes: u64) -> Self {
         let bars = io::stderr().is_terminal().then(|| {
             let all = MultiProgress::new();
@@ -65,28 +65,28 @@ impl Progress {
         }
     }
 
-    /// So many more pages of the round are copied.
+    /// Adds `pages` copied pages to the round.
     pub(crate) fn copied(&self, pages: u64) {
         if let Some(bars) = &self.bars {
             bars.round.inc(pages);
         }
     }
 
-    /// The round is over: leaves one line about it.
+    /// Ends the round with one line about it.
     pub(crate) fn round_ends(&self, record: &RoundRecord) {
         self.say(&round_line(record));
     }
 
-    /// One line that stays, above the bars where there are any.
+    /// Prints one permanent line, above the bars if there are any.
     pub(crate) fn say(&self, line: &str) {
-        // Progress is a courtesy: where it cannot be shown, the run goes on.
+        // A run goes on if its progress cannot be shown.
         let _ = match &self.bars {
             Some(bars) => bars.all.println(line),
             None => writeln!(io::stderr(), "{line}"),
         };
     }
 
-    /// Takes the bars away.
+    /// Removes the bars.
     pub(crate) fn finish(&self) {
         if let Some(bars) = &self.bars {
             bars.replay.finish_and_clear();
@@ -146,8 +146,8 @@ mod tests {
         );
         assert_eq!(
             round_line(&run.rounds[1]),
-            "  5.03 s  round  1 (precopy): 50,200 pages dirty, 196.1 MiB copied in 1.27 s, harvest 3.9 ms, \
-             flush 210 us, dirty rate 9,980 pages/s"
+            "  5.03 s  round  1 (precopy): 50,200 pages dirty, 196.1 MiB copied in 1.27 s, \
+             harvest 3.9 ms, flush 210 us, dirty rate 9,980 pages/s"
         );
     }
 

@@ -1,6 +1,7 @@
-//! The workload: devices and CPU markers that issue the writes of the trace, each on a thread of its own. At its end the
-//! trace starts anew, with other bytes: a machine does not fall silent because a recording is over. Each further pass
-//! issues the writes of a few blocks only, others each time, as working sets move: what was lost is not healed by chance.
+//! The workload: devices and CPU markers that issue the writes of the trace, each on a thread of
+//! its own. At its end the trace starts anew, with other bytes, because a machine keeps writing.
+//! Each further pass issues only the writes of a few blocks, different ones each time. So a lost
+//! write is rarely repaired by a later write to the same page.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{Scope, ScopedJoinHandle};
@@ -14,25 +15,26 @@ use crate::Failure;
 use crate::cli::Sabotage;
 use crate::machine::Machine;
 
-/// Writes that touch one block go through one worker, so that each device sees locality, as real ones do.
+/// All writes of one block go through one worker, so that each device has locality, like real ones.
 const BLOCK: u64 = 256 << 10;
-/// After the first pass, one block in so many is replayed in each.
+/// After the first pass, each pass replays one block in this number.
 const PASS_SHARE: u64 = 16;
 /// Larger operations are issued in pieces.
 const PIECE: u64 = 1 << 20;
-/// How long a device with nothing to do keeps its posted writes in flight.
+/// The time for which an idle device keeps its posted writes in flight.
 const HOLD: Duration = Duration::from_millis(100);
-/// Devices remember many translations and have much in flight, so that a flush that is left out or too early is found out.
+/// Devices cache many translations and have many writes in flight, so that a missing or early flush
+/// is detected.
 const DEVICE: DeviceConfig = DeviceConfig {
     iotlb_sets: 512,
     iotlb_ways: 8,
     posted_writes: 4096,
     ..DeviceConfig::DEFAULT
 };
-/// How often a waiting worker looks after its device.
+/// The interval at which a waiting worker serves its device.
 const NAP: Duration = Duration::from_micros(200);
 
-/// How the trace is replayed.
+/// The settings of the replay.
 pub(crate) struct Settings {
     pub(crate) devices: usize,
     pub(crate) cpus: usize,
@@ -42,18 +44,18 @@ pub(crate) struct Settings {
     pub(crate) sabotage: Option<Sabotage>,
 }
 
-/// What the workers tell while they run.
+/// The counters of the workers while they run.
 #[derive(Default)]
 pub(crate) struct Progress {
     /// Operations that were issued.
     pub(crate) issued: AtomicU64,
-    /// Of these: writes.
+    /// Writes among these.
     pub(crate) writes: AtomicU64,
     stop: AtomicBool,
 }
 
 impl Progress {
-    /// Asks the workers to stop after the operation they are at.
+    /// Asks the workers to stop after their current operation.
     pub(crate) fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
     }
@@ -114,7 +116,7 @@ impl<'scope> Replay<'scope> {
     }
 }
 
-/// How a worker reaches memory.
+/// The access of a worker to memory.
 enum Port<F: Format> {
     Device(Box<Device<F>>),
     Cpu { writes: u64 },
@@ -131,7 +133,7 @@ struct Worker<'a, F: Format> {
 
 impl<F: Format> Worker<'_, F> {
     fn run(mut self, mut port: Port<F>, queue: &[usize]) -> Result<(), Failure> {
-        // The time of one pass; never 0, as the last operation takes its time too.
+        // The time of one pass. It is never 0, because the last operation takes time too.
         let pass_us = self
             .trace
             .duration_us
@@ -161,7 +163,8 @@ impl<F: Format> Worker<'_, F> {
         Ok(())
     }
 
-    /// Waits until `at_us` of the trace, and looks after the device meanwhile. False if the machine is to stop.
+    /// Waits until `at_us` of the trace, and serves the device meanwhile. False if the machine is
+    /// to stop.
     fn wait_until(&self, at_us: u64, port: &mut Port<F>) -> bool {
         let due = self.settings.speed.map(|speed| {
             Duration::try_from_secs_f64(at_us as f64 / 1e6 / speed).unwrap_or(Duration::MAX)
@@ -227,7 +230,8 @@ impl<F: Format> Worker<'_, F> {
                     .memory
                     .write(self.machine.phys(range.start()), bytes)?;
                 *writes += 1;
-                // After the write: a mark that comes first can be harvested before the data is there.
+                // The mark comes after the write, because a harvest may take an earlier mark before
+                // the data is in memory.
                 if self.settings.sabotage != Some(Sabotage::SkipMark) || !writes.is_multiple_of(8) {
                     self.machine.space.mark(range)?;
                 }

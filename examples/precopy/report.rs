@@ -1,4 +1,4 @@
-//! The records of a run, and how they are shown: a table, a verdict, JSON.
+//! The records of a run, as a table, a verdict and JSON.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -12,15 +12,15 @@ use crate::cli::{Sabotage, TableFormat};
 use crate::compare::Comparison;
 use crate::text;
 
-/// What a round copies.
+/// The kind of a round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum RoundKind {
-    /// Every page, while the devices run.
+    /// Copies every page, while the devices run.
     Full,
-    /// What became dirty since the round before, while the devices run.
+    /// Copies the pages that became dirty since the round before, while the devices run.
     Precopy,
-    /// What is left, with the devices stopped: its time is the downtime.
+    /// Copies the rest, with the devices stopped. Its time is the downtime.
     Final,
 }
 
@@ -35,24 +35,24 @@ impl RoundKind {
     }
 }
 
-/// One round. Pages are pages of 4 KiB, whatever the page size of the table.
+/// One round. Pages are pages of 4 KiB, independent of the page size of the table.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct RoundRecord {
     /// 0 for the full copy.
     pub(crate) round: u32,
-    /// What was copied.
+    /// The kind of the round.
     pub(crate) kind: RoundKind,
-    /// When the round began, in milliseconds after the migration did.
+    /// The start of the round, in milliseconds after the start of the migration.
     pub(crate) started_ms: u64,
     /// Pages that the harvest reported; all pages in the full copy.
     pub(crate) dirty_pages: u64,
     /// Bytes that went over the link.
     pub(crate) bytes_copied: u64,
-    /// Microseconds for moving dirty state into the bitmap.
+    /// Microseconds of the harvest.
     pub(crate) harvest_us: u64,
-    /// Microseconds for the sync.
+    /// Microseconds of the sync.
     pub(crate) flush_us: u64,
-    /// Microseconds for copying.
+    /// Microseconds of the copy.
     pub(crate) copy_us: u64,
     /// Invalidation commands that the sync needed.
     pub(crate) invalidation_commands: u64,
@@ -60,7 +60,7 @@ pub(crate) struct RoundRecord {
     pub(crate) dropped_translations: u64,
     /// Writes in flight that the sync waited for.
     pub(crate) drained_writes: u64,
-    /// Dirty pages found, over the time since the harvest before.
+    /// Dirty pages for each second since the harvest before.
     pub(crate) dirty_rate_pages_per_s: f64,
 }
 
@@ -87,7 +87,7 @@ pub(crate) struct RunRecord {
     pub(crate) cpus: u32,
     /// The seed.
     pub(crate) seed: u64,
-    /// How many times faster than recorded; `None` without pauses.
+    /// The factor of the recorded speed; `None` without pauses.
     pub(crate) speed: Option<f64>,
     /// The limit of the link; `None` without limit.
     pub(crate) bandwidth_bytes_per_s: Option<f64>,
@@ -97,7 +97,7 @@ pub(crate) struct RunRecord {
     pub(crate) migration_ms: u64,
     /// Round by round.
     pub(crate) rounds: Vec<RoundRecord>,
-    /// What the comparison found.
+    /// The result of the comparison.
     pub(crate) comparison: Comparison,
     /// Totals of the library and the simulator, by name.
     pub(crate) counters: BTreeMap<&'static str, u64>,
@@ -134,7 +134,7 @@ impl RunRecord {
             text::micros(self.downtime_us()),
         )?;
         if self.verified() {
-            // Scripts read this line: plain numbers, and always the last.
+            // Scripts read this line, which is always the last, and has plain numbers.
             let Comparison {
                 pages_compared,
                 bytes_compared,
@@ -206,7 +206,7 @@ impl RunRecord {
         table
     }
 
-    /// What was lost, and where.
+    /// The lost pages and their places.
     fn print_loss(&self, out: &mut impl Write) -> io::Result<()> {
         let found = &self.comparison;
         if found.pages_compared != self.pages {
@@ -256,7 +256,7 @@ impl RunRecord {
 
     /// Writes everything to the file at `path` as one JSON object.
     pub(crate) fn write_json(&self, path: &Path) -> io::Result<()> {
-        /// The record with what is computed from it.
+        /// The record with the values that are computed from it.
         #[derive(Serialize)]
         struct Whole<'a> {
             verified: bool,
@@ -411,7 +411,8 @@ mod tests {
         );
         assert_eq!(
             lines[at + 1],
-            "  IOVA [0x1000, 0x1fff]: 1 page from byte 4,096 of pg_wal/000000010000000000000010, 4,096 bytes lost"
+            "  IOVA [0x1000, 0x1fff]: 1 page from byte 4,096 of pg_wal/000000010000000000000010, \
+             4,096 bytes lost"
         );
         assert_eq!(lines[at + 11], "  and 2 more ranges");
         assert!(lines[at + 12].starts_with("sabotage skip-flush: sync did not flush"));

@@ -1,4 +1,5 @@
-//! What `--sabotage` breaks inside the simulated hardware. The comparison at the end must find each of them out.
+//! The faults of `--sabotage` inside the simulated hardware. The comparison at the end must detect
+//! each of them.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,7 +11,8 @@ use pagetable_sim::{Breakage, Domain, Format};
 use crate::cli::Sabotage;
 use crate::replay::mix;
 
-/// Breaks what `sabotage` breaks inside the hardware. The rest is broken where it happens.
+/// Installs the faults of `sabotage` inside the hardware. The other faults are in the code of their
+/// steps.
 pub(crate) fn break_hardware<F: Format>(domain: &Domain<F>, sabotage: Option<Sabotage>) {
     match sabotage {
         Some(Sabotage::SkipFlush) => domain.break_hardware(Breakage::IgnoreInvalidations),
@@ -19,7 +21,8 @@ pub(crate) fn break_hardware<F: Format>(domain: &Domain<F>, sabotage: Option<Sab
     }
 }
 
-/// A domain that loses some of the dirty bits that it clears, and owes no flush for them: one 2 MiB piece in sixteen at each harvest.
+/// A domain that loses some of the dirty bits that it clears, and owes no flush for them: one 2 MiB
+/// piece in sixteen at each harvest.
 pub(crate) struct Forgetful<F: Format> {
     inner: Arc<Domain<F>>,
     seed: u64,

@@ -1,4 +1,4 @@
-//! Numbers as people read them.
+//! Numbers in a readable form.
 
 /// `1234567` as `1,234,567`.
 pub(crate) fn count(number: u64) -> String {
@@ -51,7 +51,7 @@ pub(crate) fn short(number: f64) -> String {
         size if size >= 1e3 => (number / 1e3, "k"),
         _ => (number, ""),
     };
-    // Rounded to one digit after the point, which Display leaves out where it is zero.
+    // Rounded to one digit after the point, which `Display` omits if it is zero.
     format!("{}{unit}", (scaled * 10.0).round() / 10.0)
 }
 

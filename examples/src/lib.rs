@@ -1,4 +1,4 @@
-//! What the examples share: the reader of fio's write traces.
+//! The shared code of the examples: the reader of fio's write traces.
 #![forbid(unsafe_code)]
 
 pub mod iolog;

@@ -1,4 +1,5 @@
-//! To and from the sets of the crate `roaring`: compressed, to be kept for long, compared and sent.
+//! Conversion to and from the compressed sets of the crate `roaring`, for storage, comparison and
+//! transfer.
 //!
 //! A set holds the numbers of the bits of a view: 0 is the first granule of its range. Sets of
 //! views with the same range and granule can be united, intersected and subtracted as they are.
@@ -10,8 +11,8 @@ pub use ::roaring::{RoaringBitmap, RoaringTreemap};
 use dirtymap::bitmap::BitmapError;
 use dirtymap::{BitmapView, Error, Iova, IovaRange};
 
-/// Bytes of the largest container of a portable set with 2^16 values, with what its header says of
-/// it: every second value is a run of its own.
+/// Bytes of the largest container of a portable set with 2^16 values, with its header: every second
+/// value is a run of its own.
 const CONTAINER: u64 = 2 + 4 * (1 << 15) + 9;
 
 /// A view of a bitmap to and from a set of the numbers of its bits.
@@ -34,9 +35,9 @@ pub trait RoaringExt {
     /// The numbers of the set bits.
     ///
     /// # Errors
-    /// [`BitmapError::NoSuchBit`] if the view has more than 2^32 bits, which is what such a set has
-    /// room for: see [`to_treemap`](Self::to_treemap). [`BitmapError::Shrank`] or
-    /// [`BitmapError::Window`] if a window of a file cannot be mapped.
+    /// [`BitmapError::NoSuchBit`] if the view has more than 2^32 bits, the capacity of such a set:
+    /// see [`to_treemap`](Self::to_treemap). [`BitmapError::Shrank`] or [`BitmapError::Window`] if
+    /// a window of a file cannot be mapped.
     fn to_roaring(&self) -> Result<RoaringBitmap, Error>;
 
     /// The numbers of the set bits of a view of any size.
@@ -49,8 +50,8 @@ pub trait RoaringExt {
     ///
     /// # Errors
     /// [`BitmapError::NoSuchBit`] if the view does not have all of them; then nothing is touched.
-    /// [`BitmapError::Shrank`] or [`BitmapError::Window`] if a window of a file cannot be mapped;
-    /// what was set before stays.
+    /// [`BitmapError::Shrank`] or [`BitmapError::Window`] if a window of a file cannot be mapped.
+    /// Bits that were set before stay set.
     fn or_roaring(&self, set: &RoaringBitmap) -> Result<u64, Error>;
 
     /// As [`or_roaring`](Self::or_roaring), for a set of numbers up to 2^64.
@@ -135,13 +136,13 @@ fn each_run(view: &BitmapView<'_>, mut each: impl FnMut(u64, u64)) -> Result<(),
     Ok(())
 }
 
-/// Reads a set of numbers below `bits` in the portable format of Roaring bitmaps. Reads no more
-/// than such a set can have in its longest form, and takes memory only for what it has read.
+/// Reads a set of numbers below `bits` in the portable format of Roaring bitmaps. Reads at most the
+/// longest encoding of such a set, and allocates memory only for bytes that it has read.
 ///
 /// # Errors
 /// [`io::ErrorKind::InvalidData`] if a number is not below `bits`, or the bytes are not such a set;
-/// otherwise those of `reader`, [`io::ErrorKind::UnexpectedEof`] among them, which also says that
-/// the set is too long.
+/// otherwise the errors of `reader`. A set that is too long is [`io::ErrorKind::UnexpectedEof`],
+/// too.
 pub fn read_roaring(reader: impl Read, bits: u64) -> io::Result<RoaringBitmap> {
     let set = RoaringBitmap::deserialize_from(reader.take(longest(bits)))?;
     below(set.max().map(u64::from), bits)?;
@@ -157,7 +158,7 @@ pub fn read_treemap(reader: impl Read, bits: u64) -> io::Result<RoaringTreemap> 
     let mut number = [0; 8];
     reader.read_exact(&mut number)?;
     let mut parts: Vec<(u32, RoaringBitmap)> = Vec::new();
-    // The length is not believed: each turn reads at least a key.
+    // The length is not trusted: each turn reads at least a key.
     for _ in 0..u64::from_le_bytes(number) {
         let mut key = [0; 4];
         reader.read_exact(&mut key)?;

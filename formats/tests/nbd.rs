@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::thread;
 
@@ -59,6 +60,22 @@ fn a_client_reads_what_a_server_has() {
             assert_eq!(replies.0, 2, "the whole disk in one reply for each context");
         }
     }
+}
+
+#[test]
+fn the_loopback_interface_does_as_well() {
+    let dirty = table(&[(4096, 8192)]);
+    let export = Export::new("", 1 << 20).unwrap();
+    let export = [export.with_dirty("x", dirty.clone()).unwrap()];
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    thread::scope(|scope| {
+        let server = scope.spawn(|| serve(listener.accept().unwrap().0, &export));
+        let mut client = Connect::new("").dirty("x").over(stream).unwrap();
+        assert_eq!(client.read_dirty("x").unwrap(), dirty);
+        client.disconnect().unwrap();
+        assert!(server.join().unwrap().unwrap().said_goodbye);
+    });
 }
 
 /// The lease stays with the program that serves it: a client that went away half-way leaves
@@ -290,11 +307,6 @@ fn a_client_that_breaks_the_protocol_is_refused_with_the_place() {
         said(&[&go, &request(0, 1, 1, 0, u32::MAX)]),
         "the payload of a request is 4294967295, but 33554432 is the limit"
     );
-    // A client that looks at what there is chooses nothing, and says goodbye or does not.
-    for (options, goodbye) in [(option(2, b""), true), (option(3, b""), false)] {
-        let ended = served(&[&options]).unwrap();
-        assert_eq!((ended.export, ended.said_goodbye), (None, goodbye));
-    }
     let endless = option(99, b"").repeat(2000);
     assert_eq!(
         said(&[&endless]),
@@ -306,6 +318,15 @@ fn a_client_that_breaks_the_protocol_is_refused_with_the_place() {
         flags.to_string().contains("the flags of the client"),
         "{flags}"
     );
+}
+
+/// A client that looks at what there is chooses no export, and says goodbye or does not.
+#[test]
+fn a_client_that_only_looks_chooses_nothing() {
+    for (options, goodbye) in [(option(2, b""), true), (option(3, b""), false)] {
+        let ended = served(&[&options]).unwrap();
+        assert_eq!((ended.export, ended.said_goodbye), (None, goodbye));
+    }
 }
 
 /// What can be answered is answered with an error, and the connection goes on.

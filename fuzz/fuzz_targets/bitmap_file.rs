@@ -1,4 +1,5 @@
-//! The reader of bitmap files: whatever the bytes are, a file that would be written like this, or a typed error.
+//! The reader of bitmap files: for any bytes, the result is a file that would be written like this,
+//! or a typed error.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {

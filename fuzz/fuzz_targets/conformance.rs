@@ -1,4 +1,5 @@
-//! The reader of recorded kernel sequences: whatever the bytes are, plain or gzip, items in the order of their lines or an error.
+//! The reader of recorded kernel sequences: for any bytes, plain or gzip, the result is items in
+//! the order of their lines, or an error.
 #![no_main]
 
 #[allow(dead_code, unreachable_pub)] // the replay uses more of it
@@ -8,7 +9,7 @@ mod parse;
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let mut newest = 0;
     let parsed = parse::parse(bytes, |line, _| {
-        assert!(line > newest, "line {line} behind line {newest}");
+        assert!(line > newest, "line {line} comes after line {newest}");
         newest = line;
     });
     if let Err(error) = parsed {

@@ -1,4 +1,5 @@
-//! The reader of write traces: whatever the bytes are, a trace within its limits or an error that names a line.
+//! The reader of write traces: for any bytes, the result is a trace within its limits, or an error
+//! with the number of a line.
 #![no_main]
 
 use dirtymap_examples::iolog::{Limits, Trace};

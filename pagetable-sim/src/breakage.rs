@@ -1,6 +1,6 @@
-//! Hardware, and the software that drives it, made to break its promises.
+//! Faults of the hardware, and of the software that drives it.
 
-/// Ways in which invalidations can go wrong, to show that a test of their users notices.
+/// Faults of invalidations, which a test of their users has to notice.
 ///
 /// ```
 /// use dirtymap::{Access, DirtySource, Granule, Iova, IovaRange, Mapping, Tracking};

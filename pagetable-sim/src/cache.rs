@@ -17,9 +17,9 @@ pub(crate) struct SizedCache<T> {
     entries: Box<[Option<T>]>,
     sets: u64,
     ways: usize,
-    /// Bit n: something of 2^n bytes is cached.
+    /// Bit n is set if an entry of 2^n bytes is cached.
     sizes: u64,
-    /// How many entries of 2^n bytes are cached.
+    /// The number of cached entries of 2^n bytes.
     counts: [u32; 64],
     /// State of the pseudo-random choice of a victim.
     random: u64,

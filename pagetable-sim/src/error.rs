@@ -2,7 +2,7 @@
 
 use dirtymap::{Access, Granule, Iova, IovaRange};
 
-/// Why the simulated hardware refused a call. The call has changed nothing.
+/// The error of a call that the simulated hardware refused. The call has changed nothing.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -116,7 +116,7 @@ pub struct DmaError {
     pub kind: FaultKind,
 }
 
-/// Why the IOMMU blocked an access.
+/// The reason why the IOMMU blocked an access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FaultKind {
     /// No translation.

@@ -6,7 +6,7 @@ use dirtymap::sync::{AtomicU64, Ordering, TINY};
 use crate::error::FaultKind;
 use crate::stack::Stack;
 
-/// How many faults a domain keeps until they are taken. Small in the model checker.
+/// The number of faults that a domain stores until they are taken. Small in the model checker.
 pub(crate) const CAPACITY: u64 = if TINY { 1 } else { 256 };
 
 /// An access that was blocked.
@@ -38,14 +38,14 @@ pub struct Fault {
 pub struct Faults {
     /// The faults, the oldest first.
     pub records: Vec<Fault>,
-    /// How many more there were since the last time, for which the log had no room.
+    /// The number of further faults since the last call, for which the log had no room.
     pub dropped: u64,
 }
 
 /// A bounded log. Devices never wait for its reader, nor for each other.
 pub(crate) struct FaultLog {
     records: Stack<Fault>,
-    /// How many records are in the log or on their way into it.
+    /// The number of records that are in the log or have a place in it.
     held: AtomicU64,
     dropped: AtomicU64,
 }
@@ -59,7 +59,7 @@ impl FaultLog {
         }
     }
 
-    /// Keeps `fault` if there is room, and counts it as dropped if not.
+    /// Stores `fault` if there is room, else counts it as dropped.
     pub(crate) fn add(&self, fault: Fault) {
         // Relaxed, all: counts. A place is reserved before it is filled, so the bound holds at
         // every moment.

@@ -1,5 +1,4 @@
-//! A simulated IOMMU, as mean as real hardware: it exists so that a forgotten flush really loses
-//! writes.
+//! A simulated IOMMU for tests, in which a missing flush loses writes, as on real hardware.
 //!
 //! ```text
 //!  Device::write --> TLBs --miss, or no D--> Table: walk, set A, D <--map, unmap-- Domain
@@ -12,14 +11,14 @@
 //! ```
 //!
 //! * [`PhysMemory`]: the bytes. Devices write them while others copy them.
-//! * [`Format`], for [`AmdV1`], [`VtdSs`], [`X86_64`], [`ArmS1`] and [`Riscv`]: what the bits of an
-//!   entry mean, and which [`LeafSizes`] there are.
+//! * [`Format`], for [`AmdV1`], [`VtdSs`], [`X86_64`], [`ArmS1`] and [`Riscv`]: the meaning of an
+//!   entry's bits, and the [`LeafSizes`].
 //! * [`Table`]: the lock-free page table; hardware sets D in it, a harvest reads and clears it, and
 //!   leaves are split, merged and protected at the same time.
-//! * [`Device`]: DMA through caches that remember "D is set" and pointers to tables, with writes
-//!   that land late.
-//! * [`Domain`]: ties them together, switches tracking, and invalidates: [`Reach`] says how
-//!   precisely, [`Breakage`] what can go wrong.
+//! * [`Device`]: DMA through caches of translations with "D is set" and of pointers to tables, with
+//!   writes that land late.
+//! * [`Domain`]: ties them together, switches tracking, and invalidates. [`Reach`] is the precision
+//!   of invalidations, [`Breakage`] the faults of the hardware.
 //!
 //! # Example
 //! ```

@@ -4,7 +4,7 @@
 //! A device never waits: it uses its IOTLB, and between two operations it answers the requests in
 //! its inbox, if there are any. A device that sleeps answers nothing, and an invalidator must not
 //! wait for it: it has no write in flight, and it looks into its inbox before it uses its IOTLB
-//! again. An invalidator must tell the two apart without a lock:
+//! again. An invalidator must distinguish the two without a lock:
 //!
 //! ```text
 //!  device                                       invalidator, which has changed the table
@@ -41,8 +41,8 @@ use dirtymap::sync::{
 
 use crate::stack::{Stack, Taken};
 
-/// How many requests a sleeping device collects one by one; one in the model checker, so that
-/// models reach the bound.
+/// The most requests that a sleeping device collects one by one. It is one in the model checker, so
+/// that models reach the bound.
 const MAX_UNREAD: usize = if TINY { 1 } else { 256 };
 
 /// See the [module](self).
@@ -66,7 +66,7 @@ pub(crate) struct Order {
     pub(crate) cache: Cache,
 }
 
-/// The cache that an order speaks of.
+/// The cache that an order names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cache {
     /// The IOTLB, and the cached pointers to tables too if `tables` is set.
@@ -81,7 +81,7 @@ pub(crate) struct Request {
     receipt: Arc<Receipt>,
 }
 
-/// Where the device acknowledges a request.
+/// The place at which the device acknowledges a request.
 #[derive(Debug)]
 pub(crate) struct Receipt {
     answered: AtomicBool,
@@ -104,8 +104,8 @@ impl Port {
 
     // The invalidator's side.
 
-    /// Asks the device to carry out `order` (I1). Does not wait. `None` if the device sleeps and
-    /// was told to drop everything.
+    /// Asks the device to perform `order` (I1). Does not wait. `None` if the device sleeps and has
+    /// to drop everything when it wakes.
     pub(crate) fn ask(&self, order: &Arc<Order>) -> Option<Arc<Receipt>> {
         // Relaxed: an estimate that bounds the inbox; both branches are right at any value.
         if self.unread.load(Ordering::Relaxed) >= MAX_UNREAD && self.overflow() {
@@ -118,7 +118,7 @@ impl Port {
         });
         // Relaxed: an estimate.
         self.unread.fetch_add(1, Ordering::Relaxed);
-        // The push is a Release: it publishes the changes of the table that the order speaks of.
+        // The push is a Release: it publishes the changes of the table that the order covers.
         self.inbox.push(Request {
             order: Arc::clone(order),
             receipt: Arc::clone(&receipt),
@@ -189,7 +189,7 @@ impl Port {
         self.active.store(false, order);
     }
 
-    /// Whether there are requests (D2). All that this costs, between operations, is one load.
+    /// Whether there are requests (D2). The cost between operations is one load.
     #[inline]
     pub(crate) fn has_mail(&self) -> bool {
         // Ordered by F1 after waking; otherwise it is seen a little later, and `take` acquires.

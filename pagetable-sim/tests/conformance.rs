@@ -65,7 +65,7 @@ fn the_kernels_answers_are_ours() {
     assert!(report.passed() > 2000);
 }
 
-/// One changed answer at a time, and the comparison notices.
+/// One answer at a time is changed, and the comparison has to notice.
 #[test]
 fn other_answers_are_not() {
     let text = recorded();

@@ -1,5 +1,5 @@
 //! Harvests that skip subtrees that no device walked through: for every format that has A above its
-//! leaves, nothing is lost, and much is skipped.
+//! leaves, no write is lost, and many subtrees are skipped.
 
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -68,7 +68,7 @@ fn pass<F: Format>(domain: &Domain<F>) -> Vec<u64> {
     dirty
 }
 
-/// How many pages are dirty.
+/// The number of dirty pages.
 fn peek<F: Format>(domain: &Domain<F>) -> u64 {
     let mut words = vec![0; (ALL / 64) as usize];
     let view = UserBitmap::new(&mut words)
@@ -78,7 +78,7 @@ fn peek<F: Format>(domain: &Domain<F>) -> u64 {
     view.count()
 }
 
-/// How many subtrees a pass that finds nothing skips.
+/// The number of subtrees that a pass without dirty pages skips.
 fn skipped<F: Format>(domain: &Domain<F>) -> u64 {
     let before = domain.stats().skipped;
     assert_eq!(pass(domain), [0u64; 0]);
@@ -174,7 +174,7 @@ fn changes_by_hand_and_of_tracking_are_seen<F: Format>() {
     assert_eq!(pass(&domain), [6 * SPAN + 1]);
 }
 
-/// A harvest that does not take all that it finds calls nothing quiet.
+/// A harvest that does not take every dirty page makes no subtree quiet.
 fn a_look_that_leaves_something_does_not_count<F: Format>() {
     let domain = domain::<F>();
     settle(&domain);
@@ -199,11 +199,11 @@ fn a_look_that_leaves_something_does_not_count<F: Format>() {
     settle(&domain);
 }
 
-/// A merge makes a writable leaf dirty that takes the place of a table. If all above is quiet, the
-/// harvest would skip it: the merge must say above that nothing is known any more.
+/// A merge makes a writable leaf that replaces a table dirty. A quiet entry above would make
+/// harvests skip the leaf, so the merge makes all entries above hot.
 fn a_merge_under_a_quiet_table_is_reported<F: Format>() {
     let domain = domain::<F>();
-    // All that one entry of level 2 covers, so that this entry can become quiet.
+    // The whole range of one entry of level 2, so that this entry can become quiet.
     let whole = IovaRange::granule_at(Iova::MIN, F::size(2));
     let pass = || {
         let (dirty, gather) = read(&domain, whole);
@@ -276,7 +276,8 @@ fn storm<F: Format>(seed: u64) -> usize {
                 let mut random = random(seed + me);
                 scope.spawn(move || {
                     for _ in 0..60 {
-                        // A while in one or two spans, which are quiet by now, and then a rest.
+                        // Writes for a while in one or two spans, which are quiet by now, and then
+                        // rests.
                         let spans = [random(SPANS), random(SPANS)];
                         for _ in 0..random(200) {
                             let page = spans[random(2) as usize] * SPAN + random(8) * 37;

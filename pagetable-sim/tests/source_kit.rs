@@ -1,5 +1,5 @@
-//! The test kit for sources, over domains of the simulator: a sound one keeps the rules, and the kit
-//! sees hardware that does not.
+//! The test kit for sources, over domains of the simulator: a sound one keeps the rules, and the
+//! kit sees hardware that does not.
 
 #![allow(clippy::unwrap_used)] // helpers of tests
 

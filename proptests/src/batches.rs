@@ -1,5 +1,5 @@
-//! Sources whose pages are larger than those of the space, or smaller, and that clear by batches,
-//! in every mode; between any two of their steps another consumer harvests and a guest writes.
+//! Sources that clear by batches, with pages larger or smaller than those of the space, in every
+//! mode. Between any two of their steps, another consumer harvests and a guest writes.
 //!
 //! ```text
 //!  harvest --> look at the log | tell the sink | clear
@@ -7,8 +7,8 @@
 //!                              +---------------+--- writes, and whole rounds of other consumers
 //! ```
 //!
-//! What runs in between runs to its end, as a second thread would while the first one sleeps. In
-//! the end the copy must have the last write to every page.
+//! Each step in between runs to its end, as a second thread does while the first one sleeps. In the
+//! end the copy must have the last write to every page.
 
 use std::collections::BTreeSet;
 
@@ -22,23 +22,24 @@ use dirtymap::{
 use crate::Random;
 
 const PAGE: u64 = 4096;
-/// Pages of all areas.
+/// The pages of all areas together.
 const PAGES: u64 = 96;
 /// Pages of each area: a multiple of every page of a source.
 const AREA: u64 = 32;
-/// How deep harvests are inside each other.
+/// The greatest depth of nested harvests.
 const DEPTH: u64 = 2;
 
-/// How a log clears what it has told.
+/// How a log clears the pages that it has reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Clearing {
-    /// Each page by itself, when it is told.
+    /// Each page by itself, when it is reported.
     Each,
-    /// All pages that lie inside by one call, later; those that stick out when they are told.
+    /// The pages inside the request by one call, later. A page that sticks out is cleared when it
+    /// is reported.
     Batch,
-    /// All pages later, and those that stick out as well: wrong.
+    /// All pages later, also those that stick out, which is wrong.
     Late,
-    /// As `Batch`, but whole words of eight pages: wrong.
+    /// As `Batch`, but in whole words of eight pages, which is wrong.
     Words,
 }
 
@@ -48,7 +49,7 @@ struct Shape {
     bit: u8,
     /// The smallest page that the source declares.
     page: u8,
-    /// That of the space.
+    /// The page of the space.
     space: u8,
     clearing: Clearing,
 }
@@ -56,7 +57,7 @@ struct Shape {
 struct Log {
     shape: Shape,
     written: Mutex<BTreeSet<u64>>,
-    /// Whose other threads run between two steps; none when a run is over.
+    /// The world whose other threads run between two steps. `None` when a run is over.
     world: Mutex<Option<Arc<World>>>,
 }
 
@@ -64,7 +65,7 @@ struct World {
     space: AddressSpace,
     log: Arc<Log>,
     domain: DomainId,
-    /// What was written last to each page, and what was copied of it.
+    /// For each page the value of the last write, and the copied value.
     memory: Mutex<Vec<u64>>,
     copy: Mutex<Vec<u64>>,
     random: Mutex<Random>,
@@ -98,7 +99,7 @@ impl Log {
         lock(&self.written).remove(&n)
     }
 
-    /// Others run.
+    /// The other threads run.
     fn pause(&self) {
         let world = lock(&self.world).clone();
         if let Some(world) = world {
@@ -152,7 +153,7 @@ impl DirtySource for Log {
                 Clearing::Late => {
                     for n in run {
                         let page = self.addresses(*n);
-                        // Says that it is clean, which it is not yet.
+                        // Reports that the page is clean, which it is not yet.
                         let taken = out.take(page, granule(self.shape.bit), || true);
                         taken.map_err(|error| Stopped {
                             at: page.start(),
@@ -196,7 +197,8 @@ impl DirtySource for Log {
         })
     }
 
-    /// Nothing runs meanwhile: a thread that waits for this flush waits for its thread.
+    /// No other thread runs meanwhile, because a nested harvest would wait for this flush on the
+    /// same thread.
     fn invalidate(&self, _: &FlushGather) -> Result<Invalidated, Error> {
         Ok(Invalidated::default())
     }
@@ -233,7 +235,7 @@ impl World {
         lock(&self.random).below(n)
     }
 
-    /// What other threads do meanwhile.
+    /// The steps of the other threads.
     fn others(&self) {
         // Relaxed, both: one thread at a time runs.
         let deep = self.depth.fetch_add(1, Ordering::Relaxed) >= DEPTH;
@@ -248,7 +250,7 @@ impl World {
         self.depth.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// A guest writes a page, or a CPU, which marks.
+    /// A guest writes a page, or a CPU writes and marks one.
     fn write(&self) {
         let page = self.below(PAGES);
         let at = Iova::new(page * PAGE);
@@ -271,7 +273,7 @@ impl World {
         }
     }
 
-    /// Some pages that a request may name.
+    /// A range that a request may have.
     fn any_range(&self) -> IovaRange {
         let unit = self.space.alignment().bytes() / PAGE;
         let first = self.below(PAGES / unit);
@@ -313,7 +315,7 @@ impl World {
                 space.harvest(&request, whole)
             }
         };
-        // It may stop: another consumer has unmapped an area.
+        // It may stop, because another consumer has unmapped an area.
         self.end(lease.unwrap().partial());
     }
 
@@ -384,8 +386,8 @@ fn run(shape: Shape, seed: u64) -> Result<(), String> {
     done
 }
 
-/// A bit is a page of the source, or what the source calls a leaf of several; 1, 2 and 16 times the
-/// page of the space, or half of it.
+/// A bit stands for a page of the source, or for a leaf of several pages: 1, 2 or 16 times the page
+/// of the space, or half of it.
 fn shapes(clearing: Clearing) -> impl Iterator<Item = Shape> {
     let sizes = [
         (12, 12),
@@ -406,10 +408,10 @@ fn shapes(clearing: Clearing) -> impl Iterator<Item = Shape> {
     })
 }
 
-/// A bounded harvest cut a page of KVM's log, of 64 KiB in a space of 4 KiB. The adapter said
-/// "cleared" and cleared later, with the other pages of its piece; the rest of the page was kept by
-/// then. Another consumer took the rest, copied it and committed, the guest wrote again, and the
-/// late clear destroyed the only trace of that write.
+/// A bounded harvest cut a page of KVM's log, of 64 KiB in a space of 4 KiB. The adapter reported
+/// the page as cleared, and cleared it later, with the other pages of its piece. The rest of the
+/// page was put back before that clear. Another consumer took the rest, copied it and committed,
+/// the guest wrote again, and the late clear destroyed the only trace of that write.
 #[test]
 fn a_source_that_clears_by_batches_loses_nothing_in_any_mode() {
     for clearing in [Clearing::Each, Clearing::Batch] {
@@ -422,7 +424,7 @@ fn a_source_that_clears_by_batches_loses_nothing_in_any_mode() {
     }
 }
 
-/// What those logs did, and what a log does that clears by words what it was not asked for.
+/// The faults of those logs, and that of a log that clears whole words, beyond the request.
 #[test]
 fn a_batch_that_is_told_too_early_or_cleared_too_widely_is_noticed() {
     for clearing in [Clearing::Late, Clearing::Words] {

@@ -1,5 +1,5 @@
-//! Bitmaps read, merged, converted and taken away from each other, against lists of intervals: any base, granule, form and byte
-//! offset, up to both ends of the address space.
+//! Bitmaps that are read, merged, converted and subtracted, against lists of intervals: any base,
+//! granule, form and byte offset, up to both ends of the address space.
 
 use std::collections::BTreeSet;
 
@@ -10,7 +10,7 @@ use crate::forms::{FORMS, GUARD, Memory, bits_of};
 /// The most bits of one bitmap.
 const MOST: u128 = 600;
 
-/// One side: what it covers, and its bits.
+/// One bitmap: its range and its bits.
 struct Side {
     range: IovaRange,
     granule: Granule,
@@ -19,14 +19,14 @@ struct Side {
 }
 
 impl Side {
-    /// A bitmap for `range`, whose content the rest of `bytes` spells.
+    /// A bitmap for `range`, whose content is decoded from the rest of `bytes`.
     fn decode(
         range: IovaRange,
         granule: Granule,
         bytes: &mut impl Iterator<Item = u8>,
     ) -> Result<Self, String> {
         let (form, skip) = (bytes.next().unwrap_or(0), bytes.next().unwrap_or(0));
-        // In whole words, with room behind.
+        // In whole words, with room after the bitmap.
         let len =
             (range.granules(granule) as usize).div_ceil(64) * 8 + usize::from(skip / 8 % 2) * 8;
         let mut image = vec![0xA5; len + 2 * GUARD];
@@ -59,13 +59,13 @@ impl Side {
         bits_of(content).filter(|bit| *bit < self.bits()).collect()
     }
 
-    /// The first byte that `bit` stands for, and the one behind the last.
+    /// The bytes that `bit` stands for: the first one, and one past the last.
     fn interval(&self, bit: u64) -> (u128, u128) {
         let start = u128::from(self.range.start().get()) + (u128::from(bit) << self.granule.lg2());
         (start, start + (1 << self.granule.lg2()))
     }
 
-    /// What is set, as intervals.
+    /// The dirty bytes, as intervals.
     fn dirty(&self) -> Vec<(u128, u128)> {
         self.set()
             .into_iter()
@@ -78,7 +78,8 @@ impl Side {
     }
 }
 
-/// A range of whole granules, at most [`MOST`], that lies somewhere near `near`, as far as that is possible.
+/// A range of whole granules, at most [`MOST`], that lies somewhere near `near`, as far as that is
+/// possible.
 fn range_of(granule: Granule, near: u128, bytes: &mut impl Iterator<Item = u8>) -> IovaRange {
     let (shift, count) = (bytes.next().unwrap_or(0), bytes.next().unwrap_or(0));
     let room = (1u128 << 64) >> granule.lg2();
@@ -95,10 +96,10 @@ fn overlap(one: (u128, u128), other: (u128, u128)) -> u128 {
     one.1.min(other.1).saturating_sub(one.0.max(other.0))
 }
 
-/// Checks two bitmaps that `bytes` spell.
+/// Checks two bitmaps that are decoded from `bytes`.
 ///
 /// # Errors
-/// What was wrong.
+/// The first difference.
 pub fn check_bitmaps(bytes: &[u8]) -> Result<(), String> {
     let mut bytes = bytes.iter().copied();
     let (lg2, other, place) = (bytes.next(), bytes.next(), bytes.next());
@@ -127,7 +128,7 @@ pub fn check_bitmaps(bytes: &[u8]) -> Result<(), String> {
     take_away(&mut from, &mut into)
 }
 
-/// What a view says of its bits, whole and in part.
+/// Compares the bits of a view, whole and in part.
 fn read(side: &mut Side, cut: (u8, u8)) -> Result<(), String> {
     let (set, range, granule) = (side.set(), side.range, side.granule);
     let at = |n: u8| {
@@ -197,7 +198,7 @@ fn unchanged(what: &str, side: &Side, before: &[u8]) -> Result<(), String> {
     }
 }
 
-/// A bit is set that any dirty byte of the other side falls into.
+/// A merge sets each bit in which the other bitmap has a dirty byte.
 fn merge(from: &mut Side, into: &mut Side) -> Result<(), String> {
     let dirty = from.dirty();
     let own: BTreeSet<u64> = into.set().into_iter().collect();
@@ -220,7 +221,7 @@ fn merge(from: &mut Side, into: &mut Side) -> Result<(), String> {
     }
 }
 
-/// A bit goes of which every byte is dirty on the other side.
+/// A subtraction clears each bit of which every byte is dirty in the other bitmap.
 fn take_away(from: &mut Side, into: &mut Side) -> Result<(), String> {
     let dirty = from.dirty();
     let gone: Vec<u64> = (into.set().into_iter())

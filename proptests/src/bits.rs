@@ -1,4 +1,5 @@
-//! The user's bitmap as the runner sees it: a buffer with guard words, and what a harvest did to it, bit by bit.
+//! The user's bitmap in the runner: a buffer with guard words, and the changes of a harvest, bit by
+//! bit.
 
 use std::collections::BTreeSet;
 
@@ -8,7 +9,7 @@ use dirtymap::{Granule, HarvestRequest, Iova, IovaRange};
 use crate::oracle::{PAGE, pages_of};
 use crate::violation::{Rule, Violation, check};
 
-/// Words in front of and behind the bitmap that nobody may touch.
+/// Guard words before and after the bitmap, which must not change.
 const GUARDS: usize = 2;
 /// Words of the bitmap: the whole window at 2 KiB a bit.
 const WORDS: usize = 112;
@@ -42,7 +43,7 @@ impl Buffer {
         &self.words[GUARDS..GUARDS + count]
     }
 
-    /// The first `count` words, with the guards in front of them and as many words behind.
+    /// The first `count` words, with the guards before them and as many words after them.
     pub(crate) fn cut(&self, count: usize) -> Vec<u64> {
         let all = self.read();
         let behind = &all[GUARDS + WORDS..];
@@ -63,7 +64,7 @@ pub(crate) fn words_for(range: IovaRange, granule: Granule) -> usize {
     range.granules(granule).div_ceil(64) as usize
 }
 
-/// What a harvest or peek made of a buffer.
+/// The result of a harvest or peek in a buffer.
 pub(crate) struct Found {
     /// Bits that it set.
     pub(crate) set: u64,
@@ -71,8 +72,8 @@ pub(crate) struct Found {
     pub(crate) runs: Vec<IovaRange>,
 }
 
-/// Checks what `request` made of `before`, a whole buffer: it had to report the pages `must`, and could report the
-/// pages `may`.
+/// Checks the result of `request` in a whole buffer, which was `before`. The request had to report
+/// the pages `must`, and was allowed to report the pages `may`.
 pub(crate) fn check_bits(
     request: &HarvestRequest<'_>,
     before: &[u64],

@@ -1,5 +1,5 @@
-//! Real threads: two devices and a CPU write as fast as they can, two consumers harvest, abort and commit; in the end
-//! the copy must equal the memory, byte for byte.
+//! Real threads: two devices and a CPU write as fast as they can, two consumers harvest, abort and
+//! commit; in the end the copy must equal the memory, byte for byte.
 
 use std::time::{Duration, Instant};
 
@@ -10,13 +10,15 @@ use pagetable_sim::{Device, DeviceConfig, Domain, DomainConfig, PhysMemory};
 use crate::Random;
 
 const PAGE: u64 = 4096;
-/// First page and number of pages of each area; the first has a large leaf, the second follows it without a gap.
+/// First page and number of pages of each area; the first has a large leaf, the second follows it
+/// without a gap.
 const AREAS: [(u64, u64); 3] = [(512, 514), (1026, 40), (4096, 9)];
 
 struct Storm {
     space: AddressSpace,
     memory: Arc<PhysMemory>,
-    /// The copy. Each page is copied under its lock, so that an older copy never replaces a newer one.
+    /// The copy. Each page is copied under its lock, so that an older copy never replaces a newer
+    /// one.
     copy: Vec<Mutex<[u8; PAGE as usize]>>,
     stop: AtomicBool,
 }
@@ -27,7 +29,7 @@ impl Storm {
         !self.stop.load(Ordering::Relaxed)
     }
 
-    /// A page that is often the same.
+    /// A random page, often one of a few.
     fn place(random: &mut Random) -> u64 {
         let (first, pages) = AREAS[random.below(3) as usize];
         let most = if random.below(4) == 0 {
@@ -48,7 +50,7 @@ impl Storm {
             match random.below(64) {
                 0 => device.quiesce(),
                 1 => drop(device.read(Iova::new(at), &mut bytes[..len])),
-                // Past the end of an area the device faults, and has written what lies before.
+                // At the end of an area the device faults, after it has written the bytes before.
                 _ => drop(device.write(Iova::new(at), &bytes[..len])),
             }
             device.service();
@@ -84,7 +86,7 @@ impl Storm {
         }
     }
 
-    /// One harvest, and what becomes of it.
+    /// One harvest, and the end of its lease.
     fn round(&self, first: u64, pages: u64, granule: Granule, fate: u64) {
         let range = IovaRange::from_len(Iova::new(first * PAGE), pages * PAGE).unwrap();
         let mut words = vec![0; (range.granules(granule) as usize).div_ceil(64)];
@@ -192,7 +194,7 @@ fn leaves(max_leaf: Granule) -> DomainConfig {
     }
 }
 
-/// Another seed in every run; a failure names it.
+/// The seed differs in every run. A failure prints it.
 fn seed() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     now.unwrap().as_nanos() as u64

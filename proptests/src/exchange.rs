@@ -1,19 +1,21 @@
-//! Bitmap files from anywhere: a file that is taken is one that would be written, and no other is taken.
+//! Bitmap files from arbitrary bytes: a file is accepted only if a save of its contents gives the
+//! same bytes.
 
 use std::io::Cursor;
 
 use dirtymap::{SparseBitmap, UserBitmap};
 use dirtymap_formats::{BitmapFile, BitmapFileError};
 
-/// Bytes of a header, and where in it the checksums are.
+/// The length of a header, and the offsets of the checksums in it.
 const HEADER: usize = 64;
 const PAYLOAD_SUM: usize = 40;
 const HEADER_SUM: usize = 60;
 
-/// Reads `bytes` as a bitmap file, as they are and with checksums that fit. Says how many of the two were taken.
+/// Reads `bytes` as a bitmap file, once as they are and once with correct checksums. Returns how
+/// many of the two were accepted.
 ///
 /// # Errors
-/// What is wrong, if a file was taken that says anything but what it would say if it were written anew.
+/// A file was accepted although a save of its contents gives other bytes.
 pub fn check_bitmap_file(bytes: &[u8]) -> Result<usize, String> {
     let mut sealed = bytes.to_vec();
     if let Some((header, payload)) = sealed.split_at_mut_checked(HEADER) {
@@ -25,13 +27,13 @@ pub fn check_bitmap_file(bytes: &[u8]) -> Result<usize, String> {
     Ok(usize::from(check(bytes)?) + usize::from(check(&sealed)?))
 }
 
-/// Whether the file was taken.
+/// Whether the file was accepted.
 fn check(bytes: &[u8]) -> Result<bool, String> {
     let failed = |error: BitmapFileError| error.to_string();
     let Ok(mut file) = BitmapFile::from_reader(Cursor::new(bytes)) else {
         return Ok(false);
     };
-    // As many bits as there are in `bytes`, and no chunk for more of them: a header that lies costs nothing.
+    // As many bits as `bytes` holds, and no chunk for more, so a false header costs nothing.
     let (range, granule) = (file.range(), file.granule());
     let sparse = SparseBitmap::new(range.granules(granule) as u64);
     let view = UserBitmap::sparse(&sparse).view(range, granule);
@@ -76,7 +78,7 @@ mod tests {
     /// Addresses are single bytes here, so that a model can count them.
     const END: u64 = 4096;
 
-    /// A log of any base, granule and form, with bits behind its end.
+    /// A log of any base, granule and form, with bits past its end.
     #[derive(Clone, Debug)]
     struct Given {
         range: IovaRange,
@@ -86,7 +88,7 @@ mod tests {
     }
 
     impl Given {
-        /// The bytes that are dirty.
+        /// The dirty bytes.
         fn model(&self) -> BTreeSet<u64> {
             let base = self.range.start().get();
             let dirty = |address: &u64| {
@@ -138,7 +140,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn logs_of_any_form_merge_into_what_any_of_them_says(logs in vec(given(), 0..5), size in 0u8..8) {
+        fn logs_of_any_form_merge_into_what_any_of_them_says(
+            logs in vec(given(), 0..5), size in 0u8..8
+        ) {
             let words: Vec<Vec<u64>> = logs.iter().map(Given::words).collect();
             let read: Vec<DirtyLog<'_>> = logs.iter().zip(&words).map(|(log, words)| {
                 match log.as_words {
@@ -149,18 +153,22 @@ mod tests {
             let expect: BTreeSet<u64> = logs.iter().flat_map(Given::model).collect();
             let merged: Vec<IovaRange> = merge_runs(read.iter().map(DirtyLog::runs)).collect();
             prop_assert_eq!(set(merged.iter().copied()), expect.clone());
-            prop_assert_eq!(merged.iter().copied().total_bytes(), expect.len() as u128, "each byte once");
+            let total = merged.iter().copied().total_bytes();
+            prop_assert_eq!(total, expect.len() as u128, "each byte once");
             let table = RunTable::from_ordered(merged.clone()).unwrap();
-            // The same, not merged before.
+            // The same without an earlier merge.
             let whole: RunTable = read.iter().flat_map(DirtyLog::runs).collect();
             prop_assert_eq!(&whole, &table);
             let size = Granule::from_lg2(size).unwrap();
             let pieces: Vec<(u64, u64)> = merged.into_iter().pieces(size).collect();
             prop_assert!(pieces.iter().all(|(_, len)| *len <= size.bytes()));
-            let ranges = pieces.iter().map(|(start, len)| IovaRange::from_len(Iova::new(*start), *len).unwrap());
+            let ranges = pieces
+                .iter()
+                .map(|(start, len)| IovaRange::from_len(Iova::new(*start), *len).unwrap());
             prop_assert_eq!(ranges.collect::<RunTable>(), table.clone());
             let parts: Vec<RunTable> = table.partition(size).collect();
-            let full = parts.iter().rev().skip(1).all(|part| part.total_bytes() == u128::from(size.bytes()));
+            let size_bytes = u128::from(size.bytes());
+            let full = parts.iter().rev().skip(1).all(|part| part.total_bytes() == size_bytes);
             prop_assert!(full);
             prop_assert_eq!(parts.iter().flatten().collect::<RunTable>(), table);
         }
@@ -178,7 +186,9 @@ mod tests {
         }
 
         #[test]
-        fn a_file_and_a_set_give_back_what_they_were_given(log in given(), target in given(), generation: u64) {
+        fn a_file_and_a_set_give_back_what_they_were_given(
+            log in given(), target in given(), generation: u64
+        ) {
             in_view(&log, |view| {
                 let mut bytes = Cursor::new(Vec::new());
                 BitmapFile::write_to(&mut bytes, view, generation).unwrap();
@@ -203,7 +213,9 @@ mod tests {
 
         #[test]
         fn bytes_that_are_no_file_are_never_taken_for_one(
-            log in given(), flip in vec((any::<prop::sample::Index>(), any::<u8>()), 1..4), cut in 0usize..8
+            log in given(),
+            flip in vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+            cut in 0usize..8
         ) {
             let mut bytes = Cursor::new(Vec::new());
             in_view(&log, |view| BitmapFile::write_to(&mut bytes, view, 1)).unwrap();

@@ -1,5 +1,4 @@
-//! A source that fails where it is told to: it panics at its n-th next callback, or stops at an
-//! address.
+//! A source that fails on request: it panics at its n-th next callback, or stops at an address.
 //!
 //! ```text
 //!  space --callback--> Source --the same callback--> the node of the world
@@ -8,8 +7,8 @@
 //!                        +-- keeps a ledger of what `unmap` and `split_at` owe and nobody paid
 //! ```
 //!
-//! Each order is obeyed once. A panic in the middle comes after the source has mapped, reported or
-//! cleared a half.
+//! Each request is performed once. A panic in the middle comes after the source has mapped,
+//! reported or cleared a half.
 
 use std::any::Any;
 use std::ops::Deref;
@@ -22,15 +21,15 @@ use dirtymap::{DirtySource, Error, Granule, Iova, IovaRange, Mapping, Tracking};
 use crate::op::{Callback, Moment, Sabotage};
 use crate::rig::Node;
 
-/// What a callback that was told to panic panics with.
+/// The payload of a requested panic.
 pub(crate) struct ToldToPanic;
 
-/// Whether `panic` is one that was asked for.
+/// Whether `panic` is a requested one.
 pub(crate) fn was_told(panic: &(dyn Any + Send)) -> bool {
     panic.is::<ToldToPanic>() || panic.is::<crate::rig::ToldToDie>()
 }
 
-/// What a source says that was told to stop.
+/// The error of a requested stop.
 #[derive(Debug, thiserror::Error)]
 #[error("this source was told to stop")]
 pub(crate) struct ToldToStop;
@@ -44,16 +43,16 @@ pub(crate) struct Faulty {
 
 #[derive(Default)]
 struct Orders {
-    /// For each callback, how many calls go well before the one that panics.
+    /// For each callback, the number of calls that succeed before the one that panics.
     panics: [Option<(u8, Moment)>; Callback::ALL.len()],
-    /// How often an invalidation has panicked since somebody asked.
+    /// The number of panics of invalidations since it was last read.
     broken_flushes: u64,
-    /// Where the next harvest of this address stops.
+    /// The address at which the next harvest that reaches it stops.
     stop: Option<Iova>,
     /// Whether the last switch of tracking panicked: it may have been performed or not.
     in_doubt: bool,
-    /// What `unmap` was asked for when it panicked, and where `split_at` was: all of the range, and
-    /// of the area, may be reported as dirty.
+    /// The ranges of each `unmap` that panicked, and the places of each `split_at` that did. The
+    /// whole range, and the whole area, may be reported as dirty.
     blurred: Vec<IovaRange>,
     /// What is owed.
     owed: Vec<IovaRange>,
@@ -68,12 +67,12 @@ impl Faulty {
         }
     }
 
-    /// Of the calls of `callback` that come, `calls` go well and the next one panics.
+    /// The next `calls` calls of `callback` succeed, and the one after them panics.
     pub(crate) fn panic_at(&self, callback: Callback, calls: u8, moment: Moment) {
         lock(&self.orders).panics[callback as usize] = Some((calls, moment));
     }
 
-    /// The next harvest that comes to `at` stops there.
+    /// The next harvest that reaches `at` stops there.
     pub(crate) fn stop_at(&self, at: Option<Iova>) {
         lock(&self.orders).stop = at;
     }
@@ -83,7 +82,7 @@ impl Faulty {
         lock(&self.orders).stop
     }
 
-    /// Nothing panics or stops any more.
+    /// Withdraws all requested panics and stops.
     pub(crate) fn heal(&self) {
         let mut orders = lock(&self.orders);
         orders.panics = Default::default();
@@ -92,8 +91,7 @@ impl Faulty {
         self.node.dies().set(false);
     }
 
-    /// What may be reported as dirty, with the areas that it cuts, since an unmap or a split
-    /// panicked.
+    /// The ranges that may be reported as dirty, because an unmap or a split in them panicked.
     pub(crate) fn take_blurred(&self) -> Vec<IovaRange> {
         std::mem::take(&mut lock(&self.orders).blurred)
     }
@@ -103,17 +101,18 @@ impl Faulty {
         std::mem::take(&mut lock(&self.orders).broken_flushes)
     }
 
-    /// Whether it may track although its space has switched it off: the switch of a detach panicked.
+    /// Whether it may still track although its space has switched it off, because the switch of a
+    /// detach panicked.
     pub(crate) fn is_in_doubt(&self) -> bool {
         lock(&self.orders).in_doubt
     }
 
-    /// What is owed and not paid.
+    /// The debts that are not paid.
     pub(crate) fn owed(&self) -> Vec<IovaRange> {
         lock(&self.orders).owed.clone()
     }
 
-    /// Whether this call of `callback` panics, and when.
+    /// Whether this call of `callback` panics, and at which moment.
     fn turn(&self, callback: Callback) -> Option<Moment> {
         let mut orders = lock(&self.orders);
         match &mut orders.panics[callback as usize] {
@@ -145,14 +144,14 @@ impl Faulty {
         }
     }
 
-    /// The lower half of `range`, made of whole pages; all of it if it has one page.
+    /// The lower half of `range`, in whole pages. A single page is not split.
     fn half(&self, range: IovaRange) -> IovaRange {
         let middle = range.start().get() + (range.last().get() - range.start().get()) / 2;
         let middle = Iova::new(middle).granule_last(self.node.page());
         IovaRange::new(range.start(), middle.min(range.last())).unwrap_or(range)
     }
 
-    /// Adds to `gather`, and to the ledger, what `owe` owes; it may panic.
+    /// Adds the debt of `owe` to `gather` and to the ledger. May panic.
     fn owing<T>(&self, gather: &mut FlushGather, owe: impl FnOnce(&mut FlushGather) -> T) -> T {
         struct Ledger<'f> {
             source: &'f Faulty,
@@ -175,7 +174,7 @@ impl Faulty {
         owe(&mut ledger.fresh)
     }
 
-    /// An invalidation of `gather` is done.
+    /// The debts of `gather` are paid.
     fn paid(&self, gather: &FlushGather) {
         let all = gather.is_full();
         let covered = |owed: &IovaRange| gather.ranges().iter().any(|range| range.covers(*owed));
@@ -185,7 +184,7 @@ impl Faulty {
     }
 }
 
-/// Not by `panic!`: hooks that end the process need not know.
+/// Not by `panic!`, because the panic hook may end the process.
 fn panic_now() -> ! {
     resume_unwind(Box::new(ToldToPanic))
 }
@@ -336,7 +335,7 @@ impl DirtySource for Source {
         }
         let done = self.node.invalidate(gather)?;
         if moment.is_some() {
-            // Nobody heard that it was done.
+            // No caller learned that it was done.
             panic_now();
         }
         self.paid(gather);

@@ -1,5 +1,5 @@
-//! The flush queue against a naive one: which gathers a flush covers, in which order things are freed, and what is
-//! counted, whatever fails or panics in between.
+//! The flush queue against a naive one: which gathers a flush covers, in which order things are
+//! freed, and the counts, with failures and panics in between.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 use dirtymap::flush::{FlushCost, FlushGather, FlushQueue, Invalidated, Ticket};
 use dirtymap::{Error, FlushPolicy, Granule, Iova, IovaRange, RangeError};
 
-/// What a naive queue would hold: each gather by itself.
+/// The naive queue, which holds each gather by itself.
 #[derive(Default)]
 struct Naive {
-    /// Gathers that no flush has covered, and whether each has a free: by its number.
+    /// Gathers that no flush has covered, by number, and whether each has a free.
     owed: Vec<(FlushGather, Option<u64>)>,
-    /// The numbers of what was freed, in order.
+    /// The numbers of the freed gathers, in order.
     freed: Vec<u64>,
     retired: u64,
     flushes: u64,
@@ -37,7 +37,7 @@ struct Run {
     cost: FlushCost,
     naive: Naive,
     freed: Arc<Mutex<Vec<u64>>>,
-    /// All tickets, and how many gathers had been handed over when each was given.
+    /// All tickets, each with the number of gathers that were handed over before it.
     tickets: Vec<(Ticket, u64)>,
     numbers: u64,
 }
@@ -81,7 +81,7 @@ impl Run {
         self.tickets.push((ticket, handed));
     }
 
-    /// All that is owed, merged.
+    /// All pending gathers, merged.
     fn debt(&self) -> FlushGather {
         let mut debt = FlushGather::new();
         for (gather, _) in &self.naive.owed {
@@ -90,7 +90,8 @@ impl Run {
         debt
     }
 
-    /// Runs `flush` of the queue, with an invalidation that ends in `end`. It must happen exactly if `expected`.
+    /// Runs `flush` of the queue, with an invalidation that ends in `end`. It must happen exactly
+    /// if `expected`.
     fn flush(
         &mut self,
         end: End,
@@ -210,10 +211,11 @@ impl Run {
     }
 }
 
-/// Performs the hand-overs and flushes that `bytes` spell; in the end the queue is dropped.
+/// Performs the hand-overs and flushes that are decoded from `bytes`, and drops the queue at the
+/// end.
 ///
 /// # Errors
-/// What is wrong.
+/// The first difference.
 pub fn check_flush(bytes: &[u8]) -> Result<(), String> {
     let Some((&bounds, steps)) = bytes.split_first() else {
         return Ok(());
@@ -241,7 +243,7 @@ pub fn check_flush(bytes: &[u8]) -> Result<(), String> {
             _ => {
                 let late = kind & 16 != 0;
                 let due = run.is_due(late);
-                // Not a clock, but the one moment at which the bound of age is reached.
+                // A fixed moment instead of a clock: the one at which the bound of age is reached.
                 let now = match run.queue.deadline() {
                     Some(deadline) if late => deadline,
                     Some(deadline) => deadline - Duration::from_nanos(1),

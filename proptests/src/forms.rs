@@ -1,4 +1,4 @@
-//! Every form of user bitmap, between guards that nobody may touch.
+//! Every form of user bitmap, between guards that must not change.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -9,17 +9,17 @@ use dirtymap::{Granule, Iova, IovaRange, SparseBitmap, UserBitmap};
 
 use crate::violation::{Rule, Violation, check, violation};
 
-/// Bytes before and behind a bitmap that no harvest may touch.
+/// Guard bytes before and after a bitmap, which no harvest may change.
 pub(crate) const GUARD: usize = 16;
 
-/// Where a user keeps the bits.
+/// The form of a user's bitmap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
-    /// Words that nobody shares.
+    /// Exclusive words.
     Words,
-    /// Words that are shared.
+    /// Shared words.
     Shared,
-    /// Bytes that nobody shares, at any address.
+    /// Exclusive bytes, at any address.
     Bytes,
     /// Chunks that are allocated at their first bit.
     Sparse,
@@ -35,7 +35,7 @@ pub(crate) const FORMS: [Form; 5] = [
     Form::File,
 ];
 
-/// A bitmap between two guards, made from an image of all three.
+/// A bitmap between two guards, made from an image of the bitmap with its guards.
 pub(crate) enum Memory {
     Words(Vec<u64>),
     Shared(Vec<AtomicU64>),
@@ -57,7 +57,7 @@ pub(crate) fn set(image: &mut [u8], bit: u64) {
 }
 
 impl Memory {
-    /// The bitmap of `image`, which begins `skip` bytes behind a word if the form knows of bytes.
+    /// The bitmap of `image`. In a form of bytes it begins `skip` bytes after the start of a word.
     pub(crate) fn new(form: Form, image: &[u8], skip: usize) -> Result<Memory, Violation> {
         let content = &image[GUARD..image.len() - GUARD];
         let words = || image.as_chunks().0.iter().map(|w| u64::from_le_bytes(*w));
@@ -110,7 +110,7 @@ impl Memory {
         }
     }
 
-    /// What became of the image, which was `before`.
+    /// The image now. It was `before` at the start.
     pub(crate) fn image(&self, before: &[u8]) -> Result<Vec<u8>, Violation> {
         let bytes_of = |words: &[u64]| words.iter().flat_map(|w| w.to_le_bytes()).collect();
         Ok(match self {
@@ -128,7 +128,7 @@ impl Memory {
                 block[at.clone()].to_vec()
             }
             Memory::Sparse(sparse) => {
-                // No memory lies around it.
+                // This form has no memory around it.
                 let mut image = before.to_vec();
                 let end = image.len() - GUARD;
                 image[GUARD..end].fill(0);
@@ -157,7 +157,7 @@ impl Memory {
 /// An empty file without a name.
 fn scratch() -> std::io::Result<File> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
-    // Relaxed: a name is taken once.
+    // Relaxed: each number is used once.
     let n = NEXT.fetch_add(1, Ordering::Relaxed);
     let name = format!("dirtymap-forms-{}-{n}", std::process::id());
     let path = std::env::temp_dir().join(name);

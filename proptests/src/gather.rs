@@ -1,10 +1,10 @@
-//! The set of ranges that a flush invalidates, against a naive one: nothing may be forgotten, at no border of the
-//! address space.
+//! The set of ranges that a flush invalidates, against a naive one: no range may be lost, up to
+//! both ends of the address space.
 
 use dirtymap::flush::{FlushCost, FlushGather};
 use dirtymap::{Granule, Iova, IovaRange};
 
-/// How many ranges a gather keeps apart.
+/// The most ranges of a gather.
 const BOUND: usize = 32;
 
 /// A gather, and the same ranges in a sorted list without a bound.
@@ -14,7 +14,7 @@ struct Pair {
     naive: Vec<IovaRange>,
     entries: u64,
     tables: bool,
-    /// The bound was reached, so ranges were joined over gaps.
+    /// Whether the bound was reached, so that ranges were joined over gaps.
     coarse: bool,
 }
 
@@ -113,7 +113,8 @@ impl Pair {
         self.check_costs().or_else(|what| fail(&what))
     }
 
-    /// The costs of one range, and of one leaf, add up to that of both, at all borders of the arithmetic.
+    /// The costs of the ranges and of the leaves add up to the total, up to the limits of the
+    /// arithmetic.
     fn check_costs(&self) -> Result<(), String> {
         for unit in [0, 1, u64::MAX] {
             let cost = |per_range, per_leaf| FlushCost {
@@ -137,10 +138,10 @@ impl Pair {
     }
 }
 
-/// Adds and merges the ranges that `bytes` spell.
+/// Adds and merges the ranges that are decoded from `bytes`.
 ///
 /// # Errors
-/// What is wrong.
+/// The first difference.
 pub fn check_gather(bytes: &[u8]) -> Result<(), String> {
     let mut pairs = [Pair::default(), Pair::default()];
     for step in bytes.as_chunks::<4>().0 {

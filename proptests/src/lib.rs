@@ -1,16 +1,17 @@
-//! Properties of `dirtymap` as a whole: programs of [`Op`]s run on the library, over a simulated IOMMU, and on an
-//! oracle.
+//! Properties of `dirtymap` as a whole: programs of [`Op`]s run on the library, over a simulated
+//! IOMMU, and on an oracle.
 //!
 //! ```text
-//!  bytes --decode--> ops --run--> AddressSpace, three domains, six devices, two leases, a migrator's copy
-//!                            |                     |
-//!                            +--> oracle --------- compare after each step, byte for byte at the end
+//!  bytes --decode--> ops --run--> AddressSpace, three domains, six devices, two leases, a copy
+//!                            |             |
+//!                            +--> oracle --+-- compare after each step; at the end all bytes
 //! ```
 //!
-//! The same programs are run by `cargo test` (`PROPTEST_CASES` says how many), by the fuzzer, and with something
-//! broken on purpose: a run that does not notice a missing flush checks nothing.
+//! The same programs are run by `cargo test` (`PROPTEST_CASES` is their number), by the fuzzer, and
+//! with one step broken on purpose: a run that does not notice a missing flush checks nothing.
 //!
-//! [`soak`] does without an oracle: real threads at full speed, whose bytes are compared while they rest.
+//! [`soak`] has no oracle: real threads run at full speed, and their bytes are compared while they
+//! rest.
 
 mod bitmaps;
 mod bits;

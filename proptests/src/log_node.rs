@@ -1,5 +1,5 @@
-//! A source that clears by batches, as the dirty logs of kernels are cleared: one bit for each of
-//! its pages, no translations, no caches.
+//! A source that clears by batches, like the dirty logs of kernels: one bit for each page, no
+//! translations, no caches.
 //!
 //! ```text
 //!  read_and_clear   look at the log --> tell the sink of all runs --> clear them by 64 pages
@@ -7,8 +7,8 @@
 //!                                        +-- a page that sticks out: cleared inside the call
 //! ```
 //!
-//! The sink keeps the rest of a page that sticks out as soon as it hears that the page is clean: so
-//! of such a page it must be true by then.
+//! The sink puts back the rest of a page that sticks out as soon as the source reports that the
+//! page is clean. So such a page must really be clean by then.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -34,7 +34,7 @@ pub(crate) struct LogNode {
 
 #[derive(Default)]
 struct State {
-    /// By the first address.
+    /// The mapped ranges, by first address.
     maps: BTreeMap<u64, Mapping>,
     /// The numbers of the pages that were written.
     log: BTreeSet<u64>,
@@ -42,7 +42,7 @@ struct State {
     busy: Option<Busy>,
 }
 
-/// What a log says to a map.
+/// The error of a log that refuses a map.
 #[derive(Debug, thiserror::Error)]
 #[error("{0} is mapped already")]
 struct MappedTwice(IovaRange);
@@ -78,7 +78,7 @@ impl LogNode {
         inside.copied().collect()
     }
 
-    /// One access to bytes of one page of memory.
+    /// An access to bytes of one page of memory.
     fn translate(&self, at: u64, write: bool) -> Result<u64, DmaError> {
         let state = lock(&self.state);
         let map = state.maps.range(..=at).next_back().map(|(_, map)| *map);
@@ -99,7 +99,7 @@ impl LogNode {
         if state.tracks {
             state.log.insert(at >> self.page.lg2());
         }
-        // What is mapped is there: `map` has looked.
+        // Mapped memory exists, because `map` has checked it.
         let _ = self.memory.write(phys, bytes);
         Ok(())
     }
@@ -210,7 +210,8 @@ impl DirtySource for LogNode {
                 gather.add(part, self.page);
             }
         }
-        // All of the range: an unmap that panicked in `dirty` left the other pages in the log.
+        // The whole range, because an unmap that panicked in `dirty` left the other pages in the
+        // log.
         for n in self.written(range) {
             lock(&self.state).log.remove(&n);
             if self.sabotage != Sabotage::UnmapForgetsDirty {
@@ -219,7 +220,7 @@ impl DirtySource for LogNode {
         }
     }
 
-    /// Every border of pages is one.
+    /// Each border of pages is a border of leaves.
     fn split_at(&self, at: Iova, _: &mut FlushGather) -> Result<(), Error> {
         match at.is_aligned(self.page) {
             true => Ok(()),
@@ -268,7 +269,7 @@ impl DirtySource for LogNode {
             }
         }
         if dies {
-            // Nothing is cleared that was told: a superset.
+            // No reported page is cleared, which is a superset.
             std::panic::resume_unwind(Box::new(ToldToDie));
         }
         for word in later.chunk_by(|a, b| a / 64 == b / 64) {
@@ -295,14 +296,14 @@ impl DirtySource for LogNode {
         Ok(())
     }
 
-    /// The log is in memory before the data: there is nothing to wait for.
+    /// The log is in memory before the data, so a flush has nothing to wait for.
     fn invalidate(&self, _: &FlushGather) -> Result<Invalidated, Error> {
         if self.fails.take() && self.sabotage != Sabotage::HideFailedFlush {
             return Err(Error::source_failed(ToldToFail));
         }
         let busy = lock(&self.state).busy.take();
         if let Some(Busy { device, at, bytes }) = busy {
-            // Whether it may is checked by its first write.
+            // The first write checks whether the access is allowed.
             let _ = self.write(device, at, &bytes);
         }
         Ok(Invalidated::default())

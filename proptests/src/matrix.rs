@@ -1,6 +1,6 @@
-//! Every way to harvest, into every form of bitmap, against a set of dirty pages: at any base and
-//! granule, over areas that abut, with leaves of three sizes and marks among them; or over a log
-//! that clears by batches, whose pages are 1, 2 and 16 times that of the space.
+//! Every mode of harvest into every form of bitmap, against a set of dirty pages. Base and granule
+//! are arbitrary, areas touch, leaves have three sizes, and there are marks among them. Or the
+//! source is a log that clears by batches, whose pages are 1, 2 or 16 times that of the space.
 
 use std::collections::BTreeSet;
 
@@ -21,7 +21,7 @@ use crate::log_node::LogNode;
 use crate::rig::Node;
 
 const PAGE: u64 = 4096;
-/// Pages of the part that has leaves, and can be dirty.
+/// The pages of the window, which has leaves and can be dirty.
 const WINDOW: u64 = 1536;
 /// All areas together are one block of 2^40 bytes.
 const BLOCK: u8 = 40;
@@ -52,26 +52,26 @@ const MODES: [Mode; 7] = [
 #[derive(Clone, Debug)]
 struct Case {
     block: u64,
-    /// Where the window begins in its block.
+    /// The first page of the window in its block.
     window: u64,
-    /// Pages of the window at which an area ends and the next begins.
+    /// Pages of the window at which one area ends and the next one begins.
     cuts: BTreeSet<u64>,
     /// The leaves of each area.
     leaves: Vec<u8>,
-    /// Bytes of a page of a log, as a logarithm; 0 for a table with those leaves.
+    /// The page of a log, as a logarithm; 0 for a table with those leaves.
     log: u8,
-    /// By a device or by a CPU; first byte in the window, and length.
+    /// The writes: by a device or by a CPU, the first byte in the window, and the length.
     writes: Vec<(bool, u64, u64)>,
     granule: u8,
-    /// The whole block, else granules of the window: a first one and a number.
+    /// The whole block, or a first granule of the window and a number of granules.
     wide: bool,
     stretch: (u64, u64),
-    /// The granule of the mask, and what it has of the window.
+    /// The granule of the mask, and its runs in the window.
     mask: (u8, Vec<(u64, u64)>),
     limit: u64,
-    /// Shares of the request that are committed, in 1/256 of it.
+    /// The parts of the request that are committed, in 1/256 of it.
     commits: Vec<(u8, u8)>,
-    /// Bits that are set before; more bytes than needed; where the bytes begin.
+    /// Bits that are set before, bytes beyond the needed ones, and the offset of the first byte.
     preset: Vec<u64>,
     slack: usize,
     skip: usize,
@@ -165,7 +165,7 @@ impl Case {
             .collect()
     }
 
-    /// Bytes of the smallest page of all, as a logarithm.
+    /// The page that suits the space and the log, as a logarithm.
     fn page(&self) -> u8 {
         self.log.max(12)
     }
@@ -173,7 +173,7 @@ impl Case {
     /// The granule and the range of the request.
     fn request(&self, mode: Mode) -> (u8, IovaRange) {
         if self.wide {
-            // An abort of one bit for everything would make everything dirty.
+            // With a single bit for everything, an abort makes everything dirty.
             let huge =
                 self.granule.is_multiple_of(2) && !matches!(mode, Mode::CommitRange | Mode::Abort);
             return (if huge { BLOCK } else { 20 }, self.block());
@@ -186,10 +186,11 @@ impl Case {
     }
 }
 
-/// A domain whose areas have leaves of chosen sizes, or none: then only CPUs write there.
+/// A domain whose areas have leaves of chosen sizes, or none. Without leaves, only CPUs write
+/// there.
 struct Leaves {
     domain: Arc<Domain>,
-    /// In its place.
+    /// The log in its place.
     log: Option<Arc<LogNode>>,
     areas: Vec<(IovaRange, LeafSizes)>,
 }
@@ -241,7 +242,7 @@ impl DirtySource for Leaves {
     }
 }
 
-/// The space of a case, written to, and the pages that are dirty by that.
+/// The space of a case after its writes, and the dirty pages.
 fn world(case: &Case) -> (AddressSpace, BTreeSet<u64>) {
     let areas = case.areas();
     let memory = Arc::new(PhysMemory::new(WINDOW * PAGE).unwrap());
@@ -262,7 +263,7 @@ fn world(case: &Case) -> (AddressSpace, BTreeSet<u64>) {
         let backing = range.start().get() - window.start().get();
         space.map(*range, backing, Access::ReadWrite).unwrap();
     }
-    // Around them, up to the ends of the block.
+    // The areas around them, up to the ends of the block.
     let below = window.start().get() - case.block().start().get();
     let above = case.block().last().get() - window.last().get();
     for (start, len) in [
@@ -306,7 +307,7 @@ fn peek(space: &AddressSpace, block: IovaRange) -> BTreeSet<u64> {
     view.runs().flat_map(|run| numbers(run, 12)).collect()
 }
 
-/// The part of the request between two shares of it.
+/// The part of the request between two fractions of it.
 fn share(range: IovaRange, (a, b): (u8, u8)) -> IovaRange {
     let at = |n: u8| range.start().get() + ((range.len() - 1) * u128::from(n) / 255) as u64;
     IovaRange::new(Iova::new(at(a.min(b))), Iova::new(at(a.max(b)))).unwrap()
@@ -332,7 +333,7 @@ fn check(case: &Case, mode: Mode, form: Form) -> Result<(), TestCaseError> {
     let before = image.clone();
     let mut memory = Memory::new(form, &image, case.skip).unwrap();
 
-    // A page is in the mask if all granules of the mask are that the page of a source around it
+    // A page is in the mask if the mask has all granules that the surrounding page of a source
     // touches.
     let fine = case.mask.0;
     let in_window = |(at, len): &(u64, u64)| case.in_window(*at, *len);
@@ -418,7 +419,8 @@ fn check(case: &Case, mode: Mode, form: Form) -> Result<(), TestCaseError> {
         dirty.retain(|page| !taken.contains(page));
     }
     if back {
-        // What has its bit set and is not committed; a part of a page makes the page dirty.
+        // The pages whose bits are set and not committed. A part of a page makes the whole page
+        // dirty.
         let first = range.start().get() >> lg2;
         let bits = bits_of(&image[GUARD..GUARD + content]).filter(|bit| *bit < needed);
         let open = bits
@@ -431,7 +433,7 @@ fn check(case: &Case, mode: Mode, form: Form) -> Result<(), TestCaseError> {
 }
 
 proptest! {
-    // Each case is a world for each mode and each form.
+    // Each case makes a new space for each mode and each form.
     #![proptest_config(ProptestConfig::with_cases(ProptestConfig::default().cases.div_ceil(8)))]
 
     #[test]

@@ -1,6 +1,5 @@
 //! Every callback of a source panics once, at each of its first calls, before, in the middle and
-//! after, in programs that come to every call of the space. Programs at random find what these do
-//! not.
+//! after, in programs with every call of the space. Random programs cover the rest.
 
 use dirtymap::Access;
 
@@ -12,7 +11,7 @@ use crate::{
 
 const MOMENTS: [Moment; 3] = [Moment::Before, Moment::Middle, Moment::After];
 
-/// The first call, the second, which is for another area, and one later.
+/// The first call, the second one, which is for another area, and a later one.
 const CALLS: u8 = 3;
 
 fn place(area: u8, page: u8) -> Place {
@@ -58,7 +57,7 @@ fn dirty() -> Vec<Op> {
     ops
 }
 
-/// The calls of a space that come to callbacks, each with writes before it.
+/// The calls of a space that reach callbacks, each with writes before it.
 fn calls() -> Vec<(&'static str, Vec<Op>)> {
     let everywhere = Ask {
         span: 14,
@@ -178,10 +177,10 @@ fn world(large: bool) -> (Config, Vec<Op>) {
     (config, ops)
 }
 
-/// Bugs 2 to 5 of a review: a source that panicked in `unmap` after it had reported leaves took
-/// them with it; one that panicked half-way through `map` was never asked to unmap what it had
-/// mapped; the second of two splits lost the debt of the first; and an invalidation that panicked
-/// while a batch was undone ended the process.
+/// Four bugs. When a source panicked in `unmap` after it had reported leaves, these were lost. A
+/// source that panicked half-way through `map` was never called to unmap the part that it had
+/// mapped. The second of two splits lost the debt of the first one. An invalidation that panicked
+/// during the undo of a batch aborted the process.
 #[test]
 fn every_callback_may_panic_at_every_call() {
     let mut wrong = Vec::new();

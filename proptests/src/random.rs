@@ -1,11 +1,11 @@
-//! Numbers that look random and are the same in every run.
+//! Pseudorandom numbers, the same in every run.
 
 /// The splitmix64 generator, as an endless string of bytes.
 #[derive(Clone, Debug)]
 pub struct Random(u64);
 
 impl Random {
-    /// The string with the number `seed`.
+    /// The string of `seed`.
     pub fn new(seed: u64) -> Self {
         Random(seed)
     }

@@ -1,4 +1,5 @@
-//! Addresses, ranges, granules and the checks of requests at the edges of 64 bits, against arithmetic in 128.
+//! Addresses, ranges, granules and the checks of requests at the edges of 64 bits, against
+//! arithmetic in 128.
 
 use dirtymap::bitmap::BitmapError;
 use dirtymap::{Granule, Iova, IovaRange, RangeError, SparseBitmap, UserBitmap};
@@ -16,7 +17,7 @@ fn number(bytes: &mut impl Iterator<Item = u8>) -> u64 {
     }
 }
 
-/// A range in 128 bits: the first byte, and the one behind the last.
+/// A range in 128 bits: the first byte, and one past the last.
 fn ends(range: IovaRange) -> (u128, u128) {
     let last = u128::from(range.last().get());
     (range.start().get().into(), last + 1)
@@ -29,10 +30,10 @@ fn same<T: PartialEq + std::fmt::Debug>(what: &str, got: T, right: T) -> Result<
     }
 }
 
-/// Checks what `bytes` spell.
+/// Checks ranges and requests that are decoded from `bytes`.
 ///
 /// # Errors
-/// What was wrong.
+/// The first difference.
 pub fn check_ranges(bytes: &[u8]) -> Result<(), String> {
     let mut bytes = bytes.iter().copied();
     let [a, b, c, d] = [(); 4].map(|()| number(&mut bytes));
@@ -131,7 +132,8 @@ pub fn check_ranges(bytes: &[u8]) -> Result<(), String> {
     request(one.round_out(granule), granule, bits)
 }
 
-/// A request is refused for its alignment, then for a bitmap that is too short, and for nothing else.
+/// A request is refused for its alignment, then for a bitmap that is too short, and for nothing
+/// else.
 fn request(range: IovaRange, granule: Granule, bits: u64) -> Result<(), String> {
     let sparse = SparseBitmap::new(bits);
     let bits = u128::from(bits.min(1 << 63));
@@ -142,7 +144,7 @@ fn request(range: IovaRange, granule: Granule, bits: u64) -> Result<(), String> 
     match UserBitmap::sparse(&sparse).view(range, granule) {
         Ok(view) => {
             same("a request that is granted", aligned && needed <= bits, true)?;
-            // The border bits are where they should be.
+            // The bits at the borders are at their places.
             for (byte, bit) in [(range.start(), 0), (range.last(), needed as u64 - 1)] {
                 let one = IovaRange::granule_at(byte, Granule::BYTE);
                 view.sink().record(one).map_err(|error| error.to_string())?;

@@ -1,4 +1,4 @@
-//! What programs at random have found, minimised, each with the bug it tells of.
+//! Failures that random programs have found, minimised, each with the story of its bug.
 
 use dirtymap::Access;
 
@@ -24,9 +24,9 @@ const WRITE: Op = Op::DmaWrite {
     len: 8,
 };
 
-/// A map that a source refuses flushes to take back what other sources had mapped. There was nothing to take back,
-/// but the flush also carried the debt of an aborted lease; when it failed, the area stayed in the tree for ever,
-/// neither usable nor unmappable.
+/// A map that a source refuses flushes the mappings of the other sources. There were none, but the
+/// flush also carried the debt of an aborted lease. When it failed, the area stayed in the tree for
+/// ever, and could be neither used nor unmapped.
 #[test]
 fn a_refused_map_does_not_depend_on_the_flush_of_somebody_else() {
     let refused = Op::Map {
@@ -47,8 +47,8 @@ fn a_refused_map_does_not_depend_on_the_flush_of_somebody_else() {
     run(&ops, &Config::PLAIN).unwrap();
 }
 
-/// An unmap whose flush fails has removed the leaves already, and with them their dirty bits; the call that succeeds
-/// later finds them clean. So nobody counted them as discarded.
+/// An unmap whose flush fails has already removed the leaves with their dirty bits. The call that
+/// succeeds later found no dirty bits, so the pages were not counted as discarded.
 #[test]
 fn an_unmap_whose_flush_fails_counts_what_it_discarded() {
     let unmap = Op::UnmapDiscarding {
@@ -58,8 +58,8 @@ fn an_unmap_whose_flush_fails_counts_what_it_discarded() {
     run(&[WRITE, Op::FlushFails(0), unmap], &Config::PLAIN).unwrap();
 }
 
-/// Two gathers that are merged into each other double what they count with each step: the count of entries wrapped, which
-/// is a panic in a debug build.
+/// Two gathers that are merged into each other double their counts with each step. The count of
+/// entries wrapped, which panics in a debug build.
 #[test]
 fn gathers_that_are_merged_to_and_fro_do_not_wrap() {
     let add = [3, 0, 0, 0];
@@ -81,16 +81,16 @@ const fn panics(domain: u8, callback: Callback, calls: u8, moment: Moment) -> Op
     }
 }
 
-/// A source that panicked half-way through a map was recorded as one that has nothing, so nobody
-/// asked it to unmap: the attach that came after it found its own addresses taken, and devices
-/// reached them.
+/// A source that panicked half-way through a map was recorded as empty, so it was not called to
+/// unmap: the next attach found the addresses taken in the source, and devices still reached them.
 #[test]
 fn a_map_that_panics_half_way_is_undone() {
     let half = panics(1, Callback::Map, 0, Moment::Middle);
     run(&[half, Op::Attach(1)], &Config::PLAIN).unwrap();
 }
 
-/// What a source had told of an unmap went with its panic. The area was there, and clean.
+/// The pages that a source had reported in an unmap were lost by its panic. The area stayed, and
+/// was clean.
 #[test]
 fn an_unmap_that_panics_takes_nothing_with_it() {
     let unmap = Op::Unmap {
@@ -104,11 +104,10 @@ fn an_unmap_that_panics_takes_nothing_with_it() {
 }
 
 /// A cut splits a leaf in each domain. The second domain panicked, and the gather with the debt of
-/// the first was on the stack. The cut that was tried again found nothing to split there, and owed
-/// nothing.
+/// the first was dropped. The repeated cut found nothing to split there, and owed nothing.
 #[test]
 fn a_split_that_panics_leaves_the_debt_of_the_one_before() {
-    // The second one has nothing to split, so it owes nothing that stands for the first.
+    // The second domain has nothing to split, so it owes nothing that covers the first.
     let config = Config {
         large_leaves: [true, false, false],
         ..Config::PLAIN
@@ -118,13 +117,13 @@ fn a_split_that_panics_leaves_the_debt_of_the_one_before() {
         unaligned: false,
     };
     let second = panics(1, Callback::SplitAt, 0, Moment::Before);
-    // Nothing is dirty: no harvest owes the same by chance.
+    // Nothing is dirty, so no harvest owes the same by chance.
     let ops = [Op::Attach(1), second, cut];
     run(&ops, &config).unwrap();
 }
 
-/// A batch that maps and unmaps undid its maps while the panic of an invalidation unwound, and
-/// invalidated again: the second panic ended the process.
+/// A batch that maps and unmaps undid its maps during the unwinding of a panic in an invalidation,
+/// and invalidated again: the second panic aborted the process.
 #[test]
 fn an_invalidation_that_panics_while_a_batch_is_undone_ends_nothing() {
     let stretch = crate::Stretch {
@@ -160,7 +159,7 @@ fn a_bounded_harvest_takes_whole_pages_of_all_sources() {
     run(&[WRITE, bounded(0), bounded(250)], &config).unwrap();
 }
 
-/// Two sources, of which the first had given a page when the second stopped below it. The lease had
+/// The first of two sources had reported a page when the second one stopped below it. The lease had
 /// the page, and its consumer copied up to the stop and committed.
 #[test]
 fn of_two_sources_the_one_that_stops_lower_counts() {
@@ -183,7 +182,7 @@ fn of_two_sources_the_one_that_stops_lower_counts() {
     run(&ops, &Config::PLAIN).unwrap();
 }
 
-/// A consumer that vanishes loses what its lease names, and hides nothing of other pages.
+/// A forgotten lease loses its own pages, and hides nothing of other pages.
 #[test]
 fn a_lease_that_is_forgotten_loses_no_other_page() {
     let other = Op::DmaWrite {

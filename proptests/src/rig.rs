@@ -1,8 +1,8 @@
-//! The hardware side: a domain and its devices, as one dirty source that can be told to fail.
+//! The hardware: a domain and its devices, as one dirty source that fails on request.
 //!
-//! An invalidation waits for devices that are awake, and here one thread drives everything. So while the domain
-//! invalidates, on a thread of its own, the caller's thread serves the devices. Between two steps no device does
-//! anything: writes stay in flight, and runs repeat themselves exactly.
+//! An invalidation waits for devices that are awake, and here one thread drives everything. So the
+//! domain invalidates on a thread of its own, while the caller's thread serves the devices. Between
+//! two steps no device acts: writes stay in flight, and runs are exactly repeatable.
 
 use std::panic::resume_unwind;
 
@@ -19,7 +19,7 @@ use crate::op::{Config, Sabotage};
 pub(crate) trait Node: DirtySource {
     fn format(&self) -> &'static str;
 
-    /// Whether it has leaves that let devices do `access` and nothing else.
+    /// Whether it has leaves that allow exactly `access`.
     fn grants(&self, access: Access) -> bool;
 
     /// Whether the domain maps `iova`.
@@ -29,16 +29,16 @@ pub(crate) trait Node: DirtySource {
 
     fn read(&self, device: u8, at: Iova, bytes: &mut [u8]) -> Result<(), DmaError>;
 
-    /// Lands what may be in flight to `range`, but not from device `except`.
+    /// Lands the writes in flight that may touch `range`, except for those of device `except`.
     fn settle(&self, except: Option<u8>, range: IovaRange);
 
-    /// Lands what is in flight; the device stays awake.
+    /// Lands the writes in flight. The device stays awake.
     fn land(&self, device: u8);
 
-    /// Lands what is in flight; the device goes to sleep.
+    /// Lands the writes in flight. The device goes to sleep.
     fn quiesce(&self, device: u8);
 
-    /// Has a device write again and again while the domain invalidates, until it is told to stop by `None`.
+    /// A device writes again and again while the domain invalidates. `None` stops it.
     fn keep_busy(&self, busy: Option<Busy>);
 
     /// Whether the next invalidation fails.
@@ -47,14 +47,14 @@ pub(crate) trait Node: DirtySource {
     /// Whether the next harvest panics.
     fn dies(&self) -> &Switch;
 
-    /// Merges the leaves of `range` as far as the format can; the caller owns it.
+    /// Merges the leaves of `range` as far as the format can. No other thread uses `range`.
     fn merge(&self, range: IovaRange) -> Result<(), pagetable_sim::Error>;
 
-    /// Splits the leaf that lies across `at`, and flushes what devices cached of it.
+    /// Splits the leaf that spans `at`, and flushes its cached translations.
     fn split(&self, at: Iova) -> Result<(), Error>;
 }
 
-/// Thrown and seen by one thread.
+/// A flag that one thread sets and reads.
 #[derive(Default)]
 pub(crate) struct Switch(AtomicBool);
 
@@ -73,17 +73,17 @@ impl Switch {
     }
 }
 
-/// What a device writes while it is waited for.
+/// The write of a device during an invalidation.
 pub(crate) struct Busy {
     pub(crate) device: u8,
     pub(crate) at: Iova,
     pub(crate) bytes: Vec<u8>,
 }
 
-/// What a harvest that was told to die panics with.
+/// The payload of a requested panic of a harvest.
 pub(crate) struct ToldToDie;
 
-/// What a flush that was told to fail says.
+/// The error of a requested failure of a flush.
 #[derive(Debug, thiserror::Error)]
 #[error("this flush was told to fail")]
 pub(crate) struct ToldToFail;
@@ -99,7 +99,7 @@ pub(crate) struct Rig<F: Format> {
     first: bool,
 }
 
-/// A device, and where its writes in flight may be.
+/// A device, and the ranges of its writes in flight.
 struct Tracked<F: Format> {
     device: Device<F>,
     in_flight: Vec<IovaRange>,
@@ -157,7 +157,7 @@ impl<F: Format> Rig<F> {
             while !flush.is_finished() {
                 for (nth, tracked) in devices.iter_mut().enumerate() {
                     match &*busy {
-                        // Answers first; a fault was one before, too.
+                        // Answers before the write, which may fault as it did before.
                         Some(busy) if usize::from(busy.device) == nth => {
                             let _ = tracked.write(busy.at, &busy.bytes);
                         }
@@ -170,7 +170,7 @@ impl<F: Format> Rig<F> {
         })
     }
 
-    /// Whether this domain does not take part.
+    /// Whether this domain is left out.
     fn is_left_out(&self) -> bool {
         self.sabotage == Sabotage::HarvestFirstDomainOnly && !self.first
     }
@@ -305,7 +305,7 @@ impl<F: Format> DirtySource for Rig<F> {
             if let Ok(half) = IovaRange::new(range.start(), middle) {
                 self.domain.read_and_clear(half, out)?;
             }
-            // Not by `panic!`: hooks that end the process need not know.
+            // Not by `panic!`, because the panic hook may end the process.
             resume_unwind(Box::new(ToldToDie));
         }
         self.domain.read_and_clear(range, out)

@@ -1,4 +1,5 @@
-//! What is broken on purpose must be noticed: a run that passes without a flush, a drain or a mark checks nothing.
+//! Each fault that is made on purpose must be noticed: a run that passes without a flush, a drain
+//! or a mark checks nothing.
 
 use dirtymap::Access;
 use dirtymap::space::SpaceStats;
@@ -9,7 +10,8 @@ use crate::{
     Ask, Callback, Config, Cut, Format, MapFault, Master, Moment, Op, Place, Rule, Sabotage,
 };
 
-/// Programs that are tried before a sabotage counts as unnoticed: as many as a property tries.
+/// The number of programs that are tried before a sabotage counts as unnoticed: as many as a
+/// property tries.
 const TRIES: u64 = 256;
 
 fn program(seed: u64) -> (Config, Vec<Op>) {
@@ -19,12 +21,13 @@ fn program(seed: u64) -> (Config, Vec<Op>) {
     (config, ops)
 }
 
-/// Tries programs until one breaks `rule`, and makes sure that the same one passes when nothing is broken.
+/// Tries programs until one breaks `rule`, and checks that the same program passes without the
+/// sabotage.
 fn expect_caught(sabotage: Sabotage, rule: Rule) {
     expect(sabotage, Some(rule), program);
 }
 
-/// As `expect_caught`, by any rule.
+/// As `expect_caught`, for any rule.
 fn expect_noticed(sabotage: Sabotage, program: impl Fn(u64) -> (Config, Vec<Op>)) {
     expect(sabotage, None, program);
 }
@@ -43,7 +46,8 @@ fn expect(sabotage: Sabotage, rule: Option<Rule>, program: impl Fn(u64) -> (Conf
     panic!("{sabotage:?} was not noticed by {rule:?} in {TRIES} programs");
 }
 
-/// Every sabotage that there is. The match has no arm for all others: one that is added must say what notices it.
+/// Every sabotage. The match has no wildcard arm, so a new sabotage needs an arm with the rule that
+/// notices it.
 #[test]
 fn every_sabotage_is_noticed() {
     for sabotage in Sabotage::ALL.iter().copied() {
@@ -74,7 +78,7 @@ fn every_sabotage_is_noticed() {
     }
 }
 
-/// As `expect_caught`, by programs of another kind.
+/// As `expect_caught`, with programs of another kind.
 fn expect_caught_by(sabotage: Sabotage, rule: Rule, program: impl Fn(u64) -> (Config, Vec<Op>)) {
     expect(sabotage, Some(rule), program);
 }
@@ -108,7 +112,7 @@ fn stopped(seed: u64) -> (Config, Vec<Op>) {
     (config, [&first[..], &ops].concat())
 }
 
-/// The invalidation of a page that is written again is told to panic.
+/// A page is written again, and its invalidation is told to panic.
 fn panicked(seed: u64) -> (Config, Vec<Op>) {
     let device = Master {
         domain: 0,
@@ -152,8 +156,8 @@ fn logged(seed: u64) -> (Config, Vec<Op>) {
     (config, ops)
 }
 
-/// Few programs meet by chance a device that writes between the two rounds of a flush. So the steps that matter come first, and
-/// any program after them.
+/// Few random programs have a device that writes between the two rounds of a flush. So the steps
+/// that matter come first, and a random program follows.
 fn between_rounds(seed: u64) -> (Config, Vec<Op>) {
     let device = Master {
         domain: 0,
@@ -187,7 +191,7 @@ fn between_rounds(seed: u64) -> (Config, Vec<Op>) {
     (config, [&first[..], &ops].concat())
 }
 
-/// The same for a table whose place a large leaf takes.
+/// The same for a table that a large leaf replaces.
 fn table_replaced(seed: u64) -> (Config, Vec<Op>) {
     let device = Master {
         domain: 0,

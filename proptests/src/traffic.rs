@@ -1,9 +1,10 @@
-//! Everything at once: mappers that map, cut and unmap, domains that come and go with their devices, and harvesters.
+//! Everything at once: mappers that map, cut and unmap, domains that are attached and detached with
+//! their devices, and harvesters.
 //!
-//! Addresses are mapped to the memory of the same number, and each mapper owns a stretch of it. While a page is not
-//! mapped, its owner writes to it, and nobody else may: a device that still does was not flushed. While it is mapped,
-//! every write must be reported: by a harvest, by the unmap, or by an abort as outside. In the end the copy equals the
-//! memory.
+//! Addresses are mapped to the memory of the same number, and each mapper owns a stretch of it.
+//! While a page is not mapped, only its owner writes to it: a write of a device means that a flush
+//! was missing. While it is mapped, every write must be reported: by a harvest, by the unmap, or by
+//! an abort as outside. In the end the copy equals the memory.
 
 use std::time::{Duration, Instant};
 
@@ -25,13 +26,14 @@ const PAGES: u64 = MAPPERS * STRETCH;
 struct Traffic {
     space: AddressSpace,
     memory: Arc<PhysMemory>,
-    /// The copy. Each page is copied under its lock, so that an older copy never replaces a newer one.
+    /// The copy. Each page is copied under its lock, so that an older copy never replaces a newer
+    /// one.
     copy: Vec<Mutex<[u8; PAGE as usize]>>,
     breakage: Breakage,
     stop: AtomicBool,
-    /// Pages that changed while they were their owner's alone.
+    /// Pages that changed while only their owner was allowed to write.
     stolen: AtomicU64,
-    /// Translations that were there when they had to be gone.
+    /// Translations that still existed when they had to be gone.
     leaked: AtomicU64,
 }
 
@@ -109,7 +111,8 @@ impl Traffic {
         self.space.apply(&batch).unwrap();
     }
 
-    /// The pages are the caller's alone: writes to them, and looks whether that is still there a little later.
+    /// Only the caller may write to these pages. Writes to them, and checks a little later that the
+    /// bytes are unchanged.
     fn own(&self, range: IovaRange, random: &mut Random) {
         let fill = [random.bits() as u8; PAGE as usize];
         for page in numbers(range) {
@@ -127,13 +130,13 @@ impl Traffic {
         }
     }
 
-    /// What happens to an area while it is mapped.
+    /// The changes of an area while it is mapped.
     fn live(&self, range: IovaRange, random: &mut Random) {
         for _ in 0..random.below(20) {
             let page = range.start().get() / PAGE + random.below(range.len() as u64 / PAGE);
             match random.below(8) {
                 0 => match self.space.cut(Iova::new(page * PAGE)) {
-                    // Leaves that lie across the cut are refused by sources that cannot split them.
+                    // A source that cannot split leaves refuses a cut inside one.
                     Ok(_) | Err(Error::Source(_)) => {}
                     Err(other) => panic!("{other}"),
                 },
@@ -150,7 +153,7 @@ impl Traffic {
 
     fn unmap(&self, range: IovaRange, random: &mut Random) {
         if random.below(8) == 0 {
-            // Discards what is dirty: the next owner writes to all of it anyway.
+            // Discards the dirty pages, because the next owner writes to all of them.
             self.space.apply(&[Change::Unmap { range }]).unwrap();
             self.own(range, random);
             return;
@@ -162,7 +165,7 @@ impl Traffic {
         view.runs().for_each(|run| self.copy_pages(run));
     }
 
-    /// A domain that comes and goes; its device goes on while it goes.
+    /// A domain that is attached and detached. Its device keeps writing during the detach.
     fn attacher(&self, mut random: Random) {
         while self.goes_on() {
             let domain = self.domain(&mut random);
@@ -193,7 +196,7 @@ impl Traffic {
             let at = random.below(PAGES * PAGE - 64);
             let bytes = [random.bits() as u8; 64];
             let len = 1 + random.below(64) as usize;
-            // Faults where nothing is mapped, and has written what lies before.
+            // Faults at the first unmapped address, after the bytes before it are written.
             let _ = device.write(Iova::new(at), &bytes[..len]);
             if random.below(256) == 0 {
                 device.quiesce();
@@ -217,7 +220,7 @@ impl Traffic {
         }
     }
 
-    /// One harvest, and what becomes of it.
+    /// One harvest, and the end of its lease.
     fn round(&self, range: IovaRange, scope: Scope, fate: u64) {
         let words = [dirtymap::sync::AtomicU64::new(0)];
         let bitmap = || UserBitmap::shared(&words);
@@ -236,14 +239,14 @@ impl Traffic {
             }
         };
         if aborted.outside_bytes != 0 {
-            // The area went, after a flush: nobody else will report these pages.
+            // The area was unmapped, with a flush, so no later harvest reports these pages.
             let view = bitmap().view(range, Granule::K4).unwrap();
             view.runs().for_each(|run| self.copy_pages(run));
         }
     }
 }
 
-/// Pages that were stolen, leaked or differ in the end.
+/// The numbers of pages that were stolen, that leaked, and that differ at the end.
 fn violations(breakage: Breakage, time: Duration, seed: u64) -> [u64; 3] {
     let traffic = Traffic::new(breakage);
     let random = |nth: u64| Random::new(seed.wrapping_mul(31).wrapping_add(nth));
@@ -300,7 +303,7 @@ fn violations(breakage: Breakage, time: Duration, seed: u64) -> [u64; 3] {
     ]
 }
 
-/// Another seed in every run; a failure names it.
+/// The seed differs in every run. A failure prints it.
 fn seed() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     now.unwrap().as_nanos() as u64
@@ -315,7 +318,7 @@ fn no_write_is_lost_nothing_leaks_and_nothing_is_reused_too_early() {
 
 #[test]
 fn traffic_without_invalidations_is_noticed() {
-    // Memory that is used again before the flush is written by the devices of its last owner.
+    // Without the flush, devices of the last owner write to memory that is used again.
     let brief = Duration::from_millis(500);
     let noticed = (0..20).any(|_| {
         let [stolen, leaked, _] = violations(Breakage::IgnoreInvalidations, brief, seed());

@@ -1,4 +1,4 @@
-//! What a run can find wrong.
+//! The failures that a run can report.
 
 use std::fmt;
 
@@ -10,7 +10,7 @@ pub struct Violation {
     pub rule: Rule,
     /// The step of the program; its length for the checks at the end.
     pub step: usize,
-    /// What was seen, and what was right.
+    /// The observed and the expected result.
     pub text: String,
 }
 
@@ -19,15 +19,16 @@ pub struct Violation {
 pub enum Rule {
     /// In the end the copy equals the memory, byte for byte.
     Lost,
-    /// A harvest reports what was written before.
+    /// A harvest reports the pages that were written before.
     Unreported,
-    /// A harvest reports nothing that cannot be dirty.
+    /// A harvest reports no page that cannot be dirty.
     Excess,
     /// No bit outside the request is written, and bits that are set stay set.
     Bitmap,
     /// The counts add up.
     Accounting,
-    /// A call does what its documentation says, or refuses with the right error and changes nothing.
+    /// A call does what its documentation says, or refuses with the right error and changes
+    /// nothing.
     Answer,
 }
 

@@ -1,4 +1,4 @@
-//! A run that hangs fails: a lock that a panic has left held shows as a call that never returns.
+//! A run that hangs fails. A lock that stays held after a panic shows as a call that never returns.
 
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
@@ -10,7 +10,7 @@ use crate::{Config, Op, Rule, Violation, run};
 /// Far more than the longest program takes on a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// As [`run`], on a thread of its own, for which it waits so long and no longer.
+/// As [`run`], on a thread of its own, with this time limit.
 pub(crate) fn run_watched(ops: &[Op], config: &Config) -> Result<SpaceStats, Violation> {
     let (ops, config) = (ops.to_vec(), *config);
     let (say, hear) = channel();

@@ -71,8 +71,8 @@ impl World {
         self.node(device.domain).read(device.device, at, bytes)
     }
 
-    /// Lands what may be in flight to these bytes from all devices but `except`: so the last of several writers wins,
-    /// as in the oracle.
+    /// Lands the writes of all devices but `except` that may be in flight to these bytes, so that
+    /// the last of several writers wins, as in the oracle.
     pub(crate) fn settle(&self, except: Option<Master>, at: Iova, len: usize) {
         let Ok(range) = IovaRange::from_len(at, len as u64) else {
             return;
@@ -83,7 +83,7 @@ impl World {
         }
     }
 
-    /// Everything in flight lands, and all devices sleep.
+    /// Lands all writes in flight, and puts all devices to sleep.
     pub(crate) fn quiesce(&self) {
         for node in &self.nodes {
             node.quiesce(0);
@@ -91,7 +91,7 @@ impl World {
         }
     }
 
-    /// How many domains will fail their next flush.
+    /// The number of domains that will fail their next flush.
     pub(crate) fn failures_ahead(&self) -> u64 {
         self.nodes
             .iter()
@@ -99,7 +99,7 @@ impl World {
             .count() as u64
     }
 
-    /// Nothing is told to fail, to panic or to stop any more.
+    /// Withdraws all requested failures, panics and stops.
     pub(crate) fn heal(&self) {
         for node in &self.nodes {
             node.heal();

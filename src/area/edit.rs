@@ -186,8 +186,7 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         // `lookup` found it.
         unsafe { self.remove_below(self.root, found, start) };
         self.shrink();
-        // Last, because the count is seldom in a cache.
-        // SAFETY:
+        // Last, because the count is rarely in a cache. SAFETY:
         // - from `Arc::into_raw`: leaves hold nothing else.
         // - alive: the count of the tree is released only by the update that publishes the removal,
         //   and not before we unpin (Inv. 3); or, if this edit inserted it, by dropping the edit,
@@ -275,7 +274,7 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         Box::into_raw(self.pool.copy(shared, self.stamp))
     }
 
-    /// Gives up a node that is no longer below the root of the edit.
+    /// Retires a node that is no longer below the root of the edit.
     fn discard(&mut self, node: *mut Node<T, F>) {
         // SAFETY: alive: only this edit frees its own nodes, and others live while we are pinned.
         if unsafe { &*node }.stamp() == self.stamp {
@@ -306,7 +305,8 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         // Searches the old node, which a search read a moment ago; the copy is not in a cache yet.
         let found = unsafe { &*parent.child(at) }.find(x);
         let child = self.owned(parent.child(at));
-        // At once, so that at every moment the nodes of the edit are exactly those below its root.
+        // Right away, so that at every moment the nodes of the edit are exactly those below its
+        // root.
         parent.set(
             at,
             NodeSlot {

@@ -37,7 +37,7 @@ impl<T: Copy + Send + Sync + 'static> AreaMap<T> {
         }
     }
 
-    /// The value at `iova`. Lock-free; never frees or drops what updates left.
+    /// The value at `iova`. Lock-free; never frees nodes and never drops values.
     #[inline]
     pub fn lookup(&self, iova: Iova) -> Option<T> {
         self.0.snapshot().lookup(iova).map(|entry| *entry.area)

@@ -1,4 +1,4 @@
-//! Which ranges exist: a concurrent map from non-overlapping, inclusive IOVA ranges to areas.
+//! The tree of areas: a concurrent map from non-overlapping, inclusive IOVA ranges to areas.
 //!
 //! ```text
 //!               root (the one atomic word) --> rules

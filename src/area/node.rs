@@ -65,7 +65,7 @@ impl<T, const F: usize> Clone for Node<T, F> {
     }
 }
 
-// A copy owns nothing: the tree keeps track of the ownership of what a node points to (Inv. 4).
+// A copy owns nothing: the tree owns the areas and children of a node (Inv. 4).
 impl<T, const F: usize> Copy for Node<T, F> {}
 
 impl<T, const F: usize> Node<T, F> {

@@ -1,5 +1,5 @@
-//! The only user of the epoch: it pins readers, and after a grace period brings unreachable nodes
-//! and areas back to the updates.
+//! The only user of crossbeam's epoch collector: it pins readers, and after a grace period returns
+//! unreachable nodes and areas to the updates.
 //!
 //! ```text
 //!  update --replaced--> open garbage --full--> epoch, one call --> returned --> pool of spare
@@ -31,9 +31,9 @@ use super::root::Root;
 use crate::sync::{Arc, AtomicPtr, Ordering, Step, TINY, Witness, performs, weaken};
 
 /// Spare nodes that a tree keeps: the contents of two lists of garbage, because one comes back
-/// while the one before it is being used. Nodes beyond these, which come back after a slow reader,
-/// are freed one for each update. So no update pays for all of them, and if a reader is slow again,
-/// most of them are still here.
+/// while the one before it is being used. Further nodes, which come back after a slow reader, are
+/// freed one for each update. So no update pays for all of them, and if a reader is slow again,
+/// most of them are still in the pool.
 pub(super) const SPARE_NODES: usize = 8 * FULL;
 /// The fraction of the returned areas that an update drops, in addition to one for each area that
 /// it inserts. Allocators are fastest if a block that is freed is the next one to be allocated.
@@ -62,7 +62,7 @@ impl Pinned {
     }
 }
 
-/// What updates made unreachable. Dropping it frees nothing.
+/// Nodes, roots, areas and rules that updates made unreachable. Dropping it frees nothing.
 pub(super) struct Garbage<T, const F: usize, R> {
     /// The roots that were replaced, without the nodes below them.
     pub(super) roots: Vec<*mut Root<T, F, R>>,
@@ -105,7 +105,7 @@ impl<T, const F: usize, R> Garbage<T, F, R> {
     }
 }
 
-/// What an update works with, and what it leaves for the next one.
+/// The memory with which an update works, and which it leaves for the next one.
 pub(super) struct Pool<T, const F: usize, R> {
     /// Nodes that no thread reaches, with their old contents.
     nodes: Vec<Box<Node<T, F>>>,
@@ -114,7 +114,7 @@ pub(super) struct Pool<T, const F: usize, R> {
     /// Roots that no thread reaches.
     #[allow(clippy::vec_box)] // the boxes themselves go round
     roots: Vec<Box<Root<T, F, R>>>,
-    /// What published updates replaced, and was not yet handed to the epoch.
+    /// The garbage of published updates that was not yet handed to the epoch.
     pub(super) open: Box<Garbage<T, F, R>>,
     /// Empty lists, for later use.
     #[allow(clippy::vec_box)] // the boxes themselves go round

@@ -1,4 +1,4 @@
-//! Where nodes and areas are: none is leaked, none is used by two, and no reader frees any.
+//! The places of nodes and areas: none is leaked, none is used twice, and no reader frees any.
 
 use std::convert::Infallible;
 

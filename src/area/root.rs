@@ -1,10 +1,9 @@
-//! The root of a tree: what one compare-exchange publishes.
+//! The root of a tree, which one compare-exchange publishes.
 
 use super::node::Node;
 use crate::sync::Witness;
 
-/// What an update publishes: all areas, and the rules of what may be inserted where. Dropping it
-/// frees no node.
+/// All areas, and the rules for inserts, as one update publishes them. Dropping it frees no node.
 pub(super) struct Root<T, const F: usize, R> {
     /// Null while there are no areas.
     pub(super) node: *mut Node<T, F>,

@@ -219,8 +219,8 @@ impl<'a, T, const F: usize> Iterator for Contiguous<'a, T, F> {
     }
 }
 
-/// The areas and rules of a tree at the moment of [`AreaTree::snapshot`]. Later updates do not
-/// show.
+/// The areas and rules of a tree at the moment of [`AreaTree::snapshot`]. Later updates are not
+/// visible in it.
 ///
 /// A live snapshot holds back the epoch of the process, as an RCU reader holds back a grace period:
 /// nothing that is removed meanwhile is freed, from this tree or another one. Updates continue, and

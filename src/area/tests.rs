@@ -346,7 +346,7 @@ fn ascending_inserts_leave_full_nodes() {
     for i in 0..256 {
         tree.insert(range(i * 10, i * 10 + 9), Arc::new(i)).unwrap();
     }
-    // 4^4 areas fill four levels: 64 leaves, and not one more.
+    // 4^4 areas fill four levels, with exactly 64 leaves.
     assert_eq!(tree.snapshot().shape(), (4, 64 + 16 + 4 + 1));
     // One more area takes one node on each level, and a root above.
     tree.insert(range(5000, 5000), Arc::new(0)).unwrap();

@@ -10,16 +10,16 @@ use super::span::Span;
 use crate::error::BitmapError;
 use crate::sync::{Arc, AtomicU64, Ordering};
 
-/// What the row of words is aligned to in the file: the largest page of common systems, so that
-/// every window starts on a page. Readers copy so many bytes at a time.
+/// The alignment of the sequence of words in the file: the largest page of common systems, so that
+/// every window starts on a page. Readers copy this number of bytes at a time.
 const ALIGN: u64 = 64 << 10;
 
 /// A bitmap in a file: bit 0 of a request is the lowest bit of the byte at an offset of the
 /// caller's choice.
 ///
-/// A harvest maps one window of it at a time (2 MiB unless told otherwise), so that a bitmap of
-/// any size takes little address space. Readers of the result copy 64 KiB of it at a time. Bytes
-/// outside the request stay as they were.
+/// A harvest maps one window of it at a time (2 MiB by default), so that a bitmap of any size takes
+/// little address space. Readers of the result copy 64 KiB of it at a time. Bytes outside the
+/// request stay as they were.
 ///
 /// # Files that shrink
 /// A file that is too short is refused up front, by [`BitmapError::TooShort`]. Its length is looked
@@ -28,17 +28,18 @@ const ALIGN: u64 = 64 << 10;
 /// read counts as **dirty throughout**: a superset, so that nothing is lost by an abort or by a
 /// copy that does not look at [`Runs::error`](crate::bitmap::Runs::error).
 ///
-/// One race is left: a file that is cut while a harvest has its window mapped raises `SIGBUS` at
-/// the next access, as with every mapped file. Where the other side is not trusted, seal the file
-/// against shrinking first (`F_SEAL_SHRINK`).
+/// One race remains: if the file is truncated while a harvest has its window mapped, the next
+/// access raises `SIGBUS`, as in every mapped file. If another program that can truncate the file
+/// is not trusted, seal the file first (`F_SEAL_SHRINK`).
 ///
 /// # File systems that are full
-/// On Linux all of a window has room in the file system before anything is recorded in it, and so
-/// before anything is cleared: otherwise recording fails by [`BitmapError::NoSpace`], as above. So
-/// a window that a harvest records in takes its blocks even if the rest of it stays empty; reading
-/// a sparse file takes none. A file system that cannot reserve blocks is asked by a write fault on
-/// each page of the window. Two cases remain a `SIGBUS`: the same on a kernel before Linux 5.14,
-/// and a hole that is punched under a mapped window of a full file system.
+/// On Linux a whole window gets its blocks in the file system before a bit is recorded in it, and
+/// so before a dirty bit is cleared. If there is no room, recording fails by
+/// [`BitmapError::NoSpace`], as above. So a window in which a harvest records takes all of its
+/// blocks, even if most of it stays empty. A read of a sparse file takes none. If the file system
+/// cannot reserve blocks, a write fault on each page of the window takes their place. Two cases
+/// still raise `SIGBUS`: such a file system on a kernel before Linux 5.14, and a hole that is
+/// punched under a mapped window of a full file system.
 ///
 /// # Several at a time
 /// Harvests may share one `FileBitmap`; their bits are OR-ed in atomically. Two of them over
@@ -49,13 +50,13 @@ pub struct FileBitmap {
     file: File,
     /// The byte of the file that holds bit 0.
     offset: u64,
-    /// How many bytes the bitmap has, if the file is long enough.
+    /// The number of bytes of the bitmap, if the file is long enough.
     bytes: u64,
     window: u64,
     mapped: Arc<Mapped>,
 }
 
-/// How many bytes are mapped.
+/// The number of mapped bytes.
 #[derive(Debug, Default)]
 struct Mapped {
     now: AtomicU64,
@@ -63,8 +64,8 @@ struct Mapped {
 }
 
 impl FileBitmap {
-    /// The `bytes` bytes of `file` from `offset` on; as far as the file reaches when a request is
-    /// made. The file must be open for reading and writing.
+    /// The `bytes` bytes of `file` from `offset` on, up to the end of the file at the time of a
+    /// request. The file must be open for reading and writing.
     pub fn new(file: File, offset: u64, bytes: u64) -> Self {
         FileBitmap {
             file,
@@ -98,7 +99,7 @@ impl FileBitmap {
         self.mapped.most.load(Ordering::Relaxed)
     }
 
-    /// How many bits the file has room for, as of now; none if its length cannot be told.
+    /// The number of bits for which the file has room now; 0 if its length cannot be read.
     pub(super) fn bits(&self) -> u64 {
         let len = self.file.metadata().map_or(0, |metadata| metadata.len());
         let there = len.saturating_sub(self.offset).min(self.bytes);
@@ -154,7 +155,7 @@ impl FileBitmap {
         let len = (bytes.end - bytes.start) as usize;
         let part = &mut copy.as_flattened_mut()[from..from + len];
         read_at(&self.file, part, bytes.start).map_err(|error| match error.kind() {
-            // Cut between the look at its length and the read.
+            // The file was truncated between the look at its length and the read.
             io::ErrorKind::UnexpectedEof => BitmapError::Shrank {
                 len: self.file.metadata().map_or(0, |metadata| metadata.len()),
                 needed: bytes.end,
@@ -182,14 +183,14 @@ impl FileBitmap {
         }
     }
 
-    /// Sees to it that the file system has room for `bytes`, which are mapped as `map`: a store to
-    /// a page that it has no block for would end the process.
+    /// Ensures that the file system has blocks for `bytes`, which are mapped as `map`, because a
+    /// store to a page without a block would raise `SIGBUS`.
     #[cfg(target_os = "linux")]
     fn reserve(&self, bytes: &Range<u64>, map: &MmapRaw) -> Result<(), BitmapError> {
         use std::os::fd::AsRawFd;
         let (at, len) = (bytes.start, bytes.end - bytes.start);
-        // Without growth: a file that was cut in between stays cut. No file is longer than an
-        // `off_t` can tell, and this one had these bytes a moment ago.
+        // Without growth: a file that was truncated in between stays short. No file is longer than
+        // an `off_t` can hold, and this one had these bytes a moment ago.
         let keep = libc::FALLOC_FL_KEEP_SIZE;
         let (from, room) = (at as libc::off_t, len as libc::off_t);
         loop {
@@ -219,7 +220,7 @@ fn full(at: u64, len: u64) -> impl Fn(io::Error) -> BitmapError {
     move |error| BitmapError::NoSpace { at, len, error }
 }
 
-/// Makes every page of `map` writable, by an error where a store would raise `SIGBUS`.
+/// Makes every page of `map` writable, with an error instead of the `SIGBUS` of a store.
 #[cfg(target_os = "linux")]
 fn fault_in(map: &MmapRaw) -> io::Result<()> {
     match map.advise(memmap2::Advice::PopulateWrite) {
@@ -268,8 +269,8 @@ impl Mapping {
         // SAFETY:
         // - valid for reads and writes for as long as `self` is borrowed: the mapping is `len`
         //   bytes long, shared and writable, and `self` owns it. The file was that long when it was
-        //   mapped; if it is cut afterwards, an access raises a signal, which is no access to
-        //   memory of anybody else.
+        //   mapped; if it is truncated afterwards, an access raises a signal, which is no access to
+        //   other memory.
         // - cut the same way by every span: mappings start on pages, so each byte of a file lies at
         //   the same place in a word in all of them, and windows meet at words; the request's
         //   borders are documented on `FileBitmap`.

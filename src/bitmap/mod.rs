@@ -1,4 +1,4 @@
-//! User bitmaps: where a harvest writes down what it found.
+//! User bitmaps, into which a harvest records dirty pages.
 //!
 //! Bit `n` stands for the bytes `[base + n * granule, base + (n + 1) * granule)`, least significant
 //! bit first, words little endian on every host. A harvest only ever ORs bits in, inside the

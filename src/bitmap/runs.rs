@@ -1,8 +1,8 @@
-//! What is recorded in a view: words, bits, and maximal ranges of addresses.
+//! The contents of a view: words, bits, and maximal ranges of addresses.
 //!
 //! All of them read forward through one window at a time. A window of a file that cannot be mapped
-//! counts as dirty throughout, and the iterator's `error` says so: a caller that ignores it copies
-//! too much, never too little.
+//! counts as dirty throughout, and the iterator's `error` reports it: a caller that ignores it
+//! copies too much, never too little.
 
 use super::BitmapView;
 use super::window::{Backing, Window};
@@ -26,7 +26,7 @@ impl<'a> BitmapView<'a> {
         Runs::new(*self)
     }
 
-    /// How many bits of the view are set. Windows of a file that cannot be read count as set.
+    /// The number of set bits of the view. Windows of a file that cannot be read count as set.
     pub fn count(&self) -> u64 {
         self.words()
             .map(|(_, word)| u64::from(word.count_ones()))
@@ -63,7 +63,8 @@ impl<'a> Reader<'a> {
     ) -> Result<Option<(u64, &Window<'a>)>, (u64, BitmapError)> {
         while word <= self.last / 64 {
             if !self.window.holds(word) {
-                // The old window goes before the new one comes: there is never more than one.
+                // The old window is closed before the new one is opened, so there is never more
+                // than one.
                 self.window = Window::none();
                 match self.backing.next_window(word, self.last) {
                     Ok(Some(window)) => self.window = window,
@@ -121,12 +122,12 @@ impl<'a> Words<'a> {
         }
     }
 
-    /// Why a window could not be read, if there was one: its bits count as dirty.
+    /// The error of a window that could not be read, whose bits count as dirty.
     pub fn error(&self) -> Option<&BitmapError> {
         self.error.as_ref()
     }
 
-    /// As [`error`](Self::error), and gives it away.
+    /// The same as [`error`](Self::error), by value.
     pub fn take_error(&mut self) -> Option<BitmapError> {
         self.error.take()
     }
@@ -147,7 +148,7 @@ impl<'a> Words<'a> {
                 Err((at, error)) => {
                     self.error.get_or_insert(error);
                     self.reader.give_up(at);
-                    // What lies before was zero; going back would close the stand-in and fail
+                    // The words before were zero. A step back would close the stand-in and fail
                     // again.
                     word = at;
                 }
@@ -208,7 +209,7 @@ impl<'a> Bits<'a> {
         }
     }
 
-    /// Why a window could not be read, if there was one: its bits count as dirty.
+    /// The error of a window that could not be read, whose bits count as dirty.
     pub fn error(&self) -> Option<&BitmapError> {
         self.words.error()
     }
@@ -296,7 +297,7 @@ impl<'a> Runs<'a> {
         }
     }
 
-    /// Why a window could not be read, if there was one: its bits count as dirty.
+    /// The error of a window that could not be read, whose bits count as dirty.
     pub fn error(&self) -> Option<&BitmapError> {
         self.bits.words.error()
     }

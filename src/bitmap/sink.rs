@@ -1,4 +1,4 @@
-//! The sink: what a dirty source writes its findings into.
+//! The sink, into which a source records dirty pages.
 
 use super::BitmapView;
 use super::window::Window;
@@ -15,13 +15,28 @@ impl<'a> BitmapView<'a> {
     }
 }
 
-/// What a dirty source writes its findings into during one harvest.
+/// Receives the dirty pages of a source during one harvest.
 ///
 /// The source calls [`record`](Sink::record) **before** it clears the state that told it so.
+///
+/// ```
+/// use dirtymap::{Granule, Iova, ToIovaRange, UserBitmap};
+///
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// let mut words = [0];
+/// let view = UserBitmap::new(&mut words).view((0..64 << 12).to_iova_range()?, Granule::K4)?;
+/// let mut sink = view.sink();
+/// sink.record((0x2ffe..0x3002).to_iova_range()?)?; // a write that touches two pages
+/// sink.record_mask(Iova::new(0x8000), Granule::K4, 0b11)?; // two pages of a log
+/// assert_eq!(sink.bits_set(), 4);
+/// assert_eq!(words, [0b11_0000_1100]);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Sink<'a> {
     view: BitmapView<'a>,
-    /// What lies outside is not recorded. Inside the view.
+    /// The part of the view into which pages are recorded.
     limit: IovaRange,
     window: Window<'a>,
     /// Whether no other thread writes to the bits meanwhile.
@@ -45,7 +60,7 @@ impl<'a> Sink<'a> {
         }
     }
 
-    /// The addresses that can be recorded; everything else is clipped.
+    /// The addresses that can be recorded. Other addresses are clipped.
     pub fn range(&self) -> IovaRange {
         self.limit
     }
@@ -55,14 +70,14 @@ impl<'a> Sink<'a> {
         self.view.granule()
     }
 
-    /// Records nothing outside `part` from now on.
+    /// Restricts the sink to `part` from now on.
     pub(crate) fn limit_to(&mut self, part: IovaRange) {
         if let Some(inside) = part.intersection(self.view.range()) {
             self.limit = inside;
         }
     }
 
-    /// Bits that this sink turned from 0 to 1.
+    /// The number of bits that this sink has changed from 0 to 1.
     pub fn bits_set(&self) -> u64 {
         self.bits_set
     }
@@ -86,6 +101,7 @@ impl<'a> Sink<'a> {
     /// None for bitmaps in memory. For a file [`BitmapError::Shrank`], [`BitmapError::Window`] or
     /// [`BitmapError::NoSpace`], if the next window cannot be mapped or filled; then a part of
     /// `range` may be recorded, and the caller must leave the dirty state as it is.
+    #[doc(alias = "iova_bitmap_set")]
     #[inline]
     pub fn record(&mut self, range: IovaRange) -> Result<(), Error> {
         Ok(self.put(range)?)
@@ -164,8 +180,8 @@ impl<'a> Sink<'a> {
         self.view.backing().may_fail()
     }
 
-    /// Opens the window for `range`, if one window holds all of it: then recording there does not
-    /// fail until something else is recorded or secured. Whether it did.
+    /// Opens the window for `range`, if one window holds all of it. Then records there do not fail
+    /// until another window is opened. Returns whether it did.
     ///
     /// # Errors
     /// As [`record`](Sink::record).
@@ -187,7 +203,7 @@ impl<'a> Sink<'a> {
         let bit = number(base)
             .wrapping_sub(number(self.view.range().start()))
             .wrapping_add(self.view.shift());
-        // Of single bytes there are more than a signed number can tell apart.
+        // There are more single bytes than a signed number can count.
         (page == self.view.granule() && page.lg2() > 0 && bit.is_multiple_of(64))
             .then_some((bit.cast_signed() >> 6).cast_unsigned())
     }
@@ -211,8 +227,8 @@ impl<'a> Sink<'a> {
         Ok(())
     }
 
-    /// As [`or`](Self::or), for `seen` from `word` on. False,
-    /// and nothing is recorded, if the bitmap is shared or not all of the words are at hand.
+    /// As [`or`](Self::or), for `seen` from `word` on. False, and nothing is recorded, if the
+    /// bitmap is shared or the window does not have all of the words.
     #[inline]
     pub(crate) fn or_line(&mut self, word: u64, seen: &[u64; LINE_WORDS]) -> bool {
         if !self.exclusive {
@@ -238,7 +254,7 @@ impl<'a> Sink<'a> {
     /// Makes the window that holds `word` the current one.
     #[cold]
     fn open(&mut self, word: u64) -> Result<(), BitmapError> {
-        // The old window goes before the new one comes: there is never more than one.
+        // The old window is closed before the new one is opened, so there is never more than one.
         self.window = Window::none();
         self.window = self
             .view
@@ -250,8 +266,8 @@ impl<'a> Sink<'a> {
     }
 }
 
-/// How many bits are set: at once for most words of bitmaps that are dense, or have hardly a bit;
-/// not all processors count them.
+/// The number of set bits. Words of dense bitmaps and of almost empty ones take a short path,
+/// because not all processors have an instruction for it.
 #[inline]
 fn count(bits: u64) -> u64 {
     match bits {

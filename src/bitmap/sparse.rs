@@ -8,8 +8,9 @@ use crate::chunkmap::{CHUNK_WORDS, ChunkMap};
 ///
 /// For requests over address spaces that are mostly clean, or far too large for a bitmap in one
 /// piece: one for 2^63 bytes costs nothing before its first bit. Memory grows with the chunks that
-/// have bits, at worst to the size of a bitmap in one piece; recording one leaf that spans many
-/// chunks allocates all of them. Shared by `&self`: several harvests may record at a time.
+/// have bits, at worst to the size of a bitmap in one piece. A record of one leaf that spans many
+/// chunks allocates all of them. All calls take `&self`: several harvests may record at the same
+/// time.
 ///
 /// ```
 /// use dirtymap::{Granule, Iova, IovaRange, SparseBitmap, UserBitmap};
@@ -39,12 +40,12 @@ impl SparseBitmap {
         }
     }
 
-    /// How many bits the bitmap holds.
+    /// The number of bits of the bitmap.
     pub fn bits(&self) -> u64 {
         self.bits
     }
 
-    /// How many chunks are allocated. Looks at each of them.
+    /// The number of allocated chunks. Looks at each of them.
     pub fn chunks(&self) -> u64 {
         let last = self.bits.saturating_sub(1) / 64;
         let mut chunks = 0;

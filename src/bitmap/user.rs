@@ -1,4 +1,4 @@
-//! The bitmap that a caller hands to a harvest, and its view through one request.
+//! The bitmap that a caller passes to a harvest, and its view through one request.
 
 #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
 use super::FileBitmap;
@@ -13,6 +13,21 @@ use crate::units::{Granule, IovaRange};
 /// a request is ever written. At most 2^63 bits of it are used.
 ///
 /// Several harvests may record into one shared bitmap at a time: bits are OR-ed in atomically.
+///
+/// ```
+/// use dirtymap::{Granule, ToIovaRange, UserBitmap};
+///
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// let ram = (0x10_0000..0x20_0000).to_iova_range()?; // 256 pages
+/// let mut words = [0; 4];
+/// let view = UserBitmap::new(&mut words).view(ram, Granule::K4)?;
+/// view.sink().record((0x10_1000..0x10_3000).to_iova_range()?)?;
+/// assert_eq!(words, [0b110, 0, 0, 0]);
+/// # Ok(())
+/// # }
+/// ```
+#[doc(alias = "iova_bitmap")]
+#[doc(alias = "iova_bitmap_alloc")]
 #[derive(Debug)]
 pub struct UserBitmap<'a> {
     backing: Backing<'a>,
@@ -22,7 +37,7 @@ pub struct UserBitmap<'a> {
 }
 
 impl<'a> UserBitmap<'a> {
-    /// A bitmap in words that are the caller's alone for as long as the lease lives.
+    /// A bitmap in words that no other code uses while the lease lives.
     #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
     pub fn new(words: &'a mut [u64]) -> Self {
         let (first, len) = (words.as_mut_ptr().cast::<AtomicU64>(), words.len());
@@ -40,8 +55,8 @@ impl<'a> UserBitmap<'a> {
         }
     }
 
-    /// A bitmap in bytes that are the caller's alone for as long as the lease lives. It may begin
-    /// at any address and have any length: bit `n` is bit `n % 8` of byte `n / 8`.
+    /// A bitmap in bytes that no other code uses while the lease lives. It may begin at any address
+    /// and have any length: bit `n` is bit `n % 8` of byte `n / 8`.
     #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
     pub fn bytes(bytes: &'a mut [u8]) -> Self {
         // SAFETY:
@@ -54,9 +69,9 @@ impl<'a> UserBitmap<'a> {
         }
     }
 
-    /// A bitmap in words that others may OR into at the same time.
+    /// A bitmap in words into which other threads may OR at the same time.
     ///
-    /// Nobody may clear bits of a request's range while the lease of that request lives.
+    /// No code may clear bits of a request's range while the lease of that request lives.
     pub fn shared(words: &'a [AtomicU64]) -> Self {
         UserBitmap {
             backing: Backing::Memory(Span::of_words(words)),
@@ -66,7 +81,7 @@ impl<'a> UserBitmap<'a> {
 
     /// A bitmap in chunks that are allocated at their first bit.
     ///
-    /// Nobody may clear bits of a request's range while the lease of that request lives.
+    /// No code may clear bits of a request's range while the lease of that request lives.
     pub fn sparse(sparse: &'a SparseBitmap) -> Self {
         UserBitmap {
             backing: Backing::Sparse(sparse),
@@ -74,7 +89,7 @@ impl<'a> UserBitmap<'a> {
         }
     }
 
-    /// A shared bitmap of which only the first `good` words can be recorded in: for tests of sources.
+    /// A shared bitmap in which only the first `good` words can be recorded, for tests of sources.
     #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
     pub(crate) fn failing(words: &'a [AtomicU64], good: u64) -> Self {
         UserBitmap {
@@ -83,7 +98,7 @@ impl<'a> UserBitmap<'a> {
         }
     }
 
-    /// As [`sparse`](Self::sparse), where nobody else writes to the bits while this, or the one sink
+    /// As [`sparse`](Self::sparse), if no other code writes to the bits while this, or the one sink
     /// that it is made into, lives.
     pub(crate) fn sparse_alone(sparse: &'a SparseBitmap) -> Self {
         UserBitmap {
@@ -92,7 +107,8 @@ impl<'a> UserBitmap<'a> {
         }
     }
 
-    /// The view of `part`, which consists of whole granules of `bound`, whose first granule is bit 0.
+    /// The view of `part`, which consists of whole granules of `bound`, whose first granule is bit
+    /// 0.
     pub(crate) fn part_of(
         self,
         bound: IovaRange,
@@ -110,7 +126,7 @@ impl<'a> UserBitmap<'a> {
 
     /// A bitmap in a file, mapped one window at a time.
     ///
-    /// No code may clear bits of a request's range, or cut the file, while the lease of that
+    /// No code may clear bits of a request's range, or truncate the file, while the lease of that
     /// request lives.
     #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
     pub fn file(file: &'a FileBitmap) -> Self {
@@ -120,8 +136,8 @@ impl<'a> UserBitmap<'a> {
         }
     }
 
-    /// How many bits the bitmap holds; for a file, as far as it reaches now (none if its length
-    /// cannot be told).
+    /// The number of bits of the bitmap. For a file, up to its end now (0 if its length cannot be
+    /// read).
     pub fn bits(&self) -> u64 {
         self.backing.bits()
     }

@@ -1,10 +1,23 @@
-//! A user bitmap as one request sees it: which address each bit stands for.
+//! A user bitmap through one request, which gives each bit its address.
 
 use super::window::Backing;
 use crate::units::{Granule, Iova, IovaRange};
 
 /// A user bitmap as one request sees it: which address each bit stands for, and where the request
 /// ends.
+///
+/// ```
+/// use dirtymap::{Granule, ToIovaRange, UserBitmap};
+///
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// let mut words = [0b1011];
+/// let view = UserBitmap::new(&mut words).view((0..64 << 12).to_iova_range()?, Granule::K4)?;
+/// assert_eq!(view.count(), 3);
+/// assert!(view.bits().eq([0, 1, 3]));
+/// assert!(view.runs().eq([(0..0x2000).to_iova_range()?, (0x3000..0x4000).to_iova_range()?]));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct BitmapView<'a> {
     pub(super) backing: Backing<'a>,
@@ -25,7 +38,7 @@ impl<'a> BitmapView<'a> {
     }
 
     /// The view of the granules that lie inside `range` as a whole, over the same bits of the
-    /// bitmap; `None` if there are none. Numbers of words and bits count from the first of them.
+    /// bitmap. `None` if there are none. Numbers of words and bits count from the first of them.
     pub fn part(&self, range: IovaRange) -> Option<BitmapView<'a>> {
         let (first, last) = self.positions_within(range)?;
         Some(BitmapView {

@@ -1,9 +1,9 @@
-//! Where the bits of a bitmap live, and the one window of them that is at hand.
+//! The memory of the bits of a bitmap, and the one window of them that is open.
 //!
-//! Every form of bitmap is a row of aligned 64-bit words. Bit `n` of a request is bit `n + shift`
-//! of that row, where `shift` is what lies before the bitmap in its first word (or, for a file, in
-//! its first page). So all forms share one way to record and one way to read; they differ in how a
-//! window is opened:
+//! Every form of bitmap is a sequence of aligned 64-bit words. Bit `n` of a request is bit `n +
+//! shift` of that sequence, where `shift` is the number of bits before the bitmap in its first word
+//! (or, for a file, in its first page). So all forms share one way to record and one way to read;
+//! they differ in how a window is opened:
 //!
 //! | form | window | opened by |
 //! |---|---|---|
@@ -19,12 +19,12 @@ use super::{MAX_BITS, SparseBitmap, WINDOW_BITS};
 use crate::error::BitmapError;
 use crate::sync::AtomicU64;
 
-/// Where the bits of a bitmap live.
+/// The memory of the bits of a bitmap.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Backing<'a> {
     /// In the caller's memory.
     Memory(Span<'a>),
-    /// In memory of which the first words alone can be recorded in.
+    /// In memory in which only the first words can be recorded.
     #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
     Failing(Span<'a>, u64),
     /// In chunks that are allocated when they are needed.
@@ -129,7 +129,7 @@ impl<'a> Backing<'a> {
     }
 }
 
-/// The words that are at hand.
+/// The words that are open.
 #[derive(Debug)]
 pub(super) struct Window<'a> {
     first: u64,
@@ -147,7 +147,7 @@ enum Bits<'a> {
     /// A copy of a part of a file, to be read.
     #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
     Copied(Vec<[u8; 8]>),
-    /// Not at hand.
+    /// No words.
     Unreadable,
 }
 
@@ -204,7 +204,7 @@ impl<'a> Window<'a> {
         })
     }
 
-    /// Whether `word` is at hand.
+    /// Whether `word` is in the window.
     #[inline]
     pub(super) fn holds(&self, word: u64) -> bool {
         word.wrapping_sub(self.first) < self.words
@@ -234,7 +234,7 @@ impl<'a> Window<'a> {
             .map_or(0, |(span, index)| span.or_alone(index, mask))
     }
 
-    /// `N` words from `word` on, if they are at hand as whole words.
+    /// `N` words from `word` on, if the window has them as whole words.
     #[inline]
     pub(super) fn whole<const N: usize>(&self, word: u64) -> Option<&[AtomicU64; N]> {
         if !self.holds(word) || N as u64 > self.end() - word {

@@ -22,7 +22,7 @@
 //! finds the bit set performs M2 as well: the thread that set the bit may not have reached its own
 //! M2.
 //!
-//! * M3 serves the look at the area that follows a mark. An unmap declares the area gone, performs
+//! * M3 orders the look at the area that follows a mark. An unmap declares the area gone, performs
 //!   a fence F6, and takes the bits. Either M3 or F6 comes first:
 //!   - if M3 does, the unmap finds the summary and the bit;
 //!   - if F6 does, the marker finds that the area has gone.
@@ -30,17 +30,17 @@
 //!   On common processors M3 costs nothing, and neither does F3.
 //! * A harvester clears the summary of a line only if the request covers the whole line. To clear
 //!   it for a part would hide the bits that stay.
-//! * A line whose summary was cleared must not be given up: a harvest that looks in between finds
-//!   it clean, and may be the last one. So a fallible harvester secures the place of a line before
-//!   H1, and keeps the summary of a line whose place it cannot secure: see
+//! * A harvester that has cleared the summary of a line must take the line: a harvest that looks in
+//!   between finds it clean, and may be the last one. So a fallible harvester secures the place of
+//!   a line before H1, and keeps the summary of a line whose place it cannot secure: see
 //!   [`Taker`](super::take::Taker). Only a panic puts lines back into the summary.
 //! * A harvester looks for the chunk before it clears the summary: a summary that is set may become
 //!   visible before the chunk does.
 //!
 //! # A chunk that is dirty as a whole
 //! A mark of all of a chunk sets no word. It sets the chunk's *state*, in the place of M1, and all
-//! lines of the summary. The words count beside it: a bit is set if its word has it or its chunk is
-//! whole. A state is clean, whole or split, and has a number:
+//! lines of the summary. The words stay valid beside it: a bit is set if its word has it, or if its
+//! chunk is whole. A state is clean, whole or split, and has a number:
 //!
 //! ```text
 //!            mark                harvest of a part             words are published
@@ -55,13 +55,13 @@
 //!   state again after each F5, and always expands it into words.
 //! * A harvest of a part sets all words, and the summary, before the state becomes clean: the rest
 //!   is dirty at every moment. A mark that finds *whole* leaves it. A mark that finds *split* makes
-//!   the chunk whole again: while the words are being set, another harvest may take them, one that
-//!   saw the chunk before it was whole and so does not end that state. A mark that relied on
+//!   the chunk whole again: while the words are being set, another harvest may take them. That
+//!   harvest saw the chunk before it was whole, so it does not end the state. A mark that relied on
 //!   *split* would be lost with them.
 //! * A compare-exchange ends the state that was looked at. The number makes each *whole* another
-//!   state: of two splits, the one that is late cannot end the state of the other before the words
-//!   of that one are set. If a mark or a split came in between, the state stays, and pages are
-//!   reported twice at worst.
+//!   state: of two splits, the late one cannot end the state of the other one before the other's
+//!   words are set. If a mark or a split came in between, the state stays, and pages are reported
+//!   twice at worst.
 
 use std::ptr;
 

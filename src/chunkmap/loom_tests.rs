@@ -62,7 +62,7 @@ fn a_mark_that_is_skipped_is_in_the_summary() {
     });
 }
 
-/// Takes nothing: it has no place for it.
+/// Takes nothing, because it has no place to record.
 struct Refuses;
 
 impl Visitor for Refuses {

@@ -102,7 +102,7 @@ impl ChunkMap {
 
     /// Sets the bits `first..=last`. A word whose bits are all set already costs a fence and a few
     /// loads, and no write. `fence` is called once: it orders the caller's data write before the
-    /// look at bits that are set already, see [`marks`](crate::source). Returns whether a bit was
+    /// look at bits that are set already, see [`marks`](crate::marks). Returns whether a bit was
     /// clear; then a SeqCst fence came after the write.
     #[inline]
     pub(crate) fn set(&self, first: u64, last: u64, fence: impl FnOnce()) -> bool {
@@ -126,7 +126,7 @@ impl ChunkMap {
         anew
     }
 
-    /// The one group that the bitmap has, unless it is too large for that, or not in slabs.
+    /// The group of a bitmap of one group, in slabs. `None` for any other bitmap.
     pub(crate) fn one_group(&self) -> Option<OneGroup> {
         let group = (self.levels == 0 && self.slab != 0).then(|| self.group_or_new(0))?;
         // Relaxed: the pointers of a slab were written before the group was installed.
@@ -198,7 +198,7 @@ impl ChunkMap {
     }
 
     /// Calls `each` for the chunks of blocks that have bits, with the chunk's first bit, and the
-    /// bits of it that are asked for.
+    /// requested bits of it.
     #[inline]
     fn walk<E>(
         &self,
@@ -398,7 +398,7 @@ fn free_directory(directory: *mut Directory) {
     drop(unsafe { Box::from_raw(directory) });
 }
 
-/// A group of so many blocks; its chunks are a slab, unless `slab` is 0.
+/// A group of `blocks` blocks. Its chunks are in a slab, unless `slab` is 0.
 fn new_group(blocks: usize, slab: usize) -> *mut Block {
     let group: Box<[Block]> = (0..blocks).map(|_| Block::new()).collect();
     if slab != 0 {

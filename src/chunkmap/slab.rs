@@ -1,15 +1,15 @@
 //! Chunks side by side, zero at first.
 //!
-//! The allocator is asked for zeroed memory at no more than its usual alignment, because only then
-//! does it hand on what the system provides at the first touch. Alignment is made here, and the
-//! place before the first chunk says where the memory began.
+//! The allocation has the allocator's usual alignment, because only then does the allocator pass on
+//! zeroed memory that the system provides at the first touch. This module aligns the chunks, and
+//! stores the start of the allocation before the first chunk.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 
 use super::chunk::Chunk;
 use crate::sync::TINY;
 
-/// What allocators give without asking.
+/// The usual alignment of allocators.
 const USUAL: usize = 16;
 /// Room for the alignment of the chunks, and for the pointer before them.
 const HEAD: usize = align_of::<Chunk>() + size_of::<*mut u8>();

@@ -9,7 +9,7 @@ use crate::words::{ones, word_mask};
 
 /// Receives the bits of a bitmap, word by word.
 pub(crate) trait Visitor {
-    /// Why the walk ends early.
+    /// The error that ends the walk early.
     type Error;
 
     /// Receives the bits of `mask`, whose lowest bit stands for the bit `first` of the bitmap. A
@@ -125,7 +125,7 @@ impl Slot<'_> {
     }
 
     /// The same line by line, for a fallible taker: it secures the place of a line before it clears
-    /// the summary.
+    /// the line's summary.
     fn take_securely<T: Taker>(
         self,
         chunk: &Chunk,
@@ -188,7 +188,7 @@ impl Slot<'_> {
         if state.is_whole() && performs(Step::AnnounceSplit) {
             split = state.split();
             // AcqRel on success: as in `AtomicState::end`; the words come after it. Acquire on
-            // failure: another thread went on, and the next look starts from what it did.
+            // failure: another thread changed the state, and the next look starts from the new one.
             let order = (Ordering::AcqRel, Ordering::Acquire);
             match self.state.replace(state, split, order.0, order.1) {
                 Ok(()) => {}

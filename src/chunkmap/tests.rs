@@ -57,8 +57,9 @@ fn agrees_with_a_set_of_bits_at_every_depth() {
     }
 }
 
-/// Ranges that cover chunks as a whole, single bits in them, and harvests of all and of parts. A chunk that was whole and had
-/// words too gave these twice, so that what an unmap discards was counted twice.
+/// Ranges that cover chunks as a whole, single bits in them, and harvests of all and of parts. A
+/// chunk that was whole and also had words reported these twice, so that an unmap counted discarded
+/// pages twice.
 #[test]
 fn whole_chunks_agree_with_a_list_of_bits() {
     const CHUNK: u64 = 1 << BITS_LG2;
@@ -125,7 +126,7 @@ fn the_last_bit_of_the_largest_map() {
     assert_eq!(bits(&map, 0, u64::MAX, false).len() as u64, 0);
 }
 
-/// Takes bits up to this one and fails behind it; secures what it can take.
+/// Takes bits up to this one and fails after it. Secures the bits that it can take.
 struct Up(u64);
 
 impl Visitor for Up {

@@ -1,4 +1,4 @@
-//! A dirty log that other code keeps, as it lies in memory.
+//! A dirty log of another program, as it is in memory.
 
 use crate::bitmap::{BitmapView, RunBits};
 use crate::error::BitmapError;
@@ -12,9 +12,24 @@ use crate::words::word_mask;
 /// host, as those of a [`UserBitmap`](crate::UserBitmap). **Bits above the end of the range do not
 /// count**, set or not.
 ///
-/// What it says goes into a bitmap by [`or_into`](Self::or_into), into an address space by marking
-/// its [`runs`](Self::runs), and together with others into one list by
+/// Its pages go into a bitmap by [`or_into`](Self::or_into), into an address space by marks of its
+/// [`runs`](Self::runs), and together with other logs into one list by
 /// [`merge_runs`](crate::exchange::merge_runs).
+///
+/// ```
+/// use dirtymap::exchange::DirtyLog;
+/// use dirtymap::{Granule, ToIovaRange};
+///
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// let slot = (0x10_0000..0x14_0000).to_iova_range()?; // bit 0 is its first page
+/// let log = DirtyLog::words(&[0b110], slot, Granule::K4)?;
+/// assert_eq!(log.count(), 2);
+/// assert_eq!(log.runs().next(), Some((0x10_1000..0x10_3000).to_iova_range()?));
+/// # Ok(())
+/// # }
+/// ```
+#[doc(alias = "kvm_dirty_log")]
+#[doc(alias = "cpu_physical_memory_set_dirty_lebitmap")]
 #[derive(Clone, Copy, Debug)]
 pub struct DirtyLog<'a> {
     form: Form<'a>,
@@ -85,7 +100,7 @@ impl<'a> DirtyLog<'a> {
         })
     }
 
-    /// The addresses that the log is about.
+    /// The addresses of the log.
     pub fn range(&self) -> IovaRange {
         self.range
     }
@@ -106,7 +121,7 @@ impl<'a> DirtyLog<'a> {
         }
     }
 
-    /// How many granules are dirty.
+    /// The number of dirty granules.
     pub fn count(&self) -> u64 {
         let words = LogWords {
             log: *self,
@@ -115,13 +130,13 @@ impl<'a> DirtyLog<'a> {
         words.map(|(_, word)| u64::from(word.count_ones())).sum()
     }
 
-    /// ORs what is dirty here into `target`, and returns how many bits that set there. Granules and
-    /// bases may differ: a bit of `target` is set if any byte it stands for is dirty here, and none
-    /// outside `target`'s range.
+    /// ORs the dirty bytes of this log into `target`, and returns how many bits that set there.
+    /// Granules and bases may differ: a bit of `target` is set if any of its bytes is dirty here.
+    /// Bits outside `target`'s range are not touched.
     ///
     /// # Errors
     /// [`BitmapError::Shrank`] or [`BitmapError::Window`] if `target` is a file of which a window
-    /// cannot be mapped; what was ORed in before stays.
+    /// cannot be mapped. Bits that were set before stay set.
     pub fn or_into(&self, target: &BitmapView<'_>) -> Result<u64, BitmapError> {
         let mut sink = target.sink();
         for (index, word) in (LogWords {
@@ -170,7 +185,7 @@ impl LogWords<'_> {
                 let nth = words.iter().position(|word| *word != [0; 8]);
                 let word = match nth {
                     Some(nth) => words[nth],
-                    // What is left above the last whole word.
+                    // The bytes above the last whole word.
                     None => std::array::from_fn(|nth| tail.get(nth).copied().unwrap_or(0)),
                 };
                 let index = self.next + nth.unwrap_or(words.len()) as u64;
@@ -188,7 +203,7 @@ impl Iterator for LogWords<'_> {
         self.next = index + 1;
         let left = self.log.last_bit().checked_sub(index * 64)?;
         let word = word & word_mask(0, left.min(63) as u32);
-        // Only in the last word can all that is set lie above the end.
+        // Only in the last word can all set bits be above the end.
         (word != 0).then_some((index, word))
     }
 }

@@ -1,4 +1,4 @@
-//! What goes in and out: the forms in which other programs keep, store and send dirty state.
+//! Input and output: the forms in which other programs keep, store and send dirty state.
 //!
 //! ```text
 //!  a log of somebody else's --runs--+
@@ -6,9 +6,9 @@
 //!  a lease -------------------runs--+
 //! ```
 //!
-//! Nothing here takes part in a harvest: what goes in is recorded through a view, or marked; what
-//! goes out is read from a view or a lease. Formats of files, of the wire and of other crates are
-//! in the crate `dirtymap-formats`.
+//! Nothing here takes part in a harvest: input is recorded through a view, or marked, and output is
+//! read from a view or a lease. Formats of files, of the wire and of other crates are in the crate
+//! `dirtymap-formats`.
 
 mod log;
 mod runs;

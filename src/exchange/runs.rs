@@ -1,16 +1,30 @@
-//! Runs as other programs take them: plain numbers, pieces of a bounded size, those of several logs
-//! as one.
+//! Runs for other programs: plain numbers, pieces of a bounded size, the runs of several logs as
+//! one list.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use crate::units::{Granule, Iova, IovaRange};
 
-/// What every iterator of runs can do: [`Runs`](crate::bitmap::Runs) of a lease or a view,
+/// Methods of every iterator of runs: [`Runs`](crate::bitmap::Runs) of a lease or a view,
 /// [`LogRuns`](crate::exchange::LogRuns), [`MergedRuns`], or one of the caller's own.
+///
+/// ```
+/// use dirtymap::exchange::RunsExt;
+/// use dirtymap::{Granule, IovaRange, ToIovaRange};
+///
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// let runs: [IovaRange; 1] = [(0x1000..0x4000).to_iova_range()?];
+/// assert!(runs.into_iter().pairs().eq([(0x1000, 0x3000)]));
+/// let pieces = runs.into_iter().pieces(Granule::from_bytes(0x2000)?);
+/// assert!(pieces.eq([(0x1000, 0x1000), (0x2000, 0x2000)]));
+/// assert_eq!(runs.into_iter().total_bytes(), 0x3000);
+/// # Ok(())
+/// # }
+/// ```
 pub trait RunsExt: Iterator<Item = IovaRange> + Sized {
-    /// The runs as `(start, len)` in bytes. A run of more than 2^63 bytes comes in several, since
-    /// its length may not fit.
+    /// The runs as `(start, len)` in bytes. A run of more than 2^63 bytes is split, because its
+    /// length may not fit.
     fn pairs(self) -> Pieces<Self> {
         self.pieces(Granule::MAX)
     }
@@ -26,7 +40,7 @@ pub trait RunsExt: Iterator<Item = IovaRange> + Sized {
         }
     }
 
-    /// How many bytes the runs have together.
+    /// The total bytes of the runs.
     fn total_bytes(self) -> u128 {
         self.fold(0, |sum, run| sum + run.len())
     }
@@ -38,7 +52,7 @@ impl<I: Iterator<Item = IovaRange>> RunsExt for I {}
 #[derive(Clone, Debug)]
 pub struct Pieces<I> {
     runs: I,
-    /// What is left of the run that was begun.
+    /// The rest of the current run.
     rest: Option<IovaRange>,
     size: Granule,
 }
@@ -89,8 +103,8 @@ pub(super) fn cut(run: IovaRange, last: Iova) -> (IovaRange, Option<IovaRange>) 
 /// # }
 /// ```
 ///
-/// Allocates room for one run of each source. For logs that are dense and broken up, ORing them
-/// into one bitmap ([`DirtyLog::or_into`](crate::exchange::DirtyLog::or_into),
+/// Allocates room for one run of each source. For dense logs with many short runs, ORing them into
+/// one bitmap ([`DirtyLog::or_into`](crate::exchange::DirtyLog::or_into),
 /// [`BitmapView::or_into`](crate::BitmapView::or_into)) and reading its runs is faster.
 pub fn merge_runs<I>(sources: impl IntoIterator<Item = I>) -> MergedRuns<I>
 where
@@ -110,8 +124,8 @@ where
 #[derive(Clone, Debug)]
 pub struct MergedRuns<I> {
     sources: Vec<I>,
-    /// The next run of each source that has one: its first and last address, and which source it
-    /// is.
+    /// The next run of each source that has one: its first and last address, and the number of the
+    /// source.
     heads: BinaryHeap<Reverse<(Iova, Iova, usize)>>,
 }
 
@@ -139,7 +153,7 @@ impl<I: Iterator<Item = IovaRange>> Iterator for MergedRuns<I> {
 
     fn next(&mut self) -> Option<IovaRange> {
         let mut run = self.take(|_| true)?;
-        // What touches the run belongs to it.
+        // A run that touches this one is joined to it.
         while let Some(next) = self.take(|next| next.touches(run)) {
             run = run.hull(next);
         }

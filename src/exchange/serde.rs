@@ -1,5 +1,4 @@
-//! What can be wrong is checked when it is deserialized, by the same rules and with the same errors
-//! as when it is made.
+//! Deserialization has the same checks and the same errors as the constructors.
 
 use serde::de::{Deserialize, Deserializer, Error as _};
 
@@ -28,8 +27,8 @@ impl<'de> Deserialize<'de> for Granule {
     }
 }
 
-/// A sequence of ranges in the order of a table. What a sequence says of its length is not
-/// believed: memory follows what is read.
+/// A sequence of ranges in the order of a table. The announced length of a sequence is not trusted:
+/// memory grows with the elements that are read.
 impl<'de> Deserialize<'de> for RunTable {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let runs = Vec::<IovaRange>::deserialize(deserializer)?;

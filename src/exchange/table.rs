@@ -1,5 +1,5 @@
-//! An owned list of runs: what is sent to another machine, written to a file, or merged with that
-//! of a device.
+//! An owned list of runs, to send to another machine, to write to a file, or to merge with that of
+//! a device.
 
 use super::runs::{cut, merge_runs};
 use crate::error::Error;
@@ -7,8 +7,8 @@ use crate::units::{Granule, IovaRange};
 
 /// Ranges of addresses: ascending, and neither touching nor overlapping each other.
 ///
-/// It is collected from runs in any order, overlapping or not, so tables of several devices become
-/// one in which no page comes twice:
+/// It is collected from runs in any order, overlapping or not. So the tables of several devices
+/// become one table in which no page is twice:
 ///
 /// ```
 /// use dirtymap::exchange::RunTable;
@@ -57,7 +57,7 @@ impl RunTable {
         self.runs.is_empty()
     }
 
-    /// How many bytes the runs have together, at most 2^64.
+    /// The total bytes of the runs, at most 2^64.
     pub fn total_bytes(&self) -> u128 {
         self.runs.iter().map(|run| run.len()).sum()
     }

@@ -1,4 +1,4 @@
-//! What one flush pays, and what may be freed after it.
+//! The debt that one flush pays, and the frees that may run after it.
 
 use std::fmt;
 use std::time::Instant;

@@ -13,6 +13,20 @@ const MAX_RANGES: usize = 32;
 /// Ranges that touch are joined. When there are too many, the two neighbours with the smallest gap
 /// between them are joined, gap included: invalidating more than needed costs time, and never data.
 /// An empty gather is a state of its own, not a sentinel range.
+///
+/// ```
+/// use dirtymap::flush::FlushGather;
+/// use dirtymap::{Granule, ToIovaRange};
+///
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// let mut gather = FlushGather::new();
+/// gather.add((0x1000..0x2000).to_iova_range()?, Granule::K4);
+/// gather.add((0x2000..0x3000).to_iova_range()?, Granule::K4);
+/// assert_eq!(gather.ranges(), [(0x1000..0x3000).to_iova_range()?]);
+/// assert_eq!(gather.entries(), 2);
+/// # Ok(())
+/// # }
+/// ```
 #[doc(alias = "iommu_iotlb_gather")]
 #[doc(alias = "iotlb_gather")]
 #[doc(alias = "iommu_iotlb_sync")]
@@ -88,6 +102,7 @@ impl FlushGather {
     }
 
     /// Owes the invalidation of `range`, which is mapped by leaves of size `leaf`.
+    #[doc(alias = "iommu_iotlb_gather_add_page")]
     #[inline]
     pub fn add(&mut self, range: IovaRange, leaf: Granule) {
         self.entries = self.entries.saturating_add(1);

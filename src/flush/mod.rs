@@ -1,4 +1,4 @@
-//! Flush accounting: what was cleared is owed a flush.
+//! Flush accounting: each cleared leaf is owed a flush.
 //!
 //! ```text
 //!  harvest, unmap --owe--> FlushGather --> FlushQueue (pending) --one flush--> finished generation

@@ -1,4 +1,4 @@
-//! When to flush, and what to ask for. Arithmetic without state.
+//! When a flush is due, and whether it invalidates ranges or everything. Arithmetic without state.
 
 use std::time::{Duration, Instant};
 
@@ -33,7 +33,7 @@ impl FlushPolicy {
     }
 }
 
-/// What an invalidation costs, in a unit of the invalidator's choice, such as nanoseconds.
+/// The cost of an invalidation, in a unit of the invalidator's choice, such as nanoseconds.
 ///
 /// The default is 0 for all: an invalidator that declares no cost is always asked for ranges.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -50,7 +50,7 @@ pub struct FlushCost {
 }
 
 impl FlushCost {
-    /// What the ranges of `gather` cost one by one. Saturates at `u128::MAX`.
+    /// The cost of the ranges of `gather`, one by one. Saturates at `u128::MAX`.
     pub fn of_ranges(&self, gather: &FlushGather) -> u128 {
         let ranges = gather.ranges().len() as u128;
         let leaves: u128 = gather.leaves().map_or(0, |leaves| {

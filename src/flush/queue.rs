@@ -22,8 +22,8 @@ pub struct Ticket(u64);
 /// [`AddressSpace`](crate::AddressSpace) has a queue of its own; use another where something else
 /// owes invalidations.
 ///
-/// The queue contains no invalidator. A thread that may have to flush brings one, as a closure over
-/// IOTLBs, kernel interfaces or several of them. All callers of one queue must bring the same,
+/// The queue contains no invalidator. A thread that may have to flush passes one, as a closure over
+/// IOTLBs, kernel interfaces or several of them. All callers of one queue must pass the same one,
 /// because a leader flushes for the other threads.
 ///
 /// ```
@@ -70,7 +70,7 @@ pub struct FlushQueue {
 /// Valid whenever the lock is free, also during a flush: see [`FlushStats::is_consistent`].
 #[derive(Debug, Default)]
 struct State {
-    /// What no flush has taken yet.
+    /// The debt that no flush has taken yet.
     debt: SharedDebt,
     cost: FlushCost,
     /// The generation that `debt` will be flushed as.
@@ -140,6 +140,26 @@ impl FlushQueue {
     /// in which they were handed over, without any lock of the queue. They run on a thread that
     /// waits for a flush, or on one that is running frees already. So when [`wait`](Self::wait)
     /// returns, `free` has run or is about to.
+    ///
+    /// ```
+    /// use dirtymap::flush::{FlushGather, FlushQueue, Invalidated};
+    /// use dirtymap::{Granule, ToIovaRange};
+    /// use std::sync::Arc;
+    /// use std::sync::atomic::{AtomicBool, Ordering};
+    ///
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// let queue = FlushQueue::new();
+    /// let mut gather = FlushGather::new();
+    /// gather.add((0x1000..0x2000).to_iova_range()?, Granule::K4);
+    /// let freed = Arc::new(AtomicBool::new(false));
+    /// let table = Arc::clone(&freed);
+    /// let ticket = queue.owe_then(&gather, move || table.store(true, Ordering::Release));
+    /// assert!(!freed.load(Ordering::Acquire)); // a device may still walk the table
+    /// queue.wait(ticket, |_| Ok(Invalidated::default()))?;
+    /// assert!(freed.load(Ordering::Acquire));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn owe_then(&self, gather: &FlushGather, free: impl FnOnce() + Send + 'static) -> Ticket {
         self.hand_over(gather, Some(Free::new(free)))
     }

@@ -1,6 +1,6 @@
-//! What a queue counts, and what an invalidator reports.
+//! The counts of a queue, and the report of an invalidator.
 
-/// What one invalidation did.
+/// The report of one invalidation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Invalidated {
@@ -71,7 +71,7 @@ pub struct FlushStats {
     pub frees_released: u64,
     /// Of these: frees that wait for a flush, or for their turn after it.
     pub frees_pending: u64,
-    /// What the invalidations did, summed up.
+    /// The sum of the reports of all invalidations.
     pub invalidated: Invalidated,
 }
 

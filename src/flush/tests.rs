@@ -30,7 +30,7 @@ fn fails(_: &FlushGather) -> Result<Invalidated, Error> {
     Err(Error::Range(RangeError::ZeroLength { start: Iova::MIN }))
 }
 
-/// Notes the order in which frees run.
+/// Records the order in which frees run.
 #[derive(Clone, Default)]
 struct Freed(Arc<Mutex<Vec<u64>>>);
 
@@ -409,7 +409,7 @@ fn entries_add_up_when_a_gather_has_stopped_counting() {
     assert_eq!(queue.stats().entries, 2 * u128::from(u64::MAX));
 }
 
-/// What is owed while a flush is under way that fails, joins what that flush had taken.
+/// A debt that is handed over during a flush that fails joins the debt of that flush.
 #[test]
 fn entries_add_up_when_a_flush_fails_while_more_is_owed() {
     let queue = FlushQueue::new();

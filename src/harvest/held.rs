@@ -1,4 +1,4 @@
-//! What a lease holds on to: its space and its bitmap, lent for as long as it lives, or its own.
+//! The space and the bitmap of a lease, which are borrowed for its lifetime, or owned.
 
 use std::ops::Deref;
 
@@ -7,7 +7,7 @@ use crate::space::AddressSpace;
 use crate::sync::Arc;
 use crate::units::{Granule, IovaRange};
 
-/// A space that is lent, or shared: a lease of a shared one is `'static`.
+/// A space that is borrowed or shared. A lease of a shared space is `'static`.
 #[derive(Clone)]
 pub(super) enum SpaceRef<'a> {
     Lent(&'a AddressSpace),
@@ -31,7 +31,7 @@ pub(super) enum Held<'a> {
     Own(OwnBits),
 }
 
-/// A bitmap that one lease alone records in.
+/// A bitmap into which only one lease records.
 pub(super) struct OwnBits {
     pub(super) bitmap: Arc<SparseBitmap>,
     /// The whole request: bit 0 is its first granule.
@@ -52,7 +52,7 @@ impl Held<'_> {
         }
     }
 
-    /// Gives up what lies outside of `part`, which consists of whole granules of the view.
+    /// Restricts the lease to `part`, which is made of whole granules.
     pub(super) fn narrow(&mut self, part: IovaRange) {
         match self {
             Held::Lent(view) => *view = view.narrowed(part),

@@ -1,4 +1,4 @@
-//! The lease: what a harvest took, until its pages are safe.
+//! The lease: the pages that a harvest took, until their copies are safe.
 //!
 //! ```text
 //!            sync                commit
@@ -7,7 +7,8 @@
 //!    +---- abort, drop --+---------------> every page of the lease is dirty again
 //! ```
 //!
-//! Only a synced lease hands out ranges to copy: before that, writes through stale translations may still land.
+//! Only a synced lease hands out ranges to copy, because writes through stale translations may land
+//! until then.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -35,7 +36,8 @@ pub struct Owed(());
 #[derive(Debug)]
 pub struct Synced(());
 
-/// What one harvest took: owed, then synced, then committed or aborted. Dropping it aborts it.
+/// The pages that one harvest took. A lease is owed, then synced, then committed or aborted. A drop
+/// aborts it.
 ///
 /// ```
 /// # use dirtymap::{Access, AddressSpace, Granule};
@@ -53,18 +55,18 @@ pub struct Synced(());
 /// ```
 ///
 /// # A lease that is forgotten
-/// A lease must end: commit it, abort it, or drop it. One that goes to [`std::mem::forget`], or is
-/// leaked in another way, loses writes, of no other pages than its own:
-/// * what was written before the harvest is reported by nobody: the dirty bits are cleared, and
-///   nothing puts them back;
-/// * what is written later is hidden as well, as long as the writer goes by a cached "D is set":
-///   the invalidation that the lease owes is known to the lease alone until [`sync`](Self::sync) or
-///   the abort hands it over. It lasts until a flush that names the page: by the sync of another
-///   lease that has a page in the same range of its gather, by an unmap or a detach, or by
-///   switching tracking on. A sync that names other pages need not help.
+/// A lease must end: commit it, abort it, or drop it. A lease that goes to [`std::mem::forget`], or
+/// is leaked in another way, loses writes to its own pages, and to no others:
+/// * writes before the harvest are never reported, because the dirty bits are cleared, and nothing
+///   puts them back;
+/// * later writes are hidden as well, as long as the writer uses a cached "D is set": only the
+///   lease knows the invalidation that it owes, until [`sync`](Self::sync) or the abort hands it
+///   over. This lasts until a flush that names the page: by the sync of another lease that has a
+///   page in the same range of its gather, by an unmap or a detach, or by a switch of tracking to
+///   on. A sync that names other pages may not help.
 ///
-/// A lease that was synced has paid, so it hides nothing that is written later. Harvests take no
-/// lock and do not allocate, which is why the debt stays with the lease until then.
+/// A lease that was synced has paid its debt, so it hides no later writes. The debt stays with the
+/// lease until the sync, because in this way harvests take no lock and do not allocate.
 #[must_use = "a lease that is dropped puts everything back: sync it, copy its pages, commit it"]
 pub struct Lease<'a, State> {
     holding: Holding<'a>,
@@ -77,8 +79,8 @@ impl<'a, State> Lease<'a, State> {
         self.holding.report
     }
 
-    /// The addresses that the lease covers: those of the request, or what of them lies below the
-    /// place where the harvest stopped or reached its bound.
+    /// The addresses that the lease covers: those of the request, or the part of them below the
+    /// address at which the harvest stopped or reached its bound.
     pub fn range(&self) -> IovaRange {
         self.holding.range()
     }
@@ -88,27 +90,29 @@ impl<'a, State> Lease<'a, State> {
         self.holding.granule()
     }
 
-    /// Where and why the harvest stopped, if it did: where a source or the bitmap failed, or at a
-    /// hole, if the request says so. Everything below that place is in the lease; from it on nothing
-    /// was taken. What a source gave before another one stopped below it is dirty again, as by an
-    /// abort; its bits may stay set in the user's bitmap, and belong to no lease.
+    /// The address and the error of the stop, if the harvest stopped: a source or the bitmap failed
+    /// there, or a hole begins there and the request stops at holes. Everything below that address
+    /// is in the lease; from it on nothing was taken. Pages above it that another source had
+    /// already reported are dirty again, as after an abort. Their bits may stay set in the user's
+    /// bitmap, and belong to no lease.
     ///
-    /// The place is that of a hole, or the beginning of a granule of the request and of a page of
+    /// The address is that of a hole, or the start of a granule of the request and of a page of
     /// every source.
     pub fn stopped(&self) -> Option<&Stopped> {
         self.holding.stopped.as_ref()
     }
 
-    /// Where a next harvest goes on, by [`resume_at`](crate::HarvestRequest::resume_at): where this one
-    /// stopped or reached its bound. `None` when it reached the end of its request.
+    /// The address at which a next harvest goes on, by
+    /// [`resume_at`](crate::HarvestRequest::resume_at): this harvest stopped there, or reached its
+    /// bound. `None` if it reached the end of its request.
     pub fn next(&self) -> Option<Iova> {
         let stopped = self.stopped().map(|stopped| stopped.at);
         stopped.or(self.holding.next)
     }
 
-    /// Makes every page of the lease dirty again. A superset is possible: bits that were set in the user's bitmap
-    /// before the harvest count as well. Does not wait for devices; what is owed stays owed, and the next sync of
-    /// anybody pays it.
+    /// Makes every page of the lease dirty again. A superset is possible: bits that were set in the
+    /// user's bitmap before the harvest count as well. Does not wait for devices. The debt stays
+    /// owed, and the next sync of any lease pays it.
     ///
     /// Allocates where pages were never put back before: 4 KiB for each stretch of 32768 smallest
     /// pages (128 MiB of 4 KiB pages) that has a page of the lease, in each domain that the lease
@@ -116,20 +120,34 @@ impl<'a, State> Lease<'a, State> {
     /// pages takes at most 33 MiB a domain. The memory is used again by later aborts, and goes when
     /// the domain is detached. The same holds for a lease that is dropped, and for a harvest that
     /// stops where it has to put back what an earlier source gave it.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// space.mark(0x3000..0x4000)?;
+    /// let aborted = space.rounds().next()?.abort(); // a copy has failed
+    /// assert_eq!(aborted.bytes, 0x1000);
+    /// assert_eq!(space.rounds().next()?.dirty(), 1); // the page is dirty again
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn abort(mut self) -> Aborted {
         self.holding.put_back()
     }
 }
 
 impl<'a> Lease<'a, Owed> {
-    /// Flushes, and so makes the pages of this lease copyable: on return every device has dropped its cached
-    /// translations of them, writes in flight have landed, and marks that were skipped are visible. Waits for
-    /// devices. One flush serves all who wait.
+    /// Flushes, and so makes the pages of this lease copyable: on return every device has dropped
+    /// its cached translations of them, writes in flight have landed, and the data of markers that
+    /// found their page marked is visible. Waits for devices. Threads that wait at the same time
+    /// share a flush (group commit).
     ///
     /// # Errors
-    /// Why the harvest [stopped](Self::stopped), unless [`partial`](Self::partial) says that this is
-    /// fine; then that of a source that could not flush. The lease is put back then; to keep it and
-    /// try again when a flush fails, call [`flush`](Self::flush) first.
+    /// The error of the [stop](Self::stopped), unless [`partial`](Self::partial) was called; then
+    /// that of a source that could not flush. The lease is put back then. To keep it after a flush
+    /// that fails, and to try again, call [`flush`](Self::flush) first.
     pub fn sync(mut self) -> Result<Lease<'a, Synced>, Error> {
         if !self.holding.is_partial
             && let Some(stopped) = self.holding.stopped.take()
@@ -143,12 +161,14 @@ impl<'a> Lease<'a, Owed> {
         })
     }
 
-    /// Goes on with what lies below the place where the harvest [stopped](Self::stopped): without this,
-    /// a lease of a harvest that stopped does not [`sync`](Self::sync), so that no consumer takes it for
-    /// all of its request. Of a harvest that did not stop it changes nothing.
+    /// Accepts a partial scan, whose lease has the pages below the [stop](Self::stopped). Without
+    /// this call, such a lease does not [`sync`](Self::sync), so that no consumer takes it for one
+    /// of the whole request. Changes nothing if the harvest did not stop.
     ///
     /// ```
-    /// use dirtymap::{Access, AddressSpace, Granule, HarvestRequest, Holes, ToIovaRange, UserBitmap};
+    /// use dirtymap::{
+    ///     Access, AddressSpace, Granule, HarvestRequest, Holes, ToIovaRange, UserBitmap,
+    /// };
     ///
     /// # fn main() -> Result<(), dirtymap::Error> {
     /// let space = AddressSpace::tracked(Granule::K4);
@@ -175,8 +195,8 @@ impl<'a> Lease<'a, Owed> {
         self
     }
 
-    /// The flush of [`sync`](Self::sync), which then returns at once: for a consumer that tries
-    /// again when a source could not flush, and keeps the lease meanwhile. Waits for devices.
+    /// The flush of [`sync`](Self::sync), which then returns at once: for a consumer that keeps the
+    /// lease and tries again if a source could not flush. Waits for devices.
     ///
     /// ```
     /// # use dirtymap::{Access, AddressSpace, Granule};
@@ -195,7 +215,7 @@ impl<'a> Lease<'a, Owed> {
     /// ```
     ///
     /// # Errors
-    /// That of the source. The lease stays as it was, and what it owes stays owed.
+    /// The error of the source. The lease stays as it was, and its debt stays owed.
     pub fn flush(&mut self) -> Result<(), Error> {
         let flushed = self.holding.flush();
         let gather = &self.holding.gather;
@@ -206,8 +226,9 @@ impl<'a> Lease<'a, Owed> {
 }
 
 impl<'a> Lease<'a, Synced> {
-    /// The ranges to copy: maximal runs of dirty granules, in order. Bits that were set in the user's bitmap before
-    /// the harvest count as well, and so does each window of a file that cannot be read: see [`Runs::error`].
+    /// The ranges to copy: maximal runs of dirty granules, in order. Bits that were set in the
+    /// user's bitmap before the harvest count as well, and so does each window of a file that
+    /// cannot be read: see [`Runs::error`].
     pub fn runs(&self) -> Runs<'_> {
         self.holding.runs()
     }
@@ -244,14 +265,15 @@ impl<'a> Lease<'a, Synced> {
         }
     }
 
-    /// The copies of what lies in `range` are safe: it is not put back, whatever becomes of the rest of the lease. Only granules
-    /// that lie in `range` as a whole count. Returns how many dirty ones were not committed before.
+    /// The copies of the pages in `range` are safe: they are not put back, however the rest of the
+    /// lease ends. Only whole granules inside `range` count. Returns how many dirty ones were not
+    /// committed before.
     ///
     /// Costs a look at the bitmap's words of `range`, and O(log n) for n parts that do not touch
-    /// each other, in any order. Allocates a little for each of these; parts that touch are one, so
-    /// parts that are committed one after the other cost no memory each.
+    /// each other, in any order. Allocates a little for each of these. Parts that touch are joined,
+    /// so parts that are committed in order cost no memory each.
     ///
-    /// Threads may commit parts of one lease at a time; they wait for each other.
+    /// Several threads may commit parts of one lease at the same time. They wait for each other.
     ///
     /// ```
     /// # use dirtymap::{Access, AddressSpace, Granule, ToIovaRange};
@@ -311,20 +333,20 @@ impl Recorded {
     }
 }
 
-/// What a lease holds, whatever its state; puts it back when it is dropped.
+/// The contents of a lease in any state. The drop puts them back.
 pub(super) struct Holding<'a> {
     space: SpaceRef<'a>,
     held: Held<'a>,
-    /// Where and why the walk stopped.
+    /// The address and the error of a stop.
     stopped: Option<Stopped>,
     /// Whether the consumer knows that the walk stopped.
     is_partial: bool,
-    /// Where a bounded harvest goes on.
+    /// The address at which a bounded harvest goes on.
     next: Option<Iova>,
     /// Whether nothing of the view is in the lease: the walk stopped at its first granule.
     is_empty: bool,
     covered: Covered,
-    /// The version of the area tree after the walk. What came later was not walked.
+    /// The version of the area tree after the walk. Later areas were not walked.
     ended: u64,
     /// The last address that the walk may have touched; `None` before the first area.
     reached: Option<Iova>,
@@ -333,14 +355,14 @@ pub(super) struct Holding<'a> {
     gather: FlushGather,
     debt: Debt,
     report: HarvestReport,
-    /// What was committed by parts, made of whole granules.
+    /// The parts that were committed, in whole granules.
     committed: Mutex<Committed>,
     /// Bytes of the report that are neither committed nor put back. Changed under the lock of
     /// `committed`, or by the owner of the lease.
     left: AtomicU64,
 }
 
-/// Where the lease's gather is.
+/// The place of the lease's gather.
 #[derive(Clone, Copy)]
 enum Debt {
     /// Still in the lease.
@@ -388,7 +410,7 @@ impl<'a> Holding<'a> {
         self.report.areas += areas;
     }
 
-    /// Takes what is dirty in `area` and `within`.
+    /// Takes the dirty pages in `area` and `within`.
     pub(super) fn take(
         &mut self,
         area: &Area,
@@ -398,11 +420,12 @@ impl<'a> Holding<'a> {
         let Some(part) = area.mapping.range.intersection(within) else {
             return Ok(());
         };
-        // A walk comes to an area as often as it has pieces, in ascending order.
+        // A walk reaches an area once for each of its pieces, in ascending order.
         let began = area.mapping.range.start();
         let is_new = self.reached.is_none_or(|reached| reached < began);
         self.report.areas += u64::from(is_new);
-        // Before the first bit is touched: a walk that panics in here puts back all that it may have recorded.
+        // Before the first bit is touched: a walk that panics from here on puts back everything
+        // that it may have recorded.
         self.reach(part.last());
         let looked = look(
             &self.space,
@@ -421,7 +444,7 @@ impl<'a> Holding<'a> {
         self.walked_to = self.walked_to.max(last);
     }
 
-    /// The walk ended at `last`: what lies above belongs to another lease.
+    /// The walk ended at `last`. Pages above it belong to another lease.
     fn end_at(&mut self, last: Iova) {
         if let Ok(walked) = IovaRange::new(self.range().start(), last) {
             self.held.narrow(walked);
@@ -432,7 +455,8 @@ impl<'a> Holding<'a> {
     /// stop: nothing was taken from there on, or is dirty again when this returns. Returns how many
     /// bits of the bitmap that puts back.
     ///
-    /// A hole may lie inside a granule; then its bit stays in the lease, for what lies below.
+    /// A hole may begin inside a granule. The bit of that granule stays in the lease, for the bytes
+    /// below the hole.
     fn end_below(&mut self, at: Iova, recorded: Option<Iova>) -> u64 {
         let (range, granule) = (self.range(), self.granule());
         let below = at.get().checked_sub(1).map(Iova::new);
@@ -442,7 +466,7 @@ impl<'a> Holding<'a> {
             Some(last) => last.checked_add(1),
             None => Some(range.start()),
         };
-        // What sources gave that came before the one that stopped, and other pieces of a parallel
+        // The pages of sources before the one that stopped, and those of other pieces of a parallel
         // harvest.
         let above = first.zip(self.reached.min(recorded));
         let above = above.and_then(|(first, last)| IovaRange::new(first, last).ok());
@@ -453,7 +477,8 @@ impl<'a> Holding<'a> {
         {
             bits = set;
             if performs(Step::OweBeforePutBack) {
-                // The debt first, as in an abort: the sync of the thread that takes the pages pays it.
+                // The debt first, as in an abort: the sync of the thread that takes the pages pays
+                // it.
                 let _ = self.queue();
             }
             let aborted = self.put_back_runs(part, above);
@@ -480,13 +505,13 @@ impl<'a> Holding<'a> {
         &self.covered
     }
 
-    /// As [`walked`](Self::walked), where each thread had a snapshot of its own.
+    /// As [`walked`](Self::walked), for threads with a snapshot of their own each.
     #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
     pub(super) fn walked_by_now(&mut self) {
         self.ended = self.space.snapshot().newest();
     }
 
-    /// The walk is over: areas that come from now on have nothing in the lease.
+    /// The walk has ended: areas that are mapped from now on have no page in the lease.
     pub(super) fn walked(&mut self, snapshot: &Areas<'_>) {
         self.ended = snapshot.newest();
     }
@@ -627,8 +652,8 @@ impl<'a> Holding<'a> {
         left
     }
 
-    /// Makes the runs in `part`, which consists of whole granules, dirty again, as far as they lie in
-    /// `touched` and are not committed.
+    /// Makes the runs in `part`, which consists of whole granules, dirty again, as far as they lie
+    /// in `touched` and are not committed.
     fn put_back_runs(&self, part: IovaRange, touched: IovaRange) -> Aborted {
         let mut aborted = Aborted::default();
         let committed = lock(&self.committed);

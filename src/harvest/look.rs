@@ -1,6 +1,6 @@
-//! The look: what is dirty in a part of one area, and in which order the places are looked at.
+//! The look at a part of one area: the places that may have dirty pages, in their order.
 //!
-//! Harvest and peek differ in what they do with a page that they find, not in where they look.
+//! Harvest and peek look at the same places, and differ in their treatment of a dirty page.
 
 use crate::bitmap::Sink;
 use crate::error::Stopped;
@@ -10,7 +10,7 @@ use crate::space::{AddressSpace, Area, Covered};
 use crate::sync::{Ordering, fence};
 use crate::units::{Granule, Iova, IovaRange};
 
-/// What is done with a dirty page.
+/// The treatment of a dirty page.
 pub(super) enum Look<'g> {
     /// It is recorded, owed and cleared.
     Take(&'g mut FlushGather),
@@ -18,13 +18,14 @@ pub(super) enum Look<'g> {
     Peek,
 }
 
-/// Looks at what is dirty in `part` of `area`, and records it in `sink`: the tables of the domains, then what is in flight, then what
-/// is kept for each domain, then the marks. Leaves that stick out of `part` are taken as far as they lie in `limit`.
+/// Looks for dirty pages in `part` of `area`, and records them in `sink`: in the tables of the
+/// domains, then in the writes in flight, then in the put-back store of each domain, then in the
+/// marks. A leaf that extends past `part` is taken as far as it is inside `limit`.
 ///
-/// A source that stops ends it for those that follow. The place where it stopped is rounded down to
-/// the pages of all sources, so that none of them is cut, and told as the beginning of a granule of
-/// the sink, so that no bit below it stands for anything above it. What earlier sources gave from
-/// there on is in the sink: the caller puts it back.
+/// A source that stops ends the look for the places after it. The stop is rounded down to the pages
+/// of all sources, so that no page is cut, and to a granule of the sink, so that no bit below the
+/// stop stands for bytes above it. Pages above the stop that earlier sources reported are in the
+/// sink, and the caller puts them back.
 pub(super) fn look(
     space: &AddressSpace,
     covered: &Covered,
@@ -34,7 +35,8 @@ pub(super) fn look(
     mut how: Look<'_>,
 ) -> Result<(), Stopped> {
     let page = covered.alignment(space.page());
-    // What one source could not process ends the part for all that follow: below it, the lease has everything.
+    // A stop ends the part for all places after this source: below the stop, the lease has
+    // everything.
     let mut rest = Some(part);
     let mut outcome = Ok(());
     for domain in covered.domains() {
@@ -44,7 +46,7 @@ pub(super) fn look(
             Look::Peek => domain.source.peek(part, sink),
             Look::Take(gather) => {
                 let keep = |run| {
-                    // Whatever area the leaf belongs to, it may be younger than this walk.
+                    // The area of the leaf may be younger than this walk.
                     let outside = space.put_back(run, &covered.only(domain), u64::MAX);
                     space.counters.put_back_outside(outside.bytes);
                 };
@@ -61,8 +63,8 @@ pub(super) fn look(
             (rest, outcome) = below(part, stopped, page);
         }
     }
-    // Acquire: pairs with the Release fence in `LeafSink`; a thread that found a leaf clean sees its
-    // rest in flight.
+    // Acquire: pairs with the Release fence in `LeafSink`; a thread that found a leaf clean sees
+    // its rest in flight.
     fence(Ordering::Acquire);
     if let Some(part) = rest {
         sink.limit_to(part);
@@ -71,12 +73,13 @@ pub(super) fn look(
             (rest, outcome) = below(part, Stopped { at, error }, page);
         }
     }
-    // The tables came first: what an unmap takes out of them comes to what is kept, and then to the marks.
+    // The tables come first, because an unmap moves pages from the tables to the put-back stores,
+    // and then to the marks.
     let kept = covered.domains().iter().map(|domain| &domain.put_back);
     for marks in kept.chain(covered.marks.then_some(&*area.marks)) {
         let Some(part) = rest else { break };
-        // Acquire: pairs with the Release fence of a detach; a thread that found what is kept gone
-        // sees it marked.
+        // Acquire: pairs with the Release fence of a detach; a thread that finds the put-back store
+        // empty sees the pages marked.
         fence(Ordering::Acquire);
         sink.limit_to(part);
         let looked = match &how {
@@ -93,7 +96,8 @@ pub(super) fn look(
     })
 }
 
-/// What is left of `part` below the page at which a source stopped, and the stop, at an address inside `part`.
+/// The part of `part` below the page at which a source stopped, and the stop, with an address
+/// inside `part`.
 fn below(
     part: IovaRange,
     stopped: Stopped,

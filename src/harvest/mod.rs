@@ -2,51 +2,56 @@
 //!
 //! # The protocol
 //! ```text
-//!  harvester                                              device, CPU writer
+//!  harvester                                       device, CPU writer
 //!  for each area, in order:
 //!    for each dirty leaf, for each word of marks:
-//!      record   set its bits in the user bitmap            sets D (or marks) with each write, unless a cached
-//!      owe      add it to the gather                       translation says "D is set" (or the mark is seen set)
-//!      clear    one atomic read-modify-write
+//!      record   set its bits in the user bitmap     sets D (or marks) with each write,
+//!      owe      add it to the gather                unless "D is set" is cached
+//!      clear    one atomic read-modify-write        (or the mark is found set)
 //!  sync:
-//!      flush    drop cached translations, drain            from here on a write sets D again
-//!      fence    full fence                                 from here on a write marks again
+//!      flush    drop cached translations, drain     from here on a write sets D again
+//!      fence    full fence                          from here on a write marks again
 //!  copy the pages, then commit
 //! ```
 //!
 //! # Why no write is lost
-//! Take a write W to page p that completed before the harvest began; D(p) or its mark was set by then.
-//! * If the bit is still set when the harvest comes to p, the harvest records p, and copies after its sync, so
-//!   after W.
-//! * If it is clear, another harvest cleared it, and that one had recorded p before. Either W came before the end
-//!   of its flush: then W's data is in memory when the flush has drained, and that lease copies p after that. Or W
-//!   came after the flush: then W found no cached translation, and set D anew, after the clear.
-//! * If that other lease is aborted, p is marked again: first its gather is handed to the flush queue, then the
-//!   pages become dirty. (A lease over several domains and the marks puts every page back for each of them, so that a
-//!   harvest of any of them finds it.) Whoever takes the mark from then on finds the debt in the queue, and its own sync pays it.
-//!   In the other order, a harvest could take the mark, sync without a flush and copy p while a device still writes
-//!   through a stale translation.
+//! Take a write W to page p that completed before the harvest began; D(p) or its mark was set by
+//! then.
+//! * If the bit is still set when the harvest reaches p, the harvest records p and copies it after
+//!   its sync, so after W.
+//! * If it is clear, another harvest cleared it, and that one had recorded p before. Either W came
+//!   before the end of its flush: then W's data is in memory when the flush has drained, and that
+//!   lease copies p after that. Or W came after the flush: then W found no cached translation, and
+//!   set D anew, after the clear.
+//! * If that other lease is aborted, p is marked again: first its gather is handed to the flush
+//!   queue, then the pages become dirty. (A lease over several domains and the marks puts every
+//!   page back for each of them, so that a harvest of any of them finds it.) A harvest that takes
+//!   the mark from then on finds the debt in the queue, and its own sync pays it. In the other
+//!   order, a harvest could take the mark, sync without a flush and copy p while a device still
+//!   writes through a stale translation.
 //!
-//! A bit that a harvest recorded but another one cleared first is reported by both: a superset, never less.
+//! A bit that a harvest recorded but another one cleared first is reported by both: a superset,
+//! never less.
 //!
-//! In each area the sources come first, then what is in flight, then the marks: dirty state only ever moves in this direction (the rest
-//! of a leaf to the marks, a write in flight to the marks), and names its pages in the next place before it leaves the last. Only a
-//! detach, an unmap and an abort are not that careful: what they move may be found by the next harvest only, or, of an area that
-//! goes, by the unmap.
+//! In each area the sources come first, then the writes in flight, then the put-back stores, then
+//! the marks. Dirty state moves one way, in this direction, and names its pages in the next place
+//! before it leaves the previous one. A detach, an unmap and an abort are exceptions: pages that
+//! they move may be found only by the next harvest, or by the unmap of their area.
 //!
 //! # At a stop
-//! A source may fail inside the range, when sources before it have given what lies above. Below the
-//! place of the stop the lease has everything; what lies from there on is put back before the
-//! harvest returns, in the order of an abort: the gather to the queue, then the pages. Then the
-//! lease ends below the stop. The place is rounded down to a granule of the request, so that no bit
-//! of the lease stands for anything above it, and to pages of all sources, so that none is cut. A
-//! hole keeps its exact address: nothing above it was walked, but by other threads of a parallel
-//! harvest.
+//! A source may fail inside the range after sources before it have reported pages above that
+//! address. Below the stop the lease has everything. Pages from the stop on are put back before the
+//! harvest returns, in the order of an abort: the gather to the queue, then the pages. The lease
+//! ends below the stop. The stop is rounded down to a granule of the request, so that no bit of the
+//! lease stands for bytes above it, and to pages of all sources, so that no page is cut. A stop at
+//! a hole has the exact address, because nothing above it was walked, except by other threads of a
+//! parallel harvest.
 //!
 //! # Modes
-//! A [`HarvestRequest`] says what is walked, and how: all of it or one domain, with holes or without, by
-//! a mask, up to a bound, by many threads. [`peek`](AddressSpace::peek) looks at the same places in the
-//! same order, and takes nothing. [`Rounds`] harvests everything that is mapped, again and again.
+//! A [`HarvestRequest`] has the options of a walk: all domains or one, with holes or without, by a
+//! mask, up to a bound, by many threads. [`peek`](AddressSpace::peek) looks at the same places in
+//! the same order, and takes nothing. [`Rounds`] harvests everything that is mapped, again and
+//! again.
 
 mod committed;
 mod held;
@@ -75,17 +80,17 @@ use look::{Look, look};
 use walk::{Parts, areas, walk};
 
 impl AddressSpace {
-    /// Reads and clears what is dirty in the request's range, and records it in `bitmap`.
+    /// Reads and clears the dirty state of the request's range, and records it in `bitmap`.
     ///
-    /// The lease that it returns owes a flush: [`Lease::sync`] before pages are copied, [`Lease::commit`] when the
-    /// copies are safe. A lease that is dropped puts everything back. Lock-free, and never blocks, as
-    /// far as the attached sources do not; what is dirtied meanwhile is reported by this harvest or the
-    /// next.
+    /// The lease that it returns owes a flush: [`Lease::sync`] before pages are copied,
+    /// [`Lease::commit`] when the copies are safe. A lease that is dropped puts everything back.
+    /// Lock-free, and never blocks if the attached sources do not. Pages that become dirty
+    /// meanwhile are reported by this harvest or the next.
     ///
-    /// A harvest that stops half-way, because a source or the bitmap failed, gives a lease for what
-    /// lies below that place: [`Lease::stopped`] has it and the error. Its [`sync`](Lease::sync) is that
-    /// error, and puts everything back, for a consumer that wants all or nothing; [`Lease::partial`] goes
-    /// on with what there is.
+    /// A harvest that stops half-way, because a source or the bitmap failed, returns a lease for
+    /// the pages below the stop: [`Lease::stopped`] has the address and the error. Its
+    /// [`sync`](Lease::sync) returns that error and puts everything back, for a consumer that needs
+    /// all or nothing. [`Lease::partial`] accepts the partial scan.
     ///
     /// ```
     /// # use dirtymap::{Access, AddressSpace, Granule, HarvestRequest, ToIovaRange, UserBitmap};
@@ -95,7 +100,8 @@ impl AddressSpace {
     /// let ram = (0..1 << 20).to_iova_range()?;
     /// space.mark(0x3000..0x3001)?;
     /// let mut words = [0; 4]; // a bit for each page
-    /// let lease = space.harvest(&HarvestRequest::new(ram, Granule::K4), UserBitmap::new(&mut words))?;
+    /// let request = HarvestRequest::new(ram, Granule::K4);
+    /// let lease = space.harvest(&request, UserBitmap::new(&mut words))?;
     /// let lease = lease.sync()?; // only now there is something to copy
     /// assert_eq!(lease.runs().next(), Some((0x3000..0x4000).to_iova_range()?));
     /// lease.commit();
@@ -107,12 +113,14 @@ impl AddressSpace {
     /// # Errors
     /// Nothing was touched then. In this order: [`Error::Unaligned`] (to the smallest page, then to
     /// the granule), [`BitmapError::TooShort`], [`Error::NotAttached`], [`Error::NeverTracked`],
-    /// [`Error::BadCursor`] if it is to [resume](HarvestRequest::resume_at) outside of its range, or
-    /// not at a multiple of the granule and of [`alignment`](Self::alignment) (a domain that was
+    /// [`Error::BadCursor`] if it is to [resume](HarvestRequest::resume_at) outside of its range,
+    /// or not at a multiple of the granule and of [`alignment`](Self::alignment) (a domain that was
     /// attached since can raise it; then go on at the next lower multiple), and [`Error::Hole`] if
     /// it [refuses holes](Holes::Refuse).
     ///
     /// [`BitmapError::TooShort`]: crate::bitmap::BitmapError::TooShort
+    #[doc(alias = "iopt_read_and_clear_dirty_data")]
+    #[doc(alias = "memory_region_snapshot_and_clear_dirty")]
     pub fn harvest<'a>(
         &'a self,
         request: &HarvestRequest<'_>,
@@ -125,8 +133,9 @@ impl AddressSpace {
         Ok(harvest(holding, snapshot, request, bound))
     }
 
-    /// Records what is dirty in the request's range in `bitmap`, and changes nothing. Owes no flush; what it shows
-    /// may not be copied on the strength of it alone. Bounds of the request do not count.
+    /// Records the dirty pages of the request's range in `bitmap`, and changes nothing. Owes no
+    /// flush, so a page must not be copied because of a peek alone. Ignores the bounds of the
+    /// request.
     ///
     /// ```
     /// # use dirtymap::{Access, AddressSpace, Granule, HarvestRequest, ToIovaRange, UserBitmap};
@@ -144,8 +153,9 @@ impl AddressSpace {
     /// ```
     ///
     /// # Errors
-    /// As [`harvest`](Self::harvest), and that of a source, or of a window of the bitmap, that failed;
-    /// what was recorded before a hole or a failure stays in `bitmap`.
+    /// As [`harvest`](Self::harvest), and that of a source, or of a window of the bitmap, that
+    /// failed. What was recorded before a hole or a failure stays in `bitmap`.
+    #[doc(alias = "IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR")]
     pub fn peek<'a>(
         &self,
         request: &HarvestRequest<'_>,
@@ -169,8 +179,8 @@ impl AddressSpace {
         Ok(view)
     }
 
-    /// The checks of a request, before anything is touched. The bitmap is bound to what of the request
-    /// is to be walked.
+    /// The checks of a request, before anything is touched. Binds the bitmap to the part of the
+    /// request that is walked.
     fn check<'a>(
         &self,
         request: &HarvestRequest<'_>,
@@ -218,7 +228,8 @@ fn harvest<'a>(
         return parallel::harvest(holding, snapshot, request, bound.view());
     }
     let asked = bound.view().range();
-    // After the holding, so that it goes before it: a walk that panics closes its window, then puts back.
+    // Declared after the holding, so that it is dropped before: a walk that panics closes its
+    // window, then puts back.
     let mut sink = bound.into_sink();
     let walked = walk(&mut holding, &snapshot, request, asked, &mut sink);
     holding.walked(&snapshot);

@@ -1,14 +1,16 @@
 //! One harvest by many threads.
 //!
 //! ```text
-//!  bits of the request   [ piece 0 ][ piece 1 ][ piece 2 ]...     a piece is 8 chunks of bitmap: 1 GiB at 4 KiB a bit
+//!  bits of the request   [ piece 0 ][ piece 1 ][ piece 2 ]...
+//!  a piece is 8 chunks of bitmap: 1 GiB at 4 KiB a bit
 //! ```
 //!
-//! Of a request that has more than 4096 such pieces, the pieces are as many times larger as it takes.
+//! A request has at most 4096 pieces, so the pieces of a long request are larger.
 //!
-//! The pieces follow from the request alone, and their gathers are merged in order, so what the lease holds does not depend on
-//! the number of threads. Threads share no words of the bitmap and no words of marks, but for leaves that straddle pieces: who
-//! finds such a leaf takes all of it that the request covers.
+//! The pieces follow from the request alone, and their gathers are merged in order, so the contents
+//! of the lease do not depend on the number of threads. Threads share no words of the bitmap and no
+//! words of marks, except for leaves that straddle pieces: the thread that finds such a leaf takes
+//! the whole part of it that the request covers.
 
 use rayon::prelude::*;
 
@@ -24,10 +26,11 @@ use crate::units::{Granule, Iova, IovaRange};
 
 /// Bits of a piece, at least.
 const PIECE_BITS: u64 = 8 * CHUNK_BITS;
-/// The most pieces of a request, but for one that straddles: a list of them must fit in memory, however long the request is.
+/// The most pieces of a request, apart from one that straddles, because the list of pieces must fit
+/// in memory for any length of a request.
 const MAX_PIECES: u64 = 1 << 12;
 
-/// What one piece yielded.
+/// The result of one piece.
 struct Taken<'a> {
     space: &'a AddressSpace,
     gather: FlushGather,
@@ -46,8 +49,8 @@ pub(super) fn harvest<'a>(
     view: BitmapView<'_>,
 ) -> Lease<'a, Owed> {
     let asked = view.range();
-    // A hole ends the work of all threads, as it ends a walk, unless the request skips it. Addresses
-    // above the last area are in no lease.
+    // A hole ends the work of all threads, as it ends a walk, unless the request skips it.
+    // Addresses above the last area are in no lease.
     let (mut stopped, mut end) = (None, None);
     for area in areas(&snapshot, asked, request) {
         match area {
@@ -58,7 +61,8 @@ pub(super) fn harvest<'a>(
     drop(snapshot);
     let mut recorded = Recorded::default();
     if let Some(walked) = end.map(|end| IovaRange::ascending(asked.start(), end)) {
-        // Before the first bit is touched: a panic in any thread puts back all that was recorded.
+        // Before the first bit is touched, so that a panic in any thread puts back everything that
+        // was recorded.
         holding.reach(walked.last());
         let (space, covered) = (holding.space(), holding.covered());
         let page = covered.alignment(space.page());
@@ -80,7 +84,7 @@ pub(super) fn harvest<'a>(
                 stopped = Some(first);
             }
         }
-        // What pieces above a stop have walked is in no lease.
+        // Pages of pieces above a stop are in no lease.
         let below = |last: &Iova| stopped.as_ref().is_none_or(|stop| *last < stop.at);
         for (gather, areas, walked_to) in owed {
             holding.add(&gather, areas);
@@ -145,7 +149,7 @@ impl<'a> Taken<'a> {
                 let Some((part, limit)) = inside else {
                     return Ok(());
                 };
-                // Each area counts in the piece that it begins in.
+                // Each area counts in the piece in which it begins.
                 taken.areas += u64::from(limit.start() == part.start());
                 let how = Look::Take(&mut taken.gather);
                 let looked = look(space, covered, area, (part, limit), &mut sink, how);
@@ -162,7 +166,8 @@ impl<'a> Taken<'a> {
     }
 }
 
-/// What a piece owes goes to the queue if a panic, here or in another piece, keeps it from the lease.
+/// The debt of a piece goes to the queue if a panic, here or in another piece, prevents that it
+/// reaches the lease.
 impl Drop for Taken<'_> {
     fn drop(&mut self) {
         if !self.gather.is_empty() {

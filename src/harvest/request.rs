@@ -1,4 +1,4 @@
-//! What a harvest is asked for.
+//! The request of a harvest.
 
 use std::time::Instant;
 
@@ -10,14 +10,15 @@ const MIN_STEP: u64 = 64;
 
 /// A range of addresses, the bytes that one bit of the answer stands for, and how to walk it.
 ///
-/// | option | the harvest |
-/// |---|---|
-/// | [`in_scope`](Self::in_scope) | asks one domain alone |
-/// | [`holes`](Self::holes) | skips addresses that no area holds, ends there, or is refused |
-/// | [`masked`](Self::masked) | takes what is set in another bitmap, and leaves the rest dirty |
-/// | [`max_bits`](Self::max_bits), [`until`](Self::until) | ends at a bound: [`Lease::next`](crate::Lease::next) says where |
-/// | [`resume_at`](Self::resume_at) | goes on there |
-/// | `parallel` (feature `rayon`) | is walked by many threads |
+/// The options of a harvest:
+///
+/// * [`in_scope`](Self::in_scope) takes the dirty state of one domain alone.
+/// * [`holes`](Self::holes) skips addresses that no area holds, ends there, or is refused.
+/// * [`masked`](Self::masked) takes the pages of another bitmap, and leaves the rest dirty.
+/// * [`max_bits`](Self::max_bits) and [`until`](Self::until) end at a bound.
+///   [`Lease::next`](crate::Lease::next) has its address.
+/// * [`resume_at`](Self::resume_at) goes on at that address.
+/// * `parallel` (feature `rayon`) walks by many threads.
 ///
 /// ```
 /// use dirtymap::{Granule, HarvestRequest, Holes, ToIovaRange};
@@ -30,6 +31,7 @@ const MIN_STEP: u64 = 64;
 /// # Ok(())
 /// # }
 /// ```
+#[doc(alias = "IOMMU_HWPT_GET_DIRTY_BITMAP")]
 #[derive(Clone, Copy, Debug)]
 pub struct HarvestRequest<'m> {
     range: IovaRange,
@@ -44,24 +46,24 @@ pub struct HarvestRequest<'m> {
     parallel: bool,
 }
 
-/// Whose dirty state a harvest asks for.
+/// The places whose dirty state a harvest takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Scope {
     /// All domains, and marks.
     #[default]
     All,
-    /// One domain: what its devices wrote, and what earlier leases that covered it put back.
+    /// One domain: the writes of its devices, and the pages that earlier leases over it put back.
     Domain(DomainId),
 }
 
-/// What a harvest does with addresses of its range that no area holds.
+/// The treatment of addresses of the range that no area holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Holes {
-    /// Goes on after them: nothing there can be dirty.
+    /// Skips them, because nothing there can be dirty.
     #[default]
     Skip,
-    /// Ends at the first one: the lease covers what lies below it, and says so by
-    /// [`Lease::stopped`](crate::Lease::stopped).
+    /// Ends at the first one: the lease covers the pages below it, and
+    /// [`Lease::stopped`](crate::Lease::stopped) has its address.
     Stop,
     /// Is refused before anything is touched, by [`Error::Hole`](crate::Error::Hole). A hole that
     /// appears meanwhile ends it.
@@ -69,10 +71,23 @@ pub enum Holes {
 }
 
 impl<'m> HarvestRequest<'m> {
-    /// Asks for `range` at `granule` bytes a bit. Bit 0 of the bitmap is the first granule of `range`, which must
-    /// start and end at multiples of both `granule` and the smallest page of the space.
+    /// A request for `range` at `granule` bytes a bit. Bit 0 of the bitmap is the first granule of
+    /// `range`, which must start and end at multiples of both `granule` and the smallest page of
+    /// the space.
     ///
-    /// A granule larger than the page makes a bit cover several pages; a smaller one makes a page set several bits.
+    /// A granule larger than the page makes a bit cover several pages. A smaller one makes a page
+    /// set several bits.
+    ///
+    /// ```
+    /// use dirtymap::{AddressSpace, Granule, HarvestRequest, Holes, ToIovaRange};
+    ///
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// let ram = (0..1 << 30).to_iova_range()?;
+    /// let request = HarvestRequest::new(ram, Granule::K4).holes(Holes::Refuse).max_bits(4096);
+    /// assert_eq!(request.range(), ram);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub const fn new(range: IovaRange, granule: Granule) -> Self {
         HarvestRequest {
             range,
@@ -88,29 +103,29 @@ impl<'m> HarvestRequest<'m> {
         }
     }
 
-    /// Asks for the dirty state of `scope` alone; the default is all of it.
+    /// Takes the dirty state of `scope` alone. The default is all of it.
     #[must_use]
     pub const fn in_scope(mut self, scope: Scope) -> Self {
         self.scope = scope;
         self
     }
 
-    /// Says what becomes of addresses that no area holds; the default skips them.
+    /// Sets the treatment of addresses that no area holds. The default skips them.
     #[must_use]
     pub const fn holes(mut self, holes: Holes) -> Self {
         self.holes = holes;
         self
     }
 
-    /// Takes only what is set in `mask`, and leaves everything else dirty. So a consumer
-    /// [peeks](crate::AddressSpace::peek) once, and clears piece by piece just before it copies a
-    /// piece: pages that are written again in between cost one copy, not two.
-    /// `KVM_CLEAR_DIRTY_LOG` is the model.
+    /// Takes only what is set in `mask`, and leaves everything else dirty. So a consumer can
+    /// [peek](crate::AddressSpace::peek) once, and clear each piece right before it copies it: a
+    /// page that is written again in between costs one copy instead of two. `KVM_CLEAR_DIRTY_LOG`
+    /// is the model.
     ///
-    /// `mask` may have another base and granule than the request. Marks and leaves are cleared as far
-    /// as whole pages of all sources lie in a run of it; bits of it that are clean are fine, and holes
-    /// matter only where it has a bit. The harvest records into a bitmap of its own, which must not be
-    /// the memory of `mask`: what is set there already counts as taken by an abort.
+    /// `mask` may have another base and granule than the request. Marks and leaves are cleared in
+    /// whole pages of all sources inside a run of `mask`. Bits of clean pages do no harm, and holes
+    /// matter only at its bits. The harvest records into another bitmap, which must not be the
+    /// memory of `mask`, because an abort puts back every bit that is set there.
     ///
     /// ```
     /// # use dirtymap::{Access, AddressSpace, Granule, HarvestRequest, ToIovaRange, UserBitmap};
@@ -144,8 +159,8 @@ impl<'m> HarvestRequest<'m> {
     }
 
     /// Begins at `from`, a multiple of the granule and of
-    /// [`alignment`](crate::AddressSpace::alignment). Bit 0 of the bitmap is still the first granule
-    /// of the range, so the harvests of a pass can share one bitmap, one after the other.
+    /// [`alignment`](crate::AddressSpace::alignment). Bit 0 of the bitmap is still the first
+    /// granule of the range, so the harvests of a pass can share one bitmap, one after the other.
     #[must_use]
     pub const fn resume_at(mut self, from: Iova) -> Self {
         self.from = Some(from);
@@ -156,9 +171,9 @@ impl<'m> HarvestRequest<'m> {
     /// to 63 more, and as many more as one page of the [largest
     /// source](crate::AddressSpace::alignment) has bits.
     ///
-    /// Each harvest looks at some granules at least, however tight its bounds: a consumer that goes on
-    /// until [`Lease::next`](crate::Lease::next) is `None` has seen the whole range, and pages that are
-    /// written all the time at its beginning do not keep it from its end.
+    /// Each harvest looks at some granules at least, even with the tightest bounds. So a consumer
+    /// that goes on until [`Lease::next`](crate::Lease::next) is `None` has seen the whole range,
+    /// and pages at its beginning that are written all the time do not prevent that.
     ///
     /// ```
     /// # use dirtymap::{Access, AddressSpace, Granule, HarvestRequest, ToIovaRange, UserBitmap};
@@ -185,20 +200,21 @@ impl<'m> HarvestRequest<'m> {
         self
     }
 
-    /// Ends at `deadline`, or as soon after it as 32768 more bits are looked at. The first look comes
-    /// before that, as with [`max_bits`](Self::max_bits).
+    /// Ends at `deadline`, or as soon after it as 32768 more bits are looked at. The first look
+    /// comes before that, as with [`max_bits`](Self::max_bits).
     #[must_use]
     pub const fn until(mut self, deadline: Instant) -> Self {
         self.deadline = Some(deadline);
         self
     }
 
-    /// Walks by the threads of the rayon pool that it is called in (`pool.install(..)`), or of the
-    /// global one. A harvest with a mask or a bound is walked by the thread that calls all the same.
+    /// Walks by the threads of the current rayon pool (`pool.install(..)`), or of the global one. A
+    /// harvest with a mask or a bound is still walked by the calling thread.
     ///
-    /// Worth it for tables that lie scattered in memory, or with a tenth of the pages dirty and more; a
-    /// clean range is read at the speed of memory by one thread, unless one core cannot use all of
-    /// that. Allocates some bytes for each 262144 bits of the request, at most a few megabytes.
+    /// Useful for tables that are scattered in memory, or if a tenth of the pages or more are
+    /// dirty. One thread reads a clean range at the speed of memory, unless one core cannot use the
+    /// whole bandwidth. Allocates some bytes for each 262144 bits of the request, at most a few
+    /// megabytes.
     #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
     #[must_use]
     pub const fn parallel(mut self) -> Self {
@@ -206,7 +222,7 @@ impl<'m> HarvestRequest<'m> {
         self
     }
 
-    /// The range asked for.
+    /// The range of the request.
     pub const fn range(&self) -> IovaRange {
         self.range
     }
@@ -216,7 +232,7 @@ impl<'m> HarvestRequest<'m> {
         self.granule
     }
 
-    /// The scope asked for.
+    /// The scope of the request.
     pub const fn scope(&self) -> Scope {
         self.scope
     }
@@ -252,8 +268,8 @@ impl<'m> HarvestRequest<'m> {
         bounded.then(|| self.step(0).unwrap_or(MIN_STEP))
     }
 
-    /// The bits of the next step of a bounded harvest that has set `taken` bits; `None` if a bound is
-    /// reached.
+    /// The bits of the next step of a bounded harvest that has set `taken` bits; `None` if a bound
+    /// is reached.
     pub(super) fn step(&self, taken: u64) -> Option<u64> {
         if self
             .deadline

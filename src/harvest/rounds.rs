@@ -1,4 +1,4 @@
-//! Round after round over everything that is mapped, with a bitmap of its own.
+//! Rounds of harvests over everything that is mapped, with a bitmap of their own.
 
 use super::held::{Held, OwnBits, SpaceRef};
 use super::lease::Holding;
@@ -11,9 +11,9 @@ use crate::units::{DomainId, Granule, IovaRange, ToIovaRange};
 
 /// Harvests of all areas of a space, holes skipped, one after the other.
 ///
-/// Each round has one lease over everything. The bitmap is made as large as the areas reach, takes memory
-/// only where something is dirty, and is empty at the beginning of each round: there is nothing to
-/// size, to clear, or to keep alive.
+/// Each round has one lease over everything. The bitmap is made as large as the areas reach, takes
+/// memory only where something is dirty, and is empty at the beginning of each round: the caller
+/// has nothing to size, to clear, or to keep alive.
 ///
 /// ```
 /// use dirtymap::{Access, AddressSpace, Granule};
@@ -37,8 +37,10 @@ use crate::units::{DomainId, Granule, IovaRange, ToIovaRange};
 /// # }
 /// ```
 ///
-/// Leases of [`AddressSpace::rounds`] borrow the space. Those of [`shared`](Self::shared) own what they
-/// need: they go through channels, into structs and trait objects, and to C.
+/// Leases of [`AddressSpace::rounds`] borrow the space. Those of [`shared`](Self::shared) own what
+/// they need: they go through channels, into structs and trait objects, and to C.
+#[doc(alias = "migration_bitmap_sync")]
+#[doc(alias = "memory_global_dirty_log_sync")]
 pub struct Rounds<'a> {
     space: SpaceRef<'a>,
     granule: Granule,
@@ -94,14 +96,14 @@ impl<'a> Rounds<'a> {
         self
     }
 
-    /// Asks one domain alone, instead of all of them and the marks.
+    /// Harvests one domain alone, instead of all of them and the marks.
     #[must_use]
     pub fn domain(mut self, domain: DomainId) -> Self {
         self.scope = Scope::Domain(domain);
         self
     }
 
-    /// Harvests what is mapped inside `range`, rounded out to whole granules, instead of everything.
+    /// Harvests the areas inside `range`, rounded out to whole granules, instead of everything.
     ///
     /// ```
     /// # use dirtymap::{Access, AddressSpace, Granule};
@@ -124,16 +126,32 @@ impl<'a> Rounds<'a> {
 
     /// The next round, synced: its pages can be copied. Waits for devices to drain.
     ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// let mut rounds = space.rounds();
+    /// for round in 0..3 {
+    ///     space.mark(round << 12..(round << 12) + 1)?;
+    ///     let lease = rounds.next()?;
+    ///     assert_eq!(lease.dirty(), 1); // send them, then
+    ///     lease.commit();
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// [`Error::NothingMapped`] if there is no area; else those of
     /// [`harvest`](AddressSpace::harvest), of a source that stopped it, and of
-    /// [`sync`](Lease::sync). Nothing is lost: what was taken is dirty again.
+    /// [`sync`](Lease::sync). Nothing is lost: the pages that were taken are dirty again.
     #[expect(clippy::should_implement_trait)] // it can fail, and is never over
     pub fn next(&mut self) -> Result<Lease<'a, Synced>, Error> {
         self.harvest()?.sync()
     }
 
-    /// The next round before its flush, for a consumer that syncs later. Never blocks, as far as the
+    /// The next round before its flush, for a consumer that syncs later. Never blocks if the
     /// attached sources do not.
     ///
     /// # Errors

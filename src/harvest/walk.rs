@@ -1,4 +1,4 @@
-//! The walk: which pieces of a request are looked at, and in which order.
+//! The walk: the pieces of a request, in their order.
 //!
 //! ```text
 //!  request --> runs of the mask, or all of it --> steps, up to a bound --> areas --> look at each
@@ -17,11 +17,11 @@ use crate::units::{Granule, Iova, IovaRange};
 pub(super) struct Parts<'m> {
     /// From where the request begins.
     asked: IovaRange,
-    /// None of the sources' pages is cut.
+    /// The granule of the walk, so that no page of a source is cut.
     page: Granule,
     granule: Granule,
     mask: Option<Runs<'m>>,
-    /// Where the next part may begin; `None` when there is none.
+    /// The lowest address at which the next part may begin. `None` at the end.
     next: Option<Iova>,
 }
 
@@ -66,7 +66,8 @@ impl<'m> Parts<'m> {
     }
 }
 
-/// Takes what `request` asks for. Says where to go on if a bound was reached.
+/// Takes the dirty pages of `request`. Returns the address at which to go on if a bound was
+/// reached.
 pub(super) fn walk(
     holding: &mut Holding<'_>,
     snapshot: &Areas<'_>,
@@ -74,7 +75,7 @@ pub(super) fn walk(
     asked: IovaRange,
     sink: &mut Sink<'_>,
 ) -> Result<Option<Iova>, Stopped> {
-    // Steps end at pages of all sources: none of them is cut.
+    // Steps end at pages of all sources, so that no page is cut.
     let page = snapshot.alignment();
     let step_end = request.granule().max(page);
     let mut parts = Parts::new(request, asked, page);

@@ -283,7 +283,7 @@ mod tests {
     /// Each owner has states of its own, also where the count of owners wraps.
     #[test]
     fn the_states_of_two_owners_differ() {
-        let free = State(u64::MAX & !State::STAGE);
+        let free = State(!State::STAGE);
         let states = [free, free.claimed(), free.claimed().published()];
         let next = states[2].freed();
         assert_eq!(next.0, State::FIRST.0);

@@ -48,6 +48,24 @@ use crate::units::{Granule, Iova, IovaRange};
 /// It keeps the order by which no write is lost: a leaf is recorded in the user bitmap, and its
 /// invalidation is owed, before its dirty bit is cleared. A harvest that stops between any two of
 /// these steps loses nothing. Linux's `iommu_dirty_bitmap_record` has the same place in its walk.
+///
+/// ```
+/// use dirtymap::source::{FlushGather, LeafSink};
+/// use dirtymap::{Granule, ToIovaRange, UserBitmap};
+/// use std::sync::atomic::{AtomicBool, Ordering};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let dirty = AtomicBool::new(true); // the D bit of a leaf
+/// let leaf = (0x1000..0x2000).to_iova_range()?;
+/// let mut words = [0];
+/// let view = UserBitmap::new(&mut words).view((0..64 << 12).to_iova_range()?, Granule::K4)?;
+/// let (mut sink, mut gather) = (view.sink(), FlushGather::new());
+/// let mut out = LeafSink::new(&mut sink, &mut gather);
+/// out.take(leaf, Granule::K4, || dirty.swap(false, Ordering::AcqRel))?;
+/// assert_eq!((gather.entries(), view.count()), (1, 1)); // recorded and owed, then cleared
+/// # Ok(())
+/// # }
+/// ```
 #[doc(alias = "iommu_dirty_bitmap_record")]
 #[doc(alias = "iommu_dirty_bitmap")]
 #[derive(Debug)]
@@ -57,7 +75,7 @@ pub struct LeafSink<'s, 'b> {
     rests: Option<Rests<'s>>,
 }
 
-/// Where the rest of a leaf goes if a request covers only a part of the leaf.
+/// The place for the rest of a leaf if a request covers only a part of the leaf.
 #[derive(Clone, Copy)]
 pub(crate) struct Rests<'s> {
     /// Says that a rest is dirty while it moves.
@@ -157,7 +175,7 @@ impl<'s, 'b> LeafSink<'s, 'b> {
     /// by one call.
     ///
     /// The pages that lie whole inside [`range`](Self::range) are recorded and owed, and stay dirty
-    /// for now. The answer names them, and the source clears **exactly these** before
+    /// for now. The return value names them, and the source clears **exactly these** before
     /// [`read_and_clear`](super::DirtySource::read_and_clear) returns, alone or together with those
     /// of other runs. If `read_and_clear` returns an error before that, it may leave them dirty.
     ///
@@ -330,7 +348,7 @@ struct Rest<'s> {
     rests: Rests<'s>,
     leaf: IovaRange,
     size: Granule,
-    /// The parts below and above the part that was asked for.
+    /// The parts below and above the requested part.
     sides: [Option<IovaRange>; 2],
     slots: [Option<&'s FlightSlot>; 2],
     /// Whether the leaf was dirty until the clear, or may have been.

@@ -1,4 +1,4 @@
-//! Where dirty state comes from: the trait of a dirty source, its sink, and logs of others.
+//! The trait of a source of dirty state, its sink, and logs of other programs.
 //!
 //! The core contains no hardware. An IO page table with its IOTLBs is a source, and so is a kernel
 //! interface. Marks by CPU threads belong to the address space itself, and take part in the same
@@ -66,29 +66,28 @@ impl Tracking {
 ///   closure clears each leaf by one atomic operation, whose result says whether the leaf was
 ///   dirty.
 /// * **Or by a batch, after [`LeafSink::take_run`]**: exactly the pages that its answer names,
-///   before `read_and_clear` returns. A closure that says "cleared" and clears later loses writes,
+///   before `read_and_clear` returns. A closure that returns before it has cleared loses writes,
 ///   because other harvests may take the rest of a partly covered page as soon as the closure
 ///   returns.
 /// * **No waiting** in `read_and_clear` and `peek`: not for devices, not for `map` and `unmap`, not
 ///   for each other.
-/// * **No call back**: no method calls into the address space that the source is attached to,
-///   except to look.
+/// * **No call back**: no method calls into the address space of the source, except for lookups.
 ///
 /// # Panics
-/// A method that panics counts as one that failed at the worst moment: the space assumes that it
-/// did a part of its work and reported none of it. First the space cleans up as after an error;
-/// then the panic goes on to the caller of the space.
+/// A panic counts as a failure at the worst moment: the space assumes that the method did a part of
+/// its work and reported none of it. First the space cleans up as after an error; then the panic
+/// goes on to the caller of the space.
 /// * `map`: the range may be mapped in part, and is [unmapped](Self::unmap) again.
 /// * `unmap`: all of the range counts as dirty and is owed an invalidation. The space calls `unmap`
 ///   for it again before its addresses become free.
 /// * `split_at`: all of the area counts as dirty and is owed an invalidation. The area stays whole.
 /// * `set_tracking`: tracking is in doubt, so the next switch calls it again, for on and for off.
-/// * `read_and_clear`: the harvest is aborted, and what it had recorded is dirty again.
+/// * `read_and_clear`: the harvest is aborted, and the pages that it had recorded are dirty again.
 /// * `peek`: nothing was changed.
 /// * `invalidate`: all of the gather stays owed.
 ///
 /// While a panic is cleaned up, other methods are called, on this source too. If one of them panics
-/// as well, the same is done for it, and the first panic is the one that goes on.
+/// as well, it is handled in the same way, and the first panic goes on to the caller.
 ///
 /// # Drop
 /// A space drops a source while it holds no lock of its own. This happens some calls after the
@@ -118,7 +117,7 @@ pub trait DirtySource: Send + Sync {
     }
 
     /// Lets devices reach `mapping`, which starts out clean. Nothing else is mapped in its range.
-    /// The default is for a source that translates nothing: a log that someone else keeps.
+    /// The default is for a source that translates nothing, such as a log of another program.
     ///
     /// # Errors
     /// If the source cannot express the mapping; then nothing is changed.
@@ -139,8 +138,8 @@ pub trait DirtySource: Send + Sync {
     /// The operation that ends a translation also reads its dirty bit, so no write can come between
     /// the two.
     ///
-    /// The default calls all of `range` dirty, because a source that does not say what was written
-    /// may have seen a write to any page of it.
+    /// The default reports all of `range` as dirty, because a source that does not report may have
+    /// seen a write to any page of it.
     fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
         let _ = gather;
         dirty(range);
@@ -159,16 +158,16 @@ pub trait DirtySource: Send + Sync {
         Err(Error::CannotSplit { at })
     }
 
-    /// Switches tracking. [`Tracking::On`]: all leaves become clean, and every write that begins after the return
-    /// is reported. A second "on" changes nothing and leaves dirty pages dirty. [`Tracking::Off`]: dirty pages
-    /// stay dirty for a last harvest. May wait for devices.
+    /// Switches tracking. [`Tracking::On`]: all leaves become clean, and every write that begins
+    /// after the return is reported. A second "on" changes nothing and leaves dirty pages dirty.
+    /// [`Tracking::Off`]: dirty pages stay dirty for a last harvest. May wait for devices.
     ///
     /// # Errors
     /// If the source cannot switch; then the old state stays.
     #[doc(alias = "set_dirty_tracking")]
     fn set_tracking(&self, to: Tracking) -> Result<(), Error>;
 
-    /// Hands every dirty leaf that `range` touches to `out`, in ascending order, by
+    /// Passes every dirty leaf that `range` touches to `out`, in ascending order, by
     /// [`LeafSink::take`], [`take_many`](LeafSink::take_many) or [`take_run`](LeafSink::take_run).
     /// Skips addresses without a translation. `range` may begin and end inside a page of this
     /// source. Must not wait.
@@ -189,18 +188,18 @@ pub trait DirtySource: Send + Sync {
     /// translations of them **and** the writes that were already translated have landed in memory.
     /// Waits for devices.
     ///
-    /// The default is for a source whose devices cache nothing: a bit that it clears is set again by
-    /// the very next write.
+    /// The default is for a source whose devices cache nothing: a bit that it clears is set again
+    /// by the very next write.
     ///
     /// # Errors
-    /// If the source cannot promise that; the gather then stays owed.
+    /// If the source cannot do that. The gather then stays owed.
     #[doc(alias = "iotlb_sync")]
     fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error> {
         let _ = gather;
         Ok(Invalidated::default())
     }
 
-    /// What invalidations cost. When the ranges of a gather would cost all sources of a space
+    /// The cost of invalidations. When the ranges of a gather would cost all sources of a space
     /// together more than a full invalidation, the space asks for a full one: a gather that [is
     /// full](FlushGather::is_full). Called once, by the attach. The default declares no cost, and
     /// is always asked for ranges.

@@ -1,8 +1,9 @@
-//! Pages that a kernel interface has reported, and forgotten by that, until a lease records them.
+//! Pending pages: a kernel interface has reported and thereby cleared them, and no lease has
+//! recorded them yet.
 //!
-//! Some interfaces clear what they report. What they said is then the only trace of a write, so it
-//! goes into memory that was reserved before, and only from there into a user bitmap: a failure
-//! after that loses nothing.
+//! Some interfaces clear the pages that they report. The report is then the only trace of a write,
+//! so it goes into memory that was allocated before, and only from there into a user bitmap: a
+//! failure after that loses nothing.
 
 use std::collections::TryReserveError;
 
@@ -34,8 +35,7 @@ impl Pending {
         Ok(Pending { range, page, words })
     }
 
-    /// Adds the pages of `log`, whose bit 0 is page 64 * `at`. Bits after the last page are not
-    /// pages.
+    /// Adds the pages of `log`, whose bit 0 is page 64 * `at`. Ignores bits after the last page.
     pub fn add_words(&mut self, at: usize, log: &[u64]) {
         for (mine, new) in self.words.iter_mut().skip(at).zip(log) {
             *mine |= new;
@@ -44,21 +44,21 @@ impl Pending {
         mask_tail(&mut self.words, pages);
     }
 
-    /// Adds `range`, as far as it lies inside; pages that it touches count whole.
+    /// Adds the part of `range` inside. A page that it touches in part counts as a whole.
     pub fn add_range(&mut self, range: IovaRange) {
         if let Some((first, last)) = self.numbers(range) {
             set(&mut self.words, first, last);
         }
     }
 
-    /// Forgets the pages of `log`, whose bit 0 is page 64 * `at`.
+    /// Removes the pages of `log`, whose bit 0 is page 64 * `at`.
     pub fn remove_words(&mut self, at: usize, log: &[u64]) {
         for (mine, gone) in self.words.iter_mut().skip(at).zip(log) {
             *mine &= !gone;
         }
     }
 
-    /// Adds page `number`, counted from 0. Returns whether there is one.
+    /// Adds page `number`, counted from 0. Returns whether it exists.
     pub fn add_page(&mut self, number: u64) -> bool {
         let known = number < self.pages();
         if known {
@@ -72,10 +72,10 @@ impl Pending {
         self.add_range(self.range);
     }
 
-    /// Hands the pages of `range` to `out`, and forgets each when it is recorded.
+    /// Passes the pages of `range` to `out`, and removes each after it is recorded.
     ///
     /// # Errors
-    /// [`Stopped`] where a page cannot be recorded. The pages from there on stay pending.
+    /// [`Stopped`] at the first page that cannot be recorded. The pages from there on stay pending.
     pub fn take(&mut self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
         let Some((mut first, last)) = self.numbers(range) else {
             return Ok(());
@@ -97,7 +97,7 @@ impl Pending {
     /// Records the pages of `range`, which stay pending.
     ///
     /// # Errors
-    /// [`Stopped`] where a page cannot be recorded.
+    /// [`Stopped`] at the first page that cannot be recorded.
     pub fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
         self.for_each(range, |run| {
             sink.record(run).map_err(|error| Stopped {
@@ -107,7 +107,7 @@ impl Pending {
         })
     }
 
-    /// Calls `each` with the runs of pages of `range`, in order, and forgets the pages.
+    /// Calls `each` with the runs of pages of `range`, in order, and removes the pages.
     pub fn drain(&mut self, range: IovaRange, each: &mut dyn FnMut(IovaRange)) {
         let told: Result<(), std::convert::Infallible> = self.for_each(range, |run| {
             each(run);
@@ -117,14 +117,14 @@ impl Pending {
         self.forget(range);
     }
 
-    /// Forgets the pages of `range`.
+    /// Removes the pages of `range`.
     pub fn forget(&mut self, range: IovaRange) {
         if let Some((first, last)) = self.numbers(range) {
             clear(&mut self.words, first, last);
         }
     }
 
-    /// Forgets all pages.
+    /// Removes all pages.
     pub fn clear(&mut self) {
         self.words.fill(0);
     }
@@ -156,7 +156,7 @@ impl Pending {
         Some((number(inside.start()), number(inside.last())))
     }
 
-    /// How many pages the range has.
+    /// The number of pages of the range.
     pub fn pages(&self) -> u64 {
         ((self.range.last().get() - self.range.start().get()) >> self.page.lg2()) + 1
     }
@@ -177,7 +177,7 @@ impl Pending {
     }
 }
 
-/// So many words, all zero, or an error.
+/// This number of words, all zero, or an error.
 pub(crate) fn zeroed(words: usize) -> Result<Vec<u64>, TryReserveError> {
     let mut zeroed = Vec::new();
     zeroed.try_reserve_exact(words)?;

@@ -1,10 +1,10 @@
 //! A list of ranges that may overlap, searched by address.
 //!
-//! The memory slots of two of KVM's address spaces overlap, and so does memory that was removed
-//! while some of it is dirty with memory that was added later. A search by first address alone does
-//! not find a long range that begins far below. So each node of the implicit search tree over the
-//! sorted list has the greatest last address of its subtree (an augmented interval tree): the next
-//! range that touches a request takes a logarithm of the length of the list.
+//! Ranges overlap in two cases: the memory slots of two of KVM's address spaces, and memory that
+//! was removed with dirty pages left and memory that was added later. A search by first address
+//! alone does not find a long range that begins far below. So each node of the implicit search tree
+//! over the sorted list has the greatest last address of its subtree (an augmented interval tree):
+//! the next range that touches a request takes a logarithm of the length of the list.
 
 use crate::sync::Arc;
 use crate::units::{Iova, IovaRange};
@@ -119,7 +119,7 @@ fn fill<T: Placed>(items: &[Arc<T>], reach: &mut [Iova]) -> Iova {
     reach[middle]
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(dirtymap_loom)))]
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod tests {
     use super::*;
@@ -162,8 +162,8 @@ mod tests {
         }
     }
 
-    /// A harvest asks for each area: with a scan for each, as many areas as ranges cost the square.
-    /// One range that holds all others must not bring the scan back.
+    /// A harvest searches once for each area. With a scan for each search, as many areas as ranges
+    /// would cost the square. One range that holds all others must not make a search a scan.
     #[test]
     fn looking_for_each_range_grows_as_a_search_does() {
         for holds_all in [false, true] {

@@ -1,4 +1,4 @@
-//! A log that is asked: a call of someone else's interface reads and clears it.
+//! A pulled log: a call of another program's interface reads and clears it.
 
 use std::collections::TryReserveError;
 
@@ -10,20 +10,20 @@ use crate::flush::FlushGather;
 use crate::sync::{Mutex, lock};
 use crate::units::{Granule, Iova, IovaRange, ToIovaRange};
 
-/// A dirty log that someone else keeps, behind a call that reads and clears it into words: VFIO's
-/// device log, a hypervisor whose handle is hidden behind a trait, a remote process.
+/// A dirty log of another program, with a call that reads it into words and clears it: VFIO's
+/// device log, a hypervisor whose handle is hidden by a trait, a remote process.
 ///
 /// `pull(range, words)` sets bit `n` of `words` for each page `n` of `range` that was written, and
-/// clears it in the log. The words come zeroed, and bits after the last page are ignored. On return,
-/// every later write to such a page must be seen by a later pull: an interface that write-protects
-/// flushes its TLBs first.
+/// clears it in the log. The words come zeroed, and bits after the last page are ignored. On
+/// return, every later write to such a page must be seen by a later pull: an interface that
+/// write-protects flushes its TLBs first.
 ///
-/// What a pull reported is the only trace of a write, so it waits in memory that was reserved by
-/// [`new`](Self::new) until a lease has recorded it. A pull that fails or panics may have cleared
-/// something that it did not report, so all that it was asked for becomes dirty.
+/// The report of a pull is the only trace of a write, so its pages are pending, in memory that
+/// [`new`](Self::new) allocates, until a lease has recorded them. A pull that fails or panics may
+/// have cleared pages without reporting them, so its whole range becomes dirty.
 ///
-/// Harvests and peeks of one `PulledLog` wait for each other, because they share that memory, and for
-/// `pull`. Harvests do not allocate.
+/// Harvests and peeks of one `PulledLog` wait for each other, because they share that memory, and
+/// they wait for `pull`. Harvests do not allocate.
 ///
 /// ```
 /// use dirtymap::{Access, AddressSpace, Granule, HarvestRequest, PulledLog, UserBitmap};
@@ -55,7 +55,7 @@ pub struct PulledLog<F> {
 struct State<F> {
     pull: F,
     pending: Pending,
-    /// What a pull fills, one word for each 64 pages.
+    /// The words that a pull fills, one for each 64 pages.
     words: Vec<u64>,
     tracks: bool,
 }
@@ -67,12 +67,12 @@ where
 {
     /// The log of `range`, which has one bit for each `page`. Reserves two bits for each page.
     ///
-    /// `pull` is asked for parts of `range` that begin at a multiple of 64 pages from its start, and
-    /// end at one or at its end.
+    /// `pull` is called for parts of `range` that begin at a multiple of 64 pages from its start,
+    /// and end at such a multiple or at its end.
     ///
     /// # Errors
-    /// In this order: those of the range, [`Error::Unaligned`] unless `range` is made of whole pages,
-    /// [`Error::Source`] if there is no memory for the bits.
+    /// In this order: those of the range, [`Error::Unaligned`] unless `range` is made of whole
+    /// pages, [`Error::Source`] if there is no memory for the bits.
     pub fn new(range: impl ToIovaRange, page: Granule, pull: F) -> Result<Self, Error> {
         let range = range.to_iova_range()?;
         if !range.is_aligned(page) {
@@ -96,7 +96,7 @@ where
         })
     }
 
-    /// Pulls what lies around `range`; what was written is pending after it.
+    /// Pulls the words around `range`. The written pages are pending afterwards.
     fn pull(&self, state: &mut State<F>, range: IovaRange) -> Result<(), Error> {
         let Some((first, last)) = state.pending.numbers(range) else {
             return Ok(());
@@ -124,7 +124,7 @@ where
     }
 }
 
-/// What is asked of a pull; all of it is dirty unless the pull succeeds.
+/// The range of a pull, which is dirty as a whole unless the pull succeeds.
 struct Unknown<'a> {
     pending: &'a mut Pending,
     asked: IovaRange,
@@ -150,7 +150,7 @@ where
 
     fn unmap(&self, range: IovaRange, _: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
         let mut state = lock(&self.state);
-        // A pull that fails makes all of the range pending, which is what is told then.
+        // A pull that fails makes the whole range pending, and the whole range is reported then.
         let _ = self.pull(&mut state, range);
         state.pending.drain(range, dirty);
     }

@@ -1,4 +1,4 @@
-//! A log in shared memory: someone else sets bits, harvests take them.
+//! A log in shared memory: another program sets bits, and harvests take them.
 
 use super::{DirtySource, LeafSink, Stopped, Tracking};
 use crate::bitmap::Sink;
@@ -12,15 +12,17 @@ use crate::words::{word_masks, word_runs};
 /// of its range, least significant bit first.
 ///
 /// A writer sets the bit of a page **after** its write, by `fetch_or` with [`Ordering::Release`] or
-/// stronger, each time: a writer that looks first and skips a bit that is set needs a full fence
-/// between its write and the look, and may still lose the write, because a harvest of this source
-/// owes no flush. A harvest takes a word by one `fetch_and`, so it never waits.
+/// stronger, at each write. A writer that first looks, and skips a bit that is set, needs a full
+/// fence between its write and the look. It may still lose the write, because a harvest of this
+/// source owes no flush. A harvest takes a word by one `fetch_and`, so it never waits.
 ///
-/// The words are anything that shows a slice of atomics: `Arc<[AtomicU64]>`, a `Vec`, a mapping of
-/// your own.
+/// The words may be any value that implements `AsRef<[AtomicU64]>`: an `Arc<[AtomicU64]>`, a `Vec`,
+/// a mapping of your own.
 ///
 /// ```
-/// use dirtymap::{Access, AddressSpace, Granule, HarvestRequest, SharedLog, ToIovaRange, UserBitmap};
+/// use dirtymap::{
+///     Access, AddressSpace, Granule, HarvestRequest, SharedLog, ToIovaRange, UserBitmap,
+/// };
 /// use std::sync::Arc;
 /// use std::sync::atomic::{AtomicU64, Ordering};
 ///
@@ -54,8 +56,8 @@ impl<W: AsRef<[AtomicU64]> + Send + Sync> SharedLog<W> {
     /// The log of `range`, with one bit for each `page` of it in `words`.
     ///
     /// # Errors
-    /// In this order: those of the range, [`Error::Unaligned`] unless `range` is made of whole pages,
-    /// [`BitmapError::TooShort`] if there are fewer bits than pages.
+    /// In this order: those of the range, [`Error::Unaligned`] unless `range` is made of whole
+    /// pages, [`BitmapError::TooShort`] if there are fewer bits than pages.
     pub fn new(range: impl ToIovaRange, page: Granule, words: W) -> Result<Self, Error> {
         let range = range.to_iova_range()?;
         if !range.is_aligned(page) {
@@ -99,10 +101,11 @@ impl<W: AsRef<[AtomicU64]> + Send + Sync> SharedLog<W> {
         })
     }
 
-    /// Takes the bits of `mask`; those that were set.
+    /// Takes the bits of `mask`. Returns those that were set.
     fn take(word: &AtomicU64, mask: u64) -> u64 {
-        // Acquire: pairs with the Release of the writer that set the bit; its data is visible to the
-        // copies of this lease. Release: a thread that sees the bit clear sees it recorded before.
+        // Acquire: pairs with the Release of the writer that set the bit; its data is visible to
+        // the copies of this lease. Release: a thread that sees the bit clear sees it recorded
+        // before.
         word.fetch_and(!mask, Ordering::AcqRel) & mask
     }
 }

@@ -1,4 +1,4 @@
-//! Which addresses are free: allocation, reserved and allowed ranges, and a report of all of them.
+//! Free addresses: allocation, reserved and allowed ranges, and a report of all of them.
 //!
 //! One root of the tree carries areas and rules. So each of these calls looks at one state, and is
 //! published only if that state is still the current one. Two allocations never get the same
@@ -159,6 +159,18 @@ impl AddressSpace {
     /// Replaces the ranges in which [`map_anywhere`](Self::map_anywhere) may allocate, all at once.
     /// Ranges that touch are joined. An empty list means no restriction. This restricts only
     /// allocation: areas in other places stay, and [`map`](Self::map) ignores it.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule, ToIovaRange};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// space.set_allowed(&[(1 << 30..2 << 30).to_iova_range()?])?;
+    /// let range = space.map_anywhere(0x1000, 1 << 20, Access::ReadWrite)?;
+    /// assert_eq!(range, (1 << 30..(1 << 30) + 0x1000).to_iova_range()?);
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`Error::AllowedTwice`] if two of `ranges` overlap, then [`Error::CannotAllow`] if one

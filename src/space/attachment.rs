@@ -52,8 +52,9 @@
 //!
 //! If the page was in the store already, P1 is a load that finds it there before U2, which takes
 //! it. A page that P1 stores after U2 may stay in the store, and is then dirty in the next area at
-//! its address: a superset. That area must not clear it: from its publication on, or
-//! from the promise of its addresses in a batch, a page in the store at its addresses may belong to it.
+//! its address: a superset. The next area must not clear it, because a page in the store at the
+//! addresses of that area may belong to it, from its publication on, or in a batch from the promise
+//! of its addresses on.
 
 use std::convert::Infallible;
 
@@ -314,8 +315,8 @@ impl AddressSpace {
         attachment: &Arc<Attachment>,
     ) -> Emptied {
         let range = area.mapping.range;
-        // What is dirty in the table counts as in flight until it is marked: a harvest that runs
-        // meanwhile finds all of the area in flight.
+        // The dirty pages of the table count as in flight until they are marked: a harvest that
+        // runs meanwhile finds the whole area in flight.
         let _moving = Moving(performs(Step::DetachInFlight).then(|| self.in_flight.publish(range)));
         if performs(Step::DetachFence) {
             // Release: orders the slot before the changes of the table. Pairs with the Acquire
@@ -356,9 +357,10 @@ impl AddressSpace {
     /// area that was mapped later, a page of the lease belonged to an earlier area at the same
     /// addresses, and is outside as well.
     ///
-    /// Where a batch has promised an area, a source may have been filled with it already, and the page
-    /// may belong to it: it goes to the put-back stores of the domains, which the area finds when it
-    /// comes. It counts as outside all the same, because it may belong to an area that has gone.
+    /// At the addresses of an area that a batch is about to map, a source may already be filled,
+    /// and the page may belong to the new area. So the page also goes to the put-back stores of the
+    /// domains, where the new area has it. It still counts as outside, because it may belong to an
+    /// area that is gone.
     pub(crate) fn put_back(&self, run: IovaRange, covered: &Covered, taken: u64) -> Outside {
         // Before the look at the areas: a promise becomes an area in one step.
         for promised in self.snapshot().rules().promised_parts(run) {

@@ -139,7 +139,8 @@ impl AddressSpace {
         Ok(cut)
     }
 
-    /// Performs `plan`. Records the dirty pages of what goes in `record`, or discards them.
+    /// Performs `plan`. Records the dirty pages of the areas that are unmapped in `record`, or
+    /// discards them.
     pub(super) fn execute(
         &self,
         plan: &Plan,
@@ -154,7 +155,8 @@ impl AddressSpace {
             fence(Ordering::SeqCst);
         }
         let promised = self.promise(plan)?;
-        // If any call in here panics, what was taken is given back, and then the panic goes on.
+        // If any call in here panics, the claims and locks are released, and then the panic goes
+        // on.
         let done = attempt(|| self.perform(plan, &mut claimed, &promised, record));
         done.map_err(|failure| {
             let failure = match claimed.published {
@@ -216,8 +218,8 @@ impl AddressSpace {
         Ok(unmapped)
     }
 
-    /// Brings all that is dirty in what goes to the marks, and records them while everything can
-    /// still be undone. What that takes from domains is added to `moved`.
+    /// Moves all dirty pages of the areas that are unmapped to the marks, and records them while
+    /// everything can still be undone. Pages that come from domains are added to `moved`.
     fn record(
         &self,
         plan: &Plan,
@@ -274,7 +276,7 @@ impl AddressSpace {
         }
         let flushed = self.settle(emptied);
         if flushed.is_ok() {
-            // Devices may have written there already.
+            // Devices may already have written there.
             for area in new() {
                 let range = area.mapping.range;
                 let _ = self.mark_put_back(area, range);
@@ -361,8 +363,8 @@ impl AddressSpace {
         all
     }
 
-    /// Marks the ranges in flight in `area`, which is going: the rest of a leaf that a harvest is
-    /// moving, and pages that are being written.
+    /// Marks the ranges in flight in `area`, which is being unmapped: the rest of a leaf that a
+    /// harvest is moving, and pages that are being written.
     fn mark_in_flight(&self, area: &Area, range: IovaRange) {
         if performs(Step::LookInFlight) {
             let done: Result<(), Infallible> = self.in_flight.visit(range, |part| {
@@ -373,8 +375,8 @@ impl AddressSpace {
         }
     }
 
-    /// Moves the put-back pages of all domains to the marks of `area`. The area is going, and the
-    /// caller holds its pairs. Returns what was moved, for a caller whose area may stay.
+    /// Moves the put-back pages of all domains to the marks of `area`. The area is being unmapped,
+    /// and the caller holds its pairs. Returns the moved pages, for a caller whose area may stay.
     pub(super) fn mark_put_back(
         &self,
         area: &Area,
@@ -428,7 +430,7 @@ impl AddressSpace {
             }
             Ok::<(), Error>(())
         })?;
-        // From here on nothing is given back.
+        // From here on nothing is undone.
         claimed.published = true;
         plan.new.iter().for_each(|(_, area)| area.go_live());
         for (touched, pairs) in &mut claimed.areas {
@@ -454,7 +456,7 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Takes the marks of what went, and counts them.
+    /// Takes the marks of the areas that were unmapped, and counts them.
     fn collect(&self, plan: &Plan, mut record: Option<&mut Sink<'_>>) -> Unmapped {
         let page = self.page();
         let (mut recorded, mut discarded) = (0u64, 0u64);

@@ -32,6 +32,18 @@ pub enum FaultSource {
 }
 
 /// The newest faults of a space: see [`AddressSpace::faults`](crate::AddressSpace::faults).
+///
+/// ```
+/// # use dirtymap::{Access, AddressSpace, Granule};
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// # let space = AddressSpace::tracked(Granule::K4);
+/// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+/// assert!(space.mark(0x10_0000..0x10_0001).is_err()); // outside every area
+/// let faults = space.faults();
+/// assert_eq!(faults.recent[0].at, 0x10_0000.into());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Faults {
     /// At most 64, the oldest first.

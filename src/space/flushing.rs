@@ -12,6 +12,17 @@ impl AddressSpace {
     /// Sets the bounds at which a debt is due although no thread waits for it, such as the debt of
     /// leases that were dropped. Without this there are no bounds, and the next call that waits
     /// pays.
+    ///
+    /// ```
+    /// # use dirtymap::{AddressSpace, FlushPolicy, Granule};
+    /// # use std::time::Duration;
+    /// let policy = FlushPolicy {
+    ///     max_age: Some(Duration::from_millis(10)),
+    ///     ..FlushPolicy::default()
+    /// };
+    /// let space = AddressSpace::new(Granule::K4).with_flush_policy(policy);
+    /// assert_eq!(space.flush_deadline(), None); // nothing is owed yet
+    /// ```
     #[must_use]
     pub fn with_flush_policy(mut self, policy: FlushPolicy) -> Self {
         self.flush.set_policy(policy);

@@ -67,7 +67,8 @@ pub(crate) type Areas<'a> = SpaceSnapshot<'a>;
 ///
 /// Threads share it by reference. Marks, lookups and harvests never block on other threads;
 /// [`map`](Self::map), [`unmap_discarding`](Self::unmap_discarding), [`attach`](Self::attach),
-/// [`detach`](Self::detach) and [`start_tracking`](Self::start_tracking) may wait for devices to drain.
+/// [`detach`](Self::detach) and [`start_tracking`](Self::start_tracking) may wait for devices to
+/// drain.
 ///
 /// Areas and rules that are replaced are dropped after no reader can use them any more: later, on
 /// any thread, possibly after the space itself. A call that changes the space drops the sources of
@@ -157,8 +158,8 @@ impl AddressSpace {
     /// expedited private barriers, [`sync`](crate::Lease::sync), [`unmap`](Self::unmap) and
     /// [`start_tracking`](Self::start_tracking) run a full fence in all threads of this process
     /// instead. Each such call takes some 10 microseconds and interrupts every processor that runs
-    /// one of these threads, which pays off from some ten thousand marks per harvest on.
-    /// [`mark_ordering`](Self::mark_ordering) says which ordering is in use. Needs the feature
+    /// one of these threads, which is worthwhile from some ten thousand marks per harvest on.
+    /// [`mark_ordering`](Self::mark_ordering) returns the ordering in use. Needs the feature
     /// `membarrier`.
     ///
     /// If another process copies memory that is shared with it, marks need their fences.
@@ -253,8 +254,8 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Marks `range` dirty: says that a CPU thread wrote it. Call it **after** the write. A page
-    /// that `range` covers only in part is marked as a whole.
+    /// Marks `range` dirty: a CPU thread wrote it. Call it **after** the write. A page that `range`
+    /// covers only in part is marked as a whole.
     ///
     /// Lock-free; never blocks. The cost grows with the number of pages: a mark of a terabyte sets
     /// a bit for each of them. If one area is marked again and again, [`area`](Self::area) saves
@@ -262,7 +263,7 @@ impl AddressSpace {
     ///
     /// # Errors
     /// [`Error::Outside`] with the first address that no area holds. The parts inside areas are
-    /// marked all the same, and the call is counted in [`SpaceStats::outside_marks`].
+    /// still marked, and the call is counted in [`SpaceStats::outside_marks`].
     #[doc(alias = "memory_region_set_dirty")]
     #[doc(alias = "mark_page_dirty")]
     #[doc(alias = "cpu_physical_memory_set_dirty_range")]
@@ -381,8 +382,8 @@ impl AddressSpace {
             .collect()
     }
 
-    /// Frees memory of areas that were unmapped. Maps and unmaps do so for earlier ones, step by
-    /// step; this call is for a space in which none will follow soon. After three calls while no
+    /// Frees memory of areas that were unmapped. Each map and unmap does a part of that for earlier
+    /// ones. This call is for a space in which none will follow soon. After three calls while no
     /// snapshot and no harvest is live in the process, nothing is held back.
     ///
     /// # Panics
@@ -475,6 +476,19 @@ fn check_mapping(mapping: &Mapping, alignment: Granule) -> Result<(), Error> {
 /// One area, for marks without a lookup. It keeps the memory of the area's marks alive, but not its
 /// addresses, and no source. After an unmap each mark by it is an error. After a cut it marks the
 /// pieces that remain, at the cost of a lookup, however often the area was cut.
+///
+/// ```
+/// # use dirtymap::{Access, AddressSpace, Granule};
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// # let space = AddressSpace::tracked(Granule::K4);
+/// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+/// let ram = space.area(0x3000.into()).ok_or(dirtymap::Error::Outside { at: 0x3000.into() })?;
+/// ram.mark(0x3000..0x3008)?; // no lookup
+/// space.unmap_discarding(0..1 << 20)?;
+/// assert!(ram.mark(0x3000..0x3008).is_err());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct AreaHandle {
     near: Option<NearMarks>,
@@ -489,8 +503,8 @@ impl AreaHandle {
         self.area.mapping
     }
 
-    /// Marks `range` dirty: says that a CPU thread wrote it. All of `range` lies in this area. Call
-    /// it **after** the write.
+    /// Marks `range` dirty: a CPU thread wrote it. All of `range` is in this area. Call it
+    /// **after** the write.
     ///
     /// Lock-free. On a page that is marked already, the call costs a fence and a load, and no write
     /// to shared memory.

@@ -1,4 +1,4 @@
-//! What of a range lies in no area.
+//! The parts of a range outside of all areas.
 
 use crate::units::{Iova, IovaRange};
 

@@ -20,6 +20,17 @@ type TreeSnapshot<'a> = Snapshot<'a, Area, 16, Rules>;
 type Ranges = BTreeMap<Iova, IovaRange>;
 
 /// One change of a batch: see [`AddressSpace::apply`](crate::AddressSpace::apply).
+///
+/// ```
+/// # use dirtymap::{Access, AddressSpace, Granule, Change};
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// # let space = AddressSpace::tracked(Granule::K4);
+/// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+/// space.apply(&[Change::Cut { at: 0x8_0000.into() }])?;
+/// assert_eq!(space.mappings().len(), 2);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
     /// As [`AddressSpace::map`](crate::AddressSpace::map).

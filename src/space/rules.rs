@@ -1,5 +1,5 @@
-//! What the root of the tree carries besides the areas: which addresses are reserved, which may be
-//! allocated, and which domains are attached.
+//! The part of a root besides the areas: the reserved ranges, the ranges for allocation, and the
+//! attached domains.
 //!
 //! Rules are immutable; a change makes new ones. They are published together with the areas, so if
 //! a map and a reservation race, one of them sees the other. A change takes time in proportion to

@@ -6,13 +6,27 @@ use crate::area::{Contiguous, Iter, Snapshot};
 use crate::source::Mapping;
 use crate::units::{DomainId, Granule, Iova, IovaRange};
 
-/// The areas and the domains of one moment: see [`AddressSpace::snapshot`]. Later changes do not
-/// show.
+/// The areas and the domains of one moment: see [`AddressSpace::snapshot`]. Later changes are not
+/// visible in it.
 ///
 /// A live snapshot holds back memory that is released meanwhile, so keep it short. A snapshot that
 /// is leaked, for example by [`std::mem::forget`], holds it back for ever: from then on nothing
 /// that any space of the process releases is freed, neither nodes of its tree nor areas that were
 /// unmapped, with their marks and sources. No call waits for it, but memory grows with each change.
+///
+/// ```
+/// # use dirtymap::{Access, AddressSpace, Granule};
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// # let space = AddressSpace::tracked(Granule::K4);
+/// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+/// let areas = space.snapshot();
+/// assert!(areas.lookup(0x3000.into()).is_some());
+/// space.map(1 << 20..2 << 20, 1 << 20, Access::ReadWrite)?;
+/// assert_eq!((areas.len(), areas.age()), (1, 1)); // one change since
+/// # Ok(())
+/// # }
+/// ```
+#[doc(alias = "FlatView")]
 pub struct SpaceSnapshot<'s> {
     areas: Snapshot<'s, Area, 16, Rules>,
     page: Granule,

@@ -37,9 +37,9 @@ impl AddressSpace {
     /// Starts to track writes, in all domains and for marks. Domains that are attached later track
     /// from the start.
     ///
-    /// The baseline becomes clean (what was dirty or marked before is discarded) and is flushed;
-    /// every write that begins after the return is reported. If writes are tracked already, nothing
-    /// changes, and what is dirty stays dirty. A domain that tracks already, by
+    /// The baseline becomes clean (pages that were dirty or marked are discarded) and is flushed.
+    /// Every write that begins after the return is reported. If writes are tracked already, nothing
+    /// changes, and dirty pages stay dirty. A domain that tracks already, by
     /// [`start_domain_tracking`](Self::start_domain_tracking), is not touched.
     ///
     /// ```
@@ -56,9 +56,9 @@ impl AddressSpace {
     /// ```
     ///
     /// # Errors
-    /// That of the first source that refuses. The call is then taken back, although sources that had
-    /// agreed may have discarded what was dirty in them; marks are kept. It can be repeated. The same
-    /// holds of the first source that [panics](crate::DirtySource#panics): whether it tracks is in
+    /// The error of the first source that refuses. The call is then undone, although the sources
+    /// before it may have discarded their dirty pages; marks stay. It can be repeated. The same
+    /// holds if a source [panics](crate::DirtySource#panics): whether that source tracks is in
     /// doubt until a switch succeeds.
     #[doc(alias = "set_dirty_tracking")]
     #[doc(alias = "IOMMU_HWPT_SET_DIRTY_TRACKING")]
@@ -69,21 +69,23 @@ impl AddressSpace {
         self.switch_all(Tracking::On)
     }
 
-    /// Stops tracking writes, in all domains and for marks. What is dirty stays for a last harvest.
+    /// Stops tracking writes, in all domains and for marks. Dirty pages stay dirty for a last
+    /// harvest.
     ///
     /// # Errors
-    /// That of the first source that refuses; the others are switched all the same, and the call can
-    /// be repeated, as can a [start](Self::start_tracking) after it. The same holds of the first
-    /// source that [panics](crate::DirtySource#panics): whether it tracks is in doubt until a switch
-    /// succeeds.
+    /// The error of the first source that refuses. The other sources are switched nevertheless, and
+    /// the call can be repeated, as can a [start](Self::start_tracking) after it. The same holds if
+    /// a source [panics](crate::DirtySource#panics): whether that source tracks is in doubt until a
+    /// switch succeeds.
     #[doc(alias = "log_global_stop")]
     #[doc(alias = "memory_global_dirty_log_stop")]
     pub fn stop_tracking(&self) -> Result<(), Error> {
         self.switch_all(Tracking::Off)
     }
 
-    /// Starts to track writes in one domain, as [`start_tracking`](Self::start_tracking) does in all:
-    /// the domain becomes clean and is flushed, unless it tracks already. Marks are left alone.
+    /// Starts to track writes in one domain, as [`start_tracking`](Self::start_tracking) does in
+    /// all: the domain becomes clean and is flushed, unless it tracks already. Marks are left
+    /// alone.
     ///
     /// # Errors
     /// [`Error::NotAttached`], or the error of the source, which keeps its state. After a
@@ -93,8 +95,8 @@ impl AddressSpace {
         self.switch_domain(domain, Tracking::On)
     }
 
-    /// Stops tracking writes in one domain. What is dirty there stays for a last harvest. Marks are
-    /// left alone.
+    /// Stops tracking writes in one domain. Its dirty pages stay dirty for a last harvest. Marks do
+    /// not change.
     ///
     /// # Errors
     /// As [`start_domain_tracking`](Self::start_domain_tracking).
@@ -198,7 +200,7 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Counts `pages` that were dirty and whose dirty state is discarded.
+    /// Counts `pages` whose dirty state is discarded.
     pub(super) fn discard(&self, pages: u64) {
         self.counters
             .discarded(u128::from(pages) << self.page().lg2());

@@ -104,6 +104,18 @@ impl AddressSpace {
     /// Waits for the flush. On return no device reaches the memory, and the addresses can be mapped
     /// again.
     ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// space.mark(0x3000..0x4000)?;
+    /// let unmapped = space.unmap_discarding(0..1 << 20)?;
+    /// assert_eq!((unmapped.areas, unmapped.discarded_bytes), (1, 0x1000));
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// [`Error::PartOfArea`] if an area extends past `range`; [`Error::NothingMapped`];
     /// [`Error::Busy`] if another call maps, unmaps or cuts one of them. Then nothing is unmapped.

@@ -29,12 +29,12 @@ pub fn is_broken() -> bool {
     BROKEN.load(SeqCst)
 }
 
-/// What an exploration found.
+/// The result of an exploration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Explored {
     /// Executions that were explored.
     pub executions: usize,
-    /// How many of them broke the contract.
+    /// The number of those that broke the contract.
     pub failures: usize,
 }
 
@@ -119,8 +119,8 @@ impl Drop for Restore {
     }
 }
 
-/// Numbers that look random and are the same in every run (splitmix64): the choices of a seed
-/// besides the schedule.
+/// Pseudorandom numbers, the same in every run (splitmix64): the choices of a seed besides the
+/// schedule.
 #[derive(Clone, Debug)]
 pub struct Random(u64);
 
@@ -160,7 +160,7 @@ mod imp {
     /// Set in the processes that [`breaks_without`] starts.
     const ALONE: &str = "DIRTYMAP_WITHOUT";
 
-    /// How many preemptions an execution may have.
+    /// The bound of preemptions in an execution.
     #[derive(Clone, Copy, Debug)]
     pub struct Bound {
         least: usize,
@@ -386,7 +386,7 @@ mod imp {
         }
     }
 
-    /// What one seed finds, for each scheduler.
+    /// The result of one seed, for each scheduler.
     fn explore<M>(seed: u64, model: M) -> [(&'static str, Explored); 2]
     where
         M: Fn(u64) -> bool + Sync + Send + Copy + 'static,

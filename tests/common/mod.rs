@@ -1,5 +1,5 @@
-//! A dirty source as plain as can be, with faults on demand.
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // helpers of tests; each file uses a part of them
+//! A minimal dirty source, with faults on demand.
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // each test uses a part
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
@@ -36,35 +36,35 @@ pub struct State {
     pub leaf_pages: u64,
     pub invalidated: Vec<IovaRange>,
     pub tracking: bool,
-    /// The smallest page; none asks for nothing.
+    /// The smallest page of the source. With `None` it has no requirement.
     pub page: Option<Granule>,
     /// Where leaves were split.
     pub split: Vec<Iova>,
     pub refuse_split: bool,
-    /// Calls that fail from now on.
+    /// The calls that fail from now on.
     pub refuse_map: bool,
     pub refuse_map_at: Option<IovaRange>,
     pub stop_at: Option<u64>,
     /// How far inside the page of `stop_at` the stop lies.
     pub stop_inside: u64,
-    /// The page that the stop names instead.
+    /// The page that the stop reports instead.
     pub stop_says: Option<u64>,
     pub panic_at: Option<u64>,
     pub fail_invalidations: u32,
     pub flush_cost: FlushCost,
     pub panic_in_invalidate: bool,
     pub refuse_tracking: bool,
-    /// What happens, once, before this page is looked at.
+    /// Runs once, before the source looks at this page.
     pub on_page: Option<(u64, Box<dyn FnOnce() + Send>)>,
-    /// What happens, once, when the source is asked next, before it looks.
+    /// Runs once, at the next harvest or peek, before the source looks at anything.
     pub on_read: Option<Box<dyn FnOnce() + Send>>,
-    /// What happens, once, when the next area is to be mapped, before it is.
+    /// Runs once, before the next area is mapped.
     pub on_map: Option<Box<dyn FnOnce() + Send>>,
-    /// What happens, once, when the source is switched next, before it is.
+    /// Runs once, before the next switch of tracking.
     pub on_tracking: Option<Box<dyn FnOnce() + Send>>,
-    /// What happens, once, when the next unmap has taken what is dirty and told nobody yet.
+    /// Runs once, when the next unmap has taken dirty pages and not reported them yet.
     pub on_unmap: Option<Box<dyn FnOnce() + Send>>,
-    /// What happens, once, before the next invalidation.
+    /// Runs once, before the next invalidation.
     pub on_invalidate: Option<Box<dyn FnOnce() + Send>>,
 }
 
@@ -75,7 +75,7 @@ impl State {
     }
 }
 
-/// One dirty bit for each leaf, behind one lock.
+/// One dirty bit for each leaf, under one lock.
 #[derive(Default)]
 pub struct Fake(pub Mutex<State>);
 

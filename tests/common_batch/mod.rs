@@ -16,7 +16,7 @@ impl Hook {
         *self.0.lock().unwrap() = Some(Box::new(happens));
     }
 
-    /// Runs it without the lock: another thread may come by meanwhile.
+    /// Runs it without the lock, so that another thread may use the source meanwhile.
     fn run(&self) {
         let happens = self.0.lock().unwrap().take();
         if let Some(happens) = happens {
@@ -25,13 +25,13 @@ impl Hook {
     }
 }
 
-/// One bit for each page of `page`, from address 0 on. A harvest looks at all of its bits, hands
-/// them out, and clears them after that, as KVM_CLEAR_DIRTY_LOG does.
+/// One bit for each page of `page`, from address 0 on. A harvest reads all of its bits, reports
+/// them, and clears them afterwards, as KVM_GET_DIRTY_LOG and KVM_CLEAR_DIRTY_LOG do.
 pub struct Batching {
     page: Granule,
     log: Vec<AtomicU64>,
     pub before_clear: Hook,
-    /// What harvests asked for.
+    /// The ranges of all harvests so far.
     pub asked: Mutex<Vec<IovaRange>>,
 }
 

@@ -1,4 +1,4 @@
-//! What is generated in documents, and the sources that it is generated from.
+//! The generated parts of documents, and the source files from which they are generated.
 #![allow(dead_code)] // each test uses a part of it
 
 use std::path::{Path, PathBuf};
@@ -37,7 +37,7 @@ pub(crate) fn sources() -> Option<Vec<Source>> {
 }
 
 impl Source {
-    /// Whether the file is part of a crate, and no test of it.
+    /// Whether the file is part of a crate and not a test.
     pub(crate) fn is_code(&self) -> bool {
         let (before, _) = self.path.split_once("src/").unwrap_or(("-", ""));
         let crates = ["", "formats/", "pagetable-sim/"];
@@ -45,9 +45,9 @@ impl Source {
         is_crate && !self.path.contains("test")
     }
 
-    /// The functions in which `wanted` says yes to a line of code, each once, in order, methods as
-    /// `Type::method`. Unit tests at the end of the file, comments and imports do not count. What
-    /// is outside of all functions is `file`.
+    /// The functions that have a line of code for which `wanted` is true: each once, in order,
+    /// methods as `Type::method`. Unit tests at the end of the file, comments and imports do not
+    /// count. A line outside of all functions is listed as `file`.
     pub(crate) fn functions_with(&self, wanted: impl Fn(&str) -> bool) -> Vec<String> {
         let mut found: Vec<String> = Vec::new();
         let mut enclosing: Vec<(usize, bool, String)> = Vec::new();
@@ -134,8 +134,8 @@ pub(crate) fn part<'d>(document: &'d str, name: &str) -> &'d str {
     part.trim()
 }
 
-/// Compares a part of a document of the repository with what it should be; with `DIRTYMAP_WRITE`
-/// set, writes it.
+/// Compares a part of a document of the repository with `wanted`. With `DIRTYMAP_WRITE` set, writes
+/// the part instead.
 pub(crate) fn check_part(path: &str, name: &str, wanted: &str) {
     let file: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
     let document = std::fs::read_to_string(&file)

@@ -1,10 +1,10 @@
 //! Files for tests of bitmaps in files.
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // helpers of tests; each file uses a part of them
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // each test uses a part
 
 use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// An empty file of `len` bytes that nobody else knows, gone when it is closed.
+/// A file of `len` zero bytes without a name, which is removed when it is closed.
 pub fn scratch(len: u64) -> File {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let n = NEXT.fetch_add(1, Ordering::Relaxed);

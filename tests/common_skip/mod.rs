@@ -1,4 +1,4 @@
-//! A test that this machine cannot run passes, and says that it tested nothing.
+//! A test that this machine cannot run passes, and reports that it tested nothing.
 
 use std::fmt::Display;
 use std::fs::OpenOptions;
@@ -7,8 +7,8 @@ use std::io::Write;
 /// The file that collects what was skipped, a line for each: `test`, its name, and the reason.
 const SKIPS: &str = "DIRTYMAP_SKIPS";
 
-/// Says that the running test leaves something out, and why. `.ci/run` sets [`SKIPS`], prints the
-/// lines of that file and counts them: the output of a test that passes is not shown.
+/// Reports that the running test leaves something out, and why. The output of a test that passes is
+/// not shown, so `.ci/run` sets [`SKIPS`], prints the lines of that file, and counts them.
 pub(crate) fn skip(why: impl Display) {
     let thread = std::thread::current();
     let test = thread.name().unwrap_or("a thread without a name");

@@ -7,8 +7,8 @@ use dirtymap::{AddressSpace, Error, Granule, Iova, UserBitmap};
 use crate::logs::Log;
 use crate::{PAGE, RW, pages, range, take};
 
-/// A device behind an IOMMU writes by IOVA. A bitmap as long as memory has no bit for an IOVA of 0x7fff_0000_0000, and marks behind its
-/// end are ignored in silence: the write was nowhere.
+/// A device behind an IOMMU writes by IOVA. A bitmap as long as memory has no bit for an IOVA of
+/// 0x7fff_0000_0000, and marks past its end are ignored in silence: no map had the write.
 #[test]
 fn a_write_at_a_high_iova_is_found_and_one_outside_is_an_error() {
     let high = range(0x7fff_0000_0000, 16 * PAGE);
@@ -18,7 +18,8 @@ fn a_write_at_a_high_iova_is_found_and_one_outside_is_an_error() {
     let write = range(0x7fff_0000_3ffe, 4);
     space.mark(write).unwrap();
     assert_eq!(take(&space, high), [range(0x7fff_0000_3000, 2 * PAGE)]);
-    // Across the end: what lies inside is marked, and the rest is told, counted and kept.
+    // A write across the end of the area: the part inside is marked, the rest is an error, a count
+    // and an entry of `faults`.
     let across = range(0x7fff_0000_fffe, 4);
     let error = space.mark(across).unwrap_err();
     assert!(matches!(error, Error::Outside { at } if at.get() == 0x7fff_0001_0000));
@@ -27,8 +28,9 @@ fn a_write_at_a_high_iova_is_found_and_one_outside_is_an_error() {
     assert_eq!(take(&space, high), [range(0x7fff_0000_f000, PAGE)]);
 }
 
-/// A back end kept the log of the moment at which logging began. Memory that was plugged in later got a map with no log behind it, and
-/// what devices wrote there was not logged until the log was next replaced.
+/// A back end kept the log of the moment at which logging began. Memory that was plugged in later
+/// got a map without a log, and writes of devices to it were not logged until the log was next
+/// replaced.
 #[test]
 fn memory_that_is_plugged_in_after_logging_began_is_logged() {
     let log = Arc::new(Log::new(pages(0, 64), Granule::K4));
@@ -42,7 +44,8 @@ fn memory_that_is_plugged_in_after_logging_began_is_logged() {
     assert_eq!(take(&space, pages(32, 16)), [pages(40, 2)]);
 }
 
-/// The other way about: mappings from before logging began were not known to the logger, which only looked at new ones.
+/// The converse: the logger looked at new mappings only, and missed those from before logging
+/// began.
 #[test]
 fn memory_from_before_logging_began_is_logged() {
     let log = Arc::new(Log::new(pages(0, 64), Granule::K4));
@@ -56,8 +59,8 @@ fn memory_from_before_logging_began_is_logged() {
     assert_eq!(take(&space, pages(0, 16)), [pages(3, 1), pages(5, 1)]);
 }
 
-/// A region was taken out while a migration ran. What was dirty in it went with its maps, though its memory, which was still there,
-/// had not been copied.
+/// A region was unplugged during a migration. Its dirty pages were dropped with its maps, although
+/// its memory still existed and had not been copied.
 #[test]
 fn what_was_dirty_when_memory_goes_is_handed_over() {
     let log = Arc::new(Log::new(pages(0, 64), Granule::K4));
@@ -78,8 +81,8 @@ fn what_was_dirty_when_memory_goes_is_handed_over() {
     );
 }
 
-/// A device was disconnected before its log was read for the last time, and what it had written at the end was in a log that nobody had
-/// any more.
+/// A device was disconnected before its log was read for the last time. The log was dropped, and
+/// with it the last writes of the device.
 #[test]
 fn what_a_device_wrote_before_it_went_is_there_when_it_is_gone() {
     let log = Arc::new(Log::new(pages(0, 64), Granule::K4));
@@ -92,7 +95,8 @@ fn what_a_device_wrote_before_it_went_is_there_when_it_is_gone() {
     assert_eq!(take(&space, pages(0, 16)), [pages(3, 1)]);
 }
 
-/// A disk grew past a border of its map, and blocks behind the border were no longer told to be changed.
+/// A disk grew past the end of its map, and changes of blocks past that end were no longer
+/// reported.
 #[test]
 fn memory_that_grows_keeps_what_is_dirty_and_tracks_the_rest() {
     let space = AddressSpace::new(Granule::K4);
@@ -101,7 +105,7 @@ fn memory_that_grows_keeps_what_is_dirty_and_tracks_the_rest() {
     space.mark(pages(39_999, 1)).unwrap();
     space.map(pages(40_000, 60_000), 40_000 * PAGE, RW).unwrap();
     space.mark(pages(99_999, 1)).unwrap();
-    // One write across the border of the two.
+    // One write across the border of the two areas.
     space.mark(range(40_000 * PAGE - 1, 2)).unwrap();
     let expect = [pages(39_999, 2), pages(99_999, 1)];
     assert_eq!(take(&space, pages(0, 100_000)), expect);

@@ -8,9 +8,10 @@ use dirtymap::{AddressSpace, Granule, HarvestRequest, UserBitmap};
 use crate::logs::Log;
 use crate::{PAGE, RW, pages, range, take};
 
-/// Pages of a log and pages of its reader differ in size, and bits were moved one by one from one map to the other. The number of the
-/// reader's bit was kept in eight bits. From page 256 on it began again at 0: page 600 of the log came out as page 44 of the
-/// reader, not as 300, and 300 was never sent.
+/// The pages of a log and of its consumer differ in size, and bits were moved one by one from one
+/// map to the other. The number of the consumer's bit had eight bits. From page 256 on it began
+/// again at 0: page 600 of the log became page 44 of the consumer instead of page 300, which was
+/// never sent.
 #[test]
 fn a_log_that_becomes_coarser_does_not_wrap_at_256() {
     let mut bits = vec![0u64; 16];
@@ -25,7 +26,8 @@ fn a_log_that_becomes_coarser_does_not_wrap_at_256() {
     assert!(view.bits().eq([300]));
 }
 
-/// The other way about the same counter never reached the end once that lay behind 255, and the loop went on for ever.
+/// In the other direction the same counter never reached an end above 255, and the loop did not
+/// end.
 #[test]
 fn a_log_that_becomes_finer_ends_and_does_not_wrap_at_256() {
     let coarse = Granule::from_bytes(2 * PAGE).unwrap();
@@ -41,15 +43,17 @@ fn a_log_that_becomes_finer_ends_and_does_not_wrap_at_256() {
     assert!(view.bits().eq([600, 601, 1022, 1023]));
 }
 
-/// "4096" stood where the size of the host's pages belongs. On hosts with pages of 64 KiB, bit `n` of the kernel's log was taken for
-/// the 4 KiB at `n * 4096`: snapshots had the wrong pages, and a sixteenth of them.
+/// "4096" stood where the size of the host's pages belongs. On hosts with pages of 64 KiB, bit `n`
+/// of the kernel's log was taken for the 4 KiB at `n * 4096`: snapshots had the wrong pages, and a
+/// sixteenth of them.
 #[test]
 fn pages_of_64_kib_are_not_taken_for_4096_bytes() {
     let host = Granule::from_bytes(64 << 10).unwrap();
     let memory = range(1 << 30, 256 << 10);
     let log = DirtyLog::words(&[0b0100], memory, host).unwrap();
     assert!(log.runs().eq([range((1 << 30) + (128 << 10), 64 << 10)]));
-    // A space with finer pages than its source would tell pages apart that the source cannot: it takes those of the source.
+    // The source cannot tell the finer pages of the space apart, so `alignment` is the page of the
+    // source.
     let kernel = Arc::new(Log::new(memory, host));
     let space = AddressSpace::new(Granule::K4);
     space.attach(kernel.clone()).unwrap();
@@ -57,7 +61,7 @@ fn pages_of_64_kib_are_not_taken_for_4096_bytes() {
     space.map(memory, 0, RW).unwrap();
     space.start_tracking().unwrap();
     kernel.write(range((1 << 30) + (130 << 10), 1));
-    // Asked for at 4 KiB a bit, one page of the host is sixteen bits.
+    // In a request with 4 KiB a bit, one page of the host sets sixteen bits.
     let mut words = [0u64];
     let request = HarvestRequest::new(memory, Granule::K4);
     let lease = space
@@ -67,8 +71,8 @@ fn pages_of_64_kib_are_not_taken_for_4096_bytes() {
     assert_eq!(words, [0xFFFF_0000_0000]);
 }
 
-/// A reset was rounded out to the bits of the map, as a mark is. It took with it the dirty state of what lay in the same bit and
-/// had not been saved.
+/// A reset was rounded out to whole bits of the map, as a mark is. So it also cleared pages of the
+/// same bit that had not been saved.
 #[test]
 fn a_reset_rounds_in() {
     let coarse = Granule::from_bytes(4 * PAGE).unwrap();
@@ -76,7 +80,7 @@ fn a_reset_rounds_in() {
     let view = UserBitmap::new(&mut words)
         .view(pages(0, 12), coarse)
         .unwrap();
-    // Saved: the pages 2 to 9. Only the bit in the middle is saved as a whole.
+    // Pages 2 to 9 are saved. Only the bit in the middle is covered as a whole.
     let mut saved = [0x3FCu64];
     let saved = UserBitmap::new(&mut saved)
         .view(pages(0, 12), Granule::K4)
@@ -99,7 +103,8 @@ fn a_reset_rounds_in() {
     assert_eq!(take(&space, pages(0, 12)), [pages(0, 4), pages(8, 4)]);
 }
 
-/// A page of the source that a request covers in part was cleared as a whole, or reported as a whole outside of the request.
+/// A request covered a page of the source in part. The page was cleared as a whole, or reported as
+/// a whole, outside of the request too.
 #[test]
 fn a_request_that_ends_inside_a_page_leaves_the_rest_of_it_dirty() {
     let large = Granule::from_bytes(64 << 10).unwrap();

@@ -25,7 +25,7 @@ impl Machine {
         }
     }
 
-    /// Copies the page if it is dirty; says whether it was.
+    /// Copies the page if it is dirty, and returns whether it was.
     fn round(&self) -> bool {
         let dirty = !take(&self.space, pages(0, 1)).is_empty();
         if dirty {
@@ -35,12 +35,13 @@ impl Machine {
     }
 }
 
-/// A block device marked the buffer of a read and then submitted it. A harvest between the submission and the completion took the mark and
-/// copied the old bytes; the data came later, by DMA, and nobody looked again.
+/// A block device marked the buffer of a read and then submitted it. A harvest between the
+/// submission and the completion took the mark and copied the old bytes; the data came later, by
+/// DMA, and no harvest looked at the page again.
 #[test]
 fn a_write_that_is_marked_before_it_is_submitted_is_reported_until_it_has_landed() {
     let machine = Machine::new();
-    // What went wrong, to show that this test can tell.
+    // The bug, to show that this test detects it.
     machine.space.mark(pages(0, 1)).unwrap();
     assert!(machine.round());
     machine.memory.set(1);
@@ -67,7 +68,8 @@ fn a_write_that_is_marked_at_its_completion_is_copied() {
     assert_eq!(machine.copy, machine.memory);
 }
 
-/// A harvest that failed while a write was in flight gave back what it had taken; the write is reported all the same, once it has landed.
+/// A harvest fails while a write is in flight, and puts its pages back. Once the write has landed,
+/// it is still reported.
 #[test]
 fn an_abort_and_a_write_in_flight_do_not_hide_each_other() {
     let machine = Machine::new();

@@ -6,20 +6,21 @@ use dirtymap::exchange::{DirtyLog, RunsExt};
 use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::{DirtySource, Error, Granule, Iova, IovaRange, Mapping, Tracking};
 
-/// What a log says when it fails on demand.
+/// The error of a log that fails on demand.
 #[derive(Debug, thiserror::Error)]
 #[error("the log cannot be read")]
 pub(crate) struct Broken;
 
-/// One bit for each page of a range, in words: of a memory slot, or of all addresses from 0 on.
+/// One bit for each page of a range, in words. The range is a memory slot, or all addresses from 0
+/// on.
 pub(crate) struct Log {
     range: IovaRange,
-    /// What one bit stands for.
+    /// The page that one bit stands for.
     bit: Granule,
     /// The smallest page that the source could have.
     page: Granule,
     words: Vec<AtomicU64>,
-    /// Whether reading fails from now on, and from which address.
+    /// Whether reads fail from now on, and from which address.
     pub(crate) broken: AtomicBool,
     pub(crate) broken_at: AtomicU64,
 }
@@ -37,7 +38,7 @@ impl Log {
         }
     }
 
-    /// All of its pages happen to be large ones.
+    /// The source reports 4 KiB as its smallest page, although each bit stands for a larger one.
     pub(crate) fn large(range: IovaRange, page: Granule) -> Self {
         Log {
             page: Granule::K4,
@@ -45,7 +46,7 @@ impl Log {
         }
     }
 
-    /// Somebody writes to `range` in a way that this log sees.
+    /// A write to `range` that this log sees.
     pub(crate) fn write(&self, range: IovaRange) {
         for bit in self.bits(range) {
             self.words[bit / 64].fetch_or(1 << (bit % 64), SeqCst);

@@ -1,7 +1,8 @@
-//! Bugs of programs that write dirty tracking by hand, each as a test that it would fail.
+//! Bugs of programs with dirty tracking of their own, each as a test that such a program would
+//! fail.
 //!
-//! Every one of these was found in a released program, or in its issues, or by reading it: docs/guide/bugs.md says where.
-//! The code here is ours; what is told is what went wrong.
+//! Each bug was found in a released program, in its issues, or by reading its code:
+//! docs/guide/bugs.md says where. The code here is ours. The comment of each test tells the bug.
 #![cfg(not(dirtymap_loom))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -41,8 +42,8 @@ fn take(space: &AddressSpace, range: IovaRange) -> Vec<IovaRange> {
     runs
 }
 
-/// A story that nobody can find is not told. Those of `files` are tests of the crate that has the
-/// file format: formats/tests/exchange/files.rs.
+/// Each test is in the guide, and each test that the guide names exists. Those of `files` are tests
+/// of the crate that has the file format: formats/tests/exchange/files.rs.
 #[test]
 fn each_of_these_tests_is_in_the_guide() {
     let guide = include_str!("../../docs/guide/bugs.md");

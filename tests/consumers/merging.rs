@@ -9,8 +9,9 @@ use dirtymap::{AddressSpace, Granule, IovaRange};
 use crate::logs::Log;
 use crate::{PAGE, RW, pages, range, take};
 
-/// The kernel's log of a slot and that of the program itself were walked side by side, as long as both had words. A slot for which the
-/// program had no map gave it no words: the kernel had cleared its log by then, and what it had said was gone.
+/// The kernel's log of a slot and the program's own log were walked in parallel until one of them
+/// ended. For a slot without a map the program's log was empty: the kernel had cleared its log by
+/// then, and its pages were lost.
 #[test]
 fn a_slot_without_a_map_of_our_own_keeps_what_the_kernel_said() {
     let kernel = [0b1010u64];
@@ -19,7 +20,7 @@ fn a_slot_without_a_map_of_our_own_keeps_what_the_kernel_said() {
     let logs = [Some(kernel), ours];
     let merged = merge_runs(logs.iter().flatten().map(DirtyLog::runs));
     assert!(merged.eq([pages(1, 1), pages(3, 1)]));
-    // In a space nobody has to have a map: what has no marks has none.
+    // In a space no area needs a map: one without marks has none.
     let log = Arc::new(Log::new(pages(0, 64), Granule::K4));
     let space = AddressSpace::new(Granule::K4);
     space.attach(log.clone()).unwrap();
@@ -29,7 +30,8 @@ fn a_slot_without_a_map_of_our_own_keeps_what_the_kernel_said() {
     assert_eq!(take(&space, pages(0, 64)), [pages(3, 1)]);
 }
 
-/// Walked side by side, the longer of two logs ends with the shorter one, in silence.
+/// A parallel walk ends with the shorter of two logs, and ignores the rest of the longer one in
+/// silence.
 #[test]
 fn the_shorter_of_two_logs_does_not_cut_the_longer_one() {
     let (long, short) = ([0u64, 0, 1 << 5], [1u64]);
@@ -37,7 +39,7 @@ fn the_shorter_of_two_logs_does_not_cut_the_longer_one() {
     let log = DirtyLog::words(&short, pages(0, 64), Granule::K4).unwrap();
     let merged = merge_runs([long.runs(), log.runs()]);
     assert!(merged.eq([pages(0, 1), pages(133, 1)]));
-    // A log that says less than it should is an error with both numbers, not a short answer.
+    // A log that is too short is an error with both numbers.
     let error = DirtyLog::words(&short, pages(0, 192), Granule::K4).unwrap_err();
     assert!(matches!(
         error,
@@ -49,8 +51,8 @@ fn the_shorter_of_two_logs_does_not_cut_the_longer_one() {
     ));
 }
 
-/// The tables of several devices were put one behind the other. Where they overlapped, pages were sent twice, and what the table
-/// said of its size was too much.
+/// The tables of several devices were concatenated. Where they overlapped, pages were sent twice,
+/// and the size in the table was too large.
 #[test]
 fn tables_that_overlap_are_sent_once() {
     let tables: [&[IovaRange]; 3] = [
@@ -74,7 +76,8 @@ fn tables_that_overlap_are_sent_once() {
     assert_eq!(sent.len(), 21);
 }
 
-/// A log counts from the start of its slot, another from address 0. Words of the two that are ORed as they are say nothing true.
+/// A log counts from the start of its slot, another from address 0. Words of the two that are ORed
+/// without a shift name wrong pages.
 #[test]
 fn logs_that_count_from_different_places_agree_on_addresses() {
     let slot = range(0x8_0000, 64 * PAGE);

@@ -5,8 +5,9 @@ use dirtymap::{AddressSpace, Granule, UserBitmap};
 
 use crate::{PAGE, RW, pages, range};
 
-/// A merge looked at word after word and went on to the next at once where a word was zero. The run that was open at the end of the
-/// word before stayed open: of pages 63 and 128 it made one range of the pages 63 to 65, and page 128 was never sent.
+/// A merge walked word by word and skipped each word that was zero. A run that reached the end of
+/// the word before stayed open: from pages 63 and 128 the merge made one range of the pages 63 to
+/// 65, and page 128 was never sent.
 #[test]
 fn a_zero_word_closes_an_open_run() {
     let words = [1u64 << 63, 0, 1];
@@ -22,7 +23,7 @@ fn a_zero_word_closes_an_open_run() {
     assert!(view.runs().eq(expect));
 }
 
-/// The same kind of loop closes a run when it sees a clean bit, and forgets the one that the log ends with.
+/// Such a loop closes a run at the next clean bit. It forgot the run with which the log ends.
 #[test]
 fn a_run_that_ends_with_the_log_is_not_forgotten() {
     for bits in [1, 63, 64, 65, 127, 128] {
@@ -32,8 +33,9 @@ fn a_run_that_ends_with_the_log_is_not_forgotten() {
     }
 }
 
-/// The harvest of a device's log took the bytes of its shared memory as words and left out what remained of the last one, up to
-/// seven bytes: 56 pages at the top of memory, whose bits nobody ever looked at.
+/// The harvest of a device's log read its shared memory in words, and left out the last bytes if
+/// they made no whole word: up to seven bytes, or 56 pages at the top of memory, whose bits were
+/// never read.
 #[test]
 fn a_log_of_bytes_is_read_to_its_last_byte() {
     for len in 1..=24u64 {
@@ -41,7 +43,7 @@ fn a_log_of_bytes_is_read_to_its_last_byte() {
         bytes[len as usize - 1] = 1 << 7;
         let log = DirtyLog::bytes(&bytes, pages(0, len * 8), Granule::K4).unwrap();
         assert!(log.runs().eq([pages(len * 8 - 1, 1)]), "{len} bytes");
-        // As a user bitmap too, wherever the bytes begin.
+        // The same as a user bitmap, at every alignment of the bytes.
         let mut shifted = vec![0u8; len as usize + 1];
         shifted[1..].copy_from_slice(&bytes);
         let view = UserBitmap::bytes(&mut shifted[1..]);
@@ -50,8 +52,8 @@ fn a_log_of_bytes_is_read_to_its_last_byte() {
     }
 }
 
-/// A hypervisor set bits behind the end of the memory it was asked about; a loop over whole words took them for pages, and read
-/// memory that was not there.
+/// A hypervisor set bits past the end of the requested memory. A loop over whole words took them
+/// for pages, and read memory that did not exist.
 #[test]
 fn bits_behind_the_end_do_not_count() {
     let words = [0u64, u64::MAX];
@@ -64,7 +66,8 @@ fn bits_behind_the_end_do_not_count() {
     assert_eq!(target, [0, 0x3F]);
 }
 
-/// The first answer of some kernels is that everything is dirty: all ones, in whole words. It means all pages and no more.
+/// Some kernels first report everything as dirty: all ones, in whole words. The bits past the last
+/// page mean nothing.
 #[test]
 fn a_first_answer_of_all_ones_is_all_pages_and_no_more() {
     let words = vec![u64::MAX; 5];
@@ -73,8 +76,9 @@ fn a_first_answer_of_all_ones_is_all_pages_and_no_more() {
     assert!(log.runs().eq([memory]));
 }
 
-/// A dump went through the pages of each slot and moved on in its file for each clean one, but not for those behind the last dirty
-/// page of a slot. All that followed was written at the wrong place: the guest found other bytes in 47,000 of its pages.
+/// A dump walked the pages of each slot and advanced its file for each clean page, except for those
+/// after the last dirty page of a slot. All later pages were written at the wrong place: the guest
+/// found other bytes in 47,000 of its pages.
 #[test]
 fn clean_pages_at_the_end_of_a_slot_keep_their_place_in_the_file() {
     // Two slots with a hole between them; in the file one follows the other.
@@ -85,7 +89,8 @@ fn clean_pages_at_the_end_of_a_slot_keep_their_place_in_the_file() {
     space.start_tracking().unwrap();
     let mut memory = vec![0u8; 12 * PAGE as usize];
     let mut file = memory.clone();
-    // The guest writes to page 2 of the first slot, behind which all is clean, and to the second slot.
+    // The guest writes to page 2 of the first slot, after which all pages are clean, and to the
+    // second slot.
     for (page, byte) in [(18, 0xAA), (1000, 0xBB), (1003, 0xCC)] {
         let at = space.lookup(pages(page, 1).start()).unwrap();
         let offset = at.backing + (page * PAGE - at.range.start().get());
@@ -94,7 +99,7 @@ fn clean_pages_at_the_end_of_a_slot_keep_their_place_in_the_file() {
     }
     for slot in [low, high] {
         for run in crate::take(&space, slot) {
-            // The place follows from the address, not from what was written before.
+            // The place in the file follows from the address alone.
             let slot = space.lookup(run.start()).unwrap();
             let offset = (slot.backing + (run.start().get() - slot.range.start().get())) as usize;
             let len = run.len() as usize;

@@ -1,4 +1,4 @@
-//! What was read and not saved.
+//! Pages that were read and cleared, and not saved.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -22,8 +22,9 @@ fn two_slots() -> (AddressSpace, Arc<Log>, Arc<Log>) {
     (space, low, high)
 }
 
-/// The logs of all slots were fetched one after the other, and the list of results made into a result of a list. When one failed, those
-/// before it had been read, were thus clear, and went with the list. Elsewhere a question mark between two logs did the same.
+/// The logs of all slots were fetched one after the other, and collected into a result of a list.
+/// When one fetch failed, the logs before it were clear already, and their pages were dropped with
+/// the list. Elsewhere a question mark between two logs did the same.
 #[test]
 fn a_log_that_fails_does_not_take_those_before_it_along() {
     let (space, low, high) = two_slots();
@@ -39,7 +40,8 @@ fn a_log_that_fails_does_not_take_those_before_it_along() {
     let stopped = lease.stopped().unwrap();
     assert_eq!(stopped.at, pages(32, 1).start());
     assert_eq!(dirty_bytes(&low), 0, "it has been read");
-    // A consumer that leaves with the error of the sync, by a question mark, puts the lease back.
+    // A consumer that returns the error of the sync by a question mark puts the pages of the lease
+    // back.
     assert!(lease.sync().is_err());
     high.broken.store(false, SeqCst);
     assert_eq!(
@@ -48,7 +50,7 @@ fn a_log_that_fails_does_not_take_those_before_it_along() {
     );
 }
 
-/// The same inside one log: it fails half-way.
+/// The same within one log, which fails half-way.
 #[test]
 fn a_log_that_fails_half_way_keeps_what_it_did_not_say() {
     let (space, _, high) = two_slots();
@@ -63,7 +65,7 @@ fn a_log_that_fails_half_way_keeps_what_it_did_not_say() {
         .unwrap();
     let stopped = lease.stopped().unwrap();
     assert_eq!(stopped.at.get(), 40 * PAGE);
-    // What was read can be used, too.
+    // The part that was read can be used as well.
     let lease = lease.partial().sync().unwrap();
     assert!(lease.runs().eq([pages(33, 1)]));
     lease.commit();
@@ -71,8 +73,9 @@ fn a_log_that_fails_half_way_keeps_what_it_did_not_say() {
     assert_eq!(take(&space, pages(0, 64)), [pages(50, 1)]);
 }
 
-/// A snapshot failed when the logs had been read: the disk was full. The next one said of those pages that they had not changed. A
-/// second snapshot after one that failed half-way needs all that the first did not finish, and nothing of what it did.
+/// A snapshot failed after it had read the logs: the disk was full. The next snapshot took those
+/// pages for unchanged. After a snapshot that failed half-way, the next one needs exactly the pages
+/// that the first one did not save.
 #[test]
 fn a_save_that_fails_half_way_puts_back_what_it_did_not_save() {
     let (space, low, high) = two_slots();
@@ -103,8 +106,8 @@ fn a_save_that_fails_half_way_puts_back_what_it_did_not_save() {
     assert_eq!(take(&space, pages(0, 64)), [pages(30, 4), pages(60, 4)]);
 }
 
-/// The marks were reset when the pages had been written to the file, and the file was flushed and synced after that. Where the sync
-/// failed, the pages were neither on the disk nor dirty.
+/// The marks were reset when the pages had been written to the file, and the file was flushed and
+/// synced after that. If the sync failed, the pages were neither on the disk nor dirty.
 #[test]
 fn pages_stay_dirty_until_the_file_is_on_the_disk() {
     let (space, low, _) = two_slots();
@@ -115,20 +118,21 @@ fn pages_stay_dirty_until_the_file_is_on_the_disk() {
         let lease = space.harvest(&request, UserBitmap::new(&mut words))?;
         let lease = lease.sync()?;
         assert!(lease.runs().eq([pages(7, 1)]));
-        // ... every run is written here, without an error; and then:
+        // Each run is written here, without an error. Then the sync of the file fails.
         fsync.map_err(Error::source_failed)?;
         lease.commit();
         Ok(())
     };
     let failed = snapshot(Err(std::io::Error::other("write back failed")));
-    // The error borrows nothing of the snapshot any more, and the page is dirty again.
+    // The error borrows nothing of the snapshot, and the page is dirty again.
     assert!(failed.is_err());
     snapshot(Ok(())).unwrap();
     assert_eq!(take(&space, pages(0, 64)), []);
 }
 
-/// A migration failed in its last round, and the guest went on at the source. The second migration believed the dirty state, which the
-/// first had cleared: the guest at the target had old pages, and died of them.
+/// A migration failed in its last round, and the guest went on at the source. The second migration
+/// relied on the dirty state, which the first one had cleared: the guest at the target had old
+/// pages, and crashed.
 #[test]
 fn a_second_migration_after_one_that_failed_sends_what_the_first_had_taken() {
     let (space, low, high) = two_slots();
@@ -153,7 +157,7 @@ fn a_second_migration_after_one_that_failed_sends_what_the_first_had_taken() {
         .unwrap();
     let lease = lease.sync().unwrap();
     assert_eq!(lease.dirty(), 3);
-    // The connection breaks: nobody knows what arrived.
+    // The connection breaks: it is unknown which pages arrived.
     let back = lease.abort();
     assert_eq!((back.bytes, back.outside_bytes), (3 * PAGE, 0));
     write(&mut source, 6, 2);
@@ -165,8 +169,8 @@ fn a_second_migration_after_one_that_failed_sends_what_the_first_had_taken() {
     assert_eq!(target, source);
 }
 
-/// To follow a change of its map, tracking was stopped and started again. What was dirty between the last look and the stop was lost,
-/// since the start cleans the slate.
+/// To follow a change of the memory map, tracking was stopped and started again. The start makes
+/// everything clean, so pages that were dirtied between the last harvest and the stop were lost.
 #[test]
 fn what_is_dirty_when_tracking_stops_is_there_for_a_last_harvest() {
     let (space, low, _) = two_slots();
@@ -174,7 +178,7 @@ fn what_is_dirty_when_tracking_stops_is_there_for_a_last_harvest() {
     space.mark(pages(20, 1)).unwrap();
     space.stop_tracking().unwrap();
     assert_eq!(take(&space, pages(0, 64)), [pages(2, 1), pages(20, 1)]);
-    // And a change of the map needs no stop.
+    // A change of the map needs no stop.
     space.start_tracking().unwrap();
     space.mark(pages(21, 1)).unwrap();
     space.map(pages(64, 8), 0, RW).unwrap();

@@ -1,6 +1,6 @@
-//! One pass counts the points of a scenario with every kind of call; the next ones panic at each of
-//! them in turn, first alone, then at all that come after it in the same call too, so that what
-//! cleans up panics as well.
+//! One pass counts the points of a scenario with every kind of call. Each further pass panics at
+//! one of them: first at this point alone, then also at all later points of the same call, so that
+//! the clean-up panics as well.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -13,22 +13,23 @@ use dirtymap::{
 use crate::mock::{Device, Fault, Owned, Points, numbers, pages, panics, reclaim_until};
 
 const RW: Access = Access::ReadWrite;
-/// All pages of the scenario lie below.
+/// All pages of the scenario are below this one.
 const END: u64 = 64;
 
 struct World {
     space: AddressSpace,
     points: Arc<Points>,
     devices: Vec<Arc<Device>>,
-    /// Which domain each device is.
+    /// The domain of each device.
     ids: Vec<Option<DomainId>>,
-    /// Pages that were written, and that nobody has been told of.
+    /// Pages that were written and not reported yet.
     written: BTreeSet<u64>,
 }
 
 type Step = fn(&mut World) -> Result<(), Error>;
 
-/// Every call, with writes between them. Each step knows its goal: repeated, it does what is left.
+/// Every call, with writes between them. Each step has a goal: if it is repeated, it does the part
+/// that is left.
 const STEPS: [(&str, Step); 23] = [
     ("attach the first", |w| w.attach(0)),
     ("attach the second", |w| w.attach(1)),
@@ -72,7 +73,7 @@ impl World {
         mappings.iter().any(|mapping| mapping.range == range)
     }
 
-    /// Detaches what an attach has left behind that did not succeed.
+    /// Detaches a domain that a failed attach has left.
     fn detach_unknown(&self) -> Result<(), Error> {
         for id in self.space.domains() {
             if !self.ids.contains(&Some(id)) {
@@ -103,7 +104,7 @@ impl World {
         Ok(())
     }
 
-    /// Maps `range`, which may have stayed taken.
+    /// Maps `range`, which may still be taken.
     fn map(&mut self, range: IovaRange) -> Result<(), Error> {
         if self.maps(range) {
             self.space.unmap_discarding(range)?;
@@ -114,7 +115,8 @@ impl World {
     /// Maps `new`, and unmaps `gone`, which is a part of an area.
     fn batch(&mut self, gone: Option<IovaRange>, new: IovaRange) -> Result<(), Error> {
         if self.maps(new) {
-            // Taken by one that failed; or it succeeded, if what goes has gone.
+            // The range may be taken by a call that failed. Or the call has succeeded, if the old
+            // range is gone.
             self.space.unmap_discarding(new)?;
         }
         let mut changes = vec![Change::Map {
@@ -176,7 +178,7 @@ impl World {
 
     fn write(&mut self) -> Result<(), Error> {
         for (nth, device) in self.devices.iter().enumerate() {
-            // Each leaf is dirty in one of them.
+            // Each leaf is dirty in one of the devices.
             for page in (0..END).filter(|page| (page / 4) % 3 == (3 - nth as u64) % 3) {
                 if self.ids[nth].is_some() && device.write(page) {
                     self.written.insert(page);
@@ -241,7 +243,7 @@ impl World {
         Ok(())
     }
 
-    /// What is written is harvested first: a switch on begins with a clean slate.
+    /// Dirty pages are harvested first, because a switch to on makes everything clean.
     fn switch_one(&mut self) -> Result<(), Error> {
         self.harvest(true)?;
         if let Some(id) = self.ids[1] {
@@ -253,7 +255,7 @@ impl World {
 
     fn switch_all(&mut self) -> Result<(), Error> {
         self.harvest(true)?;
-        // A switch off that panics is not repeated: on is what must be for certain.
+        // A switch to off that panics is not repeated. The goal is that tracking is certainly on.
         let off = panics(|| self.space.stop_tracking());
         self.space.start_tracking()?;
         let tracks = |nth: &usize| self.ids[*nth].is_some();
@@ -262,10 +264,10 @@ impl World {
         goes_on(off)
     }
 
-    /// What holds between any two calls.
+    /// The invariants between any two calls.
     fn check(&self, when: &str) {
         let mapped = self.ranges();
-        // A domain that an attach has left behind may be any that is not known.
+        // A domain that a failed attach has left may be any unknown one.
         let left_behind = self.space.domains().len() > self.attached();
         for (nth, device) in self.devices.iter().enumerate() {
             let may_reach = self.ids[nth].is_some() || left_behind;
@@ -291,7 +293,7 @@ impl World {
         self.ids.iter().flatten().count()
     }
 
-    /// Nothing is left to find but what was written.
+    /// At the end, harvests have found each write, nothing is owed, and all addresses are free.
     fn finish(mut self, when: &str) {
         self.harvest(true).unwrap();
         assert!(self.written.is_empty(), "{when}: lost {:?}", self.written);
@@ -303,12 +305,12 @@ impl World {
         assert!(self.space.domains().is_empty() && self.space.mappings().is_empty());
         let flush = self.space.stats().flush;
         assert_eq!((flush.pending, flush.entries_pending), (0, 0), "{when}");
-        // No address is promised to anybody.
+        // No address is taken.
         self.space.map(pages(0, END), 0, RW).unwrap();
     }
 }
 
-/// Lets a panic that was caught go on.
+/// Resumes a panic that was caught.
 fn goes_on<T>(outcome: Result<T, Fault>) -> T {
     match outcome {
         Ok(value) => value,
@@ -316,7 +318,8 @@ fn goes_on<T>(outcome: Result<T, Fault>) -> T {
     }
 }
 
-/// Runs the scenario with a panic at the point `fatal`, if it has so many. Returns its points.
+/// Runs the scenario with a panic at the point `fatal`, if it has that many. Returns the number of
+/// its points.
 fn run(fatal: usize, all: bool) -> Vec<String> {
     let mut world = World::new();
     world.points.arm_nth(fatal, all);
@@ -354,7 +357,7 @@ fn run(fatal: usize, all: bool) -> Vec<String> {
     points
 }
 
-/// Whether `when` has been told the step that panicked.
+/// Whether `when` already names the step that panicked.
 fn outcome_is_panic(when: &str, name: &str) -> bool {
     when.ends_with(&format!(" in {name}"))
 }
@@ -362,7 +365,7 @@ fn outcome_is_panic(when: &str, name: &str) -> bool {
 #[test]
 fn a_panic_at_any_point_loses_nothing_and_leaves_nothing_behind() {
     let points = run(usize::MAX, false);
-    // Each callback is in it, and the destructor.
+    // The scenario has each callback, and the destructor.
     for kind in [
         "page",
         "identity",
@@ -379,7 +382,7 @@ fn a_panic_at_any_point_loses_nothing_and_leaves_nothing_behind() {
     ] {
         assert!(points.iter().any(|point| point == kind), "no {kind}");
     }
-    // Garbage of the tree may come back later than in the first pass, and with it destructors.
+    // The epoch collector may run destructors later than in the first pass.
     for all in [false, true] {
         for fatal in 0..points.len() {
             run(fatal, all);

@@ -9,7 +9,7 @@ use dirtymap::source::{FlushCost, FlushGather, Invalidated, LeafSink, Leaves, Si
 use dirtymap::{AddressSpace, DirtySource, Error, Granule, Iova, IovaRange, Mapping, Tracking};
 
 pub const PAGE: u64 = 4096;
-/// Pages of a leaf, where they are aligned and mapped together.
+/// Pages of a leaf, if they are aligned and mapped together.
 const LEAF: u64 = 4;
 
 /// The `n` pages from page `first` on.
@@ -22,8 +22,8 @@ pub fn numbers(range: IovaRange) -> std::ops::RangeInclusive<u64> {
     range.start().get() / PAGE..=range.last().get() / PAGE
 }
 
-/// Lets the garbage of a space come back, which waits for all readers of spaces in the process,
-/// until `done`.
+/// Runs the epoch collector until `done`. The garbage of a space waits for all readers of spaces in
+/// the process.
 pub fn reclaim_until(space: &AddressSpace, done: impl Fn() -> bool) {
     for _ in 0..1_000_000 {
         if done() {
@@ -40,11 +40,11 @@ pub fn reclaim_until(space: &AddressSpace, done: impl Fn() -> bool) {
 #[error("refused on purpose")]
 pub struct Refused;
 
-/// What a point panics with.
+/// The payload of a point's panic.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault(pub String);
 
-/// What `call` panicked with, if it did.
+/// The payload of the panic of `call`, if it panicked.
 pub fn panics<T>(call: impl FnOnce() -> T) -> Result<T, Fault> {
     catch_unwind(AssertUnwindSafe(call)).map_err(|payload| match payload.downcast::<Fault>() {
         Ok(fault) => *fault,
@@ -52,7 +52,7 @@ pub fn panics<T>(call: impl FnOnce() -> T) -> Result<T, Fault> {
     })
 }
 
-/// The points that the sources of one test come to, and which of them panic.
+/// The points that the sources of one test pass, and those of them that panic.
 #[derive(Default)]
 pub struct Points {
     state: Mutex<Armed>,
@@ -60,12 +60,13 @@ pub struct Points {
 
 #[derive(Default)]
 struct Armed {
-    /// The points so far.
+    /// The number of points so far.
     made: Vec<String>,
-    /// The number of the point that panics, once; or from which on all do.
+    /// The number of the point that panics, alone or with all points after it.
     nth: Option<usize>,
     all_from: bool,
-    /// The points of this name panic: after so many that do not, so many.
+    /// Points of this name that panic: the number of points to skip, and the number that panic
+    /// after them.
     named: Option<(&'static str, u32, u32)>,
     fired: u32,
 }
@@ -97,7 +98,7 @@ impl Points {
         self.state().fired
     }
 
-    /// The points since they were armed.
+    /// The number of points since they were armed.
     pub fn made(&self) -> Vec<String> {
         self.state().made.clone()
     }
@@ -135,8 +136,8 @@ impl Points {
 pub struct State {
     /// Leaves by their first page: how many pages, and D.
     table: BTreeMap<u64, (u64, bool)>,
-    /// Pages that the device has a translation of, with "D is set", and the leaf that it comes
-    /// from: it is dropped by what names all of that.
+    /// Pages for which the device has cached a translation with "D is set", and the leaf of each
+    /// translation. An invalidation of the whole leaf drops it.
     cached: BTreeMap<u64, IovaRange>,
     pub tracking: bool,
     /// Calls of each kind that were counted.
@@ -144,13 +145,13 @@ pub struct State {
     pub refuse_map: bool,
     pub refuse_split: bool,
     pub fail_invalidations: u32,
-    /// What each invalidation said of tables, and of the sizes of leaves.
+    /// For each invalidation, whether it names tables, and the leaf sizes that it names.
     pub invalidated: Vec<(bool, Option<Leaves>)>,
-    /// What an unmap tells instead of its first dirty leaf, if anything.
+    /// A range that an unmap reports instead of its first dirty leaf.
     pub tells: Vec<IovaRange>,
 }
 
-/// A device behind a table of leaves.
+/// A device that translates by a table of leaves.
 pub struct Device {
     points: Arc<Points>,
     state: Mutex<State>,
@@ -168,7 +169,7 @@ impl Device {
         f(&mut self.state.lock().unwrap_or_else(|e| e.into_inner()))
     }
 
-    /// The device writes page `n`; whether it reached memory.
+    /// The device writes page `n`. Returns whether the write reached memory.
     pub fn write(&self, n: u64) -> bool {
         self.with(|s| {
             if s.cached.contains_key(&n) {
@@ -183,7 +184,7 @@ impl Device {
         })
     }
 
-    /// Whether the device reaches page `n`, by the table or by what it has cached.
+    /// Whether the device reaches page `n`, by the table or by a cached translation.
     pub fn reaches(&self, n: u64) -> bool {
         self.with(|s| s.cached.contains_key(&n) || s.leaf(n).is_some())
     }
@@ -364,7 +365,7 @@ impl DirtySource for Device {
     }
 }
 
-/// What a space owns: a device, and what happens when it is dropped.
+/// A source that a space owns: a device, and a hook for its drop.
 pub struct Owned {
     pub device: Arc<Device>,
     pub dropped: Option<Box<dyn FnOnce() + Send + Sync>>,

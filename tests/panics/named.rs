@@ -1,4 +1,4 @@
-//! One test for each way in which a panicking source lost something.
+//! One test for each way in which a panic of a source lost something.
 
 use std::sync::Arc;
 
@@ -58,9 +58,8 @@ const UNMAPPING: [&str; 5] = [
     "unmap: done",
 ];
 
-/// A source took its leaves out of the table, told of some, and panicked. The debt survived; the
-/// pages that it had told of, or had taken and not told of yet, did not: the next harvest was
-/// empty.
+/// A source took its leaves out of the table, reported some, and panicked. The debt survived. The
+/// pages that it had taken were lost, whether reported or not: the next harvest was empty.
 #[test]
 fn an_unmap_that_panics_half_way_loses_no_dirty_page() {
     for (point, skip) in UNMAPPING.into_iter().flat_map(|p| [(p, 0), (p, 1)]) {
@@ -85,7 +84,8 @@ fn an_unmap_that_panics_half_way_loses_no_dirty_page() {
             let found = take(&space);
             let all = 1 << 3 | 1 << 6 | 1 << 9;
             assert_eq!(found & all, all, "{point}, {skip}: a write is lost");
-            // What devices have cached is owed, and the next call that flushes pays it.
+            // The cached translations of devices are owed, and the next call that flushes pays this
+            // debt.
             assert_eq!(unmap(&space, pages(0, 16)).unwrap(), 0, "{point}, {skip}");
             reaches_nothing(&devices, pages(0, 16));
             assert_eq!(space.stats().flush.pending, 0);
@@ -93,8 +93,8 @@ fn an_unmap_that_panics_half_way_loses_no_dirty_page() {
     }
 }
 
-/// What a source has done before it panicked is not known: it may have parted or freed tables, and
-/// its leaves may have any size. The invalidation says so.
+/// The work of a source before its panic is unknown: it may have split or freed tables, and its
+/// leaves may have any size. So the invalidation names tables and all sizes.
 #[test]
 fn an_unmap_that_panics_owes_tables_and_leaves_of_all_sizes() {
     let (space, points, devices) = tracked(1);
@@ -112,7 +112,8 @@ fn an_unmap_that_panics_owes_tables_and_leaves_of_all_sizes() {
     assert_eq!(told.last(), Some(&(true, Some(all))), "{told:?}");
 }
 
-/// The same without a harvest in between: what the first call took is in the result of the second.
+/// The same without a harvest in between: the pages that the first call took are in the result of
+/// the second.
 #[test]
 fn an_unmap_that_panicked_is_repeated_and_reports_all() {
     for point in UNMAPPING {
@@ -127,8 +128,8 @@ fn an_unmap_that_panicked_is_repeated_and_reports_all() {
     }
 }
 
-/// A detach moves what is dirty to the marks. Of the source that panicked in between nothing
-/// arrived; the repeated detach found an empty table, and forgot the domain.
+/// A detach moves dirty state to the marks. When the source panicked in the middle, nothing reached
+/// the marks. The repeated detach found an empty table, and dropped the domain.
 #[test]
 fn a_detach_that_panics_half_way_loses_no_dirty_page() {
     for (point, skip) in UNMAPPING.into_iter().flat_map(|p| [(p, 0), (p, 1)]) {
@@ -154,8 +155,8 @@ fn a_detach_that_panics_half_way_loses_no_dirty_page() {
     }
 }
 
-/// A source that tells pages outside the area, or more than there is: 256 TiB instead of a leaf of
-/// an area of 16 pages exhausted the memory.
+/// A source reports pages outside of the area, or too many: 256 TiB instead of one leaf, in an area
+/// of 16 pages, exhausted the memory.
 #[test]
 fn what_an_unmap_tells_outside_of_its_area_is_not_believed() {
     for detaches in [false, true] {
@@ -174,7 +175,8 @@ fn what_an_unmap_tells_outside_of_its_area_is_not_believed() {
     }
 }
 
-/// Nor is memory taken for more leaves than an area has pages: all of it is dirty then.
+/// The number of recorded leaves is bounded by the pages of the area as well. Past that bound, the
+/// whole area is dirty.
 #[test]
 fn an_unmap_that_tells_the_same_again_and_again_is_bounded() {
     let (space, _, devices) = tracked(1);
@@ -189,13 +191,13 @@ const MAPPING: [(&str, u32); 5] = [
     ("map: leaf", 0),
     ("map: leaf", 1),
     ("map: done", 0),
-    // Of the second domain.
+    // The panic is in the second domain.
     ("map: leaf", 2),
 ];
 
-/// The pair was recorded after the source had returned: of one that panicked half-way nobody knew
-/// that it translated the area. The unmap asked nobody, and the addresses were free while devices
-/// reached them.
+/// A pair was recorded after the source had returned. If the source panicked half-way, no record
+/// said that it translates the area. The unmap did not call it, and the addresses were free while
+/// devices reached them.
 #[test]
 fn a_map_that_panics_leaves_nothing_mapped() {
     for (point, skip) in MAPPING {
@@ -256,8 +258,8 @@ fn an_attach_that_panics_at_its_third_area_is_emptied() {
     }
 }
 
-/// A source maps a part and panics, and then panics in the unmap that is to undo it as well: the
-/// addresses stay taken until it has been asked once more.
+/// A source maps a part and panics, and then also panics in the unmap that undoes it. The addresses
+/// stay taken until a later unmap succeeds.
 #[test]
 fn a_map_whose_undoing_panics_too_keeps_its_addresses() {
     let range = pages(20, 8);
@@ -287,8 +289,8 @@ fn a_map_whose_undoing_panics_too_keeps_its_addresses() {
     }
 }
 
-/// Two borders in one batch. The second split panicked, or refused: the stale translation of the
-/// leaf that the first one had parted was owed to nobody.
+/// Two borders in one batch. The second split panicked or was refused, and the stale translation of
+/// the leaf that the first one had split was not owed.
 #[test]
 fn the_debt_of_a_split_outlives_a_panic_in_the_next() {
     for point in [
@@ -316,7 +318,7 @@ fn the_debt_of_a_split_outlives_a_panic_in_the_next() {
         space.apply(&[cut(2), cut(6)]).unwrap();
         assert_eq!(space.mappings().len(), 3);
     }
-    // Refused: the same.
+    // The same with a refusal.
     let (space, points, devices) = tracked(2);
     devices[1].with(|s| s.refuse_split = true);
     assert!(devices[0].write(1));
@@ -326,8 +328,8 @@ fn the_debt_of_a_split_outlives_a_panic_in_the_next() {
     assert!(!devices[0].caches(1) && points.fired() == 0);
 }
 
-/// The destructor of a batch flushed again while the panic of its flush went by: two panics at a
-/// time end the process.
+/// The destructor of a batch flushed again while the panic of its flush unwound. A second panic
+/// during unwinding aborts the process.
 #[test]
 fn a_batch_whose_flushes_all_panic_ends_in_one_panic() {
     let (space, points, devices) = tracked(2);
@@ -345,7 +347,7 @@ fn a_batch_whose_flushes_all_panic_ends_in_one_panic() {
     assert!(panics(|| space.apply(&[unmap_first, map])).is_err());
     assert!(panics(|| space.apply(&[unmap_first])).is_err());
     points.disarm();
-    // Devices might still reach the new addresses, so these stay taken.
+    // Devices may still reach the new addresses, so these stay taken.
     assert_eq!(space.mappings().len(), 2);
     assert_ne!(take(&space) & 1 << 3, 0);
     space.unmap_discarding(IovaRange::ALL).unwrap();
@@ -353,8 +355,8 @@ fn a_batch_whose_flushes_all_panic_ends_in_one_panic() {
     space.apply(&[map]).unwrap();
 }
 
-/// A source that panicked while it was switched off may be off. The next switch on believed that it
-/// was on, and did not ask: its writes were never seen again.
+/// A source that panicked in a switch to off may be off. The next switch to on took it for on, and
+/// did not call it: its writes were never seen again.
 #[test]
 fn a_source_that_panicked_in_a_switch_is_asked_by_the_next_one() {
     for point in ["tracking: begun", "tracking: said", "tracking: done"] {
@@ -377,7 +379,7 @@ fn a_source_that_panicked_in_a_switch_is_asked_by_the_next_one() {
             assert!(!devices[2].with(|s| s.tracking) || one);
             switch(true).unwrap();
             assert!(devices.iter().all(|d| d.with(|s| s.tracking)), "{point}");
-            // The other way round: what is taken back is taken back everywhere.
+            // The converse: a failed switch is taken back in all sources.
             switch(false).unwrap();
             points.arm(point, u32::from(!one), 1);
             assert!(panics(|| switch(true)).is_err());
@@ -398,8 +400,8 @@ fn a_source_that_panicked_in_a_switch_is_asked_by_the_next_one() {
     }
 }
 
-/// A switch that failed for good kept none of the others from being taken back, and marks were
-/// kept.
+/// A switch to on panics in one source, and so does the undo in all of them. Each source is still
+/// called, marks stay, and the next switch repairs the state.
 #[test]
 fn a_switch_on_whose_taking_back_panics_is_repaired_by_the_next() {
     let (space, points, devices) = tracked(2);
@@ -415,8 +417,8 @@ fn a_switch_on_whose_taking_back_panics_is_repaired_by_the_next() {
     assert_eq!(take(&space), 0xff);
 }
 
-/// A source that panicked in its first switch, and again when that was taken back, is in doubt, but
-/// nobody may take its silence for "clean": there is no baseline.
+/// A source that panicked in its first switch, and again when that was taken back, is in doubt. It
+/// has no baseline, so a harvest must not take it for clean.
 #[test]
 fn a_source_whose_first_switch_panicked_was_never_tracked() {
     let points = Arc::new(Points::default());
@@ -436,7 +438,7 @@ fn a_source_whose_first_switch_panicked_was_never_tracked() {
             matches!(refused, Err(Error::NeverTracked { .. })),
             "repaired {repaired}: {refused:?}"
         );
-        // Asked again, as it is in doubt; off as it always was.
+        // It is called again because it is in doubt. It is off, as it always was.
         space.stop_tracking().unwrap();
     }
 }
@@ -469,8 +471,8 @@ fn an_attach_that_panics_before_it_is_published_leaves_no_trace() {
     }
 }
 
-/// The documentation says that the cost of flushes is asked once, when the source is added. It was
-/// asked again whenever another domain came or went.
+/// The documentation says that `flush_cost` is called once, when the source is attached. It was
+/// called again at each attach and detach of another domain.
 #[test]
 fn the_cost_of_flushes_is_asked_once() {
     let (space, points, devices) = tracked(1);
@@ -479,7 +481,7 @@ fn the_cost_of_flushes_is_asked_once() {
     assert_eq!(devices[0].with(|s| s.costs_asked), 1);
 }
 
-/// Every callback of a harvest may panic, and every one of what follows it.
+/// Every callback of a harvest may panic, and every callback of the calls that follow it.
 #[test]
 fn a_harvest_a_peek_or_a_sync_that_panics_takes_nothing() {
     for point in [

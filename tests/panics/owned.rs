@@ -1,4 +1,4 @@
-//! What users give away is dropped where nothing is locked, and may panic there.
+//! Values of users are dropped outside of all locks, and may panic there.
 
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -11,7 +11,7 @@ use crate::mock::{Device, Fault, Owned, Points, pages, panics, reclaim_until};
 
 const RW: Access = Access::ReadWrite;
 
-/// Runs `call` on a thread of its own, and fails if it does not end.
+/// Runs `call` on a thread of its own, and fails if it hangs.
 fn ends(call: impl FnOnce() + Send + 'static) {
     let (done, ended) = mpsc::channel();
     let thread = std::thread::spawn(move || {
@@ -24,7 +24,7 @@ fn ends(call: impl FnOnce() + Send + 'static) {
     }
 }
 
-/// What the destructor of a source may call, and does.
+/// The calls that the destructor of a source may make, and here makes.
 fn call_everything(space: &AddressSpace) {
     let _ = space.stats();
     for id in space.domains().into_iter().skip(1) {
@@ -38,8 +38,8 @@ fn call_everything(space: &AddressSpace) {
     space.reclaim();
 }
 
-/// Updates of the tree drop what earlier ones replaced, and did so under the lock of the domains: a
-/// source whose `Drop` detached another one waited for itself.
+/// An update of the tree drops the values that earlier updates replaced, and did so under the lock
+/// of the domains: a source whose `Drop` detached another one deadlocked.
 #[test]
 fn a_source_that_is_dropped_may_call_its_space() {
     ends(|| {
@@ -58,11 +58,11 @@ fn a_source_that_is_dropped_may_call_its_space() {
                 }
             });
             let id = space.attach(owned).unwrap();
-            // The destructor of an earlier one may have been faster.
+            // The destructor of an earlier source may have detached it already.
             let _ = space.detach(id);
             space.start_tracking().unwrap();
         }
-        // Every kind of call takes its turn at cleaning up.
+        // Each kind of call runs destructors in turn.
         for n in 0..100 {
             space.map(pages(100 + n, 1), 0, RW).unwrap();
             space.reserve(pages(1000 + n, 1)).unwrap();
@@ -72,8 +72,8 @@ fn a_source_that_is_dropped_may_call_its_space() {
     });
 }
 
-/// The same for one that the attach refuses, and for those that are still attached when the space
-/// goes.
+/// The same for a source that the attach refuses, and for sources that are still attached when the
+/// space is dropped.
 #[test]
 fn a_source_that_is_refused_is_dropped_at_once_and_without_locks() {
     ends(|| {
@@ -95,8 +95,8 @@ fn a_source_that_is_refused_is_dropped_at_once_and_without_locks() {
         device.with(|s| s.refuse_map = true);
         assert!(space.attach(owned(&device)).is_err());
         reclaim_until(&space, || dropped.load(SeqCst) == 1);
-        // One that was never published is dropped by the call itself, and was under the lock of the
-        // domains.
+        // A source that was never published is dropped by the call itself, which did so under the
+        // lock of the domains.
         space.start_tracking().unwrap();
         points.arm("tracking: begun", 0, 1);
         assert!(panics(|| space.attach(owned(&device))).is_err());
@@ -108,7 +108,7 @@ fn a_source_that_is_refused_is_dropped_at_once_and_without_locks() {
         let still = owned(&Device::new(&points));
         space.attach(still).unwrap();
         drop(space);
-        // What the epoch has of a space that is gone returns by the work of others.
+        // The garbage of a space that is gone is dropped by the work of other spaces.
         let other = AddressSpace::new(Granule::K4);
         reclaim_until(&other, || {
             other.map(pages(0, 1), 0, RW).unwrap();
@@ -118,8 +118,8 @@ fn a_source_that_is_refused_is_dropped_at_once_and_without_locks() {
     });
 }
 
-/// A destructor that panicked did so inside of an update of the tree, by which a detach that had
-/// succeeded was cut short.
+/// A destructor panicked inside of an update of the tree, and so cut short a detach that had
+/// succeeded.
 #[test]
 fn a_source_whose_drop_panics_undoes_nothing() {
     let points = Arc::new(Points::default());
@@ -128,7 +128,7 @@ fn a_source_whose_drop_panics_undoes_nothing() {
     space.attach(Arc::clone(&stays)).unwrap();
     space.map(pages(0, 16), 0, RW).unwrap();
     space.start_tracking().unwrap();
-    // Calls of each kind, of which each may be the one that comes by a destructor.
+    // Calls of each kind. Each of them may be the one that runs a destructor.
     type Call = fn(&AddressSpace) -> Result<(), Error>;
     let calls: [Call; 5] = [
         |space| space.map(pages(20, 2), 0, RW),
@@ -169,8 +169,8 @@ fn a_source_whose_drop_panics_undoes_nothing() {
     space.unmap_discarding(IovaRange::ALL).unwrap();
 }
 
-/// A space, or a lease, that is dropped while a panic goes by must not add a second one: that ends
-/// the process.
+/// A space, or a lease, that is dropped during unwinding must not panic again, because a second
+/// panic aborts the process.
 #[test]
 fn a_source_whose_drop_panics_during_a_panic_is_silent() {
     let points = Arc::new(Points::default());
@@ -192,7 +192,7 @@ fn a_source_whose_drop_panics_during_a_panic_is_silent() {
     });
     let panicked: Result<(), Fault> = panicked;
     assert_eq!(panicked.unwrap_err(), Fault("the consumer".into()));
-    // And without a panic, theirs goes on, when all have been dropped.
+    // Outside of unwinding, their panic is raised after all sources are dropped.
     let panicked = panics(|| {
         let space = AddressSpace::new(Granule::K4);
         for _ in 0..3 {
@@ -206,8 +206,9 @@ fn a_source_whose_drop_panics_during_a_panic_is_silent() {
     assert_eq!(panicked.unwrap_err(), Fault("drop".into()));
 }
 
-/// Rules of the space that were replaced know its domains until no reader can hold them: their sources
-/// may go with these, after the space. Nobody is there to take a panic of their destructors.
+/// Replaced rules of a space refer to its domains until no reader can hold them. So sources may be
+/// dropped together with such rules, after the space, and no caller is there to receive a panic of
+/// their destructors.
 #[test]
 fn a_source_that_garbage_holds_goes_with_it_in_silence() {
     let points = Arc::new(Points::default());
@@ -217,14 +218,14 @@ fn a_source_that_garbage_holds_goes_with_it_in_silence() {
         count.fetch_add(1, SeqCst);
         std::panic::resume_unwind(Box::new(Fault("drop".into())));
     });
-    // Readers of any space hold back the garbage of all.
+    // A reader of any space delays the garbage of all spaces.
     let readers = AddressSpace::new(Granule::K4);
     let reader = readers.snapshot();
     let space = AddressSpace::new(Granule::K4);
     space.map(pages(0, 4), 0, RW).unwrap();
     let domain = space.attach(owned).unwrap();
     space.detach(domain).unwrap();
-    // Garbage goes to the epoch when there is enough of it.
+    // Garbage is handed to the epoch collector in batches.
     for _ in 0..1000 {
         space.map(pages(4, 1), 0, RW).unwrap();
         space.unmap_discarding(pages(4, 1)).unwrap();
@@ -232,7 +233,7 @@ fn a_source_that_garbage_holds_goes_with_it_in_silence() {
     drop(space);
     assert_eq!(dropped.load(SeqCst), 0);
     drop(reader);
-    // The rules of the space go by the work of others.
+    // The rules of the space are dropped by the work of other spaces.
     let other = AddressSpace::new(Granule::K4);
     reclaim_until(&other, || {
         other.map(pages(0, 1), 0, RW).unwrap();

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use crate::error::IommufdError;
-use crate::ioas::Iommufd;
+use crate::iommufd::Iommufd;
 use crate::kernel::{ioctl, uninterrupted};
 use crate::uapi::{self, Sized32};
 

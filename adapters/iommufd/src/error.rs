@@ -1,10 +1,10 @@
-//! Why the kernel's tracking cannot be used, and what to do about it.
+//! The errors of the adapter. Each text says what to do.
 
 use std::io;
 
 use dirtymap::{Granule, IovaRange};
 
-/// What an [`Ioas`](crate::Ioas) or a [`Hwpt`](crate::Hwpt) refuses, or what the kernel says.
+/// The error of a call of an [`Ioas`](crate::Ioas) or a [`Hwpt`](crate::Hwpt), or of the kernel.
 ///
 /// Errors of calls through an [`AddressSpace`](dirtymap::AddressSpace) arrive as
 /// [`dirtymap::Error::Source`], whose box can be downcast to this type.
@@ -19,7 +19,7 @@ pub enum IommufdError {
     NoIommufd {
         /// The file that is missing.
         path: &'static str,
-        /// What the kernel says.
+        /// The error of the kernel.
         #[source]
         error: io::Error,
     },
@@ -30,7 +30,7 @@ pub enum IommufdError {
     NoPermission {
         /// The file.
         path: &'static str,
-        /// What the kernel says.
+        /// The error of the kernel.
         #[source]
         error: io::Error,
     },
@@ -39,7 +39,7 @@ pub enum IommufdError {
     Unsupported {
         /// The call by its name in the documentation.
         call: &'static str,
-        /// What the kernel says.
+        /// The error of the kernel.
         #[source]
         error: io::Error,
     },
@@ -51,7 +51,7 @@ pub enum IommufdError {
     CannotTrack {
         /// The device by its number in iommufd.
         device: u32,
-        /// What the kernel says.
+        /// The error of the kernel.
         #[source]
         error: io::Error,
     },
@@ -65,7 +65,7 @@ pub enum IommufdError {
         device: u32,
         /// The page table by its number in iommufd.
         hwpt: u32,
-        /// What the kernel says.
+        /// The error of the kernel.
         #[source]
         error: io::Error,
     },
@@ -89,7 +89,7 @@ pub enum IommufdError {
         /// The page of one bit.
         page: Granule,
     },
-    /// Something else is mapped there in the kernel.
+    /// Other memory is mapped at these addresses in the kernel.
     #[error(
         "{range} is mapped in the IOAS already, by another holder of it or to other memory: give \
          each address space an IOAS of its own, and all its domains the same mappings"
@@ -106,7 +106,7 @@ pub enum IommufdError {
     NotUsable {
         /// The addresses to map.
         range: IovaRange,
-        /// What the kernel says.
+        /// The error of the kernel.
         #[source]
         error: io::Error,
     },
@@ -120,7 +120,7 @@ pub enum IommufdError {
         range: IovaRange,
         /// The address in this process.
         backing: u64,
-        /// What the kernel says.
+        /// The error of the kernel.
         #[source]
         error: io::Error,
     },
@@ -132,16 +132,17 @@ pub enum IommufdError {
     NoMemory {
         /// The addresses that the memory is for.
         range: IovaRange,
-        /// What the kernel says.
+        /// The error of the kernel.
         #[source]
         error: io::Error,
     },
-    /// The kernel could not write to the bitmap. It was not asked, so nothing is lost.
+    /// The memory of a bitmap cannot be made present. The kernel was not called, so nothing is
+    /// lost.
     #[error("the memory for the bits of {range} cannot be made present; harvest again: {error}")]
     BitmapNotPresent {
         /// The addresses of the bits.
         range: IovaRange,
-        /// What the kernel says.
+        /// The error of the kernel.
         #[source]
         error: io::Error,
     },
@@ -155,7 +156,7 @@ pub enum IommufdError {
         hwpt: u32,
         /// The addresses that were asked for.
         range: IovaRange,
-        /// What the kernel says.
+        /// The error of the kernel.
         #[source]
         error: io::Error,
     },
@@ -169,7 +170,7 @@ pub enum IommufdError {
         hwpt: u32,
         /// The addresses that were asked for.
         range: IovaRange,
-        /// What the kernel says.
+        /// The error of the kernel.
         #[source]
         error: io::Error,
     },
@@ -182,7 +183,7 @@ pub enum IommufdError {
         /// The first addresses of that kind.
         range: IovaRange,
     },
-    /// A domain was to let go of memory that its devices still reach by the mapping of another one.
+    /// Devices of a domain still reach memory that it unmapped, by the mapping of another domain.
     #[error(
         "devices of the page table {hwpt} still reach {range}, which another domain of the same \
          IOAS keeps mapped: move or detach these devices first"
@@ -206,14 +207,14 @@ pub enum IommufdError {
     Call {
         /// The call by its name in the documentation.
         call: &'static str,
-        /// What the kernel says.
+        /// The error of the kernel.
         #[source]
         error: io::Error,
     },
 }
 
 impl IommufdError {
-    /// A failure of `call` that needs no words of its own.
+    /// A failure of `call` without a variant of its own.
     pub(crate) fn call(call: &'static str, error: io::Error) -> Self {
         match error.raw_os_error() {
             Some(libc::ENOTTY) => IommufdError::Unsupported { call, error },

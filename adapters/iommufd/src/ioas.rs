@@ -1,7 +1,6 @@
-//! The file of iommufd, and the addresses that its page tables share.
+//! The addresses that page tables share.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::io;
 use std::sync::{Arc, Weak};
 
@@ -9,126 +8,12 @@ use dirtymap::sync::{Mutex, MutexGuard, lock};
 use dirtymap::{Granule, IovaRange, Mapping};
 
 use crate::error::IommufdError;
-use crate::hwpt::Hwpt;
-use crate::kernel::{Iommu, Kernel, ranges, uninterrupted};
+use crate::iommufd::Iommufd;
+use crate::kernel::{Kernel, ranges, uninterrupted};
 use crate::log::Log;
+use crate::options::IoasOptions;
+use crate::table::Table;
 use crate::uapi::Span;
-
-/// The open file `/dev/iommu`. Clones are the same file.
-#[derive(Clone)]
-pub struct Iommufd(Arc<File>);
-
-struct File {
-    kernel: Box<dyn Kernel>,
-    /// Which page table each device uses, by their numbers: devices that were attached here.
-    devices: Mutex<BTreeMap<u32, u32>>,
-}
-
-impl Iommufd {
-    /// Opens `/dev/iommu`.
-    ///
-    /// # Errors
-    /// [`IommufdError::NoIommufd`], [`IommufdError::NoPermission`].
-    pub fn open() -> Result<Self, IommufdError> {
-        Ok(Self::over(Iommu::open()?))
-    }
-
-    /// An open file `/dev/iommu`, such as one that a manager of devices hands over.
-    ///
-    /// # Errors
-    /// [`IommufdError::Call`] if the kernel is older than 4.14.
-    pub fn from_fd(fd: std::os::fd::OwnedFd) -> Result<Self, IommufdError> {
-        Ok(Self::over(Iommu::new(fd)?))
-    }
-
-    pub(crate) fn over(kernel: impl Kernel + 'static) -> Self {
-        Iommufd(Arc::new(File {
-            kernel: Box::new(kernel),
-            devices: Mutex::new(BTreeMap::new()),
-        }))
-    }
-
-    pub(crate) fn kernel(&self) -> &dyn Kernel {
-        &*self.0.kernel
-    }
-
-    /// Which page table each device uses.
-    pub(crate) fn devices(&self) -> MutexGuard<'_, BTreeMap<u32, u32>> {
-        lock(&self.0.devices)
-    }
-}
-
-impl fmt::Debug for Iommufd {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Iommufd").finish_non_exhaustive()
-    }
-}
-
-/// What an unmap reports as dirty. The kernel has no call that unmaps and tells, so there is a
-/// choice.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OnUnmap {
-    /// What was dirty when the kernel was asked, just before the unmap. **A write that a device
-    /// makes between the two is lost.** For memory that no device uses any more when it is
-    /// unmapped, as drivers of guests have it: they end the DMA, and then unmap.
-    #[default]
-    Asked,
-    /// Everything: nothing is lost, and all of the memory is to be copied. For memory that devices
-    /// may still write to.
-    Everything,
-}
-
-/// How an [`Ioas`] maps and reports.
-#[derive(Clone, Copy, Debug)]
-pub struct IoasOptions {
-    pub(crate) piece: Granule,
-    pub(crate) page: Option<Granule>,
-    pub(crate) small_pages: bool,
-    pub(crate) on_unmap: OnUnmap,
-}
-
-impl Default for IoasOptions {
-    fn default() -> Self {
-        IoasOptions {
-            piece: Granule::G1,
-            page: None,
-            small_pages: false,
-            on_unmap: OnUnmap::Asked,
-        }
-    }
-}
-
-impl IoasOptions {
-    /// The size of a piece: see [the crate](crate#pieces).
-    #[must_use]
-    pub fn piece(self, piece: Granule) -> Self {
-        IoasOptions { piece, ..self }
-    }
-
-    /// The bytes that one bit of the kernel's answers stands for: at first the page of the host, or
-    /// that of the IOMMU if that is larger. Areas are made of such pages.
-    #[must_use]
-    pub fn page(self, page: Granule) -> Self {
-        let page = Some(page);
-        IoasOptions { page, ..self }
-    }
-
-    /// Leaves are as small as a page of the host, so no page is reported for the sake of another
-    /// one. Walks and translations take longer. (`IOMMU_OPTION_HUGE_PAGES`, off.)
-    #[must_use]
-    pub fn small_pages(self) -> Self {
-        IoasOptions {
-            small_pages: true,
-            ..self
-        }
-    }
-
-    /// What an unmap reports as dirty.
-    #[must_use]
-    pub fn on_unmap(self, on_unmap: OnUnmap) -> Self {
-        IoasOptions { on_unmap, ..self }
-    }
-}
 
 /// Addresses that page tables share (an IO address space): what is mapped is mapped in all of them,
 /// and each has dirty state of its own. Clones are the same.
@@ -149,7 +34,7 @@ pub(crate) struct State {
     /// By their first addresses; they do not overlap.
     pub(crate) pieces: BTreeMap<u64, Piece>,
     /// All page tables.
-    pub(crate) hwpts: Vec<Weak<Hwpt>>,
+    all: Vec<Weak<Table>>,
 }
 
 /// One mapping of the kernel.
@@ -191,21 +76,6 @@ impl Ioas {
     /// Its number in iommufd.
     pub fn id(&self) -> u32 {
         self.0.id
-    }
-
-    /// A new page table with dirty tracking, for the IOMMU of a device. It is a source: attach it
-    /// to an address space. What is mapped in this IOAS is mapped in it at once.
-    ///
-    /// # Errors
-    /// In this order: [`IommufdError::CannotTrack`]; [`IommufdError::Call`] (`ENOENT`: there is no
-    /// device of that number); [`IommufdError::PageTooSmall`]; [`IommufdError::BadPiece`];
-    /// [`IommufdError::NoMemory`].
-    pub fn hwpt(&self, device: u32) -> Result<Arc<Hwpt>, IommufdError> {
-        let hwpt = Hwpt::new(self.clone(), device)?;
-        let mut state = self.lock().state;
-        state.hwpts.retain(|other| other.strong_count() > 0);
-        state.hwpts.push(Arc::downgrade(&hwpt));
-        Ok(hwpt)
     }
 
     /// The ranges that can be mapped, ascending: without what is reserved, or out of reach for the
@@ -252,46 +122,35 @@ impl Ioas {
     }
 
     /// What is mapped. A thread that panicked with it left nothing half done.
-    pub(crate) fn lock(&self) -> Locked<'_> {
-        Locked {
-            state: lock(&self.0.state),
-            held: Vec::new(),
-        }
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.0.state)
     }
 }
 
-/// The state of an IOAS, locked.
-pub(crate) struct Locked<'a> {
-    pub(crate) state: MutexGuard<'a, State>,
-    /// Page tables that were looked at. Dropped after the lock (fields are dropped in order): the
-    /// last count of one may be here, and its drop takes the lock.
-    pub(crate) held: Vec<Arc<Hwpt>>,
-}
-
-impl Locked<'_> {
+impl State {
     /// All page tables that are there.
-    pub(crate) fn hwpts(&mut self) -> &[Arc<Hwpt>] {
-        if self.held.is_empty() {
-            // None is added while the lock is held, and none is dropped from the list.
-            let tables = self.state.hwpts.iter().filter_map(Weak::upgrade);
-            self.held.extend(tables);
-        }
-        &self.held
+    pub(crate) fn tables(&self) -> impl Iterator<Item = Arc<Table>> {
+        self.all.iter().filter_map(Weak::upgrade)
     }
 
-    /// What another page table than `hwpt`, whose domain has mapped the piece at `start`, knows of
+    /// Adds a page table, and forgets those that have gone.
+    pub(crate) fn add(&mut self, table: &Arc<Table>) {
+        self.all.retain(|other| other.strong_count() > 0);
+        self.all.push(Arc::downgrade(table));
+    }
+
+    /// What another page table than `table`, whose domain has mapped the piece at `start`, knows of
     /// it.
-    pub(crate) fn other_user(&mut self, hwpt: u32, start: u64) -> Option<Arc<Log>> {
-        let users = self.state.pieces.get(&start)?.users.clone();
-        let user = |other: &&Arc<Hwpt>| other.id() != hwpt && users.contains(&other.id());
-        let mut others = self.hwpts().iter().filter(user);
-        others.find_map(|other| other.logs().by_start.get(&start).cloned())
+    pub(crate) fn other_user(&self, table: u32, start: u64) -> Option<Arc<Log>> {
+        let users = &self.pieces.get(&start)?.users;
+        let mut others = self.tables().filter(|other| other.id != table);
+        others.find_map(|other| users.contains(&other.id).then(|| other.log_at(start))?)
     }
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // The last page table has gone. If devices of another hand use it, it stays.
+        // The last page table has gone. If devices that others attached use it, it stays.
         let _ = self.iommufd.kernel().destroy(self.id);
     }
 }

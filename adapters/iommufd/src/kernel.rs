@@ -10,7 +10,8 @@ use dirtymap_host::Maker;
 use crate::error::IommufdError;
 use crate::uapi::{self, Sized32, Span};
 
-/// What the logic of the adapter needs of the kernel; tests bring their own.
+/// The calls of the kernel that the logic of the adapter needs. Tests have an implementation of
+/// their own.
 pub(crate) trait Kernel: Send + Sync {
     /// The descriptor that devices are bound to.
     fn fd(&self) -> Option<BorrowedFd<'_>>;
@@ -52,7 +53,7 @@ pub(crate) trait Kernel: Send + Sync {
     ) -> io::Result<()>;
 }
 
-/// How often an interrupted call is made in all.
+/// The number of tries of a call that signals interrupt.
 pub(crate) const TRIES: u32 = 32;
 
 /// Makes a call again when a signal interrupted it.
@@ -114,8 +115,8 @@ impl Iommu {
     /// The file, for a call.
     ///
     /// # Errors
-    /// In a child of `fork`: the kernel would clear what the parent has to learn, and write the
-    /// bits into the memory of the child.
+    /// In a child of `fork`, where the kernel would clear pages that the parent needs, and write
+    /// the bits into the memory of the child.
     fn here(&self) -> io::Result<BorrowedFd<'_>> {
         match self.maker.of_another_process() {
             None => Ok(self.fd.as_fd()),

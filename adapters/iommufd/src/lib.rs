@@ -6,10 +6,13 @@ mod device;
 mod error;
 mod hwpt;
 mod ioas;
+mod iommufd;
 mod kernel;
 mod log;
+mod options;
 mod scratch;
 mod source;
+mod table;
 mod uapi;
 
 #[cfg(test)]
@@ -19,4 +22,6 @@ mod tests;
 pub use device::{Device, VfioDevice};
 pub use error::IommufdError;
 pub use hwpt::Hwpt;
-pub use ioas::{Ioas, IoasOptions, Iommufd, OnUnmap};
+pub use ioas::Ioas;
+pub use iommufd::Iommufd;
+pub use options::{IoasOptions, OnUnmap};

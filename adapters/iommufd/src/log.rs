@@ -13,12 +13,12 @@ pub(crate) struct Log {
     state: Mutex<State>,
 }
 
-/// What is known of a piece.
+/// The dirty pages of a piece.
 #[derive(Debug)]
 pub(crate) struct State {
-    /// Dirty, though the kernel does not say so any more.
+    /// Pages that are dirty, and that the kernel does not report any more.
     pub(crate) pending: Pending,
-    /// Whether the translation has ended, so that the kernel knows nothing.
+    /// Whether the translation has ended, so that the kernel has no dirty pages of it.
     pub(crate) gone: bool,
 }
 

@@ -7,12 +7,12 @@ use dirtymap::sync::MutexGuard;
 use dirtymap::{DirtySource, Error, Granule, Iova, IovaRange, Mapping, Tracking};
 
 use crate::hwpt::Hwpt;
-use crate::ioas::Locked;
+use crate::ioas;
 use crate::log::{Log, State, pieces};
 
 impl DirtySource for Hwpt {
     fn page(&self) -> Granule {
-        self.page_size()
+        self.table().page
     }
 
     fn map(&self, mapping: &Mapping) -> Result<(), Error> {
@@ -30,16 +30,19 @@ impl DirtySource for Hwpt {
 
     fn unmap(&self, range: IovaRange, gather: &mut FlushGather, dirty: &mut dyn FnMut(IovaRange)) {
         let mut state = self.ioas().lock();
-        let _ = self.for_each_log(range, |log, _| {
+        let _ = self.table().for_each_log(range, |log, _| {
             if self.leave(&mut state, log, dirty).is_some() {
-                gather.add(log.range, self.page_size());
+                gather.add(log.range, self.table().page);
             }
             Ok::<(), std::convert::Infallible>(())
         });
     }
 
     fn split_at(&self, at: Iova, _: &mut FlushGather) -> Result<(), Error> {
-        match self.log_from(at.get(), IovaRange::granule_at(at, Granule::BYTE)) {
+        match self
+            .table()
+            .log_from(at.get(), IovaRange::granule_at(at, Granule::BYTE))
+        {
             Some((log, _)) if log.range.start() < at => Err(Error::CannotSplit { at }),
             _ => Ok(()),
         }
@@ -50,14 +53,14 @@ impl DirtySource for Hwpt {
     }
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
-        self.for_each_log(range, |log, tracked| {
+        self.table().for_each_log(range, |log, tracked| {
             let mut state = self.read(log, range, tracked, true)?;
             state.pending.take(range, out)
         })
     }
 
     fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
-        self.for_each_log(range, |log, tracked| {
+        self.table().for_each_log(range, |log, tracked| {
             // What is pending and still known to the kernel is one page, and is reported once.
             let state = self.read(log, range, tracked, false)?;
             state.pending.peek(range, sink)
@@ -67,7 +70,7 @@ impl DirtySource for Hwpt {
     /// The kernel flushes before a read or an unmap returns. What is left to do is to try again
     /// what an unmap could not end, because devices reach that memory still.
     fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error> {
-        if !self.logs().kept.is_empty() {
+        if !self.table().logs().kept.is_empty() {
             self.leave_kept(gather)?;
         }
         Ok(Invalidated::default())
@@ -75,7 +78,7 @@ impl DirtySource for Hwpt {
 }
 
 impl Hwpt {
-    /// Moves what the kernel knows of a piece to what is pending.
+    /// Adds the dirty pages of the kernel in a piece to the pending ones.
     fn read<'l>(
         &self,
         log: &'l Log,
@@ -85,7 +88,7 @@ impl Hwpt {
     ) -> Result<MutexGuard<'l, State>, Stopped> {
         let mut state = log.state();
         if tracked && !state.gone {
-            let pulled = self.pull(log.range, &mut state, clear);
+            let pulled = self.table().pull(log.range, &mut state, clear);
             pulled.map_err(|error| Stopped {
                 at: log.range.start().max(asked.start()),
                 error: error.into(),
@@ -95,7 +98,7 @@ impl Hwpt {
     }
 
     /// Undoes the first `len` bytes of a map of `range`.
-    fn leave_first(&self, state: &mut Locked<'_>, range: IovaRange, len: u128) {
+    fn leave_first(&self, state: &mut ioas::State, range: IovaRange, len: u128) {
         let Some(last) = u64::try_from(len).ok().and_then(|len| len.checked_sub(1)) else {
             return;
         };
@@ -103,7 +106,7 @@ impl Hwpt {
             return;
         };
         let done = IovaRange::new(range.start(), last);
-        let _ = self.for_each_log(done.unwrap_or(range), |log, _| {
+        let _ = self.table().for_each_log(done.unwrap_or(range), |log, _| {
             self.leave(state, log, &mut |_| ());
             Ok::<(), std::convert::Infallible>(())
         });

@@ -17,7 +17,7 @@ const GET_DIRTY_LOG: libc::Ioctl = libc::_IOW::<kvm_dirty_log>(KVMIO, 0x42);
 const CLEAR_DIRTY_LOG: libc::Ioctl = libc::_IOWR::<kvm_clear_dirty_log>(KVMIO, 0xc0);
 const RESET_DIRTY_RINGS: libc::Ioctl = libc::_IO(KVMIO, 0xc7);
 
-/// What the logic of the adapter needs of KVM; tests bring their own.
+/// The calls of KVM that the logic of the adapter needs. Tests have an implementation of their own.
 pub(super) trait Kernel: Send + Sync {
     /// The process that made this, if it is not the one that asks: a child of `fork` has all
     /// descriptors and rings of its parent.
@@ -40,8 +40,8 @@ pub(super) trait Kernel: Send + Sync {
     fn reset_rings(&self) -> io::Result<()>;
 }
 
-/// Calls after which a reset of the rings that signals end again and again is given up; its debt
-/// stays owed.
+/// A reset of the rings that signals end again and again stops after this many calls. The flush is
+/// then still owed.
 const MOST_RESETS: u32 = 1 << 16;
 
 /// A virtual machine, by a descriptor of our own.

@@ -34,7 +34,7 @@
 //! # }
 //! ```
 //! Without this module, a VMM reads each slot into a fresh `Vec`, reads its own bitmap, joins the
-//! two, masks the tail, and when the third slot fails has already cleared the first two.
+//! two, and masks the tail. When the third slot fails, it has already cleared the first two.
 //!
 //! # Modes
 //! | [`KvmMode`] | what reads | what clears, and flushes | between the two |
@@ -43,13 +43,13 @@
 //! | `Manual` | KVM_GET_DIRTY_LOG | KVM_CLEAR_DIRTY_LOG | the page is in the user bitmap |
 //! | `Ring` | entries of the rings | KVM_RESET_DIRTY_RINGS | the page may be written unseen |
 //!
-//! * `Clearing`: what the call said stays in memory of the log for the part that no request named,
-//!   or if recording fails.
+//! * `Clearing`: the pages that the call reported, and that no request named or no lease recorded,
+//!   stay pending in memory of the log.
 //! * `Manual`: exactly the bits that were recorded are cleared, at most 65536 pages a call.
 //! * `Ring`: the reset is the flush that the lease owes. A page may not be copied before it, which
 //!   is why [`sync`](dirtymap::Lease::sync) waits for it.
 //!
-//! # Who flushes
+//! # The flush
 //! The processors' TLBs may hold a translation that lets the guest write without a trace. By the
 //! kernel's API documentation (`Documentation/virt/kvm/api.rst`: `KVM_GET_DIRTY_LOG`,
 //! `KVM_CLEAR_DIRTY_LOG` and `KVM_CAP_DIRTY_LOG_RING`) a page is write-protected again by the call
@@ -65,36 +65,37 @@
 //! page takes the memory of every slot that is there.
 //!
 //! # Guarantees
-//! * What KVM says is in memory that was reserved when the slot was added before anything can fail:
-//!   an error in one slot loses nothing of another, and nothing of its own.
+//! * What KVM reports goes, before anything can fail, into memory that was reserved when the slot
+//!   was added. An error in one slot loses no page of that slot or of another one.
 //! * Bits above the end of a slot are never pages. A read that says "everything" (the first of
 //!   `initially_set`) is within the slot.
 //! * The page is that of the host, [`KvmLog::page`], not a literal 4096.
 //! * Harvests do not allocate.
-//! * An entry of a ring is checked before it is computed with: the guest's VMM can write there. One
+//! * An entry of a ring is checked before it is used, because the VMM can write there. An entry
 //!   that names no page of its slot makes the whole slot dirty.
 //!
 //! # Limits
-//! * Each harvest looks at every ring once for each area that it meets, as a source is asked area
-//!   by area: areas times processors, at a load of one cache line each. The entries that it finds
-//!   are taken once. Few large areas keep that small.
-//! * To add or remove a slot copies the list of slots, a pointer each, as a harvest works on its
-//!   list while slots come and go. KVM bounds the number of slots (32764 on x86).
+//! * A source is asked area by area, so each harvest looks at every ring once for each of its
+//!   areas: areas times processors, at a load of one cache line each. It takes each entry once. Few
+//!   large areas keep that small.
+//! * Adding or removing a slot copies the list of slots, a pointer for each, because a harvest
+//!   works on its list while slots are added and removed. KVM bounds the number of slots (32764 on
+//!   x86).
 //! * KVM's calls take locks of the kernel, and each slot has one here: unlike marks, harvests of a
 //!   `KvmLog` wait for each other, for changes of slots, and for page faults of the guest.
 //!   None waits for a processor to run.
 //! * KVM_GET_DIRTY_LOG reads a whole slot, whatever the request. Bounded and parallel harvests ask
 //!   for many parts: cut guest memory into slots of some GiB for them, or harvest it whole.
-//! * KVM's calls are one after the other: a processor may log to a buffer of hardware (PML) first.
-//!   What it wrote is reported by one of the harvests that follow; the last harvest has to follow
-//!   the stop of all processors.
+//! * A processor may log to a buffer of the hardware (PML) first. What it wrote is then reported by
+//!   a later harvest. So the last harvest has to come after the stop of all processors.
 //! * An area that is unmapped from the space is not taken from the guest. First
 //!   [`remove_slot`](KvmLog::remove_slot), then [`unmap`](dirtymap::AddressSpace::unmap), which
 //!   reports what was dirty at the end.
-//! * One log for one virtual machine: two would take from each other.
+//! * Make one log for a virtual machine. Two logs would each clear pages that the other one has not
+//!   reported.
 //! * A child of `fork` has the rings of its parent, and KVM serves it no log: every call is refused
 //!   there, with [`KvmError::OfAnotherProcess`].
-//! * KVM does not tell that other code switched the flags of a slot: see
+//! * KVM does not report that other code has switched the flags of a slot: see
 //!   [`renew_slot`](KvmLog::renew_slot).
 
 #![cfg(target_os = "linux")]
@@ -109,7 +110,7 @@ mod source;
 mod tests;
 
 pub use error::KvmError;
-pub use {kvm_bindings, kvm_ioctls};
+pub use kvm_ioctls;
 
 #[cfg(any(doc, doctest))]
 #[doc = include_str!("../docs/guide.md")]
@@ -146,10 +147,10 @@ const ENTRY: u32 = 16;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum KvmMode {
-    /// Reading the log clears it. Every KVM can.
+    /// Reading the log clears it. Every KVM has this mode.
     Clearing,
-    /// Reading leaves the log, and exactly what was recorded is cleared, piece by piece
-    /// (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2).
+    /// Reading does not clear the log. Exactly the pages that were recorded are cleared, piece by
+    /// piece (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2).
     Manual {
         /// Each slot begins as dirty as a whole, so that switching tracking on costs no time: pages
         /// are write-protected when they are first cleared. The first harvest reports everything,
@@ -157,7 +158,7 @@ pub enum KvmMode {
         initially_set: bool,
     },
     /// Each processor writes the pages that it dirties to a ring (KVM_CAP_DIRTY_LOG_RING). The cost
-    /// follows what is dirty, not what is there.
+    /// grows with the number of dirty pages, not with the size of memory.
     Ring {
         /// Entries of each ring: a power of two. KVM keeps 64 and a few of them for itself, and
         /// stops a processor whose ring is full: see [`KvmLog::drain_rings`].
@@ -175,23 +176,23 @@ impl KvmMode {
     }
 }
 
-/// The dirty state of the slots of one virtual machine, as a
-/// [`DirtySource`].
+/// The dirty state of the slots of one virtual machine, as a [`DirtySource`].
 pub struct KvmLog {
     kernel: Box<dyn Kernel>,
     mode: KvmMode,
     page: Granule,
-    /// Replaced as a whole (copy-on-write). The lock is held to look, never for a call of KVM.
+    /// Replaced as a whole (copy-on-write). The lock is held for a look at the list, never during a
+    /// call of KVM.
     slots: Mutex<Arc<Slots>>,
     rings: Mutex<Vec<Ring>>,
-    /// Whether writes are tracked; held while slots come, go, or are switched.
+    /// Whether writes are tracked. The lock is held while slots are added, removed or switched.
     tracking: Mutex<bool>,
     foreign: AtomicU64,
 }
 
 impl KvmLog {
     /// The log of `vm`, whose descriptor is duplicated. Sets the mode for the whole virtual
-    /// machine; for rings that must come before its first processor is made.
+    /// machine; for rings, call it before the first processor of the machine is made.
     ///
     /// # Errors
     /// [`KvmError::Unsupported`], [`KvmError::BadRing`], or [`KvmError::Call`] with what KVM says
@@ -266,8 +267,8 @@ impl KvmLog {
             return Err(KvmError::Overlap { slot, guest, other });
         }
         drop(touched);
-        // No thread takes entries until the slot is in the list: those of a slot that is not there
-        // name no page.
+        // No thread takes entries until the slot is in the list: an entry of a slot that is not in
+        // the list names no page.
         let _rings = self.rings();
         // SAFETY: by the caller.
         unsafe { new.set(&*self.kernel, *tracking) }?;
@@ -278,9 +279,9 @@ impl KvmLog {
     /// Takes the slot from the guest. What was dirty in it stays, for a harvest, or for the unmap
     /// of its area.
     ///
-    /// No processor should write to it any more, stopped or by agreement with the guest: what is
-    /// written between the last read of the log and the end of the slot is lost with the log, as
-    /// KVM has no call that does both.
+    /// Before the call, stop the processors, or agree with the guest that they do not write to the
+    /// slot. What is written between the last read of the log and the end of the slot is lost with
+    /// the log, because no call of KVM does both.
     ///
     /// # Errors
     /// [`KvmError::OfAnotherProcess`], [`KvmError::NoSlot`], or [`KvmError::SlotCall`] and the slot
@@ -293,7 +294,7 @@ impl KvmLog {
             return Err(KvmError::NoSlot { slot });
         };
         found.delete(&*self.kernel, self.mode)?;
-        // What the rings have of it by now is all that there will be.
+        // From here on the rings get no more entries of the slot.
         self.reap();
         found.bury();
         self.change(&slots, None);
@@ -303,8 +304,8 @@ impl KvmLog {
     /// Sets the flags of the slot again, and counts all of it as dirty: for a slot whose flags
     /// other code has switched off, or off and on again, by KVM_SET_USER_MEMORY_REGION.
     ///
-    /// KVM forgets its log of a slot then, and does not tell: no call reads the flags of a slot,
-    /// and one that sets them as they are does nothing. Without this call
+    /// KVM drops its log of such a slot without an error. No call reads the flags of a slot, and a
+    /// call that sets the flags which a slot already has does nothing. Without `renew_slot`,
     /// * a slot whose flags are *off* stops the harvest, unless the mode is [`KvmMode::Ring`], and
     ///   from that stop on counts as dirty as a whole;
     /// * a slot whose flags are *on again* is dirty as a whole with `initially_set`; else pages
@@ -329,9 +330,9 @@ impl KvmLog {
 
     /// Maps the ring of a processor of the same virtual machine.
     ///
-    /// KVM has no call that tells of which virtual machine a processor is. One without rings, or
-    /// with rings of another size, is refused here. One of another virtual machine whose rings have
-    /// the same size is noticed when entries were taken from it, by each flush from then on.
+    /// No call of KVM says to which virtual machine a processor belongs. A processor without rings,
+    /// or with rings of another size, is refused here. A processor of another virtual machine whose
+    /// rings have the same size is refused later: by each flush after entries were taken from it.
     ///
     /// # Errors
     /// [`KvmError::OfAnotherProcess`]; [`KvmError::NoRings`] unless the mode is
@@ -348,7 +349,7 @@ impl KvmLog {
 
     /// Empties the rings, and hands them back to KVM: for a processor that stopped with
     /// KVM_EXIT_DIRTY_RING_FULL, in the thread that runs it. The pages stay for the next harvest.
-    /// How many there were; 0 without rings.
+    /// Returns how many entries there were: 0 without rings.
     ///
     /// # Errors
     /// [`KvmError::OfAnotherProcess`]; [`KvmError::Call`], the pages are kept, and the call can be
@@ -364,8 +365,9 @@ impl KvmLog {
         Ok(taken)
     }
 
-    /// Entries of rings that named no page of a slot of this log. Of a slot that is not known here
-    /// there may be any number; others say that something else writes to the rings.
+    /// Entries of rings that named no page of a slot of this log. A slot that was not added here
+    /// may have any number of them. If all slots were added, a count above 0 means that other code
+    /// writes to the rings.
     pub fn foreign_entries(&self) -> u64 {
         // Relaxed: a count.
         self.foreign.load(Ordering::Relaxed)
@@ -383,7 +385,8 @@ impl KvmLog {
         for (done, slot) in live().enumerate() {
             if let Err(error) = self.switch_slot(slot, on) {
                 for slot in live().take(done) {
-                    // One that can't go back stays, which only costs, or is dirty as a whole.
+                    // A slot that cannot be switched back stays as it is, which only costs time, or
+                    // is dirty as a whole.
                     let _ = self.switch_slot(slot, !on);
                     if !on {
                         // What was written while it was off.
@@ -410,9 +413,8 @@ impl KvmLog {
         }
     }
 
-    /// Forgets what was dirty before tracking began. Writes that come from now on are not
-    /// forgotten: what is pending is protected again, and nothing more comes from the rings
-    /// meanwhile.
+    /// Forgets what was dirty before tracking began. Writes from now on are not forgotten: pending
+    /// pages are protected again, and the rings are not read meanwhile.
     fn discard(&self, slots: &Slots) -> Result<(), KvmError> {
         let mut rings = self.rings();
         if self.mode.is_ring() {
@@ -468,7 +470,7 @@ impl KvmLog {
         }
     }
 
-    /// The same, for a harvest that begins at `at`.
+    /// As `check_process`, for a harvest that begins at `at`.
     fn check_process_at(&self, at: Iova) -> Result<(), Stopped> {
         self.check_process().map_err(|error| Stopped {
             at,
@@ -484,7 +486,8 @@ impl KvmLog {
         Arc::clone(&lock(&self.slots))
     }
 
-    /// Replaces the list, by one with `new`, and without those that nothing is left of.
+    /// Replaces the list, by one with `new`, and without the slots that were removed and have no
+    /// pending page.
     fn change(&self, slots: &Slots, new: Option<Slot>) {
         let left = slots.placed.iter().filter(|slot| !slot.is_done());
         let new = Slots::new(left.map(Arc::clone).chain(new.map(Arc::new)).collect());

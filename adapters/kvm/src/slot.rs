@@ -25,12 +25,12 @@ pub(super) struct Slot {
     host: u64,
     page: Granule,
     state: Mutex<State>,
-    /// Whether KVM has forgotten the slot.
+    /// Whether the slot was removed from KVM.
     gone: AtomicBool,
 }
 
 struct State {
-    /// Dirty, though KVM may not say so any more.
+    /// Pages that are dirty, and that KVM may have cleared in its log.
     pending: Pending,
     /// Where KVM writes its log.
     log: Vec<u64>,
@@ -112,7 +112,7 @@ impl Slot {
         Ok(())
     }
 
-    /// Ends the log. What it says now stays pending; with the log, KVM forgets it.
+    /// Ends the log of KVM. The pages that it has now stay pending.
     ///
     /// # Safety
     /// As for [`set`](Self::set).
@@ -138,7 +138,7 @@ impl Slot {
         Ok(())
     }
 
-    /// KVM has forgotten the slot, and nothing more comes from the rings.
+    /// The slot was removed from KVM, and the rings get no more entries of it.
     pub(super) fn bury(&self) {
         // Relaxed: calls by the number of a slot hold the lock of the list's changes; to a ring it
         // is a hint.
@@ -345,13 +345,13 @@ impl Slot {
         self.state().pending.clear();
     }
 
-    /// Whether KVM has forgotten the slot.
+    /// Whether the slot was removed from KVM.
     pub(super) fn is_gone(&self) -> bool {
         // Relaxed: as in `bury`.
         self.gone.load(Ordering::Relaxed)
     }
 
-    /// Whether nothing is left of the slot.
+    /// Whether the slot was removed and no page of it is pending.
     pub(super) fn is_done(&self) -> bool {
         self.is_gone() && self.state().pending.is_empty()
     }
@@ -375,7 +375,7 @@ impl Slot {
         Ok(())
     }
 
-    /// The same, before the log ends. If it has ended already, all of the slot is pending.
+    /// As `collect`, before the log ends. If the log has ended already, all of the slot is pending.
     fn collect_last(
         &self,
         state: &mut State,

@@ -1,4 +1,5 @@
-//! The adapter of KVM under the KVM of this machine. Without one, each test says that it is skipped.
+//! The adapter of KVM under the KVM of this machine. Without KVM, each test reports that it is
+//! skipped.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -41,7 +42,7 @@ fn guest_and_vmm_come_out_of_one_harvest() {
     });
 }
 
-/// KVM itself writes guest memory, and no instruction of a guest takes part.
+/// KVM itself writes guest memory, without an instruction of the guest.
 #[test]
 fn a_page_that_kvm_wrote_is_reported() {
     in_every_mode(|mode, guest| {
@@ -56,7 +57,8 @@ fn a_page_that_kvm_wrote_is_reported() {
     });
 }
 
-/// Slots of 90 and 130 pages: KVM refuses to clear a number of pages that is no multiple of 64, but at the end of a slot.
+/// Slots of 90 and 130 pages: KVM clears pages in multiples of 64 only, except at the end of a
+/// slot.
 #[test]
 fn the_last_pages_of_a_slot_are_cleared_by_themselves() {
     in_every_mode(|mode, mut guest| {
@@ -93,8 +95,8 @@ fn a_lease_that_is_dropped_puts_back_and_the_guest_may_go_on() {
     });
 }
 
-/// Firecracker reads slot after slot and collects the results: when one failed, KVM had cleared the logs of those before, and what they
-/// had said was dropped.
+/// Firecracker reads slot after slot and collects the results. When one read failed, KVM had
+/// cleared the logs of the slots before it, and their pages were dropped.
 #[test]
 fn an_error_in_the_second_slot_loses_nothing_of_the_first() {
     in_every_mode(|mode, mut guest| {
@@ -131,7 +133,8 @@ fn an_error_in_the_second_slot_loses_nothing_of_the_first() {
     });
 }
 
-/// hyperlight met first reads that say everything, and bits behind the end; `initially_set` of KVM says everything, too.
+/// hyperlight met first reads that report everything as dirty, and bits past the end. KVM with
+/// `initially_set` reports everything, too.
 #[test]
 fn what_is_initially_set_ends_with_the_slot() {
     let Some(kvm) = kvm() else { return };
@@ -170,13 +173,14 @@ fn a_peek_takes_nothing() {
 #[test]
 fn a_ring_that_is_full_stops_the_guest_and_loses_nothing() {
     let Some(kvm) = kvm() else { return };
-    // The smallest that KVM takes, if hardware does not log for it; else there is no room to fill.
+    // The smallest ring that KVM accepts if the hardware does not log pages itself. With such
+    // hardware no smaller ring fits.
     let Some(mut guest) = Guest::new(&kvm, KvmMode::Ring { entries: 256 }) else {
         return;
     };
     let mut full = 0;
     for _ in 0..4 {
-        // 210 pages, and KVM keeps 64 entries for itself.
+        // The guest writes 210 pages, and KVM reserves 64 entries of the ring.
         full += guest.write(2, 80, 1);
         full += guest.write(100, 130, 1);
     }
@@ -200,7 +204,7 @@ fn a_slot_is_removed_and_its_last_writes_come_with_the_unmap() {
             .unwrap();
         assert_eq!(unmapped.dirty_bytes, u128::from(3 * guest.page), "{mode:?}");
         assert_eq!(view.runs().collect::<Vec<_>>(), [guest.pages(150, 3)]);
-        // The number and the addresses can be used again, and are tracked at once.
+        // The number and the addresses of the slot can be used again, and are tracked at once.
         let range = guest.pages(100, 64);
         // SAFETY: the memory that the slot had.
         unsafe { guest.log.add_slot(5, range, guest.memory[1].address()) }.unwrap();
@@ -229,15 +233,15 @@ fn what_is_dirty_when_tracking_ends_stays() {
     });
 }
 
-/// The processor runs in a thread of its own while another one harvests: what comes out, together, is what was written, and the copy
-/// behind the last harvest is the memory.
+/// The processor runs in a thread of its own while another thread harvests. All harvests together
+/// report exactly the written pages, and the copy after the last harvest equals the memory.
 #[test]
 fn a_guest_that_runs_on_loses_nothing() {
     in_every_mode(|mode, mut guest| {
         let (space, page) = (&guest.space, guest.page);
         let log = &guest.log;
         let mut found = BTreeSet::new();
-        // The thread has the processor; we have space and memory.
+        // The thread owns the processor, the test owns the space and the memory.
         let vcpu = &mut guest.vcpu;
         let memory = &guest.memory;
         let mut copy = [0u8; 90];
@@ -316,10 +320,10 @@ fn what_kvm_cannot_do_is_said_before_anything_is_made() {
     }
 }
 
-/// Runs `call` in a child of `fork`, and returns what it returned.
+/// Runs `call` in a child of `fork`, and returns its result.
 ///
-/// The child has the one thread, and the locks of the others as they were: `call` takes none of
-/// another test, and does not print.
+/// The child has one thread, and copies of all locks as they were. So `call` must take no lock that
+/// another test may hold, and must not print.
 fn in_child(call: impl FnOnce() -> u8) -> i32 {
     // SAFETY: the child runs `call`, which keeps to what is said above, and ends.
     let pid = unsafe { libc::fork() };
@@ -337,9 +341,9 @@ fn in_child(call: impl FnOnce() -> u8) -> i32 {
     libc::WEXITSTATUS(status)
 }
 
-/// A child shares the rings of its parent: what it read, by a `peek` even, the parent never got,
-/// and KVM had it marked as read. With logs KVM refuses the child. botan#602 is the same with the
-/// state of a generator of random numbers.
+/// A child shares the rings of its parent. Entries that it read, even by a `peek`, were marked as
+/// read, and never reached the parent. With logs, KVM refuses the child. botan#602 is the same bug
+/// with the state of a generator of random numbers.
 #[test]
 fn a_child_of_fork_takes_nothing_from_its_parent() {
     in_every_mode(|mode, mut guest| {
@@ -399,8 +403,8 @@ fn a_child_of_fork_takes_nothing_from_its_parent() {
     });
 }
 
-/// KVM maps a ring of any processor and of any size. The first switch then ended in SIGBUS, when
-/// the virtual machine has no rings or smaller ones; and of larger ones entries were never read.
+/// KVM maps a ring of any processor in any size. If the virtual machine has no rings or smaller
+/// ones, the first switch ended in SIGBUS. If it has larger ones, some entries were never read.
 #[test]
 fn a_processor_without_such_a_ring_is_refused() {
     let Some(kvm) = kvm() else { return };
@@ -429,8 +433,9 @@ fn a_processor_without_such_a_ring_is_refused() {
     guest.space.start_tracking().unwrap();
 }
 
-/// No call of KVM says of which virtual machine a processor is. A ring of the same size is taken,
-/// and its entries are not taken back by the reset of the log's own machine: each flush says so.
+/// No call of KVM tells to which virtual machine a processor belongs. So a ring of the same size is
+/// accepted, but the reset of the log's own machine does not reset its entries: each flush reports
+/// that as an error.
 #[test]
 fn a_ring_of_another_machine_is_noticed_when_it_is_flushed() {
     let Some(kvm) = kvm() else { return };
@@ -457,8 +462,8 @@ fn a_ring_of_another_machine_is_noticed_when_it_is_flushed() {
 }
 
 /// Other code that clears and sets the flags of a slot ends KVM's log of it, and no call of KVM
-/// tells that this has happened: what is reported then is the table of the guide. `renew_slot`
-/// makes the slot dirty as a whole.
+/// reveals this. A table of the guide lists which pages are reported then. `renew_slot` makes the
+/// whole slot dirty.
 #[test]
 fn flags_that_other_code_switched_are_what_the_guide_says() {
     in_every_mode(|mode, mut guest| {
@@ -496,7 +501,7 @@ fn flags_that_other_code_switched_are_what_the_guide_says() {
             _ => vec![130],
         };
         assert_eq!(found, expected, "{mode:?}");
-        // Code that knows of it says so.
+        // The code that changed the flags calls `renew_slot`.
         guest.log.renew_slot(slot).unwrap();
         assert_eq!(guest.harvest(first, n), all, "{mode:?}");
         assert_eq!(guest.harvest(first, n), [0u64; 0], "{mode:?}");
@@ -524,7 +529,7 @@ fn flags_that_other_code_switched_are_what_the_guide_says() {
     });
 }
 
-/// Where KVM knows system management mode, its slots may have the addresses of others.
+/// If KVM supports system management mode, the slots of that mode may overlap others.
 #[test]
 fn slots_of_two_address_spaces_may_share_addresses() {
     in_every_mode(|mode, mut guest| {

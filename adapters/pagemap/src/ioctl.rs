@@ -16,7 +16,7 @@ use dirtymap_host::Maker;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Region {
     pub(super) start: u64,
-    /// Behind the last byte.
+    /// The address after the last byte.
     pub(super) end: u64,
     categories: u64,
 }
@@ -44,21 +44,21 @@ pub(super) struct Scanned {
 /// Which pages a scan reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Find {
-    /// Those that were written since they were protected.
+    /// Pages that were written after they were protected.
     Written,
-    /// Those of which the page tables have nothing, not even a marker of their protection: they
-    /// were given back.
+    /// Pages for which the page tables have no entry, and no marker of protection: they were given
+    /// back.
     Nothing,
 }
 
-/// What the logic of the adapter needs of the kernel; tests bring their own. Addresses are of this
-/// process.
+/// The calls of the kernel that the logic of the adapter needs. Tests have an implementation of
+/// their own. Addresses are of this process.
 pub(super) trait Kernel: Send + Sync {
     /// The process that made this, if it is not the one that asks: a child of `fork`, in which all
     /// of this still acts on the memory of its parent.
     fn of_another_process(&self) -> Option<u32>;
 
-    /// Whose memory is where.
+    /// The list of all trackers and their memory.
     fn owners(&self) -> &Owners;
 
     /// The first address of these pages that is not private anonymous memory.
@@ -68,8 +68,8 @@ pub(super) trait Kernel: Send + Sync {
     /// Later kernels report them, as they report pages without an entry in a table.
     fn skips_tables(&self) -> bool;
 
-    /// Says of each of `pages`, by a number that is not negative, that it is there. Of pages of
-    /// which it says nothing else, nothing is known. At most [`PROBES`] pages.
+    /// A number that is not negative means that the page is present. A negative number says nothing
+    /// about the page. Takes at most [`PROBES`] pages.
     fn probe(&self, pages: &[u64], there: &mut [i32]);
 
     /// UFFDIO_REGISTER for write protection, of whole pages.
@@ -209,7 +209,7 @@ impl Process {
             owners: owners::of_this_process().map_err(unsupported("MADV_WIPEONFORK"))?,
             skips_tables: true,
         };
-        // An empty range: whether the call is known.
+        // An empty range: asks whether the kernel knows the call.
         process
             .scan((0, 0), Find::Written, false, &mut [Region::default()])
             .map_err(unsupported("PAGEMAP_SCAN"))?;
@@ -245,7 +245,7 @@ pub(super) fn table_bytes(page: u64) -> u64 {
     page.saturating_mul(page / 8)
 }
 
-/// Memory that no byte of is used.
+/// A mapping of which no byte is used.
 struct Scratch(NonNull<libc::c_void>, usize);
 
 impl Scratch {

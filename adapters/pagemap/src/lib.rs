@@ -46,9 +46,9 @@
 //! # Ok(())
 //! # }
 //! ```
-//! Without this module: a loop around PAGEMAP_SCAN that has to know when the kernel is done, or
-//! reads of `/proc/self/pagemap` for soft-dirty bits, eight bytes a page, with a window between
-//! read and clear in which writes are lost.
+//! Without this module, a program needs a loop around PAGEMAP_SCAN that knows when the kernel is
+//! done, or reads of `/proc/self/pagemap` for soft-dirty bits, eight bytes a page, with a window
+//! between read and clear in which writes are lost.
 //!
 //! # Protocol
 //! The memory is registered with userfaultfd for write protection in ASYNC mode: the kernel handles
@@ -103,12 +103,12 @@
 //!   process.
 //! * Memory that is unmapped, and mapped and added anew to another tracker while this one still has
 //!   it, is refused here from then on, with [`PagemapError::TakenOver`], and all of it is dirty for
-//!   the unmap of its area. Of trackers outside of this library nothing is known: the kernel's scan
-//!   does not ask whose the protection is.
+//!   the unmap of its area. Trackers outside of this library are not detected: the scan of the
+//!   kernel does not distinguish them.
 //! * The calls take locks of the kernel, of the memory map above all, and each memory has one here:
 //!   harvests wait for each other, and for `mmap` and `munmap` of any thread.
-//! * To add or remove memory looks at, and copies, the list of what was added: for some thousand
-//!   pieces, not for each object of a heap.
+//! * Adding or removing memory searches and copies the list of all that was added. So add some
+//!   thousand pieces at most, and not each object of a heap.
 //! * An area that is unmapped from the space stays memory of the process; writes to it are not
 //!   tracked from then on.
 
@@ -162,14 +162,15 @@ pub enum GivenBack {
 pub struct ProcessMemory {
     kernel: Box<dyn Kernel>,
     page: Granule,
-    /// Replaced as a whole (copy-on-write). The lock is held to look, never for a call.
+    /// Replaced as a whole (copy-on-write). The lock is held for a look at the list, never during a
+    /// call.
     memory: Mutex<Arc<PlacedList<Memory>>>,
-    /// Whether writes are tracked; held while memory comes, goes, or is switched.
+    /// Whether writes are tracked. The lock is held while memory is added, removed or switched.
     tracking: Mutex<bool>,
 }
 
 impl ProcessMemory {
-    /// Opens what the kernel has for this process. Needs no privilege.
+    /// Opens a userfaultfd for this process. Needs no privilege.
     ///
     /// # Errors
     /// [`PagemapError::Unsupported`], before Linux 6.7, or where a sandbox forbids it.
@@ -290,7 +291,7 @@ impl ProcessMemory {
         }
     }
 
-    /// The same, for a harvest that begins at `at`.
+    /// As `check_process`, for a harvest that begins at `at`.
     fn check_process_at(&self, at: Iova) -> Result<(), Stopped> {
         self.check_process().map_err(|error| Stopped {
             at,
@@ -302,7 +303,8 @@ impl ProcessMemory {
         Arc::clone(&lock(&self.memory))
     }
 
-    /// Replaces the list, by one with `new`, and without what nothing is left of.
+    /// Replaces the list, by one with `new`, and without the memory that was removed and has no
+    /// pending page.
     fn change(&self, memory: &PlacedList<Memory>, new: Option<Arc<Memory>>) {
         let left = memory.iter().filter(|memory| !memory.is_done());
         let memory = PlacedList::new(left.map(Arc::clone).chain(new).collect());
@@ -310,7 +312,8 @@ impl ProcessMemory {
     }
 }
 
-/// What it had is no tracker's any more. The kernel unprotects it when the userfaultfd is closed.
+/// Takes the memory of this tracker off the list. The kernel unprotects it when the userfaultfd is
+/// closed.
 impl Drop for ProcessMemory {
     fn drop(&mut self) {
         if self.check_process().is_ok() {

@@ -26,7 +26,7 @@ pub(super) struct Memory {
 }
 
 struct State {
-    /// Dirty, though the kernel does not say so any more.
+    /// Pages that are dirty, and that the kernel does not report any more.
     pending: Pending,
     /// What one call reports.
     regions: Vec<Region>,
@@ -115,7 +115,7 @@ impl Memory {
             self.sweep_all(&mut state, kernel, self.range);
         }
         let protected = kernel.protect(start, end - start, on);
-        // Pages that stay protected only cost.
+        // Pages that stay protected cost a fault, and nothing else.
         if let (true, Err(error)) = (on, protected) {
             return Err(called("UFFDIO_WRITEPROTECT", start, error));
         }
@@ -158,7 +158,7 @@ impl Memory {
     ) -> Result<(), Stopped> {
         let mut state = self.state();
         let swept = self.sweep(&mut state, kernel, part);
-        // What was swept goes out, whatever became of the rest.
+        // Pages that were swept are handed out, also after an error in the rest.
         let below = match &swept {
             Ok(()) => Some(part),
             Err(stopped) => part.below(stopped.at),
@@ -228,7 +228,7 @@ impl Memory {
         self.gone.load(Ordering::Relaxed)
     }
 
-    /// Whether nothing is left of it.
+    /// Whether it was removed and no page of it is pending.
     pub(super) fn is_done(&self) -> bool {
         self.is_gone() && self.state().pending.is_empty()
     }
@@ -265,8 +265,8 @@ impl Memory {
         hole.map_or(Ok(()), Err)
     }
 
-    /// The same, where nothing can stop it: pieces that the kernel refuses are dirty as a whole,
-    /// and what is not mapped any more is skipped.
+    /// As `sweep`, without an error: pieces that the kernel refuses are dirty as a whole, and what
+    /// is not mapped any more is skipped.
     fn sweep_all(&self, state: &mut State, kernel: &dyn Kernel, part: IovaRange) {
         let mut span = self.addresses(part);
         while let Err(broken) = self.sweep_span(state, kernel, span) {

@@ -2,15 +2,15 @@
 //!
 //! # What the kernel leaves to its callers
 //! * A call stops when its output is full, and a page that found no room is left as it was.
-//! * When a call found more regions than the 512 that the kernel keeps at a time, the place where
-//!   it says that it stopped is where it last handed some out, not where it came to: what follows
-//!   was scanned, and is in the output.
-//! * So a scan that goes on from there sees pages again; without protection they are reported
-//!   twice. The receiver is a set.
+//! * When a call found more regions than the 512 that the kernel keeps at a time, the end that it
+//!   returns is where it last copied regions to the output. The pages that follow were scanned too,
+//!   and are in the output.
+//! * So a scan that goes on from there sees those pages again, and reports them twice if it does
+//!   not protect. The receiver is a set.
 //! * Where a huge page is larger than what was asked for and cannot be split, the kernel returns no
 //!   region and no error.
-//! * When a call fails, what it had protected before is not told. So each call is for a piece of
-//!   bounded size, and all of a piece whose call failed counts as written.
+//! * A call that fails does not report the pages that it had protected before. So each call is for
+//!   a piece of bounded size, and all of a piece whose call failed counts as written.
 
 use std::io;
 
@@ -23,7 +23,7 @@ const PIECE: u64 = 64 << 20;
 /// A sweep that ended before the end.
 #[derive(Debug)]
 pub(super) struct Broken {
-    /// Where the piece begins that could not be done; all below it was.
+    /// Where the piece that failed begins. All below it was done.
     pub(super) at: u64,
     /// The address after the last byte of that piece.
     pub(super) end: u64,
@@ -36,7 +36,7 @@ pub(super) struct Broken {
 pub(super) enum Why {
     /// The kernel refused a piece. All of it may be written.
     Refused(io::Error),
-    /// The kernel makes no progress here.
+    /// The kernel makes no progress at this address.
     Stuck(u64),
 }
 
@@ -137,7 +137,7 @@ fn scan(
             .map_err(|error| (at, Why::Refused(error)))?;
         let filled = regions.get(..scanned.regions).unwrap_or_default();
         for region in filled {
-            // Inside, whatever the kernel says.
+            // Clamped to the range, for any answer of the kernel.
             let (from, to) = (region.start.max(at), region.end.min(end));
             if from < to {
                 found(from, to);
@@ -168,7 +168,7 @@ pub(super) fn first_unmapped(
     if kernel.is_mapped(start, end - start) {
         return None;
     }
-    // Everything below `mapped` is mapped; not everything below `hole` is.
+    // All below `mapped` is mapped. Below `hole` lies a page that is not.
     let (mut mapped, mut hole) = (start, end);
     while hole - mapped > page {
         let middle = mapped + (hole - mapped) / page / 2 * page;

@@ -11,7 +11,7 @@ use common_allocations::allocations;
 use dirtymap::{Access, AddressSpace, HarvestRequest, Iova, IovaRange, UserBitmap};
 use dirtymap_pagemap::ProcessMemory;
 
-/// What the kernel clears when it tells goes to memory that was reserved before.
+/// Pages that the kernel clears with its report go into memory that was reserved before.
 #[test]
 fn harvests_of_process_memory_allocate_nothing() {
     let memory = match ProcessMemory::new() {

@@ -1,5 +1,5 @@
-//! The adapter of process memory on the kernel of this machine. Where that cannot do it, each test
-//! says that it is skipped.
+//! The adapter of process memory on the kernel of this machine. If the kernel does not support it,
+//! each test reports that it is skipped.
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -17,7 +17,7 @@ use common_skip::skip;
 use dirtymap::{Access, AddressSpace, HarvestRequest, Iova, IovaRange, UserBitmap};
 use dirtymap_pagemap::{GivenBack, PagemapError, ProcessMemory};
 
-/// What the kernel has, or why not.
+/// The features of the kernel, or `None` after a message with the reason.
 fn tracker() -> Option<Arc<ProcessMemory>> {
     match ProcessMemory::new() {
         Ok(memory) => Some(Arc::new(memory)),
@@ -29,7 +29,7 @@ fn tracker() -> Option<Arc<ProcessMemory>> {
     }
 }
 
-/// Anonymous memory of `pages` pages, of 4 KiB on most machines; unmapped when it goes.
+/// Anonymous memory of `pages` pages, of 4 KiB on most machines. It is unmapped when it is dropped.
 struct Map {
     address: *mut u8,
     pages: u64,
@@ -64,7 +64,7 @@ impl Map {
 
     fn at(&self, page: u64) -> *mut u8 {
         assert!(page <= self.pages);
-        // SAFETY: inside the mapping, or right behind it.
+        // SAFETY: inside the mapping, or one past its end.
         unsafe { self.address.add((page * self.page) as usize) }
     }
 
@@ -74,7 +74,8 @@ impl Map {
 
     fn word(&self, page: u64) -> &AtomicU64 {
         assert!(page < self.pages);
-        // SAFETY: aligned, inside the mapping, which lives as long as the reference, and used as an atomic alone.
+        // SAFETY: aligned, inside the mapping, which lives as long as the reference, and used as an
+        // atomic alone.
         unsafe { &*self.at(page).cast() }
     }
 
@@ -91,7 +92,7 @@ impl Map {
 
     fn unmap(&self, first: u64, n: u64) {
         let bytes = (n * self.page) as usize;
-        // SAFETY: of memory of this mapping, that the test does not use any more.
+        // SAFETY: of memory of this mapping, which the test does not use any more.
         let result = unsafe { libc::munmap(self.at(first).cast(), bytes) };
         assert_eq!(result, 0);
     }
@@ -99,12 +100,13 @@ impl Map {
 
 impl Drop for Map {
     fn drop(&mut self) {
-        // SAFETY: of memory of this mapping, to which no reference is left; parts that are gone do no harm.
+        // SAFETY: of memory of this mapping, to which no reference is left; parts that are gone do
+        // no harm.
         unsafe { libc::munmap(self.address.cast(), (self.pages * self.page) as usize) };
     }
 }
 
-/// A file in memory, with flags of `memfd_create`.
+/// A file in memory, with these flags of `memfd_create`.
 fn memfd(flags: libc::c_uint) -> std::io::Result<File> {
     // SAFETY: a name that ends with a zero.
     let fd = unsafe { libc::memfd_create(c"dirtymap".as_ptr(), libc::MFD_CLOEXEC | flags) };
@@ -115,10 +117,10 @@ fn memfd(flags: libc::c_uint) -> std::io::Result<File> {
     Ok(unsafe { File::from_raw_fd(fd) })
 }
 
-/// Runs `call` in a child of `fork`, and returns what it returned.
+/// Runs `call` in a child of `fork`, and returns its result.
 ///
-/// The child has the one thread, and the locks of the others as they were: `call` takes none of
-/// another test, and does not print.
+/// The child has one thread, and copies of all locks as they were. So `call` must take no lock that
+/// another test may hold, and must not print.
 fn in_child(call: impl FnOnce() -> u8) -> i32 {
     // SAFETY: the child runs `call`, which keeps to what is said above, and ends.
     let pid = unsafe { libc::fork() };
@@ -136,7 +138,7 @@ fn in_child(call: impl FnOnce() -> u8) -> i32 {
     libc::WEXITSTATUS(status)
 }
 
-/// A space over `map`, reported at addresses of its own, tracking.
+/// A tracked space over `map`, at addresses of its own.
 struct Tracked {
     space: AddressSpace,
     memory: Arc<ProcessMemory>,
@@ -144,7 +146,7 @@ struct Tracked {
     page: u64,
 }
 
-/// Where it is reported.
+/// The addresses at which it is reported.
 const BASE: u64 = 1 << 46;
 
 impl Tracked {
@@ -217,7 +219,7 @@ impl Random {
     }
 }
 
-/// Page for page: nothing is missing, and without huge pages nothing is too much.
+/// Page for page: no page is missing, and without huge pages none is too much.
 #[test]
 fn random_writes_come_out_as_they_were_made() {
     let Some(memory) = tracker() else { return };
@@ -252,7 +254,8 @@ fn random_writes_come_out_as_they_were_made() {
     assert_eq!(tracked.harvest_all(), [0u64; 0]);
 }
 
-/// With more than 512 regions in one call, the kernel says that it stopped far before it did.
+/// With more than 512 regions in one call, the kernel reports a stop far before the address that it
+/// reached.
 #[test]
 fn more_than_512_regions_come_out_once_and_whole() {
     let Some(memory) = tracker() else { return };
@@ -288,17 +291,17 @@ fn a_read_is_no_write_and_the_kernel_writes_too() {
     assert_eq!(tracked.harvest_all(), [6]);
     assert_eq!(map.word(6).load(SeqCst), 1);
     assert_eq!(tracked.harvest_all(), [0u64; 0]);
-    // The kernel writes for read(2).
+    // The kernel writes the memory, in read(2).
     let (from, mut to) = std::io::pipe().unwrap();
     to.write_all(b"by the kernel").unwrap();
-    // SAFETY: 13 bytes of the mapping, which nobody uses meanwhile.
+    // SAFETY: 13 bytes of the mapping, which no other thread uses meanwhile.
     let read = unsafe { libc::read(from.as_raw_fd(), map.at(7).cast(), 13) };
     assert_eq!(read, 13);
     assert_eq!(tracked.harvest_all(), [7]);
 }
 
-/// Huge pages: a write makes no page dirty that is not in the same huge page (this kernel splits it, and then one small page is), and a
-/// request may cut it.
+/// Huge pages: a write makes pages of the same huge page dirty and no others. (This kernel splits
+/// the huge page, and one small page is dirty.) A request may cut a huge page.
 #[test]
 fn huge_pages_are_dirty_as_a_whole_or_split() {
     let Some(memory) = tracker() else { return };
@@ -325,7 +328,7 @@ fn huge_pages_are_dirty_as_a_whole_or_split() {
     let around = first_huge + huge..first_huge + 2 * huge;
     assert!(found.iter().all(|page| around.contains(page)), "{found:?}");
     assert_eq!(tracked.harvest_all(), [0u64; 0]);
-    // A request that cuts it, and the rest.
+    // A request that cuts the huge page, and one for the rest.
     map.write(written);
     let part = tracked.harvest(written, 3);
     assert!(part.contains(&written) && part.len() <= 3, "{part:?}");
@@ -369,7 +372,8 @@ fn memory_that_is_unmapped_stops_the_harvest_and_loses_nothing_else() {
     assert_eq!(tracked.numbers(view.runs()), [2001]);
 }
 
-/// Whoever maps something else in the place of tracked memory has writes that the kernel does not see.
+/// A program maps other memory in the place of tracked memory: the kernel does not track writes to
+/// it.
 #[test]
 fn another_mapping_in_the_place_of_the_memory_does_not_pass_for_clean() {
     let Some(memory) = tracker() else { return };
@@ -392,7 +396,7 @@ fn another_mapping_in_the_place_of_the_memory_does_not_pass_for_clean() {
         .unwrap_or_else(|| panic!("page 1100 was written and is not tracked"));
     assert!(stopped.error.to_string().contains("PAGEMAP_SCAN failed"));
     drop(lease);
-    // Added anew; what was dirty before is still told.
+    // The memory is added again. Pages that were dirty before are still reported.
     tracked.memory.remove(tracked.range(0, 3000)).unwrap();
     tracked
         .memory
@@ -404,7 +408,7 @@ fn another_mapping_in_the_place_of_the_memory_does_not_pass_for_clean() {
     assert_eq!(tracked.harvest_all(), [1100]);
 }
 
-/// Pages that are given back to the kernel are zero from then on, which is a change.
+/// Pages that are returned to the kernel read as zero from then on, so they count as written.
 #[test]
 fn pages_that_are_given_back_are_reported() {
     let Some(memory) = tracker() else { return };
@@ -432,7 +436,7 @@ fn shared_memory_is_tracked_and_other_processes_are_not() {
     [0, 131, 299].iter().for_each(|page| map.write(*page));
     assert_eq!(tracked.harvest_all(), [0, 131, 299]);
     assert_eq!(tracked.harvest_all(), [0u64; 0]);
-    // Another mapping of the same file has page tables of its own: mark such writes.
+    // Another mapping of the same file has page tables of its own, so its writes have to be marked.
     let other = Map::flags(300, page, libc::MAP_SHARED, file.as_raw_fd()).unwrap();
     other.write(7);
     tracked.space.mark(tracked.range(8, 1)).unwrap();
@@ -455,7 +459,7 @@ fn what_is_dirty_when_tracking_ends_stays_and_what_was_before_it_begins_does_not
     assert_eq!(tracked.harvest_all(), [4]);
 }
 
-/// Two threads write, one harvests and copies. Behind the last harvest, the copy is the memory.
+/// Two threads write, one harvests and copies. After the last harvest, the copy equals the memory.
 #[test]
 fn writers_that_run_on_lose_nothing() {
     let Some(memory) = tracker() else { return };
@@ -475,7 +479,7 @@ fn writers_that_run_on_lose_nothing() {
         for page in tracked.numbers(lease.runs()) {
             copy[page as usize] = map.word(page).load(Relaxed);
         }
-        // Every third lease is dropped: all of it comes again.
+        // Every third lease is dropped, and all of its pages are reported again.
         rounds += 1;
         if rounds % 3 != 0 {
             lease.commit();
@@ -517,7 +521,8 @@ fn what_cannot_be_tracked_is_refused() {
     let refused = memory.add(range(0, 10), map.host());
     assert!(matches!(refused, Err(PagemapError::Unmapped { address }) if address == hole));
     memory.add(range(0, 4), map.host()).unwrap();
-    // Two trackers of one memory would take from each other: the kernel has one for each mapping.
+    // Two trackers of the same memory would take each other's pages: the kernel has one tracker for
+    // each mapping.
     let twin = ProcessMemory::new().unwrap();
     let refused = twin.add(range(0, 4), map.host());
     assert!(matches!(
@@ -531,9 +536,10 @@ fn what_cannot_be_tracked_is_refused() {
     twin.add(range(0, 4), map.host()).unwrap();
 }
 
-/// QEMU discards memory of its guest, and a balloon gives back page after page. When a whole huge
-/// page goes, or the last page of a page table on a kernel that frees it then, nothing is left that
-/// the scan for writes looks at: two harvests said nothing, though the memory was zero.
+/// QEMU discards memory of its guest, and a balloon returns page after page. When a whole huge page
+/// is returned, or the last page of a page table on a kernel that then frees the table, the scan
+/// for writes finds no entry to look at: two harvests reported nothing, although the memory was
+/// zero.
 #[test]
 fn all_that_is_given_back_of_private_memory_is_reported() {
     let Some(memory) = tracker() else { return };
@@ -557,14 +563,14 @@ fn all_that_is_given_back_of_private_memory_is_reported() {
             map.advise(0, 4 * table, advice);
             (0..4 * table).for_each(|page| map.write(page));
             let tracked = Tracked::new(Arc::clone(&memory), &map);
-            // Where the first table begins that lies inside as a whole.
+            // The start of the first page table that lies inside as a whole.
             let bytes = table * page;
             let first = (map.host().next_multiple_of(bytes) - map.host()) / page;
             let from = first + from;
             let what = format!("{n} pages from {from} on, huge: {huge}, read: {read}");
             map.advise(from, n, libc::MADV_DONTNEED);
             if read {
-                // A page that is read is one of zeroes, and is as little what it was.
+                // A page that is read after that is a page of zeroes, so it has changed as well.
                 assert_eq!(map.word(from).load(SeqCst), 0);
             }
             let given_back: Vec<u64> = (from..from + n).collect();
@@ -583,7 +589,7 @@ fn all_that_is_given_back_of_private_memory_is_reported() {
             assert_eq!(tracked.harvest_all(), [0u64; 0], "{what}");
             map.write(from + 1);
             assert!(tracked.harvest_all().contains(&(from + 1)), "{what}");
-            // Given back once more, with and without what was written since.
+            // The pages are returned once more, with and without writes in between.
             map.advise(from, n, libc::MADV_DONTNEED);
             assert!(includes(&tracked.harvest_all()), "{what}, again");
             assert_eq!(tracked.harvest_all(), [0u64; 0], "{what}, again");
@@ -592,7 +598,7 @@ fn all_that_is_given_back_of_private_memory_is_reported() {
     }
 }
 
-/// Pages that MADV_FREE gave up are as they were until the kernel takes them, and zero from then
+/// Pages of MADV_FREE keep their contents until the kernel takes them, and read as zero from then
 /// on.
 #[test]
 fn pages_that_the_kernel_may_take_are_reported_when_it_has() {
@@ -612,7 +618,7 @@ fn pages_that_the_kernel_may_take_are_reported_when_it_has() {
     assert_eq!(tracked.harvest_all(), [0u64; 0]);
 }
 
-/// How pages of a mapping are given back; whether the kernel did it.
+/// A way to return pages of a mapping. The result says whether the kernel did so.
 type GiveBack = fn(&Map, Option<&File>, u64, u64) -> bool;
 
 fn dontneed(map: &Map, _: Option<&File>, first: u64, n: u64) -> bool {
@@ -646,10 +652,10 @@ fn truncate(map: &Map, file: Option<&File>, first: u64, _: u64) -> bool {
     })
 }
 
-/// Of shared memory, of files and of hugetlbfs the kernel keeps the mark of protection when a page
-/// is given back, also for the page of zeroes that is read in its place: nothing tells it from a
-/// clean page. So such memory needs the promise to mark. What each kind and way does on this kernel
-/// is the table of the guide.
+/// In shared memory, files and hugetlbfs the kernel keeps the write-protection when a page is
+/// returned, also for the page of zeroes that is read in its place. Such a page looks like a clean
+/// one. So such memory needs the user's promise to mark these pages. A table of the guide lists the
+/// behaviour of this kernel for each kind of memory and each way.
 #[test]
 fn memory_whose_pages_go_unseen_needs_the_promise_to_mark() {
     let Some(memory) = tracker() else { return };
@@ -686,7 +692,7 @@ fn memory_whose_pages_go_unseen_needs_the_promise_to_mark() {
     let mut unseen = BTreeSet::new();
     for (kind, flags, file) in kinds {
         let is_huge = kind.contains("hugetlbfs");
-        // Whole pages of hugetlbfs are given back.
+        // Whole pages of hugetlbfs are returned.
         let step = if is_huge { (2 << 20) / page } else { 1 };
         let pages = 6 * step;
         let file = file.map(|flags| memfd(flags).unwrap());
@@ -717,7 +723,7 @@ fn memory_whose_pages_go_unseen_needs_the_promise_to_mark() {
             if !give_back(&map, file.as_ref(), step, 2 * step) {
                 continue;
             }
-            // As the promise says.
+            // The program marks the pages, as it has promised.
             let marked = tracked.range(step, 2 * step);
             let changed = map.word(step).load(SeqCst) == 0;
             let found = tracked.harvest_all();
@@ -736,7 +742,7 @@ fn memory_whose_pages_go_unseen_needs_the_promise_to_mark() {
         tracked.memory.remove(all).unwrap();
         tracked.space.unmap_discarding(all).unwrap();
     }
-    // Were one of these seen some day, the promise would not be needed for it.
+    // If a later kernel reports one of these, the promise is no longer needed for it.
     let expected = [
         "a private memfd, MADV_DONTNEED",
         "a private memfd, the end of the file",
@@ -774,9 +780,9 @@ fn memory_of_two_kinds_is_refused_at_the_first_page_of_the_second() {
         .unwrap();
 }
 
-/// A child has the descriptors of its parent, which go on to act on the parent's memory: one
-/// harvest in the child took, and protected again, what the parent was to report. botan#602 is the
-/// same with the state of a generator of random numbers.
+/// A child has the descriptors of its parent, which still act on the parent's memory. A harvest in
+/// the child took the parent's dirty pages and write-protected them again. botan#602 is the same
+/// bug with the state of a generator of random numbers.
 #[test]
 fn a_child_of_fork_takes_nothing_from_its_parent() {
     let Some(memory) = tracker() else { return };
@@ -834,7 +840,7 @@ fn a_child_of_fork_takes_nothing_from_its_parent() {
             Ok(()) => 2,
         }),
         ("a tracker of its own", &|| {
-            // The memory is a copy, which no tracker has.
+            // The memory of the child is a copy, which no tracker has.
             let own = ProcessMemory::new().unwrap();
             own.add(all, map.host()).unwrap();
             own.remove(all).unwrap();
@@ -847,14 +853,14 @@ fn a_child_of_fork_takes_nothing_from_its_parent() {
         assert_eq!(tracked.harvest_all(), [n], "{name}");
         assert_eq!(tracked.harvest_all(), [0u64; 0], "{name}");
     }
-    // The child of a child, whose number may be any.
+    // The child of a child, whose process number may be any.
     map.write(50);
     assert_eq!(in_child(|| in_child(calls[0].1) as u8), 0);
     assert_eq!(tracked.harvest_all(), [50]);
 }
 
-/// A scan goes by addresses: a tracker whose memory was unmapped took the dirty pages of another
-/// one, which had added what was mapped there next, and protected them again.
+/// A scan goes by addresses. A tracker whose memory was unmapped took the dirty pages of another
+/// tracker, which had added the memory that was mapped there next, and write-protected them again.
 #[test]
 fn a_stale_tracker_takes_nothing_from_the_next_one() {
     let Some(memory) = tracker() else { return };
@@ -890,7 +896,7 @@ fn a_stale_tracker_takes_nothing_from_the_next_one() {
     let error = stale.space.peek(&request, bitmap).unwrap_err();
     assert!(error.to_string().contains(&text), "{error}");
     assert_eq!(tracked.harvest_all(), [7]);
-    // It leaves the other one's memory tracked when it goes.
+    // When it is dropped, the memory of the other tracker stays tracked.
     stale.memory.remove(stale.range(0, 100)).unwrap();
     map.write(8);
     assert_eq!(tracked.harvest_all(), [8]);

@@ -112,10 +112,10 @@ impl LogBitmap {
 impl BitmapReplace for LogBitmap {
     type InnerBitmap = RegionLog;
 
-    /// Waits until no thread marks in the log before this one; then none will.
+    /// Waits until no thread marks in the previous log. From then on no thread does.
     fn replace(&self, log: RegionLog) {
         drop(self.region.log.replace(Box::new(log)));
-        // Who found no log has left by now, and what it wrote is remembered.
+        // Each thread that found no log has left by now, and `early` has what it wrote.
         if let Some((first, last)) = self.region.early.take() {
             self.mark_range(first, last);
         }
@@ -237,7 +237,7 @@ impl Early {
         (first <= last).then_some((first, last))
     }
 
-    /// When no thread adds any more.
+    /// To be called when no thread adds any more.
     fn take(&self) -> Option<(u64, u64)> {
         let taken = self.get();
         self.first.store(u64::MAX, Ordering::Relaxed);
@@ -259,7 +259,7 @@ pub struct LogFollower {
 
 impl LogFollower {
     /// Gives every region of `memory` without a log the one that others of it have, or those of the
-    /// last call had. Returns how many regions that were. What was written to them before is
+    /// last call had. Returns the number of those regions. What was written to them before is
     /// marked.
     ///
     /// # Errors

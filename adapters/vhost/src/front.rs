@@ -26,7 +26,7 @@ pub struct VhostLog {
     maker: Maker,
 }
 
-/// What back ends marked outside every area: see [`VhostLog::outside`].
+/// The marks of back ends outside of every area: see [`VhostLog::outside`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LogOutside {
@@ -86,7 +86,7 @@ impl VhostLog {
         let mut found = LogOutside::default();
         self.logs.read(|logs| {
             let mut look = |hole: IovaRange| {
-                // Of a page that an area has a part of, the space speaks.
+                // A page that lies in an area in part is not counted: harvests report it.
                 let pages = hole.round_in(LOG_PAGE);
                 for run in pages.into_iter().flat_map(|pages| set_runs(logs, pages)) {
                     // No log has more pages than that.
@@ -122,7 +122,7 @@ impl VhostLog {
         })
     }
 
-    /// That this is not a copy in a child of a fork.
+    /// Refuses a copy in a child of a fork.
     fn own(&self) -> Result<(), Error> {
         check_process(&self.maker).map_err(Error::source_failed)
     }
@@ -142,9 +142,10 @@ impl Swap<'_> {
         &self.fresh
     }
 
-    /// Every back end has answered: none marks in the logs before this one. What is left of them is
-    /// carried over, and they are given up. Returns how many pages that were. Waits for harvests
-    /// that are under way. Does nothing in a child of a fork.
+    /// Says that every back end has answered, so that none marks in the earlier logs. The pages
+    /// that are left in them are carried over to this log, and the earlier logs are dropped.
+    /// Returns the number of those pages. Waits for harvests that are under way. Does nothing in a
+    /// child of a fork.
     pub fn acknowledged(self) -> u64 {
         match check_process(&self.log.maker) {
             Ok(()) => self.log.logs.acknowledge(&self.fresh),
@@ -217,8 +218,8 @@ fn stopped(word: usize, range: IovaRange, error: Error) -> Stopped {
 /// Addresses of the space are guest physical addresses; what is behind them does not matter.
 ///
 /// A back end caches nothing, so there is nothing to invalidate: it marks after each write, and a
-/// thread that sees the mark sees the write. The space is to be told of memory after the log
-/// reaches it, and to forget it after back ends have.
+/// thread that sees the mark sees the write. Map memory in the space after the log reaches it, and
+/// unmap it after back ends have stopped using it.
 impl DirtySource for VhostLog {
     fn page(&self) -> Granule {
         LOG_PAGE

@@ -29,7 +29,7 @@ pub(super) trait LogWords {
 /// Logs, the newest last. There is always one.
 #[derive(Debug)]
 pub(super) struct LogList<L> {
-    /// What harvests see of `list`.
+    /// The logs that harvests look at: a copy of `list`.
     shown: Replaceable<Vec<Arc<L>>>,
     /// Held for each change of it.
     list: Mutex<Vec<Arc<L>>>,

@@ -16,7 +16,7 @@ use dirtymap_host::Maker;
 /// `VHOST_LOG_PAGE`.
 pub const LOG_PAGE: Granule = Granule::K4;
 
-/// Why a log cannot be had, or cannot take something.
+/// Why a log cannot be made or used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LogError {
@@ -51,8 +51,8 @@ pub enum LogError {
     },
     /// `vhost-user-backend` does not tell the length of a log in the way that this version expects.
     #[error(
-        "the vhost-user-backend of this build does not tell how long a log is: use version 0.23.0 or \
-         0.24.0"
+        "the vhost-user-backend of this build does not tell how long a log is: use version \
+         0.23.0 or 0.24.0"
     )]
     UnknownLength,
     /// The front end's file can be made shorter, and a mark would end this process then.
@@ -128,8 +128,8 @@ impl LogMemory {
         let len = usize::try_from(bytes).map_err(too_large)?;
         let file = memfd()?;
         file.set_len(bytes)?;
-        // Neither side can take pages away from under the other one, which would be killed by its
-        // next access.
+        // With the seals, neither side can take pages of the file away. An access to such a page
+        // would end the other process.
         seal(
             &file,
             libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL,

@@ -1,4 +1,4 @@
-//! Holds `dirtymap` against its peers and prints one table for each family.
+//! Compares `dirtymap` with its peers and prints one table for each family.
 
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
@@ -11,25 +11,31 @@ use dirtymap_benches::compare::{FAMILIES, Report, Settings, memory::Counting};
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Holds dirtymap against its peers: rounds in turn in one process, one table for each family on standard output.
+/// Compares dirtymap with its peers, which take turns in one process, and prints one table for each
+/// family of workloads.
 #[derive(Parser)]
 struct Options {
-    /// Under a minute instead of some for each family; to see whether a change is for the better, not for numbers to keep.
+    /// Take under a minute instead of some minutes for each family, to see the effect of a change.
+    /// The numbers are not worth keeping.
     #[arg(long)]
     quick: bool,
-    /// Only this family; may be given several times.
-    #[arg(long, value_name = "FAMILY", value_parser = FAMILIES.iter().map(|family| family.name).collect::<Vec<_>>())]
+    /// Run this family only; may be given several times.
+    #[arg(
+        long, value_name = "FAMILY",
+        value_parser = FAMILIES.iter().map(|family| family.name).collect::<Vec<_>>()
+    )]
     only: Vec<String>,
-    /// Only workloads whose name contains this.
+    /// Run only workloads whose name contains this text.
     #[arg(long, value_name = "TEXT", default_value = "")]
     matching: String,
-    /// Also writes one record for each workload and peer.
+    /// Also write one record for each workload and peer into this file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Also draws the ratios of each family, and how cost grows, into this directory.
+    /// Also draw the ratios of each family, and the growth of costs, into this directory.
     #[arg(long, value_name = "DIRECTORY")]
     plot: Option<PathBuf>,
-    /// Also puts each table into this document, between `<!-- compare FAMILY -->` and `<!-- end -->`.
+    /// Also put each table into this document, between `<!-- compare FAMILY -->` and `<!-- end
+    /// -->`.
     #[arg(long, value_name = "FILE")]
     update: Option<PathBuf>,
 }
@@ -38,7 +44,7 @@ fn main() -> ExitCode {
     match run(&Options::parse()) {
         Ok(problems) if problems.is_empty() => ExitCode::SUCCESS,
         Ok(problems) => {
-            eprintln!("compare: the numbers are worth nothing:");
+            eprintln!("compare: the numbers are not valid:");
             problems.iter().for_each(|problem| eprintln!("  {problem}"));
             ExitCode::FAILURE
         }
@@ -49,7 +55,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Returns what is wrong with the numbers.
+/// Runs the families. Returns the problems that make the numbers invalid.
 fn run(options: &Options) -> io::Result<Vec<String>> {
     let mut settings = if options.quick {
         Settings::quick()
@@ -85,7 +91,7 @@ fn run(options: &Options) -> io::Result<Vec<String>> {
     Ok(report.problems().to_vec())
 }
 
-/// When, where and what.
+/// The date, commit and machine of the run.
 fn heading(settings: &Settings) -> String {
     let date = output("date", &["+%F"]);
     let commit = output("git", &["describe", "--always", "--dirty"]);
@@ -96,7 +102,8 @@ fn heading(settings: &Settings) -> String {
         .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
         .map_or("unknown", |(_, model)| model);
     format!(
-        "{date}, commit {commit}, {cpus} CPUs of a virtual machine ({model}), {} to {} rounds. Least / median of all rounds.",
+        "{date}, commit {commit}, {cpus} CPUs of a virtual machine ({model}),\n\
+         {} to {} rounds. Least / median of all rounds.",
         settings.least_rounds, settings.rounds
     )
 }

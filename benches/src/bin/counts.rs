@@ -1,5 +1,6 @@
-//! What the hot paths cost in instructions, for `.ci/counts`: it runs each workload under callgrind,
-//! which counts what runs inside of [`counted`] alone. Counts do not depend on how busy a machine is.
+//! What the hot paths cost in instructions, for `.ci/counts`: it runs each workload under
+//! callgrind, which counts what runs inside of [`counted`] alone. Counts do not depend on how busy
+//! a machine is.
 //!
 //! ```text
 //! counts              the names of all workloads, and how many operations each one counts

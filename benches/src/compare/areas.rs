@@ -1,6 +1,7 @@
-//! Maps of areas: which one holds an address, and where is room for another.
+//! Maps of areas: the lookup of an address, and the search for free addresses.
 //!
-//! Areas of 1 to 16 pages with holes of 0 to 15 pages between them; see [`workloads::areas`](crate::workloads::areas).
+//! Areas of 1 to 16 pages with holes of 0 to 15 pages between them; see
+//! [`workloads::areas`](crate::workloads::areas).
 
 use std::hint::{black_box, spin_loop};
 
@@ -26,7 +27,7 @@ pub const FAMILY: Family = Family {
     grow: Some(grow),
 };
 
-/// Addresses that are looked up before one comes again: more than caches remember.
+/// Addresses that are looked up before one repeats: more than caches hold.
 const ADDRESSES: usize = 1 << 18;
 /// Lookups of one turn that are timed one by one.
 const TIMED: usize = 1 << 16;
@@ -41,10 +42,10 @@ struct Filled {
 
 type New = (Role, fn() -> Box<dyn Areas>);
 
-/// The tree alone: it does what the peers do, and no more.
+/// The tree alone, which does the same work as the peers.
 const TREE: New = (Role::Ours, boxed::<AreaMap<Mapping>>);
 
-/// All peers. The first one is what ratios are against.
+/// All peers. Ratios are relative to the first one.
 const PEERS: [New; 8] = [
     TREE,
     (Role::Ours, boxed::<AddressSpace>),
@@ -56,7 +57,7 @@ const PEERS: [New; 8] = [
     (Role::Peer, boxed::<SwappedOrdMap>),
 ];
 
-/// Those whose growth is shown: one of each kind.
+/// The peers whose growth is shown: one of each kind.
 const GROWN: [New; 4] = [
     TREE,
     (Role::Peer, boxed::<LockedBTree>),
@@ -90,7 +91,7 @@ fn fill(settings: &Settings, peers: &[New], mappings: &[Mapping]) -> Vec<Filled>
     peers.iter().map(fill).collect()
 }
 
-/// Areas, and what is asked of them.
+/// Areas, and the queries on them.
 struct Asked {
     mappings: Vec<Mapping>,
     addresses: Vec<u64>,
@@ -168,7 +169,8 @@ fn run(settings: &Settings, report: &mut Report) {
     report.note(
         FAMILY.name,
         format!(
-            "Percentiles are of single lookups, timed by the time stamp counter; the {:.0} ns of reading it twice are in them.",
+            "Percentiles are of single lookups, timed by the time stamp counter, and include the\n\
+             {:.0} ns of two readings.",
             clock.overhead()
         ),
     );
@@ -273,7 +275,7 @@ impl<'a> Round<'a, '_> {
             vec![workload],
             move |peer, _| place(peer).map_or(0, |range| range.start().get()),
             |peer| {
-                // Not those who find places only to take them.
+                // Without the peers that find a place only to map it.
                 place(peer)?;
                 Some(Box::new(move || {
                     let find = |count| {
@@ -328,7 +330,7 @@ impl<'a> Round<'a, '_> {
     }
 }
 
-/// What some lookups find.
+/// The results of some lookups.
 fn sum_of_lookups(peer: &dyn Areas, asked: &Asked) -> u64 {
     let found = asked.addresses[..1 << 12].iter();
     sum(found.filter_map(|iova| peer.lookup(*iova)))
@@ -344,7 +346,7 @@ fn look_up_beside_a_writer(
     shuffled: &[Mapping],
 ) -> Vec<f64> {
     const STEP: usize = 16;
-    // Relaxed, all accesses of these: statistics, and a place to go on from.
+    // Relaxed, all accesses of these: statistics, and the place at which to continue.
     let remapped = AtomicU64::new(0);
     let write = || {
         let at = remapped.load(Ordering::Relaxed) as usize % (shuffled.len() - STEP);

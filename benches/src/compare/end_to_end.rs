@@ -1,7 +1,8 @@
-//! The whole way: devices write, a harvest takes what is dirty, a flush reaches the devices, and a lease is committed.
+//! End to end: devices write, a harvest takes the dirty pages, a flush reaches the devices, and a
+//! lease is committed.
 //!
-//! Devices sleep while they are harvested, so that what is timed is the work of the library and of the simulated IOMMU, and not
-//! how soon a thread answers.
+//! Devices sleep during harvests. So the time is that of the library and of the simulated IOMMU,
+//! without the response time of threads.
 
 use std::cell::RefCell;
 use std::hint::black_box;
@@ -32,7 +33,8 @@ const GIB: u64 = 1 << 30;
 /// Pages of the machine: 64 GiB.
 const PAGES: u64 = 64 * GIB / PAGE;
 
-/// A domain whose flushes take as long as those of an IOMMU with many devices may: others come to wait meanwhile.
+/// A domain whose flushes take as long as those of an IOMMU with many devices, so that other
+/// threads come to wait meanwhile.
 struct Slow(Arc<Domain>);
 
 impl DirtySource for Slow {
@@ -83,7 +85,7 @@ impl Machine {
         })
     }
 
-    /// As [`new`](Self::new), where the space sees the domain through `source`.
+    /// As [`new`](Self::new), with `source` between the space and the domain.
     #[allow(clippy::unwrap_used)] // a machine that is fit
     fn through(
         bytes: u64,
@@ -128,7 +130,7 @@ impl Machine {
         self.devices.iter_mut().for_each(Device::quiesce);
     }
 
-    /// Harvests, flushes and commits; the bitmap is zeroed before.
+    /// Harvests, flushes and commits, into a zeroed bitmap.
     #[allow(clippy::unwrap_used)] // a range that is mapped
     fn pass(&mut self, parallel: bool) -> Duration {
         self.words.fill(0);
@@ -156,7 +158,7 @@ struct Written {
     name: &'static str,
     count: u64,
     cluster: u64,
-    /// At other places in every round.
+    /// Whether the places differ in every round.
     moving: bool,
 }
 
@@ -172,7 +174,7 @@ impl Written {
     }
 }
 
-/// So many pages of a million.
+/// The number of dirty pages of a million.
 const fn written(name: &'static str, ppm: u64, cluster: u64, moving: bool) -> Written {
     Written {
         name,
@@ -189,7 +191,7 @@ const PASSES: [Written; 4] = [
     written("10 % at random", 100_000, 1, false),
 ];
 
-/// With what skipping is to gain.
+/// The workloads with skipping, each with its target.
 const SKIPS: [(Written, Option<f64>); 5] = [
     (written("clean", 0, 1, false), None),
     (
@@ -241,7 +243,7 @@ fn run(settings: &Settings, report: &mut Report) {
     precopy(settings, report, "pre-copy of 1 GiB");
 }
 
-/// Whether any of these is asked for: machines take a while to map.
+/// Whether any of these is requested, because machines take a while to map.
 fn wants(settings: &Settings, name: &str, mut all: impl Iterator<Item = Written>) -> bool {
     all.any(|what| format!("{name}, {}", what.name).contains(&settings.matching))
 }
@@ -300,7 +302,7 @@ fn passes(settings: &Settings, report: &mut Report, name: &str) {
     }
 }
 
-/// Tables that no device walked through are skipped, against a look at each leaf.
+/// Skips tables that no device walked through, against a look at each leaf.
 fn skips(settings: &Settings, report: &mut Report, name: &str) {
     if !wants(settings, name, SKIPS.into_iter().map(|(what, _)| what)) {
         return;
@@ -319,7 +321,7 @@ fn skips(settings: &Settings, report: &mut Report, name: &str) {
             machine.write(what.pages(rounds.borrow()[which]));
             machine.pass(false).as_nanos() as f64
         };
-        // What is quiet from the start becomes so.
+        // Tables that are quiet from the start get the state "quiet".
         for _ in 0..4 {
             pass(0);
             pass(1);
@@ -341,7 +343,7 @@ fn skips(settings: &Settings, report: &mut Report, name: &str) {
     }
 }
 
-/// How often the IOMMU is flushed for harvests that end at the same time.
+/// The number of flushes of the IOMMU for harvests that end at the same time.
 #[allow(clippy::unwrap_used)] // ranges that are mapped
 fn flushes(settings: &Settings, report: &mut Report, name: &str) {
     let slow = |domain| -> Box<dyn DirtySource> { Box::new(Slow(domain)) };
@@ -350,7 +352,7 @@ fn flushes(settings: &Settings, report: &mut Report, name: &str) {
         let machine = &machine;
         let turn = move || {
             let mut machine = machine.borrow_mut();
-            // A page for each.
+            // One page for each thread.
             let span = GIB / PAGE / threads as u64;
             machine.write((0..threads as u64).map(|nth| nth * span));
             let before = machine.domain.stats().invalidations;
@@ -387,13 +389,13 @@ fn flushes(settings: &Settings, report: &mut Report, name: &str) {
     }
 }
 
-/// What tracking costs a device.
+/// The cost of tracking for a device.
 #[allow(clippy::unwrap_used)] // pages that are mapped
 fn writes(settings: &Settings, report: &mut Report, name: &str) {
     const BYTES: u64 = GIB / 4;
     let [tracked, untracked] = [true, false].map(|on| {
         let mut machine = Machine::new(BYTES, BYTES, 1, false);
-        // The memory is there from the start.
+        // The memory is touched before the start.
         machine.write(0..BYTES / PAGE);
         match on {
             true => machine.space.start_tracking(),
@@ -468,7 +470,8 @@ fn beside_harvests(machine: &RefCell<Machine>, pages: u64, turn: Duration) -> Ve
     })
 }
 
-/// Copies all pages, then those that became dirty meanwhile, and so on: a device writes to one random page while four are copied.
+/// Copies all pages, then the pages that became dirty meanwhile, and so on. While four pages are
+/// copied, a device writes to one random page.
 #[allow(clippy::unwrap_used)] // ranges that are mapped
 fn precopy(settings: &Settings, report: &mut Report, name: &str) {
     const LEFT: u64 = 64;

@@ -1,11 +1,12 @@
-//! How cost grows: the main operations of all families over three decades of size, and the slope of each.
+//! The growth of costs: the main operations of all families over three decades of size, and the
+//! slope of each.
 //!
-//! What a slope says: 0, the size does not matter; 1, the cost is in proportion to it. A tree that fits into no cache any more
-//! grows faster than its depth.
+//! A slope of 0 means that the size does not matter, a slope of 1 that the cost is in proportion to
+//! it. The cost of a tree that is larger than the caches grows faster than its depth.
 
 use super::{FAMILIES, Family, Report, Settings};
 
-/// How cost grows.
+/// The growth of costs.
 pub const FAMILY: Family = Family {
     name: "growth",
     run,

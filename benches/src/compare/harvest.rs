@@ -1,7 +1,8 @@
-//! Harvests of marks: all of a terabyte, of which some pages are dirty.
+//! Harvests of marks: a whole terabyte with some dirty pages.
 //!
-//! To mark the pages, in ascending order, and to zero the caller's bitmap is not timed. Ours is `harvest`, `sync` and `commit`.
-//! Every page was dirty and harvested once before the first turn, but for those whose turns would take seconds.
+//! The marks, in ascending order, and the zeroing of the caller's bitmap are not timed. Our time is
+//! that of `harvest`, `sync` and `commit`. Before the first turn, every page was dirty and
+//! harvested once, except for the peers whose turns would take seconds.
 
 use std::cell::RefCell;
 use std::time::Instant;
@@ -22,21 +23,23 @@ pub const FAMILY: Family = Family {
     grow: Some(grow),
 };
 
-/// All, marked in pieces.
+/// All pages, marked in pieces.
 const PIECES: &str = "100 % in pieces of 2 MiB";
 /// Bytes of a piece.
 const PIECE: u64 = 2 << 20;
 
-/// A share of dirty pages: its name, one in how many, and how many times as long peers are to take.
+/// A share of dirty pages: its name, the number of pages for each dirty one, and the targets for
+/// the ratios of peers.
 type Share = (&'static str, Option<u64>, &'static [(&'static str, f64)]);
 
-/// One who takes part.
+/// A contestant.
 struct Entry {
     role: Role,
     new: fn(u64) -> Box<dyn Tracker>,
-    /// What the peer's own vector costs, without the move into the caller's bitmap.
+    /// Whether the time is that of the peer's own vector, without the move into the caller's
+    /// bitmap.
     own: bool,
-    /// At which share of dirty pages its turns take seconds: it is left out there.
+    /// The share of dirty pages from which its turns take seconds, so that it is left out.
     slow: f64,
 }
 
@@ -62,7 +65,7 @@ static ENTRIES: [Entry; 7] = [
     entry::<HiBitSet>(Role::Peer, 0.1),
 ];
 
-/// `vm-memory` as it is: what was dirty is in a vector of its own.
+/// `vm-memory` as it is: the result is a vector of its own.
 struct OwnVector(VmMemory);
 
 impl Tracker for OwnVector {
@@ -111,13 +114,14 @@ fn run(settings: &Settings, report: &mut Report) {
         });
         memory.harvest(settings, report, FAMILY.name, share, workload);
     }
-    // Smaller slabs may come from memory that the allocator has had provided before.
+    // Smaller slabs may come from memory that the allocator already had.
     if settings.thorough {
         resident(settings, report, pages, size);
     }
     report.note(
         FAMILY.name,
-        "`hibitset` is harvested while nobody may mark. `vm-memory-own-vec` leaves the pages in a vector of its own, all others in the caller's bitmap."
+        "`hibitset` cannot be marked during its harvest. `vm-memory-own-vec` leaves the pages\n\
+         in a vector of its own, all others in the caller's bitmap."
             .to_owned(),
     );
 }
@@ -137,11 +141,11 @@ fn grow(settings: &Settings, report: &mut Report, family: &'static str) {
     }
 }
 
-/// All who take part, each with a memory of one size.
+/// All contestants, each with a memory of one size.
 struct Memory {
     pages: u64,
     peers: Vec<(&'static Entry, RefCell<Box<dyn Tracker>>)>,
-    /// What harvests are written to.
+    /// The bitmap of harvests.
     bitmap: RefCell<Vec<u64>>,
 }
 
@@ -194,7 +198,7 @@ impl Memory {
             let turn = move || {
                 let (mut peer, mut bitmap) = (peer.borrow_mut(), bitmap.borrow_mut());
                 if every.is_none() {
-                    // Nothing to mark and to zero, so again and again.
+                    // Without marks and zeroing, so harvests repeat without a pause.
                     let harvest = |times| (0..times).for_each(|_| peer.harvest_alone(&mut bitmap));
                     return vec![per_operation(settings.turn, harvest)];
                 }
@@ -221,7 +225,7 @@ impl Memory {
     }
 }
 
-/// What the system has provided when pages are dirty, the caller's bitmap aside.
+/// The memory that the system has provided for dirty pages, without the caller's bitmap.
 fn resident(settings: &Settings, report: &mut Report, pages: u64, size: &str) {
     for (label, every) in [("0.01 %", 10_000), ("1 %", 100)] {
         let name = format!("memory for {size}, {label} dirty");
@@ -239,7 +243,7 @@ fn resident(settings: &Settings, report: &mut Report, pages: u64, size: &str) {
             });
             let grown = memory::resident().zip(before);
             let grown = grown.map_or(0, |(after, before)| after.saturating_sub(before));
-            // What the allocator had at hand is not provided anew.
+            // Memory that the allocator already had is not counted again.
             let touched = if entry.role == Role::Ours {
                 grown
             } else {

@@ -1,4 +1,4 @@
-//! Marks: what one write of a CPU thread costs.
+//! Marks: the cost of one write of a CPU thread.
 //!
 //! | workload | pages |
 //! |---|---|
@@ -39,10 +39,11 @@ const PAUSE: Duration = Duration::from_millis(10);
 
 type New = fn(u64) -> Box<dyn Tracker>;
 type NewPeer = fn(u64) -> Box<dyn Peer>;
-/// The numbers of one turn; the bitmap is for harvests.
+/// The numbers of one turn. The bitmap is for harvests.
 type Turn<'a> = dyn Fn(&mut dyn Tracker, &mut [u64]) -> Vec<f64> + 'a;
 
-/// Ours, by itself: ratios are against it. The one without order is no peer: it loses writes.
+/// Our library alone, to which ratios are relative. The unordered array is no peer, because it
+/// loses writes.
 const SELF_ORDERED: [(Role, New); 10] = [
     (Role::Ours, new::<ThroughHandle>),
     (Role::Ours, new::<Asymmetric>),
@@ -56,7 +57,7 @@ const SELF_ORDERED: [(Role, New); 10] = [
     (Role::Peer, new::<HiBitSet>),
 ];
 
-/// Ours where harvests run the fences of marks.
+/// Our library with the fences of marks in harvests.
 const ORDERED_BY_HARVESTS: [(Role, New); 5] = [
     (Role::Ours, new::<Asymmetric>),
     (Role::Peer, new::<VmMemory>),
@@ -65,7 +66,7 @@ const ORDERED_BY_HARVESTS: [(Role, New); 5] = [
     (Role::Limit, new::<Flat<Tested>>),
 ];
 
-/// Those that can be harvested beside marks.
+/// The peers that can be harvested beside marks.
 const CONCURRENT: [(Role, NewPeer); 8] = [
     (Role::Ours, new_peer::<ThroughHandle>),
     (Role::Ours, new_peer::<Asymmetric>),
@@ -96,12 +97,13 @@ fn run(settings: &Settings, report: &mut Report) {
     writers(round);
     report.note(
         FAMILY.name,
-        "`flat-unordered` loses writes, and is no peer: it shows what a look at a mark costs. `hibitset` can't be harvested beside marks."
+        "`flat-unordered` loses writes and is no peer: it shows the cost of a look at a mark.\n\
+         `hibitset` cannot be harvested beside marks."
             .to_owned(),
     );
 }
 
-/// Who is put beside ours to see how a cold mark grows with the memory.
+/// The peers for the growth of a cold mark with the memory.
 const GROWN: [(Role, New); 4] = [
     (Role::Ours, new::<ThroughHandle>),
     (Role::Peer, new::<VmMemory>),
@@ -124,7 +126,7 @@ struct Round<'a> {
     report: &'a mut Report,
     family: &'static str,
     pages: u64,
-    /// What harvests are written to.
+    /// The bitmap of harvests.
     bitmap: RefCell<Vec<u64>>,
 }
 
@@ -144,7 +146,8 @@ impl<'a> Round<'a> {
         }
     }
 
-    /// A contest of `peers`. `mark` marks what is checked, into clean bits, and stays marked after.
+    /// A contest of `peers`. `mark` marks the pages that are checked, in clean memory, and leaves
+    /// them marked.
     fn compare(
         &mut self,
         workloads: Vec<Workload>,
@@ -337,7 +340,7 @@ fn writers(round: &mut Round<'_>) {
     }
 }
 
-/// Nanoseconds for a mark of each writer and, if there is a bitmap for harvests, for one of them.
+/// Nanoseconds for a mark of each writer and, if there is a bitmap for harvests, for a harvest.
 fn write(
     settings: &Settings,
     peer: &dyn Peer,

@@ -1,10 +1,10 @@
-//! Counts what is allocated.
+//! Counts allocations.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 
 use dirtymap::sync::{AtomicBool, AtomicU64, Ordering};
 
-/// The allocator of the system, which counts while [`grown_by`] asks it to.
+/// The allocator of the system, which counts during [`grown_by`].
 pub struct Counting;
 
 static ASKED: AtomicBool = AtomicBool::new(false);
@@ -18,7 +18,7 @@ fn count(bytes: u64) {
     }
 }
 
-// SAFETY: passes every call on to `System`, which honours the contract.
+// SAFETY: passes every call to `System`, which keeps the contract.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(layout.size() as u64);
@@ -26,7 +26,8 @@ unsafe impl GlobalAlloc for Counting {
         unsafe { System.alloc(layout) }
     }
 
-    // Not by way of `alloc`: memory of the system is zero until it is touched, and need not be provided before.
+    // Without `alloc`, because memory of the system is zero and stays unprovided until it is
+    // touched.
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         count(layout.size() as u64);
         // SAFETY: as for `alloc`.
@@ -35,7 +36,7 @@ unsafe impl GlobalAlloc for Counting {
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
         count((layout.size() as u64).wrapping_neg());
-        // SAFETY: the caller's contract is that of `System`, which every pointer comes from.
+        // SAFETY: the caller's contract is that of `System`, from which every pointer comes.
         unsafe { System.dealloc(pointer, layout) }
     }
 
@@ -46,8 +47,8 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// How many bytes more are allocated after `build` than before, less what it freed. 0 if [`Counting`] is not the allocator
-/// of the program.
+/// The bytes that `build` allocated less those that it freed. 0 if [`Counting`] is not the
+/// allocator of the program.
 pub fn grown_by<T>(build: impl FnOnce() -> T) -> (T, u64) {
     // Relaxed, all: see `count`.
     BYTES.store(0, Ordering::Relaxed);
@@ -57,10 +58,12 @@ pub fn grown_by<T>(build: impl FnOnce() -> T) -> (T, u64) {
     (built, BYTES.load(Ordering::Relaxed))
 }
 
-/// How many bytes of memory this process has, as the system counts them; `None` where it does not say.
+/// The resident bytes of this process, as the system counts them. `None` if the system does not
+/// tell.
 pub fn resident() -> Option<u64> {
     let counts = std::fs::read_to_string("/proc/self/statm").ok()?;
     let pages: u64 = counts.split(' ').nth(1)?.parse().ok()?;
-    // Of the systems that have this file, few have other pages; numbers are compared with each other only.
+    // Few systems with this file have other page sizes, and the numbers are compared only with each
+    // other.
     Some(pages * 4096)
 }

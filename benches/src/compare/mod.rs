@@ -1,48 +1,64 @@
-//! Ours beside all peers in one process: rounds in turn, one table for each family.
+//! The library beside all peers in one process, which take turns in rounds. Each family has one
+//! table.
 //!
 //! ```text
-//!  Family --for each workload--> Contest: every peer, round after round --samples--> Report --> table, JSON, plots
+//!  Family --for each workload--> Contest: all peers, in rounds --samples--> Report
+//!                                                             table, JSON, plots <--+
 //! ```
 //!
-//! A machine that others use as well has slow and fast phases, some of them longer than a round. So the peers take turns
-//! within a round, a ratio is that of one round, and what is shown are the least and the median over all rounds.
+//! A shared machine has slow and fast phases, some of them longer than a round. So the peers take
+//! turns within a round, and each ratio is of one round. The tables show the least and the median
+//! over all rounds.
 //!
 //! # A family
-//! One file, and one line in [`FAMILIES`]. Its `run` builds the peers and calls [`contest`] for each set of workloads that
-//! are measured together:
+//! A family is one file, and one line in [`FAMILIES`]. Its `run` builds the peers and calls
+//! [`contest`] for each set of workloads that are measured together:
 //!
 //! ```
-//! use dirtymap_benches::compare::{Contestant, Report, Settings, Target, Workload, contest, per_operation};
+//! use dirtymap_benches::compare::{
+//!     Contestant, Report, Settings, Target, Workload, contest, per_operation,
+//! };
 //! use std::hint::black_box;
 //!
 //! let settings = Settings::quick();
 //! let mut report = Report::default();
 //! let numbers: Vec<u64> = (0..1000).collect();
 //! let (numbers, turn) = (&numbers, settings.turn);
-//! let by_loop = move |times| for _ in 0..times { black_box(black_box(numbers).iter().sum::<u64>()); };
-//! let by_fold = move |times| for _ in 0..times { black_box(black_box(numbers).iter().fold(0, |sum, n| sum + n)); };
+//! let by_loop = move |times| {
+//!     for _ in 0..times {
+//!         black_box(black_box(numbers).iter().sum::<u64>());
+//!     }
+//! };
+//! let by_fold = move |times| {
+//!     for _ in 0..times {
+//!         black_box(black_box(numbers).iter().fold(0, |sum, n| sum + n));
+//!     }
+//! };
 //! contest(
 //!     &settings,
 //!     &mut report,
 //!     "sums",
 //!     vec![Workload::time("sum of 1000").target(Target::Ratio(0.5))],
 //!     vec![
-//!         Contestant::ours("loop", move || vec![per_operation(turn, by_loop)]).checked(|| numbers.iter().sum()),
-//!         Contestant::peer("fold", move || vec![per_operation(turn, by_fold)]).checked(|| 499_500),
+//!         Contestant::ours("loop", move || vec![per_operation(turn, by_loop)])
+//!             .checked(|| numbers.iter().sum()),
+//!         Contestant::peer("fold", move || vec![per_operation(turn, by_fold)])
+//!             .checked(|| 499_500),
 //!     ],
 //! );
 //! assert!(report.problems().is_empty());
 //! println!("{}", report.table("sums"));
 //! ```
 //!
-//! Its `grow`, if it has one, runs its main operations over three decades of size, by workloads that are
-//! [`grown`](Workload::grown), and reports them as of the family that it is told; the family `growth` calls it.
+//! Its `grow`, if it has one, runs its main operations over three decades of size, as
+//! [`grown`](Workload::grown) workloads. It reports them under the family of its argument. The
+//! family `growth` calls it.
 //!
 //! # Time
-//! A contest ends when all rounds are done, or with the first round, but not before [`Settings::least_rounds`], in which
-//! [`Settings::contest`] is over: so a family takes as long as its contests and what it builds for them. With
-//! [`Settings::thorough`] that is about two minutes for each, with [`Settings::quick`] under ten seconds; what takes longer to
-//! build is left out there.
+//! A contest ends when all rounds are done, or after [`Settings::least_rounds`] with the round in
+//! which the time of [`Settings::contest`] is over. So a family takes as long as its contests and
+//! their preparation. With [`Settings::thorough`] that is about two minutes for each family, with
+//! [`Settings::quick`] under ten seconds, because workloads with a longer preparation are left out.
 
 use std::io::{IsTerminal, stderr};
 use std::time::{Duration, Instant};
@@ -66,11 +82,12 @@ pub use row::{Role, Scale, Target, Unit, Workload};
 
 /// Workloads that are measured and shown together.
 pub struct Family {
-    /// What `--only` calls it.
+    /// Its name for `--only`.
     pub name: &'static str,
     /// Runs all its contests.
     pub run: fn(&Settings, &mut Report),
-    /// Runs its main operations over three decades of size, and reports them as of the family of this name.
+    /// Runs its main operations over three decades of size, and reports them under the family of
+    /// this name.
     pub grow: Option<fn(&Settings, &mut Report, &'static str)>,
 }
 
@@ -84,26 +101,27 @@ pub const FAMILIES: &[Family] = &[
     growth::FAMILY,
 ];
 
-/// How thoroughly to measure.
+/// How much to measure.
 pub struct Settings {
-    /// How often each peer has its turn, if there is time.
+    /// The number of turns of each peer, if there is time.
     pub rounds: usize,
-    /// How often each peer has its turn, however long it takes.
+    /// The least number of turns of each peer.
     pub least_rounds: usize,
-    /// How long one turn takes, for workloads that can be repeated at will.
+    /// The length of a turn, for workloads that can be repeated at will.
     pub turn: Duration,
-    /// After this, a contest ends with the round.
+    /// The time after which a contest ends with the current round.
     pub contest: Duration,
-    /// Whether numbers are wanted that can be kept; else what takes long to build is left out.
+    /// Whether the numbers are to be kept. Otherwise workloads with a long preparation are left
+    /// out.
     pub thorough: bool,
     /// Only workloads whose name contains this.
     pub matching: String,
-    /// Where the run is; on standard error.
+    /// The progress of the run, on standard error.
     progress: ProgressBar,
 }
 
 impl Settings {
-    /// Under a minute for all families, to see whether a change is for the better and nothing is broken.
+    /// Under a minute for all families, to see the effect of a change, and that nothing is broken.
     pub fn quick() -> Self {
         Settings {
             rounds: 3,
@@ -128,7 +146,8 @@ impl Settings {
         }
     }
 
-    /// Sizes of memories for what grows with them, in bytes, as logarithms: 1 GiB to 1 TiB, or less.
+    /// Sizes of memories for what grows with them, in bytes, as logarithms: 1 GiB to 1 TiB, or
+    /// less.
     pub fn decades(&self) -> impl Iterator<Item = u32> + use<> {
         let lg2s: &[u32] = if self.thorough {
             &[30, 33, 36, 40]
@@ -138,13 +157,13 @@ impl Settings {
         lg2s.iter().copied()
     }
 
-    /// Says what is done now.
+    /// Shows the current work.
     pub fn at(&self, what: impl Into<String>) {
         self.progress.set_message(what.into());
         self.progress.tick();
     }
 
-    /// Says which contest begins, where a line that changes cannot be shown.
+    /// Prints the beginning of a contest, on outputs that cannot show a changing line.
     fn begin(&self, what: &str) {
         if self.progress.is_hidden() {
             eprintln!("{what}");
@@ -163,7 +182,7 @@ fn progress() -> ProgressBar {
     progress
 }
 
-/// One who takes turns: a peer with its state.
+/// A contestant: a peer with its state.
 pub struct Contestant<'a> {
     name: &'static str,
     role: Role,
@@ -172,7 +191,7 @@ pub struct Contestant<'a> {
 }
 
 impl<'a> Contestant<'a> {
-    /// One who takes part as `role`. A turn gives a number for each of the contest's workloads.
+    /// A contestant with this `role`. A turn returns a number for each of the contest's workloads.
     pub fn new(name: &'static str, role: Role, turn: impl FnMut() -> Vec<f64> + 'a) -> Self {
         Contestant {
             name,
@@ -187,26 +206,27 @@ impl<'a> Contestant<'a> {
         Contestant::new(name, Role::Ours, turn)
     }
 
-    /// Somebody else's.
+    /// A peer.
     pub fn peer(name: &'static str, turn: impl FnMut() -> Vec<f64> + 'a) -> Self {
         Contestant::new(name, Role::Peer, turn)
     }
 
-    /// What the machine allows at best.
+    /// A limit: the best that the machine allows.
     pub fn limit(name: &'static str, turn: impl FnMut() -> Vec<f64> + 'a) -> Self {
         Contestant::new(name, Role::Limit, turn)
     }
 
-    /// The same, with an output: a sum over all that the work gives. It is asked for before the first round and after the
-    /// last one, is not timed, and must be the same for all who have one.
+    /// The same, with an output: a sum over all results of the work. It is computed before the
+    /// first round and after the last one, is not timed, and must be the same for all contestants
+    /// that have one.
     pub fn checked(mut self, output: impl FnMut() -> u64 + 'a) -> Self {
         self.check = Some(Box::new(output));
         self
     }
 }
 
-/// Lets all take turns, and records `workloads`: what the numbers of a turn stand for. Outputs that differ, and numbers that
-/// are none, are [problems](Report::problems).
+/// Runs the turns of all contestants, and records their numbers as those of `workloads`. Outputs
+/// that differ, and values that are not numbers, are [problems](Report::problems).
 pub fn contest(
     settings: &Settings,
     report: &mut Report,
@@ -229,7 +249,7 @@ pub fn contest(
             break;
         }
         for step in 0..contestants.len() {
-            // Nobody always comes first.
+            // The first contestant changes with each round.
             let at = (step + round) % contestants.len();
             settings.at(format!(
                 "{what}: {}, round {}",
@@ -251,7 +271,7 @@ pub fn contest(
     }
 }
 
-/// Compares the outputs of all who have one.
+/// Compares the outputs of all contestants that have one.
 fn check(
     report: &mut Report,
     family: &'static str,
@@ -274,9 +294,10 @@ fn check(
     }
 }
 
-/// Nanoseconds for one of the operations that `run` performs as many of as it is told, over about `turn`.
+/// Nanoseconds for one operation. `run` performs as many operations as its argument says, and is
+/// called for about `turn`.
 pub fn per_operation(turn: Duration, mut run: impl FnMut(usize)) -> f64 {
-    // Enough of them that the clock does not count.
+    // Enough operations that the cost of the clock is negligible.
     let mut batch = 1;
     let (mut operations, mut spent) = (0, Duration::ZERO);
     loop {
@@ -289,14 +310,14 @@ pub fn per_operation(turn: Duration, mut run: impl FnMut(usize)) -> f64 {
             return spent.as_nanos() as f64 / operations as f64;
         }
         if took < Duration::from_micros(100) {
-            // What came before was for warming up.
+            // The runs before were for warming up.
             batch *= 2;
             (operations, spent) = (0, Duration::ZERO);
         }
     }
 }
 
-/// The next `count` items of a list without an end.
+/// The next `count` items of an endless repetition of a list.
 pub struct Endless<'a, T> {
     items: &'a [T],
     next: usize,

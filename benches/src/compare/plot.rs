@@ -1,4 +1,4 @@
-//! What was measured as pictures: for each family the ratios, for each series its curves.
+//! Pictures of the results: the ratios of each family, and the curves of each series.
 
 use std::fs;
 use std::io;
@@ -12,7 +12,7 @@ use plotters::prelude::*;
 use super::report::{Curve, Report};
 use super::row::{Ratio, Row, Scale, Target, Unit};
 
-/// One for each peer, told apart by those who see no red and green, too.
+/// One colour for each peer. They differ also for people who cannot tell red from green.
 const COLOURS: [RGBColor; 8] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
@@ -24,11 +24,11 @@ const COLOURS: [RGBColor; 8] = [
     RGBColor(150, 75, 0),
 ];
 const WIDTH: u32 = 1000;
-/// Room for the names, on the right.
+/// The width of the names, on the right.
 const LEGEND: u32 = 230;
 
 impl Report {
-    /// Draws a family into files of `directory`; returns their names.
+    /// Draws a family into files of `directory`, and returns their names.
     ///
     /// # Errors
     /// If a file cannot be written.
@@ -70,7 +70,7 @@ fn legend(area: &Area<'_>, labels: Vec<(&RGBColor, String)>) -> Drawn {
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Drawn = Result<(), Box<dyn std::error::Error>>;
 
-/// A decade more on both sides than what is shown would need, at most.
+/// The limits of an axis: at most a decade beyond the values on both sides.
 fn decades(numbers: impl Iterator<Item = f64>) -> Range<f64> {
     let finite = numbers.filter(|number| number.is_finite() && *number > 0.0);
     let (least, greatest) = finite.fold((f64::INFINITY, 0.0f64), |(least, greatest), number| {
@@ -83,8 +83,8 @@ fn decades(numbers: impl Iterator<Item = f64>) -> Range<f64> {
     10f64.powf(least.log10().floor())..end
 }
 
-/// A row for each workload: how many times longer each peer takes than ours, with the spread over all rounds; a bar
-/// where the target for the best peer is.
+/// A row for each workload: the ratio of each peer's time to ours, with the spread over all rounds,
+/// and a bar at the target for the best peer.
 fn plot_ratios(path: &Path, family: &str, peers: &[&'static str], rows: &[&Row]) -> Drawn {
     let shown = |row: &Row, name: &str| {
         let others = row

@@ -1,4 +1,4 @@
-//! What was measured: as a table, and as records; and what is wrong with it.
+//! The results, as a table and as records, and the problems of them.
 
 use std::fmt::Write;
 
@@ -6,18 +6,18 @@ use serde_json::{Value, json};
 
 use super::row::{Cell, Ratio, Role, Row, Unit, Workload, short};
 
-/// All that was measured.
+/// All results.
 #[derive(Default)]
 pub struct Report {
     rows: Vec<Row>,
     /// Lines below the table.
     notes: Vec<(&'static str, String)>,
-    /// What makes the numbers worthless.
+    /// The problems that make the numbers invalid.
     problems: Vec<String>,
 }
 
-/// How one who took part grows with the size: the slope of the logarithm of its time over that of the size. 0 says that
-/// the size does not matter, 1 that the time is in proportion.
+/// The growth of a contestant's time with the size: the slope of the logarithm of the time over
+/// that of the size. 0 means that the size does not matter, 1 that the time is in proportion.
 pub(super) struct Curve<'a> {
     pub(super) peer: &'static str,
     /// Size and time.
@@ -26,7 +26,7 @@ pub(super) struct Curve<'a> {
 }
 
 impl Curve<'_> {
-    /// By least squares; `None` for fewer than two sizes.
+    /// The slope by least squares. `None` for fewer than two sizes.
     pub(super) fn slope(&self) -> Option<f64> {
         let logs = self.points.iter().map(|(x, y)| (x.ln(), y.ln()));
         let logs: Vec<(f64, f64)> = logs.collect();
@@ -42,9 +42,10 @@ impl Curve<'_> {
 }
 
 impl Report {
-    /// Adds a row: for each one who took part a name, a role and a sample for each round.
+    /// Adds a row: for each contestant a name, a role and a sample for each round.
     ///
-    /// A row without ours, without a sample, or with a sample that is no number is a [problem](Report::problems).
+    /// A row without ours, without a sample, or with a sample that is no number is a
+    /// [problem](Report::problems).
     pub fn add(
         &mut self,
         family: &'static str,
@@ -70,7 +71,10 @@ impl Report {
             match cell.samples.iter().find(broken) {
                 Some(sample) => self.problem(
                     family,
-                    format!("{}: {} says {sample}", row.workload.name, cell.name),
+                    format!(
+                        "{}: {} has the sample {sample}",
+                        row.workload.name, cell.name
+                    ),
                 ),
                 None if cell.samples.is_empty() => self.problem(
                     family,
@@ -83,7 +87,7 @@ impl Report {
             self.problem(family, format!("{}: ours is missing", row.workload.name));
         }
         for (target, _) in row.verdicts().filter(|(_, verdict)| verdict.is_none()) {
-            let text = format!("{}: nobody to hold {target:?} against", row.workload.name);
+            let text = format!("{}: no contestant for {target:?}", row.workload.name);
             self.problem(family, text);
         }
         self.rows.push(row);
@@ -100,17 +104,17 @@ impl Report {
         }
     }
 
-    /// Records what makes numbers worthless: outputs that differ, a row that is missing.
+    /// Records a problem that makes the numbers invalid: outputs that differ, a missing row.
     pub fn problem(&mut self, family: &'static str, text: String) {
         self.problems.push(format!("{family}: {text}"));
     }
 
-    /// What makes the numbers worthless, a line for each.
+    /// The problems that make the numbers invalid, a line for each.
     pub fn problems(&self) -> &[String] {
         &self.problems
     }
 
-    /// How many rows a family has.
+    /// The number of rows of a family.
     pub fn rows_of(&self, family: &str) -> usize {
         self.rows(family).count()
     }
@@ -119,7 +123,7 @@ impl Report {
         self.rows.iter().filter(move |row| row.family == family)
     }
 
-    /// Who took part in a family, in the order of the rows.
+    /// The contestants of a family, in the order of the rows.
     pub(super) fn peers(&self, family: &str) -> Vec<&'static str> {
         let mut peers: Vec<&'static str> = Vec::new();
         for cell in self.rows(family).flat_map(|row| &row.cells) {
@@ -213,7 +217,7 @@ impl Report {
                 Some(format!("{} {slope:.2}", curve.peer))
             });
             let slopes: Vec<String> = slopes.collect();
-            let _ = write!(table, "\nSlope of *{name}*: {}.\n", slopes.join(", "));
+            let _ = write!(table, "\nSlope of *{name}*: {}.\n", slopes.join(",\n"));
         }
         for (_, note) in self.notes.iter().filter(|(of, _)| *of == family) {
             let _ = write!(table, "\n{note}\n");
@@ -221,7 +225,7 @@ impl Report {
         table
     }
 
-    /// How many targets are met, and how many there are.
+    /// The number of targets that are met, and the number of all targets.
     pub fn targets(&self, family: &str) -> (usize, usize) {
         let verdicts = self.rows(family).flat_map(Row::verdicts);
         let met: Vec<bool> = verdicts
@@ -230,14 +234,16 @@ impl Report {
         (met.iter().filter(|met| **met).count(), met.len())
     }
 
-    /// One record for each row and each one who took part.
+    /// One record for each row and contestant.
     pub fn records(&self) -> Value {
         let mut records = Vec::new();
         for row in &self.rows {
             let targets: Vec<Value> = row
                 .verdicts()
                 .filter_map(|(_, verdict)| verdict)
-                .map(|verdict| json!({ "wanted": verdict.wanted, "got": verdict.got, "met": verdict.met }))
+                .map(|verdict| {
+                    json!({ "wanted": verdict.wanted, "got": verdict.got, "met": verdict.met })
+                })
                 .collect();
             for cell in &row.cells {
                 let ratio = row.ratio(cell);
@@ -275,11 +281,11 @@ impl Report {
     }
 }
 
-/// What one needed.
+/// The result of one contestant.
 fn shown(row: &Row, cell: &Cell) -> String {
     let unit = row.workload.unit;
     let (min, median) = (cell.min(), cell.median());
-    // Bytes and counts seldom differ from round to round.
+    // Bytes and counts rarely differ from round to round.
     if min == median {
         unit.show(min)
     } else {
@@ -297,7 +303,7 @@ fn shown_ratio(ratio: Ratio) -> String {
     }
 }
 
-/// The targets of a row, met or missed by how much.
+/// The targets of a row, each met or missed by a percentage.
 fn targets(row: &Row) -> String {
     let shown = row.verdicts().filter_map(|(_, verdict)| {
         let verdict = verdict?;
@@ -401,7 +407,7 @@ mod tests {
         assert!(
             report
                 .table("f")
-                .contains("Slope of *walk*: linear 1.00, constant 0.00, root 0.50.")
+                .contains("Slope of *walk*: linear 1.00,\nconstant 0.00,\nroot 0.50.")
         );
     }
 

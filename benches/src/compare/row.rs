@@ -1,4 +1,5 @@
-//! One workload: what its numbers count, what all who took part needed, and what ours is meant to reach.
+//! One workload: the unit of its numbers, the results of all contestants, and the targets of our
+//! library.
 
 /// What a number counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -7,14 +8,14 @@ pub enum Unit {
     Time,
     /// Bytes for one item; less is better.
     Bytes,
-    /// A plain count, such as flushes for each harvest; less is better, and 0 is a number like others.
+    /// A plain count, such as flushes for each harvest. Less is better, and 0 is a valid value.
     Count,
-    /// How many in a second; more is better.
+    /// A rate in a second; more is better.
     Rate,
 }
 
 impl Unit {
-    /// What the fields of a record are called.
+    /// The name of the field in a record.
     pub(super) fn key(self) -> &'static str {
         match self {
             Unit::Time => "ns",
@@ -24,7 +25,7 @@ impl Unit {
         }
     }
 
-    /// How much of `to` a number is, and what that is called: the unit in which `number` is read best.
+    /// The unit in which `number` is best read: its size and its name.
     fn scale(self, number: f64) -> (f64, &'static str) {
         let steps: &[(f64, &str)] = match self {
             Unit::Time => &[(1.0, " ns"), (1e3, " µs"), (1e6, " ms"), (1e9, " s")],
@@ -37,12 +38,12 @@ impl Unit {
             Unit::Count => &[(1.0, "")],
             Unit::Rate => &[(1.0, "/s"), (1e3, " k/s"), (1e6, " M/s"), (1e9, " G/s")],
         };
-        // The largest in which it is not below 1.
+        // The largest unit in which the number is not below 1.
         let fits = steps.iter().rev().find(|(step, _)| number.abs() >= *step);
         fits.copied().unwrap_or(steps[0])
     }
 
-    /// A number, to be read.
+    /// A number as text.
     pub fn show(self, number: f64) -> String {
         let (step, name) = self.scale(number);
         format!("{}{name}", short(number / step))
@@ -54,7 +55,7 @@ impl Unit {
         format!("{} / {}{name}", short(one / step), short(other / step))
     }
 
-    /// How many times better `ours` is than `theirs`: above 1 we are ahead.
+    /// The ratio by which `ours` is better than `theirs`: above 1 we are ahead.
     fn ratio(self, theirs: f64, ours: f64) -> f64 {
         match self {
             Unit::Rate => ours / theirs,
@@ -64,18 +65,18 @@ impl Unit {
     }
 }
 
-/// What ours is meant to reach in a workload.
+/// A target of our library in a workload.
 ///
-/// Ratios are held against the median of all rounds, absolute values against the least.
+/// Ratios are compared with the median of all rounds, absolute values with the least.
 #[derive(Clone, Copy, Debug)]
 pub enum Target {
-    /// So many times as good as the best peer.
+    /// This many times as good as the best peer.
     Ratio(f64),
-    /// So many times as good as the peer of this name.
+    /// This many times as good as the peer of this name.
     RatioTo(&'static str, f64),
-    /// At most so much, in the unit of the workload.
+    /// At most this value, in the unit of the workload.
     AtMost(f64),
-    /// At most so many times the limit, which must take part: see [`Role::Limit`].
+    /// At most this many times the limit, which must be a contestant: see [`Role::Limit`].
     TimesLimit(f64),
 }
 
@@ -84,32 +85,32 @@ pub(super) struct Verdict {
     pub(super) wanted: String,
     pub(super) got: f64,
     pub(super) met: bool,
-    /// By how much it is missed, as a part of what is wanted; 0 if it is met.
+    /// The fraction of the target by which it is missed; 0 if it is met.
     pub(super) missed_by: f64,
 }
 
-/// Who somebody is who takes part.
+/// The role of a contestant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// One of ours. Ratios and targets are of the first one that is.
+    /// A variant of our library. Ratios and targets are those of the first one.
     Ours,
-    /// Somebody else's.
+    /// A peer.
     Peer,
-    /// What the machine allows at best, such as the time that reading the memory takes.
+    /// A limit: the best that the machine allows, such as the time to read the memory.
     Limit,
 }
 
-/// What a workload's size counts, where it is one of a series.
+/// The unit of a workload's size in a series.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scale {
-    /// Things: 1K is 1000.
+    /// Items: 1K is 1000.
     Items,
     /// Bytes: 1 KiB is 1024.
     Bytes,
 }
 
 impl Scale {
-    /// A size, to be read.
+    /// A size as text.
     pub(super) fn show(self, size: f64) -> String {
         let (base, names) = match self {
             Scale::Items => (1000.0, ["", "K", "M", "G", "T"]),
@@ -127,13 +128,13 @@ impl Scale {
 /// A place in a series of sizes.
 #[derive(Clone, Debug)]
 pub(super) struct Size {
-    /// What the series is called: the workload without the size.
+    /// The name of the series: the workload without the size.
     pub(super) curve: String,
     pub(super) value: f64,
     pub(super) scale: Scale,
 }
 
-/// What the numbers of a contest stand for.
+/// The meaning of a number of a contest.
 #[derive(Clone, Debug)]
 pub struct Workload {
     pub(super) name: String,
@@ -153,12 +154,13 @@ impl Workload {
         }
     }
 
-    /// One that counts nanoseconds.
+    /// A workload that counts nanoseconds.
     pub fn time(name: impl Into<String>) -> Self {
         Workload::new(name, Unit::Time)
     }
 
-    /// One of a series that differs in size only: nanoseconds that grow with it. The report names the slope.
+    /// A workload of a series that differs in size only. Its nanoseconds grow with the size, and
+    /// the report has the slope.
     pub fn grown(curve: &str, value: f64, scale: Scale) -> Self {
         Workload {
             size: Some(Size {
@@ -177,7 +179,7 @@ impl Workload {
     }
 }
 
-/// The samples of one who took part.
+/// The samples of a contestant.
 pub(super) struct Cell {
     pub(super) name: &'static str,
     pub(super) role: Role,
@@ -195,7 +197,7 @@ impl Cell {
     }
 }
 
-/// How many times better ours is than another one: the least, the median and the greatest of all rounds.
+/// The ratios of another contestant to ours: the least, the median and the greatest of all rounds.
 pub(super) struct Ratio {
     pub(super) least: f64,
     pub(super) median: f64,
@@ -237,7 +239,7 @@ impl Row {
         })
     }
 
-    /// How ours stands to a target; `None` if who it is held against did not take part.
+    /// The verdict on a target. `None` if the other side of the comparison is missing.
     pub(super) fn verdict(&self, target: Target) -> Option<Verdict> {
         let at_least = |wanted: f64, got: f64, whom: &str| Verdict {
             wanted: format!("{whom} ≥ {}", short(wanted)),
@@ -287,7 +289,7 @@ pub(super) fn median(samples: &[f64]) -> f64 {
     }
 }
 
-/// Three digits that count.
+/// Three significant digits.
 pub(super) fn short(number: f64) -> String {
     match number.abs() {
         0.0 => "0".to_owned(),

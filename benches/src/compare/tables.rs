@@ -1,7 +1,8 @@
-//! Harvests of IO page tables: read and clear the dirty bits of all leaves, into the caller's bitmap.
+//! Harvests of IO page tables: read and clear the dirty bits of all leaves, into the caller's
+//! bitmap.
 //!
-//! Ours records and owes what it clears; the walk that looks at each entry does neither. The limit is how long it takes to
-//! read the tables, in the order of the walk.
+//! Our library records and owes the leaves that it clears. The walk that looks at each entry does
+//! neither. The limit is the time to read the tables in the order of the walk.
 
 use std::cell::RefCell;
 use std::hint::black_box;
@@ -26,10 +27,10 @@ pub const FAMILY: Family = Family {
 };
 
 const GIB: u64 = 1 << 30;
-/// Leaves that are dirty together, where the dirty ones come in clusters.
+/// The leaves of a cluster of dirty ones.
 const CLUSTER: u64 = 512;
 
-/// Tables, and who walks them.
+/// Tables, and the kind of their walk.
 #[derive(Clone, Copy)]
 struct Shape {
     leaf: Granule,
@@ -37,14 +38,15 @@ struct Shape {
     scattered: bool,
 }
 
-/// What is dirty when a harvest comes.
+/// The dirty leaves at the time of a harvest.
 #[derive(Clone, Copy)]
 struct Dirty {
     name: &'static str,
-    /// Of 1000 leaves.
+    /// The number of dirty leaves of 1000.
     permille: u64,
     cluster: u64,
-    /// What a walk of each entry is to take, in times of ours, where tables lie side by side.
+    /// The target for the walk of each entry, as a ratio to our time, for tables that are adjacent
+    /// in memory.
     target: Option<f64>,
 }
 
@@ -108,7 +110,8 @@ impl Shape {
             map(&table, 0, self.bytes);
             return table;
         }
-        // Each of the lowest tables is made when it is needed: so they lie as the order of maps has it.
+        // Each of the lowest tables is allocated when it is needed, so the order of maps decides
+        // its place in memory.
         let table = Table::scattered();
         let span = ENTRIES * self.leaf.bytes();
         for nth in shuffled((self.bytes / span) as usize) {
@@ -152,7 +155,7 @@ impl Pair {
         }
     }
 
-    /// Nanoseconds for each leaf of a harvest by ours, by so many threads.
+    /// Nanoseconds for each leaf of a harvest by our library, with this number of threads.
     fn time_ours(&mut self, runs: &[Range<u64>], threads: usize) -> f64 {
         self.dirty_ours(runs);
         self.words.fill(0);
@@ -192,7 +195,7 @@ impl Pair {
         began.elapsed().as_nanos() as f64 / self.shape.leaves() as f64
     }
 
-    /// What the last harvest found.
+    /// The result of the last harvest.
     fn found(&self) -> u64 {
         let add = |sum: u64, word: &u64| sum.wrapping_mul(31).wrapping_add(*word);
         self.words.iter().fold(0, add)

@@ -1,4 +1,4 @@
-//! A clock that is cheap enough to stand around one lookup.
+//! A clock that is cheap enough to time one lookup.
 
 use std::time::{Duration, Instant};
 
@@ -18,11 +18,11 @@ pub(crate) fn now() -> u64 {
     }
 }
 
-/// What ticks are worth.
+/// The scale of ticks.
 #[derive(Clone, Copy)]
 pub(super) struct Clock {
     nanoseconds_per_tick: f64,
-    /// The ticks that two readings in a row are apart.
+    /// The ticks between two consecutive readings.
     overhead: f64,
 }
 
@@ -43,17 +43,17 @@ impl Clock {
         }
     }
 
-    /// How many ticks `time` has.
+    /// The number of ticks in `time`.
     pub(super) fn ticks(self, time: Duration) -> u64 {
         (time.as_nanos() as f64 / self.nanoseconds_per_tick) as u64
     }
 
-    /// What `ticks` are in nanoseconds.
+    /// `ticks` in nanoseconds.
     pub(super) fn nanoseconds(self, ticks: u64) -> f64 {
         ticks as f64 * self.nanoseconds_per_tick
     }
 
-    /// The overhead of a measurement, which is part of what is reported.
+    /// The overhead of a measurement, which is included in the results.
     pub(super) fn overhead(self) -> f64 {
         self.overhead * self.nanoseconds_per_tick
     }

@@ -1,16 +1,16 @@
-//! Which bits the bytes of a mark are.
+//! The bits of the bytes of a mark.
 
 use crate::PAGE_LG2;
 
 /// The bits of a mark.
 pub(super) enum Masks {
-    /// Those of the mask, in this word.
+    /// The bits of the mask in this word.
     One(usize, u64),
-    /// In more than one word, from the first to the last bit.
+    /// Bits in more than one word, from the first to the last bit.
     More { first: usize, last: usize },
 }
 
-/// The bits of the pages that the `len` bytes from `start` on touch.
+/// The bits of the pages of the `len` bytes from `start` on.
 #[inline(always)]
 pub(super) fn masks(start: u64, len: u64) -> Masks {
     let first = (start >> PAGE_LG2) as usize;

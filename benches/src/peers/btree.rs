@@ -1,4 +1,5 @@
-//! Areas in a `BTreeMap` behind a reader-writer lock, that of std or of `parking_lot`: what one writes first.
+//! Areas in a `BTreeMap` under a reader-writer lock, that of std or of `parking_lot`: the simplest
+//! solution.
 
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
@@ -49,7 +50,7 @@ impl Lock for parking_lot::RwLock<Tree> {
     }
 }
 
-/// A `BTreeMap` behind a reader-writer lock.
+/// A `BTreeMap` under a reader-writer lock.
 #[derive(Default)]
 pub struct LockedBTree<L = std::sync::RwLock<Tree>> {
     areas: L,

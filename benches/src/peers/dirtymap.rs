@@ -15,7 +15,7 @@ pub struct ThroughSpace {
     all: IovaRange,
 }
 
-/// Marks through an [`AreaHandle`], as a device would that knows its area.
+/// Marks through an [`AreaHandle`], as a device that knows its area does.
 pub struct ThroughHandle {
     space: ThroughSpace,
     area: AreaHandle,
@@ -95,7 +95,7 @@ impl Peer for ThroughHandle {
 }
 
 impl Tracker for Asymmetric {
-    /// Where the system has no `membarrier(2)` the marks keep their fences.
+    /// On a system without `membarrier(2)` the marks keep their fences.
     fn new(pages: u64) -> Self {
         let space = AddressSpace::new(Granule::K4).with_asymmetric_marks();
         Asymmetric(ThroughHandle::over(ThroughSpace::over(space, pages)))
@@ -152,7 +152,7 @@ impl Areas for AddressSpace {
     }
 }
 
-/// The tree below the space, alone: as much, or as little, as the other maps do.
+/// The tree of the space alone, which does the same work as the other maps.
 impl Areas for AreaMap<Mapping> {
     fn new() -> Self {
         AreaMap::new()
@@ -199,7 +199,7 @@ fn range(start: u64, len: u64) -> IovaRange {
     sure(IovaRange::from_len(Iova::new(start), len))
 }
 
-/// What a workload asks for does not fail; if it does, the numbers would mean nothing.
+/// A workload's calls must succeed, because the numbers are invalid otherwise.
 #[inline]
 fn sure<T, E: Display>(result: Result<T, E>) -> T {
     result.unwrap_or_else(|error| panic!("a workload was refused: {error}"))

@@ -1,7 +1,8 @@
-//! The least that works: a flat array of atomic words.
+//! The simplest bitmap that works: a flat array of atomic words.
 //!
-//! It has no areas, leases, flushes, or errors, and no way to skip a clean gigabyte; it is the floor that the others are
-//! held against. How it sets a bit that may be set already is a question of its own, with three answers.
+//! It has no areas, leases, flushes, or errors, and no way to skip a clean gigabyte. The others are
+//! compared with it as the minimum. There are three variants of setting a bit that may already be
+//! set.
 
 use std::marker::PhantomData;
 
@@ -15,7 +16,7 @@ pub trait Setting: Send + Sync + 'static {
     /// The name of such an array in reports.
     const NAME: &'static str;
 
-    /// What comes between the data and the look at the bits.
+    /// The step between the write of the data and the look at the bits.
     fn before();
 
     /// Sets the bits of `mask`.
@@ -25,8 +26,9 @@ pub trait Setting: Send + Sync + 'static {
 /// A locked operation for each word.
 pub struct Always;
 
-/// A look, and a locked operation only where a bit is clear. **Loses writes**: the look may come before the data is there for
-/// others to see. It shows what a look costs where something else brings the order.
+/// A look, and a locked operation only if a bit is clear. **Loses writes**, because the look may
+/// come before the data is visible to other threads. It shows the cost of a look that is ordered by
+/// another step.
 pub struct Tested;
 
 /// A full fence, and then as [`Tested`].
@@ -40,7 +42,8 @@ impl Setting for Always {
 
     #[inline(always)]
     fn set(word: &AtomicU64, mask: u64) {
-        // Release: pairs with the Acquire of the swap in `harvest`; publishes the data that the mark speaks of.
+        // Release: pairs with the Acquire of the swap in `harvest`; publishes the data of the
+        // marked page.
         word.fetch_or(mask, Ordering::Release);
     }
 }
@@ -53,7 +56,7 @@ impl Setting for Tested {
 
     #[inline(always)]
     fn set(word: &AtomicU64, mask: u64) {
-        // Relaxed: what should order it is left out, see the type.
+        // Relaxed: the ordering is left out, see the type.
         if word.load(Ordering::Relaxed) & mask != mask {
             Always::set(word, mask);
         }
@@ -117,14 +120,14 @@ impl<S: Setting> Tracker for Flat<S> {
 impl<S: Setting> Peer for Flat<S> {
     fn harvest(&self, bitmap: &mut [u64]) {
         for (word, out) in self.words.iter().zip(bitmap) {
-            // Relaxed: only decides whether the swap below is worth its price.
+            // Relaxed: only decides whether the swap below is worth its cost.
             if word.load(Ordering::Relaxed) != 0 {
                 // Acquire: pairs with the Release of `Setting::set`.
                 *out |= word.swap(0, Ordering::Acquire);
             }
         }
-        // SeqCst: keeps the copies that follow behind the swaps; pairs with the fence of `Fenced`. A mark of `Always` is a
-        // read-modify-write and needs none.
+        // SeqCst: orders the later copies after the swaps; pairs with the fence of `Fenced`. A mark
+        // of `Always` is a read-modify-write and needs none.
         fence(Ordering::SeqCst);
     }
 }

@@ -1,12 +1,12 @@
 //! A bitmap with summaries above it: `AtomicBitSet` of the crate `hibitset`.
 //!
-//! It knows atomic insertion only: to harvest it, nobody may mark it.
+//! Only insertion is atomic, so no thread may mark during a harvest.
 
 use hibitset::{AtomicBitSet, BitSetLike};
 
 use crate::{PAGE_LG2, Tracker};
 
-/// Pages of one set, as a logarithm: all that it holds.
+/// The capacity of one set in pages, as a logarithm.
 const SET_LG2: u32 = 24;
 
 /// Sets for 64 GiB each.

@@ -1,4 +1,5 @@
-//! Areas in the persistent `OrdMap` of the crate `imbl`, published through `arc-swap`: copy on write from two crates.
+//! Areas in the persistent `OrdMap` of the crate `imbl`, published through `arc-swap`:
+//! copy-on-write from two crates.
 
 use arc_swap::ArcSwap;
 use dirtymap::{Iova, IovaRange, Mapping};

@@ -1,7 +1,8 @@
-//! An IO page table as plain as can be: its lowest tables, and a walk that looks at each entry.
+//! A minimal IO page table: its lowest tables, and a walk that looks at each entry.
 //!
-//! It maps nothing, records no debt, and nobody else may change its leaves: the floor that a harvest is held against. Entries
-//! have the layout of AMD's, version 1: bit 0 present, bit 6 dirty.
+//! It maps nothing and records no debt, and no other thread may change its leaves. Harvests are
+//! compared with it as the minimum. Entries have the layout of AMD's, version 1: bit 0 present, bit
+//! 6 dirty.
 
 use std::ops::Range;
 
@@ -21,12 +22,13 @@ struct Page([AtomicU64; ENTRIES as usize]);
 /// The lowest tables of an IO page table.
 pub struct NaiveTable {
     memory: Vec<Page>,
-    /// Where each table lies.
+    /// The place of each table in memory.
     places: Vec<usize>,
 }
 
 impl NaiveTable {
-    /// Tables for `leaves` clean leaves, a multiple of [`ENTRIES`]; side by side, or at random places.
+    /// Tables for `leaves` clean leaves, a multiple of [`ENTRIES`]. The tables are adjacent, or at
+    /// random places.
     pub fn new(leaves: u64, scattered: bool) -> Self {
         let tables = (leaves / ENTRIES) as usize;
         let entry = |table: usize, nth: usize| {
@@ -44,7 +46,7 @@ impl NaiveTable {
         }
     }
 
-    /// How many tables there are.
+    /// The number of tables.
     pub fn tables(&self) -> usize {
         self.places.len()
     }
@@ -58,12 +60,12 @@ impl NaiveTable {
         }
     }
 
-    /// Moves what is dirty in `tables` into `words`, a bit for each leaf from the first table of all on: one entry after the
-    /// other.
+    /// Moves the dirty bits of `tables` into `words`, one entry after the other. Bit 0 is the first
+    /// leaf of the first of all tables.
     pub fn harvest(&self, words: &mut [u64]) {
         for (place, words) in self.places.iter().zip(words.as_chunks_mut::<8>().0) {
             for (nth, slot) in self.memory[*place].0.iter().enumerate() {
-                // Relaxed, both: as the walk of a kernel, which orders nothing by the bit.
+                // Relaxed, both: as in the walk of a kernel, in which the bit orders nothing.
                 let entry = slot.load(Ordering::Relaxed);
                 if entry & PRESENT != 0 && entry & DIRTY != 0 {
                     slot.fetch_and(!DIRTY, Ordering::Relaxed);
@@ -79,8 +81,8 @@ impl NaiveTable {
         for place in &self.places {
             let page =
                 std::ptr::from_mut(&mut self.memory[*place]).cast::<[u64; ENTRIES as usize]>();
-            // SAFETY: as long and as aligned as the atomics that lie there, which nobody else can reach: they are borrowed
-            // exclusively.
+            // SAFETY: as long and as aligned as the atomics in this memory, which are borrowed
+            // exclusively, so no other thread reaches them.
             let entries = unsafe { &*page };
             for line in entries.as_chunks::<8>().0 {
                 for (lane, entry) in lanes.iter_mut().zip(line) {

@@ -1,4 +1,5 @@
-//! Areas in a `RangeInclusiveMap` of the crate `rangemap` behind a `parking_lot` lock: a map made for ranges.
+//! Areas in a `RangeInclusiveMap` of the crate `rangemap` under a `parking_lot` lock: a map for
+//! ranges.
 
 use dirtymap::{Access, IovaRange, Mapping};
 use parking_lot::RwLock;
@@ -6,10 +7,11 @@ use rangemap::RangeInclusiveMap;
 
 use crate::{Areas, Fit, range_of, sum};
 
-/// Where an area leads. Neighbours with the same would become one area; no two areas of a workload have the same.
+/// The backing of an area. Neighbours with equal values would be joined, and no two areas of a
+/// workload have equal ones.
 type Backing = (u64, Access);
 
-/// A `RangeInclusiveMap` behind a `parking_lot` lock.
+/// A `RangeInclusiveMap` under a `parking_lot` lock.
 #[derive(Default)]
 pub struct LockedRangeMap {
     areas: RwLock<RangeInclusiveMap<u64, Backing>>,
@@ -52,7 +54,8 @@ impl Areas for LockedRangeMap {
     }
 
     fn first_fit(&self, len: u64) -> Option<IovaRange> {
-        // A gap that is long enough need not hold an aligned range, so gaps are looked at as for the others.
+        // A gap that is long enough may have no room for an aligned range, so each gap is checked,
+        // as in the other peers.
         let mut fit = Fit::of(len);
         let areas = self.areas.read();
         areas

@@ -1,11 +1,12 @@
-//! A compressed bitmap behind a lock: the crate `roaring`.
+//! A compressed bitmap under a lock: the crate `roaring`.
 
 use dirtymap::sync::{Mutex, lock};
 use roaring::RoaringBitmap;
 
 use crate::{PAGE_LG2, Peer, Tracker};
 
-/// The numbers of the dirty pages; a harvest swaps the set for an empty one and reads it without the lock.
+/// The numbers of the dirty pages. A harvest swaps the set for an empty one and reads it without
+/// the lock.
 pub struct LockedRoaring {
     pages: Mutex<RoaringBitmap>,
 }

@@ -1,6 +1,6 @@
 //! Areas in the `TreeIndex` of the crate `scc`: a concurrent B+tree that is read without locks.
 //!
-//! Nothing keeps two areas from overlapping when several threads map, and a scan does not see one moment.
+//! With several mapping threads, areas may overlap, and a scan is not a snapshot of one moment.
 
 use dirtymap::{Iova, IovaRange, Mapping};
 use scc::{Guard, TreeIndex};

@@ -1,6 +1,6 @@
 //! Areas in the lock-free `SkipMap` of `crossbeam-skiplist`.
 //!
-//! Nothing keeps two areas from overlapping when several threads map, and a scan does not see one moment.
+//! With several mapping threads, areas may overlap, and a scan is not a snapshot of one moment.
 
 use std::ops::Bound;
 

@@ -1,4 +1,4 @@
-//! `AtomicBitmap` of the crate `vm-memory`: the bitmap that rust-vmm's guest memory carries.
+//! `AtomicBitmap` of the crate `vm-memory`: the bitmap of rust-vmm's guest memory.
 
 use std::num::NonZeroUsize;
 
@@ -17,8 +17,8 @@ pub struct VmMemory {
 }
 
 impl VmMemory {
-    /// The peer's own way to harvest: into a vector that it allocates. [`Peer::harvest`] moves it into the caller's
-    /// words.
+    /// The peer's own harvest, into a vector that it allocates. [`Peer::harvest`] moves the vector
+    /// into the caller's words.
     pub fn get_and_reset(&self) -> Vec<u64> {
         self.bits.get_and_reset()
     }

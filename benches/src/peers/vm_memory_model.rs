@@ -1,5 +1,6 @@
-//! What `AtomicBitmap` of `vm-memory` would be with the improvements that are proposed for it: ranges are set by masks of
-//! whole words, and a harvest leaves cache lines alone that are clean. A model of the logic; no code of it is used.
+//! `AtomicBitmap` of `vm-memory` with the improvements that are proposed for it: ranges are set by
+//! masks of whole words, and a harvest skips clean cache lines. A model of the logic, without code
+//! of that crate.
 
 use dirtymap::sync::{AtomicU64, Ordering};
 
@@ -9,7 +10,7 @@ use crate::{Peer, Tracker};
 /// Words of a cache line.
 const LINE: usize = 8;
 
-/// One bit for each page; each access is sequentially consistent, as there.
+/// One bit for each page. Each access is sequentially consistent, as in `vm-memory`.
 pub struct VmMemoryModel {
     words: Vec<AtomicU64>,
 }
@@ -17,11 +18,11 @@ pub struct VmMemoryModel {
 impl VmMemoryModel {
     #[inline(always)]
     fn set(&self, word: usize, mask: u64) {
-        // SeqCst: as `vm-memory` does it; orders the data before the look of a harvest.
+        // SeqCst: as in `vm-memory`; orders the data before the look of a harvest.
         self.words[word].fetch_or(mask, Ordering::SeqCst);
     }
 
-    /// Its own way to harvest: into a vector that it allocates.
+    /// Its own harvest, into a vector that it allocates.
     pub fn get_and_reset(&self) -> Vec<u64> {
         let mut taken = Vec::with_capacity(self.words.len());
         for line in self.words.chunks(LINE) {

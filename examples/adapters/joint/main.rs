@@ -1,20 +1,23 @@
-//! One harvest over everything that writes to the memory of a virtual machine: its processor, a vhost back end, devices behind an
-//! IOMMU, and threads of the program, with marks and without.
+//! One harvest over everything that writes to the memory of a virtual machine: its processor, a
+//! vhost back end, devices behind an IOMMU, and threads of the program, with marks and without.
 //!
 //! ```text
 //!  guest (KVM) --------> log of each slot ----+
 //!  back end -----------> log from address 0 --+
-//!                                             +--> one harvest, one lease --> copy --> commit, or abort
+//!                                             +--> one harvest, one lease
+//!                                             |    --> copy --> commit, or abort
 //!  device -> IOTLB ----> leaves of a table ---+
 //!  thread of the VMM --> marks ---------------+
 //!  another, quietly ---> pagemap -------------+
 //! ```
 //!
-//! All of them write to the same pages at the same time. Some rounds of the migrator fail half-way and put back what they did not copy. At the
-//! end the copy is compared with the memory, byte for byte.
+//! All of them write to the same pages at the same time. Some rounds of the migrator fail half-way
+//! and put back what they did not copy. At the end the copy is compared with the memory, byte for
+//! byte.
 //!
-//! Exit status: 0 if every page is identical, 1 if one differs, 2 if something could not be run. Without `/dev/kvm` there is no
-//! guest, and without userfaultfd nobody writes quietly, which is said.
+//! Exit status: 0 if every page is identical, 1 if one differs, 2 if something could not be run.
+//! Without `/dev/kvm` there is no guest, and without userfaultfd there are no writes without a
+//! mark. The output says so.
 
 #[cfg(target_os = "linux")]
 mod linux {

@@ -1,37 +1,38 @@
-//! Why a log was refused. Every text starts with the line, counted from 1, and names the value.
+//! The errors of a log. Each text starts with the line, counted from 1, and names the value.
 
 use std::io;
 
 use super::MAX_LINE;
 
-/// Why a log could not be read. `line` counts from 1, the header included.
+/// The error with which a log is refused. `line` counts from 1, including the header.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum IologError {
     /// The file cannot be opened.
     #[error("cannot open it: {source}")]
     Open {
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
-    /// There is nothing in it.
+    /// The file is empty.
     #[error("line 1: the file is empty")]
     Empty,
     /// The first line is not the header of an iolog.
     #[error(
-        "line 1: not a fio iolog: the first line must be \"fio version 2 iolog\" or \"fio version 3 iolog\""
+        "line 1: not a fio iolog: the first line must be \"fio version 2 iolog\" or \
+         \"fio version 3 iolog\""
     )]
     NotIolog,
     /// A header of another version.
     #[error("line 1: fio iolog version {version:?} is unknown: 2 and 3 are known")]
     UnknownVersion {
-        /// What stands in the place of the version.
+        /// The text in the place of the version.
         version: String,
     },
     /// The line ends too early.
     #[error("line {line}: the {field} is missing")]
     MissingField {
-        /// Where.
+        /// The line of the fault.
         line: u64,
         /// The first field that is missing.
         field: &'static str,
@@ -39,9 +40,9 @@ pub enum IologError {
     /// The line goes on after its last field.
     #[error("line {line}: {field:?} follows the last field: names must not contain white space")]
     ExtraField {
-        /// Where.
+        /// The line of the fault.
         line: u64,
-        /// The first field that is too much.
+        /// The first superfluous field.
         field: String,
     },
     /// A field that is not a decimal number from 0 to 2^64 - 1.
@@ -49,11 +50,11 @@ pub enum IologError {
         "line {line}: the {field} {text:?} is not a whole number from 0 to 18446744073709551615"
     )]
     BadNumber {
-        /// Where.
+        /// The line of the fault.
         line: u64,
         /// Which field.
         field: &'static str,
-        /// What stands there.
+        /// The text of the field.
         text: String,
     },
     /// An action that the format does not have.
@@ -62,37 +63,37 @@ pub enum IologError {
          add, open, close, read, write, trim, sync, datasync or (version 2) wait"
     )]
     UnknownAction {
-        /// Where.
+        /// The line of the fault.
         line: u64,
-        /// What stands there.
+        /// The text of the field.
         action: String,
     },
     /// Version 3 has times instead of waits.
     #[error("line {line}: \"wait\" is not allowed in version 3, where each line carries its time")]
     WaitInVersion3 {
-        /// Where.
+        /// The line of the fault.
         line: u64,
     },
     /// A file was used that no `add` or `open` named.
     #[error("line {line}: file {file:?} is {verb} before it is added")]
     NotAdded {
-        /// Where.
+        /// The line of the fault.
         line: u64,
         /// The name of the file.
         file: String,
-        /// What is done to it.
+        /// The use of the file.
         verb: &'static str,
     },
     /// A read, write or trim of no bytes.
     #[error("line {line}: a length of 0 bytes: it must be 1 or more")]
     ZeroLength {
-        /// Where.
+        /// The line of the fault.
         line: u64,
     },
     /// The end of the operation does not fit 64 bits.
     #[error("line {line}: offset {offset} plus length {length} exceeds 18446744073709551615")]
     OffsetOverflows {
-        /// Where.
+        /// The line of the fault.
         line: u64,
         /// The offset in bytes.
         offset: u64,
@@ -102,37 +103,37 @@ pub enum IologError {
     /// The waits add up to more than 64 bits hold.
     #[error("line {line}: with this wait of {wait_us} us the times exceed 18446744073709551615 us")]
     TimeOverflows {
-        /// Where.
+        /// The line of the fault.
         line: u64,
-        /// The wait that went past it.
+        /// The wait that exceeds it.
         wait_us: u64,
     },
     /// More reads and writes than allowed.
     #[error("line {line}: more than {limit} reads and writes")]
     TooManyOps {
-        /// Where.
+        /// The line of the fault.
         line: u64,
-        /// How many are allowed.
+        /// The greatest allowed number.
         limit: usize,
     },
     /// More files than allowed.
     #[error("line {line}: more than {limit} files")]
     TooManyFiles {
-        /// Where.
+        /// The line of the fault.
         line: u64,
-        /// How many are allowed.
+        /// The greatest allowed number.
         limit: usize,
     },
     /// A line that does not end.
     #[error("line {line}: longer than {MAX_LINE} bytes")]
     LineTooLong {
-        /// Where.
+        /// The line of the fault.
         line: u64,
     },
     /// A line that is not text.
     #[error("line {line}: not valid UTF-8")]
     NotUtf8 {
-        /// Where.
+        /// The line of the fault.
         line: u64,
     },
     /// The compressed file ends before its end mark.
@@ -146,7 +147,7 @@ pub enum IologError {
     Corrupt {
         /// The line that could not be completed.
         line: u64,
-        /// What the decompressor said.
+        /// The error of the decompressor.
         source: io::Error,
     },
     /// The input could not be read.
@@ -154,7 +155,7 @@ pub enum IologError {
     Io {
         /// The line that could not be completed.
         line: u64,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
     /// Nothing to replay.

@@ -1,4 +1,5 @@
-//! Bytes to lines: gunzip where needed, bounded lines, and the number of the line that an error belongs to.
+//! Bytes to lines: gunzip where needed, bounded lines, and the number of the line that an error
+//! belongs to.
 
 use std::io::{self, BufRead, BufReader, Cursor, Read};
 
@@ -9,10 +10,10 @@ use super::{IologError, MAX_LINE};
 /// The first bytes of every gzip member.
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 
-/// The two bytes that were looked at, then the rest.
+/// The first two bytes, which were read already, then the rest.
 type Whole<R> = io::Chain<Cursor<Vec<u8>>, R>;
 
-/// Where the text comes from.
+/// The source of the text.
 enum Source<R: Read> {
     Plain(BufReader<Whole<R>>),
     Gzip(Box<BufReader<MultiGzDecoder<Whole<R>>>>),

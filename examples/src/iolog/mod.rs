@@ -6,17 +6,18 @@
 //! TIME FILE ACTION OFFSET LENGTH           FILE ACTION OFFSET LENGTH
 //! ```
 //!
-//! `TIME` is in microseconds from the start of the recording. `ACTION` is `read`, `write`, `trim`, `sync` or
-//! `datasync`; version 2, which has no times, knows `wait` as well: a pause of `OFFSET` microseconds. Fields are
-//! split by white space and are never quoted, so a file name holds none. Empty lines mean nothing.
+//! `TIME` is in microseconds from the start of the recording. `ACTION` is `read`, `write`, `trim`,
+//! `sync` or `datasync`; version 2, which has no times, has `wait` as well: a pause of `OFFSET`
+//! microseconds. Fields are separated by white space and are never quoted, so a file name has no
+//! white space. Empty lines are ignored.
 //!
 //! ```text
 //! bytes --> gunzip if they start with 1f 8b --> lines (bounded) --> fields --> Trace
 //! ```
 //!
-//! Input is never trusted: a line longer than [`MAX_LINE`], more entries than [`Limits`] allow, or a number that
-//! does not fit is an error with the number of its line. Memory grows with what was read, never with what a field
-//! claims.
+//! Input is not trusted: a line longer than [`MAX_LINE`], more entries than [`Limits`] allow, or a
+//! number that does not fit is an error with the number of its line. Memory grows with the bytes
+//! that were read, independent of the values of fields.
 //!
 //! ```
 //! use dirtymap_examples::iolog::{Kind, Trace};
@@ -40,13 +41,14 @@ use std::path::Path;
 
 pub use error::IologError;
 
-/// The longest line in bytes, its line feed not counted. fio itself reads lines of up to 4095 bytes.
+/// The longest line in bytes, its line feed not counted. fio itself reads lines of up to 4095
+/// bytes.
 pub const MAX_LINE: usize = 4096;
 
 /// A recorded trace, ready for replay.
 ///
-/// It holds at least one write. Files and operations refer to each other by index, and no operation reaches past the
-/// size that its file has here.
+/// It holds at least one write. Files and operations refer to each other by index, and no operation
+/// reaches past the size of its file in [`Trace::files`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trace {
     /// The version of the format: 2 or 3.
@@ -57,27 +59,27 @@ pub struct Trace {
     pub ops: Vec<Op>,
     /// How many of the operations are writes, 1 or more.
     pub writes: u64,
-    /// Bytes of all writes together; each write counts, however often it hits the same place.
+    /// The bytes of all writes together. Several writes to the same place count several times.
     pub bytes_written: u128,
     /// Microseconds from the first to the last operation.
     pub duration_us: u64,
-    /// What the log holds and a replay leaves out.
+    /// The entries of the log that a replay leaves out.
     pub skipped: Skipped,
 }
 
 /// A file of the trace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileInfo {
-    /// Its name, as it stands in the log.
+    /// Its name in the log.
     pub name: String,
-    /// Its size as far as the log tells: the highest offset plus length, 1 or more.
+    /// Its size according to the log: the highest offset plus length, 1 or more.
     pub bytes: u64,
 }
 
 /// One read or write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Op {
-    /// When it was issued, in microseconds after the first operation.
+    /// The time of its issue, in microseconds after the first operation.
     pub at_us: u64,
     /// Index into [`Trace::files`].
     pub file: u32,
@@ -85,11 +87,11 @@ pub struct Op {
     pub kind: Kind,
     /// The first byte in the file.
     pub offset: u64,
-    /// How many bytes, 1 or more; `offset + length` fits 64 bits.
+    /// The number of bytes, 1 or more. `offset + length` fits in 64 bits.
     pub length: u64,
 }
 
-/// What an [`Op`] does.
+/// The kind of an [`Op`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// It reads the file.
@@ -98,7 +100,7 @@ pub enum Kind {
     Write,
 }
 
-/// Entries that do not become an [`Op`], and times that were put right.
+/// Entries that do not become an [`Op`], and times that were corrected.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Skipped {
     /// `trim` entries.
@@ -107,12 +109,12 @@ pub struct Skipped {
     pub syncs: u64,
     /// Files that were added or opened, but neither read nor written.
     pub unused_files: u64,
-    /// Times that lay before the time of an earlier line and were raised to it. Logs that several threads wrote have
-    /// such lines.
+    /// Times that were before that of an earlier line, and were raised to it. Logs of several
+    /// threads have such lines.
     pub clamped_times: u64,
 }
 
-/// How much a log may hold.
+/// The limits of a log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Reads and writes. Each takes 32 bytes of memory.
@@ -149,17 +151,17 @@ impl Trace {
         Trace::read_within(input, Limits::default())
     }
 
-    /// Reads a log, plain or gzip. The first two bytes tell which, not a name.
+    /// Reads a log, plain or gzip. The first two bytes tell which, and the file name is ignored.
     ///
     /// # Errors
-    /// The first line that is not understood, in the order of the log, and within a line from left to right; then
+    /// The first fault, in the order of lines, and within a line from left to right. Then
     /// [`IologError::NoWrites`].
     pub fn read_within(input: impl Read, limits: Limits) -> Result<Trace, IologError> {
         parse::parse(lines::Lines::new(input)?, limits)
     }
 
-    /// Gives the operations new times, `interval_us` microseconds apart: for a log without times, which would
-    /// otherwise be replayed at once.
+    /// Gives the operations new times, `interval_us` microseconds apart. This is for a log without
+    /// times, all of whose operations would otherwise be due at once.
     pub fn space_evenly(&mut self, interval_us: u64) {
         for (index, op) in self.ops.iter_mut().enumerate() {
             op.at_us = (index as u64).saturating_mul(interval_us);

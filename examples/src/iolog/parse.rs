@@ -22,7 +22,7 @@ fn header<R: Read>(lines: &mut Lines<R>) -> Result<u8, IologError> {
     let text = match lines.next() {
         Ok(Some((_, text))) => text,
         Ok(None) => return Err(IologError::Empty),
-        // Not text at all, so some other kind of file.
+        // The line is not text, so this is another kind of file.
         Err(IologError::LineTooLong { .. } | IologError::NotUtf8 { .. }) => {
             return Err(IologError::NotIolog);
         }
@@ -42,7 +42,7 @@ fn header<R: Read>(lines: &mut Lines<R>) -> Result<u8, IologError> {
     }
 }
 
-/// What one line asks for.
+/// The action of one line.
 #[derive(Clone, Copy)]
 enum Action {
     Add,
@@ -112,10 +112,10 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// A trace in the making.
+/// A trace that is being read.
 struct Log {
     limits: Limits,
-    /// Every name that was added or opened, with its index once it has been read or written.
+    /// Every name that was added or opened. It has an index after its first read or write.
     names: HashMap<String, Option<u32>>,
     /// The time of the line, in the log's own count.
     now_us: u64,
@@ -195,7 +195,7 @@ impl Log {
         }
     }
 
-    /// Makes `name` known; it may be known already.
+    /// Adds `name`, if it is new.
     fn add(&mut self, line: u64, name: &str) -> Result<(), IologError> {
         if self.names.contains_key(name) {
             return Ok(());

@@ -30,8 +30,11 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
 
 #[test]
 fn version_3_times_count_from_the_first_operation() {
-    let trace = read(&v3("90 a add\n95 a open\n100 a write 0 10\n100 a sync 0 0\n130 b open\n\
-         150 b read 4096 8192\n160 a trim 0 5\n170 a datasync 0 0\n190 a write 8190 100\n200 c add\n300 a close\n"))
+    let trace = read(&v3(
+        "90 a add\n95 a open\n100 a write 0 10\n100 a sync 0 0\n130 b open\n\
+         150 b read 4096 8192\n160 a trim 0 5\n170 a datasync 0 0\n190 a write 8190 100\n\
+         200 c add\n300 a close\n",
+    ))
     .unwrap();
     assert_eq!(trace.version, 3);
     let op = |at_us, file, kind, offset, length| Op {
@@ -73,7 +76,8 @@ fn version_3_times_count_from_the_first_operation() {
 #[test]
 fn version_2_takes_its_times_from_waits() {
     let trace = read(
-        "fio version 2 iolog\na add\na open\na wait 500 0\na write 0 512\na wait 30 0\na wait 12 0\na write 512 1\na close",
+        "fio version 2 iolog\na add\na open\na wait 500 0\na write 0 512\na wait 30 0\n\
+         a wait 12 0\na write 512 1\na close",
     )
     .unwrap();
     assert_eq!(trace.version, 2);
@@ -172,7 +176,8 @@ fn each_bad_line_is_named_with_its_number() {
         ),
         (
             "5 a write 0 18446744073709551616",
-            "line 3: the length \"18446744073709551616\" is not a whole number from 0 to 18446744073709551615",
+            "line 3: the length \"18446744073709551616\" is not a whole number from 0 to \
+             18446744073709551615",
         ),
         (
             "5 a write 7 0",

@@ -1,11 +1,11 @@
-//! Why a bitmap file cannot be written or read.
+//! The error of bitmap files.
 
 use std::io;
 
 use dirtymap::Error;
 use dirtymap::bitmap::BitmapError;
 
-/// Why a bitmap was not written to a file, or not read from one.
+/// The error of a bitmap file that could not be written or read.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BitmapFileError {
@@ -17,7 +17,7 @@ pub enum BitmapFileError {
     Truncated {
         /// Bytes that the file has.
         len: u64,
-        /// Bytes that it should have.
+        /// Bytes that it needs.
         needed: u64,
     },
     /// The file does not begin as a bitmap file does.
@@ -37,16 +37,16 @@ pub enum BitmapFileError {
     /// There are more bits than such a file may have.
     #[error("{bits} bits are too many for a bitmap file: at most {limit} are allowed")]
     TooLarge {
-        /// How many there are.
+        /// The number of bits.
         bits: u64,
-        /// How many are allowed.
+        /// The greatest allowed number.
         limit: u64,
     },
-    /// The place appends: the header, which is written last, cannot get to its beginning. It is as
-    /// it was.
-    #[error("what is written to byte 0 of the file goes to byte {at}: open it without append")]
+    /// The place appends: the header, which is written last, cannot be written to its beginning.
+    /// The contents are unchanged.
+    #[error("a write to byte 0 of the file goes to byte {at}: open it without append")]
     Appends {
-        /// The byte that the beginning of a bitmap file would get to.
+        /// The byte at which a write to byte 0 lands.
         at: u64,
     },
     /// The bitmap in memory could not be read or recorded into.

@@ -1,5 +1,4 @@
-//! A bitmap in a file of its own: what stands for what, of which generation, and whether all of it
-//! is there.
+//! A bitmap in a file of its own, with its range and granule, a generation, and checksums.
 //!
 //! ```text
 //!  byte   0   8  "dirtymap"
@@ -10,9 +9,8 @@
 //!        64      payload: bit n is bit n % 8 of byte n / 8; what is left of the last byte is zero
 //! ```
 //!
-//! All numbers are little endian. A new file takes the place of an old one in one step, and only
-//! when all of it is on the disk, so that after a crash there is the old one or the new one, each
-//! of them whole.
+//! All numbers are little endian. A new file replaces an old one in one step, after all of it is on
+//! the disk. So after a crash there is the old file or the new one, as a whole.
 
 mod error;
 mod payload;
@@ -34,7 +32,7 @@ use dirtymap::{BitmapView, Granule, Iova, IovaRange};
 
 const MAGIC: [u8; 8] = *b"dirtymap";
 const VERSION: u32 = 1;
-/// What is read or written at a time, in bytes. A multiple of 8.
+/// The number of bytes that are read or written at a time, a multiple of 8.
 const BLOCK: usize = 64 << 10;
 
 /// A file that holds a bitmap: its range, granule, a generation that the caller gave it, and
@@ -42,7 +40,7 @@ const BLOCK: usize = 64 << 10;
 ///
 /// [`save`](Self::save) writes one crash-safely, [`open`](Self::open) checks the header,
 /// [`or_into`](Self::or_into) checks the payload and uses what it has checked. A program that
-/// cannot read a file back knows nothing of what was written, so everything is dirty.
+/// cannot read a file back has no record of the writes, so everything is dirty.
 ///
 /// ```
 /// use dirtymap::{Granule, Iova, IovaRange, UserBitmap};
@@ -69,13 +67,13 @@ pub struct BitmapFile<R = File> {
     header: Header,
 }
 
-/// What a header says.
+/// The contents of a header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Header {
     range: IovaRange,
     granule: Granule,
     generation: u64,
-    /// Of the payload.
+    /// The checksum of the payload.
     checksum: u32,
 }
 
@@ -83,15 +81,15 @@ impl BitmapFile {
     /// The most bits that a file may have: 2^41, which take 256 GiB.
     pub const MAX_BITS: u64 = 1 << 41;
 
-    /// Writes what `view` says to the file `path`, which takes the place of the one that is there.
-    /// On return it is on the disk. If this fails, or the process or the system dies meanwhile, the
-    /// old file is there, or the new one, as a whole.
+    /// Writes `view` to the file `path`, which replaces an old file of that name. On return it is
+    /// on the disk. If this fails, or the process or the system stops meanwhile, the old file or
+    /// the new one is there, as a whole.
     ///
-    /// Writes to `.dirtymap-PID-N.tmp` in the same folder first; a process that dies leaves it
-    /// behind. If `path` is a symbolic link, the file that it leads to is replaced, in the folder
-    /// of that one. On Unix the new file has the permissions of the old one, and its owner and
-    /// group as far as the process may give files away; without the group, the group has the rights
-    /// of all others. Access lists and extended attributes are not kept.
+    /// Writes to `.dirtymap-PID-N.tmp` in the same folder first. A process that is killed leaves
+    /// that file. If `path` is a symbolic link, the file that it leads to is replaced, in the
+    /// folder of that one. On Unix the new file has the permissions of the old one, and its owner
+    /// and group if the process may set them. If it may not set the group, the new group gets the
+    /// rights of all other users. Access lists and extended attributes are not kept.
     ///
     /// # Errors
     /// [`BitmapFileError::TooLarge`] before anything is written; [`BitmapFileError::Bitmap`] if
@@ -108,13 +106,12 @@ impl BitmapFile {
         Ok(())
     }
 
-    /// Writes what [`save`](Self::save) writes to a place from its beginning on, in place of all
-    /// that is there, for places that are no files: nothing is said about what a crash leaves
-    /// behind.
+    /// Writes the same bytes as [`save`](Self::save) to a place from its beginning on, and replaces
+    /// all of its contents, for places that are no files. After a crash the contents are undefined.
     ///
     /// # Errors
-    /// As [`save`](Self::save), and [`BitmapFileError::Appends`] if the place appends; it is as it
-    /// was then.
+    /// As [`save`](Self::save), and [`BitmapFileError::Appends`] if the place appends. The contents
+    /// are unchanged then.
     pub fn write_to(
         writer: &mut impl Truncate,
         view: &BitmapView<'_>,
@@ -143,13 +140,13 @@ impl BitmapFile {
 }
 
 impl<R: Read + Seek> BitmapFile<R> {
-    /// Checks the header of a file that begins where `reader` begins. Takes no memory that depends
-    /// on what the file says.
+    /// Checks the header of a file that begins where `reader` begins. Allocates no memory in
+    /// proportion to a value of the file.
     ///
     /// # Errors
     /// In this order: [`Truncated`](BitmapFileError::Truncated) if there is no room for a header,
     /// [`Foreign`](BitmapFileError::Foreign), [`Version`](BitmapFileError::Version),
-    /// [`Damaged`](BitmapFileError::Damaged) if its checksum or what it says of the range is wrong,
+    /// [`Damaged`](BitmapFileError::Damaged) if its checksum or its range is wrong,
     /// [`TooLarge`](BitmapFileError::TooLarge), and `Truncated` or `Damaged` if the file has
     /// another length than that; [`Io`](BitmapFileError::Io) at any time.
     pub fn from_reader(mut reader: R) -> Result<Self, BitmapFileError> {
@@ -172,7 +169,7 @@ impl<R: Read + Seek> BitmapFile<R> {
         Ok(BitmapFile { reader, header })
     }
 
-    /// The addresses that the bitmap is about.
+    /// The addresses of the bitmap.
     pub fn range(&self) -> IovaRange {
         self.header.range
     }
@@ -182,22 +179,24 @@ impl<R: Read + Seek> BitmapFile<R> {
         self.header.granule
     }
 
-    /// What the caller gave it when it was written: tells a file of today from one of yesterday.
+    /// The generation that the caller gave to the file when it was written. It distinguishes a
+    /// current file from an old one.
     pub fn generation(&self) -> u64 {
         self.header.generation
     }
 
-    /// Checks the payload, then ORs what was checked into `target`, and returns how many bits that
+    /// Checks the payload, then ORs the checked bits into `target`, and returns how many bits that
     /// set there. Granules and bases may differ, as in [`BitmapView::or_into`].
     ///
-    /// Keeps up to 64 MiB of the payload in memory, without its zeros; of what is more, a hash of 8
-    /// bytes for each 64 KiB, by which it is known when it is read again.
+    /// Keeps up to 64 MiB of the payload in memory, without its zeros. For the rest it keeps a hash
+    /// of 8 bytes for each 64 KiB, with which the second read is compared.
     ///
     /// # Errors
-    /// [`Damaged`](BitmapFileError::Damaged) if the payload is not what was written, before
-    /// anything is touched; or if a part that was not kept has changed since it was checked: what
-    /// was ORed in before was written, and is not all. [`Bitmap`](BitmapFileError::Bitmap) if
-    /// `target` is a file of which a window cannot be had; [`Io`](BitmapFileError::Io).
+    /// [`Damaged`](BitmapFileError::Damaged) if the payload has changed since it was written,
+    /// before anything is touched; or if a part that was not kept has changed since it was checked.
+    /// Then the bits of the parts before it are in `target`, and the others are not.
+    /// [`Bitmap`](BitmapFileError::Bitmap) if `target` is a file of which a window cannot be
+    /// mapped; [`Io`](BitmapFileError::Io).
     pub fn or_into(&mut self, target: &BitmapView<'_>) -> Result<u64, BitmapFileError> {
         self.checked(payload::KEPT)?
             .or_into(&mut self.reader, target)
@@ -205,7 +204,7 @@ impl<R: Read + Seek> BitmapFile<R> {
 }
 
 impl Header {
-    /// How many bits the payload has.
+    /// The number of bits of the payload.
     fn bits(&self) -> u64 {
         // No more than `MAX_BITS`.
         self.range.granules(self.granule) as u64
@@ -243,10 +242,10 @@ impl Header {
             return Err(Damaged("the checksum of its header is wrong"));
         }
         if bytes[44..60] != [0; 16] {
-            return Err(Damaged("it has something where there should be zeros"));
+            return Err(Damaged("its reserved bytes are not zero"));
         }
         let granule = u8::try_from(u32_at(12)).ok().and_then(Granule::from_lg2);
-        let granule = granule.ok_or(Damaged("its granule is no granule"))?;
+        let granule = granule.ok_or(Damaged("its granule is not a power of two"))?;
         let (start, bits) = (Iova::new(u64_at(16)), u64_at(24));
         if bits > BitmapFile::MAX_BITS {
             return Err(TooLarge {
@@ -254,7 +253,7 @@ impl Header {
                 limit: BitmapFile::MAX_BITS,
             });
         }
-        let no_range = Damaged("its range is no range of granules");
+        let no_range = Damaged("its range is not made of whole granules");
         let span = u128::from(bits) << granule.lg2();
         let last = (u128::from(start.get()) + span).checked_sub(1);
         let last = last
@@ -296,7 +295,7 @@ fn write_payload(writer: &mut impl Write, view: &BitmapView<'_>) -> Result<u32, 
             && index * 8 < at + BLOCK as u64
         {
             let part = &mut block[(index * 8 - at) as usize..];
-            // The last word may have fewer bytes; those that it lacks are zero.
+            // The last word may have fewer bytes. The missing ones are zero.
             for (byte, value) in part.iter_mut().zip(word.to_le_bytes()) {
                 *byte = value;
             }

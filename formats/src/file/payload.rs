@@ -1,9 +1,10 @@
-//! A payload that is checked before it is used, and used as it was checked.
+//! A payload that is checked before use, and used exactly as it was checked.
 //!
-//! The format has one checksum over all of it, and the file may be of any length: to check it and
-//! then to use it takes two reads, or all of it in memory. Another program may write to the file in
-//! between. So the first read keeps what it has checked, as far as there is room, and of the rest a
-//! hash with a secret key for each block; the second read takes a block only if it has that hash.
+//! The format has one checksum over the whole payload, which may have any length. So a check and a
+//! later use need two reads, or all of it in memory, and another program may write to the file in
+//! between. Therefore the first read keeps the bytes that it has checked, up to a bound, and for
+//! each further block a hash with a secret key. The second read accepts a block only if it has that
+//! hash.
 
 use std::hash::{BuildHasher, RandomState};
 use std::io::{Read, Seek, SeekFrom};
@@ -14,7 +15,7 @@ use super::{BLOCK, BitmapFile, BitmapFileError, HEADER, Header};
 use dirtymap::exchange::DirtyLog;
 use dirtymap::{BitmapView, Iova, IovaRange};
 
-/// How many bytes of a payload are kept in memory.
+/// The most bytes of a payload that are kept in memory.
 pub(super) const KEPT: usize = 64 << 20;
 
 /// A block of a payload that was checked.
@@ -70,14 +71,15 @@ impl<R: Read + Seek> BitmapFile<R> {
         }
         let used = header.bits() % 8;
         if used != 0 && last >> used != 0 {
-            return Err(BitmapFileError::Damaged("it has bits behind its end"));
+            return Err(BitmapFileError::Damaged("it has bits past its end"));
         }
         Ok(checked)
     }
 }
 
 impl Checked {
-    /// ORs what was checked into `target`; `reader` has what was not kept. How many bits that set.
+    /// ORs the checked bits into `target`, and reads the blocks that were not kept from `reader`.
+    /// Returns how many bits that set.
     pub(super) fn or_into(
         &self,
         reader: &mut (impl Read + Seek),
@@ -109,7 +111,7 @@ impl Checked {
 }
 
 impl Header {
-    /// The addresses that each block of the payload is about.
+    /// The addresses of each block of the payload.
     fn blocks(&self) -> impl Iterator<Item = IovaRange> + use<> {
         let (all, granule) = (self.range, self.granule);
         let span = (BLOCK as u128 * 8) << granule.lg2();
@@ -161,7 +163,7 @@ mod tests {
         BitmapFile::from_reader(file).unwrap()
     }
 
-    /// What is ORed after `room` bytes were kept and the byte `at` of the file was flipped.
+    /// The result of the OR after `room` bytes were kept and byte `at` of the file was flipped.
     fn after(room: usize, at: usize) -> (Result<u64, BitmapFileError>, Vec<u64>) {
         let mut file = file();
         let checked = file.checked(room).unwrap();
@@ -174,7 +176,7 @@ mod tests {
         (set, view.bits().collect())
     }
 
-    /// A part that was not kept is taken as it was checked, or not at all.
+    /// A part that was not kept is used as it was checked, or not at all.
     #[test]
     fn what_was_not_kept_is_known_again() {
         let whole = vec![7, BITS - 1];

@@ -1,4 +1,4 @@
-//! Where a bitmap file is written to: a place that is filled anew, or a name that gets a new file.
+//! The target of a bitmap file: a place that is overwritten, or a name that gets a new file.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, BufWriter, Cursor, Seek, SeekFrom, Write};
@@ -9,13 +9,13 @@ use super::error::BitmapFileError;
 /// Bytes of the header, at the beginning of the file.
 pub(super) const HEADER: usize = 64;
 
-/// A place that [`BitmapFile::write_to`](super::BitmapFile::write_to) can fill anew: what was there
-/// before does not stay as a tail.
+/// A place that [`BitmapFile::write_to`](super::BitmapFile::write_to) can overwrite, without a tail
+/// of the old contents.
 pub trait Truncate: Write + Seek {
-    /// Cuts what is there to `len` bytes; does nothing if there are no more.
+    /// Truncates the contents to `len` bytes. Does nothing if they are not longer.
     ///
     /// # Errors
-    /// If there are more, and the place cannot be cut.
+    /// If the contents are longer, and the place cannot be truncated.
     fn truncate(&mut self, len: u64) -> io::Result<()>;
 }
 
@@ -41,7 +41,7 @@ impl<W: Truncate> Truncate for BufWriter<W> {
     }
 }
 
-/// No vector is longer than a `usize` can tell, so a length beyond that cuts nothing.
+/// No vector is longer than a `usize` can hold, so a length beyond that truncates nothing.
 fn cut(bytes: &mut Vec<u8>, len: u64) -> io::Result<()> {
     bytes.truncate(usize::try_from(len).unwrap_or(usize::MAX));
     Ok(())
@@ -59,10 +59,10 @@ impl Truncate for Cursor<&mut Vec<u8>> {
     }
 }
 
-/// Makes room for a header at the beginning of `writer`, and cuts off what lies after it.
+/// Makes room for a header at the beginning of `writer`, and truncates the contents after it.
 pub(super) fn begin(writer: &mut impl Truncate) -> Result<(), BitmapFileError> {
     let len = writer.seek(SeekFrom::End(0))?;
-    // Twice: the first header gets to the beginning of an empty place that appends, too.
+    // Twice, because the first header also gets to the beginning of an empty place that appends.
     for _ in 0..2 {
         writer.seek(SeekFrom::Start(0))?;
         writer.write_all(&[0; HEADER])?;
@@ -78,7 +78,7 @@ pub(super) fn begin(writer: &mut impl Truncate) -> Result<(), BitmapFileError> {
     Ok(())
 }
 
-/// A file on its way to its name. Removed when it is dropped before it got there.
+/// A file that does not have its final name yet. Removed if it is dropped before that.
 pub(super) struct Draft {
     pub(super) file: File,
     temporary: PathBuf,
@@ -94,14 +94,14 @@ impl Draft {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
         let old = std::fs::metadata(&path).ok().filter(Metadata::is_file);
-        // A name may be taken by another thread, or by a process of this number that died. It is
-        // short, whatever the length of the other one.
+        // A name may be taken by another thread, or by a process of this number that was killed.
+        // Its length does not depend on the final name.
         for attempt in 0u64.. {
             let name = format!(".dirtymap-{}-{attempt}.tmp", std::process::id());
             let temporary = path.with_file_name(name);
             let mut open = OpenOptions::new();
             open.write(true).create_new(true);
-            // Until it has the permissions of the old one, no other user reads it.
+            // Until the file has the permissions of the old one, no other user can read it.
             #[cfg(unix)]
             if old.is_some() {
                 std::os::unix::fs::OpenOptionsExt::mode(&mut open, 0o600);
@@ -124,7 +124,7 @@ impl Draft {
         Err(io::ErrorKind::AlreadyExists.into())
     }
 
-    /// Takes over the permissions of `old`, and the owner and group as far as they can be given.
+    /// Copies the permissions of `old`, and its owner and group if the process may set them.
     #[cfg(unix)]
     fn become_like(&self, old: &Metadata) -> io::Result<()> {
         use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
@@ -133,7 +133,7 @@ impl Draft {
         let given = fchown(&self.file, Some(owner), Some(group))
             .or_else(|_| fchown(&self.file, None, Some(group)));
         if given.is_err() {
-            // Another group has the rights of all others.
+            // Another group gets the rights of all other users.
             mode = mode & !0o070 | (mode & 0o007) << 3;
         }
         self.file.set_permissions(PermissionsExt::from_mode(mode))
@@ -157,7 +157,7 @@ impl Draft {
 
 /// Makes a change of the name `path` durable.
 pub(super) fn sync_folder_of(path: &Path) -> io::Result<()> {
-    // Elsewhere a folder cannot be opened, and has nothing to be synced.
+    // On other systems a folder cannot be opened, and needs no sync.
     if cfg!(unix) {
         let folder = path.parent().filter(|folder| *folder != Path::new(""));
         File::open(folder.unwrap_or(Path::new(".")))?.sync_all()?;
@@ -168,16 +168,16 @@ pub(super) fn sync_folder_of(path: &Path) -> io::Result<()> {
 impl Drop for Draft {
     fn drop(&mut self) {
         if !self.published {
-            // What cannot be removed is only in the way.
+            // A file that cannot be removed does no harm.
             let _ = std::fs::remove_file(&self.temporary);
         }
     }
 }
 
-/// What `path` leads to in the end, if it is a symbolic link; it need not be there.
+/// The file to which `path` leads, if it is a symbolic link. That file may not exist.
 pub(super) fn resolved(path: &Path) -> io::Result<PathBuf> {
     let mut path = path.to_owned();
-    // As many as Linux follows.
+    // The limit of Linux.
     for _ in 0..=40 {
         let Ok(target) = std::fs::read_link(&path) else {
             return Ok(path);

@@ -7,12 +7,12 @@ use super::place::{resolved, sync_folder_of};
 use super::{BitmapFile, BitmapFileError};
 use dirtymap::{AddressSpace, Error, HarvestRequest, IovaRange, SparseBitmap, UserBitmap};
 
-/// What [`BitmapFile::restore_space`] made dirty.
+/// The result of [`BitmapFile::restore_space`]: the state that became dirty.
 #[derive(Debug)]
 #[must_use = "it says whether the file could be trusted"]
 #[non_exhaustive]
 pub enum Restored {
-    /// What the file says, and nothing else.
+    /// The pages of the file alone.
     Saved {
         /// The generation that the file was saved with.
         generation: u64,
@@ -21,16 +21,16 @@ pub enum Restored {
     },
     /// All areas: the file is missing, or cannot be trusted.
     Everything {
-        /// Why.
+        /// The error of the file.
         reason: BitmapFileError,
     },
 }
 
 impl BitmapFile {
-    /// Saves what is dirty in all of `space`, in one bit for each of its pages, and takes nothing:
-    /// for the last moment of a process, when its writers have stopped. Returns the dirty bytes.
+    /// Saves the dirty state of `space`, in one bit for each of its pages, and takes nothing: for
+    /// the end of a process, after its writers have stopped. Returns the dirty bytes.
     ///
-    /// [`restore_space`](Self::restore_space) gives it to the space of the next process. The file
+    /// [`restore_space`](Self::restore_space) loads it into the space of the next process. The file
     /// spans from the lowest area to the highest, and takes an eighth of a byte for each page in
     /// between.
     ///
@@ -63,7 +63,7 @@ impl BitmapFile {
     ///
     /// # Errors
     /// As [`save`](Self::save), and in [`BitmapFileError::Bitmap`]: [`Error::NothingMapped`], and
-    /// what [`peek`](AddressSpace::peek) says.
+    /// the errors of [`peek`](AddressSpace::peek).
     pub fn save_space(
         path: impl AsRef<Path>,
         space: &AddressSpace,
@@ -83,9 +83,10 @@ impl BitmapFile {
         Ok(u128::from(view.count()) << page.lg2())
     }
 
-    /// Makes dirty in `space` what [`save_space`](Self::save_space) saved, and removes the file, so
-    /// that it is used once. Where the file is missing or cannot be trusted, all of `space` becomes
-    /// dirty: after a crash the file of the start before is gone.
+    /// Makes the pages that [`save_space`](Self::save_space) saved dirty in `space`, and removes
+    /// the file, so that it is used once. If the file is missing or cannot be trusted, all of
+    /// `space` becomes dirty. So after a crash everything is dirty, because the file of the run
+    /// before is gone.
     ///
     /// Map the areas and start tracking before this, and let writers begin after it. Pages of the
     /// file that no area holds any more count in
@@ -93,7 +94,7 @@ impl BitmapFile {
     ///
     /// # Errors
     /// [`BitmapFileError::Io`] if the file cannot be removed: it would be taken for the state of a
-    /// later moment. The pages are dirty all the same.
+    /// later moment. The pages are dirty nevertheless.
     pub fn restore_space(
         path: impl AsRef<Path>,
         space: &AddressSpace,
@@ -119,7 +120,7 @@ impl BitmapFile {
     }
 }
 
-/// Marks what the file says.
+/// Marks the pages of the file.
 fn restore(path: &Path, space: &AddressSpace) -> Result<Restored, BitmapFileError> {
     let mut file = BitmapFile::open(path)?;
     // No more than `MAX_BITS`.
@@ -128,7 +129,7 @@ fn restore(path: &Path, space: &AddressSpace) -> Result<Restored, BitmapFileErro
     let view = UserBitmap::sparse(&bitmap).view(file.range(), file.granule())?;
     file.or_into(&view)?;
     for run in view.runs() {
-        // What lies outside of every area is counted.
+        // Pages outside of every area are counted.
         let _ = space.mark(run);
     }
     Ok(Restored::Saved {

@@ -24,13 +24,17 @@
 //! or the loopback interface.
 
 mod client;
+mod connect;
 mod error;
 mod export;
 mod server;
+mod session;
 mod transmit;
 mod wire;
 
-pub use client::{Client, Connect};
+pub use client::Client;
+pub use connect::Connect;
 pub use error::NbdError;
 pub use export::Export;
-pub use server::{Session, serve};
+pub use server::serve;
+pub use session::Session;

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 
 use super::error::{NbdError, at_most};
 use super::export::Context;
-use super::server::{Chosen, Mode, Session};
+use super::session::{Chosen, Mode, Session};
 use super::wire::*;
 
 /// The most bytes of a read in one piece of a structured reply.

@@ -149,9 +149,9 @@ impl<F: ImageFile> Image<F> {
     /// The bytes of the disk that a bitmap holds, in whole granules, cut at the end of the disk.
     ///
     /// # Errors
-    /// [`QcowError::NoBitmap`]; [`QcowError::Stale`] and [`QcowError::InUse`], after which all of
-    /// the disk counts as dirty; [`QcowError::Limit`] for more runs than allowed; otherwise
-    /// [`QcowError`] names what is wrong in the image, and where.
+    /// After each of them all of the disk counts as dirty. [`QcowError::NoBitmap`],
+    /// [`QcowError::Stale`], [`QcowError::InUse`]; [`QcowError::Limit`] for more runs than allowed;
+    /// otherwise [`QcowError`] names what is wrong in the image, and where.
     pub fn read(&mut self, name: &str) -> Result<RunTable, QcowError> {
         let limit = self.max_runs as u64;
         let mut runs = Vec::new();
@@ -232,6 +232,20 @@ impl<F: ImageFile> Image<F> {
             }
         }
         open.clear(bits)
+    }
+
+    pub(super) fn put(
+        &mut self,
+        at: u64,
+        bytes: &[u8],
+        place: &'static str,
+    ) -> Result<(), QcowError> {
+        let wrote = self.file.write_at(at, bytes);
+        wrote.map_err(QcowError::io(place, at))
+    }
+
+    pub(super) fn sync(&mut self) -> Result<(), QcowError> {
+        self.file.flush().map_err(QcowError::io("the image", 0))
     }
 
     /// Whether the bitmaps are not true any more.

@@ -19,9 +19,11 @@
 //! names it, and then the flag goes. At each moment the bitmap is the old one, the new one, or in
 //! use. Clusters that are lost to a crash are found by `qemu-img check -r leaks`.
 
+mod bits;
 mod create;
 mod directory;
 mod error;
+mod extension;
 mod file;
 mod header;
 mod image;

@@ -1,9 +1,10 @@
 //! Changes of an image: each in an order that leaves an image that opens, whatever moment it is cut
 //! off at.
 
+use dirtymap::Granule;
 use dirtymap::exchange::RunTable;
-use dirtymap::{Granule, IovaRange};
 
+use super::bits::{Content, contents, fill};
 use super::directory::*;
 use super::error::{QcowError, at_most};
 use super::file::ImageFile;
@@ -40,14 +41,6 @@ impl BitmapOptions {
     }
 }
 
-/// What a cluster of a bitmap's bits will hold.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Content {
-    Zeroes,
-    Ones,
-    Bits,
-}
-
 impl<F: ImageFile> Image<F> {
     /// Writes a bitmap, new or in place of the one of this name, and returns when it is durable.
     /// Each granule with a dirty byte becomes dirty. The flag *in use* is off at the end, because
@@ -73,7 +66,7 @@ impl<F: ImageFile> Image<F> {
             Err(error) => return Err(error),
         };
         let (lg2, flags) = self.form(name, old, options)?;
-        let bits = self.content(dirty, lg2)?;
+        let bits = contents(&self.header, dirty, lg2)?;
         let count = self.entries.len() as u64 + u64::from(old.is_none());
         at_most("the number of bitmaps", count, MAX_BITMAPS)?;
         let backing = self.room_for_extension()?;
@@ -276,42 +269,6 @@ impl<F: ImageFile> Image<F> {
         Ok((lg2, if auto { AUTO } else { 0 }))
     }
 
-    /// What each cluster of bits will hold.
-    fn content(&self, dirty: &RunTable, lg2: u8) -> Result<Vec<Content>, QcowError> {
-        let size = self.header.size;
-        if size == 0 {
-            return Err(QcowError::Limit {
-                place: "the size of the disk",
-                found: 0,
-                limit: 1,
-            });
-        }
-        if let Some(&run) = dirty.runs().last()
-            && run.start().get() >= size
-        {
-            return Err(QcowError::Outside { run, size });
-        }
-        let bits = granules(size, lg2);
-        at_most(
-            "the size of a bitmap in bytes",
-            bits.div_ceil(8),
-            MAX_BITS_BYTES,
-        )?;
-        let per_cluster = self.header.cluster() * 8;
-        // At most 2^32 bits, in clusters of at least 2^12.
-        let mut content = vec![Content::Zeroes; table_entries(&self.header, lg2) as usize];
-        for (first, last) in granule_runs(dirty.runs(), size, lg2) {
-            for cluster in first / per_cluster..=last / per_cluster {
-                let from = cluster * per_cluster;
-                let end = bits.min(from + per_cluster) - 1;
-                let whole = first <= from && end <= last;
-                // Two runs may touch in granules, so one of them alone may not fill a cluster.
-                content[cluster as usize] = if whole { Content::Ones } else { Content::Bits };
-            }
-        }
-        Ok(content)
-    }
-
     /// Makes a change, and reads the image anew. After an error nothing more is written.
     fn change(
         &mut self,
@@ -327,15 +284,6 @@ impl<F: ImageFile> Image<F> {
         self.reload()?;
         self.broken = false;
         Ok(())
-    }
-
-    fn put(&mut self, at: u64, bytes: &[u8], place: &'static str) -> Result<(), QcowError> {
-        let wrote = self.file.write_at(at, bytes);
-        wrote.map_err(QcowError::io(place, at))
-    }
-
-    fn sync(&mut self) -> Result<(), QcowError> {
-        self.file.flush().map_err(QcowError::io("the image", 0))
     }
 
     fn allocate(&mut self, clusters: u64) -> Result<u64, QcowError> {
@@ -370,106 +318,6 @@ impl<F: ImageFile> Image<F> {
         Ok((Part { at, len }, bytes))
     }
 
-    /// Whether the header has room for the extension of bitmaps, if it is not there yet. Returns
-    /// where the name of the backing file has to go first, if it is in the way.
-    fn room_for_extension(&self) -> Result<Option<Part>, QcowError> {
-        let header = &self.header;
-        let end = header.cluster();
-        let room = header.backing.map_or(end, |name| name.at);
-        // It ends with a mark of 8 bytes, where the mark is now.
-        let needed = header.end_at + BITMAPS_LEN + 8;
-        if header.bitmaps.is_some() || needed <= room {
-            return Ok(None);
-        }
-        if let Some(name) = header.backing {
-            let at = (end - name.len) & !7;
-            // The old name stays until the header names the new one. A mark ends the extensions.
-            if at >= needed.max(name.at + name.len) && header.end_at + 8 <= name.at {
-                return Ok(Some(Part { at, len: name.len }));
-            }
-        }
-        Err(QcowError::Unsupported {
-            place: "the room for extensions of the header",
-            found: room - header.end_at,
-            why: "40 bytes are needed",
-        })
-    }
-
-    /// Copies the name of the backing file, and then says in the header where it is.
-    fn move_backing_name(&mut self, to: Part) -> Result<(), QcowError> {
-        let place = "the name of the backing file";
-        let from = self.header.backing.unwrap_or(to);
-        let name = super::file::read(&mut self.file, from.at, from.len, place)?;
-        self.put(to.at, &name, place)?;
-        self.sync()?;
-        self.put(AT_BACKING, &to.at.to_be_bytes(), place)?;
-        self.sync()
-    }
-
-    /// The extension is taken away by the mark that ends all of them, so it has to be the last.
-    fn extension_ends_the_header(&self) -> Result<(), QcowError> {
-        match self.header.bitmaps {
-            Some(bitmaps) if !self.header.bitmaps_last => Err(QcowError::Unsupported {
-                place: "the offset of the bitmaps' extension",
-                found: bitmaps.at,
-                why: "another extension follows it: remove the bitmap with qemu-img",
-            }),
-            _ => Ok(()),
-        }
-    }
-
-    /// Makes the header name another directory, or none. While the extension is not whole on the
-    /// disk, the header does not say that bitmaps are true.
-    fn switch(&mut self, to: Option<(u64, Part)>) -> Result<(), QcowError> {
-        let at = match self.header.bitmaps {
-            Some(bitmaps) => bitmaps.at,
-            None => self.header.end_at,
-        };
-        let autoclear = self.header.autoclear;
-        let place = "the bitmaps' extension";
-        let new = self.header.bitmaps.is_none();
-        // A sector is written as a whole.
-        let data_at = at + 8;
-        let one_sector = data_at / 512 == (data_at + 23) / 512;
-        let hidden = to.is_none() || new || !one_sector;
-        if hidden && autoclear & HAS_BITMAPS != 0 {
-            self.put_autoclear(autoclear & !HAS_BITMAPS)?;
-        }
-        let Some((count, directory)) = to else {
-            self.put(at, &[0; 8], place)?;
-            return self.sync();
-        };
-        let mut bytes = Vec::new();
-        bytes.extend_from_slice(&BITMAPS.to_be_bytes());
-        bytes.extend_from_slice(&24u32.to_be_bytes());
-        bytes.extend_from_slice(&(count as u32).to_be_bytes());
-        bytes.extend_from_slice(&[0; 4]);
-        bytes.extend_from_slice(&directory.len.to_be_bytes());
-        bytes.extend_from_slice(&directory.at.to_be_bytes());
-        if new {
-            // First what the new extension is followed by and has, then that it is there.
-            self.put(at + BITMAPS_LEN, &[0; 8], place)?;
-            self.put(data_at, &bytes[8..], place)?;
-            self.sync()?;
-            self.put(at, &bytes[..8], place)?;
-        } else {
-            self.put(data_at, &bytes[8..], place)?;
-        }
-        self.sync()?;
-        if hidden {
-            self.put_autoclear(autoclear | HAS_BITMAPS)?;
-        }
-        Ok(())
-    }
-
-    fn put_autoclear(&mut self, features: u64) -> Result<(), QcowError> {
-        let place = "the autoclear features";
-        self.put(AT_AUTOCLEAR, &features.to_be_bytes(), place)?;
-        self.sync()?;
-        self.header.autoclear = features;
-        Ok(())
-    }
-
     /// The clusters of the directory, and of the table and the bits of an entry. None of them is
     /// used for anything else.
     fn named_only_here(&mut self, old: Option<usize>) -> Result<Vec<u64>, QcowError> {
@@ -498,57 +346,5 @@ impl<F: ImageFile> Image<F> {
             self.refcounts.free(&mut self.file, at)?;
         }
         self.refcounts.flush(&mut self.file)
-    }
-}
-
-/// The granules that runs touch: first and last, cut at the end of the disk.
-fn granule_runs(runs: &[IovaRange], size: u64, lg2: u8) -> impl Iterator<Item = (u64, u64)> {
-    runs.iter().map(move |run| {
-        let last = run.last().get().min(size - 1);
-        (run.start().get() >> lg2, last >> lg2)
-    })
-}
-
-/// The bits of the cluster `nth` of a bitmap.
-fn fill(buf: &mut [u8], dirty: &RunTable, size: u64, lg2: u8, nth: u64) {
-    buf.fill(0);
-    let base = nth * buf.len() as u64 * 8;
-    let end = base + buf.len() as u64 * 8 - 1;
-    let runs = dirty.runs();
-    let from = runs.partition_point(|run| run.last().get() >> lg2 < base);
-    for (first, last) in granule_runs(&runs[from..], size, lg2) {
-        if first > end {
-            break;
-        }
-        set_bits(buf, first.max(base) - base, last.min(end) - base);
-    }
-}
-
-fn set_bits(buf: &mut [u8], first: u64, last: u64) {
-    let (low, high) = ((first / 8) as usize, (last / 8) as usize);
-    let (from, to) = (0xff << (first % 8), 0xff >> (7 - last % 8));
-    if low == high {
-        buf[low] |= from & to;
-    } else {
-        buf[low] |= from;
-        buf[low + 1..high].fill(0xff);
-        buf[high] |= to;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn bits_of_a_run_and_no_others_are_set() {
-        for first in 0..40 {
-            for last in first..40 {
-                let mut buf = [0u8; 5];
-                set_bits(&mut buf, first, last);
-                let set = |bit: u64| buf[bit as usize / 8] >> (bit % 8) & 1 == 1;
-                assert!((0..40).all(|bit| set(bit) == (first..=last).contains(&bit)));
-            }
-        }
     }
 }

@@ -2,8 +2,8 @@
 
 use std::io::{Read, Write};
 
-use super::Meta;
 use super::error::RbdError;
+use super::meta::Meta;
 use super::read::{Reader, Record};
 use super::write::Writer;
 

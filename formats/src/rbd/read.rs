@@ -6,7 +6,7 @@ use dirtymap::exchange::RunTable;
 use dirtymap::{Iova, IovaRange};
 
 use super::error::RbdError;
-use super::{MAGIC, MAX_NAME, Meta};
+use super::meta::{MAGIC, MAX_NAME, Meta};
 
 /// A record of an increment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

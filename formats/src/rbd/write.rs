@@ -6,7 +6,7 @@ use dirtymap::IovaRange;
 use dirtymap::exchange::RunTable;
 
 use super::error::RbdError;
-use super::{MAGIC, MAX_NAME, Meta};
+use super::meta::{MAGIC, MAX_NAME, Meta};
 use crate::ReadAt;
 
 /// Bytes of the disk that are read at a time.

@@ -1,4 +1,4 @@
-//! Bitmap files: what is written is read back, and what is not as it was written is refused by name.
+//! Bitmap files: what is written is read back, and a changed file is refused with a reason.
 
 use std::io::Cursor;
 
@@ -20,7 +20,8 @@ fn open(bytes: &[u8]) -> Result<BitmapFile<Cursor<&[u8]>>, BitmapFileError> {
     BitmapFile::from_reader(Cursor::new(bytes))
 }
 
-/// Writes the checksum of the header anew, so that what is wrong besides comes to light.
+/// Writes the checksum of the header anew, so that another fault of the header is the one that is
+/// reported.
 fn sealed(mut bytes: Vec<u8>) -> Vec<u8> {
     let checksum = crc32(&bytes[..60]);
     bytes[60..64].copy_from_slice(&checksum.to_le_bytes());
@@ -53,7 +54,8 @@ fn the_layout_is_what_the_documentation_says() {
 #[test]
 fn a_file_of_several_blocks_comes_back_whole_and_converted() {
     let folder = Folder::new("blocks");
-    // A block is 2^19 bits; one more than two of them, with runs across their borders.
+    // A block is 2^19 bits. The bitmap has one bit more than two blocks, with runs across their
+    // borders.
     let bits = (1 << 20) + 1;
     let all = range(1 << 30, bits << 12);
     let dirty = [
@@ -72,7 +74,7 @@ fn a_file_of_several_blocks_comes_back_whole_and_converted() {
     let view = UserBitmap::sparse(&back).view(all, Granule::K4).unwrap();
     assert_eq!(file.or_into(&view).unwrap(), 5);
     assert_eq!(view.runs().collect::<Vec<_>>(), dirty);
-    // Into a coarser bitmap with another base; again, for the file can be read any number of times.
+    // Into a coarser bitmap with another base. The file can be read any number of times.
     let mut words = [0u64; 41];
     let target = IovaRange::new(Iova::MIN, Iova::new(((41 * 64) << 21) - 1)).unwrap();
     let view = UserBitmap::new(&mut words)
@@ -129,7 +131,7 @@ fn what_a_header_may_not_say_is_refused_though_it_is_sealed() {
     let mut granule = bytes();
     granule[12] = 64;
     assert!(damaged(sealed(granule)));
-    // Lengths are checked by arithmetic alone: nobody allocates what a header says.
+    // Lengths are checked by arithmetic alone: no length of a header is allocated.
     assert!(matches!(
         open(&with(24, u64::MAX)),
         Err(BitmapFileError::TooLarge { bits: u64::MAX, limit }) if limit == BitmapFile::MAX_BITS
@@ -141,7 +143,7 @@ fn what_a_header_may_not_say_is_refused_though_it_is_sealed() {
     let mut long = bytes();
     long.push(0);
     assert!(damaged(long));
-    // A payload with a bit behind its end, and checksums that fit.
+    // A payload with a bit past its end, and checksums that fit.
     let mut behind = bytes();
     behind[73] |= 1 << 5;
     let checksum = crc32(&behind[64..]);

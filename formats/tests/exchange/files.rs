@@ -10,8 +10,8 @@ fn pages(first: u64, n: u64) -> IovaRange {
     range(first << 12, n << 12)
 }
 
-/// What a program that starts knows of a disk: the map of generation `now`, or that it knows
-/// nothing.
+/// The blocks of a disk that may have changed, for a program that starts and expects a map of
+/// generation `now`. Without such a map, these are all blocks.
 fn changed(path: &std::path::Path, disk: IovaRange, now: u64) -> Vec<IovaRange> {
     let mut words = vec![0; disk.granules(Granule::K4).div_ceil(64) as usize];
     let mut read = || -> Result<Vec<IovaRange>, BitmapFileError> {
@@ -32,11 +32,11 @@ fn save(path: &std::path::Path, disk: IovaRange, dirty: u64, generation: u64) {
     BitmapFile::save(path, &view, generation).unwrap();
 }
 
-/// A map was written when its program ended in good order, and only then. After a crash it was the
-/// map of an earlier run. A program that believed it missed all that was written since. A program
-/// that did not believe it could not even remove it. Here a file has the generation that its owner
-/// increments before it writes to the disk again. A file of another generation means that all is
-/// dirty. The story is in docs/guide/bugs.md.
+/// A map was written only when its program ended in good order. After a crash the file had the map
+/// of an earlier run. A program that believed it missed all writes since then; a program that did
+/// not believe it could not even remove it. Here a file has a generation, which its owner
+/// increments before it writes to the disk again. A file of another generation means that
+/// everything is dirty. The story is in docs/guide/bugs.md.
 #[test]
 fn a_map_of_an_earlier_run_a_torn_one_and_none_at_all_mean_that_all_is_dirty() {
     let name = format!("dirtymap-consumers-{}", std::process::id());
@@ -51,7 +51,7 @@ fn a_map_of_an_earlier_run_a_torn_one_and_none_at_all_mean_that_all_is_dirty() {
     // A newer one takes its place.
     save(&path, disk, 0b1000, 2);
     assert_eq!(changed(&path, disk, 2), [pages(3, 1)]);
-    // Torn: somebody else cut it, or the disk lost a block.
+    // A torn file: another program truncated it, or the disk lost a block.
     let whole = std::fs::read(&path).unwrap();
     std::fs::write(&path, &whole[..whole.len() - 1]).unwrap();
     assert_eq!(changed(&path, disk, 2), [disk]);

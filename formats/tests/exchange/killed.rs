@@ -1,7 +1,8 @@
-//! A process that is killed while it saves, at any moment: the file is whole, the old one or the new one.
+//! A process that is killed while it saves, at any moment: the file is whole, the old one or the
+//! new one.
 //!
-//! A child, which is this test again with a variable set, saves one generation after the other and says which of them are on
-//! the disk; the parent kills it and looks.
+//! The child is this test again, with a variable set. It saves one generation after the other, and
+//! prints which of them are on the disk. The parent kills it and reads the file.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -16,7 +17,7 @@ const CHILD: &str = "DIRTYMAP_TEST_SAVE_TO";
 /// Large enough for several blocks, so that there is a middle to be killed in.
 const WORDS: usize = 1 << 15;
 
-/// The bits of a generation: each word tells which one it is.
+/// The bits of a generation: each word holds its number.
 fn words(generation: u64) -> Vec<u64> {
     let bits = |nth: usize| {
         generation
@@ -57,7 +58,7 @@ fn a_saver_that_is_killed_leaves_a_whole_file() {
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        // Not before the first file is there; then at another moment in each round.
+        // The kill comes after the first save, at a different moment in each round.
         lines
             .by_ref()
             .find(|line| line.as_ref().unwrap().contains("saved 1"))
@@ -73,7 +74,7 @@ fn a_saver_that_is_killed_leaves_a_whole_file() {
         let last = said.last().unwrap_or(1);
         let mut file = BitmapFile::open(folder.file()).unwrap();
         let generation = file.generation();
-        // The child may be killed between a save and what it says of it.
+        // The child may be killed between a save and the line that it prints.
         assert!(
             [last, last + 1].contains(&generation),
             "{generation} after {last}"

@@ -1,4 +1,4 @@
-//! What goes in and out: bitmap files and Roaring sets.
+//! Forms of dirty state for other programs: bitmap files and Roaring sets.
 #![allow(clippy::unwrap_used)] // helpers of tests
 
 mod file;
@@ -11,7 +11,7 @@ mod restart;
 #[cfg(feature = "roaring")]
 mod roaring;
 
-/// A folder of a test's own, removed when it is dropped.
+/// A folder for one test, which is removed when the value is dropped.
 struct Folder(std::path::PathBuf);
 
 impl Folder {
@@ -26,7 +26,7 @@ impl Folder {
         self.0.join("bits")
     }
 
-    /// The names of what is in the folder.
+    /// The names of the files in the folder.
     fn names(&self) -> Vec<String> {
         let entries = std::fs::read_dir(&self.0).unwrap();
         let names = entries.map(|entry| entry.unwrap().file_name());

@@ -1,5 +1,5 @@
-//! Where bitmap files are written to and read from: links, modes, long names, places that append,
-//! places with something longer in them, files that somebody rewrites.
+//! Where bitmap files are written to and read from: links, modes, long names, files that append,
+//! longer old contents, files that another program rewrites.
 
 use std::fs::{self, File};
 use std::io::{self, Cursor, Read, Seek, SeekFrom, Write};
@@ -63,12 +63,12 @@ impl Seek for Rewritten {
     }
 }
 
-/// graphene#53: what was checked was one read, what was used was another one. The answer was that
-/// of no version of the file, and `Ok`.
+/// graphene#53: the bytes that were checked came from one read, the bytes that were used from
+/// another one. The result was `Ok`, and that of no version of the file.
 #[test]
 fn a_file_that_is_rewritten_between_two_reads_never_gives_what_was_not_checked() {
     let (old, new) = (bytes(0b0110), bytes(0b1001));
-    // Opened, then checked as it was; any later read finds what another program has made of it.
+    // The file is opened and checked. Each later read finds the changes of another program.
     let versions = vec![old.clone(), old.clone(), new.clone()];
     let mut file = BitmapFile::from_reader(Rewritten { versions, at: 0 }).unwrap();
     assert_eq!(word(&mut file).unwrap(), 0b0110);
@@ -118,7 +118,7 @@ fn a_save_goes_through_links_to_the_file_that_they_lead_to() {
         assert!(target.is_file());
         assert_eq!(word(&mut BitmapFile::open(&link).unwrap()).unwrap(), 0b101);
     }
-    // A circle is an error, and nothing is left behind.
+    // A circle of links is an error, and no file is left.
     symlink("circle", folder.0.join("circle")).unwrap();
     let circle = folder.0.join("circle");
     let saved = with_view(1, |view| BitmapFile::save(&circle, view, 7));
@@ -128,7 +128,7 @@ fn a_save_goes_through_links_to_the_file_that_they_lead_to() {
     assert_eq!(names, ["circle", "deep", "new", "one", "two"]);
 }
 
-/// The name of the draft was that of the file and some more: longer than a name may be.
+/// The name of the draft was that of the file and some more: longer than a name can be.
 #[test]
 fn a_name_may_be_as_long_as_the_system_lets_it() {
     let folder = Folder::new("names");
@@ -140,7 +140,8 @@ fn a_name_may_be_as_long_as_the_system_lets_it() {
     assert_eq!(folder.names().len(), 4, "no draft is left behind");
 }
 
-/// The header, which is written last, went to the end: the file could not be read.
+/// The header is written last. In a file that appends, it went to the end, and the file could not
+/// be read.
 #[test]
 fn a_place_that_appends_is_refused_and_stays_as_it_was() {
     let folder = Folder::new("append");
@@ -156,7 +157,7 @@ fn a_place_that_appends_is_refused_and_stays_as_it_was() {
     }
 }
 
-/// The tail of something longer stayed behind the payload, and the file was refused as damaged.
+/// The tail of longer old contents stayed after the payload, and the file was refused as damaged.
 #[test]
 fn what_was_there_before_leaves_no_tail() {
     let folder = Folder::new("tail");
@@ -184,7 +185,7 @@ fn what_was_there_before_leaves_no_tail() {
     );
 }
 
-/// A place of the caller's own says itself how it is cut.
+/// A place that the user defines may be unable to truncate.
 #[test]
 fn a_place_that_cannot_be_cut_says_so() {
     struct Fixed(Cursor<Vec<u8>>);

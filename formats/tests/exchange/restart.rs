@@ -1,4 +1,5 @@
-//! The dirty state over a restart: what was saved, once; everything, where the file is no use.
+//! The dirty state over a restart: a saved file is used once, and without a usable file everything
+//! is dirty.
 
 use dirtymap::{Access, AddressSpace, Error, Granule, IovaRange, ToIovaRange};
 use dirtymap_formats::{BitmapFile, BitmapFileError, Restored};
@@ -50,7 +51,7 @@ fn what_was_saved_is_dirty_once() {
     assert_eq!(dirty(&after), dirty(&before));
     assert!(!path.exists(), "used up");
 
-    // A crash before the next save: nobody knows what was written meanwhile.
+    // A crash before the next save: the writes since then are unknown.
     let after = space();
     let restored = BitmapFile::restore_space(&path, &after).unwrap();
     let Restored::Everything { reason } = restored else {

@@ -1,4 +1,4 @@
-//! Roaring sets: there and back, bounds, and bytes that are no set.
+//! Roaring sets: conversion in both directions, bounds, and bytes that are no set.
 
 use std::io::ErrorKind;
 
@@ -88,13 +88,13 @@ fn a_number_that_the_view_does_not_have_is_refused_before_anything_is_set() {
 
 #[test]
 fn reading_is_bounded_by_what_is_expected_and_by_what_is_there() {
-    // A set of every second number is the longest of its size, if it is written in runs.
+    // A set of every second number, written in runs, is the longest encoding for its size.
     let mut every_second: RoaringBitmap = (0..1 << 17).step_by(2).collect();
     every_second.optimize();
     let mut bytes = vec![];
     every_second.serialize_into(&mut bytes).unwrap();
     assert_eq!(read_roaring(&bytes[..], 1 << 17).unwrap(), every_second);
-    // Of a set that is too long no more is read than the longest of the expected size has.
+    // Of a set that is too long, at most the longest encoding for the expected size is read.
     let mut long = vec![];
     let set: RoaringBitmap = (0..1 << 22).step_by(2).collect();
     set.serialize_into(&mut long).unwrap();
@@ -105,14 +105,15 @@ fn reading_is_bounded_by_what_is_expected_and_by_what_is_there() {
         "{}",
         counted.1
     );
-    // A header that promises 65536 containers or 2^64 parts, and ends: an error, without memory for them.
+    // A header of 65536 containers or 2^64 parts, without any contents: an error, and no memory is
+    // allocated for them.
     let mut many = 12346u32.to_le_bytes().to_vec();
     many.extend(65536u32.to_le_bytes());
     assert!(read_roaring(&many[..], 1 << 32).is_err());
     let parts = u64::MAX.to_le_bytes();
     let error = read_treemap(&parts[..], u64::MAX).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::UnexpectedEof);
-    // Every cut of a good one.
+    // Each prefix of a valid set.
     for len in 0..bytes.len().min(300) {
         assert!(read_roaring(&bytes[..len], 1 << 17).is_err());
     }
@@ -120,8 +121,8 @@ fn reading_is_bounded_by_what_is_expected_and_by_what_is_there() {
 
 #[test]
 fn parts_that_come_twice_do_not_replace_each_other() {
-    // History: a reader of the 64-bit format that inserts each part under its key keeps the last of two with the same key,
-    // and forgets what the first one said.
+    // History: a reader of the 64-bit format that inserts each part under its key keeps the last of
+    // two with the same key, and forgets what the first one said.
     let mut bytes = 2u64.to_le_bytes().to_vec();
     for value in [3u32, 8] {
         bytes.extend(0u32.to_le_bytes());

@@ -1,4 +1,4 @@
-//! One recorded domain: a simulated one that maps by the leaves it is told.
+//! One recorded domain: a simulated one that maps by given leaves.
 
 use std::cell::Cell;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -32,10 +32,10 @@ impl Hwpt {
 /// First address, size and count of leaves.
 pub(crate) type Leaves = (u64, u64, u64);
 
-/// A domain that maps by the leaves it is told.
+/// A domain that maps by given leaves.
 pub(crate) struct Source {
     domain: Arc<Domain<Mock>>,
-    /// The leaves of the next map; none for those that the domain chooses.
+    /// The leaves of the next map. If there are none, the domain chooses them.
     leaves: Mutex<Vec<Leaves>>,
 }
 
@@ -48,7 +48,7 @@ impl Source {
         }
     }
 
-    /// The next map is made of `leaves`; of those that the domain chooses if there are none.
+    /// Sets the leaves of the next map. If there are none, the domain chooses them.
     pub(crate) fn map_next_by(&self, leaves: &[Leaves]) {
         *self.leaves() = leaves.to_vec();
     }

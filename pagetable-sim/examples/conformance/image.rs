@@ -2,19 +2,19 @@
 
 use super::parse::{Buffer, HOST_PAGE, Rights};
 
-/// The pages of a buffer that can be read, as far as they are one piece with page 0, and where the
-/// bitmap begins in them.
+/// The readable pages of a buffer that are contiguous with page 0, and the place at which the
+/// bitmap begins.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Image {
     bytes: Vec<u8>,
     /// The byte of the pointer.
     base: usize,
-    /// How many bytes from the pointer on can be written.
+    /// The number of writable bytes from the pointer on.
     writable: usize,
 }
 
 impl Image {
-    /// The memory before the call; nothing for a NULL pointer.
+    /// The memory before the call. Empty for a NULL pointer.
     pub(crate) fn new(buffer: Option<&Buffer>) -> Self {
         let nothing = Image {
             bytes: Vec::new(),
@@ -43,19 +43,19 @@ impl Image {
         &mut self.bytes[self.base..][..self.writable]
     }
 
-    /// How many bits can be written, from the pointer on.
+    /// The number of writable bits, from the pointer on.
     pub(crate) fn bits(&self) -> u128 {
         self.writable as u128 * 8
     }
 
-    /// Makes bits `one` or not; false if some lie outside the memory.
+    /// Sets or clears bits. False if some are outside the memory.
     pub(crate) fn put(&mut self, first: i64, count: u64, one: bool) -> bool {
         let from = i128::from(first) + self.base as i128 * 8;
         let end = from + i128::from(count);
         if from < 0 || end > self.bytes.len() as i128 * 8 {
             return false;
         }
-        // Inside the memory, so they are numbers of bits of it.
+        // Inside the memory, so these numbers are bits of it.
         let (mut bit, end) = (from as usize, end as usize);
         while bit < end {
             let (byte, bits) = (&mut self.bytes[bit / 8], (8 - bit % 8).min(end - bit));
@@ -67,8 +67,8 @@ impl Image {
     }
 }
 
-/// How many pages in a row, from `at` on in steps of `step`, have rights that are `fine`. Later
-/// entries of a buffer win.
+/// The number of consecutive pages, from `at` on in steps of `step`, whose rights are `fine`. Later
+/// entries of a buffer override earlier ones.
 fn pages(buffer: &Buffer, mut at: i64, step: i64, fine: impl Fn(Rights) -> bool) -> usize {
     let rights = |at: i64| {
         let mut runs = buffer.pages.iter().rev();

@@ -1,6 +1,7 @@
 //! The object of a sequence: one address space, and a domain of it for each recorded one.
 //!
-//! The calls make the checks of the interface around a kernel's address space, in the same order.
+//! The calls make the same checks, in the same order, as the kernel's interface to an address
+//! space.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use super::hwpt::{Hwpt, Source};
 use super::parse::{BACKING, GRANULE, Get, Map, Sequence};
 use super::ranges::Ranges;
 
-/// Why a call is refused.
+/// The error with which a call is refused.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Refusal {
     /// Flags that the interface does not have, or a reserved word.
@@ -27,7 +28,7 @@ pub(crate) enum Refusal {
     /// The domain was made without tracking.
     #[error("the domain cannot track")]
     CannotTrack,
-    /// A device writes, and nothing tracks it.
+    /// A device writes, and its domain does not track.
     #[error("tracking is off")]
     NotTracking,
     /// The interface takes numbers below 2^64 - 1.
@@ -45,7 +46,7 @@ pub(crate) enum Refusal {
 }
 
 impl Refusal {
-    /// The number that goes with it.
+    /// Its errno.
     pub(crate) fn errno(&self) -> i32 {
         match self {
             Refusal::Flags | Refusal::CannotTrack => 95,
@@ -58,7 +59,7 @@ impl Refusal {
     }
 }
 
-/// One address space, as a sequence has it.
+/// The address space of a sequence.
 pub(crate) struct Ioas {
     space: AddressSpace,
     hwpts: Vec<Hwpt>,
@@ -101,7 +102,7 @@ impl Ioas {
             .ok_or(Refusal::NoSuchHwpt)
     }
 
-    /// Maps in all domains, in each by the recorded leaves.
+    /// Maps in all domains, by the leaves recorded for each.
     pub(crate) fn map(&self, map: &Map) -> Result<(), Refusal> {
         below_max(map.iova, map.length)?;
         let page = self.space.alignment();
@@ -119,13 +120,14 @@ impl Ioas {
             hwpt.source
                 .map_next_by(layout.map_or(&[], |layout| &layout.ptes));
         }
-        // Leaves stay aligned; the memory of a mapping is aligned as the recorded one.
+        // Leaves stay aligned, because the memory of a mapping has the alignment of the recorded
+        // one.
         let backing = map.iova % BACKING + (map.va_off & page.mask());
         Ok(self.space.map(range, backing, access)?)
     }
 
-    /// Unmaps in all domains; returns the number of bytes. 2^64 - 1 bytes from 0 on are everything,
-    /// even if that is nothing.
+    /// Unmaps in all domains, and returns the number of bytes. 2^64 - 1 bytes from 0 on stand for
+    /// everything, even in an empty space.
     pub(crate) fn unmap(&self, iova: u64, len: u64) -> Result<u128, Refusal> {
         let everything = (iova, len) == (0, u64::MAX);
         let range = if everything {
@@ -172,7 +174,7 @@ impl Ioas {
     }
 
     /// Reads the dirty state of the domain into `bitmap`, and cleans it if `clear`. Returns the
-    /// first hole, if the range has one: the part below it was read.
+    /// first hole if the range has one. The part below it was read.
     pub(crate) fn read(
         &self,
         hwpt: &Hwpt,
@@ -187,7 +189,7 @@ impl Ioas {
             use dirtymap::Error::{Bitmap, NeverTracked};
             use dirtymap::bitmap::BitmapError::TooShort;
             match error {
-                // A domain that cannot track is refused last, when the range is fine.
+                // A domain that cannot track is refused last, after the range is checked.
                 NeverTracked { .. } | Bitmap(TooShort { .. }) if !hwpt.tracks => {
                     Refusal::CannotTrack
                 }
@@ -219,7 +221,7 @@ impl Ioas {
             dirtymap::Error::Hole { at, .. } => Some(at),
             _ => None,
         });
-        // The kernel clears what lies below a hole; what another stop leaves is its error here.
+        // The kernel clears the part below a hole. Any other stop is an error here.
         let lease = if hole.is_some() {
             lease.partial()
         } else {
@@ -234,7 +236,7 @@ impl Ioas {
         Ranges::new(self.space.mappings().into_iter().map(|m| m.range))
     }
 
-    /// The dirty addresses of the domain: in its table, and kept for it by the space.
+    /// The dirty addresses of the domain: in its table, and in the space's put-back store for it.
     pub(crate) fn dirty(&self, hwpt: &Hwpt) -> Result<Ranges, Refusal> {
         let granule = Granule::from_bytes(GRANULE)?;
         let mut all = Vec::new();
@@ -243,7 +245,7 @@ impl Ioas {
             let request = HarvestRequest::new(range, granule).in_scope(Scope::Domain(hwpt.id));
             let view = match self.space.peek(&request, UserBitmap::new(&mut words)) {
                 Ok(view) => view,
-                // The space gives no answer, but keeps nothing either.
+                // The space refuses the request, and its put-back store is empty then.
                 Err(dirtymap::Error::NeverTracked { .. }) => {
                     let view = UserBitmap::new(&mut words).view(range, granule);
                     let view = view.map_err(dirtymap::Error::from)?;
@@ -261,7 +263,7 @@ impl Ioas {
     /// Makes exactly the leaves of `dirty` dirty in the domain.
     pub(crate) fn set(&self, hwpt: &Hwpt, dirty: &Ranges) -> Result<(), Refusal> {
         if hwpt.ever_tracked.get() {
-            // Takes the pages that the space keeps.
+            // Takes the pages of the put-back store.
             let granule = Granule::from_bytes(GRANULE)?;
             for Mapping { range, .. } in self.space.mappings() {
                 let mut words = vec![0; words(range, granule)];

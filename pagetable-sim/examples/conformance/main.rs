@@ -36,7 +36,7 @@ struct Cli {
     files: Vec<PathBuf>,
 }
 
-/// How often progress is told.
+/// The interval between two lines of progress.
 const TELL: Duration = Duration::from_secs(2);
 
 fn main() -> ExitCode {

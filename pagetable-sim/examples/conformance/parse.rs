@@ -1,8 +1,8 @@
 //! The recorded sequences: one JSON object a line, plain or gzip. The format is in
 //! `testdata/README.md`.
 //!
-//! For any file, parsing ends in lines that a replay can trust, or in an error that names the line:
-//! runs do not wrap, and no line asks for more memory than a limit.
+//! For any file, parsing returns lines that a replay can trust, or an error with the number of a
+//! line: runs do not wrap, and no line needs more memory than a limit.
 
 use std::io::{self, BufRead, BufReader, Cursor, Read};
 
@@ -21,14 +21,15 @@ const MAX_HWPTS: usize = 64;
 pub(crate) const HOST_PAGE: u64 = 4096;
 /// The smallest page of the recorded domains.
 pub(crate) const GRANULE: u64 = 2048;
-/// An address is mapped to itself modulo this. Leaves up to it stay aligned, and the memory small.
+/// An address is mapped to itself modulo this number. So leaves up to this size stay aligned, and
+/// the memory is small.
 pub(crate) const BACKING: u64 = 4 << 30;
 /// The longest area, in bytes.
 const MAX_AREA: u64 = 8 << 30;
 /// The most usable ranges of one sequence.
 const MAX_USABLE: usize = 1024;
 
-/// Why a file cannot be replayed.
+/// The error of a file that cannot be replayed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ParseError {
     /// The file cannot be read or is not whole.
@@ -65,7 +66,7 @@ pub(crate) enum ParseError {
         /// The values that are allowed.
         limit: &'static str,
     },
-    /// A line at a place where it does not belong.
+    /// A line of the wrong kind at its place.
     #[error("line {line}: {found} where {expected} is expected")]
     Order {
         /// The offending line.
@@ -92,7 +93,7 @@ enum Line {
     End {},
 }
 
-/// The address space that a sequence starts from.
+/// The address space at the start of a sequence.
 #[derive(Clone, Debug, Deserialize)]
 pub(crate) struct Sequence {
     /// Its number.
@@ -142,13 +143,13 @@ pub(crate) enum Kind {
         iova: u64,
         /// Bytes.
         length: u64,
-        /// How many bytes went.
+        /// The number of bytes that were unmapped.
         #[serde(default)]
         unmapped: Option<u64>,
     },
     /// Switches tracking.
     Track {
-        /// Which domain; -1 does not exist.
+        /// The domain; -1 is one that does not exist.
         hwpt: i64,
         /// 1 on, 0 off.
         flags: u64,
@@ -162,7 +163,7 @@ pub(crate) enum Kind {
     },
     /// Reads the dirty state.
     Get(Get),
-    /// Probes the size of a structure that we do not have.
+    /// Probes the size of a structure that does not exist here.
     Size {},
 }
 
@@ -173,7 +174,7 @@ pub(crate) struct Map {
     pub(crate) iova: u64,
     /// Bytes.
     pub(crate) length: u64,
-    /// Where the memory begins in a page of the caller.
+    /// The offset of the memory in a page of the caller.
     #[serde(default)]
     pub(crate) va_off: u64,
     /// Whether devices may write.
@@ -208,25 +209,26 @@ pub(crate) struct Get {
     pub(crate) flags: u64,
     /// Must be 0.
     pub(crate) reserved: u64,
-    /// The bitmap; none is a NULL pointer.
+    /// The bitmap. `None` is a NULL pointer.
     pub(crate) buf: Option<Buffer>,
-    /// Bits that went from 0 to 1: the first, from the pointer on, and how many.
+    /// Runs of bits that changed from 0 to 1: the first bit, relative to the pointer, and the
+    /// number.
     pub(crate) new: Vec<(i64, u64)>,
-    /// Bits that went from 1 to 0, in the same way.
+    /// Runs of bits that changed from 1 to 0, in the same form.
     #[serde(default)]
     pub(crate) lost: Vec<(i64, u64)>,
-    /// How the answer is classified.
+    /// The classes of the answer.
     pub(crate) tags: Vec<String>,
 }
 
 /// The memory around a bitmap.
 #[derive(Clone, Debug, Deserialize)]
 pub(crate) struct Buffer {
-    /// Where the bitmap begins in page 0.
+    /// The offset of the bitmap in page 0.
     pub(crate) off: u64,
     /// The value of every byte before the call.
     pub(crate) fill: u8,
-    /// First page from page 0 on, how many, and their rights.
+    /// Runs of pages: the first one, relative to page 0, the number, and their rights.
     pub(crate) pages: Vec<(i64, u64, Rights)>,
 }
 
@@ -250,7 +252,7 @@ pub(crate) enum Item {
     Op(Op),
 }
 
-/// Hands all items of a file to `each`, with their lines. No item after an error is handed out.
+/// Passes all items of a file to `each`, with their lines. Ends at the first error.
 ///
 /// # Errors
 /// [`ParseError`], at the first line that is wrong.
@@ -378,7 +380,7 @@ fn check_op(line: u64, op: &Op, hwpts: usize) -> Result<(), ParseError> {
     }
 }
 
-/// `count` units from `start` on must not be none, and not wrap.
+/// `count` units from `start` on must not be empty and must not wrap.
 fn check_run(
     line: u64,
     what: &'static str,
@@ -463,7 +465,7 @@ fn check_get(line: u64, get: &Get) -> Result<(), ParseError> {
 struct Lines<'a> {
     text: Box<dyn BufRead + 'a>,
     buffer: Vec<u8>,
-    /// How many lines were read.
+    /// The number of lines that were read.
     line: u64,
 }
 

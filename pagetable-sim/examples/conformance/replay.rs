@@ -1,5 +1,5 @@
-//! Replays sequences and compares answers. This file decides which answers must be equal, and where
-//! our contract is stricter.
+//! Replays sequences and compares answers. This file has the rules: which answers must be equal,
+//! and where our contract is stricter.
 
 use std::sync::Arc;
 
@@ -13,16 +13,16 @@ use super::parse::{Get, Item, Kind, Op, Sequence};
 use super::ranges::Ranges;
 use super::report::Report;
 
-/// The memory that every domain maps. Pages cost host memory from their first write on.
+/// The memory that every domain maps. A page takes host memory from its first write on.
 const MEMORY: u64 = 16 << 30;
 const PEEK: u64 = 1;
 
 /// Where our contract is stricter than the kernel, by name.
-const HOLE: &str = "a hole in the range is an error, after what lies below it";
+const HOLE: &str = "a hole in the range is an error, after the part below it";
 const NEVER_TRACKED: &str = "tracking was never enabled: refused";
 const NOT_A_POWER: &str = "page_size is not a power of two: refused";
 const SHORT_BITMAP: &str = "the bitmap is short, missing or not writable: refused";
-const SECOND_ENABLE: &str = "enabling twice keeps what is dirty";
+const SECOND_ENABLE: &str = "enabling twice keeps dirty pages";
 const ALL_OR_NOTHING: &str = "an unmap that is refused unmaps nothing";
 
 /// Plays the items of a file.
@@ -35,11 +35,11 @@ pub(crate) struct Replay {
     pub(crate) report: Report,
 }
 
-/// The result of an operation that was right: the name of an exception that it needed.
+/// The result of an operation: on success, the name of the exception that it needed, if any.
 type Verdict = Result<Option<&'static str>, String>;
 
 impl Replay {
-    /// A replay of nothing so far.
+    /// A replay at its start.
     ///
     /// # Errors
     /// If the host has no memory.
@@ -76,7 +76,7 @@ impl Replay {
     fn begin(&mut self, line: u64, sequence: &Sequence) {
         self.report.sequences += 1;
         self.sequence = format!("sequence {} ({})", sequence.seq, sequence.name);
-        // The old one goes first, with its tables.
+        // The old object is dropped first, with its tables.
         self.ioas = None;
         match Ioas::new(sequence, &self.memory) {
             Ok(ioas) => self.ioas = Some(ioas),
@@ -115,7 +115,9 @@ impl Player<'_> {
         let exception = match &done {
             Ok(ours) if self.op.errno == 0 => match unmapped {
                 Some(theirs) if *ours != u128::from(theirs) => {
-                    return Err(format!("{ours} bytes went, with the kernel {theirs}"));
+                    return Err(format!(
+                        "{ours} bytes were unmapped, by the kernel {theirs}"
+                    ));
                 }
                 _ => None,
             },
@@ -131,8 +133,8 @@ impl Player<'_> {
         Ok(exception)
     }
 
-    /// The kernel unmaps area by area: when it refuses an area that sticks out of the range, those
-    /// below it are gone. It keeps them if it reports something dirty there.
+    /// The kernel unmaps area by area: when it refuses an area that sticks out of the range, the
+    /// areas below it are already gone. It has not unmapped them if it reports dirty pages there.
     fn follow_partial_unmap(&self, iova: u64, sticks_out: Iova) -> Verdict {
         let below = sticks_out.get().checked_sub(1).map(Iova::new);
         let Some(range) = below.and_then(|last| IovaRange::new(Iova::new(iova), last).ok()) else {
@@ -161,7 +163,7 @@ impl Player<'_> {
             return self.settle(hwpt);
         }
         if state(self.ioas, hwpt)? != before {
-            return Err("enabling twice changed what is dirty".into());
+            return Err("enabling twice changed the dirty pages".into());
         }
         let same = self.same_state(hwpt).is_ok();
         self.adopt(hwpt)?;
@@ -196,7 +198,7 @@ impl Player<'_> {
             self.adopt(hwpt)?;
         }
         if others()? != others_before {
-            return Err("what is dirty in another domain changed".into());
+            return Err("the dirty pages of another domain changed".into());
         }
         verdict
     }
@@ -211,12 +213,17 @@ impl Player<'_> {
         let exception = match answer {
             Err(refusal) => {
                 if image != untouched || after != before {
-                    return Err(format!("refused ({refusal}), and something was touched"));
+                    return Err(format!(
+                        "refused ({refusal}), and the bitmap or the dirty pages changed"
+                    ));
                 }
                 self.stricter(hwpt, get, &untouched, refusal)?
             }
             Ok(_) if self.op.errno != 0 => {
-                return Err(format!("accepted, errno {} with the kernel", self.op.errno));
+                return Err(format!(
+                    "accepted here, errno {} in the kernel",
+                    self.op.errno
+                ));
             }
             Ok(hole) => {
                 let walked = self.walked(get, hole)?;
@@ -230,7 +237,7 @@ impl Player<'_> {
                     before
                 };
                 if after != rest {
-                    return Err("what is dirty afterwards is not what was not reported".into());
+                    return Err("the wrong pages are dirty afterwards".into());
                 }
                 hole.map(|_| HOLE)
             }
@@ -245,8 +252,8 @@ impl Player<'_> {
         Ok(exception)
     }
 
-    /// The part that an accepted read had to walk: the range, or its part below the first address
-    /// that is not mapped, which must be the reported `hole`.
+    /// The range that an accepted read had to walk: the request, or its part below the first
+    /// unmapped address, which must be the reported `hole`.
     fn walked(&self, get: &Get, hole: Option<Iova>) -> Result<Ranges, String> {
         let range = IovaRange::from_len(Iova::new(get.iova), get.length)
             .map_err(|error| format!("accepted, though {error}"))?;
@@ -266,7 +273,8 @@ impl Player<'_> {
         ))
     }
 
-    /// A read that we refuse is one that the kernel refuses as well, or one of the exceptions.
+    /// A read that is refused here must be refused by the kernel as well, or be one of the
+    /// exceptions.
     fn stricter(&self, hwpt: &Hwpt, get: &Get, buffer: &Image, refusal: Refusal) -> Verdict {
         use dirtymap::Error::{Bitmap, NeverTracked};
         use dirtymap::RangeError::BadGranule;
@@ -292,7 +300,7 @@ impl Player<'_> {
         }
     }
 
-    /// The call is refused here; the kernel must refuse it alike.
+    /// The call is refused here. The kernel must refuse it with the same errno.
     fn refused(&self, refusal: Refusal) -> Verdict {
         self.same_errno(Err::<(), _>(refusal)).map(|()| None)
     }
@@ -306,7 +314,7 @@ impl Player<'_> {
         if errno == theirs {
             return Ok(());
         }
-        Err(format!("{text}, errno {errno}, with the kernel {theirs}"))
+        Err(format!("{text}, errno {errno}, in the kernel {theirs}"))
     }
 
     /// The kernel's dirty state after the operation, if it has one.
@@ -326,7 +334,7 @@ impl Player<'_> {
         }
     }
 
-    /// The same state; if not, the sequence continues with the kernel's.
+    /// Checks that both states are equal. If they differ, the sequence continues with the kernel's.
     fn settle(&self, hwpt: &Hwpt) -> Verdict {
         let same = self.same_state(hwpt);
         if same.is_err() {
@@ -347,7 +355,7 @@ impl Player<'_> {
     }
 }
 
-/// The class that a read is counted in.
+/// The class under which a read is counted.
 fn class(get: &Get) -> &'static str {
     const CLASSES: [(&str, &str); 14] = [
         ("plain", "get, plain"),

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// How many failures are told in full.
+/// The number of failures that are printed in full.
 const TOLD: usize = 20;
 
 #[derive(Clone, Copy, Default)]
@@ -17,7 +17,7 @@ struct Count {
 pub(crate) struct Report {
     /// Sequences that began.
     pub(crate) sequences: u64,
-    /// Operations that ask for the size of a structure that we do not have.
+    /// Probes of the size of a structure that does not exist here.
     pub(crate) skipped: u64,
     classes: BTreeMap<&'static str, Count>,
     exceptions: BTreeMap<&'static str, u64>,
@@ -25,7 +25,7 @@ pub(crate) struct Report {
 }
 
 impl Report {
-    /// Counts one operation: right, perhaps thanks to an exception, or wrong.
+    /// Counts one operation: right, perhaps by an exception, or wrong.
     pub(crate) fn add(
         &mut self,
         class: &'static str,

@@ -1,7 +1,8 @@
 //! Reads, writes and atomic operations of a device.
 //!
-//! A write is posted: for the device it is done once it is translated, and it lands later. Reads
-//! and atomic operations push the device's own earlier writes ahead of them, as on a real bus.
+//! A write is posted: for the device it is complete once it is translated, and its bytes land
+//! later. Reads and atomic operations push the device's own earlier writes ahead of them, as on a
+//! real bus.
 
 use dirtymap::{Access, Iova};
 
@@ -56,7 +57,7 @@ impl<F: Format> Device<F> {
             let phys = self.translate(at, Access::Read)?;
             let (piece, tail) = rest.split_at_mut(piece_at::<F>(at, rest.len()));
             let done = self.hardware.memory.read(phys, piece);
-            debug_assert!(done.is_ok(), "what is mapped lies in memory");
+            debug_assert!(done.is_ok(), "mapped addresses are in memory");
             self.stats.bytes += piece.len() as u64;
             let done = piece.len();
             rest = tail;
@@ -102,7 +103,7 @@ impl<F: Format> Device<F> {
         let phys = self.translate(iova, Access::ReadWrite)?;
         self.stats.bytes += size_of::<T>() as u64;
         let done = self.hardware.memory.update(phys, change);
-        debug_assert!(done.is_ok(), "what is mapped lies in memory");
+        debug_assert!(done.is_ok(), "mapped addresses are in memory");
         Ok(done.unwrap_or_default())
     }
 
@@ -141,12 +142,12 @@ impl<F: Format> Device<F> {
 
     fn land(&self, phys: u64, bytes: &[u8]) {
         let done = self.hardware.memory.write(phys, bytes);
-        debug_assert!(done.is_ok(), "what is mapped lies in memory");
+        debug_assert!(done.is_ok(), "mapped addresses are in memory");
     }
 }
 
-/// How many of `len` bytes from `iova` on lie in one smallest page: the unit in which a device
-/// translates and posts.
+/// The number of the `len` bytes from `iova` on that are in one smallest page, the unit in which a
+/// device translates and posts.
 #[inline]
 fn piece_at<F: Format>(iova: Iova, len: usize) -> usize {
     let left = F::PAGE.bytes() - (iova.get() & F::PAGE.mask());

@@ -12,10 +12,10 @@
 //! * `translate.rs`: from an address to memory, through the caches;
 //! * `dma.rs`: reads, writes and atomic operations.
 //!
-//! For the device, a write is done once it is translated and D is set, but its bytes may still be
-//! on their way. So a page could be harvested and copied before the write arrives. The invalidation
-//! that follows the harvest waits for such writes: it drains them. A read pushes the device's own
-//! earlier writes ahead of it, as reads do on a real bus.
+//! For the device, a write is complete once it is translated and D is set, but its bytes may not be
+//! in memory yet. So a page could be harvested and copied before the write arrives. The
+//! invalidation that follows the harvest waits for such writes: it drains them. A read pushes the
+//! device's own earlier writes ahead of it, as reads do on a real bus.
 //!
 //! Before each operation the device answers its inbox; see [`port`](crate::port).
 
@@ -37,14 +37,14 @@ use crate::table::TableRef;
 
 pub use dma::AtomicOperand;
 
-/// A write that was translated and has not arrived.
+/// A write that is translated and has not landed.
 #[derive(Debug)]
 struct Posted {
     phys: u64,
     bytes: Vec<u8>,
 }
 
-/// The shape of a device.
+/// The configuration of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceConfig {
     /// Sets of the IOTLB; rounded up to a power of two, 1 to 65536.
@@ -61,7 +61,7 @@ pub struct DeviceConfig {
     /// may be larger; at least the smallest page. Hardware that caches small pieces of large leaves
     /// needs flushes of whole leaves.
     pub largest_cached: Granule,
-    /// How many writes may be on their way to memory. 0: each write lands at once.
+    /// The most posted writes. 0: each write lands at once.
     pub posted_writes: usize,
 }
 
@@ -87,11 +87,11 @@ impl Default for DeviceConfig {
 /// The counts of a device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DeviceStats {
-    /// Reads that were asked for.
+    /// Reads.
     pub reads: u64,
-    /// Writes that were asked for.
+    /// Writes.
     pub writes: u64,
-    /// Atomic operations that were asked for.
+    /// Atomic operations.
     pub atomics: u64,
     /// Bytes that were read, or written and posted, or changed by an atomic operation.
     pub bytes: u64,
@@ -176,8 +176,8 @@ impl<F: Format> Device<F> {
         self.port.number
     }
 
-    /// Answers the requests in the inbox. Every operation does so first; a device that is idle but
-    /// awake should call this now and then. One load if the inbox is empty.
+    /// Answers the requests in the inbox. Every operation does so first; the thread of a device
+    /// that is idle but awake should call this now and then. One load if the inbox is empty.
     #[inline]
     pub fn service(&mut self) {
         if self.port.has_mail() {
@@ -214,7 +214,7 @@ impl<F: Format> Device<F> {
         self.stats
     }
 
-    /// How many writes are on their way to memory.
+    /// The number of posted writes.
     pub fn in_flight(&self) -> usize {
         self.posted.len()
     }

@@ -503,7 +503,7 @@ fn enabling_splits_leaves_so_that_tracking_is_finer() {
     domain.map(&mapping).unwrap();
     assert_eq!(domain.translate(at(3, 0)).unwrap().range, mapping.range);
     let mut device = domain.attach(DeviceConfig::default());
-    // Cached as a whole, and as good as dirty, while nothing tracks.
+    // Cached as a whole, and treated as dirty, because tracking is off.
     device.write(at(3, 0), b"before").unwrap();
     device.quiesce();
     domain.set_tracking(Tracking::On).unwrap();

@@ -43,8 +43,8 @@ impl Job {
 }
 
 impl<F: Format> Domain<F> {
-    /// Has every device drop its whole cache, pointers to tables included, and land its writes in
-    /// flight. Returns when all have done so: waits for every device that is awake.
+    /// Makes every device drop its whole cache, pointers to tables included, and land its writes in
+    /// flight. Waits for every device that is awake.
     pub fn invalidate_all(&self) -> Invalidated {
         let ports = self.hardware.ports();
         self.invalidate_at(&ports, &[IovaRange::ALL], F::PAGE, true)
@@ -70,7 +70,8 @@ impl<F: Format> Domain<F> {
             let ports = self.hardware.ports();
             return self.invalidate_at(&ports, gather.ranges(), stride, false);
         }
-        // One at a time: the end of a flush speaks of the tables that were cleared before it began.
+        // One at a time, because the end of a flush covers the tables that were cleared before it
+        // began.
         let _tables = lock(&self.tables);
         let table = &self.hardware.table;
         table.flush_begins(gather.ranges());
@@ -80,9 +81,9 @@ impl<F: Format> Domain<F> {
         done
     }
 
-    /// Has all devices forget their pointers to tables in `range`, where a leaf replaced a table,
-    /// before any operation that begins after the return. Never waits: nothing is in flight through
-    /// a table without leaves, and devices answer before they translate.
+    /// Makes all devices forget their pointers to tables in `range`, where a leaf replaced a table,
+    /// before any operation that begins after the return. Never waits, because no write is in
+    /// flight through a table without leaves, and devices answer before they translate.
     pub(super) fn forget_tables(&self, range: IovaRange) {
         let job = self.job(&[range], F::PAGE, true);
         if job.tables && !job.ranges.is_empty() {
@@ -93,7 +94,7 @@ impl<F: Format> Domain<F> {
         }
     }
 
-    /// Has the devices at `ports` drop their entries for `asked`, and land their writes in flight.
+    /// Makes the devices at `ports` drop their entries for `asked` and land their writes in flight.
     /// Returns when all have done so.
     fn invalidate_at(
         &self,

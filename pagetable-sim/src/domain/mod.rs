@@ -23,7 +23,7 @@ use crate::hardware::Hardware;
 use crate::memory::PhysMemory;
 use crate::table::{Leaf, Table};
 
-/// The shape of a domain.
+/// The configuration of a domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DomainConfig {
     /// The largest size of a leaf. Large leaves make tracking coarse. A value below the smallest
@@ -50,7 +50,8 @@ impl Default for DomainConfig {
     }
 }
 
-/// The counts of a domain. Each number is exact; they are of one moment only while nothing goes on.
+/// The counts of a domain. Each number is exact. Together they are of one moment only while no
+/// other call runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DomainStats {
     /// Devices that are attached.
@@ -109,7 +110,7 @@ struct Counts {
 pub struct Domain<F: Format = AmdV1> {
     hardware: Arc<Hardware<F>>,
     config: DomainConfig,
-    /// Held while tracking is switched.
+    /// Held during a switch of tracking.
     switch: Mutex<()>,
     counts: Mutex<Counts>,
     /// Held during a flush of pointers to tables.
@@ -246,8 +247,8 @@ impl<F: Format> Domain<F> {
         self.hardware.table.corrupt(iova)
     }
 
-    /// Makes the hardware break its promises from now on; [`Breakage::None`] repairs it. Writes
-    /// that were lost stay lost.
+    /// Gives the hardware a fault from now on; [`Breakage::None`] repairs it. Lost writes stay
+    /// lost.
     pub fn break_hardware(&self, breakage: Breakage) {
         self.hardware.break_it(breakage);
     }

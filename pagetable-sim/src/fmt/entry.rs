@@ -15,8 +15,8 @@ unsafe impl bytemuck::NoUninit for Iopte {}
 impl Iopte {
     /// The entry that translates nothing.
     pub const ABSENT: Iopte = Iopte(0);
-    /// An entry that translates nothing and never will again: its table is about to go. It is not
-    /// present in any format, and hardware ignores the other bits of such entries.
+    /// An entry that translates nothing and never will again, because its table is about to be
+    /// freed. It is not present in any format, and hardware ignores the other bits of such entries.
     pub(crate) const FROZEN: Iopte = Iopte(1 << 58);
 }
 

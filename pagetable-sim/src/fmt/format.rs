@@ -84,7 +84,7 @@ pub trait Format: sealed::Sealed + Send + Sync + 'static {
     /// entries alone.
     const TABLE_ACCESSED: u64 = 0;
     /// Three bits of an entry that leads to a table which hardware ignores there, and which are 0
-    /// in leaves: the knowledge of software about the tables below. 0 if the format has no
+    /// in leaves: the software's state of the tables below. 0 if the format has no
     /// [`TABLE_ACCESSED`](Self::TABLE_ACCESSED).
     const KNOWN: u64 = 0;
     /// The bits that are not all 0 in an entry of a leaf of several entries, and all 0 in a leaf of

@@ -92,7 +92,7 @@ pub(super) struct DirtyLeaf<'g> {
 }
 
 impl DirtyLeaf<'_> {
-    /// Makes the leaf clean; whether it was dirty until now.
+    /// Makes the leaf clean. Returns whether it was dirty.
     pub(super) fn clear<F: Format>(&self) -> bool {
         let mut was_dirty = false;
         for slot in self.group {
@@ -107,7 +107,7 @@ impl DirtyLeaf<'_> {
     }
 }
 
-/// Up to 64 entries of one table that lie side by side.
+/// Up to 64 adjacent entries of one table.
 pub(super) struct Batch<'g> {
     pub(super) slots: &'g [AtomicIopte],
     pub(super) level: u32,
@@ -126,7 +126,7 @@ impl Batch<'_> {
         self.start >= range.start() && end.is_some_and(|end| end <= range.last())
     }
 
-    /// Makes those clean that `mask` has set; returns those that were dirty until now.
+    /// Makes the entries of `mask` clean. Returns those that were dirty.
     #[inline]
     pub(super) fn clear<F: Format>(&self, mask: u64) -> u64 {
         let (mut rest, mut were_dirty) = (mask, 0);
@@ -144,8 +144,8 @@ impl Batch<'_> {
     }
 }
 
-/// Makes an entry of a table of `level` clean if its leaf is `recorded`; whether it was dirty until
-/// now.
+/// Makes an entry of a table of `level` clean if its leaf is `recorded`. Returns whether it was
+/// dirty.
 #[inline]
 fn clear_entry<F: Format>(
     slot: &AtomicIopte,

@@ -30,7 +30,7 @@ pub(super) struct Job {
     cut: Option<Iova>,
     /// Leaves start dirty.
     pub(super) dirty: bool,
-    /// A leaf took the place of a table.
+    /// Whether a leaf replaced a table.
     retired: Cell<bool>,
 }
 
@@ -127,8 +127,8 @@ impl<F: Format> Table<F> {
         }
         let job = Job::new::<F>(range, phys, access, sizes.into(), None);
         fill::<F>(self.root.node(), F::LEVELS - 1, range, &job, &guard).map_err(|in_the_way| {
-            // Another call maps into our range, which it must not. Our leaves lie below: remove
-            // them.
+            // Another call maps into our range, which it must not. Our leaves are below this
+            // address: remove them.
             let InTheWay { at, leaf } = in_the_way;
             if let Some(last) = at.get().checked_sub(1)
                 && let Ok(below) = IovaRange::new(range.start(), Iova::new(last))

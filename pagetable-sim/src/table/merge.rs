@@ -165,8 +165,8 @@ fn replace_table<F: Format>(
     merged(slot.span, size, true);
 }
 
-/// Makes one leaf of the 2^`group_lg2` entries from `first` on, the first of which covers `span`;
-/// whether it did, or they are one already.
+/// Makes one leaf of the 2^`group_lg2` entries from `first` on, the first of which covers `span`.
+/// Returns whether they are one leaf now.
 #[allow(clippy::too_many_arguments)] // one candidate in one table
 fn join<F: Format>(
     page: &[AtomicIopte],
@@ -219,8 +219,8 @@ fn join<F: Format>(
     true
 }
 
-/// Where the memory of all these entries begins, and the rights, if they are leaves, whole ones,
-/// that map contiguous memory with the same rights.
+/// The start of the memory of all these entries, and the rights, if they are whole leaves that map
+/// contiguous memory with the same rights.
 fn contiguous<F: Format>(entries: &[AtomicIopte], level: u32) -> Option<(u64, Access)> {
     let mut first = None;
     for (nth, slot) in entries.iter().enumerate() {

@@ -1,10 +1,10 @@
 //! The memory of one table: as many entries as the format says, at an address that an entry can
 //! hold, and beside them the table's record, [`Beside`].
 //!
-//! A table is held by the entry that leads to it and by each [`TableRef`]. The last hold frees it
-//! when it ends, and ends the holds on the tables below. A table lies in the slab of the table
-//! above it (see `slab.rs`), or is an allocation of its own: then its record follows the entries,
-//! so that these fill whole pages.
+//! A table has a reference count: the entry that leads to it and each [`TableRef`] have a hold. The
+//! end of the last hold frees the table and ends the holds on the tables below. A table lies in the
+//! slab of the table above it (see `slab.rs`), or is an allocation of its own: then its record
+//! follows the entries, so that these fill whole pages.
 
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::marker::PhantomData;
@@ -214,7 +214,7 @@ impl<F: Format> TableRef<F> {
         }
     }
 
-    /// Gives the hold to the entry that keeps the table's address.
+    /// Gives the hold to the entry that has the table's address.
     pub(super) fn leak(self) {
         std::mem::forget(self);
     }
@@ -312,8 +312,8 @@ impl<F: Format> std::fmt::Debug for TableRef<F> {
 pub(super) fn child<F: Format>(entry: Iopte, _guard: &Guard) -> &[AtomicIopte] {
     // SAFETY:
     // - an address of a table: entries that are present and no leaf are made by `entry_for` only;
-    //   formats are sealed and keep leaves and tables apart, and it checked that the address came
-    //   through whole.
+    //   formats are sealed and keep leaves and tables apart, and it checked that the address
+    //   survives unchanged.
     // - initialised and visible: the Acquire load of the entry pairs with the Release that
     //   installed it.
     // - alive as long as the guard: the entry is one holder of the table. Its hold ends when its
@@ -358,7 +358,7 @@ unsafe fn held_by<F: Format>(above: Node<'_>, entry: Iopte, level: u32) -> Table
     let address = F::table_address(entry);
     let entries = ptr::with_exposed_provenance_mut::<AtomicIopte>(address as usize);
     TableRef {
-        // SAFETY: the address of an allocation, which was checked to come through the entry whole:
+        // SAFETY: the address of an allocation, which was checked to survive the entry unchanged:
         // not null.
         entries: unsafe { NonNull::new_unchecked(entries) },
         beside: beside_of::<F>(above.beside, address),

@@ -8,7 +8,7 @@
 //!               groups, tables             entry by entry, in order
 //! ```
 //!
-//! A clean entry costs a load and an OR; nothing is written, and nothing locked.
+//! A clean entry costs a load and an OR, without a write or a lock.
 
 use crossbeam_epoch::Guard;
 use dirtymap::source::Stopped;
@@ -21,7 +21,7 @@ use super::page::child;
 use super::tree::Table;
 use crate::fmt::{AtomicIopte, Format, Iopte};
 
-/// Entries that are looked at together.
+/// The number of entries that are looked at together.
 const WORD: usize = 64;
 /// Entries in a line of the cache.
 const LINE: usize = 8;
@@ -32,7 +32,7 @@ pub(super) struct Upper<'g> {
     pub(super) entry: Iopte,
     pub(super) level: u32,
     pub(super) span: IovaRange,
-    /// The scan is of all that is below.
+    /// The scan covers everything below.
     pub(super) whole: bool,
 }
 
@@ -75,7 +75,7 @@ impl<F: Format> Table<F> {
 struct Scan<'v, V> {
     visit: &'v mut V,
     guard: &'v Guard,
-    /// The last entries had much to look at.
+    /// Whether the last entries had much to look at.
     dense: bool,
 }
 

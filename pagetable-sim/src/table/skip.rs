@@ -1,8 +1,8 @@
-//! Subtrees that a harvest may skip: those whose upper entry says that no device went through it
-//! since a harvest found the subtree clean.
+//! Subtrees that a harvest may skip: those whose upper entry shows that no device has walked
+//! through it since a harvest found the subtree clean.
 //!
 //! A walk sets A in each upper entry that it reads in memory. Beside A, in the same word and in
-//! bits that the format ignores there ([`Format::KNOWN`]), software keeps its knowledge of the
+//! bits that the format ignores there ([`Format::KNOWN`]), software stores its state of the
 //! subtree:
 //!
 //! ```text
@@ -30,17 +30,17 @@
 //!   A is not enough. The look that counts begins after a flush that made devices forget such
 //!   pointers and finish their operations by them. A flush counts only for entries that were
 //!   cleared before it began, and flushes of tables run one after the other: that is `Flushing`.
-//! * **A walk from above** that comes after the clear sets A before D. Either it does so before the
-//!   harvest that looks says `Quiet`, which is one compare-exchange that includes "A is clear":
-//!   then the harvest does not say it. Or A is set in a quiet entry, and no harvest skips that.
+//! * **A walk from above** that comes after the clear sets A before D. If it does so before the
+//!   looking harvest sets `Quiet`, the compare-exchange to `Quiet`, which includes "A is clear",
+//!   fails. If it does so afterwards, A is set in a quiet entry, and no harvest skips that.
 //! * **One harvest looks at a time**, and until it ends no other clears A: that would hide a walk
-//!   from it. A harvest that does not get to the end, or leaves a dirty leaf, makes the entry hot.
+//!   from it. A harvest that does not reach the end, or leaves a dirty leaf, makes the entry hot.
 //! * **Changes by hand** ([`Table::make_dirty`], splits and merges) set D, or move it, without a
 //!   walk. They make all entries above hot, and do so last: so a harvest that missed the change
 //!   does not cause later ones to skip it.
 //!
-//! A leaf that is mapped below a quiet entry is clean, and to get to it a device walks through that
-//! entry.
+//! A leaf that is mapped below a quiet entry is clean, and a device reaches it by a walk through
+//! that entry.
 
 use crossbeam_epoch::Guard;
 use dirtymap::IovaRange;
@@ -54,7 +54,7 @@ use super::scan::{Upper, Visitor};
 use super::tree::Table;
 use crate::fmt::{AtomicIopte, Format, Iopte};
 
-/// The knowledge of software about the subtree below an entry.
+/// The software's state of the subtree below an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Known {
@@ -86,7 +86,7 @@ impl Known {
         ALL.get(number as usize).copied().unwrap_or(Known::Hot)
     }
 
-    /// `entry`, with this knowledge in it.
+    /// `entry`, with this state in it.
     fn put<F: Format>(self, entry: Iopte) -> Iopte {
         Iopte(entry.0 & !F::KNOWN | (self as u64 * lowest_bit::<F>()))
     }
@@ -103,7 +103,7 @@ fn accessed<F: Format>(entry: Iopte) -> bool {
     entry.0 & F::TABLE_ACCESSED != 0
 }
 
-/// Whether nothing is dirty below `entry`, which leads to a table.
+/// Whether the subtree below `entry`, which leads to a table, is known to be clean.
 pub(super) fn is_quiet<F: Format>(entry: Iopte) -> bool {
     F::KNOWN != 0 && !accessed::<F>(entry) && Known::of::<F>(entry) == Known::Quiet
 }
@@ -113,7 +113,7 @@ pub(super) fn is_quiet<F: Format>(entry: Iopte) -> bool {
 struct Tally {
     /// A dirty leaf.
     dirty: bool,
-    /// A dirty leaf that it did not make clean; if that was for an error, the scan ends there.
+    /// A dirty leaf that it did not make clean. If the reason was an error, the scan ends there.
     left: bool,
 }
 
@@ -130,7 +130,7 @@ pub(super) struct Harvest<'h, 's, 'b> {
 pub(super) struct Look {
     /// The tally of the scan before it came to this subtree.
     before: Tally,
-    /// It may call the subtree quiet.
+    /// It may set the state to `Quiet`.
     counts: bool,
 }
 
@@ -245,7 +245,7 @@ fn judge<F: Format>(upper: &Upper<'_>, clean: bool) {
 fn clear<F: Format>(upper: &Upper<'_>) -> bool {
     match Known::of::<F>(upper.entry) {
         Known::Looking => return false,
-        // The harvest that cleared A may have had no way to flush, or may not have ended.
+        // The harvest that cleared A may have been unable to flush, or may not have ended.
         Known::Cleared | Known::Flushing if !accessed::<F>(upper.entry) => return true,
         Known::Flushed | Known::Quiet if !accessed::<F>(upper.entry) => return false,
         // Hot with A clear as well: as if a read had set A.
@@ -260,10 +260,11 @@ fn clear<F: Format>(upper: &Upper<'_>) -> bool {
         .is_ok()
 }
 
-/// Forgets all about the subtree. Harmless for an entry that leads to no table.
+/// Resets the state of the subtree. Harmless for an entry that leads to no table.
 fn heat_entry<F: Format>(slot: &AtomicIopte) {
-    // AcqRel: after all changes below, and in one order with the words of harvests about the
-    // subtree: a harvest that speaks later saw our change; one that spoke before is overruled.
+    // AcqRel: after all changes below, and in one order with the state changes of harvests. A
+    // harvest that changes the state later has seen our change. A harvest that changed it before is
+    // overruled.
     slot.clear_bits(F::KNOWN, Ordering::AcqRel);
 }
 
@@ -298,7 +299,7 @@ impl<F: Format> Table<F> {
         self.tell(ranges, Known::Flushing, Known::Flushed);
     }
 
-    /// Changes the knowledge about subtrees inside `ranges` from `old` to `new`.
+    /// Changes the state of the subtrees inside `ranges` from `old` to `new`.
     fn tell(&self, ranges: &[IovaRange], old: Known, new: Known) {
         if !self.skips() {
             return;

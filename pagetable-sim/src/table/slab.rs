@@ -6,9 +6,9 @@
 //!  beside them   [Beside ][Beside ][Beside ] ... [Beside   ]      the holds on each of them
 //! ```
 //!
-//! A harvest visits the lowest tables in the order of addresses. Where they follow each other in
-//! memory it runs at the speed of memory. Where each lies elsewhere, the prefetcher of the
-//! processor starts anew at every 4 KiB, and the harvest takes three to four times as long.
+//! A harvest visits the lowest tables in the order of addresses. If they are adjacent in memory, it
+//! runs at the speed of memory. If they are scattered, the prefetcher of the processor starts anew
+//! at every 4 KiB, and the harvest takes three to four times as long.
 //!
 //! * **A table has a slab** once one call needs [`FEW`] tables below it, or that many calls needed
 //!   one each: maps of single scattered pages do not pay for it. A slab costs 20 KiB, and address
@@ -131,7 +131,8 @@ impl Beside {
         self.below.load(Ordering::Relaxed)
     }
 
-    /// The slab for a table below, of which the caller needs `count`; made if it is time for it.
+    /// The slab for a table below, of which the caller needs `count`. Made if the tables below are
+    /// many enough.
     pub(super) fn slab(&self, count: u64, tables: usize, table_lg2: u32) -> Option<&Slab> {
         if let Some(slab) = self.below() {
             return Some(slab);

@@ -140,7 +140,7 @@ fn g<F: Format>() -> u64 {
     F::size(2).bytes()
 }
 
-/// The leaf that must map `at`, inside the mapping of `start..end`: the dumb way.
+/// The leaf that must map `at`, inside the mapping of `start..end`, by a naive search.
 fn leaf_for<F: Format>(at: u64, start: u64, end: u64, phys: u64, limit: u64) -> (u64, u64) {
     let mut best = (at & !(k::<F>() - 1), k::<F>());
     for size in F::LEAF_SIZES.iter().map(Granule::bytes) {
@@ -433,7 +433,7 @@ fn unmap_reports_leaves_and_refuses_parts_of_them<F: Format>() {
     table.unmap(range(0, 2 * g::<F>()), none).unwrap();
     assert!(
         table.set_dirty(iova(m::<F>())).is_none(),
-        "no D for what is gone"
+        "no D for unmapped pages"
     );
 }
 

@@ -27,7 +27,7 @@ use crate::fmt::{Format, Iopte};
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Walk {
     pub(crate) iova: Iova,
-    /// Hardware notes accesses: A in the entries above the leaf that it reads, D for a write.
+    /// Hardware records accesses: A in the entries above the leaf that it reads, D for a write.
     pub(crate) tracked: bool,
     /// The access is a write.
     pub(crate) write: bool,

@@ -1,5 +1,5 @@
-//! Sequences by hand, of cases that the recorded file does not contain. The kernel's answers follow
-//! from the rules in `testdata/README.md`.
+//! Sequences that are written by hand, for cases that the recorded file does not contain. The
+//! kernel's answers follow from the rules in `testdata/README.md`.
 
 use std::sync::Arc;
 
@@ -239,7 +239,7 @@ fn what_is_left_of_a_leaf_is_read_later() {
     assert_eq!(read(67584, 8192), 0b1001);
     assert_eq!(read(65536, 16384), 0b1110_0001);
     assert_eq!(read(65536, 16384), 0);
-    // The rest is forgotten where the state is set.
+    // The rest is discarded when the state is set.
     assert!(!ioas.dirty(hwpt).unwrap().is_empty());
     ioas.set(hwpt, &Ranges::default()).unwrap();
     assert!(ioas.dirty(hwpt).unwrap().is_empty());

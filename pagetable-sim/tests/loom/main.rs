@@ -19,7 +19,8 @@ use pagetable_sim::{
     PhysMemory, Table,
 };
 
-/// Two preemptions show all that models of tables show with more, in a tenth of the time.
+/// Two preemptions find every fault that more preemptions find in models of tables, in a tenth of
+/// the time.
 const TABLES: Bound = Bound::between(2, 2);
 
 mod leaves;
@@ -29,7 +30,7 @@ use leaves::both;
 
 const PAGE: u64 = Domain::PAGE.bytes();
 
-/// As small as a device can be that still caches and posts.
+/// The smallest device that still caches and posts.
 const DEVICE: DeviceConfig = DeviceConfig {
     iotlb_sets: 1,
     iotlb_ways: 1,
@@ -83,9 +84,9 @@ fn pass<F: Format>(domain: &Domain<F>, copy: &mut u64) {
     }
 }
 
-/// Lets the other thread go on. A thread that waits for an answer is scheduled again only when this
-/// one pauses, blocks or ends, so without a pause after the answer the model would never copy while
-/// the device goes on.
+/// Lets the other thread run. A thread that waits for an answer is scheduled again only when this
+/// one pauses, blocks or ends. Without a pause after the answer, the model would never copy while
+/// the device continues.
 fn idle() {
     thread::yield_now();
 }
@@ -352,7 +353,7 @@ fn a_replaced_table_is_forgotten() {
     fails(leaves_only);
 }
 
-/// `model` is one of broken hardware.
+/// `model` has broken hardware.
 fn fails(model: impl Fn() -> bool + Sync + Send + Copy + 'static) {
     let explored = explore(Bound::USUAL, None, model);
     let name = name_of(&model);

@@ -31,7 +31,7 @@ fn quiet_pages(breakage: Breakage) -> (Arc<Domain>, Device) {
 }
 
 /// A device writes by a cached pointer while a harvester clears A, flushes, looks, and skips; it
-/// clears and looks before the flush, too. Returns whether the copies end up equal to the memory.
+/// also clears and looks before the flush. Returns whether the copies end up equal to the memory.
 fn a_cached_table_against_skipping(breakage: Breakage) -> bool {
     let (domain, mut device) = quiet_pages(breakage);
     let mut copy = [0; 2];
@@ -110,7 +110,7 @@ fn a_change_by_hand_against_a_look() -> bool {
         let domain = Arc::clone(&domain);
         move || domain.table().make_dirty(page(1)).unwrap()
     });
-    // No page holds that.
+    // No page holds that value.
     copy[1] = 9;
     pass_over(&domain, both(), &mut copy);
     hand.join().unwrap();

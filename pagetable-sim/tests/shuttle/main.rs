@@ -6,10 +6,10 @@
 //!     cargo test --profile loom -p pagetable-sim --features __shuttle --test shuttle
 //! ```
 //!
-//! It finds errors of the protocols, not of weak memory: here each access is SeqCst, and fences are
-//! nothing. All threads of an execution are one OS thread, so to crossbeam-epoch they are one
-//! participant that is pinned as long as any of them is: it frees later than it might, never
-//! earlier.
+//! It finds errors of the protocols, and none of weak memory: here each access is SeqCst, and
+//! fences have no effect. All threads of an execution are one OS thread, so to crossbeam-epoch they
+//! are one participant that is pinned as long as any of them is: it frees later than it might,
+//! never earlier.
 #![cfg(dirtymap_shuttle)]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -200,8 +200,9 @@ fn a_migration_loses_no_write() {
     holds_only_with(SEEDS, &steps, |seed| precopy(seed, DomainConfig::default()));
 }
 
-/// The same while the harvesters skip tables that no device walked through: also what no loom model
-/// reaches, two that clear A, look and flush at once while a device writes.
+/// The same while the harvesters skip tables that no device walked through: this includes a case
+/// that no loom model reaches, in which two harvesters clear A, look and flush at once while a
+/// device writes.
 #[test]
 fn a_migration_that_skips_what_is_quiet_loses_no_write() {
     fn skipping(seed: u64) -> bool {
@@ -215,5 +216,5 @@ fn a_migration_that_skips_what_is_quiet_loses_no_write() {
     holds_only_with(SEEDS, &[Step::LookAfterFlush, Step::DropCached], skipping);
 }
 
-/// Seeds of a run of every day.
+/// The number of seeds of a daily run.
 const SEEDS: u64 = 2_000;

@@ -1,4 +1,4 @@
-//! Explores the models of the protocols, whole and with each weakness, and prints what was found.
+//! Explores the models of the protocols, whole and with each weakness, and prints the results.
 
 use std::process::ExitCode;
 

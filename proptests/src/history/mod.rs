@@ -1,23 +1,24 @@
-//! The contract as a checker: real threads say when each write, harvest and abort began and ended, and the checker decides from
-//! that alone whether a write was lost.
+//! The contract as a checker: real threads record when each write, harvest and abort began and
+//! ended. From these records alone, the checker decides whether a write was lost.
 //!
 //! ```text
-//!  write W      |--began--ended--|
-//!  harvest H                         |--began--looked--|--sync--|--copied--|--committed, or put back--|
+//!  write W    |--began--ended--|
+//!  harvest H                     |--began--looked--|--sync--|--copied--|--committed or put back--|
 //! ```
 //!
 //! # The rule
-//! Take a write W to a page that ended before a harvest H that covers the page began. Then H reported the page, or some other
-//! harvest was responsible for it while H looked:
-//! * one that *carries* W: it began before H had looked everywhere, reported the page, was not put back, its sync ended after W began,
-//!   and its copy has W or something newer of the same writer;
+//! Take a write W to a page, and a harvest H that covers the page and began after W ended. Then H
+//! reported the page, or another harvest was responsible for it while H looked:
+//! * one that *carries* W: it began before H had looked everywhere, reported the page, was not put
+//!   back, its sync ended after W began, and its copy has W or something newer of the same writer;
 //! * or one that was put back later: it reported the page, and its abort ended after H began.
 //!
-//! This is rule 1 of the contract, and a little more: the contract is content with a harvest that comes later, which the next
-//! write to the page would satisfy. Here it is not enough that nothing was lost in the end.
+//! This is stricter than rule 1 of the contract, which a later harvest also satisfies, for example
+//! after another write to the page. Here each harvest is judged at its own time.
 //!
-//! An unmap that returns what is dirty is a harvest that cannot be put back. A lease that is aborted when its area is gone stays
-//! responsible: its pages are counted as outside, and its consumer copies them.
+//! An unmap that returns what is dirty is a harvest that cannot be put back. A lease that is
+//! aborted when its area is gone stays responsible, because its pages are counted as outside and
+//! its consumer copies them.
 
 mod record;
 mod tests;
@@ -27,7 +28,7 @@ use std::collections::BTreeMap;
 /// Nanoseconds since the run began.
 pub(crate) type Stamp = u64;
 
-/// Writers of a run; each owns a lane of every page, where it writes numbers that only grow.
+/// The number of writers of a run. Each owns a lane of every page, where it writes growing numbers.
 pub(crate) const WRITERS: usize = 3;
 
 /// One write to one page.
@@ -35,43 +36,44 @@ pub(crate) const WRITERS: usize = 3;
 pub(crate) struct Write {
     pub(crate) writer: usize,
     pub(crate) page: u64,
-    /// What was written: grows with each write of a writer.
+    /// The number that was written, which grows with each write of a writer.
     pub(crate) number: u64,
     pub(crate) began: Stamp,
-    /// When the call returned.
+    /// The time at which the call returned.
     pub(crate) ended: Stamp,
 }
 
 /// One harvest, or an unmap.
 #[derive(Clone, Debug)]
 pub(crate) struct Harvest {
-    /// The first page, and the one behind the last.
+    /// The first page, and one past the last.
     pub(crate) covers: (u64, u64),
     pub(crate) began: Stamp,
-    /// When it had looked everywhere.
+    /// The time at which it had looked everywhere.
     pub(crate) looked: Stamp,
-    /// The pages that it reported, and what the copy has of each writer; zero where nothing was copied.
+    /// The pages that it reported, each with the copied number of each writer. Zero stands for a
+    /// page that was not copied.
     pub(crate) reported: BTreeMap<u64, [u64; WRITERS]>,
     pub(crate) end: End,
 }
 
-/// What became of it.
+/// How its lease ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
-    /// Its sync ended then, and the copies came after it.
+    /// The sync ended at this time, and the copies came after it.
     Kept(Stamp),
-    /// All of it was put back; that was done then.
+    /// The whole lease was put back, and the abort ended at this time.
     PutBack(Stamp),
 }
 
-/// What a run wrote down.
+/// The records of a run.
 #[derive(Debug, Default)]
 pub(crate) struct History {
     pub(crate) writes: Vec<Write>,
     pub(crate) harvests: Vec<Harvest>,
 }
 
-/// A write that nobody was responsible for, while a harvest passed over its page.
+/// A write for which no harvest was responsible, while a harvest did not report its page.
 #[derive(Debug)]
 pub(crate) struct LostWrite {
     pub(crate) write: Write,
@@ -87,12 +89,12 @@ impl Harvest {
             return false;
         };
         let copied = self.reported.get(&write.page);
-        // A device may write by a cached translation until the sync ends, so the write need only have begun before that: whether
-        // it came in time, the copy tells.
+        // A device may write through a cached translation until the sync ends, so the write only
+        // has to begin before that. The copy tells whether it came in time.
         synced > write.began && copied.is_some_and(|numbers| numbers[write.writer] >= write.number)
     }
 
-    /// Whether it had `write`'s page when `other` looked, and put it back later.
+    /// Whether it held `write`'s page when `other` looked, and put it back later.
     fn had(&self, write: &Write, other: &Harvest) -> bool {
         match self.end {
             End::PutBack(ended) => {
@@ -105,7 +107,8 @@ impl Harvest {
     }
 }
 
-/// Decides the rule: see the [module](self). Returns how many pairs of a write and a harvest that came later were decided.
+/// Checks the rule of the [module](self). Returns the number of pairs of a write and a later
+/// harvest.
 pub(crate) fn check(history: &History) -> Result<u64, Box<LostWrite>> {
     let mut by_page: BTreeMap<u64, Vec<&Harvest>> = BTreeMap::new();
     for harvest in &history.harvests {
@@ -119,13 +122,13 @@ pub(crate) fn check(history: &History) -> Result<u64, Box<LostWrite>> {
     let mut decided = 0;
     for write in &history.writes {
         let harvests = by_page.get(&write.page).map_or(&[][..], Vec::as_slice);
-        // Whoever carries the write and began first answers for it from then on.
+        // The first harvest that carries the write is responsible for it from its beginning on.
         let carrier = harvests.iter().find(|harvest| harvest.carries(write));
         let later = harvests.partition_point(|harvest| harvest.began <= write.ended);
         for harvest in &harvests[later..] {
             if carrier.is_some_and(|carrier| carrier.began < harvest.looked) {
                 decided += 1;
-                // And so for all that began after the carrier.
+                // The same holds for all harvests that began after the carrier.
                 if carrier.is_some_and(|carrier| carrier.began <= harvest.began) {
                     break;
                 }

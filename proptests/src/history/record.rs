@@ -1,5 +1,5 @@
-//! The run: two devices and a CPU write, two consumers harvest, one mapper unmaps and maps again, and all of them say what they
-//! did and when.
+//! The run: two devices and a CPU write, two consumers harvest, one mapper unmaps and maps again.
+//! Each of them records its operations and their times.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -14,11 +14,12 @@ use super::{End, Harvest, History, Stamp, WRITERS, Write};
 use crate::Random;
 
 const PAGE: u64 = 4096;
-/// Pages of the two areas, one behind the other; the second comes and goes.
+/// The pages of the two areas, one after the other. The second area is unmapped and mapped again
+/// and again.
 const AREAS: [(u64, u64); 2] = [(16, 24), (40, 8)];
 const FIRST: u64 = AREAS[0].0;
 const BEHIND: u64 = AREAS[1].0 + AREAS[1].1;
-/// Most writes that a writer records: then it rests.
+/// The most writes that a writer records before it rests.
 const MOST: usize = 60_000;
 
 /// What is broken.
@@ -29,9 +30,9 @@ pub(super) enum Broken {
     Hardware(Breakage),
     /// CPUs do not mark.
     ForgetMarks,
-    /// Who aborts only says so.
+    /// An abort is recorded and not performed.
     ForgetAborts,
-    /// Consumers copy before the sync, and not after it.
+    /// Consumers copy before the sync instead of after it.
     CopyBeforeSync,
 }
 
@@ -58,7 +59,7 @@ impl Run {
         !self.stop.load(Ordering::Relaxed)
     }
 
-    /// Writes to pages that are often the same: `write` says whether it did.
+    /// Writes to random pages, often one of a few. `write` returns whether it wrote.
     fn writer(
         &self,
         writer: usize,
@@ -92,7 +93,7 @@ impl Run {
 
     fn device(&self, writer: usize, mut device: Device, random: Random) {
         self.writer(writer, random, |at, bytes, dice| {
-            // Faults while the area is away.
+            // Faults while the area is unmapped.
             let done = device.write(Iova::new(at), bytes).is_ok();
             if dice.is_multiple_of(64) {
                 device.quiesce();
@@ -114,7 +115,7 @@ impl Run {
         });
     }
 
-    /// What a copy of these pages has of each writer.
+    /// The number of each writer in a copy of these pages.
     fn copy(&self, runs: impl Iterator<Item = IovaRange>) -> BTreeMap<u64, [u64; WRITERS]> {
         let all = runs.flat_map(|run| run.start().get() / PAGE..=run.last().get() / PAGE);
         all.map(|page| {
@@ -142,7 +143,7 @@ impl Run {
         lock(&self.history).harvests.extend(harvests);
     }
 
-    /// One harvest, and what becomes of it.
+    /// One harvest, and the end of its lease.
     fn round(&self, first: u64, count: u64, fate: u64) -> Harvest {
         let range = pages(first, count);
         let words = [AtomicU64::new(0)];
@@ -150,7 +151,7 @@ impl Run {
         let began = self.now();
         let answer = self.space.harvest(&request, UserBitmap::shared(&words));
         let looked = self.now();
-        // It stops if the second area is away.
+        // It stops if the second area is unmapped.
         let lease = answer.unwrap().partial();
         let behind = lease
             .stopped()
@@ -163,7 +164,7 @@ impl Run {
             end,
         };
         if fate == 0 {
-            // Not synced, so only the end says what it held.
+            // The lease is not synced, so its pages are read from the bitmap after its end.
             let aborted = match self.broken {
                 Broken::ForgetAborts => {
                     std::mem::forget(lease);
@@ -206,7 +207,7 @@ impl Run {
         }
     }
 
-    /// What is put back outside of areas was copied, after an unmap had flushed.
+    /// Pages outside of all areas were copied, after an unmap had flushed.
     fn end(&self, outside: u64, ended: Stamp) -> End {
         match outside {
             0 => End::PutBack(ended),
@@ -214,7 +215,7 @@ impl Run {
         }
     }
 
-    /// Has the second area come and go.
+    /// Unmaps the second area and maps it again.
     fn mapper(&self, mut random: Random) {
         let (first, count) = AREAS[1];
         let range = pages(first, count);
@@ -243,7 +244,7 @@ impl Run {
     }
 }
 
-/// A run of `time`, on small leaves if `seed` is even, with a last harvest of everything.
+/// A run of `time`, on small leaves if `seed` is even. It ends with a harvest of everything.
 pub(super) fn record(broken: Broken, time: Duration, seed: u64) -> History {
     let memory = Arc::new(PhysMemory::new(BEHIND * PAGE).unwrap());
     let config = DomainConfig {

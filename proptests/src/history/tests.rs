@@ -1,4 +1,5 @@
-//! The checker on histories by hand, which must fail and pass, and on what real threads did.
+//! The checker on histories that are written by hand, some right and some wrong, and on the records
+//! of real threads.
 
 use std::time::Duration;
 
@@ -18,7 +19,7 @@ fn write(number: u64, began: u64, ended: u64) -> Write {
     }
 }
 
-/// A harvest of pages 0 to 9 that copied `number` of page 5, if it reported that page.
+/// A harvest of pages 0 to 9. If it reported page 5, it copied `number` from there.
 fn harvest(began: u64, looked: u64, number: Option<u64>, end: End) -> Harvest {
     let copied = |number| {
         let mut numbers = [0; WRITERS];
@@ -57,7 +58,7 @@ fn lost<const W: usize, const H: usize>(writes: [Write; W], harvests: [Harvest; 
 #[test]
 fn what_the_next_harvest_reports_is_not_lost() {
     assert_eq!(decide([write(1, 0, 10)], [kept(20, Some(1))]).unwrap(), 1);
-    // And those that come after it need not report it again.
+    // Later harvests need not report it again.
     let after = [kept(20, Some(1)), kept(40, None), kept(60, None)];
     assert_eq!(decide([write(1, 0, 10)], after).unwrap(), 1);
 }
@@ -65,10 +66,10 @@ fn what_the_next_harvest_reports_is_not_lost() {
 #[test]
 fn what_nobody_reports_is_lost() {
     lost([write(1, 0, 10)], [kept(20, None)], 1);
-    // A later write does not make up for it, and neither does the harvest that reports that.
+    // A later write, and the harvest that reports that one, do not make up for it.
     let again = [kept(20, None), kept(50, Some(2))];
     lost([write(1, 0, 10), write(2, 40, 45)], again, 1);
-    // The one that passed over it before it was written says nothing.
+    // A harvest that looked before the write proves nothing.
     lost([write(1, 20, 30)], [kept(0, Some(0)), kept(40, None)], 1);
 }
 
@@ -84,7 +85,7 @@ fn another_harvest_under_way_may_have_it() {
         decide([write(1, 0, 10)], [other, kept(20, None)]).unwrap(),
         1
     );
-    // Not one that began when the first had looked everywhere.
+    // A harvest that began after the first had looked everywhere does not count.
     lost([write(1, 0, 10)], [kept(20, None), kept(26, Some(1))], 1);
 }
 
@@ -95,7 +96,7 @@ fn a_write_by_a_cached_translation_is_in_the_copy_of_the_harvest_that_owes_the_f
     // It copied too early.
     let copied = harvest(0, 5, Some(0), End::Kept(50));
     lost([write(1, 20, 25)], [copied, kept(30, None)], 1);
-    // Its flush was over when the write began.
+    // Its flush had ended when the write began.
     let flushed = harvest(0, 5, Some(1), End::Kept(15));
     lost([write(1, 20, 25)], [flushed, kept(30, None)], 1);
 }
@@ -117,7 +118,7 @@ fn pages_that_a_harvest_did_not_come_to_are_no_matter() {
     assert_eq!(decide([write(1, 0, 10)], [short]).unwrap(), 0);
 }
 
-/// Another seed in every run; a failure names it.
+/// The seed differs in every run. A failure prints it.
 fn seed() -> u64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     now.unwrap().as_nanos() as u64
@@ -150,8 +151,8 @@ fn every_sabotage_is_seen_in_the_history() {
         Broken::CopyBeforeSync,
     ] {
         let first = seed();
-        // What real threads do in 200 ms is a matter of luck: most kinds show in the first run, and
-        // on a loaded machine one may take dozens.
+        // The interleavings of 200 ms are a matter of chance. Most faults show in the first run,
+        // and on a loaded machine one may need dozens of runs.
         let caught = (0..400).find(|nth| {
             let history = record(broken, Duration::from_millis(200), first.wrapping_add(*nth));
             check(&history).is_err()

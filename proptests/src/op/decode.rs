@@ -19,7 +19,7 @@ const SKIPS: [u16; 8] = [0, 0, 0, 0, 1, 7, 500, 511];
 const GRANULES: [u8; 8] = [12, 12, 12, 12, 11, 13, 13, 21];
 const BOUNDS: [u16; 8] = [1, 0, 2, 40, 64, 65, 500, 2000];
 const CUTS: [Cut; 4] = [Cut::Whole, Cut::Whole, Cut::Rest, Cut::Part];
-/// Most programs are about the first domain.
+/// Most operations concern the first domain.
 const DOMAIN: [u8; 8] = [0, 0, 0, 0, 1, 1, 1, 2];
 const CALLBACKS: [Callback; 16] = [
     Callback::Unmap,
@@ -68,10 +68,11 @@ const FORMATS: [Format; 8] = [
 ];
 
 impl Op {
-    /// The next step of the program that `bytes` spell; `None` when they are used up.
+    /// Decodes the next step of a program from `bytes`. `None` at their end.
     pub fn decode(bytes: &mut impl Iterator<Item = u8>) -> Option<Op> {
         let code = bytes.next()?;
-        // Of the 64 codes, each operation has as many as it should be frequent; the two bits above are operands.
+        // Each operation has a number of the 64 codes in proportion to its frequency. The two bits
+        // above are operands.
         let more = code / 64;
         Some(match code % 64 {
             0..11 => Op::DmaWrite {
@@ -339,7 +340,7 @@ impl Mode {
 }
 
 impl Config {
-    /// A small world in which all is well.
+    /// A small world without faults.
     pub const PLAIN: Config = Config {
         formats: [Format::Amd, Format::Vtd, Format::Arm],
         space_lg2: 12,
@@ -352,7 +353,7 @@ impl Config {
         sabotage: Sabotage::None,
     };
 
-    /// The world that four bytes describe.
+    /// The world that is decoded from four bytes.
     pub fn decode(bytes: &mut impl Iterator<Item = u8>) -> Option<Config> {
         let (shape, more) = (bytes.next()?, bytes.next()?);
         let (first, others) = (bytes.next()?, bytes.next()?);
@@ -375,7 +376,7 @@ impl Config {
     }
 }
 
-/// The world and the program that `bytes` spell: at most `limit` steps.
+/// Decodes a world and a program of at most `limit` steps from `bytes`.
 pub fn decode(bytes: &[u8], limit: usize) -> Option<(Config, Vec<Op>)> {
     let mut bytes = bytes.iter().copied();
     let config = Config::decode(&mut bytes)?;
@@ -383,7 +384,7 @@ pub fn decode(bytes: &[u8], limit: usize) -> Option<(Config, Vec<Op>)> {
     Some((config, ops.take(limit).collect()))
 }
 
-/// One with small pages, or the one that stands for it with larger ones.
+/// A format with small pages, or its counterpart with larger ones.
 fn format(small: u8, is_larger: bool, larger: u8) -> Format {
     match is_larger {
         true => pick(&LARGER, larger),
@@ -391,7 +392,7 @@ fn format(small: u8, is_larger: bool, larger: u8) -> Format {
     }
 }
 
-/// Mostly all.
+/// Mostly reads and writes.
 fn access(byte: u8) -> Access {
     match byte & 7 {
         6 => Access::Read,

@@ -1,8 +1,8 @@
-//! The language of the tests: what can be done to an address space, its devices and its leases.
+//! The language of the tests: the operations on an address space, its devices and its leases.
 //!
-//! Operands are small numbers that the oracle turns into addresses when the operation runs: "the second area", "its
-//! last page", so that most inputs are legal, hit few places again and again, and still reach the borders. Every byte
-//! string is a program.
+//! Operands are small numbers that the oracle turns into addresses when the operation runs, such as
+//! "the second area" or "its last page". So most inputs are legal, use few places again and again,
+//! and still reach the borders. Every byte string is a program.
 
 mod decode;
 
@@ -15,15 +15,14 @@ use crate::forms::Form;
 /// How many domains a world has.
 pub const DOMAINS: usize = 3;
 
-/// Makes the enumeration and its list from one source: a sabotage that is not run is one that is
-/// not there.
+/// Makes the enumeration and its list from one source, so that the list lacks no variant.
 macro_rules! listed {
     ($(#[$of_all:meta])* pub enum $name:ident { $($(#[$of_one:meta])* $one:ident,)+ }) => {
         $(#[$of_all])*
         pub enum $name { $($(#[$of_one])* $one,)+ }
 
         impl $name {
-            /// All of them.
+            /// All variants.
             pub const ALL: &'static [$name] = &[$($name::$one,)+];
         }
     };
@@ -41,7 +40,7 @@ pub enum Op {
         /// How many bytes.
         len: u16,
     },
-    /// A device reads; its own posted writes land first.
+    /// A device reads. Its own posted writes land first.
     DmaRead {
         /// Which device.
         device: Master,
@@ -50,7 +49,7 @@ pub enum Op {
         /// How many bytes.
         len: u16,
     },
-    /// A CPU writes, and marks what it wrote.
+    /// A CPU writes, and marks the bytes that it wrote.
     Mark {
         /// Where.
         at: Place,
@@ -59,22 +58,22 @@ pub enum Op {
         /// Marks by the handle of the area and not by the space.
         by_handle: bool,
     },
-    /// Harvests into the first free of two leases; nothing happens if both are taken.
+    /// Harvests into the first free one of two leases. Nothing happens if both are live.
     Harvest(Ask),
     /// Harvests into a bitmap of any form, and ends the lease in the same step.
     Pass {
-        /// What is asked for.
+        /// The request.
         ask: Ask,
-        /// Where the bits go.
+        /// The form of the bitmap.
         form: Form,
-        /// What becomes of the lease once it is copied; if it cannot be flushed, it is dropped.
+        /// The end of the lease after the copy. If it cannot be flushed, it is dropped.
         fate: Fate,
     },
-    /// Looks and changes nothing, whatever the mode.
+    /// Peeks, in any mode.
     Peek(Ask),
     /// Flushes a lease.
     Sync(u8),
-    /// A device writes, and writes the same again and again while a lease is flushed.
+    /// A device writes, and repeats the write while a lease is flushed.
     BusySync {
         /// Which lease.
         lease: u8,
@@ -85,24 +84,24 @@ pub enum Op {
         /// How many bytes.
         len: u16,
     },
-    /// Copies what a synced lease names.
+    /// Copies the pages of a synced lease.
     Copy(u8),
-    /// Ends a lease well: what is missing of sync and copy is made up for.
+    /// Commits a lease, after its sync and copy if these are missing.
     Commit(u8),
-    /// Commits a part of a lease: what is missing of sync and copy is made up for.
+    /// Commits a part of a lease, after its sync and copy if these are missing.
     CommitRange {
         /// Which lease.
         lease: u8,
         /// Which part.
         part: Share,
     },
-    /// Puts a lease back, but for what was committed of it.
+    /// Aborts a lease: its pages are put back, except for those that were committed.
     Abort(u8),
     /// Drops a lease, which puts it back.
     DropLease(u8),
-    /// The consumer panics while it holds a lease.
+    /// The consumer panics with a lease.
     Crash(u8),
-    /// The next harvest that asks this domain panics half-way through an area.
+    /// The next harvest that reads this domain panics half-way through an area.
     HarvestDies(u8),
     /// The next flush of this domain fails.
     FlushFails(u8),
@@ -112,19 +111,20 @@ pub enum Op {
         domain: u8,
         /// Which callback.
         callback: Callback,
-        /// How many calls go well before.
+        /// How many calls succeed before.
         calls: u8,
-        /// When in the call.
+        /// The moment in the call.
         moment: Moment,
     },
-    /// The next harvest of this domain that comes to this place stops there.
+    /// The next harvest of this domain that reaches this place stops there.
     Stops {
         /// Which domain.
         domain: u8,
         /// Where.
         at: Place,
     },
-    /// The consumer forgets a lease: nothing is put back, and what it has not copied is lost.
+    /// The consumer forgets a lease: nothing is put back, and pages that it has not copied are
+    /// lost.
     Forget(u8),
     /// The leaves of an area are merged as far as its domain can, or one of them is split.
     Reshape {
@@ -132,69 +132,69 @@ pub enum Op {
         domain: u8,
         /// Where.
         at: Place,
-        /// Merges; else splits.
+        /// Merges if true, else splits.
         merge: bool,
     },
     /// Maps a new area.
     Map {
-        /// Which 2 MiB of the window it begins in.
+        /// The 2 MiB slot of the window in which it begins.
         slot: u8,
-        /// How many pages it begins behind the slot.
+        /// How many pages after the start of the slot it begins.
         skip: u16,
         /// How many pages it has.
         pages: u16,
-        /// Its memory is not aligned as its addresses are: only small leaves fit.
+        /// Its memory is not aligned like its addresses, so only small leaves fit.
         shifted: bool,
-        /// What devices may do.
+        /// The access of devices.
         access: Access,
-        /// How the request is wrong.
+        /// The fault of the request.
         fault: MapFault,
     },
-    /// Maps wherever there is room.
+    /// Maps at the lowest free addresses.
     MapAnywhere {
-        /// Which of four pieces of memory is mapped; nothing happens if it is in use.
+        /// Which of four pieces of memory is mapped. Nothing happens if it is in use.
         piece: u8,
         /// How many pages.
         pages: u16,
-        /// How many pages of the piece are left out in front.
+        /// How many pages at the start of the piece are left out.
         skip: u16,
-        /// What devices may do.
+        /// The access of devices.
         access: Access,
-        /// Not a whole number of pages.
+        /// Whether the length is not a whole number of pages.
         ragged: bool,
     },
     /// Unmaps an area, dirty or not.
     UnmapDiscarding {
         /// Which area.
         area: u8,
-        /// What of it.
+        /// The part of it.
         cut: Cut,
     },
-    /// Unmaps an area, and takes what is dirty in it.
+    /// Unmaps an area, and takes its dirty pages.
     Unmap {
         /// Which area.
         area: u8,
-        /// What of it.
+        /// The part of it.
         cut: Cut,
         /// Bytes of one bit, as a logarithm.
         granule_lg2: u8,
-        /// The bitmap is too short by a word.
+        /// Whether the bitmap is too short by a word.
         short: bool,
     },
     /// Cuts an area in two.
     CutAt {
         /// Which page begins the right part.
         at: Place,
-        /// At a byte inside the page.
+        /// Whether the cut is at a byte inside the page.
         unaligned: bool,
     },
     /// Several changes as one.
     Batch([Step; 3]),
     /// Keeps a range from being mapped.
     Reserve(Stretch),
-    /// Undoes the reservation with this number, or one that was never made.
+    /// Releases the reservation with this number, or one that was never made.
     Release(u8),
-    /// Says where `MapAnywhere` may look: one of some lists of ranges.
+    /// Sets the ranges that `MapAnywhere` may use, from one of some lists.
     Allow(u8),
     /// Attaches a domain.
     Attach(u8),
@@ -208,7 +208,7 @@ pub enum Op {
     Land(Master),
     /// A device lets its posted writes land, and goes to sleep.
     Quiesce(Master),
-    /// Begins a write in flight; nothing happens if this one is under way.
+    /// Begins a write in flight. Nothing happens if this one has begun already.
     BeginWrite {
         /// Which of two.
         guard: u8,
@@ -228,18 +228,18 @@ pub enum Op {
     },
     /// Ends a write in flight.
     EndWrite(u8),
-    /// Takes a handle of an area and keeps it, whatever becomes of the area.
+    /// Takes a handle of an area and keeps it, also when the area is unmapped.
     KeepHandle {
         /// Which of two.
         handle: u8,
         /// Which area.
         area: u8,
     },
-    /// A CPU writes, and marks by a handle that was kept.
+    /// A CPU writes, and marks by a kept handle.
     MarkByKept {
         /// Which of two.
         handle: u8,
-        /// Where in the area of the handle, as it was then.
+        /// The place in the area of the handle, as it was when the handle was taken.
         page: u8,
         /// How many bytes.
         len: u16,
@@ -258,15 +258,15 @@ pub struct Master {
 /// Addresses in the window, by page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stretch {
-    /// Which 2 MiB of the window it begins in.
+    /// The 2 MiB slot of the window in which it begins.
     pub slot: u8,
-    /// How many pages it begins behind the slot.
+    /// How many pages after the start of the slot it begins.
     pub skip: u16,
     /// How many pages it has.
     pub pages: u16,
 }
 
-/// One change of a batch. Areas are those that the changes before it have left.
+/// One change of a batch. Its areas are those after the changes before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     /// Nothing.
@@ -286,34 +286,35 @@ pub enum Step {
 pub struct Place {
     /// Which area, modulo their number.
     pub area: u8,
-    /// One of its first, middle or last pages, or the page behind it.
+    /// One of its first, middle or last pages, or the page after it.
     pub page: u8,
     /// The byte in the page.
     pub byte: u16,
 }
 
-/// What a harvest or peek asks for.
+/// The request of a harvest or peek.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ask {
     /// Which area, modulo their number.
     pub area: u8,
-    /// All of the area, a part of it, or more.
+    /// The whole area, a part of it, or more.
     pub span: u8,
     /// The first page of a part, as in [`Place::page`].
     pub page: u8,
     /// Bytes of one bit, as a logarithm: 11, 12, 13 or 21.
     pub granule_lg2: u8,
-    /// Does not round the range out to the granule.
+    /// Whether the range is not rounded out to the granule.
     pub ragged: bool,
-    /// The bitmap is too short by a word.
+    /// Whether the bitmap is too short by a word.
     pub short: bool,
-    /// What becomes of holes.
+    /// The treatment of holes.
     pub holes: Holes,
     /// Bits that the user has set before.
     pub preset: u8,
-    /// One domain alone; all of them and the marks if there is none, or it was never attached.
+    /// A single domain. All domains and the marks if this is `None`, or a domain that was never
+    /// attached.
     pub domain: Option<u8>,
-    /// By which call.
+    /// The call.
     pub mode: Mode,
 }
 
@@ -326,9 +327,10 @@ pub enum Mode {
     Masked(Mask),
     /// With a bound.
     Bounded {
-        /// Where it begins: a share of the range in 1/256, rounded down to a granule; from 240 on in the middle of a page.
+        /// Where it begins: in 1/256 of the range, rounded down to a granule. From 240 on it is in
+        /// the middle of a page.
         from: u8,
-        /// Bits after which it stops.
+        /// The number of bits after which it ends.
         bits: u16,
     },
     /// By many threads.
@@ -338,7 +340,7 @@ pub enum Mode {
 /// A mask over the range of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mask {
-    /// Which of eight neighbouring stretches have their bits set; the next eight are the same again.
+    /// Which of eight neighbouring stretches have their bits set. This pattern repeats.
     pub stretches: u8,
     /// Pages of a stretch, as a logarithm: at least that of the granule.
     pub pages_lg2: u8,
@@ -346,11 +348,11 @@ pub struct Mask {
     pub granule_lg2: u8,
 }
 
-/// A part of a range: from one place in it to another, both in 1/255 of it, to the byte.
+/// A part of a range: its two ends in 1/255 of the range, rounded to bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Share(pub u8, pub u8);
 
-/// What becomes of a lease that has been copied.
+/// The end of a lease that has been copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
     /// It is committed.
@@ -362,7 +364,7 @@ pub enum Fate {
 }
 
 impl Ask {
-    /// All of the first area, page by page, from everywhere.
+    /// The whole first area, page by page, in all domains and the marks.
     pub const EVERYTHING: Ask = Ask {
         area: 0,
         span: 0,
@@ -377,7 +379,7 @@ impl Ask {
     };
 }
 
-/// What is wrong with a request to map.
+/// The fault of a request to map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MapFault {
     /// Nothing.
@@ -386,25 +388,25 @@ pub enum MapFault {
     Unaligned,
     /// The memory does not start at a page.
     UnalignedBacking,
-    /// The memory would go past 2^64.
+    /// The memory reaches past 2^64.
     Wraps,
-    /// There is no such memory: the source refuses.
+    /// The memory does not exist, so the source refuses.
     OutsideMemory,
 }
 
-/// What of an area a request to unmap names.
+/// The range of an unmap, relative to an area.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cut {
     /// All of it.
     Whole,
-    /// All but its last page; everything if it has one.
+    /// All but its last page. The whole area if it has one page.
     Part,
-    /// It and all areas behind it.
+    /// It and all areas after it.
     Rest,
 }
 
 listed! {
-/// What a space asks of a source.
+/// The callbacks of a source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Callback {
     /// `DirtySource::page`.
@@ -430,14 +432,14 @@ pub enum Callback {
 }
 }
 
-/// When in a call something happens.
+/// The moment of a panic in a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Moment {
-    /// Before anything is done.
+    /// Before any work.
     Before,
-    /// When a half is done.
+    /// After half of the work.
     Middle,
-    /// When all is done.
+    /// After all of the work.
     After,
 }
 
@@ -448,19 +450,19 @@ pub struct Config {
     pub formats: [Format; DOMAINS],
     /// The smallest page of the space, as a logarithm: 12 or 13.
     pub space_lg2: u8,
-    /// Leaves may have 2 MiB, otherwise all have 4 KiB; for each domain.
+    /// For each domain, whether leaves may have 2 MiB. Otherwise all have 4 KiB.
     pub large_leaves: [bool; DOMAINS],
     /// Sets of each IOTLB.
     pub iotlb_sets: usize,
     /// Ways of each IOTLB.
     pub iotlb_ways: usize,
-    /// Translations that devices cache themselves, in front of the IOTLB.
+    /// Translations that devices cache in a TLB of their own.
     pub tlb_entries: usize,
     /// Writes that a device keeps in flight.
     pub posted_writes: usize,
-    /// Areas are mapped and tracking is on when the program begins.
+    /// Whether areas are mapped and tracking is on when the program begins.
     pub warm: bool,
-    /// What is broken.
+    /// The fault of the world.
     pub sabotage: Sabotage,
 }
 
@@ -490,10 +492,10 @@ pub enum Format {
 }
 
 listed! {
-/// What can be broken, to show that it is noticed.
+/// The faults, each of which a run has to notice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Sabotage {
-    /// All is well.
+    /// No fault.
     #[default]
     None,
     /// Invalidations reach no device.
@@ -502,35 +504,35 @@ pub enum Sabotage {
     AcknowledgeWithoutDraining,
     /// Each invalidation leaves out the last page.
     FlushShortByOnePage,
-    /// Devices keep pointers to tables that are gone.
+    /// Devices keep cached pointers to tables that are gone.
     SkipNonLeaf,
-    /// TLBs of devices are emptied before the IOTLBs that refill them.
+    /// The TLBs of devices are flushed before the IOTLBs that refill them.
     DeviceTlbFirst,
-    /// A flush that was told to fail does nothing and says that all is well.
+    /// A flush that was told to fail does nothing and reports success.
     HideFailedFlush,
     /// Switching tracking on does not flush.
     TrackWithoutFlush,
-    /// A source that unmaps does not say what was dirty.
+    /// An unmap of a source does not report dirty pages.
     UnmapForgetsDirty,
-    /// A source that unmaps does not owe the flush.
+    /// An unmap of a source does not owe the flush.
     UnmapOwesNothing,
-    /// A source says that it has split a leaf, and has not.
+    /// A source reports that it has split a leaf, and has not.
     SplitNothing,
-    /// Harvests do not ask the domains but the first.
+    /// Harvests read the first domain only.
     HarvestFirstDomainOnly,
-    /// The consumer copies before the flush, and not after it.
+    /// The consumer copies before the flush instead of after it.
     CopyBeforeSync,
     /// CPUs write and do not mark.
     ForgetMarks,
-    /// CPUs take their time to write, and do not say so.
+    /// CPUs write slowly, without a write guard.
     ForgetGuards,
-    /// A consumer that crashes takes its lease with it.
+    /// The lease of a consumer that crashes is forgotten.
     LeakLease,
-    /// A source that stops has left out the page below the place that it names.
+    /// A source that stops has left out the page below its stop.
     StopShort,
-    /// An invalidation that was told to panic does nothing and says that all is well.
+    /// An invalidation that was told to panic does nothing and reports success.
     HidePanickedFlush,
-    /// A log that clears by batches clears all of a word, asked for or not.
+    /// A log that clears by batches clears whole words, beyond the request.
     ClearWholeWords,
 }
 }

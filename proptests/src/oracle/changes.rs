@@ -1,20 +1,20 @@
-//! What cuts and batches do to the areas, one change after the other.
+//! The effect of cuts and batches on the areas, one change after the other.
 
 use dirtymap::{Change, Error, Iova, IovaRange};
 
 use super::{Area, Oracle, PAGE, page_in};
 use crate::op::{Place, Step};
 
-/// A batch in the making.
+/// The plan of a batch.
 pub(crate) struct Plan<'o> {
     oracle: &'o Oracle,
-    /// What becomes of the areas: their pieces, and whether they go.
+    /// The pieces of the areas, each with whether it is unmapped.
     pieces: Vec<(Area, bool)>,
     /// New areas, each with the number of its change.
     new: Vec<(usize, Area)>,
 }
 
-/// What a plan comes to.
+/// The result of a plan.
 pub(crate) struct Outcome {
     pub(crate) gone: Vec<Area>,
     pub(crate) kept: Vec<Area>,
@@ -31,7 +31,7 @@ impl<'o> Plan<'o> {
         }
     }
 
-    /// The area that an operand names, of what is left.
+    /// The area that an operand names, among those that are left.
     fn nth(&self, nth: u8) -> Option<Area> {
         let left: Vec<Area> = self
             .pieces
@@ -45,7 +45,7 @@ impl<'o> Plan<'o> {
     /// Where an operand cuts.
     pub(crate) fn place(&self, at: Place) -> Option<Iova> {
         let area = self.nth(at.area)?;
-        // Borders that suit the domains that are attached, or all that there are.
+        // Borders that suit the attached domains, or all domains.
         let unit = match at.page {
             0..4 => self.oracle.unit(),
             _ => self.oracle.largest_unit(),
@@ -54,7 +54,7 @@ impl<'o> Plan<'o> {
         Some(Iova::new(page * PAGE + u64::from(at.byte)))
     }
 
-    /// The change that an operand names, if there is something to change. `new` is what a map would map.
+    /// The change that an operand names, if it is possible. `new` is the area of a map.
     pub(crate) fn change(&self, step: Step, new: Area) -> Option<Change> {
         Some(match step {
             Step::Nothing => return None,
@@ -75,7 +75,7 @@ impl<'o> Plan<'o> {
         })
     }
 
-    /// Adds a change to the plan; `new` is what a map maps.
+    /// Adds a change to the plan. `new` is the area of a map.
     ///
     /// # Errors
     /// Why it is refused.
@@ -87,7 +87,7 @@ impl<'o> Plan<'o> {
                 if let Some(reserved) = self.oracle.free.reserved_in(range) {
                     return Err(Error::Reserved { range, reserved });
                 }
-                // What goes is in the way as well, until the flush.
+                // An area that is unmapped also takes its addresses until the flush.
                 let mut areas = self.oracle.areas.values().map(Area::range);
                 let area = areas.find(|other| other.intersects(range));
                 if let Some(existing) = area.or(self.lowest_new_in(range)) {
@@ -152,7 +152,7 @@ impl<'o> Plan<'o> {
         }
     }
 
-    /// What becomes of it.
+    /// The result of the plan.
     ///
     /// # Errors
     /// Why a domain refuses.
@@ -178,7 +178,7 @@ impl<'o> Plan<'o> {
 }
 
 impl Oracle {
-    /// The areas are cut as a batch says, and what it unmaps goes. New areas come when the caller maps them.
+    /// Performs the cuts and unmaps of a batch. The caller adds the new areas when it maps them.
     pub(crate) fn perform(&mut self, outcome: &Outcome) {
         self.areas.clear();
         for area in outcome.kept.iter().chain(&outcome.gone) {

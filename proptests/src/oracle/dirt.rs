@@ -1,4 +1,5 @@
-//! What is dirty, in each place; what harvests take, and where it goes when they give it back.
+//! The dirty pages of each place, the pages that harvests take, and the places to which these are
+//! put back.
 
 use std::collections::BTreeSet;
 
@@ -7,14 +8,15 @@ use dirtymap::{DomainId, IovaRange};
 use super::{Area, Oracle, pages_of};
 use crate::op::Ask;
 
-/// What is dirty in one place: in a domain, or by marks.
+/// The dirty pages of one place: a domain, or the marks.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Dirt {
     /// Pages that the next harvest that covers them must report.
     pub(crate) must: BTreeSet<u64>,
-    /// Pages that are marked, or may be kept.
+    /// Pages that are marked, or may be in a put-back store.
     pub(crate) pages: BTreeSet<u64>,
-    /// First page and number of pages of leaves that may be dirty, and of what is left of them.
+    /// First page and number of pages of leaves that may be dirty, and of the remaining parts of
+    /// such leaves.
     pub(crate) leaves: BTreeSet<(u64, u64)>,
 }
 
@@ -27,30 +29,31 @@ pub(crate) enum Tracking {
     Off,
 }
 
-/// What there is to know of a domain.
+/// The state of a domain.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct DomainState {
-    /// As what it is or was attached.
+    /// The id under which it is or was attached.
     pub(crate) id: Option<DomainId>,
     pub(crate) tracking: Tracking,
-    /// Whether it may track before it is switched on: its last switch, by a detach, panicked.
+    /// Whether it may track before it is switched on, because its last switch, in a detach,
+    /// panicked.
     in_doubt: bool,
     pub(crate) dirt: Dirt,
-    /// Pages that its devices may have written while nobody looked.
+    /// Pages that its devices may have written without tracking.
     pub(crate) untracked: BTreeSet<u64>,
-    /// Where leaves were merged: they may be larger than the domain maps them.
+    /// Ranges in which leaves were merged, so they may be larger than those of a map.
     pub(crate) merged: Vec<(u64, u64)>,
 }
 
-/// What a live lease holds.
+/// The pages of a live lease.
 #[derive(Clone, Debug)]
 pub(crate) struct Leased {
-    /// Pages that it reported, and that were not unmapped since.
+    /// Pages that it reported and that have not been unmapped since.
     pub(crate) pages: BTreeSet<u64>,
-    /// The domains that it covers, and as what they were attached.
+    /// The domains that it covers, each with its id at that time.
     domains: Vec<(usize, Option<DomainId>)>,
     marks: bool,
-    /// How many maps there were: an area that came later has nothing of it.
+    /// The number of maps at that time. A later area has no page of it.
     maps: u64,
     pub(crate) synced: bool,
 }
@@ -73,12 +76,12 @@ impl Dirt {
         leaves.chain(self.pages.iter().copied())
     }
 
-    /// The pages `first..=last` were harvested, or are gone.
+    /// Removes the pages `first..=last`, which were harvested or unmapped.
     fn take(&mut self, first: u64, last: u64) {
         let covered = |page: &u64| (first..=last).contains(page);
         self.must.retain(|page| !covered(page));
         self.pages.retain(|page| !covered(page));
-        // What is left of a leaf stays dirty.
+        // The rest of a leaf stays dirty.
         let rests = |(page, count): (u64, u64)| {
             let behind = page + count;
             let below = (page, behind.min(first).saturating_sub(page));
@@ -98,13 +101,13 @@ impl Dirt {
 }
 
 impl Oracle {
-    // What happens.
+    // The events of a program.
 
     pub(crate) fn map(&mut self, area: Area) {
         self.areas.insert(area.first, area);
     }
 
-    /// The area goes, with all that was dirty in it.
+    /// Removes the area with its dirty pages.
     pub(crate) fn unmap(&mut self, area: &Area) {
         self.areas.remove(&area.first);
         self.marks.take(area.first, area.last());
@@ -135,7 +138,7 @@ impl Oracle {
         }
     }
 
-    /// What is dirty in it moves to the marks.
+    /// Moves its dirty pages to the marks.
     pub(crate) fn detach(&mut self, domain: usize) {
         self.attached.retain(|other| *other != domain);
         let gone = std::mem::take(&mut self.domains[domain]);
@@ -152,7 +155,8 @@ impl Oracle {
         self.attached.iter().copied().filter(off).collect()
     }
 
-    /// Switches the space. What was dirty goes, where tracking starts: it is copied by the caller.
+    /// Switches the space. In a domain that starts to track, dirty pages are discarded, and the
+    /// caller copies them.
     pub(crate) fn track(&mut self, on: bool) {
         for domain in self.attached.clone() {
             self.track_domain(domain, on);
@@ -166,7 +170,7 @@ impl Oracle {
     pub(crate) fn track_domain(&mut self, domain: usize, on: bool) {
         let state = &mut self.domains[domain];
         if on && state.tracking != Tracking::On {
-            // A source that tracks already keeps what is dirty.
+            // In a source that already tracks, dirty pages stay dirty.
             let still_dirty = if state.in_doubt {
                 state.dirt.leaves.clone()
             } else {
@@ -195,8 +199,8 @@ impl Oracle {
             return;
         }
         state.dirt.leaves.extend(leaf);
-        // A cached "dirty" from before the harvest may hide this write from the table: the lease copies after its
-        // flush.
+        // A cached "dirty" from before the harvest may hide this write from the table: the lease
+        // copies after its flush.
         let covers = |lease: &Leased| lease.domains.contains(&(domain, state.id));
         let hidden = |lease: &Leased| !lease.synced && lease.pages.contains(&page) && covers(lease);
         let by_lease = self.leases.iter().flatten().any(hidden);
@@ -211,12 +215,13 @@ impl Oracle {
         self.marks.must.insert(page);
     }
 
-    /// What is marked with `page` may be.
+    /// Pages that are marked together with `page` may be reported.
     pub(crate) fn may_be_marked(&mut self, page: u64) {
         self.marks.pages.extend(self.marked_with(page));
     }
 
-    /// A harvest went over the pages `walked`, runs of them, all mapped, and reported `reported` of them.
+    /// A harvest walked the runs of pages `walked`, all of them mapped, and reported `reported` of
+    /// them.
     pub(crate) fn harvested(
         &mut self,
         lease: usize,
@@ -236,16 +241,16 @@ impl Oracle {
         self.leases[lease] = Some(leased);
     }
 
-    /// A lease was put back: the pages of `runs`, as far as they are mapped, are dirty wherever it covered them.
+    /// A lease was put back: the mapped pages of `runs` are dirty in each place that it covered.
     pub(crate) fn aborted(&mut self, lease: usize, runs: &[IovaRange]) {
         if let Some(lease) = self.leases[lease].take() {
             self.put_back(&lease, runs);
         }
     }
 
-    /// A lease was forgotten. What it named is in nobody's copy, and a page that it hides stays
-    /// hidden until a flush, which nobody tells the oracle of: none of it need be reported, or
-    /// compared, until its area is gone.
+    /// A lease was forgotten. No copy has its pages, and later writes to them stay hidden until a
+    /// flush, which the oracle does not see. So its pages need not be reported or compared until
+    /// their area is gone.
     pub(crate) fn forgotten(&mut self, lease: usize) {
         if let Some(lease) = self.leases[lease].take() {
             let hidden = if lease.synced {
@@ -272,8 +277,8 @@ impl Oracle {
         }
     }
 
-    /// The leaves of `area` have become the largest that a domain has: those that took the place of
-    /// tables are dirty.
+    /// The leaves of `area` were merged to the largest ones of the domain. A leaf that replaced a
+    /// table is dirty.
     pub(crate) fn merged(&mut self, domain: usize, area: &Area) {
         self.domains[domain].merged.push((area.first, area.last()));
         if area.access.writes() {
@@ -292,7 +297,7 @@ impl Oracle {
         };
         let mapped = back.iter().filter(|page| there(**page));
         let mapped = self.rounded(mapped.copied());
-        // But for those that were committed, which are not in the runs.
+        // The committed pages are not in the runs.
         let reported: Vec<u64> = lease.pages.intersection(&back).copied().collect();
         let mut marks = lease.marks;
         for (domain, id) in &lease.domains {
@@ -310,14 +315,14 @@ impl Oracle {
         }
     }
 
-    // What must hold.
+    // The checks.
 
     /// The domains that an operand names.
     pub(crate) fn covered(&self, ask: &Ask) -> Vec<usize> {
         self.scope(ask).0
     }
 
-    /// How often something was to be mapped.
+    /// The number of maps so far.
     pub(crate) fn maps(&self) -> u64 {
         self.maps
     }
@@ -330,7 +335,7 @@ impl Oracle {
         }
     }
 
-    /// The domain that an operand names, and as what it is or was attached.
+    /// The domain that an operand names, with the id under which it is or was attached.
     pub(crate) fn asked_domain(&self, ask: &Ask) -> Option<(usize, DomainId)> {
         let domain = usize::from(ask.domain?);
         Some((domain, self.domains[domain].id?))
@@ -366,7 +371,8 @@ impl Oracle {
         domains.chain(marks.then_some(&self.marks))
     }
 
-    /// The pages of `walked`, runs of them, that a harvest must report, and those that it may.
+    /// Of the runs of pages `walked`, the pages that a harvest must report, and those that it may
+    /// report.
     pub(crate) fn bounds(
         &self,
         ask: &Ask,
@@ -381,12 +387,13 @@ impl Oracle {
         let may = self.places(ask).flat_map(Dirt::may);
         (
             must.chain(flying()).filter(inside).collect(),
-            // What moves from a table to what is kept or marked becomes pages of the space.
+            // Dirty state that moves from a table to a put-back store or to marks is rounded to
+            // pages of the space.
             self.rounded(may.chain(flying()).filter(inside)),
         )
     }
 
-    /// The pages of `gone` that must, and that may, be found dirty when they are unmapped.
+    /// The pages of `gone` that an unmap must report as dirty, and those that it may report.
     pub(crate) fn dirt_of(&self, gone: &[Area]) -> (BTreeSet<u64>, BTreeSet<u64>) {
         let inside = |page: &u64| gone.iter().any(|area| area.holds(*page));
         let places = || self.domains.iter().map(|domain| &domain.dirt);
@@ -400,8 +407,8 @@ impl Oracle {
         )
     }
 
-    /// Whether the copy of `page` may differ from the memory: a device wrote while nobody looked, or somebody may be
-    /// writing.
+    /// Whether the copy of `page` may differ from the memory: a device wrote without tracking, or a
+    /// write is in flight.
     pub(crate) fn is_unknown(&self, page: u64) -> bool {
         let untracked = self.domains.iter().map(|domain| &domain.untracked);
         let flying = self.guards.iter().flatten();

@@ -5,16 +5,16 @@ use dirtymap::{Error, Granule, Iova, IovaRange};
 use super::{Area, Oracle, PAGE, range_of};
 use crate::op::Stretch;
 
-/// What is reserved and allowed.
+/// The reserved and allowed ranges.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Free {
-    /// Each range as often as it was reserved, in the order of the calls.
+    /// Each range as many times as it was reserved, in the order of the calls.
     pub(crate) reserved: Vec<IovaRange>,
-    /// As the last call gave them.
+    /// The ranges of the last call.
     allowed: Vec<IovaRange>,
 }
 
-/// First address and the one behind the last, as numbers that cannot wrap.
+/// The first address, and one past the last, as numbers that cannot wrap.
 fn bytes_of(range: IovaRange) -> (u128, u128) {
     (
         range.start().get().into(),
@@ -49,7 +49,7 @@ impl Free {
         merged(&self.allowed)
     }
 
-    /// What is reserved inside `range`, as a whole stretch.
+    /// The first stretch of reserved addresses in `range`.
     pub(crate) fn reserved_in(&self, range: IovaRange) -> Option<IovaRange> {
         self.blocked().into_iter().find(|r| r.intersects(range))
     }
@@ -71,7 +71,7 @@ impl Free {
     }
 
     /// # Errors
-    /// As the library's, with the values that it should name.
+    /// The library's error, with the expected values.
     pub(crate) fn allow(&mut self, ranges: Vec<IovaRange>) -> Result<(), Error> {
         let mut sorted = ranges.clone();
         sorted.sort_unstable_by_key(|range| range.start());
@@ -92,7 +92,7 @@ impl Free {
 
 impl Oracle {
     /// # Errors
-    /// As the library's, with the values that it should name.
+    /// The library's error, with the expected values.
     pub(crate) fn reserve(&mut self, range: IovaRange) -> Result<(), Error> {
         let areas = self.areas.values().map(Area::range);
         let allowed = self.free.allowed();
@@ -105,7 +105,7 @@ impl Oracle {
         }
     }
 
-    /// What is neither mapped nor reserved.
+    /// The addresses that are neither mapped nor reserved.
     pub(crate) fn holes(&self) -> Vec<IovaRange> {
         let areas: Vec<IovaRange> = self.areas.values().map(Area::range).collect();
         let taken = merged(&[areas, self.free.reserved.clone()].concat());
@@ -123,11 +123,13 @@ impl Oracle {
         holes
     }
 
-    /// Where an area with this many pages and this memory goes, and the alignment that it needs: the lowest start that
-    /// fits is where a free stretch begins, or the first aligned address behind that.
+    /// The place of an area with this many pages and this memory, and the alignment that it needs.
+    /// The lowest start that fits is the start of a free stretch, or the first aligned address
+    /// after that.
     pub(crate) fn first_fit(&self, area: &Area) -> (Option<u64>, Granule) {
         let len = u128::from(area.pages * PAGE);
-        // What suits large leaves: the length as a power of two, as far as the memory and 2 MiB allow.
+        // The alignment that suits large leaves: the length as a power of two, as far as the memory
+        // and 2 MiB allow.
         let by_memory = 1 << (area.frame * PAGE).trailing_zeros();
         let page = u128::from(self.unit() * PAGE);
         let align = len
@@ -138,7 +140,7 @@ impl Oracle {
         let all = [IovaRange::ALL].to_vec();
         let allowed = self.free.allowed();
         let windows = if allowed.is_empty() { all } else { allowed };
-        // The first and the last page are never given.
+        // The first and the last page are never allocated.
         let edges = (page, (1 << 64) - page);
         let mut starts = Vec::new();
         for (w_start, w_end) in windows.into_iter().map(bytes_of) {

@@ -1,15 +1,17 @@
-//! The oracle: what the memory holds, and what each harvest must and may report. Sequential sets and maps, right by
-//! reading.
+//! The oracle: the contents of the memory, and the pages that each harvest must and may report. It
+//! consists of sequential sets and maps, and its correctness can be read off.
 //!
-//! The oracle knows the leaves of the tables but not what the IOTLBs hold, so it has a lower and an upper bound, for
-//! each place that can be dirty (a domain, or the marks):
+//! The oracle knows the leaves of the tables, and does not know the contents of the IOTLBs. So it
+//! has a lower and an upper bound for each place that can be dirty (a domain, or the marks):
 //!
-//! * a harvest **must** report the pages that were written and not reported since, with one exception: a write to a page
-//!   of a lease that is not flushed yet may leave no trace, and is in the copy that follows the flush of that lease;
-//! * it **may** report pages that are marked, or kept for a domain, and pages of leaves that a device wrote since the
-//!   leaf was last cleared.
+//! * a harvest **must** report the pages that were written and not reported since, with one
+//!   exception: a write to a page of a lease that is not flushed yet may leave no trace, because
+//!   the copy after the flush of that lease has it;
+//! * it **may** report pages that are marked, or in the put-back store of a domain, and pages of
+//!   leaves that a device wrote since the leaf was last cleared.
 //!
-//! `dirt.rs` has the dirty state, `changes.rs` what a batch does to the areas, `free.rs` which addresses are free.
+//! `dirt.rs` has the dirty state, `changes.rs` the effect of a batch on the areas, `free.rs` the
+//! free addresses.
 
 mod changes;
 mod dirt;
@@ -31,12 +33,13 @@ pub(crate) use free::Free;
 pub(crate) const PAGE: u64 = 4096;
 /// Pages of a large leaf.
 const LARGE: u64 = 512;
-/// The first page of the window in which everything happens: 4 MiB below 4 GiB, so that areas cross from one table to
-/// the next.
+/// The first page of the window in which everything happens: 4 MiB below 4 GiB, so that areas cross
+/// from one table to the next.
 const FIRST: u64 = 0x10_0000 - 2 * LARGE;
-/// Pages of the window: four slots, and what an area in the last one can have.
+/// Pages of the window: four slots, and the most that an area in the last slot can reach beyond it.
 const PAGES: u64 = 7 * LARGE;
-/// The first page of memory behind the window, twice, the second time shifted by a page; aligned to large leaves.
+/// The first page of the pieces of memory, aligned to large leaves. Below it is the memory of the
+/// window, twice, the second time shifted by a page.
 const PIECES: u64 = 15 * LARGE;
 /// Pages of one of the four pieces of memory that are mapped anywhere.
 const PIECE: u64 = 2 * LARGE;
@@ -51,10 +54,10 @@ pub(crate) type Bytes = [u8; PAGE as usize];
 pub(crate) struct Area {
     pub(crate) first: u64,
     pub(crate) pages: u64,
-    /// The page of memory behind `first`.
+    /// The page of memory to which `first` is mapped.
     pub(crate) frame: u64,
     pub(crate) access: Access,
-    /// The number of the map that made it, or what it was cut from.
+    /// The number of the map that made it, or the area from which it was cut.
     pub(crate) origin: u64,
 }
 
@@ -67,7 +70,7 @@ pub(crate) struct Oracle {
     formats: [&'static str; DOMAINS],
     /// Pages of 4 KiB in a page of the space.
     space: u64,
-    /// And in one of each domain.
+    /// Pages of 4 KiB in a page of each domain.
     pages: [u64; DOMAINS],
     /// For each domain, whether it has leaves that devices can only write.
     write_only: [bool; DOMAINS],
@@ -77,18 +80,19 @@ pub(crate) struct Oracle {
     /// Pages of memory that were ever written; all others are zero.
     pub(crate) memory: BTreeMap<u64, Box<Bytes>>,
     pub(crate) domains: [DomainState; DOMAINS],
-    /// The numbers of the domains that are attached, in the order of their coming.
+    /// The numbers of the attached domains, in the order of their attaches.
     pub(crate) attached: Vec<usize>,
     /// The switch of the space.
     pub(crate) tracking: Tracking,
     pub(crate) marks: Dirt,
-    /// Pages that devices of detached domains may have written while nobody looked.
+    /// Pages that devices of detached domains may have written without tracking.
     pub(crate) untracked: BTreeSet<u64>,
-    /// Pages of leases that were forgotten: what the copy has of them is anybody's guess.
+    /// Pages of leases that were forgotten, for which the copy is undefined.
     pub(crate) lost: BTreeSet<u64>,
-    /// The same, of leases that had not been flushed: writes of devices may leave no trace.
+    /// Pages of forgotten leases that had not been flushed, to which writes of devices may leave no
+    /// trace.
     pub(crate) hidden: BTreeSet<u64>,
-    /// The third is that of the pass under way.
+    /// The live leases. The third place is that of the current pass.
     pub(crate) leases: [Option<Leased>; 3],
     /// The ranges of writes in flight, whole pages.
     pub(crate) guards: [Option<IovaRange>; 2],
@@ -151,7 +155,7 @@ impl Oracle {
         }
     }
 
-    /// What every area is made of now, in pages.
+    /// The unit of all areas now, in pages.
     pub(crate) fn unit(&self) -> u64 {
         let pages = self.attached.iter().map(|nth| self.pages[*nth]);
         pages.fold(self.space, u64::max)
@@ -167,24 +171,24 @@ impl Oracle {
         granule_of(self.space)
     }
 
-    /// What suits all domains, attached or not, in pages.
+    /// The unit that suits all domains, attached or not, in pages.
     pub(crate) fn largest_unit(&self) -> u64 {
         self.pages.iter().copied().fold(self.space, u64::max)
     }
 
-    /// The pages that are marked with `page`.
+    /// The pages that are marked together with `page`.
     pub(crate) fn marked_with(&self, page: u64) -> std::ops::Range<u64> {
         let first = page / self.space * self.space;
         first..first + self.space
     }
 
-    /// All pages that are marked with one of `pages`.
+    /// All pages that are marked together with one of `pages`.
     pub(crate) fn rounded(&self, pages: impl IntoIterator<Item = u64>) -> BTreeSet<u64> {
         let all = pages.into_iter().flat_map(|page| self.marked_with(page));
         all.collect()
     }
 
-    /// The first area, if there is one, that is not made of pages of a domain.
+    /// The first area that is not made of whole pages of a domain.
     pub(crate) fn cannot_attach(&self, nth: usize) -> Option<Error> {
         let unit = self.pages[nth];
         let odd = |area: &&Area| {
@@ -197,7 +201,7 @@ impl Oracle {
         Some(Error::CannotAttach { page, area })
     }
 
-    // Where things are.
+    // The meaning of operands.
 
     pub(crate) fn area_at(&self, page: u64) -> Option<&Area> {
         let (_, area) = self.areas.range(..=page).next_back()?;
@@ -213,7 +217,7 @@ impl Oracle {
             .copied()
     }
 
-    /// The address that an operand names; somewhere in the window while nothing is mapped.
+    /// The address that an operand names. While nothing is mapped, it is somewhere in the window.
     pub(crate) fn address_of(&self, place: Place) -> u64 {
         let page = match self.nth_area(place.area) {
             Some(area) => page_in(&area, place.page),
@@ -222,7 +226,7 @@ impl Oracle {
         page * PAGE + u64::from(place.byte)
     }
 
-    /// What an operand asks for.
+    /// The request that an operand names.
     pub(crate) fn range_of(&self, ask: &Ask) -> IovaRange {
         let nothing = Area {
             first: FIRST,
@@ -244,7 +248,7 @@ impl Oracle {
                 (first, (first + u64::from(span) - 17).min(area.last()))
             }
         };
-        // What the bitmap has room for.
+        // The bits for which the bitmap has room.
         let last = last.min(first + PAGES - 1);
         let per_bit = 1 << (u32::from(ask.granule_lg2).saturating_sub(12));
         let per_bit = self.unit().max(per_bit);
@@ -269,7 +273,8 @@ impl Oracle {
         }
     }
 
-    /// The area, but for its place, that an operand of `MapAnywhere` describes; `None` if its memory is in use.
+    /// The area that an operand of `MapAnywhere` describes, without its address. `None` if its
+    /// memory is in use.
     pub(crate) fn new_piece(
         &mut self,
         piece: u8,
@@ -294,7 +299,7 @@ impl Oracle {
         })
     }
 
-    /// Why a domain does not take `area`.
+    /// The error with which a domain refuses `area`.
     pub(crate) fn refuses(&self, area: &Area, domains: &[usize]) -> Option<Error> {
         let denies = |nth: &&usize| area.access == Access::Write && !self.write_only[**nth];
         domains.iter().find(denies).map(|nth| {
@@ -305,7 +310,7 @@ impl Oracle {
         })
     }
 
-    /// The pages of `range` that `mask`, which lies over it, has as a whole, as runs.
+    /// The pages of `range` that are in `mask` as a whole, as runs.
     pub(crate) fn masked(&self, range: IovaRange, mask: Mask) -> Vec<(u64, u64)> {
         let mut runs: Vec<(u64, u64)> = Vec::new();
         for page in pages_of(range).filter(|page| mask.has(*page)) {
@@ -322,7 +327,7 @@ impl Oracle {
         runs.into_iter().filter_map(whole).collect()
     }
 
-    /// The parts of `first..=last` that areas hold.
+    /// The mapped parts of `first..=last`.
     pub(crate) fn mapped_in(&self, first: u64, last: u64) -> Vec<(u64, u64)> {
         let mut runs: Vec<(u64, u64)> = Vec::new();
         for page in (first..=last).filter(|page| self.area_at(*page).is_some()) {
@@ -334,13 +339,13 @@ impl Oracle {
         runs
     }
 
-    /// The first page of `first..=last` that no area holds.
+    /// The first unmapped page of `first..=last`.
     pub(crate) fn first_hole(&self, first: u64, last: u64) -> Option<u64> {
         (first..=last).find(|page| self.area_at(*page).is_none())
     }
 
-    /// Why a request that begins at `from`, which must be a multiple of `unit`, is refused before
-    /// anything is touched.
+    /// The error with which a request is refused before anything is touched. It begins at `from`,
+    /// which must be a multiple of `unit`.
     pub(crate) fn refusal(
         &self,
         range: IovaRange,
@@ -388,13 +393,14 @@ impl Oracle {
         }
     }
 
-    /// The first address of `range` that no area holds.
+    /// The first unmapped address of `range`.
     pub(crate) fn hole_in(&self, range: IovaRange) -> Option<Iova> {
         let (first, last) = (range.start().get() / PAGE, range.last().get() / PAGE);
         Some(Iova::new(self.first_hole(first, last)? * PAGE))
     }
 
-    /// The leaf of a domain that maps `page`: the largest that fits. A cut leaves the largest that fit on either side.
+    /// The leaf of a domain that maps `page`: the largest one that fits. After a cut, both sides
+    /// have the largest leaves that fit.
     fn leaf_of(&self, domain: usize, page: u64) -> Option<(u64, u64)> {
         let area = self.area_at(page)?;
         let merged = &self.domains[domain].merged;
@@ -416,7 +422,7 @@ impl Oracle {
             })
     }
 
-    /// Stores bytes that lie in one mapped page; returns the page.
+    /// Stores bytes in one mapped page, and returns the page.
     pub(crate) fn store(&mut self, at: u64, bytes: &[u8]) -> u64 {
         let page = at / PAGE;
         if let Some(frame) = self.area_at(page).map(|area| area.frame_of(page)) {
@@ -475,7 +481,8 @@ pub(crate) fn range_of(at: Stretch) -> IovaRange {
     pages(first_of(at), first_of(at) + u64::from(at.pages) - 1)
 }
 
-/// The page of `area` that an operand names: one of the first, middle or last ones, or the one behind it.
+/// The page of `area` that an operand names: one of the first, middle or last ones, or the one
+/// after the area.
 pub(crate) fn page_in(area: &Area, code: u8) -> u64 {
     let code = u64::from(code);
     let within = match code {

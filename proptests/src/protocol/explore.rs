@@ -1,12 +1,12 @@
-//! Breadth first through all states, so that the way to a bad one is a shortest one.
+//! A breadth-first search through all states, so that the path to a bad state is a shortest one.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 
-/// What an exploration found.
+/// The result of an exploration.
 #[derive(Debug)]
 pub struct Outcome {
-    /// States that were reached, until a bad one was.
+    /// The number of states that were reached, up to the first bad one.
     pub states: usize,
     /// The first bad state, if there is one.
     pub loss: Option<Loss>,
@@ -21,7 +21,7 @@ pub struct Loss {
     pub state: String,
 }
 
-/// Where a model puts the states that follow one, each with the name of the step.
+/// The states that follow a state, each with the name of the step.
 pub(super) struct Steps<S>(Vec<(&'static str, S)>);
 
 impl<S> Steps<S> {
@@ -38,7 +38,7 @@ pub(super) fn explore<S: Copy + Eq + Hash + std::fmt::Debug>(
     lost: impl Fn(&S) -> bool,
 ) -> Outcome {
     let mut states = vec![first];
-    // How each state was reached first: the number of the one before, and the step.
+    // For each state its first predecessor, by number, and the step from there.
     let mut reached = vec![(0, "")];
     let mut numbers = HashMap::from([(first, 0)]);
     let mut steps = Steps(Vec::new());

@@ -1,8 +1,9 @@
 //! Two harvesters of one page that share a flush queue; each lease is committed or aborted.
 //!
-//! What an abort puts back goes into the marks, which every harvest takes as well. A harvester that takes a mark owes no
-//! invalidation of its own: it relies on the debt that the abort handed to the queue *before* it set the mark, and on the
-//! queue, which never lets a flush that had begun stand for a debt that came later.
+//! An abort puts pages back into the marks, which every harvest takes as well. A harvester that
+//! takes a mark owes no invalidation of its own. It relies on the debt that the abort handed to the
+//! queue *before* it set the mark, and on the queue, in which a flush never covers a debt that is
+//! handed over after it began.
 
 use super::explore::{Outcome, Steps, explore};
 use super::machine::Machine;
@@ -48,7 +49,7 @@ struct Queue {
     owed: bool,
     generation: u8,
     finished: u8,
-    /// What the flush under way carries, if there is one.
+    /// The debt of the running flush, if there is one.
     running: Option<bool>,
 }
 
@@ -61,7 +62,7 @@ struct State {
     copy: u8,
 }
 
-/// What is weak.
+/// The weaknesses of this run.
 #[derive(Clone, Copy)]
 struct Weak {
     put_back_first: bool,
@@ -118,7 +119,7 @@ pub(super) fn explore_with(weakness: Option<&'static str>) -> Outcome {
     )
 }
 
-/// What harvester `who` may do next.
+/// The next steps of a harvester.
 fn harvest(s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
     let h = s.harvesters[who];
     let with = |h: Harvester, s: State| {
@@ -218,7 +219,7 @@ fn harvest(s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
         }
         Step::Synced => {
             out.push("consumer: commits", with(done, s));
-            // The debt is paid: only the pages go back.
+            // The debt is paid, so only the pages are put back.
             let h = Harvester {
                 gather: false,
                 step: Step::AbortPutsBack,

@@ -1,10 +1,11 @@
 //! One leaf over two pages that is split into two and merged again while the device writes.
 //!
-//! * **Split**: both small leaves start with the D that the large one had when it was replaced, by a compare-exchange
-//!   that fails if D changed. A device that still caches the large leaf writes through it without a look at the table:
-//!   so a flush drops whatever it overlaps, of any size.
-//! * **Merge**: the large leaf starts dirty, whatever the small ones were: a walk that is inside the old table may still set a D
-//!   there, where nobody looks any more.
+//! * **Split**: both small leaves start with the D that the large one had when it was replaced, by
+//!   a compare-exchange that fails if D changed. A device that still caches the large leaf writes
+//!   through it without a look at the table. So a flush drops each translation that it overlaps, of
+//!   any size.
+//! * **Merge**: the large leaf starts dirty, whether or not the small ones were, because a walk
+//!   inside the old table may still set a D there that no harvest reads.
 
 use super::explore::{Outcome, Steps, explore};
 
@@ -16,14 +17,14 @@ pub(super) const WEAKNESSES: &[&str] = &[
     "flushes without draining",
 ];
 
-/// What the table says.
+/// The state of the table.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Leaves {
     Large(bool),
     Small,
 }
 
-/// What the device caches.
+/// The state of the device's cache.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Tlb {
     Nothing,
@@ -33,7 +34,7 @@ enum Tlb {
     Small(usize),
 }
 
-/// Where the device is in a write to a page.
+/// The progress of the device in a write to a page.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum At {
     Idle,
@@ -63,7 +64,7 @@ enum Change {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 struct State {
     leaves: Leaves,
-    /// D of the small leaves, whether the table leads to them or not.
+    /// D of the small leaves, whether or not the table leads to them.
     small: [bool; 2],
     tlb: Tlb,
     at: At,
@@ -77,7 +78,7 @@ struct State {
     change: Change,
 }
 
-/// What is weak.
+/// The weaknesses of this run.
 #[derive(Clone, Copy)]
 struct Weak {
     clean_split: bool,
@@ -211,7 +212,8 @@ fn harvest(s: State, weak: Weak, out: &mut Steps<State>) {
                 ..s
             };
             match (seen, s.leaves) {
-                // It clears the entry that it looked at: if that leads to a table by now, nothing happens.
+                // It clears the entry that it looked at. If that entry leads to a table by now,
+                // nothing happens.
                 (Leaves::Large(_), Leaves::Large(dirty)) => {
                     state.leaves = Leaves::Large(dirty && !s.recorded[0]);
                 }

@@ -2,7 +2,7 @@
 
 use super::explore::Steps;
 
-/// What the device caches of the leaf.
+/// The state of the leaf in the device's cache.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Tlb {
     Nothing,
@@ -12,7 +12,7 @@ enum Tlb {
     Dirty,
 }
 
-/// Where the device is in a write.
+/// The progress of the device in a write.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum At {
     Idle,
@@ -37,7 +37,7 @@ pub(super) struct Machine {
     upper: bool,
     tlb: Tlb,
     at: At,
-    /// The page: how often it was written.
+    /// The page, which holds the number of its writes.
     pub(super) data: u8,
     /// Writes that the device may still begin.
     writes: u8,
@@ -78,7 +78,7 @@ impl Machine {
         }
     }
 
-    /// The device has forgotten the leaf, and with `subtree` the upper entry.
+    /// The device no longer caches the leaf, and with `subtree` neither the upper entry.
     pub(super) fn flushed(self, subtree: bool) -> Self {
         Machine {
             tlb: Tlb::Nothing,
@@ -92,12 +92,12 @@ impl Machine {
         self.at == At::Idle
     }
 
-    /// Whether nothing will ever be written again.
+    /// Whether no write can follow.
     pub(super) fn is_over(&self) -> bool {
         self.stopped && self.is_drained()
     }
 
-    /// What the device may do next: a step of a write, a read, an eviction, the end.
+    /// The next steps of the device: a step of a write, a read, an eviction, the end.
     pub(super) fn steps<S>(&self, out: &mut Steps<S>, with: impl Fn(Machine) -> S) {
         let now = *self;
         match now.at {

@@ -1,28 +1,35 @@
-//! The protocols as models small enough to be explored whole: every interleaving of a device and the threads around it.
+//! The protocols as models small enough to be explored whole: every interleaving of a device and
+//! the threads around it.
 //!
 //! ```text
-//!  cases() --> for each protocol: as it is (must hold), and with each single weakness (must lose a write)
+//!  cases() --> each protocol as it is (must hold), and with each weakness (must lose a write)
 //! ```
 //!
-//! A model has one step for each step of the protocol that others can see, and nothing else: no code of the library runs
-//! here. What it shows is that the *order of steps* is right, in full, where loom shows that the *code* is, as far as it
-//! gets. It knows no weak memory: each step is one point in time.
+//! A model has one step for each step of the protocol that other threads can see, and nothing else:
+//! no code of the library runs here. It proves completely that the *order of steps* is right. Loom
+//! shows the same of the *code*, up to its bounds. The models have no weak memory: each step
+//! happens at one point in time.
 //!
-//! | model | threads | contract |
-//! |---|---|---|
-//! | `skip` | a device, a harvester that skips subtrees by their accessed bit | no lost write |
-//! | `leases` | a device, two harvesters that share a flush queue, commit and abort | no lost write, abort puts back, copy after sync |
-//! | `parts` | a device, two harvesters that ask for different pages of one leaf | no lost write, partial leaves |
-//! | `unmap` | a device, a harvester, an unmap that returns what is dirty | no lost write, no reuse before flush |
-//! | `ring` | a guest, two harvesters that take its pages out of KVM's ring | no lost write, copy after sync |
-//! | `leaves` | a device, a harvester, a thread that splits and merges leaves | no lost write |
-//! | `summary` | two CPUs that mark, two harvesters of which one may fail to record | no lost write, nothing is cleared that cannot be recorded |
-//! | `store` | a writer, a log on disk, two consumers, crashes | durable means durable |
+//! Each model checks that no write is lost, and the promises that are named with it:
 //!
-//! A state is bad if the device has stopped, nobody is in the middle of anything, nothing is dirty any more, and what was
-//! copied differs from what is in memory; in some models also if a harvest passed over what it had to report.
+//! * `skip`: a device, harvesters that skip subtrees by their accessed bit
+//! * `leases`: a device, two harvesters that share a flush queue, commit and abort. An abort puts
+//!   back; the copy comes after the sync
+//! * `parts`: a device, two harvesters that request different pages of one leaf. Parts of leaves
+//! * `unmap`: a device, a harvester, an unmap that returns dirty pages. No reuse before the flush
+//! * `ring`: a guest, two harvesters that take its pages out of KVM's ring. The copy comes after
+//!   the sync
+//! * `leaves`: a device, a harvester, a thread that splits and merges leaves
+//! * `summary`: two CPUs that mark, two harvesters of which one may fail to record. A page that
+//!   cannot be recorded is not cleared
+//! * `store`: a writer, a log on disk with its leader, two consumers, crashes. Durable means durable
 //!
-//! `cargo run --release -p proptests --bin protocol` prints the table, and for each weakness the shortest way to lose.
+//! A state is bad if the device has stopped, no thread is in the middle of an operation, nothing is
+//! dirty, and the copy differs from the memory. In some models, a state is also bad if a harvest
+//! did not report a page that it had to.
+//!
+//! `cargo run --release -p proptests --bin protocol` prints the table, and for each weakness a
+//! shortest path to a lost write.
 
 mod explore;
 mod leases;
@@ -42,7 +49,7 @@ pub use explore::{Loss, Outcome};
 pub struct Case {
     /// The protocol.
     pub model: &'static str,
-    /// What is left out, swapped or weakened; `None` for the protocol as it is.
+    /// The step that is left out, swapped or weakened. `None` for the protocol as it is.
     pub weakness: Option<&'static str>,
     run: fn(Option<&'static str>) -> Outcome,
 }
@@ -53,7 +60,7 @@ impl Case {
         (self.run)(self.weakness)
     }
 
-    /// Whether the outcome is the one that must be: the protocol holds, each weakness loses.
+    /// Whether the outcome is as required: the protocol holds, each weakness loses a write.
     pub fn is_as_expected(&self, outcome: &Outcome) -> bool {
         outcome.loss.is_none() == self.weakness.is_none()
     }
@@ -90,7 +97,8 @@ pub fn cases() -> Vec<Case> {
     cases
 }
 
-/// Says of each name whether it is the weakness of this run. A name that is not in the list of its model would never be run.
+/// Tells for each name whether it is the weakness of this run. A name that is missing from the list
+/// of its model would never be run.
 fn chosen(weakness: Option<&str>, all: &[&str]) -> impl Fn(&str) -> bool {
     move |name| {
         assert!(all.contains(&name), "no weakness is called {name:?}");

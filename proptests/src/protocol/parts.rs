@@ -1,17 +1,19 @@
-//! Two harvesters of one leaf over two pages: each asks for one page, and leaves the other dirty;
-//! then one of them asks for both.
+//! Two harvesters of one leaf over two pages. Each of them requests one page and leaves the other
+//! one dirty. Then one of them requests both.
 //!
-//! Who clears D takes on the rest of the leaf: it is dirty, though the table no longer says so. A guard over the rest is
-//! visible from before the clear until the rest is kept as a residual, so that whoever harvests it meanwhile reports it. And
-//! the debt of the whole leaf enters the queue between the two: after the clear, or a flush may pay it too early; before
-//! the rest is kept, or whoever takes the rest, and finds D clear, syncs without a flush.
+//! The harvester that clears D is responsible for the rest of the leaf, which is dirty although the
+//! table no longer says so. A guard over the rest is visible from before the clear until the rest
+//! is stored as a residual, so that another harvest reports it meanwhile. The debt of the whole
+//! leaf enters the queue between the two. If it enters before the clear, a flush may pay it too
+//! early. If it enters after the rest is stored, a harvester that takes the rest and finds D clear
+//! syncs without a flush.
 
 //!
-//! A source that clears by batches, such as a log of KVM, tells of many leaves first and clears
-//! them later. A leaf that lies inside the request may wait for that: it is dirty and in a lease
-//! until then, and the clear comes before the flush. One that sticks out may not: when the source
-//! says that it is clean, its rest is kept, and a harvest that takes the rest is done with it when the late
-//! clear destroys what was written since.
+//! A source that clears by batches, such as a log of KVM, reports many leaves and clears them
+//! later. A leaf inside the request may wait for that: until then it is dirty and in a lease, and
+//! the clear comes before the flush. A leaf that sticks out must not wait. When the source reports
+//! it as clean, its rest is stored. Another harvest may take and copy the rest, and then the late
+//! clear destroys the trace of a later write.
 
 use super::explore::{Outcome, Steps, explore};
 
@@ -35,7 +37,7 @@ enum At {
     Data(usize),
 }
 
-/// What a harvester does next.
+/// The next step of a harvester.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Step {
     Start,
@@ -60,7 +62,7 @@ struct Harvester {
     step: Step,
     rounds: u8,
     recorded: [bool; 2],
-    /// It owes the flush of a leaf that it took whole.
+    /// It owes the flush of a leaf that it took as a whole.
     took: bool,
     /// Whether D was set when it was cleared.
     was_dirty: bool,
@@ -100,11 +102,11 @@ struct Weak {
     table_last: bool,
     guards_last: bool,
     forget: bool,
-    /// The source says that a leaf is clean, and clears it when the rest is kept.
+    /// The source reports a leaf as clean, and clears it after the rest is stored.
     batch_part: bool,
-    /// The source clears what it took whole after the flush.
+    /// The source clears a leaf that it took as a whole after the flush.
     batch_late: bool,
-    /// The second harvester asks for both pages.
+    /// The second harvester requests both pages.
     whole: bool,
 }
 
@@ -226,7 +228,7 @@ fn device(s: State, out: &mut Steps<State>) {
     }
 }
 
-/// What harvester `who`, who asks for page `who` or for both, may do next.
+/// The next steps of a harvester, which requests the page of its own number or both pages.
 fn harvest(s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
     let rest = 1 - who;
     let whole = weak.whole && who == 1;
@@ -326,7 +328,7 @@ fn harvest(s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
             "harvest: drops its guard"
         }
         Step::Guards => {
-            // The other one guards what it did not ask for.
+            // The other harvester guards the page that it did not request.
             h.recorded[who] |= s.harvesters[rest].guards_rest;
             h.step = if weak.guards_last {
                 Step::Debt
@@ -384,7 +386,7 @@ fn harvest(s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
             for page in (0..2).filter(|page| h.recorded[*page]) {
                 s.copy[page] = s.data[page];
             }
-            // Unless the other one has it, and will copy it.
+            // Unless the other harvester has the page, and copies it later.
             let other = s.harvesters[rest].recorded;
             let missed = |page: usize| asks[page] && !other[page] && s.copy[page] != s.data[page];
             s.missed |= h.after_all && (0..2).any(missed);

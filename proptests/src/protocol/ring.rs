@@ -1,8 +1,10 @@
-//! A guest whose dirty pages come out of KVM's ring, and two harvesters that share what they took out.
+//! A guest whose dirty pages are reported by KVM's ring, and two harvesters that share the entries.
 //!
-//! A write that meets a protected page puts it into the ring, and takes the protection off; from then on the guest writes unseen, until the
-//! entry was handed back and KVM_RESET_DIRTY_RINGS has protected the page again. So the reset is a flush: it comes before the
-//! copy, whoever took the page out, and it must not miss an entry whose page another harvester could take already.
+//! A write to a write-protected page puts the page into the ring and removes the protection. From
+//! then on, writes of the guest leave no trace, until the entry is handed back and
+//! KVM_RESET_DIRTY_RINGS has protected the page again. So the reset is a flush: it comes before the
+//! copy, whichever harvester took the page out. It must not miss an entry whose page another
+//! harvester can already take.
 
 use super::explore::{Outcome, explore};
 
@@ -33,11 +35,11 @@ enum Step {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 struct Harvester {
     step: Step,
-    /// Harvests that are left to it.
+    /// The number of harvests that it may still make.
     harvests: u8,
-    /// Took an entry out.
+    /// It took an entry out.
     reaped: bool,
-    /// Has the page in its lease.
+    /// It has the page in its lease.
     has: bool,
 }
 
@@ -47,7 +49,7 @@ struct State {
     writes: u8,
     protected: bool,
     entry: Entry,
-    /// In memory of the source, or marked by an abort.
+    /// The page is in memory of the source, or marked by an abort.
     pending: bool,
     harvesters: [Harvester; 2],
     copy: u8,
@@ -107,7 +109,7 @@ pub(super) fn explore_with(weakness: Option<&'static str>) -> Outcome {
                 out.push("the guest writes", State { data, writes, ..s });
             }
             for (who, now) in s.harvesters.into_iter().enumerate() {
-                // `mine` becomes of this harvester, in `state`.
+                // In `state`, this harvester becomes `mine`.
                 let with = |state: State, mine: Harvester| {
                     let mut state = state;
                     state.harvesters[who] = mine;
@@ -154,7 +156,8 @@ pub(super) fn explore_with(weakness: Option<&'static str>) -> Outcome {
                             (state.entry, state.protected) = (Entry::Free, true);
                         }
                         out.push(RESETS[who], with(state, at(step)));
-                        // Or the lease is dropped before, and the debt stays to whoever takes the page then.
+                        // Or the lease is dropped before, and its debt is paid by the harvester
+                        // that takes the page next.
                         let pending = s.pending || (now.has && !no_put_back);
                         if !copy_early {
                             out.push(ABORTS[who], with(State { pending, ..s }, at(Step::Start)));

@@ -1,21 +1,22 @@
-//! Harvests that skip a subtree by the accessed bit of its upper entry, while another harvest does the same.
+//! Harvests that skip a subtree by the accessed bit of its upper entry, while another harvest does
+//! the same.
 //!
-//! The upper entry has A, which the device sets when it walks the entry in memory, and beside it, in the same word, what
-//! software knows of the subtree:
+//! The upper entry has A, which the device sets when it walks the entry in memory. The same word
+//! has the software's state of the subtree:
 //!
 //! ```text
-//!       nothing is dirty:               a flush of the subtree,         A is clear: one harvest
-//!       clear A                         caches of upper entries too     looks at all of it      A is still clear
-//!  Hot -----------------------> Cleared ---> Flushing ---> Flushed ---> Looking ----------------------> Quiet
-//!   ^                                                                      |                              |
-//!   +----------------------------------------------------------------------+ A is set                     |
-//!   +-----------------------------------------------------------------------------------------------------+
+//!      nothing dirty:            flush of the subtree,      A clear: one
+//!      clear A                   upper entries too          harvest looks     A still clear
+//!  Hot --------------> Cleared ---> Flushing ---> Flushed ---> Looking ----------------> Quiet
+//!   ^                                                             |                        |
+//!   +------------------------- A is set --------------------------+------------------------+
 //! ```
 //!
-//! Only what is quiet, with A clear, is skipped. Between clear and flush a device may dirty leaves by a cached upper entry
-//! and never set A: so the look that counts begins after the flush. Clearing A and saying so are one step; a flush stands
-//! only for what was cleared before it began; and while one harvest looks nobody clears A, or it would not see that A was set
-//! meanwhile.
+//! A harvest skips only a quiet subtree with A clear. Between the clear and the flush, a device may
+//! dirty leaves through a cached upper entry without setting A. So the look that counts begins
+//! after the flush. The clear of A and the new state are one step. A flush covers only a clear
+//! before its beginning. While one harvest looks, no other one clears A, because the first one
+//! would not see that A was set meanwhile.
 
 use super::explore::{Outcome, Steps, explore};
 use super::machine::Machine;
@@ -31,7 +32,7 @@ pub(super) const WEAKNESSES: &[&str] = &[
     "flushes without draining",
 ];
 
-/// What software knows of the subtree.
+/// The software's state of the subtree.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Known {
     Hot,
@@ -59,10 +60,10 @@ enum Step {
 struct Harvester {
     step: Step,
     rounds: u8,
-    /// What the upper entry said when the look began.
+    /// The upper entry at the beginning of the look.
     a: bool,
     known: Known,
-    /// It may call the subtree quiet.
+    /// It may set the state to quiet.
     looks: bool,
     recorded: bool,
     owes_subtree: bool,
@@ -72,11 +73,11 @@ struct Harvester {
 struct State {
     machine: Machine,
     known: Known,
-    /// A flush of the subtree is under way; they go one after the other.
+    /// A flush of the subtree runs. Flushes run one after the other.
     flushing: bool,
     harvesters: [Harvester; 2],
     copy: u8,
-    /// A harvest that began after the last write did not report it, and no other holds it.
+    /// A harvest that began after the last write did not report it, and no other lease has it.
     missed: bool,
 }
 
@@ -142,12 +143,12 @@ fn skips(s: &State, weak: Weak) -> bool {
     (!s.machine.a || weak.ignores_a) && s.known == Known::Quiet
 }
 
-/// What harvester `who` may do next.
+/// The next steps of a harvester.
 fn harvest(mut s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
     let mut h = s.harvesters[who];
     let held = s.harvesters[1 - who].recorded;
     if h.step == Step::LookD {
-        // A bitmap that cannot take more ends the harvest half-way.
+        // A bitmap that cannot record more ends the harvest half-way.
         let mut s = s;
         s.harvesters[who].step = Step::Sync;
         if h.looks {
@@ -188,7 +189,8 @@ fn harvest(mut s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
             h.step = Step::Judge;
             "harvest: clears D"
         }
-        // One compare-exchange of the upper entry: it acts on what the look began with, or not at all.
+        // One compare-exchange of the upper entry, which succeeds only if the entry is as at the
+        // beginning of the look.
         Step::Judge => {
             h.step = Step::Sync;
             let free = s.known == h.known && h.known != Known::Looking;
@@ -200,7 +202,7 @@ fn harvest(mut s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
                 };
                 "harvest: its look is over"
             } else if !h.a && !h.recorded && matches!(h.known, Known::Cleared | Known::Flushing) {
-                // Whoever cleared A may not get to the flush.
+                // The harvester that cleared A may never reach the flush.
                 h.owes_subtree = true;
                 "harvest: owes the flush again"
             } else if h.a == s.machine.a

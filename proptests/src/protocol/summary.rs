@@ -1,19 +1,20 @@
-//! A summary over marks: two CPUs mark one page, two harvesters look at the summary first, and one of them may find that it has no
-//! place to record.
+//! A summary over marks: two CPUs mark one page, two harvesters look at the summary first, and one
+//! of them may be unable to record.
 //!
-//! Who finds the summary clear takes the line for clean and may be the last one to look. So a summary may be clear only while
-//! somebody is sure to take what lies below, or nothing does.
+//! A harvester that finds the summary clear takes the line for clean, and may be the last one to
+//! look. So the summary may be clear only while the line has no marks, or while another harvester
+//! is certain to take them.
 
 use super::explore::{Outcome, Steps, explore};
 
 pub(super) const WEAKNESSES: &[&str] = &[
     "clears the summary before it has a place to record",
     "takes the marks, then clears the summary",
-    "who finds the mark set leaves the summary to others",
+    "a marker that finds the mark set leaves the summary alone",
     "a failure does not put the summary back",
 ];
 
-/// Where a CPU is; each writes twice.
+/// The progress of a CPU. Each CPU writes twice.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum Cpu {
     Write,
@@ -33,21 +34,22 @@ enum Harvester {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 struct State {
     cpus: [(Cpu, u8); 2],
-    /// Writes that were made, of which each CPU's newest is in memory.
+    /// The number of writes of each CPU. The newest one is in memory.
     data: [u8; 2],
-    /// Of these, those whose mark has returned.
+    /// The number of those whose mark has returned.
     returned: [u8; 2],
     mark: bool,
     summary: bool,
     harvesters: [(Harvester, u8); 2],
     copy: [u8; 2],
-    /// A harvest found the summary clear and the other one at it, and passed over what had returned by then.
+    /// A harvest found the summary clear while the other one was at the line, and passed over marks
+    /// that had returned by then.
     passed: [u8; 2],
-    /// The other one failed, or there was none.
+    /// The other one failed, or no other one was there.
     lost: bool,
 }
 
-/// What is weak.
+/// The weaknesses of this run.
 #[derive(Clone, Copy)]
 struct Weak {
     hide_first: bool,
@@ -87,7 +89,7 @@ pub(super) fn explore_with(weakness: Option<&'static str>) -> Outcome {
         |s| {
             let over = s.cpus.iter().all(|cpu| *cpu == (Cpu::Write, 0))
                 && s.harvesters.iter().all(|(at, _)| *at == Harvester::Look);
-            // A mark below a clear summary is not found any more.
+            // No harvest finds a mark under a clear summary.
             let hidden = s.mark && !s.summary;
             s.lost || over && (hidden || !s.mark && s.copy != s.data)
         },
@@ -163,7 +165,8 @@ fn harvest(s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
         mark: false,
         ..s
     };
-    // What others passed over because of us is ours from now on.
+    // The marks that the other harvester passed over because of this one are this one's duty from
+    // now on.
     let others_passed = s.passed[1 - who];
     let next_of = |mine| match (mine, weak.take_first, weak.hide_first) {
         (Harvester::Look, _, true) => Harvester::ClearSummary,
@@ -183,7 +186,8 @@ fn harvest(s: State, who: usize, weak: Weak, out: &mut Steps<State>) {
         Harvester::Look => {
             let mut next = s;
             next.harvesters[who].1 -= 1;
-            // It owes a report of what had returned; somebody else must be about to give it.
+            // It has to report the marks that had returned, unless the other harvester is about to
+            // report them.
             let owes = s.mark && (0..2).any(|cpu| s.returned[cpu] > s.copy[cpu]);
             match s.harvesters[1 - who].0 {
                 Harvester::Look => next.lost |= owes,

@@ -1,7 +1,7 @@
-//! An unmap that returns what was dirty, beside a harvest, while the device goes on.
+//! An unmap that returns dirty pages, beside a harvest, while the device continues.
 //!
-//! The leaf is removed by one exchange, so what it held at that moment is the last word on D; after the flush no device
-//! reaches the memory; then it is copied; then the addresses may be used again.
+//! One exchange removes the leaf and returns its last D. After the flush no device reaches the
+//! memory. Then the page is copied, and then the addresses may be used again.
 
 use super::explore::{Outcome, explore};
 use super::machine::Machine;
@@ -10,7 +10,7 @@ pub(super) const WEAKNESSES: &[&str] = &[
     "reads D, then removes the leaf",
     "copies before the flush",
     "flushes without draining",
-    "gives the memory free before the flush",
+    "frees the memory before the flush",
 ];
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -51,7 +51,7 @@ pub(super) fn explore_with(weakness: Option<&'static str>) -> Outcome {
     let in_two_steps = weak("reads D, then removes the leaf");
     let copy_early = weak("copies before the flush");
     let no_drain = weak("flushes without draining");
-    let free_early = weak("gives the memory free before the flush");
+    let free_early = weak("frees the memory before the flush");
     let order = if copy_early {
         [Unmap::Copy, Unmap::Flush, Unmap::Free]
     } else if free_early {

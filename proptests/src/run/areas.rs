@@ -1,4 +1,4 @@
-//! Map, unmap, and what they do to the copy.
+//! Map, unmap, and their effect on the copy.
 
 use dirtymap::bitmap::BitmapError;
 use dirtymap::space::Unmapped;
@@ -30,7 +30,7 @@ impl Runner<'_> {
         }
         let before = self.space.mappings();
         if fault == MapFault::OutsideMemory && self.oracle.attached.is_empty() {
-            // Nobody would refuse it.
+            // No domain would refuse it.
             return Ok(());
         }
         let space = self.space;
@@ -80,7 +80,7 @@ impl Runner<'_> {
         self.check_areas()
     }
 
-    /// Maps where the lowest free addresses are; `area` says nothing of its place.
+    /// Maps at the lowest free addresses. The place of `area` is ignored.
     pub(super) fn map_anywhere(&mut self, mut area: Area, ragged: bool) -> Checked {
         let len = area.pages * PAGE + if ragged { 100 } else { 0 };
         let backing = area.frame * PAGE;
@@ -109,7 +109,8 @@ impl Runner<'_> {
         self.check_areas()
     }
 
-    /// Unmaps; with a granule, and whether the bitmap is too short for it, takes what is dirty.
+    /// Unmaps. With a granule, takes the dirty pages. The flag beside it says whether the bitmap is
+    /// too short.
     pub(super) fn unmap(&mut self, nth: u8, cut: Cut, take: Option<(u8, bool)>) -> Checked {
         let Some(area) = self.oracle.nth_area(nth) else {
             let range = IovaRange::ALL;
@@ -156,7 +157,7 @@ impl Runner<'_> {
         }
     }
 
-    /// An unmap that returns what is dirty: the copy of what goes must be complete then.
+    /// An unmap that returns dirty pages: afterwards the copy of its areas must be complete.
     fn unmap_taking(
         &mut self,
         range: IovaRange,
@@ -206,14 +207,14 @@ impl Runner<'_> {
         same(Rule::Accounting, "bytes discarded", done.discarded_bytes, 0)?;
         self.counts.unmapped_dirty_bytes += done.dirty_bytes as u64;
         self.check_size(gone, done)?;
-        // The memory is final, and what the oracle knows of its place is still there.
+        // The memory is final, and the oracle still has its places.
         self.copy_runs(&found.runs)?;
         self.compare_areas(gone)?;
         self.forget(gone)?;
         self.check_areas()
     }
 
-    /// The areas have gone: nobody reaches them any more.
+    /// The areas are gone, and no device reaches them.
     pub(super) fn forget(&mut self, gone: &[Area]) -> Checked {
         for area in gone {
             self.oracle.unmap(area);
@@ -245,7 +246,7 @@ impl Runner<'_> {
         same(Rule::Answer, "bytes unmapped", done.bytes, bytes)
     }
 
-    /// An unmap has counted what it discarded: each dirty page of the areas `gone`, once.
+    /// An unmap has counted each dirty page of the areas `gone` as discarded, once.
     pub(super) fn check_discarded(&mut self, gone: &[Area], done: Unmapped) -> Checked {
         self.check_size(gone, done)?;
         let (must, may) = self.oracle.dirt_of(gone);

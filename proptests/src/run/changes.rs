@@ -35,7 +35,7 @@ impl Runner<'_> {
         self.check_translations()
     }
 
-    /// All changes are planned on what the changes before them leave, and performed at once.
+    /// Each change is planned on the areas after the changes before it. All are performed at once.
     pub(super) fn batch(&mut self, steps: &[Step; 3]) -> Checked {
         let new = steps.map(|step| match step {
             Step::Map(at, access) => self.oracle.new_area(at, false, access),
@@ -124,7 +124,7 @@ impl Runner<'_> {
     }
 }
 
-/// A stretch of the window that no operand spells.
+/// A stretch of the window that no operand names.
 const NOWHERE: Stretch = Stretch {
     slot: 6,
     skip: 3,

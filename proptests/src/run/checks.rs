@@ -1,4 +1,4 @@
-//! What must hold after each step, and in the end.
+//! The checks after each step, and at the end.
 
 use dirtymap::space::SpaceStats;
 use dirtymap::{Holes, Mapping};
@@ -53,13 +53,13 @@ impl Runner<'_> {
         same(Rule::Answer, "the areas", self.space.mappings(), right)
     }
 
-    /// Devices stop, all leases are committed, one last harvest: the copy must equal the memory, and nothing is dirty
-    /// any more.
+    /// Devices stop, all leases are committed, and one last harvest runs. After it the copy must
+    /// equal the memory, and nothing is dirty.
     pub(super) fn finish(mut self) -> Checked {
         self.world.quiesce();
         self.step(&Op::EndWrite(0))?;
         self.step(&Op::EndWrite(1))?;
-        // What was told to fail must not fail the last harvest.
+        // Requested faults must not fail the last harvest.
         self.world.heal();
         self.step(&Op::Commit(0))?;
         self.step(&Op::Commit(1))?;
@@ -74,7 +74,7 @@ impl Runner<'_> {
                 self.space.stats().leased_bytes,
                 before,
             )?;
-            // Each flush takes all that is owed.
+            // Each flush takes all debts.
             if !self.oracle.areas.is_empty() {
                 let pending = self.space.stats().flush.pending;
                 same(Rule::Accounting, "gathers pending at the end", pending, 0)?;
@@ -107,7 +107,8 @@ impl Runner<'_> {
         self.compare_areas(&areas)
     }
 
-    /// Compares the memory with the oracle's, and the copy with the memory, as far as no live lease will be copied.
+    /// Compares the memory with the oracle's, and the copy with the memory, except for the pages of
+    /// live leases.
     pub(super) fn compare_areas(&self, areas: &[Area]) -> Checked {
         for area in areas {
             for page in pages_of(area.range()) {

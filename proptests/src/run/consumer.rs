@@ -1,4 +1,4 @@
-//! The consumer: it keeps its copy of the memory up to date by what its leases name.
+//! The consumer, which keeps its copy of the memory up to date by its leases.
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -59,7 +59,7 @@ impl Runner<'_> {
                     return Err(violation(Rule::Answer, text));
                 }
                 Err(Panicked) => {
-                    // The panic has dropped the lease.
+                    // The panic dropped the lease.
                     let outside = self.right_abort(&open, maps).outside_bytes;
                     self.was_put_back(nth, &open, bytes, outside);
                     return Ok(());
@@ -92,7 +92,7 @@ impl Runner<'_> {
         same(Rule::Answer, "whether a sync failed", failed, was_told)
     }
 
-    /// A device writes, and writes the same again and again while the lease is flushed.
+    /// A device writes, and repeats the write while the lease is flushed.
     pub(super) fn busy_sync(&mut self, nth: usize, device: Master, at: Place, len: u16) -> Checked {
         let start = self.oracle.address_of(at);
         let bytes = self.fresh_bytes(len);
@@ -109,7 +109,7 @@ impl Runner<'_> {
         synced
     }
 
-    /// Copies what a synced lease names, unless that was sabotaged.
+    /// Copies the pages of a synced lease, unless the copy is sabotaged.
     pub(super) fn copy_lease(&mut self, nth: usize) -> Checked {
         if let Some(held) = &mut self.leases[nth]
             && let Live::Synced(lease) = &held.live
@@ -182,7 +182,7 @@ impl Runner<'_> {
         Ok(())
     }
 
-    /// The starts of the dirty granules of a lease over `view` that lie in `part` as a whole.
+    /// The starts of the dirty granules of a lease over `view` that are in `part` as a whole.
     pub(super) fn committed_by(
         &self,
         after: &[u64],
@@ -216,7 +216,7 @@ impl Runner<'_> {
                         std::mem::forget(live);
                         return;
                     }
-                    // Not by `panic!`: hooks that end the process need not know.
+                    // Not by `panic!`, because the panic hook may end the process.
                     resume_unwind(Box::new(live.is_synced()));
                 });
                 check(leak || crash.is_err(), Rule::Answer, || {
@@ -230,7 +230,7 @@ impl Runner<'_> {
         Ok(())
     }
 
-    /// What an end of a lease puts back.
+    /// The pages that an end of a lease puts back.
     fn open_runs(&self, nth: usize, held: &Held<'_>) -> Vec<IovaRange> {
         let (range, granule) = (held.request.range(), held.request.granule());
         let open = without(&self.buffers[nth].read(), range, granule, &held.committed);
@@ -240,7 +240,7 @@ impl Runner<'_> {
             .collect()
     }
 
-    /// The runs of a lease, and what was left of its bytes, were put back.
+    /// The runs of a lease, and the rest of its bytes, were put back.
     fn was_put_back(&mut self, nth: usize, runs: &[IovaRange], bytes: u64, outside: u64) {
         self.oracle.aborted(nth, runs);
         self.counts.aborts += 1;
@@ -248,8 +248,8 @@ impl Runner<'_> {
         self.counts.put_back_outside_bytes += outside;
     }
 
-    /// A lease vanishes: what it took is reported by nobody. Until a flush, later writes of its
-    /// pages may be hidden as well.
+    /// A lease is forgotten, and its pages are never reported. Until a flush, later writes to them
+    /// may be hidden as well.
     pub(super) fn forget_lease(&mut self, nth: usize) {
         if let Some(held) = self.leases[nth].take() {
             self.forgotten += held.bytes;
@@ -258,14 +258,14 @@ impl Runner<'_> {
         }
     }
 
-    /// Copies what is mapped of `runs`.
+    /// Copies the mapped pages of `runs`.
     pub(super) fn copy_runs(&mut self, runs: &[IovaRange]) -> Checked {
         for run in runs {
             for (at, piece) in pieces(run.start().get(), run.len() as usize) {
                 let Some(phys) = self.phys(at) else {
                     continue;
                 };
-                // Memory that was never written is zero, as is what the copy does not hold.
+                // Memory that was never written is zero, and so is a page that is not in the copy.
                 if !self.oracle.memory.contains_key(&(phys / PAGE)) {
                     continue;
                 }

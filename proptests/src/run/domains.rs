@@ -1,4 +1,4 @@
-//! Domains that come and go, and the switches of tracking.
+//! Attaches, detaches, and the switches of tracking.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
@@ -48,7 +48,8 @@ impl Runner<'_> {
             if std::mem::replace(&mut again, true) && !space.domains().contains(&id) {
                 return Ok(());
             }
-            // The last callback comes when it is gone: then a panic does not bring it back.
+            // The last callback comes after the detach is done, so a panic in it does not undo the
+            // detach.
             catch_unwind(AssertUnwindSafe(|| space.detach(id))).unwrap_or_else(|panic| {
                 match was_told(&*panic) && !space.domains().contains(&id) {
                     true => Ok(()),
@@ -96,8 +97,8 @@ impl Runner<'_> {
         Ok(())
     }
 
-    /// Performs a call; if a flush was told to fail in it, or a callback to panic, everything must
-    /// still be there, and the call is repeated.
+    /// Performs a call. If a requested failure of a flush or a requested panic hits it, all areas
+    /// must still be there, and the call is repeated.
     pub(super) fn stubbornly<T>(
         &mut self,
         mut call: impl FnMut() -> Result<T, Error>,
@@ -112,12 +113,12 @@ impl Runner<'_> {
                 Err(Panicked) => self.after_panic(),
             }
             self.clear_leftovers()?;
-            // What is unmapped may have lost its translations, but nothing that is dirty.
+            // The areas of an unmap may have lost their translations, but no dirty pages.
             self.peek_everything()?;
         }
     }
 
-    /// Unmaps and detaches what a call has left behind that failed, and whose way back failed.
+    /// Unmaps and detaches the rest of a call that failed, and whose undo failed as well.
     fn clear_leftovers(&mut self) -> Checked {
         for mapping in self.space.mappings() {
             let page = mapping.range.start().get() / PAGE;
@@ -136,7 +137,7 @@ impl Runner<'_> {
                         format!("domain {nth} still translates {start}, whose map failed")
                     })?;
                 }
-                // Nothing is dirty in it but what is being written.
+                // Only pages of writes in flight are dirty in it.
                 let flying = self.oracle.guards.iter().flatten();
                 let parts = flying.filter_map(|write| write.intersection(mapping.range));
                 let most: u128 = parts.map(|part| part.len()).sum();
@@ -174,7 +175,7 @@ impl Runner<'_> {
         }
     }
 
-    /// Merges the leaves of an area, or splits one of them, as far as the domain can.
+    /// Merges the leaves of an area, or splits one of them, if the domain can.
     pub(super) fn reshape(&mut self, nth: usize, at: Place, merge: bool) -> Checked {
         let page = self.oracle.address_of(at) / PAGE;
         let attached = self.oracle.attached.contains(&nth);
@@ -226,7 +227,7 @@ impl Runner<'_> {
         let mut starting = self.oracle.not_tracking();
         starting.retain(|nth| on && domain.is_none_or(|domain| domain == *nth));
         let marks = on && domain.is_none() && self.oracle.tracking != Tracking::On;
-        // Dirty leaves of tables do not count, but what is kept for domains does.
+        // Dirty leaves of tables do not count. Pages in the put-back stores of domains do.
         let kept = starting.iter().map(|nth| &self.oracle.domains[*nth].dirt);
         let rounded = |dirt: &Dirt| self.oracle.rounded(dirt.may()).len() as u64;
         let mut most: u64 = kept.map(rounded).sum();

@@ -1,4 +1,4 @@
-//! Writes in flight, and handles that are kept whatever becomes of their areas.
+//! Writes in flight, and handles that are kept, also after an unmap of their areas.
 
 use dirtymap::space::{Fault, FaultSource};
 use dirtymap::{Error, Iova, IovaRange};
@@ -55,7 +55,7 @@ impl Runner<'_> {
         }
     }
 
-    /// The pages are marked; if an area went meanwhile, that is a mark outside.
+    /// The pages are marked. If an area was unmapped meanwhile, that is a mark outside.
     pub(super) fn end_write(&mut self, nth: usize) -> Checked {
         if let Some(Guard { guard, .. }) = self.guards[nth].take() {
             drop(guard);
@@ -79,7 +79,7 @@ impl Runner<'_> {
         }
     }
 
-    /// Marks by a handle that was kept: what the area was cut into, as far as that is still there.
+    /// Marks by a kept handle: the pieces of its area that are still mapped.
     pub(super) fn mark_by_kept(&mut self, nth: usize, page: u8, len: u16) -> Checked {
         let Some((handle, origin)) = self.handles[nth].clone() else {
             return Ok(());
@@ -104,7 +104,7 @@ impl Runner<'_> {
         };
         let (left, gone): (Vec<u64>, Vec<u64>) = pages_of(range).partition(there);
         if let Some(first) = gone.first() {
-            // Nothing is written; pages that are still there may be marked all the same.
+            // Nothing is written, but the mapped pages may be marked.
             left.into_iter()
                 .for_each(|page| self.oracle.may_be_marked(page));
             self.counts.outside_marks += 1;

@@ -1,6 +1,7 @@
-//! Harvests and peeks, and what they should find.
+//! Harvests and peeks, and the pages that they should report.
 //!
-//! A new mode of harvest is a [`Mode`], and in `modes.rs` a call and the runs of pages that it goes over.
+//! A new mode of harvest needs a [`Mode`], and in `modes.rs` its call and the runs of pages that it
+//! walks.
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -21,30 +22,30 @@ use crate::oracle::{PAGE, pages};
 use crate::rig::ToldToDie;
 use crate::violation::{Rule, Violation, check, same};
 
-/// A request, ready to be made, and how it should be answered.
+/// A request, and the expected result.
 pub(super) struct Request {
     pub(super) inner: HarvestRequest<'static>,
-    /// How many words the bitmap has.
+    /// The number of words of the bitmap.
     pub(super) words: usize,
     /// The whole buffer before the request.
     pub(super) before: Vec<u64>,
-    /// Why it is refused.
+    /// The error with which it is refused.
     refusal: Option<Error>,
-    /// Where it stops because nothing is mapped.
+    /// The hole at which it stops.
     pub(super) hole: Option<Iova>,
-    /// Where a source stops it before that.
+    /// The address below the hole at which a source stops it.
     pub(super) stop: Option<Iova>,
-    /// The runs of pages that it goes over; none if it stops at once.
+    /// The runs of pages that it walks. None if it stops at once.
     pub(super) walked: Vec<(u64, u64)>,
     /// The addresses of its lease.
     pub(super) view: IovaRange,
-    /// Its lease has none: it stopped at once.
+    /// The lease has no addresses, because the harvest stopped at once.
     pub(super) empty: bool,
 }
 
 impl Request {
-    /// The addresses of the lease, if it goes on at `next`, or stopped at `at`; `None` if there are
-    /// none.
+    /// The addresses of the lease of a harvest that goes on at `next`, or that stopped at `at`.
+    /// `None` if the lease has none.
     pub(super) fn view_of(&self, next: Option<Iova>, at: Option<Iova>) -> Option<IovaRange> {
         let below = |end: Iova| Iova::new(end.get() - 1).granule_last(self.inner.granule());
         if at.is_some_and(|at| at <= self.view.start()) {
@@ -54,7 +55,7 @@ impl Request {
         IovaRange::new(self.view.start(), last.min(self.view.last())).ok()
     }
 
-    /// The parts of `runs` that are the lease's.
+    /// The parts of `runs` that are in the lease.
     pub(super) fn leased(&self, runs: &[IovaRange]) -> Vec<IovaRange> {
         let view = (!self.empty).then_some(self.view);
         runs.iter()
@@ -62,18 +63,18 @@ impl Request {
             .collect()
     }
 
-    /// What an abort puts back of it: up to the last page that it went over.
+    /// The addresses that an abort puts back: up to the last page that the harvest walked.
     pub(super) fn reached(&self) -> Option<IovaRange> {
         let (_, last) = self.walked.last().filter(|_| !self.empty)?;
         IovaRange::new(self.view.start(), pages(*last, *last).last()).ok()
     }
 }
 
-/// What a harvest says of itself: its report, where it goes on, why and where it stopped, and how
-/// many bytes outside every area had been put back by then.
+/// The results of a harvest: its report, the address at which it goes on, the error and address of
+/// its stop, and the number of bytes that were put back outside of all areas.
 pub(super) type Said = (HarvestReport, Option<Iova>, Option<(Iova, String)>, u64);
 
-/// What `lease` says, of which nothing was put back yet.
+/// The results of `lease`, before anything is put back.
 pub(super) fn said(space: &AddressSpace, lease: &Lease<'_, Owed>) -> Result<Said, Violation> {
     let put_back = space.stats().put_back_outside_bytes;
     let stopped = lease.stopped().map(|at| (at.at, at.error.to_string()));
@@ -125,7 +126,7 @@ impl<'a> Runner<'a> {
         self.hold(nth, lease.partial(), &request, &found)
     }
 
-    /// A harvest was refused, which left `after` in its buffer.
+    /// A harvest was refused, and its buffer is now `after`.
     pub(super) fn refused(request: Request, after: &[u64], error: Error) -> Checked {
         same(
             Rule::Bitmap,
@@ -136,8 +137,8 @@ impl<'a> Runner<'a> {
         same_answer("a harvest", Err(error), request.refusal.map_or(Ok(()), Err))
     }
 
-    /// Checks what a harvest said, and what it left in its buffer; completes `request` with where
-    /// it ended. What sources gave that others stopped below is dirty again.
+    /// Checks the results of a harvest and its buffer, and completes `request` with its end. Pages
+    /// above a stop that other sources had reported are dirty again.
     pub(super) fn check_harvest(
         &mut self,
         request: &mut Request,
@@ -189,8 +190,8 @@ impl<'a> Runner<'a> {
         Ok(found)
     }
 
-    /// A source stopped a harvest that would have gone over `whole`. What lies above the lease was
-    /// put back: of the bits that were set, only those of the lease count.
+    /// A source stopped a harvest of `whole`. Pages above the lease were put back, so only the bits
+    /// of the lease count as set.
     fn check_above(
         &mut self,
         request: &Request,
@@ -221,7 +222,7 @@ impl<'a> Runner<'a> {
                 .filter_map(|run| run.intersection(above?))
                 .collect()
         };
-        // A bit that was set before looks like one that a source gave: then fewer count.
+        // A bit that was set before looks like a bit of a source, so the count may be lower.
         let known = inside(&before).is_empty();
         let least = if known { fresh } else { 0 };
         check((least..=fresh).contains(&said), Rule::Accounting, || {
@@ -241,7 +242,7 @@ impl<'a> Runner<'a> {
         Ok(())
     }
 
-    /// Tells the oracle what a harvest reported.
+    /// Passes the reported pages of a harvest to the oracle.
     pub(super) fn took(&mut self, nth: usize, request: &Request, ask: &Ask, found: &Found) {
         let walked = &request.walked;
         let reported = walked
@@ -251,7 +252,7 @@ impl<'a> Runner<'a> {
         self.oracle.harvested(nth, ask, walked, reported);
     }
 
-    /// A domain panicked, if `first` half-way through the first area: what was recorded must be
+    /// A domain panicked; if `first`, half-way through the first area. The recorded pages must be
     /// dirty again.
     pub(super) fn died(
         &mut self,
@@ -276,7 +277,7 @@ impl<'a> Runner<'a> {
         let outside = self.right_abort(&runs, u64::MAX).outside_bytes;
         let before = self.counts.put_back_outside_bytes;
         let counted = self.space.stats().put_back_outside_bytes;
-        // Where it was is known of the first area only.
+        // The place of the panic is known only in the first area.
         let least = before + if first { outside } else { 0 };
         check(
             (least..=before + outside).contains(&counted),
@@ -291,7 +292,7 @@ impl<'a> Runner<'a> {
         self.peek_everything()
     }
 
-    /// What must be reported is reported, everywhere.
+    /// Each page that must be reported is reported.
     pub(super) fn peek_everything(&mut self) -> Checked {
         for area in self.oracle.areas.clone().into_values() {
             self.peek_range(area.range(), &Ask::EVERYTHING)?;
@@ -360,7 +361,7 @@ impl<'a> Runner<'a> {
         self.check_bits(&request, ask, &buffer.read()).map(|_| ())
     }
 
-    /// Prepares `buffer` for a request, and asks the oracle what will come of it.
+    /// Prepares `buffer` for a request, and gets the expected result from the oracle.
     pub(super) fn request(&self, range: IovaRange, ask: &Ask, buffer: &Buffer) -> Request {
         let granule = Granule::from_lg2(ask.granule_lg2).unwrap_or(Granule::K4);
         buffer.fill(ask.preset);
@@ -395,7 +396,7 @@ impl<'a> Runner<'a> {
         }
     }
 
-    /// Checks what a request made of its buffer against what the oracle knows.
+    /// Checks the buffer of a request against the oracle.
     fn check_bits(&self, request: &Request, ask: &Ask, after: &[u64]) -> Result<Found, Violation> {
         let (must, may) = self.oracle.bounds(ask, &request.walked);
         check_bits(&request.inner, &request.before, after, &must, &may)

@@ -1,7 +1,8 @@
 //! The runner: executes a program on the library and on the oracle, and compares after every step.
 //!
-//! It keeps a copy of the memory as a migrator would: all of an area when the area is mapped or tracking is switched
-//! on, and from then on only what synced leases name. In the end the copy must equal the memory.
+//! It keeps a copy of the memory, like a migrator: the whole area when the area is mapped or
+//! tracking is switched on, and from then on only the pages of synced leases. At the end the copy
+//! must equal the memory.
 
 mod areas;
 mod changes;
@@ -32,7 +33,8 @@ use crate::world::World;
 
 type Checked = Result<(), Violation>;
 
-/// Executes `ops` in the world of `config`, on the library and on the oracle. Returns what the space counted.
+/// Executes `ops` in the world of `config`, on the library and on the oracle. Returns the counts of
+/// the space.
 ///
 /// # Errors
 /// The first [`Violation`].
@@ -71,7 +73,7 @@ pub fn run(ops: &[Op], config: &Config) -> Result<SpaceStats, Violation> {
     Ok(space.stats())
 }
 
-/// A domain, a large leaf with small ones behind it, a few pages elsewhere, and tracking.
+/// A domain, a large leaf followed by small ones, a few pages elsewhere, and tracking.
 const PRELUDE: [Op; 4] = [
     Op::Attach(0),
     Op::Map {
@@ -101,20 +103,20 @@ struct Runner<'a> {
     buffers: &'a [Buffer; 2],
     leases: [Option<Held<'a>>; 2],
     guards: [Option<Guard<'a>>; 2],
-    /// Each with the number of the map that made its area.
+    /// Handles, each with the number of the map that made its area.
     handles: [Option<(AreaHandle, u64)>; 2],
-    /// The migrator's copy, by page; absent is zero.
+    /// The migrator's copy, by page. An absent page is zero.
     copy: BTreeMap<u64, Box<Bytes>>,
-    /// What the space should have counted; of the flushes only `failed`.
+    /// The expected counts of the space. Of those of flushes, only `failed`.
     counts: SpaceStats,
-    /// What was being unmapped in this step when a source panicked.
+    /// The ranges of the unmaps of this step in which a source panicked.
     unsure: Vec<IovaRange>,
-    /// Leases that were forgotten: nobody looks at them, and they go when all has been checked, so
+    /// Leases that were forgotten. They are not used again, and are dropped after all checks, so
     /// that the test leaks no memory.
     vanished: Vec<Live<'a>>,
-    /// Their bytes.
+    /// The bytes of the forgotten leases.
     forgotten: u64,
-    /// Goes up with every step, so that every write has bytes of its own.
+    /// Incremented with each step, so that each write has bytes of its own.
     time: u8,
 }
 
@@ -124,27 +126,27 @@ struct Held<'a> {
     request: HarvestRequest<'static>,
     /// The addresses of the lease.
     view: IovaRange,
-    /// It has none.
+    /// The lease has no addresses.
     empty: bool,
-    /// How many maps there were: an area that came later has nothing of it.
+    /// The number of maps before it. A later area has no page of it.
     maps: u64,
-    /// What of it the harvest went over.
+    /// The runs that the harvest walked.
     reached: Option<IovaRange>,
     /// The starts of granules that were committed by parts.
     committed: BTreeSet<u64>,
-    /// What is left of it.
+    /// The number of bytes that are neither committed nor put back.
     bytes: u64,
     copied: bool,
 }
 
 /// A write in flight.
 struct Guard<'a> {
-    /// Absent if the writer does not say that it writes.
+    /// `None` if the writer writes without a guard.
     guard: Option<WriteGuard<'a>>,
     range: IovaRange,
 }
 
-/// How a lease ends that is not committed.
+/// The end of a lease that is not committed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
     Abort,
@@ -260,14 +262,14 @@ impl<'a> Runner<'a> {
         &self.world.memory
     }
 
-    /// Where the byte at `at` lies in memory.
+    /// The place of the byte at `at` in memory.
     fn phys(&self, at: u64) -> Option<u64> {
         let area = self.oracle.area_at(at / PAGE)?;
         Some(area.frame_of(at / PAGE) * PAGE + at % PAGE)
     }
 }
 
-/// Both succeeded, or both failed in the same way: an error's text has every value in it.
+/// Both succeeded, or both failed with the same text, which has all values of the error.
 fn same_answer(what: &str, got: Result<(), Error>, right: Result<(), Error>) -> Checked {
     let text = |answer: Result<(), Error>| answer.map_err(|error| error.to_string());
     same(Rule::Answer, what, text(got), text(right))

@@ -1,4 +1,4 @@
-//! The calls that harvest: what each walks over, and how it is called.
+//! The modes of harvest: the call of each, and the runs that it walks.
 
 use dirtymap::{
     AddressSpace, Error, Granule, HarvestRequest, Holes, Iova, IovaRange, Lease, Owed, UserBitmap,
@@ -10,7 +10,7 @@ use crate::op::{Ask, Mask, Mode, Share};
 use crate::oracle::{PAGE, pages, pages_of};
 use crate::violation::{Rule, Violation, check, same};
 
-/// Where a bounded harvest begins: a multiple of `unit`.
+/// The start of a bounded harvest, a multiple of `unit`.
 pub(super) fn cursor(range: IovaRange, unit: Granule, from: u8) -> Iova {
     let at = (range.len() * u128::from(from) / 256) as u64;
     let start = Iova::new(range.start().get() + at).granule_start(unit);
@@ -27,7 +27,7 @@ pub(super) fn share_of(range: IovaRange, Share(one, other): Share) -> IovaRange 
     IovaRange::new(at(one.min(other)), at(one.max(other))).unwrap_or(range)
 }
 
-/// Calls what `mode` names; `page` is what areas are made of.
+/// Performs the call of `mode`. `page` is the unit of areas.
 pub(super) fn call<'b>(
     space: &'b AddressSpace,
     request: &HarvestRequest<'_>,
@@ -63,7 +63,7 @@ fn mask_words(mask: Mask, over: IovaRange, granule: Granule) -> Vec<u64> {
 }
 
 impl Runner<'_> {
-    /// The runs of pages that a harvest goes over, if nothing stops it but a hole: and that hole.
+    /// The runs of pages that a harvest walks if only a hole stops it, and that hole.
     pub(super) fn ways(
         &self,
         range: IovaRange,
@@ -97,7 +97,7 @@ impl Runner<'_> {
         (walked, None)
     }
 
-    /// What the answer of a bounded harvest says of where it ended: within its bounds, and not before it had reached them.
+    /// Checks the end of a bounded harvest: within its bounds, and not before it had reached them.
     pub(super) fn ended(
         &self,
         request: &mut Request,
@@ -118,7 +118,7 @@ impl Runner<'_> {
             format!("a bounded harvest of {range} from {from} goes on at {next}")
         })?;
         let page = next.get() / PAGE;
-        // It comes to a hole only if it goes so far.
+        // It reaches the hole only if its bounds allow.
         if request.hole.is_some_and(|hole| next <= hole) {
             request.hole = None;
         }
@@ -153,7 +153,7 @@ impl Runner<'_> {
         })
     }
 
-    /// The pages that a harvest went over.
+    /// The pages that a harvest walked.
     pub(super) fn areas_in(&self, walked: &[(u64, u64)]) -> u64 {
         let touched = |area: &&crate::oracle::Area| {
             let mut runs = walked.iter();
@@ -162,8 +162,8 @@ impl Runner<'_> {
         self.oracle.areas.values().filter(touched).count() as u64
     }
 
-    /// What a harvest may have recorded that panicked when a domain was asked first: in its first area, or anywhere if its
-    /// threads asked.
+    /// The pages that a harvest may have recorded before a domain panicked: in its first area, or
+    /// anywhere if several threads harvested.
     pub(super) fn died_in(&self, request: &Request, ask: &Ask) -> Option<IovaRange> {
         let (first, last) = *request.walked.first()?;
         let end = match ask.mode {
@@ -173,7 +173,7 @@ impl Runner<'_> {
         Some(pages(request.view.start().get() / PAGE, end))
     }
 
-    /// Where a source stops a harvest that goes over `walked`: the lowest place counts.
+    /// The stop of a harvest that walks `walked`. The lowest one counts.
     pub(super) fn stop_in(&self, walked: &[(u64, u64)], ask: &Ask) -> Option<Iova> {
         let within = |at: &Iova| {
             let page = at.get() / PAGE;
@@ -187,7 +187,8 @@ impl Runner<'_> {
         Some(lowest.granule_start(self.oracle.alignment()))
     }
 
-    /// What an abort of `runs` should say, of a lease from when there were so many maps.
+    /// The expected result of an abort of `runs`, for a lease that is as old as this number of
+    /// maps.
     pub(super) fn right_abort(&self, runs: &[IovaRange], maps: u64) -> dirtymap::harvest::Aborted {
         let mut right = dirtymap::harvest::Aborted::default();
         for run in runs {

@@ -1,5 +1,5 @@
-//! What a caller does who meets the panic of a source: it catches it, makes sure that nothing was
-//! lost, and goes on.
+//! A caller's handling of a source's panic: it catches the panic, checks that nothing was lost, and
+//! goes on.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
@@ -11,11 +11,11 @@ use crate::op::Op;
 use crate::oracle::{Area, pages_of};
 use crate::violation::{Rule, check};
 
-/// A source panicked as it was told.
+/// A source panicked on request.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Panicked;
 
-/// Performs `call`; a panic that was asked for is an answer, any other goes on.
+/// Performs `call`. A requested panic is a result, any other one is raised again.
 pub(super) fn caught<T>(call: impl FnOnce() -> T) -> Result<T, Panicked> {
     catch_unwind(AssertUnwindSafe(call)).map_err(|panic| match was_told(&*panic) {
         true => Panicked,
@@ -24,8 +24,8 @@ pub(super) fn caught<T>(call: impl FnOnce() -> T) -> Result<T, Panicked> {
 }
 
 impl Runner<'_> {
-    /// A call panicked: the areas in which something was being unmapped or split may be reported as
-    /// dirty, as a superset.
+    /// A call panicked: areas with an unmap or a split that panicked may be reported as dirty, as a
+    /// superset.
     pub(super) fn after_panic(&mut self) {
         for (nth, node) in self.world.nodes.iter().enumerate() {
             for range in node.take_blurred() {
@@ -39,7 +39,7 @@ impl Runner<'_> {
         }
     }
 
-    /// Whether a flush counts as failed whose invalidation panicked is for the library to say.
+    /// The library may or may not count a flush whose invalidation panicked as failed.
     pub(super) fn count_broken_flushes(&mut self, op: &Op) -> Checked {
         let nodes = self.world.nodes.iter();
         let broken: u64 = nodes.map(|node| node.take_broken_flushes()).sum();
@@ -55,7 +55,7 @@ impl Runner<'_> {
         )
     }
 
-    /// What was owed for `areas`, which are gone, is paid.
+    /// The debts for `areas`, which are gone, are paid.
     pub(super) fn check_paid(&self, areas: &[Area]) -> Checked {
         let gone: Vec<IovaRange> = areas.iter().map(Area::range).collect();
         for (nth, node) in self.world.nodes.iter().enumerate() {

@@ -17,13 +17,13 @@ use crate::op::{Ask, Fate};
 use crate::rig::ToldToDie;
 use crate::violation::{Rule, Violation, same};
 
-/// The place in the oracle of the lease of the pass under way.
+/// The place in the oracle of the lease of the current pass.
 const PASS: usize = 2;
 
-/// What became of a harvest and its lease.
+/// The result of a harvest and of its lease.
 enum End {
     Refused(Error),
-    /// A domain panicked, as it was told: half-way through the first area, or anywhere.
+    /// A domain panicked on request, half-way through the first area, or anywhere.
     Died {
         /// The first area.
         first: bool,
@@ -33,9 +33,9 @@ enum End {
 
 struct Ended {
     said: Said,
-    /// What the lease named to copy, and how many granules it said that is; `None` if it could not be flushed.
+    /// The runs of the lease, and its count of dirty granules. `None` if it could not be flushed.
     synced: Option<(Vec<IovaRange>, u64)>,
-    /// Granules that were committed by a part of it.
+    /// Granules that were committed as a part of it.
     committed: u64,
     aborted: Option<Aborted>,
 }
@@ -57,7 +57,7 @@ impl Runner<'_> {
         }
     }
 
-    /// Harvests, syncs, copies, and ends the lease: what is in the bitmap can be read when that is done.
+    /// Harvests, syncs, copies, and ends the lease. The bitmap can be read after that.
     fn use_up(
         &mut self,
         request: &Request,

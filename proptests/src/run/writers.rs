@@ -59,7 +59,7 @@ impl Runner<'_> {
         })
     }
 
-    /// What becomes of a device's access at `at`.
+    /// The result of a device's access at `at`.
     pub(super) fn dma_at(&self, device: Master, at: u64, write: bool) -> Result<(), DmaError> {
         let attached = self.oracle.attached.contains(&device.domain.into());
         let area = self.oracle.area_at(at / PAGE).filter(|_| attached);
@@ -87,7 +87,7 @@ impl Runner<'_> {
             let own = handle.mapping().range;
             outside = own.last().checked_add(1).filter(|_| !own.covers(range));
             if let Some(at) = outside {
-                // Nothing is written, so nothing may be marked.
+                // Nothing is written, so nothing must be marked.
                 let right = Err(Error::Outside { at });
                 self.counts.outside_marks += 1;
                 return same_answer(
@@ -111,7 +111,7 @@ impl Runner<'_> {
         same_answer("a mark", self.space.mark(range), right)
     }
 
-    /// A CPU stores the parts of `bytes` that lie in areas.
+    /// A CPU stores the mapped parts of `bytes`.
     pub(super) fn store(&mut self, range: IovaRange, bytes: &[u8], marked: bool) -> Checked {
         self.world.settle(None, range.start(), bytes.len());
         for (at, piece) in pieces(range.start().get(), bytes.len()) {

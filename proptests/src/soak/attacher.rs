@@ -1,4 +1,5 @@
-//! Who attaches a domain of its own, lets its device write for a while, and detaches it, sometimes in the middle of a write.
+//! An actor that attaches a domain of its own, lets its device write for a while, and detaches the
+//! domain, sometimes in the middle of a write.
 
 use std::sync::Arc;
 
@@ -49,7 +50,7 @@ impl<'w> Attacher<'w> {
         self.world.events.note(self.actor, "attaches", all);
         let joined = Arc::clone(&domain).join(&self.world.space, &self.world.panics);
         let Some(id) = joined else {
-            // It is attached no more, or waits for its detach, which the end has for it.
+            // The domain is no longer attached, or waits for a detach, which follows at the end.
             self.world.tally.add(Count::Panicked, 1);
             return Ok(());
         };
@@ -104,7 +105,7 @@ impl<'w> Attacher<'w> {
 
 /// Writes until the domain has been detached, and a little longer.
 fn write_until_gone(pen: &mut Pen<'_>, dma: &mut dyn Dma, reach: &AtomicU8) -> Result<(), Failure> {
-    // Acquire: pairs with the Release in `round`; what comes after it comes after the detach.
+    // Acquire: pairs with the Release in `round`; the code after it runs after the detach.
     while reach.load(Ordering::Acquire) == LEAVING {
         if let Err(failure) = pen.burst(dma, Reach::Leaving) {
             dma.quiesce();

@@ -1,8 +1,9 @@
-//! The comparison, while all writers rest: what was copied against the memory, and the memory against what each writer wrote
-//! last.
+//! The comparison, while all writers rest: the copy against the memory, and the memory against the
+//! last write of each writer.
 //!
-//! First each domain that stays is harvested alone: after that, the lanes of its devices must be complete in the copy. Then
-//! everything is harvested until nothing is dirty any more: after that, all bytes must be equal.
+//! First each permanent domain is harvested alone. After that, the lanes of its devices must be
+//! complete in the copy. Then everything is harvested until nothing is dirty. After that, all bytes
+//! must be equal.
 
 use dirtymap::sync::{AtomicU64, Ordering};
 use dirtymap::{Error, Scope};
@@ -14,14 +15,14 @@ use super::tally::Count;
 use super::world::{DOMAINS, World};
 use super::writer::{lane_bytes, number};
 
-/// After so many harvests nothing may be dirty any more.
+/// After this number of harvests nothing may be dirty.
 const ROUNDS: u32 = 3;
 
 /// Compares everything; the actors rest.
 fn compare(world: &World) -> Result<(), Failure> {
     if world.options.panics {
-        // What a map anywhere has left whose way back panicked as well; no mapper is in the middle
-        // of one.
+        // The rest of a failed map anywhere, whose undo panicked as well. No mapper is in the
+        // middle of a call.
         let scratch = layout::scratch();
         match world.space.unmap_discarding(scratch) {
             Ok(_) | Err(Error::NothingMapped { .. }) => {}
@@ -46,7 +47,7 @@ fn compare(world: &World) -> Result<(), Failure> {
     while harvester.everything(Scope::All)? != 0 {
         rounds += 1;
         if rounds == ROUNDS {
-            return Err(Failure::new("pages become dirty while nobody writes"));
+            return Err(Failure::new("pages become dirty while all writers rest"));
         }
     }
     for page in 0..PAGES {
@@ -57,14 +58,14 @@ fn compare(world: &World) -> Result<(), Failure> {
             }
             match copy == memory {
                 true => Ok(()),
-                false => Err(Failure::new("bytes differ that nobody wrote").at(page)),
+                false => Err(Failure::new("bytes differ in a lane without a writer").at(page)),
             }
         })?;
     }
     identities(world)
 }
 
-/// The lane in `bytes`, a page of `what`, is what its writer wrote last.
+/// Checks that the lane in `bytes`, a page of `what`, has the last write of its writer.
 fn check_lane(
     world: &World,
     page: u64,
@@ -80,14 +81,15 @@ fn check_lane(
     }
     let (written, by) = number(found);
     Err(Failure::new(format!(
-        "lost write: page {page}, lane {lane}, written by {}: {what} has write {written} of lane {by}, expected write {}",
+        "lost write: page {page}, lane {lane}, written by {}: {what} has write {written} of lane \
+         {by}, expected write {}",
         world.writer(lane),
         expected >> 8,
     ))
     .at(page))
 }
 
-/// What was leased was committed or aborted; what was owed was flushed.
+/// Each lease was committed or aborted, and each debt was flushed.
 fn identities(world: &World) -> Result<(), Failure> {
     let stats = world.space.stats();
     let ended = stats.committed_bytes + stats.aborted_bytes;
@@ -103,7 +105,7 @@ fn identities(world: &World) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Which lanes changed from one comparison to the next.
+/// The lanes that changed from one comparison to the next.
 pub(super) struct Progress {
     seen: Vec<Vec<u64>>,
     writes: u64,
@@ -117,7 +119,7 @@ impl Progress {
         }
     }
 
-    /// Compares everything, and counts what was verified; the actors rest.
+    /// Compares everything, and counts the verified lanes. The actors rest.
     pub(super) fn compare(&mut self, world: &World) -> Result<(), Failure> {
         compare(world)?;
         self.count(world);

@@ -1,4 +1,5 @@
-//! Rest and end: all actors can be brought to rest between two of their steps, and the first failure ends the run.
+//! Rest and end: all actors can be paused between two of their steps, and the first failure ends
+//! the run.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,7 @@ const RUN: u8 = 0;
 const REST: u8 = 1;
 const STOP: u8 = 2;
 
-/// After this time an actor that does not come to rest hangs.
+/// An actor that does not rest within this time is taken to hang.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// See the [module](self).
@@ -31,7 +32,7 @@ impl Control {
         self.acting.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// One actor less; `outcome` is how it ended, `None` if it panicked.
+    /// Removes an actor. `outcome` is its result, `None` if it panicked.
     pub(super) fn leave(&self, outcome: Option<Result<(), Failure>>) {
         match outcome {
             Some(Ok(())) => {}
@@ -42,7 +43,8 @@ impl Control {
         self.acting.fetch_sub(1, Ordering::Release);
     }
 
-    /// Between two steps: whether to go on. To rest, `quiesce` comes first.
+    /// Called between two steps: rests if requested, and returns whether to go on. The actor calls
+    /// `quiesce` before a rest.
     pub(super) fn goes_on(&self, quiesce: impl FnOnce()) -> bool {
         // Acquire: pairs with the Release in `resume`.
         match self.state.load(Ordering::Acquire) {
@@ -50,7 +52,7 @@ impl Control {
             STOP => return false,
             _ => quiesce(),
         }
-        // Release: pairs with the Acquire in `rest`: all that was written is seen there.
+        // Release: pairs with the Acquire in `rest`: all writes are visible there.
         self.resting.fetch_add(1, Ordering::Release);
         // Acquire: as above.
         while self.state.load(Ordering::Acquire) == REST {
@@ -63,7 +65,8 @@ impl Control {
 
     /// Brings all actors to rest.
     pub(super) fn rest(&self) -> Result<(), Failure> {
-        // Relaxed: only says that all should come; what orders is their answer. A failure has put STOP there.
+        // Relaxed: it only asks the actors to rest, and their answers have the ordering. A failure
+        // has stored STOP there.
         let _ = self
             .state
             .compare_exchange(RUN, REST, Ordering::Relaxed, Ordering::Relaxed);
@@ -120,7 +123,7 @@ impl Control {
     /// Keeps the first failure, and ends all actors.
     pub(super) fn fail(&self, failure: Failure) {
         lock(&self.failure).get_or_insert(failure);
-        // Relaxed: what it says is behind the lock.
+        // Relaxed: the failure itself is under the lock.
         self.failed.store(true, Ordering::Relaxed);
         self.stop();
     }

@@ -1,4 +1,4 @@
-//! What was found, and what happened there last.
+//! The report of a failure, with the last events at its page.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -13,12 +13,12 @@ const KEPT: usize = 4096;
 /// Events of each actor that a report shows.
 const SHOWN: usize = 4;
 
-/// The first thing that is not as it should be.
+/// The first failure.
 #[derive(Clone, Debug)]
 pub(super) struct Failure {
     what: String,
     page: Option<u64>,
-    /// Threads may hang: they cannot be waited for.
+    /// Threads may hang, so the run does not wait for them.
     hangs: bool,
 }
 
@@ -31,7 +31,7 @@ impl Failure {
         }
     }
 
-    /// An actor does not do `what` it is asked for.
+    /// An actor does not do `what` in time.
     pub(super) fn hang(what: &str) -> Self {
         Failure {
             hangs: true,
@@ -39,7 +39,7 @@ impl Failure {
         }
     }
 
-    /// A call that fails though it may not.
+    /// A call that fails although it must not.
     pub(super) fn call(what: &str, range: IovaRange, error: impl std::fmt::Display) -> Self {
         Failure::new(format!("{what} of {range}: {error}")).at(*layout::pages_of(range).start())
     }
@@ -70,7 +70,7 @@ pub(super) struct Events {
 }
 
 impl Events {
-    /// For actors of these names.
+    /// A log for actors of these names.
     pub(super) fn new(names: impl IntoIterator<Item = String>) -> Self {
         Events {
             began: Instant::now(),
@@ -101,7 +101,7 @@ impl Events {
                 None => "an area that is always mapped".into(),
             };
             lines.push(format!(
-                "page {page} at {range}, in {whose}; what touched it last:"
+                "page {page} at {range}, in {whose}; the last events there:"
             ));
             let mut touched = Vec::new();
             for (name, ring) in &self.rings {

@@ -1,4 +1,4 @@
-//! The end: everything is unmapped and detached, and nothing may be left.
+//! The end: everything is unmapped and detached, and nothing must be left.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,13 +11,13 @@ use super::layout;
 use super::tally::Count;
 use super::world::World;
 
-/// How long readers may take to let go of the last domains.
+/// The time within which readers must release the last domains.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Unmaps and detaches everything, prints the table, and returns what is left.
+/// Unmaps and detaches everything, prints the table, and returns a line about the rest.
 ///
 /// # Errors
-/// If something is left.
+/// A report, if anything is left.
 pub(super) fn take_down(world: World, elapsed: Duration) -> Result<String, String> {
     let failed = |what: &str| Err(format!("FAILED at the end: {what}"));
     let done = world.space.unmap_discarding(IovaRange::ALL);
@@ -27,7 +27,7 @@ pub(super) fn take_down(world: World, elapsed: Duration) -> Result<String, Strin
     }
     let ids = world.space.domains();
     if !world.ids.iter().all(|id| ids.contains(id)) {
-        return failed("a domain went that should stay");
+        return failed("a permanent domain is not attached any more");
     }
     for id in ids {
         let detached = world.space.detach(id);
@@ -41,7 +41,7 @@ pub(super) fn take_down(world: World, elapsed: Duration) -> Result<String, Strin
         return failed(&format!("{areas} areas, {domains} domains, {flush:?}"));
     }
     let memory = Arc::clone(&world.memory);
-    // A lease that was forgotten keeps the domains that it covered.
+    // A forgotten lease keeps the domains that it covered.
     let forgotten = world.tally.get(Count::Forgotten);
     println!("panics of sources: {}", world.panics.count());
     drop(world);
@@ -50,7 +50,7 @@ pub(super) fn take_down(world: World, elapsed: Duration) -> Result<String, Strin
             0 => "0 domains in memory",
             left => return failed(&format!("{left} domains are still in memory")),
         },
-        _ => "domains in memory that were forgotten",
+        _ => "domains of forgotten leases in memory",
     };
     Ok(format!(
         "left: {areas} areas, {domains} domains attached, {kept}, {} debts\n",
@@ -58,8 +58,8 @@ pub(super) fn take_down(world: World, elapsed: Duration) -> Result<String, Strin
     ))
 }
 
-/// How many domains are still in memory: each of them holds `memory`. What other threads replaced is freed by readers and
-/// writers that come later, of any space.
+/// How many domains are still in memory: each of them holds `memory`. Values that other threads
+/// replaced are freed by later readers and writers of any space.
 fn domains_left(memory: &Arc<PhysMemory>) -> usize {
     let began = Instant::now();
     loop {

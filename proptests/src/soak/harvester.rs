@@ -1,7 +1,9 @@
-//! Who harvests: random ranges and scopes, and every end that a lease can have. What was taken is copied page by page.
+//! An actor that harvests random ranges and scopes, with every end that a lease can have. It copies
+//! page by page.
 //!
-//! A lease that was aborted says when some of its pages were unmapped meanwhile. Nobody reports these again, and their memory
-//! is final, as the unmap has flushed: the harvester copies them by the bitmap that it still has.
+//! An abort reports whether some pages of the lease were unmapped meanwhile. No later harvest
+//! reports these, and their memory is final, because the unmap has flushed. The harvester copies
+//! them by its bitmap.
 
 use dirtymap::sync::AtomicU64;
 use dirtymap::{Error, Granule, HarvestRequest, Holes, Scope, UserBitmap};
@@ -14,7 +16,7 @@ use super::tally::Count;
 use super::world::World;
 use crate::Random;
 
-/// What becomes of a lease.
+/// The end of a lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fate {
     /// Synced, copied, committed.
@@ -74,19 +76,19 @@ impl<'w> Harvester<'w> {
     fn request(&mut self) -> HarvestRequest<'static> {
         let random = &mut self.random;
         let (first, pages) = match random.below(4) {
-            // A slot, or a part of it with its neighbours.
+            // A slot, or a part of it with parts of its neighbours.
             0 => {
                 let (first, pages) =
                     layout::slot(random.below((layout::SMALL + layout::LARGE) as u64) as usize);
                 (first, random.below(3) * pages / 2 + pages)
             }
-            // Part of an area that stays; cuts through leaves.
+            // A part of a permanent area, which cuts through leaves.
             1 => {
                 let (first, pages) = layout::STATIC[random.below(3) as usize];
                 let from = random.below(pages);
                 (first + from, 1 + random.below(pages - from))
             }
-            // The two that touch.
+            // The two areas that touch.
             2 => (0, layout::STATIC[0].1 + layout::STATIC[1].1),
             _ => (layout::slot(0).0, PAGES),
         };
@@ -134,9 +136,9 @@ impl<'w> Harvester<'w> {
         }
     }
 
-    /// One harvest, and what becomes of it. Returns how many bits it set.
+    /// One harvest, and the end of its lease. Returns the number of bits that it set.
     ///
-    /// Of at most so many bits, by and large.
+    /// The approximate bound of bits.
     pub(super) fn round(
         &mut self,
         request: &HarvestRequest<'_>,
@@ -153,7 +155,7 @@ impl<'w> Harvester<'w> {
         let view = view.map_err(|error| failed("view", &error.into()))?;
         world.events.note(self.actor, text(request, fate), range);
         tally.add(Count::Harvests, 1);
-        // A drop does not say what was outside: all of it may have been.
+        // A drop does not report pages outside, so all of them may have been.
         let dropped = |view: dirtymap::BitmapView<'_>| {
             if layout::slot(0).0 <= *layout::pages_of(range).end() {
                 tally.add(Count::OutsideAborts, 1);
@@ -195,7 +197,7 @@ impl<'w> Harvester<'w> {
             Fate::Drop => {
                 drop(lease);
                 tally.add(Count::Drops, 1);
-                // A drop does not say what was outside: all of it may have been.
+                // A drop does not report pages outside, so all of them may have been.
                 layout::slot(0).0 <= *layout::pages_of(range).end()
             }
             Fate::AbortOwed => {
@@ -208,7 +210,7 @@ impl<'w> Harvester<'w> {
                     world.copy_runs(view.runs());
                 }
                 let Some(lease) = caught(|| lease.sync()) else {
-                    // The panic has dropped it.
+                    // The panic dropped it.
                     tally.add(Count::Panicked, 1);
                     dropped(view);
                     return Ok(1);
@@ -242,7 +244,7 @@ impl<'w> Harvester<'w> {
         Ok(bits)
     }
 
-    /// Harvests all that is mapped, and commits. Returns how many bits were set.
+    /// Harvests everything that is mapped, and commits. Returns the number of set bits.
     pub(super) fn everything(&mut self, scope: Scope) -> Result<u64, Failure> {
         let mut bits = 0;
         let mut ranges: Vec<dirtymap::IovaRange> = Vec::new();
@@ -262,7 +264,7 @@ impl<'w> Harvester<'w> {
         Ok(bits)
     }
 
-    /// The one who compares.
+    /// The harvester of the comparison.
     pub(super) fn of_comparison(world: &'w World) -> Self {
         Harvester::new(world, world.options.harvesters)
     }

@@ -1,9 +1,10 @@
-//! Which addresses there are. Address and memory behind it differ by a constant, so a page has one number for both.
+//! The layout of addresses. An address and its memory differ by a constant, so a page has one
+//! number for both.
 //!
 //! ```text
-//!  page 0            1024        1400    1536                     2560                                4608
-//!  | static, large   | static    | 9     | 48 slots of 16 pages   | 4 slots of 512 pages, one 2 MiB    | scratch
-//!  |   leaves        |           |       |                        |   leaf or two areas                |
+//!  page 0          1024     1400  1536              2560                          4608
+//!  | static, large | static | 9   | 48 slots of     | 4 slots of 512 pages: one   | scratch
+//!  | leaves        |        |     | 16 pages        | 2 MiB leaf, or two areas    |
 //! ```
 
 use dirtymap::{Iova, IovaRange};
@@ -18,7 +19,7 @@ const BASE: u64 = 1 << 30;
 pub(super) const LANE: u64 = 64;
 /// Pages that are written.
 pub(super) const PAGES: u64 = 4608;
-/// Pages of memory behind them that nobody writes.
+/// Pages of memory after them that are never written.
 pub(super) const SCRATCH: u64 = 64;
 
 /// First page and number of pages of each area that is always mapped.
@@ -67,12 +68,12 @@ pub(super) fn pages_of(range: IovaRange) -> std::ops::RangeInclusive<u64> {
     (range.start().get() - BASE) / PAGE..=(range.last().get() - BASE) / PAGE
 }
 
-/// Where ranges are mapped anywhere.
+/// The addresses for maps anywhere.
 pub(super) fn scratch() -> IovaRange {
     IovaRange::from_len(Iova::new(BASE + (64 << 20)), 1 << 20).unwrap()
 }
 
-/// A page to write: half of the time one of a few in an area that is always mapped.
+/// A random page to write. Half of the time it is one of a few in an area that is always mapped.
 pub(super) fn any_page(random: &mut Random) -> u64 {
     match random.below(8) {
         0..4 => {

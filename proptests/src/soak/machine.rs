@@ -42,7 +42,7 @@ where
 
 /// A domain of any format.
 pub(super) trait Machine: Send + Sync {
-    /// Attaches it; `None` if it panicked.
+    /// Attaches it. `None` if it panicked.
     fn join(
         self: Arc<Self>,
         space: &AddressSpace,
@@ -87,7 +87,7 @@ where
 
 /// How many formats there are.
 pub(super) const FORMATS: u64 = 5;
-/// The number of one more, with pages of 16 KiB.
+/// The number of an additional format, with pages of 16 KiB.
 pub(super) const LARGE_PAGES: u64 = 5;
 
 /// A domain of format number `format`.
@@ -111,7 +111,8 @@ pub(super) fn machine(
     }
 }
 
-/// The shape of device number `nth`: large and tiny caches, with and without a TLB of its own.
+/// The configuration of device number `nth`: large and tiny caches, with and without a TLB of its
+/// own.
 pub(super) fn device_config(nth: u64) -> DeviceConfig {
     let config = DeviceConfig::DEFAULT;
     match nth % 4 {

@@ -1,5 +1,5 @@
-//! Who maps and unmaps slots. What an unmap returns is copied after it; from then on, until the next map, no device may
-//! change the memory.
+//! An actor that maps and unmaps slots. After an unmap it copies the returned pages. From then on,
+//! until the next map, no device may change the memory.
 
 use dirtymap::sync::{AtomicU64, MutexGuard, thread};
 use dirtymap::{Access, Change, Error, Granule, Iova, IovaRange, SparseBitmap, UserBitmap};
@@ -12,7 +12,7 @@ use super::world::{Slot, SlotState, World};
 use super::writer;
 use crate::Random;
 
-/// A slot that this mapper holds.
+/// A slot that is locked by this mapper.
 type Held<'w> = (&'w Slot, MutexGuard<'w, SlotState>);
 
 /// See the [module](self).
@@ -84,7 +84,7 @@ impl<'w> Mapper<'w> {
         self.map(slot, &mut state, parts)
     }
 
-    /// Maps `slot` as so many areas.
+    /// Maps `slot` as this number of areas.
     fn map(&self, slot: &Slot, state: &mut SlotState, parts: u64) -> Result<(), Failure> {
         self.verify_frozen(slot, state)?;
         slot.step();
@@ -106,7 +106,7 @@ impl<'w> Mapper<'w> {
             mapped.map_err(|error| Failure::call("map", range, error))?;
         }
         if panicked {
-            // What devices wrote while it was mapped in part is reported by nobody.
+            // Writes of devices to a partial map are never reported.
             self.world.copy_range(slot.range());
         }
         state.mapped = true;
@@ -115,7 +115,7 @@ impl<'w> Mapper<'w> {
         Ok(())
     }
 
-    /// A map panicked: what it may have left of `range` goes.
+    /// A map panicked. Unmaps the rest of it in `range`.
     fn clear_away(&self, range: IovaRange) -> Result<(), Failure> {
         loop {
             match caught(|| self.world.space.unmap_discarding(range)) {
@@ -156,7 +156,7 @@ impl<'w> Mapper<'w> {
                 let done = self.stubbornly(|| self.world.space.unmap_discarding(range));
                 done.map_err(|error| Failure::call("unmap_discarding", range, error))?;
                 self.world.tally.add(Count::Discards, 1);
-                // What is discarded nobody reports any more.
+                // Discarded pages are never reported.
                 self.world.copy_range(range);
             }
             1 if pages < 128 => {
@@ -184,7 +184,7 @@ impl<'w> Mapper<'w> {
         Ok(())
     }
 
-    /// Replaces the areas of a range by what is left without its middle, as one batch.
+    /// Replaces the areas of a range by the same areas without its middle, as one batch.
     fn unmap_middle(&mut self, first: u64, pages: u64) -> Result<(), Failure> {
         let unit = self.world.options.unit();
         let from = 1 + self.random.below(pages / unit - 2);
@@ -216,7 +216,7 @@ impl<'w> Mapper<'w> {
             if let Some(applied) = caught(|| self.world.space.apply(changes)) {
                 break applied;
             }
-            // If the way back panicked as well, what was to be mapped is still taken.
+            // If the undo panicked as well, the addresses of the map are still taken.
             for change in changes {
                 if let Change::Map { range, .. } = change {
                     self.clear_away(*range)?;
@@ -229,7 +229,7 @@ impl<'w> Mapper<'w> {
         Ok(())
     }
 
-    /// Unmaps, and copies what was dirty.
+    /// Unmaps, and copies the dirty pages.
     fn unmap_returning(&mut self, range: IovaRange) -> Result<(), Failure> {
         self.world.events.note(self.actor, "unmaps", range);
         let pages = (range.len() / u128::from(PAGE)) as u64;
@@ -297,7 +297,7 @@ impl<'w> Mapper<'w> {
         Ok(())
     }
 
-    /// Maps a range that nobody writes at the lowest free place, and unmaps it.
+    /// Maps a range that is never written at the lowest free address, and unmaps it.
     fn anywhere(&mut self) -> Result<(), Failure> {
         let space = &self.world.space;
         let unit = self.world.options.unit();
@@ -306,7 +306,7 @@ impl<'w> Mapper<'w> {
         let map = || space.map_anywhere(pages * PAGE, backing, Access::ReadWrite);
         let range = match caught(map) {
             Some(Ok(range)) => range,
-            // What a panic has left is unmapped in the end.
+            // The rest after a panic is unmapped at the end.
             Some(Err(Error::NoSpace { .. })) if self.world.options.panics => return Ok(()),
             Some(Err(error)) => {
                 return Err(Failure::call("map_anywhere", layout::scratch(), error));
@@ -327,7 +327,7 @@ impl<'w> Mapper<'w> {
         Ok(())
     }
 
-    /// Remembers what is in the devices' lanes of a slot that was unmapped.
+    /// Stores the contents of the devices' lanes in a slot that was unmapped.
     fn freeze(&self, slot: &Slot, state: &mut SlotState) {
         state.mapped = false;
         let bytes = self.world.device_bytes();
@@ -338,7 +338,7 @@ impl<'w> Mapper<'w> {
         }
     }
 
-    /// Nobody wrote to the slot since it was unmapped.
+    /// Checks that no device wrote to the slot since it was unmapped.
     fn verify_frozen(&self, slot: &Slot, state: &SlotState) -> Result<(), Failure> {
         let bytes = self.world.device_bytes();
         if bytes == 0 {
@@ -352,7 +352,8 @@ impl<'w> Mapper<'w> {
                 let (new, old) = (writer::number(new).0, writer::number(old).0);
                 let who = self.world.writer(lane);
                 let what = format!(
-                    "{who} changed memory that was unmapped: lane {lane} had write {old} after the unmap, now {new}"
+                    "{who} changed memory that was unmapped: lane {lane} had write {old} after the \
+                     unmap, now {new}"
                 );
                 return Err(Failure::new(what).at(page));
             }

@@ -1,4 +1,4 @@
-//! The soak: everything at once, at full speed, with real bytes, for as long as one likes.
+//! The soak: everything at once, at full speed, with real bytes, for any length of time.
 //!
 //! ```text
 //!  devices, CPUs ---> memory --harvesters, mappers: harvest or unmap, sync--> copy
@@ -8,11 +8,11 @@
 //!              +---- what each writer wrote last, lane by lane
 //! ```
 //!
-//! * Each writer owns a lane of every page, and remembers what it wrote there last: `writer.rs`.
-//! * Slots come and go: `mapper.rs`; so do domains: `attacher.rs`. A device knows from the slot's phase when a write must be
-//!   refused, and when it must not.
-//! * A harvest ends in every way that there is: `harvester.rs`. A further mode of harvest is a further arm there.
-//! * `compare.rs` says what must be equal. Nothing is sampled: the first difference ends the run.
+//! * Each writer owns a lane of every page, and remembers its last write there: `writer.rs`.
+//! * Slots are mapped and unmapped: `mapper.rs`. Domains are attached and detached: `attacher.rs`.
+//!   The phase of a slot tells a device whether its write must be refused.
+//! * A lease ends in every possible way: `harvester.rs`. A new mode of harvest gets an arm there.
+//! * `compare.rs` compares all bytes, without sampling. The first difference ends the run.
 #![allow(clippy::unwrap_used)] // helpers of tests
 
 mod attacher;
@@ -47,7 +47,7 @@ use writer::Pen;
 /// Runs the soak. Progress goes to stderr, the table at the end to stdout.
 ///
 /// # Errors
-/// The report of the first thing that was not as it should be.
+/// The report of the first failure.
 pub fn run(options: &Options) -> Result<(), String> {
     let world = World::new(options.clone()).map_err(|error| error.to_string())?;
     let began = Instant::now();
@@ -58,14 +58,14 @@ pub fn run(options: &Options) -> Result<(), String> {
         world.control.stop();
         match outcome.and_then(|()| world.control.wait_for_end()) {
             Err(failure) if failure.hangs() => {
-                // Its threads cannot be waited for.
+                // Threads that hang cannot be joined.
                 eprintln!("{}", report(&world, &failure));
                 std::process::exit(1);
             }
             outcome => outcome,
         }
     });
-    // What an actor found comes first: it may be the reason for what was found here.
+    // The failure of an actor takes precedence, because it may be the cause of the one here.
     let outcome = world.control.failure().map_or(outcome, Err);
     world.panics.switch(false);
     let elapsed = began.elapsed();
@@ -79,7 +79,7 @@ pub fn run(options: &Options) -> Result<(), String> {
         println!(
             "{left}resident memory from the first comparison to the last: {first} to {last} KiB"
         );
-        // A lease that was forgotten keeps what it covered, so domains that went.
+        // A forgotten lease keeps its domains in memory, also those that were detached.
         if kib >> 10 > options.growth && !options.forget {
             return Err(format!(
                 "FAILED: memory grew by {kib} KiB\n{}",
@@ -132,8 +132,8 @@ fn spawn_all<'scope, 'env>(scope: &'scope thread::Scope<'scope, 'env>, world: &'
     }
 }
 
-/// Tells each second how it goes, and compares every few seconds, until the time is over. `grown` becomes the resident
-/// memory at the first and the last comparison.
+/// Prints the progress each second, and compares every few seconds, until the time is over. `grown`
+/// becomes the resident memory at the first and the last comparison.
 fn conduct(
     world: &World,
     began: Instant,

@@ -3,67 +3,83 @@
 use clap::{Parser, ValueEnum};
 use pagetable_sim::Breakage;
 
-/// Devices, CPU threads, mappers, domains that come and go, and harvesters, all at full speed with real bytes; every few
-/// seconds all writers rest, and what was copied is compared with what was written, byte for byte.
+/// Runs devices, CPU threads, mappers, domains that are attached and detached, and harvesters at
+/// full speed, over real bytes. Every few seconds all writers rest, and the copy is compared with
+/// the writes, byte for byte.
 ///
-/// Exit status: 0 if nothing was lost, 1 at the first difference, 2 if the input is refused.
+/// Exit status: 0 if nothing was lost, 1 at the first difference, 2 if an option is refused.
 #[derive(Parser, Clone, Debug)]
 #[command(name = "soak", max_term_width = 100)]
 pub struct Options {
-    /// How long, in minutes; fractions are fine [default: 1]
+    /// Length of the run in minutes, which may be a fraction [default: 1]
     #[arg(long, value_name = "N", value_parser = amount, conflicts_with = "seconds")]
     pub minutes: Option<f64>,
 
-    /// How long, in seconds
+    /// Length of the run in seconds
     #[arg(long, value_name = "N", value_parser = amount)]
     pub seconds: Option<f64>,
 
-    /// Seed of everything that is random; threads still race as they like
+    /// Seed of all random choices; the interleaving of threads still differs
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
 
     /// Devices that write all the time, 0 to 16
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(0..=16))]
+    #[arg(
+        long, value_name = "N", default_value_t = 4,
+        value_parser = clap::value_parser!(u32).range(0..=16)
+    )]
     pub devices: u32,
 
     /// CPU threads that write and mark, 0 to 16
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(0..=16))]
+    #[arg(
+        long, value_name = "N", default_value_t = 2,
+        value_parser = clap::value_parser!(u32).range(0..=16)
+    )]
     pub cpus: u32,
 
     /// Threads that map, cut and unmap, 0 to 16
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(0..=16))]
+    #[arg(
+        long, value_name = "N", default_value_t = 4,
+        value_parser = clap::value_parser!(u32).range(0..=16)
+    )]
     pub mappers: u32,
 
     /// Threads that attach a domain, let its device write, and detach it, 0 to 16
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(0..=16))]
+    #[arg(
+        long, value_name = "N", default_value_t = 2,
+        value_parser = clap::value_parser!(u32).range(0..=16)
+    )]
     pub attachers: u32,
 
     /// Threads that harvest, copy, and commit or abort, 0 to 16
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(0..=16))]
+    #[arg(
+        long, value_name = "N", default_value_t = 2,
+        value_parser = clap::value_parser!(u32).range(0..=16)
+    )]
     pub harvesters: u32,
 
     /// Seconds between two comparisons
     #[arg(long, value_name = "N", default_value_t = 2.0, value_parser = amount)]
     pub checkpoint: f64,
 
-    /// How much the resident memory may grow from the first comparison to the last, in MiB; not
-    /// looked at with --forget
+    /// The most that resident memory may grow from the first comparison to the last, in MiB;
+    /// ignored with --forget
     #[arg(long, value_name = "MIB", default_value_t = 64)]
     pub growth: u64,
 
-    /// Sources panic now and then, in any callback; those who call catch it and go on
+    /// Let sources panic now and then, in any callback; the callers catch the panic and go on
     #[arg(long)]
     pub panics: bool,
 
-    /// One of the domains that stay has pages of 16 KiB, the others 4 KiB
+    /// Give one of the permanent domains pages of 16 KiB, the others 4 KiB
     #[arg(long)]
     pub large_pages: bool,
 
-    /// Consumers forget leases that they have copied, now and then
+    /// Let consumers forget leases that they have copied, now and then
     #[arg(long)]
     pub forget: bool,
 
-    /// Break one step, to see that the comparison finds what is lost
+    /// Break one step, to see that the comparison finds the loss
     #[arg(long, value_enum, value_name = "KIND")]
     pub sabotage: Option<Sabotage>,
 }
@@ -79,11 +95,11 @@ pub enum Sabotage {
     ShortFlush,
     /// Devices keep pointers to tables that were replaced.
     SkipNonLeaf,
-    /// Leases that should be aborted are committed, and nothing of them is copied.
+    /// Leases that should be aborted are committed without a copy.
     ForgetAbort,
     /// Pages are copied before the lease is synced.
     CopyBeforeSync,
-    /// Leases are forgotten that were neither flushed nor copied.
+    /// Leases are forgotten before their flush and copy.
     ForgetLease,
 }
 
@@ -94,12 +110,12 @@ impl Options {
         std::time::Duration::from_secs_f64(self.seconds.unwrap_or(minutes * 60.0))
     }
 
-    /// What areas, cuts and requests are made of, in pages.
+    /// The unit of areas, cuts and requests, in pages.
     pub(super) fn unit(&self) -> u64 {
         if self.large_pages { 4 } else { 1 }
     }
 
-    /// What the hardware breaks.
+    /// The fault of the hardware.
     pub(super) fn breakage(&self) -> Breakage {
         match self.sabotage {
             Some(Sabotage::SkipFlush) => Breakage::IgnoreInvalidations,
@@ -114,8 +130,8 @@ impl Options {
     /// The command that repeats this run.
     pub(super) fn command(&self) -> String {
         let mut command = format!(
-            "cargo run --release -p proptests --bin soak -- --seconds {} --seed {} --devices {} --cpus {} --mappers {} \
-             --attachers {} --harvesters {} --checkpoint {}",
+            "cargo run --release -p proptests --bin soak -- --seconds {} --seed {} --devices {} \
+             --cpus {} --mappers {} --attachers {} --harvesters {} --checkpoint {}",
             self.duration().as_secs_f64(),
             self.seed,
             self.devices,

@@ -11,13 +11,13 @@ use pagetable_sim::{Domain, Format};
 
 use crate::Random;
 
-/// Of so many calls of a callback one panics, by and large.
+/// On average one of this number of calls panics.
 const ONE_IN: u64 = 400;
 
-/// What a source panics with.
+/// The payload of a source's panic.
 struct Told;
 
-/// Whether sources panic, how often they did, and the dice.
+/// Whether sources panic, the number of panics, and the seed.
 #[derive(Default)]
 pub(super) struct Panics {
     on: AtomicBool,
@@ -34,7 +34,7 @@ impl Panics {
         }
     }
 
-    /// From now on sources panic, or do not.
+    /// Switches panics on or off.
     pub(super) fn switch(&self, on: bool) {
         // Relaxed: the actors rest, or have not begun.
         self.on.store(on, Ordering::Relaxed);
@@ -68,14 +68,14 @@ impl Panics {
                 if after {
                     drop(work());
                 }
-                // Not by `panic!`: hooks need not know.
+                // Not by `panic!`, so that no panic hook runs.
                 resume_unwind(Box::new(Told));
             }
         }
     }
 }
 
-/// Performs `call`; `None` if a source panicked in it. Any other panic goes on.
+/// Performs `call`. `None` if a source panicked in it. Any other panic is raised again.
 pub(super) fn caught<T>(call: impl FnOnce() -> T) -> Option<T> {
     let told = |panic: &Box<dyn Any + Send>| panic.is::<Told>();
     match catch_unwind(AssertUnwindSafe(call)) {

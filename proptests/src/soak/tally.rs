@@ -1,4 +1,4 @@
-//! What is counted, and the table at the end.
+//! The counts, and the table at the end.
 
 use std::fmt::Write;
 use std::time::Duration;
@@ -19,7 +19,7 @@ macro_rules! counts {
 counts! {
     DeviceWrites "device writes",
     Faults "device writes that faulted",
-    DomainFaults "of these in domains that went",
+    DomainFaults "of these in detached domains",
     CpuWrites "CPU writes marked",
     LateMarks "CPU writes marked too late",
     Maps "areas mapped",
@@ -72,7 +72,8 @@ impl Tally {
     pub(super) fn line(&self, elapsed: Duration) -> String {
         let seconds = elapsed.as_secs_f64();
         format!(
-            "{seconds:7.1} s  {:.2} M writes/s  {} maps  {} attaches  {} harvests  {} pages copied  {} comparisons  {} MiB",
+            "{seconds:7.1} s  {:.2} M writes/s  {} maps  {} attaches  {} harvests  \
+             {} pages copied  {} comparisons  {} MiB",
             self.writes() as f64 / seconds / 1e6,
             self.get(Count::Maps),
             self.get(Count::Attaches),
@@ -108,7 +109,7 @@ impl Tally {
     }
 }
 
-/// A field of /proc/self/status in KiB; 0 where there is none.
+/// A field of /proc/self/status in KiB, or 0 on systems without that file.
 pub(super) fn resident(field: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix(field));

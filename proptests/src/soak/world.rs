@@ -1,4 +1,4 @@
-//! What all actors share.
+//! The state that all actors share.
 
 use std::sync::Arc;
 
@@ -16,16 +16,16 @@ use super::panics::Panics;
 use super::tally::{Count, Tally};
 use crate::Random;
 
-/// Domains that stay.
+/// The number of permanent domains.
 pub(super) const DOMAINS: usize = 2;
 
-/// What a slot is doing; counts up, four steps a round. Only who holds the slot changes it, and it changes **before** a
-/// call that changes what devices reach, or after it: who reads the same number before and after an access knows what must
-/// become of that access.
+/// The phase of a slot counts up, four steps for each round. Only the thread that holds the slot
+/// changes it, **before** and after each call that changes the reach of devices. A device that
+/// reads the same phase before and after an access knows the required result of that access.
 pub(super) const MAPPED: u64 = 0;
 pub(super) const UNMAPPED: u64 = 2;
 
-/// A range of pages that comes and goes.
+/// A range of pages that is mapped and unmapped again and again.
 pub(super) struct Slot {
     pub(super) first: u64,
     pub(super) pages: u64,
@@ -33,10 +33,10 @@ pub(super) struct Slot {
     state: Mutex<SlotState>,
 }
 
-/// What the mappers know of a slot.
+/// The mappers' state of a slot.
 pub(super) struct SlotState {
     pub(super) mapped: bool,
-    /// While it is not mapped: what the devices' lanes hold, page by page.
+    /// While it is not mapped: the contents of the devices' lanes, page by page.
     pub(super) frozen: Vec<u8>,
 }
 
@@ -60,14 +60,15 @@ impl Slot {
     }
 
     pub(super) fn phase(&self) -> u64 {
-        // Acquire: pairs with the Release in `step`; who sees a slot unmapped comes after the unmap.
+        // Acquire: pairs with the Release in `step`; a thread that reads the phase "unmapped" runs
+        // after the unmap.
         self.phase.load(Ordering::Acquire)
     }
 
     /// To the next phase.
     pub(super) fn step(&self) {
-        // AcqRel: Release pairs with the Acquire in `phase`. What comes later in this thread can only be seen through the
-        // table, whose entries are published with Release.
+        // AcqRel: Release pairs with the Acquire in `phase`. Later effects of this thread are
+        // visible only through the table, whose entries are published with Release.
         self.phase.fetch_add(1, Ordering::AcqRel);
     }
 
@@ -85,10 +86,10 @@ pub(super) struct World {
     pub(super) machines: Vec<Arc<dyn Machine>>,
     pub(super) ids: Vec<DomainId>,
     pub(super) slots: Vec<Slot>,
-    /// The destination. A page is read from memory and written here under its lock, so that an older copy never replaces
-    /// a newer one.
+    /// The destination. A page is read from memory and written here under its lock, so that an
+    /// older copy never replaces a newer one.
     copy: Vec<Mutex<[u8; PAGE as usize]>>,
-    /// By lane: what its writer wrote last to each page.
+    /// By lane: the last write of its writer to each page.
     pub(super) shadows: Vec<Vec<AtomicU64>>,
     pub(super) control: Control,
     pub(super) tally: Tally,
@@ -97,7 +98,8 @@ pub(super) struct World {
 }
 
 impl World {
-    /// A machine whose static areas are mapped, which tracks, and whose copy is equal to its memory.
+    /// A machine whose static areas are mapped, which tracks, and whose copy is equal to its
+    /// memory.
     pub(super) fn new(options: Options) -> Result<Self, dirtymap::Error> {
         let memory = Arc::new(PhysMemory::new((PAGES + layout::SCRATCH) * PAGE)?);
         let space = AddressSpace::new(Granule::K4);
@@ -150,7 +152,7 @@ impl World {
         })
     }
 
-    /// Random numbers for actor number `nth` of a kind.
+    /// The random numbers of actor number `nth` of a kind.
     pub(super) fn random(&self, kind: u64, nth: u64) -> Random {
         let mut seeds = Random::new(self.options.seed);
         let seed = seeds.bits() ^ (kind << 32 | nth);
@@ -162,7 +164,7 @@ impl World {
         ((self.options.devices + self.options.attachers) as usize) * LANE as usize
     }
 
-    /// What the hardware breaks.
+    /// The fault of the hardware.
     pub(super) fn breakage(&self) -> Breakage {
         self.options.breakage()
     }
@@ -212,7 +214,7 @@ impl World {
     }
 }
 
-/// The actors with events: mappers, then attachers, then harvesters, then the one who compares.
+/// The actors with events: mappers, then attachers, then harvesters, then the comparison.
 fn actors(options: &Options) -> Vec<String> {
     let kinds = [
         ("mapper", options.mappers),

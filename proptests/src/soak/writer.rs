@@ -1,5 +1,5 @@
-//! Who writes: devices, and CPU threads that mark in three ways. Each owns a lane of every page and remembers what it wrote
-//! there last.
+//! Writers: devices, and CPU threads that mark in three ways. Each owns a lane of every page and
+//! remembers its last write there.
 
 use dirtymap::sync::{Ordering, thread};
 use dirtymap::{AreaHandle, IovaRange};
@@ -11,13 +11,13 @@ use super::tally::Count;
 use super::world::{MAPPED, UNMAPPED, World};
 use crate::Random;
 
-/// Writes between two looks at whether to go on.
+/// The number of writes between two calls of `goes_on`.
 const BURST: u64 = 128;
 
-/// What a device may expect of its domain.
+/// The state of a device's domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reach {
-    /// It is attached: all that is mapped can be written.
+    /// It is attached: all mapped pages can be written.
     Attached,
     /// It is being detached: any write may fault.
     Leaving,
@@ -25,7 +25,7 @@ pub(super) enum Reach {
     Detached,
 }
 
-/// A lane, and who writes it.
+/// A lane, and its writer.
 pub(super) struct Pen<'w> {
     world: &'w World,
     lane: usize,
@@ -43,14 +43,14 @@ impl<'w> Pen<'w> {
         }
     }
 
-    /// The next bytes of the lane, and the number that stands for them.
+    /// The next bytes of the lane, and the number that they encode.
     fn next(&mut self) -> (u64, [u8; LANE as usize]) {
         self.written += 1;
         let value = self.written << 8 | self.lane as u64;
         (value, lane_bytes(value))
     }
 
-    /// `value` is what `page` holds in this lane from now on.
+    /// `page` holds `value` in this lane from now on.
     fn remember(&self, page: u64, value: u64) {
         // Relaxed: read when this thread rests.
         self.world.shadows[self.lane][page as usize].store(value, Ordering::Relaxed);
@@ -155,8 +155,8 @@ impl<'w> Pen<'w> {
         IovaRange::from_len(at, LANE).unwrap()
     }
 
-    /// Writes, then marks. A mark that comes after an unmap is refused: then the copy is this thread's business. Returns
-    /// how often that was so.
+    /// Writes, then marks. A mark after an unmap is refused, and this thread then copies the page
+    /// itself. Returns the number of refused marks.
     fn marked(&mut self, handle: Option<&AreaHandle>) -> u64 {
         let page = match handle {
             Some(handle) => {
@@ -176,7 +176,7 @@ impl<'w> Pen<'w> {
         1
     }
 
-    /// Writes inside a guard, in an area that stays.
+    /// Writes under a guard, in a permanent area.
     fn guarded(&mut self) -> Result<u64, Failure> {
         let page = layout::any_static(&mut self.random);
         let range = layout::range(page, 1);
@@ -188,7 +188,7 @@ impl<'w> Pen<'w> {
     }
 }
 
-/// What a lane holds after `value` was written; all zero before the first write.
+/// The contents of a lane after the write of `value`. Before the first write, all zero.
 pub(super) fn lane_bytes(value: u64) -> [u8; LANE as usize] {
     let mut bytes = [0; LANE as usize];
     if value != 0 {

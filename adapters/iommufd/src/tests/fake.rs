@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use dirtymap::{Granule, Iova, IovaRange, Mapping};
 
 use crate::device::Device;
-use crate::ioas::{Ioas, IoasOptions, Iommufd};
 use crate::kernel::Kernel;
 use crate::uapi::Span;
+use crate::{Ioas, IoasOptions, Iommufd};
 
 /// What goes wrong: the error of a call by its name.
 #[derive(Clone, Copy, Debug)]

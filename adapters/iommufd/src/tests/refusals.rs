@@ -87,7 +87,7 @@ fn pages_and_pieces_that_do_not_fit() {
         matches!(error, IommufdError::PageTooSmall { smallest, .. } if smallest == k64),
         "{error}"
     );
-    assert_eq!(table(IoasOptions::default()).unwrap().page_size(), k64);
+    assert_eq!(table(IoasOptions::default()).unwrap().table().page, k64);
     for piece in [Granule::K4, Granule::from_lg2(41).unwrap(), Granule::MAX] {
         let error = table(IoasOptions::default().piece(piece)).unwrap_err();
         assert!(matches!(error, IommufdError::BadPiece { .. }), "{error}");

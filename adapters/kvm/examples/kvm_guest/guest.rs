@@ -22,26 +22,30 @@ const CODE: [u8; 12] = [
 ];
 /// The page that holds it.
 const CODE_PAGE: u64 = 1;
-/// What a guest in real mode reaches.
+/// The memory that a guest in real mode reaches.
 const RAM: u64 = 1 << 20;
 /// KVM_EXIT_DIRTY_RING_FULL.
 const RING_FULL: u32 = 31;
 /// Pages of the guest; KVM lets a ring of this size be filled.
 const RING: u32 = 1024;
 
-/// A guest of a few bytes under KVM, and a VMM that writes its memory too: both come out of one harvest.
+/// A guest of a few bytes under KVM, and a VMM that writes its memory too: both come out of one
+/// harvest.
 ///
-/// Exit status: 0 if everything was found and the copy is the memory, or if it is skipped for want of KVM; 1 if not; 2 if the input is
-/// refused.
+/// Exit status: 0 if everything was found and the copy is the memory, or if it is skipped for want
+/// of KVM; 1 if not; 2 if the input is refused.
 #[derive(Parser, Debug)]
 #[command(name = "kvm_guest", max_term_width = 100)]
 struct Cli {
-    /// How KVM is asked what the guest wrote; all: one machine after the other
+    /// How the log of KVM is read; all: every mode, in one machine after the other
     #[arg(long, value_enum, value_name = "MODE", default_value = "all")]
     mode: Mode,
 
     /// Rounds of writes and harvest for each machine, 1 to 1000
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=1000))]
+    #[arg(
+        long, value_name = "N", default_value_t = 4,
+        value_parser = clap::value_parser!(u64).range(1..=1000),
+    )]
     rounds: u64,
 }
 
@@ -53,7 +57,7 @@ enum Mode {
     Clearing,
     /// Read, then clear exactly what was recorded
     Manual,
-    /// The same, and everything is dirty in the beginning
+    /// As manual, and everything is dirty at the start
     InitiallySet,
     /// A ring for each processor
     Ring,
@@ -139,7 +143,7 @@ struct Machine {
 impl Machine {
     fn new(kvm: &Kvm, mode: KvmMode) -> Result<Self, Failure> {
         let vm = kvm.create_vm()?;
-        // Before the first processor: a ring has to.
+        // A ring has to be set up before the first processor.
         let log = Arc::new(KvmLog::new(&vm, mode)?);
         let vcpu = vm.create_vcpu(0)?;
         if matches!(mode, KvmMode::Ring { .. }) {
@@ -151,12 +155,13 @@ impl Machine {
         ram[code..code + CODE.len()].copy_from_slice(&CODE);
 
         let all = IovaRange::from_len(Iova::new(0), RAM)?;
-        // SAFETY: the memory is mapped as long as the machine is there; it is read and written only while the guest does not run.
+        // SAFETY: the memory is mapped as long as the machine is there; it is read and written only
+        // while the guest does not run.
         unsafe { log.add_slot(0, all, ram.as_ptr().addr() as u64) }?;
         let space = AddressSpace::with_source(log.page(), Arc::clone(&log))?;
         space.map(all, 0, Access::ReadWrite)?;
         space.start_tracking()?;
-        // From here on all that is written is reported; now everything is copied once.
+        // From here on every write is reported, so one copy of everything is enough.
         let copy = ram.to_vec();
 
         let mut sregs = vcpu.get_sregs()?;
@@ -189,7 +194,7 @@ impl Machine {
             let expected: BTreeSet<u64> = guest.union(&vmm).copied().collect();
             let missing = expected.difference(&found).count();
             let more = found.difference(&expected).count();
-            // What is initially set is everything, once.
+            // With `initially_set`, everything is dirty once.
             let initially_set = KvmMode::Manual {
                 initially_set: true,
             };
@@ -197,7 +202,8 @@ impl Machine {
             verified &= missing == 0 && tight;
             writeln!(
                 out,
-                "  round {round}: guest wrote {} pages, VMM {}; harvest found {}, {missing} missing, {more} more",
+                "  round {round}: guest wrote {} pages, VMM {}; harvest found {}, \
+                 {missing} missing, {more} more",
                 guest.len(),
                 vmm.len(),
                 found.len(),

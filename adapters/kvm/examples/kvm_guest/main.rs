@@ -1,12 +1,14 @@
-//! A guest of a few bytes writes its memory under KVM, the VMM writes some of it too, and one harvest finds both: `kvm_guest --help`.
+//! A guest of a few bytes writes its memory under KVM, the VMM writes some of it too, and one
+//! harvest finds both: `kvm_guest --help`.
 //!
 //! ```text
-//!  guest: increment a byte in every n-th page, hlt ---> KVM's dirty log --+
-//!                                                                         +--> harvest --> sync --> copy --> commit
-//!  VMM: write a page, as an emulated device does ---> mark ---------------+
+//!  guest: increments a byte in some pages --> KVM's dirty log --+
+//!                                                               +--> harvest --> sync
+//!  VMM: writes a page, as a device does ----> mark -------------+    --> copy --> commit
 //! ```
 //!
-//! Exit status: 0 if everything was found and the copy is the memory, or if it is skipped; 1 if not; 2 if the input is refused.
+//! Exit status: 0 if everything was found and the copy is the memory, or if it is skipped; 1 if
+//! not; 2 if the input is refused.
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod guest;

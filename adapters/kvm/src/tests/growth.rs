@@ -1,4 +1,5 @@
-//! What calls cost with many slots, counted in slots that are looked at: as a search does, never as a scan.
+//! What calls cost with many slots, counted in slots that are looked at: as a search does, never as
+//! a scan.
 
 use super::*;
 use dirtymap_host::counted::{count, grows_gently};

@@ -1,5 +1,5 @@
 //! A real-mode guest of a few bytes, under the KVM of this machine.
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // helpers of tests; each file uses a part of them
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // each test uses a part
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
 use crate::common_skip::skip;
 
-/// Increments a byte in each of CX pages, from segment BX on, DX paragraphs apart; then stops.
+/// Increments a byte in each of CX pages, from segment BX on, DX paragraphs apart. Then it halts.
 const CODE: [u8; 12] = [
     0x8e, 0xc3, // mov es, bx
     0x26, 0xfe, 0x06, 0x00, 0x00, // inc byte [es:0]
@@ -18,7 +18,7 @@ const CODE: [u8; 12] = [
     0xe2, 0xf5, // loop
     0xf4, // hlt
 ];
-/// The page that holds it.
+/// The page that holds the code.
 const CODE_PAGE: u64 = 1;
 
 /// KVM's exit for a ring that is full.
@@ -35,10 +35,10 @@ pub const MODES: [KvmMode; 4] = [
     KvmMode::Ring { entries: 1024 },
 ];
 
-/// Slots of the guest: number, first page, pages. Neither is made of whole words.
+/// Slots of the guest: number, first page, pages. Neither length is a multiple of 64 pages.
 pub const SLOTS: [(u32, u64, u64); 2] = [(0, 0, 90), (5, 100, 130)];
 
-/// The KVM of this machine, or why not.
+/// The KVM of this machine, or `None` after a message with the reason.
 pub fn kvm() -> Option<Kvm> {
     match Kvm::new() {
         Ok(kvm) if cfg!(target_arch = "x86_64") => Some(kvm),
@@ -69,7 +69,7 @@ impl Memory {
         self.0.addr() as u64
     }
 
-    /// The byte at `offset`; the guest does not run.
+    /// The byte at `offset`. The guest does not run meanwhile.
     pub fn byte(&self, offset: u64) -> u8 {
         assert!((offset as usize) < self.1.size());
         // SAFETY: inside the block.
@@ -105,7 +105,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// None if this KVM has not got the mode.
+    /// `None` if this KVM does not have the mode.
     pub fn new(kvm: &Kvm, mode: KvmMode) -> Option<Guest> {
         let vm = kvm.create_vm().unwrap();
         let log = match KvmLog::new(&vm, mode) {
@@ -125,8 +125,8 @@ impl Guest {
         for (slot, first, n) in SLOTS {
             let block = Memory::new(n * page, page);
             let range = IovaRange::from_len(Iova::new(first * page), n * page).unwrap();
-            // SAFETY: the block is the guest's until it is dropped, behind the virtual machine; nobody else touches slots, but
-            // the test that deletes one.
+            // SAFETY: the block belongs to the guest and is dropped after the virtual machine. No
+            // other code touches slots, except for the test that deletes one.
             unsafe { log.add_slot(slot, range, block.address()) }.unwrap();
             space.map(range, 0, Access::ReadWrite).unwrap();
             memory.push(block);
@@ -147,7 +147,8 @@ impl Guest {
         })
     }
 
-    /// The guest writes `n` pages from `first` on, `step` apart. How often a full ring stopped it.
+    /// The guest writes `n` pages from `first` on, `step` apart. Returns how often a full ring
+    /// stopped it.
     pub fn write(&mut self, first: u64, n: u64, step: u64) -> u32 {
         let mut regs = self.vcpu.get_regs().unwrap();
         regs.rip = CODE_PAGE * self.page;
@@ -177,7 +178,7 @@ impl Guest {
         HarvestRequest::new(self.pages(first, n), self.log.page())
     }
 
-    /// The dirty pages among `n` from `first` on, committed.
+    /// Harvests `n` pages from `first` on and commits. Returns the dirty ones.
     pub fn harvest(&self, first: u64, n: u64) -> Vec<u64> {
         let mut words = [0u64; 4];
         let lease = self
@@ -193,7 +194,7 @@ impl Guest {
             .collect()
     }
 
-    /// Of both slots.
+    /// The same for both slots.
     pub fn harvest_all(&self) -> Vec<u64> {
         let mut all = self.harvest(0, 90);
         all.extend(self.harvest(100, 130));
@@ -207,7 +208,7 @@ pub fn in_every_mode(test: impl Fn(KvmMode, Guest)) {
     for mode in MODES {
         if let Some(guest) = Guest::new(&kvm, mode) {
             if mode == MODES[2] {
-                // Everything, once.
+                // In this mode the first harvest reports everything.
                 assert_eq!(guest.harvest_all().len(), 220);
             }
             test(mode, guest);

@@ -7,11 +7,13 @@ use clap::{Parser, ValueEnum};
 
 /// Watches which parts of a running program's memory are written, at what rate.
 ///
-/// The program is started in here: a sort, a hash join or an LRU cache over one block of memory. Its writes are found by the page tables
-/// of the processor (userfaultfd and PAGEMAP_SCAN, Linux 6.7): the program marks nothing. In a terminal the picture is live, and `q`
-/// ends it; elsewhere each interval is a line.
+/// The program is started in here: a sort, a hash join or an LRU cache over one block of memory.
+/// Its writes are found by the page tables of the processor (userfaultfd and PAGEMAP_SCAN, Linux
+/// 6.7): the program marks nothing. In a terminal the picture is live, and `q` ends it; elsewhere
+/// each interval is a line.
 ///
-/// Exit status: 0 if it was watched, or is skipped because this kernel cannot; 2 if the input is refused.
+/// Exit status: 0 if it was watched, or is skipped because this kernel cannot; 2 if the input is
+/// refused.
 #[derive(Parser, Clone, Debug)]
 #[command(name = "watch", max_term_width = 100)]
 pub(crate) struct Cli {
@@ -24,22 +26,31 @@ pub(crate) struct Cli {
     pub(crate) size: u64,
 
     /// How long to watch, 0.1 to 86400
-    #[arg(long, value_name = "S", default_value = "8", value_parser = |s: &str| seconds(s, 0.1, 86_400.0))]
+    #[arg(
+        long, value_name = "S", default_value = "8",
+        value_parser = |s: &str| seconds(s, 0.1, 86_400.0),
+    )]
     pub(crate) seconds: Duration,
 
     /// How often to harvest, in seconds, 0.005 to 60
-    #[arg(long, value_name = "S", default_value = "0.05", value_parser = |s: &str| seconds(s, 0.005, 60.0))]
+    #[arg(
+        long, value_name = "S", default_value = "0.05",
+        value_parser = |s: &str| seconds(s, 0.005, 60.0),
+    )]
     pub(crate) interval: Duration,
 
-    /// What was written in the last S seconds is the working set, 0.005 to 3600
-    #[arg(long, value_name = "S", default_value = "0.5", value_parser = |s: &str| seconds(s, 0.005, 3600.0))]
+    /// The working set is what was written in the last S seconds, 0.005 to 3600
+    #[arg(
+        long, value_name = "S", default_value = "0.5",
+        value_parser = |s: &str| seconds(s, 0.005, 3600.0),
+    )]
     pub(crate) window: Duration,
 
     /// Draw what was seen as an SVG picture
     #[arg(long, value_name = "FILE.svg")]
     pub(crate) plot: Option<PathBuf>,
 
-    /// Lines, in a terminal too
+    /// Print lines in a terminal too
     #[arg(long)]
     pub(crate) plain: bool,
 

@@ -24,7 +24,7 @@ impl Live {
         ratatui::try_init().map(Live)
     }
 
-    /// Draws, and waits for at most `rest`; whether the user wants to end it.
+    /// Draws, and waits for at most `rest`. Returns whether the user wants to end it.
     pub(crate) fn show(
         &mut self,
         cli: &Cli,
@@ -53,7 +53,7 @@ impl Live {
 
 impl Drop for Live {
     fn drop(&mut self) {
-        // A terminal that does not obey any more has nobody to tell.
+        // An error of the terminal cannot be shown on that terminal.
         let _ = ratatui::try_restore();
     }
 }
@@ -189,7 +189,7 @@ fn colour(heat: u8) -> Color {
         let (red, green, blue) = STEPS[0];
         return Color::Rgb(red, green, blue);
     }
-    // What is little should be seen.
+    // Few writes are visible too.
     let place = (f64::from(heat) / 255.0).sqrt() * (STEPS.len() - 1) as f64;
     let step = (place as usize).min(STEPS.len() - 2);
     let between = place - step as f64;

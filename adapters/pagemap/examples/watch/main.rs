@@ -1,9 +1,10 @@
 //! Watches which parts of a running program's memory are written, at what rate: `watch --help`.
 //!
 //! ```text
-//!  the program writes --> page tables --> ProcessMemory --> harvest, every interval --> live picture, lines
-//!                                                                |
-//!                                                                +--> at the end: heat of addresses over time, as SVG
+//!  the program writes --> page tables --> ProcessMemory --> a harvest in every interval
+//!                                                              |
+//!                                                              +--> live picture, or lines
+//!                                                              +--> at the end: heat map, as SVG
 //! ```
 
 #[cfg(target_os = "linux")]

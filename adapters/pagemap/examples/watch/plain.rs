@@ -1,4 +1,4 @@
-//! Lines, for whoever is no terminal.
+//! Output as lines, for anything but a terminal.
 
 use std::io::{self, Write};
 

@@ -1,4 +1,5 @@
-//! The picture of a run: the heat of addresses over time, the dirty rate and the working set, as an SVG file.
+//! The picture of a run: the heat of addresses over time, the dirty rate and the working set, as an
+//! SVG file.
 
 use std::error::Error;
 use std::fs;
@@ -140,7 +141,8 @@ struct Column {
     heat: Vec<u8>,
 }
 
-/// Some samples to a column, so that there are no more columns than can be seen; each cell has the hottest of its own.
+/// Some samples to a column, so that there are no more columns than can be seen; each cell has the
+/// hottest of its own.
 fn columns(samples: &[Sample]) -> Vec<Column> {
     let each = samples.len().div_ceil(COLUMNS).max(1);
     samples

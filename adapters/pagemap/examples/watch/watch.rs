@@ -83,11 +83,11 @@ impl<'a> Watch<'a> {
                 dirty_pages += 1;
             }
         }
-        // Nobody copies these pages: to have seen them is enough.
+        // This program copies no page: it only counts them.
         lease.commit();
         let before = self.samples.last().map_or(Duration::ZERO, |last| last.at);
         let heat = written.iter().enumerate().map(|(cell, written)| {
-            // Whoever rounds finds as many pages in a cell as `page * cells / pages` puts there.
+            // A cell has as many pages as `page * cells / pages` puts there, with rounding.
             let first = (cell * pages).div_ceil(cells);
             let next = ((cell + 1) * pages).div_ceil(cells);
             (written * 255).div_ceil((next - first) as u64).min(255) as u8

@@ -1,4 +1,5 @@
-//! The programs that are watched. Each works in one block of words, which it cuts into sections, and knows nothing of being watched.
+//! The programs that are watched. Each works in one block of words, which it cuts into sections,
+//! and knows nothing of being watched.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -118,7 +119,8 @@ fn sort_once(block: &mut [u64], control: &Control) {
     }
 }
 
-/// A hash join: relation R in a table with linear probing, relation S in a row, what matches in a ring.
+/// A hash join: relation R in a table with linear probing, relation S in a row, what matches in a
+/// ring.
 struct Join<'a> {
     /// Key and value; a key of 0 is a free place.
     table: &'a mut [u64],
@@ -183,7 +185,8 @@ impl<'a> Join<'a> {
 
 /// Words of a record.
 const RECORD: usize = 32;
-/// Where they are: neighbours in the list of use, the next record of the same place in the index, the key; then the value.
+/// Where they are: neighbours in the list of use, the next record of the same place in the index,
+/// the key; then the value.
 const NEWER: usize = 0;
 const OLDER: usize = 1;
 const CHAIN: usize = 2;

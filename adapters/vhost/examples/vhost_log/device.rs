@@ -1,4 +1,5 @@
-//! The device: a vhost-user daemon whose threads write guest memory, and mark it in the log of the front end.
+//! The device: a vhost-user daemon whose threads write guest memory, and mark it in the log of the
+//! front end.
 
 use std::error::Error;
 use std::io::{self, Read};
@@ -66,7 +67,8 @@ impl VhostUserBackendMut for Device {
     }
 }
 
-/// Serves one front end at `socket`, until standard input is closed. What its threads have begun they finish.
+/// Serves one front end at `socket`, until standard input is closed. What its threads have begun
+/// they finish.
 pub(crate) fn run(socket: &Path, writers: u64) -> Result<(), Box<dyn Error>> {
     let guest = Guest::new(GuestMemoryMmap::new());
     let device = Arc::new(Mutex::new(Device::default()));

@@ -26,34 +26,50 @@ const HIGH: u64 = 4 << 30;
 /// How long the device may take to listen.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Migrates the memory of a vhost-user device that runs in a process of its own, by the dirty log that both share.
+/// Migrates the memory of a vhost-user device that runs in a process of its own, by the dirty log
+/// that both share.
 ///
-/// The device writes guest memory and marks it in the log. The front end copies everything, then harvests and copies, round after
-/// round, and swaps the log under the device now and then. At the end the device is stopped, and both sides are compared, byte for
-/// byte.
+/// The device writes guest memory and marks it in the log. The front end copies everything, then
+/// harvests and copies, round after round, and swaps the log under the device now and then. At the
+/// end the device is stopped, and both sides are compared, byte for byte.
 ///
 /// Exit status: 0 if all bytes are identical, 1 if a page differs, 2 if something cannot be done.
 #[derive(Parser, Clone, Debug)]
 #[command(name = "vhost_log", max_term_width = 100)]
 struct Cli {
     /// Guest memory in MiB, 2 to 65536; half of it lies at 4 GiB
-    #[arg(long, value_name = "MiB", default_value_t = 128, value_parser = clap::value_parser!(u64).range(2..=65536))]
+    #[arg(
+        long, value_name = "MiB", default_value_t = 128,
+        value_parser = clap::value_parser!(u64).range(2..=65536),
+    )]
     memory: u64,
 
     /// Rounds while the device writes, 1 to 10000
-    #[arg(long, value_name = "N", default_value_t = 12, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    #[arg(
+        long, value_name = "N", default_value_t = 12,
+        value_parser = clap::value_parser!(u32).range(1..=10_000),
+    )]
     rounds: u32,
 
     /// Swap the log in every N-th round
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(
+        long, value_name = "N", default_value_t = 3,
+        value_parser = clap::value_parser!(u32).range(1..),
+    )]
     swap: u32,
 
     /// Threads of the device that write, 1 to 64
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=64))]
+    #[arg(
+        long, value_name = "N", default_value_t = 3,
+        value_parser = clap::value_parser!(u64).range(1..=64),
+    )]
     writers: u64,
 
     /// Milliseconds between two rounds, 0 to 60000
-    #[arg(long, value_name = "MS", default_value_t = 50, value_parser = clap::value_parser!(u64).range(0..=60_000))]
+    #[arg(
+        long, value_name = "MS", default_value_t = 50,
+        value_parser = clap::value_parser!(u64).range(0..=60_000),
+    )]
     pause: u64,
 
     /// Be the device, at this socket
@@ -90,7 +106,7 @@ impl Device {
         Ok(Device(child))
     }
 
-    /// Lets it finish what it has begun.
+    /// Waits until the device has finished the writes that it has begun.
     fn stop(&mut self) -> Result<(), Box<dyn Error>> {
         drop(self.0.stdin.take());
         match self.0.wait()? {
@@ -104,7 +120,7 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        // Nothing happens to one that has ended.
+        // This does nothing to a process that has ended.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
@@ -237,14 +253,14 @@ fn migrate(cli: &Cli) -> Result<u8, Box<dyn Error>> {
         bar.inc(1);
     }
     process.stop()?;
-    // The device is gone; what it marked last is still there.
+    // The device has ended. Its last marks are still in the log.
     let dirty = copy_dirty(&space, &memory, &mut regions)?;
     report(format!("last     : {} pages", HumanCount(dirty)))?;
     bar.finish_and_clear();
     compare(&memory, &regions)
 }
 
-/// Harvests, and copies what was dirty; how many pages that were.
+/// Harvests, and copies the dirty pages. Returns how many there were.
 fn copy_dirty(
     space: &AddressSpace,
     memory: &GuestMemoryMmap<()>,

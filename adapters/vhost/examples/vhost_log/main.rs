@@ -1,11 +1,13 @@
-//! A vhost-user device in a process of its own, and a front end that migrates its memory by the dirty log that they share.
+//! A vhost-user device in a process of its own, and a front end that migrates its memory by the
+//! dirty log that they share.
 //!
 //! ```text
 //!  device process                     front end
 //!  writes guest memory                copies everything
-//!  marks it in the shared log         harvest: exchange words of the log --> sync --> copy --> commit
+//!  marks it in the shared log         harvest: exchanges words of the log
+//!                                     --> sync --> copy --> commit
 //!  takes up a fresh log, answers  <-- swap, now and then
-//!  ends                           <-- stop; a last harvest, then both sides are compared byte for byte
+//!  ends                           <-- stop; a last harvest, then a comparison byte for byte
 //! ```
 //!
 //! Exit status: 0 if all bytes are identical, 1 if a page differs, 2 if something cannot be done.

@@ -1,4 +1,4 @@
-//! The back end's side: a real daemon in this process, which gets its log from a front end.
+//! The back end: a real daemon in this process, which gets its log from a front end.
 
 use super::rig::{Ram, rig};
 use super::{NONE, PAGE, bits, bytes, in_child, taken};
@@ -116,7 +116,7 @@ fn marks_of_no_bytes_and_past_the_end() {
     assert_eq!((low.outside_marks(), bits(&log.memory())), (4, vec![3]));
 }
 
-/// A log that is too short for the memory was written past its end, or ended the thread that marked.
+/// A log was too short for the memory: a mark wrote past its end, or ended its thread.
 #[test]
 fn a_log_that_is_too_short_is_refused_and_the_old_one_stays() {
     let ram = [Ram::new(0, 16 * PAGE), Ram::new(1 << 32, 16 * PAGE)];
@@ -131,7 +131,7 @@ fn a_log_that_is_too_short_is_refused_and_the_old_one_stays() {
     assert_eq!(bits(&short.memory()), NONE);
 }
 
-/// Regions that were added after `SET_LOG_BASE` were written without a trace.
+/// Writes to regions that were added after `SET_LOG_BASE` were not logged.
 #[test]
 fn a_region_that_comes_after_the_log_is_logged() {
     let ram = [Ram::new(0, 16 * PAGE)];
@@ -146,7 +146,7 @@ fn a_region_that_comes_after_the_log_is_logged() {
     assert_eq!(bits(&log.memory()), [1, 256 + 5]);
 }
 
-/// A new table of memory makes all regions anew, and none of them had the log.
+/// A new memory table recreates all regions, and none of the new ones had the log.
 #[test]
 fn a_new_table_of_memory_keeps_the_log() {
     let mut rig = rig(&[Ram::new(0, 16 * PAGE)], true);
@@ -159,8 +159,8 @@ fn a_new_table_of_memory_keeps_the_log() {
     assert_eq!(bits(&log.memory()), [2, 257]);
 }
 
-/// The only region goes and comes again, as one does that is resized: the table without regions in between took the log with it,
-/// and what was written from then on was never in it.
+/// The only region is removed and added again, as in a resize. The table without regions in between
+/// dropped the log, and later writes were never logged.
 #[test]
 fn a_table_without_regions_keeps_the_log() {
     let ram = [Ram::new(0, 16 * PAGE)];
@@ -173,7 +173,8 @@ fn a_table_without_regions_keeps_the_log() {
     assert_eq!(bits(&log.memory()), [3]);
 }
 
-/// A back end that does not follow: what is written without a log is remembered, and the first log gets all of it.
+/// A back end that does not follow the log: writes without a log are remembered, and the first log
+/// gets all of them.
 #[test]
 fn what_was_written_without_a_log_is_in_the_first_one() {
     let mut rig = rig(&[Ram::new(0, 16 * PAGE)], false);
@@ -194,8 +195,8 @@ fn what_was_written_without_a_log_is_in_the_first_one() {
     assert_eq!(bitmap.early(), None);
 }
 
-/// A range that is one byte long, or ends with the first byte of a page: with a length that is one
-/// too short, the first log lacked its page.
+/// A range of one byte, or one that ends with the first byte of a page: the remembered length was
+/// one too short, and the first log lacked that page.
 #[test]
 fn a_byte_at_a_page_border_without_a_log_is_in_the_first_one() {
     for (at, len, marked) in [
@@ -215,9 +216,9 @@ fn a_byte_at_a_page_border_without_a_log_is_in_the_first_one() {
     }
 }
 
-/// A child of a fork has a copy of what counts the marks under way, and never sees them end: a log
-/// that it gives to a region could wait for ever, and marks of its own go where its parent has
-/// stopped looking.
+/// A child of a fork has a copy of the counter of running marks, and never sees them end. So a new
+/// log for a region could wait for ever, and the child's marks go to a log that its parent no
+/// longer reads.
 #[test]
 fn a_child_of_a_fork_gives_no_log_on() {
     let rig = rig(&[Ram::new(0, 16 * PAGE)], true);
@@ -247,7 +248,8 @@ fn a_region_beyond_the_log_is_refused_and_remembered() {
     assert_eq!(bits(&log.memory()), NONE);
 }
 
-/// The log was to be read before the connection was closed, or what a device wrote last was lost. It is the front end's memory.
+/// A log had to be read before the connection was closed, or the last writes of the device were
+/// lost. Here the log is memory of the front end.
 #[test]
 fn what_a_device_marked_is_found_when_it_is_gone() {
     let area = bytes(0, 16 * PAGE);

@@ -1,4 +1,4 @@
-//! The front end's side without a back end: layout, harvests with all else, swaps.
+//! The front end without a back end: layout, harvests together with other sources, swaps.
 
 use super::{NONE, PAGE, bits, bytes, content, in_child, set_bit, taken};
 use dirtymap::{
@@ -17,7 +17,8 @@ fn tracked(page: Granule, area: IovaRange) -> (AddressSpace, Arc<VhostLog>) {
     (space, log)
 }
 
-/// A log of `last / 32768 + 1` bytes that is read in words of 8 lacks its tail of up to 56 pages.
+/// A log of `last / 32768 + 1` bytes that is read in words of 8 bytes lacks its tail of up to 56
+/// pages.
 #[test]
 fn the_size_is_that_of_the_highest_address_in_whole_words() {
     for (last, size) in [
@@ -32,14 +33,15 @@ fn the_size_is_that_of_the_highest_address_in_whole_words() {
         assert_eq!(log.file().metadata().unwrap().len(), size);
         assert_eq!(log.last().get(), size * 8 * PAGE - 1);
     }
-    // More than can be mapped: an error that names it.
+    // A log that is too large to be mapped: an error that names the length.
     let Err(LogError::Memory { bytes, .. }) = VhostLog::new(Iova::MAX) else {
         panic!("a log of 512 TiB");
     };
     assert_eq!(bytes, 1 << 49);
 }
 
-/// A back end that shrank the file would kill the front end at its next harvest, and the reverse.
+/// A side that shrinks the file would kill the other side at its next access. The file is sealed
+/// against it.
 #[test]
 fn the_file_is_sealed() {
     let log = VhostLog::new(Iova::new(1 << 20)).unwrap().memory();
@@ -58,7 +60,7 @@ fn bits_come_out_of_a_harvest_at_their_guest_physical_addresses() {
     let first = area.start().get() / PAGE;
     let marked = [0, 1, 4, 5, 61, 62, 124, 149].map(|n| first + n);
     marked.iter().for_each(|page| set_bit(&log.memory(), *page));
-    // Outside of the area: another one's, or nobody's.
+    // Bits outside of the area belong to another area, or to none.
     set_bit(&log.memory(), first - 1);
     set_bit(&log.memory(), 7);
     assert_eq!(
@@ -93,7 +95,7 @@ fn marks_and_the_log_are_in_one_lease_and_an_abort_puts_back_both() {
     assert_eq!(taken(&space, area), NONE);
 }
 
-/// The base is 0 and the granule 4096, whatever the space and the request have.
+/// The base of the log is 0 and its granule 4096, whatever those of the space and the request are.
 #[test]
 fn pages_and_granules_of_other_sizes() {
     let k64 = Granule::from_bytes(65536).unwrap();
@@ -110,14 +112,14 @@ fn pages_and_granules_of_other_sizes() {
         lease.runs().collect::<Vec<_>>(),
         [bytes((1 << 20) + 65536, 65536)]
     );
-    // Put back by pages of the space: a superset.
+    // Put back in pages of the space, which is a superset.
     drop(lease);
     assert_eq!(
         taken(&space, area),
         (256 + 16..256 + 32).collect::<Vec<_>>()
     );
 
-    // A space that is finer gets areas of whole pages of the log.
+    // A space with smaller pages needs areas of whole pages of the log.
     let space = AddressSpace::new(Granule::from_bytes(512).unwrap());
     space.attach(Arc::clone(&log)).unwrap();
     assert_eq!(space.alignment(), LOG_PAGE);
@@ -162,9 +164,9 @@ fn memory_beyond_the_log_is_refused_until_a_longer_one_is_swapped_in() {
     assert_eq!(taken(&space, more), [100]);
 }
 
-/// A back end refused the longer log, and the swap was dropped; its log stayed the newest one.
-/// Memory was mapped by its length, for which no back end had room, and what was written there was
-/// lost.
+/// A back end refused the longer log, and the swap was dropped, but its log stayed the newest one.
+/// Memory was mapped up to the length of that log, no back end had bits for it, and writes there
+/// were lost.
 #[test]
 fn a_swap_that_was_dropped_gives_no_room() {
     let (space, log) = tracked(Granule::K4, bytes(0, 64 * PAGE));
@@ -174,7 +176,7 @@ fn a_swap_that_was_dropped_gives_no_room() {
     assert!(matches!(&refused, Error::Source(error)
         if matches!(error.downcast_ref(), Some(LogError::TooShort { end, range })
             if end.get() == 64 * PAGE - 1 && *range == more)));
-    // The next one is as long, and is taken up by all.
+    // The next log is as long, and all back ends accept it.
     let swap = log.swap(Iova::MIN).unwrap();
     drop(log.swap(Iova::new(1 << 30)).unwrap()); // and one after it by none
     swap.acknowledged();
@@ -183,7 +185,7 @@ fn a_swap_that_was_dropped_gives_no_room() {
     assert!(space.map(beyond, 0, Access::ReadWrite).is_err());
 }
 
-/// The old log ends inside of a line of the fresh one: its words there are looked at all the same.
+/// The old log ends inside a cache line of the new one. Its words there are still read.
 #[test]
 fn a_line_that_the_old_log_has_in_part_is_looked_at_during_a_swap() {
     for words in 1..8 {
@@ -201,8 +203,8 @@ fn a_line_that_the_old_log_has_in_part_is_looked_at_during_a_swap() {
     }
 }
 
-/// Bits for addresses in no area were nowhere counted: a back end that writes where nothing is
-/// mapped, or whose addresses are off, went unnoticed.
+/// Bits for addresses outside of all areas were not counted. A back end that writes to unmapped
+/// addresses went unnoticed.
 #[test]
 fn bits_outside_every_area_are_counted() {
     let (space, log) = tracked(Granule::K4, bytes(64 * PAGE, 64 * PAGE));
@@ -233,8 +235,8 @@ fn bits_outside_every_area_are_counted() {
     outside(6, Some(63)); // the bit of page 300 went with its area
 }
 
-/// botan#602, in another library: a child of a fork has the log too, for it is shared memory. Its
-/// harvest took bits that its parent then never saw.
+/// botan#602 is this bug in another library. A child of a fork shares the log, and its harvest took
+/// bits that its parent then never saw.
 #[test]
 fn a_child_of_a_fork_takes_nothing_from_its_parent() {
     let area = bytes(0, 64 * PAGE);
@@ -264,7 +266,7 @@ fn a_child_of_a_fork_takes_nothing_from_its_parent() {
         ];
         drop(harvest);
         let mut words = [0];
-        // Nothing that was dirty passes for clean: all of it comes out.
+        // No dirty page is taken for clean: all of them are reported.
         let unmapped = space.unmap(area, Granule::K4, UserBitmap::new(&mut words));
         let all = unmapped.is_ok() && words == [u64::MAX];
         results
@@ -276,8 +278,9 @@ fn a_child_of_a_fork_takes_nothing_from_its_parent() {
     assert_eq!(taken(&space, area), [9]);
 }
 
-/// A log was known by the number of its process. The first child in a new PID namespace is process
-/// 1, and so may its parent be: it took bits from the log, which its parent then never saw.
+/// A log remembered its process by number. The first child in a new PID namespace is process 1, and
+/// its parent may be process 1 as well. The child took bits from the log that its parent then never
+/// saw.
 #[test]
 fn a_child_with_the_same_process_number_takes_nothing_from_its_parent() {
     const SKIPPED: i32 = 77;
@@ -302,7 +305,8 @@ fn a_child_with_the_same_process_number_takes_nothing_from_its_parent() {
     assert_eq!(tried, 0, "1: the child was taken for its parent");
 }
 
-/// Harvests between the swap and its acknowledgement see both logs; what is left of the old one is found once.
+/// Harvests between the swap and its acknowledgement read both logs. The last bits of the old one
+/// are found once.
 #[test]
 fn what_is_left_of_a_log_that_was_swapped_is_found() {
     let area = bytes(0, 256 * PAGE);
@@ -332,7 +336,8 @@ fn what_is_left_of_a_log_that_was_swapped_is_found() {
     assert_eq!(content(&old), given_up);
 }
 
-/// A back end that refuses the fresh log goes on with the old one, and one of several may have taken it up.
+/// A back end that refuses the new log goes on with the old one, while another back end may have
+/// accepted the new one.
 #[test]
 fn a_swap_that_fails_loses_nothing() {
     let area = bytes(0, 256 * PAGE);

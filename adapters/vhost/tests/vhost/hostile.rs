@@ -1,7 +1,7 @@
-//! Front ends that say one thing of a log and send another. The back end has to live on.
+//! Front ends that announce one log and send another. The back end has to survive.
 //!
-//! Each test runs itself once more as a child, and looks at how that ended: a back end that is
-//! killed by SIGBUS is a failure of the test, not the end of it.
+//! Each test runs itself as a child, and checks the child's status. A back end that is killed by
+//! SIGBUS is a failure of the test, and does not end it.
 
 use super::rig::{Ram, Rig, memfd, rig};
 use super::{NONE, PAGE, bits};
@@ -13,7 +13,7 @@ use std::sync::Mutex;
 
 const CHILD: &str = "DIRTYMAP_TEST_HOSTILE";
 const SHRINK: i32 = libc::F_SEAL_SHRINK;
-/// Where memory begins whose bits are behind the first page of the log.
+/// The start of memory whose bits are after the first page of the log.
 const HIGH: u64 = 512 << 20;
 
 /// Runs `body` in a process of its own, as the test `name`.
@@ -32,7 +32,7 @@ fn high() -> Rig {
     rig(&[Ram::new(HIGH, 16 * PAGE)], true)
 }
 
-/// A mark goes nowhere, is remembered, and ends nobody.
+/// A mark has no log to go to. It is remembered, and ends no process.
 fn has_no_log(rig: &Rig, what: &str) {
     let bitmap = rig.bitmap(HIGH);
     assert!(!bitmap.has_log(), "{what}");
@@ -40,8 +40,8 @@ fn has_no_log(rig: &Rig, what: &str) {
     assert_eq!(bitmap.early(), Some((PAGE, PAGE)), "{what}");
 }
 
-/// vhost#63, #206: the front end said 32 KiB and sent a file of 4 KiB. The back end mapped what it
-/// was told, and its first mark past the end of the file killed it.
+/// vhost#63, #206: the front end said 32 KiB and sent a file of 4 KiB. The back end mapped the
+/// announced length, and its first mark past the end of the file killed it.
 #[test]
 fn a_log_that_is_shorter_than_the_front_end_says_is_refused() {
     let name = "hostile::a_log_that_is_shorter_than_the_front_end_says_is_refused";
@@ -60,7 +60,8 @@ fn a_log_that_is_shorter_than_the_front_end_says_is_refused() {
             assert!(sent.is_err(), "{said}");
             has_no_log(&rig, &said);
         }
-        // The last byte that is needed is there: what is said beyond does not matter.
+        // The file has the last byte that is needed. The announced length beyond it does not
+        // matter.
         let rig = high();
         let file = memfd((16 << 10) + 1, SHRINK);
         rig.front_end.send_log(&file, 0, 1 << 20).unwrap();
@@ -89,8 +90,8 @@ fn a_region_whose_bits_are_one_byte_is_looked_at_too() {
     });
 }
 
-/// The log has a bit for each page of the region but the last one, of which the region has one
-/// byte. That bit would lie past the length that the front end said, though in a page of the file.
+/// The region has one byte of its last page, and the log has a bit for each page except for that
+/// one. This bit would lie past the announced length, although inside a page of the file.
 #[test]
 fn a_log_that_lacks_the_bit_of_the_last_byte_is_refused() {
     let size = (16 << 10) + 8;
@@ -103,7 +104,7 @@ fn a_log_that_lacks_the_bit_of_the_last_byte_is_refused() {
     has_no_log(&lacks, "one byte more");
 }
 
-/// Lengths and places that wrap, or that no mapping can have.
+/// Lengths and offsets that wrap, or that no mapping can have.
 #[test]
 fn places_that_cannot_be_are_refused() {
     for (offset, size) in [
@@ -125,8 +126,8 @@ fn places_that_cannot_be_are_refused() {
     }
 }
 
-/// A file without the seal is as long as the front end says, until the front end makes it shorter,
-/// and the next mark kills the back end. It is refused, unless the front end is trusted.
+/// A front end can shrink a file without the seal at any time, and the next mark then kills the
+/// back end. Such a file is refused, unless the front end is trusted.
 #[test]
 fn a_log_that_can_be_made_shorter_is_refused_unless_that_is_accepted() {
     let name = "hostile::a_log_that_can_be_made_shorter_is_refused_unless_that_is_accepted";
@@ -157,7 +158,7 @@ fn a_log_that_can_be_made_shorter_is_refused_unless_that_is_accepted() {
         let mut byte = [0];
         others[0].read_exact_at(&mut byte, 16 << 10).unwrap();
         assert_eq!(byte, [0b100]);
-        // What is too short stays refused.
+        // A log that is too short is still refused.
         let rig = high();
         let short = rig.front_end.send_log(&memfd(4096, 0), 0, 32 << 10);
         assert!(short.is_err());
@@ -165,8 +166,8 @@ fn a_log_that_can_be_made_shorter_is_refused_unless_that_is_accepted() {
     });
 }
 
-/// The library has one way to say that a log is too short: a panic. A back end that was built to
-/// abort on panics was ended by any front end.
+/// The library reports a log that is too short by a panic. So any front end could end a back end
+/// that was built to abort on panics.
 #[test]
 fn a_log_that_is_too_short_is_refused_without_a_panic() {
     static PANICS: Mutex<Vec<String>> = Mutex::new(Vec::new());

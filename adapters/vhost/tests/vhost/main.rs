@@ -28,7 +28,7 @@ fn content(log: &LogMemory) -> Vec<u8> {
     bytes
 }
 
-/// The numbers of the set bits, as the format has them.
+/// The numbers of the set bits in the order of the format.
 fn bits(log: &LogMemory) -> Vec<u64> {
     let content = content(log);
     let bytes = content.iter().enumerate().filter(|(_, byte)| **byte != 0);
@@ -40,7 +40,7 @@ fn bits(log: &LogMemory) -> Vec<u64> {
         .collect()
 }
 
-/// Sets a bit as a back end in C would: in the byte that has it.
+/// Sets a bit in its byte, as a back end in C does.
 fn set_bit(log: &LogMemory, page: u64) {
     let mut byte = [0];
     let at = log.offset() + page / 8;
@@ -49,13 +49,14 @@ fn set_bit(log: &LogMemory, page: u64) {
     log.file().write_all_at(&byte, at).unwrap();
 }
 
-/// What `body` says in a child of a fork of this process, 0 to 255.
+/// Runs `body` in a child of a fork of this process. Returns its result, 0 to 255.
 fn in_child(body: impl FnOnce() -> i32) -> i32 {
-    // SAFETY: the child uses nothing that another thread of its parent may have locked, but the
-    // allocator, which the system sees to.
+    // SAFETY: the child takes no lock that another thread of its parent may hold, except for the
+    // allocator's, which the system resets in a fork.
     match unsafe { libc::fork() } {
         0 => {
-            // SAFETY: takes a number. A child that waits for a thread that it does not have ends.
+            // SAFETY: takes a number. The alarm ends a child that waits for a thread that it does
+            // not have.
             unsafe { libc::alarm(30) };
             let body = std::panic::AssertUnwindSafe(body);
             let code = std::panic::catch_unwind(body).unwrap_or(255);
@@ -72,7 +73,7 @@ fn in_child(body: impl FnOnce() -> i32) -> i32 {
     }
 }
 
-/// Harvests `range` and commits; the pages of 4 KiB that were dirty, by number.
+/// Harvests `range` and commits. Returns the numbers of the dirty pages of 4 KiB.
 fn taken(space: &AddressSpace, range: IovaRange) -> Vec<u64> {
     let mut words = vec![0; (range.granules(Granule::K4) as usize).div_ceil(64)];
     let request = HarvestRequest::new(range, Granule::K4);

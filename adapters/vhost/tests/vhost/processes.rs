@@ -1,7 +1,9 @@
-//! Two processes over a unix socket: a device writes guest memory and marks it, while the front end harvests, copies and swaps its log.
+//! Two processes over a unix socket: a device writes guest memory and marks it, while the front end
+//! harvests, copies and swaps its log.
 //!
-//! The device is this test binary, started again, with a real vhost-user daemon. At the end every byte that it wrote must be
-//! in the copy, and no log that it had acknowledged to have left may have changed since.
+//! The device is this test binary, started again, with a real vhost-user daemon. At the end the
+//! copy must have every byte that the device wrote, and no log may have changed after the device
+//! acknowledged its replacement.
 
 use super::rig::{FrontEnd, Guest, Ram, serve, socket};
 use super::{PAGE, bytes, content};
@@ -18,15 +20,16 @@ use vm_memory::{
     Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
 };
 
-/// Names the socket, and so says that this process is the device.
+/// Names the socket. If it is set, this process is the device.
 const DEVICE: &str = "DIRTYMAP_VHOST_DEVICE";
 const WRITERS: u64 = 3;
-/// Two regions, one of which begins and ends inside of bytes of the log.
+/// Two regions. One of them begins and ends inside of bytes of the log.
 const RAM: [(u64, u64); 2] = [(0, 256 * PAGE), ((1 << 32) + 3 * PAGE, 333 * PAGE)];
-/// A large one, of which nothing is written, but all is marked: most swaps come while one such mark is under way.
+/// A large region that is marked as a whole and never written: most swaps happen during such a
+/// mark.
 const LARGE: (u64, u64) = (8 << 30, 16 << 30);
 
-/// Not a test of its own: the other process of the next one.
+/// The second process of the next test. It tests nothing by itself.
 #[test]
 fn the_device_process() {
     let Ok(socket) = std::env::var(DEVICE) else {
@@ -47,7 +50,8 @@ fn the_device_process() {
                 }
             }
         });
-        // The front end says by closing this that the device is to stop: what it has begun it finishes.
+        // The front end closes this to stop the device, which finishes the writes that it has
+        // begun.
         let mut nothing = Vec::new();
         let closed = std::io::stdin().read_to_end(&mut nothing);
         stop.store(true, Ordering::Relaxed);
@@ -57,7 +61,7 @@ fn the_device_process() {
     std::process::exit(0);
 }
 
-/// Writes words of this writer's own in any page, again and again; some cross pages.
+/// Writes words that only this writer uses, in any page, again and again. Some cross pages.
 fn write(guest: &GuestMemoryAtomic<Guest>, writer: u64, stop: &AtomicBool) {
     let mut n = writer + 1;
     while !stop.load(Ordering::Relaxed) {
@@ -72,7 +76,7 @@ fn write(guest: &GuestMemoryAtomic<Guest>, writer: u64, stop: &AtomicBool) {
                 .wrapping_add(1442695040888963407);
             let (start, len) = RAM[(n >> 60) as usize % 2];
             let page = (n >> 33) % (len / PAGE - 1);
-            // Of 8 bytes at the end of the page, and the next page's first ones.
+            // A word of 8 bytes across the end of the page.
             let at = start + page * PAGE + 4096 - 8 + writer * 4;
             let data = (n as u32).to_le_bytes();
             memory.write_slice(&data, GuestAddress(at)).unwrap();
@@ -80,7 +84,7 @@ fn write(guest: &GuestMemoryAtomic<Guest>, writer: u64, stop: &AtomicBool) {
     }
 }
 
-/// The device, stopped at the latest when this is dropped.
+/// The device. The drop of this value stops it at the latest.
 struct Device(Child);
 
 impl Device {
@@ -95,7 +99,7 @@ impl Device {
         Device(child)
     }
 
-    /// Lets it finish what it has begun, and waits until it is gone.
+    /// Lets the device finish the writes that it has begun, and waits until its process is gone.
     fn stop(&mut self) {
         drop(self.0.stdin.take());
         let deadline = Instant::now() + Duration::from_secs(60);
@@ -108,13 +112,13 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        // Does nothing to one that has ended.
+        // Has no effect on a process that has ended.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
-/// The front end's machine: what it tracks, and the copy that it makes.
+/// The front end's machine: the tracked memory, and the copy.
 struct Migration {
     space: AddressSpace,
     log: Arc<VhostLog>,
@@ -142,7 +146,7 @@ impl Migration {
         }
     }
 
-    /// Copies what is dirty; "fails" half-way if `fails`, so that the lease is dropped.
+    /// Copies the dirty pages. If `fails`, it stops half-way, so that the lease is dropped.
     fn pass(&mut self, memory: &GuestMemoryMmap<()>, fails: bool) {
         for (area, copy) in &mut self.copies {
             let mut words = [0; 6];
@@ -218,7 +222,7 @@ fn no_write_of_another_process_is_lost_while_its_log_is_swapped() {
         }
         migration.pass(memory, round % 5 == 4);
     }
-    // Stopped, and then gone: what it did last is in the log all the same.
+    // The device is stopped, and its process is gone: its last writes are still in the log.
     device.stop();
     migration.pass(memory, false);
     println!(

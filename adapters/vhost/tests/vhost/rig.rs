@@ -26,7 +26,7 @@ const FEATURES: u64 = 1 << 30 | 1 << 26;
 
 pub(crate) type Guest = GuestMemoryMmap<LogBitmap>;
 
-/// What the daemon tells of itself: its memory, when that changes.
+/// The messages of the daemon: its memory, whenever that changes.
 pub(crate) struct Device {
     pub(crate) memory: GuestMemoryAtomic<Guest>,
     follower: Option<LogFollower>,
@@ -72,7 +72,8 @@ impl VhostUserBackendMut for Device {
 
 pub(crate) type Daemon = VhostUserDaemon<Arc<Mutex<Device>>>;
 
-/// A daemon that waits for one front end at `socket`; its regions follow the log, or not.
+/// A daemon that waits for one front end at `socket`. `follows` says whether its regions follow the
+/// log.
 pub(crate) fn serve(socket: &Path, follows: bool) -> (Daemon, GuestMemoryAtomic<Guest>) {
     let memory = GuestMemoryAtomic::new(Guest::new());
     let device = Arc::new(Mutex::new(Device {
@@ -86,7 +87,7 @@ pub(crate) fn serve(socket: &Path, follows: bool) -> (Daemon, GuestMemoryAtomic<
     (daemon, memory)
 }
 
-/// A place for a socket that no other test has.
+/// A path for a socket that no other test uses.
 pub(crate) fn socket() -> PathBuf {
     use std::sync::atomic::{AtomicU64, Ordering};
     static NEXT: AtomicU64 = AtomicU64::new(0);
@@ -100,7 +101,7 @@ pub(crate) fn memfd(len: u64, seals: i32) -> File {
     // SAFETY: the name is a string that ends with 0 and outlives the call.
     let fd = unsafe { libc::memfd_create(c"ram".as_ptr(), flags) };
     assert!(fd >= 0);
-    // SAFETY: a descriptor that was just made; nobody else owns it.
+    // SAFETY: a new descriptor that has no other owner.
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(len).unwrap();
     // SAFETY: takes numbers.
@@ -108,7 +109,7 @@ pub(crate) fn memfd(len: u64, seals: i32) -> File {
     file
 }
 
-/// A region of guest memory in a file that the device has too.
+/// A region of guest memory in a file that the device maps as well.
 pub(crate) struct Ram {
     pub(crate) start: u64,
     pub(crate) len: u64,
@@ -136,12 +137,12 @@ impl Ram {
 /// The front end's side of a connection.
 pub(crate) struct FrontEnd {
     pub(crate) connection: Frontend,
-    /// The front end's own view of guest memory; it marks nothing.
+    /// The front end's own view of guest memory, which marks nothing.
     pub(crate) memory: GuestMemoryMmap<()>,
 }
 
 impl FrontEnd {
-    /// Connects as soon as the device listens, and tells it of `ram`.
+    /// Connects as soon as the device listens, and sends it the table of `ram`.
     pub(crate) fn connect(socket: &Path, ram: &[Ram]) -> Self {
         let deadline = Instant::now() + Duration::from_secs(30);
         let mut connection = loop {
@@ -191,7 +192,7 @@ impl FrontEnd {
         self.send_log(log.file(), log.offset(), log.size())
     }
 
-    /// Says that the log is so many bytes of `file`, whatever is true.
+    /// Announces a log of so many bytes of `file`, whether or not that is true.
     pub(crate) fn send_log(&self, file: &File, offset: u64, size: u64) -> vhost::Result<()> {
         let region = VhostUserDirtyLogRegion {
             mmap_size: size,
@@ -206,7 +207,7 @@ impl FrontEnd {
 pub(crate) struct Rig {
     pub(crate) front_end: FrontEnd,
     pub(crate) guest: GuestMemoryAtomic<Guest>,
-    // Last, so that the connection is closed before.
+    // The last field, so that the connection is closed before it is dropped.
     _daemon: Daemon,
 }
 

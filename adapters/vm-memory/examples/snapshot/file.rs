@@ -59,8 +59,9 @@ impl Writer {
         Ok(())
     }
 
-    /// Sees to it that the snapshot survives, or fails: then there is none of this number. `full` stands for a disk without
-    /// room, which often tells only when a file is synced.
+    /// Syncs the file and gives it its name. After an error there is no snapshot of this number.
+    /// `full` simulates a disk without room, which often returns an error only when a file is
+    /// synced.
     pub(crate) fn finish(mut self, full: bool) -> io::Result<u64> {
         self.file.write_all(&[0; 16])?;
         self.file.write_all(&self.written.to_le_bytes())?;
@@ -106,7 +107,7 @@ pub(crate) enum ReadError {
     },
 }
 
-/// Puts what the file of snapshot `number` has into `memory`; how many bytes that was.
+/// Writes the pages of the file of snapshot `number` to `memory`. Returns how many bytes they have.
 pub(crate) fn restore(
     dir: &Path,
     number: u32,

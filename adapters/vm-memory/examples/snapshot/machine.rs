@@ -13,14 +13,14 @@ use vm_memory::{
 
 use crate::run::Failure;
 
-/// What is tracked, and copied, as one.
+/// The granule: it is tracked and copied as a whole.
 pub(crate) const PAGE: Granule = Granule::K4;
 /// Where the upper half of memory begins, as on machines with devices below 4 GiB.
 const HIGH: u64 = 4 << 30;
 
 pub(crate) type Memory = GuestMemoryMmap<SpaceBitmap>;
 
-/// A virtual machine, as far as its memory goes.
+/// The memory of a virtual machine.
 pub(crate) struct Machine {
     pub(crate) space: Arc<AddressSpace>,
     pub(crate) memory: Memory,
@@ -50,7 +50,8 @@ impl Machine {
 
     /// The guest physical addresses of each region.
     pub(crate) fn regions(&self) -> Vec<IovaRange> {
-        // The bitmap itself, which knows its range: what the trait of regions gives is a slice of it.
+        // The bitmap itself, which knows its range: what the trait of regions gives is a slice of
+        // it.
         let bitmaps = self.memory.iter().map(|region| (**region).bitmap());
         bitmaps.map(SpaceBitmap::range).collect()
     }
@@ -59,7 +60,8 @@ impl Machine {
         self.stop.store(true, Ordering::Relaxed);
     }
 
-    /// A device that writes by the calls of vm-memory, which mark by themselves. Nine of ten writes go to a tenth of memory.
+    /// A device that writes by the calls of vm-memory, which mark by themselves. Nine of ten writes
+    /// go to a tenth of memory.
     pub(crate) fn network(&self, seed: u64) -> Result<(), Failure> {
         let mut random = Random(seed);
         let mut packet = [0u8; 1500];
@@ -75,8 +77,8 @@ impl Machine {
         Ok(())
     }
 
-    /// A device that reads a disk into guest memory through a pointer, which vm-memory does not see: the write is in flight from
-    /// before the request is submitted until it has completed.
+    /// A device that reads a disk into guest memory through a pointer, which vm-memory does not
+    /// see: the write is in flight from before the request is submitted until it has completed.
     pub(crate) fn disk(&self, seed: u64) -> Result<(), Failure> {
         const SECTOR: usize = 512;
         let mut random = Random(seed);
@@ -89,12 +91,12 @@ impl Machine {
                 .map_err(|error| Failure::Memory(error.to_string()))?;
             let target = slice.ptr_guard_mut();
             let sector = [random.next() as u8; SECTOR];
-            // The request is under way for a while; harvests come and go.
+            // The request takes a while, and harvests run meanwhile.
             std::thread::yield_now();
             // SAFETY:
             // - valid for 512 bytes: the guard says so, for as long as it lives.
-            // - other devices, and the writer of snapshots, may access the same bytes, as a real device's DMA would; they do
-            //   so by copies of vm-memory, which tolerate that.
+            // - other devices, and the writer of snapshots, may access the same bytes, as a real
+            //   device's DMA would; they do so by copies of vm-memory, which tolerate that.
             unsafe { target.as_ptr().copy_from(sector.as_ptr(), SECTOR) };
             drop(in_flight);
             self.pace(&mut random);
@@ -102,7 +104,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Somewhere with room for `len` bytes.
+    /// A random address with room for `len` bytes.
     fn place(
         &self,
         random: &mut Random,
@@ -120,7 +122,8 @@ impl Machine {
         Ok((region, random.below(busy + 1)))
     }
 
-    /// Counts a write; makes a pause now and then, so that a machine of a few MiB is not dirty all over.
+    /// Counts a write; makes a pause now and then, so that a machine of a few MiB is not dirty all
+    /// over.
     fn pace(&self, random: &mut Random) {
         self.writes.fetch_add(1, Ordering::Relaxed);
         if random.below(16) == 0 {

@@ -2,10 +2,12 @@
 //!
 //! ```text
 //! devices write --> vm-memory marks --> one space over all regions
-//!                                           |
-//!   first snapshot: everything --> increment: harvest, sync --> write what is dirty --> fsync --> commit --> increment ...
-//!                                           ^                                             |
-//!                                           +------------- an error: dirty again ---------+
+//!                                         |
+//!                                         v
+//! first snapshot: everything --> harvest, sync --> write dirty pages --> fsync --> commit
+//!                                  ^                     |                |           |
+//!                                  |<-- an error: pages are dirty again --+           |
+//!                                  +------------------------ next increment ----------+
 //! ```
 //!
 //! Exit status: 0 if all bytes are identical, 1 if a page differs, 2 if something cannot be done.

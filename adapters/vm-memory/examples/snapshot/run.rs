@@ -22,7 +22,7 @@ const NOT_IDENTICAL: u8 = 1;
 /// Something could not be done.
 const FAILED: u8 = 2;
 
-/// What can go wrong.
+/// Why a run fails.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Failure {
     #[error("{0}")]
@@ -103,7 +103,7 @@ fn run(cli: &Cli) -> Result<u8, Failure> {
             .collect();
         devices.push(scope.spawn(|| machine.disk(!cli.seed)));
         let taken = snapshots.take_all();
-        // Whatever happened, the devices must stop before the scope can end.
+        // In every case, the devices must stop before the scope can end.
         machine.stop();
         for device in devices {
             device.join().map_err(|_| Failure::Device)??;
@@ -170,8 +170,8 @@ impl<'a> Snapshots<'a> {
         Ok(())
     }
 
-    /// Harvests all regions, writes what was dirty, and commits when it is safe. If it cannot be written, everything is dirty
-    /// again, and the next increment has it.
+    /// Harvests all regions, writes what was dirty, and commits when it is safe. If it cannot be
+    /// written, everything is dirty again, and the next increment has it.
     fn increment(&mut self) -> Result<(), Failure> {
         let began = Instant::now();
         let mut words = std::mem::take(&mut self.words);
@@ -188,7 +188,7 @@ impl<'a> Snapshots<'a> {
         let dirty: u64 = leases.iter().map(Lease::dirty).sum();
         let written = self.write(&leases);
         if written.is_ok() || self.cli.commit_early {
-            // The files are safe; or so it is claimed.
+            // The files are safe, or leases are committed early on purpose.
             for lease in leases {
                 lease.commit();
             }
@@ -214,7 +214,7 @@ impl<'a> Snapshots<'a> {
         }
     }
 
-    /// The pages of `leases` in a file; the bytes of them.
+    /// Writes the pages of `leases` to a file. Returns how many bytes they have.
     fn write(&self, leases: &[Lease<'_, Synced>]) -> io::Result<u64> {
         let mut writer = Writer::create(self.dir, self.next)?;
         for run in leases.iter().flat_map(Lease::runs) {

@@ -1,4 +1,4 @@
-//! Losses that hypervisors had with bitmaps of their own, each as a test.
+//! Lost pages in hypervisors with bitmaps of their own, each as a test.
 
 use super::{NONE, PAGE, bytes, harvest, machine, taken};
 use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
@@ -11,23 +11,24 @@ use std::sync::Arc;
 use vm_memory::bitmap::{Bitmap, NewBitmap};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-/// Raw pointers: a block device read a disk through pointers of guest memory, nothing was marked, and guests were corrupted after a
-/// migration. That no bitmap can see; a mark by hand, or a guard, is what the bitmap offers.
+/// Raw pointers: a block device read a disk through pointers of guest memory, nothing was marked,
+/// and guests were corrupted after a migration. No bitmap can see such writes. The program has to
+/// mark them, or hold a guard.
 #[test]
 fn a_write_through_a_raw_pointer_is_not_tracked_and_a_mark_by_hand_is() {
     let (space, memory) = machine(&[(0, 16 * PAGE)]);
     let all = bytes(0, 16 * PAGE);
     let slice = memory.get_slice(GuestAddress(3 * PAGE), 512).unwrap();
     let guard = slice.ptr_guard_mut();
-    // SAFETY: the guard keeps 512 bytes of this memory mapped, and nobody else uses them.
+    // SAFETY: the guard keeps 512 bytes of this memory mapped, and no other code uses them.
     unsafe { guard.as_ptr().write_bytes(7, 512) };
     assert_eq!(taken(&space, all), NONE, "vm-memory does not see it");
     slice.bitmap().mark_dirty(0, 512);
     assert_eq!(taken(&space, all), [3]);
 }
 
-/// Mark before submission: a harvest between the submission and the completion of an asynchronous read took the mark; the data landed
-/// later, and no harvest reported it.
+/// Mark before submission: a harvest between the submission and the completion of an asynchronous
+/// read took the mark; the data landed later, and no harvest reported it.
 #[test]
 fn a_read_that_completes_after_a_harvest_is_reported_by_the_next() {
     let (space, memory) = machine(&[(0, 16 * PAGE)]);
@@ -37,7 +38,7 @@ fn a_read_that_completes_after_a_harvest_is_reported_by_the_next() {
     let guard = bitmap.begin_write(3 * 4096 + 100, 512).unwrap();
     assert_eq!(taken(&space, all), [3], "submitted");
     let pointer = memory.get_host_address(GuestAddress(3 * PAGE)).unwrap();
-    // SAFETY: inside the region of 16 pages, which lives on, and nobody else uses it.
+    // SAFETY: inside the region of 16 pages, which stays mapped, and no other code uses it.
     unsafe { pointer.write(7) };
     assert_eq!(taken(&space, all), [3], "in flight, whatever was taken");
     drop(guard);
@@ -51,7 +52,7 @@ fn a_write_that_cannot_begin_is_counted() {
     let (region, _) = memory.to_region_addr(GuestAddress(0)).unwrap();
     let bitmap = (**region).bitmap();
     let end = 16 * 4096;
-    // Into the next region: it has a bitmap of its own.
+    // The write reaches into the next region, which has a bitmap of its own.
     let across = bitmap.begin_write(end - 1, 2);
     assert!(matches!(across, Err(Error::Outside { at }) if at.get() == end as u64));
     assert!(matches!(
@@ -66,8 +67,8 @@ fn a_write_that_cannot_begin_is_counted() {
     assert_eq!(taken(&space, bytes(0, 32 * PAGE)), NONE);
 }
 
-/// A snapshot that failed after it had read and cleared some logs lost what was in them: the next one lacked those pages. Here
-/// the second region cannot be read, and after that a write to the file fails.
+/// A snapshot failed after it had read and cleared some logs, and the next snapshot lacked those
+/// pages. Here the second region cannot be read, and after that a write to the file fails.
 #[test]
 fn a_snapshot_that_fails_loses_nothing() {
     let (space, memory) = machine(&[(0, 16 * PAGE), (1 << 20, 16 * PAGE)]);
@@ -97,7 +98,7 @@ fn a_snapshot_that_fails_loses_nothing() {
     assert_eq!(attempt(1 << 20, false).unwrap(), 0);
 }
 
-/// Pages of 4096 bytes, taken for granted on hosts with others: every page number was wrong.
+/// The code assumed pages of 4096 bytes on hosts with larger ones: every page number was wrong.
 #[test]
 fn the_page_is_that_of_the_space_or_of_the_host() {
     // SAFETY: this call takes a number, returns one, and touches no memory of ours.
@@ -114,7 +115,8 @@ fn the_page_is_that_of_the_space_or_of_the_host() {
     assert_eq!(taken(&space, bitmap.range()), [16 + 3]);
 }
 
-/// The length of a region that is no multiple of the page was rounded down, and its last bytes had no bit.
+/// The length of a region that is no multiple of the page was rounded down, and its last bytes had
+/// no bit.
 #[test]
 fn the_last_bytes_of_a_region_have_a_page() {
     let bitmap = SpaceBitmap::with_len(65536 + 1);
@@ -179,8 +181,8 @@ impl DirtySource for Unreadable {
     }
 }
 
-/// infra#2092: an error on the way to the answer was taken for "clean", and pages that a snapshot
-/// asked about one by one were left out of it.
+/// infra#2092: a snapshot asked for each page whether it is dirty, took an error for "clean", and
+/// left those pages out.
 #[test]
 fn a_page_of_which_a_source_cannot_tell_is_dirty() {
     let (space, memory) = machine(&[(0, 16 * PAGE)]);
@@ -189,15 +191,15 @@ fn a_page_of_which_a_source_cannot_tell_is_dirty() {
     assert!(!bitmap.dirty_at(4096));
     let domain = space.attach(Unreadable).unwrap();
     assert!(bitmap.dirty_at(4096) && bitmap.slice_at(4096).dirty_at(4096));
-    // Where there is no memory, nothing is dirty: that is no failure.
+    // Addresses without memory are clean, which is no failure.
     let all = SpaceBitmap::new(&space, IovaRange::ALL);
     assert!(!all.dirty_at(16 * 4096) && !bitmap.dirty_at(16 * 4096));
     space.detach(domain).unwrap();
     assert!(!bitmap.dirty_at(4096));
 }
 
-/// A write across the end of a bitmap whose area is gone is outside in both of its parts, and one
-/// write.
+/// A write across the end of a bitmap whose area is gone is outside in both of its parts, and
+/// counts as one write.
 #[test]
 fn a_write_across_the_end_of_a_bitmap_without_area_counts_once() {
     let space = Arc::new(AddressSpace::new(Granule::K4));

@@ -1,4 +1,5 @@
-//! What vm-memory checks of its own bitmap holds for this one: each way to write marks what it wrote, and nothing before.
+//! The checks that vm-memory has for its own bitmap hold for this one: each way to write marks the
+//! written pages, after the write.
 
 use super::{PAGE, is, machine, region};
 use dirtymap::{AddressSpace, Granule, IovaRange};
@@ -11,7 +12,7 @@ use vm_memory::{
     MemoryRegionAddress, MmapRegion, VolatileMemory, VolatileSlice,
 };
 
-/// The host's page, as vm-memory's bitmap has it.
+/// The host's page, which vm-memory's bitmap uses.
 fn host_page() -> usize {
     // SAFETY: this call takes a number, returns one, and touches no memory of ours.
     unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
@@ -54,7 +55,7 @@ fn a_slice_of_volatile_memory_and_what_is_made_from_it_mark_their_bytes() {
     assert!(is(false, bitmap, 0x3000, 8));
     array.store(0, 1);
     assert!(is(true, bitmap, 0x3000, 8));
-    // Of an array that crosses a page: the element, not the array.
+    // In an array that crosses a page, only the element is marked.
     let across = region.get_array_ref::<u64>(0x4ff8, 2).unwrap();
     across.store(1, 1);
     assert!(is(false, bitmap, 0x4000, 0x1000) && is(true, bitmap, 0x5000, 8));
@@ -70,8 +71,8 @@ fn a_slice_of_volatile_memory_and_what_is_made_from_it_mark_their_bytes() {
     assert!(is(false, bitmap, 0x8000, 0x1000));
 }
 
-/// Each way of `Bytes` to write, at pages of their own from the second on. `dirty` says whether a range is all dirty, `clean` whether it is
-/// all clean.
+/// Each way of `Bytes` to write, each at a page of its own from the second page on. `is` tells
+/// whether a range is all dirty, or all clean.
 fn every_way_to_write<A, M: Bytes<A>>(
     memory: &M,
     at: impl Fn(usize) -> A,
@@ -150,7 +151,8 @@ fn a_write_across_two_regions_marks_both() {
     assert_eq!(super::taken(&space, super::bytes(0, 0x4000)), [1, 2]);
 }
 
-/// Random marks, inside, across the end and past it, by slices of slices: the same pages as vm-memory's own bitmap has.
+/// Random marks inside, across the end and past it, by slices of slices: the same pages become
+/// dirty as in vm-memory's own bitmap.
 #[test]
 fn random_marks_agree_with_the_bitmap_of_vm_memory() {
     let len = 100 * host_page();
@@ -178,7 +180,7 @@ fn random_marks_agree_with_the_bitmap_of_vm_memory() {
             differ, None,
             "{bytes} bytes from {from} + {then} + {offset}"
         );
-        // Start anew now and then, or all is dirty soon.
+        // Clears everything now and then, because otherwise all pages are dirty soon.
         if round % 10 == 9 {
             super::taken(ours.space(), ours.range());
             theirs.reset();
@@ -224,7 +226,7 @@ fn what_lies_past_the_end_is_counted_and_named() {
     assert_eq!(named, [(end, 1), (end, 1), (end + 7, 1), (end, rest)]);
 }
 
-/// A slice of a slice whose offsets wrapped marked the first pages of its region instead.
+/// A slice of a slice whose offsets wrap marked the first pages of its region instead.
 #[test]
 fn offsets_stack_without_wrapping() {
     for range in [IovaRange::ALL, super::bytes(0, 0x4000)] {

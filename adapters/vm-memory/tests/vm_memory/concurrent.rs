@@ -1,4 +1,5 @@
-//! Device threads that write through vm-memory, against harvests that copy: at the end both sides are equal.
+//! Device threads that write through vm-memory, against harvests that copy: at the end both sides
+//! are equal.
 
 use super::{PAGE, bytes, machine, region};
 use dirtymap::{AddressSpace, Granule, HarvestRequest, IovaRange, UserBitmap};
@@ -11,7 +12,7 @@ use vm_memory::{
 
 type Memory = GuestMemoryMmap<SpaceBitmap>;
 
-/// Copies what is dirty in `range`; every third time the copy "fails" half-way and the lease is dropped.
+/// Copies the dirty pages of `range`. Every third copy stops half-way, and the lease is dropped.
 fn pass(space: &AddressSpace, memory: &Memory, range: IovaRange, copy: &mut [u8], n: usize) {
     let mut words = vec![0; (range.granules(Granule::K4) as usize).div_ceil(64)];
     let request = HarvestRequest::new(range, Granule::K4);
@@ -49,7 +50,7 @@ fn no_write_is_lost_between_markers_and_harvests() {
                     n = n
                         .wrapping_mul(6364136223846793005)
                         .wrapping_add(1442695040888963407);
-                    // Each device has words of its own in every page; some writes cross pages.
+                    // Each device writes words of its own in every page. Some writes cross pages.
                     let at = (n >> 33) % (PAGES - 1) * PAGE + 4088 + device * 4;
                     memory
                         .write_slice(&(n as u32).to_le_bytes(), GuestAddress(at))
@@ -77,7 +78,8 @@ fn no_write_is_lost_between_markers_and_harvests() {
     assert_eq!(space.stats().outside_marks, 0);
 }
 
-/// `AtomicBitmap::enlarge` needs exclusive access. Here memory grows by regions, under writers and harvests.
+/// `AtomicBitmap::enlarge` needs exclusive access. Here memory grows by regions, under writers and
+/// harvests.
 #[test]
 fn memory_grows_while_others_mark_and_harvest() {
     const REGION: u64 = 64 * PAGE;

@@ -14,7 +14,7 @@ fn a_harvest_by_region_takes_that_region_alone() {
     memory
         .write_obj(1u8, GuestAddress((1 << 32) + 5 * PAGE))
         .unwrap();
-    // The handle comes from the region: what the trait gives is a slice.
+    // The handle comes from the region, because the trait gives only a slice.
     let ranges: Vec<_> = memory
         .iter()
         .map(|region| (**region).bitmap().range())
@@ -67,7 +67,8 @@ fn an_abort_puts_back_and_a_commit_does_not() {
     assert_eq!(taken(&space, all), NONE);
 }
 
-/// A mark that ran past its region marked the first page of the next one, in a bitmap for all regions.
+/// In a bitmap for all regions, a mark past the end of its region marked the first page of the next
+/// one.
 #[test]
 fn a_mark_past_the_end_of_a_region_marks_no_other_region() {
     let (space, memory) = machine(&[(0, 4 * PAGE), (4 * PAGE, 4 * PAGE)]);

@@ -45,7 +45,8 @@ impl Table {
     }
 }
 
-/// Guest memory of 16 pages behind an IOMMU that maps `HIGH` to its page 4. The space is that of the IOVAs.
+/// Guest memory of 16 pages behind an IOMMU that maps `HIGH` to its page 4. The space is that of
+/// the IOVAs.
 fn behind_iommu() -> (
     Arc<AddressSpace>,
     IommuMemory<GuestMemoryMmap<SpaceBitmap>, Table>,
@@ -59,8 +60,8 @@ fn behind_iommu() -> (
     (iovas, IommuMemory::new(memory, table, true, bitmap))
 }
 
-/// The bug: `AtomicBitmap` is as long as the guest's memory, and a write at a high IOVA is marked nowhere, in silence. This test says how it
-/// is there; the next one, how it is here.
+/// The bug: `AtomicBitmap` is as long as the guest's memory, and ignores a write at a high IOVA in
+/// silence. This test shows the bug there, the next one the behaviour here.
 #[test]
 fn with_the_bitmap_of_vm_memory_a_write_at_a_high_iova_is_marked_nowhere() {
     let ranges = [(GuestAddress(0), 16 * 4096)];
@@ -96,7 +97,7 @@ fn a_write_at_a_high_iova_lands_in_its_area() {
     assert!(memory.bitmap().dirty_at((HIGH + PAGE) as usize));
     assert_eq!(taken(&iovas, area), [HIGH / PAGE + 1]);
     assert_eq!(iovas.stats().outside_marks, 0);
-    // Which guest page that is: the mapping knows.
+    // The mapping tells which guest page that is.
     let mapping = iovas.lookup(area.start()).unwrap();
     assert_eq!(mapping.backing + PAGE, 5 * PAGE);
 }
@@ -109,7 +110,7 @@ fn a_write_at_an_iova_without_area_is_counted_and_named() {
     let fault = iovas.faults().recent[0];
     assert_eq!((fault.at.get(), fault.len), (HIGH + PAGE, 8));
     assert_eq!(fault.source, FaultSource::Mark);
-    // An area that comes later has the writes from then on.
+    // An area that is mapped later gets the writes from then on.
     let area = bytes(HIGH, 4 * PAGE);
     iovas.map(area, 4 * PAGE, Access::ReadWrite).unwrap();
     memory.write_obj(7u64, GuestAddress(HIGH)).unwrap();

@@ -1,4 +1,5 @@
-//! The bitmap for `vm-memory` on the real thing: its guest memory, slices, guards and IOMMU.
+//! The bitmap for `vm-memory` with the types of that crate: its guest memory, slices, guards and
+//! IOMMU.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -54,7 +55,7 @@ fn harvest<'a>(
     lease.sync().unwrap()
 }
 
-/// Harvests `range` and commits; the pages that were dirty, by number from address 0.
+/// Harvests `range` and commits. Returns the dirty pages, by number from address 0.
 fn taken(space: &AddressSpace, range: IovaRange) -> Vec<u64> {
     let page = space.page();
     let mut words = vec![0; (range.granules(page) as usize).div_ceil(64)];
@@ -67,7 +68,7 @@ fn taken(space: &AddressSpace, range: IovaRange) -> Vec<u64> {
     pages
 }
 
-/// Whether all bytes of the range are clean, or all are dirty.
+/// Whether all pages of the range are clean, or all are dirty.
 fn is(dirty: bool, bitmap: &impl Bitmap, start: usize, len: usize) -> bool {
     (start..start + len).all(|offset| bitmap.dirty_at(offset) == dirty)
 }

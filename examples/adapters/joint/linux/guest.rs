@@ -17,7 +17,7 @@ const CODE: [u8; 12] = [
     0xe2, 0xf5, // loop
     0xf4, // hlt
 ];
-/// The page that holds it. Nobody else may write there.
+/// The page that holds the program. No other writer may use it.
 pub(crate) const CODE_PAGE: u64 = 1;
 /// Pages that a processor in real mode reaches.
 pub(crate) const REACH: u64 = 256;
@@ -48,8 +48,8 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    /// A guest over `memory`, whose start is guest physical address 0, in the given slots. `None`, and why, where there is no KVM
-    /// or not this mode of it.
+    /// A guest over `memory`, whose start is guest physical address 0, in the given slots. `None`,
+    /// and why, where there is no KVM or not this mode of it.
     pub(crate) fn new(
         memory: &Arc<Shared>,
         slots: &[(u32, IovaRange)],
@@ -74,8 +74,9 @@ impl Guest {
         let page = log.page().bytes();
         for &(slot, range) in slots {
             let host = memory.address() + range.start().get();
-            // SAFETY: the memory is mapped until the machine is gone, for `Guest` holds it; it is accessed by atomics only. Nobody else
-            // knows the machine, so nobody changes its slots.
+            // SAFETY: the memory is mapped until the machine is gone, for `Guest` holds it; it is
+            // accessed by atomics only. No other code has the machine, so no other code changes its
+            // slots.
             unsafe { log.add_slot(slot, range, host) }?;
         }
         let words = memory.words();
@@ -98,7 +99,8 @@ impl Guest {
         }))
     }
 
-    /// The guest writes to `n` pages from page `first` on, `step` apart. All of them lie below page 256.
+    /// The guest writes to `n` pages from page `first` on, `step` apart. All of them lie below page
+    /// 256.
     pub(crate) fn write(&mut self, first: u64, n: u64, step: u64) -> Result<(), GuestError> {
         let mut regs = self.vcpu.get_regs()?;
         regs.rip = CODE_PAGE * self.page;
@@ -110,7 +112,7 @@ impl Guest {
         loop {
             match self.vcpu.run()? {
                 VcpuExit::Hlt => return Ok(()),
-                // Nobody harvests just now.
+                // No harvest runs at this moment.
                 VcpuExit::Unsupported(RING_FULL) => {
                     self.log.drain_rings()?;
                 }

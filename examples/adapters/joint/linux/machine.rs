@@ -1,4 +1,4 @@
-//! The machine: one address space over everything that knows what was written.
+//! The machine: one address space over all sources of dirty pages.
 
 use std::io;
 use std::sync::Arc;
@@ -15,17 +15,20 @@ use super::memory::Shared;
 /// Pages of 4 KiB of the machine.
 pub(crate) const PAGES: u64 = 576;
 pub(crate) const PAGE: u64 = 4096;
-/// The slots of the guest, which are areas too: number, first page, pages. What lies behind is memory that the guest has not got.
+/// The slots of the guest, which are areas too: number, first page, pages. The memory after them
+/// does not belong to the guest.
 pub(crate) const SLOTS: [(u32, u64, u64); 2] = [(0, 0, 128), (3, 128, 112)];
-/// The first page of the memory at the end, which a thread writes to without a mark: the page tables of the processor tell.
+/// The first page of the memory at the end, which a thread writes to without a mark: the page
+/// tables of the processor tell.
 pub(crate) const SILENT: u64 = 512;
-/// What a bit of a harvest stands for: not the page of KVM, of the vhost log, or a leaf of the IOMMU.
+/// The granule of harvests. It differs from the page of KVM, from that of the vhost log, and from a
+/// leaf of the IOMMU.
 pub(crate) const GRANULE: Granule = match Granule::from_lg2(14) {
     Some(granule) => granule,
     None => Granule::K4,
 };
 
-/// What can go wrong.
+/// Why the program fails.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Failure {
     #[error("{0}")]
@@ -53,8 +56,9 @@ pub(crate) fn pages(first: u64, n: u64) -> Result<IovaRange, dirtymap::Error> {
     Ok(IovaRange::from_len(Iova::new(first * PAGE), n * PAGE)?)
 }
 
-/// Every page has two halves: one in memory that the guest, the back end and the program write, and one that the devices write, for the
-/// simulated IOMMU has a memory of its own. Both belong to the page, and are copied together.
+/// Every page has two halves: one in memory that the guest, the back end and the program write, and
+/// one that the devices write, for the simulated IOMMU has a memory of its own. Both belong to the
+/// page, and are copied together.
 pub(crate) struct Machine {
     pub(crate) space: AddressSpace,
     pub(crate) memory: Arc<Shared>,
@@ -65,7 +69,7 @@ pub(crate) struct Machine {
     pub(crate) ids: Ids,
     /// Why there is no guest, if there is none.
     pub(crate) no_guest: Option<String>,
-    /// Why nobody looks for writes without a mark, if nobody does.
+    /// Why writes without a mark are not looked for, if they are not.
     pub(crate) no_pagemap: Option<String>,
 }
 

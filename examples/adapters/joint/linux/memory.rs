@@ -34,9 +34,10 @@ impl Shared {
     pub(crate) fn words(&self) -> &[AtomicU64] {
         let first = self.0.as_mut_ptr().cast::<AtomicU64>();
         // SAFETY:
-        // - valid and initialized for `len` bytes, aligned to a page: it is a mapping, which lives as long as `self`.
-        // - shared: this process accesses it through atomics of this size only, as far as it is memory of the guest; what guests do is
-        //   outside of the program.
+        // - valid and initialized for `len` bytes, aligned to a page: it is a mapping, which lives
+        //   as long as `self`.
+        // - shared: this process accesses it through atomics of this size only, as far as it is
+        //   memory of the guest; what guests do is outside of the program.
         unsafe { std::slice::from_raw_parts(first, self.0.len() / 8) }
     }
 
@@ -46,9 +47,11 @@ impl Shared {
         let at = self.0.as_mut_ptr().wrapping_add(byte as usize);
         // SAFETY:
         // - valid for the lifetime of `self`: inside the mapping, as was checked.
-        // - shared: back ends access a log by bytes, atomically; the front end's own mapping is another one.
+        // - shared: back ends access a log by bytes, atomically; the front end's own mapping is
+        //   another one.
         let at = unsafe { AtomicU8::from_ptr(at) };
-        // Release: pairs with the exchange of the harvest; who sees the bit sees the data.
+        // Release: pairs with the exchange of the harvest; a thread that sees the bit sees the
+        // data.
         at.fetch_or(1 << bit, Ordering::Release);
     }
 }

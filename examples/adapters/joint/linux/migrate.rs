@@ -1,4 +1,5 @@
-//! The migrator: rounds of harvest, sync, copy and commit, some of which fail; then the last one, and the comparison.
+//! The migrator: rounds of harvest, sync, copy and commit, some of which fail; then the last one,
+//! and the comparison.
 
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
@@ -16,7 +17,7 @@ use super::writers::{Random, Written, while_all_write};
 const VERIFIED: u8 = 0;
 /// A page differs.
 const NOT_IDENTICAL: u8 = 1;
-/// Something could not be run.
+/// A part of the program could not be run.
 const FAILED: u8 = 2;
 
 /// One harvest over a guest, a vhost back end, devices behind an IOMMU and threads of the program.
@@ -29,7 +30,7 @@ pub(crate) struct Cli {
     /// Chooses the pages that are written, and the rounds that fail.
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
-    /// How KVM tells what the guest wrote.
+    /// How the log of KVM is read.
     #[arg(long, value_enum, default_value_t = Mode::Manual)]
     pub(crate) kvm: Mode,
     /// Breaks one step on purpose.
@@ -43,7 +44,7 @@ pub(crate) enum Mode {
     Clearing,
     /// Exactly what was recorded is cleared.
     Manual,
-    /// The same, and everything is dirty at first.
+    /// As manual, and everything is dirty at the start.
     InitiallySet,
     /// A ring for each processor.
     Ring,
@@ -104,7 +105,7 @@ impl Copy {
         Ok(machine.devices.read(start, to)?)
     }
 
-    /// Pages that differ from the memory, which nobody writes to any more.
+    /// Pages that differ from the memory. All writers have stopped before.
     fn differing(&self, machine: &Machine) -> Result<Vec<u64>, Failure> {
         let mut now = Copy::new();
         now.take(machine, pages(0, PAGES)?)?;
@@ -118,21 +119,23 @@ impl Copy {
     }
 }
 
-/// What a migration did.
+/// The counts of a migration.
 #[derive(Default)]
 pub(crate) struct Report {
     pub(crate) written: Written,
     pub(crate) failed_rounds: u64,
     pub(crate) copied_bytes: u128,
     pub(crate) aborted_bytes: u64,
-    /// Granules that KVM, the vhost log, the IOMMU and the processor's page tables each had something to say of, all rounds together.
+    /// Granules that KVM, the vhost log, the IOMMU and the page tables of the processor each
+    /// reported, over all rounds.
     pub(crate) seen: [u64; 4],
     pub(crate) no_guest: Option<String>,
     pub(crate) no_pagemap: Option<String>,
     pub(crate) differing: Vec<u64>,
 }
 
-/// One round. Of a round that fails, the first half is copied and committed; the rest is dirty again.
+/// One round. Of a round that fails, the first half is copied and committed; the rest is dirty
+/// again.
 fn round(
     machine: &Machine,
     copy: &mut Copy,
@@ -185,7 +188,7 @@ pub(crate) fn migrate(cli: &Cli) -> Result<Report, Failure> {
         ..Report::default()
     };
     let mut copy = Copy::new();
-    // Everything, once: from here on, whatever is written is reported.
+    // One copy of everything: from here on every write is reported.
     copy.take(&machine, pages(0, PAGES)?)?;
     let written = Written::default();
     let mut random = Random(cli.seed.wrapping_add(99));
@@ -196,7 +199,8 @@ pub(crate) fn migrate(cli: &Cli) -> Result<Report, Failure> {
         }
         Ok(())
     })?;
-    // All have stopped. A last write of each, so that the round that fails now fails with something in its hands.
+    // All have stopped. Each writes once more, so that the round that fails now has dirty pages to
+    // put back.
     for page in (2..PAGES).step_by(9) {
         machine.program_writes(page, u64::MAX)?;
         machine.back_end_writes(page + 3, u64::MAX);
@@ -260,13 +264,13 @@ fn print(report: &Report, cli: &Cli) -> ExitCode {
             Some(("page tables of the processor", report.seen[3])),
         ),
     ];
-    for (who, written, log) in lines {
+    for (writer, written, log) in lines {
         let written = written.load(Ordering::Relaxed);
         match log {
             Some((log, seen)) => println!(
-                "{who:<9} {written:>7} pages written; {seen:>6} times {size} KiB by the {log}"
+                "{writer:<9} {written:>7} pages written; {seen:>6} times {size} KiB by the {log}"
             ),
-            None => println!("{who:<9} {written:>7} pages written, and marked"),
+            None => println!("{writer:<9} {written:>7} pages written, and marked"),
         }
     }
     println!(

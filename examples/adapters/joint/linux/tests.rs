@@ -1,4 +1,5 @@
-//! Nothing is lost, whoever wrote it; and what an abort puts back is found by whoever asks.
+//! No write of any writer is lost, and the pages that an abort puts back are found by the next
+//! harvest of any scope.
 #![allow(clippy::unwrap_used)] // helpers of tests
 
 use std::collections::BTreeSet;
@@ -52,7 +53,7 @@ fn a_failed_round_that_is_committed_loses_writes() {
     assert!(!report.differing.is_empty());
 }
 
-/// A machine in which nobody writes but the test.
+/// A machine in which the test is the only writer.
 struct Still {
     machine: Machine,
     guest: Option<Guest>,
@@ -68,7 +69,7 @@ impl Still {
             guest,
             device,
         };
-        // What is dirty at first: everything in one of the modes.
+        // The pages that are dirty at first: all of them in one of the modes.
         still.take(Scope::All, true);
         still
     }
@@ -130,7 +131,7 @@ impl Still {
     }
 }
 
-/// By who wrote them.
+/// Pages by writer.
 #[derive(Default)]
 struct Written {
     kvm: BTreeSet<u64>,
@@ -182,7 +183,7 @@ fn one_harvest_finds_what_each_wrote_at_granules_and_bases_of_all_kinds() {
         let written = still.all_write();
         assert_eq!(still.take(Scope::All, true), written.all(), "{mode:?}");
         assert!(still.take(Scope::All, true).is_empty());
-        // Each alone: what it knows and no more.
+        // Each scope alone reports its own pages and no others.
         let written = still.all_write();
         for scope in still.scopes() {
             let found = still.take(scope, true);
@@ -198,10 +199,11 @@ fn an_abort_puts_back_into_each_and_into_all() {
         let mut still = Still::new(mode);
         let written = still.all_write();
         let all = written.all();
-        // Twice, for what is put back is in another place than it was.
+        // Twice, because pages that were put back are not where they were before.
         assert_eq!(still.take(Scope::All, false), all, "{mode:?}");
         assert_eq!(still.take(Scope::All, false), all);
-        // It covered each of them, so each finds all of it, once; and so does a harvest of all.
+        // The harvest covered every scope, so each scope finds all of the pages, once. A harvest of
+        // all scopes does too.
         for scope in still.scopes() {
             assert_eq!(still.take(scope, true), all);
             assert!(still.take(scope, true).is_empty());
@@ -253,7 +255,7 @@ fn a_source_that_goes_with_an_aborted_lease_leaves_its_pages_to_the_others() {
 
 #[test]
 fn the_slots_are_not_made_of_whole_words_and_the_areas_follow_each_other() {
-    // What the other tests rely on.
+    // The other tests rely on this.
     assert!(SLOTS.iter().any(|(_, _, n)| n % 64 != 0));
     let (machine, _guest) = Machine::new(None).unwrap();
     let mappings = machine.space.mappings();

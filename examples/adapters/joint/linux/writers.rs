@@ -1,4 +1,5 @@
-//! Who writes. Each has a word of its own in every page, so that nobody overwrites what another one wrote.
+//! The writers. Each has a word of its own in every page, so that none overwrites the words of
+//! another.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -10,7 +11,8 @@ use pagetable_sim::{Device, DeviceConfig};
 use super::guest::Guest;
 use super::machine::{Failure, Machine, PAGE, PAGES, SILENT};
 
-/// The words of a page that belong to the back end and to two threads of the program. The guest has the first byte.
+/// The words of a page that belong to the back end and to two threads of the program. The guest has
+/// the first byte.
 const BACK_END: u64 = 2;
 const PROGRAM: u64 = 3;
 const QUIETLY: u64 = 4;
@@ -26,7 +28,7 @@ impl Random {
         (mixed ^ (mixed >> 31)) % bound
     }
 
-    /// A page that everybody but the guest may write to; page 1 holds the guest's code.
+    /// A page that each writer but the guest may write to. Page 1 holds the code of the guest.
     fn page(&mut self) -> u64 {
         2 + self.below(PAGES - 2)
     }
@@ -50,7 +52,7 @@ impl Machine {
         Ok(self.space.mark(written)?)
     }
 
-    /// A thread of the program writes to a page of the silent memory, and tells nobody.
+    /// A thread of the program writes to a page of the silent memory, without a mark.
     pub(crate) fn program_writes_quietly(&self, page: u64, value: u64) {
         assert!(page >= SILENT);
         let word = &self.memory.words()[(page * PAGE / 8 + QUIETLY) as usize];
@@ -79,7 +81,8 @@ pub(crate) struct Written {
     pub(crate) quietly: AtomicU64,
 }
 
-/// Runs all writers, each in a thread, while `meanwhile` runs; when it returns, they stop, and what is in flight lands.
+/// Runs all writers, each in a thread, while `meanwhile` runs; when it returns, they stop, and what
+/// is in flight lands.
 pub(crate) fn while_all_write<T>(
     machine: &Machine,
     guest: Option<&mut Guest>,
@@ -88,11 +91,11 @@ pub(crate) fn while_all_write<T>(
     meanwhile: impl FnOnce() -> Result<T, Failure>,
 ) -> Result<T, Failure> {
     let stop = &AtomicBool::new(false);
-    // Each turn is a burst, then a pause, so that a round has something to find and something to leave out.
+    // Each turn is a burst, then a pause, so that a round finds some pages dirty and others clean.
     let turns = move |count: &AtomicU64,
                       mut turn: Box<dyn FnMut(u64) -> Result<u64, Failure> + '_>| {
         let mut value = 0;
-        // Relaxed, both: a request to stop, and a count that is read behind the join.
+        // Relaxed, both: a request to stop, and a count that is read after the join.
         while !stop.load(Ordering::Relaxed) {
             value += 1;
             count.fetch_add(turn(value)?, Ordering::Relaxed);
@@ -133,7 +136,8 @@ pub(crate) fn while_all_write<T>(
                 &written.device,
                 Box::new(|value| {
                     device_writes(&mut device, random.page(), value)?;
-                    // While it sleeps nobody waits for it; half of the time it has writes in flight meanwhile.
+                    // No other thread waits while it sleeps. Half of the time it has writes in
+                    // flight meanwhile.
                     match value % 2 {
                         0 => device.quiesce(),
                         _ => device.service(),

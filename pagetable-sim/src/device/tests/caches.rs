@@ -373,8 +373,8 @@ fn a_device_tlb_that_is_flushed_before_its_iotlb_refills_from_it() {
     }
 }
 
-/// A leaf that a harvest covers in part keeps its D, and used to owe nothing: the sync drained no
-/// write, and the part was copied before the write had landed.
+/// A leaf that a harvest covers in part keeps its D, and owed no flush: the sync drained no write,
+/// and the part was copied before the write had landed.
 #[test]
 fn a_part_of_a_leaf_is_drained_before_it_is_copied() {
     let memory = Arc::new(PhysMemory::new(2 << 20).unwrap());

@@ -9,8 +9,8 @@ use crate::{ArmS1, RiscvSv48, VtdSs};
 /// Two devices write while a harvester copies the pages that it finds; then the devices stop and
 /// one last harvest copies the rest. Three writes in four go to four hot pages, which stay cached;
 /// each of the others goes to a page of its own, which is written once. After each burst a device
-/// only answers until a harvest has gone by. Returns in how many words the copy differs from the
-/// memory.
+/// only answers requests until a harvest has passed. Returns in how many words the copy differs
+/// from the memory.
 fn precopy<F: Format>(breakage: Breakage, max_leaf: Granule, config: DeviceConfig) -> usize {
     const HOT: u64 = 4;
     const BURSTS: u64 = 16;

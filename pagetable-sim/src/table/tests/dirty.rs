@@ -70,7 +70,7 @@ pub(super) fn every_leaf_size_is_written_cleaned_and_written_again<F: Format>() 
         assert_eq!((found.range, found.dirty), (leaf, false), "{size}");
         let above_page = u32::from(size.lg2()) - F::PAGE_LG2;
         let entry = F::size(above_page / F::INDEX_LG2).bytes();
-        // The whole leaf as as many bits as fit a few words.
+        // The whole leaf, with as many bits as fit in a few words.
         let mut words = [0u64; 8];
         let grain = granule(u32::from(size.lg2()).saturating_sub(9).max(F::PAGE_LG2));
         let bits = bytes >> grain.lg2();

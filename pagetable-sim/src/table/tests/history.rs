@@ -1,5 +1,5 @@
-//! Bugs that dirty tracking elsewhere had, each as a plain test: by number in the order in which
-//! they are told in the history of Linux and its neighbours.
+//! Bugs of dirty tracking in Linux and related programs, each as a plain test. The numbers are
+//! those of docs/history.md.
 
 use super::*;
 
@@ -50,7 +50,7 @@ pub(super) fn bug_11b_the_last_page_of_a_leaf_is_reported<F: Format>() {
 }
 
 /// Bug 12: a request that begins inside a leaf never reached the last leaf; one that begins inside
-/// a hole skipped the start of what follows.
+/// a hole skipped the start of the next leaf.
 pub(super) fn bug_12_a_request_from_inside_a_leaf_or_a_hole_reaches_the_next<F: Format>() {
     let size = F::size(1);
     let (table, _) = mapped::<F>(size, 2);
@@ -86,8 +86,8 @@ pub(super) fn bug_16_an_unmap_of_the_start_of_a_leaf_is_refused_or_owes_all_of_i
     }
 }
 
-/// Bug 23: a D that hardware set between reading an entry and writing it back went with the stale
-/// copy.
+/// Bug 23: a D that hardware set between the read of an entry and its write-back was overwritten by
+/// the stale copy.
 pub(super) fn bug_23_no_change_of_a_leaf_writes_a_stale_copy_back<F: Format>() {
     let size = F::size(1);
     for _ in 0..50 {

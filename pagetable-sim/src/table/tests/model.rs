@@ -82,7 +82,10 @@ pub(super) fn agrees_with_a_map_of_pages<F: Format>() {
                             .map(|(_, p)| (p.leaf.0, p.leaf.1, p.dirty))
                             .collect();
                         expect.dedup();
-                        assert!(gone == expect, "what went is what was there");
+                        assert!(
+                            gone == expect,
+                            "the unmapped leaves are those that were mapped"
+                        );
                         model.retain(|at, _| !(start..end).contains(at));
                     }
                 }

@@ -1,4 +1,5 @@
-//! Where tables lie: side by side where there are many, and never in the place of one that is held.
+//! The places of tables: adjacent if there are many, and never in the place of a table that is
+//! held.
 
 use super::*;
 
@@ -28,7 +29,7 @@ fn map<F: Format>(table: &Table<F>, start: u64, len: u64) {
         .unwrap();
 }
 
-/// How many of them follow the one before in memory.
+/// The number of tables that directly follow the one before in memory.
 fn side_by_side(places: &[u64], bytes: u64) -> usize {
     let follows = |pair: &&[u64]| pair[1] == pair[0] + bytes;
     places.windows(2).filter(follows).count()
