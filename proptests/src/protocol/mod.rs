@@ -22,7 +22,8 @@
 //! * `leaves`: a device, a harvester, a thread that splits and merges leaves
 //! * `summary`: two CPUs that mark, two harvesters of which one may fail to record. A page that
 //!   cannot be recorded is not cleared
-//! * `store`: a writer, a log on disk with its leader, two consumers, crashes. Durable means durable
+//! * `store`: a writer, a log on disk with its leader, two consumers, crashes. What is durable
+//!   survives them
 //!
 //! A state is bad if the device has stopped, no thread is in the middle of an operation, nothing is
 //! dirty, and the copy differs from the memory. In some models, a state is also bad if a harvest
