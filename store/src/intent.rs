@@ -1,9 +1,11 @@
 //! A write: announced, then in flight.
 
 use dirtymap::IovaRange;
+use dirtymap::sync::AtomicU64;
 
 use crate::error::Error;
 use crate::store::Store;
+use crate::words::Words;
 
 /// A write that was announced and must not be issued yet. Made by
 /// [`Store::begin_write`](Store::begin_write).
@@ -32,6 +34,8 @@ struct Pins<'s> {
     range: IovaRange,
     first: u64,
     last: u64,
+    /// The word of the first extent.
+    word: &'s AtomicU64,
     /// Whether the write was issued.
     issued: bool,
 }
@@ -40,9 +44,9 @@ impl<'s> Intent<'s> {
     #[inline]
     pub(crate) fn new(
         store: &'s Store,
+        word: &'s AtomicU64,
         range: IovaRange,
-        first: u64,
-        last: u64,
+        (first, last): (u64, u64),
         open: bool,
     ) -> Self {
         Intent {
@@ -51,6 +55,7 @@ impl<'s> Intent<'s> {
                 range,
                 first,
                 last,
+                word,
                 issued: false,
             },
             open,
@@ -90,13 +95,15 @@ impl WriteGuard<'_> {
 impl Drop for Pins<'_> {
     #[inline]
     fn drop(&mut self) {
+        let pages = |extent| match self.issued {
+            true => self.store.mask(extent, self.range),
+            false => 0,
+        };
+        if self.first == self.last {
+            return Words::leave_word(self.word, pages(self.first));
+        }
         for extent in self.first..=self.last {
-            let pages = if self.issued {
-                self.store.mask(extent, self.range)
-            } else {
-                0
-            };
-            self.store.words.leave(extent, pages);
+            self.store.words.leave(extent, pages(extent));
         }
     }
 }

@@ -330,6 +330,15 @@ impl Store {
         }
         let first = range.start().get() >> self.extent.lg2();
         let last = range.last().get() >> self.extent.lg2();
+        let word = self.words.word(first);
+        if first == last {
+            // Most writes are in one extent, and find it open.
+            match Words::pin_word(word) {
+                Some(true) => return Ok(Intent::new(self, word, range, (first, last), true)),
+                Some(false) => Words::leave_word(word, 0),
+                None => {}
+            }
+        }
         let mut open = true;
         let extents = last - first + 1;
         if extents > MAX_OPEN as u64 {
@@ -351,7 +360,7 @@ impl Store {
             self.unpin(first..last + 1);
             return Err(error);
         }
-        Ok(Intent::new(self, range, first, last, open))
+        Ok(Intent::new(self, word, range, (first, last), open))
     }
 
     pub(crate) fn unpin(&self, extents: std::ops::Range<u64>) {

@@ -73,7 +73,7 @@ impl Words {
 
     /// The word of an extent, below [`MAX_EXTENTS`]. Makes its leaf at the first use.
     #[inline]
-    fn word(&self, extent: u64) -> &AtomicU64 {
+    pub(crate) fn word(&self, extent: u64) -> &AtomicU64 {
         let leaf = (extent >> LEAF_LG2) + 1;
         let segment = leaf.ilog2();
         let leaves = self.segments[segment as usize]
@@ -86,10 +86,15 @@ impl Words {
     /// Pins an extent (P1), and says whether it is open. `None` if there are too many pins.
     #[inline]
     pub(crate) fn pin(&self, extent: u64) -> Option<bool> {
+        Words::pin_word(self.word(extent))
+    }
+
+    /// The same, of the word of an extent.
+    #[inline]
+    pub(crate) fn pin_word(word: &AtomicU64) -> Option<bool> {
         // Acquire: pairs with the Release in `opened`; a write that finds its extent open comes
         // after the flush that opened it.
         let acquire = weaken(Step::SeeOpen, Ordering::Acquire);
-        let word = self.word(extent);
         let before = word.fetch_add(PIN, acquire);
         if before & PINS >= MAX_PINS * PIN {
             // Relaxed: takes the own pin back, which nobody relied on.
@@ -133,7 +138,12 @@ impl Words {
     /// Ends a write: marks `pages` and takes the pin away, in one step (P3).
     #[inline]
     pub(crate) fn leave(&self, extent: u64, pages: u32) {
-        let word = self.word(extent);
+        Words::leave_word(self.word(extent), pages);
+    }
+
+    /// The same, of the word of an extent.
+    #[inline]
+    pub(crate) fn leave_word(word: &AtomicU64, pages: u32) {
         let bits = if pages == 0 {
             0
         } else {
