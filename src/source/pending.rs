@@ -145,8 +145,7 @@ impl Pending {
         let (first, last) = (first.min(end), last.min(end).max(first.min(end)));
         let start = self.range.start().get() + (first << self.page.lg2());
         let end = self.range.start().get() + (last << self.page.lg2()) + self.page.mask();
-        // Never an error: a run goes upwards.
-        IovaRange::new(Iova::new(start), Iova::new(end)).unwrap_or(self.range)
+        IovaRange::ascending(Iova::new(start), Iova::new(end))
     }
 
     /// The numbers of the first and the last page that `range` touches, if there are any.

@@ -119,6 +119,15 @@ impl Pool {
         })
     }
 
+    /// One without a bitmap, on a system without memory for one.
+    #[cfg(test)]
+    pub(crate) fn without_memory() -> Self {
+        Pool {
+            words: usize::MAX,
+            waiting: Mutex::new(Vec::new()),
+        }
+    }
+
     /// Calls `with` with `words` words that are zero and present.
     pub(crate) fn with<T>(
         &self,

@@ -6,7 +6,10 @@ use dirtymap::{Access, AddressSpace, Error, Granule, HarvestRequest, UserBitmap}
 
 use super::fake::{Fake, Fault, pages};
 use crate::kernel::TRIES;
-use crate::{Hwpt, IoasOptions, IommufdError};
+use crate::log::Log;
+use crate::scratch::Pool;
+use crate::table::Table;
+use crate::{Hwpt, IoasOptions, IommufdError, OnUnmap};
 
 /// 64 pages in two pieces, of which pages 3, 40 and 41 were written.
 fn written() -> (Fake, Arc<Hwpt>, AddressSpace) {
@@ -114,6 +117,24 @@ fn a_call_that_signals_interrupt_is_made_again_and_its_piece_is_dirty() {
     assert_eq!(fake.count("dirty") - made, TRIES as usize);
     fake.mend();
     assert_eq!(harvest(&space), all(0xffff_ffff));
+}
+
+/// The kernel drops the bits of a page that it cannot pin, cleans all the same, and says nothing.
+/// So it is not asked before the bitmap is there.
+#[test]
+fn a_bitmap_that_cannot_be_had_keeps_the_kernel_from_being_asked() {
+    let fake = Fake::new(Granule::K4);
+    let (iommufd, pool) = (fake.iommufd(), Pool::without_memory());
+    let table = Table::new(iommufd, 2, Granule::K4, OnUnmap::Asked, pool);
+    let log = Log::new(pages(0, 64), Granule::K4).unwrap();
+    let mut state = log.state();
+    let error = table.pull(log.range, &mut state, true).unwrap_err();
+    assert!(
+        matches!(error, IommufdError::BitmapNotPresent { .. }),
+        "{error}"
+    );
+    assert_eq!(fake.count("dirty"), 0);
+    assert!(state.pending.is_empty());
 }
 
 #[test]
