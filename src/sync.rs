@@ -63,7 +63,7 @@ mod imp {
     pub use std::sync::atomic::{
         AtomicBool, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence,
     };
-    pub use std::sync::{Arc, Mutex, MutexGuard};
+    pub use std::sync::{Arc, Condvar, Mutex, MutexGuard};
     pub use std::thread;
 
     /// Waits a little longer after each consecutive failure, up to some 100 ns, so that threads
@@ -89,7 +89,7 @@ mod imp {
 mod imp {
     pub use super::sites::{AtomicBool, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, fence};
     pub use loom::sync::atomic::Ordering;
-    pub use loom::sync::{Arc, Mutex, MutexGuard};
+    pub use loom::sync::{Arc, Condvar, Mutex, MutexGuard};
     pub use loom::thread;
 
     /// Tells the model that this thread waits for others.
@@ -108,7 +108,7 @@ mod imp {
     pub use shuttle::sync::atomic::{
         AtomicBool, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence,
     };
-    pub use shuttle::sync::{Arc, Mutex, MutexGuard};
+    pub use shuttle::sync::{Arc, Condvar, Mutex, MutexGuard};
     pub use shuttle::thread;
 
     /// Lets other threads run.
@@ -189,5 +189,13 @@ pub fn lock_inner<T>(list: &InnerLock<T>) -> std::sync::MutexGuard<'_, T> {
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex
         .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Waits on `condvar` with `guard`, even if a thread panicked while it held the mutex; see
+/// [`lock`].
+pub fn wait<'m, T>(condvar: &Condvar, guard: MutexGuard<'m, T>) -> MutexGuard<'m, T> {
+    condvar
+        .wait(guard)
         .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
