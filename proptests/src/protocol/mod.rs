@@ -77,7 +77,7 @@ pub fn cases() -> Vec<Case> {
         &'static [&'static str],
         fn(Option<&'static str>) -> Outcome,
     );
-    let models: [Model; 8] = [
+    let models: [Model; 9] = [
         ("skip", skip::WEAKNESSES, skip::explore_with),
         ("leases", leases::WEAKNESSES, leases::explore_with),
         ("consumers", consumers::WEAKNESSES, consumers::explore_with),
