@@ -355,34 +355,41 @@ impl AddressSpace {
     /// domains, where the new area has it. It still counts as outside, because it may belong to an
     /// area that is gone.
     ///
-    /// In a space with consumers, `run` goes to the store of the lease's consumer instead.
+    /// In a space with consumers, the store of the lease's consumer takes the place of those of the
+    /// domains, and of the marks. The pages of a consumer that has left count as outside.
     pub(crate) fn put_back(&self, run: IovaRange, covered: &Covered, taken: u64) -> Outside {
-        if let Some(member) = covered.audience.own() {
-            return self.put_back_for(member, run, covered, taken);
+        let member = covered.audience.own();
+        if member.is_some_and(|member| member.has_left()) {
+            let mut outside = Outside::default();
+            outside.add_range(run);
+            return outside;
         }
+        let store = |part| match member {
+            Some(member) => member.pending.mark(part),
+            None => {
+                for domain in covered.domains() {
+                    domain.put_back.mark(part);
+                }
+            }
+        };
         // Before the look at the areas: a promise becomes an area in one step.
         for promised in self.snapshot().rules().promised_parts(run) {
-            for domain in covered.domains() {
-                domain.put_back.mark(promised);
-            }
+            store(promised);
         }
         let outside = self.in_areas(run, |area, part| {
+            let mut outside = Outside::default();
             if area.is_younger(taken) {
-                let mut outside = Outside::default();
-                let bytes = part.last().get() - part.start().get();
-                outside.add(part.start(), bytes.saturating_add(1));
+                outside.add_range(part);
                 return outside;
             }
-            for domain in covered.domains() {
-                domain.put_back.mark(part);
-            }
+            store(part);
             let going =
                 area.is_going() || covered.domains().iter().any(|domain| domain.is_leaving());
-            if covered.marks || (going && performs(Step::MarkIfGoing)) {
-                area.mark(part)
-            } else {
-                Outside::default()
+            let marks = covered.marks && member.is_none();
+            if marks || (going && performs(Step::MarkIfGoing)) {
+                outside = area.mark(part);
             }
+            outside
         });
         self.report(&outside, FaultSource::Abort);
         outside

@@ -23,10 +23,8 @@
 
 use std::convert::Infallible;
 
-use super::domain::Covered;
 use super::member::{Member, MemberCounts, Members};
-use super::outside::Outside;
-use super::{AddressSpace, Area, FaultSource};
+use super::{AddressSpace, Area};
 use crate::bitmap::Sink;
 use crate::error::Error;
 use crate::failure::{Failure, attempt};
@@ -149,41 +147,6 @@ impl AddressSpace {
     /// The consumers of this moment.
     pub(crate) fn members(&self) -> Members {
         self.areas.snapshot().rules().members().clone()
-    }
-
-    /// Makes `run`, of a lease of `member`, pending for it again: as
-    /// [`put_back`](Self::put_back), with its store in the place of those of the domains.
-    pub(super) fn put_back_for(
-        &self,
-        member: &Member,
-        run: IovaRange,
-        covered: &Covered,
-        taken: u64,
-    ) -> Outside {
-        let mut outside = Outside::default();
-        if member.has_left() {
-            outside.add_range(run);
-            return outside;
-        }
-        for promised in self.snapshot().rules().promised_parts(run) {
-            member.pending.mark(promised);
-        }
-        let outside = self.in_areas(run, |area, part| {
-            let mut outside = Outside::default();
-            if area.is_younger(taken) {
-                outside.add_range(part);
-                return outside;
-            }
-            member.pending.mark(part);
-            let domains = covered.domains();
-            let going = area.is_going() || domains.iter().any(|domain| domain.is_leaving());
-            if going && performs(Step::MarkIfGoing) {
-                return area.mark(part);
-            }
-            outside
-        });
-        self.report(&outside, FaultSource::Abort);
-        outside
     }
 
     /// Records what is in flight or pending for any consumer in `range` of `area`, which is going.
