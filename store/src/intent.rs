@@ -1,11 +1,12 @@
 //! A write: announced, then in flight.
 
-use dirtymap::IovaRange;
 use dirtymap::sync::AtomicU64;
+use dirtymap::{IovaRange, ToIovaRange};
 
 use crate::error::Error;
-use crate::store::Store;
-use crate::words::Words;
+use crate::image::MAX_OPEN;
+use crate::store::{Store, too_many_open};
+use crate::words::{MAX_PINS, Words};
 
 /// A write that was announced and must not be issued yet. Made by
 /// [`Store::begin_write`](Store::begin_write).
@@ -40,9 +41,74 @@ struct Pins<'s> {
     issued: bool,
 }
 
+impl Store {
+    /// Announces a write to the bytes `range`. [`Intent::wait`] returns once the extents that it
+    /// touches are durably open, and only then may the write be issued. If they are open, that is
+    /// at once, without a lock.
+    ///
+    /// ```
+    /// # use dirtymap_store::{Device, DirFolder, Options, Store};
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let dir = tempfile::tempdir()?;
+    /// # let folder = DirFolder::new(dir.path().join("store"))?;
+    /// # let store = Store::create(folder, &Device { id: 7, len: 1 << 30 }, &Options::new())?;
+    /// let write = store.begin_write(0x5000..0x6000)?.wait()?;
+    /// // ... the device is written here, by this thread or by another one ...
+    /// drop(write); // it has landed
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// Announcing many writes and then waiting for each costs one flush.
+    ///
+    /// # Errors
+    /// [`Error::Range`] and [`Error::PastEnd`]; [`Error::TooManyWrites`]; [`Error::TooManyOpen`];
+    /// [`Error::Failed`], if an extent is not open.
+    pub fn begin_write(&self, range: impl ToIovaRange) -> Result<Intent<'_>, Error> {
+        let range = range.to_iova_range()?;
+        let len = self.device_len();
+        if range.last().get() >= len {
+            return Err(Error::PastEnd { range, len });
+        }
+        let first = range.start().get() >> self.extent().lg2();
+        let last = range.last().get() >> self.extent().lg2();
+        let word = self.words.word(first);
+        if first == last {
+            // Most writes are in one extent, and find it open.
+            match Words::pin_word(word) {
+                Some(true) => return Ok(Intent::new(self, word, range, (first, last), true)),
+                Some(false) => Words::leave_word(word, 0),
+                None => {}
+            }
+        }
+        let mut open = true;
+        let extents = last - first + 1;
+        if extents > MAX_OPEN as u64 {
+            return Err(too_many_open(extents));
+        }
+        for extent in first..=last {
+            match self.words.pin(extent) {
+                Some(is_open) => open &= is_open,
+                None => {
+                    self.unpin(first..extent);
+                    return Err(Error::TooManyWrites {
+                        extent,
+                        limit: MAX_PINS,
+                    });
+                }
+            }
+        }
+        if !open && let Err(error) = self.request(first, last) {
+            self.unpin(first..last + 1);
+            return Err(error);
+        }
+        Ok(Intent::new(self, word, range, (first, last), open))
+    }
+}
+
 impl<'s> Intent<'s> {
     #[inline]
-    pub(crate) fn new(
+    fn new(
         store: &'s Store,
         word: &'s AtomicU64,
         range: IovaRange,

@@ -16,7 +16,7 @@ use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use dirtymap::sync::{AtomicU64, Condvar, Mutex, MutexGuard, Ordering, lock, relax, wait};
-use dirtymap::{Granule, IovaRange, ToIovaRange};
+use dirtymap::{Granule, IovaRange};
 
 use crate::disk::Folder;
 use crate::epoch::{Epoch, new_identity};
@@ -24,11 +24,10 @@ use crate::error::{Error, Why};
 use crate::format::{BLOCK, Header, MAX_LOG};
 use crate::geometry::{Device, Geometry};
 use crate::image::{Image, MAX_OPEN};
-use crate::intent::Intent;
 use crate::journal::{Counts, Journal, Replayed, impossible, replay};
 use crate::options::Options;
 use crate::record::Record;
-use crate::words::{MAX_PINS, Words};
+use crate::words::Words;
 
 /// Crash-safe dirty state of one device; see the [crate](crate).
 pub struct Store {
@@ -300,76 +299,13 @@ impl Store {
         Epoch::new(self.identity, number)
     }
 
-    /// Announces a write to the bytes `range`. [`Intent::wait`] returns once the extents that it
-    /// touches are durably open, and only then may the write be issued. If they are open, that is
-    /// at once, without a lock.
-    ///
-    /// ```
-    /// # use dirtymap_store::{Device, DirFolder, Options, Store};
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # let dir = tempfile::tempdir()?;
-    /// # let folder = DirFolder::new(dir.path().join("store"))?;
-    /// # let store = Store::create(folder, &Device { id: 7, len: 1 << 30 }, &Options::new())?;
-    /// let write = store.begin_write(0x5000..0x6000)?.wait()?;
-    /// // ... the device is written here, by this thread or by another one ...
-    /// drop(write); // it has landed
-    /// # Ok(())
-    /// # }
-    /// ```
-    ///
-    /// Announcing many writes and then waiting for each costs one flush.
-    ///
-    /// # Errors
-    /// [`Error::Range`] and [`Error::PastEnd`]; [`Error::TooManyWrites`]; [`Error::TooManyOpen`];
-    /// [`Error::Failed`], if an extent is not open.
-    pub fn begin_write(&self, range: impl ToIovaRange) -> Result<Intent<'_>, Error> {
-        let range = range.to_iova_range()?;
-        let len = self.device_len();
-        if range.last().get() >= len {
-            return Err(Error::PastEnd { range, len });
-        }
-        let first = range.start().get() >> self.extent.lg2();
-        let last = range.last().get() >> self.extent.lg2();
-        let word = self.words.word(first);
-        if first == last {
-            // Most writes are in one extent, and find it open.
-            match Words::pin_word(word) {
-                Some(true) => return Ok(Intent::new(self, word, range, (first, last), true)),
-                Some(false) => Words::leave_word(word, 0),
-                None => {}
-            }
-        }
-        let mut open = true;
-        let extents = last - first + 1;
-        if extents > MAX_OPEN as u64 {
-            return Err(too_many_open(extents));
-        }
-        for extent in first..=last {
-            match self.words.pin(extent) {
-                Some(is_open) => open &= is_open,
-                None => {
-                    self.unpin(first..extent);
-                    return Err(Error::TooManyWrites {
-                        extent,
-                        limit: MAX_PINS,
-                    });
-                }
-            }
-        }
-        if !open && let Err(error) = self.request(first, last) {
-            self.unpin(first..last + 1);
-            return Err(error);
-        }
-        Ok(Intent::new(self, word, range, (first, last), open))
-    }
-
     pub(crate) fn unpin(&self, extents: std::ops::Range<u64>) {
         extents.for_each(|extent| self.words.leave(extent, 0));
     }
 
     /// Puts the pinned extents that are neither open nor about to be into the next batch.
     #[cold]
-    fn request(&self, first: u64, last: u64) -> Result<(), Error> {
+    pub(crate) fn request(&self, first: u64, last: u64) -> Result<(), Error> {
         let mut queue = lock(&self.queue);
         queue.check()?;
         let extents = last - first + 1;
@@ -614,7 +550,7 @@ fn reserve(folder: &mut dyn Folder) -> Result<(), Error> {
     }
 }
 
-fn too_many_open(extents: u64) -> Error {
+pub(crate) fn too_many_open(extents: u64) -> Error {
     Error::TooManyOpen {
         extents,
         limit: MAX_OPEN as u64,
