@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_replacer_waits_for_who_is_inside() {
+    fn a_replacer_waits_for_readers_inside() {
         let cell = Replaceable::default();
         cell.replace(Box::new(1u64));
         let [inside, replaced, leave] = [(); 3].map(|()| AtomicBool::new(false));
