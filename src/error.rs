@@ -7,7 +7,9 @@ use crate::units::{DomainId, Granule, Iova, IovaRange, RangeError};
 /// Input is checked before anything is changed, in the order that each call documents.
 /// [`Error::errno`] gives the number that Linux's iommufd uses for the same refusal.
 ///
-/// Calls that need no space have errors of their own, which `?` turns into this one:
+/// Calls that need no space have errors of their own, which `?` turns into this one. An error type
+/// of yours implements `From<RangeError>` and `From<BitmapError>` too, or the caller writes
+/// `.map_err(dirtymap::Error::from)`:
 ///
 /// ```
 /// use dirtymap::{Error, Iova, IovaRange, RangeError};
@@ -225,6 +227,48 @@ pub enum Error {
         #[source]
         error: Box<Error>,
     },
+    /// The name of a consumer is empty or too long.
+    #[error("the name of a consumer has {len} bytes: it needs 1 to {most}")]
+    BadName {
+        /// Its length in bytes.
+        len: usize,
+        /// The longest that is allowed.
+        most: usize,
+    },
+    /// A consumer of that name exists.
+    #[error("the space has a consumer {name:?} already: choose another name, or drop that one")]
+    ConsumerTwice {
+        /// The name.
+        name: Box<str>,
+    },
+    /// The space has as many consumers as it can.
+    #[error("the space has {most} consumers already: drop one first")]
+    TooManyConsumers {
+        /// The most that a space has.
+        most: usize,
+    },
+    /// The consumer is none of this space, or has left it.
+    #[error("{name:?} is not a consumer of this space, or no longer")]
+    ConsumerLeft {
+        /// Its name.
+        name: Box<str>,
+    },
+    /// The consumer cannot be copied while it harvests or has a lease.
+    #[error("the consumer {name:?} has {leases} leases: commit or abort them, then copy it")]
+    ConsumerBusy {
+        /// Its name.
+        name: Box<str>,
+        /// Its live leases.
+        leases: u64,
+    },
+    /// The request goes past the range of the consumer.
+    #[error("{range} goes past {consumer}, the range of the consumer")]
+    OutsideConsumer {
+        /// The range asked for.
+        range: IovaRange,
+        /// The range of the consumer.
+        consumer: IovaRange,
+    },
     /// A mark touched an address outside every area. The parts inside areas are marked.
     #[error("{at} lies outside every area: the write there is not tracked")]
     Outside {
@@ -246,7 +290,7 @@ impl Error {
     /// or ignores it.
     ///
     /// * `ENOENT` (2): the range to unmap holds no area, or only a part of one; no such
-    ///   reservation; no such domain.
+    ///   reservation; no such domain; no such consumer.
     /// * `EIO` (5): a source failed.
     /// * `EFAULT` (14): a window of the bitmap cannot be mapped, or its file shrank.
     /// * `EBUSY` (16): another call is changing the area.
@@ -267,11 +311,12 @@ impl Error {
             Error::NothingMapped { .. }
             | Error::PartOfArea { .. }
             | Error::NotReserved { .. }
+            | Error::ConsumerLeft { .. }
             | Error::NotAttached { .. } => 2,
             Error::Source(_) => 5,
-            Error::Busy { .. } => 16,
-            Error::Overlap { .. } | Error::AttachedTwice { .. } => 17,
-            Error::NoSpace { .. } => 28,
+            Error::Busy { .. } | Error::ConsumerBusy { .. } => 16,
+            Error::Overlap { .. } | Error::AttachedTwice { .. } | Error::ConsumerTwice { .. } => 17,
+            Error::NoSpace { .. } | Error::TooManyConsumers { .. } => 28,
             Error::CannotReserve { .. }
             | Error::CannotAllow { .. }
             | Error::CannotAttach { .. } => 98,
@@ -289,6 +334,8 @@ impl Error {
             | Error::NeverTracked { .. }
             | Error::BadCursor { .. }
             | Error::Hole { .. }
+            | Error::BadName { .. }
+            | Error::OutsideConsumer { .. }
             | Error::Outside { .. } => 22,
         }
     }

@@ -3,6 +3,9 @@
 #[doc = page!("exchange.md")]
 pub mod exchange {}
 
+#[doc = page!("consumers.md")]
+pub mod many {}
+
 #[doc = page!("monitors.md")]
 pub mod monitors {}
 

@@ -11,8 +11,10 @@
 //! | map memory, mark writes, harvest | [`AddressSpace`] | [`guide`] |
 //! | mark on a hot path | [`AreaHandle::mark`] | [`guide`] |
 //! | harvest everything, round after round | [`AddressSpace::rounds`] | [`guide`] |
+//! | several consumers of one memory | [`AddressSpace::consumer`], [`Consumer`] | [`many`] |
 //! | harvest a range into my own bitmap | [`AddressSpace::harvest`], [`UserBitmap`] | below |
 //! | look without clearing | [`AddressSpace::peek`] | |
+//! | send a lease to another thread, keep it in a struct | [`Rounds::shared`] | |
 //! | copy, commit or abort | [`Lease`] | below |
 //! | mark a write that a device completes | [`AddressSpace::begin_write`] | [`monitors`] |
 //! | map and unmap while everything runs | [`AddressSpace::unmap`], [`apply`] | [`monitors`] |
@@ -32,6 +34,7 @@
 //! [`flush`] (what is owed).
 //!
 //! [`apply`]: AddressSpace::apply
+//! [`many`]: crate::guide::many
 //! [`monitors`]: crate::guide::monitors
 //! [`DirtyLog`]: exchange::DirtyLog
 //! [`RunsExt`]: exchange::RunsExt
@@ -202,7 +205,9 @@ pub use source::PulledLog;
 pub use source::{DirtySource, Mapping, SharedLog, Tracking};
 
 #[doc(inline)]
-pub use harvest::{HarvestRequest, Holes, Lease, Owed, Rounds, Scope, Synced, WriteGuard};
+pub use harvest::{
+    Consumer, HarvestRequest, Holes, Lease, Owed, Rounds, Scope, Start, Synced, WriteGuard,
+};
 
 #[doc(inline)]
 pub use bitmap::{BitmapView, SparseBitmap, UserBitmap};
@@ -230,6 +235,7 @@ macro_rules! page {
             "[pagemap]: https://docs.rs/dirtymap-pagemap/latest/dirtymap_pagemap/guide/\n",
             "[iommufd]: https://docs.rs/dirtymap-iommufd/latest/dirtymap_iommufd/\n",
             "[formats]: https://docs.rs/dirtymap-formats/latest/dirtymap_formats/guide/\n",
+            "[many]: crate::guide::many\n",
             "[joint]: https://github.com/dirtymap/dirtymap/blob/main/examples/adapters/joint.md\n",
             "[monitors]: crate::guide::monitors\n",
             "[exchange]: crate::guide::exchange\n",

@@ -192,6 +192,7 @@ pub fn read_keeping(
         in_flight: &in_flight,
         keep,
         flush: &flush,
+        shared: false,
     };
     let mut out = LeafSink::keeping(&mut sink, &mut gather, rests);
     source.read_and_clear(view.range(), &mut out)?;

@@ -15,8 +15,8 @@ use std::collections::BTreeSet;
 use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering, lock};
 use dirtymap::{
-    Access, AddressSpace, DirtySource, DomainId, Error, Granule, HarvestRequest, Holes, Iova,
-    IovaRange, Lease, Mapping, Owed, Scope, Tracking, UserBitmap,
+    Access, AddressSpace, Consumer, DirtySource, DomainId, Error, Granule, HarvestRequest, Holes,
+    Iova, IovaRange, Lease, Mapping, Owed, Scope, Start, Tracking, UserBitmap,
 };
 
 use crate::Random;
@@ -62,12 +62,14 @@ struct Log {
 }
 
 struct World {
-    space: AddressSpace,
+    space: Arc<AddressSpace>,
+    /// Named consumers. The unnamed one is number 0, and these follow.
+    named: Mutex<Vec<Arc<Consumer<'static>>>>,
     log: Arc<Log>,
     domain: DomainId,
-    /// For each page the value of the last write, and the copied value.
+    /// What was written last to each page, and what each consumer has copied of it.
     memory: Mutex<Vec<u64>>,
-    copy: Mutex<Vec<u64>>,
+    copies: Vec<Mutex<Vec<u64>>>,
     random: Mutex<Random>,
     depth: AtomicU64,
 }
@@ -205,7 +207,7 @@ impl DirtySource for Log {
 }
 
 impl World {
-    fn new(shape: Shape, seed: u64) -> Arc<World> {
+    fn new(shape: Shape, seed: u64, named: usize) -> Arc<World> {
         let log = Arc::new(Log {
             shape,
             written: Mutex::default(),
@@ -218,12 +220,20 @@ impl World {
             space.map(range, first * PAGE, Access::ReadWrite).unwrap();
         }
         space.start_tracking().unwrap();
+        let space = Arc::new(space);
+        let join = |n: usize| Consumer::shared(Arc::clone(&space), &n.to_string(), Start::Clean);
+        let consumers = (0..named).map(|n| Arc::new(join(n).unwrap())).collect();
+        let copies = 0..=named;
+        let copies = copies
+            .map(|_| Mutex::new(vec![0; PAGES as usize]))
+            .collect();
         let world = Arc::new(World {
+            named: Mutex::new(consumers),
+            copies,
             space,
             log: Arc::clone(&log),
             domain,
             memory: Mutex::new(vec![0; PAGES as usize]),
-            copy: Mutex::new(vec![0; PAGES as usize]),
             random: Mutex::new(Random::new(seed)),
             depth: AtomicU64::new(0),
         });
@@ -265,15 +275,59 @@ impl World {
         }
     }
 
-    fn copy(&self, runs: impl Iterator<Item = IovaRange>) {
+    fn copy(&self, whose: usize, runs: impl Iterator<Item = IovaRange>) {
         for run in runs {
             for page in run.start().get() / PAGE..=run.last().get() / PAGE {
-                lock(&self.copy)[page as usize] = lock(&self.memory)[page as usize];
+                lock(&self.copies[whose])[page as usize] = lock(&self.memory)[page as usize];
             }
         }
     }
 
-    /// A range that a request may have.
+    /// A harvest of consumer `whose`, to which `then` happens.
+    fn harvest<T>(
+        &self,
+        whose: usize,
+        request: &HarvestRequest<'_>,
+        words: &mut [u64],
+        then: impl FnOnce(Result<Lease<'_, Owed>, Error>) -> T,
+    ) -> T {
+        let bitmap = UserBitmap::new(words);
+        if whose == 0 {
+            return then(self.space.harvest(request, bitmap));
+        }
+        let consumer = Arc::clone(&lock(&self.named)[whose - 1]);
+        then(consumer.harvest(request, bitmap))
+    }
+
+    /// A named consumer leaves, and another one comes in its place: it is told everything, or what
+    /// another one has not been told, or copies everything.
+    fn replace(&self) {
+        let many = self.copies.len() - 1;
+        if many == 0 || self.below(4) != 0 {
+            return;
+        }
+        let at = self.below(many as u64) as usize;
+        let name = format!("{} {}", at, lock(&self.random).bits());
+        let join = |start| Consumer::shared(Arc::clone(&self.space), &name, start).unwrap();
+        let other = Arc::clone(&lock(&self.named)[(at + 1) % many]);
+        let fresh = match self.below(3) {
+            0 => join(Start::Dirty),
+            1 if many > 1 => {
+                let fresh = join(Start::LikeOf(&other));
+                let copied = lock(&self.copies[(at + 1) % many + 1]).clone();
+                *lock(&self.copies[at + 1]) = copied;
+                fresh
+            }
+            _ => {
+                let fresh = join(Start::Clean);
+                self.copy(at + 1, [pages(0, PAGES)].into_iter());
+                fresh
+            }
+        };
+        lock(&self.named)[at] = Arc::new(fresh);
+    }
+
+    /// Some pages that a request may name.
     fn any_range(&self) -> IovaRange {
         let unit = self.space.alignment().bytes() / PAGE;
         let first = self.below(PAGES / unit);
@@ -292,34 +346,36 @@ impl World {
         let mask = UserBitmap::new(&mut mask).view(pages(0, PAGES), Granule::K4);
         let bits = 11 + self.below(2) as u8;
         let request = HarvestRequest::new(range, granule(bits)).holes(Holes::Stop);
-        let whole = UserBitmap::new(&mut words);
         let space = &self.space;
-        let lease = match self.below(8) {
-            0 => space.harvest(&request.masked(mask.unwrap()), whole),
+        let whose = match self.copies.len() as u64 {
+            1 => 0,
+            many => self.below(many) as usize,
+        };
+        let request = match self.below(8) {
+            0 => request.masked(mask.unwrap()),
             1..4 => {
                 let unit = space.alignment().max(granule(bits));
                 let at = range.start().get() + self.below(range.len() as u64);
                 let from = Iova::new(at).granule_start(unit).max(range.start());
                 let bits = 1 + self.below(40);
-                space.harvest(&request.resume_at(from).max_bits(bits), whole)
+                request.resume_at(from).max_bits(bits)
             }
-            4 => space.harvest(&request.parallel(), whole),
-            5 => {
-                let one = request.in_scope(Scope::Domain(self.domain));
-                space.harvest(&one, whole)
-            }
+            4 => request.parallel(),
+            5 => request.in_scope(Scope::Domain(self.domain)),
             6 => return self.unmap(),
             _ => {
                 let mut words = [0u64; 8];
                 let _ = space.peek(&request, UserBitmap::new(&mut words));
-                space.harvest(&request, whole)
+                request
             }
         };
-        // It may stop, because another consumer has unmapped an area.
-        self.end(lease.unwrap().partial());
+        // It may stop: another consumer has unmapped an area.
+        self.harvest(whose, &request, &mut words, |lease| {
+            self.end(whose, lease.unwrap().partial());
+        });
     }
 
-    fn end(&self, lease: Lease<'_, Owed>) {
+    fn end(&self, whose: usize, lease: Lease<'_, Owed>) {
         if self.below(6) == 0 {
             return drop(lease);
         }
@@ -327,7 +383,7 @@ impl World {
         let lease = lease.sync().unwrap();
         self.others();
         // Pages whose area is gone are in the copy of the unmap.
-        self.copy(lease.runs());
+        self.copy(whose, lease.runs());
         match self.below(6) {
             0 => drop(lease.abort()),
             _ => drop(lease.commit()),
@@ -342,7 +398,9 @@ impl World {
         let Ok((_, view)) = self.space.unmap(range, Granule::K4, bitmap) else {
             return;
         };
-        self.copy(view.runs());
+        for whose in 0..self.copies.len() {
+            self.copy(whose, view.runs());
+        }
         let mapped = self
             .space
             .map(range, range.start().get(), Access::ReadWrite);
@@ -356,33 +414,54 @@ impl World {
         // Nothing runs in between.
         self.depth.fetch_add(DEPTH, Ordering::Relaxed);
         let request = HarvestRequest::new(all, Granule::K4).holes(Holes::Refuse);
-        let lease = self.space.harvest(&request, UserBitmap::new(&mut words));
-        let lease = lease.map_err(|error| error.to_string())?.sync();
-        let lease = lease.map_err(|error| error.to_string())?;
-        self.copy(lease.runs());
-        lease.commit();
-        self.depth.fetch_sub(DEPTH, Ordering::Relaxed);
-        let (memory, copy) = (lock(&self.memory), lock(&self.copy));
-        match (0..PAGES as usize).find(|page| memory[*page] != copy[*page]) {
-            Some(page) => Err(format!("the last write to page {page} was lost")),
-            None => Ok(()),
+        for whose in 0..self.copies.len() {
+            words.fill(0);
+            self.harvest(whose, &request, &mut words, |lease| {
+                let lease = lease.map_err(|error| error.to_string())?.sync();
+                let lease = lease.map_err(|error| error.to_string())?;
+                self.copy(whose, lease.runs());
+                lease.commit();
+                Ok::<(), String>(())
+            })?;
         }
+        for whose in 0..self.copies.len() {
+            words.fill(0);
+            let again = self.harvest(whose, &request, &mut words, |lease| {
+                lease.map(|lease| lease.report().bits_set)
+            });
+            if !matches!(again, Ok(0)) {
+                return Err(format!("consumer {whose} is told again: {again:?}"));
+            }
+        }
+        self.depth.fetch_sub(DEPTH, Ordering::Relaxed);
+        let memory = lock(&self.memory);
+        for (whose, copy) in self.copies.iter().enumerate() {
+            let copy = lock(copy);
+            if let Some(page) = (0..PAGES as usize).find(|page| memory[*page] != copy[*page]) {
+                return Err(format!(
+                    "consumer {whose} lost the last write to page {page}"
+                ));
+            }
+        }
+        Ok(())
     }
 }
 
 /// Rounds and writes, and a comparison now and then.
-fn run(shape: Shape, seed: u64) -> Result<(), String> {
-    let world = World::new(shape, seed);
+fn run(shape: Shape, seed: u64, named: usize) -> Result<(), String> {
+    let world = World::new(shape, seed, named);
     let mut done = Ok(());
     for step in 0..40 {
         world.write();
         world.write();
         world.round();
+        world.replace();
         if step % 8 == 7 && done.is_ok() {
             done = world.check();
         }
     }
     *lock(&world.log.world) = None;
+    lock(&world.named).clear();
     done
 }
 
@@ -417,7 +496,21 @@ fn a_source_that_clears_by_batches_loses_nothing_in_any_mode() {
     for clearing in [Clearing::Each, Clearing::Batch] {
         for shape in shapes(clearing) {
             for seed in 0..12 {
-                let done = run(shape, seed);
+                let done = run(shape, seed, 0);
+                assert_eq!(done, Ok(()), "{shape:?}, seed {seed}");
+            }
+        }
+    }
+}
+
+/// Two named consumers and the unnamed one, over every such source. Between any two steps of a
+/// harvest, whole harvests of the others run: they find a page in the log, in flight or pending.
+#[test]
+fn each_consumer_is_told_every_write_in_any_mode() {
+    for clearing in [Clearing::Each, Clearing::Batch] {
+        for shape in shapes(clearing) {
+            for seed in 100..112 {
+                let done = run(shape, seed, 2);
                 assert_eq!(done, Ok(()), "{shape:?}, seed {seed}");
             }
         }
@@ -429,7 +522,8 @@ fn a_source_that_clears_by_batches_loses_nothing_in_any_mode() {
 fn a_batch_that_is_told_too_early_or_cleared_too_widely_is_noticed() {
     for clearing in [Clearing::Late, Clearing::Words] {
         let mut all = shapes(clearing).flat_map(|shape| (0..12).map(move |seed| (shape, seed)));
-        let lost = all.find_map(|(shape, seed)| run(shape, seed).err().map(|what| (shape, what)));
+        let lost =
+            all.find_map(|(shape, seed)| run(shape, seed, 0).err().map(|what| (shape, what)));
         println!("{lost:?}");
         assert!(lost.is_some(), "{clearing:?} loses nothing");
     }

@@ -5,6 +5,7 @@ use super::FileBitmap;
 use super::span::Span;
 use super::window::Backing;
 use super::{BitmapView, Sink, SparseBitmap};
+use crate::chunkmap::ChunkMap;
 use crate::error::BitmapError;
 use crate::sync::AtomicU64;
 use crate::units::{Granule, IovaRange};
@@ -105,6 +106,22 @@ impl<'a> UserBitmap<'a> {
             exclusive: true,
             ..Self::sparse(sparse)
         }
+    }
+
+    /// A bitmap that the one sink that it is made into alone writes to, while other threads look at
+    /// it.
+    pub(crate) fn chunks(map: &'a ChunkMap) -> Self {
+        UserBitmap {
+            backing: Backing::Chunks(map),
+            exclusive: true,
+        }
+    }
+
+    /// The one sink that this is made into. It records `part`, which consists of whole granules;
+    /// bit 0 is the granule at address 0.
+    pub(crate) fn into_sink_of(self, granule: Granule, part: IovaRange) -> Sink<'a> {
+        let exclusive = self.exclusive;
+        Sink::new(self.part_of(IovaRange::ALL, granule, part), exclusive)
     }
 
     /// The view of `part`, which consists of whole granules of `bound`, whose first granule is bit

@@ -16,6 +16,7 @@
 use super::file::{FileBitmap, Mapping};
 use super::span::Span;
 use super::{MAX_BITS, SparseBitmap, WINDOW_BITS};
+use crate::chunkmap::{CHUNK_WORDS, ChunkMap};
 use crate::error::BitmapError;
 use crate::sync::AtomicU64;
 
@@ -29,6 +30,8 @@ pub(super) enum Backing<'a> {
     Failing(Span<'a>, u64),
     /// In chunks that are allocated when they are needed.
     Sparse(&'a SparseBitmap),
+    /// In chunks with summaries, which one writer records in.
+    Chunks(&'a ChunkMap),
     /// In a file of which one window is mapped at a time.
     #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
     File(&'a FileBitmap),
@@ -42,6 +45,7 @@ impl<'a> Backing<'a> {
             #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
             Backing::Failing(span, _) => span.bits(),
             Backing::Sparse(sparse) => sparse.bits(),
+            Backing::Chunks(map) => map.last().saturating_add(1),
             #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
             Backing::File(file) => file.bits(),
         };
@@ -54,7 +58,7 @@ impl<'a> Backing<'a> {
             Backing::Memory(span) => span.skipped_bits(),
             #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
             Backing::Failing(span, _) => span.skipped_bits(),
-            Backing::Sparse(_) => 0,
+            Backing::Sparse(_) | Backing::Chunks(_) => 0,
             #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
             Backing::File(file) => file.shift(),
         }
@@ -79,6 +83,11 @@ impl<'a> Backing<'a> {
                 });
             }
             Backing::Sparse(sparse) => Window::lent(sparse.chunk(word)),
+            Backing::Chunks(map) => {
+                let chunk = word / CHUNK_WORDS;
+                let words = Span::of_words(map.words_to_record(chunk));
+                Window::lent((chunk * CHUNK_WORDS, words, CHUNK_WORDS))
+            }
             #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
             Backing::File(file) => Window::of_file(file, word, last)?,
         })
@@ -88,7 +97,7 @@ impl<'a> Backing<'a> {
     #[inline]
     pub(super) fn may_fail(&self) -> bool {
         match self {
-            Backing::Memory(_) | Backing::Sparse(_) => false,
+            Backing::Memory(_) | Backing::Sparse(_) | Backing::Chunks(_) => false,
             #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
             Backing::Failing(..) => true,
             #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
@@ -106,6 +115,12 @@ impl<'a> Backing<'a> {
         match self {
             Backing::Memory(span) => Ok(Some(Window::of_memory(*span, word))),
             Backing::Sparse(sparse) => Ok(sparse.next_chunk(word, last / 64).map(Window::lent)),
+            Backing::Chunks(map) => {
+                let found = map.next_words(word / CHUNK_WORDS, last / 64 / CHUNK_WORDS);
+                Ok(found.map(|(chunk, words)| {
+                    Window::lent((chunk * CHUNK_WORDS, Span::of_words(words), CHUNK_WORDS))
+                }))
+            }
             #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
             Backing::Failing(span, _) => Ok(Some(Window::of_memory(*span, word))),
             #[cfg(all(feature = "mmap", not(dirtymap_loom)))]

@@ -49,7 +49,7 @@ pub(crate) struct ChunkMap {
     /// Chunks of the slab of a group; 0 if chunks are allocated one by one.
     slab: usize,
     /// The highest bit.
-    last: u64,
+    pub(super) last: u64,
     owns: PhantomData<Box<Directory>>,
 }
 
@@ -292,9 +292,37 @@ impl ChunkMap {
         None
     }
 
+    /// Calls `each` for the chunks that exist among those of the bits `first..=last`, with the
+    /// chunk's first bit.
+    pub(super) fn each_chunk<E>(
+        &self,
+        first: u64,
+        last: u64,
+        mut each: impl FnMut(Slot<'_>, &Chunk, u64) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let last = last >> BITS_LG2;
+        let mut next = Some(first >> BITS_LG2);
+        while let Some(index) = next
+            && let Some((group, blocks)) = self.next_group(index, last)
+        {
+            let to = last.min(group + ((blocks.len() as u64) << BLOCK_LG2) - 1);
+            for index in index.max(group)..=to {
+                let slot = slot_in(blocks, index - group);
+                // Acquire: as in `walk`.
+                let chunk = slot.chunk.load(Ordering::Acquire).cast::<Chunk>();
+                // SAFETY: as in `walk`.
+                if let Some(chunk) = unsafe { chunk.as_ref() } {
+                    each(slot, chunk, index << BITS_LG2)?;
+                }
+            }
+            next = to.checked_add(1).filter(|next| *next <= last);
+        }
+        Ok(())
+    }
+
     /// The place of chunk `index`; its group is allocated if it does not exist yet.
     #[inline]
-    fn slot_or_new(&self, index: u64) -> Slot<'_> {
+    pub(super) fn slot_or_new(&self, index: u64) -> Slot<'_> {
         let blocks = self.group_or_new(index >> self.group_lg2);
         slot_in(blocks, index & ((1 << self.group_lg2) - 1))
     }
@@ -377,7 +405,7 @@ fn slot_in(blocks: &[Block], index: u64) -> Slot<'_> {
 
 /// The chunk at `slot`, allocated if it does not exist yet.
 #[inline]
-fn chunk_of(slot: Slot<'_>) -> &Chunk {
+pub(super) fn chunk_of(slot: Slot<'_>) -> &Chunk {
     let chunk = get_or_install(
         slot.chunk,
         || Box::into_raw(Box::new(Chunk::new())),

@@ -9,12 +9,14 @@
 //! * [`chunk`]: a chunk with its summary and its state, the protocol of the two, and the marker's
 //!   side of it
 //! * [`take`]: the harvester's side
+//! * [`handed`]: bits that one harvest records, and others see
 //! * [`slab`]: the memory of chunks that lie side by side
 //!
 //! The bitmap knows bits, and neither addresses nor areas. The marks of an area, the put-back store
 //! of a domain and a sparse bitmap of the user are made of it.
 
 mod chunk;
+mod handed;
 mod map;
 mod slab;
 mod take;

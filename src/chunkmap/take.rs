@@ -227,7 +227,19 @@ impl Slot<'_> {
         visitor: &mut V,
     ) -> Result<(), V::Error> {
         // Relaxed: as in `has_any`.
-        let mut left = self.summary.load(Ordering::Relaxed) & lines(first, last);
+        let seen = self.summary.load(Ordering::Relaxed) & lines(first, last);
+        self.peek_lines(chunk, base, seen, (first, last), visitor)
+    }
+
+    /// As [`peek`](Self::peek), of the lines `left`.
+    pub(super) fn peek_lines<V: Visitor>(
+        self,
+        chunk: &Chunk,
+        base: u64,
+        mut left: u64,
+        (first, last): (u64, u64),
+        visitor: &mut V,
+    ) -> Result<(), V::Error> {
         // Acquire: as in `take`.
         if left != 0 && !self.state.load(Ordering::Acquire).is_clean() {
             return visit_all(base, first, last, visitor);

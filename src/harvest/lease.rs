@@ -16,6 +16,7 @@ use std::marker::PhantomData;
 use super::committed::Committed;
 use super::held::{Held, SpaceRef};
 use super::look::{Look, look};
+use super::shared;
 use crate::bitmap::{BitmapView, Runs, Sink, Words};
 use crate::error::Error;
 use crate::events;
@@ -24,7 +25,7 @@ use crate::report::{Aborted, HarvestReport};
 use crate::source::Stopped;
 #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
 use crate::space::AddressSpace;
-use crate::space::{Area, Areas, Covered};
+use crate::space::{Area, Areas, Covered, MemberCounts};
 use crate::sync::{AtomicU64, Mutex, Ordering, Step, lock, performs};
 use crate::units::{Granule, Iova, IovaRange};
 
@@ -53,6 +54,10 @@ pub struct Synced(());
 /// # Ok(())
 /// # }
 /// ```
+///
+/// A `Lease<'static, _>`, for other threads, structs and trait objects, comes from
+/// [`Rounds::shared`](super::Rounds::shared). A lease into a bitmap of the caller's lives as long
+/// as that bitmap and the space.
 ///
 /// # A lease that is forgotten
 /// A lease must end: commit it, abort it, or drop it. A lease that goes to [`std::mem::forget`], or
@@ -133,6 +138,7 @@ impl<'a, State> Lease<'a, State> {
     /// # Ok(())
     /// # }
     /// ```
+    #[doc(alias = "bdrv_reclaim_dirty_bitmap")]
     pub fn abort(mut self) -> Aborted {
         self.holding.put_back()
     }
@@ -226,7 +232,11 @@ impl<'a> Lease<'a, Owed> {
 }
 
 impl<'a> Lease<'a, Synced> {
-    /// The ranges to copy: maximal runs of dirty granules, in order. Bits that were set in the
+    /// The ranges to copy: maximal runs of dirty granules, in order. A run may go on into the next
+    /// area, whose backing need not follow. To copy by backing address, cut it:
+    /// `run.intersection(area.range)` for each `area` of [`AddressSpace::mappings`].
+    ///
+    /// Bits that were set in the
     /// user's bitmap before the harvest count as well, and so does each window of a file that
     /// cannot be read: see [`Runs::error`].
     pub fn runs(&self) -> Runs<'_> {
@@ -353,6 +363,8 @@ pub(super) struct Holding<'a> {
     /// The last address of an area below which everything is in the lease: no hole above it is.
     walked_to: Option<Iova>,
     gather: FlushGather,
+    /// Leaves whose debt the queue has already.
+    handed_over: u64,
     debt: Debt,
     report: HarvestReport,
     /// The parts that were committed, in whole granules.
@@ -379,6 +391,9 @@ impl<'a> Holding<'a> {
     /// A lease that has taken nothing yet.
     pub(super) fn begin(space: SpaceRef<'a>, held: Held<'a>, covered: Covered) -> Self {
         space.counters.harvest();
+        if let Some(member) = covered.audience.own() {
+            member.counts.begin();
+        }
         Holding {
             space,
             held,
@@ -391,6 +406,7 @@ impl<'a> Holding<'a> {
             reached: None,
             walked_to: None,
             gather: FlushGather::new(),
+            handed_over: 0,
             debt: Debt::Held,
             report: HarvestReport::default(),
             committed: Mutex::new(Committed::new()),
@@ -427,14 +443,22 @@ impl<'a> Holding<'a> {
         // Before the first bit is touched: a walk that panics from here on puts back everything
         // that it may have recorded.
         self.reach(part.last());
-        let looked = look(
-            &self.space,
-            &self.covered,
-            area,
-            (part, part),
-            sink,
-            Look::Take(&mut self.gather),
-        );
+        let looked = if self.covered.audience.own().is_none() {
+            look(
+                &self.space,
+                &self.covered,
+                area,
+                (part, part),
+                (sink, None),
+                Look::Take(&mut self.gather),
+            )
+        } else {
+            let gather = &mut self.gather;
+            let (handed, looked) =
+                shared::take(&self.space, &self.covered, area, part, sink, gather);
+            self.handed_over += handed;
+            looked
+        };
         self.walk_to(walked_to(part, &looked));
         looked
     }
@@ -491,6 +515,12 @@ impl<'a> Holding<'a> {
         }
         self.reached = self.walked_to.and_then(|walked| Some(walked.min(last?)));
         bits
+    }
+
+    /// Whether the harvest leaves what it takes to other consumers, or has taken from them.
+    #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
+    pub(super) fn is_shared(&self) -> bool {
+        self.covered.audience.own().is_some()
     }
 
     /// What is harvested.
@@ -559,10 +589,11 @@ impl<'a> Holding<'a> {
         }
         self.report.bits_set = bits_set;
         self.report.windows = recorded.windows;
-        self.report.leaves = self.gather.entries();
+        self.report.leaves = self.gather.entries() + self.handed_over;
         let bytes = self.bytes(bits_set);
         self.left = AtomicU64::new(bytes);
         self.space.counters.leased(bytes);
+        self.count(|counts| &counts.leased, bytes);
         let stopped_at = self.stopped.as_ref().map(|stopped| stopped.at);
         events::harvest(self.range(), self.granule(), &self.report, stopped_at);
         Lease {
@@ -599,6 +630,8 @@ impl<'a> Holding<'a> {
         self.space.counters.commit();
         let bytes = self.take_left();
         self.space.counters.committed(bytes);
+        self.count(|counts| &counts.committed, bytes);
+        self.end();
         events::commit(self.range(), bytes);
         self.report
     }
@@ -621,6 +654,7 @@ impl<'a> Holding<'a> {
         self.left.store(left - bytes, Ordering::Relaxed);
         drop(committed);
         self.space.counters.committed(bytes);
+        self.count(|counts| &counts.committed, bytes);
         events::commit_part(part, bytes);
         bits
     }
@@ -641,8 +675,24 @@ impl<'a> Holding<'a> {
         self.debt = Debt::Settled;
         let left = self.take_left();
         self.space.counters.aborted(left, aborted.outside_bytes);
+        self.count(|counts| &counts.aborted, left);
+        self.end();
         events::abort(self.range(), &aborted);
         aborted
+    }
+
+    /// Adds to a count of the lease's consumer.
+    fn count(&self, which: impl FnOnce(&MemberCounts) -> &AtomicU64, bytes: u64) {
+        if let Some(member) = self.covered.audience.own() {
+            MemberCounts::add(which(&member.counts), bytes);
+        }
+    }
+
+    /// The lease is committed or put back.
+    fn end(&self) {
+        if let Some(member) = self.covered.audience.own() {
+            member.counts.end();
+        }
     }
 
     fn take_left(&mut self) -> u64 {

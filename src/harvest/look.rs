@@ -26,12 +26,14 @@ pub(super) enum Look<'g> {
 /// of all sources, so that no page is cut, and to a granule of the sink, so that no bit below the
 /// stop stands for bytes above it. Pages above the stop that earlier sources reported are in the
 /// sink, and the caller puts them back.
+///
+/// What is in flight is seen and not taken: it goes to the second sink, if there is one.
 pub(super) fn look(
     space: &AddressSpace,
     covered: &Covered,
     area: &Area,
     (part, limit): (IovaRange, IovaRange),
-    sink: &mut Sink<'_>,
+    (sink, seen): (&mut Sink<'_>, Option<&mut Sink<'_>>),
     mut how: Look<'_>,
 ) -> Result<(), Stopped> {
     let page = covered.alignment(space.page());
@@ -54,6 +56,7 @@ pub(super) fn look(
                     in_flight: &space.in_flight,
                     keep: &keep,
                     flush: &space.flush,
+                    shared: covered.audience.is_shared(),
                 };
                 let mut out = LeafSink::keeping(sink, gather, rests);
                 domain.source.read_and_clear(part, &mut out)
@@ -68,7 +71,11 @@ pub(super) fn look(
     fence(Ordering::Acquire);
     if let Some(part) = rest {
         sink.limit_to(part);
-        if let Err(error) = space.in_flight.visit(part, |write| sink.record(write)) {
+        let visited = match seen {
+            Some(seen) => space.in_flight.visit(part, |write| seen.record(write)),
+            None => space.in_flight.visit(part, |write| sink.record(write)),
+        };
+        if let Err(error) = visited {
             let at = part.start();
             (rest, outcome) = below(part, Stopped { at, error }, page);
         }
@@ -98,7 +105,7 @@ pub(super) fn look(
 
 /// The part of `part` below the page at which a source stopped, and the stop, with an address
 /// inside `part`.
-fn below(
+pub(super) fn below(
     part: IovaRange,
     stopped: Stopped,
     page: Granule,

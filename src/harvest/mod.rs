@@ -54,6 +54,7 @@
 //! again.
 
 mod committed;
+mod consumer;
 mod held;
 mod lease;
 mod look;
@@ -61,10 +62,12 @@ mod look;
 mod parallel;
 mod request;
 mod rounds;
+mod shared;
 mod walk;
 mod write_guard;
 
 pub use crate::report::{Aborted, HarvestReport};
+pub use consumer::{Consumer, ConsumerStats, Start};
 pub use lease::{Lease, Owed, Synced};
 pub use request::{HarvestRequest, Holes, Scope};
 pub use rounds::Rounds;
@@ -72,11 +75,11 @@ pub use write_guard::WriteGuard;
 
 use crate::bitmap::{BitmapView, Bound, UserBitmap};
 use crate::error::Error;
-use crate::space::{AddressSpace, Areas, Covered};
+use crate::space::{AddressSpace, Areas, Audience, Covered, Member};
+use crate::sync::Arc;
 use crate::units::IovaRange;
 use held::{Held, SpaceRef};
 use lease::{Holding, Recorded};
-use look::{Look, look};
 use walk::{Parts, areas, walk};
 
 impl AddressSpace {
@@ -119,6 +122,8 @@ impl AddressSpace {
     /// it [refuses holes](Holes::Refuse).
     ///
     /// [`BitmapError::TooShort`]: crate::bitmap::BitmapError::TooShort
+    #[doc(alias = "KVM_GET_DIRTY_LOG")]
+    #[doc(alias = "get_and_reset")]
     #[doc(alias = "iopt_read_and_clear_dirty_data")]
     #[doc(alias = "memory_region_snapshot_and_clear_dirty")]
     pub fn harvest<'a>(
@@ -126,11 +131,7 @@ impl AddressSpace {
         request: &HarvestRequest<'_>,
         bitmap: UserBitmap<'a>,
     ) -> Result<Lease<'a, Owed>, Error> {
-        let snapshot = self.snapshot();
-        let (bound, covered) = self.check(request, bitmap, &snapshot)?;
-        let held = Held::Lent(bound.view());
-        let holding = Holding::begin(SpaceRef::Lent(self), held, covered);
-        Ok(harvest(holding, snapshot, request, bound))
+        harvest_for(SpaceRef::Lent(self), None, request, bitmap)
     }
 
     /// Records the dirty pages of the request's range in `bitmap`, and changes nothing. Owes no
@@ -156,13 +157,24 @@ impl AddressSpace {
     /// As [`harvest`](Self::harvest), and that of a source, or of a window of the bitmap, that
     /// failed. What was recorded before a hole or a failure stays in `bitmap`.
     #[doc(alias = "IOMMU_HWPT_GET_DIRTY_BITMAP_NO_CLEAR")]
+    #[doc(alias = "dirty_at")]
     pub fn peek<'a>(
         &self,
         request: &HarvestRequest<'_>,
         bitmap: UserBitmap<'a>,
     ) -> Result<BitmapView<'a>, Error> {
+        self.peek_for(None, request, bitmap)
+    }
+
+    /// The same for a consumer; `None` is the unnamed one.
+    fn peek_for<'a>(
+        &self,
+        member: Option<&Arc<Member>>,
+        request: &HarvestRequest<'_>,
+        bitmap: UserBitmap<'a>,
+    ) -> Result<BitmapView<'a>, Error> {
         let snapshot = self.snapshot();
-        let (bound, covered) = self.check(request, bitmap, &snapshot)?;
+        let (bound, covered) = self.check(member, request, bitmap, &snapshot)?;
         let view = bound.view();
         let asked = view.range();
         let mut sink = bound.into_sink();
@@ -171,7 +183,7 @@ impl AddressSpace {
             for area in areas(&snapshot, piece, request) {
                 let area = area.map_err(|stopped| stopped.error)?;
                 if let Some(part) = area.mapping.range.intersection(piece) {
-                    look(self, &covered, area, (part, part), &mut sink, Look::Peek)
+                    shared::peek(self, &covered, area, part, &mut sink)
                         .map_err(|stopped| stopped.error)?;
                 }
             }
@@ -183,6 +195,7 @@ impl AddressSpace {
     /// request that is walked.
     fn check<'a>(
         &self,
+        member: Option<&Arc<Member>>,
         request: &HarvestRequest<'_>,
         bitmap: UserBitmap<'a>,
         snapshot: &Areas<'_>,
@@ -193,11 +206,22 @@ impl AddressSpace {
             let granule = page;
             return Err(Error::Unaligned { range, granule });
         }
+        if let Some(member) = member.filter(|member| !member.range.covers(range)) {
+            return Err(Error::OutsideConsumer {
+                range,
+                consumer: member.range,
+            });
+        }
         let bound = bitmap.bind(range, request.granule())?;
         let covered = match request.scope() {
             Scope::All => Covered::everything(snapshot.rules().attachments()),
             Scope::Domain(domain) => Covered::domain(snapshot.rules().attachments(), domain)?,
         };
+        let members = snapshot.rules().members();
+        let covered = covered.heard_by(match member {
+            None => Audience::unnamed(members),
+            Some(member) => Audience::of(members, member)?,
+        });
         if !self.ever_tracked(&covered) {
             return Err(Error::NeverTracked { range });
         }
@@ -216,6 +240,23 @@ impl AddressSpace {
     }
 }
 
+/// A harvest for a consumer of `space`; `None` is the unnamed one.
+fn harvest_for<'a>(
+    space: SpaceRef<'a>,
+    member: Option<&Arc<Member>>,
+    request: &HarvestRequest<'_>,
+    bitmap: UserBitmap<'a>,
+) -> Result<Lease<'a, Owed>, Error> {
+    let holder = space.clone();
+    // Before the snapshot: a consumer that joins waits for this harvest, or is in the snapshot.
+    let _walk = holder.walks.enter();
+    let snapshot = holder.snapshot();
+    let (bound, covered) = holder.check(member, request, bitmap, &snapshot)?;
+    let held = Held::Lent(bound.view());
+    let holding = Holding::begin(space, held, covered);
+    Ok(harvest(holding, snapshot, request, bound))
+}
+
 /// Walks `request` into `bound`, the bits of `holding`.
 fn harvest<'a>(
     mut holding: Holding<'a>,
@@ -224,7 +265,7 @@ fn harvest<'a>(
     bound: Bound<'_>,
 ) -> Lease<'a, Owed> {
     #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
-    if request.is_parallel() {
+    if request.is_parallel() && !holding.is_shared() {
         return parallel::harvest(holding, snapshot, request, bound.view());
     }
     let asked = bound.view().range();

@@ -152,7 +152,7 @@ impl<'a> Taken<'a> {
                 // Each area counts in the piece in which it begins.
                 taken.areas += u64::from(limit.start() == part.start());
                 let how = Look::Take(&mut taken.gather);
-                let looked = look(space, covered, area, (part, limit), &mut sink, how);
+                let looked = look(space, covered, area, (part, limit), (&mut sink, None), how);
                 taken.walked_to = taken.walked_to.max(walked_to(part, &looked));
                 looked
             });

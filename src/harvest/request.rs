@@ -52,7 +52,8 @@ pub enum Scope {
     /// All domains, and marks.
     #[default]
     All,
-    /// One domain: the writes of its devices, and the pages that earlier leases over it put back.
+    /// One domain: the writes of its devices, and the pages that earlier leases over it put back,
+    /// whichever writer they came from.
     Domain(DomainId),
 }
 
@@ -148,6 +149,7 @@ impl<'m> HarvestRequest<'m> {
     /// # }
     /// ```
     #[must_use]
+    #[doc(alias = "KVM_CLEAR_DIRTY_LOG")]
     pub const fn masked<'n>(self, mask: BitmapView<'n>) -> HarvestRequest<'n>
     where
         'm: 'n,

@@ -5,7 +5,7 @@ use super::lease::Holding;
 use super::{HarvestRequest, Lease, Owed, Scope, Synced, harvest};
 use crate::bitmap::{SparseBitmap, UserBitmap};
 use crate::error::Error;
-use crate::space::AddressSpace;
+use crate::space::{AddressSpace, Member};
 use crate::sync::Arc;
 use crate::units::{DomainId, Granule, IovaRange, ToIovaRange};
 
@@ -47,10 +47,13 @@ pub struct Rounds<'a> {
     scope: Scope,
     within: IovaRange,
     bitmap: Arc<SparseBitmap>,
+    /// The consumer; `None` is the unnamed one.
+    member: Option<Arc<Member>>,
 }
 
 impl AddressSpace {
-    /// Harvests of all that is mapped, round after round.
+    /// Harvests of all that is mapped, round after round. The leases borrow the space; those of
+    /// [`Rounds::shared`] go to other threads.
     pub fn rounds(&self) -> Rounds<'_> {
         Rounds::over(SpaceRef::Lent(self))
     }
@@ -86,10 +89,22 @@ impl<'a> Rounds<'a> {
             scope: Scope::All,
             within: IovaRange::ALL,
             bitmap: Arc::new(SparseBitmap::new(0)),
+            member: None,
         }
     }
 
-    /// Reports `granule` bytes a bit, instead of the page of the space.
+    /// The rounds of a consumer.
+    pub(super) fn of(space: SpaceRef<'a>, member: Arc<Member>) -> Self {
+        Rounds {
+            within: member.range,
+            member: Some(member),
+            ..Self::over(space)
+        }
+    }
+
+    /// Reports `granule` bytes a bit, instead of the page of the space. A bit stands for a whole
+    /// granule, so a run may reach into a hole beside an area; the copier intersects it with
+    /// [`mappings`](AddressSpace::mappings).
     #[must_use]
     pub fn granule(mut self, granule: Granule) -> Self {
         self.granule = granule;
@@ -103,7 +118,8 @@ impl<'a> Rounds<'a> {
         self
     }
 
-    /// Harvests the areas inside `range`, rounded out to whole granules, instead of everything.
+    /// Harvests what lies inside `range`, rounded out to whole granules, instead of everything:
+    /// areas and parts of areas.
     ///
     /// ```
     /// # use dirtymap::{Access, AddressSpace, Granule};
@@ -125,6 +141,9 @@ impl<'a> Rounds<'a> {
     }
 
     /// The next round, synced: its pages can be copied. Waits for devices to drain.
+    ///
+    /// Leases of earlier rounds may still live; each has a bitmap of its own. This is no
+    /// `Iterator`: a round can fail, and be repeated.
     ///
     /// ```
     /// # use dirtymap::{Access, AddressSpace, Granule};
@@ -158,7 +177,10 @@ impl<'a> Rounds<'a> {
     /// [`Error::NothingMapped`] if there is no area; else those of
     /// [`harvest`](AddressSpace::harvest).
     pub fn harvest(&mut self) -> Result<Lease<'a, Owed>, Error> {
-        let snapshot = self.space.snapshot();
+        // Before the snapshot: as in `harvest_for`.
+        let space = self.space.clone();
+        let _walk = space.walks.enter();
+        let snapshot = space.snapshot();
         let areas = snapshot.areas_in(self.within).map(|entry| entry.range);
         let hull = areas.reduce(IovaRange::hull);
         let Some(hull) = hull.and_then(|hull| hull.intersection(self.within)) else {
@@ -174,9 +196,12 @@ impl<'a> Rounds<'a> {
         }
         let request = HarvestRequest::new(range, self.granule).in_scope(self.scope);
         let bitmap = Arc::clone(&self.bitmap);
-        let (bound, covered) =
-            self.space
-                .check(&request, UserBitmap::sparse_alone(&bitmap), &snapshot)?;
+        let (bound, covered) = self.space.check(
+            self.member.as_ref(),
+            &request,
+            UserBitmap::sparse_alone(&bitmap),
+            &snapshot,
+        )?;
         let held = Held::Own(OwnBits {
             bitmap: Arc::clone(&bitmap),
             bound: range,

@@ -29,6 +29,7 @@
 //! A CPU that has loaded "marked" thus plays the part of an IOTLB entry, and the fence in `sync` is
 //! its flush.
 
+mod flights;
 mod gone;
 mod in_flight;
 mod ordering;
@@ -37,6 +38,7 @@ mod ordering;
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod loom_tests;
 
+pub(crate) use flights::{Flight, Flights};
 pub(crate) use in_flight::{FlightSlot, InFlight};
 pub use ordering::MarkOrdering;
 
@@ -180,6 +182,38 @@ impl Marks {
             let recorded = sink.put_mask(self.page_at(bit), self.page, mask);
             recorded.map_err(|error| self.stopped(bit, range, error))
         })
+    }
+
+    /// Marks the pages of `mask`, of 64 pages from `start` on, in marks that begin at address 0.
+    /// The caller has performed F1 after all that the marks stand for.
+    pub(crate) fn mark_mask(&self, start: Iova, mask: u64) {
+        debug_assert!(self.range.start() == Iova::MIN);
+        self.bits.set_mask(start.get() >> self.page.lg2(), mask);
+    }
+
+    /// As [`peek`](Self::peek), without trust in summaries, which another harvest may have cleared:
+    /// see `harvest::shared`.
+    pub(crate) fn peek_all(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+        let Some((first, last)) = self.bits_of(range) else {
+            return Ok(());
+        };
+        self.bits.peek_all(first, last, |bit, mask| {
+            let recorded = sink.put_mask(self.page_at(bit), self.page, mask);
+            recorded.map_err(|error| self.stopped(bit, range, error))
+        })
+    }
+
+    /// Visits the words of `range` that have marks, without trust in summaries.
+    pub(crate) fn visit_all(&self, range: IovaRange, visit: &mut impl FnMut(Iova, u64)) {
+        let Some((first, last)) = self.bits_of(range) else {
+            return;
+        };
+        let Ok(()) = self
+            .bits
+            .peek_all(first, last, |bit, mask| -> Result<(), Infallible> {
+                visit(self.page_at(bit), mask);
+                Ok(())
+            });
     }
 
     /// Clears the marks of `range`, which is made of whole pages. Returns how many there were.

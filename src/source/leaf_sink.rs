@@ -84,6 +84,8 @@ pub(crate) struct Rests<'s> {
     pub(crate) keep: &'s dyn Fn(IovaRange),
     /// Receives the debt of a leaf whose rest is put into the store.
     pub(crate) flush: &'s FlushQueue,
+    /// Whether the leaves are recorded in a flight: see `harvest::shared`.
+    pub(crate) shared: bool,
 }
 
 /// The pages that [`LeafSink::take_run`] has recorded and owed, and that the source still has to
@@ -167,8 +169,21 @@ impl<'s, 'b> LeafSink<'s, 'b> {
             self.sink.record(leaf)?;
         }
         self.gather.add(leaf, size);
+        self.before_clear();
         clear();
         Ok(())
+    }
+
+    /// Orders what was recorded before the clear.
+    #[inline]
+    fn before_clear(&self) {
+        if self.rests.is_some_and(|rests| rests.shared) && performs(Step::FlightFence) {
+            // Release: T1 before T2 of `harvest::shared`, with any ordering of the source's own
+            // clear. Pairs with the Acquire fence between tables and flights in
+            // `shared::look_further`. If that harvest's read of the leaf comes after the clear, it
+            // sees the page in flight or pending; if it comes before, it finds the leaf dirty.
+            fence(Ordering::Release);
+        }
     }
 
     /// Takes a run of pages of size `page` that were seen dirty, for a source that clears many runs
@@ -212,6 +227,7 @@ impl<'s, 'b> LeafSink<'s, 'b> {
                 self.sink.record(inside).map_err(stopped(inside.start()))?;
             }
             self.gather.add(inside, page);
+            self.before_clear();
         }
         if let Some(high) = high.filter(|high| low != Some(*high)) {
             self.take(high, page, || clear(high))
@@ -252,6 +268,7 @@ impl<'s, 'b> LeafSink<'s, 'b> {
             })?;
         }
         self.gather.add_many(start, size, mask);
+        self.before_clear();
         clear(mask);
         Ok(())
     }
@@ -481,6 +498,7 @@ mod tests {
             in_flight: &in_flight,
             keep: &keep,
             flush: &flush,
+            shared: false,
         };
         let mut words = [0; 5];
         let mut gather = FlushGather::new();

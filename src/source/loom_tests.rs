@@ -52,6 +52,7 @@ impl Leaf {
             in_flight: &self.in_flight,
             keep: &keep,
             flush: &self.flush,
+            shared: false,
         };
         // Relaxed, as in a scan that only decides whether to look closer; the clear promises no
         // more.

@@ -14,7 +14,8 @@ use crate::units::{Granule, Iova, IovaRange, ToIovaRange};
 /// device log, a hypervisor whose handle is hidden by a trait, a remote process.
 ///
 /// `pull(range, words)` sets bit `n` of `words` for each page `n` of `range` that was written, and
-/// clears it in the log. The words come zeroed, and bits after the last page are ignored. On
+/// clears it in the log. It is called for parts of the log, which begin at a multiple of 64 pages
+/// from its start. The words come zeroed, and bits after the last page are ignored. On
 /// return, every later write to such a page must be seen by a later pull: an interface that
 /// write-protects flushes its TLBs first.
 ///
@@ -25,25 +26,32 @@ use crate::units::{Granule, Iova, IovaRange, ToIovaRange};
 /// Harvests and peeks of one `PulledLog` wait for each other, because they share that memory, and
 /// they wait for `pull`. Harvests do not allocate.
 ///
+/// What the log holds when its tracking begins is discarded: at the attach to a space that tracks,
+/// otherwise at [`start_tracking`](crate::AddressSpace::start_tracking). Attach it before its
+/// writers begin, or mark these pages yourself.
+///
 /// ```
 /// use dirtymap::{Access, AddressSpace, Granule, HarvestRequest, PulledLog, UserBitmap};
 /// # use dirtymap::{IovaRange, ToIovaRange};
-/// # fn device_log(range: IovaRange, words: &mut [u64]) -> Result<(), std::io::Error> {
-/// #     if range.start().get() == 0 { words[0] = 1 << 3; }
-/// #     Ok(())
+/// # fn read_and_clear(first_word: usize, words: &mut [u64]) {
+/// #     if first_word == 0 { words[0] = 1 << 3; }
 /// # }
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let ram = (0..64 << 20).to_iova_range()?;
 /// let space = AddressSpace::new(Granule::K4);
 /// space.map(ram, 0, Access::ReadWrite)?;
-/// space.attach(PulledLog::new(ram, Granule::K4, |range, words: &mut [u64]| {
-///     device_log(range, words) // your ioctl
-/// })?)?;
+/// let pull = move |part: IovaRange, words: &mut [u64]| -> std::io::Result<()> {
+///     let first_page = (part.start().get() - ram.start().get()) / 4096;
+///     read_and_clear((first_page / 64) as usize, words); // your ioctl
+///     Ok(())
+/// };
+/// space.attach(PulledLog::new(ram, Granule::K4, pull)?)?;
 /// space.start_tracking()?;
 /// # Ok(())
 /// # }
 /// ```
+#[doc(alias = "VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT")]
 #[derive(Debug)]
 pub struct PulledLog<F> {
     range: IovaRange,

@@ -16,8 +16,12 @@ use crate::words::{word_masks, word_runs};
 /// fence between its write and the look. It may still lose the write, because a harvest of this
 /// source owes no flush. A harvest takes a word by one `fetch_and`, so it never waits.
 ///
-/// The words may be any value that implements `AsRef<[AtomicU64]>`: an `Arc<[AtomicU64]>`, a `Vec`,
-/// a mapping of your own.
+/// The words may be any value that implements `AsRef<[AtomicU64]>`: an `Arc<[AtomicU64]>` (which
+/// `Arc::from(vec)` makes), a `Vec`, a mapping of your own.
+///
+/// What the log holds when its tracking begins is discarded: at the attach to a space that tracks,
+/// otherwise at [`start_tracking`](crate::AddressSpace::start_tracking). Attach it before its
+/// writers begin, or mark these pages yourself.
 ///
 /// ```
 /// use dirtymap::{

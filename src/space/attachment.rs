@@ -75,7 +75,7 @@ use crate::units::{DomainId, Granule, Iova, IovaRange};
 
 /// The range of a put-back store: all addresses. Fewer in the model checker, where a bitmap of all
 /// of them would be dozens of levels deep.
-fn put_back_range() -> IovaRange {
+pub(super) fn put_back_range() -> IovaRange {
     if TINY {
         IovaRange::ascending(Iova::MIN, Iova::new(0x3_ffff))
     } else {
@@ -91,6 +91,9 @@ impl AddressSpace {
     /// other changes of the domains, and may wait for devices.
     ///
     /// [`alignment`](Self::alignment) grows to the smallest page of the source, if that is larger.
+    ///
+    /// What a source says that was written before it tracks is discarded: in a space that tracks,
+    /// before the attach. Attach a log before its writers begin, or mark these pages yourself.
     ///
     /// ```
     /// # use dirtymap::{Access, AddressSpace, Granule, SharedLog};
@@ -361,7 +364,12 @@ impl AddressSpace {
     /// and the page may belong to the new area. So the page also goes to the put-back stores of the
     /// domains, where the new area has it. It still counts as outside, because it may belong to an
     /// area that is gone.
+    ///
+    /// In a space with consumers, `run` goes to the store of the lease's consumer instead.
     pub(crate) fn put_back(&self, run: IovaRange, covered: &Covered, taken: u64) -> Outside {
+        if let Some(member) = covered.audience.own() {
+            return self.put_back_for(member, run, covered, taken);
+        }
         // Before the look at the areas: a promise becomes an area in one step.
         for promised in self.snapshot().rules().promised_parts(run) {
             for domain in covered.domains() {

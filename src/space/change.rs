@@ -232,6 +232,7 @@ impl AddressSpace {
             if let Some(sink) = record.as_deref_mut() {
                 let recorded = area.marks.peek(range, sink);
                 recorded.map_err(|stopped| stopped.error)?;
+                self.record_members(area, range, sink)?;
             }
         }
         Ok(())
@@ -464,14 +465,17 @@ impl AddressSpace {
         for (area, range) in plan.going() {
             unmapped.areas += 1;
             unmapped.bytes += range.len();
-            area.marks.take(range, |start, mask| {
+            let mut count = |start, mask: u64| {
                 let done = match record.as_deref_mut() {
                     Some(sink) => sink.record_mask(start, page, mask).is_ok(),
                     None => false,
                 };
                 let pages = if done { &mut recorded } else { &mut discarded };
                 *pages += u64::from(mask.count_ones());
-            });
+            };
+            self.mark_pending(area, range);
+            area.marks.take(range, &mut count);
+            self.late_pages(area, range, count);
         }
         unmapped.dirty_bytes = u128::from(recorded) << page.lg2();
         unmapped.discarded_bytes = u128::from(discarded) << page.lg2();

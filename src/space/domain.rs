@@ -3,6 +3,7 @@
 
 use std::ops::Deref;
 
+use super::members::Audience;
 use super::retired::Source;
 use super::switch::Switch;
 use crate::error::Error;
@@ -114,6 +115,8 @@ pub(crate) struct Covered {
     /// The position of the only domain, if it is only one.
     only: Option<usize>,
     pub(crate) marks: bool,
+    /// For whom the harvest takes, and to whom it leaves what it takes.
+    pub(crate) audience: Audience,
 }
 
 impl Covered {
@@ -123,7 +126,13 @@ impl Covered {
             all: attached.clone(),
             only: None,
             marks: true,
+            audience: Audience::default(),
         }
+    }
+
+    /// The same for the consumer of `audience`.
+    pub(crate) fn heard_by(self, audience: Audience) -> Self {
+        Covered { audience, ..self }
     }
 
     /// One domain.
@@ -136,6 +145,7 @@ impl Covered {
             only: Some(all.position(id)?),
             all,
             marks: false,
+            audience: Audience::default(),
         })
     }
 
@@ -145,6 +155,7 @@ impl Covered {
             only: self.all.position(domain.id).ok(),
             all: self.all.clone(),
             marks: false,
+            audience: Audience::default(),
         }
     }
 

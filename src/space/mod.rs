@@ -23,6 +23,7 @@ mod flushing;
 #[cfg(all(test, not(dirtymap_loom)))]
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod growth_tests;
+mod members;
 mod outside;
 mod pairs;
 mod plan;
@@ -33,6 +34,7 @@ mod stats;
 mod switch;
 mod tracking;
 mod unmap;
+mod walks;
 
 pub use crate::marks::MarkOrdering;
 pub use crate::report::Unmapped;
@@ -40,6 +42,7 @@ pub use allocation::SpaceRanges;
 pub(crate) use area::Area;
 pub(crate) use domain::{Attachment, Covered};
 pub use faults::{Fault, FaultSource, Faults};
+pub(crate) use members::{Audience, Beginning, Member, MemberCounts};
 pub use plan::Change;
 pub use snapshot::SpaceSnapshot;
 pub(crate) use stats::Counters;
@@ -49,7 +52,7 @@ use crate::area::AreaTree;
 use crate::error::Error;
 use crate::events;
 use crate::flush::FlushQueue;
-use crate::marks::{InFlight, NearMarks};
+use crate::marks::{Flights, InFlight, NearMarks};
 use crate::source::{DirtySource, Mapping};
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, fence};
 use crate::units::{Access, DomainId, Granule, Iova, IovaRange, ToIovaRange};
@@ -58,6 +61,7 @@ use outside::Outside;
 use retired::LastRetired;
 use rules::Rules;
 use switch::Switch;
+use walks::Walks;
 
 /// The areas of one moment.
 pub(crate) type Areas<'a> = SpaceSnapshot<'a>;
@@ -97,6 +101,11 @@ pub struct AddressSpace {
     pub(crate) areas: AreaTree<Area, 16, Rules>,
     pub(crate) flush: FlushQueue,
     pub(crate) in_flight: InFlight,
+    /// What harvests have taken and not left to other consumers yet.
+    pub(crate) flights: Flights,
+    /// The pieces whose summaries such harvests may have cleared.
+    pub(crate) hiding: InFlight,
+    pub(crate) walks: Walks,
     pub(crate) counters: Arc<Counters>,
     faults: Arc<Log>,
     tracking: Switch,
@@ -117,6 +126,9 @@ impl AddressSpace {
             areas: AreaTree::new(),
             flush: FlushQueue::new(),
             in_flight: InFlight::new(),
+            flights: Flights::new(attachment::put_back_range(), page),
+            hiding: InFlight::new(),
+            walks: Walks::new(),
             counters: Arc::new(Counters::default()),
             faults: Arc::new(Log::new()),
             tracking: Switch::new(),
@@ -181,7 +193,8 @@ impl AddressSpace {
         self.page
     }
 
-    /// Maps `range` to the memory that begins at the backing address `backing`.
+    /// Maps `range` to the memory that begins at the backing address `backing`. The area begins
+    /// clean: what its memory holds already has to be copied once.
     ///
     /// ```
     /// # use dirtymap::{Access, AddressSpace, Granule};
@@ -257,6 +270,8 @@ impl AddressSpace {
     /// Marks `range` dirty: a CPU thread wrote it. Call it **after** the write. A page that `range`
     /// covers only in part is marked as a whole.
     ///
+    /// In a space that does not track yet, the next start of tracking discards the mark.
+    ///
     /// Lock-free; never blocks. The cost grows with the number of pages: a mark of a terabyte sets
     /// a bit for each of them. If one area is marked again and again, [`area`](Self::area) saves
     /// the lookup.
@@ -264,6 +279,7 @@ impl AddressSpace {
     /// # Errors
     /// [`Error::Outside`] with the first address that no area holds. The parts inside areas are
     /// still marked, and the call is counted in [`SpaceStats::outside_marks`].
+    #[doc(alias = "mark_dirty")]
     #[doc(alias = "memory_region_set_dirty")]
     #[doc(alias = "mark_page_dirty")]
     #[doc(alias = "cpu_physical_memory_set_dirty_range")]

@@ -6,6 +6,7 @@
 //! the number of reserved and allowed ranges, of which a platform has a handful.
 
 use super::domain::{Attachment, Attachments};
+use super::members::{Member, Members};
 use crate::error::Error;
 use crate::ranges::{add_joined, without};
 use crate::sync::Arc;
@@ -25,12 +26,28 @@ pub(crate) struct Rules {
     /// in order.
     promised: Vec<IovaRange>,
     attachments: Attachments,
+    members: Members,
 }
 
 impl Rules {
     /// The attached domains.
     pub(crate) fn attachments(&self) -> &Attachments {
         &self.attachments
+    }
+
+    /// The consumers.
+    pub(crate) fn members(&self) -> &Members {
+        &self.members
+    }
+
+    /// The rules with the list of consumers that `change` makes of the present one.
+    pub(crate) fn with_members(&self, change: impl FnOnce(&mut Vec<Arc<Member>>)) -> Rules {
+        let mut members = self.members.to_vec();
+        change(&mut members);
+        Rules {
+            members: Members::new(members),
+            ..self.clone()
+        }
     }
 
     /// The rules with the list of domains that `change` makes of the present one.

@@ -70,7 +70,7 @@ impl AddressSpace {
     }
 
     /// Stops tracking writes, in all domains and for marks. Dirty pages stay dirty for a last
-    /// harvest.
+    /// harvest. A write after it may still be reported; the next start discards it.
     ///
     /// # Errors
     /// The error of the first source that refuses. The other sources are switched nevertheless, and

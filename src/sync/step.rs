@@ -197,6 +197,21 @@ steps! {
     AnnounceSplit,
     /// Looking whether a chunk is whole after each clear of a summary.
     LookBehindHide,
+    /// Leaving what a harvest has taken pending for the other consumers.
+    LeaveToOthers,
+    /// Handing the debt of such pages to the queue before they are pending; left out, only the
+    /// lease knows it.
+    CarryDebt,
+    /// Looking at what other harvests have taken and not left yet.
+    LookAtFlights,
+    /// The fence between the record of a leaf in a flight and the clear of the leaf.
+    FlightFence,
+    /// Claiming a piece before summaries in it are cleared.
+    ClaimPiece,
+    /// Waiting for the harvests that do not know a consumer that joins.
+    WaitForWalks,
+    /// Flushing what those harvests owe.
+    FlushAtJoin,
 }
 
 /// The number of the step that is left out, counted from 1; 0 for none.

@@ -88,18 +88,48 @@ impl BitmapFile {
     /// `space` becomes dirty. So after a crash everything is dirty, because the file of the run
     /// before is gone.
     ///
-    /// Map the areas and start tracking before this, and let writers begin after it. Pages of the
-    /// file that no area holds any more count in
+    /// Map the areas before this, in a [`tracked`](AddressSpace::tracked) space or **after
+    /// [`start_tracking`](AddressSpace::start_tracking)**, which makes everything clean. Let
+    /// writers begin after it. Pages of the file that no area holds any more count in
     /// [`SpaceStats::outside_marks`](dirtymap::space::SpaceStats::outside_marks).
     ///
+    /// The result is one of two cases for a program: `Saved` with the generation that it expects,
+    /// or all areas have to be copied. A file of another generation was saved by another run, for
+    /// example before a backup was restored: mark all areas then.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule};
+    /// # use dirtymap_formats::{BitmapFile, Restored};
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let path = std::env::temp_dir().join(format!("dirtymap-match-{}", std::process::id()));
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// # let expected = 1;
+    /// match BitmapFile::restore_space(&path, &space)? {
+    ///     Restored::Saved { generation, .. } if generation == expected => {}
+    ///     Restored::Everything { reason } => println!("all of it is copied: {reason}"),
+    ///     _ => {
+    ///         for area in space.mappings() {
+    ///             space.mark(area.range)?;
+    ///         }
+    ///     }
+    /// }
+    /// assert_eq!(space.rounds().next()?.dirty(), 256);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
-    /// [`BitmapFileError::Io`] if the file cannot be removed: it would be taken for the state of a
-    /// later moment. The pages are dirty nevertheless.
+    /// [`Error::NeverTracked`], in [`BitmapFileError::Bitmap`], if `space` does not track yet: the
+    /// start would discard what was restored. The file stays. [`BitmapFileError::Io`] if the file
+    /// cannot be removed: it would be taken for the state of a later moment. The pages are dirty
+    /// nevertheless.
     pub fn restore_space(
         path: impl AsRef<Path>,
         space: &AddressSpace,
     ) -> Result<Restored, BitmapFileError> {
         let path = path.as_ref();
+        check_tracked(space)?;
         let restored = match restore(path, space) {
             Ok(restored) => restored,
             Err(reason) => {
@@ -118,6 +148,16 @@ impl BitmapFile {
         }
         Ok(restored)
     }
+}
+
+/// Refuses a space that does not track yet: a peek at its first page says so.
+fn check_tracked(space: &AddressSpace) -> Result<(), Error> {
+    let Some(area) = space.mappings().first().copied() else {
+        return Ok(());
+    };
+    let range = IovaRange::granule_at(area.range.start(), space.alignment());
+    let request = HarvestRequest::new(range, space.alignment());
+    space.peek(&request, UserBitmap::new(&mut [0])).map(drop)
 }
 
 /// Marks the pages of the file.

@@ -27,6 +27,36 @@ fn range(start: u64, end: u64) -> IovaRange {
     (start..end).to_iova_range().unwrap()
 }
 
+/// `start_tracking` makes everything clean, so a restore before it would be lost, with the file.
+#[test]
+fn a_space_that_does_not_track_yet_restores_nothing_and_keeps_the_file() {
+    let folder = Folder::new("never-tracked");
+    let path = folder.file();
+    let before = space();
+    before.mark(0x5000..0x6000).unwrap();
+    BitmapFile::save_space(&path, &before, 7).unwrap();
+
+    let after = AddressSpace::new(Granule::K4);
+    after.map(0..GIB, 0, Access::ReadWrite).unwrap();
+    let refused = BitmapFile::restore_space(&path, &after).unwrap_err();
+    assert!(
+        matches!(refused, BitmapFileError::Bitmap(Error::NeverTracked { .. })),
+        "{refused:?}"
+    );
+    assert!(path.exists());
+
+    after.start_tracking().unwrap();
+    let restored = BitmapFile::restore_space(&path, &after).unwrap();
+    assert!(matches!(
+        restored,
+        Restored::Saved {
+            generation: 7,
+            bytes: 0x1000
+        }
+    ));
+    assert_eq!(dirty(&after), [range(0x5000, 0x6000)]);
+}
+
 fn everything(space: &AddressSpace) -> bool {
     dirty(space) == [range(0, GIB), range(4 * GIB, 5 * GIB)]
 }

@@ -12,7 +12,7 @@ fn main() -> ExitCode {
         };
         let weakness = case.weakness.unwrap_or("as it is");
         println!(
-            "{:8}{weakness:56}{:>8} states  {verdict}",
+            "{:10}{weakness:66}{:>8} states  {verdict}",
             case.model, outcome.states
         );
         if let Some(loss) = &outcome.loss {

@@ -19,6 +19,8 @@
 //! * `unmap`: a device, a harvester, an unmap that returns dirty pages. No reuse before the flush
 //! * `ring`: a guest, two harvesters that take its pages out of KVM's ring. The copy comes after
 //!   the sync
+//! * `consumers`: a device, two consumers that harvest, abort and join. Each consumer is told every
+//!   write
 //! * `leaves`: a device, a harvester, a thread that splits and merges leaves
 //! * `summary`: two CPUs that mark, two harvesters of which one may fail to record. A page that
 //!   cannot be recorded is not cleared
@@ -30,6 +32,7 @@
 //! `cargo run --release -p proptests --bin protocol` prints the table, and for each weakness a
 //! shortest path to a lost write.
 
+mod consumers;
 mod explore;
 mod leases;
 mod leaves;
@@ -71,9 +74,10 @@ pub fn cases() -> Vec<Case> {
         &'static [&'static str],
         fn(Option<&'static str>) -> Outcome,
     );
-    let models: [Model; 7] = [
+    let models: [Model; 8] = [
         ("skip", skip::WEAKNESSES, skip::explore_with),
         ("leases", leases::WEAKNESSES, leases::explore_with),
+        ("consumers", consumers::WEAKNESSES, consumers::explore_with),
         ("parts", parts::WEAKNESSES, parts::explore_with),
         ("unmap", unmap::WEAKNESSES, unmap::explore_with),
         ("leaves", leaves::WEAKNESSES, leaves::explore_with),

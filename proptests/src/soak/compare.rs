@@ -29,12 +29,12 @@ fn compare(world: &World) -> Result<(), Failure> {
             Err(error) => return Err(Failure::call("unmap", scratch, error)),
         }
     }
-    let mut harvester = Harvester::of_comparison(world);
+    let mut harvester = Harvester::of_comparison(world, 0);
     let devices = world.options.devices as usize;
     for (nth, id) in world.ids.iter().enumerate() {
         harvester.everything(Scope::Domain(*id))?;
         for page in 0..PAGES {
-            world.compare(page, |copy, _| {
+            world.compare(0, page, |copy, _| {
                 let own = (nth..devices).step_by(DOMAINS);
                 own.into_iter().try_for_each(|lane| {
                     let what = format!("the copy after a harvest of domain {nth} alone");
@@ -43,6 +43,19 @@ fn compare(world: &World) -> Result<(), Failure> {
             })?;
         }
     }
+    for whose in 0..=world.consumers.len() {
+        compare_for(world, whose)?;
+    }
+    identities(world)
+}
+
+/// Compares everything that one consumer has copied.
+fn compare_for(world: &World, whose: usize) -> Result<(), Failure> {
+    let mut harvester = Harvester::of_comparison(world, whose);
+    let copied = match whose {
+        0 => "the copy".to_owned(),
+        _ => format!("the copy of {}", super::world::name(whose)),
+    };
     let mut rounds = 0;
     while harvester.everything(Scope::All)? != 0 {
         rounds += 1;
@@ -51,10 +64,10 @@ fn compare(world: &World) -> Result<(), Failure> {
         }
     }
     for page in 0..PAGES {
-        world.compare(page, |copy, memory| {
+        world.compare(whose, page, |copy, memory| {
             for lane in 0..world.shadows.len() {
                 check_lane(world, page, lane, memory, "the memory")?;
-                check_lane(world, page, lane, copy, "the copy")?;
+                check_lane(world, page, lane, copy, &copied)?;
             }
             match copy == memory {
                 true => Ok(()),
@@ -62,7 +75,7 @@ fn compare(world: &World) -> Result<(), Failure> {
             }
         })?;
     }
-    identities(world)
+    Ok(())
 }
 
 /// Checks that the lane in `bytes`, a page of `what`, has the last write of its writer.

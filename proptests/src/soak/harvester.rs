@@ -5,15 +5,17 @@
 //! reports these, and their memory is final, because the unmap has flushed. The harvester copies
 //! them by its bitmap.
 
-use dirtymap::sync::AtomicU64;
-use dirtymap::{Error, Granule, HarvestRequest, Holes, Scope, UserBitmap};
+use std::sync::Arc;
+
+use dirtymap::sync::{AtomicU64, lock};
+use dirtymap::{Consumer, Error, Granule, HarvestRequest, Holes, Scope, Start, UserBitmap};
 
 use super::failure::Failure;
 use super::layout::{self, PAGES};
 use super::options::Sabotage;
 use super::panics::caught;
 use super::tally::Count;
-use super::world::World;
+use super::world::{World, name};
 use crate::Random;
 
 /// The end of a lease.
@@ -35,6 +37,8 @@ pub(super) enum Fate {
 pub(super) struct Harvester<'w> {
     world: &'w World,
     actor: usize,
+    /// For which consumer; 0 is the unnamed one.
+    whose: usize,
     random: Random,
     words: Vec<AtomicU64>,
 }
@@ -45,13 +49,56 @@ impl<'w> Harvester<'w> {
         Harvester {
             world,
             actor: (others + nth) as usize,
+            whose: 0,
             random: world.random(3, nth.into()),
             words: Vec::new(),
         }
     }
 
+    /// The one that harvests for the named consumer `whose`.
+    pub(super) fn of_consumer(world: &'w World, whose: usize) -> Self {
+        let nth = world.options.harvesters + whose as u32 - 1;
+        Harvester {
+            whose,
+            ..Harvester::new(world, nth)
+        }
+    }
+
+    /// The named consumer leaves, and comes back as a new one: it is told everything that is
+    /// mapped, or copies it after the join.
+    fn come_back(&mut self) -> Result<(), Failure> {
+        let world = self.world;
+        let everything = dirtymap::IovaRange::ALL;
+        world
+            .events
+            .note(self.actor, "leaves and comes back", everything);
+        let mut place = lock(&world.consumers[self.whose - 1]);
+        world.tally.add(Count::Joins, 1);
+        loop {
+            let clean = self.random.below(2) == 0;
+            let start = if clean { Start::Clean } else { Start::Dirty };
+            // The old one leaves when it is replaced, so the new one has another name.
+            let name = format!("{} of {}", self.random.bits(), name(self.whose));
+            match caught(|| Consumer::shared(Arc::clone(&world.space), &name, start)) {
+                Some(Ok(consumer)) => *place = Arc::new(consumer),
+                Some(Err(error)) => return Err(Failure::call("join", everything, error)),
+                None => {
+                    world.tally.add(Count::Panicked, 1);
+                    continue;
+                }
+            }
+            // What was unmapped while there was no consumer is told by nobody.
+            let first = if clean { 0 } else { layout::slot(0).0 };
+            world.copy_for(self.whose, layout::range(first, PAGES - first));
+            return Ok(());
+        }
+    }
+
     pub(super) fn run(mut self) -> Result<(), Failure> {
         while self.world.control.goes_on(|| ()) {
+            if self.whose != 0 && self.random.below(64) == 0 {
+                self.come_back()?;
+            }
             let request = self.request();
             if self.random.below(16) == 0 {
                 self.peek(&request)?;
@@ -126,7 +173,12 @@ impl<'w> Harvester<'w> {
         self.clear_words(request);
         self.world.tally.add(Count::Peeks, 1);
         let space = &self.world.space;
-        match caught(|| space.peek(request, UserBitmap::shared(&self.words))) {
+        let consumer = self.world.consumer(self.whose);
+        let peek = || match &consumer {
+            None => space.peek(request, UserBitmap::shared(&self.words)),
+            Some(consumer) => consumer.peek(request, UserBitmap::shared(&self.words)),
+        };
+        match caught(peek) {
             Some(Ok(_) | Err(Error::Hole { .. })) => Ok(()),
             Some(Err(error)) => Err(Failure::call("peek", request.range(), error)),
             None => {
@@ -155,19 +207,27 @@ impl<'w> Harvester<'w> {
         let view = view.map_err(|error| failed("view", &error.into()))?;
         world.events.note(self.actor, text(request, fate), range);
         tally.add(Count::Harvests, 1);
-        // A drop does not report pages outside, so all of them may have been.
+        // A drop does not say what was outside: all of it may have been.
+        let whose = self.whose;
+        let copy =
+            |runs: dirtymap::bitmap::Runs<'_>| runs.for_each(|run| world.copy_for(whose, run));
         let dropped = |view: dirtymap::BitmapView<'_>| {
             if layout::slot(0).0 <= *layout::pages_of(range).end() {
                 tally.add(Count::OutsideAborts, 1);
-                world.copy_runs(view.runs());
+                copy(view.runs());
             }
         };
+        let consumer = world.consumer(whose);
         let mut asked = *request;
         if fate != Fate::Forget && bits != u64::MAX {
             tally.add(Count::Bounded, 1);
             asked = asked.max_bits(bits);
         }
-        let Some(harvested) = caught(|| world.space.harvest(&asked, bitmap())) else {
+        let harvest = || match &consumer {
+            None => world.space.harvest(&asked, bitmap()),
+            Some(consumer) => consumer.harvest(&asked, bitmap()),
+        };
+        let Some(harvested) = caught(harvest) else {
             tally.add(Count::Panicked, 1);
             dropped(view);
             return Ok(1);
@@ -207,7 +267,7 @@ impl<'w> Harvester<'w> {
             Fate::Commit | Fate::AbortSynced | Fate::Forget => {
                 let early = sabotage == Some(Sabotage::CopyBeforeSync);
                 if early {
-                    world.copy_runs(view.runs());
+                    copy(view.runs());
                 }
                 let Some(lease) = caught(|| lease.sync()) else {
                     // The panic dropped it.
@@ -218,7 +278,7 @@ impl<'w> Harvester<'w> {
                 let lease = lease.map_err(|error| failed("sync", &error))?;
                 if fate != Fate::AbortSynced {
                     if !early {
-                        world.copy_runs(lease.runs());
+                        copy(lease.runs());
                     }
                     if fate == Fate::Forget {
                         tally.add(Count::Forgotten, 1);
@@ -231,7 +291,7 @@ impl<'w> Harvester<'w> {
                     return Ok(bits);
                 }
                 if let Some(run) = lease.runs().next() {
-                    world.copy_range(run);
+                    world.copy_for(whose, run);
                 }
                 tally.add(Count::Aborts, 1);
                 lease.abort().outside_bytes != 0
@@ -239,7 +299,7 @@ impl<'w> Harvester<'w> {
         };
         if outside {
             tally.add(Count::OutsideAborts, 1);
-            world.copy_runs(view.runs());
+            copy(view.runs());
         }
         Ok(bits)
     }
@@ -264,9 +324,13 @@ impl<'w> Harvester<'w> {
         Ok(bits)
     }
 
-    /// The harvester of the comparison.
-    pub(super) fn of_comparison(world: &'w World) -> Self {
-        Harvester::new(world, world.options.harvesters)
+    /// The comparison, for the consumer `whose`.
+    pub(super) fn of_comparison(world: &'w World, whose: usize) -> Self {
+        let nth = world.options.harvesters + world.options.consumers;
+        Harvester {
+            whose,
+            ..Harvester::new(world, nth)
+        }
     }
 }
 

@@ -130,6 +130,9 @@ fn spawn_all<'scope, 'env>(scope: &'scope thread::Scope<'scope, 'env>, world: &'
     for nth in 0..options.harvesters {
         act(Box::new(move || Harvester::new(world, nth).run()));
     }
+    for whose in 1..=options.consumers as usize {
+        act(Box::new(move || Harvester::of_consumer(world, whose).run()));
+    }
 }
 
 /// Prints the progress each second, and compares every few seconds, until the time is over. `grown`

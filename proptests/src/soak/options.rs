@@ -58,6 +58,16 @@ pub struct Options {
     )]
     pub harvesters: u32,
 
+    /// Threads that each harvest for a named consumer, which leaves and comes back now and then, 0
+    /// to 16
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        value_parser = clap::value_parser!(u32).range(0..=16)
+    )]
+    pub consumers: u32,
+
     /// Seconds between two comparisons
     #[arg(long, value_name = "N", default_value_t = 2.0, value_parser = amount)]
     pub checkpoint: f64,
@@ -131,7 +141,7 @@ impl Options {
     pub(super) fn command(&self) -> String {
         let mut command = format!(
             "cargo run --release -p proptests --bin soak -- --seconds {} --seed {} --devices {} \
-             --cpus {} --mappers {} --attachers {} --harvesters {} --checkpoint {}",
+             --cpus {} --mappers {} --attachers {} --harvesters {} --consumers {} --checkpoint {}",
             self.duration().as_secs_f64(),
             self.seed,
             self.devices,
@@ -139,6 +149,7 @@ impl Options {
             self.mappers,
             self.attachers,
             self.harvesters,
+            self.consumers,
             self.checkpoint,
         );
         let flags = [

@@ -39,6 +39,7 @@ counts! {
     Drops "leases dropped",
     OutsideAborts "aborts past an unmap",
     Bounded "harvests in instalments",
+    Joins "consumers that left and came back",
     Panicked "calls in which a source panicked",
     Forgotten "leases forgotten",
     ForgottenBytes "bytes of these",

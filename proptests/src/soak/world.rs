@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use dirtymap::bitmap::Runs;
 use dirtymap::sync::{AtomicU64, Mutex, MutexGuard, Ordering, lock};
-use dirtymap::{Access, AddressSpace, DomainId, Granule, IovaRange};
+use dirtymap::{Access, AddressSpace, Consumer, DomainId, Granule, IovaRange, Start};
 use pagetable_sim::{Breakage, PhysMemory};
 
 use super::control::Control;
@@ -78,18 +78,23 @@ impl Slot {
     }
 }
 
+type Copied = Vec<Mutex<[u8; PAGE as usize]>>;
+
 /// See the [module](self).
 pub(super) struct World {
     pub(super) options: Options,
-    pub(super) space: AddressSpace,
+    pub(super) space: Arc<AddressSpace>,
+    /// The named consumers. Their number is one less than that of a copy.
+    pub(super) consumers: Vec<Mutex<Arc<Consumer<'static>>>>,
     pub(super) memory: Arc<PhysMemory>,
     pub(super) machines: Vec<Arc<dyn Machine>>,
     pub(super) ids: Vec<DomainId>,
     pub(super) slots: Vec<Slot>,
-    /// The destination. A page is read from memory and written here under its lock, so that an
-    /// older copy never replaces a newer one.
-    copy: Vec<Mutex<[u8; PAGE as usize]>>,
-    /// By lane: the last write of its writer to each page.
+    /// The destination of each consumer; the first is that of harvests without a name. A page is
+    /// read from memory and written here under its lock, so that an older copy never replaces a
+    /// newer one.
+    copies: Vec<Copied>,
+    /// By lane: what its writer wrote last to each page.
     pub(super) shadows: Vec<Vec<AtomicU64>>,
     pub(super) control: Control,
     pub(super) tally: Tally,
@@ -132,15 +137,24 @@ impl World {
         let lanes = options.devices + options.attachers + options.cpus;
         let device_lanes = u64::from(options.devices + options.attachers);
         let names = actors(&options);
+        let space = Arc::new(space);
+        panics.switch(false);
+        let consumers = (1..=options.consumers as usize)
+            .map(|whose| Consumer::shared(Arc::clone(&space), &name(whose), Start::Clean))
+            .map(|joined| joined.map(|consumer| Mutex::new(Arc::new(consumer))))
+            .collect::<Result<_, _>>()?;
+        panics.switch(options.panics);
+        let copied = || (0..PAGES).map(|_| Mutex::new([0; PAGE as usize])).collect();
         Ok(World {
             space,
+            consumers,
             memory,
             machines,
             ids,
             slots: (0..layout::SMALL + layout::LARGE)
                 .map(|nth| Slot::new(nth, device_lanes))
                 .collect(),
-            copy: (0..PAGES).map(|_| Mutex::new([0; PAGE as usize])).collect(),
+            copies: (0..=options.consumers).map(|_| copied()).collect(),
             shadows: (0..lanes)
                 .map(|_| (0..PAGES).map(|_| AtomicU64::new(0)).collect())
                 .collect(),
@@ -169,33 +183,47 @@ impl World {
         self.options.breakage()
     }
 
-    /// Copies all pages that `runs` touch.
+    /// Copies all pages that `runs` touch, for every consumer.
     pub(super) fn copy_runs(&self, runs: Runs<'_>) {
         for run in runs {
             self.copy_range(run);
         }
     }
 
-    /// Copies all pages that `range` touches.
+    /// Copies all pages that `range` touches, for every consumer.
     pub(super) fn copy_range(&self, range: IovaRange) {
+        for whose in 0..self.copies.len() {
+            self.copy_for(whose, range);
+        }
+    }
+
+    /// Copies all pages that `range` touches, for one consumer.
+    pub(super) fn copy_for(&self, whose: usize, range: IovaRange) {
         let mut pages = 0;
         for page in layout::pages_of(range) {
-            let mut copy = lock(&self.copy[page as usize]);
+            let mut copy = lock(&self.copies[whose][page as usize]);
             self.memory.read(page * PAGE, &mut *copy).unwrap();
             pages += 1;
         }
         self.tally.add(Count::Pages, pages);
     }
 
-    /// Calls `compare` with the copy and the memory of `page`.
+    /// The named consumer number `whose`, counted from 1; `None` for 0.
+    pub(super) fn consumer(&self, whose: usize) -> Option<Arc<Consumer<'static>>> {
+        let at = whose.checked_sub(1)?;
+        Some(Arc::clone(&lock(&self.consumers[at])))
+    }
+
+    /// Calls `compare` with the copy of a consumer and the memory of `page`.
     pub(super) fn compare(
         &self,
+        whose: usize,
         page: u64,
         compare: impl FnOnce(&[u8; PAGE as usize], &[u8; PAGE as usize]) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
         let mut now = [0; PAGE as usize];
         self.memory.read(page * PAGE, &mut now).unwrap();
-        compare(&lock(&self.copy[page as usize]), &now)
+        compare(&lock(&self.copies[whose][page as usize]), &now)
     }
 
     /// The name of the writer of `lane`.
@@ -214,12 +242,19 @@ impl World {
     }
 }
 
-/// The actors with events: mappers, then attachers, then harvesters, then the comparison.
+/// The name of the named consumer number `whose`.
+pub(super) fn name(whose: usize) -> String {
+    format!("consumer {whose}")
+}
+
+/// The actors with events: mappers, then attachers, then harvesters, then named consumers, then the
+/// comparison.
 fn actors(options: &Options) -> Vec<String> {
     let kinds = [
         ("mapper", options.mappers),
         ("attacher", options.attachers),
         ("harvester", options.harvesters),
+        ("consumer", options.consumers),
     ];
     let numbered = kinds
         .iter()

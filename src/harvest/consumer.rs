@@ -1,0 +1,220 @@
+//! Consumers: each is told every write, whatever the others do.
+
+use std::fmt;
+
+use super::held::SpaceRef;
+use super::{HarvestRequest, Lease, Owed, Rounds, harvest_for};
+use crate::bitmap::{BitmapView, UserBitmap};
+use crate::error::Error;
+use crate::space::{AddressSpace, Beginning, Member};
+use crate::sync::{Arc, Ordering};
+use crate::units::{IovaRange, ToIovaRange};
+
+/// One of several programs that look at the same memory, such as a migration, a backup and a
+/// replica: each consumer is told every write since its own last committed harvest, whatever the
+/// others take, abort or never ask for.
+///
+/// ```
+/// use dirtymap::{Access, AddressSpace, Granule, Start};
+///
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// let space = AddressSpace::tracked(Granule::K4);
+/// space.map(0..1 << 20, 0, Access::ReadWrite)?;
+/// let backup = space.consumer("backup", Start::Dirty)?; // everything, at first
+/// let replica = space.consumer("replica", Start::Clean)?;
+/// assert_eq!(backup.rounds().next()?.commit().bits_set, 256);
+///
+/// space.mark(0x3000..0x3001)?;
+/// assert_eq!(replica.rounds().next()?.commit().bits_set, 1);
+/// assert_eq!(backup.rounds().next()?.commit().bits_set, 1); // told, too
+/// # Ok(())
+/// # }
+/// ```
+///
+/// A mark costs the same with any number of consumers. A harvest leaves the pages that it takes to
+/// the others, which costs a store for each consumer and each word of dirty pages.
+///
+/// # The unnamed consumer
+/// [`AddressSpace::harvest`], [`peek`](AddressSpace::peek), [`rounds`](AddressSpace::rounds) and
+/// harvests of one [domain](crate::Scope) are those of the *unnamed* consumer, which covers all of
+/// the space and always exists. So a program that knows no consumers goes on as it was. What nobody
+/// asks for on its behalf takes a bit for each page.
+///
+/// # Areas that go
+/// An unmap ends what is pending in its areas for every consumer. Its bitmap has each page that
+/// some consumer has not been told, and [`ConsumerStats::unmapped_bytes`] counts what was pending
+/// for this one. A cut changes nothing, and a detach moves dirty pages to where every consumer
+/// finds them.
+///
+/// # Drop
+/// A consumer leaves when it is dropped. Its leases can still be synced, copied and committed. One
+/// that is aborted after that puts back nothing, and counts its pages as outside.
+pub struct Consumer<'a> {
+    space: SpaceRef<'a>,
+    member: Arc<Member>,
+}
+
+/// What a new consumer is told first.
+#[derive(Clone, Copy, Debug)]
+pub enum Start<'c> {
+    /// Writes from the return of the call on: copy everything once, after the call.
+    Clean,
+    /// All that is mapped.
+    Dirty,
+    /// What that consumer has not been told yet.
+    LikeOf(&'c Consumer<'c>),
+}
+
+/// Counts of one consumer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct ConsumerStats {
+    /// Bytes that are pending for it alone. Other dirty pages are found where they are.
+    pub pending_bytes: u64,
+    /// Its live leases.
+    pub leases: u64,
+    /// Bytes that its harvests reported, and that were not set in its bitmaps before.
+    pub leased_bytes: u64,
+    /// Of these: bytes of leases that were committed.
+    pub committed_bytes: u64,
+    /// Of these: bytes of leases that were aborted or dropped.
+    pub aborted_bytes: u64,
+    /// Bytes that were pending for it in areas that were unmapped.
+    pub unmapped_bytes: u64,
+}
+
+impl AddressSpace {
+    /// Adds a consumer of the whole space. `name` has 1 to 255 bytes.
+    ///
+    /// May run while everything else does. It waits for the harvests that are running, and for a
+    /// flush of all sources, as [`start_tracking`](Self::start_tracking) does: what was taken
+    /// before is not left to the new consumer.
+    ///
+    /// # Errors
+    /// In this order: [`Error::BadName`], [`Error::ConsumerTwice`], [`Error::TooManyConsumers`],
+    /// [`Error::ConsumerLeft`] for a consumer of another space; the error of a source that cannot
+    /// flush; [`Error::ConsumerBusy`] if the one to copy harvests meanwhile or has a lease. Then
+    /// there is no new consumer.
+    pub fn consumer(&self, name: &str, start: Start<'_>) -> Result<Consumer<'_>, Error> {
+        Consumer::join(SpaceRef::Lent(self), name, IovaRange::ALL, start)
+    }
+
+    /// Adds a consumer of `range`, which is made of whole [pages](Self::page) and may reach past
+    /// the areas.
+    ///
+    /// # Errors
+    /// Those of the range; then [`Error::Unaligned`] and the others of
+    /// [`consumer`](Self::consumer).
+    pub fn consumer_of(
+        &self,
+        name: &str,
+        range: impl ToIovaRange,
+        start: Start<'_>,
+    ) -> Result<Consumer<'_>, Error> {
+        Consumer::join(SpaceRef::Lent(self), name, range.to_iova_range()?, start)
+    }
+
+    /// The names of the consumers, in the order in which they came; without the unnamed one.
+    pub fn consumers(&self) -> Vec<String> {
+        let members = self.members();
+        let named = members.iter().skip(1);
+        named.map(|member| member.name().to_owned()).collect()
+    }
+}
+
+impl Consumer<'static> {
+    /// As [`AddressSpace::consumer`], over a space that the consumer and its leases keep alive.
+    ///
+    /// # Errors
+    /// Those of `consumer`.
+    pub fn shared(space: Arc<AddressSpace>, name: &str, start: Start<'_>) -> Result<Self, Error> {
+        Consumer::join(SpaceRef::Shared(space), name, IovaRange::ALL, start)
+    }
+}
+
+impl<'a> Consumer<'a> {
+    fn join(
+        space: SpaceRef<'a>,
+        name: &str,
+        range: IovaRange,
+        start: Start<'_>,
+    ) -> Result<Self, Error> {
+        let beginning = match &start {
+            Start::Clean => Beginning::Clean,
+            Start::Dirty => Beginning::Dirty,
+            Start::LikeOf(other) => Beginning::Like(&other.member),
+        };
+        let member = space.join(name, range, beginning)?;
+        Ok(Consumer { space, member })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        self.member.name()
+    }
+
+    /// What it is told about.
+    pub fn range(&self) -> IovaRange {
+        self.member.range
+    }
+
+    /// As [`AddressSpace::harvest`], for this consumer. A harvest by many threads is walked by the
+    /// thread that calls.
+    ///
+    /// # Errors
+    /// Those of `AddressSpace::harvest`, with [`Error::OutsideConsumer`] after the alignment.
+    pub fn harvest<'b>(
+        &'b self,
+        request: &HarvestRequest<'_>,
+        bitmap: UserBitmap<'b>,
+    ) -> Result<Lease<'b, Owed>, Error> {
+        harvest_for(self.space.clone(), Some(&self.member), request, bitmap)
+    }
+
+    /// As [`AddressSpace::peek`], for this consumer.
+    ///
+    /// # Errors
+    /// As [`harvest`](Self::harvest), and those of `AddressSpace::peek`.
+    pub fn peek<'b>(
+        &self,
+        request: &HarvestRequest<'_>,
+        bitmap: UserBitmap<'b>,
+    ) -> Result<BitmapView<'b>, Error> {
+        self.space.peek_for(Some(&self.member), request, bitmap)
+    }
+
+    /// Harvests of all that is mapped in its range, round after round, as
+    /// [`AddressSpace::rounds`]. They end when the consumer is dropped.
+    pub fn rounds(&self) -> Rounds<'a> {
+        Rounds::of(self.space.clone(), Arc::clone(&self.member))
+    }
+
+    /// Its counts, read one by one. Looks at all that is pending.
+    pub fn stats(&self) -> ConsumerStats {
+        let counts = &self.member.counts;
+        ConsumerStats {
+            pending_bytes: self.member.pending_bytes(),
+            leases: counts.live(),
+            // Relaxed, all: statistics.
+            leased_bytes: counts.leased.load(Ordering::Relaxed),
+            committed_bytes: counts.committed.load(Ordering::Relaxed),
+            aborted_bytes: counts.aborted.load(Ordering::Relaxed),
+            unmapped_bytes: counts.unmapped.load(Ordering::Relaxed),
+        }
+    }
+}
+
+impl Drop for Consumer<'_> {
+    fn drop(&mut self) {
+        self.space.leave(&self.member);
+    }
+}
+
+impl fmt::Debug for Consumer<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Consumer")
+            .field("name", &self.name())
+            .field("range", &self.range())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,305 @@
+//! Harvests of a space with several consumers.
+//!
+//! Each consumer is told every write by harvests of its own (contract: each consumer its own
+//! truth). A write leaves one trace: the dirty bit of a leaf, or a mark. The harvest that clears it
+//! takes it from all consumers, and leaves the page *pending* for the others.
+//!
+//! # The protocol
+//! ```text
+//!  T0  claim the piece: its summaries may be hidden
+//!      for each dirty leaf, for each word of put-back stores and marks:
+//!  T1    record the page in the flight of this harvest
+//!  T2    clear it
+//!      end the claim
+//!  T3  hand the debt of all of them to the flush queue
+//!  T4  leave them pending for the other consumers; record them for our own
+//!  T5  wipe the flight
+//!
+//!  L1  look at tables, put-back stores and marks (with T1 and T2)
+//!  L2  look at words that other harvests have hidden, then at their flights
+//!  L3  take what is pending for our own consumer
+//!      sync: a flush that pays what the queue owes; copy
+//! ```
+//!
+//! # Why no consumer misses a write
+//! Take a write W to page p that completed before a harvest of consumer Y began, and that no other
+//! harvest of Y has reported. D(p) or its mark was set by then.
+//! * If it is set when Y's harvest comes to p, Y records p.
+//! * If it is clear, a harvest of another consumer X has cleared it (T2), after it had recorded p
+//!   in its flight (T1). Y looks at flights after tables and marks, and sees p there; or X has
+//!   wiped it (T5), and Y finds it pending (T4).
+//! * X clears the summary of marks before it takes their words. A harvest that trusts the summary
+//!   in between finds neither the word nor a flight. So X says before (T0) that it may hide
+//!   summaries of the piece, and Y looks at all words of a piece for which it finds such a claim
+//!   (L2). If the claim has ended, X has recorded the words in its flight.
+//! * Y copies p after its sync. A device may still write through "D is set", cached before T2. X
+//!   hands its debt to the queue (T3) before p is pending (T4), and after T2. So the sync of a
+//!   harvest that finds p pending pays it: a device that writes later sets D anew. A harvest that
+//!   finds p in flight owes nothing for it, because p becomes pending afterwards.
+//! * A consumer that joins waits for the harvests that do not know it, and flushes what their
+//!   leases owe: see `space::walks` and `space::members`.
+//!
+//! An abort puts back into the store of its own consumer. Pages that are merely *seen*, in flight
+//! of a write guard or of another harvest, are not taken, and so are not left to others.
+//!
+//! # Cost
+//! A space without named consumers pays two counts for each harvest. With several consumers, the
+//! flush queue is locked once for each piece of 64 GiB (at 4 KiB a page) that owes something, and
+//! each word of dirty pages is stored once for each consumer.
+
+use super::look::{Look, below, look};
+use crate::bitmap::{Sink, WINDOW_BITS};
+use crate::error::Stopped;
+use crate::flush::FlushGather;
+use crate::marks::{Flight, FlightSlot};
+use crate::space::{AddressSpace, Area, Covered};
+use crate::sync::{Ordering, Step, fence, performs};
+use crate::units::{Iova, IovaRange};
+
+/// Takes what is dirty in `part` of `area` for the consumer of `covered`, and leaves it to the
+/// others. What it owes goes to the queue or, if there are no others, to `gather`. Returns how many
+/// leaves the queue got, and how the walk ended.
+pub(super) fn take(
+    space: &AddressSpace,
+    covered: &Covered,
+    area: &Area,
+    part: IovaRange,
+    sink: &mut Sink<'_>,
+    gather: &mut FlushGather,
+) -> (u64, Result<(), Stopped>) {
+    if !covered.audience.is_shared() {
+        let looked = look(
+            space,
+            covered,
+            area,
+            (part, part),
+            (sink, None),
+            Look::Take(gather),
+        );
+        let looked = look_further(space, covered, area, part, sink, (looked, None, true));
+        return (0, rounded(looked, sink));
+    }
+    let mut entries = 0;
+    let mut next = Some(part.start());
+    while let Some(start) = next {
+        let bytes = u128::from(WINDOW_BITS) << space.page().lg2();
+        let end = (u128::from(start.get()) / bytes + 1) * bytes - 1;
+        let last = u64::try_from(end).map_or(part.last(), |end| part.last().min(Iova::new(end)));
+        let piece = IovaRange::ascending(start, last);
+        let mut taking = Taking::begin(space, covered, part);
+        let claim = Claim::begin(space, piece);
+        let looked = {
+            let mut flight = taking.flight.sink(part);
+            let how = Look::Take(&mut taking.gather);
+            sink.limit_to(part);
+            look(
+                space,
+                covered,
+                area,
+                (piece, part),
+                (&mut flight, Some(sink)),
+                how,
+            )
+        };
+        drop(claim);
+        sink.limit_to(part);
+        let handed = taking.hand_over(sink, gather);
+        entries += taking.entries;
+        // The lower of two stops counts.
+        let looked = match (looked, handed) {
+            (Err(one), Err(two)) if two.at < one.at => Err(two),
+            (Ok(()), handed) => handed,
+            (looked, _) => looked,
+        };
+        let own = Some(taking.flight);
+        let looked = look_further(space, covered, area, piece, sink, (looked, own, true));
+        drop(taking);
+        if looked.is_err() {
+            return (entries, rounded(looked, sink));
+        }
+        next = last.checked_add(1).filter(|next| *next <= part.last());
+    }
+    (entries, Ok(()))
+}
+
+/// Records in `sink` what is dirty in `part` of `area` for the consumer of `covered`, and changes
+/// nothing.
+pub(super) fn peek(
+    space: &AddressSpace,
+    covered: &Covered,
+    area: &Area,
+    part: IovaRange,
+    sink: &mut Sink<'_>,
+) -> Result<(), Stopped> {
+    let looked = look(space, covered, area, (part, part), (sink, None), Look::Peek);
+    let looked = look_further(space, covered, area, part, sink, (looked, None, false));
+    rounded(looked, sink)
+}
+
+/// L2 and L3, as far as the look before them got.
+fn look_further(
+    space: &AddressSpace,
+    covered: &Covered,
+    area: &Area,
+    part: IovaRange,
+    sink: &mut Sink<'_>,
+    (looked, own, takes): (Result<(), Stopped>, Option<&Flight>, bool),
+) -> Result<(), Stopped> {
+    let Some(member) = covered.audience.own() else {
+        return looked;
+    };
+    let page = covered.alignment(space.page());
+    let (part, outcome) = match looked {
+        Ok(()) => (Some(part), Ok(())),
+        Err(stopped) => below(part, stopped, page),
+    };
+    let Some(part) = part else {
+        return outcome;
+    };
+    sink.limit_to(part);
+    let stores = covered.domains().iter().map(|domain| &domain.put_back);
+    let stores = stores.chain(covered.marks.then_some(&*area.marks));
+    let further = space.look_hidden(part, stores, sink).and_then(|()| {
+        // Acquire: pairs with the Release of a clear, or the Release fence before it, in
+        // `LeafSink` and `take::clear`. A page that was found clear is seen in flight.
+        fence(Ordering::Acquire);
+        space.flights.look(part, own, sink)
+    });
+    let further = further.and_then(|()| {
+        // Acquire: pairs with the Release stores of `ChunkMap::wipe`. A page that was found wiped
+        // is seen pending.
+        fence(Ordering::Acquire);
+        match takes {
+            true => member.pending.read_and_clear(part, sink),
+            false => member.pending.peek(part, sink),
+        }
+    });
+    match (outcome, further) {
+        (Err(one), Ok(())) => Err(one),
+        // What is looked at further lies below the stop.
+        (_, further) => further.map_err(|stopped| Stopped {
+            at: stopped.at.granule_start(page).max(part.start()),
+            ..stopped
+        }),
+    }
+}
+
+/// A stop, at the beginning of a granule of the user's bitmap.
+fn rounded(looked: Result<(), Stopped>, sink: &Sink<'_>) -> Result<(), Stopped> {
+    looked.map_err(|stopped| Stopped {
+        at: stopped.at.granule_start(sink.granule()),
+        ..stopped
+    })
+}
+
+/// T0: a piece whose summaries this harvest may hide.
+struct Claim<'s>(Option<&'s FlightSlot>);
+
+impl<'s> Claim<'s> {
+    fn begin(space: &'s AddressSpace, piece: IovaRange) -> Self {
+        let claim = performs(Step::ClaimPiece).then(|| space.hiding.publish(piece));
+        // Release: T0 before the clear of a summary. Pairs with the Acquire fence in
+        // `look_hidden`: a harvest that finds a summary clear because of us sees the claim.
+        fence(Ordering::Release);
+        Claim(claim)
+    }
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        if let Some(slot) = self.0 {
+            slot.free();
+        }
+    }
+}
+
+/// Pages that are taken and not handed over yet. When it is dropped, they are: to the harvest's own
+/// consumer too, unless they are recorded.
+struct Taking<'s> {
+    space: &'s AddressSpace,
+    covered: &'s Covered,
+    /// What may be in the flight.
+    part: IovaRange,
+    flight: &'s Flight,
+    gather: FlushGather,
+    /// Leaves that the queue got.
+    entries: u64,
+    handed_over: bool,
+}
+
+impl<'s> Taking<'s> {
+    fn begin(space: &'s AddressSpace, covered: &'s Covered, part: IovaRange) -> Self {
+        Taking {
+            space,
+            covered,
+            part,
+            flight: space.flights.claim(),
+            gather: FlushGather::new(),
+            entries: 0,
+            handed_over: false,
+        }
+    }
+
+    /// T3 to T5, with a record in `sink`. The pages that cannot be recorded stay pending for our
+    /// own consumer.
+    fn hand_over(&mut self, sink: &mut Sink<'_>, gather: &mut FlushGather) -> Result<(), Stopped> {
+        if !performs(Step::CarryDebt) {
+            gather.merge(&std::mem::take(&mut self.gather));
+        }
+        let page = self.space.page();
+        let mut outcome = Ok(());
+        self.leave(|at, mask| {
+            if outcome.is_ok() {
+                let recorded = sink.record_mask(at, page, mask);
+                outcome = recorded.map_err(|error| Stopped { at, error });
+            }
+            outcome.is_ok()
+        });
+        let first = self.part.start();
+        outcome.map_err(|stopped| Stopped {
+            at: stopped.at.max(first),
+            ..stopped
+        })
+    }
+
+    /// T3 to T5. `record` says whether our own consumer has the pages.
+    fn leave(&mut self, mut record: impl FnMut(Iova, u64) -> bool) {
+        if !self.gather.is_empty() {
+            let gather = std::mem::take(&mut self.gather);
+            self.entries += gather.entries();
+            // T3. A thread that takes the pages waits for a later ticket.
+            let _ = self.space.flush.owe(&gather);
+        }
+        // SeqCst: F1 of the marks' protocol, for the looks at pending pages that follow; pairs with
+        // F2 in `Lease::sync`. If a page is found pending already, the harvest that takes it copies
+        // after its F2: if F1 comes first, the copy has what was written before T2; if F2 comes
+        // first, the page is found taken, and is left again.
+        fence(Ordering::SeqCst);
+        let audience = &self.covered.audience;
+        let done: Result<(), std::convert::Infallible> =
+            self.flight.visit(self.part, |at, mask| {
+                if performs(Step::LeaveToOthers) {
+                    audience.others().for_each(|other| other.leave(at, mask));
+                }
+                if !record(at, mask)
+                    && let Some(own) = audience.own()
+                {
+                    own.leave(at, mask);
+                }
+                Ok(())
+            });
+        debug_assert!(done.is_ok());
+        self.flight.wipe(self.part);
+        self.handed_over = true;
+    }
+}
+
+impl Drop for Taking<'_> {
+    fn drop(&mut self) {
+        if !self.handed_over {
+            // A source has panicked.
+            self.leave(|_, _| false);
+        }
+        self.flight.free();
+    }
+}

@@ -1,0 +1,80 @@
+//! Harvests that are running: a consumer that joins waits for those that do not know it.
+//!
+//! A harvest enters, and then loads the root, which names the consumers. A join publishes a root,
+//! and then waits until no harvest is left that entered before. This is store buffering (Dekker),
+//! so both have a full fence between their two steps:
+//!
+//! ```text
+//!  harvest                                join
+//!  E1  count it as running                J1  publish the root that names the consumer
+//!  F8  fence(SeqCst)                      F9  fence(SeqCst)
+//!  E2  load the root                      J2  wait until no harvest is counted
+//! ```
+//!
+//! * If F8 comes first, J2 sees the harvest, and waits for its end.
+//! * If F9 comes first, E2 sees the consumer, and the harvest leaves it what it takes.
+//!
+//! There are two counts, and new harvests take turns, as readers of sleepable RCU (SRCU) do. The
+//! join turns twice, and waits each time for the count that no new harvest enters. So a stream of
+//! harvests does not keep it waiting. A harvest that has read a turn and is counted late was not
+//! waited for by the join that turned it, but then F9 came before its F8; a later join waits for
+//! both counts.
+
+use crate::sync::{AtomicU64, Ordering, Step, fence, fence_after_rmw, performs, relax};
+
+/// See the [module](self).
+#[derive(Debug)]
+pub(crate) struct Walks {
+    running: [AtomicU64; 2],
+    turn: AtomicU64,
+}
+
+/// A harvest that is running, until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Walk<'w>(&'w AtomicU64);
+
+impl Walks {
+    pub(super) fn new() -> Self {
+        Walks {
+            running: [AtomicU64::new(0), AtomicU64::new(0)],
+            turn: AtomicU64::new(0),
+        }
+    }
+
+    /// Says that a harvest runs. It loads the root after this.
+    pub(crate) fn enter(&self) -> Walk<'_> {
+        // Relaxed: either count serves; a join waits for both.
+        let turn = self.turn.load(Ordering::Relaxed) & 1;
+        let running = &self.running[turn as usize];
+        // Relaxed: F8 orders it.
+        running.fetch_add(1, Ordering::Relaxed);
+        // SeqCst: F8 of the protocol above; pairs with F9 in `wait`. If F8 comes first, the join
+        // waits for this harvest; if F9 comes first, this harvest sees the consumer.
+        fence_after_rmw();
+        Walk(running)
+    }
+
+    /// Returns when no harvest runs that entered before the call.
+    pub(super) fn wait(&self) {
+        // SeqCst: F9 of the protocol above; pairs with F8 in `enter`.
+        fence(Ordering::SeqCst);
+        if !performs(Step::WaitForWalks) {
+            return;
+        }
+        for _ in 0..2 {
+            // Relaxed: as in `enter`. Joins hold a lock.
+            let turn = self.turn.fetch_xor(1, Ordering::Relaxed) & 1;
+            // Acquire: pairs with the Release of a walk that ends; what it took is visible.
+            while self.running[turn as usize].load(Ordering::Acquire) != 0 {
+                relax();
+            }
+        }
+    }
+}
+
+impl Drop for Walk<'_> {
+    fn drop(&mut self) {
+        // Release: pairs with the Acquire in `wait`.
+        self.0.fetch_sub(1, Ordering::Release);
+    }
+}

@@ -1,0 +1,278 @@
+//! Model checking of several consumers of one space. As in `loom.rs`, each model is run again with
+//! single steps left out, and must fail then.
+#![cfg(dirtymap_loom)]
+#![allow(clippy::unwrap_used)] // helpers of tests
+
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
+use dirtymap::sync::model::{Bound, holds_within};
+use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering::Relaxed, Step, lock, thread};
+use dirtymap::{
+    Access, AddressSpace, Consumer, DirtySource, Error, Granule, HarvestRequest, Iova, IovaRange,
+    Rounds, Start, Tracking, UserBitmap,
+};
+
+const PAGE: Granule = Granule::K4;
+/// One preemption shows all that these models show with two, in a hundredth of the time.
+const BOUND: Bound = Bound::between(1, 1);
+
+fn page(n: u64) -> IovaRange {
+    IovaRange::from_len(Iova::new(n << 12), 1 << 12).unwrap()
+}
+
+/// A space of one page, whose marks were set in the order of `first`.
+fn space() -> AddressSpace {
+    let space = AddressSpace::tracked(PAGE);
+    space.map(page(0), 0, Access::ReadWrite).unwrap();
+    space
+}
+
+/// Harvests page 0 for `consumer`; whether it was dirty. It is committed after `copy`.
+fn harvest(consumer: &Consumer<'_>, mut copy: impl FnMut()) -> bool {
+    let words = [AtomicU64::new(0)];
+    let request = HarvestRequest::new(page(0), PAGE);
+    let lease = consumer.harvest(&request, UserBitmap::shared(&words));
+    let lease = lease.unwrap().sync().unwrap();
+    let dirty = lease.dirty() == 1;
+    if dirty {
+        copy();
+    }
+    lease.commit();
+    dirty
+}
+
+/// The same, of which only the walk is done.
+fn walk(consumer: &Consumer<'_>) -> bool {
+    let words = [AtomicU64::new(0)];
+    let request = HarvestRequest::new(page(0), PAGE);
+    let lease = consumer.harvest(&request, UserBitmap::shared(&words));
+    lease.unwrap().sync().unwrap().commit();
+    words[0].load(Relaxed) == 1
+}
+
+/// The same for the unnamed consumer.
+fn walk_unnamed(space: &AddressSpace) -> bool {
+    let words = [AtomicU64::new(0)];
+    let request = HarvestRequest::new(page(0), PAGE);
+    let lease = space.harvest(&request, UserBitmap::shared(&words));
+    lease.unwrap().sync().unwrap().commit();
+    words[0].load(Relaxed) == 1
+}
+
+/// A page that was marked before two harvests of two consumers began is reported by both, though
+/// one of them clears the mark while the other looks: in the marks, behind a summary that is
+/// cleared, in flight or pending.
+#[test]
+fn a_mark_is_told_to_each_consumer() {
+    let steps = [Step::LeaveToOthers, Step::LookAtFlights, Step::ClaimPiece];
+    holds_within(BOUND, &steps, || {
+        let space = Arc::new(space());
+        let one = Consumer::shared(space.clone(), "one", Start::Clean).unwrap();
+        space.mark(page(0)).unwrap();
+        let other = thread::spawn(move || walk(&one));
+        let told = walk_unnamed(&space);
+        other.join().unwrap() && told
+    });
+}
+
+/// A CPU writes a page that is marked already, and its mark finds it so, while one consumer clears
+/// the mark, leaves the page to another, and copies it. Then both harvest once more.
+#[test]
+fn a_mark_that_is_skipped_is_lost_by_no_consumer() {
+    let steps = [Step::MarkFence, Step::LeaveToOthers];
+    holds_within(Bound::between(2, 2), &steps, || {
+        let space = Arc::new(space());
+        let one = Consumer::shared(space.clone(), "one", Start::Clean).unwrap();
+        let two = Consumer::shared(space.clone(), "two", Start::Clean).unwrap();
+        let area = space.area(Iova::MIN).unwrap();
+        area.mark(page(0)).unwrap();
+        let data = Arc::new(AtomicU64::new(0));
+        let writer = thread::spawn({
+            let data = data.clone();
+            move || {
+                data.store(1, Relaxed);
+                area.mark(page(0)).unwrap();
+            }
+        });
+        let (mut copy, mut other) = (0, 0);
+        harvest(&one, || copy = data.load(Relaxed));
+        harvest(&two, || other = data.load(Relaxed));
+        writer.join().unwrap();
+        harvest(&one, || copy = data.load(Relaxed));
+        harvest(&two, || other = data.load(Relaxed));
+        copy == 1 && other == 1
+    });
+}
+
+/// An abort of one consumer puts back for that consumer, and a harvest of another one finds the
+/// page, in every interleaving; it is told once.
+#[test]
+fn an_abort_of_one_consumer_takes_nothing_from_another() {
+    holds_within(BOUND, &[Step::LeaveToOthers], || {
+        let space = Arc::new(space());
+        let one = Consumer::shared(space.clone(), "one", Start::Clean).unwrap();
+        space.mark(page(0)).unwrap();
+        let other = thread::spawn(move || {
+            let lease = one.rounds().harvest().unwrap();
+            let dirty = lease.report().bits_set == 1;
+            lease.abort();
+            (one, dirty)
+        });
+        let told = walk_unnamed(&space);
+        let (one, dirty) = other.join().unwrap();
+        // In flight of the other harvest and then pending: it may be told twice, and no more.
+        let again = walk(&one);
+        walk(&one);
+        told && dirty && again && !walk(&one)
+    });
+}
+
+/// A page with a dirty bit, and one device whose IOTLB holds "D is set". The lock stands for a
+/// write in flight: an invalidation waits for it.
+struct OnePage {
+    dirty: AtomicU64,
+    cached: Mutex<bool>,
+    data: AtomicU64,
+}
+
+impl OnePage {
+    /// Page 0 is dirty, and the device has cached that.
+    fn dirty() -> Arc<Self> {
+        Arc::new(OnePage {
+            dirty: AtomicU64::new(1),
+            cached: Mutex::new(true),
+            data: AtomicU64::new(1),
+        })
+    }
+
+    fn device_writes(&self, value: u64) {
+        let mut cached = lock(&self.cached);
+        if !*cached {
+            // A read-modify-write, as the compare-exchange of hardware is: see `loom.rs`.
+            self.dirty.swap(1, dirtymap::sync::Ordering::SeqCst);
+            *cached = true;
+        }
+        self.data.store(value, Relaxed);
+    }
+}
+
+struct Source(Arc<OnePage>);
+
+impl DirtySource for Source {
+    fn unmap(&self, _: IovaRange, _: &mut FlushGather, _: &mut dyn FnMut(IovaRange)) {}
+
+    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        let dirty = &self.0.dirty;
+        // Relaxed, both: a scan promises no more.
+        if dirty.load(Relaxed) == 0 {
+            return Ok(());
+        }
+        let clear = || dirty.swap(0, Relaxed) == 1;
+        out.take(range, PAGE, clear).map_err(|error| Stopped {
+            at: range.start(),
+            error,
+        })
+    }
+
+    fn peek(&self, _: IovaRange, _: &mut Sink<'_>) -> Result<(), Stopped> {
+        Ok(())
+    }
+
+    fn invalidate(&self, _: &FlushGather) -> Result<Invalidated, Error> {
+        *lock(&self.0.cached) = false;
+        Ok(Invalidated::default())
+    }
+}
+
+/// A space over the page, before it tracks.
+fn over(hardware: &Arc<OnePage>) -> AddressSpace {
+    let space = AddressSpace::with_source(PAGE, Source(hardware.clone())).unwrap();
+    space.map(page(0), 0, Access::ReadWrite).unwrap();
+    space.start_tracking().unwrap();
+    space
+}
+
+/// The dirty bit of a leaf is cleared by one consumer while the other looks at it. The clear has no
+/// order of its own.
+#[test]
+fn a_leaf_is_told_to_each_consumer() {
+    let steps = [Step::LeaveToOthers, Step::LookAtFlights, Step::FlightFence];
+    holds_within(BOUND, &steps, || {
+        let hardware = OnePage::dirty();
+        let space = Arc::new(over(&hardware));
+        let one = Consumer::shared(space.clone(), "one", Start::Clean).unwrap();
+        hardware.device_writes(2);
+        let other = thread::spawn(move || walk(&one));
+        let told = walk_unnamed(&space);
+        other.join().unwrap() && told
+    });
+}
+
+/// A page that is pending carries its debt: the harvest that takes it pays, and a later write of
+/// the device sets the dirty bit anew. The lease of the other consumer is not synced meanwhile.
+#[test]
+fn what_is_left_to_a_consumer_carries_its_debt() {
+    holds_within(BOUND, &[Step::CarryDebt], || {
+        let hardware = OnePage::dirty();
+        let space = Arc::new(over(&hardware));
+        let one = Consumer::shared(space.clone(), "one", Start::Clean).unwrap();
+        let two = Consumer::shared(space.clone(), "two", Start::Clean).unwrap();
+        hardware.device_writes(2);
+        let other = thread::spawn(move || one.rounds().harvest().unwrap());
+        let mut copy = 0;
+        harvest(&two, || copy = hardware.data.load(Relaxed));
+        hardware.device_writes(3);
+        let lease = other.join().unwrap();
+        harvest(&two, || copy = hardware.data.load(Relaxed));
+        drop(lease);
+        copy == 3
+    });
+}
+
+/// A consumer joins while a harvest that does not know it runs, and is told of every write that
+/// begins after the join.
+#[test]
+fn a_consumer_that_joins_is_told_what_comes_after() {
+    let steps = [Step::WaitForWalks, Step::FlushAtJoin];
+    holds_within(BOUND, &steps, || {
+        let hardware = OnePage::dirty();
+        let space = Arc::new(over(&hardware));
+        hardware.device_writes(2);
+        let harvester = thread::spawn({
+            let space = space.clone();
+            move || Rounds::shared(space).harvest().unwrap()
+        });
+        // The harvest begins first.
+        thread::yield_now();
+        let late = Consumer::shared(space.clone(), "late", Start::Clean).unwrap();
+        let mut copy = hardware.data.load(Relaxed);
+        hardware.device_writes(3);
+        let lease = harvester.join().unwrap();
+        harvest(&late, || copy = hardware.data.load(Relaxed));
+        drop(lease);
+        copy == 3
+    });
+}
+
+/// An unmap that returns what is dirty, against a harvest of another consumer: what some consumer
+/// was not told is in the result, or the harvest found it and leaves it there.
+#[test]
+fn an_unmap_finds_what_is_left_to_a_consumer() {
+    holds_within(BOUND, &[Step::LookAtFlights], || {
+        let space = Arc::new(space());
+        let one = Consumer::shared(space.clone(), "one", Start::Clean).unwrap();
+        space.mark(page(0)).unwrap();
+        let other = thread::spawn(move || walk(&one));
+        // The harvest begins first.
+        thread::yield_now();
+        let words = [AtomicU64::new(0)];
+        let unmapped = space.unmap(page(0), PAGE, UserBitmap::shared(&words));
+        unmapped.unwrap();
+        // The unnamed consumer was told nothing.
+        other.join().unwrap();
+        words[0].load(Relaxed) == 1
+    });
+}
