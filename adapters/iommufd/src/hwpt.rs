@@ -285,7 +285,8 @@ impl Hwpt {
     /// An unmap reports dirty pages once. What a device wrote after it is recorded elsewhere:
     /// * The kernel refused: the unmap reported all of the piece as dirty. No flush succeeds before
     ///   this call does, so no lease with these pages is synced.
-    /// * Another domain keeps it mapped: that domain reports it.
+    /// * Another domain keeps it mapped: its table records the page as well, see
+    ///   [`copy_to_other`](Self::copy_to_other).
     ///
     /// # Errors
     /// [`IommufdError::StillMapped`], [`IommufdError::DevicesAttached`]: the first that cannot be
@@ -306,16 +307,15 @@ impl Hwpt {
                 .collect()
         };
         for (log, kept) in kept {
-            let heir = match kept {
-                Kept::ByKernel => None,
-                Kept::ByOther => ioas.other_user(self.id(), log.range.start().get()),
-            };
-            let left = self.leave(&mut ioas, &log, &mut |run| {
-                if let Some(heir) = &heir {
-                    heir.state().pending.add_range(run);
-                }
-            });
             let range = log.range;
+            let left = match kept {
+                Kept::ByKernel => self.leave(&mut ioas, &log, &mut |_| ()),
+                Kept::ByOther if self.table.has_devices() => Some(kept),
+                Kept::ByOther => {
+                    self.copy_to_other(&ioas, &log);
+                    None
+                }
+            };
             match left {
                 None => (),
                 Some(Kept::ByKernel) => return Err(IommufdError::StillMapped { range }),
@@ -328,6 +328,26 @@ impl Hwpt {
             }
         }
         Ok(())
+    }
+
+    /// Ends a piece that no device of this table reaches any more, and that another domain keeps
+    /// mapped. Its dirty pages are recorded in the table of that domain, and **stay** in this one:
+    /// a harvest that is under way may have read the other table, and reads this one next. So they
+    /// may be reported twice. This table knows them until the piece is unmapped or mapped again.
+    fn copy_to_other(&self, ioas: &State, log: &Log) {
+        let start = log.range.start().get();
+        let mut state = log.state();
+        self.table.last_look(log.range, &mut state);
+        if let Some(other) = ioas.other_user(self.id(), start) {
+            // The pages of two tables may be of two sizes. The lock of the IOAS orders the locks
+            // of two logs.
+            let pages = state.pending.words().to_vec();
+            let mut other = other.state();
+            let mut add = |run| other.pending.add_range(run);
+            state.pending.drain(log.range, &mut add);
+            state.pending.add_words(0, &pages);
+        }
+        self.table.logs().kept.remove(&start);
     }
 }
 
