@@ -69,6 +69,28 @@ pub enum IommufdError {
         #[source]
         error: io::Error,
     },
+    /// Another page table of the IOAS tracks writes, and this one does not.
+    #[error(
+        "the page table {hwpt} does not track writes, and {other} of the same IOAS does: attach \
+         it to the address space, then the device to it"
+    )]
+    NotTracking {
+        /// The page table that a device was to use, by its number in iommufd.
+        hwpt: u32,
+        /// The page table that tracks.
+        other: u32,
+    },
+    /// A device would reach memory that other domains map, and the domain of its page table not.
+    #[error(
+        "devices of the page table {hwpt} would reach {range}, which only other domains map: \
+         attach it to the address space, then the device to it"
+    )]
+    NotMapped {
+        /// The page table that a device was to use, by its number in iommufd.
+        hwpt: u32,
+        /// The first addresses of that kind.
+        range: IovaRange,
+    },
     /// The page of one bit is smaller than the page of the IOMMU.
     #[error(
         "a page of {page}: the smallest page of this IOMMU is {smallest}, ask for that or more"

@@ -104,12 +104,17 @@ impl Hwpt {
     /// device wrote by the other one stays dirty there: keep that domain attached to the address
     /// space until it was harvested.
     ///
+    /// Attach this page table to the address space first. What a device writes by a table that the
+    /// space does not know is not reported.
+    ///
     /// # Errors
-    /// [`IommufdError::DeviceRefused`]; [`IommufdError::Call`]. Then the device uses the one that
-    /// it used before.
+    /// In this order: [`IommufdError::NotTracking`], [`IommufdError::NotMapped`], which may also
+    /// come while another thread switches tracking or maps; [`IommufdError::DeviceRefused`];
+    /// [`IommufdError::Call`]. Then the device uses the one that it used before.
     pub fn attach(&self, device: &impl Device) -> Result<(), IommufdError> {
-        // The lock: no unmap looks at the devices meanwhile.
-        let _locked = self.ioas.lock();
+        // The lock: no map, and no unmap that looks at the devices, comes meanwhile.
+        let ioas = self.ioas.lock();
+        self.check_known(&ioas)?;
         uninterrupted(|| device.attach(self.id())).map_err(|error| match error.raw_os_error() {
             Some(libc::EINVAL | libc::EOPNOTSUPP) => IommufdError::DeviceRefused {
                 device: device.id(),
@@ -120,6 +125,25 @@ impl Hwpt {
         })?;
         self.ioas.iommufd().devices().insert(device.id(), self.id());
         Ok(())
+    }
+
+    /// Whether this table has all that others of the IOAS have, so that a harvest finds what its
+    /// devices write.
+    fn check_known(&self, ioas: &State) -> Result<(), IommufdError> {
+        let hwpt = self.id();
+        let tracking = ioas.tables().find(|other| other.logs().tracked);
+        if let Some(other) = tracking.filter(|_| !self.table.logs().tracked) {
+            let other = other.id;
+            return Err(IommufdError::NotTracking { hwpt, other });
+        }
+        let missing = |piece: &&Piece| !piece.users.contains(&hwpt);
+        match ioas.pieces.values().find(missing) {
+            Some(piece) => {
+                let range = piece.mapping.range;
+                Err(IommufdError::NotMapped { hwpt, range })
+            }
+            None => Ok(()),
+        }
     }
 
     /// Ends the use of this page table by `device`, which reaches no memory from then on. What it

@@ -311,3 +311,57 @@ fn a_table_that_was_detached_with_a_second_try_comes_back() {
     two.space.map(pages(0, 64), 0, Access::ReadWrite).unwrap();
     assert_eq!(two.harvest(Scope::All), 0);
 }
+
+/// A device moved in one step from a table that tracks to a new one, which was attached to the
+/// space a moment later. What it wrote in between was in no table: a final harvest ended without
+/// these pages.
+#[test]
+fn a_device_does_not_move_to_a_table_that_does_not_track() {
+    let two = two();
+    let new = two.ioas.hwpt(1).unwrap();
+    let device = Dev::new(1);
+    two.tables[0].attach(&device).unwrap();
+    let error = new.attach(&device).unwrap_err();
+    let tracking = two.tables[0].id();
+    assert!(
+        matches!(error, IommufdError::NotTracking { hwpt, other }
+            if hwpt == new.id() && other == tracking),
+        "{error}"
+    );
+    let uses = two.ioas.iommufd().devices().get(&1).copied();
+    assert_eq!((uses, device.attached()), (Some(tracking), Some(tracking)));
+    two.space.attach(Arc::clone(&new)).unwrap();
+    new.attach(&device).unwrap();
+    assert!(two.fake.write(new.id(), 9 << 12));
+    assert_eq!(two.harvest(Scope::All), 1 << 9);
+}
+
+/// Before tracking begins, it is the same: the table reaches what another domain has mapped, and
+/// the space never learns of it. After a detach, too.
+#[test]
+fn a_device_does_not_use_a_table_whose_domain_has_not_mapped_what_it_reaches() {
+    let fake = Fake::new(Granule::K4);
+    let ioas = fake.ioas(IoasOptions::default());
+    let [old, new] = [1, 2].map(|device| ioas.hwpt(device).unwrap());
+    let space = AddressSpace::new(Granule::K4);
+    space.attach(Arc::clone(&old)).unwrap();
+    space.map(pages(0, 64), 0, Access::ReadWrite).unwrap();
+    let device = Dev::new(2);
+    let refused = || {
+        let error = new.attach(&device).unwrap_err();
+        assert!(
+            matches!(error, IommufdError::NotMapped { hwpt, range }
+                if hwpt == new.id() && range == pages(0, 64)),
+            "{error}"
+        );
+        assert_eq!(device.attached(), None);
+    };
+    refused();
+    let domain = space.attach(Arc::clone(&new)).unwrap();
+    new.attach(&device).unwrap();
+    new.detach(&device).unwrap();
+    space.detach(domain).unwrap();
+    refused();
+    space.start_tracking().unwrap();
+    new.attach(&device).unwrap_err();
+}
