@@ -196,10 +196,11 @@ pub enum IommufdError {
         #[source]
         error: io::Error,
     },
-    /// The kernel refused to end a translation, so devices still reach the memory.
+    /// The kernel refused to end a translation, so devices still reach the memory. It may be that
+    /// of a map which failed: then maps and flushes fail until one of them has ended it.
     #[error(
         "{range} is still mapped in the kernel, which refused to unmap it; it counts as dirty. \
-         Unmap it again when no other driver has it pinned"
+         Unmap it, or map or flush, again when no other driver has it pinned"
     )]
     StillMapped {
         /// The first addresses of that kind.

@@ -216,7 +216,7 @@ impl Hwpt {
             }
         }
         let mut logs = self.table.logs();
-        logs.kept.remove(&start);
+        logs.settle(start);
         // A piece that an unmap could not end is still there, with its pending pages.
         logs.by_start.entry(start).or_insert_with(|| Arc::new(log));
         Ok(())
@@ -304,7 +304,9 @@ impl Hwpt {
         None
     }
 
-    /// Ends the mappings that an unmap could not end, as far as they are owed in `gather`.
+    /// Tries to end the mappings that an unmap could not end: those that are owed in `gather`, and
+    /// those whose map failed. A map has no gather, and tries those of its own kind that the
+    /// kernel refused to end.
     ///
     /// An unmap reports dirty pages once. What a device wrote after it is recorded elsewhere:
     /// * The kernel refused: the unmap reported all of the piece as dirty. No flush succeeds before
@@ -315,28 +317,34 @@ impl Hwpt {
     /// # Errors
     /// [`IommufdError::StillMapped`], [`IommufdError::DevicesAttached`]: the first that cannot be
     /// ended.
-    pub(crate) fn leave_kept(&self, gather: &FlushGather) -> Result<(), IommufdError> {
-        let mut ioas = self.ioas.lock();
-        let owed = |log: &Arc<Log>| {
-            gather
-                .ranges()
-                .iter()
-                .any(|owed| owed.intersects(log.range))
-        };
+    pub(crate) fn leave_kept(
+        &self,
+        ioas: &mut State,
+        gather: Option<&FlushGather>,
+    ) -> Result<(), IommufdError> {
         let kept: Vec<_> = {
             let logs = self.table.logs();
-            let log = |start| logs.by_start.get(start).filter(|log| owed(log)).cloned();
-            let kept = logs.kept.iter();
-            kept.filter_map(|(start, kept)| Some((log(start)?, *kept)))
-                .collect()
+            let is_due = |start: &u64, log: &Log, kept: Kept| match gather {
+                None => kept == Kept::ByKernel && logs.undone.contains(start),
+                Some(gather) => {
+                    let mut owed = gather.ranges().iter();
+                    logs.undone.contains(start) || owed.any(|owed| owed.intersects(log.range))
+                }
+            };
+            let due = logs.kept.iter().filter_map(|(start, kept)| {
+                let log = logs.by_start.get(start);
+                let log = log.filter(|log| is_due(start, log, *kept));
+                Some((Arc::clone(log?), *kept))
+            });
+            due.collect()
         };
         for (log, kept) in kept {
             let range = log.range;
             let left = match kept {
-                Kept::ByKernel => self.leave(&mut ioas, &log, &mut |_| ()),
+                Kept::ByKernel => self.leave(ioas, &log, &mut |_| ()),
                 Kept::ByOther if self.table.has_devices() => Some(kept),
                 Kept::ByOther => {
-                    self.copy_to_other(&ioas, &log);
+                    self.copy_to_other(ioas, &log);
                     None
                 }
             };
@@ -371,7 +379,7 @@ impl Hwpt {
             state.pending.drain(log.range, &mut add);
             state.pending.add_words(0, &pages);
         }
-        self.table.logs().kept.remove(&start);
+        self.table.logs().settle(start);
     }
 }
 
