@@ -208,12 +208,15 @@ pub enum IommufdError {
     },
     /// Devices of a domain still reach memory that it unmapped, by the mapping of another domain.
     #[error(
-        "devices of the page table {hwpt} still reach {range}, which another domain of the same \
-         IOAS keeps mapped: move or detach these devices first"
+        "the devices {devices:?} of the page table {hwpt} still reach {range}, which another \
+         domain of the same IOAS keeps mapped: move or detach these devices first, and forget \
+         (Iommufd::forget_device) those whose file was closed"
     )]
     DevicesAttached {
         /// The page table by its number in iommufd.
         hwpt: u32,
+        /// The devices by their numbers in iommufd, ascending.
+        devices: Vec<u32>,
         /// The first addresses of that kind.
         range: IovaRange,
     },

@@ -147,16 +147,26 @@ impl Hwpt {
     }
 
     /// Ends the use of this page table by `device`, which reaches no memory from then on. What it
-    /// wrote stays dirty.
+    /// wrote stays dirty. A device whose file was closed (`EBADF`), or which has gone (`ENODEV`),
+    /// is detached already, and the call succeeds.
+    ///
+    /// Call it before the last handle of the device is dropped. After that, see
+    /// [`Iommufd::forget_device`](crate::Iommufd::forget_device).
     ///
     /// # Errors
     /// [`IommufdError::Call`].
     pub fn detach(&self, device: &impl Device) -> Result<(), IommufdError> {
         let _locked = self.ioas.lock();
-        uninterrupted(|| device.detach())
-            .map_err(|error| IommufdError::call("the detach of a device", error))?;
-        self.ioas.iommufd().devices().remove(&device.id());
-        Ok(())
+        match uninterrupted(|| device.detach()) {
+            // The file was closed, or the device has gone: with that the kernel detached it.
+            Err(error) if !matches!(error.raw_os_error(), Some(libc::EBADF | libc::ENODEV)) => {
+                Err(IommufdError::call("the detach of a device", error))
+            }
+            _ => {
+                self.ioas.iommufd().forget_device(device.id());
+                Ok(())
+            }
+        }
     }
 
     /// Switches tracking: see [`DirtySource::set_tracking`](dirtymap::DirtySource::set_tracking).
@@ -354,6 +364,7 @@ impl Hwpt {
                 Some(Kept::ByOther) => {
                     return Err(IommufdError::DevicesAttached {
                         hwpt: self.id(),
+                        devices: self.table.devices(),
                         range,
                     });
                 }

@@ -74,9 +74,15 @@ impl Table {
         }
     }
 
-    pub(crate) fn has_devices(&self) -> bool {
+    /// The devices that use this page table, ascending.
+    pub(crate) fn devices(&self) -> Vec<u32> {
         let devices = self.iommufd.devices();
-        devices.values().any(|table| *table == self.id)
+        let mine = devices.iter().filter(|(_, table)| **table == self.id);
+        mine.map(|(device, _)| *device).collect()
+    }
+
+    pub(crate) fn has_devices(&self) -> bool {
+        !self.devices().is_empty()
     }
 
     pub(crate) fn logs(&self) -> MutexGuard<'_, Logs> {

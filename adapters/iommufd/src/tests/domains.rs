@@ -1,5 +1,6 @@
 //! Several page tables of one IOAS, as several domains of one space.
 
+use std::io;
 use std::sync::Arc;
 
 use dirtymap::flush::FlushGather;
@@ -364,4 +365,52 @@ fn a_device_does_not_use_a_table_whose_domain_has_not_mapped_what_it_reaches() {
     refused();
     space.start_tracking().unwrap();
     new.attach(&device).unwrap_err();
+}
+
+/// The file of a device was closed while it was attached. By that, the kernel detaches it, and
+/// tells nobody. The books said that it was attached, so every flush failed, for ever.
+#[test]
+fn a_device_whose_file_was_closed_blocks_no_flush() {
+    // A handle that is still there: its calls fail.
+    for errno in [libc::EBADF, libc::ENODEV] {
+        let two = two();
+        let mut device = Dev::new(1);
+        two.tables[0].attach(&device).unwrap();
+        two.write(0, 3);
+        device.answer = Err(io::Error::from_raw_os_error(errno));
+        two.space.detach(two.domains[0]).unwrap_err();
+        two.tables[0].detach(&device).unwrap();
+        two.space.detach(two.domains[0]).unwrap();
+        assert_eq!(two.harvest(Scope::All) & 1 << 3, 1 << 3);
+    }
+    // No handle.
+    let two = two();
+    two.tables[0].attach(&Dev::new(1)).unwrap();
+    two.write(0, 3);
+    let error = inner(two.space.detach(two.domains[0]).unwrap_err());
+    let IommufdError::DevicesAttached { devices, .. } = &error else {
+        panic!("{error}");
+    };
+    assert_eq!(*devices, [1], "the error names what to forget");
+    let iommufd = two.ioas.iommufd();
+    assert!(iommufd.forget_device(devices[0]));
+    assert!(!iommufd.forget_device(1), "it is not known any more");
+    two.space.detach(two.domains[0]).unwrap();
+    assert_eq!(two.harvest(Scope::All), 1 << 3);
+}
+
+/// Any other error says that the device may be attached still.
+#[test]
+fn a_detach_that_is_refused_leaves_the_device_attached() {
+    let two = two();
+    let mut device = Dev::new(1);
+    two.tables[0].attach(&device).unwrap();
+    device.answer = Err(io::Error::from_raw_os_error(libc::EINVAL));
+    let error = two.tables[0].detach(&device).unwrap_err();
+    assert!(matches!(error, IommufdError::Call { .. }), "{error}");
+    let error = inner(two.space.detach(two.domains[0]).unwrap_err());
+    assert!(
+        matches!(error, IommufdError::DevicesAttached { .. }),
+        "{error}"
+    );
 }
