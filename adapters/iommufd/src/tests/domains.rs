@@ -243,7 +243,6 @@ impl Two {
         if before == order.len() {
             flush();
         }
-        drop(sink);
         words[0]
     }
 }

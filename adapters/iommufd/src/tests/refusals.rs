@@ -195,7 +195,7 @@ fn a_map_that_cannot_be_undone_is_undone_by_the_next_call_that_can() {
     other().unwrap();
     assert!(!fake.write(hwpt.id(), 5 << 12), "no device reaches it");
     // A flush: of other addresses, too.
-    let (fake, hwpt, space) = broken();
+    let (fake, hwpt, _space) = broken();
     let flush = || {
         let mut gather = FlushGather::new();
         gather.add(pages(64, 1), Granule::K4);
