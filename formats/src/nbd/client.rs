@@ -8,6 +8,7 @@ use dirtymap::{Iova, IovaRange};
 
 use super::error::{NbdError, at_most};
 use super::export::{DIRTY, DIRTY_BITMAP};
+use super::pieces::Pieces;
 use super::wire::*;
 
 /// The most bytes of a reply to an option, and of an error.
@@ -119,7 +120,7 @@ impl<S: Read + Write> Client<S> {
             return Ok(());
         }
         self.request(command::READ, offset, len)?;
-        let mut got = 0;
+        let mut got = Pieces::default();
         loop {
             let chunk = self.chunk()?;
             match chunk.kind {
@@ -141,6 +142,7 @@ impl<S: Read + Write> Client<S> {
                         found: at,
                         why: "the data lies outside of what was asked for",
                     })?;
+                    got.add(from, from + size)?;
                     let part = &mut buf[from as usize..(from + size) as usize];
                     if chunk.kind == chunk::DATA {
                         self.wire.read(part, "data")?;
@@ -149,21 +151,17 @@ impl<S: Read + Write> Client<S> {
                     } else {
                         return Err(unexpected(chunk.kind));
                     }
-                    got += size;
                 }
                 kind => return Err(self.error(kind, chunk.len, "a read")?),
-            }
-            if got > len {
-                break; // some of it came twice
             }
             if chunk.done {
                 break;
             }
         }
-        if got != len {
+        if got.bytes() != len {
             return Err(NbdError::Invalid {
                 place: "the data of a read",
-                found: got,
+                found: got.bytes(),
                 why: "so many bytes are not what was asked for",
             });
         }
