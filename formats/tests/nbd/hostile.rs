@@ -27,6 +27,13 @@ fn hole(done: bool, at: u64, len: u32) -> Vec<u8> {
     )
 }
 
+/// Extents of the context `id`, with no mark that the reply ends.
+fn of_context(id: u32) -> Vec<u8> {
+    let numbers = [&id.to_be_bytes()[..], &1u32.to_be_bytes()].concat();
+    let extent = [1000u64.to_be_bytes(), 0u64.to_be_bytes()].concat();
+    chunk(false, 6, 1, &[numbers, extent].concat())
+}
+
 /// Two chunks for the first half of a read are as long as the read. The second half of the buffer
 /// was never received, and the read returned Ok: a copy of the disk with the bytes of another read.
 #[test]
@@ -65,6 +72,122 @@ fn pieces_that_lie_apart_have_a_limit() {
     assert_eq!(
         error.to_string(),
         "the number of pieces of a read is 65537, but 65536 is the limit"
+    );
+}
+
+/// A server says the same again and again. Such a client has no timeout that would end it, because
+/// bytes keep coming.
+#[test]
+fn a_server_that_never_ends_a_reply_is_refused() {
+    let none = "the flags of a reply";
+    let empty = "the length of data";
+    let known = "the number of a metadata context is 0x9: it comes twice";
+    let unknown = "the number of a metadata context is 0x8: it was not selected";
+    for (chunk, reads, says) in [
+        (chunk(false, 0, 1, b""), true, none),
+        (chunk(false, 0, 1, b""), false, none),
+        (data(false, 3, b""), true, empty),
+        (hole(false, 3, 0), true, empty),
+        (of_context(9), false, known),
+        (of_context(8), false, unknown),
+    ] {
+        let script = [handshake(), chunk.repeat(1000)].concat();
+        let mut client = connected(&[&script]).unwrap();
+        let error = match reads {
+            true => client.read_at(&mut [0; 8], 0).unwrap_err(),
+            false => client.read_dirty("x").unwrap_err(),
+        };
+        assert!(error.to_string().contains(says), "{error}");
+    }
+}
+
+/// Another context that was selected comes once in a reply, too.
+#[test]
+fn another_context_comes_once_in_a_reply() {
+    let select = [
+        reply(11, 1, b""),
+        reply(10, 4, b"\0\0\0\x09qemu:dirty-bitmap:x"),
+        reply(10, 4, b"\0\0\0\x0aqemu:dirty-bitmap:y"),
+        reply(10, 1, b""),
+    ]
+    .concat();
+    let go = handshake()[handshake().len() - 20 - 32..].to_vec();
+    let two = |chunks: &[Vec<u8>]| {
+        let greeting = b"NBDMAGICIHAVEOPT\0\x03".to_vec();
+        let script = [greeting, select.clone(), go.clone(), chunks.concat()].concat();
+        let connect = Connect::new("").dirty("x").dirty("y");
+        connect.over(Script::of(script)).unwrap().read_dirty("x")
+    };
+    let end = extents(1, 1, &[(1000, 1)]);
+    assert_eq!(
+        two(&[of_context(10), end.clone()]).unwrap(),
+        table(&[(0, 1000)])
+    );
+    let error = two(&[of_context(10), of_context(10), end]).unwrap_err();
+    let says = "the number of a metadata context is 0xa: it comes twice in one reply";
+    assert!(error.to_string().contains(says), "{error}");
+}
+
+/// Two contexts under one number: the extents of one would count for the other.
+#[test]
+fn contexts_with_one_number_are_refused() {
+    let twice = |id: u8, name: &[u8]| {
+        let greeting = b"NBDMAGICIHAVEOPT\0\x03".to_vec();
+        let other = [&[0, 0, 0, id], name].concat();
+        let script = [
+            greeting,
+            reply(11, 1, b""),
+            reply(10, 4, b"\0\0\0\x09qemu:dirty-bitmap:x"),
+            reply(10, 4, &other),
+            reply(10, 1, b""),
+        ];
+        let connect = Connect::new("").dirty("x").dirty("y");
+        connect
+            .over(Script::of(script.concat()))
+            .unwrap_err()
+            .to_string()
+    };
+    let says = "the number of a metadata context is 0x9: another context has it";
+    assert!(twice(9, b"qemu:dirty-bitmap:y").contains(says));
+    let says = "the number of a metadata context is 0xa: the context has another number";
+    assert!(twice(10, b"qemu:dirty-bitmap:x").contains(says));
+}
+
+/// One byte in each reply: each of them is a step forward, and there are 2^62 of them.
+#[test]
+fn replies_of_one_byte_have_a_limit() {
+    struct Slow {
+        script: Script,
+        cookie: u64,
+    }
+    impl Read for Slow {
+        fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+            if self.script.input.position() == self.script.input.get_ref().len() as u64 {
+                self.cookie += 1;
+                assert!(self.cookie < 1 << 31, "no end");
+                self.script.input = io::Cursor::new(extents(self.cookie, 1, &[(1, 1)]));
+            }
+            self.script.read(buf)
+        }
+    }
+    impl Write for Slow {
+        fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+            Ok(buf.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let script = [&b"NBDMAGICIHAVEOPT\0\x03"[..], &handshake_of(1 << 31)].concat();
+    let slow = Slow {
+        script: Script::of(script),
+        cookie: 0,
+    };
+    let mut client = Connect::new("").dirty("x").max_runs(2).over(slow).unwrap();
+    assert_eq!(
+        client.read_dirty("x").unwrap_err().to_string(),
+        "the number of extents is 65545, but 65544 is the limit"
     );
 }
 
