@@ -80,8 +80,8 @@ impl<S: Read + Write> Client<S> {
     /// # Errors
     /// [`NbdError::NoContext`] if the context was not selected; [`NbdError::Refused`] with the
     /// server's error; [`NbdError::Limit`] for more runs than
-    /// [`max_runs`](super::Connect::max_runs), or far more extents; otherwise [`NbdError`] names the
-    /// field at which the server broke the protocol, or the connection failed.
+    /// [`max_runs`](super::Connect::max_runs), or far more extents; otherwise [`NbdError`] names
+    /// the field at which the server broke the protocol, or the connection failed.
     pub fn read_context(
         &mut self,
         name: &str,
