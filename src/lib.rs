@@ -146,7 +146,8 @@
 //!
 //! * One thread writes and the same thread looks: a plain bitmap is enough.
 //! * You need to know *what* was written, or in which order: that is a log.
-//! * The writes must survive a crash of the tracker: the state here is in memory only.
+//! * The writes must survive a crash of the tracker: the state here is in memory only. The crate
+//!   `dirtymap-store` is for those.
 //!
 //! [DESIGN.md](https://github.com/dirtymap/dirtymap/blob/main/DESIGN.md) has the invariants and why
 //! they hold. The crate `pagetable-sim` is an IOMMU to test against.

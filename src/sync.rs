@@ -33,6 +33,8 @@ compile_error!("one model checker at a time");
 
 #[cfg(any(dirtymap_loom, dirtymap_shuttle))]
 pub mod model;
+#[cfg(dirtymap_loom)]
+mod sites;
 mod step;
 mod witness;
 
@@ -61,7 +63,7 @@ mod imp {
     pub use std::sync::atomic::{
         AtomicBool, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence,
     };
-    pub use std::sync::{Arc, Mutex, MutexGuard};
+    pub use std::sync::{Arc, Condvar, Mutex, MutexGuard};
     pub use std::thread;
 
     /// Waits a little longer after each consecutive failure, up to some 100 ns, so that threads
@@ -85,10 +87,9 @@ mod imp {
 
 #[cfg(dirtymap_loom)]
 mod imp {
-    pub use loom::sync::atomic::{
-        AtomicBool, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence,
-    };
-    pub use loom::sync::{Arc, Mutex, MutexGuard};
+    pub use super::sites::{AtomicBool, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, fence};
+    pub use loom::sync::atomic::Ordering;
+    pub use loom::sync::{Arc, Condvar, Mutex, MutexGuard};
     pub use loom::thread;
 
     /// Tells the model that this thread waits for others.
@@ -107,7 +108,7 @@ mod imp {
     pub use shuttle::sync::atomic::{
         AtomicBool, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence,
     };
-    pub use shuttle::sync::{Arc, Mutex, MutexGuard};
+    pub use shuttle::sync::{Arc, Condvar, Mutex, MutexGuard};
     pub use shuttle::thread;
 
     /// Lets other threads run.
@@ -131,6 +132,7 @@ pub use std::sync::atomic::compiler_fence;
 /// already, as every locked instruction is (Intel SDM volume 3, "Memory Ordering"), so only the
 /// compiler has to keep the order.
 #[inline]
+#[cfg_attr(dirtymap_loom, track_caller)]
 pub fn fence_after_rmw() {
     if cfg!(all(
         target_arch = "x86_64",
@@ -148,6 +150,7 @@ pub fn fence_after_rmw() {
 /// becomes visible to all other threads at once, such as x86-64, AArch64 and RISC-V, two loads in
 /// this order see the same with a fence between them as without one.
 #[inline]
+#[cfg_attr(dirtymap_loom, track_caller)]
 pub fn fence_after_look() {
     if cfg!(all(
         any(
@@ -186,5 +189,13 @@ pub fn lock_inner<T>(list: &InnerLock<T>) -> std::sync::MutexGuard<'_, T> {
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex
         .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Waits on `condvar` with `guard`, even if a thread panicked while it held the mutex; see
+/// [`lock`].
+pub fn wait<'m, T>(condvar: &Condvar, guard: MutexGuard<'m, T>) -> MutexGuard<'m, T> {
+    condvar
+        .wait(guard)
         .unwrap_or_else(std::sync::PoisonError::into_inner)
 }

@@ -73,6 +73,21 @@ fn an_unmap_returns_what_was_dirty_anywhere() {
     assert!(first.with(|s| s.mapped.is_empty()) && second.with(|s| s.mapped.is_empty()));
 }
 
+/// Every other page of an area of three is dirty: as many runs as an area can have. An unmap
+/// reports these and no more.
+#[test]
+fn an_unmap_of_as_many_runs_as_can_be_reports_no_other_page() {
+    let (space, first, _) = two_sources();
+    space.map(pages(0, 3), 0, RW).unwrap();
+    space.start_tracking().unwrap();
+    [0, 2].iter().for_each(|page| first.dirty(*page));
+    let mut words = [0u64];
+    let bitmap = UserBitmap::new(&mut words);
+    let (unmapped, _) = space.unmap(pages(0, 3), Granule::K4, bitmap).unwrap();
+    assert_eq!(unmapped.dirty_bytes, 2 * u128::from(PAGE));
+    assert_eq!(words, [0b101]);
+}
+
 /// QEMU unmapped memory although its request for the dirty pages had failed, and ignored the error:
 /// the migration went on without these pages.
 #[test]

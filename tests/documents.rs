@@ -4,9 +4,9 @@
 
 mod common_documents;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use common_documents::{Source, check_part, defines, sources, wrap};
+use common_documents::{Source, check_part, defines, part, qualified, sources, wrap};
 use dirtymap::sync::Step;
 
 const DESIGN: &str = include_str!("../DESIGN.md");
@@ -81,43 +81,236 @@ fn names(name: &str, source: &Source, function: &str) -> bool {
         && (of.is_empty() || of == own || own.is_empty() && path.any(|part| part == of))
 }
 
-fn is_ordered(code: &str) -> bool {
-    let mut words = code.split(|c: char| !c.is_alphanumeric() && c != '_');
-    words.any(|word| {
-        matches!(word, "Acquire" | "Release" | "AcqRel" | "SeqCst")
-            || (word.contains("fence") && code.contains(&format!("{word}(")))
-    })
+/// How many orderings a line of code names.
+fn orderings(code: &str) -> usize {
+    let is_word = |c: char| c.is_alphanumeric() || c == '_';
+    let words = code.split(|c: char| !is_word(c));
+    let orders = |word: &&str| matches!(*word, "Acquire" | "Release" | "AcqRel" | "SeqCst");
+    let fences = ["fence_after_rmw(", "fence_after_look("];
+    let calls = fences.iter().map(|fence| code.matches(fence).count());
+    words.filter(orders).count() + calls.sum::<usize>()
 }
 
-/// `DIRTYMAP_WRITE=1 cargo test -p dirtymap --test documents` writes the index.
+/// A part of an ordering that a model reaches: the call, with a number from the second of its name
+/// on, and the part.
+type Place = (String, String);
+
+/// The models that fail without each of the orderings of a function; none if it is argued.
+type Found = BTreeMap<String, Vec<(Place, Option<String>)>>;
+
+/// The orderings that no model misses, with an argument in the document. A function without
+/// anything more stands for all of its orderings, which no model reaches.
+fn argued() -> BTreeSet<String> {
+    let (_, section) = ORDERINGS
+        .split_once("\n## Orderings that no model misses\n")
+        .expect("the section");
+    let section = section.split("\n## ").next().unwrap_or(section);
+    let mut entries = String::new();
+    for line in section.lines() {
+        match line.strip_prefix("* ") {
+            Some(entry) => entries += &format!("\n{entry}"),
+            None => entries += &format!(" {}", line.trim()),
+        }
+    }
+    let heads = entries.lines().skip(1).map(|entry| {
+        let (head, argument) = entry.split_once(": ").expect("an argument");
+        assert!(argument.len() > 20, "{head}: no argument");
+        head
+    });
+    let places = heads.flat_map(|head| head.split(", "));
+    places.map(|place| place.replace('`', "")).collect()
+}
+
+/// The orderings with neither.
+fn open() -> BTreeSet<String> {
+    let (_, section) = ORDERINGS
+        .split_once("\n## Open orderings\n")
+        .expect("the section");
+    let section = section.split("\n## ").next().unwrap_or(section);
+    let entries = section.lines().filter_map(|line| line.strip_prefix("* "));
+    entries.map(|place| place.replace('`', "")).collect()
+}
+
+/// What the index lists.
+fn listed() -> Found {
+    let mut found = Found::new();
+    let (mut path, mut function) = (String::new(), String::new());
+    for line in part(ORDERINGS, "index").replace(":\n    `", ": `").lines() {
+        if let Some(name) = line.strip_prefix("* `") {
+            function = name.split('`').next().unwrap_or_default().to_owned();
+        } else if let Some(entry) = line.strip_prefix("  * `") {
+            let (place, model) = entry.split_once(": ").expect("a model");
+            let (call, kind) = place.split_once('`').expect("a call");
+            let place = (call.to_owned(), kind.trim().to_owned());
+            let model = quoted(model).next().map(str::to_owned);
+            let all = found.entry(qualified(&path, &function)).or_default();
+            all.push((place, model));
+        } else if line.starts_with('`') {
+            path = bare(line);
+        }
+    }
+    found
+}
+
+fn bare(name: &str) -> String {
+    name.trim_matches('`').to_owned()
+}
+
+/// What the models have found, in the file that `DIRTYMAP_SITES` names: `.ci/orderings` sets it,
+/// and runs this after the models.
+fn recorded(sources: &[Source]) -> Option<Found> {
+    let record = std::env::var_os("DIRTYMAP_SITES")?;
+    let record = std::fs::read_to_string(record).expect("a record of the orderings");
+    let mut sites: BTreeMap<(&str, usize, usize, &str), Option<&str>> = BTreeMap::new();
+    for line in record.lines() {
+        let words: Vec<&str> = line.split(' ').collect();
+        let [kind, at, part] = words[..3] else {
+            panic!("{line}: not an entry");
+        };
+        let mut at = at.rsplitn(3, ':');
+        let mut number = || at.next().and_then(|n| n.parse().ok()).expect("a number");
+        let (column, row) = (number(), number());
+        let path = at.next().expect("a path");
+        let model = sites.entry((path, row, column, part)).or_default();
+        if kind == "caught" {
+            *model = (*model).or(words.get(3).copied());
+        }
+    }
+    let mut found = Found::new();
+    let mut calls: BTreeMap<String, Vec<(usize, usize, String)>> = BTreeMap::new();
+    let mut lines = BTreeMap::new();
+    for ((path, row, column, part), model) in sites {
+        let source = sources.iter().find(|source| source.path == path);
+        let source = source.expect("a source of the record");
+        let lines = lines
+            .entry(path)
+            .or_insert_with(|| source.lines_with(|_| true));
+        let line = lines.iter().find(|(number, ..)| *number == row);
+        let (_, function, _) = line.expect("a line of code; the record is older than the code");
+        let text = source.text.lines().nth(row - 1).unwrap_or_default();
+        let call: String = text[column - 1..]
+            .chars()
+            .take_while(|c| c.is_alphanumeric() || *c == '_')
+            .collect();
+        // Calls of one name are told apart by their order.
+        let key = source.qualified(function);
+        let known = calls.entry(key.clone()).or_default();
+        if !known.contains(&(row, column, call.clone())) {
+            known.push((row, column, call.clone()));
+        }
+        let nth = known.iter().filter(|(.., name)| *name == call).count();
+        let call = if nth == 1 {
+            call
+        } else {
+            format!("{call} {nth}")
+        };
+        let all = found.entry(key).or_default();
+        all.push(((call, part.to_lowercase()), model.map(str::to_owned)));
+    }
+    Some(found)
+}
+
+/// Each function with an ordered access is in the index, with as many orderings as the code has,
+/// its rows, and for each ordering the model that fails without it, or an argument. So a new access
+/// is missing there. `.ci/orderings` finds what each model fails without;
+/// `DIRTYMAP_WRITE=1 cargo test -p dirtymap --test documents` writes the rest of the index.
 #[test]
 fn the_index_has_every_ordered_access_with_its_rows() {
     let Some(sources) = sources() else { return };
     let rows = rows();
-    let mut text = String::new();
+    let found = recorded(&sources).unwrap_or_else(listed);
+    let (argued, open) = (argued(), open());
+    let (mut all, mut used) = (BTreeSet::new(), BTreeSet::new());
+    let mut wrong = Vec::new();
+    let (mut counts, mut text) = ([0usize; 4], String::new());
     for source in sources.iter().filter(|source| source.is_code()) {
         if source.path.starts_with("src/sync") {
             continue;
         }
         let mut entries = String::new();
-        for function in source.functions_with(is_ordered) {
+        let lines = source.lines_with(|code| orderings(code) > 0);
+        for function in source.functions_with(|code| orderings(code) > 0) {
+            let own = lines.iter().filter(|(_, of, _)| *of == function);
+            let count: usize = own.map(|(.., code)| orderings(code)).sum();
             let named = |row: &&Row| quoted(&row.sides).any(|name| names(name, source, &function));
             let numbers: Vec<&str> = rows
                 .iter()
                 .filter(named)
                 .map(|row| row.number.as_str())
                 .collect();
-            let numbers = match numbers.is_empty() {
-                true => "see the comment there".to_owned(),
-                false => numbers.join(", "),
+            let rows = match numbers[..] {
+                [] => String::new(),
+                [one] => format!(", row {one}"),
+                _ => format!(", rows {}", numbers.join(", ")),
             };
-            entries += &wrap(&format!("* `{function}`: {numbers}"), "  ");
+            let plural = if count == 1 { "" } else { "s" };
+            let head = format!("* `{function}`, {count} ordering{plural}{rows}");
+            let name = source.qualified(&function);
+            assert!(all.insert(name.clone()), "two functions are called {name}");
+            let Some(places) = found.get(&name) else {
+                entries += &wrap(&format!("{head}: no model reaches it"), "  ");
+                entries.push('\n');
+                counts[3] += 1;
+                match argued.contains(&name) {
+                    true => drop(used.insert(name)),
+                    false => wrong.push(format!("{name}: no model reaches it")),
+                }
+                continue;
+            };
+            entries += &wrap(&head, "  ");
             entries.push('\n');
+            for ((call, part), model) in places {
+                let key = format!("{name} {call} {part}");
+                let is_open = open.contains(&key);
+                let by = match (model, argued.contains(&key) || is_open) {
+                    (Some(model), false) => {
+                        counts[0] += 1;
+                        if !defines(&sources, model) {
+                            wrong.push(format!("{key}: there is no model {model}"));
+                        }
+                        format!("`{model}`")
+                    }
+                    (None, true) => {
+                        counts[1 + usize::from(is_open)] += 1;
+                        used.insert(key);
+                        if is_open { "open" } else { "argued" }.to_owned()
+                    }
+                    (Some(model), true) => {
+                        wrong.push(format!("{key}: argued, and {model} fails"));
+                        continue;
+                    }
+                    (None, false) => {
+                        wrong.push(format!("{key}: no model fails without it"));
+                        continue;
+                    }
+                };
+                let entry = format!("  * `{call}` {part}: {by}");
+                entries += &match entry.len() > 100 {
+                    true => entry.replace(": `", ":\n    `"),
+                    false => entry,
+                };
+                entries.push('\n');
+            }
         }
         if !entries.is_empty() {
             text += &format!("`{}`\n\n{entries}\n", source.path);
         }
     }
+    let entries: BTreeSet<String> = argued.union(&open).cloned().collect();
+    let unused: Vec<&String> = entries.difference(&used).collect();
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(
+        unused.is_empty(),
+        "argued or open, and not there: {unused:?}"
+    );
+    let [caught, argued, open, unreached] = counts;
+    let totals = format!(
+        "Orderings that a model reaches: {}. Each was weakened alone: without {caught} of them a \
+         model fails, {argued} are argued, and {open} are open. Functions that no model reaches, \
+         all argued: {unreached}.",
+        caught + argued + open
+    );
+    let text = format!("{}\n\n{text}", wrap(&totals, ""));
     check_part("docs/orderings.md", "index", &text);
 }
 
@@ -205,7 +398,7 @@ fn every_rule_has_its_sections_and_what_it_names() {
             assert!(said, "rule {number} names nothing after {part}");
         }
     }
-    let wanted = BTreeSet::from_iter((1..=13).chain([15, 16, 17, 19]));
+    let wanted = BTreeSet::from_iter((1..=13).chain([15, 16, 17, 18, 19]));
     assert_eq!(numbers, wanted);
 
     let sources = sources();

@@ -45,7 +45,7 @@ fn harvest_and_copy(space: &AddressSpace, data: &AtomicU64, copy: &mut u64) {
 #[test]
 fn a_mark_that_is_skipped_is_never_lost() {
     holds_only_with(
-        &[Step::MarkFence, Step::SyncFence, Step::RecordBeforeClear],
+        &[Step::MarkFence, Step::SyncFence, Step::RecordMarks],
         || {
             let space = AddressSpace::new(PAGE);
             space.map(page(0), 0, Access::ReadWrite).unwrap();
@@ -201,7 +201,7 @@ impl DirtySource for StopsAtTwo {
 /// the device's next write goes through the stale translation.
 #[test]
 fn a_stop_owes_before_it_puts_back() {
-    holds_only_with(&[Step::OweBeforePutBack], || {
+    holds_only_with(&[Step::OweBeforeStop], || {
         let hardware = Arc::new(OnePage {
             dirty: AtomicU64::new(1),
             cached: Mutex::new(true),
@@ -284,7 +284,7 @@ fn a_ticket_is_honoured_by_a_flush_that_began_later() {
 /// themselves or for each other. Afterwards nothing is pending, and the debt of each was
 /// invalidated.
 #[test]
-fn a_full_queue_is_flushed_by_who_hands_over() {
+fn a_full_queue_is_flushed_by_the_thread_that_owes() {
     holds_only_with(&[Step::NextGeneration, Step::WaitForLeader], || {
         let queue = FlushQueue::new().with_policy(FlushPolicy {
             max_pending: Some(1),
@@ -443,7 +443,7 @@ fn frees_keep_their_order_across_threads() {
 /// stays dirty.
 #[test]
 fn two_harvesters_share_a_word() {
-    holds_only_with(&[Step::RecordBeforeClear], || {
+    holds_only_with(&[Step::RecordMarks], || {
         let space = AddressSpace::new(PAGE);
         let both = IovaRange::new(page(0).start(), page(1).last()).unwrap();
         space.map(both, 0, Access::ReadWrite).unwrap();
@@ -467,6 +467,76 @@ fn two_harvesters_share_a_word() {
         let left = harvest(&space);
         ours | theirs == 0b11 && left == 0
     });
+}
+
+/// A page of a source that reports runs, and clears them by a call of its own.
+struct Runs(Arc<OnePage>);
+
+impl DirtySource for Runs {
+    fn map(&self, _: &Mapping) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn unmap(&self, _: IovaRange, _: &mut FlushGather, _: &mut dyn FnMut(IovaRange)) {}
+
+    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        if self.0.dirty.load(Relaxed) == 1 {
+            let inside = out.take_run(range, PAGE, |_| false)?;
+            assert!(inside.range() == Some(page(0)));
+            self.0.dirty.swap(0, Relaxed);
+        }
+        Ok(())
+    }
+
+    fn peek(&self, _: IovaRange, _: &mut Sink<'_>) -> Result<(), Stopped> {
+        Ok(())
+    }
+
+    fn invalidate(&self, _: &FlushGather) -> Result<Invalidated, Error> {
+        Ok(Invalidated::default())
+    }
+}
+
+/// Of two harvesters of a source that is dirty, one has its page at least.
+fn two_harvesters_of<S: DirtySource + 'static>(source: fn(Arc<OnePage>) -> S) -> bool {
+    let hardware = Arc::new(OnePage {
+        dirty: AtomicU64::new(1),
+        cached: Mutex::new(true),
+        data: AtomicU64::new(1),
+    });
+    let space = AddressSpace::with_source(PAGE, source(hardware)).unwrap();
+    space.map(page(0), 0, Access::ReadWrite).unwrap();
+    space.start_tracking().unwrap();
+    let space = Arc::new(space);
+    let harvest = move |space: &AddressSpace| {
+        let words = [AtomicU64::new(0)];
+        let request = HarvestRequest::new(page(0), PAGE);
+        let lease = space.harvest(&request, UserBitmap::shared(&words)).unwrap();
+        lease.sync().unwrap().commit();
+        words[0].load(Relaxed)
+    };
+    let other = {
+        let space = space.clone();
+        thread::spawn(move || harvest(&space))
+    };
+    let ours = harvest(&space);
+    ours | other.join().unwrap() == 1
+}
+
+/// The same for a leaf of a source: it is recorded before it is clean.
+#[test]
+fn two_harvesters_share_a_leaf() {
+    holds_only_with(&[Step::RecordLeaf], || two_harvesters_of(Source));
+}
+
+/// The same for a run of a source that clears many pages by one call.
+#[test]
+fn two_harvesters_share_a_run() {
+    holds_only_with(&[Step::RecordRun], || two_harvesters_of(Runs));
 }
 
 /// A mark that races an unmap is counted by one of the two: by the unmap as discarded, or by the

@@ -352,7 +352,7 @@ fn random_operations_keep_the_contract() {
 
 /// Steps, and for each the seed of a program that fails without it.
 const FOUND: [(Step, u64); 3] = [
-    (Step::RecordBeforeClear, 0),
+    (Step::RecordMarks, 0),
     (Step::FlushBeforeReuse, 1985),
     (Step::OweBeforePutBack, 6899),
 ];

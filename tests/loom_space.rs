@@ -11,7 +11,7 @@ use dirtymap::sync::model::{Bound, holds_within};
 use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering, Ordering::Relaxed, Step, lock, thread};
 use dirtymap::{
     Access, AddressSpace, DirtySource, DomainId, Error, Granule, HarvestRequest, Iova, IovaRange,
-    Mapping, Scope, Tracking, UserBitmap,
+    Mapping, RangeError, Scope, Tracking, UserBitmap,
 };
 
 const PAGE: Granule = Granule::K4;
@@ -248,7 +248,7 @@ fn no_stale_write_reaches_the_next_owner() {
 /// last write is copied.
 #[test]
 fn a_detach_and_a_harvest_lose_no_write() {
-    holds_within(BOUND, &[Step::OweBeforePutBack], || {
+    holds_within(BOUND, &[Step::OweBeforeMark], || {
         let (space, domain, hardware) = tracked();
         hardware.device_writes(1);
         let detach = {
@@ -267,7 +267,7 @@ fn a_detach_and_a_harvest_lose_no_write() {
 /// concurrent harvest, or the next one, copies the last write, and the domain is still attached.
 #[test]
 fn a_detach_that_panics_and_a_harvest_lose_no_write() {
-    holds_within(BOUND, &[Step::PanicIsDirty, Step::OweBeforePutBack], || {
+    holds_within(BOUND, &[Step::PanicIsDirty, Step::OweBeforeMark], || {
         let (space, domain, hardware) = tracked();
         hardware.panics.store(1, Relaxed);
         hardware.device_writes(1);
@@ -314,7 +314,7 @@ fn an_abort_and_a_detach_do_not_miss_each_other() {
 /// or counted as outside.
 #[test]
 fn an_abort_and_an_unmap_do_not_miss_each_other() {
-    holds_within(BOUND, &[Step::MarkIfGoing, Step::GoneFence], || {
+    holds_within(BOUND, &[Step::MarkIfGoing], || {
         let (space, domain, hardware) = tracked();
         hardware.device_writes(1);
         let words = [AtomicU64::new(0)];
@@ -414,8 +414,14 @@ impl DirtySource for LaxSource {
         })
     }
 
-    fn peek(&self, _: IovaRange, _: &mut Sink<'_>) -> Result<(), Stopped> {
-        Ok(())
+    fn peek(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {
+        match self.0.dirty.load(Relaxed) {
+            0 => Ok(()),
+            _ => sink.record(range).map_err(|error| Stopped {
+                at: range.start(),
+                error,
+            }),
+        }
     }
 
     fn invalidate(&self, _: &FlushGather) -> Result<Invalidated, Error> {
@@ -442,6 +448,125 @@ fn what_a_detach_moves_is_never_invisible() {
         };
         let found = harvest(&space, Scope::All, &source.dirty).is_some();
         detach.join().unwrap() && found
+    });
+}
+
+/// The same for a page in the put-back store of the domain: an abort put it there, and the detach
+/// moves it to the marks.
+#[test]
+fn what_a_detach_moves_out_of_the_store_is_never_invisible() {
+    holds_within(BOUND, &[], || {
+        let source = Lax::new();
+        let space = AddressSpace::new(PAGE);
+        let domain = space.attach(LaxSource(source.clone())).unwrap();
+        space.map(page(0), 0, RW).unwrap();
+        space.start_tracking().unwrap();
+        source.dirty.store(1, Relaxed);
+        let words = [AtomicU64::new(0)];
+        let request = HarvestRequest::new(page(0), PAGE).in_scope(Scope::Domain(domain));
+        let lease = space.harvest(&request, UserBitmap::shared(&words)).unwrap();
+        lease.abort();
+        let space = Arc::new(space);
+        let detach = {
+            let space = space.clone();
+            thread::spawn(move || space.detach(domain).is_ok())
+        };
+        let found = harvest(&space, Scope::All, &source.dirty).is_some();
+        detach.join().unwrap() && found
+    });
+}
+
+/// The same for a peek, which looks at the same places in the same order.
+#[test]
+fn a_peek_finds_what_a_detach_moves() {
+    let steps = [Step::DetachInFlight, Step::DetachFence];
+    holds_within(BOUND, &steps, || {
+        let source = Lax::new();
+        let space = AddressSpace::new(PAGE);
+        let domain = space.attach(LaxSource(source.clone())).unwrap();
+        space.map(page(0), 0, RW).unwrap();
+        space.start_tracking().unwrap();
+        source.dirty.store(1, Relaxed);
+        let space = Arc::new(space);
+        let detach = {
+            let space = space.clone();
+            thread::spawn(move || space.detach(domain).is_ok())
+        };
+        let words = [AtomicU64::new(0)];
+        let request = HarvestRequest::new(page(0), PAGE);
+        let peeked = space.peek(&request, UserBitmap::shared(&words)).is_ok();
+        let found = words[0].load(Relaxed) == 1;
+        detach.join().unwrap() && peeked && found
+    });
+}
+
+/// A CPU writes a page that is marked already while tracking begins. The first full copy comes
+/// after the switch: it has the write, or the mark is set again and the first harvest has it.
+#[test]
+fn a_write_while_tracking_begins_is_copied() {
+    holds_within(BOUND, &[Step::SwitchFence, Step::MarkFence], || {
+        let space = AddressSpace::new(PAGE);
+        space.map(page(0), 0, RW).unwrap();
+        let area = space.area(Iova::MIN).unwrap();
+        area.mark(page(0)).unwrap();
+        let data = Arc::new(AtomicU64::new(0));
+        let writer = {
+            let data = data.clone();
+            thread::spawn(move || {
+                data.store(1, Relaxed);
+                area.mark(page(0)).unwrap();
+            })
+        };
+        space.start_tracking().unwrap();
+        let copy = data.load(Relaxed);
+        writer.join().unwrap();
+        copy == 1 || harvest(&space, Scope::All, &data) == Some(1)
+    });
+}
+
+/// Refuses every area.
+struct Refuses;
+
+impl DirtySource for Refuses {
+    fn map(&self, mapping: &Mapping) -> Result<(), Error> {
+        let start = mapping.range.start();
+        Err(Error::Range(RangeError::ZeroLength { start }))
+    }
+
+    fn unmap(&self, _: IovaRange, _: &mut FlushGather, _: &mut dyn FnMut(IovaRange)) {}
+
+    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn read_and_clear(&self, _: IovaRange, _: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        Ok(())
+    }
+
+    fn peek(&self, _: IovaRange, _: &mut Sink<'_>) -> Result<(), Stopped> {
+        Ok(())
+    }
+
+    fn invalidate(&self, _: &FlushGather) -> Result<Invalidated, Error> {
+        Ok(Invalidated::default())
+    }
+}
+
+/// A mark in an area whose map a source refuses is counted by one of the two: by the map, which
+/// takes the area out again, as discarded, or by the marker as outside.
+#[test]
+fn a_mark_and_a_map_that_is_taken_back_do_not_miss_each_other() {
+    holds_within(BOUND, &[Step::TakeOutFence], || {
+        let space = AddressSpace::new(PAGE);
+        space.attach(Refuses).unwrap();
+        let space = Arc::new(space);
+        let marker = {
+            let space = space.clone();
+            thread::spawn(move || space.mark(page(0)).is_ok())
+        };
+        let refused = space.map(page(0), 0, RW).is_err();
+        let marked = marker.join().unwrap();
+        refused && (!marked || space.stats().discarded_bytes != 0)
     });
 }
 

@@ -329,3 +329,145 @@ fn a_thread_that_panics_or_stops_puts_back_and_owes_what_all_took() {
         lease.commit();
     }
 }
+
+/// A mask of a finer granule than the page has a bit for a part of page 3, and bits for all of
+/// page 5. A page is cleared as a whole, so the part of page 3 does not count: rounded out, the
+/// harvest would clear a page that its consumer did not ask for.
+#[test]
+fn a_mask_takes_whole_pages_alone() {
+    let (space, fake) = space(1);
+    [3, 4, 5, 6].iter().for_each(|page| fake.dirty(*page));
+    space.mark(pages(3, 4)).unwrap();
+    let mut words = [0b11 << 10 | 1 << 6 | 1 << 9 | 1 << 12, 0];
+    let half = Granule::from_lg2(11).unwrap();
+    let mask = UserBitmap::new(&mut words).view(pages(0, 64), half);
+    let mut words = [0u64];
+    let masked = request(pages(0, 64)).masked(mask.unwrap());
+    let lease = space.harvest(&masked, UserBitmap::new(&mut words)).unwrap();
+    lease.sync().unwrap().commit();
+    assert_eq!(words, [1 << 5]);
+    assert_eq!(take(&space, 0, 64), 1 << 3 | 1 << 4 | 1 << 6);
+}
+
+/// The bits of a request are so fine that 64 of them, the smallest step of a bounded harvest, are a
+/// part of a page. The step goes on to the end of the page, and the next harvest begins there.
+#[test]
+fn a_step_of_a_bounded_harvest_ends_at_a_page() {
+    let (space, fake) = space(1);
+    [0, 1].iter().for_each(|page| fake.dirty(*page));
+    let fine = Granule::from_lg2(4).unwrap();
+    let mut words = [0u64; 16];
+    let mut from = Some(Iova::MIN);
+    for page in 0..4 {
+        let start = from.unwrap();
+        assert_eq!(start, Iova::new(page * PAGE));
+        let bounded = HarvestRequest::new(pages(0, 4), fine).max_bits(1);
+        let bounded = bounded.resume_at(start);
+        let lease = space.harvest(&bounded, UserBitmap::new(&mut words));
+        let lease = lease.unwrap();
+        from = lease.next();
+        // Clean pages are looked at until there is a dirty one.
+        if page < 2 {
+            assert_eq!(lease.range(), pages(page, 1));
+        }
+        let done = lease.sync().unwrap().commit().bits_set;
+        assert_eq!(done, if page < 2 { 256 } else { 0 });
+        if from.is_none() {
+            return;
+        }
+    }
+    panic!("the harvests do not end");
+}
+
+/// A bound is reached one page before the end: the next harvest is told to go on there. A page of
+/// one byte makes the last page the last address as well.
+#[test]
+fn a_bounded_harvest_goes_on_at_the_last_page() {
+    let space = AddressSpace::tracked(Granule::BYTE);
+    space.map(0..65, 0, Access::ReadWrite).unwrap();
+    space.mark(0..65).unwrap();
+    let mut words = [0u64; 2];
+    let whole = IovaRange::from_len(Iova::MIN, 65).unwrap();
+    let bounded = HarvestRequest::new(whole, Granule::BYTE).max_bits(1);
+    let lease = space.harvest(&bounded, UserBitmap::new(&mut words));
+    let lease = lease.unwrap();
+    assert_eq!(lease.next(), Some(Iova::new(64)));
+    assert_eq!(lease.sync().unwrap().commit().bits_set, 64);
+    let bounded = bounded.resume_at(Iova::new(64));
+    let lease = space.harvest(&bounded, UserBitmap::new(&mut words));
+    let lease = lease.unwrap();
+    assert_eq!(lease.next(), None);
+    assert_eq!(lease.sync().unwrap().commit().bits_set, 1);
+}
+
+/// Without a domain, writes in flight and marks are all that is looked at, in the second area as in
+/// the first.
+#[test]
+fn a_write_in_flight_in_a_later_area_is_reported_without_domains() {
+    let space = AddressSpace::tracked(Granule::K4);
+    for first in [0, 16] {
+        space
+            .map(pages(first, 16), first * PAGE, Access::ReadWrite)
+            .unwrap();
+    }
+    let guard = space.begin_write(pages(20, 1)).unwrap();
+    assert_eq!(take(&space, 0, 32), 1 << 20);
+    drop(guard);
+    assert_eq!(take(&space, 0, 32), 1 << 20);
+}
+
+/// The bitmap holds bits that others have set. Parts that are committed count them, and the account
+/// of the lease ends at what it has taken.
+#[test]
+fn parts_with_bits_of_others_commit_no_more_than_was_leased() {
+    let (space, fake) = space(1);
+    fake.dirty(5);
+    let mut words = [0b1111u64];
+    let lease = space.harvest(&request(pages(0, 64)), UserBitmap::new(&mut words));
+    let lease = lease.unwrap().sync().unwrap();
+    assert_eq!(lease.commit_range(pages(0, 64)), 5);
+    lease.commit();
+    let stats = space.stats();
+    assert_eq!((stats.leased_bytes, stats.committed_bytes), (PAGE, PAGE));
+}
+
+/// A bound that is met exactly ends the harvest, and one in the past leaves the smallest step.
+#[test]
+fn bounds_end_the_harvest_as_soon_as_they_are_met() {
+    let bounded = |request: HarvestRequest<'static>| {
+        let fake = Arc::new(Fake::default());
+        let space = AddressSpace::with_source(Granule::K4, fake.clone()).unwrap();
+        space.map(pages(0, 256), 0, Access::ReadWrite).unwrap();
+        space.start_tracking().unwrap();
+        (0..256).for_each(|page| fake.dirty(page));
+        let mut words = [0u64; 4];
+        let lease = space.harvest(&request, UserBitmap::new(&mut words));
+        let lease = lease.unwrap();
+        let next = lease.next();
+        (next, lease.sync().unwrap().commit().bits_set)
+    };
+    let first = (Some(Iova::new(64 * PAGE)), 64);
+    assert_eq!(bounded(request(pages(0, 256)).max_bits(64)), first);
+    let now = Instant::now();
+    assert_eq!(bounded(request(pages(0, 256)).until(now)), first);
+}
+
+/// A harvest that refuses holes looks for them from its cursor on: those below were not asked for.
+#[test]
+fn a_hole_below_the_cursor_is_not_refused() {
+    let space = AddressSpace::tracked(Granule::K4);
+    for first in [0, 32] {
+        space
+            .map(pages(first, 16), first * PAGE, Access::ReadWrite)
+            .unwrap();
+    }
+    space.mark(pages(40, 1)).unwrap();
+    let mut words = [0u64];
+    let refuses = request(pages(0, 48)).holes(dirtymap::Holes::Refuse);
+    let whole = space.harvest(&refuses, UserBitmap::new(&mut words));
+    assert!(matches!(whole, Err(Error::Hole { at, .. }) if at == Iova::new(16 * PAGE)));
+    let above = refuses.resume_at(Iova::new(32 * PAGE));
+    let mut words = [0u64];
+    let lease = space.harvest(&above, UserBitmap::new(&mut words));
+    assert_eq!(lease.unwrap().sync().unwrap().commit().bits_set, 1);
+}

@@ -154,7 +154,7 @@ impl Port {
     fn overflow(&self) -> bool {
         // Relaxed: ordered by the fence, as I1 by F2.
         self.overflow.store(true, Ordering::Relaxed);
-        if performs(Step::AskFence) {
+        if performs(Step::OverflowFence) {
             // SeqCst: an F2 of its own, for `overflow` in place of the inbox; pairs with F1 in
             // `wake`. If F1 is first, the look below sees the device awake, and the caller asks it.
             // If F2 is first, the device sees `overflow` when it wakes.
@@ -185,7 +185,7 @@ impl Port {
     /// Ceases to be active (D5); everything in flight has landed (D4).
     pub(crate) fn sleep(&self) {
         // Release: publishes the writes that were landed; pairs with the Acquire in `wait`.
-        let order = weaken(Step::PublishLanded, Ordering::Release);
+        let order = weaken(Step::PublishAsleep, Ordering::Release);
         self.active.store(false, order);
     }
 

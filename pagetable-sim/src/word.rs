@@ -32,14 +32,17 @@ mod imp {
             }
         }
 
+        #[cfg_attr(dirtymap_loom, track_caller)]
         pub(crate) fn load(&self, order: Ordering) -> T {
             from_bits(self.bits.load(order))
         }
 
+        #[cfg_attr(dirtymap_loom, track_caller)]
         pub(crate) fn store(&self, value: T, order: Ordering) {
             self.bits.store(to_bits(value), order);
         }
 
+        #[cfg_attr(dirtymap_loom, track_caller)]
         pub(crate) fn compare_exchange(
             &self,
             old: T,
@@ -53,6 +56,7 @@ mod imp {
                 .map_err(from_bits)
         }
 
+        #[cfg_attr(dirtymap_loom, track_caller)]
         pub(crate) fn fetch_update(
             &self,
             success: Ordering,

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use dirtymap::sync::{AtomicU64, Ordering};
 use dirtymap::{Granule, HarvestRequest, Iova, IovaRange};
 
-use crate::oracle::{PAGE, pages_of};
+use crate::pages::{PAGE, pages_of};
 use crate::violation::{Rule, Violation, check};
 
 /// Guard words before and after the bitmap, which must not change.

@@ -23,6 +23,7 @@ mod gather;
 mod log_node;
 mod op;
 mod oracle;
+mod pages;
 pub mod protocol;
 mod random;
 mod ranges;

@@ -18,7 +18,7 @@ use dirtymap::{Access, DirtySource, Error, Granule, Iova, IovaRange, Mapping, Tr
 use pagetable_sim::{DmaError, FaultKind, PhysMemory};
 
 use crate::op::{Config, Sabotage};
-use crate::oracle::{PAGE, pieces};
+use crate::pages::{PAGE, pieces};
 use crate::rig::{Busy, Node, Switch, ToldToDie, ToldToFail};
 
 /// See the [module](self).

@@ -7,7 +7,7 @@ use pagetable_sim::{AmdV1, ArmS1, DmaError, PhysMemory, RiscvSv48, VtdSs, X86_64
 use crate::faults::Faulty;
 use crate::log_node::LogNode;
 use crate::op::{Config, DOMAINS, Format, Master};
-use crate::oracle::MEMORY;
+use crate::pages::MEMORY;
 use crate::rig::Rig;
 
 /// See the [module](self).

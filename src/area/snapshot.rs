@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use super::node::Node;
 use super::reclaim::Pinned;
 use super::root::Root;
-use crate::sync::{Arc, AtomicPtr, Ordering, Step, performs, prefetch};
+use crate::sync::{Arc, AtomicPtr, Ordering, prefetch};
 use crate::units::{Granule, Iova, IovaRange};
 
 /// One range and the area that is mapped there.
@@ -258,9 +258,7 @@ impl<'t, T, const F: usize, R> Snapshot<'t, T, F, R> {
         //   and the tree, which is borrowed as long as `self` lives, is not dropped.
         // - unchanged: published roots do not change (Inv. 2).
         let root = unsafe { &*self.root };
-        if performs(Step::WaitForReaders) {
-            root.witness.look();
-        }
+        root.witness.look();
         root
     }
 
@@ -283,7 +281,9 @@ impl<'t, T, const F: usize, R> Snapshot<'t, T, F, R> {
         let root = self.newest.load(Ordering::Acquire);
         // SAFETY: never null, by the contract of `new`; loaded under a pin, so alive (Inv. 3), and
         // unchanged (Inv. 2).
-        unsafe { &*root }.version
+        let root = unsafe { &*root };
+        root.witness.look();
+        root.version
     }
 
     /// The number of updates that were published since this moment. At 0 the areas and rules are

@@ -138,11 +138,13 @@ impl AtomicState {
     }
 
     #[inline]
+    #[cfg_attr(dirtymap_loom, track_caller)]
     pub(super) fn load(&self, order: Ordering) -> State {
         State(self.0.load(order))
     }
 
     /// Replaces `old` by `new`; if something else is there, returns that.
+    #[cfg_attr(dirtymap_loom, track_caller)]
     pub(super) fn replace(
         &self,
         old: State,
@@ -336,7 +338,7 @@ impl Slot<'_> {
             // Relaxed: the caller's full fence orders this load after its data write.
             if word.load(Ordering::Relaxed) & mask != mask {
                 // Release: as in `set_word`.
-                word.fetch_or(mask, weaken(Step::PublishMark, Ordering::Release));
+                word.fetch_or(mask, weaken(Step::PublishMarks, Ordering::Release));
                 anew = true;
             }
         }

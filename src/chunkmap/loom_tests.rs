@@ -239,6 +239,50 @@ fn a_whole_chunk_survives_a_harvest_that_may_fail() {
     });
 }
 
+/// A chunk is whole, and one harvest takes its lower half. A look at the upper half that begins
+/// after the mark finds it, whole or in the words.
+fn a_look_beside_a_split(look: fn(&ChunkMap) -> u64) -> bool {
+    let map = Arc::new(ChunkMap::new(CHUNK - 1));
+    mark_whole(&map);
+    let lower = thread::spawn({
+        let map = map.clone();
+        move || take_words(&map, 0, 63)
+    });
+    // The other thread may go first: a look that only loads is no place to stop at.
+    thread::yield_now();
+    let upper = look(&map);
+    lower.join().unwrap() == 0b01 && upper == 0b10
+}
+
+/// The look of a peek.
+#[test]
+fn a_peek_finds_the_rest_of_a_split() {
+    holds_within(THREE, &[], || {
+        a_look_beside_a_split(|map| {
+            let mut found = 0;
+            let done: Result<(), Infallible> = map.peek(64, CHUNK - 1, |bit, seen| {
+                found |= u64::from(seen != 0) << (bit / 64);
+                Ok(())
+            });
+            done.unwrap();
+            found
+        })
+    });
+}
+
+/// The look of a harvest that may fail.
+#[test]
+fn a_harvest_that_may_fail_finds_the_rest_of_a_split() {
+    holds_within(THREE, &[], || {
+        a_look_beside_a_split(|map| {
+            let mut found = 0;
+            let done = map.take(64, CHUNK - 1, ByLine(&mut found));
+            done.unwrap();
+            found
+        })
+    });
+}
+
 /// A mark finds a chunk whole while one harvest splits it. Another harvest, which had looked before
 /// the chunk was whole, took the words of that split. The next harvest finds the mark.
 #[test]
@@ -408,7 +452,7 @@ fn a_mark_of_a_word_publishes_its_data() {
 /// The same for a mark of several words.
 #[test]
 fn a_mark_of_words_publishes_its_data() {
-    holds_only_with(&[Step::PublishMark], || publishes_data(1, CHUNK - 1));
+    holds_only_with(&[Step::PublishMarks], || publishes_data(1, CHUNK - 1));
 }
 
 /// The same for a mark of a whole chunk.

@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn who_declares_nothing_is_asked_for_ranges_and_the_dearest_does_not_wrap() {
+    fn a_source_that_declares_nothing_is_asked_for_ranges_and_the_dearest_does_not_wrap() {
         let everything = gather(&[(0, u64::MAX)], Granule::from_lg2(0).unwrap());
         assert!(!FlushCost::default().prefers_full(&everything));
         assert!(!FlushCost::default().prefers_full(&FlushGather::new()));

@@ -500,7 +500,7 @@ impl<'a> Holding<'a> {
             && let Some(set) = self.held.view().part(part).and_then(|part| readable(&part))
         {
             bits = set;
-            if performs(Step::OweBeforePutBack) {
+            if performs(Step::OweBeforeStop) {
                 // The debt first, as in an abort: the sync of the thread that takes the pages pays
                 // it.
                 let _ = self.queue();
@@ -608,7 +608,7 @@ impl<'a> Holding<'a> {
             self.debt = Debt::Paid;
         }
         // F2 of the marks' protocol; also orders the flush before the copies.
-        self.space.ordering.before_copies();
+        self.space.ordering.before_copies(Step::SyncFence);
         Ok(())
     }
 

@@ -47,10 +47,20 @@ use std::convert::Infallible;
 use crate::bitmap::Sink;
 use crate::chunkmap::{ChunkMap, LINE_WORDS, OneGroup, Taker, Visitor};
 use crate::error::{BitmapError, Stopped};
-use crate::sync::{Arc, OnceLock, Step, performs};
+use crate::sync::{Arc, OnceLock, Step, TINY, performs};
 use crate::units::{Granule, Iova, IovaRange};
 use crate::words::word_runs;
 use gone::Gone;
+
+/// All addresses. Fewer in the model checker, where a bitmap of all of them would be dozens of
+/// levels deep.
+pub(crate) fn every_address() -> IovaRange {
+    if TINY {
+        IovaRange::ascending(Iova::MIN, Iova::new(0x3_ffff))
+    } else {
+        IovaRange::ALL
+    }
+}
 
 /// Dirty bits in the library's own memory, one for each smallest page. They serve as the marks of
 /// an area, and as the put-back store of a domain.
@@ -89,6 +99,11 @@ impl Marks {
             bits: ChunkMap::new(last),
             gone: OnceLock::new(),
         }
+    }
+
+    /// The same, for pages anywhere.
+    pub(crate) fn everywhere(page: Granule) -> Self {
+        Marks::few(every_address(), page)
     }
 
     /// Marks the pages that `range` touches, as far as they lie in the range of these marks. The
@@ -294,7 +309,7 @@ impl Visitor for Recorder<'_, '_> {
     #[inline]
     fn visit(&mut self, first: u64, mask: u64) -> Result<(), Stopped> {
         let marks = self.marks;
-        if !performs(Step::RecordBeforeClear) {
+        if !performs(Step::RecordMarks) {
             return Ok(());
         }
         let recorded = match self.word {

@@ -59,19 +59,20 @@ impl MarkOrdering {
         }
     }
 
-    /// F2: orders the clear of marks before the copies.
+    /// F2: orders the clear of marks before the copies. `step` names the call.
     ///
     /// # Panics
     /// If the system no longer grants `membarrier(2)`, which it granted when the space was made: to
     /// go on would lose writes.
-    pub(crate) fn before_copies(self) {
-        if performs(Step::SyncFence) {
+    #[cfg_attr(dirtymap_loom, track_caller)]
+    pub(crate) fn before_copies(self, step: Step) {
+        if performs(step) {
             // SeqCst: F2 of the protocol of `marks`; pairs with F1 in `before_look`. If F1 comes
             // first, the copies have the data; if F2 comes first, the marker sees the clear and
             // marks again. Also orders a flush before the copies.
             fence(Ordering::SeqCst);
         }
-        if self == MarkOrdering::Membarrier {
+        if self == MarkOrdering::Membarrier && performs(Step::Membarrier) {
             assert!(
                 imp::issue(),
                 "membarrier(2) has failed after it was registered"
@@ -120,6 +121,8 @@ mod imp {
 
     /// In models this succeeds: they run a fence at any point of the other thread themselves.
     pub(super) fn issue() -> bool {
+        #[cfg(all(test, dirtymap_loom))]
+        super::super::loom_tests::interrupt::ask();
         crate::sync::TINY
     }
 }

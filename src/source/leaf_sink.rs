@@ -165,7 +165,7 @@ impl<'s, 'b> LeafSink<'s, 'b> {
         if part != leaf {
             return self.take_part(leaf, part, size, clear);
         }
-        if performs(Step::RecordBeforeClear) {
+        if performs(Step::RecordLeaf) {
             self.sink.record(leaf)?;
         }
         self.gather.add(leaf, size);
@@ -223,7 +223,7 @@ impl<'s, 'b> LeafSink<'s, 'b> {
         }
         let inside = asked.round_in(page);
         if let Some(inside) = inside {
-            if performs(Step::RecordBeforeClear) {
+            if performs(Step::RecordRun) {
                 self.sink.record(inside).map_err(stopped(inside.start()))?;
             }
             self.gather.add(inside, page);
@@ -260,7 +260,7 @@ impl<'s, 'b> LeafSink<'s, 'b> {
         if !self.covers(start, size, mask) {
             return self.take_each(start, size, mask, clear);
         }
-        if performs(Step::RecordBeforeClear) {
+        if performs(Step::RecordLeaves) {
             let recorded = self.sink.record_mask(start, size, mask);
             recorded.map_err(|error| Stopped {
                 at: Iova::new(start.get() + (u64::from(mask.trailing_zeros()) << size.lg2())),

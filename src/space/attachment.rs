@@ -70,18 +70,8 @@ use crate::failure::{Failure, attempt, call};
 use crate::flush::{FlushCost, FlushGather};
 use crate::marks::{FlightSlot, Marks};
 use crate::source::{DirtySource, Tracking};
-use crate::sync::{Arc, AtomicBool, Ordering, Step, TINY, fence, lock, performs};
-use crate::units::{DomainId, Granule, Iova, IovaRange};
-
-/// The range of a put-back store: all addresses. Fewer in the model checker, where a bitmap of all
-/// of them would be dozens of levels deep.
-pub(super) fn put_back_range() -> IovaRange {
-    if TINY {
-        IovaRange::ascending(Iova::MIN, Iova::new(0x3_ffff))
-    } else {
-        IovaRange::ALL
-    }
-}
+use crate::sync::{Arc, AtomicBool, Ordering, Step, fence, lock, performs};
+use crate::units::{DomainId, Granule, IovaRange};
 
 impl AddressSpace {
     /// Attaches a domain, such as that of an IOMMU. `source` is filled with all areas, those that
@@ -161,7 +151,7 @@ impl AddressSpace {
             identity,
             cost,
             source,
-            put_back: Marks::few(put_back_range(), self.page()),
+            put_back: Marks::everywhere(self.page()),
             tracking: Switch::new(),
             leaving: AtomicBool::new(false),
         });
@@ -231,7 +221,7 @@ impl AddressSpace {
     fn release(&self, attachment: &Arc<Attachment>) -> Result<(), Failure> {
         // Release: pairs with the Acquire in `is_leaving`.
         attachment.leaving.store(true, Ordering::Release);
-        if performs(Step::GoneFence) {
+        if performs(Step::LeaveFence) {
             // SeqCst: F6 of the module's protocols, between `leaving` and the looks at areas and
             // stores. Pairs with F3 in `Marks::mark_inside`, for `put_back`: if F3 comes first, we
             // take the page from the store; if F6 comes first, `put_back` marks it. Pairs with F7
@@ -340,7 +330,7 @@ impl AddressSpace {
         for run in attachment.put_back.runs(range) {
             area.marks.mark(run);
         }
-        if performs(Step::DetachFence) {
+        if performs(Step::MovedFence) {
             // Release: orders these marks before the removal. Pairs with the Acquire fence between
             // the put-back stores and the marks in `harvest::walk::look`. If that harvest finds
             // the store empty, it sees the marks; if not, it takes the page from the store.
@@ -365,34 +355,41 @@ impl AddressSpace {
     /// domains, where the new area has it. It still counts as outside, because it may belong to an
     /// area that is gone.
     ///
-    /// In a space with consumers, `run` goes to the store of the lease's consumer instead.
+    /// In a space with consumers, the store of the lease's consumer takes the place of those of the
+    /// domains, and of the marks. The pages of a consumer that has left count as outside.
     pub(crate) fn put_back(&self, run: IovaRange, covered: &Covered, taken: u64) -> Outside {
-        if let Some(member) = covered.audience.own() {
-            return self.put_back_for(member, run, covered, taken);
+        let member = covered.audience.own();
+        if member.is_some_and(|member| member.has_left()) {
+            let mut outside = Outside::default();
+            outside.add_range(run);
+            return outside;
         }
+        let store = |part| match member {
+            Some(member) => member.pending.mark(part),
+            None => {
+                for domain in covered.domains() {
+                    domain.put_back.mark(part);
+                }
+            }
+        };
         // Before the look at the areas: a promise becomes an area in one step.
         for promised in self.snapshot().rules().promised_parts(run) {
-            for domain in covered.domains() {
-                domain.put_back.mark(promised);
-            }
+            store(promised);
         }
         let outside = self.in_areas(run, |area, part| {
+            let mut outside = Outside::default();
             if area.is_younger(taken) {
-                let mut outside = Outside::default();
-                let bytes = part.last().get() - part.start().get();
-                outside.add(part.start(), bytes.saturating_add(1));
+                outside.add_range(part);
                 return outside;
             }
-            for domain in covered.domains() {
-                domain.put_back.mark(part);
-            }
+            store(part);
             let going =
                 area.is_going() || covered.domains().iter().any(|domain| domain.is_leaving());
-            if covered.marks || (going && performs(Step::MarkIfGoing)) {
-                area.mark(part)
-            } else {
-                Outside::default()
+            let marks = covered.marks && member.is_none();
+            if marks || (going && performs(Step::MarkIfGoing)) {
+                outside = area.mark(part);
             }
+            outside
         });
         self.report(&outside, FaultSource::Abort);
         outside

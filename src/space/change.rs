@@ -147,7 +147,7 @@ impl AddressSpace {
         record: Option<&mut Sink<'_>>,
     ) -> Result<Unmapped, Error> {
         let mut claimed = Claimed::new(plan)?;
-        if performs(Step::GoneFence) {
+        if performs(Step::ClaimFence) {
             // SeqCst: F6 of the protocol in `attachment`, between the claim and the looks at the
             // put-back stores; pairs with F3 in `Marks::mark_inside`, for `put_back`. If F3 comes
             // first, we find the page in the store; if F6 comes first, `put_back` sees the claim
@@ -213,7 +213,7 @@ impl AddressSpace {
         if unmapped.areas != 0 {
             // F2 of the marks' protocol: the copies come after it. They have the data of each
             // marker that found its mark set, or that marker sees the clear and marks again.
-            self.ordering.before_copies();
+            self.ordering.before_copies(Step::UnmapFence);
         }
         Ok(unmapped)
     }

@@ -3,7 +3,7 @@
 
 use std::ops::Deref;
 
-use super::members::Audience;
+use super::member::Audience;
 use super::retired::Source;
 use super::switch::Switch;
 use crate::error::Error;

@@ -34,7 +34,7 @@ impl AddressSpace {
         let mark_all = || dirty.runs.iter().for_each(|run| marks.mark(*run));
         // The debt first, then the pages: a harvest that takes the pages then finds the debt. See
         // "Why no write is lost" in the module `harvest`.
-        let ticket = if performs(Step::OweBeforePutBack) {
+        let ticket = if performs(Step::OweBeforeMark) {
             let ticket = self.flush.owe(&gather);
             mark_all();
             ticket

@@ -22,211 +22,21 @@
 //! [`attachment`](super::attachment).
 
 use std::convert::Infallible;
-use std::ops::Deref;
 
-use super::attachment::put_back_range;
-use super::domain::Covered;
-use super::outside::Outside;
-use super::{AddressSpace, Area, FaultSource};
+use super::member::{Member, MemberCounts, Members};
+use super::{AddressSpace, Area};
 use crate::bitmap::Sink;
 use crate::error::Error;
 use crate::failure::{Failure, attempt};
 use crate::flush::FlushGather;
 use crate::marks::Marks;
-use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering, Step, fence, lock, performs};
-use crate::units::{Granule, Iova, IovaRange};
+use crate::sync::{Arc, Ordering, Step, fence, lock, performs};
+use crate::units::{Iova, IovaRange};
 
 /// The longest name of a consumer, in bytes.
 const MAX_NAME: usize = 255;
 /// The most consumers of a space.
 const MAX_CONSUMERS: usize = 1 << 14;
-
-/// One consumer.
-#[derive(Debug)]
-pub(crate) struct Member {
-    /// No two consumers of a process have the same.
-    pub(crate) id: u64,
-    name: Box<str>,
-    /// What the consumer is told about.
-    pub(crate) range: IovaRange,
-    /// What others have taken, and what its own leases have put back.
-    pub(crate) pending: Marks,
-    page: Granule,
-    left: AtomicBool,
-    pub(crate) counts: MemberCounts,
-}
-
-/// Counts of one consumer. All accesses but those of `begun` and `ended` are Relaxed: they publish
-/// nothing.
-#[derive(Debug, Default)]
-pub(crate) struct MemberCounts {
-    /// Leases.
-    begun: AtomicU64,
-    ended: AtomicU64,
-    pub(crate) leased: AtomicU64,
-    pub(crate) committed: AtomicU64,
-    pub(crate) aborted: AtomicU64,
-    pub(crate) unmapped: AtomicU64,
-}
-
-impl MemberCounts {
-    /// A harvest begins.
-    pub(crate) fn begin(&self) {
-        // Release: pairs with the Acquire fence in `copy_of`, through the clear of a page.
-        self.begun.fetch_add(1, Ordering::Release);
-    }
-
-    /// Its lease has ended.
-    pub(crate) fn end(&self) {
-        // Release: pairs with the Acquire in `live`; what the lease put back is visible.
-        self.ended.fetch_add(1, Ordering::Release);
-    }
-
-    /// How many harvests have begun, if all of their leases have ended.
-    fn settled(&self) -> Option<u64> {
-        // Acquire: pairs with the Release in `end`. This load comes first, so an equal count of
-        // `begun` means that none lived at the moment of it.
-        let ended = self.ended.load(Ordering::Acquire);
-        (self.begun.load(Ordering::Acquire) == ended).then_some(ended)
-    }
-
-    /// How many leases live.
-    pub(crate) fn live(&self) -> u64 {
-        // Acquire: as in `settled`.
-        let ended = self.ended.load(Ordering::Acquire);
-        self.begun.load(Ordering::Acquire).saturating_sub(ended)
-    }
-
-    /// Adds `n` to `count`.
-    pub(crate) fn add(count: &AtomicU64, n: u64) {
-        // Relaxed: a statistic.
-        count.fetch_add(n, Ordering::Relaxed);
-    }
-}
-
-impl Member {
-    fn new(name: &str, range: IovaRange, page: Granule) -> Self {
-        // Ids of all spaces: a consumer of another space is told apart.
-        static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
-        Member {
-            // Relaxed: a unique number, which orders nothing.
-            id: NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed),
-            name: name.into(),
-            range,
-            pending: Marks::few(put_back_range(), page),
-            page,
-            left: AtomicBool::new(false),
-            counts: MemberCounts::default(),
-        }
-    }
-
-    /// Its name; empty for the unnamed one.
-    pub(crate) fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// Leaves the pages of `mask`, of 64 pages from `start` on, pending. The caller has performed a
-    /// full fence since it took them.
-    pub(crate) fn leave(&self, start: Iova, mask: u64) {
-        if self.range == IovaRange::ALL {
-            return self.pending.mark_mask(start, mask);
-        }
-        // Never an error: an address of a page ascends.
-        let word = self.page.bytes().saturating_mul(63) + self.page.mask();
-        let last = Iova::new(start.get().saturating_add(word));
-        let Some(inside) = IovaRange::new(start, last)
-            .ok()
-            .and_then(|word| word.intersection(self.range))
-        else {
-            return;
-        };
-        let number = |iova: Iova| ((iova.get() - start.get()) >> self.page.lg2()) as u32;
-        let mine = crate::words::word_mask(number(inside.start()), number(inside.last()));
-        if mask & mine != 0 {
-            self.pending.mark_mask(start, mask & mine);
-        }
-    }
-
-    /// Whether the consumer has left: nobody harvests what is pending for it.
-    pub(crate) fn has_left(&self) -> bool {
-        // Relaxed: a hint; a store of a consumer that has left is read by nobody.
-        self.left.load(Ordering::Relaxed)
-    }
-
-    /// The bytes that are pending.
-    pub(crate) fn pending_bytes(&self) -> u64 {
-        let mut bytes = 0u64;
-        for run in self.pending.runs(self.range) {
-            bytes = bytes.saturating_add(u64::try_from(run.len()).unwrap_or(u64::MAX));
-        }
-        bytes
-    }
-}
-
-/// The consumers of one moment. Cheap to clone.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Members(Option<Arc<Vec<Arc<Member>>>>);
-
-impl Members {
-    pub(super) fn new(members: Vec<Arc<Member>>) -> Self {
-        Members(Some(Arc::new(members)))
-    }
-}
-
-impl Deref for Members {
-    type Target = [Arc<Member>];
-
-    fn deref(&self) -> &Self::Target {
-        self.0.as_ref().map_or(&[], |members| members)
-    }
-}
-
-/// For whom a harvest takes, and to whom it leaves what it takes.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Audience {
-    all: Members,
-    /// The place of the harvest's own consumer.
-    own: usize,
-}
-
-impl Audience {
-    /// The unnamed consumer, and the others.
-    pub(crate) fn unnamed(members: &Members) -> Self {
-        Audience {
-            all: members.clone(),
-            own: 0,
-        }
-    }
-
-    /// `member`, and the others.
-    ///
-    /// # Errors
-    /// [`Error::ConsumerLeft`].
-    pub(crate) fn of(members: &Members, member: &Arc<Member>) -> Result<Self, Error> {
-        let all = members.clone();
-        let own = all.iter().position(|other| other.id == member.id);
-        let own = own.ok_or_else(|| Error::ConsumerLeft {
-            name: member.name().into(),
-        })?;
-        Ok(Audience { all, own })
-    }
-
-    /// The consumer of the harvest; `None` in a space that never had a named one.
-    pub(crate) fn own(&self) -> Option<&Arc<Member>> {
-        self.all.get(self.own)
-    }
-
-    /// The others.
-    pub(crate) fn others(&self) -> impl Iterator<Item = &Arc<Member>> {
-        let (below, above) = self.all.split_at(self.own.min(self.all.len()));
-        below.iter().chain(above.iter().skip(1))
-    }
-
-    /// Whether there are others.
-    pub(crate) fn is_shared(&self) -> bool {
-        self.all.len() > 1
-    }
-}
 
 /// With which pending pages a consumer begins.
 #[derive(Clone, Copy, Debug)]
@@ -306,7 +116,7 @@ impl AddressSpace {
             attempt(|| self.flush_until(ticket))?;
         }
         // F2 of the marks' protocol, for the full copy that follows, as in a switch of tracking.
-        self.ordering.before_copies();
+        self.ordering.before_copies(Step::JoinFence);
         match beginning {
             Beginning::Clean => Ok(()),
             Beginning::Dirty => {
@@ -337,41 +147,6 @@ impl AddressSpace {
     /// The consumers of this moment.
     pub(crate) fn members(&self) -> Members {
         self.areas.snapshot().rules().members().clone()
-    }
-
-    /// Makes `run`, of a lease of `member`, pending for it again: as
-    /// [`put_back`](Self::put_back), with its store in the place of those of the domains.
-    pub(super) fn put_back_for(
-        &self,
-        member: &Member,
-        run: IovaRange,
-        covered: &Covered,
-        taken: u64,
-    ) -> Outside {
-        let mut outside = Outside::default();
-        if member.has_left() {
-            outside.add_range(run);
-            return outside;
-        }
-        for promised in self.snapshot().rules().promised_parts(run) {
-            member.pending.mark(promised);
-        }
-        let outside = self.in_areas(run, |area, part| {
-            let mut outside = Outside::default();
-            if area.is_younger(taken) {
-                outside.add_range(part);
-                return outside;
-            }
-            member.pending.mark(part);
-            let domains = covered.domains();
-            let going = area.is_going() || domains.iter().any(|domain| domain.is_leaving());
-            if going && performs(Step::MarkIfGoing) {
-                return area.mark(part);
-            }
-            outside
-        });
-        self.report(&outside, FaultSource::Abort);
-        outside
     }
 
     /// Records what is in flight or pending for any consumer in `range` of `area`, which is going.

@@ -23,6 +23,7 @@ mod flushing;
 #[cfg(all(test, not(dirtymap_loom)))]
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod growth_tests;
+mod member;
 mod members;
 mod outside;
 mod pairs;
@@ -42,7 +43,8 @@ pub use allocation::SpaceRanges;
 pub(crate) use area::Area;
 pub(crate) use domain::{Attachment, Covered};
 pub use faults::{Fault, FaultSource, Faults};
-pub(crate) use members::{Audience, Beginning, Member, MemberCounts};
+pub(crate) use member::{Audience, Member, MemberCounts};
+pub(crate) use members::Beginning;
 pub use plan::Change;
 pub use snapshot::SpaceSnapshot;
 pub(crate) use stats::Counters;
@@ -52,7 +54,7 @@ use crate::area::AreaTree;
 use crate::error::Error;
 use crate::events;
 use crate::flush::FlushQueue;
-use crate::marks::{Flights, InFlight, NearMarks};
+use crate::marks::{Flights, InFlight, NearMarks, every_address};
 use crate::source::{DirtySource, Mapping};
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, fence};
 use crate::units::{Access, DomainId, Granule, Iova, IovaRange, ToIovaRange};
@@ -126,7 +128,7 @@ impl AddressSpace {
             areas: AreaTree::new(),
             flush: FlushQueue::new(),
             in_flight: InFlight::new(),
-            flights: Flights::new(attachment::put_back_range(), page),
+            flights: Flights::new(every_address(), page),
             hiding: InFlight::new(),
             walks: Walks::new(),
             counters: Arc::new(Counters::default()),

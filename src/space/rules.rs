@@ -6,7 +6,7 @@
 //! the number of reserved and allowed ranges, of which a platform has a handful.
 
 use super::domain::{Attachment, Attachments};
-use super::members::{Member, Members};
+use super::member::{Member, Members};
 use crate::error::Error;
 use crate::ranges::{add_joined, without};
 use crate::sync::Arc;

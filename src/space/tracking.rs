@@ -11,7 +11,7 @@ use crate::error::Error;
 use crate::events;
 use crate::failure::Failure;
 use crate::source::Tracking;
-use crate::sync::{Arc, lock};
+use crate::sync::{Arc, Step, lock};
 use crate::units::{DomainId, Granule, IovaRange};
 
 impl AddressSpace {
@@ -174,7 +174,7 @@ impl AddressSpace {
         // F2 of the marks' protocol (`marks`), for the first full copy that follows: it has
         // the data of each marker that found its mark set, or that marker sees the clear and marks
         // again.
-        self.ordering.before_copies();
+        self.ordering.before_copies(Step::SwitchFence);
         self.tracking.set(true);
         Ok(())
     }

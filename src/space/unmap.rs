@@ -94,7 +94,7 @@ use crate::error::Error;
 use crate::events;
 use crate::failure::Failure;
 use crate::report::Unmapped;
-use crate::sync::{Arc, Ordering, fence};
+use crate::sync::{Arc, Ordering, Step, fence, performs};
 use crate::units::{Granule, ToIovaRange};
 
 impl AddressSpace {
@@ -202,10 +202,12 @@ impl AddressSpace {
         });
         area.retire();
         *pairs = None;
-        // SeqCst: F4 of the module's protocol; pairs with F3 in `Marks::mark_inside`. If F3 comes
-        // first, the clear below sees the mark; if F4 comes first, the marker sees that the area
-        // has gone.
-        fence(Ordering::SeqCst);
+        if performs(Step::TakeOutFence) {
+            // SeqCst: F4 of the module's protocol; pairs with F3 in `Marks::mark_inside`. If F3
+            // comes first, the clear below sees the mark; if F4 comes first, the marker sees that
+            // the area has gone.
+            fence(Ordering::SeqCst);
+        }
         self.discard(area.marks.clear(range));
         Ok(())
     }

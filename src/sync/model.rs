@@ -8,6 +8,8 @@ use std::io::Write;
 use std::sync::Mutex as StdMutex;
 use std::sync::atomic::{AtomicBool as StdBool, AtomicUsize as StdUsize, Ordering::SeqCst};
 
+#[cfg(dirtymap_loom)]
+use super::sites;
 use super::{Step, leave_out};
 
 /// One model at a time: the step that is left out is global, and so are the counts.
@@ -160,6 +162,9 @@ mod imp {
     /// Set in the processes that [`breaks_without`] starts.
     const ALONE: &str = "DIRTYMAP_WITHOUT";
 
+    /// The file of what the weakened sites did: see [`sites_are_weakened`].
+    const SITES: &str = "DIRTYMAP_SITES";
+
     /// The bound of preemptions in an execution.
     #[derive(Clone, Copy, Debug)]
     pub struct Bound {
@@ -226,6 +231,9 @@ mod imp {
         if std::env::var_os(ALONE).is_some() {
             return; // in a process for another model of the same test
         }
+        if sites_are_weakened(bound, model) {
+            return;
+        }
         let whole = explore(bound, None, model);
         println!("{name} holds in {} executions", whole.executions);
         assert!(whole.executions > 1, "{name} explored nothing");
@@ -242,6 +250,9 @@ mod imp {
         M: Fn() -> bool + Sync + Send + Copy + 'static,
     {
         let name = name_of(&model);
+        if std::env::var_os(SITES).is_some() {
+            return; // the first half has weakened what the model reaches
+        }
         for step in steps {
             let broken = explore(bound, Some(*step), model);
             let Explored {
@@ -268,6 +279,9 @@ mod imp {
         M: Fn() -> bool + Sync + Send + Copy + 'static,
     {
         let name = name_of(&model);
+        if std::env::var_os(SITES).is_some() {
+            return; // as in `fails_without`
+        }
         if std::env::var_os(ALONE).is_some() {
             leave_out(Some(step));
             Bound::USUAL.builder().check(move || count(model));
@@ -291,6 +305,92 @@ mod imp {
         );
         println!("{name} without {step:?}: a race or a deadlock");
         caught(step, name);
+    }
+
+    /// If `DIRTYMAP_SITES` names a file, weakens each ordering that the model reaches, one at a
+    /// time, and appends to the file what happens: a line `reached SITE`, and then `try SITE MODEL`
+    /// followed by `caught SITE MODEL` or `holds SITE MODEL`. A site that the file has as caught or
+    /// as tried by this model is not tried again. A trial ends after as many seconds as
+    /// `DIRTYMAP_SITES_SECONDS` says. An execution may end the process, in the middle of objects
+    /// that do not unwind: then the file ends with the `try`. Returns false if there is no file.
+    ///
+    /// # Panics
+    /// If the file cannot be read or written.
+    pub fn sites_are_weakened<M>(bound: Bound, model: M) -> bool
+    where
+        M: Fn() -> bool + Sync + Send + Copy + 'static,
+    {
+        let Some(path) = std::env::var_os(SITES) else {
+            return false;
+        };
+        let _one = ONE_AT_A_TIME.lock().unwrap_or_else(|e| e.into_inner());
+        let name = name_of(&model);
+        let record = std::fs::read_to_string(&path).unwrap_or_default();
+        let known: std::collections::HashSet<&str> = record.lines().collect();
+        let append = |line: String| {
+            let file = std::fs::File::options()
+                .create(true)
+                .append(true)
+                .open(&path);
+            let written = file.and_then(|mut file| file.write_all(format!("{line}\n").as_bytes()));
+            assert!(written.is_ok(), "no record of the sites: {written:?}");
+        };
+        let within = |executions: usize, seconds: u64| {
+            let mut builder = bound.builder();
+            builder.max_permutations = Some(executions);
+            builder.max_duration = Some(std::time::Duration::from_secs(seconds));
+            // The model checker looks at both bounds where it would write a checkpoint.
+            builder.checkpoint_interval = 20;
+            builder
+        };
+        let seconds = std::env::var("DIRTYMAP_SITES_SECONDS");
+        let seconds: u64 = seconds.ok().and_then(|s| s.parse().ok()).unwrap_or(20);
+        let reached = sites::collect(|| within(2_000, 5).check(move || count(model)));
+        for site in &reached {
+            let line = format!("reached {site}");
+            if !known.contains(&*line) {
+                append(line);
+            }
+        }
+        let caught = |site: &str| {
+            let start = format!("caught {site} ");
+            known.iter().any(|line| line.starts_with(&start))
+        };
+        for site in reached {
+            let tried = format!("try {site} {name}");
+            if caught(&site.to_string()) || known.contains(&*tried) {
+                continue;
+            }
+            append(tried);
+            let explored = sites::without(&site, || {
+                let mut found = Explored {
+                    executions: 0,
+                    failures: 0,
+                };
+                let mut check = |executions| {
+                    let builder = within(executions, seconds);
+                    found = counted(|| {
+                        if panics(|| builder.check(move || count(model))) {
+                            FAILURES.fetch_add(1, SeqCst);
+                        }
+                    });
+                    found.failures > 0
+                };
+                let _ = check(100) || check(usize::MAX);
+                found
+            });
+            let verdict = if explored.failures > 0 {
+                "caught"
+            } else {
+                "holds"
+            };
+            println!(
+                "{verdict} {site} {name}: {} executions",
+                explored.executions
+            );
+            append(format!("{verdict} {site} {name}"));
+        }
+        true
     }
 
     /// Explores `model` without `step`: all executions; or, for a model that must fail, only until

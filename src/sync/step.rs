@@ -36,17 +36,38 @@ macro_rules! steps {
 steps! {
     /// The fence between the data write and the test of the mark.
     MarkFence,
-    /// The fence between clearing marks and copying pages.
+    /// The fence between clearing marks and copying pages, in a sync.
     SyncFence,
+    /// The fence between clearing marks and copying pages, in a switch of tracking to on.
+    SwitchFence,
+    /// The fence between clearing marks and copying pages, in an unmap.
+    UnmapFence,
+    /// The fence between clearing marks and copying pages, in a join of a consumer.
+    JoinFence,
     /// Owing the gather before the pages of an aborted lease become dirty again.
     OweBeforePutBack,
+    /// Owing the gather before the pages from a stop on become dirty again.
+    OweBeforeStop,
+    /// Owing the gather of an unmap before its pages become dirty again.
+    OweBeforeMark,
     /// Waiting for a flush that another thread has begun with our gather.
     WaitForLeader,
-    /// The fences between a mark, or the end of an area or a domain, and the look at the other
-    /// side.
+    /// The fence between the end of an area and the look at its marks.
     GoneFence,
-    /// Recording a page before its bit is cleared.
-    RecordBeforeClear,
+    /// The fence between the claim of an area and the look at the put-back stores.
+    ClaimFence,
+    /// The fence between saying that a domain leaves and the look at areas and stores.
+    LeaveFence,
+    /// The fence between the end of an area that is taken out and the look at its marks.
+    TakeOutFence,
+    /// Recording a leaf before it is cleared.
+    RecordLeaf,
+    /// Recording a run before it is cleared.
+    RecordRun,
+    /// Recording many leaves before they are cleared.
+    RecordLeaves,
+    /// Recording marks before they are cleared.
+    RecordMarks,
     /// Waiting for writes that were already translated.
     DrainInFlight,
     /// Dropping cached translations when a flush asks for it.
@@ -130,8 +151,10 @@ steps! {
     FoundFence,
     /// The fence between a summary that a mark sets and the look at its area.
     SummarizedFence,
-    /// Release of the bits that a mark sets.
+    /// Release of the bit that a mark sets.
     PublishMark,
+    /// Release of the bits of several words that a mark sets.
+    PublishMarks,
     /// Release of the chunk that a mark makes whole.
     PublishWhole,
     /// Giving a chunk that becomes whole the next number.
@@ -142,8 +165,16 @@ steps! {
     Membarrier,
     /// Looking at a subtree only after the flush that follows the clear of its accessed bit.
     LookAfterFlush,
-    /// Discarding the accessed state that is recorded above a change by software.
-    HeatAbove,
+    /// Discarding the accessed state that is recorded above what software makes dirty.
+    HeatByHand,
+    /// Discarding the accessed state that is recorded above a write that software walks for.
+    HeatWrite,
+    /// Discarding the accessed state that is recorded above a split.
+    HeatSplit,
+    /// Discarding the accessed state that is recorded above a merge.
+    HeatMerge,
+    /// Discarding all recorded accessed state when tracking begins.
+    HeatAll,
     /// Release of a fresh chunk, group or directory of a bitmap.
     PublishChunk,
     /// Release of a fresh block of slots for writes in flight.
@@ -160,16 +191,22 @@ steps! {
     PublishBaseline,
     /// Release of the number of the generation that has finished.
     PublishFinished,
-    /// The fences of a detach, after its slot and after the marks of the put-back pages.
+    /// The fence of a detach after its slot, before it changes the table.
     DetachFence,
+    /// The fence of a detach after the marks of the put-back pages, before it takes them.
+    MovedFence,
     /// The fence between the publication of a leaf's rest and the clear of the leaf.
     RestFence,
     /// The fence of a device that wakes, between saying so and the look at its inbox.
     WakeFence,
     /// The fence of an invalidator, between its request and the look at which devices are awake.
     AskFence,
-    /// Release of what a device has landed, when it answers or goes to sleep.
+    /// The same for the flag that stands for the requests of a full inbox.
+    OverflowFence,
+    /// Release of what a device has landed, when it answers.
     PublishLanded,
+    /// Release of what a device has landed, when it goes to sleep.
+    PublishAsleep,
     /// Release of a request or a fault that is pushed onto a stack.
     PublishRequest,
     /// Release of the entry that leads to a fresh table.
@@ -182,9 +219,10 @@ steps! {
     SecureBeforeHide,
     /// Waiting for the readers of a value that was replaced.
     WaitForInside,
-    /// The fences between the arrival of a reader, or the swap of a value, and the look at the
-    /// other side.
+    /// The fence between the arrival of a reader and its look at the value.
     EnterFence,
+    /// The fence between the swap of a value and the look for readers.
+    ReplaceFence,
     /// Putting a table into a place of a slab only if no thread holds the table in that place.
     ClaimFree,
     /// Showing a fresh log to harvests before a back end can mark in it.

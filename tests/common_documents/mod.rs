@@ -45,14 +45,25 @@ impl Source {
         is_crate && !self.path.contains("test")
     }
 
-    /// The functions that have a line of code for which `wanted` is true: each once, in order,
-    /// methods as `Type::method`. Unit tests at the end of the file, comments and imports do not
-    /// count. A line outside of all functions is listed as `file`.
+    /// The functions in which `wanted` says yes to a line of code, each once, in order.
     pub(crate) fn functions_with(&self, wanted: impl Fn(&str) -> bool) -> Vec<String> {
         let mut found: Vec<String> = Vec::new();
+        for (_, name, _) in self.lines_with(wanted) {
+            if !found.contains(&name) {
+                found.push(name);
+            }
+        }
+        found
+    }
+
+    /// The number of each line of code for which `wanted` says yes, the function that it is in,
+    /// methods as `Type::method`, and the line without its comment. Unit tests at the end of the
+    /// file and imports do not count. What is outside of all functions is in `file`.
+    pub(crate) fn lines_with(&self, wanted: impl Fn(&str) -> bool) -> Vec<(usize, String, &str)> {
+        let mut found = Vec::new();
         let mut enclosing: Vec<(usize, bool, String)> = Vec::new();
         let tests = |line: &&str| *line == "mod tests {";
-        for line in self.text.lines().take_while(|line| !tests(line)) {
+        for (number, line) in (1..).zip(self.text.lines().take_while(|line| !tests(line))) {
             let code = line.split("//").next().unwrap_or_default().trim_start();
             let indent = line.len() - line.trim_start().len();
             let goes_on = code.starts_with([')', '}', '{', '#']) || code.starts_with("where");
@@ -67,7 +78,7 @@ impl Source {
                 enclosing.push((indent, false, name.to_owned()));
             }
             let import = code.starts_with("use ") || code.starts_with("pub use ");
-            if !import && wanted(code) {
+            if !import && !code.is_empty() && wanted(code) {
                 let path: Vec<&str> = enclosing.iter().map(|(.., name)| name.as_str()).collect();
                 let name = match enclosing
                     .iter()
@@ -76,12 +87,31 @@ impl Source {
                     Some(function) => path[..=function].join("::"),
                     None => "file".to_owned(),
                 };
-                if !found.contains(&name) {
-                    found.push(name);
-                }
+                found.push((number, name, code));
             }
         }
         found
+    }
+
+    /// The name of `function` in all of the code: a function without a type is named after its
+    /// file.
+    pub(crate) fn qualified(&self, function: &str) -> String {
+        qualified(&self.path, function)
+    }
+}
+
+/// The name of `function`, of the file `path`, in all of the code: it stays when the file moves.
+pub(crate) fn qualified(path: &str, function: &str) -> String {
+    let path = path.trim_end_matches(".rs").trim_end_matches("/mod");
+    let stem = path.rsplit('/').next().unwrap_or(path);
+    let simulator = if path.starts_with("pagetable-sim/") {
+        "sim::"
+    } else {
+        ""
+    };
+    match function.contains("::") {
+        true => function.to_owned(),
+        false => format!("{simulator}{stem}::{function}"),
     }
 }
 

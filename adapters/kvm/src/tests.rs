@@ -509,7 +509,7 @@ fn an_entry_that_names_no_page_is_not_computed_with() {
 /// A page that came out of a ring is written on unseen until the reset. Another harvest, which
 /// takes it from what is pending, waits for that reset too.
 #[test]
-fn whoever_takes_a_page_of_a_ring_waits_for_its_reset() {
+fn a_harvest_that_finds_a_page_of_a_ring_waits_for_its_reset() {
     let (space, _log, fake) = machine(MODES[3]);
     fake.with(|state| [5, 100].map(|page| state.write(page)));
     let mut words = [0u64; 8];

@@ -43,32 +43,35 @@ impl BackEnd {
 /// After the acknowledgement no thread marks in the old log, and the two logs have all marks.
 #[test]
 fn no_mark_goes_to_a_log_that_was_replaced() {
-    holds_only_with(&[Step::WaitForInside, Step::EnterFence], || {
-        let back_end = BackEnd::new();
-        back_end.log.replace(Box::new(0));
-        let writer = thread::spawn({
-            let back_end = Arc::clone(&back_end);
-            move || {
-                back_end.write(1);
-                back_end.write(2);
-            }
-        });
-        // Kept, for without the wait a reader may still be at it.
-        let _old = back_end.log.replace(Box::new(1));
-        let mut copy = 0;
-        back_end.harvest(0, &mut copy);
-        writer.join().unwrap();
-        let late = back_end.logs[0].load(Ordering::Relaxed) != 0;
-        back_end.harvest(1, &mut copy);
-        !late && copy == 2
-    });
+    holds_only_with(
+        &[Step::WaitForInside, Step::EnterFence, Step::ReplaceFence],
+        || {
+            let back_end = BackEnd::new();
+            back_end.log.replace(Box::new(0));
+            let writer = thread::spawn({
+                let back_end = Arc::clone(&back_end);
+                move || {
+                    back_end.write(1);
+                    back_end.write(2);
+                }
+            });
+            // Kept, for without the wait a reader may still be at it.
+            let _old = back_end.log.replace(Box::new(1));
+            let mut copy = 0;
+            back_end.harvest(0, &mut copy);
+            writer.join().unwrap();
+            let late = back_end.logs[0].load(Ordering::Relaxed) != 0;
+            back_end.harvest(1, &mut copy);
+            !late && copy == 2
+        },
+    );
 }
 
 /// The first log: a writer that found none wrote before it was in place, and the first full copy
 /// has that write.
 #[test]
-fn who_finds_no_log_has_written_before_there_was_one() {
-    holds_only_with(&[Step::EnterFence], || {
+fn a_writer_without_a_log_wrote_before_the_first_copy() {
+    holds_only_with(&[Step::EnterFence, Step::ReplaceFence], || {
         let back_end = BackEnd::new();
         let writer = thread::spawn({
             let back_end = Arc::clone(&back_end);
@@ -156,5 +159,49 @@ fn a_mark_is_found_at_every_moment_of_a_swap() {
         all.harvest(&mut copy);
         swap.join().unwrap();
         copy == 1
+    });
+}
+
+/// A mark in the old log is carried over while two harvests look: whichever of the logs a harvest
+/// finds it in, it sees the data of the mark.
+fn a_mark_that_is_carried_over(find: fn(&LogList<Word>) -> bool) -> bool {
+    let logs = Arc::new(LogList::new(Word::new()));
+    let old = logs.newest();
+    let data = Arc::new(AtomicU64::new(0));
+    let fresh = logs.push(|_| Ok::<_, ()>(Word::new())).unwrap();
+    let back_end = thread::spawn({
+        let (old, data) = (Arc::clone(&old), Arc::clone(&data));
+        move || {
+            // Relaxed: what the mark publishes.
+            data.store(1, Ordering::Relaxed);
+            // Release: the mark of a back end.
+            old.0[0].fetch_or(1, Ordering::Release);
+        }
+    });
+    let carries = thread::spawn({
+        let (logs, fresh) = (Arc::clone(&logs), Arc::clone(&fresh));
+        move || logs.acknowledge(&fresh)
+    });
+    let found = find(&logs);
+    // Relaxed: ordered by what found the mark.
+    let seen = data.load(Ordering::Relaxed) == 1;
+    back_end.join().unwrap();
+    carries.join().unwrap();
+    !found || seen
+}
+
+/// A look that takes nothing.
+#[test]
+fn a_mark_that_is_carried_over_shows_its_data() {
+    holds_only_with(&[], || {
+        a_mark_that_is_carried_over(|logs| logs.read(|logs| seen(logs, 0, 1) != 0))
+    });
+}
+
+/// A harvest, which clears what it finds.
+#[test]
+fn a_mark_that_is_carried_over_is_taken_with_its_data() {
+    holds_only_with(&[], || {
+        a_mark_that_is_carried_over(|logs| logs.read(|logs| clear(logs, 0, 1) != 0))
     });
 }

@@ -86,7 +86,7 @@ impl<T> Replaceable<T> {
         // Release: publishes the value to `read`. Acquire: the one before is ours, as it was
         // published.
         let old = self.current.swap(value, Ordering::AcqRel);
-        if performs(Step::EnterFence) {
+        if performs(Step::ReplaceFence) {
             // SeqCst: P2; pairs with R2 in `enter`.
             fence(Ordering::SeqCst);
         }
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_replacer_waits_for_who_is_inside() {
+    fn a_replacer_waits_for_readers_inside() {
         let cell = Replaceable::default();
         cell.replace(Box::new(1u64));
         let [inside, replaced, leave] = [(); 3].map(|()| AtomicBool::new(false));

@@ -326,7 +326,9 @@ impl<F: Format> DirtySource for Domain<F> {
         if on {
             // Walks that were not tracked set no A, and devices keep the cached entries until the
             // flush. Pages that are written while tracking is being enabled must not be skipped.
-            self.hardware.table.heat_all();
+            if performs(Step::HeatAll) {
+                self.hardware.table.heat_all();
+            }
             self.invalidate_all();
         }
         Ok(())

@@ -63,6 +63,7 @@ impl AtomicIopte {
     }
 
     #[inline]
+    #[cfg_attr(dirtymap_loom, track_caller)]
     pub(crate) fn load(&self, order: Ordering) -> Iopte {
         self.0.load(order)
     }
@@ -86,6 +87,7 @@ impl AtomicIopte {
 
     /// Clears `bits` in one step; the other bits stay.
     #[inline]
+    #[cfg_attr(dirtymap_loom, track_caller)]
     pub(crate) fn clear_bits(&self, bits: u64, success: Ordering) {
         let clear = |entry: Iopte| Some(Iopte(entry.0 & !bits));
         // Relaxed on failure: the next guess. It succeeds in the end: `clear` always has a value.
@@ -94,6 +96,7 @@ impl AtomicIopte {
 
     /// Replaces `old` by `new`; if something else is there, returns that.
     #[inline]
+    #[cfg_attr(dirtymap_loom, track_caller)]
     pub(crate) fn replace(
         &self,
         old: Iopte,

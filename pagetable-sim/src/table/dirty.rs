@@ -27,7 +27,7 @@ use std::ops::ControlFlow;
 use crossbeam_epoch::Guard;
 use dirtymap::bitmap::Sink;
 use dirtymap::source::{LeafSink, Stopped};
-use dirtymap::sync::Ordering;
+use dirtymap::sync::{Ordering, Step, performs};
 use dirtymap::{Iova, IovaRange};
 
 use super::leaf::{Batch, DirtyLeaf, Leaf, make_dirty};
@@ -106,7 +106,9 @@ impl<F: Format> Table<F> {
                 return Some(leaf);
             }
             if make_dirty::<F>(&found) {
-                self.heat(found.span, &guard);
+                if performs(Step::HeatWrite) {
+                    self.heat(found.span, &guard);
+                }
                 return Some(leaf);
             }
             // The entry changed. Walk anew: the leaf may have been split or merged, and was mapped
@@ -123,7 +125,9 @@ impl<F: Format> Table<F> {
         Self::check_range(range)?;
         let guard = crossbeam_epoch::pin();
         self.dirty_entries(range, &guard);
-        self.heat(range, &guard);
+        if performs(Step::HeatByHand) {
+            self.heat(range, &guard);
+        }
         Ok(())
     }
 

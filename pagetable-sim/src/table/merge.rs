@@ -71,7 +71,9 @@ impl<F: Format> Table<F> {
             &mut merged,
             &guard,
         );
-        self.heat(range, &guard);
+        if performs(Step::HeatMerge) {
+            self.heat(range, &guard);
+        }
         Ok(())
     }
 }

@@ -272,7 +272,7 @@ impl<F: Format> Table<F> {
     /// Makes all entries hot that lead to tables for `range`, which the table can map: the last
     /// step of a change by hand.
     pub(super) fn heat(&self, range: IovaRange, guard: &Guard) {
-        if self.skips() && performs(Step::HeatAbove) {
+        if self.skips() {
             for_upper::<F>(&self.root, F::LEVELS - 1, range, guard, &mut |slot, _| {
                 heat_entry::<F>(slot.entry);
                 true

@@ -190,7 +190,9 @@ impl<F: Format> Table<F> {
                 }
             }
         }
-        self.heat(range, guard);
+        if performs(Step::HeatSplit) {
+            self.heat(range, guard);
+        }
     }
 
     /// The table that the leaf lies in, unless another one has taken its place.

@@ -286,11 +286,7 @@ fn faults_against_their_reader() -> bool {
 /// entries, and waiting for writes in flight.
 #[test]
 fn no_write_is_lost_by_a_harvest() {
-    let steps = [
-        Step::DropCached,
-        Step::DrainInFlight,
-        Step::RecordBeforeClear,
-    ];
+    let steps = [Step::DropCached, Step::DrainInFlight, Step::RecordLeaves];
     holds_only_with(&steps, two_writes_against_a_harvest::<AmdV1>);
     holds_only_with(&steps, two_writes_against_a_harvest::<ArmS1>);
     // With fewer preemptions the copy never comes between the two.
@@ -313,7 +309,10 @@ fn a_clean_spares_what_took_the_place_of_a_leaf() {
 fn a_device_that_wakes_is_waited_for_or_finds_the_request() {
     let steps = [Step::DropCached, Step::WakeFence, Step::AskFence];
     holds_only_with(&steps, waking_against_a_harvest);
-    holds_only_with(&[], waking_with_a_full_inbox);
+    holds_only_with(
+        &[Step::OverflowFence, Step::PublishAsleep],
+        waking_with_a_full_inbox,
+    );
 }
 
 #[test]

@@ -100,6 +100,17 @@ fn a_cached_table_against_enabling() -> bool {
 /// A page is made dirty by hand while a harvester looks, which decides whether later harvests skip.
 /// Returns whether the page is reported, now or next time.
 fn a_change_by_hand_against_a_look() -> bool {
+    a_change_against_a_look(|domain| domain.table().make_dirty(page(1)).unwrap())
+}
+
+/// The same for the write of a processor that walks the table by software.
+fn a_write_by_hand_against_a_look() -> bool {
+    a_change_against_a_look(|domain| {
+        domain.table().set_dirty(page(1).start()).unwrap();
+    })
+}
+
+fn a_change_against_a_look(change: fn(&Domain)) -> bool {
     let (domain, device) = quiet_pages(Breakage::None);
     drop(device);
     let mut copy = [0; 2];
@@ -108,7 +119,7 @@ fn a_change_by_hand_against_a_look() -> bool {
     }
     let hand = thread::spawn({
         let domain = Arc::clone(&domain);
-        move || domain.table().make_dirty(page(1)).unwrap()
+        move || change(&domain)
     });
     // No page holds that value.
     copy[1] = 9;
@@ -158,7 +169,10 @@ fn what_is_skipped_is_clean_unless_a_step_is_left_out() {
     let steps = [Step::LookAfterFlush];
     holds_within(TABLES, &steps, a_cached_table_against_sound_skipping);
     fails(leaves_only);
-    let steps = [Step::HeatAbove];
+    let steps = [Step::HeatAll];
     holds_within(TABLES, &steps, a_cached_table_against_enabling);
+    let steps = [Step::HeatByHand];
     holds_within(TABLES, &steps, a_change_by_hand_against_a_look);
+    let steps = [Step::HeatWrite];
+    holds_within(TABLES, &steps, a_write_by_hand_against_a_look);
 }

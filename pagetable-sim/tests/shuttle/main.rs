@@ -191,7 +191,8 @@ fn a_migration_loses_no_write() {
     let steps = [
         Step::DropCached,
         Step::DrainInFlight,
-        Step::RecordBeforeClear,
+        Step::RecordLeaves,
+        Step::RecordMarks,
         Step::OweBeforePutBack,
         Step::FlushBeforeReuse,
         Step::NextGeneration,

@@ -2,8 +2,9 @@
 
 use dirtymap::{Change, Error, Iova, IovaRange};
 
-use super::{Area, Oracle, PAGE, page_in};
+use super::{Area, Oracle, page_in};
 use crate::op::{Place, Step};
+use crate::pages::PAGE;
 
 /// The plan of a batch.
 pub(crate) struct Plan<'o> {

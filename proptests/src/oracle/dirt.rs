@@ -5,8 +5,9 @@ use std::collections::BTreeSet;
 
 use dirtymap::{DomainId, IovaRange};
 
-use super::{Area, Oracle, pages_of};
+use super::{Area, Oracle};
 use crate::op::Ask;
+use crate::pages::pages_of;
 
 /// The dirty pages of one place: a domain, or the marks.
 #[derive(Clone, Debug, Default)]

@@ -2,8 +2,9 @@
 
 use dirtymap::{Error, Granule, Iova, IovaRange};
 
-use super::{Area, Oracle, PAGE, range_of};
+use super::{Area, Oracle, range_of};
 use crate::op::Stretch;
+use crate::pages::PAGE;
 
 /// The reserved and allowed ranges.
 #[derive(Clone, Debug, Default)]

@@ -24,6 +24,8 @@
 //! * `leaves`: a device, a harvester, a thread that splits and merges leaves
 //! * `summary`: two CPUs that mark, two harvesters of which one may fail to record. A page that
 //!   cannot be recorded is not cleared
+//! * `store`: a writer, a log on disk with its leader, two consumers, crashes. What is durable
+//!   survives them
 //!
 //! A state is bad if the device has stopped, no thread is in the middle of an operation, nothing is
 //! dirty, and the copy differs from the memory. In some models, a state is also bad if a harvest
@@ -40,6 +42,7 @@ mod machine;
 mod parts;
 mod ring;
 mod skip;
+mod store;
 mod summary;
 mod unmap;
 
@@ -74,7 +77,7 @@ pub fn cases() -> Vec<Case> {
         &'static [&'static str],
         fn(Option<&'static str>) -> Outcome,
     );
-    let models: [Model; 8] = [
+    let models: [Model; 9] = [
         ("skip", skip::WEAKNESSES, skip::explore_with),
         ("leases", leases::WEAKNESSES, leases::explore_with),
         ("consumers", consumers::WEAKNESSES, consumers::explore_with),
@@ -83,6 +86,7 @@ pub fn cases() -> Vec<Case> {
         ("leaves", leaves::WEAKNESSES, leaves::explore_with),
         ("ring", ring::WEAKNESSES, ring::explore_with),
         ("summary", summary::WEAKNESSES, summary::explore_with),
+        ("store", store::WEAKNESSES, store::explore_with),
     ];
     let mut cases = Vec::new();
     for (model, weaknesses, run) in models {

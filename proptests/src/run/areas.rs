@@ -7,7 +7,8 @@ use dirtymap::{Error, Granule, Iova, IovaRange, UserBitmap};
 use super::{Checked, Runner, same_answer};
 use crate::bits::{Buffer, check_bits, words_for};
 use crate::op::{Cut, MapFault};
-use crate::oracle::{Area, MEMORY, PAGE, pages};
+use crate::oracle::Area;
+use crate::pages::{MEMORY, PAGE, pages};
 use crate::violation::{Rule, check, same};
 
 impl Runner<'_> {

@@ -5,7 +5,8 @@ use dirtymap::{Holes, Mapping};
 
 use super::{Checked, Runner, broken};
 use crate::op::{Ask, Cut, Op};
-use crate::oracle::{Area, PAGE, pages_of};
+use crate::oracle::Area;
+use crate::pages::{PAGE, pages_of};
 use crate::violation::{Rule, check, same};
 
 impl Runner<'_> {

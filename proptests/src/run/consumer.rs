@@ -11,7 +11,7 @@ use super::panics::{Panicked, caught};
 use super::{Checked, End, Held, Live, Runner, broken};
 use crate::bits::{clear, runs_in};
 use crate::op::{Master, Place, Sabotage, Share};
-use crate::oracle::{PAGE, pieces};
+use crate::pages::{PAGE, pieces};
 use crate::rig::Busy;
 use crate::violation::{Rule, check, same, violation};
 

@@ -9,7 +9,8 @@ use super::panics::{Panicked, caught};
 use super::{Checked, Runner, same_answer};
 use crate::faults::{Source, was_told};
 use crate::op::Place;
-use crate::oracle::{Area, Dirt, PAGE, Tracking, pages};
+use crate::oracle::{Area, Dirt, Tracking};
+use crate::pages::{PAGE, pages};
 use crate::violation::{Rule, check, same, violation};
 
 impl Runner<'_> {

@@ -5,7 +5,8 @@ use dirtymap::{Error, Iova, IovaRange};
 
 use super::{Checked, Guard, Runner, same_answer};
 use crate::op::{Place, Sabotage};
-use crate::oracle::{Area, PAGE, page_in, pages, pages_of};
+use crate::oracle::{Area, page_in};
+use crate::pages::{PAGE, pages, pages_of};
 use crate::violation::{Rule, same};
 
 impl Runner<'_> {

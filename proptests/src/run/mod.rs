@@ -14,6 +14,7 @@ mod harvest;
 mod modes;
 mod panics;
 mod pass;
+mod request;
 mod writers;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,7 +28,8 @@ use pagetable_sim::PhysMemory;
 
 use crate::bits::Buffer;
 use crate::op::{Config, MapFault, Op, Sabotage, Stretch};
-use crate::oracle::{Bytes, Free, Oracle, PAGE};
+use crate::oracle::{Free, Oracle};
+use crate::pages::{Bytes, PAGE};
 use crate::violation::{Rule, Violation, same, violation};
 use crate::world::World;
 

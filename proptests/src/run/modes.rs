@@ -5,9 +5,9 @@ use dirtymap::{
 };
 
 use super::Runner;
-use super::harvest::Request;
+use super::request::Request;
 use crate::op::{Ask, Mask, Mode, Share};
-use crate::oracle::{PAGE, pages, pages_of};
+use crate::pages::{PAGE, pages, pages_of};
 use crate::violation::{Rule, Violation, check, same};
 
 /// The start of a bounded harvest, a multiple of `unit`.

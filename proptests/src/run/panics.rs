@@ -8,7 +8,8 @@ use dirtymap::IovaRange;
 use super::{Checked, Runner};
 use crate::faults::was_told;
 use crate::op::Op;
-use crate::oracle::{Area, pages_of};
+use crate::oracle::Area;
+use crate::pages::pages_of;
 use crate::violation::{Rule, check};
 
 /// A source panicked on request.

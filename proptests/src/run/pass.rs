@@ -6,9 +6,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use dirtymap::harvest::Aborted;
 use dirtymap::{Error, IovaRange, UserBitmap};
 
-use super::harvest::{Request, Said, said};
+use super::harvest::{Said, said};
 use super::modes::{call, share_of};
 use super::panics::caught;
+use super::request::Request;
 use super::{Checked, Runner};
 use crate::bits::{Buffer, runs_in};
 use crate::faults::was_told;

@@ -5,7 +5,7 @@ use pagetable_sim::{DmaError, FaultKind};
 
 use super::{Checked, Runner, broken, same_answer};
 use crate::op::{Master, Place, Sabotage};
-use crate::oracle::{PAGE, pieces};
+use crate::pages::{PAGE, pieces};
 use crate::violation::{Rule, check, same};
 
 impl Runner<'_> {

@@ -35,7 +35,7 @@ fn cli(mode: Mode, sabotage: Option<Sabotage>) -> Cli {
 }
 
 #[test]
-fn every_page_is_identical_whoever_wrote_it() {
+fn every_page_is_identical_for_each_writer() {
     for mode in MODES {
         let report = migrate(&cli(mode, None)).unwrap();
         let no_guest = report.no_guest.iter().filter(|_| mode != Mode::None);

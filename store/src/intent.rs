@@ -1,0 +1,175 @@
+//! A write: announced, then in flight.
+
+use dirtymap::sync::AtomicU64;
+use dirtymap::{IovaRange, ToIovaRange};
+
+use crate::error::Error;
+use crate::image::MAX_OPEN;
+use crate::store::{Store, too_many_open};
+use crate::words::{MAX_PINS, Words};
+
+/// A write that was announced and must not be issued yet. Made by
+/// [`Store::begin_write`](Store::begin_write).
+#[must_use = "the write must not be issued before `wait` has returned"]
+#[derive(Debug)]
+pub struct Intent<'s> {
+    pins: Pins<'s>,
+    open: bool,
+}
+
+/// A write in flight. Dropping it says that the write has landed, or failed: the device has it, or
+/// any part of it, and will not change the bytes any more.
+///
+/// While the guard lives, its extents stay open. One that is forgotten keeps them open until the
+/// store is opened again.
+#[must_use = "dropping the guard says that the write has landed"]
+#[derive(Debug)]
+pub struct WriteGuard<'s> {
+    pins: Pins<'s>,
+}
+
+/// Extents that are pinned.
+#[derive(Debug)]
+struct Pins<'s> {
+    store: &'s Store,
+    range: IovaRange,
+    first: u64,
+    last: u64,
+    /// The word of the first extent.
+    word: &'s AtomicU64,
+    /// Whether the write was issued.
+    issued: bool,
+}
+
+impl Store {
+    /// Announces a write to the bytes `range`. [`Intent::wait`] returns once the extents that it
+    /// touches are durably open, and only then may the write be issued. If they are open, that is
+    /// at once, without a lock.
+    ///
+    /// ```
+    /// # use dirtymap_store::{Device, DirFolder, Options, Store};
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let dir = tempfile::tempdir()?;
+    /// # let folder = DirFolder::new(dir.path().join("store"))?;
+    /// # let store = Store::create(folder, &Device { id: 7, len: 1 << 30 }, &Options::new())?;
+    /// let write = store.begin_write(0x5000..0x6000)?.wait()?;
+    /// // ... the device is written here, by this thread or by another one ...
+    /// drop(write); // it has landed
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// Announcing many writes and then waiting for each costs one flush.
+    ///
+    /// # Errors
+    /// [`Error::Range`] and [`Error::PastEnd`]; [`Error::TooManyWrites`]; [`Error::TooManyOpen`];
+    /// [`Error::Failed`], if an extent is not open.
+    pub fn begin_write(&self, range: impl ToIovaRange) -> Result<Intent<'_>, Error> {
+        let range = range.to_iova_range()?;
+        let len = self.device_len();
+        if range.last().get() >= len {
+            return Err(Error::PastEnd { range, len });
+        }
+        let first = range.start().get() >> self.extent().lg2();
+        let last = range.last().get() >> self.extent().lg2();
+        let word = self.words.word(first);
+        if first == last {
+            // Most writes are in one extent, and find it open.
+            match Words::pin_word(word) {
+                Some(true) => return Ok(Intent::new(self, word, range, (first, last), true)),
+                Some(false) => Words::leave_word(word, 0),
+                None => {}
+            }
+        }
+        let mut open = true;
+        let extents = last - first + 1;
+        if extents > MAX_OPEN as u64 {
+            return Err(too_many_open(extents));
+        }
+        for extent in first..=last {
+            match self.words.pin(extent) {
+                Some(is_open) => open &= is_open,
+                None => {
+                    self.unpin(first..extent);
+                    return Err(Error::TooManyWrites {
+                        extent,
+                        limit: MAX_PINS,
+                    });
+                }
+            }
+        }
+        if !open && let Err(error) = self.request(first, last) {
+            self.unpin(first..last + 1);
+            return Err(error);
+        }
+        Ok(Intent::new(self, word, range, (first, last), open))
+    }
+}
+
+impl<'s> Intent<'s> {
+    #[inline]
+    fn new(
+        store: &'s Store,
+        word: &'s AtomicU64,
+        range: IovaRange,
+        (first, last): (u64, u64),
+        open: bool,
+    ) -> Self {
+        Intent {
+            pins: Pins {
+                store,
+                range,
+                first,
+                last,
+                word,
+                issued: false,
+            },
+            open,
+        }
+    }
+
+    /// Whether [`wait`](Intent::wait) would return at once.
+    pub fn is_durable(&self) -> bool {
+        let Pins { first, last, .. } = self.pins;
+        self.open || (first..=last).all(|extent| self.pins.store.words.is_open(extent))
+    }
+
+    /// Waits until the extents of the write are durably open. After that, the write may be issued.
+    /// Threads that wait together share one write of the log and one flush.
+    ///
+    /// # Errors
+    /// [`Error::Io`] and [`Error::Failed`]: the write must not be issued.
+    #[inline]
+    pub fn wait(mut self) -> Result<WriteGuard<'s>, Error> {
+        if !self.open {
+            self.pins
+                .store
+                .await_open(self.pins.first, self.pins.last)?;
+        }
+        self.pins.issued = true;
+        Ok(WriteGuard { pins: self.pins })
+    }
+}
+
+impl WriteGuard<'_> {
+    /// The bytes that the write touches.
+    pub fn range(&self) -> IovaRange {
+        self.pins.range
+    }
+}
+
+impl Drop for Pins<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        let pages = |extent| match self.issued {
+            true => self.store.mask(extent, self.range),
+            false => 0,
+        };
+        if self.first == self.last {
+            return Words::leave_word(self.word, pages(self.first));
+        }
+        for extent in self.first..=self.last {
+            self.store.words.leave(extent, pages(extent));
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! Models of the path without a lock: a writer against the leader, each with the steps that it must
+//! not hold without.
+#![allow(clippy::unwrap_used)] // helpers of tests
+
+use dirtymap::sync::model::{Bound, explore, name_of};
+use dirtymap::sync::{Arc, AtomicU64, Ordering, thread};
+
+use crate::disk::SimFolder;
+use crate::geometry::Device;
+use crate::options::Options;
+use crate::step::{Step, leave_out};
+use crate::store::Store;
+use crate::words::{Close, Words};
+
+/// The model must hold, and fail without each of `steps`.
+fn holds_only_with<M>(steps: &[Step], model: M)
+where
+    M: Fn() -> bool + Sync + Send + Copy + 'static,
+{
+    let name = name_of(&model);
+    let whole = explore(Bound::USUAL, None, model);
+    println!("{name} holds in {} executions", whole.executions);
+    assert!(whole.executions > 1, "{name} explored nothing");
+    assert_eq!(whole.failures, 0, "{name}: the contract is broken");
+    for step in steps {
+        leave_out(Some(*step));
+        let broken = explore(Bound::USUAL, None, model);
+        leave_out(None);
+        let (failures, executions) = (broken.failures, broken.executions);
+        println!("{name} without {step:?}: fails in {failures} of {executions} executions");
+        assert!(failures > 0, "{name} still holds without {step:?}");
+    }
+}
+
+/// An extent that is open, and the data in it.
+struct Extent {
+    words: Words,
+    data: AtomicU64,
+}
+
+fn open_extent() -> Arc<Extent> {
+    let extent = Extent {
+        words: Words::new(),
+        data: AtomicU64::new(0),
+    };
+    extent.words.pin(0);
+    extent.words.request(0);
+    extent.words.opened(0);
+    extent.words.leave(0, 0);
+    Arc::new(extent)
+}
+
+impl Extent {
+    /// Writes, if the extent is open. Returns whether it did.
+    fn write(&self) -> bool {
+        let open = self.words.pin(0) == Some(true);
+        if open {
+            self.data.store(1, Ordering::Relaxed);
+        }
+        self.words.leave(0, u32::from(open));
+        open
+    }
+}
+
+/// A harvest takes the mark and copies, while a write ends: the copy has it, or the mark is still
+/// there.
+#[test]
+fn a_write_is_copied_or_stays_marked() {
+    holds_only_with(&[Step::PublishWrite, Step::SeeWrite], || {
+        let extent = open_extent();
+        let writer = {
+            let extent = Arc::clone(&extent);
+            thread::spawn(move || extent.write())
+        };
+        let taken = extent.words.take(0);
+        // Relaxed: the mark has to order it.
+        let copy = extent.data.load(Ordering::Relaxed);
+        let wrote = writer.join().unwrap();
+        let left = extent.words.take(0);
+        wrote && (taken == 0 || copy == 1) && (taken | left == 1)
+    });
+}
+
+/// A close comes between the steps of a write: it fails, or it takes the mark, or the write finds
+/// the extent closed and is not issued.
+#[test]
+fn a_close_takes_the_mark_or_waits() {
+    holds_only_with(&[Step::HoldInFlight, Step::SeeWrite], || {
+        let extent = open_extent();
+        let writer = {
+            let extent = Arc::clone(&extent);
+            thread::spawn(move || extent.write())
+        };
+        let closed = extent.words.close(0, false);
+        let copy = extent.data.load(Ordering::Relaxed);
+        let wrote = writer.join().unwrap();
+        match closed {
+            Close::Closed(0) => !wrote,
+            Close::Closed(_) => wrote && copy == 1,
+            Close::InUse => extent.words.take(0) == u32::from(wrote),
+        }
+    });
+}
+
+/// The writer that finds its extent open comes after the flush, which stands here for itself.
+#[test]
+fn an_extent_is_open_after_its_flush() {
+    holds_only_with(&[Step::PublishOpen, Step::SeeOpen], || {
+        let words = Arc::new((Words::new(), AtomicU64::new(0)));
+        words.0.pin(0);
+        words.0.request(0);
+        let leader = {
+            let words = Arc::clone(&words);
+            thread::spawn(move || {
+                words.1.store(1, Ordering::Relaxed);
+                words.0.opened(0);
+            })
+        };
+        let open = words.0.is_open(0);
+        let flushed = words.1.load(Ordering::Relaxed);
+        leader.join().unwrap();
+        !open || flushed == 1
+    });
+}
+
+/// Two writers that wait and one of which leads: nobody waits for ever, each extent is opened once,
+/// and a harvest afterwards has both.
+#[test]
+fn writers_that_wait_together_are_both_let_in() {
+    holds_only_with(&[], || {
+        let device = Device {
+            id: 1,
+            len: 1 << 18,
+        };
+        let store = Store::create(SimFolder::new(), &device, &Options::new());
+        let store = Arc::new(store.unwrap());
+        // The model checker does not see that a `OnceLock` publishes the words.
+        (0..2).for_each(|extent| assert!(!store.words.is_open(extent)));
+        let write = |store: &Store, at: u64| {
+            let intent = store.begin_write(at..at + 1).unwrap();
+            drop(intent.wait().unwrap());
+        };
+        let other = {
+            let store = Arc::clone(&store);
+            thread::spawn(move || write(&store, 0x1_0000))
+        };
+        write(&store, 0);
+        other.join().unwrap();
+        let stats = store.stats();
+        let once = stats.opened == 2 && stats.batches <= 2;
+        store.close_extents().unwrap();
+        once && store.stats().closed == 2
+    });
+}

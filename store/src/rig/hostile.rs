@@ -1,0 +1,161 @@
+//! Files that no store has written: whatever they hold, opening them ends, allocates no more than
+//! the file is long, and never answers with less than there is.
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+use super::programs::COPIED;
+use super::{Op, World, options};
+use crate::disk::SimFolder;
+use crate::error::Why;
+use crate::format::{BLOCK, Header};
+use crate::store::{Opened, Store};
+
+/// A store with a consumer, some of whose pages are dirty; the bytes of its log.
+fn log() -> (World, Vec<u8>) {
+    let mut world = World::new();
+    let store = world.create().unwrap();
+    world.run(&store, &COPIED);
+    let writes = [0, 2, 4, 1].map(|page| Op::Write { page });
+    world.run(&store, &writes[..1]);
+    let bytes = world.sim.bytes("log").unwrap();
+    (world, bytes)
+}
+
+/// What the file `bytes` is taken for.
+fn open(world: &World, bytes: Vec<u8>) -> Result<Store, Why> {
+    let folder = SimFolder::with("log", bytes);
+    match Store::open(folder, &world.device(), &options()).unwrap() {
+        Opened::Known(store) => Ok(store),
+        Opened::Everything(lost) => Err(lost.why().clone()),
+    }
+}
+
+#[test]
+fn every_file_that_is_cut_short_means_everything() {
+    let (world, bytes) = log();
+    assert!(open(&world, bytes.clone()).is_ok());
+    for len in (0..bytes.len()).step_by(509) {
+        assert!(open(&world, bytes[..len].to_vec()).is_err(), "{len}");
+    }
+}
+
+/// A bit of the header or of the checkpoint, or of a batch before the last one.
+#[test]
+fn every_byte_that_rots_is_noticed() {
+    let (world, bytes) = log();
+    let header = Header::read(&bytes[..BLOCK], bytes.len() as u64, &world.device()).unwrap();
+    let header_and_checkpoint = (0..96).chain(BLOCK..BLOCK + header.checkpoint as usize);
+    for at in header_and_checkpoint {
+        let mut rotten = bytes.clone();
+        rotten[at] ^= 1;
+        assert!(open(&world, rotten).is_err(), "byte {at}");
+    }
+}
+
+/// A batch that was flushed rots, and a later one is whole. To end the replay there would forget
+/// the later one without a word.
+#[test]
+fn a_batch_that_rots_in_the_middle_means_everything() {
+    let mut world = World::new();
+    let roomy = options().log_bytes(8 * 4096);
+    let store = Store::create(world.sim.clone(), &world.device(), &roomy).unwrap();
+    let writes = [0, 2, 4].map(|page| Op::Write { page });
+    world.run(&store, &writes);
+    let mut bytes = world.sim.bytes("log").unwrap();
+    let header = Header::read(&bytes[..BLOCK], bytes.len() as u64, &world.device()).unwrap();
+    let second = header.batches() as usize + BLOCK;
+    bytes[second + 33] ^= 1;
+    let why = open(&world, bytes).unwrap_err();
+    let (lost, later) = (header.sequence + 1, header.sequence + 2);
+    assert_eq!(why, Why::LostBatch { lost, later });
+}
+
+#[test]
+fn a_store_of_another_device_version_or_length_says_so() {
+    let (mut world, bytes) = log();
+    let with = |at: usize, byte: u8| {
+        let mut bytes = bytes.clone();
+        bytes[at] = byte;
+        open(&world, bytes).unwrap_err()
+    };
+    assert_eq!(with(0, b'x'), Why::Foreign);
+    assert_eq!(with(8, 2), Why::Version { found: 2, known: 1 });
+    assert_eq!(with(90, 1), Why::Checksum { part: "header" });
+    let folder = || SimFolder::with("log", bytes.clone());
+    let mut other = world.device();
+    other.id += 1;
+    let Opened::Everything(lost) = Store::open(folder(), &other, &options()).unwrap() else {
+        panic!("the store of another device is taken");
+    };
+    let (recorded, asked) = (world.device().id, other.id);
+    assert_eq!(*lost.why(), Why::WrongDevice { recorded, asked });
+    // A device that grew while the store was closed: the new part is not in any delta.
+    let recorded = world.device().len;
+    world.resize(8);
+    let found = world.device().len;
+    assert_eq!(
+        open(&world, bytes.clone()).unwrap_err(),
+        Why::Resized { recorded, found }
+    );
+    assert_eq!(open(&world, Vec::new()).unwrap_err(), Why::Foreign);
+    let none = Store::open(SimFolder::new(), &world.device(), &options()).unwrap();
+    assert!(matches!(none, Opened::Everything(lost) if *lost.why() == Why::Missing));
+}
+
+/// The checksums of a file that an attacker changed.
+fn forge(bytes: &mut [u8]) {
+    let checkpoint = u64::from_le_bytes(bytes[64..72].try_into().unwrap());
+    let end = BLOCK as u64 + checkpoint.min((bytes.len() - BLOCK) as u64);
+    let crc = crc32fast::hash(&bytes[BLOCK..end as usize]);
+    bytes[88..92].copy_from_slice(&crc.to_le_bytes());
+    let crc = crc32fast::hash(&bytes[..92]);
+    bytes[92..96].copy_from_slice(&crc.to_le_bytes());
+    for at in (BLOCK..bytes.len()).step_by(BLOCK) {
+        if bytes[at..].starts_with(b"dmba") {
+            let len = u32::from_le_bytes(bytes[at + 24..at + 28].try_into().unwrap());
+            let end = (at + 32 + len as usize).min(bytes.len());
+            let crc = crc32fast::hash(&bytes[at + 8..end]);
+            bytes[at + 4..at + 8].copy_from_slice(&crc.to_le_bytes());
+        }
+    }
+}
+
+proptest! {
+    /// Changes of any bytes, with right checksums: refused, or a store that works.
+    #[test]
+    fn a_forged_file_is_refused_or_opened(
+        changes in vec((0..3u8, any::<prop::sample::Index>(), any::<u8>()), 1..8),
+    ) {
+        let (world, mut bytes) = log();
+        let header = Header::read(&bytes[..BLOCK], bytes.len() as u64, &world.device()).unwrap();
+        let batches = header.batches() as usize;
+        for (part, at, byte) in changes {
+            let at = match part {
+                0 => 12 + at.index(80),
+                1 => BLOCK + at.index(header.checkpoint as usize),
+                _ => batches + at.index(2 * BLOCK),
+            };
+            // Most of a batch is padding.
+            let at = if part == 2 { batches + at % 64 } else { at };
+            bytes[at] = byte;
+        }
+        forge(&mut bytes);
+        if let Ok(store) = open(&world, bytes) {
+            for consumer in store.consumers().unwrap() {
+                let increment = store.harvest(&consumer.name, consumer.committed).unwrap();
+                prop_assert!(increment.runs().total_bytes() <= u128::from(world.device().len));
+            }
+        }
+    }
+
+    #[test]
+    fn noise_is_no_store(mut bytes in vec(any::<u8>(), 0..20_000), magic in any::<bool>()) {
+        let world = World::new();
+        if magic && bytes.len() > BLOCK {
+            bytes[..12].copy_from_slice(b"dmstore\0\x01\0\0\0");
+            forge(&mut bytes);
+        }
+        prop_assert!(open(&world, bytes).is_err());
+    }
+}

@@ -1,0 +1,383 @@
+//! The store on a real folder, by its public interface.
+#![cfg(unix)]
+#![allow(clippy::unwrap_used)]
+
+use std::io;
+use std::path::Path;
+use std::sync::Barrier;
+use std::thread;
+
+use dirtymap::{Granule, IovaRange, ToIovaRange};
+use dirtymap_store::{
+    Device, DirFolder, Disk, Error, Folder, Increment, Opened, Options, Store, Why,
+};
+
+const DEVICE: Device = Device {
+    id: 1,
+    len: 1 << 30,
+};
+const EXTENT: u64 = 64 << 10;
+
+fn create(path: &Path, options: &Options) -> Store {
+    Store::create(
+        DirFolder::new(path.join("store")).unwrap(),
+        &DEVICE,
+        options,
+    )
+    .unwrap()
+}
+
+fn open(path: &Path, device: &Device) -> Opened {
+    let folder = DirFolder::new(path.join("store")).unwrap();
+    Store::open(folder, device, &Options::new()).unwrap()
+}
+
+fn known(path: &Path, device: &Device) -> Store {
+    match open(path, device) {
+        Opened::Known(store) => store,
+        Opened::Everything(lost) => panic!("{}", lost.why()),
+    }
+}
+
+fn write(store: &Store, range: std::ops::Range<u64>) {
+    drop(store.begin_write(range).unwrap().wait().unwrap());
+}
+
+fn runs(increment: &Increment<'_>) -> Vec<IovaRange> {
+    increment.runs().runs().to_vec()
+}
+
+fn range(range: std::ops::Range<u64>) -> IovaRange {
+    range.to_iova_range().unwrap()
+}
+
+#[test]
+fn increments_follow_each_other_over_restarts() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = create(dir.path(), &Options::new());
+    store.join("nightly").unwrap();
+    let first = store.harvest("nightly", None).unwrap();
+    assert_eq!(
+        (first.everything(), first.parent()),
+        (Some(&Why::New), None)
+    );
+    assert_eq!(runs(&first), [range(0..DEVICE.len)]);
+    let first = first.commit(|| Ok(())).unwrap();
+    write(&store, 0x1ffe..0x2002);
+    write(&store, EXTENT - 1..EXTENT + 1);
+    // A clean end: to the page.
+    store.close_extents().unwrap();
+    drop(store);
+    let store = known(dir.path(), &DEVICE);
+    assert_eq!(store.recovery().open_extents, 0);
+    let second = store.harvest("nightly", Some(first)).unwrap();
+    assert_eq!(second.parent(), Some(first));
+    let pages = [range(0x1000..0x3000), range(EXTENT - 4096..EXTENT + 4096)];
+    assert_eq!(runs(&second), pages);
+    // Not committed: it is still there after a restart, which is none of a clean end.
+    write(&store, 0x9000..0x9001);
+    std::mem::forget(second);
+    drop(store);
+    let store = known(dir.path(), &DEVICE);
+    assert_eq!(store.recovery().open_extents, 1);
+    let third = store.harvest("nightly", Some(first)).unwrap();
+    assert_eq!(runs(&third), [range(0..EXTENT + 4096)]);
+}
+
+#[test]
+fn an_unknown_parent_means_everything() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = create(dir.path(), &Options::new());
+    store.join("a").unwrap();
+    let first = store.harvest("a", None).unwrap().commit(|| Ok(())).unwrap();
+    let none = store.harvest("a", None).unwrap();
+    assert_eq!(none.everything(), Some(&Why::NoParent));
+    assert_eq!(runs(&none), [range(0..DEVICE.len)]);
+    none.abort().unwrap();
+    let asked = "0000000000000000000000000000002a-1".parse().unwrap();
+    let other = store.harvest("a", Some(asked)).unwrap();
+    assert_eq!(other.everything(), Some(&Why::UnknownParent { asked }));
+    drop(other);
+    assert_eq!(store.harvest("a", Some(first)).unwrap().everything(), None);
+}
+
+/// A copy that is not durable commits nothing, and one consumer takes nothing from another.
+#[test]
+fn consumers_are_independent_and_a_failed_commit_takes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = create(dir.path(), &Options::new());
+    let mut parents = Vec::new();
+    for name in ["a", "b"] {
+        store.join(name).unwrap();
+        let first = store.harvest(name, None).unwrap();
+        parents.push(first.commit(|| Ok(())).unwrap());
+    }
+    write(&store, 0..1);
+    let a = store.harvest("a", Some(parents[0])).unwrap();
+    assert!(matches!(
+        store.harvest("a", None),
+        Err(Error::Outstanding { number: 2, .. })
+    ));
+    let full = || Err(io::Error::from(io::ErrorKind::StorageFull));
+    assert!(matches!(a.commit(full), Err(Error::NotDurable { .. })));
+    let a = store.harvest("a", Some(parents[0])).unwrap();
+    assert_eq!(runs(&a), [range(0..0x1000)]);
+    write(&store, 0x8000..0x8001); // after the harvest
+    let second = a.commit(|| Ok(())).unwrap();
+    let b = store.harvest("b", Some(parents[1])).unwrap();
+    assert_eq!(runs(&b), [range(0..0x1000), range(0x8000..0x9000)]);
+    let a = store.harvest("a", Some(second)).unwrap();
+    assert_eq!(runs(&a), [range(0x8000..0x9000)]);
+}
+
+/// The log wraps many times while consumers join, leave and get other names.
+#[test]
+fn consumers_come_and_go_while_the_log_wraps() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options::new().hot(2).log_bytes(8192);
+    let store = create(dir.path(), &options);
+    store.join("stays").unwrap();
+    let first = store.harvest("stays", None).unwrap();
+    let first = first.commit(|| Ok(())).unwrap();
+    for round in 0..20u64 {
+        store.join("guest").unwrap();
+        write(&store, round * EXTENT..round * EXTENT + 1);
+        store.rename("guest", "visitor").unwrap();
+        assert!(matches!(
+            store.rename("guest", "x"),
+            Err(Error::UnknownConsumer { .. })
+        ));
+        assert!(matches!(
+            store.join("visitor"),
+            Err(Error::NameTaken { .. })
+        ));
+        let increment = store.harvest("visitor", None).unwrap();
+        store.leave("visitor").unwrap();
+        assert!(matches!(
+            increment.commit(|| Ok(())),
+            Err(Error::Gone { .. })
+        ));
+    }
+    assert!(store.stats().switches > 20);
+    drop(store);
+    let store = known(dir.path(), &DEVICE);
+    assert_eq!(store.consumers().unwrap().len(), 1);
+    let next = store.harvest("stays", Some(first)).unwrap();
+    let all = next.runs().total_bytes();
+    // 18 pages to the page, and the two extents that were open.
+    assert_eq!(all, u128::from(18 * 4096 + 2 * EXTENT));
+}
+
+/// The old bug of a changed-block tracker: a disk that grew was tracked as before, and its new part
+/// never.
+#[test]
+fn a_device_that_grows_is_dirty_where_it_is_new() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = create(dir.path(), &Options::new());
+    store.join("a").unwrap();
+    let first = store.harvest("a", None).unwrap().commit(|| Ok(())).unwrap();
+    let len = DEVICE.len + 3 * EXTENT;
+    assert!(matches!(
+        store.begin_write(DEVICE.len..len),
+        Err(Error::PastEnd { .. })
+    ));
+    store.grow(len).unwrap();
+    assert!(matches!(
+        store.grow(1),
+        Err(Error::Shrinks { asked: 1, .. })
+    ));
+    write(&store, len - 1..len);
+    drop(store);
+    let grown = Device { len, ..DEVICE };
+    // Opened with the old length, it is another device.
+    match open(dir.path(), &DEVICE) {
+        Opened::Everything(lost) => assert_eq!(
+            *lost.why(),
+            Why::Resized {
+                recorded: len,
+                found: DEVICE.len
+            }
+        ),
+        Opened::Known(_) => panic!("a device of another length is taken"),
+    }
+    let store = known(dir.path(), &grown);
+    let next = store.harvest("a", Some(first)).unwrap();
+    assert_eq!(runs(&next), [range(DEVICE.len..len)]);
+}
+
+#[test]
+fn bad_input_is_refused_before_anything_is_touched() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = || DirFolder::new(dir.path().join("store")).unwrap();
+    let bad = |device: Device, options: Options| Store::create(folder(), &device, &options);
+    let empty = Device { len: 0, ..DEVICE };
+    assert!(matches!(
+        bad(empty, Options::new()),
+        Err(Error::DeviceLength { .. })
+    ));
+    let huge = Device {
+        len: u64::MAX,
+        ..DEVICE
+    };
+    assert!(matches!(
+        bad(huge, Options::new()),
+        Err(Error::DeviceLength { .. })
+    ));
+    let coarse = Options::new().page(Granule::M2);
+    assert!(matches!(bad(DEVICE, coarse), Err(Error::Granules { .. })));
+    for hot in [0, u32::MAX] {
+        assert!(matches!(
+            bad(DEVICE, Options::new().hot(hot)),
+            Err(Error::Hot { .. })
+        ));
+    }
+    for bytes in [1, !4095] {
+        let options = Options::new().log_bytes(bytes);
+        assert!(matches!(bad(DEVICE, options), Err(Error::LogBytes { .. })));
+    }
+    let store = bad(DEVICE, Options::new()).unwrap();
+    assert!(matches!(bad(DEVICE, Options::new()), Err(Error::Locked)));
+    assert!(matches!(store.begin_write(5..5), Err(Error::Range(_))));
+    assert!(matches!(
+        store.begin_write(0..u64::MAX),
+        Err(Error::PastEnd { .. })
+    ));
+    assert!(matches!(
+        store.join(""),
+        Err(Error::NameLength { len: 0, .. })
+    ));
+    assert!(matches!(
+        store.join(&"x".repeat(256)),
+        Err(Error::NameLength { .. })
+    ));
+    for number in 0..64 {
+        store.join(&number.to_string()).unwrap();
+    }
+    assert!(matches!(
+        store.join("more"),
+        Err(Error::TooManyConsumers { limit: 64 })
+    ));
+    assert_eq!(store.stats().opened, 0);
+    drop(store);
+    assert!(matches!(bad(DEVICE, Options::new()), Err(Error::Exists)));
+}
+
+/// Writers that wait together share flushes: 10,000 cold extents in fewer than 200 of them.
+#[test]
+fn cold_extents_that_wait_together_share_a_flush() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options::new().hot(256);
+    let store = create(dir.path(), &options);
+    let before = store.stats().flushes;
+    let (writers, depth, rounds) = (10, 100, 10);
+    let start = Barrier::new(writers);
+    thread::scope(|scope| {
+        for writer in 0..writers as u64 {
+            let (store, start) = (&store, &start);
+            scope.spawn(move || {
+                start.wait();
+                for round in 0..rounds {
+                    let first = (writer * rounds + round) * depth;
+                    let extents = first..first + depth;
+                    let intents: Vec<_> = extents
+                        .map(|extent| store.begin_write(extent * EXTENT..extent * EXTENT + 1))
+                        .collect();
+                    for intent in intents {
+                        drop(intent.unwrap().wait().unwrap());
+                    }
+                }
+            });
+        }
+    });
+    let stats = store.stats();
+    assert_eq!(stats.opened, 10_000);
+    let flushes = stats.flushes - before;
+    println!("{flushes} flushes");
+    assert!(flushes < 200, "{flushes} flushes for 10,000 extents");
+}
+
+/// A folder whose disk fails, or panics, from some write on.
+struct Failing {
+    inner: DirFolder,
+    panics: bool,
+}
+
+struct FailingDisk {
+    inner: Box<dyn Disk>,
+    writes: u32,
+    panics: bool,
+}
+
+impl Folder for Failing {
+    fn open(&mut self, name: &str) -> io::Result<Option<Box<dyn Disk>>> {
+        self.inner.open(name)
+    }
+    fn create(&mut self, name: &str) -> io::Result<Box<dyn Disk>> {
+        Ok(Box::new(FailingDisk {
+            inner: self.inner.create(name)?,
+            writes: 0,
+            panics: self.panics,
+        }))
+    }
+    fn rename(&mut self, from: &str, to: &str) -> io::Result<()> {
+        self.inner.rename(from, to)
+    }
+    fn sync(&mut self) -> io::Result<()> {
+        self.inner.sync()
+    }
+    fn lock(&mut self) -> io::Result<bool> {
+        self.inner.lock()
+    }
+}
+
+impl Disk for FailingDisk {
+    fn read_at(&self, offset: u64, bytes: &mut [u8]) -> io::Result<usize> {
+        self.inner.read_at(offset, bytes)
+    }
+    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.writes += 1;
+        // Three writes make the log, and one more opens an extent.
+        if self.writes > 4 {
+            assert!(!self.panics, "the disk panics");
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        self.inner.write_at(offset, bytes)
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+    fn len(&self) -> io::Result<u64> {
+        self.inner.len()
+    }
+}
+
+/// A log that cannot be written: no cold write is let through any more, hot ones are, nobody waits
+/// for ever, and the folder stays locked while they may be in flight.
+#[test]
+fn a_disk_that_fails_or_panics_lets_no_cold_write_through() {
+    for panics in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = || DirFolder::new(dir.path().join("store")).unwrap();
+        let failing = Failing {
+            inner: folder(),
+            panics,
+        };
+        let store = Store::create(failing, &DEVICE, &Options::new()).unwrap();
+        write(&store, 0..1);
+        let cold = || store.begin_write(EXTENT..EXTENT + 1)?.wait().map(drop);
+        let results: Vec<_> = thread::scope(|scope| {
+            let threads: Vec<_> = (0..4).map(|_| scope.spawn(cold)).collect();
+            threads.into_iter().map(|thread| thread.join()).collect()
+        });
+        for result in results {
+            assert!(!matches!(result, Ok(Ok(()))), "a cold write is let through");
+        }
+        assert!(matches!(cold(), Err(Error::Failed { .. })));
+        assert!(matches!(store.join("late"), Err(Error::Failed { .. })));
+        write(&store, 1..2);
+        let again = Store::open(folder(), &DEVICE, &Options::new());
+        assert!(matches!(again, Err(Error::Locked)));
+        drop(store);
+        assert!(matches!(open(dir.path(), &DEVICE), Opened::Known(_)));
+    }
+}
