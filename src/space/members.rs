@@ -84,6 +84,8 @@ impl AddressSpace {
         }
         let member = Arc::new(Member::new(name, range, self.page()));
         let unnamed = Arc::new(Member::new("", IovaRange::ALL, self.page()));
+        // Relaxed: the edit publishes it, see `members_of_gone`.
+        self.is_shared.store(true, Ordering::Relaxed);
         let _: Result<(), Error> = self.areas.update(|edit| {
             edit.set_rules(edit.rules().with_members(|all| {
                 if all.is_empty() {
@@ -175,9 +177,20 @@ impl AddressSpace {
         recorded.map_err(|stopped| stopped.error)
     }
 
+    /// The consumers that may have pages of an area that the caller has taken out of the tree. A
+    /// space without consumers takes no snapshot for this.
+    fn members_of_gone(&self) -> Members {
+        // Relaxed: a join whose edit comes before that of the caller is visible by that edit. A
+        // consumer that joins later is left nothing in an area that has gone.
+        match self.is_shared.load(Ordering::Relaxed) {
+            true => self.members(),
+            false => Members::default(),
+        }
+    }
+
     /// Moves what is pending for any consumer in `range` to the marks of `area`, which has gone.
     pub(super) fn mark_pending(&self, area: &Area, range: IovaRange) {
-        for member in self.members().iter() {
+        for member in self.members_of_gone().iter() {
             let mut bytes = 0u64;
             for run in member.pending.take_runs(range) {
                 area.marks.mark(run);
@@ -195,7 +208,7 @@ impl AddressSpace {
         range: IovaRange,
         mut visit: impl FnMut(Iova, u64),
     ) {
-        let members = self.members();
+        let members = self.members_of_gone();
         if members.is_empty() {
             return;
         }

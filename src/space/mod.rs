@@ -56,7 +56,7 @@ use crate::events;
 use crate::flush::FlushQueue;
 use crate::marks::{Flights, InFlight, NearMarks, every_address};
 use crate::source::{DirtySource, Mapping};
-use crate::sync::{Arc, AtomicU64, Mutex, Ordering, fence};
+use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, fence};
 use crate::units::{Access, DomainId, Granule, Iova, IovaRange, ToIovaRange};
 use faults::Log;
 use outside::Outside;
@@ -114,6 +114,8 @@ pub struct AddressSpace {
     /// Held while domains are attached, detached, or switched.
     membership: Mutex<()>,
     domains: AtomicU64,
+    /// Whether a named consumer has ever joined.
+    is_shared: AtomicBool,
     /// The last field, so that it is dropped after every field that may hold a domain.
     retired: LastRetired,
 }
@@ -136,6 +138,7 @@ impl AddressSpace {
             tracking: Switch::new(),
             membership: Mutex::new(()),
             domains: AtomicU64::new(0),
+            is_shared: AtomicBool::new(false),
             retired: LastRetired::new(),
         }
     }
