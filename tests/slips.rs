@@ -8,8 +8,8 @@ mod common;
 use common::{Fake, PAGE, pages, two_sources};
 use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::{
-    Access, AddressSpace, Change, DirtySource, Error, Granule, HarvestRequest, Iova, IovaRange,
-    Mapping, Scope, SparseBitmap, Tracking, UserBitmap,
+    Access, AddressSpace, Change, Consumer, DirtySource, Error, Granule, HarvestRequest, Iova,
+    IovaRange, Mapping, Scope, SparseBitmap, Start, Tracking, UserBitmap,
 };
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex};
@@ -256,24 +256,28 @@ fn debts_that_are_joined_owe_the_leaves_of_both() {
     assert_eq!(large.leaves(), Some(leaves));
 }
 
-/// A lease knows how far up its bitmap was written, also when a later source writes only below, in
-/// another window of the bitmap. What lies above was not put back by an abort.
+/// A harvest that stops keeps what lies below, and puts back what an earlier source found above. It
+/// knows how far up that is, also when a later source has written in a lower window of the bitmap
+/// since.
 #[test]
-fn an_abort_puts_back_what_an_earlier_source_found_above() {
+fn above_a_stop_everything_is_put_back_in_whatever_order_windows_were_open() {
     let (space, first, second) = two_sources();
     let range = pages(0, 1 << 17);
     space.map(range, 0, RW).unwrap();
     space.start_tracking().unwrap();
     first.dirty(100_000);
     second.dirty(1);
+    second.with(|s| s.stop_at = Some(5));
     let request = HarvestRequest::new(range, Granule::K4);
-    for _ in 0..2 {
+    for expected in [[pages(1, 1)], [pages(100_000, 1)]] {
         let found = SparseBitmap::new(1 << 17);
         let lease = space.harvest(&request, UserBitmap::sparse(&found)).unwrap();
-        let lease = lease.sync().unwrap();
-        let runs: Vec<_> = lease.runs().collect();
-        assert_eq!(runs, [pages(1, 1), pages(100_000, 1)]);
-        lease.abort();
+        let at_stop = lease.stopped().map(|stopped| stopped.at);
+        assert_eq!(at_stop, (expected == [pages(1, 1)]).then_some(at(5)));
+        let lease = lease.partial().sync().unwrap();
+        assert_eq!(lease.runs().collect::<Vec<_>>(), expected);
+        lease.commit();
+        second.with(|s| s.stop_at = None);
     }
 }
 
@@ -289,4 +293,131 @@ fn a_handle_of_a_piece_marks_no_other_piece() {
         handle.mark(pages(own + 2, 1)).unwrap();
     }
     assert_eq!(take(&space), 1 << 2 | 1 << 10);
+}
+
+/// The report of a harvest counts its leaves, and its stop is a border of granules, also when it
+/// leaves what it takes to other consumers.
+#[test]
+fn a_harvest_for_several_consumers_reports_as_one_for_a_single_one() {
+    let (space, first, _) = tracked();
+    let _other = space.consumer("other", Start::Clean).unwrap();
+    [1, 3].iter().for_each(|page| first.dirty(*page));
+    first.with(|s| (s.stop_at, s.stop_inside) = (Some(10), 100));
+    for (granule, stop) in [(Granule::K4, 10), (Granule::from_lg2(14).unwrap(), 8)] {
+        let mut words = [0u64];
+        let request = HarvestRequest::new(pages(0, 16), granule);
+        let lease = space
+            .harvest(&request, UserBitmap::new(&mut words))
+            .unwrap();
+        assert_eq!(lease.stopped().map(|stopped| stopped.at), Some(at(stop)));
+        let leaves = if granule == Granule::K4 { 2 } else { 0 };
+        assert_eq!(lease.report().leaves, leaves);
+        lease.partial().sync().unwrap().commit();
+    }
+}
+
+/// The pages that a consumer of a range is told next.
+fn told_of(consumer: &Consumer<'_>, range: IovaRange, page: Granule) -> Vec<IovaRange> {
+    let found = SparseBitmap::new(1 << 26);
+    let request = HarvestRequest::new(range, page);
+    let lease = consumer.harvest(&request, UserBitmap::sparse(&found));
+    let lease = lease.unwrap().sync().unwrap();
+    let runs = lease.runs().collect();
+    lease.commit();
+    runs
+}
+
+/// A consumer of a range is told the last page of a word, and keeps nothing outside of its range:
+/// an unmap would report that as a page that somebody was not told.
+#[test]
+fn a_consumer_of_a_range_keeps_its_pages_and_no_others() {
+    let (space, ..) = two_sources();
+    space.map(pages(0, 256), 0, RW).unwrap();
+    space.start_tracking().unwrap();
+    let whole = space.consumer("whole", Start::Clean).unwrap();
+    let range = pages(70, 100);
+    let part = space.consumer_of("part", range, Start::Dirty).unwrap();
+    let clean = space.consumer_of("clean", range, Start::Clean).unwrap();
+    space.mark(pages(60, 20)).unwrap();
+    space.mark(pages(127, 1)).unwrap();
+    take(&space);
+    let mut words = [0; 4];
+    let request = HarvestRequest::new(pages(0, 256), Granule::K4);
+    let lease = space.harvest(&request, UserBitmap::new(&mut words));
+    lease.unwrap().sync().unwrap().commit();
+    let like = space
+        .consumer_of("like", range, Start::LikeOf(&whole))
+        .unwrap();
+    assert_eq!(told_of(&part, range, Granule::K4), [range]);
+    assert_eq!(
+        told_of(&like, range, Granule::K4),
+        [pages(70, 10), pages(127, 1)]
+    );
+    assert_eq!(
+        told_of(&clean, range, Granule::K4),
+        [pages(70, 10), pages(127, 1)]
+    );
+    let all = [pages(60, 20), pages(127, 1)];
+    assert_eq!(told_of(&whole, pages(0, 256), Granule::K4), all);
+    let gone = space.unmap_discarding(pages(0, 256)).unwrap();
+    assert_eq!(gone.discarded_bytes, 0);
+}
+
+/// A debt goes to the queue before the page is left to others: a harvest of another consumer that
+/// finds it pays the debt, though the lease that took it was never synced.
+#[test]
+fn a_page_that_is_left_comes_with_its_debt() {
+    let (space, first, _) = tracked();
+    let other = space.consumer("other", Start::Clean).unwrap();
+    first.with(|s| s.invalidated.clear());
+    first.dirty(3);
+    let mut words = [0];
+    let lease = space.harvest(&request(Scope::All), UserBitmap::new(&mut words));
+    drop(lease.unwrap());
+    assert_eq!(told_of(&other, pages(0, 16), Granule::K4), [pages(3, 1)]);
+    let covered = first.with(|s| s.invalidated.iter().any(|range| range.covers(pages(3, 1))));
+    assert!(covered);
+}
+
+/// Harvests that leave pages to others work in pieces of 2^24 pages. What is in the second piece,
+/// and a piece of one byte, are told as well.
+#[test]
+fn the_second_piece_of_a_harvest_for_several_is_told() {
+    for (page, last) in [(Granule::K4, (1 << 24) + 5), (Granule::BYTE, 1 << 24)] {
+        let space = AddressSpace::new(page);
+        let range = |first: u64, n: u64| {
+            IovaRange::from_len(Iova::new(first << page.lg2()), n << page.lg2()).unwrap()
+        };
+        let all = range(0, last + 1);
+        space.map(all, 0, RW).unwrap();
+        space.start_tracking().unwrap();
+        let one = space.consumer("one", Start::Clean).unwrap();
+        let two = space.consumer("two", Start::Clean).unwrap();
+        let (low, high) = (range(1, 1), range(last, 1));
+        space.mark(low).unwrap();
+        space.mark(high).unwrap();
+        for consumer in [&one, &two] {
+            assert_eq!(told_of(consumer, all, page), [low, high]);
+            assert_eq!(told_of(consumer, all, page), []);
+        }
+        let guard = space.begin_write(high).unwrap();
+        assert_eq!(told_of(&one, all, page), [high], "in flight");
+        drop(guard);
+        assert_eq!(told_of(&two, all, page), [high]);
+    }
+}
+
+/// A source that panics after it has cleared a page loses that page for no consumer.
+#[test]
+fn what_a_source_cleared_before_it_panicked_is_left_to_all() {
+    let (space, first, _) = tracked();
+    let other = space.consumer("other", Start::Clean).unwrap();
+    first.dirty(3);
+    first.with(|s| s.panic_at = Some(5));
+    let harvested = std::panic::catch_unwind(AssertUnwindSafe(|| take(&space)));
+    assert!(harvested.is_err());
+    first.with(|s| s.panic_at = None);
+    assert_eq!((take(&space), take(&space)), (1 << 3, 0));
+    let told = || told_of(&other, pages(0, 16), Granule::K4);
+    assert_eq!((told(), told()), (vec![pages(3, 1)], vec![]));
 }
