@@ -94,8 +94,8 @@ fn an_attach_that_is_refused_unmaps_only_what_it_mapped() {
     );
 }
 
-/// A domain whose tracking begins anew begins clean, though the space has tracked all the time: what
-/// an abort had put back for it is discarded, and counted.
+/// A domain whose tracking begins anew begins clean, though the space has tracked all the time:
+/// what an abort had put back for it is discarded, and counted.
 #[test]
 fn a_domain_that_is_switched_on_with_all_begins_clean() {
     let (space, first, _) = tracked();
@@ -281,7 +281,8 @@ fn above_a_stop_everything_is_put_back_in_whatever_order_windows_were_open() {
     }
 }
 
-/// The pieces of a cut share the marks of the whole. A handle of one piece marks nothing in another.
+/// The pieces of a cut share the marks of the whole. A handle of one piece marks nothing in
+/// another.
 #[test]
 fn a_handle_of_a_piece_marks_no_other_piece() {
     let (space, ..) = tracked();
@@ -407,17 +408,21 @@ fn the_second_piece_of_a_harvest_for_several_is_told() {
     }
 }
 
-/// A source that panics after it has cleared a page loses that page for no consumer.
+/// A source that panics after it has cleared a page loses neither that page, for any consumer, nor
+/// its debt.
 #[test]
 fn what_a_source_cleared_before_it_panicked_is_left_to_all() {
     let (space, first, _) = tracked();
     let other = space.consumer("other", Start::Clean).unwrap();
     first.dirty(3);
     first.with(|s| s.panic_at = Some(5));
+    first.with(|s| s.invalidated.clear());
     let harvested = std::panic::catch_unwind(AssertUnwindSafe(|| take(&space)));
     assert!(harvested.is_err());
     first.with(|s| s.panic_at = None);
     assert_eq!((take(&space), take(&space)), (1 << 3, 0));
+    let paid = first.with(|s| s.invalidated.iter().any(|r| r.covers(pages(3, 1))));
+    assert!(paid);
     let told = || told_of(&other, pages(0, 16), Granule::K4);
     assert_eq!((told(), told()), (vec![pages(3, 1)], vec![]));
 }
