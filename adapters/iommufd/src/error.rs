@@ -69,6 +69,28 @@ pub enum IommufdError {
         #[source]
         error: io::Error,
     },
+    /// Another page table of the IOAS tracks writes, and this one does not.
+    #[error(
+        "the page table {hwpt} does not track writes, and {other} of the same IOAS does: attach \
+         it to the address space, then the device to it"
+    )]
+    NotTracking {
+        /// The page table that a device was to use, by its number in iommufd.
+        hwpt: u32,
+        /// The page table that tracks.
+        other: u32,
+    },
+    /// A device would reach memory that other domains map, and the domain of its page table not.
+    #[error(
+        "devices of the page table {hwpt} would reach {range}, which only other domains map: \
+         attach it to the address space, then the device to it"
+    )]
+    NotMapped {
+        /// The page table that a device was to use, by its number in iommufd.
+        hwpt: u32,
+        /// The first addresses of that kind.
+        range: IovaRange,
+    },
     /// The page of one bit is smaller than the page of the IOMMU.
     #[error(
         "a page of {page}: the smallest page of this IOMMU is {smallest}, ask for that or more"
@@ -174,10 +196,11 @@ pub enum IommufdError {
         #[source]
         error: io::Error,
     },
-    /// The kernel refused to end a translation, so devices still reach the memory.
+    /// The kernel refused to end a translation, so devices still reach the memory. It may be that
+    /// of a map which failed: then maps and flushes fail until one of them has ended it.
     #[error(
         "{range} is still mapped in the kernel, which refused to unmap it; it counts as dirty. \
-         Unmap it again when no other driver has it pinned"
+         Unmap it, or map or flush, again when no other driver has it pinned"
     )]
     StillMapped {
         /// The first addresses of that kind.
@@ -185,12 +208,15 @@ pub enum IommufdError {
     },
     /// Devices of a domain still reach memory that it unmapped, by the mapping of another domain.
     #[error(
-        "devices of the page table {hwpt} still reach {range}, which another domain of the same \
-         IOAS keeps mapped: move or detach these devices first"
+        "the devices {devices:?} of the page table {hwpt} still reach {range}, which another \
+         domain of the same IOAS keeps mapped: move or detach these devices first, and forget \
+         (Iommufd::forget_device) those whose file was closed"
     )]
     DevicesAttached {
         /// The page table by its number in iommufd.
         hwpt: u32,
+        /// The devices by their numbers in iommufd, ascending.
+        devices: Vec<u32>,
         /// The first addresses of that kind.
         range: IovaRange,
     },

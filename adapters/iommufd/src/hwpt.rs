@@ -104,12 +104,17 @@ impl Hwpt {
     /// device wrote by the other one stays dirty there: keep that domain attached to the address
     /// space until it was harvested.
     ///
+    /// Attach this page table to the address space first. What a device writes by a table that the
+    /// space does not know is not reported.
+    ///
     /// # Errors
-    /// [`IommufdError::DeviceRefused`]; [`IommufdError::Call`]. Then the device uses the one that
-    /// it used before.
+    /// In this order: [`IommufdError::NotTracking`], [`IommufdError::NotMapped`], which may also
+    /// come while another thread switches tracking or maps; [`IommufdError::DeviceRefused`];
+    /// [`IommufdError::Call`]. Then the device uses the one that it used before.
     pub fn attach(&self, device: &impl Device) -> Result<(), IommufdError> {
-        // The lock: no unmap looks at the devices meanwhile.
-        let _locked = self.ioas.lock();
+        // The lock: no map, and no unmap that looks at the devices, comes meanwhile.
+        let ioas = self.ioas.lock();
+        self.check_known(&ioas)?;
         uninterrupted(|| device.attach(self.id())).map_err(|error| match error.raw_os_error() {
             Some(libc::EINVAL | libc::EOPNOTSUPP) => IommufdError::DeviceRefused {
                 device: device.id(),
@@ -122,17 +127,46 @@ impl Hwpt {
         Ok(())
     }
 
+    /// Whether this table has all that others of the IOAS have, so that a harvest finds what its
+    /// devices write.
+    fn check_known(&self, ioas: &State) -> Result<(), IommufdError> {
+        let hwpt = self.id();
+        let tracking = ioas.tables().find(|other| other.logs().tracked);
+        if let Some(other) = tracking.filter(|_| !self.table.logs().tracked) {
+            let other = other.id;
+            return Err(IommufdError::NotTracking { hwpt, other });
+        }
+        let missing = |piece: &&Piece| !piece.users.contains(&hwpt);
+        match ioas.pieces.values().find(missing) {
+            Some(piece) => {
+                let range = piece.mapping.range;
+                Err(IommufdError::NotMapped { hwpt, range })
+            }
+            None => Ok(()),
+        }
+    }
+
     /// Ends the use of this page table by `device`, which reaches no memory from then on. What it
-    /// wrote stays dirty.
+    /// wrote stays dirty. A device whose file was closed (`EBADF`), or which has gone (`ENODEV`),
+    /// is detached already, and the call succeeds.
+    ///
+    /// Call it before the last handle of the device is dropped. After that, see
+    /// [`Iommufd::forget_device`](crate::Iommufd::forget_device).
     ///
     /// # Errors
     /// [`IommufdError::Call`].
     pub fn detach(&self, device: &impl Device) -> Result<(), IommufdError> {
         let _locked = self.ioas.lock();
-        uninterrupted(|| device.detach())
-            .map_err(|error| IommufdError::call("the detach of a device", error))?;
-        self.ioas.iommufd().devices().remove(&device.id());
-        Ok(())
+        match uninterrupted(|| device.detach()) {
+            // The file was closed, or the device has gone: with that the kernel detached it.
+            Err(error) if !matches!(error.raw_os_error(), Some(libc::EBADF | libc::ENODEV)) => {
+                Err(IommufdError::call("the detach of a device", error))
+            }
+            _ => {
+                self.ioas.iommufd().forget_device(device.id());
+                Ok(())
+            }
+        }
     }
 
     /// Switches tracking: see [`DirtySource::set_tracking`](dirtymap::DirtySource::set_tracking).
@@ -192,7 +226,7 @@ impl Hwpt {
             }
         }
         let mut logs = self.table.logs();
-        logs.kept.remove(&start);
+        logs.settle(start);
         // A piece that an unmap could not end is still there, with its pending pages.
         logs.by_start.entry(start).or_insert_with(|| Arc::new(log));
         Ok(())
@@ -280,54 +314,83 @@ impl Hwpt {
         None
     }
 
-    /// Ends the mappings that an unmap could not end, as far as they are owed in `gather`.
+    /// Tries to end the mappings that an unmap could not end: those that are owed in `gather`, and
+    /// those whose map failed. A map has no gather, and tries those of its own kind that the
+    /// kernel refused to end.
     ///
     /// An unmap reports dirty pages once. What a device wrote after it is recorded elsewhere:
     /// * The kernel refused: the unmap reported all of the piece as dirty. No flush succeeds before
     ///   this call does, so no lease with these pages is synced.
-    /// * Another domain keeps it mapped: that domain reports it.
+    /// * Another domain keeps it mapped: its table records the page as well, see
+    ///   [`copy_to_other`](Self::copy_to_other).
     ///
     /// # Errors
     /// [`IommufdError::StillMapped`], [`IommufdError::DevicesAttached`]: the first that cannot be
     /// ended.
-    pub(crate) fn leave_kept(&self, gather: &FlushGather) -> Result<(), IommufdError> {
-        let mut ioas = self.ioas.lock();
-        let owed = |log: &Arc<Log>| {
-            gather
-                .ranges()
-                .iter()
-                .any(|owed| owed.intersects(log.range))
-        };
+    pub(crate) fn leave_kept(
+        &self,
+        ioas: &mut State,
+        gather: Option<&FlushGather>,
+    ) -> Result<(), IommufdError> {
         let kept: Vec<_> = {
             let logs = self.table.logs();
-            let log = |start| logs.by_start.get(start).filter(|log| owed(log)).cloned();
-            let kept = logs.kept.iter();
-            kept.filter_map(|(start, kept)| Some((log(start)?, *kept)))
-                .collect()
+            let is_due = |start: &u64, log: &Log, kept: Kept| match gather {
+                None => kept == Kept::ByKernel && logs.undone.contains(start),
+                Some(gather) => {
+                    let mut owed = gather.ranges().iter();
+                    logs.undone.contains(start) || owed.any(|owed| owed.intersects(log.range))
+                }
+            };
+            let due = logs.kept.iter().filter_map(|(start, kept)| {
+                let log = logs.by_start.get(start);
+                let log = log.filter(|log| is_due(start, log, *kept));
+                Some((Arc::clone(log?), *kept))
+            });
+            due.collect()
         };
         for (log, kept) in kept {
-            let heir = match kept {
-                Kept::ByKernel => None,
-                Kept::ByOther => ioas.other_user(self.id(), log.range.start().get()),
-            };
-            let left = self.leave(&mut ioas, &log, &mut |run| {
-                if let Some(heir) = &heir {
-                    heir.state().pending.add_range(run);
-                }
-            });
             let range = log.range;
+            let left = match kept {
+                Kept::ByKernel => self.leave(ioas, &log, &mut |_| ()),
+                Kept::ByOther if self.table.has_devices() => Some(kept),
+                Kept::ByOther => {
+                    self.copy_to_other(ioas, &log);
+                    None
+                }
+            };
             match left {
                 None => (),
                 Some(Kept::ByKernel) => return Err(IommufdError::StillMapped { range }),
                 Some(Kept::ByOther) => {
                     return Err(IommufdError::DevicesAttached {
                         hwpt: self.id(),
+                        devices: self.table.devices(),
                         range,
                     });
                 }
             }
         }
         Ok(())
+    }
+
+    /// Ends a piece that no device of this table reaches any more, and that another domain keeps
+    /// mapped. Its dirty pages are recorded in the table of that domain, and **stay** in this one:
+    /// a harvest that is under way may have read the other table, and reads this one next. So they
+    /// may be reported twice. This table knows them until the piece is unmapped or mapped again.
+    fn copy_to_other(&self, ioas: &State, log: &Log) {
+        let start = log.range.start().get();
+        let mut state = log.state();
+        self.table.last_look(log.range, &mut state);
+        if let Some(other) = ioas.other_user(self.id(), start) {
+            // The pages of two tables may be of two sizes. The lock of the IOAS orders the locks
+            // of two logs.
+            let pages = state.pending.words().to_vec();
+            let mut other = other.state();
+            let mut add = |run| other.pending.add_range(run);
+            state.pending.drain(log.range, &mut add);
+            state.pending.add_words(0, &pages);
+        }
+        self.table.logs().settle(start);
     }
 }
 

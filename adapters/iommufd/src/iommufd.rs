@@ -36,6 +36,19 @@ impl Iommufd {
         Ok(Self::over(Iommu::new(fd)?))
     }
 
+    /// Forgets a device, by its number in iommufd, whose last file was closed while it used a page
+    /// table: by that, the kernel has detached it. Until this call, and as far as another domain
+    /// keeps memory mapped, flushes fail with
+    /// [`IommufdError::DevicesAttached`](crate::IommufdError::DevicesAttached). Returns whether it
+    /// was known.
+    ///
+    /// For a device that is still attached, in this process or another one, this loses writes: it
+    /// goes on to reach memory, and no table is asked. Use [`Hwpt::detach`](crate::Hwpt::detach)
+    /// for these.
+    pub fn forget_device(&self, device: u32) -> bool {
+        self.devices().remove(&device).is_some()
+    }
+
     pub(crate) fn over(kernel: impl Kernel + 'static) -> Self {
         Iommufd(Arc::new(File {
             kernel: Box::new(kernel),

@@ -16,7 +16,7 @@ pub enum OnUnmap {
     Everything,
 }
 
-/// How an [`Ioas`] maps and reports.
+/// How an [`Ioas`](crate::Ioas) maps and reports.
 #[derive(Clone, Copy, Debug)]
 pub struct IoasOptions {
     pub(crate) piece: Granule,

@@ -6,9 +6,11 @@ use dirtymap::source::{LeafSink, Stopped};
 use dirtymap::sync::MutexGuard;
 use dirtymap::{DirtySource, Error, Granule, Iova, IovaRange, Mapping, Tracking};
 
+use crate::error::IommufdError;
 use crate::hwpt::Hwpt;
 use crate::ioas;
 use crate::log::{Log, State, pieces};
+use crate::table::Kept;
 
 impl DirtySource for Hwpt {
     fn page(&self) -> Granule {
@@ -17,11 +19,14 @@ impl DirtySource for Hwpt {
 
     fn map(&self, mapping: &Mapping) -> Result<(), Error> {
         let mut state = self.ioas().lock();
+        // Of an earlier map, which failed.
+        self.leave_kept(&mut state, None)?;
         let mut entered: u128 = 0;
         for piece in pieces(mapping, self.ioas().options().piece) {
             if let Err(error) = self.enter(&mut state, &piece) {
-                self.leave_first(&mut state, mapping.range, entered);
-                return Err(error.into());
+                let left = self.leave_first(&mut state, mapping.range, entered);
+                // Memory that devices still reach matters more than the reason.
+                return Err(left.err().unwrap_or(error).into());
             }
             entered += piece.range.len();
         }
@@ -36,6 +41,11 @@ impl DirtySource for Hwpt {
             }
             Ok::<(), std::convert::Infallible>(())
         });
+        // The flush of this unmap asks for them, too.
+        let logs = self.table().logs();
+        for log in logs.undone.iter().filter_map(|at| logs.by_start.get(at)) {
+            gather.add(log.range, self.table().page);
+        }
     }
 
     fn split_at(&self, at: Iova, _: &mut FlushGather) -> Result<(), Error> {
@@ -71,7 +81,7 @@ impl DirtySource for Hwpt {
     /// what an unmap could not end, because devices reach that memory still.
     fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error> {
         if !self.table().logs().kept.is_empty() {
-            self.leave_kept(gather)?;
+            self.leave_kept(&mut self.ioas().lock(), Some(gather))?;
         }
         Ok(Invalidated::default())
     }
@@ -98,17 +108,35 @@ impl Hwpt {
     }
 
     /// Undoes the first `len` bytes of a map of `range`.
-    fn leave_first(&self, state: &mut ioas::State, range: IovaRange, len: u128) {
+    ///
+    /// # Errors
+    /// [`IommufdError::StillMapped`] with the first piece that the kernel refused to unmap. That,
+    /// and what devices reach because another domain has it mapped, is left to the next flush.
+    fn leave_first(
+        &self,
+        state: &mut ioas::State,
+        range: IovaRange,
+        len: u128,
+    ) -> Result<(), IommufdError> {
         let Some(last) = u64::try_from(len).ok().and_then(|len| len.checked_sub(1)) else {
-            return;
+            return Ok(());
         };
         let Some(last) = range.start().checked_add(last) else {
-            return;
+            return Ok(());
         };
         let done = IovaRange::new(range.start(), last);
+        let mut first = Ok(());
         let _ = self.table().for_each_log(done.unwrap_or(range), |log, _| {
-            self.leave(state, log, &mut |_| ());
+            let left = self.leave(state, log, &mut |_| ());
+            if left.is_some() {
+                let start = log.range.start().get();
+                self.table().logs().undone.insert(start);
+            }
+            if left == Some(Kept::ByKernel) && first.is_ok() {
+                first = Err(IommufdError::StillMapped { range: log.range });
+            }
             Ok::<(), std::convert::Infallible>(())
         });
+        first
     }
 }

@@ -1,6 +1,6 @@
 //! What a page table has mapped, and what it knows to be dirty.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use dirtymap::sync::{Mutex, MutexGuard, lock};
@@ -33,8 +33,18 @@ pub(crate) struct Logs {
     pub(crate) by_start: BTreeMap<u64, Arc<Log>>,
     /// Those that an unmap could not end.
     pub(crate) kept: BTreeMap<u64, Kept>,
+    /// Those of them whose map failed. No gather owes them, so every flush tries again.
+    pub(crate) undone: BTreeSet<u64>,
     /// Whether the kernel tracks.
     pub(crate) tracked: bool,
+}
+
+impl Logs {
+    /// An unmap has ended the piece at `start`, or a map has it again.
+    pub(crate) fn settle(&mut self, start: u64) {
+        self.kept.remove(&start);
+        self.undone.remove(&start);
+    }
 }
 
 /// Why devices of the page table still reach a piece after an unmap.
@@ -64,9 +74,15 @@ impl Table {
         }
     }
 
-    pub(crate) fn has_devices(&self) -> bool {
+    /// The devices that use this page table, ascending.
+    pub(crate) fn devices(&self) -> Vec<u32> {
         let devices = self.iommufd.devices();
-        devices.values().any(|table| *table == self.id)
+        let mine = devices.iter().filter(|(_, table)| **table == self.id);
+        mine.map(|(device, _)| *device).collect()
+    }
+
+    pub(crate) fn has_devices(&self) -> bool {
+        !self.devices().is_empty()
     }
 
     pub(crate) fn logs(&self) -> MutexGuard<'_, Logs> {
@@ -149,7 +165,7 @@ impl Table {
     /// Forgets the piece at `start`.
     pub(crate) fn forget(&self, start: u64) {
         let mut logs = self.logs();
-        logs.kept.remove(&start);
+        logs.settle(start);
         logs.by_start.remove(&start);
     }
 

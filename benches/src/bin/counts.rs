@@ -10,7 +10,7 @@
 use std::hint::black_box;
 use std::process::ExitCode;
 
-use dirtymap::{Access, AddressSpace, Granule, Iova, IovaRange};
+use dirtymap::{Access, AddressSpace, Granule, Iova, IovaRange, Start};
 use dirtymap_benches::compare::tables;
 use dirtymap_benches::peers::{ThroughHandle, ThroughSpace};
 use dirtymap_benches::workloads::distinct;
@@ -33,7 +33,7 @@ const RANGE: u64 = 2 << 20;
 /// A workload: its name, how many operations it counts, and the function that runs it.
 type Workload = (&'static str, u64, fn());
 
-const WORKLOADS: [Workload; 11] = [
+const WORKLOADS: [Workload; 12] = [
     ("mark-hot-handle", TIMES, mark_hot::<ThroughHandle>),
     ("mark-hot-space", TIMES, mark_hot::<ThroughSpace>),
     ("mark-cold", TIMES, || mark_cold(PAGE)),
@@ -42,6 +42,11 @@ const WORKLOADS: [Workload; 11] = [
     ("harvest-clean-line", PAGES / LINE, || harvest(0)),
     ("harvest-dirty-line", PAGES / LINE, || harvest(LINE)),
     ("harvest-dirty-word", PAGES / 64, || harvest(64)),
+    (
+        "harvest-dirty-line-2-consumers",
+        PAGES / LINE,
+        harvest_for_two,
+    ),
     ("lookup-100k-areas", TIMES, lookup),
     ("table-clean-leaf", LEAVES, || table(false)),
     ("table-dirty-leaf", LEAVES, || table(true)),
@@ -128,6 +133,27 @@ fn harvest(every: u64) {
     }
     let mut bitmap = vec![0; WORDS];
     counted(&mut || peer.harvest(black_box(&mut bitmap)));
+}
+
+/// A harvest of a space with two consumers, which leaves to one what it takes for the other.
+fn harvest_for_two() {
+    let space = AddressSpace::tracked(Granule::K4);
+    sure(space.map(page_range(0, PAGES), 0, Access::ReadWrite));
+    let other = sure(space.consumer("other", Start::Clean));
+    let mut rounds = space.rounds();
+    let mark = || {
+        for page in (0..PAGES).step_by(LINE as usize) {
+            sure(space.mark(page_range(page, 1)));
+        }
+    };
+    // What the first round allocates is there afterwards.
+    mark();
+    sure(rounds.next()).commit();
+    sure(other.rounds().next()).commit();
+    mark();
+    counted(&mut || {
+        black_box(sure(rounds.next()).commit());
+    });
 }
 
 fn lookup() {

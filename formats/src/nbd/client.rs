@@ -1,6 +1,6 @@
 //! The client: reads metadata contexts of a server into tables.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::{Read, Write};
 
 use dirtymap::exchange::RunTable;
@@ -8,6 +8,7 @@ use dirtymap::{Iova, IovaRange};
 
 use super::error::{NbdError, at_most};
 use super::export::{DIRTY, DIRTY_BITMAP};
+use super::pieces::Pieces;
 use super::wire::*;
 
 /// The most bytes of a reply to an option, and of an error.
@@ -16,6 +17,8 @@ pub(super) const MAX_REPLY: u64 = 64 << 10;
 const MAX_STATUS: u64 = 64 << 20;
 /// The longest request for block status in 32 bits, a multiple of 64 KiB.
 const LONGEST_COMPACT: u64 = (1 << 32) - (64 << 10);
+/// The most extents of a context of no run. Otherwise a server could say one byte at a time.
+const EXTENTS: u64 = 1 << 16;
 /// Extents that are read at a time.
 const AT_ONCE: u64 = 4096;
 
@@ -76,8 +79,9 @@ impl<S: Read + Write> Client<S> {
     ///
     /// # Errors
     /// [`NbdError::NoContext`] if the context was not selected; [`NbdError::Refused`] with the
-    /// server's error; otherwise [`NbdError`] names the field at which the server broke the
-    /// protocol, or the connection failed.
+    /// server's error; [`NbdError::Limit`] for more runs than
+    /// [`max_runs`](super::Connect::max_runs), or far more extents; otherwise [`NbdError`] names
+    /// the field at which the server broke the protocol, or the connection failed.
     pub fn read_context(
         &mut self,
         name: &str,
@@ -91,7 +95,12 @@ impl<S: Read + Write> Client<S> {
             limit: self.max_runs,
         };
         let mut at = 0;
+        // A run has two extents, itself and what follows it, and replies may cut both.
+        let limit = (self.max_runs as u64).saturating_mul(4);
+        let limit = limit.saturating_add(4 * (self.size >> 32) + EXTENTS);
+        let before = self.extents;
         while at < self.size {
+            at_most("the number of extents", self.extents - before, limit)?;
             let longest = if self.extended {
                 u64::MAX
             } else {
@@ -119,11 +128,11 @@ impl<S: Read + Write> Client<S> {
             return Ok(());
         }
         self.request(command::READ, offset, len)?;
-        let mut got = 0;
+        let mut got = Pieces::default();
         loop {
             let chunk = self.chunk()?;
             match chunk.kind {
-                chunk::NONE if chunk.len == 0 => {}
+                chunk::NONE => self.none(chunk)?,
                 chunk::DATA | chunk::HOLE => {
                     let place = "the offset of data";
                     let header = if chunk.kind == chunk::DATA { 8 } else { 12 };
@@ -133,6 +142,13 @@ impl<S: Read + Write> Client<S> {
                         chunk::DATA => rest,
                         _ => u64::from(self.wire.u32("the size of a hole")?),
                     };
+                    if size == 0 {
+                        return Err(NbdError::Invalid {
+                            place: "the length of data",
+                            found: size,
+                            why: "a chunk of data, or of a hole, has at least one byte",
+                        });
+                    }
                     let from = at
                         .checked_sub(offset)
                         .filter(|from| from.checked_add(size).is_some_and(|end| end <= len));
@@ -141,6 +157,7 @@ impl<S: Read + Write> Client<S> {
                         found: at,
                         why: "the data lies outside of what was asked for",
                     })?;
+                    got.add(from, from + size)?;
                     let part = &mut buf[from as usize..(from + size) as usize];
                     if chunk.kind == chunk::DATA {
                         self.wire.read(part, "data")?;
@@ -149,21 +166,17 @@ impl<S: Read + Write> Client<S> {
                     } else {
                         return Err(unexpected(chunk.kind));
                     }
-                    got += size;
                 }
                 kind => return Err(self.error(kind, chunk.len, "a read")?),
-            }
-            if got > len {
-                break; // some of it came twice
             }
             if chunk.done {
                 break;
             }
         }
-        if got != len {
+        if got.bytes() != len {
             return Err(NbdError::Invalid {
                 place: "the data of a read",
-                found: got,
+                found: got.bytes(),
                 why: "so many bytes are not what was asked for",
             });
         }
@@ -237,6 +250,19 @@ impl<S: Read + Write> Client<S> {
         })
     }
 
+    /// Refuses a chunk that says nothing, unless it says that the reply ends.
+    fn none(&self, chunk: Chunk) -> Result<(), NbdError> {
+        match (chunk.len, chunk.done) {
+            (0, true) => Ok(()),
+            (0, false) => Err(NbdError::Invalid {
+                place: "the flags of a reply",
+                found: 0,
+                why: "a chunk with nothing in it has to be the end of a reply",
+            }),
+            _ => Err(unexpected(chunk.kind)),
+        }
+    }
+
     /// `len` less the `header` that it has to have.
     fn less(&self, len: u64, header: u64, place: &'static str) -> Result<u64, NbdError> {
         len.checked_sub(header).ok_or(NbdError::Invalid {
@@ -255,6 +281,8 @@ impl<S: Read + Write> Client<S> {
         mut each: impl FnMut(u64, u64, u64) -> Result<(), NbdError>,
     ) -> Result<u64, NbdError> {
         let mut end = start;
+        // A chunk for each context that was selected, so that a reply ends.
+        let mut seen = HashSet::new();
         loop {
             let chunk = self.chunk()?;
             let (kind, header, width) = match self.extended {
@@ -278,20 +306,27 @@ impl<S: Read + Write> Client<S> {
                         why: "the chunk has another length",
                     });
                 }
+                let invalid = |why| NbdError::Invalid {
+                    place: "the number of a metadata context",
+                    found: u64::from(of),
+                    why,
+                };
+                if self.contexts.values().all(|&selected| selected != of) {
+                    return Err(invalid("it was not selected"));
+                }
+                if !seen.insert(of) {
+                    return Err(invalid("it comes twice in one reply"));
+                }
                 if of != id {
                     self.wire.skip(rest, "extents")?;
-                } else if end != start {
-                    return Err(NbdError::Invalid {
-                        place: "the number of a metadata context",
-                        found: u64::from(of),
-                        why: "it comes twice in one reply",
-                    });
                 } else {
                     end = self.extents(start, said, width, &mut each)?;
                     self.replies += 1;
                     self.extents += said;
                 }
-            } else if !(chunk.kind == chunk::NONE && chunk.len == 0) {
+            } else if chunk.kind == chunk::NONE {
+                self.none(chunk)?;
+            } else {
                 return Err(self.error(chunk.kind, chunk.len, "block status")?);
             }
             if chunk.done {

@@ -64,7 +64,8 @@ impl Connect {
     }
 
     /// The most runs that a table may get, which bounds what a server can make this client
-    /// allocate: 2^24 by default, of 16 bytes each.
+    /// allocate: 2^24 by default, of 16 bytes each. It also bounds how many extents a server may
+    /// cut its answer into: 65536 more than four for each run and each 4 GiB of the disk.
     pub fn max_runs(mut self, runs: usize) -> Self {
         self.max_runs = runs;
         self
@@ -186,10 +187,23 @@ impl<S: Read + Write> Client<S> {
                 return Err(unexpected_reply(kind));
             };
             let name = std::str::from_utf8(&body[4..]).unwrap_or_default();
-            if connect.contexts.iter().any(|asked| asked == name) {
-                contexts.insert(name.to_owned(), id);
+            if connect.contexts.iter().all(|asked| asked != name) {
+                return Ok(());
             }
-            Ok(())
+            let invalid = |why| NbdError::Invalid {
+                place: "the number of a metadata context",
+                found: u64::from(id),
+                why,
+            };
+            // The extents of a number are those of one context.
+            let others = contexts.iter().filter(|&(other, _)| other != name);
+            if others.into_iter().any(|(_, &other)| other == id) {
+                return Err(invalid("another context has it"));
+            }
+            match contexts.insert(name.to_owned(), id) {
+                Some(before) if before != id => Err(invalid("the context has another number")),
+                _ => Ok(()),
+            }
         })?;
         match connect
             .contexts

@@ -27,6 +27,7 @@ mod client;
 mod connect;
 mod error;
 mod export;
+mod pieces;
 mod server;
 mod session;
 mod transmit;

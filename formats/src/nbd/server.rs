@@ -186,12 +186,19 @@ impl<'e, 'a, S: Read + Write> Handshake<'e, 'a, S> {
         let place = "the size of the export";
         let size = self.exports[export].size;
         self.wire.put(&size.to_be_bytes(), place)?;
-        self.wire.put(&EXPORT_FLAGS.to_be_bytes(), place)?;
+        self.wire.put(&self.export_flags().to_be_bytes(), place)?;
         if self.zeroes {
             self.wire.put(&[0; 124], place)?;
         }
         self.wire.flush(place)?;
         Ok(self.chosen(export))
+    }
+
+    fn export_flags(&self) -> u16 {
+        match self.mode {
+            Mode::Simple => EXPORT_FLAGS,
+            Mode::Structured | Mode::Extended => EXPORT_FLAGS | SEND_DF,
+        }
     }
 
     fn find(&self, name: &str) -> Option<usize> {
@@ -230,7 +237,7 @@ impl<'e, 'a, S: Read + Write> Handshake<'e, 'a, S> {
         let export = &self.exports[nth];
         let mut body = info::EXPORT.to_be_bytes().to_vec();
         body.extend_from_slice(&export.size.to_be_bytes());
-        body.extend_from_slice(&EXPORT_FLAGS.to_be_bytes());
+        body.extend_from_slice(&self.export_flags().to_be_bytes());
         self.put_reply(option, reply::INFO, &body)?;
         for (kind, text) in [
             (info::NAME, &export.name),

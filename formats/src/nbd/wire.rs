@@ -82,9 +82,11 @@ pub(super) mod errno {
     pub(in super::super) const EOVERFLOW: u32 = 75;
 }
 
-/// Flags of an export that is only read: it has flags, is read-only, keeps a read in one piece, and
-/// shows the same to several connections.
-pub(super) const EXPORT_FLAGS: u16 = 1 | 1 << 1 | 1 << 7 | 1 << 8;
+/// Flags of an export that is only read: it has flags, is read-only, and shows the same to several
+/// connections.
+pub(super) const EXPORT_FLAGS: u16 = 1 | 1 << 1 | 1 << 8;
+/// It keeps a read in one piece if the client asks for that. Only structured replies have pieces.
+pub(super) const SEND_DF: u16 = 1 << 7;
 
 /// The longest name in the protocol, in bytes.
 pub(super) const MAX_NAME: u64 = 4096;

@@ -3,8 +3,8 @@
 use dirtymap::IovaRange;
 use dirtymap::exchange::RunTable;
 
-use super::directory::{MAX_BITS_BYTES, granules, table_entries};
-use super::error::{QcowError, at_most};
+use super::directory::{granules, sized, table_entries};
+use super::error::QcowError;
 use super::header::Header;
 
 /// What a cluster of a bitmap's bits will hold.
@@ -35,11 +35,7 @@ pub(super) fn contents(
         return Err(QcowError::Outside { run, size });
     }
     let bits = granules(size, lg2);
-    at_most(
-        "the size of a bitmap in bytes",
-        bits.div_ceil(8),
-        MAX_BITS_BYTES,
-    )?;
+    sized(header, lg2)?;
     let per_cluster = header.cluster() * 8;
     // At most 2^32 bits, in clusters of at least 2^12.
     let mut content = vec![Content::Zeroes; table_entries(header, lg2) as usize];

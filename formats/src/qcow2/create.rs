@@ -4,13 +4,12 @@ use dirtymap::Granule;
 
 use super::error::{QcowError, at_most};
 use super::file::ImageFile;
-use super::header::{DATA_FILE, DATA_FILE_NAME, RAW_DATA_FILE};
+use super::header::{DATA_FILE, DATA_FILE_NAME, MAX_REFCOUNT_TABLE, RAW_DATA_FILE};
 
 /// An entry says that its cluster is used once.
 const COPIED: u64 = 1 << 63;
-/// QEMU's limits for the L1 table and the refcount table, in bytes.
+/// QEMU's limit for the L1 table, in bytes.
 const MAX_L1: u64 = 32 << 20;
-const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
 
 /// Where things are, in clusters.
 #[derive(Clone, Copy, Debug)]

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use super::error::QcowError;
+use super::error::{QcowError, at_most};
 use super::file::{be32, be64};
 use super::header::{Header, Part};
 
@@ -20,6 +20,9 @@ pub(super) const LEAST_LG2: u8 = 9;
 pub(super) const MOST_LG2: u8 = 31;
 /// QEMU's limit for the bits of one bitmap, in bytes.
 pub(super) const MAX_BITS_BYTES: u64 = 512 << 20;
+/// The most entries of the tables of all bitmaps, which [`Image`](super::Image) keeps, in 8 bytes
+/// each. With clusters of 64 KiB that is 512 bitmaps of the longest kind.
+pub(super) const MAX_TABLES: u64 = 1 << 22;
 
 /// An entry of the directory.
 #[derive(Clone, Debug)]
@@ -58,6 +61,25 @@ impl Entry {
             && self.flags & !(IN_USE | AUTO | EXTRA_COMPATIBLE) == 0
     }
 
+    /// Refuses a bitmap that is none of this disk, or too long. The table of no other one is read.
+    pub(super) fn sized(&self, header: &Header) -> Result<(), QcowError> {
+        sized(header, self.lg2)?;
+        let (found, expected) = (self.table.len / 8, table_entries(header, self.lg2));
+        match found == expected {
+            true => Ok(()),
+            false => Err(QcowError::TableSize {
+                at: self.at + 8,
+                found,
+                expected,
+            }),
+        }
+    }
+
+    /// Whether its table is read, and kept.
+    pub(super) fn has_table(&self, header: &Header) -> bool {
+        self.is_known() && self.sized(header).is_ok()
+    }
+
     /// How many bytes it takes in a directory.
     pub(super) fn len(&self) -> usize {
         (24 + self.extra.len() + self.name.len()).next_multiple_of(8)
@@ -75,6 +97,20 @@ impl Entry {
         out.extend_from_slice(self.name.as_bytes());
         out.resize(end, 0);
     }
+}
+
+/// Refuses a bitmap of the disk that has more bits than QEMU takes.
+pub(super) fn sized(header: &Header, lg2: u8) -> Result<(), QcowError> {
+    let bytes = granules(header.size, lg2).div_ceil(8);
+    at_most("the size of a bitmap in bytes", bytes, MAX_BITS_BYTES)?;
+    Ok(())
+}
+
+/// Refuses tables that have too many entries together.
+pub(super) fn tables_fit(entries: u64) -> Result<(), QcowError> {
+    let place = "the number of entries of all bitmaps' tables";
+    at_most(place, entries, MAX_TABLES)?;
+    Ok(())
 }
 
 /// How many clusters of bits a bitmap of the disk has.

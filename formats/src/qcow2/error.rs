@@ -31,6 +31,20 @@ pub enum QcowError {
         /// What is wrong with it.
         why: &'static str,
     },
+    /// A bitmap's table has another size than the disk and the granule give, so it is that of
+    /// another disk. All of the disk counts as dirty.
+    #[error(
+        "the size of a bitmap's table at byte {at:#x} is {found}, but the disk and the granule \
+         give {expected}: the disk has another size, so all of it counts as dirty"
+    )]
+    TableSize {
+        /// Where the size is in the file.
+        at: u64,
+        /// The entries that the table is said to have.
+        found: u64,
+        /// The entries that it has to have.
+        expected: u64,
+    },
     /// Two parts of the image share bytes of the file.
     #[error("{place} and {other} overlap at byte {at:#x} of the file")]
     Overlap {

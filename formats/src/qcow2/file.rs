@@ -3,7 +3,8 @@
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 
-use super::error::QcowError;
+use super::error::{QcowError, at_most};
+use super::header::MAX_DIRECTORY;
 
 /// The file of an image: bytes at offsets, and a flush that makes them durable.
 ///
@@ -100,12 +101,16 @@ impl<F: ImageFile + ?Sized> ImageFile for &mut F {
 }
 
 /// `len` bytes at `at`, if the file has them. Only then is memory taken for them.
+///
+/// A hole makes a file as long as it likes, so the length of the file alone bounds nothing. The
+/// caller has held `len` against the limit of its part; no part is longer than a directory.
 pub(super) fn read<F: ImageFile>(
     file: &mut F,
     at: u64,
     len: u64,
     place: &'static str,
 ) -> Result<Vec<u8>, QcowError> {
+    at_most(place, len, MAX_DIRECTORY)?;
     let file_len = file.length().map_err(QcowError::io(place, at))?;
     let inside = at.checked_add(len).is_some_and(|end| end <= file_len);
     let size = usize::try_from(len).ok().filter(|_| inside);
@@ -116,7 +121,10 @@ pub(super) fn read<F: ImageFile>(
         );
         return Err(QcowError::io(place, at)(ended));
     };
-    let mut bytes = vec![0; size];
+    let mut bytes = Vec::new();
+    let room = bytes.try_reserve_exact(size);
+    room.map_err(|_| QcowError::io(place, at)(io::ErrorKind::OutOfMemory.into()))?;
+    bytes.resize(size, 0);
     file.read_at(at, &mut bytes)
         .map_err(QcowError::io(place, at))?;
     Ok(bytes)

@@ -1,6 +1,6 @@
 //! The first cluster of an image: its header, and the extensions of the header.
 
-use super::error::QcowError;
+use super::error::{QcowError, at_most};
 use super::file::{ImageFile, be32, be64, read};
 
 const MAGIC: u32 = u32::from_be_bytes(*b"QFI\xfb");
@@ -21,6 +21,8 @@ pub(super) const BITMAPS_LEN: u64 = 8 + 24;
 
 pub(super) const MAX_BITMAPS: u64 = 65535;
 pub(super) const MAX_DIRECTORY: u64 = 64 << 20;
+/// QEMU's limit for the refcount table, in bytes.
+pub(super) const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
 /// The file offset of a field of the header.
 pub(super) const AT_BACKING: u64 = 8;
 pub(super) const AT_AUTOCLEAR: u64 = 88;
@@ -151,9 +153,10 @@ impl Header {
             at: aligned("the offset of the L1 table", 40)?,
             len: 8 * word(36),
         };
+        let place = "the size of the refcount table in bytes";
         let refcount_table = Part {
             at: aligned("the offset of the refcount table", 48)?,
-            len: word(56) * cluster,
+            len: at_most(place, word(56) * cluster, MAX_REFCOUNT_TABLE)?,
         };
         let snapshots = aligned("the offset of the snapshots", 64)?;
         let backing = Part {

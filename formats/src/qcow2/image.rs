@@ -3,7 +3,7 @@
 use dirtymap::exchange::RunTable;
 use dirtymap::{BitmapView, Granule, Iova, IovaRange};
 
-use super::directory::{AUTO, Entry, entries, granules, table_entries};
+use super::directory::{AUTO, Entry, entries, granules, tables_fit};
 use super::error::{QcowError, at_most};
 use super::file::{ImageFile, be64, read};
 use super::header::{HAS_BITMAPS, Header};
@@ -68,7 +68,10 @@ pub struct BitmapInfo {
 
 impl<F: ImageFile> Image<F> {
     /// Opens an image: checks its header, and that no two parts of its metadata share a byte of the
-    /// file. It takes memory only for what the file has.
+    /// file. It takes memory only for what the file has, and at most 512 MiB, however long the file
+    /// is and whatever it says; a change takes up to twice that.
+    ///
+    /// A bitmap whose table is not that of this disk is listed, but not read.
     ///
     /// # Errors
     /// [`QcowError`] names what is wrong, and where.
@@ -92,8 +95,10 @@ impl<F: ImageFile> Image<F> {
             let place = "the bitmaps' directory";
             let bytes = read(&mut image.file, directory.at, directory.len, place)?;
             image.entries = entries(&image.header, bitmaps.count, &bytes, directory.at)?;
+            drop(bytes);
             // Before any table is read, so that tables that overlap are not read again and again.
             image.parts = image.metadata()?;
+            tables_fit(image.table_entries(None))?;
             for nth in 0..image.entries.len() {
                 let table = image.table(nth)?;
                 image.tables.push(table);
@@ -188,16 +193,7 @@ impl<F: ImageFile> Image<F> {
         let entry = &self.entries[nth];
         entry.readable()?;
         let lg2 = entry.lg2;
-        let expected = table_entries(&self.header, lg2);
-        let found = entry.table.len / 8;
-        if found != expected {
-            return Err(QcowError::Damaged {
-                place: "the size of a bitmap's table",
-                at: entry.at + 8,
-                found,
-                why: "the disk has another size: all of it counts as dirty",
-            });
-        }
+        entry.sized(&self.header)?;
         let size = self.header.size;
         let bits = granules(size, lg2);
         let per_cluster = self.header.cluster() * 8;
@@ -261,10 +257,19 @@ impl<F: ImageFile> Image<F> {
         found.ok_or_else(|| QcowError::NoBitmap { name: name.into() })
     }
 
-    /// The table of an entry; empty if the entry is of a type that is not known.
+    /// How many entries the tables that are kept have, without that of the bitmap `but`.
+    pub(super) fn table_entries(&self, but: Option<usize>) -> u64 {
+        let others = self.entries.iter().enumerate();
+        let others = others.filter(|&(nth, it)| Some(nth) != but && it.has_table(&self.header));
+        // At most 2^16 of at most 2^20 each.
+        others.map(|(_, entry)| entry.table.len / 8).sum()
+    }
+
+    /// The table of an entry; empty if the entry is of a type that is not known, or is not that of
+    /// a bitmap of this disk.
     fn table(&mut self, nth: usize) -> Result<Vec<u64>, QcowError> {
         let entry = &self.entries[nth];
-        if !entry.is_known() {
+        if !entry.has_table(&self.header) {
             return Ok(Vec::new());
         }
         let part = entry.table;
@@ -294,7 +299,10 @@ impl<F: ImageFile> Image<F> {
     fn metadata(&mut self) -> Result<Vec<(u64, u64, &'static str)>, QcowError> {
         let header = &self.header;
         let cluster = header.cluster();
-        let mut parts = Vec::new();
+        let bits = self.tables.iter().flatten();
+        let bits = bits.filter(|&&at| at > ALL_ONES).count();
+        let blocks = self.refcounts.blocks().count();
+        let mut parts = Vec::with_capacity(blocks + self.entries.len() + bits + 5);
         let mut add = |at: u64, len: u64, what| {
             if len > 0 {
                 let end = at.saturating_add(len).checked_next_multiple_of(cluster);

@@ -69,6 +69,7 @@ impl<F: ImageFile> Image<F> {
         let bits = contents(&self.header, dirty, lg2)?;
         let count = self.entries.len() as u64 + u64::from(old.is_none());
         at_most("the number of bitmaps", count, MAX_BITMAPS)?;
+        tables_fit(self.table_entries(old) + bits.len() as u64)?;
         let backing = self.room_for_extension()?;
         let gone = self.named_only_here(old)?;
         self.change(|image| {
@@ -331,7 +332,10 @@ impl<F: ImageFile> Image<F> {
             whole(bitmaps.directory);
         }
         if let Some(old) = old {
-            whole(self.entries[old].table);
+            // What was not read stays used: `qemu-img check -r leaks` frees it.
+            if self.entries[old].has_table(&self.header) {
+                whole(self.entries[old].table);
+            }
             clusters.extend(self.tables[old].iter().filter(|&&at| at > ALL_ONES));
         }
         for &at in &clusters {

@@ -425,23 +425,32 @@ impl World {
             copies.joined = found;
             copies.unsure = false;
             if found {
-                self.check_one(store, number, before)?;
+                // What was open stays reported until the next commit, whatever crashes before it.
+                let reported = self.check_one(store, number, before)?;
+                self.copies[number].dirty.extend(reported);
             }
         }
         Ok(())
     }
 
     /// Asks with the parent that the copy names, and with the one that the store does: a consumer
-    /// may rely on either.
-    fn check_one(&self, store: &Store, number: usize, before: &World) -> Result<(), Loss> {
+    /// may rely on either. Returns the pages that were reported.
+    fn check_one(
+        &self,
+        store: &Store,
+        number: usize,
+        before: &World,
+    ) -> Result<BTreeSet<u64>, Loss> {
         let copies = &self.copies[number];
         let all = store.consumers().map_err(other)?;
         let listed = all.into_iter().find(|info| info.name == copies.name);
         let listed = listed.and_then(|info| info.committed);
+        let mut reported = BTreeSet::new();
         if listed.is_some() && listed != copies.durable {
-            self.check_parent(store, number, before, listed)?;
+            reported = self.check_parent(store, number, before, listed)?;
         }
-        self.check_parent(store, number, before, copies.durable)
+        reported.extend(self.check_parent(store, number, before, copies.durable)?);
+        Ok(reported)
     }
 
     fn check_parent(
@@ -450,7 +459,7 @@ impl World {
         number: usize,
         before: &World,
         parent: Option<Epoch>,
-    ) -> Result<(), Loss> {
+    ) -> Result<BTreeSet<u64>, Loss> {
         let copies = &self.copies[number];
         let increment = store.harvest(&copies.name, parent).map_err(other)?;
         if copies.committed.is_some() && increment.everything().is_some() {
@@ -485,7 +494,7 @@ impl World {
             )));
         }
         drop(increment);
-        Ok(())
+        Ok(reported)
     }
 }
 

@@ -252,8 +252,16 @@ fn domains() -> crate::Outcome {
         matches!(refused, Some(IommufdError::DevicesAttached { .. })),
         "{refused:?}"
     );
+    setup.write(&setup.table, 7 << 12);
+    let unknown = setup.ioas.hwpt(setup.device.id())?;
+    let refused = unknown.attach(&setup.device).err();
+    assert!(
+        matches!(refused, Some(IommufdError::NotTracking { .. })),
+        "{refused:?}"
+    );
     other.attach(&setup.device)?;
     space.detach(first)?;
+    assert_eq!(harvest(&space, all, Scope::All)?, [7]);
     Ok(())
 }
 

@@ -290,11 +290,21 @@ impl Kernel for Fake {
 pub(crate) struct Dev {
     pub(crate) id: u32,
     pub(crate) answer: io::Result<()>,
+    attached: Mutex<Option<u32>>,
 }
 
 impl Dev {
     pub(crate) fn new(id: u32) -> Self {
-        Dev { id, answer: Ok(()) }
+        Dev {
+            id,
+            answer: Ok(()),
+            attached: Mutex::new(None),
+        }
+    }
+
+    /// The page table that the kernel lets it use.
+    pub(crate) fn attached(&self) -> Option<u32> {
+        *self.attached.lock().unwrap()
     }
 
     fn answer(&self) -> io::Result<()> {
@@ -310,12 +320,16 @@ impl Device for Dev {
         self.id
     }
 
-    fn attach(&self, _: u32) -> io::Result<()> {
-        self.answer()
+    fn attach(&self, hwpt: u32) -> io::Result<()> {
+        self.answer()?;
+        *self.attached.lock().unwrap() = Some(hwpt);
+        Ok(())
     }
 
     fn detach(&self) -> io::Result<()> {
-        self.answer()
+        self.answer()?;
+        *self.attached.lock().unwrap() = None;
+        Ok(())
     }
 }
 

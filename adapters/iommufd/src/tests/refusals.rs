@@ -3,7 +3,8 @@
 use std::io;
 use std::sync::Arc;
 
-use dirtymap::{Access, AddressSpace, Granule, Iova, IovaRange};
+use dirtymap::flush::FlushGather;
+use dirtymap::{Access, AddressSpace, DirtySource, Granule, Iova, IovaRange};
 
 use super::fake::{Dev, Fake, Fault, pages};
 use super::unknown::inner;
@@ -159,6 +160,67 @@ fn maps_that_the_kernel_refuses_leave_nothing() {
         error,
         matches!(refuse(libc::EIO), IommufdError::Call { .. }),
     );
+}
+
+/// The third of four pieces is refused, and so is the unmap of the first two. The space called
+/// their addresses free. Devices reached them ever after, because no flush was owed that would
+/// have tried again.
+#[test]
+fn a_map_that_cannot_be_undone_is_undone_by_the_next_call_that_can() {
+    let k64 = Granule::from_lg2(16).unwrap();
+    let options = IoasOptions::default().piece(k64);
+    let still_mapped = |error: IommufdError| {
+        assert!(
+            matches!(error, IommufdError::StillMapped { range } if range == pages(0, 16)),
+            "{error}"
+        );
+    };
+    let broken = || {
+        let fake = Fake::new(Granule::K4);
+        let hwpt = fake.ioas(options).hwpt(1).unwrap();
+        let space = AddressSpace::with_source(Granule::K4, Arc::clone(&hwpt)).unwrap();
+        space.map(pages(64, 64), 0, Access::ReadWrite).unwrap();
+        fake.state().areas.insert(32 << 12, ((33 << 12) - 1, 0));
+        fake.fail(Fault::always("unmap", libc::EBUSY));
+        let error = space.map(pages(0, 64), 0, Access::ReadWrite).unwrap_err();
+        still_mapped(inner(error));
+        assert!(fake.write(hwpt.id(), 5 << 12), "a device reaches it");
+        (fake, hwpt, space)
+    };
+    // A map: of other addresses, too.
+    let (fake, hwpt, space) = broken();
+    let other = || space.map(pages(128, 16), 0, Access::ReadWrite);
+    still_mapped(inner(other().unwrap_err()));
+    fake.mend();
+    other().unwrap();
+    assert!(!fake.write(hwpt.id(), 5 << 12), "no device reaches it");
+    // A flush: of other addresses, too.
+    let (fake, hwpt, _space) = broken();
+    let flush = || {
+        let mut gather = FlushGather::new();
+        gather.add(pages(64, 1), Granule::K4);
+        hwpt.invalidate(&gather)
+    };
+    still_mapped(inner(flush().unwrap_err()));
+    fake.mend();
+    flush().unwrap();
+    assert!(!fake.write(hwpt.id(), 5 << 12), "no device reaches it");
+    // A detach, whose own four pieces leave nothing to flush.
+    let (fake, hwpt, space) = broken();
+    let only = space.domains()[0];
+    fake.fail(Fault {
+        after: 4,
+        ..Fault::always("unmap", libc::EBUSY)
+    });
+    still_mapped(inner(space.detach(only).unwrap_err()));
+    fake.mend();
+    space.detach(only).unwrap();
+    assert!(!fake.write(hwpt.id(), 5 << 12), "no device reaches it");
+    // Then it is as if it had never been.
+    fake.state().areas.remove(&(32 << 12));
+    space.attach(Arc::clone(&hwpt)).unwrap();
+    space.map(pages(0, 64), 0, Access::ReadWrite).unwrap();
+    assert!(fake.write(hwpt.id(), 5 << 12));
 }
 
 /// A holder of the same IOAS mapped there.

@@ -3,6 +3,8 @@
 #![cfg(all(unix, feature = "nbd"))]
 #![allow(clippy::unwrap_used)]
 
+mod hostile;
+
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
@@ -375,7 +377,11 @@ fn reply(option: u32, kind: u32, body: &[u8]) -> Vec<u8> {
 
 /// The handshake of a server with a disk of 1000 bytes.
 fn handshake() -> Vec<u8> {
-    let export = [&[0u8, 0][..], &1000u64.to_be_bytes(), &[1, 3]].concat();
+    handshake_of(1000)
+}
+
+fn handshake_of(size: u64) -> Vec<u8> {
+    let export = [&[0u8, 0][..], &size.to_be_bytes(), &[1, 3]].concat();
     [
         reply(11, 1, b""),
         reply(10, 4, b"\0\0\0\x09qemu:dirty-bitmap:x"),
