@@ -156,3 +156,60 @@ fn an_error_leaves_the_bits() {
     assert_eq!(stopped, Err(699_968));
     assert_eq!(bits(&map, 0, (1 << 20) - 1, false), [700_000, 700_001]);
 }
+
+/// A request that ends with the first chunk of a group looks there too, and a look at all words
+/// reports no bit outside of it.
+#[test]
+fn a_request_ends_where_it_says_also_at_the_border_of_groups() {
+    let map = ChunkMap::new((1 << 40) - 1);
+    let border = 512 << BITS_LG2;
+    for bit in [border - 1, border, border + 1, border + 700] {
+        map.set(bit, bit, || ());
+    }
+    let all = |first, last| {
+        let mut out = vec![];
+        let visit = |base: u64, seen: u64| -> Result<(), Infallible> {
+            out.extend((0..64).filter(|b| seen >> b & 1 == 1).map(|b| base + b));
+            Ok(())
+        };
+        map.peek_all(first, last, visit).unwrap();
+        out
+    };
+    for last in [border, border + 1, border + 699, border + 700] {
+        for first in [0, border - 1, border, border + 1] {
+            let expected: Vec<u64> = [border - 1, border, border + 1, border + 700]
+                .into_iter()
+                .filter(|bit| (first..=last).contains(bit))
+                .collect();
+            assert_eq!(bits(&map, first, last, false), expected);
+            assert_eq!(all(first, last), expected);
+        }
+    }
+    let found = map.next_words(511, 512).map(|(index, _)| index);
+    let above = map.next_words(512, 512).map(|(index, _)| index);
+    assert_eq!((found, above), (Some(511), Some(512)));
+    let sparse = ChunkMap::new((1 << 40) - 1);
+    sparse.set(border - (1 << BITS_LG2), border - (1 << BITS_LG2), || ());
+    sparse.set(border, border, || ());
+    let above = sparse.next_words(512, 512).map(|(index, _)| index);
+    assert_eq!(above, Some(512));
+    bits(&sparse, 0, border, true);
+    assert_eq!(bits(&sparse, 0, border, false), []);
+    // A group whose chunks end below the request, and the first chunk of the next one.
+    let low = ChunkMap::new((1 << 40) - 1);
+    [0, border]
+        .iter()
+        .for_each(|bit| assert!(low.set(*bit, *bit, || ())));
+    assert_eq!(low.next_words(1, 512).map(|(index, _)| index), Some(512));
+}
+
+/// A mark over several chunks that sets a bit in the first of them has set one, whatever the last
+/// of them had.
+#[test]
+fn a_mark_over_several_chunks_is_new_if_it_is_in_one() {
+    let map = ChunkMap::new((1 << 20) - 1);
+    let border = 1 << BITS_LG2;
+    assert!(map.set(border, border + 2, || ()));
+    assert!(map.set(border - 1, border, || ()));
+    assert!(!map.set(border - 1, border, || ()));
+}

@@ -253,6 +253,9 @@ mod tests {
         two.sink(all).record(pages((1 << 20) + 100, 1)).unwrap();
         assert_eq!(seen(&flights, all, None), [3, 4, 100]);
         assert_eq!(seen(&flights, all, Some(one)), [100]);
+        let mut told = 0;
+        flights.visit(all, &mut |_, mask| told += mask.count_ones());
+        assert_eq!(told, 3, "of both");
         assert_eq!(seen(&flights, pages((1 << 20) + 4, 60), None), [0]);
         one.wipe(all);
         assert_eq!(seen(&flights, all, None), [100]);
