@@ -4,7 +4,9 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 
 use super::error::{QcowError, at_most};
-use super::header::MAX_DIRECTORY;
+
+/// The most bytes that are read at once: those of the directory of bitmaps, which QEMU limits so.
+pub(super) const MAX_DIRECTORY: u64 = 64 << 20;
 
 /// The file of an image: bytes at offsets, and a flush that makes them durable.
 ///

@@ -1,7 +1,7 @@
 //! The first cluster of an image: its header, and the extensions of the header.
 
 use super::error::{QcowError, at_most};
-use super::file::{ImageFile, be32, be64, read};
+use super::file::{ImageFile, MAX_DIRECTORY, be32, be64, read};
 
 const MAGIC: u32 = u32::from_be_bytes(*b"QFI\xfb");
 /// Bits of features without which an image is not understood.
@@ -20,7 +20,6 @@ pub(super) const DATA_FILE_NAME: u32 = 0x4441_5441;
 pub(super) const BITMAPS_LEN: u64 = 8 + 24;
 
 pub(super) const MAX_BITMAPS: u64 = 65535;
-pub(super) const MAX_DIRECTORY: u64 = 64 << 20;
 /// QEMU's limit for the refcount table, in bytes.
 pub(super) const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
 /// The file offset of a field of the header.

@@ -7,7 +7,7 @@ use dirtymap::exchange::RunTable;
 use super::bits::{Content, contents, fill};
 use super::directory::*;
 use super::error::{QcowError, at_most};
-use super::file::ImageFile;
+use super::file::{ImageFile, MAX_DIRECTORY};
 use super::header::*;
 use super::image::{ALL_ONES, Image};
 
