@@ -237,6 +237,7 @@ macro_rules! page {
             "[iommufd]: https://docs.rs/dirtymap-iommufd/latest/dirtymap_iommufd/\n",
             "[formats]: https://docs.rs/dirtymap-formats/latest/dirtymap_formats/guide/\n",
             "[many]: crate::guide::many\n",
+            "[store]: https://docs.rs/dirtymap-store/latest/dirtymap_store/\n",
             "[joint]: https://github.com/dirtymap/dirtymap/blob/main/examples/adapters/joint.md\n",
             "[monitors]: crate::guide::monitors\n",
             "[exchange]: crate::guide::exchange\n",
