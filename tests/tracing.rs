@@ -5,7 +5,7 @@
 mod common;
 
 use std::fmt::{Debug, Write};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use common::{Fake, pages};
 use dirtymap::{Access, AddressSpace, Change, Granule, HarvestRequest, UserBitmap};
@@ -63,8 +63,17 @@ impl Visit for Line {
     }
 }
 
+/// One test at a time: `tracing` remembers for each place of the code whether a subscriber wants
+/// its events. A place that is reached for the first time while another thread installs a
+/// subscriber may be remembered as one that nobody wants.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Runs `work` with access to the lines of its events.
 fn watched(work: impl FnOnce(&Lines)) {
+    let _alone = alone();
     let lines = Lines::default();
     tracing::subscriber::with_default(lines.clone(), || work(&lines));
 }
@@ -209,6 +218,7 @@ impl Subscriber for Panics {
 /// panicked there aborted the process.
 #[test]
 fn a_subscriber_that_panics_in_an_abort_ends_no_process() {
+    let _alone = alone();
     let space = AddressSpace::new(Granule::K4);
     space.map(pages(0, 4), 0, Access::ReadWrite).unwrap();
     space.start_tracking().unwrap();
