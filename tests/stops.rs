@@ -350,6 +350,41 @@ fn of_two_stops_of_a_parallel_harvest_the_lowest_counts() {
     }
 }
 
+/// Areas in one granule, the second of which stops: the harvest has walked the first one, which lies
+/// above the stop once that is rounded to the granule. An abort puts back the pages below, in one
+/// thread as in several.
+#[test]
+fn an_abort_puts_back_what_lies_below_a_granule_with_a_stop() {
+    let granule = 512;
+    let parallel: &[bool] = if cfg!(feature = "rayon") {
+        &[false, true]
+    } else {
+        &[false]
+    };
+    for parallel in parallel {
+        let (space, _first, second) = two_sources();
+        for (at, n) in [(0, 8), (granule, 3), (granule + 4, 2)] {
+            space.map(pages(at, n), 0, Access::ReadWrite).unwrap();
+        }
+        space.start_tracking().unwrap();
+        space.mark(pages(5, 1)).unwrap();
+        second.with(|s| s.stop_at = Some(granule + 4));
+        let asked = HarvestRequest::new(pages(0, 2 * granule), Granule::M2);
+        #[cfg(feature = "rayon")]
+        let asked = if *parallel { asked.parallel() } else { asked };
+        let mut words = [0u64];
+        let stop = stopped(space.harvest(&asked, UserBitmap::new(&mut words)));
+        assert_eq!(stop.at, Iova::new(granule * PAGE));
+        assert_eq!(stop.lease.abort().bytes, 8 * PAGE, "parallel: {parallel}");
+        second.with(|s| s.stop_at = None);
+        assert!(
+            take(&space, 2 * granule).contains(&5),
+            "parallel: {parallel}"
+        );
+        accounts_hold(&space);
+    }
+}
+
 /// Of three pieces of a parallel harvest, the lowest stops and the highest has no dirty pages. The
 /// pages of the one in the middle are put back.
 #[cfg(feature = "rayon")]

@@ -68,8 +68,8 @@ pub(super) fn harvest<'a>(
         let page = covered.alignment(space.page());
         let pieces: Vec<IovaRange> = pieces(&view, page, walked).collect();
         let taken: Vec<Taken<'_>> = pieces
-            .into_par_iter()
-            .map(|piece| Taken::take(space, request, &view, covered, walked, piece))
+            .par_iter()
+            .map(|piece| Taken::take(space, request, &view, covered, walked, *piece))
             .collect();
         let mut owed = Vec::with_capacity(taken.len());
         for mut piece in taken {
@@ -84,11 +84,13 @@ pub(super) fn harvest<'a>(
                 stopped = Some(first);
             }
         }
-        // Pages of pieces above a stop are in no lease.
-        let below = |last: &Iova| stopped.as_ref().is_none_or(|stop| *last < stop.at);
-        for (gather, areas, walked_to) in owed {
+        for (piece, (gather, areas, walked_to)) in pieces.iter().zip(owed) {
             holding.add(&gather, areas);
-            holding.walk_to(walked_to.filter(below));
+            // Pages of pieces above a stop are in no lease. The piece that stopped may have walked
+            // areas above the stop, which is the beginning of a granule: the lease ends below it.
+            if stopped.as_ref().is_none_or(|stop| piece.start() < stop.at) {
+                holding.walk_to(walked_to);
+            }
         }
     }
     holding.walked_by_now();

@@ -124,7 +124,9 @@ mod tests {
         for case in cases() {
             let outcome = case.run();
             assert!(case.is_as_expected(&outcome), "{case:?}: {outcome:?}");
-            assert!(outcome.states > 50, "{case:?} explored next to nothing");
+            // A write that is lost ends the search: 35 states are enough where it takes few steps.
+            let least = if case.weakness.is_some() { 20 } else { 50 };
+            assert!(outcome.states > least, "{case:?} explored next to nothing");
         }
     }
 }

@@ -107,6 +107,8 @@ impl<'a> Runner<'a> {
         let whole = request.walked.clone();
         if let Some(stop) = stop {
             let page = stop.granule_start(granule).get() / PAGE;
+            let walked = page..stop.get() / PAGE;
+            request.overshot = whole.iter().any(|(first, _)| walked.contains(first));
             request.walked.retain(|(first, _)| *first < page);
             for (_, last) in &mut request.walked {
                 *last = (*last).min(page - 1);
@@ -346,6 +348,7 @@ impl<'a> Runner<'a> {
             walked,
             view: IovaRange::new(start, range.last()).unwrap_or(range),
             empty: false,
+            overshot: false,
         }
     }
 

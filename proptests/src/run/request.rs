@@ -21,6 +21,9 @@ pub(super) struct Request {
     pub(super) walked: Vec<(u64, u64)>,
     /// The addresses of its lease.
     pub(super) view: IovaRange,
+    /// The harvest walked pages above the lease, in the granule in which it stopped. The lease then
+    /// reaches to its end, whatever hole is there.
+    pub(super) overshot: bool,
     /// The lease has no addresses, because the harvest stopped at once.
     pub(super) empty: bool,
 }
@@ -48,6 +51,10 @@ impl Request {
     /// The addresses that an abort puts back: up to the last page that the harvest walked.
     pub(super) fn reached(&self) -> Option<IovaRange> {
         let (_, last) = self.walked.last().filter(|_| !self.empty)?;
-        IovaRange::new(self.view.start(), pages(*last, *last).last()).ok()
+        let last = match self.overshot {
+            true => self.view.last(),
+            false => pages(*last, *last).last(),
+        };
+        IovaRange::new(self.view.start(), last).ok()
     }
 }
