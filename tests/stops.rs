@@ -350,9 +350,9 @@ fn of_two_stops_of_a_parallel_harvest_the_lowest_counts() {
     }
 }
 
-/// Areas in one granule, the second of which stops: the harvest has walked the first one, which lies
-/// above the stop once that is rounded to the granule. An abort puts back the pages below, in one
-/// thread as in several.
+/// Areas in one granule, the second of which stops: the harvest has walked the first one, which
+/// lies above the stop once that is rounded to the granule. An abort puts back the pages below, in
+/// one thread as in several.
 #[test]
 fn an_abort_puts_back_what_lies_below_a_granule_with_a_stop() {
     let granule = 512;

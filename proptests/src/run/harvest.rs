@@ -107,8 +107,14 @@ impl<'a> Runner<'a> {
         let whole = request.walked.clone();
         if let Some(stop) = stop {
             let page = stop.granule_start(granule).get() / PAGE;
-            let walked = page..stop.get() / PAGE;
-            request.overshot = whole.iter().any(|(first, _)| walked.contains(first));
+            let walked = |at: u64| {
+                whole
+                    .iter()
+                    .any(|(first, last)| (*first..=*last).contains(&at))
+            };
+            request.overshot = self.oracle.areas.values().any(|area| {
+                area.first >= page && area.last() < stop.get() / PAGE && walked(area.first)
+            });
             request.walked.retain(|(first, _)| *first < page);
             for (_, last) in &mut request.walked {
                 *last = (*last).min(page - 1);
