@@ -21,7 +21,14 @@ stage_package() {
   for manifest in $(grep -L '^publish = false' $(git ls-files Cargo.toml '*/Cargo.toml')); do
     package_links "$manifest" || return 1
   done
-  cargo publish --workspace --dry-run --locked --allow-dirty
+  # Cargo keeps what it unpacks for this by the folder and the version, also of an older commit. So
+  # each run has a folder of its own.
+  local target code
+  mkdir -p target && target=$(mktemp -d "$PWD/target/package.XXXXXX") || return 1
+  cargo publish --workspace --dry-run --locked --allow-dirty --target-dir "$target"
+  code=$?
+  rm -rf "$target"
+  return "$code"
 }
 
 package_links() { # package_links MANIFEST
