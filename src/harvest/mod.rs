@@ -55,6 +55,8 @@
 
 mod committed;
 mod consumer;
+mod content;
+mod discard;
 mod held;
 mod lease;
 mod look;
@@ -66,8 +68,9 @@ mod shared;
 mod walk;
 mod write_guard;
 
-pub use crate::report::{Aborted, HarvestReport};
+pub use crate::report::{Aborted, Discarded, HarvestReport};
 pub use consumer::{Consumer, ConsumerStats, Start};
+pub use content::{Content, Contents};
 pub use lease::{Lease, Owed, Synced};
 pub use request::{HarvestRequest, Holes, Scope};
 pub use rounds::Rounds;

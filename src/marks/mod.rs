@@ -5,6 +5,7 @@
 //! * [`ordering`]: the fences that order marks with copies
 //! * [`in_flight`]: writes that have begun and are not marked yet
 //! * [`gone`]: the unmapped parts of an area that was cut, for marks that come late
+//! * [`zeros`]: pages that read as zero since they were discarded
 //!
 //! # The race between a mark and a copy
 //! A mark of a page that is marked already should cost a load, not a locked operation. That makes
@@ -33,6 +34,7 @@ mod flights;
 mod gone;
 mod in_flight;
 mod ordering;
+mod zeros;
 
 #[cfg(all(test, dirtymap_loom))]
 #[allow(clippy::unwrap_used)] // helpers of tests
@@ -41,6 +43,7 @@ mod loom_tests;
 pub(crate) use flights::{Flight, Flights};
 pub(crate) use in_flight::{FlightSlot, InFlight};
 pub use ordering::MarkOrdering;
+pub(crate) use zeros::Zeros;
 
 use std::convert::Infallible;
 
@@ -73,6 +76,8 @@ pub(crate) struct Marks {
     /// The parts of the area that have left the tree, from its first cut on. The state of the area
     /// orders this field.
     gone: OnceLock<Box<Gone>>,
+    /// The pages of the area that read as zero, from its first discard on.
+    zeros: OnceLock<Box<Zeros>>,
 }
 
 impl Marks {
@@ -86,6 +91,7 @@ impl Marks {
             ordering,
             bits: ChunkMap::in_slabs(last),
             gone: OnceLock::new(),
+            zeros: OnceLock::new(),
         }
     }
 
@@ -98,6 +104,7 @@ impl Marks {
             ordering: MarkOrdering::Fences,
             bits: ChunkMap::new(last),
             gone: OnceLock::new(),
+            zeros: OnceLock::new(),
         }
     }
 
@@ -143,6 +150,17 @@ impl Marks {
         {
             gone.add(range);
         }
+    }
+
+    /// The pages of the area that read as zero; `None` before its first discard.
+    pub(crate) fn zeros(&self) -> Option<&Zeros> {
+        self.zeros.get().map(|zeros| &**zeros)
+    }
+
+    /// The same, for a discard.
+    pub(crate) fn zeros_or_new(&self) -> &Zeros {
+        self.zeros
+            .get_or_init(|| Box::new(Zeros::new(self.range, self.page)))
     }
 
     /// Visits the parts of `range` that have left the tree since the area was cut, in ascending

@@ -36,6 +36,7 @@ mod switch;
 mod tracking;
 mod unmap;
 mod walks;
+mod zeroed;
 
 pub use crate::marks::MarkOrdering;
 pub use crate::report::Unmapped;
@@ -64,6 +65,7 @@ use retired::LastRetired;
 use rules::Rules;
 use switch::Switch;
 use walks::Walks;
+use zeroed::Discards;
 
 /// The areas of one moment.
 pub(crate) type Areas<'a> = SpaceSnapshot<'a>;
@@ -107,6 +109,9 @@ pub struct AddressSpace {
     pub(crate) flights: Flights,
     /// The pieces whose summaries such harvests may have cleared.
     pub(crate) hiding: InFlight,
+    /// The ranges in which discards are at work.
+    pub(crate) discarding: InFlight,
+    discards: Discards,
     pub(crate) walks: Walks,
     pub(crate) counters: Arc<Counters>,
     faults: Arc<Log>,
@@ -132,6 +137,8 @@ impl AddressSpace {
             in_flight: InFlight::new(),
             flights: Flights::new(every_address(), page),
             hiding: InFlight::new(),
+            discarding: InFlight::new(),
+            discards: Discards::new(),
             walks: Walks::new(),
             counters: Arc::new(Counters::default()),
             faults: Arc::new(Log::new()),

@@ -250,6 +250,27 @@ steps! {
     WaitForWalks,
     /// Flushing what those harvests owe.
     FlushAtJoin,
+    /// Waiting for the harvests that do not know of discards before the first one.
+    WaitForUnaware,
+    /// Taking the dirty state of a range that is discarded.
+    DiscardTakes,
+    /// The fence between the bits that say that pages read as zero and the look at their dirty
+    /// state.
+    DiscardedFence,
+    /// Flushing what devices cache of a range before its storage is dropped.
+    FlushAtDiscard,
+    /// The fence between the dirty state that a discard takes and the drop of the storage.
+    DiscardFence,
+    /// Leaving what was discarded pending for every consumer.
+    TellDiscard,
+    /// Saying that what a harvest has taken does not read as zero.
+    TakenIsData,
+    /// Saying that what a harvest has seen in other hands does not read as zero.
+    SeenIsData,
+    /// Taking a page for data while a discard of it is at work.
+    DoubtDiscards,
+    /// Looking once more whether a page reads as zero after no discard was found at work.
+    LookAgainForZero,
 }
 
 /// The number of the step that is left out, counted from 1; 0 for none.

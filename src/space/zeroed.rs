@@ -1,0 +1,170 @@
+//! Discards, as the space knows them: whether there ever was one, and which pages read as zero.
+//!
+//! A space in which nothing was ever discarded has none of this: its harvests do as they always
+//! did. The first discard makes the *unnamed* consumer a member, as the first join does, and waits
+//! for the harvests that do not know of discards. From then on each harvest records in its flight
+//! what it takes, also if no other consumer is there. `harvest::discard` has the protocol.
+//!
+//! # What nobody tracks
+//! A page reads as zero only while every write to it leaves a trace. So a switch of tracking to on,
+//! in the space or in one domain, and an attach, forget all pages that read as zero: what was
+//! written before is not tracked. While the space or one of its domains does not track, no page
+//! counts as zero.
+
+use super::domain::Attachment;
+use super::member::Member;
+use super::{AddressSpace, Area, Areas};
+use crate::error::Error;
+use crate::marks::Zeros;
+use crate::ranges::without;
+use crate::sync::{Arc, AtomicU8, Ordering, Step, fence, lock, performs};
+use crate::units::IovaRange;
+
+/// Whether a space has discards.
+#[derive(Debug)]
+pub(super) struct Discards(AtomicU8);
+
+impl Discards {
+    const NEVER: u8 = 0;
+    /// Harvests that begin now know of them.
+    const ANNOUNCED: u8 = 1;
+    /// All that run do.
+    const KNOWN: u8 = 2;
+
+    pub(super) fn new() -> Self {
+        Discards(AtomicU8::new(Self::NEVER))
+    }
+}
+
+impl AddressSpace {
+    /// Whether harvests have to know of discards. The caller has entered its walk.
+    pub(crate) fn has_discards(&self) -> bool {
+        // Relaxed: F8 and F9 of `walks` order it. A harvest that does not see the store entered
+        // before the first discard looked for harvests, so that discard waits for its end.
+        self.discards.0.load(Ordering::Relaxed) != Discards::NEVER
+    }
+
+    /// Returns when every harvest that runs knows of discards.
+    pub(crate) fn begin_discards(&self) {
+        // Acquire: pairs with the Release below; the harvests that do not know have ended.
+        if self.discards.0.load(Ordering::Acquire) == Discards::KNOWN {
+            return;
+        }
+        let _membership = lock(&self.membership);
+        // Relaxed: the lock orders it.
+        if self.discards.0.load(Ordering::Relaxed) == Discards::KNOWN {
+            return;
+        }
+        // Relaxed: see `has_discards`.
+        let announced = Discards::ANNOUNCED;
+        self.discards.0.store(announced, Ordering::Relaxed);
+        // Relaxed: the edit publishes it, as in a join.
+        self.is_shared.store(true, Ordering::Relaxed);
+        let unnamed = Arc::new(Member::new("", IovaRange::ALL, self.page()));
+        let _: Result<(), Error> = self.areas.update(|edit| {
+            if edit.rules().members().is_empty() {
+                let with = edit
+                    .rules()
+                    .with_members(|all| all.push(Arc::clone(&unnamed)));
+                edit.set_rules(with);
+            }
+            Ok(())
+        });
+        if performs(Step::WaitForUnaware) {
+            self.walks.wait();
+        }
+        // Release: pairs with the Acquire above.
+        self.discards.0.store(Discards::KNOWN, Ordering::Release);
+    }
+
+    /// Whether every write leaves a trace: the space tracks, and so do all of its domains.
+    pub(crate) fn tracks_all(&self) -> bool {
+        let tracks = |domain: &Arc<Attachment>| domain.tracking.is_on();
+        self.tracks() && self.attachments().iter().all(tracks)
+    }
+
+    /// Forgets which pages read as zero: not every write to them was tracked.
+    pub(super) fn forget_zeros(&self) {
+        // Acquire: as in `begin_discards`.
+        if self.discards.0.load(Ordering::Acquire) == Discards::NEVER {
+            return;
+        }
+        for entry in self.areas.snapshot().iter(IovaRange::ALL) {
+            if let Some(zeros) = entry.area.marks.zeros() {
+                zeros.clear(entry.range);
+            }
+        }
+    }
+
+    /// The pages of `area` that read as zero, for a harvest that has seen some of them dirty in
+    /// other hands: it clears those.
+    pub(crate) fn zeros_to_clear<'m>(&self, area: &'m Area) -> Option<&'m Zeros> {
+        if !self.has_discards() || !performs(Step::SeenIsData) {
+            return None;
+        }
+        // SeqCst: F11 of `harvest::discard`, for pages that were seen; pairs with F10 there.
+        fence(Ordering::SeqCst);
+        area.marks.zeros()
+    }
+
+    /// The parts of `range` that read as zero, in ascending order: the caller holds a lease, synced,
+    /// of a harvest that ended when the tree had the version `taken`.
+    pub(crate) fn zero_parts(&self, range: IovaRange, taken: u64) -> Vec<IovaRange> {
+        let mut parts = Vec::new();
+        // Acquire: as in `begin_discards`.
+        let known = self.discards.0.load(Ordering::Acquire) == Discards::KNOWN;
+        if known && self.tracks_all() {
+            let snapshot = self.snapshot();
+            self.add_zero_parts(&snapshot, range, taken, &mut parts);
+        }
+        parts
+    }
+
+    fn add_zero_parts(
+        &self,
+        snapshot: &Areas<'_>,
+        range: IovaRange,
+        taken: u64,
+        parts: &mut Vec<IovaRange>,
+    ) {
+        for entry in snapshot.areas_in(range) {
+            let Some(part) = entry.range.intersection(range) else {
+                continue;
+            };
+            // An area that was mapped later has another backing than the pages of the lease.
+            let area = entry.area;
+            let Some(zeros) = area.marks.zeros().filter(|_| !area.is_younger(taken)) else {
+                continue;
+            };
+            // R1.
+            let zero = zeros.runs(part);
+            if zero.is_empty() {
+                continue;
+            }
+            // R2: where a discard is at work, the storage may not be dropped yet.
+            let mut doubted = Vec::new();
+            let at_work = performs(Step::DoubtDiscards);
+            let seen: Result<(), std::convert::Infallible> = self.discarding.visit(part, |doubt| {
+                if at_work {
+                    doubted.push(doubt);
+                }
+                Ok(())
+            });
+            debug_assert!(seen.is_ok());
+            doubted.sort_unstable_by_key(|doubt| doubt.start());
+            // Acquire: pairs with the Release by which a slot is freed. A discard that failed has
+            // cleared its bits before that: R3 does not find them.
+            fence(Ordering::Acquire);
+            for run in zero {
+                let certain = without(run, doubted.iter().copied());
+                // R3.
+                for run in certain {
+                    match performs(Step::LookAgainForZero) {
+                        true => parts.extend(zeros.runs(run)),
+                        false => parts.push(run),
+                    }
+                }
+            }
+        }
+    }
+}
