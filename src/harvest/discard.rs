@@ -18,11 +18,11 @@
 //!  discard                                  harvest, of any consumer
 //!  Z1  say that it is at work in the range  T1  record the page in the flight
 //!  Z2  set the zero bits                    T2  clear it where it was found
-//!  F10 fence(SeqCst)                        F11 fence(SeqCst)
-//!  Z3  take what is dirty, with T0 to T2    T3a clear the zero bits of the flight
-//!  Z4  flush the range in all domains; F2   T3 to T5: debt, pending, wipe; see `harvest::shared`
+//!  Z3  take what is dirty, with T0 to T2    F10 fence(SeqCst)
+//!  Z4  flush the range in all domains       T3a clear the zero bits of the flight
+//!  F2  fence(SeqCst)                        T3 to T5: debt, pending, wipe; see `harvest::shared`
 //!  Z5  drop the storage                     L2  see a page in other hands
-//!  Z6  leave the range pending for all      F11 fence(SeqCst)
+//!  Z6  leave the range pending for all;     F10 fence(SeqCst)
 //!      wipe the flight                      L2a clear the zero bit of what was seen
 //!  Z7  say that it has ended
 //!
@@ -31,15 +31,19 @@
 //! ```
 //!
 //! # Why no write is lost
-//! Take a write W to page p that comes after the drop (Z5), so that p does not read as zero.
-//! * After Z3 no dirty bit of p is left from before, and after Z4 no device caches one, and no CPU
-//!   relies on one (F1 and F2 of the marks' protocol): so W sets a dirty bit. Z4 flushes the whole
-//!   range, and not only what Z3 has taken, because of a page that another harvest has taken only
-//!   the lease of that harvest knows the debt.
-//! * The harvest that clears this bit, T2, clears the zero bit afterwards, T3a. The zero bit was set
-//!   by Z2, before. A harvest that has seen an older dirty bit of p may clear the one of W, too: a
-//!   clear takes what it finds. F10 and F11 order the two. If F10 comes first, T3a finds the bit
-//!   that Z2 set. If F11 comes first, T2 came before Z3 and so before W, and has not taken its bit.
+//! Take a write W to page p whose data lands after the drop (Z5), so that p does not read as zero.
+//! * W leaves a dirty bit. After Z4 no device caches "D is set" from before, and no CPU relies on a
+//!   mark from before (F1 and F2 of the marks' protocol). Z4 flushes the whole range, and not only
+//!   what Z3 has taken: of a page that another harvest has taken, only the lease of that harvest
+//!   knows the debt.
+//! * The harvest that clears this bit (T2) clears the zero bit afterwards (T3a), and finds it set by
+//!   Z2. F2 and F10 order the two. If F2 comes first, T3a comes after Z2. If F10 comes first, T2
+//!   came before F2. A CPU that had marked W by then had written it before the drop. A device that
+//!   had set D by then had done so after Z4, because Z4 drains what was translated before; the flush
+//!   orders Z2 before that, and so before T3a.
+//! * A harvest that has seen an older dirty bit of p may clear the one of W, because a clear takes
+//!   what it finds. So T3a follows T2: a zero bit that was cleared at T1 could have been set by Z2
+//!   since.
 //! * A harvest Y that finds p in other hands, in flight or in words that another harvest has hidden,
 //!   clears the zero bit itself (L2a), because the harvest X that has p may not have come to T3a
 //!   when the consumer of Y looks at R1. What Y has seen and does not find any more at L2a, X has
@@ -53,8 +57,10 @@
 //!
 //! From Z3 to Z6, what was dirty is in the flight of the discard, so that a harvest in between
 //! finds it. A consumer that finds the zero bit set does not know yet whether the storage is
-//! dropped: a discard that is at work, R2, makes the page dirty. A discard that fails marks the
-//! range, clears the zero bits, and then says that it has ended; R3 finds what it cleared.
+//! dropped: a discard that is at work, R2, makes the page dirty. A discard that fails clears the
+//! zero bits, goes on with Z6, and then says that it has ended; R3 finds what it cleared. It does not
+//! mark the pages instead: a harvest that has looked at the marks before, and looks at the flights
+//! afterwards, would find them nowhere.
 //!
 //! The first discard of a space waits for the harvests that do not know of discards, and so do not
 //! come to T3a: see `space::zeroed`. Z6 enters a walk, so that a consumer that joins is told, or
@@ -68,7 +74,7 @@ use crate::marks::{Flight, FlightSlot};
 use crate::ranges::without;
 use crate::report::Discarded;
 use crate::space::{AddressSpace, Area, Audience, Covered};
-use crate::sync::{Arc, Ordering, Step, fence, performs};
+use crate::sync::{Arc, Step, performs};
 use crate::units::{IovaRange, ToIovaRange};
 
 impl AddressSpace {
@@ -194,35 +200,19 @@ impl<'s> Discarding<'s> {
         for (area, part) in &self.whole {
             area.marks.zeros_or_new().set(*part);
         }
-        if performs(Step::DiscardedFence) {
-            // SeqCst: F10 of the protocol above; pairs with F11 in `shared::Taking::leave` and in
-            // `AddressSpace::zeros_to_clear`. If F10 comes first, that harvest clears the zero bits
-            // that were set above; if F11 comes first, it has cleared nothing that becomes dirty
-            // after the look below.
-            fence(Ordering::SeqCst);
-        }
-        // After F10: a domain that is attached later is written to after Z2.
+        // After Z2: a domain that is attached later is written to after Z2.
         let space = self.space;
         let snapshot = space.snapshot();
         let rules = snapshot.rules();
         let audience = Audience::unnamed(rules.members());
         let covered = Covered::everything(rules.attachments()).heard_by(audience);
         drop(snapshot);
-        if performs(Step::DiscardTakes) {
-            for (area, part) in &self.whole {
-                let _claim = Claim::begin(space, *part);
-                let mut sink = self.flight.sink(*part);
-                let how = Look::Take(&mut self.gather);
-                look(
-                    space,
-                    &covered,
-                    area,
-                    (*part, *part),
-                    (&mut sink, None),
-                    how,
-                )
+        for (area, part) in &self.whole {
+            let _claim = Claim::begin(space, *part);
+            let mut sink = self.flight.sink(*part);
+            let (sinks, how) = ((&mut sink, None), Look::Take(&mut self.gather));
+            look(space, &covered, area, (*part, *part), sinks, how)
                 .map_err(|stopped| stopped.error)?;
-            }
         }
         if performs(Step::FlushAtDiscard) {
             for (_, part) in &self.whole {
@@ -234,7 +224,10 @@ impl<'s> Discarding<'s> {
                 space.flush_until(ticket)?;
             }
         }
-        // F2 of the marks' protocol; also orders the flush before the drop.
+        // F2 of the marks' protocol; also orders the zero bits and the flush before the drop. Pairs
+        // with F10 in `shared::Taking::leave` and in `AddressSpace::zeros_to_clear`. If F2 comes
+        // first, that harvest clears the zero bits that were set above; if F10 comes first, all
+        // that it has cleared was written before the drop.
         space.ordering.before_copies(Step::DiscardFence);
         Ok(())
     }
@@ -245,15 +238,24 @@ impl<'s> Discarding<'s> {
         (!gather.is_empty()).then(|| self.space.flush.owe(&gather))
     }
 
-    /// Z6 and Z7.
+    /// It has succeeded.
     fn finish(mut self) -> Discarded {
-        let mut zero_bytes = 0;
+        self.finished = true;
+        self.end();
+        let zero_bytes = self.whole.iter().map(|(_, part)| part.len()).sum();
+        Discarded {
+            zero_bytes,
+            dirty_bytes: self.range.len() - zero_bytes,
+        }
+    }
+
+    /// Z6 and Z7.
+    fn end(&self) {
         {
             // A consumer that joins waits for this, or is one of those below.
             let _walk = self.space.walks.enter();
             let members = self.space.members();
             for (_, part) in &self.whole {
-                zero_bytes += part.len();
                 for member in members.iter() {
                     if performs(Step::TellDiscard)
                         && let Some(told) = part.intersection(member.range)
@@ -268,16 +270,6 @@ impl<'s> Discarding<'s> {
             // An error says that the area has gone meanwhile. It is counted.
             let _ = self.space.mark(end);
         }
-        self.end();
-        self.finished = true;
-        Discarded {
-            zero_bytes,
-            dirty_bytes: self.range.len() - zero_bytes,
-        }
-    }
-
-    /// Wipes the flight, and Z7.
-    fn end(&self) {
         for (_, part) in &self.whole {
             self.flight.wipe(*part);
         }
@@ -291,7 +283,6 @@ impl Drop for Discarding<'_> {
         if !self.finished {
             // As in an abort: the debt first, then the pages.
             let _ = self.owe();
-            let _ = self.space.mark(self.range);
             for (area, part) in &self.whole {
                 area.marks.zeros_or_new().clear(*part);
             }

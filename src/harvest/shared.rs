@@ -292,7 +292,7 @@ impl<'s> Taking<'s> {
         // F2 in `Lease::sync`. If a page is found pending already, the harvest that takes it copies
         // after its F2: if F1 comes first, the copy has what was written before T2; if F2 comes
         // first, the page is found taken, and is left again.
-        // It is F11 of `harvest::discard`, too.
+        // It is F10 of `harvest::discard`, too.
         fence(Ordering::SeqCst);
         if let Some(zeros) = self.area.marks.zeros()
             && performs(Step::TakenIsData)

@@ -50,7 +50,7 @@ use std::convert::Infallible;
 use crate::bitmap::Sink;
 use crate::chunkmap::{ChunkMap, LINE_WORDS, OneGroup, Taker, Visitor};
 use crate::error::{BitmapError, Stopped};
-use crate::sync::{Arc, OnceLock, Step, TINY, performs};
+use crate::sync::{Arc, AtomicBool, OnceLock, Ordering, Step, TINY, performs};
 use crate::units::{Granule, Iova, IovaRange};
 use crate::words::word_runs;
 use gone::Gone;
@@ -78,6 +78,8 @@ pub(crate) struct Marks {
     gone: OnceLock<Box<Gone>>,
     /// The pages of the area that read as zero, from its first discard on.
     zeros: OnceLock<Box<Zeros>>,
+    /// Whether there are any.
+    has_zeros: AtomicBool,
 }
 
 impl Marks {
@@ -92,6 +94,7 @@ impl Marks {
             bits: ChunkMap::in_slabs(last),
             gone: OnceLock::new(),
             zeros: OnceLock::new(),
+            has_zeros: AtomicBool::new(false),
         }
     }
 
@@ -105,6 +108,7 @@ impl Marks {
             bits: ChunkMap::new(last),
             gone: OnceLock::new(),
             zeros: OnceLock::new(),
+            has_zeros: AtomicBool::new(false),
         }
     }
 
@@ -154,13 +158,19 @@ impl Marks {
 
     /// The pages of the area that read as zero; `None` before its first discard.
     pub(crate) fn zeros(&self) -> Option<&Zeros> {
-        self.zeros.get().map(|zeros| &**zeros)
+        // Acquire: pairs with the Release in `zeros_or_new`; publishes the bitmap.
+        let zeros = self.has_zeros.load(Ordering::Acquire);
+        zeros.then(|| self.zeros.get().map(|zeros| &**zeros))?
     }
 
     /// The same, for a discard.
     pub(crate) fn zeros_or_new(&self) -> &Zeros {
-        self.zeros
-            .get_or_init(|| Box::new(Zeros::new(self.range, self.page)))
+        let zeros = self
+            .zeros
+            .get_or_init(|| Box::new(Zeros::new(self.range, self.page)));
+        // Release: pairs with the Acquire in `zeros`. Acquire: another discard may have made it.
+        self.has_zeros.swap(true, Ordering::AcqRel);
+        zeros
     }
 
     /// Visits the parts of `range` that have left the tree since the area was cut, in ascending

@@ -16,6 +16,7 @@ mod allocation;
 mod area;
 mod attachment;
 mod change;
+mod discards;
 mod domain;
 mod emptying;
 mod faults;
@@ -59,13 +60,13 @@ use crate::marks::{Flights, InFlight, NearMarks, every_address};
 use crate::source::{DirtySource, Mapping};
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, fence};
 use crate::units::{Access, DomainId, Granule, Iova, IovaRange, ToIovaRange};
+use discards::Discards;
 use faults::Log;
 use outside::Outside;
 use retired::LastRetired;
 use rules::Rules;
 use switch::Switch;
 use walks::Walks;
-use zeroed::Discards;
 
 /// The areas of one moment.
 pub(crate) type Areas<'a> = SpaceSnapshot<'a>;

@@ -11,53 +11,38 @@
 //! written before is not tracked. While the space or one of its domains does not track, no page
 //! counts as zero.
 
+use super::discards::Discards;
 use super::domain::Attachment;
 use super::member::Member;
 use super::{AddressSpace, Area, Areas};
 use crate::error::Error;
 use crate::marks::Zeros;
 use crate::ranges::without;
-use crate::sync::{Arc, AtomicU8, Ordering, Step, fence, lock, performs};
+use crate::sync::{Arc, Ordering, Step, fence, lock, performs};
 use crate::units::IovaRange;
-
-/// Whether a space has discards.
-#[derive(Debug)]
-pub(super) struct Discards(AtomicU8);
-
-impl Discards {
-    const NEVER: u8 = 0;
-    /// Harvests that begin now know of them.
-    const ANNOUNCED: u8 = 1;
-    /// All that run do.
-    const KNOWN: u8 = 2;
-
-    pub(super) fn new() -> Self {
-        Discards(AtomicU8::new(Self::NEVER))
-    }
-}
 
 impl AddressSpace {
     /// Whether harvests have to know of discards. The caller has entered its walk.
     pub(crate) fn has_discards(&self) -> bool {
         // Relaxed: F8 and F9 of `walks` order it. A harvest that does not see the store entered
         // before the first discard looked for harvests, so that discard waits for its end.
-        self.discards.0.load(Ordering::Relaxed) != Discards::NEVER
+        self.discards.load(Ordering::Relaxed) != Discards::NEVER
     }
 
     /// Returns when every harvest that runs knows of discards.
     pub(crate) fn begin_discards(&self) {
         // Acquire: pairs with the Release below; the harvests that do not know have ended.
-        if self.discards.0.load(Ordering::Acquire) == Discards::KNOWN {
+        if self.discards.load(Ordering::Acquire) == Discards::KNOWN {
             return;
         }
         let _membership = lock(&self.membership);
         // Relaxed: the lock orders it.
-        if self.discards.0.load(Ordering::Relaxed) == Discards::KNOWN {
+        if self.discards.load(Ordering::Relaxed) == Discards::KNOWN {
             return;
         }
         // Relaxed: see `has_discards`.
         let announced = Discards::ANNOUNCED;
-        self.discards.0.store(announced, Ordering::Relaxed);
+        self.discards.store(announced, Ordering::Relaxed);
         // Relaxed: the edit publishes it, as in a join.
         self.is_shared.store(true, Ordering::Relaxed);
         let unnamed = Arc::new(Member::new("", IovaRange::ALL, self.page()));
@@ -74,7 +59,7 @@ impl AddressSpace {
             self.walks.wait();
         }
         // Release: pairs with the Acquire above.
-        self.discards.0.store(Discards::KNOWN, Ordering::Release);
+        self.discards.store(Discards::KNOWN, Ordering::Release);
     }
 
     /// Whether every write leaves a trace: the space tracks, and so do all of its domains.
@@ -86,7 +71,7 @@ impl AddressSpace {
     /// Forgets which pages read as zero: not every write to them was tracked.
     pub(super) fn forget_zeros(&self) {
         // Acquire: as in `begin_discards`.
-        if self.discards.0.load(Ordering::Acquire) == Discards::NEVER {
+        if self.discards.load(Ordering::Acquire) == Discards::NEVER {
             return;
         }
         for entry in self.areas.snapshot().iter(IovaRange::ALL) {
@@ -102,7 +87,7 @@ impl AddressSpace {
         if !self.has_discards() || !performs(Step::SeenIsData) {
             return None;
         }
-        // SeqCst: F11 of `harvest::discard`, for pages that were seen; pairs with F10 there.
+        // SeqCst: F10 of `harvest::discard`, for pages that were seen; pairs with F2 there.
         fence(Ordering::SeqCst);
         area.marks.zeros()
     }
@@ -112,7 +97,7 @@ impl AddressSpace {
     pub(crate) fn zero_parts(&self, range: IovaRange, taken: u64) -> Vec<IovaRange> {
         let mut parts = Vec::new();
         // Acquire: as in `begin_discards`.
-        let known = self.discards.0.load(Ordering::Acquire) == Discards::KNOWN;
+        let known = self.discards.load(Ordering::Acquire) == Discards::KNOWN;
         if known && self.tracks_all() {
             let snapshot = self.snapshot();
             self.add_zero_parts(&snapshot, range, taken, &mut parts);

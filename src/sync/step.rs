@@ -252,11 +252,6 @@ steps! {
     FlushAtJoin,
     /// Waiting for the harvests that do not know of discards before the first one.
     WaitForUnaware,
-    /// Taking the dirty state of a range that is discarded.
-    DiscardTakes,
-    /// The fence between the bits that say that pages read as zero and the look at their dirty
-    /// state.
-    DiscardedFence,
     /// Flushing what devices cache of a range before its storage is dropped.
     FlushAtDiscard,
     /// The fence between the dirty state that a discard takes and the drop of the storage.
