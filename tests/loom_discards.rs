@@ -90,7 +90,7 @@ fn a_mark_that_is_skipped_is_dropped_or_dirty() {
 /// that harvest may take the new mark: then its lease has data.
 #[test]
 fn a_harvest_that_is_late_does_not_say_zero() {
-    holds_within(Bound::between(1, 2), &[Step::TakenIsData], || {
+    holds_within(BOUND, &[Step::TakenIsData], || {
         let space = Arc::new(space());
         space.discard(page(0), || Ok(())).unwrap();
         space.mark(page(0)).unwrap();
@@ -119,7 +119,7 @@ fn a_harvest_that_is_late_does_not_say_zero() {
 /// The same for the first discard of the space: the harvest may not know of discards.
 #[test]
 fn a_harvest_that_knows_no_discards_does_not_say_zero() {
-    holds_within(Bound::between(1, 2), &[Step::WaitForUnaware], || {
+    holds_within(BOUND, &[Step::WaitForUnaware], || {
         let space = Arc::new(space());
         space.mark(page(0)).unwrap();
         let data = Arc::new(AtomicU64::new(1));

@@ -26,10 +26,10 @@ impl<'a> Lease<'a, Synced> {
     /// The [`runs`](Self::runs), each with its contents, in ascending order. Neighbours differ in
     /// their contents or do not touch.
     ///
-    /// A run is zero if a copy of it, made now, would consist of zeros. The answer is that of the
-    /// moment at which the iterator comes to the run: a page may read as zero because it was
-    /// discarded after the harvest, and become data because it was written after the harvest. Both
-    /// are told by the next lease, too.
+    /// A page is zero if its storage was dropped, and every write before the harvest came before
+    /// that. The answer is that of the moment at which the iterator comes to the page: it may be zero
+    /// because it was discarded after the harvest. A write that came after the harvest may be
+    /// missing, as in a copy that was made earlier. The next lease has both.
     ///
     /// A consumer that ignores this and copies all [`runs`](Self::runs) copies zeros. A lease of one
     /// [domain](crate::Scope), of an area that has gone since, and of a space that does not track

@@ -5,8 +5,8 @@
 //! since. That it changed, consumers are told as always: a discard leaves the page pending for each
 //! of them. That it reads as zero is a property of the page, and not of a consumer: one bit, beside
 //! the marks of its area. A lease says *zero* of a page of it whose bit is set when the consumer
-//! looks, because then a copy of the page would be made of zeros. So an abort, a join, a copy of a
-//! consumer and a lease that is forgotten need nothing for it.
+//! looks: each write that the lease has to bring came before the drop. So an abort, a join, a copy of
+//! a consumer and a lease that is forgotten need nothing for it.
 //!
 //! A mark sets no more than it did: it does not know of zeros. The harvest that takes a dirty bit
 //! clears the zero bit of the page.
