@@ -152,15 +152,17 @@ impl Port {
     /// Tells a sleeping device to drop everything when it wakes. False if it does not sleep; then a
     /// request is needed.
     fn overflow(&self) -> bool {
-        // Relaxed: ordered by the fence, as I1 by F2.
-        self.overflow.store(true, Ordering::Relaxed);
+        // Release: pairs with the Acquire swap in `wake`. A device that takes the flag sees the
+        // changes of the table that came before, also if it took the flag before our fence. If it
+        // did not, the fence decides, as for I1.
+        self.overflow.store(true, Ordering::Release);
         if performs(Step::OverflowFence) {
             // SeqCst: an F2 of its own, for `overflow` in place of the inbox; pairs with F1 in
             // `wake`. If F1 is first, the look below sees the device awake, and the caller asks it.
             // If F2 is first, the device sees `overflow` when it wakes.
             fence(Ordering::SeqCst);
         }
-        // Acquire: as in `wait`.
+        // Acquire: pairs with the Release in `sleep`, as in `wait`.
         !self.active.load(Ordering::Acquire)
     }
 
@@ -177,8 +179,8 @@ impl Port {
             // is first, the device sees the request or the overflow below.
             fence(Ordering::SeqCst);
         }
-        // Relaxed load: ordered by the fence. Acquire swap: the changes of the table came before
-        // the flag was set.
+        // Relaxed load: ordered by the fence. Acquire swap: pairs with the Release in `overflow`;
+        // the changes of the table came before the flag was set.
         self.overflow.load(Ordering::Relaxed) && self.overflow.swap(false, Ordering::Acquire)
     }
 
