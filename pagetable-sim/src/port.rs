@@ -105,7 +105,8 @@ impl Port {
     // The invalidator's side.
 
     /// Asks the device to perform `order` (I1). Does not wait. `None` if the device sleeps and has
-    /// to drop everything when it wakes.
+    /// to drop everything when it wakes. A caller that relies on the device's writes performs F2,
+    /// `fence(SeqCst)`, after it has asked.
     pub(crate) fn ask(&self, order: &Arc<Order>) -> Option<Arc<Receipt>> {
         // Relaxed: an estimate that bounds the inbox; both branches are right at any value.
         if self.unread.load(Ordering::Relaxed) >= MAX_UNREAD && self.overflow() {
@@ -162,8 +163,9 @@ impl Port {
             // If F2 is first, the device sees `overflow` when it wakes.
             fence(Ordering::SeqCst);
         }
-        // Acquire: pairs with the Release in `sleep`, as in `wait`.
-        !self.active.load(Ordering::Acquire)
+        // Relaxed: the caller performs F2 after it has asked, which makes this an Acquire: writes
+        // that the device landed before it fell asleep are visible after that.
+        !self.active.load(Ordering::Relaxed)
     }
 
     // The device's side.

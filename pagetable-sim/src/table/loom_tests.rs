@@ -104,6 +104,10 @@ fn two_maps_in_a_new_table() -> bool {
     beside_a_map::<AmdV1>(|table| assert!(map(table, page(0), leaves_of(1))))
 }
 
+fn two_maps_in_a_new_slab() -> bool {
+    beside_a_map::<Grouped>(|table| assert!(map(table, page(0), leaves_of(1))))
+}
+
 /// Each call goes into tables that another call has just installed.
 #[test]
 fn a_table_is_found_whole_by_every_call() {
@@ -113,6 +117,7 @@ fn a_table_is_found_whole_by_every_call() {
     holds_within(ONCE, &[], a_merge_beside_a_map);
     holds_within(ONCE, &[], a_flush_beside_a_map);
     holds_within(ONCE, &[], two_maps_in_a_new_table);
+    holds_within(ONCE, &[], two_maps_in_a_new_slab);
 }
 
 /// A leaf at the top and a page below it, which two calls map at once: at most one is mapped.
@@ -149,6 +154,8 @@ fn bytes_of_a_mapper<F: Format>(
     let mapper = thread::spawn({
         let (table, memory) = (Arc::clone(table), Arc::clone(&memory));
         move || {
+            // A thread that pins itself runs a full fence, but not if it is pinned already.
+            let _pinned = crossbeam_epoch::pin();
             memory.write(written * PAGE, &[7]).unwrap();
             maps(&table, written);
         }
@@ -296,21 +303,27 @@ fn bits(words: &[AtomicU64; 1]) -> u64 {
     words[0].load(Ordering::Relaxed)
 }
 
-/// A dirty page is harvested and unmapped at once. If the unmap finds it clean, its bit is set in
-/// the bitmap of the harvest, and the thread that unmaps sees it.
+/// A page that was written before becomes dirty, is harvested, and is unmapped meanwhile. If the
+/// unmap finds it clean, its bit is set in the bitmap of the harvest, and the thread that unmaps
+/// sees it.
 fn an_unmap_beside_a_harvest() -> bool {
     let table = new::<AmdV1>(&[(page(0), leaves_of(1))]);
     table.set_dirty(page(0).start());
+    table.clean();
     let words = Arc::new([AtomicU64::new(0)]);
     let harvester = thread::spawn({
         let (table, words) = (Arc::clone(&table), Arc::clone(&words));
-        move || drop(harvest(&table, page(0), &words))
+        move || {
+            let written = table.set_dirty(page(0).start()).is_some();
+            harvest(&table, page(0), &words);
+            written
+        }
     });
     let mut found = false;
     table.unmap(page(0), |_, _, dirty| found = dirty).unwrap();
     let recorded = bits(&words) == 1;
-    harvester.join().unwrap();
-    found || recorded
+    let written = harvester.join().unwrap();
+    !written || found || recorded
 }
 
 #[test]
@@ -322,15 +335,15 @@ fn what_an_unmap_finds_clean_was_recorded() {
 fn flushed() -> Arc<Table<AmdV1>> {
     let table = Arc::new(Table::skipping());
     assert!(map(&table, pages(0, 2), leaves_of(1)));
-    clear_and_flush(&table);
+    clear_and_flush(&table, pages(0, 2));
     table
 }
 
-/// The harvest finds nothing, and clears A. The flush is what the caller makes of it.
-fn clear_and_flush(table: &Table<AmdV1>) {
-    harvest(table, pages(0, 2), &[AtomicU64::new(0)]);
-    table.flush_begins(&[pages(0, 2)]);
-    table.flush_ends(&[pages(0, 2)]);
+/// The harvest finds nothing, and clears A. The flush is of devices that cache nothing.
+fn clear_and_flush<F: Format>(table: &Table<F>, range: IovaRange) {
+    harvest(table, range, &[AtomicU64::new(0)]);
+    table.flush_begins(&[range]);
+    table.flush_ends(&[range]);
 }
 
 /// A harvest looks, and decides whether later ones skip, while a device walks, A is cleared anew,
@@ -340,6 +353,8 @@ fn a_look_beside_a_flush() -> bool {
     let device = thread::spawn({
         let table = Arc::clone(&table);
         move || {
+            // As in `bytes_of_a_mapper`.
+            let _pinned = crossbeam_epoch::pin();
             let mut cached: Vec<TableRef<AmdV1>> = Vec::new();
             let read = table.walk_from(None, walk(0, false, true), Some(&mut cached));
             harvest(&table, pages(0, 2), &[AtomicU64::new(0)]);
@@ -372,6 +387,33 @@ fn two_looks_beside_a_change_by_hand() -> bool {
     hand.join().unwrap();
     harvest(&table, pages(0, 2), &words);
     bits(&words) == 0b10
+}
+
+/// Two pages of four are merged while a harvest decides whether later ones skip all of them. The
+/// merge makes their leaf dirty without a walk.
+fn a_look_beside_a_merge() -> bool {
+    let table = Arc::new(Table::<Deep>::skipping());
+    assert!(map(&table, pages(0, 4), leaves_of(1)));
+    clear_and_flush(&table, pages(0, 4));
+    let merger = thread::spawn({
+        let table = Arc::clone(&table);
+        move || {
+            let mut merged = 0;
+            let count = |_, _, _| merged += 1;
+            table.merge(pages(0, 2), leaves_of(2), count).unwrap();
+            merged
+        }
+    });
+    let words = [AtomicU64::new(0)];
+    harvest(&table, pages(0, 4), &words);
+    let merged = merger.join().unwrap();
+    harvest(&table, pages(0, 4), &words);
+    merged == 1 && bits(&words) == 0b11
+}
+
+#[test]
+fn a_merge_beside_a_look_is_reported() {
+    holds_within(TABLES, &[Step::HeatMerge], a_look_beside_a_merge);
 }
 
 #[test]
