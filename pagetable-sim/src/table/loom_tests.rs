@@ -266,10 +266,7 @@ fn a_walk_beside_a_new_table() -> bool {
 
 /// A group is split whose table another one replaces.
 fn a_split_beside_a_new_table() -> bool {
-    let table = new::<DeepGrouped>(&[
-        (pages(0, 4), leaves_of(2)),
-        (pages(4, 12), leaves_of(4)),
-    ]);
+    let table = new::<DeepGrouped>(&[(pages(0, 4), leaves_of(2)), (pages(4, 12), leaves_of(4))]);
     let other = thread::spawn({
         let table = Arc::clone(&table);
         move || table.split_at(page(1).start(), |_, _| ()).unwrap()
@@ -286,11 +283,7 @@ fn a_table_in_the_place_of_another_is_found_whole() {
 }
 
 /// Harvests `range` into `words`, one bit for each page. Returns the flush that is owed.
-fn harvest<F: Format>(
-    table: &Table<F>,
-    range: IovaRange,
-    words: &[AtomicU64; 1],
-) -> FlushGather {
+fn harvest<F: Format>(table: &Table<F>, range: IovaRange, words: &[AtomicU64; 1]) -> FlushGather {
     let view = UserBitmap::shared(words).view(range, F::PAGE).unwrap();
     let (mut sink, mut gather) = (view.sink(), FlushGather::new());
     let mut out = LeafSink::new(&mut sink, &mut gather);
@@ -456,7 +449,9 @@ impl Skipping {
             cached.clear();
         }
         let from = cached.first();
-        self.table.walk_from(from, walk(1, true, true), None).unwrap();
+        self.table
+            .walk_from(from, walk(1, true, true), None)
+            .unwrap();
     }
 }
 
@@ -472,7 +467,10 @@ fn a_harvest_beside(calls: fn(&Skipping, &mut Vec<TableRef<AmdV1>>) -> u64) -> b
     assert!(map(&domain.table, pages(0, 2), leaves_of(1)));
     let mut cached = Vec::new();
     let first = walk(0, true, true);
-    domain.table.walk_from(None, first, Some(&mut cached)).unwrap();
+    domain
+        .table
+        .walk_from(None, first, Some(&mut cached))
+        .unwrap();
     let first = domain.pass();
     let other = thread::spawn({
         let domain = Arc::clone(&domain);

@@ -182,10 +182,10 @@ impl<F: Format> Visitor<F> for Harvest<'_, '_, '_> {
                 || known == Known::Cleared && !performs(Step::LookAfterFlush);
             if upper.whole && flushed && !accessed::<F>(upper.entry) {
                 let looking = Known::Looking.put::<F>(upper.entry);
-                // Acquire on success: pairs with the Release of `flush_ends`, which may be of a later
+                // Acquire on success: pairs with the Release of `flush_ends`, maybe of a later
                 // flush than the one that the scan saw; a D that was set before is seen below. It
-                // pairs with `heat_entry`, too. Relaxed on failure: A was set, or another harvest looks;
-                // this look does not count.
+                // pairs with `heat_entry`, too. Relaxed on failure: A was set, or another harvest
+                // looks; this look does not count.
                 counts = upper
                     .slot
                     .replace(upper.entry, looking, Ordering::Acquire, Ordering::Relaxed)
