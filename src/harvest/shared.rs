@@ -170,7 +170,7 @@ fn look_further(
                 // What was seen above, and is not there any more, the harvest that had it has cleared.
                 let mut clear = |at, mask| zeros.clear_mask_at(at, mask);
                 space.visit_hidden(part, stores, &mut clear);
-                // Acquire: as above.
+                // Acquire: as above, of a hidden word that was taken since.
                 fence(Ordering::Acquire);
                 space.flights.visit(part, &mut clear);
             }

@@ -2,29 +2,44 @@
 
 use crate::sync::{AtomicU8, Ordering};
 
-/// One of the states below.
+const NEVER: u8 = 0;
+/// Harvests that begin now know of discards.
+const ANNOUNCED: u8 = 1;
+/// All that run do.
+const KNOWN: u8 = 2;
+
+/// One of the states above.
 #[derive(Debug)]
 pub(super) struct Discards(AtomicU8);
 
 impl Discards {
-    /// Nothing was ever discarded.
-    pub(super) const NEVER: u8 = 0;
-    /// Harvests that begin now know of discards.
-    pub(super) const ANNOUNCED: u8 = 1;
-    /// All that run do.
-    pub(super) const KNOWN: u8 = 2;
-
     pub(super) fn new() -> Self {
-        Discards(AtomicU8::new(Self::NEVER))
+        Discards(AtomicU8::new(NEVER))
     }
 
-    /// The state. Callers say what the order pairs with.
-    pub(super) fn load(&self, order: Ordering) -> u8 {
-        self.0.load(order)
+    /// Whether there are any.
+    pub(super) fn any(&self) -> bool {
+        // Relaxed: F8 and F9 of `walks` order it. A harvest that does not see the store entered
+        // before the first discard looked for harvests, so that discard waits for its end.
+        self.0.load(Ordering::Relaxed) != NEVER
     }
 
-    /// Goes to `state`.
-    pub(super) fn store(&self, state: u8, order: Ordering) {
-        self.0.store(state, order);
+    /// Whether all harvests that run know of them.
+    pub(super) fn are_known(&self) -> bool {
+        // Acquire: pairs with the Release in `make_known`; the harvests that do not know of
+        // discards have ended, and what they took is visible.
+        self.0.load(Ordering::Acquire) == KNOWN
+    }
+
+    /// Harvests that begin after F9 of `walks` know of them.
+    pub(super) fn announce(&self) {
+        // Relaxed: as in `any`.
+        self.0.store(ANNOUNCED, Ordering::Relaxed);
+    }
+
+    /// All harvests that run know of them.
+    pub(super) fn make_known(&self) {
+        // Release: pairs with the Acquire in `are_known`.
+        self.0.store(KNOWN, Ordering::Release);
     }
 }

@@ -244,15 +244,14 @@ impl AddressSpace {
         })
     }
 
-    /// Visits the words that [`look_hidden`](Self::look_hidden) records.
+    /// Visits the words that [`look_hidden`](Self::look_hidden) records. The caller has performed a
+    /// full fence since that.
     pub(crate) fn visit_hidden<'m>(
         &self,
         range: IovaRange,
         stores: impl Iterator<Item = &'m Marks> + Clone,
         visit: &mut impl FnMut(Iova, u64),
     ) {
-        // Acquire: as in `look_hidden`.
-        fence(Ordering::Acquire);
         let visited: Result<(), Infallible> = self.hiding.visit(range, |part| {
             let stores = stores.clone();
             stores.for_each(|store| store.visit_all(part, visit));

@@ -11,7 +11,6 @@
 //! written before is not tracked. While the space or one of its domains does not track, no page
 //! counts as zero.
 
-use super::discards::Discards;
 use super::domain::Attachment;
 use super::member::Member;
 use super::{AddressSpace, Area, Areas};
@@ -22,27 +21,21 @@ use crate::sync::{Arc, Ordering, Step, fence, lock, performs};
 use crate::units::IovaRange;
 
 impl AddressSpace {
-    /// Whether harvests have to know of discards. The caller has entered its walk.
+    /// Whether harvests have to know of discards. A harvest has entered its walk before.
     pub(crate) fn has_discards(&self) -> bool {
-        // Relaxed: F8 and F9 of `walks` order it. A harvest that does not see the store entered
-        // before the first discard looked for harvests, so that discard waits for its end.
-        self.discards.load(Ordering::Relaxed) != Discards::NEVER
+        self.discards.any()
     }
 
     /// Returns when every harvest that runs knows of discards.
     pub(crate) fn begin_discards(&self) {
-        // Acquire: pairs with the Release below; the harvests that do not know have ended.
-        if self.discards.load(Ordering::Acquire) == Discards::KNOWN {
+        if self.discards.are_known() {
             return;
         }
         let _membership = lock(&self.membership);
-        // Relaxed: the lock orders it.
-        if self.discards.load(Ordering::Relaxed) == Discards::KNOWN {
+        if self.discards.are_known() {
             return;
         }
-        // Relaxed: see `has_discards`.
-        let announced = Discards::ANNOUNCED;
-        self.discards.store(announced, Ordering::Relaxed);
+        self.discards.announce();
         // Relaxed: the edit publishes it, as in a join.
         self.is_shared.store(true, Ordering::Relaxed);
         let unnamed = Arc::new(Member::new("", IovaRange::ALL, self.page()));
@@ -58,8 +51,7 @@ impl AddressSpace {
         if performs(Step::WaitForUnaware) {
             self.walks.wait();
         }
-        // Release: pairs with the Acquire above.
-        self.discards.store(Discards::KNOWN, Ordering::Release);
+        self.discards.make_known();
     }
 
     /// Whether every write leaves a trace: the space tracks, and so do all of its domains.
@@ -70,8 +62,8 @@ impl AddressSpace {
 
     /// Forgets which pages read as zero: not every write to them was tracked.
     pub(super) fn forget_zeros(&self) {
-        // Acquire: as in `begin_discards`.
-        if self.discards.load(Ordering::Acquire) == Discards::NEVER {
+        // The caller holds the lock of the domains, under which discards are announced.
+        if !self.has_discards() {
             return;
         }
         for entry in self.areas.snapshot().iter(IovaRange::ALL) {
@@ -96,9 +88,7 @@ impl AddressSpace {
     /// of a harvest that ended when the tree had the version `taken`.
     pub(crate) fn zero_parts(&self, range: IovaRange, taken: u64) -> Vec<IovaRange> {
         let mut parts = Vec::new();
-        // Acquire: as in `begin_discards`.
-        let known = self.discards.load(Ordering::Acquire) == Discards::KNOWN;
-        if known && self.tracks_all() {
+        if self.has_discards() && self.tracks_all() {
             let snapshot = self.snapshot();
             self.add_zero_parts(&snapshot, range, taken, &mut parts);
         }
