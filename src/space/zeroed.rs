@@ -127,9 +127,8 @@ impl AddressSpace {
             });
             debug_assert!(seen.is_ok());
             doubted.sort_unstable_by_key(|doubt| doubt.start());
-            // Acquire: pairs with the Release by which a slot is freed. A discard that failed has
-            // cleared its bits before that: R3 does not find them.
-            fence(Ordering::Acquire);
+            // The looks at slots are Acquire, and pair with the Release by which a slot is freed. A
+            // discard that failed has cleared its bits before that: R3 does not find them.
             for run in zero {
                 let certain = without(run, doubted.iter().copied());
                 // R3.
