@@ -86,7 +86,7 @@ struct Seen {
     mask: u64,
     /// The OR of at least those.
     any: u64,
-    /// The AND of them.
+    /// The AND of them, above the lowest level of formats whose leaves have a bit.
     all: u64,
 }
 
@@ -156,8 +156,9 @@ impl<V> Scan<'_, V> {
         level: u32,
         ahead: Option<&[AtomicIopte]>,
     ) -> Seen {
-        for line in ahead.into_iter().flat_map(|table| table.chunks(LINE)) {
-            line[0].prefetch();
+        if let Some(table) = ahead {
+            let lines = table.as_chunks::<LINE>().0;
+            lines.iter().for_each(|line| line[0].prefetch());
         }
         match (level, self.dense) {
             (0, false) => look::<F, true, false>(slots, 0),
@@ -269,7 +270,7 @@ fn clean_lines<F: Format>(
             .position(|line| any::<F, false>(line, level) != 0),
         (_, Some(ahead)) => lines
             .iter()
-            .zip(ahead.chunks(LINE))
+            .zip(ahead.as_chunks::<LINE>().0)
             .position(|(line, next)| {
                 next[0].prefetch();
                 match level {
@@ -328,7 +329,9 @@ impl Seen {
             // Relaxed: as in `look`; a clear of D derives from the value at that time.
             let entry = slot.load(Ordering::Relaxed);
             self.any |= entry.0;
-            self.all &= entry.0;
+            if !LOW && F::TABLE_SET == 0 {
+                self.all &= entry.0;
+            }
             mask |= u64::from(F::worth_a_look(entry, level) != 0) << nth;
         }
         self.mask |= mask << at;
