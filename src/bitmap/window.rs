@@ -284,11 +284,7 @@ impl<'a> Window<'a> {
     /// Calls `access` with the span that holds `word`, and the word's place in it. A span that is
     /// lent is not copied.
     #[inline]
-    fn with<'s, R>(
-        &'s self,
-        word: u64,
-        access: impl FnOnce(&Span<'s>, usize) -> R,
-    ) -> Option<R> {
+    fn with<'s, R>(&'s self, word: u64, access: impl FnOnce(&Span<'s>, usize) -> R) -> Option<R> {
         debug_assert!(self.holds(word));
         match &self.bits {
             Bits::Lent { span, origin } => Some(access(span, (word - origin) as usize)),
