@@ -347,8 +347,11 @@ impl ChunkMap {
     /// The place of chunk `index`; its group is allocated if it does not exist yet.
     #[inline]
     pub(super) fn slot_or_new(&self, index: u64) -> Slot<'_> {
-        let blocks = self.group_or_new(index >> self.group_lg2);
-        slot_in(blocks, index & ((1 << self.group_lg2) - 1))
+        let (group, nth) = match self.levels {
+            0 => (0, index),
+            _ => (index >> self.group_lg2, index & ((1 << self.group_lg2) - 1)),
+        };
+        slot_in(self.group_or_new(group), nth)
     }
 
     #[inline]
@@ -357,15 +360,14 @@ impl ChunkMap {
             0 => &self.root,
             _ => self.place_or_new(group),
         };
-        let (blocks, slab) = (self.blocks, self.slab);
         let first = get_or_install(
             place,
-            || new_group(blocks, slab),
-            |first| free_group(first, blocks, slab),
+            || new_group(self.blocks, self.slab),
+            |first| free_group(first, self.blocks, self.slab),
         );
         // SAFETY: below the last directory a pointer names the first of `blocks` blocks that live
         // as long as `self`.
-        unsafe { std::slice::from_raw_parts(first, blocks) }
+        unsafe { std::slice::from_raw_parts(first, self.blocks) }
     }
 
     /// The place of the pointer to `group`, below directories that are allocated if they do not
