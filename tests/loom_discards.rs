@@ -277,8 +277,8 @@ impl DirtySource for Source {
     }
 }
 
-/// A lease that owes its flush has taken the dirty bit, while a page is discarded. The device writes
-/// after that: by a cached "D is set", unless the discard has flushed.
+/// A lease that owes its flush has taken the dirty bit, while a page is discarded. The device
+/// writes after that: by a cached "D is set", unless the discard has flushed.
 #[test]
 fn a_device_that_writes_after_a_discard_sets_d_anew() {
     holds_within(BOUND, &[Step::FlushAtDiscard], || {

@@ -27,13 +27,13 @@ impl<'a> Lease<'a, Synced> {
     /// their contents or do not touch.
     ///
     /// A page is zero if its storage was dropped, and every write before the harvest came before
-    /// that. The answer is that of the moment at which the iterator comes to the page: it may be zero
-    /// because it was discarded after the harvest. A write that came after the harvest may be
-    /// missing, as in a copy that was made earlier. The next lease has both.
+    /// that. The answer is that of the moment at which the iterator comes to the page: the page may
+    /// be zero because it was discarded after the harvest. A write that came after the harvest may
+    /// be missing, as in a copy that was made earlier. The next lease has both.
     ///
-    /// A consumer that ignores this and copies all [`runs`](Self::runs) copies zeros. A lease of one
-    /// [domain](crate::Scope), of an area that has gone since, and of a space that does not track
-    /// everything at the moment, has data only.
+    /// A consumer that ignores this and copies all [`runs`](Self::runs) copies zeros. A lease of
+    /// one [domain](crate::Scope), of an area that has gone since, and of a space that does not
+    /// track everything at the moment, has data only.
     ///
     /// ```
     /// use dirtymap::harvest::Content;

@@ -5,8 +5,8 @@
 //! since. That it changed, consumers are told as always: a discard leaves the page pending for each
 //! of them. That it reads as zero is a property of the page, and not of a consumer: one bit, beside
 //! the marks of its area. A lease says *zero* of a page of it whose bit is set when the consumer
-//! looks: each write that the lease has to bring came before the drop. So an abort, a join, a copy of
-//! a consumer and a lease that is forgotten need nothing for it.
+//! looks: each write that the lease has to bring came before the drop. So an abort, a join, a copy
+//! of a consumer and a lease that is forgotten need nothing for it.
 //!
 //! A mark sets no more than it did: it does not know of zeros. The harvest that takes a dirty bit
 //! clears the zero bit of the page.
@@ -36,16 +36,16 @@
 //!   mark from before (F1 and F2 of the marks' protocol). Z4 flushes the whole range, and not only
 //!   what Z3 has taken: of a page that another harvest has taken, only the lease of that harvest
 //!   knows the debt.
-//! * The harvest that clears this bit (T2) clears the zero bit afterwards (T3a), and finds it set by
-//!   Z2. F2 and F10 order the two. If F2 comes first, T3a comes after Z2. If F10 comes first, T2
+//! * The harvest that clears this bit (T2) clears the zero bit afterwards (T3a), and finds it set
+//!   by Z2. F2 and F10 order the two. If F2 comes first, T3a comes after Z2. If F10 comes first, T2
 //!   came before F2. A CPU that had marked W by then had written it before the drop. A device that
-//!   had set D by then had done so after Z4, because Z4 drains what was translated before; the flush
-//!   orders Z2 before that, and so before T3a.
+//!   had set D by then had done so after Z4, because Z4 drains what was translated before; the
+//!   flush orders Z2 before that, and so before T3a.
 //! * A harvest that has seen an older dirty bit of p may clear the one of W, because a clear takes
 //!   what it finds. So T3a follows T2: a zero bit that was cleared at T1 could have been set by Z2
 //!   since.
-//! * A harvest Y that finds p in other hands, in flight or in words that another harvest has hidden,
-//!   clears the zero bit itself (L2a), because the harvest X that has p may not have come to T3a
+//! * A harvest Y that finds p in other hands, in flight or in words that another harvest has
+//!   hidden, clears the zero bit itself (L2a). The harvest X that has p may not have come to T3a
 //!   when the consumer of Y looks at R1. What Y has seen and does not find any more at L2a, X has
 //!   wiped, after its T3a.
 //! * Y finds p pending (L3) because X has left it, after T3a; or because of a discard or an abort,
@@ -58,9 +58,9 @@
 //! From Z3 to Z6, what was dirty is in the flight of the discard, so that a harvest in between
 //! finds it. A consumer that finds the zero bit set does not know yet whether the storage is
 //! dropped: a discard that is at work, R2, makes the page dirty. A discard that fails clears the
-//! zero bits, goes on with Z6, and then says that it has ended; R3 finds what it cleared. It does not
-//! mark the pages instead: a harvest that has looked at the marks before, and looks at the flights
-//! afterwards, would find them nowhere.
+//! zero bits, goes on with Z6, and then says that it has ended; R3 finds what it cleared. It does
+//! not mark the pages instead: a harvest that has looked at the marks before, and looks at the
+//! flights afterwards, would find them nowhere.
 //!
 //! The first discard of a space waits for the harvests that do not know of discards, and so do not
 //! come to T3a: see `space::zeroed`. Z6 enters a walk, so that a consumer that joins is told, or

@@ -167,7 +167,7 @@ fn look_further(
             fence(Ordering::Acquire);
             space.flights.look(part, own, sink)?;
             if takes && let Some(zeros) = space.zeros_to_clear(area) {
-                // What was seen above, and is not there any more, the harvest that had it has cleared.
+                // What was seen above and has gone since, its harvest has cleared.
                 let mut clear = |at, mask| zeros.clear_mask_at(at, mask);
                 space.visit_hidden(part, stores, &mut clear);
                 // Acquire: as above, of a hidden word that was taken since.

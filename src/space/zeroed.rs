@@ -84,7 +84,7 @@ impl AddressSpace {
         area.marks.zeros()
     }
 
-    /// The parts of `range` that read as zero, in ascending order: the caller holds a lease, synced,
+    /// The parts of `range` that read as zero, in ascending order. The caller holds a synced lease
     /// of a harvest that ended when the tree had the version `taken`.
     pub(crate) fn zero_parts(&self, range: IovaRange, taken: u64) -> Vec<IovaRange> {
         let mut parts = Vec::new();

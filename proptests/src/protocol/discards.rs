@@ -3,8 +3,8 @@
 //! A page reads as zero while its zero bit says so. The device does not know of that bit. The
 //! harvest that clears D clears the zero bit *after* that, before the page is left to the other
 //! consumer; and so does a harvest that sees the page in the other one's flight. The discard sets
-//! the bit *before* it flushes all that devices cache of the page and drops the storage. So a D whose
-//! data lands after the drop never goes without the zero bit.
+//! the bit *before* it flushes all that devices cache of the page and drops the storage. So a D
+//! whose data lands after the drop never goes without the zero bit.
 //!
 //! A consumer says "zero" if it finds the bit, no discard at work, and the bit again.
 
