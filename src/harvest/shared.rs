@@ -159,23 +159,22 @@ fn look_further(
     sink.limit_to(part);
     let stores = covered.domains().iter().map(|domain| &domain.put_back);
     let stores = stores.chain(covered.marks.then_some(&*area.marks));
-    let further = space
-        .look_hidden(part, stores.clone(), sink)
-        .and_then(|()| {
-            // Acquire: pairs with the Release of a clear, or the Release fence before it, in
-            // `LeafSink` and `take::clear`. A page that was found clear is seen in flight.
+    let again = stores.clone();
+    let further = space.look_hidden(part, stores, sink).and_then(|()| {
+        // Acquire: pairs with the Release of a clear, or the Release fence before it, in
+        // `LeafSink` and `take::clear`. A page that was found clear is seen in flight.
+        fence(Ordering::Acquire);
+        space.flights.look(part, own, sink)?;
+        if takes && let Some(zeros) = space.zeros_to_clear(area) {
+            // What was seen above and has gone since, its harvest has cleared.
+            let mut clear = |at, mask| zeros.clear_mask_at(at, mask);
+            space.visit_hidden(part, again, &mut clear);
+            // Acquire: as above, of a hidden word that was taken since.
             fence(Ordering::Acquire);
-            space.flights.look(part, own, sink)?;
-            if takes && let Some(zeros) = space.zeros_to_clear(area) {
-                // What was seen above and has gone since, its harvest has cleared.
-                let mut clear = |at, mask| zeros.clear_mask_at(at, mask);
-                space.visit_hidden(part, stores, &mut clear);
-                // Acquire: as above, of a hidden word that was taken since.
-                fence(Ordering::Acquire);
-                space.flights.visit(part, &mut clear);
-            }
-            Ok(())
-        });
+            space.flights.visit(part, &mut clear);
+        }
+        Ok(())
+    });
     let further = further.and_then(|()| {
         // Acquire: pairs with the Release stores of `ChunkMap::wipe`. A page that was found wiped
         // is seen pending.

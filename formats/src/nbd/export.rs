@@ -107,8 +107,8 @@ impl<'a> Export<'a> {
 
     /// What `base:allocation` says: the runs of the lease that were discarded and not written since
     /// ([`Lease::contents`]) are holes that read as zero, and all other bytes are allocated.
-    /// Clients do not read holes. A client that copies all of the disk, and not only what is dirty, needs
-    /// the next lease as well, which has what is written to such a run meanwhile.
+    /// Clients do not read holes. A client that copies all of the disk, and not only what is
+    /// dirty, needs the next lease as well, which has what is written to such a run meanwhile.
     ///
     /// # Errors
     /// As [`with_dirty`](Self::with_dirty).
