@@ -31,6 +31,7 @@ impl AddressSpace {
         if self.discards.are_known() {
             return;
         }
+        self.retired.drop_all();
         let _membership = lock(&self.membership);
         if self.discards.are_known() {
             return;
