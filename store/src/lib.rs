@@ -102,6 +102,7 @@ mod disk;
 mod epoch;
 mod error;
 mod format;
+mod gather;
 mod geometry;
 mod image;
 mod increment;

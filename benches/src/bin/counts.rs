@@ -15,6 +15,7 @@ use dirtymap_benches::compare::tables;
 use dirtymap_benches::peers::{ThroughHandle, ThroughSpace};
 use dirtymap_benches::workloads::distinct;
 use dirtymap_benches::{Areas, PAGE, Peer, Tracker};
+use dirtymap_store::{Device, DirFolder, Options, Store};
 use pagetable_sim::{AmdV1, LeafSizes, Table};
 
 /// Pages of the memory: 64 GiB.
@@ -33,7 +34,7 @@ const RANGE: u64 = 2 << 20;
 /// A workload: its name, how many operations it counts, and the function that runs it.
 type Workload = (&'static str, u64, fn());
 
-const WORKLOADS: [Workload; 12] = [
+const WORKLOADS: [Workload; 13] = [
     ("mark-hot-handle", TIMES, mark_hot::<ThroughHandle>),
     ("mark-hot-space", TIMES, mark_hot::<ThroughSpace>),
     ("mark-cold", TIMES, || mark_cold(PAGE)),
@@ -50,6 +51,7 @@ const WORKLOADS: [Workload; 12] = [
     ("lookup-100k-areas", TIMES, lookup),
     ("table-clean-leaf", LEAVES, || table(false)),
     ("table-dirty-leaf", LEAVES, || table(true)),
+    ("store-write-open", TIMES, store_write_open),
 ];
 
 /// Leaves of the table that is harvested: 1 GiB.
@@ -180,6 +182,24 @@ fn table(dirty: bool) {
     }
     let mut words = vec![0u64; (LEAVES / 64) as usize];
     counted(&mut || tables::harvest(&table, 0, LEAVES * PAGE, Granule::K4, &mut words));
+}
+
+/// Writes to an extent that is durably open, from the announcement to the end of the write.
+fn store_write_open() {
+    let folder = sure(tempfile::tempdir());
+    let device = Device {
+        id: 1,
+        len: PAGES * PAGE,
+    };
+    let log = sure(DirFolder::new(folder.path().join("store")));
+    let store = sure(Store::create(log, &device, &Options::new()));
+    let write = || {
+        drop(sure(
+            sure(store.begin_write(black_box(HOT..HOT + PAGE))).wait(),
+        ))
+    };
+    write();
+    counted(&mut || (0..TIMES).for_each(|_| write()));
 }
 
 fn page_range(page: u64, pages: u64) -> IovaRange {
