@@ -394,6 +394,15 @@ impl Store {
         }
     }
 
+    /// As if the last batch had served so many threads, for models of the next one.
+    #[cfg(all(test, dirtymap_loom))]
+    pub(crate) fn expect_companions(&self, count: usize) {
+        let mut queue = lock(&self.queue);
+        (0..count).for_each(|_| queue.gather.arrive());
+        queue.gather.take();
+        queue.gather.served();
+    }
+
     /// Adds a record to the next batch, and does not wait for it.
     pub(crate) fn enqueue(&self, record: Record) {
         lock(&self.queue).records.push(record);

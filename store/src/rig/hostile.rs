@@ -8,7 +8,8 @@ use super::programs::COPIED;
 use super::{Op, World, options};
 use crate::disk::SimFolder;
 use crate::error::Why;
-use crate::format::{BLOCK, Header};
+use crate::format::{BLOCK, Batch, Header, forge_checksums};
+use crate::record::Record;
 use crate::store::{Opened, Store};
 
 /// A store with a consumer, some of whose pages are dirty; the bytes of its log.
@@ -103,22 +104,36 @@ fn a_store_of_another_device_version_or_length_says_so() {
     assert!(matches!(none, Opened::Everything(lost) if *lost.why() == Why::Missing));
 }
 
-/// The checksums of a file that an attacker changed.
-fn forge(bytes: &mut [u8]) {
-    let checkpoint = u64::from_le_bytes(bytes[64..72].try_into().unwrap());
-    let end = BLOCK as u64 + checkpoint.min((bytes.len() - BLOCK) as u64);
-    let crc = crc32fast::hash(&bytes[BLOCK..end as usize]);
-    bytes[88..92].copy_from_slice(&crc.to_le_bytes());
-    let crc = crc32fast::hash(&bytes[..92]);
-    bytes[92..96].copy_from_slice(&crc.to_le_bytes());
-    for at in (BLOCK..bytes.len()).step_by(BLOCK) {
-        if bytes[at..].starts_with(b"dmba") {
-            let len = u32::from_le_bytes(bytes[at + 24..at + 28].try_into().unwrap());
-            let end = (at + 32 + len as usize).min(bytes.len());
-            let crc = crc32fast::hash(&bytes[at + 8..end]);
-            bytes[at + 4..at + 8].copy_from_slice(&crc.to_le_bytes());
-        }
+/// A log lets its device grow past the one that is there, to 2^32 extents, in a few bytes. What is
+/// dirty in them would take a gigabyte for each consumer, so the replay ends at the record.
+#[test]
+fn a_log_that_outgrows_its_device_is_refused_at_the_record() {
+    let world = World::new();
+    drop(Store::create(world.sim.clone(), &world.device(), &options()).unwrap());
+    let mut bytes = world.sim.bytes("log").unwrap();
+    let header = Header::read(&bytes[..BLOCK], bytes.len() as u64, &world.device()).unwrap();
+    let (found, most) = (world.device().len, 1 << (32 + header.geometry.extent.lg2()));
+    let mut batch = Batch::new();
+    for len in [found + 1, most] {
+        batch.push(&Record::Grow { len });
     }
+    let batch = batch.seal(header.generation, header.sequence);
+    bytes[header.batches() as usize..][..batch.len()].copy_from_slice(&batch);
+    let recorded = found + 1;
+    assert_eq!(
+        open(&world, bytes.clone()).unwrap_err(),
+        Why::Resized { recorded, found }
+    );
+    // The same in the header, whose checkpoint may name extents of the larger device.
+    bytes[48..56].copy_from_slice(&most.to_le_bytes());
+    forge_checksums(&mut bytes);
+    assert_eq!(
+        open(&world, bytes).unwrap_err(),
+        Why::Resized {
+            recorded: most,
+            found
+        }
+    );
 }
 
 proptest! {
@@ -140,7 +155,7 @@ proptest! {
             let at = if part == 2 { batches + at % 64 } else { at };
             bytes[at] = byte;
         }
-        forge(&mut bytes);
+        forge_checksums(&mut bytes);
         if let Ok(store) = open(&world, bytes) {
             for consumer in store.consumers().unwrap() {
                 let increment = store.harvest(&consumer.name, consumer.committed).unwrap();
@@ -154,7 +169,7 @@ proptest! {
         let world = World::new();
         if magic && bytes.len() > BLOCK {
             bytes[..12].copy_from_slice(b"dmstore\0\x01\0\0\0");
-            forge(&mut bytes);
+            forge_checksums(&mut bytes);
         }
         prop_assert!(open(&world, bytes).is_err());
     }
