@@ -9,6 +9,7 @@ use super::{Op, World, options};
 use crate::disk::SimFolder;
 use crate::error::Why;
 use crate::format::{BLOCK, Batch, Header, forge_checksums};
+use crate::image::{Image, MAX_EPOCH};
 use crate::record::Record;
 use crate::store::{Opened, Store};
 
@@ -102,6 +103,23 @@ fn a_store_of_another_device_version_or_length_says_so() {
     assert_eq!(open(&world, Vec::new()).unwrap_err(), Why::Foreign);
     let none = Store::open(SimFolder::new(), &world.device(), &options()).unwrap();
     assert!(matches!(none, Opened::Everything(lost) if *lost.why() == Why::Missing));
+}
+
+/// A consumer whose next increment would be the last one there is: the store would be taken, and its
+/// first harvest refused with words about the store's own batch.
+#[test]
+fn a_log_whose_epochs_are_used_up_is_refused() {
+    let (world, bytes) = log();
+    let header = Header::read(&bytes[..BLOCK], bytes.len() as u64, &world.device()).unwrap();
+    let checkpoint = &bytes[BLOCK..BLOCK + header.checkpoint as usize];
+    let mut image = Image::read(checkpoint, &header.geometry).unwrap();
+    for (next, taken) in [(MAX_EPOCH, true), (MAX_EPOCH + 1, false), (u64::MAX, false)] {
+        image.consumers.values_mut().next().unwrap().next = next;
+        let mut out = Vec::new();
+        image.put(&mut out);
+        let read = Image::read(&out, &header.geometry);
+        assert_eq!(read.is_ok(), taken, "{next:#x}");
+    }
 }
 
 /// A log lets its device grow past the one that is there, to 2^32 extents, in a few bytes. What is
