@@ -1,8 +1,9 @@
 //! Increments in an object store, where any machine can fetch them: a directory, or S3.
 //!
-//! An object has its name once its upload is complete: by a rename in a directory, by the completion
-//! of a multipart upload in S3. An upload that dies half-way leaves parts that no list shows, so it
-//! is no increment, and the increment stays dirty. A bucket needs a rule that removes such parts.
+//! An object has its name once its upload is complete: by a rename in a directory, by the
+//! completion of a multipart upload in S3. An upload that dies half-way leaves parts that no list
+//! shows, so it is no increment, and the increment stays dirty. A bucket needs a rule that removes
+//! such parts.
 
 use std::error::Error;
 use std::fs;
@@ -132,8 +133,8 @@ mod tests {
         }
     }
 
-    /// Two parts and a bit more; the process dies after the first part is up, and some of the second
-    /// one is read.
+    /// Two parts and a bit more; the process dies after the first part is up, and some of the
+    /// second one is read.
     struct Dies(Cursor<Vec<u8>>);
 
     impl Read for Dies {

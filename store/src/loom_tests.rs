@@ -153,9 +153,9 @@ fn writers_that_wait_together_are_both_let_in() {
     });
 }
 
-/// A writer gathers the writer that the last batch served, while a consumer joins and takes the lead
-/// from it: nobody waits for ever, and all of them are let in. The thread that gathers holds nothing:
-/// each leader that ends wakes all that wait.
+/// A writer gathers the writer that the last batch served, while a consumer joins and takes the
+/// lead from it: nobody waits for ever, and all of them are let in. The thread that gathers holds
+/// nothing, and each leader that ends wakes all that wait.
 #[test]
 fn a_consumer_that_joins_takes_the_lead_from_a_writer_that_gathers() {
     holds_only_with(&[], || {

@@ -9,8 +9,8 @@
 //! ```
 //!
 //! `store-guest IMAGE` runs in the emulator that `.ci/log-writes` starts, which has made the device
-//! and mounted it. A mark comes after each call that acknowledged something. A kernel that lost power
-//! at the mark would find no more than the writes before it.
+//! and mounted it. A mark comes after each call that acknowledged something. A kernel that lost
+//! power at the mark would find no more than the writes before it.
 //!
 //! Exit status: 0 if each mark was recovered and had all that was acknowledged, 1 otherwise.
 

@@ -105,8 +105,8 @@ fn a_store_of_another_device_version_or_length_says_so() {
     assert!(matches!(none, Opened::Everything(lost) if *lost.why() == Why::Missing));
 }
 
-/// A consumer whose next increment would be the last one there is: the store would be taken, and its
-/// first harvest refused with words about the store's own batch.
+/// A consumer whose next increment would be the last one there is: the store would be taken, and
+/// its first harvest refused with words about the store's own batch.
 #[test]
 fn a_log_whose_epochs_are_used_up_is_refused() {
     let (world, bytes) = log();
