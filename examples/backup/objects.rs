@@ -148,7 +148,7 @@ mod tests {
 
     fn contents() -> Vec<u8> {
         (0..2 * PART + 1000)
-            .map(|at| (at * at >> 7) as u8)
+            .map(|at| ((at * at) >> 7) as u8)
             .collect()
     }
 
