@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 
-const TRACE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/pgbench.iolog.gz");
+const TRACE: &str = concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/../../testdata/pgbench.iolog.gz"
+);
 
 /// Backs up a disk image under a write trace, kills the writer, recovers, and restores every
 /// generation.
