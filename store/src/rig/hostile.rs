@@ -105,6 +105,28 @@ fn a_store_of_another_device_version_or_length_says_so() {
     assert!(matches!(none, Opened::Everything(lost) if *lost.why() == Why::Missing));
 }
 
+/// Each block of the log claims to begin a batch that has all of the rest. To look at each of them
+/// would take time in proportion to the square of the log.
+#[test]
+fn a_log_in_which_every_block_claims_the_rest_is_refused() {
+    let world = World::new();
+    let roomy = options().log_bytes(32 * BLOCK as u64);
+    drop(Store::create(world.sim.clone(), &world.device(), &roomy).unwrap());
+    let mut bytes = world.sim.bytes("log").unwrap();
+    let header = Header::read(&bytes[..BLOCK], bytes.len() as u64, &world.device()).unwrap();
+    for at in (header.batches() as usize..bytes.len()).step_by(BLOCK) {
+        let rest = (bytes.len() - at) as u32;
+        bytes[at..at + 4].copy_from_slice(b"dmba");
+        bytes[at + 8..at + 16].copy_from_slice(&header.generation.to_le_bytes());
+        bytes[at + 24..at + 28].copy_from_slice(&rest.to_le_bytes());
+    }
+    let (part, what) = ("log", "too many batches begin in it");
+    assert_eq!(
+        open(&world, bytes).unwrap_err(),
+        Why::Damaged { part, what }
+    );
+}
+
 /// A consumer whose next increment would be the last one there is: the store would be taken, and
 /// its first harvest refused with words about the store's own batch.
 #[test]
