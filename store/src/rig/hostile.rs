@@ -105,6 +105,26 @@ fn a_store_of_another_device_version_or_length_says_so() {
     assert!(matches!(none, Opened::Everything(lost) if *lost.why() == Why::Missing));
 }
 
+/// Each log has the next number, and goes on counting batches above a torn one: so no block of an
+/// older log is taken for one of the new log, where a file system hands out old blocks.
+#[test]
+fn a_new_log_has_numbers_of_its_own() {
+    let mut world = World::new();
+    let store = Store::create(world.sim.clone(), &world.device(), &options()).unwrap();
+    let header = |world: &World| {
+        let bytes = world.sim.bytes("log").unwrap();
+        Header::read(&bytes[..BLOCK], bytes.len() as u64, &world.device()).unwrap()
+    };
+    let first = header(&world);
+    let (logs, batches) = (store.stats().switches, store.stats().batches);
+    while store.stats().switches == logs {
+        world.run(&store, &[0, 2, 4].map(|page| Op::Write { page }));
+    }
+    let (second, batches) = (header(&world), store.stats().batches - batches);
+    assert_eq!(second.generation, first.generation + 1);
+    assert!(second.sequence >= first.sequence + batches && batches > 0);
+}
+
 /// Each block of the log claims to begin a batch that has all of the rest. To look at each of them
 /// would take time in proportion to the square of the log.
 #[test]
