@@ -6,7 +6,7 @@
 //! clear finds the words clear as well.
 
 use super::chunk::{CHUNK_BITS, lines};
-use super::map::{BITS_LG2, CHUNK_WORDS, ChunkMap, chunk_of};
+use super::map::{BITS_LG2, CHUNK_WORDS, ChunkMap};
 use super::take::Visitor;
 use crate::sync::{AtomicU64, Ordering};
 
@@ -21,7 +21,7 @@ impl ChunkMap {
     pub(crate) fn set_mask(&self, first: u64, mask: u64) {
         debug_assert!(first.is_multiple_of(64));
         let slot = self.slot_or_new(first >> BITS_LG2);
-        let word = &chunk_of(slot).0[(first >> 6 & (CHUNK_WORDS - 1)) as usize];
+        let word = &self.chunk_of(slot).0[(first >> 6 & (CHUNK_WORDS - 1)) as usize];
         slot.set_word(word, first, mask, || {});
     }
 
@@ -48,7 +48,7 @@ impl ChunkMap {
     /// The words of chunk `index`, for the one writer to record in; its summary is set.
     pub(crate) fn words_to_record(&self, index: u64) -> &[AtomicU64] {
         let slot = self.slot_or_new(index);
-        let words = &chunk_of(slot).0;
+        let words = &self.chunk_of(slot).0;
         // Relaxed: the writer's Release fence before it clears what it has recorded orders both.
         slot.summary.store(u64::MAX, Ordering::Relaxed);
         words

@@ -53,8 +53,8 @@
 //! the same order, and takes nothing. [`Rounds`] harvests everything that is mapped, again and
 //! again.
 
-mod committed;
 mod consumer;
+mod epochs;
 mod held;
 mod lease;
 mod look;
@@ -67,7 +67,9 @@ mod walk;
 mod write_guard;
 
 pub use crate::report::{Aborted, HarvestReport};
+pub use crate::space::{BadEpoch, Bounds, Epoch, Lineage, Parent, Since, Why, Written};
 pub use consumer::{Consumer, ConsumerStats, Start};
+pub use epochs::Cursor;
 pub use lease::{Lease, Owed, Synced};
 pub use request::{HarvestRequest, Holes, Scope};
 pub use rounds::Rounds;
@@ -75,8 +77,7 @@ pub use write_guard::WriteGuard;
 
 use crate::bitmap::{BitmapView, Bound, UserBitmap};
 use crate::error::Error;
-use crate::space::{AddressSpace, Areas, Audience, Covered, Member};
-use crate::sync::Arc;
+use crate::space::{AddressSpace, Areas, Audience, Covered, Who};
 use crate::units::IovaRange;
 use held::{Held, SpaceRef};
 use lease::{Holding, Recorded};
@@ -169,7 +170,7 @@ impl AddressSpace {
     /// The same for a consumer; `None` is the unnamed one.
     fn peek_for<'a>(
         &self,
-        member: Option<&Arc<Member>>,
+        member: Option<&Who>,
         request: &HarvestRequest<'_>,
         bitmap: UserBitmap<'a>,
     ) -> Result<BitmapView<'a>, Error> {
@@ -195,7 +196,7 @@ impl AddressSpace {
     /// request that is walked.
     fn check<'a>(
         &self,
-        member: Option<&Arc<Member>>,
+        member: Option<&Who>,
         request: &HarvestRequest<'_>,
         bitmap: UserBitmap<'a>,
         snapshot: &Areas<'_>,
@@ -243,7 +244,7 @@ impl AddressSpace {
 /// A harvest for a consumer of `space`; `None` is the unnamed one.
 fn harvest_for<'a>(
     space: SpaceRef<'a>,
-    member: Option<&Arc<Member>>,
+    member: Option<&Who>,
     request: &HarvestRequest<'_>,
     bitmap: UserBitmap<'a>,
 ) -> Result<Lease<'a, Owed>, Error> {
@@ -254,7 +255,9 @@ fn harvest_for<'a>(
     let (bound, covered) = holder.check(member, request, bitmap, &snapshot)?;
     let held = Held::Lent(bound.view());
     let holding = Holding::begin(space, held, covered);
-    Ok(harvest(holding, snapshot, request, bound))
+    let lease = harvest(holding, snapshot, request, bound);
+    holder.keep_in_bounds(lease.audience());
+    Ok(lease)
 }
 
 /// Walks `request` into `bound`, the bits of `holding`.

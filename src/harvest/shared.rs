@@ -52,8 +52,8 @@ use crate::bitmap::{Sink, WINDOW_BITS};
 use crate::error::Stopped;
 use crate::flush::FlushGather;
 use crate::marks::{Flight, FlightSlot};
-use crate::space::{AddressSpace, Area, Covered};
-use crate::sync::{Ordering, Step, fence, performs};
+use crate::space::{AddressSpace, Area, Covered, Member};
+use crate::sync::{Arc, Ordering, Step, fence, performs};
 use crate::units::{Iova, IovaRange};
 
 /// Takes what is dirty in `part` of `area` for the consumer of `covered`, and leaves it to the
@@ -171,7 +171,7 @@ fn look_further(
         fence(Ordering::Acquire);
         match takes {
             true => member.pending.read_and_clear(part, sink),
-            false => member.pending.peek(part, sink),
+            false => peek_pending(space, member, part, sink),
         }
     });
     match (outcome, further) {
@@ -184,8 +184,26 @@ fn look_further(
     }
 }
 
+/// Records what is pending in `part`, page by page and as a whole.
+fn peek_pending(
+    space: &AddressSpace,
+    member: &Arc<Member>,
+    part: IovaRange,
+    sink: &mut Sink<'_>,
+) -> Result<(), Stopped> {
+    let younger = space.younger_store(member);
+    for store in [Some(member), younger.as_ref()].into_iter().flatten() {
+        store.pending.peek(part, sink)?;
+        for run in store.whole.parts(part) {
+            let at = run.start();
+            sink.record(run).map_err(|error| Stopped { at, error })?;
+        }
+    }
+    Ok(())
+}
+
 /// A stop, at the beginning of a granule of the user's bitmap.
-fn rounded(looked: Result<(), Stopped>, sink: &Sink<'_>) -> Result<(), Stopped> {
+pub(super) fn rounded(looked: Result<(), Stopped>, sink: &Sink<'_>) -> Result<(), Stopped> {
     looked.map_err(|stopped| Stopped {
         at: stopped.at.granule_start(sink.granule()),
         ..stopped

@@ -206,6 +206,11 @@ impl Marks {
         self.bits.set_mask(start.get() >> self.page.lg2(), mask);
     }
 
+    /// The bytes of the pages of bitmap that were allocated; not of slabs.
+    pub(crate) fn held_bytes(&self) -> u64 {
+        self.bits.held_bytes()
+    }
+
     /// As [`peek`](Self::peek), without trust in summaries, which another harvest may have cleared:
     /// see `harvest::shared`.
     pub(crate) fn peek_all(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), Stopped> {

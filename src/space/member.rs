@@ -2,24 +2,58 @@
 
 use std::ops::Deref;
 
+use super::bounds::Whole;
+use super::epochs::{Bounds, Epochs};
 use crate::error::Error;
 use crate::marks::Marks;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering};
 use crate::units::{Granule, Iova, IovaRange};
 
-/// One consumer.
+/// What of a consumer lasts for as long as it exists.
 #[derive(Debug)]
-pub(crate) struct Member {
+pub(crate) struct Who {
     /// No two consumers of a process have the same.
     pub(crate) id: u64,
     name: Box<str>,
     /// What the consumer is told about.
     pub(crate) range: IovaRange,
-    /// What others have taken, and what its own leases have put back.
-    pub(crate) pending: Marks,
     page: Granule,
     pub(super) left: AtomicBool,
     pub(crate) counts: MemberCounts,
+    pub(crate) epochs: Epochs,
+    bounds: AtomicBounds,
+}
+
+/// A consumer with a store of its pending pages: see [`bounds`](super::bounds).
+#[derive(Debug)]
+pub(crate) struct Member {
+    pub(crate) who: Arc<Who>,
+    /// What others have taken, and what its own leases have put back.
+    pub(crate) pending: Marks,
+    /// What is pending as a whole, because a store that the consumer had before was dropped.
+    pub(crate) whole: Whole,
+    /// The number of stores that it had before.
+    pub(crate) stores: u64,
+    /// Harvests of others since its own last one, if their number is bounded.
+    pub(super) missed: AtomicU64,
+    /// Whether the consumer gets another store, or has it already.
+    pub(super) is_old: AtomicBool,
+}
+
+impl Deref for Member {
+    type Target = Who;
+
+    fn deref(&self) -> &Who {
+        &self.who
+    }
+}
+
+/// The [`Bounds`] of a consumer, which may change at any time.
+#[derive(Debug)]
+struct AtomicBounds {
+    bytes: AtomicU64,
+    deltas: AtomicU64,
+    age: AtomicU64,
 }
 
 /// Counts of one consumer. All accesses but those of `begun` and `ended` are Relaxed: they publish
@@ -33,6 +67,8 @@ pub(crate) struct MemberCounts {
     pub(crate) committed: AtomicU64,
     pub(crate) aborted: AtomicU64,
     pub(crate) unmapped: AtomicU64,
+    /// Stores of pending pages that were dropped.
+    pub(crate) dropped: AtomicU64,
 }
 
 impl MemberCounts {
@@ -70,25 +106,74 @@ impl MemberCounts {
     }
 }
 
-impl Member {
-    pub(super) fn new(name: &str, range: IovaRange, page: Granule) -> Self {
+impl Who {
+    fn new(name: &str, range: IovaRange, page: Granule) -> Self {
         // Ids of all spaces: a consumer of another space is told apart.
         static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
-        Member {
+        let bounds = Bounds::default();
+        Who {
             // Relaxed: a unique number, which orders nothing.
             id: NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed),
             name: name.into(),
             range,
-            pending: Marks::everywhere(page),
             page,
             left: AtomicBool::new(false),
             counts: MemberCounts::default(),
+            epochs: Epochs::new(page),
+            bounds: AtomicBounds {
+                bytes: AtomicU64::new(bounds.bytes),
+                deltas: AtomicU64::new(bounds.deltas),
+                age: AtomicU64::new(bounds.age),
+            },
         }
     }
 
     /// Its name; empty for the unnamed one.
     pub(crate) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Whether the consumer has left: nobody harvests what is pending for it.
+    pub(crate) fn has_left(&self) -> bool {
+        // Relaxed: a hint; a store of a consumer that has left is read by nobody.
+        self.left.load(Ordering::Relaxed)
+    }
+
+    /// How much it may hold.
+    pub(crate) fn bounds(&self) -> Bounds {
+        // Relaxed, all: settings, each by itself.
+        Bounds {
+            bytes: self.bounds.bytes.load(Ordering::Relaxed),
+            deltas: self.bounds.deltas.load(Ordering::Relaxed),
+            age: self.bounds.age.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Changes how much it may hold.
+    pub(crate) fn set_bounds(&self, bounds: Bounds) {
+        // Relaxed, all: as above.
+        self.bounds.bytes.store(bounds.bytes, Ordering::Relaxed);
+        self.bounds.deltas.store(bounds.deltas, Ordering::Relaxed);
+        self.bounds.age.store(bounds.age, Ordering::Relaxed);
+    }
+}
+
+impl Member {
+    /// A new consumer.
+    pub(super) fn new(name: &str, range: IovaRange, page: Granule) -> Self {
+        Self::with_store(Arc::new(Who::new(name, range, page)), 0)
+    }
+
+    /// A consumer that had `stores` stores before.
+    pub(super) fn with_store(who: Arc<Who>, stores: u64) -> Self {
+        Member {
+            pending: Marks::everywhere(who.page),
+            whole: Whole::new(),
+            stores,
+            missed: AtomicU64::new(0),
+            is_old: AtomicBool::new(false),
+            who,
+        }
     }
 
     /// Leaves the pages of `mask`, of 64 pages from `start` on, pending. The caller has performed a
@@ -113,13 +198,30 @@ impl Member {
         }
     }
 
-    /// Whether the consumer has left: nobody harvests what is pending for it.
-    pub(crate) fn has_left(&self) -> bool {
-        // Relaxed: a hint; a store of a consumer that has left is read by nobody.
-        self.left.load(Ordering::Relaxed)
+    /// What the deltas of the consumer may take.
+    pub(crate) fn room(&self) -> Bounds {
+        let bounds = self.bounds();
+        Bounds {
+            bytes: bounds.bytes.saturating_sub(self.pending.held_bytes()),
+            ..bounds
+        }
     }
 
-    /// The bytes that are pending.
+    /// A harvest of the consumer begins.
+    pub(crate) fn begin(&self) {
+        self.counts.begin();
+        // Relaxed: a count, which orders nothing.
+        self.missed.store(0, Ordering::Relaxed);
+    }
+
+    /// Puts back `part`, whose debt is in the queue.
+    pub(super) fn put_back(&self, part: IovaRange) {
+        if !self.whole.covers(part) {
+            self.pending.mark(part);
+        }
+    }
+
+    /// The bytes that are pending one by one.
     pub(crate) fn pending_bytes(&self) -> u64 {
         let mut bytes = 0u64;
         for run in self.pending.runs(self.range) {
@@ -153,6 +255,8 @@ pub(crate) struct Audience {
     all: Members,
     /// The place of the harvest's own consumer.
     own: usize,
+    /// The same consumer with a younger store, if it got one meanwhile.
+    moved: Option<Arc<Member>>,
 }
 
 impl Audience {
@@ -161,25 +265,32 @@ impl Audience {
         Audience {
             all: members.clone(),
             own: 0,
+            moved: None,
         }
     }
 
-    /// `member`, and the others.
+    /// The consumer `member`, and the others.
     ///
     /// # Errors
     /// [`Error::ConsumerLeft`].
-    pub(crate) fn of(members: &Members, member: &Arc<Member>) -> Result<Self, Error> {
+    pub(crate) fn of(members: &Members, member: &Who) -> Result<Self, Error> {
         let all = members.clone();
         let own = all.iter().position(|other| other.id == member.id);
         let own = own.ok_or_else(|| Error::ConsumerLeft {
             name: member.name().into(),
         })?;
-        Ok(Audience { all, own })
+        let moved = None;
+        Ok(Audience { all, own, moved })
     }
 
     /// The consumer of the harvest; `None` in a space that never had a named one.
     pub(crate) fn own(&self) -> Option<&Arc<Member>> {
-        self.all.get(self.own)
+        self.moved.as_ref().or_else(|| self.all.get(self.own))
+    }
+
+    /// The consumer of the harvest has this store from now on.
+    pub(crate) fn move_to(&mut self, store: Arc<Member>) {
+        self.moved = Some(store);
     }
 
     /// The others.
