@@ -570,6 +570,22 @@ impl<'a> Holding<'a> {
         shared::rounded(outcome, sink)
     }
 
+    /// Of `range` all areas were walked. So what is left there of what is pending as a whole is
+    /// holes, and areas that are mapped from now on begin clean.
+    ///
+    /// A store that the consumer got in the middle of the walk is younger than the areas of the
+    /// walk, and stays as it is.
+    pub(super) fn walked_all(&mut self, range: IovaRange) {
+        if let Some(own) = self
+            .covered
+            .audience
+            .own()
+            .filter(|_| !self.covered.audience.has_moved())
+        {
+            let _ = own.whole.take(range);
+        }
+    }
+
     /// The lease, as the epochs of its consumer see it.
     fn entry(&self) -> Option<Entry> {
         let own = self.covered.audience.own()?;

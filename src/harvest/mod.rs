@@ -255,17 +255,20 @@ fn harvest_for<'a>(
     let (bound, covered) = holder.check(member, request, bitmap, &snapshot)?;
     let held = Held::Lent(bound.view());
     let holding = Holding::begin(space, held, covered);
-    let lease = harvest(holding, snapshot, request, bound);
+    let all = bound.view().range();
+    let lease = harvest(holding, snapshot, request, bound, all);
     holder.keep_in_bounds(lease.audience());
     Ok(lease)
 }
 
-/// Walks `request` into `bound`, the bits of `holding`.
+/// Walks `request` into `bound`, the bits of `holding`. In `all` there is no area that is not
+/// walked.
 fn harvest<'a>(
     mut holding: Holding<'a>,
     snapshot: Areas<'_>,
     request: &HarvestRequest<'_>,
     bound: Bound<'_>,
+    all: IovaRange,
 ) -> Lease<'a, Owed> {
     #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
     if request.is_parallel() && !holding.is_shared() {
@@ -277,6 +280,9 @@ fn harvest<'a>(
     let mut sink = bound.into_sink();
     let walked = walk(&mut holding, &snapshot, request, asked, &mut sink);
     holding.walked(&snapshot);
+    if matches!(walked, Ok(None)) && request.mask().is_none() {
+        holding.walked_all(all);
+    }
     let mut recorded = Recorded::default();
     recorded.add(&sink);
     holding.into_lease(walked, recorded)

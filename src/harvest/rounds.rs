@@ -209,7 +209,7 @@ impl<'a> Rounds<'a> {
             part: range,
         });
         let holding = Holding::begin(self.space.clone(), held, covered);
-        let lease = harvest(holding, snapshot, &request, bound);
+        let lease = harvest(holding, snapshot, &request, bound, self.within);
         space.keep_in_bounds(lease.audience());
         Ok(lease)
     }

@@ -241,8 +241,9 @@ struct Log {
     deltas: BTreeMap<u64, PageSet>,
     /// The leases of which parts were committed since the newest epoch.
     parts: BTreeSet<u64>,
-    /// The last store of which a lease was committed that is typed as everything.
-    told: u64,
+    /// The last store of which everything was told, and the number of the lease that begins with it:
+    /// the first one of which a part or all was committed.
+    told: (u64, u64),
     page: Granule,
 }
 
@@ -263,7 +264,7 @@ impl Epochs {
                 cursors: BTreeMap::new(),
                 deltas: BTreeMap::new(),
                 parts: BTreeSet::new(),
-                told: 0,
+                told: (0, 0),
                 page,
             }),
         }
@@ -316,9 +317,7 @@ impl Epochs {
         let mut log = lock(&self.log);
         let parent = log.parent(entry);
         log.add(runs);
-        if let Some(whole) = entry.whole {
-            log.told = log.told.max(whole);
-        }
+        log.tell(entry);
         let epoch = self.make(&mut log, entry.number);
         log.keep_within(room);
         Lineage { epoch, parent }
@@ -333,6 +332,7 @@ impl Epochs {
     ) {
         let mut log = lock(&self.log);
         log.add(runs);
+        log.tell(entry);
         log.parts.insert(entry.number);
         log.keep_within(room);
     }
@@ -438,13 +438,25 @@ impl Log {
         if entry.number <= self.head {
             return Parent::Unknown(Why::Late);
         }
-        if entry.whole.is_some_and(|whole| whole > self.told) {
+        let (told, by) = self.told;
+        if entry
+            .whole
+            .is_some_and(|whole| whole > told || by == entry.number)
+        {
             return Parent::Everything(Why::Bounds);
         }
         if self.parts.iter().any(|part| *part != entry.number) {
             return Parent::Unknown(Why::Parts);
         }
         self.top
+    }
+
+    /// Everything that a lease took as a whole begins to be told by it, unless it was before. What a
+    /// later lease has of it is an increment.
+    fn tell(&mut self, entry: Entry) {
+        if let Some(whole) = entry.whole.filter(|whole| *whole > self.told.0) {
+            self.told = (whole, entry.number);
+        }
     }
 
     /// Adds pages that are committed.

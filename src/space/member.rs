@@ -2,8 +2,8 @@
 
 use std::ops::Deref;
 
-use super::bounds::Whole;
 use super::epochs::{Bounds, Epochs};
+use super::whole::Whole;
 use crate::error::Error;
 use crate::marks::Marks;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering};
@@ -286,6 +286,11 @@ impl Audience {
     /// The consumer of the harvest; `None` in a space that never had a named one.
     pub(crate) fn own(&self) -> Option<&Arc<Member>> {
         self.moved.as_ref().or_else(|| self.all.get(self.own))
+    }
+
+    /// Whether the consumer got another store after the harvest has loaded the root.
+    pub(crate) fn has_moved(&self) -> bool {
+        self.moved.is_some()
     }
 
     /// The consumer of the harvest has this store from now on.

@@ -38,6 +38,7 @@ mod switch;
 mod tracking;
 mod unmap;
 mod walks;
+mod whole;
 
 pub use crate::marks::MarkOrdering;
 pub use crate::report::Unmapped;
