@@ -334,14 +334,29 @@ impl Slot<'_> {
         for (index, word) in (from..).zip(&chunk.0[from..=to]) {
             let low = if index == from { first % 64 } else { 0 };
             let high = if index == to { last % 64 } else { 63 };
-            let mask = word_mask(low as u32, high as u32);
-            // Relaxed: the caller's full fence orders this load after its data write.
-            if word.load(Ordering::Relaxed) & mask != mask {
-                // Release: as in `set_word`.
-                word.fetch_or(mask, weaken(Step::PublishMarks, Ordering::Release));
+            if or_mask(word, word_mask(low as u32, high as u32)) {
                 anew = true;
             }
         }
+        self.end_words(lines(first, last));
+        anew
+    }
+
+    /// As [`set_words`](Self::set_words), of words by their place in the chunk, with the bits to set
+    /// in each.
+    pub(super) fn set_masks(self, chunk: &Chunk, masks: &[(u16, u64)]) {
+        let mut lines = 0;
+        for (nth, mask) in masks {
+            let nth = usize::from(*nth);
+            or_mask(&chunk.0[nth], *mask);
+            lines |= 1 << (nth / LINE_WORDS);
+        }
+        self.end_words(lines);
+    }
+
+    /// F3, M2 and M3 of a mark of several words.
+    #[inline(always)]
+    fn end_words(self, lines: u64) {
         if performs(Step::WordsFence) {
             // SeqCst: F3 of a mark of several words, one for those that it set and those that it
             // found set; pairs with F5 in `Cleared::clear`.
@@ -349,8 +364,7 @@ impl Slot<'_> {
             // - If F5 is first, `summarize` sees the summary clear and sets it.
             fence(Ordering::SeqCst);
         }
-        self.summarize(lines(first, last));
-        anew
+        self.summarize(lines);
     }
 
     /// M2 and M3.
@@ -373,6 +387,18 @@ impl Slot<'_> {
             fence_after_rmw();
         }
     }
+}
+
+/// Sets the bits of `mask` in `word`, one of several. Returns whether one was clear.
+#[inline(always)]
+fn or_mask(word: &AtomicU64, mask: u64) -> bool {
+    // Relaxed: the caller's full fence orders this load after its data write.
+    let anew = word.load(Ordering::Relaxed) & mask != mask;
+    if anew {
+        // Release: as in `set_word`.
+        word.fetch_or(mask, weaken(Step::PublishMarks, Ordering::Release));
+    }
+    anew
 }
 
 /// The lines that the bits `first..=last` touch.

@@ -4,6 +4,7 @@ use std::ops::Deref;
 
 use super::epochs::{Bounds, Epochs};
 use super::whole::Whole;
+use crate::chunkmap::CHUNK_WORDS;
 use crate::error::Error;
 use crate::marks::Marks;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering};
@@ -176,25 +177,29 @@ impl Member {
         }
     }
 
-    /// Leaves the pages of `mask`, of 64 pages from `start` on, pending. The caller has performed a
-    /// full fence since it took them.
-    pub(crate) fn leave(&self, start: Iova, mask: u64) {
+    /// Leaves pages of a chunk pending: see [`Marks::mark_masks`]. The caller has performed a full
+    /// fence since it took them.
+    pub(crate) fn leave(&self, chunk: u64, masks: &[(u16, u64)]) {
         if self.range == IovaRange::ALL {
-            return self.pending.mark_mask(start, mask);
+            return self.pending.mark_masks(chunk, masks);
         }
-        // Never an error: an address of a page ascends.
-        let word = self.page.bytes().saturating_mul(63) + self.page.mask();
-        let last = Iova::new(start.get().saturating_add(word));
-        let Some(inside) = IovaRange::new(start, last)
-            .ok()
-            .and_then(|word| word.intersection(self.range))
-        else {
-            return;
-        };
-        let number = |iova: Iova| ((iova.get() - start.get()) >> self.page.lg2()) as u32;
-        let mine = crate::words::word_mask(number(inside.start()), number(inside.last()));
-        if mask & mine != 0 {
-            self.pending.mark_mask(start, mask & mine);
+        for (nth, mask) in masks {
+            let word = chunk * CHUNK_WORDS + u64::from(*nth);
+            let start = Iova::new(word * 64 << self.page.lg2());
+            // Never an error: an address of a page ascends.
+            let word = self.page.bytes().saturating_mul(63) + self.page.mask();
+            let last = Iova::new(start.get().saturating_add(word));
+            let Some(inside) = IovaRange::new(start, last)
+                .ok()
+                .and_then(|word| word.intersection(self.range))
+            else {
+                continue;
+            };
+            let number = |iova: Iova| ((iova.get() - start.get()) >> self.page.lg2()) as u32;
+            let mine = crate::words::word_mask(number(inside.start()), number(inside.last()));
+            if mask & mine != 0 {
+                self.pending.mark_masks(chunk, &[(*nth, mask & mine)]);
+            }
         }
     }
 
