@@ -291,7 +291,7 @@ impl Slot<'_> {
         if first == 0 && last == CHUNK_BITS - 1 {
             return self.set_whole();
         }
-        self.set_words(chunk, first, last)
+        self.set_range(chunk, first, last)
     }
 
     /// As [`set`](Self::set), of all bits of the chunk.
@@ -328,35 +328,37 @@ impl Slot<'_> {
     }
 
     /// As [`set`](Self::set), word by word.
-    pub(super) fn set_words(self, chunk: &Chunk, first: u64, last: u64) -> bool {
-        let mut anew = false;
+    pub(super) fn set_range(self, chunk: &Chunk, first: u64, last: u64) -> bool {
         let (from, to) = ((first / 64) as usize, (last / 64) as usize);
-        for (index, word) in (from..).zip(&chunk.0[from..=to]) {
+        let words = (from..).zip(&chunk.0[from..=to]).map(|(index, word)| {
             let low = if index == from { first % 64 } else { 0 };
             let high = if index == to { last % 64 } else { 63 };
-            if or_mask(word, word_mask(low as u32, high as u32)) {
+            (word, word_mask(low as u32, high as u32))
+        });
+        self.set_words(words, lines(first, last))
+    }
+
+    /// As [`set`](Self::set), of words by their place in the chunk, with the bits to set in each.
+    pub(super) fn set_masks(self, chunk: &Chunk, masks: &[(u16, u64)]) {
+        let line = |nth: u16| 1u64 << (usize::from(nth) / LINE_WORDS);
+        let lines = masks.iter().fold(0, |lines, (nth, _)| lines | line(*nth));
+        let words = masks.iter();
+        let words = words.map(|(nth, mask)| (&chunk.0[usize::from(*nth)], *mask));
+        self.set_words(words, lines);
+    }
+
+    /// Sets the bits of `words`, which lie in `lines`. Returns whether one was clear.
+    #[inline(always)]
+    fn set_words<'c>(self, words: impl Iterator<Item = (&'c AtomicU64, u64)>, lines: u64) -> bool {
+        let mut anew = false;
+        for (word, mask) in words {
+            // Relaxed: the caller's full fence orders this load after its data write.
+            if word.load(Ordering::Relaxed) & mask != mask {
+                // Release: as in `set_word`.
+                word.fetch_or(mask, weaken(Step::PublishMarks, Ordering::Release));
                 anew = true;
             }
         }
-        self.end_words(lines(first, last));
-        anew
-    }
-
-    /// As [`set_words`](Self::set_words), of words by their place in the chunk, with the bits to set
-    /// in each.
-    pub(super) fn set_masks(self, chunk: &Chunk, masks: &[(u16, u64)]) {
-        let mut lines = 0;
-        for (nth, mask) in masks {
-            let nth = usize::from(*nth);
-            or_mask(&chunk.0[nth], *mask);
-            lines |= 1 << (nth / LINE_WORDS);
-        }
-        self.end_words(lines);
-    }
-
-    /// F3, M2 and M3 of a mark of several words.
-    #[inline(always)]
-    fn end_words(self, lines: u64) {
         if performs(Step::WordsFence) {
             // SeqCst: F3 of a mark of several words, one for those that it set and those that it
             // found set; pairs with F5 in `Cleared::clear`.
@@ -365,6 +367,7 @@ impl Slot<'_> {
             fence(Ordering::SeqCst);
         }
         self.summarize(lines);
+        anew
     }
 
     /// M2 and M3.
@@ -387,18 +390,6 @@ impl Slot<'_> {
             fence_after_rmw();
         }
     }
-}
-
-/// Sets the bits of `mask` in `word`, one of several. Returns whether one was clear.
-#[inline(always)]
-fn or_mask(word: &AtomicU64, mask: u64) -> bool {
-    // Relaxed: the caller's full fence orders this load after its data write.
-    let anew = word.load(Ordering::Relaxed) & mask != mask;
-    if anew {
-        // Release: as in `set_word`.
-        word.fetch_or(mask, weaken(Step::PublishMarks, Ordering::Release));
-    }
-    anew
 }
 
 /// The lines that the bits `first..=last` touch.

@@ -55,15 +55,10 @@ impl ChunkMap {
         words
     }
 
-    /// Calls `each` with the words that have bits, of the chunks that hold bits of `first..=last`, as
-    /// their one writer: the number of a chunk, and some of its words by their places. Clears them
-    /// after that: what other threads are to find instead was stored by `each`.
-    pub(crate) fn hand_over(
-        &self,
-        first: u64,
-        last: u64,
-        mut each: impl FnMut(u64, &[(u16, u64)]),
-    ) {
+    /// Calls `each` with the words that have bits, of the chunks that hold bits of `first..=last`,
+    /// as their one writer: the number of a chunk, and some of its words by their places. Clears
+    /// them after that: what other threads are to find instead was stored by `each`.
+    pub(crate) fn wipe(&self, first: u64, last: u64, mut each: impl FnMut(u64, &[(u16, u64)])) {
         const BATCH: usize = 64;
         let done: Result<(), Infallible> = self.each_chunk(first, last, |slot, chunk, base| {
             // Relaxed: the writer's own store, here and below.

@@ -435,7 +435,8 @@ fn slot_in(blocks: &[Block], index: u64) -> Slot<'_> {
 }
 
 fn free_chunk(chunk: *mut Chunk) {
-    // SAFETY: made by `Box::into_raw` in `ChunkMap::chunk_of`; the caller has the only reference left.
+    // SAFETY: made by `Box::into_raw` in `ChunkMap::chunk_of`; the caller has the only reference
+    // left.
     drop(unsafe { Box::from_raw(chunk) });
 }
 

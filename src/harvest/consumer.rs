@@ -6,7 +6,7 @@ use super::held::SpaceRef;
 use super::{HarvestRequest, Lease, Owed, Rounds, harvest_for};
 use crate::bitmap::{BitmapView, UserBitmap};
 use crate::error::Error;
-use crate::space::{AddressSpace, Beginning, Who};
+use crate::space::{AddressSpace, Beginning, Party};
 use crate::sync::{Arc, Ordering};
 use crate::units::{IovaRange, ToIovaRange};
 
@@ -51,7 +51,7 @@ use crate::units::{IovaRange, ToIovaRange};
 /// that is aborted after that puts back nothing, and counts its pages as outside.
 pub struct Consumer<'a> {
     pub(super) space: SpaceRef<'a>,
-    pub(super) member: Arc<Who>,
+    pub(super) member: Arc<Party>,
 }
 
 /// What a new consumer is told first.

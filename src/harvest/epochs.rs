@@ -1,7 +1,7 @@
 //! What a consumer says about its epochs, and what holds one of them.
 
 use super::Consumer;
-use crate::space::{AddressSpace, Bounds, Epoch, Since, Who};
+use crate::space::{AddressSpace, Bounds, Epoch, Party, Since};
 use crate::sync::Arc;
 
 /// Holds an epoch of a consumer: [`Consumer::since`] can tell what was written after it, for as
@@ -13,7 +13,7 @@ use crate::sync::Arc;
 #[derive(Debug)]
 #[must_use = "a cursor that is dropped holds nothing"]
 pub struct Cursor {
-    who: Arc<Who>,
+    party: Arc<Party>,
     epoch: Epoch,
 }
 
@@ -27,9 +27,9 @@ impl Cursor {
 impl Clone for Cursor {
     /// Another hold of the same epoch.
     fn clone(&self) -> Self {
-        self.who.epochs.hold_again(self.epoch);
+        self.party.epochs.hold_again(self.epoch);
         Cursor {
-            who: Arc::clone(&self.who),
+            party: Arc::clone(&self.party),
             epoch: self.epoch,
         }
     }
@@ -37,7 +37,7 @@ impl Clone for Cursor {
 
 impl Drop for Cursor {
     fn drop(&mut self) {
-        self.who.epochs.release(self.epoch);
+        self.party.epochs.release(self.epoch);
     }
 }
 
@@ -76,13 +76,13 @@ impl Consumer<'_> {
         let store = self.space.member(&self.member);
         let bounds = store.map_or_else(|| self.member.bounds(), |store| store.room());
         Cursor {
-            who: Arc::clone(&self.member),
+            party: Arc::clone(&self.member),
             epoch: self.member.epochs.hold(&bounds),
         }
     }
 
-    /// The pages that this consumer has committed after `epoch`: a copy of that epoch becomes one of
-    /// the newest epoch if they are copied now. The union of all increments in between.
+    /// The pages that this consumer has committed after `epoch`: a copy of that epoch becomes one
+    /// of the newest epoch if they are copied now. The union of all increments in between.
     ///
     /// What is dirty and not committed is in none of them. Harvest and commit first, to have
     /// everything that was written before.

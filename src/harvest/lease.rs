@@ -140,7 +140,8 @@ impl<'a, State> Lease<'a, State> {
     /// let backup = space.consumer("backup", Start::Dirty)?;
     /// let full = backup.rounds().next()?;
     /// let first = full.lineage().map(|lineage| lineage.epoch);
-    /// assert!(matches!(full.lineage(), Some(full) if matches!(full.parent, Parent::Everything(_))));
+    /// let parent = full.lineage().map(|lineage| lineage.parent);
+    /// assert!(matches!(parent, Some(Parent::Everything(_))));
     /// full.commit();
     /// backup.rounds().next()?.abort(); // makes no epoch
     /// let lineage = backup.rounds().next()?.lineage();
@@ -791,16 +792,14 @@ impl<'a> Holding<'a> {
         };
         let mut committed = lock(&self.committed);
         let mut bits = 0;
-        let mut fresh = Vec::new();
-        for part in committed.without(part) {
-            let view = view.part(part);
-            bits += view.map_or(0, |view| view.count());
-            fresh.extend(view);
+        for fresh in committed.without(part) {
+            bits += view.part(fresh).map_or(0, |view| view.count());
         }
         if bits > 0
             && let Some((own, entry)) = self.covered.audience.own().zip(self.entry())
         {
-            let runs = fresh.iter().flat_map(BitmapView::runs);
+            let fresh = committed.without(part).filter_map(|part| view.part(part));
+            let runs = fresh.flat_map(|view| view.runs());
             own.epochs.commit_part(entry, runs, &own.room());
         }
         committed.add(part);

@@ -77,7 +77,7 @@ pub use write_guard::WriteGuard;
 
 use crate::bitmap::{BitmapView, Bound, UserBitmap};
 use crate::error::Error;
-use crate::space::{AddressSpace, Areas, Audience, Covered, Who};
+use crate::space::{AddressSpace, Areas, Audience, Covered, Party};
 use crate::units::IovaRange;
 use held::{Held, SpaceRef};
 use lease::{Holding, Recorded};
@@ -170,7 +170,7 @@ impl AddressSpace {
     /// The same for a consumer; `None` is the unnamed one.
     fn peek_for<'a>(
         &self,
-        member: Option<&Who>,
+        member: Option<&Party>,
         request: &HarvestRequest<'_>,
         bitmap: UserBitmap<'a>,
     ) -> Result<BitmapView<'a>, Error> {
@@ -196,7 +196,7 @@ impl AddressSpace {
     /// request that is walked.
     fn check<'a>(
         &self,
-        member: Option<&Who>,
+        member: Option<&Party>,
         request: &HarvestRequest<'_>,
         bitmap: UserBitmap<'a>,
         snapshot: &Areas<'_>,
@@ -244,7 +244,7 @@ impl AddressSpace {
 /// A harvest for a consumer of `space`; `None` is the unnamed one.
 fn harvest_for<'a>(
     space: SpaceRef<'a>,
-    member: Option<&Who>,
+    member: Option<&Party>,
     request: &HarvestRequest<'_>,
     bitmap: UserBitmap<'a>,
 ) -> Result<Lease<'a, Owed>, Error> {

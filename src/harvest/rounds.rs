@@ -5,7 +5,7 @@ use super::lease::Holding;
 use super::{HarvestRequest, Lease, Owed, Scope, Synced, harvest};
 use crate::bitmap::{SparseBitmap, UserBitmap};
 use crate::error::Error;
-use crate::space::{AddressSpace, Who};
+use crate::space::{AddressSpace, Party};
 use crate::sync::Arc;
 use crate::units::{DomainId, Granule, IovaRange, ToIovaRange};
 
@@ -48,7 +48,7 @@ pub struct Rounds<'a> {
     within: IovaRange,
     bitmap: Arc<SparseBitmap>,
     /// The consumer; `None` is the unnamed one.
-    member: Option<Arc<Who>>,
+    member: Option<Arc<Party>>,
 }
 
 impl AddressSpace {
@@ -94,7 +94,7 @@ impl<'a> Rounds<'a> {
     }
 
     /// The rounds of a consumer.
-    pub(super) fn of(space: SpaceRef<'a>, member: Arc<Who>) -> Self {
+    pub(super) fn of(space: SpaceRef<'a>, member: Arc<Party>) -> Self {
         Rounds {
             within: member.range,
             member: Some(member),

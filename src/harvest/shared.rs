@@ -167,7 +167,7 @@ fn look_further(
         space.flights.look(part, own, sink)
     });
     let further = further.and_then(|()| {
-        // Acquire: pairs with the Release stores of `ChunkMap::hand_over`. A page that was found wiped
+        // Acquire: pairs with the Release stores of `ChunkMap::wipe`. A page that was found wiped
         // is seen pending.
         fence(Ordering::Acquire);
         match takes {

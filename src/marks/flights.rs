@@ -206,11 +206,11 @@ impl Flight {
         })
     }
 
-    /// Calls `each` with the pages of `range`, by chunks: see [`ChunkMap::hand_over`]. Forgets them
+    /// Calls `each` with the pages of `range`, by chunks: see [`ChunkMap::wipe`]. Forgets them
     /// after the call: they are pending then.
     pub(crate) fn hand_over(&self, range: IovaRange, each: impl FnMut(u64, &[(u16, u64)])) {
         let (first, last) = self.numbers(range);
-        self.bits.hand_over(first, last, each);
+        self.bits.wipe(first, last, each);
     }
 
     /// Ends the claim. All pages were wiped.

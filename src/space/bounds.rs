@@ -16,9 +16,9 @@
 //! join is, and the old store lives for as long as a thread may use it.
 //!
 //! # Why no write is lost
-//! Take a harvest X of another consumer that takes a page p, and leaves it in the old store, because
-//! X has loaded a root from before B1. Or take a lease of the consumer itself over the old store,
-//! which puts p back there. Nobody looks at that store.
+//! Take a harvest X of another consumer that takes a page p, and leaves it in the old store,
+//! because X has loaded a root from before B1. Or take a lease of the consumer itself over the old
+//! store, which puts p back there. Nobody looks at that store.
 //! * If p is still pending as a whole, a later harvest of the consumer reports it.
 //! * If a harvest Y of the consumer has taken it as a whole (C1), then B1 came before C3. X has
 //!   announced itself before it loaded its root, so it is among those for which C3 waits: see
@@ -33,14 +33,14 @@
 //!
 //! # The store of a harvest
 //! A harvest Y of the consumer that has loaded the root before B1 looks at the old store, while
-//! another one leaves a page in the new store. If Y is the last harvest, it must not miss that page.
-//! So Y looks whether its store is old after each piece, and goes on with the new store, in which
-//! everything is pending. The old store says that it is old before B1. If Y finds a page neither in
-//! the table nor in flight, it sees what the other harvest saw, which had loaded the root from after
-//! B1.
+//! another one leaves a page in the new store. If Y is the last harvest, it must not miss that
+//! page. So Y looks whether its store is old after each piece, and goes on with the new store, in
+//! which everything is pending. The old store says that it is old before B1. If Y finds a page
+//! neither in the table nor in flight, it sees what the other harvest saw, which had loaded the
+//! root from after B1.
 
 use super::AddressSpace;
-use super::member::{Audience, Member, MemberCounts, Who};
+use super::member::{Audience, Member, MemberCounts, Party};
 use crate::failure::{Failure, attempt};
 use crate::flush::FlushGather;
 use crate::sync::{Arc, Ordering, Step, performs};
@@ -79,7 +79,7 @@ impl AddressSpace {
         if old.pending.held_bytes() == 0 {
             return;
         }
-        let fresh = Member::with_store(Arc::clone(&old.who), old.stores + 1);
+        let fresh = Member::with_store(Arc::clone(&old.party), old.stores + 1);
         if performs(Step::TellWhole) {
             fresh.whole.add(old.range);
         }
@@ -119,14 +119,14 @@ impl AddressSpace {
     }
 
     /// The consumer with the store that it has now; `None` if it has left.
-    pub(crate) fn member(&self, who: &Who) -> Option<Arc<Member>> {
+    pub(crate) fn member(&self, party: &Party) -> Option<Arc<Member>> {
         let members = self.members();
-        members.iter().find(|member| member.id == who.id).cloned()
+        members.iter().find(|member| member.id == party.id).cloned()
     }
 
-    /// C3 and C4 but for the fence: waits for the harvests that are running, and flushes all sources.
-    /// What those harvests have cleared, devices may still cache as dirty, and only their leases
-    /// know that debt.
+    /// C3 and C4 but for the fence: waits for the harvests that are running, and flushes all
+    /// sources. What those harvests have cleared, devices may still cache as dirty, and only their
+    /// leases know that debt.
     pub(crate) fn catch_up(&self) -> Result<(), Failure> {
         self.walks.wait();
         if performs(Step::FlushAtJoin) {

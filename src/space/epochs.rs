@@ -241,8 +241,8 @@ struct Log {
     deltas: BTreeMap<u64, PageSet>,
     /// The leases of which parts were committed since the newest epoch.
     parts: BTreeSet<u64>,
-    /// The last store of which everything was told, and the number of the lease that begins with it:
-    /// the first one of which a part or all was committed.
+    /// The last store of which everything was told, and the number of the lease that begins with
+    /// it: the first one of which a part or all was committed.
     told: (u64, u64),
     page: Granule,
 }
@@ -451,8 +451,8 @@ impl Log {
         self.top
     }
 
-    /// Everything that a lease took as a whole begins to be told by it, unless it was before. What a
-    /// later lease has of it is an increment.
+    /// Everything that a lease took as a whole begins to be told by it, unless it was before. What
+    /// a later lease has of it is an increment.
     fn tell(&mut self, entry: Entry) {
         if let Some(whole) = entry.whole.filter(|whole| *whole > self.told.0) {
             self.told = (whole, entry.number);

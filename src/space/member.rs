@@ -12,7 +12,7 @@ use crate::units::{Granule, Iova, IovaRange};
 
 /// What of a consumer lasts for as long as it exists.
 #[derive(Debug)]
-pub(crate) struct Who {
+pub(crate) struct Party {
     /// No two consumers of a process have the same.
     pub(crate) id: u64,
     name: Box<str>,
@@ -28,7 +28,7 @@ pub(crate) struct Who {
 /// A consumer with a store of its pending pages: see [`bounds`](super::bounds).
 #[derive(Debug)]
 pub(crate) struct Member {
-    pub(crate) who: Arc<Who>,
+    pub(crate) party: Arc<Party>,
     /// What others have taken, and what its own leases have put back.
     pub(crate) pending: Marks,
     /// What is pending as a whole, because a store that the consumer had before was dropped.
@@ -42,10 +42,10 @@ pub(crate) struct Member {
 }
 
 impl Deref for Member {
-    type Target = Who;
+    type Target = Party;
 
-    fn deref(&self) -> &Who {
-        &self.who
+    fn deref(&self) -> &Party {
+        &self.party
     }
 }
 
@@ -107,12 +107,12 @@ impl MemberCounts {
     }
 }
 
-impl Who {
+impl Party {
     fn new(name: &str, range: IovaRange, page: Granule) -> Self {
         // Ids of all spaces: a consumer of another space is told apart.
         static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
         let bounds = Bounds::default();
-        Who {
+        Party {
             // Relaxed: a unique number, which orders nothing.
             id: NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed),
             name: name.into(),
@@ -162,18 +162,18 @@ impl Who {
 impl Member {
     /// A new consumer.
     pub(super) fn new(name: &str, range: IovaRange, page: Granule) -> Self {
-        Self::with_store(Arc::new(Who::new(name, range, page)), 0)
+        Self::with_store(Arc::new(Party::new(name, range, page)), 0)
     }
 
     /// A consumer that had `stores` stores before.
-    pub(super) fn with_store(who: Arc<Who>, stores: u64) -> Self {
+    pub(super) fn with_store(party: Arc<Party>, stores: u64) -> Self {
         Member {
-            pending: Marks::everywhere(who.page),
+            pending: Marks::everywhere(party.page),
             whole: Whole::new(),
             stores,
             missed: AtomicU64::new(0),
             is_old: AtomicBool::new(false),
-            who,
+            party,
         }
     }
 
@@ -278,7 +278,7 @@ impl Audience {
     ///
     /// # Errors
     /// [`Error::ConsumerLeft`].
-    pub(crate) fn of(members: &Members, member: &Who) -> Result<Self, Error> {
+    pub(crate) fn of(members: &Members, member: &Party) -> Result<Self, Error> {
         let all = members.clone();
         let own = all.iter().position(|other| other.id == member.id);
         let own = own.ok_or_else(|| Error::ConsumerLeft {

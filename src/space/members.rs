@@ -24,7 +24,7 @@
 use std::convert::Infallible;
 
 use super::epochs::{Parent, Why};
-use super::member::{Member, MemberCounts, Members, Who};
+use super::member::{Member, MemberCounts, Members, Party};
 use super::{AddressSpace, Area};
 use crate::bitmap::Sink;
 use crate::error::{Error, Stopped};
@@ -43,7 +43,7 @@ const MAX_CONSUMERS: usize = 1 << 14;
 pub(crate) enum Beginning<'m> {
     Clean,
     Dirty,
-    Like(&'m Who),
+    Like(&'m Party),
 }
 
 impl AddressSpace {
@@ -53,7 +53,7 @@ impl AddressSpace {
         name: &str,
         range: IovaRange,
         beginning: Beginning<'_>,
-    ) -> Result<Arc<Who>, Error> {
+    ) -> Result<Arc<Party>, Error> {
         if name.is_empty() || name.len() > MAX_NAME {
             return Err(Error::BadName {
                 len: name.len(),
@@ -96,10 +96,10 @@ impl AddressSpace {
             Ok(())
         });
         if let Err(failure) = self.begin(&member, beginning) {
-            self.leave(&member.who);
+            self.leave(&member.party);
             return Err(failure.raise());
         }
-        Ok(Arc::clone(&member.who))
+        Ok(Arc::clone(&member.party))
     }
 
     /// The part of a join after the consumer was published.
@@ -133,7 +133,7 @@ impl AddressSpace {
     }
 
     /// Removes a consumer. Lock-free.
-    pub(crate) fn leave(&self, member: &Who) {
+    pub(crate) fn leave(&self, member: &Party) {
         // Relaxed: a hint.
         member.left.store(true, Ordering::Relaxed);
         let _: Result<(), Error> = self.areas.update(|edit| {

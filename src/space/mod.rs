@@ -48,7 +48,7 @@ pub(crate) use domain::{Attachment, Covered};
 pub(crate) use epochs::Entry;
 pub use epochs::{BadEpoch, Bounds, Epoch, Lineage, Parent, Since, Why, Written};
 pub use faults::{Fault, FaultSource, Faults};
-pub(crate) use member::{Audience, Member, MemberCounts, Who};
+pub(crate) use member::{Audience, Member, MemberCounts, Party};
 pub(crate) use members::Beginning;
 pub use plan::Change;
 pub use snapshot::SpaceSnapshot;

@@ -1,5 +1,5 @@
-//! What is pending as a whole for a consumer: ranges of which everything that is mapped is dirty for
-//! it. See [`bounds`](super::bounds).
+//! What is pending as a whole for a consumer: ranges of which everything that is mapped is dirty
+//! for it. See [`bounds`](super::bounds).
 
 use crate::ranges::RangeSet;
 use crate::sync::{AtomicBool, Mutex, Ordering, lock};

@@ -98,9 +98,9 @@ fn an_abort_of_everything_makes_everything_pending() {
     assert_eq!(next(&one).0.len(), 0);
 }
 
-/// A lease of everything of which a part was committed, and the rest aborted. The next lease has the
-/// rest alone. It said that it was everything, and a tool that began a new copy with it lost the
-/// part.
+/// A lease of everything of which a part was committed, and the rest aborted. The next lease has
+/// the rest alone. It said that it was everything, and a tool that began a new copy with it lost
+/// the part.
 #[test]
 fn the_rest_of_everything_is_an_increment() {
     let space = space(64);

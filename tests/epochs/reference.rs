@@ -48,8 +48,8 @@ struct Tool<'s> {
     is_exact: bool,
     /// Pages of leases that were forgotten: they are lost.
     lost: BTreeSet<u64>,
-    /// Pages of such leases that were committed by parts. The image does not have them, and the next
-    /// epoch must say so.
+    /// Pages of such leases that were committed by parts. The image does not have them, and the
+    /// next epoch must say so.
     parts: BTreeSet<u64>,
 }
 
