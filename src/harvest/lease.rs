@@ -550,12 +550,13 @@ impl<'a> Holding<'a> {
             // In the lease before they are recorded: a panic or an error puts them back.
             let first = self.whole.len();
             self.whole.extend(own.whole.take(part));
-            let taken = self.whole[first..].iter();
-            let recorded = taken.map(|run| (run.start(), sink.record(*run)));
+            let mut taken = self.whole[first..].iter();
+            let mut further = taken.try_for_each(|run| {
+                let at = run.start();
+                let recorded = sink.record(*run);
+                recorded.map_err(|error| Stopped { at, error })
+            });
             let younger = self.space.younger_store(own);
-            let mut further = recorded
-                .map(|(at, recorded)| recorded.map_err(|error| Stopped { at, error }))
-                .collect::<Result<(), Stopped>>();
             if let Some(younger) = &younger {
                 further = further.and_then(|()| younger.pending.read_and_clear(part, sink));
             }

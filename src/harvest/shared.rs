@@ -272,7 +272,7 @@ impl<'s> Taking<'s> {
         let first_word = sink.first_word(Iova::MIN, page);
         self.leave(|word, mask| {
             if outcome.is_ok() {
-                let at = Iova::new(word * 64 << page.lg2());
+                let at = Iova::new((word * 64) << page.lg2());
                 let recorded = match first_word {
                     Some(first) => sink.or(first.wrapping_add(word), mask),
                     None => sink.put_mask(at, page, mask),

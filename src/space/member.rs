@@ -185,7 +185,7 @@ impl Member {
         }
         for (nth, mask) in masks {
             let word = chunk * CHUNK_WORDS + u64::from(*nth);
-            let start = Iova::new(word * 64 << self.page.lg2());
+            let start = Iova::new((word * 64) << self.page.lg2());
             // Never an error: an address of a page ascends.
             let word = self.page.bytes().saturating_mul(63) + self.page.mask();
             let last = Iova::new(start.get().saturating_add(word));

@@ -2,7 +2,7 @@
 //! for it. See [`bounds`](super::bounds).
 
 use crate::ranges::RangeSet;
-use crate::sync::{AtomicBool, Mutex, Ordering, lock};
+use crate::sync::{AtomicBool, Mutex, Ordering, fence, lock};
 use crate::units::IovaRange;
 
 /// What is pending as a whole for one consumer.
@@ -34,6 +34,12 @@ impl Whole {
         ranges.add(range);
         // Relaxed: see `is_due`.
         self.is_due.store(true, Ordering::Relaxed);
+        drop(ranges);
+        // SeqCst: in the place of M3 of a mark, for an abort that looks at the areas next; pairs
+        // with F6 of an unmap.
+        // - If this fence is first, the unmap finds what was added.
+        // - If F6 is first, the abort finds that the area is going, and marks its pages.
+        fence(Ordering::SeqCst);
     }
 
     /// Takes what there is in `part`.
