@@ -561,6 +561,8 @@ impl<'a> Holding<'a> {
                 further = further.and_then(|()| younger.pending.read_and_clear(part, sink));
             }
             if let Err(stopped) = further {
+                // What is not recorded is pending as before; what is, the stop puts back.
+                self.whole.drain(first..).for_each(|run| own.whole.add(run));
                 let at = stopped.at.granule_start(page).max(part.start());
                 return shared::rounded(Err(Stopped { at, ..stopped }), sink);
             }
