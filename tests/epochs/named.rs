@@ -129,7 +129,10 @@ fn a_cursor_has_what_was_committed_by_parts_before() {
     lease.commit_range(pages(3, 1));
     // Without a cursor nothing was recorded, so the epoch before is known no more.
     assert_eq!(since(&one, one.epoch()), Err(Why::Merged));
+    let before = one.epoch();
     let cursor = one.cursor();
+    assert_ne!(cursor.epoch(), before);
+    assert_eq!(since(&one, before), Err(Why::Merged));
     lease.commit_range(pages(4, 1));
     assert_eq!(since(&one, cursor.epoch()), Ok(vec![4]));
     lease.commit();
