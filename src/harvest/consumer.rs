@@ -38,7 +38,7 @@ use crate::units::{IovaRange, ToIovaRange};
 /// [`AddressSpace::harvest`], [`peek`](AddressSpace::peek), [`rounds`](AddressSpace::rounds) and
 /// harvests of one [domain](crate::Scope) are those of the *unnamed* consumer, which covers all of
 /// the space and always exists. So a program that knows no consumers goes on as it was. What nobody
-/// asks for on its behalf takes a bit for each page.
+/// asks for on its behalf takes a bit for each page, up to its [bounds](Self::set_bounds).
 ///
 /// # Areas that go
 /// An unmap ends what is pending in its areas for every consumer. Its bitmap has each page that
