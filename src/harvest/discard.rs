@@ -251,8 +251,9 @@ impl<'s> Discarding<'s> {
 
     /// Z6 and Z7.
     fn end(&self) {
-        {
-            // A consumer that joins waits for this, or is one of those below.
+        let members = {
+            // A consumer that joins waits for this, or is one of those below; and so does a lease
+            // of everything: see `space::bounds`.
             let _walk = self.space.walks.enter();
             let members = self.space.members();
             for (_, part) in &self.whole {
@@ -264,14 +265,17 @@ impl<'s> Discarding<'s> {
                     }
                 }
             }
-        }
+            members
+        };
+        let too_much = |member| self.space.keep_own_in_bounds(member);
+        members.iter().for_each(too_much);
         let whole = self.whole.iter().map(|(_, part)| *part);
         for end in without(self.range, whole) {
             // An error says that the area has gone meanwhile. It is counted.
             let _ = self.space.mark(end);
         }
         for (_, part) in &self.whole {
-            self.flight.wipe(*part);
+            self.flight.hand_over(*part, |_, _| {});
         }
         self.flight.free();
         self.at_work.free();
