@@ -162,5 +162,9 @@ fn two_invalidations_with_a_full_inbox() -> bool {
 /// nothing told it to drop that.
 #[test]
 fn a_device_that_drops_everything_sees_the_changes_of_all() {
-    holds_within(Bound::between(2, 2), &[], two_invalidations_with_a_full_inbox);
+    holds_within(
+        Bound::between(2, 2),
+        &[],
+        two_invalidations_with_a_full_inbox,
+    );
 }
