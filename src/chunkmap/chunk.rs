@@ -66,8 +66,8 @@
 use std::ptr;
 
 use crate::sync::{
-    AtomicPtr, AtomicU64, Ordering, Step, TINY, fence, fence_after_look, fence_after_rmw, performs,
-    prefetch, weaken,
+    AtomicPtr, AtomicU64, Ordering, Step, TINY, fence_after_look, fence_after_looks,
+    fence_after_rmw, performs, prefetch, weaken,
 };
 use crate::words::{ones, word_mask};
 
@@ -285,17 +285,9 @@ impl Slot<'_> {
         anew
     }
 
-    /// As [`set_word`](Self::set_word), for the bits `first..=last`; the caller's fence came
-    /// before.
-    pub(super) fn set(self, chunk: &Chunk, first: u64, last: u64) -> bool {
-        if first == 0 && last == CHUNK_BITS - 1 {
-            return self.set_whole();
-        }
-        self.set_words(chunk, first, last)
-    }
-
-    /// As [`set`](Self::set), of all bits of the chunk.
-    fn set_whole(self) -> bool {
+    /// As [`set_word`](Self::set_word), for all bits of the chunk, which exists; the caller's fence
+    /// came before.
+    pub(super) fn set_whole(self) -> bool {
         // Acquire: pairs with the Release below; the thread that made the chunk whole is on its way
         // to the summary. The caller's fence orders the look after its data write.
         let mut state = self.state.load(Ordering::Acquire);
@@ -321,35 +313,54 @@ impl Slot<'_> {
             // SeqCst: F3 of a mark of a whole chunk; pairs with F5 in `Cleared::clear`.
             // - If F3 is first, the harvester sees the chunk whole.
             // - If F5 is first, `summarize` sees the summary clear and sets it.
-            fence(Ordering::SeqCst);
+            fence_after_looks(anew);
         }
         self.summarize(ALL_LINES);
         anew
     }
 
-    /// As [`set`](Self::set), word by word.
-    pub(super) fn set_words(self, chunk: &Chunk, first: u64, last: u64) -> bool {
-        let mut anew = false;
-        let (from, to) = ((first / 64) as usize, (last / 64) as usize);
-        for (index, word) in (from..).zip(&chunk.0[from..=to]) {
-            let low = if index == from { first % 64 } else { 0 };
-            let high = if index == to { last % 64 } else { 63 };
-            let mask = word_mask(low as u32, high as u32);
-            // Relaxed: the caller's full fence orders this load after its data write.
-            if word.load(Ordering::Relaxed) & mask != mask {
-                // Release: as in `set_word`.
-                word.fetch_or(mask, weaken(Step::PublishMarks, Ordering::Release));
-                anew = true;
+    /// As [`set_word`](Self::set_word), for the bits `first..=last`; the caller's fence came
+    /// before.
+    pub(super) fn set_range(self, chunk: &Chunk, first: u64, last: u64) -> bool {
+        let words = &chunk.0[(first / 64) as usize..=(last / 64) as usize];
+        let low = word_mask((first % 64) as u32, 63);
+        let high = word_mask(0, (last % 64) as u32);
+        self.set_words(lines(first, last), |set| match words {
+            [lowest, between @ .., highest] => {
+                set.add(lowest, low);
+                between.iter().for_each(|word| set.add(word, u64::MAX));
+                set.add(highest, high);
             }
-        }
+            [word] => set.add(word, low & high),
+            [] => {}
+        })
+    }
+
+    /// The same, of words by their place in the chunk, with the bits to set in each.
+    pub(super) fn set_masks(self, chunk: &Chunk, masks: &[(u16, u64)]) {
+        let line = |nth: u16| 1u64 << (usize::from(nth) / LINE_WORDS);
+        let lines = masks.iter().fold(0, |lines, (nth, _)| lines | line(*nth));
+        self.set_words(lines, |set| {
+            for (nth, mask) in masks {
+                set.add(&chunk.0[usize::from(*nth)], *mask);
+            }
+        });
+    }
+
+    /// Sets bits of words, which lie in `lines`. Returns whether one was clear.
+    #[inline(always)]
+    fn set_words(self, lines: u64, words: impl FnOnce(&mut SetWords)) -> bool {
+        let mut set = SetWords { anew: false };
+        words(&mut set);
+        let anew = set.anew;
         if performs(Step::WordsFence) {
             // SeqCst: F3 of a mark of several words, one for those that it set and those that it
             // found set; pairs with F5 in `Cleared::clear`.
             // - If F3 is first, the harvester sees the bits.
             // - If F5 is first, `summarize` sees the summary clear and sets it.
-            fence(Ordering::SeqCst);
+            fence_after_looks(anew);
         }
-        self.summarize(lines(first, last));
+        self.summarize(lines);
         anew
     }
 
@@ -371,6 +382,24 @@ impl Slot<'_> {
         if performs(Step::SummarizedFence) {
             // SeqCst: M3 of a mark that set the summary; pairs with F6, as above.
             fence_after_rmw();
+        }
+    }
+}
+
+/// A mark of several words.
+struct SetWords {
+    /// Whether a bit was clear.
+    anew: bool,
+}
+
+impl SetWords {
+    #[inline(always)]
+    fn add(&mut self, word: &AtomicU64, mask: u64) {
+        // Acquire: as in `set_word`. The caller's full fence orders this load after its data write.
+        if word.load(Ordering::Acquire) & mask != mask {
+            // Release: as in `set_word`.
+            word.fetch_or(mask, weaken(Step::PublishMarks, Ordering::Release));
+            self.anew = true;
         }
     }
 }

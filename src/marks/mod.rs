@@ -125,6 +125,12 @@ impl Marks {
         self.bits.set(first, last, || self.ordering.before_look());
     }
 
+    /// As [`mark_inside`](Self::mark_inside), out of the way of marks of a page.
+    #[inline(never)]
+    fn mark_many(&self, range: IovaRange) {
+        self.mark_inside(range);
+    }
+
     /// Prepares for a cut of the area, from which on parts of it may leave the tree one by one.
     ///
     /// The thread that cuts an area first has claimed it, so no other thread calls this at the same
@@ -199,11 +205,16 @@ impl Marks {
         })
     }
 
-    /// Marks the pages of `mask`, of 64 pages from `start` on, in marks that begin at address 0.
-    /// The caller has performed F1 after all that the marks stand for.
-    pub(crate) fn mark_mask(&self, start: Iova, mask: u64) {
+    /// Marks pages of a chunk, in marks that begin at address 0: see [`ChunkMap::set_masks`]. The
+    /// caller has performed F1 after all that the marks stand for.
+    pub(crate) fn mark_masks(&self, chunk: u64, masks: &[(u16, u64)]) {
         debug_assert!(self.range.start() == Iova::MIN);
-        self.bits.set_mask(start.get() >> self.page.lg2(), mask);
+        self.bits.set_masks(chunk, masks);
+    }
+
+    /// The bytes of the pages of bitmap that were allocated; not of slabs.
+    pub(crate) fn held_bytes(&self) -> u64 {
+        self.bits.held_bytes()
     }
 
     /// As [`peek`](Self::peek), without trust in summaries, which another harvest may have cleared:
@@ -371,13 +382,17 @@ impl NearMarks {
         })
     }
 
-    /// The same as [`Marks::mark_inside`], if `range` lies in one page of the area. Returns whether
-    /// it does; if not, nothing is marked.
+    /// The same as [`Marks::mark_inside`], if `range` lies in the area. Returns whether it does; if
+    /// not, nothing is marked.
     #[inline(always)]
     pub(crate) fn mark(&self, range: IovaRange) -> bool {
         let (start, last) = (range.start().get(), range.last().get());
-        if !self.range.covers(range) || (start ^ last) & self.above_page != 0 {
+        if !self.range.covers(range) {
             return false;
+        }
+        if (start ^ last) & self.above_page != 0 {
+            self.marks.mark_many(range);
+            return true;
         }
         let bit = (start - self.base.get()) >> self.page.lg2();
         let before_look = || self.ordering.before_look();

@@ -15,9 +15,11 @@
 mod allocation;
 mod area;
 mod attachment;
+mod bounds;
 mod change;
 mod domain;
 mod emptying;
+mod epochs;
 mod faults;
 mod flushing;
 #[cfg(all(test, not(dirtymap_loom)))]
@@ -39,14 +41,17 @@ mod switch;
 mod tracking;
 mod unmap;
 mod walks;
+mod whole;
 
 pub use crate::marks::MarkOrdering;
 pub use crate::report::Unmapped;
 pub use allocation::SpaceRanges;
 pub(crate) use area::Area;
 pub(crate) use domain::{Attachment, Covered};
+pub(crate) use epochs::Entry;
+pub use epochs::{BadEpoch, Bounds, Epoch, Lineage, Parent, Since, Why, Written};
 pub use faults::{Fault, FaultSource, Faults};
-pub(crate) use member::{Audience, Member, MemberCounts};
+pub(crate) use member::{Audience, Member, MemberCounts, Party};
 pub(crate) use members::Beginning;
 pub use plan::Change;
 pub use snapshot::SpaceSnapshot;
@@ -293,7 +298,11 @@ impl AddressSpace {
     #[doc(alias = "cpu_physical_memory_set_dirty_range")]
     pub fn mark(&self, range: impl ToIovaRange) -> Result<(), Error> {
         let range = range.to_iova_range()?;
-        let outside = self.in_areas(range, |area, part| area.mark(part));
+        let outside = match self.areas.snapshot().lookup(range.start()) {
+            // Most marks lie in one area.
+            Some(entry) if entry.range.covers(range) => entry.area.mark(range),
+            _ => self.in_areas(range, |area, part| area.mark(part)),
+        };
         match outside.first {
             None => Ok(()),
             Some(at) => {
@@ -315,6 +324,7 @@ impl AddressSpace {
     /// assert_eq!(space.stats().outside_marks, 1);
     /// assert_eq!(space.faults().recent.len(), 1);
     /// ```
+    #[cold]
     pub fn report_outside_mark(&self, at: Iova, len: u64) {
         self.counters.outside_mark();
         let source = FaultSource::Mark;
@@ -323,18 +333,13 @@ impl AddressSpace {
 
     /// Calls `inside` for each part of `range` that an area holds. Returns the parts that no area
     /// holds, together with those that `inside` returns because their area has gone by then.
+    #[cold]
     fn in_areas(
         &self,
         range: IovaRange,
         mut inside: impl FnMut(&Area, IovaRange) -> Outside,
     ) -> Outside {
         let snapshot = self.areas.snapshot();
-        // Most marks lie in one area.
-        if let Some(entry) = snapshot.lookup(range.start())
-            && entry.range.covers(range)
-        {
-            return inside(entry.area, range);
-        }
         let mut outside = Outside::default();
         let mut next = Some(range.start());
         for entry in snapshot.iter(range) {
