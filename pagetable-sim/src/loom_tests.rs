@@ -4,7 +4,7 @@
 //! memory in the place of two words. These are small enough to weaken each ordering by itself.
 
 use dirtymap::IovaRange;
-use dirtymap::sync::model::holds_only_with;
+use dirtymap::sync::model::{Bound, holds_only_with, holds_within};
 use dirtymap::sync::{Arc, AtomicU64, Ordering, Step, fence, thread};
 
 use crate::port::{Cache, Order, Port};
@@ -118,4 +118,53 @@ fn writes_by_an_old_table_land_before_an_invalidation_returns() {
 fn a_device_that_drops_everything_sees_the_change_before() {
     let steps = [Step::OverflowFence];
     holds_only_with(&steps, an_invalidation_with_a_full_inbox);
+}
+
+/// A device works twice while two invalidators change the table, and both find the inbox full.
+/// Returns whether no write by the old table follows the first invalidation. The change of the
+/// other one is of no interest to the device.
+fn two_invalidations_with_a_full_inbox() -> bool {
+    let hardware = Arc::new(Hardware {
+        port: Port::new(0, false),
+        table: AtomicU64::new(0),
+        memory: AtomicU64::new(0),
+    });
+    hardware.port.ask(&everything());
+    let device = thread::spawn({
+        let hardware = Arc::clone(&hardware);
+        move || {
+            let mut device = Device::default();
+            device.works(&hardware);
+            device.works(&hardware);
+            device.writes
+        }
+    });
+    let other = thread::spawn({
+        let hardware = Arc::clone(&hardware);
+        move || drop(hardware.port.ask(&everything()))
+    });
+    // Relaxed: as above.
+    hardware.table.store(1, Ordering::Relaxed);
+    let receipt = hardware.port.ask(&everything());
+    // SeqCst: F2, as above.
+    fence(Ordering::SeqCst);
+    if let Some(receipt) = receipt {
+        hardware.port.wait(&receipt);
+    }
+    // Relaxed: as above.
+    let landed = hardware.memory.load(Ordering::Relaxed);
+    other.join().unwrap();
+    device.join().is_ok_and(|writes| writes == landed)
+}
+
+/// Two invalidators set the flag, and the device took it once. The flag was a store, so the device
+/// saw the change of the second one alone: it cached the table from before the first one again, and
+/// nothing told it to drop that.
+#[test]
+fn a_device_that_drops_everything_sees_the_changes_of_all() {
+    holds_within(
+        Bound::between(2, 2),
+        &[],
+        two_invalidations_with_a_full_inbox,
+    );
 }

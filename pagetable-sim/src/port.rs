@@ -155,8 +155,10 @@ impl Port {
     fn overflow(&self) -> bool {
         // Release: pairs with the Acquire swap in `wake`. A device that takes the flag sees the
         // changes of the table that came before, also if it took the flag before our fence. If it
-        // did not, the fence decides, as for I1.
-        self.overflow.store(true, Ordering::Release);
+        // did not, the fence decides, as for I1. A swap continues the release sequences of the
+        // invalidators that have set the flag before; a store would end them, and the device that
+        // takes the flag would see the changes of the last one alone.
+        self.overflow.swap(true, Ordering::Release);
         if performs(Step::OverflowFence) {
             // SeqCst: an F2 of its own, for `overflow` in place of the inbox; pairs with F1 in
             // `wake`. If F1 is first, the look below sees the device awake, and the caller asks it.

@@ -361,7 +361,8 @@ fn reclaim_drops_all_that_has_gone() {
 fn a_harvest_for_several_consumers_leaves_no_claim() {
     let space = of_pages(64);
     assert!(space.start_tracking().is_ok());
-    let _other = space.consumer("other", crate::Start::Clean);
+    let other = space.consumer("other", crate::Start::Clean);
+    assert!(other.is_ok(), "a space without consumers claims nothing");
     for _ in 0..3 {
         assert!(space.mark(pages(3, 1)).is_ok());
         let round = space.rounds().next();

@@ -307,8 +307,9 @@ impl<F: Format> DirtySource for Domain<F> {
     ///   removed. Only after the flush does every write walk;
     /// * the **switch comes before the flush**, or a device could cache an entry as untracked right
     ///   after it;
-    /// * the **clear comes before the switch**, so that it removes only what is left from an
-    ///   earlier tracking, and no D that a write sets while tracking is being enabled.
+    /// * the **clear comes before the switch**, so that what is left from an earlier tracking goes.
+    ///   A device may see the switch first. A write whose D the clear then removes has landed when
+    ///   the flush ends: the full copy that follows has it.
     fn set_tracking(&self, to: Tracking) -> Result<(), dirtymap::Error> {
         let on = to.is_on();
         let _switch = lock(&self.switch);

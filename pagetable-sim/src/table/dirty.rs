@@ -97,6 +97,10 @@ impl<F: Format> Table<F> {
     /// The walk of a write: sets D in the entry that maps `iova` in one step, while it is present
     /// and writable. Returns the leaf as it was before (`dirty` is the D of that entry), or `None`
     /// if nothing is mapped there. A leaf that is not writable stays as it is.
+    ///
+    /// D publishes no bytes: a flush waits for devices, and not for the caller. A thread that
+    /// writes to memory by itself marks what it wrote in the space
+    /// ([`AddressSpace::mark`](dirtymap::AddressSpace::mark)).
     pub fn set_dirty(&self, iova: Iova) -> Option<Leaf> {
         let guard = crossbeam_epoch::pin();
         loop {
@@ -117,7 +121,8 @@ impl<F: Format> Table<F> {
     }
 
     /// Makes every leaf that `range` touches dirty, writable or not. Addresses without a leaf are
-    /// skipped. Lock-free; may run at the same time as everything else.
+    /// skipped. Publishes no bytes, as [`set_dirty`](Self::set_dirty). Lock-free; may run at the
+    /// same time as everything else.
     ///
     /// # Errors
     /// [`Error::TooWide`], [`Error::Unaligned`]; nothing is changed then.

@@ -26,9 +26,11 @@ pub(super) fn leads_to_same<F: Format>(now: Iopte, entry: Iopte, level: u32) -> 
 /// count if their new leaf is dirty.
 pub(super) fn any_dirty<F: Format>(group: &[AtomicIopte], level: u32) -> bool {
     group.iter().any(|slot| {
-        // Relaxed: D is all that is read. A D that was set before the call began is seen, because
-        // the order of the two calls orders this load after it.
-        let entry = slot.load(Ordering::Relaxed);
+        // Acquire: pairs with the Release of a harvest's clear. A merge that finds the parts clean
+        // puts a clean leaf there, by a Release: a thread that finds that leaf clean sees what the
+        // harvest recorded before. A D that was set before the call began is seen without it,
+        // because the order of the two calls orders this load after it.
+        let entry = slot.load(Ordering::Acquire);
         F::is_present(entry) && F::is_leaf(entry, level) && F::is_dirty(entry)
     })
 }

@@ -68,7 +68,9 @@ impl<'g> Found<'g> {
 /// Sets D in the entry, unless it is set. False if the entry has changed since the walk.
 pub(super) fn make_dirty<F: Format>(found: &Found<'_>) -> bool {
     // Relaxed, both: D publishes nothing. A harvest that clears it flushes before the copy, and the
-    // flush brings the data: it waits for the device. A harvest after the write finds D, because
+    // flush brings the data: it waits for the device. The harvest has read this D before its F2, so
+    // the F1 of the device, which comes before this, is before that F2: the flush sees the device
+    // awake, or sees that it slept after this. A harvest after the write finds D, because
     // the order of the two orders its look after this; one that runs beside the write may miss D.
     // The clear and this are changes of one word, so D survives one of them or is recorded. On
     // failure the caller walks anew.
@@ -160,12 +162,14 @@ fn clear_entry<F: Format>(
     while F::is_present(entry) && F::is_leaf(entry, level) && F::is_dirty(entry) && recorded(entry)
     {
         // Release on success: pairs with the Acquire of an unmap; a thread that finds the leaf
-        // clean when it removes it sees the record of the scan. Nothing is read by the D that is
-        // cleared: see `make_dirty`. Relaxed on failure: the next guess.
+        // clean when it removes it sees the record of the scan. Acquire on success: pairs with the
+        // Release of `split_leaf`; if this is a part of a group that was split, the other parts are
+        // seen dirty from now on, by this thread and by those that come after it. No data is read
+        // by the D itself: see `make_dirty`. Relaxed on failure: the next guess.
         match slot.replace(
             entry,
             F::MAKE_CLEAN.of(entry),
-            Ordering::Release,
+            Ordering::AcqRel,
             Ordering::Relaxed,
         ) {
             Ok(()) => return true,

@@ -17,6 +17,8 @@ use super::walk::Walk;
 use crate::fmt::{AmdHost, AmdV1, Format};
 use crate::memory::PhysMemory;
 
+mod looks;
+
 /// As for the models of whole tables, in `tests/loom`.
 const TABLES: Bound = Bound::between(2, 2);
 /// Enough where one thread runs between two steps of the other.
@@ -144,7 +146,7 @@ fn a_subtree_that_is_frozen_is_found_whole() {
 }
 
 /// A mapper writes 7 to `written` and then calls `maps`. A device reads `written` if the leaf that
-/// it finds at page 0 covers it.
+/// it finds at page 0 covers it and may be read.
 fn bytes_of_a_mapper<F: Format>(
     table: &Arc<Table<F>>,
     written: u64,
@@ -162,7 +164,7 @@ fn bytes_of_a_mapper<F: Format>(
     });
     let found = table.walk_from(None, walk(0, false, false), None);
     let read = match found {
-        Ok(leaf) if leaf.range.contains(page(written).start()) => {
+        Ok(leaf) if leaf.range.contains(page(written).start()) && leaf.access.reads() => {
             let mut byte = [0];
             memory.read(written * PAGE, &mut byte).unwrap();
             byte == [7]
@@ -206,6 +208,17 @@ fn bytes_of_a_merged_group() -> bool {
     bytes_of_a_mapper(&table, 1, maps_and_merges)
 }
 
+/// Devices may write to the page, and may read it as soon as the mapper has written to it.
+fn bytes_of_a_page_that_becomes_readable() -> bool {
+    let table = Arc::new(Table::<AmdV1>::new());
+    let mapped = table.map(page(0), 0, Access::Write, leaves_of(1));
+    assert!(mapped.is_ok());
+    bytes_of_a_mapper(&table, 0, |table, written| {
+        let done = table.protect(page(written), Access::ReadWrite, |_, _| ());
+        assert!(done.is_ok());
+    })
+}
+
 /// A device that finds a leaf reads what the mapper wrote into its memory before.
 #[test]
 fn bytes_are_in_memory_before_their_leaf_is_in_the_table() {
@@ -213,6 +226,7 @@ fn bytes_are_in_memory_before_their_leaf_is_in_the_table() {
     holds_within(TABLES, &[], bytes_of_a_leaf_in_the_place_of_a_table);
     holds_within(TABLES, &[], bytes_of_a_merged_table);
     holds_within(TABLES, &[], bytes_of_a_merged_group);
+    holds_within(TABLES, &[], bytes_of_a_page_that_becomes_readable);
 }
 
 /// A leaf becomes a table while a device writes, or while it is unmapped.

@@ -37,13 +37,14 @@ impl<F: Format> Table<F> {
                 && F::is_leaf(entry, found.level)
                 && F::access(entry) != access
             {
-                // Relaxed, both: publishes nothing. The flush that the caller owes makes devices
-                // see the rights. The new value follows from the current one, so a D that was set
-                // or cleared in between is kept.
+                // Release on success: pairs with the Acquire of a walk. A device that may read from
+                // now on reads what the caller wrote before. The flush that the caller owes makes
+                // devices see the rights. Relaxed on failure: the new value follows from the
+                // current one, so a D that was set or cleared in between is kept.
                 match found.slot().replace(
                     entry,
                     F::with_access(entry, access),
-                    Ordering::Relaxed,
+                    Ordering::Release,
                     Ordering::Relaxed,
                 ) {
                     Ok(()) => {

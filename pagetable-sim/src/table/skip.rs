@@ -45,7 +45,7 @@
 use crossbeam_epoch::Guard;
 use dirtymap::IovaRange;
 use dirtymap::source::{LeafSink, Stopped};
-use dirtymap::sync::{Ordering, Step, performs};
+use dirtymap::sync::{Ordering, Step, fence, performs};
 
 use super::entries::{Slot, leads_to_same, slots};
 use super::leaf::{Batch, DirtyLeaf};
@@ -219,6 +219,9 @@ fn judge<F: Format>(upper: &Upper<'_>, clean: bool) {
         heat_entry::<F>(upper.slot);
         return;
     }
+    // Acquire: pairs with the Release of each clear of D that this look has seen by Relaxed loads
+    // of leaves, or the Release fence before it.
+    fence(Ordering::Acquire);
     // Relaxed: the first guess.
     let mut now = upper.slot.load(Ordering::Relaxed);
     while leads_to_same::<F>(now, upper.entry, upper.level) && Known::of::<F>(now) == Known::Looking
@@ -228,12 +231,14 @@ fn judge<F: Format>(upper: &Upper<'_>, clean: bool) {
         } else {
             Known::Quiet
         };
-        // Relaxed, both: a harvest that skips reads nothing that we wrote. The leaves that we took
-        // are in our bitmap. On failure: the next guess.
+        // Release on success: pairs with the Acquire of `Scan::entry`. A harvest that skips sees
+        // what we recorded, and by the fence above what others recorded whose leaves we found
+        // clean: with several consumers, it looks at their records next. Relaxed on failure: the
+        // next guess.
         match upper.slot.replace(
             now,
             known.put::<F>(now),
-            Ordering::Relaxed,
+            Ordering::Release,
             Ordering::Relaxed,
         ) {
             Ok(()) => break,
