@@ -72,6 +72,8 @@ fn every_sabotage_is_noticed() {
             Sabotage::StopShort => expect_caught_by(sabotage, Rule::Unreported, stopped),
             Sabotage::HidePanickedFlush => expect_noticed(sabotage, panicked),
             Sabotage::ClearWholeWords => expect_caught_by(sabotage, Rule::Unreported, logged),
+            Sabotage::ForgetConsumer => expect_caught(sabotage, Rule::Unreported),
+            Sabotage::ForgetDebt => expect_caught(sabotage, Rule::Lost),
             Sabotage::DeviceTlbFirst => expect_noticed(sabotage, between_rounds),
             Sabotage::SkipNonLeaf => expect_noticed(sabotage, table_replaced),
         }

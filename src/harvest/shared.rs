@@ -276,11 +276,11 @@ impl<'s> Taking<'s> {
         // first, the page is found taken, and is left again.
         fence(Ordering::SeqCst);
         let audience = &self.covered.audience;
+        let forgotten = usize::from(!performs(Step::LeaveToOthers));
         let done: Result<(), std::convert::Infallible> =
             self.flight.visit(self.part, |at, mask| {
-                if performs(Step::LeaveToOthers) {
-                    audience.others().for_each(|other| other.leave(at, mask));
-                }
+                let others = audience.others().rev().skip(forgotten);
+                others.for_each(|other| other.leave(at, mask));
                 if !record(at, mask)
                     && let Some(own) = audience.own()
                 {
