@@ -5,9 +5,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use dirtymap::sync::{
-    Arc, AtomicBool, AtomicU64, Mutex, Ordering, Step, leave_out, lock, thread,
-};
+use dirtymap::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, Step, leave_out, lock, thread};
 use dirtymap::{
     Access, AddressSpace, Consumer, Error, Granule, HarvestRequest, Holes, Iova, IovaRange, Start,
     UserBitmap,

@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 
 use dirtymap::{DomainId, IovaRange};
 
-use super::told::Places;
 use super::{Area, Oracle};
 use crate::op::{Ask, CONSUMERS};
 use crate::pages::pages_of;
@@ -377,7 +376,7 @@ impl Oracle {
     }
 
     /// The domains that an operand names, and whether marks are covered as well.
-    fn scope(&self, ask: &Ask) -> (Vec<usize>, bool) {
+    pub(super) fn scope(&self, ask: &Ask) -> (Vec<usize>, bool) {
         match self.asked_domain(ask) {
             Some((domain, _)) => (vec![domain], false),
             None => (self.attached.clone(), true),
@@ -413,15 +412,6 @@ impl Oracle {
             synced: false,
             whose: self.number_of(self.whose(ask)),
             own: self.named,
-        }
-    }
-
-    pub(super) fn places(&self, ask: &Ask) -> Places<'_> {
-        let (domains, marks) = self.scope(ask);
-        let domains = domains.into_iter().map(|nth| &self.domains[nth].dirt);
-        Places {
-            places: domains.chain(marks.then_some(&self.marks)).collect(),
-            told: self.consumers[self.whose(ask)].as_ref(),
         }
     }
 

@@ -41,8 +41,8 @@ pub(crate) struct Told {
 
 /// The places at which a harvest looks.
 pub(crate) struct Places<'o> {
-    pub(super) places: Vec<&'o Dirt>,
-    pub(super) told: Option<&'o Told>,
+    places: Vec<&'o Dirt>,
+    told: Option<&'o Told>,
 }
 
 impl Places<'_> {
@@ -107,6 +107,16 @@ impl Oracle {
         }
     }
 
+    /// The places at which a harvest looks.
+    pub(super) fn places(&self, ask: &Ask) -> Places<'_> {
+        let (domains, marks) = self.scope(ask);
+        let domains = domains.into_iter().map(|nth| &self.domains[nth].dirt);
+        Places {
+            places: domains.chain(marks.then_some(&self.marks)).collect(),
+            told: self.consumers[self.whose(ask)].as_ref(),
+        }
+    }
+
     /// The numbers of the consumers that are there.
     pub(crate) fn present(&self) -> Vec<usize> {
         let all = 0..CONSUMERS;
@@ -116,7 +126,11 @@ impl Oracle {
 
     /// The consumers that are told about `page`.
     pub(super) fn telling(&self, page: u64) -> Vec<usize> {
-        let hears = |whose: &usize| self.consumers[*whose].as_ref().is_some_and(|c| c.hears(page));
+        let hears = |whose: &usize| {
+            self.consumers[*whose]
+                .as_ref()
+                .is_some_and(|c| c.hears(page))
+        };
         (0..CONSUMERS).filter(hears).collect()
     }
 

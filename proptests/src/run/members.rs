@@ -86,7 +86,9 @@ impl Runner<'_> {
                 range: range.unwrap_or(IovaRange::ALL),
                 granule: self.oracle.space_page(),
             }),
-            JoinFault::None if twin => Err(Error::ConsumerTwice { name: name.clone().into() }),
+            JoinFault::None if twin => Err(Error::ConsumerTwice {
+                name: name.clone().into(),
+            }),
             JoinFault::None => {
                 self.oracle.named = true;
                 let leases = model.map(|other| self.oracle.leases_of(other.into()));
