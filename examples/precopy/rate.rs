@@ -7,9 +7,10 @@
 //!  writes      |--a--|     |--b--|             |--c--|
 //! ```
 //!
-//! Look 0 must have the pages of `a`, which began and ended in the phase before it. It may have
-//! those of `b`, and look 1 must or may have them, too: `b` overlaps look 0. No look has a page that
-//! no write touched.
+//! Look 0 must have the pages of `a`, which began and ended in the phase before it. Both looks may
+//! have those of `b`, which overlaps look 0. No look has a page that no write touched, with one
+//! exception: a page that another consumer's harvest had in hand during a look is found once more by
+//! the next one.
 
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -165,6 +166,7 @@ impl<'a> Rate<'a> {
             }
         }
         let mut check = MeterCheck::default();
+        let mut before = Pages::new(pages);
         for ((look, must), may) in looks.iter().zip(&must).zip(&may) {
             let mut found = Pages::new(pages);
             for run in &look.runs {
@@ -172,9 +174,13 @@ impl<'a> Rate<'a> {
                 found.add(first, last);
             }
             check.pages += found.count();
-            check.missed += must.without(&found);
-            check.excess += found.without(may);
+            check.missed += must.minus(&found).count();
+            let without_write = found.minus(may);
+            let excess = without_write.minus(&before);
+            check.excess += excess.count();
+            check.twice += without_write.count() - excess.count();
             check.miscounted += found.count().abs_diff(look.bytes / PAGE.bytes());
+            before = found;
         }
         check
     }
@@ -214,11 +220,9 @@ impl Pages {
         self.0.iter().map(|word| u64::from(word.count_ones())).sum()
     }
 
-    /// How many of them are not in `other`.
-    fn without(&self, other: &Pages) -> u64 {
+    /// Those that are not in `other`.
+    fn minus(&self, other: &Pages) -> Pages {
         let words = self.0.iter().zip(&other.0);
-        words
-            .map(|(mine, theirs)| u64::from((mine & !theirs).count_ones()))
-            .sum()
+        Pages(words.map(|(mine, theirs)| mine & !theirs).collect())
     }
 }

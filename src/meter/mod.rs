@@ -91,6 +91,9 @@ impl<'a> Meter<'a> {
     /// [`Lease::sync`](crate::Lease::sync) does, because a device marks a page again only after its
     /// caches were flushed.
     ///
+    /// As in any harvest, a page may be found once more without a write: the rest of a larger leaf, or
+    /// a page that a harvest of another consumer had in hand during the look before.
+    ///
     /// Regular looks give the best predictions: one in a tenth of the time that the shortest round
     /// takes, or less often.
     ///
@@ -137,9 +140,9 @@ impl<'a> Meter<'a> {
         self.heat.rates()
     }
 
-    /// `runs` in the order in which a migration best sends them: those that are written least
-    /// first, because what is sent early and written again is sent twice. Runs are cut at borders
-    /// of granules of different heat. Equal heat stays in ascending order.
+    /// `runs` with those that are written least first: a migration that sends and commits these,
+    /// and aborts the rest of the lease, sends what is hot once, at the end, and not in each round.
+    /// Runs are cut at borders of granules of different heat. Equal heat stays in ascending order.
     ///
     /// ```
     /// # use dirtymap::meter::Meter;
@@ -154,11 +157,14 @@ impl<'a> Meter<'a> {
     /// space.mark(0..4 << 20)?;
     /// let lease = space.rounds().next()?;
     /// for run in meter.coldest_first(lease.runs()) {
-    ///     // send it, then
-    ///     lease.commit_range(run);
+    ///     if meter.rate_of(run) < 100_000.0 {
+    ///         // send it, then
+    ///         lease.commit_range(run);
+    ///     }
     /// }
     /// # let first = meter.coldest_first(lease.runs())[0];
     /// # assert_eq!(first.start().get(), 2 << 20);
+    /// # assert_eq!(lease.abort().bytes, 2 << 20);
     /// # Ok(())
     /// # }
     /// ```
