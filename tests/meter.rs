@@ -257,7 +257,7 @@ fn a_link_that_is_too_slow_does_not_converge() {
     let mut none = plan(64 * MIB);
     none.rounds = 0..=0;
     assert_eq!(meter.predict(&none).rounds, 1);
-    none.rounds = 5..=2;
+    none.rounds = std::ops::RangeInclusive::new(5, 2);
     assert_eq!(meter.predict(&none).rounds, 3);
 }
 

@@ -46,7 +46,8 @@ impl<'a, F: Format> Destination<'a, F> {
             let buffer = &mut self.buffer[..block.len() as usize];
             let phys = self.machine.phys(block.start());
             self.machine.memory.read(phys, buffer)?;
-            // The destination is zero at first, so a first copy of zeros would only allocate memory.
+            // The destination is zero at first, so a first copy of zeros would only allocate
+            // memory.
             if self.is_whole || buffer.iter().any(|byte| *byte != 0) {
                 self.memory.write(phys, buffer)?;
             }

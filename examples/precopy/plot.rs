@@ -211,8 +211,8 @@ fn dirty_rate(area: &Area<'_>, rounds: &[RoundRecord]) -> Drawn<()> {
     Ok(())
 }
 
-/// The other consumers, over time: the rate of the meter, and the increments of the backup after the
-/// first one, which has everything.
+/// The other consumers, over time: the rate of the meter, and the increments of the backup after
+/// the first one, which has everything.
 fn others(area: &Area<'_>, run: &RunRecord) -> Drawn<()> {
     const MIB: f64 = (1 << 20) as f64;
     let seconds = |ms: u64| ms as f64 / 1e3;

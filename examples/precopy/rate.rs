@@ -9,8 +9,8 @@
 //!
 //! Look 0 must have the pages of `a`, which began and ended in the phase before it. Both looks may
 //! have those of `b`, which overlaps look 0. No look has a page that no write touched, with one
-//! exception: a page that another consumer's harvest had in hand during a look is found once more by
-//! the next one.
+//! exception: a page that another consumer's harvest had in hand during a look is found once more
+//! by the next one.
 
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Mutex, MutexGuard, PoisonError};

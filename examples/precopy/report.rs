@@ -214,8 +214,8 @@ pub(crate) struct RunRecord {
 }
 
 impl RunRecord {
-    /// Whether every page of every area was compared and is identical, in both copies, and each look
-    /// of the meter is exact.
+    /// Whether every page of every area was compared and is identical, in both copies, and each
+    /// look of the meter is exact.
     pub(crate) fn verified(&self) -> bool {
         let whole = |copy: &Comparison| copy.identical() && copy.pages_compared == self.pages;
         whole(&self.comparison) && whole(&self.backup.comparison) && self.meter.check.exact()
@@ -366,7 +366,8 @@ impl RunRecord {
             let rounds = self.rounds.len().saturating_sub(1) as u64;
             writeln!(
                 out,
-                "predicted after the full copy: {}, downtime {}, {:.2} s{}; it took {}, {}, {:.2} s",
+                "predicted after the full copy: {}, downtime {}, {:.2} s{}; it took {}, {}, \
+                 {:.2} s",
                 text::plural(said.rounds.into(), "round"),
                 text::micros(said.downtime_us),
                 said.migration_ms as f64 / 1e3,

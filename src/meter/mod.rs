@@ -87,12 +87,12 @@ impl<'a> Meter<'a> {
     }
 
     /// Looks at what was written since the look before, `elapsed` ago, and returns how many bytes
-    /// that is: whole pages, each counted once (pairs of bytes in a space of single bytes). Waits for devices to drain, as
-    /// [`Lease::sync`](crate::Lease::sync) does, because a device marks a page again only after its
-    /// caches were flushed.
+    /// that is: whole pages, each counted once (pairs of bytes in a space of single bytes). Waits
+    /// for devices to drain, as [`Lease::sync`](crate::Lease::sync) does, because a device marks a
+    /// page again only after its caches were flushed.
     ///
-    /// As in any harvest, a page may be found once more without a write: the rest of a larger leaf, or
-    /// a page that a harvest of another consumer had in hand during the look before.
+    /// As in any harvest, a page may be found once more without a write: the rest of a larger leaf,
+    /// or a page that a harvest of another consumer had in hand during the look before.
     ///
     /// Regular looks give the best predictions: one in a tenth of the time that the shortest round
     /// takes, or less often.
@@ -151,7 +151,8 @@ impl<'a> Meter<'a> {
     /// # fn main() -> Result<(), dirtymap::Error> {
     /// # let space = AddressSpace::tracked(Granule::K4);
     /// # space.map(0..64 << 20, 0, Access::ReadWrite)?;
-    /// # let mut meter = Meter::new(space.consumer("rate", Start::Clean)?, Duration::from_secs(10));
+    /// # let rate = space.consumer("rate", Start::Clean)?;
+    /// # let mut meter = Meter::new(rate, Duration::from_secs(10));
     /// space.mark(0..1 << 20)?;
     /// meter.look(Duration::from_secs(1))?;
     /// space.mark(0..4 << 20)?;

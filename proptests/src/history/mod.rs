@@ -8,9 +8,9 @@
 //!
 //! # The rule
 //! The rule holds for each consumer by its own harvests, whatever those of others took, copied or
-//! put back. Take a write W to a page, and a harvest H that covers the page and began after W ended.
-//! Then H reported the page, or another harvest of the same consumer was responsible for it while H
-//! looked:
+//! put back. Take a write W to a page, and a harvest H that covers the page and began after W
+//! ended. Then H reported the page, or another harvest of the same consumer was responsible for it
+//! while H looked:
 //! * one that *carries* W: it began before H had looked everywhere, reported the page, was not put
 //!   back, its sync ended after W began, and its copy has W or something newer of the same writer;
 //! * or one that was put back later: it reported the page, and its abort ended after H began.
@@ -18,9 +18,9 @@
 //! This is stricter than rule 1 of the contract, which a later harvest also satisfies, for example
 //! after another write to the page. Here each harvest is judged at its own time.
 //!
-//! An unmap that returns what is dirty is a harvest of every consumer, and cannot be put back. A lease that is
-//! aborted when its area is gone stays responsible, because its pages are counted as outside and
-//! its consumer copies them.
+//! An unmap that returns what is dirty is a harvest of every consumer, and cannot be put back. A
+//! lease that is aborted when its area is gone stays responsible, because its pages are counted as
+//! outside and its consumer copies them.
 
 mod record;
 mod tests;

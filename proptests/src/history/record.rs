@@ -1,6 +1,6 @@
 //! The run: two devices and a CPU write, two threads harvest for the unnamed consumer and one for
-//! each of two named ones, one mapper unmaps and maps again. Each of them records its operations and
-//! their times.
+//! each of two named ones, one mapper unmaps and maps again. Each of them records its operations
+//! and their times.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};

@@ -453,8 +453,8 @@ impl Oracle {
         )
     }
 
-    /// Whether the copy of `page` that the consumer `whose` has may differ from the memory: a device
-    /// wrote without tracking, or a write is in flight.
+    /// Whether the copy of `page` that the consumer `whose` has may differ from the memory: a
+    /// device wrote without tracking, or a write is in flight.
     pub(crate) fn is_unknown(&self, whose: usize, page: u64) -> bool {
         let untracked = self.domains.iter().map(|domain| &domain.untracked);
         let told = self.consumers[whose].iter();

@@ -10,8 +10,8 @@
 //! * it **may** report pages that are marked, or in the put-back store of a domain, and pages of
 //!   leaves that a device wrote since the leaf was last cleared.
 //!
-//! `dirt.rs` has the dirty state, `told.rs` the consumers, `changes.rs` the effect of a batch on the areas, `free.rs` the
-//! free addresses.
+//! `dirt.rs` has the dirty state, `told.rs` the consumers, `changes.rs` the effect of a batch on
+//! the areas, `free.rs` the free addresses.
 
 mod changes;
 mod dirt;

@@ -110,8 +110,8 @@ impl<'w> Pen<'w> {
         Failure::new(format!("{writer} {what}, write {}", self.written)).at(page)
     }
 
-    /// A device that writes all the time. Now and then it stays at one page for a while, to which it
-    /// writes by a cached translation.
+    /// A device that writes all the time. Now and then it stays at one page for a while, to which
+    /// it writes by a cached translation.
     pub(super) fn device(mut self, mut dma: Box<dyn Dma>) -> Result<(), Failure> {
         let mut bytes = [0; 200];
         let mut stay = (None, 0);
