@@ -18,7 +18,7 @@ pub struct Plan {
     pub bytes: u64,
     /// The bandwidth of the link.
     pub bytes_per_second: NonZeroU64,
-    /// The machine is stopped after a round that took no longer than this.
+    /// The machine is stopped after a round whose transfer took no longer than this.
     pub downtime: Duration,
     /// The least and the most rounds while the machine runs, without the first copy.
     pub rounds: RangeInclusive<u32>,
@@ -60,7 +60,8 @@ pub struct Prediction {
 pub(super) fn predict(plan: &Plan, within: impl Fn(f64) -> f64) -> Prediction {
     let all = plan.bytes as f64;
     let overhead = plan.overhead.as_secs_f64();
-    let time_of = |bytes: f64| bytes / plan.bytes_per_second.get() as f64 + overhead;
+    let transfer = |bytes: f64| bytes / plan.bytes_per_second.get() as f64;
+    let time_of = |bytes: f64| transfer(bytes) + overhead;
     let enough = plan.downtime.as_secs_f64();
     let (least, most) = (*plan.rounds.start(), *plan.rounds.end());
     let (mut dirty, mut took, mut sent) = (all, time_of(all), all);
@@ -73,7 +74,7 @@ pub(super) fn predict(plan: &Plan, within: impl Fn(f64) -> f64) -> Prediction {
         rounds += 1;
         took += round;
         sent += dirty;
-        converges = round <= enough;
+        converges = transfer(dirty) <= enough;
         if rounds >= least && (converges || dirty > before * SHRINKS) {
             break;
         }
