@@ -168,6 +168,29 @@ impl<'a> UserBitmap<'a> {
         self.bind(range, granule).map(|bound| bound.view)
     }
 
+    /// The one sink that records into this bitmap: that of a harvest, for code that calls a source
+    /// by itself. Words that are lent exclusively are recorded without locked operations, which a
+    /// sink of a [`view`](Self::view) needs, because views are copied.
+    ///
+    /// ```
+    /// use dirtymap::{Granule, ToIovaRange, UserBitmap};
+    ///
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// let mut words = [0];
+    /// let request = (0..64 << 12).to_iova_range()?;
+    /// let mut sink = UserBitmap::new(&mut words).into_sink(request, Granule::K4)?;
+    /// sink.record((0x3000..0x4000).to_iova_range()?)?;
+    /// assert_eq!(words, [1 << 3]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`view`](Self::view).
+    pub fn into_sink(self, range: IovaRange, granule: Granule) -> Result<Sink<'a>, BitmapError> {
+        Ok(self.bind(range, granule)?.into_sink())
+    }
+
     /// As [`view`](Self::view), and remembers whether no other code writes to the bits.
     pub(crate) fn bind(self, range: IovaRange, granule: Granule) -> Result<Bound<'a>, BitmapError> {
         if !range.is_aligned(granule) {
@@ -225,6 +248,7 @@ impl<'a> Bound<'a> {
 mod tests {
     use super::*;
     use crate::bitmap::WINDOW_BITS;
+    use crate::sync::Ordering;
     use crate::units::Iova;
 
     fn range(start: u64, len: u64) -> IovaRange {
@@ -369,5 +393,20 @@ mod tests {
             view.runs().collect::<Vec<_>>(),
             [range(u64::MAX - 4095, 4096)]
         );
+    }
+
+    /// The bitmap by which the kit of sources tests what a source does where recording fails: it
+    /// fails from the word on that was asked for, and not before.
+    #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
+    #[test]
+    fn a_bitmap_that_fails_records_what_comes_before() {
+        let words = [AtomicU64::new(0), AtomicU64::new(0)];
+        let view = UserBitmap::failing(&words, 1)
+            .view(range(0, 128 * 4096), Granule::K4)
+            .unwrap();
+        let mut sink = view.sink();
+        assert!(sink.record(range(3 * 4096, 4096)).is_ok());
+        assert!(sink.record(range(64 * 4096, 4096)).is_err());
+        assert_eq!(words[0].load(Ordering::Relaxed), 1 << 3);
     }
 }
