@@ -53,8 +53,8 @@
 //! the same order, and takes nothing. [`Rounds`] harvests everything that is mapped, again and
 //! again.
 
-mod committed;
 mod consumer;
+mod epochs;
 mod held;
 mod lease;
 mod look;
@@ -70,7 +70,9 @@ mod walk;
 mod write_guard;
 
 pub use crate::report::{Aborted, HarvestReport};
+pub use crate::space::{BadEpoch, Bounds, Epoch, Lineage, Parent, Since, Why, Written};
 pub use consumer::{Consumer, ConsumerStats, Start};
+pub use epochs::Cursor;
 pub use lease::{Lease, Owed, Synced};
 pub use request::{HarvestRequest, Holes, Scope};
 pub use rounds::Rounds;
@@ -78,8 +80,7 @@ pub use write_guard::WriteGuard;
 
 use crate::bitmap::{BitmapView, Bound, UserBitmap};
 use crate::error::Error;
-use crate::space::{AddressSpace, Areas, Audience, Covered, Member};
-use crate::sync::Arc;
+use crate::space::{AddressSpace, Areas, Audience, Covered, Party};
 use crate::units::IovaRange;
 use held::{Held, SpaceRef};
 use lease::{Holding, Recorded};
@@ -172,7 +173,7 @@ impl AddressSpace {
     /// The same for a consumer; `None` is the unnamed one.
     fn peek_for<'a>(
         &self,
-        member: Option<&Arc<Member>>,
+        member: Option<&Party>,
         request: &HarvestRequest<'_>,
         bitmap: UserBitmap<'a>,
     ) -> Result<BitmapView<'a>, Error> {
@@ -198,7 +199,7 @@ impl AddressSpace {
     /// request that is walked.
     fn check<'a>(
         &self,
-        member: Option<&Arc<Member>>,
+        member: Option<&Party>,
         request: &HarvestRequest<'_>,
         bitmap: UserBitmap<'a>,
         snapshot: &Areas<'_>,
@@ -246,7 +247,7 @@ impl AddressSpace {
 /// A harvest for a consumer of `space`; `None` is the unnamed one.
 fn harvest_for<'a>(
     space: SpaceRef<'a>,
-    member: Option<&Arc<Member>>,
+    member: Option<&Party>,
     request: &HarvestRequest<'_>,
     bitmap: UserBitmap<'a>,
 ) -> Result<Lease<'a, Owed>, Error> {
@@ -257,15 +258,20 @@ fn harvest_for<'a>(
     let (bound, covered) = holder.check(member, request, bitmap, &snapshot)?;
     let held = Held::Lent(bound.view());
     let holding = Holding::begin(space, held, covered);
-    Ok(harvest(holding, snapshot, request, bound))
+    let all = bound.view().range();
+    let lease = harvest(holding, snapshot, request, bound, all);
+    holder.keep_in_bounds(lease.audience());
+    Ok(lease)
 }
 
-/// Walks `request` into `bound`, the bits of `holding`.
+/// Walks `request` into `bound`, the bits of `holding`. In `all` there is no area that is not
+/// walked.
 fn harvest<'a>(
     mut holding: Holding<'a>,
     snapshot: Areas<'_>,
     request: &HarvestRequest<'_>,
     bound: Bound<'_>,
+    all: IovaRange,
 ) -> Lease<'a, Owed> {
     #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
     if request.is_parallel() && !holding.is_shared() {
@@ -277,6 +283,9 @@ fn harvest<'a>(
     let mut sink = bound.into_sink();
     let walked = walk(&mut holding, &snapshot, request, asked, &mut sink);
     holding.walked(&snapshot);
+    if matches!(walked, Ok(None)) && request.mask().is_none() {
+        holding.walked_all(all);
+    }
     let mut recorded = Recorded::default();
     recorded.add(&sink);
     holding.into_lease(walked, recorded)
