@@ -179,6 +179,7 @@ pub mod flush;
 pub mod exchange;
 pub mod harvest;
 mod marks;
+pub mod meter;
 pub mod source;
 pub mod space;
 

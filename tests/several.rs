@@ -333,6 +333,26 @@ fn a_detach_loses_nothing_of_any_consumer() {
     assert!(found.contains(&9) && found.contains(&20), "{found:?}");
 }
 
+/// An abort of a lease that had covered a domain which was detached since also marked the pages, so
+/// that every consumer was told them again.
+#[test]
+fn an_abort_after_a_detach_tells_the_others_nothing() {
+    let space = space(64);
+    let log: Arc<[AtomicU64]> = [AtomicU64::new(0)].into();
+    let shared = SharedLog::new(0..64 * PAGE, Granule::K4, Arc::clone(&log)).unwrap();
+    let domain = space.attach(shared).unwrap();
+    let one = space.consumer("one", Start::Clean).unwrap();
+    let two = space.consumer("two", Start::Clean).unwrap();
+    log[0].store(1 << 5, SeqCst);
+    let lease = one.rounds().next().unwrap();
+    assert_eq!(next(&two), [5]);
+    space.detach(domain).unwrap();
+    assert_eq!(lease.abort().bytes, PAGE);
+    assert_eq!(next(&two), NONE);
+    assert_eq!(next(&one), [5]);
+    assert_eq!(unnamed(&space), [5]);
+}
+
 #[test]
 fn names_are_checked() {
     let space = space(1);
@@ -394,6 +414,24 @@ fn a_lease_outlives_its_consumer() {
     let again = Consumer::shared(Arc::clone(&space), "one", Start::Dirty).unwrap();
     let thread = std::thread::spawn(move || next(&again).len());
     assert_eq!(thread.join().unwrap(), 64);
+}
+
+/// A harvest borrowed its consumer, so that a consumer could not leave while such a lease lived.
+#[test]
+fn a_harvest_into_a_bitmap_of_the_caller_outlives_its_consumer() {
+    let space = space(64);
+    let one = space.consumer("one", Start::Clean).unwrap();
+    space.mark(pages(1, 2)).unwrap();
+    let (mut first, mut second) = ([0], [0]);
+    let request = HarvestRequest::new(pages(0, 64), Granule::K4);
+    let kept = one.harvest(&request, UserBitmap::new(&mut first)).unwrap();
+    space.mark(pages(3, 1)).unwrap();
+    let lost = one.harvest(&request, UserBitmap::new(&mut second)).unwrap();
+    drop(one);
+    assert_eq!(kept.sync().unwrap().commit().bits_set, 2);
+    let aborted = lost.abort();
+    assert_eq!((aborted.bytes, aborted.outside_bytes), (0, PAGE));
+    assert_eq!(unnamed(&space), [1, 2, 3]);
 }
 
 /// A bitmap that fails in the middle of a harvest: what was taken there stays pending for the

@@ -15,7 +15,7 @@ type Module = Vec<String>;
 /// each other.
 const FLOORS: [&[&str]; 11] = [
     &["adapter", "source_kit"],
-    &["exchange"],
+    &["exchange", "meter"],
     &["harvest"],
     &["space"],
     &["source"],

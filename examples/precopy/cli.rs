@@ -20,8 +20,10 @@ const AUTO_FULL_COPY_SECONDS: f64 = 8.0;
 ///
 /// Each file of the trace becomes an area of IOVA space. Devices issue the trace's writes, and CPU
 /// threads write and mark. Meanwhile a migrator copies everything, and then harvests, syncs and
-/// copies the pages that became dirty, round after round. At the end source and destination are
-/// compared byte for byte.
+/// copies the pages that became dirty, round after round. A backup takes an increment every few
+/// seconds, and a rate meter looks four times a second: each of the three is told every write. At
+/// the end both copies are compared byte for byte, and the looks of the meter with a log of all
+/// writes.
 ///
 /// Exit status: 0 if all pages are identical, 1 if a page differs, 2 if an option or the trace is
 /// refused.
@@ -75,6 +77,10 @@ pub(crate) struct Cli {
         value_parser = clap::value_parser!(u32).range(1..=1000)
     )]
     pub(crate) max_rounds: u32,
+
+    /// Seconds between two increments of the backup
+    #[arg(long, value_name = "N", default_value_t = 2.0, value_parser = seconds)]
+    pub(crate) backup: f64,
 
     /// Draw the rounds as an SVG picture
     #[arg(long, value_name = "FILE.svg")]
@@ -236,6 +242,8 @@ pub(crate) enum Sabotage {
     NoDrain,
     /// CPU threads forget the mark of every eighth write; needs --cpus 1 or more
     SkipMark,
+    /// Harvests of the migration do not leave what they take to the backup
+    ForgetConsumer,
 }
 
 impl Sabotage {
@@ -247,6 +255,7 @@ impl Sabotage {
             Sabotage::ClearThenLose => "clear-then-lose",
             Sabotage::NoDrain => "no-drain",
             Sabotage::SkipMark => "skip-mark",
+            Sabotage::ForgetConsumer => "forget-consumer",
         }
     }
 
@@ -268,6 +277,9 @@ impl Sabotage {
                 "the flush did not wait for writes that were translated but not yet in memory"
             }
             Sabotage::SkipMark => "CPU threads forgot the mark of every eighth write",
+            Sabotage::ForgetConsumer => {
+                "harvests of the migration did not leave what they took to the backup"
+            }
         }
     }
 }
@@ -362,6 +374,15 @@ pub(crate) struct MemoryError {
     files: usize,
     needed: u128,
     limit: u64,
+}
+
+/// A number of seconds above 0.
+fn seconds(text: &str) -> Result<f64, String> {
+    const MOST: f64 = 1e6;
+    match text.parse::<f64>() {
+        Ok(number) if number > 0.0 && number <= MOST => Ok(number),
+        _ => Err(format!("expected a number above 0 and up to {MOST}")),
+    }
 }
 
 /// A number above 0.

@@ -11,7 +11,7 @@ use crate::cli::Sabotage;
 use crate::sabotage::{self, Forgetful};
 
 /// The first address of the first area: low addresses stay unmapped, as they usually are.
-const BASE: u64 = 1 << 32;
+pub(crate) const BASE: u64 = 1 << 32;
 /// The unit of the report and of the last line, independent of the leaves of the IO page table.
 pub(crate) const PAGE: Granule = Granule::K4;
 

@@ -8,15 +8,21 @@
 //!     compare source and destination, all bytes <-- last copy <-- sync <-- last harvest
 //! ```
 //!
+//! A backup and a rate meter, two named consumers, look at the same memory at the same time, and
+//! are verified as well: `backup.rs`, `rate.rs`.
+//!
 //! Exit status: 0 if every page is identical, 1 if one differs, 2 if an option or the trace is
 //! refused.
 
+mod backup;
 mod cli;
 mod compare;
+mod destination;
 mod machine;
 mod migrate;
 mod plot;
 mod progress;
+mod rate;
 mod replay;
 mod report;
 mod sabotage;
@@ -26,15 +32,20 @@ use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use clap::Parser;
+use dirtymap::meter::{Meter, Plan};
+use dirtymap::{Granule, Start};
 use dirtymap_examples::iolog::Trace;
 use pagetable_sim::{AmdV1, ArmS1, Format, RiscvSv48, VtdSs, X86_64};
 
+use backup::Backup;
 use cli::{Cli, TableFormat};
 use machine::{Machine, PAGE};
 use migrate::{Decision, Migration};
-use report::{RoundKind, RunRecord};
+use rate::Rate;
+use report::{AreaRate, BackupRecord, MeterRecord, PredictionRecord, RoundKind, RunRecord};
 
 /// Every page is identical.
 const VERIFIED: u8 = 0;
@@ -42,6 +53,12 @@ const VERIFIED: u8 = 0;
 const NOT_IDENTICAL: u8 = 1;
 /// An option or the trace was refused, and nothing ran.
 const BAD_INPUT: u8 = 2;
+
+/// Bytes for which the meter keeps a rate.
+const HEAT: u64 = 64 << 10;
+
+/// Areas whose rates are shown.
+const HOTTEST: usize = 2;
 
 /// Microseconds between two operations of a trace that was recorded without times.
 const UNTIMED_US: u64 = 100;
@@ -128,27 +145,64 @@ fn migrate<F: Format>(cli: &Cli, trace: &Trace, memory: u64) -> Result<RunRecord
     let bandwidth = cli.bandwidth.bytes_per_second(memory, cli.speed);
     let progress = progress::Progress::new(trace.ops.len() as u64);
     let replayed = replay::Progress::default();
-    let mut migration = Migration::new(&machine, &progress, &replayed, cli.sabotage, bandwidth)?;
-
     machine.space.start_tracking()?;
-    std::thread::scope(|scope| {
+    let consumer = machine.space.consumer("backup", Start::Dirty)?;
+    let mut migration = Migration::new(
+        &machine,
+        &progress,
+        &replayed,
+        cli.sabotage,
+        &consumer,
+        bandwidth,
+    )?;
+    let mut backup = Backup::new(&machine, &consumer, &progress)?;
+    let meter = machine.space.consumer("rate", Start::Clean)?;
+    let meter = Meter::new(meter, rate::HALF_LIFE).by(Granule::from_bytes(HEAT)?);
+    let rate = Rate::new(meter, &replayed.phase);
+
+    let every = Duration::from_secs_f64(cli.backup);
+    let mut prediction = None;
+    let log = std::thread::scope(|scope| {
         let replay = replay::Replay::start(scope, &machine, trace, &settings, &replayed);
-        let copied = precopy(&mut migration, cli.max_rounds);
+        let backups = scope.spawn(|| backup.run(every, &replayed));
+        let looks = scope.spawn(|| rate.run(&replayed));
+        let copied = precopy(&mut migration, cli.max_rounds, |plan| {
+            prediction = Some(PredictionRecord::from(rate.predict(plan)));
+        });
         // In any case the workers must stop before the scope can end.
         replayed.stop();
-        replay.join().and(copied)
+        let log = replay.join();
+        for other in [backups, looks] {
+            other.join().unwrap_or(Err(Failure::WorkerPanicked))?;
+        }
+        copied.and(log)
     })?;
     migration.round(RoundKind::Final)?;
+    backup.increment()?;
+    rate.last_look()?;
     progress.finish();
 
     let comparison = migration.compare()?;
+    let backup = BackupRecord {
+        comparison: backup.compare()?,
+        increments: backup.into_increments(),
+    };
+    let pages = machine.range.granules(PAGE) as u64;
+    let leaf = cli.page_size.bytes() / PAGE.bytes();
+    let check = rate.check(&log, pages, leaf);
+    let hottest = hottest(&machine, &rate);
+    let meter = MeterRecord {
+        check,
+        hottest,
+        looks: rate.into_looks(),
+    };
     let (rounds, took) = migration.into_rounds();
     Ok(RunRecord {
         trace: cli.trace_name(),
         files: trace.files.len() as u64,
         writes_total: trace.writes,
         writes_replayed: replayed.writes.load(Ordering::Relaxed),
-        pages: machine.range.granules(PAGE) as u64,
+        pages,
         format: cli.format,
         page_size: cli.page_size.bytes(),
         devices: cli.devices,
@@ -160,13 +214,39 @@ fn migrate<F: Format>(cli: &Cli, trace: &Trace, memory: u64) -> Result<RunRecord
         migration_ms: took.as_millis() as u64,
         rounds,
         comparison,
+        backup,
+        meter,
+        prediction,
         counters: counters(&machine),
     })
 }
 
-/// Copies while the machine runs, until it is time to stop it.
-fn precopy<F: Format>(migration: &mut Migration<'_, F>, max_rounds: u32) -> Result<(), Failure> {
+/// The areas with the highest rates.
+fn hottest<F: Format>(machine: &Machine<F>, rate: &Rate<'_>) -> Vec<AreaRate> {
+    let mut areas: Vec<AreaRate> = machine
+        .files
+        .iter()
+        .map(|area| AreaRate {
+            file: area.name.clone(),
+            rate_bytes_per_s: rate.rate_of(area.range),
+        })
+        .collect();
+    areas.sort_by(|one, other| other.rate_bytes_per_s.total_cmp(&one.rate_bytes_per_s));
+    areas.truncate(HOTTEST);
+    areas
+}
+
+/// Copies while the machine runs, until it is time to stop it. `predict` is called after the full
+/// copy, if the link has a limit.
+fn precopy<F: Format>(
+    migration: &mut Migration<'_, F>,
+    max_rounds: u32,
+    predict: impl FnOnce(Plan),
+) -> Result<(), Failure> {
     migration.copy_everything()?;
+    if let Some(plan) = migration.plan(max_rounds) {
+        predict(plan);
+    }
     while migration.decide(max_rounds) == Decision::Continue {
         migration.round(RoundKind::Precopy)?;
     }

@@ -1,23 +1,24 @@
 //! The migrator: copy everything, then rounds of harvest, sync and copy, until the rest can be
 //! copied with the devices stopped.
 
+use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use dirtymap::meter::Plan;
 use dirtymap::space::SpaceStats;
-use dirtymap::{HarvestRequest, Holes, IovaRange, UserBitmap};
-use pagetable_sim::{Format, PhysMemory};
+use dirtymap::{Consumer, HarvestRequest, Holes, IovaRange, Rounds, UserBitmap};
+use pagetable_sim::Format;
 
 use crate::Failure;
 use crate::cli::Sabotage;
-use crate::compare::{Comparison, PageAt};
+use crate::compare::Comparison;
+use crate::destination::Destination;
 use crate::machine::{Machine, PAGE};
 use crate::progress::Progress;
 use crate::replay;
 use crate::report::{RoundKind, RoundRecord};
 
-/// Bytes that are copied at a time.
-const BLOCK: usize = 1 << 20;
 /// The least number of rounds before the migrator may stop, without the full copy.
 const MIN_ROUNDS: u32 = 5;
 /// The number of consecutive rounds that may fail to shrink the dirty set.
@@ -33,7 +34,9 @@ pub(crate) struct Migration<'a, F: Format> {
     progress: &'a Progress,
     replay: &'a replay::Progress,
     sabotage: Option<Sabotage>,
-    destination: PhysMemory,
+    /// The consumer to which harvests leave nothing, by sabotage.
+    forgotten: Option<Rounds<'a>>,
+    destination: Destination<'a, F>,
     bytes_per_second: Option<f64>,
     bitmap: Vec<AtomicU64>,
     began: Instant,
@@ -58,6 +61,7 @@ impl<'a, F: Format> Migration<'a, F> {
         progress: &'a Progress,
         replay: &'a replay::Progress,
         sabotage: Option<Sabotage>,
+        backup: &Consumer<'a>,
         bytes_per_second: Option<f64>,
     ) -> Result<Self, Failure> {
         let words = machine.range.granules(PAGE).div_ceil(64);
@@ -66,7 +70,8 @@ impl<'a, F: Format> Migration<'a, F> {
             progress,
             replay,
             sabotage,
-            destination: PhysMemory::new(machine.memory.len())?,
+            forgotten: (sabotage == Some(Sabotage::ForgetConsumer)).then(|| backup.rounds()),
+            destination: Destination::new(machine)?,
             bytes_per_second,
             bitmap: (0..words).map(|_| AtomicU64::new(0)).collect(),
             began: Instant::now(),
@@ -85,6 +90,7 @@ impl<'a, F: Format> Migration<'a, F> {
         self.harvested = Instant::now();
         let copying = Instant::now();
         let bytes = self.copy(std::iter::once(self.machine.range))?;
+        self.destination.whole();
         self.finish(RoundRecord {
             round: 0,
             kind: RoundKind::Full,
@@ -112,7 +118,9 @@ impl<'a, F: Format> Migration<'a, F> {
             word.store(0, Ordering::Relaxed);
         }
         let request = HarvestRequest::new(self.machine.range, PAGE).holes(Holes::Refuse);
-        let bitmap = UserBitmap::shared(&self.bitmap);
+        // Put back at the end; an error ends the run.
+        let words = std::mem::take(&mut self.bitmap);
+        let bitmap = UserBitmap::shared(&words);
 
         let clock = Instant::now();
         let lease = space.harvest(&request, bitmap)?;
@@ -128,7 +136,7 @@ impl<'a, F: Format> Migration<'a, F> {
         if self.sabotage == Some(Sabotage::CopyBeforeSync) {
             // The lease has no ranges before its sync, but the bitmap can be read.
             let clock = Instant::now();
-            let bitmap = UserBitmap::shared(&self.bitmap);
+            let bitmap = UserBitmap::shared(&words);
             let view = bitmap.view(self.machine.range, PAGE);
             bytes = self.copy(view.map_err(dirtymap::Error::from)?.runs())?;
             copy = clock.elapsed();
@@ -144,6 +152,11 @@ impl<'a, F: Format> Migration<'a, F> {
             copy = clock.elapsed();
         }
         lease.commit();
+        self.bitmap = words;
+        if let Some(forgotten) = &mut self.forgotten {
+            // What the round has left to that consumer is committed for it, and not copied.
+            forgotten.next()?.commit();
+        }
 
         let did = invalidated_since(&before, &space.stats());
         self.finish(RoundRecord {
@@ -163,6 +176,14 @@ impl<'a, F: Format> Migration<'a, F> {
         Ok(())
     }
 
+    /// The migration as a plan, if the link has a limit.
+    pub(crate) fn plan(&self, max_rounds: u32) -> Option<Plan> {
+        let rate = NonZeroU64::new(self.bytes_per_second? as u64)?;
+        let mut plan = Plan::new(self.machine.range.len() as u64, rate, DOWNTIME);
+        plan.rounds = MIN_ROUNDS.min(max_rounds)..=max_rounds;
+        Some(plan)
+    }
+
     /// Whether another round is useful.
     pub(crate) fn decide(&self, max_rounds: u32) -> Decision {
         let small = match self.bytes_per_second {
@@ -179,31 +200,7 @@ impl<'a, F: Format> Migration<'a, F> {
 
     /// Compares source and destination byte for byte. The machine must have stopped.
     pub(crate) fn compare(&self) -> Result<Comparison, Failure> {
-        let mut comparison = Comparison::default();
-        let page = PAGE.bytes() as usize;
-        let (mut source, mut destination) = (vec![0; BLOCK], vec![0; BLOCK]);
-        for (index, file) in self.machine.files.iter().enumerate() {
-            for_blocks(file.range, |block| {
-                let phys = self.machine.phys(block.start());
-                let length = block.len() as usize;
-                self.machine.memory.read(phys, &mut source[..length])?;
-                self.destination.read(phys, &mut destination[..length])?;
-                let pages = source[..length]
-                    .chunks(page)
-                    .zip(destination[..length].chunks(page));
-                for (offset, (ours, theirs)) in (0..).step_by(page).zip(pages) {
-                    let at = PageAt {
-                        iova: block.start().get() + offset,
-                        file: index as u32,
-                        name: &file.name,
-                        offset: block.start().get() + offset - file.range.start().get(),
-                    };
-                    comparison.page(at, ours, theirs);
-                }
-                Ok(())
-            })?;
-        }
-        Ok(comparison)
+        self.destination.compare()
     }
 
     fn finish(&mut self, record: RoundRecord) {
@@ -214,21 +211,12 @@ impl<'a, F: Format> Migration<'a, F> {
 
     /// Copies `ranges` over the link, and waits for the time that a real link takes. Returns the
     /// bytes.
-    fn copy(&self, ranges: impl Iterator<Item = IovaRange>) -> Result<u64, Failure> {
+    fn copy(&mut self, ranges: impl Iterator<Item = IovaRange>) -> Result<u64, Failure> {
         let clock = Instant::now();
-        let mut buffer = vec![0; BLOCK];
         let mut copied = 0;
         for range in ranges {
-            for_blocks(range, |block| {
-                let buffer = &mut buffer[..block.len() as usize];
-                let phys = self.machine.phys(block.start());
-                self.machine.memory.read(phys, buffer)?;
-                // The destination is zero at first, so a first copy of zeros would only allocate
-                // memory.
-                if !self.rounds.is_empty() || buffer.iter().any(|byte| *byte != 0) {
-                    self.destination.write(phys, buffer)?;
-                }
-                copied += buffer.len() as u64;
+            self.destination.copy(range, |block| {
+                copied += block.len() as u64;
                 self.progress.copied(block.granules(PAGE) as u64);
                 self.progress
                     .replayed(self.replay.issued.load(Ordering::Relaxed));
@@ -238,7 +226,6 @@ impl<'a, F: Format> Migration<'a, F> {
                         std::thread::sleep(early);
                     }
                 }
-                Ok(())
             })?;
         }
         Ok(copied)
@@ -280,22 +267,6 @@ fn invalidated_since(before: &SpaceStats, after: &SpaceStats) -> dirtymap::flush
     }
 }
 
-/// Calls `visit` for `range` in pieces of at most [`BLOCK`].
-fn for_blocks(
-    range: IovaRange,
-    mut visit: impl FnMut(IovaRange) -> Result<(), Failure>,
-) -> Result<(), Failure> {
-    let mut start = Some(range.start());
-    while let Some(from) = start.filter(|from| *from <= range.last()) {
-        let last = from
-            .checked_add(BLOCK as u64 - 1)
-            .map_or(range.last(), |last| last.min(range.last()));
-        visit(IovaRange::new(from, last)?)?;
-        start = last.checked_add(1);
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -331,20 +302,5 @@ mod tests {
             Decision::StoppedShrinking
         );
         assert_eq!(decide(&rounds(&[900, 800]), 10, 2), Decision::RoundsUsedUp);
-    }
-
-    #[test]
-    fn blocks_cover_the_range_and_end_at_the_top() {
-        let range = IovaRange::from_len(
-            dirtymap::Iova::new(u64::MAX - 5 * (BLOCK as u64) / 2 + 1),
-            5 * BLOCK as u64 / 2,
-        );
-        let mut pieces = vec![];
-        for_blocks(range.unwrap(), |block| {
-            pieces.push(block.len());
-            Ok(())
-        })
-        .unwrap();
-        assert_eq!(pieces, [BLOCK as u128, BLOCK as u128, BLOCK as u128 / 2]);
     }
 }

@@ -15,13 +15,16 @@ use crate::text;
 type Drawn<T> = Result<T, Box<dyn Error>>;
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-const SIZE: (u32, u32) = (960, 660);
+const SIZE: (u32, u32) = (960, 900);
 /// Where the lower panel starts.
 const SPLIT: u32 = 430;
+/// The height of that panel. The one below it has the other consumers.
+const RATE: u32 = 230;
 const FONT: &str = "sans-serif";
 const TEXT: RGBColor = RGBColor(33, 37, 41);
 const GRID: RGBColor = RGBColor(222, 226, 230);
 const LINE: RGBColor = RGBColor(11, 114, 133);
+const BACKUP: RGBColor = RGBColor(156, 54, 181);
 /// The most bars with a number above. With more of them, the numbers would touch.
 const MOST_LABELLED_ROUNDS: usize = 14;
 
@@ -51,7 +54,9 @@ fn draw(run: &RunRecord) -> Drawn<String> {
         let upper = upper.margin(92, 0, 0, 0);
         if !run.rounds.is_empty() {
             dirty_pages(&upper, &run.rounds)?;
-            dirty_rate(&lower, &run.rounds)?;
+            let (middle, lower) = lower.split_vertically(RATE);
+            dirty_rate(&middle, &run.rounds)?;
+            others(&lower, run)?;
         }
         root.present()?;
     }
@@ -206,6 +211,50 @@ fn dirty_rate(area: &Area<'_>, rounds: &[RoundRecord]) -> Drawn<()> {
     Ok(())
 }
 
+/// The other consumers, over time: the rate of the meter, and the increments of the backup after
+/// the first one, which has everything.
+fn others(area: &Area<'_>, run: &RunRecord) -> Drawn<()> {
+    const MIB: f64 = (1 << 20) as f64;
+    let seconds = |ms: u64| ms as f64 / 1e3;
+    let looks = run.meter.looks.iter();
+    let rate: Vec<(f64, f64)> = looks
+        .map(|look| (seconds(look.at_ms), look.rate_bytes_per_s / MIB))
+        .collect();
+    let increments = run.backup.increments.iter().skip(1);
+    let copied: Vec<(f64, f64)> = increments
+        .map(|one| (seconds(one.started_ms), one.bytes_copied as f64 / MIB))
+        .collect();
+    let all = || rate.iter().chain(&copied);
+    let most = all().map(|point| point.1).fold(1.0, f64::max);
+    let last = all().map(|point| point.0).fold(1.0, f64::max);
+    let mut chart = ChartBuilder::on(area)
+        .margin_left(18)
+        .margin_right(24)
+        .margin_top(6)
+        .margin_bottom(8)
+        .x_label_area_size(46)
+        .y_label_area_size(74)
+        .build_cartesian_2d(0.0..last * 1.02, 0.0..most * 1.15)?;
+    chart
+        .configure_mesh()
+        .disable_x_mesh()
+        .bold_line_style(GRID)
+        .light_line_style(WHITE)
+        .axis_style(TEXT)
+        .label_style((FONT, 14).into_font().color(&TEXT))
+        .axis_desc_style((FONT, 15).into_font().color(&TEXT))
+        .x_label_formatter(&|x| text::short(*x))
+        .y_labels(5)
+        .y_label_formatter(&|y| text::short(*y))
+        .x_desc("seconds: line, MiB/s by the meter; dots, MiB of an increment of the backup")
+        .y_desc("MiB/s, MiB")
+        .draw()?;
+    chart.draw_series(LineSeries::new(rate.iter().copied(), LINE.stroke_width(2)))?;
+    let dots = copied.iter();
+    chart.draw_series(dots.map(|point| Circle::new(*point, 5, BACKUP.filled())))?;
+    Ok(())
+}
+
 /// The horizontal axis: one unit for each round, with room for half a bar on both sides.
 fn columns(rounds: &[RoundRecord]) -> Range<f64> {
     let last = rounds.iter().map(|round| round.round).max().unwrap_or(0);
@@ -236,6 +285,7 @@ mod tests {
             "pages to copy (log)",
             "dirty pages/s",
             "dirty, devices stopped",
+            "an increment of the backup",
             "</svg>",
         ] {
             assert!(svg.contains(part), "{part}");

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-use crate::report::{RoundKind, RoundRecord};
+use crate::report::{IncrementRecord, RoundKind, RoundRecord};
 use crate::text;
 
 /// The interval at which a bar without progress is redrawn.
@@ -77,6 +77,11 @@ impl Progress {
         self.say(&round_line(record));
     }
 
+    /// Ends an increment of the backup with one line about it.
+    pub(crate) fn increment_ends(&self, record: &IncrementRecord) {
+        self.say(&increment_line(record));
+    }
+
     /// Prints one permanent line, above the bars if there are any.
     pub(crate) fn say(&self, line: &str) {
         // A run goes on if its progress cannot be shown.
@@ -117,6 +122,18 @@ fn round_line(record: &RoundRecord) -> String {
     line
 }
 
+/// One increment of the backup in one line.
+fn increment_line(record: &IncrementRecord) -> String {
+    format!(
+        "{:>6.2} s  backup {:>2}: {} dirty, {} copied in {}",
+        record.started_ms as f64 / 1e3,
+        record.increment,
+        text::plural(record.dirty_pages, "page"),
+        text::bytes(record.bytes_copied),
+        text::micros(record.took_us),
+    )
+}
+
 /// The style of a template, or the default one if the template has a mistake.
 fn style(template: &str) -> ProgressStyle {
     match ProgressStyle::with_template(template) {
@@ -148,6 +165,14 @@ mod tests {
             round_line(&run.rounds[1]),
             "  5.03 s  round  1 (precopy): 50,200 pages dirty, 196.1 MiB copied in 1.27 s, \
              harvest 3.9 ms, flush 210 us, dirty rate 9,980 pages/s"
+        );
+    }
+
+    #[test]
+    fn an_increment_is_told_in_one_line() {
+        assert_eq!(
+            increment_line(&samples::run().backup.increments[1]),
+            "  2.00 s  backup  1: 20,000 pages dirty, 78.1 MiB copied in 41.0 ms"
         );
     }
 

@@ -14,6 +14,7 @@ use pagetable_sim::{Device, DeviceConfig, Format};
 use crate::Failure;
 use crate::cli::Sabotage;
 use crate::machine::Machine;
+use crate::rate::{Phase, Written};
 
 /// All writes of one block go through one worker, so that each device has locality, like real ones.
 const BLOCK: u64 = 256 << 10;
@@ -52,9 +53,16 @@ pub(crate) struct Progress {
     /// Writes among these.
     pub(crate) writes: AtomicU64,
     stop: AtomicBool,
+    /// The phase of the meter.
+    pub(crate) phase: Phase,
 }
 
 impl Progress {
+    /// Whether the machine stops.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
     /// Asks the workers to stop after their current operation.
     pub(crate) fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
@@ -63,7 +71,7 @@ impl Progress {
 
 /// The running workers.
 pub(crate) struct Replay<'scope> {
-    workers: Vec<ScopedJoinHandle<'scope, Result<(), Failure>>>,
+    workers: Vec<ScopedJoinHandle<'scope, Result<Vec<Written>, Failure>>>,
 }
 
 impl<'scope> Replay<'scope> {
@@ -93,6 +101,7 @@ impl<'scope> Replay<'scope> {
                     progress,
                     began,
                     buffer: vec![0; PIECE as usize],
+                    log: Vec::new(),
                 };
                 let port = if index < settings.devices {
                     Port::Device(Box::new(machine.domain.attach(DEVICE)))
@@ -105,12 +114,17 @@ impl<'scope> Replay<'scope> {
         Replay { workers }
     }
 
-    /// Waits until every worker has stopped and the writes in flight have landed.
-    pub(crate) fn join(self) -> Result<(), Failure> {
-        let mut result = Ok(());
+    /// Waits until every worker has stopped and the writes in flight have landed. Returns the log
+    /// of all writes.
+    pub(crate) fn join(self) -> Result<Vec<Written>, Failure> {
+        let mut result = Ok(Vec::new());
         for worker in self.workers {
             let done = worker.join().unwrap_or(Err(Failure::WorkerPanicked));
-            result = result.and(done);
+            match (&mut result, done) {
+                (Ok(log), Ok(more)) => log.extend(more),
+                (Ok(_), Err(error)) => result = Err(error),
+                (Err(_), _) => {}
+            }
         }
         result
     }
@@ -129,10 +143,11 @@ struct Worker<'a, F: Format> {
     progress: &'a Progress,
     began: Instant,
     buffer: Vec<u8>,
+    log: Vec<Written>,
 }
 
 impl<F: Format> Worker<'_, F> {
-    fn run(mut self, mut port: Port<F>, queue: &[usize]) -> Result<(), Failure> {
+    fn run(mut self, mut port: Port<F>, queue: &[usize]) -> Result<Vec<Written>, Failure> {
         // The time of one pass. It is never 0, because the last operation takes time too.
         let pass_us = self
             .trace
@@ -160,7 +175,7 @@ impl<F: Format> Worker<'_, F> {
             }
         }
         // The device is dropped here: its writes in flight land, and it leaves the domain.
-        Ok(())
+        Ok(self.log)
     }
 
     /// Waits until `at_us` of the trace, and serves the device meanwhile. False if the machine is
@@ -201,7 +216,10 @@ impl<F: Format> Worker<'_, F> {
                 Kind::Read => self.read(range, port)?,
                 Kind::Write => {
                     fill(&mut self.buffer[..length as usize], mix(stream ^ mix(done)));
+                    let began = self.progress.phase.read();
                     self.write(range, port)?;
+                    let phases = (began, self.progress.phase.read());
+                    self.log.push(Written { range, phases });
                 }
             }
             done += length;

@@ -6,6 +6,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
 use comfy_table::{CellAlignment, Table, TableComponent, presets};
+use dirtymap::meter::Prediction;
 use serde::Serialize;
 
 use crate::cli::{Sabotage, TableFormat};
@@ -54,14 +55,117 @@ pub(crate) struct RoundRecord {
     pub(crate) flush_us: u64,
     /// Microseconds of the copy.
     pub(crate) copy_us: u64,
-    /// Invalidation commands that the sync needed.
+    /// Invalidation commands in the time of the round, those for the backup and the meter included.
     pub(crate) invalidation_commands: u64,
     /// Translations that IOTLBs dropped because of them.
     pub(crate) dropped_translations: u64,
-    /// Writes in flight that the sync waited for.
+    /// Writes in flight that were waited for.
     pub(crate) drained_writes: u64,
     /// Dirty pages for each second since the harvest before.
     pub(crate) dirty_rate_pages_per_s: f64,
+}
+
+/// One increment of the backup.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct IncrementRecord {
+    /// 0 for the first one, which has everything.
+    pub(crate) increment: u32,
+    /// Its start, in milliseconds after the start of the backup.
+    pub(crate) started_ms: u64,
+    /// Pages that its harvest reported.
+    pub(crate) dirty_pages: u64,
+    /// Bytes that were copied.
+    pub(crate) bytes_copied: u64,
+    /// Microseconds of all of it.
+    pub(crate) took_us: u64,
+}
+
+/// The backup.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct BackupRecord {
+    /// Increment by increment.
+    pub(crate) increments: Vec<IncrementRecord>,
+    /// The result of the comparison.
+    pub(crate) comparison: Comparison,
+}
+
+/// One look of the rate meter.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct LookRecord {
+    /// Its time, in milliseconds after the start of the meter.
+    pub(crate) at_ms: u64,
+    /// Pages that were written since the look before.
+    pub(crate) dirty_pages: u64,
+    /// The rate after it, with decay.
+    pub(crate) rate_bytes_per_s: f64,
+    /// Microseconds of the look.
+    pub(crate) took_us: u64,
+}
+
+/// The looks of the rate meter, compared with a log of all writes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct MeterCheck {
+    /// Pages of all looks.
+    pub(crate) pages: u64,
+    /// Pages that a look had to have and did not.
+    pub(crate) missed: u64,
+    /// Pages of a look that no write had touched since the look before, which did not have them.
+    pub(crate) excess: u64,
+    /// The same of pages that the look before had: another consumer's harvest had them in hand.
+    pub(crate) twice: u64,
+    /// Pages by which the counts of the looks are wrong.
+    pub(crate) miscounted: u64,
+}
+
+impl MeterCheck {
+    /// Whether each look has exactly what was written.
+    pub(crate) fn exact(&self) -> bool {
+        (self.missed, self.excess, self.miscounted) == (0, 0, 0)
+    }
+}
+
+/// The rate of one area.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct AreaRate {
+    /// The file of the trace.
+    pub(crate) file: String,
+    /// Bytes a second at the end of the run.
+    pub(crate) rate_bytes_per_s: f64,
+}
+
+/// The rate meter.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct MeterRecord {
+    /// Look by look.
+    pub(crate) looks: Vec<LookRecord>,
+    /// The areas with the highest rates, the highest first.
+    pub(crate) hottest: Vec<AreaRate>,
+    /// The result of the comparison.
+    pub(crate) check: MeterCheck,
+}
+
+/// What the meter predicted after the full copy.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct PredictionRecord {
+    /// Rounds after the full copy, the last one included.
+    pub(crate) rounds: u32,
+    /// Microseconds with the machine stopped.
+    pub(crate) downtime_us: u64,
+    /// Milliseconds of all of it, the full copy included.
+    pub(crate) migration_ms: u64,
+    /// Whether a round becomes short enough.
+    pub(crate) converges: bool,
+}
+
+impl From<Prediction> for PredictionRecord {
+    fn from(said: Prediction) -> Self {
+        PredictionRecord {
+            rounds: said.rounds,
+            downtime_us: u64::try_from(said.downtime.as_micros()).unwrap_or(u64::MAX),
+            migration_ms: u64::try_from(said.took.as_millis()).unwrap_or(u64::MAX),
+            converges: said.converges,
+        }
+    }
 }
 
 /// One run.
@@ -99,14 +203,22 @@ pub(crate) struct RunRecord {
     pub(crate) rounds: Vec<RoundRecord>,
     /// The result of the comparison.
     pub(crate) comparison: Comparison,
+    /// The backup beside the migration.
+    pub(crate) backup: BackupRecord,
+    /// The rate meter beside the migration.
+    pub(crate) meter: MeterRecord,
+    /// `None` without a limit of the link.
+    pub(crate) prediction: Option<PredictionRecord>,
     /// Totals of the library and the simulator, by name.
     pub(crate) counters: BTreeMap<&'static str, u64>,
 }
 
 impl RunRecord {
-    /// Whether every page of every area was compared and is identical.
+    /// Whether every page of every area was compared and is identical, in both copies, and each
+    /// look of the meter is exact.
     pub(crate) fn verified(&self) -> bool {
-        self.comparison.identical() && self.comparison.pages_compared == self.pages
+        let whole = |copy: &Comparison| copy.identical() && copy.pages_compared == self.pages;
+        whole(&self.comparison) && whole(&self.backup.comparison) && self.meter.check.exact()
     }
 
     /// Microseconds for which the devices stood still.
@@ -133,6 +245,7 @@ impl RunRecord {
             self.migration_ms as f64 / 1e3,
             text::micros(self.downtime_us()),
         )?;
+        self.print_others(out)?;
         if self.verified() {
             // Scripts read this line, which is always the last, and has plain numbers.
             let Comparison {
@@ -206,13 +319,106 @@ impl RunRecord {
         table
     }
 
-    /// The lost pages and their places.
+    /// The backup, the meter, and its prediction, a line each.
+    fn print_others(&self, out: &mut impl Write) -> io::Result<()> {
+        let increments = &self.backup.increments;
+        let copied = increments
+            .iter()
+            .map(|increment| increment.bytes_copied)
+            .sum();
+        let identical = self.backup.comparison.identical();
+        writeln!(
+            out,
+            "backup: {}, {} in all, {}",
+            text::plural(increments.len() as u64, "increment"),
+            text::bytes(copied),
+            if identical {
+                "identical"
+            } else {
+                "NOT identical"
+            },
+        )?;
+        let looks = &self.meter.looks;
+        let rate = looks.last().map_or(0.0, |look| look.rate_bytes_per_s);
+        let hottest: Vec<String> = self
+            .meter
+            .hottest
+            .iter()
+            .map(|area| {
+                let rate = text::bytes(area.rate_bytes_per_s as u64);
+                format!("{rate}/s in {}", area.file)
+            })
+            .collect();
+        writeln!(
+            out,
+            "meter: {}, {} written, {}; {}/s at the end: {}",
+            text::plural(looks.len() as u64, "look"),
+            text::plural(self.meter.check.pages, "page"),
+            if self.meter.check.exact() {
+                "exact"
+            } else {
+                "NOT exact"
+            },
+            text::bytes(rate as u64),
+            hottest.join(", "),
+        )?;
+        if let Some(said) = &self.prediction {
+            let rounds = self.rounds.len().saturating_sub(1) as u64;
+            writeln!(
+                out,
+                "predicted after the full copy: {}, downtime {}, {:.2} s{}; it took {}, {}, \
+                 {:.2} s",
+                text::plural(said.rounds.into(), "round"),
+                text::micros(said.downtime_us),
+                said.migration_ms as f64 / 1e3,
+                if said.converges { "" } else { ", without end" },
+                text::plural(rounds, "round"),
+                text::micros(self.downtime_us()),
+                self.migration_ms as f64 / 1e3,
+            )?;
+        }
+        Ok(())
+    }
+
+    /// The losses.
     fn print_loss(&self, out: &mut impl Write) -> io::Result<()> {
-        let found = &self.comparison;
+        self.print_differences(out, "", &self.comparison)?;
+        self.print_differences(out, "the backup: ", &self.backup.comparison)?;
+        let check = &self.meter.check;
+        if !check.exact() {
+            writeln!(
+                out,
+                "NOT VERIFIED: the meter: {} missed, {} too many, {} miscounted",
+                text::plural(check.missed, "page"),
+                text::count(check.excess),
+                text::count(check.miscounted),
+            )?;
+        }
+        if self.comparison.identical() && self.backup.comparison.identical() && check.exact() {
+            return Ok(());
+        }
+        match self.sabotage {
+            Some(sabotage) => writeln!(
+                out,
+                "sabotage {}: {}",
+                sabotage.name(),
+                sabotage.broken_step()
+            ),
+            None => writeln!(out, "no step was broken on purpose: this is a defect"),
+        }
+    }
+
+    /// The lost pages of one copy, and their places.
+    fn print_differences(
+        &self,
+        out: &mut impl Write,
+        whose: &str,
+        found: &Comparison,
+    ) -> io::Result<()> {
         if found.pages_compared != self.pages {
             writeln!(
                 out,
-                "NOT VERIFIED: only {} of {} pages were compared",
+                "NOT VERIFIED: {whose}only {} of {} pages were compared",
                 text::count(found.pages_compared),
                 text::count(self.pages)
             )?;
@@ -222,7 +428,7 @@ impl RunRecord {
         }
         writeln!(
             out,
-            "NOT VERIFIED: {} of {} differ in {}: their last writes were lost",
+            "NOT VERIFIED: {whose}{} of {} differ in {}: their last writes were lost",
             text::count(found.differing_pages),
             text::plural(found.pages_compared, "page"),
             text::plural(found.differing_bytes, "byte"),
@@ -243,15 +449,7 @@ impl RunRecord {
         if more > 0 {
             writeln!(out, "  and {}", text::plural(more, "more range"))?;
         }
-        match self.sabotage {
-            Some(sabotage) => writeln!(
-                out,
-                "sabotage {}: {}",
-                sabotage.name(),
-                sabotage.broken_step()
-            ),
-            None => writeln!(out, "no step was broken on purpose: this is a defect"),
-        }
+        Ok(())
     }
 
     /// Writes everything to the file at `path` as one JSON object.
@@ -310,6 +508,42 @@ pub(crate) mod samples {
         }
     }
 
+    fn backup(comparison: Comparison) -> BackupRecord {
+        let increments = [DIRTY[0], 20_000, 21_500, 900].into_iter().enumerate();
+        let increments = increments.map(|(at, dirty_pages)| IncrementRecord {
+            increment: at as u32,
+            started_ms: 2_000 * at as u64,
+            dirty_pages,
+            bytes_copied: dirty_pages * 4096,
+            took_us: 1_000 + 2 * dirty_pages,
+        });
+        BackupRecord {
+            increments: increments.collect(),
+            comparison,
+        }
+    }
+
+    fn meter() -> MeterRecord {
+        let looks = (0..30u64).map(|at| LookRecord {
+            at_ms: 250 * (at + 1),
+            dirty_pages: 2_500 + at % 7 * 100,
+            rate_bytes_per_s: 4e7 + at as f64 * 1e5,
+            took_us: 3_000,
+        });
+        let looks: Vec<LookRecord> = looks.collect();
+        MeterRecord {
+            hottest: vec![AreaRate {
+                file: "base/5/16396".to_owned(),
+                rate_bytes_per_s: 1.5e7,
+            }],
+            check: MeterCheck {
+                pages: looks.iter().map(|look| look.dirty_pages).sum(),
+                ..MeterCheck::default()
+            },
+            looks,
+        }
+    }
+
     /// A run of eight rounds in which all went well.
     pub(crate) fn run() -> RunRecord {
         let mut started_ms = 0;
@@ -338,7 +572,15 @@ pub(crate) mod samples {
             sabotage: None,
             migration_ms: started_ms,
             rounds,
+            backup: backup(comparison.clone()),
             comparison,
+            meter: meter(),
+            prediction: Some(PredictionRecord {
+                rounds: 6,
+                downtime_us: 41_000,
+                migration_ms: 7_900,
+                converges: true,
+            }),
             counters: BTreeMap::from([("dma_bytes", 1_000), ("iotlb_hits", 5)]),
         }
     }
@@ -364,6 +606,7 @@ mod tests {
         let mut run = samples::run();
         run.pages = pages;
         run.comparison = Comparison::default();
+        run.backup.comparison.pages_compared = pages;
         for page in 0..pages {
             let at = PageAt {
                 iova: page * 4096,
@@ -437,6 +680,29 @@ mod tests {
     }
 
     #[test]
+    fn a_backup_or_a_meter_that_lost_something_is_no_success() {
+        let mut run = samples::run();
+        assert!(
+            printed(&run)
+                .iter()
+                .any(|line| line.starts_with("backup: 4 increments, "))
+        );
+        run.backup.comparison = broken(24).comparison;
+        assert!(!run.verified());
+        let lines = printed(&run);
+        let copy = "NOT VERIFIED: the backup: 12 of 24 pages differ in 49,152 bytes";
+        assert!(
+            lines.iter().any(|line| line.starts_with(copy)),
+            "{lines:#?}"
+        );
+        let mut run = samples::run();
+        run.meter.check.missed = 3;
+        assert!(!run.verified());
+        let missed = "NOT VERIFIED: the meter: 3 pages missed, 0 too many, 0 miscounted";
+        assert!(printed(&run).contains(&missed.to_owned()));
+    }
+
+    #[test]
     fn json_holds_the_verdict_and_every_round() {
         let path = std::env::temp_dir().join(format!("precopy-report-{}.json", std::process::id()));
         let mut run = broken(4);
@@ -456,6 +722,10 @@ mod tests {
             json["comparison"]["first_differing_ranges"][0]["iova_start"],
             4096
         );
+        assert_eq!(json["backup"]["increments"][1]["dirty_pages"], 20_000);
+        assert_eq!(json["meter"]["looks"].as_array().unwrap().len(), 30);
+        assert_eq!(json["meter"]["check"]["missed"], 0);
+        assert_eq!(json["prediction"]["rounds"], 6);
         assert_eq!(json["counters"]["iotlb_hits"], 5);
         assert_eq!(json["downtime_us"], run.downtime_us());
     }

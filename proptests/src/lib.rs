@@ -41,8 +41,8 @@ pub use flush::check_flush;
 pub use forms::Form;
 pub use gather::check_gather;
 pub use op::{
-    Ask, Callback, Config, Cut, DOMAINS, Fate, Format, MapFault, Mask, Master, Mode, Moment, Op,
-    Place, Sabotage, Share, Step, Stretch, decode,
+    Ask, Begin, CONSUMERS, Callback, Config, Cut, DOMAINS, Fate, Format, JoinFault, MapFault, Mask,
+    Master, Mode, Moment, Op, Place, Reach, Sabotage, Share, Step, Stretch, decode,
 };
 pub use random::Random;
 pub use ranges::check_ranges;

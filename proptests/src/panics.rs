@@ -6,7 +6,8 @@ use dirtymap::Access;
 use crate::op::Stretch;
 use crate::watch::run_watched;
 use crate::{
-    Ask, Callback, Config, Cut, MapFault, Mask, Master, Mode, Moment, Op, Place, Share, Step,
+    Ask, Begin, Callback, Config, Cut, JoinFault, MapFault, Mask, Master, Mode, Moment, Op, Place,
+    Reach, Share, Step,
 };
 
 const MOMENTS: [Moment; 3] = [Moment::Before, Moment::Middle, Moment::After];
@@ -121,6 +122,10 @@ fn calls() -> Vec<(&'static str, Vec<Op>)> {
         ),
         ("abort", vec![Op::Harvest(everywhere), Op::Abort(0)]),
         (
+            "a consumer",
+            vec![Op::Harvest(everywhere.by(1)), Op::Commit(0), join(2)],
+        ),
+        (
             "a part",
             vec![
                 Op::Harvest(everywhere),
@@ -165,7 +170,17 @@ fn calls() -> Vec<(&'static str, Vec<Op>)> {
     ]
 }
 
-/// A world with two areas that two domains translate.
+fn join(consumer: u8) -> Op {
+    Op::Join {
+        consumer,
+        start: Begin::Clean,
+        reach: Reach::Everything,
+        fault: JoinFault::None,
+    }
+}
+
+/// A world with two areas that two domains translate. With large leaves, it has a named consumer as
+/// well, to which every harvest leaves what it takes.
 fn world(large: bool) -> (Config, Vec<Op>) {
     let config = Config {
         large_leaves: [large; 3],
@@ -173,7 +188,8 @@ fn world(large: bool) -> (Config, Vec<Op>) {
         warm: false,
         ..Config::PLAIN
     };
-    let ops = vec![map(0), map(1), Op::Attach(1), Op::Track(true)];
+    let mut ops = vec![map(0), map(1), Op::Attach(1), Op::Track(true)];
+    ops.extend(large.then(|| join(1)));
     (config, ops)
 }
 

@@ -7,7 +7,8 @@ use dirtymap::space::SpaceStats;
 use crate::random::Random;
 use crate::watch::run_watched as run;
 use crate::{
-    Ask, Callback, Config, Cut, Format, MapFault, Master, Moment, Op, Place, Rule, Sabotage,
+    Ask, Begin, Callback, Config, Cut, Fate, Form, Format, JoinFault, MapFault, Master, Moment, Op,
+    Place, Reach, Rule, Sabotage,
 };
 
 /// The number of programs that are tried before a sabotage counts as unnoticed: as many as a
@@ -72,6 +73,8 @@ fn every_sabotage_is_noticed() {
             Sabotage::StopShort => expect_caught_by(sabotage, Rule::Unreported, stopped),
             Sabotage::HidePanickedFlush => expect_noticed(sabotage, panicked),
             Sabotage::ClearWholeWords => expect_caught_by(sabotage, Rule::Unreported, logged),
+            Sabotage::ForgetConsumer => expect_caught(sabotage, Rule::Unreported),
+            Sabotage::ForgetDebt => expect_caught_by(sabotage, Rule::Unreported, shared),
             Sabotage::DeviceTlbFirst => expect_noticed(sabotage, between_rounds),
             Sabotage::SkipNonLeaf => expect_noticed(sabotage, table_replaced),
         }
@@ -137,6 +140,40 @@ fn panicked(seed: u64) -> (Config, Vec<Op>) {
         Op::Commit(0),
         write,
     ];
+    let (config, ops) = program(seed);
+    let config = Config {
+        warm: true,
+        ..config
+    };
+    (config, [&first[..], &ops].concat())
+}
+
+/// A page is taken for one consumer, and copied for another one before the first one syncs. Then it
+/// is written again.
+fn shared(seed: u64) -> (Config, Vec<Op>) {
+    let device = Master {
+        domain: 0,
+        device: 0,
+    };
+    let at = Place {
+        area: 0,
+        page: 0,
+        byte: 0,
+    };
+    let write = Op::DmaWrite { device, at, len: 8 };
+    let join = Op::Join {
+        consumer: 1,
+        start: Begin::Clean,
+        reach: Reach::Everything,
+        fault: JoinFault::None,
+    };
+    let pass = Op::Pass {
+        ask: Ask::EVERYTHING.by(1),
+        form: Form::Words,
+        fate: Fate::Commit,
+    };
+    let taken = Op::Harvest(Ask::EVERYTHING);
+    let first = [join, write, taken, pass, write];
     let (config, ops) = program(seed);
     let config = Config {
         warm: true,

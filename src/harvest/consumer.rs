@@ -172,15 +172,18 @@ impl<'a> Consumer<'a> {
     }
 
     /// As [`AddressSpace::harvest`], for this consumer. A harvest by many threads is walked by the
-    /// thread that calls.
+    /// thread that calls. The lease may live longer than the consumer.
     ///
     /// # Errors
     /// Those of `AddressSpace::harvest`, with [`Error::OutsideConsumer`] after the alignment.
     pub fn harvest<'b>(
-        &'b self,
+        &self,
         request: &HarvestRequest<'_>,
         bitmap: UserBitmap<'b>,
-    ) -> Result<Lease<'b, Owed>, Error> {
+    ) -> Result<Lease<'b, Owed>, Error>
+    where
+        'a: 'b,
+    {
         harvest_for(self.space.clone(), Some(&self.member), request, bitmap)
     }
 

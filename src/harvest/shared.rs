@@ -333,12 +333,10 @@ impl<'s> Taking<'s> {
             debug_assert!(taken.is_ok());
         }
         let audience = &self.covered.audience;
+        let forgotten = usize::from(!performs(Step::LeaveToOthers));
         self.flight.hand_over(self.part, |chunk, masks| {
-            if performs(Step::LeaveToOthers) {
-                audience
-                    .others()
-                    .for_each(|other| other.leave(chunk, masks));
-            }
+            let others = audience.others().rev().skip(forgotten);
+            others.for_each(|other| other.leave(chunk, masks));
             for (nth, mask) in masks {
                 if !record(chunk * CHUNK_WORDS + u64::from(*nth), *mask)
                     && let Some(own) = audience.own()

@@ -385,8 +385,9 @@ impl AddressSpace {
                 return outside;
             }
             store(part);
-            let going =
-                area.is_going() || covered.domains().iter().any(|domain| domain.is_leaving());
+            // The store of a consumer stays where it is when a domain leaves.
+            let leaving = || covered.domains().iter().any(|domain| domain.is_leaving());
+            let going = area.is_going() || (member.is_none() && leaving());
             let marks = covered.marks && member.is_none();
             if marks || (going && performs(Step::MarkIfGoing)) {
                 outside = area.mark(part);

@@ -304,7 +304,7 @@ impl Audience {
     }
 
     /// The others.
-    pub(crate) fn others(&self) -> impl Iterator<Item = &Arc<Member>> {
+    pub(crate) fn others(&self) -> impl DoubleEndedIterator<Item = &Arc<Member>> {
         let (below, above) = self.all.split_at(self.own.min(self.all.len()));
         below.iter().chain(above.iter().skip(1))
     }

@@ -13,7 +13,8 @@ use super::Ordering;
 macro_rules! steps {
     ($($(#[doc = $doc:literal])+ $name:ident,)+) => {
         /// Steps of the protocols that a model can leave out, swap or weaken, to show that the
-        /// checks notice. Only builds for a model checker can do so; all others perform every step.
+        /// checks notice. Only builds for a model checker, and those with the hidden feature
+        /// `__sabotage`, can do so; all others perform every step.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
         pub enum Step {
             $($(#[doc = $doc])+ $name,)+
@@ -235,7 +236,8 @@ steps! {
     AnnounceSplit,
     /// Looking whether a chunk is whole after each clear of a summary.
     LookBehindHide,
-    /// Leaving what a harvest has taken pending for the other consumers.
+    /// Leaving what a harvest has taken pending for the other consumers; left out, one of them is
+    /// forgotten.
     LeaveToOthers,
     /// Handing the debt of such pages to the queue before they are pending; left out, only the
     /// lease knows it.
@@ -286,15 +288,32 @@ pub fn leave_out(step: Option<Step>) {
     LEFT_OUT.store(step.map_or(0, |s| s as usize + 1), SeqCst);
 }
 
-/// Whether the protocol performs `step`. Always true outside of builds for a model checker, and
-/// optimised away there.
+#[cfg(all(feature = "__sabotage", not(any(dirtymap_loom, dirtymap_shuttle))))]
+std::thread_local! {
+    /// The step that this thread leaves out.
+    static LEFT_OUT: std::cell::Cell<Option<Step>> = const { std::cell::Cell::new(None) };
+}
+
+/// Leaves `step` out of what this thread does from now on; `None` restores the protocol. For tests
+/// in real time, some of whose threads work as they should.
+#[cfg(all(feature = "__sabotage", not(any(dirtymap_loom, dirtymap_shuttle))))]
+pub fn leave_out(step: Option<Step>) {
+    LEFT_OUT.set(step);
+}
+
+/// Whether the protocol performs `step`. Always true outside of builds for a model checker and
+/// those that break steps on purpose, and optimised away there.
 #[inline(always)]
 pub fn performs(step: Step) -> bool {
     #[cfg(any(dirtymap_loom, dirtymap_shuttle))]
     {
         LEFT_OUT.load(SeqCst) != step as usize + 1
     }
-    #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
+    #[cfg(all(feature = "__sabotage", not(any(dirtymap_loom, dirtymap_shuttle))))]
+    {
+        LEFT_OUT.get() != Some(step)
+    }
+    #[cfg(not(any(dirtymap_loom, dirtymap_shuttle, feature = "__sabotage")))]
     {
         let _ = step;
         true

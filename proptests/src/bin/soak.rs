@@ -6,7 +6,10 @@ use clap::Parser;
 use proptests::soak::{Options, run};
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
+    let options = Options::parse()
+        .checked()
+        .unwrap_or_else(|error| error.exit());
+    match run(&options) {
         Ok(()) => {
             println!("verified: no write lost, no reuse before a flush, nothing left");
             ExitCode::SUCCESS

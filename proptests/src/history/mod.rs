@@ -7,8 +7,10 @@
 //! ```
 //!
 //! # The rule
-//! Take a write W to a page, and a harvest H that covers the page and began after W ended. Then H
-//! reported the page, or another harvest was responsible for it while H looked:
+//! The rule holds for each consumer by its own harvests, whatever those of others took, copied or
+//! put back. Take a write W to a page, and a harvest H that covers the page and began after W
+//! ended. Then H reported the page, or another harvest of the same consumer was responsible for it
+//! while H looked:
 //! * one that *carries* W: it began before H had looked everywhere, reported the page, was not put
 //!   back, its sync ended after W began, and its copy has W or something newer of the same writer;
 //! * or one that was put back later: it reported the page, and its abort ended after H began.
@@ -16,14 +18,14 @@
 //! This is stricter than rule 1 of the contract, which a later harvest also satisfies, for example
 //! after another write to the page. Here each harvest is judged at its own time.
 //!
-//! An unmap that returns what is dirty is a harvest that cannot be put back. A lease that is
-//! aborted when its area is gone stays responsible, because its pages are counted as outside and
-//! its consumer copies them.
+//! An unmap that returns what is dirty is a harvest of every consumer, and cannot be put back. A
+//! lease that is aborted when its area is gone stays responsible, because its pages are counted as
+//! outside and its consumer copies them.
 
 mod record;
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Nanoseconds since the run began.
 pub(crate) type Stamp = u64;
@@ -46,6 +48,8 @@ pub(crate) struct Write {
 /// One harvest, or an unmap.
 #[derive(Clone, Debug)]
 pub(crate) struct Harvest {
+    /// The number of its consumer; `None` for an unmap, which is one of every consumer.
+    pub(crate) whose: Option<usize>,
     /// The first page, and one past the last.
     pub(crate) covers: (u64, u64),
     pub(crate) began: Stamp,
@@ -107,11 +111,19 @@ impl Harvest {
     }
 }
 
-/// Checks the rule of the [module](self). Returns the number of pairs of a write and a later
-/// harvest.
+/// Checks the rule of the [module](self) for each consumer. Returns the number of pairs of a write
+/// and a later harvest.
 pub(crate) fn check(history: &History) -> Result<u64, Box<LostWrite>> {
+    let consumers = history.harvests.iter().filter_map(|harvest| harvest.whose);
+    let consumers: BTreeSet<usize> = consumers.collect();
+    let each = consumers.into_iter().map(|whose| check_for(history, whose));
+    each.sum()
+}
+
+fn check_for(history: &History, whose: usize) -> Result<u64, Box<LostWrite>> {
     let mut by_page: BTreeMap<u64, Vec<&Harvest>> = BTreeMap::new();
-    for harvest in &history.harvests {
+    let own = |harvest: &&Harvest| harvest.whose.is_none_or(|of| of == whose);
+    for harvest in history.harvests.iter().filter(own) {
         for page in harvest.covers.0..harvest.covers.1 {
             by_page.entry(page).or_default().push(harvest);
         }

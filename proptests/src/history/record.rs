@@ -1,12 +1,14 @@
-//! The run: two devices and a CPU write, two consumers harvest, one mapper unmaps and maps again.
-//! Each of them records its operations and their times.
+//! The run: two devices and a CPU write, two threads harvest for the unnamed consumer and one for
+//! each of two named ones, one mapper unmaps and maps again. Each of them records its operations
+//! and their times.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use dirtymap::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, lock, thread};
+use dirtymap::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, Step, leave_out, lock, thread};
 use dirtymap::{
-    Access, AddressSpace, Error, Granule, HarvestRequest, Holes, Iova, IovaRange, UserBitmap,
+    Access, AddressSpace, Consumer, Error, Granule, HarvestRequest, Holes, Iova, IovaRange, Start,
+    UserBitmap,
 };
 use pagetable_sim::{Breakage, Device, DeviceConfig, Domain, DomainConfig, PhysMemory};
 
@@ -34,6 +36,8 @@ pub(super) enum Broken {
     ForgetAborts,
     /// Consumers copy before the sync instead of after it.
     CopyBeforeSync,
+    /// Harvests leave out a step.
+    Step(Step),
 }
 
 struct Run {
@@ -130,12 +134,16 @@ impl Run {
         .collect()
     }
 
-    fn consumer(&self, mut random: Random) {
+    /// Harvests for the unnamed consumer or, with its number, a named one.
+    fn consumer(&self, named: Option<(usize, &Consumer<'_>)>, mut random: Random) {
+        if let Broken::Step(step) = self.broken {
+            leave_out(Some(step));
+        }
         let mut harvests = Vec::new();
         while self.goes_on() {
             let from = random.below(BEHIND - FIRST);
             let count = 1 + random.below(BEHIND - FIRST - from);
-            harvests.push(self.round(FIRST + from, count, random.below(8)));
+            harvests.push(self.round(named, FIRST + from, count, random.below(8)));
             if random.below(4) == 0 {
                 thread::yield_now();
             }
@@ -144,19 +152,34 @@ impl Run {
     }
 
     /// One harvest, and the end of its lease.
-    fn round(&self, first: u64, count: u64, fate: u64) -> Harvest {
+    fn round(
+        &self,
+        named: Option<(usize, &Consumer<'_>)>,
+        first: u64,
+        count: u64,
+        fate: u64,
+    ) -> Harvest {
         let range = pages(first, count);
         let words = [AtomicU64::new(0)];
         let request = HarvestRequest::new(range, Granule::K4).holes(Holes::Stop);
         let began = self.now();
-        let answer = self.space.harvest(&request, UserBitmap::shared(&words));
+        let bitmap = UserBitmap::shared(&words);
+        let answer = match named {
+            None => self.space.harvest(&request, bitmap),
+            Some((_, consumer)) => consumer.harvest(&request, bitmap),
+        };
         let looked = self.now();
+        if fate == 2 {
+            // Long enough for others to harvest, copy and harvest again.
+            thread::sleep(Duration::from_micros(500));
+        }
         // It stops if the second area is unmapped.
         let lease = answer.unwrap().partial();
         let behind = lease
             .stopped()
             .map_or(first + count, |stopped| stopped.at.get() / PAGE);
         let harvest = |reported, end| Harvest {
+            whose: Some(named.map_or(0, |(number, _)| number)),
             covers: (first, behind),
             began,
             looked,
@@ -228,6 +251,7 @@ impl Run {
             let (_, view) = self.space.unmap(range, Granule::K4, bitmap).unwrap();
             let synced = self.now();
             harvests.push(Harvest {
+                whose: None,
                 covers: (first, first + count),
                 began,
                 looked: synced,
@@ -270,12 +294,19 @@ pub(super) fn record(broken: Broken, time: Duration, seed: u64) -> History {
         domain.break_hardware(breakage);
     }
     let random = |nth: u64| Random::new(seed.wrapping_mul(31).wrapping_add(nth));
+    let joined = |name| run.space.consumer(name, Start::Clean).unwrap();
+    let named = [joined("one"), joined("two")];
+    let numbered = || [1, 2].into_iter().zip(&named);
     let shared = &run;
     thread::scope(|scope| {
         for nth in 0..2 {
             let device = domain.attach(DeviceConfig::default());
             scope.spawn(move || shared.device(nth, device, random(nth as u64)));
-            scope.spawn(move || shared.consumer(random(10 + nth as u64)));
+            scope.spawn(move || shared.consumer(None, random(10 + nth as u64)));
+        }
+        for named in numbered() {
+            let random = random(12 + named.0 as u64);
+            scope.spawn(move || shared.consumer(Some(named), random));
         }
         scope.spawn(move || shared.cpu(2, random(20)));
         scope.spawn(move || shared.mapper(random(30)));
@@ -283,9 +314,11 @@ pub(super) fn record(broken: Broken, time: Duration, seed: u64) -> History {
         // Relaxed: as in `goes_on`.
         shared.stop.store(true, Ordering::Relaxed);
     });
-    let last = run.round(FIRST, BEHIND - FIRST, 7);
-    assert_eq!(last.covers.1, BEHIND, "the areas are there in the end");
-    lock(&run.history).harvests.push(last);
+    for named in [None].into_iter().chain(numbered().map(Some)) {
+        let last = run.round(named, FIRST, BEHIND - FIRST, 7);
+        assert_eq!(last.covers.1, BEHIND, "the areas are there in the end");
+        lock(&run.history).harvests.push(last);
+    }
     let mut history = lock(&run.history);
     std::mem::take(&mut *history)
 }

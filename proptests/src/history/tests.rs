@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use dirtymap::sync::Step;
 use pagetable_sim::Breakage;
 
 use super::record::{Broken, record};
@@ -27,6 +28,7 @@ fn harvest(began: u64, looked: u64, number: Option<u64>, end: End) -> Harvest {
         (5, numbers)
     };
     Harvest {
+        whose: Some(0),
         covers: (0, 10),
         began,
         looked,
@@ -110,6 +112,28 @@ fn what_is_put_back_is_reported_by_the_next() {
 }
 
 #[test]
+fn what_one_consumer_takes_says_nothing_of_another() {
+    let other = |harvest| Harvest {
+        whose: Some(1),
+        ..harvest
+    };
+    let both = [kept(20, Some(1)), other(kept(40, Some(1)))];
+    assert_eq!(decide([write(1, 0, 10)], both).unwrap(), 2);
+    lost(
+        [write(1, 0, 10)],
+        [kept(20, Some(1)), other(kept(40, None))],
+        1,
+    );
+    // An unmap is a harvest of both.
+    let unmap = Harvest {
+        whose: None,
+        ..kept(20, Some(1))
+    };
+    let after = [unmap, kept(40, None), other(kept(40, None))];
+    assert_eq!(decide([write(1, 0, 10)], after).unwrap(), 2);
+}
+
+#[test]
 fn pages_that_a_harvest_did_not_come_to_are_no_matter() {
     let short = Harvest {
         covers: (0, 5),
@@ -149,6 +173,8 @@ fn every_sabotage_is_seen_in_the_history() {
         Broken::ForgetMarks,
         Broken::ForgetAborts,
         Broken::CopyBeforeSync,
+        Broken::Step(Step::LeaveToOthers),
+        Broken::Step(Step::CarryDebt),
     ] {
         let first = seed();
         // The interleavings of 200 ms are a matter of chance. Most faults show in the first run,

@@ -3,8 +3,8 @@
 use dirtymap::{Access, Holes};
 
 use super::{
-    Ask, Callback, Config, Cut, Fate, Format, MapFault, Mask, Master, Mode, Moment, Op, Place,
-    Sabotage, Share, Step, Stretch,
+    Ask, Begin, Callback, Config, Cut, Fate, Format, JoinFault, MapFault, Mask, Master, Mode,
+    Moment, Op, Place, Reach, Sabotage, Share, Step, Stretch,
 };
 use crate::forms::FORMS;
 
@@ -75,12 +75,14 @@ impl Op {
         // above are operands.
         let more = code / 64;
         Some(match code % 64 {
+            8..11 | 12 | 54 if more == 3 => Op::decode_join(bytes)?,
+            10 | 12 if more == 2 => Op::Leave(1 + bytes.next()? % 3),
             0..11 => Op::DmaWrite {
                 device: Master::decode(bytes)?,
                 at: Place::decode(bytes)?,
                 len: pick(&LENGTHS, bytes.next()?),
             },
-            11 | 23 => Op::decode_pass(bytes)?,
+            11 | 23 => Op::decode_pass(more, bytes)?,
             12 => Op::DmaRead {
                 device: Master::decode(bytes)?,
                 at: Place::decode(bytes)?,
@@ -91,8 +93,8 @@ impl Op {
                 len: pick(&LENGTHS, bytes.next()?),
                 by_handle: more & 1 != 0,
             },
-            16..23 => Op::Harvest(Ask::decode(bytes)?),
-            24 => Op::Peek(Ask::decode(bytes)?),
+            16..23 => Op::Harvest(Ask::decode(bytes)?.by(more)),
+            24 => Op::Peek(Ask::decode(bytes)?.by(more)),
             25 | 26 => Op::Sync(more & 1),
             27 => Op::Copy(more & 1),
             28..32 => Op::Commit(more & 1),
@@ -191,7 +193,29 @@ impl Op {
         })
     }
 
-    fn decode_pass(bytes: &mut impl Iterator<Item = u8>) -> Option<Op> {
+    fn decode_join(bytes: &mut impl Iterator<Item = u8>) -> Option<Op> {
+        let (kind, reach, fault) = (bytes.next()?, bytes.next()?, bytes.next()?);
+        Some(Op::Join {
+            consumer: 1 + kind % 3,
+            start: match kind / 4 % 8 {
+                0..4 => Begin::Clean,
+                4 | 5 => Begin::Dirty,
+                _ => Begin::LikeOf(1 + reach / 32 % 3),
+            },
+            reach: match reach % 16 {
+                0..10 => Reach::Everything,
+                slots => Reach::Slots((slots - 10) % 3, 1 + (slots - 10) / 3),
+            },
+            fault: match fault {
+                0..0xf0 => JoinFault::None,
+                0xf0..0xf4 => JoinFault::NoName,
+                0xf4..0xf8 => JoinFault::LongName,
+                _ => JoinFault::Unaligned,
+            },
+        })
+    }
+
+    fn decode_pass(whose: u8, bytes: &mut impl Iterator<Item = u8>) -> Option<Op> {
         let (kind, part) = (bytes.next()?, bytes.next()?);
         Some(Op::Pass {
             form: pick(&FORMS, kind),
@@ -200,7 +224,7 @@ impl Op {
                 1 => Fate::CommitRange(Share(part, kind)),
                 _ => Fate::Commit,
             },
-            ask: Ask::decode(bytes)?,
+            ask: Ask::decode(bytes)?.by(whose),
         })
     }
 
@@ -298,6 +322,7 @@ impl Ask {
         let (area, part, flags) = (bytes.next()?, bytes.next()?, bytes.next()?);
         let scope = bytes.next()?;
         Some(Ask {
+            whose: 0,
             area: area % 8,
             span: area / 8,
             page: part % 32,

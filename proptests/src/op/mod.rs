@@ -14,6 +14,8 @@ use crate::forms::Form;
 
 /// How many domains a world has.
 pub const DOMAINS: usize = 3;
+/// How many consumers a world has at most, the unnamed one included, which has the number 0.
+pub const CONSUMERS: usize = 4;
 
 /// Makes the enumeration and its list from one source, so that the list lacks no variant.
 macro_rules! listed {
@@ -196,6 +198,19 @@ pub enum Op {
     Release(u8),
     /// Sets the ranges that `MapAnywhere` may use, from one of some lists.
     Allow(u8),
+    /// A named consumer joins.
+    Join {
+        /// Its number. A consumer that is there already is refused.
+        consumer: u8,
+        /// What it is told first.
+        start: Begin,
+        /// What it is told about.
+        reach: Reach,
+        /// The fault of the request.
+        fault: JoinFault,
+    },
+    /// A named consumer is dropped. Nothing happens if it is not there.
+    Leave(u8),
     /// Attaches a domain.
     Attach(u8),
     /// Detaches a domain.
@@ -292,9 +307,45 @@ pub struct Place {
     pub byte: u16,
 }
 
+/// What a consumer that joins is told first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begin {
+    /// What is written from then on.
+    Clean,
+    /// All that is mapped.
+    Dirty,
+    /// What that consumer has not been told. As `Clean` if it is not there.
+    LikeOf(u8),
+}
+
+/// The addresses of a consumer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// All.
+    Everything,
+    /// So many 2 MiB slots of the window from the first one on, from which a harvest for it takes
+    /// its range.
+    Slots(u8, u8),
+}
+
+/// The fault of a request to join.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JoinFault {
+    /// Nothing.
+    None,
+    /// The name is empty.
+    NoName,
+    /// The name has 256 bytes.
+    LongName,
+    /// The range does not start at a page.
+    Unaligned,
+}
+
 /// The request of a harvest or peek.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ask {
+    /// The consumer. The unnamed one if that is not there.
+    pub whose: u8,
     /// Which area, modulo their number.
     pub area: u8,
     /// The whole area, a part of it, or more.
@@ -366,6 +417,7 @@ pub enum Fate {
 impl Ask {
     /// The whole first area, page by page, in all domains and the marks.
     pub const EVERYTHING: Ask = Ask {
+        whose: 0,
         area: 0,
         span: 0,
         page: 0,
@@ -377,6 +429,12 @@ impl Ask {
         domain: None,
         mode: Mode::Whole,
     };
+
+    /// The same for another consumer.
+    #[must_use]
+    pub const fn by(self, whose: u8) -> Ask {
+        Ask { whose, ..self }
+    }
 }
 
 /// The fault of a request to map.
@@ -534,5 +592,9 @@ pub enum Sabotage {
     HidePanickedFlush,
     /// A log that clears by batches clears whole words, beyond the request.
     ClearWholeWords,
+    /// A harvest does not leave what it takes to one of the other consumers.
+    ForgetConsumer,
+    /// A harvest leaves it without the debt, which only its lease knows.
+    ForgetDebt,
 }
 }

@@ -6,14 +6,14 @@ use std::collections::BTreeSet;
 use dirtymap::{DomainId, IovaRange};
 
 use super::{Area, Oracle};
-use crate::op::Ask;
+use crate::op::{Ask, CONSUMERS};
 use crate::pages::pages_of;
 
 /// The dirty pages of one place: a domain, or the marks.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Dirt {
-    /// Pages that the next harvest that covers them must report.
-    pub(crate) must: BTreeSet<u64>,
+    /// For each consumer, pages that its next harvest that covers them must report.
+    pub(crate) must: [BTreeSet<u64>; CONSUMERS],
     /// Pages that are marked, or may be in a put-back store.
     pub(crate) pages: BTreeSet<u64>,
     /// First page and number of pages of leaves that may be dirty, and of the remaining parts of
@@ -55,8 +55,13 @@ pub(crate) struct Leased {
     domains: Vec<(usize, Option<DomainId>)>,
     marks: bool,
     /// The number of maps at that time. A later area has no page of it.
-    maps: u64,
+    pub(super) maps: u64,
     pub(crate) synced: bool,
+    /// The consumer, with the number of its join.
+    pub(super) whose: (usize, u64),
+    /// Whether what it puts back is pending for the consumer. Before the first join it goes to the
+    /// domains and marks.
+    pub(super) own: bool,
 }
 
 impl Tracking {
@@ -77,10 +82,10 @@ impl Dirt {
         leaves.chain(self.pages.iter().copied())
     }
 
-    /// Removes the pages `first..=last`, which were harvested or unmapped.
-    fn take(&mut self, first: u64, last: u64) {
+    /// Removes the pages `first..=last`, which were harvested for the consumer `whose`.
+    pub(super) fn take(&mut self, whose: usize, first: u64, last: u64) {
         let covered = |page: &u64| (first..=last).contains(page);
-        self.must.retain(|page| !covered(page));
+        self.must[whose].retain(|page| !covered(page));
         self.pages.retain(|page| !covered(page));
         // The rest of a leaf stays dirty.
         let rests = |(page, count): (u64, u64)| {
@@ -94,8 +99,17 @@ impl Dirt {
         self.leaves.retain(|(_, count)| *count > 0);
     }
 
+    /// Removes the pages of `area`, which was unmapped.
+    pub(super) fn take_all(&mut self, area: &Area) {
+        for whose in 0..CONSUMERS {
+            self.take(whose, area.first, area.last());
+        }
+    }
+
     fn add(&mut self, other: Dirt) {
-        self.must.extend(other.must);
+        for (must, more) in self.must.iter_mut().zip(other.must) {
+            must.extend(more);
+        }
         self.pages.extend(other.pages);
         self.leaves.extend(other.leaves);
     }
@@ -111,12 +125,13 @@ impl Oracle {
     /// Removes the area with its dirty pages.
     pub(crate) fn unmap(&mut self, area: &Area) {
         self.areas.remove(&area.first);
-        self.marks.take(area.first, area.last());
-        for pages in [&mut self.untracked, &mut self.lost, &mut self.hidden] {
-            pages.retain(|page| !area.holds(*page));
+        self.marks.take_all(area);
+        self.untracked.retain(|page| !area.holds(*page));
+        for told in self.consumers.iter_mut().flatten() {
+            told.unmap(area);
         }
         for domain in &mut self.domains {
-            domain.dirt.take(area.first, area.last());
+            domain.dirt.take_all(area);
             domain.untracked.retain(|page| !area.holds(*page));
             domain
                 .merged
@@ -200,20 +215,32 @@ impl Oracle {
             return;
         }
         state.dirt.leaves.extend(leaf);
-        // A cached "dirty" from before the harvest may hide this write from the table: the lease
-        // copies after its flush.
-        let covers = |lease: &Leased| lease.domains.contains(&(domain, state.id));
-        let hidden = |lease: &Leased| !lease.synced && lease.pages.contains(&page) && covers(lease);
-        let by_lease = self.leases.iter().flatten().any(hidden);
-        if !by_lease && !self.hidden.contains(&page) {
-            state.dirt.must.insert(page);
+        for whose in self.telling(page) {
+            if !self.is_hidden(whose, domain, page) {
+                self.domains[domain].dirt.must[whose].insert(page);
+            }
         }
+    }
+
+    /// Whether a cached "dirty" from before a harvest may hide a write of a device from the table.
+    /// A lease copies after its flush, and a forgotten one does not.
+    fn is_hidden(&self, whose: usize, domain: usize, page: u64) -> bool {
+        let here = (domain, self.domains[domain].id);
+        // What is pending may come from any domain.
+        let covers = |lease: &Leased| lease.own || lease.domains.contains(&here);
+        let hides = |lease: &Leased| !lease.synced && lease.pages.contains(&page) && covers(lease);
+        let mut leases = self.leases.iter().flatten();
+        let by_lease = leases.any(|lease| self.is_of(lease, whose) && hides(lease));
+        let told = self.consumers[whose].as_ref();
+        by_lease || told.is_some_and(|told| told.hidden.contains(&page))
     }
 
     /// A CPU marked a mapped page.
     pub(crate) fn marked(&mut self, page: u64) {
         self.may_be_marked(page);
-        self.marks.must.insert(page);
+        for whose in self.telling(page) {
+            self.marks.must[whose].insert(page);
+        }
     }
 
     /// Pages that are marked together with `page` may be reported.
@@ -231,12 +258,17 @@ impl Oracle {
         reported: BTreeSet<u64>,
     ) {
         let leased = self.leased(ask, reported);
+        let whose = leased.whose.0;
+        if leased.own {
+            self.leave_to_others(ask, walked, &leased.pages);
+            self.take_pending(whose, walked, &leased.pages);
+        }
         for (first, last) in walked.iter().copied() {
             for (domain, _) in &leased.domains {
-                self.domains[*domain].dirt.take(first, last);
+                self.domains[*domain].dirt.take(whose, first, last);
             }
             if leased.marks {
-                self.marks.take(first, last);
+                self.marks.take(whose, first, last);
             }
         }
         self.leases[lease] = Some(leased);
@@ -253,19 +285,27 @@ impl Oracle {
     /// flush, which the oracle does not see. So its pages need not be reported or compared until
     /// their area is gone.
     pub(crate) fn forgotten(&mut self, lease: usize) {
-        if let Some(lease) = self.leases[lease].take() {
+        let Some(lease) = self.leases[lease].take() else {
+            return;
+        };
+        if let Some(told) = self.told_by(&lease) {
+            told.forgotten += 1;
             let hidden = if lease.synced {
-                &mut self.lost
+                &mut told.lost
             } else {
-                &mut self.hidden
+                &mut told.hidden
             };
             hidden.extend(lease.pages);
         }
     }
 
-    /// A harvest panicked, after it had reported `runs`.
-    pub(crate) fn died(&mut self, ask: &Ask, runs: &[IovaRange]) {
+    /// A harvest that walked the runs of pages `walked` panicked, or went on above a stop, after it
+    /// had reported `runs`.
+    pub(crate) fn died(&mut self, ask: &Ask, runs: &[IovaRange], walked: &[(u64, u64)]) {
         let lease = self.leased(ask, BTreeSet::new());
+        if lease.own {
+            self.leave_to_all(ask, walked);
+        }
         self.put_back(&lease, runs);
     }
 
@@ -300,19 +340,26 @@ impl Oracle {
         let mapped = self.rounded(mapped.copied());
         // The committed pages are not in the runs.
         let reported: Vec<u64> = lease.pages.intersection(&back).copied().collect();
+        if lease.own {
+            if let Some(told) = self.told_by(lease) {
+                told.pending.pages.extend(&mapped);
+                told.pending.must.extend(&reported);
+            }
+            return;
+        }
         let mut marks = lease.marks;
         for (domain, id) in &lease.domains {
             let state = &mut self.domains[*domain];
             if self.attached.contains(domain) && state.id == *id {
                 state.dirt.pages.extend(&mapped);
-                state.dirt.must.extend(&reported);
+                state.dirt.must[0].extend(&reported);
             } else {
                 marks = true;
             }
         }
         if marks {
             self.marks.pages.extend(&mapped);
-            self.marks.must.extend(&reported);
+            self.marks.must[0].extend(&reported);
         }
     }
 
@@ -329,7 +376,7 @@ impl Oracle {
     }
 
     /// The domains that an operand names, and whether marks are covered as well.
-    fn scope(&self, ask: &Ask) -> (Vec<usize>, bool) {
+    pub(super) fn scope(&self, ask: &Ask) -> (Vec<usize>, bool) {
         match self.asked_domain(ask) {
             Some((domain, _)) => (vec![domain], false),
             None => (self.attached.clone(), true),
@@ -363,13 +410,9 @@ impl Oracle {
             marks,
             maps: self.maps,
             synced: false,
+            whose: self.number_of(self.whose(ask)),
+            own: self.named,
         }
-    }
-
-    fn places(&self, ask: &Ask) -> impl Iterator<Item = &Dirt> {
-        let (domains, marks) = self.scope(ask);
-        let domains = domains.into_iter().map(|nth| &self.domains[nth].dirt);
-        domains.chain(marks.then_some(&self.marks))
     }
 
     /// Of the runs of pages `walked`, the pages that a harvest must report, and those that it may
@@ -382,10 +425,9 @@ impl Oracle {
         let in_run = |page: &u64, (first, last): &(u64, u64)| (first..=last).contains(&page);
         let inside = |page: &u64| walked.iter().any(|run| in_run(page, run));
         let flying = || self.guards.iter().flatten().flat_map(|w| pages_of(*w));
-        let must = self
-            .places(ask)
-            .flat_map(|place| place.must.iter().copied());
-        let may = self.places(ask).flat_map(Dirt::may);
+        let places = self.places(ask);
+        let must = places.must(self.whose(ask));
+        let may = places.may();
         (
             must.chain(flying()).filter(inside).collect(),
             // Dirty state that moves from a table to a put-back store or to marks is rounded to
@@ -399,30 +441,34 @@ impl Oracle {
         let inside = |page: &u64| gone.iter().any(|area| area.holds(*page));
         let places = || self.domains.iter().map(|domain| &domain.dirt);
         let places = || places().chain([&self.marks]);
+        let pending = || self.consumers.iter().flatten().map(|told| &told.pending);
         let flying = || self.guards.iter().flatten().flat_map(|w| pages_of(*w));
-        let must = places().flat_map(|place| place.must.iter().copied());
+        let must = places().flat_map(|place| place.must.iter().flatten().copied());
+        let must = must.chain(pending().flat_map(|pending| pending.must.iter().copied()));
         let may = places().flat_map(Dirt::may);
+        let may = may.chain(pending().flat_map(|pending| pending.pages.iter().copied()));
         (
             must.chain(flying()).filter(inside).collect(),
             self.rounded(may.chain(flying()).filter(inside)),
         )
     }
 
-    /// Whether the copy of `page` may differ from the memory: a device wrote without tracking, or a
-    /// write is in flight.
-    pub(crate) fn is_unknown(&self, page: u64) -> bool {
+    /// Whether the copy of `page` that the consumer `whose` has may differ from the memory: a
+    /// device wrote without tracking, or a write is in flight.
+    pub(crate) fn is_unknown(&self, whose: usize, page: u64) -> bool {
         let untracked = self.domains.iter().map(|domain| &domain.untracked);
+        let told = self.consumers[whose].iter();
         let flying = self.guards.iter().flatten();
         untracked
             .chain([&self.untracked])
-            .chain([&self.lost, &self.hidden])
+            .chain(told.flat_map(|told| [&told.lost, &told.hidden]))
             .any(|set| set.contains(&page))
             || flying.clone().any(|w| pages_of(*w).any(|p| p == page))
     }
 
-    /// Whether a live lease has `page`.
-    pub(crate) fn is_leased(&self, page: u64) -> bool {
-        let leases = self.leases.iter().flatten();
-        leases.clone().any(|lease| lease.pages.contains(&page))
+    /// Whether a live lease of the consumer `whose` has `page`.
+    pub(crate) fn is_leased(&self, whose: usize, page: u64) -> bool {
+        let mut leases = self.leases.iter().flatten();
+        leases.any(|lease| self.is_of(lease, whose) && lease.pages.contains(&page))
     }
 }

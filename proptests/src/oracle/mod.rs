@@ -10,25 +10,27 @@
 //! * it **may** report pages that are marked, or in the put-back store of a domain, and pages of
 //!   leaves that a device wrote since the leaf was last cleared.
 //!
-//! `dirt.rs` has the dirty state, `changes.rs` the effect of a batch on the areas, `free.rs` the
-//! free addresses.
+//! `dirt.rs` has the dirty state, `told.rs` the consumers, `changes.rs` the effect of a batch on
+//! the areas, `free.rs` the free addresses.
 
 mod changes;
 mod dirt;
 mod free;
+mod told;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use dirtymap::bitmap::BitmapError;
 use dirtymap::{Access, Error, Granule, Holes, Iova, IovaRange};
 
-use crate::op::{Ask, Config, DOMAINS, Format, Mask, Place, Stretch};
+use crate::op::{Ask, CONSUMERS, Config, DOMAINS, Format, Mask, Place, Stretch};
 use crate::pages::{Bytes, FIRST, LARGE, PAGE, PAGES, PIECE, PIECES, pages, pages_of};
 use crate::world::World;
 
 pub(crate) use changes::{Outcome, Plan};
 pub(crate) use dirt::{Dirt, DomainState, Leased, Tracking};
 pub(crate) use free::Free;
+pub(crate) use told::Told;
 
 /// A mapped area, in pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,11 +70,12 @@ pub(crate) struct Oracle {
     pub(crate) marks: Dirt,
     /// Pages that devices of detached domains may have written without tracking.
     pub(crate) untracked: BTreeSet<u64>,
-    /// Pages of leases that were forgotten, for which the copy is undefined.
-    pub(crate) lost: BTreeSet<u64>,
-    /// Pages of forgotten leases that had not been flushed, to which writes of devices may leave no
-    /// trace.
-    pub(crate) hidden: BTreeSet<u64>,
+    /// The consumers; the first is the unnamed one.
+    pub(crate) consumers: [Option<Told>; CONSUMERS],
+    /// Whether there ever was a named consumer.
+    pub(crate) named: bool,
+    /// The number of joins so far.
+    joins: u64,
     /// The live leases. The third place is that of the current pass.
     pub(crate) leases: [Option<Leased>; 3],
     /// The ranges of writes in flight, whole pages.
@@ -128,8 +131,9 @@ impl Oracle {
             tracking: Tracking::Never,
             marks: Dirt::default(),
             untracked: BTreeSet::new(),
-            lost: BTreeSet::new(),
-            hidden: BTreeSet::new(),
+            consumers: [Some(Told::default()), None, None, None],
+            named: false,
+            joins: 0,
             leases: [None, None, None],
             guards: [None, None],
             free: Free::default(),
@@ -236,7 +240,12 @@ impl Oracle {
         if ask.ragged {
             return pages(first, last);
         }
-        pages(first / per_bit * per_bit, last | (per_bit - 1))
+        let asked = pages(first / per_bit * per_bit, last | (per_bit - 1));
+        let told = self.consumers[self.whose(ask)].as_ref();
+        let within = told.and_then(|told| told.range);
+        within
+            .and_then(|range| range.intersection(asked))
+            .unwrap_or(asked)
     }
 
     /// The area that an operand of `Map` describes.
@@ -346,6 +355,8 @@ impl Oracle {
                 range,
                 granule: page,
             })
+        } else if let Some(consumer) = self.does_not_hear(ask, range) {
+            Some(Error::OutsideConsumer { range, consumer })
         } else if ragged(granule) {
             Some(Error::Unaligned { range, granule })
         } else if needed > u128::from(bits) {
@@ -372,6 +383,12 @@ impl Oracle {
         } else {
             None
         }
+    }
+
+    /// The addresses of the consumer of a request that asks for more.
+    fn does_not_hear(&self, ask: &Ask, range: IovaRange) -> Option<IovaRange> {
+        let told = self.consumers[self.whose(ask)].as_ref()?;
+        told.range.filter(|mine| !mine.covers(range))
     }
 
     /// The first unmapped address of `range`.

@@ -226,7 +226,9 @@ impl Runner<'_> {
     pub(super) fn forget_copies(&mut self, gone: &[Area]) -> Checked {
         self.check_paid(gone)?;
         for area in gone {
-            self.copy.retain(|page, _| !area.holds(*page));
+            for copy in &mut self.copies {
+                copy.retain(|page, _| !area.holds(*page));
+            }
             for node in &self.world.nodes {
                 check(!node.translates(area.range().start()), Rule::Answer, || {
                     format!("{} is still translated", area.range())

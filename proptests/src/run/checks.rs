@@ -1,7 +1,7 @@
 //! The checks after each step, and at the end.
 
 use dirtymap::space::SpaceStats;
-use dirtymap::{Holes, Mapping};
+use dirtymap::{Holes, IovaRange, Mapping};
 
 use super::{Checked, Runner, broken};
 use crate::op::{Ask, Cut, Op};
@@ -37,7 +37,8 @@ impl Runner<'_> {
             flush: self.counts.flush,
             ..stats
         };
-        same(Rule::Accounting, "the counts", counted, self.counts)
+        same(Rule::Accounting, "the counts", counted, self.counts)?;
+        self.check_consumers()
     }
 
     pub(super) fn check_areas(&self) -> Checked {
@@ -65,10 +66,15 @@ impl Runner<'_> {
         self.step(&Op::Commit(0))?;
         self.step(&Op::Commit(1))?;
         if self.oracle.ever_tracked(&Ask::EVERYTHING) {
-            self.last_harvest()?;
+            let all = self.oracle.present();
+            for whose in &all {
+                self.last_harvest(*whose)?;
+            }
             self.compare()?;
             let before = self.space.stats().leased_bytes;
-            self.last_harvest()?;
+            for whose in all {
+                self.last_harvest(whose)?;
+            }
             same(
                 Rule::Excess,
                 "bytes dirty after the last harvest",
@@ -91,16 +97,26 @@ impl Runner<'_> {
         Ok(())
     }
 
-    pub(super) fn last_harvest(&mut self) -> Checked {
+    pub(super) fn last_harvest(&mut self, whose: usize) -> Checked {
         let all = Ask {
             holes: Holes::Refuse,
-            ..Ask::EVERYTHING
+            ..Ask::EVERYTHING.by(whose as u8)
         };
-        for area in self.oracle.areas.clone().into_values() {
-            self.harvest_range(0, area.range(), &all)?;
+        for range in self.told_about(whose) {
+            self.harvest_range(0, range, &all)?;
             self.step(&Op::Commit(0))?;
         }
         Ok(())
+    }
+
+    /// The areas, or parts of them, that a consumer is told about.
+    pub(super) fn told_about(&self, whose: usize) -> Vec<IovaRange> {
+        let told = self.oracle.consumers[whose].as_ref();
+        let within = told.and_then(|told| told.range);
+        let areas = self.oracle.areas.values().map(Area::range);
+        areas
+            .filter_map(|area| within.map_or(Some(area), |range| range.intersection(area)))
+            .collect()
     }
 
     pub(super) fn compare(&self) -> Checked {
@@ -108,9 +124,18 @@ impl Runner<'_> {
         self.compare_areas(&areas)
     }
 
-    /// Compares the memory with the oracle's, and the copy with the memory, except for the pages of
-    /// live leases.
+    /// Compares the memory with the oracle's, and the copy of each consumer with the memory, except
+    /// for the pages of its live leases.
     pub(super) fn compare_areas(&self, areas: &[Area]) -> Checked {
+        for whose in self.oracle.present() {
+            self.compare_for(whose, areas)?;
+        }
+        Ok(())
+    }
+
+    fn compare_for(&self, whose: usize, areas: &[Area]) -> Checked {
+        let told = self.oracle.consumers[whose].as_ref();
+        let hears = |page: u64| told.is_some_and(|told| told.hears(page));
         for area in areas {
             for page in pages_of(area.range()) {
                 let frame = area.frame_of(page);
@@ -122,17 +147,22 @@ impl Runner<'_> {
                     .read(frame * PAGE, &mut memory)
                     .map_err(broken)?;
                 let at = page * PAGE;
-                if self.oracle.is_leased(page) || self.oracle.is_unknown(page) {
+                let (leased, unknown) = (
+                    self.oracle.is_leased(whose, page),
+                    self.oracle.is_unknown(whose, page),
+                );
+                if leased || unknown || !hears(page) {
                     continue;
                 }
                 check(memory == **right, Rule::Answer, || {
                     format!("the memory behind {at:#x} is wrong")
                 })?;
-                let copied = self.copy.get(&page).is_some_and(|copy| **copy == memory);
+                let copied = self.copies[whose].get(&page);
+                let copied = copied.is_some_and(|copy| **copy == memory);
                 check(
                     copied || memory.iter().all(|byte| *byte == 0),
                     Rule::Lost,
-                    || format!("the copy of page {at:#x} differs from the memory"),
+                    || format!("copy {whose} of page {at:#x} differs from the memory"),
                 )?;
             }
         }

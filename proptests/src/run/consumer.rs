@@ -1,8 +1,9 @@
-//! The consumer, which keeps its copy of the memory up to date by its leases.
+//! Consumers, each of which keeps its copy of the memory up to date by its leases.
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
+use dirtymap::harvest::Aborted;
 use dirtymap::sync::Arc;
 use dirtymap::{Granule, HarvestRequest, Iova, IovaRange};
 
@@ -42,7 +43,8 @@ impl Runner<'_> {
         };
         let failures = self.world.failures_ahead();
         let open = self.open_runs(nth, &held);
-        let (maps, bytes) = (held.maps, held.bytes);
+        let end = self.right_end(nth, &held, &open);
+        let (whose, bytes) = (held.whose, held.bytes);
         let mut failed = false;
         held.live = match held.live {
             Live::Synced(lease) => Live::Synced(lease),
@@ -60,8 +62,7 @@ impl Runner<'_> {
                 }
                 Err(Panicked) => {
                     // The panic dropped the lease.
-                    let outside = self.right_abort(&open, maps).outside_bytes;
-                    self.was_put_back(nth, &open, bytes, outside);
+                    self.was_put_back(nth, &open, (whose, bytes), end.outside_bytes);
                     return Ok(());
                 }
             },
@@ -117,7 +118,10 @@ impl Runner<'_> {
         {
             held.copied = true;
             let runs: Vec<IovaRange> = lease.runs().collect();
-            self.copy_runs(&runs)?;
+            let whose = held.whose;
+            if !self.oracle.has_left(nth) {
+                self.copy_for(whose, &runs)?;
+            }
         }
         Ok(())
     }
@@ -131,6 +135,7 @@ impl Runner<'_> {
         match self.leases[nth].take() {
             Some(Held {
                 live: Live::Synced(lease),
+                whose,
                 bytes,
                 ..
             }) => {
@@ -143,6 +148,9 @@ impl Runner<'_> {
                 )?;
                 self.counts.commits += 1;
                 self.counts.committed_bytes += bytes;
+                if !self.oracle.has_left(nth) {
+                    self.tallies[whose].committed += bytes;
+                }
                 self.oracle.leases[nth] = None;
             }
             unsynced => self.leases[nth] = unsynced,
@@ -176,6 +184,9 @@ impl Runner<'_> {
             let bytes = held.bytes.min(fresh << held.request.granule().lg2());
             held.bytes -= bytes;
             self.counts.committed_bytes += bytes;
+            if !self.oracle.has_left(nth) {
+                self.tallies[held.whose].committed += bytes;
+            }
             held.committed.extend(all);
         }
         self.leases[nth] = Some(held);
@@ -204,7 +215,7 @@ impl Runner<'_> {
             return Ok(());
         };
         let runs = self.open_runs(nth, &held);
-        let right = self.right_abort(&runs, held.maps);
+        let right = self.right_end(nth, &held, &runs);
         match held.live {
             live if end == End::Drop => drop(live),
             live if end == End::Crash => {
@@ -226,7 +237,8 @@ impl Runner<'_> {
             Live::Owed(lease) => same(Rule::Answer, "an abort", lease.abort(), right)?,
             Live::Synced(lease) => same(Rule::Answer, "an abort", lease.abort(), right)?,
         }
-        self.was_put_back(nth, &runs, held.bytes, right.outside_bytes);
+        let bytes = (held.whose, held.bytes);
+        self.was_put_back(nth, &runs, bytes, right.outside_bytes);
         Ok(())
     }
 
@@ -240,8 +252,30 @@ impl Runner<'_> {
             .collect()
     }
 
-    /// The runs of a lease, and the rest of its bytes, were put back.
-    fn was_put_back(&mut self, nth: usize, runs: &[IovaRange], bytes: u64, outside: u64) {
+    /// The expected result of an end of a lease that puts back `runs`. A consumer that has left has
+    /// no use for them.
+    fn right_end(&self, nth: usize, held: &Held<'_>, runs: &[IovaRange]) -> Aborted {
+        if self.oracle.has_left(nth) {
+            let bytes = runs.iter().map(|run| run.len() as u64).sum();
+            return Aborted {
+                outside_bytes: bytes,
+                ..Aborted::default()
+            };
+        }
+        self.right_abort(runs, held.maps)
+    }
+
+    /// The runs of a lease of a consumer, and the rest of its bytes, were put back.
+    fn was_put_back(
+        &mut self,
+        nth: usize,
+        runs: &[IovaRange],
+        (whose, bytes): (usize, u64),
+        outside: u64,
+    ) {
+        if !self.oracle.has_left(nth) {
+            self.tallies[whose].aborted += bytes;
+        }
         self.oracle.aborted(nth, runs);
         self.counts.aborts += 1;
         self.counts.aborted_bytes += bytes;
@@ -258,8 +292,16 @@ impl Runner<'_> {
         }
     }
 
-    /// Copies the mapped pages of `runs`.
+    /// Copies the mapped pages of `runs`, for every consumer.
     pub(super) fn copy_runs(&mut self, runs: &[IovaRange]) -> Checked {
+        for whose in self.oracle.present() {
+            self.copy_for(whose, runs)?;
+        }
+        Ok(())
+    }
+
+    /// Copies the mapped pages of `runs`, for one consumer.
+    pub(super) fn copy_for(&mut self, whose: usize, runs: &[IovaRange]) -> Checked {
         for run in runs {
             for (at, piece) in pieces(run.start().get(), run.len() as usize) {
                 let Some(phys) = self.phys(at) else {
@@ -271,8 +313,7 @@ impl Runner<'_> {
                 }
                 let from = (at % PAGE) as usize;
                 let memory = &self.world.memory;
-                let page = self
-                    .copy
+                let page = self.copies[whose]
                     .entry(at / PAGE)
                     .or_insert_with(|| Box::new([0; PAGE as usize]));
                 memory

@@ -234,7 +234,10 @@ impl Runner<'_> {
         let mut most: u64 = kept.map(rounded).sum();
         let mut least = 0;
         if marks {
-            least = self.oracle.marks.must.len() as u64;
+            // Once there are consumers, a page that must be reported may be pending and not marked.
+            if !self.oracle.named {
+                least = self.oracle.marks.must[0].len() as u64;
+            }
             most += rounded(&self.oracle.marks);
         }
         let counted = self.space.stats().discarded_bytes;
@@ -251,10 +254,12 @@ impl Runner<'_> {
             let areas: Vec<IovaRange> = self.oracle.areas.values().map(Area::range).collect();
             self.copy_runs(&areas)?;
             self.oracle.untracked.clear();
-            self.oracle.lost.clear();
-            if marks && starting == self.oracle.attached {
-                // Their caches are flushed.
-                self.oracle.hidden.clear();
+            for told in self.oracle.consumers.iter_mut().flatten() {
+                told.lost.clear();
+                if marks && starting == self.oracle.attached {
+                    // Their caches are flushed.
+                    told.hidden.clear();
+                }
             }
         }
         Ok(())

@@ -59,8 +59,9 @@ impl<'a> Runner<'a> {
         let (space, inner) = (self.space, request.inner);
         let bitmap = UserBitmap::shared(buffer.bitmap(request.words));
         let page = self.oracle.alignment();
+        let consumer = self.consumers[self.oracle.whose(ask)].clone();
         let answer = catch_unwind(AssertUnwindSafe(|| {
-            call(space, &inner, ask.mode, page, bitmap)
+            call((space, consumer.as_deref()), &inner, ask.mode, page, bitmap)
         }));
         let lease = match answer {
             Ok(Ok(lease)) => lease,
@@ -76,7 +77,7 @@ impl<'a> Runner<'a> {
         let said = said(space, &lease)?;
         let found = self.check_harvest(&mut request, ask, said, &buffer.read())?;
         self.took(nth, &request, ask, &found);
-        self.hold(nth, lease.partial(), &request, &found)
+        self.hold(nth, lease.partial(), &request, ask, &found)
     }
 
     /// A harvest was refused, and its buffer is now `after`.
@@ -199,7 +200,7 @@ impl<'a> Runner<'a> {
             || format!("{counted} bytes put back outside, not {known} and {outside}"),
         )?;
         self.counts.put_back_outside_bytes = counted;
-        self.oracle.died(ask, &runs);
+        self.oracle.died(ask, &runs, whole);
         Ok(())
     }
 
@@ -246,17 +247,19 @@ impl<'a> Runner<'a> {
             || format!("{counted} bytes put back outside, not {before} and {outside}"),
         )?;
         self.counts.put_back_outside_bytes = counted;
-        self.oracle.died(ask, &runs);
+        self.oracle.died(ask, &runs, &request.walked);
         self.after_panic();
         self.counts.harvests += 1;
         self.counts.aborts += 1;
         self.peek_everything()
     }
 
-    /// Each page that must be reported is reported.
+    /// Each page that must be reported is reported, to each consumer.
     pub(super) fn peek_everything(&mut self) -> Checked {
-        for area in self.oracle.areas.clone().into_values() {
-            self.peek_range(area.range(), &Ask::EVERYTHING)?;
+        for whose in self.oracle.present() {
+            for range in self.told_about(whose) {
+                self.peek_range(range, &Ask::EVERYTHING.by(whose as u8))?;
+            }
         }
         Ok(())
     }
@@ -267,17 +270,21 @@ impl<'a> Runner<'a> {
         nth: usize,
         lease: Lease<'a, Owed>,
         request: &Request,
+        ask: &Ask,
         found: &Found,
     ) -> Checked {
         let bytes = found.set << request.inner.granule().lg2();
+        let whose = self.oracle.whose(ask);
         self.counts.harvests += 1;
         self.counts.leased_bytes += bytes;
+        self.tallies[whose].leased += bytes;
         let copied = self.config.sabotage == Sabotage::CopyBeforeSync;
         if copied {
-            self.copy_runs(&found.runs)?;
+            self.copy_for(whose, &found.runs)?;
         }
         self.leases[nth] = Some(Held {
             live: Live::Owed(lease),
+            whose,
             request: request.inner,
             view: request.view,
             empty: request.empty,
@@ -303,7 +310,13 @@ impl<'a> Runner<'a> {
         let request = self.request(range, ask, &buffer);
         let answer = loop {
             let bitmap = UserBitmap::shared(buffer.bitmap(request.words));
-            match caught(|| self.space.peek(&request.inner, bitmap).map(|_| ())) {
+            let (space, inner) = (self.space, &request.inner);
+            let consumer = self.consumers[self.oracle.whose(ask)].clone();
+            let peek = || match &consumer {
+                Some(consumer) => consumer.peek(inner, bitmap).map(|_| ()),
+                None => space.peek(inner, bitmap).map(|_| ()),
+            };
+            match caught(peek) {
                 Ok(answer) => break answer,
                 Err(Panicked) => buffer.fill(ask.preset),
             }

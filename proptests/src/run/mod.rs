@@ -11,6 +11,7 @@ mod consumer;
 mod domains;
 mod guards;
 mod harvest;
+mod members;
 mod modes;
 mod panics;
 mod pass;
@@ -18,16 +19,17 @@ mod request;
 mod writers;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 
 use dirtymap::space::SpaceStats;
 use dirtymap::{
-    Access, AddressSpace, AreaHandle, Error, Granule, HarvestRequest, Iova, IovaRange, Lease, Owed,
-    Synced, WriteGuard,
+    Access, AddressSpace, AreaHandle, Consumer, Error, Granule, HarvestRequest, Iova, IovaRange,
+    Lease, Owed, Synced, WriteGuard,
 };
 use pagetable_sim::PhysMemory;
 
 use crate::bits::Buffer;
-use crate::op::{Config, MapFault, Op, Sabotage, Stretch};
+use crate::op::{CONSUMERS, Config, MapFault, Op, Sabotage, Stretch};
 use crate::oracle::{Free, Oracle};
 use crate::pages::{Bytes, PAGE};
 use crate::violation::{Rule, Violation, same, violation};
@@ -41,6 +43,7 @@ type Checked = Result<(), Violation>;
 /// # Errors
 /// The first [`Violation`].
 pub fn run(ops: &[Op], config: &Config) -> Result<SpaceStats, Violation> {
+    let _broken = members::LeftOut::of(config.sabotage);
     let world = World::new(config).map_err(broken)?;
     let page = Granule::from_lg2(config.space_lg2).unwrap_or(Granule::K4);
     let space = AddressSpace::new(page);
@@ -54,7 +57,9 @@ pub fn run(ops: &[Op], config: &Config) -> Result<SpaceStats, Violation> {
         leases: [None, None],
         guards: [None, None],
         handles: [None, None],
-        copy: BTreeMap::new(),
+        consumers: [None, None, None, None],
+        tallies: Default::default(),
+        copies: Default::default(),
         counts: SpaceStats::default(),
         unsure: Vec::new(),
         vanished: Vec::new(),
@@ -107,8 +112,12 @@ struct Runner<'a> {
     guards: [Option<Guard<'a>>; 2],
     /// Handles, each with the number of the map that made its area.
     handles: [Option<(AreaHandle, u64)>; 2],
-    /// The migrator's copy, by page. An absent page is zero.
-    copy: BTreeMap<u64, Box<Bytes>>,
+    /// The named consumers. The first is none: the unnamed one is the space.
+    consumers: [Option<Rc<Consumer<'a>>>; CONSUMERS],
+    /// The bytes of each consumer.
+    tallies: [Tally; CONSUMERS],
+    /// The copy of each consumer, by page. An absent page is zero.
+    copies: [BTreeMap<u64, Box<Bytes>>; CONSUMERS],
     /// The expected counts of the space. Of those of flushes, only `failed`.
     counts: SpaceStats,
     /// The ranges of the unmaps of this step in which a source panicked.
@@ -122,9 +131,19 @@ struct Runner<'a> {
     time: u8,
 }
 
+/// The bytes that the harvests of a consumer have reported.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tally {
+    leased: u64,
+    committed: u64,
+    aborted: u64,
+}
+
 /// A live lease.
 struct Held<'a> {
     live: Live<'a>,
+    /// The consumer. Whether it has left, the oracle knows.
+    whose: usize,
     request: HarvestRequest<'static>,
     /// The addresses of the lease.
     view: IovaRange,
@@ -236,6 +255,13 @@ impl<'a> Runner<'a> {
             Op::Reserve(at) => self.reserve(at)?,
             Op::Release(nth) => self.release(nth)?,
             Op::Allow(code) => self.allow(Free::list(code))?,
+            Op::Join {
+                consumer,
+                start,
+                reach,
+                fault,
+            } => self.join(consumer.into(), start, reach, fault)?,
+            Op::Leave(consumer) => self.leave(consumer.into()),
             Op::Attach(domain) => self.attach(domain.into())?,
             Op::Detach(domain) => self.detach(domain.into())?,
             Op::Track(on) => self.track(None, on)?,

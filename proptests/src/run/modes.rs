@@ -1,7 +1,8 @@
 //! The modes of harvest: the call of each, and the runs that it walks.
 
 use dirtymap::{
-    AddressSpace, Error, Granule, HarvestRequest, Holes, Iova, IovaRange, Lease, Owed, UserBitmap,
+    AddressSpace, Consumer, Error, Granule, HarvestRequest, Holes, Iova, IovaRange, Lease, Owed,
+    UserBitmap,
 };
 
 use super::Runner;
@@ -27,28 +28,32 @@ pub(super) fn share_of(range: IovaRange, Share(one, other): Share) -> IovaRange 
     IovaRange::new(at(one.min(other)), at(one.max(other))).unwrap_or(range)
 }
 
-/// Performs the call of `mode`. `page` is the unit of areas.
+/// Performs the call of `mode`, for a named consumer if there is one. `page` is the unit of areas.
 pub(super) fn call<'b>(
-    space: &'b AddressSpace,
+    (space, consumer): (&'b AddressSpace, Option<&Consumer<'b>>),
     request: &HarvestRequest<'_>,
     mode: Mode,
     page: Granule,
     bitmap: UserBitmap<'b>,
 ) -> Result<Lease<'b, Owed>, Error> {
     let range = request.range();
+    let harvest = |request: &HarvestRequest<'_>, bitmap| match consumer {
+        Some(consumer) => consumer.harvest(request, bitmap),
+        None => space.harvest(request, bitmap),
+    };
     match mode {
-        Mode::Whole => space.harvest(request, bitmap),
-        Mode::Parallel => space.harvest(&request.parallel(), bitmap),
+        Mode::Whole => harvest(request, bitmap),
+        Mode::Parallel => harvest(&request.parallel(), bitmap),
         Mode::Bounded { from, bits } => {
             let from = cursor(range, request.granule().max(page), from);
-            space.harvest(&request.resume_at(from).max_bits(bits.into()), bitmap)
+            harvest(&request.resume_at(from).max_bits(bits.into()), bitmap)
         }
         Mode::Masked(mask) => {
             let granule = Granule::from_lg2(mask.granule_lg2).unwrap_or(Granule::K4);
             let over = range.round_out(granule);
             let mut words = mask_words(mask, over, granule);
             let view = UserBitmap::new(&mut words).view(over, granule);
-            space.harvest(&request.masked(view?), bitmap)
+            harvest(&request.masked(view?), bitmap)
         }
     }
 }
@@ -163,11 +168,11 @@ impl Runner<'_> {
     }
 
     /// The pages that a harvest may have recorded before a domain panicked: in its first area, or
-    /// anywhere if several threads harvested.
+    /// anywhere if several threads harvested, as they do only for a space without consumers.
     pub(super) fn died_in(&self, request: &Request, ask: &Ask) -> Option<IovaRange> {
         let (first, last) = *request.walked.first()?;
         let end = match ask.mode {
-            Mode::Parallel => request.walked.last()?.1,
+            Mode::Parallel if !self.oracle.named => request.walked.last()?.1,
             _ => last.min(self.oracle.area_at(first)?.last()),
         };
         Some(pages(request.view.start().get() / PAGE, end))

@@ -69,8 +69,10 @@ impl Runner<'_> {
         let space = self.space;
         let inner = &request.inner;
         let page = self.oracle.alignment();
+        let whose = self.oracle.whose(ask);
+        let consumer = self.consumers[whose].clone();
         let answer = catch_unwind(AssertUnwindSafe(|| {
-            call(space, inner, ask.mode, page, bitmap)
+            call((space, consumer.as_deref()), inner, ask.mode, page, bitmap)
         }));
         let lease = match answer {
             Ok(Ok(lease)) => lease.partial(),
@@ -95,7 +97,7 @@ impl Runner<'_> {
         let panicked = synced.is_err();
         if let Ok(Ok(lease)) = synced {
             let runs: Vec<IovaRange> = lease.runs().collect();
-            self.copy_runs(&runs)?;
+            self.copy_for(whose, &runs)?;
             ended.synced = Some((runs, lease.dirty()));
             match fate {
                 Fate::Commit => drop(lease.commit()),
@@ -138,9 +140,12 @@ impl Runner<'_> {
         let set = found.set << granule.lg2();
         self.counts.harvests += 1;
         self.counts.leased_bytes += set;
+        let tally = &mut self.tallies[self.oracle.whose(ask)];
+        tally.leased += set;
         if !failed && fate == Fate::Commit {
             self.counts.commits += 1;
             self.counts.committed_bytes += set;
+            tally.committed += set;
             self.oracle.leases[PASS] = None;
             return Ok(());
         }
@@ -161,6 +166,9 @@ impl Runner<'_> {
         });
         let back: Vec<IovaRange> = back.unwrap_or_default();
         let right = self.right_abort(&back, u64::MAX);
+        let tally = &mut self.tallies[self.oracle.whose(ask)];
+        tally.committed += done;
+        tally.aborted += set - done;
         if let Some(aborted) = ended.aborted {
             same(Rule::Answer, "an abort", aborted, right)?;
         }

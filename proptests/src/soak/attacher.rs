@@ -61,7 +61,7 @@ impl<'w> Attacher<'w> {
             if !self.world.control.goes_on(|| dma.quiesce()) {
                 break;
             }
-            self.pen.burst(&mut *dma, Reach::Attached)?;
+            self.pen.burst(&mut *dma, Reach::Attached, None)?;
             thread::yield_now();
         }
         self.world.events.note(self.actor, "detaches", all);
@@ -92,7 +92,7 @@ impl<'w> Attacher<'w> {
         } else {
             dma.quiesce();
             detach()?;
-            self.pen.burst(&mut *dma, Reach::Detached)?;
+            self.pen.burst(&mut *dma, Reach::Detached, None)?;
         }
         dma.quiesce();
         drop(dma);
@@ -107,13 +107,13 @@ impl<'w> Attacher<'w> {
 fn write_until_gone(pen: &mut Pen<'_>, dma: &mut dyn Dma, reach: &AtomicU8) -> Result<(), Failure> {
     // Acquire: pairs with the Release in `round`; the code after it runs after the detach.
     while reach.load(Ordering::Acquire) == LEAVING {
-        if let Err(failure) = pen.burst(dma, Reach::Leaving) {
+        if let Err(failure) = pen.burst(dma, Reach::Leaving, None) {
             dma.quiesce();
             return Err(failure);
         }
         thread::yield_now();
     }
-    let outcome = pen.burst(dma, Reach::Detached);
+    let outcome = pen.burst(dma, Reach::Detached, None);
     dma.quiesce();
     outcome
 }

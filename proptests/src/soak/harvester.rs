@@ -6,8 +6,9 @@
 //! them by its bitmap.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use dirtymap::sync::{AtomicU64, lock};
+use dirtymap::sync::{AtomicU64, leave_out, lock, thread};
 use dirtymap::{Consumer, Error, Granule, HarvestRequest, Holes, Scope, Start, UserBitmap};
 
 use super::failure::Failure;
@@ -31,6 +32,17 @@ pub(super) enum Fate {
     Drop,
     /// Synced, copied, forgotten.
     Forget,
+}
+
+/// How a consumer goes about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rhythm {
+    /// Without pauses.
+    Restless,
+    /// It takes its time between a harvest and the end of the lease.
+    Holding,
+    /// It comes rarely.
+    Rare,
 }
 
 /// See the [module](self).
@@ -64,8 +76,16 @@ impl<'w> Harvester<'w> {
         }
     }
 
+    /// The rhythm of the named consumers differs. All others are restless.
+    fn rhythm(&self) -> Rhythm {
+        match self.whose {
+            0 => Rhythm::Restless,
+            named => [Rhythm::Restless, Rhythm::Holding, Rhythm::Rare][(named - 1) % 3],
+        }
+    }
+
     /// The named consumer leaves, and comes back as a new one: it is told everything that is
-    /// mapped, or copies it after the join.
+    /// mapped, or copies it after the join, or is a copy of another one.
     fn come_back(&mut self) -> Result<(), Failure> {
         let world = self.world;
         let everything = dirtymap::IovaRange::ALL;
@@ -75,19 +95,36 @@ impl<'w> Harvester<'w> {
         let mut place = lock(&world.consumers[self.whose - 1]);
         world.tally.add(Count::Joins, 1);
         loop {
-            let clean = self.random.below(2) == 0;
-            let start = if clean { Start::Clean } else { Start::Dirty };
+            let kind = self.random.below(4);
+            let other = 1 + self.random.below(world.consumers.len() as u64) as usize;
+            let model = match world.consumer_if_free(other) {
+                Some(model) if kind == 0 && other != self.whose => Some(model),
+                _ => None,
+            };
+            let clean = kind < 2;
+            let start = match &model {
+                Some(model) => Start::LikeOf(model),
+                None if clean => Start::Clean,
+                None => Start::Dirty,
+            };
             // The old one leaves when it is replaced, so the new one has another name.
             let name = format!("{} of {}", self.random.bits(), name(self.whose));
             match caught(|| Consumer::shared(Arc::clone(&world.space), &name, start)) {
                 Some(Ok(consumer)) => *place = Arc::new(consumer),
+                // The other one has a lease most of the time.
+                Some(Err(Error::ConsumerBusy { .. })) if model.is_some() => continue,
                 Some(Err(error)) => return Err(Failure::call("join", everything, error)),
                 None => {
                     world.tally.add(Count::Panicked, 1);
                     continue;
                 }
             }
+            if model.is_some() {
+                world.tally.add(Count::Copied, 1);
+                world.copy_of(other, self.whose, layout::slot(0).0);
+            }
             // What was unmapped while there was no consumer is told by nobody.
+            let clean = clean && model.is_none();
             let first = if clean { 0 } else { layout::slot(0).0 };
             world.copy_for(self.whose, layout::range(first, PAGES - first));
             return Ok(());
@@ -95,9 +132,13 @@ impl<'w> Harvester<'w> {
     }
 
     pub(super) fn run(mut self) -> Result<(), Failure> {
+        leave_out(self.world.options.left_out());
         while self.world.control.goes_on(|| ()) {
             if self.whose != 0 && self.random.below(64) == 0 {
                 self.come_back()?;
+            }
+            if self.rhythm() == Rhythm::Rare {
+                thread::sleep(Duration::from_millis(self.random.below(40)));
             }
             let request = self.request();
             if self.random.below(16) == 0 {
@@ -242,6 +283,9 @@ impl<'w> Harvester<'w> {
             Some(error) => return Err(failed("harvest", error)),
         };
         let bits = lease.report().bits_set;
+        if self.rhythm() == Rhythm::Holding && self.random.below(4) == 0 {
+            thread::sleep(Duration::from_micros(self.random.below(4000)));
+        }
         if fate == Fate::Drop && sabotage == Some(Sabotage::ForgetLease) {
             std::mem::forget(lease);
             return Ok(bits);

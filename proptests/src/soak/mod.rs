@@ -12,6 +12,7 @@
 //! * Slots are mapped and unmapped: `mapper.rs`. Domains are attached and detached: `attacher.rs`.
 //!   The phase of a slot tells a device whether its write must be refused.
 //! * A lease ends in every possible way: `harvester.rs`. A new mode of harvest gets an arm there.
+//!   Named consumers have a rhythm each, and leave and come back.
 //! * `compare.rs` compares all bytes, without sampling. The first difference ends the run.
 #![allow(clippy::unwrap_used)] // helpers of tests
 

@@ -1,6 +1,8 @@
 //! The command line.
 
-use clap::{Parser, ValueEnum};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, ValueEnum};
+use dirtymap::sync::Step;
 use pagetable_sim::Breakage;
 
 /// Runs devices, CPU threads, mappers, domains that are attached and detached, and harvesters at
@@ -68,6 +70,13 @@ pub struct Options {
     )]
     pub consumers: u32,
 
+    /// Of 16 turns of a device, so many at which it stays at one page for a while, 0 to 16
+    #[arg(
+        long, value_name = "N", default_value_t = 1,
+        value_parser = clap::value_parser!(u64).range(0..=16)
+    )]
+    pub stay: u64,
+
     /// Seconds between two comparisons
     #[arg(long, value_name = "N", default_value_t = 2.0, value_parser = amount)]
     pub checkpoint: f64,
@@ -111,6 +120,10 @@ pub enum Sabotage {
     CopyBeforeSync,
     /// Leases are forgotten before their flush and copy.
     ForgetLease,
+    /// Harvests do not leave what they take to one of the other consumers; needs --consumers.
+    ForgetConsumer,
+    /// Harvests leave it without the debt, which only their lease knows; needs --consumers.
+    ForgetDebt,
 }
 
 impl Options {
@@ -132,16 +145,47 @@ impl Options {
             Some(Sabotage::NoDrain) => Breakage::AcknowledgeWithoutDraining,
             Some(Sabotage::ShortFlush) => Breakage::FlushShortByOnePage,
             Some(Sabotage::SkipNonLeaf) => Breakage::SkipNonLeaf,
-            Some(Sabotage::ForgetAbort | Sabotage::CopyBeforeSync | Sabotage::ForgetLease)
+            Some(
+                Sabotage::ForgetAbort
+                | Sabotage::CopyBeforeSync
+                | Sabotage::ForgetLease
+                | Sabotage::ForgetConsumer
+                | Sabotage::ForgetDebt,
+            )
             | None => Breakage::None,
         }
+    }
+
+    /// The step of the library that harvests leave out.
+    pub(super) fn left_out(&self) -> Option<Step> {
+        match self.sabotage {
+            Some(Sabotage::ForgetConsumer) => Some(Step::LeaveToOthers),
+            Some(Sabotage::ForgetDebt) => Some(Step::CarryDebt),
+            _ => None,
+        }
+    }
+
+    /// Checks that concern several options.
+    ///
+    /// # Errors
+    /// A sabotage of consumers without consumers.
+    pub fn checked(self) -> Result<Self, clap::Error> {
+        if self.left_out().is_some() && self.consumers == 0 {
+            return Err(<Options as CommandFactory>::command().error(
+                ErrorKind::ArgumentConflict,
+                "this sabotage needs --consumers 1 or more: a harvest without other consumers \
+                 leaves nothing to anybody",
+            ));
+        }
+        Ok(self)
     }
 
     /// The command that repeats this run.
     pub(super) fn command(&self) -> String {
         let mut command = format!(
             "cargo run --release -p proptests --bin soak -- --seconds {} --seed {} --devices {} \
-             --cpus {} --mappers {} --attachers {} --harvesters {} --consumers {} --checkpoint {}",
+             --cpus {} --mappers {} --attachers {} --harvesters {} --consumers {} --stay {} \
+             --checkpoint {}",
             self.duration().as_secs_f64(),
             self.seed,
             self.devices,
@@ -150,6 +194,7 @@ impl Options {
             self.attachers,
             self.harvesters,
             self.consumers,
+            self.stay,
             self.checkpoint,
         );
         let flags = [

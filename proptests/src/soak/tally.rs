@@ -40,6 +40,7 @@ counts! {
     OutsideAborts "aborts past an unmap",
     Bounded "harvests in instalments",
     Joins "consumers that left and came back",
+    Copied "of these as a copy of another",
     Panicked "calls in which a source panicked",
     Forgotten "leases forgotten",
     ForgottenBytes "bytes of these",

@@ -214,6 +214,21 @@ impl World {
         Some(Arc::clone(&lock(&self.consumers[at])))
     }
 
+    /// The same, if its thread is not replacing it at the moment.
+    pub(super) fn consumer_if_free(&self, whose: usize) -> Option<Arc<Consumer<'static>>> {
+        let place = self.consumers.get(whose.checked_sub(1)?)?.try_lock().ok()?;
+        Some(Arc::clone(&place))
+    }
+
+    /// Gives the consumer `whose` the copy of `other`, up to the page `end`. Below it, only
+    /// consumers copy, each for itself; above it, mappers copy for all.
+    pub(super) fn copy_of(&self, other: usize, whose: usize, end: u64) {
+        for page in 0..end as usize {
+            let theirs = *lock(&self.copies[other][page]);
+            *lock(&self.copies[whose][page]) = theirs;
+        }
+    }
+
     /// Calls `compare` with the copy of a consumer and the memory of `page`.
     pub(super) fn compare(
         &self,

@@ -14,6 +14,9 @@ use crate::Random;
 /// The number of writes between two calls of `goes_on`.
 const BURST: u64 = 128;
 
+/// The number of bursts for which a device stays at a page.
+const STAY: u64 = 200;
+
 /// The state of a device's domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reach {
@@ -60,11 +63,16 @@ impl<'w> Pen<'w> {
         self.lane as u64 * LANE
     }
 
-    /// A burst of writes by a device.
-    pub(super) fn burst(&mut self, dma: &mut dyn Dma, reach: Reach) -> Result<(), Failure> {
+    /// A burst of writes by a device, to the page `hot` or to any pages.
+    pub(super) fn burst(
+        &mut self,
+        dma: &mut dyn Dma,
+        reach: Reach,
+        hot: Option<u64>,
+    ) -> Result<(), Failure> {
         let (mut writes, mut faults) = (0, 0);
         for _ in 0..BURST {
-            let page = layout::any_page(&mut self.random);
+            let page = hot.unwrap_or_else(|| layout::any_page(&mut self.random));
             let slot = layout::slot_of(page).map(|nth| &self.world.slots[nth]);
             let (value, bytes) = self.next();
             let at = layout::iova(page).checked_add(self.offset()).unwrap();
@@ -102,11 +110,20 @@ impl<'w> Pen<'w> {
         Failure::new(format!("{writer} {what}, write {}", self.written)).at(page)
     }
 
-    /// A device that writes all the time.
+    /// A device that writes all the time. Now and then it stays at one page for a while, to which
+    /// it writes by a cached translation.
     pub(super) fn device(mut self, mut dma: Box<dyn Dma>) -> Result<(), Failure> {
         let mut bytes = [0; 200];
+        let mut stay = (None, 0);
         while self.world.control.goes_on(|| dma.quiesce()) {
-            self.burst(&mut *dma, Reach::Attached)?;
+            stay = match stay {
+                (page, left @ 1..) => (page, left - 1),
+                _ if self.random.below(16) < self.world.options.stay => {
+                    (Some(layout::any_static(&mut self.random)), STAY)
+                }
+                _ => (None, 0),
+            };
+            self.burst(&mut *dma, Reach::Attached, stay.0)?;
             match self.random.below(64) {
                 0 => dma.quiesce(),
                 1 => {
