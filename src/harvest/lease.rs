@@ -13,6 +13,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 
+use super::backing::{Backing, Recorder};
 use super::committed::Committed;
 use super::held::{Held, SpaceRef};
 use super::look::{Look, look};
@@ -267,6 +268,12 @@ impl<'a> Lease<'a, Synced> {
         }
     }
 
+    /// What the addresses of the lease were mapped to when they were written; `None` unless the
+    /// harvest [recorded](super::HarvestRequest::with_backing) it.
+    pub fn backing(&self) -> Option<&Backing> {
+        self.holding.backing.as_ref()
+    }
+
     /// Dirty granules in the user's bitmap, within the lease.
     pub fn dirty(&self) -> u64 {
         match self.holding.is_empty {
@@ -367,6 +374,10 @@ pub(super) struct Holding<'a> {
     handed_over: u64,
     debt: Debt,
     report: HarvestReport,
+    /// What was mapped, while the walk runs, if that is asked for.
+    recorder: Option<Recorder>,
+    /// The same after the walk.
+    backing: Option<Backing>,
     /// The parts that were committed, in whole granules.
     committed: Mutex<Committed>,
     /// Bytes of the report that are neither committed nor put back. Changed under the lock of
@@ -389,7 +400,12 @@ enum Debt {
 
 impl<'a> Holding<'a> {
     /// A lease that has taken nothing yet.
-    pub(super) fn begin(space: SpaceRef<'a>, held: Held<'a>, covered: Covered) -> Self {
+    pub(super) fn begin(
+        space: SpaceRef<'a>,
+        held: Held<'a>,
+        covered: Covered,
+        recorder: Option<Recorder>,
+    ) -> Self {
         space.counters.harvest();
         if let Some(member) = covered.audience.own() {
             member.counts.begin();
@@ -409,6 +425,8 @@ impl<'a> Holding<'a> {
             handed_over: 0,
             debt: Debt::Held,
             report: HarvestReport::default(),
+            recorder,
+            backing: None,
             committed: Mutex::new(Committed::new()),
             left: AtomicU64::new(0),
         }
@@ -460,6 +478,9 @@ impl<'a> Holding<'a> {
             looked
         };
         self.walk_to(walked_to(part, &looked));
+        if let Some(recorder) = &mut self.recorder {
+            recorder.looked(area, part);
+        }
         looked
     }
 
@@ -544,6 +565,7 @@ impl<'a> Holding<'a> {
     /// The walk has ended: areas that are mapped from now on have no page in the lease.
     pub(super) fn walked(&mut self, snapshot: &Areas<'_>) {
         self.ended = snapshot.newest();
+        self.backing = self.recorder.take().map(|all| all.finish(&self.space));
     }
 
     /// The runs of the lease.

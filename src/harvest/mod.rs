@@ -53,6 +53,7 @@
 //! the same order, and takes nothing. [`Rounds`] harvests everything that is mapped, again and
 //! again.
 
+mod backing;
 mod committed;
 mod consumer;
 mod held;
@@ -67,6 +68,7 @@ mod walk;
 mod write_guard;
 
 pub use crate::report::{Aborted, HarvestReport};
+pub use backing::Backing;
 pub use consumer::{Consumer, ConsumerStats, Start};
 pub use lease::{Lease, Owed, Synced};
 pub use request::{HarvestRequest, Holes, Scope};
@@ -78,6 +80,7 @@ use crate::error::Error;
 use crate::space::{AddressSpace, Areas, Audience, Covered, Member};
 use crate::sync::Arc;
 use crate::units::IovaRange;
+use backing::Recorder;
 use held::{Held, SpaceRef};
 use lease::{Holding, Recorded};
 use walk::{Parts, areas, walk};
@@ -250,10 +253,11 @@ fn harvest_for<'a>(
     let holder = space.clone();
     // Before the snapshot: a consumer that joins waits for this harvest, or is in the snapshot.
     let _walk = holder.walks.enter();
+    let backing = Recorder::begin(&holder, request.backing);
     let snapshot = holder.snapshot();
     let (bound, covered) = holder.check(member, request, bitmap, &snapshot)?;
     let held = Held::Lent(bound.view());
-    let holding = Holding::begin(space, held, covered);
+    let holding = Holding::begin(space, held, covered, backing);
     Ok(harvest(holding, snapshot, request, bound))
 }
 

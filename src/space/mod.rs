@@ -27,6 +27,7 @@ mod member;
 mod members;
 mod outside;
 mod pairs;
+mod past;
 mod plan;
 mod retired;
 mod rules;
@@ -45,6 +46,7 @@ pub(crate) use domain::{Attachment, Covered};
 pub use faults::{Fault, FaultSource, Faults};
 pub(crate) use member::{Audience, Member, MemberCounts};
 pub(crate) use members::Beginning;
+pub(crate) use past::Watch;
 pub use plan::Change;
 pub use snapshot::SpaceSnapshot;
 pub(crate) use stats::Counters;
@@ -60,6 +62,7 @@ use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, fence};
 use crate::units::{Access, DomainId, Granule, Iova, IovaRange, ToIovaRange};
 use faults::Log;
 use outside::Outside;
+use past::Past;
 use retired::LastRetired;
 use rules::Rules;
 use switch::Switch;
@@ -108,6 +111,8 @@ pub struct AddressSpace {
     /// The pieces whose summaries such harvests may have cleared.
     pub(crate) hiding: InFlight,
     pub(crate) walks: Walks,
+    /// Areas that leave while a harvest records what was mapped.
+    pub(crate) past: Past,
     pub(crate) counters: Arc<Counters>,
     faults: Arc<Log>,
     tracking: Switch,
@@ -133,6 +138,7 @@ impl AddressSpace {
             flights: Flights::new(every_address(), page),
             hiding: InFlight::new(),
             walks: Walks::new(),
+            past: Past::new(),
             counters: Arc::new(Counters::default()),
             faults: Arc::new(Log::new()),
             tracking: Switch::new(),
