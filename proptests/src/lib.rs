@@ -50,6 +50,8 @@ pub use storage::{check_nbd_client, check_nbd_server, check_qcow2, check_rbd};
 pub use violation::{Rule, Violation};
 
 #[cfg(test)]
+mod backing;
+#[cfg(test)]
 mod batches;
 #[cfg(test)]
 mod concurrent;
