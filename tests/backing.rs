@@ -47,9 +47,9 @@ fn unmapped(space: &AddressSpace, range: IovaRange) -> Vec<u64> {
     guest(dirty.runs(), &backing)
 }
 
-/// Cloud Hypervisor refuses to migrate VFIO devices behind a virtual IOMMU (its issue 8567), because
-/// by the time of the copy a device address may be mapped to other memory than that which was
-/// written, or to none.
+/// Cloud Hypervisor refuses to migrate VFIO devices behind a virtual IOMMU (its issue 8567): by the
+/// time of the copy a device address may be mapped to other memory than that which was written, or
+/// to none.
 #[test]
 fn a_lease_knows_what_was_mapped_when_it_was_written() {
     let (space, source) = space();

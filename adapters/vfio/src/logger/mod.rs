@@ -108,8 +108,8 @@ impl DmaLogger {
 
     /// Starts the log of `ranges`: every write after the return is logged. Returns the page in
     /// which it logs. `page_size` is the page that the client would like; it may report in any
-    /// other. The ranges may cover holes, and areas that are mapped later. What is dirty in the space
-    /// already, for other consumers, may be reported as well.
+    /// other. The ranges may cover holes, and areas that are mapped later. What is dirty in the
+    /// space already, for other consumers, may be reported as well.
     ///
     /// Switches the tracking of the space on, if it is off, and never off: other consumers may need
     /// it. Waits for devices, as [`AddressSpace::start_tracking`] does.

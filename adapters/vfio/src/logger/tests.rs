@@ -186,9 +186,8 @@ fn bad_input_is_refused_in_order() {
     let mut bits = [0; 1];
     let mut report = |range, page| log.report(range, page, &mut bits).unwrap_err();
     for page in [0, 1, 512, 4095, 6000, 12288, u64::MAX] {
-        assert!(
-            matches!(report(dma(0, 0), page), LogError::BadPageSize { page_size } if page_size == page)
-        );
+        let error = report(dma(0, 0), page);
+        assert!(matches!(error, LogError::BadPageSize { page_size } if page_size == page));
         let error = log.start(page, &[]).unwrap_err();
         assert!(matches!(error, LogError::BadPageSize { .. }));
     }
