@@ -42,7 +42,7 @@ impl Device {
         let at = usize::try_from(iova - start).unwrap();
         // SAFETY: inside of the mapping, which lives as long as `self`; all accesses in this
         // process are atomic.
-        (at < map.len()).then(|| unsafe { AtomicU8::from_ptr(map.as_mut_ptr().add(at)) })
+        (at < map.len()).then(|| unsafe { AtomicU8::from_ptr(map.as_mut_ptr().wrapping_add(at)) })
     }
 }
 
@@ -187,7 +187,8 @@ impl Copy {
         assert!(at + len <= self.file.len());
         (at..at + len).map(|at| {
             // SAFETY: inside of the mapping; all accesses in this process are atomic.
-            unsafe { AtomicU8::from_ptr(self.file.as_mut_ptr().add(at)) }.load(Ordering::Relaxed)
+            unsafe { AtomicU8::from_ptr(self.file.as_mut_ptr().wrapping_add(at)) }
+                .load(Ordering::Relaxed)
         })
     }
 

@@ -18,7 +18,7 @@
 //! byte.
 //!
 //! Exit status: 0 if every page is identical, 1 if one differs, 2 if something could not be run.
-//! Without `/dev/kvm` there is no guest, without userfaultfd there are no writes without a mark, and
+//! Without `/dev/kvm` there is no guest, without userfaultfd there are no writes without a mark,
 //! without `/dev/iommu` or a device there is no IOMMU of this machine. The output says so.
 
 #[cfg(target_os = "linux")]

@@ -1,5 +1,6 @@
 //! The log as a dirty source.
 
+use std::collections::btree_map::Entry;
 use std::io;
 use std::sync::Arc;
 
@@ -111,11 +112,11 @@ impl<D: LoggingDevice> DeviceLog<D> {
         let mut next = Some(range.start());
         while let Some(at) = next {
             let chunk = IovaRange::granule_at(at, self.chunk());
-            if !state.chunks.contains_key(&chunk.start()) {
+            if let Entry::Vacant(place) = state.chunks.entry(chunk.start()) {
                 let error = io::Error::from(io::ErrorKind::OutOfMemory);
                 let pending = Pending::new(chunk, self.page)
                     .map_err(|_| DeviceLogError::NoMemory { range, error })?;
-                state.chunks.insert(chunk.start(), pending);
+                place.insert(pending);
             }
             next = chunk
                 .last()

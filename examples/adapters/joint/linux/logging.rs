@@ -27,7 +27,7 @@ impl Played {
     pub(crate) fn log(&self, page: u64) {
         // Relaxed: the log is started before the device writes.
         if self.logs.load(Ordering::Relaxed) {
-            // Release: pairs with the Acquire of a report; a thread that sees the bit sees the data.
+            // Release: pairs with the Acquire of a report, which then sees the data.
             self.words[(page / 64) as usize].fetch_or(1 << (page % 64), Ordering::Release);
         }
     }
