@@ -14,6 +14,7 @@ use super::{DmaLogger, DmaRange, LogError};
 
 const PAGE: u64 = 4096;
 const RW: Access = Access::ReadWrite;
+const NONE: [u64; 0] = [];
 
 fn dma(first: u64, pages: u64) -> DmaRange {
     DmaRange {
@@ -50,7 +51,7 @@ fn pages_of_client_and_space_may_differ_by_more_than_256() {
     assert_eq!(log.start(PAGE, &[dma(0, 4096)]).unwrap().lg2(), 22);
     log.space().mark(pages(1030, 1)).unwrap();
     assert_eq!(report(&log, dma(0, 4096), PAGE), Vec::from_iter(1024..2048));
-    assert_eq!(report(&log, dma(0, 4096), PAGE), []);
+    assert_eq!(report(&log, dma(0, 4096), PAGE), NONE);
 
     let log = logger(Granule::K4);
     log.space().map(pages(0, 4096), 0, RW).unwrap();
@@ -58,7 +59,7 @@ fn pages_of_client_and_space_may_differ_by_more_than_256() {
     log.space().mark(pages(600, 1)).unwrap();
     log.space().mark(pages(3000, 1)).unwrap();
     assert_eq!(report(&log, dma(0, 4096), 1 << 22), [0, 2]);
-    assert_eq!(report(&log, dma(0, 4096), PAGE), []);
+    assert_eq!(report(&log, dma(0, 4096), PAGE), NONE);
 }
 
 /// A page of the space that a report covers in part is not clean around the report, and what was
@@ -70,10 +71,10 @@ fn the_rest_of_a_page_stays_and_what_was_reported_does_not() {
     log.start(PAGE, &[dma(0, 64)]).unwrap();
     log.space().mark(pages(17, 1)).unwrap();
     assert_eq!(report(&log, dma(20, 4), PAGE), [20, 21, 22, 23]);
-    assert_eq!(report(&log, dma(20, 4), PAGE), []);
+    assert_eq!(report(&log, dma(20, 4), PAGE), NONE);
     let rest = Vec::from_iter((16..20).chain(24..32));
     assert_eq!(report(&log, dma(0, 64), PAGE), rest);
-    assert_eq!(report(&log, dma(0, 64), PAGE), []);
+    assert_eq!(report(&log, dma(0, 64), PAGE), NONE);
 }
 
 /// A client asks for sections of its memory: parts of areas, several areas, holes. libvfio-user
@@ -90,7 +91,7 @@ fn a_report_covers_parts_of_areas_and_holes() {
         space.mark(pages(page, 1)).unwrap();
     }
     assert_eq!(report(&log, dma(15, 75), PAGE), [19, 20, 41]);
-    assert_eq!(report(&log, dma(60, 10), PAGE), []);
+    assert_eq!(report(&log, dma(60, 10), PAGE), NONE);
     assert_eq!(report(&log, dma(0, 100), PAGE), [12]);
 }
 
@@ -102,7 +103,7 @@ fn the_log_follows_map_and_unmap() {
     let log = logger(Granule::K4);
     let space = log.space();
     log.start(PAGE, &[dma(0, 100)]).unwrap();
-    assert_eq!(report(&log, dma(0, 100), PAGE), []);
+    assert_eq!(report(&log, dma(0, 100), PAGE), NONE);
     space.map(pages(10, 10), 0, RW).unwrap();
     space.mark(pages(12, 1)).unwrap();
     space.mark(pages(14, 1)).unwrap();
@@ -113,7 +114,7 @@ fn the_log_follows_map_and_unmap() {
     space.mark(pages(11, 1)).unwrap();
     assert_eq!(report(&log, dma(10, 3), PAGE), [11, 12]);
     assert_eq!(report(&log, dma(0, 100), PAGE), [14]);
-    assert_eq!(report(&log, dma(0, 100), PAGE), []);
+    assert_eq!(report(&log, dma(0, 100), PAGE), NONE);
 }
 
 /// A migration of the emulator and two clients look at one memory, each with its own log.
@@ -402,5 +403,5 @@ fn an_unmap_past_the_log_has_the_pages_itself() {
         .unmap(pages(0, 64), Granule::K4, bitmap)
         .unwrap();
     assert_eq!(words, [1 << 3]);
-    assert_eq!(report(&log, dma(0, 64), PAGE), []);
+    assert_eq!(report(&log, dma(0, 64), PAGE), NONE);
 }

@@ -133,7 +133,8 @@ fn a_log_that_cannot_be_restarted_keeps_everything_dirty() {
 
 #[test]
 fn each_refusal_of_a_start_says_what_to_do() {
-    let cases: [(i32, fn(&DeviceLogError) -> bool); 5] = [
+    type Right = fn(&DeviceLogError) -> bool;
+    let cases: [(i32, Right); 5] = [
         (libc::ENOTTY, |e| {
             matches!(e, DeviceLogError::CannotLog { .. })
         }),
