@@ -76,10 +76,11 @@ impl<F: Format> Hardware<F> {
 
     /// Throws the switch that devices look at.
     pub(crate) fn set_tracking(&self, on: bool) {
-        // Release: the clear of old dirty bits comes first. The flush that follows makes devices
-        // see the switch in time: they look at it after they have answered the flush, or after they
-        // woke, which is after its F2.
-        self.tracking.store(on, Ordering::Release);
+        // Relaxed: devices read the switch alone. The flush that follows orders it: they look at
+        // it after they have answered the flush, or after they woke, which is after its F2. By then
+        // they see the clear of old dirty bits, too. A write before that, whose D the clear may
+        // remove, has landed when the flush ends.
+        self.tracking.store(on, Ordering::Relaxed);
     }
 
     pub(crate) fn breakage(&self) -> Breakage {

@@ -83,3 +83,6 @@ pub use fmt::{
 };
 pub use memory::PhysMemory;
 pub use table::{Leaf, Table};
+
+#[cfg(all(test, dirtymap_loom))]
+mod loom_tests;

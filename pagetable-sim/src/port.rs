@@ -105,7 +105,8 @@ impl Port {
     // The invalidator's side.
 
     /// Asks the device to perform `order` (I1). Does not wait. `None` if the device sleeps and has
-    /// to drop everything when it wakes.
+    /// to drop everything when it wakes. A caller that relies on the device's writes performs F2,
+    /// `fence(SeqCst)`, after it has asked.
     pub(crate) fn ask(&self, order: &Arc<Order>) -> Option<Arc<Receipt>> {
         // Relaxed: an estimate that bounds the inbox; both branches are right at any value.
         if self.unread.load(Ordering::Relaxed) >= MAX_UNREAD && self.overflow() {
@@ -152,16 +153,19 @@ impl Port {
     /// Tells a sleeping device to drop everything when it wakes. False if it does not sleep; then a
     /// request is needed.
     fn overflow(&self) -> bool {
-        // Relaxed: ordered by the fence, as I1 by F2.
-        self.overflow.store(true, Ordering::Relaxed);
+        // Release: pairs with the Acquire swap in `wake`. A device that takes the flag sees the
+        // changes of the table that came before, also if it took the flag before our fence. If it
+        // did not, the fence decides, as for I1.
+        self.overflow.store(true, Ordering::Release);
         if performs(Step::OverflowFence) {
             // SeqCst: an F2 of its own, for `overflow` in place of the inbox; pairs with F1 in
             // `wake`. If F1 is first, the look below sees the device awake, and the caller asks it.
             // If F2 is first, the device sees `overflow` when it wakes.
             fence(Ordering::SeqCst);
         }
-        // Acquire: as in `wait`.
-        !self.active.load(Ordering::Acquire)
+        // Relaxed: the caller performs F2 after it has asked, which makes this an Acquire: writes
+        // that the device landed before it fell asleep are visible after that.
+        !self.active.load(Ordering::Relaxed)
     }
 
     // The device's side.
@@ -177,8 +181,8 @@ impl Port {
             // is first, the device sees the request or the overflow below.
             fence(Ordering::SeqCst);
         }
-        // Relaxed load: ordered by the fence. Acquire swap: the changes of the table came before
-        // the flag was set.
+        // Relaxed load: ordered by the fence. Acquire swap: pairs with the Release in `overflow`;
+        // the changes of the table came before the flag was set.
         self.overflow.load(Ordering::Relaxed) && self.overflow.swap(false, Ordering::Acquire)
     }
 

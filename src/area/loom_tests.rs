@@ -363,3 +363,20 @@ fn an_insert_and_a_removal_against_a_reader() {
         removed && [&[1][..], &[1, 2], &[2]].contains(&&seen[..])
     });
 }
+
+/// The age of a snapshot is read from the newest root, which another thread has just published.
+#[test]
+fn the_age_of_a_snapshot_is_that_of_a_whole_root() {
+    holds_within(Bound::between(1, 1), &[Step::PublishRoot], || {
+        let tree = Arc::new(AreaTree::<u64, 4>::new());
+        let writer = {
+            let tree = Arc::clone(&tree);
+            thread::spawn(move || tree.insert(range(0, 9), Arc::new(1)).unwrap())
+        };
+        let snapshot = tree.snapshot();
+        let (version, age) = (snapshot.version(), snapshot.age());
+        drop(snapshot);
+        writer.join().unwrap();
+        version + age <= 1 && tree.snapshot().version() == 1
+    });
+}

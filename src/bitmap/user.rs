@@ -225,6 +225,7 @@ impl<'a> Bound<'a> {
 mod tests {
     use super::*;
     use crate::bitmap::WINDOW_BITS;
+    use crate::sync::Ordering;
     use crate::units::Iova;
 
     fn range(start: u64, len: u64) -> IovaRange {
@@ -369,5 +370,20 @@ mod tests {
             view.runs().collect::<Vec<_>>(),
             [range(u64::MAX - 4095, 4096)]
         );
+    }
+
+    /// The bitmap by which the kit of sources tests what a source does where recording fails: it
+    /// fails from the word on that was asked for, and not before.
+    #[cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
+    #[test]
+    fn a_bitmap_that_fails_records_what_comes_before() {
+        let words = [AtomicU64::new(0), AtomicU64::new(0)];
+        let view = UserBitmap::failing(&words, 1)
+            .view(range(0, 128 * 4096), Granule::K4)
+            .unwrap();
+        let mut sink = view.sink();
+        assert!(sink.record(range(3 * 4096, 4096)).is_ok());
+        assert!(sink.record(range(64 * 4096, 4096)).is_err());
+        assert_eq!(words[0].load(Ordering::Relaxed), 1 << 3);
     }
 }

@@ -244,14 +244,13 @@ fn a_whole_chunk_survives_a_harvest_that_may_fail() {
 fn a_look_beside_a_split(look: fn(&ChunkMap) -> u64) -> bool {
     let map = Arc::new(ChunkMap::new(CHUNK - 1));
     mark_whole(&map);
-    let lower = thread::spawn({
+    // In a thread of its own, which has performed no fence and has seen no word.
+    let upper = thread::spawn({
         let map = map.clone();
-        move || take_words(&map, 0, 63)
+        move || look(&map)
     });
-    // The other thread may go first: a look that only loads is no place to stop at.
-    thread::yield_now();
-    let upper = look(&map);
-    lower.join().unwrap() == 0b01 && upper == 0b10
+    let lower = take_words(&map, 0, 63);
+    lower == 0b01 && upper.join().unwrap() == 0b10
 }
 
 /// The look of a peek.
@@ -483,4 +482,28 @@ fn publishes_data(first: u64, last: u64) -> bool {
     let seen = data.load(Ordering::Relaxed) == 1;
     marker.join().unwrap();
     !found || seen
+}
+
+/// A look that trusts no summary reaches a chunk that another thread has just installed, and finds
+/// it whole.
+#[test]
+fn a_look_at_all_words_finds_a_fresh_chunk_whole() {
+    holds_only_with(&[Step::PublishChunk], || {
+        let map = Arc::new(ChunkMap::new(63));
+        let look = |map: &ChunkMap| {
+            let mut found = 0;
+            let done: Result<(), Infallible> = map.peek_all(0, 63, |_, seen| {
+                found |= seen;
+                Ok(())
+            });
+            done.unwrap();
+            found
+        };
+        let early = thread::spawn({
+            let map = map.clone();
+            move || look(&map)
+        });
+        mark(&map, 0);
+        early.join().unwrap() <= 1 && look(&map) == 1
+    });
 }

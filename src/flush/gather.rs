@@ -452,4 +452,36 @@ mod tests {
                 .contains(&range(19 * 0x1_0000 + 0x8000, 0xa000))
         );
     }
+
+    /// The new range is closer to the one above it than any other two are to each other: those two
+    /// become one, and nothing else is invalidated besides.
+    #[test]
+    fn past_the_bound_a_range_joins_the_close_one_above() {
+        let mut gather = FlushGather::new();
+        for i in 0..MAX_RANGES as u64 {
+            gather.add(range(i * 0x1_0000, 0x1000), Granule::K4);
+        }
+        let bytes = gather.bytes();
+        gather.add(range(0x4_e000, 0x1000), Granule::K4);
+        assert_eq!(gather.ranges().len(), MAX_RANGES);
+        assert_eq!(gather.bytes(), bytes + 0x2000);
+    }
+
+    /// A gather that is full knows its smallest gap only as long as it grows at its end. A range
+    /// that joined another one in the middle has made a smaller gap, which goes before a larger one
+    /// at the end does.
+    #[test]
+    fn past_the_bound_a_gap_that_has_shrunk_is_the_smallest() {
+        let mut gather = FlushGather::new();
+        for i in 0..MAX_RANGES as u64 {
+            gather.add(range(i * 0x1_0000, 0x1000), Granule::K4);
+        }
+        let end = MAX_RANGES as u64 * 0x1_0000;
+        gather.add(range(end - 0x7000, 0x1000), Granule::K4); // joins the last one
+        gather.add(range(0x4_8000, 0x1000), Granule::K4); // leaves a gap of 0x7000
+        let bytes = gather.bytes();
+        gather.add(range(end + 0x3000, 0x1000), Granule::K4); // 0x9000 above
+        assert_eq!(gather.ranges().len(), MAX_RANGES);
+        assert_eq!(gather.bytes(), bytes + 0x7000 + 0x1000);
+    }
 }

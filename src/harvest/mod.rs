@@ -59,6 +59,9 @@ mod consumer;
 mod held;
 mod lease;
 mod look;
+#[cfg(all(test, dirtymap_loom))]
+#[allow(clippy::unwrap_used)] // helpers of tests
+mod loom_tests;
 #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
 mod parallel;
 mod request;

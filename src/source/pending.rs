@@ -259,4 +259,15 @@ mod tests {
         pending.drain(IovaRange::ALL, &mut |run| told.push(run));
         assert_eq!(told, [pages(60, 4), pages(200, 1)]);
     }
+
+    #[test]
+    fn all_pages_are_those_of_its_range() {
+        let mut pending = Pending::new(pages(3, 70), Granule::K4).unwrap();
+        assert!(pending.add_page(69) && !pending.add_page(70));
+        assert_eq!(pending.words(), [0, 1 << 5]);
+        pending.add_all();
+        let mut told = Vec::new();
+        pending.drain(IovaRange::ALL, &mut |run| told.push(run));
+        assert_eq!(told, [pages(3, 70)]);
+    }
 }

@@ -354,3 +354,19 @@ fn reclaim_drops_all_that_has_gone() {
     space.detach(domain).unwrap();
     settle(&space, "sources", || Arc::strong_count(&source), 1);
 }
+
+/// A harvest for several consumers claims the pieces that it hides, and ends each claim. A claim
+/// that stays has every later harvest look at all words of its piece.
+#[test]
+fn a_harvest_for_several_consumers_leaves_no_claim() {
+    let space = of_pages(64);
+    assert!(space.start_tracking().is_ok());
+    let _other = space.consumer("other", crate::Start::Clean);
+    for _ in 0..3 {
+        assert!(space.mark(pages(3, 1)).is_ok());
+        let round = space.rounds().next();
+        assert_eq!(round.map(|lease| lease.commit().bits_set).ok(), Some(1));
+        let claims = space.hiding.visit(IovaRange::ALL, Err);
+        assert_eq!(claims, Ok(()));
+    }
+}

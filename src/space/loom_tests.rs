@@ -1,10 +1,124 @@
-//! Model checking of the record of areas that leave: see [`past`](super::past).
+//! Models: an unmap against a harvest of a consumer, a join against a harvest that begins, and the
+//! record of areas that leave during a harvest: see [`past`](super::past).
 
 use super::past::Past;
+use super::walks::Walks;
+use super::{AddressSpace, Area};
+use crate::bitmap::UserBitmap;
+use crate::harvest::{Consumer, HarvestRequest, Start};
 use crate::source::Mapping;
 use crate::sync::model::{Bound, holds_within};
-use crate::sync::{Arc, AtomicU64, Ordering, Step, thread};
-use crate::units::{Access, Iova, IovaRange};
+use crate::sync::{Arc, AtomicU64, Ordering, Ordering::Relaxed, Step, relax, thread};
+use crate::units::{Access, Granule, Iova, IovaRange};
+
+const PAGE: Granule = Granule::K4;
+
+fn page() -> IovaRange {
+    IovaRange::from_len(Iova::MIN, 1 << 12).unwrap()
+}
+
+/// A harvest begins while a consumer joins: it leaves the consumer what it takes, or the join waits
+/// for it. The root is a number here: a harvest pins the epoch before it loads the root, which is a
+/// full fence, but for a thread that holds a snapshot already.
+#[test]
+fn a_join_waits_for_a_harvest_or_is_known_to_it() {
+    holds_within(Bound::between(1, 2), &[Step::WaitForWalks], || {
+        let walks = Arc::new(Walks::new());
+        let (root, taken) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+        let harvest = thread::spawn({
+            let (walks, root, taken) = (walks.clone(), root.clone(), taken.clone());
+            move || {
+                let _walk = walks.enter();
+                let knows = root.load(Relaxed) == 1;
+                taken.store(1, Relaxed);
+                knows
+            }
+        });
+        root.store(1, Relaxed);
+        walks.wait();
+        let ended = taken.load(Relaxed) == 1;
+        harvest.join().unwrap() || ended
+    });
+}
+
+/// A space with a consumer, and a page that is marked.
+fn marked() -> (Arc<AddressSpace>, Consumer<'static>, Arc<Area>) {
+    let space = AddressSpace::tracked(PAGE);
+    space.map(page(), 0, Access::ReadWrite).unwrap();
+    let space = Arc::new(space);
+    let one = Consumer::shared(space.clone(), "one", Start::Clean).unwrap();
+    space.mark(page()).unwrap();
+    let area = space.all_areas().remove(0);
+    (space, one, area)
+}
+
+/// The consumer harvests the page.
+fn harvest(one: &Consumer<'_>) {
+    let words = [AtomicU64::new(0)];
+    let request = HarvestRequest::new(page(), PAGE);
+    let lease = one.harvest(&request, UserBitmap::shared(&words));
+    lease.unwrap().abort();
+}
+
+/// The looks of an unmap, while a consumer harvests the page for itself: what the unmap finds is
+/// all that the other consumers are ever told. The caller of the unmap has held a snapshot since
+/// before the harvest. So no snapshot of the unmap performs a fence, and it sees nothing of the
+/// harvest but by its own fences.
+fn beside_a_harvest(look: fn(&AddressSpace, &Area) -> bool) -> bool {
+    let (space, one, area) = marked();
+    let (held, begun) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    let unmap = thread::spawn({
+        let (held, begun) = (held.clone(), begun.clone());
+        move || {
+            let _snapshot = space.snapshot();
+            // Relaxed, both, and below: they order nothing.
+            held.store(1, Relaxed);
+            while begun.load(Relaxed) == 0 {
+                relax();
+            }
+            look(&space, &area)
+        }
+    });
+    while held.load(Relaxed) == 0 {
+        relax();
+    }
+    begun.store(1, Relaxed);
+    harvest(&one);
+    unmap.join().unwrap()
+}
+
+/// The models fail by what a load returns that comes late; no thread has to be preempted for it.
+const BOUND: Bound = Bound::between(0, 0);
+const STEPS: [Step; 3] = [Step::LeaveToOthers, Step::LookAtFlights, Step::ClaimPiece];
+
+/// What an unmap records before it takes its area out of the tree.
+#[test]
+fn an_unmap_records_what_a_harvest_of_a_consumer_takes() {
+    holds_within(BOUND, &STEPS, || {
+        beside_a_harvest(|space, area| {
+            let words = [AtomicU64::new(0)];
+            let view = UserBitmap::shared(&words).view(page(), PAGE).unwrap();
+            let mut sink = view.sink();
+            area.marks.peek(page(), &mut sink).unwrap();
+            space.record_members(area, page(), &mut sink).unwrap();
+            words[0].load(Relaxed) == 1
+        })
+    });
+}
+
+/// What an unmap counts after that.
+#[test]
+fn an_unmap_counts_what_a_harvest_of_a_consumer_takes() {
+    holds_within(BOUND, &STEPS, || {
+        beside_a_harvest(|space, area| {
+            let mut found = false;
+            let mut count = |_: Iova, mask: u64| found |= mask != 0;
+            area.marks.take(page(), &mut count);
+            space.late_pages(area, page(), count);
+            found
+        })
+    });
+}
 
 /// A harvest, and the unmap of an area that is in no root which the harvest walks. One of the
 /// two has the dirty page of the area, and knows that it is of that area.

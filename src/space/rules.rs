@@ -216,3 +216,22 @@ fn merged(ranges: &[IovaRange]) -> Vec<IovaRange> {
     }
     merged
 }
+
+#[cfg(all(test, not(dirtymap_loom)))]
+mod tests {
+    use super::*;
+
+    fn bytes(first: u64, n: u64) -> IovaRange {
+        IovaRange::from_len(Iova::new(first), n).unwrap_or(IovaRange::ALL)
+    }
+
+    /// In a space of pages of one byte, a range may begin at the last byte of another one.
+    #[test]
+    fn a_promise_holds_for_its_last_byte() {
+        let rules = Rules::default().promise(&[bytes(0, 6)]);
+        assert_eq!(rules.promised_in(bytes(5, 2)), Some(bytes(0, 6)));
+        let parts: Vec<IovaRange> = rules.promised_parts(bytes(5, 2)).collect();
+        assert_eq!(parts, [bytes(5, 1)]);
+        assert_eq!(rules.windows(bytes(5, 3)), [bytes(6, 2)]);
+    }
+}

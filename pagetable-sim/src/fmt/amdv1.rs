@@ -27,8 +27,8 @@
 //!
 //! The address field holds the number of the frame, so it is free of the low bits at any page size:
 //! 2 KiB pages exist here as they do in the kernel's mock of an IOMMU. The model checker gets two
-//! levels and pages of 8 bytes, with the same bits: tables of two entries, or of four where pages
-//! would have 2 KiB, so that there are groups.
+//! levels, or three for three, and pages of 8 bytes, with the same bits: tables of two entries, or
+//! of four where pages would have 2 KiB, so that there are groups.
 
 use dirtymap::Granule;
 
@@ -71,7 +71,7 @@ where
     Self: sealed::Sealed,
 {
     const NAME: &'static str = "AMD v1";
-    const LEVELS: u32 = shape(N, 2);
+    const LEVELS: u32 = shape(N, if N == 3 { 3 } else { 2 });
     const INDEX_LG2: u32 = shape(INDEX_LG2, if P == 11 { 2 } else { 1 });
     const PAGE_LG2: u32 = shape(P, 3);
     const WIDTH: u32 = {

@@ -26,8 +26,9 @@ pub(super) fn leads_to_same<F: Format>(now: Iopte, entry: Iopte, level: u32) -> 
 /// count if their new leaf is dirty.
 pub(super) fn any_dirty<F: Format>(group: &[AtomicIopte], level: u32) -> bool {
     group.iter().any(|slot| {
-        // Acquire: as the load of a walk.
-        let entry = slot.load(Ordering::Acquire);
+        // Relaxed: D is all that is read. A D that was set before the call began is seen, because
+        // the order of the two calls orders this load after it.
+        let entry = slot.load(Ordering::Relaxed);
         F::is_present(entry) && F::is_leaf(entry, level) && F::is_dirty(entry)
     })
 }

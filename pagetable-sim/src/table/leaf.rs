@@ -67,15 +67,18 @@ impl<'g> Found<'g> {
 
 /// Sets D in the entry, unless it is set. False if the entry has changed since the walk.
 pub(super) fn make_dirty<F: Format>(found: &Found<'_>) -> bool {
-    // AcqRel on success: D is in the table before the data is in memory, and after the last clear
-    // of D and its record; pairs with `clear_entry`. Relaxed on failure: the caller walks anew.
+    // Relaxed, both: D publishes nothing. A harvest that clears it flushes before the copy, and the
+    // flush brings the data: it waits for the device. A harvest after the write finds D, because
+    // the order of the two orders its look after this; one that runs beside the write may miss D.
+    // The clear and this are changes of one word, so D survives one of them or is recorded. On
+    // failure the caller walks anew.
     F::is_dirty(found.entry)
         || found
             .slot()
             .replace(
                 found.entry,
                 F::written(found.entry),
-                Ordering::AcqRel,
+                Ordering::Relaxed,
                 Ordering::Relaxed,
             )
             .is_ok()
@@ -156,13 +159,13 @@ fn clear_entry<F: Format>(
     let mut entry = slot.load(Ordering::Relaxed);
     while F::is_present(entry) && F::is_leaf(entry, level) && F::is_dirty(entry) && recorded(entry)
     {
-        // Acquire on success: pairs with the Release of `make_dirty`. Release: hardware or an unmap
-        // that finds D clear comes after the record of the scan. Relaxed on failure: the next
-        // guess.
+        // Release on success: pairs with the Acquire of an unmap; a thread that finds the leaf
+        // clean when it removes it sees the record of the scan. Nothing is read by the D that is
+        // cleared: see `make_dirty`. Relaxed on failure: the next guess.
         match slot.replace(
             entry,
             F::MAKE_CLEAN.of(entry),
-            Ordering::AcqRel,
+            Ordering::Release,
             Ordering::Relaxed,
         ) {
             Ok(()) => return true,

@@ -266,7 +266,8 @@ fn freeze<F: Format>(
     guard: &Guard,
 ) -> Result<(), IovaRange> {
     for (_, slot) in slots::<F>(page, level, range) {
-        // Relaxed on success: publishes nothing. Acquire on failure: as the load of a walk.
+        // Relaxed on success: publishes nothing. Acquire on failure: pairs with the Release in
+        // `child_or_new`; publishes the table that we look into.
         let Err(now) = slot.entry.replace(
             Iopte::ABSENT,
             Iopte::FROZEN,
@@ -295,12 +296,13 @@ fn freeze<F: Format>(
 /// Undoes [`freeze`].
 fn thaw<F: Format>(page: &[AtomicIopte], level: u32, range: IovaRange, guard: &Guard) {
     for (_, slot) in slots::<F>(page, level, range) {
-        // Relaxed on success: publishes nothing. Acquire on failure: as the load of a walk.
+        // Relaxed, both: publishes nothing, and finds the tables that `freeze` has found, by
+        // Acquire. No call replaces a table whose entries are frozen.
         if let Err(now) = slot.entry.replace(
             Iopte::FROZEN,
             Iopte::ABSENT,
             Ordering::Relaxed,
-            Ordering::Acquire,
+            Ordering::Relaxed,
         ) && F::is_present(now)
             && !F::is_leaf(now, level)
         {

@@ -150,11 +150,12 @@ fn replace_table<F: Format>(
     loop {
         let dirty = written || any_dirty::<F>(table, level - 1);
         let leaf = if dirty { F::written(clean) } else { clean };
-        // AcqRel: a thread that finds the leaf sees the parts as we saw them. Acquire on failure: a
-        // walk has set A, or else the caller does not own the range and nothing is changed.
+        // Release on success: a walk that finds the leaf sees the bytes that mappers wrote into the
+        // memory of all its parts. Relaxed on failure: a walk has set A, or else the caller does
+        // not own the range and nothing is changed.
         match slot
             .entry
-            .replace(entry, leaf, Ordering::AcqRel, Ordering::Acquire)
+            .replace(entry, leaf, Ordering::Release, Ordering::Relaxed)
         {
             Ok(()) => break,
             Err(now) if leads_to_same::<F>(now, entry, level) => entry = now,
@@ -186,8 +187,8 @@ fn join<F: Format>(
         return false;
     }
     let group = &page[first..first + entries];
-    // Acquire: as the load of a walk.
-    let entry = group[0].load(Ordering::Acquire);
+    // Relaxed: only its size is read.
+    let entry = group[0].load(Ordering::Relaxed);
     if F::is_present(entry) && F::is_leaf(entry, level) && F::leaf_size(entry, level) >= size {
         return true;
     }
@@ -200,8 +201,8 @@ fn join<F: Format>(
     };
     let leaf = F::leaf(phys, access, size);
     for slot in group {
-        // Acquire: as the load of a walk.
-        let mut old = slot.load(Ordering::Acquire);
+        // Relaxed: the first guess.
+        let mut old = slot.load(Ordering::Relaxed);
         // It is always a leaf if the caller owns the range.
         while F::is_present(old) && F::is_leaf(old, level) {
             let new = if F::is_dirty(old) {
@@ -209,9 +210,10 @@ fn join<F: Format>(
             } else {
                 leaf
             };
-            // AcqRel on success: as hardware's own change of the entry. Acquire on failure: D was
-            // set or cleared, and the new value follows from that.
-            match slot.replace(old, new, Ordering::AcqRel, Ordering::Acquire) {
+            // Release on success: as in `replace_table`; a device caches the whole leaf by any of
+            // its entries. Relaxed on failure: D was set or cleared, and the new value follows from
+            // that.
+            match slot.replace(old, new, Ordering::Release, Ordering::Relaxed) {
                 Ok(()) => break,
                 Err(now) => old = now,
             }
@@ -226,8 +228,9 @@ fn join<F: Format>(
 fn contiguous<F: Format>(entries: &[AtomicIopte], level: u32) -> Option<(u64, Access)> {
     let mut first = None;
     for (nth, slot) in entries.iter().enumerate() {
-        // Acquire: as the load of a walk.
-        let entry = slot.load(Ordering::Acquire);
+        // Relaxed: nothing is read by the leaf. The caller owns the range, so the maps of the
+        // leaves came before.
+        let entry = slot.load(Ordering::Relaxed);
         if !F::is_present(entry) || !F::is_leaf(entry, level) {
             return None;
         }

@@ -50,3 +50,6 @@ pub(crate) use walk::Walk;
 #[cfg(test)]
 #[cfg(not(dirtymap_loom))]
 mod tests;
+
+#[cfg(all(test, dirtymap_loom))]
+mod loom_tests;

@@ -37,14 +37,14 @@ impl<F: Format> Table<F> {
                 && F::is_leaf(entry, found.level)
                 && F::access(entry) != access
             {
-                // AcqRel on success: as hardware's own change of the entry, in `make_dirty`.
-                // Acquire on failure: the new value follows from the current one, so a D that was
-                // set or cleared in between is kept.
+                // Relaxed, both: publishes nothing. The flush that the caller owes makes devices
+                // see the rights. The new value follows from the current one, so a D that was set
+                // or cleared in between is kept.
                 match found.slot().replace(
                     entry,
                     F::with_access(entry, access),
-                    Ordering::AcqRel,
-                    Ordering::Acquire,
+                    Ordering::Relaxed,
+                    Ordering::Relaxed,
                 ) {
                     Ok(()) => {
                         let leaf = found.range::<F>();

@@ -182,9 +182,10 @@ impl<F: Format> Visitor<F> for Harvest<'_, '_, '_> {
                 || known == Known::Cleared && !performs(Step::LookAfterFlush);
             if upper.whole && flushed && !accessed::<F>(upper.entry) {
                 let looking = Known::Looking.put::<F>(upper.entry);
-                // Acquire on success: pairs with the Release of `flush_ends`; a D that was set
-                // before is seen below. Relaxed on failure: A was set, or another harvest looks;
-                // this look does not count.
+                // Acquire on success: pairs with the Release of `flush_ends`, maybe of a later
+                // flush than the one that the scan saw; a D that was set before is seen below. It
+                // pairs with `heat_entry`, too. Relaxed on failure: A was set, or another harvest
+                // looks; this look does not count.
                 counts = upper
                     .slot
                     .replace(upper.entry, looking, Ordering::Acquire, Ordering::Relaxed)
@@ -226,12 +227,12 @@ fn judge<F: Format>(upper: &Upper<'_>, clean: bool) {
         } else {
             Known::Quiet
         };
-        // Release on success: a harvest that skips comes after the leaves that we took. Relaxed on
-        // failure: the next guess.
+        // Relaxed, both: a harvest that skips reads nothing that we wrote. The leaves that we took
+        // are in our bitmap. On failure: the next guess.
         match upper.slot.replace(
             now,
             known.put::<F>(now),
-            Ordering::Release,
+            Ordering::Relaxed,
             Ordering::Relaxed,
         ) {
             Ok(()) => break,
@@ -252,20 +253,22 @@ fn clear<F: Format>(upper: &Upper<'_>) -> bool {
         _ => (),
     }
     let cleared = Iopte(Known::Cleared.put::<F>(upper.entry).0 & !F::TABLE_ACCESSED);
-    // Release on success: the flush that we owe comes after it; pairs with the Acquire in
-    // `Table::tell`. Relaxed on failure: a walk or another harvest was here, and nothing is owed.
+    // Relaxed, both: publishes nothing. The flush that counts changes this very word when it
+    // begins, so a device that has answered it sees A clear. What the scan has found below does not
+    // count: a look after the flush does. On failure a walk or another harvest was here, and
+    // nothing is owed.
     upper
         .slot
-        .replace(upper.entry, cleared, Ordering::AcqRel, Ordering::Relaxed)
+        .replace(upper.entry, cleared, Ordering::Relaxed, Ordering::Relaxed)
         .is_ok()
 }
 
 /// Resets the state of the subtree. Harmless for an entry that leads to no table.
 fn heat_entry<F: Format>(slot: &AtomicIopte) {
-    // AcqRel: after all changes below, and in one order with the state changes of harvests. A
-    // harvest that changes the state later has seen our change. A harvest that changed it before is
-    // overruled.
-    slot.clear_bits(F::KNOWN, Ordering::AcqRel);
+    // Release: after all changes below, and in one order with the state changes of harvests. The
+    // look of a harvest that begins later sees our change, by the Acquire of `Harvest::enter`. A
+    // harvest that changed the state before is overruled.
+    slot.clear_bits(F::KNOWN, Ordering::Release);
 }
 
 impl<F: Format> Table<F> {
@@ -315,14 +318,13 @@ impl<F: Format> Table<F> {
                     &mut |slot, entry| {
                         let mut now = entry;
                         while slot.part == slot.span && Known::of::<F>(now) == old {
-                            // Acquire on success: pairs with the Release of `clear`, so that the
-                            // flush comes after it; Release: a look that begins from the new state
-                            // comes after the flush. Relaxed on failure: A was set, or the entry is
-                            // hot or another one.
+                            // Release on success: a look that begins from the new state comes after
+                            // the flush. Nothing is read by the old one: see `clear`. Relaxed on
+                            // failure: A was set, or the entry is hot or another one.
                             match slot.entry.replace(
                                 now,
                                 new.put::<F>(now),
-                                Ordering::AcqRel,
+                                Ordering::Release,
                                 Ordering::Relaxed,
                             ) {
                                 Ok(()) => break,

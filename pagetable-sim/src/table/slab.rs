@@ -186,6 +186,7 @@ pub(super) struct Slab {
     beside: Box<[Beside]>,
     /// The table above, and the tables that lie here.
     holders: AtomicU64,
+    witness: Witness,
 }
 
 impl Slab {
@@ -206,6 +207,7 @@ impl Slab {
             table_lg2,
             beside: (0..tables).map(|_| Beside::free()).collect(),
             holders: AtomicU64::new(1),
+            witness: Witness::new(),
         });
         NonNull::from(Box::leak(slab))
     }
@@ -275,7 +277,10 @@ impl Slab {
     /// The hold is the caller's, and the caller does not use the slab afterwards.
     unsafe fn let_go(slab: NonNull<Slab>) {
         // SAFETY: alive: we hold it.
-        let holders = unsafe { &slab.as_ref().holders };
+        let Slab {
+            holders, witness, ..
+        } = unsafe { slab.as_ref() };
+        witness.look();
         // Release: our use of the slab comes before its end; pairs with the fence below.
         if holders.fetch_sub(1, Ordering::Release) == 1 {
             // Acquire: pairs with the Release of all holds that ended before.
@@ -288,6 +293,7 @@ impl Slab {
 
 impl Drop for Slab {
     fn drop(&mut self) {
+        self.witness.end();
         // SAFETY: allocated with this layout; no table lies there any more.
         unsafe { dealloc(self.memory.as_ptr(), self.layout) };
     }

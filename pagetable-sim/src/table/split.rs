@@ -157,8 +157,8 @@ impl<F: Format> Table<F> {
                 _ => job.size_at(span.start()),
             };
             part = Some((IovaRange::granule_at(span.start(), size), size));
-            // Acquire: as the load of a walk.
-            let mut old = slot.load(Ordering::Acquire);
+            // Relaxed: the first guess.
+            let mut old = slot.load(Ordering::Relaxed);
             // If it is something else, the leaf was unmapped: then there is nothing to split.
             while F::is_present(old)
                 && F::is_leaf(old, level)
@@ -178,10 +178,10 @@ impl<F: Format> Table<F> {
                     None => TableRef::new(level - 1, false),
                 };
                 let new = Parts::<F>::new(&job, span, level, size, table, guard);
-                // AcqRel on success: Release publishes the table, and D in the other entries before
-                // this one goes; Acquire pairs with `set_dirty`. Acquire on failure: as the load
-                // above; D was set or cleared, and the parts follow from that.
-                match slot.replace(old, new.entry, Ordering::AcqRel, Ordering::Acquire) {
+                // Release on success: publishes the table, and D in the other entries before this
+                // one goes. Relaxed on failure: D was set or cleared, and the parts follow from
+                // that.
+                match slot.replace(old, new.entry, Ordering::Release, Ordering::Relaxed) {
                     Ok(()) => {
                         new.publish();
                         break;
@@ -199,7 +199,7 @@ impl<F: Format> Table<F> {
     fn table_of<'g>(&'g self, leaf: &Found<'_>, guard: &'g Guard) -> Option<Node<'g>> {
         let mut node = self.root.node();
         for level in (leaf.level + 1..F::LEVELS).rev() {
-            // Acquire: as the load of a walk.
+            // Acquire: as the load of a walk; it may be another table than that of the walk.
             let entry = node[F::index(leaf.span.start().get(), level)].load(Ordering::Acquire);
             if !F::is_present(entry) || F::is_leaf(entry, level) {
                 return None;

@@ -71,12 +71,12 @@ fn clear<F: Format>(
                 break;
             }
             // Acquire on success: pairs with the Release of a harvest's clear, so that a leaf seen
-            // clean was recorded; Release: our writes before it are visible to a walk that finds
-            // nothing. Acquire on failure: as the load above. A failure means that hardware set D
-            // or a harvest cleared it: we report the value that the entry had when it was removed.
+            // clean was recorded. Acquire on failure: as the load above; a split has put a table
+            // there. Any other failure means that hardware set D or a harvest cleared it: we report
+            // the value that the entry had when it was removed.
             match slot
                 .entry
-                .replace(entry, Iopte::ABSENT, Ordering::AcqRel, Ordering::Acquire)
+                .replace(entry, Iopte::ABSENT, Ordering::Acquire, Ordering::Acquire)
             {
                 Ok(()) => {
                     let size = F::leaf_size(entry, level);

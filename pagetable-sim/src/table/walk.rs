@@ -95,10 +95,10 @@ impl<F: Format> Table<F> {
                 if noted == entry {
                     break;
                 }
-                // Release on success: a harvest that sees the D that we set below, by Acquire, sees
-                // A above as well. Acquire, both: as the load above, for the table below or the
-                // next look.
-                match slot.replace(entry, noted, Ordering::AcqRel, Ordering::Acquire) {
+                // Relaxed on success: A publishes nothing, and the entry leads to the table that we
+                // found by Acquire, which stays while we are pinned. Acquire on failure: as the
+                // load above, for another table that is there now.
+                match slot.replace(entry, noted, Ordering::Relaxed, Ordering::Acquire) {
                     Ok(()) => break,
                     Err(now) => entry = now,
                 }

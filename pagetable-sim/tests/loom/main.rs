@@ -10,7 +10,7 @@
 
 use dirtymap::source::{FlushGather, LeafSink};
 use dirtymap::sync::model::{
-    Bound, breaks_without, explore, fails_without, holds_only_with, holds_within, name_of,
+    Bound, breaks_without, explore, fails_without, holds_only_with, holds_within, is_deep, name_of,
 };
 use dirtymap::sync::{Arc, AtomicU64, Ordering, Step, thread};
 use dirtymap::{Access, DirtySource, Granule, Iova, IovaRange, Mapping, Tracking, UserBitmap};
