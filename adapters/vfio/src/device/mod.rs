@@ -275,10 +275,10 @@ impl<D: LoggingDevice> DeviceLog<D> {
 
     /// Replaces a corrupt log by a new one. All areas are dirty from then on.
     fn restart(&self, state: &mut State) -> Result<(), DeviceLogError> {
-        if state.log.take().is_some() {
-            // An error says nothing new: if the log goes on, the start fails.
-            let _ = uninterrupted(|| self.device.stop());
-        }
+        state.log = None;
+        // An error says nothing new: if the log goes on, the start fails, and the next call comes
+        // here again.
+        let _ = uninterrupted(|| self.device.stop());
         let started = self.start()?;
         // After the start: what is written until then may be in neither log.
         state.add_all();
@@ -291,7 +291,7 @@ impl<D: LoggingDevice> DeviceLog<D> {
 
 impl<D: LoggingDevice> Drop for DeviceLog<D> {
     fn drop(&mut self) {
-        if lock(&self.state).log.is_some() {
+        if lock(&self.state).tracked {
             // An error leaves a log that no code reads; it ends with the device's file.
             let _ = uninterrupted(|| self.device.stop());
         }

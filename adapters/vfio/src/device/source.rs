@@ -65,10 +65,10 @@ impl<D: LoggingDevice> DirtySource for DeviceLog<D> {
             if self.pull(&mut state, IovaRange::ALL).is_err() {
                 state.add_all();
             }
-            if state.log.is_some() {
-                uninterrupted(|| self.device.stop())
-                    .0
-                    .map_err(|error| DeviceLogError::NotStopped { error })?;
+            // Without a log, the device refuses to stop one.
+            let stopped = uninterrupted(|| self.device.stop()).0;
+            if let Some(error) = stopped.err().filter(|_| state.log.is_some()) {
+                return Err(DeviceLogError::NotStopped { error }.into());
             }
             state.log = None;
             state.corrupt = false;

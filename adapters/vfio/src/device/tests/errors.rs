@@ -237,3 +237,26 @@ fn a_peek_loses_nothing() {
     assert!(matches!(error, Err(Error::Source(_))));
     assert_eq!(bench.take(), all());
 }
+
+/// The corrupt log cannot be stopped at first, so the new one cannot be started. The next harvest
+/// tries both again: a log that was taken for gone after the first try would never be stopped.
+#[test]
+fn a_corrupt_log_that_could_not_be_stopped_is_stopped_by_the_next_harvest() {
+    let fake = Fake::new(Granule::K4);
+    let bench = bench(&fake);
+    fake.fail(Fault::once("report", libc::EIO));
+    bench.try_take().unwrap_err();
+    fake.fail(Fault::once("stop", libc::EIO));
+    let error = bench.try_take().unwrap_err();
+    assert!(
+        matches!(inner(&error), DeviceLogError::NotStarted { .. }),
+        "{error}"
+    );
+    assert_eq!(bench.take(), all());
+    fake.fail(Fault::once("report", libc::EIO));
+    bench.try_take().unwrap_err();
+    fake.fail(Fault::once("stop", libc::EIO));
+    bench.try_take().unwrap_err();
+    bench.space.stop_tracking().unwrap();
+    assert!(fake.state().ranges.is_none(), "the device still logs");
+}
