@@ -168,6 +168,17 @@ pub fn fence_after_look() {
     }
 }
 
+/// A full fence, right after looks that were all Acquire and, if `changed`, a read-modify-write
+/// among them.
+#[inline]
+#[cfg_attr(dirtymap_loom, track_caller)]
+pub fn fence_after_looks(changed: bool) {
+    match changed {
+        true => fence_after_rmw(),
+        false => fence_after_look(),
+    }
+}
+
 /// Set once and read without blocking. The model checker does not see it, so an atomic of its user
 /// must order the store and the loads.
 pub use std::sync::OnceLock;

@@ -86,7 +86,11 @@ fn orderings(code: &str) -> usize {
     let is_word = |c: char| c.is_alphanumeric() || c == '_';
     let words = code.split(|c: char| !is_word(c));
     let orders = |word: &&str| matches!(*word, "Acquire" | "Release" | "AcqRel" | "SeqCst");
-    let fences = ["fence_after_rmw(", "fence_after_look("];
+    let fences = [
+        "fence_after_rmw(",
+        "fence_after_look(",
+        "fence_after_looks(",
+    ];
     let calls = fences.iter().map(|fence| code.matches(fence).count());
     words.filter(orders).count() + calls.sum::<usize>()
 }

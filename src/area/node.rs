@@ -236,10 +236,8 @@ impl<T, const F: usize> Node<T, F> {
     #[inline]
     pub(super) fn range(&self, at: usize) -> IovaRange {
         debug_assert!(at < self.len);
-        match IovaRange::new(Iova::new(self.target[at].start), Iova::new(self.last[at])) {
-            Ok(range) => range,
-            Err(_) => unreachable!("what is inserted has the borders of a range"),
-        }
+        // What is inserted has the borders of a range.
+        IovaRange::ascending(Iova::new(self.target[at].start), Iova::new(self.last[at]))
     }
 
     /// The area that slot `at` of a leaf points to.

@@ -51,7 +51,7 @@ const FULL: usize = if TINY { 1 } else { 32 };
 pub(super) struct Pinned(Guard);
 
 impl Pinned {
-    #[inline]
+    #[inline(always)]
     pub(super) fn new() -> Self {
         Pinned(crossbeam_epoch::pin())
     }

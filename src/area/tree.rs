@@ -47,7 +47,7 @@ where
     }
 
     /// The areas and rules of this moment. Never blocks and never retries. Frees and drops nothing.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn snapshot(&self) -> Snapshot<'_, T, F, R> {
         let pinned = Pinned::new();
         // Acquire: pairs with the Release in `Edit::publish`. If we see that root, its rules, nodes

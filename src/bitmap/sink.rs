@@ -136,7 +136,7 @@ impl<'a> Sink<'a> {
     }
 
     /// As [`record_mask`](Self::record_mask), with the bitmap's own error.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn put_mask(
         &mut self,
         start: Iova,
@@ -163,6 +163,12 @@ impl<'a> Sink<'a> {
             }
             return Ok(());
         }
+        self.put_each(start, page, mask)
+    }
+
+    /// As [`put_mask`](Self::put_mask), run by run.
+    #[cold]
+    fn put_each(&mut self, start: Iova, page: Granule, mask: u64) -> Result<(), BitmapError> {
         for (first, last) in word_runs(mask) {
             let address = |pages: u32| u128::from(start.get()) + (u128::from(pages) << page.lg2());
             let Ok(from) = u64::try_from(address(first)) else {
@@ -212,7 +218,7 @@ impl<'a> Sink<'a> {
     ///
     /// # Errors
     /// As [`record`](Sink::record).
-    #[inline]
+    #[inline(always)]
     pub(crate) fn or(&mut self, word: u64, mask: u64) -> Result<(), BitmapError> {
         if mask != 0 {
             if !self.window.holds(word) {

@@ -168,6 +168,29 @@ impl<'a> UserBitmap<'a> {
         self.bind(range, granule).map(|bound| bound.view)
     }
 
+    /// The one sink that records into this bitmap: that of a harvest, for code that calls a source
+    /// by itself. Words that are lent exclusively are recorded without locked operations, which a
+    /// sink of a [`view`](Self::view) needs, because views are copied.
+    ///
+    /// ```
+    /// use dirtymap::{Granule, ToIovaRange, UserBitmap};
+    ///
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// let mut words = [0];
+    /// let request = (0..64 << 12).to_iova_range()?;
+    /// let mut sink = UserBitmap::new(&mut words).into_sink(request, Granule::K4)?;
+    /// sink.record((0x3000..0x4000).to_iova_range()?)?;
+    /// assert_eq!(words, [1 << 3]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`view`](Self::view).
+    pub fn into_sink(self, range: IovaRange, granule: Granule) -> Result<Sink<'a>, BitmapError> {
+        Ok(self.bind(range, granule)?.into_sink())
+    }
+
     /// As [`view`](Self::view), and remembers whether no other code writes to the bits.
     pub(crate) fn bind(self, range: IovaRange, granule: Granule) -> Result<Bound<'a>, BitmapError> {
         if !range.is_aligned(granule) {

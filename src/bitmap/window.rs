@@ -238,15 +238,15 @@ impl<'a> Window<'a> {
     /// Sets the bits of `mask` in `word`, and returns those that were clear.
     #[inline]
     pub(super) fn or(&self, word: u64, mask: u64) -> u64 {
-        self.at(word)
-            .map_or(0, |(span, index)| span.or(index, mask))
+        self.with(word, |span, index| span.or(index, mask))
+            .unwrap_or(0)
     }
 
     /// As [`or`](Self::or), where no other thread writes to the word meanwhile.
     #[inline]
     pub(super) fn or_alone(&self, word: u64, mask: u64) -> u64 {
-        self.at(word)
-            .map_or(0, |(span, index)| span.or_alone(index, mask))
+        self.with(word, |span, index| span.or_alone(index, mask))
+            .unwrap_or(0)
     }
 
     /// `N` words from `word` on, if the window has them as whole words.
@@ -255,13 +255,13 @@ impl<'a> Window<'a> {
         if !self.holds(word) || N as u64 > self.end() - word {
             return None;
         }
-        self.at(word).and_then(|(span, index)| span.whole(index))
+        self.with(word, |span, index| span.whole(index))?
     }
 
     /// Clears the bits of `mask` in `word`, and returns those that were set.
     pub(super) fn and_not(&self, word: u64, mask: u64) -> u64 {
-        self.at(word)
-            .map_or(0, |(span, index)| span.and_not(index, mask))
+        self.with(word, |span, index| span.and_not(index, mask))
+            .unwrap_or(0)
     }
 
     /// The bits of `word`.
@@ -272,8 +272,8 @@ impl<'a> Window<'a> {
             let copied = words.get((word - self.first) as usize);
             return copied.map_or(0, |bytes| u64::from_le_bytes(*bytes));
         }
-        self.at(word)
-            .map_or(u64::MAX, |(span, index)| span.load(index))
+        self.with(word, |span, index| span.load(index))
+            .unwrap_or(u64::MAX)
     }
 
     /// The first word of `from..=last` that is not zero, as far as the window reaches.
@@ -281,16 +281,17 @@ impl<'a> Window<'a> {
         (from..self.end().min(last.saturating_add(1))).find(|word| self.load(*word) != 0)
     }
 
-    /// The span that holds `word`, and the word's place in it.
+    /// Calls `access` with the span that holds `word`, and the word's place in it. A span that is
+    /// lent is not copied.
     #[inline]
-    fn at(&self, word: u64) -> Option<(Span<'_>, usize)> {
+    fn with<'s, R>(&'s self, word: u64, access: impl FnOnce(&Span<'s>, usize) -> R) -> Option<R> {
         debug_assert!(self.holds(word));
         match &self.bits {
-            Bits::Lent { span, origin } => Some((*span, (word - origin) as usize)),
+            Bits::Lent { span, origin } => Some(access(span, (word - origin) as usize)),
             #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
             Bits::Mapped(mapping) => {
                 let (span, origin) = mapping.span();
-                Some((span, (word - origin) as usize))
+                Some(access(&span, (word - origin) as usize))
             }
             #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
             Bits::Copied(_) => {

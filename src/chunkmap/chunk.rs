@@ -66,8 +66,8 @@
 use std::ptr;
 
 use crate::sync::{
-    AtomicPtr, AtomicU64, Ordering, Step, TINY, fence, fence_after_look, fence_after_rmw, performs,
-    prefetch, weaken,
+    AtomicPtr, AtomicU64, Ordering, Step, TINY, fence_after_look, fence_after_looks,
+    fence_after_rmw, performs, prefetch, weaken,
 };
 use crate::words::{ones, word_mask};
 
@@ -285,17 +285,9 @@ impl Slot<'_> {
         anew
     }
 
-    /// As [`set_word`](Self::set_word), for the bits `first..=last`; the caller's fence came
-    /// before.
-    pub(super) fn set(self, chunk: &Chunk, first: u64, last: u64) -> bool {
-        if first == 0 && last == CHUNK_BITS - 1 {
-            return self.set_whole();
-        }
-        self.set_words(chunk, first, last)
-    }
-
-    /// As [`set`](Self::set), of all bits of the chunk.
-    fn set_whole(self) -> bool {
+    /// As [`set_word`](Self::set_word), for all bits of the chunk, which exists; the caller's fence
+    /// came before.
+    pub(super) fn set_whole(self) -> bool {
         // Acquire: pairs with the Release below; the thread that made the chunk whole is on its way
         // to the summary. The caller's fence orders the look after its data write.
         let mut state = self.state.load(Ordering::Acquire);
@@ -321,33 +313,43 @@ impl Slot<'_> {
             // SeqCst: F3 of a mark of a whole chunk; pairs with F5 in `Cleared::clear`.
             // - If F3 is first, the harvester sees the chunk whole.
             // - If F5 is first, `summarize` sees the summary clear and sets it.
-            fence(Ordering::SeqCst);
+            fence_after_looks(anew);
         }
         self.summarize(ALL_LINES);
         anew
     }
 
-    /// As [`set`](Self::set), word by word.
+    /// As [`set_word`](Self::set_word), for the bits `first..=last`; the caller's fence came
+    /// before.
     pub(super) fn set_words(self, chunk: &Chunk, first: u64, last: u64) -> bool {
         let mut anew = false;
-        let (from, to) = ((first / 64) as usize, (last / 64) as usize);
-        for (index, word) in (from..).zip(&chunk.0[from..=to]) {
-            let low = if index == from { first % 64 } else { 0 };
-            let high = if index == to { last % 64 } else { 63 };
-            let mask = word_mask(low as u32, high as u32);
-            // Relaxed: the caller's full fence orders this load after its data write.
-            if word.load(Ordering::Relaxed) & mask != mask {
+        let mut add = |word: &AtomicU64, mask: u64| {
+            // Acquire: as in `set_word`. The caller's full fence orders this load after its data
+            // write.
+            if word.load(Ordering::Acquire) & mask != mask {
                 // Release: as in `set_word`.
                 word.fetch_or(mask, weaken(Step::PublishMarks, Ordering::Release));
                 anew = true;
             }
+        };
+        let words = &chunk.0[(first / 64) as usize..=(last / 64) as usize];
+        let low = word_mask((first % 64) as u32, 63);
+        let high = word_mask(0, (last % 64) as u32);
+        match words {
+            [lowest, between @ .., highest] => {
+                add(lowest, low);
+                between.iter().for_each(|word| add(word, u64::MAX));
+                add(highest, high);
+            }
+            [word] => add(word, low & high),
+            [] => {}
         }
         if performs(Step::WordsFence) {
             // SeqCst: F3 of a mark of several words, one for those that it set and those that it
             // found set; pairs with F5 in `Cleared::clear`.
             // - If F3 is first, the harvester sees the bits.
             // - If F5 is first, `summarize` sees the summary clear and sets it.
-            fence(Ordering::SeqCst);
+            fence_after_looks(anew);
         }
         self.summarize(lines(first, last));
         anew

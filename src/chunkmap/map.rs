@@ -18,7 +18,7 @@
 use std::marker::PhantomData;
 use std::ptr::{self, NonNull};
 
-use super::chunk::{BLOCK_LG2, Block, Chunk, LINE_BITS, Slot, WORDS_LG2};
+use super::chunk::{BLOCK_LG2, Block, CHUNK_BITS, Chunk, LINE_BITS, Slot, WORDS_LG2};
 use super::slab;
 use super::take::{Taker, Visitor};
 use crate::sync::{AtomicPtr, AtomicU64, Ordering, Step, TINY, weaken};
@@ -115,15 +115,39 @@ impl ChunkMap {
         self.set_words(first, last)
     }
 
+    /// As [`set`](Self::set), of several words; the fence came before.
+    #[inline(never)]
     fn set_words(&self, first: u64, last: u64) -> bool {
+        let (from, to) = (first >> BITS_LG2, last >> BITS_LG2);
+        if from == to {
+            return self.set_in(self.slot_or_new(from), first, last);
+        }
+        // The group of a chunk is looked up once for all of its chunks.
+        let in_group = (1 << self.group_lg2) - 1;
         let mut anew = false;
-        for index in first >> BITS_LG2..=last >> BITS_LG2 {
-            let base = index << BITS_LG2;
-            let slot = self.slot_or_new(index);
-            let to = (last - base).min((1 << BITS_LG2) - 1);
-            anew |= slot.set(chunk_of(slot), first.saturating_sub(base), to);
+        for group in from >> self.group_lg2..=to >> self.group_lg2 {
+            let blocks = self.group_or_new(group);
+            let base = group << self.group_lg2;
+            for index in from.max(base)..=to.min(base | in_group) {
+                let (low, high) = (index << BITS_LG2, index << BITS_LG2 | (CHUNK_BITS - 1));
+                let slot = slot_in(blocks, index - base);
+                anew |= self.set_in(slot, first.max(low), last.min(high));
+            }
         }
         anew
+    }
+
+    /// Sets the bits `first..=last` of the chunk at `slot`; the fence came before.
+    #[inline]
+    fn set_in(&self, slot: Slot<'_>, first: u64, last: u64) -> bool {
+        if last - first == CHUNK_BITS - 1 {
+            // The chunks of a slab exist.
+            if self.slab == 0 {
+                chunk_of(slot);
+            }
+            return slot.set_whole();
+        }
+        slot.set_words(chunk_of(slot), first % CHUNK_BITS, last % CHUNK_BITS)
     }
 
     /// The group of a bitmap of one group, in slabs. `None` for any other bitmap.
@@ -323,12 +347,33 @@ impl ChunkMap {
     /// The place of chunk `index`; its group is allocated if it does not exist yet.
     #[inline]
     pub(super) fn slot_or_new(&self, index: u64) -> Slot<'_> {
-        let blocks = self.group_or_new(index >> self.group_lg2);
-        slot_in(blocks, index & ((1 << self.group_lg2) - 1))
+        let (group, nth) = match self.levels {
+            0 => (0, index),
+            _ => (index >> self.group_lg2, index & ((1 << self.group_lg2) - 1)),
+        };
+        slot_in(self.group_or_new(group), nth)
     }
 
     #[inline]
     fn group_or_new(&self, group: u64) -> &[Block] {
+        let place = match self.levels {
+            0 => &self.root,
+            _ => self.place_or_new(group),
+        };
+        let first = get_or_install(
+            place,
+            || new_group(self.blocks, self.slab),
+            |first| free_group(first, self.blocks, self.slab),
+        );
+        // SAFETY: below the last directory a pointer names the first of `blocks` blocks that live
+        // as long as `self`.
+        unsafe { std::slice::from_raw_parts(first, self.blocks) }
+    }
+
+    /// The place of the pointer to `group`, below directories that are allocated if they do not
+    /// exist yet.
+    #[inline(never)]
+    fn place_or_new(&self, group: u64) -> &AtomicPtr<()> {
         let mut place = &self.root;
         for level in (0..self.levels).rev() {
             let pointer = get_or_install(
@@ -344,15 +389,7 @@ impl ChunkMap {
             let directory = unsafe { &*pointer };
             place = &directory.0[place_in(group, level)];
         }
-        let (blocks, slab) = (self.blocks, self.slab);
-        let first = get_or_install(
-            place,
-            || new_group(blocks, slab),
-            |first| free_group(first, blocks, slab),
-        );
-        // SAFETY: below the last directory a pointer names the first of `blocks` blocks that live
-        // as long as `self`.
-        unsafe { std::slice::from_raw_parts(first, blocks) }
+        place
     }
 
     /// Frees the subtree under `pointer`, which has `levels` levels of directories.
@@ -487,13 +524,20 @@ fn get_or_install<T>(
     // Acquire: pairs with the Release in `install`; publishes the contents.
     let mut pointer = place.load(Ordering::Acquire);
     if pointer.is_null() {
-        pointer = install(place, new(), free);
+        pointer = install(place, new, free);
     }
     pointer.cast()
 }
 
+/// What is made takes no room on the stack of the caller, which rarely comes here.
 #[cold]
-fn install<T>(place: &AtomicPtr<()>, fresh: *mut T, free: impl FnOnce(*mut T)) -> *mut () {
+#[inline(never)]
+fn install<T>(
+    place: &AtomicPtr<()>,
+    new: impl FnOnce() -> *mut T,
+    free: impl FnOnce(*mut T),
+) -> *mut () {
+    let fresh = new();
     // Release on success: publishes the fresh contents. Acquire on failure: we use the winner's
     // contents.
     match place.compare_exchange(

@@ -131,21 +131,23 @@ impl FlushGather {
             smallest: leaf,
             largest: leaf,
         });
-        let nth = |nth: u32| {
-            let at = Iova::new(start.get() + (u64::from(nth) << leaf.lg2()));
-            IovaRange::from_len(at, leaf.bytes()).unwrap_or(IovaRange::granule_at(at, leaf))
+        let at = |nth: u32| Iova::new(start.get() + (u64::from(nth) << leaf.lg2()));
+        let run = |first: u32, last: u32| match at(last).checked_add(leaf.mask()) {
+            Some(last) => IovaRange::ascending(at(first), last),
+            // The last leaf begins inside of the address space and ends past it.
+            None => IovaRange::ascending(at(first), IovaRange::granule_at(at(last), leaf).last()),
         };
         // If the gather is full and all of it lies below, runs are joined whenever the gap between
         // them is no larger than the smallest gap of the gather; here all of them at once.
         let above = self.len == MAX_RANGES && self.ranges[MAX_RANGES - 1].last() < start;
         if above && !has_gap(rest, (self.closest >> leaf.lg2()) + 1) {
-            return self.insert(nth(rest.trailing_zeros()).hull(nth(rest.ilog2())));
+            return self.insert(run(rest.trailing_zeros(), rest.ilog2()));
         }
         while rest != 0 {
             let first = rest.trailing_zeros();
-            let run = (rest >> first).trailing_ones();
-            self.insert(nth(first).hull(nth(first + run - 1)));
-            rest &= u64::MAX.checked_shl(first + run).unwrap_or(0);
+            let end = first + (rest >> first).trailing_ones();
+            self.insert(run(first, end - 1));
+            rest &= u64::MAX.checked_shl(end).unwrap_or(0);
         }
     }
 
@@ -277,6 +279,9 @@ impl fmt::Debug for FlushGather {
 /// Whether `mask`, which is not 0, has at least `zeros` zeros in a row between two of its ones.
 #[inline]
 fn has_gap(mask: u64, zeros: u64) -> bool {
+    if zeros > 62 {
+        return false;
+    }
     let inside = (u64::MAX << mask.trailing_zeros()) & (u64::MAX >> mask.leading_zeros());
     let mut begins = !mask & inside;
     // Where `found` zeros in a row begin, twice as many begin if another `found` follow them.

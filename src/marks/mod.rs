@@ -125,6 +125,12 @@ impl Marks {
         self.bits.set(first, last, || self.ordering.before_look());
     }
 
+    /// As [`mark_inside`](Self::mark_inside), out of the way of marks of a page.
+    #[inline(never)]
+    fn mark_many(&self, range: IovaRange) {
+        self.mark_inside(range);
+    }
+
     /// Prepares for a cut of the area, from which on parts of it may leave the tree one by one.
     ///
     /// The thread that cuts an area first has claimed it, so no other thread calls this at the same
@@ -371,13 +377,17 @@ impl NearMarks {
         })
     }
 
-    /// The same as [`Marks::mark_inside`], if `range` lies in one page of the area. Returns whether
-    /// it does; if not, nothing is marked.
+    /// The same as [`Marks::mark_inside`], if `range` lies in the area. Returns whether it does; if
+    /// not, nothing is marked.
     #[inline(always)]
     pub(crate) fn mark(&self, range: IovaRange) -> bool {
         let (start, last) = (range.start().get(), range.last().get());
-        if !self.range.covers(range) || (start ^ last) & self.above_page != 0 {
+        if !self.range.covers(range) {
             return false;
+        }
+        if (start ^ last) & self.above_page != 0 {
+            self.marks.mark_many(range);
+            return true;
         }
         let bit = (start - self.base.get()) >> self.page.lg2();
         let before_look = || self.ordering.before_look();

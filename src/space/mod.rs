@@ -299,7 +299,11 @@ impl AddressSpace {
     #[doc(alias = "cpu_physical_memory_set_dirty_range")]
     pub fn mark(&self, range: impl ToIovaRange) -> Result<(), Error> {
         let range = range.to_iova_range()?;
-        let outside = self.in_areas(range, |area, part| area.mark(part));
+        let outside = match self.areas.snapshot().lookup(range.start()) {
+            // Most marks lie in one area.
+            Some(entry) if entry.range.covers(range) => entry.area.mark(range),
+            _ => self.in_areas(range, |area, part| area.mark(part)),
+        };
         match outside.first {
             None => Ok(()),
             Some(at) => {
@@ -321,6 +325,7 @@ impl AddressSpace {
     /// assert_eq!(space.stats().outside_marks, 1);
     /// assert_eq!(space.faults().recent.len(), 1);
     /// ```
+    #[cold]
     pub fn report_outside_mark(&self, at: Iova, len: u64) {
         self.counters.outside_mark();
         let source = FaultSource::Mark;
@@ -329,18 +334,13 @@ impl AddressSpace {
 
     /// Calls `inside` for each part of `range` that an area holds. Returns the parts that no area
     /// holds, together with those that `inside` returns because their area has gone by then.
+    #[cold]
     fn in_areas(
         &self,
         range: IovaRange,
         mut inside: impl FnMut(&Area, IovaRange) -> Outside,
     ) -> Outside {
         let snapshot = self.areas.snapshot();
-        // Most marks lie in one area.
-        if let Some(entry) = snapshot.lookup(range.start())
-            && entry.range.covers(range)
-        {
-            return inside(entry.area, range);
-        }
         let mut outside = Outside::default();
         let mut next = Some(range.start());
         for entry in snapshot.iter(range) {

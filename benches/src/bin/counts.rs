@@ -8,12 +8,13 @@
 //! ```
 
 use std::hint::black_box;
+use std::ops::Range;
 use std::process::ExitCode;
 
-use dirtymap::{Access, AddressSpace, Granule, Iova, IovaRange, Start};
+use dirtymap::{Access, AddressSpace, Granule, Iova, IovaRange, Start, ToIovaRange};
 use dirtymap_benches::compare::tables;
 use dirtymap_benches::peers::{ThroughHandle, ThroughSpace};
-use dirtymap_benches::workloads::distinct;
+use dirtymap_benches::workloads::{clusters, distinct};
 use dirtymap_benches::{Areas, PAGE, Peer, Tracker};
 use pagetable_sim::{AmdV1, LeafSizes, Table};
 
@@ -29,16 +30,20 @@ const TIMES: u64 = 1 << 12;
 const HOT: u64 = 12_345 * PAGE;
 /// A range of eight words.
 const RANGE: u64 = 2 << 20;
+/// A range of eight chunks.
+const LONG: u64 = 1 << 30;
 
 /// A workload: its name, how many operations it counts, and the function that runs it.
 type Workload = (&'static str, u64, fn());
 
-const WORKLOADS: [Workload; 12] = [
+const WORKLOADS: [Workload; 18] = [
     ("mark-hot-handle", TIMES, mark_hot::<ThroughHandle>),
     ("mark-hot-space", TIMES, mark_hot::<ThroughSpace>),
     ("mark-cold", TIMES, || mark_cold(PAGE)),
     ("mark-2m-clean", TIMES, || mark_cold(RANGE)),
-    ("mark-2m-again", TIMES, mark_2m_again),
+    ("mark-2m-again", TIMES, || mark_again(RANGE)),
+    ("mark-1g-clean", LONG_RANGES, || mark_cold(LONG)),
+    ("mark-1g-again", TIMES, || mark_again(LONG)),
     ("harvest-clean-line", PAGES / LINE, || harvest(0)),
     ("harvest-dirty-line", PAGES / LINE, || harvest(LINE)),
     ("harvest-dirty-word", PAGES / 64, || harvest(64)),
@@ -48,11 +53,20 @@ const WORKLOADS: [Workload; 12] = [
         harvest_for_two,
     ),
     ("lookup-100k-areas", TIMES, lookup),
-    ("table-clean-leaf", LEAVES, || table(false)),
-    ("table-dirty-leaf", LEAVES, || table(true)),
+    ("table-clean-leaf", LEAVES, || table(Granule::K4, 0, 1)),
+    ("table-dirty-leaf", LEAVES, || table(Granule::K4, 1000, 1)),
+    ("table-1-percent", LEAVES, || table(Granule::K4, 10, 1)),
+    ("table-1-percent-clusters", LEAVES, || {
+        table(Granule::K4, 10, 512)
+    }),
+    ("table-10-percent", LEAVES, || table(Granule::K4, 100, 1)),
+    ("table-10-percent-2m", LEAVES, || table(Granule::M2, 100, 1)),
 ];
 
-/// Leaves of the table that is harvested: 1 GiB.
+/// Ranges of 1 GiB that are marked.
+const LONG_RANGES: u64 = 32;
+
+/// Leaves of the table that is harvested: 1 GiB of small ones.
 const LEAVES: u64 = 1 << 18;
 
 fn main() -> ExitCode {
@@ -92,7 +106,7 @@ fn mark_hot<P: Peer>() {
 /// Marks of clean ranges of `len` bytes at random places, in memory that is there already.
 fn mark_cold(len: u64) {
     let peer = cleaned();
-    let starts: Vec<u64> = distinct(TIMES, PAGES * PAGE / len)
+    let starts: Vec<u64> = distinct(TIMES.min(PAGES * PAGE / len / 2), PAGES * PAGE / len)
         .iter()
         .map(|at| at * len)
         .collect();
@@ -103,11 +117,12 @@ fn mark_cold(len: u64) {
     });
 }
 
-fn mark_2m_again() {
+/// Marks of `len` bytes that are dirty already.
+fn mark_again(len: u64) {
     let peer = ThroughHandle::new(PAGES);
-    peer.mark(HOT & !(RANGE - 1), RANGE);
-    let start = HOT & !(RANGE - 1);
-    counted(&mut || (0..TIMES).for_each(|_| peer.mark(black_box(start), black_box(RANGE))));
+    let start = HOT & !(len - 1);
+    peer.mark(start, len);
+    counted(&mut || (0..TIMES).for_each(|_| peer.mark(black_box(start), black_box(len))));
 }
 
 /// A memory of which each line was marked and harvested, so that all that marks allocate is there.
@@ -170,16 +185,26 @@ fn lookup() {
     });
 }
 
-/// A harvest of a table of small leaves, all clean or all dirty.
-fn table(dirty: bool) {
+/// A harvest of a table of leaves of `leaf`, of which `permille` are dirty, in clusters of
+/// `cluster`.
+fn table(leaf: Granule, permille: u64, cluster: u64) {
     let table = Table::<AmdV1>::new();
-    let all = page_range(0, LEAVES);
-    sure(table.map(all, 0, Access::ReadWrite, LeafSizes::only(Granule::K4)));
-    if dirty {
-        sure(table.make_dirty(all));
+    let bytes = LEAVES * leaf.bytes();
+    let range = |leaves: Range<u64>| {
+        let (start, end) = (leaves.start * leaf.bytes(), leaves.end * leaf.bytes());
+        sure((start..end).to_iova_range())
+    };
+    let all = range(0..LEAVES);
+    sure(table.map(all, 0, Access::ReadWrite, LeafSizes::only(leaf)));
+    let dirty = match permille {
+        1000 => std::iter::once(0..LEAVES).collect(),
+        _ => clusters(LEAVES * permille / 1000, cluster, LEAVES),
+    };
+    for run in dirty {
+        sure(table.make_dirty(range(run)));
     }
     let mut words = vec![0u64; (LEAVES / 64) as usize];
-    counted(&mut || tables::harvest(&table, 0, LEAVES * PAGE, Granule::K4, &mut words));
+    counted(&mut || tables::harvest(&table, 0, bytes, leaf, &mut words));
 }
 
 fn page_range(page: u64, pages: u64) -> IovaRange {

@@ -157,7 +157,8 @@ fn run(settings: &Settings, report: &mut Report) {
         }
         round.fit(worst, 16);
         round.fit(time("first fit near the bottom"), 1);
-        round.scan(time("snapshot and scan, for one area"));
+        let scan = time("snapshot and scan, for one area");
+        round.scan(scan.target(Target::RatioTo("rwlock-btreemap", 1.0 / 1.5)));
         if filled.iter().all(|filled| filled.bytes > 0.0) {
             let workload = Workload::new(format!("memory for one area, {label}"), Unit::Bytes);
             let cells = filled

@@ -223,7 +223,7 @@ const SKIPS: [(Written, Option<f64>); 5] = [
     ),
     (
         written("0.01 % single pages, others in every round", 100, 1, true),
-        None,
+        Some(4.0),
     ),
 ];
 

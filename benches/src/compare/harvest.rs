@@ -99,9 +99,9 @@ fn run(settings: &Settings, report: &mut Report) {
             Some(10_000),
             &[("flat", 3.5), ("vm-memory", 15.0)],
         ),
-        ("0.1 %", Some(1000), &[]),
+        ("0.1 %", Some(1000), &[("flat", 1.0 / 0.7)]),
         ("1 %", Some(100), &[("flat", 1.5), ("vm-memory", 2.5)]),
-        ("10 %", Some(10), &[]),
+        ("10 %", Some(10), &[("flat", 1.0)]),
         (PIECES, Some(1), &[("flat", 0.95), ("vm-memory", 2.0)]),
         ("100 %", Some(1), &[("flat", 0.95), ("vm-memory", 2.0)]),
     ];

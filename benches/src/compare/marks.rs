@@ -206,7 +206,10 @@ fn hot(round: &mut Round<'_>) {
     };
     let workload = Workload::time("hot page").target(Target::Ratio(0.95));
     round.compare(vec![workload], &SELF_ORDERED, &mark, &timed);
-    let workload = Workload::time("hot page, ordered by harvests").target(Target::Ratio(2.3));
+    let workload = Workload::time("hot page, ordered by harvests")
+        .target(Target::Ratio(2.3))
+        .target(Target::RatioTo("flat", 4.0))
+        .target(Target::AtMost(1.2));
     round.compare(vec![workload], &ORDERED_BY_HARVESTS, &mark, &timed);
 
     // The pages of one cache line of bits.
@@ -254,8 +257,13 @@ fn ranges(round: &mut Round<'_>) {
     let targets = |label: &str, clean: &str| {
         let target = match (label, clean) {
             ("2 MiB", "clean") => {
-                vec![("vm-memory", 30.0), ("vm-memory-improved", 0.95)]
+                vec![
+                    ("vm-memory", 30.0),
+                    ("vm-memory-improved", 0.95),
+                    ("flat", 1.0),
+                ]
             }
+            ("2 MiB", "again") => vec![("flat", 1.0)],
             ("1 GiB", "clean") => vec![("vm-memory-improved", 15.0)],
             _ => Vec::new(),
         };

@@ -86,7 +86,7 @@ struct Seen {
     mask: u64,
     /// The OR of at least those.
     any: u64,
-    /// The AND of them.
+    /// The AND of them, for formats whose leaves have a bit.
     all: u64,
 }
 
@@ -156,14 +156,22 @@ impl<V> Scan<'_, V> {
         level: u32,
         ahead: Option<&[AtomicIopte]>,
     ) -> Seen {
-        for line in ahead.into_iter().flat_map(|table| table.chunks(LINE)) {
-            line[0].prefetch();
+        if let Some(table) = ahead {
+            let lines = table.as_chunks::<LINE>().0;
+            lines.iter().for_each(|line| line[0].prefetch());
         }
         match (level, self.dense) {
             (0, false) => look::<F, true, false>(slots, 0),
             (0, true) => look::<F, true, true>(slots, 0),
             (_, false) => look::<F, false, false>(slots, level),
-            (_, true) => look::<F, false, true>(slots, level),
+            (_, true) => {
+                // D alone is a test by fewer instructions, and enough among leaves of one entry.
+                let seen = look::<F, true, true>(slots, 0);
+                if seen.only_single::<F>(level) {
+                    return seen;
+                }
+                look::<F, false, true>(slots, level)
+            }
         }
     }
 
@@ -267,16 +275,18 @@ fn clean_lines<F: Format>(
         (_, None) => lines
             .iter()
             .position(|line| any::<F, false>(line, level) != 0),
-        (_, Some(ahead)) => lines
-            .iter()
-            .zip(ahead.chunks(LINE))
-            .position(|(line, next)| {
-                next[0].prefetch();
-                match level {
-                    0 => any::<F, true>(line, 0) != 0,
-                    _ => any::<F, false>(line, level) != 0,
-                }
-            }),
+        (_, Some(ahead)) => {
+            lines
+                .iter()
+                .zip(ahead.as_chunks::<LINE>().0)
+                .position(|(line, next)| {
+                    next[0].prefetch();
+                    match level {
+                        0 => any::<F, true>(line, 0) != 0,
+                        _ => any::<F, false>(line, level) != 0,
+                    }
+                })
+        }
     };
     match clean {
         Some(clean) => clean * LINE,
@@ -328,10 +338,21 @@ impl Seen {
             // Relaxed: as in `look`; a clear of D derives from the value at that time.
             let entry = slot.load(Ordering::Relaxed);
             self.any |= entry.0;
-            self.all &= entry.0;
+            if F::TABLE_SET == 0 {
+                self.all &= entry.0;
+            }
             mask |= u64::from(F::worth_a_look(entry, level) != 0) << nth;
         }
         self.mask |= mask << at;
+    }
+
+    /// Whether all that was seen are leaves of one entry each, or absent.
+    #[inline]
+    fn only_single<F: Format>(self, level: u32) -> bool {
+        let no_table = level == 0
+            || F::TABLE_SET != 0 && self.any & F::TABLE_SET == 0
+            || F::LEAF_SET != 0 && self.all & F::LEAF_SET != 0;
+        self.any & F::GROUPED == 0 && no_table
     }
 }
 
@@ -347,11 +368,7 @@ fn is_dense(mask: u64) -> bool {
 /// in between does no harm: it stays as it is.
 #[inline]
 fn all_single<F: Format>(batch: &Batch<'_>, seen: Seen) -> bool {
-    let no_group = seen.any & F::GROUPED == 0;
-    let no_table = batch.level == 0
-        || F::TABLE_SET != 0 && seen.any & F::TABLE_SET == 0
-        || F::LEAF_SET != 0 && seen.all & F::LEAF_SET != 0;
-    no_group && no_table || batch.level > 0 && each_single::<F>(batch, seen)
+    seen.only_single::<F>(batch.level) || batch.level > 0 && each_single::<F>(batch, seen)
 }
 
 /// The same, of a batch where some are something else: entry by entry.

@@ -159,6 +159,7 @@ impl<F: Format> Visitor<F> for Harvest<'_, '_, '_> {
         done
     }
 
+    #[inline(always)]
     fn leaves(&mut self, batch: &Batch<'_>, mask: u64) -> Result<(), Stopped> {
         let mut taken = 0;
         let done = self.out.take_many(batch.start, batch.size, mask, |some| {
