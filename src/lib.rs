@@ -12,6 +12,7 @@
 //! | mark on a hot path | [`AreaHandle::mark`] | [`guide`] |
 //! | harvest everything, round after round | [`AddressSpace::rounds`] | [`guide`] |
 //! | several consumers of one memory | [`AddressSpace::consumer`], [`Consumer`] | [`many`] |
+//! | ask what was written since an epoch | [`Consumer::since`], [`Lease::lineage`] | [`many`] |
 //! | harvest a range into my own bitmap | [`AddressSpace::harvest`], [`UserBitmap`] | below |
 //! | look without clearing | [`AddressSpace::peek`] | |
 //! | send a lease to another thread, keep it in a struct | [`Rounds::shared`] | |

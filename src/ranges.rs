@@ -1,4 +1,11 @@
-//! Lists of ranges: joining those that touch, and what lies between them.
+//! Lists of ranges: joining those that touch, and what lies between them; sets of addresses and of
+//! pages.
+
+mod pages;
+mod set;
+
+pub(crate) use pages::PageSet;
+pub(crate) use set::RangeSet;
 
 use crate::units::{Iova, IovaRange};
 

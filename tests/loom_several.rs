@@ -3,6 +3,7 @@
 #![cfg(dirtymap_loom)]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
+use dirtymap::harvest::Bounds;
 use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::sync::model::{Bound, holds_within};
 use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering::Relaxed, Step, lock, thread};
@@ -274,5 +275,111 @@ fn an_unmap_finds_what_is_left_to_a_consumer() {
         // The unnamed consumer was told nothing.
         other.join().unwrap();
         words[0].load(Relaxed) == 1
+    });
+}
+
+/// Two harvests of one consumer at a time, and a write after the copies of the first one that ends.
+/// Copies that are applied in the order of epochs have the write, or the page is dirty.
+#[test]
+fn copies_in_the_order_of_epochs_have_every_write() {
+    holds_within(BOUND, &[Step::NumberAtEnd], || {
+        let space = Arc::new(space());
+        let one = Consumer::shared(space.clone(), "one", Start::Clean).unwrap();
+        let one = Arc::new(one);
+        space.mark(page(0)).unwrap();
+        let data = Arc::new(AtomicU64::new(1));
+        let copy = |one: &Consumer<'_>, data: &AtomicU64| {
+            let lease = one.rounds().next().unwrap();
+            let copy = (lease.dirty() == 1).then(|| data.load(Relaxed));
+            let number = lease.lineage().unwrap().epoch.number();
+            lease.commit();
+            (number, copy)
+        };
+        let other = thread::spawn({
+            let (space, one, data) = (space.clone(), one.clone(), data.clone());
+            move || {
+                let copied = copy(&one, &data);
+                data.store(2, Relaxed);
+                space.mark(page(0)).unwrap();
+                copied
+            }
+        });
+        let mut copies = [copy(&one, &data), (0, None)];
+        copies[1] = other.join().unwrap();
+        copies.sort_unstable();
+        let last = copies.iter().rev().find_map(|(_, copy)| *copy);
+        last == Some(2) || walk(&one)
+    });
+}
+
+/// A harvest of the unnamed consumer of one page; whether it was dirty.
+fn walk_page(space: &AddressSpace, n: u64) -> bool {
+    let words = [AtomicU64::new(0)];
+    let request = HarvestRequest::new(page(n), PAGE);
+    let lease = space.harvest(&request, UserBitmap::shared(&words));
+    lease.unwrap().sync().unwrap().commit();
+    words[0].load(Relaxed) == 1
+}
+
+/// A consumer whose store is full. The next harvest of another consumer drops the store.
+fn with_full_store(space: &Arc<AddressSpace>, n: u64) -> Consumer<'static> {
+    let one = Consumer::shared(space.clone(), "one", Start::Clean).unwrap();
+    space.mark(page(n)).unwrap();
+    walk_page(space, n);
+    one.set_bounds(Bounds {
+        bytes: 0,
+        ..Bounds::default()
+    });
+    one
+}
+
+/// A page that was marked before the harvest of a consumer began is told by it, though another
+/// harvest drops the consumer's store meanwhile, and a third one leaves the page in the new store.
+#[test]
+fn a_store_that_is_dropped_is_told_as_a_whole() {
+    let steps = [Step::TellWhole, Step::FollowStore];
+    holds_within(BOUND, &steps, || {
+        let space = Arc::new(space());
+        space.map(page(1), 0, Access::ReadWrite).unwrap();
+        let one = with_full_store(&space, 1);
+        space.mark(page(0)).unwrap();
+        let other = thread::spawn({
+            let space = space.clone();
+            move || {
+                walk_page(&space, 1); // drops the store
+                walk_page(&space, 0)
+            }
+        });
+        let told = walk(&one);
+        other.join().unwrap();
+        // Page 1 was pending in the store that was dropped.
+        told && one.stats().everything
+    });
+}
+
+/// A harvest that uses the old store clears a page that a lease has as a whole. The sync of that
+/// lease waits for it and flushes, so a later write of the device leaves a trace.
+#[test]
+fn a_lease_of_everything_waits_for_harvests_with_the_old_store() {
+    holds_within(BOUND, &[Step::CatchUp], || {
+        let hardware = OnePage::dirty();
+        let space = Arc::new(over(&hardware));
+        let one = with_full_store(&space, 0);
+        let two = Consumer::shared(space.clone(), "two", Start::Clean).unwrap();
+        hardware.device_writes(2);
+        let other = thread::spawn({
+            let space = space.clone();
+            move || Rounds::shared(space).harvest().unwrap()
+        });
+        // The harvest begins first.
+        thread::yield_now();
+        walk(&two); // drops the store
+        let mut copy = 0;
+        harvest(&one, || copy = hardware.data.load(Relaxed));
+        hardware.device_writes(3);
+        let lease = other.join().unwrap();
+        harvest(&one, || copy = hardware.data.load(Relaxed));
+        drop(lease);
+        copy == 3
     });
 }

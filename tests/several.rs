@@ -469,6 +469,48 @@ mod failing_bitmap {
         assert_eq!(unnamed(&space), [1 << 19, (1 << 19) + 1]);
         assert_eq!([next(&one), next(&two), unnamed(&space)].concat(), NONE);
     }
+
+    /// The same for a consumer for which everything is pending. What could not be recorded was in
+    /// the lease, and a commit of it lost all of that.
+    #[test]
+    fn everything_that_cannot_be_recorded_stays_pending() {
+        let path = std::env::temp_dir().join(format!("dirtymap-whole-{}", std::process::id()));
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&path)
+            .unwrap();
+        std::fs::remove_file(&path).unwrap();
+        file.set_len(1 << 17).unwrap();
+        let space = AddressSpace::tracked(Granule::K4);
+        space.map(pages(0, 1 << 19), 0, Access::ReadWrite).unwrap();
+        space
+            .map(pages(1 << 19, 1 << 19), 1 << 40, Access::ReadWrite)
+            .unwrap();
+        let cuts = space.attach(Cuts(file.try_clone().unwrap())).unwrap();
+        let one = space.consumer("one", Start::Clean).unwrap();
+        let bounds = one.bounds();
+        one.set_bounds(dirtymap::harvest::Bounds { bytes: 1, ..bounds });
+        space.mark(pages(1, 1)).unwrap();
+        assert_eq!(unnamed(&space), [1]);
+        assert!(one.stats().everything);
+        one.set_bounds(bounds);
+        file.set_len(1 << 17).unwrap();
+        let bitmap = FileBitmap::new(file, 0, 1 << 17)
+            .with_window(1 << 16)
+            .unwrap();
+        let request = HarvestRequest::new(pages(0, 1 << 20), Granule::K4);
+        let lease = one.harvest(&request, UserBitmap::file(&bitmap)).unwrap();
+        let stop = lease.stopped().map(|stopped| stopped.at);
+        assert_eq!(stop, Some(pages(1 << 19, 1).start()));
+        let report = lease.partial().sync().unwrap().commit();
+        assert_eq!(report.bits_set, 1 << 19);
+        space.detach(cuts).unwrap();
+        assert_eq!(next(&one), ((1 << 19)..1 << 20).collect::<Vec<u64>>());
+        assert_eq!(next(&one), NONE);
+    }
 }
 
 /// 10,000 consumers, each of which is told; fewer without optimisation, because each join copies

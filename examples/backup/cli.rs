@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 
-const TRACE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../testdata/pgbench.iolog.gz");
+const TRACE: &str = concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/../../testdata/pgbench.iolog.gz"
+);
 
 /// Backs up a disk image under a write trace, kills the writer, recovers, and restores every
 /// generation.
@@ -35,6 +38,12 @@ pub(crate) struct Cli {
     /// Where the image, the store and the increments are; a scratch folder unless given
     #[arg(long)]
     pub(crate) dir: Option<PathBuf>,
+    /// Where the increments are as objects: a directory, by default `objects` in the folder of the
+    /// run, or, with the feature `s3`, `s3://BUCKET/PREFIX` with the variables AWS_ACCESS_KEY_ID,
+    /// AWS_SECRET_ACCESS_KEY, AWS_REGION and so on
+    #[cfg(feature = "objects")]
+    #[arg(long)]
+    pub(crate) objects: Option<String>,
     /// Breaks one step on purpose
     #[arg(long)]
     pub(crate) sabotage: Option<Sabotage>,

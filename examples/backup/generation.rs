@@ -45,8 +45,9 @@ impl Head {
     }
 }
 
-fn path(folder: &Path, consumer: &str, number: u64) -> PathBuf {
-    folder.join(format!("{consumer}-{number:04}.inc"))
+/// Where a generation is, in a form: "inc" or "rbd".
+pub(crate) fn path(folder: &Path, consumer: &str, number: u64, form: &str) -> PathBuf {
+    folder.join(format!("{consumer}-{number:04}.{form}"))
 }
 
 /// What has to be copied.
@@ -84,8 +85,8 @@ pub(crate) fn write(folder: &Path, head: &Head, image: &File) -> io::Result<Path
 }
 
 /// The draft of a generation gets its name, durably.
-pub(crate) fn publish(folder: &Path, head: &Head, draft: &Path) -> io::Result<()> {
-    fs::rename(draft, path(folder, &head.consumer, head.number))?;
+pub(crate) fn publish(folder: &Path, head: &Head, draft: &Path, form: &str) -> io::Result<()> {
+    fs::rename(draft, path(folder, &head.consumer, head.number, form))?;
     File::open(folder)?.sync_all()
 }
 
@@ -93,7 +94,7 @@ pub(crate) fn publish(folder: &Path, head: &Head, draft: &Path) -> io::Result<()
 pub(crate) fn all(folder: &Path, consumer: &str) -> io::Result<Vec<(Head, PathBuf)>> {
     let mut found = Vec::new();
     for number in 1.. {
-        let path = path(folder, consumer, number);
+        let path = path(folder, consumer, number, "inc");
         if !path.exists() {
             break;
         }

@@ -10,11 +10,19 @@
 //!  at the end: trace, up to each generation  == restored generation, byte for byte
 //! ```
 //!
+//! Each increment is a file, and the same as `rbd diff`. With `--features objects` it is an object
+//! as well: in a directory, or in S3 with `--features s3`. It is committed when all of them are
+//! durable.
+//!
 //! Exit status: 0 if every generation is identical, 1 if one differs, 2 if the input is refused.
 
 mod cli;
+mod copies;
 mod generation;
+#[cfg(feature = "objects")]
+mod objects;
 mod plot;
+mod rbd;
 mod report;
 mod supervise;
 mod verify;
@@ -28,6 +36,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use cli::Cli;
+use copies::Copies;
 use report::Report;
 use writers::Plan;
 
@@ -70,8 +79,9 @@ fn supervised(cli: &Cli, plan: &Plan) -> Result<u8, Box<dyn Error>> {
         }
     };
     let kills = supervise::run(cli, folder)?;
-    let outcome = verify::run(plan, folder)?;
-    let report = Report::new(cli, plan, kills, outcome, folder)?;
+    let copies = Copies::open(cli, folder)?;
+    let outcome = verify::run(plan, &copies)?;
+    let report = Report::new(cli, plan, kills, outcome, &copies)?;
     if let Some(path) = &cli.plot {
         std::fs::write(path, plot::draw(&report)?)?;
     }

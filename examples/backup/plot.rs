@@ -106,6 +106,7 @@ mod tests {
             writes: 7,
             kills: 1,
             log_bytes: 4096,
+            forms: "files",
             generations: (1..).zip(bytes).map(generation).collect(),
         }
     }

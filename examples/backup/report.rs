@@ -3,13 +3,13 @@
 use std::fmt;
 use std::fs;
 use std::io;
-use std::path::Path;
 
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{HumanBytes, HumanCount};
 use serde::Serialize;
 
 use crate::cli::Cli;
+use crate::copies::Copies;
 use crate::verify::Restored;
 use crate::work::INCREMENTS;
 use crate::writers::{Plan, WRITERS};
@@ -22,6 +22,8 @@ pub(crate) struct Report {
     pub(crate) writes: u64,
     pub(crate) kills: u64,
     pub(crate) log_bytes: u64,
+    /// The forms that every generation was restored from.
+    pub(crate) forms: &'static str,
     pub(crate) generations: Vec<Generation>,
 }
 
@@ -46,7 +48,7 @@ impl Report {
         plan: &Plan,
         kills: u64,
         restored: Vec<Restored>,
-        folder: &Path,
+        copies: &Copies<'_>,
     ) -> io::Result<Report> {
         let first = restored.iter().map(|one| one.head.at_ms).min().unwrap_or(0);
         let mut recovered = 0;
@@ -70,7 +72,8 @@ impl Report {
             disk_bytes: cli.size << 20,
             writes: (0..WRITERS).map(|thread| plan.writes(thread)).sum(),
             kills,
-            log_bytes: fs::metadata(folder.join("store").join("log"))?.len(),
+            log_bytes: fs::metadata(copies.folder.join("store").join("log"))?.len(),
+            forms: copies.forms(),
             generations: generations.collect(),
         })
     }
@@ -127,8 +130,9 @@ impl fmt::Display for Report {
         match differ.count() {
             0 => writeln!(
                 f,
-                "verified: {} generations restored, each identical byte for byte",
-                self.generations.len()
+                "verified: {} generations restored from {}, each identical byte for byte",
+                self.generations.len(),
+                self.forms
             ),
             some => writeln!(
                 f,

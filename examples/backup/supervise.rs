@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::cli::Cli;
+use crate::copies::Copies;
 use crate::{generation, work};
 
 /// A worker that is gone when its handle is.
@@ -32,6 +33,14 @@ pub(crate) fn run(cli: &Cli, folder: &Path) -> Result<u64, Box<dyn Error>> {
             folder.display()
         )
         .into());
+    }
+    let copies = Copies::open(cli, folder)?;
+    for consumer in [work::INCREMENTS, work::FULL] {
+        if copies.any(consumer)? {
+            return Err(
+                format!("increments of {consumer} are there already: name another place").into(),
+            );
+        }
     }
     let bar = ProgressBar::new(cli.seconds * 1000);
     let style = ProgressStyle::with_template("{bar:30} {elapsed} {msg}")?;

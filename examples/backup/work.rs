@@ -12,6 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use dirtymap_store::{Device, DirFolder, Opened, Options, Store};
 
 use crate::cli::Cli;
+use crate::copies::Copies;
 use crate::generation::{self, Head};
 use crate::writers::{Plan, WRITERS, Writers};
 
@@ -22,7 +23,7 @@ pub(crate) const FULL: &str = "full";
 
 struct Worker<'w> {
     writers: &'w Writers<'w>,
-    folder: &'w Path,
+    copies: Copies<'w>,
 }
 
 /// Replays the trace from where the worker before was killed, to its end.
@@ -41,7 +42,7 @@ pub(crate) fn run(cli: &Cli, plan: &Plan, folder: &Path) -> Result<(), Box<dyn E
     };
     let worker = Worker {
         writers: &writers,
-        folder,
+        copies: Copies::open(cli, folder)?,
     };
     // Both consumers have a copy before the first write; after a kill, they go on.
     for consumer in [FULL, INCREMENTS] {
@@ -104,7 +105,7 @@ impl Worker<'_> {
     /// Makes the next generation of a consumer. The writers are frozen while it is read; a real
     /// disk would be read from a snapshot.
     fn back_up(&self, consumer: &str) -> Result<(), Box<dyn Error>> {
-        let before = generation::all(self.folder, consumer)?;
+        let before = generation::all(self.copies.folder, consumer)?;
         // The last generation that has its name, committed or not.
         let parent = before
             .last()
@@ -130,10 +131,10 @@ impl Worker<'_> {
             at_ms: now.as_millis() as u64,
             runs: generation::runs(&increment),
         };
-        let draft = generation::write(self.folder, &head, writers.image)?;
+        let draft = self.copies.draft(&head, &increment, writers.image)?;
         drop(frozen);
         increment.commit(|| {
-            generation::publish(self.folder, &head, &draft)?;
+            self.copies.publish(&head, &draft)?;
             writers.image.sync_data()
         })?;
         Ok(())

@@ -2,37 +2,18 @@
 #![cfg(feature = "rbd")]
 #![allow(clippy::unwrap_used)]
 
+mod common_rbd;
+
+use common_rbd::{apply, meta};
 use dirtymap::exchange::RunTable;
 use dirtymap::{Iova, IovaRange};
-use dirtymap_formats::rbd::{Meta, RbdError, Reader, Record, Writer, merge, write_increment};
+use dirtymap_formats::rbd::{RbdError, Reader, Record, Writer, merge, write_increment};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
 fn table(runs: &[(u64, u64)]) -> RunTable {
     let run = |&(start, len): &(u64, u64)| IovaRange::from_len(Iova::new(start), len).unwrap();
     runs.iter().map(run).collect()
-}
-
-fn meta(from: Option<&str>, to: &str, size: u64) -> Meta {
-    Meta {
-        from: from.map(Into::into),
-        to: Some(to.into()),
-        size,
-    }
-}
-
-/// What `rbd import-diff` does: the size first, then each record.
-fn apply(stream: &[u8], disk: &mut Vec<u8>) {
-    let mut reader = Reader::new(stream).unwrap();
-    disk.resize(reader.meta().size as usize, 0);
-    while let Some(record) = reader.next_record().unwrap() {
-        let (offset, len) = record.extent();
-        let part = &mut disk[offset as usize..][..len as usize];
-        match record {
-            Record::Data { .. } => reader.data(part).unwrap(),
-            Record::Zeroes { .. } => part.fill(0),
-        }
-    }
 }
 
 #[test]
@@ -70,6 +51,22 @@ fn an_increment_has_data_and_zeroes() {
     assert_eq!(copy, disk);
     let runs = Reader::new(&stream[..]).unwrap().runs(9).unwrap();
     assert_eq!(runs, table(&[(4096, 8192), (12_900, 7_100)]));
+}
+
+/// A disk of another size is refused before any byte of it changes: it would have the first part of
+/// the increment, and no word would say that the rest is missing.
+#[test]
+fn a_disk_of_another_size_is_left_alone() {
+    let mut writer = Writer::new(Vec::new(), &meta(None, "a", 100)).unwrap();
+    writer.data(0, &[1; 50]).unwrap();
+    let stream = writer.finish().unwrap();
+    for len in [0, 99, 101] {
+        let mut disk = vec![9; len];
+        let refused = Reader::new(&stream[..]).unwrap().restore(&mut disk);
+        let found = len as u64;
+        assert!(matches!(refused, Err(RbdError::Size { size: 100, found: it }) if it == found));
+        assert!(disk.iter().all(|&byte| byte == 9));
+    }
 }
 
 /// `rbd merge-diff` of these two gives the same bytes: see the tests of peers.

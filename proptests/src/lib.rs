@@ -31,6 +31,7 @@ mod rig;
 mod run;
 pub mod soak;
 mod storage;
+mod store_log;
 mod violation;
 mod world;
 
@@ -47,6 +48,7 @@ pub use random::Random;
 pub use ranges::check_ranges;
 pub use run::run;
 pub use storage::{check_nbd_client, check_nbd_server, check_qcow2, check_rbd};
+pub use store_log::check_store_log;
 pub use violation::{Rule, Violation};
 
 #[cfg(test)]

@@ -321,29 +321,38 @@ impl Slot<'_> {
 
     /// As [`set_word`](Self::set_word), for the bits `first..=last`; the caller's fence came
     /// before.
-    pub(super) fn set_words(self, chunk: &Chunk, first: u64, last: u64) -> bool {
-        let mut anew = false;
-        let mut add = |word: &AtomicU64, mask: u64| {
-            // Acquire: as in `set_word`. The caller's full fence orders this load after its data
-            // write.
-            if word.load(Ordering::Acquire) & mask != mask {
-                // Release: as in `set_word`.
-                word.fetch_or(mask, weaken(Step::PublishMarks, Ordering::Release));
-                anew = true;
-            }
-        };
+    pub(super) fn set_range(self, chunk: &Chunk, first: u64, last: u64) -> bool {
         let words = &chunk.0[(first / 64) as usize..=(last / 64) as usize];
         let low = word_mask((first % 64) as u32, 63);
         let high = word_mask(0, (last % 64) as u32);
-        match words {
+        self.set_words(lines(first, last), |set| match words {
             [lowest, between @ .., highest] => {
-                add(lowest, low);
-                between.iter().for_each(|word| add(word, u64::MAX));
-                add(highest, high);
+                set.add(lowest, low);
+                between.iter().for_each(|word| set.add(word, u64::MAX));
+                set.add(highest, high);
             }
-            [word] => add(word, low & high),
+            [word] => set.add(word, low & high),
             [] => {}
-        }
+        })
+    }
+
+    /// The same, of words by their place in the chunk, with the bits to set in each.
+    pub(super) fn set_masks(self, chunk: &Chunk, masks: &[(u16, u64)]) {
+        let line = |nth: u16| 1u64 << (usize::from(nth) / LINE_WORDS);
+        let lines = masks.iter().fold(0, |lines, (nth, _)| lines | line(*nth));
+        self.set_words(lines, |set| {
+            for (nth, mask) in masks {
+                set.add(&chunk.0[usize::from(*nth)], *mask);
+            }
+        });
+    }
+
+    /// Sets bits of words, which lie in `lines`. Returns whether one was clear.
+    #[inline(always)]
+    fn set_words(self, lines: u64, words: impl FnOnce(&mut SetWords)) -> bool {
+        let mut set = SetWords { anew: false };
+        words(&mut set);
+        let anew = set.anew;
         if performs(Step::WordsFence) {
             // SeqCst: F3 of a mark of several words, one for those that it set and those that it
             // found set; pairs with F5 in `Cleared::clear`.
@@ -351,7 +360,7 @@ impl Slot<'_> {
             // - If F5 is first, `summarize` sees the summary clear and sets it.
             fence_after_looks(anew);
         }
-        self.summarize(lines(first, last));
+        self.summarize(lines);
         anew
     }
 
@@ -373,6 +382,24 @@ impl Slot<'_> {
         if performs(Step::SummarizedFence) {
             // SeqCst: M3 of a mark that set the summary; pairs with F6, as above.
             fence_after_rmw();
+        }
+    }
+}
+
+/// A mark of several words.
+struct SetWords {
+    /// Whether a bit was clear.
+    anew: bool,
+}
+
+impl SetWords {
+    #[inline(always)]
+    fn add(&mut self, word: &AtomicU64, mask: u64) {
+        // Acquire: as in `set_word`. The caller's full fence orders this load after its data write.
+        if word.load(Ordering::Acquire) & mask != mask {
+            // Release: as in `set_word`.
+            word.fetch_or(mask, weaken(Step::PublishMarks, Ordering::Release));
+            self.anew = true;
         }
     }
 }

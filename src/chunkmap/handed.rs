@@ -5,10 +5,13 @@
 //! first records there, and clears the summary after the words. So a thread that finds the summary
 //! clear finds the words clear as well.
 
-use super::chunk::{CHUNK_BITS, lines};
-use super::map::{BITS_LG2, CHUNK_WORDS, ChunkMap, chunk_of};
+use std::convert::Infallible;
+
+use super::chunk::{CHUNK_BITS, LINE_WORDS, lines};
+use super::map::{BITS_LG2, ChunkMap};
 use super::take::Visitor;
 use crate::sync::{AtomicU64, Ordering};
+use crate::words::ones;
 
 impl ChunkMap {
     /// The highest bit.
@@ -16,13 +19,11 @@ impl ChunkMap {
         self.last
     }
 
-    /// Sets the bits of `mask`, whose bit 0 is the bit `first` of the bitmap, a multiple of 64. The
+    /// Sets bits of chunk `index`: of each word, by its place in the chunk, those of the mask. The
     /// caller has performed the full fence that [`set`](Self::set) asks for.
-    pub(crate) fn set_mask(&self, first: u64, mask: u64) {
-        debug_assert!(first.is_multiple_of(64));
-        let slot = self.slot_or_new(first >> BITS_LG2);
-        let word = &chunk_of(slot).0[(first >> 6 & (CHUNK_WORDS - 1)) as usize];
-        slot.set_word(word, first, mask, || {});
+    pub(crate) fn set_masks(&self, index: u64, masks: &[(u16, u64)]) {
+        let slot = self.slot_or_new(index);
+        slot.set_masks(self.chunk_of(slot), masks);
     }
 
     /// As [`peek`](Self::peek), without trust in summaries: looks at all words of the chunks that
@@ -48,32 +49,52 @@ impl ChunkMap {
     /// The words of chunk `index`, for the one writer to record in; its summary is set.
     pub(crate) fn words_to_record(&self, index: u64) -> &[AtomicU64] {
         let slot = self.slot_or_new(index);
-        let words = &chunk_of(slot).0;
+        let words = &self.chunk_of(slot).0;
         // Relaxed: the writer's Release fence before it clears what it has recorded orders both.
         slot.summary.store(u64::MAX, Ordering::Relaxed);
         words
     }
 
-    /// Clears the chunks that hold bits of `first..=last`, as their one writer. What other threads
-    /// are to find instead was stored before.
-    pub(crate) fn wipe(&self, first: u64, last: u64) {
-        let wiped: Result<(), std::convert::Infallible> =
-            self.each_chunk(first, last, |slot, chunk, _| {
-                // Relaxed: the writer's own store.
-                if slot.summary.load(Ordering::Relaxed) != 0 {
-                    for word in &chunk.0 {
-                        // Relaxed: the writer's own store.
-                        if word.load(Ordering::Relaxed) != 0 {
-                            // Release: pairs with the Acquire fence of the thread that finds the
-                            // word clear; it sees what was stored instead.
-                            word.store(0, Ordering::Release);
-                        }
-                    }
-                    // Release: as above, for the thread that finds the summary clear.
-                    slot.summary.store(0, Ordering::Release);
+    /// Calls `each` with the words that have bits, of the chunks that hold bits of `first..=last`,
+    /// as their one writer: the number of a chunk, and some of its words by their places. Clears
+    /// them after that: what other threads are to find instead was stored by `each`.
+    pub(crate) fn wipe(&self, first: u64, last: u64, mut each: impl FnMut(u64, &[(u16, u64)])) {
+        const BATCH: usize = 64;
+        let done: Result<(), Infallible> = self.each_chunk(first, last, |slot, chunk, base| {
+            // Relaxed: the writer's own store, here and below.
+            if slot.summary.load(Ordering::Relaxed) == 0 {
+                return Ok(());
+            }
+            let (mut found, mut len) = ([(0, 0); BATCH], 0);
+            let mut give = |found: &[(u16, u64)]| {
+                each(base >> BITS_LG2, found);
+                for (nth, _) in found {
+                    // Release: pairs with the Acquire fence of the thread that finds the word
+                    // clear; it sees what was stored instead.
+                    chunk.0[usize::from(*nth)].store(0, Ordering::Release);
                 }
-                Ok(())
-            });
-        debug_assert!(wiped.is_ok());
+            };
+            for (line, words) in chunk.0.chunks(LINE_WORDS).enumerate() {
+                let mut any = 0u64;
+                for (nth, word) in words.iter().enumerate() {
+                    any |= u64::from(word.load(Ordering::Relaxed) != 0) << nth;
+                }
+                for nth in ones(any) {
+                    if len == BATCH {
+                        give(&found);
+                        len = 0;
+                    }
+                    // A chunk has at most 512 words.
+                    let mask = words[nth].load(Ordering::Relaxed);
+                    found[len] = ((line * LINE_WORDS + nth) as u16, mask);
+                    len += 1;
+                }
+            }
+            give(&found[..len]);
+            // Release: as above, for the thread that finds the summary clear.
+            slot.summary.store(0, Ordering::Release);
+            Ok(())
+        });
+        debug_assert!(done.is_ok());
     }
 }

@@ -50,6 +50,9 @@ pub(crate) struct ChunkMap {
     slab: usize,
     /// The highest bit.
     pub(super) last: u64,
+    /// Bytes of the chunks that were allocated one by one. A count of std: it orders nothing, and
+    /// need not cost a model checker anything.
+    held: std::sync::atomic::AtomicU64,
     owns: PhantomData<Box<Directory>>,
 }
 
@@ -96,6 +99,7 @@ impl ChunkMap {
                 false => 0,
             },
             last,
+            held: std::sync::atomic::AtomicU64::new(0),
             owns: PhantomData,
         }
     }
@@ -109,7 +113,7 @@ impl ChunkMap {
         debug_assert!(first <= last && last <= self.last);
         if first / 64 == last / 64 {
             let slot = self.slot_or_new(first >> BITS_LG2);
-            return set_word(slot, chunk_of(slot), first, last, fence);
+            return set_word(slot, self.chunk_of(slot), first, last, fence);
         }
         fence();
         self.set_words(first, last)
@@ -143,11 +147,11 @@ impl ChunkMap {
         if last - first == CHUNK_BITS - 1 {
             // The chunks of a slab exist.
             if self.slab == 0 {
-                chunk_of(slot);
+                self.chunk_of(slot);
             }
             return slot.set_whole();
         }
-        slot.set_words(chunk_of(slot), first % CHUNK_BITS, last % CHUNK_BITS)
+        slot.set_range(self.chunk_of(slot), first % CHUNK_BITS, last % CHUNK_BITS)
     }
 
     /// The group of a bitmap of one group, in slabs. `None` for any other bitmap.
@@ -263,7 +267,7 @@ impl ChunkMap {
 
     /// The words of chunk `index`, allocated if it does not exist yet.
     pub(crate) fn words_or_new(&self, index: u64) -> &[AtomicU64] {
-        &chunk_of(self.slot_or_new(index)).0
+        &self.chunk_of(self.slot_or_new(index)).0
     }
 
     /// The first chunk from `index` to `last` that exists: its index and its words.
@@ -354,6 +358,33 @@ impl ChunkMap {
         slot_in(self.group_or_new(group), nth)
     }
 
+    /// The chunk at `slot`, one of this bitmap; allocated if it does not exist yet.
+    #[inline]
+    pub(super) fn chunk_of<'m>(&'m self, slot: Slot<'m>) -> &'m Chunk {
+        const BYTES: u64 = size_of::<Chunk>() as u64;
+        let held = &self.held;
+        let chunk = get_or_install(
+            slot.chunk,
+            || {
+                // Relaxed, both: a statistic.
+                held.fetch_add(BYTES, std::sync::atomic::Ordering::Relaxed);
+                Box::into_raw(Box::new(Chunk::new()))
+            },
+            |chunk| {
+                held.fetch_sub(BYTES, std::sync::atomic::Ordering::Relaxed);
+                free_chunk(chunk);
+            },
+        );
+        // SAFETY: a pointer of a block names a `Chunk` that lives as long as the bitmap.
+        unsafe { &*chunk }
+    }
+
+    /// The bytes of the chunks that were allocated one by one.
+    pub(crate) fn held_bytes(&self) -> u64 {
+        // Relaxed: a statistic.
+        self.held.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
     #[inline]
     fn group_or_new(&self, group: u64) -> &[Block] {
         let place = match self.levels {
@@ -440,21 +471,9 @@ fn slot_in(blocks: &[Block], index: u64) -> Slot<'_> {
     blocks[(index >> BLOCK_LG2) as usize].slot(index)
 }
 
-/// The chunk at `slot`, allocated if it does not exist yet.
-#[inline]
-pub(super) fn chunk_of(slot: Slot<'_>) -> &Chunk {
-    let chunk = get_or_install(
-        slot.chunk,
-        || Box::into_raw(Box::new(Chunk::new())),
-        free_chunk,
-    );
-    // SAFETY: a pointer of a block names a `Chunk` that lives as long as the bitmap, which `slot`
-    // borrows from.
-    unsafe { &*chunk }
-}
-
 fn free_chunk(chunk: *mut Chunk) {
-    // SAFETY: made by `Box::into_raw` in `chunk_of`; the caller has the only reference left.
+    // SAFETY: made by `Box::into_raw` in `ChunkMap::chunk_of`; the caller has the only reference
+    // left.
     drop(unsafe { Box::from_raw(chunk) });
 }
 

@@ -211,7 +211,7 @@ impl Slot<'_> {
             fence(Ordering::SeqCst);
         }
         if performs(Step::PublishRest) {
-            self.set_words(chunk, 0, CHUNK_BITS - 1);
+            self.set_range(chunk, 0, CHUNK_BITS - 1);
         }
         self.state.end(split);
     }

@@ -6,7 +6,7 @@ use super::held::SpaceRef;
 use super::{HarvestRequest, Lease, Owed, Rounds, harvest_for};
 use crate::bitmap::{BitmapView, UserBitmap};
 use crate::error::Error;
-use crate::space::{AddressSpace, Beginning, Member};
+use crate::space::{AddressSpace, Beginning, Party};
 use crate::sync::{Arc, Ordering};
 use crate::units::{IovaRange, ToIovaRange};
 
@@ -38,7 +38,7 @@ use crate::units::{IovaRange, ToIovaRange};
 /// [`AddressSpace::harvest`], [`peek`](AddressSpace::peek), [`rounds`](AddressSpace::rounds) and
 /// harvests of one [domain](crate::Scope) are those of the *unnamed* consumer, which covers all of
 /// the space and always exists. So a program that knows no consumers goes on as it was. What nobody
-/// asks for on its behalf takes a bit for each page.
+/// asks for on its behalf takes a bit for each page, up to its [bounds](Self::set_bounds).
 ///
 /// # Areas that go
 /// An unmap ends what is pending in its areas for every consumer. Its bitmap has each page that
@@ -50,8 +50,8 @@ use crate::units::{IovaRange, ToIovaRange};
 /// A consumer leaves when it is dropped. Its leases can still be synced, copied and committed. One
 /// that is aborted after that puts back nothing, and counts its pages as outside.
 pub struct Consumer<'a> {
-    space: SpaceRef<'a>,
-    member: Arc<Member>,
+    pub(super) space: SpaceRef<'a>,
+    pub(super) member: Arc<Party>,
 }
 
 /// What a new consumer is told first.
@@ -69,8 +69,21 @@ pub enum Start<'c> {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct ConsumerStats {
-    /// Bytes that are pending for it alone. Other dirty pages are found where they are.
+    /// Bytes that are pending for it alone, page by page. Other dirty pages are found where they
+    /// are.
     pub pending_bytes: u64,
+    /// Whether all that is mapped is pending, in its range or in a part of it, because it held more
+    /// than its [`Bounds`](super::Bounds).
+    pub everything: bool,
+    /// Bytes of memory that its pending pages take: 4 KiB for each stretch of 32768 pages of which
+    /// one was ever pending.
+    pub held_bytes: u64,
+    /// Its deltas: the epochs that have cursors.
+    pub deltas: u64,
+    /// Bytes of memory that they take.
+    pub delta_bytes: u64,
+    /// How often its pending pages were dropped, and everything became pending instead.
+    pub dropped: u64,
     /// Its live leases.
     pub leases: u64,
     /// Bytes that its harvests reported, and that were not set in its bitmaps before.
@@ -192,14 +205,22 @@ impl<'a> Consumer<'a> {
     /// Its counts, read one by one. Looks at all that is pending.
     pub fn stats(&self) -> ConsumerStats {
         let counts = &self.member.counts;
+        let store = self.space.member(&self.member);
+        let store = store.as_ref();
+        let (deltas, delta_bytes) = self.member.epochs.deltas();
         ConsumerStats {
-            pending_bytes: self.member.pending_bytes(),
+            pending_bytes: store.map_or(0, |store| store.pending_bytes()),
+            everything: store.is_some_and(|store| store.whole.is_due()),
+            held_bytes: store.map_or(0, |store| store.pending.held_bytes()),
+            deltas,
+            delta_bytes,
             leases: counts.live(),
             // Relaxed, all: statistics.
             leased_bytes: counts.leased.load(Ordering::Relaxed),
             committed_bytes: counts.committed.load(Ordering::Relaxed),
             aborted_bytes: counts.aborted.load(Ordering::Relaxed),
             unmapped_bytes: counts.unmapped.load(Ordering::Relaxed),
+            dropped: counts.dropped.load(Ordering::Relaxed),
         }
     }
 }

@@ -14,19 +14,20 @@ use std::fmt;
 use std::marker::PhantomData;
 
 use super::backing::{Backing, Recorder};
-use super::committed::Committed;
 use super::held::{Held, SpaceRef};
-use super::look::{Look, look};
+use super::look::{Look, below, look};
 use super::shared;
 use crate::bitmap::{BitmapView, Runs, Sink, Words};
 use crate::error::Error;
 use crate::events;
+use crate::failure::Failure;
 use crate::flush::{FlushGather, Ticket};
+use crate::ranges::RangeSet;
 use crate::report::{Aborted, HarvestReport};
 use crate::source::Stopped;
 #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
 use crate::space::AddressSpace;
-use crate::space::{Area, Areas, Covered, MemberCounts};
+use crate::space::{Area, Areas, Audience, Covered, Entry, Lineage, MemberCounts};
 use crate::sync::{AtomicU64, Mutex, Ordering, Step, lock, performs};
 use crate::units::{Granule, Iova, IovaRange};
 
@@ -114,6 +115,44 @@ impl<'a, State> Lease<'a, State> {
     pub fn next(&self) -> Option<Iova> {
         let stopped = self.stopped().map(|stopped| stopped.at);
         stopped.or(self.holding.next)
+    }
+
+    /// The name of the lease's consumer; `None` for one of the unnamed consumer.
+    pub fn consumer(&self) -> Option<&str> {
+        let own = self.holding.covered.audience.own();
+        own.map(|own| own.name()).filter(|name| !name.is_empty())
+    }
+
+    /// The epoch that a commit of the lease makes, and the epoch that the lease is an increment of:
+    /// a copy of that one, with the pages of this lease, is a copy of the epoch. `None` in a space
+    /// that has never had a [consumer](crate::Consumer).
+    ///
+    /// This is how it stands now. It changes only if another lease of the same consumer is
+    /// committed, or a part of one: a program with several leases at a time takes what
+    /// [`commit_epoch`](Self::commit_epoch) returns.
+    ///
+    /// ```
+    /// use dirtymap::harvest::Parent;
+    /// # use dirtymap::{Access, AddressSpace, Granule, Start};
+    ///
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// let backup = space.consumer("backup", Start::Dirty)?;
+    /// let full = backup.rounds().next()?;
+    /// let first = full.lineage().map(|lineage| lineage.epoch);
+    /// let parent = full.lineage().map(|lineage| lineage.parent);
+    /// assert!(matches!(parent, Some(Parent::Everything(_))));
+    /// full.commit();
+    /// backup.rounds().next()?.abort(); // makes no epoch
+    /// let lineage = backup.rounds().next()?.lineage();
+    /// assert_eq!(lineage.map(|next| next.parent), first.map(Parent::Epoch));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn lineage(&self) -> Option<Lineage> {
+        let own = self.holding.covered.audience.own()?;
+        Some(own.epochs.lineage(self.holding.entry()?))
     }
 
     /// Makes every page of the lease dirty again. A superset is possible: bits that were set in the
@@ -309,8 +348,22 @@ impl<'a> Lease<'a, Synced> {
     }
 
     /// The copies are safe: nothing is put back.
-    pub fn commit(mut self) -> HarvestReport {
+    pub fn commit(self) -> HarvestReport {
+        self.commit_epoch().0
+    }
+
+    /// As [`commit`](Self::commit), and returns what the epoch is called that this makes, and what
+    /// it is an increment of; as [`lineage`](Self::lineage) at the moment of the commit. A lease
+    /// that is committed after one whose harvest ended later gets a new number.
+    pub fn commit_epoch(mut self) -> (HarvestReport, Option<Lineage>) {
         self.holding.commit()
+    }
+}
+
+impl Lease<'_, Owed> {
+    /// For whom it was taken, and to whom it was left.
+    pub(super) fn audience(&self) -> &Audience {
+        &self.holding.covered.audience
     }
 }
 
@@ -379,7 +432,13 @@ pub(super) struct Holding<'a> {
     /// The same after the walk.
     backing: Option<Backing>,
     /// The parts that were committed, in whole granules.
-    committed: Mutex<Committed>,
+    committed: Mutex<RangeSet>,
+    /// The number of the lease, once the walk has ended.
+    number: Option<u64>,
+    /// What was pending as a whole: see `space::bounds`.
+    whole: Vec<IovaRange>,
+    /// Whether harvests that use an older store of the consumer have ended, and are flushed.
+    has_caught_up: bool,
     /// Bytes of the report that are neither committed nor put back. Changed under the lock of
     /// `committed`, or by the owner of the lease.
     left: AtomicU64,
@@ -407,8 +466,12 @@ impl<'a> Holding<'a> {
         recorder: Option<Recorder>,
     ) -> Self {
         space.counters.harvest();
+        let mut number = None;
         if let Some(member) = covered.audience.own() {
-            member.counts.begin();
+            member.begin();
+            if !performs(Step::NumberAtEnd) {
+                number = Some(member.epochs.number());
+            }
         }
         Holding {
             space,
@@ -427,7 +490,10 @@ impl<'a> Holding<'a> {
             report: HarvestReport::default(),
             recorder,
             backing: None,
-            committed: Mutex::new(Committed::new()),
+            committed: Mutex::new(RangeSet::new()),
+            number,
+            whole: Vec::new(),
+            has_caught_up: false,
             left: AtomicU64::new(0),
         }
     }
@@ -475,13 +541,83 @@ impl<'a> Holding<'a> {
             let (handed, looked) =
                 shared::take(&self.space, &self.covered, area, part, sink, gather);
             self.handed_over += handed;
-            looked
+            self.take_whole(part, looked, sink)
         };
         self.walk_to(walked_to(part, &looked));
         if let Some(recorder) = &mut self.recorder {
             recorder.looked(area, part);
         }
         looked
+    }
+
+    /// Takes what is pending as a whole in `part`, as far as the look at it got; and from a younger
+    /// store of the consumer, if it got one meanwhile: see `space::bounds`.
+    fn take_whole(
+        &mut self,
+        part: IovaRange,
+        looked: Result<(), Stopped>,
+        sink: &mut Sink<'_>,
+    ) -> Result<(), Stopped> {
+        let page = self.covered.alignment(self.space.page());
+        let (part, outcome) = match looked {
+            Ok(()) => (Some(part), Ok(())),
+            Err(stopped) => below(part, stopped, page),
+        };
+        let Some(part) = part else {
+            return shared::rounded(outcome, sink);
+        };
+        sink.limit_to(part);
+        while let Some(own) = self.covered.audience.own() {
+            // In the lease before they are recorded: a panic or an error puts them back.
+            let first = self.whole.len();
+            self.whole.extend(own.whole.take(part));
+            let mut taken = self.whole[first..].iter();
+            let mut further = taken.try_for_each(|run| {
+                let at = run.start();
+                let recorded = sink.record(*run);
+                recorded.map_err(|error| Stopped { at, error })
+            });
+            let younger = self.space.younger_store(own);
+            if let Some(younger) = &younger {
+                further = further.and_then(|()| younger.pending.read_and_clear(part, sink));
+            }
+            if let Err(stopped) = further {
+                // What is not recorded is pending as before; what is, the stop puts back.
+                self.whole.drain(first..).for_each(|run| own.whole.add(run));
+                let at = stopped.at.granule_start(page).max(part.start());
+                return shared::rounded(Err(Stopped { at, ..stopped }), sink);
+            }
+            match younger {
+                Some(younger) => self.covered.audience.move_to(younger),
+                None => break,
+            }
+        }
+        shared::rounded(outcome, sink)
+    }
+
+    /// Of `range` all areas were walked. So what is left there of what is pending as a whole is
+    /// holes, and areas that are mapped from now on begin clean.
+    ///
+    /// A store that the consumer got in the middle of the walk is younger than the areas of the
+    /// walk, and stays as it is.
+    pub(super) fn walked_all(&mut self, range: IovaRange) {
+        if let Some(own) = self
+            .covered
+            .audience
+            .own()
+            .filter(|_| !self.covered.audience.has_moved())
+        {
+            let _ = own.whole.take(range);
+        }
+    }
+
+    /// The lease, as the epochs of its consumer see it.
+    fn entry(&self) -> Option<Entry> {
+        let own = self.covered.audience.own()?;
+        Some(Entry {
+            number: self.number?,
+            whole: (!self.whole.is_empty()).then_some(own.stores),
+        })
     }
 
     /// Everything up to `last`, if there is one, is in the lease.
@@ -609,6 +745,10 @@ impl<'a> Holding<'a> {
         if !performs(Step::FlushAtSync) {
             let _ = self.flush();
         }
+        if let Some(member) = self.covered.audience.own() {
+            // What the walk took happens before this: see `space::epochs`.
+            self.number.get_or_insert_with(|| member.epochs.number());
+        }
         self.report.bits_set = bits_set;
         self.report.windows = recorded.windows;
         self.report.leaves = self.gather.entries() + self.handed_over;
@@ -625,6 +765,11 @@ impl<'a> Holding<'a> {
     }
 
     fn flush(&mut self) -> Result<(), Error> {
+        if !self.whole.is_empty() && !self.has_caught_up && performs(Step::CatchUp) {
+            // C3 and C4 of the protocol in `space::bounds`.
+            self.space.catch_up().map_err(Failure::raise)?;
+            self.has_caught_up = true;
+        }
         if let Some(ticket) = self.queue() {
             self.space.flush_until(ticket)?;
             self.debt = Debt::Paid;
@@ -647,7 +792,13 @@ impl<'a> Holding<'a> {
         }
     }
 
-    fn commit(&mut self) -> HarvestReport {
+    fn commit(&mut self) -> (HarvestReport, Option<Lineage>) {
+        let own = self.covered.audience.own().zip(self.entry());
+        let lineage = own.map(|(own, entry)| {
+            let committed = lock(&self.committed);
+            let rest = self.runs().flat_map(|run| committed.without(run));
+            own.epochs.commit(entry, rest, &own.room())
+        });
         self.debt = Debt::Settled;
         self.space.counters.commit();
         let bytes = self.take_left();
@@ -655,7 +806,7 @@ impl<'a> Holding<'a> {
         self.count(|counts| &counts.committed, bytes);
         self.end();
         events::commit(self.range(), bytes);
-        self.report
+        (self.report, lineage)
     }
 
     fn commit_part(&self, range: IovaRange) -> u64 {
@@ -668,6 +819,13 @@ impl<'a> Holding<'a> {
         let mut bits = 0;
         for fresh in committed.without(part) {
             bits += view.part(fresh).map_or(0, |view| view.count());
+        }
+        if bits > 0
+            && let Some((own, entry)) = self.covered.audience.own().zip(self.entry())
+        {
+            let fresh = committed.without(part).filter_map(|part| view.part(part));
+            let runs = fresh.flat_map(|view| view.runs());
+            own.epochs.commit_part(entry, runs, &own.room());
         }
         committed.add(part);
         // Relaxed, both: the lock orders them.
@@ -686,6 +844,11 @@ impl<'a> Holding<'a> {
             // The debt first, then the pages: see "Why no write is lost" in the module `harvest`.
             let _ = self.queue();
         }
+        if let Some(own) = self.covered.audience.own() {
+            let committed = lock(&self.committed);
+            let rests = self.whole.iter().flat_map(|run| committed.without(*run));
+            rests.for_each(|rest| own.whole.add(rest));
+        }
         let touched = self
             .reached
             .and_then(|last| IovaRange::new(self.range().start(), last).ok());
@@ -698,6 +861,12 @@ impl<'a> Holding<'a> {
         let left = self.take_left();
         self.space.counters.aborted(left, aborted.outside_bytes);
         self.count(|counts| &counts.aborted, left);
+        if let Some((own, entry)) = self.covered.audience.own().zip(self.entry()) {
+            own.epochs.abort(entry);
+        }
+        if let Some(own) = self.covered.audience.own() {
+            self.space.keep_own_in_bounds(own);
+        }
         self.end();
         events::abort(self.range(), &aborted);
         aborted

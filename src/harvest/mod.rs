@@ -54,8 +54,8 @@
 //! again.
 
 mod backing;
-mod committed;
 mod consumer;
+mod epochs;
 mod held;
 mod lease;
 mod look;
@@ -71,8 +71,10 @@ mod walk;
 mod write_guard;
 
 pub use crate::report::{Aborted, HarvestReport};
+pub use crate::space::{BadEpoch, Bounds, Epoch, Lineage, Parent, Since, Why, Written};
 pub use backing::Backing;
 pub use consumer::{Consumer, ConsumerStats, Start};
+pub use epochs::Cursor;
 pub use lease::{Lease, Owed, Synced};
 pub use request::{HarvestRequest, Holes, Scope};
 pub use rounds::Rounds;
@@ -80,8 +82,7 @@ pub use write_guard::WriteGuard;
 
 use crate::bitmap::{BitmapView, Bound, UserBitmap};
 use crate::error::Error;
-use crate::space::{AddressSpace, Areas, Audience, Covered, Member};
-use crate::sync::Arc;
+use crate::space::{AddressSpace, Areas, Audience, Covered, Party};
 use crate::units::IovaRange;
 use backing::Recorder;
 use held::{Held, SpaceRef};
@@ -175,7 +176,7 @@ impl AddressSpace {
     /// The same for a consumer; `None` is the unnamed one.
     fn peek_for<'a>(
         &self,
-        member: Option<&Arc<Member>>,
+        member: Option<&Party>,
         request: &HarvestRequest<'_>,
         bitmap: UserBitmap<'a>,
     ) -> Result<BitmapView<'a>, Error> {
@@ -201,7 +202,7 @@ impl AddressSpace {
     /// request that is walked.
     fn check<'a>(
         &self,
-        member: Option<&Arc<Member>>,
+        member: Option<&Party>,
         request: &HarvestRequest<'_>,
         bitmap: UserBitmap<'a>,
         snapshot: &Areas<'_>,
@@ -249,7 +250,7 @@ impl AddressSpace {
 /// A harvest for a consumer of `space`; `None` is the unnamed one.
 fn harvest_for<'a>(
     space: SpaceRef<'a>,
-    member: Option<&Arc<Member>>,
+    member: Option<&Party>,
     request: &HarvestRequest<'_>,
     bitmap: UserBitmap<'a>,
 ) -> Result<Lease<'a, Owed>, Error> {
@@ -261,15 +262,20 @@ fn harvest_for<'a>(
     let (bound, covered) = holder.check(member, request, bitmap, &snapshot)?;
     let held = Held::Lent(bound.view());
     let holding = Holding::begin(space, held, covered, backing);
-    Ok(harvest(holding, snapshot, request, bound))
+    let all = bound.view().range();
+    let lease = harvest(holding, snapshot, request, bound, all);
+    holder.keep_in_bounds(lease.audience());
+    Ok(lease)
 }
 
-/// Walks `request` into `bound`, the bits of `holding`.
+/// Walks `request` into `bound`, the bits of `holding`. In `all` there is no area that is not
+/// walked.
 fn harvest<'a>(
     mut holding: Holding<'a>,
     snapshot: Areas<'_>,
     request: &HarvestRequest<'_>,
     bound: Bound<'_>,
+    all: IovaRange,
 ) -> Lease<'a, Owed> {
     #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
     if request.is_parallel() && !holding.is_shared() {
@@ -281,6 +287,9 @@ fn harvest<'a>(
     let mut sink = bound.into_sink();
     let walked = walk(&mut holding, &snapshot, request, asked, &mut sink);
     holding.walked(&snapshot);
+    if matches!(walked, Ok(None)) && request.mask().is_none() {
+        holding.walked_all(all);
+    }
     let mut recorded = Recorded::default();
     recorded.add(&sink);
     holding.into_lease(walked, recorded)

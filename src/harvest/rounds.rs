@@ -6,7 +6,7 @@ use super::lease::Holding;
 use super::{HarvestRequest, Lease, Owed, Scope, Synced, harvest};
 use crate::bitmap::{SparseBitmap, UserBitmap};
 use crate::error::Error;
-use crate::space::{AddressSpace, Member};
+use crate::space::{AddressSpace, Party};
 use crate::sync::Arc;
 use crate::units::{DomainId, Granule, IovaRange, ToIovaRange};
 
@@ -50,7 +50,7 @@ pub struct Rounds<'a> {
     backing: bool,
     bitmap: Arc<SparseBitmap>,
     /// The consumer; `None` is the unnamed one.
-    member: Option<Arc<Member>>,
+    member: Option<Arc<Party>>,
 }
 
 impl AddressSpace {
@@ -97,7 +97,7 @@ impl<'a> Rounds<'a> {
     }
 
     /// The rounds of a consumer.
-    pub(super) fn of(space: SpaceRef<'a>, member: Arc<Member>) -> Self {
+    pub(super) fn of(space: SpaceRef<'a>, member: Arc<Party>) -> Self {
         Rounds {
             within: member.range,
             member: Some(member),
@@ -209,7 +209,7 @@ impl<'a> Rounds<'a> {
         let request = HarvestRequest::new(range, self.granule).in_scope(self.scope);
         let bitmap = Arc::clone(&self.bitmap);
         let (bound, covered) = self.space.check(
-            self.member.as_ref(),
+            self.member.as_deref(),
             &request,
             UserBitmap::sparse_alone(&bitmap),
             &snapshot,
@@ -221,7 +221,9 @@ impl<'a> Rounds<'a> {
             part: range,
         });
         let holding = Holding::begin(self.space.clone(), held, covered, backing);
-        Ok(harvest(holding, snapshot, &request, bound))
+        let lease = harvest(holding, snapshot, &request, bound, self.within);
+        space.keep_in_bounds(lease.audience());
+        Ok(lease)
     }
 }
 

@@ -49,11 +49,12 @@
 
 use super::look::{Look, below, look};
 use crate::bitmap::{Sink, WINDOW_BITS};
+use crate::chunkmap::CHUNK_WORDS;
 use crate::error::Stopped;
 use crate::flush::FlushGather;
 use crate::marks::{Flight, FlightSlot};
-use crate::space::{AddressSpace, Area, Covered};
-use crate::sync::{Ordering, Step, fence, performs};
+use crate::space::{AddressSpace, Area, Covered, Member};
+use crate::sync::{Arc, Ordering, Step, fence, performs};
 use crate::units::{Iova, IovaRange};
 
 /// Takes what is dirty in `part` of `area` for the consumer of `covered`, and leaves it to the
@@ -171,7 +172,7 @@ fn look_further(
         fence(Ordering::Acquire);
         match takes {
             true => member.pending.read_and_clear(part, sink),
-            false => member.pending.peek(part, sink),
+            false => peek_pending(space, member, part, sink),
         }
     });
     match (outcome, further) {
@@ -184,8 +185,26 @@ fn look_further(
     }
 }
 
+/// Records what is pending in `part`, page by page and as a whole.
+fn peek_pending(
+    space: &AddressSpace,
+    member: &Arc<Member>,
+    part: IovaRange,
+    sink: &mut Sink<'_>,
+) -> Result<(), Stopped> {
+    let younger = space.younger_store(member);
+    for store in [Some(member), younger.as_ref()].into_iter().flatten() {
+        store.pending.peek(part, sink)?;
+        for run in store.whole.parts(part) {
+            let at = run.start();
+            sink.record(run).map_err(|error| Stopped { at, error })?;
+        }
+    }
+    Ok(())
+}
+
 /// A stop, at the beginning of a granule of the user's bitmap.
-fn rounded(looked: Result<(), Stopped>, sink: &Sink<'_>) -> Result<(), Stopped> {
+pub(super) fn rounded(looked: Result<(), Stopped>, sink: &Sink<'_>) -> Result<(), Stopped> {
     looked.map_err(|stopped| Stopped {
         at: stopped.at.granule_start(sink.granule()),
         ..stopped
@@ -248,10 +267,20 @@ impl<'s> Taking<'s> {
         }
         let page = self.space.page();
         let mut outcome = Ok(());
-        self.leave(|at, mask| {
+        // The words of the flight are those of the bitmap, if both divide pages into words alike.
+        // What is in the flight lies in the range of the sink.
+        let first_word = sink.first_word(Iova::MIN, page);
+        self.leave(|word, mask| {
             if outcome.is_ok() {
-                let recorded = sink.record_mask(at, page, mask);
-                outcome = recorded.map_err(|error| Stopped { at, error });
+                let at = Iova::new((word * 64) << page.lg2());
+                let recorded = match first_word {
+                    Some(first) => sink.or(first.wrapping_add(word), mask),
+                    None => sink.put_mask(at, page, mask),
+                };
+                outcome = recorded.map_err(|error| Stopped {
+                    at,
+                    error: error.into(),
+                });
             }
             outcome.is_ok()
         });
@@ -262,8 +291,8 @@ impl<'s> Taking<'s> {
         })
     }
 
-    /// T3 to T5. `record` says whether our own consumer has the pages.
-    fn leave(&mut self, mut record: impl FnMut(Iova, u64) -> bool) {
+    /// T3 to T5. `record` says whether our own consumer has the pages of a word.
+    fn leave(&mut self, mut record: impl FnMut(u64, u64) -> bool) {
         if !self.gather.is_empty() {
             let gather = std::mem::take(&mut self.gather);
             self.entries += gather.entries();
@@ -276,20 +305,20 @@ impl<'s> Taking<'s> {
         // first, the page is found taken, and is left again.
         fence(Ordering::SeqCst);
         let audience = &self.covered.audience;
-        let done: Result<(), std::convert::Infallible> =
-            self.flight.visit(self.part, |at, mask| {
-                if performs(Step::LeaveToOthers) {
-                    audience.others().for_each(|other| other.leave(at, mask));
-                }
-                if !record(at, mask)
+        self.flight.hand_over(self.part, |chunk, masks| {
+            if performs(Step::LeaveToOthers) {
+                audience
+                    .others()
+                    .for_each(|other| other.leave(chunk, masks));
+            }
+            for (nth, mask) in masks {
+                if !record(chunk * CHUNK_WORDS + u64::from(*nth), *mask)
                     && let Some(own) = audience.own()
                 {
-                    own.leave(at, mask);
+                    own.leave(chunk, &[(*nth, *mask)]);
                 }
-                Ok(())
-            });
-        debug_assert!(done.is_ok());
-        self.flight.wipe(self.part);
+            }
+        });
         self.handed_over = true;
     }
 }

@@ -206,10 +206,11 @@ impl Flight {
         })
     }
 
-    /// Forgets the pages of `range`: they are pending now.
-    pub(crate) fn wipe(&self, range: IovaRange) {
+    /// Calls `each` with the pages of `range`, by chunks: see [`ChunkMap::wipe`]. Forgets them
+    /// after the call: they are pending then.
+    pub(crate) fn hand_over(&self, range: IovaRange, each: impl FnMut(u64, &[(u16, u64)])) {
         let (first, last) = self.numbers(range);
-        self.bits.wipe(first, last);
+        self.bits.wipe(first, last, each);
     }
 
     /// Ends the claim. All pages were wiped.
@@ -257,7 +258,7 @@ mod tests {
         flights.visit(all, &mut |_, mask| told += mask.count_ones());
         assert_eq!(told, 3, "of both");
         assert_eq!(seen(&flights, pages((1 << 20) + 4, 60), None), [0]);
-        one.wipe(all);
+        one.hand_over(all, |_, _| {});
         assert_eq!(seen(&flights, all, None), [100]);
         one.free();
         assert!(std::ptr::eq(flights.claim(), one), "it is used again");
@@ -279,7 +280,7 @@ mod tests {
                 Ok(())
             });
             assert_eq!(told, [(last.start().get(), 1 << 63)]);
-            flight.wipe(last);
+            flight.hand_over(last, |_, _| {});
             assert_eq!(seen(&flights, last, None), []);
         }
     }

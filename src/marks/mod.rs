@@ -205,11 +205,16 @@ impl Marks {
         })
     }
 
-    /// Marks the pages of `mask`, of 64 pages from `start` on, in marks that begin at address 0.
-    /// The caller has performed F1 after all that the marks stand for.
-    pub(crate) fn mark_mask(&self, start: Iova, mask: u64) {
+    /// Marks pages of a chunk, in marks that begin at address 0: see [`ChunkMap::set_masks`]. The
+    /// caller has performed F1 after all that the marks stand for.
+    pub(crate) fn mark_masks(&self, chunk: u64, masks: &[(u16, u64)]) {
         debug_assert!(self.range.start() == Iova::MIN);
-        self.bits.set_mask(start.get() >> self.page.lg2(), mask);
+        self.bits.set_masks(chunk, masks);
+    }
+
+    /// The bytes of the pages of bitmap that were allocated; not of slabs.
+    pub(crate) fn held_bytes(&self) -> u64 {
+        self.bits.held_bytes()
     }
 
     /// As [`peek`](Self::peek), without trust in summaries, which another harvest may have cleared:

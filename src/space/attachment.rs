@@ -365,7 +365,7 @@ impl AddressSpace {
             return outside;
         }
         let store = |part| match member {
-            Some(member) => member.pending.mark(part),
+            Some(member) => member.put_back(part),
             None => {
                 for domain in covered.domains() {
                     domain.put_back.mark(part);

@@ -2,24 +2,59 @@
 
 use std::ops::Deref;
 
+use super::epochs::{Bounds, Epochs};
+use super::whole::Whole;
+use crate::chunkmap::CHUNK_WORDS;
 use crate::error::Error;
 use crate::marks::Marks;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering};
 use crate::units::{Granule, Iova, IovaRange};
 
-/// One consumer.
+/// What of a consumer lasts for as long as it exists.
 #[derive(Debug)]
-pub(crate) struct Member {
+pub(crate) struct Party {
     /// No two consumers of a process have the same.
     pub(crate) id: u64,
     name: Box<str>,
     /// What the consumer is told about.
     pub(crate) range: IovaRange,
-    /// What others have taken, and what its own leases have put back.
-    pub(crate) pending: Marks,
     page: Granule,
     pub(super) left: AtomicBool,
     pub(crate) counts: MemberCounts,
+    pub(crate) epochs: Epochs,
+    bounds: AtomicBounds,
+}
+
+/// A consumer with a store of its pending pages: see [`bounds`](super::bounds).
+#[derive(Debug)]
+pub(crate) struct Member {
+    pub(crate) party: Arc<Party>,
+    /// What others have taken, and what its own leases have put back.
+    pub(crate) pending: Marks,
+    /// What is pending as a whole, because a store that the consumer had before was dropped.
+    pub(crate) whole: Whole,
+    /// The number of stores that it had before.
+    pub(crate) stores: u64,
+    /// Harvests of others since its own last one, if their number is bounded.
+    pub(super) missed: AtomicU64,
+    /// Whether the consumer gets another store, or has it already.
+    pub(super) is_old: AtomicBool,
+}
+
+impl Deref for Member {
+    type Target = Party;
+
+    fn deref(&self) -> &Party {
+        &self.party
+    }
+}
+
+/// The [`Bounds`] of a consumer, which may change at any time.
+#[derive(Debug)]
+struct AtomicBounds {
+    bytes: AtomicU64,
+    deltas: AtomicU64,
+    age: AtomicU64,
 }
 
 /// Counts of one consumer. All accesses but those of `begun` and `ended` are Relaxed: they publish
@@ -33,6 +68,8 @@ pub(crate) struct MemberCounts {
     pub(crate) committed: AtomicU64,
     pub(crate) aborted: AtomicU64,
     pub(crate) unmapped: AtomicU64,
+    /// Stores of pending pages that were dropped.
+    pub(crate) dropped: AtomicU64,
 }
 
 impl MemberCounts {
@@ -70,19 +107,25 @@ impl MemberCounts {
     }
 }
 
-impl Member {
-    pub(super) fn new(name: &str, range: IovaRange, page: Granule) -> Self {
+impl Party {
+    fn new(name: &str, range: IovaRange, page: Granule) -> Self {
         // Ids of all spaces: a consumer of another space is told apart.
         static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
-        Member {
+        let bounds = Bounds::default();
+        Party {
             // Relaxed: a unique number, which orders nothing.
             id: NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed),
             name: name.into(),
             range,
-            pending: Marks::everywhere(page),
             page,
             left: AtomicBool::new(false),
             counts: MemberCounts::default(),
+            epochs: Epochs::new(page),
+            bounds: AtomicBounds {
+                bytes: AtomicU64::new(bounds.bytes),
+                deltas: AtomicU64::new(bounds.deltas),
+                age: AtomicU64::new(bounds.age),
+            },
         }
     }
 
@@ -91,35 +134,99 @@ impl Member {
         &self.name
     }
 
-    /// Leaves the pages of `mask`, of 64 pages from `start` on, pending. The caller has performed a
-    /// full fence since it took them.
-    pub(crate) fn leave(&self, start: Iova, mask: u64) {
-        if self.range == IovaRange::ALL {
-            return self.pending.mark_mask(start, mask);
-        }
-        // Never an error: an address of a page ascends.
-        let word = self.page.bytes().saturating_mul(63) + self.page.mask();
-        let last = Iova::new(start.get().saturating_add(word));
-        let Some(inside) = IovaRange::new(start, last)
-            .ok()
-            .and_then(|word| word.intersection(self.range))
-        else {
-            return;
-        };
-        let number = |iova: Iova| ((iova.get() - start.get()) >> self.page.lg2()) as u32;
-        let mine = crate::words::word_mask(number(inside.start()), number(inside.last()));
-        if mask & mine != 0 {
-            self.pending.mark_mask(start, mask & mine);
-        }
-    }
-
     /// Whether the consumer has left: nobody harvests what is pending for it.
     pub(crate) fn has_left(&self) -> bool {
         // Relaxed: a hint; a store of a consumer that has left is read by nobody.
         self.left.load(Ordering::Relaxed)
     }
 
-    /// The bytes that are pending.
+    /// How much it may hold.
+    pub(crate) fn bounds(&self) -> Bounds {
+        // Relaxed, all: settings, each by itself.
+        Bounds {
+            bytes: self.bounds.bytes.load(Ordering::Relaxed),
+            deltas: self.bounds.deltas.load(Ordering::Relaxed),
+            age: self.bounds.age.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Changes how much it may hold.
+    pub(crate) fn set_bounds(&self, bounds: Bounds) {
+        // Relaxed, all: as above.
+        self.bounds.bytes.store(bounds.bytes, Ordering::Relaxed);
+        self.bounds.deltas.store(bounds.deltas, Ordering::Relaxed);
+        self.bounds.age.store(bounds.age, Ordering::Relaxed);
+    }
+}
+
+impl Member {
+    /// A new consumer.
+    pub(super) fn new(name: &str, range: IovaRange, page: Granule) -> Self {
+        Self::with_store(Arc::new(Party::new(name, range, page)), 0)
+    }
+
+    /// A consumer that had `stores` stores before.
+    pub(super) fn with_store(party: Arc<Party>, stores: u64) -> Self {
+        Member {
+            pending: Marks::everywhere(party.page),
+            whole: Whole::new(),
+            stores,
+            missed: AtomicU64::new(0),
+            is_old: AtomicBool::new(false),
+            party,
+        }
+    }
+
+    /// Leaves pages of a chunk pending: see [`Marks::mark_masks`]. The caller has performed a full
+    /// fence since it took them.
+    pub(crate) fn leave(&self, chunk: u64, masks: &[(u16, u64)]) {
+        if self.range == IovaRange::ALL {
+            return self.pending.mark_masks(chunk, masks);
+        }
+        for (nth, mask) in masks {
+            let word = chunk * CHUNK_WORDS + u64::from(*nth);
+            let start = Iova::new((word * 64) << self.page.lg2());
+            // Never an error: an address of a page ascends.
+            let word = self.page.bytes().saturating_mul(63) + self.page.mask();
+            let last = Iova::new(start.get().saturating_add(word));
+            let Some(inside) = IovaRange::new(start, last)
+                .ok()
+                .and_then(|word| word.intersection(self.range))
+            else {
+                continue;
+            };
+            let number = |iova: Iova| ((iova.get() - start.get()) >> self.page.lg2()) as u32;
+            let mine = crate::words::word_mask(number(inside.start()), number(inside.last()));
+            if mask & mine != 0 {
+                self.pending.mark_masks(chunk, &[(*nth, mask & mine)]);
+            }
+        }
+    }
+
+    /// What the deltas of the consumer may take.
+    pub(crate) fn room(&self) -> Bounds {
+        let bounds = self.bounds();
+        Bounds {
+            bytes: bounds.bytes.saturating_sub(self.pending.held_bytes()),
+            ..bounds
+        }
+    }
+
+    /// A harvest of the consumer begins.
+    pub(crate) fn begin(&self) {
+        self.counts.begin();
+        // Relaxed: a count, which orders nothing.
+        self.missed.store(0, Ordering::Relaxed);
+    }
+
+    /// Puts back `part`, whose debt is in the queue.
+    pub(super) fn put_back(&self, part: IovaRange) {
+        if !self.whole.covers(part) {
+            self.pending.mark(part);
+        }
+    }
+
+    /// The bytes that are pending one by one.
     pub(crate) fn pending_bytes(&self) -> u64 {
         let mut bytes = 0u64;
         for run in self.pending.runs(self.range) {
@@ -153,6 +260,8 @@ pub(crate) struct Audience {
     all: Members,
     /// The place of the harvest's own consumer.
     own: usize,
+    /// The same consumer with a younger store, if it got one meanwhile.
+    moved: Option<Arc<Member>>,
 }
 
 impl Audience {
@@ -161,25 +270,37 @@ impl Audience {
         Audience {
             all: members.clone(),
             own: 0,
+            moved: None,
         }
     }
 
-    /// `member`, and the others.
+    /// The consumer `member`, and the others.
     ///
     /// # Errors
     /// [`Error::ConsumerLeft`].
-    pub(crate) fn of(members: &Members, member: &Arc<Member>) -> Result<Self, Error> {
+    pub(crate) fn of(members: &Members, member: &Party) -> Result<Self, Error> {
         let all = members.clone();
         let own = all.iter().position(|other| other.id == member.id);
         let own = own.ok_or_else(|| Error::ConsumerLeft {
             name: member.name().into(),
         })?;
-        Ok(Audience { all, own })
+        let moved = None;
+        Ok(Audience { all, own, moved })
     }
 
     /// The consumer of the harvest; `None` in a space that never had a named one.
     pub(crate) fn own(&self) -> Option<&Arc<Member>> {
-        self.all.get(self.own)
+        self.moved.as_ref().or_else(|| self.all.get(self.own))
+    }
+
+    /// Whether the consumer got another store after the harvest has loaded the root.
+    pub(crate) fn has_moved(&self) -> bool {
+        self.moved.is_some()
+    }
+
+    /// The consumer of the harvest has this store from now on.
+    pub(crate) fn move_to(&mut self, store: Arc<Member>) {
+        self.moved = Some(store);
     }
 
     /// The others.

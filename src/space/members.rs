@@ -23,14 +23,14 @@
 
 use std::convert::Infallible;
 
-use super::member::{Member, MemberCounts, Members};
+use super::epochs::{Parent, Why};
+use super::member::{Member, MemberCounts, Members, Party};
 use super::{AddressSpace, Area};
 use crate::bitmap::Sink;
-use crate::error::Error;
-use crate::failure::{Failure, attempt};
-use crate::flush::FlushGather;
+use crate::error::{Error, Stopped};
+use crate::failure::Failure;
 use crate::marks::Marks;
-use crate::sync::{Arc, Ordering, Step, fence, lock, performs};
+use crate::sync::{Arc, Ordering, Step, fence, lock};
 use crate::units::{Iova, IovaRange};
 
 /// The longest name of a consumer, in bytes.
@@ -43,7 +43,7 @@ const MAX_CONSUMERS: usize = 1 << 14;
 pub(crate) enum Beginning<'m> {
     Clean,
     Dirty,
-    Like(&'m Arc<Member>),
+    Like(&'m Party),
 }
 
 impl AddressSpace {
@@ -53,7 +53,7 @@ impl AddressSpace {
         name: &str,
         range: IovaRange,
         beginning: Beginning<'_>,
-    ) -> Result<Arc<Member>, Error> {
+    ) -> Result<Arc<Party>, Error> {
         if name.is_empty() || name.len() > MAX_NAME {
             return Err(Error::BadName {
                 len: name.len(),
@@ -76,7 +76,7 @@ impl AddressSpace {
             });
         }
         if let Beginning::Like(other) = beginning
-            && !members.iter().any(|member| Arc::ptr_eq(member, other))
+            && !members.iter().any(|member| member.id == other.id)
         {
             return Err(Error::ConsumerLeft {
                 name: other.name().into(),
@@ -96,32 +96,24 @@ impl AddressSpace {
             Ok(())
         });
         if let Err(failure) = self.begin(&member, beginning) {
-            self.leave(&member);
+            self.leave(&member.party);
             return Err(failure.raise());
         }
-        Ok(member)
+        Ok(Arc::clone(&member.party))
     }
 
     /// The part of a join after the consumer was published.
     fn begin(&self, member: &Member, beginning: Beginning<'_>) -> Result<(), Failure> {
         // Harvests that do not know the consumer have ended after this: from now on it is left
         // whatever is taken.
-        self.walks.wait();
-        if performs(Step::FlushAtJoin) {
-            // What those harvests have cleared, devices may still cache as dirty, and only their
-            // leases know that debt.
-            let mut gather = FlushGather::new();
-            for domain in self.attachments().iter() {
-                self.owe_all_of(&mut gather, IovaRange::ALL, domain);
-            }
-            let ticket = self.flush.owe(&gather);
-            attempt(|| self.flush_until(ticket))?;
-        }
+        self.catch_up()?;
         // F2 of the marks' protocol, for the full copy that follows, as in a switch of tracking.
         self.ordering.before_copies(Step::JoinFence);
         match beginning {
             Beginning::Clean => Ok(()),
             Beginning::Dirty => {
+                let parent = Parent::Everything(Why::Beginning);
+                member.epochs.begin_with(parent);
                 for entry in self.areas.snapshot().iter(member.range) {
                     if let Some(part) = entry.range.intersection(member.range) {
                         member.pending.mark(part);
@@ -129,12 +121,19 @@ impl AddressSpace {
                 }
                 Ok(())
             }
-            Beginning::Like(other) => copy_of(other, member).map_err(Failure::Refused),
+            Beginning::Like(other) => {
+                // All that it is left from now on, the new consumer is left as well.
+                let store = self.member(other).ok_or_else(|| {
+                    let name = other.name().into();
+                    Failure::Refused(Error::ConsumerLeft { name })
+                })?;
+                copy_of(&store, member).map_err(Failure::Refused)
+            }
         }
     }
 
     /// Removes a consumer. Lock-free.
-    pub(crate) fn leave(&self, member: &Arc<Member>) {
+    pub(crate) fn leave(&self, member: &Party) {
         // Relaxed: a hint.
         member.left.store(true, Ordering::Relaxed);
         let _: Result<(), Error> = self.areas.update(|edit| {
@@ -174,6 +173,14 @@ impl AddressSpace {
             let mut stores = members.iter().map(|member| &member.pending);
             stores.try_for_each(|store| store.peek(range, sink))
         });
+        let recorded = recorded.and_then(|()| {
+            let whole = members.iter().flat_map(|member| member.whole.parts(range));
+            for part in whole {
+                let at = part.start();
+                sink.record(part).map_err(|error| Stopped { at, error })?;
+            }
+            Ok(())
+        });
         recorded.map_err(|stopped| stopped.error)
     }
 
@@ -195,6 +202,10 @@ impl AddressSpace {
             for run in member.pending.take_runs(range) {
                 area.marks.mark(run);
                 bytes = bytes.saturating_add(u64::try_from(run.len()).unwrap_or(u64::MAX));
+            }
+            for part in member.whole.parts(range) {
+                area.marks.mark(part);
+                bytes = bytes.saturating_add(u64::try_from(part.len()).unwrap_or(u64::MAX));
             }
             MemberCounts::add(&member.counts.unmapped, bytes);
         }
@@ -234,7 +245,7 @@ impl AddressSpace {
         range: IovaRange,
         stores: impl Iterator<Item = &'m Marks> + Clone,
         sink: &mut Sink<'_>,
-    ) -> Result<(), crate::error::Stopped> {
+    ) -> Result<(), Stopped> {
         // Acquire: pairs with the Release fence after a claim in `harvest::shared`. If a summary
         // was found clear because of that harvest, its claim, or the end of it, is seen.
         fence(Ordering::Acquire);
@@ -258,10 +269,14 @@ fn copy_of(other: &Member, member: &Member) -> Result<(), Error> {
         for run in other.pending.runs(member.range) {
             member.pending.mark(run);
         }
+        let whole = other.whole.parts(member.range);
+        whole.into_iter().for_each(|part| member.whole.add(part));
+        let top = other.epochs.top();
         // Acquire: pairs with the AcqRel clear of a page that is pending. If a harvest has taken a
         // page that is missed above, it is counted below.
         fence(Ordering::Acquire);
         if other.counts.settled() == Some(begun) {
+            member.epochs.begin_with(top);
             return Ok(());
         }
     }

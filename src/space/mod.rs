@@ -15,9 +15,11 @@
 mod allocation;
 mod area;
 mod attachment;
+mod bounds;
 mod change;
 mod domain;
 mod emptying;
+mod epochs;
 mod faults;
 mod flushing;
 #[cfg(all(test, not(dirtymap_loom)))]
@@ -40,14 +42,17 @@ mod switch;
 mod tracking;
 mod unmap;
 mod walks;
+mod whole;
 
 pub use crate::marks::MarkOrdering;
 pub use crate::report::Unmapped;
 pub use allocation::SpaceRanges;
 pub(crate) use area::Area;
 pub(crate) use domain::{Attachment, Covered};
+pub(crate) use epochs::Entry;
+pub use epochs::{BadEpoch, Bounds, Epoch, Lineage, Parent, Since, Why, Written};
 pub use faults::{Fault, FaultSource, Faults};
-pub(crate) use member::{Audience, Member, MemberCounts};
+pub(crate) use member::{Audience, Member, MemberCounts, Party};
 pub(crate) use members::Beginning;
 pub(crate) use past::Watch;
 pub use plan::Change;

@@ -252,6 +252,14 @@ steps! {
     WaitForWalks,
     /// Flushing what those harvests owe.
     FlushAtJoin,
+    /// Making everything pending for a consumer whose store is dropped.
+    TellWhole,
+    /// Going on with the new store of a consumer in the middle of its harvest.
+    FollowStore,
+    /// Waiting, in the sync of a lease that took everything, for harvests that use the old store.
+    CatchUp,
+    /// Numbering a lease at the end of its walk; left out, at the begin.
+    NumberAtEnd,
 }
 
 /// The number of the step that is left out, counted from 1; 0 for none.

@@ -152,6 +152,27 @@ impl Header {
     }
 }
 
+/// Sets the checksums of a log right, whatever it holds: for tests of hostile files.
+#[cfg(any(test, feature = "test-kit"))]
+pub fn forge_checksums(log: &mut [u8]) {
+    let put = |log: &mut [u8], at: usize, from: usize, end: usize| {
+        if let Some(crc) = log.get(from..end.min(log.len())).map(crc32fast::hash)
+            && let Some(place) = log.get_mut(at..at + 4)
+        {
+            place.copy_from_slice(&crc.to_le_bytes());
+        }
+    };
+    let checkpoint = u64_at(log, 64).min(log.len() as u64) as usize;
+    put(log, HEADER - 8, BLOCK, BLOCK + checkpoint);
+    put(log, HEADER - 4, 0, HEADER - 4);
+    for at in (BLOCK..log.len()).step_by(BLOCK) {
+        if log[at..].starts_with(&BATCH_MAGIC) {
+            let len = u32_at(log, at + 24) as usize;
+            put(log, at + 4, at + 8, at + BATCH_HEADER + len);
+        }
+    }
+}
+
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u64_at(bytes, at) as u32
 }

@@ -70,6 +70,23 @@ impl Geometry {
         let shift = self.extent.lg2();
         let first = range.start().get().max(extent << shift);
         let last = range.last().get().min(extent << shift | self.extent.mask());
+        self.pages(first, last)
+    }
+
+    /// The pages that `range` touches in its first extent.
+    #[inline]
+    pub(crate) fn first_pages(&self, range: IovaRange) -> u32 {
+        let (first, last) = (range.start().get(), range.last().get());
+        match (first ^ last) >> self.extent.lg2() {
+            0 => self.pages(first, last),
+            // It goes on to the end of the first extent.
+            _ => self.pages(first, u64::MAX),
+        }
+    }
+
+    /// The pages from that of byte `first` of an extent to that of byte `last`.
+    #[inline]
+    fn pages(&self, first: u64, last: u64) -> u32 {
         let page = |byte: u64| (byte & self.extent.mask()) >> self.page.lg2();
         let up_to_last = u32::MAX >> (31 - page(last));
         up_to_last & u32::MAX << page(first)
@@ -176,6 +193,8 @@ mod tests {
                 mask,
             });
         }
+        let first_mask = geometry.mask(first >> extent.lg2(), range);
+        assert_eq!(geometry.first_pages(range), first_mask, "{range}");
         let runs = geometry.runs(&delta);
         let end = (last | page.mask()).min(geometry.len - 1);
         let expected = IovaRange::new(Iova::new(first & !page.mask()), Iova::new(end)).unwrap();

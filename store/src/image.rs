@@ -11,6 +11,8 @@ use crate::step::{Step, performs};
 
 /// The most extents that are open at a time: 16 MiB of memory.
 pub(crate) const MAX_OPEN: usize = 1 << 20;
+/// The highest number of an increment: none that counts from 1 gets there.
+pub(crate) const MAX_EPOCH: u64 = u64::MAX / 2;
 /// The most consumers of a store.
 pub(crate) const MAX_CONSUMERS: usize = 64;
 
@@ -260,6 +262,9 @@ impl Image {
             let newest = epochs.unwrap_or(consumer.committed);
             if consumer.committed > newest || newest >= consumer.next {
                 return Err(Bad("epochs are out of order"));
+            }
+            if consumer.next > MAX_EPOCH {
+                return Err(Bad("there are no more epochs"));
             }
             if id >= image.next_id || image.by_id(id).is_ok() {
                 return Err(Bad("two consumers have one number"));

@@ -1,7 +1,9 @@
 //! A write: announced, then in flight.
 
+use std::ops::RangeInclusive;
+
 use dirtymap::sync::AtomicU64;
-use dirtymap::{IovaRange, ToIovaRange};
+use dirtymap::{Iova, IovaRange, ToIovaRange};
 
 use crate::error::Error;
 use crate::image::MAX_OPEN;
@@ -33,12 +35,12 @@ pub struct WriteGuard<'s> {
 struct Pins<'s> {
     store: &'s Store,
     range: IovaRange,
-    first: u64,
-    last: u64,
     /// The word of the first extent.
     word: &'s AtomicU64,
-    /// Whether the write was issued.
-    issued: bool,
+    /// The pages of the first extent that the write touches. 0 until it is issued.
+    pages: u32,
+    /// Whether it is the only extent.
+    one: bool,
 }
 
 impl Store {
@@ -64,6 +66,7 @@ impl Store {
     /// # Errors
     /// [`Error::Range`] and [`Error::PastEnd`]; [`Error::TooManyWrites`]; [`Error::TooManyOpen`];
     /// [`Error::Failed`], if an extent is not open.
+    #[inline]
     pub fn begin_write(&self, range: impl ToIovaRange) -> Result<Intent<'_>, Error> {
         let range = range.to_iova_range()?;
         let len = self.device_len();
@@ -76,11 +79,23 @@ impl Store {
         if first == last {
             // Most writes are in one extent, and find it open.
             match Words::pin_word(word) {
-                Some(true) => return Ok(Intent::new(self, word, range, (first, last), true)),
+                Some(true) => return Ok(Intent::new(self, word, range, true, true)),
                 Some(false) => Words::leave_word(word, 0),
                 None => {}
             }
         }
+        self.begin_cold(word, range, first, last)
+    }
+
+    /// The same where extents are not open, or several.
+    #[cold]
+    fn begin_cold<'s>(
+        &'s self,
+        word: &'s AtomicU64,
+        range: IovaRange,
+        first: u64,
+        last: u64,
+    ) -> Result<Intent<'s>, Error> {
         let mut open = true;
         let extents = last - first + 1;
         if extents > MAX_OPEN as u64 {
@@ -102,36 +117,32 @@ impl Store {
             self.unpin(first..last + 1);
             return Err(error);
         }
-        Ok(Intent::new(self, word, range, (first, last), open))
+        Ok(Intent::new(self, word, range, first == last, open))
     }
 }
 
 impl<'s> Intent<'s> {
     #[inline]
-    fn new(
-        store: &'s Store,
-        word: &'s AtomicU64,
-        range: IovaRange,
-        (first, last): (u64, u64),
-        open: bool,
-    ) -> Self {
-        Intent {
-            pins: Pins {
-                store,
-                range,
-                first,
-                last,
-                word,
-                issued: false,
-            },
-            open,
-        }
+    fn new(store: &'s Store, word: &'s AtomicU64, range: IovaRange, one: bool, open: bool) -> Self {
+        let pages = 0;
+        let pins = Pins {
+            store,
+            range,
+            word,
+            pages,
+            one,
+        };
+        Intent { pins, open }
     }
 
     /// Whether [`wait`](Intent::wait) would return at once.
     pub fn is_durable(&self) -> bool {
-        let Pins { first, last, .. } = self.pins;
-        self.open || (first..=last).all(|extent| self.pins.store.words.is_open(extent))
+        let store = self.pins.store;
+        self.open
+            || self
+                .pins
+                .extents()
+                .all(|extent| store.words.is_open(extent))
     }
 
     /// Waits until the extents of the write are durably open. After that, the write may be issued.
@@ -142,11 +153,9 @@ impl<'s> Intent<'s> {
     #[inline]
     pub fn wait(mut self) -> Result<WriteGuard<'s>, Error> {
         if !self.open {
-            self.pins
-                .store
-                .await_open(self.pins.first, self.pins.last)?;
+            self.pins.store.await_open(self.pins.extents())?;
         }
-        self.pins.issued = true;
+        self.pins.pages = self.pins.store.first_pages(self.pins.range);
         Ok(WriteGuard { pins: self.pins })
     }
 }
@@ -158,18 +167,31 @@ impl WriteGuard<'_> {
     }
 }
 
+impl Pins<'_> {
+    fn extents(&self) -> RangeInclusive<u64> {
+        let extent = |byte: Iova| byte.get() >> self.store.extent().lg2();
+        extent(self.range.start())..=extent(self.range.last())
+    }
+
+    /// Ends a write to several extents.
+    #[cold]
+    fn leave_all(&self) {
+        for extent in self.extents() {
+            let pages = match self.pages {
+                0 => 0,
+                _ => self.store.mask(extent, self.range),
+            };
+            self.store.words.leave(extent, pages);
+        }
+    }
+}
+
 impl Drop for Pins<'_> {
     #[inline]
     fn drop(&mut self) {
-        let pages = |extent| match self.issued {
-            true => self.store.mask(extent, self.range),
-            false => 0,
-        };
-        if self.first == self.last {
-            return Words::leave_word(self.word, pages(self.first));
-        }
-        for extent in self.first..=self.last {
-            self.store.words.leave(extent, pages(extent));
+        match self.one {
+            true => Words::leave_word(self.word, self.pages),
+            false => self.leave_all(),
         }
     }
 }

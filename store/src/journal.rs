@@ -294,6 +294,14 @@ fn parse(
     batches: &[u8],
     device: &Device,
 ) -> Result<Replayed, Why> {
+    let resized = |recorded| Why::Resized {
+        recorded,
+        found: device.len,
+    };
+    // Before anything is read that is as large as the device: no store lets it shrink.
+    if header.geometry.len > device.len {
+        return Err(resized(header.geometry.len));
+    }
     let part = "checkpoint";
     if crc32fast::hash(checkpoint) != header.checkpoint_crc {
         return Err(Why::Checksum { part });
@@ -310,6 +318,11 @@ fn parse(
         && whole.sequence == sequence
     {
         for record in &whole.records {
+            if let Record::Grow { len } = record
+                && *len > device.len
+            {
+                return Err(resized(*len));
+            }
             match image.apply(&mut geometry, record) {
                 Err(_) if !performs(Step::RefuseTorn) => break,
                 applied => applied.map_err(damaged("log"))?,
@@ -325,10 +338,7 @@ fn parse(
         });
     }
     if geometry.len != device.len {
-        return Err(Why::Resized {
-            recorded: geometry.len,
-            found: device.len,
-        });
+        return Err(resized(geometry.len));
     }
     Ok(Replayed {
         batches: sequence - header.sequence,

@@ -102,6 +102,7 @@ mod disk;
 mod epoch;
 mod error;
 mod format;
+mod gather;
 mod geometry;
 mod image;
 mod increment;
@@ -124,6 +125,9 @@ pub use disk::{Disk, Folder};
 pub use disk::{Landed, SimFolder};
 pub use epoch::{BadEpoch, Epoch};
 pub use error::{Error, Why};
+#[cfg(any(test, feature = "test-kit"))]
+#[doc(hidden)]
+pub use format::forge_checksums;
 pub use geometry::Device;
 pub use increment::{ConsumerInfo, Increment};
 pub use intent::{Intent, WriteGuard};

@@ -152,3 +152,36 @@ fn writers_that_wait_together_are_both_let_in() {
         once && store.stats().closed == 2
     });
 }
+
+/// A writer gathers the writer that the last batch served, while a consumer joins and takes the
+/// lead from it: nobody waits for ever, and all of them are let in. The thread that gathers holds
+/// nothing, and each leader that ends wakes all that wait.
+#[test]
+fn a_consumer_that_joins_takes_the_lead_from_a_writer_that_gathers() {
+    holds_only_with(&[], || {
+        let device = Device {
+            id: 1,
+            len: 1 << 18,
+        };
+        let store = Store::create(SimFolder::new(), &device, &Options::new());
+        let store = Arc::new(store.unwrap());
+        // The model checker does not see that a `OnceLock` publishes the words.
+        (0..2).for_each(|extent| assert!(!store.words.is_open(extent)));
+        store.expect_companions(2);
+        let writer = {
+            let store = Arc::clone(&store);
+            thread::spawn(move || drop(store.begin_write(0..1).unwrap().wait().unwrap()))
+        };
+        store.join("backup").unwrap();
+        drop(
+            store
+                .begin_write(0x1_0000..0x1_0001)
+                .unwrap()
+                .wait()
+                .unwrap(),
+        );
+        writer.join().unwrap();
+        let stats = store.stats();
+        stats.opened == 2 && stats.batches <= 3
+    });
+}

@@ -13,6 +13,7 @@
 //! that waits, and finds no leader, becomes the leader for all threads that wait: group commit.
 
 use std::mem;
+use std::ops::RangeInclusive;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use dirtymap::sync::{AtomicU64, Condvar, Mutex, MutexGuard, Ordering, lock, relax, wait};
@@ -22,6 +23,7 @@ use crate::disk::Folder;
 use crate::epoch::{Epoch, new_identity};
 use crate::error::{Error, Why};
 use crate::format::{BLOCK, Header, MAX_LOG};
+use crate::gather::{Gather, PATIENCE};
 use crate::geometry::{Device, Geometry};
 use crate::image::{Image, MAX_OPEN};
 use crate::journal::{Counts, Journal, Replayed, impossible, replay};
@@ -54,9 +56,7 @@ struct Queue {
     /// Extents that the next batches open.
     opening: usize,
     /// Threads that wait for extents.
-    waiting: usize,
-    /// How many did at the end of the last batch.
-    companions: usize,
+    gather: Gather,
     /// After a failure: the folder stays locked for as long as writes may be in flight.
     broken: Option<Box<Journal>>,
     /// Why the store failed, once it has.
@@ -256,8 +256,7 @@ impl Store {
                 records: Vec::new(),
                 open: 0,
                 opening: 0,
-                waiting: 0,
-                companions: 0,
+                gather: Gather::default(),
                 broken: None,
                 failed: None,
                 counts: journal.counts,
@@ -274,6 +273,7 @@ impl Store {
     }
 
     /// The length of the device in bytes.
+    #[inline]
     pub fn device_len(&self) -> u64 {
         // Acquire: pairs with the Release in `grow`; a write to the new part comes after the batch
         // that has it.
@@ -281,6 +281,7 @@ impl Store {
     }
 
     /// The unit of the log: what is reported as a whole if it was open in a crash.
+    #[inline]
     pub fn extent(&self) -> Granule {
         self.extent
     }
@@ -330,33 +331,47 @@ impl Store {
 
     /// Waits until all of the pinned extents are open.
     #[cold]
-    pub(crate) fn await_open(&self, first: u64, last: u64) -> Result<(), Error> {
+    pub(crate) fn await_open(&self, extents: RangeInclusive<u64>) -> Result<(), Error> {
         let mut queue = lock(&self.queue);
-        queue.waiting += 1;
-        // Where threads waited together before, they will again: a leader that yields to them has
-        // more of them in its batch.
-        let mut patience = 4;
-        let result = loop {
-            if (first..=last).all(|extent| self.words.is_open(extent)) {
-                break Ok(());
+        let mut arrived = false;
+        loop {
+            if extents.clone().all(|extent| self.words.is_open(extent)) {
+                return Ok(());
             }
-            if let Err(error) = queue.check() {
-                break Err(error);
+            queue.check()?;
+            if !arrived {
+                queue.gather.arrive();
+                arrived = true;
             }
-            if queue.journal.is_some() && queue.waiting < queue.companions && patience > 0 {
-                patience -= 1;
-                drop(queue);
-                relax();
-                queue = lock(&self.queue);
+            if queue.journal.is_some() && !queue.gather.gathering {
+                queue = self.gather(queue);
+                if let Some(journal) = queue.journal.take() {
+                    queue = self.lead(queue, journal, |_| Ok(None::<()>)).0;
+                }
                 continue;
             }
-            queue = match queue.journal.take() {
-                Some(journal) => self.lead(queue, journal, |_| Ok(None::<()>)).0,
-                None => wait(&self.turn, queue),
+            // The thread that leads, or gathers, wakes all when its batch is durable.
+            queue = wait(&self.turn, queue);
+        }
+    }
+
+    /// Yields to the threads that are expected, for as long as more of them come. Another thread
+    /// may have taken the journal meanwhile.
+    fn gather<'s>(&'s self, mut queue: MutexGuard<'s, Queue>) -> MutexGuard<'s, Queue> {
+        let mut patience = PATIENCE;
+        queue.gather.gathering = true;
+        while !queue.gather.is_complete() && patience > 0 {
+            let before = queue.gather.waiting();
+            drop(queue);
+            relax();
+            queue = lock(&self.queue);
+            patience = match queue.gather.waiting() > before {
+                true => PATIENCE,
+                false => patience - 1,
             };
-        };
-        queue.waiting -= 1;
-        result
+        }
+        queue.gather.gathering = false;
+        queue
     }
 
     /// Has the leader add the record that `plan` makes of the image, after all that wait already,
@@ -379,6 +394,15 @@ impl Store {
         }
     }
 
+    /// As if the last batch had served so many threads, for models of the next one.
+    #[cfg(all(test, dirtymap_loom))]
+    pub(crate) fn expect_companions(&self, count: usize) {
+        let mut queue = lock(&self.queue);
+        (0..count).for_each(|_| queue.gather.arrive());
+        queue.gather.take();
+        queue.gather.served();
+    }
+
     /// Adds a record to the next batch, and does not wait for it.
     pub(crate) fn enqueue(&self, record: Record) {
         lock(&self.queue).records.push(record);
@@ -393,6 +417,7 @@ impl Store {
         plan: impl FnOnce(&mut Control<'_>) -> Result<Option<R>, Error>,
     ) -> (MutexGuard<'s, Queue>, Result<Option<R>, Error>) {
         let records = mem::take(&mut queue.records);
+        queue.gather.take();
         drop(queue);
         let work = || self.batch(&mut journal, &records, plan);
         // A disk is code of the user, and may panic. Threads that wait must hear of it.
@@ -404,7 +429,7 @@ impl Store {
             Err(_) => Some("a disk panicked".to_owned()),
         };
         if failed.is_none() {
-            queue.companions = queue.waiting;
+            queue.gather.served();
             for record in &records {
                 let Record::Open { first, count } = record else {
                     continue;
@@ -503,14 +528,23 @@ impl Store {
     }
 
     /// The pages of `extent` that `range` touches.
-    #[inline]
     pub(crate) fn mask(&self, extent: u64, range: IovaRange) -> u32 {
-        let geometry = Geometry {
+        self.geometry().mask(extent, range)
+    }
+
+    /// The pages that `range` touches in its first extent: at least one.
+    #[inline]
+    pub(crate) fn first_pages(&self, range: IovaRange) -> u32 {
+        self.geometry().first_pages(range)
+    }
+
+    #[inline]
+    fn geometry(&self) -> Geometry {
+        Geometry {
             len: 0,
             extent: self.extent,
             page: self.page,
-        };
-        geometry.mask(extent, range)
+        }
     }
 }
 

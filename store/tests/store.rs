@@ -130,6 +130,24 @@ fn consumers_are_independent_and_a_failed_commit_takes_nothing() {
     assert_eq!(runs(&a), [range(0x8000..0x9000)]);
 }
 
+/// An abort is durable, or an error: one of a consumer that left has nothing to put back.
+#[test]
+fn an_abort_says_whether_it_put_the_increment_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = create(dir.path(), &Options::new());
+    store.join("a").unwrap();
+    let batches = store.stats().batches;
+    store.harvest("a", None).unwrap().abort().unwrap();
+    assert_eq!(
+        store.stats().batches,
+        batches + 2,
+        "the harvest, and the abort"
+    );
+    let gone = store.harvest("a", None).unwrap();
+    store.leave("a").unwrap();
+    assert!(matches!(gone.abort(), Err(Error::Gone { number: 2, .. })));
+}
+
 /// The log wraps many times while consumers join, leave and get other names.
 #[test]
 fn consumers_come_and_go_while_the_log_wraps() {

@@ -16,6 +16,7 @@ use dirtymap_benches::compare::tables;
 use dirtymap_benches::peers::{ThroughHandle, ThroughSpace};
 use dirtymap_benches::workloads::{clusters, distinct};
 use dirtymap_benches::{Areas, PAGE, Peer, Tracker};
+use dirtymap_store::{Device, DirFolder, Options, Store};
 use pagetable_sim::{AmdV1, LeafSizes, Table};
 
 /// Pages of the memory: 64 GiB.
@@ -36,7 +37,7 @@ const LONG: u64 = 1 << 30;
 /// A workload: its name, how many operations it counts, and the function that runs it.
 type Workload = (&'static str, u64, fn());
 
-const WORKLOADS: [Workload; 18] = [
+const WORKLOADS: [Workload; 19] = [
     ("mark-hot-handle", TIMES, mark_hot::<ThroughHandle>),
     ("mark-hot-space", TIMES, mark_hot::<ThroughSpace>),
     ("mark-cold", TIMES, || mark_cold(PAGE)),
@@ -61,6 +62,7 @@ const WORKLOADS: [Workload; 18] = [
     }),
     ("table-10-percent", LEAVES, || table(Granule::K4, 100, 1)),
     ("table-10-percent-2m", LEAVES, || table(Granule::M2, 100, 1)),
+    ("store-write-open", TIMES, store_write_open),
 ];
 
 /// Ranges of 1 GiB that are marked.
@@ -205,6 +207,24 @@ fn table(leaf: Granule, permille: u64, cluster: u64) {
     }
     let mut words = vec![0u64; (LEAVES / 64) as usize];
     counted(&mut || tables::harvest(&table, 0, bytes, leaf, &mut words));
+}
+
+/// Writes to an extent that is durably open, from the announcement to the end of the write.
+fn store_write_open() {
+    let folder = sure(tempfile::tempdir());
+    let device = Device {
+        id: 1,
+        len: PAGES * PAGE,
+    };
+    let log = sure(DirFolder::new(folder.path().join("store")));
+    let store = sure(Store::create(log, &device, &Options::new()));
+    let write = || {
+        drop(sure(
+            sure(store.begin_write(black_box(HOT..HOT + PAGE))).wait(),
+        ))
+    };
+    write();
+    counted(&mut || (0..TIMES).for_each(|_| write()));
 }
 
 fn page_range(page: u64, pages: u64) -> IovaRange {

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use dirtymap::exchange::RunTable;
-use dirtymap::{IovaRange, Lease, Synced};
+use dirtymap::{Consumer, IovaRange, Lease, Synced};
 
 use super::error::{NbdError, at_most};
 use super::wire::MAX_NAME;
@@ -91,6 +91,41 @@ impl<'a> Export<'a> {
     /// As [`with_dirty`](Self::with_dirty).
     pub fn with_lease(self, name: &str, lease: &Lease<'_, Synced>) -> Result<Self, NbdError> {
         self.with_dirty(name, lease.runs().collect())
+    }
+
+    /// The same by the name of the consumer whose lease it is: `qemu:dirty-bitmap:NAME`. Several
+    /// consumers of a space are as many contexts, each with its own dirty state.
+    ///
+    /// ```
+    /// use dirtymap::{Access, AddressSpace, Granule, Start};
+    /// use dirtymap_formats::nbd::Export;
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let space = AddressSpace::tracked(Granule::K4);
+    /// space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// let backup = space.consumer("backup", Start::Clean)?;
+    /// let replica = space.consumer("replica", Start::Dirty)?;
+    /// space.mark(0x5000..0x6000)?;
+    /// let (one, two) = (backup.rounds().next()?, replica.rounds().next()?);
+    /// let export = Export::new("disk", 1 << 20)?
+    ///     .with_consumer(&backup, &one)? // 1 page
+    ///     .with_consumer(&replica, &two)?; // 256 pages
+    /// # drop(export);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// An increment of the crate `dirtymap-store` has the name of its consumer, too:
+    /// `with_dirty(increment.consumer(), increment.runs().clone())`.
+    ///
+    /// # Errors
+    /// As [`with_dirty`](Self::with_dirty).
+    pub fn with_consumer(
+        self,
+        consumer: &Consumer<'_>,
+        lease: &Lease<'_, Synced>,
+    ) -> Result<Self, NbdError> {
+        self.with_lease(consumer.name(), lease)
     }
 
     /// What `base:allocation` says: all but these bytes are holes that read as zero. Clients do not

@@ -56,6 +56,16 @@ pub enum RbdError {
         /// Bytes of the disk.
         size: u64,
     },
+    /// The disk does not have the size that the increment says.
+    #[error(
+        "the increment is of a disk of {size} bytes, but this one has {found}: grow or cut it first"
+    )]
+    Size {
+        /// What the increment says.
+        size: u64,
+        /// Bytes of the disk.
+        found: u64,
+    },
     /// The name of a snapshot is too long.
     #[error("the name of a snapshot has {len} bytes, but 4096 is the limit")]
     Name {

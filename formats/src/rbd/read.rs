@@ -255,6 +255,30 @@ impl<R: Read> Reader<R> {
         Ok(runs.into_iter().collect())
     }
 
+    /// Puts what is left of the increment over the bytes of a disk, which has the size that the
+    /// increment says: what `rbd import-diff` does.
+    ///
+    /// After an error, the disk has any part of the increment.
+    ///
+    /// # Errors
+    /// [`RbdError::Size`], before anything is changed; as [`next_record`](Self::next_record).
+    pub fn restore(&mut self, disk: &mut [u8]) -> Result<(), RbdError> {
+        let (size, found) = (self.meta.size, disk.len() as u64);
+        if size != found {
+            return Err(RbdError::Size { size, found });
+        }
+        while let Some(record) = self.next_record()? {
+            let (offset, len) = record.extent();
+            // The reader took no record that reaches past the end of the disk.
+            let part = &mut disk[offset as usize..][..len as usize];
+            match record {
+                Record::Data { .. } => self.data(part)?,
+                Record::Zeroes { .. } => part.fill(0),
+            }
+        }
+        Ok(())
+    }
+
     /// The stream, after the last record.
     pub fn into_inner(self) -> R {
         self.stream

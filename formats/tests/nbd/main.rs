@@ -11,8 +11,9 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 
 use dirtymap::exchange::RunTable;
-use dirtymap::{Access, AddressSpace, Granule, Iova, IovaRange};
+use dirtymap::{Access, AddressSpace, Granule, Iova, IovaRange, Start};
 use dirtymap_formats::nbd::{Client, Connect, Export, NbdError, Session, serve};
+use dirtymap_store::{Device, DirFolder, Options, Store};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -102,6 +103,58 @@ fn a_lease_is_served_and_outlives_the_connection() {
     assert_eq!(again.runs().collect::<RunTable>(), dirty);
     again.commit();
     assert_eq!(space.rounds().next().unwrap().dirty(), 0);
+}
+
+/// Each consumer of a space and each of a store is a context of its own, by its name, and clients
+/// that ask for another name get nothing.
+#[test]
+fn consumers_are_contexts_by_name() {
+    let space = AddressSpace::tracked(Granule::K4);
+    space.map(0..1 << 20, 0, Access::ReadWrite).unwrap();
+    let backup = space.consumer("backup", Start::Clean).unwrap();
+    let replica = space.consumer("replica", Start::Clean).unwrap();
+    space.mark(0x5000..0x6000).unwrap();
+    backup.rounds().next().unwrap().commit();
+    space.mark(0x8000..0xa000).unwrap();
+    let one = backup.rounds().next().unwrap();
+    let two = replica.rounds().next().unwrap();
+
+    let folder = tempfile::tempdir().unwrap();
+    let log = DirFolder::new(folder.path().join("store")).unwrap();
+    let device = Device {
+        id: 1,
+        len: 1 << 20,
+    };
+    let store = Store::create(log, &device, &Options::new()).unwrap();
+    store.join("nightly").unwrap();
+    let first = store.harvest("nightly", None).unwrap();
+    let first = first.commit(|| Ok(())).unwrap();
+    drop(store.begin_write(0x2_0000..0x2_1000).unwrap().wait());
+    let three = store.harvest("nightly", Some(first)).unwrap();
+
+    let export = Export::new("", 1 << 20).unwrap();
+    let export = export.with_consumer(&backup, &one).unwrap();
+    let export = export.with_consumer(&replica, &two).unwrap();
+    let export = export.with_dirty(three.consumer(), three.runs().clone());
+    let names = ["backup", "replica", "nightly"];
+    let ((), _) = session(&[export.unwrap()], |stream| {
+        let connect = names
+            .iter()
+            .fold(Connect::new(""), |it, name| it.dirty(name));
+        let mut client = connect.over(stream).unwrap();
+        let found = names.map(|name| client.read_dirty(name).unwrap());
+        let expected = [
+            table(&[(0x8000, 0x2000)]),
+            table(&[(0x5000, 0x1000), (0x8000, 0x2000)]),
+            table(&[(0x2_0000, 0x1000)]),
+        ];
+        assert_eq!(found, expected);
+        assert!(client.read_dirty("other").is_err());
+        client.disconnect().unwrap();
+    });
+    one.commit();
+    two.commit();
+    three.commit(|| Ok(())).unwrap();
 }
 
 #[test]

@@ -3,6 +3,8 @@
 #![cfg(all(unix, feature = "nbd", feature = "qcow2", feature = "rbd"))]
 #![allow(clippy::unwrap_used)]
 
+#[path = "../common_rbd/mod.rs"]
+mod common_rbd;
 #[path = "../../../tests/common_skip/mod.rs"]
 mod common_skip;
 mod nbd;

@@ -2,30 +2,10 @@
 
 use std::fs;
 
-use dirtymap_formats::rbd::{Meta, Reader, Record, Writer, merge, write_increment};
+use dirtymap_formats::rbd::{Reader, Writer, merge, write_increment};
 
+use super::common_rbd::{apply, meta};
 use super::*;
-
-fn meta(from: Option<&str>, to: &str, size: u64) -> Meta {
-    Meta {
-        from: from.map(Into::into),
-        to: Some(to.into()),
-        size,
-    }
-}
-
-fn apply(stream: &[u8], disk: &mut Vec<u8>) {
-    let mut reader = Reader::new(stream).unwrap();
-    disk.resize(reader.meta().size as usize, 0);
-    while let Some(record) = reader.next_record().unwrap() {
-        let (offset, len) = record.extent();
-        let part = &mut disk[offset as usize..][..len as usize];
-        match record {
-            Record::Data { .. } => reader.data(part).unwrap(),
-            Record::Zeroes { .. } => part.fill(0),
-        }
-    }
-}
 
 /// What Ceph merges of ours is what we merge: to the byte of the disk, and read by our reader.
 #[test]

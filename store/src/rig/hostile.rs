@@ -8,7 +8,9 @@ use super::programs::COPIED;
 use super::{Op, World, options};
 use crate::disk::SimFolder;
 use crate::error::Why;
-use crate::format::{BLOCK, Header};
+use crate::format::{BLOCK, Batch, Header, forge_checksums};
+use crate::image::{Image, MAX_EPOCH};
+use crate::record::Record;
 use crate::store::{Opened, Store};
 
 /// A store with a consumer, some of whose pages are dirty; the bytes of its log.
@@ -103,22 +105,95 @@ fn a_store_of_another_device_version_or_length_says_so() {
     assert!(matches!(none, Opened::Everything(lost) if *lost.why() == Why::Missing));
 }
 
-/// The checksums of a file that an attacker changed.
-fn forge(bytes: &mut [u8]) {
-    let checkpoint = u64::from_le_bytes(bytes[64..72].try_into().unwrap());
-    let end = BLOCK as u64 + checkpoint.min((bytes.len() - BLOCK) as u64);
-    let crc = crc32fast::hash(&bytes[BLOCK..end as usize]);
-    bytes[88..92].copy_from_slice(&crc.to_le_bytes());
-    let crc = crc32fast::hash(&bytes[..92]);
-    bytes[92..96].copy_from_slice(&crc.to_le_bytes());
-    for at in (BLOCK..bytes.len()).step_by(BLOCK) {
-        if bytes[at..].starts_with(b"dmba") {
-            let len = u32::from_le_bytes(bytes[at + 24..at + 28].try_into().unwrap());
-            let end = (at + 32 + len as usize).min(bytes.len());
-            let crc = crc32fast::hash(&bytes[at + 8..end]);
-            bytes[at + 4..at + 8].copy_from_slice(&crc.to_le_bytes());
-        }
+/// Each log has the next number, and goes on counting batches above a torn one: so no block of an
+/// older log is taken for one of the new log, where a file system hands out old blocks.
+#[test]
+fn a_new_log_has_numbers_of_its_own() {
+    let mut world = World::new();
+    let store = Store::create(world.sim.clone(), &world.device(), &options()).unwrap();
+    let header = |world: &World| {
+        let bytes = world.sim.bytes("log").unwrap();
+        Header::read(&bytes[..BLOCK], bytes.len() as u64, &world.device()).unwrap()
+    };
+    let first = header(&world);
+    let (logs, batches) = (store.stats().switches, store.stats().batches);
+    while store.stats().switches == logs {
+        world.run(&store, &[0, 2, 4].map(|page| Op::Write { page }));
     }
+    let (second, batches) = (header(&world), store.stats().batches - batches);
+    assert_eq!(second.generation, first.generation + 1);
+    assert!(second.sequence >= first.sequence + batches && batches > 0);
+}
+
+/// Each block of the log claims to begin a batch that has all of the rest. To look at each of them
+/// would take time in proportion to the square of the log.
+#[test]
+fn a_log_in_which_every_block_claims_the_rest_is_refused() {
+    let world = World::new();
+    let roomy = options().log_bytes(32 * BLOCK as u64);
+    drop(Store::create(world.sim.clone(), &world.device(), &roomy).unwrap());
+    let mut bytes = world.sim.bytes("log").unwrap();
+    let header = Header::read(&bytes[..BLOCK], bytes.len() as u64, &world.device()).unwrap();
+    for at in (header.batches() as usize..bytes.len()).step_by(BLOCK) {
+        let rest = (bytes.len() - at) as u32;
+        bytes[at..at + 4].copy_from_slice(b"dmba");
+        bytes[at + 8..at + 16].copy_from_slice(&header.generation.to_le_bytes());
+        bytes[at + 24..at + 28].copy_from_slice(&rest.to_le_bytes());
+    }
+    let (part, what) = ("log", "too many batches begin in it");
+    assert_eq!(
+        open(&world, bytes).unwrap_err(),
+        Why::Damaged { part, what }
+    );
+}
+
+/// A consumer whose next increment would be the last one there is: the store would be taken, and
+/// its first harvest refused with words about the store's own batch.
+#[test]
+fn a_log_whose_epochs_are_used_up_is_refused() {
+    let (world, bytes) = log();
+    let header = Header::read(&bytes[..BLOCK], bytes.len() as u64, &world.device()).unwrap();
+    let checkpoint = &bytes[BLOCK..BLOCK + header.checkpoint as usize];
+    let mut image = Image::read(checkpoint, &header.geometry).unwrap();
+    for (next, taken) in [(MAX_EPOCH, true), (MAX_EPOCH + 1, false), (u64::MAX, false)] {
+        image.consumers.values_mut().next().unwrap().next = next;
+        let mut out = Vec::new();
+        image.put(&mut out);
+        let read = Image::read(&out, &header.geometry);
+        assert_eq!(read.is_ok(), taken, "{next:#x}");
+    }
+}
+
+/// A log lets its device grow past the one that is there, to 2^32 extents, in a few bytes. What is
+/// dirty in them would take a gigabyte for each consumer, so the replay ends at the record.
+#[test]
+fn a_log_that_outgrows_its_device_is_refused_at_the_record() {
+    let world = World::new();
+    drop(Store::create(world.sim.clone(), &world.device(), &options()).unwrap());
+    let mut bytes = world.sim.bytes("log").unwrap();
+    let header = Header::read(&bytes[..BLOCK], bytes.len() as u64, &world.device()).unwrap();
+    let (found, most) = (world.device().len, 1 << (32 + header.geometry.extent.lg2()));
+    let mut batch = Batch::new();
+    for len in [found + 1, most] {
+        batch.push(&Record::Grow { len });
+    }
+    let batch = batch.seal(header.generation, header.sequence);
+    bytes[header.batches() as usize..][..batch.len()].copy_from_slice(&batch);
+    let recorded = found + 1;
+    assert_eq!(
+        open(&world, bytes.clone()).unwrap_err(),
+        Why::Resized { recorded, found }
+    );
+    // The same in the header, whose checkpoint may name extents of the larger device.
+    bytes[48..56].copy_from_slice(&most.to_le_bytes());
+    forge_checksums(&mut bytes);
+    assert_eq!(
+        open(&world, bytes).unwrap_err(),
+        Why::Resized {
+            recorded: most,
+            found
+        }
+    );
 }
 
 proptest! {
@@ -140,7 +215,7 @@ proptest! {
             let at = if part == 2 { batches + at % 64 } else { at };
             bytes[at] = byte;
         }
-        forge(&mut bytes);
+        forge_checksums(&mut bytes);
         if let Ok(store) = open(&world, bytes) {
             for consumer in store.consumers().unwrap() {
                 let increment = store.harvest(&consumer.name, consumer.committed).unwrap();
@@ -154,7 +229,7 @@ proptest! {
         let world = World::new();
         if magic && bytes.len() > BLOCK {
             bytes[..12].copy_from_slice(b"dmstore\0\x01\0\0\0");
-            forge(&mut bytes);
+            forge_checksums(&mut bytes);
         }
         prop_assert!(open(&world, bytes).is_err());
     }

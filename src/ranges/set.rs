@@ -1,8 +1,8 @@
-//! The committed parts of a lease.
+//! A set of addresses as ranges.
 
 use std::collections::BTreeMap;
 
-use crate::ranges::without;
+use super::without;
 use crate::units::{Iova, IovaRange};
 
 /// Disjoint ranges that do not touch, by first address.
@@ -10,34 +10,34 @@ use crate::units::{Iova, IovaRange};
 /// A call costs a search, and a step for each range that its part joins. A joined range no longer
 /// exists, so parts in any order cost O(log n) each, and any number of parts that touch are one
 /// range.
-#[derive(Debug, Default)]
-pub(super) struct Committed {
+#[derive(Clone, Debug, Default)]
+pub(crate) struct RangeSet {
     /// The first address of each range, with its last.
     runs: BTreeMap<Iova, Iova>,
 }
 
-impl Committed {
-    /// Nothing is committed. Allocates nothing.
-    pub(super) const fn new() -> Self {
-        Committed {
+impl RangeSet {
+    /// The empty set. Allocates nothing.
+    pub(crate) const fn new() -> Self {
+        RangeSet {
             runs: BTreeMap::new(),
         }
     }
 
-    /// The parts of `range` that are not committed, in ascending order.
-    pub(super) fn without(&self, range: IovaRange) -> impl Iterator<Item = IovaRange> + '_ {
+    /// The parts of `range` that are not in the set, in ascending order.
+    pub(crate) fn without(&self, range: IovaRange) -> impl Iterator<Item = IovaRange> + '_ {
         let below = self.runs.range(..range.start()).next_back();
         let below = below.filter(|(_, last)| **last >= range.start());
         let above = self.runs.range(range.start()..=range.last());
-        let committed = below.into_iter().chain(above);
+        let inside = below.into_iter().chain(above);
         without(
             range,
-            committed.map(|(start, last)| IovaRange::ascending(*start, *last)),
+            inside.map(|(start, last)| IovaRange::ascending(*start, *last)),
         )
     }
 
-    /// Commits `part`, and returns how many ranges it was joined with.
-    pub(super) fn add(&mut self, part: IovaRange) -> usize {
+    /// Adds `part`, and returns how many ranges it was joined with.
+    pub(crate) fn add(&mut self, part: IovaRange) -> usize {
         let (start, mut last) = (part.start(), part.last());
         let mut joined = 0;
         // The ranges that begin in the part or right above it.
@@ -59,9 +59,37 @@ impl Committed {
         joined
     }
 
+    /// Removes `part`. Returns the ranges that were removed, in ascending order.
+    pub(crate) fn remove(&mut self, part: IovaRange) -> Vec<IovaRange> {
+        let mut removed = Vec::new();
+        // The last range that begins at the end of the part or below it, while it reaches the part.
+        while let Some((&start, &last)) = self.runs.range(..=part.last()).next_back()
+            && last >= part.start()
+        {
+            self.runs.remove(&start);
+            let run = IovaRange::ascending(start, last);
+            for rest in without(run, [part]) {
+                self.runs.insert(rest.start(), rest.last());
+            }
+            removed.extend(run.intersection(part));
+        }
+        removed.reverse();
+        removed
+    }
+
+    /// Whether it has nothing.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.runs.is_empty()
+    }
+
+    /// The ranges in ascending order.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = IovaRange> + '_ {
+        let runs = self.runs.iter();
+        runs.map(|(start, last)| IovaRange::ascending(*start, *last))
+    }
+
     /// The number of ranges.
-    #[cfg(all(test, not(dirtymap_loom)))]
-    fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.runs.len()
     }
 }
@@ -86,7 +114,7 @@ mod tests {
             (state >> 33) % bound
         };
         for _ in 0..2000 {
-            let (mut committed, mut flags) = (Committed::new(), [false; 40]);
+            let (mut committed, mut flags) = (RangeSet::new(), [false; 40]);
             for _ in 0..12 {
                 let first = below(40);
                 let part = range(first, (first + below(8)).min(39));
@@ -105,11 +133,29 @@ mod tests {
                         |pair: &[IovaRange]| pair[0].last().get() + 1 < pair[1].start().get();
                     assert!(fresh.windows(2).all(apart), "{fresh:?} are not maximal");
                 }
-                committed.add(part);
-                (part.start().get()..=part.last().get()).for_each(|at| flags[at as usize] = true);
+                let add = below(3) > 0;
+                if add {
+                    committed.add(part);
+                } else {
+                    let removed = committed.remove(part);
+                    let gone = removed
+                        .iter()
+                        .flat_map(|run| run.start().get()..=run.last().get());
+                    let were_in = (part.start().get()..=part.last().get())
+                        .filter(|at| flags[*at as usize])
+                        .collect::<Vec<u64>>();
+                    assert_eq!(gone.collect::<Vec<u64>>(), were_in);
+                }
+                (part.start().get()..=part.last().get()).for_each(|at| flags[at as usize] = add);
+                let told = committed
+                    .iter()
+                    .flat_map(|run| run.start().get()..=run.last().get());
+                let set = (0..40).filter(|at| flags[*at as usize]);
+                assert!(told.eq(set));
+                assert_eq!(committed.is_empty(), flags == [false; 40]);
             }
         }
-        let mut all = Committed::new();
+        let mut all = RangeSet::new();
         all.add(range(5, u64::MAX));
         all.add(range(0, 4));
         assert_eq!((all.len(), all.without(IovaRange::ALL).count()), (1, 0));
@@ -126,7 +172,7 @@ mod tests {
         let shuffled = |n: u64| n * 7919 % PARTS;
         let orders: [&dyn Fn(u64) -> u64; 3] = [&|n| n, &|n| PARTS - 1 - n, &shuffled];
         for order in orders {
-            let mut apart = Committed::new();
+            let mut apart = RangeSet::new();
             for n in 0..PARTS {
                 let part = part(order(n));
                 assert_eq!(apart.without(part).count(), 1);
@@ -134,14 +180,14 @@ mod tests {
             }
             assert_eq!(apart.len() as u64, PARTS);
             // Two joined ranges are one from then on, so there are fewer joins than calls.
-            let (mut joined, mut all) = (0, Committed::new());
+            let (mut joined, mut all) = (0, RangeSet::new());
             for n in 0..PARTS {
                 joined += all.add(touching(order(n)));
             }
             assert_eq!((all.len(), joined as u64), (1, PARTS - 1));
         }
         // In order, there is never more than one.
-        let mut ascending = Committed::new();
+        let mut ascending = RangeSet::new();
         for n in 0..PARTS {
             ascending.add(touching(n));
             assert_eq!(ascending.len(), 1);

@@ -1,0 +1,142 @@
+//! Bounds of what a consumer holds. A store of pending pages that has grown too large, or whose
+//! consumer has not come for too long, is dropped: then all that is mapped is pending for it.
+//!
+//! # The protocol
+//! ```text
+//!  dropping thread                          harvest of the consumer
+//!  B1  publish a consumer with an empty     C1  take what is pending as a whole
+//!      store, for which its range is        C2  report all of it that is mapped
+//!      pending as a whole                   sync:
+//!                                           C3  wait for harvests that began before
+//!                                           C4  flush all sources; fence F2
+//!                                               copy
+//! ```
+//!
+//! The list of consumers is under the root of the area tree. So B1 is an update of the root, as a
+//! join is, and the old store lives for as long as a thread may use it.
+//!
+//! # Why no write is lost
+//! Take a harvest X of another consumer that takes a page p, and leaves it in the old store,
+//! because X has loaded a root from before B1. Or take a lease of the consumer itself over the old
+//! store, which puts p back there. Nobody looks at that store.
+//! * If p is still pending as a whole, a later harvest of the consumer reports it.
+//! * If a harvest Y of the consumer has taken it as a whole (C1), then B1 came before C3. X has
+//!   announced itself before it loaded its root, so it is among those for which C3 waits: see
+//!   [`walks`](super::walks). So X has cleared p before the flush C4. A write before that is in the
+//!   copy of Y, and one after it sets the dirty bit, or the mark, anew.
+//! * If Y is aborted, what it took as a whole is pending as a whole again, in the store from which
+//!   it came. If that one was dropped meanwhile, another B1 has made everything pending.
+//!
+//!   A harvest that began before C3 has ended then, so no page comes into the old store later.
+//!
+//! A harvest that loads the root after B1 leaves its pages in the new store, with their debt.
+//!
+//! # The store of a harvest
+//! A harvest Y of the consumer that has loaded the root before B1 looks at the old store, while
+//! another one leaves a page in the new store. If Y is the last harvest, it must not miss that
+//! page. So Y looks whether its store is old after each piece, and goes on with the new store, in
+//! which everything is pending. The old store says that it is old before B1. If Y finds a page
+//! neither in the table nor in flight, it sees what the other harvest saw, which had loaded the
+//! root from after B1.
+
+use super::AddressSpace;
+use super::member::{Audience, Member, MemberCounts, Party};
+use crate::failure::{Failure, attempt};
+use crate::flush::FlushGather;
+use crate::sync::{Arc, Ordering, Step, performs};
+use crate::units::IovaRange;
+
+impl AddressSpace {
+    /// Drops the stores of the consumers of `audience` that are out of bounds, after a harvest.
+    pub(crate) fn keep_in_bounds(&self, audience: &Audience) {
+        if !audience.is_shared() {
+            return;
+        }
+        for other in audience.others() {
+            let bounds = other.bounds();
+            let is_late = bounds.age != u64::MAX && {
+                // Relaxed: a count, which orders nothing.
+                other.missed.fetch_add(1, Ordering::Relaxed) >= bounds.age
+            };
+            if is_late || other.pending.held_bytes() > bounds.bytes {
+                self.drop_store(other);
+            }
+        }
+        if let Some(own) = audience.own() {
+            self.keep_own_in_bounds(own);
+        }
+    }
+
+    /// Drops the store of a consumer that puts something back, if that is too much.
+    pub(crate) fn keep_own_in_bounds(&self, own: &Arc<Member>) {
+        if own.pending.held_bytes() > own.bounds().bytes {
+            self.drop_store(own);
+        }
+    }
+
+    /// B1: gives a consumer an empty store, unless it has another one already.
+    fn drop_store(&self, old: &Arc<Member>) {
+        if old.pending.held_bytes() == 0 {
+            return;
+        }
+        let fresh = Member::with_store(Arc::clone(&old.party), old.stores + 1);
+        if performs(Step::TellWhole) {
+            fresh.whole.add(old.range);
+        }
+        let fresh = Arc::new(fresh);
+        // Relaxed: the update publishes it. A harvest that misses a page, because another one has
+        // left it in the new store, sees this by way of that harvest: see "The store of a harvest".
+        old.is_old.store(true, Ordering::Relaxed);
+        let dropped = self.areas.update(|edit| {
+            if !edit
+                .rules()
+                .members()
+                .iter()
+                .any(|now| Arc::ptr_eq(now, old))
+            {
+                return Err(()); // it has left, or another thread was faster
+            }
+            edit.set_rules(edit.rules().with_members(|all| {
+                let place = all.iter_mut().find(|now| Arc::ptr_eq(now, old));
+                if let Some(place) = place {
+                    *place = Arc::clone(&fresh);
+                }
+            }));
+            Ok(())
+        });
+        if dropped.is_ok() {
+            MemberCounts::add(&old.counts.dropped, 1);
+        }
+    }
+
+    /// The store that the consumer of a harvest got after the harvest has loaded the root.
+    pub(crate) fn younger_store(&self, own: &Arc<Member>) -> Option<Arc<Member>> {
+        // Relaxed: see `drop_store`.
+        if !own.is_old.load(Ordering::Relaxed) || !performs(Step::FollowStore) {
+            return None;
+        }
+        self.member(own).filter(|now| !Arc::ptr_eq(now, own))
+    }
+
+    /// The consumer with the store that it has now; `None` if it has left.
+    pub(crate) fn member(&self, party: &Party) -> Option<Arc<Member>> {
+        let members = self.members();
+        members.iter().find(|member| member.id == party.id).cloned()
+    }
+
+    /// C3 and C4 but for the fence: waits for the harvests that are running, and flushes all
+    /// sources. What those harvests have cleared, devices may still cache as dirty, and only their
+    /// leases know that debt.
+    pub(crate) fn catch_up(&self) -> Result<(), Failure> {
+        self.walks.wait();
+        if performs(Step::FlushAtJoin) {
+            let mut gather = FlushGather::new();
+            for domain in self.attachments().iter() {
+                self.owe_all_of(&mut gather, IovaRange::ALL, domain);
+            }
+            let ticket = self.flush.owe(&gather);
+            attempt(|| self.flush_until(ticket))?;
+        }
+        Ok(())
+    }
+}

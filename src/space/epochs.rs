@@ -1,0 +1,498 @@
+//! The epochs of a consumer: its committed harvests, and what each of them had.
+//!
+//! # Numbers
+//! Each lease gets a number when its walk has ended, and the committed ones are the epochs. If the
+//! copies of two leases have the same page, the one with the higher number is to win:
+//!
+//! * If B has the lower number, all that B took happens before the number of A, and so before the
+//!   sync and the copies of A. So the copies of A have every write that B reports.
+//! * So copies that are applied in the order of numbers end with the last report of each page. A
+//!   write that this copy misses is dirty still, and a later lease reports it.
+//!
+//! A number that was given at the begin of a walk would not do: the walk may take a page that was
+//! written after a lease with a higher number was copied.
+//!
+//! # Parents
+//! The parent of an epoch is the last one before it. It is known for certain at the commit, because
+//! other leases may be committed or aborted until then.
+//!
+//! * A lease that is committed after one with a higher number is *late*: its copies may be older
+//!   than those of its epoch's predecessor. It gets a new number, and no parent.
+//! * Pages that were committed by parts never come again, however their lease ends, or if it is
+//!   forgotten. So the end of such a lease makes an epoch even if the rest of it is aborted. An
+//!   epoch that is made while such a lease lives does not have these pages, and gets no parent.
+//!
+//! # Deltas
+//! Pages that are committed are added to the delta of the newest epoch that a cursor holds. So
+//! there are as many deltas as epochs with cursors, and without cursors there is none. The delta of
+//! a cursor that goes is merged into that of the epoch with a cursor before it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::hash::{BuildHasher, Hasher};
+use std::str::FromStr;
+
+use crate::ranges::PageSet;
+use crate::sync::{AtomicU64, Mutex, Ordering, lock};
+use crate::units::{Granule, IovaRange};
+
+/// The name of a state of one consumer's copy: which consumer, and which of its increments was the
+/// last one.
+///
+/// Each consumer has an identity that no other consumer has, in this space or another one, in this
+/// process or a later one. So a program can store an epoch with its copy, and ask for it by
+/// [`Consumer::since`](crate::Consumer::since) whatever happened in between: an epoch that the
+/// consumer does not know is told apart.
+///
+/// ```
+/// use dirtymap::harvest::Epoch;
+///
+/// let text = "0000000000000000000000000000002a-7";
+/// let epoch: Epoch = text.parse()?;
+/// assert_eq!((epoch.consumer(), epoch.number()), (42, 7));
+/// assert_eq!(epoch.to_string(), text);
+/// # Ok::<(), dirtymap::harvest::BadEpoch>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Epoch {
+    consumer: u128,
+    number: u64,
+}
+
+/// A text that is no [`Epoch`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("an epoch is 32 hexadecimal digits, a hyphen and a decimal number")]
+pub struct BadEpoch;
+
+impl Epoch {
+    /// The identity of the consumer.
+    pub fn consumer(self) -> u128 {
+        self.consumer
+    }
+
+    /// The number of the increment. 0 is the moment at which the consumer joined. Numbers ascend
+    /// with gaps, because a lease that is aborted has one, too.
+    pub fn number(self) -> u64 {
+        self.number
+    }
+}
+
+impl fmt::Display for Epoch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}-{}", self.consumer, self.number)
+    }
+}
+
+impl FromStr for Epoch {
+    type Err = BadEpoch;
+
+    fn from_str(text: &str) -> Result<Self, BadEpoch> {
+        let (consumer, number) = text.split_once('-').ok_or(BadEpoch)?;
+        // `from_str_radix` and `parse` take a sign, too.
+        let hexadecimal = consumer.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let decimal = number.bytes().all(|byte| byte.is_ascii_digit());
+        if consumer.len() != 32 || !hexadecimal || !decimal {
+            return Err(BadEpoch);
+        }
+        Ok(Epoch {
+            consumer: u128::from_str_radix(consumer, 16).map_err(|_| BadEpoch)?,
+            number: number.parse().map_err(|_| BadEpoch)?,
+        })
+    }
+}
+
+/// The place of a lease among the increments of its consumer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lineage {
+    /// The epoch that the commit of the lease makes.
+    pub epoch: Epoch,
+    /// What the lease is an increment of.
+    pub parent: Parent,
+}
+
+/// What a lease is an increment of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Parent {
+    /// A copy of this epoch, with the pages of the lease, is a copy of the lease's own epoch. A
+    /// consumer that began as a [copy](crate::Start::LikeOf) of another one begins with an epoch of
+    /// that one.
+    Epoch(Epoch),
+    /// Nothing: this and the later leases report all that is mapped in the consumer's range.
+    Everything(Why),
+    /// No copy that exists for certain. The lease alone is too little: copy everything, or what
+    /// [`since`](crate::Consumer::since) an epoch of a copy says.
+    Unknown(Why),
+}
+
+/// Why everything has to be copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Why {
+    /// The consumer began with [`Start::Dirty`](crate::Start::Dirty), and has no epoch yet.
+    Beginning,
+    /// The consumer, or the cursor, held more than the [`Bounds`](crate::harvest::Bounds).
+    Bounds,
+    /// A lease whose harvest ended later was committed earlier.
+    Late,
+    /// Parts of another lease were committed, and that lease has not ended.
+    Parts,
+    /// The epoch is one of another consumer, or of another space.
+    Foreign,
+    /// The consumer has not come to that epoch yet.
+    Future,
+    /// No cursor has held that epoch, so it was merged with others, or it never was one.
+    Merged,
+}
+
+/// The answer of [`Consumer::since`](crate::Consumer::since).
+#[derive(Clone, Debug)]
+#[must_use]
+pub enum Since {
+    /// This was written.
+    Runs(Written),
+    /// Unknown: everything has to be copied.
+    Everything(Why),
+}
+
+/// The pages that a consumer has committed after one epoch, up to another one.
+#[derive(Clone, Debug)]
+pub struct Written {
+    from: Epoch,
+    to: Epoch,
+    pages: PageSet,
+}
+
+impl Written {
+    /// The epoch after which they were written.
+    pub fn from(&self) -> Epoch {
+        self.from
+    }
+
+    /// The epoch up to which they were committed: a copy of [`from`](Self::from) with these pages
+    /// is one of this epoch.
+    pub fn to(&self) -> Epoch {
+        self.to
+    }
+
+    /// The pages as maximal runs, in ascending order. Some may be mapped no more.
+    pub fn runs(&self) -> impl Iterator<Item = IovaRange> + '_ {
+        self.pages.runs()
+    }
+
+    /// Whether there is no page.
+    pub fn is_empty(&self) -> bool {
+        self.pages.is_empty()
+    }
+}
+
+/// How much a consumer may hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct Bounds {
+    /// Bytes of memory for pending pages and deltas together. Deltas go first, the oldest first.
+    pub bytes: u64,
+    /// Deltas, which are epochs that have cursors.
+    pub deltas: u64,
+    /// Harvests of other consumers since its own last one, after which its pending pages go; and
+    /// epochs that follow that of a cursor, after which its delta goes.
+    pub age: u64,
+}
+
+impl Default for Bounds {
+    /// 256 MiB, which are the pending pages of 8 TiB at 4 KiB a page; 64 deltas; any age.
+    fn default() -> Self {
+        Bounds {
+            bytes: 256 << 20,
+            deltas: 64,
+            age: u64::MAX,
+        }
+    }
+}
+
+/// A lease, as its consumer's epochs see it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Entry {
+    pub(crate) number: u64,
+    /// Which of the stores of its consumer it took all of, if it did.
+    pub(crate) whole: Option<u64>,
+}
+
+/// The epochs of one consumer.
+#[derive(Debug)]
+pub(crate) struct Epochs {
+    identity: u128,
+    /// The last number of a lease.
+    last: AtomicU64,
+    log: Mutex<Log>,
+}
+
+#[derive(Debug)]
+struct Log {
+    /// The newest epoch.
+    head: u64,
+    /// The parent of the next lease that is neither late nor everything.
+    top: Parent,
+    /// Epochs that were made.
+    made: u64,
+    /// The epochs that cursors hold: how many cursors, and how many epochs there were before.
+    cursors: BTreeMap<u64, (u64, u64)>,
+    /// What was committed after each of them and before the next of them.
+    deltas: BTreeMap<u64, PageSet>,
+    /// The leases of which parts were committed since the newest epoch.
+    parts: BTreeSet<u64>,
+    /// The last store of which everything was told, and the number of the lease that begins with
+    /// it: the first one of which a part or all was committed.
+    told: (u64, u64),
+    page: Granule,
+}
+
+impl Epochs {
+    /// The epochs of a consumer that begins clean.
+    pub(super) fn new(page: Granule) -> Self {
+        let identity = new_identity();
+        Epochs {
+            identity,
+            last: AtomicU64::new(0),
+            log: Mutex::new(Log {
+                head: 0,
+                top: Parent::Epoch(Epoch {
+                    consumer: identity,
+                    number: 0,
+                }),
+                made: 0,
+                cursors: BTreeMap::new(),
+                deltas: BTreeMap::new(),
+                parts: BTreeSet::new(),
+                told: (0, 0),
+                page,
+            }),
+        }
+    }
+
+    /// The parent of a consumer's first increment is `top`.
+    pub(super) fn begin_with(&self, top: Parent) {
+        lock(&self.log).top = top;
+    }
+
+    /// The parent that an increment would have that follows all epochs.
+    pub(super) fn top(&self) -> Parent {
+        lock(&self.log).top
+    }
+
+    /// The number of a lease, whose walk has ended.
+    pub(crate) fn number(&self) -> u64 {
+        // AcqRel: what a lease with a lower number has taken happens before this, and so before the
+        // copies of this lease: see the module.
+        self.last.fetch_add(1, Ordering::AcqRel) + 1
+    }
+
+    fn epoch(&self, number: u64) -> Epoch {
+        Epoch {
+            consumer: self.identity,
+            number,
+        }
+    }
+
+    /// The newest epoch.
+    pub(crate) fn newest(&self) -> Epoch {
+        self.epoch(lock(&self.log).head)
+    }
+
+    /// The lineage of a lease if it were committed now.
+    pub(crate) fn lineage(&self, entry: Entry) -> Lineage {
+        Lineage {
+            epoch: self.epoch(entry.number),
+            parent: lock(&self.log).parent(entry),
+        }
+    }
+
+    /// A lease is committed; `runs` are its pages without those that were committed by parts.
+    pub(crate) fn commit(
+        &self,
+        entry: Entry,
+        runs: impl IntoIterator<Item = IovaRange>,
+        room: &Bounds,
+    ) -> Lineage {
+        let mut log = lock(&self.log);
+        let parent = log.parent(entry);
+        log.add(runs);
+        log.tell(entry);
+        let epoch = self.make(&mut log, entry.number);
+        log.keep_within(room);
+        Lineage { epoch, parent }
+    }
+
+    /// A part of a lease is committed.
+    pub(crate) fn commit_part(
+        &self,
+        entry: Entry,
+        runs: impl IntoIterator<Item = IovaRange>,
+        room: &Bounds,
+    ) {
+        let mut log = lock(&self.log);
+        log.add(runs);
+        log.tell(entry);
+        log.parts.insert(entry.number);
+        log.keep_within(room);
+    }
+
+    /// The rest of a lease is put back. If parts of it were committed, they are an epoch.
+    pub(crate) fn abort(&self, entry: Entry) {
+        let mut log = lock(&self.log);
+        if log.parts.contains(&entry.number) {
+            self.make(&mut log, entry.number);
+        }
+    }
+
+    /// Makes an epoch with this number, or with a new one if it is late.
+    fn make(&self, log: &mut Log, number: u64) -> Epoch {
+        let number = match number > log.head {
+            true => number,
+            false => self.number(),
+        };
+        let epoch = self.epoch(number);
+        log.head = number;
+        log.top = Parent::Epoch(epoch);
+        log.made += 1;
+        log.parts.clear();
+        epoch
+    }
+
+    /// Holds the newest epoch, which has all that was committed so far.
+    pub(crate) fn hold(&self, room: &Bounds) -> Epoch {
+        let mut log = lock(&self.log);
+        if !log.parts.is_empty() {
+            self.make(&mut log, 0);
+        }
+        let (head, made, page) = (log.head, log.made, log.page);
+        log.cursors.entry(head).or_insert((0, made)).0 += 1;
+        log.deltas.entry(head).or_insert_with(|| PageSet::new(page));
+        log.keep_within(room);
+        self.epoch(head)
+    }
+
+    /// Holds an epoch that is held.
+    pub(crate) fn hold_again(&self, epoch: Epoch) {
+        if let Some((holds, _)) = lock(&self.log).cursors.get_mut(&epoch.number) {
+            *holds += 1;
+        }
+    }
+
+    /// Ends one hold of an epoch.
+    pub(crate) fn release(&self, epoch: Epoch) {
+        let mut log = lock(&self.log);
+        let number = epoch.number;
+        let Some((holds, _)) = log.cursors.get_mut(&number) else {
+            return;
+        };
+        *holds -= 1;
+        if *holds > 0 {
+            return;
+        }
+        log.cursors.remove(&number);
+        if let Some(delta) = log.deltas.remove(&number)
+            && let Some((_, before)) = log.deltas.range_mut(..number).next_back()
+        {
+            before.merge_with(&delta);
+        }
+    }
+
+    /// What was committed after `epoch`.
+    pub(crate) fn since(&self, epoch: Epoch) -> Since {
+        let log = lock(&self.log);
+        let number = epoch.number;
+        if epoch.consumer != self.identity {
+            return Since::Everything(Why::Foreign);
+        }
+        if number > log.head {
+            return Since::Everything(Why::Future);
+        }
+        let mut pages = PageSet::new(log.page);
+        match log.deltas.contains_key(&number) {
+            true => {
+                let deltas = log.deltas.range(number..);
+                deltas.for_each(|(_, delta)| pages.merge_with(delta));
+            }
+            false if log.cursors.contains_key(&number) => return Since::Everything(Why::Bounds),
+            // Nothing was committed since the newest epoch.
+            false if number == log.head && log.parts.is_empty() => {}
+            false => return Since::Everything(Why::Merged),
+        }
+        Since::Runs(Written {
+            from: epoch,
+            to: self.epoch(log.head),
+            pages,
+        })
+    }
+
+    /// The number of deltas, and the bytes of memory that they take.
+    pub(crate) fn deltas(&self) -> (u64, u64) {
+        let log = lock(&self.log);
+        (log.deltas.len() as u64, log.bytes())
+    }
+}
+
+impl Log {
+    fn parent(&self, entry: Entry) -> Parent {
+        if entry.number <= self.head {
+            return Parent::Unknown(Why::Late);
+        }
+        let (told, by) = self.told;
+        if entry
+            .whole
+            .is_some_and(|whole| whole > told || by == entry.number)
+        {
+            return Parent::Everything(Why::Bounds);
+        }
+        if self.parts.iter().any(|part| *part != entry.number) {
+            return Parent::Unknown(Why::Parts);
+        }
+        self.top
+    }
+
+    /// Everything that a lease took as a whole begins to be told by it, unless it was before. What
+    /// a later lease has of it is an increment.
+    fn tell(&mut self, entry: Entry) {
+        if let Some(whole) = entry.whole.filter(|whole| *whole > self.told.0) {
+            self.told = (whole, entry.number);
+        }
+    }
+
+    /// Adds pages that are committed.
+    fn add(&mut self, runs: impl IntoIterator<Item = IovaRange>) {
+        if let Some((_, delta)) = self.deltas.iter_mut().next_back() {
+            delta.extend(runs);
+        }
+    }
+
+    fn bytes(&self) -> u64 {
+        self.deltas.values().map(PageSet::held_bytes).sum()
+    }
+
+    /// Drops the oldest deltas until the others are within bounds.
+    fn keep_within(&mut self, room: &Bounds) {
+        let mut bytes = self.bytes();
+        while let Some(oldest) = self.deltas.first_entry() {
+            let born = self.cursors.get(oldest.key()).map(|(_, born)| *born);
+            let age = born.map_or(0, |born| self.made - born);
+            let held = oldest.get().held_bytes();
+            if age <= room.age && self.deltas.len() as u64 <= room.deltas && bytes <= room.bytes {
+                break;
+            }
+            self.deltas.pop_first();
+            bytes -= held;
+        }
+    }
+}
+
+/// An identity that no other consumer has: 128 bits of the system's randomness, by way of the keys
+/// of hash maps, with the process, because a fork copies the state from which keys are made.
+fn new_identity() -> u128 {
+    let half = || {
+        let mut hasher = std::collections::hash_map::RandomState::new().build_hasher();
+        hasher.write_u32(std::process::id());
+        u128::from(hasher.finish())
+    };
+    half() << 64 | half()
+}

@@ -1,0 +1,73 @@
+//! What is pending as a whole for a consumer: ranges of which everything that is mapped is dirty
+//! for it. See [`bounds`](super::bounds).
+
+use crate::ranges::RangeSet;
+use crate::sync::{AtomicBool, Mutex, Ordering, fence, lock};
+use crate::units::IovaRange;
+
+/// What is pending as a whole for one consumer.
+#[derive(Debug)]
+pub(crate) struct Whole {
+    is_due: AtomicBool,
+    ranges: Mutex<RangeSet>,
+}
+
+impl Whole {
+    /// Nothing.
+    pub(super) fn new() -> Self {
+        Whole {
+            is_due: AtomicBool::new(false),
+            ranges: Mutex::new(RangeSet::new()),
+        }
+    }
+
+    pub(crate) fn is_due(&self) -> bool {
+        // Relaxed: what is stored here was stored before the consumer was published, or by an abort
+        // of the same consumer, which a harvest that begins later sees by coherence. The lock
+        // orders the ranges.
+        self.is_due.load(Ordering::Relaxed)
+    }
+
+    /// Adds `range`.
+    pub(crate) fn add(&self, range: IovaRange) {
+        let mut ranges = lock(&self.ranges);
+        ranges.add(range);
+        // Relaxed: see `is_due`.
+        self.is_due.store(true, Ordering::Relaxed);
+        drop(ranges);
+        // SeqCst: in the place of M3 of a mark, for an abort that looks at the areas next; pairs
+        // with F6 of an unmap.
+        // - If this fence is first, the unmap finds what was added.
+        // - If F6 is first, the abort finds that the area is going, and marks its pages.
+        fence(Ordering::SeqCst);
+    }
+
+    /// Takes what there is in `part`.
+    pub(crate) fn take(&self, part: IovaRange) -> Vec<IovaRange> {
+        if !self.is_due() {
+            return Vec::new();
+        }
+        let mut ranges = lock(&self.ranges);
+        let taken = ranges.remove(part);
+        if ranges.is_empty() {
+            // Relaxed: see `is_due`; under the lock, as the store in `add`.
+            self.is_due.store(false, Ordering::Relaxed);
+        }
+        taken
+    }
+
+    /// What there is in `part`.
+    pub(crate) fn parts(&self, part: IovaRange) -> Vec<IovaRange> {
+        if !self.is_due() {
+            return Vec::new();
+        }
+        let ranges = lock(&self.ranges);
+        let inside = ranges.iter().filter_map(|range| range.intersection(part));
+        inside.collect()
+    }
+
+    /// Whether all of `part` is in it.
+    pub(super) fn covers(&self, part: IovaRange) -> bool {
+        self.is_due() && lock(&self.ranges).without(part).next().is_none()
+    }
+}
