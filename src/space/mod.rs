@@ -32,6 +32,7 @@ mod member;
 mod members;
 mod outside;
 mod pairs;
+mod past;
 mod plan;
 mod retired;
 mod rules;
@@ -53,6 +54,7 @@ pub use epochs::{BadEpoch, Bounds, Epoch, Lineage, Parent, Since, Why, Written};
 pub use faults::{Fault, FaultSource, Faults};
 pub(crate) use member::{Audience, Member, MemberCounts, Party};
 pub(crate) use members::Beginning;
+pub(crate) use past::Watch;
 pub use plan::Change;
 pub use snapshot::SpaceSnapshot;
 pub(crate) use stats::Counters;
@@ -68,6 +70,7 @@ use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, fence};
 use crate::units::{Access, DomainId, Granule, Iova, IovaRange, ToIovaRange};
 use faults::Log;
 use outside::Outside;
+use past::Past;
 use retired::LastRetired;
 use rules::Rules;
 use switch::Switch;
@@ -116,6 +119,8 @@ pub struct AddressSpace {
     /// The pieces whose summaries such harvests may have cleared.
     pub(crate) hiding: InFlight,
     pub(crate) walks: Walks,
+    /// Areas that leave while a harvest records what was mapped.
+    pub(crate) past: Past,
     pub(crate) counters: Arc<Counters>,
     faults: Arc<Log>,
     tracking: Switch,
@@ -141,6 +146,7 @@ impl AddressSpace {
             flights: Flights::new(every_address(), page),
             hiding: InFlight::new(),
             walks: Walks::new(),
+            past: Past::new(),
             counters: Arc::new(Counters::default()),
             faults: Arc::new(Log::new()),
             tracking: Switch::new(),
