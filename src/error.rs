@@ -275,6 +275,15 @@ pub enum Error {
         /// The first such address.
         at: Iova,
     },
+    /// The storage of a range that was to be discarded could not be dropped.
+    #[error("the storage of {range} was not dropped, and its pages are dirty: {error}")]
+    NotDropped {
+        /// The range of the call.
+        range: IovaRange,
+        /// The error of the caller's closure.
+        #[source]
+        error: std::io::Error,
+    },
     /// A source of dirty state (an IO page table, a kernel interface) refused or failed.
     #[error("the dirty source failed: {0}")]
     Source(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -291,7 +300,7 @@ impl Error {
     ///
     /// * `ENOENT` (2): the range to unmap holds no area, or only a part of one; no such
     ///   reservation; no such domain; no such consumer.
-    /// * `EIO` (5): a source failed.
+    /// * `EIO` (5): a source failed, or the storage of a discard was not dropped.
     /// * `EFAULT` (14): a window of the bitmap cannot be mapped, or its file shrank.
     /// * `EBUSY` (16): another call is changing the area.
     /// * `EEXIST` (17): overlap with an area; a source that is attached already.
@@ -313,7 +322,7 @@ impl Error {
             | Error::NotReserved { .. }
             | Error::ConsumerLeft { .. }
             | Error::NotAttached { .. } => 2,
-            Error::Source(_) => 5,
+            Error::Source(_) | Error::NotDropped { .. } => 5,
             Error::Busy { .. } | Error::ConsumerBusy { .. } => 16,
             Error::Overlap { .. } | Error::AttachedTwice { .. } | Error::ConsumerTwice { .. } => 17,
             Error::NoSpace { .. } | Error::TooManyConsumers { .. } => 28,

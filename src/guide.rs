@@ -6,6 +6,9 @@ pub mod exchange {}
 #[doc = page!("consumers.md")]
 pub mod many {}
 
+#[doc = page!("discards.md")]
+pub mod discards {}
+
 #[doc = page!("monitors.md")]
 pub mod monitors {}
 

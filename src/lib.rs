@@ -245,6 +245,7 @@ macro_rules! page {
             "[many]: crate::guide::many\n",
             "[store]: https://docs.rs/dirtymap-store/latest/dirtymap_store/\n",
             "[joint]: https://github.com/dirtymap/dirtymap/blob/main/examples/adapters/joint.md\n",
+            "[discards]: crate::guide::discards\n",
             "[monitors]: crate::guide::monitors\n",
             "[exchange]: crate::guide::exchange\n",
             "[bugs]: crate::guide::bugs\n",

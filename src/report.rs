@@ -26,6 +26,17 @@ pub struct Aborted {
     pub outside_bytes: u64,
 }
 
+/// The result of a discard.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct Discarded {
+    /// Bytes of whole pages, which read as zero until they are written.
+    pub zero_bytes: u128,
+    /// Bytes of pages that are merely dirty: of parts of pages at the ends of the range, or all of
+    /// it if not every write is tracked.
+    pub dirty_bytes: u128,
+}
+
 /// The result of an unmap.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]

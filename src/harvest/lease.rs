@@ -25,9 +25,7 @@ use crate::flush::{FlushGather, Ticket};
 use crate::ranges::RangeSet;
 use crate::report::{Aborted, HarvestReport};
 use crate::source::Stopped;
-#[cfg(all(feature = "rayon", not(dirtymap_loom)))]
-use crate::space::AddressSpace;
-use crate::space::{Area, Areas, Audience, Covered, Entry, Lineage, MemberCounts};
+use crate::space::{AddressSpace, Area, Areas, Audience, Covered, Entry, Lineage, MemberCounts};
 use crate::sync::{AtomicU64, Mutex, Ordering, Step, lock, performs};
 use crate::units::{Granule, Iova, IovaRange};
 
@@ -281,6 +279,14 @@ impl<'a> Lease<'a, Synced> {
     /// cannot be read: see [`Runs::error`].
     pub fn runs(&self) -> Runs<'_> {
         self.holding.runs()
+    }
+
+    /// The space that knows which pages of the lease read as zero, unless the lease covers only
+    /// one domain, and the version of the tree at the end of the harvest.
+    pub(super) fn for_contents(&self) -> (Option<&AddressSpace>, u64) {
+        let holding = &self.holding;
+        let all = holding.covered.marks.then_some(&*holding.space);
+        (all, holding.ended)
     }
 
     /// The words of the user's bitmap that are not zero, as far as the lease covers them: for a

@@ -56,7 +56,7 @@ pub(super) fn look(
                     in_flight: &space.in_flight,
                     keep: &keep,
                     flush: &space.flush,
-                    shared: covered.audience.is_shared(),
+                    shared: covered.audience.own().is_some(),
                 };
                 let mut out = LeafSink::keeping(sink, gather, rests);
                 domain.source.read_and_clear(part, &mut out)
@@ -71,10 +71,17 @@ pub(super) fn look(
     fence(Ordering::Acquire);
     if let Some(part) = rest {
         sink.limit_to(part);
-        let visited = match seen {
-            Some(seen) => space.in_flight.visit(part, |write| seen.record(write)),
-            None => space.in_flight.visit(part, |write| sink.record(write)),
-        };
+        let takes = matches!(how, Look::Take(_));
+        let mut seen = seen;
+        let visited = space.in_flight.visit(part, |write| {
+            if takes && let Some(zeros) = space.zeros_to_clear(area) {
+                zeros.clear(write);
+            }
+            match &mut seen {
+                Some(seen) => seen.record(write),
+                None => sink.record(write),
+            }
+        });
         if let Err(error) = visited {
             let at = part.start();
             (rest, outcome) = below(part, Stopped { at, error }, page);

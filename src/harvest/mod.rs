@@ -55,6 +55,8 @@
 
 mod backing;
 mod consumer;
+mod content;
+mod discard;
 mod epochs;
 mod held;
 mod lease;
@@ -70,10 +72,11 @@ mod shared;
 mod walk;
 mod write_guard;
 
-pub use crate::report::{Aborted, HarvestReport};
+pub use crate::report::{Aborted, Discarded, HarvestReport};
 pub use crate::space::{BadEpoch, Bounds, Epoch, Lineage, Parent, Since, Why, Written};
 pub use backing::Backing;
 pub use consumer::{Consumer, ConsumerStats, Start};
+pub use content::{Content, Contents};
 pub use epochs::Cursor;
 pub use lease::{Lease, Owed, Synced};
 pub use request::{HarvestRequest, Holes, Scope};

@@ -68,7 +68,7 @@ pub(super) fn take(
     sink: &mut Sink<'_>,
     gather: &mut FlushGather,
 ) -> (u64, Result<(), Stopped>) {
-    if !covered.audience.is_shared() {
+    if !covered.audience.is_shared() && !space.has_discards() {
         let looked = look(
             space,
             covered,
@@ -87,7 +87,7 @@ pub(super) fn take(
         let end = (u128::from(start.get()) / bytes + 1) * bytes - 1;
         let last = u64::try_from(end).map_or(part.last(), |end| part.last().min(Iova::new(end)));
         let piece = IovaRange::ascending(start, last);
-        let mut taking = Taking::begin(space, covered, part);
+        let mut taking = Taking::begin(space, covered, area, part);
         let claim = Claim::begin(space, piece);
         let looked = {
             let mut flight = taking.flight.sink(part);
@@ -160,11 +160,21 @@ fn look_further(
     sink.limit_to(part);
     let stores = covered.domains().iter().map(|domain| &domain.put_back);
     let stores = stores.chain(covered.marks.then_some(&*area.marks));
+    let again = stores.clone();
     let further = space.look_hidden(part, stores, sink).and_then(|()| {
         // Acquire: pairs with the Release of a clear, or the Release fence before it, in
         // `LeafSink` and `take::clear`. A page that was found clear is seen in flight.
         fence(Ordering::Acquire);
-        space.flights.look(part, own, sink)
+        space.flights.look(part, own, sink)?;
+        if takes && let Some(zeros) = space.zeros_to_clear(area) {
+            // What was seen above and has gone since, its harvest has cleared.
+            let mut clear = |at, mask| zeros.clear_mask_at(at, mask);
+            space.visit_hidden(part, again, &mut clear);
+            // Acquire: as above, of a hidden word that was taken since.
+            fence(Ordering::Acquire);
+            space.flights.visit(part, &mut clear);
+        }
+        Ok(())
     });
     let further = further.and_then(|()| {
         // Acquire: pairs with the Release stores of `ChunkMap::wipe`. A page that was found wiped
@@ -212,10 +222,10 @@ pub(super) fn rounded(looked: Result<(), Stopped>, sink: &Sink<'_>) -> Result<()
 }
 
 /// T0: a piece whose summaries this harvest may hide.
-struct Claim<'s>(Option<&'s FlightSlot>);
+pub(super) struct Claim<'s>(Option<&'s FlightSlot>);
 
 impl<'s> Claim<'s> {
-    fn begin(space: &'s AddressSpace, piece: IovaRange) -> Self {
+    pub(super) fn begin(space: &'s AddressSpace, piece: IovaRange) -> Self {
         let claim = performs(Step::ClaimPiece).then(|| space.hiding.publish(piece));
         // Release: T0 before the clear of a summary. Pairs with the Acquire fence in
         // `look_hidden`: a harvest that finds a summary clear because of us sees the claim.
@@ -237,6 +247,7 @@ impl Drop for Claim<'_> {
 struct Taking<'s> {
     space: &'s AddressSpace,
     covered: &'s Covered,
+    area: &'s Area,
     /// What may be in the flight.
     part: IovaRange,
     flight: &'s Flight,
@@ -247,10 +258,16 @@ struct Taking<'s> {
 }
 
 impl<'s> Taking<'s> {
-    fn begin(space: &'s AddressSpace, covered: &'s Covered, part: IovaRange) -> Self {
+    fn begin(
+        space: &'s AddressSpace,
+        covered: &'s Covered,
+        area: &'s Area,
+        part: IovaRange,
+    ) -> Self {
         Taking {
             space,
             covered,
+            area,
             part,
             flight: space.flights.claim(),
             gather: FlushGather::new(),
@@ -303,7 +320,18 @@ impl<'s> Taking<'s> {
         // F2 in `Lease::sync`. If a page is found pending already, the harvest that takes it copies
         // after its F2: if F1 comes first, the copy has what was written before T2; if F2 comes
         // first, the page is found taken, and is left again.
+        // It is F10 of `harvest::discard`, too.
         fence(Ordering::SeqCst);
+        if let Some(zeros) = self.area.marks.zeros()
+            && performs(Step::TakenIsData)
+        {
+            let taken: Result<(), std::convert::Infallible> =
+                self.flight.visit(self.part, |at, mask| {
+                    zeros.clear_mask_at(at, mask);
+                    Ok(())
+                });
+            debug_assert!(taken.is_ok());
+        }
         let audience = &self.covered.audience;
         let forgotten = usize::from(!performs(Step::LeaveToOthers));
         self.flight.hand_over(self.part, |chunk, masks| {

@@ -210,3 +210,44 @@ fn a_slot_whose_new_range_lies_below_is_not_misread() {
         seen.is_empty() || seen == [pages(2, 2)] || seen == [pages(0, 0)]
     });
 }
+
+/// A thread that finds a zero bit set sees that the discard which has set it is at work.
+#[test]
+fn a_zero_bit_shows_the_discard() {
+    holds_only_with(&[], || {
+        let marks = Arc::new(Marks::new(pages(0, 1), PAGE, MarkOrdering::Fences));
+        marks.zeros_or_new().set(pages(1, 1)); // of an earlier discard
+        let at_work = Arc::new(InFlight::new());
+        let discard = thread::spawn({
+            let (marks, at_work) = (marks.clone(), at_work.clone());
+            move || {
+                at_work.publish(pages(0, 0));
+                marks.zeros_or_new().set(pages(0, 0));
+            }
+        });
+        let zero = marks.zeros().map(|zeros| zeros.runs(pages(0, 0)));
+        let mut seen = false;
+        let looked: Result<(), std::convert::Infallible> = at_work.visit(pages(0, 0), |_| {
+            seen = true;
+            Ok(())
+        });
+        discard.join().unwrap();
+        looked.is_ok() && (seen || zero.is_none_or(|runs| runs.is_empty()))
+    });
+}
+
+/// The first discard of an area makes the bitmap of its zero bits, while another thread looks.
+#[test]
+fn the_zero_bits_of_an_area_are_published() {
+    holds_only_with(&[], || {
+        let marks = Arc::new(Marks::new(pages(0, 1), PAGE, MarkOrdering::Fences));
+        let discard = thread::spawn({
+            let marks = marks.clone();
+            move || marks.zeros_or_new().set(pages(0, 0))
+        });
+        let zero = marks.zeros().map(|zeros| zeros.runs(pages(0, 0)));
+        discard.join().unwrap();
+        let after = marks.zeros().map(|zeros| zeros.runs(pages(0, 0)).len());
+        zero.is_none_or(|runs| runs.len() <= 1) && after == Some(1)
+    });
+}

@@ -5,6 +5,7 @@
 //! * [`ordering`]: the fences that order marks with copies
 //! * [`in_flight`]: writes that have begun and are not marked yet
 //! * [`gone`]: the unmapped parts of an area that was cut, for marks that come late
+//! * [`zeros`]: pages that read as zero since they were discarded
 //!
 //! # The race between a mark and a copy
 //! A mark of a page that is marked already should cost a load, not a locked operation. That makes
@@ -33,6 +34,7 @@ mod flights;
 mod gone;
 mod in_flight;
 mod ordering;
+mod zeros;
 
 #[cfg(all(test, dirtymap_loom))]
 #[allow(clippy::unwrap_used)] // helpers of tests
@@ -41,13 +43,14 @@ mod loom_tests;
 pub(crate) use flights::{Flight, Flights};
 pub(crate) use in_flight::{FlightSlot, InFlight};
 pub use ordering::MarkOrdering;
+pub(crate) use zeros::Zeros;
 
 use std::convert::Infallible;
 
 use crate::bitmap::Sink;
 use crate::chunkmap::{ChunkMap, LINE_WORDS, OneGroup, Taker, Visitor};
 use crate::error::{BitmapError, Stopped};
-use crate::sync::{Arc, OnceLock, Step, TINY, performs};
+use crate::sync::{Arc, AtomicBool, OnceLock, Ordering, Step, TINY, performs};
 use crate::units::{Granule, Iova, IovaRange};
 use crate::words::word_runs;
 use gone::Gone;
@@ -73,6 +76,10 @@ pub(crate) struct Marks {
     /// The parts of the area that have left the tree, from its first cut on. The state of the area
     /// orders this field.
     gone: OnceLock<Box<Gone>>,
+    /// The pages of the area that read as zero, from its first discard on.
+    zeros: OnceLock<Box<Zeros>>,
+    /// Whether there are any.
+    has_zeros: AtomicBool,
 }
 
 impl Marks {
@@ -86,6 +93,8 @@ impl Marks {
             ordering,
             bits: ChunkMap::in_slabs(last),
             gone: OnceLock::new(),
+            zeros: OnceLock::new(),
+            has_zeros: AtomicBool::new(false),
         }
     }
 
@@ -98,6 +107,8 @@ impl Marks {
             ordering: MarkOrdering::Fences,
             bits: ChunkMap::new(last),
             gone: OnceLock::new(),
+            zeros: OnceLock::new(),
+            has_zeros: AtomicBool::new(false),
         }
     }
 
@@ -149,6 +160,23 @@ impl Marks {
         {
             gone.add(range);
         }
+    }
+
+    /// The pages of the area that read as zero; `None` before its first discard.
+    pub(crate) fn zeros(&self) -> Option<&Zeros> {
+        // Acquire: pairs with the Release in `zeros_or_new`; publishes the bitmap.
+        let zeros = self.has_zeros.load(Ordering::Acquire);
+        zeros.then(|| self.zeros.get().map(|zeros| &**zeros))?
+    }
+
+    /// The same, for a discard.
+    pub(crate) fn zeros_or_new(&self) -> &Zeros {
+        let zeros = self
+            .zeros
+            .get_or_init(|| Box::new(Zeros::new(self.range, self.page)));
+        // Release: pairs with the Acquire in `zeros`. Acquire: another discard may have made it.
+        self.has_zeros.swap(true, Ordering::AcqRel);
+        zeros
     }
 
     /// Visits the parts of `range` that have left the tree since the area was cut, in ascending

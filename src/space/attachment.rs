@@ -184,6 +184,8 @@ impl AddressSpace {
                 });
             }
         }
+        // What its devices wrote before may not be tracked.
+        self.forget_zeros();
         events::attach(id, page);
         Ok(id)
     }

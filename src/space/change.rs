@@ -281,7 +281,7 @@ impl AddressSpace {
             for area in new() {
                 let range = area.mapping.range;
                 let _ = self.mark_put_back(area, range);
-                self.discard(area.marks.clear(range));
+                self.count_discarded(area.marks.clear(range));
             }
         }
         let _: Result<(), Error> = self.areas.update(|edit| {

@@ -50,7 +50,7 @@ impl AddressSpace {
 
     /// Owes everything that the source may have touched in `range` before it panicked: leaves of
     /// any size, and tables.
-    pub(super) fn owe_all_of(
+    pub(crate) fn owe_all_of(
         &self,
         gather: &mut FlushGather,
         range: IovaRange,

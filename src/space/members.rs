@@ -254,6 +254,22 @@ impl AddressSpace {
             stores.try_for_each(|store| store.peek_all(part, sink))
         })
     }
+
+    /// Visits the words that [`look_hidden`](Self::look_hidden) records. The caller has performed a
+    /// full fence since that.
+    pub(crate) fn visit_hidden<'m>(
+        &self,
+        range: IovaRange,
+        stores: impl Iterator<Item = &'m Marks> + Clone,
+        visit: &mut impl FnMut(Iova, u64),
+    ) {
+        let visited: Result<(), Infallible> = self.hiding.visit(range, |part| {
+            let stores = stores.clone();
+            stores.for_each(|store| store.visit_all(part, visit));
+            Ok(())
+        });
+        debug_assert!(visited.is_ok());
+    }
 }
 
 /// Copies what is pending for `other`, which harvests nothing meanwhile.

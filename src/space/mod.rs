@@ -17,6 +17,7 @@ mod area;
 mod attachment;
 mod bounds;
 mod change;
+mod discards;
 mod domain;
 mod emptying;
 mod epochs;
@@ -43,6 +44,7 @@ mod tracking;
 mod unmap;
 mod walks;
 mod whole;
+mod zeroed;
 
 pub use crate::marks::MarkOrdering;
 pub use crate::report::Unmapped;
@@ -68,6 +70,7 @@ use crate::marks::{Flights, InFlight, NearMarks, every_address};
 use crate::source::{DirtySource, Mapping};
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, fence};
 use crate::units::{Access, DomainId, Granule, Iova, IovaRange, ToIovaRange};
+use discards::Discards;
 use faults::Log;
 use outside::Outside;
 use past::Past;
@@ -118,6 +121,9 @@ pub struct AddressSpace {
     pub(crate) flights: Flights,
     /// The pieces whose summaries such harvests may have cleared.
     pub(crate) hiding: InFlight,
+    /// The ranges in which discards are at work.
+    pub(crate) discarding: InFlight,
+    discards: Discards,
     pub(crate) walks: Walks,
     /// Areas that leave while a harvest records what was mapped.
     pub(crate) past: Past,
@@ -145,6 +151,8 @@ impl AddressSpace {
             in_flight: InFlight::new(),
             flights: Flights::new(every_address(), page),
             hiding: InFlight::new(),
+            discarding: InFlight::new(),
+            discards: Discards::new(),
             walks: Walks::new(),
             past: Past::new(),
             counters: Arc::new(Counters::default()),

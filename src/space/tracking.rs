@@ -125,7 +125,8 @@ impl AddressSpace {
             let attachments = self.attachments();
             let attachment = attachments.find(domain)?;
             if attachment.switch(to).map_err(Failure::raise)? && to.is_on() {
-                self.discard(attachment.put_back.clear(IovaRange::ALL));
+                self.forget_zeros();
+                self.count_discarded(attachment.put_back.clear(IovaRange::ALL));
             }
         }
         events::domain_tracking(domain, to.is_on());
@@ -164,12 +165,15 @@ impl AddressSpace {
                     let stored = attachment.put_back.take_runs(range);
                     stored.into_iter().for_each(|run| marks.mark(run));
                 } else {
-                    self.discard(attachment.put_back.clear(range));
+                    self.count_discarded(attachment.put_back.clear(range));
                 }
             }
             if marks_too {
-                self.discard(marks.clear(range));
+                self.count_discarded(marks.clear(range));
             }
+        }
+        if marks_too || !switched.is_empty() {
+            self.forget_zeros();
         }
         // F2 of the marks' protocol (`marks`), for the first full copy that follows: it has
         // the data of each marker that found its mark set, or that marker sees the clear and marks
@@ -201,7 +205,7 @@ impl AddressSpace {
     }
 
     /// Counts `pages` whose dirty state is discarded.
-    pub(super) fn discard(&self, pages: u64) {
+    pub(super) fn count_discarded(&self, pages: u64) {
         self.counters
             .discarded(u128::from(pages) << self.page().lg2());
     }

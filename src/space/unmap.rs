@@ -221,7 +221,7 @@ impl AddressSpace {
             // the area has gone.
             fence(Ordering::SeqCst);
         }
-        self.discard(area.marks.clear(range));
+        self.count_discarded(area.marks.clear(range));
         Ok(())
     }
 }

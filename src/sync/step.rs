@@ -262,6 +262,22 @@ steps! {
     CatchUp,
     /// Numbering a lease at the end of its walk; left out, at the begin.
     NumberAtEnd,
+    /// Waiting for the harvests that do not know of discards before the first one.
+    WaitForUnaware,
+    /// Flushing what devices cache of a range before its storage is dropped.
+    FlushAtDiscard,
+    /// The fence between the dirty state that a discard takes and the drop of the storage.
+    DiscardFence,
+    /// Leaving what was discarded pending for every consumer.
+    TellDiscard,
+    /// Saying that what a harvest has taken does not read as zero.
+    TakenIsData,
+    /// Saying that what a harvest has seen in other hands does not read as zero.
+    SeenIsData,
+    /// Taking a page for data while a discard of it is at work.
+    DoubtDiscards,
+    /// Looking once more whether a page reads as zero after no discard was found at work.
+    LookAgainForZero,
 }
 
 /// The number of the step that is left out, counted from 1; 0 for none.

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use dirtymap::exchange::RunTable;
+use dirtymap::harvest::Content;
 use dirtymap::{Consumer, IovaRange, Lease, Synced};
 
 use super::error::{NbdError, at_most};
@@ -136,6 +137,23 @@ impl<'a> Export<'a> {
     pub fn with_allocation(mut self, allocated: RunTable) -> Result<Self, NbdError> {
         self.contexts.retain(|context| context.name != ALLOCATION);
         self.add(ALLOCATION.into(), allocated, 0, HOLE_AND_ZERO)?;
+        Ok(self)
+    }
+
+    /// What `base:allocation` says: the runs of the lease that were discarded and not written since
+    /// ([`Lease::contents`]) are holes that read as zero, and all other bytes are allocated.
+    /// Clients do not read holes. A client that copies all of the disk, and not only what is
+    /// dirty, needs the next lease as well, which has what is written to such a run meanwhile.
+    ///
+    /// # Errors
+    /// As [`with_dirty`](Self::with_dirty).
+    pub fn with_holes_of(mut self, lease: &Lease<'_, Synced>) -> Result<Self, NbdError> {
+        let zero = lease
+            .contents()
+            .filter(|(_, content)| *content == Content::Zero);
+        let holes = zero.map(|(run, _)| run).collect();
+        self.contexts.retain(|context| context.name != ALLOCATION);
+        self.add(ALLOCATION.into(), holes, HOLE_AND_ZERO, 0)?;
         Ok(self)
     }
 

@@ -24,4 +24,4 @@ pub use error::RbdError;
 pub use merge::merge;
 pub use meta::Meta;
 pub use read::{Reader, Record};
-pub use write::{Writer, write_increment};
+pub use write::{Writer, write_increment, write_lease};

@@ -2,8 +2,9 @@
 
 use std::io::Write;
 
-use dirtymap::IovaRange;
 use dirtymap::exchange::RunTable;
+use dirtymap::harvest::Content;
+use dirtymap::{IovaRange, Lease, Synced};
 
 use super::error::RbdError;
 use super::meta::{MAGIC, MAX_NAME, Meta};
@@ -134,18 +135,67 @@ pub fn write_increment<W: Write>(
     dirty: &RunTable,
     disk: &(impl ReadAt + ?Sized),
 ) -> Result<W, RbdError> {
+    let runs = dirty.runs();
+    let contents = runs.iter().map(|&run| (run, Content::Data));
+    write_contents(stream, meta, runs.last().copied(), contents, disk)
+}
+
+/// The same for what a lease took. Runs that were discarded and not written since
+/// ([`Lease::contents`]) become records of zeroes, and are not read.
+///
+/// Commit the lease when the increment is durable.
+///
+/// ```
+/// use dirtymap::{Access, AddressSpace, Granule};
+/// use dirtymap_formats::rbd::{Meta, Reader, Record, write_lease};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let disk = vec![7; 1 << 20];
+/// let space = AddressSpace::tracked(Granule::K4);
+/// space.map(0..1 << 20, 0, Access::ReadWrite)?;
+/// space.discard(0x3000..0x6000, || Ok(()))?; // the closure punches a hole
+/// let lease = space.rounds().next()?;
+/// let meta = Meta { from: None, to: Some("tue".into()), size: 1 << 20 };
+/// let stream = write_lease(Vec::new(), &meta, &lease, &disk)?;
+/// let record = Reader::new(&stream[..])?.next_record()?;
+/// assert_eq!(record, Some(Record::Zeroes { offset: 0x3000, len: 0x3000 }));
+/// lease.commit();
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// Those of [`write_increment`].
+pub fn write_lease<W: Write>(
+    stream: W,
+    meta: &Meta,
+    lease: &Lease<'_, Synced>,
+    disk: &(impl ReadAt + ?Sized),
+) -> Result<W, RbdError> {
+    write_contents(stream, meta, lease.runs().last(), lease.contents(), disk)
+}
+
+/// Records for `contents`, the last run of which is `last` or a part of it.
+fn write_contents<W: Write>(
+    stream: W,
+    meta: &Meta,
+    last: Option<IovaRange>,
+    contents: impl Iterator<Item = (IovaRange, Content)>,
+    disk: &(impl ReadAt + ?Sized),
+) -> Result<W, RbdError> {
     let size = meta.size;
-    if let Some(&run) = dirty.runs().last()
-        && run.start().get() >= size
-    {
+    if let Some(run) = last.filter(|run| run.start().get() >= size) {
         return Err(RbdError::Outside { run, size });
     }
     let mut writer = Writer::new(stream, meta)?;
     let mut buf = Vec::new();
-    for run in dirty {
-        let run: IovaRange = run;
-        let end = run.last().get().min(size - 1) + 1;
+    for (run, content) in contents {
         let mut at = run.start().get();
+        let end = run.last().get().min(size - 1) + 1;
+        if content == Content::Zero {
+            writer.zeroes(at, end.saturating_sub(at))?;
+            continue;
+        }
         while at < end {
             let part = PIECE.min(end - at);
             buf.resize(part as usize, 0);

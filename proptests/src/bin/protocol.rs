@@ -1,10 +1,14 @@
-//! Explores the models of the protocols, whole and with each weakness, and prints the results.
+//! Explores the models of the protocols, whole and with each weakness, and prints the results. With
+//! names as arguments, only those models.
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let mut failed = 0;
-    for case in proptests::protocol::cases() {
+    let names: Vec<String> = std::env::args().skip(1).collect();
+    let asked = |model: &str| names.is_empty() || names.iter().any(|name| name == model);
+    let cases = proptests::protocol::cases();
+    for case in cases.into_iter().filter(|case| asked(case.model)) {
         let outcome = case.run();
         let verdict = match &outcome.loss {
             None => "holds",

@@ -21,6 +21,8 @@
 //!   the sync
 //! * `consumers`: a device, two consumers that harvest, abort and join. Each consumer is told every
 //!   write
+//! * `discards`: a device, a discard that may fail, two consumers. A page that was written is never
+//!   told as zero
 //! * `leaves`: a device, a harvester, a thread that splits and merges leaves
 //! * `summary`: two CPUs that mark, two harvesters of which one may fail to record. A page that
 //!   cannot be recorded is not cleared
@@ -35,6 +37,7 @@
 //! shortest path to a lost write.
 
 mod consumers;
+mod discards;
 mod explore;
 mod leases;
 mod leaves;
@@ -77,10 +80,11 @@ pub fn cases() -> Vec<Case> {
         &'static [&'static str],
         fn(Option<&'static str>) -> Outcome,
     );
-    let models: [Model; 9] = [
+    let models: [Model; 10] = [
         ("skip", skip::WEAKNESSES, skip::explore_with),
         ("leases", leases::WEAKNESSES, leases::explore_with),
         ("consumers", consumers::WEAKNESSES, consumers::explore_with),
+        ("discards", discards::WEAKNESSES, discards::explore_with),
         ("parts", parts::WEAKNESSES, parts::explore_with),
         ("unmap", unmap::WEAKNESSES, unmap::explore_with),
         ("leaves", leaves::WEAKNESSES, leaves::explore_with),

@@ -1,0 +1,296 @@
+//! Discards: a range reads as zero from now on, as after TRIM, a balloon or a free page hint.
+//!
+//! # The third state
+//! A page is clean, dirty, or *zero*: its storage was dropped, and no harvest has found it dirty
+//! since. That it changed, consumers are told as always: a discard leaves the page pending for each
+//! of them. That it reads as zero is a property of the page, and not of a consumer: one bit, beside
+//! the marks of its area. A lease says *zero* of a page of it whose bit is set when the consumer
+//! looks: each write that the lease has to bring came before the drop. So an abort, a join, a copy
+//! of a consumer and a lease that is forgotten need nothing for it.
+//!
+//! A mark sets no more than it did: it does not know of zeros. The harvest that takes a dirty bit
+//! clears the zero bit of the page.
+//!
+//! # The protocol
+//! A discard is a harvest and a sync of the range, whose copy is the drop of the storage.
+//!
+//! ```text
+//!  discard                                  harvest, of any consumer
+//!  Z1  say that it is at work in the range  T1  record the page in the flight
+//!  Z2  set the zero bits                    T2  clear it where it was found
+//!  Z3  take what is dirty, with T0 to T2    F10 fence(SeqCst)
+//!  Z4  flush the range in all domains       T3a clear the zero bits of the flight
+//!  F2  fence(SeqCst)                        T3 to T5: debt, pending, wipe; see `harvest::shared`
+//!  Z5  drop the storage                     L2  see a page in other hands
+//!  Z6  leave the range pending for all;     F10 fence(SeqCst)
+//!      wipe the flight                      L2a clear the zero bit of what was seen
+//!  Z7  say that it has ended
+//!
+//!  consumer with a synced lease, before it copies
+//!  R1  look at the zero bits    R2  look for discards at work    R3  look at the zero bits again
+//! ```
+//!
+//! # Why no write is lost
+//! Take a write W to page p whose data lands after the drop (Z5), so that p does not read as zero.
+//! * W leaves a dirty bit. After Z4 no device caches "D is set" from before, and no CPU relies on a
+//!   mark from before (F1 and F2 of the marks' protocol). Z4 flushes the whole range, and not only
+//!   what Z3 has taken: of a page that another harvest has taken, only the lease of that harvest
+//!   knows the debt.
+//! * The harvest that clears this bit (T2) clears the zero bit afterwards (T3a), and finds it set
+//!   by Z2. F2 and F10 order the two. If F2 comes first, T3a comes after Z2. If F10 comes first, T2
+//!   came before F2. A CPU that had marked W by then had written it before the drop. A device that
+//!   had set D by then had done so after Z4, because Z4 drains what was translated before; the
+//!   flush orders Z2 before that, and so before T3a.
+//! * A harvest that has seen an older dirty bit of p may clear the one of W, because a clear takes
+//!   what it finds. So T3a follows T2: a zero bit that was cleared at T1 could have been set by Z2
+//!   since.
+//! * A harvest Y that finds p in other hands, in flight or in words that another harvest has
+//!   hidden, clears the zero bit itself (L2a). The harvest X that has p may not have come to T3a
+//!   when the consumer of Y looks at R1. What Y has seen and does not find any more at L2a, X has
+//!   wiped, after its T3a.
+//! * Y finds p pending (L3) because X has left it, after T3a; or because of a discard or an abort,
+//!   which leave the zero bit as it is.
+//!
+//! A write that comes before Z5 is part of what is dropped. Its mark may come later: p is dirty
+//! then, a superset. A clear at T3a may meet the bit of a later discard, whose page then counts as
+//! dirty: a superset.
+//!
+//! From Z3 to Z6, what was dirty is in the flight of the discard, so that a harvest in between
+//! finds it. A consumer that finds the zero bit set does not know yet whether the storage is
+//! dropped: a discard that is at work, R2, makes the page dirty. A discard that fails clears the
+//! zero bits, goes on with Z6, and then says that it has ended; R3 finds what it cleared. It does
+//! not mark the pages instead: a harvest that has looked at the marks before, and looks at the
+//! flights afterwards, would find them nowhere.
+//!
+//! The first discard of a space waits for the harvests that do not know of discards, and so do not
+//! come to T3a: see `space::zeroed`. Z6 enters a walk, so that a consumer that joins is told, or
+//! copies another one that was.
+
+use super::look::{Look, look};
+use super::shared::Claim;
+use crate::error::Error;
+use crate::flush::FlushGather;
+use crate::marks::{Flight, FlightSlot};
+use crate::ranges::without;
+use crate::report::Discarded;
+use crate::space::{AddressSpace, Area, Audience, Covered};
+use crate::sync::{Arc, Step, performs};
+use crate::units::{IovaRange, ToIovaRange};
+
+impl AddressSpace {
+    /// Discards `range`: `drop_storage` drops its storage, and from then on it reads as zero until
+    /// it is written. For TRIM, a balloon, or hints of free pages.
+    ///
+    /// Each consumer is told of the pages, as of a write, and [`Lease::contents`] says that they
+    /// are zero, so that no consumer reads or sends them. A write that comes later wins. An abort
+    /// puts back a page as it is then: zero, or data if it was written since.
+    ///
+    /// Only whole pages, of the size of [`alignment`](Self::alignment), are zero. Parts of pages at
+    /// the ends of the range are marked dirty, and so is all of it while the space or one of its
+    /// domains does not track writes. Writes to the range that are under way at the same time are
+    /// part of what is dropped, or dirty afterwards.
+    ///
+    /// Waits for devices, and calls `drop_storage` once, after that, outside of any lock. The call
+    /// may take as long as it likes, and may call this space. The first discard of a space waits
+    /// for the harvests that are running. From then on a harvest by
+    /// [many threads](crate::HarvestRequest) is walked by the thread that calls. A space that never
+    /// discards pays nothing. A discard takes a bit for each page of an area, in chunks of 4 KiB,
+    /// and the same for each consumer.
+    ///
+    /// ```
+    /// use dirtymap::harvest::Content;
+    /// use dirtymap::{Access, AddressSpace, Granule, ToIovaRange};
+    ///
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// let space = AddressSpace::tracked(Granule::K4);
+    /// space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// space.mark(0x2000..0x5000)?;
+    /// space.discard(0x3000..0x6000, || Ok(()))?; // the closure punches a hole
+    /// space.mark(0x5000..0x5001)?; // a later write wins
+    ///
+    /// let lease = space.rounds().next()?;
+    /// let page = |first: u64, end: u64| (first << 12..end << 12).to_iova_range();
+    /// let told: Vec<_> = lease.contents().collect();
+    /// let data = |run| (run, Content::Data);
+    /// assert_eq!(told, [data(page(2, 3)?), (page(3, 5)?, Content::Zero), data(page(5, 6)?)]);
+    /// lease.commit();
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// In this order: those of the range; [`Error::Outside`] with the first address that no area
+    /// holds, and the call is counted in
+    /// [`SpaceStats::outside_marks`](crate::space::SpaceStats::outside_marks): nothing is touched
+    /// then. The error of a source that could not be read or flushed: the storage is not dropped
+    /// then. [`Error::NotDropped`] with the error of `drop_storage`. After both, all of `range` is
+    /// dirty.
+    ///
+    /// # Panics
+    /// A panic of `drop_storage`, or of a source, goes on after all of `range` was marked dirty.
+    ///
+    /// [`Lease::contents`]: crate::Lease::contents
+    #[doc(alias = "TRIM")]
+    #[doc(alias = "UNMAP")]
+    #[doc(alias = "fstrim")]
+    #[doc(alias = "balloon")]
+    #[doc(alias = "free_page_reporting")]
+    #[doc(alias = "ram_discard_range")]
+    pub fn discard(
+        &self,
+        range: impl ToIovaRange,
+        drop_storage: impl FnOnce() -> std::io::Result<()>,
+    ) -> Result<Discarded, Error> {
+        let range = range.to_iova_range()?;
+        if let Some(at) = self.snapshot().contiguous(range).find_map(Result::err) {
+            let bytes = range.last().get() - at.get();
+            self.report_outside_mark(at, bytes.saturating_add(1));
+            return Err(Error::Outside { at });
+        }
+        self.begin_discards();
+        let mut discarding = Discarding::begin(self, range);
+        discarding.take()?;
+        drop_storage().map_err(|error| Error::NotDropped { range, error })?;
+        Ok(discarding.finish())
+    }
+}
+
+/// A discard at work. If it is dropped before it has finished, all of its range is dirty.
+struct Discarding<'s> {
+    space: &'s AddressSpace,
+    range: IovaRange,
+    /// The whole pages, by area.
+    whole: Vec<(Arc<Area>, IovaRange)>,
+    at_work: &'s FlightSlot,
+    flight: &'s Flight,
+    gather: FlushGather,
+    finished: bool,
+}
+
+impl<'s> Discarding<'s> {
+    /// Z1.
+    fn begin(space: &'s AddressSpace, range: IovaRange) -> Self {
+        let at_work = space.discarding.publish(range.round_out(space.page()));
+        let mut whole = Vec::new();
+        // After Z1 and before Z2: writes that are not tracked from here on come before a switch to
+        // on, which forgets the zero bits.
+        if space.tracks_all() {
+            let snapshot = space.snapshot();
+            let page = snapshot.alignment();
+            for entry in snapshot.areas_in(range) {
+                let part = entry.range.intersection(range);
+                if let Some(part) = part.and_then(|part| part.round_in(page)) {
+                    whole.push((entry.to_arc(), part));
+                }
+            }
+        }
+        Discarding {
+            space,
+            range,
+            whole,
+            at_work,
+            flight: space.flights.claim(),
+            gather: FlushGather::new(),
+            finished: false,
+        }
+    }
+
+    /// Z2 to Z4.
+    fn take(&mut self) -> Result<(), Error> {
+        for (area, part) in &self.whole {
+            area.marks.zeros_or_new().set(*part);
+        }
+        // After Z2: a domain that is attached later is written to after Z2.
+        let space = self.space;
+        let snapshot = space.snapshot();
+        let rules = snapshot.rules();
+        let audience = Audience::unnamed(rules.members());
+        let covered = Covered::everything(rules.attachments()).heard_by(audience);
+        drop(snapshot);
+        for (area, part) in &self.whole {
+            let _claim = Claim::begin(space, *part);
+            let mut sink = self.flight.sink(*part);
+            let (sinks, how) = ((&mut sink, None), Look::Take(&mut self.gather));
+            look(space, &covered, area, (*part, *part), sinks, how)
+                .map_err(|stopped| stopped.error)?;
+        }
+        if performs(Step::FlushAtDiscard) {
+            for (_, part) in &self.whole {
+                for domain in covered.domains() {
+                    space.owe_all_of(&mut self.gather, *part, domain);
+                }
+            }
+            if let Some(ticket) = self.owe() {
+                space.flush_until(ticket)?;
+            }
+        }
+        // F2 of the marks' protocol; also orders the zero bits and the flush before the drop. Pairs
+        // with F10 in `shared::Taking::leave` and in `AddressSpace::zeros_to_clear`. If F2 comes
+        // first, that harvest clears the zero bits that were set above; if F10 comes first, all
+        // that it has cleared was written before the drop.
+        space.ordering.before_copies(Step::DiscardFence);
+        Ok(())
+    }
+
+    /// Hands over the debt.
+    fn owe(&mut self) -> Option<crate::flush::Ticket> {
+        let gather = std::mem::take(&mut self.gather);
+        (!gather.is_empty()).then(|| self.space.flush.owe(&gather))
+    }
+
+    /// It has succeeded.
+    fn finish(mut self) -> Discarded {
+        self.finished = true;
+        self.end();
+        let zero_bytes = self.whole.iter().map(|(_, part)| part.len()).sum();
+        Discarded {
+            zero_bytes,
+            dirty_bytes: self.range.len() - zero_bytes,
+        }
+    }
+
+    /// Z6 and Z7.
+    fn end(&self) {
+        let members = {
+            // A consumer that joins waits for this, or is one of those below; and so does a lease
+            // of everything: see `space::bounds`.
+            let _walk = self.space.walks.enter();
+            let members = self.space.members();
+            for (_, part) in &self.whole {
+                for member in members.iter() {
+                    if performs(Step::TellDiscard)
+                        && let Some(told) = part.intersection(member.range)
+                    {
+                        member.pending.mark(told);
+                    }
+                }
+            }
+            members
+        };
+        let too_much = |member| self.space.keep_own_in_bounds(member);
+        members.iter().for_each(too_much);
+        let whole = self.whole.iter().map(|(_, part)| *part);
+        for end in without(self.range, whole) {
+            // An error says that the area has gone meanwhile. It is counted.
+            let _ = self.space.mark(end);
+        }
+        for (_, part) in &self.whole {
+            self.flight.hand_over(*part, |_, _| {});
+        }
+        self.flight.free();
+        self.at_work.free();
+    }
+}
+
+impl Drop for Discarding<'_> {
+    fn drop(&mut self) {
+        if !self.finished {
+            // As in an abort: the debt first, then the pages.
+            let _ = self.owe();
+            for (area, part) in &self.whole {
+                area.marks.zeros_or_new().clear(*part);
+            }
+            self.end();
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! Discards, as the space knows them: whether there ever was one, and which pages read as zero.
+//!
+//! A space in which nothing was ever discarded has none of this: its harvests do as they always
+//! did. The first discard makes the *unnamed* consumer a member, as the first join does, and waits
+//! for the harvests that do not know of discards. From then on each harvest records in its flight
+//! what it takes, also if no other consumer is there. `harvest::discard` has the protocol.
+//!
+//! # What nobody tracks
+//! A page reads as zero only while every write to it leaves a trace. So a switch of tracking to on,
+//! in the space or in one domain, and an attach, forget all pages that read as zero: what was
+//! written before is not tracked. While the space or one of its domains does not track, no page
+//! counts as zero.
+
+use super::domain::Attachment;
+use super::member::Member;
+use super::{AddressSpace, Area, Areas};
+use crate::error::Error;
+use crate::marks::Zeros;
+use crate::ranges::without;
+use crate::sync::{Arc, Ordering, Step, fence, lock, performs};
+use crate::units::IovaRange;
+
+impl AddressSpace {
+    /// Whether harvests have to know of discards. A harvest has entered its walk before.
+    pub(crate) fn has_discards(&self) -> bool {
+        self.discards.any()
+    }
+
+    /// Returns when every harvest that runs knows of discards.
+    pub(crate) fn begin_discards(&self) {
+        if self.discards.are_known() {
+            return;
+        }
+        self.retired.drop_all();
+        let _membership = lock(&self.membership);
+        if self.discards.are_known() {
+            return;
+        }
+        self.discards.announce();
+        // Relaxed: the edit publishes it, as in a join.
+        self.is_shared.store(true, Ordering::Relaxed);
+        let unnamed = Arc::new(Member::new("", IovaRange::ALL, self.page()));
+        let _: Result<(), Error> = self.areas.update(|edit| {
+            if edit.rules().members().is_empty() {
+                let with = edit
+                    .rules()
+                    .with_members(|all| all.push(Arc::clone(&unnamed)));
+                edit.set_rules(with);
+            }
+            Ok(())
+        });
+        if performs(Step::WaitForUnaware) {
+            self.walks.wait();
+        }
+        self.discards.make_known();
+    }
+
+    /// Whether every write leaves a trace: the space tracks, and so do all of its domains.
+    pub(crate) fn tracks_all(&self) -> bool {
+        let tracks = |domain: &Arc<Attachment>| domain.tracking.is_on();
+        self.tracks() && self.attachments().iter().all(tracks)
+    }
+
+    /// Forgets which pages read as zero: not every write to them was tracked.
+    pub(super) fn forget_zeros(&self) {
+        // The caller holds the lock of the domains, under which discards are announced.
+        if !self.has_discards() {
+            return;
+        }
+        for entry in self.areas.snapshot().iter(IovaRange::ALL) {
+            if let Some(zeros) = entry.area.marks.zeros() {
+                zeros.clear(entry.range);
+            }
+        }
+    }
+
+    /// The pages of `area` that read as zero, for a harvest that has seen some of them dirty in
+    /// other hands: it clears those.
+    pub(crate) fn zeros_to_clear<'m>(&self, area: &'m Area) -> Option<&'m Zeros> {
+        if !self.has_discards() || !performs(Step::SeenIsData) {
+            return None;
+        }
+        // SeqCst: F10 of `harvest::discard`, for pages that were seen; pairs with F2 there.
+        fence(Ordering::SeqCst);
+        area.marks.zeros()
+    }
+
+    /// The parts of `range` that read as zero, in ascending order. The caller holds a synced lease
+    /// of a harvest that ended when the tree had the version `taken`.
+    pub(crate) fn zero_parts(&self, range: IovaRange, taken: u64) -> Vec<IovaRange> {
+        let mut parts = Vec::new();
+        if self.has_discards() && self.tracks_all() {
+            let snapshot = self.snapshot();
+            self.add_zero_parts(&snapshot, range, taken, &mut parts);
+        }
+        parts
+    }
+
+    fn add_zero_parts(
+        &self,
+        snapshot: &Areas<'_>,
+        range: IovaRange,
+        taken: u64,
+        parts: &mut Vec<IovaRange>,
+    ) {
+        for entry in snapshot.areas_in(range) {
+            let Some(part) = entry.range.intersection(range) else {
+                continue;
+            };
+            // An area that was mapped later has another backing than the pages of the lease.
+            let area = entry.area;
+            let Some(zeros) = area.marks.zeros().filter(|_| !area.is_younger(taken)) else {
+                continue;
+            };
+            // R1.
+            let zero = zeros.runs(part);
+            if zero.is_empty() {
+                continue;
+            }
+            // R2: where a discard is at work, the storage may not be dropped yet.
+            let mut doubted = Vec::new();
+            let at_work = performs(Step::DoubtDiscards);
+            let seen: Result<(), std::convert::Infallible> = self.discarding.visit(part, |doubt| {
+                if at_work {
+                    doubted.push(doubt);
+                }
+                Ok(())
+            });
+            debug_assert!(seen.is_ok());
+            doubted.sort_unstable_by_key(|doubt| doubt.start());
+            // The looks at slots are Acquire, and pair with the Release by which a slot is freed. A
+            // discard that failed has cleared its bits before that: R3 does not find them.
+            for run in zero {
+                let certain = without(run, doubted.iter().copied());
+                // R3.
+                for run in certain {
+                    match performs(Step::LookAgainForZero) {
+                        true => parts.extend(zeros.runs(run)),
+                        false => parts.push(run),
+                    }
+                }
+            }
+        }
+    }
+}
