@@ -17,6 +17,7 @@
 //! | look without clearing | [`AddressSpace::peek`] | |
 //! | send a lease to another thread, keep it in a struct | [`Rounds::shared`] | |
 //! | copy, commit or abort | [`Lease`] | below |
+//! | from device addresses to guest memory | [`Lease::backing`] | |
 //! | mark a write that a device completes | [`AddressSpace::begin_write`] | [`monitors`] |
 //! | map and unmap while everything runs | [`AddressSpace::unmap`], [`apply`] | [`monitors`] |
 //! | let the space choose addresses | [`AddressSpace::map_anywhere`] | |
@@ -51,6 +52,7 @@
 //! | share a log with vhost-user | `VhostLog`, `LogBitmap` | [dirtymap-vhost] |
 //! | track memory of a process | `ProcessMemory` | [dirtymap-pagemap] |
 //! | track devices by their IOMMU | `Hwpt` | [dirtymap-iommufd] |
+//! | track devices by their own log, serve vfio-user | `DeviceLog`, `DmaLogger` | [dirtymap-vfio] |
 //! | keep a bitmap in a file, or a Roaring set | `BitmapFile` | [dirtymap-formats] |
 //! | keep what is dirty over a restart | `BitmapFile::save_space` | [dirtymap-formats] |
 //!
@@ -59,6 +61,7 @@
 //! [dirtymap-vhost]: https://docs.rs/dirtymap-vhost
 //! [dirtymap-pagemap]: https://docs.rs/dirtymap-pagemap
 //! [dirtymap-iommufd]: https://docs.rs/dirtymap-iommufd
+//! [dirtymap-vfio]: https://docs.rs/dirtymap-vfio
 //! [dirtymap-formats]: https://docs.rs/dirtymap-formats
 //!
 //! ```text
@@ -237,6 +240,7 @@ macro_rules! page {
             "[vhost]: https://docs.rs/dirtymap-vhost/latest/dirtymap_vhost/guide/\n",
             "[pagemap]: https://docs.rs/dirtymap-pagemap/latest/dirtymap_pagemap/guide/\n",
             "[iommufd]: https://docs.rs/dirtymap-iommufd/latest/dirtymap_iommufd/\n",
+            "[vfio]: https://docs.rs/dirtymap-vfio/latest/dirtymap_vfio/guide/\n",
             "[formats]: https://docs.rs/dirtymap-formats/latest/dirtymap_formats/guide/\n",
             "[many]: crate::guide::many\n",
             "[store]: https://docs.rs/dirtymap-store/latest/dirtymap_store/\n",

@@ -52,6 +52,8 @@ pub use store_log::check_store_log;
 pub use violation::{Rule, Violation};
 
 #[cfg(test)]
+mod backing;
+#[cfg(test)]
 mod batches;
 #[cfg(test)]
 mod concurrent;

@@ -13,6 +13,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 
+use super::backing::{Backing, Recorder};
 use super::held::{Held, SpaceRef};
 use super::look::{Look, below, look};
 use super::shared;
@@ -312,6 +313,12 @@ impl<'a> Lease<'a, Synced> {
         }
     }
 
+    /// What the addresses of the lease were mapped to when they were written; `None` unless the
+    /// harvest [recorded](super::HarvestRequest::with_backing) it.
+    pub fn backing(&self) -> Option<&Backing> {
+        self.holding.backing.as_ref()
+    }
+
     /// Dirty granules in the user's bitmap, within the lease.
     pub fn dirty(&self) -> u64 {
         match self.holding.is_empty {
@@ -426,6 +433,10 @@ pub(super) struct Holding<'a> {
     handed_over: u64,
     debt: Debt,
     report: HarvestReport,
+    /// What was mapped, while the walk runs, if that is asked for.
+    recorder: Option<Recorder>,
+    /// The same after the walk.
+    backing: Option<Backing>,
     /// The parts that were committed, in whole granules.
     committed: Mutex<RangeSet>,
     /// The number of the lease, once the walk has ended.
@@ -454,7 +465,12 @@ enum Debt {
 
 impl<'a> Holding<'a> {
     /// A lease that has taken nothing yet.
-    pub(super) fn begin(space: SpaceRef<'a>, held: Held<'a>, covered: Covered) -> Self {
+    pub(super) fn begin(
+        space: SpaceRef<'a>,
+        held: Held<'a>,
+        covered: Covered,
+        recorder: Option<Recorder>,
+    ) -> Self {
         space.counters.harvest();
         let mut number = None;
         if let Some(member) = covered.audience.own() {
@@ -478,6 +494,8 @@ impl<'a> Holding<'a> {
             handed_over: 0,
             debt: Debt::Held,
             report: HarvestReport::default(),
+            recorder,
+            backing: None,
             committed: Mutex::new(RangeSet::new()),
             number,
             whole: Vec::new(),
@@ -532,6 +550,9 @@ impl<'a> Holding<'a> {
             self.take_whole(part, looked, sink)
         };
         self.walk_to(walked_to(part, &looked));
+        if let Some(recorder) = &mut self.recorder {
+            recorder.looked(area, part);
+        }
         looked
     }
 
@@ -686,6 +707,7 @@ impl<'a> Holding<'a> {
     /// The walk has ended: areas that are mapped from now on have no page in the lease.
     pub(super) fn walked(&mut self, snapshot: &Areas<'_>) {
         self.ended = snapshot.newest();
+        self.backing = self.recorder.take().map(|all| all.finish(&self.space));
     }
 
     /// The runs of the lease.

@@ -53,6 +53,7 @@
 //! the same order, and takes nothing. [`Rounds`] harvests everything that is mapped, again and
 //! again.
 
+mod backing;
 mod consumer;
 mod content;
 mod discard;
@@ -73,6 +74,7 @@ mod write_guard;
 
 pub use crate::report::{Aborted, Discarded, HarvestReport};
 pub use crate::space::{BadEpoch, Bounds, Epoch, Lineage, Parent, Since, Why, Written};
+pub use backing::Backing;
 pub use consumer::{Consumer, ConsumerStats, Start};
 pub use content::{Content, Contents};
 pub use epochs::Cursor;
@@ -85,6 +87,7 @@ use crate::bitmap::{BitmapView, Bound, UserBitmap};
 use crate::error::Error;
 use crate::space::{AddressSpace, Areas, Audience, Covered, Party};
 use crate::units::IovaRange;
+use backing::Recorder;
 use held::{Held, SpaceRef};
 use lease::{Holding, Recorded};
 use walk::{Parts, areas, walk};
@@ -257,10 +260,11 @@ fn harvest_for<'a>(
     let holder = space.clone();
     // Before the snapshot: a consumer that joins waits for this harvest, or is in the snapshot.
     let _walk = holder.walks.enter();
+    let backing = Recorder::begin(&holder, request.backing);
     let snapshot = holder.snapshot();
     let (bound, covered) = holder.check(member, request, bitmap, &snapshot)?;
     let held = Held::Lent(bound.view());
-    let holding = Holding::begin(space, held, covered);
+    let holding = Holding::begin(space, held, covered, backing);
     let all = bound.view().range();
     let lease = harvest(holding, snapshot, request, bound, all);
     holder.keep_in_bounds(lease.audience());

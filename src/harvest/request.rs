@@ -18,6 +18,7 @@ const MIN_STEP: u64 = 64;
 /// * [`max_bits`](Self::max_bits) and [`until`](Self::until) end at a bound.
 ///   [`Lease::next`](crate::Lease::next) has its address.
 /// * [`resume_at`](Self::resume_at) goes on at that address.
+/// * [`with_backing`](Self::with_backing) records what the addresses were mapped to.
 /// * `parallel` (feature `rayon`) walks by many threads.
 ///
 /// ```
@@ -42,6 +43,7 @@ pub struct HarvestRequest<'m> {
     from: Option<Iova>,
     bits: Option<u64>,
     deadline: Option<Instant>,
+    pub(super) backing: bool,
     #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
     parallel: bool,
 }
@@ -99,6 +101,7 @@ impl<'m> HarvestRequest<'m> {
             from: None,
             bits: None,
             deadline: None,
+            backing: false,
             #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
             parallel: false,
         }
@@ -210,6 +213,16 @@ impl<'m> HarvestRequest<'m> {
         self
     }
 
+    /// Records what the addresses were mapped to when they were written:
+    /// [`Lease::backing`](crate::Lease::backing). Costs memory for each area that is walked, two
+    /// short locks, and memory for each area that is unmapped meanwhile. The harvest is walked by
+    /// the calling thread.
+    #[must_use]
+    pub const fn with_backing(mut self) -> Self {
+        self.backing = true;
+        self
+    }
+
     /// Walks by the threads of the current rayon pool (`pool.install(..)`), or of the global one. A
     /// harvest with a mask or a bound is still walked by the calling thread.
     ///
@@ -261,7 +274,7 @@ impl<'m> HarvestRequest<'m> {
 
     #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
     pub(super) const fn is_parallel(&self) -> bool {
-        self.parallel && !self.is_bounded() && self.mask.is_none()
+        self.parallel && !self.backing && !self.is_bounded() && self.mask.is_none()
     }
 
     /// The bits of the first step, which is made whatever the bounds; `None` for all there are.

@@ -1,5 +1,6 @@
 //! Rounds of harvests over everything that is mapped, with a bitmap of their own.
 
+use super::backing::Recorder;
 use super::held::{Held, OwnBits, SpaceRef};
 use super::lease::Holding;
 use super::{HarvestRequest, Lease, Owed, Scope, Synced, harvest};
@@ -46,6 +47,7 @@ pub struct Rounds<'a> {
     granule: Granule,
     scope: Scope,
     within: IovaRange,
+    backing: bool,
     bitmap: Arc<SparseBitmap>,
     /// The consumer; `None` is the unnamed one.
     member: Option<Arc<Party>>,
@@ -88,6 +90,7 @@ impl<'a> Rounds<'a> {
             space,
             scope: Scope::All,
             within: IovaRange::ALL,
+            backing: false,
             bitmap: Arc::new(SparseBitmap::new(0)),
             member: None,
         }
@@ -140,6 +143,14 @@ impl<'a> Rounds<'a> {
         Ok(self)
     }
 
+    /// Records what the addresses were mapped to when they were written: [`Lease::backing`]. See
+    /// [`HarvestRequest::with_backing`].
+    #[must_use]
+    pub fn with_backing(mut self) -> Self {
+        self.backing = true;
+        self
+    }
+
     /// The next round, synced: its pages can be copied. Waits for devices to drain.
     ///
     /// Leases of earlier rounds may still live; each has a bitmap of its own. This is no
@@ -180,6 +191,7 @@ impl<'a> Rounds<'a> {
         // Before the snapshot: as in `harvest_for`.
         let space = self.space.clone();
         let _walk = space.walks.enter();
+        let backing = Recorder::begin(&space, self.backing);
         let snapshot = space.snapshot();
         let areas = snapshot.areas_in(self.within).map(|entry| entry.range);
         let hull = areas.reduce(IovaRange::hull);
@@ -208,7 +220,7 @@ impl<'a> Rounds<'a> {
             granule: self.granule,
             part: range,
         });
-        let holding = Holding::begin(self.space.clone(), held, covered);
+        let holding = Holding::begin(self.space.clone(), held, covered, backing);
         let lease = harvest(holding, snapshot, &request, bound, self.within);
         space.keep_in_bounds(lease.audience());
         Ok(lease)

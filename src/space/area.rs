@@ -113,16 +113,21 @@ impl Area {
         }
     }
 
+    /// The mapping of the part `range` of this area.
+    pub(super) fn part(&self, range: IovaRange) -> Mapping {
+        let skipped = range.start().get() - self.mapping.range.start().get();
+        Mapping {
+            range,
+            backing: self.mapping.backing + skipped,
+            access: self.mapping.access,
+        }
+    }
+
     /// The part `range` of this area as an area of its own, which is live, shares the marks of this
     /// one, and gets `pairs`.
     pub(super) fn piece(&self, range: IovaRange, pairs: Pairs) -> Self {
-        let skipped = range.start().get() - self.mapping.range.start().get();
         Area {
-            mapping: Mapping {
-                range,
-                backing: self.mapping.backing + skipped,
-                access: self.mapping.access,
-            },
+            mapping: self.part(range),
             marks: Arc::clone(&self.marks),
             state: AtomicState::new(State::LIVE),
             born: AtomicU64::new(self.born.load(Ordering::Relaxed)), // Relaxed: as in `is_younger`
@@ -213,7 +218,7 @@ impl Area {
     }
 
     /// Whether the area is on its way out of the tree, or has left it.
-    pub(super) fn is_going(&self) -> bool {
+    pub(crate) fn is_going(&self) -> bool {
         // Acquire: as in `is_mapped`. The fences around this load and around `claim` order the two:
         // see `attachment`. An area that was cut always counts as going, so an unmap of a piece,
         // which comes after the cut, is seen here as well.

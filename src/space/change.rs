@@ -308,6 +308,10 @@ impl AddressSpace {
             return Ok(());
         }
         let domains = self.attachments();
+        // Release: pairs with the Acquire fence in `look`, for `Recorder::looked`. A harvest that
+        // takes a page which was written through a new area sees that the old area at its addresses
+        // has gone: it left before these addresses were promised.
+        fence(Ordering::Release);
         for (index, area) in &plan.new {
             for domain in domains.iter() {
                 self.fill_pair(area, domain)
@@ -415,6 +419,8 @@ impl AddressSpace {
                 touched.area.give_way();
             }
         }
+        self.past
+            .record(plan.going().map(|(area, range)| area.part(range)));
         self.areas.update(|edit| {
             if performs(Step::CheckCutAgain) {
                 plan.check_again(edit.rules(), self.page())

@@ -33,6 +33,7 @@ mod member;
 mod members;
 mod outside;
 mod pairs;
+mod past;
 mod plan;
 mod retired;
 mod rules;
@@ -55,6 +56,7 @@ pub use epochs::{BadEpoch, Bounds, Epoch, Lineage, Parent, Since, Why, Written};
 pub use faults::{Fault, FaultSource, Faults};
 pub(crate) use member::{Audience, Member, MemberCounts, Party};
 pub(crate) use members::Beginning;
+pub(crate) use past::Watch;
 pub use plan::Change;
 pub use snapshot::SpaceSnapshot;
 pub(crate) use stats::Counters;
@@ -71,6 +73,7 @@ use crate::units::{Access, DomainId, Granule, Iova, IovaRange, ToIovaRange};
 use discards::Discards;
 use faults::Log;
 use outside::Outside;
+use past::Past;
 use retired::LastRetired;
 use rules::Rules;
 use switch::Switch;
@@ -122,6 +125,8 @@ pub struct AddressSpace {
     pub(crate) discarding: InFlight,
     discards: Discards,
     pub(crate) walks: Walks,
+    /// Areas that leave while a harvest records what was mapped.
+    pub(crate) past: Past,
     pub(crate) counters: Arc<Counters>,
     faults: Arc<Log>,
     tracking: Switch,
@@ -149,6 +154,7 @@ impl AddressSpace {
             discarding: InFlight::new(),
             discards: Discards::new(),
             walks: Walks::new(),
+            past: Past::new(),
             counters: Arc::new(Counters::default()),
             faults: Arc::new(Log::new()),
             tracking: Switch::new(),

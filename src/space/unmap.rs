@@ -94,8 +94,9 @@ use crate::error::Error;
 use crate::events;
 use crate::failure::Failure;
 use crate::report::Unmapped;
+use crate::source::Mapping;
 use crate::sync::{Arc, Ordering, Step, fence, performs};
-use crate::units::{Granule, ToIovaRange};
+use crate::units::{Granule, IovaRange, ToIovaRange};
 
 impl AddressSpace {
     /// Unmaps every area inside `range` and **discards** their dirty pages. All or nothing; `range`
@@ -178,6 +179,17 @@ impl AddressSpace {
         bitmap: UserBitmap<'a>,
     ) -> Result<(Unmapped, BitmapView<'a>), Error> {
         let range = range.to_iova_range()?;
+        let (unmapped, view, _) = self.unmap_areas(range, granule, bitmap)?;
+        Ok((unmapped, view))
+    }
+
+    /// The unmap, and the areas that went, ascending.
+    pub(crate) fn unmap_areas<'a>(
+        &self,
+        range: IovaRange,
+        granule: Granule,
+        bitmap: UserBitmap<'a>,
+    ) -> Result<(Unmapped, BitmapView<'a>, Vec<Mapping>), Error> {
         self.retired.drop_all();
         let bound = bitmap.bind(range, granule)?;
         let view = bound.view();
@@ -185,7 +197,8 @@ impl AddressSpace {
         plan.unmap(range, &self.areas.snapshot())?;
         let unmapped = self.execute(&plan, Some(&mut bound.into_sink()))?;
         events::unmap(range, &unmapped);
-        Ok((unmapped, view))
+        let areas = plan.going().map(|(area, range)| area.part(range));
+        Ok((unmapped, view, areas.collect()))
     }
 
     /// Undoes the map of an area that is not live, after some domains have been filled. Pages that

@@ -116,6 +116,8 @@ steps! {
     DetachInFlight,
     /// Looking at the writes in flight when an area is unmapped.
     LookInFlight,
+    /// Recording an area that leaves before it leaves, for harvests that report the backing.
+    RecordLeaving,
     /// Dropping cached translations that are larger than the ranges of a flush.
     DropLarger,
     /// Looking at every entry of a leaf for its dirty bit.

@@ -1,5 +1,5 @@
 //! What the adapters of [dirtymap](https://docs.rs/dirtymap) share about the system that they run
-//! on: its page, and the process that a log belongs to.
+//! on: its page, the process that a log belongs to, and memory for the bits of the kernel.
 //!
 //! ```
 //! use dirtymap_host::page;
@@ -16,10 +16,14 @@ pub mod counted;
 #[cfg(target_os = "linux")]
 mod maker;
 mod page;
+#[cfg(target_os = "linux")]
+mod scratch;
 
 #[cfg(target_os = "linux")]
 pub use maker::Maker;
 pub use page::page;
+#[cfg(target_os = "linux")]
+pub use scratch::BitPool;
 
 /// The examples of the README are tests.
 #[cfg(doctest)]

@@ -7,13 +7,13 @@ use std::sync::Arc;
 use dirtymap::flush::FlushGather;
 use dirtymap::sync::{Mutex, lock};
 use dirtymap::{IovaRange, Mapping};
+use dirtymap_host::BitPool;
 
 use crate::device::Device;
 use crate::error::IommufdError;
 use crate::ioas::{Ioas, Piece, State};
 use crate::kernel::{TRIES, uninterrupted};
 use crate::log::{self, Log};
-use crate::scratch::Pool;
 use crate::table::{Kept, Table};
 
 /// The most pages of a piece: the kernel pins the bits of this number of pages at a time.
@@ -76,7 +76,7 @@ impl Ioas {
         let Some(lg2) = lg2.filter(|lg2| *lg2 <= MAX_PAGES_LG2) else {
             return Err(IommufdError::BadPiece { piece, page });
         };
-        let pool = Pool::new((1usize << lg2).div_ceil(64)).map_err(|error| {
+        let pool = BitPool::new((1usize << lg2).div_ceil(64)).map_err(|error| {
             let range = IovaRange::granule_at(dirtymap::Iova::MIN, piece);
             IommufdError::NoMemory { range, error }
         })?;

@@ -10,7 +10,6 @@ mod iommufd;
 mod kernel;
 mod log;
 mod options;
-mod scratch;
 mod source;
 mod table;
 mod uapi;

@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use dirtymap::sync::{Mutex, MutexGuard, lock};
 use dirtymap::{Granule, IovaRange};
+use dirtymap_host::BitPool;
 
 use crate::error::IommufdError;
 use crate::iommufd::Iommufd;
 use crate::kernel::{TRIES, uninterrupted};
 use crate::log::{self, Log};
 use crate::options::OnUnmap;
-use crate::scratch::Pool;
 
 /// A page table, as the others of its IOAS see it.
 #[derive(Debug)]
@@ -21,7 +21,7 @@ pub(crate) struct Table {
     /// The bytes that one bit of the kernel's answers stands for.
     pub(crate) page: Granule,
     on_unmap: OnUnmap,
-    pool: Pool,
+    pool: BitPool,
     logs: Mutex<Logs>,
 }
 
@@ -62,7 +62,7 @@ impl Table {
         id: u32,
         page: Granule,
         on_unmap: OnUnmap,
-        pool: Pool,
+        pool: BitPool,
     ) -> Self {
         Table {
             iommufd,

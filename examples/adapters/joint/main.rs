@@ -7,6 +7,8 @@
 //!                                             +--> one harvest, one lease
 //!                                             |    --> copy --> commit, or abort
 //!  device -> IOTLB ----> leaves of a table ---+
+//!  device, by iommufd -> leaves of a table ---+
+//!  device that logs ---> its own log ---------+
 //!  thread of the VMM --> marks ---------------+
 //!  another, quietly ---> pagemap -------------+
 //! ```
@@ -16,12 +18,14 @@
 //! byte.
 //!
 //! Exit status: 0 if every page is identical, 1 if one differs, 2 if something could not be run.
-//! Without `/dev/kvm` there is no guest, and without userfaultfd there are no writes without a
-//! mark. The output says so.
+//! Without `/dev/kvm` there is no guest, without userfaultfd there are no writes without a mark,
+//! without `/dev/iommu` or a device there is no IOMMU of this machine. The output says so.
 
 #[cfg(target_os = "linux")]
 mod linux {
     pub(super) mod guest;
+    pub(super) mod hardware;
+    pub(super) mod logging;
     pub(super) mod machine;
     pub(super) mod memory;
     pub(super) mod migrate;

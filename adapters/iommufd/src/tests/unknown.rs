@@ -7,7 +7,6 @@ use dirtymap::{Access, AddressSpace, Error, Granule, HarvestRequest, UserBitmap}
 use super::fake::{Fake, Fault, pages};
 use crate::kernel::TRIES;
 use crate::log::Log;
-use crate::scratch::Pool;
 use crate::table::Table;
 use crate::{Hwpt, IoasOptions, IommufdError, OnUnmap};
 
@@ -124,7 +123,7 @@ fn a_call_that_signals_interrupt_is_made_again_and_its_piece_is_dirty() {
 #[test]
 fn a_bitmap_that_cannot_be_had_keeps_the_kernel_from_being_asked() {
     let fake = Fake::new(Granule::K4);
-    let (iommufd, pool) = (fake.iommufd(), Pool::without_memory());
+    let (iommufd, pool) = (fake.iommufd(), dirtymap_host::BitPool::without_memory());
     let table = Table::new(iommufd, 2, Granule::K4, OnUnmap::Asked, pool);
     let log = Log::new(pages(0, 64), Granule::K4).unwrap();
     let mut state = log.state();

@@ -1,15 +1,20 @@
 //! The machine: one address space over all sources of dirty pages.
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
 use dirtymap::{Access, AddressSpace, DomainId, Granule, Iova, IovaRange};
+use dirtymap_iommufd::IommufdError;
 use dirtymap_kvm::KvmMode;
 use dirtymap_pagemap::{PagemapError, ProcessMemory};
+use dirtymap_vfio::{DeviceLog, DeviceLogError};
 use dirtymap_vhost::{LogError, VhostLog};
 use pagetable_sim::{Domain, DomainConfig, PhysMemory};
 
 use super::guest::{Guest, GuestError, REACH};
+use super::hardware::{Hardware, Rebased};
+use super::logging::Played;
 use super::memory::Shared;
 
 /// Pages of 4 KiB of the machine.
@@ -39,6 +44,10 @@ pub(crate) enum Failure {
     Guest(#[from] GuestError),
     #[error("process memory: {0}")]
     Pagemap(#[from] PagemapError),
+    #[error("iommufd: {0}")]
+    Iommufd(#[from] IommufdError),
+    #[error("the log of a device: {0}")]
+    DeviceLog(#[from] DeviceLogError),
     #[error("the log of the back end: {0}")]
     Log(#[from] LogError),
     #[error("the simulated memory: {0}")]
@@ -64,11 +73,17 @@ pub(crate) struct Machine {
     pub(crate) memory: Arc<Shared>,
     pub(crate) devices: Arc<PhysMemory>,
     pub(crate) domain: Arc<Domain>,
+    /// The device that logs its writes.
+    pub(crate) logging: Arc<DeviceLog<Played>>,
+    /// The device of this machine. Detached before its memory goes.
+    _hardware: Option<Hardware>,
     /// The log, as the back end has mapped it.
     pub(crate) back_end: Shared,
     pub(crate) ids: Ids,
     /// Why there is no guest, if there is none.
     pub(crate) no_guest: Option<String>,
+    /// Why no IOMMU of this machine takes part, if none does.
+    pub(crate) no_hardware: Option<String>,
     /// Why writes without a mark are not looked for, if they are not.
     pub(crate) no_pagemap: Option<String>,
 }
@@ -80,11 +95,15 @@ pub(crate) struct Ids {
     pub(crate) vhost: DomainId,
     pub(crate) iommu: DomainId,
     pub(crate) pagemap: Option<DomainId>,
+    pub(crate) logging: DomainId,
 }
 
 impl Machine {
     /// A machine that tracks, and its guest if there is one.
-    pub(crate) fn new(mode: Option<KvmMode>) -> Result<(Self, Option<Guest>), Failure> {
+    pub(crate) fn new(
+        mode: Option<KvmMode>,
+        vfio: Option<&Path>,
+    ) -> Result<(Self, Option<Guest>), Failure> {
         let memory = Arc::new(Shared::zeroed(PAGES * PAGE)?);
         let devices = Arc::new(PhysMemory::new(PAGES * PAGE)?);
         let space = AddressSpace::new(Granule::K4);
@@ -117,7 +136,27 @@ impl Machine {
             ..DomainConfig::default()
         };
         let domain = Domain::new(devices.clone(), config);
-        let iommu = space.attach(domain.clone())?;
+        let base = memory.address();
+        let rebased = Rebased {
+            domain: domain.clone(),
+            base,
+        };
+        let iommu = space.attach(rebased)?;
+
+        // SAFETY: the areas are the memory above, which is accessed by atomics only. The machine
+        // drops the device first.
+        let hardware = unsafe { Hardware::open(vfio) }?;
+        let (hardware, no_hardware) = match hardware {
+            Ok(hardware) => (Some(hardware), None),
+            Err(why) => (None, Some(why)),
+        };
+        if let Some(hardware) = &hardware {
+            space.attach(Arc::clone(&hardware.table))?;
+        }
+
+        let all = [pages(0, PAGES)?];
+        let logging = Arc::new(DeviceLog::new(Played::new(), Granule::K4, &all)?);
+        let logs = space.attach(Arc::clone(&logging))?;
 
         let silent = pages(SILENT, PAGES - SILENT)?;
         let (pagemap, no_pagemap) = match ProcessMemory::new() {
@@ -131,27 +170,34 @@ impl Machine {
 
         // The areas follow each other, so that one harvest goes over all of them.
         for (_, range) in slots {
-            space.map(range, range.start().get(), Access::ReadWrite)?;
+            space.map(range, base + range.start().get(), Access::ReadWrite)?;
         }
         let (_, first, n) = SLOTS[1];
         let rest = pages(first + n, SILENT - first - n)?;
         for range in [rest, silent] {
-            space.map(range, range.start().get(), Access::ReadWrite)?;
+            space.map(range, base + range.start().get(), Access::ReadWrite)?;
         }
         space.start_tracking()?;
+        if let Some(hardware) = &hardware {
+            hardware.attach()?;
+        }
         let machine = Machine {
             space,
             memory,
             devices,
             domain,
+            logging,
+            _hardware: hardware,
             back_end,
             ids: Ids {
                 kvm,
                 vhost,
                 iommu,
                 pagemap,
+                logging: logs,
             },
             no_guest,
+            no_hardware,
             no_pagemap,
         };
         Ok((machine, guest))

@@ -1,6 +1,7 @@
 //! The migrator: rounds of harvest, sync, copy and commit, some of which fail; then the last one,
 //! and the comparison.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -33,6 +34,9 @@ pub(crate) struct Cli {
     /// How the log of KVM is read.
     #[arg(long, value_enum, default_value_t = Mode::Manual)]
     pub(crate) kvm: Mode,
+    /// A VFIO device behind the IOMMU of this machine, by its file in /dev/vfio/devices.
+    #[arg(long)]
+    pub(crate) vfio: Option<PathBuf>,
     /// Breaks one step on purpose.
     #[arg(long, value_enum)]
     pub(crate) sabotage: Option<Sabotage>,
@@ -126,11 +130,12 @@ pub(crate) struct Report {
     pub(crate) failed_rounds: u64,
     pub(crate) copied_bytes: u128,
     pub(crate) aborted_bytes: u64,
-    /// Granules that KVM, the vhost log, the IOMMU and the page tables of the processor each
-    /// reported, over all rounds.
-    pub(crate) seen: [u64; 4],
+    /// Granules that KVM, the vhost log, the IOMMU, the page tables of the processor and the device
+    /// that logs each reported, over all rounds.
+    pub(crate) seen: [u64; 5],
     pub(crate) no_guest: Option<String>,
     pub(crate) no_pagemap: Option<String>,
+    pub(crate) no_hardware: Option<String>,
     pub(crate) differing: Vec<u64>,
 }
 
@@ -145,10 +150,9 @@ fn round(
 ) -> Result<(), Failure> {
     let request = HarvestRequest::new(pages(0, PAGES)?, GRANULE);
     let ids = machine.ids;
-    for (id, seen) in [ids.kvm, Some(ids.vhost), Some(ids.iommu), ids.pagemap]
-        .into_iter()
-        .zip(&mut report.seen)
-    {
+    let (vhost, iommu) = (Some(ids.vhost), Some(ids.iommu));
+    let all = [ids.kvm, vhost, iommu, ids.pagemap, Some(ids.logging)];
+    for (id, seen) in all.into_iter().zip(&mut report.seen) {
         let Some(id) = id else { continue };
         let mut words = [0u64; WORDS];
         let alone = request.in_scope(Scope::Domain(id));
@@ -181,10 +185,11 @@ fn round(
 
 /// A whole migration.
 pub(crate) fn migrate(cli: &Cli) -> Result<Report, Failure> {
-    let (machine, mut guest) = Machine::new(cli.kvm.kvm())?;
+    let (machine, mut guest) = Machine::new(cli.kvm.kvm(), cli.vfio.as_deref())?;
     let mut report = Report {
         no_guest: machine.no_guest.clone(),
         no_pagemap: machine.no_pagemap.clone(),
+        no_hardware: machine.no_hardware.clone(),
         ..Report::default()
     };
     let mut copy = Copy::new();
@@ -204,6 +209,7 @@ pub(crate) fn migrate(cli: &Cli) -> Result<Report, Failure> {
     for page in (2..PAGES).step_by(9) {
         machine.program_writes(page, u64::MAX)?;
         machine.back_end_writes(page + 3, u64::MAX);
+        machine.logging_device_writes(page + 4, u64::MAX);
     }
     if let Some(guest) = &mut guest {
         guest.write(5, 20, 9)?;
@@ -240,6 +246,8 @@ fn print(report: &Report, cli: &Cli) -> ExitCode {
     no_guest.for_each(|why| println!("SKIP guest: {why}"));
     let no_pagemap = report.no_pagemap.iter();
     no_pagemap.for_each(|why| println!("SKIP quiet writes: {why}"));
+    let no_hardware = report.no_hardware.iter();
+    no_hardware.for_each(|why| println!("SKIP a device by iommufd: {why}"));
     let size = GRANULE.bytes() >> 10;
     let lines = [
         (
@@ -256,6 +264,11 @@ fn print(report: &Report, cli: &Cli) -> ExitCode {
             "devices",
             &report.written.device,
             Some(("IO page table", report.seen[2])),
+        ),
+        (
+            "logging",
+            &report.written.logging,
+            Some(("log of the device", report.seen[4])),
         ),
         ("program", &report.written.program, None),
         (

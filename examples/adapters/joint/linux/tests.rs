@@ -62,7 +62,7 @@ struct Still {
 
 impl Still {
     fn new(mode: Mode) -> Still {
-        let (machine, guest) = Machine::new(mode.kvm()).unwrap();
+        let (machine, guest) = Machine::new(mode.kvm(), None).unwrap();
         let device = machine.device();
         let mut still = Still {
             machine,
@@ -257,7 +257,7 @@ fn a_source_that_goes_with_an_aborted_lease_leaves_its_pages_to_the_others() {
 fn the_slots_are_not_made_of_whole_words_and_the_areas_follow_each_other() {
     // The other tests rely on this.
     assert!(SLOTS.iter().any(|(_, _, n)| n % 64 != 0));
-    let (machine, _guest) = Machine::new(None).unwrap();
+    let (machine, _guest) = Machine::new(None, None).unwrap();
     let mappings = machine.space.mappings();
     assert_eq!(mappings.len(), 4);
     assert!(

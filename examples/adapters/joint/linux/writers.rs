@@ -16,6 +16,7 @@ use super::machine::{Failure, Machine, PAGE, PAGES, SILENT};
 const BACK_END: u64 = 2;
 const PROGRAM: u64 = 3;
 const QUIETLY: u64 = 4;
+const LOGGING: u64 = 5;
 
 /// Numbers that look random and are the same in every run: splitmix64.
 pub(crate) struct Random(pub(crate) u64);
@@ -60,6 +61,14 @@ impl Machine {
         word.store(value, Ordering::Relaxed);
     }
 
+    /// The device that logs writes to a page, and then logs that.
+    pub(crate) fn logging_device_writes(&self, page: u64, value: u64) {
+        let word = &self.memory.words()[(page * PAGE / 8 + LOGGING) as usize];
+        // Relaxed: the log carries the Release.
+        word.store(value, Ordering::Relaxed);
+        self.logging.device().log(page);
+    }
+
     /// A device of the simulated IOMMU.
     pub(crate) fn device(&self) -> Device {
         self.domain.attach(DeviceConfig::default())
@@ -79,6 +88,7 @@ pub(crate) struct Written {
     pub(crate) device: AtomicU64,
     pub(crate) program: AtomicU64,
     pub(crate) quietly: AtomicU64,
+    pub(crate) logging: AtomicU64,
 }
 
 /// Runs all writers, each in a thread, while `meanwhile` runs; when it returns, they stop, and what
@@ -153,6 +163,16 @@ pub(crate) fn while_all_write<T>(
             turns(
                 &written.program,
                 Box::new(|value| machine.program_writes(random.page(), value).map(|()| 1)),
+            )
+        }));
+        let mut random = Random(seed + 5);
+        writers.push(scope.spawn(move || {
+            turns(
+                &written.logging,
+                Box::new(|value| {
+                    machine.logging_device_writes(random.page(), value);
+                    Ok(1)
+                }),
             )
         }));
         if machine.ids.pagemap.is_some() {

@@ -1,4 +1,4 @@
-//! The memory that the kernel writes bits into.
+//! The memory that the kernel writes the bits of a report into.
 //!
 //! The kernel pins the pages of a bitmap while it walks, and says nothing when it cannot: the bits
 //! of such a page are dropped, and the pages that they stood for become clean all the same. So the
@@ -14,7 +14,7 @@ use dirtymap::sync::{Mutex, lock};
 
 /// A bitmap in pages of its own, with a page without access at its end.
 #[derive(Debug)]
-pub(crate) struct Scratch {
+struct Scratch {
     start: NonNull<u64>,
     /// Words that can be used.
     words: usize,
@@ -27,12 +27,12 @@ unsafe impl Send for Scratch {}
 
 /// The page of the host.
 fn host_page() -> usize {
-    dirtymap_host::page().bytes() as usize
+    crate::page().bytes() as usize
 }
 
 impl Scratch {
     /// Room for at least `words` words.
-    pub(crate) fn new(words: usize) -> io::Result<Self> {
+    fn new(words: usize) -> io::Result<Self> {
         let page = host_page();
         let too_much = || io::Error::from(io::ErrorKind::OutOfMemory);
         let bytes = words.max(1).checked_mul(8).ok_or_else(too_much)?;
@@ -68,7 +68,7 @@ impl Scratch {
 
     /// The first `words` words, all zero, in pages that are present. As many as there are, if that
     /// is fewer.
-    pub(crate) fn zeroed(&mut self, words: usize) -> io::Result<&mut [u64]> {
+    fn zeroed(&mut self, words: usize) -> io::Result<&mut [u64]> {
         let words = words.min(self.words);
         // SAFETY: whole pages of our mapping; the call makes them present and changes no byte.
         let present = unsafe {
@@ -100,40 +100,36 @@ impl Drop for Scratch {
 
 /// Bitmaps that wait for a harvest. Each harvest that runs at the same time has one of its own.
 #[derive(Debug)]
-pub(crate) struct Pool {
+pub struct BitPool {
     words: usize,
     waiting: Mutex<Vec<Scratch>>,
 }
 
-impl Pool {
+impl BitPool {
     /// One bitmap of `words` words, and room to keep some.
-    pub(crate) fn new(words: usize) -> io::Result<Self> {
+    pub fn new(words: usize) -> io::Result<Self> {
         let mut waiting = Vec::new();
         waiting
             .try_reserve_exact(KEPT)
             .map_err(|_| io::ErrorKind::OutOfMemory)?;
         waiting.push(Scratch::new(words)?);
-        Ok(Pool {
+        Ok(BitPool {
             words,
             waiting: Mutex::new(waiting),
         })
     }
 
     /// One without a bitmap, on a system without memory for one.
-    #[cfg(test)]
-    pub(crate) fn without_memory() -> Self {
-        Pool {
+    #[doc(hidden)]
+    pub fn without_memory() -> Self {
+        BitPool {
             words: usize::MAX,
             waiting: Mutex::new(Vec::new()),
         }
     }
 
     /// Calls `with` with `words` words that are zero and present.
-    pub(crate) fn with<T>(
-        &self,
-        words: usize,
-        with: impl FnOnce(&mut [u64]) -> T,
-    ) -> io::Result<T> {
+    pub fn with<T>(&self, words: usize, with: impl FnOnce(&mut [u64]) -> T) -> io::Result<T> {
         let found = lock(&self.waiting).pop();
         let mut scratch = match found {
             Some(scratch) => scratch,
@@ -157,7 +153,7 @@ mod tests {
 
     #[test]
     fn each_use_begins_with_zeros() {
-        let pool = Pool::new(1).unwrap();
+        let pool = BitPool::new(1).unwrap();
         for round in 0..3 {
             let seen = pool.with(512, |bits| {
                 assert_eq!(bits.len(), 512, "whole pages");

@@ -1,0 +1,211 @@
+//! The backing of a lease: what its addresses were mapped to when they were written.
+
+use crate::bitmap::{BitmapView, UserBitmap};
+use crate::error::Error;
+use crate::report::Unmapped;
+use crate::source::Mapping;
+use crate::source::placed::{Placed, PlacedList};
+use crate::space::{AddressSpace, Area, Watch};
+use crate::sync::{Arc, Ordering, fence};
+use crate::units::{Granule, IovaRange, ToIovaRange};
+
+/// What the addresses of a lease, or of an unmap, were mapped to when they were written: for
+/// spaces of device addresses (IOVA) whose areas come and go while devices write, where the memory
+/// that is to be copied is that of a guest.
+///
+/// A lookup at the time of the copy would find what is mapped by then, which may be other memory or
+/// none. The backing is that of the areas which the harvest walked. If an area left meanwhile, the
+/// pages that were taken at its addresses may have been written through a younger area. Then both
+/// are reported: more memory than was written, never less.
+///
+/// ```
+/// use dirtymap::{Access, AddressSpace, Granule, IovaRange};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let guest = AddressSpace::tracked(Granule::K4); // by guest physical address
+/// guest.map(0..1 << 30, 0, Access::ReadWrite)?;
+/// let device = AddressSpace::tracked(Granule::K4); // by IOVA, backed by guest addresses
+/// device.map(0xf000_0000..0xf000_4000, 0x5000, Access::ReadWrite)?;
+/// device.mark(0xf000_1000..0xf000_1008)?; // or a device writes
+///
+/// let lease = device.rounds().with_backing().next()?;
+/// device.unmap_discarding(0xf000_0000..0xf000_4000)?; // the guest reuses the addresses
+/// device.map(0xf000_0000..0xf000_4000, 0x9000, Access::ReadWrite)?;
+/// let backing = lease.backing().ok_or("not asked for")?;
+/// for part in lease.runs().flat_map(|run| backing.of(run)) {
+///     assert_eq!(part.backing, 0x6000);
+///     guest.mark(part.backing..part.backing + 0x1000)?; // dirty for the guest's own migration
+/// }
+/// lease.commit();
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Every write once
+/// Each write to a tracked page is in a lease, or in the result of the unmap of its area. So take
+/// the backing of both: [`unmap_with_backing`](AddressSpace::unmap_with_backing). A lease that is
+/// aborted after its areas have gone [counts](crate::harvest::Aborted::outside_bytes) these pages:
+/// mark their backing first.
+#[derive(Debug, Default)]
+pub struct Backing {
+    /// The areas of a snapshot, ascending.
+    areas: Vec<Mapping>,
+    /// Areas that may have been at the same addresses. They may overlap.
+    others: PlacedList<Other>,
+}
+
+#[derive(Debug)]
+struct Other(Mapping);
+
+impl Placed for Other {
+    fn range(&self) -> IovaRange {
+        self.0.range
+    }
+}
+
+impl Backing {
+    /// The parts of `run` that were mapped, each with its own backing address. Ascending, with two
+    /// exceptions: parts of areas that may have been at the same addresses as an area that left
+    /// come after all others, and may overlap. A run may reach into a hole, because bits stand for
+    /// whole granules; holes have no part.
+    ///
+    /// Costs O(log n) for n areas, and a step for each part.
+    pub fn of(&self, run: IovaRange) -> impl Iterator<Item = Mapping> + '_ {
+        let first = self
+            .areas
+            .partition_point(|area| area.range.last() < run.start());
+        let areas = self.areas.get(first..).unwrap_or_default();
+        let areas = areas.iter().map_while(move |area| narrowed(area, run));
+        let others = self.others.touched(run);
+        areas.chain(others.filter_map(move |(other, _)| narrowed(&other.0, run)))
+    }
+
+    /// The areas as a whole, in the same order.
+    pub fn mappings(&self) -> impl Iterator<Item = Mapping> + '_ {
+        let others = self.others.iter().map(|other| other.0);
+        self.areas.iter().copied().chain(others)
+    }
+}
+
+/// The part of an area in `within`.
+fn narrowed(area: &Mapping, within: IovaRange) -> Option<Mapping> {
+    let range = area.range.intersection(within)?;
+    let skipped = range.start().get() - area.range.start().get();
+    Some(Mapping {
+        range,
+        backing: area.backing + skipped,
+        access: area.access,
+    })
+}
+
+/// Whether two areas have the same memory at an address that both have.
+fn is_same(one: &Mapping, other: &Mapping) -> bool {
+    let base = |area: &Mapping| area.backing.wrapping_sub(area.range.start().get());
+    base(one) == base(other)
+}
+
+/// The backing of a harvest that runs.
+#[derive(Debug)]
+pub(super) struct Recorder {
+    watch: Watch,
+    areas: Vec<Mapping>,
+    /// The parts, ascending, whose area was on its way out when they had been looked at.
+    unsure: Vec<IovaRange>,
+}
+
+impl Recorder {
+    /// Begins before the snapshot of the harvest is taken.
+    pub(super) fn begin(space: &AddressSpace, request: bool) -> Option<Self> {
+        request.then(|| Recorder {
+            watch: space.past.watch(),
+            areas: Vec::new(),
+            unsure: Vec::new(),
+        })
+    }
+
+    /// The harvest has looked at `part` of `area`.
+    pub(super) fn looked(&mut self, area: &Area, part: IovaRange) {
+        let is_new = self.areas.last().is_none_or(|last| *last != area.mapping);
+        if is_new {
+            self.areas.push(area.mapping);
+        }
+        // Acquire: pairs with F7 of `AddressSpace::fill`, and with the Release fence of `fill_new`.
+        // - If the harvest took a page that was written through a younger area, it sees the fill of
+        //   that area, and so the claim of this one, which came before.
+        // - If it does not see the claim, each page that it took is of this area.
+        fence(Ordering::Acquire);
+        if area.is_going() {
+            self.unsure.push(part);
+        }
+    }
+
+    /// The walk has ended.
+    pub(super) fn finish(self, space: &AddressSpace) -> Backing {
+        let mut backing = Backing {
+            areas: self.areas,
+            others: PlacedList::default(),
+        };
+        if self.unsure.is_empty() {
+            return backing;
+        }
+        // Steps W4 and W5 of `past`, in this order.
+        let snapshot = space.snapshot();
+        let left = self.watch.left();
+        let mut others = Vec::new();
+        for part in &self.unsure {
+            let now = snapshot.areas_in(*part).map(|entry| entry.area.mapping);
+            others.extend(now.filter_map(|area| narrowed(&area, *part)));
+        }
+        for area in &left {
+            let first = self
+                .unsure
+                .partition_point(|part| part.last() < area.range.start());
+            let parts = self.unsure.get(first..).unwrap_or_default();
+            others.extend(parts.iter().map_while(|part| narrowed(area, *part)));
+        }
+        others.retain(|other| !backing.of(other.range).any(|area| is_same(&area, other)));
+        others.sort_by_key(|other| (other.range.start(), other.range.last(), other.backing));
+        others.dedup();
+        let others = others.into_iter().map(|other| Arc::new(Other(other)));
+        backing.others = PlacedList::new(others.collect());
+        backing
+    }
+}
+
+impl AddressSpace {
+    /// As [`unmap`](Self::unmap), and returns what the areas were mapped to.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule, UserBitmap};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// space.map(0xf000_0000..0xf010_0000, 0x5000, Access::ReadWrite)?;
+    /// space.mark(0xf000_3000..0xf000_3001)?;
+    /// let mut words = [0; 4];
+    /// let bitmap = UserBitmap::new(&mut words);
+    /// let all = 0xf000_0000..0xf010_0000;
+    /// let (_, dirty, backing) = space.unmap_with_backing(all, Granule::K4, bitmap)?;
+    /// let parts: Vec<u64> = dirty
+    ///     .runs()
+    ///     .flat_map(|run| backing.of(run))
+    ///     .map(|part| part.backing)
+    ///     .collect();
+    /// assert_eq!(parts, [0x8000]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// Those of `unmap`.
+    pub fn unmap_with_backing<'a>(
+        &self,
+        range: impl ToIovaRange,
+        granule: Granule,
+        bitmap: UserBitmap<'a>,
+    ) -> Result<(Unmapped, BitmapView<'a>, Backing), Error> {
+        let range = range.to_iova_range()?;
+        let (unmapped, view, areas) = self.unmap_areas(range, granule, bitmap)?;
+        let others = PlacedList::default();
+        Ok((unmapped, view, Backing { areas, others }))
+    }
+}
