@@ -22,10 +22,12 @@ use crate::error::Error;
 use crate::events;
 use crate::failure::Failure;
 use crate::flush::{FlushGather, Ticket};
-use crate::ranges::RangeSet;
+use crate::ranges::{RangeSet, without};
 use crate::report::{Aborted, HarvestReport};
 use crate::source::Stopped;
-use crate::space::{AddressSpace, Area, Areas, Audience, Covered, Entry, Lineage, MemberCounts};
+use crate::space::{
+    AddressSpace, Area, Areas, Audience, Covered, Entry, Lineage, MemberCounts, Walk,
+};
 use crate::sync::{AtomicU64, Mutex, Ordering, Step, lock, performs};
 use crate::units::{Granule, Iova, IovaRange};
 
@@ -589,7 +591,8 @@ impl<'a> Holding<'a> {
             }
             if let Err(stopped) = further {
                 // What is not recorded is pending as before; what is, the stop puts back.
-                self.whole.drain(first..).for_each(|run| own.whole.add(run));
+                let back = self.whole.drain(first..);
+                back.for_each(|run| own.whole.put_back(run, &self.space.walks));
                 let at = stopped.at.granule_start(page).max(part.start());
                 return shared::rounded(Err(Stopped { at, ..stopped }), sink);
             }
@@ -606,14 +609,14 @@ impl<'a> Holding<'a> {
     ///
     /// A store that the consumer got in the middle of the walk is younger than the areas of the
     /// walk, and stays as it is.
-    pub(super) fn walked_all(&mut self, range: IovaRange) {
+    pub(super) fn walked_all(&mut self, range: IovaRange, entered: &Walk<'_>) {
         if let Some(own) = self
             .covered
             .audience
             .own()
             .filter(|_| !self.covered.audience.has_moved())
         {
-            let _ = own.whole.take(range);
+            own.whole.forget(range, entered);
         }
     }
 
@@ -668,6 +671,7 @@ impl<'a> Holding<'a> {
                 // it.
                 let _ = self.queue();
             }
+            self.put_back_whole(above);
             let aborted = self.put_back_runs(part, above);
             self.space.counters.put_back_outside(aborted.outside_bytes);
             let _ = self.queue();
@@ -678,6 +682,22 @@ impl<'a> Holding<'a> {
         }
         self.reached = self.walked_to.and_then(|walked| Some(walked.min(last?)));
         bits
+    }
+
+    /// What the lease has of `above` as a whole is pending as a whole again. Page by page, another
+    /// lease would not know that it has to [catch up](AddressSpace::catch_up).
+    fn put_back_whole(&mut self, above: IovaRange) {
+        let Some(own) = self.covered.audience.own() else {
+            return;
+        };
+        let mut kept = Vec::new();
+        for run in self.whole.drain(..) {
+            kept.extend(without(run, [above]));
+            if let Some(back) = run.intersection(above) {
+                own.whole.put_back(back, &self.space.walks);
+            }
+        }
+        self.whole = kept;
     }
 
     /// Whether the harvest leaves what it takes to other consumers, or has taken from them.
@@ -853,7 +873,7 @@ impl<'a> Holding<'a> {
         if let Some(own) = self.covered.audience.own() {
             let committed = lock(&self.committed);
             let rests = self.whole.iter().flat_map(|run| committed.without(*run));
-            rests.for_each(|rest| own.whole.add(rest));
+            rests.for_each(|rest| own.whole.put_back(rest, &self.space.walks));
         }
         let touched = self
             .reached

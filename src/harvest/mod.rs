@@ -85,7 +85,7 @@ pub use write_guard::WriteGuard;
 
 use crate::bitmap::{BitmapView, Bound, UserBitmap};
 use crate::error::Error;
-use crate::space::{AddressSpace, Areas, Audience, Covered, Party};
+use crate::space::{AddressSpace, Areas, Audience, Covered, Party, Walk};
 use crate::units::IovaRange;
 use backing::Recorder;
 use held::{Held, SpaceRef};
@@ -259,14 +259,14 @@ fn harvest_for<'a>(
 ) -> Result<Lease<'a, Owed>, Error> {
     let holder = space.clone();
     // Before the snapshot: a consumer that joins waits for this harvest, or is in the snapshot.
-    let _walk = holder.walks.enter();
+    let entered = holder.walks.enter();
     let backing = Recorder::begin(&holder, request.backing);
     let snapshot = holder.snapshot();
     let (bound, covered) = holder.check(member, request, bitmap, &snapshot)?;
     let held = Held::Lent(bound.view());
     let holding = Holding::begin(space, held, covered, backing);
     let all = bound.view().range();
-    let lease = harvest(holding, snapshot, request, bound, all);
+    let lease = harvest(holding, snapshot, request, bound, (all, &entered));
     holder.keep_in_bounds(lease.audience());
     Ok(lease)
 }
@@ -278,7 +278,7 @@ fn harvest<'a>(
     snapshot: Areas<'_>,
     request: &HarvestRequest<'_>,
     bound: Bound<'_>,
-    all: IovaRange,
+    (all, entered): (IovaRange, &Walk<'_>),
 ) -> Lease<'a, Owed> {
     #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
     if request.is_parallel() && !holding.is_shared() {
@@ -291,7 +291,7 @@ fn harvest<'a>(
     let walked = walk(&mut holding, &snapshot, request, asked, &mut sink);
     holding.walked(&snapshot);
     if matches!(walked, Ok(None)) && request.mask().is_none() {
-        holding.walked_all(all);
+        holding.walked_all(all, entered);
     }
     let mut recorded = Recorded::default();
     recorded.add(&sink);

@@ -190,7 +190,7 @@ impl<'a> Rounds<'a> {
     pub fn harvest(&mut self) -> Result<Lease<'a, Owed>, Error> {
         // Before the snapshot: as in `harvest_for`.
         let space = self.space.clone();
-        let _walk = space.walks.enter();
+        let entered = space.walks.enter();
         let backing = Recorder::begin(&space, self.backing);
         let snapshot = space.snapshot();
         let areas = snapshot.areas_in(self.within).map(|entry| entry.range);
@@ -221,7 +221,7 @@ impl<'a> Rounds<'a> {
             part: range,
         });
         let holding = Holding::begin(self.space.clone(), held, covered, backing);
-        let lease = harvest(holding, snapshot, &request, bound, self.within);
+        let lease = harvest(holding, snapshot, &request, bound, (self.within, &entered));
         space.keep_in_bounds(lease.audience());
         Ok(lease)
     }

@@ -81,7 +81,7 @@ impl AddressSpace {
         }
         let fresh = Member::with_store(Arc::clone(&old.party), old.stores + 1);
         if performs(Step::TellWhole) {
-            fresh.whole.add(old.range);
+            fresh.whole.begin(old.range);
         }
         let fresh = Arc::new(fresh);
         // Relaxed: the update publishes it. A harvest that misses a page, because another one has

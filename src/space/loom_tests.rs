@@ -3,6 +3,7 @@
 
 use super::past::Past;
 use super::walks::Walks;
+use super::whole::Whole;
 use super::{AddressSpace, Area};
 use crate::bitmap::UserBitmap;
 use crate::harvest::{Consumer, HarvestRequest, Start};
@@ -38,6 +39,59 @@ fn a_join_waits_for_a_harvest_or_is_known_to_it() {
         walks.wait();
         let ended = taken.load(Relaxed) == 1;
         harvest.join().unwrap() || ended
+    });
+}
+
+/// Two threads wait for harvests, as two syncs of leases of everything, or a sync and a join, may.
+/// One of them waits twice. A harvest that began before the other one called has ended when it
+/// returns.
+#[test]
+fn two_threads_that_wait_for_harvests_wait_for_each() {
+    let steps = [Step::WaitForWalks, Step::TurnAlone];
+    holds_within(Bound::between(3, 3), &steps, || {
+        let walks = Arc::new(Walks::new());
+        let (begun, ended) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+        let harvest = thread::spawn({
+            let (walks, begun, ended) = (walks.clone(), begun.clone(), ended.clone());
+            move || {
+                let _walk = walks.enter();
+                begun.store(1, Ordering::Release);
+                ended.store(1, Relaxed);
+            }
+        });
+        let other = thread::spawn({
+            let walks = walks.clone();
+            move || {
+                walks.wait();
+                walks.wait();
+            }
+        });
+        let runs = begun.load(Ordering::Acquire) == 1;
+        walks.wait();
+        let waited = !runs || ended.load(Relaxed) == 1;
+        harvest.join().unwrap();
+        other.join().unwrap();
+        waited
+    });
+}
+
+/// A lease of everything is aborted, while another harvest of its consumer walks the area and finds
+/// no other area. Either harvest has the area, or it is pending as a whole.
+#[test]
+fn a_harvest_forgets_nothing_that_is_put_back_meanwhile() {
+    holds_within(Bound::USUAL, &[Step::SayPutBack], || {
+        let (walks, whole) = (Arc::new(Walks::new()), Arc::new(Whole::new()));
+        let harvest = thread::spawn({
+            let (walks, whole) = (walks.clone(), whole.clone());
+            move || {
+                let walk = walks.enter();
+                let told = !whole.take(page()).is_empty();
+                whole.forget(IovaRange::ALL, &walk);
+                told
+            }
+        });
+        whole.put_back(page(), &walks);
+        harvest.join().unwrap() || !whole.parts(page()).is_empty()
     });
 }
 

@@ -25,6 +25,7 @@ use std::convert::Infallible;
 
 use super::epochs::{Parent, Why};
 use super::member::{Member, MemberCounts, Members, Party};
+use super::walks::Walks;
 use super::{AddressSpace, Area};
 use crate::bitmap::Sink;
 use crate::error::{Error, Stopped};
@@ -127,7 +128,7 @@ impl AddressSpace {
                     let name = other.name().into();
                     Failure::Refused(Error::ConsumerLeft { name })
                 })?;
-                copy_of(&store, member).map_err(Failure::Refused)
+                copy_of(&store, member, &self.walks).map_err(Failure::Refused)
             }
         }
     }
@@ -276,7 +277,7 @@ impl AddressSpace {
 ///
 /// # Errors
 /// [`Error::ConsumerBusy`] if it does, or has a lease.
-fn copy_of(other: &Member, member: &Member) -> Result<(), Error> {
+fn copy_of(other: &Member, member: &Member, walks: &Walks) -> Result<(), Error> {
     const TRIES: usize = 8;
     for _ in 0..TRIES {
         let Some(begun) = other.counts.settled() else {
@@ -286,7 +287,9 @@ fn copy_of(other: &Member, member: &Member) -> Result<(), Error> {
             member.pending.mark(run);
         }
         let whole = other.whole.parts(member.range);
-        whole.into_iter().for_each(|part| member.whole.add(part));
+        whole
+            .into_iter()
+            .for_each(|part| member.whole.put_back(part, walks));
         let top = other.epochs.top();
         // Acquire: pairs with the AcqRel clear of a page that is pending. If a harvest has taken a
         // page that is missed above, it is counted below.

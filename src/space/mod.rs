@@ -61,6 +61,7 @@ pub use plan::Change;
 pub use snapshot::SpaceSnapshot;
 pub(crate) use stats::Counters;
 pub use stats::SpaceStats;
+pub(crate) use walks::Walk;
 
 use crate::area::AreaTree;
 use crate::error::Error;

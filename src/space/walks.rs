@@ -19,25 +19,42 @@
 //! harvests does not keep it waiting. A harvest that has read a turn and is counted late was not
 //! waited for by the join that turned it, but then F9 came before its F8; a later join waits for
 //! both counts.
+//!
+//! The sync of a lease of everything waits as well: see [`bounds`](super::bounds). A lock makes one
+//! thread at a time turn. Between the two turns of a thread, a turn of another one would show it
+//! the same count twice, and it would return while a harvest runs that the other count has.
 
-use crate::sync::{AtomicU64, Ordering, Step, fence, fence_after_rmw, performs, relax};
+use crate::sync::{
+    AtomicU64, Mutex, Ordering, Step, fence, fence_after_rmw, lock, performs, relax,
+};
 
 /// See the [module](self).
 #[derive(Debug)]
 pub(crate) struct Walks {
     running: [AtomicU64; 2],
     turn: AtomicU64,
+    /// Held by the thread that turns.
+    turning: Mutex<()>,
+    /// How often something became pending as a whole again: see `Whole::forget`.
+    put_back: AtomicU64,
 }
 
 /// A harvest that is running, until this is dropped.
 #[derive(Debug)]
-pub(crate) struct Walk<'w>(&'w AtomicU64);
+pub(crate) struct Walk<'w> {
+    running: &'w AtomicU64,
+    all: &'w Walks,
+    /// `Walks::put_back` before the harvest loaded the root.
+    put_back: u64,
+}
 
 impl Walks {
     pub(super) fn new() -> Self {
         Walks {
             running: [AtomicU64::new(0), AtomicU64::new(0)],
             turn: AtomicU64::new(0),
+            turning: Mutex::new(()),
+            put_back: AtomicU64::new(0),
         }
     }
 
@@ -51,7 +68,21 @@ impl Walks {
         // SeqCst: F8 of the protocol above; pairs with F9 in `wait`. If F8 comes first, the join
         // waits for this harvest; if F9 comes first, this harvest sees the consumer.
         fence_after_rmw();
-        Walk(running)
+        // Acquire: pairs with the Release in `say_put_back`.
+        // - If this counts a put-back, the harvest finds what it put back.
+        // - If not, `is_alone` counts it, or what it puts back comes after the look of `forget`.
+        let put_back = self.put_back.load(Ordering::Acquire);
+        Walk {
+            running,
+            all: self,
+            put_back,
+        }
+    }
+
+    /// Something has become pending as a whole again. The caller holds the lock of that.
+    pub(super) fn say_put_back(&self) {
+        // Release: pairs with the Acquire in `enter`; publishes what is pending as a whole.
+        self.put_back.fetch_add(1, Ordering::Release);
     }
 
     /// Returns when no harvest runs that entered before the call.
@@ -61,8 +92,9 @@ impl Walks {
         if !performs(Step::WaitForWalks) {
             return;
         }
+        let _alone = performs(Step::TurnAlone).then(|| lock(&self.turning));
         for _ in 0..2 {
-            // Relaxed: as in `enter`. Joins hold a lock.
+            // Relaxed: as in `enter`; the lock orders the turns.
             let turn = self.turn.fetch_xor(1, Ordering::Relaxed) & 1;
             // Acquire: pairs with the Release of a walk that ends; what it took is visible.
             while self.running[turn as usize].load(Ordering::Acquire) != 0 {
@@ -72,9 +104,18 @@ impl Walks {
     }
 }
 
+impl Walk<'_> {
+    /// Whether nothing became pending as a whole again since before this harvest loaded the root.
+    /// The caller holds the lock of what it asks about.
+    pub(super) fn is_alone(&self) -> bool {
+        // Relaxed: the lock orders it.
+        self.all.put_back.load(Ordering::Relaxed) == self.put_back
+    }
+}
+
 impl Drop for Walk<'_> {
     fn drop(&mut self) {
         // Release: pairs with the Acquire in `wait`.
-        self.0.fetch_sub(1, Ordering::Release);
+        self.running.fetch_sub(1, Ordering::Release);
     }
 }

@@ -1,8 +1,9 @@
 //! What is pending as a whole for a consumer: ranges of which everything that is mapped is dirty
 //! for it. See [`bounds`](super::bounds).
 
+use super::walks::{Walk, Walks};
 use crate::ranges::RangeSet;
-use crate::sync::{AtomicBool, Mutex, Ordering, fence, lock};
+use crate::sync::{AtomicBool, Mutex, Ordering, Step, fence, lock, performs};
 use crate::units::IovaRange;
 
 /// What is pending as a whole for one consumer.
@@ -28,18 +29,46 @@ impl Whole {
         self.is_due.load(Ordering::Relaxed)
     }
 
-    /// Adds `range`.
-    pub(crate) fn add(&self, range: IovaRange) {
+    /// Adds `range`, before the store of the consumer is published.
+    pub(super) fn begin(&self, range: IovaRange) {
+        lock(&self.ranges).add(range);
+        // Relaxed: see `is_due`.
+        self.is_due.store(true, Ordering::Relaxed);
+    }
+
+    /// Adds `range`, which a lease of the consumer has taken and puts back.
+    pub(crate) fn put_back(&self, range: IovaRange, walks: &Walks) {
         let mut ranges = lock(&self.ranges);
         ranges.add(range);
         // Relaxed: see `is_due`.
         self.is_due.store(true, Ordering::Relaxed);
+        if performs(Step::SayPutBack) {
+            walks.say_put_back();
+        }
         drop(ranges);
         // SeqCst: in the place of M3 of a mark, for an abort that looks at the areas next; pairs
         // with F6 of an unmap.
         // - If this fence is first, the unmap finds what was added.
         // - If F6 is first, the abort finds that the area is going, and marks its pages.
         fence(Ordering::SeqCst);
+    }
+
+    /// Takes what there is in `range`, at the end of a harvest that has walked all areas in it: that
+    /// is holes. Takes nothing if anything was put back meanwhile, because that may be of areas that
+    /// this harvest has walked before, or does not know.
+    pub(crate) fn forget(&self, range: IovaRange, walk: &Walk<'_>) {
+        if !self.is_due() {
+            return;
+        }
+        let mut ranges = lock(&self.ranges);
+        if !walk.is_alone() {
+            return;
+        }
+        let _ = ranges.remove(range);
+        if ranges.is_empty() {
+            // Relaxed: as in `take`.
+            self.is_due.store(false, Ordering::Relaxed);
+        }
     }
 
     /// Takes what there is in `part`.
@@ -50,7 +79,7 @@ impl Whole {
         let mut ranges = lock(&self.ranges);
         let taken = ranges.remove(part);
         if ranges.is_empty() {
-            // Relaxed: see `is_due`; under the lock, as the store in `add`.
+            // Relaxed: see `is_due`; under the lock, as the stores of true.
             self.is_due.store(false, Ordering::Relaxed);
         }
         taken

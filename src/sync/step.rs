@@ -252,6 +252,8 @@ steps! {
     ClaimPiece,
     /// Waiting for the harvests that do not know a consumer that joins.
     WaitForWalks,
+    /// One thread at a time waiting for harvests; left out, two of them turn the counts at once.
+    TurnAlone,
     /// Flushing what those harvests owe.
     FlushAtJoin,
     /// Making everything pending for a consumer whose store is dropped.
@@ -260,6 +262,9 @@ steps! {
     FollowStore,
     /// Waiting, in the sync of a lease that took everything, for harvests that use the old store.
     CatchUp,
+    /// Counting what becomes pending as a whole again, so that a harvest does not take it for
+    /// holes.
+    SayPutBack,
     /// Numbering a lease at the end of its walk; left out, at the begin.
     NumberAtEnd,
     /// Waiting for the harvests that do not know of discards before the first one.

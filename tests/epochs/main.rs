@@ -3,7 +3,10 @@
 #![allow(clippy::unwrap_used)] // helpers of tests
 
 mod bounds;
+#[path = "../common/mod.rs"]
+mod common;
 mod named;
+mod put_back;
 mod reference;
 
 use dirtymap::harvest::{Epoch, Lineage, Parent, Since, Why};
