@@ -340,3 +340,31 @@ fn a_meter_of_a_part_counts_that_part() {
         64 * MIB / PAGE
     );
 }
+
+/// The half-life is a number of seconds that no duration holds once it is rounded, and the change
+/// of the granule panicked. And the weight of a look was rounded to 0, so nothing was measured.
+#[test]
+fn a_meter_may_never_forget() {
+    let space = AddressSpace::tracked(Granule::K4);
+    space.map(0..1 << 20, 0, Access::ReadWrite).unwrap();
+    let one = space.consumer("one", Start::Clean).unwrap();
+    let mut meter = Meter::new(one, Duration::MAX).by(Granule::K4);
+    for pages in [1, 3] {
+        space.mark(0..pages << 12).unwrap();
+        meter.look(Duration::from_secs(1)).unwrap();
+    }
+    assert!((meter.rate() - 2.0 * 4096.0).abs() < 1e-3, "the mean");
+    assert_eq!(meter.dirty_within(Duration::from_secs(1)), 2 * 4096);
+}
+
+/// All addresses are 2^64 bytes, one more than a number holds. They were counted as 0.
+#[test]
+fn a_look_at_all_addresses_counts_as_many_as_there_are_numbers() {
+    let space = AddressSpace::tracked(Granule::from_lg2(48).unwrap());
+    space.map(IovaRange::ALL, 0, Access::ReadWrite).unwrap();
+    let one = space.consumer("one", Start::Clean).unwrap();
+    let mut meter = Meter::new(one, Duration::from_secs(10));
+    space.mark(IovaRange::ALL).unwrap();
+    assert_eq!(meter.look(Duration::from_secs(1)).unwrap(), u64::MAX);
+    assert_eq!(meter.dirty_within(Duration::from_secs(1)), u64::MAX);
+}

@@ -14,7 +14,7 @@
 
 use std::time::Duration;
 
-use super::heat::left_after;
+use super::heat::{left_after, lost_after};
 use crate::bitmap::{BitmapView, SparseBitmap, UserBitmap};
 use crate::error::Error;
 use crate::units::{Granule, IovaRange};
@@ -70,6 +70,11 @@ impl Window {
     }
 }
 
+/// The bytes of so many granules. Saturates: all addresses are one more than there are numbers.
+fn bytes_of(bits: u64, granule: Granule) -> u64 {
+    u64::try_from(u128::from(bits) << granule.lg2()).unwrap_or(u64::MAX)
+}
+
 impl Growth {
     pub(super) fn new(half_life: Duration) -> Self {
         let granule = Granule::K4;
@@ -104,7 +109,7 @@ impl Growth {
             }
             sink.bits_set()
         };
-        self.windows[0].bytes = bits << self.granule.lg2();
+        self.windows[0].bytes = bytes_of(bits, self.granule);
         let bytes = self.windows[0].bytes;
         self.full(0)?;
         Ok(bytes)
@@ -114,13 +119,14 @@ impl Growth {
     fn full(&mut self, nth: usize) -> Result<(), Error> {
         let window = &mut self.windows[nth];
         let left = left_after(window.seconds, self.half_life);
+        let lost = lost_after(window.seconds, self.half_life);
         // A window of no time has a point of no weight.
         for (sum, value) in window
             .seen
             .iter_mut()
             .zip([window.seconds, window.bytes as f64, 1.0])
         {
-            *sum = *sum * left + value * (1.0 - left);
+            *sum = *sum * left + value * lost;
         }
         if nth + 1 == MOST {
             window.empty();
@@ -132,7 +138,7 @@ impl Growth {
         let (below, above) = self.windows.split_at_mut(nth + 1);
         let (from, to) = (&mut below[nth], &mut above[0]);
         let fresh = from.view(self.granule)?.or_into(&to.view(self.granule)?)?;
-        to.bytes = to.bytes.saturating_add(fresh << self.granule.lg2());
+        to.bytes = to.bytes.saturating_add(bytes_of(fresh, self.granule));
         to.seconds += from.seconds;
         to.halves += 1;
         if nth > 0 {

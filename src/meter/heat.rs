@@ -12,6 +12,7 @@ use crate::units::{Granule, Iova, IovaRange};
 #[derive(Debug)]
 pub(super) struct Heat {
     half_life: f64,
+    /// At least a page: one page of a space of large ones may have more parts than memory holds.
     granule: Granule,
     /// Seconds so far.
     now: f64,
@@ -32,6 +33,11 @@ pub(super) fn left_after(seconds: f64, half_life: f64) -> f64 {
     (-seconds / half_life).exp2()
 }
 
+/// The part that is lost. No difference from 1, which has no digits left for a long half-life.
+pub(super) fn lost_after(seconds: f64, half_life: f64) -> f64 {
+    -(-seconds / half_life * std::f64::consts::LN_2).exp_m1()
+}
+
 impl Decayed {
     fn at(self, now: f64, half_life: f64) -> f64 {
         self.sum * left_after(now - self.at, half_life)
@@ -50,19 +56,33 @@ impl Heat {
         }
     }
 
-    pub(super) fn half_life(&self) -> Duration {
-        Duration::from_secs_f64(self.half_life)
+    /// The same by `granule`, without the rates so far.
+    pub(super) fn by(&self, granule: Granule) -> Self {
+        Heat {
+            half_life: self.half_life,
+            granule,
+            now: 0.0,
+            all: Decayed::default(),
+            granules: BTreeMap::new(),
+        }
     }
 
-    /// A look found `runs`, `elapsed` after the one before.
-    pub(super) fn look(&mut self, runs: impl Iterator<Item = IovaRange>, elapsed: Duration) {
+    /// A look found `runs` of pages of size `page`, `elapsed` after the one before.
+    pub(super) fn look(
+        &mut self,
+        runs: impl Iterator<Item = IovaRange>,
+        page: Option<Granule>,
+        elapsed: Duration,
+    ) {
+        // The first look that finds areas says it, and all others say the same.
+        self.granule = self.granule.max(page.unwrap_or(self.granule));
         let seconds = elapsed.as_secs_f64();
         self.now += seconds;
         // The weight of a byte: the rate over the time of the look, as far as it has decayed by
         // now. Of no time, what is left of it in the limit.
         let weight = match seconds {
             0.0 => std::f64::consts::LN_2 / self.half_life,
-            _ => (1.0 - left_after(seconds, self.half_life)) / seconds,
+            _ => lost_after(seconds, self.half_life) / seconds,
         };
         let (now, half_life) = (self.now, self.half_life);
         let add = |to: &mut Decayed, bytes: u128| {
@@ -86,7 +106,7 @@ impl Heat {
 
     fn read(&self, sum: Decayed) -> f64 {
         // The weights of all looks so far.
-        let weights = 1.0 - left_after(self.now, self.half_life);
+        let weights = lost_after(self.now, self.half_life);
         match weights > 0.0 {
             true => sum.at(self.now, self.half_life) / weights,
             false => 0.0,

@@ -74,10 +74,11 @@ impl<'a> Meter<'a> {
         }
     }
 
-    /// Keeps the rates by `granule`, instead of by 2 MiB. Forgets the rates so far.
+    /// Keeps the rates by `granule`, instead of by 2 MiB; by pages of the space if those are larger.
+    /// Forgets the rates so far.
     #[must_use]
     pub fn by(mut self, granule: Granule) -> Self {
-        self.heat = Heat::new(self.heat.half_life(), granule);
+        self.heat = self.heat.by(granule);
         self
     }
 
@@ -111,7 +112,7 @@ impl<'a> Meter<'a> {
         let runs = || lease.iter().flat_map(crate::harvest::Lease::runs);
         let granule = lease.as_ref().map(crate::harvest::Lease::granule);
         let bytes = self.growth.look(runs(), granule, elapsed)?;
-        self.heat.look(runs(), elapsed);
+        self.heat.look(runs(), granule, elapsed);
         if let Some(lease) = lease {
             lease.commit();
         }

@@ -39,6 +39,8 @@
 //! neither in the table nor in flight, it sees what the other harvest saw, which had loaded the
 //! root from after B1.
 
+use std::collections::BTreeMap;
+
 use super::AddressSpace;
 use super::member::{Audience, Member, MemberCounts, Party};
 use crate::failure::{Failure, attempt};
@@ -46,65 +48,73 @@ use crate::flush::FlushGather;
 use crate::sync::{Arc, Ordering, Step, performs};
 use crate::units::IovaRange;
 
+/// Whether what is pending for a consumer takes more memory than it may.
+fn has_too_much(member: &Member) -> bool {
+    member.pending.held_bytes() > member.bounds().bytes
+}
+
 impl AddressSpace {
     /// Drops the stores of the consumers of `audience` that are out of bounds, after a harvest.
     pub(crate) fn keep_in_bounds(&self, audience: &Audience) {
         if !audience.is_shared() {
             return;
         }
-        for other in audience.others() {
-            let bounds = other.bounds();
-            let is_late = bounds.age != u64::MAX && {
-                // Relaxed: a count, which orders nothing.
-                other.missed.fetch_add(1, Ordering::Relaxed) >= bounds.age
-            };
-            if is_late || other.pending.held_bytes() > bounds.bytes {
-                self.drop_store(other);
-            }
-        }
-        if let Some(own) = audience.own() {
-            self.keep_own_in_bounds(own);
-        }
+        let is_late = |other: &Member| {
+            let age = other.bounds().age;
+            // Relaxed: a count, which orders nothing.
+            age != u64::MAX && other.missed.fetch_add(1, Ordering::Relaxed) >= age
+        };
+        let others = audience.others();
+        let others = others.filter(|other| is_late(other) || has_too_much(other));
+        let own = audience.own().filter(|own| has_too_much(own));
+        self.drop_stores(others.chain(own));
     }
 
     /// Drops the store of a consumer that puts something back, if that is too much.
     pub(crate) fn keep_own_in_bounds(&self, own: &Arc<Member>) {
-        if own.pending.held_bytes() > own.bounds().bytes {
-            self.drop_store(own);
-        }
+        self.drop_stores(Some(own).filter(|own| has_too_much(own)));
     }
 
-    /// B1: gives a consumer an empty store, unless it has another one already.
-    fn drop_store(&self, old: &Arc<Member>) {
-        if old.pending.held_bytes() == 0 {
+    /// B1: gives consumers an empty store, unless they have another one already. One update for all
+    /// of them, because each copies the list of consumers.
+    fn drop_stores<'m>(&self, old: impl IntoIterator<Item = &'m Arc<Member>>) {
+        let mut stores = BTreeMap::new();
+        for old in old.into_iter().filter(|old| old.pending.held_bytes() > 0) {
+            let fresh = Member::with_store(Arc::clone(&old.party), old.stores + 1);
+            if performs(Step::TellWhole) {
+                fresh.whole.begin(old.range);
+            }
+            // Relaxed: the update publishes it. A harvest that misses a page, because another one
+            // has left it in the new store, sees this by way of that harvest: see "The store of a
+            // harvest".
+            old.is_old.store(true, Ordering::Relaxed);
+            stores.insert(old.id, (old, Arc::new(fresh)));
+        }
+        if stores.is_empty() {
             return;
         }
-        let fresh = Member::with_store(Arc::clone(&old.party), old.stores + 1);
-        if performs(Step::TellWhole) {
-            fresh.whole.begin(old.range);
-        }
-        let fresh = Arc::new(fresh);
-        // Relaxed: the update publishes it. A harvest that misses a page, because another one has
-        // left it in the new store, sees this by way of that harvest: see "The store of a harvest".
-        old.is_old.store(true, Ordering::Relaxed);
+        let fresh = |now: &Arc<Member>| {
+            let (old, fresh) = stores.get(&now.id)?;
+            // Another thread may have been faster.
+            Arc::ptr_eq(now, old).then_some(fresh)
+        };
         let dropped = self.areas.update(|edit| {
-            if !edit
-                .rules()
-                .members()
-                .iter()
-                .any(|now| Arc::ptr_eq(now, old))
-            {
-                return Err(()); // it has left, or another thread was faster
+            let rules = edit.rules();
+            let old = rules.members().iter().filter(|now| fresh(now).is_some());
+            let old: Vec<Arc<Member>> = old.cloned().collect();
+            if old.is_empty() {
+                return Err(()); // they have left, or another thread was faster
             }
-            edit.set_rules(edit.rules().with_members(|all| {
-                let place = all.iter_mut().find(|now| Arc::ptr_eq(now, old));
-                if let Some(place) = place {
-                    *place = Arc::clone(&fresh);
+            edit.set_rules(rules.with_members(|all| {
+                for place in all {
+                    if let Some(fresh) = fresh(place) {
+                        *place = Arc::clone(fresh);
+                    }
                 }
             }));
-            Ok(())
+            Ok(old)
         });
-        if dropped.is_ok() {
+        for old in dropped.into_iter().flatten() {
             MemberCounts::add(&old.counts.dropped, 1);
         }
     }
@@ -138,5 +148,39 @@ impl AddressSpace {
             attempt(|| self.flush_until(ticket))?;
         }
         Ok(())
+    }
+}
+
+#[cfg(all(test, not(dirtymap_loom)))]
+#[allow(clippy::unwrap_used)] // helpers of tests
+mod tests {
+    use super::super::epochs::Bounds;
+    use super::*;
+    use crate::harvest::{Consumer, Start};
+    use crate::units::{Access, Granule};
+
+    /// A harvest that takes many consumers out of bounds. Each had an update of its own, which
+    /// copied the list of consumers: 10,000 consumers were 100 million copies.
+    #[test]
+    fn a_harvest_drops_the_stores_of_all_consumers_by_one_update() {
+        let space = AddressSpace::tracked(Granule::K4);
+        space.map(0..1 << 20, 0, Access::ReadWrite).unwrap();
+        let join = |nth: u32| space.consumer(&nth.to_string(), Start::Clean).unwrap();
+        let all: Vec<Consumer<'_>> = (0..50).map(join).collect();
+        for one in &all {
+            one.set_bounds(Bounds {
+                bytes: 1,
+                ..Bounds::default()
+            });
+        }
+        space.mark(0..1).unwrap();
+        let before = space.snapshot().newest();
+        let lease = space.rounds().next().unwrap();
+        assert_eq!(space.snapshot().newest() - before, 1);
+        lease.commit();
+        for one in &all {
+            assert!(one.stats().everything);
+            assert_eq!(one.stats().dropped, 1);
+        }
     }
 }
