@@ -69,8 +69,8 @@ impl Walks {
         // waits for this harvest; if F9 comes first, this harvest sees the consumer.
         fence_after_rmw();
         // Acquire: pairs with the Release in `say_put_back`.
-        // - If this counts a put-back, the harvest finds what it put back.
-        // - If not, `is_alone` counts it, or what it puts back comes after the look of `forget`.
+        // - If a put-back is counted here, the walk finds what it put back.
+        // - If not, `is_alone` counts it, or it comes after `forget` and stays.
         let put_back = self.put_back.load(Ordering::Acquire);
         Walk {
             running,
