@@ -121,7 +121,7 @@ impl AddressSpace {
 
     /// The store that the consumer of a harvest got after the harvest has loaded the root.
     pub(crate) fn younger_store(&self, own: &Arc<Member>) -> Option<Arc<Member>> {
-        // Relaxed: see `drop_store`.
+        // Relaxed: see `drop_stores`.
         if !own.is_old.load(Ordering::Relaxed) || !performs(Step::FollowStore) {
             return None;
         }
