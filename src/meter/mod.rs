@@ -74,8 +74,8 @@ impl<'a> Meter<'a> {
         }
     }
 
-    /// Keeps the rates by `granule`, instead of by 2 MiB; by pages of the space if those are larger.
-    /// Forgets the rates so far.
+    /// Keeps the rates by `granule`, instead of by 2 MiB. A larger page of the space takes the
+    /// place of both. Forgets the rates so far.
     #[must_use]
     pub fn by(mut self, granule: Granule) -> Self {
         self.heat = self.heat.by(granule);

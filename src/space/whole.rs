@@ -53,9 +53,9 @@ impl Whole {
         fence(Ordering::SeqCst);
     }
 
-    /// Takes what there is in `range`, at the end of a harvest that has walked all areas in it: that
-    /// is holes. Takes nothing if anything was put back meanwhile, because that may be of areas that
-    /// this harvest has walked before, or does not know.
+    /// Takes what there is in `range`, at the end of a harvest that has walked all areas in it:
+    /// what is left is holes. Takes nothing if something was put back meanwhile, which may be of
+    /// areas that this harvest has walked before, or does not know.
     pub(crate) fn forget(&self, range: IovaRange, walk: &Walk<'_>) {
         if !self.is_due() {
             return;
