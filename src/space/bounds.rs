@@ -31,6 +31,14 @@
 //!
 //! A harvest that loads the root after B1 leaves its pages in the new store, with their debt.
 //!
+//! # The store of a harvest
+//! A harvest Y of the consumer that has loaded the root before B1 looks at the old store, while
+//! another one leaves a page in the new store. If Y is the last harvest, it must not miss that
+//! page. So Y looks whether its store is old after each piece, and goes on with the new store, in
+//! which everything is pending. The old store says that it is old before B1. If Y finds a page
+//! neither in the table nor in flight, it sees what the other harvest saw, which had loaded the
+//! root from after B1.
+//!
 //! # Holes
 //! A harvest that has walked all areas of its request takes what is left there as a whole, for it
 //! is of holes: else everything would be pending for ever. An abort of another lease of the
