@@ -1,0 +1,132 @@
+//! Discards while areas and domains come and go.
+#![cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
+#![allow(clippy::unwrap_used)] // helpers of tests
+
+mod common;
+
+use std::sync::Arc;
+
+use common::{Fake, PAGE, pages};
+use dirtymap::harvest::Content::{self, Data, Zero};
+use dirtymap::{Access, AddressSpace, DomainId, Granule, Lease, Start, Synced};
+
+const RW: Access = Access::ReadWrite;
+
+/// A space over one source, which tracks, with an area of 16 pages and a discard in its past: the
+/// first one waits for harvests that run.
+fn space() -> (Arc<AddressSpace>, Arc<Fake>, DomainId) {
+    let source = Arc::new(Fake::default());
+    let space = AddressSpace::with_source(Granule::K4, source.clone()).unwrap();
+    space.start_tracking().unwrap();
+    space.map(pages(0, 16), 0, RW).unwrap();
+    discard(&space, 15);
+    space.rounds().next().unwrap().commit();
+    let domain = space.domains()[0];
+    (Arc::new(space), source, domain)
+}
+
+fn discard(space: &AddressSpace, page: u64) {
+    let done = space.discard(pages(page, 1), || Ok(())).unwrap();
+    assert_eq!(done.zero_bytes, u128::from(PAGE));
+}
+
+/// First page, number of pages, contents.
+fn told(lease: &Lease<'_, Synced>) -> Vec<(u64, u64, Content)> {
+    let page = |address: u64| address / PAGE;
+    let told = lease.contents();
+    told.map(|(run, what)| (page(run.start().get()), page(run.len() as u64), what))
+        .collect()
+}
+
+/// At the next look of the source: other memory comes to the addresses, page 3 of it is discarded,
+/// and a device writes there.
+fn remap_at_the_next_look(space: &Arc<AddressSpace>, source: &Arc<Fake>) {
+    let remap = {
+        let (space, source) = (Arc::clone(space), Arc::clone(source));
+        move || {
+            space.unmap_discarding(pages(0, 16)).unwrap();
+            space.map(pages(0, 16), 1 << 20, RW).unwrap();
+            discard(&space, 3);
+            source.dirty(3);
+        }
+    };
+    source.with(|state| state.on_read = Some(Box::new(remap)));
+}
+
+/// The source knows only addresses. So a harvest whose snapshot has the old area takes the write to
+/// the young one. The zero bits that it has to clear are those of the young area: if it clears
+/// those of the old one, each consumer is told zero of a page that holds data.
+#[test]
+fn a_write_through_a_younger_area_is_data_for_every_consumer() {
+    let (space, source, _) = space();
+    let one = space.consumer("one", Start::Clean).unwrap();
+    remap_at_the_next_look(&space, &source);
+    let lease = space.rounds().next().unwrap();
+    assert_eq!(told(&lease), [(3, 1, Data)], "the lease that took it");
+    lease.abort();
+    let again = space.rounds().next().unwrap();
+    assert_eq!(told(&again), [(3, 1, Data)], "after an abort");
+    again.commit();
+    let other = one.rounds().next().unwrap();
+    assert_eq!(told(&other), [(3, 1, Data)], "another consumer");
+    other.commit();
+    discard(&space, 3);
+    let lease = one.rounds().next().unwrap();
+    assert_eq!(told(&lease), [(3, 1, Zero)]);
+}
+
+/// The same by a discard, which looks for what is dirty as a harvest does.
+#[test]
+fn a_write_that_a_discard_takes_through_a_younger_area_is_data() {
+    let (space, source, _) = space();
+    remap_at_the_next_look(&space, &source);
+    space.discard(pages(2, 2), || Ok(())).unwrap();
+    let lease = space.rounds().next().unwrap();
+    let all = told(&lease);
+    assert!(all.iter().all(|(_, _, what)| *what == Data), "{all:?}");
+    assert_eq!(lease.dirty(), 2);
+}
+
+/// The lease has a page of the area that went while the harvest ran. Its memory still has the
+/// write, whatever is zero at its address by now.
+#[test]
+fn a_page_of_an_area_that_went_during_the_harvest_is_data() {
+    let (space, source, _) = space();
+    space.map(pages(20, 1), 1 << 30, RW).unwrap();
+    source.dirty(3);
+    let remap = {
+        let space = Arc::clone(&space);
+        move || {
+            space.unmap_discarding(pages(0, 16)).unwrap();
+            space.map(pages(0, 16), 1 << 20, RW).unwrap();
+            discard(&space, 3);
+        }
+    };
+    // At the look at the next area.
+    let at_second = {
+        let source = Arc::clone(&source);
+        move || source.with(|state| state.on_read = Some(Box::new(remap)))
+    };
+    source.with(|state| state.on_read = Some(Box::new(at_second)));
+    let lease = space.rounds().with_backing().next().unwrap();
+    let backing: Vec<_> = lease.backing().unwrap().of(pages(3, 1)).collect();
+    assert_eq!(backing[0].backing, 3 * PAGE);
+    assert_eq!(told(&lease), [(3, 1, Data)]);
+}
+
+/// A domain that does not track is written, and goes. From then on every write is tracked, but that
+/// one was not: a page that was zero may hold its data.
+#[test]
+fn a_detach_of_a_domain_that_did_not_track_leaves_no_zeros() {
+    let (space, _, domain) = space();
+    discard(&space, 3);
+    space.stop_domain_tracking(domain).unwrap();
+    // Its device writes page 3, which leaves no trace.
+    space.detach(domain).unwrap();
+    let lease = space.rounds().next().unwrap();
+    assert_eq!(told(&lease), [(3, 1, Data)]);
+    lease.commit();
+    discard(&space, 3);
+    let lease = space.rounds().next().unwrap();
+    assert_eq!(told(&lease), [(3, 1, Zero)]);
+}
