@@ -4,11 +4,15 @@
 
 mod common;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use common::{Fake, PAGE, pages};
 use dirtymap::harvest::Content::{self, Data, Zero};
-use dirtymap::{Access, AddressSpace, DomainId, Granule, Lease, Start, Synced};
+use dirtymap::{
+    Access, AddressSpace, DomainId, Granule, HarvestRequest, Iova, IovaRange, Lease, Start, Synced,
+    UserBitmap,
+};
 
 const RW: Access = Access::ReadWrite;
 
@@ -129,4 +133,61 @@ fn a_detach_of_a_domain_that_did_not_track_leaves_no_zeros() {
     discard(&space, 3);
     let lease = space.rounds().next().unwrap();
     assert_eq!(told(&lease), [(3, 1, Zero)]);
+}
+
+/// The top of the address space, in the smallest and in ordinary pages.
+#[test]
+fn the_last_page_of_all_is_discarded() {
+    for (page, lg2) in [(Granule::BYTE, 0), (Granule::K4, 12)] {
+        let space = AddressSpace::tracked(page);
+        let first = u64::MAX - ((64 << lg2) - 1);
+        let all = IovaRange::new(Iova::new(first), Iova::MAX).unwrap();
+        space.map(all, 0, RW).unwrap();
+        let done = space.discard(all, || Ok(())).unwrap();
+        assert_eq!((done.zero_bytes, done.dirty_bytes), (all.len(), 0));
+        space.mark(u64::MAX..=u64::MAX).unwrap();
+        let lease = space.rounds().next().unwrap();
+        let told: Vec<_> = lease.contents().collect();
+        let last = IovaRange::granule_at(Iova::MAX, page);
+        let below = all.below(last.start()).unwrap();
+        assert_eq!(told, [(below, Zero), (last, Data)]);
+        // Granules that are larger than the area, and than the range.
+        lease.abort();
+        let granule = Granule::from_lg2(lg2 + 10).unwrap();
+        let range = IovaRange::granule_at(Iova::MAX, granule);
+        let mut words = [0];
+        let request = HarvestRequest::new(range, granule);
+        let lease = space
+            .harvest(&request, UserBitmap::new(&mut words))
+            .unwrap();
+        let told: Vec<_> = lease.sync().unwrap().contents().collect();
+        let hole = range.below(first.into()).unwrap();
+        assert_eq!(told, [(hole, Data), (below, Zero), (last, Data)]);
+    }
+}
+
+/// A source panics while a discard looks, or flushes. What was dirty is data.
+#[test]
+fn a_source_that_panics_in_a_discard_leaves_data() {
+    for in_flush in [false, true] {
+        let (space, source, _) = space();
+        source.dirty(3);
+        source.dirty(5);
+        source.with(|state| {
+            state.panic_at = (!in_flush).then_some(4);
+            state.panic_in_invalidate = in_flush;
+        });
+        let discard = || space.discard(pages(2, 4), || panic!("the storage is dropped"));
+        assert!(catch_unwind(AssertUnwindSafe(discard)).is_err());
+        source.with(|state| {
+            state.panic_at = None;
+            state.panic_in_invalidate = false;
+        });
+        let lease = space.rounds().next().unwrap();
+        assert_eq!(told(&lease), [(2, 4, Data)]);
+        lease.commit();
+        self::discard(&space, 4);
+        let lease = space.rounds().next().unwrap();
+        assert_eq!(told(&lease), [(4, 1, Zero)]);
+    }
 }

@@ -32,8 +32,8 @@ impl<'a> Lease<'a, Synced> {
     /// be missing, as in a copy that was made earlier. The next lease has both.
     ///
     /// A consumer that ignores this and copies all [`runs`](Self::runs) copies zeros. A lease of
-    /// one [domain](crate::Scope), of an area that has gone since, and of a space that does not
-    /// track everything at the moment, has data only.
+    /// one [domain](crate::Scope), of an area that has gone since the harvest began, and of a space
+    /// that does not track everything at the moment, has data only.
     ///
     /// ```
     /// use dirtymap::harvest::Content;
