@@ -1,11 +1,12 @@
-//! Discards while areas and domains come and go.
+//! Discards while areas and domains come and go, and while harvests run.
 #![cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
 mod common;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::thread;
 
 use common::{Fake, PAGE, pages};
 use dirtymap::harvest::Content::{self, Data, Zero};
@@ -190,4 +191,42 @@ fn a_source_that_panics_in_a_discard_leaves_data() {
         let lease = space.rounds().next().unwrap();
         assert_eq!(told(&lease), [(4, 1, Zero)]);
     }
+}
+
+/// A harvest runs that is older than the first discard, and sees it come. It knows no consumer, so
+/// it must not take pages by way of a flight: if a source panics then, they are left to nobody.
+#[test]
+fn a_harvest_that_is_older_than_the_first_discard_loses_nothing() {
+    let source = Arc::new(Fake::default());
+    let space = AddressSpace::with_source(Granule::K4, source.clone()).unwrap();
+    space.start_tracking().unwrap();
+    let space = Arc::new(space);
+    space.map(pages(0, 16), 0, RW).unwrap();
+    space.map(pages(16, 16), 1 << 20, RW).unwrap();
+    source.dirty(20);
+    let waits = Arc::new(Mutex::new(None));
+    let begin = {
+        let (space, waits) = (Arc::clone(&space), Arc::clone(&waits));
+        move || {
+            let snapshot = space.snapshot();
+            let first = Arc::clone(&space);
+            let thread = thread::spawn(move || discard(&first, 3));
+            *waits.lock().unwrap() = Some(thread);
+            while snapshot.age() == 0 {
+                thread::yield_now(); // until the discard waits for the harvest
+            }
+        }
+    };
+    source.with(|state| {
+        state.on_read = Some(Box::new(begin)); // at the look at the first area
+        state.panic_at = Some(25);
+    });
+    let panicked = catch_unwind(AssertUnwindSafe(|| space.rounds().harvest().map(drop)));
+    assert!(panicked.is_err());
+    source.with(|state| state.panic_at = None);
+    let thread = waits.lock().unwrap().take().unwrap();
+    thread.join().unwrap();
+    let lease = space.rounds().next().unwrap();
+    let found = lease.runs().any(|run| run.contains(pages(20, 1).start()));
+    assert!(found, "page 20 is lost");
 }
