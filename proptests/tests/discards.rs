@@ -8,8 +8,8 @@
 
 use std::cell::{Cell, RefCell};
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 
 use dirtymap::harvest::Content;
 use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
@@ -36,7 +36,11 @@ struct Device {
     dirty: Vec<AtomicBool>,
     cached: Vec<AtomicBool>,
     flush_fails: AtomicBool,
+    /// Runs once, before the next look.
+    at_look: Mutex<Option<AtLook>>,
 }
+
+type AtLook = Box<dyn FnOnce() + Send>;
 
 struct Source(Arc<Device>);
 
@@ -48,6 +52,7 @@ impl Device {
             dirty: clear(),
             cached: clear(),
             flush_fails: AtomicBool::new(false),
+            at_look: Mutex::new(None),
         })
     }
 
@@ -83,6 +88,10 @@ impl DirtySource for Source {
     }
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        let happen = self.0.at_look.lock().unwrap().take();
+        if let Some(happen) = happen {
+            happen();
+        }
         let size = Granule::from_bytes(self.0.leaf as u64 * PAGE).unwrap();
         for leaf in 0..self.0.dirty.len() {
             let (at, dirty) = (self.0.range(leaf), &self.0.dirty[leaf]);
@@ -137,6 +146,14 @@ enum Op {
         /// Before the sync.
         meanwhile: Vec<Op>,
     },
+    /// A harvest. When it looks, other memory comes to the addresses, page `zero` of it is
+    /// discarded, and then a device writes page `written`.
+    Late {
+        by: usize,
+        commits: bool,
+        zero: usize,
+        written: usize,
+    },
     Cut(usize),
     Remap,
     Restart(usize),
@@ -156,6 +173,14 @@ fn op() -> impl Strategy<Value = Op> {
         6 => (0..2usize, 0..PAGES).prop_map(|(domain, page)| Op::Write(domain, page)),
         1 => (1..PAGES).prop_map(Op::Cut),
         1 => Just(Op::Remap),
+        2 => (0..=NAMED, any::<bool>(), 0..PAGES, 0..PAGES, any::<bool>()).prop_map(
+            |(by, commits, zero, written, same)| Op::Late {
+                by,
+                commits,
+                zero,
+                written: if same { zero } else { written },
+            }
+        ),
         1 => (0..PAGES).prop_map(Op::Restart),
         1 => (0..5usize).prop_map(Op::Join),
     ];
@@ -292,8 +317,17 @@ impl Rig {
                 self.unsure(0, PAGES);
                 self.copy_all();
             }
+            // The first discard would wait for the harvest.
+            Op::Late {
+                by,
+                commits,
+                zero,
+                written,
+            } if self.depth.get() == 1 && self.any_discard.get() => {
+                self.late(*by, *commits, *zero, *written)?;
+            }
             Op::Join(start) => self.join(*start),
-            Op::Remap | Op::Restart(_) => {}
+            Op::Late { .. } | Op::Remap | Op::Restart(_) => {}
         }
         Ok(())
     }
@@ -406,6 +440,41 @@ impl Rig {
         let newest = self.last_value.get();
         self.run(meanwhile)?;
         self.end((owed, newest), by, commits, domain.is_some(), knows)
+    }
+
+    fn late(
+        &self,
+        by: usize,
+        commits: bool,
+        zero: usize,
+        written: usize,
+    ) -> Result<(), TestCaseError> {
+        let consumers = self.consumers.borrow();
+        let by = by % (consumers.len() + 1);
+        let mut rounds = match by {
+            0 => Rounds::shared(Arc::clone(&self.space)),
+            by => consumers[by - 1].rounds(),
+        };
+        let device = &self.domains[0].1;
+        let happen = {
+            let (space, device) = (Arc::clone(&self.space), Arc::clone(device));
+            move || {
+                let all = pages(0, PAGES);
+                space.unmap_discarding(all).unwrap();
+                space.map(all, 1 << 30, Access::ReadWrite).unwrap();
+                space.discard(pages(zero, 1), || Ok(())).unwrap();
+                device.writes(written);
+            }
+        };
+        *device.at_look.lock().unwrap() = Some(Box::new(happen));
+        let newest = self.last_value.get();
+        let owed = rounds.harvest().unwrap();
+        prop_assert!(device.at_look.lock().unwrap().is_none());
+        self.write(0, PAGES);
+        self.copy_all();
+        self.memory.borrow_mut()[zero] = 0;
+        self.write(written, 1);
+        self.end((owed, newest), by, commits, false, true)
     }
 
     fn end(

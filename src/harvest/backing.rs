@@ -43,9 +43,12 @@ use crate::units::{Granule, IovaRange, ToIovaRange};
 ///
 /// # Every write once
 /// Each write to a tracked page is in a lease, or in the result of the unmap of its area. So take
-/// the backing of both: [`unmap_with_backing`](AddressSpace::unmap_with_backing). A lease that is
-/// aborted after its areas have gone [counts](crate::harvest::Aborted::outside_bytes) these pages:
-/// mark their backing first.
+/// the backing of both: [`unmap_with_backing`](AddressSpace::unmap_with_backing).
+///
+/// A lease that is aborted after its areas have gone
+/// [counts](crate::harvest::Aborted::outside_bytes) these pages. If another area came to their
+/// addresses while the harvest ran, they are dirty in that area instead, and are not counted. So
+/// where areas come and go, mark the backing of a lease before you abort it.
 #[derive(Debug, Default)]
 pub struct Backing {
     /// The areas of a snapshot, ascending.

@@ -32,8 +32,8 @@ impl<'a> Lease<'a, Synced> {
     /// be missing, as in a copy that was made earlier. The next lease has both.
     ///
     /// A consumer that ignores this and copies all [`runs`](Self::runs) copies zeros. A lease of
-    /// one [domain](crate::Scope), of an area that has gone since, and of a space that does not
-    /// track everything at the moment, has data only.
+    /// one [domain](crate::Scope), of an area that has gone since the harvest began, and of a space
+    /// that does not track everything at the moment, has data only.
     ///
     /// ```
     /// use dirtymap::harvest::Content;
@@ -57,11 +57,11 @@ impl<'a> Lease<'a, Synced> {
     #[doc(alias = "block_status")]
     #[doc(alias = "fiemap")]
     pub fn contents(&self) -> Contents<'_> {
-        let (space, taken) = self.for_contents();
+        let (space, begun) = self.for_contents();
         Contents {
             runs: self.runs(),
             space,
-            taken,
+            begun,
             run: None,
             ready: VecDeque::new(),
         }
@@ -74,8 +74,8 @@ pub struct Contents<'l> {
     runs: Runs<'l>,
     /// `None` if the lease has data only.
     space: Option<&'l AddressSpace>,
-    /// The version of the tree at the end of the harvest.
-    taken: u64,
+    /// The version of the tree at the beginning of the harvest.
+    begun: u64,
     /// What is left of a run.
     run: Option<IovaRange>,
     /// Parts that were looked at.
@@ -105,7 +105,7 @@ impl Contents<'_> {
             .checked_add(1)
             .filter(|above| *above <= run.last())
             .map(|above| IovaRange::ascending(above, run.last()));
-        let zero = space.zero_parts(piece, self.taken);
+        let zero = space.zero_parts(piece, self.begun);
         let mut data = without(piece, zero.iter().copied()).peekable();
         let mut zero = zero.iter().copied().peekable();
         let start = |run: Option<&IovaRange>| run.map_or(Iova::MAX, |run| run.start());

@@ -62,6 +62,11 @@
 //! not mark the pages instead: a harvest that has looked at the marks before, and looks at the
 //! flights afterwards, would find them nowhere.
 //!
+//! An area may leave the tree, and another one come to its addresses, while a harvest walks. The
+//! harvest asks sources by address, so it may take a write to the younger area. It clears the zero
+//! bits of that area as well (T3a), and so does a discard that has taken such a page (before Z6). A
+//! lease says *zero* only of areas that are as old as its harvest.
+//!
 //! The first discard of a space waits for the harvests that do not know of discards, and so do not
 //! come to T3a: see `space::zeroed`. Z6 enters a walk, so that a consumer that joins is told, or
 //! copies another one that was.
@@ -70,7 +75,7 @@ use super::look::{Look, look};
 use super::shared::Claim;
 use crate::error::Error;
 use crate::flush::FlushGather;
-use crate::marks::{Flight, FlightSlot};
+use crate::marks::{Flight, FlightSlot, Zeros};
 use crate::ranges::without;
 use crate::report::Discarded;
 use crate::space::{AddressSpace, Area, Audience, Covered};
@@ -255,6 +260,11 @@ impl<'s> Discarding<'s> {
             // A consumer that joins waits for this, or is one of those below; and so does a lease
             // of everything: see `space::bounds`.
             let _walk = self.space.walks.enter();
+            for (area, part) in &self.whole {
+                // F8 of the walk comes after Z3 and before this.
+                let clear = |zeros: &Zeros| self.flight.clear_zeros(*part, zeros);
+                self.space.visit_younger_zeros(area, *part, clear);
+            }
             let members = self.space.members();
             for (_, part) in &self.whole {
                 for member in members.iter() {

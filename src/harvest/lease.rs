@@ -284,11 +284,11 @@ impl<'a> Lease<'a, Synced> {
     }
 
     /// The space that knows which pages of the lease read as zero, unless the lease covers only
-    /// one domain, and the version of the tree at the end of the harvest.
+    /// one domain, and the version of the tree at the beginning of the harvest.
     pub(super) fn for_contents(&self) -> (Option<&AddressSpace>, u64) {
         let holding = &self.holding;
         let all = holding.covered.marks.then_some(&*holding.space);
-        (all, holding.ended)
+        (all, holding.begun)
     }
 
     /// The words of the user's bitmap that are not zero, as far as the lease covers them: for a
@@ -424,6 +424,8 @@ pub(super) struct Holding<'a> {
     /// Whether nothing of the view is in the lease: the walk stopped at its first granule.
     is_empty: bool,
     covered: Covered,
+    /// The version of the area tree that is walked.
+    begun: u64,
     /// The version of the area tree after the walk. Later areas were not walked.
     ended: u64,
     /// The last address that the walk may have touched; `None` before the first area.
@@ -472,6 +474,7 @@ impl<'a> Holding<'a> {
         held: Held<'a>,
         covered: Covered,
         recorder: Option<Recorder>,
+        begun: u64,
     ) -> Self {
         space.counters.harvest();
         let mut number = None;
@@ -489,6 +492,7 @@ impl<'a> Holding<'a> {
             next: None,
             is_empty: false,
             covered,
+            begun,
             ended: u64::MAX,
             reached: None,
             walked_to: None,

@@ -264,7 +264,7 @@ fn harvest_for<'a>(
     let snapshot = holder.snapshot();
     let (bound, covered) = holder.check(member, request, bitmap, &snapshot)?;
     let held = Held::Lent(bound.view());
-    let holding = Holding::begin(space, held, covered, backing);
+    let holding = Holding::begin(space, held, covered, backing, snapshot.version());
     let all = bound.view().range();
     let lease = harvest(holding, snapshot, request, bound, (all, &entered));
     holder.keep_in_bounds(lease.audience());

@@ -220,7 +220,13 @@ impl<'a> Rounds<'a> {
             granule: self.granule,
             part: range,
         });
-        let holding = Holding::begin(self.space.clone(), held, covered, backing);
+        let holding = Holding::begin(
+            self.space.clone(),
+            held,
+            covered,
+            backing,
+            snapshot.version(),
+        );
         let lease = harvest(holding, snapshot, &request, bound, (self.within, &entered));
         space.keep_in_bounds(lease.audience());
         Ok(lease)

@@ -52,7 +52,7 @@ use crate::bitmap::{Sink, WINDOW_BITS};
 use crate::chunkmap::CHUNK_WORDS;
 use crate::error::Stopped;
 use crate::flush::FlushGather;
-use crate::marks::{Flight, FlightSlot};
+use crate::marks::{Flight, FlightSlot, Zeros};
 use crate::space::{AddressSpace, Area, Covered, Member};
 use crate::sync::{Arc, Ordering, Step, fence, performs};
 use crate::units::{Iova, IovaRange};
@@ -322,15 +322,11 @@ impl<'s> Taking<'s> {
         // first, the page is found taken, and is left again.
         // It is F10 of `harvest::discard`, too.
         fence(Ordering::SeqCst);
-        if let Some(zeros) = self.area.marks.zeros()
-            && performs(Step::TakenIsData)
-        {
-            let taken: Result<(), std::convert::Infallible> =
-                self.flight.visit(self.part, |at, mask| {
-                    zeros.clear_mask_at(at, mask);
-                    Ok(())
-                });
-            debug_assert!(taken.is_ok());
+        if performs(Step::TakenIsData) {
+            let (area, part) = (self.area, self.part);
+            let clear = |zeros: &Zeros| self.flight.clear_zeros(part, zeros);
+            area.marks.zeros().into_iter().for_each(clear);
+            self.space.visit_younger_zeros(area, part, clear);
         }
         let audience = &self.covered.audience;
         let forgotten = usize::from(!performs(Step::LeaveToOthers));

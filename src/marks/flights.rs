@@ -25,6 +25,7 @@
 use std::convert::Infallible;
 use std::ptr;
 
+use super::Zeros;
 use crate::bitmap::{Sink, UserBitmap};
 use crate::chunkmap::ChunkMap;
 use crate::error::{Error, Stopped};
@@ -193,6 +194,14 @@ impl Flight {
         self.bits.peek(first, last, |bit, mask| {
             visit(Iova::new(bit << self.page.lg2()), mask)
         })
+    }
+
+    /// Clears the zero bits of the pages of `range`.
+    pub(crate) fn clear_zeros(&self, range: IovaRange, zeros: &Zeros) {
+        let Ok(()) = self.visit(range, |at, mask| -> Result<(), Infallible> {
+            zeros.clear_mask_at(at, mask);
+            Ok(())
+        });
     }
 
     /// Records the pages of `range` in `sink`.

@@ -239,6 +239,11 @@ impl AddressSpace {
             emptied.add(self.empty_pair(&area, attachment));
         }
         self.settle(emptied)?;
+        if !attachment.tracking.is_on() {
+            // Its devices wrote what no trace tells of. Before it leaves the list: up to then no
+            // page counts as zero.
+            self.forget_zeros();
+        }
         let _: Result<(), Error> = self.areas.update(|edit| {
             let without = edit
                 .rules()

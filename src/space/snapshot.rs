@@ -92,6 +92,11 @@ impl SpaceSnapshot<'_> {
         self.areas.age()
     }
 
+    /// The number of changes that were published before the snapshot, over the life of the space.
+    pub(crate) fn version(&self) -> u64 {
+        self.areas.version()
+    }
+
     /// The number of changes that were published by now, over the life of the space.
     pub(crate) fn newest(&self) -> u64 {
         self.areas.newest()

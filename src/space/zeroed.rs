@@ -7,9 +7,9 @@
 //!
 //! # What nobody tracks
 //! A page reads as zero only while every write to it leaves a trace. So a switch of tracking to on,
-//! in the space or in one domain, and an attach, forget all pages that read as zero: what was
-//! written before is not tracked. While the space or one of its domains does not track, no page
-//! counts as zero.
+//! in the space or in one domain, an attach, and a detach of a domain that does not track, forget
+//! all pages that read as zero: what was written before is not tracked. While the space or one of
+//! its domains does not track, no page counts as zero.
 
 use super::domain::Attachment;
 use super::member::Member;
@@ -85,13 +85,42 @@ impl AddressSpace {
         area.marks.zeros()
     }
 
+    /// Visits the zero bits of areas that have come to the addresses `part` of `area` since it left
+    /// the tree, for a walk that has taken pages there. Sources know only addresses, so a walk with
+    /// an old snapshot may have taken a write to a younger area.
+    ///
+    /// The caller has performed a full fence since it took the pages. It pairs with F2 of the
+    /// discard of a younger area, which had found that area in the tree:
+    /// * If F2 comes first, this sees the claim of the old area. The younger one is in the snapshot
+    ///   here, or has gone with its zero bits.
+    /// * If the fence of the caller comes first, all that was taken was written before the drop.
+    pub(crate) fn visit_younger_zeros(
+        &self,
+        area: &Area,
+        part: IovaRange,
+        mut visit: impl FnMut(&Zeros),
+    ) {
+        if !self.has_discards() || !area.is_going() {
+            return;
+        }
+        for entry in self.snapshot().areas_in(part) {
+            // The pieces of an area that was cut share its marks.
+            let marks = &entry.area.marks;
+            if !Arc::ptr_eq(marks, &area.marks)
+                && let Some(zeros) = marks.zeros()
+            {
+                visit(zeros);
+            }
+        }
+    }
+
     /// The parts of `range` that read as zero, in ascending order. The caller holds a synced lease
-    /// of a harvest that ended when the tree had the version `taken`.
-    pub(crate) fn zero_parts(&self, range: IovaRange, taken: u64) -> Vec<IovaRange> {
+    /// of a harvest that began when the tree had the version `begun`.
+    pub(crate) fn zero_parts(&self, range: IovaRange, begun: u64) -> Vec<IovaRange> {
         let mut parts = Vec::new();
         if self.has_discards() && self.tracks_all() {
             let snapshot = self.snapshot();
-            self.add_zero_parts(&snapshot, range, taken, &mut parts);
+            self.add_zero_parts(&snapshot, range, begun, &mut parts);
         }
         parts
     }
@@ -100,16 +129,17 @@ impl AddressSpace {
         &self,
         snapshot: &Areas<'_>,
         range: IovaRange,
-        taken: u64,
+        begun: u64,
         parts: &mut Vec<IovaRange>,
     ) {
         for entry in snapshot.areas_in(range) {
             let Some(part) = entry.range.intersection(range) else {
                 continue;
             };
-            // An area that was mapped later has another backing than the pages of the lease.
+            // An area that was mapped later, also while the harvest ran, has another backing than
+            // pages of the lease may have.
             let area = entry.area;
-            let Some(zeros) = area.marks.zeros().filter(|_| !area.is_younger(taken)) else {
+            let Some(zeros) = area.marks.zeros().filter(|_| !area.is_younger(begun)) else {
                 continue;
             };
             // R1.

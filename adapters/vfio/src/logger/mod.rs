@@ -217,13 +217,24 @@ impl Session {
         Ok(view.map_err(Error::from)?)
     }
 
-    /// Adds runs to what is left, rounded out to 4096 bytes. No report cuts these.
+    /// Adds runs to what is left, as far as they are logged, rounded out to 4096 bytes. No report
+    /// cuts these.
     fn leave(&self, runs: impl Iterator<Item = IovaRange>) -> Result<(), LogError> {
         let mut sink = self.left()?.sink();
         for run in runs {
-            sink.record(run)?;
+            let first = self.first_logged(run);
+            let logged = self.ranges.get(first..).unwrap_or_default();
+            for part in logged.iter().map_while(|logged| logged.intersection(run)) {
+                sink.record(part)?;
+            }
         }
         Ok(())
+    }
+
+    /// The position of the first logged range that does not end below `range`.
+    fn first_logged(&self, range: IovaRange) -> usize {
+        self.ranges
+            .partition_point(|logged| logged.last() < range.start())
     }
 
     fn report(&self, range: IovaRange, sink: &mut Sink<'_>) -> Result<(), LogError> {
@@ -256,10 +267,7 @@ impl Session {
     }
 
     fn check_logged(&self, range: IovaRange) -> Result<(), LogError> {
-        let after = self
-            .ranges
-            .partition_point(|logged| logged.last() < range.start());
-        let at = match self.ranges.get(after) {
+        let at = match self.ranges.get(self.first_logged(range)) {
             Some(logged) if logged.covers(range) => return Ok(()),
             Some(logged) if logged.contains(range.start()) => logged.last().checked_add(1),
             _ => None,

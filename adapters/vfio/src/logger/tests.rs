@@ -405,3 +405,28 @@ fn an_unmap_past_the_log_has_the_pages_itself() {
     assert_eq!(words, [1 << 3]);
     assert_eq!(report(&log, dma(0, 64), PAGE), NONE);
 }
+
+/// The client maps, lets a device write, and unmaps, at ever new addresses that it does not log. No
+/// report returns these, so they take no memory: 4 KiB for each 128 MiB in which there was one.
+#[test]
+fn what_no_report_can_return_is_not_kept() {
+    let log = logger(Granule::from_lg2(14).unwrap());
+    log.start(PAGE, &[dma(0, 62), dma(100, 4)]).unwrap();
+    for area in [pages(0, 64), pages(96, 16), pages(1 << 20, 64)] {
+        log.space().map(area, 0, RW).unwrap();
+        log.space().mark(area).unwrap();
+        log.unmap(area, |_| ()).unwrap();
+    }
+    let kept = || {
+        let session = log.session.lock().unwrap();
+        session.as_ref().unwrap().left().unwrap().count()
+    };
+    assert_eq!(kept(), 62 + 4);
+    assert_eq!(report(&log, dma(0, 62), PAGE), Vec::from_iter(0..62));
+    assert_eq!(report(&log, dma(100, 4), PAGE), Vec::from_iter(100..104));
+    // A page of the space that reaches past the log.
+    log.space().map(pages(0, 64), 0, RW).unwrap();
+    log.space().mark(pages(61, 3)).unwrap();
+    assert_eq!(report(&log, dma(61, 1), PAGE), [61]);
+    assert_eq!(kept(), 1, "page 60");
+}
