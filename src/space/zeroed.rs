@@ -1,15 +1,15 @@
 //! Discards, as the space knows them: whether there ever was one, and which pages read as zero.
 //!
-//! A space in which nothing was ever discarded has none of this: its harvests do as they always
-//! did. The first discard makes the *unnamed* consumer a member, as the first join does, and waits
-//! for the harvests that do not know of discards. From then on each harvest records in its flight
-//! what it takes, also if no other consumer is there. `harvest::discard` has the protocol.
+//! In a space without discards, harvests have none of these steps. The first discard makes the
+//! *unnamed* consumer a member, as the first join does, and waits for the harvests that do not know
+//! of discards. From then on each harvest records in its flight the pages that it takes, also if
+//! there is no other consumer. `harvest::discard` has the protocol.
 //!
-//! # What nobody tracks
-//! A page reads as zero only while every write to it leaves a trace. So a switch of tracking to on,
-//! in the space or in one domain, and an attach, forget all pages that read as zero: what was
-//! written before is not tracked. While the space or one of its domains does not track, no page
-//! counts as zero.
+//! # Writes that are not tracked
+//! A page reads as zero only while every write to it leaves a trace. Writes that come before a
+//! switch of tracking to on, in the space or in one domain, or before an attach, leave none. So the
+//! switch and the attach forget all pages that read as zero. While the space or one of its domains
+//! does not track, no page counts as zero.
 
 use super::domain::Attachment;
 use super::member::Member;
