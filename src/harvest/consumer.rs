@@ -58,8 +58,8 @@ pub struct Consumer<'a> {
 /// The pages that are dirty for a new consumer at first.
 #[derive(Clone, Copy, Debug)]
 pub enum Start<'c> {
-    /// None. Writes are reported from the return of the call on: copy everything once, after the
-    /// call.
+    /// No page is dirty. Writes are reported from the return of the call on, so copy everything
+    /// once, after the call.
     Clean,
     /// All that is mapped in its range.
     Dirty,
