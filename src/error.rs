@@ -276,7 +276,7 @@ pub enum Error {
         at: Iova,
     },
     /// The storage of a range that was to be discarded could not be dropped.
-    #[error("the storage of {range} was not dropped, and its pages are dirty: {error}")]
+    #[error("the storage of {range} was not dropped, so its pages are dirty: try again: {error}")]
     NotDropped {
         /// The range of the call.
         range: IovaRange,

@@ -17,11 +17,14 @@
 //! | look without clearing | [`AddressSpace::peek`] | |
 //! | send a lease to another thread, keep it in a struct | [`Rounds::shared`] | |
 //! | copy, commit or abort | [`Lease`] | below |
+//! | drop storage that reads as zero (TRIM, balloon) | [`AddressSpace::discard`] | [`discards`] |
+//! | copy no zeros | [`Lease::contents`] | [`discards`] |
+//! | measure the dirty rate, predict a migration | [`Meter`](meter::Meter) | [`many`] |
 //! | from device addresses to guest memory | [`Lease::backing`] | |
 //! | mark a write that a device completes | [`AddressSpace::begin_write`] | [`monitors`] |
 //! | map and unmap while everything runs | [`AddressSpace::unmap`], [`apply`] | [`monitors`] |
 //! | let the space choose addresses | [`AddressSpace::map_anywhere`] | |
-//! | connect somebody else's log | [`PulledLog`], [`SharedLog`] | |
+//! | connect the log of another program | [`PulledLog`], [`SharedLog`] | |
 //! | connect my own IOMMU, and test that | [`DirtySource`], [`source_kit`], [`adapter`] | |
 //! | read words or bytes that a peer logged | [`DirtyLog`] | [guide](crate::guide::exchange) |
 //! | get ranges, tables, pieces | [`RunsExt`], [`RunTable`] | [guide](crate::guide::exchange) |
@@ -33,10 +36,11 @@
 //! The root of the crate has what most programs name. The rest is in modules: [`bitmap`] (views,
 //! runs, sinks), [`source`] (all that a source of your own names), [`exchange`] (logs, runs,
 //! tables), [`space`] (snapshots, counts, faults), [`harvest`] (leases and their reports),
-//! [`flush`] (what is owed).
+//! [`flush`] (what is owed), [`meter`] (rates).
 //!
 //! [`apply`]: AddressSpace::apply
 //! [`many`]: crate::guide::many
+//! [`discards`]: crate::guide::discards
 //! [`monitors`]: crate::guide::monitors
 //! [`DirtyLog`]: exchange::DirtyLog
 //! [`RunsExt`]: exchange::RunsExt
@@ -55,6 +59,7 @@
 //! | track devices by their own log, serve vfio-user | `DeviceLog`, `DmaLogger` | [dirtymap-vfio] |
 //! | keep a bitmap in a file, or a Roaring set | `BitmapFile` | [dirtymap-formats] |
 //! | keep what is dirty over a restart | `BitmapFile::save_space` | [dirtymap-formats] |
+//! | keep what is dirty over a crash | `Store` | [dirtymap-store] |
 //!
 //! [dirtymap-vm-memory]: https://docs.rs/dirtymap-vm-memory
 //! [dirtymap-kvm]: https://docs.rs/dirtymap-kvm
@@ -63,6 +68,7 @@
 //! [dirtymap-iommufd]: https://docs.rs/dirtymap-iommufd
 //! [dirtymap-vfio]: https://docs.rs/dirtymap-vfio
 //! [dirtymap-formats]: https://docs.rs/dirtymap-formats
+//! [dirtymap-store]: https://docs.rs/dirtymap-store
 //!
 //! ```text
 //!  device write -> IOTLB -> leaf, D bit --+
@@ -110,11 +116,14 @@
 //!   or a drop.
 //! * **Copy after sync.** The types hand out pages only when no stale translation can be written
 //!   through any more.
+//! * **Each consumer its own truth.** The harvests of each [`Consumer`] report every write,
+//!   whatever the other consumers take, abort or never ask for.
 //! * **Lock-free.** Marks and lookups never block. A harvest blocks only where a source or a file
-//!   does (KVM and pagemap wait for locks of the kernel), and briefly for a leaf that the request
-//!   covers in part, at the lock of the flush queue. Calls that flush or change the map wait, for
-//!   devices to drain and for each other: `sync`, `start_tracking`, a `map` that fails, unmaps,
-//!   cuts, batches, attach and detach.
+//!   does (KVM and pagemap wait for locks of the kernel, the log of a VFIO device for the device),
+//!   and briefly at the lock of the flush queue: for a leaf that the request covers in part, and
+//!   with several consumers for each piece of 64 GiB (at 4 KiB a page). Calls that flush or change
+//!   the map wait, for devices to drain and for each other: `sync`, `start_tracking`, a `map` that
+//!   fails, unmaps, cuts, batches, attach and detach, joins of consumers, and `discard`.
 //! * **Inside the bitmap.** No bit outside the request is touched, and set bits stay set.
 //!
 //! # Trade-offs

@@ -32,8 +32,8 @@ pub struct Aborted {
 pub struct Discarded {
     /// Bytes of whole pages, which read as zero until they are written.
     pub zero_bytes: u128,
-    /// Bytes of pages that are merely dirty: of parts of pages at the ends of the range, or all of
-    /// it if not every write is tracked.
+    /// Bytes of the range that are dirty and not zero: parts of pages at its ends, or all of it if
+    /// the space or one of its domains does not track.
     pub dirty_bytes: u128,
 }
 

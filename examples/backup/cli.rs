@@ -38,8 +38,8 @@ pub(crate) struct Cli {
     /// Where the image, the store and the increments are; a scratch folder unless given
     #[arg(long)]
     pub(crate) dir: Option<PathBuf>,
-    /// Where the increments are as objects: a directory, by default `objects` in the folder of the
-    /// run, or, with the feature `s3`, `s3://BUCKET/PREFIX` with the variables AWS_ACCESS_KEY_ID,
+    /// The place of the objects: a directory, by default `objects` in the folder of the run; or,
+    /// with the feature `s3`, `s3://BUCKET/PREFIX`, with the variables AWS_ACCESS_KEY_ID,
     /// AWS_SECRET_ACCESS_KEY, AWS_REGION and so on
     #[cfg(feature = "objects")]
     #[arg(long)]

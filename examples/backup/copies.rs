@@ -1,7 +1,7 @@
-//! The forms in which an increment is kept: a file, `rbd diff`, and an object.
+//! The forms in which an increment is stored: a file, `rbd diff`, and an object.
 //!
-//! The file comes last, because it is what counts: a generation whose file has no name was never
-//! made, and the next worker makes it again, in all forms.
+//! The file gets its name last. A generation whose file has no name does not exist, and the next
+//! worker makes it again in all forms.
 
 use std::error::Error;
 use std::fs::File;
@@ -44,7 +44,7 @@ impl<'f> Copies<'f> {
         })
     }
 
-    /// In which forms the increments are.
+    /// The forms of the increments, for the report.
     pub(crate) fn forms(&self) -> &'static str {
         match cfg!(feature = "objects") {
             true => "files, rbd diff and objects",
@@ -52,7 +52,8 @@ impl<'f> Copies<'f> {
         }
     }
 
-    /// Whether an increment of a consumer is there, in the form that stays when the folder goes.
+    /// Whether an increment of a consumer exists: as an object, because objects outlive the folder
+    /// of a run, or else as a file.
     pub(crate) fn any(&self, consumer: &str) -> io::Result<bool> {
         #[cfg(feature = "objects")]
         return Ok(self.objects.count(consumer)? > 0);

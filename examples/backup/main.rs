@@ -10,9 +10,9 @@
 //!  at the end: trace, up to each generation  == restored generation, byte for byte
 //! ```
 //!
-//! Each increment is a file, and the same as `rbd diff`. With `--features objects` it is an object
-//! as well: in a directory, or in S3 with `--features s3`. It is committed when all of them are
-//! durable.
+//! Each increment is written as a file and as `rbd diff`. With `--features objects` it is an object
+//! as well: in a directory, or in S3 with `--features s3`. The increment is committed when all of
+//! these are durable.
 //!
 //! Exit status: 0 if every generation is identical, 1 if one differs, 2 if the input is refused.
 

@@ -1,9 +1,9 @@
-//! Increments in an object store, where any machine can fetch them: a directory, or S3.
+//! Increments in an object store, from which any machine can fetch them: a directory, or S3.
 //!
-//! An object has its name once its upload is complete: by a rename in a directory, by the
-//! completion of a multipart upload in S3. An upload that dies half-way leaves parts that no list
-//! shows, so it is no increment, and the increment stays dirty. A bucket needs a rule that removes
-//! such parts.
+//! An object gets its name when its upload is complete: by a rename in a directory, by the
+//! completion of a multipart upload in S3. If an upload dies half-way, no list shows its parts.
+//! Then there is no object, and the increment stays dirty. A bucket needs a rule that removes such
+//! parts.
 
 use std::error::Error;
 use std::fs;
@@ -14,7 +14,7 @@ use object_store::path::Path;
 use object_store::{MultipartUpload, ObjectStore, ObjectStoreExt};
 use tokio::runtime::{Builder, Runtime};
 
-/// Bytes of a part: the least that S3 takes, but for the last one.
+/// Bytes of a part: the least that S3 takes. The last part may be smaller.
 const PART: u64 = 5 << 20;
 
 /// Where the objects are.
@@ -31,7 +31,7 @@ impl Objects {
             Some(rest) => bucket(rest)?,
             None => {
                 fs::create_dir_all(place)?;
-                // What is uploaded is durable before the increment is committed.
+                // The objects are durable before the increment is committed.
                 let store = LocalFileSystem::new_with_prefix(place)?.with_fsync(true);
                 (Box::new(store) as Box<dyn ObjectStore>, Path::default())
             }
@@ -51,7 +51,7 @@ impl Objects {
             .collect()
     }
 
-    /// Uploads an object in parts. It is there when this has returned, whole and durable, and not
+    /// Uploads an object in parts. The object appears when this returns, whole and durable, and not
     /// before.
     pub(crate) fn upload(&self, name: &str, mut bytes: impl Read) -> io::Result<()> {
         self.runtime.block_on(async {
@@ -59,7 +59,7 @@ impl Objects {
             match parts(&mut *upload, &mut bytes).await {
                 Ok(()) => Ok(upload.complete().await.map(drop)?),
                 Err(error) => {
-                    // Parts that stay cost room, and nothing else.
+                    // Parts that stay take space, and have no other effect.
                     let _ = upload.abort().await;
                     Err(error)
                 }

@@ -1,5 +1,5 @@
-//! The backup: a consumer of its own, which copies what was written since its last increment, every
-//! few seconds, to a destination of its own. Its first increment is everything.
+//! The backup: a consumer of its own. Every few seconds it copies the pages that were written since
+//! its last increment to a destination of its own. Its first increment is everything.
 
 use std::time::{Duration, Instant};
 
@@ -27,7 +27,7 @@ pub(crate) struct Backup<'a, F: Format> {
 }
 
 impl<'a, F: Format> Backup<'a, F> {
-    /// A backup for `consumer`, which is told everything first.
+    /// A backup for `consumer`, whose first harvest reports everything.
     pub(crate) fn new(
         machine: &'a Machine<F>,
         consumer: &Consumer<'a>,

@@ -21,9 +21,9 @@ const AUTO_FULL_COPY_SECONDS: f64 = 8.0;
 /// Each file of the trace becomes an area of IOVA space. Devices issue the trace's writes, and CPU
 /// threads write and mark. Meanwhile a migrator copies everything, and then harvests, syncs and
 /// copies the pages that became dirty, round after round. A backup takes an increment every few
-/// seconds, and a rate meter looks four times a second: each of the three is told every write. At
-/// the end both copies are compared byte for byte, and the looks of the meter with a log of all
-/// writes.
+/// seconds, and a rate meter looks four times a second. Every write is reported to each of the
+/// three. At the end both copies are compared byte for byte, and the looks of the meter are
+/// compared with a log of all writes.
 ///
 /// Exit status: 0 if all pages are identical, 1 if a page differs, 2 if an option or the trace is
 /// refused.
@@ -242,7 +242,7 @@ pub(crate) enum Sabotage {
     NoDrain,
     /// CPU threads forget the mark of every eighth write; needs --cpus 1 or more
     SkipMark,
-    /// Harvests of the migration do not leave what they take to the backup
+    /// Harvests of the migration do not leave the pages that they take to the backup
     ForgetConsumer,
 }
 
@@ -278,7 +278,7 @@ impl Sabotage {
             }
             Sabotage::SkipMark => "CPU threads forgot the mark of every eighth write",
             Sabotage::ForgetConsumer => {
-                "harvests of the migration did not leave what they took to the backup"
+                "harvests of the migration did not leave the pages that they took to the backup"
             }
         }
     }

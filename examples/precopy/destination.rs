@@ -30,7 +30,7 @@ impl<'a, F: Format> Destination<'a, F> {
         })
     }
 
-    /// Everything was copied once. Until then, zeros are not copied.
+    /// Marks the first copy as complete. Until then, zeros are not copied.
     pub(crate) fn whole(&mut self) {
         self.is_whole = true;
     }

@@ -8,8 +8,8 @@
 //!     compare source and destination, all bytes <-- last copy <-- sync <-- last harvest
 //! ```
 //!
-//! A backup and a rate meter, two named consumers, look at the same memory at the same time, and
-//! are verified as well: `backup.rs`, `rate.rs`.
+//! Two named consumers harvest the same memory at the same time, and are verified as well: a backup
+//! (`backup.rs`) and a rate meter (`rate.rs`).
 //!
 //! Exit status: 0 if every page is identical, 1 if one differs, 2 if an option or the trace is
 //! refused.

@@ -154,7 +154,7 @@ impl<'a, F: Format> Migration<'a, F> {
         lease.commit();
         self.bitmap = words;
         if let Some(forgotten) = &mut self.forgotten {
-            // What the round has left to that consumer is committed for it, and not copied.
+            // The pages that the round has left to that consumer are committed, and not copied.
             forgotten.next()?.commit();
         }
 

@@ -9,8 +9,8 @@
 //!
 //! Look 0 must have the pages of `a`, which began and ended in the phase before it. Both looks may
 //! have those of `b`, which overlaps look 0. No look has a page that no write touched, with one
-//! exception: a page that another consumer's harvest had in hand during a look is found once more
-//! by the next one.
+//! exception: if a page is in flight in a harvest of another consumer during a look, the next look
+//! finds it once more.
 
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -26,7 +26,7 @@ use crate::report::{LookRecord, MeterCheck};
 
 /// The interval of the looks.
 const EVERY: Duration = Duration::from_millis(250);
-/// What was written so long ago counts half.
+/// A write that is so old counts half.
 pub(crate) const HALF_LIFE: Duration = Duration::from_secs(5);
 const NAP: Duration = Duration::from_millis(10);
 
@@ -37,7 +37,7 @@ pub(crate) struct Phase(AtomicU64);
 impl Phase {
     /// The phase before a write begins, or after it has ended.
     pub(crate) fn read(&self) -> u64 {
-        // The write is before this in the one order of all SeqCst fences, or after it.
+        // SeqCst: the write comes before or after this in the order of all SeqCst fences.
         fence(Ordering::SeqCst);
         let phase = self.0.load(Ordering::SeqCst);
         fence(Ordering::SeqCst);

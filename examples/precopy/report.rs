@@ -371,7 +371,11 @@ impl RunRecord {
                 text::plural(said.rounds.into(), "round"),
                 text::micros(said.downtime_us),
                 said.migration_ms as f64 / 1e3,
-                if said.converges { "" } else { ", without end" },
+                if said.converges {
+                    ""
+                } else {
+                    ", no round short enough"
+                },
                 text::plural(rounds, "round"),
                 text::micros(self.downtime_us()),
                 self.migration_ms as f64 / 1e3,

@@ -9,14 +9,15 @@ use crate::space::{AddressSpace, Area, Watch};
 use crate::sync::{Arc, Ordering, fence};
 use crate::units::{Granule, IovaRange, ToIovaRange};
 
-/// What the addresses of a lease, or of an unmap, were mapped to when they were written: for
-/// spaces of device addresses (IOVA) whose areas come and go while devices write, where the memory
-/// that is to be copied is that of a guest.
+/// The backing addresses of the pages of a lease, or of an unmap, at the time when they were
+/// written. For a space of device addresses (IOVA) whose areas are mapped and unmapped while
+/// devices write, and whose backing is the memory of a guest that is to be copied.
 ///
-/// A lookup at the time of the copy would find what is mapped by then, which may be other memory or
-/// none. The backing is that of the areas which the harvest walked. If an area left meanwhile, the
-/// pages that were taken at its addresses may have been written through a younger area. Then both
-/// are reported: more memory than was written, never less.
+/// A lookup at the time of the copy would be wrong: by then the address may be mapped to other
+/// memory, or to none. The backing of a lease is that of the areas that its harvest walked. If an
+/// area left the space during the walk, a page at its addresses may have been written through a
+/// younger area. Then the backing of both areas is reported: more memory than was written, never
+/// less.
 ///
 /// ```
 /// use dirtymap::{Access, AddressSpace, Granule, IovaRange};
@@ -41,7 +42,7 @@ use crate::units::{Granule, IovaRange, ToIovaRange};
 /// # }
 /// ```
 ///
-/// # Every write once
+/// # Leases and unmaps together have every write
 /// Each write to a tracked page is in a lease, or in the result of the unmap of its area. So take
 /// the backing of both: [`unmap_with_backing`](AddressSpace::unmap_with_backing).
 ///
@@ -67,12 +68,27 @@ impl Placed for Other {
 }
 
 impl Backing {
-    /// The parts of `run` that were mapped, each with its own backing address. Ascending, with two
-    /// exceptions: parts of areas that may have been at the same addresses as an area that left
-    /// come after all others, and may overlap. A run may reach into a hole, because bits stand for
-    /// whole granules; holes have no part.
+    /// The parts of `run` that were mapped, each with its own backing address, in ascending order.
+    /// If an area left during the walk, the parts of other areas at the same addresses come after
+    /// all of these, and may overlap them. A run may extend into a hole, because a bit stands for a
+    /// whole granule. Holes have no part.
     ///
-    /// Costs O(log n) for n areas, and a step for each part.
+    /// Costs O(log n) for n areas, and a step for each part. Never blocks.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule};
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// space.map(0x0..0x2000, 0x10_0000, Access::ReadWrite)?;
+    /// space.map(0x2000..0x4000, 0x50_0000, Access::ReadWrite)?;
+    /// space.mark(0x1000..0x3000)?; // one run in two areas
+    /// let lease = space.rounds().with_backing().next()?;
+    /// let backing = lease.backing().ok_or("not recorded")?;
+    /// let parts = lease.runs().flat_map(|run| backing.of(run));
+    /// assert_eq!(parts.map(|part| part.backing).collect::<Vec<_>>(), [0x10_1000, 0x50_0000]);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn of(&self, run: IovaRange) -> impl Iterator<Item = Mapping> + '_ {
         let first = self
             .areas
@@ -83,7 +99,8 @@ impl Backing {
         areas.chain(others.filter_map(move |(other, _)| narrowed(&other.0, run)))
     }
 
-    /// The areas as a whole, in the same order.
+    /// The areas that the harvest walked or the unmap removed, as a whole, in the order of
+    /// [`of`](Self::of).
     pub fn mappings(&self) -> impl Iterator<Item = Mapping> + '_ {
         let others = self.others.iter().map(|other| other.0);
         self.areas.iter().copied().chain(others)
@@ -176,7 +193,7 @@ impl Recorder {
 }
 
 impl AddressSpace {
-    /// As [`unmap`](Self::unmap), and returns what the areas were mapped to.
+    /// As [`unmap`](Self::unmap), and returns the backing of the areas that it unmapped as well.
     ///
     /// ```
     /// # use dirtymap::{Access, AddressSpace, Granule, UserBitmap};

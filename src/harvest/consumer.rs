@@ -10,9 +10,9 @@ use crate::space::{AddressSpace, Beginning, Party};
 use crate::sync::{Arc, Ordering};
 use crate::units::{IovaRange, ToIovaRange};
 
-/// One of several programs that look at the same memory, such as a migration, a backup and a
-/// replica: each consumer is told every write since its own last committed harvest, whatever the
-/// others take, abort or never ask for.
+/// One of several programs that harvest the same memory, such as a migration, a backup and a
+/// replica. The harvests of a consumer report every write since its own last committed harvest,
+/// whatever the other consumers take, abort or never ask for.
 ///
 /// ```
 /// use dirtymap::{Access, AddressSpace, Granule, Start};
@@ -26,7 +26,7 @@ use crate::units::{IovaRange, ToIovaRange};
 ///
 /// space.mark(0x3000..0x3001)?;
 /// assert_eq!(replica.rounds().next()?.commit().bits_set, 1);
-/// assert_eq!(backup.rounds().next()?.commit().bits_set, 1); // told, too
+/// assert_eq!(backup.rounds().next()?.commit().bits_set, 1); // reported to both
 /// # Ok(())
 /// # }
 /// ```
@@ -37,14 +37,15 @@ use crate::units::{IovaRange, ToIovaRange};
 /// # The unnamed consumer
 /// [`AddressSpace::harvest`], [`peek`](AddressSpace::peek), [`rounds`](AddressSpace::rounds) and
 /// harvests of one [domain](crate::Scope) are those of the *unnamed* consumer, which covers all of
-/// the space and always exists. So a program that knows no consumers goes on as it was. What nobody
-/// asks for on its behalf takes a bit for each page, up to its [bounds](Self::set_bounds).
+/// the space and always exists. So a program that knows no consumers needs no change. Pages that
+/// are pending for the unnamed consumer take a bit each, up to its
+/// [bounds](AddressSpace::set_unnamed_bounds).
 ///
 /// # Areas that go
-/// An unmap ends what is pending in its areas for every consumer. Its bitmap has each page that
-/// some consumer has not been told, and [`ConsumerStats::unmapped_bytes`] counts what was pending
-/// for this one. A cut changes nothing, and a detach moves dirty pages to where every consumer
-/// finds them.
+/// After an unmap, nothing is pending in its areas for any consumer. Its bitmap has each page that
+/// was dirty for at least one consumer, and [`ConsumerStats::unmapped_bytes`] counts the bytes that
+/// were pending for this one. A cut changes nothing, and a detach moves dirty pages to where every
+/// consumer finds them.
 ///
 /// # Drop
 /// A consumer leaves when it is dropped. Its leases can still be synced, copied and committed. One
@@ -54,14 +55,15 @@ pub struct Consumer<'a> {
     pub(super) member: Arc<Party>,
 }
 
-/// What a new consumer is told first.
+/// The pages that are dirty for a new consumer at first.
 #[derive(Clone, Copy, Debug)]
 pub enum Start<'c> {
-    /// Writes from the return of the call on: copy everything once, after the call.
+    /// No page is dirty. Writes are reported from the return of the call on, so copy everything
+    /// once, after the call.
     Clean,
-    /// All that is mapped.
+    /// All that is mapped in its range.
     Dirty,
-    /// What that consumer has not been told yet.
+    /// The pages that are dirty for that consumer, which has no lease meanwhile.
     LikeOf(&'c Consumer<'c>),
 }
 
@@ -69,11 +71,12 @@ pub enum Start<'c> {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct ConsumerStats {
-    /// Bytes that are pending for it alone, page by page. Other dirty pages are found where they
-    /// are.
+    /// Bytes that are pending for it, page by page: pages that harvests of other consumers have
+    /// taken, or that its own leases have put back. Pages that are dirty for all consumers are not
+    /// counted.
     pub pending_bytes: u64,
-    /// Whether all that is mapped is pending, in its range or in a part of it, because it held more
-    /// than its [`Bounds`](super::Bounds).
+    /// Whether all that is mapped is pending, in its range or in a part of it, because its pending
+    /// pages were out of [`Bounds`](super::Bounds).
     pub everything: bool,
     /// Bytes of memory that its pending pages take: 4 KiB for each stretch of 32768 pages of which
     /// one was ever pending.
@@ -88,9 +91,9 @@ pub struct ConsumerStats {
     pub leases: u64,
     /// Bytes that its harvests reported, and that were not set in its bitmaps before.
     pub leased_bytes: u64,
-    /// Of these: bytes of leases that were committed.
+    /// Of `leased_bytes`: bytes that were committed.
     pub committed_bytes: u64,
-    /// Of these: bytes of leases that were aborted or dropped.
+    /// Of `leased_bytes`: bytes of leases that were aborted or dropped.
     pub aborted_bytes: u64,
     /// Bytes that were pending for it in areas that were unmapped.
     pub unmapped_bytes: u64,
@@ -99,21 +102,34 @@ pub struct ConsumerStats {
 impl AddressSpace {
     /// Adds a consumer of the whole space. `name` has 1 to 255 bytes.
     ///
-    /// May run while everything else does. It waits for the harvests that are running, and for a
-    /// flush of all sources, as [`start_tracking`](Self::start_tracking) does: what was taken
-    /// before is not left to the new consumer.
+    /// Other threads may mark, map and harvest meanwhile. The call waits for the harvests that are
+    /// running, because they leave nothing to the new consumer, and for a flush of all sources, as
+    /// [`start_tracking`](Self::start_tracking) does. See [`Consumer`] for an example.
     ///
     /// # Errors
     /// In this order: [`Error::BadName`], [`Error::ConsumerTwice`], [`Error::TooManyConsumers`],
     /// [`Error::ConsumerLeft`] for a consumer of another space; the error of a source that cannot
-    /// flush; [`Error::ConsumerBusy`] if the one to copy harvests meanwhile or has a lease. Then
-    /// there is no new consumer.
+    /// flush; [`Error::ConsumerBusy`] if the consumer of [`Start::LikeOf`] harvests meanwhile or
+    /// has a lease. After an error, there is no new consumer.
     pub fn consumer(&self, name: &str, start: Start<'_>) -> Result<Consumer<'_>, Error> {
         Consumer::join(SpaceRef::Lent(self), name, IovaRange::ALL, start)
     }
 
-    /// Adds a consumer of `range`, which is made of whole [pages](Self::page) and may reach past
+    /// Adds a consumer of `range`, which consists of whole [pages](Self::page) and may extend past
     /// the areas.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule, Start};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// let low = space.consumer_of("low", 0..0x8000, Start::Clean)?;
+    /// space.mark(0x7000..0x9000)?;
+    /// assert_eq!(low.rounds().next()?.commit().bits_set, 1);
+    /// assert_eq!(space.consumers(), ["low"]);
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// Those of the range; then [`Error::Unaligned`] and the others of
@@ -127,7 +143,7 @@ impl AddressSpace {
         Consumer::join(SpaceRef::Lent(self), name, range.to_iova_range()?, start)
     }
 
-    /// The names of the consumers, in the order in which they came; without the unnamed one.
+    /// The names of the consumers, in the order in which they joined; without the unnamed one.
     pub fn consumers(&self) -> Vec<String> {
         let members = self.members();
         let named = members.iter().skip(1);
@@ -136,7 +152,25 @@ impl AddressSpace {
 }
 
 impl Consumer<'static> {
-    /// As [`AddressSpace::consumer`], over a space that the consumer and its leases keep alive.
+    /// As [`AddressSpace::consumer`], over a space that the consumer and its leases keep alive. So
+    /// the consumer can be moved to another thread.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Consumer, Granule, Start};
+    /// # use std::sync::Arc;
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// let space = Arc::new(AddressSpace::tracked(Granule::K4));
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// let backup = Consumer::shared(Arc::clone(&space), "backup", Start::Dirty)?;
+    /// let thread = std::thread::spawn(move || {
+    ///     let lease = backup.rounds().next()?;
+    ///     Ok::<_, dirtymap::Error>(lease.commit())
+    /// });
+    /// # let Ok(report) = thread.join() else { panic!("the thread panicked") };
+    /// # assert_eq!(report?.bits_set, 256);
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// Those of `consumer`.
@@ -166,13 +200,30 @@ impl<'a> Consumer<'a> {
         self.member.name()
     }
 
-    /// What it is told about.
+    /// The range that its harvests cover.
     pub fn range(&self) -> IovaRange {
         self.member.range
     }
 
-    /// As [`AddressSpace::harvest`], for this consumer. A harvest by many threads is walked by the
-    /// thread that calls. The lease may live longer than the consumer.
+    /// As [`AddressSpace::harvest`], for this consumer. A parallel harvest is walked by the calling
+    /// thread. The lease may live longer than the consumer.
+    ///
+    /// ```
+    /// use dirtymap::{HarvestRequest, ToIovaRange, UserBitmap};
+    /// # use dirtymap::{Access, AddressSpace, Granule, Start};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// let backup = space.consumer("backup", Start::Clean)?;
+    /// space.mark(0x3000..0x3001)?;
+    /// let request = HarvestRequest::new((0..64 << 12).to_iova_range()?, Granule::K4);
+    /// let mut words = [0];
+    /// let lease = backup.harvest(&request, UserBitmap::new(&mut words))?.sync()?;
+    /// assert_eq!(lease.commit().bits_set, 1);
+    /// assert_eq!(words, [1 << 3]);
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// Those of `AddressSpace::harvest`, with [`Error::OutsideConsumer`] after the alignment.
@@ -187,7 +238,8 @@ impl<'a> Consumer<'a> {
         harvest_for(self.space.clone(), Some(&self.member), request, bitmap)
     }
 
-    /// As [`AddressSpace::peek`], for this consumer.
+    /// As [`AddressSpace::peek`], for this consumer: clears nothing, and takes nothing from the
+    /// other consumers.
     ///
     /// # Errors
     /// As [`harvest`](Self::harvest), and those of `AddressSpace::peek`.
@@ -205,7 +257,22 @@ impl<'a> Consumer<'a> {
         Rounds::of(self.space.clone(), Arc::clone(&self.member))
     }
 
-    /// Its counts, read one by one. Looks at all that is pending.
+    /// Its counts, read one by one, so that they may differ from each other by calls of other
+    /// threads. Takes time in proportion to the memory of its pending pages.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule, Start};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// let backup = space.consumer("backup", Start::Clean)?;
+    /// space.mark(0x3000..0x3001)?;
+    /// assert_eq!(backup.stats().pending_bytes, 0); // dirty for all consumers
+    /// space.rounds().next()?.commit(); // leaves the page pending for `backup`
+    /// assert_eq!(backup.stats().pending_bytes, 4096);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn stats(&self) -> ConsumerStats {
         let counts = &self.member.counts;
         let store = self.space.member(&self.member);

@@ -10,7 +10,7 @@ use crate::ranges::without;
 use crate::space::AddressSpace;
 use crate::units::{Iova, IovaRange};
 
-/// Bytes that are looked at at once, in pages.
+/// Pages that are looked at together, as a logarithm.
 const PIECE_LG2: u32 = 15;
 
 /// The contents of a run of a lease.
@@ -26,14 +26,16 @@ impl<'a> Lease<'a, Synced> {
     /// The [`runs`](Self::runs), each with its contents, in ascending order. Neighbours differ in
     /// their contents or do not touch.
     ///
-    /// A page is zero if its storage was dropped, and every write before the harvest came before
-    /// that. The answer is that of the moment at which the iterator comes to the page: the page may
-    /// be zero because it was discarded after the harvest. A write that came after the harvest may
-    /// be missing, as in a copy that was made earlier. The next lease has both.
+    /// A page is zero if its storage was dropped after every write that the lease reports. The
+    /// iterator decides this when it comes to the page, and not at the harvest. So a page may be
+    /// zero because of a discard that came after the harvest, and a page that was written after the
+    /// harvest may still be zero. The next lease reports both.
     ///
     /// A consumer that ignores this and copies all [`runs`](Self::runs) copies zeros. A lease of
     /// one [domain](crate::Scope), of an area that has gone since the harvest began, and of a space
     /// that does not track everything at the moment, has data only.
+    ///
+    /// Never blocks, and allocates a little for each run. Looks at 32768 pages at a time.
     ///
     /// ```
     /// use dirtymap::harvest::Content;
@@ -47,7 +49,7 @@ impl<'a> Lease<'a, Synced> {
     /// for (run, content) in lease.contents() {
     ///     match content {
     ///         Content::Data => unreachable!("read the bytes of {run}, and send them"),
-    ///         Content::Zero => assert_eq!(run.len(), 0x3000), // send its borders
+    ///         Content::Zero => assert_eq!(run.len(), 0x3000), // send its address and length
     ///     }
     /// }
     /// lease.commit();
@@ -72,7 +74,7 @@ impl<'a> Lease<'a, Synced> {
 #[derive(Debug)]
 pub struct Contents<'l> {
     runs: Runs<'l>,
-    /// `None` if the lease has data only.
+    /// `None` if all runs of the lease are data.
     space: Option<&'l AddressSpace>,
     /// The version of the tree at the beginning of the harvest.
     begun: u64,

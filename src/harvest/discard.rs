@@ -2,21 +2,22 @@
 //!
 //! # The third state
 //! A page is clean, dirty, or *zero*: its storage was dropped, and no harvest has found it dirty
-//! since. That it changed, consumers are told as always: a discard leaves the page pending for each
-//! of them. That it reads as zero is a property of the page, and not of a consumer: one bit, beside
-//! the marks of its area. A lease says *zero* of a page of it whose bit is set when the consumer
-//! looks: each write that the lease has to bring came before the drop. So an abort, a join, a copy
-//! of a consumer and a lease that is forgotten need nothing for it.
+//! since. A discard leaves the page pending for each consumer, so the change is reported as that of
+//! a write is. *Zero* is a property of the page, and not of a consumer: one bit, beside the marks
+//! of its area. A lease calls one of its pages zero if the bit is set when the consumer looks. Then
+//! each write that the lease has to report came before the drop. So an abort, a join, a copy of a
+//! consumer and a lease that is forgotten need no step for zeros.
 //!
-//! A mark sets no more than it did: it does not know of zeros. The harvest that takes a dirty bit
-//! clears the zero bit of the page.
+//! A mark does not look at the zero bit. The harvest that takes a dirty bit clears the zero bit of
+//! the page.
 //!
 //! # The protocol
-//! A discard is a harvest and a sync of the range, whose copy is the drop of the storage.
+//! A discard is a harvest and a sync of the range, with the drop of the storage in the place of the
+//! copy.
 //!
 //! ```text
 //!  discard                                  harvest, of any consumer
-//!  Z1  say that it is at work in the range  T1  record the page in the flight
+//!  Z1  announce that it is at work there    T1  record the page in the flight
 //!  Z2  set the zero bits                    T2  clear it where it was found
 //!  Z3  take what is dirty, with T0 to T2    F10 fence(SeqCst)
 //!  Z4  flush the range in all domains       T3a clear the zero bits of the flight
@@ -24,7 +25,7 @@
 //!  Z5  drop the storage                     L2  see a page in other hands
 //!  Z6  leave the range pending for all;     F10 fence(SeqCst)
 //!      wipe the flight                      L2a clear the zero bit of what was seen
-//!  Z7  say that it has ended
+//!  Z7  end the announcement
 //!
 //!  consumer with a synced lease, before it copies
 //!  R1  look at the zero bits    R2  look for discards at work    R3  look at the zero bits again
@@ -44,23 +45,22 @@
 //! * A harvest that has seen an older dirty bit of p may clear the one of W, because a clear takes
 //!   what it finds. So T3a follows T2: a zero bit that was cleared at T1 could have been set by Z2
 //!   since.
-//! * A harvest Y that finds p in other hands, in flight or in words that another harvest has
-//!   hidden, clears the zero bit itself (L2a). The harvest X that has p may not have come to T3a
-//!   when the consumer of Y looks at R1. What Y has seen and does not find any more at L2a, X has
-//!   wiped, after its T3a.
+//! * A harvest Y that finds p in other hands, in the flight of a harvest X or in words that X has
+//!   hidden, clears the zero bit itself (L2a). X may not have reached T3a yet when the consumer of
+//!   Y looks at R1. If Y does not find p there any more at L2a, X has wiped it, after its own T3a.
 //! * Y finds p pending (L3) because X has left it, after T3a; or because of a discard or an abort,
 //!   which leave the zero bit as it is.
 //!
-//! A write that comes before Z5 is part of what is dropped. Its mark may come later: p is dirty
-//! then, a superset. A clear at T3a may meet the bit of a later discard, whose page then counts as
-//! dirty: a superset.
+//! A write that comes before Z5 is part of what is dropped. Its mark may come later: then p is
+//! dirty, which is a superset. A clear at T3a may clear the bit of a later discard: then the page
+//! counts as dirty, which is a superset, too.
 //!
-//! From Z3 to Z6, what was dirty is in the flight of the discard, so that a harvest in between
-//! finds it. A consumer that finds the zero bit set does not know yet whether the storage is
-//! dropped: a discard that is at work, R2, makes the page dirty. A discard that fails clears the
-//! zero bits, goes on with Z6, and then says that it has ended; R3 finds what it cleared. It does
-//! not mark the pages instead: a harvest that has looked at the marks before, and looks at the
-//! flights afterwards, would find them nowhere.
+//! From Z3 to Z6, the pages that were dirty are in the flight of the discard, so that a harvest in
+//! between finds them. A consumer that finds the zero bit set does not know yet whether the storage
+//! is dropped. So it takes the page for dirty if a discard is at work there (R2). A discard that
+//! fails clears the zero bits, goes on with Z6, and ends its announcement last, so R3 finds the
+//! bits clear. It leaves the pages pending, and does not mark them: a harvest that has looked at
+//! the marks already, and looks at the flights afterwards, would find marked pages in neither.
 //!
 //! An area may leave the tree, and another one come to its addresses, while a harvest walks. The
 //! harvest asks sources by address, so it may take a write to the younger area. It clears the zero
@@ -83,24 +83,25 @@ use crate::sync::{Arc, Step, performs};
 use crate::units::{IovaRange, ToIovaRange};
 
 impl AddressSpace {
-    /// Discards `range`: `drop_storage` drops its storage, and from then on it reads as zero until
-    /// it is written. For TRIM, a balloon, or hints of free pages.
+    /// Discards `range`: `drop_storage` drops its storage, and from then on the range reads as zero
+    /// until it is written. For TRIM, a balloon, or hints of free pages.
     ///
-    /// Each consumer is told of the pages, as of a write, and [`Lease::contents`] says that they
-    /// are zero, so that no consumer reads or sends them. A write that comes later wins. An abort
-    /// puts back a page as it is then: zero, or data if it was written since.
+    /// The next lease of each consumer reports the pages, as it does after a write, and
+    /// [`Lease::contents`] says that they are zero. So a consumer need not read or send them. A
+    /// later write wins: its page is data. An abort puts a page back as it is at that time: zero,
+    /// or data if it was written since.
     ///
-    /// Only whole pages, of the size of [`alignment`](Self::alignment), are zero. Parts of pages at
-    /// the ends of the range are marked dirty, and so is all of it while the space or one of its
-    /// domains does not track writes. Writes to the range that are under way at the same time are
-    /// part of what is dropped, or dirty afterwards.
+    /// Only whole pages, of the size of [`alignment`](Self::alignment), become zero. Parts of pages
+    /// at the ends of the range are marked dirty. All of the range is marked dirty if the space or
+    /// one of its domains does not track writes. A write to the range that is in flight during the
+    /// call is either part of what is dropped, or dirty afterwards.
     ///
-    /// Waits for devices, and calls `drop_storage` once, after that, outside of any lock. The call
-    /// may take as long as it likes, and may call this space. The first discard of a space waits
-    /// for the harvests that are running. From then on a harvest by
-    /// [many threads](crate::HarvestRequest) is walked by the thread that calls. A space that never
-    /// discards pays nothing. A discard takes a bit for each page of an area, in chunks of 4 KiB,
-    /// and the same for each consumer.
+    /// Waits until devices have drained. After that, it calls `drop_storage` once, outside of any
+    /// lock. The closure may call this space. Other threads mark and harvest meanwhile. The first
+    /// discard of a space waits for the harvests that are running. From then on, a
+    /// [parallel](crate::HarvestRequest) harvest is walked by the calling thread. A space that
+    /// never discards pays a load for each area of a harvest. A discard takes a bit for each of its
+    /// pages, in chunks of 4 KiB for 32768 pages, and the same for each consumer.
     ///
     /// ```
     /// use dirtymap::harvest::Content;
@@ -124,12 +125,13 @@ impl AddressSpace {
     /// ```
     ///
     /// # Errors
-    /// In this order: those of the range; [`Error::Outside`] with the first address that no area
-    /// holds, and the call is counted in
-    /// [`SpaceStats::outside_marks`](crate::space::SpaceStats::outside_marks): nothing is touched
-    /// then. The error of a source that could not be read or flushed: the storage is not dropped
-    /// then. [`Error::NotDropped`] with the error of `drop_storage`. After both, all of `range` is
-    /// dirty.
+    /// In this order:
+    /// * those of the range. Nothing is touched.
+    /// * [`Error::Outside`] with the first address that no area holds. Nothing is touched, and
+    ///   [`SpaceStats::outside_marks`](crate::space::SpaceStats::outside_marks) counts the call.
+    /// * the error of a source that could not be read or flushed. `drop_storage` is not called, and
+    ///   all of `range` is dirty.
+    /// * [`Error::NotDropped`] with the error of `drop_storage`. All of `range` is dirty.
     ///
     /// # Panics
     /// A panic of `drop_storage`, or of a source, goes on after all of `range` was marked dirty.
@@ -243,7 +245,7 @@ impl<'s> Discarding<'s> {
         (!gather.is_empty()).then(|| self.space.flush.owe(&gather))
     }
 
-    /// It has succeeded.
+    /// Ends a discard whose storage was dropped.
     fn finish(mut self) -> Discarded {
         self.finished = true;
         self.end();

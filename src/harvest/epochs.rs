@@ -1,15 +1,35 @@
-//! What a consumer says about its epochs, and what holds one of them.
+//! The calls of a consumer that concern its epochs and bounds, and the cursor that holds an epoch.
 
 use super::Consumer;
 use crate::space::{AddressSpace, Bounds, Epoch, Party, Since};
 use crate::sync::Arc;
 
-/// Holds an epoch of a consumer: [`Consumer::since`] can tell what was written after it, for as
-/// long as this lives.
+/// A hold of one epoch of a consumer. For as long as it lives, [`Consumer::since`] knows the pages
+/// that were committed after that epoch, within the [`Bounds`] of the consumer.
 ///
-/// It costs memory in proportion to the pages that were committed after the epoch and before the
-/// next one that has a cursor: 4 bytes for each run, and at most 4 KiB for 32768 pages. See
-/// [`Bounds`].
+/// It takes memory in proportion to the pages that were committed after the epoch and before the
+/// next epoch that has a cursor: 4 bytes for each run, and at most 4 KiB for 32768 pages. A clone
+/// holds the same epoch, and takes no more memory. A cursor may live longer than its consumer.
+///
+/// ```
+/// use dirtymap::harvest::{Since, Why};
+/// use dirtymap::{Access, AddressSpace, Granule, Start};
+///
+/// # fn main() -> Result<(), dirtymap::Error> {
+/// let space = AddressSpace::tracked(Granule::K4);
+/// space.map(0..1 << 20, 0, Access::ReadWrite)?;
+/// let backup = space.consumer("backup", Start::Clean)?;
+/// let cursor = backup.cursor();
+/// let monday = cursor.epoch();
+/// space.mark(0x3000..0x3001)?;
+/// backup.rounds().next()?.commit();
+/// assert!(matches!(backup.since(monday), Since::Runs(written) if written.runs().count() == 1));
+///
+/// drop(cursor); // the epoch is no longer held
+/// assert!(matches!(backup.since(monday), Since::Everything(Why::Merged)));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 #[must_use = "a cursor that is dropped holds nothing"]
 pub struct Cursor {
@@ -18,7 +38,7 @@ pub struct Cursor {
 }
 
 impl Cursor {
-    /// The epoch.
+    /// The epoch that it holds.
     pub fn epoch(&self) -> Epoch {
         self.epoch
     }
@@ -43,13 +63,29 @@ impl Drop for Cursor {
 
 impl Consumer<'_> {
     /// Its newest epoch: that of the lease that was committed last. Number 0 stands for the moment
-    /// at which it joined.
+    /// at which the consumer joined. Waits for a short lock that commits take as well.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule, Start};
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// let backup = space.consumer("backup", Start::Dirty)?;
+    /// assert_eq!(backup.epoch().number(), 0);
+    /// let (_, lineage) = backup.rounds().next()?.commit_epoch();
+    /// assert_eq!(lineage.map(|lineage| lineage.epoch), Some(backup.epoch()));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn epoch(&self) -> Epoch {
         self.member.epochs.newest()
     }
 
-    /// A cursor on the newest epoch. If parts of leases that have not ended
-    /// [were committed](crate::Lease::commit_range), they become an epoch of their own first.
+    /// A cursor on the newest epoch. If [parts](crate::Lease::commit_range) of leases that have not
+    /// ended were committed, these parts become an epoch of their own first.
+    ///
+    /// Waits for a short lock that commits and aborts of this consumer take as well. No mark and no
+    /// harvest waits for it.
     ///
     /// ```
     /// use dirtymap::harvest::Since;
@@ -81,33 +117,63 @@ impl Consumer<'_> {
         }
     }
 
-    /// The pages that this consumer has committed after `epoch`: a copy of that epoch becomes one
-    /// of the newest epoch if they are copied now. The union of all increments in between.
+    /// The pages that this consumer has committed after `epoch`: the union of all increments in
+    /// between. A copy of that epoch becomes a copy of the newest epoch, if these pages are copied
+    /// over it now.
     ///
-    /// What is dirty and not committed is in none of them. Harvest and commit first, to have
-    /// everything that was written before.
+    /// Pages that are dirty and not committed are not included. To include every write up to now,
+    /// harvest and commit first.
     ///
-    /// The epoch is known if a [cursor](Self::cursor) has held it ever since it was the newest one,
-    /// or if it is the newest one still. In each other case the answer is
-    /// [`Since::Everything`], never a shorter list.
+    /// The answer is known if a [cursor](Self::cursor) has held the epoch since it was the newest
+    /// one, or if it is still the newest one. In each other case the result is
+    /// [`Since::Everything`] with the reason, never a shorter list. It is no error.
     ///
-    /// Costs time in proportion to the pages of the answer, and allocates that much.
+    /// Takes time and memory in proportion to the result. Waits for a short lock that commits and
+    /// aborts of this consumer take as well. No mark and no harvest waits for it.
+    ///
+    /// ```
+    /// use dirtymap::harvest::{Since, Why};
+    /// # use dirtymap::{Access, AddressSpace, Granule, Start};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// let backup = space.consumer("backup", Start::Clean)?;
+    /// let cursor = backup.cursor();
+    /// let stored = cursor.epoch().to_string(); // beside the copy
+    /// space.mark(0x3000..0x3001)?;
+    /// backup.rounds().next()?.commit();
+    ///
+    /// match backup.since(stored.parse()?) {
+    ///     Since::Runs(written) => {
+    ///         assert_eq!(written.to(), backup.epoch());
+    ///         for run in written.runs() {
+    ///             println!("copy {run}"); // [0x3000, 0x3fff]
+    ///         }
+    ///     }
+    ///     Since::Everything(why) => panic!("copy everything: {why:?}"),
+    /// }
+    /// let other = "0000000000000000000000000000002a-7".parse()?;
+    /// assert!(matches!(backup.since(other), Since::Everything(Why::Foreign)));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn since(&self, epoch: Epoch) -> Since {
         self.member.epochs.since(epoch)
     }
 
-    /// How much it may hold.
+    /// The bounds of its memory, as [`set_bounds`](Self::set_bounds) set them.
     pub fn bounds(&self) -> Bounds {
         self.member.bounds()
     }
 
-    /// Changes how much it may hold, from the next harvest or commit on.
+    /// Bounds the memory of its pending pages and its deltas, from the next harvest or commit on.
     ///
-    /// The pending pages of a consumer that holds too much are dropped, and everything that is
-    /// mapped in its range becomes pending instead. Its next lease says so by its
-    /// [`lineage`](crate::Lease::lineage), once; the sync of a lease that has such pages waits for
-    /// the harvests that are running, and flushes all sources. Memory goes with a later change of
-    /// the space, when no snapshot of it is held that is older.
+    /// If the pending pages are out of bounds, they are dropped, and everything that is mapped in
+    /// the consumer's range becomes pending instead. Its next lease has all of that, once, and says
+    /// so by its [`lineage`](crate::Lease::lineage). The sync of a lease that has such pages waits
+    /// for the harvests that are running, and flushes all sources. The memory is freed by a later
+    /// change of the space, when no older snapshot of the space is held.
     ///
     /// ```
     /// use dirtymap::harvest::Bounds;
@@ -131,9 +197,27 @@ impl Consumer<'_> {
 }
 
 impl AddressSpace {
-    /// As [`Consumer::set_bounds`], for the unnamed consumer: [`harvest`](Self::harvest) and
-    /// [`rounds`](Self::rounds) tell everything once after it held too much. Changes nothing before
-    /// the first consumer [joined](Self::consumer), because nothing is left to it until then.
+    /// As [`Consumer::set_bounds`], for the unnamed consumer: when its pending pages were out of
+    /// bounds, the next [`harvest`](Self::harvest) or round of [`rounds`](Self::rounds) reports
+    /// everything, once. Has no effect before the first consumer [joined](Self::consumer), because
+    /// the unnamed consumer has no pending pages until then.
+    ///
+    /// ```
+    /// use dirtymap::harvest::Bounds;
+    /// # use dirtymap::{Access, AddressSpace, Granule, Start};
+    ///
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// let backup = space.consumer("backup", Start::Clean)?;
+    /// // All harvests of this program have names, so the unnamed consumer needs no memory.
+    /// space.set_unnamed_bounds(Bounds { bytes: 0, ..Bounds::default() });
+    /// space.mark(0x3000..0x3001)?;
+    /// assert_eq!(backup.rounds().next()?.commit().bits_set, 1);
+    /// assert_eq!(space.rounds().next()?.commit().bits_set, 256); // everything
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn set_unnamed_bounds(&self, bounds: Bounds) {
         if let Some(unnamed) = self.members().first() {
             unnamed.set_bounds(bounds);

@@ -123,13 +123,13 @@ impl<'a, State> Lease<'a, State> {
         own.map(|own| own.name()).filter(|name| !name.is_empty())
     }
 
-    /// The epoch that a commit of the lease makes, and the epoch that the lease is an increment of:
-    /// a copy of that one, with the pages of this lease, is a copy of the epoch. `None` in a space
-    /// that has never had a [consumer](crate::Consumer).
+    /// The epoch that a commit of the lease makes, and its parent. A copy of the parent becomes a
+    /// copy of the epoch, if the pages of the lease are copied over it. `None` in a space that has
+    /// never had a [consumer](crate::Consumer).
     ///
-    /// This is how it stands now. It changes only if another lease of the same consumer is
-    /// committed, or a part of one: a program with several leases at a time takes what
-    /// [`commit_epoch`](Self::commit_epoch) returns.
+    /// The result holds for a commit now. It changes only if another lease of the same consumer is
+    /// committed, or a part of one. So a program with several leases at a time uses the result of
+    /// [`commit_epoch`](Self::commit_epoch). Waits for a short lock that commits take as well.
     ///
     /// ```
     /// use dirtymap::harvest::Parent;
@@ -315,8 +315,9 @@ impl<'a> Lease<'a, Synced> {
         }
     }
 
-    /// What the addresses of the lease were mapped to when they were written; `None` unless the
-    /// harvest [recorded](super::HarvestRequest::with_backing) it.
+    /// The backing addresses of the pages at the time when they were written; `None` unless the
+    /// harvest [recorded](super::HarvestRequest::with_backing) them. See [`Backing`] for an
+    /// example.
     pub fn backing(&self) -> Option<&Backing> {
         self.holding.backing.as_ref()
     }
@@ -360,16 +361,35 @@ impl<'a> Lease<'a, Synced> {
         self.commit_epoch().0
     }
 
-    /// As [`commit`](Self::commit), and returns what the epoch is called that this makes, and what
-    /// it is an increment of; as [`lineage`](Self::lineage) at the moment of the commit. A lease
-    /// that is committed after one whose harvest ended later gets a new number.
+    /// As [`commit`](Self::commit), and returns the [`lineage`](Self::lineage) at the moment of the
+    /// commit: the epoch that the commit makes, and its parent. If a lease whose harvest ended
+    /// later was committed before this one, the epoch gets a new number.
+    ///
+    /// ```
+    /// use dirtymap::harvest::Parent;
+    /// # use dirtymap::{Access, AddressSpace, Granule, Start};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// let backup = space.consumer("backup", Start::Clean)?;
+    /// let joined = backup.epoch();
+    /// space.mark(0x3000..0x3001)?;
+    /// let (report, lineage) = backup.rounds().next()?.commit_epoch();
+    /// let lineage = lineage.ok_or("a space without consumers")?;
+    /// assert_eq!(report.bits_set, 1);
+    /// assert_eq!(lineage.parent, Parent::Epoch(joined));
+    /// assert_eq!(lineage.epoch, backup.epoch());
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn commit_epoch(mut self) -> (HarvestReport, Option<Lineage>) {
         self.holding.commit()
     }
 }
 
 impl Lease<'_, Owed> {
-    /// For whom it was taken, and to whom it was left.
+    /// The consumer for which the pages were taken, and those to which they were left.
     pub(super) fn audience(&self) -> &Audience {
         &self.holding.covered.audience
     }
@@ -437,7 +457,7 @@ pub(super) struct Holding<'a> {
     handed_over: u64,
     debt: Debt,
     report: HarvestReport,
-    /// What was mapped, while the walk runs, if that is asked for.
+    /// The recorder of the backing while the walk runs, if the request asks for it.
     recorder: Option<Recorder>,
     /// The same after the walk.
     backing: Option<Backing>,
@@ -562,8 +582,8 @@ impl<'a> Holding<'a> {
         looked
     }
 
-    /// Takes what is pending as a whole in `part`, as far as the look at it got; and from a younger
-    /// store of the consumer, if it got one meanwhile: see `space::bounds`.
+    /// Takes the pages of `part` that are pending as a whole, up to the stop of the look before.
+    /// Does the same with a younger store, if the consumer got one meanwhile: see `space::bounds`.
     fn take_whole(
         &mut self,
         part: IovaRange,
@@ -608,8 +628,8 @@ impl<'a> Holding<'a> {
         shared::rounded(outcome, sink)
     }
 
-    /// Of `range` all areas were walked. So what is left there of what is pending as a whole is
-    /// holes, and areas that are mapped from now on begin clean.
+    /// All areas of `range` were walked. So the rest of the ranges that are pending as a whole
+    /// there is holes, and is removed, because areas that are mapped from now on begin clean.
     ///
     /// A store that the consumer got in the middle of the walk is younger than the areas of the
     /// walk, and stays as it is.

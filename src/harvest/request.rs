@@ -18,7 +18,7 @@ const MIN_STEP: u64 = 64;
 /// * [`max_bits`](Self::max_bits) and [`until`](Self::until) end at a bound.
 ///   [`Lease::next`](crate::Lease::next) has its address.
 /// * [`resume_at`](Self::resume_at) goes on at that address.
-/// * [`with_backing`](Self::with_backing) records what the addresses were mapped to.
+/// * [`with_backing`](Self::with_backing) records the backing addresses of the pages.
 /// * `parallel` (feature `rayon`) walks by many threads.
 ///
 /// ```
@@ -213,10 +213,10 @@ impl<'m> HarvestRequest<'m> {
         self
     }
 
-    /// Records what the addresses were mapped to when they were written:
-    /// [`Lease::backing`](crate::Lease::backing). Costs memory for each area that is walked, two
-    /// short locks, and memory for each area that is unmapped meanwhile. The harvest is walked by
-    /// the calling thread.
+    /// Records the backing addresses of the pages at the time when they were written, for
+    /// [`Lease::backing`](crate::Lease::backing). Takes memory for each area that is walked or that
+    /// is unmapped meanwhile, and two short locks, for which unmaps wait as well. The harvest is
+    /// walked by the calling thread, also if it is parallel.
     #[must_use]
     pub const fn with_backing(mut self) -> Self {
         self.backing = true;

@@ -143,8 +143,8 @@ impl<'a> Rounds<'a> {
         Ok(self)
     }
 
-    /// Records what the addresses were mapped to when they were written: [`Lease::backing`]. See
-    /// [`HarvestRequest::with_backing`].
+    /// Records the backing addresses of the pages at the time when they were written, for
+    /// [`Lease::backing`]. See [`HarvestRequest::with_backing`].
     #[must_use]
     pub fn with_backing(mut self) -> Self {
         self.backing = true;

@@ -1,9 +1,9 @@
 //! Pages that read as zero: their storage was dropped, and no harvest has found them dirty since.
 //!
-//! One bit for each page of an area, in chunks that are allocated at their first bit. The bitmap is
-//! plain words: a reader trusts no summary, so a bit that was cleared is never seen set again. The
-//! protocol, by which a bit goes before a harvest has taken the write of its page, is in
-//! `harvest::discard`.
+//! One bit for each page of an area, in chunks that are allocated at their first bit. The bitmap
+//! has no summary, so a reader never takes a stale summary for set bits. The protocol is in
+//! `harvest::discard`: a harvest that takes a dirty page clears its zero bit before it leaves the
+//! page to other consumers.
 
 use crate::chunkmap::{CHUNK_WORDS, ChunkMap};
 use crate::ranges::add_joined;
@@ -44,13 +44,13 @@ impl Zeros {
         }
     }
 
-    /// The pages that `range` touches may hold anything.
+    /// The pages that `range` touches no longer count as zero.
     pub(crate) fn clear(&self, range: IovaRange) {
         let Some((first, last)) = self.numbers(range) else {
             return;
         };
         self.each_word(first, last, |word, _, mask| {
-            // Relaxed: what the caller does next publishes it. See `harvest::discard`.
+            // Relaxed: the next step of the caller publishes it. See `harvest::discard`.
             word.fetch_and(!mask, Ordering::Relaxed);
         });
     }

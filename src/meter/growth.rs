@@ -8,9 +8,9 @@
 //!             |--------------8--------------|
 //! ```
 //!
-//! A window that is full gives one point: its time and its bytes. Then it is ORed into the window
-//! above it. So a page is handled once for each window that it is new to, and nothing is estimated
-//! but what lies between the points.
+//! A window that is full yields one point: its time and its bytes. Then it is ORed into the next
+//! larger window. So a page is handled once for each window in which it is new. Only values between
+//! two points, and above the last one, are estimated.
 
 use std::time::Duration;
 
@@ -38,7 +38,7 @@ struct Window {
     bytes: u64,
     seconds: f64,
     halves: u8,
-    /// Of those that were full: sums of seconds and bytes, with decay, and of their weights.
+    /// Sums over the windows that were full, with decay: of seconds, of bytes, of weights.
     seen: [f64; 3],
 }
 
@@ -58,7 +58,7 @@ impl Window {
         Ok(UserBitmap::sparse(&self.bits).view(IovaRange::ALL, granule)?)
     }
 
-    /// The mean time and bytes of those that were full.
+    /// The mean time and bytes of the windows that were full.
     fn point(&self) -> Option<(f64, f64)> {
         let [seconds, bytes, weights] = self.seen;
         (weights > 0.0).then(|| (seconds / weights, bytes / weights))
@@ -96,7 +96,7 @@ impl Growth {
         let pairs = Granule::from_lg2(1).unwrap_or(Granule::K4);
         let granule = granule.map(|granule| granule.max(pairs));
         if let Some(granule) = granule.filter(|granule| *granule != self.granule) {
-            // The first look that finds areas says it, and all others say the same.
+            // The first look that finds areas has the granule, and all later looks have the same.
             self.granule = granule;
             self.windows = vec![Window::new(granule)];
         }
@@ -120,7 +120,7 @@ impl Growth {
         let window = &mut self.windows[nth];
         let left = left_after(window.seconds, self.half_life);
         let lost = lost_after(window.seconds, self.half_life);
-        // A window of no time has a point of no weight.
+        // The point of a window whose looks took no time has no weight.
         for (sum, value) in window
             .seen
             .iter_mut()

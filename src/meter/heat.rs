@@ -7,8 +7,8 @@ use crate::units::{Granule, Iova, IovaRange};
 
 /// See the [module](self).
 ///
-/// A rate is the mean of the rates of all looks, of which each counts by its time and its age. Of a
-/// granule, the looks that did not find it are accounted for when it is found next, or read.
+/// A rate is the mean of the rates of all looks. Each look is weighted by its time and its age. The
+/// sum of a granule is brought up to date when a look finds the granule, or when its rate is read.
 #[derive(Debug)]
 pub(super) struct Heat {
     half_life: f64,
@@ -78,8 +78,8 @@ impl Heat {
         self.granule = self.granule.max(page.unwrap_or(self.granule));
         let seconds = elapsed.as_secs_f64();
         self.now += seconds;
-        // The weight of a byte: the rate over the time of the look, as far as it has decayed by
-        // now. Of no time, what is left of it in the limit.
+        // The weight of a byte: one over the time of the look, decayed up to now. For a look that
+        // took no time, it is the limit of that.
         let weight = match seconds {
             0.0 => std::f64::consts::LN_2 / self.half_life,
             _ => lost_after(seconds, self.half_life) / seconds,

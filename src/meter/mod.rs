@@ -1,8 +1,8 @@
 //! A meter: how fast memory is written and where, and what a migration of it would take.
 //!
-//! The [`Meter`] is one more [consumer](crate::Consumer), so it disturbs no other one, and counts
-//! every page that was written. Nothing is sampled. It reads no clock: the caller says how much
-//! time has passed, which may be simulated.
+//! A [`Meter`] is one more [consumer](crate::Consumer). So it takes nothing from other consumers,
+//! and counts every page that was written, without sampling. It reads no clock: the caller passes
+//! the elapsed time, which may be simulated.
 //!
 //! ```
 //! use dirtymap::meter::{Meter, Plan};
@@ -44,9 +44,9 @@ pub use predict::{Plan, Prediction};
 
 /// Measures what is written, as a consumer of its own: see the [module](self).
 ///
-/// It takes memory in proportion to what is dirty: some 100 bytes for each granule of
-/// [heat](Self::by) that was ever written, and a bit for each page, once for each window of 1, 2,
-/// 4, ... looks.
+/// It takes some 100 bytes of memory for each [granule](Self::by) of its rates that was ever
+/// written, and for each window of 1, 2, 4, ... looks a bit for each page that was written within
+/// the window.
 #[derive(Debug)]
 pub struct Meter<'a> {
     consumer: Consumer<'a>,
@@ -58,12 +58,12 @@ pub struct Meter<'a> {
 }
 
 impl<'a> Meter<'a> {
-    /// A meter over what `consumer` is told. What was written `half_life` ago counts half in the
-    /// rates, so it is the time in which they follow a change. With a half-life of zero they are
-    /// those of the last look.
+    /// A meter over the range of `consumer`. A write that is `half_life` old counts half in the
+    /// rates. So a short half-life makes the rates follow a change quickly. With a half-life of
+    /// zero, the rates are those of the last look.
     ///
-    /// The first look has what the consumer is told first: a consumer that begins
-    /// [clean](crate::Start::Clean) measures from its join on.
+    /// The first look includes the pages that are dirty for the consumer at its join. So begin it
+    /// [clean](crate::Start::Clean), to measure writes alone.
     pub fn new(consumer: Consumer<'a>, half_life: Duration) -> Self {
         Meter {
             rounds: consumer.rounds(),
@@ -87,20 +87,38 @@ impl<'a> Meter<'a> {
         &self.consumer
     }
 
-    /// Looks at what was written since the look before, `elapsed` ago, and returns how many bytes
-    /// that is: whole pages, each counted once (pairs of bytes in a space of single bytes). Waits
-    /// for devices to drain, as [`Lease::sync`](crate::Lease::sync) does, because a device marks a
-    /// page again only after its caches were flushed.
+    /// Harvests the pages that were written since the look before, and returns their bytes. A page
+    /// that was written several times counts once. `elapsed` is the time since the look before. In
+    /// a space with pages of one byte, pairs of bytes are counted.
+    ///
+    /// Waits for devices to drain, as [`Lease::sync`](crate::Lease::sync) does, because a device
+    /// sets a dirty bit again only after its caches were flushed.
     ///
     /// As in any harvest, a page may be found once more without a write: the rest of a larger leaf,
-    /// or a page that a harvest of another consumer had in hand during the look before.
+    /// or a page that was in flight in a harvest of another consumer during the look before.
     ///
-    /// Regular looks give the best predictions: one in a tenth of the time that the shortest round
-    /// takes, or less often.
+    /// Regular looks give the best predictions. An interval of a tenth of the shortest round of the
+    /// migration is short enough.
+    ///
+    /// ```
+    /// # use dirtymap::meter::Meter;
+    /// # use dirtymap::{Access, AddressSpace, Granule, Start};
+    /// # use std::time::Duration;
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..64 << 20, 0, Access::ReadWrite)?;
+    /// # let rate = space.consumer("rate", Start::Clean)?;
+    /// # let mut meter = Meter::new(rate, Duration::from_secs(10));
+    /// assert_eq!(meter.look(Duration::from_secs(1))?, 0);
+    /// space.mark(0x3fff..0x4001)?;
+    /// assert_eq!(meter.look(Duration::from_secs(1))?, 0x2000); // two pages
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// Those of [`Rounds::next`]. Nothing is lost then: the next look counts the pages and the
-    /// time. A space without areas has no error and no bytes.
+    /// Those of [`Rounds::next`]. Then nothing is lost: the next look counts the pages and the
+    /// time. In a space without areas the result is 0, and no error.
     pub fn look(&mut self, elapsed: Duration) -> Result<u64, Error> {
         self.waiting = self.waiting.saturating_add(elapsed);
         let lease = match self.rounds.next() {
@@ -124,26 +142,63 @@ impl<'a> Meter<'a> {
         self.growth.runs()
     }
 
-    /// Bytes a second: pages that a look found, over the time between looks, with decay. A page
+    /// The dirty rate in bytes a second, with decay: the bytes of the looks over their time. A page
     /// that is written several times between two looks counts once. 0 before any time has passed.
     pub fn rate(&self) -> f64 {
         self.heat.rate()
     }
 
-    /// The same for the bytes of `range`, such as an area. Exact if it is made of whole
-    /// [granules](Self::by); a granule that it covers in part counts by the share of its bytes.
+    /// The [`rate`](Self::rate) of `range`, such as an area. It is exact if `range` consists of
+    /// whole [granules](Self::by). A granule that `range` covers in part counts by the share of its
+    /// bytes.
+    ///
+    /// ```
+    /// # use dirtymap::ToIovaRange;
+    /// # use dirtymap::meter::Meter;
+    /// # use dirtymap::{Access, AddressSpace, Granule, Start};
+    /// # use std::time::Duration;
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..64 << 20, 0, Access::ReadWrite)?;
+    /// # let rate = space.consumer("rate", Start::Clean)?;
+    /// # let mut meter = Meter::new(rate, Duration::from_secs(10));
+    /// space.mark(0..1 << 20)?;
+    /// meter.look(Duration::from_secs(1))?;
+    /// assert!((meter.rate_of((0..2 << 20).to_iova_range()?) - 1_048_576.0).abs() < 0.1);
+    /// assert_eq!(meter.rate_of((2 << 20..64 << 20).to_iova_range()?), 0.0);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn rate_of(&self, range: IovaRange) -> f64 {
         self.heat.rate_of(range)
     }
 
-    /// The same for each granule that was ever written, in ascending order.
+    /// The rate of each [granule](Self::by) that was ever written, in ascending order of addresses.
+    ///
+    /// ```
+    /// # use dirtymap::meter::Meter;
+    /// # use dirtymap::{Access, AddressSpace, Granule, Start};
+    /// # use std::time::Duration;
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..64 << 20, 0, Access::ReadWrite)?;
+    /// # let rate = space.consumer("rate", Start::Clean)?;
+    /// # let mut meter = Meter::new(rate, Duration::from_secs(10));
+    /// space.mark(6 << 20..7 << 20)?;
+    /// meter.look(Duration::from_secs(1))?;
+    /// let hottest = meter.rates().max_by(|one, other| one.1.total_cmp(&other.1));
+    /// assert_eq!(hottest.map(|(range, _)| range.start().get()), Some(6 << 20));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn rates(&self) -> impl Iterator<Item = (IovaRange, f64)> {
         self.heat.rates()
     }
 
-    /// `runs` with those that are written least first: a migration that sends and commits these,
-    /// and aborts the rest of the lease, sends what is hot once, at the end, and not in each round.
-    /// Runs are cut at borders of granules of different heat. Equal heat stays in ascending order.
+    /// `runs` in ascending order of their rates. A migration can send and commit the runs with low
+    /// rates, and abort the rest of the lease. Then pages with high rates are sent once, at the
+    /// end, and not in each round. Runs are cut where the rate of the granule changes. Runs of
+    /// equal rates stay in ascending order of addresses.
     ///
     /// ```
     /// # use dirtymap::meter::Meter;
@@ -174,15 +229,56 @@ impl<'a> Meter<'a> {
         self.heat.coldest_first(runs)
     }
 
-    /// The bytes that are written within `time`, each page once: what a round of a migration that
-    /// takes so long leaves to the next one. Measured over windows of 1, 2, 4, ... looks, with
-    /// decay; between two windows and above the longest one by a straight line.
+    /// The bytes of the different pages that are written within `time`: if a round of a migration
+    /// takes that time, the next round has to send these bytes. Measured over windows of 1, 2, 4,
+    /// ... looks, with decay. Times between two windows, and above the longest one, are
+    /// interpolated by a straight line. 0 before the first look.
+    ///
+    /// ```
+    /// # use dirtymap::meter::Meter;
+    /// # use dirtymap::{Access, AddressSpace, Granule, Start};
+    /// # use std::time::Duration;
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..64 << 20, 0, Access::ReadWrite)?;
+    /// # let rate = space.consumer("rate", Start::Clean)?;
+    /// # let mut meter = Meter::new(rate, Duration::from_secs(10));
+    /// for _ in 0..8 {
+    ///     space.mark(0..1 << 20)?; // the same MiB, each second
+    ///     meter.look(Duration::from_secs(1))?;
+    /// }
+    /// assert_eq!(meter.dirty_within(Duration::from_secs(8)), 1 << 20);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn dirty_within(&self, time: Duration) -> u64 {
         // Saturates.
         self.growth.within(time.as_secs_f64()).round() as u64
     }
 
-    /// What a migration by `plan` would take, if memory is written as it was.
+    /// The rounds, the time and the downtime of a migration by `plan`, if memory is written in the
+    /// future as it was during the looks.
+    ///
+    /// ```
+    /// # use dirtymap::meter::Plan;
+    /// # use std::num::NonZeroU64;
+    /// # use dirtymap::meter::Meter;
+    /// # use dirtymap::{Access, AddressSpace, Granule, Start};
+    /// # use std::time::Duration;
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..64 << 20, 0, Access::ReadWrite)?;
+    /// # let rate = space.consumer("rate", Start::Clean)?;
+    /// # let mut meter = Meter::new(rate, Duration::from_secs(10));
+    /// space.mark(0..64 << 20)?; // all of the memory, each second
+    /// meter.look(Duration::from_secs(1))?;
+    /// let link = NonZeroU64::new(32 << 20).unwrap_or(NonZeroU64::MIN); // 32 MiB a second
+    /// let migration = meter.predict(&Plan::new(64 << 20, link, Duration::from_millis(50)));
+    /// assert!(!migration.converges); // slow the machine down, or stop it for 2 seconds
+    /// assert_eq!(migration.downtime, Duration::from_secs(2));
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn predict(&self, plan: &Plan) -> Prediction {
         predict::predict(plan, |time| self.growth.within(time))
     }

@@ -1,28 +1,40 @@
-//! What a pre-copy migration takes.
+//! The rounds, the time and the downtime of a pre-copy migration.
 
 use std::num::NonZeroU64;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-/// The most rounds of a plan that says nothing else.
+/// The most rounds of a plan by default.
 const ROUNDS: u32 = 30;
-/// A round that has more than this part of the one before does not shrink.
+/// A round does not shrink if it has more than this part of the pages of the round before.
 const SHRINKS: f64 = 0.95;
 
-/// A migration that copies everything, then what became dirty, round after round, until a round is
-/// short enough. Then the machine is stopped, and the last harvest is copied.
+/// A pre-copy migration. It copies everything, and then the pages that became dirty, round after
+/// round, until a round is short enough. Then the machine is stopped, and the pages of the last
+/// harvest are copied.
+///
+/// ```
+/// use dirtymap::meter::Plan;
+/// use std::num::NonZeroU64;
+/// use std::time::Duration;
+///
+/// let gigabit = NonZeroU64::new(125_000_000).unwrap_or(NonZeroU64::MIN);
+/// let mut plan = Plan::new(4 << 30, gigabit, Duration::from_millis(300));
+/// plan.rounds = 1..=5;
+/// plan.overhead = Duration::from_millis(2); // of each harvest and its flush
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Plan {
     /// Bytes of the first copy.
     pub bytes: u64,
-    /// The bandwidth of the link.
+    /// The bandwidth of the link, in bytes a second.
     pub bytes_per_second: NonZeroU64,
     /// The machine is stopped after a round whose transfer took no longer than this.
     pub downtime: Duration,
     /// The least and the most rounds while the machine runs, without the first copy.
     pub rounds: RangeInclusive<u32>,
-    /// What each round takes beside the transfer: the harvest and its flush.
+    /// The time of each round besides the transfer: the harvest and its flush.
     pub overhead: Duration,
 }
 
@@ -39,20 +51,20 @@ impl Plan {
     }
 }
 
-/// What a migration would take.
+/// The result of [`Meter::predict`](super::Meter::predict).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Prediction {
     /// Harvests: the rounds while the machine runs, and the last one, after it was stopped.
     pub rounds: u32,
-    /// For how long the machine stands still.
+    /// The time for which the machine is stopped. [`Duration::MAX`] if it is longer than that.
     pub downtime: Duration,
-    /// From the first byte to the last.
+    /// The time from the first byte to the last one, `downtime` included.
     pub took: Duration,
-    /// Bytes over the link.
+    /// Bytes over the link, those of the first copy included. Saturates.
     pub sent: u64,
-    /// Whether a round becomes short enough. If not, the rounds stop shrinking or are used up, and
-    /// the machine is stopped all the same.
+    /// Whether a round becomes short enough. If not, the machine is stopped when the rounds stop
+    /// shrinking, or after the most rounds of the plan.
     pub converges: bool,
 }
 

@@ -1,5 +1,6 @@
-//! Bounds of what a consumer holds. A store of pending pages that has grown too large, or whose
-//! consumer has not come for too long, is dropped: then all that is mapped is pending for it.
+//! Bounds of the memory of a consumer. A store of pending pages is dropped if it has grown too
+//! large, or if its consumer has not harvested for too long. Then all that is mapped is pending for
+//! the consumer, as a whole.
 //!
 //! # The protocol
 //! ```text
@@ -18,26 +19,27 @@
 //! # Why no write is lost
 //! Take a harvest X of another consumer that takes a page p, and leaves it in the old store,
 //! because X has loaded a root from before B1. Or take a lease of the consumer itself over the old
-//! store, which puts p back there. Nobody looks at that store.
+//! store, which puts p back there. No later harvest looks at that store.
 //! * If p is still pending as a whole, a later harvest of the consumer reports it.
 //! * If a harvest Y of the consumer has taken it as a whole (C1), then B1 came before C3. X has
 //!   announced itself before it loaded its root, so it is among those for which C3 waits: see
 //!   [`walks`](super::walks). So X has cleared p before the flush C4. A write before that is in the
 //!   copy of Y, and one after it sets the dirty bit, or the mark, anew.
-//! * If Y is aborted, what it took as a whole is pending as a whole again, in the store from which
-//!   it came. If that one was dropped meanwhile, another B1 has made everything pending.
-//!
-//!   A harvest that began before C3 has ended then, so no page comes into the old store later.
+//! * If Y is aborted, the pages that it took as a whole are pending as a whole again, in the store
+//!   from which they came. If that store was dropped meanwhile, another B1 has made everything
+//!   pending.
+//! * After C3, each harvest that began before C3 has ended. So no page comes into the old store
+//!   after that.
 //!
 //! A harvest that loads the root after B1 leaves its pages in the new store, with their debt.
 //!
 //! # The store of a harvest
-//! A harvest Y of the consumer that has loaded the root before B1 looks at the old store, while
-//! another one leaves a page in the new store. If Y is the last harvest, it must not miss that
-//! page. So Y looks whether its store is old after each piece, and goes on with the new store, in
-//! which everything is pending. The old store says that it is old before B1. If Y finds a page
-//! neither in the table nor in flight, it sees what the other harvest saw, which had loaded the
-//! root from after B1.
+//! A harvest Y of the consumer that has loaded the root before B1 looks at the old store, while a
+//! harvest X of another consumer leaves a page in the new store. If Y is the last harvest, it must
+//! not miss that page. So after each piece Y checks whether its store is old, and then goes on with
+//! the new store, in which everything is pending. The flag of the old store is set before B1. X has
+//! loaded a root from after B1, so it sees the flag. If Y finds the page neither in the table nor
+//! in flight, it sees all that X saw, and so the flag.
 //!
 //! # Holes
 //! A harvest that has walked all areas of its request takes what is left there as a whole, for it
@@ -141,9 +143,9 @@ impl AddressSpace {
         members.iter().find(|member| member.id == party.id).cloned()
     }
 
-    /// C3 and C4 but for the fence: waits for the harvests that are running, and flushes all
-    /// sources. What those harvests have cleared, devices may still cache as dirty, and only their
-    /// leases know that debt.
+    /// C3, and C4 without its fence: waits for the harvests that are running, and flushes all
+    /// sources. Devices may still cache "D is set" for leaves that those harvests have cleared, and
+    /// only the leases of those harvests know that debt.
     pub(crate) fn catch_up(&self) -> Result<(), Failure> {
         self.walks.wait();
         if performs(Step::FlushAtJoin) {

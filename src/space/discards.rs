@@ -5,7 +5,7 @@ use crate::sync::{AtomicU8, Ordering};
 const NEVER: u8 = 0;
 /// Harvests that begin now know of discards.
 const ANNOUNCED: u8 = 1;
-/// All that run do.
+/// All harvests that run know of discards.
 const KNOWN: u8 = 2;
 
 /// One of the states above.
@@ -19,8 +19,9 @@ impl Discards {
 
     /// Whether there are any.
     pub(super) fn any(&self) -> bool {
-        // Relaxed: F8 and F9 of `walks` order it. A harvest that does not see the store entered
-        // before the first discard looked for harvests, so that discard waits for its end.
+        // Relaxed: F8 and F9 of `walks` order it. A harvest that does not see the store has entered
+        // its walk before the first discard counted the harvests, so that discard waits for its
+        // end.
         self.0.load(Ordering::Relaxed) != NEVER
     }
 

@@ -1,31 +1,33 @@
-//! The epochs of a consumer: its committed harvests, and what each of them had.
+//! The epochs of a consumer: its committed harvests, and the pages of each of them.
 //!
 //! # Numbers
-//! Each lease gets a number when its walk has ended, and the committed ones are the epochs. If the
-//! copies of two leases have the same page, the one with the higher number is to win:
+//! Each lease gets a number when its walk has ended. The numbers of the committed leases are the
+//! epochs. If two leases A and B have the same page, the copy of the lease with the higher number
+//! is the one to keep. Let B have the lower number:
 //!
-//! * If B has the lower number, all that B took happens before the number of A, and so before the
-//!   sync and the copies of A. So the copies of A have every write that B reports.
+//! * B has taken all of its pages before A gets its number, and so before the sync and the copies
+//!   of A. So the copies of A contain every write that B reports.
 //! * So copies that are applied in the order of numbers end with the last report of each page. A
-//!   write that this copy misses is dirty still, and a later lease reports it.
+//!   write that this copy misses is still dirty, and a later lease reports it.
 //!
-//! A number that was given at the begin of a walk would not do: the walk may take a page that was
+//! A number from the begin of the walk would be wrong, because the walk may take a page that was
 //! written after a lease with a higher number was copied.
 //!
 //! # Parents
-//! The parent of an epoch is the last one before it. It is known for certain at the commit, because
-//! other leases may be committed or aborted until then.
+//! The parent of an epoch is the epoch before it. It is certain only at the commit, because other
+//! leases may be committed or aborted until then.
 //!
 //! * A lease that is committed after one with a higher number is *late*: its copies may be older
-//!   than those of its epoch's predecessor. It gets a new number, and no parent.
-//! * Pages that were committed by parts never come again, however their lease ends, or if it is
-//!   forgotten. So the end of such a lease makes an epoch even if the rest of it is aborted. An
-//!   epoch that is made while such a lease lives does not have these pages, and gets no parent.
+//!   than those of the newest epoch. It gets a new number, and no parent.
+//! * Pages that were committed by parts are not reported again, even if the rest of their lease is
+//!   aborted or the lease is forgotten. So the end of such a lease makes an epoch, also if the rest
+//!   is aborted. An epoch that another lease makes before that end does not have these pages, and
+//!   gets no parent.
 //!
 //! # Deltas
-//! Pages that are committed are added to the delta of the newest epoch that a cursor holds. So
-//! there are as many deltas as epochs with cursors, and without cursors there is none. The delta of
-//! a cursor that goes is merged into that of the epoch with a cursor before it.
+//! A commit adds its pages to the delta of the newest epoch that a cursor holds. So there are as
+//! many deltas as epochs with cursors, and none without cursors. When the last cursor of an epoch
+//! is dropped, its delta is merged into that of the next older epoch with a cursor.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -36,13 +38,16 @@ use crate::ranges::PageSet;
 use crate::sync::{AtomicU64, Mutex, Ordering, lock};
 use crate::units::{Granule, IovaRange};
 
-/// The name of a state of one consumer's copy: which consumer, and which of its increments was the
-/// last one.
+/// The name of one state of a consumer's copy: the identity of the consumer, and the number of the
+/// last increment that the copy contains.
 ///
-/// Each consumer has an identity that no other consumer has, in this space or another one, in this
-/// process or a later one. So a program can store an epoch with its copy, and ask for it by
-/// [`Consumer::since`](crate::Consumer::since) whatever happened in between: an epoch that the
-/// consumer does not know is told apart.
+/// The identity of a consumer is unique over all spaces and processes: 128 random bits. So a
+/// program can store an epoch with its copy, and ask for it later by
+/// [`Consumer::since`](crate::Consumer::since). A consumer recognizes an epoch that is not one of
+/// its own.
+///
+/// Its text is 32 hexadecimal digits, a hyphen, and a decimal number. Epochs of one consumer are
+/// ordered by number.
 ///
 /// ```
 /// use dirtymap::harvest::Epoch;
@@ -71,7 +76,7 @@ impl Epoch {
     }
 
     /// The number of the increment. 0 is the moment at which the consumer joined. Numbers ascend
-    /// with gaps, because a lease that is aborted has one, too.
+    /// with gaps, because a lease that is aborted has used up its number.
     pub fn number(self) -> u64 {
         self.number
     }
@@ -101,57 +106,62 @@ impl FromStr for Epoch {
     }
 }
 
-/// The place of a lease among the increments of its consumer.
+/// The place of a lease among the increments of its consumer: see
+/// [`Lease::lineage`](crate::Lease::lineage).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lineage {
     /// The epoch that the commit of the lease makes.
     pub epoch: Epoch,
-    /// What the lease is an increment of.
+    /// The state to which the pages of the lease are the increment.
     pub parent: Parent,
 }
 
-/// What a lease is an increment of.
+/// The state to which the pages of a lease are the increment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Parent {
-    /// A copy of this epoch, with the pages of the lease, is a copy of the lease's own epoch. A
-    /// consumer that began as a [copy](crate::Start::LikeOf) of another one begins with an epoch of
-    /// that one.
+    /// A copy of this epoch becomes a copy of the lease's own epoch, if the pages of the lease are
+    /// copied over it. A consumer that began as a [copy](crate::Start::LikeOf) of another consumer
+    /// has an epoch of that consumer as its first parent.
     Epoch(Epoch),
-    /// Nothing: this and the later leases report all that is mapped in the consumer's range.
+    /// No copy is needed: this lease and the later ones report all that is mapped in the consumer's
+    /// range.
     Everything(Why),
-    /// No copy that exists for certain. The lease alone is too little: copy everything, or what
-    /// [`since`](crate::Consumer::since) an epoch of a copy says.
+    /// No epoch is certain to be the right one. The pages of the lease are not enough: copy
+    /// everything, or the pages that [`since`](crate::Consumer::since) returns for the epoch of a
+    /// copy.
     Unknown(Why),
 }
 
-/// Why everything has to be copied.
+/// The reason for which everything has to be copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Why {
     /// The consumer began with [`Start::Dirty`](crate::Start::Dirty), and has no epoch yet.
     Beginning,
-    /// The consumer, or the cursor, held more than the [`Bounds`](crate::harvest::Bounds).
+    /// The pending pages of the consumer, or the delta of the cursor, were out of
+    /// [`Bounds`](crate::harvest::Bounds), and were dropped.
     Bounds,
     /// A lease whose harvest ended later was committed earlier.
     Late,
     /// Parts of another lease were committed, and that lease has not ended.
     Parts,
-    /// The epoch is one of another consumer, or of another space.
+    /// The epoch belongs to another consumer, of this space or another one.
     Foreign,
-    /// The consumer has not come to that epoch yet.
+    /// The number of the epoch is higher than that of the consumer's newest epoch.
     Future,
-    /// No cursor has held that epoch, so it was merged with others, or it never was one.
+    /// No cursor holds the epoch, so its increment was merged with others; or the lease with this
+    /// number was aborted.
     Merged,
 }
 
-/// The answer of [`Consumer::since`](crate::Consumer::since).
+/// The result of [`Consumer::since`](crate::Consumer::since).
 #[derive(Clone, Debug)]
 #[must_use]
 pub enum Since {
-    /// This was written.
+    /// These pages have to be copied.
     Runs(Written),
-    /// Unknown: everything has to be copied.
+    /// The pages are unknown, so everything has to be copied.
     Everything(Why),
 }
 
@@ -164,38 +174,49 @@ pub struct Written {
 }
 
 impl Written {
-    /// The epoch after which they were written.
+    /// The epoch after which the pages were committed.
     pub fn from(&self) -> Epoch {
         self.from
     }
 
-    /// The epoch up to which they were committed: a copy of [`from`](Self::from) with these pages
-    /// is one of this epoch.
+    /// The epoch up to which the pages were committed. A copy of [`from`](Self::from) becomes a
+    /// copy of this epoch, if these pages are copied over it.
     pub fn to(&self) -> Epoch {
         self.to
     }
 
-    /// The pages as maximal runs, in ascending order. Some may be mapped no more.
+    /// The pages as maximal runs, in ascending order. Some of them may be unmapped since.
     pub fn runs(&self) -> impl Iterator<Item = IovaRange> + '_ {
         self.pages.runs()
     }
 
-    /// Whether there is no page.
+    /// Whether no page was committed between the two epochs.
     pub fn is_empty(&self) -> bool {
         self.pages.is_empty()
     }
 }
 
-/// How much a consumer may hold.
+/// The most memory that the pending pages and the deltas of a consumer may take, and the most
+/// harvests and epochs for which they are held. See
+/// [`Consumer::set_bounds`](crate::Consumer::set_bounds).
+///
+/// ```
+/// use dirtymap::harvest::Bounds;
+///
+/// let small = Bounds { bytes: 1 << 20, deltas: 4, ..Bounds::default() };
+/// assert_eq!(small.age, u64::MAX); // any age
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Bounds {
-    /// Bytes of memory for pending pages and deltas together. Deltas go first, the oldest first.
+    /// Bytes of memory for pending pages and deltas together. Deltas are dropped first, the oldest
+    /// first.
     pub bytes: u64,
-    /// Deltas, which are epochs that have cursors.
+    /// The number of deltas: one for each epoch that has cursors. The oldest are dropped first.
     pub deltas: u64,
-    /// Harvests of other consumers since its own last one, after which its pending pages go; and
-    /// epochs that follow that of a cursor, after which its delta goes.
+    /// The most harvests of other consumers since the consumer's own last harvest; beyond that, its
+    /// pending pages are dropped. Also the most epochs since the epoch of a cursor; beyond that,
+    /// the delta of the cursor is dropped. [`u64::MAX`] is no bound.
     pub age: u64,
 }
 
@@ -214,7 +235,7 @@ impl Default for Bounds {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Entry {
     pub(crate) number: u64,
-    /// Which of the stores of its consumer it took all of, if it did.
+    /// The number of the store from which it took pages that were pending as a whole, if it did.
     pub(crate) whole: Option<u64>,
 }
 
@@ -241,8 +262,8 @@ struct Log {
     deltas: BTreeMap<u64, PageSet>,
     /// The leases of which parts were committed since the newest epoch.
     parts: BTreeSet<u64>,
-    /// The last store of which everything was told, and the number of the lease that begins with
-    /// it: the first one of which a part or all was committed.
+    /// The last store whose pages that were pending as a whole have been committed, and the number
+    /// of the first lease that committed some or all of them.
     told: (u64, u64),
     page: Granule,
 }
@@ -451,8 +472,8 @@ impl Log {
         self.top
     }
 
-    /// Everything that a lease took as a whole begins to be told by it, unless it was before. What
-    /// a later lease has of it is an increment.
+    /// A lease that took pages which were pending as a whole is committed. The first such lease of
+    /// a store is *everything*; what a later lease takes of the same store is an increment.
     fn tell(&mut self, entry: Entry) {
         if let Some(whole) = entry.whole.filter(|whole| *whole > self.told.0) {
             self.told = (whole, entry.number);
@@ -486,8 +507,9 @@ impl Log {
     }
 }
 
-/// An identity that no other consumer has: 128 bits of the system's randomness, by way of the keys
-/// of hash maps, with the process, because a fork copies the state from which keys are made.
+/// An identity that no other consumer has: 128 random bits of the system, by the keys of hash maps.
+/// The number of the process is hashed as well, because a child of `fork` has the same keys as its
+/// parent.
 fn new_identity() -> u128 {
     let half = || {
         let mut hasher = std::collections::hash_map::RandomState::new().build_hasher();

@@ -10,13 +10,13 @@ use crate::marks::Marks;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering};
 use crate::units::{Granule, Iova, IovaRange};
 
-/// What of a consumer lasts for as long as it exists.
+/// The part of a consumer that stays the same when its store is replaced.
 #[derive(Debug)]
 pub(crate) struct Party {
     /// No two consumers of a process have the same.
     pub(crate) id: u64,
     name: Box<str>,
-    /// What the consumer is told about.
+    /// The range that its harvests cover.
     pub(crate) range: IovaRange,
     page: Granule,
     pub(super) left: AtomicBool,
@@ -29,7 +29,7 @@ pub(crate) struct Party {
 #[derive(Debug)]
 pub(crate) struct Member {
     pub(crate) party: Arc<Party>,
-    /// What others have taken, and what its own leases have put back.
+    /// The pages that others have taken, and those that its own leases have put back.
     pub(crate) pending: Marks,
     /// What is pending as a whole, because a store that the consumer had before was dropped.
     pub(crate) whole: Whole,
@@ -134,13 +134,13 @@ impl Party {
         &self.name
     }
 
-    /// Whether the consumer has left: nobody harvests what is pending for it.
+    /// Whether the consumer has left, so that no harvest takes its pending pages.
     pub(crate) fn has_left(&self) -> bool {
-        // Relaxed: a hint; a store of a consumer that has left is read by nobody.
+        // Relaxed: a hint; no thread reads the store of a consumer that has left.
         self.left.load(Ordering::Relaxed)
     }
 
-    /// How much it may hold.
+    /// The bounds of its memory.
     pub(crate) fn bounds(&self) -> Bounds {
         // Relaxed, all: settings, each by itself.
         Bounds {
@@ -150,7 +150,7 @@ impl Party {
         }
     }
 
-    /// Changes how much it may hold.
+    /// Changes the bounds of its memory.
     pub(crate) fn set_bounds(&self, bounds: Bounds) {
         // Relaxed, all: as above.
         self.bounds.bytes.store(bounds.bytes, Ordering::Relaxed);
@@ -203,7 +203,7 @@ impl Member {
         }
     }
 
-    /// What the deltas of the consumer may take.
+    /// The bounds of the consumer's deltas: the bytes that its pending pages leave.
     pub(crate) fn room(&self) -> Bounds {
         let bounds = self.bounds();
         Bounds {
@@ -226,7 +226,7 @@ impl Member {
         }
     }
 
-    /// The bytes that are pending one by one.
+    /// The bytes that are pending page by page.
     pub(crate) fn pending_bytes(&self) -> u64 {
         let mut bytes = 0u64;
         for run in self.pending.runs(self.range) {
@@ -254,7 +254,7 @@ impl Deref for Members {
     }
 }
 
-/// For whom a harvest takes, and to whom it leaves what it takes.
+/// The consumer of a harvest, and the consumers to which the harvest leaves its pages.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Audience {
     all: Members,

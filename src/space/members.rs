@@ -1,7 +1,7 @@
 //! The consumers of a space, as the space knows them.
 //!
 //! The root of the area tree names them, beside the areas and the domains. A space that never had a
-//! named consumer names none, and its harvests do as they always did. From the first join on, the
+//! named consumer names none, and its harvests leave nothing to others. From the first join on, the
 //! *unnamed* consumer is the first of the list: the one whose harvests are
 //! [`AddressSpace::harvest`], [`rounds`](AddressSpace::rounds) and the like.
 //!
@@ -11,7 +11,7 @@
 //!
 //! # Areas that go
 //! An unmap takes what is pending in an area for any consumer, and what is in flight there, and
-//! adds it to its result. So the result has each page that some consumer has not been told. It
+//! adds it to its result. So the result has each page that is dirty for at least one consumer. It
 //! looks at the marks, the words that another harvest has hidden, the flights, and the stores, in
 //! this order, as a harvest does. What arrives in a store later, from a harvest with an old
 //! snapshot, the unmap has seen in flight. It stays in the store, and is dirty in the next area at
@@ -212,8 +212,8 @@ impl AddressSpace {
         }
     }
 
-    /// Visits what harvests with an old snapshot have in hand in `range` of `area`, which has gone
-    /// and whose marks were taken.
+    /// Visits the pages in `range` of `area` that are in flight in harvests with an old snapshot.
+    /// The area has gone, and its marks were taken.
     pub(super) fn late_pages(
         &self,
         area: &Area,

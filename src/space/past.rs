@@ -1,8 +1,8 @@
-//! Areas that leave while somebody needs to know what was mapped.
+//! Areas that leave the tree while a harvest records backing addresses.
 //!
 //! A harvest walks the areas of a snapshot, and asks sources by address. So a page that it takes
-//! may have been written through an area that is younger than its snapshot. That area may even have
-//! left again before the harvest ends. A harvest that [reports the
+//! may have been written through an area that is younger than its snapshot. That area may even
+//! leave again before the harvest ends. A harvest that [reports the
 //! backing](crate::harvest::Backing) therefore needs each area that was in the tree at some time
 //! between its snapshot and its end:
 //!
@@ -22,8 +22,8 @@
 //! * If U2 comes first, its U1 is before W1, so before W3: no source had a page of that area when
 //!   the harvest looked.
 //!
-//! What is recorded is forgotten when the oldest watch that needs it has ended. So the memory
-//! follows the unmaps during the longest harvest, and not their number over time.
+//! A record is dropped when the oldest watch that needs it has ended. So the memory grows with the
+//! number of unmaps during the longest harvest, and not with the number of all unmaps.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -36,14 +36,14 @@ pub(crate) struct Past(Arc<Mutex<Record>>);
 
 #[derive(Debug, Default)]
 struct Record {
-    /// What left, in order. The first one has number `first`.
+    /// The areas that left, in order. The first one has number `first`.
     left: VecDeque<Mapping>,
     first: u64,
     /// The number of the first area that each watch needs, and how many watches need it.
     watches: BTreeMap<u64, u64>,
 }
 
-/// From its making on, each area that leaves is recorded until this is dropped.
+/// Each area that leaves while this lives is recorded.
 #[derive(Debug)]
 pub(crate) struct Watch {
     past: Past,
@@ -77,7 +77,7 @@ impl Past {
 }
 
 impl Watch {
-    /// Step W5: what left since this was made.
+    /// Step W5: the areas that left since this was made.
     pub(crate) fn left(&self) -> Vec<Mapping> {
         let record = lock(&self.past.0);
         let skipped = usize::try_from(self.from - record.first).unwrap_or(usize::MAX);

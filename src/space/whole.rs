@@ -1,5 +1,5 @@
-//! What is pending as a whole for a consumer: ranges of which everything that is mapped is dirty
-//! for it. See [`bounds`](super::bounds).
+//! The ranges that are pending as a whole for a consumer: everything that is mapped there is dirty
+//! for it, page by page unknown. See [`bounds`](super::bounds).
 
 use super::walks::{Walk, Walks};
 use crate::ranges::RangeSet;
@@ -23,8 +23,8 @@ impl Whole {
     }
 
     pub(crate) fn is_due(&self) -> bool {
-        // Relaxed: what is stored here was stored before the consumer was published, or by an abort
-        // of the same consumer, which a harvest that begins later sees by coherence. The lock
+        // Relaxed: the flag is stored before the consumer is published, or by an abort of the same
+        // consumer. A harvest that begins after that abort sees the store by coherence. The lock
         // orders the ranges.
         self.is_due.load(Ordering::Relaxed)
     }
@@ -46,9 +46,9 @@ impl Whole {
             walks.say_put_back();
         }
         drop(ranges);
-        // SeqCst: in the place of M3 of a mark, for an abort that looks at the areas next; pairs
-        // with F6 of an unmap.
-        // - If this fence is first, the unmap finds what was added.
+        // SeqCst: as M3 of a mark, for an abort that looks at the areas next; pairs with F6 of an
+        // unmap.
+        // - If this fence is first, the unmap finds the range that was added.
         // - If F6 is first, the abort finds that the area is going, and marks its pages.
         fence(Ordering::SeqCst);
     }
@@ -85,7 +85,7 @@ impl Whole {
         taken
     }
 
-    /// What there is in `part`.
+    /// The parts of the ranges in `part`.
     pub(crate) fn parts(&self, part: IovaRange) -> Vec<IovaRange> {
         if !self.is_due() {
             return Vec::new();

@@ -1,9 +1,9 @@
 //! Discards, as the space knows them: whether there ever was one, and which pages read as zero.
 //!
-//! A space in which nothing was ever discarded has none of this: its harvests do as they always
-//! did. The first discard makes the *unnamed* consumer a member, as the first join does, and waits
-//! for the harvests that do not know of discards. From then on each harvest records in its flight
-//! what it takes, also if no other consumer is there. `harvest::discard` has the protocol.
+//! In a space without discards, harvests have none of these steps. The first discard makes the
+//! *unnamed* consumer a member, as the first join does, and waits for the harvests that do not know
+//! of discards. From then on each harvest records in its flight the pages that it takes, also if
+//! there is no other consumer. `harvest::discard` has the protocol.
 //!
 //! # What nobody tracks
 //! A page reads as zero only while every write to it leaves a trace. So a switch of tracking to on,

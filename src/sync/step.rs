@@ -116,7 +116,7 @@ steps! {
     DetachInFlight,
     /// Looking at the writes in flight when an area is unmapped.
     LookInFlight,
-    /// Recording an area that leaves before it leaves, for harvests that report the backing.
+    /// Recording an area before it leaves the tree, for harvests that record backing addresses.
     RecordLeaving,
     /// Dropping cached translations that are larger than the ranges of a flush.
     DropLarger,
@@ -260,28 +260,28 @@ steps! {
     TellWhole,
     /// Going on with the new store of a consumer in the middle of its harvest.
     FollowStore,
-    /// Waiting, in the sync of a lease that took everything, for harvests that use the old store.
+    /// Waiting, in the sync of a lease that took pages as a whole, for harvests with the old store.
     CatchUp,
     /// Counting what becomes pending as a whole again, so that a harvest does not take it for
     /// holes.
     SayPutBack,
-    /// Numbering a lease at the end of its walk; left out, at the begin.
+    /// Numbering a lease at the end of its walk; left out, it is numbered at the begin.
     NumberAtEnd,
-    /// Waiting for the harvests that do not know of discards before the first one.
+    /// Waiting, before the first discard, for the harvests that do not know of discards.
     WaitForUnaware,
-    /// Flushing what devices cache of a range before its storage is dropped.
+    /// Flushing the range of a discard in all sources before its storage is dropped.
     FlushAtDiscard,
-    /// The fence between the dirty state that a discard takes and the drop of the storage.
+    /// The fence of a discard, after it has taken what is dirty and before its storage is dropped.
     DiscardFence,
-    /// Leaving what was discarded pending for every consumer.
+    /// Leaving the range of a discard pending for every consumer.
     TellDiscard,
-    /// Saying that what a harvest has taken does not read as zero.
+    /// Clearing the zero bits of the pages that a harvest has taken.
     TakenIsData,
-    /// Saying that what a harvest has seen in other hands does not read as zero.
+    /// Clearing the zero bits of the pages that a harvest has seen in other hands.
     SeenIsData,
     /// Taking a page for data while a discard of it is at work.
     DoubtDiscards,
-    /// Looking once more whether a page reads as zero after no discard was found at work.
+    /// Looking at the zero bit once more, after no discard was found at work.
     LookAgainForZero,
 }
 
@@ -301,8 +301,8 @@ std::thread_local! {
     static LEFT_OUT: std::cell::Cell<Option<Step>> = const { std::cell::Cell::new(None) };
 }
 
-/// Leaves `step` out of what this thread does from now on; `None` restores the protocol. For tests
-/// in real time, some of whose threads work as they should.
+/// Makes this thread leave out `step` from now on; `None` restores the protocol. For tests in real
+/// time, in which other threads perform every step.
 #[cfg(all(feature = "__sabotage", not(any(dirtymap_loom, dirtymap_shuttle))))]
 pub fn leave_out(step: Option<Step>) {
     LEFT_OUT.set(step);

@@ -152,7 +152,7 @@ impl Header {
     }
 }
 
-/// Sets the checksums of a log right, whatever it holds: for tests of hostile files.
+/// Corrects the checksums of a log with any contents: for tests of hostile files.
 #[cfg(any(test, feature = "test-kit"))]
 pub fn forge_checksums(log: &mut [u8]) {
     let put = |log: &mut [u8], at: usize, from: usize, end: usize| {

@@ -6,22 +6,23 @@
 //!              +---- complete: all that are expected <--+
 //! ```
 //!
-//! Threads that waited together do so again. A leader that does not let those come back that the
-//! last batch served has half of them in each batch, and two flushes for what one could do.
+//! Threads that waited together tend to wait together again. So a leader yields to the threads that
+//! the last batch served. A leader that does not would have half of them in each batch, and would
+//! take two flushes where one is enough.
 
 use dirtymap::sync::TINY;
 
-/// How often a leader yields in vain to threads that it expects.
+/// How often in a row a leader yields without a new thread that waits.
 pub(crate) const PATIENCE: u32 = if TINY { 1 } else { 64 };
 
 /// Threads that wait for extents.
 #[derive(Debug, Default)]
 pub(crate) struct Gather {
-    /// Wait for a batch that no leader has taken yet.
+    /// The threads that wait for a batch that no leader has taken yet.
     waiting: usize,
-    /// Wait for the batch that a leader writes.
+    /// The threads that wait for the batch that a leader writes.
     taken: usize,
-    /// As many as these waited when the last batch was durable.
+    /// The threads that the last batch served, and those that waited when it was durable.
     expected: usize,
     /// A thread will lead, and yields to others meanwhile.
     pub(crate) gathering: bool,
@@ -43,12 +44,12 @@ impl Gather {
         self.expected = std::mem::take(&mut self.taken) + self.waiting;
     }
 
-    /// How many wait for the next batch.
+    /// The number of threads that wait for the next batch.
     pub(crate) fn waiting(&self) -> usize {
         self.waiting
     }
 
-    /// Whether as many wait as did together before. A thread that is alone always is.
+    /// Whether all expected threads wait. True for a thread that is alone.
     pub(crate) fn is_complete(&self) -> bool {
         self.waiting >= self.expected
     }

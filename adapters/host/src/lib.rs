@@ -1,5 +1,5 @@
 //! What the adapters of [dirtymap](https://docs.rs/dirtymap) share about the system that they run
-//! on: its page, the process that a log belongs to, and memory for the bits of the kernel.
+//! on: its page, the process that a log belongs to, and memory into which the kernel writes bits.
 //!
 //! ```
 //! use dirtymap_host::page;

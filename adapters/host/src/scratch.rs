@@ -1,8 +1,8 @@
 //! The memory that the kernel writes the bits of a report into.
 //!
-//! The kernel pins the pages of a bitmap while it walks, and says nothing when it cannot: the bits
-//! of such a page are dropped, and the pages that they stood for become clean all the same. So the
-//! bits go into memory of our own, which is made present before each call.
+//! The kernel pins the pages of a bitmap while it walks. If it cannot, it drops the bits of such a
+//! page in silence, and the pages that they stood for become clean all the same. So the bits go
+//! into memory of our own, which is made present before each call.
 //!
 //! Some kernels write past the end of a bitmap when a leaf extends past the request. Past the end
 //! lies a page without access, where the kernel drops what it writes.
@@ -98,7 +98,20 @@ impl Drop for Scratch {
     }
 }
 
-/// Bitmaps that wait for a harvest. Each harvest that runs at the same time has one of its own.
+/// A pool of bitmaps for calls of a kernel. Each harvest that runs at the same time has one of its
+/// own. At most 16 of them are kept for later harvests.
+///
+/// ```
+/// # fn main() -> std::io::Result<()> {
+/// let pool = dirtymap_host::BitPool::new(512)?;
+/// let first = pool.with(512, |bits| {
+///     bits[0] = 1; // or a system call writes there
+///     bits[0]
+/// })?;
+/// assert_eq!(first, 1);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct BitPool {
     words: usize,
@@ -106,7 +119,10 @@ pub struct BitPool {
 }
 
 impl BitPool {
-    /// One bitmap of `words` words, and room to keep some.
+    /// A pool of bitmaps of `words` words of 64 bits each, with one bitmap in it.
+    ///
+    /// # Errors
+    /// If the system has no memory for a bitmap.
     pub fn new(words: usize) -> io::Result<Self> {
         let mut waiting = Vec::new();
         waiting
@@ -119,7 +135,7 @@ impl BitPool {
         })
     }
 
-    /// One without a bitmap, on a system without memory for one.
+    /// A pool that has no bitmap and can make none, for tests of systems without memory.
     #[doc(hidden)]
     pub fn without_memory() -> Self {
         BitPool {
@@ -128,7 +144,12 @@ impl BitPool {
         }
     }
 
-    /// Calls `with` with `words` words that are zero and present.
+    /// Calls `with` with `words` words that are zero and present, or with all words of a bitmap, if
+    /// those are fewer. Takes a short lock before and after the call, and none during it.
+    ///
+    /// # Errors
+    /// If the system has no memory for a bitmap, or cannot make it present. Then `with` is not
+    /// called.
     pub fn with<T>(&self, words: usize, with: impl FnOnce(&mut [u64]) -> T) -> io::Result<T> {
         let found = lock(&self.waiting).pop();
         let mut scratch = match found {
@@ -144,7 +165,7 @@ impl BitPool {
     }
 }
 
-/// As many bitmaps as are kept.
+/// The most bitmaps that are kept.
 const KEPT: usize = 16;
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! A device emulator with a log for its client: the devices are threads that write and mark, the
-//! client copies what the log tells, in rounds, and compares at the end.
+//! A device emulator with a log for its client. The devices are threads that write and mark. The
+//! client copies the pages that the log reports, in rounds, and compares at the end.
 //!
 //! Exit status: 0 if the copy is the memory, 1 if it differs.
 

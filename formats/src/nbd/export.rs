@@ -94,8 +94,8 @@ impl<'a> Export<'a> {
         self.with_dirty(name, lease.runs().collect())
     }
 
-    /// The same by the name of the consumer whose lease it is: `qemu:dirty-bitmap:NAME`. Several
-    /// consumers of a space are as many contexts, each with its own dirty state.
+    /// As [`with_lease`](Self::with_lease), by the name of the lease's consumer:
+    /// `qemu:dirty-bitmap:NAME`. Each consumer of a space is a context with its own dirty state.
     ///
     /// ```
     /// use dirtymap::{Access, AddressSpace, Granule, Start};
@@ -116,7 +116,7 @@ impl<'a> Export<'a> {
     /// # }
     /// ```
     ///
-    /// An increment of the crate `dirtymap-store` has the name of its consumer, too:
+    /// For an increment of the crate `dirtymap-store`, call
     /// `with_dirty(increment.consumer(), increment.runs().clone())`.
     ///
     /// # Errors
@@ -140,10 +140,26 @@ impl<'a> Export<'a> {
         Ok(self)
     }
 
-    /// What `base:allocation` says: the runs of the lease that were discarded and not written since
-    /// ([`Lease::contents`]) are holes that read as zero, and all other bytes are allocated.
-    /// Clients do not read holes. A client that copies all of the disk, and not only what is
-    /// dirty, needs the next lease as well, which has what is written to such a run meanwhile.
+    /// The context `base:allocation`. The zero runs of the lease ([`Lease::contents`]) are holes
+    /// that read as zero, and all other bytes are allocated. Clients do not read holes. If a hole
+    /// is written while a client copies the whole disk, the next lease reports the write. So such a
+    /// client needs the next lease as well.
+    ///
+    /// ```
+    /// use dirtymap::{Access, AddressSpace, Granule};
+    /// use dirtymap_formats::nbd::Export;
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let space = AddressSpace::tracked(Granule::K4);
+    /// space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// space.discard(0..1 << 19, || Ok(()))?; // the closure punches a hole
+    /// let lease = space.rounds().next()?;
+    /// let export = Export::new("disk", 1 << 20)?.with_lease("now", &lease)?;
+    /// let export = export.with_holes_of(&lease)?;
+    /// # drop(export);
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// As [`with_dirty`](Self::with_dirty).

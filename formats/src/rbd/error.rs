@@ -56,14 +56,14 @@ pub enum RbdError {
         /// Bytes of the disk.
         size: u64,
     },
-    /// The disk does not have the size that the increment says.
+    /// The disk does not have the size that the increment names.
     #[error(
         "the increment is of a disk of {size} bytes, but this one has {found}: grow or cut it first"
     )]
     Size {
-        /// What the increment says.
+        /// Bytes of the disk by the increment.
         size: u64,
-        /// Bytes of the disk.
+        /// Bytes of the disk that was passed.
         found: u64,
     },
     /// The name of a snapshot is too long.

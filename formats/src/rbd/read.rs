@@ -255,13 +255,32 @@ impl<R: Read> Reader<R> {
         Ok(runs.into_iter().collect())
     }
 
-    /// Puts what is left of the increment over the bytes of a disk, which has the size that the
-    /// increment says: what `rbd import-diff` does.
+    /// Writes the remaining records of the increment over the bytes of a disk, as `rbd import-diff`
+    /// does. `disk` has the size that the increment names.
     ///
-    /// After an error, the disk has any part of the increment.
+    /// ```
+    /// use dirtymap::{Access, AddressSpace, Granule};
+    /// use dirtymap_formats::rbd::{Meta, Reader, write_lease};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let (disk, mut copy) = (vec![7; 1 << 20], vec![0; 1 << 20]);
+    /// let space = AddressSpace::tracked(Granule::K4);
+    /// space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// space.mark(0x3000..0x4000)?;
+    /// let lease = space.rounds().next()?;
+    /// let meta = Meta { from: None, to: Some("tue".into()), size: 1 << 20 };
+    /// let stream = write_lease(Vec::new(), &meta, &lease, &disk)?;
+    ///
+    /// Reader::new(&stream[..])?.restore(&mut copy)?;
+    /// assert_eq!(copy[0x3000..0x4000], disk[0x3000..0x4000]);
+    /// assert_eq!(copy[..0x3000], [0; 0x3000]);
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// [`RbdError::Size`], before anything is changed; as [`next_record`](Self::next_record).
+    /// [`RbdError::Size`], before anything is changed. Then those of
+    /// [`next_record`](Self::next_record): the disk may have a part of the increment by then.
     pub fn restore(&mut self, disk: &mut [u8]) -> Result<(), RbdError> {
         let (size, found) = (self.meta.size, disk.len() as u64);
         if size != found {

@@ -140,8 +140,8 @@ pub fn write_increment<W: Write>(
     write_contents(stream, meta, runs.last().copied(), contents, disk)
 }
 
-/// The same for what a lease took. Runs that were discarded and not written since
-/// ([`Lease::contents`]) become records of zeroes, and are not read.
+/// As [`write_increment`], for the runs of a lease. Its zero runs ([`Lease::contents`]) become
+/// records of zeroes, and are not read.
 ///
 /// Commit the lease when the increment is durable.
 ///

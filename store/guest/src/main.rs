@@ -9,10 +9,10 @@
 //! ```
 //!
 //! `store-guest IMAGE` runs in the emulator that `.ci/log-writes` starts, which has made the device
-//! and mounted it. A mark comes after each call that acknowledged something. A kernel that lost
-//! power at the mark would find no more than the writes before it.
+//! and mounted it. A mark comes after each call that acknowledged a write or a commit. After a
+//! power failure at the mark, the disk would have no more than the writes before the mark.
 //!
-//! Exit status: 0 if each mark was recovered and had all that was acknowledged, 1 otherwise.
+//! Exit status: 0 if the recovery at each mark has all that was acknowledged, 1 otherwise.
 
 mod record;
 mod replay;
@@ -38,7 +38,7 @@ fn options() -> Options {
     Options::new().hot(4).log_bytes(4 * 4096)
 }
 
-/// What was acknowledged to a consumer.
+/// The commit and the writes that were acknowledged, as one consumer sees them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Known {
     committed: Option<Epoch>,
@@ -46,7 +46,7 @@ struct Known {
     dirty: BTreeSet<u64>,
 }
 
-/// What was acknowledged when a mark was set.
+/// The same for both consumers, when a mark was set.
 type State = [Known; 2];
 
 fn main() -> ExitCode {

@@ -1,4 +1,4 @@
-//! A store at work, with a mark after each call that acknowledged something.
+//! A store at work, with a mark after each call that acknowledged a write or a commit.
 
 use std::path::Path;
 
@@ -31,7 +31,7 @@ impl Marks {
     }
 }
 
-/// Works in `folder`, and says what was acknowledged at each mark.
+/// Works in `folder`, and returns the acknowledged state at each mark.
 pub(crate) fn run(folder: &str) -> Outcome<Vec<State>> {
     let store = Store::create(
         DirFolder::new(Path::new(folder).join("store"))?,

@@ -122,7 +122,7 @@ pub(crate) fn run(path: &str, mut image: Vec<u8>, states: &[State]) -> Outcome {
         if states[marks][0].committed.is_some() {
             excess = excess.max(found.len() - states[marks][0].dirty.len());
         }
-        // What is written after the mark is not there, but for extents that are open already.
+        // A write after the mark is not there, unless its extent is open already.
         if let Some(next) = states.get(marks + 1) {
             early += usize::from(!next[0].dirty.is_subset(&found));
         }
@@ -155,7 +155,7 @@ fn recover(image: &[u8]) -> Outcome<impl FnOnce(&State) -> Outcome<BTreeSet<u64>
     })
 }
 
-/// What the first consumer has to copy.
+/// The pages that the first consumer has to copy.
 fn compare(state: &State) -> Outcome<BTreeSet<u64>> {
     let folder = DirFolder::new(format!("{FOLDER}/store"))?;
     let store = match Store::open(folder, &DEVICE, &options())? {

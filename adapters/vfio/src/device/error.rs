@@ -15,7 +15,7 @@ pub enum DeviceLogError {
     #[error("a log needs at least one range: those that the device may write to")]
     NoRange,
     /// The page of a log is smaller than the kernel's smallest one.
-    #[error("a log with pages of {page}: the smallest is 4096 bytes")]
+    #[error("a log with pages of {page}: use at least 4096 bytes")]
     PageTooSmall {
         /// The page that was asked for.
         page: Granule,
@@ -30,7 +30,7 @@ pub enum DeviceLogError {
         range: IovaRange,
     },
     /// There is no memory for the bits of an area, or for those of a report.
-    #[error("no memory for the bits of {range}: {error}")]
+    #[error("no memory for the bits of {range}: free some, and try again: {error}")]
     NoMemory {
         /// The addresses of the bits.
         range: IovaRange,
@@ -48,8 +48,11 @@ pub enum DeviceLogError {
         #[source]
         error: io::Error,
     },
-    /// The device does not log as many ranges.
-    #[error("the device does not log {ranges} ranges: make the log with fewer: {error}")]
+    /// The device cannot log so many ranges.
+    #[error(
+        "the device cannot log {ranges} ranges: lower `DeviceLog::max_ranges`, which joins those \
+         with the smallest gaps: {error}"
+    )]
     TooManyRanges {
         /// The number of ranges, after those with the smallest gaps were joined.
         ranges: usize,
@@ -71,8 +74,8 @@ pub enum DeviceLogError {
         #[source]
         error: io::Error,
     },
-    /// The page that the device logs in is none, or grows with each start.
-    #[error("the device logs in pages of {bytes} bytes, asked for {page}: use another page")]
+    /// The page of the device is no power of two, too large, or grows with each start.
+    #[error("asked for {page}, the device logs in pages of {bytes} bytes: use another page")]
     BadPage {
         /// The page that was asked for.
         page: Granule,

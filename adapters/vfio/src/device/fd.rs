@@ -17,7 +17,7 @@ use super::LoggingDevice;
 /// `VFIO_DEVICE_FEATURE`, `_IO(';', 117)`.
 const DEVICE_FEATURE: libc::Ioctl = ((b';' as u32) << 8 | 117) as libc::Ioctl;
 
-/// A VFIO device by its file: one of `/dev/vfio/devices`, or of its group.
+/// A VFIO device by its file: one of `/dev/vfio/devices`, or one that its group returned.
 #[derive(Debug)]
 pub struct VfioDeviceFd {
     fd: OwnedFd,

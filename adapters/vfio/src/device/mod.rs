@@ -39,24 +39,25 @@ const TRIES: u32 = 32;
 ///
 /// A device has one log: no other code may start, read or stop it.
 pub trait LoggingDevice: Send + Sync {
-    /// Starts the log of `ranges`, which begin and end at multiples of `page`, in pages of that
-    /// size, if it has them. Returns the bytes of its page.
+    /// Starts the log of `ranges`, which begin and end at multiples of `page`. `page` is a hint:
+    /// the device may log in pages of another size. Returns the size of its pages in bytes.
     ///
     /// # Errors
     /// If the device refuses. Then nothing is logged.
     #[doc(alias = "VFIO_DEVICE_FEATURE_DMA_LOGGING_START")]
     fn start(&self, page: Granule, ranges: &[IovaRange]) -> io::Result<u64>;
 
-    /// Sets bit `n` of `bits` for page `n` of `range` if it was written, and clears its log. Other
-    /// bits stay. `range` is inside of those of the start, and consists of whole pages of the log,
-    /// as `start` returned them.
+    /// Sets bit `n` of `bits` if page `n` of `range` was written, least significant bit first, and
+    /// clears that page in the log. Other bits stay as they are. Pages are those of `page`. `range`
+    /// is inside the ranges of the start, and consists of whole pages of the log, of the size that
+    /// `start` returned.
     ///
     /// # Errors
-    /// If the device cannot tell. Then its log is corrupt, and all of its memory counts as dirty.
+    /// If the device cannot report. Then its log is corrupt, and all of its memory counts as dirty.
     #[doc(alias = "VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT")]
     fn report(&self, range: IovaRange, page: Granule, bits: &mut [u64]) -> io::Result<()>;
 
-    /// Ends the log, and forgets it.
+    /// Ends the log, and drops the pages that it has not reported.
     ///
     /// # Errors
     /// If the device refuses. Then the log goes on.
@@ -82,11 +83,11 @@ impl<D: LoggingDevice + ?Sized> LoggingDevice for Arc<D> {
 /// no dirty bits. Attach it to an [`AddressSpace`](dirtymap::AddressSpace).
 ///
 /// It logs, and translates nothing: the program maps and unmaps for the device in the container of
-/// VFIO or in iommufd. **Unmap there first**, then in the address space: what the device wrote
-/// until then is in the log, and the unmap of the space returns it.
+/// VFIO or in iommufd. **Unmap there first**, then in the address space. The log has the writes
+/// until then, and the unmap of the space returns them.
 ///
 /// The ranges of a log are fixed when it starts. So name all addresses that the device may ever
-/// reach; areas come and go inside of these. An area outside is refused
+/// reach. Areas may be mapped and unmapped inside them at any time. An area outside is refused
 /// ([`DeviceLogError::NotLogged`]), unless the device can only read it.
 ///
 /// ```no_run
@@ -105,18 +106,19 @@ impl<D: LoggingDevice + ?Sized> LoggingDevice for Arc<D> {
 /// # }
 /// ```
 ///
-/// # What the kernel does, and what this source makes of it
-/// * A report clears what it reports, and there is no look that clears nothing. So all pages of a
-///   report are pending, in memory that was reserved when the area was mapped, until a lease has
-///   recorded them.
+/// # Limits of the kernel's log, and how this source handles them
+/// * A report clears the pages that it reports, and no call reads without clearing. So all pages
+///   of a report are pending until a lease has recorded them. Their memory is reserved when the
+///   area is mapped.
 /// * After an error the log is corrupt, by the kernel's documentation. All areas are dirty then,
 ///   and the next harvest stops the log and starts a new one. [`restarts`](Self::restarts) counts.
-/// * The kernel says nothing if it cannot write a bit. The bits go into memory that is present
-///   before the call.
-/// * A device may log in larger pages than it was asked for. Then ranges are rounded out to these,
-///   and a report covers whole ones.
+/// * The kernel drops a bit in silence if it cannot write it. So this source makes the memory of
+///   the bits present before each call.
+/// * A device may log in larger pages than it was asked for. Then ranges are rounded out to pages
+///   of the device, and each report covers whole pages.
 ///
-/// Harvests of one log wait for each other, and for the device. They do not allocate.
+/// Harvests of one log wait for each other and for the device, under one lock, as do map, unmap and
+/// the switch of tracking. Harvests do not allocate.
 #[derive(Debug)]
 pub struct DeviceLog<D: LoggingDevice> {
     device: D,
@@ -135,7 +137,7 @@ struct State {
     /// The pending pages of all areas, by the first address of each chunk.
     chunks: BTreeMap<Iova, Pending>,
     tracked: bool,
-    /// The log. A space that tracks has none after an error, until it could be started again.
+    /// The log. `None` after an error, until a new log is started, also while the space tracks.
     log: Option<Arc<Started>>,
     /// Whether the log is corrupt. Then all areas are dirty, whatever is pending.
     corrupt: bool,
@@ -151,8 +153,9 @@ struct Started {
 }
 
 impl<D: LoggingDevice> DeviceLog<D> {
-    /// The log of `ranges`, in pages of `page`. They are rounded out to pages. If there are more
-    /// than [`MAX_RANGES`], those with the smallest gaps are joined.
+    /// The log of `ranges`, in pages of `page`, at least 4096 bytes. The ranges are rounded out to
+    /// pages. If there are more than [`MAX_RANGES`], those with the smallest gaps are joined. The
+    /// device is not called: its log starts with the tracking of the space.
     ///
     /// # Errors
     /// In this order: [`DeviceLogError::NoRange`], [`DeviceLogError::PageTooSmall`],
@@ -258,7 +261,7 @@ impl<D: LoggingDevice> DeviceLog<D> {
             if done.is_ok() {
                 state.corrupt = false;
                 if tries > 1 {
-                    // An interrupted report may have cleared what it did not tell, anywhere.
+                    // An interrupted report may have cleared pages anywhere without a bit.
                     state.add_all();
                 }
                 state.add(range, self.page, bits);
@@ -276,8 +279,8 @@ impl<D: LoggingDevice> DeviceLog<D> {
     /// Replaces a corrupt log by a new one. All areas are dirty from then on.
     fn restart(&self, state: &mut State) -> Result<(), DeviceLogError> {
         state.log = None;
-        // An error says nothing new: if the log goes on, the start fails, and the next call comes
-        // here again.
+        // An error is ignored: if the old log goes on, the start fails, and the next call tries
+        // again.
         let _ = uninterrupted(|| self.device.stop());
         let started = self.start()?;
         // After the start: what is written until then may be in neither log.
@@ -299,8 +302,9 @@ impl<D: LoggingDevice> Drop for DeviceLog<D> {
 }
 
 impl State {
-    /// The next report, which begins at or below `from` and covers the first mapped addresses from
-    /// there on, at most `window` bytes, and the address after them that is still to be asked for.
+    /// The range of the next report, and the address at which the report after it begins. The range
+    /// begins at or below `from`, covers the first mapped addresses from there on, and has at most
+    /// `window` bytes.
     fn next_ask(
         &self,
         log: &Started,

@@ -89,7 +89,7 @@ impl<D: LoggingDevice> DirtySource for DeviceLog<D> {
 }
 
 impl<D: LoggingDevice> DeviceLog<D> {
-    /// What is known, with all that the device has logged in `range`.
+    /// The state, after the pages that the device has logged in `range` are pending in it.
     fn pulled(&self, range: IovaRange) -> Result<dirtymap::sync::MutexGuard<'_, State>, Stopped> {
         let mut state = lock(&self.state);
         match self.pull(&mut state, range) {

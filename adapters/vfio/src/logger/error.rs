@@ -8,13 +8,13 @@ use dirtymap::{Error, Granule, Iova, IovaRange, RangeError};
 #[non_exhaustive]
 pub enum LogError {
     /// A page of the log is no power of two, or smaller than 4096 bytes.
-    #[error("a page of {page_size} bytes: it is a power of two, and at least 4096")]
+    #[error("a page of {page_size} bytes: ask for a power of two that is at least 4096")]
     BadPageSize {
         /// The page that the client asked for.
         page_size: u64,
     },
     /// A start without a range, or with more than there may be.
-    #[error("{count} ranges to log: 1 to {most}. Join those with the smallest gaps")]
+    #[error("{count} ranges to log: name 1 to {most}. Join those with the smallest gaps")]
     RangeCount {
         /// How many there are.
         count: usize,
@@ -25,7 +25,7 @@ pub enum LogError {
     #[error(transparent)]
     Range(#[from] RangeError),
     /// A range does not begin and end at a page of the log.
-    #[error("{range} does not begin and end at multiples of the page of the log, {page}")]
+    #[error("{range} does not begin and end at multiples of the page that is asked for, {page}")]
     Unaligned {
         /// The range.
         range: IovaRange,
@@ -33,7 +33,7 @@ pub enum LogError {
         page: Granule,
     },
     /// Two ranges of a start have an address in common.
-    #[error("{range} has addresses of {other}: log each address once")]
+    #[error("{range} overlaps {other}: log each address once")]
     Overlap {
         /// The second of the two.
         range: IovaRange,
@@ -41,7 +41,10 @@ pub enum LogError {
         other: IovaRange,
     },
     /// The bitmap of a report is shorter than its range.
-    #[error("a bitmap of {bytes} bytes for {needed} pages of {page} of {range}: a bit for each")]
+    #[error(
+        "a bitmap of {bytes} bytes for {range}, which has {needed} pages of {page}: make room for \
+         a bit for each page"
+    )]
     ShortBitmap {
         /// The range of the report.
         range: IovaRange,
@@ -56,7 +59,7 @@ pub enum LogError {
     #[error("the log has been started: stop it first")]
     Started,
     /// A report or a stop of a log that is not started.
-    #[error("the log is not started")]
+    #[error("the log is not started: start it first")]
     NotStarted,
     /// A report asks for addresses that are not logged. An answer of "clean" could be wrong.
     #[error("{at} is not logged: start the log with all ranges that will be asked for")]
@@ -64,10 +67,10 @@ pub enum LogError {
         /// The first such address.
         at: Iova,
     },
-    /// A message of the client is not one of the protocol.
-    #[error("a message about the log that the protocol does not have: {why}")]
+    /// A message of the client does not follow the protocol.
+    #[error("the message about the log is malformed: {why}")]
     BadMessage {
-        /// What is wrong.
+        /// The fault of the message.
         why: &'static str,
     },
     /// The reply to a report would be larger than a message.

@@ -1,8 +1,8 @@
 //! The log that an emulator of devices keeps for the client of vfio-user.
 //!
-//! A session of the log, from start to stop, is a consumer of the address space. So it has every
-//! write since the start, whatever other consumers of the space harvest, and it costs nothing at
-//! marks.
+//! A session of the log, from start to stop, is a consumer of the address space. So it reports
+//! every write since the start, whatever other consumers of the space harvest, and marks cost the
+//! same with it and without it.
 
 mod error;
 #[cfg(test)]
@@ -27,20 +27,23 @@ use crate::range::DmaRange;
 /// The ranges of a start, at most: as many as in Linux.
 const MAX_RANGES: usize = 256;
 
-/// The dirty log that the client of a device emulator asks for (DMA logging of vfio-user), over the
+/// The dirty log that a device emulator keeps for its client (DMA logging of vfio-user), over the
 /// address space in which the emulator marks the writes of its devices.
 ///
-/// * [`start`](Self::start): from here on, every write to the ranges is logged, in areas that are
-///   mapped already and in those that are mapped later.
+/// * [`start`](Self::start) begins a log of some ranges. From here on, every write to them is
+///   logged, in areas that are mapped already and in those that are mapped later.
 /// * [`report`](Self::report) moves the log of a range into the client's bitmap. The range may
 ///   cover several areas, parts of them, and holes, which are clean.
-/// * [`unmap`](Self::unmap) unmaps areas, and leaves what was dirty in them in the log.
-/// * [`stop`](Self::stop) ends it.
+/// * [`unmap`](Self::unmap) unmaps areas, and leaves their dirty pages in the log.
+/// * [`stop`](Self::stop) ends the log.
 /// * [`device_feature`](Self::device_feature) answers the client's messages by these calls.
 ///
 /// The page of the client and that of the space may differ by any factor, in either direction. A
-/// page of the space that a report covers in part stays in the log as far as the report does not
-/// cover it.
+/// page of the space that a report covers in part stays in the log, except for the part that the
+/// report covers.
+///
+/// All calls take `&self`, from any thread. They wait for each other by a lock of the log, and
+/// `report` holds it while it waits for devices. Marks never wait for it.
 ///
 /// ```
 /// use dirtymap::{Access, AddressSpace, Granule};
@@ -71,7 +74,7 @@ pub struct DmaLogger {
     session: Mutex<Option<Session>>,
 }
 
-/// The report of a report.
+/// The result of [`DmaLogger::report`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reported {
     /// Bits that went from 0 to 1 in the client's bitmap.
@@ -84,9 +87,9 @@ struct Session {
     consumer: Consumer<'static>,
     /// Joined, ascending.
     ranges: Vec<IovaRange>,
-    /// What was taken from the space and not reported yet: the rest of pages that a report covered
-    /// in part, and what was dirty in areas that are gone. One bit for each 4096 bytes, the
-    /// smallest page of a client.
+    /// The pages that were taken from the space and not reported yet: the rests of pages that a
+    /// report covered in part, and the dirty pages of areas that were unmapped. One bit for each
+    /// 4096 bytes, the smallest page of a client.
     left: SparseBitmap,
 }
 
@@ -107,17 +110,34 @@ impl DmaLogger {
     }
 
     /// Starts the log of `ranges`: every write after the return is logged. Returns the page in
-    /// which it logs. `page_size` is the page that the client would like; it may report in any
-    /// other. The ranges may cover holes, and areas that are mapped later. What is dirty in the
-    /// space already, for other consumers, may be reported as well.
+    /// which it logs, at least 4096 bytes. `page_size` is the page in bytes that the client asks
+    /// for; its reports may have any other page. The ranges may cover holes, and areas that are
+    /// mapped later. Pages that were dirty before, for other consumers, may be reported as well.
     ///
-    /// Switches the tracking of the space on, if it is off, and never off: other consumers may need
-    /// it. Waits for devices, as [`AddressSpace::start_tracking`] does.
+    /// Switches the tracking of the space on, if it is off. No call of the log switches it off,
+    /// because other consumers may need it. Waits for devices, as
+    /// [`AddressSpace::start_tracking`] does.
+    ///
+    /// ```
+    /// # use dirtymap_vfio::LogError;
+    /// # use dirtymap::{Access, AddressSpace, Granule};
+    /// # use dirtymap_vfio::{DmaLogger, DmaRange};
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let space = std::sync::Arc::new(AddressSpace::tracked(Granule::K4));
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// # let log = DmaLogger::new(space.clone(), "nvme0");
+    /// let all = DmaRange { iova: 0, length: 1 << 20 };
+    /// assert_eq!(log.start(64 << 10, &[all])?, Granule::K4); // that of the space
+    /// assert!(matches!(log.start(4096, &[all]), Err(LogError::Started)));
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// In this order: [`LogError::BadPageSize`], [`LogError::RangeCount`] (1 to 256); for each
-    /// range [`LogError::Range`], [`LogError::Unaligned`] to `page_size`, [`LogError::Overlap`]
-    /// with another one; [`LogError::Started`]; [`LogError::Space`].
+    /// In this order: [`LogError::BadPageSize`], [`LogError::RangeCount`] (1 to 256 ranges); for
+    /// each range [`LogError::Range`] and [`LogError::Unaligned`] to `page_size`;
+    /// [`LogError::Overlap`] of two ranges; [`LogError::Started`]; [`LogError::Space`] with the
+    /// error of a source, or of the consumer's name. After an error, no log is started.
     pub fn start(&self, page_size: u64, ranges: &[DmaRange]) -> Result<Granule, LogError> {
         let page = page(page_size)?;
         let ranges = checked(page, ranges)?;
@@ -137,14 +157,32 @@ impl DmaLogger {
 
     /// Sets a bit of `bitmap` for each page of `range` that was written, and clears it in the log.
     /// Bit `n` stands for the page at `range.iova + n * page_size`, least significant bit first.
-    /// Other bits stay as they are. Waits for devices: on return the pages can be copied, and every
-    /// later write to them is logged again.
+    /// Other bits stay as they are. Waits until devices have drained: on return the pages can be
+    /// copied, and every later write to them is logged again.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule};
+    /// # use dirtymap_vfio::{DmaLogger, DmaRange};
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let space = std::sync::Arc::new(AddressSpace::tracked(Granule::K4));
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// # let log = DmaLogger::new(space.clone(), "nvme0");
+    /// let all = DmaRange { iova: 0, length: 1 << 20 };
+    /// log.start(4096, &[all])?;
+    /// space.mark(0x3000..0x5000)?;
+    /// let mut bitmap = [0u8; 8]; // 64 pages of 16 KiB
+    /// let reported = log.report(all, 16 << 10, &mut bitmap)?;
+    /// assert_eq!((reported.bits_set, bitmap[0]), (2, 0b11));
+    /// assert_eq!(log.report(all, 4096, &mut [0; 32])?.bits_set, 0); // clean since
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// In this order: [`LogError::BadPageSize`], [`LogError::Range`], [`LogError::Unaligned`] to
     /// `page_size`, [`LogError::ShortBitmap`], [`LogError::NotStarted`], [`LogError::NotLogged`],
-    /// [`LogError::Space`] with the error of a source. The log is as before then: unlike with the
-    /// log of a device in the kernel, an error loses nothing, and the client may ask again.
+    /// [`LogError::Space`] with the error of a source. After an error, the log is as before. So an
+    /// error loses nothing, unlike that of the kernel's log, and the client may ask again.
     pub fn report(
         &self,
         range: DmaRange,
@@ -173,14 +211,40 @@ impl DmaLogger {
         })
     }
 
-    /// Unmaps every area inside `range`, as [`AddressSpace::unmap`] does. What was dirty in them
-    /// stays in the log, by its addresses, until it is reported; `dirty` is called with each run of
-    /// it as well, for the reply to a DMA_UNMAP that asks for dirty pages, or for other consumers
-    /// of the space. That includes pages that this log has reported, if another consumer of the
-    /// space has not been told of them. Unmaps that go past this call lose it for the log.
+    /// Unmaps every area inside `range`, as [`AddressSpace::unmap`] does. The dirty pages of these
+    /// areas stay in the log, by address, until they are reported. `dirty` is called with each run
+    /// of them as well, for the reply to a DMA_UNMAP that asks for dirty pages, or for other
+    /// consumers of the space. The runs include pages that this log has reported already, if they
+    /// are pending for another consumer. An area that is unmapped by another call, such as
+    /// `AddressSpace::unmap`, loses its dirty pages for the log.
+    ///
+    /// `dirty` runs under the lock of the log, so it must not call this log.
+    ///
+    /// ```
+    /// # use dirtymap::ToIovaRange;
+    /// # use dirtymap::{Access, AddressSpace, Granule};
+    /// # use dirtymap_vfio::{DmaLogger, DmaRange};
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let space = std::sync::Arc::new(AddressSpace::tracked(Granule::K4));
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// # let log = DmaLogger::new(space.clone(), "nvme0");
+    /// let all = DmaRange { iova: 0, length: 1 << 20 };
+    /// log.start(4096, &[all])?;
+    /// space.mark(0x3000..0x3001)?;
+    /// let mut dirty = Vec::new();
+    /// log.unmap(all, |run| dirty.push(run))?; // DMA_UNMAP
+    /// assert_eq!(dirty, [(0x3000..0x4000).to_iova_range()?]);
+    ///
+    /// let mut bitmap = [0u8; 32];
+    /// log.report(all, 4096, &mut bitmap)?; // it is still in the log
+    /// assert_eq!(bitmap[0], 0b1000);
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// [`LogError::Space`] with those of `AddressSpace::unmap`. Then nothing is unmapped.
+    /// [`LogError::Range`], and [`LogError::Space`] with the errors of `AddressSpace::unmap`. After
+    /// an error, nothing is unmapped.
     pub fn unmap(
         &self,
         range: impl ToIovaRange,
@@ -200,7 +264,7 @@ impl DmaLogger {
         Ok(unmapped)
     }
 
-    /// Ends the log, and forgets what it has. The space goes on tracking.
+    /// Ends the log, and drops the pages that it has not reported. The space goes on tracking.
     ///
     /// # Errors
     /// [`LogError::NotStarted`].
@@ -211,7 +275,7 @@ impl DmaLogger {
 }
 
 impl Session {
-    /// All that is left, by address.
+    /// The bits of `left`, by address.
     fn left(&self) -> Result<BitmapView<'_>, LogError> {
         let view = UserBitmap::sparse(&self.left).view(IovaRange::ALL, Granule::K4);
         Ok(view.map_err(Error::from)?)
@@ -247,7 +311,8 @@ impl Session {
         for run in runs().filter_map(|run| run.intersection(range)) {
             sink.record(run)?;
         }
-        // All of it is in the bitmap. What the lease has around the range stays in the log.
+        // The whole lease inside the range is in the bitmap. Its parts around the range stay in the
+        // log.
         self.leave(runs().flat_map(|run| around(run, range)))?;
         if let Some(left) = left {
             left.and_not(&left).map_err(Error::from)?;

@@ -13,17 +13,17 @@ const REPORT: usize = 24;
 const START: u32 = 6;
 const STOP: u32 = 7;
 const ASK: u32 = 8;
-/// What is asked about the feature.
+/// The directions, in the upper half of the flags.
 const GET: u32 = 1 << 16;
 const SET: u32 = 1 << 17;
 const PROBE: u32 = 1 << 18;
 
 impl DmaLogger {
-    /// Answers the payload of a message `VFIO_USER_DEVICE_FEATURE` (command 16) of the client: the
-    /// start, the report and the stop of the log, and the question whether there is one. Returns
-    /// the payload of the reply, or `None` for another feature, which the server handles itself.
+    /// Handles the payload of a message `VFIO_USER_DEVICE_FEATURE` (command 16) of the client:
+    /// start, report and stop of the log, and the probe for each of them. Returns the payload of
+    /// the reply, or `None` for another feature, which the server handles itself.
     ///
-    /// `most` is the most bytes that the server sends by one message (`max_data_xfer_size`): a
+    /// `most` is the most bytes that the server sends in one message (`max_data_xfer_size`). A
     /// report that needs more is refused.
     ///
     /// ```
@@ -65,11 +65,11 @@ impl DmaLogger {
             let is_right = direction == 0 || direction == right;
             return match is_right {
                 true => Ok(Some(request[..HEADER].to_vec())),
-                false => Err(bad("a question for the other direction")),
+                false => Err(bad("it probes the feature for the other direction")),
             };
         }
         if direction != right {
-            return Err(bad("START and STOP are set, REPORT is got"));
+            return Err(bad("START and STOP need the flag SET, REPORT needs GET"));
         }
         match feature {
             START => self.wire_start(request).map(Some),
@@ -86,14 +86,14 @@ impl DmaLogger {
         let page_size = u64_at(request, HEADER)?;
         let count = u32_at(request, HEADER + 8)? as usize;
         let ranges = request.get(HEADER + CONTROL..).unwrap_or_default();
-        // The ranges are there before memory is reserved for them.
+        // Only ranges that the message contains are collected, whatever count it announces.
         let ranges: Vec<DmaRange> = ranges
             .chunks_exact(RANGE)
             .take(count)
             .map(|range| range_at(range, 0))
             .collect::<Result<_, _>>()?;
         if ranges.len() != count {
-            return Err(bad("fewer ranges than it says"));
+            return Err(bad("it has fewer ranges than it announces"));
         }
         let page = self.start(page_size, &ranges)?;
         let mut reply = request.to_vec();
@@ -114,7 +114,7 @@ impl DmaLogger {
             return Err(LogError::TooLarge { needed, most });
         }
         if needed > u128::from(argsz) {
-            return Err(bad("the client has no room for the bitmap"));
+            return Err(bad("its argsz has no room for the bitmap"));
         }
         let mut reply = request.get(..HEADER + REPORT).unwrap_or_default().to_vec();
         reply.resize(needed as usize, 0); // fits: at most `most`

@@ -1,5 +1,5 @@
 //! A device of this machine behind its IOMMU, by iommufd, if one is given: its page table is one
-//! more source of the lease. Nothing in this program knows how to make it write.
+//! more source of the lease. The program has no driver for the device, so it cannot make it write.
 
 use std::fs::File;
 use std::path::Path;
@@ -18,7 +18,7 @@ pub(crate) struct Hardware {
 }
 
 impl Hardware {
-    /// The device at `path`. `None`, and why, if there is none.
+    /// The device at `path`, or the reason for which there is none.
     ///
     /// # Safety
     /// What the address space of its page table maps is memory that devices may write at any time,

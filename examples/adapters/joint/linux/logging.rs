@@ -1,4 +1,4 @@
-//! A device that logs its own writes, as those of VFIO with DMA logging. This one is played by the
+//! A device that logs its own writes, as VFIO devices with DMA logging do. It is a thread of this
 //! program.
 
 use std::io;
