@@ -143,6 +143,7 @@ impl<'a> Meter<'a> {
     /// `runs` with those that are written least first: a migration that sends and commits these,
     /// and aborts the rest of the lease, sends what is hot once, at the end, and not in each round.
     /// Runs are cut at borders of granules of different heat. Equal heat stays in ascending order.
+    /// Costs a step for each run, and for each granule of it that was ever written.
     ///
     /// ```
     /// # use dirtymap::meter::Meter;
