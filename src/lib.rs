@@ -13,6 +13,9 @@
 //! | harvest everything, round after round | [`AddressSpace::rounds`] | [`guide`] |
 //! | several consumers of one memory | [`AddressSpace::consumer`], [`Consumer`] | [`many`] |
 //! | ask what was written since an epoch | [`Consumer::since`], [`Lease::lineage`] | [`many`] |
+//! | tell of memory that is zero: TRIM, balloon | [`AddressSpace::discard`] | [`discards`] |
+//! | tell apart data and zeros | [`Lease::contents`] | [`discards`] |
+//! | measure the dirty rate, plan a migration | [`meter::Meter`] | [`many`] |
 //! | harvest a range into my own bitmap | [`AddressSpace::harvest`], [`UserBitmap`] | below |
 //! | look without clearing | [`AddressSpace::peek`] | |
 //! | send a lease to another thread, keep it in a struct | [`Rounds::shared`] | |
@@ -38,6 +41,7 @@
 //! [`apply`]: AddressSpace::apply
 //! [`many`]: crate::guide::many
 //! [`monitors`]: crate::guide::monitors
+//! [`discards`]: crate::guide::discards
 //! [`DirtyLog`]: exchange::DirtyLog
 //! [`RunsExt`]: exchange::RunsExt
 //! [`RunTable`]: exchange::RunTable
@@ -55,6 +59,7 @@
 //! | track devices by their own log, serve vfio-user | `DeviceLog`, `DmaLogger` | [dirtymap-vfio] |
 //! | keep a bitmap in a file, or a Roaring set | `BitmapFile` | [dirtymap-formats] |
 //! | keep what is dirty over a restart | `BitmapFile::save_space` | [dirtymap-formats] |
+//! | keep what is dirty over a crash | `Store` | [dirtymap-store] |
 //!
 //! [dirtymap-vm-memory]: https://docs.rs/dirtymap-vm-memory
 //! [dirtymap-kvm]: https://docs.rs/dirtymap-kvm
@@ -63,6 +68,7 @@
 //! [dirtymap-iommufd]: https://docs.rs/dirtymap-iommufd
 //! [dirtymap-vfio]: https://docs.rs/dirtymap-vfio
 //! [dirtymap-formats]: https://docs.rs/dirtymap-formats
+//! [dirtymap-store]: https://docs.rs/dirtymap-store
 //!
 //! ```text
 //!  device write -> IOTLB -> leaf, D bit --+

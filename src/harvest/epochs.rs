@@ -1,5 +1,7 @@
 //! What a consumer says about its epochs, and what holds one of them.
 
+use std::fmt;
+
 use super::Consumer;
 use crate::space::{AddressSpace, Bounds, Epoch, Party, Since};
 use crate::sync::Arc;
@@ -10,7 +12,6 @@ use crate::sync::Arc;
 /// It costs memory in proportion to the pages that were committed after the epoch and before the
 /// next one that has a cursor: 4 bytes for each run, and at most 4 KiB for 32768 pages. See
 /// [`Bounds`].
-#[derive(Debug)]
 #[must_use = "a cursor that is dropped holds nothing"]
 pub struct Cursor {
     party: Arc<Party>,
@@ -32,6 +33,15 @@ impl Clone for Cursor {
             party: Arc::clone(&self.party),
             epoch: self.epoch,
         }
+    }
+}
+
+impl fmt::Debug for Cursor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cursor")
+            .field("consumer", &self.party.name())
+            .field("epoch", &self.epoch)
+            .finish()
     }
 }
 
