@@ -445,6 +445,51 @@ impl BitmapError {
     }
 }
 
+/// For code that returns [`std::io::Result`], because it writes to files and sockets as well.
+/// `io::Error::downcast` gives the [`Error`] back.
+///
+/// ```
+/// use dirtymap::{Access, AddressSpace, Error, Granule};
+/// use std::io::{self, Write};
+///
+/// fn list(space: &AddressSpace, mut to: impl Write) -> io::Result<()> {
+///     let lease = space.rounds().next()?;
+///     for run in lease.runs() {
+///         writeln!(to, "{run}")?;
+///     }
+///     lease.commit();
+///     Ok(())
+/// }
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let space = AddressSpace::tracked(Granule::K4);
+/// let error = list(&space, io::sink()).unwrap_err();
+/// assert!(matches!(error.downcast::<Error>()?, Error::NothingMapped { .. }));
+/// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+/// # list(&space, io::sink())?;
+/// # Ok(())
+/// # }
+/// ```
+impl From<Error> for std::io::Error {
+    fn from(error: Error) -> Self {
+        std::io::Error::other(error)
+    }
+}
+
+/// As an [`Error`].
+impl From<RangeError> for std::io::Error {
+    fn from(error: RangeError) -> Self {
+        Error::from(error).into()
+    }
+}
+
+/// As an [`Error`].
+impl From<BitmapError> for std::io::Error {
+    fn from(error: BitmapError) -> Self {
+        Error::from(error).into()
+    }
+}
+
 impl From<BitmapError> for Error {
     fn from(error: BitmapError) -> Self {
         match error {

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use common::{Fake, PAGE, pages};
 use dirtymap::harvest::Backing;
 use dirtymap::{
-    Access, AddressSpace, Change, Granule, HarvestRequest, IovaRange, Lease, SparseBitmap, Start,
-    Synced, UserBitmap,
+    Access, AddressSpace, Change, Error, Granule, HarvestRequest, IovaRange, Lease, Mapping,
+    SparseBitmap, Start, Synced, UserBitmap,
 };
 
 const RW: Access = Access::ReadWrite;
@@ -259,4 +259,21 @@ fn random_programs_tell_each_write_with_its_guest_page() {
         }
         assert!(log.is_empty(), "seed {seed}: {log:?} were not told");
     }
+}
+
+/// The backing of each part of a lease is a range to mark, up to the last address.
+#[test]
+fn a_part_has_its_backing_as_a_range() {
+    let range = pages(3, 2);
+    let part = |backing| Mapping {
+        range,
+        backing,
+        access: RW,
+    };
+    assert_eq!(part(7 * PAGE).backing_range().unwrap(), pages(7, 2));
+    let top = u64::MAX - 2 * PAGE + 1;
+    let last = part(top).backing_range().unwrap();
+    assert_eq!((last.start().get(), last.last().get()), (top, u64::MAX));
+    let refused = part(top + 1).backing_range();
+    assert!(matches!(refused, Err(Error::BackingWraps { backing, .. }) if backing == top + 1));
 }

@@ -6,9 +6,10 @@
 mod common;
 
 use common::{Fake, PAGE, pages};
+use dirtymap::bitmap::BitmapError;
 use dirtymap::{
-    Access, AddressSpace, Change, Error, Granule, HarvestRequest, Holes, Iova, IovaRange, Scope,
-    UserBitmap,
+    Access, AddressSpace, Change, Error, Granule, HarvestRequest, Holes, Iova, IovaRange,
+    RangeError, Scope, UserBitmap,
 };
 use std::sync::Arc;
 
@@ -472,4 +473,27 @@ fn changes_are_refused_in_order() {
         assert_eq!(world.state(), before, "{refused}");
     }
     assert_eq!(space.domains(), [domain]);
+}
+
+/// Code between files and calls of this library returns `io::Result`. A failed write to a socket
+/// was "the dirty source failed" there, because no error of the library turned into one of files.
+#[test]
+fn errors_turn_into_those_of_files_and_back() {
+    fn io<T>(result: Result<T, impl Into<std::io::Error>>) -> Error {
+        let error = result.map(drop).map_err(Into::into).unwrap_err();
+        error.downcast::<Error>().unwrap()
+    }
+    let refused = io(IovaRange::from_len(Iova::new(1), 0));
+    assert!(matches!(
+        refused,
+        Error::Range(RangeError::ZeroLength { .. })
+    ));
+    let range = bytes(0, 1 << 20);
+    let refused = io(UserBitmap::new(&mut [0]).view(range, Granule::K4));
+    assert!(matches!(
+        refused,
+        Error::Bitmap(BitmapError::TooShort { .. })
+    ));
+    let refused = io(AddressSpace::tracked(Granule::K4).rounds().next());
+    assert!(matches!(refused, Error::NothingMapped { .. }));
 }

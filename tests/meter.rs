@@ -118,6 +118,49 @@ fn the_coldest_runs_come_first() {
     assert_eq!(order, right);
 }
 
+/// A run that is as long as all addresses: its cost is that of the granules that were written. It
+/// was a step for each 2 MiB, 2^43 of them, which took for ever.
+#[test]
+fn the_coldest_runs_of_a_huge_run_take_a_step_for_each_granule_that_was_written() {
+    let space = space(64 * MIB);
+    let mut meter = meter(&space, 10);
+    for at in [4 * MIB, 6 * MIB, 32 * MIB] {
+        space.mark(range(at, PAGE)).unwrap();
+    }
+    meter.look(SECOND).unwrap();
+    let order = meter.coldest_first([IovaRange::ALL]);
+    let right = [
+        range(0, 4 * MIB),
+        range(8 * MIB, 24 * MIB),
+        IovaRange::new(Iova::new(34 * MIB), Iova::MAX).unwrap(),
+        range(4 * MIB, 4 * MIB), // two granules of the same heat
+        range(32 * MIB, 2 * MIB),
+    ];
+    assert_eq!(order, right);
+    // The same, granule by granule, over runs that begin and end anywhere.
+    for start in (0..12 * MIB).step_by(509 * 1024) {
+        for len in [1, 2 * MIB, 5 * MIB + 1, 40 * MIB] {
+            let run = range(start, len);
+            let mut parts: Vec<(f64, IovaRange)> = Vec::new();
+            for n in start / (2 * MIB)..=(start + len - 1) / (2 * MIB) {
+                let granule = range(n * 2 * MIB, 2 * MIB);
+                let (heat, part) = (meter.rate_of(granule), run.intersection(granule).unwrap());
+                match parts.last_mut() {
+                    Some((other, whole)) if *other == heat => *whole = whole.hull(part),
+                    _ => parts.push((heat, part)),
+                }
+            }
+            parts.sort_by(|one, other| one.0.total_cmp(&other.0));
+            assert!(
+                parts
+                    .iter()
+                    .map(|part| part.1)
+                    .eq(meter.coldest_first([run]))
+            );
+        }
+    }
+}
+
 /// Pages 0 to 9 in turn, one each look: so many different ones are written in so many looks.
 #[test]
 fn what_is_written_within_a_time_is_counted_once() {

@@ -35,7 +35,7 @@ use crate::units::{Granule, IovaRange, ToIovaRange};
 /// let backing = lease.backing().ok_or("not asked for")?;
 /// for part in lease.runs().flat_map(|run| backing.of(run)) {
 ///     assert_eq!(part.backing, 0x6000);
-///     guest.mark(part.backing..part.backing + 0x1000)?; // dirty for the guest's own migration
+///     guest.mark(part.backing_range()?)?; // dirty for the guest's own migration
 /// }
 /// lease.commit();
 /// # Ok(())

@@ -1,5 +1,7 @@
 //! The calls of a consumer that concern its epochs and bounds, and the cursor that holds an epoch.
 
+use std::fmt;
+
 use super::Consumer;
 use crate::space::{AddressSpace, Bounds, Epoch, Party, Since};
 use crate::sync::Arc;
@@ -30,7 +32,6 @@ use crate::sync::Arc;
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Debug)]
 #[must_use = "a cursor that is dropped holds nothing"]
 pub struct Cursor {
     party: Arc<Party>,
@@ -52,6 +53,15 @@ impl Clone for Cursor {
             party: Arc::clone(&self.party),
             epoch: self.epoch,
         }
+    }
+}
+
+impl fmt::Debug for Cursor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cursor")
+            .field("consumer", &self.party.name())
+            .field("epoch", &self.epoch)
+            .finish()
     }
 }
 

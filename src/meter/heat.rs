@@ -136,12 +136,7 @@ impl Heat {
     ) -> Vec<IovaRange> {
         let mut parts: Vec<(f64, IovaRange)> = Vec::new();
         for run in runs {
-            for (nth, part) in cut(run, self.granule).enumerate() {
-                let number = part.start().get() >> self.granule.lg2();
-                let heat = self
-                    .granules
-                    .get(&number)
-                    .map_or(0.0, |sum| self.read(*sum));
+            for (nth, (heat, part)) in self.parts(run).enumerate() {
                 match parts.last_mut() {
                     Some((other, whole)) if nth > 0 && *other == heat => *whole = whole.hull(part),
                     _ => parts.push((heat, part)),
@@ -151,6 +146,36 @@ impl Heat {
         // Stable, and rates are numbers.
         parts.sort_by(|one, other| one.0.total_cmp(&other.0));
         parts.into_iter().map(|(_, part)| part).collect()
+    }
+
+    /// The parts of `run` in ascending order, each with its rate: those in granules that were ever
+    /// written, and what is between them as a whole.
+    fn parts(&self, run: IovaRange) -> impl Iterator<Item = (f64, IovaRange)> {
+        let number = |at: Iova| at.get() >> self.granule.lg2();
+        let mut written = self
+            .granules
+            .range(number(run.start())..=number(run.last()))
+            .filter_map(move |(n, sum)| Some((self.addresses(*n).intersection(run)?, sum)))
+            .peekable();
+        let mut next = Some(run.start());
+        std::iter::from_fn(move || {
+            let start = next?;
+            let (heat, part) = match written.next_if(|(part, _)| part.start() == start) {
+                Some((part, sum)) => (self.read(*sum), part),
+                None => {
+                    let rest = IovaRange::ascending(start, run.last());
+                    let gap = written
+                        .peek()
+                        .map_or(Some(rest), |(part, _)| rest.below(part.start()));
+                    (0.0, gap?)
+                }
+            };
+            next = part
+                .last()
+                .checked_add(1)
+                .filter(|next| *next <= run.last());
+            Some((heat, part))
+        })
     }
 
     fn addresses(&self, number: u64) -> IovaRange {

@@ -199,6 +199,7 @@ impl<'a> Meter<'a> {
     /// rates, and abort the rest of the lease. Then pages with high rates are sent once, at the
     /// end, and not in each round. Runs are cut where the rate of the granule changes. Runs of
     /// equal rates stay in ascending order of addresses.
+    /// Costs a step for each run, and for each granule of it that was ever written.
     ///
     /// ```
     /// # use dirtymap::meter::Meter;

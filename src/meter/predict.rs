@@ -39,7 +39,18 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// A migration with 1 to 30 rounds and no overhead.
+    /// A migration with 1 to 30 rounds and no overhead. Set the fields to change that:
+    ///
+    /// ```
+    /// use dirtymap::meter::Plan;
+    /// use std::num::NonZeroU64;
+    /// use std::time::Duration;
+    ///
+    /// let link = NonZeroU64::new(125_000_000).unwrap_or(NonZeroU64::MIN); // a gigabit
+    /// let mut plan = Plan::new(4 << 30, link, Duration::from_millis(100));
+    /// plan.rounds = 1..=8;
+    /// plan.overhead = Duration::from_millis(2);
+    /// ```
     pub fn new(bytes: u64, bytes_per_second: NonZeroU64, downtime: Duration) -> Self {
         Plan {
             bytes,

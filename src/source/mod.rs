@@ -39,6 +39,35 @@ pub struct Mapping {
     pub access: Access,
 }
 
+impl Mapping {
+    /// The backing addresses of all of the range.
+    ///
+    /// ```
+    /// use dirtymap::{Access, AddressSpace, Granule, ToIovaRange};
+    ///
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// let space = AddressSpace::tracked(Granule::K4);
+    /// space.map(0xf000_0000..0xf000_4000, 0x5000, Access::ReadWrite)?;
+    /// let area = space.mappings()[0];
+    /// assert_eq!(area.backing_range()?, (0x5000..0x9000).to_iova_range()?);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::BackingWraps`] if they go past the last address. No area of a space has such
+    /// addresses.
+    pub fn backing_range(&self) -> Result<IovaRange, Error> {
+        let first = Iova::new(self.backing);
+        let len = self.range.last().get() - self.range.start().get();
+        let last = first.checked_add(len).ok_or(Error::BackingWraps {
+            backing: self.backing,
+            range: self.range,
+        })?;
+        Ok(IovaRange::ascending(first, last))
+    }
+}
+
 /// Whether a source is to track writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tracking {

@@ -134,6 +134,12 @@ pub enum Parent {
 }
 
 /// The reason for which everything has to be copied.
+///
+/// ```
+/// use dirtymap::harvest::Why;
+///
+/// assert_eq!(Why::Foreign.to_string(), "the epoch is one of another consumer");
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Why {
@@ -153,6 +159,20 @@ pub enum Why {
     /// No cursor holds the epoch, so its increment was merged with others; or the lease with this
     /// number was aborted.
     Merged,
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Why::Beginning => "the consumer begins",
+            Why::Bounds => "more was held than the bounds of the consumer allow",
+            Why::Late => "a lease that was harvested later was committed earlier",
+            Why::Parts => "parts of another lease are committed, and it has not ended",
+            Why::Foreign => "the epoch is one of another consumer",
+            Why::Future => "the epoch is not committed yet",
+            Why::Merged => "no cursor has held the epoch",
+        })
+    }
 }
 
 /// The result of [`Consumer::since`](crate::Consumer::since).

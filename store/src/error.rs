@@ -160,6 +160,13 @@ impl Error {
     }
 }
 
+/// For code that returns [`io::Result`]. `io::Error::downcast` gives the [`Error`] back.
+impl From<Error> for io::Error {
+    fn from(error: Error) -> Self {
+        io::Error::other(error)
+    }
+}
+
 /// Why everything has to be copied: the store does not know what was written since a copy.
 ///
 /// Each reason means the whole device, never a shorter list.

@@ -19,11 +19,14 @@ pub struct ConsumerInfo {
     pub name: String,
     /// Its last durable commit.
     pub committed: Option<Epoch>,
-    /// The increment that it has, and has neither committed nor aborted.
+    /// The increment that it has, and has neither committed nor aborted. `None` after an
+    /// [`open`](Store::open): a crash aborts it.
     pub outstanding: Option<Epoch>,
 }
 
-/// What a consumer has to copy. Dropping it without a commit makes it dirty again.
+/// What a consumer has to copy. Dropping it without a commit makes it dirty again. One that is
+/// forgotten ([`std::mem::forget`]) keeps its consumer from the next harvest until the store is
+/// opened again.
 #[must_use = "an increment that is dropped is dirty again"]
 #[derive(Debug)]
 pub struct Increment<'s> {
@@ -112,8 +115,9 @@ impl Store {
     /// The next increment of a consumer: what was written since `parent`, the epoch of the copy
     /// that it has. It is durable in the log that the consumer has it.
     ///
-    /// `parent` is the last commit of the consumer, or an increment that it made durable and whose
-    /// commit was cut off by a crash. Any other parent, and none, means everything.
+    /// `parent` is the last commit of the consumer, or an increment since then that it made durable
+    /// and did not commit: a crash cut the commit off, or it was aborted or dropped. Any other
+    /// parent, and none, means everything.
     ///
     /// Each write that ended before the call is in the increment. A write in flight is in a later
     /// one.

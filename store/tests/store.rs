@@ -101,6 +101,64 @@ fn an_unknown_parent_means_everything() {
     assert_eq!(store.harvest("a", Some(first)).unwrap().everything(), None);
 }
 
+/// A consumer that made an increment durable, and did not commit it, may name it: by then it is
+/// dirty again, so the next one has its pages once more. After the next commit it is unknown.
+#[test]
+fn an_increment_that_was_not_committed_may_be_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = create(dir.path(), &Options::new());
+    store.join("a").unwrap();
+    let first = store.harvest("a", None).unwrap().commit(|| Ok(())).unwrap();
+    write(&store, 0..1);
+    let mut named = Vec::new();
+    for end in 0..3 {
+        let increment = store.harvest("a", Some(first)).unwrap();
+        named.push(increment.epoch());
+        match end {
+            0 => increment.abort().unwrap(),
+            1 => drop(increment),
+            _ => drop(
+                increment
+                    .commit(|| Err(io::Error::other("full")))
+                    .unwrap_err(),
+            ),
+        }
+    }
+    write(&store, 0x8000..0x8001);
+    for epoch in &named {
+        let next = store.harvest("a", Some(*epoch)).unwrap();
+        assert_eq!(next.parent(), Some(*epoch));
+        assert_eq!(runs(&next), [range(0..0x1000), range(0x8000..0x9000)]);
+    }
+    let last = store.harvest("a", Some(first)).unwrap();
+    last.commit(|| Ok(())).unwrap();
+    for asked in named {
+        let next = store.harvest("a", Some(asked)).unwrap();
+        assert_eq!(next.everything(), Some(&Why::UnknownParent { asked }));
+    }
+}
+
+/// One that is forgotten blocks its consumer until the store is opened again, which aborts it.
+#[test]
+fn an_increment_that_is_forgotten_ends_with_the_store() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = create(dir.path(), &Options::new());
+    store.join("a").unwrap();
+    std::mem::forget(store.harvest("a", None).unwrap());
+    assert!(store.consumers().unwrap()[0].outstanding.is_some());
+    let refused = store.harvest("a", None).unwrap_err();
+    assert!(matches!(refused, Error::Outstanding { number: 1, .. }));
+    let other = io::Error::from(refused); // for code that returns errors of files
+    assert!(other.downcast::<Error>().is_ok());
+    drop(store);
+    let store = known(dir.path(), &DEVICE);
+    assert_eq!(store.consumers().unwrap()[0].outstanding, None);
+    assert_eq!(
+        runs(&store.harvest("a", None).unwrap()),
+        [range(0..DEVICE.len)]
+    );
+}
+
 /// A copy that is not durable commits nothing, and one consumer takes nothing from another.
 #[test]
 fn consumers_are_independent_and_a_failed_commit_takes_nothing() {

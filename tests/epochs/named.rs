@@ -366,3 +366,25 @@ fn cursors_out_of_bounds_are_told_everything() {
     next(&one);
     assert!(matches!(one.since(newest.epoch()), Since::Runs(_)));
 }
+
+/// A backup prints why it copies everything, and which epoch it holds. A cursor printed the whole
+/// of its consumer, with locks, and a reason had no text.
+#[test]
+fn reasons_and_cursors_print_what_a_backup_logs() {
+    let whys = [
+        Why::Beginning,
+        Why::Bounds,
+        Why::Late,
+        Why::Parts,
+        Why::Foreign,
+        Why::Future,
+        Why::Merged,
+    ];
+    let texts: std::collections::BTreeSet<String> = whys.iter().map(Why::to_string).collect();
+    assert_eq!(texts.len(), whys.len());
+    let space = space(1);
+    let one = space.consumer("one", Start::Clean).unwrap();
+    let cursor = one.cursor();
+    let right = format!("Cursor {{ consumer: \"one\", epoch: {:?} }}", one.epoch());
+    assert_eq!(format!("{cursor:?}"), right);
+}
