@@ -116,11 +116,11 @@ fn space() -> Arc<AddressSpace> {
 
 /// A thread marks by the handle of an area, while the area is cut and one piece is unmapped. The
 /// mark of that piece is counted by one of the two. The rest is marked, and a new area in the place
-/// of the piece is not.
+/// of the piece is not. One preemption, and two in deep runs, as two take most of the time of all
+/// models here. The steps are missed by the model of a batch.
 #[test]
 fn a_mark_by_a_handle_follows_a_cut() {
-    let steps = [Step::GiveWay, Step::SayGone, Step::SummarizedFence];
-    holds_within(BOUND, &steps, || {
+    holds_within(Bound::between(1, 1), &[], || {
         let space = space();
         space.start_tracking().unwrap();
         let handle = space.area(Iova::MIN).unwrap();
