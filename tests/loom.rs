@@ -199,9 +199,10 @@ impl DirtySource for StopsAtTwo {
 /// Rule 15, and invariant 4: a harvest that stops hands over its debt, and then puts back the pages
 /// of an earlier source. Otherwise the second harvest takes the page, syncs without a flush, and
 /// the device's next write goes through the stale translation.
+/// Two preemptions miss the step as three do, in a tenth of the time.
 #[test]
 fn a_stop_owes_before_it_puts_back() {
-    holds_only_with(&[Step::OweBeforeStop], || {
+    holds_within(Bound::between(2, 2), &[Step::OweBeforeStop], || {
         let hardware = Arc::new(OnePage {
             dirty: AtomicU64::new(1),
             cached: Mutex::new(true),
