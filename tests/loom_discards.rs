@@ -5,13 +5,15 @@
 #![cfg(dirtymap_loom)]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
+mod common_loom;
+
+use common_loom::{OnePage, Source};
 use dirtymap::harvest::Content;
-use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::sync::model::{Bound, holds_within};
-use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering::Relaxed, Step, lock, thread};
+use dirtymap::sync::{Arc, AtomicU64, Ordering::Relaxed, Step, thread};
 use dirtymap::{
-    Access, AddressSpace, Consumer, DirtySource, Error, Granule, HarvestRequest, Iova, IovaRange,
-    Lease, Owed, Rounds, Start, Tracking, UserBitmap,
+    Access, AddressSpace, Consumer, Granule, HarvestRequest, Iova, IovaRange, Lease, Owed, Rounds,
+    Start, UserBitmap,
 };
 
 const PAGE: Granule = Granule::K4;
@@ -225,68 +227,12 @@ fn a_discard_that_fails_is_never_zero() {
     });
 }
 
-/// A page with a dirty bit, and one device whose IOTLB holds "D is set". The lock stands for a
-/// write in flight: an invalidation waits for it.
-struct OnePage {
-    dirty: AtomicU64,
-    cached: Mutex<bool>,
-    data: AtomicU64,
-}
-
-impl OnePage {
-    fn device_writes(&self, value: u64) {
-        let mut cached = lock(&self.cached);
-        if !*cached {
-            // A read-modify-write, as the compare-exchange of hardware is: see `loom.rs`.
-            self.dirty.swap(1, dirtymap::sync::Ordering::SeqCst);
-            *cached = true;
-        }
-        self.data.store(value, Relaxed);
-    }
-}
-
-struct Source(Arc<OnePage>);
-
-impl DirtySource for Source {
-    fn unmap(&self, _: IovaRange, _: &mut FlushGather, _: &mut dyn FnMut(IovaRange)) {}
-
-    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
-        Ok(())
-    }
-
-    fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
-        let dirty = &self.0.dirty;
-        // Relaxed, both: a scan promises no more.
-        if dirty.load(Relaxed) == 0 {
-            return Ok(());
-        }
-        let clear = || dirty.swap(0, Relaxed) == 1;
-        out.take(range, PAGE, clear).map_err(|error| Stopped {
-            at: range.start(),
-            error,
-        })
-    }
-
-    fn peek(&self, _: IovaRange, _: &mut Sink<'_>) -> Result<(), Stopped> {
-        Ok(())
-    }
-
-    fn invalidate(&self, _: &FlushGather) -> Result<Invalidated, Error> {
-        *lock(&self.0.cached) = false;
-        Ok(Invalidated::default())
-    }
-}
-
 /// A lease that owes its flush has taken the dirty bit, while a page is discarded. The device
 /// writes after that: by a cached "D is set", unless the discard has flushed.
 #[test]
 fn a_device_that_writes_after_a_discard_sets_d_anew() {
     holds_within(BOUND, &[Step::FlushAtDiscard], || {
-        let hardware = Arc::new(OnePage {
-            dirty: AtomicU64::new(0),
-            cached: Mutex::new(false),
-            data: AtomicU64::new(0),
-        });
+        let hardware = OnePage::new(false);
         let space = Arc::new(AddressSpace::with_source(PAGE, Source(hardware.clone())).unwrap());
         space.map(page(0), 0, Access::ReadWrite).unwrap();
         space.start_tracking().unwrap();

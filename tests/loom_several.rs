@@ -3,13 +3,15 @@
 #![cfg(dirtymap_loom)]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
+mod common_loom;
+
+use common_loom::{OnePage, Source};
 use dirtymap::harvest::Bounds;
-use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::sync::model::{Bound, holds_within};
-use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering::Relaxed, Step, lock, thread};
+use dirtymap::sync::{Arc, AtomicU64, Ordering::Relaxed, Step, thread};
 use dirtymap::{
-    Access, AddressSpace, Consumer, DirtySource, Error, Granule, HarvestRequest, Iova, IovaRange,
-    Rounds, Start, Tracking, UserBitmap,
+    Access, AddressSpace, Consumer, Granule, HarvestRequest, Iova, IovaRange, Rounds, Start,
+    UserBitmap,
 };
 
 const PAGE: Granule = Granule::K4;
@@ -127,67 +129,6 @@ fn an_abort_of_one_consumer_takes_nothing_from_another() {
     });
 }
 
-/// A page with a dirty bit, and one device whose IOTLB holds "D is set". The lock stands for a
-/// write in flight: an invalidation waits for it.
-struct OnePage {
-    dirty: AtomicU64,
-    cached: Mutex<bool>,
-    data: AtomicU64,
-}
-
-impl OnePage {
-    /// Page 0 is dirty, and the device has cached that.
-    fn dirty() -> Arc<Self> {
-        Arc::new(OnePage {
-            dirty: AtomicU64::new(1),
-            cached: Mutex::new(true),
-            data: AtomicU64::new(1),
-        })
-    }
-
-    fn device_writes(&self, value: u64) {
-        let mut cached = lock(&self.cached);
-        if !*cached {
-            // A read-modify-write, as the compare-exchange of hardware is: see `loom.rs`.
-            self.dirty.swap(1, dirtymap::sync::Ordering::SeqCst);
-            *cached = true;
-        }
-        self.data.store(value, Relaxed);
-    }
-}
-
-struct Source(Arc<OnePage>);
-
-impl DirtySource for Source {
-    fn unmap(&self, _: IovaRange, _: &mut FlushGather, _: &mut dyn FnMut(IovaRange)) {}
-
-    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
-        Ok(())
-    }
-
-    fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
-        let dirty = &self.0.dirty;
-        // Relaxed, both: a scan promises no more.
-        if dirty.load(Relaxed) == 0 {
-            return Ok(());
-        }
-        let clear = || dirty.swap(0, Relaxed) == 1;
-        out.take(range, PAGE, clear).map_err(|error| Stopped {
-            at: range.start(),
-            error,
-        })
-    }
-
-    fn peek(&self, _: IovaRange, _: &mut Sink<'_>) -> Result<(), Stopped> {
-        Ok(())
-    }
-
-    fn invalidate(&self, _: &FlushGather) -> Result<Invalidated, Error> {
-        *lock(&self.0.cached) = false;
-        Ok(Invalidated::default())
-    }
-}
-
 /// A space over the page, before it tracks.
 fn over(hardware: &Arc<OnePage>) -> AddressSpace {
     let space = AddressSpace::with_source(PAGE, Source(hardware.clone())).unwrap();
@@ -202,7 +143,7 @@ fn over(hardware: &Arc<OnePage>) -> AddressSpace {
 fn a_leaf_is_told_to_each_consumer() {
     let steps = [Step::LeaveToOthers, Step::LookAtFlights, Step::FlightFence];
     holds_within(BOUND, &steps, || {
-        let hardware = OnePage::dirty();
+        let hardware = OnePage::new(true);
         let space = Arc::new(over(&hardware));
         let one = Consumer::shared(space.clone(), "one", Start::Clean).unwrap();
         hardware.device_writes(2);
@@ -217,7 +158,7 @@ fn a_leaf_is_told_to_each_consumer() {
 #[test]
 fn what_is_left_to_a_consumer_carries_its_debt() {
     holds_within(BOUND, &[Step::CarryDebt], || {
-        let hardware = OnePage::dirty();
+        let hardware = OnePage::new(true);
         let space = Arc::new(over(&hardware));
         let one = Consumer::shared(space.clone(), "one", Start::Clean).unwrap();
         let two = Consumer::shared(space.clone(), "two", Start::Clean).unwrap();
@@ -239,7 +180,7 @@ fn what_is_left_to_a_consumer_carries_its_debt() {
 fn a_consumer_that_joins_is_told_what_comes_after() {
     let steps = [Step::WaitForWalks, Step::FlushAtJoin];
     holds_within(BOUND, &steps, || {
-        let hardware = OnePage::dirty();
+        let hardware = OnePage::new(true);
         let space = Arc::new(over(&hardware));
         hardware.device_writes(2);
         let harvester = thread::spawn({
@@ -362,7 +303,7 @@ fn a_store_that_is_dropped_is_told_as_a_whole() {
 #[test]
 fn a_lease_of_everything_waits_for_harvests_with_the_old_store() {
     holds_within(BOUND, &[Step::CatchUp], || {
-        let hardware = OnePage::dirty();
+        let hardware = OnePage::new(true);
         let space = Arc::new(over(&hardware));
         let one = with_full_store(&space, 0);
         let two = Consumer::shared(space.clone(), "two", Start::Clean).unwrap();
