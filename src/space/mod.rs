@@ -420,10 +420,10 @@ impl AddressSpace {
     /// All areas of one moment, in ascending order. Lock-free.
     pub fn mappings(&self) -> Vec<Mapping> {
         let snapshot = self.areas.snapshot();
-        snapshot
-            .iter(IovaRange::ALL)
-            .map(|entry| entry.area.mapping)
-            .collect()
+        let mut mappings = Vec::with_capacity(snapshot.len());
+        let areas = snapshot.iter(IovaRange::ALL);
+        mappings.extend(areas.map(|entry| entry.area.mapping));
+        mappings
     }
 
     /// Frees memory of areas that were unmapped. Each map and unmap does a part of that for earlier
