@@ -1,8 +1,8 @@
 # Builds that several stages share. Sourced by scripts.
 
 # The packages with programs that stages start in the release profile. A build names all of them,
-# because a build of one of them alone has other features of what they share, and so builds that once
-# more. `proptests` is not among them: it adds `__sabotage` to the library.
+# because a build of one package alone has other features of the shared crates, and compiles these
+# once more. `proptests` is not among them: it adds `__sabotage` to the library.
 programs=(dirtymap-examples backup-example pagetable-sim adapter-examples dirtymap-kvm
   dirtymap-pagemap dirtymap-vfio dirtymap-vhost dirtymap-vm-memory dirtymap-benches)
 programs=("${programs[@]/#/--package=}")

@@ -1,8 +1,8 @@
 # Commands that use one processor each, or that mostly wait, beside each other. Sourced by scripts.
 
-# Runs each line of its input as a command, as many at a time as there are processors. What a command
-# says is printed whole when it has ended. All of them run. False if one has failed, or if there is
-# none.
+# Runs each line of its input as a command, as many at a time as there are processors. The output of
+# a command is printed whole when it has ended. All of them run. False if one has failed, or if
+# there is none.
 side_by_side() {
   local folder commands number failed=0
   folder=$(mktemp -d) || return 1
