@@ -1,5 +1,7 @@
 //! The place of what a harvest takes: words of the user's bitmap.
 
+use std::ptr;
+
 use super::chunk::LINE_WORDS;
 use crate::sync::{AtomicU64, Ordering};
 
@@ -21,6 +23,14 @@ impl<'a> Place<'a> {
         self.0.len() / LINE_WORDS
     }
 
+    /// The address of its first word, for a prefetch; null if it has no words.
+    #[inline(always)]
+    pub(super) fn first(self) -> *const u8 {
+        self.0
+            .first()
+            .map_or(ptr::null(), |word| ptr::from_ref(word).cast())
+    }
+
     /// Line `nth`, if it has all words of it.
     #[inline(always)]
     pub(super) fn line(self, nth: usize) -> Option<&'a [AtomicU64; LINE_WORDS]> {
@@ -40,7 +50,7 @@ impl<'a> Place<'a> {
     /// Sets all bits of its whole lines, and returns how many were clear.
     pub(super) fn fill(self) -> u64 {
         let mut clear = 0;
-        for line in self.0.chunks_exact(LINE_WORDS) {
+        for line in self.0.as_chunks::<LINE_WORDS>().0 {
             // Relaxed, all: as in `record`.
             let or = |any, word: &AtomicU64| any | word.load(Ordering::Relaxed);
             clear += match line.iter().fold(0, or) {

@@ -477,7 +477,7 @@ fn clear(word: &AtomicU64, seen: u64) {
 
 /// Clears the words of a chunk that was visited as a whole.
 fn clear_words(chunk: &Chunk) {
-    for line in chunk.0.chunks(LINE_WORDS) {
+    for line in chunk.0.as_chunks::<LINE_WORDS>().0 {
         // Relaxed: as in `visit_line`.
         let or = |any, word: &AtomicU64| any | word.load(Ordering::Relaxed);
         if line.iter().fold(0, or) != 0 {
