@@ -26,6 +26,8 @@ const PAGES: u64 = 1 << 24;
 const WORDS: usize = (PAGES / 64) as usize;
 /// Bits of a cache line.
 const LINE: u64 = 512;
+/// Bits of a chunk.
+const CHUNK: u64 = 1 << 15;
 /// Operations of the workloads that repeat one.
 const TIMES: u64 = 1 << 12;
 /// A page of the middle of the memory.
@@ -38,7 +40,7 @@ const LONG: u64 = 1 << 30;
 /// A workload: its name, how many operations it counts, and the function that runs it.
 type Workload = (&'static str, u64, fn());
 
-const WORKLOADS: [Workload; 23] = [
+const WORKLOADS: &[Workload] = &[
     ("mark-hot-handle", TIMES, mark_hot::<ThroughHandle>),
     ("mark-hot-space", TIMES, mark_hot::<ThroughSpace>),
     ("mark-cold", TIMES, || mark_cold(PAGE)),
@@ -49,6 +51,10 @@ const WORKLOADS: [Workload; 23] = [
     ("harvest-clean-line", PAGES / LINE, || harvest(0)),
     ("harvest-dirty-line", PAGES / LINE, || harvest(LINE)),
     ("harvest-dirty-word", PAGES / 64, || harvest(64)),
+    ("harvest-piece-line", PAGES / LINE, || harvest_whole(RANGE)),
+    ("harvest-whole-chunk", PAGES / CHUNK, || {
+        harvest_whole(PAGES * PAGE)
+    }),
     (
         "harvest-dirty-line-2-consumers",
         PAGES / LINE,
@@ -153,6 +159,16 @@ fn harvest(every: u64) {
     if every > 0 {
         mark_one_in(&peer, every);
     }
+    let mut bitmap = vec![0; WORDS];
+    counted(&mut || peer.harvest(black_box(&mut bitmap)));
+}
+
+/// A harvest in which all pages are dirty, marked in pieces of `piece` bytes.
+fn harvest_whole(piece: u64) {
+    let peer = cleaned();
+    (0..PAGES * PAGE)
+        .step_by(piece as usize)
+        .for_each(|start| peer.mark(start, piece));
     let mut bitmap = vec![0; WORDS];
     counted(&mut || peer.harvest(black_box(&mut bitmap)));
 }
