@@ -453,9 +453,14 @@ impl<T, const F: usize, R> Drop for Reclaim<T, F, R> {
     fn drop(&mut self) {
         // Relaxed: exclusive access, so all stores happened before.
         let pool = self.pool.load(Ordering::Relaxed);
-        // SAFETY: made by `Box::into_raw`, in `new` or `put_back`. It is there, because an update
-        // borrows us as long as it has the pool. `&mut self`: no update can check it out.
-        let mut pool = unsafe { Box::from_raw(pool) };
+        let mut pool = if pool.is_null() {
+            // A thread has ended inside of an update without unwinding, as in a model that fails.
+            Pool::new(self.census.clone())
+        } else {
+            // SAFETY: made by `Box::into_raw`, in `new` or `put_back`; `&mut self`, so no update
+            // can check it out.
+            unsafe { Box::from_raw(pool) }
+        };
         self.absorb_further(&mut pool);
         self.absorb_returned(&mut pool);
         // SAFETY: the tree holds a count of us, and readers borrow the tree: none is left.
