@@ -26,8 +26,7 @@ const BLOCK: usize = LINE_WORDS;
 #[repr(align(64))]
 struct Line([AtomicU64; BLOCK]);
 
-/// Lines are words without gaps, for [`Group::near`]; not those of the model checkers, which know
-/// no slabs.
+/// Lines are words without gaps, but for those of the model checkers.
 const _: () = assert!(TINY || size_of::<Line>() == BLOCK * size_of::<AtomicU64>());
 
 /// See the [module](self).
@@ -36,6 +35,8 @@ pub(super) struct Group {
     len: usize,
     /// A line of summaries for each block of chunks, then a line of states for each.
     lines: Box<[Line]>,
+    /// The words of summaries: the number of the first word of state.
+    states_at: usize,
     chunks: Chunks,
 }
 
@@ -70,6 +71,7 @@ impl Group {
         Group {
             len,
             lines: (0..2 * blocks).map(|_| clean()).collect(),
+            states_at: blocks * BLOCK,
             chunks,
         }
     }
@@ -85,15 +87,28 @@ impl Group {
     pub(super) fn slot(&self, nth: u64) -> Slot<'_> {
         let nth = nth as usize;
         assert!(nth < self.len, "chunk {nth} of a group of {}", self.len);
-        let (block, word) = (nth / BLOCK, nth % BLOCK);
-        // SAFETY: half of the lines are summaries, with a word for each of `len` chunks.
-        let summaries = unsafe { self.lines.get_unchecked(block) };
-        // SAFETY: the other half are as many states.
-        let states = unsafe { self.lines.get_unchecked(self.lines.len() / 2 + block) };
         Slot {
-            summary: &summaries.0[word],
-            state: AtomicState(&states.0[word]),
+            // SAFETY: the first half of the lines has a summary for each of `len` chunks.
+            summary: unsafe { self.word(nth) },
+            // SAFETY: the second half, which begins there, has as many states.
+            state: AtomicState(unsafe { self.word(self.states_at + nth) }),
         }
+    }
+
+    /// The word `nth` of the lines.
+    ///
+    /// # Safety
+    /// The lines have so many.
+    #[inline(always)]
+    unsafe fn word(&self, nth: usize) -> &AtomicU64 {
+        debug_assert!(nth < self.lines.len() * BLOCK);
+        if TINY {
+            return &self.lines[nth / BLOCK].0[nth % BLOCK];
+        }
+        // SAFETY: by the caller inside of the lines, which are words without gaps.
+        let word = unsafe { self.lines.as_ptr().cast::<AtomicU64>().add(nth) };
+        // SAFETY: as above; shared access goes through atomics.
+        unsafe { &*word }
     }
 
     /// Where the bits of the chunk `nth` of the group are.
