@@ -13,6 +13,7 @@
 use std::ptr::{self, NonNull};
 
 use super::chunk::{AtomicState, Chunk, LINE_LG2, LINE_WORDS, Slot};
+use super::place::Place;
 use super::slab;
 use crate::sync::{AtomicPtr, AtomicU64, Ordering, TINY, prefetch};
 use crate::words::ones;
@@ -135,38 +136,53 @@ impl Group {
         }
     }
 
-    /// Whether a summary of `block` has a bit.
+    /// The first block from `from` to `to` whose summaries have a bit.
     #[inline]
-    pub(super) fn has_any(&self, block: usize) -> bool {
-        // Relaxed: coherence shows the summary set by a mark that came before the harvest, or by
-        // a later one.
-        let or = |any, summary: &AtomicU64| any | summary.load(Ordering::Relaxed);
-        self.lines[block].0.iter().fold(0, or) != 0
+    pub(super) fn next_dirty(&self, from: usize, to: usize) -> Option<usize> {
+        let has_any = |line: &Line| {
+            // Relaxed: coherence shows the summary set by a mark that came before the harvest, or
+            // by a later one.
+            let or = |any, summary: &AtomicU64| any | summary.load(Ordering::Relaxed);
+            line.0.iter().fold(0, or) != 0
+        };
+        let mut rest = self.lines[..=to].iter().skip(from);
+        Some(from + rest.position(has_any)?)
     }
 
-    /// Prefetches the dirty lines of chunks of `block` that have few: each is a cache miss of its
-    /// own, and a walk that asks for them together waits for one of them, not for each. Processors
-    /// find lines that lie side by side themselves.
+    /// Prefetches the dirty lines of chunks of `block` that have few, and their `place`, by the
+    /// number of the chunk in the block: each is a cache miss of its own, and a walk that asks for
+    /// them together waits for one of them, not for each. Processors find lines that lie side by
+    /// side themselves, after the first ones.
     #[inline]
-    pub(super) fn prefetch_dirty(&self, block: usize) {
+    pub(super) fn prefetch_dirty<'p>(&self, block: usize, place: impl Fn(u64) -> Place<'p>) {
         /// Dirty lines of a chunk up to which it has few.
         const FEW: u32 = 40;
+        /// The lines that are prefetched of a chunk that has more.
+        const FIRST: u64 = 0xf;
         if TINY {
             return; // to a model checker each load is another branch
         }
-        for (nth, summary) in self.lines[block].0.iter().enumerate() {
+        for (summary, nth) in self.lines[block].0.iter().zip(0..) {
             // Relaxed: a hint.
-            let lines = summary.load(Ordering::Relaxed);
-            if lines == 0 || lines.count_ones() > FEW {
+            let mut lines = summary.load(Ordering::Relaxed);
+            if lines == 0 {
                 continue;
             }
-            let first = match self.bits((block * BLOCK + nth) as u64) {
+            if lines.count_ones() > FEW {
+                lines &= FIRST;
+            }
+            let chunk = match self.bits((block * BLOCK) as u64 + nth) {
                 Bits::Here(chunk) => ptr::from_ref(chunk).cast::<u8>(),
                 // Relaxed: a hint.
                 Bits::Pointer(chunk) => chunk.load(Ordering::Relaxed).cast::<u8>().cast_const(),
             };
+            let place = place(nth).first();
             for line in ones(lines) {
-                prefetch(first.wrapping_add(line * size_of::<u64>() * LINE_WORDS));
+                let offset = line * size_of::<u64>() * LINE_WORDS;
+                prefetch(chunk.wrapping_add(offset));
+                if !place.is_null() {
+                    prefetch(place.wrapping_add(offset));
+                }
             }
         }
     }

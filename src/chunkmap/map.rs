@@ -201,9 +201,12 @@ impl ChunkMap {
         } else {
             last
         };
-        self.walk(first, last, |slot, chunk, base, from, to| {
-            slot.take(chunk, base, from, to, &mut taker)
-        })
+        self.walk(
+            first,
+            last,
+            &mut taker,
+            |taker, slot, chunk, base, from, to| slot.take(chunk, base, from, to, taker),
+        )
     }
 
     /// As [`take`](Self::take), without a clear.
@@ -216,31 +219,44 @@ impl ChunkMap {
         last: u64,
         mut visitor: V,
     ) -> Result<(), V::Error> {
-        self.walk(first, last, |slot, chunk, base, from, to| {
-            slot.peek(chunk, base, from, to, &mut visitor)
-        })
+        let visitor = &mut visitor;
+        self.walk(
+            first,
+            last,
+            visitor,
+            |visitor, slot, chunk, base, from, to| slot.peek(chunk, base, from, to, visitor),
+        )
     }
 
     /// Calls `each` for the chunks of blocks that have bits, with the chunk's first bit, and the
     /// requested bits of it.
     #[inline]
-    fn walk<E>(
+    fn walk<V: Visitor>(
         &self,
         first: u64,
         last: u64,
-        mut each: impl FnMut(Slot<'_>, &Chunk, u64, u64, u64) -> Result<(), E>,
-    ) -> Result<(), E> {
+        visitor: &mut V,
+        mut each: impl FnMut(&mut V, Slot<'_>, &Chunk, u64, u64, u64) -> Result<(), V::Error>,
+    ) -> Result<(), V::Error> {
         let last_chunk = last >> BITS_LG2;
         let mut next = Some(first >> BITS_LG2);
         while let Some((base, group)) = next.and_then(|next| self.next_group(next, last_chunk)) {
             let from = (first >> BITS_LG2).max(base);
             let to = last_chunk.min(base + group.len() - 1);
-            for block in (from - base) >> BLOCK_LG2..=(to - base) >> BLOCK_LG2 {
-                if !group.has_any(block as usize) {
-                    continue;
-                }
-                group.prefetch_dirty(block as usize);
-                let start = base + (block << BLOCK_LG2);
+            let (low, high) = ((from - base) >> BLOCK_LG2, (to - base) >> BLOCK_LG2);
+            // The next block that has bits, from the one of this number on. Its lines are asked for
+            // before those of the last one are taken.
+            let next_dirty = |nth: u64, visitor: &V| {
+                let nth = group.next_dirty(nth as usize, high as usize)?;
+                let start = (base + ((nth as u64) << BLOCK_LG2)) << BITS_LG2;
+                let place = |chunk: u64| visitor.place(start + (chunk << BITS_LG2), CHUNK_WORDS);
+                group.prefetch_dirty(nth, place);
+                Some(nth as u64)
+            };
+            let mut dirty = next_dirty(low, visitor);
+            while let Some(nth) = dirty {
+                dirty = next_dirty(nth + 1, visitor);
+                let start = base + (nth << BLOCK_LG2);
                 for index in from.max(start)..=to.min(start + ((1 << BLOCK_LG2) - 1)) {
                     let Some(chunk) = group.bits(index - base).get() else {
                         continue;
@@ -248,7 +264,7 @@ impl ChunkMap {
                     let slot = group.slot(index - base);
                     let base = index << BITS_LG2;
                     let high = (last - base).min((1 << BITS_LG2) - 1);
-                    each(slot, chunk, base, first.saturating_sub(base), high)?;
+                    each(visitor, slot, chunk, base, first.saturating_sub(base), high)?;
                 }
             }
             next = to.checked_add(1).filter(|next| *next <= last_chunk);
