@@ -38,6 +38,21 @@ pub(crate) struct Run {
     pub(crate) mask: u32,
 }
 
+#[cfg(all(test, not(dirtymap_loom)))]
+thread_local! {
+    /// How many entries deltas of this thread looked at, one after the other.
+    pub(crate) static LOOKED_AT: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
+
+/// Counts for tests.
+#[inline(always)]
+fn look_at(entries: usize) {
+    #[cfg(all(test, not(dirtymap_loom)))]
+    LOOKED_AT.set(LOOKED_AT.get() + entries);
+    #[cfg(not(all(test, not(dirtymap_loom))))]
+    let _ = entries;
+}
+
 impl Delta {
     pub(crate) fn is_empty(&self) -> bool {
         self.chunks.is_empty()
@@ -46,6 +61,7 @@ impl Delta {
     /// The pages of `mask` become dirty in `count` extents from `first` on.
     pub(crate) fn add(&mut self, run: Run) {
         for (number, part) in parts(run) {
+            look_at(1);
             // Most runs are a few extents of a chunk that has some.
             if part.count < CHUNK
                 && let Some(chunk @ (Chunk::Few(_) | Chunk::Many(_))) = self.chunks.get_mut(&number)
@@ -77,6 +93,7 @@ impl Delta {
     fn add_chunks(&mut self, from: u64, end: u64, mask: u32) {
         let mut at = from;
         while at < end {
+            look_at(1);
             let gap_end = match self.chunks.range_mut(at..end).next() {
                 Some((start, chunk)) if *start == at => {
                     chunk.add_all(mask);
@@ -138,6 +155,7 @@ impl Delta {
             }
             return;
         }
+        look_at(self.chunks.len() + other.chunks.len());
         let mut mine = std::mem::take(&mut self.chunks).into_iter();
         let mut theirs = other.chunks.into_iter();
         let (mut one, mut two) = (mine.next(), theirs.next());

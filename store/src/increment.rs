@@ -105,8 +105,12 @@ impl Store {
             let all = control.journal.image.consumers.iter();
             let info = all.map(|(name, consumer)| ConsumerInfo {
                 name: name.clone(),
-                committed: (consumer.committed > 0).then(|| self.epoch(consumer.committed)),
-                outstanding: consumer.lease.as_ref().map(|lease| self.epoch(lease.epoch)),
+                committed: (consumer.committed > 0)
+                    .then(|| self.epoch(consumer.id, consumer.committed)),
+                outstanding: consumer
+                    .lease
+                    .as_ref()
+                    .map(|lease| self.epoch(consumer.id, lease.epoch)),
             });
             Ok(info.collect())
         })
@@ -140,7 +144,8 @@ impl Store {
             let known = |parent: Epoch| {
                 let number = parent.number();
                 let there = (consumer.committed..consumer.next).contains(&number) && number > 0;
-                parent.store() == self.identity() && there
+                // Numbers of another consumer, or of one that had the name before, mean other pages.
+                there && parent == self.epoch(id, number)
             };
             let why = match parent {
                 _ if consumer.new => Some(Why::New),
@@ -184,7 +189,7 @@ impl<'s> Increment<'s> {
 
     /// Its epoch: the parent of the next one.
     pub fn epoch(&self) -> Epoch {
-        self.store.epoch(self.number)
+        self.store.epoch(self.id, self.number)
     }
 
     /// What it builds on; `None` if it is everything.

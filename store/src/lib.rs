@@ -96,6 +96,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![forbid(unsafe_code)]
 
+mod claims;
 mod codec;
 mod delta;
 mod disk;
@@ -130,7 +131,7 @@ pub use error::{Error, Why};
 pub use format::forge_checksums;
 pub use geometry::Device;
 pub use increment::{ConsumerInfo, Increment};
-pub use intent::{Intent, WriteGuard};
+pub use intent::{Intent, WriteGuard, Writer};
 pub use options::Options;
 pub use store::{Lost, Opened, Recovery, Store, StoreStats};
 

@@ -296,8 +296,8 @@ impl Store {
         self.identity
     }
 
-    pub(crate) fn epoch(&self, number: u64) -> Epoch {
-        Epoch::new(self.identity, number)
+    pub(crate) fn epoch(&self, consumer: u32, number: u64) -> Epoch {
+        Epoch::new(self.identity, consumer, number)
     }
 
     pub(crate) fn unpin(&self, extents: std::ops::Range<u64>) {

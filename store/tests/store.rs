@@ -94,11 +94,41 @@ fn an_unknown_parent_means_everything() {
     assert_eq!(none.everything(), Some(&Why::NoParent));
     assert_eq!(runs(&none), [range(0..DEVICE.len)]);
     none.abort().unwrap();
-    let asked = "0000000000000000000000000000002a-1".parse().unwrap();
+    let asked = "0000000000000000000000000000002a-0-1".parse().unwrap();
     let other = store.harvest("a", Some(asked)).unwrap();
     assert_eq!(other.everything(), Some(&Why::UnknownParent { asked }));
     drop(other);
     assert_eq!(store.harvest("a", Some(first)).unwrap().everything(), None);
+}
+
+/// The numbers of each consumer begin with 1, and so do those of a consumer that left and came back.
+/// An epoch of another one was taken for an own one of that number: a copy that was older than the
+/// increment got a list that was too short.
+#[test]
+fn an_epoch_of_another_consumer_or_of_an_earlier_life_means_everything() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = create(dir.path(), &Options::new());
+    let join = |name: &str| {
+        store.join(name).unwrap();
+        let first = store.harvest(name, None).unwrap();
+        first.commit(|| Ok(())).unwrap()
+    };
+    let old = join("a");
+    write(&store, 0..1);
+    // Its copy has the write, and that of `a` does not.
+    let other = join("b");
+    for (name, asked) in [("b", old), ("a", other)] {
+        let increment = store.harvest(name, Some(asked)).unwrap();
+        assert_eq!(increment.everything(), Some(&Why::UnknownParent { asked }));
+    }
+    store.leave("a").unwrap();
+    let new = join("a");
+    let increment = store.harvest("a", Some(old)).unwrap();
+    let asked = old;
+    assert_eq!(increment.everything(), Some(&Why::UnknownParent { asked }));
+    drop(increment);
+    store.rename("a", "c").unwrap();
+    assert_eq!(store.harvest("c", Some(new)).unwrap().everything(), None);
 }
 
 /// A consumer that made an increment durable, and did not commit it, may name it: by then it is

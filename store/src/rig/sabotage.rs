@@ -5,12 +5,16 @@ use super::programs::COPIED;
 use super::{Loss, Op, explore, explore_for};
 use crate::step::{Step, leave_out};
 
-/// The steps that loom leaves out: orderings.
-const ORDERINGS: [Step; 4] = [
+/// The steps that loom leaves out: orderings and fences.
+const ORDERINGS: [Step; 8] = [
     Step::PublishWrite,
     Step::SeeWrite,
     Step::PublishOpen,
     Step::SeeOpen,
+    Step::ClaimFence,
+    Step::LookFence,
+    Step::PublishEnd,
+    Step::SeeEnd,
 ];
 
 /// Restores the protocol, also when a test panics.
@@ -26,6 +30,11 @@ const W0: Op = Op::Write { page: 0 };
 const W2: Op = Op::Write { page: 2 };
 const BEGIN: Op = Op::Begin { page: 0, pages: 1 };
 const HARVEST: Op = Op::Harvest(0);
+const COPY: Op = Op::Copy(0);
+const COMMIT: Op = Op::Commit(0);
+/// Opens the extent of page 0.
+const W1: Op = Op::Write { page: 1 };
+const CLAIM: Op = Op::BeginBy { handle: 0, page: 0 };
 
 /// A program that loses a write without `step`.
 fn program(step: Step) -> &'static [Op] {
@@ -43,7 +52,10 @@ fn program(step: Step) -> &'static [Op] {
         // A page is written again, and its extent closed, between harvest and commit.
         Step::DropHarvestedOnly => &[W0, HARVEST, Op::Copy(0), W0, W2, Op::Commit(0)],
         Step::ReportOpen => &[W0],
-        Step::PublishWrite | Step::SeeWrite | Step::PublishOpen | Step::SeeOpen => &[],
+        // The write lands after the commit, in an extent that is closed, or whose mark is gone.
+        Step::HoldClaimed => &[W1, CLAIM, Op::CloseExtents, HARVEST, COPY, COMMIT, Op::Land],
+        Step::PutBackClaimed => &[W1, CLAIM, HARVEST, COPY, COMMIT, Op::Land, Op::CloseExtents],
+        _ => &[],
     }
 }
 
