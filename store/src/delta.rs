@@ -9,6 +9,8 @@ use std::iter;
 const CHUNK: u64 = 256;
 /// Above so many entries a chunk is an array.
 const FEW: usize = 64;
+/// From so many times the entries on, the entries of the other delta are added one by one.
+const MUCH_LARGER: usize = 16;
 
 /// The dirty pages of extents, in memory in proportion to what is dirty: 8 bytes for a lone extent,
 /// 1 KiB at most for 256 neighbours. A run of any length takes no more than the chunks at its ends.
@@ -147,8 +149,20 @@ impl Delta {
         Ok(Delta { chunks })
     }
 
-    /// All of `other` becomes dirty here, too. Takes time in proportion to both.
-    pub(crate) fn merge(&mut self, other: Delta) {
+    /// All of `other` becomes dirty here, too. Takes time in proportion to the smaller of the two,
+    /// so that a consumer that aborts again and again does not pay for what it waits for.
+    pub(crate) fn merge(&mut self, mut other: Delta) {
+        if other.chunks.len() > self.chunks.len() {
+            std::mem::swap(self, &mut other);
+        }
+        if other.chunks.len() < self.chunks.len() / MUCH_LARGER {
+            return other.runs().for_each(|run| self.add(run));
+        }
+        self.merge_all(other);
+    }
+
+    /// The same. Takes time in proportion to both.
+    fn merge_all(&mut self, other: Delta) {
         if self.is_empty() || other.is_empty() {
             if self.is_empty() {
                 *self = other;

@@ -124,7 +124,7 @@ impl Store {
     /// parent, and none, means everything.
     ///
     /// Each write that ended before the call is in the increment. A write in flight is in a later
-    /// one.
+    /// one; one by a handle may be in both.
     ///
     /// # Errors
     /// [`Error::UnknownConsumer`], [`Error::Outstanding`], and those of the log.

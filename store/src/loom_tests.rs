@@ -185,6 +185,40 @@ fn a_close_takes_the_mark_of_a_claim() {
     });
 }
 
+/// Another thread ends the claim of a handle, which claims another extent at once. The leader, which
+/// may see the new claim alone, sees the data of the write that ended.
+#[test]
+fn a_claim_that_another_thread_ended_shows_its_data() {
+    holds_only_with(&[Step::HoldClaimed, Step::PublishEnd, Step::SeeEnd], || {
+        let extent = open_extent();
+        extent.words.pin(1);
+        extent.words.request(1);
+        extent.words.opened(1);
+        extent.words.leave(1, 0);
+        let slot = extent.words.claims.add();
+        let claimed = slot.claim(extent.words.word(0), 0, 1);
+        let other = {
+            let (extent, slot) = (Arc::clone(&extent), Arc::clone(&slot));
+            thread::spawn(move || {
+                extent.data.store(1, Ordering::Relaxed);
+                Slot::end(slot.word());
+            })
+        };
+        let owner = {
+            let extent = Arc::clone(&extent);
+            thread::spawn(move || slot.claim(extent.words.word(1), 1, 1))
+        };
+        let closed = extent.close();
+        let copy = extent.data.load(Ordering::Relaxed);
+        other.join().unwrap();
+        owner.join().unwrap();
+        match closed {
+            Close::Closed(mask) => claimed && mask == 1 && copy == 1,
+            Close::InUse => claimed && extent.words.take(0) == 1,
+        }
+    });
+}
+
 /// A handle writes a page that is marked, while a harvest takes the mark and copies: the copy has
 /// the data, or the page has a mark.
 #[test]

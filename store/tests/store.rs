@@ -311,6 +311,146 @@ fn a_device_that_grows_is_dirty_where_it_is_new() {
     assert_eq!(runs(&next), [range(DEVICE.len..len)]);
 }
 
+/// The folder of a store that is open gets another name, and a new folder takes its place, as a
+/// rotation of folders makes it. The next log was written to the new folder, by its path, and the
+/// log in the old one stayed as it was: opened there, it forgot what was written since.
+#[test]
+fn a_folder_that_is_moved_keeps_its_store() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, moved) = (dir.path().join("store"), dir.path().join("moved"));
+    let options = Options::new().hot(2).log_bytes(8192);
+    let store = create(dir.path(), &options);
+    store.join("a").unwrap();
+    let first = store.harvest("a", None).unwrap();
+    let first = first.commit(|| Ok(())).unwrap();
+    std::fs::rename(&path, &moved).unwrap();
+    std::fs::create_dir(&path).unwrap();
+    for extent in 0..20 {
+        write(&store, extent * EXTENT..extent * EXTENT + 1);
+    }
+    drop(store);
+    assert_eq!(std::fs::read_dir(&path).unwrap().count(), 0);
+    let folder = DirFolder::new(&moved).unwrap();
+    let Opened::Known(store) = Store::open(folder, &DEVICE, &options).unwrap() else {
+        panic!("nothing is known");
+    };
+    let next = store.harvest("a", Some(first)).unwrap();
+    for extent in 0..20 {
+        let at = dirtymap::Iova::new(extent * EXTENT);
+        assert!(runs(&next).iter().any(|run| run.contains(at)), "{extent}");
+    }
+}
+
+/// Extents and pages are those of the store. Those of the options were checked against the device,
+/// which has too many of them, so a large device could not be opened with other options.
+#[test]
+fn a_store_is_opened_with_the_extents_that_it_has() {
+    let dir = tempfile::tempdir().unwrap();
+    let device = Device {
+        id: 1,
+        len: 1 << 49,
+    };
+    let coarse = Options::new().extent(Granule::M2).page(Granule::M2);
+    let folder = || DirFolder::new(dir.path().join("store")).unwrap();
+    drop(Store::create(folder(), &device, &coarse).unwrap());
+    let Opened::Known(store) = Store::open(folder(), &device, &Options::new()).unwrap() else {
+        panic!("nothing is known");
+    };
+    assert_eq!(store.extent(), Granule::M2);
+}
+
+/// A disk whose reads are interrupted, and give one byte at a time. A read that was interrupted
+/// failed the recovery.
+#[test]
+fn reads_that_are_short_or_interrupted_are_repeated() {
+    struct Slow(DirFolder);
+    struct SlowDisk(Box<dyn Disk>, std::sync::atomic::AtomicU64);
+    impl Folder for Slow {
+        fn open(&mut self, name: &str) -> io::Result<Option<Box<dyn Disk>>> {
+            let disk = self.0.open(name)?;
+            Ok(disk.map(|disk| Box::new(SlowDisk(disk, Default::default())) as Box<dyn Disk>))
+        }
+        fn create(&mut self, name: &str) -> io::Result<Box<dyn Disk>> {
+            self.0.create(name)
+        }
+        fn rename(&mut self, from: &str, to: &str) -> io::Result<()> {
+            self.0.rename(from, to)
+        }
+        fn sync(&mut self) -> io::Result<()> {
+            self.0.sync()
+        }
+        fn lock(&mut self) -> io::Result<bool> {
+            self.0.lock()
+        }
+    }
+    impl Disk for SlowDisk {
+        fn read_at(&self, offset: u64, bytes: &mut [u8]) -> io::Result<usize> {
+            let reads = self.1.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            match reads % 2 {
+                0 => Err(io::ErrorKind::Interrupted.into()),
+                _ => self.0.read_at(offset, &mut bytes[..1]),
+            }
+        }
+        fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+            self.0.write_at(offset, bytes)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            self.0.flush()
+        }
+        fn len(&self) -> io::Result<u64> {
+            self.0.len()
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options::new().log_bytes(4096);
+    create(dir.path(), &options).join("a").unwrap();
+    let folder = Slow(DirFolder::new(dir.path().join("store")).unwrap());
+    let Opened::Known(store) = Store::open(folder, &DEVICE, &options).unwrap() else {
+        panic!("nothing is known");
+    };
+    assert_eq!(store.consumers().unwrap().len(), 1);
+}
+
+/// By a handle: the bytes of the guard, a second write meanwhile, a write to several extents, one
+/// that the device has not, and a guard that is forgotten, whose extent stays open.
+#[test]
+fn writes_by_a_handle_are_writes() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = create(dir.path(), &Options::new());
+    store.join("a").unwrap();
+    let first = store.harvest("a", None).unwrap();
+    let first = first.commit(|| Ok(())).unwrap();
+    let writer = store.writer();
+    drop(writer.begin_write(0..1).unwrap()); // opens the extent
+    let one = writer.begin_write(0x2000..0x2001).unwrap();
+    let two = writer.begin_write(0x4000..0x4001).unwrap();
+    let both = writer.begin_write(EXTENT - 1..EXTENT + 1).unwrap();
+    assert_eq!(one.range(), range(0x2000..0x2001));
+    assert!(matches!(
+        writer.begin_write(DEVICE.len - 1..DEVICE.len + 1),
+        Err(Error::PastEnd { .. })
+    ));
+    assert!(matches!(writer.begin_write(1..1), Err(Error::Range(_))));
+    // What is in flight is in this increment, in the next one, or in both.
+    let increment = store.harvest("a", Some(first)).unwrap();
+    assert_eq!(runs(&increment), [range(0..0x1000), range(0x2000..0x3000)]);
+    let second = increment.commit(|| Ok(())).unwrap();
+    store.close_extents().unwrap();
+    assert_eq!(store.stats().open, 2, "in flight");
+    // By another thread.
+    thread::scope(|scope| scope.spawn(move || drop((one, two, both))).join().unwrap());
+    let increment = store.harvest("a", Some(second)).unwrap();
+    let pages = [range(0x2000..0x3000), range(0x4000..0x5000)];
+    let border = range(EXTENT - 4096..EXTENT + 4096);
+    assert_eq!(runs(&increment), [pages[0], pages[1], border]);
+    increment.commit(|| Ok(())).unwrap();
+    std::mem::forget(writer.begin_write(0..1).unwrap());
+    drop(writer.begin_write(0x1000..0x1001).unwrap());
+    drop(writer);
+    store.close_extents().unwrap();
+    assert_eq!(store.stats().open, 1, "the guard was forgotten");
+}
+
 #[test]
 fn bad_input_is_refused_before_anything_is_touched() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,6 +1,7 @@
 //! Files that no store has written: whatever they hold, opening them ends, allocates no more than
 //! the file is long, and never answers with less than there is.
 
+use dirtymap::Granule;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -10,7 +11,8 @@ use crate::delta::LOOKED_AT;
 use crate::disk::SimFolder;
 use crate::error::Why;
 use crate::format::{BLOCK, Batch, Header, forge_checksums};
-use crate::image::{Image, MAX_EPOCH};
+use crate::geometry::Geometry;
+use crate::image::{Image, MAX_CONSUMERS, MAX_EPOCH};
 use crate::record::Record;
 use crate::store::{Opened, Store};
 
@@ -23,6 +25,13 @@ fn log() -> (World, Vec<u8>) {
     world.run(&store, &writes[..1]).unwrap();
     let bytes = world.sim.bytes("log").unwrap();
     (world, bytes)
+}
+
+impl World {
+    fn geometry(&self) -> Geometry {
+        let extent = Granule::from_bytes(2 * 4096).unwrap();
+        Geometry::new(self.device().len, extent, Granule::K4).unwrap()
+    }
 }
 
 /// What the file `bytes` is taken for.
@@ -203,8 +212,9 @@ fn a_log_that_outgrows_its_device_is_refused_at_the_record() {
 /// more batch.
 fn with_batch(world: &World, records: &[Record]) -> Vec<u8> {
     let roomy = options().log_bytes(64 * BLOCK as u64);
-    drop(Store::create(world.sim.clone(), &world.device(), &roomy).unwrap());
-    let mut bytes = world.sim.bytes("log").unwrap();
+    let sim = SimFolder::new();
+    drop(Store::create(sim.clone(), &world.device(), &roomy).unwrap());
+    let mut bytes = sim.bytes("log").unwrap();
     let header = Header::read(&bytes[..BLOCK], bytes.len() as u64, &world.device()).unwrap();
     let mut batch = Batch::new();
     records.iter().for_each(|record| batch.push(record));
@@ -253,6 +263,36 @@ fn a_replay_takes_time_in_proportion_to_its_log() {
         many < 5 * few,
         "{few} entries for a log, {many} for one of four times the length"
     );
+}
+
+/// A sparse file of any length costs nothing, and the memory for its checkpoint was taken before a
+/// byte of it was looked at. A checkpoint has a bound, which the device gives.
+#[test]
+fn a_checkpoint_that_is_longer_than_the_device_needs_is_refused() {
+    let (world, mut bytes) = log();
+    let most = Image::most_bytes(3);
+    for (len, taken) in [(most, true), (most + 1, false)] {
+        bytes.resize((most + (1 << 20)) as usize, 0);
+        bytes[64..72].copy_from_slice(&len.to_le_bytes());
+        forge_checksums(&mut bytes);
+        let what = match taken {
+            true => "there are bytes after the end",
+            false => "the checkpoint is longer than the device needs",
+        };
+        let part = if taken { "checkpoint" } else { "header" };
+        let refused = open_log(&world, bytes.clone()).map(drop);
+        assert_eq!(refused, Err(Why::Damaged { part, what }));
+    }
+    // The longest one there is: all consumers, with the longest names, and masks in two deltas.
+    let mut image = Image::default();
+    let mut geometry = world.geometry();
+    for number in 0..MAX_CONSUMERS as u32 {
+        let name = format!("{number:0255}");
+        image.apply(&mut geometry, &Record::Join { id: number, name }).unwrap();
+    }
+    let mut out = Vec::new();
+    image.put(&mut out);
+    assert!(out.len() as u64 <= most, "{} of {most}", out.len());
 }
 
 /// A record of seven bytes that opens half a million extents, again and again.

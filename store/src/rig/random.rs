@@ -7,9 +7,12 @@
 
 use proptest::collection::vec;
 use proptest::prelude::*;
+use proptest::test_runner::{RngAlgorithm, TestError, TestRng, TestRunner};
 
+use super::sabotage::{LeftOut, ORDERINGS};
 use super::{CONSUMERS, Loss, Op, PAGES, Setup, World};
 use crate::disk::Landed;
+use crate::step::Step;
 
 /// Lands at random (splitmix64).
 struct AtRandom(u64);
@@ -94,6 +97,38 @@ proptest! {
     ) {
         let lived = live(setup, &ops, seed);
         prop_assert!(lived.is_ok(), "{lived:?}");
+    }
+}
+
+/// Without each step, a program at random loses a write: the language reaches each of them.
+#[test]
+fn programs_at_random_notice_each_step() {
+    let with = (setup(), vec(op(), 1..200), any::<u64>());
+    let with_program = Step::ALL.iter().filter(|step| !ORDERINGS.contains(step));
+    // A thread that waits for an extent which is closed meanwhile waits for ever.
+    for step in with_program.filter(|step| **step != Step::HoldInFlight) {
+        let config = ProptestConfig {
+            cases: 4000,
+            max_shrink_iters: 0,
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        };
+        let random = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
+        let mut runner = TestRunner::new_with_rng(config, random);
+        let lives = std::cell::Cell::new(0);
+        let restore = LeftOut::new(*step);
+        let found = runner.run(&with, |(setup, ops, seed)| {
+            lives.set(lives.get() + 1);
+            match live(setup, &ops, seed) {
+                Err(Loss::Write(what)) => Err(TestCaseError::fail(what)),
+                _ => Ok(()),
+            }
+        });
+        drop(restore);
+        println!("{step:?} is missed after {} lives", lives.get());
+        let lost =
+            matches!(&found, Err(TestError::Fail(why, _)) if why.message().starts_with("page"));
+        assert!(lost, "{step:?}: {found:?}");
     }
 }
 

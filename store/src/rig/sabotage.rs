@@ -6,7 +6,7 @@ use super::{Loss, Op, explore, explore_for};
 use crate::step::{Step, leave_out};
 
 /// The steps that loom leaves out: orderings and fences.
-const ORDERINGS: [Step; 8] = [
+pub(super) const ORDERINGS: [Step; 8] = [
     Step::PublishWrite,
     Step::SeeWrite,
     Step::PublishOpen,
@@ -17,10 +17,17 @@ const ORDERINGS: [Step; 8] = [
     Step::SeeEnd,
 ];
 
-/// Restores the protocol, also when a test panics.
-struct Restore;
+/// Leaves a step out, and restores the protocol, also when a test panics.
+pub(super) struct LeftOut;
 
-impl Drop for Restore {
+impl LeftOut {
+    pub(super) fn new(step: Step) -> Self {
+        leave_out(Some(step));
+        LeftOut
+    }
+}
+
+impl Drop for LeftOut {
     fn drop(&mut self) {
         leave_out(None);
     }
@@ -65,8 +72,7 @@ fn loses_without(step: Step) -> Option<String> {
     let mut both = COPIED.to_vec();
     both.extend([Op::Join(1), Op::Harvest(1), Op::Copy(1), Op::Commit(1)]);
     explore(&both, program(step)).unwrap();
-    let _restore = Restore;
-    leave_out(Some(step));
+    let _left_out = LeftOut::new(step);
     let write = |loss: &Loss| matches!(loss, Loss::Write(_));
     explore_for(&both, program(step), write).err()
 }
