@@ -37,7 +37,7 @@ const LONG: u64 = 1 << 30;
 /// A workload: its name, how many operations it counts, and the function that runs it.
 type Workload = (&'static str, u64, fn());
 
-const WORKLOADS: [Workload; 19] = [
+const WORKLOADS: [Workload; 20] = [
     ("mark-hot-handle", TIMES, mark_hot::<ThroughHandle>),
     ("mark-hot-space", TIMES, mark_hot::<ThroughSpace>),
     ("mark-cold", TIMES, || mark_cold(PAGE)),
