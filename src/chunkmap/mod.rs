@@ -9,6 +9,7 @@
 //! * [`chunk`]: a chunk with its summary and its state, the protocol of the two, and the marker's
 //!   side of it
 //! * [`take`]: the harvester's side
+//! * [`place`]: the place of what a harvester takes
 //! * [`handed`]: bits that one harvest records, and others see
 //! * [`slab`]: the memory of chunks that lie side by side
 //!
@@ -18,6 +19,7 @@
 mod chunk;
 mod handed;
 mod map;
+mod place;
 mod slab;
 mod take;
 
@@ -28,6 +30,6 @@ mod loom_tests;
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod tests;
 
-pub(crate) use chunk::LINE_WORDS;
 pub(crate) use map::{CHUNK_WORDS, ChunkMap, OneGroup};
+pub(crate) use place::Place;
 pub(crate) use take::{Taker, Visitor};
