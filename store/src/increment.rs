@@ -144,7 +144,8 @@ impl Store {
             let known = |parent: Epoch| {
                 let number = parent.number();
                 let there = (consumer.committed..consumer.next).contains(&number) && number > 0;
-                // Numbers of another consumer, or of one that had the name before, mean other pages.
+                // The same number of another consumer, or of one that had the name before, means
+                // other pages.
                 there && parent == self.epoch(id, number)
             };
             let why = match parent {

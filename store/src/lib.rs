@@ -79,7 +79,7 @@
 //! The order of steps is two models that are explored whole (`store.rs` and `claims.rs` in
 //! `proptests/src/protocol`). A
 //! simulated disk loses, reorders and tears what was not flushed, at each crash point of every
-//! program of three operations, and of long ones at random.
+//! program of four operations, and of long ones at random.
 //!
 //! # Features
 //!

@@ -133,8 +133,9 @@ fn a_close_takes_the_mark_or_waits() {
     });
 }
 
-/// A handle finds its page marked by an earlier write, and writes it while the extent is closed. The
-/// leader leaves the extent open, or the copy has the data, or the handle finds the extent closed.
+/// A handle finds its page marked by an earlier write, and writes it while the extent is closed.
+/// The leader leaves the extent open, or the copy has the data, or the handle finds the extent
+/// closed.
 #[test]
 fn a_claim_keeps_its_extent_open() {
     let steps = [
@@ -185,8 +186,8 @@ fn a_close_takes_the_mark_of_a_claim() {
     });
 }
 
-/// Another thread ends the claim of a handle, which claims another extent at once. The leader, which
-/// may see the new claim alone, sees the data of the write that ended.
+/// Another thread ends the claim of a handle, which claims another extent at once. The leader,
+/// which may see the new claim alone, sees the data of the write that ended.
 #[test]
 fn a_claim_that_another_thread_ended_shows_its_data() {
     holds_only_with(&[Step::HoldClaimed, Step::PublishEnd, Step::SeeEnd], || {

@@ -8,9 +8,7 @@ use std::sync::Barrier;
 use std::thread;
 
 use dirtymap::{Granule, IovaRange, ToIovaRange};
-use dirtymap_store::{
-    Device, DirFolder, Disk, Error, Folder, Increment, Opened, Options, Store, Why,
-};
+use dirtymap_store::{Device, DirFolder, Error, Increment, Opened, Options, Store, Why};
 
 const DEVICE: Device = Device {
     id: 1,
@@ -101,9 +99,9 @@ fn an_unknown_parent_means_everything() {
     assert_eq!(store.harvest("a", Some(first)).unwrap().everything(), None);
 }
 
-/// The numbers of each consumer begin with 1, and so do those of a consumer that left and came back.
-/// An epoch of another one was taken for an own one of that number: a copy that was older than the
-/// increment got a list that was too short.
+/// The numbers of each consumer begin with 1, and so do those of a consumer that left and came
+/// back. An epoch of another one was taken for an own one of that number: a copy that was older
+/// than the increment got a list that was too short.
 #[test]
 fn an_epoch_of_another_consumer_or_of_an_earlier_life_means_everything() {
     let dir = tempfile::tempdir().unwrap();
@@ -311,36 +309,6 @@ fn a_device_that_grows_is_dirty_where_it_is_new() {
     assert_eq!(runs(&next), [range(DEVICE.len..len)]);
 }
 
-/// The folder of a store that is open gets another name, and a new folder takes its place, as a
-/// rotation of folders makes it. The next log was written to the new folder, by its path, and the
-/// log in the old one stayed as it was: opened there, it forgot what was written since.
-#[test]
-fn a_folder_that_is_moved_keeps_its_store() {
-    let dir = tempfile::tempdir().unwrap();
-    let (path, moved) = (dir.path().join("store"), dir.path().join("moved"));
-    let options = Options::new().hot(2).log_bytes(8192);
-    let store = create(dir.path(), &options);
-    store.join("a").unwrap();
-    let first = store.harvest("a", None).unwrap();
-    let first = first.commit(|| Ok(())).unwrap();
-    std::fs::rename(&path, &moved).unwrap();
-    std::fs::create_dir(&path).unwrap();
-    for extent in 0..20 {
-        write(&store, extent * EXTENT..extent * EXTENT + 1);
-    }
-    drop(store);
-    assert_eq!(std::fs::read_dir(&path).unwrap().count(), 0);
-    let folder = DirFolder::new(&moved).unwrap();
-    let Opened::Known(store) = Store::open(folder, &DEVICE, &options).unwrap() else {
-        panic!("nothing is known");
-    };
-    let next = store.harvest("a", Some(first)).unwrap();
-    for extent in 0..20 {
-        let at = dirtymap::Iova::new(extent * EXTENT);
-        assert!(runs(&next).iter().any(|run| run.contains(at)), "{extent}");
-    }
-}
-
 /// Extents and pages are those of the store. Those of the options were checked against the device,
 /// which has too many of them, so a large device could not be opened with other options.
 #[test]
@@ -357,58 +325,6 @@ fn a_store_is_opened_with_the_extents_that_it_has() {
         panic!("nothing is known");
     };
     assert_eq!(store.extent(), Granule::M2);
-}
-
-/// A disk whose reads are interrupted, and give one byte at a time. A read that was interrupted
-/// failed the recovery.
-#[test]
-fn reads_that_are_short_or_interrupted_are_repeated() {
-    struct Slow(DirFolder);
-    struct SlowDisk(Box<dyn Disk>, std::sync::atomic::AtomicU64);
-    impl Folder for Slow {
-        fn open(&mut self, name: &str) -> io::Result<Option<Box<dyn Disk>>> {
-            let disk = self.0.open(name)?;
-            Ok(disk.map(|disk| Box::new(SlowDisk(disk, Default::default())) as Box<dyn Disk>))
-        }
-        fn create(&mut self, name: &str) -> io::Result<Box<dyn Disk>> {
-            self.0.create(name)
-        }
-        fn rename(&mut self, from: &str, to: &str) -> io::Result<()> {
-            self.0.rename(from, to)
-        }
-        fn sync(&mut self) -> io::Result<()> {
-            self.0.sync()
-        }
-        fn lock(&mut self) -> io::Result<bool> {
-            self.0.lock()
-        }
-    }
-    impl Disk for SlowDisk {
-        fn read_at(&self, offset: u64, bytes: &mut [u8]) -> io::Result<usize> {
-            let reads = self.1.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-            match reads % 2 {
-                0 => Err(io::ErrorKind::Interrupted.into()),
-                _ => self.0.read_at(offset, &mut bytes[..1]),
-            }
-        }
-        fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-            self.0.write_at(offset, bytes)
-        }
-        fn flush(&mut self) -> io::Result<()> {
-            self.0.flush()
-        }
-        fn len(&self) -> io::Result<u64> {
-            self.0.len()
-        }
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let options = Options::new().log_bytes(4096);
-    create(dir.path(), &options).join("a").unwrap();
-    let folder = Slow(DirFolder::new(dir.path().join("store")).unwrap());
-    let Opened::Known(store) = Store::open(folder, &DEVICE, &options).unwrap() else {
-        panic!("nothing is known");
-    };
-    assert_eq!(store.consumers().unwrap().len(), 1);
 }
 
 /// By a handle: the bytes of the guard, a second write meanwhile, a write to several extents, one
@@ -540,90 +456,4 @@ fn cold_extents_that_wait_together_share_a_flush() {
     let flushes = stats.flushes - before;
     println!("{flushes} flushes");
     assert!(flushes < 200, "{flushes} flushes for 10,000 extents");
-}
-
-/// A folder whose disk fails, or panics, from some write on.
-struct Failing {
-    inner: DirFolder,
-    panics: bool,
-}
-
-struct FailingDisk {
-    inner: Box<dyn Disk>,
-    writes: u32,
-    panics: bool,
-}
-
-impl Folder for Failing {
-    fn open(&mut self, name: &str) -> io::Result<Option<Box<dyn Disk>>> {
-        self.inner.open(name)
-    }
-    fn create(&mut self, name: &str) -> io::Result<Box<dyn Disk>> {
-        Ok(Box::new(FailingDisk {
-            inner: self.inner.create(name)?,
-            writes: 0,
-            panics: self.panics,
-        }))
-    }
-    fn rename(&mut self, from: &str, to: &str) -> io::Result<()> {
-        self.inner.rename(from, to)
-    }
-    fn sync(&mut self) -> io::Result<()> {
-        self.inner.sync()
-    }
-    fn lock(&mut self) -> io::Result<bool> {
-        self.inner.lock()
-    }
-}
-
-impl Disk for FailingDisk {
-    fn read_at(&self, offset: u64, bytes: &mut [u8]) -> io::Result<usize> {
-        self.inner.read_at(offset, bytes)
-    }
-    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.writes += 1;
-        // Three writes make the log, and one more opens an extent.
-        if self.writes > 4 {
-            assert!(!self.panics, "the disk panics");
-            return Err(io::ErrorKind::StorageFull.into());
-        }
-        self.inner.write_at(offset, bytes)
-    }
-    fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
-    }
-    fn len(&self) -> io::Result<u64> {
-        self.inner.len()
-    }
-}
-
-/// A log that cannot be written: no cold write is let through any more, hot ones are, nobody waits
-/// for ever, and the folder stays locked while they may be in flight.
-#[test]
-fn a_disk_that_fails_or_panics_lets_no_cold_write_through() {
-    for panics in [false, true] {
-        let dir = tempfile::tempdir().unwrap();
-        let folder = || DirFolder::new(dir.path().join("store")).unwrap();
-        let failing = Failing {
-            inner: folder(),
-            panics,
-        };
-        let store = Store::create(failing, &DEVICE, &Options::new()).unwrap();
-        write(&store, 0..1);
-        let cold = || store.begin_write(EXTENT..EXTENT + 1)?.wait().map(drop);
-        let results: Vec<_> = thread::scope(|scope| {
-            let threads: Vec<_> = (0..4).map(|_| scope.spawn(cold)).collect();
-            threads.into_iter().map(|thread| thread.join()).collect()
-        });
-        for result in results {
-            assert!(!matches!(result, Ok(Ok(()))), "a cold write is let through");
-        }
-        assert!(matches!(cold(), Err(Error::Failed { .. })));
-        assert!(matches!(store.join("late"), Err(Error::Failed { .. })));
-        write(&store, 1..2);
-        let again = Store::open(folder(), &DEVICE, &Options::new());
-        assert!(matches!(again, Err(Error::Locked)));
-        drop(store);
-        assert!(matches!(open(dir.path(), &DEVICE), Opened::Known(_)));
-    }
 }

@@ -12,8 +12,8 @@ use super::{Disk, Folder};
 
 /// A folder of the file system, which belongs to one store.
 ///
-/// Files are named relative to the folder that was opened here, so they stay in it when it is moved,
-/// or when the process changes its working directory.
+/// Files are named relative to the folder that was opened here, so they stay in it when it is
+/// moved, or when the process changes its working directory.
 ///
 /// The file `lock` in it is locked by `flock`, so a second process is refused, and the kernel
 /// unlocks it when the process dies.

@@ -288,7 +288,9 @@ fn a_checkpoint_that_is_longer_than_the_device_needs_is_refused() {
     let mut geometry = world.geometry();
     for number in 0..MAX_CONSUMERS as u32 {
         let name = format!("{number:0255}");
-        image.apply(&mut geometry, &Record::Join { id: number, name }).unwrap();
+        image
+            .apply(&mut geometry, &Record::Join { id: number, name })
+            .unwrap();
     }
     let mut out = Vec::new();
     image.put(&mut out);

@@ -1,5 +1,5 @@
-//! The operation language of the store, with crashes: long programs, in which a crash is an operation
-//! like others. What is recovered is compared, and goes on.
+//! The operation language of the store, with crashes: long programs, in which a crash is an
+//! operation like others. What is recovered is compared, and goes on.
 //!
 //! It is a language of its own, beside that of `proptests`: no operation of an address space (maps,
 //! domains, devices, leaves) has a counterpart here, but for marks and the life of consumers. It is
@@ -141,8 +141,8 @@ fn lives_that_failed_once() {
     let begin = |page, pages| Begin { page, pages };
     #[rustfmt::skip]
     let grows = [
-        crash(46, 1), begin(4, 1), w(2), w(2), w(2), w(0), w(2), CloseExtents, w(4), w(0), begin(2, 1),
-        CloseExtents, Land, w(0), CloseExtents, Join(1), Leave(1), Join(1),
+        crash(46, 1), begin(4, 1), w(2), w(2), w(2), w(0), w(2), CloseExtents, w(4), w(0),
+        begin(2, 1), CloseExtents, Land, w(0), CloseExtents, Join(1), Leave(1), Join(1),
         crash(49, 1), Harvest(1), Copy(1), w(4), w(0), Grow, Grow, Join(0), Commit(1), FlushDevice,
         Leave(1), w(2), Rename(1), Rename(0), CloseExtents, Grow,
     ];
