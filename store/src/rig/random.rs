@@ -102,6 +102,10 @@ proptest! {
 
 /// Without each step, a program at random loses a write: the language reaches each of them.
 #[test]
+#[cfg_attr(
+    debug_assertions,
+    ignore = "long without optimisation: `.ci/run prop` runs it"
+)]
 fn programs_at_random_notice_each_step() {
     let with = (setup(), vec(op(), 1..200), any::<u64>());
     let with_program = Step::ALL.iter().filter(|step| !ORDERINGS.contains(step));
