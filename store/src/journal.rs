@@ -301,8 +301,8 @@ fn read_log(disk: &dyn Disk, device: &Device) -> io::Result<Result<Replayed, Why
         Err(why) => return Ok(Err(why)),
     };
     // Not longer than the file.
-    let mut checkpoint = vec![0; header.checkpoint as usize];
-    let mut batches = vec![0; header.log as usize];
+    let mut checkpoint = zeros(header.checkpoint)?;
+    let mut batches = zeros(header.log)?;
     let both = read_exact(disk, BLOCK as u64, &mut checkpoint)?
         && read_exact(disk, header.batches(), &mut batches)?;
     if !both {
@@ -312,6 +312,16 @@ fn read_log(disk: &dyn Disk, device: &Device) -> io::Result<Result<Replayed, Why
         }));
     }
     Ok(parse(header, &checkpoint, &batches, device))
+}
+
+/// So many bytes, if there is memory for them.
+fn zeros(len: u64) -> io::Result<Vec<u8>> {
+    let len = usize::try_from(len).unwrap_or(usize::MAX);
+    let mut bytes = Vec::new();
+    let reserved = bytes.try_reserve_exact(len);
+    reserved.map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
+    bytes.resize(len, 0);
+    Ok(bytes)
 }
 
 /// The image of the checkpoint, with the batches after it. The first batch that is not whole ends
