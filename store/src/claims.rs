@@ -10,8 +10,8 @@
 //!  C3  ends its claim
 //! ```
 //!
-//! A slot is written by one thread, so a claim waits for no other core. Both pairs of C1, C2 and
-//! L1, L2 are store buffering (Dekker):
+//! One thread claims in a slot, so a claim waits for no other core. Both pairs of C1, C2 and L1, L2
+//! are store buffering (Dekker):
 //!
 //! * If the fence of the handle comes first, L2 sees the claim, or its end. A claim keeps its
 //!   extent open, and its pages marked. After the end (Release, Acquire) the leader sees the mark,

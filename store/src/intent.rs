@@ -34,8 +34,8 @@ pub struct WriteGuard<'s> {
 }
 
 /// A handle for the writes of one thread. A write to an open extent costs it less than
-/// [`Store::begin_write`] does, and threads with handles do not share a cache line. Made by
-/// [`Store::writer`].
+/// [`Store::begin_write`] does: one locked operation on a cache line of its own, and another one on
+/// the word of the extent if the page is not dirty yet. Made by [`Store::writer`].
 ///
 /// One write of the handle at a time has the advantage: another one that begins meanwhile is as
 /// without a handle. So is every write after a guard of the handle was forgotten.

@@ -72,7 +72,8 @@
 //! * **What cannot be trusted means everything**, and says [why](Why): by type, never by a shorter
 //!   list.
 //! * **A write to an open extent takes no lock**: one atomic operation when it begins, and one when
-//!   it ends; by a handle ([`Store::writer`]) one in all, on a cache line of its own.
+//!   it ends; by a handle ([`Store::writer`]) one in all, on a cache line of its own, if the page
+//!   is dirty already.
 //! * **Bounded**: the log holds what is dirty, and [`Options::log_bytes`] of batches. The replay
 //!   after a crash reads that, once.
 //!
