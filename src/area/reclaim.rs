@@ -16,7 +16,7 @@
 //!
 //! # Ownership
 //! An update checks the [`Pool`] of the tree out by one exchange, has it alone, and puts it back by
-//! a plain store: no other update stores to that word meanwhile. An update that finds no pool there,
+//! a plain store: no other update stores to that word meanwhile. An update that finds no pool,
 //! because another one has it, works with one from the stack of further pools, or with a new one,
 //! and pushes it onto that stack afterwards. The next update that has the tree's own pool merges
 //! the stack into it. No update blocks. All lists and stacks are taken whole, so no address can
@@ -331,7 +331,7 @@ impl<T, const F: usize, R> Reclaim<T, F, R> {
         let (pool, own) = if pool.is_null() {
             (Pool::new(home.census.clone()), false)
         } else {
-            // SAFETY: made by `Box::into_raw`, in `new` or `put_back`; the swap gave it to us alone.
+            // SAFETY: made by `Box::into_raw`, in `new` or `put_back`; the swap gave us it alone.
             (unsafe { Box::from_raw(pool) }, true)
         };
         pool.witness.end();
@@ -387,8 +387,8 @@ impl<T, const F: usize, R> Reclaim<T, F, R> {
 
     /// Puts the tree's own pool where the next update finds it.
     fn put_back(&self, pool: Box<Pool<T, F, R>>) {
-        // Release: pairs with the Acquire in `checkout`, and the next update sees our lists. A plain
-        // store: the word is null since we took the pool, as no other update stores to it.
+        // Release: pairs with the Acquire in `checkout`, and the next update sees our lists.
+        // A plain store: the word is null since we took the pool, as no other update stores to it.
         self.pool.store(
             Box::into_raw(pool),
             weaken(Step::PublishPool, Ordering::Release),

@@ -198,8 +198,8 @@ fn harvest_for_two() {
 /// Areas of a map that is looked up, changed or scanned.
 const AREAS: u64 = 100_000;
 
-/// A map of the areas of the comparison, each mapped, and then removed and inserted again at random,
-/// so that nodes and allocator are in the state of a map that has lived for some time. Also the
+/// A map of the areas of the comparison, each mapped, then removed and inserted again at random, so
+/// that nodes and allocator are in the state of a map that has lived for some time. Also the
 /// areas in that order.
 fn lived_in<A: Areas>() -> (A, Vec<Mapping>) {
     let areas = A::new();
