@@ -3,6 +3,7 @@
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::convert::Infallible;
 use std::iter;
 
 /// Extents of a chunk.
@@ -147,6 +148,17 @@ impl Delta {
         // Sorted already, which makes this one pass.
         let chunks = BTreeMap::from_iter(chunks);
         Ok(Delta { chunks })
+    }
+
+    /// All pages of ascending extents.
+    pub(crate) fn from_extents(extents: impl Iterator<Item = u64>) -> Delta {
+        let mask = u32::MAX;
+        let count = 1;
+        let runs = extents.map(|first| Ok::<_, Infallible>(Run { first, count, mask }));
+        match Delta::try_from_runs(runs) {
+            Ok(delta) => delta,
+            Err(never) => match never {},
+        }
     }
 
     /// All of `other` becomes dirty here, too. Takes time in proportion to the smaller of the two,

@@ -189,18 +189,13 @@ impl Image {
     /// committed. Both are dirty, for each consumer.
     pub(crate) fn recover(&mut self) {
         let open = std::mem::take(&mut self.open);
+        let open = Delta::from_extents(open.into_iter());
         for consumer in self.consumers.values_mut() {
             if let Some(lease) = consumer.lease.take() {
                 put_back(consumer, lease);
             }
             if performs(Step::ReportOpen) {
-                for first in &open {
-                    consumer.pending.add(Run {
-                        first: *first,
-                        count: 1,
-                        mask: u32::MAX,
-                    });
-                }
+                consumer.pending.merge(open.clone());
             }
         }
     }

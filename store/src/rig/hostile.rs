@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::programs::COPIED;
 use super::{Op, World, options};
-use crate::delta::LOOKED_AT;
+use crate::delta::{LOOKED_AT, Run};
 use crate::disk::SimFolder;
 use crate::error::Why;
 use crate::format::{BLOCK, Batch, Header, forge_checksums};
@@ -263,6 +263,38 @@ fn a_replay_takes_time_in_proportion_to_its_log() {
         many < 5 * few,
         "{few} entries for a log, {many} for one of four times the length"
     );
+}
+
+/// One record of a few bytes opens a million extents, and a recovery added each of them to each of
+/// 64 consumers. They are added to all consumers as one delta.
+#[test]
+fn a_recovery_adds_open_extents_in_one_go() {
+    const COUNT: u64 = 1 << 16;
+    let [extent, page] = [16, 12].map(|lg2| Granule::from_lg2(lg2).unwrap());
+    let mut geometry = Geometry::new(COUNT << 16, extent, page).unwrap();
+    let mut image = Image::default();
+    let mut apply = |record| image.apply(&mut geometry, &record).unwrap();
+    for id in 0..MAX_CONSUMERS as u32 {
+        let name = id.to_string();
+        apply(Record::Join { id, name });
+    }
+    // Each consumer waits for a page.
+    for (first, count) in [(0, 1), (1, COUNT - 1)] {
+        apply(Record::Open { first, count });
+        apply(Record::Dirty {
+            extent: first,
+            mask: 1,
+        });
+    }
+    LOOKED_AT.set(0);
+    image.recover();
+    let looked_at = LOOKED_AT.get() as u64;
+    assert!(looked_at < COUNT, "{looked_at} entries for {COUNT} extents");
+    for consumer in image.consumers.values() {
+        let runs: Vec<Run> = consumer.pending.runs().collect();
+        let (first, count, mask) = (0, COUNT, u32::MAX);
+        assert_eq!(runs, [Run { first, count, mask }]);
+    }
 }
 
 /// A sparse file of any length costs nothing, and the memory for its checkpoint was taken before a
