@@ -11,7 +11,8 @@ use std::hint::black_box;
 use std::ops::Range;
 use std::process::ExitCode;
 
-use dirtymap::{Access, AddressSpace, Granule, Iova, IovaRange, Start, ToIovaRange};
+use dirtymap::area::AreaMap;
+use dirtymap::{Access, AddressSpace, Granule, Iova, IovaRange, Mapping, Start, ToIovaRange};
 use dirtymap_benches::compare::tables;
 use dirtymap_benches::peers::{ThroughHandle, ThroughSpace};
 use dirtymap_benches::workloads::{clusters, distinct};
@@ -39,7 +40,7 @@ const LONG: u64 = 1 << 30;
 /// A workload: its name, how many operations it counts, and the function that runs it.
 type Workload = (&'static str, u64, fn());
 
-const WORKLOADS: [Workload; 21] = [
+const WORKLOADS: &[Workload] = &[
     ("mark-hot-handle", TIMES, mark_hot::<ThroughHandle>),
     ("mark-hot-space", TIMES, mark_hot::<ThroughSpace>),
     ("mark-cold", TIMES, || mark_cold(PAGE)),
@@ -60,6 +61,10 @@ const WORKLOADS: [Workload; 21] = [
         harvest_for_two,
     ),
     ("lookup-100k-areas", TIMES, lookup),
+    ("area-remove-insert", TIMES, remap::<AreaMap<Mapping>>),
+    ("area-remove-insert-batch", TIMES, remap_batches),
+    ("area-remove-insert-space", TIMES, remap::<AddressSpace>),
+    ("area-scan", AREAS, scan),
     ("table-clean-leaf", LEAVES, || table(Granule::K4, 0, 1)),
     ("table-dirty-leaf", LEAVES, || table(Granule::K4, 1000, 1)),
     ("table-1-percent", LEAVES, || table(Granule::K4, 10, 1)),
@@ -189,8 +194,47 @@ fn harvest_for_two() {
     });
 }
 
+/// Areas of a map that is looked up, changed or scanned.
+const AREAS: u64 = 100_000;
+
+/// A map of so many areas, each mapped, and then as many removed and inserted again at random as
+/// there are, so that nodes and allocator are in the state of a map that has lived for some time.
+fn lived_in<A: Areas>() -> (A, Vec<Mapping>) {
+    let areas = A::new();
+    let mapping = |at: u64| Mapping {
+        range: page_range(at * 2, 1),
+        backing: at * PAGE,
+        access: Access::ReadWrite,
+    };
+    (0..AREAS).for_each(|at| areas.map(mapping(at)));
+    let shuffled: Vec<_> = distinct(AREAS, AREAS).into_iter().map(mapping).collect();
+    areas.remap_all(&shuffled);
+    (areas, shuffled)
+}
+
+/// Removes an area and inserts it again.
+fn remap<A: Areas>() {
+    let (areas, shuffled) = lived_in::<A>();
+    counted(&mut || areas.remap_all(black_box(&shuffled[..TIMES as usize])));
+}
+
+fn remap_batches() {
+    let (areas, shuffled) = lived_in::<AreaMap<Mapping>>();
+    counted(&mut || {
+        for batch in shuffled[..TIMES as usize].chunks(1 << 10) {
+            areas.remap_batch(black_box(batch));
+        }
+    });
+}
+
+fn scan() {
+    let (areas, _) = lived_in::<AreaMap<Mapping>>();
+    counted(&mut || {
+        black_box(Areas::scan(&areas));
+    });
+}
+
 fn lookup() {
-    const AREAS: u64 = 100_000;
     let space = <AddressSpace as Areas>::new();
     for at in 0..AREAS {
         sure(space.map(page_range(at * 2, 1), at * PAGE, Access::ReadWrite));
