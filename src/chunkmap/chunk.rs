@@ -65,7 +65,6 @@
 
 use std::ptr;
 
-use super::place::Place;
 use crate::sync::{
     AtomicPtr, AtomicU64, Ordering, Step, TINY, fence_after_look, fence_after_looks,
     fence_after_rmw, performs, prefetch, weaken,
@@ -209,12 +208,12 @@ impl Block {
         self.summaries.iter().fold(0, or) != 0
     }
 
-    /// Prefetches the dirty lines of chunks that have few, and their `place`, by the number of the
-    /// chunk in the block: each is a cache miss of its own, and a walk that asks for them together
-    /// waits for one of them, not for each. Processors find lines that lie side by side themselves,
-    /// after the first ones.
+    /// Prefetches the dirty lines of chunks that have few, and those of their places: each is a
+    /// cache miss of its own, and a walk that asks for them together waits for one of them, not for
+    /// each. Processors find lines that lie side by side themselves, after the first ones. `place`
+    /// returns where the place of a chunk begins, by its number in the block; null if it has none.
     #[inline]
-    pub(super) fn prefetch_dirty<'p>(&self, place: impl Fn(u64) -> Place<'p>) {
+    pub(super) fn prefetch_dirty(&self, place: impl Fn(u64) -> *const u8) {
         if TINY {
             return; // to a model checker each load is another branch
         }
@@ -229,7 +228,7 @@ impl Block {
             }
             // Relaxed: a hint.
             let chunk = chunk.load(Ordering::Relaxed).cast::<u8>();
-            let place = place(nth).first();
+            let place = place(nth);
             for line in ones(lines) {
                 let offset = line * size_of::<u64>() * LINE_WORDS;
                 prefetch(chunk.wrapping_add(offset));

@@ -254,7 +254,10 @@ impl ChunkMap {
                 let mut rest = blocks[..=high as usize].iter().skip(nth as usize);
                 let nth = nth + rest.position(Block::has_any)? as u64;
                 let start = (group + (nth << BLOCK_LG2)) << BITS_LG2;
-                let place = |chunk: u64| visitor.place(start + (chunk << BITS_LG2), CHUNK_WORDS);
+                let place = |chunk: u64| {
+                    let first = start + (chunk << BITS_LG2);
+                    visitor.place(first, CHUNK_WORDS).first()
+                };
                 blocks[nth as usize].prefetch_dirty(place);
                 Some(nth)
             };
