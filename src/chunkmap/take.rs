@@ -83,7 +83,7 @@ impl Slot<'_> {
         last: u64,
         taker: &mut T,
     ) -> Result<(), T::Error> {
-        // Relaxed: as in `has_any`.
+        // Relaxed: as in `Group::next_dirty`.
         let seen = self.summary.load(Ordering::Relaxed) & lines(first, last);
         if seen == 0 {
             return Ok(());
@@ -245,7 +245,7 @@ impl Slot<'_> {
         last: u64,
         visitor: &mut V,
     ) -> Result<(), V::Error> {
-        // Relaxed: as in `has_any`.
+        // Relaxed: as in `Group::next_dirty`.
         let seen = self.summary.load(Ordering::Relaxed) & lines(first, last);
         self.peek_lines(chunk, base, seen, (first, last), visitor)
     }

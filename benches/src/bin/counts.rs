@@ -74,6 +74,7 @@ const WORKLOADS: &[Workload] = &[
     ("table-10-percent", LEAVES, || table(Granule::K4, 100, 1)),
     ("table-10-percent-2m", LEAVES, || table(Granule::M2, 100, 1)),
     ("store-write-open", TIMES, store_write_open),
+    ("store-write-handle", TIMES, store_write_handle),
 ];
 
 /// Ranges of 1 GiB that are marked.
@@ -283,6 +284,21 @@ fn store_write_open() {
             sure(store.begin_write(black_box(HOT..HOT + PAGE))).wait(),
         ))
     };
+    write();
+    counted(&mut || (0..TIMES).for_each(|_| write()));
+}
+
+/// The same by a handle.
+fn store_write_handle() {
+    let folder = sure(tempfile::tempdir());
+    let device = Device {
+        id: 1,
+        len: PAGES * PAGE,
+    };
+    let log = sure(DirFolder::new(folder.path().join("store")));
+    let store = sure(Store::create(log, &device, &Options::new()));
+    let writer = store.writer();
+    let write = || drop(sure(writer.begin_write(black_box(HOT..HOT + PAGE))));
     write();
     counted(&mut || (0..TIMES).for_each(|_| write()));
 }
