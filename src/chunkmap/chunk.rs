@@ -63,20 +63,16 @@
 //!   words are set. If a mark or a split came in between, the state stays, and pages are reported
 //!   twice at worst.
 
-use std::ptr;
-
 use crate::sync::{
-    AtomicPtr, AtomicU64, Ordering, Step, TINY, fence_after_look, fence_after_looks,
-    fence_after_rmw, performs, prefetch, weaken,
+    AtomicU64, Ordering, Step, TINY, fence_after_look, fence_after_looks, fence_after_rmw,
+    performs, weaken,
 };
-use crate::words::{ones, word_mask};
+use crate::words::word_mask;
 
 /// Words of a chunk, as a logarithm; tiny in the model checker, so that models reach every border.
 pub(super) const WORDS_LG2: u32 = if TINY { 1 } else { 9 };
 /// Words of a line, as a logarithm.
-const LINE_LG2: u32 = if TINY { 0 } else { 3 };
-/// Chunks of a block, as a logarithm.
-pub(super) const BLOCK_LG2: u32 = if TINY { 0 } else { 3 };
+pub(super) const LINE_LG2: u32 = if TINY { 0 } else { 3 };
 /// Bits of a line.
 pub(super) const LINE_BITS: u64 = 64 << LINE_LG2;
 /// Words of a line.
@@ -130,23 +126,20 @@ impl State {
 }
 
 /// The state in memory.
-pub(super) struct AtomicState(AtomicU64);
+#[derive(Clone, Copy)]
+pub(super) struct AtomicState<'a>(pub(super) &'a AtomicU64);
 
-impl AtomicState {
-    fn new() -> Self {
-        AtomicState(AtomicU64::new(0))
-    }
-
+impl AtomicState<'_> {
     #[inline]
     #[cfg_attr(dirtymap_loom, track_caller)]
-    pub(super) fn load(&self, order: Ordering) -> State {
+    pub(super) fn load(self, order: Ordering) -> State {
         State(self.0.load(order))
     }
 
     /// Replaces `old` by `new`; if something else is there, returns that.
     #[cfg_attr(dirtymap_loom, track_caller)]
     pub(super) fn replace(
-        &self,
+        self,
         old: State,
         new: State,
         success: Ordering,
@@ -157,7 +150,7 @@ impl AtomicState {
     }
 
     /// Makes the chunk clean if it is still in `state`.
-    pub(super) fn end(&self, state: State) {
+    pub(super) fn end(self, state: State) {
         // Release: pairs with the looks at the state; a thread that sees the chunk clean sees what
         // the visit did, or the words that are set instead. Acquire: pairs with the Release of
         // `Slot::set_whole`. Relaxed on failure: nothing is read.
@@ -175,87 +168,19 @@ impl Chunk {
     }
 }
 
-/// A line of summaries, and the pointers to their chunks in another one.
-#[repr(align(64))]
-pub(super) struct Block {
-    summaries: [AtomicU64; 1 << BLOCK_LG2],
-    /// Each a [`Chunk`], or null.
-    chunks: [AtomicPtr<()>; 1 << BLOCK_LG2],
-    /// Whether all bits of a chunk are set, whatever its words say: see the [module](self).
-    states: [AtomicState; 1 << BLOCK_LG2],
-}
-
-impl Block {
-    /// Dirty lines of a chunk up to which it has few.
-    const FEW: u32 = 40;
-
-    pub(super) fn new() -> Self {
-        Block {
-            summaries: std::array::from_fn(|_| AtomicU64::new(0)),
-            chunks: std::array::from_fn(|_| AtomicPtr::new(ptr::null_mut())),
-            states: std::array::from_fn(|_| AtomicState::new()),
-        }
-    }
-
-    /// Whether a summary has a bit.
-    #[inline]
-    pub(super) fn has_any(&self) -> bool {
-        // Relaxed: coherence shows the summary set by a mark that came before the harvest, or by
-        // a later one.
-        let or = |any, summary: &AtomicU64| any | summary.load(Ordering::Relaxed);
-        self.summaries.iter().fold(0, or) != 0
-    }
-
-    /// Prefetches the dirty lines of chunks that have few: each is a cache miss of its own, and a
-    /// walk that asks for them together waits for one of them, not for each. Processors find lines
-    /// that lie side by side themselves.
-    #[inline]
-    pub(super) fn prefetch_dirty(&self) {
-        if TINY {
-            return; // to a model checker each load is another branch
-        }
-        for (summary, chunk) in self.summaries.iter().zip(&self.chunks) {
-            // Relaxed: a hint.
-            let lines = summary.load(Ordering::Relaxed);
-            let chunk = chunk.load(Ordering::Relaxed).cast::<u8>();
-            if lines.count_ones() <= Self::FEW {
-                for line in ones(lines) {
-                    prefetch(chunk.wrapping_add(line * size_of::<u64>() * LINE_WORDS));
-                }
-            }
-        }
-    }
-
-    #[inline]
-    pub(super) fn slot(&self, chunk: u64) -> Slot<'_> {
-        let nth = (chunk & ((1 << BLOCK_LG2) - 1)) as usize;
-        Slot {
-            summary: &self.summaries[nth],
-            chunk: &self.chunks[nth],
-            state: &self.states[nth],
-        }
-    }
-
-    /// The chunks' pointers.
-    pub(super) fn chunks(&self) -> &[AtomicPtr<()>] {
-        &self.chunks
-    }
-}
-
-/// The place of one chunk. Bits count from its start.
+/// The summary and the state of one chunk. Bits count from its start.
 #[derive(Clone, Copy)]
 pub(super) struct Slot<'a> {
     pub(super) summary: &'a AtomicU64,
-    pub(super) chunk: &'a AtomicPtr<()>,
-    pub(super) state: &'a AtomicState,
+    pub(super) state: AtomicState<'a>,
 }
 
 impl Slot<'_> {
-    /// Sets the bits of `mask` in `word`, which holds bit `first` of the bitmap: see
-    /// [`ChunkMap::set`](super::ChunkMap::set).
+    /// Sets the bits of `mask` in `word`, which holds bit `first` of the bitmap, in a chunk with
+    /// `summary`: see [`ChunkMap::set`](super::ChunkMap::set).
     #[inline(always)]
     pub(super) fn set_word(
-        self,
+        summary: &AtomicU64,
         word: &AtomicU64,
         first: u64,
         mask: u64,
@@ -280,7 +205,10 @@ impl Slot<'_> {
             fence_after_look();
         }
         if anew || performs(Step::SummaryOnSkip) {
-            self.summarize(1 << ((first / LINE_BITS) % (CHUNK_BITS / LINE_BITS)));
+            Self::summarize(
+                summary,
+                1 << ((first / LINE_BITS) % (CHUNK_BITS / LINE_BITS)),
+            );
         }
         anew
     }
@@ -315,7 +243,7 @@ impl Slot<'_> {
             // - If F5 is first, `summarize` sees the summary clear and sets it.
             fence_after_looks(anew);
         }
-        self.summarize(ALL_LINES);
+        Self::summarize(self.summary, ALL_LINES);
         anew
     }
 
@@ -360,15 +288,15 @@ impl Slot<'_> {
             // - If F5 is first, `summarize` sees the summary clear and sets it.
             fence_after_looks(anew);
         }
-        self.summarize(lines);
+        Self::summarize(self.summary, lines);
         anew
     }
 
     /// M2 and M3.
     #[inline(always)]
-    fn summarize(self, lines: u64) {
+    fn summarize(summary: &AtomicU64, lines: u64) {
         // Acquire: the look that `fence_after_look` follows. The fence F3 orders it after the bits.
-        if self.summary.load(Ordering::Acquire) & lines == lines {
+        if summary.load(Ordering::Acquire) & lines == lines {
             if performs(Step::FoundFence) {
                 // SeqCst: M3 of a mark that found the summary set; pairs with F6 of an unmap.
                 // - If M3 is first, the unmap sees the summary that we saw, and takes the bit.
@@ -378,7 +306,7 @@ impl Slot<'_> {
             return;
         }
         // Relaxed: F3 orders it after the bits, and M3 before the look at the area.
-        self.summary.fetch_or(lines, Ordering::Relaxed);
+        summary.fetch_or(lines, Ordering::Relaxed);
         if performs(Step::SummarizedFence) {
             // SeqCst: M3 of a mark that set the summary; pairs with F6, as above.
             fence_after_rmw();

@@ -22,8 +22,8 @@ impl ChunkMap {
     /// Sets bits of chunk `index`: of each word, by its place in the chunk, those of the mask. The
     /// caller has performed the full fence that [`set`](Self::set) asks for.
     pub(crate) fn set_masks(&self, index: u64, masks: &[(u16, u64)]) {
-        let slot = self.slot_or_new(index);
-        slot.set_masks(self.chunk_of(slot), masks);
+        let (slot, chunk) = self.slot_or_new(index);
+        slot.set_masks(chunk, masks);
     }
 
     /// As [`peek`](Self::peek), without trust in summaries: looks at all words of the chunks that
@@ -48,11 +48,10 @@ impl ChunkMap {
 
     /// The words of chunk `index`, for the one writer to record in; its summary is set.
     pub(crate) fn words_to_record(&self, index: u64) -> &[AtomicU64] {
-        let slot = self.slot_or_new(index);
-        let words = &self.chunk_of(slot).0;
+        let (slot, chunk) = self.slot_or_new(index);
         // Relaxed: the writer's Release fence before it clears what it has recorded orders both.
         slot.summary.store(u64::MAX, Ordering::Relaxed);
-        words
+        &chunk.0
     }
 
     /// Calls `each` with the words that have bits, of the chunks that hold bits of `first..=last`,

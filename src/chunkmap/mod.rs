@@ -1,14 +1,16 @@
 //! The concurrent two-level bitmap under all marks.
 //!
 //! ```text
-//!  ChunkMap --> group of blocks --> 8 summaries, side by side
-//!                               --> chunk: 64 lines of 8 words, one bit for each page
+//!  ChunkMap --> group --> summaries, side by side
+//!                     --> chunk: 64 lines of 8 words, one bit for each page
 //! ```
 //!
 //! * [`map`]: the map of chunks, which installs what is missing
+//! * [`group`]: neighbouring chunks, and where their summaries, states and bits lie
 //! * [`chunk`]: a chunk with its summary and its state, the protocol of the two, and the marker's
 //!   side of it
 //! * [`take`]: the harvester's side
+//! * [`place`]: the place of what a harvester takes
 //! * [`handed`]: bits that one harvest records, and others see
 //! * [`slab`]: the memory of chunks that lie side by side
 //!
@@ -16,8 +18,10 @@
 //! of a domain and a sparse bitmap of the user are made of it.
 
 mod chunk;
+mod group;
 mod handed;
 mod map;
+mod place;
 mod slab;
 mod take;
 
@@ -28,6 +32,6 @@ mod loom_tests;
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod tests;
 
-pub(crate) use chunk::LINE_WORDS;
 pub(crate) use map::{CHUNK_WORDS, ChunkMap, OneGroup};
+pub(crate) use place::Place;
 pub(crate) use take::{Taker, Visitor};

@@ -179,7 +179,7 @@ impl fmt::Display for Why {
             Why::Foreign => "the epoch is one of another consumer",
             Why::Future => "the epoch is not committed yet",
             Why::Untracked => "tracking was off for a while after the epoch",
-            Why::Merged => "no cursor has held the epoch",
+            Why::Merged => "no cursor holds the epoch",
         })
     }
 }

@@ -11,7 +11,8 @@ use std::hint::black_box;
 use std::ops::Range;
 use std::process::ExitCode;
 
-use dirtymap::{Access, AddressSpace, Granule, Iova, IovaRange, Start, ToIovaRange};
+use dirtymap::area::AreaMap;
+use dirtymap::{Access, AddressSpace, Granule, Iova, IovaRange, Mapping, Start, ToIovaRange};
 use dirtymap_benches::compare::tables;
 use dirtymap_benches::peers::{ThroughHandle, ThroughSpace};
 use dirtymap_benches::workloads::{clusters, distinct};
@@ -25,6 +26,8 @@ const PAGES: u64 = 1 << 24;
 const WORDS: usize = (PAGES / 64) as usize;
 /// Bits of a cache line.
 const LINE: u64 = 512;
+/// Bits of a chunk.
+const CHUNK: u64 = 1 << 15;
 /// Operations of the workloads that repeat one.
 const TIMES: u64 = 1 << 12;
 /// A page of the middle of the memory.
@@ -37,7 +40,7 @@ const LONG: u64 = 1 << 30;
 /// A workload: its name, how many operations it counts, and the function that runs it.
 type Workload = (&'static str, u64, fn());
 
-const WORKLOADS: [Workload; 19] = [
+const WORKLOADS: &[Workload] = &[
     ("mark-hot-handle", TIMES, mark_hot::<ThroughHandle>),
     ("mark-hot-space", TIMES, mark_hot::<ThroughSpace>),
     ("mark-cold", TIMES, || mark_cold(PAGE)),
@@ -48,12 +51,20 @@ const WORKLOADS: [Workload; 19] = [
     ("harvest-clean-line", PAGES / LINE, || harvest(0)),
     ("harvest-dirty-line", PAGES / LINE, || harvest(LINE)),
     ("harvest-dirty-word", PAGES / 64, || harvest(64)),
+    ("harvest-piece-line", PAGES / LINE, || harvest_whole(RANGE)),
+    ("harvest-whole-chunk", PAGES / CHUNK, || {
+        harvest_whole(PAGES * PAGE)
+    }),
     (
         "harvest-dirty-line-2-consumers",
         PAGES / LINE,
         harvest_for_two,
     ),
     ("lookup-100k-areas", TIMES, lookup),
+    ("area-remove-insert", TIMES, remap::<AreaMap<Mapping>>),
+    ("area-remove-insert-batch", TIMES, remap_batches),
+    ("area-remove-insert-space", TIMES, remap::<AddressSpace>),
+    ("area-scan", AREAS, scan),
     ("table-clean-leaf", LEAVES, || table(Granule::K4, 0, 1)),
     ("table-dirty-leaf", LEAVES, || table(Granule::K4, 1000, 1)),
     ("table-1-percent", LEAVES, || table(Granule::K4, 10, 1)),
@@ -63,6 +74,7 @@ const WORKLOADS: [Workload; 19] = [
     ("table-10-percent", LEAVES, || table(Granule::K4, 100, 1)),
     ("table-10-percent-2m", LEAVES, || table(Granule::M2, 100, 1)),
     ("store-write-open", TIMES, store_write_open),
+    ("store-write-handle", TIMES, store_write_handle),
 ];
 
 /// Ranges of 1 GiB that are marked.
@@ -152,6 +164,16 @@ fn harvest(every: u64) {
     counted(&mut || peer.harvest(black_box(&mut bitmap)));
 }
 
+/// A harvest in which all pages are dirty, marked in pieces of `piece` bytes.
+fn harvest_whole(piece: u64) {
+    let peer = cleaned();
+    (0..PAGES * PAGE)
+        .step_by(piece as usize)
+        .for_each(|start| peer.mark(start, piece));
+    let mut bitmap = vec![0; WORDS];
+    counted(&mut || peer.harvest(black_box(&mut bitmap)));
+}
+
 /// A harvest of a space with two consumers, which leaves to one what it takes for the other.
 fn harvest_for_two() {
     let space = AddressSpace::tracked(Granule::K4);
@@ -173,8 +195,47 @@ fn harvest_for_two() {
     });
 }
 
+/// Areas of a map that is looked up, changed or scanned.
+const AREAS: u64 = 100_000;
+
+/// A map of so many areas, each mapped, and then as many removed and inserted again at random as
+/// there are, so that nodes and allocator are in the state of a map that has lived for some time.
+fn lived_in<A: Areas>() -> (A, Vec<Mapping>) {
+    let areas = A::new();
+    let mapping = |at: u64| Mapping {
+        range: page_range(at * 2, 1),
+        backing: at * PAGE,
+        access: Access::ReadWrite,
+    };
+    (0..AREAS).for_each(|at| areas.map(mapping(at)));
+    let shuffled: Vec<_> = distinct(AREAS, AREAS).into_iter().map(mapping).collect();
+    areas.remap_all(&shuffled);
+    (areas, shuffled)
+}
+
+/// Removes an area and inserts it again.
+fn remap<A: Areas>() {
+    let (areas, shuffled) = lived_in::<A>();
+    counted(&mut || areas.remap_all(black_box(&shuffled[..TIMES as usize])));
+}
+
+fn remap_batches() {
+    let (areas, shuffled) = lived_in::<AreaMap<Mapping>>();
+    counted(&mut || {
+        for batch in shuffled[..TIMES as usize].chunks(1 << 10) {
+            areas.remap_batch(black_box(batch));
+        }
+    });
+}
+
+fn scan() {
+    let (areas, _) = lived_in::<AreaMap<Mapping>>();
+    counted(&mut || {
+        black_box(Areas::scan(&areas));
+    });
+}
+
 fn lookup() {
-    const AREAS: u64 = 100_000;
     let space = <AddressSpace as Areas>::new();
     for at in 0..AREAS {
         sure(space.map(page_range(at * 2, 1), at * PAGE, Access::ReadWrite));
@@ -223,6 +284,21 @@ fn store_write_open() {
             sure(store.begin_write(black_box(HOT..HOT + PAGE))).wait(),
         ))
     };
+    write();
+    counted(&mut || (0..TIMES).for_each(|_| write()));
+}
+
+/// The same by a handle.
+fn store_write_handle() {
+    let folder = sure(tempfile::tempdir());
+    let device = Device {
+        id: 1,
+        len: PAGES * PAGE,
+    };
+    let log = sure(DirFolder::new(folder.path().join("store")));
+    let store = sure(Store::create(log, &device, &Options::new()));
+    let writer = store.writer();
+    let write = || drop(sure(writer.begin_write(black_box(HOT..HOT + PAGE))));
     write();
     counted(&mut || (0..TIMES).for_each(|_| write()));
 }
