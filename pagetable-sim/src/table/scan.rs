@@ -10,6 +10,8 @@
 //!
 //! A clean entry costs a load and an OR, without a write or a lock.
 
+use std::ops::RangeInclusive;
+
 use crossbeam_epoch::Guard;
 use dirtymap::source::Stopped;
 use dirtymap::sync::{Ordering, Step, performs};
@@ -210,7 +212,8 @@ impl<V> Scan<'_, V> {
                 if let Some(look) = self.visit.enter(&upper) {
                     let child = child::<F>(entry, self.guard);
                     let skips = |entry| self.visit.skips(entry);
-                    let ahead = ahead::<F>(page, level, index, self.guard, skips);
+                    let last = F::index(range.last().get(), level);
+                    let ahead = ahead::<F>(page, level, index..=last, self.guard, skips);
                     let done = self.table::<F>(child, level - 1, part, ahead);
                     self.visit.leave(&upper, look);
                     done?;
@@ -246,20 +249,20 @@ impl<V> Scan<'_, V> {
     }
 }
 
-/// The lowest table that comes after that of entry `index` of `page`, a table of `level`, and that
-/// the scan does not skip. Even where it follows in memory, a processor that fetches ahead by
-/// itself begins anew with each table.
+/// The lowest table that comes after that of the first of `entries` of `page`, a table of `level`,
+/// and that the scan, which ends with the last of them, does not skip. Even where it follows in
+/// memory, a processor that fetches ahead by itself begins anew with each table.
 fn ahead<'g, F: Format>(
     page: &[AtomicIopte],
     level: u32,
-    index: usize,
+    entries: RangeInclusive<usize>,
     guard: &'g Guard,
     skips: impl Fn(Iopte) -> bool,
 ) -> Option<&'g [AtomicIopte]> {
     if level != 1 || cfg!(dirtymap_loom) {
         return None;
     }
-    page[index + 1..].iter().find_map(|slot| {
+    page.get(entries)?.iter().skip(1).find_map(|slot| {
         // Acquire: as the load in `entry`.
         let entry = slot.load(Ordering::Acquire);
         let is_table = F::is_present(entry) && !F::is_leaf(entry, level);

@@ -44,6 +44,7 @@ macro_rules! suite {
                 one_dirty_leaf_of_every_place_in_a_group_is_found,
                 a_harvest_beyond_the_width_sees_what_is_there,
                 cleaning_what_was_unmapped_meanwhile_maps_nothing,
+                a_harvest_of_one_table_looks_at_no_table_after_it,
                 agrees_with_a_map_of_pages,
                 threads_map_walk_and_harvest_at_once,
                 writers_and_a_harvester_lose_nothing,

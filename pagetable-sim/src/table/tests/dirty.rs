@@ -265,3 +265,47 @@ pub(super) fn cleaning_what_was_unmapped_meanwhile_maps_nothing<F: Format>() {
         );
     }
 }
+
+/// Counts the entries beside its way that a scan looks at for its prefetches, and skips all of them.
+#[derive(Default)]
+struct Ahead(std::cell::Cell<u64>);
+
+impl<F: Format> Visitor<F> for Ahead {
+    type Look = ();
+
+    fn leaf(&mut self, _leaf: &DirtyLeaf<'_>) -> Result<(), dirtymap::Error> {
+        Ok(())
+    }
+
+    fn leaves(&mut self, _batch: &Batch<'_>, _mask: u64) -> Result<(), Stopped> {
+        Ok(())
+    }
+
+    fn skips(&self, _entry: Iopte) -> bool {
+        self.0.set(self.0.get() + 1);
+        true
+    }
+
+    fn enter(&mut self, _upper: &Upper<'_>) -> Option<()> {
+        Some(())
+    }
+
+    fn leave(&mut self, _upper: &Upper<'_>, _look: ()) {}
+}
+
+/// A harvest of one table among quiet ones, as a run of a mask asks for, looked through the rest of
+/// the table above for the next one to prefetch, although the harvest ends before it.
+pub(super) fn a_harvest_of_one_table_looks_at_no_table_after_it<F: Format>() {
+    let table = Table::<F>::new();
+    for nth in 0..8 {
+        let page = range(nth * m::<F>(), k::<F>());
+        table.map(page, 0, Access::ReadWrite, F::PAGE).unwrap();
+        table.set_dirty(page.start()).unwrap();
+    }
+    for (first, tables, after) in [(0, 1, 0), (3, 1, 0), (0, 3, 3)] {
+        let mut ahead = Ahead::default();
+        let part = range(first * m::<F>(), tables * m::<F>());
+        assert!(table.scan(part, &mut ahead).is_ok());
+        assert_eq!(ahead.0.get(), after, "{tables} from {first}");
+    }
+}
