@@ -32,7 +32,7 @@ use super::outside::Outside;
 use crate::error::Error;
 use crate::marks::{MarkOrdering, Marks};
 use crate::source::Mapping;
-use crate::sync::{Arc, AtomicU8, AtomicU64, Mutex, MutexGuard, Ordering, lock};
+use crate::sync::{Arc, AtomicU8, AtomicU64, Mutex, MutexGuard, Ordering, Step, lock, performs};
 use crate::units::{Granule, IovaRange};
 
 /// The state of an area: see the [module](self).
@@ -247,6 +247,18 @@ impl Area {
         // `after_late_mark` finds what they published before; if not, F3 and F4 of the protocol in
         // `unmap` ensure that the unmap counts the mark.
         self.state.load(Ordering::Acquire).is_mapped()
+    }
+
+    /// Whether the area is in the tree, and no call is about to take it out.
+    #[inline]
+    pub(super) fn is_live(&self) -> bool {
+        // Acquire: as in `is_mapped`. An area that leaves the tree was claimed before, or its map
+        // has not ended, and the Release in `Edit::publish` publishes that.
+        // - If a newer tree was visible to this thread before the look, so is the state, and this
+        //   finds that the area is not live.
+        // - If this finds the area live, F3 and F4 decide, as in `is_mapped`.
+        let state = self.state.load(Ordering::Acquire);
+        state == State::LIVE || state.is_mapped() && !performs(Step::LookForClaim)
     }
 
     #[cold]

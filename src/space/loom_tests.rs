@@ -2,6 +2,7 @@
 //! record of areas that leave during a harvest: see [`past`](super::past).
 
 use super::past::Past;
+use super::recent::mark_in;
 use super::walks::Walks;
 use super::whole::Whole;
 use super::{AddressSpace, Area};
@@ -171,6 +172,38 @@ fn an_unmap_counts_what_a_harvest_of_a_consumer_takes() {
             space.late_pages(area, page(), count);
             found
         })
+    });
+}
+
+/// An unmap has taken an area out of the tree, and has not said so in the area yet. Another thread
+/// maps other memory at its addresses, writes to it, and marks. It remembers the old area, in which
+/// the mark of the new one would be lost.
+#[test]
+fn a_mark_in_a_remembered_area_is_one_of_the_mapped_area() {
+    holds_within(Bound::between(1, 1), &[Step::LookForClaim], || {
+        let space = AddressSpace::tracked(PAGE);
+        space.map(page(), 0, Access::ReadWrite).unwrap();
+        let old = space.all_areas().remove(0);
+        let space = Arc::new(space);
+        let marker = thread::spawn({
+            let space = space.clone();
+            move || {
+                if space.map(page(), 1 << 12, Access::ReadWrite).is_err() {
+                    return true; // the old area is still there
+                }
+                let set = || {
+                    old.marks.mark(page());
+                    true
+                };
+                if !mark_in(&old, set) {
+                    space.mark(page()).unwrap();
+                }
+                let new = space.all_areas().remove(0);
+                new.marks.runs(page()) == [page()]
+            }
+        });
+        space.unmap_discarding(page()).unwrap();
+        marker.join().unwrap()
     });
 }
 

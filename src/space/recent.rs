@@ -1,12 +1,16 @@
 //! The area that a thread has marked last, for marks without a lookup.
 //!
 //! A thread that marks by [`AddressSpace::mark`](super::AddressSpace::mark) mostly marks one area
-//! many times. So each thread remembers an [`AreaHandle`]. A mark tries this handle first, and does
-//! what a mark by any handle does: it sets the bits, and then looks at the state of the area. If
-//! the area has gone or was cut, or if the handle is one of another area or of another space, the
-//! mark looks the area up. So the proof of marks by a handle covers these marks, and there is no
-//! generation to compare.
+//! many times. So each thread remembers an [`AreaHandle`]. A mark tries this handle first: it sets
+//! the bits, and then looks at the state of the area, as a mark by any handle does. If the area is
+//! not live, or if the handle is one of another area or of another space, the mark looks the area
+//! up. So there is no generation to compare.
 //!
+//! * *A mark is one of the area that is mapped.* A mark by a handle is one of the area of the
+//!   handle as long as the area does not say that it has gone. It says so after it has left the
+//!   tree. In between, another thread can map other memory at its addresses, and a write there is
+//!   no write to the old area. But an area leaves the tree only after it was claimed, or before its
+//!   map has ended. So it is not live when other memory comes, and this mark finds that.
 //! * A handle belongs to a space if both have the same counters. The handle keeps the counters
 //!   alive, so no later space can have them at the same address.
 //! * A thread makes a handle when it marks the same area by lookup for the second time in a row. A
@@ -15,12 +19,12 @@
 //!   area by lookup twice in a row, or ends. It keeps no source alive, and no addresses.
 //!
 //! A model checker runs all threads of a model in one thread of the system, so models have no such
-//! handles. Models of marks by a handle of their own cover this path.
+//! handles. A model calls [`mark_in`] with an area of its own.
 
 use std::cell::RefCell;
 use std::ptr;
 
-use super::{AddressSpace, AreaHandle};
+use super::{AddressSpace, Area, AreaHandle};
 use crate::area::Entry;
 use crate::sync::{Arc, TINY};
 use crate::units::IovaRange;
@@ -29,7 +33,7 @@ use crate::units::IovaRange;
 struct Recent {
     handle: Option<AreaHandle>,
     /// The area that it looked up last: an address to compare.
-    looked_up: *const super::Area,
+    looked_up: *const Area,
 }
 
 thread_local! {
@@ -39,7 +43,7 @@ thread_local! {
 }
 
 /// Marks `range` by the handle of this thread, if that is one of `space`. Returns whether all of
-/// `range` was marked in an area that is mapped; if not, the caller looks the area up.
+/// `range` was marked in an area that is live; if not, the caller looks the area up.
 #[inline]
 pub(super) fn mark(space: &AddressSpace, range: IovaRange) -> bool {
     if TINY {
@@ -49,14 +53,23 @@ pub(super) fn mark(space: &AddressSpace, range: IovaRange) -> bool {
     let marked = RECENT.try_with(|recent| {
         let recent = recent.try_borrow().ok()?;
         let handle = recent.handle.as_ref()?;
-        Some(Arc::ptr_eq(&handle.counters, &space.counters) && handle.mark_near(range))
+        let near = handle.near.as_ref()?;
+        let is_of_space = Arc::ptr_eq(&handle.counters, &space.counters);
+        Some(is_of_space && mark_in(&handle.area, || near.mark(range)))
     });
     marked.ok().flatten() == Some(true)
 }
 
+/// Marks in `area`, which this thread remembers, by `set`, which returns whether it has set all
+/// bits. Returns whether the area is the one that is mapped there.
+#[inline(always)]
+pub(super) fn mark_in(area: &Area, set: impl FnOnce() -> bool) -> bool {
+    set() && area.is_live()
+}
+
 /// This thread has looked up the area of `entry` for a mark.
 #[inline]
-pub(super) fn looked_up(space: &AddressSpace, entry: &Entry<'_, super::Area>) {
+pub(super) fn looked_up(space: &AddressSpace, entry: &Entry<'_, Area>) {
     if TINY {
         return;
     }
@@ -90,8 +103,11 @@ fn remember(handle: AreaHandle) {
 #[cfg(all(test, not(any(dirtymap_loom, dirtymap_shuttle))))]
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod tests {
+    use std::convert::Infallible;
+
     use super::*;
-    use crate::units::{Access, Granule};
+    use crate::source::Mapping;
+    use crate::units::{Access, Granule, Iova, ToIovaRange};
 
     /// A space with one area of 16 pages at 0.
     fn space() -> AddressSpace {
@@ -148,6 +164,71 @@ mod tests {
             space.mark(0x1000..0x1001).unwrap();
             assert_eq!(dirty(&space), 1);
         }
+    }
+
+    /// Takes the area at 0 out of the tree, as an unmap or a map that failed does, without the last
+    /// step: the area does not say yet that it has gone.
+    fn leave_the_tree(space: &AddressSpace) -> Arc<Area> {
+        let area = space.areas.snapshot().lookup(Iova::MIN).unwrap().to_arc();
+        let Ok(()) = space.areas.update(|edit| {
+            edit.remove(Iova::MIN);
+            Ok::<_, Infallible>(())
+        });
+        area
+    }
+
+    /// Maps other memory at the addresses that [`leave_the_tree`] has freed, writes to it, and
+    /// marks: the mark is one of the new area.
+    fn mark_in_a_new_area(space: &AddressSpace, old: &Area) {
+        space.map(0..0x10000, 1 << 20, Access::ReadWrite).unwrap();
+        space.mark(0x1000..0x1001).unwrap();
+        assert_eq!(dirty(space), 1);
+        old.retire();
+    }
+
+    /// An unmap has published the tree without the area, and stops before it says so in the area.
+    /// Another thread maps the addresses anew, and the marker writes there. Its mark went to the
+    /// area that it remembered, so the write was lost.
+    #[test]
+    fn a_mark_between_the_last_two_steps_of_an_unmap_is_one_of_the_new_area() {
+        let space = space();
+        for _ in 0..3 {
+            space.mark(0x1000..0x1001).unwrap();
+        }
+        assert_eq!(dirty(&space), 1);
+        let claimed = space
+            .areas
+            .snapshot()
+            .lookup(Iova::MIN)
+            .unwrap()
+            .area
+            .claim();
+        claimed.unwrap();
+        let old = leave_the_tree(&space);
+        mark_in_a_new_area(&space, &old);
+    }
+
+    /// The same of a map that a source refuses: its area was in the tree, where a thread marked it.
+    #[test]
+    fn a_mark_between_the_last_two_steps_of_a_failed_map_is_one_of_the_new_area() {
+        let space = AddressSpace::tracked(Granule::K4);
+        let mapping = Mapping {
+            range: (0..0x10000).to_iova_range().unwrap(),
+            backing: 0,
+            access: Access::ReadWrite,
+        };
+        let area = Arc::new(Area::new(mapping, Granule::K4, space.ordering));
+        let insert = || Arc::clone(&area);
+        let inserted = space
+            .areas
+            .update(|edit| edit.insert(mapping.range, insert()));
+        inserted.unwrap();
+        for _ in 0..3 {
+            space.mark(0x1000..0x1001).unwrap();
+        }
+        assert_eq!(dirty(&space), 1);
+        let old = leave_the_tree(&space);
+        mark_in_a_new_area(&space, &old);
     }
 
     /// The remembered area is cut, and a piece of it is unmapped.

@@ -61,6 +61,8 @@ steps! {
     LeaveFence,
     /// The fence between the end of an area that is taken out and the look at its marks.
     TakeOutFence,
+    /// Looking up the area of a mark if the area that the thread remembers is claimed.
+    LookForClaim,
     /// Recording a leaf before it is cleared.
     RecordLeaf,
     /// Recording a run before it is cleared.
