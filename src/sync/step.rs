@@ -188,6 +188,8 @@ steps! {
     ChangeBeforeRange,
     /// Release of the pool that an update leaves to the next one.
     PublishPool,
+    /// Release of the pool of an update that found none.
+    PublishFurther,
     /// Release of the root that an edit publishes.
     PublishRoot,
     /// Release of the switch that says that the baseline is clean.
