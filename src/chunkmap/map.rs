@@ -228,7 +228,7 @@ impl ChunkMap {
     /// Calls `each` for the chunks of blocks that have bits, with the chunk's first bit, and the
     /// requested bits of it.
     #[inline]
-    fn walk<E>(
+    pub(super) fn walk<E>(
         &self,
         first: u64,
         last: u64,
@@ -340,6 +340,8 @@ impl ChunkMap {
                 let chunk = slot.chunk.load(Ordering::Acquire).cast::<Chunk>();
                 // SAFETY: as in `walk`.
                 if let Some(chunk) = unsafe { chunk.as_ref() } {
+                    #[cfg(test)]
+                    crate::compared::one();
                     each(slot, chunk, index << BITS_LG2)?;
                 }
             }

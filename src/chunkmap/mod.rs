@@ -10,6 +10,7 @@
 //!   side of it
 //! * [`take`]: the harvester's side
 //! * [`handed`]: bits that one harvest records, and others see
+//! * [`left`]: bits that many threads leave, and few take
 //! * [`slab`]: the memory of chunks that lie side by side
 //!
 //! The bitmap knows bits, and neither addresses nor areas. The marks of an area, the put-back store
@@ -17,6 +18,7 @@
 
 mod chunk;
 mod handed;
+mod left;
 mod map;
 mod slab;
 mod take;

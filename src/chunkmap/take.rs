@@ -112,7 +112,7 @@ impl Slot<'_> {
         while left != 0 {
             let line = left.trailing_zeros() as usize;
             left &= left - 1;
-            visit_line::<true, _>(chunk, base, line, first, last, taker)?;
+            visit_line::<true, true, _>(chunk, base, line, first, last, taker)?;
             if early {
                 cleared.lines &= !(1 << line);
             }
@@ -165,7 +165,7 @@ impl Slot<'_> {
             } else if !secured {
                 cleared.lines = 0;
             }
-            visit_line::<true, _>(chunk, base, line, first, last, taker)?;
+            visit_line::<true, true, _>(chunk, base, line, first, last, taker)?;
             cleared.lines = 0;
         }
         Ok(())
@@ -247,7 +247,7 @@ impl Slot<'_> {
         while left != 0 {
             let line = left.trailing_zeros() as usize;
             left &= left - 1;
-            visit_line::<false, _>(chunk, base, line, first, last, visitor)?;
+            visit_line::<false, true, _>(chunk, base, line, first, last, visitor)?;
         }
         Ok(())
     }
@@ -322,9 +322,10 @@ fn visit_all<V: Visitor>(
 }
 
 /// Gives `visitor` the words of `line` that have bits of `first..=last`, and clears these bits
-/// after the call if `TAKE`.
+/// after the call if `TAKE`: by locked operations if the line is `SHARED` with threads that set
+/// bits.
 #[inline]
-fn visit_line<const TAKE: bool, V: Visitor>(
+pub(super) fn visit_line<const TAKE: bool, const SHARED: bool, V: Visitor>(
     chunk: &Chunk,
     base: u64,
     line: usize,
@@ -350,7 +351,7 @@ fn visit_line<const TAKE: bool, V: Visitor>(
         && visitor.visit_line(base + start, &seen)
     {
         for nth in ones(found) {
-            clear(&words[nth], seen[nth]);
+            clear::<SHARED>(&words[nth], seen[nth]);
         }
         return Ok(());
     }
@@ -369,16 +370,21 @@ fn visit_line<const TAKE: bool, V: Visitor>(
         }
         visitor.visit(base + bit, seen)?;
         if TAKE {
-            clear(&words[nth], seen);
+            clear::<SHARED>(&words[nth], seen);
         }
     }
     Ok(())
 }
 
 /// Clears the bits of `seen`, which were visited. A bit that was set in between stays for the next
-/// harvest.
+/// harvest. Without `SHARED`, no other thread changes the word meanwhile: see
+/// [`left`](super::left).
 #[inline(always)]
-fn clear(word: &AtomicU64, seen: u64) {
+fn clear<const SHARED: bool>(word: &AtomicU64, seen: u64) {
+    if !SHARED {
+        // Relaxed, both: the claim of the chunk orders them.
+        return word.store(word.load(Ordering::Relaxed) & !seen, Ordering::Relaxed);
+    }
     // Acquire: pairs with the Release of `set_word` and `set_words`; the copy of the page comes
     // after the data of the mark. Release: a marker that sees the bit gone sees what the visit did.
     word.fetch_and(!seen, Ordering::AcqRel);
@@ -393,7 +399,7 @@ fn clear_words(chunk: &Chunk) {
             for word in line {
                 let seen = word.load(Ordering::Relaxed);
                 if seen != 0 {
-                    clear(word, seen);
+                    clear::<true>(word, seen);
                 }
             }
         }
@@ -402,7 +408,7 @@ fn clear_words(chunk: &Chunk) {
 
 /// The lines that lie in the bits `first..=last` as a whole.
 #[inline]
-fn whole_lines(first: u64, last: u64) -> u64 {
+pub(super) fn whole_lines(first: u64, last: u64) -> u64 {
     let (from, end) = (first.div_ceil(LINE_BITS), (last + 1) / LINE_BITS);
     if from < end {
         word_mask(from as u32, (end - 1) as u32)

@@ -281,8 +281,9 @@ fn harvest<'a>(
     (all, entered): (IovaRange, &Walk<'_>),
 ) -> Lease<'a, Owed> {
     #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
-    if request.is_parallel() && !holding.is_shared() {
-        return parallel::harvest(holding, snapshot, request, bound.view());
+    if request.is_parallel() {
+        let ends = (all, entered);
+        return parallel::harvest(holding, snapshot, request, bound.view(), ends);
     }
     let asked = bound.view().range();
     // Declared after the holding, so that it is dropped before: a walk that panics closes its

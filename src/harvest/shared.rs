@@ -58,13 +58,14 @@ use crate::sync::{Arc, Ordering, Step, fence, performs};
 use crate::units::{Iova, IovaRange};
 
 /// Takes what is dirty in `part` of `area` for the consumer of `covered`, and leaves it to the
-/// others. What it owes goes to the queue or, if there are no others, to `gather`. Returns how many
-/// leaves the queue got, and how the walk ended.
+/// others. A leaf that extends past `part` is taken as far as it is inside `limit`. What is owed
+/// goes to the queue or, if there are no others, to `gather`. Returns how many leaves the queue
+/// got, and how the walk ended.
 pub(super) fn take(
     space: &AddressSpace,
     covered: &Covered,
     area: &Area,
-    part: IovaRange,
+    (part, limit): (IovaRange, IovaRange),
     sink: &mut Sink<'_>,
     gather: &mut FlushGather,
 ) -> (u64, Result<(), Stopped>) {
@@ -73,7 +74,7 @@ pub(super) fn take(
             space,
             covered,
             area,
-            (part, part),
+            (part, limit),
             (sink, None),
             Look::Take(gather),
         );
@@ -87,23 +88,25 @@ pub(super) fn take(
         let end = (u128::from(start.get()) / bytes + 1) * bytes - 1;
         let last = u64::try_from(end).map_or(part.last(), |end| part.last().min(Iova::new(end)));
         let piece = IovaRange::ascending(start, last);
-        let mut taking = Taking::begin(space, covered, area, part);
+        let mut taking = Taking::begin(space, covered, area, limit);
         let claim = Claim::begin(space, piece);
         let looked = {
-            let mut flight = taking.flight.sink(part);
+            let mut flight = taking.flight.sink(limit);
             let how = Look::Take(&mut taking.gather);
-            sink.limit_to(part);
-            look(
+            sink.limit_to(limit);
+            let looked = look(
                 space,
                 covered,
                 area,
-                (piece, part),
+                (piece, limit),
                 (&mut flight, Some(sink)),
                 how,
-            )
+            );
+            taking.part = flight.recorded_in();
+            looked
         };
         drop(claim);
-        sink.limit_to(part);
+        sink.limit_to(limit);
         let handed = taking.hand_over(sink, gather);
         entries += taking.entries;
         // The lower of two stops counts.
@@ -249,7 +252,7 @@ struct Taking<'s> {
     covered: &'s Covered,
     area: &'s Area,
     /// What may be in the flight.
-    part: IovaRange,
+    part: Option<IovaRange>,
     flight: &'s Flight,
     gather: FlushGather,
     /// Leaves that the queue got.
@@ -268,7 +271,7 @@ impl<'s> Taking<'s> {
             space,
             covered,
             area,
-            part,
+            part: Some(part),
             flight: space.flights.claim(),
             gather: FlushGather::new(),
             entries: 0,
@@ -282,34 +285,44 @@ impl<'s> Taking<'s> {
         if !performs(Step::CarryDebt) {
             gather.merge(&std::mem::take(&mut self.gather));
         }
+        let Some(part) = self.part else {
+            self.leave(|_, _| 0); // the debt alone
+            return Ok(());
+        };
         let page = self.space.page();
         let mut outcome = Ok(());
         // The words of the flight are those of the bitmap, if both divide pages into words alike.
         // What is in the flight lies in the range of the sink.
         let first_word = sink.first_word(Iova::MIN, page);
-        self.leave(|word, mask| {
-            if outcome.is_ok() {
-                let at = Iova::new((word * 64) << page.lg2());
-                let recorded = match first_word {
-                    Some(first) => sink.or(first.wrapping_add(word), mask),
-                    None => sink.put_mask(at, page, mask),
-                };
-                outcome = recorded.map_err(|error| Stopped {
-                    at,
-                    error: error.into(),
-                });
+        self.leave(|chunk, masks| {
+            if outcome.is_err() {
+                return 0;
             }
-            outcome.is_ok()
+            let word = chunk * CHUNK_WORDS;
+            let address = |(place, _): &(u16, u64)| {
+                Iova::new(((word + u64::from(*place)) * 64) << page.lg2())
+            };
+            let recorded = match first_word {
+                Some(first) => sink.or_words(first.wrapping_add(word), masks),
+                None => (masks.iter().enumerate()).try_for_each(|(nth, masked)| {
+                    let recorded = sink.put_mask(address(masked), page, masked.1);
+                    recorded.map_err(|error| (nth, error))
+                }),
+            };
+            let Err((nth, error)) = recorded else {
+                return masks.len();
+            };
+            outcome = Err(Stopped {
+                at: address(&masks[nth]).max(part.start()),
+                error: error.into(),
+            });
+            nth
         });
-        let first = self.part.start();
-        outcome.map_err(|stopped| Stopped {
-            at: stopped.at.max(first),
-            ..stopped
-        })
+        outcome
     }
 
-    /// T3 to T5. `record` says whether our own consumer has the pages of a word.
-    fn leave(&mut self, mut record: impl FnMut(u64, u64) -> bool) {
+    /// T3 to T5. `record` gets words of a chunk, and says how many of them our own consumer has.
+    fn leave(&mut self, record: impl FnMut(u64, &[(u16, u64)]) -> usize) {
         if !self.gather.is_empty() {
             let gather = std::mem::take(&mut self.gather);
             self.entries += gather.entries();
@@ -322,26 +335,36 @@ impl<'s> Taking<'s> {
         // first, the page is found taken, and is left again.
         // It is F10 of `harvest::discard`, too.
         fence(Ordering::SeqCst);
+        if let Some(part) = self.part {
+            self.leave_pages(part, record);
+        }
+        self.handed_over = true;
+    }
+
+    /// T4 and T5.
+    fn leave_pages(
+        &self,
+        part: IovaRange,
+        mut record: impl FnMut(u64, &[(u16, u64)]) -> usize,
+    ) {
         if performs(Step::TakenIsData) {
-            let (area, part) = (self.area, self.part);
+            let area = self.area;
             let clear = |zeros: &Zeros| self.flight.clear_zeros(part, zeros);
             area.marks.zeros().into_iter().for_each(clear);
             self.space.visit_younger_zeros(area, part, clear);
         }
         let audience = &self.covered.audience;
         let forgotten = usize::from(!performs(Step::LeaveToOthers));
-        self.flight.hand_over(self.part, |chunk, masks| {
+        self.flight.hand_over(part, |chunk, masks| {
             let others = audience.others().rev().skip(forgotten);
             others.for_each(|other| other.leave(chunk, masks));
-            for (nth, mask) in masks {
-                if !record(chunk * CHUNK_WORDS + u64::from(*nth), *mask)
-                    && let Some(own) = audience.own()
-                {
-                    own.leave(chunk, &[(*nth, *mask)]);
-                }
+            let recorded = record(chunk, masks);
+            if recorded < masks.len()
+                && let Some(own) = audience.own()
+            {
+                own.leave(chunk, &masks[recorded..]);
             }
         });
-        self.handed_over = true;
     }
 }
 
@@ -349,7 +372,7 @@ impl Drop for Taking<'_> {
     fn drop(&mut self) {
         if !self.handed_over {
             // A source has panicked.
-            self.leave(|_, _| false);
+            self.leave(|_, _| 0);
         }
         self.flight.free();
     }

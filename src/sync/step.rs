@@ -250,6 +250,10 @@ steps! {
     FlightFence,
     /// Claiming a piece before summaries in it are cleared.
     ClaimPiece,
+    /// Claiming a chunk of what is left to a consumer before it is changed.
+    ClaimLeft,
+    /// Release of the words of such a chunk, at the end of the claim.
+    PublishLeft,
     /// Waiting for the harvests that do not know a consumer that joins.
     WaitForWalks,
     /// One thread at a time waiting for harvests; left out, two of them turn the counts at once.

@@ -11,9 +11,9 @@ use std::hint::black_box;
 use std::ops::Range;
 use std::process::ExitCode;
 
-use dirtymap::{Access, AddressSpace, Granule, Iova, IovaRange, Start, ToIovaRange};
+use dirtymap::{Access, AddressSpace, Granule, Iova, IovaRange, ToIovaRange};
 use dirtymap_benches::compare::tables;
-use dirtymap_benches::peers::{ThroughHandle, ThroughSpace};
+use dirtymap_benches::peers::{Several, Shared, ThroughHandle, ThroughSpace};
 use dirtymap_benches::workloads::{clusters, distinct};
 use dirtymap_benches::{Areas, PAGE, Peer, Tracker};
 use dirtymap_store::{Device, DirFolder, Options, Store};
@@ -37,7 +37,7 @@ const LONG: u64 = 1 << 30;
 /// A workload: its name, how many operations it counts, and the function that runs it.
 type Workload = (&'static str, u64, fn());
 
-const WORKLOADS: [Workload; 19] = [
+const WORKLOADS: [Workload; 21] = [
     ("mark-hot-handle", TIMES, mark_hot::<ThroughHandle>),
     ("mark-hot-space", TIMES, mark_hot::<ThroughSpace>),
     ("mark-cold", TIMES, || mark_cold(PAGE)),
@@ -48,11 +48,15 @@ const WORKLOADS: [Workload; 19] = [
     ("harvest-clean-line", PAGES / LINE, || harvest(0)),
     ("harvest-dirty-line", PAGES / LINE, || harvest(LINE)),
     ("harvest-dirty-word", PAGES / 64, || harvest(64)),
-    (
-        "harvest-dirty-line-2-consumers",
-        PAGES / LINE,
-        harvest_for_two,
-    ),
+    ("harvest-dirty-line-2-consumers", PAGES / LINE, || {
+        harvest_for(2)
+    }),
+    ("harvest-dirty-line-4-consumers", PAGES / LINE, || {
+        harvest_for(4)
+    }),
+    ("harvest-dirty-line-left", PAGES / LINE, || {
+        harvest_what_is_left()
+    }),
     ("lookup-100k-areas", TIMES, lookup),
     ("table-clean-leaf", LEAVES, || table(Granule::K4, 0, 1)),
     ("table-dirty-leaf", LEAVES, || table(Granule::K4, 1000, 1)),
@@ -136,7 +140,7 @@ fn cleaned() -> ThroughHandle {
 }
 
 /// Marks the pages whose number is a multiple of `every`, so that all lines cost alike.
-fn mark_one_in(peer: &impl Peer, every: u64) {
+fn mark_one_in(peer: &impl Tracker, every: u64) {
     (0..PAGES)
         .step_by(every as usize)
         .for_each(|page| peer.mark_page(page));
@@ -152,25 +156,33 @@ fn harvest(every: u64) {
     counted(&mut || peer.harvest(black_box(&mut bitmap)));
 }
 
-/// A harvest of a space with two consumers, which leaves to one what it takes for the other.
-fn harvest_for_two() {
-    let space = AddressSpace::tracked(Granule::K4);
-    sure(space.map(page_range(0, PAGES), 0, Access::ReadWrite));
-    let other = sure(space.consumer("other", Start::Clean));
-    let mut rounds = space.rounds();
-    let mark = || {
-        for page in (0..PAGES).step_by(LINE as usize) {
-            sure(space.mark(page_range(page, 1)));
-        }
-    };
-    // What the first round allocates is there afterwards.
-    mark();
-    sure(rounds.next()).commit();
-    sure(other.rounds().next()).commit();
-    mark();
-    counted(&mut || {
-        black_box(sure(rounds.next()).commit());
-    });
+/// A harvest of a space with `consumers`, in which one page of a line is dirty: the first of them
+/// takes it, and leaves it to the others.
+fn harvest_for(consumers: u64) {
+    let peer = Several::for_consumers(PAGES, consumers);
+    let mut bitmap = vec![0; WORDS];
+    // What marks and the first harvests allocate is there afterwards.
+    for _ in 0..2 {
+        mark_one_in(&peer, LINE);
+        (0..consumers).for_each(|nth| peer.harvest_for(nth, &mut bitmap));
+    }
+    mark_one_in(&peer, LINE);
+    bitmap.fill(0);
+    counted(&mut || peer.harvest_for(0, black_box(&mut bitmap)));
+}
+
+/// The harvest of the second of two consumers: it takes what the first one has left.
+fn harvest_what_is_left() {
+    let peer = Several::for_consumers(PAGES, 2);
+    let mut bitmap = vec![0; WORDS];
+    for _ in 0..2 {
+        mark_one_in(&peer, LINE);
+        (0..2).for_each(|nth| peer.harvest_for(nth, &mut bitmap));
+    }
+    mark_one_in(&peer, LINE);
+    peer.harvest_for(0, &mut bitmap);
+    bitmap.fill(0);
+    counted(&mut || peer.harvest_for(1, black_box(&mut bitmap)));
 }
 
 fn lookup() {
