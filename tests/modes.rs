@@ -6,11 +6,9 @@
 mod common;
 
 use common::{Fake, PAGE, pages};
+use dirtymap::{Access, AddressSpace, Error, Granule, HarvestRequest, Iova, IovaRange, UserBitmap};
 #[cfg(feature = "rayon")]
-use dirtymap::harvest::Bounds;
-use dirtymap::{
-    Access, AddressSpace, Error, Granule, HarvestRequest, Iova, IovaRange, Start, UserBitmap,
-};
+use dirtymap::{Start, harvest::Bounds};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -323,7 +321,11 @@ fn a_parallel_harvest_leaves_the_pages_of_each_piece_to_others() {
     let all = request(pages(0, n)).parallel();
     let mut words = vec![0u64; (n / 64) as usize];
     let lease = pool.install(|| space.harvest(&all, UserBitmap::new(&mut words)));
-    assert_eq!(fake.with(|s| s.looks), 16, "a look for each piece of 8 chunks");
+    assert_eq!(
+        fake.with(|s| s.looks),
+        16,
+        "a look for each piece of 8 chunks"
+    );
     lease.unwrap().sync().unwrap().commit();
     assert!(words == expected);
     words.fill(0);

@@ -66,7 +66,7 @@ impl ChunkMap {
             if lines == 0 {
                 return Ok(());
             }
-            let found = found.get_or_insert([(0, 0); CHUNK_WORDS as usize]);
+            let found = found.get_or_insert_with(|| [(0, 0); CHUNK_WORDS as usize]);
             let mut len = 0;
             for line in ones(lines) {
                 let first = line * LINE_WORDS;

@@ -7,11 +7,16 @@
 //! # The protocol
 //! ```text
 //!  T0  claim the piece: its summaries may be hidden
-//!      for each dirty leaf, for each word of put-back stores and marks:
+//!      for each dirty leaf:
 //!  T1    record the page in the flight of this harvest
 //!  T2    clear it
-//!      end the claim
 //!  T3  hand the debt of all of them to the flush queue
+//!      for each chunk of put-back stores and marks:
+//!  T1    record its words in our own bitmap, and in the flight
+//!  T2    clear them
+//!  T4    leave them pending for the other consumers
+//!  T5    wipe them from the flight
+//!      end the claim; for the leaves:
 //!  T4  leave them pending for the other consumers; record them for our own
 //!  T5  wipe the flight
 //!
@@ -44,15 +49,17 @@
 //!
 //! # Cost
 //! A space without named consumers pays two counts for each harvest. With several consumers, the
-//! flush queue is locked once for each piece of 64 GiB (at 4 KiB a page) that owes something, and
-//! each word of dirty pages is stored once for each consumer.
+//! flush queue is locked once for each piece of 64 GiB (at 4 KiB a page) that owes something. Marks
+//! are taken in one pass, and each word of dirty pages is added to the store of each other consumer
+//! by a plain load and store: see [`Pending`](crate::marks::Pending). The flight is looked at as
+//! far as leaves were recorded in it.
 
 use super::look::{Look, below, look};
 use crate::bitmap::{Sink, WINDOW_BITS};
 use crate::chunkmap::CHUNK_WORDS;
 use crate::error::Stopped;
 use crate::flush::FlushGather;
-use crate::marks::{Flight, FlightSlot, Zeros};
+use crate::marks::{Flight, FlightSlot, Marks, Zeros};
 use crate::space::{AddressSpace, Area, Covered, Member};
 use crate::sync::{Arc, Ordering, Step, fence, performs};
 use crate::units::{Iova, IovaRange};
@@ -88,20 +95,21 @@ pub(super) fn take(
         let end = (u128::from(start.get()) / bytes + 1) * bytes - 1;
         let last = u64::try_from(end).map_or(part.last(), |end| part.last().min(Iova::new(end)));
         let piece = IovaRange::ascending(start, last);
-        let mut taking = Taking::begin(space, covered, area, limit);
+        let mut taking = Taking::begin(Shares::new(space, covered, area, limit));
+        let shares = taking.shares;
         let claim = Claim::begin(space, piece);
         let looked = {
-            let mut flight = taking.flight.sink(limit);
+            let mut flight = shares.flight.sink(limit);
             let how = Look::Take(&mut taking.gather);
-            sink.limit_to(limit);
-            let looked = look(
-                space,
-                covered,
-                area,
-                (piece, limit),
-                (&mut flight, Some(sink)),
-                how,
-            );
+            let mut sharing = Sharing {
+                shares,
+                own: &mut *sink,
+                entries: 0,
+            };
+            sharing.own.limit_to(limit);
+            let sinks = (&mut flight, Some(&mut sharing));
+            let looked = look(space, covered, area, (piece, limit), sinks, how);
+            entries += sharing.entries;
             taking.part = flight.recorded_in();
             looked
         };
@@ -115,7 +123,7 @@ pub(super) fn take(
             (Ok(()), handed) => handed,
             (looked, _) => looked,
         };
-        let own = Some(taking.flight);
+        let own = Some(shares.flight);
         let looked = look_further(space, covered, area, piece, sink, (looked, own, true));
         drop(taking);
         if looked.is_err() {
@@ -245,15 +253,111 @@ impl Drop for Claim<'_> {
     }
 }
 
-/// Pages that are taken and not handed over yet. When it is dropped, they are: to the harvest's own
-/// consumer too, unless they are recorded.
-struct Taking<'s> {
+/// A harvest that leaves what it takes to others.
+#[derive(Clone, Copy)]
+pub(super) struct Shares<'s> {
     space: &'s AddressSpace,
     covered: &'s Covered,
     area: &'s Area,
+    /// What may be taken.
+    limit: IovaRange,
+    flight: &'s Flight,
+}
+
+impl<'s> Shares<'s> {
+    fn new(
+        space: &'s AddressSpace,
+        covered: &'s Covered,
+        area: &'s Area,
+        limit: IovaRange,
+    ) -> Self {
+        Shares {
+            space,
+            covered,
+            area,
+            limit,
+            flight: space.flights.claim(),
+        }
+    }
+
+    /// T3. Returns how many leaves are owed.
+    fn owe(&self, gather: &mut FlushGather) -> u64 {
+        if gather.is_empty() {
+            return 0;
+        }
+        let gather = std::mem::take(gather);
+        // A thread that takes the pages waits for a later ticket.
+        let _ = self.space.flush.owe(&gather);
+        gather.entries()
+    }
+
+    /// T4 for the others, of words of a chunk that were cleared.
+    fn leave(&self, chunk: u64, masks: &[(u16, u64)]) {
+        // SeqCst: F1 of the marks' protocol, for the looks at pending pages that follow; pairs with
+        // F2 in `Lease::sync`. If a page is found pending already, the harvest that takes it copies
+        // after its F2: if F1 comes first, the copy has what was written before T2; if F2 comes
+        // first, the page is found taken, and is left again.
+        // It is F10 of `harvest::discard`, too.
+        fence(Ordering::SeqCst);
+        if performs(Step::TakenIsData) {
+            self.clear_zeros(chunk, masks);
+        }
+        let forgotten = usize::from(!performs(Step::LeaveToOthers));
+        let others = self.covered.audience.others().rev().skip(forgotten);
+        others.for_each(|other| other.leave(chunk, masks));
+    }
+
+    /// T3a of `harvest::discard`.
+    fn clear_zeros(&self, chunk: u64, masks: &[(u16, u64)]) {
+        let clear = |zeros: &Zeros| {
+            for masked in masks {
+                let at = address(self.space, chunk, masked);
+                zeros.clear_mask_at(at, masked.1);
+            }
+        };
+        self.area.marks.zeros().into_iter().for_each(clear);
+        self.space.visit_younger_zeros(self.area, self.limit, clear);
+    }
+}
+
+/// The address of the first page of a word of a chunk.
+fn address(space: &AddressSpace, chunk: u64, (place, _): &(u16, u64)) -> Iova {
+    Iova::new(((chunk * CHUNK_WORDS + u64::from(*place)) * 64) << space.page().lg2())
+}
+
+/// A look that leaves marks to others as it takes them.
+pub(super) struct Sharing<'t, 'b> {
+    shares: Shares<'t>,
+    /// The sink of the harvest.
+    pub(super) own: &'t mut Sink<'b>,
+    /// Leaves that the queue got.
+    entries: u64,
+}
+
+impl Sharing<'_, '_> {
+    /// T3 of what sources have cleared.
+    pub(super) fn owe(&mut self, gather: &mut FlushGather) {
+        if performs(Step::CarryDebt) {
+            self.entries += self.shares.owe(gather);
+        }
+    }
+
+    /// Takes `part` of `marks`, which owe nothing: T1 to T5.
+    pub(super) fn take(&mut self, marks: &Marks, part: IovaRange) -> Result<(), Stopped> {
+        let shares = self.shares;
+        self.own.limit_to(part);
+        marks.share(part, self.own, shares.flight, |chunk, masks| {
+            shares.leave(chunk, masks);
+        })
+    }
+}
+
+/// Pages that are taken and not handed over yet. When it is dropped, they are: to the harvest's own
+/// consumer too, unless they are recorded.
+struct Taking<'s> {
+    shares: Shares<'s>,
     /// What may be in the flight.
     part: Option<IovaRange>,
-    flight: &'s Flight,
     gather: FlushGather,
     /// Leaves that the queue got.
     entries: u64,
@@ -261,18 +365,10 @@ struct Taking<'s> {
 }
 
 impl<'s> Taking<'s> {
-    fn begin(
-        space: &'s AddressSpace,
-        covered: &'s Covered,
-        area: &'s Area,
-        part: IovaRange,
-    ) -> Self {
+    fn begin(shares: Shares<'s>) -> Self {
         Taking {
-            space,
-            covered,
-            area,
-            part: Some(part),
-            flight: space.flights.claim(),
+            shares,
+            part: Some(shares.limit),
             gather: FlushGather::new(),
             entries: 0,
             handed_over: false,
@@ -282,30 +378,28 @@ impl<'s> Taking<'s> {
     /// T3 to T5, with a record in `sink`. The pages that cannot be recorded stay pending for our
     /// own consumer.
     fn hand_over(&mut self, sink: &mut Sink<'_>, gather: &mut FlushGather) -> Result<(), Stopped> {
-        if !performs(Step::CarryDebt) {
+        if !self.gather.is_empty() {
+            // Without the step that hands it over.
             gather.merge(&std::mem::take(&mut self.gather));
         }
         let Some(part) = self.part else {
-            self.leave(|_, _| 0); // the debt alone
+            self.handed_over = true;
             return Ok(());
         };
-        let page = self.space.page();
+        let space = self.shares.space;
+        let page = space.page();
         let mut outcome = Ok(());
         // The words of the flight are those of the bitmap, if both divide pages into words alike.
         // What is in the flight lies in the range of the sink.
         let first_word = sink.first_word(Iova::MIN, page);
-        self.leave(|chunk, masks| {
+        self.leave(part, |chunk, masks| {
             if outcome.is_err() {
                 return 0;
             }
-            let word = chunk * CHUNK_WORDS;
-            let address = |(place, _): &(u16, u64)| {
-                Iova::new(((word + u64::from(*place)) * 64) << page.lg2())
-            };
             let recorded = match first_word {
-                Some(first) => sink.or_words(first.wrapping_add(word), masks),
+                Some(first) => sink.or_words(first.wrapping_add(chunk * CHUNK_WORDS), masks),
                 None => (masks.iter().enumerate()).try_for_each(|(nth, masked)| {
-                    let recorded = sink.put_mask(address(masked), page, masked.1);
+                    let recorded = sink.put_mask(address(space, chunk, masked), page, masked.1);
                     recorded.map_err(|error| (nth, error))
                 }),
             };
@@ -313,7 +407,7 @@ impl<'s> Taking<'s> {
                 return masks.len();
             };
             outcome = Err(Stopped {
-                at: address(&masks[nth]).max(part.start()),
+                at: address(space, chunk, &masks[nth]).max(part.start()),
                 error: error.into(),
             });
             nth
@@ -321,50 +415,21 @@ impl<'s> Taking<'s> {
         outcome
     }
 
-    /// T3 to T5. `record` gets words of a chunk, and says how many of them our own consumer has.
-    fn leave(&mut self, record: impl FnMut(u64, &[(u16, u64)]) -> usize) {
-        if !self.gather.is_empty() {
-            let gather = std::mem::take(&mut self.gather);
-            self.entries += gather.entries();
-            // T3. A thread that takes the pages waits for a later ticket.
-            let _ = self.space.flush.owe(&gather);
-        }
-        // SeqCst: F1 of the marks' protocol, for the looks at pending pages that follow; pairs with
-        // F2 in `Lease::sync`. If a page is found pending already, the harvest that takes it copies
-        // after its F2: if F1 comes first, the copy has what was written before T2; if F2 comes
-        // first, the page is found taken, and is left again.
-        // It is F10 of `harvest::discard`, too.
-        fence(Ordering::SeqCst);
-        if let Some(part) = self.part {
-            self.leave_pages(part, record);
-        }
-        self.handed_over = true;
-    }
-
-    /// T4 and T5.
-    fn leave_pages(
-        &self,
-        part: IovaRange,
-        mut record: impl FnMut(u64, &[(u16, u64)]) -> usize,
-    ) {
-        if performs(Step::TakenIsData) {
-            let area = self.area;
-            let clear = |zeros: &Zeros| self.flight.clear_zeros(part, zeros);
-            area.marks.zeros().into_iter().for_each(clear);
-            self.space.visit_younger_zeros(area, part, clear);
-        }
-        let audience = &self.covered.audience;
-        let forgotten = usize::from(!performs(Step::LeaveToOthers));
-        self.flight.hand_over(part, |chunk, masks| {
-            let others = audience.others().rev().skip(forgotten);
-            others.for_each(|other| other.leave(chunk, masks));
+    /// T3 to T5 of what is in the flight in `part`. `record` gets words of a chunk, and says how
+    /// many of them our own consumer has.
+    fn leave(&mut self, part: IovaRange, mut record: impl FnMut(u64, &[(u16, u64)]) -> usize) {
+        let shares = self.shares;
+        self.entries += shares.owe(&mut self.gather);
+        shares.flight.hand_over(part, |chunk, masks| {
+            shares.leave(chunk, masks);
             let recorded = record(chunk, masks);
             if recorded < masks.len()
-                && let Some(own) = audience.own()
+                && let Some(own) = shares.covered.audience.own()
             {
                 own.leave(chunk, &masks[recorded..]);
             }
         });
+        self.handed_over = true;
     }
 }
 
@@ -372,8 +437,8 @@ impl Drop for Taking<'_> {
     fn drop(&mut self) {
         if !self.handed_over {
             // A source has panicked.
-            self.leave(|_, _| 0);
+            self.leave(self.shares.limit, |_, _| 0);
         }
-        self.flight.free();
+        self.shares.flight.free();
     }
 }

@@ -5,6 +5,7 @@
 //! * [`ordering`]: the fences that order marks with copies
 //! * [`in_flight`]: writes that have begun and are not marked yet
 //! * [`pending`]: the pages that are pending for a consumer
+//! * [`sharing`]: marks that a harvest takes and leaves to other consumers
 //! * [`gone`]: the unmapped parts of an area that was cut, for marks that come late
 //! * [`zeros`]: pages that read as zero since they were discarded
 //!
@@ -36,6 +37,7 @@ mod gone;
 mod in_flight;
 mod ordering;
 mod pending;
+mod sharing;
 mod zeros;
 
 #[cfg(all(test, dirtymap_loom))]
@@ -200,7 +202,8 @@ impl Marks {
         let Some((first, last)) = self.bits_of(range) else {
             return Ok(());
         };
-        self.bits.take(first, last, Recorder::new(self, range, sink))
+        self.bits
+            .take(first, last, Recorder::new(self, range, sink))
     }
 
     /// The address of the page of `bit`.

@@ -88,7 +88,8 @@ impl Pending {
             let Ok(()) = self
                 .left
                 .peek_left(first, last, |bit, mask| -> Result<(), Infallible> {
-                    self.marks.add_runs(self.marks.page_at(bit), mask, &mut runs);
+                    self.marks
+                        .add_runs(self.marks.page_at(bit), mask, &mut runs);
                     Ok(())
                 });
         }
@@ -138,4 +139,62 @@ fn joined(mut runs: Vec<IovaRange>) -> Vec<IovaRange> {
     let mut all = Vec::with_capacity(runs.len());
     runs.into_iter().for_each(|run| add_joined(&mut all, run));
     all
+}
+
+#[cfg(all(test, not(dirtymap_loom)))]
+#[allow(clippy::unwrap_used)] // helpers of tests
+mod tests {
+    use super::*;
+    use crate::bitmap::UserBitmap;
+    use crate::sync::{AtomicU64, Ordering};
+
+    fn pages(first: u64, n: u64) -> IovaRange {
+        IovaRange::from_len(Iova::new(first << 12), n << 12).unwrap()
+    }
+
+    /// What is left and what is put back is one set of pages, each of which is told once.
+    #[test]
+    fn what_is_left_and_what_is_put_back_is_one_set() {
+        let pending = Pending::new(Granule::K4);
+        pending.leave(1, &[(0, 0b110), (511, 1 << 63)]);
+        pending.mark(pages(32768 + 2, 2));
+        let expected = [pages(32768 + 1, 3), pages(65535, 1)];
+        assert_eq!(pending.runs(IovaRange::ALL), expected);
+        assert_eq!(pending.runs(pages(32768 + 2, 1)), [pages(32768 + 2, 1)]);
+        assert_eq!(pending.held_bytes(), 2 * 4096);
+        assert_eq!(
+            pending.take_runs(pages(0, 32768 + 2)),
+            [pages(32768 + 1, 1)]
+        );
+        let mut words = [0; 1024];
+        let mut sink = UserBitmap::new(&mut words)
+            .into_sink(pages(0, 65536), Granule::K4)
+            .unwrap();
+        pending.peek(pages(0, 65536), &mut sink).unwrap();
+        assert_eq!(sink.bits_set(), 3);
+        pending.read_and_clear(pages(0, 65536), &mut sink).unwrap();
+        assert_eq!(sink.bits_set(), 3);
+        assert!(pending.runs(IovaRange::ALL).is_empty());
+        assert_eq!((words[512], words[1023]), (0b1100, 1 << 63));
+    }
+
+    /// A bitmap that fails in the middle has everything below the stop, from both places.
+    #[test]
+    fn below_a_stop_everything_is_taken() {
+        let pending = Pending::new(Granule::K4);
+        pending.leave(0, &[(0, 1), (10, 1), (11, 1)]);
+        for page in [64, 700] {
+            pending.mark(pages(page, 1));
+        }
+        let words: [AtomicU64; 16] = std::array::from_fn(|_| AtomicU64::new(0));
+        let mut sink = UserBitmap::failing(&words, 10)
+            .into_sink(pages(0, 1024), Granule::K4)
+            .unwrap();
+        let stopped = pending.read_and_clear(pages(0, 1024), &mut sink);
+        assert_eq!(stopped.unwrap_err().at, Iova::new(640 << 12));
+        let word = |nth: usize| words[nth].load(Ordering::Relaxed);
+        assert_eq!((word(0), word(1)), (1, 1));
+        let kept = [pages(640, 1), pages(700, 1), pages(704, 1)];
+        assert_eq!(pending.runs(IovaRange::ALL), kept);
+    }
 }

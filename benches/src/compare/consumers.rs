@@ -12,9 +12,9 @@ use super::marks::sum;
 use super::{
     Contestant, Endless, Family, Report, Role, Settings, Target, Workload, contest, per_operation,
 };
+use crate::PAGE;
 use crate::peers::{ByHand, Several, Shared};
 use crate::workloads::{distinct, random_bits};
-use crate::PAGE;
 
 /// Several consumers.
 pub const FAMILY: Family = Family {
@@ -42,7 +42,10 @@ fn run(settings: &Settings, report: &mut Report) {
     for consumers in [4, 64] {
         let name = |kind: &str| format!("mark of a {kind} page, {consumers} consumers");
         let workload = |kind: &str| Workload::time(name(kind)).target(Target::TimesLimit(SAME));
-        if ["hot", "cold"].iter().any(|kind| name(kind).contains(&settings.matching)) {
+        if ["hot", "cold"]
+            .iter()
+            .any(|kind| name(kind).contains(&settings.matching))
+        {
             Contest::new(settings, consumers).mark(settings, report, workload);
         }
     }
@@ -99,13 +102,7 @@ impl Contest {
     }
 
     /// Harvests of which one page of `every` is dirty, and none without `every`.
-    fn harvest(
-        &self,
-        settings: &Settings,
-        report: &mut Report,
-        name: &str,
-        every: Option<u64>,
-    ) {
+    fn harvest(&self, settings: &Settings, report: &mut Report, name: &str, every: Option<u64>) {
         let dirty = every.map(|every| random_bits(PAGES, every));
         let goal = Target::TimesLimit(1.0 + 0.3 * self.consumers as f64);
         let mut workloads = vec![Workload::time(name).target(goal)];
@@ -125,8 +122,7 @@ impl Contest {
             let turn = move || {
                 let Some(dirty) = dirty else {
                     let mut bitmap = self.bitmap.borrow_mut();
-                    let harvest =
-                        |times| (0..times).for_each(|_| peer.harvest_for(0, &mut bitmap));
+                    let harvest = |times| (0..times).for_each(|_| peer.harvest_for(0, &mut bitmap));
                     return vec![per_operation(settings.turn, harvest)];
                 };
                 peer.mark_bits(dirty);
@@ -154,12 +150,7 @@ impl Contest {
     }
 
     /// Marks of pages that are dirty already, and of clean ones.
-    fn mark(
-        &self,
-        settings: &Settings,
-        report: &mut Report,
-        workload: impl Fn(&str) -> Workload,
-    ) {
+    fn mark(&self, settings: &Settings, report: &mut Report, workload: impl Fn(&str) -> Workload) {
         let hot = distinct(HOT, HOT);
         let cold = distinct(1 << 20, PAGES);
         let contestants = self.peers.iter().map(|(name, role, consumers, peer)| {

@@ -1,0 +1,296 @@
+//! The visitor by which a harvest takes marks that it leaves to other consumers, in one pass: each
+//! word goes into the bitmap of the harvest and into its flight, then it is cleared. After the last
+//! word of a chunk of marks, those words are left to the others, and wiped from the flight.
+//!
+//! ```text
+//!  T1  record in the bitmap, in the flight, and in a list    for each word of a chunk
+//!  T2  clear it
+//!  T4  leave the list to the others                          after the chunk
+//!  T5  wipe the words of the list from the flight
+//! ```
+//!
+//! Words of other places are in the flight already, from the look at the tables before. They stay
+//! there: only the bits of the list are wiped.
+//!
+//! A chunk that is dirty as a whole is visited whole before its state ends (T2). So nothing is left
+//! to others in the middle of a chunk.
+
+use super::{Flight, Marks, Recorder};
+use crate::bitmap::Sink;
+use crate::chunkmap::{CHUNK_WORDS, LINE_WORDS, Taker, Visitor};
+use crate::error::Stopped;
+use crate::sync::{AtomicU64, Ordering};
+use crate::units::IovaRange;
+
+/// Words of a flight that words of one chunk of marks touch, at most: the chunk may begin inside of
+/// a word.
+const WORDS: usize = CHUNK_WORDS as usize + 1;
+/// Bits of a chunk.
+const CHUNK_BITS: u64 = CHUNK_WORDS * 64;
+
+impl Marks {
+    /// As [`read_and_clear`](Self::read_and_clear), of a harvest with `flight`. Calls `leave` with
+    /// words of a chunk, by their places, after they were cleared; chunks and words count from
+    /// address 0.
+    pub(crate) fn share(
+        &self,
+        range: IovaRange,
+        sink: &mut Sink<'_>,
+        flight: &Flight,
+        leave: impl FnMut(u64, &[(u16, u64)]),
+    ) -> Result<(), Stopped> {
+        let Some((first, last)) = self.bits_of(range) else {
+            return Ok(());
+        };
+        let mut sharer = Sharer {
+            recorder: Recorder::new(self, range, sink),
+            flight,
+            leave,
+            chunk: u64::MAX,
+            first: 0,
+            shift: 0,
+            places: [None, None],
+            found: None,
+            len: 0,
+        };
+        let taken = self.bits.take(first, last, &mut sharer);
+        sharer.finish();
+        taken
+    }
+}
+
+/// See the [module](self).
+struct Sharer<'r, 'b, F> {
+    recorder: Recorder<'r, 'b>,
+    flight: &'r Flight,
+    leave: F,
+    /// The chunk of marks whose words are in the list.
+    chunk: u64,
+    /// The word of the flight that holds the first bit of that chunk, and the place of that bit.
+    first: u64,
+    shift: u32,
+    /// The chunks of the flight that hold it.
+    places: [Option<Place<'r>>; 2],
+    /// Words of the flight, counted from its first chunk above, in ascending order.
+    found: Option<[(u16, u64); WORDS]>,
+    len: usize,
+}
+
+/// A chunk of the flight.
+#[derive(Clone, Copy)]
+struct Place<'f> {
+    words: &'f [AtomicU64],
+    summary: &'f AtomicU64,
+    /// The summary of what is there already.
+    before: u64,
+}
+
+impl<'r, F: FnMut(u64, &[(u16, u64)])> Sharer<'r, '_, F> {
+    /// Begins a chunk of marks.
+    #[inline(never)]
+    fn begin(&mut self, chunk: u64) {
+        self.finish();
+        let marks = self.recorder.marks;
+        let page = (marks.range.start().get() >> marks.page.lg2()) + chunk * CHUNK_BITS;
+        self.chunk = chunk;
+        self.first = page / 64;
+        self.shift = (page % 64) as u32;
+        self.places = [None, None];
+    }
+
+    /// T1 of pages that the bitmap has.
+    #[inline]
+    fn share(&mut self, first: u64, mask: u64) {
+        if first / CHUNK_BITS != self.chunk {
+            self.begin(first / CHUNK_BITS);
+        }
+        let place = self.first % CHUNK_WORDS + first % CHUNK_BITS / 64;
+        self.put(place as usize, mask << self.shift);
+        if self.shift != 0 && mask >> (64 - self.shift) != 0 {
+            self.put(place as usize + 1, mask >> (64 - self.shift));
+        }
+    }
+
+    #[inline]
+    fn put(&mut self, place: usize, mask: u64) {
+        if mask == 0 {
+            return;
+        }
+        const CHUNK: usize = CHUNK_WORDS as usize;
+        let nth = place / CHUNK;
+        let at = match self.places[nth] {
+            Some(at) => at,
+            None => self.open(nth),
+        };
+        let (word, line) = (&at.words[place % CHUNK], place % CHUNK / LINE_WORDS);
+        // Relaxed, all: of the one writer. The Release of the clear that follows orders them before
+        // it (T1 before T2), as in `take::clear`.
+        word.store(word.load(Ordering::Relaxed) | mask, Ordering::Relaxed);
+        let lines = at.summary.load(Ordering::Relaxed) | 1 << line;
+        at.summary.store(lines, Ordering::Relaxed);
+        let found = self.found.get_or_insert_with(|| [(0, 0); WORDS]);
+        if let Some((last, bits)) = found[..self.len].last_mut()
+            && usize::from(*last) == place
+        {
+            *bits |= mask;
+        } else {
+            // Each word of a chunk is visited once, so there are no more than that.
+            found[self.len] = (place as u16, mask);
+            self.len += 1;
+        }
+    }
+
+    #[cold]
+    fn open(&mut self, nth: usize) -> Place<'r> {
+        let (words, summary) = self.flight.words(self.first / CHUNK_WORDS + nth as u64);
+        let place = Place {
+            words,
+            summary,
+            // Relaxed: of the one writer.
+            before: summary.load(Ordering::Relaxed),
+        };
+        self.places[nth] = Some(place);
+        place
+    }
+
+    /// T4 and T5 of the list.
+    fn finish(&mut self) {
+        let Some(found) = &mut self.found else {
+            return;
+        };
+        let found = &mut found[..self.len];
+        let next = found.partition_point(|(place, _)| u64::from(*place) < CHUNK_WORDS);
+        let (these, those) = found.split_at_mut(next);
+        for (place, _) in &mut *those {
+            *place -= CHUNK_WORDS as u16;
+        }
+        let chunk = self.first / CHUNK_WORDS;
+        let parts = [(chunk, &*these), (chunk + 1, &*those)];
+        for ((chunk, masks), place) in parts.into_iter().zip(self.places) {
+            let Some(at) = place.filter(|_| !masks.is_empty()) else {
+                continue;
+            };
+            (self.leave)(chunk, masks);
+            for (nth, mask) in masks {
+                let word = &at.words[usize::from(*nth)];
+                // Release, here and below: as in `ChunkMap::wipe`. Relaxed: of the one writer.
+                word.store(word.load(Ordering::Relaxed) & !mask, Ordering::Release);
+            }
+            at.summary.store(at.before, Ordering::Release);
+        }
+        self.len = 0;
+    }
+}
+
+impl<F: FnMut(u64, &[(u16, u64)])> Visitor for &mut Sharer<'_, '_, F> {
+    type Error = Stopped;
+
+    #[inline]
+    fn visit(&mut self, first: u64, mask: u64) -> Result<(), Stopped> {
+        self.recorder.visit(first, mask)?;
+        self.share(first, mask);
+        Ok(())
+    }
+
+    #[inline]
+    fn visit_line(&mut self, first: u64, words: &[u64; LINE_WORDS]) -> bool {
+        if !self.recorder.visit_line(first, words) {
+            return false;
+        }
+        for (nth, mask) in words.iter().enumerate() {
+            self.share(first + 64 * nth as u64, *mask);
+        }
+        true
+    }
+}
+
+impl<F: FnMut(u64, &[(u16, u64)])> Taker for &mut Sharer<'_, '_, F> {
+    #[inline]
+    fn may_fail(&self) -> bool {
+        self.recorder.may_fail()
+    }
+
+    fn secure(&mut self, first: u64, last: u64) -> Result<bool, Stopped> {
+        self.recorder.secure(first, last)
+    }
+}
+
+#[cfg(all(test, not(dirtymap_loom)))]
+#[allow(clippy::unwrap_used)] // helpers of tests
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::bitmap::UserBitmap;
+    use crate::marks::{Flights, MarkOrdering, Pending};
+    use crate::units::{Granule, Iova};
+
+    fn pages(first: u64, n: u64) -> IovaRange {
+        IovaRange::from_len(Iova::new(first << 12), n << 12).unwrap()
+    }
+
+    /// The marks of areas that begin anywhere in a word, a line or a chunk of the flight: scattered
+    /// pages, long runs and whole chunks. The harvest has each of them, the other consumer as well,
+    /// and the flight has what it had before.
+    #[test]
+    fn marks_that_are_taken_are_left_to_others_wherever_the_area_begins() {
+        let all = 5 * CHUNK_BITS;
+        for start in [0, 64, 37, CHUNK_BITS - 1, CHUNK_BITS + 300, 3 * CHUNK_BITS] {
+            let range = pages(start, all - start % 3000);
+            let marks = Marks::new(range, Granule::K4, MarkOrdering::Fences);
+            let flights = Flights::new(IovaRange::ALL, Granule::K4);
+            let (flight, other) = (flights.claim(), Pending::new(Granule::K4));
+            // Of a table, and not marked.
+            let before = pages(start + CHUNK_BITS + 150, 3);
+            flight.sink(range).record(before).unwrap();
+            for round in 1..4u64 {
+                let mut expected = BTreeSet::new();
+                let mut mark = |first: u64, n: u64| {
+                    if pages(start + first, n).intersects(before) {
+                        return;
+                    }
+                    marks.mark(pages(start + first, n));
+                    expected.extend(start + first..start + first + n);
+                };
+                (0..200).for_each(|nth| mark(nth * nth * 3 * round % (4 * CHUNK_BITS), 1));
+                mark(CHUNK_BITS - 100, 200);
+                if round == 2 {
+                    mark(2 * CHUNK_BITS, CHUNK_BITS);
+                }
+                let mut words = vec![0; (all / 64) as usize];
+                // In two parts, the border of which lies inside a line.
+                let border = start + CHUNK_BITS + 77;
+                for part in [
+                    pages(start, border - start),
+                    IovaRange::new(Iova::new(border << 12), range.last()).unwrap(),
+                ] {
+                    let bitmap = UserBitmap::new(&mut words);
+                    let mut sink = bitmap.into_sink(range, Granule::K4).unwrap();
+                    let left = marks.share(part, &mut sink, flight, |chunk, masks| {
+                        other.leave(chunk, masks);
+                    });
+                    left.unwrap();
+                }
+                let set = |bit: &u64| words[*bit as usize / 64] >> (bit % 64) & 1 != 0;
+                let taken: BTreeSet<u64> = (0..all).filter(set).map(|bit| bit + start).collect();
+                assert!(
+                    taken == expected,
+                    "taken in round {round} from page {start}"
+                );
+                let mut left = BTreeSet::new();
+                for run in other.take_runs(IovaRange::ALL) {
+                    left.extend(run.start().get() >> 12..=run.last().get() >> 12);
+                }
+                assert!(left == expected, "left in round {round} from page {start}");
+                assert!(marks.runs(range).is_empty());
+                let mut kept = 0;
+                flights.visit(IovaRange::ALL, &mut |_, mask| kept += mask.count_ones());
+                assert_eq!(kept, 3, "of what was there before");
+            }
+            flight.hand_over(IovaRange::ALL, |_, _| {});
+            let mut kept = 0;
+            flights.visit(IovaRange::ALL, &mut |_, mask| kept += mask.count_ones());
+            assert_eq!(kept, 0);
+        }
+    }
+}
