@@ -98,7 +98,7 @@ stage_docs-rs() {
 # In a copy of what is published, without the dependencies of tests, which have minimums of their own.
 stage_minimal-versions() {
   nightly minimal-versions || return 0
-  local copy=target/minimal manifest members packages
+  local copy=target/minimal manifest members= packages
   packages=$(packages)
   rm -rf "$copy" && mkdir -p "$copy" || return 1
   git ls-files -z | xargs -0 cp --parents -Pt "$copy" || return 1

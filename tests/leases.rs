@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{PAGE, pages, two_sources};
+use common::{PAGE, leaked, pages, two_sources};
 use dirtymap::harvest::Aborted;
 use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::{
@@ -128,8 +128,8 @@ fn a_lease_that_is_forgotten_hides_its_pages_until_a_flush_names_them() {
         space.map(pages(0, 64), 0, Access::ReadWrite).unwrap();
         space.start_tracking().unwrap();
         source.write(3);
-        let words = Box::leak(Box::new([0u64]));
-        std::mem::forget(harvest(&space, pages(0, 64), words));
+        let words = leaked([0u64]);
+        leaked(harvest(&space, pages(0, 64), words));
         assert_eq!(take(&space, pages(0, 64)), 0, "nobody reports what it took");
         source.write(3);
         source.write(40);
@@ -149,8 +149,8 @@ fn a_lease_that_is_forgotten_hides_its_pages_until_a_flush_names_them() {
     space.map(pages(0, 64), 0, Access::ReadWrite).unwrap();
     space.start_tracking().unwrap();
     source.write(3);
-    let words = Box::leak(Box::new([0u64]));
-    std::mem::forget(harvest(&space, pages(0, 64), words).sync().unwrap());
+    let words = leaked([0u64]);
+    leaked(harvest(&space, pages(0, 64), words).sync().unwrap());
     source.write(3);
     assert_eq!(take(&space, pages(0, 64)), 1 << 3);
 }

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Fake, PAGE, pages, two_sources};
+use common::{Fake, PAGE, leaked, pages, two_sources};
 use dirtymap::{
     Access, AddressSpace, Change, Error, Granule, HarvestRequest, Iova, IovaRange, Scope,
     SparseBitmap, UserBitmap,
@@ -225,7 +225,7 @@ fn what_is_put_back_while_an_area_is_filled_stays_dirty() {
     for both in [false, true] {
         for older in [false, true] {
             let (space, first, second) = two_sources();
-            let space: &'static AddressSpace = Box::leak(Box::new(space));
+            let space: &'static AddressSpace = leaked(space);
             space.map(pages(0, 16), 0, Access::ReadWrite).unwrap();
             space.start_tracking().unwrap();
             let last = Scope::Domain(space.domains()[1]);
@@ -235,7 +235,7 @@ fn what_is_put_back_while_an_area_is_filled_stays_dirty() {
                 let second = second.clone();
                 move || {
                     second.dirty(3);
-                    let bitmap = UserBitmap::new(Box::leak(Box::new([0u64])));
+                    let bitmap = UserBitmap::new(leaked([0u64]));
                     space.harvest(&request, bitmap).unwrap()
                 }
             };
@@ -379,7 +379,7 @@ fn a_parallel_harvest_of_the_whole_address_space() {
 #[test]
 fn a_harvest_during_a_detach_finds_what_is_on_its_way() {
     let (space, first, _) = tracked();
-    let space: &'static AddressSpace = Box::leak(Box::new(space));
+    let space: &'static AddressSpace = leaked(space);
     first.dirty(3);
     let found = Arc::new(std::sync::Mutex::new(0));
     first.with(|s| {

@@ -266,10 +266,7 @@ fn no_import_of_the_library_leads_to_a_higher_floor() {
 /// Code that names each other, through a folder that hands a name on, and by a path in place.
 #[test]
 fn circles_are_found() {
-    let source = |path: &str, text: &str| Source {
-        path: path.to_owned(),
-        text: text.to_owned(),
-    };
+    let source = |path: &str, text: &str| Source::new(path.to_owned(), text.to_owned());
     let sources = [
         source("src/lib.rs", "mod low;\nmod high;\npub use high::Top;\n"),
         source("src/low.rs", "fn f() {\n    crate::high::top();\n}\n"),

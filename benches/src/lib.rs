@@ -141,6 +141,12 @@ pub trait Areas: Send + Sync {
             self.map(*mapping);
         }
     }
+
+    /// The same as one step: no other thread sees only a part of it. Map by map, if the peer has no
+    /// such step.
+    fn remap_batch(&self, mappings: &[Mapping]) {
+        self.remap_all(mappings);
+    }
 }
 
 /// One way to find free addresses: [`Areas`] that choose them.

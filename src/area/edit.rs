@@ -42,6 +42,16 @@ enum Inserted<T, const F: usize> {
     Split(*mut Node<T, F>),
 }
 
+/// What a change that copies each node once has come to.
+enum Quick<T, const F: usize> {
+    /// It is made: below this node, which replaces the old one, after this change of its holes.
+    Done(*mut Node<T, F>, HoleChange),
+    /// This area is in the way of the insert.
+    Overlap(IovaRange),
+    /// Nothing was changed: there is nothing to remove, or nodes have to be split or merged.
+    More,
+}
+
 impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
     /// # Safety
     /// `base` was loaded with Acquire from the root of a tree that outlives `'p`, while `pinned`
@@ -138,62 +148,199 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
     ///
     /// # Errors
     /// [`Error::Overlap`] with the lowest existing area that overlaps `range`; nothing is changed.
-    pub(crate) fn insert(&mut self, range: IovaRange, area: &Arc<T>) -> Result<(), Error> {
-        if let Some(existing) = self.first_intersecting(range) {
-            return Err(Error::Overlap {
-                range,
-                existing: existing.range,
-            });
-        }
-        self.pool.added.push(Arc::clone(area));
-        self.pool.drop_areas(1);
+    pub(crate) fn insert(&mut self, range: IovaRange, area: Arc<T>) -> Result<(), Error> {
         let slot = NodeSlot {
             start: range.start().get(),
             last: range.last().get(),
             hole: 0,
-            pointer: Arc::as_ptr(area).cast(),
+            pointer: Arc::as_ptr(&area).cast(),
         };
         if self.root.is_null() {
             self.root = Box::into_raw(self.pool.empty(0, self.stamp));
         }
+        // SAFETY: a node below the root is alive, and no unique reference to it exists.
+        match unsafe { self.insert_with_room(self.root, slot) } {
+            Quick::Done(root, _) => self.root = root,
+            Quick::Overlap(existing) => return Err(Error::Overlap { range, existing }),
+            Quick::More => self.insert_and_split(slot),
+        }
+        self.pool.added.push(area);
+        self.pool.drop_areas(1);
+        Ok(())
+    }
+
+    /// The same for a leaf that is full.
+    #[inline(never)]
+    fn insert_and_split(&mut self, slot: NodeSlot) {
         // SAFETY: a node; alive, and no unique reference to it exists.
         let root = unsafe { &*self.root };
         let found = root.find(slot.start);
         let highest = found == root.len();
         self.root = self.owned(self.root);
-        // SAFETY: made by this edit: by one of the lines above. Nothing borrows it.
+        // SAFETY: made by this edit: by the line above. Nothing borrows it.
         let inserted = unsafe { self.insert_below(self.root, found, slot, highest) };
         if let Inserted::Split(right) = inserted {
             self.grow(right);
         }
-        Ok(())
     }
 
-    /// Unmaps the area that starts at `start`. Returns `None`, and changes nothing, if there is
-    /// none.
-    pub(crate) fn remove(&mut self, start: Iova) -> Option<Arc<T>> {
-        let entry = self
-            .areas()
-            .lookup_to_change(start)
-            .filter(|entry| entry.range.start() == start)?;
-        let pointer = entry.pointer();
-        entry.prefetch();
+    /// Unmaps the area that starts at `start`, and returns it. Returns `None`, and changes nothing,
+    /// if there is none.
+    pub(crate) fn remove(&mut self, start: Iova) -> Option<Entry<'_, T>> {
+        if self.root.is_null() {
+            return None;
+        }
+        let mut removed = None;
+        // SAFETY: a node below the root is alive, and no unique reference to it exists.
+        let quick = unsafe { self.remove_from_many(self.root, start.get(), &mut removed) };
+        let (range, pointer) = removed?;
         self.pool.open.areas.push(pointer);
+        match quick {
+            Quick::Done(root, _) => self.root = root,
+            _ => self.remove_and_merge(start),
+        }
+        // SAFETY:
+        // - from `Arc::into_raw`: leaves hold nothing else.
+        // - alive while the edit is borrowed: the count of the tree is released only by the update
+        //   that publishes the removal, and not before we unpin (Inv. 3); or, if this edit inserted
+        //   the area, the count is in `added`, which only grows until the edit is published.
+        Some(unsafe { Entry::new(range, pointer) })
+    }
+
+    /// The same for a leaf that is left with few slots or none.
+    #[inline(never)]
+    fn remove_and_merge(&mut self, start: Iova) {
         // SAFETY: a node, as it holds an area; alive, and no unique reference to it exists.
         let found = unsafe { &*self.root }.find(start.get());
         self.root = self.owned(self.root);
-        // SAFETY: made by this edit: by the line above. It holds an area that starts at `start`:
-        // `lookup` found it.
+        // SAFETY: made by this edit: by the line above. It holds an area that starts at `start`, by
+        // the caller's search.
         unsafe { self.remove_below(self.root, found, start) };
         self.shrink();
-        // Last, because the count is rarely in a cache. SAFETY:
-        // - from `Arc::into_raw`: leaves hold nothing else.
-        // - alive: the count of the tree is released only by the update that publishes the removal,
-        //   and not before we unpin (Inv. 3); or, if this edit inserted it, by dropping the edit,
-        //   which is borrowed.
-        unsafe { Arc::increment_strong_count(pointer) };
-        // SAFETY: from `Arc::into_raw`, and the count that it takes over is the one made above.
-        Some(unsafe { Arc::from_raw(pointer) })
+    }
+
+    /// Inserts `slot` below `node`, if its leaf has room. Nodes are copied from the leaf upwards,
+    /// so nothing is copied if it has none.
+    ///
+    /// # Safety
+    /// `node` is below the root of this edit, and no reference to it or to a node below it exists.
+    unsafe fn insert_with_room(&mut self, node: *mut Node<T, F>, slot: NodeSlot) -> Quick<T, F> {
+        // SAFETY: alive, by our contract; not used again after it or its copy is changed.
+        let shared = unsafe { &*node };
+        let found = shared.find(slot.start);
+        if !shared.is_leaf() {
+            // Above the last slot, the last child grows.
+            let at = found.min(shared.len() - 1);
+            let child = shared.child(at);
+            // SAFETY: alive like its parent, and no unique reference to it exists.
+            unsafe { &*child }.prefetch_to_change();
+            // SAFETY: `child` is below `node`; the rest is our contract.
+            let below = unsafe { self.insert_with_room(child, slot) };
+            let Quick::Done(child, change) = below else {
+                return below;
+            };
+            // SAFETY: the call has returned, and has made `child` from the one in this slot.
+            return unsafe { self.with_child(node, at, child, change, 1) };
+        }
+        if found < shared.len() && shared.start(found) <= slot.last {
+            return Quick::Overlap(shared.range(found));
+        }
+        if shared.len() == F {
+            return Quick::More;
+        }
+        let before = shared.hole_before(found);
+        let leaf = if shared.stamp() == self.stamp {
+            // SAFETY: made by this edit, so no other thread reaches it; `shared` is not used again.
+            let own = unsafe { &mut *node };
+            own.insert(found, slot);
+            own.areas += 1;
+            node
+        } else {
+            self.pool.open.nodes.push(node);
+            let mut copy = self.pool.spare();
+            copy.copy_inserted(shared, found, slot, self.stamp);
+            Box::into_raw(copy)
+        };
+        // SAFETY: made by this edit; not borrowed.
+        let now = unsafe { &*leaf }.hole_around(found);
+        Quick::Done(leaf, HoleChange { before, now })
+    }
+
+    /// Removes the area that starts at `start` below `node`, if its leaf keeps enough slots.
+    /// `removed` becomes its range and pointer, in any case in which there is one.
+    ///
+    /// # Safety
+    /// As for [`Edit::insert_with_room`].
+    unsafe fn remove_from_many(
+        &mut self,
+        node: *mut Node<T, F>,
+        start: u64,
+        removed: &mut Option<(IovaRange, *const T)>,
+    ) -> Quick<T, F> {
+        // SAFETY: alive, by our contract; not used again after it or its copy is changed.
+        let shared = unsafe { &*node };
+        let at = shared.find(start);
+        if at == shared.len() {
+            return Quick::More;
+        }
+        if !shared.is_leaf() {
+            let child = shared.child(at);
+            // SAFETY: alive like its parent, and no unique reference to it exists.
+            unsafe { &*child }.prefetch_to_change();
+            // SAFETY: `child` is below `node`; the rest is our contract.
+            let below = unsafe { self.remove_from_many(child, start, removed) };
+            let Quick::Done(child, change) = below else {
+                return below;
+            };
+            // SAFETY: the call has returned, and has made `child` from the one in this slot.
+            return unsafe { self.with_child(node, at, child, change, -1) };
+        }
+        if shared.start(at) != start {
+            return Quick::More;
+        }
+        *removed = Some((shared.range(at), shared.area(at)));
+        if shared.len() - 1 <= Node::<T, F>::SPARSE {
+            return Quick::More;
+        }
+        let before = shared.hole_around(at);
+        let leaf = if shared.stamp() == self.stamp {
+            // SAFETY: made by this edit, so no other thread reaches it; `shared` is not used again.
+            let own = unsafe { &mut *node };
+            own.remove(at);
+            own.areas -= 1;
+            node
+        } else {
+            self.pool.open.nodes.push(node);
+            let mut copy = self.pool.spare();
+            copy.copy_removed(shared, at, self.stamp);
+            Box::into_raw(copy)
+        };
+        // SAFETY: made by this edit; not borrowed.
+        let now = unsafe { &*leaf }.hole_before(at);
+        Quick::Done(leaf, HoleChange { before, now })
+    }
+
+    /// `node`, or a copy of this edit that replaces it, with `child` in slot `at`, which has
+    /// replaced the child there after `change`, and with `areas` areas more.
+    ///
+    /// # Safety
+    /// `node` is below the root of this edit and not borrowed, and `child` was made by this edit.
+    unsafe fn with_child(
+        &mut self,
+        node: *mut Node<T, F>,
+        at: usize,
+        child: *mut Node<T, F>,
+        change: HoleChange,
+        areas: isize,
+    ) -> Quick<T, F> {
+        let node = self.owned(node);
+        // SAFETY: `owned` made it one of this edit; not borrowed, by our contract.
+        let own = unsafe { &mut *node };
+        own.areas = own.areas.wrapping_add_signed(areas);
+        own.set_child(at, child);
+        // SAFETY: made by this edit, by our contract; not borrowed.
+        let below = unsafe { &*child };
+        Quick::Done(node, own.update(at, below, Some(change)))
     }
 
     /// Publishes the edit as the state of the tree whose root is `root`, if `base` is still the

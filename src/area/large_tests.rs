@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::AreaTree;
+use super::{AreaTree, Entry};
 use crate::sync::Arc;
 use crate::units::{Granule, Iova, IovaRange};
 
@@ -50,7 +50,7 @@ fn agrees(batches: u64, size: u64) {
             for _ in 0..size {
                 start += below(16) * PAGE;
                 let last = start + (1 + below(16)) * PAGE - 1;
-                edit.insert(range(start, last), &Arc::new(last))?;
+                edit.insert(range(start, last), Arc::new(last))?;
                 model.insert(start, last);
                 start = last + 1;
             }
@@ -126,7 +126,7 @@ fn areas_of_one_byte_and_of_half_the_address_space() {
     tree.insert(range(0, HALF - 4098), Arc::new(4)).unwrap();
     assert_eq!(fit(IovaRange::ALL, 1, 0), None);
     // The upper half goes, and is filled again from the top of the address space down.
-    let removed = tree.update(|edit| Ok::<_, ()>(edit.remove(Iova::new(HALF))));
+    let removed = tree.update(|edit| Ok::<_, ()>(edit.remove(Iova::new(HALF)).map(Entry::to_arc)));
     assert!(removed.unwrap().is_some());
     assert_eq!(fit(IovaRange::ALL, HALF, 63), Some((HALF, u64::MAX)));
     for page in 0..64 {

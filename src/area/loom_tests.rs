@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 use loom::cell::UnsafeCell;
 
-use super::AreaTree;
+use super::{AreaTree, Entry};
 use crate::error::Error;
 use crate::sync::model::{self, Bound, holds_within};
 use crate::sync::{Arc, AtomicBool, Ordering, Step, thread};
@@ -119,7 +119,7 @@ fn of_two_disjoint_inserts_none_is_lost() {
             for entry in edit.iter(IovaRange::ALL) {
                 assert_ne!(entry.area.get(), value);
             }
-            edit.insert(range, &area)
+            edit.insert(range, Arc::clone(&area))
         })
         .unwrap();
     }
@@ -142,7 +142,7 @@ fn two_allocations_never_share_an_address() {
         let area = Watched::new(value);
         tree.update(|edit| {
             let found = edit.first_fit(range(5, 100), 10, Granule::from_lg2(2).unwrap());
-            edit.insert(found.unwrap(), &area)
+            edit.insert(found.unwrap(), Arc::clone(&area))
         })
         .unwrap();
     }
@@ -189,7 +189,7 @@ fn of_a_map_and_a_reservation_one_wins() {
         tree.update(|edit| match &edit.rules().0 {
             Some((reserved, watched)) if reserved.intersects(mapped) => Err(watched.get()),
             _ => {
-                assert!(edit.insert(mapped, &area).is_ok());
+                assert!(edit.insert(mapped, Arc::clone(&area)).is_ok());
                 Ok(())
             }
         })
@@ -225,7 +225,8 @@ fn of_two_removes_one_wins() {
         let tree = Arc::new(Tree::new());
         tree.insert(range(0, 9), Watched::new(1)).unwrap();
         let remove = |tree: &Tree| {
-            let Ok(removed) = tree.update(|edit| Ok::<_, Infallible>(edit.remove(Iova::new(0))));
+            let Ok(removed) = tree
+                .update(|edit| Ok::<_, Infallible>(edit.remove(Iova::new(0)).map(Entry::to_arc)));
             removed.map(|area| area.get())
         };
         let other = {
@@ -258,8 +259,8 @@ fn a_reader_sees_a_batch_whole_and_nothing_is_freed_under_it() {
             thread::spawn(move || {
                 let Ok(()) = tree.update(|edit| {
                     edit.remove(Iova::new(0));
-                    edit.insert(range(10, 19), &Watched::new(2)).unwrap();
-                    edit.insert(range(20, 29), &Watched::new(3)).unwrap();
+                    edit.insert(range(10, 19), Watched::new(2)).unwrap();
+                    edit.insert(range(20, 29), Watched::new(3)).unwrap();
                     Ok::<_, Infallible>(())
                 });
                 // Each call advances the epoch by one, unless the reader holds it back, and the
@@ -351,7 +352,9 @@ fn an_insert_and_a_removal_against_a_reader() {
             let tree = Arc::clone(&tree);
             thread::spawn(move || {
                 tree.insert(range(10, 19), Arc::new(2)).unwrap();
-                let Ok(gone) = tree.update(|edit| Ok::<_, Infallible>(edit.remove(Iova::new(0))));
+                let Ok(gone) = tree.update(|edit| {
+                    Ok::<_, Infallible>(edit.remove(Iova::new(0)).map(Entry::to_arc))
+                });
                 tree.reclaim();
                 gone.is_some()
             })

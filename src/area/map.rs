@@ -1,5 +1,7 @@
 //! The tree alone, for benches that compare it with other maps.
 
+use std::convert::Infallible;
+
 use super::tree::AreaTree;
 use crate::error::Error;
 use crate::sync::Arc;
@@ -23,18 +25,35 @@ impl<T: Copy + Send + Sync + 'static> AreaMap<T> {
     /// # Errors
     /// [`Error::Overlap`] with the lowest range in the way.
     pub fn insert(&self, range: IovaRange, value: T) -> Result<(), Error> {
-        let value = Arc::new(value);
-        self.0.update(|edit| edit.insert(range, &value))
+        self.0.update(|edit| edit.insert(range, Arc::new(value)))
     }
 
     /// Removes the range that starts at `start`.
     pub fn remove(&self, start: Iova) -> Option<T> {
         let removed = self
             .0
-            .update(|edit| Ok::<_, std::convert::Infallible>(edit.remove(start)));
+            .update(|edit| Ok::<_, Infallible>(edit.remove(start).map(|entry| *entry.area)));
         match removed {
-            Ok(value) => value.map(|value| *value),
+            Ok(value) => value,
         }
+    }
+
+    /// Removes and inserts each of these ranges, in order and as one step. A range that starts where
+    /// none is mapped is only inserted.
+    ///
+    /// # Errors
+    /// [`Error::Overlap`] with the lowest range in the way of the first that cannot be inserted.
+    /// Then nothing is changed.
+    pub fn replace(
+        &self,
+        ranges: impl Iterator<Item = (IovaRange, T)> + Clone,
+    ) -> Result<(), Error> {
+        self.0.update(|edit| {
+            ranges.clone().try_for_each(|(range, value)| {
+                edit.remove(range.start());
+                edit.insert(range, Arc::new(value))
+            })
+        })
     }
 
     /// The value at `iova`. Lock-free; never frees nodes and never drops values.

@@ -38,6 +38,11 @@ pub(super) struct HoleChange {
     pub(super) now: u64,
 }
 
+impl HoleChange {
+    /// No hole has changed.
+    pub(super) const NONE: HoleChange = HoleChange { before: 0, now: 0 };
+}
+
 /// See the [module](self). Slots `0..len` are in use and in ascending order.
 #[repr(C, align(64))]
 pub(super) struct Node<T, const F: usize> {
@@ -58,15 +63,6 @@ pub(super) struct Node<T, const F: usize> {
     level: u8,
     points_to: PhantomData<*const T>,
 }
-
-impl<T, const F: usize> Clone for Node<T, F> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-// A copy owns nothing: the tree owns the areas and children of a node (Inv. 4).
-impl<T, const F: usize> Copy for Node<T, F> {}
 
 impl<T, const F: usize> Node<T, F> {
     /// A node with at most this many slots is merged with a neighbour if both fit into one.
@@ -96,12 +92,8 @@ impl<T, const F: usize> Node<T, F> {
         })
     }
 
-    /// The same slots under another stamp.
-    pub(super) fn copy(&self, stamp: u64) -> Box<Self> {
-        Box::new(Node { stamp, ..*self })
-    }
-
-    /// Makes this node, which no other thread reaches, the same as [`Node::copy`] of `node`.
+    /// Makes this node, which no other thread reaches, one with the slots of `node`, under another
+    /// stamp.
     pub(super) fn copy_from(&mut self, node: &Self, stamp: u64) {
         // Field by field: a leaf has no holes, and a struct expression would copy the node twice.
         self.last = node.last;
@@ -109,6 +101,41 @@ impl<T, const F: usize> Node<T, F> {
         if node.level > 0 {
             self.hole = node.hole;
         }
+        self.copy_header(node, stamp);
+    }
+
+    /// Makes this node, which no other thread reaches, the leaf `leaf` with `slot` inserted as
+    /// number `at`, under another stamp. `leaf` is not full.
+    pub(super) fn copy_inserted(&mut self, leaf: &Self, at: usize, slot: NodeSlot, stamp: u64) {
+        debug_assert!(leaf.is_leaf() && at <= leaf.len && leaf.len < F);
+        // One pass with a constant length: a copy that is shifted afterwards is written twice.
+        for to in 0..F {
+            let from = to - usize::from(to > at);
+            self.last[to] = leaf.last[from];
+            self.target[to] = leaf.target[from];
+        }
+        self.copy_header(leaf, stamp);
+        self.len += 1;
+        self.areas += 1;
+        self.set(at, slot);
+    }
+
+    /// Makes this node, which no other thread reaches, the leaf `leaf` without slot `at`, under
+    /// another stamp.
+    pub(super) fn copy_removed(&mut self, leaf: &Self, at: usize, stamp: u64) {
+        debug_assert!(leaf.is_leaf() && at < leaf.len);
+        for to in 0..F - 1 {
+            let from = to + usize::from(to >= at);
+            self.last[to] = leaf.last[from];
+            self.target[to] = leaf.target[from];
+        }
+        self.last[F - 1] = u64::MAX;
+        self.copy_header(leaf, stamp);
+        self.len -= 1;
+        self.areas -= 1;
+    }
+
+    fn copy_header(&mut self, node: &Self, stamp: u64) {
         self.len = node.len;
         self.areas = node.areas;
         self.level = node.level;
@@ -271,6 +298,12 @@ impl<T, const F: usize> Node<T, F> {
         }
     }
 
+    /// Whether a hole below this node, or between two of its slots, is as long as `len`.
+    fn has_hole_of(&self, len: u64) -> bool {
+        let below = |at| self.hole(at) >= len;
+        (0..self.len).any(|at| self.hole_before(at) >= len || below(at))
+    }
+
     /// The same after `change`, computed from the old slot of the parent. Looks at all holes only
     /// if it must.
     fn as_slot_after(&self, change: Option<HoleChange>, said: NodeSlot) -> NodeSlot {
@@ -278,6 +311,9 @@ impl<T, const F: usize> Node<T, F> {
             Some(change) if change.now >= said.hole => change.now,
             // The longest hole is in another place.
             Some(change) if change.before < said.hole => said.hole,
+            // The hole that was closed was the longest, and no longer one has been opened. Often
+            // another one is as long, because maps lay out areas in one pattern.
+            Some(_) if self.has_hole_of(said.hole) => said.hole,
             _ => self.longest_hole(),
         };
         NodeSlot {
@@ -297,8 +333,12 @@ impl<T, const F: usize> Node<T, F> {
         change: Option<HoleChange>,
     ) -> HoleChange {
         let said = self.slot(at);
+        let slot = child.as_slot_after(change, said);
+        if (slot.start, slot.last, slot.hole) == (said.start, said.last, said.hole) {
+            return HoleChange::NONE;
+        }
         let before = self.hole_around(at);
-        self.set(at, child.as_slot_after(change, said));
+        self.set(at, slot);
         HoleChange {
             before,
             now: self.hole_around(at),
@@ -330,6 +370,12 @@ impl<T, const F: usize> Node<T, F> {
         if self.level > 0 {
             self.hole[at] = slot.hole;
         }
+    }
+
+    /// Makes slot `at` point to `child` instead.
+    pub(super) fn set_child(&mut self, at: usize, child: *const Self) {
+        debug_assert!(!self.is_leaf() && at < self.len);
+        self.target[at].pointer = child.cast();
     }
 
     /// Inserts `slot` as number `at`. The node must not be full.

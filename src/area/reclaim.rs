@@ -153,22 +153,28 @@ impl<T, const F: usize, R> Pool<T, F, R> {
         }
     }
 
-    /// A node with the slots of `node`, under another stamp.
-    pub(super) fn copy(&mut self, node: &Node<T, F>, stamp: u64) -> Box<Node<T, F>> {
+    /// A node with any slots, for a caller that overwrites all of it.
+    pub(super) fn spare(&mut self) -> Box<Node<T, F>> {
         match self.nodes.pop() {
-            Some(mut copy) => {
+            Some(node) => {
                 // The next one will be needed as well: an update copies a node of each level.
                 if let Some(next) = self.nodes.last() {
                     next.prefetch_whole();
                 }
-                copy.copy_from(node, stamp);
-                copy
+                node
             }
             None => {
                 self.census.made();
-                node.copy(stamp)
+                Node::empty(0, 0)
             }
         }
+    }
+
+    /// A node with the slots of `node`, under another stamp.
+    pub(super) fn copy(&mut self, node: &Node<T, F>, stamp: u64) -> Box<Node<T, F>> {
+        let mut copy = self.spare();
+        copy.copy_from(node, stamp);
+        copy
     }
 
     /// Takes back a node that no thread reaches.

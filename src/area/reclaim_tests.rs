@@ -2,8 +2,8 @@
 
 use std::convert::Infallible;
 
-use super::AreaTree;
 use super::reclaim::{Reclaim, SPARE_NODES, Whereabouts};
+use super::{AreaTree, Entry};
 use crate::sync::{Arc, AtomicBool, AtomicUsize, Ordering, thread};
 use crate::units::{Iova, IovaRange};
 
@@ -17,7 +17,8 @@ fn range(start: u64, last: u64) -> IovaRange {
 }
 
 fn remove<T: Send + Sync + 'static, const F: usize>(tree: &AreaTree<T, F>, start: u64) {
-    let Ok(removed) = tree.update(|edit| Ok::<_, Infallible>(edit.remove(Iova::new(start))));
+    let Ok(removed) =
+        tree.update(|edit| Ok::<_, Infallible>(edit.remove(Iova::new(start)).map(Entry::to_arc)));
     assert!(removed.is_some());
 }
 

@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use super::node::Node;
 use super::reclaim::Pinned;
 use super::root::Root;
-use crate::sync::{Arc, AtomicPtr, Ordering, prefetch};
+use crate::sync::{Arc, AtomicPtr, Ordering};
 use crate::units::{Granule, Iova, IovaRange};
 
 /// One range and the area that is mapped there.
@@ -18,6 +18,17 @@ pub(crate) struct Entry<'a, T> {
 }
 
 impl<T> Entry<'_, T> {
+    /// # Safety
+    /// `pointer` is from `Arc::into_raw`, and the area is alive as long as it is borrowed here.
+    pub(super) unsafe fn new(range: IovaRange, pointer: *const T) -> Self {
+        Entry {
+            range,
+            // SAFETY: alive, by our contract.
+            area: unsafe { &*pointer },
+            pointer,
+        }
+    }
+
     /// A strong count of the area, which may outlive the snapshot and the tree.
     pub(crate) fn to_arc(self) -> Arc<T> {
         // SAFETY:
@@ -26,18 +37,6 @@ impl<T> Entry<'_, T> {
         unsafe { Arc::increment_strong_count(self.pointer) };
         // SAFETY: from `Arc::into_raw`, and the count that it takes over is the one made above.
         unsafe { Arc::from_raw(self.pointer) }
-    }
-
-    /// Prefetches the count of the area, which the thread that removes the area will need.
-    #[inline]
-    pub(super) fn prefetch(&self) {
-        // The counts lie right below the area in memory.
-        prefetch(self.pointer.cast::<u8>().wrapping_sub(1));
-    }
-
-    /// The pointer that the leaf holds.
-    pub(super) fn pointer(&self) -> *const T {
-        self.pointer
     }
 }
 
@@ -87,28 +86,14 @@ impl<'a, T, const F: usize> Subtree<'a, T, F> {
     }
 
     fn entry(self, leaf: &'a Node<T, F>, at: usize) -> Entry<'a, T> {
-        let pointer = leaf.area(at);
-        Entry {
-            range: leaf.range(at),
-            // SAFETY: slots of leaves point to areas; alive for `'a` by the contract of `below`.
-            area: unsafe { &*pointer },
-            pointer,
-        }
+        // SAFETY: slots of leaves hold what `Arc::into_raw` returned; the areas are alive for `'a`
+        // by the contract of `below`.
+        unsafe { Entry::new(leaf.range(at), leaf.area(at)) }
     }
 
     /// The first area whose last address is not below `x`: its leaf and slot.
     #[inline]
     fn find(self, x: Iova) -> Option<(&'a Node<T, F>, usize)> {
-        self.find_through(x, Node::prefetch)
-    }
-
-    /// The same, with `prefetch` called for each node below the root.
-    #[inline]
-    fn find_through(
-        self,
-        x: Iova,
-        prefetch: impl Fn(&Node<T, F>),
-    ) -> Option<(&'a Node<T, F>, usize)> {
         let mut node = self.root?;
         let mut at = node.find(x.get());
         if at == node.len() {
@@ -118,7 +103,7 @@ impl<'a, T, const F: usize> Subtree<'a, T, F> {
         // node.
         for _ in 0..node.level() {
             node = self.child(node, at);
-            prefetch(node);
+            node.prefetch();
             at = node.find(x.get());
         }
         Some((node, at))
@@ -138,12 +123,6 @@ impl<'a, T, const F: usize> Subtree<'a, T, F> {
         leaf.range(at)
             .intersects(range)
             .then(|| self.entry(leaf, at))
-    }
-
-    /// The same as [`Subtree::lookup`], for an edit that will change the nodes on the path.
-    pub(super) fn lookup_to_change(self, iova: Iova) -> Option<Entry<'a, T>> {
-        let (leaf, at) = self.find_through(iova, Node::prefetch_to_change)?;
-        leaf.range(at).contains(iova).then(|| self.entry(leaf, at))
     }
 
     pub(super) fn iter(self, range: IovaRange) -> Iter<'a, T, F> {

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 
-use super::AreaTree;
 use super::edit::Edit;
 use super::reclaim::Pinned;
+use super::{AreaTree, Entry};
 use crate::error::Error;
 use crate::sync::{Arc, AtomicBool, AtomicUsize, Ordering, thread};
 use crate::units::{Granule, Iova, IovaRange};
@@ -131,7 +131,10 @@ fn insert<const F: usize>(
     asked: IovaRange,
     area: &Arc<Counted>,
 ) {
-    match (edit.insert(asked, area), intersecting(model, asked).first()) {
+    match (
+        edit.insert(asked, Arc::clone(area)),
+        intersecting(model, asked).first(),
+    ) {
         (Ok(()), None) => {
             model.insert(asked.start().get(), (asked.last().get(), area.id));
         }
@@ -149,7 +152,7 @@ fn insert<const F: usize>(
 }
 
 fn remove<const F: usize>(edit: &mut Edit<'_, Counted, F>, model: &mut Model, start: u64) {
-    let got = edit.remove(Iova::new(start)).map(|area| area.id);
+    let got = edit.remove(Iova::new(start)).map(|entry| entry.area.id);
     assert_eq!(got, model.remove(&start).map(|(_, id)| id));
 }
 
@@ -266,7 +269,8 @@ fn agrees_with_a_btree_map<const F: usize>(seed: u64, rounds: u64) {
     }
     // Down to nothing, one at a time.
     while let Some((&start, _)) = model.range(some_start(&mut random, &model)..).next() {
-        let removed = tree.update(|edit| Ok::<_, Infallible>(edit.remove(Iova::new(start))));
+        let removed = tree
+            .update(|edit| Ok::<_, Infallible>(edit.remove(Iova::new(start)).map(Entry::to_arc)));
         let Ok(removed) = removed;
         assert_eq!(
             removed.map(|area| area.id),
@@ -353,7 +357,8 @@ fn ascending_inserts_leave_full_nodes() {
     tree.internal_validate();
     assert_eq!(tree.snapshot().shape(), (5, 64 + 16 + 4 + 1 + 4 + 1));
     // Removing it restores the old shape.
-    let Ok(removed) = tree.update(|edit| Ok::<_, Infallible>(edit.remove(Iova::new(5000))));
+    let Ok(removed) =
+        tree.update(|edit| Ok::<_, Infallible>(edit.remove(Iova::new(5000)).map(Entry::to_arc)));
     assert!(removed.is_some());
     tree.internal_validate();
     assert_eq!(tree.snapshot().shape(), (4, 64 + 16 + 4 + 1));
@@ -411,7 +416,7 @@ fn racing_allocations_never_share_an_address() {
                     tree.update(|edit| {
                         let within = range(7, u64::MAX);
                         let found = edit.first_fit(within, len, Granule::from_lg2(2).unwrap());
-                        edit.insert(found.unwrap(), &area)
+                        edit.insert(found.unwrap(), Arc::clone(&area))
                     })
                     .unwrap();
                 }
@@ -433,12 +438,12 @@ fn rules_change_with_areas_or_not_at_all() {
     tree.update(|edit| {
         edit.set_rules(vec![1, 2]);
         assert_eq!(edit.rules(), &[1, 2]);
-        edit.insert(range(0, 9), &Arc::new(7))
+        edit.insert(range(0, 9), Arc::new(7))
     })
     .unwrap();
     let refused = tree.update(|edit| {
         edit.set_rules(vec![3]);
-        edit.insert(range(9, 9), &Arc::new(8))
+        edit.insert(range(9, 9), Arc::new(8))
     });
     assert!(refused.is_err());
     assert_eq!((before.rules().len(), before.len()), (0, 0));
@@ -463,12 +468,18 @@ fn a_refused_batch_leaves_nothing() {
     tree.insert(range(50, 59), maker.area()).unwrap();
     let refused = tree.update(|edit| {
         for i in 0..5 {
-            edit.insert(range(i * 10, i * 10 + 9), &maker.area())?;
+            edit.insert(range(i * 10, i * 10 + 9), maker.area())?;
         }
-        assert_eq!(edit.remove(Iova::new(50)).map(|area| area.id), Some(1));
-        assert_eq!(edit.remove(Iova::new(10)).map(|area| area.id), Some(3));
+        assert_eq!(
+            edit.remove(Iova::new(50)).map(|entry| entry.area.id),
+            Some(1)
+        );
+        assert_eq!(
+            edit.remove(Iova::new(10)).map(|entry| entry.area.id),
+            Some(3)
+        );
         assert!(edit.remove(Iova::new(11)).is_none());
-        edit.insert(range(25, 60), &maker.area())
+        edit.insert(range(25, 60), maker.area())
     });
     assert!(matches!(refused, Err(Error::Overlap { existing, .. }) if existing == range(20, 29)));
     // Nothing of the batch was ever shared, so it is dropped without a grace period.
@@ -484,7 +495,7 @@ fn a_refused_batch_leaves_nothing() {
     let panics = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         tree.update(|edit| -> Result<(), Error> {
             edit.remove(Iova::new(50));
-            edit.insert(range(0, 0), &maker.area())?;
+            edit.insert(range(0, 0), maker.area())?;
             panic!("in the middle of a batch")
         })
     }));
@@ -553,13 +564,14 @@ fn one_area_at_several_ranges_is_dropped_once() {
     drop(area);
     for i in 0..9 {
         assert_eq!(maker.drops.load(Ordering::Relaxed), 0);
-        let Ok(removed) = tree.update(|edit| Ok::<_, Infallible>(edit.remove(Iova::new(i))));
+        let Ok(removed) =
+            tree.update(|edit| Ok::<_, Infallible>(edit.remove(Iova::new(i)).map(Entry::to_arc)));
         assert!(removed.is_some());
     }
     maker.wait_for_drops(Some(&tree), 1);
     // Inserted and removed again within one batch: an empty tree stays empty.
     let Ok(()) = tree.update(|edit| {
-        edit.insert(range(1, 2), &maker.area()).unwrap();
+        edit.insert(range(1, 2), maker.area()).unwrap();
         assert!(edit.remove(Iova::new(1)).is_some());
         Ok::<_, Infallible>(())
     });
@@ -632,8 +644,8 @@ fn a_reader_sees_all_of_a_batch_or_nothing() {
                 let (from, to) = (step % 2 * 0x1_0000, (step + 1) % 2 * 0x1_0000);
                 tree.update(|edit| {
                     for i in 0..SET {
-                        let area = edit.remove(Iova::new(from + i * 16)).unwrap();
-                        edit.insert(range(to + i * 16, to + i * 16 + 7), &area)?;
+                        let area = edit.remove(Iova::new(from + i * 16)).unwrap().to_arc();
+                        edit.insert(range(to + i * 16, to + i * 16 + 7), area)?;
                     }
                     Ok::<_, Error>(())
                 })
@@ -645,8 +657,9 @@ fn a_reader_sees_all_of_a_batch_or_nothing() {
             for (i, area) in (0..).zip(noise) {
                 let at = (i % SET) * 16 + 8;
                 tree.insert(range(at, at + 7), area).unwrap();
-                let Ok(removed) =
-                    tree.update(|edit| Ok::<_, Infallible>(edit.remove(Iova::new(at))));
+                let Ok(removed) = tree.update(|edit| {
+                    Ok::<_, Infallible>(edit.remove(Iova::new(at)).map(Entry::to_arc))
+                });
                 assert!(removed.is_some());
             }
         });

@@ -64,7 +64,7 @@ where
     /// [`Error::Overlap`] with the lowest area in the way, and `area` back.
     #[cfg(test)]
     pub(crate) fn insert(&self, range: IovaRange, area: Arc<T>) -> Result<(), (Error, Arc<T>)> {
-        self.update(|edit| edit.insert(range, &area))
+        self.update(|edit| edit.insert(range, Arc::clone(&area)))
             .map_err(|error| (error, area))
     }
 

@@ -2,9 +2,8 @@
 
 use super::BitmapView;
 use super::window::Window;
-use crate::chunkmap::LINE_WORDS;
+use crate::chunkmap::Place;
 use crate::error::{BitmapError, Error};
-use crate::sync::Ordering;
 use crate::units::{Granule, Iova, IovaRange};
 use crate::words::{word_mask, word_masks, word_runs};
 
@@ -261,28 +260,21 @@ impl<'a> Sink<'a> {
         Ok(())
     }
 
-    /// As [`or`](Self::or), for `seen` from `word` on. False, and nothing is recorded, if the
-    /// bitmap is shared or the window does not have all of the words.
+    /// Up to `words` words from `word` on, in which bits may be recorded without a call for each,
+    /// as long as the caller counts those that were clear: see [`count_set`](Self::count_set).
+    /// Empty if other threads record there, or if the window is not open yet.
     #[inline]
-    pub(crate) fn or_line(&mut self, word: u64, seen: &[u64; LINE_WORDS]) -> bool {
-        if !self.exclusive {
-            return false;
+    pub(crate) fn place(&self, word: u64, words: u64) -> Place<'_> {
+        match self.exclusive {
+            true => Place::new(self.window.words(word, words)),
+            false => Place::NONE,
         }
-        let Some(words) = self.window.whole::<LINE_WORDS>(word) else {
-            return false;
-        };
-        // Words of 0 change nothing. Without a branch for each word the compiler counts several at
-        // once, and counting is more than half of the work of a processor without an instruction
-        // for it.
-        let fresh: [u64; LINE_WORDS] = std::array::from_fn(|nth| {
-            // Relaxed, both: as in `Span::or_alone`.
-            let old = u64::from_le(words[nth].load(Ordering::Relaxed));
-            words[nth].store((old | seen[nth]).to_le(), Ordering::Relaxed);
-            seen[nth] & !old
-        });
-        let bits_set: u64 = fresh.iter().map(|word| u64::from(word.count_ones())).sum();
-        self.bits_set += bits_set;
-        true
+    }
+
+    /// Counts `bits` that were recorded in a [`place`](Self::place).
+    #[inline]
+    pub(crate) fn count_set(&mut self, bits: u64) {
+        self.bits_set += bits;
     }
 
     /// Makes the window that holds `word` the current one.

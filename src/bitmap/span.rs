@@ -113,11 +113,12 @@ impl<'a> Span<'a> {
         mask & !old
     }
 
-    /// `N` words from `index` on, if the span covers all of them whole.
+    /// The words from `index` on that the span covers whole, up to `words` of them.
     #[inline]
-    pub(super) fn whole<const N: usize>(&self, index: usize) -> Option<&'a [AtomicU64; N]> {
-        let words = self.words.get(index.wrapping_sub(self.lead())..)?;
-        words.first_chunk()
+    pub(super) fn words(&self, index: usize, words: usize) -> &'a [AtomicU64] {
+        let from = index.wrapping_sub(self.lead());
+        let found = self.words.get(from..).unwrap_or(&[]);
+        &found[..words.min(found.len())]
     }
 
     /// Clears the bits of `mask` in word `index`, and returns those that were set.

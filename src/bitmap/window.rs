@@ -263,17 +263,18 @@ impl<'a> Window<'a> {
             .unwrap_or(0)
     }
 
-    /// `N` words from `word` on, if the window has them as whole words.
+    /// The whole words from `word` on that the window has, up to `words` of them.
     #[inline]
-    pub(super) fn whole<const N: usize>(&self, word: u64) -> Option<&[AtomicU64; N]> {
-        if !self.holds(word) || N as u64 > self.end() - word {
-            return None;
+    pub(super) fn words(&self, word: u64, words: u64) -> &[AtomicU64] {
+        if !self.holds(word) {
+            return &[];
         }
         if let Bits::Noted { .. } = self.bits {
-            // The words may lie in two lines.
-            let _ = self.with(word + N as u64 - 1, |_, _| ());
+            return &[]; // each word is noted when it is recorded
         }
-        self.with(word, |span, index| span.whole(index))?
+        let words = words.min(self.end() - word) as usize;
+        self.with(word, |span, index| span.words(index, words))
+            .unwrap_or(&[])
     }
 
     /// Clears the bits of `mask` in `word`, and returns those that were set.

@@ -65,6 +65,7 @@
 
 use std::ptr;
 
+use super::place::Place;
 use crate::sync::{
     AtomicPtr, AtomicU64, Ordering, Step, TINY, fence_after_look, fence_after_looks,
     fence_after_rmw, performs, prefetch, weaken,
@@ -208,6 +209,8 @@ pub(super) struct Block {
 impl Block {
     /// Dirty lines of a chunk up to which it has few.
     const FEW: u32 = 40;
+    /// The lines that are prefetched of a chunk that has more.
+    const FIRST: u64 = 0xf;
 
     pub(super) fn new() -> Self {
         Block {
@@ -226,21 +229,32 @@ impl Block {
         self.summaries.iter().fold(0, or) != 0
     }
 
-    /// Prefetches the dirty lines of chunks that have few: each is a cache miss of its own, and a
-    /// walk that asks for them together waits for one of them, not for each. Processors find lines
-    /// that lie side by side themselves.
+    /// Prefetches the dirty lines of chunks that have few, and their `place`, by the number of the
+    /// chunk in the block: each is a cache miss of its own, and a walk that asks for them together
+    /// waits for one of them, not for each. Processors find lines that lie side by side themselves,
+    /// after the first ones.
     #[inline]
-    pub(super) fn prefetch_dirty(&self) {
+    pub(super) fn prefetch_dirty<'p>(&self, place: impl Fn(u64) -> Place<'p>) {
         if TINY {
             return; // to a model checker each load is another branch
         }
-        for (summary, chunk) in self.summaries.iter().zip(&self.chunks) {
+        for ((summary, chunk), nth) in self.summaries.iter().zip(&self.chunks).zip(0..) {
             // Relaxed: a hint.
-            let lines = summary.load(Ordering::Relaxed);
+            let mut lines = summary.load(Ordering::Relaxed);
+            if lines == 0 {
+                continue;
+            }
+            if lines.count_ones() > Self::FEW {
+                lines &= Self::FIRST;
+            }
+            // Relaxed: a hint.
             let chunk = chunk.load(Ordering::Relaxed).cast::<u8>();
-            if lines.count_ones() <= Self::FEW {
-                for line in ones(lines) {
-                    prefetch(chunk.wrapping_add(line * size_of::<u64>() * LINE_WORDS));
+            let place = place(nth).first();
+            for line in ones(lines) {
+                let offset = line * size_of::<u64>() * LINE_WORDS;
+                prefetch(chunk.wrapping_add(offset));
+                if !place.is_null() {
+                    prefetch(place.wrapping_add(offset));
                 }
             }
         }

@@ -23,9 +23,9 @@
 //!
 //! Such a bitmap has no marks, so the state of a chunk is free to hold the claim.
 
-use super::chunk::{AtomicState, Chunk, LINE_WORDS, Slot, lines};
+use super::chunk::{AtomicState, Chunk, LINE_BITS, LINE_WORDS, Slot, lines};
 use super::map::ChunkMap;
-use super::take::{Visitor, visit_line, whole_lines};
+use super::take::{LINES, Visitor, lines_from, take_lines, visit_line, whole_lines};
 use crate::sync::{Ordering, Step, performs};
 
 /// The claim of a chunk, until this is dropped.
@@ -84,16 +84,22 @@ impl ChunkMap {
         last: u64,
         mut visitor: V,
     ) -> Result<(), V::Error> {
-        self.walk(first, last, |slot, chunk, base, from, to| {
-            // Relaxed: as in `Slot::take`.
-            if slot.summary.load(Ordering::Relaxed) & lines(from, to) == 0 {
-                return Ok(());
-            }
-            match Claim::new(slot) {
-                Some(_claim) => take_lines(slot, chunk, (base, from, to), &mut visitor),
-                None => slot.peek_left(chunk, (base, from, to), &mut visitor),
-            }
-        })
+        let visitor = &mut visitor;
+        self.walk(
+            first,
+            last,
+            visitor,
+            |visitor, slot, chunk, base, from, to| {
+                // Relaxed: as in `Slot::take`.
+                if slot.summary.load(Ordering::Relaxed) & lines(from, to) == 0 {
+                    return Ok(());
+                }
+                match Claim::new(slot) {
+                    Some(_claim) => take_chunk(slot, chunk, (base, from, to), visitor),
+                    None => slot.peek_left(chunk, (base, from, to), visitor),
+                }
+            },
+        )
     }
 
     /// As [`take_left`](Self::take_left), without a clear.
@@ -106,9 +112,13 @@ impl ChunkMap {
         last: u64,
         mut visitor: V,
     ) -> Result<(), V::Error> {
-        self.walk(first, last, |slot, chunk, base, from, to| {
-            slot.peek_left(chunk, (base, from, to), &mut visitor)
-        })
+        let visitor = &mut visitor;
+        self.walk(
+            first,
+            last,
+            visitor,
+            |visitor, slot, chunk, base, from, to| slot.peek_left(chunk, (base, from, to), visitor),
+        )
     }
 }
 
@@ -131,7 +141,7 @@ impl Slot<'_> {
 }
 
 /// C2 of a thread that takes the bits `first..=last` of a chunk.
-fn take_lines<V: Visitor>(
+fn take_chunk<V: Visitor>(
     slot: Slot<'_>,
     chunk: &Chunk,
     (base, first, last): (u64, u64, u64),
@@ -144,11 +154,20 @@ fn take_lines<V: Visitor>(
     let mut outcome = Ok(());
     while left != 0 && outcome.is_ok() {
         let line = left.trailing_zeros() as usize;
-        left &= left - 1;
-        outcome = visit_line::<true, false, _>(chunk, base, line, first, last, visitor);
+        let words = ((line..LINES).len() * LINE_WORDS) as u64;
+        let place = visitor.place(base + line as u64 * LINE_BITS, words);
+        let mut taken = left & whole & lines_from(line, place.lines());
+        if taken != 0 {
+            let bits = take_lines::<false>(chunk, taken, line, place, |_, _| ());
+            visitor.placed(bits);
+        } else {
+            taken = 1 << line;
+            outcome = visit_line::<true, false, _>(chunk, base, line, first, last, visitor);
+        }
+        left &= !taken;
         if outcome.is_ok() {
             // The rest of a line that is taken in part keeps its summary.
-            summary &= !(whole & 1 << line);
+            summary &= !(whole & taken);
         }
     }
     slot.summary.store(summary, Ordering::Relaxed);

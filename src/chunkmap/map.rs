@@ -205,9 +205,12 @@ impl ChunkMap {
         } else {
             last
         };
-        self.walk(first, last, |slot, chunk, base, from, to| {
-            slot.take(chunk, base, from, to, &mut taker)
-        })
+        self.walk(
+            first,
+            last,
+            &mut taker,
+            |taker, slot, chunk, base, from, to| slot.take(chunk, base, from, to, taker),
+        )
     }
 
     /// As [`take`](Self::take), without a clear.
@@ -220,31 +223,45 @@ impl ChunkMap {
         last: u64,
         mut visitor: V,
     ) -> Result<(), V::Error> {
-        self.walk(first, last, |slot, chunk, base, from, to| {
-            slot.peek(chunk, base, from, to, &mut visitor)
-        })
+        let visitor = &mut visitor;
+        self.walk(
+            first,
+            last,
+            visitor,
+            |visitor, slot, chunk, base, from, to| slot.peek(chunk, base, from, to, visitor),
+        )
     }
 
     /// Calls `each` for the chunks of blocks that have bits, with the chunk's first bit, and the
     /// requested bits of it.
     #[inline]
-    pub(super) fn walk<E>(
+    pub(super) fn walk<V: Visitor>(
         &self,
         first: u64,
         last: u64,
-        mut each: impl FnMut(Slot<'_>, &Chunk, u64, u64, u64) -> Result<(), E>,
-    ) -> Result<(), E> {
+        visitor: &mut V,
+        mut each: impl FnMut(&mut V, Slot<'_>, &Chunk, u64, u64, u64) -> Result<(), V::Error>,
+    ) -> Result<(), V::Error> {
         let last_chunk = last >> BITS_LG2;
         let mut next = Some(first >> BITS_LG2);
         while let Some((group, blocks)) = next.and_then(|next| self.next_group(next, last_chunk)) {
             let from = (first >> BITS_LG2).max(group);
             let to = last_chunk.min(group + ((blocks.len() as u64) << BLOCK_LG2) - 1);
-            for nth in (from - group) >> BLOCK_LG2..=(to - group) >> BLOCK_LG2 {
+            let (low, high) = ((from - group) >> BLOCK_LG2, (to - group) >> BLOCK_LG2);
+            // The next block that has bits, from the one of this number on. Its lines are asked for
+            // before those of the last one are taken.
+            let next_dirty = |nth: u64, visitor: &V| {
+                let mut rest = blocks[..=high as usize].iter().skip(nth as usize);
+                let nth = nth + rest.position(Block::has_any)? as u64;
+                let start = (group + (nth << BLOCK_LG2)) << BITS_LG2;
+                let place = |chunk: u64| visitor.place(start + (chunk << BITS_LG2), CHUNK_WORDS);
+                blocks[nth as usize].prefetch_dirty(place);
+                Some(nth)
+            };
+            let mut dirty = next_dirty(low, visitor);
+            while let Some(nth) = dirty {
+                dirty = next_dirty(nth + 1, visitor);
                 let block = &blocks[nth as usize];
-                if !block.has_any() {
-                    continue;
-                }
-                block.prefetch_dirty();
                 let start = group + (nth << BLOCK_LG2);
                 for index in from.max(start)..=to.min(start + ((1 << BLOCK_LG2) - 1)) {
                     let slot = block.slot(index);
@@ -257,7 +274,7 @@ impl ChunkMap {
                     };
                     let base = index << BITS_LG2;
                     let high = (last - base).min((1 << BITS_LG2) - 1);
-                    each(slot, chunk, base, first.saturating_sub(base), high)?;
+                    each(visitor, slot, chunk, base, first.saturating_sub(base), high)?;
                 }
             }
             next = to.checked_add(1).filter(|next| *next <= last_chunk);

@@ -9,6 +9,7 @@
 //! * [`chunk`]: a chunk with its summary and its state, the protocol of the two, and the marker's
 //!   side of it
 //! * [`take`]: the harvester's side
+//! * [`place`]: the place of what a harvester takes
 //! * [`handed`]: bits that one harvest records, and others see
 //! * [`left`]: bits that many threads leave, and few take
 //! * [`slab`]: the memory of chunks that lie side by side
@@ -20,6 +21,7 @@ mod chunk;
 mod handed;
 mod left;
 mod map;
+mod place;
 mod slab;
 mod take;
 
@@ -32,4 +34,5 @@ mod tests;
 
 pub(crate) use chunk::LINE_WORDS;
 pub(crate) use map::{CHUNK_WORDS, ChunkMap, OneGroup};
+pub(crate) use place::Place;
 pub(crate) use take::{Taker, Visitor};

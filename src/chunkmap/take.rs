@@ -4,8 +4,12 @@
 use std::convert::Infallible;
 
 use super::chunk::{CHUNK_BITS, Chunk, LINE_BITS, LINE_WORDS, Slot, State, lines};
+use super::place::Place;
 use crate::sync::{AtomicU64, Ordering, Step, fence, fence_after_rmw, performs};
 use crate::words::{ones, word_mask};
+
+/// Lines of a chunk.
+pub(super) const LINES: usize = (CHUNK_BITS / LINE_BITS) as usize;
 
 /// Receives the bits of a bitmap, word by word.
 pub(crate) trait Visitor {
@@ -19,12 +23,22 @@ pub(crate) trait Visitor {
     /// The walk ends; the bits stay as they are.
     fn visit(&mut self, first: u64, mask: u64) -> Result<(), Self::Error>;
 
-    /// Receives the words of a line that begins with the bit `first`; some may be 0. A visitor that
-    /// returns false gets the others one by one.
-    #[inline]
-    fn visit_line(&mut self, _first: u64, _words: &[u64; LINE_WORDS]) -> bool {
-        false
+    /// Where the bits of `words` words, from the bit `first` on, are recorded: as many of these
+    /// words as the visitor has at hand, from the first one on. Bits that are recorded there are
+    /// not visited.
+    #[inline(always)]
+    fn place(&self, _first: u64, _words: u64) -> Place<'_> {
+        Place::NONE
     }
+
+    /// Receives bits that were recorded in a [`place`](Self::place), as [`visit`](Self::visit)
+    /// does, before they are cleared.
+    #[inline(always)]
+    fn share(&self, _first: u64, _mask: u64) {}
+
+    /// Counts `bits` that were recorded in a [`place`](Self::place) and were clear there.
+    #[inline(always)]
+    fn placed(&mut self, _bits: u64) {}
 }
 
 impl<E, F: FnMut(u64, u64) -> Result<(), E>> Visitor for F {
@@ -109,12 +123,23 @@ impl Slot<'_> {
                 self.publish(chunk, state);
             }
         }
+        let whole = whole_lines(first, last);
         while left != 0 {
             let line = left.trailing_zeros() as usize;
-            left &= left - 1;
-            visit_line::<true, true, _>(chunk, base, line, first, last, taker)?;
+            let words = ((line..LINES).len() * LINE_WORDS) as u64;
+            let place = taker.place(base + line as u64 * LINE_BITS, words);
+            let mut taken = left & whole & lines_from(line, place.lines());
+            if taken != 0 {
+                let share = |word: u64, seen| taker.share(base + word * 64, seen);
+                let bits = take_lines::<true>(chunk, taken, line, place, share);
+                taker.placed(bits);
+            } else {
+                visit_line::<true, true, _>(chunk, base, line, first, last, taker)?;
+                taken = 1 << line;
+            }
+            left &= !taken;
             if early {
-                cleared.lines &= !(1 << line);
+                cleared.lines &= !taken;
             }
         }
         if !early {
@@ -303,22 +328,135 @@ fn visit_all<V: Visitor>(
     last: u64,
     visitor: &mut V,
 ) -> Result<(), V::Error> {
-    const FULL: [u64; LINE_WORDS] = [u64::MAX; LINE_WORDS];
     let mut bit = first;
     while bit <= last {
-        let word_last = last.min(bit | 63);
-        if bit.is_multiple_of(LINE_BITS)
-            && bit + (LINE_BITS - 1) <= last
-            && visitor.visit_line(base + bit, &FULL)
-        {
-            bit += LINE_BITS;
+        let place = match bit.is_multiple_of(64) {
+            true => visitor.place(base + bit, (last + 1 - bit) / 64),
+            false => Place::NONE,
+        };
+        if place.lines() > 0 {
+            let next = bit + place.lines() as u64 * LINE_BITS;
+            let bits = place.fill();
+            (bit..next)
+                .step_by(64)
+                .for_each(|bit| visitor.share(base + bit, u64::MAX));
+            bit = next;
+            visitor.placed(bits);
             continue;
         }
+        let word_last = last.min(bit | 63);
         let mask = word_mask((bit % 64) as u32, (word_last % 64) as u32);
         visitor.visit(base + (bit & !63), mask)?;
         bit = word_last + 1;
     }
     Ok(())
+}
+
+/// Records the words of `lines` in `place`, which begins with line `from` and has all of them, and
+/// clears them after that. Returns how many bits were clear in the place. `share` gets each word,
+/// by its place in the chunk, before it is cleared. `SHARED` is that of [`visit_line`].
+#[inline]
+pub(super) fn take_lines<const SHARED: bool>(
+    chunk: &Chunk,
+    lines: u64,
+    from: usize,
+    place: Place<'_>,
+    share: impl Fn(u64, u64),
+) -> u64 {
+    #[cfg(all(target_arch = "x86_64", not(target_feature = "popcnt"), not(miri)))]
+    if std::is_x86_feature_detected!("popcnt") {
+        // SAFETY: this processor has the instruction.
+        return unsafe { take_lines_popcnt::<SHARED>(chunk, lines, from, place, share) };
+    }
+    take_each_line::<SHARED>(chunk, lines, from, place, share)
+}
+
+/// As [`take_lines`], for processors that count bits by one instruction, which the baseline does
+/// not have.
+#[cfg(all(target_arch = "x86_64", not(target_feature = "popcnt"), not(miri)))]
+#[target_feature(enable = "popcnt")]
+fn take_lines_popcnt<const SHARED: bool>(
+    chunk: &Chunk,
+    lines: u64,
+    from: usize,
+    place: Place<'_>,
+    share: impl Fn(u64, u64),
+) -> u64 {
+    take_each_line::<SHARED>(chunk, lines, from, place, share)
+}
+
+#[inline(always)]
+fn take_each_line<const SHARED: bool>(
+    chunk: &Chunk,
+    lines: u64,
+    from: usize,
+    place: Place<'_>,
+    share: impl Fn(u64, u64),
+) -> u64 {
+    let mut bits = 0;
+    for line in ones(lines) {
+        let words = chunk.0[line * LINE_WORDS..].first_chunk();
+        if let Some((words, place)) = words.zip(place.line(line - from)) {
+            let first = (line * LINE_WORDS) as u64;
+            bits += take_line::<SHARED>(words, place, |nth, seen| share(first + nth as u64, seen));
+        }
+    }
+    bits
+}
+
+/// Records the words of a line in `place`, and clears them. Returns how many bits were clear there.
+///
+/// A locked operation waits for the stores before it, so all words are recorded first.
+#[inline(always)]
+fn take_line<const SHARED: bool>(
+    words: &[AtomicU64; LINE_WORDS],
+    place: &[AtomicU64; LINE_WORDS],
+    share: impl Fn(usize, u64),
+) -> u64 {
+    // Relaxed, here and below: F5 orders the looks after the clear of the summary; `clear` takes
+    // what is found.
+    let look = |nth: usize| words[nth].load(Ordering::Relaxed);
+    let record = |nth: usize, seen: u64| {
+        let fresh = Place::record(&place[nth], seen);
+        share(nth, seen);
+        u64::from(fresh.count_ones())
+    };
+    // A mask of the words that have bits, without a branch for each.
+    let found = match LINE_WORDS {
+        1 => 1,
+        _ => (0..LINE_WORDS)
+            .rev()
+            .fold(0u64, |found, nth| found * 2 + u64::from(look(nth) != 0)),
+    };
+    let mut bits = 0;
+    if found & found.wrapping_sub(1) == 0 {
+        let nth = found.trailing_zeros() as usize % LINE_WORDS;
+        let seen = look(nth);
+        if seen != 0 {
+            bits = record(nth, seen);
+            clear::<SHARED>(&words[nth], seen);
+        }
+        return bits;
+    }
+    if found == word_mask(0, LINE_WORDS as u32 - 1) {
+        let seen: [u64; LINE_WORDS] = std::array::from_fn(look);
+        for (nth, seen) in seen.iter().enumerate() {
+            bits += record(nth, *seen);
+        }
+        for (word, seen) in words.iter().zip(seen) {
+            clear::<SHARED>(word, seen);
+        }
+        return bits;
+    }
+    let mut seen = [0; LINE_WORDS];
+    for nth in ones(found) {
+        seen[nth] = look(nth);
+        bits += record(nth, seen[nth]);
+    }
+    for nth in ones(found) {
+        clear::<SHARED>(&words[nth], seen[nth]);
+    }
+    bits
 }
 
 /// Gives `visitor` the words of `line` that have bits of `first..=last`, and clears these bits
@@ -343,18 +481,6 @@ pub(super) fn visit_line<const TAKE: bool, const SHARED: bool, V: Visitor>(
         found |= u64::from(*seen != 0) << nth;
     }
     let inside = first <= start && start + (LINE_BITS - 1) <= last;
-    // A locked operation waits for the stores before it. So all words of a line are recorded first,
-    // and cleared afterwards.
-    if TAKE
-        && inside
-        && found & found.wrapping_sub(1) != 0
-        && visitor.visit_line(base + start, &seen)
-    {
-        for nth in ones(found) {
-            clear::<SHARED>(&words[nth], seen[nth]);
-        }
-        return Ok(());
-    }
     for nth in ones(found) {
         let bit = start + nth as u64 * 64;
         let mut seen = seen[nth];
@@ -392,7 +518,7 @@ fn clear<const SHARED: bool>(word: &AtomicU64, seen: u64) {
 
 /// Clears the words of a chunk that was visited as a whole.
 fn clear_words(chunk: &Chunk) {
-    for line in chunk.0.chunks(LINE_WORDS) {
+    for line in chunk.0.as_chunks::<LINE_WORDS>().0 {
         // Relaxed: as in `visit_line`.
         let or = |any, word: &AtomicU64| any | word.load(Ordering::Relaxed);
         if line.iter().fold(0, or) != 0 {
@@ -403,6 +529,15 @@ fn clear_words(chunk: &Chunk) {
                 }
             }
         }
+    }
+}
+
+/// `count` lines from `line` on, as far as a chunk has them.
+#[inline(always)]
+pub(super) fn lines_from(line: usize, count: usize) -> u64 {
+    match count.min(LINES - line) {
+        0 => 0,
+        count => word_mask(line as u32, (line + count - 1) as u32),
     }
 }
 

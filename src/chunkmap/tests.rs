@@ -1,7 +1,9 @@
 //! Tests of [`ChunkMap`] against sets of bits.
 
 use super::map::{BITS_LG2, ChunkMap};
+use super::place::Place;
 use super::take::{Taker, Visitor};
+use crate::sync::{AtomicU64, Ordering};
 use std::collections::BTreeSet;
 use std::convert::Infallible;
 
@@ -212,4 +214,119 @@ fn a_mark_over_several_chunks_is_new_if_it_is_in_one() {
     assert!(map.set(border, border + 2, || ()));
     assert!(map.set(border - 1, border, || ()));
     assert!(!map.set(border - 1, border, || ()));
+}
+
+/// A taker with a bitmap of its own, which shows a window of it as a place, as a user's bitmap
+/// does.
+struct Windowed {
+    words: Vec<AtomicU64>,
+    /// Words of a window.
+    window: u64,
+    /// The first word of the window that is open.
+    open: u64,
+    /// Bits that were recorded and clear.
+    fresh: u64,
+}
+
+impl Visitor for &mut Windowed {
+    type Error = Infallible;
+
+    fn visit(&mut self, first: u64, mask: u64) -> Result<(), Infallible> {
+        let word = first / 64;
+        self.open = word / self.window * self.window;
+        let old = self.words[word as usize].fetch_or(mask, Ordering::Relaxed);
+        self.fresh += u64::from((mask & !old).count_ones());
+        Ok(())
+    }
+
+    fn place(&self, first: u64, words: u64) -> Place<'_> {
+        let word = first / 64;
+        let end = (self.open + self.window).min(self.words.len() as u64);
+        if !(self.open..end).contains(&word) {
+            return Place::NONE;
+        }
+        Place::new(&self.words[word as usize..(word + words).min(end) as usize])
+    }
+
+    fn placed(&mut self, bits: u64) {
+        self.fresh += bits;
+    }
+}
+
+impl Taker for &mut Windowed {
+    fn may_fail(&self) -> bool {
+        false
+    }
+
+    fn secure(&mut self, _: u64, _: u64) -> Result<bool, Infallible> {
+        Ok(true)
+    }
+}
+
+/// What is recorded in a place, by whole lines and whole chunks, is what is visited word by word:
+/// the same bits, no others, each counted if it was clear. Windows of the place end in the middle
+/// of chunks and of lines, and its bits may be set before.
+#[test]
+fn a_place_gets_what_a_visit_gets() {
+    const CHUNK: u64 = 1 << BITS_LG2;
+    let size = 4 * CHUNK + 777;
+    let mut x = 88172645463325252u64;
+    let mut random = |below: u64| {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        (x >> 8) % below
+    };
+    for round in 0..if cfg!(miri) { 3 } else { 150 } {
+        let maps = [ChunkMap::in_slabs(size - 1), ChunkMap::in_slabs(size - 1)];
+        let set = |first: u64, last: u64| {
+            maps.iter().for_each(|map| {
+                map.set(first, last.min(size - 1), || ());
+            });
+        };
+        for _ in 0..random(3) {
+            let chunk = random(4) * CHUNK;
+            set(chunk, chunk + CHUNK - 1);
+        }
+        for _ in 0..random(200) {
+            let first = random(size);
+            set(first, first + [0, 1, 63, 700][random(4) as usize]);
+        }
+        let words = (size.div_ceil(64)) as usize;
+        let before: Vec<u64> = (0..words)
+            .map(|_| [0, 0, random(1 << 56)][round % 3])
+            .collect();
+        let mut user = Windowed {
+            words: before.iter().map(|word| AtomicU64::new(*word)).collect(),
+            window: [1 << 9, 1 << 18, 7, 100][random(4) as usize],
+            open: 0,
+            fresh: 0,
+        };
+        let mut expected = before.clone();
+        for _ in 0..2 {
+            let first = [0, 0, random(size)][random(3) as usize];
+            let last = [size - 1, first + random(size - first)][random(2) as usize];
+            maps[0].take(first, last, &mut user).unwrap();
+            for bit in bits(&maps[1], first, last, true) {
+                expected[(bit / 64) as usize] |= 1 << (bit % 64);
+            }
+            assert_eq!(
+                bits(&maps[0], 0, size - 1, false),
+                bits(&maps[1], 0, size - 1, false)
+            );
+        }
+        let user_words: Vec<u64> = user
+            .words
+            .iter()
+            .map(|word| word.load(Ordering::Relaxed))
+            .collect();
+        assert_eq!(user_words, expected, "round {round}");
+        let ones = |words: &[u64]| {
+            words
+                .iter()
+                .map(|word| u64::from(word.count_ones()))
+                .sum::<u64>()
+        };
+        assert_eq!(user.fresh, ones(&expected) - ones(&before), "round {round}");
+    }
 }

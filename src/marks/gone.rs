@@ -43,7 +43,7 @@ impl Gone {
                     joined = joined.hull(found);
                 }
             }
-            edit.insert(joined, &self.nothing)
+            edit.insert(joined, Arc::clone(&self.nothing))
         });
         debug_assert!(added.is_ok(), "{range} goes twice: {:?}", added.err());
     }

@@ -53,7 +53,7 @@ pub(crate) use zeros::Zeros;
 use std::convert::Infallible;
 
 use crate::bitmap::Sink;
-use crate::chunkmap::{ChunkMap, LINE_WORDS, OneGroup, Taker, Visitor};
+use crate::chunkmap::{ChunkMap, OneGroup, Place, Taker, Visitor};
 use crate::error::{BitmapError, Stopped};
 use crate::sync::{Arc, AtomicBool, OnceLock, Ordering, Step, TINY, performs};
 use crate::units::{Granule, Iova, IovaRange};
@@ -371,9 +371,18 @@ impl Visitor for Recorder<'_, '_> {
     }
 
     #[inline]
-    fn visit_line(&mut self, first: u64, words: &[u64; LINE_WORDS]) -> bool {
-        self.word
-            .is_some_and(|word| self.sink.or_line(word.wrapping_add(first / 64), words))
+    fn place(&self, first: u64, words: u64) -> Place<'_> {
+        match self.word {
+            Some(word) if performs(Step::RecordMarks) => {
+                self.sink.place(word.wrapping_add(first / 64), words)
+            }
+            _ => Place::NONE,
+        }
+    }
+
+    #[inline]
+    fn placed(&mut self, bits: u64) {
+        self.sink.count_set(bits);
     }
 }
 

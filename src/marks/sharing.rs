@@ -15,9 +15,11 @@
 //! A chunk that is dirty as a whole is visited whole before its state ends (T2). So nothing is left
 //! to others in the middle of a chunk.
 
+use std::cell::{Cell, RefCell};
+
 use super::{Flight, Marks, Recorder};
 use crate::bitmap::Sink;
-use crate::chunkmap::{CHUNK_WORDS, LINE_WORDS, Taker, Visitor};
+use crate::chunkmap::{CHUNK_WORDS, LINE_WORDS, Place, Taker, Visitor};
 use crate::error::Stopped;
 use crate::sync::{AtomicU64, Ordering};
 use crate::units::IovaRange;
@@ -37,7 +39,7 @@ impl Marks {
         range: IovaRange,
         sink: &mut Sink<'_>,
         flight: &Flight,
-        leave: impl FnMut(u64, &[(u16, u64)]),
+        leave: impl Fn(u64, &[(u16, u64)]),
     ) -> Result<(), Stopped> {
         let Some((first, last)) = self.bits_of(range) else {
             return Ok(());
@@ -46,12 +48,14 @@ impl Marks {
             recorder: Recorder::new(self, range, sink),
             flight,
             leave,
-            chunk: u64::MAX,
-            first: 0,
-            shift: 0,
-            places: [None, None],
-            found: None,
-            len: 0,
+            chunk: Cell::new(u64::MAX),
+            first: Cell::new(0),
+            shift: Cell::new(0),
+            chunks: Cell::new([None, None]),
+            list: RefCell::new(List {
+                found: None,
+                len: 0,
+            }),
         };
         let taken = self.bits.take(first, last, &mut sharer);
         sharer.finish();
@@ -59,66 +63,55 @@ impl Marks {
     }
 }
 
-/// See the [module](self).
+/// See the [module](self). Cells, because the look at a place of the bitmap borrows the visitor.
 struct Sharer<'r, 'b, F> {
     recorder: Recorder<'r, 'b>,
     flight: &'r Flight,
     leave: F,
     /// The chunk of marks whose words are in the list.
-    chunk: u64,
+    chunk: Cell<u64>,
     /// The word of the flight that holds the first bit of that chunk, and the place of that bit.
-    first: u64,
-    shift: u32,
+    first: Cell<u64>,
+    shift: Cell<u32>,
     /// The chunks of the flight that hold it.
-    places: [Option<Place<'r>>; 2],
-    /// Words of the flight, counted from its first chunk above, in ascending order.
+    chunks: Cell<[Option<InFlight<'r>>; 2]>,
+    list: RefCell<List>,
+}
+
+/// Words of the flight, counted from the first chunk of the flight, in ascending order.
+struct List {
     found: Option<[(u16, u64); WORDS]>,
     len: usize,
 }
 
 /// A chunk of the flight.
 #[derive(Clone, Copy)]
-struct Place<'f> {
+struct InFlight<'f> {
     words: &'f [AtomicU64],
     summary: &'f AtomicU64,
     /// The summary of what is there already.
     before: u64,
 }
 
-impl<'r, F: FnMut(u64, &[(u16, u64)])> Sharer<'r, '_, F> {
+impl<'r, F: Fn(u64, &[(u16, u64)])> Sharer<'r, '_, F> {
     /// Begins a chunk of marks.
     #[inline(never)]
-    fn begin(&mut self, chunk: u64) {
+    fn begin(&self, chunk: u64) {
         self.finish();
         let marks = self.recorder.marks;
         let page = (marks.range.start().get() >> marks.page.lg2()) + chunk * CHUNK_BITS;
-        self.chunk = chunk;
-        self.first = page / 64;
-        self.shift = (page % 64) as u32;
-        self.places = [None, None];
+        self.chunk.set(chunk);
+        self.first.set(page / 64);
+        self.shift.set((page % 64) as u32);
+        self.chunks.set([None, None]);
     }
 
-    /// T1 of pages that the bitmap has.
-    #[inline]
-    fn share(&mut self, first: u64, mask: u64) {
-        if first / CHUNK_BITS != self.chunk {
-            self.begin(first / CHUNK_BITS);
-        }
-        let place = self.first % CHUNK_WORDS + first % CHUNK_BITS / 64;
-        self.put(place as usize, mask << self.shift);
-        if self.shift != 0 && mask >> (64 - self.shift) != 0 {
-            self.put(place as usize + 1, mask >> (64 - self.shift));
-        }
-    }
-
-    #[inline]
-    fn put(&mut self, place: usize, mask: u64) {
-        if mask == 0 {
-            return;
-        }
+    /// T1 of a word, which the list may have already if `MERGES`.
+    #[inline(always)]
+    fn put<const MERGES: bool>(&self, place: usize, mask: u64) {
         const CHUNK: usize = CHUNK_WORDS as usize;
         let nth = place / CHUNK;
-        let at = match self.places[nth] {
+        let at = match self.chunks.get()[nth] {
             Some(at) => at,
             None => self.open(nth),
         };
@@ -128,46 +121,65 @@ impl<'r, F: FnMut(u64, &[(u16, u64)])> Sharer<'r, '_, F> {
         word.store(word.load(Ordering::Relaxed) | mask, Ordering::Relaxed);
         let lines = at.summary.load(Ordering::Relaxed) | 1 << line;
         at.summary.store(lines, Ordering::Relaxed);
-        let found = self.found.get_or_insert_with(|| [(0, 0); WORDS]);
-        if let Some((last, bits)) = found[..self.len].last_mut()
+        let list = &mut *self.list.borrow_mut();
+        let found = list.found.get_or_insert_with(|| [(0, 0); WORDS]);
+        if MERGES
+            && let Some((last, bits)) = found[..list.len].last_mut()
             && usize::from(*last) == place
         {
             *bits |= mask;
-        } else {
-            // Each word of a chunk is visited once, so there are no more than that.
-            found[self.len] = (place as u16, mask);
-            self.len += 1;
+            return;
+        }
+        // Each word of a chunk is visited once, in ascending order, so there are no more than that.
+        found[list.len] = (place as u16, mask);
+        list.len += 1;
+    }
+
+    /// T1 of a word that lies in two of the flight. The word before may have begun the first one.
+    #[cold]
+    fn put_two(&self, place: usize, mask: u64, shift: u32) {
+        let (low, high) = (mask << shift, mask >> (64 - shift));
+        if low != 0 {
+            self.put::<true>(place, low);
+        }
+        if high != 0 {
+            self.put::<true>(place + 1, high);
         }
     }
 
     #[cold]
-    fn open(&mut self, nth: usize) -> Place<'r> {
-        let (words, summary) = self.flight.words(self.first / CHUNK_WORDS + nth as u64);
-        let place = Place {
+    fn open(&self, nth: usize) -> InFlight<'r> {
+        let (words, summary) = self
+            .flight
+            .words(self.first.get() / CHUNK_WORDS + nth as u64);
+        let chunk = InFlight {
             words,
             summary,
             // Relaxed: of the one writer.
             before: summary.load(Ordering::Relaxed),
         };
-        self.places[nth] = Some(place);
-        place
+        let mut chunks = self.chunks.get();
+        chunks[nth] = Some(chunk);
+        self.chunks.set(chunks);
+        chunk
     }
 
     /// T4 and T5 of the list.
-    fn finish(&mut self) {
-        let Some(found) = &mut self.found else {
+    fn finish(&self) {
+        let list = &mut *self.list.borrow_mut();
+        let Some(found) = &mut list.found else {
             return;
         };
-        let found = &mut found[..self.len];
-        let next = found.partition_point(|(place, _)| u64::from(*place) < CHUNK_WORDS);
-        let (these, those) = found.split_at_mut(next);
+        let masks = &mut found[..std::mem::take(&mut list.len)];
+        let next = masks.partition_point(|(place, _)| u64::from(*place) < CHUNK_WORDS);
+        let (these, those) = masks.split_at_mut(next);
         for (place, _) in &mut *those {
             *place -= CHUNK_WORDS as u16;
         }
-        let chunk = self.first / CHUNK_WORDS;
+        let chunk = self.first.get() / CHUNK_WORDS;
         let parts = [(chunk, &*these), (chunk + 1, &*those)];
-        for ((chunk, masks), place) in parts.into_iter().zip(self.places) {
-            let Some(at) = place.filter(|_| !masks.is_empty()) else {
+        for ((chunk, masks), at) in parts.into_iter().zip(self.chunks.get()) {
+            let Some(at) = at.filter(|_| !masks.is_empty()) else {
                 continue;
             };
             (self.leave)(chunk, masks);
@@ -178,11 +190,10 @@ impl<'r, F: FnMut(u64, &[(u16, u64)])> Sharer<'r, '_, F> {
             }
             at.summary.store(at.before, Ordering::Release);
         }
-        self.len = 0;
     }
 }
 
-impl<F: FnMut(u64, &[(u16, u64)])> Visitor for &mut Sharer<'_, '_, F> {
+impl<F: Fn(u64, &[(u16, u64)])> Visitor for &mut Sharer<'_, '_, F> {
     type Error = Stopped;
 
     #[inline]
@@ -193,18 +204,30 @@ impl<F: FnMut(u64, &[(u16, u64)])> Visitor for &mut Sharer<'_, '_, F> {
     }
 
     #[inline]
-    fn visit_line(&mut self, first: u64, words: &[u64; LINE_WORDS]) -> bool {
-        if !self.recorder.visit_line(first, words) {
-            return false;
+    fn place(&self, first: u64, words: u64) -> Place<'_> {
+        self.recorder.place(first, words)
+    }
+
+    /// T1 of pages that the bitmap has.
+    #[inline(always)]
+    fn share(&self, first: u64, mask: u64) {
+        if first / CHUNK_BITS != self.chunk.get() {
+            self.begin(first / CHUNK_BITS);
         }
-        for (nth, mask) in words.iter().enumerate() {
-            self.share(first + 64 * nth as u64, *mask);
+        let place = (self.first.get() % CHUNK_WORDS + first % CHUNK_BITS / 64) as usize;
+        match self.shift.get() {
+            0 => self.put::<false>(place, mask),
+            shift => self.put_two(place, mask, shift),
         }
-        true
+    }
+
+    #[inline]
+    fn placed(&mut self, bits: u64) {
+        self.recorder.placed(bits);
     }
 }
 
-impl<F: FnMut(u64, &[(u16, u64)])> Taker for &mut Sharer<'_, '_, F> {
+impl<F: Fn(u64, &[(u16, u64)])> Taker for &mut Sharer<'_, '_, F> {
     #[inline]
     fn may_fail(&self) -> bool {
         self.recorder.may_fail()

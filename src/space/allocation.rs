@@ -93,7 +93,8 @@ impl AddressSpace {
             };
             let area = Arc::new(Area::new(mapping, self.page, self.ordering));
             area.born_with(edit.version());
-            edit.insert(range, &area).map(|()| (area, domains))
+            edit.insert(range, Arc::clone(&area))
+                .map(|()| (area, domains))
         })?;
         let range = area.mapping.range;
         self.fill(area, &domains)?;

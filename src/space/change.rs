@@ -288,7 +288,7 @@ impl AddressSpace {
             edit.set_rules(edit.rules().end_promise(promised));
             if flushed.is_err() {
                 for area in new() {
-                    edit.insert(area.mapping.range, area)?;
+                    edit.insert(area.mapping.range, Arc::clone(area))?;
                 }
             }
             Ok(())
@@ -430,7 +430,7 @@ impl AddressSpace {
                 edit.remove(touched.area.mapping.range.start());
             }
             for area in pieces.iter().chain(plan.new.iter().map(|(_, area)| area)) {
-                edit.insert(area.mapping.range, area)?;
+                edit.insert(area.mapping.range, Arc::clone(area))?;
             }
             if !promised.is_empty() {
                 edit.set_rules(edit.rules().end_promise(promised));

@@ -170,7 +170,7 @@ impl fmt::Display for Why {
             Why::Parts => "parts of another lease are committed, and it has not ended",
             Why::Foreign => "the epoch is one of another consumer",
             Why::Future => "the epoch is not committed yet",
-            Why::Merged => "no cursor has held the epoch",
+            Why::Merged => "no cursor holds the epoch",
         })
     }
 }

@@ -265,7 +265,7 @@ impl AddressSpace {
             }
             let domains = rules.attachments().clone();
             area.born_with(edit.version());
-            edit.insert(range, &area).map(|()| domains)
+            edit.insert(range, Arc::clone(&area)).map(|()| domains)
         })?;
         self.fill(area, &domains)
     }

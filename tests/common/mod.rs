@@ -14,6 +14,18 @@ pub fn pages(first: u64, n: u64) -> IovaRange {
     IovaRange::from_len(Iova::new(first * PAGE), n * PAGE).unwrap()
 }
 
+/// Keeps `value` until the program ends, and never drops it. A list refers to it, because the
+/// address sanitizer reports memory to which nothing refers.
+pub fn leaked<'a, T: 'a>(value: T) -> &'a mut T {
+    static LEAKED: Mutex<Vec<usize>> = Mutex::new(Vec::new());
+    let value: &'a mut T = Box::leak(Box::new(value));
+    LEAKED
+        .lock()
+        .unwrap()
+        .push(std::ptr::from_mut(value).addr());
+    value
+}
+
 /// An empty space over two sources.
 pub fn two_sources() -> (AddressSpace, Arc<Fake>, Arc<Fake>) {
     let (first, second) = (Arc::new(Fake::default()), Arc::new(Fake::default()));

@@ -1,12 +1,15 @@
 //! The generated parts of documents, and the source files from which they are generated.
 #![allow(dead_code)] // each test uses a part of it
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-/// A file of the repository's sources: its path from the top, with slashes, and its text.
+/// A file of the repository's sources: its path from the top, with slashes, its text, and the names
+/// of the functions that it defines.
 pub(crate) struct Source {
     pub(crate) path: String,
     pub(crate) text: String,
+    functions: BTreeSet<String>,
 }
 
 /// The Rust files of the repository, in order of their paths; `None` where the crate is alone, as
@@ -28,7 +31,7 @@ pub(crate) fn sources() -> Option<Vec<Source>> {
                 let text = std::fs::read_to_string(&path).expect("a source");
                 let path = path.strip_prefix(top).expect("a file below the top");
                 let path = path.to_string_lossy().replace('\\', "/");
-                found.push(Source { path, text });
+                found.push(Source::new(path, text));
             }
         }
     }
@@ -37,6 +40,15 @@ pub(crate) fn sources() -> Option<Vec<Source>> {
 }
 
 impl Source {
+    pub(crate) fn new(path: String, text: String) -> Self {
+        let functions = functions(&text).map(str::to_owned).collect();
+        Source {
+            path,
+            text,
+            functions,
+        }
+    }
+
     /// Whether the file is part of a crate and not a test.
     pub(crate) fn is_code(&self) -> bool {
         let (before, _) = self.path.split_once("src/").unwrap_or(("-", ""));
@@ -149,9 +161,18 @@ fn function(code: &str) -> Option<&str> {
 
 /// Whether one of the sources defines the function.
 pub(crate) fn defines(sources: &[Source], function: &str) -> bool {
-    let ends = ["(", "<"].map(|end| format!("fn {function}{end}"));
-    let has = |source: &Source| ends.iter().any(|end| source.text.contains(end));
-    sources.iter().any(has)
+    sources
+        .iter()
+        .any(|source| source.functions.contains(function))
+}
+
+/// The names that `fn` comes before, and a parenthesis or parameters of types after.
+fn functions(text: &str) -> impl Iterator<Item = &str> {
+    text.split("fn ").skip(1).filter_map(|rest| {
+        let end = rest.find(['(', '<'])?;
+        let is_name = |c: char| c.is_alphanumeric() || c == '_';
+        rest.get(..end).filter(|name| name.chars().all(is_name))
+    })
 }
 
 /// The part of a document between `<!-- NAME -->` and `<!-- end -->`, without the blank lines

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use dirtymap::harvest::{BadEpoch, Bounds, Epoch, Parent, Since, Why};
 use dirtymap::{Consumer, Error, Start};
 
+use super::common::leaked;
 use super::{next, of, pages, since, space};
 
 const NONE: [u64; 0] = [];
@@ -26,7 +27,7 @@ fn each_commit_is_an_epoch_with_the_last_one_as_its_parent() {
     assert_eq!(lease.lineage().unwrap().parent, of(first));
     lease.abort();
     drop(one.rounds().harvest().unwrap());
-    std::mem::forget(one.rounds().next().unwrap()); // its page is lost, and nothing else
+    leaked(one.rounds().next().unwrap()); // its page is lost, and nothing else
     space.mark(pages(5, 1)).unwrap();
     let (told, second) = next(&one);
     assert_eq!((told, second.parent), (vec![5], of(first)));
@@ -110,7 +111,7 @@ fn parts_of_a_lease_are_part_of_an_epoch() {
     space.mark(pages(7, 2)).unwrap();
     let lease = one.rounds().next().unwrap();
     lease.commit_range(pages(7, 1));
-    std::mem::forget(lease);
+    leaked(lease);
     space.mark(pages(9, 1)).unwrap();
     let (told, lacks) = next(&one);
     assert_eq!((told, lacks.parent), (vec![9], Parent::Unknown(Why::Parts)));

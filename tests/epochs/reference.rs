@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use dirtymap::harvest::{Bounds, Cursor, Epoch, Parent, Since, Synced, Why};
 use dirtymap::{Access, AddressSpace, Consumer, Granule, Iova, IovaRange, Lease, Start};
 
+use super::common::leaked;
 use super::{numbers, pages};
 
 const PAGES: u64 = 200;
@@ -163,7 +164,7 @@ impl<'s> Tool<'s> {
                 let rest = live.copies.keys().filter(|page| !live.parts.contains(page));
                 self.lost.extend(rest);
                 self.parts.extend(&live.parts);
-                std::mem::forget(live.lease);
+                leaked(live.lease);
             }
         }
     }

@@ -11,7 +11,8 @@ use std::hint::black_box;
 use std::ops::Range;
 use std::process::ExitCode;
 
-use dirtymap::{Access, AddressSpace, Granule, Iova, IovaRange, ToIovaRange};
+use dirtymap::area::AreaMap;
+use dirtymap::{Access, AddressSpace, Granule, Iova, IovaRange, Mapping, ToIovaRange};
 use dirtymap_benches::compare::tables;
 use dirtymap_benches::peers::{Several, Shared, ThroughHandle, ThroughSpace};
 use dirtymap_benches::workloads::{clusters, distinct};
@@ -25,6 +26,8 @@ const PAGES: u64 = 1 << 24;
 const WORDS: usize = (PAGES / 64) as usize;
 /// Bits of a cache line.
 const LINE: u64 = 512;
+/// Bits of a chunk.
+const CHUNK: u64 = 1 << 15;
 /// Operations of the workloads that repeat one.
 const TIMES: u64 = 1 << 12;
 /// A page of the middle of the memory.
@@ -37,7 +40,7 @@ const LONG: u64 = 1 << 30;
 /// A workload: its name, how many operations it counts, and the function that runs it.
 type Workload = (&'static str, u64, fn());
 
-const WORKLOADS: [Workload; 21] = [
+const WORKLOADS: &[Workload] = &[
     ("mark-hot-handle", TIMES, mark_hot::<ThroughHandle>),
     ("mark-hot-space", TIMES, mark_hot::<ThroughSpace>),
     ("mark-cold", TIMES, || mark_cold(PAGE)),
@@ -48,16 +51,24 @@ const WORKLOADS: [Workload; 21] = [
     ("harvest-clean-line", PAGES / LINE, || harvest(0)),
     ("harvest-dirty-line", PAGES / LINE, || harvest(LINE)),
     ("harvest-dirty-word", PAGES / 64, || harvest(64)),
+    ("harvest-piece-line", PAGES / LINE, || harvest_whole(RANGE)),
+    ("harvest-whole-chunk", PAGES / CHUNK, || {
+        harvest_whole(PAGES * PAGE)
+    }),
     ("harvest-dirty-line-2-consumers", PAGES / LINE, || {
-        harvest_for(2)
+        harvest_for(2, 0)
     }),
     ("harvest-dirty-line-4-consumers", PAGES / LINE, || {
-        harvest_for(4)
+        harvest_for(4, 0)
     }),
     ("harvest-dirty-line-left", PAGES / LINE, || {
-        harvest_what_is_left()
+        harvest_for(2, 1)
     }),
     ("lookup-100k-areas", TIMES, lookup),
+    ("area-remove-insert", TIMES, remap::<AreaMap<Mapping>>),
+    ("area-remove-insert-batch", TIMES, remap_batches),
+    ("area-remove-insert-space", TIMES, remap::<AddressSpace>),
+    ("area-scan", AREAS, scan),
     ("table-clean-leaf", LEAVES, || table(Granule::K4, 0, 1)),
     ("table-dirty-leaf", LEAVES, || table(Granule::K4, 1000, 1)),
     ("table-1-percent", LEAVES, || table(Granule::K4, 10, 1)),
@@ -156,9 +167,19 @@ fn harvest(every: u64) {
     counted(&mut || peer.harvest(black_box(&mut bitmap)));
 }
 
-/// A harvest of a space with `consumers`, in which one page of a line is dirty: the first of them
-/// takes it, and leaves it to the others.
-fn harvest_for(consumers: u64) {
+/// A harvest in which all pages are dirty, marked in pieces of `piece` bytes.
+fn harvest_whole(piece: u64) {
+    let peer = cleaned();
+    (0..PAGES * PAGE)
+        .step_by(piece as usize)
+        .for_each(|start| peer.mark(start, piece));
+    let mut bitmap = vec![0; WORDS];
+    counted(&mut || peer.harvest(black_box(&mut bitmap)));
+}
+
+/// A harvest of the consumer `nth` of a space with `consumers`, in which one page of a line is
+/// dirty: the first one takes it and leaves it to the others, each of which takes what was left.
+fn harvest_for(consumers: u64, nth: u64) {
     let peer = Several::for_consumers(PAGES, consumers);
     let mut bitmap = vec![0; WORDS];
     // What marks and the first harvests allocate is there afterwards.
@@ -167,26 +188,52 @@ fn harvest_for(consumers: u64) {
         (0..consumers).for_each(|nth| peer.harvest_for(nth, &mut bitmap));
     }
     mark_one_in(&peer, LINE);
+    (0..nth).for_each(|nth| peer.harvest_for(nth, &mut bitmap));
     bitmap.fill(0);
-    counted(&mut || peer.harvest_for(0, black_box(&mut bitmap)));
+    counted(&mut || peer.harvest_for(nth, black_box(&mut bitmap)));
 }
 
-/// The harvest of the second of two consumers: it takes what the first one has left.
-fn harvest_what_is_left() {
-    let peer = Several::for_consumers(PAGES, 2);
-    let mut bitmap = vec![0; WORDS];
-    for _ in 0..2 {
-        mark_one_in(&peer, LINE);
-        (0..2).for_each(|nth| peer.harvest_for(nth, &mut bitmap));
-    }
-    mark_one_in(&peer, LINE);
-    peer.harvest_for(0, &mut bitmap);
-    bitmap.fill(0);
-    counted(&mut || peer.harvest_for(1, black_box(&mut bitmap)));
+/// Areas of a map that is looked up, changed or scanned.
+const AREAS: u64 = 100_000;
+
+/// A map of so many areas, each mapped, and then as many removed and inserted again at random as
+/// there are, so that nodes and allocator are in the state of a map that has lived for some time.
+fn lived_in<A: Areas>() -> (A, Vec<Mapping>) {
+    let areas = A::new();
+    let mapping = |at: u64| Mapping {
+        range: page_range(at * 2, 1),
+        backing: at * PAGE,
+        access: Access::ReadWrite,
+    };
+    (0..AREAS).for_each(|at| areas.map(mapping(at)));
+    let shuffled: Vec<_> = distinct(AREAS, AREAS).into_iter().map(mapping).collect();
+    areas.remap_all(&shuffled);
+    (areas, shuffled)
+}
+
+/// Removes an area and inserts it again.
+fn remap<A: Areas>() {
+    let (areas, shuffled) = lived_in::<A>();
+    counted(&mut || areas.remap_all(black_box(&shuffled[..TIMES as usize])));
+}
+
+fn remap_batches() {
+    let (areas, shuffled) = lived_in::<AreaMap<Mapping>>();
+    counted(&mut || {
+        for batch in shuffled[..TIMES as usize].chunks(1 << 10) {
+            areas.remap_batch(black_box(batch));
+        }
+    });
+}
+
+fn scan() {
+    let (areas, _) = lived_in::<AreaMap<Mapping>>();
+    counted(&mut || {
+        black_box(Areas::scan(&areas));
+    });
 }
 
 fn lookup() {
-    const AREAS: u64 = 100_000;
     let space = <AddressSpace as Areas>::new();
     for at in 0..AREAS {
         sure(space.map(page_range(at * 2, 1), at * PAGE, Access::ReadWrite));

@@ -92,6 +92,15 @@ impl<L: Lock> Areas for LockedBTree<L> {
     fn scan(&self) -> u64 {
         sum(self.areas.read().values())
     }
+
+    fn remap_batch(&self, mappings: &[Mapping]) {
+        let mut areas = self.areas.write();
+        for mapping in mappings {
+            let start = mapping.range.start().get();
+            areas.remove(&start);
+            areas.insert(start, *mapping);
+        }
+    }
 }
 
 impl<L: Lock> Allocator for LockedBTree<L> {

@@ -186,6 +186,11 @@ impl Areas for AreaMap<Mapping> {
         self.scan(|_, mapping| total = add_to_sum(total, mapping));
         total
     }
+
+    fn remap_batch(&self, mappings: &[Mapping]) {
+        let ranges = mappings.iter().map(|mapping| (mapping.range, *mapping));
+        sure(self.replace(ranges));
+    }
 }
 
 impl Allocator for AddressSpace {

@@ -108,13 +108,13 @@ impl<'a> Runner<'a> {
         let whole = request.walked.clone();
         if let Some(stop) = stop {
             let page = stop.granule_start(granule).get() / PAGE;
-            let walked = |at: u64| {
+            // A masked harvest walks an area stretch by stretch, and may stop in a later one.
+            let is_walked =
+                |first: u64, last: u64| first <= last && first >= page && last < stop.get() / PAGE;
+            request.overshot = self.oracle.areas.values().any(|area| {
                 whole
                     .iter()
-                    .any(|(first, last)| (*first..=*last).contains(&at))
-            };
-            request.overshot = self.oracle.areas.values().any(|area| {
-                area.first >= page && area.last() < stop.get() / PAGE && walked(area.first)
+                    .any(|(first, last)| is_walked(area.first.max(*first), area.last().min(*last)))
             });
             request.walked.retain(|(first, _)| *first < page);
             for (_, last) in &mut request.walked {

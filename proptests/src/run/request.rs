@@ -21,8 +21,8 @@ pub(super) struct Request {
     pub(super) walked: Vec<(u64, u64)>,
     /// The addresses of its lease.
     pub(super) view: IovaRange,
-    /// The harvest walked whole areas above the lease, in the granule of its stop. The lease then
-    /// reaches to its end, whatever hole is there.
+    /// The harvest walked whole areas above the lease, or whole stretches of a mask in them, in the
+    /// granule of its stop. The lease then reaches to its end, whatever hole is there.
     pub(super) overshot: bool,
     /// The lease has no addresses, because the harvest stopped at once.
     pub(super) empty: bool,

@@ -141,6 +141,9 @@ struct State {
     log: Option<Arc<Started>>,
     /// Whether the log is corrupt. Then all areas are dirty, whatever is pending.
     corrupt: bool,
+    /// Whether the device may still have a log that no call reads, because a stop failed. It refuses
+    /// a start until that log is stopped.
+    may_log: bool,
 }
 
 /// A log that is started.
@@ -206,7 +209,12 @@ impl<D: LoggingDevice> DeviceLog<D> {
 
     /// Starts the log. If the pages of the device are larger than those of the source, it is
     /// started again with ranges of whole pages, so that no report ends inside of one.
-    fn start(&self) -> Result<Started, DeviceLogError> {
+    fn start(&self, state: &mut State) -> Result<Started, DeviceLogError> {
+        if state.may_log {
+            // An error is ignored: if the old log goes on, the start fails, and the next one tries
+            // again.
+            let _ = uninterrupted(|| self.device.stop());
+        }
         let mut page = self.page;
         for _ in 0..2 {
             let ranges = combined(&self.ranges, page, self.max_ranges);
@@ -216,12 +224,14 @@ impl<D: LoggingDevice> DeviceLog<D> {
             let theirs = Granule::from_bytes(bytes).ok();
             let theirs = theirs.filter(|theirs| theirs.lg2() <= self.page.lg2() + WINDOW_LG2);
             if let Some(theirs) = theirs.filter(|theirs| *theirs <= page) {
+                state.may_log = false;
                 let page = theirs.max(page);
                 return Ok(Started { ranges, page });
             }
-            uninterrupted(|| self.device.stop())
-                .0
-                .map_err(|error| DeviceLogError::NotStopped { error })?;
+            if let Err(error) = uninterrupted(|| self.device.stop()).0 {
+                state.may_log = true;
+                return Err(DeviceLogError::NotStopped { error });
+            }
             let asked = page;
             page = theirs.ok_or(DeviceLogError::BadPage { page: asked, bytes })?;
         }
@@ -279,10 +289,8 @@ impl<D: LoggingDevice> DeviceLog<D> {
     /// Replaces a corrupt log by a new one. All areas are dirty from then on.
     fn restart(&self, state: &mut State) -> Result<(), DeviceLogError> {
         state.log = None;
-        // An error is ignored: if the old log goes on, the start fails, and the next call tries
-        // again.
-        let _ = uninterrupted(|| self.device.stop());
-        let started = self.start()?;
+        state.may_log = true;
+        let started = self.start(state)?;
         // After the start: what is written until then may be in neither log.
         state.add_all();
         state.log = Some(Arc::new(started));
@@ -294,7 +302,8 @@ impl<D: LoggingDevice> DeviceLog<D> {
 
 impl<D: LoggingDevice> Drop for DeviceLog<D> {
     fn drop(&mut self) {
-        if lock(&self.state).tracked {
+        let state = lock(&self.state);
+        if state.tracked || state.may_log {
             // An error leaves a log that no code reads; it ends with the device's file.
             let _ = uninterrupted(|| self.device.stop());
         }

@@ -59,14 +59,16 @@ impl<D: LoggingDevice> DirtySource for DeviceLog<D> {
             return Ok(());
         }
         if to.is_on() {
-            state.log = Some(Arc::new(self.start()?));
+            state.log = Some(Arc::new(self.start(&mut state)?));
             state.chunks.values_mut().for_each(Pending::clear);
         } else {
             if self.pull(&mut state, IovaRange::ALL).is_err() {
                 state.add_all();
             }
-            // Without a log, the device refuses to stop one.
             let stopped = uninterrupted(|| self.device.stop()).0;
+            state.may_log = stopped.is_err();
+            // Without a log, the device refuses to stop one. Or the stop of a corrupt log failed:
+            // the next start tries again.
             if let Some(error) = stopped.err().filter(|_| state.log.is_some()) {
                 return Err(DeviceLogError::NotStopped { error }.into());
             }

@@ -218,7 +218,8 @@ impl DmaLogger {
     /// are pending for another consumer. An area that is unmapped by another call, such as
     /// `AddressSpace::unmap`, loses its dirty pages for the log.
     ///
-    /// `dirty` runs under the lock of the log, so it must not call this log.
+    /// `dirty` runs after the log has the pages and without the lock of the log, so it may call the
+    /// log.
     ///
     /// ```
     /// # use dirtymap::ToIovaRange;
@@ -260,6 +261,7 @@ impl DmaLogger {
         if let Some(session) = &*session {
             session.leave(view.runs())?;
         }
+        drop(session);
         view.runs().for_each(&mut dirty);
         Ok(unmapped)
     }
@@ -269,8 +271,9 @@ impl DmaLogger {
     /// # Errors
     /// [`LogError::NotStarted`].
     pub fn stop(&self) -> Result<(), LogError> {
-        let session = lock(&self.session).take();
-        session.map(drop).ok_or(LogError::NotStarted)
+        // The lock, so that the name of the consumer is free before the next start.
+        let mut session = lock(&self.session);
+        session.take().map(drop).ok_or(LogError::NotStarted)
     }
 }
 

@@ -330,6 +330,50 @@ fn random_programs_report_what_a_set_of_pages_says() {
     }
 }
 
+/// The callback of an unmap ran under the lock of the log. An emulator that called the log from
+/// there waited for itself, for ever.
+#[test]
+fn the_callback_of_an_unmap_may_call_the_log() {
+    let log = logger(Granule::K4);
+    log.start(PAGE, &[dma(0, 64)]).unwrap();
+    log.space().map(pages(0, 32), 0, RW).unwrap();
+    log.space().map(pages(32, 32), 0, RW).unwrap();
+    log.space().mark(pages(3, 1)).unwrap();
+    log.space().mark(pages(40, 1)).unwrap();
+    let mut reported = Vec::new();
+    log.unmap(pages(0, 32), |run| {
+        assert_eq!(run, pages(3, 1));
+        reported = report(&log, dma(0, 64), PAGE);
+        log.unmap(pages(32, 32), |_| ()).unwrap();
+        log.stop().unwrap();
+    })
+    .unwrap();
+    assert_eq!(reported, [3, 40], "the log has page 3 before the callback");
+}
+
+/// A stop freed the log first and the name of its consumer later. A start in between found the name
+/// in use, and the client got the error of a broken device.
+#[test]
+fn a_start_beside_a_stop_finds_the_log_started_or_free() {
+    let log = logger(Granule::K4);
+    let turns = || {
+        for _ in 0..3000 {
+            match log.start(PAGE, &[dma(0, 64)]) {
+                Ok(_) | Err(LogError::Started) => (),
+                Err(other) => panic!("{other}"),
+            }
+            match log.stop() {
+                Ok(()) | Err(LogError::NotStarted) => (),
+                Err(other) => panic!("{other}"),
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(turns);
+        scope.spawn(turns);
+    });
+}
+
 /// A client that sends anything gets an error, and reserves no memory by a length.
 #[test]
 fn messages_that_are_none_are_refused() {

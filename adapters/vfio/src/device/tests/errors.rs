@@ -260,3 +260,47 @@ fn a_corrupt_log_that_could_not_be_stopped_is_stopped_by_the_next_harvest() {
     bench.space.stop_tracking().unwrap();
     assert!(fake.state().ranges.is_none(), "the device still logs");
 }
+
+/// The device logs in larger pages than it was asked for, so the log is stopped and started again.
+/// The stop failed. From then on each start found a log that no call had stopped.
+#[test]
+fn a_log_that_a_failed_start_left_is_stopped_by_the_next_start() {
+    let fake = Fake::new(Granule::M2);
+    let bench = Bench::quiet(&fake, &[pages(0, RAM)], &[pages(0, 32)]);
+    fake.fail(Fault::once("stop", libc::EIO));
+    let error = bench.space.start_tracking().unwrap_err();
+    assert!(
+        matches!(inner(&error), DeviceLogError::NotStopped { .. }),
+        "{error}"
+    );
+    bench.space.start_tracking().unwrap();
+    fake.write(pages(3, 1).start());
+    assert_eq!(bench.take(), [pages(0, 32)]);
+}
+
+/// The same after a switch to "off", whose stop failed because the log was corrupt.
+#[test]
+fn a_corrupt_log_that_a_switch_to_off_left_is_stopped_by_the_next_start() {
+    let fake = Fake::new(Granule::K4);
+    let bench = bench(&fake);
+    fake.fail(Fault::once("report", libc::EIO));
+    bench.try_take().unwrap_err();
+    fake.fail(Fault::always("stop", libc::EIO));
+    bench.space.stop_tracking().unwrap();
+    fake.mend();
+    assert!(fake.state().ranges.is_some(), "the device still logs");
+    bench.space.start_tracking().unwrap();
+    fake.write(pages(3, 1).start());
+    assert_eq!(bench.take(), [pages(3, 1)]);
+}
+
+/// A source that is dropped after such an end stops what the device still logs.
+#[test]
+fn a_log_that_a_failed_start_left_is_stopped_when_the_source_is_dropped() {
+    let fake = Fake::new(Granule::M2);
+    let bench = Bench::quiet(&fake, &[pages(0, RAM)], &[pages(0, 32)]);
+    fake.fail(Fault::once("stop", libc::EIO));
+    bench.space.start_tracking().unwrap_err();
+    drop(bench);
+    assert!(fake.state().ranges.is_none(), "the device still logs");
+}
