@@ -14,6 +14,9 @@ use super::take::Visitor;
 use crate::sync::{AtomicU64, Ordering};
 use crate::words::ones;
 
+/// The words of a chunk.
+pub(crate) type ChunkWords = [AtomicU64; CHUNK_WORDS as usize];
+
 impl ChunkMap {
     /// The highest bit.
     pub(crate) fn last(&self) -> u64 {
@@ -49,7 +52,7 @@ impl ChunkMap {
 
     /// The words of chunk `index`, for the one writer to record in, and their summary: the writer
     /// sets the bit of a line when it records there.
-    pub(crate) fn words_to_record(&self, index: u64) -> (&[AtomicU64], &AtomicU64) {
+    pub(crate) fn words_to_record(&self, index: u64) -> (&ChunkWords, &AtomicU64) {
         let slot = self.slot_or_new(index);
         (&self.chunk_of(slot).0, slot.summary)
     }

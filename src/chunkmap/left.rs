@@ -61,7 +61,8 @@ impl ChunkMap {
         };
         let mut lines = 0;
         for (nth, mask) in masks {
-            let nth = usize::from(*nth);
+            // Always below, and so without a test for each word.
+            let nth = usize::from(*nth) % chunk.0.len();
             lines |= 1 << (nth / LINE_WORDS);
             // Relaxed, both: the claim orders them, here and below.
             let word = chunk.0[nth].load(Ordering::Relaxed);

@@ -33,6 +33,7 @@ mod loom_tests;
 mod tests;
 
 pub(crate) use chunk::LINE_WORDS;
+pub(crate) use handed::ChunkWords;
 pub(crate) use map::{CHUNK_WORDS, ChunkMap, OneGroup};
 pub(crate) use place::Place;
 pub(crate) use take::{Taker, Visitor};

@@ -2,7 +2,7 @@
 //!
 //! Harvest and peek look at the same places, and differ in their treatment of a dirty page.
 
-use super::shared::Sharing;
+use super::shares::Sharing;
 use crate::bitmap::Sink;
 use crate::error::Stopped;
 use crate::flush::FlushGather;

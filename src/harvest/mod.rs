@@ -69,6 +69,7 @@ mod parallel;
 mod request;
 mod rounds;
 mod shared;
+mod shares;
 mod walk;
 mod write_guard;
 

@@ -55,11 +55,12 @@
 //! far as leaves were recorded in it.
 
 use super::look::{Look, below, look};
+use super::shares::{Shares, Sharing, address};
 use crate::bitmap::{Sink, WINDOW_BITS};
 use crate::chunkmap::CHUNK_WORDS;
 use crate::error::Stopped;
 use crate::flush::FlushGather;
-use crate::marks::{Flight, FlightSlot, Marks, Zeros};
+use crate::marks::{Flight, FlightSlot};
 use crate::space::{AddressSpace, Area, Covered, Member};
 use crate::sync::{Arc, Ordering, Step, fence, performs};
 use crate::units::{Iova, IovaRange};
@@ -101,15 +102,11 @@ pub(super) fn take(
         let looked = {
             let mut flight = shares.flight.sink(limit);
             let how = Look::Take(&mut taking.gather);
-            let mut sharing = Sharing {
-                shares,
-                own: &mut *sink,
-                entries: 0,
-            };
+            let mut sharing = Sharing::new(shares, sink);
             sharing.own.limit_to(limit);
             let sinks = (&mut flight, Some(&mut sharing));
             let looked = look(space, covered, area, (piece, limit), sinks, how);
-            entries += sharing.entries;
+            entries += sharing.entries();
             taking.part = flight.recorded_in();
             looked
         };
@@ -250,105 +247,6 @@ impl Drop for Claim<'_> {
         if let Some(slot) = self.0 {
             slot.free();
         }
-    }
-}
-
-/// A harvest that leaves what it takes to others.
-#[derive(Clone, Copy)]
-pub(super) struct Shares<'s> {
-    space: &'s AddressSpace,
-    covered: &'s Covered,
-    area: &'s Area,
-    /// What may be taken.
-    limit: IovaRange,
-    flight: &'s Flight,
-}
-
-impl<'s> Shares<'s> {
-    fn new(
-        space: &'s AddressSpace,
-        covered: &'s Covered,
-        area: &'s Area,
-        limit: IovaRange,
-    ) -> Self {
-        Shares {
-            space,
-            covered,
-            area,
-            limit,
-            flight: space.flights.claim(),
-        }
-    }
-
-    /// T3. Returns how many leaves are owed.
-    fn owe(&self, gather: &mut FlushGather) -> u64 {
-        if gather.is_empty() {
-            return 0;
-        }
-        let gather = std::mem::take(gather);
-        // A thread that takes the pages waits for a later ticket.
-        let _ = self.space.flush.owe(&gather);
-        gather.entries()
-    }
-
-    /// T4 for the others, of words of a chunk that were cleared.
-    fn leave(&self, chunk: u64, masks: &[(u16, u64)]) {
-        // SeqCst: F1 of the marks' protocol, for the looks at pending pages that follow; pairs with
-        // F2 in `Lease::sync`. If a page is found pending already, the harvest that takes it copies
-        // after its F2: if F1 comes first, the copy has what was written before T2; if F2 comes
-        // first, the page is found taken, and is left again.
-        // It is F10 of `harvest::discard`, too.
-        fence(Ordering::SeqCst);
-        if performs(Step::TakenIsData) {
-            self.clear_zeros(chunk, masks);
-        }
-        let forgotten = usize::from(!performs(Step::LeaveToOthers));
-        let others = self.covered.audience.others().rev().skip(forgotten);
-        others.for_each(|other| other.leave(chunk, masks));
-    }
-
-    /// T3a of `harvest::discard`.
-    fn clear_zeros(&self, chunk: u64, masks: &[(u16, u64)]) {
-        let clear = |zeros: &Zeros| {
-            for masked in masks {
-                let at = address(self.space, chunk, masked);
-                zeros.clear_mask_at(at, masked.1);
-            }
-        };
-        self.area.marks.zeros().into_iter().for_each(clear);
-        self.space.visit_younger_zeros(self.area, self.limit, clear);
-    }
-}
-
-/// The address of the first page of a word of a chunk.
-fn address(space: &AddressSpace, chunk: u64, (place, _): &(u16, u64)) -> Iova {
-    Iova::new(((chunk * CHUNK_WORDS + u64::from(*place)) * 64) << space.page().lg2())
-}
-
-/// A look that leaves marks to others as it takes them.
-pub(super) struct Sharing<'t, 'b> {
-    shares: Shares<'t>,
-    /// The sink of the harvest.
-    pub(super) own: &'t mut Sink<'b>,
-    /// Leaves that the queue got.
-    entries: u64,
-}
-
-impl Sharing<'_, '_> {
-    /// T3 of what sources have cleared.
-    pub(super) fn owe(&mut self, gather: &mut FlushGather) {
-        if performs(Step::CarryDebt) {
-            self.entries += self.shares.owe(gather);
-        }
-    }
-
-    /// Takes `part` of `marks`, which owe nothing: T1 to T5.
-    pub(super) fn take(&mut self, marks: &Marks, part: IovaRange) -> Result<(), Stopped> {
-        let shares = self.shares;
-        self.own.limit_to(part);
-        marks.share(part, self.own, shares.flight, |chunk, masks| {
-            shares.leave(chunk, masks);
-        })
     }
 }
 

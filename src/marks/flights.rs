@@ -27,7 +27,7 @@ use std::ptr;
 
 use super::Zeros;
 use crate::bitmap::{Sink, UserBitmap};
-use crate::chunkmap::ChunkMap;
+use crate::chunkmap::{ChunkMap, ChunkWords};
 use crate::error::{Error, Stopped};
 use crate::sync::{AtomicBool, AtomicPtr, AtomicU64, Ordering, Step, performs};
 use crate::units::{Granule, Iova, IovaRange};
@@ -182,7 +182,7 @@ impl Flight {
     }
 
     /// The words of a chunk, and the summary of their lines, for the owner to record in.
-    pub(super) fn words(&self, chunk: u64) -> (&[AtomicU64], &AtomicU64) {
+    pub(super) fn words(&self, chunk: u64) -> (&ChunkWords, &AtomicU64) {
         self.bits.words_to_record(chunk)
     }
 

@@ -19,7 +19,7 @@ use std::cell::{Cell, RefCell};
 
 use super::{Flight, Marks, Recorder};
 use crate::bitmap::Sink;
-use crate::chunkmap::{CHUNK_WORDS, LINE_WORDS, Place, Taker, Visitor};
+use crate::chunkmap::{CHUNK_WORDS, ChunkWords, LINE_WORDS, Place, Taker, Visitor};
 use crate::error::Stopped;
 use crate::sync::{AtomicU64, Ordering};
 use crate::units::IovaRange;
@@ -51,7 +51,8 @@ impl Marks {
             chunk: Cell::new(u64::MAX),
             first: Cell::new(0),
             shift: Cell::new(0),
-            chunks: Cell::new([None, None]),
+            chunks: [Cell::new(None), Cell::new(None)],
+            before: [Cell::new(0), Cell::new(0)],
             list: RefCell::new(List {
                 found: None,
                 len: 0,
@@ -74,7 +75,9 @@ struct Sharer<'r, 'b, F> {
     first: Cell<u64>,
     shift: Cell<u32>,
     /// The chunks of the flight that hold it.
-    chunks: Cell<[Option<InFlight<'r>>; 2]>,
+    chunks: [Cell<Option<InFlight<'r>>>; 2],
+    /// The summaries of what is there already.
+    before: [Cell<u64>; 2],
     list: RefCell<List>,
 }
 
@@ -87,10 +90,8 @@ struct List {
 /// A chunk of the flight.
 #[derive(Clone, Copy)]
 struct InFlight<'f> {
-    words: &'f [AtomicU64],
+    words: &'f ChunkWords,
     summary: &'f AtomicU64,
-    /// The summary of what is there already.
-    before: u64,
 }
 
 impl<'r, F: Fn(u64, &[(u16, u64)])> Sharer<'r, '_, F> {
@@ -103,7 +104,7 @@ impl<'r, F: Fn(u64, &[(u16, u64)])> Sharer<'r, '_, F> {
         self.chunk.set(chunk);
         self.first.set(page / 64);
         self.shift.set((page % 64) as u32);
-        self.chunks.set([None, None]);
+        self.chunks.iter().for_each(|chunk| chunk.set(None));
     }
 
     /// T1 of a word, which the list may have already if `MERGES`.
@@ -111,7 +112,7 @@ impl<'r, F: Fn(u64, &[(u16, u64)])> Sharer<'r, '_, F> {
     fn put<const MERGES: bool>(&self, place: usize, mask: u64) {
         const CHUNK: usize = CHUNK_WORDS as usize;
         let nth = place / CHUNK;
-        let at = match self.chunks.get()[nth] {
+        let at = match self.chunks[nth % 2].get() {
             Some(at) => at,
             None => self.open(nth),
         };
@@ -152,15 +153,10 @@ impl<'r, F: Fn(u64, &[(u16, u64)])> Sharer<'r, '_, F> {
         let (words, summary) = self
             .flight
             .words(self.first.get() / CHUNK_WORDS + nth as u64);
-        let chunk = InFlight {
-            words,
-            summary,
-            // Relaxed: of the one writer.
-            before: summary.load(Ordering::Relaxed),
-        };
-        let mut chunks = self.chunks.get();
-        chunks[nth] = Some(chunk);
-        self.chunks.set(chunks);
+        // Relaxed: of the one writer.
+        self.before[nth % 2].set(summary.load(Ordering::Relaxed));
+        let chunk = InFlight { words, summary };
+        self.chunks[nth % 2].set(Some(chunk));
         chunk
     }
 
@@ -177,18 +173,23 @@ impl<'r, F: Fn(u64, &[(u16, u64)])> Sharer<'r, '_, F> {
             *place -= CHUNK_WORDS as u16;
         }
         let chunk = self.first.get() / CHUNK_WORDS;
-        let parts = [(chunk, &*these), (chunk + 1, &*those)];
-        for ((chunk, masks), at) in parts.into_iter().zip(self.chunks.get()) {
-            let Some(at) = at.filter(|_| !masks.is_empty()) else {
+        for (nth, masks) in [&*these, &*those].into_iter().enumerate() {
+            let Some(at) = self.chunks[nth].get().filter(|_| !masks.is_empty()) else {
                 continue;
             };
-            (self.leave)(chunk, masks);
-            for (nth, mask) in masks {
-                let word = &at.words[usize::from(*nth)];
-                // Release, here and below: as in `ChunkMap::wipe`. Relaxed: of the one writer.
-                word.store(word.load(Ordering::Relaxed) & !mask, Ordering::Release);
+            (self.leave)(chunk + nth as u64, masks);
+            let before = self.before[nth].get();
+            for (place, mask) in masks {
+                let word = &at.words[usize::from(*place) % at.words.len()];
+                // Relaxed: of the one writer.
+                let others = match before {
+                    0 => 0,
+                    _ => word.load(Ordering::Relaxed) & !mask,
+                };
+                // Release, here and below: as in `ChunkMap::wipe`.
+                word.store(others, Ordering::Release);
             }
-            at.summary.store(at.before, Ordering::Release);
+            at.summary.store(before, Ordering::Release);
         }
     }
 }
