@@ -253,3 +253,26 @@ fn a_device_that_writes_after_a_discard_sets_d_anew() {
         copy == 3
     });
 }
+
+/// A page was discarded, and then a device wrote to it while its domain did not track. A consumer
+/// looks at its lease while the domain starts to track: nothing reports that write later, so the
+/// page is data.
+#[test]
+fn a_page_that_was_written_untracked_is_never_zero() {
+    holds_within(Bound::between(2, 2), &[Step::DoubtRestart], || {
+        let hardware = OnePage::new(false);
+        let space = Arc::new(AddressSpace::new(PAGE));
+        let domain = space.attach(Source(hardware.clone())).unwrap();
+        space.map(page(0), 0, Access::ReadWrite).unwrap();
+        space.start_tracking().unwrap();
+        space.discard(page(0), || Ok(())).unwrap();
+        let lease = Rounds::shared(space.clone()).next().unwrap();
+        space.stop_domain_tracking(domain).unwrap();
+        hardware.device_writes(1);
+        let starter = thread::spawn(move || space.start_domain_tracking(domain).unwrap());
+        let content = lease.contents().next().map(|(_, content)| content);
+        lease.commit();
+        starter.join().unwrap();
+        content == Some(Content::Data)
+    });
+}

@@ -6,11 +6,11 @@
 mod common_loom;
 
 use common_loom::{OnePage, Source};
-use dirtymap::harvest::Bounds;
+use dirtymap::harvest::{Bounds, Since};
 use dirtymap::sync::model::{Bound, holds_within};
 use dirtymap::sync::{Arc, AtomicU64, Ordering::Relaxed, Step, thread};
 use dirtymap::{
-    Access, AddressSpace, Consumer, Granule, HarvestRequest, Iova, IovaRange, Rounds, Start,
+    Access, AddressSpace, Consumer, Error, Granule, HarvestRequest, Iova, IovaRange, Rounds, Start,
     UserBitmap,
 };
 
@@ -322,5 +322,75 @@ fn a_lease_of_everything_waits_for_harvests_with_the_old_store() {
         harvest(&one, || copy = hardware.data.load(Relaxed));
         drop(lease);
         copy == 3
+    });
+}
+
+/// The answer of a join.
+fn joins_like(one: &Consumer<'static>, space: &Arc<AddressSpace>) -> Option<Consumer<'static>> {
+    match Consumer::shared(space.clone(), "two", Start::LikeOf(one)) {
+        Ok(two) => Some(two),
+        Err(Error::ConsumerBusy { .. }) => None,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// A page is marked, and a harvest takes it and leaves it to the first consumer, while a second one
+/// joins as a copy of the first. The harvest may not know the second one, which then copies what is
+/// pending for the first.
+#[test]
+fn the_copy_of_a_consumer_has_what_a_harvest_leaves_meanwhile() {
+    holds_within(BOUND, &[Step::WaitForWalks], || {
+        let space = Arc::new(space());
+        let one = Consumer::shared(space.clone(), "one", Start::Clean).unwrap();
+        let other = thread::spawn({
+            let space = space.clone();
+            move || {
+                space.mark(page(0)).unwrap();
+                walk_unnamed(&space);
+            }
+        });
+        // The harvest begins first.
+        thread::yield_now();
+        let two = joins_like(&one, &space).unwrap();
+        other.join().unwrap();
+        walk(&two) && walk(&one)
+    });
+}
+
+/// A lease of the first consumer has taken a page that was pending, and puts it back, while the
+/// second one joins as its copy. Either the join is refused, or the copy is told the page.
+#[test]
+fn the_copy_of_a_consumer_has_what_a_lease_puts_back_meanwhile() {
+    holds_within(BOUND, &[Step::SettledAgain], || {
+        let space = Arc::new(space());
+        let one = Arc::new(Consumer::shared(space.clone(), "one", Start::Clean).unwrap());
+        space.mark(page(0)).unwrap();
+        walk_unnamed(&space);
+        let other = thread::spawn({
+            let one = one.clone();
+            move || drop(one.rounds().harvest().unwrap())
+        });
+        let two = joins_like(&one, &space);
+        other.join().unwrap();
+        two.is_none_or(|two| walk(&two)) && walk(&one)
+    });
+}
+
+/// An increment is committed while the younger of two cursors is dropped. It is in the delta of the
+/// older one, whichever comes first.
+#[test]
+fn a_cursor_that_goes_leaves_its_delta_to_the_older_one() {
+    holds_within(BOUND, &[Step::MergeDelta], || {
+        let space = Arc::new(space());
+        let one = Consumer::shared(space.clone(), "one", Start::Clean).unwrap();
+        let older = one.cursor();
+        one.rounds().next().unwrap().commit();
+        let younger = one.cursor();
+        space.mark(page(0)).unwrap();
+        let lease = one.rounds().next().unwrap();
+        let dropper = thread::spawn(move || drop(younger));
+        lease.commit();
+        dropper.join().unwrap();
+        matches!(one.since(older.epoch()), Since::Runs(written) if !written.is_empty())
     });
 }

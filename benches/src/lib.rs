@@ -142,10 +142,10 @@ pub trait Areas: Send + Sync {
         }
     }
 
-    /// The same as one step: no other thread sees only a part of it. Map by map, if the peer has no
-    /// such step.
-    fn remap_batch(&self, mappings: &[Mapping]) {
-        self.remap_all(mappings);
+    /// The same as one step: no other thread sees only a part of it. Returns whether the peer has
+    /// such a step; if not, nothing is done.
+    fn remap_batch(&self, _mappings: &[Mapping]) -> bool {
+        false
     }
 }
 

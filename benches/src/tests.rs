@@ -128,6 +128,7 @@ fn the_same_maps_give_the_same_answers() {
         areas.iter().for_each(|area| peer.map(*area));
         // Areas are removed and inserted again, and some of them are removed for good.
         peer.remap_all(&areas[500..700]);
+        peer.remap_batch(&areas[300..900]);
         areas[1_000..]
             .iter()
             .step_by(7)

@@ -326,18 +326,22 @@ fn a_node_is_not_used_again_under_a_reader() {
     });
 }
 
-/// Two threads update, each with the pool that the other one has put back.
+/// Two threads update, each with the pool that the other one has put back. A thread that finds none
+/// pushes one of its own, which the second update of the other thread may merge.
 #[test]
 fn updates_hand_each_other_their_pool() {
     holds_within(WRITERS, &[Step::PublishPool], || {
         let tree = Arc::new(AreaTree::<u64, 4>::new());
         let other = {
             let tree = Arc::clone(&tree);
-            thread::spawn(move || tree.insert(range(10, 19), Arc::new(2)).unwrap())
+            thread::spawn(move || {
+                tree.insert(range(10, 19), Arc::new(2)).unwrap();
+                tree.insert(range(30, 39), Arc::new(4)).unwrap();
+            })
         };
         tree.insert(range(20, 29), Arc::new(3)).unwrap();
         other.join().unwrap();
-        tree.snapshot().iter(IovaRange::ALL).count() == 2
+        tree.snapshot().iter(IovaRange::ALL).count() == 3
     });
 }
 

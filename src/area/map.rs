@@ -38,8 +38,8 @@ impl<T: Copy + Send + Sync + 'static> AreaMap<T> {
         }
     }
 
-    /// Removes and inserts each of these ranges, in order and as one step. A range that starts where
-    /// none is mapped is only inserted.
+    /// Removes and inserts each of these ranges, in order and as one step. A range is only inserted
+    /// if no range is mapped at its start.
     ///
     /// # Errors
     /// [`Error::Overlap`] with the lowest range in the way of the first that cannot be inserted.

@@ -192,6 +192,14 @@ impl<T, const F: usize> Node<T, F> {
         }
     }
 
+    /// Prefetches the areas that the slots of this leaf point to.
+    pub(super) fn prefetch_areas(&self) {
+        debug_assert!(self.is_leaf());
+        for target in &self.target[..self.len] {
+            prefetch(target.pointer.cast());
+        }
+    }
+
     /// Prefetches all of the node.
     pub(super) fn prefetch_whole(&self) {
         for line in 0..size_of::<Self>() / 64 {
@@ -298,12 +306,6 @@ impl<T, const F: usize> Node<T, F> {
         }
     }
 
-    /// Whether a hole below this node, or between two of its slots, is as long as `len`.
-    fn has_hole_of(&self, len: u64) -> bool {
-        let below = |at| self.hole(at) >= len;
-        (0..self.len).any(|at| self.hole_before(at) >= len || below(at))
-    }
-
     /// The same after `change`, computed from the old slot of the parent. Looks at all holes only
     /// if it must.
     fn as_slot_after(&self, change: Option<HoleChange>, said: NodeSlot) -> NodeSlot {
@@ -311,9 +313,6 @@ impl<T, const F: usize> Node<T, F> {
             Some(change) if change.now >= said.hole => change.now,
             // The longest hole is in another place.
             Some(change) if change.before < said.hole => said.hole,
-            // The hole that was closed was the longest, and no longer one has been opened. Often
-            // another one is as long, because maps lay out areas in one pattern.
-            Some(_) if self.has_hole_of(said.hole) => said.hole,
             _ => self.longest_hole(),
         };
         NodeSlot {
@@ -346,6 +345,7 @@ impl<T, const F: usize> Node<T, F> {
     }
 
     /// The longest hole below slot `at`, or between it and its neighbours.
+    #[inline]
     pub(super) fn hole_around(&self, at: usize) -> u64 {
         self.hole(at)
             .max(self.hole_before(at))
@@ -353,11 +353,12 @@ impl<T, const F: usize> Node<T, F> {
     }
 
     /// The hole between slot `at` and the slot below it; 0 if one of them does not exist.
+    #[inline]
     pub(super) fn hole_before(&self, at: usize) -> u64 {
-        if at == 0 || at >= self.len {
-            return 0;
+        match (self.target.get(at), self.last.get(at.wrapping_sub(1))) {
+            (Some(above), Some(below)) if at < self.len => above.start - below - 1,
+            _ => 0,
         }
-        self.target[at].start - self.last[at - 1] - 1
     }
 
     pub(super) fn set(&mut self, at: usize, slot: NodeSlot) {

@@ -15,10 +15,12 @@
 //! a node and never drops an area**.
 //!
 //! # Ownership
-//! An update checks the [`Pool`] out, has it alone, and puts it back. An update that finds no pool,
-//! because another one has it, works with a new pool. Of two updates, the one that puts its pool
-//! back second merges both. No update blocks. All lists are taken whole, so no address can return
-//! between a load and its compare-exchange (no ABA).
+//! An update checks the [`Pool`] of the tree out by one exchange, has it alone, and puts it back by
+//! a plain store: no other update stores to that word meanwhile. An update that finds no pool,
+//! because another one has it, works with one from the stack of further pools, or with a new one,
+//! and pushes it onto that stack afterwards. The next update that has the tree's own pool merges
+//! the stack into it. No update blocks. All lists and stacks are taken whole, so no address can
+//! return between a load and its compare-exchange (no ABA).
 
 use crossbeam_epoch::Guard;
 use std::collections::VecDeque;
@@ -31,10 +33,12 @@ use super::root::Root;
 use crate::sync::{Arc, AtomicPtr, Ordering, Step, TINY, Witness, performs, weaken};
 
 /// Spare nodes that a tree keeps: the contents of two lists of garbage, because one comes back
-/// while the one before it is being used. Further nodes, which come back after a slow reader, are
-/// freed one for each update. So no update pays for all of them, and if a reader is slow again,
-/// most of them are still in the pool.
+/// while the one before it is being used. More nodes come back after a slow reader, or from updates
+/// that found no pool: each update frees one of them, and the part below. So no update pays for all
+/// of them, and if a reader is slow again, most of them are still in the pool.
 pub(super) const SPARE_NODES: usize = 8 * FULL;
+/// The fraction of the nodes beyond that number that an update frees.
+const FREED_PART: usize = 256;
 /// The fraction of the returned areas that an update drops, in addition to one for each area that
 /// it inserts. Allocators are fastest if a block that is freed is the next one to be allocated.
 const DROPPED_PART: usize = 32;
@@ -121,6 +125,8 @@ pub(super) struct Pool<T, const F: usize, R> {
     lists: Vec<Box<Garbage<T, F, R>>>,
     /// The counts that the tree will own, one for each range that the update inserts.
     pub(super) added: Vec<Arc<T>>,
+    /// The next pool in the stack of further pools.
+    next: *mut Pool<T, F, R>,
     census: Census,
     witness: Witness,
 }
@@ -134,6 +140,7 @@ impl<T, const F: usize, R> Pool<T, F, R> {
             open: Garbage::new(),
             lists: Vec::new(),
             added: Vec::new(),
+            next: ptr::null_mut(),
             census,
             witness: Witness::new(),
         })
@@ -218,7 +225,8 @@ impl<T, const F: usize, R> Pool<T, F, R> {
 
     /// Does a part of the waiting work: frees spare nodes, and drops areas.
     fn tidy(&mut self) {
-        self.trim(1);
+        let too_many = self.nodes.len().saturating_sub(SPARE_NODES);
+        self.trim(1 + too_many / FREED_PART);
         self.drop_areas(self.areas.len() / DROPPED_PART);
     }
 
@@ -276,6 +284,8 @@ impl<T, const F: usize, R> Pool<T, F, R> {
         self.open.append(&mut other.open);
         self.nodes.append(&mut other.nodes);
         self.areas.append(&mut other.areas);
+        self.roots.append(&mut other.roots);
+        self.roots.truncate(SPARE_ROOTS);
     }
 }
 
@@ -291,8 +301,10 @@ impl<T, const F: usize, R> Drop for Pool<T, F, R> {
 /// The place to which the garbage of one tree returns. It outlives the tree while the epoch still
 /// has some of it.
 pub(super) struct Reclaim<T, const F: usize, R> {
-    /// Null while an update has the pool.
+    /// The tree's own pool. Null while an update has it; that update alone stores to this word.
     pool: AtomicPtr<Pool<T, F, R>>,
+    /// A stack of the pools of updates that found no pool there.
+    further: AtomicPtr<Pool<T, F, R>>,
     /// A stack of garbage that no thread reaches any more.
     returned: AtomicPtr<Garbage<T, F, R>>,
     census: Census,
@@ -300,10 +312,12 @@ pub(super) struct Reclaim<T, const F: usize, R> {
 
 impl<T, const F: usize, R> Reclaim<T, F, R> {
     pub(super) fn new() -> Arc<Self> {
+        let census = Census::default();
         Arc::new(Reclaim {
-            pool: AtomicPtr::new(ptr::null_mut()),
+            pool: AtomicPtr::new(Box::into_raw(Pool::new(census.clone()))),
+            further: AtomicPtr::new(ptr::null_mut()),
             returned: AtomicPtr::new(ptr::null_mut()),
-            census: Census::default(),
+            census,
         })
     }
 
@@ -312,22 +326,44 @@ impl<T, const F: usize, R> Reclaim<T, F, R> {
     pub(super) fn checkout(home: &Arc<Self>) -> Checkout<'_, T, F, R> {
         // Acquire: pairs with the Release in `put_back`. If we get that pool, its lists are as the
         // last update left them, and what it holds open was unreachable before. If we get null,
-        // another update has the pool, and we make a new one.
+        // another update has the pool, and we use a further one.
         let pool = home.pool.swap(ptr::null_mut(), Ordering::Acquire);
-        let pool = if pool.is_null() {
-            Pool::new(home.census.clone())
+        let (pool, own) = if pool.is_null() {
+            (Pool::new(home.census.clone()), false)
         } else {
-            // SAFETY: made by `Box::into_raw` in `put_back`; the swap gave it to us alone.
-            unsafe { Box::from_raw(pool) }
+            // SAFETY: made by `Box::into_raw`, in `new` or `put_back`; the swap gave us it alone.
+            (unsafe { Box::from_raw(pool) }, true)
         };
         pool.witness.end();
         let mut checkout = Checkout {
             pool: ManuallyDrop::new(pool),
+            own,
             home,
         };
+        home.absorb_further(&mut checkout);
         home.absorb_returned(&mut checkout);
         checkout.tidy();
         checkout
+    }
+
+    /// Merges the further pools into `pool`.
+    fn absorb_further(&self, pool: &mut Pool<T, F, R>) {
+        // Relaxed: only decides whether the swap below is worth its cost.
+        if self.further.load(Ordering::Relaxed).is_null() {
+            return;
+        }
+        // Acquire: pairs with the Release in `push_further`. If we get a pool, its lists and its
+        // link are as the update that pushed it left them. A pool that is pushed later is left to a
+        // later update.
+        let mut next = self.further.swap(ptr::null_mut(), Ordering::Acquire);
+        while !next.is_null() {
+            // SAFETY: made by `Box::into_raw` in `push_further`; no other thread took it out of the
+            // stack, because the stack is taken whole.
+            let mut further = unsafe { Box::from_raw(next) };
+            further.witness.end();
+            next = std::mem::replace(&mut further.next, ptr::null_mut());
+            pool.merge(&mut further);
+        }
     }
 
     fn absorb_returned(&self, pool: &mut Pool<T, F, R>) {
@@ -349,31 +385,37 @@ impl<T, const F: usize, R> Reclaim<T, F, R> {
         }
     }
 
-    /// Puts a pool where the next update finds it.
-    fn put_back(&self, mut pool: Box<Pool<T, F, R>>) {
+    /// Puts the tree's own pool where the next update finds it.
+    fn put_back(&self, pool: Box<Pool<T, F, R>>) {
+        // Release: pairs with the Acquire in `checkout`, and the next update sees our lists.
+        // A plain store: the word is null since we took the pool, as no other update stores to it.
+        self.pool.store(
+            Box::into_raw(pool),
+            weaken(Step::PublishPool, Ordering::Release),
+        );
+    }
+
+    /// Pushes the pool of an update that found no pool.
+    fn push_further(&self, pool: Box<Pool<T, F, R>>) {
+        let pool = Box::into_raw(pool);
+        // Relaxed: a guess, which the compare-exchange checks. The pool that it points to is not
+        // read.
+        let mut top = self.further.load(Ordering::Relaxed);
         loop {
-            let ours = Box::into_raw(pool);
-            // Success, Release: pairs with the Acquire in `checkout`, and the next update sees our
-            // lists. Failure, Relaxed: another pool is there already; it is not read here.
-            let put = self.pool.compare_exchange(
-                ptr::null_mut(),
-                ours,
+            // SAFETY: made above, and ours until the compare-exchange succeeds.
+            unsafe { (*pool).next = top };
+            // Success, Release: pairs with the Acquire in `absorb_further`. The update that takes
+            // the stack sees the link above and our lists. Pushes of other threads in between
+            // extend the release sequence, because they are read-modify-writes. Failure, Relaxed:
+            // as for the load.
+            match self.further.compare_exchange_weak(
+                top,
+                pool,
                 weaken(Step::PublishPool, Ordering::Release),
                 Ordering::Relaxed,
-            );
-            if put.is_ok() {
-                return;
-            }
-            // SAFETY: made by the line above, and no other thread has seen it.
-            pool = unsafe { Box::from_raw(ours) };
-            // Acquire: pairs with the Release above, in the update that put its pool back first. If
-            // that pool has been checked out meanwhile, this finds null.
-            let theirs = self.pool.swap(ptr::null_mut(), Ordering::Acquire);
-            if !theirs.is_null() {
-                // SAFETY: made by `Box::into_raw` above; the swap gave it to us alone.
-                let mut theirs = unsafe { Box::from_raw(theirs) };
-                theirs.witness.end();
-                pool.merge(&mut theirs);
+            ) {
+                Ok(_) => return,
+                Err(found) => top = found,
             }
         }
     }
@@ -412,12 +454,14 @@ impl<T, const F: usize, R> Drop for Reclaim<T, F, R> {
         // Relaxed: exclusive access, so all stores happened before.
         let pool = self.pool.load(Ordering::Relaxed);
         let mut pool = if pool.is_null() {
+            // A thread has ended inside of an update without unwinding, as in a model that fails.
             Pool::new(self.census.clone())
         } else {
-            // SAFETY: made by `Box::into_raw` in `put_back`; `&mut self`, so no update can check it
-            // out.
+            // SAFETY: made by `Box::into_raw`, in `new` or `put_back`; `&mut self`, so no update
+            // can check it out.
             unsafe { Box::from_raw(pool) }
         };
+        self.absorb_further(&mut pool);
         self.absorb_returned(&mut pool);
         // SAFETY: the tree holds a count of us, and readers borrow the tree: none is left.
         unsafe { pool.absorb_open() };
@@ -427,6 +471,8 @@ impl<T, const F: usize, R> Drop for Reclaim<T, F, R> {
 /// A pool that this thread has alone. Dropping it puts the pool back.
 pub(super) struct Checkout<'t, T, const F: usize, R> {
     pool: ManuallyDrop<Box<Pool<T, F, R>>>,
+    /// Whether it is the tree's own pool.
+    own: bool,
     home: &'t Arc<Reclaim<T, F, R>>,
 }
 
@@ -493,7 +539,10 @@ impl<T, const F: usize, R> Drop for Checkout<'_, T, F, R> {
     fn drop(&mut self) {
         // SAFETY: taken only here, and `pool` is not used again.
         let pool = unsafe { ManuallyDrop::take(&mut self.pool) };
-        self.home.put_back(pool);
+        match self.own {
+            true => self.home.put_back(pool),
+            false => self.home.push_further(pool),
+        }
     }
 }
 

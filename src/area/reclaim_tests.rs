@@ -167,6 +167,34 @@ fn readers_never_drop_areas() {
     assert_eq!(dropped_by_readers.load(Ordering::Relaxed), 0);
 }
 
+/// An update inside of another one finds no pool, because the outer one has it: its own goes onto
+/// the stack of further pools, from which the next update takes it.
+#[test]
+fn the_pools_of_updates_inside_of_updates_come_back() {
+    let tree: AreaTree<u64, 4> = AreaTree::new();
+    let rounds = times(1_000);
+    for i in 0..rounds {
+        let mut first = true;
+        tree.update(|edit| {
+            if std::mem::take(&mut first) {
+                tree.insert(range(i * 20, i * 20 + 9), Arc::new(i)).unwrap();
+            }
+            // The first run is lost to the update inside of it.
+            edit.insert(range(i * 20 + 10, i * 20 + 19), Arc::new(i))
+        })
+        .unwrap();
+        assert!(!first);
+    }
+    assert_eq!(tree.snapshot().len() as u64, 2 * rounds);
+    settle(&tree);
+    tree.internal_validate();
+    let (now, live) = (whereabouts(&tree), tree.snapshot().shape().1);
+    assert!(
+        now.pooled > 0 && now.allocated == live + now.pooled,
+        "{now:?}"
+    );
+}
+
 #[test]
 fn writers_that_compete_lose_nothing() {
     const WRITERS: u64 = 4;

@@ -126,11 +126,15 @@ impl<'a, T, const F: usize> Subtree<'a, T, F> {
     }
 
     pub(super) fn iter(self, range: IovaRange) -> Iter<'a, T, F> {
-        Iter {
+        let mut iter = Iter {
             areas: self,
-            next: self.find(range.start()),
+            leaf: None,
+            at: 0,
+            parent: None,
             last: range.last(),
-        }
+        };
+        iter.seek(range.start());
+        iter
     }
 
     pub(super) fn contiguous(self, range: IovaRange) -> Contiguous<'a, T, F> {
@@ -144,30 +148,80 @@ impl<'a, T, const F: usize> Subtree<'a, T, F> {
 /// The areas that intersect a range, in ascending order.
 pub(crate) struct Iter<'a, T, const F: usize = 16> {
     areas: Subtree<'a, T, F>,
-    /// The leaf and slot of the next area, which may lie above the range.
-    next: Option<(&'a Node<T, F>, usize)>,
+    /// The leaf of the next area, which may lie above the range, and the slot there.
+    leaf: Option<&'a Node<T, F>>,
+    at: usize,
+    /// The node above that leaf, and the slot of the leaf there.
+    parent: Option<(&'a Node<T, F>, usize)>,
     /// The last address of the range.
     last: Iova,
+}
+
+impl<'a, T, const F: usize> Iter<'a, T, F> {
+    /// Moves to the first area whose last address is not below `x`.
+    fn seek(&mut self, x: Iova) {
+        (self.leaf, self.parent) = (None, None);
+        let Some(mut node) = self.areas.root else {
+            return;
+        };
+        let mut at = node.find(x.get());
+        if at == node.len() {
+            return;
+        }
+        for _ in 0..node.level() {
+            self.parent = Some((node, at));
+            node = self.areas.child(node, at);
+            node.prefetch();
+            at = node.find(x.get());
+        }
+        (self.leaf, self.at) = (Some(node), at);
+    }
+
+    /// Moves to the leaf after the present one, whose areas end at `last`.
+    #[inline(never)]
+    fn next_leaf(&mut self, last: Iova) {
+        let Some((parent, before)) = self.parent.filter(|(parent, at)| at + 1 < parent.len())
+        else {
+            // Below the next parent: a search from the root, so no stack is needed.
+            match last.checked_add(1) {
+                Some(above) => self.seek(above),
+                None => self.leaf = None,
+            }
+            return;
+        };
+        let at = before + 1;
+        let leaf = self.areas.child(parent, at);
+        (self.leaf, self.at, self.parent) = (Some(leaf), 0, Some((parent, at)));
+        if parent.last(at) >= self.last.get() {
+            return;
+        }
+        // The walk goes on: asks for the areas of the next leaf and for the leaf after it, so that
+        // their misses of the cache overlap with the visits of the present one.
+        if at + 1 < parent.len() {
+            self.areas.child(parent, at + 1).prefetch_areas();
+        }
+        if at + 2 < parent.len() {
+            self.areas.child(parent, at + 2).prefetch();
+        }
+    }
 }
 
 impl<'a, T, const F: usize> Iterator for Iter<'a, T, F> {
     type Item = Entry<'a, T>;
 
+    #[inline]
     fn next(&mut self) -> Option<Self::Item> {
-        let (leaf, at) = self.next.take()?;
-        let entry = self.areas.entry(leaf, at);
+        let leaf = self.leaf?;
+        let entry = self.areas.entry(leaf, self.at);
         if entry.range.start() > self.last {
+            self.leaf = None;
             return None;
         }
-        if entry.range.last() < self.last {
-            // After the last slot of a leaf, a search from the root finds the next leaf, so no
-            // stack is needed.
-            self.next = if at + 1 < leaf.len() {
-                Some((leaf, at + 1))
-            } else {
-                let above = entry.range.last().checked_add(1);
-                above.and_then(|x| self.areas.find(x))
-            };
+        self.at += 1;
+        if entry.range.last() >= self.last {
+            self.leaf = None;
+        } else if self.at == leaf.len() {
+            self.next_leaf(entry.range.last());
         }
         Some(entry)
     }

@@ -63,21 +63,16 @@
 //!   words are set. If a mark or a split came in between, the state stays, and pages are reported
 //!   twice at worst.
 
-use std::ptr;
-
-use super::place::Place;
 use crate::sync::{
-    AtomicPtr, AtomicU64, Ordering, Step, TINY, fence_after_look, fence_after_looks,
-    fence_after_rmw, performs, prefetch, weaken,
+    AtomicU64, Ordering, Step, TINY, fence_after_look, fence_after_looks, fence_after_rmw,
+    performs, weaken,
 };
-use crate::words::{ones, word_mask};
+use crate::words::word_mask;
 
 /// Words of a chunk, as a logarithm; tiny in the model checker, so that models reach every border.
 pub(super) const WORDS_LG2: u32 = if TINY { 1 } else { 9 };
 /// Words of a line, as a logarithm.
-const LINE_LG2: u32 = if TINY { 0 } else { 3 };
-/// Chunks of a block, as a logarithm.
-pub(super) const BLOCK_LG2: u32 = if TINY { 0 } else { 3 };
+pub(super) const LINE_LG2: u32 = if TINY { 0 } else { 3 };
 /// Bits of a line.
 pub(super) const LINE_BITS: u64 = 64 << LINE_LG2;
 /// Words of a line.
@@ -133,23 +128,20 @@ impl State {
 }
 
 /// The state in memory.
-pub(super) struct AtomicState(AtomicU64);
+#[derive(Clone, Copy)]
+pub(super) struct AtomicState<'a>(pub(super) &'a AtomicU64);
 
-impl AtomicState {
-    fn new() -> Self {
-        AtomicState(AtomicU64::new(0))
-    }
-
+impl AtomicState<'_> {
     #[inline]
     #[cfg_attr(dirtymap_loom, track_caller)]
-    pub(super) fn load(&self, order: Ordering) -> State {
+    pub(super) fn load(self, order: Ordering) -> State {
         State(self.0.load(order))
     }
 
     /// Replaces `old` by `new`; if something else is there, returns that.
     #[cfg_attr(dirtymap_loom, track_caller)]
     pub(super) fn replace(
-        &self,
+        self,
         old: State,
         new: State,
         success: Ordering,
@@ -160,7 +152,7 @@ impl AtomicState {
     }
 
     /// Makes the chunk clean if it is still in `state`.
-    pub(super) fn end(&self, state: State) {
+    pub(super) fn end(self, state: State) {
         // Release: pairs with the looks at the state; a thread that sees the chunk clean sees what
         // the visit did, or the words that are set instead. Acquire: pairs with the Release of
         // `Slot::set_whole`. Relaxed on failure: nothing is read.
@@ -168,9 +160,9 @@ impl AtomicState {
     }
 }
 
-impl AtomicState {
+impl AtomicState<'_> {
     /// Claims the chunk, of a bitmap without marks; returns whether this call did.
-    pub(super) fn claim(&self) -> bool {
+    pub(super) fn claim(self) -> bool {
         let (free, claimed) = (State(0), State(State::CLAIMED));
         // Acquire on success: pairs with the Release in `end_claim`; the words are those that the
         // claim before has left. Relaxed on failure: the caller changes nothing.
@@ -179,7 +171,7 @@ impl AtomicState {
     }
 
     /// Ends the claim of the caller.
-    pub(super) fn end_claim(&self) {
+    pub(super) fn end_claim(self) {
         // Release: pairs with the Acquire in `claim`; publishes the words.
         let order = weaken(Step::PublishLeft, Ordering::Release);
         self.0.store(0, order);
@@ -196,100 +188,19 @@ impl Chunk {
     }
 }
 
-/// A line of summaries, and the pointers to their chunks in another one.
-#[repr(align(64))]
-pub(super) struct Block {
-    summaries: [AtomicU64; 1 << BLOCK_LG2],
-    /// Each a [`Chunk`], or null.
-    chunks: [AtomicPtr<()>; 1 << BLOCK_LG2],
-    /// Whether all bits of a chunk are set, whatever its words say: see the [module](self).
-    states: [AtomicState; 1 << BLOCK_LG2],
-}
-
-impl Block {
-    /// Dirty lines of a chunk up to which it has few.
-    const FEW: u32 = 40;
-    /// The lines that are prefetched of a chunk that has more.
-    const FIRST: u64 = 0xf;
-
-    pub(super) fn new() -> Self {
-        Block {
-            summaries: std::array::from_fn(|_| AtomicU64::new(0)),
-            chunks: std::array::from_fn(|_| AtomicPtr::new(ptr::null_mut())),
-            states: std::array::from_fn(|_| AtomicState::new()),
-        }
-    }
-
-    /// Whether a summary has a bit.
-    #[inline]
-    pub(super) fn has_any(&self) -> bool {
-        // Relaxed: coherence shows the summary set by a mark that came before the harvest, or by
-        // a later one.
-        let or = |any, summary: &AtomicU64| any | summary.load(Ordering::Relaxed);
-        self.summaries.iter().fold(0, or) != 0
-    }
-
-    /// Prefetches the dirty lines of chunks that have few, and their `place`, by the number of the
-    /// chunk in the block: each is a cache miss of its own, and a walk that asks for them together
-    /// waits for one of them, not for each. Processors find lines that lie side by side themselves,
-    /// after the first ones.
-    #[inline]
-    pub(super) fn prefetch_dirty<'p>(&self, place: impl Fn(u64) -> Place<'p>) {
-        if TINY {
-            return; // to a model checker each load is another branch
-        }
-        for ((summary, chunk), nth) in self.summaries.iter().zip(&self.chunks).zip(0..) {
-            // Relaxed: a hint.
-            let mut lines = summary.load(Ordering::Relaxed);
-            if lines == 0 {
-                continue;
-            }
-            if lines.count_ones() > Self::FEW {
-                lines &= Self::FIRST;
-            }
-            // Relaxed: a hint.
-            let chunk = chunk.load(Ordering::Relaxed).cast::<u8>();
-            let place = place(nth).first();
-            for line in ones(lines) {
-                let offset = line * size_of::<u64>() * LINE_WORDS;
-                prefetch(chunk.wrapping_add(offset));
-                if !place.is_null() {
-                    prefetch(place.wrapping_add(offset));
-                }
-            }
-        }
-    }
-
-    #[inline]
-    pub(super) fn slot(&self, chunk: u64) -> Slot<'_> {
-        let nth = (chunk & ((1 << BLOCK_LG2) - 1)) as usize;
-        Slot {
-            summary: &self.summaries[nth],
-            chunk: &self.chunks[nth],
-            state: &self.states[nth],
-        }
-    }
-
-    /// The chunks' pointers.
-    pub(super) fn chunks(&self) -> &[AtomicPtr<()>] {
-        &self.chunks
-    }
-}
-
-/// The place of one chunk. Bits count from its start.
+/// The summary and the state of one chunk. Bits count from its start.
 #[derive(Clone, Copy)]
 pub(super) struct Slot<'a> {
     pub(super) summary: &'a AtomicU64,
-    pub(super) chunk: &'a AtomicPtr<()>,
-    pub(super) state: &'a AtomicState,
+    pub(super) state: AtomicState<'a>,
 }
 
 impl Slot<'_> {
-    /// Sets the bits of `mask` in `word`, which holds bit `first` of the bitmap: see
-    /// [`ChunkMap::set`](super::ChunkMap::set).
+    /// Sets the bits of `mask` in `word`, which holds bit `first` of the bitmap, in a chunk with
+    /// `summary`: see [`ChunkMap::set`](super::ChunkMap::set).
     #[inline(always)]
     pub(super) fn set_word(
-        self,
+        summary: &AtomicU64,
         word: &AtomicU64,
         first: u64,
         mask: u64,
@@ -314,7 +225,10 @@ impl Slot<'_> {
             fence_after_look();
         }
         if anew || performs(Step::SummaryOnSkip) {
-            self.summarize(1 << ((first / LINE_BITS) % (CHUNK_BITS / LINE_BITS)));
+            Self::summarize(
+                summary,
+                1 << ((first / LINE_BITS) % (CHUNK_BITS / LINE_BITS)),
+            );
         }
         anew
     }
@@ -349,7 +263,7 @@ impl Slot<'_> {
             // - If F5 is first, `summarize` sees the summary clear and sets it.
             fence_after_looks(anew);
         }
-        self.summarize(ALL_LINES);
+        Self::summarize(self.summary, ALL_LINES);
         anew
     }
 
@@ -394,15 +308,15 @@ impl Slot<'_> {
             // - If F5 is first, `summarize` sees the summary clear and sets it.
             fence_after_looks(anew);
         }
-        self.summarize(lines);
+        Self::summarize(self.summary, lines);
         anew
     }
 
     /// M2 and M3.
     #[inline(always)]
-    fn summarize(self, lines: u64) {
+    fn summarize(summary: &AtomicU64, lines: u64) {
         // Acquire: the look that `fence_after_look` follows. The fence F3 orders it after the bits.
-        if self.summary.load(Ordering::Acquire) & lines == lines {
+        if summary.load(Ordering::Acquire) & lines == lines {
             if performs(Step::FoundFence) {
                 // SeqCst: M3 of a mark that found the summary set; pairs with F6 of an unmap.
                 // - If M3 is first, the unmap sees the summary that we saw, and takes the bit.
@@ -412,7 +326,7 @@ impl Slot<'_> {
             return;
         }
         // Relaxed: F3 orders it after the bits, and M3 before the look at the area.
-        self.summary.fetch_or(lines, Ordering::Relaxed);
+        summary.fetch_or(lines, Ordering::Relaxed);
         if performs(Step::SummarizedFence) {
             // SeqCst: M3 of a mark that set the summary; pairs with F6, as above.
             fence_after_rmw();

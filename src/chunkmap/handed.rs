@@ -8,8 +8,7 @@
 use std::convert::Infallible;
 
 use super::chunk::{CHUNK_BITS, LINE_WORDS, lines};
-use super::map::CHUNK_WORDS;
-use super::map::{BITS_LG2, ChunkMap};
+use super::map::{BITS_LG2, CHUNK_WORDS, ChunkMap};
 use super::take::Visitor;
 use crate::sync::{AtomicU64, Ordering};
 use crate::words::ones;
@@ -26,8 +25,8 @@ impl ChunkMap {
     /// Sets bits of chunk `index`: of each word, by its place in the chunk, those of the mask. The
     /// caller has performed the full fence that [`set`](Self::set) asks for.
     pub(crate) fn set_masks(&self, index: u64, masks: &[(u16, u64)]) {
-        let slot = self.slot_or_new(index);
-        slot.set_masks(self.chunk_of(slot), masks);
+        let (slot, chunk) = self.slot_or_new(index);
+        slot.set_masks(chunk, masks);
     }
 
     /// As [`peek`](Self::peek), without trust in summaries: looks at all words of the chunks that
@@ -53,8 +52,8 @@ impl ChunkMap {
     /// The words of chunk `index`, for the one writer to record in, and their summary: the writer
     /// sets the bit of a line when it records there.
     pub(crate) fn words_to_record(&self, index: u64) -> (&ChunkWords, &AtomicU64) {
-        let slot = self.slot_or_new(index);
-        (&self.chunk_of(slot).0, slot.summary)
+        let (slot, chunk) = self.slot_or_new(index);
+        (&chunk.0, slot.summary)
     }
 
     /// Calls `each` with the words that have bits, of the chunks that hold bits of `first..=last`,

@@ -29,7 +29,7 @@ use super::take::{LINES, Visitor, lines_from, take_lines, visit_line, whole_line
 use crate::sync::{Ordering, Step, performs};
 
 /// The claim of a chunk, until this is dropped.
-struct Claim<'m>(Option<&'m AtomicState>);
+struct Claim<'m>(Option<AtomicState<'m>>);
 
 impl<'m> Claim<'m> {
     /// C1; `None` if another thread has the claim.
@@ -54,8 +54,7 @@ impl ChunkMap {
     /// Leaves bits in chunk `index`: of each word, by its place in the chunk, those of the mask.
     /// Returns false, and leaves nothing, if another thread changes the chunk at the moment.
     pub(crate) fn leave(&self, index: u64, masks: &[(u16, u64)]) -> bool {
-        let slot = self.slot_or_new(index);
-        let chunk = self.chunk_of(slot);
+        let (slot, chunk) = self.slot_or_new(index);
         let Some(_claim) = Claim::new(slot) else {
             return false;
         };
@@ -148,7 +147,7 @@ fn take_chunk<V: Visitor>(
     (base, first, last): (u64, u64, u64),
     visitor: &mut V,
 ) -> Result<(), V::Error> {
-    // Relaxed, all: the claim orders them.
+    // Relaxed: the claim orders it.
     let mut summary = slot.summary.load(Ordering::Relaxed);
     let mut left = summary & lines(first, last);
     let whole = whole_lines(first, last);
@@ -171,6 +170,7 @@ fn take_chunk<V: Visitor>(
             summary &= !(whole & taken);
         }
     }
-    slot.summary.store(summary, Ordering::Relaxed);
+    // Release: as the clear of a word, in `take::clear`.
+    slot.summary.store(summary, Ordering::Release);
     outcome
 }

@@ -1,11 +1,12 @@
 //! The concurrent two-level bitmap under all marks.
 //!
 //! ```text
-//!  ChunkMap --> group of blocks --> 8 summaries, side by side
-//!                               --> chunk: 64 lines of 8 words, one bit for each page
+//!  ChunkMap --> group --> summaries, side by side
+//!                     --> chunk: 64 lines of 8 words, one bit for each page
 //! ```
 //!
 //! * [`map`]: the map of chunks, which installs what is missing
+//! * [`group`]: neighbouring chunks, and where their summaries, states and bits lie
 //! * [`chunk`]: a chunk with its summary and its state, the protocol of the two, and the marker's
 //!   side of it
 //! * [`take`]: the harvester's side
@@ -18,6 +19,7 @@
 //! of a domain and a sparse bitmap of the user are made of it.
 
 mod chunk;
+mod group;
 mod handed;
 mod left;
 mod map;

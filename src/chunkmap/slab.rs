@@ -5,6 +5,7 @@
 //! stores the start of the allocation before the first chunk.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::ptr::NonNull;
 
 use super::chunk::Chunk;
 use crate::sync::TINY;
@@ -20,11 +21,11 @@ fn layout(chunks: usize) -> Option<Layout> {
     Layout::from_size_align(bytes, USUAL).ok()
 }
 
-/// Allocates `chunks` chunks, all bits clear.
+/// Allocates `chunks` chunks, all bits clear. Returns the first of them.
 ///
 /// # Panics
 /// In the model checker, whose atomics are not made of zeros.
-pub(super) fn allocate(chunks: usize) -> impl Iterator<Item = *mut Chunk> {
+pub(super) fn allocate(chunks: usize) -> NonNull<Chunk> {
     let layout = layout(chunks).filter(|_| !TINY);
     let layout = layout.unwrap_or_else(|| unreachable!("a slab of {chunks} chunks"));
     // SAFETY: the size is not 0: there is a head.
@@ -38,8 +39,7 @@ pub(super) fn allocate(chunks: usize) -> impl Iterator<Item = *mut Chunk> {
     // SAFETY: between `began` and `first`, so inside the allocation, and as aligned as `first` but
     // for one pointer.
     unsafe { first.wrapping_sub(skip).cast::<*mut u8>().write(began) };
-    let first = first.cast::<Chunk>();
-    (0..chunks).map(move |nth| first.wrapping_add(nth))
+    NonNull::new(first.cast()).unwrap_or_else(|| unreachable!("after the start of an allocation"))
 }
 
 /// Frees a slab.
@@ -47,8 +47,8 @@ pub(super) fn allocate(chunks: usize) -> impl Iterator<Item = *mut Chunk> {
 /// # Safety
 /// `first` is the first of `chunks` chunks that [`allocate`] has allocated, and nothing refers to
 /// them any more.
-pub(super) unsafe fn free(first: *mut Chunk, chunks: usize) {
-    let place = first.cast::<*mut u8>().wrapping_sub(1);
+pub(super) unsafe fn free(first: NonNull<Chunk>, chunks: usize) {
+    let place = first.as_ptr().cast::<*mut u8>().wrapping_sub(1);
     // SAFETY: by the caller, `allocate` has written it.
     let began = unsafe { place.read() };
     if let Some(layout) = layout(chunks) {

@@ -88,7 +88,7 @@ impl Slot<'_> {
         last: u64,
         taker: &mut T,
     ) -> Result<(), T::Error> {
-        // Relaxed: as in `has_any`.
+        // Relaxed: as in `Group::next_dirty`.
         let seen = self.summary.load(Ordering::Relaxed) & lines(first, last);
         if seen == 0 {
             return Ok(());
@@ -251,7 +251,7 @@ impl Slot<'_> {
         last: u64,
         visitor: &mut V,
     ) -> Result<(), V::Error> {
-        // Relaxed: as in `has_any`.
+        // Relaxed: as in `Group::next_dirty`.
         let seen = self.summary.load(Ordering::Relaxed) & lines(first, last);
         self.peek_lines(chunk, base, seen, (first, last), visitor)
     }
@@ -508,8 +508,11 @@ pub(super) fn visit_line<const TAKE: bool, const SHARED: bool, V: Visitor>(
 #[inline(always)]
 fn clear<const SHARED: bool>(word: &AtomicU64, seen: u64) {
     if !SHARED {
-        // Relaxed, both: the claim of the chunk orders them.
-        return word.store(word.load(Ordering::Relaxed) & !seen, Ordering::Relaxed);
+        // Relaxed: the claim of the chunk orders it.
+        let others = word.load(Ordering::Relaxed) & !seen;
+        // Release: pairs with the Acquire fence in `copy_of`. A copy of the consumer that finds the
+        // word taken sees the count of the harvest that took it.
+        return word.store(others, Ordering::Release);
     }
     // Acquire: pairs with the Release of `set_word` and `set_words`; the copy of the page comes
     // after the data of the mark. Release: a marker that sees the bit gone sees what the visit did.

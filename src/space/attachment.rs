@@ -155,6 +155,7 @@ impl AddressSpace {
             tracking: Switch::new(),
             leaving: AtomicBool::new(false),
         });
+        let _restart = self.discards.restart();
         if self.tracks() {
             // Before the first page is mapped, so that no write is missed.
             attachment
@@ -243,6 +244,7 @@ impl AddressSpace {
             // Its devices wrote what no trace tells of. Before it leaves the list: up to then no
             // page counts as zero.
             self.forget_zeros();
+            self.restart_epochs();
         }
         let _: Result<(), Error> = self.areas.update(|edit| {
             let without = edit

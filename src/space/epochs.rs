@@ -24,6 +24,11 @@
 //!   is aborted. An epoch that another lease makes before that end does not have these pages, and
 //!   gets no parent.
 //!
+//! # Gaps
+//! A switch of tracking to on makes an epoch: the full copy after the switch. Writes of the time
+//! without tracking, and pages that the switch discards, are in no increment. So no older epoch is
+//! the parent of a later one, and leases that were harvested before are late.
+//!
 //! # Deltas
 //! A commit adds its pages to the delta of the newest epoch that a cursor holds. So there are as
 //! many deltas as epochs with cursors, and none without cursors. When the last cursor of an epoch
@@ -35,7 +40,7 @@ use std::hash::{BuildHasher, Hasher};
 use std::str::FromStr;
 
 use crate::ranges::PageSet;
-use crate::sync::{AtomicU64, Mutex, Ordering, lock};
+use crate::sync::{AtomicU64, Mutex, Ordering, Step, lock, performs};
 use crate::units::{Granule, IovaRange};
 
 /// The name of one state of a consumer's copy: the identity of the consumer, and the number of the
@@ -156,6 +161,9 @@ pub enum Why {
     Foreign,
     /// The number of the epoch is higher than that of the consumer's newest epoch.
     Future,
+    /// Tracking was off for a while after the epoch, in the space or in a domain. Writes of that
+    /// time are in no increment.
+    Untracked,
     /// No cursor holds the epoch, so its increment was merged with others; or the lease with this
     /// number was aborted.
     Merged,
@@ -170,6 +178,7 @@ impl fmt::Display for Why {
             Why::Parts => "parts of another lease are committed, and it has not ended",
             Why::Foreign => "the epoch is one of another consumer",
             Why::Future => "the epoch is not committed yet",
+            Why::Untracked => "tracking was off for a while after the epoch",
             Why::Merged => "no cursor holds the epoch",
         })
     }
@@ -272,6 +281,8 @@ pub(crate) struct Epochs {
 struct Log {
     /// The newest epoch.
     head: u64,
+    /// The first epoch since writes were untracked for the last time.
+    first: u64,
     /// The parent of the next lease that is neither late nor everything.
     top: Parent,
     /// Epochs that were made.
@@ -297,6 +308,7 @@ impl Epochs {
             last: AtomicU64::new(0),
             log: Mutex::new(Log {
                 head: 0,
+                first: 0,
                 top: Parent::Epoch(Epoch {
                     consumer: identity,
                     number: 0,
@@ -333,6 +345,16 @@ impl Epochs {
             consumer: self.identity,
             number,
         }
+    }
+
+    /// Writes were not tracked for a while. The full copy that the program makes after that has an
+    /// epoch of its own, to which no older one leads. It also has what is pending as a whole in the
+    /// store with this number.
+    pub(super) fn restart(&self, store: u64) {
+        let mut log = lock(&self.log);
+        log.first = self.make(&mut log, 0).number;
+        log.told = (store, 0);
+        log.deltas.clear();
     }
 
     /// The newest epoch.
@@ -433,6 +455,7 @@ impl Epochs {
         }
         log.cursors.remove(&number);
         if let Some(delta) = log.deltas.remove(&number)
+            && performs(Step::MergeDelta)
             && let Some((_, before)) = log.deltas.range_mut(..number).next_back()
         {
             before.merge_with(&delta);
@@ -448,6 +471,9 @@ impl Epochs {
         }
         if number > log.head {
             return Since::Everything(Why::Future);
+        }
+        if number < log.first {
+            return Since::Everything(Why::Untracked);
         }
         let mut pages = PageSet::new(log.page);
         match log.deltas.contains_key(&number) {

@@ -31,7 +31,7 @@ use crate::bitmap::Sink;
 use crate::error::{Error, Stopped};
 use crate::failure::Failure;
 use crate::marks::Marks;
-use crate::sync::{Arc, Ordering, Step, fence, lock};
+use crate::sync::{Arc, Ordering, Step, fence, lock, performs};
 use crate::units::{Iova, IovaRange};
 
 /// The longest name of a consumer, in bytes.
@@ -152,6 +152,13 @@ impl AddressSpace {
             edit.set_rules(without);
             Ok(())
         });
+    }
+
+    /// Writes were not tracked for a while: no epoch from before leads to a later one.
+    pub(super) fn restart_epochs(&self) {
+        for member in self.members().iter() {
+            member.epochs.restart(member.stores);
+        }
     }
 
     /// The consumers of this moment.
@@ -298,11 +305,15 @@ fn copy_of(other: &Member, member: &Member, walks: &Walks) -> Result<(), Error> 
         whole
             .into_iter()
             .for_each(|part| member.whole.put_back(part, walks));
-        let top = other.epochs.top();
+        let top = match other.range.covers(member.range) {
+            true => other.epochs.top(),
+            // No copy of the other consumer has the rest of the range.
+            false => Parent::Unknown(Why::Beginning),
+        };
         // Acquire: pairs with the AcqRel clear of a page that is pending. If a harvest has taken a
         // page that is missed above, it is counted below.
         fence(Ordering::Acquire);
-        if other.counts.settled() == Some(begun) {
+        if other.counts.settled() == Some(begun) || !performs(Step::SettledAgain) {
             member.epochs.begin_with(top);
             return Ok(());
         }

@@ -35,6 +35,7 @@ mod outside;
 mod pairs;
 mod past;
 mod plan;
+mod recent;
 mod retired;
 mod rules;
 mod snapshot;
@@ -301,8 +302,10 @@ impl AddressSpace {
     /// In a space that does not track yet, the next start of tracking discards the mark.
     ///
     /// Lock-free; never blocks. The cost grows with the number of pages: a mark of a terabyte sets
-    /// a bit for each of them. If one area is marked again and again, [`area`](Self::area) saves
-    /// the lookup.
+    /// a bit for each of them. A thread that marks one area again and again looks it up for the
+    /// first two marks alone; [`area`](Self::area) saves that for a thread that marks several areas
+    /// in turn. After an unmap, the bits of an area stay in memory until each thread that marked it
+    /// so has marked another one, or has ended.
     ///
     /// # Errors
     /// [`Error::Outside`] with the first address that no area holds. The parts inside areas are
@@ -313,9 +316,20 @@ impl AddressSpace {
     #[doc(alias = "cpu_physical_memory_set_dirty_range")]
     pub fn mark(&self, range: impl ToIovaRange) -> Result<(), Error> {
         let range = range.to_iova_range()?;
+        if recent::mark(self, range) {
+            return Ok(());
+        }
+        self.mark_by_lookup(range)
+    }
+
+    #[inline(never)]
+    fn mark_by_lookup(&self, range: IovaRange) -> Result<(), Error> {
         let outside = match self.areas.snapshot().lookup(range.start()) {
             // Most marks lie in one area.
-            Some(entry) if entry.range.covers(range) => entry.area.mark(range),
+            Some(entry) if entry.range.covers(range) => {
+                recent::looked_up(self, &entry);
+                entry.area.mark(range)
+            }
             _ => self.in_areas(range, |area, part| area.mark(part)),
         };
         match outside.first {
@@ -388,14 +402,18 @@ impl AddressSpace {
     /// ```
     pub fn area(&self, iova: Iova) -> Option<AreaHandle> {
         let snapshot = self.areas.snapshot();
-        let entry = snapshot.lookup(iova)?;
+        snapshot.lookup(iova).map(|entry| self.handle(entry))
+    }
+
+    /// A handle on the area of `entry`.
+    fn handle(&self, entry: crate::area::Entry<'_, Area>) -> AreaHandle {
         let area = entry.to_arc();
-        Some(AreaHandle {
+        AreaHandle {
             near: NearMarks::new(&area.marks, area.mapping.range),
             area,
             counters: self.counters.clone(),
             faults: self.faults.clone(),
-        })
+        }
     }
 
     /// The mapping at `iova`. Lock-free; never blocks.
@@ -420,10 +438,10 @@ impl AddressSpace {
     /// All areas of one moment, in ascending order. Lock-free.
     pub fn mappings(&self) -> Vec<Mapping> {
         let snapshot = self.areas.snapshot();
-        snapshot
-            .iter(IovaRange::ALL)
-            .map(|entry| entry.area.mapping)
-            .collect()
+        let mut mappings = Vec::with_capacity(snapshot.len());
+        let areas = snapshot.iter(IovaRange::ALL);
+        mappings.extend(areas.map(|entry| entry.area.mapping));
+        mappings
     }
 
     /// Frees memory of areas that were unmapped. Each map and unmap does a part of that for earlier
@@ -560,11 +578,18 @@ impl AreaHandle {
     #[inline]
     pub fn mark(&self, range: impl ToIovaRange) -> Result<(), Error> {
         let range = range.to_iova_range()?;
-        let near = self.near.as_ref();
-        if near.is_some_and(|near| near.mark(range)) && self.area.is_mapped() {
+        if self.mark_near(range) {
             return Ok(());
         }
         self.mark_far(range)
+    }
+
+    /// Marks `range` if it lies in the area and the short path reaches it. Returns whether the
+    /// whole area is mapped after that; if not, the mark may be one of an area that has gone.
+    #[inline]
+    fn mark_near(&self, range: IovaRange) -> bool {
+        let near = self.near.as_ref();
+        near.is_some_and(|near| near.mark(range)) && self.area.is_mapped()
     }
 
     /// The general case. It may mark pages a second time, which changes nothing.

@@ -108,10 +108,18 @@ impl AddressSpace {
         self.retired.drop_all();
         {
             let _membership = lock(&self.membership);
+            let tracked = self.tracks_all();
             let switched = match to {
-                Tracking::On => self.switch_on(),
+                Tracking::On => {
+                    let _restart = self.discards.restart();
+                    self.switch_on()
+                }
                 Tracking::Off => self.switch_off(),
             };
+            if to.is_on() && !tracked {
+                // Also if it fails: a source may have discarded its dirty pages before.
+                self.restart_epochs();
+            }
             switched.map_err(Failure::raise)?;
         }
         events::tracking(to.is_on());
@@ -124,7 +132,14 @@ impl AddressSpace {
             let _membership = lock(&self.membership);
             let attachments = self.attachments();
             let attachment = attachments.find(domain)?;
-            if attachment.switch(to).map_err(Failure::raise)? && to.is_on() {
+            let tracked = attachment.tracking.is_on();
+            let _restart = to.is_on().then(|| self.discards.restart());
+            let switched = attachment.switch(to);
+            if to.is_on() && !tracked {
+                // Also if it fails, as in `switch_all`.
+                self.restart_epochs();
+            }
+            if switched.map_err(Failure::raise)? && to.is_on() {
                 self.forget_zeros();
                 self.count_discarded(attachment.put_back.clear(IovaRange::ALL));
             }

@@ -9,7 +9,8 @@
 //! A page reads as zero only while every write to it leaves a trace. So a switch of tracking to on,
 //! in the space or in one domain, an attach, and a detach of a domain that does not track, forget
 //! all pages that read as zero: what was written before is not tracked. While the space or one of
-//! its domains does not track, no page counts as zero.
+//! its domains does not track, no page counts as zero. The same holds from before a switch goes on
+//! until all pages are forgotten.
 
 use super::domain::Attachment;
 use super::member::Member;
@@ -58,7 +59,8 @@ impl AddressSpace {
     /// Whether every write leaves a trace: the space tracks, and so do all of its domains.
     pub(crate) fn tracks_all(&self) -> bool {
         let tracks = |domain: &Arc<Attachment>| domain.tracking.is_on();
-        self.tracks() && self.attachments().iter().all(tracks)
+        // The switches come first: see `Discards::is_restarting`.
+        self.tracks() && self.attachments().iter().all(tracks) && !self.discards.is_restarting()
     }
 
     /// Forgets which pages read as zero: not every write to them was tracked.

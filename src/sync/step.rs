@@ -256,6 +256,8 @@ steps! {
     PublishLeft,
     /// Waiting for the harvests that do not know a consumer that joins.
     WaitForWalks,
+    /// Looking, after a copy of what is pending for another consumer, whether that one has a lease.
+    SettledAgain,
     /// One thread at a time waiting for harvests; left out, two of them turn the counts at once.
     TurnAlone,
     /// Flushing what those harvests owe.
@@ -269,6 +271,8 @@ steps! {
     /// Counting what becomes pending as a whole again, so that a harvest does not take it for
     /// holes.
     SayPutBack,
+    /// Merging the delta of a cursor that is dropped into that of the cursor before it.
+    MergeDelta,
     /// Numbering a lease at the end of its walk; left out, it is numbered at the begin.
     NumberAtEnd,
     /// Waiting, before the first discard, for the harvests that do not know of discards.
@@ -287,6 +291,8 @@ steps! {
     DoubtDiscards,
     /// Looking at the zero bit once more, after no discard was found at work.
     LookAgainForZero,
+    /// Taking all pages for data until a switch of tracking to on has forgotten which were zero.
+    DoubtRestart,
 }
 
 /// The number of the step that is left out, counted from 1; 0 for none.

@@ -3,12 +3,15 @@
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::convert::Infallible;
 use std::iter;
 
 /// Extents of a chunk.
 const CHUNK: u64 = 256;
 /// Above so many entries a chunk is an array.
 const FEW: usize = 64;
+/// From so many times the entries on, the entries of the other delta are added one by one.
+const MUCH_LARGER: usize = 16;
 
 /// The dirty pages of extents, in memory in proportion to what is dirty: 8 bytes for a lone extent,
 /// 1 KiB at most for 256 neighbours. A run of any length takes no more than the chunks at its ends.
@@ -38,6 +41,21 @@ pub(crate) struct Run {
     pub(crate) mask: u32,
 }
 
+#[cfg(all(test, not(dirtymap_loom)))]
+thread_local! {
+    /// How many entries deltas of this thread looked at, one after the other.
+    pub(crate) static LOOKED_AT: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
+
+/// Counts for tests.
+#[inline(always)]
+fn look_at(entries: usize) {
+    #[cfg(all(test, not(dirtymap_loom)))]
+    LOOKED_AT.set(LOOKED_AT.get() + entries);
+    #[cfg(not(all(test, not(dirtymap_loom))))]
+    let _ = entries;
+}
+
 impl Delta {
     pub(crate) fn is_empty(&self) -> bool {
         self.chunks.is_empty()
@@ -46,6 +64,7 @@ impl Delta {
     /// The pages of `mask` become dirty in `count` extents from `first` on.
     pub(crate) fn add(&mut self, run: Run) {
         for (number, part) in parts(run) {
+            look_at(1);
             // Most runs are a few extents of a chunk that has some.
             if part.count < CHUNK
                 && let Some(chunk @ (Chunk::Few(_) | Chunk::Many(_))) = self.chunks.get_mut(&number)
@@ -77,6 +96,7 @@ impl Delta {
     fn add_chunks(&mut self, from: u64, end: u64, mask: u32) {
         let mut at = from;
         while at < end {
+            look_at(1);
             let gap_end = match self.chunks.range_mut(at..end).next() {
                 Some((start, chunk)) if *start == at => {
                     chunk.add_all(mask);
@@ -130,14 +150,38 @@ impl Delta {
         Ok(Delta { chunks })
     }
 
-    /// All of `other` becomes dirty here, too. Takes time in proportion to both.
-    pub(crate) fn merge(&mut self, other: Delta) {
+    /// All pages of ascending extents.
+    pub(crate) fn from_extents(extents: impl Iterator<Item = u64>) -> Delta {
+        let mask = u32::MAX;
+        let count = 1;
+        let runs = extents.map(|first| Ok::<_, Infallible>(Run { first, count, mask }));
+        match Delta::try_from_runs(runs) {
+            Ok(delta) => delta,
+            Err(never) => match never {},
+        }
+    }
+
+    /// All of `other` becomes dirty here, too. Takes time in proportion to the smaller of the two,
+    /// so that a consumer that aborts again and again does not pay for what it waits for.
+    pub(crate) fn merge(&mut self, mut other: Delta) {
+        if other.chunks.len() > self.chunks.len() {
+            std::mem::swap(self, &mut other);
+        }
+        if other.chunks.len() < self.chunks.len() / MUCH_LARGER {
+            return other.runs().for_each(|run| self.add(run));
+        }
+        self.merge_all(other);
+    }
+
+    /// The same. Takes time in proportion to both.
+    fn merge_all(&mut self, other: Delta) {
         if self.is_empty() || other.is_empty() {
             if self.is_empty() {
                 *self = other;
             }
             return;
         }
+        look_at(self.chunks.len() + other.chunks.len());
         let mut mine = std::mem::take(&mut self.chunks).into_iter();
         let mut theirs = other.chunks.into_iter();
         let (mut one, mut two) = (mine.next(), theirs.next());

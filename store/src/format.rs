@@ -12,6 +12,7 @@ use dirtymap::Granule;
 use crate::codec::{Bad, Reader};
 use crate::error::Why;
 use crate::geometry::{Device, Geometry};
+use crate::image::Image;
 use crate::record::Record;
 use crate::step::{Step, performs};
 
@@ -141,7 +142,10 @@ impl Header {
         if header.log > MAX_LOG || !header.log.is_multiple_of(BLOCK as u64) {
             return Err(damaged("the room for batches is not possible"));
         }
-        // Checked before anything of that length is read.
+        // Checked before anything of that length is read: a sparse file has any length.
+        if header.checkpoint > Image::most_bytes(geometry.extents()) {
+            return Err(damaged("the checkpoint is longer than the device needs"));
+        }
         if header.checkpoint > len || header.len() > len {
             return Err(Why::Truncated {
                 len,

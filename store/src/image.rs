@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::codec::{Bad, Reader, put, put_bytes};
 use crate::delta::{Delta, Run};
 use crate::geometry::Geometry;
-use crate::record::{self, Record};
+use crate::record::{self, MAX_NAME, Record};
 use crate::step::{Step, performs};
 
 /// The most extents that are open at a time: 16 MiB of memory.
@@ -64,6 +64,11 @@ impl Image {
                 let end = first.saturating_add(*count);
                 if end > geometry.extents() {
                     return Err(Bad("an open extent lies past the end of the device"));
+                }
+                // A store opens what is closed. Otherwise a few bytes could open a million extents,
+                // again and again.
+                if self.open.range(*first..end).next().is_some() {
+                    return Err(Bad("an extent is opened that is open"));
                 }
                 let count = usize::try_from(*count).unwrap_or(usize::MAX);
                 if count > MAX_OPEN - self.open.len().min(MAX_OPEN) {
@@ -184,18 +189,13 @@ impl Image {
     /// committed. Both are dirty, for each consumer.
     pub(crate) fn recover(&mut self) {
         let open = std::mem::take(&mut self.open);
+        let open = Delta::from_extents(open.into_iter());
         for consumer in self.consumers.values_mut() {
             if let Some(lease) = consumer.lease.take() {
                 put_back(consumer, lease);
             }
             if performs(Step::ReportOpen) {
-                for first in &open {
-                    consumer.pending.add(Run {
-                        first: *first,
-                        count: 1,
-                        mask: u32::MAX,
-                    });
-                }
+                consumer.pending.merge(open.clone());
             }
         }
     }
@@ -224,6 +224,17 @@ impl Image {
                 put_delta(out, &lease.delta);
             }
         }
+    }
+
+    /// The most bytes that [`put`](Image::put) appends for a device with so many extents.
+    pub(crate) fn most_bytes(extents: u64) -> u64 {
+        /// A number of 32 bits, and one of 64.
+        const SMALL: u64 = 5;
+        const LARGE: u64 = 10;
+        let delta = LARGE + extents * 3 * SMALL;
+        let consumer = SMALL + 2 + MAX_NAME as u64 + 3 * LARGE + 3 + 2 * delta;
+        let open = extents.min(MAX_OPEN as u64) * SMALL;
+        3 * SMALL + open + MAX_CONSUMERS as u64 * consumer
     }
 
     /// Reads what was put. Nothing is allocated before the bytes for it were read, and nothing lies

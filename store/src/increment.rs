@@ -105,8 +105,12 @@ impl Store {
             let all = control.journal.image.consumers.iter();
             let info = all.map(|(name, consumer)| ConsumerInfo {
                 name: name.clone(),
-                committed: (consumer.committed > 0).then(|| self.epoch(consumer.committed)),
-                outstanding: consumer.lease.as_ref().map(|lease| self.epoch(lease.epoch)),
+                committed: (consumer.committed > 0)
+                    .then(|| self.epoch(consumer.id, consumer.committed)),
+                outstanding: consumer
+                    .lease
+                    .as_ref()
+                    .map(|lease| self.epoch(consumer.id, lease.epoch)),
             });
             Ok(info.collect())
         })
@@ -120,7 +124,7 @@ impl Store {
     /// parent, and none, means everything.
     ///
     /// Each write that ended before the call is in the increment. A write in flight is in a later
-    /// one.
+    /// one; one by a handle may be in both.
     ///
     /// # Errors
     /// [`Error::UnknownConsumer`], [`Error::Outstanding`], and those of the log.
@@ -140,7 +144,9 @@ impl Store {
             let known = |parent: Epoch| {
                 let number = parent.number();
                 let there = (consumer.committed..consumer.next).contains(&number) && number > 0;
-                parent.store() == self.identity() && there
+                // The same number of another consumer, or of one that had the name before, means
+                // other pages.
+                there && parent == self.epoch(id, number)
             };
             let why = match parent {
                 _ if consumer.new => Some(Why::New),
@@ -184,7 +190,7 @@ impl<'s> Increment<'s> {
 
     /// Its epoch: the parent of the next one.
     pub fn epoch(&self) -> Epoch {
-        self.store.epoch(self.number)
+        self.store.epoch(self.id, self.number)
     }
 
     /// What it builds on; `None` if it is everything.

@@ -11,6 +11,7 @@
 use std::collections::VecDeque;
 use std::io;
 
+use crate::claims::claimed;
 use crate::codec::Bad;
 use crate::disk::{Disk, Folder, read_exact};
 use crate::error::{Error, Why};
@@ -97,14 +98,22 @@ impl Journal {
         Ok(())
     }
 
-    /// Takes the dirty pages out of all open extents.
+    /// Takes the dirty pages out of all open extents. A page that a handle writes at this moment is
+    /// taken, and stays: only a later harvest may find all of the write.
     fn collect(&mut self, words: &Words) -> Result<(), Bad> {
-        for at in 0..self.clock.len() {
-            let extent = self.clock[at];
-            match words.take(extent) {
-                0 => {}
-                mask => self.add(words, Record::Dirty { extent, mask })?,
+        let open = self.clock.iter();
+        let taken = open.map(|extent| (*extent, words.take(*extent)));
+        let taken: Vec<(u64, u32)> = taken.filter(|(_, mask)| *mask != 0).collect();
+        if taken.is_empty() {
+            return Ok(());
+        }
+        let claims = words.claims.look();
+        for (extent, mask) in taken {
+            let again = mask & claimed(&claims, extent);
+            if again != 0 && performs(Step::PutBackClaimed) {
+                words.put_back(extent, again);
             }
+            self.add(words, Record::Dirty { extent, mask })?;
         }
         Ok(())
     }
@@ -114,12 +123,32 @@ impl Journal {
     /// with writes in flight stay open.
     fn close(&mut self, words: &Words, hot: usize) -> Result<(), Bad> {
         let mut turns = 2 * self.clock.len();
-        while self.clock.len() > hot && turns > 0 {
-            turns -= 1;
-            let Some(extent) = self.clock.pop_front() else {
-                break;
-            };
-            match words.close(extent, hot > 0) {
+        loop {
+            let mut closing = Vec::new();
+            while self.clock.len() > hot && turns > 0 {
+                turns -= 1;
+                let Some(extent) = self.clock.pop_front() else {
+                    break;
+                };
+                match words.begin_close(extent, hot > 0) {
+                    true => closing.push(extent),
+                    false => self.clock.push_back(extent),
+                }
+            }
+            // Those that turn out to be in use make room for others.
+            if closing.is_empty() {
+                return Ok(());
+            }
+            self.close_each(words, &closing)?;
+        }
+    }
+
+    /// Closes the extents that are about to be closed, and in which no write is in flight.
+    fn close_each(&mut self, words: &Words, closing: &[u64]) -> Result<(), Bad> {
+        let claims = words.claims.look();
+        for &extent in closing {
+            let claimed = claimed(&claims, extent) != 0 && performs(Step::HoldClaimed);
+            match words.close(extent, claimed) {
                 Close::InUse => self.clock.push_back(extent),
                 Close::Closed(mask) => {
                     let mask = if performs(Step::RecordAtClose) {
@@ -272,8 +301,8 @@ fn read_log(disk: &dyn Disk, device: &Device) -> io::Result<Result<Replayed, Why
         Err(why) => return Ok(Err(why)),
     };
     // Not longer than the file.
-    let mut checkpoint = vec![0; header.checkpoint as usize];
-    let mut batches = vec![0; header.log as usize];
+    let mut checkpoint = zeros(header.checkpoint)?;
+    let mut batches = zeros(header.log)?;
     let both = read_exact(disk, BLOCK as u64, &mut checkpoint)?
         && read_exact(disk, header.batches(), &mut batches)?;
     if !both {
@@ -283,6 +312,16 @@ fn read_log(disk: &dyn Disk, device: &Device) -> io::Result<Result<Replayed, Why
         }));
     }
     Ok(parse(header, &checkpoint, &batches, device))
+}
+
+/// So many bytes, if there is memory for them.
+fn zeros(len: u64) -> io::Result<Vec<u8>> {
+    let len = usize::try_from(len).unwrap_or(usize::MAX);
+    let mut bytes = Vec::new();
+    let reserved = bytes.try_reserve_exact(len);
+    reserved.map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
+    bytes.resize(len, 0);
+    Ok(bytes)
 }
 
 /// The image of the checkpoint, with the batches after it. The first batch that is not whole ends

@@ -5,10 +5,11 @@
 use dirtymap::sync::model::{Bound, explore, name_of};
 use dirtymap::sync::{Arc, AtomicU64, Ordering, thread};
 
+use crate::claims::{Slot, claimed};
 use crate::disk::SimFolder;
 use crate::geometry::Device;
 use crate::options::Options;
-use crate::step::{Step, leave_out};
+use crate::step::{Step, leave_out, performs};
 use crate::store::Store;
 use crate::words::{Close, Words};
 
@@ -60,6 +61,36 @@ impl Extent {
         self.words.leave(0, u32::from(open));
         open
     }
+
+    /// The same by a handle, whose slot is made at this moment.
+    fn write_claimed(&self) -> bool {
+        let slot = self.words.claims.add();
+        let open = slot.claim(self.words.word(0), 0, 1);
+        if open {
+            self.data.store(1, Ordering::Relaxed);
+            Slot::end(slot.word());
+        }
+        open
+    }
+
+    /// What the leader does to close it.
+    fn close(&self) -> Close {
+        if !self.words.begin_close(0, false) {
+            return Close::InUse;
+        }
+        let claimed = claimed(&self.words.claims.look(), 0) != 0;
+        self.words.close(0, claimed && performs(Step::HoldClaimed))
+    }
+
+    /// What the leader does to harvest it: the pages that it takes.
+    fn harvest(&self) -> u32 {
+        let taken = self.words.take(0);
+        let again = taken & claimed(&self.words.claims.look(), 0);
+        if again != 0 && performs(Step::PutBackClaimed) {
+            self.words.put_back(0, again);
+        }
+        taken
+    }
 }
 
 /// A harvest takes the mark and copies, while a write ends: the copy has it, or the mark is still
@@ -91,7 +122,7 @@ fn a_close_takes_the_mark_or_waits() {
             let extent = Arc::clone(&extent);
             thread::spawn(move || extent.write())
         };
-        let closed = extent.words.close(0, false);
+        let closed = extent.close();
         let copy = extent.data.load(Ordering::Relaxed);
         let wrote = writer.join().unwrap();
         match closed {
@@ -99,6 +130,122 @@ fn a_close_takes_the_mark_or_waits() {
             Close::Closed(_) => wrote && copy == 1,
             Close::InUse => extent.words.take(0) == u32::from(wrote),
         }
+    });
+}
+
+/// A handle finds its page marked by an earlier write, and writes it while the extent is closed.
+/// The leader leaves the extent open, or the copy has the data, or the handle finds the extent
+/// closed.
+#[test]
+fn a_claim_keeps_its_extent_open() {
+    let steps = [
+        Step::HoldClaimed,
+        Step::ClaimFence,
+        Step::LookFence,
+        Step::PublishEnd,
+        Step::SeeEnd,
+    ];
+    holds_only_with(&steps, || {
+        let extent = open_extent();
+        extent.words.pin(0);
+        extent.words.leave(0, 1);
+        // So that there is a slot to look at from the beginning.
+        let other = extent.words.claims.add();
+        let writer = {
+            let extent = Arc::clone(&extent);
+            thread::spawn(move || extent.write_claimed())
+        };
+        let closed = extent.close();
+        let copy = extent.data.load(Ordering::Relaxed);
+        let wrote = writer.join().unwrap();
+        drop(other);
+        match closed {
+            Close::Closed(mask) => mask == 1 && (!wrote || copy == 1),
+            Close::InUse => extent.words.take(0) == 1,
+        }
+    });
+}
+
+/// The same of a page without a mark: the leader that closes takes the mark of the handle.
+#[test]
+fn a_close_takes_the_mark_of_a_claim() {
+    holds_only_with(&[Step::HoldClaimed, Step::SeeEnd], || {
+        let extent = open_extent();
+        let writer = {
+            let extent = Arc::clone(&extent);
+            thread::spawn(move || extent.write_claimed())
+        };
+        let closed = extent.close();
+        let copy = extent.data.load(Ordering::Relaxed);
+        let wrote = writer.join().unwrap();
+        match closed {
+            Close::Closed(0) => !wrote,
+            Close::Closed(_) => wrote && copy == 1,
+            Close::InUse => extent.words.take(0) == u32::from(wrote),
+        }
+    });
+}
+
+/// Another thread ends the claim of a handle, which claims another extent at once. The leader,
+/// which may see the new claim alone, sees the data of the write that ended.
+#[test]
+fn a_claim_that_another_thread_ended_shows_its_data() {
+    holds_only_with(&[Step::HoldClaimed, Step::PublishEnd, Step::SeeEnd], || {
+        let extent = open_extent();
+        extent.words.pin(1);
+        extent.words.request(1);
+        extent.words.opened(1);
+        extent.words.leave(1, 0);
+        let slot = extent.words.claims.add();
+        let claimed = slot.claim(extent.words.word(0), 0, 1);
+        let other = {
+            let (extent, slot) = (Arc::clone(&extent), Arc::clone(&slot));
+            thread::spawn(move || {
+                extent.data.store(1, Ordering::Relaxed);
+                Slot::end(slot.word());
+            })
+        };
+        let owner = {
+            let extent = Arc::clone(&extent);
+            thread::spawn(move || slot.claim(extent.words.word(1), 1, 1))
+        };
+        let closed = extent.close();
+        let copy = extent.data.load(Ordering::Relaxed);
+        other.join().unwrap();
+        owner.join().unwrap();
+        match closed {
+            Close::Closed(mask) => claimed && mask == 1 && copy == 1,
+            Close::InUse => claimed && extent.words.take(0) == 1,
+        }
+    });
+}
+
+/// A handle writes a page that is marked, while a harvest takes the mark and copies: the copy has
+/// the data, or the page has a mark.
+#[test]
+fn a_page_that_is_claimed_is_copied_or_stays_marked() {
+    let steps = [
+        Step::PutBackClaimed,
+        Step::ClaimFence,
+        Step::LookFence,
+        Step::PublishEnd,
+        Step::SeeEnd,
+    ];
+    holds_only_with(&steps, || {
+        let extent = open_extent();
+        extent.words.pin(0);
+        extent.words.leave(0, 1);
+        let other = extent.words.claims.add();
+        let writer = {
+            let extent = Arc::clone(&extent);
+            thread::spawn(move || extent.write_claimed())
+        };
+        let taken = extent.harvest();
+        let copy = extent.data.load(Ordering::Relaxed);
+        let wrote = writer.join().unwrap();
+        drop(other);
+        let left = extent.words.take(0);
+        taken == 1 && wrote && (copy == 1 || left == 1)
     });
 }
 

@@ -56,6 +56,18 @@ steps! {
     PublishOpen,
     /// Acquire: a write that finds its extent open comes after that flush.
     SeeOpen,
+    /// Leaving an extent open while a handle claims it.
+    HoldClaimed,
+    /// Putting back, in a harvest, the pages that a handle claims.
+    PutBackClaimed,
+    /// The fence between a claim and the look at its extent.
+    ClaimFence,
+    /// The fence between a change of extents and the look at claims.
+    LookFence,
+    /// Release: the end of a claim publishes the data of its write, and its mark.
+    PublishEnd,
+    /// Acquire: a leader that finds a claim ended sees the data of its write, and its mark.
+    SeeEnd,
 }
 
 #[cfg(test)]

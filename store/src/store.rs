@@ -181,7 +181,7 @@ impl Store {
         device: &Device,
         options: &Options,
     ) -> Result<Opened, Error> {
-        options.check(device)?;
+        options.bounds()?;
         reserve(&mut folder)?;
         let replayed = match replay(&mut folder, device)? {
             Ok(replayed) => replayed,
@@ -296,8 +296,8 @@ impl Store {
         self.identity
     }
 
-    pub(crate) fn epoch(&self, number: u64) -> Epoch {
-        Epoch::new(self.identity, number)
+    pub(crate) fn epoch(&self, consumer: u32, number: u64) -> Epoch {
+        Epoch::new(self.identity, consumer, number)
     }
 
     pub(crate) fn unpin(&self, extents: std::ops::Range<u64>) {
@@ -601,6 +601,12 @@ impl Options {
     /// Checks the bounds, for a device.
     pub(crate) fn check(&self, device: &Device) -> Result<Geometry, Error> {
         let geometry = Geometry::new(device.len, self.extent, self.page)?;
+        self.bounds()?;
+        Ok(geometry)
+    }
+
+    /// Checks what does not depend on how the device is divided.
+    fn bounds(&self) -> Result<(), Error> {
         let limit = Options::MAX_HOT;
         if self.hot == 0 || self.hot > limit {
             return Err(Error::Hot {
@@ -615,6 +621,6 @@ impl Options {
                 limit: MAX_LOG,
             });
         }
-        Ok(geometry)
+        Ok(())
     }
 }

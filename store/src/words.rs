@@ -3,7 +3,8 @@
 //!
 //! ```text
 //!  bit  0..31  dirty pages, the first page in bit 0
-//!      32..60  writes in flight: pins
+//!      32..59  writes in flight: pins
+//!          60  closing: the leader closes the extent, unless it finds a claim
 //!          61  used: written since the clock passed
 //!          62  opening: the open record is in a batch that is not durable yet
 //!          63  open: durably so
@@ -22,9 +23,12 @@
 //! * P3 and T1: if the mark comes first, the leader takes it, and sees the data (Release, Acquire).
 //!   If the leader comes first, the mark stays in the word for the next one, and the extent is
 //!   open.
+//!
+//! A thread with a handle does not pin. What it does instead is in [`claims`](crate::claims).
 
 use dirtymap::sync::{AtomicU64, OnceLock, Ordering, TINY};
 
+use crate::claims::Claims;
 use crate::step::{Step, performs, weaken};
 
 /// The most pages of an extent.
@@ -37,7 +41,8 @@ pub(crate) const MAX_PINS: u64 = 1 << 27;
 
 const PAGES: u64 = (1 << 32) - 1;
 const PIN: u64 = 1 << 32;
-const PINS: u64 = ((1 << 29) - 1) * PIN;
+const PINS: u64 = ((1 << 28) - 1) * PIN;
+const CLOSING: u64 = 1 << 60;
 const USED: u64 = 1 << 61;
 const OPENING: u64 = 1 << 62;
 const OPEN: u64 = 1 << 63;
@@ -53,14 +58,15 @@ type Leaf = OnceLock<Box<[AtomicU64]>>;
 /// side by side.
 pub(crate) struct Words {
     segments: [OnceLock<Box<[Leaf]>>; SEGMENTS],
+    pub(crate) claims: Claims,
 }
 
-/// What the clock made of an extent.
+/// What became of an extent that was about to be closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Close {
     /// It is closed. These pages are dirty.
     Closed(u32),
-    /// It was written since the clock passed, or has writes in flight.
+    /// It has writes in flight, so it stays open.
     InUse,
 }
 
@@ -68,6 +74,7 @@ impl Words {
     pub(crate) fn new() -> Self {
         Words {
             segments: std::array::from_fn(|_| OnceLock::new()),
+            claims: Claims::new(),
         }
     }
 
@@ -161,6 +168,24 @@ impl Words {
         }
     }
 
+    /// Marks `pages` of an extent that is open, for a thread that claims it (C2). Returns false if
+    /// it is not, or about to be closed.
+    #[inline]
+    pub(crate) fn mark_open(word: &AtomicU64, pages: u32) -> bool {
+        // Acquire: as in `pin`.
+        let now = word.load(weaken(Step::SeeOpen, Ordering::Acquire));
+        if now & (OPEN | CLOSING) != OPEN {
+            return false;
+        }
+        let bits = u64::from(pages) | USED;
+        if now & bits != bits {
+            // Relaxed: the data of the write is published by the end of its claim, and the leader
+            // that takes this mark sees the claim, by the fences of both.
+            word.fetch_or(bits, Ordering::Relaxed);
+        }
+        true
+    }
+
     /// Takes the dirty pages of an open extent, which stays open (T1).
     pub(crate) fn take(&self, extent: u64) -> u32 {
         // Acquire: pairs with the Release in `leave`; a thread that copies a page that is found
@@ -170,33 +195,66 @@ impl Words {
         (self.word(extent).fetch_and(!PAGES, acquire) & PAGES) as u32
     }
 
-    /// Closes an extent, unless it is in use (T2). With `patient`, one that was written since the
-    /// last call is in use, too.
-    pub(crate) fn close(&self, extent: u64, patient: bool) -> Close {
+    /// Marks pages that were taken, and that are claimed, again.
+    pub(crate) fn put_back(&self, extent: u64, pages: u32) {
+        // Relaxed: as in `mark_open`.
+        self.word(extent)
+            .fetch_or(u64::from(pages), Ordering::Relaxed);
+    }
+
+    /// Says that an extent is about to be closed, unless it is in use. With `patient`, one that was
+    /// written since the last call is in use, too. After it, the leader looks at claims.
+    pub(crate) fn begin_close(&self, extent: u64, patient: bool) -> bool {
         let word = self.word(extent);
         // Relaxed: a guess, which the exchange checks.
         let now = word.load(Ordering::Relaxed);
         let pinned = now & PINS != 0 && performs(Step::HoldInFlight);
         if now & OPEN == 0 || pinned {
-            return Close::InUse;
+            return false;
         }
         if patient && now & USED != 0 {
             // Relaxed: the bit is a hint.
             word.fetch_and(!USED, Ordering::Relaxed);
-            return Close::InUse;
+            return false;
         }
+        // Relaxed: the fence before the look at claims orders it.
+        word.fetch_or(CLOSING, Ordering::Relaxed);
+        true
+    }
+
+    /// Closes an extent that is about to be closed (T2), unless it is `claimed`, or a write pinned
+    /// it meanwhile.
+    pub(crate) fn close(&self, extent: u64, claimed: bool) -> Close {
+        let word = self.word(extent);
+        // Relaxed: a guess, which the exchange checks. After the look at claims it has the marks of
+        // those that ended.
+        let now = word.load(Ordering::Relaxed);
+        let pinned = now & PINS != 0 && performs(Step::HoldInFlight);
         // Acquire: as in `take`. Relaxed on failure: the extent is in use.
         let acquire = weaken(Step::SeeWrite, Ordering::Acquire);
-        match word.compare_exchange(now, now & PINS, acquire, Ordering::Relaxed) {
-            Ok(_) => Close::Closed((now & PAGES) as u32),
-            Err(_) => Close::InUse,
+        if !claimed
+            && !pinned
+            && let Ok(_) = word.compare_exchange(now, now & PINS, acquire, Ordering::Relaxed)
+        {
+            return Close::Closed((now & PAGES) as u32);
         }
+        // Relaxed: a handle that still sees the bit asks without its slot.
+        word.fetch_and(!CLOSING, Ordering::Relaxed);
+        Close::InUse
     }
 }
 
 #[cfg(all(test, not(dirtymap_loom)))]
 mod tests {
     use super::{Close, Words};
+
+    /// What the leader does where nothing is claimed.
+    fn close(words: &Words, extent: u64, patient: bool) -> Close {
+        match words.begin_close(extent, patient) {
+            true => words.close(extent, false),
+            false => Close::InUse,
+        }
+    }
 
     #[test]
     fn an_extent_closes_when_no_write_is_in_flight_and_hands_over_its_pages() {
@@ -205,15 +263,15 @@ mod tests {
             assert_eq!(words.pin(extent), Some(false));
             assert!(words.request(extent) && !words.request(extent));
             assert!(!words.is_open(extent));
-            assert_eq!(words.close(extent, false), Close::InUse, "not open yet");
+            assert_eq!(close(&words, extent, false), Close::InUse, "not open yet");
             words.opened(extent);
             assert!(words.is_open(extent));
-            assert_eq!(words.close(extent, false), Close::InUse, "in flight");
+            assert_eq!(close(&words, extent, false), Close::InUse, "in flight");
             words.leave(extent, 0b101);
-            assert_eq!(words.close(extent, true), Close::InUse, "just used");
+            assert_eq!(close(&words, extent, true), Close::InUse, "just used");
             assert_eq!(words.pin(extent), Some(true));
             words.leave(extent, 0);
-            assert_eq!(words.close(extent, true), Close::Closed(0b101));
+            assert_eq!(close(&words, extent, true), Close::Closed(0b101));
             assert_eq!(words.pin(extent), Some(false), "closed");
         }
     }
@@ -226,6 +284,6 @@ mod tests {
         words.opened(7);
         words.leave(7, 1 << 31);
         assert_eq!((words.take(7), words.take(7)), (1 << 31, 0));
-        assert_eq!(words.close(7, false), Close::Closed(0));
+        assert_eq!(close(&words, 7, false), Close::Closed(0));
     }
 }

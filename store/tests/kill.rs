@@ -89,13 +89,18 @@ fn child() {
         let (store, device) = (Arc::clone(&store), file(folder, "device"));
         let mut random = Random(u64::from(std::process::id()) * WRITERS + writer);
         thread::spawn(move || {
+            let handle = store.writer();
             loop {
                 // Most writes are to few pages.
                 let pages = LEN / PAGE;
                 let bound = 1 + random.below(pages);
                 let at = random.below(bound) * PAGE;
                 let stamp = random.below(u64::MAX).to_le_bytes();
-                let write = store.begin_write(at..at + PAGE).unwrap().wait().unwrap();
+                // Half of the writers have handles.
+                let write = match writer % 2 {
+                    0 => handle.begin_write(at..at + PAGE).unwrap(),
+                    _ => store.begin_write(at..at + PAGE).unwrap().wait().unwrap(),
+                };
                 device
                     .write_all_at(&stamp, at + random.below(PAGE - 8))
                     .unwrap();

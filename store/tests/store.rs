@@ -8,9 +8,7 @@ use std::sync::Barrier;
 use std::thread;
 
 use dirtymap::{Granule, IovaRange, ToIovaRange};
-use dirtymap_store::{
-    Device, DirFolder, Disk, Error, Folder, Increment, Opened, Options, Store, Why,
-};
+use dirtymap_store::{Device, DirFolder, Error, Increment, Opened, Options, Store, Why};
 
 const DEVICE: Device = Device {
     id: 1,
@@ -94,11 +92,41 @@ fn an_unknown_parent_means_everything() {
     assert_eq!(none.everything(), Some(&Why::NoParent));
     assert_eq!(runs(&none), [range(0..DEVICE.len)]);
     none.abort().unwrap();
-    let asked = "0000000000000000000000000000002a-1".parse().unwrap();
+    let asked = "0000000000000000000000000000002a-0-1".parse().unwrap();
     let other = store.harvest("a", Some(asked)).unwrap();
     assert_eq!(other.everything(), Some(&Why::UnknownParent { asked }));
     drop(other);
     assert_eq!(store.harvest("a", Some(first)).unwrap().everything(), None);
+}
+
+/// The numbers of each consumer begin with 1, and so do those of a consumer that left and came
+/// back. An epoch of another one was taken for an own one of that number: a copy that was older
+/// than the increment got a list that was too short.
+#[test]
+fn an_epoch_of_another_consumer_or_of_an_earlier_life_means_everything() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = create(dir.path(), &Options::new());
+    let join = |name: &str| {
+        store.join(name).unwrap();
+        let first = store.harvest(name, None).unwrap();
+        first.commit(|| Ok(())).unwrap()
+    };
+    let old = join("a");
+    write(&store, 0..1);
+    // Its copy has the write, and that of `a` does not.
+    let other = join("b");
+    for (name, asked) in [("b", old), ("a", other)] {
+        let increment = store.harvest(name, Some(asked)).unwrap();
+        assert_eq!(increment.everything(), Some(&Why::UnknownParent { asked }));
+    }
+    store.leave("a").unwrap();
+    let new = join("a");
+    let increment = store.harvest("a", Some(old)).unwrap();
+    let asked = old;
+    assert_eq!(increment.everything(), Some(&Why::UnknownParent { asked }));
+    drop(increment);
+    store.rename("a", "c").unwrap();
+    assert_eq!(store.harvest("c", Some(new)).unwrap().everything(), None);
 }
 
 /// A consumer that made an increment durable, and did not commit it, may name it: by then it is
@@ -281,6 +309,64 @@ fn a_device_that_grows_is_dirty_where_it_is_new() {
     assert_eq!(runs(&next), [range(DEVICE.len..len)]);
 }
 
+/// Extents and pages are those of the store. Those of the options were checked against the device,
+/// which has too many of them, so a large device could not be opened with other options.
+#[test]
+fn a_store_is_opened_with_the_extents_that_it_has() {
+    let dir = tempfile::tempdir().unwrap();
+    let device = Device {
+        id: 1,
+        len: 1 << 49,
+    };
+    let coarse = Options::new().extent(Granule::M2).page(Granule::M2);
+    let folder = || DirFolder::new(dir.path().join("store")).unwrap();
+    drop(Store::create(folder(), &device, &coarse).unwrap());
+    let Opened::Known(store) = Store::open(folder(), &device, &Options::new()).unwrap() else {
+        panic!("nothing is known");
+    };
+    assert_eq!(store.extent(), Granule::M2);
+}
+
+/// By a handle: the bytes of the guard, a second write meanwhile, a write to several extents, one
+/// that the device has not, and a guard that is forgotten, whose extent stays open.
+#[test]
+fn writes_by_a_handle_are_writes() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = create(dir.path(), &Options::new());
+    store.join("a").unwrap();
+    let first = store.harvest("a", None).unwrap();
+    let first = first.commit(|| Ok(())).unwrap();
+    let writer = store.writer();
+    drop(writer.begin_write(0..1).unwrap()); // opens the extent
+    let one = writer.begin_write(0x2000..0x2001).unwrap();
+    let two = writer.begin_write(0x4000..0x4001).unwrap();
+    let both = writer.begin_write(EXTENT - 1..EXTENT + 1).unwrap();
+    assert_eq!(one.range(), range(0x2000..0x2001));
+    assert!(matches!(
+        writer.begin_write(DEVICE.len - 1..DEVICE.len + 1),
+        Err(Error::PastEnd { .. })
+    ));
+    assert!(matches!(writer.begin_write(1..1), Err(Error::Range(_))));
+    // What is in flight is in this increment, in the next one, or in both.
+    let increment = store.harvest("a", Some(first)).unwrap();
+    assert_eq!(runs(&increment), [range(0..0x1000), range(0x2000..0x3000)]);
+    let second = increment.commit(|| Ok(())).unwrap();
+    store.close_extents().unwrap();
+    assert_eq!(store.stats().open, 2, "in flight");
+    // By another thread.
+    thread::scope(|scope| scope.spawn(move || drop((one, two, both))).join().unwrap());
+    let increment = store.harvest("a", Some(second)).unwrap();
+    let pages = [range(0x2000..0x3000), range(0x4000..0x5000)];
+    let border = range(EXTENT - 4096..EXTENT + 4096);
+    assert_eq!(runs(&increment), [pages[0], pages[1], border]);
+    increment.commit(|| Ok(())).unwrap();
+    std::mem::forget(writer.begin_write(0..1).unwrap());
+    drop(writer.begin_write(0x1000..0x1001).unwrap());
+    drop(writer);
+    store.close_extents().unwrap();
+    assert_eq!(store.stats().open, 1, "the guard was forgotten");
+}
+
 #[test]
 fn bad_input_is_refused_before_anything_is_touched() {
     let dir = tempfile::tempdir().unwrap();
@@ -370,90 +456,4 @@ fn cold_extents_that_wait_together_share_a_flush() {
     let flushes = stats.flushes - before;
     println!("{flushes} flushes");
     assert!(flushes < 200, "{flushes} flushes for 10,000 extents");
-}
-
-/// A folder whose disk fails, or panics, from some write on.
-struct Failing {
-    inner: DirFolder,
-    panics: bool,
-}
-
-struct FailingDisk {
-    inner: Box<dyn Disk>,
-    writes: u32,
-    panics: bool,
-}
-
-impl Folder for Failing {
-    fn open(&mut self, name: &str) -> io::Result<Option<Box<dyn Disk>>> {
-        self.inner.open(name)
-    }
-    fn create(&mut self, name: &str) -> io::Result<Box<dyn Disk>> {
-        Ok(Box::new(FailingDisk {
-            inner: self.inner.create(name)?,
-            writes: 0,
-            panics: self.panics,
-        }))
-    }
-    fn rename(&mut self, from: &str, to: &str) -> io::Result<()> {
-        self.inner.rename(from, to)
-    }
-    fn sync(&mut self) -> io::Result<()> {
-        self.inner.sync()
-    }
-    fn lock(&mut self) -> io::Result<bool> {
-        self.inner.lock()
-    }
-}
-
-impl Disk for FailingDisk {
-    fn read_at(&self, offset: u64, bytes: &mut [u8]) -> io::Result<usize> {
-        self.inner.read_at(offset, bytes)
-    }
-    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.writes += 1;
-        // Three writes make the log, and one more opens an extent.
-        if self.writes > 4 {
-            assert!(!self.panics, "the disk panics");
-            return Err(io::ErrorKind::StorageFull.into());
-        }
-        self.inner.write_at(offset, bytes)
-    }
-    fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
-    }
-    fn len(&self) -> io::Result<u64> {
-        self.inner.len()
-    }
-}
-
-/// A log that cannot be written: no cold write is let through any more, hot ones are, nobody waits
-/// for ever, and the folder stays locked while they may be in flight.
-#[test]
-fn a_disk_that_fails_or_panics_lets_no_cold_write_through() {
-    for panics in [false, true] {
-        let dir = tempfile::tempdir().unwrap();
-        let folder = || DirFolder::new(dir.path().join("store")).unwrap();
-        let failing = Failing {
-            inner: folder(),
-            panics,
-        };
-        let store = Store::create(failing, &DEVICE, &Options::new()).unwrap();
-        write(&store, 0..1);
-        let cold = || store.begin_write(EXTENT..EXTENT + 1)?.wait().map(drop);
-        let results: Vec<_> = thread::scope(|scope| {
-            let threads: Vec<_> = (0..4).map(|_| scope.spawn(cold)).collect();
-            threads.into_iter().map(|thread| thread.join()).collect()
-        });
-        for result in results {
-            assert!(!matches!(result, Ok(Ok(()))), "a cold write is let through");
-        }
-        assert!(matches!(cold(), Err(Error::Failed { .. })));
-        assert!(matches!(store.join("late"), Err(Error::Failed { .. })));
-        write(&store, 1..2);
-        let again = Store::open(folder(), &DEVICE, &Options::new());
-        assert!(matches!(again, Err(Error::Locked)));
-        drop(store);
-        assert!(matches!(open(dir.path(), &DEVICE), Opened::Known(_)));
-    }
 }

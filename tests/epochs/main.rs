@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)] // helpers of tests
 
 mod bounds;
+mod breaks;
 #[path = "../common/mod.rs"]
 mod common;
 mod named;

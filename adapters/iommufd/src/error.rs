@@ -4,6 +4,8 @@ use std::io;
 
 use dirtymap::{Granule, IovaRange};
 
+use crate::kernel::TRIES;
+
 /// The error of a call of an [`Ioas`](crate::Ioas) or a [`Hwpt`](crate::Hwpt), or of the kernel.
 ///
 /// Errors of calls through an [`AddressSpace`](dirtymap::AddressSpace) arrive as
@@ -240,10 +242,12 @@ pub enum IommufdError {
 }
 
 impl IommufdError {
-    /// A failure of `call` without a variant of its own.
+    /// A failure of `call` without a variant of its own. The call was tried as often as
+    /// [`uninterrupted`](crate::kernel::uninterrupted) does.
     pub(crate) fn call(call: &'static str, error: io::Error) -> Self {
         match error.raw_os_error() {
             Some(libc::ENOTTY) => IommufdError::Unsupported { call, error },
+            Some(libc::EINTR) => IommufdError::Interrupted { call, times: TRIES },
             _ => IommufdError::Call { call, error },
         }
     }

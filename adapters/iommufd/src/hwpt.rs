@@ -4,6 +4,7 @@
 use std::io;
 use std::sync::Arc;
 
+use dirtymap::adapter::{Pending, words};
 use dirtymap::flush::FlushGather;
 use dirtymap::sync::{Mutex, lock};
 use dirtymap::{IovaRange, Mapping};
@@ -12,7 +13,7 @@ use dirtymap_host::BitPool;
 use crate::device::Device;
 use crate::error::IommufdError;
 use crate::ioas::{Ioas, Piece, State};
-use crate::kernel::{TRIES, uninterrupted};
+use crate::kernel::uninterrupted;
 use crate::log::{self, Log};
 use crate::table::{Kept, Table};
 
@@ -195,7 +196,11 @@ impl Hwpt {
         uninterrupted(|| self.ioas.kernel().track(self.id(), on))
             .map_err(|error| IommufdError::call("IOMMU_HWPT_SET_DIRTY_TRACKING", error))?;
         if on {
-            each_piece(&|_, state| state.pending.clear());
+            let ioas = self.ioas.lock(); // before the locks of logs
+            each_piece(&|log, state| match std::mem::take(&mut state.copied) {
+                true => self.keep_copied(&ioas, log, state),
+                false => state.pending.clear(),
+            });
         }
         self.table.logs().tracked = on;
         Ok(())
@@ -389,8 +394,34 @@ impl Hwpt {
             let mut add = |run| other.pending.add_range(run);
             state.pending.drain(log.range, &mut add);
             state.pending.add_words(0, &pages);
+            state.copied = true;
         }
         self.table.logs().settle(start);
+    }
+
+    /// Keeps the pending pages of a piece that are pending in another table, too, and forgets the
+    /// others. For a table that is attached again after [`copy_to_other`](Self::copy_to_other): a
+    /// harvest that read the other table before the copy has yet to read this one. A page that is
+    /// not pending there any more has been reported.
+    fn keep_copied(&self, ioas: &State, log: &Log, state: &mut log::State) {
+        let Ok(mut theirs) = Pending::new(log.range, self.table.page) else {
+            return; // without memory all of them stay, and may be reported twice
+        };
+        for other in ioas.tables().filter(|other| other.id != self.id()) {
+            let other = other.log_at(log.range.start().get());
+            if let Some(other) = &other {
+                let other = other.state();
+                let runs = other.pending.words();
+                let last = other.pending.pages() - 1;
+                let mut next = words::next_run(runs, 0, last);
+                while let Some((first, to)) = next {
+                    theirs.add_range(other.pending.addresses(first, to));
+                    next = words::next_run(runs, to + 1, last);
+                }
+            }
+        }
+        let gone: Vec<u64> = theirs.words().iter().map(|word| !word).collect();
+        state.pending.remove_words(0, &gone);
     }
 }
 
@@ -422,10 +453,6 @@ fn map_error(piece: &Mapping, error: io::Error) -> IommufdError {
             error,
         },
         Some(libc::ENOMEM) => IommufdError::NoMemory { range, error },
-        Some(libc::EINTR) => IommufdError::Interrupted {
-            call: "IOMMU_IOAS_MAP",
-            times: TRIES,
-        },
         _ => IommufdError::call("IOMMU_IOAS_MAP", error),
     }
 }

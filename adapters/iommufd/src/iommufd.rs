@@ -23,7 +23,8 @@ impl Iommufd {
     /// Opens `/dev/iommu`.
     ///
     /// # Errors
-    /// [`IommufdError::NoIommufd`], [`IommufdError::NoPermission`].
+    /// [`IommufdError::NoIommufd`], [`IommufdError::NoPermission`]; [`IommufdError::Call`] for
+    /// another reason, such as no free descriptor.
     pub fn open() -> Result<Self, IommufdError> {
         Ok(Self::over(Iommu::open()?))
     }

@@ -78,18 +78,23 @@ pub(crate) const PATH: &str = "/dev/iommu";
 
 impl Iommu {
     pub(crate) fn open() -> Result<Self, IommufdError> {
-        let path = PATH;
-        let file = uninterrupted(|| File::options().read(true).write(true).open(path));
-        let file = file.map_err(|error| match error.raw_os_error() {
-            Some(libc::EACCES | libc::EPERM) => IommufdError::NoPermission { path, error },
-            _ => IommufdError::NoIommufd { path, error },
-        })?;
-        Self::new(file.into())
+        let file = uninterrupted(|| File::options().read(true).write(true).open(PATH));
+        Self::new(file.map_err(open_error)?.into())
     }
 
     pub(crate) fn new(fd: OwnedFd) -> Result<Self, IommufdError> {
         let maker = Maker::new().map_err(|error| IommufdError::call("MADV_WIPEONFORK", error))?;
         Ok(Iommu { fd, maker })
+    }
+}
+
+/// Why the file was not opened.
+pub(crate) fn open_error(error: io::Error) -> IommufdError {
+    let path = PATH;
+    match error.raw_os_error() {
+        Some(libc::EACCES | libc::EPERM) => IommufdError::NoPermission { path, error },
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => IommufdError::NoIommufd { path, error },
+        _ => IommufdError::call("the open of /dev/iommu", error),
     }
 }
 

@@ -20,6 +20,8 @@ pub(crate) struct State {
     pub(crate) pending: Pending,
     /// Whether the translation has ended, so that the kernel has no dirty pages of it.
     pub(crate) gone: bool,
+    /// Whether the pending pages are also pending in the table of another domain.
+    pub(crate) copied: bool,
 }
 
 impl Log {
@@ -29,6 +31,7 @@ impl Log {
             state: Mutex::new(State {
                 pending: Pending::new(range, page)?,
                 gone: false,
+                copied: false,
             }),
         })
     }

@@ -15,7 +15,7 @@ use dirtymap::area::AreaMap;
 use dirtymap::{Access, AddressSpace, Granule, Iova, IovaRange, Mapping, ToIovaRange};
 use dirtymap_benches::compare::tables;
 use dirtymap_benches::peers::{Several, Shared, ThroughHandle, ThroughSpace};
-use dirtymap_benches::workloads::{clusters, distinct};
+use dirtymap_benches::workloads::{self, clusters, distinct};
 use dirtymap_benches::{Areas, PAGE, Peer, Tracker};
 use dirtymap_store::{Device, DirFolder, Options, Store};
 use pagetable_sim::{AmdV1, LeafSizes, Table};
@@ -78,6 +78,7 @@ const WORKLOADS: &[Workload] = &[
     ("table-10-percent", LEAVES, || table(Granule::K4, 100, 1)),
     ("table-10-percent-2m", LEAVES, || table(Granule::M2, 100, 1)),
     ("store-write-open", TIMES, store_write_open),
+    ("store-write-handle", TIMES, store_write_handle),
 ];
 
 /// Ranges of 1 GiB that are marked.
@@ -196,17 +197,15 @@ fn harvest_for(consumers: u64, nth: u64) {
 /// Areas of a map that is looked up, changed or scanned.
 const AREAS: u64 = 100_000;
 
-/// A map of so many areas, each mapped, and then as many removed and inserted again at random as
-/// there are, so that nodes and allocator are in the state of a map that has lived for some time.
+/// A map of the areas of the comparison, each mapped, then removed and inserted again at random, so
+/// that nodes and allocator are in the state of a map that has lived for some time. Also the
+/// areas in that order.
 fn lived_in<A: Areas>() -> (A, Vec<Mapping>) {
     let areas = A::new();
-    let mapping = |at: u64| Mapping {
-        range: page_range(at * 2, 1),
-        backing: at * PAGE,
-        access: Access::ReadWrite,
-    };
-    (0..AREAS).for_each(|at| areas.map(mapping(at)));
-    let shuffled: Vec<_> = distinct(AREAS, AREAS).into_iter().map(mapping).collect();
+    let mappings = workloads::areas(AREAS as usize);
+    mappings.iter().for_each(|mapping| areas.map(*mapping));
+    let order = distinct(AREAS, AREAS);
+    let shuffled: Vec<_> = order.iter().map(|at| mappings[*at as usize]).collect();
     areas.remap_all(&shuffled);
     (areas, shuffled)
 }
@@ -221,7 +220,10 @@ fn remap_batches() {
     let (areas, shuffled) = lived_in::<AreaMap<Mapping>>();
     counted(&mut || {
         for batch in shuffled[..TIMES as usize].chunks(1 << 10) {
-            areas.remap_batch(black_box(batch));
+            assert!(
+                areas.remap_batch(black_box(batch)),
+                "the tree changes in one step"
+            );
         }
     });
 }
@@ -282,6 +284,21 @@ fn store_write_open() {
             sure(store.begin_write(black_box(HOT..HOT + PAGE))).wait(),
         ))
     };
+    write();
+    counted(&mut || (0..TIMES).for_each(|_| write()));
+}
+
+/// The same by a handle.
+fn store_write_handle() {
+    let folder = sure(tempfile::tempdir());
+    let device = Device {
+        id: 1,
+        len: PAGES * PAGE,
+    };
+    let log = sure(DirFolder::new(folder.path().join("store")));
+    let store = sure(Store::create(log, &device, &Options::new()));
+    let writer = store.writer();
+    let write = || drop(sure(writer.begin_write(black_box(HOT..HOT + PAGE))));
     write();
     counted(&mut || (0..TIMES).for_each(|_| write()));
 }

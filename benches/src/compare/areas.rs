@@ -29,6 +29,8 @@ pub const FAMILY: Family = Family {
 
 /// Addresses that are looked up before one repeats: more than caches hold.
 const ADDRESSES: usize = 1 << 18;
+/// Changes of one batch.
+const BATCH: usize = 1000;
 /// Lookups of one turn that are timed one by one.
 const TIMED: usize = 1 << 16;
 
@@ -143,12 +145,15 @@ fn run(settings: &Settings, report: &mut Report) {
         );
         let mut change = time("remove and insert")
             .target(Target::RatioTo("rwlock-btreemap", 0.25))
+            .target(Target::RatioTo("crossbeam-skiplist", 1.0))
             .target(Target::RatioTo("scc-treeindex", 1.0))
             .target(Target::RatioTo("arc-swap-imbl", 1.0));
         if count == 100_000 {
             change = change.target(Target::AtMost(600.0));
         }
         round.remap(change);
+        let batch = time("remove and insert, batches of 1,000");
+        round.remap_in_batches(batch.target(Target::RatioTo("rwlock-btreemap", 1.0)));
         let mut worst = time("first fit above all areas");
         if count == 1_000_000 {
             worst = worst
@@ -263,6 +268,31 @@ impl<'a> Round<'a, '_> {
                 let mut mappings = Endless::new(&asked.shuffled);
                 Some(Box::new(move || {
                     let remap = |count| mappings.take(count, |some| peer.remap_all(some));
+                    vec![per_operation(settings.turn, remap)]
+                }))
+            },
+        );
+    }
+
+    fn remap_in_batches(&mut self, workload: Workload) {
+        let (settings, asked) = (self.settings, self.asked);
+        self.compare(
+            vec![workload],
+            |peer, _| peer.scan(),
+            |peer| {
+                // Without the peers that have no such step.
+                if !peer.remap_batch(&[]) {
+                    return None;
+                }
+                let mut mappings = Endless::new(&asked.shuffled);
+                Some(Box::new(move || {
+                    let remap = |count| {
+                        mappings.take(count, |some| {
+                            for batch in some.chunks(BATCH) {
+                                peer.remap_batch(batch);
+                            }
+                        });
+                    };
                     vec![per_operation(settings.turn, remap)]
                 }))
             },

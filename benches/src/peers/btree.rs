@@ -93,13 +93,14 @@ impl<L: Lock> Areas for LockedBTree<L> {
         sum(self.areas.read().values())
     }
 
-    fn remap_batch(&self, mappings: &[Mapping]) {
+    fn remap_batch(&self, mappings: &[Mapping]) -> bool {
         let mut areas = self.areas.write();
         for mapping in mappings {
             let start = mapping.range.start().get();
             areas.remove(&start);
             areas.insert(start, *mapping);
         }
+        true
     }
 }
 

@@ -187,9 +187,10 @@ impl Areas for AreaMap<Mapping> {
         total
     }
 
-    fn remap_batch(&self, mappings: &[Mapping]) {
+    fn remap_batch(&self, mappings: &[Mapping]) -> bool {
         let ranges = mappings.iter().map(|mapping| (mapping.range, *mapping));
         sure(self.replace(ranges));
+        true
     }
 }
 

@@ -35,7 +35,7 @@ use super::scan::{Upper, Visitor};
 use super::skip::{Harvest, is_quiet};
 use super::tree::Table;
 use crate::error::Error;
-use crate::fmt::Format;
+use crate::fmt::{Format, Iopte};
 
 /// A look at the dirty leaves that changes nothing.
 struct Peek<'s, 'b> {
@@ -63,8 +63,12 @@ impl<F: Format> Visitor<F> for Peek<'_, '_> {
         })
     }
 
+    fn skips(&self, entry: Iopte) -> bool {
+        self.skips && is_quiet::<F>(entry)
+    }
+
     fn enter(&mut self, upper: &Upper<'_>) -> Option<()> {
-        (!self.skips || !is_quiet::<F>(upper.entry)).then_some(())
+        (!Visitor::<F>::skips(self, upper.entry)).then_some(())
     }
 
     fn leave(&mut self, _upper: &Upper<'_>, _look: ()) {}
@@ -84,6 +88,10 @@ impl<F: Format> Visitor<F> for Clean {
     fn leaves(&mut self, batch: &Batch<'_>, mask: u64) -> Result<(), Stopped> {
         batch.clear::<F>(mask);
         Ok(())
+    }
+
+    fn skips(&self, _entry: Iopte) -> bool {
+        false
     }
 
     fn enter(&mut self, _upper: &Upper<'_>) -> Option<()> {

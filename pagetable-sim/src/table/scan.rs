@@ -46,6 +46,8 @@ pub(super) trait Visitor<F: Format> {
     /// The leaves of `batch` that `mask` has set, at least one: all are dirty, and inside the
     /// scanned range.
     fn leaves(&mut self, batch: &Batch<'_>, mask: u64) -> Result<(), Stopped>;
+    /// Whether the scan need not look below an entry with this value, which leads to a table.
+    fn skips(&self, entry: Iopte) -> bool;
     /// An entry that leads to a table; `None` if the scan need not look there.
     fn enter(&mut self, upper: &Upper<'_>) -> Option<Self::Look>;
     /// The scan comes back from there; an error of [`leaf`](Self::leaf) may have ended it early.
@@ -207,7 +209,8 @@ impl<V> Scan<'_, V> {
                 };
                 if let Some(look) = self.visit.enter(&upper) {
                     let child = child::<F>(entry, self.guard);
-                    let ahead = ahead::<F>(page, level, index, self.guard);
+                    let skips = |entry| self.visit.skips(entry);
+                    let ahead = ahead::<F>(page, level, index, self.guard, skips);
                     let done = self.table::<F>(child, level - 1, part, ahead);
                     self.visit.leave(&upper, look);
                     done?;
@@ -243,22 +246,25 @@ impl<V> Scan<'_, V> {
     }
 }
 
-/// The lowest table that comes after that of entry `index` of `page`, a table of `level`. Even
-/// where it follows in memory, a processor that fetches ahead by itself begins anew with each
-/// table.
+/// The lowest table that comes after that of entry `index` of `page`, a table of `level`, and that
+/// the scan does not skip. Even where it follows in memory, a processor that fetches ahead by
+/// itself begins anew with each table.
 fn ahead<'g, F: Format>(
     page: &[AtomicIopte],
     level: u32,
     index: usize,
     guard: &'g Guard,
+    skips: impl Fn(Iopte) -> bool,
 ) -> Option<&'g [AtomicIopte]> {
     if level != 1 || cfg!(dirtymap_loom) {
         return None;
     }
-    // Acquire: as the load in `entry`.
-    let entry = page.get(index + 1)?.load(Ordering::Acquire);
-    let is_table = F::is_present(entry) && !F::is_leaf(entry, level);
-    is_table.then(|| child::<F>(entry, guard))
+    page[index + 1..].iter().find_map(|slot| {
+        // Acquire: as the load in `entry`.
+        let entry = slot.load(Ordering::Acquire);
+        let is_table = F::is_present(entry) && !F::is_leaf(entry, level);
+        (is_table && !skips(entry)).then(|| child::<F>(entry, guard))
+    })
 }
 
 /// How many of the entries, in whole lines, come before the first line with anything to look at;

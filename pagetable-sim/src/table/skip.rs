@@ -171,6 +171,11 @@ impl<F: Format> Visitor<F> for Harvest<'_, '_, '_> {
         done
     }
 
+    #[inline]
+    fn skips(&self, entry: Iopte) -> bool {
+        self.skips && is_quiet::<F>(entry)
+    }
+
     fn enter(&mut self, upper: &Upper<'_>) -> Option<Look> {
         let mut counts = false;
         if self.skips {

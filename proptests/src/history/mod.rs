@@ -21,6 +21,11 @@
 //! An unmap that returns what is dirty is a harvest of every consumer, and cannot be put back. A
 //! lease that is aborted when its area is gone stays responsible, because its pages are counted as
 //! outside and its consumer copies them.
+//!
+//! # Discards
+//! A discard is a write, too: every consumer is told. A harvest that was told that a page is zero
+//! carries each write that began before the last drop of the page's storage ended, because such a
+//! write is part of what was dropped or is reported later. It carries no other write.
 
 mod record;
 mod tests;
@@ -31,7 +36,8 @@ use std::collections::{BTreeMap, BTreeSet};
 pub(crate) type Stamp = u64;
 
 /// The number of writers of a run. Each owns a lane of every page, where it writes growing numbers.
-pub(crate) const WRITERS: usize = 3;
+/// The last one discards, and writes to its lane when the storage is dropped.
+pub(crate) const WRITERS: usize = 4;
 
 /// One write to one page.
 #[derive(Clone, Copy, Debug)]
@@ -55,10 +61,18 @@ pub(crate) struct Harvest {
     pub(crate) began: Stamp,
     /// The time at which it had looked everywhere.
     pub(crate) looked: Stamp,
-    /// The pages that it reported, each with the copied number of each writer. Zero stands for a
-    /// page that was not copied.
-    pub(crate) reported: BTreeMap<u64, [u64; WRITERS]>,
+    /// The pages that it reported.
+    pub(crate) reported: BTreeMap<u64, Copied>,
     pub(crate) end: End,
+}
+
+/// The copy of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Copied {
+    /// The number of each writer. Zero stands for a page that was not copied.
+    Data([u64; WRITERS]),
+    /// The page is zero, and the last drop of its storage ended at this time.
+    Zero(Stamp),
 }
 
 /// How its lease ended.
@@ -92,10 +106,13 @@ impl Harvest {
         let End::Kept(synced) = self.end else {
             return false;
         };
-        let copied = self.reported.get(&write.page);
+        let copied = |copied: &Copied| match copied {
+            Copied::Data(numbers) => numbers[write.writer] >= write.number,
+            Copied::Zero(dropped) => write.began < *dropped,
+        };
         // A device may write through a cached translation until the sync ends, so the write only
         // has to begin before that. The copy tells whether it came in time.
-        synced > write.began && copied.is_some_and(|numbers| numbers[write.writer] >= write.number)
+        synced > write.began && self.reported.get(&write.page).is_some_and(copied)
     }
 
     /// Whether it held `write`'s page when `other` looked, and put it back later.

@@ -1,18 +1,19 @@
 //! The run: two devices and a CPU write, two threads harvest for the unnamed consumer and one for
-//! each of two named ones, one mapper unmaps and maps again. Each of them records its operations
-//! and their times.
+//! each of two named ones, one mapper unmaps and maps again, one thread discards. Each of them
+//! records its operations and their times.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use dirtymap::harvest::{Content, Synced};
 use dirtymap::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, Step, leave_out, lock, thread};
 use dirtymap::{
-    Access, AddressSpace, Consumer, Error, Granule, HarvestRequest, Holes, Iova, IovaRange, Start,
-    UserBitmap,
+    Access, AddressSpace, Consumer, Error, Granule, HarvestRequest, Holes, Iova, IovaRange, Lease,
+    Start, UserBitmap,
 };
 use pagetable_sim::{Breakage, Device, DeviceConfig, Domain, DomainConfig, PhysMemory};
 
-use super::{End, Harvest, History, Stamp, WRITERS, Write};
+use super::{Copied, End, Harvest, History, Stamp, Write};
 use crate::Random;
 
 const PAGE: u64 = 4096;
@@ -47,6 +48,8 @@ struct Run {
     began: Instant,
     stop: AtomicBool,
     history: Mutex<History>,
+    /// By page: when the last drop of its storage ended.
+    dropped: Vec<AtomicU64>,
 }
 
 fn pages(first: u64, count: u64) -> IovaRange {
@@ -119,17 +122,76 @@ impl Run {
         });
     }
 
+    /// Discards some pages of the first area. The memory keeps what is in it, so that a copy that
+    /// takes the pages for data has the numbers of all writers; and the lane of this writer gets a
+    /// new one, when the storage is dropped.
+    fn discarder(&self, writer: usize, mut random: Random) {
+        if let Broken::Step(step) = self.broken {
+            leave_out(Some(step));
+        }
+        let mut writes = Vec::new();
+        let mut number = 0;
+        while self.goes_on() && writes.len() < MOST {
+            let (first, count) = AREAS[0];
+            let page = first + [0, 1, random.below(count - 3)][random.below(3) as usize];
+            let all = page..page + 1 + random.below(3);
+            number += 1;
+            let began = self.now();
+            let discarded = self.space.discard(pages(page, all.end - page), || {
+                for page in all.clone() {
+                    let at = page * PAGE + writer as u64 * 8;
+                    self.memory.write(at, &u64::to_le_bytes(number)).unwrap();
+                }
+                let now = self.now();
+                for page in all.clone() {
+                    // Release: pairs with the Acquire in `copy`.
+                    self.dropped[page as usize].store(now, Ordering::Release);
+                }
+                Ok(())
+            });
+            discarded.unwrap();
+            let ended = self.now();
+            writes.extend(all.map(|page| Write {
+                writer,
+                page,
+                number,
+                began,
+                ended,
+            }));
+            thread::sleep(Duration::from_micros(random.below(200)));
+        }
+        lock(&self.history).writes.extend(writes);
+    }
+
+    /// What a lease tells to copy.
+    fn copy_lease(&self, lease: &Lease<'_, Synced>) -> BTreeMap<u64, Copied> {
+        let mut all = BTreeMap::new();
+        for (run, content) in lease.contents() {
+            let copied = self.copy([run].into_iter());
+            all.extend(copied.into_iter().map(|(page, copied)| match content {
+                Content::Data => (page, copied),
+                // Acquire: pairs with the Release in `discarder`.
+                Content::Zero => {
+                    let dropped = self.dropped[page as usize].load(Ordering::Acquire);
+                    (page, Copied::Zero(dropped))
+                }
+            }));
+        }
+        all
+    }
+
     /// The number of each writer in a copy of these pages.
-    fn copy(&self, runs: impl Iterator<Item = IovaRange>) -> BTreeMap<u64, [u64; WRITERS]> {
+    fn copy(&self, runs: impl Iterator<Item = IovaRange>) -> BTreeMap<u64, Copied> {
         let all = runs.flat_map(|run| run.start().get() / PAGE..=run.last().get() / PAGE);
         all.map(|page| {
-            let numbers = [0, 1, 2].map(|writer| {
+            let numbers = std::array::from_fn(|writer| {
+                let writer = writer as u64;
                 let mut bytes = [0; 8];
                 let at = page * PAGE + writer * 8;
                 self.memory.read(at, &mut bytes).unwrap();
                 u64::from_le_bytes(bytes)
             });
-            (page, numbers)
+            (page, Copied::Data(numbers))
         })
         .collect()
     }
@@ -205,7 +267,7 @@ impl Run {
         let early = (self.broken == Broken::CopyBeforeSync).then(|| self.copy([range].into_iter()));
         let lease = lease.sync().unwrap();
         let synced = self.now();
-        let mut reported = self.copy(lease.runs());
+        let mut reported = self.copy_lease(&lease);
         if let Some(early) = early {
             reported
                 .iter_mut()
@@ -283,6 +345,7 @@ pub(super) fn record(broken: Broken, time: Duration, seed: u64) -> History {
         began: Instant::now(),
         stop: AtomicBool::new(false),
         history: Mutex::default(),
+        dropped: (0..BEHIND).map(|_| AtomicU64::new(0)).collect(),
     };
     for (first, count) in AREAS {
         let range = pages(first, count);
@@ -310,6 +373,7 @@ pub(super) fn record(broken: Broken, time: Duration, seed: u64) -> History {
         }
         scope.spawn(move || shared.cpu(2, random(20)));
         scope.spawn(move || shared.mapper(random(30)));
+        scope.spawn(move || shared.discarder(3, random(40)));
         thread::sleep(time);
         // Relaxed: as in `goes_on`.
         shared.stop.store(true, Ordering::Relaxed);

@@ -7,7 +7,7 @@ use dirtymap::sync::Step;
 use pagetable_sim::Breakage;
 
 use super::record::{Broken, record};
-use super::{End, Harvest, History, LostWrite, WRITERS, Write, check};
+use super::{Copied, End, Harvest, History, LostWrite, WRITERS, Write, check};
 
 /// Writer 0 writes `number` to page 5.
 fn write(number: u64, began: u64, ended: u64) -> Write {
@@ -25,7 +25,7 @@ fn harvest(began: u64, looked: u64, number: Option<u64>, end: End) -> Harvest {
     let copied = |number| {
         let mut numbers = [0; WRITERS];
         numbers[0] = number;
-        (5, numbers)
+        (5, Copied::Data(numbers))
     };
     Harvest {
         whose: Some(0),
@@ -134,6 +134,17 @@ fn what_one_consumer_takes_says_nothing_of_another() {
 }
 
 #[test]
+fn a_page_that_is_zero_has_what_was_written_before_the_drop() {
+    let zero = |dropped| Harvest {
+        reported: [(5, Copied::Zero(dropped))].into(),
+        ..kept(20, None)
+    };
+    decide([write(1, 0, 10)], [zero(5), kept(40, None)]).unwrap();
+    lost([write(1, 5, 10)], [zero(5), kept(40, None)], 1);
+    decide([write(1, 5, 10)], [zero(5), kept(20, Some(1))]).unwrap();
+}
+
+#[test]
 fn pages_that_a_harvest_did_not_come_to_are_no_matter() {
     let short = Harvest {
         covers: (0, 5),
@@ -175,6 +186,9 @@ fn every_sabotage_is_seen_in_the_history() {
         Broken::CopyBeforeSync,
         Broken::Step(Step::LeaveToOthers),
         Broken::Step(Step::CarryDebt),
+        Broken::Step(Step::TellDiscard),
+        Broken::Step(Step::TakenIsData),
+        Broken::Step(Step::FlushAtDiscard),
     ] {
         let first = seed();
         // The interleavings of 200 ms are a matter of chance. Most faults show in the first run,

@@ -28,6 +28,8 @@
 //!   cannot be recorded is not cleared
 //! * `store`: a writer, a log on disk with its leader, two consumers, crashes. What is durable
 //!   survives them
+//! * `claims`: a writer with a handle of the store, the leader. A claim keeps its extent open and
+//!   its page marked
 //!
 //! A state is bad if the device has stopped, no thread is in the middle of an operation, nothing is
 //! dirty, and the copy differs from the memory. In some models, a state is also bad if a harvest
@@ -36,6 +38,7 @@
 //! `cargo run --release -p proptests --bin protocol` prints the table, and for each weakness a
 //! shortest path to a lost write.
 
+mod claims;
 mod consumers;
 mod discards;
 mod explore;
@@ -80,7 +83,7 @@ pub fn cases() -> Vec<Case> {
         &'static [&'static str],
         fn(Option<&'static str>) -> Outcome,
     );
-    let models: [Model; 10] = [
+    let models: [Model; 11] = [
         ("skip", skip::WEAKNESSES, skip::explore_with),
         ("leases", leases::WEAKNESSES, leases::explore_with),
         ("consumers", consumers::WEAKNESSES, consumers::explore_with),
@@ -91,6 +94,7 @@ pub fn cases() -> Vec<Case> {
         ("ring", ring::WEAKNESSES, ring::explore_with),
         ("summary", summary::WEAKNESSES, summary::explore_with),
         ("store", store::WEAKNESSES, store::explore_with),
+        ("claims", claims::WEAKNESSES, claims::explore_with),
     ];
     let mut cases = Vec::new();
     for (model, weaknesses, run) in models {

@@ -3,19 +3,22 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock, openat, renameat};
+use rustix::io::retry_on_intr;
 
 use super::{Disk, Folder};
 
 /// A folder of the file system, which belongs to one store.
 ///
+/// Files are named relative to the folder that was opened here, so they stay in it when it is
+/// moved, or when the process changes its working directory.
+///
 /// The file `lock` in it is locked by `flock`, so a second process is refused, and the kernel
 /// unlocks it when the process dies.
 #[derive(Debug)]
 pub struct DirFolder {
-    path: PathBuf,
     folder: File,
     lock: Option<File>,
 }
@@ -26,8 +29,8 @@ impl DirFolder {
     /// # Errors
     /// What the system says.
     pub fn new(path: impl AsRef<Path>) -> io::Result<Self> {
-        let path = path.as_ref().to_path_buf();
-        match fs::create_dir(&path) {
+        let path = path.as_ref();
+        match fs::create_dir(path) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             // Also if it was there: the process that made it may have died before this.
             _ => {
@@ -37,22 +40,23 @@ impl DirFolder {
                 File::open(parent.unwrap_or(Path::new(".")))?.sync_all()?;
             }
         }
-        let folder = File::open(&path)?;
-        Ok(DirFolder {
-            path,
-            folder,
-            lock: None,
-        })
+        let folder = File::open(path)?;
+        Ok(DirFolder { folder, lock: None })
+    }
+
+    /// Opens a file of the folder to read and write, with `flags`.
+    fn file(&self, name: &str, flags: OFlags) -> io::Result<File> {
+        let flags = flags | OFlags::RDWR | OFlags::CLOEXEC;
+        // As the standard library makes files.
+        let mode = Mode::from_raw_mode(0o666);
+        let file = retry_on_intr(|| openat(&self.folder, name, flags, mode))?;
+        Ok(File::from(file))
     }
 }
 
 impl Folder for DirFolder {
     fn open(&mut self, name: &str) -> io::Result<Option<Box<dyn Disk>>> {
-        let options = File::options()
-            .read(true)
-            .write(true)
-            .open(self.path.join(name));
-        match options {
+        match self.file(name, OFlags::empty()) {
             Ok(file) => Ok(Some(Box::new(FileDisk(file)))),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
@@ -60,13 +64,12 @@ impl Folder for DirFolder {
     }
 
     fn create(&mut self, name: &str) -> io::Result<Box<dyn Disk>> {
-        let mut options = File::options();
-        options.read(true).write(true).create(true).truncate(true);
-        Ok(Box::new(FileDisk(options.open(self.path.join(name))?)))
+        let file = self.file(name, OFlags::CREATE | OFlags::TRUNC)?;
+        Ok(Box::new(FileDisk(file)))
     }
 
     fn rename(&mut self, from: &str, to: &str) -> io::Result<()> {
-        fs::rename(self.path.join(from), self.path.join(to))
+        Ok(renameat(&self.folder, from, &self.folder, to)?)
     }
 
     fn sync(&mut self) -> io::Result<()> {
@@ -74,9 +77,7 @@ impl Folder for DirFolder {
     }
 
     fn lock(&mut self) -> io::Result<bool> {
-        let mut options = File::options();
-        options.read(true).write(true).create(true).truncate(false);
-        let file = options.open(self.path.join("lock"))?;
+        let file = self.file("lock", OFlags::CREATE)?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {
                 self.lock = Some(file);

@@ -92,9 +92,11 @@ pub trait Folder: Send {
 pub(crate) fn read_exact(disk: &dyn Disk, offset: u64, bytes: &mut [u8]) -> io::Result<bool> {
     let mut done = 0;
     while done < bytes.len() {
-        match disk.read_at(offset + done as u64, &mut bytes[done..])? {
-            0 => return Ok(false),
-            more => done += more,
+        match disk.read_at(offset + done as u64, &mut bytes[done..]) {
+            Ok(0) => return Ok(false),
+            Ok(more) => done += more,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
         }
     }
     Ok(true)

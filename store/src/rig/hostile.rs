@@ -1,15 +1,18 @@
 //! Files that no store has written: whatever they hold, opening them ends, allocates no more than
 //! the file is long, and never answers with less than there is.
 
+use dirtymap::Granule;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::programs::COPIED;
 use super::{Op, World, options};
+use crate::delta::{LOOKED_AT, Run};
 use crate::disk::SimFolder;
 use crate::error::Why;
 use crate::format::{BLOCK, Batch, Header, forge_checksums};
-use crate::image::{Image, MAX_EPOCH};
+use crate::geometry::Geometry;
+use crate::image::{Image, MAX_CONSUMERS, MAX_EPOCH};
 use crate::record::Record;
 use crate::store::{Opened, Store};
 
@@ -17,15 +20,22 @@ use crate::store::{Opened, Store};
 fn log() -> (World, Vec<u8>) {
     let mut world = World::new();
     let store = world.create().unwrap();
-    world.run(&store, &COPIED);
+    world.run(&store, &COPIED).unwrap();
     let writes = [0, 2, 4, 1].map(|page| Op::Write { page });
-    world.run(&store, &writes[..1]);
+    world.run(&store, &writes[..1]).unwrap();
     let bytes = world.sim.bytes("log").unwrap();
     (world, bytes)
 }
 
+impl World {
+    fn geometry(&self) -> Geometry {
+        let extent = Granule::from_bytes(2 * 4096).unwrap();
+        Geometry::new(self.device().len, extent, Granule::K4).unwrap()
+    }
+}
+
 /// What the file `bytes` is taken for.
-fn open(world: &World, bytes: Vec<u8>) -> Result<Store, Why> {
+fn open_log(world: &World, bytes: Vec<u8>) -> Result<Store, Why> {
     let folder = SimFolder::with("log", bytes);
     match Store::open(folder, &world.device(), &options()).unwrap() {
         Opened::Known(store) => Ok(store),
@@ -36,9 +46,9 @@ fn open(world: &World, bytes: Vec<u8>) -> Result<Store, Why> {
 #[test]
 fn every_file_that_is_cut_short_means_everything() {
     let (world, bytes) = log();
-    assert!(open(&world, bytes.clone()).is_ok());
+    assert!(open_log(&world, bytes.clone()).is_ok());
     for len in (0..bytes.len()).step_by(509) {
-        assert!(open(&world, bytes[..len].to_vec()).is_err(), "{len}");
+        assert!(open_log(&world, bytes[..len].to_vec()).is_err(), "{len}");
     }
 }
 
@@ -51,7 +61,7 @@ fn every_byte_that_rots_is_noticed() {
     for at in header_and_checkpoint {
         let mut rotten = bytes.clone();
         rotten[at] ^= 1;
-        assert!(open(&world, rotten).is_err(), "byte {at}");
+        assert!(open_log(&world, rotten).is_err(), "byte {at}");
     }
 }
 
@@ -63,12 +73,12 @@ fn a_batch_that_rots_in_the_middle_means_everything() {
     let roomy = options().log_bytes(8 * 4096);
     let store = Store::create(world.sim.clone(), &world.device(), &roomy).unwrap();
     let writes = [0, 2, 4].map(|page| Op::Write { page });
-    world.run(&store, &writes);
+    world.run(&store, &writes).unwrap();
     let mut bytes = world.sim.bytes("log").unwrap();
     let header = Header::read(&bytes[..BLOCK], bytes.len() as u64, &world.device()).unwrap();
     let second = header.batches() as usize + BLOCK;
     bytes[second + 33] ^= 1;
-    let why = open(&world, bytes).unwrap_err();
+    let why = open_log(&world, bytes).unwrap_err();
     let (lost, later) = (header.sequence + 1, header.sequence + 2);
     assert_eq!(why, Why::LostBatch { lost, later });
 }
@@ -79,7 +89,7 @@ fn a_store_of_another_device_version_or_length_says_so() {
     let with = |at: usize, byte: u8| {
         let mut bytes = bytes.clone();
         bytes[at] = byte;
-        open(&world, bytes).unwrap_err()
+        open_log(&world, bytes).unwrap_err()
     };
     assert_eq!(with(0, b'x'), Why::Foreign);
     assert_eq!(with(8, 2), Why::Version { found: 2, known: 1 });
@@ -97,10 +107,10 @@ fn a_store_of_another_device_version_or_length_says_so() {
     world.resize(8);
     let found = world.device().len;
     assert_eq!(
-        open(&world, bytes.clone()).unwrap_err(),
+        open_log(&world, bytes.clone()).unwrap_err(),
         Why::Resized { recorded, found }
     );
-    assert_eq!(open(&world, Vec::new()).unwrap_err(), Why::Foreign);
+    assert_eq!(open_log(&world, Vec::new()).unwrap_err(), Why::Foreign);
     let none = Store::open(SimFolder::new(), &world.device(), &options()).unwrap();
     assert!(matches!(none, Opened::Everything(lost) if *lost.why() == Why::Missing));
 }
@@ -118,7 +128,9 @@ fn a_new_log_has_numbers_of_its_own() {
     let first = header(&world);
     let (logs, batches) = (store.stats().switches, store.stats().batches);
     while store.stats().switches == logs {
-        world.run(&store, &[0, 2, 4].map(|page| Op::Write { page }));
+        world
+            .run(&store, &[0, 2, 4].map(|page| Op::Write { page }))
+            .unwrap();
     }
     let (second, batches) = (header(&world), store.stats().batches - batches);
     assert_eq!(second.generation, first.generation + 1);
@@ -142,7 +154,7 @@ fn a_log_in_which_every_block_claims_the_rest_is_refused() {
     }
     let (part, what) = ("log", "too many batches begin in it");
     assert_eq!(
-        open(&world, bytes).unwrap_err(),
+        open_log(&world, bytes).unwrap_err(),
         Why::Damaged { part, what }
     );
 }
@@ -181,19 +193,155 @@ fn a_log_that_outgrows_its_device_is_refused_at_the_record() {
     bytes[header.batches() as usize..][..batch.len()].copy_from_slice(&batch);
     let recorded = found + 1;
     assert_eq!(
-        open(&world, bytes.clone()).unwrap_err(),
+        open_log(&world, bytes.clone()).unwrap_err(),
         Why::Resized { recorded, found }
     );
     // The same in the header, whose checkpoint may name extents of the larger device.
     bytes[48..56].copy_from_slice(&most.to_le_bytes());
     forge_checksums(&mut bytes);
     assert_eq!(
-        open(&world, bytes).unwrap_err(),
+        open_log(&world, bytes).unwrap_err(),
         Why::Resized {
             recorded: most,
             found
         }
     );
+}
+
+/// The log of an empty store with room for more, after its own batches, in which `records` are one
+/// more batch.
+fn with_batch(world: &World, records: &[Record]) -> Vec<u8> {
+    let roomy = options().log_bytes(64 * BLOCK as u64);
+    let sim = SimFolder::new();
+    drop(Store::create(sim.clone(), &world.device(), &roomy).unwrap());
+    let mut bytes = sim.bytes("log").unwrap();
+    let header = Header::read(&bytes[..BLOCK], bytes.len() as u64, &world.device()).unwrap();
+    let mut batch = Batch::new();
+    records.iter().for_each(|record| batch.push(record));
+    let batch = batch.seal(header.generation, header.sequence);
+    bytes[header.batches() as usize..][..batch.len()].copy_from_slice(&batch);
+    bytes
+}
+
+/// A consumer waits for many pages, and harvests and aborts again and again, with one new page
+/// each time. Each abort took time in proportion to all pages, so a replay took time in proportion
+/// to the square of the log.
+#[test]
+fn a_replay_takes_time_in_proportion_to_its_log() {
+    let looked_at = |count: u64| {
+        let mut world = World::new();
+        world.resize(2 * 256 * (count + 1));
+        let name = "one".to_owned();
+        let mut records = vec![Record::Join { id: 0, name }];
+        let open = |extent| Record::Open {
+            first: extent,
+            count: 1,
+        };
+        // Each in a chunk of its own.
+        for extent in (1..=count).map(|number| number * 256) {
+            records.push(open(extent));
+            records.push(Record::Close { extent, mask: 1 });
+        }
+        records.push(open(0));
+        for epoch in 1..=count {
+            let whole = false;
+            let id = 0;
+            records.push(Record::Harvest { id, epoch, whole });
+            records.push(Record::Dirty { extent: 0, mask: 1 });
+            records.push(Record::Abort { id, epoch });
+        }
+        let bytes = with_batch(&world, &records);
+        LOOKED_AT.set(0);
+        let store = open_log(&world, bytes).unwrap();
+        let looked_at = LOOKED_AT.get();
+        let increment = store.harvest("one", None).unwrap();
+        assert_eq!(increment.epoch().number(), count + 1);
+        looked_at
+    };
+    let (few, many) = (looked_at(1000), looked_at(4000));
+    assert!(
+        many < 5 * few,
+        "{few} entries for a log, {many} for one of four times the length"
+    );
+}
+
+/// One record of a few bytes opens a million extents, and a recovery added each of them to each of
+/// 64 consumers. They are added to all consumers as one delta.
+#[test]
+fn a_recovery_adds_open_extents_in_one_go() {
+    const COUNT: u64 = 1 << 16;
+    let [extent, page] = [16, 12].map(|lg2| Granule::from_lg2(lg2).unwrap());
+    let mut geometry = Geometry::new(COUNT << 16, extent, page).unwrap();
+    let mut image = Image::default();
+    let mut apply = |record| image.apply(&mut geometry, &record).unwrap();
+    for id in 0..MAX_CONSUMERS as u32 {
+        let name = id.to_string();
+        apply(Record::Join { id, name });
+    }
+    // Each consumer waits for a page.
+    for (first, count) in [(0, 1), (1, COUNT - 1)] {
+        apply(Record::Open { first, count });
+        apply(Record::Dirty {
+            extent: first,
+            mask: 1,
+        });
+    }
+    LOOKED_AT.set(0);
+    image.recover();
+    let looked_at = LOOKED_AT.get() as u64;
+    assert!(looked_at < COUNT, "{looked_at} entries for {COUNT} extents");
+    for consumer in image.consumers.values() {
+        let runs: Vec<Run> = consumer.pending.runs().collect();
+        let (first, count, mask) = (0, COUNT, u32::MAX);
+        assert_eq!(runs, [Run { first, count, mask }]);
+    }
+}
+
+/// A sparse file of any length costs nothing, and the memory for its checkpoint was taken before a
+/// byte of it was looked at. A checkpoint has a bound, which the device gives.
+#[test]
+fn a_checkpoint_that_is_longer_than_the_device_needs_is_refused() {
+    let (world, mut bytes) = log();
+    let most = Image::most_bytes(3);
+    for (len, taken) in [(most, true), (most + 1, false)] {
+        bytes.resize((most + (1 << 20)) as usize, 0);
+        bytes[64..72].copy_from_slice(&len.to_le_bytes());
+        forge_checksums(&mut bytes);
+        let what = match taken {
+            true => "there are bytes after the end",
+            false => "the checkpoint is longer than the device needs",
+        };
+        let part = if taken { "checkpoint" } else { "header" };
+        let refused = open_log(&world, bytes.clone()).map(drop);
+        assert_eq!(refused, Err(Why::Damaged { part, what }));
+    }
+    // The longest one there is: all consumers, with the longest names, and masks in two deltas.
+    let mut image = Image::default();
+    let mut geometry = world.geometry();
+    for number in 0..MAX_CONSUMERS as u32 {
+        let name = format!("{number:0255}");
+        image
+            .apply(&mut geometry, &Record::Join { id: number, name })
+            .unwrap();
+    }
+    let mut out = Vec::new();
+    image.put(&mut out);
+    assert!(out.len() as u64 <= most, "{} of {most}", out.len());
+}
+
+/// A record of seven bytes that opens half a million extents, again and again.
+#[test]
+fn an_extent_that_is_opened_twice_is_refused() {
+    let mut world = World::new();
+    world.resize(64);
+    let open = |first, count| Record::Open { first, count };
+    let opened = |records: &[Record]| open_log(&world, with_batch(&world, records)).map(drop);
+    assert_eq!(opened(&[open(0, 2), open(2, 3)]), Ok(()));
+    let (part, what) = ("log", "an extent is opened that is open");
+    for again in [open(0, 2), open(1, 1), open(1, 8), open(0, 1)] {
+        let refused = opened(&[open(0, 2), again]);
+        assert_eq!(refused, Err(Why::Damaged { part, what }));
+    }
 }
 
 proptest! {
@@ -216,7 +364,7 @@ proptest! {
             bytes[at] = byte;
         }
         forge_checksums(&mut bytes);
-        if let Ok(store) = open(&world, bytes) {
+        if let Ok(store) = open_log(&world, bytes) {
             for consumer in store.consumers().unwrap() {
                 let increment = store.harvest(&consumer.name, consumer.committed).unwrap();
                 prop_assert!(increment.runs().total_bytes() <= u128::from(world.device().len));
@@ -231,6 +379,6 @@ proptest! {
             bytes[..12].copy_from_slice(b"dmstore\0\x01\0\0\0");
             forge_checksums(&mut bytes);
         }
-        prop_assert!(open(&world, bytes).is_err());
+        prop_assert!(open_log(&world, bytes).is_err());
     }
 }

@@ -5,18 +5,29 @@ use super::programs::COPIED;
 use super::{Loss, Op, explore, explore_for};
 use crate::step::{Step, leave_out};
 
-/// The steps that loom leaves out: orderings.
-const ORDERINGS: [Step; 4] = [
+/// The steps that loom leaves out: orderings and fences.
+pub(super) const ORDERINGS: [Step; 8] = [
     Step::PublishWrite,
     Step::SeeWrite,
     Step::PublishOpen,
     Step::SeeOpen,
+    Step::ClaimFence,
+    Step::LookFence,
+    Step::PublishEnd,
+    Step::SeeEnd,
 ];
 
-/// Restores the protocol, also when a test panics.
-struct Restore;
+/// Leaves a step out, and restores the protocol, also when a test panics.
+pub(super) struct LeftOut;
 
-impl Drop for Restore {
+impl LeftOut {
+    pub(super) fn new(step: Step) -> Self {
+        leave_out(Some(step));
+        LeftOut
+    }
+}
+
+impl Drop for LeftOut {
     fn drop(&mut self) {
         leave_out(None);
     }
@@ -26,6 +37,11 @@ const W0: Op = Op::Write { page: 0 };
 const W2: Op = Op::Write { page: 2 };
 const BEGIN: Op = Op::Begin { page: 0, pages: 1 };
 const HARVEST: Op = Op::Harvest(0);
+const COPY: Op = Op::Copy(0);
+const COMMIT: Op = Op::Commit(0);
+/// Opens the extent of page 0.
+const W1: Op = Op::Write { page: 1 };
+const CLAIM: Op = Op::BeginBy { handle: 0, page: 0 };
 
 /// A program that loses a write without `step`.
 fn program(step: Step) -> &'static [Op] {
@@ -43,7 +59,10 @@ fn program(step: Step) -> &'static [Op] {
         // A page is written again, and its extent closed, between harvest and commit.
         Step::DropHarvestedOnly => &[W0, HARVEST, Op::Copy(0), W0, W2, Op::Commit(0)],
         Step::ReportOpen => &[W0],
-        Step::PublishWrite | Step::SeeWrite | Step::PublishOpen | Step::SeeOpen => &[],
+        // The write lands after the commit, in an extent that is closed, or whose mark is gone.
+        Step::HoldClaimed => &[W1, CLAIM, Op::CloseExtents, HARVEST, COPY, COMMIT, Op::Land],
+        Step::PutBackClaimed => &[W1, CLAIM, HARVEST, COPY, COMMIT, Op::Land, Op::CloseExtents],
+        _ => &[],
     }
 }
 
@@ -53,8 +72,7 @@ fn loses_without(step: Step) -> Option<String> {
     let mut both = COPIED.to_vec();
     both.extend([Op::Join(1), Op::Harvest(1), Op::Copy(1), Op::Commit(1)]);
     explore(&both, program(step)).unwrap();
-    let _restore = Restore;
-    leave_out(Some(step));
+    let _left_out = LeftOut::new(step);
     let write = |loss: &Loss| matches!(loss, Loss::Write(_));
     explore_for(&both, program(step), write).err()
 }

@@ -34,7 +34,8 @@ const OP_DIRTY: u32 = 13;
 pub(crate) struct Flags {
     /// Its IOMMU cannot track.
     pub(crate) no_dirty: bool,
-    /// Its IOMMU has leaves of 1 MiB.
+    /// Its IOMMU has leaves of 1 MiB. Newer mocks (7.3) have leaves of any power of two, as the
+    /// memory is contiguous, and no such device: then it is one without this flag.
     pub(crate) huge: bool,
 }
 
@@ -171,12 +172,27 @@ impl Iommu {
         Ok(arg.0[7])
     }
 
-    /// A device of the mock, which at first uses a page table of its own without tracking.
-    pub(crate) fn device(&self, ioas: u32, flags: Flags) -> io::Result<MockDevice> {
+    fn make_device(&self, ioas: u32, flags: Flags) -> io::Result<Arg> {
         let bits = u32::from(flags.no_dirty) | u32::from(flags.huge) << 1;
         let arg = Arg::new(72).u32(4, OP_DEVICE).u32(8, ioas);
         let mut arg = arg.u32(28, bits);
         self.call(TEST, &mut arg)?;
+        Ok(arg)
+    }
+
+    /// A device of the mock, which at first uses a page table of its own without tracking.
+    pub(crate) fn device(&self, ioas: u32, flags: Flags) -> io::Result<MockDevice> {
+        let made = self.make_device(ioas, flags);
+        let arg = match made.as_ref().map_err(io::Error::raw_os_error) {
+            Err(Some(libc::EINVAL)) if flags.huge => {
+                let flags = Flags {
+                    huge: false,
+                    ..flags
+                };
+                self.make_device(ioas, flags)?
+            }
+            _ => made?,
+        };
         Ok(MockDevice {
             iommu: self.try_clone()?,
             stdev: arg.get(16),

@@ -312,6 +312,39 @@ fn a_table_that_was_detached_with_a_second_try_comes_back() {
     assert_eq!(two.harvest(Scope::All), 0);
 }
 
+/// A harvest had read the other table before the second try of the detach copied the page there.
+/// Then the first table was attached again, and its switch to "on" forgot the page, which the
+/// harvest had yet to read. The harvest ended without it.
+#[test]
+fn a_table_that_comes_back_during_a_harvest_still_has_its_page() {
+    for smallest in [[4096; 2], [65536, 4096], [4096, 65536]] {
+        let two = two_with(smallest);
+        let device = Dev::new(1);
+        two.tables[1].attach(&device).unwrap();
+        two.space.detach(two.domains[1]).unwrap_err();
+        two.write(1, 5);
+        two.tables[0].attach(&device).unwrap();
+        let mut words = [0];
+        let view = UserBitmap::new(&mut words).view(pages(0, 64), Granule::K4);
+        let view = view.unwrap();
+        let mut sink = view.sink();
+        let mut gather = FlushGather::new();
+        let mut read = |table: usize| {
+            let mut out = LeafSink::new(&mut sink, &mut gather);
+            let table = &two.tables[table];
+            table.read_and_clear(pages(0, 64), &mut out).unwrap();
+        };
+        read(0);
+        two.space.detach(two.domains[1]).unwrap();
+        two.space.attach(Arc::clone(&two.tables[1])).unwrap();
+        read(1);
+        assert_eq!(words[0] >> 5 & 1, 1, "page 5, pages of {smallest:?}");
+        // The copy of the other table is reported once more.
+        assert_eq!(two.harvest(Scope::All) >> 5 & 1, 1);
+        assert_eq!(two.harvest(Scope::All), 0);
+    }
+}
+
 /// A device moved in one step from a table that tracks to a new one, which was attached to the
 /// space a moment later. What it wrote in between was in no table: a final harvest ended without
 /// these pages.

@@ -30,6 +30,30 @@ fn a_missing_file_says_what_to_load() {
     }
 }
 
+/// Whatever the error of the open was, it said that the module is missing: also without a free
+/// descriptor.
+#[test]
+fn each_error_of_the_open_says_what_to_do() {
+    type Right = fn(&IommufdError) -> bool;
+    let missing: Right = |error| matches!(error, IommufdError::NoIommufd { .. });
+    let forbidden: Right = |error| matches!(error, IommufdError::NoPermission { .. });
+    let other: Right = |error| matches!(error, IommufdError::Call { .. });
+    let cases = [
+        (libc::ENOENT, missing),
+        (libc::ENODEV, missing),
+        (libc::ENXIO, missing),
+        (libc::EACCES, forbidden),
+        (libc::EPERM, forbidden),
+        (libc::EMFILE, other),
+        (libc::ENOMEM, other),
+    ];
+    for (errno, is_right) in cases {
+        let error = crate::kernel::open_error(io::Error::from_raw_os_error(errno));
+        assert!(is_right(&error), "errno {errno}: {error}");
+        assert!(error.to_string().contains("/dev/iommu"), "{error}");
+    }
+}
+
 /// A file that is not iommufd, or a device of VFIO: the call is unknown.
 #[test]
 fn a_file_of_another_kind_is_told() {
@@ -255,6 +279,32 @@ fn signals_during_a_map_are_waited_out_or_told() {
     fake.fail(Fault::always("map", libc::EINTR));
     let error = inner(space.map(pages(1, 1), 0, Access::ReadWrite).unwrap_err());
     assert!(matches!(error, IommufdError::Interrupted { .. }), "{error}");
+}
+
+/// The same for every other call: the error said only that the call was interrupted.
+#[test]
+fn signals_during_any_call_are_told_as_such() {
+    let fake = Fake::new(Granule::K4);
+    let ioas = fake.ioas(IoasOptions::default());
+    let hwpt = ioas.hwpt(1).unwrap();
+    let told = |error: IommufdError| {
+        assert!(
+            matches!(error, IommufdError::Interrupted { times: 32, .. }),
+            "{error}"
+        );
+    };
+    fake.fail(Fault::always("hwpt_alloc", libc::EINTR));
+    told(ioas.hwpt(1).unwrap_err());
+    fake.fail(Fault::always("iova_ranges", libc::EINTR));
+    told(ioas.usable().unwrap_err());
+    fake.fail(Fault::always("track", libc::EINTR));
+    told(hwpt.switch(true).unwrap_err());
+    fake.mend();
+    let mut device = Dev::new(1);
+    device.answer = Err(io::Error::from_raw_os_error(libc::EINTR));
+    told(hwpt.attach(&device).unwrap_err());
+    told(hwpt.detach(&device).unwrap_err());
+    hwpt.switch(true).unwrap();
 }
 
 #[test]

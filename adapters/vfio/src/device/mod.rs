@@ -141,8 +141,8 @@ struct State {
     log: Option<Arc<Started>>,
     /// Whether the log is corrupt. Then all areas are dirty, whatever is pending.
     corrupt: bool,
-    /// Whether the device may still have a log that no call reads, because a stop failed. It refuses
-    /// a start until that log is stopped.
+    /// Whether the device may still have a log that no call reads, because a stop failed. The
+    /// device refuses a start until that log is stopped.
     may_log: bool,
 }
 

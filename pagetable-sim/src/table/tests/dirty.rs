@@ -22,6 +22,10 @@ impl<F: Format, V: FnMut(&dyn Fn() -> bool)> Visitor<F> for Finder<V> {
         Ok(())
     }
 
+    fn skips(&self, _entry: Iopte) -> bool {
+        false
+    }
+
     fn enter(&mut self, _upper: &Upper<'_>) -> Option<()> {
         Some(())
     }

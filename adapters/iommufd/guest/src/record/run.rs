@@ -15,6 +15,8 @@ use crate::mock::{APERTURE, Flags, GRANULE, Get, Iommu, MockDevice, errno};
 const WINDOW: u64 = 24 << 20;
 /// The size of a large page of the system.
 const LARGE: u64 = 2 << 20;
+/// No leaf is larger: areas of large pages have at most three of them.
+const LARGEST: u64 = 4 << 20;
 const NO_CLEAR: u32 = 1;
 
 /// A page table of the sequence.
@@ -77,11 +79,7 @@ impl Sequence {
             "{{\"t\":\"seq\",\"seq\":{number},\"name\":\"{}\",\"pagetable\":\"{}\",\
              \"option_huge_pages\":{},\"granule\":{GRANULE},\"iova_alignment\":{alignment},\
              \"iova_ranges\":{},\"hwpts\":[{}]}}",
-            if huge {
-                "leaves of 1 MiB"
-            } else {
-                "small leaves"
-            },
+            if huge { "large pages" } else { "small leaves" },
             if huge { "huge" } else { "default" },
             u8::from(large),
             pairs(&ranges),
@@ -159,7 +157,7 @@ impl Sequence {
     /// The dirty granules of a range, and of a leaf that extends above it.
     fn look(&self, hwpt: u32, (iova, length): Run, flags: u32) -> io::Result<Vec<Run>> {
         // A leaf that extends past the range has room, too.
-        let bits = length / GRANULE + LARGE / GRANULE;
+        let bits = length / GRANULE + LARGEST / GRANULE;
         let mut words = vec![0u64; usize::try_from(bits.div_ceil(64)).unwrap_or(0)];
         let get = Get {
             iova,
@@ -247,7 +245,7 @@ impl Sequence {
             let from = at / self.alignment * self.alignment;
             let mut seen = None;
             // Most leaves are small; a leaf that fills the look may be larger.
-            for granules in [16, LARGE / GRANULE] {
+            for granules in [16, LARGEST / GRANULE] {
                 let looked = (from, (granules * GRANULE).min(end - from));
                 seen = self.look(self.probe, looked, NO_CLEAR)?.first().copied();
                 if seen.is_some_and(|(_, len)| len < looked.1) {

@@ -1,0 +1,217 @@
+//! The area that a thread has marked last, for marks without a lookup.
+//!
+//! A thread that marks by [`AddressSpace::mark`](super::AddressSpace::mark) mostly marks one area
+//! many times. So each thread remembers an [`AreaHandle`]. A mark tries this handle first, and does
+//! what a mark by any handle does: it sets the bits, and then looks at the state of the area. If
+//! the area has gone or was cut, or if the handle is one of another area or of another space, the
+//! mark looks the area up. So the proof of marks by a handle covers these marks, and there is no
+//! generation to compare.
+//!
+//! * A handle belongs to a space if both have the same counters. The handle keeps the counters
+//!   alive, so no later space can have them at the same address.
+//! * A thread makes a handle when it marks the same area by lookup for the second time in a row. A
+//!   thread that marks one area here and one there makes none, and pays for no counts.
+//! * The handle keeps the bits of one area alive, for each thread: until the thread marks another
+//!   area by lookup twice in a row, or ends. It keeps no source alive, and no addresses.
+//!
+//! A model checker runs all threads of a model in one thread of the system, so models have no such
+//! handles. Models of marks by a handle of their own cover this path.
+
+use std::cell::RefCell;
+use std::ptr;
+
+use super::{AddressSpace, AreaHandle};
+use crate::area::Entry;
+use crate::sync::{Arc, TINY};
+use crate::units::IovaRange;
+
+/// What a thread remembers.
+struct Recent {
+    handle: Option<AreaHandle>,
+    /// The area that it looked up last: an address to compare.
+    looked_up: *const super::Area,
+}
+
+thread_local! {
+    static RECENT: RefCell<Recent> = const {
+        RefCell::new(Recent { handle: None, looked_up: ptr::null() })
+    };
+}
+
+/// Marks `range` by the handle of this thread, if that is one of `space`. Returns whether all of
+/// `range` was marked in an area that is mapped; if not, the caller looks the area up.
+#[inline]
+pub(super) fn mark(space: &AddressSpace, range: IovaRange) -> bool {
+    if TINY {
+        return false;
+    }
+    // An error if the thread is at its end.
+    let marked = RECENT.try_with(|recent| {
+        let recent = recent.try_borrow().ok()?;
+        let handle = recent.handle.as_ref()?;
+        Some(Arc::ptr_eq(&handle.counters, &space.counters) && handle.mark_near(range))
+    });
+    marked.ok().flatten() == Some(true)
+}
+
+/// This thread has looked up the area of `entry` for a mark.
+#[inline]
+pub(super) fn looked_up(space: &AddressSpace, entry: &Entry<'_, super::Area>) {
+    if TINY {
+        return;
+    }
+    let area = ptr::from_ref(entry.area);
+    let again = RECENT.try_with(|recent| {
+        let Ok(mut recent) = recent.try_borrow_mut() else {
+            return false;
+        };
+        let again = ptr::eq(std::mem::replace(&mut recent.looked_up, area), area);
+        // The handle of an area that is too large for a short path would be made for each mark.
+        let known = recent
+            .handle
+            .as_ref()
+            .map(|handle| Arc::as_ptr(&handle.area));
+        again && known != Some(area)
+    });
+    if again == Ok(true) {
+        remember(space.handle(*entry));
+    }
+}
+
+#[cold]
+fn remember(handle: AreaHandle) {
+    // The handle that it replaces is dropped after the borrow.
+    let _replaced = RECENT.try_with(|recent| {
+        let mut recent = recent.try_borrow_mut().ok()?;
+        recent.handle.replace(handle)
+    });
+}
+
+#[cfg(all(test, not(any(dirtymap_loom, dirtymap_shuttle))))]
+#[allow(clippy::unwrap_used)] // helpers of tests
+mod tests {
+    use super::*;
+    use crate::units::{Access, Granule};
+
+    /// A space with one area of 16 pages at 0.
+    fn space() -> AddressSpace {
+        let space = AddressSpace::tracked(Granule::K4);
+        space.map(0..0x10000, 0, Access::ReadWrite).unwrap();
+        space
+    }
+
+    /// Handles of `space` that threads remember.
+    fn remembered(space: &AddressSpace) -> usize {
+        let of_the_space = Arc::strong_count(&AddressSpace::new(Granule::K4).counters);
+        Arc::strong_count(&space.counters) - of_the_space
+    }
+
+    fn dirty(space: &AddressSpace) -> u64 {
+        let lease = space.rounds().next().unwrap();
+        let dirty = lease.dirty();
+        lease.commit();
+        dirty
+    }
+
+    /// The first mark looks the area up, the second one too and remembers it, and the third one
+    /// goes by the handle: each of them is harvested.
+    #[test]
+    fn each_mark_is_harvested_however_it_found_its_area() {
+        let space = space();
+        for nth in 0..5u64 {
+            space.mark(nth << 12..(nth << 12) + 1).unwrap();
+            assert!(nth == 0 || remembered(&space) == 1, "mark {nth}");
+            assert_eq!(dirty(&space), 1, "mark {nth}");
+            // A range over several pages, and the same page once more.
+            space.mark(0x2000..0x5000).unwrap();
+            space.mark(0x2000..0x2001).unwrap();
+            assert_eq!(dirty(&space), 3);
+        }
+    }
+
+    /// An area that a thread remembers is unmapped: the next mark of the thread is an error. Then
+    /// another area is mapped at the same addresses, and the mark after that is one of the new
+    /// area. A mark in the bits of the old area would be lost.
+    #[test]
+    fn an_area_that_has_gone_is_looked_up_anew() {
+        let space = space();
+        for _ in 0..3 {
+            space.mark(0x1000..0x1001).unwrap();
+        }
+        assert_eq!(remembered(&space), 1);
+        assert_eq!(dirty(&space), 1);
+        space.unmap_discarding(0..0x10000).unwrap();
+        assert!(space.mark(0x1000..0x1001).is_err());
+        assert_eq!(space.stats().outside_marks, 1);
+        space.map(0..0x10000, 0, Access::ReadWrite).unwrap();
+        for _ in 0..4 {
+            space.mark(0x1000..0x1001).unwrap();
+            assert_eq!(dirty(&space), 1);
+        }
+    }
+
+    /// The remembered area is cut, and a piece of it is unmapped.
+    #[test]
+    fn an_area_that_was_cut_is_looked_up_anew() {
+        let space = space();
+        for _ in 0..3 {
+            space.mark(0x1000..0x1001).unwrap();
+        }
+        space.cut(0x4000.into()).unwrap();
+        space.mark(0x5000..0x5001).unwrap();
+        space.unmap_discarding(0x4000..0x10000).unwrap();
+        assert!(space.mark(0x5000..0x5001).is_err());
+        space.mark(0x2000..0x2001).unwrap();
+        assert_eq!(dirty(&space), 2);
+    }
+
+    /// Two spaces with areas at the same addresses, marked in turn by one thread, and a third space
+    /// after one of them was dropped.
+    #[test]
+    fn a_handle_marks_its_own_space_alone() {
+        let (one, two) = (space(), space());
+        for space in [&one, &one, &one, &two, &one, &two, &two, &two, &one] {
+            space.mark(0x3000..0x3001).unwrap();
+            assert_eq!(dirty(space), 1);
+        }
+        drop(two);
+        let three = space();
+        three.mark(0x3000..0x3001).unwrap();
+        assert_eq!((dirty(&three), dirty(&one)), (1, 0));
+    }
+
+    /// A thread that marks areas in turn makes no handle: each would cost counts that all threads
+    /// share.
+    #[test]
+    fn areas_in_turn_are_not_remembered() {
+        let space = space();
+        space.map(0x20000..0x30000, 0, Access::ReadWrite).unwrap();
+        // In a thread of its own, which remembers nothing of other tests.
+        std::thread::scope(|threads| {
+            threads.spawn(|| {
+                for _ in 0..4 {
+                    space.mark(0x1000..0x1001).unwrap();
+                    space.mark(0x21000..0x21001).unwrap();
+                }
+                assert_eq!(remembered(&space), 0);
+            });
+        });
+        assert_eq!(dirty(&space), 2);
+    }
+
+    /// The end of a thread ends its handle.
+    #[test]
+    fn a_thread_takes_its_handle_with_it() {
+        let space = space();
+        std::thread::scope(|threads| {
+            let marks = threads.spawn(|| {
+                for _ in 0..3 {
+                    space.mark(0x1000..0x1001).unwrap();
+                }
+                remembered(&space)
+            });
+            assert_eq!(marks.join().unwrap(), 1);
+        });
+        assert_eq!(remembered(&space), 0);
+    }
+}
