@@ -4,7 +4,8 @@ use std::io;
 
 use dirtymap::{Granule, IovaRange};
 
-use crate::kernel::TRIES;
+/// The number of tries of a call that signals interrupt.
+pub(crate) const TRIES: u32 = 32;
 
 /// The error of a call of an [`Ioas`](crate::Ioas) or a [`Hwpt`](crate::Hwpt), or of the kernel.
 ///
