@@ -4,7 +4,8 @@ use std::io;
 
 use dirtymap::{Granule, IovaRange};
 
-use crate::kernel::TRIES;
+/// The number of tries of a call that signals interrupt.
+pub(crate) const TRIES: u32 = 32;
 
 /// The error of a call of an [`Ioas`](crate::Ioas) or a [`Hwpt`](crate::Hwpt), or of the kernel.
 ///
@@ -242,8 +243,8 @@ pub enum IommufdError {
 }
 
 impl IommufdError {
-    /// A failure of `call` without a variant of its own. The call was tried as often as
-    /// [`uninterrupted`](crate::kernel::uninterrupted) does.
+    /// A failure of `call` without a variant of its own. If signals interrupted the call, it was
+    /// tried [`TRIES`] times.
     pub(crate) fn call(call: &'static str, error: io::Error) -> Self {
         match error.raw_os_error() {
             Some(libc::ENOTTY) => IommufdError::Unsupported { call, error },

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use dirtymap::{Access, Granule, Iova, IovaRange, Mapping};
 use dirtymap_host::Maker;
 
-use crate::error::IommufdError;
+use crate::error::{IommufdError, TRIES};
 use crate::uapi::{self, Sized32, Span};
 
 /// The calls of the kernel that the logic of the adapter needs. Tests have an implementation of
@@ -52,9 +52,6 @@ pub(crate) trait Kernel: Send + Sync {
         bits: &mut [u64],
     ) -> io::Result<()>;
 }
-
-/// The number of tries of a call that signals interrupt.
-pub(crate) const TRIES: u32 = 32;
 
 /// Makes a call again when a signal interrupted it.
 pub(crate) fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {

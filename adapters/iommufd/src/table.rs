@@ -7,9 +7,9 @@ use dirtymap::sync::{Mutex, MutexGuard, lock};
 use dirtymap::{Granule, IovaRange};
 use dirtymap_host::BitPool;
 
-use crate::error::IommufdError;
+use crate::error::{IommufdError, TRIES};
 use crate::iommufd::Iommufd;
-use crate::kernel::{TRIES, uninterrupted};
+use crate::kernel::uninterrupted;
 use crate::log::{self, Log};
 use crate::options::OnUnmap;
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use dirtymap::{Access, AddressSpace, Error, Granule, HarvestRequest, UserBitmap};
 
 use super::fake::{Fake, Fault, pages};
-use crate::kernel::TRIES;
+use crate::error::TRIES;
 use crate::log::Log;
 use crate::table::Table;
 use crate::{Hwpt, IoasOptions, IommufdError, OnUnmap};
