@@ -17,6 +17,8 @@ struct Storm {
     store: Store,
     device: Vec<AtomicU64>,
     writers: AtomicU64,
+    /// Copies that the consumer has made.
+    copies: AtomicU64,
 }
 
 fn random(state: &mut u64, bound: u64) -> u64 {
@@ -30,7 +32,7 @@ impl Storm {
     /// Handles come and go. Now and then two writes of a handle are in flight, and a guard goes to
     /// another thread.
     fn write(&self, mut state: u64, by_handle: bool) {
-        for _ in 0..60 {
+        for _ in 0..40 {
             let writer = self.store.writer();
             for _ in 0..20 {
                 let page = random(&mut state, PAGES);
@@ -44,6 +46,13 @@ impl Storm {
                     }
                     false => (self.store.begin_write(bytes).unwrap().wait().unwrap(), None),
                 };
+                if random(&mut state, 16) == 0 {
+                    // Extents close, and the consumer copies, while the writes are in flight.
+                    let copies = self.copies.load(Ordering::Relaxed);
+                    while self.copies.load(Ordering::Relaxed) < copies + 2 {
+                        thread::yield_now();
+                    }
+                }
                 self.device[page as usize].store(state, Ordering::Relaxed);
                 if guards.1.is_some() {
                     self.device[second as usize].store(state ^ 1, Ordering::Relaxed);
@@ -85,6 +94,7 @@ fn handles_beside_closes_and_harvests_lose_no_write() {
         store: Store::create(folder, &device, &options).unwrap(),
         device: (0..PAGES).map(|_| AtomicU64::new(0)).collect(),
         writers: AtomicU64::new(4),
+        copies: AtomicU64::new(0),
     };
     storm.store.join("copy").unwrap();
     let mut copy = vec![0; PAGES as usize];
@@ -97,6 +107,7 @@ fn handles_beside_closes_and_harvests_lose_no_write() {
         while storm.writers.load(Ordering::Acquire) > 0 {
             parent = Some(storm.copy(&mut copy, parent));
             storm.store.close_extents().unwrap();
+            storm.copies.fetch_add(1, Ordering::Relaxed);
         }
         storm.copy(&mut copy, parent);
     });

@@ -169,7 +169,9 @@ fn the_copy_of_a_narrower_consumer_has_no_parent() {
 #[test]
 fn the_first_start_is_an_epoch_also_for_a_consumer_of_everything() {
     let space = AddressSpace::new(dirtymap::Granule::K4);
-    space.map(0..0x4000, 0, dirtymap::Access::ReadWrite).unwrap();
+    space
+        .map(0..0x4000, 0, dirtymap::Access::ReadWrite)
+        .unwrap();
     let one = space.consumer("one", Start::Dirty).unwrap();
     space
         .map(0x4000..0x8000, 0, dirtymap::Access::ReadWrite)
@@ -178,5 +180,8 @@ fn the_first_start_is_an_epoch_also_for_a_consumer_of_everything() {
     space.start_tracking().unwrap();
     let started = one.epoch();
     let (told, lineage) = next(&one);
-    assert_eq!((told, lineage.parent), (vec![0, 1, 2, 3], Parent::Epoch(started)));
+    assert_eq!(
+        (told, lineage.parent),
+        (vec![0, 1, 2, 3], Parent::Epoch(started))
+    );
 }
