@@ -330,7 +330,7 @@ fn a_node_is_not_used_again_under_a_reader() {
 /// pushes one of its own, which the second update of the other thread may merge.
 #[test]
 fn updates_hand_each_other_their_pool() {
-    holds_within(WRITERS, &[Step::PublishPool], || {
+    holds_within(WRITERS, &[Step::PublishPool, Step::PublishFurther], || {
         let tree = Arc::new(AreaTree::<u64, 4>::new());
         let other = {
             let tree = Arc::clone(&tree);

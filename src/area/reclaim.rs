@@ -411,7 +411,7 @@ impl<T, const F: usize, R> Reclaim<T, F, R> {
             match self.further.compare_exchange_weak(
                 top,
                 pool,
-                weaken(Step::PublishPool, Ordering::Release),
+                weaken(Step::PublishFurther, Ordering::Release),
                 Ordering::Relaxed,
             ) {
                 Ok(_) => return,

@@ -42,6 +42,8 @@ pub struct Sink<'a> {
     exclusive: bool,
     bits_set: u64,
     windows: u64,
+    /// The first word of the lowest window that was opened.
+    bottom: u64,
     /// The first word above every window that was opened.
     top: u64,
 }
@@ -55,6 +57,7 @@ impl<'a> Sink<'a> {
             exclusive,
             bits_set: 0,
             windows: 0,
+            bottom: u64::MAX,
             top: 0,
         }
     }
@@ -91,6 +94,14 @@ impl<'a> Sink<'a> {
         let position = self.top.saturating_mul(64).checked_sub(1)?;
         let bit = position.min(self.view.last_position()) - self.view.shift();
         Some(self.view.addresses(bit, bit).last())
+    }
+
+    /// The addresses that may have been recorded; `None` if nothing was.
+    pub(crate) fn recorded_in(&self) -> Option<IovaRange> {
+        let first = self.bottom.saturating_mul(64).max(self.view.shift()) - self.view.shift();
+        let last = self.recorded_to()?;
+        let start = self.view.addresses(first, first).start();
+        IovaRange::new(start.min(last), last).ok()
     }
 
     /// Records `range` as dirty: sets each bit whose granule it touches, and none outside the
@@ -232,6 +243,23 @@ impl<'a> Sink<'a> {
         Ok(())
     }
 
+    /// As [`or`](Self::or), for words from `word` on, by their places and with their masks.
+    ///
+    /// # Errors
+    /// As `or`, and how many of the words were recorded.
+    #[inline]
+    pub(crate) fn or_words(
+        &mut self,
+        word: u64,
+        masks: &[(u16, u64)],
+    ) -> Result<(), (usize, BitmapError)> {
+        for (nth, (place, mask)) in masks.iter().enumerate() {
+            let recorded = self.or(word.wrapping_add(u64::from(*place)), *mask);
+            recorded.map_err(|error| (nth, error))?;
+        }
+        Ok(())
+    }
+
     /// Up to `words` words from `word` on, in which bits may be recorded without a call for each,
     /// as long as the caller counts those that were clear: see [`count_set`](Self::count_set).
     /// Empty if other threads record there, or if the window is not open yet.
@@ -258,6 +286,7 @@ impl<'a> Sink<'a> {
             .view
             .backing()
             .window(word, self.view.last_position())?;
+        self.bottom = self.bottom.min(self.window.first());
         self.top = self.top.max(self.window.end());
         self.windows += 1;
         Ok(())

@@ -16,9 +16,9 @@
 use super::file::{FileBitmap, Mapping};
 use super::span::Span;
 use super::{MAX_BITS, SparseBitmap, WINDOW_BITS};
-use crate::chunkmap::{CHUNK_WORDS, ChunkMap};
+use crate::chunkmap::{CHUNK_WORDS, ChunkMap, LINE_WORDS};
 use crate::error::BitmapError;
-use crate::sync::AtomicU64;
+use crate::sync::{AtomicU64, Ordering};
 
 /// The memory of the bits of a bitmap.
 #[derive(Clone, Copy, Debug)]
@@ -85,8 +85,16 @@ impl<'a> Backing<'a> {
             Backing::Sparse(sparse) => Window::lent(sparse.chunk(word)),
             Backing::Chunks(map) => {
                 let chunk = word / CHUNK_WORDS;
-                let words = Span::of_words(map.words_to_record(chunk));
-                Window::lent((chunk * CHUNK_WORDS, words, CHUNK_WORDS))
+                let (words, summary) = map.words_to_record(chunk);
+                Window {
+                    first: chunk * CHUNK_WORDS,
+                    words: CHUNK_WORDS,
+                    bits: Bits::Noted {
+                        span: Span::of_words(words),
+                        origin: chunk * CHUNK_WORDS,
+                        summary,
+                    },
+                }
             }
             #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
             Backing::File(file) => Window::of_file(file, word, last)?,
@@ -156,6 +164,12 @@ pub(super) struct Window<'a> {
 enum Bits<'a> {
     /// In memory; word 0 of the span is word `origin` of the bitmap.
     Lent { span: Span<'a>, origin: u64 },
+    /// A chunk of which `summary` says in which lines its one writer has recorded.
+    Noted {
+        span: Span<'a>,
+        origin: u64,
+        summary: &'a AtomicU64,
+    },
     /// In a mapping that the window owns.
     #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
     Mapped(Mapping),
@@ -255,6 +269,9 @@ impl<'a> Window<'a> {
         if !self.holds(word) {
             return &[];
         }
+        if let Bits::Noted { .. } = self.bits {
+            return &[]; // each word is noted when it is recorded
+        }
         let words = words.min(self.end() - word) as usize;
         self.with(word, |span, index| span.words(index, words))
             .unwrap_or(&[])
@@ -290,6 +307,18 @@ impl<'a> Window<'a> {
         debug_assert!(self.holds(word));
         match &self.bits {
             Bits::Lent { span, origin } => Some(access(span, (word - origin) as usize)),
+            Bits::Noted {
+                span,
+                origin,
+                summary,
+            } => {
+                let nth = (word - origin) as usize;
+                // Relaxed, both: of the one writer; its Release fence before it clears what it has
+                // recorded orders the summary and the word.
+                let lines = summary.load(Ordering::Relaxed);
+                summary.store(lines | 1 << (nth / LINE_WORDS), Ordering::Relaxed);
+                Some(access(span, nth))
+            }
             #[cfg(all(feature = "mmap", not(dirtymap_loom)))]
             Bits::Mapped(mapping) => {
                 let (span, origin) = mapping.span();

@@ -91,6 +91,8 @@ impl State {
     const KIND: u64 = 3;
     const WHOLE: u64 = 1;
     const SPLIT: u64 = 2;
+    /// Claimed by a thread that leaves or takes bits; the number is 0: see [`left`](super::left).
+    const CLAIMED: u64 = 3;
     /// What is added to a state for the next number.
     const NEXT: u64 = Self::KIND + 1;
 
@@ -155,6 +157,24 @@ impl AtomicState<'_> {
         // the visit did, or the words that are set instead. Acquire: pairs with the Release of
         // `Slot::set_whole`. Relaxed on failure: nothing is read.
         let _ = self.replace(state, state.cleaned(), Ordering::AcqRel, Ordering::Relaxed);
+    }
+}
+
+impl AtomicState<'_> {
+    /// Claims the chunk, of a bitmap without marks; returns whether this call did.
+    pub(super) fn claim(self) -> bool {
+        let (free, claimed) = (State(0), State(State::CLAIMED));
+        // Acquire on success: pairs with the Release in `end_claim`; the words are those that the
+        // claim before has left. Relaxed on failure: the caller changes nothing.
+        self.replace(free, claimed, Ordering::Acquire, Ordering::Relaxed)
+            .is_ok()
+    }
+
+    /// Ends the claim of the caller.
+    pub(super) fn end_claim(self) {
+        // Release: pairs with the Acquire in `claim`; publishes the words.
+        let order = weaken(Step::PublishLeft, Ordering::Release);
+        self.0.store(0, order);
     }
 }
 

@@ -1,17 +1,20 @@
 //! What a harvest that shares its findings with other consumers asks of a [`ChunkMap`]: one writer
 //! records bits, other threads look at them, and the writer wipes them at the end.
 //!
-//! Such a bitmap has no marks: its one writer sets the summary of a chunk, all lines of it, when it
-//! first records there, and clears the summary after the words. So a thread that finds the summary
-//! clear finds the words clear as well.
+//! Such a bitmap has no marks: its one writer sets the summary of a line with the first word that
+//! it records there, and clears the summary of a chunk after the words. So a thread that finds the
+//! summary clear finds the words clear as well.
 
 use std::convert::Infallible;
 
 use super::chunk::{CHUNK_BITS, LINE_WORDS, lines};
-use super::map::{BITS_LG2, ChunkMap};
+use super::map::{BITS_LG2, CHUNK_WORDS, ChunkMap};
 use super::take::Visitor;
 use crate::sync::{AtomicU64, Ordering};
 use crate::words::ones;
+
+/// The words of a chunk.
+pub(crate) type ChunkWords = [AtomicU64; CHUNK_WORDS as usize];
 
 impl ChunkMap {
     /// The highest bit.
@@ -46,50 +49,50 @@ impl ChunkMap {
         })
     }
 
-    /// The words of chunk `index`, for the one writer to record in; its summary is set.
-    pub(crate) fn words_to_record(&self, index: u64) -> &[AtomicU64] {
+    /// The words of chunk `index`, for the one writer to record in, and their summary: the writer
+    /// sets the bit of a line when it records there.
+    pub(crate) fn words_to_record(&self, index: u64) -> (&ChunkWords, &AtomicU64) {
         let (slot, chunk) = self.slot_or_new(index);
-        // Relaxed: the writer's Release fence before it clears what it has recorded orders both.
-        slot.summary.store(u64::MAX, Ordering::Relaxed);
-        &chunk.0
+        (&chunk.0, slot.summary)
     }
 
     /// Calls `each` with the words that have bits, of the chunks that hold bits of `first..=last`,
-    /// as their one writer: the number of a chunk, and some of its words by their places. Clears
-    /// them after that: what other threads are to find instead was stored by `each`.
+    /// as their one writer: the number of a chunk, and some of its words by their places, in
+    /// ascending order. Clears them after that: what other threads are to find instead was stored
+    /// by `each`.
     pub(crate) fn wipe(&self, first: u64, last: u64, mut each: impl FnMut(u64, &[(u16, u64)])) {
-        const BATCH: usize = 64;
+        let mut found = None;
         let done: Result<(), Infallible> = self.each_chunk(first, last, |slot, chunk, base| {
             // Relaxed: the writer's own store, here and below.
-            if slot.summary.load(Ordering::Relaxed) == 0 {
+            let lines = slot.summary.load(Ordering::Relaxed);
+            if lines == 0 {
                 return Ok(());
             }
-            let (mut found, mut len) = ([(0, 0); BATCH], 0);
-            let mut give = |found: &[(u16, u64)]| {
-                each(base >> BITS_LG2, found);
-                for (nth, _) in found {
-                    // Release: pairs with the Acquire fence of the thread that finds the word
-                    // clear; it sees what was stored instead.
-                    chunk.0[usize::from(*nth)].store(0, Ordering::Release);
-                }
-            };
-            for (line, words) in chunk.0.chunks(LINE_WORDS).enumerate() {
+            let found = found.get_or_insert_with(|| [(0, 0); CHUNK_WORDS as usize]);
+            let mut len = 0;
+            for line in ones(lines) {
+                let first = line * LINE_WORDS;
+                let words = &chunk.0[first..][..LINE_WORDS];
+                let seen: [u64; LINE_WORDS] =
+                    std::array::from_fn(|nth| words[nth].load(Ordering::Relaxed));
+                // A mask of the words that have bits, without a branch for each.
                 let mut any = 0u64;
-                for (nth, word) in words.iter().enumerate() {
-                    any |= u64::from(word.load(Ordering::Relaxed) != 0) << nth;
+                for (nth, seen) in seen.iter().enumerate() {
+                    any |= u64::from(*seen != 0) << nth;
                 }
                 for nth in ones(any) {
-                    if len == BATCH {
-                        give(&found);
-                        len = 0;
-                    }
                     // A chunk has at most 512 words.
-                    let mask = words[nth].load(Ordering::Relaxed);
-                    found[len] = ((line * LINE_WORDS + nth) as u16, mask);
+                    found[len] = ((first + nth) as u16, seen[nth]);
                     len += 1;
                 }
             }
-            give(&found[..len]);
+            let found = &found[..len];
+            each(base >> BITS_LG2, found);
+            for (nth, _) in found {
+                // Release: pairs with the Acquire fence of the thread that finds the word clear; it
+                // sees what was stored instead.
+                chunk.0[usize::from(*nth)].store(0, Ordering::Release);
+            }
             // Release: as above, for the thread that finds the summary clear.
             slot.summary.store(0, Ordering::Release);
             Ok(())

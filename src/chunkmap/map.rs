@@ -231,7 +231,7 @@ impl ChunkMap {
     /// Calls `each` for the chunks of blocks that have bits, with the chunk's first bit, and the
     /// requested bits of it.
     #[inline]
-    fn walk<V: Visitor>(
+    pub(super) fn walk<V: Visitor>(
         &self,
         first: u64,
         last: u64,
@@ -339,6 +339,8 @@ impl ChunkMap {
             let to = last.min(base + group.len() - 1);
             for index in index.max(base)..=to {
                 if let Some(chunk) = group.bits(index - base).get() {
+                    #[cfg(test)]
+                    crate::compared::one();
                     each(group.slot(index - base), chunk, index << BITS_LG2)?;
                 }
             }

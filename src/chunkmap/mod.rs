@@ -12,6 +12,7 @@
 //! * [`take`]: the harvester's side
 //! * [`place`]: the place of what a harvester takes
 //! * [`handed`]: bits that one harvest records, and others see
+//! * [`left`]: bits that many threads leave, and few take
 //! * [`slab`]: the memory of chunks that lie side by side
 //!
 //! The bitmap knows bits, and neither addresses nor areas. The marks of an area, the put-back store
@@ -20,6 +21,7 @@
 mod chunk;
 mod group;
 mod handed;
+mod left;
 mod map;
 mod place;
 mod slab;
@@ -32,6 +34,8 @@ mod loom_tests;
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod tests;
 
+pub(crate) use chunk::LINE_WORDS;
+pub(crate) use handed::ChunkWords;
 pub(crate) use map::{CHUNK_WORDS, ChunkMap, OneGroup};
 pub(crate) use place::Place;
 pub(crate) use take::{Taker, Visitor};

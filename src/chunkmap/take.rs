@@ -9,7 +9,7 @@ use crate::sync::{AtomicU64, Ordering, Step, fence, fence_after_rmw, performs};
 use crate::words::{ones, word_mask};
 
 /// Lines of a chunk.
-const LINES: usize = (CHUNK_BITS / LINE_BITS) as usize;
+pub(super) const LINES: usize = (CHUNK_BITS / LINE_BITS) as usize;
 
 /// Receives the bits of a bitmap, word by word.
 pub(crate) trait Visitor {
@@ -30,6 +30,11 @@ pub(crate) trait Visitor {
     fn place(&self, _first: u64, _words: u64) -> Place<'_> {
         Place::NONE
     }
+
+    /// Receives bits that were recorded in a [`place`](Self::place), as [`visit`](Self::visit)
+    /// does, before they are cleared.
+    #[inline(always)]
+    fn share(&self, _first: u64, _mask: u64) {}
 
     /// Counts `bits` that were recorded in a [`place`](Self::place) and were clear there.
     #[inline(always)]
@@ -125,10 +130,11 @@ impl Slot<'_> {
             let place = taker.place(base + line as u64 * LINE_BITS, words);
             let mut taken = left & whole & lines_from(line, place.lines());
             if taken != 0 {
-                let bits = take_lines(chunk, taken, line, place);
+                let share = |word: u64, seen| taker.share(base + word * 64, seen);
+                let bits = take_lines::<true>(chunk, taken, line, place, share);
                 taker.placed(bits);
             } else {
-                visit_line::<true, _>(chunk, base, line, first, last, taker)?;
+                visit_line::<true, true, _>(chunk, base, line, first, last, taker)?;
                 taken = 1 << line;
             }
             left &= !taken;
@@ -184,7 +190,7 @@ impl Slot<'_> {
             } else if !secured {
                 cleared.lines = 0;
             }
-            visit_line::<true, _>(chunk, base, line, first, last, taker)?;
+            visit_line::<true, true, _>(chunk, base, line, first, last, taker)?;
             cleared.lines = 0;
         }
         Ok(())
@@ -266,7 +272,7 @@ impl Slot<'_> {
         while left != 0 {
             let line = left.trailing_zeros() as usize;
             left &= left - 1;
-            visit_line::<false, _>(chunk, base, line, first, last, visitor)?;
+            visit_line::<false, true, _>(chunk, base, line, first, last, visitor)?;
         }
         Ok(())
     }
@@ -329,8 +335,12 @@ fn visit_all<V: Visitor>(
             false => Place::NONE,
         };
         if place.lines() > 0 {
-            bit += place.lines() as u64 * LINE_BITS;
+            let next = bit + place.lines() as u64 * LINE_BITS;
             let bits = place.fill();
+            (bit..next)
+                .step_by(64)
+                .for_each(|bit| visitor.share(base + bit, u64::MAX));
+            bit = next;
             visitor.placed(bits);
             continue;
         }
@@ -343,32 +353,52 @@ fn visit_all<V: Visitor>(
 }
 
 /// Records the words of `lines` in `place`, which begins with line `from` and has all of them, and
-/// clears them after that. Returns how many bits were clear in the place.
+/// clears them after that. Returns how many bits were clear in the place. `share` gets each word,
+/// by its place in the chunk, before it is cleared. `SHARED` is that of [`visit_line`].
 #[inline]
-fn take_lines(chunk: &Chunk, lines: u64, from: usize, place: Place<'_>) -> u64 {
+pub(super) fn take_lines<const SHARED: bool>(
+    chunk: &Chunk,
+    lines: u64,
+    from: usize,
+    place: Place<'_>,
+    share: impl Fn(u64, u64),
+) -> u64 {
     #[cfg(all(target_arch = "x86_64", not(target_feature = "popcnt"), not(miri)))]
     if std::is_x86_feature_detected!("popcnt") {
         // SAFETY: this processor has the instruction.
-        return unsafe { take_lines_popcnt(chunk, lines, from, place) };
+        return unsafe { take_lines_popcnt::<SHARED>(chunk, lines, from, place, share) };
     }
-    take_each_line(chunk, lines, from, place)
+    take_each_line::<SHARED>(chunk, lines, from, place, share)
 }
 
 /// As [`take_lines`], for processors that count bits by one instruction, which the baseline does
 /// not have.
 #[cfg(all(target_arch = "x86_64", not(target_feature = "popcnt"), not(miri)))]
 #[target_feature(enable = "popcnt")]
-fn take_lines_popcnt(chunk: &Chunk, lines: u64, from: usize, place: Place<'_>) -> u64 {
-    take_each_line(chunk, lines, from, place)
+fn take_lines_popcnt<const SHARED: bool>(
+    chunk: &Chunk,
+    lines: u64,
+    from: usize,
+    place: Place<'_>,
+    share: impl Fn(u64, u64),
+) -> u64 {
+    take_each_line::<SHARED>(chunk, lines, from, place, share)
 }
 
 #[inline(always)]
-fn take_each_line(chunk: &Chunk, lines: u64, from: usize, place: Place<'_>) -> u64 {
+fn take_each_line<const SHARED: bool>(
+    chunk: &Chunk,
+    lines: u64,
+    from: usize,
+    place: Place<'_>,
+    share: impl Fn(u64, u64),
+) -> u64 {
     let mut bits = 0;
     for line in ones(lines) {
         let words = chunk.0[line * LINE_WORDS..].first_chunk();
         if let Some((words, place)) = words.zip(place.line(line - from)) {
-            bits += take_line(words, place);
+            let first = (line * LINE_WORDS) as u64;
+            bits += take_line::<SHARED>(words, place, |nth, seen| share(first + nth as u64, seen));
         }
     }
     bits
@@ -378,12 +408,17 @@ fn take_each_line(chunk: &Chunk, lines: u64, from: usize, place: Place<'_>) -> u
 ///
 /// A locked operation waits for the stores before it, so all words are recorded first.
 #[inline(always)]
-fn take_line(words: &[AtomicU64; LINE_WORDS], place: &[AtomicU64; LINE_WORDS]) -> u64 {
+fn take_line<const SHARED: bool>(
+    words: &[AtomicU64; LINE_WORDS],
+    place: &[AtomicU64; LINE_WORDS],
+    share: impl Fn(usize, u64),
+) -> u64 {
     // Relaxed, here and below: F5 orders the looks after the clear of the summary; `clear` takes
     // what is found.
     let look = |nth: usize| words[nth].load(Ordering::Relaxed);
     let record = |nth: usize, seen: u64| {
         let fresh = Place::record(&place[nth], seen);
+        share(nth, seen);
         u64::from(fresh.count_ones())
     };
     // A mask of the words that have bits, without a branch for each.
@@ -399,7 +434,7 @@ fn take_line(words: &[AtomicU64; LINE_WORDS], place: &[AtomicU64; LINE_WORDS]) -
         let seen = look(nth);
         if seen != 0 {
             bits = record(nth, seen);
-            clear(&words[nth], seen);
+            clear::<SHARED>(&words[nth], seen);
         }
         return bits;
     }
@@ -409,7 +444,7 @@ fn take_line(words: &[AtomicU64; LINE_WORDS], place: &[AtomicU64; LINE_WORDS]) -
             bits += record(nth, *seen);
         }
         for (word, seen) in words.iter().zip(seen) {
-            clear(word, seen);
+            clear::<SHARED>(word, seen);
         }
         return bits;
     }
@@ -419,15 +454,16 @@ fn take_line(words: &[AtomicU64; LINE_WORDS], place: &[AtomicU64; LINE_WORDS]) -
         bits += record(nth, seen[nth]);
     }
     for nth in ones(found) {
-        clear(&words[nth], seen[nth]);
+        clear::<SHARED>(&words[nth], seen[nth]);
     }
     bits
 }
 
 /// Gives `visitor` the words of `line` that have bits of `first..=last`, and clears these bits
-/// after the call if `TAKE`.
+/// after the call if `TAKE`: by locked operations if the line is `SHARED` with threads that set
+/// bits.
 #[inline]
-fn visit_line<const TAKE: bool, V: Visitor>(
+pub(super) fn visit_line<const TAKE: bool, const SHARED: bool, V: Visitor>(
     chunk: &Chunk,
     base: u64,
     line: usize,
@@ -460,16 +496,24 @@ fn visit_line<const TAKE: bool, V: Visitor>(
         }
         visitor.visit(base + bit, seen)?;
         if TAKE {
-            clear(&words[nth], seen);
+            clear::<SHARED>(&words[nth], seen);
         }
     }
     Ok(())
 }
 
 /// Clears the bits of `seen`, which were visited. A bit that was set in between stays for the next
-/// harvest.
+/// harvest. Without `SHARED`, no other thread changes the word meanwhile: see
+/// [`left`](super::left).
 #[inline(always)]
-fn clear(word: &AtomicU64, seen: u64) {
+fn clear<const SHARED: bool>(word: &AtomicU64, seen: u64) {
+    if !SHARED {
+        // Relaxed: the claim of the chunk orders it.
+        let others = word.load(Ordering::Relaxed) & !seen;
+        // Release: pairs with the Acquire fence in `copy_of`. A copy of the consumer that finds the
+        // word taken sees the count of the harvest that took it.
+        return word.store(others, Ordering::Release);
+    }
     // Acquire: pairs with the Release of `set_word` and `set_words`; the copy of the page comes
     // after the data of the mark. Release: a marker that sees the bit gone sees what the visit did.
     word.fetch_and(!seen, Ordering::AcqRel);
@@ -484,7 +528,7 @@ fn clear_words(chunk: &Chunk) {
             for word in line {
                 let seen = word.load(Ordering::Relaxed);
                 if seen != 0 {
-                    clear(word, seen);
+                    clear::<true>(word, seen);
                 }
             }
         }
@@ -493,7 +537,7 @@ fn clear_words(chunk: &Chunk) {
 
 /// `count` lines from `line` on, as far as a chunk has them.
 #[inline(always)]
-fn lines_from(line: usize, count: usize) -> u64 {
+pub(super) fn lines_from(line: usize, count: usize) -> u64 {
     match count.min(LINES - line) {
         0 => 0,
         count => word_mask(line as u32, (line + count - 1) as u32),
@@ -502,7 +546,7 @@ fn lines_from(line: usize, count: usize) -> u64 {
 
 /// The lines that lie in the bits `first..=last` as a whole.
 #[inline]
-fn whole_lines(first: u64, last: u64) -> u64 {
+pub(super) fn whole_lines(first: u64, last: u64) -> u64 {
     let (from, end) = (first.div_ceil(LINE_BITS), (last + 1) / LINE_BITS);
     if from < end {
         word_mask(from as u32, (end - 1) as u32)

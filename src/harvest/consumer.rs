@@ -61,7 +61,8 @@ pub enum Start<'c> {
     /// No page is dirty. Writes are reported from the return of the call on, so copy everything
     /// once, after the call.
     Clean,
-    /// All that is mapped in its range.
+    /// All that is mapped in its range. If the pages that would be pending exceed the
+    /// [`Bounds`](super::Bounds) of a new consumer, they are pending as a whole.
     Dirty,
     /// The pages that are dirty for that consumer, which has no lease meanwhile.
     LikeOf(&'c Consumer<'c>),

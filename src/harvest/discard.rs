@@ -232,7 +232,7 @@ impl<'s> Discarding<'s> {
             }
         }
         // F2 of the marks' protocol; also orders the zero bits and the flush before the drop. Pairs
-        // with F10 in `shared::Taking::leave` and in `AddressSpace::zeros_to_clear`. If F2 comes
+        // with F10 in `Shares::leave` and in `AddressSpace::zeros_to_clear`. If F2 comes
         // first, that harvest clears the zero bits that were set above; if F10 comes first, all
         // that it has cleared was written before the drop.
         space.ordering.before_copies(Step::DiscardFence);

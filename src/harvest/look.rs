@@ -2,6 +2,7 @@
 //!
 //! Harvest and peek look at the same places, and differ in their treatment of a dirty page.
 
+use super::shares::Sharing;
 use crate::bitmap::Sink;
 use crate::error::Stopped;
 use crate::flush::FlushGather;
@@ -27,13 +28,16 @@ pub(super) enum Look<'g> {
 /// stop stands for bytes above it. Pages above the stop that earlier sources reported are in the
 /// sink, and the caller puts them back.
 ///
-/// What is in flight is seen and not taken: it goes to the second sink, if there is one.
+/// In a space with several consumers, `sink` is that of a flight, and `sharing` has the harvest's
+/// own sink. What is in flight is seen and not taken: it goes to the harvest's own sink. So do
+/// put-back pages and marks, which are left to the others here. What sources had is in the flight
+/// afterwards, and its debt in the queue.
 pub(super) fn look(
     space: &AddressSpace,
     covered: &Covered,
     area: &Area,
     (part, limit): (IovaRange, IovaRange),
-    (sink, seen): (&mut Sink<'_>, Option<&mut Sink<'_>>),
+    (sink, mut sharing): (&mut Sink<'_>, Option<&mut Sharing<'_, '_>>),
     mut how: Look<'_>,
 ) -> Result<(), Stopped> {
     let page = covered.alignment(space.page());
@@ -72,13 +76,12 @@ pub(super) fn look(
     if let Some(part) = rest {
         sink.limit_to(part);
         let takes = matches!(how, Look::Take(_));
-        let mut seen = seen;
         let visited = space.in_flight.visit(part, |write| {
             if takes && let Some(zeros) = space.zeros_to_clear(area) {
                 zeros.clear(write);
             }
-            match &mut seen {
-                Some(seen) => seen.record(write),
+            match &mut sharing {
+                Some(sharing) => sharing.own.record(write),
                 None => sink.record(write),
             }
         });
@@ -86,6 +89,9 @@ pub(super) fn look(
             let at = part.start();
             (rest, outcome) = below(part, Stopped { at, error }, page);
         }
+    }
+    if let (Some(sharing), Look::Take(gather)) = (&mut sharing, &mut how) {
+        sharing.owe(gather);
     }
     // The tables come first, because an unmap moves pages from the tables to the put-back stores,
     // and then to the marks.
@@ -96,9 +102,10 @@ pub(super) fn look(
         // empty sees the pages marked.
         fence(Ordering::Acquire);
         sink.limit_to(part);
-        let looked = match &how {
-            Look::Peek => marks.peek(part, sink),
-            Look::Take(_) => marks.read_and_clear(part, sink),
+        let looked = match (&how, &mut sharing) {
+            (Look::Peek, _) => marks.peek(part, sink),
+            (Look::Take(_), None) => marks.read_and_clear(part, sink),
+            (Look::Take(_), Some(sharing)) => sharing.take(marks, part),
         };
         if let Err(stopped) = looked {
             (rest, outcome) = below(part, stopped, page);

@@ -69,6 +69,7 @@ mod parallel;
 mod request;
 mod rounds;
 mod shared;
+mod shares;
 mod walk;
 mod write_guard;
 
@@ -281,8 +282,9 @@ fn harvest<'a>(
     (all, entered): (IovaRange, &Walk<'_>),
 ) -> Lease<'a, Owed> {
     #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
-    if request.is_parallel() && !holding.is_shared() {
-        return parallel::harvest(holding, snapshot, request, bound.view());
+    if request.is_parallel() {
+        let ends = (all, entered);
+        return parallel::harvest(holding, snapshot, request, bound.view(), ends);
     }
     let asked = bound.view().range();
     // Declared after the holding, so that it is dropped before: a walk that panics closes its

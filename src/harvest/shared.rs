@@ -7,11 +7,16 @@
 //! # The protocol
 //! ```text
 //!  T0  claim the piece: its summaries may be hidden
-//!      for each dirty leaf, for each word of put-back stores and marks:
+//!      for each dirty leaf:
 //!  T1    record the page in the flight of this harvest
 //!  T2    clear it
-//!      end the claim
 //!  T3  hand the debt of all of them to the flush queue
+//!      for each chunk of put-back stores and marks:
+//!  T1    record its words in our own bitmap, and in the flight
+//!  T2    clear them
+//!  T4    leave them pending for the other consumers
+//!  T5    wipe them from the flight
+//!      end the claim; for the leaves:
 //!  T4  leave them pending for the other consumers; record them for our own
 //!  T5  wipe the flight
 //!
@@ -44,27 +49,31 @@
 //!
 //! # Cost
 //! A space without named consumers pays two counts for each harvest. With several consumers, the
-//! flush queue is locked once for each piece of 64 GiB (at 4 KiB a page) that owes something, and
-//! each word of dirty pages is stored once for each consumer.
+//! flush queue is locked once for each piece of 64 GiB (at 4 KiB a page) that owes something. Marks
+//! are taken in one pass, and each word of dirty pages is added to the store of each other consumer
+//! by a plain load and store: see [`Pending`](crate::marks::Pending). The flight is looked at as
+//! far as leaves were recorded in it.
 
 use super::look::{Look, below, look};
+use super::shares::{Shares, Sharing, address};
 use crate::bitmap::{Sink, WINDOW_BITS};
 use crate::chunkmap::CHUNK_WORDS;
 use crate::error::Stopped;
 use crate::flush::FlushGather;
-use crate::marks::{Flight, FlightSlot, Zeros};
+use crate::marks::{Flight, FlightSlot};
 use crate::space::{AddressSpace, Area, Covered, Member};
 use crate::sync::{Arc, Ordering, Step, fence, performs};
 use crate::units::{Iova, IovaRange};
 
 /// Takes what is dirty in `part` of `area` for the consumer of `covered`, and leaves it to the
-/// others. What it owes goes to the queue or, if there are no others, to `gather`. Returns how many
-/// leaves the queue got, and how the walk ended.
+/// others. A leaf that extends past `part` is taken as far as it is inside `limit`. What is owed
+/// goes to the queue or, if there are no others, to `gather`. Returns how many leaves the queue
+/// got, and how the walk ended.
 pub(super) fn take(
     space: &AddressSpace,
     covered: &Covered,
     area: &Area,
-    part: IovaRange,
+    (part, limit): (IovaRange, IovaRange),
     sink: &mut Sink<'_>,
     gather: &mut FlushGather,
 ) -> (u64, Result<(), Stopped>) {
@@ -73,7 +82,7 @@ pub(super) fn take(
             space,
             covered,
             area,
-            (part, part),
+            (part, limit),
             (sink, None),
             Look::Take(gather),
         );
@@ -87,23 +96,22 @@ pub(super) fn take(
         let end = (u128::from(start.get()) / bytes + 1) * bytes - 1;
         let last = u64::try_from(end).map_or(part.last(), |end| part.last().min(Iova::new(end)));
         let piece = IovaRange::ascending(start, last);
-        let mut taking = Taking::begin(space, covered, area, part);
+        let mut taking = Taking::begin(Shares::new(space, covered, area, limit));
+        let shares = taking.shares;
         let claim = Claim::begin(space, piece);
         let looked = {
-            let mut flight = taking.flight.sink(part);
+            let mut flight = shares.flight.sink(limit);
             let how = Look::Take(&mut taking.gather);
-            sink.limit_to(part);
-            look(
-                space,
-                covered,
-                area,
-                (piece, part),
-                (&mut flight, Some(sink)),
-                how,
-            )
+            let mut sharing = Sharing::new(shares, sink);
+            sharing.own.limit_to(limit);
+            let sinks = (&mut flight, Some(&mut sharing));
+            let looked = look(space, covered, area, (piece, limit), sinks, how);
+            entries += sharing.entries();
+            taking.part = flight.recorded_in();
+            looked
         };
         drop(claim);
-        sink.limit_to(part);
+        sink.limit_to(limit);
         let handed = taking.hand_over(sink, gather);
         entries += taking.entries;
         // The lower of two stops counts.
@@ -112,7 +120,7 @@ pub(super) fn take(
             (Ok(()), handed) => handed,
             (looked, _) => looked,
         };
-        let own = Some(taking.flight);
+        let own = Some(shares.flight);
         let looked = look_further(space, covered, area, piece, sink, (looked, own, true));
         drop(taking);
         if looked.is_err() {
@@ -245,12 +253,9 @@ impl Drop for Claim<'_> {
 /// Pages that are taken and not handed over yet. When it is dropped, they are: to the harvest's own
 /// consumer too, unless they are recorded.
 struct Taking<'s> {
-    space: &'s AddressSpace,
-    covered: &'s Covered,
-    area: &'s Area,
+    shares: Shares<'s>,
     /// What may be in the flight.
-    part: IovaRange,
-    flight: &'s Flight,
+    part: Option<IovaRange>,
     gather: FlushGather,
     /// Leaves that the queue got.
     entries: u64,
@@ -258,18 +263,10 @@ struct Taking<'s> {
 }
 
 impl<'s> Taking<'s> {
-    fn begin(
-        space: &'s AddressSpace,
-        covered: &'s Covered,
-        area: &'s Area,
-        part: IovaRange,
-    ) -> Self {
+    fn begin(shares: Shares<'s>) -> Self {
         Taking {
-            space,
-            covered,
-            area,
-            part,
-            flight: space.flights.claim(),
+            shares,
+            part: Some(shares.limit),
             gather: FlushGather::new(),
             entries: 0,
             handed_over: false,
@@ -279,66 +276,55 @@ impl<'s> Taking<'s> {
     /// T3 to T5, with a record in `sink`. The pages that cannot be recorded stay pending for our
     /// own consumer.
     fn hand_over(&mut self, sink: &mut Sink<'_>, gather: &mut FlushGather) -> Result<(), Stopped> {
-        if !performs(Step::CarryDebt) {
+        if !self.gather.is_empty() {
+            // Without the step that hands it over.
             gather.merge(&std::mem::take(&mut self.gather));
         }
-        let page = self.space.page();
+        let Some(part) = self.part else {
+            self.handed_over = true;
+            return Ok(());
+        };
+        let space = self.shares.space;
+        let page = space.page();
         let mut outcome = Ok(());
         // The words of the flight are those of the bitmap, if both divide pages into words alike.
         // What is in the flight lies in the range of the sink.
         let first_word = sink.first_word(Iova::MIN, page);
-        self.leave(|word, mask| {
-            if outcome.is_ok() {
-                let at = Iova::new((word * 64) << page.lg2());
-                let recorded = match first_word {
-                    Some(first) => sink.or(first.wrapping_add(word), mask),
-                    None => sink.put_mask(at, page, mask),
-                };
-                outcome = recorded.map_err(|error| Stopped {
-                    at,
-                    error: error.into(),
-                });
+        self.leave(part, |chunk, masks| {
+            if outcome.is_err() {
+                return 0;
             }
-            outcome.is_ok()
+            let recorded = match first_word {
+                Some(first) => sink.or_words(first.wrapping_add(chunk * CHUNK_WORDS), masks),
+                None => (masks.iter().enumerate()).try_for_each(|(nth, masked)| {
+                    let recorded = sink.put_mask(address(space, chunk, masked), page, masked.1);
+                    recorded.map_err(|error| (nth, error))
+                }),
+            };
+            let Err((nth, error)) = recorded else {
+                return masks.len();
+            };
+            outcome = Err(Stopped {
+                at: address(space, chunk, &masks[nth]).max(part.start()),
+                error: error.into(),
+            });
+            nth
         });
-        let first = self.part.start();
-        outcome.map_err(|stopped| Stopped {
-            at: stopped.at.max(first),
-            ..stopped
-        })
+        outcome
     }
 
-    /// T3 to T5. `record` says whether our own consumer has the pages of a word.
-    fn leave(&mut self, mut record: impl FnMut(u64, u64) -> bool) {
-        if !self.gather.is_empty() {
-            let gather = std::mem::take(&mut self.gather);
-            self.entries += gather.entries();
-            // T3. A thread that takes the pages waits for a later ticket.
-            let _ = self.space.flush.owe(&gather);
-        }
-        // SeqCst: F1 of the marks' protocol, for the looks at pending pages that follow; pairs with
-        // F2 in `Lease::sync`. If a page is found pending already, the harvest that takes it copies
-        // after its F2: if F1 comes first, the copy has what was written before T2; if F2 comes
-        // first, the page is found taken, and is left again.
-        // It is F10 of `harvest::discard`, too.
-        fence(Ordering::SeqCst);
-        if performs(Step::TakenIsData) {
-            let (area, part) = (self.area, self.part);
-            let clear = |zeros: &Zeros| self.flight.clear_zeros(part, zeros);
-            area.marks.zeros().into_iter().for_each(clear);
-            self.space.visit_younger_zeros(area, part, clear);
-        }
-        let audience = &self.covered.audience;
-        let forgotten = usize::from(!performs(Step::LeaveToOthers));
-        self.flight.hand_over(self.part, |chunk, masks| {
-            let others = audience.others().rev().skip(forgotten);
-            others.for_each(|other| other.leave(chunk, masks));
-            for (nth, mask) in masks {
-                if !record(chunk * CHUNK_WORDS + u64::from(*nth), *mask)
-                    && let Some(own) = audience.own()
-                {
-                    own.leave(chunk, &[(*nth, *mask)]);
-                }
+    /// T3 to T5 of what is in the flight in `part`. `record` gets words of a chunk, and says how
+    /// many of them our own consumer has.
+    fn leave(&mut self, part: IovaRange, mut record: impl FnMut(u64, &[(u16, u64)]) -> usize) {
+        let shares = self.shares;
+        self.entries += shares.owe(&mut self.gather);
+        shares.flight.hand_over(part, |chunk, masks| {
+            shares.leave(chunk, masks);
+            let recorded = record(chunk, masks);
+            if recorded < masks.len()
+                && let Some(own) = shares.covered.audience.own()
+            {
+                own.leave(chunk, &masks[recorded..]);
             }
         });
         self.handed_over = true;
@@ -349,8 +335,8 @@ impl Drop for Taking<'_> {
     fn drop(&mut self) {
         if !self.handed_over {
             // A source has panicked.
-            self.leave(|_, _| false);
+            self.leave(self.shares.limit, |_, _| 0);
         }
-        self.flight.free();
+        self.shares.flight.free();
     }
 }

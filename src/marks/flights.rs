@@ -27,9 +27,9 @@ use std::ptr;
 
 use super::Zeros;
 use crate::bitmap::{Sink, UserBitmap};
-use crate::chunkmap::ChunkMap;
+use crate::chunkmap::{ChunkMap, ChunkWords};
 use crate::error::{Error, Stopped};
-use crate::sync::{AtomicBool, AtomicPtr, Ordering, Step, performs};
+use crate::sync::{AtomicBool, AtomicPtr, AtomicU64, Ordering, Step, performs};
 use crate::units::{Granule, Iova, IovaRange};
 
 /// The flights of a space.
@@ -179,6 +179,11 @@ impl Flight {
     /// The sink by which the owner records the pages of `part`.
     pub(crate) fn sink(&self, part: IovaRange) -> Sink<'_> {
         UserBitmap::chunks(&self.bits).into_sink_of(self.page, part)
+    }
+
+    /// The words of a chunk, and the summary of their lines, for the owner to record in.
+    pub(super) fn words(&self, chunk: u64) -> (&ChunkWords, &AtomicU64) {
+        self.bits.words_to_record(chunk)
     }
 
     /// Calls `visit` with the address and the mask of each word of pages in `range`.

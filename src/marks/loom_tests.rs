@@ -1,8 +1,8 @@
 //! Models of marks without a fence, and of the slots of writes in flight.
 
-use super::{InFlight, MarkOrdering, Marks};
+use super::{InFlight, MarkOrdering, Marks, Pending};
 use crate::sync::model::holds_only_with;
-use crate::sync::{Arc, AtomicU64, Ordering, Step, thread};
+use crate::sync::{Arc, AtomicU64, Ordering, Step, fence, thread};
 use crate::units::{Granule, Iova, IovaRange};
 
 const PAGE: Granule = Granule::K4;
@@ -249,5 +249,74 @@ fn the_zero_bits_of_an_area_are_published() {
         discard.join().unwrap();
         let after = marks.zeros().map(|zeros| zeros.runs(pages(0, 0)).len());
         zero.is_none_or(|runs| runs.len() <= 1) && after == Some(1)
+    });
+}
+
+/// What is pending in one word: the third page.
+fn pending() -> Arc<Pending> {
+    let pending = Arc::new(Pending::new(PAGE));
+    leave(&pending, 0b100);
+    pending
+}
+
+/// A harvest leaves pages of the word to the consumer.
+fn leave(pending: &Pending, mask: u64) {
+    // SeqCst: as a harvest does before it leaves anything.
+    fence(Ordering::SeqCst);
+    pending.leave(0, &[(0, mask)]);
+}
+
+/// Takes the pages of the word.
+fn take(pending: &Pending) -> u64 {
+    let mut taken = 0;
+    pending.take(pages(0, 63), |_, mask| taken |= mask);
+    taken
+}
+
+/// Two harvests leave pages of one word to a consumer at the same time, by plain loads and stores.
+/// Without the claim, or without its order, the store of one overwrites that of the other.
+#[test]
+fn what_two_harvests_leave_to_a_consumer_is_pending() {
+    holds_only_with(&[Step::ClaimLeft, Step::PublishLeft], || {
+        let pending = pending();
+        let other = thread::spawn({
+            let pending = pending.clone();
+            move || leave(&pending, 0b1)
+        });
+        leave(&pending, 0b10);
+        other.join().unwrap();
+        take(&pending) == 0b111 && take(&pending) == 0
+    });
+}
+
+/// A harvest leaves a page while the consumer takes others of the same word: the page is taken, or
+/// it is still pending. The take of a chunk that is claimed may find pages that it finds again.
+#[test]
+fn what_is_left_while_a_consumer_takes_is_taken_or_pending() {
+    holds_only_with(&[Step::ClaimLeft, Step::PublishLeft], || {
+        let pending = pending();
+        let other = thread::spawn({
+            let pending = pending.clone();
+            move || leave(&pending, 0b1)
+        });
+        let taken = take(&pending);
+        other.join().unwrap();
+        let later = take(&pending);
+        taken | later == 0b101 && take(&pending) == 0
+    });
+}
+
+/// Two takes of one consumer at the same time: a page that one of them finds, the consumer has.
+/// None is lost, and none comes back.
+#[test]
+fn what_two_takes_of_a_consumer_find_does_not_come_back() {
+    holds_only_with(&[], || {
+        let pending = pending();
+        let other = thread::spawn({
+            let pending = pending.clone();
+            move || take(&pending)
+        });
+        let taken = take(&pending);
+        taken | other.join().unwrap() == 0b100 && take(&pending) == 0
     });
 }

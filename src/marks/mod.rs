@@ -4,6 +4,8 @@
 //!   that an abort, a stop or an unmap put back are marks of the same kind
 //! * [`ordering`]: the fences that order marks with copies
 //! * [`in_flight`]: writes that have begun and are not marked yet
+//! * [`pending`]: the pages that are pending for a consumer
+//! * [`sharing`]: marks that a harvest takes and leaves to other consumers
 //! * [`gone`]: the unmapped parts of an area that was cut, for marks that come late
 //! * [`zeros`]: pages that read as zero since they were discarded
 //!
@@ -34,6 +36,8 @@ mod flights;
 mod gone;
 mod in_flight;
 mod ordering;
+mod pending;
+mod sharing;
 mod zeros;
 
 #[cfg(all(test, dirtymap_loom))]
@@ -43,6 +47,7 @@ mod loom_tests;
 pub(crate) use flights::{Flight, Flights};
 pub(crate) use in_flight::{FlightSlot, InFlight};
 pub use ordering::MarkOrdering;
+pub(crate) use pending::Pending;
 pub(crate) use zeros::Zeros;
 
 use std::convert::Infallible;
@@ -197,16 +202,8 @@ impl Marks {
         let Some((first, last)) = self.bits_of(range) else {
             return Ok(());
         };
-        // Whole words can be copied if both bitmaps divide the pages into words in the same way.
-        let whole = sink.range().covers(range.round_out(self.page));
-        let word = whole.then(|| sink.first_word(self.range.start(), self.page));
-        let recorder = Recorder {
-            marks: self,
-            range,
-            word: word.flatten(),
-            sink,
-        };
-        self.bits.take(first, last, recorder)
+        self.bits
+            .take(first, last, Recorder::new(self, range, sink))
     }
 
     /// The address of the page of `bit`.
@@ -340,6 +337,21 @@ struct Recorder<'r, 'b> {
     /// bitmaps divide the pages into words differently.
     word: Option<u64>,
     sink: &'r mut Sink<'b>,
+}
+
+impl<'r, 'b> Recorder<'r, 'b> {
+    #[inline]
+    fn new(marks: &'r Marks, range: IovaRange, sink: &'r mut Sink<'b>) -> Self {
+        // Whole words can be copied if both bitmaps divide the pages into words in the same way.
+        let whole = sink.range().covers(range.round_out(marks.page));
+        let word = whole.then(|| sink.first_word(marks.range.start(), marks.page));
+        Recorder {
+            marks,
+            range,
+            word: word.flatten(),
+            sink,
+        }
+    }
 }
 
 impl Visitor for Recorder<'_, '_> {

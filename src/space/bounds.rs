@@ -165,8 +165,9 @@ impl AddressSpace {
 mod tests {
     use super::super::epochs::Bounds;
     use super::*;
-    use crate::harvest::{Consumer, Start};
-    use crate::units::{Access, Granule};
+    use crate::bitmap::UserBitmap;
+    use crate::harvest::{Consumer, HarvestRequest, Start};
+    use crate::units::{Access, Granule, Iova};
 
     /// A harvest that takes many consumers out of bounds. Each had an update of its own, which
     /// copied the list of consumers: 10,000 consumers were 100 million copies.
@@ -191,5 +192,29 @@ mod tests {
             assert!(one.stats().everything);
             assert_eq!(one.stats().dropped, 1);
         }
+    }
+
+    /// A consumer that begins dirty. Its pending pages took a chunk for each 128 MiB that is
+    /// mapped, without a look at its bounds: 512 MiB here, and more than any machine has for an
+    /// area of 2^62 bytes.
+    #[test]
+    fn a_consumer_that_begins_dirty_keeps_its_bounds() {
+        for bytes in [1u64 << 44, 1 << 62] {
+            let space = AddressSpace::tracked(Granule::K4);
+            space.map(0..bytes, 0, Access::ReadWrite).unwrap();
+            let late = space.consumer("late", Start::Dirty).unwrap();
+            assert_eq!(late.stats().held_bytes, 0);
+            assert!(late.stats().everything);
+            let mut words = [0];
+            let asked = IovaRange::from_len(Iova::MIN, 64 << 12).unwrap();
+            let request = HarvestRequest::new(asked, Granule::K4);
+            let lease = late.harvest(&request, UserBitmap::new(&mut words));
+            assert_eq!(lease.unwrap().sync().unwrap().dirty(), 64);
+        }
+        let space = AddressSpace::tracked(Granule::K4);
+        space.map(0..1 << 30, 0, Access::ReadWrite).unwrap();
+        let late = space.consumer("late", Start::Dirty).unwrap();
+        assert!(!late.stats().everything);
+        assert_eq!(late.stats().pending_bytes, 1 << 30);
     }
 }

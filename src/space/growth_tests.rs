@@ -2,10 +2,11 @@
 //! call names, regardless of earlier cuts, maps and unmaps, and never quadratically.
 
 use super::{AddressSpace, AreaHandle, Change};
-use crate::bitmap::Sink;
+use crate::bitmap::{CHUNK_BITS, Sink, SparseBitmap, UserBitmap, WINDOW_BITS};
 use crate::compared::{count, grows_gently};
 use crate::error::Error;
 use crate::flush::{FlushGather, Invalidated};
+use crate::harvest::{HarvestRequest, Start};
 use crate::source::{DirtySource, LeafSink, Mapping, Stopped, Tracking};
 use crate::sync::{Arc, Mutex, lock};
 use crate::units::{Access, Granule, Iova, IovaRange};
@@ -370,4 +371,31 @@ fn a_harvest_for_several_consumers_leaves_no_claim() {
         let claims = space.hiding.visit(IovaRange::ALL, Err);
         assert_eq!(claims, Ok(()));
     }
+}
+
+/// A harvest of a space with consumers leaves pages to the others piece by piece. It looked for
+/// them in the flight of the whole area each time, so a large area cost the square of its pieces.
+#[test]
+fn a_harvest_looks_at_what_it_leaves_to_others_once() {
+    let cost = |pieces: u64| {
+        let space = AddressSpace::tracked(Granule::K4);
+        let all = pages(0, pieces * WINDOW_BITS);
+        space.map(all, 0, RW).unwrap();
+        let other = space.consumer("other", Start::Clean).unwrap();
+        // One page of each eighth chunk.
+        let dirty = pieces * WINDOW_BITS / CHUNK_BITS / 8;
+        for nth in 0..dirty {
+            space.mark(pages(nth * 8 * CHUNK_BITS, 1)).unwrap();
+        }
+        let bitmap = SparseBitmap::new(pieces * WINDOW_BITS);
+        let request = HarvestRequest::new(all, Granule::K4);
+        let spent = count(|| {
+            let lease = space.harvest(&request, UserBitmap::sparse(&bitmap));
+            assert_eq!(lease.unwrap().report().bits_set, dirty);
+        });
+        assert_eq!(other.stats().pending_bytes, dirty << 12);
+        spent
+    };
+    let (few, many) = (cost(4), cost(32));
+    assert!(many <= 16 * few, "4 pieces cost {few}, 32 cost {many}");
 }

@@ -6,7 +6,7 @@ use super::epochs::{Bounds, Epochs};
 use super::whole::Whole;
 use crate::chunkmap::CHUNK_WORDS;
 use crate::error::Error;
-use crate::marks::Marks;
+use crate::marks::Pending;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering};
 use crate::units::{Granule, Iova, IovaRange};
 
@@ -30,7 +30,7 @@ pub(crate) struct Party {
 pub(crate) struct Member {
     pub(crate) party: Arc<Party>,
     /// The pages that others have taken, and those that its own leases have put back.
-    pub(crate) pending: Marks,
+    pub(crate) pending: Pending,
     /// What is pending as a whole, because a store that the consumer had before was dropped.
     pub(crate) whole: Whole,
     /// The number of stores that it had before.
@@ -168,7 +168,7 @@ impl Member {
     /// A consumer that had `stores` stores before.
     pub(super) fn with_store(party: Arc<Party>, stores: u64) -> Self {
         Member {
-            pending: Marks::everywhere(party.page),
+            pending: Pending::new(party.page),
             whole: Whole::new(),
             stores,
             missed: AtomicU64::new(0),
@@ -177,28 +177,33 @@ impl Member {
         }
     }
 
-    /// Leaves pages of a chunk pending: see [`Marks::mark_masks`]. The caller has performed a full
+    /// Leaves pages of a chunk pending: see [`Pending::leave`]. The caller has performed a full
     /// fence since it took them.
     pub(crate) fn leave(&self, chunk: u64, masks: &[(u16, u64)]) {
-        if self.range == IovaRange::ALL {
-            return self.pending.mark_masks(chunk, masks);
+        let words = |from: u64, to: u64| {
+            let start = Iova::new((from * 64) << self.page.lg2());
+            // Never an error: an address of a page ascends.
+            let end = u128::from(to * 64 + 63) << self.page.lg2() | u128::from(self.page.mask());
+            IovaRange::new(start, u64::try_from(end).map_or(Iova::MAX, Iova::new)).ok()
+        };
+        let first = chunk * CHUNK_WORDS;
+        let all = words(first, first + (CHUNK_WORDS - 1));
+        if all.is_some_and(|all| self.range.covers(all)) {
+            return self.pending.leave(chunk, masks);
         }
         for (nth, mask) in masks {
-            let word = chunk * CHUNK_WORDS + u64::from(*nth);
-            let start = Iova::new((word * 64) << self.page.lg2());
-            // Never an error: an address of a page ascends.
-            let word = self.page.bytes().saturating_mul(63) + self.page.mask();
-            let last = Iova::new(start.get().saturating_add(word));
-            let Some(inside) = IovaRange::new(start, last)
-                .ok()
-                .and_then(|word| word.intersection(self.range))
-            else {
+            let word = first + u64::from(*nth);
+            let Some(all) = words(word, word) else {
                 continue;
             };
+            let Some(inside) = all.intersection(self.range) else {
+                continue;
+            };
+            let start = all.start();
             let number = |iova: Iova| ((iova.get() - start.get()) >> self.page.lg2()) as u32;
             let mine = crate::words::word_mask(number(inside.start()), number(inside.last()));
             if mask & mine != 0 {
-                self.pending.mark_masks(chunk, &[(*nth, mask & mine)]);
+                self.pending.leave(chunk, &[(*nth, mask & mine)]);
             }
         }
     }

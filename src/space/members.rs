@@ -115,10 +115,18 @@ impl AddressSpace {
             Beginning::Dirty => {
                 let parent = Parent::Everything(Why::Beginning);
                 member.epochs.begin_with(parent);
-                for entry in self.areas.snapshot().iter(member.range) {
-                    if let Some(part) = entry.range.intersection(member.range) {
-                        member.pending.mark(part);
-                    }
+                let snapshot = self.areas.snapshot();
+                let parts = || {
+                    let areas = snapshot.iter(member.range);
+                    areas.filter_map(|entry| entry.range.intersection(member.range))
+                };
+                // Before anything is allocated.
+                let bytes = parts().fold(0u64, |bytes, part| {
+                    bytes.saturating_add(member.pending.bytes_for(part))
+                });
+                match bytes > member.bounds().bytes {
+                    true => member.whole.put_back(member.range, &self.walks),
+                    false => parts().for_each(|part| member.pending.mark(part)),
                 }
                 Ok(())
             }

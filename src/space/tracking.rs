@@ -42,10 +42,10 @@ impl AddressSpace {
     /// changes, and dirty pages stay dirty. A domain that tracks already, by
     /// [`start_domain_tracking`](Self::start_domain_tracking), is not touched.
     ///
-    /// No increment of a [consumer](crate::Consumer) has the writes from before. So the full copy
-    /// that follows is a new [epoch](crate::Consumer::epoch) of each consumer, to which no older
-    /// epoch leads: see [`Why::Untracked`](crate::harvest::Why::Untracked). The same holds if the
-    /// call fails.
+    /// No increment of a [consumer](crate::Consumer) has writes from while tracking was off. So the
+    /// full copy that follows is a new [epoch](crate::Consumer::epoch) of each consumer, to which
+    /// no older epoch leads: see [`Why::Untracked`](crate::harvest::Why::Untracked). The same holds
+    /// if the call fails.
     ///
     /// ```
     /// use dirtymap::{Access, AddressSpace, Granule};

@@ -188,6 +188,8 @@ steps! {
     ChangeBeforeRange,
     /// Release of the pool that an update leaves to the next one.
     PublishPool,
+    /// Release of the pool of an update that found none.
+    PublishFurther,
     /// Release of the root that an edit publishes.
     PublishRoot,
     /// Release of the switch that says that the baseline is clean.
@@ -250,6 +252,10 @@ steps! {
     FlightFence,
     /// Claiming a piece before summaries in it are cleared.
     ClaimPiece,
+    /// Claiming a chunk of what is left to a consumer before it is changed.
+    ClaimLeft,
+    /// Release of the words of such a chunk, at the end of the claim.
+    PublishLeft,
     /// Waiting for the harvests that do not know a consumer that joins.
     WaitForWalks,
     /// Looking, after a copy of what is pending for another consumer, whether that one has a lease.

@@ -47,6 +47,8 @@ pub struct State {
     /// Pages of a leaf; 0 means 1.
     pub leaf_pages: u64,
     pub invalidated: Vec<IovaRange>,
+    /// Calls of `read_and_clear`.
+    pub looks: u64,
     pub tracking: bool,
     /// The smallest page of the source. With `None` it has no requirement.
     pub page: Option<Granule>,
@@ -177,6 +179,7 @@ impl DirtySource for Fake {
     }
 
     fn read_and_clear(&self, range: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        self.with(|s| s.looks += 1);
         if let Some(happen) = self.with(|s| s.on_read.take()) {
             happen();
         }

@@ -12,9 +12,9 @@ use std::ops::Range;
 use std::process::ExitCode;
 
 use dirtymap::area::AreaMap;
-use dirtymap::{Access, AddressSpace, Granule, Iova, IovaRange, Mapping, Start, ToIovaRange};
+use dirtymap::{Access, AddressSpace, Granule, Iova, IovaRange, Mapping, ToIovaRange};
 use dirtymap_benches::compare::tables;
-use dirtymap_benches::peers::{ThroughHandle, ThroughSpace};
+use dirtymap_benches::peers::{Several, Shared, ThroughHandle, ThroughSpace};
 use dirtymap_benches::workloads::{self, clusters, distinct};
 use dirtymap_benches::{Areas, PAGE, Peer, Tracker};
 use dirtymap_store::{Device, DirFolder, Options, Store};
@@ -55,11 +55,15 @@ const WORKLOADS: &[Workload] = &[
     ("harvest-whole-chunk", PAGES / CHUNK, || {
         harvest_whole(PAGES * PAGE)
     }),
-    (
-        "harvest-dirty-line-2-consumers",
-        PAGES / LINE,
-        harvest_for_two,
-    ),
+    ("harvest-dirty-line-2-consumers", PAGES / LINE, || {
+        harvest_for(2, 0)
+    }),
+    ("harvest-dirty-line-4-consumers", PAGES / LINE, || {
+        harvest_for(4, 0)
+    }),
+    ("harvest-dirty-line-left", PAGES / LINE, || {
+        harvest_for(2, 1)
+    }),
     ("lookup-100k-areas", TIMES, lookup),
     ("area-remove-insert", TIMES, remap::<AreaMap<Mapping>>),
     ("area-remove-insert-batch", TIMES, remap_batches),
@@ -148,7 +152,7 @@ fn cleaned() -> ThroughHandle {
 }
 
 /// Marks the pages whose number is a multiple of `every`, so that all lines cost alike.
-fn mark_one_in(peer: &impl Peer, every: u64) {
+fn mark_one_in(peer: &impl Tracker, every: u64) {
     (0..PAGES)
         .step_by(every as usize)
         .for_each(|page| peer.mark_page(page));
@@ -174,25 +178,20 @@ fn harvest_whole(piece: u64) {
     counted(&mut || peer.harvest(black_box(&mut bitmap)));
 }
 
-/// A harvest of a space with two consumers, which leaves to one what it takes for the other.
-fn harvest_for_two() {
-    let space = AddressSpace::tracked(Granule::K4);
-    sure(space.map(page_range(0, PAGES), 0, Access::ReadWrite));
-    let other = sure(space.consumer("other", Start::Clean));
-    let mut rounds = space.rounds();
-    let mark = || {
-        for page in (0..PAGES).step_by(LINE as usize) {
-            sure(space.mark(page_range(page, 1)));
-        }
-    };
-    // What the first round allocates is there afterwards.
-    mark();
-    sure(rounds.next()).commit();
-    sure(other.rounds().next()).commit();
-    mark();
-    counted(&mut || {
-        black_box(sure(rounds.next()).commit());
-    });
+/// A harvest of the consumer `nth` of a space with `consumers`, in which one page of a line is
+/// dirty: the first one takes it and leaves it to the others, each of which takes what was left.
+fn harvest_for(consumers: u64, nth: u64) {
+    let peer = Several::for_consumers(PAGES, consumers);
+    let mut bitmap = vec![0; WORDS];
+    // What marks and the first harvests allocate is there afterwards.
+    for _ in 0..2 {
+        mark_one_in(&peer, LINE);
+        (0..consumers).for_each(|nth| peer.harvest_for(nth, &mut bitmap));
+    }
+    mark_one_in(&peer, LINE);
+    (0..nth).for_each(|nth| peer.harvest_for(nth, &mut bitmap));
+    bitmap.fill(0);
+    counted(&mut || peer.harvest_for(nth, black_box(&mut bitmap)));
 }
 
 /// Areas of a map that is looked up, changed or scanned.

@@ -66,6 +66,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 
 pub mod areas;
+pub mod consumers;
 pub mod end_to_end;
 pub mod growth;
 pub mod harvest;
@@ -95,6 +96,7 @@ pub struct Family {
 pub const FAMILIES: &[Family] = &[
     marks::FAMILY,
     harvest::FAMILY,
+    consumers::FAMILY,
     tables::FAMILY,
     end_to_end::FAMILY,
     areas::FAMILY,

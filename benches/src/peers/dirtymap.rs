@@ -201,12 +201,12 @@ impl Allocator for AddressSpace {
 }
 
 #[inline]
-fn range(start: u64, len: u64) -> IovaRange {
+pub(super) fn range(start: u64, len: u64) -> IovaRange {
     sure(IovaRange::from_len(Iova::new(start), len))
 }
 
 /// A workload's calls must succeed, because the numbers are invalid otherwise.
 #[inline]
-fn sure<T, E: Display>(result: Result<T, E>) -> T {
+pub(super) fn sure<T, E: Display>(result: Result<T, E>) -> T {
     result.unwrap_or_else(|error| panic!("a workload was refused: {error}"))
 }
