@@ -1,5 +1,5 @@
-//! How a harvest leaves what it takes to other consumers: T1 to T5 of [`shared`](super::shared), and
-//! T3a of [`discard`](super::discard).
+//! How a harvest leaves what it takes to other consumers: T1 to T5 of [`shared`](super::shared),
+//! and T3a of [`discard`](super::discard).
 
 use crate::bitmap::Sink;
 use crate::chunkmap::CHUNK_WORDS;
