@@ -123,6 +123,8 @@ impl<'r, F: Fn(u64, &[(u16, u64)])> Sharer<'r, '_, F> {
         let lines = at.summary.load(Ordering::Relaxed) | 1 << line;
         at.summary.store(lines, Ordering::Relaxed);
         let list = &mut *self.list.borrow_mut();
+        // Lazy: the array has 8 KiB, which only the first word of a list clears.
+        #[allow(clippy::unnecessary_lazy_evaluations)]
         let found = list.found.get_or_insert_with(|| [(0, 0); WORDS]);
         if MERGES
             && let Some((last, bits)) = found[..list.len].last_mut()

@@ -25,7 +25,6 @@
 use dirtymap::sync::{Arc, AtomicU64, Mutex, Ordering, fence, fence_after_rmw, lock};
 
 use crate::step::{Step, performs, weaken};
-use crate::words::Words;
 
 /// What a handle claims: 0 for nothing, or an extent in the upper half and its pages in the lower
 /// one. A cache line of its own, with the one that processors fetch beside it.
@@ -39,10 +38,11 @@ pub(crate) struct Claims {
 }
 
 impl Slot {
-    /// Claims and marks `pages` of an open extent whose word is `word` (C1, C2). Returns false, and
-    /// claims nothing, if the extent is not open, or the slot is in use.
+    /// Claims `pages` of an open extent (C1), and then marks them by `mark` (C2), which returns
+    /// whether the extent is open. Returns false, and claims nothing, if it is not open, or if the
+    /// slot is in use.
     #[inline]
-    pub(crate) fn claim(&self, word: &AtomicU64, extent: u64, pages: u32) -> bool {
+    pub(crate) fn claim(&self, extent: u64, pages: u32, mark: impl FnOnce() -> bool) -> bool {
         // Relaxed: one thread claims in this slot. A claim that another thread ends at this moment
         // counts as one.
         if self.0.load(Ordering::Relaxed) != 0 {
@@ -58,7 +58,7 @@ impl Slot {
             // did to the word.
             fence_after_rmw();
         }
-        if Words::mark_open(word, pages) {
+        if mark() {
             return true;
         }
         // Relaxed: nothing was written under the claim.

@@ -191,7 +191,8 @@ impl Writer<'_> {
         let extent = range.start().get() >> store.extent().lg2();
         if extent == range.last().get() >> store.extent().lg2() {
             let pages = store.first_pages(range);
-            if self.slot.claim(store.words.word(extent), extent, pages) {
+            let mark = || store.words.mark_open(extent, pages);
+            if self.slot.claim(extent, pages, mark) {
                 return Ok(WriteGuard {
                     pins: Pins {
                         store,

@@ -65,7 +65,7 @@ impl Extent {
     /// The same by a handle, whose slot is made at this moment.
     fn write_claimed(&self) -> bool {
         let slot = self.words.claims.add();
-        let open = slot.claim(self.words.word(0), 0, 1);
+        let open = slot.claim(0, 1, || self.words.mark_open(0, 1));
         if open {
             self.data.store(1, Ordering::Relaxed);
             Slot::end(slot.word());
@@ -197,7 +197,7 @@ fn a_claim_that_another_thread_ended_shows_its_data() {
         extent.words.opened(1);
         extent.words.leave(1, 0);
         let slot = extent.words.claims.add();
-        let claimed = slot.claim(extent.words.word(0), 0, 1);
+        let claimed = slot.claim(0, 1, || extent.words.mark_open(0, 1));
         let other = {
             let (extent, slot) = (Arc::clone(&extent), Arc::clone(&slot));
             thread::spawn(move || {
@@ -207,7 +207,7 @@ fn a_claim_that_another_thread_ended_shows_its_data() {
         };
         let owner = {
             let extent = Arc::clone(&extent);
-            thread::spawn(move || slot.claim(extent.words.word(1), 1, 1))
+            thread::spawn(move || slot.claim(1, 1, || extent.words.mark_open(1, 1)))
         };
         let closed = extent.close();
         let copy = extent.data.load(Ordering::Relaxed);

@@ -171,7 +171,8 @@ impl Words {
     /// Marks `pages` of an extent that is open, for a thread that claims it (C2). Returns false if
     /// it is not, or about to be closed.
     #[inline]
-    pub(crate) fn mark_open(word: &AtomicU64, pages: u32) -> bool {
+    pub(crate) fn mark_open(&self, extent: u64, pages: u32) -> bool {
+        let word = self.word(extent);
         // Acquire: as in `pin`.
         let now = word.load(weaken(Step::SeeOpen, Ordering::Acquire));
         if now & (OPEN | CLOSING) != OPEN {

@@ -65,10 +65,10 @@ fn run(settings: &Settings, report: &mut Report) {
     }
     report.note(
         FAMILY.name,
-        "`one-consumer` is the library with the unnamed consumer alone. The goal of a harvest with\n\
-         N consumers is 1 + 0.3 N times its time; *left* is the harvest of the second consumer,\n\
-         which takes what the first one has left. `by-hand` is a flat bitmap for each consumer,\n\
-         under one mutex, each set by every mark."
+        "`one-consumer` is the library with the unnamed consumer alone. The goal of a harvest\n\
+         with N consumers is 1 + 0.3 N times its time; *left* is the harvest of the second\n\
+         consumer, which takes what the first one has left. `by-hand` is a flat bitmap for each\n\
+         consumer, under one mutex, each set by every mark."
             .to_owned(),
     );
 }
