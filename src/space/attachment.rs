@@ -193,7 +193,9 @@ impl AddressSpace {
 
     /// Detaches a domain: empties it, flushes, and removes it from the space. No dirty page is
     /// lost: the pages that are dirty in the domain move to the marks of the areas, where harvests
-    /// of all domains find them. A harvest that runs meanwhile may report all of an area. On return
+    /// of all domains find them. If the domain does not track, each consumer begins a new chain of
+    /// epochs, because writes of its devices are in no increment. A harvest that runs meanwhile may
+    /// report all of an area. On return
     /// the devices of the domain no longer reach the memory, and only harvests that began before
     /// still use the source. Waits for the flush.
     ///

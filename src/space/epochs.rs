@@ -126,8 +126,8 @@ pub struct Lineage {
 #[non_exhaustive]
 pub enum Parent {
     /// A copy of this epoch becomes a copy of the lease's own epoch, if the pages of the lease are
-    /// copied over it. A consumer that began as a [copy](crate::Start::LikeOf) of another consumer
-    /// has an epoch of that consumer as its first parent.
+    /// copied over it. A consumer that began as a [copy](crate::Start::LikeOf) of another consumer,
+    /// which covers at least as much, has an epoch of that consumer as its first parent.
     Epoch(Epoch),
     /// No copy is needed: this lease and the later ones report all that is mapped in the consumer's
     /// range.
@@ -148,12 +148,14 @@ pub enum Parent {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Why {
-    /// The consumer began with [`Start::Dirty`](crate::Start::Dirty), and has no epoch yet.
+    /// The consumer has no epoch yet. It began with [`Start::Dirty`](crate::Start::Dirty), or as a
+    /// [copy](crate::Start::LikeOf) of a consumer that covers less.
     Beginning,
     /// The pending pages of the consumer, or the delta of the cursor, were out of
     /// [`Bounds`](crate::harvest::Bounds), and were dropped.
     Bounds,
-    /// A lease whose harvest ended later was committed earlier.
+    /// A lease whose harvest ended later was committed earlier, or tracking was started after the
+    /// harvest.
     Late,
     /// Parts of another lease were committed, and that lease has not ended.
     Parts,
@@ -174,7 +176,7 @@ impl fmt::Display for Why {
         f.write_str(match self {
             Why::Beginning => "the consumer begins",
             Why::Bounds => "more was held than the bounds of the consumer allow",
-            Why::Late => "a lease that was harvested later was committed earlier",
+            Why::Late => "a later epoch was made before the commit",
             Why::Parts => "parts of another lease are committed, and it has not ended",
             Why::Foreign => "the epoch is one of another consumer",
             Why::Future => "the epoch is not committed yet",

@@ -305,7 +305,7 @@ impl AddressSpace {
     /// a bit for each of them. A thread that marks one area again and again looks it up for the
     /// first two marks alone; [`area`](Self::area) saves that for a thread that marks several areas
     /// in turn. After an unmap, the bits of an area stay in memory until each thread that marked it
-    /// so has marked another one, or has ended.
+    /// so has looked up another mark, or has ended.
     ///
     /// # Errors
     /// [`Error::Outside`] with the first address that no area holds. The parts inside areas are

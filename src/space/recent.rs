@@ -15,8 +15,9 @@
 //!   alive, so no later space can have them at the same address.
 //! * A thread makes a handle when it marks the same area by lookup for the second time in a row. A
 //!   thread that marks one area here and one there makes none, and pays for no counts.
-//! * The handle keeps the bits of one area alive, for each thread: until the thread marks another
-//!   area by lookup twice in a row, or ends. It keeps no source alive, and no addresses.
+//! * The handle keeps the bits of one area alive, for each thread. Once the area has gone, the next
+//!   mark of the thread by lookup drops it, and so does the end of the thread. It keeps no source
+//!   alive, and no addresses.
 //!
 //! A model checker runs all threads of a model in one thread of the system, so models have no such
 //! handles. A model calls [`mark_in`] with an area of its own.
@@ -74,19 +75,19 @@ pub(super) fn looked_up(space: &AddressSpace, entry: &Entry<'_, Area>) {
         return;
     }
     let area = ptr::from_ref(entry.area);
-    let again = RECENT.try_with(|recent| {
-        let Ok(mut recent) = recent.try_borrow_mut() else {
-            return false;
-        };
+    let seen = RECENT.try_with(|recent| {
+        let mut recent = recent.try_borrow_mut().ok()?;
+        let gone = recent.handle.take_if(|handle| !handle.area.is_mapped());
         let again = ptr::eq(std::mem::replace(&mut recent.looked_up, area), area);
         // The handle of an area that is too large for a short path would be made for each mark.
         let known = recent
             .handle
             .as_ref()
             .map(|handle| Arc::as_ptr(&handle.area));
-        again && known != Some(area)
+        Some((again && known != Some(area), gone))
     });
-    if again == Ok(true) {
+    // The handle of an area that has gone is dropped here, after the borrow.
+    if let Ok(Some((true, _gone))) = seen {
         remember(space.handle(*entry));
     }
 }
@@ -274,6 +275,31 @@ mod tests {
                     space.mark(0x1000..0x1001).unwrap();
                     space.mark(0x21000..0x21001).unwrap();
                 }
+                assert_eq!(remembered(&space), 0);
+            });
+        });
+        assert_eq!(dirty(&space), 2);
+    }
+
+    /// An area that a thread remembers is unmapped. Then the thread marks other areas in turn, none
+    /// of them twice in a row. The thread kept the bits of the first area for ever, and each mark
+    /// at the old addresses set a bit there first.
+    #[test]
+    fn a_thread_forgets_an_area_that_has_gone() {
+        let space = space();
+        space.map(0x20000..0x30000, 0, Access::ReadWrite).unwrap();
+        std::thread::scope(|threads| {
+            threads.spawn(|| {
+                for _ in 0..3 {
+                    space.mark(0x1000..0x1001).unwrap();
+                }
+                assert_eq!(remembered(&space), 1);
+                space.unmap_discarding(0..0x10000).unwrap();
+                space.map(0..0x10000, 0, Access::ReadWrite).unwrap();
+                space.mark(0x21000..0x21001).unwrap();
+                assert_eq!(remembered(&space), 0);
+                space.mark(0x1000..0x1001).unwrap();
+                space.mark(0x21000..0x21001).unwrap();
                 assert_eq!(remembered(&space), 0);
             });
         });

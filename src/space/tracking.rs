@@ -42,6 +42,11 @@ impl AddressSpace {
     /// changes, and dirty pages stay dirty. A domain that tracks already, by
     /// [`start_domain_tracking`](Self::start_domain_tracking), is not touched.
     ///
+    /// No increment of a [consumer](crate::Consumer) has writes from while tracking was off. So the
+    /// full copy that follows is a new [epoch](crate::Consumer::epoch) of each consumer, to which
+    /// no older epoch leads: see [`Why::Untracked`](crate::harvest::Why::Untracked). The same holds
+    /// if the call fails.
+    ///
     /// ```
     /// use dirtymap::{Access, AddressSpace, Granule};
     ///
@@ -84,8 +89,8 @@ impl AddressSpace {
     }
 
     /// Starts to track writes in one domain, as [`start_tracking`](Self::start_tracking) does in
-    /// all: the domain becomes clean and is flushed, unless it tracks already. Marks are left
-    /// alone.
+    /// all: the domain becomes clean and is flushed, and each consumer begins a new chain of
+    /// epochs. If the domain tracks already, nothing changes. Marks are left alone.
     ///
     /// # Errors
     /// [`Error::NotAttached`], or the error of the source, which keeps its state. After a

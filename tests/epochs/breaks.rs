@@ -162,3 +162,26 @@ fn the_copy_of_a_narrower_consumer_has_no_parent() {
         assert_eq!((told, after.parent), (vec![40], of(lineage)));
     }
 }
+
+/// A consumer that began with everything, before the first start of tracking. Then an area was
+/// mapped and written, and the start discarded its page. The first lease said that it and the later
+/// ones report all that is mapped.
+#[test]
+fn the_first_start_is_an_epoch_also_for_a_consumer_of_everything() {
+    let space = AddressSpace::new(dirtymap::Granule::K4);
+    space
+        .map(0..0x4000, 0, dirtymap::Access::ReadWrite)
+        .unwrap();
+    let one = space.consumer("one", Start::Dirty).unwrap();
+    space
+        .map(0x4000..0x8000, 0, dirtymap::Access::ReadWrite)
+        .unwrap();
+    space.mark(pages(5, 1)).unwrap();
+    space.start_tracking().unwrap();
+    let started = one.epoch();
+    let (told, lineage) = next(&one);
+    assert_eq!(
+        (told, lineage.parent),
+        (vec![0, 1, 2, 3], Parent::Epoch(started))
+    );
+}

@@ -379,6 +379,7 @@ fn reasons_and_cursors_print_what_a_backup_logs() {
         Why::Parts,
         Why::Foreign,
         Why::Future,
+        Why::Untracked,
         Why::Merged,
     ];
     let texts: std::collections::BTreeSet<String> = whys.iter().map(Why::to_string).collect();

@@ -243,8 +243,8 @@ pub enum IommufdError {
 }
 
 impl IommufdError {
-    /// A failure of `call` without a variant of its own. The call was tried as often as
-    /// [`uninterrupted`](crate::kernel::uninterrupted) does.
+    /// A failure of `call` without a variant of its own. If signals interrupted the call, it was
+    /// tried [`TRIES`] times.
     pub(crate) fn call(call: &'static str, error: io::Error) -> Self {
         match error.raw_os_error() {
             Some(libc::ENOTTY) => IommufdError::Unsupported { call, error },
