@@ -266,7 +266,8 @@ pub(super) fn cleaning_what_was_unmapped_meanwhile_maps_nothing<F: Format>() {
     }
 }
 
-/// Counts the entries beside its way that a scan looks at for its prefetches, and skips all of them.
+/// Counts the entries beside its way that a scan looks at for its prefetches, and skips all of
+/// them.
 #[derive(Default)]
 struct Ahead(std::cell::Cell<u64>);
 
