@@ -68,7 +68,7 @@ impl ChunkMap {
             if lines == 0 {
                 return Ok(());
             }
-            let found = found.get_or_insert_with(|| [(0, 0); CHUNK_WORDS as usize]);
+            let found = found.get_or_insert_with(empty);
             let mut len = 0;
             for line in ones(lines) {
                 let first = line * LINE_WORDS;
@@ -99,4 +99,9 @@ impl ChunkMap {
         });
         debug_assert!(done.is_ok());
     }
+}
+
+/// An empty list. Made when it is needed, because it is as large as a chunk.
+fn empty() -> [(u16, u64); CHUNK_WORDS as usize] {
+    [(0, 0); CHUNK_WORDS as usize]
 }
