@@ -68,9 +68,7 @@ impl ChunkMap {
             if lines == 0 {
                 return Ok(());
             }
-            // Lazy: the array has 8 KiB, which only the first word of a list clears.
-            #[allow(clippy::unnecessary_lazy_evaluations)]
-            let found = found.get_or_insert_with(|| [(0, 0); CHUNK_WORDS as usize]);
+            let found = found.get_or_insert_with(empty);
             let mut len = 0;
             for line in ones(lines) {
                 let first = line * LINE_WORDS;
@@ -101,4 +99,9 @@ impl ChunkMap {
         });
         debug_assert!(done.is_ok());
     }
+}
+
+/// An empty list. Made when it is needed, because it is as large as a chunk.
+fn empty() -> [(u16, u64); CHUNK_WORDS as usize] {
+    [(0, 0); CHUNK_WORDS as usize]
 }

@@ -87,6 +87,11 @@ struct List {
     len: usize,
 }
 
+/// The words of an empty list. Made when they are needed, because they are as large as a chunk.
+fn empty() -> [(u16, u64); WORDS] {
+    [(0, 0); WORDS]
+}
+
 /// A chunk of the flight.
 #[derive(Clone, Copy)]
 struct InFlight<'f> {
@@ -123,9 +128,7 @@ impl<'r, F: Fn(u64, &[(u16, u64)])> Sharer<'r, '_, F> {
         let lines = at.summary.load(Ordering::Relaxed) | 1 << line;
         at.summary.store(lines, Ordering::Relaxed);
         let list = &mut *self.list.borrow_mut();
-        // Lazy: the array has 8 KiB, which only the first word of a list clears.
-        #[allow(clippy::unnecessary_lazy_evaluations)]
-        let found = list.found.get_or_insert_with(|| [(0, 0); WORDS]);
+        let found = list.found.get_or_insert_with(empty);
         if MERGES
             && let Some((last, bits)) = found[..list.len].last_mut()
             && usize::from(*last) == place
