@@ -246,7 +246,7 @@ impl AddressSpace {
             // Its devices wrote what no trace tells of. Before it leaves the list: up to then no
             // page counts as zero.
             self.forget_zeros();
-            self.restart_epochs();
+            self.members().restart_epochs();
         }
         let _: Result<(), Error> = self.areas.update(|edit| {
             let without = edit

@@ -249,6 +249,16 @@ impl Members {
     pub(super) fn new(members: Vec<Arc<Member>>) -> Self {
         Members(Some(Arc::new(members)))
     }
+
+    /// Writes were not tracked for a while: no epoch from before leads to a later one. The caller
+    /// has held the lock of the domains since before it got these consumers, so none joins
+    /// meanwhile. The store of one may be replaced meanwhile: then the consumer is told of that
+    /// store as a whole once more.
+    pub(super) fn restart_epochs(&self) {
+        for member in self.iter() {
+            member.epochs.restart(member.stores);
+        }
+    }
 }
 
 impl Deref for Members {

@@ -154,13 +154,6 @@ impl AddressSpace {
         });
     }
 
-    /// Writes were not tracked for a while: no epoch from before leads to a later one.
-    pub(super) fn restart_epochs(&self) {
-        for member in self.members().iter() {
-            member.epochs.restart(member.stores);
-        }
-    }
-
     /// The consumers of this moment.
     pub(crate) fn members(&self) -> Members {
         self.areas.snapshot().rules().members().clone()

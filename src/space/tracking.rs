@@ -113,6 +113,9 @@ impl AddressSpace {
         self.retired.drop_all();
         {
             let _membership = lock(&self.membership);
+            // Before the switch. The pin of this look is a full fence, which the collector does
+            // not promise: after the clear it would hide from the models whether F2 is there.
+            let members = self.members();
             let tracked = self.tracks_all();
             let switched = match to {
                 Tracking::On => {
@@ -123,7 +126,7 @@ impl AddressSpace {
             };
             if to.is_on() && !tracked {
                 // Also if it fails: a source may have discarded its dirty pages before.
-                self.restart_epochs();
+                members.restart_epochs();
             }
             switched.map_err(Failure::raise)?;
         }
@@ -137,12 +140,13 @@ impl AddressSpace {
             let _membership = lock(&self.membership);
             let attachments = self.attachments();
             let attachment = attachments.find(domain)?;
+            let members = self.members();
             let tracked = attachment.tracking.is_on();
             let _restart = to.is_on().then(|| self.discards.restart());
             let switched = attachment.switch(to);
             if to.is_on() && !tracked {
                 // Also if it fails, as in `switch_all`.
-                self.restart_epochs();
+                members.restart_epochs();
             }
             if switched.map_err(Failure::raise)? && to.is_on() {
                 self.forget_zeros();
