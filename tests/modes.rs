@@ -7,8 +7,6 @@ mod common;
 
 use common::{Fake, PAGE, pages};
 use dirtymap::{Access, AddressSpace, Error, Granule, HarvestRequest, Iova, IovaRange, UserBitmap};
-#[cfg(feature = "rayon")]
-use dirtymap::{Start, harvest::Bounds};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -289,63 +287,6 @@ fn the_number_of_threads_changes_nothing() {
         reports.push((words, report.areas, report.bits_set));
     }
     assert!(reports.windows(2).all(|pair| pair[0] == pair[1]));
-}
-
-/// A parallel harvest of a space with consumers was walked by one thread. Each thread has a flight
-/// of its own, and leaves the pages of its pieces to the other consumer, also those of a leaf that
-/// straddles two pieces.
-#[cfg(feature = "rayon")]
-#[test]
-fn a_parallel_harvest_leaves_the_pages_of_each_piece_to_others() {
-    let n = 1u64 << 22;
-    let fake = Arc::new(Fake::default());
-    let space = AddressSpace::with_source(Granule::K4, fake.clone()).unwrap();
-    space.map(pages(0, n), 0, Access::ReadWrite).unwrap();
-    space.start_tracking().unwrap();
-    let late = space.consumer("late", Start::Dirty).unwrap();
-    let other = space.consumer("other", Start::Clean).unwrap();
-    fake.with(|s| s.leaf_pages = 3);
-    let mut expected = vec![0u64; (n / 64) as usize];
-    let mut write = |page: u64, len: u64| {
-        (page..page + len).for_each(|page| expected[page as usize / 64] |= 1 << (page % 64));
-    };
-    for page in (0..n).step_by(1 << 18) {
-        let leaf = (page + (1 << 18) - 1).min(n - 6) / 3 * 3;
-        fake.dirty(leaf);
-        write(leaf, 3);
-        space.mark(pages(page + 1000, 2)).unwrap();
-        write(page + 1000, 2);
-    }
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build();
-    let pool = pool.unwrap();
-    let all = request(pages(0, n)).parallel();
-    let mut words = vec![0u64; (n / 64) as usize];
-    let lease = pool.install(|| space.harvest(&all, UserBitmap::new(&mut words)));
-    assert_eq!(
-        fake.with(|s| s.looks),
-        16,
-        "a look for each piece of 8 chunks"
-    );
-    lease.unwrap().sync().unwrap().commit();
-    assert!(words == expected);
-    words.fill(0);
-    let lease = pool.install(|| other.harvest(&all, UserBitmap::new(&mut words)));
-    lease.unwrap().sync().unwrap().commit();
-    assert!(words == expected, "the other consumer");
-    // What is pending as a whole is in a parallel harvest, too.
-    late.set_bounds(Bounds {
-        bytes: 0,
-        ..Bounds::default()
-    });
-    space.rounds().next().unwrap().commit();
-    assert!(late.stats().everything);
-    words.fill(0);
-    let lease = pool.install(|| late.harvest(&all, UserBitmap::new(&mut words)));
-    let report = lease.unwrap().sync().unwrap().commit();
-    assert_eq!(report.bits_set, n);
-    words.fill(0);
-    let lease = pool.install(|| late.harvest(&all, UserBitmap::new(&mut words)));
-    assert_eq!(lease.unwrap().report().bits_set, 0, "it is told once");
 }
 
 #[cfg(feature = "rayon")]

@@ -535,29 +535,11 @@ impl<'a> Holding<'a> {
         self.reached = self.reached.max(Some(last));
     }
 
-    /// Adds what a walk took, and how many leaves it handed to the queue.
+    /// Adds what a walk took.
     #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
-    pub(super) fn add(&mut self, taken: &FlushGather, areas: u64, handed_over: u64) {
+    pub(super) fn add(&mut self, taken: &FlushGather, areas: u64) {
         self.gather.merge(taken);
         self.report.areas += areas;
-        self.handed_over += handed_over;
-    }
-
-    /// Takes what is pending as a whole in the areas of `range`, of which several threads have
-    /// walked all pieces.
-    #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
-    pub(super) fn take_whole_of(
-        &mut self,
-        areas: &Areas<'_>,
-        range: IovaRange,
-        sink: &mut Sink<'_>,
-    ) -> Result<(), Stopped> {
-        for entry in areas.areas_in(range) {
-            if let Some(part) = entry.area.mapping.range.intersection(range) {
-                self.take_whole(part, Ok(()), sink)?;
-            }
-        }
-        Ok(())
     }
 
     /// Takes the dirty pages in `area` and `within`.
@@ -589,7 +571,7 @@ impl<'a> Holding<'a> {
         } else {
             let gather = &mut self.gather;
             let (handed, looked) =
-                shared::take(&self.space, &self.covered, area, (part, part), sink, gather);
+                shared::take(&self.space, &self.covered, area, part, sink, gather);
             self.handed_over += handed;
             self.take_whole(part, looked, sink)
         };
@@ -752,12 +734,6 @@ impl<'a> Holding<'a> {
     #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
     pub(super) fn space(&self) -> &AddressSpace {
         &self.space
-    }
-
-    /// The same, without a borrow of the holding.
-    #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
-    pub(super) fn space_ref(&self) -> SpaceRef<'a> {
-        self.space.clone()
     }
 
     /// What of it.

@@ -282,9 +282,8 @@ fn harvest<'a>(
     (all, entered): (IovaRange, &Walk<'_>),
 ) -> Lease<'a, Owed> {
     #[cfg(all(feature = "rayon", not(dirtymap_loom)))]
-    if request.is_parallel() {
-        let ends = (all, entered);
-        return parallel::harvest(holding, snapshot, request, bound.view(), ends);
+    if request.is_parallel() && !holding.is_shared() {
+        return parallel::harvest(holding, snapshot, request, bound.view());
     }
     let asked = bound.view().range();
     // Declared after the holding, so that it is dropped before: a walk that panics closes its

@@ -11,23 +11,17 @@
 //! of the lease do not depend on the number of threads. Threads share no words of the bitmap and no
 //! words of marks, except for leaves that straddle pieces: the thread that finds such a leaf takes
 //! the whole part of it that the request covers.
-//!
-//! With several consumers, the look at a piece is a harvest of its own in the protocol of
-//! [`shared`](super::shared), with a flight of its own. What is pending as a whole is taken after
-//! all pieces, by the calling thread: a store that was replaced before is known to be old then, and
-//! the new one is looked at for the whole request.
 
 use rayon::prelude::*;
 
 use super::lease::{Holding, Recorded, walked_to};
 use super::look::{Look, look};
-use super::shared;
 use super::walk::areas;
 use super::{HarvestRequest, Lease, Owed};
 use crate::bitmap::{BitmapView, CHUNK_BITS};
 use crate::flush::FlushGather;
 use crate::source::Stopped;
-use crate::space::{AddressSpace, Areas, Covered, Walk};
+use crate::space::{AddressSpace, Areas, Covered};
 use crate::units::{Granule, Iova, IovaRange};
 
 /// Bits of a piece, at least.
@@ -41,22 +35,18 @@ struct Taken<'a> {
     space: &'a AddressSpace,
     gather: FlushGather,
     areas: u64,
-    /// Leaves whose debt the queue has.
-    handed_over: u64,
     recorded: Recorded,
     /// As [`Holding`] has it.
     walked_to: Option<Iova>,
     stopped: Option<Stopped>,
 }
 
-/// Walks `request` into `view`, the bits of `holding`, by many threads. In `all` there is no area
-/// that is not walked.
+/// Walks `request` into `view`, the bits of `holding`, by many threads.
 pub(super) fn harvest<'a>(
     mut holding: Holding<'a>,
     snapshot: Areas<'_>,
     request: &HarvestRequest<'_>,
     view: BitmapView<'_>,
-    (all, entered): (IovaRange, &Walk<'_>),
 ) -> Lease<'a, Owed> {
     let asked = view.range();
     // A hole ends the work of all threads, as it ends a walk, unless the request skips it.
@@ -85,7 +75,7 @@ pub(super) fn harvest<'a>(
         for mut piece in taken {
             owed.push((
                 std::mem::take(&mut piece.gather),
-                (piece.areas, piece.handed_over),
+                piece.areas,
                 piece.walked_to,
             ));
             recorded.merge(&piece.recorded);
@@ -94,8 +84,8 @@ pub(super) fn harvest<'a>(
                 stopped = Some(first);
             }
         }
-        for (piece, (gather, (areas, handed_over), walked_to)) in pieces.iter().zip(owed) {
-            holding.add(&gather, areas, handed_over);
+        for (piece, (gather, areas, walked_to)) in pieces.iter().zip(owed) {
+            holding.add(&gather, areas);
             // Pages of pieces above a stop are in no lease. The piece that stopped may have walked
             // areas above the stop, which is the beginning of a granule: the lease ends below it.
             if stopped.as_ref().is_none_or(|stop| piece.start() < stop.at) {
@@ -103,31 +93,8 @@ pub(super) fn harvest<'a>(
             }
         }
     }
-    if holding.is_shared() {
-        // Below a stop, everything is in the lease.
-        let asked = match &stopped {
-            None => Some(asked),
-            Some(stop) => below(asked, stop.at),
-        };
-        let space = holding.space_ref();
-        let mut sink = view.sink();
-        let whole = asked.map_or(Ok(()), |asked| {
-            holding.take_whole_of(&space.snapshot(), asked, &mut sink)
-        });
-        recorded.add(&sink);
-        stopped = whole.err().or(stopped);
-    }
     holding.walked_by_now();
-    if stopped.is_none() {
-        holding.walked_all(all, entered);
-    }
     holding.into_lease(stopped.map_or(Ok(None), Err), recorded)
-}
-
-/// The part of `asked` below `at`.
-fn below(asked: IovaRange, at: Iova) -> Option<IovaRange> {
-    let last = at.get().checked_sub(1).map(Iova::new)?;
-    IovaRange::new(asked.start(), last.min(asked.last())).ok()
 }
 
 /// The pieces of `walked`: each begins at a chunk of bitmap, rounded up to a page of all sources.
@@ -170,7 +137,6 @@ impl<'a> Taken<'a> {
             space,
             gather: FlushGather::new(),
             areas: 0,
-            handed_over: 0,
             recorded: Recorded::default(),
             walked_to: None,
             stopped: None,
@@ -187,20 +153,8 @@ impl<'a> Taken<'a> {
                 };
                 // Each area counts in the piece in which it begins.
                 taken.areas += u64::from(limit.start() == part.start());
-                let gather = &mut taken.gather;
-                let looked = match covered.audience.own() {
-                    None => {
-                        let (parts, how) = ((part, limit), Look::Take(gather));
-                        look(space, covered, area, parts, (&mut sink, None), how)
-                    }
-                    Some(_) => {
-                        let parts = (part, limit);
-                        let (handed_over, looked) =
-                            shared::take(space, covered, area, parts, &mut sink, gather);
-                        taken.handed_over += handed_over;
-                        looked
-                    }
-                };
+                let how = Look::Take(&mut taken.gather);
+                let looked = look(space, covered, area, (part, limit), (&mut sink, None), how);
                 taken.walked_to = taken.walked_to.max(walked_to(part, &looked));
                 looked
             });

@@ -66,14 +66,13 @@ use crate::sync::{Arc, Ordering, Step, fence, performs};
 use crate::units::{Iova, IovaRange};
 
 /// Takes what is dirty in `part` of `area` for the consumer of `covered`, and leaves it to the
-/// others. A leaf that extends past `part` is taken as far as it is inside `limit`. What is owed
-/// goes to the queue or, if there are no others, to `gather`. Returns how many leaves the queue
-/// got, and how the walk ended.
+/// others. What it owes goes to the queue or, if there are no others, to `gather`. Returns how many
+/// leaves the queue got, and how the walk ended.
 pub(super) fn take(
     space: &AddressSpace,
     covered: &Covered,
     area: &Area,
-    (part, limit): (IovaRange, IovaRange),
+    part: IovaRange,
     sink: &mut Sink<'_>,
     gather: &mut FlushGather,
 ) -> (u64, Result<(), Stopped>) {
@@ -82,7 +81,7 @@ pub(super) fn take(
             space,
             covered,
             area,
-            (part, limit),
+            (part, part),
             (sink, None),
             Look::Take(gather),
         );
@@ -96,22 +95,22 @@ pub(super) fn take(
         let end = (u128::from(start.get()) / bytes + 1) * bytes - 1;
         let last = u64::try_from(end).map_or(part.last(), |end| part.last().min(Iova::new(end)));
         let piece = IovaRange::ascending(start, last);
-        let mut taking = Taking::begin(Shares::new(space, covered, area, limit));
+        let mut taking = Taking::begin(Shares::new(space, covered, area, part));
         let shares = taking.shares;
         let claim = Claim::begin(space, piece);
         let looked = {
-            let mut flight = shares.flight.sink(limit);
+            let mut flight = shares.flight.sink(part);
             let how = Look::Take(&mut taking.gather);
             let mut sharing = Sharing::new(shares, sink);
-            sharing.own.limit_to(limit);
+            sharing.own.limit_to(part);
             let sinks = (&mut flight, Some(&mut sharing));
-            let looked = look(space, covered, area, (piece, limit), sinks, how);
+            let looked = look(space, covered, area, (piece, part), sinks, how);
             entries += sharing.entries();
             taking.part = flight.recorded_in();
             looked
         };
         drop(claim);
-        sink.limit_to(limit);
+        sink.limit_to(part);
         let handed = taking.hand_over(sink, gather);
         entries += taking.entries;
         // The lower of two stops counts.

@@ -168,11 +168,11 @@ impl Runner<'_> {
     }
 
     /// The pages that a harvest may have recorded before a domain panicked: in its first area, or
-    /// anywhere if several threads harvested.
+    /// anywhere if several threads harvested, as they do only for a space without consumers.
     pub(super) fn died_in(&self, request: &Request, ask: &Ask) -> Option<IovaRange> {
         let (first, last) = *request.walked.first()?;
         let end = match ask.mode {
-            Mode::Parallel => request.walked.last()?.1,
+            Mode::Parallel if !self.oracle.named => request.walked.last()?.1,
             _ => last.min(self.oracle.area_at(first)?.last()),
         };
         Some(pages(request.view.start().get() / PAGE, end))
