@@ -471,3 +471,32 @@ fn a_hole_below_the_cursor_is_not_refused() {
     let lease = space.harvest(&above, UserBitmap::new(&mut words));
     assert_eq!(lease.unwrap().sync().unwrap().commit().bits_set, 1);
 }
+
+/// A source stopped a parallel harvest in the first of two areas. Another thread had walked the
+/// second one, in a piece above the stop, and the report counted both.
+#[cfg(feature = "rayon")]
+#[test]
+fn a_parallel_harvest_that_stops_counts_no_area_above_the_stop() {
+    let n = 1u64 << 20;
+    let mut reports = Vec::new();
+    for parallel in [false, true] {
+        let fake = Arc::new(Fake::default());
+        let space = AddressSpace::with_source(Granule::K4, fake.clone()).unwrap();
+        for first in [0, n / 2] {
+            space
+                .map(pages(first, n / 2), 0, Access::ReadWrite)
+                .unwrap();
+        }
+        space.start_tracking().unwrap();
+        fake.with(|s| s.stop_at = Some(5));
+        let mut all = request(pages(0, n));
+        if parallel {
+            all = all.parallel();
+        }
+        let mut words = vec![0u64; (n / 64) as usize];
+        let lease = space.harvest(&all, UserBitmap::new(&mut words)).unwrap();
+        assert!(lease.stopped().is_some());
+        reports.push(lease.report().areas);
+    }
+    assert_eq!(reports, [1, 1]);
+}

@@ -85,7 +85,9 @@ pub(super) fn harvest<'a>(
             }
         }
         for (piece, (gather, areas, walked_to)) in pieces.iter().zip(owed) {
-            holding.add(&gather, areas);
+            // A walk by one thread ends at the stop, so areas of pieces above it do not count.
+            let counts = stopped.as_ref().is_none_or(|stop| piece.start() <= stop.at);
+            holding.add(&gather, if counts { areas } else { 0 });
             // Pages of pieces above a stop are in no lease. The piece that stopped may have walked
             // areas above the stop, which is the beginning of a granule: the lease ends below it.
             if stopped.as_ref().is_none_or(|stop| piece.start() < stop.at) {
