@@ -33,11 +33,15 @@ compile_error!("one model checker at a time");
 
 #[cfg(any(dirtymap_loom, dirtymap_shuttle))]
 pub mod model;
+mod once;
+mod pair;
 #[cfg(dirtymap_loom)]
 mod sites;
 mod step;
 mod witness;
 
+pub use once::OnceBox;
+pub use pair::PairExchange;
 pub use step::*;
 pub use witness::Witness;
 

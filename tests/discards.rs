@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 
 use dirtymap::harvest::Content::{self, Data, Zero};
+use dirtymap::harvest::{Bounds, Parent};
 use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::{
     Access, AddressSpace, Change, Consumer, DirtySource, Error, Granule, HarvestRequest, Iova,
@@ -62,6 +63,63 @@ fn unnamed(space: &AddressSpace) -> Vec<(u64, u64, Content)> {
     let told = told(&lease);
     lease.commit();
     told
+}
+
+/// A discard of more pages than a consumer may hold. They became pending one by one, without a
+/// look at its bounds, and were dropped afterwards. A TRIM of a large disk took memory for each
+/// consumer. Then each was told everything that is mapped.
+#[test]
+fn a_discard_out_of_bounds_is_told_as_what_it_is() {
+    const CHUNK: u64 = 32768;
+    let space = space(8 * CHUNK);
+    let one = space.consumer("one", Start::Clean).unwrap();
+    one.set_bounds(Bounds {
+        bytes: 2 * PAGE,
+        ..Bounds::default()
+    });
+    discard(&space, pages(CHUNK, 3 * CHUNK));
+    let stats = one.stats();
+    assert_eq!((stats.held_bytes, stats.dropped), (0, 0));
+    assert!(stats.everything);
+    one.rounds().next().unwrap().abort();
+    space.mark(pages(CHUNK, 1)).unwrap();
+    let lease = one.rounds().next().unwrap();
+    let parent = Parent::Epoch(one.epoch());
+    assert_eq!(lease.lineage().unwrap().parent, parent);
+    let all = [(CHUNK, 1, Data), (CHUNK + 1, 3 * CHUNK - 1, Zero)];
+    assert_eq!(told(&lease), all);
+    lease.commit();
+    assert_eq!(next(&one), NONE);
+    assert!(!one.stats().everything);
+    // Within its bounds.
+    discard(&space, pages(CHUNK, 10));
+    assert_eq!(one.stats().pending_bytes, 10 * PAGE);
+    assert_eq!(next(&one), [(CHUNK, 10, Zero)]);
+}
+
+/// An area that begins inside of a chunk: a chunk of its marks lies in two of the bitmaps that all
+/// consumers share. The zero bits of written pages are cleared in both.
+#[test]
+fn a_write_wins_wherever_the_area_begins() {
+    const CHUNK: u64 = 32768;
+    for start in [300, CHUNK - 70] {
+        let space = AddressSpace::tracked(Granule::K4);
+        space
+            .map(pages(start, 2 * CHUNK), 0, Access::ReadWrite)
+            .unwrap();
+        let one = space.consumer("one", Start::Clean).unwrap();
+        discard(&space, pages(start, 2 * CHUNK));
+        for page in [start, CHUNK - 1, CHUNK, CHUNK + 200, 2 * CHUNK] {
+            space.mark(pages(page, 1)).unwrap();
+        }
+        assert!(!unnamed(&space).is_empty());
+        let written = next(&one);
+        let data = written.iter().filter(|(.., content)| *content == Data);
+        let data: Vec<(u64, u64)> = data.map(|(first, pages, _)| (*first, *pages)).collect();
+        let mut expected = vec![(start, 1), (CHUNK - 1, 2), (CHUNK + 200, 1), (2 * CHUNK, 1)];
+        expected.retain(|(first, _)| *first >= start);
+        assert_eq!(data, expected, "from page {start}");
+    }
 }
 
 #[test]

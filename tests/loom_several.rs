@@ -325,6 +325,39 @@ fn a_lease_of_everything_waits_for_harvests_with_the_old_store() {
     });
 }
 
+/// The same harvest of others, and a younger lease, which sees the page in flight and has nothing
+/// as a whole. Its sync waits, too: else its copy could be older than that of the lease of
+/// everything, although its epoch is the later one.
+#[test]
+fn a_lease_over_a_new_store_waits_for_harvests_with_the_old_one() {
+    holds_within(BOUND, &[Step::CatchUp], || {
+        let hardware = OnePage::new(true);
+        let space = Arc::new(over(&hardware));
+        let one = with_full_store(&space, 0);
+        let two = Consumer::shared(space.clone(), "two", Start::Clean).unwrap();
+        hardware.device_writes(2);
+        let other = thread::spawn({
+            let space = space.clone();
+            move || Rounds::shared(space).harvest().unwrap()
+        });
+        // The harvest begins first.
+        thread::yield_now();
+        walk(&two); // drops the store
+        let everything = one.rounds().harvest().unwrap();
+        let younger = one.rounds().next().unwrap();
+        let seen = (younger.dirty() == 1).then(|| hardware.data.load(Relaxed));
+        hardware.device_writes(3);
+        let lease = other.join().unwrap();
+        let everything = everything.sync().unwrap();
+        let mut copy = seen.unwrap_or_else(|| hardware.data.load(Relaxed));
+        everything.commit();
+        younger.commit();
+        harvest(&one, || copy = hardware.data.load(Relaxed));
+        drop(lease);
+        copy == 3
+    });
+}
+
 /// The answer of a join.
 fn joins_like(one: &Consumer<'static>, space: &Arc<AddressSpace>) -> Option<Consumer<'static>> {
     match Consumer::shared(space.clone(), "two", Start::LikeOf(one)) {

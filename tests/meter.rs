@@ -52,6 +52,16 @@ fn a_constant_rate_is_exact_from_the_first_look_on() {
     }
 }
 
+/// A range that was never written. Its rate was -0, which a program prints as "-0".
+#[test]
+fn the_rate_of_a_clean_range_is_no_negative_number() {
+    let space = space(64 * MIB);
+    let mut meter = meter(&space, 5);
+    space.mark(range(0, PAGE)).unwrap();
+    meter.look(SECOND).unwrap();
+    assert_eq!(meter.rate_of(range(32 * MIB, MIB)).to_string(), "0");
+}
+
 #[test]
 fn what_was_written_a_half_life_ago_counts_half() {
     let space = space(64 * MIB);

@@ -50,6 +50,27 @@ impl DirtySource for OneLeaf {
     }
 }
 
+/// A space may have millions of areas. An area was 192 bytes beside the nodes of the tree, in two
+/// allocations: its marks had one of their own, with counts and with room for what few areas have.
+#[test]
+fn an_area_without_domains_is_one_allocation_with_its_marks() {
+    let space = AddressSpace::tracked(Granule::K4);
+    let map = |nth: u64| {
+        let area = pages(2 * nth, 1);
+        space.map(area, 0, Access::ReadWrite).unwrap();
+    };
+    // Maps that use nodes of earlier ones again allocate the area alone.
+    let mut fewest = (u64::MAX, u64::MAX);
+    for nth in 0..1000 {
+        let mut count = 0;
+        let bytes = allocated_bytes(|| count = allocations(|| map(nth)));
+        fewest = fewest.min((count, bytes));
+        space.unmap_discarding(IovaRange::ALL).unwrap();
+        space.reclaim();
+    }
+    assert_eq!(fewest, (1, 112), "allocations and bytes of an area");
+}
+
 #[test]
 fn marks_and_harvests_allocate_nothing() {
     let source = std::sync::Arc::new(OneLeaf::default());

@@ -2,12 +2,14 @@
 #![cfg(not(any(dirtymap_loom, dirtymap_shuttle)))]
 #![allow(clippy::unwrap_used)] // helpers of tests
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 
+use dirtymap::source::{FlushGather, Invalidated, LeafSink, Sink, Stopped};
 use dirtymap::{
-    Access, AddressSpace, Change, Consumer, Error, Granule, HarvestRequest, Iova, IovaRange, Lease,
-    SharedLog, Start, UserBitmap,
+    Access, AddressSpace, Change, Consumer, DirtySource, Error, Granule, HarvestRequest, Iova,
+    IovaRange, Lease, SharedLog, Start, Tracking, UserBitmap,
 };
 
 const PAGE: u64 = 4096;
@@ -83,7 +85,9 @@ fn a_log_of_a_device_and_whole_chunks_reach_every_consumer() {
     log[1000].store(0b101, SeqCst);
     space.mark(pages(0, 70_000)).unwrap();
     let mut all: Vec<u64> = (0..70_000).collect();
-    assert_eq!(next(&one), all);
+    let lease = one.rounds().next().unwrap();
+    assert_eq!(told(&lease, lease.runs()), all);
+    assert_eq!(lease.commit().leaves, 2, "of the log");
     log[1500].store(1, SeqCst);
     all.push(96_000);
     assert_eq!(next(&two), all);
@@ -168,6 +172,70 @@ fn a_consumer_of_a_range_is_told_of_that_range() {
         .consumer_of("odd", 0..PAGE + 1, Start::Clean)
         .unwrap_err();
     assert!(matches!(odd, Error::Unaligned { .. }), "{odd}");
+}
+
+/// A consumer of a range is left its pages, and no others, also if the area begins inside of a
+/// chunk of the bitmaps that all consumers share.
+#[test]
+fn a_consumer_of_a_range_is_told_wherever_the_area_begins() {
+    const CHUNK: u64 = 32768;
+    for start in [300, CHUNK - 70] {
+        let space = AddressSpace::tracked(Granule::K4);
+        let area = pages(start, 2 * CHUNK);
+        space.map(area, 0, Access::ReadWrite).unwrap();
+        let part = pages(CHUNK - 10, 30);
+        let part = space.consumer_of("part", part, Start::Clean).unwrap();
+        let high = pages(2 * CHUNK - 5, 20);
+        let high = space.consumer_of("high", high, Start::Clean).unwrap();
+        space.mark(area).unwrap();
+        assert_eq!(unnamed(&space).len() as u64, 2 * CHUNK);
+        assert_eq!(part.stats().pending_bytes, 30 * PAGE);
+        assert_eq!(next(&part), (CHUNK - 10..CHUNK + 20).collect::<Vec<u64>>());
+        let all = 2 * CHUNK - 5..2 * CHUNK + 15;
+        assert_eq!(next(&high), all.collect::<Vec<u64>>());
+        for page in [CHUNK - 11, CHUNK - 1, CHUNK, CHUNK + 20, 2 * CHUNK + 3] {
+            space.mark(pages(page, 1)).unwrap();
+        }
+        assert_eq!(unnamed(&space).len(), 5);
+        assert_eq!(next(&part), [CHUNK - 1, CHUNK]);
+        assert_eq!(next(&high), [2 * CHUNK + 3]);
+    }
+}
+
+/// A domain comes whose pages are larger than the range of a consumer. A harvest has to cover whole
+/// pages of it, and so was refused, because these extend past the range: the consumer could not be
+/// told a write any more. The same with a granule that is larger than the range.
+#[test]
+fn a_consumer_of_a_part_of_a_larger_page_is_told() {
+    let space = space(64);
+    let part = space
+        .consumer_of("part", pages(3, 2), Start::Clean)
+        .unwrap();
+    let large = Granule::from_lg2(16).unwrap();
+    space.mark(pages(2, 2)).unwrap();
+    let lease = { part.rounds().granule(large) }.next().unwrap();
+    assert_eq!((lease.range(), lease.dirty()), (pages(0, 16), 1));
+    lease.abort();
+
+    let log: Arc<[AtomicU64]> = [AtomicU64::new(0)].into();
+    let source = SharedLog::new(0..64 * PAGE, large, Arc::clone(&log));
+    space.attach(source.unwrap()).unwrap();
+    assert!(next(&part).contains(&3));
+    assert_eq!(unnamed(&space), [2, 3]);
+    log[0].store(0b11, SeqCst);
+    assert_eq!(unnamed(&space).len(), 32);
+    assert_eq!(part.stats().pending_bytes, 2 * PAGE);
+    part.rounds().next().unwrap().abort();
+    assert_eq!(next(&part), [3, 4]);
+    let mut words = [0];
+    let request = HarvestRequest::new(pages(0, 32), Granule::K4);
+    let refused = part.harvest(&request, UserBitmap::new(&mut words));
+    let refused = refused.unwrap_err();
+    assert!(
+        matches!(refused, Error::OutsideConsumer { .. }),
+        "{refused}"
+    );
+    assert_eq!(next(&part), NONE);
 }
 
 /// A peek shows what is pending, and takes nothing.
@@ -440,12 +508,37 @@ fn a_harvest_into_a_bitmap_of_the_caller_outlives_its_consumer() {
 mod failing_bitmap {
     use super::*;
     use dirtymap::bitmap::FileBitmap;
-    use dirtymap::source::{FlushGather, LeafSink, Sink, Stopped};
-    use dirtymap::{DirtySource, Tracking};
     use std::fs::File;
 
-    /// Cuts the file of the bitmap during a harvest.
-    struct Cuts(File);
+    /// Cuts the file of the bitmap during a harvest, and then takes its dirty pages, if it has any.
+    struct Cuts {
+        file: File,
+        dirty: std::sync::Mutex<Vec<u64>>,
+    }
+
+    impl Cuts {
+        fn new(file: &File, dirty: &[u64]) -> Self {
+            Cuts {
+                file: file.try_clone().unwrap(),
+                dirty: dirty.to_vec().into(),
+            }
+        }
+    }
+
+    /// An empty file without a name.
+    fn unnamed_file(test: &str) -> File {
+        let name = format!("dirtymap-{test}-{}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&path)
+            .unwrap();
+        std::fs::remove_file(&path).unwrap();
+        file
+    }
 
     impl DirtySource for Cuts {
         fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
@@ -454,8 +547,11 @@ mod failing_bitmap {
 
         fn unmap(&self, _: IovaRange, _: &mut FlushGather, _: &mut dyn FnMut(IovaRange)) {}
 
-        fn read_and_clear(&self, _: IovaRange, _: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
-            self.0.set_len(1 << 16).unwrap();
+        fn read_and_clear(&self, _: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+            self.file.set_len(1 << 16).unwrap();
+            for page in self.dirty.lock().unwrap().drain(..) {
+                out.take(pages(page, 1), Granule::K4, || true).unwrap();
+            }
             Ok(())
         }
 
@@ -466,19 +562,10 @@ mod failing_bitmap {
 
     #[test]
     fn a_bitmap_that_fails_loses_nothing() {
-        let path = std::env::temp_dir().join(format!("dirtymap-several-{}", std::process::id()));
-        let file = File::options();
-        let file = { file }
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(&path);
-        let file = file.unwrap();
-        std::fs::remove_file(&path).unwrap();
+        let file = unnamed_file("several");
         file.set_len(1 << 17).unwrap();
         let space = space(1 << 20);
-        let cuts = space.attach(Cuts(file.try_clone().unwrap())).unwrap();
+        let cuts = space.attach(Cuts::new(&file, &[])).unwrap();
         let one = space.consumer("one", Start::Clean).unwrap();
         let two = space.consumer("two", Start::Clean).unwrap();
         let dirty = [1, 1 << 18, 1 << 19, (1 << 20) - 1];
@@ -508,26 +595,50 @@ mod failing_bitmap {
         assert_eq!([next(&one), next(&two), unnamed(&space)].concat(), NONE);
     }
 
+    /// The same for pages of a source. They are taken before the bitmap is looked at, so those that
+    /// it cannot record are pending for the consumer itself.
+    #[test]
+    fn a_bitmap_that_fails_loses_no_page_of_a_source() {
+        let file = unnamed_file("source");
+        let space = space(1 << 20);
+        let dirty = vec![5, 1 << 19, (1 << 19) + 64, (1 << 20) - 1];
+        let source = space.attach(Cuts::new(&file, &dirty)).unwrap();
+        let one = space.consumer("one", Start::Clean).unwrap();
+        let two = space.consumer("two", Start::Clean).unwrap();
+        // The look at the marks stops above the first page that is not recorded.
+        space.mark(pages((1 << 19) + 1000, 1)).unwrap();
+        file.set_len(1 << 17).unwrap();
+        let bitmap = FileBitmap::new(file, 0, 1 << 17)
+            .with_window(1 << 16)
+            .unwrap();
+        let request = HarvestRequest::new(pages(0, 1 << 20), Granule::K4);
+        let lease = one.harvest(&request, UserBitmap::file(&bitmap)).unwrap();
+        let stop = lease.stopped().map(|stopped| stopped.at);
+        assert_eq!(stop, Some(pages(1 << 19, 1).start()));
+        let lease = lease.partial().sync().unwrap();
+        assert_eq!(told(&lease, lease.runs()), [5]);
+        lease.commit();
+        space.detach(source).unwrap();
+        let mut dirty = dirty;
+        dirty.insert(3, (1 << 19) + 1000);
+        assert_eq!(next(&one), dirty[1..]);
+        assert_eq!(next(&two), dirty);
+        assert_eq!(unnamed(&space), dirty);
+        assert_eq!([next(&one), next(&two), unnamed(&space)].concat(), NONE);
+    }
+
     /// The same for a consumer for which everything is pending. What could not be recorded was in
     /// the lease, and a commit of it lost all of that.
     #[test]
     fn everything_that_cannot_be_recorded_stays_pending() {
-        let path = std::env::temp_dir().join(format!("dirtymap-whole-{}", std::process::id()));
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(&path)
-            .unwrap();
-        std::fs::remove_file(&path).unwrap();
+        let file = unnamed_file("whole");
         file.set_len(1 << 17).unwrap();
         let space = AddressSpace::tracked(Granule::K4);
         space.map(pages(0, 1 << 19), 0, Access::ReadWrite).unwrap();
         space
             .map(pages(1 << 19, 1 << 19), 1 << 40, Access::ReadWrite)
             .unwrap();
-        let cuts = space.attach(Cuts(file.try_clone().unwrap())).unwrap();
+        let cuts = space.attach(Cuts::new(&file, &[])).unwrap();
         let one = space.consumer("one", Start::Clean).unwrap();
         let bounds = one.bounds();
         one.set_bounds(dirtymap::harvest::Bounds { bytes: 1, ..bounds });
@@ -548,6 +659,82 @@ mod failing_bitmap {
         space.detach(cuts).unwrap();
         assert_eq!(next(&one), ((1 << 19)..1 << 20).collect::<Vec<u64>>());
         assert_eq!(next(&one), NONE);
+    }
+}
+
+/// A source with dirty pages, which counts the invalidations of page 9.
+#[derive(Default)]
+struct Hardware {
+    dirty: Mutex<Vec<u64>>,
+    panics: AtomicBool,
+    invalidated: AtomicU64,
+}
+
+impl DirtySource for Hardware {
+    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn unmap(&self, _: IovaRange, _: &mut FlushGather, _: &mut dyn FnMut(IovaRange)) {}
+
+    fn read_and_clear(&self, _: IovaRange, out: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        for page in self.dirty.lock().unwrap().drain(..) {
+            out.take(pages(page, 1), Granule::K4, || true).unwrap();
+        }
+        assert!(!self.panics.swap(false, SeqCst), "on purpose");
+        Ok(())
+    }
+
+    fn peek(&self, _: IovaRange, _: &mut Sink<'_>) -> Result<(), Stopped> {
+        Ok(())
+    }
+
+    fn invalidate(&self, gather: &FlushGather) -> Result<Invalidated, Error> {
+        let covers = |range: &IovaRange| range.intersection(pages(9, 1)).is_some();
+        if gather.ranges().iter().any(covers) {
+            self.invalidated.fetch_add(1, SeqCst);
+        }
+        Ok(Invalidated::default())
+    }
+}
+
+/// What a harvest leaves to another consumer carries its debt: the sync of that consumer flushes,
+/// although the lease of the first one does not.
+#[test]
+fn the_sync_of_another_consumer_pays_for_what_it_was_left() {
+    let space = space(64);
+    let hardware = Arc::new(Hardware::default());
+    space.attach(Arc::clone(&hardware)).unwrap();
+    let one = space.consumer("one", Start::Clean).unwrap();
+    let two = space.consumer("two", Start::Clean).unwrap();
+    hardware.dirty.lock().unwrap().push(9);
+    hardware.invalidated.store(0, SeqCst);
+    let lease = one.rounds().harvest().unwrap();
+    assert_eq!(hardware.invalidated.load(SeqCst), 0);
+    assert_eq!(next(&two), [9]);
+    assert_eq!(hardware.invalidated.load(SeqCst), 1);
+    lease.abort();
+}
+
+/// A source takes a page, and panics. The page has left the table then: every consumer is told of
+/// it, and the next sync pays its debt.
+#[test]
+fn a_source_that_panics_loses_nothing_of_any_consumer() {
+    let space = space(64);
+    let hardware = Arc::new(Hardware::default());
+    space.attach(Arc::clone(&hardware)).unwrap();
+    let one = space.consumer("one", Start::Clean).unwrap();
+    let two = space.consumer("two", Start::Clean).unwrap();
+    for _ in 0..3 {
+        hardware.dirty.lock().unwrap().push(9);
+        hardware.panics.store(true, SeqCst);
+        let harvest = AssertUnwindSafe(|| one.rounds().harvest().map(drop));
+        catch_unwind(harvest).unwrap_err();
+        hardware.invalidated.store(0, SeqCst);
+        assert_eq!(next(&two), [9]);
+        assert_eq!(hardware.invalidated.load(SeqCst), 1);
+        assert_eq!((next(&one), unnamed(&space)), (vec![9], vec![9]));
+        assert_eq!([next(&one), next(&two), unnamed(&space)].concat(), NONE);
     }
 }
 

@@ -8,7 +8,7 @@ use super::reclaim::{Checkout, Pinned, Pool, Reclaim};
 use super::root::Root;
 use super::snapshot::{Entry, Iter, Subtree};
 use crate::error::Error;
-use crate::sync::{Arc, AtomicPtr, Ordering, Step, Witness, weaken};
+use crate::sync::{Arc, AtomicPtr, Ordering, Step, Witness, prefetch, weaken};
 use crate::units::{Granule, Iova, IovaRange};
 
 /// A new state of the tree: the areas at the beginning of the edit, with the changes so far.
@@ -27,6 +27,10 @@ pub(crate) struct Edit<'p, T, const F: usize = 16, R = ()> {
     /// Where nodes come from. Its open garbage begins with that of earlier updates. At the end
     /// follows what becomes unreachable if this edit is published.
     pool: Checkout<'p, T, F, R>,
+    /// The number of areas, as edited.
+    areas: usize,
+    /// Whether a node may have uncounted holes.
+    uncounted: bool,
     /// The numbers of nodes and of areas in the open garbage that come from earlier updates. Until
     /// this edit is published, it adds no others.
     before: (usize, usize),
@@ -36,20 +40,10 @@ pub(crate) struct Edit<'p, T, const F: usize = 16, R = ()> {
 
 /// What happened to a node when an area was inserted below it.
 enum Inserted<T, const F: usize> {
-    /// The node holds the area. The change of its holes, if only one place of the node has changed.
-    Within(Option<HoleChange>),
+    /// The node holds the area.
+    Within,
     /// The node was full. Its upper part is now this node.
     Split(*mut Node<T, F>),
-}
-
-/// What a change that copies each node once has come to.
-enum Quick<T, const F: usize> {
-    /// It is made: below this node, which replaces the old one, after this change of its holes.
-    Done(*mut Node<T, F>, HoleChange),
-    /// This area is in the way of the insert.
-    Overlap(IovaRange),
-    /// Nothing was changed: there is nothing to remove, or nodes have to be split or merged.
-    More,
 }
 
 impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
@@ -74,6 +68,8 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
             root,
             rules: None,
             stamp: base_stamp + 1,
+            areas: before.areas,
+            uncounted: false,
             before: (pool.open.nodes.len(), pool.open.areas.len()),
             pool,
             pinned,
@@ -92,7 +88,7 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
     /// The number of areas.
     #[cfg(all(test, not(dirtymap_loom)))]
     pub(crate) fn len(&self) -> usize {
-        self.areas().len()
+        self.areas
     }
 
     /// The lowest area that shares an address with `range`.
@@ -144,6 +140,30 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         self.rules = Some(Arc::new(rules));
     }
 
+    /// Asks for the node of `level` on the way to the leaf of `x` ahead, which a later change of
+    /// this edit will search: the processor fetches it during the changes before. Does nothing in a
+    /// tree of few levels, which a cache holds whole.
+    pub(crate) fn ask_for(&self, x: Iova, level: u8) {
+        // SAFETY: null, or a node below the root, which is alive; no unique reference to it exists.
+        let Some(mut node) = (unsafe { self.root.as_ref() }) else {
+            return;
+        };
+        if node.level() < 3 {
+            return;
+        }
+        while node.level() > level {
+            // Above the last slot, the last child grows.
+            let child = node.child(node.find_alone(x.get()).min(node.len() - 1));
+            // SAFETY: alive like its parent; no unique reference to it exists.
+            let below = unsafe { &*child };
+            if node.level() == level + 1 {
+                below.prefetch_to_change();
+                return;
+            }
+            node = below;
+        }
+    }
+
     /// Maps `area` at `range`. The same area may be mapped at several ranges.
     ///
     /// # Errors
@@ -158,12 +178,34 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         if self.root.is_null() {
             self.root = Box::into_raw(self.pool.empty(0, self.stamp));
         }
-        // SAFETY: a node below the root is alive, and no unique reference to it exists.
-        match unsafe { self.insert_with_room(self.root, slot) } {
-            Quick::Done(root, _) => self.root = root,
-            Quick::Overlap(existing) => return Err(Error::Overlap { range, existing }),
-            Quick::More => self.insert_and_split(slot),
+        let (leaf, at) = self.descend(slot.start, true);
+        // SAFETY: below the root, so alive; not used again after it is changed.
+        let shared = unsafe { &*leaf };
+        if at < shared.len() && shared.start(at) <= slot.last {
+            let existing = shared.range(at);
+            return Err(Error::Overlap { range, existing });
         }
+        if shared.len() == F {
+            self.insert_and_split(slot);
+        } else {
+            let before = shared.hole_before(at);
+            let leaf = if shared.stamp() == self.stamp {
+                // SAFETY: made by this edit, so no other thread reaches it; `shared` is not used
+                // again.
+                unsafe { &mut *leaf }.insert(at, slot);
+                leaf
+            } else {
+                self.pool.open.nodes.push(leaf);
+                let mut copy = self.pool.spare();
+                copy.copy_inserted(shared, at, slot, self.stamp);
+                Box::into_raw(copy)
+            };
+            // SAFETY: made by this edit; not borrowed.
+            let now = unsafe { &*leaf }.hole_around(at);
+            // SAFETY: `leaf` replaces the one to which the descent has led.
+            unsafe { self.climb(leaf, HoleChange { before, now }) };
+        }
+        self.areas += 1;
         self.pool.added.push(area);
         self.pool.drop_areas(1);
         Ok(())
@@ -190,14 +232,36 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         if self.root.is_null() {
             return None;
         }
-        let mut removed = None;
-        // SAFETY: a node below the root is alive, and no unique reference to it exists.
-        let quick = unsafe { self.remove_from_many(self.root, start.get(), &mut removed) };
-        let (range, pointer) = removed?;
+        let (leaf, at) = self.descend(start.get(), false);
+        // SAFETY: below the root, so alive; not used again after it is changed.
+        let shared = unsafe { &*leaf };
+        if at == shared.len() || shared.start(at) != start.get() {
+            return None;
+        }
+        let (range, pointer) = (shared.range(at), shared.area(at));
+        // The caller reads the area, while the nodes of the path are still to be copied.
+        prefetch(pointer.cast());
         self.pool.open.areas.push(pointer);
-        match quick {
-            Quick::Done(root, _) => self.root = root,
-            _ => self.remove_and_merge(start),
+        self.areas -= 1;
+        if shared.len() - 1 <= Node::<T, F>::SPARSE {
+            self.remove_and_merge(start);
+        } else {
+            let before = shared.hole_around(at);
+            let leaf = if shared.stamp() == self.stamp {
+                // SAFETY: made by this edit, so no other thread reaches it; `shared` is not used
+                // again.
+                unsafe { &mut *leaf }.remove(at);
+                leaf
+            } else {
+                self.pool.open.nodes.push(leaf);
+                let mut copy = self.pool.spare();
+                copy.copy_removed(shared, at, self.stamp);
+                Box::into_raw(copy)
+            };
+            // SAFETY: made by this edit; not borrowed.
+            let now = unsafe { &*leaf }.hole_before(at);
+            // SAFETY: `leaf` replaces the one to which the descent has led.
+            unsafe { self.climb(leaf, HoleChange { before, now }) };
         }
         // SAFETY:
         // - from `Arc::into_raw`: leaves hold nothing else.
@@ -219,128 +283,75 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         self.shrink();
     }
 
-    /// Inserts `slot` below `node`, if its leaf has room. Nodes are copied from the leaf upwards,
-    /// so nothing is copied if it has none.
+    /// The leaf below the root, which is not null, in which `x` is or belongs, and its first slot
+    /// whose last address is not below `x`. Leaves the way there in the pool, for
+    /// [`Edit::climb`]. Nothing is copied, because what is found there may end the change.
     ///
-    /// # Safety
-    /// `node` is below the root of this edit, and no reference to it or to a node below it exists.
-    unsafe fn insert_with_room(&mut self, node: *mut Node<T, F>, slot: NodeSlot) -> Quick<T, F> {
-        // SAFETY: alive, by our contract; not used again after it or its copy is changed.
-        let shared = unsafe { &*node };
-        let found = shared.find(slot.start);
-        if !shared.is_leaf() {
+    /// `near` says that this change is likely to be where the last one was. Then each node is asked
+    /// first for the slot of the way before: the processor predicts that branch and goes on, where
+    /// a search is a chain of loads.
+    #[inline(always)]
+    fn descend(&mut self, x: u64, near: bool) -> (*mut Node<T, F>, usize) {
+        let mut node = self.root;
+        let path = &mut self.pool.path;
+        for depth in 0.. {
+            // SAFETY: a node below the root is alive, and no unique reference to it exists.
+            let shared = unsafe { &*node };
+            if depth == path.len() {
+                path.push((node, 0));
+            }
+            let (on_path, at) = &mut path[depth];
+            *on_path = node;
+            if !near || !shared.is_first(*at, x) {
+                *at = shared.find_alone(x);
+            }
+            if shared.is_leaf() {
+                let found = (node, *at);
+                path.truncate(depth + 1);
+                return found;
+            }
             // Above the last slot, the last child grows.
-            let at = found.min(shared.len() - 1);
-            let child = shared.child(at);
+            *at = (*at).min(shared.len() - 1);
+            node = shared.child(*at);
             // SAFETY: alive like its parent, and no unique reference to it exists.
-            unsafe { &*child }.prefetch_to_change();
-            // SAFETY: `child` is below `node`; the rest is our contract.
-            let below = unsafe { self.insert_with_room(child, slot) };
-            let Quick::Done(child, change) = below else {
-                return below;
-            };
-            // SAFETY: the call has returned, and has made `child` from the one in this slot.
-            return unsafe { self.with_child(node, at, child, change, 1) };
+            unsafe { &*node }.prefetch_to_change();
         }
-        if found < shared.len() && shared.start(found) <= slot.last {
-            return Quick::Overlap(shared.range(found));
-        }
-        if shared.len() == F {
-            return Quick::More;
-        }
-        let before = shared.hole_before(found);
-        let leaf = if shared.stamp() == self.stamp {
-            // SAFETY: made by this edit, so no other thread reaches it; `shared` is not used again.
-            let own = unsafe { &mut *node };
-            own.insert(found, slot);
-            own.areas += 1;
-            node
-        } else {
-            self.pool.open.nodes.push(node);
-            let mut copy = self.pool.spare();
-            copy.copy_inserted(shared, found, slot, self.stamp);
-            Box::into_raw(copy)
-        };
-        // SAFETY: made by this edit; not borrowed.
-        let now = unsafe { &*leaf }.hole_around(found);
-        Quick::Done(leaf, HoleChange { before, now })
+        unreachable!("no tree is that high")
     }
 
-    /// Removes the area that starts at `start` below `node`, if its leaf keeps enough slots.
-    /// `removed` becomes its range and pointer, in any case in which there is one.
+    /// Makes `child` replace the leaf to which the last descent has led, which it differs from by
+    /// `change` in its holes. The nodes above it are copied from there upwards, each once, or
+    /// changed in place. A loop, because a recursion would return the change in memory: it
+    /// writes two words and reads them by one load, which waits until both have left the store
+    /// buffer.
     ///
     /// # Safety
-    /// As for [`Edit::insert_with_room`].
-    unsafe fn remove_from_many(
-        &mut self,
-        node: *mut Node<T, F>,
-        start: u64,
-        removed: &mut Option<(IovaRange, *const T)>,
-    ) -> Quick<T, F> {
-        // SAFETY: alive, by our contract; not used again after it or its copy is changed.
-        let shared = unsafe { &*node };
-        let at = shared.find(start);
-        if at == shared.len() {
-            return Quick::More;
-        }
-        if !shared.is_leaf() {
-            let child = shared.child(at);
-            // SAFETY: alive like its parent, and no unique reference to it exists.
-            unsafe { &*child }.prefetch_to_change();
-            // SAFETY: `child` is below `node`; the rest is our contract.
-            let below = unsafe { self.remove_from_many(child, start, removed) };
-            let Quick::Done(child, change) = below else {
-                return below;
-            };
-            // SAFETY: the call has returned, and has made `child` from the one in this slot.
-            return unsafe { self.with_child(node, at, child, change, -1) };
-        }
-        if shared.start(at) != start {
-            return Quick::More;
-        }
-        *removed = Some((shared.range(at), shared.area(at)));
-        if shared.len() - 1 <= Node::<T, F>::SPARSE {
-            return Quick::More;
-        }
-        let before = shared.hole_around(at);
-        let leaf = if shared.stamp() == self.stamp {
-            // SAFETY: made by this edit, so no other thread reaches it; `shared` is not used again.
+    /// `child` was made by this edit, from that leaf, and nothing but it has changed since. No
+    /// reference to a node of the path exists.
+    #[inline]
+    unsafe fn climb(&mut self, mut child: *mut Node<T, F>, mut change: HoleChange) {
+        for depth in (0..self.pool.path.len() - 1).rev() {
+            let (node, at) = self.pool.path[depth];
+            let node = self.owned(node);
+            // SAFETY: `owned` made it one of this edit; not borrowed, by our contract.
             let own = unsafe { &mut *node };
-            own.remove(at);
-            own.areas -= 1;
-            node
-        } else {
-            self.pool.open.nodes.push(node);
-            let mut copy = self.pool.spare();
-            copy.copy_removed(shared, at, self.stamp);
-            Box::into_raw(copy)
-        };
-        // SAFETY: made by this edit; not borrowed.
-        let now = unsafe { &*leaf }.hole_before(at);
-        Quick::Done(leaf, HoleChange { before, now })
-    }
-
-    /// `node`, or a copy of this edit that replaces it, with `child` in slot `at`, which has
-    /// replaced the child there after `change`, and with `areas` areas more.
-    ///
-    /// # Safety
-    /// `node` is below the root of this edit and not borrowed, and `child` was made by this edit.
-    unsafe fn with_child(
-        &mut self,
-        node: *mut Node<T, F>,
-        at: usize,
-        child: *mut Node<T, F>,
-        change: HoleChange,
-        areas: isize,
-    ) -> Quick<T, F> {
-        let node = self.owned(node);
-        // SAFETY: `owned` made it one of this edit; not borrowed, by our contract.
-        let own = unsafe { &mut *node };
-        own.areas = own.areas.wrapping_add_signed(areas);
-        own.set_child(at, child);
-        // SAFETY: made by this edit, by our contract; not borrowed.
-        let below = unsafe { &*child };
-        Quick::Done(node, own.update(at, below, Some(change)))
+            let again = own.child(at) == child;
+            own.set_child(at, child);
+            // A node that was changed before is likely to be changed again. A leaf is counted at
+            // once, because later it is a miss of the cache.
+            let later = again && own.level() > 1;
+            // SAFETY: made by this edit; not borrowed.
+            let below = unsafe { &*child };
+            match own.update(at, below, change, later) {
+                Some(next) => change = next,
+                // The nodes above are of this edit, too (Inv. 5), and what they say still holds.
+                None if again => return,
+                None => change = HoleChange::NONE,
+            }
+            self.uncounted |= later;
+            child = node;
+        }
+        self.root = child;
     }
 
     /// Publishes the edit as the state of the tree whose root is `root`, if `base` is still the
@@ -362,8 +373,13 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
             // removed again are dropped with the edit.
             return true;
         }
+        if self.uncounted {
+            // SAFETY: null, or a node below the root of this edit, which nothing borrows.
+            unsafe { count_holes(self.root, self.stamp) };
+        }
         let next = Box::into_raw(self.pool.root(Root {
             node: self.root,
+            areas: self.areas,
             rules: self.rules.as_ref().map_or(rules, Arc::as_ptr),
             version: version + 1,
             witness: Witness::new(),
@@ -384,7 +400,7 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         if published {
             // From here on the nodes are not ours to free.
             self.root = ptr::null_mut();
-            for area in self.pool.added.drain(..) {
+            while let Some(area) = self.pool.added.pop() {
                 // The tree owns the count now.
                 let _ = Arc::into_raw(area);
             }
@@ -467,7 +483,7 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
     /// Inserts `slot` into the leaf below `node` in which it belongs. If `node` was full, its upper
     /// half is returned as a node of its own. If `slot` lies above all areas of the tree
     /// (`highest`), only the new slot moves to that node, so that ascending inserts leave full
-    /// nodes. If `node` was not full, the change of its holes is returned.
+    /// nodes.
     ///
     /// `found` is the first slot of `node` whose last address is not below that of `slot`.
     ///
@@ -497,9 +513,9 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
             // SAFETY: as above, for `node`.
             let node = unsafe { &mut *node };
             match inserted {
-                Inserted::Within(change) => {
-                    node.areas += 1;
-                    return Inserted::Within(Some(node.update(at, rest, change)));
+                Inserted::Within => {
+                    node.set(at, rest.as_slot(child));
+                    return Inserted::Within;
                 }
                 Inserted::Split(right) => {
                     node.set(at, rest.as_slot(child));
@@ -510,13 +526,9 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         };
         // SAFETY: made by this edit, and no reference to it is left.
         let node = unsafe { &mut *node };
-        node.areas += 1;
         if node.len() < F {
-            let before = node.hole_before(at);
             node.insert(at, slot);
-            // Above the leaves, the slot below this one has changed as well.
-            let now = node.hole_around(at);
-            return Inserted::Within(node.is_leaf().then_some(HoleChange { before, now }));
+            return Inserted::Within;
         }
         // The path to a highest area is the right edge, where the new slot is always the last.
         let mut right = self.pool.empty(node.level(), self.stamp);
@@ -526,8 +538,6 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         } else {
             right.insert(at - node.len(), slot);
         }
-        right.areas = count_areas(&right);
-        node.areas -= right.areas;
         Inserted::Split(Box::into_raw(right))
     }
 
@@ -539,57 +549,43 @@ impl<'p, T, const F: usize, R> Edit<'p, T, F, R> {
         let mut root = self.pool.empty(left.level() + 1, self.stamp);
         // SAFETY: as above.
         let right_node = unsafe { &*right };
-        root.areas = left.areas + right_node.areas;
         root.insert(0, left_slot);
         root.insert(1, right_node.as_slot(right));
         self.root = Box::into_raw(root);
     }
 
     /// Removes the area that starts at `start`, in or below slot `at` of `node`. `node` may be left
-    /// without slots; nodes below it are not. Returns the change of its holes, if only one place of
-    /// it has changed.
+    /// without slots; nodes below it are not.
     ///
     /// # Safety
     /// `node` was made by this edit, no reference to it or to nodes below it exists, and an area in
     /// or below its slot `at` starts at `start`.
-    unsafe fn remove_below(
-        &mut self,
-        node: *mut Node<T, F>,
-        at: usize,
-        start: Iova,
-    ) -> Option<HoleChange> {
+    unsafe fn remove_below(&mut self, node: *mut Node<T, F>, at: usize, start: Iova) {
         // SAFETY: alive, by our contract; not used again after this line.
         if unsafe { &*node }.is_leaf() {
             // SAFETY: made by this edit, not borrowed.
-            let node = unsafe { &mut *node };
-            let before = node.hole_around(at);
-            node.remove(at);
-            node.areas -= 1;
-            let now = node.hole_before(at);
-            return Some(HoleChange { before, now });
+            unsafe { &mut *node }.remove(at);
+            return;
         }
         // SAFETY: `node` is not a leaf, and the slot exists, because an area below it ends at or
         // above `start`.
         let (child, found) = unsafe { self.owned_child(node, at, start.get()) };
         // SAFETY: `owned_child` made it one of this edit; it holds `start` as slots are exact.
-        let change = unsafe { self.remove_below(child, found, start) };
+        unsafe { self.remove_below(child, found, start) };
         // SAFETY: made by this edit and not borrowed: the call has returned.
         let node = unsafe { &mut *node };
-        node.areas -= 1;
         // SAFETY: as above.
         let rest = unsafe { &*child };
         if rest.len() == 0 {
             node.remove(at);
             self.discard(child);
-            return None;
+            return;
         }
-        let change = node.update(at, rest, change);
+        node.set(at, rest.as_slot(child));
         if rest.len() <= Node::<T, F>::SPARSE {
             // SAFETY: both were made by this edit, and neither is borrowed elsewhere.
             unsafe { self.merge(node, at, child) };
-            return None;
         }
-        Some(change)
     }
 
     /// Moves the slots of a neighbour into `child`, if they fit. Slot `at` of `node` points to
@@ -682,13 +678,28 @@ unsafe fn recycle_stamped<T, const F: usize, R>(
     pool.recycle(unsafe { Box::from_raw(node) });
 }
 
-/// The number of areas below `node`, from its slots.
-fn count_areas<T, const F: usize>(node: &Node<T, F>) -> usize {
-    if node.is_leaf() {
-        return node.len();
+/// Counts the holes that edits below `node` have left uncounted, from the leaves upwards: once for
+/// each node, however many changes there were. Only a node of the edit has such slots, and the
+/// child in such a slot is one of the edit, too.
+///
+/// # Safety
+/// `node` is null or below the root of the edit of that stamp, and no reference to it or to a node
+/// below it exists.
+unsafe fn count_holes<T, const F: usize>(node: *mut Node<T, F>, stamp: u64) {
+    // SAFETY: alive or null, by our contract.
+    match unsafe { node.as_ref() } {
+        Some(shared) if shared.stamp() == stamp && !shared.is_leaf() => {}
+        _ => return,
     }
-    // SAFETY: slots of nodes above the leaves point to nodes, alive as long as their parent is
-    // being edited.
-    let areas = |at| unsafe { &*node.child(at) }.areas;
-    (0..node.len()).map(areas).sum()
+    // SAFETY: made by this edit, so no other thread reaches it; not borrowed, by our contract.
+    let own = unsafe { &mut *node };
+    let mut from = 0;
+    while let Some(at) = own.uncounted(from) {
+        let child = own.child(at);
+        // SAFETY: a child of `node`, which is not `node`; the rest is our contract.
+        unsafe { count_holes(child, stamp) };
+        // SAFETY: alive like its parent, and not borrowed: the call has returned.
+        own.count_hole(at, unsafe { &*child });
+        from = at + 1;
+    }
 }

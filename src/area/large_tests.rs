@@ -1,6 +1,7 @@
 //! Large trees and large areas.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 
 use super::{AreaTree, Entry};
 use crate::sync::Arc;
@@ -90,6 +91,63 @@ fn one_million_areas_agree_with_a_btree_map() {
     // Unoptimised builds run a fifth of it.
     let batches = if cfg!(debug_assertions) { 20 } else { 107 };
     agrees(batches, 10_000);
+}
+
+/// A walk to its end goes leaf by leaf, and looks up ahead for the next node above the leaves. The
+/// same areas come as in a walk that asks for each, wherever it begins and ends, in trees of each
+/// height, and after removes that leave nodes of any length.
+#[test]
+fn a_walk_by_leaves_visits_what_a_walk_by_areas_does() {
+    let mut random = 0x9e37_79b9_7f4a_7c15u64;
+    let mut below = |bound: u64| {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        random % bound
+    };
+    let (largest, rounds) = if cfg!(miri) { (60, 5) } else { (2000, 300) };
+    let sizes = [0u64, 1, 4, 5, 17, 60, 300, 2000].into_iter();
+    for size in sizes.filter(|size| *size <= largest) {
+        let tree: AreaTree<u64, 4> = AreaTree::new();
+        // Areas of 5 addresses and holes of 5; the last one ends at the last address of all.
+        let start = |nth: u64| u64::MAX - 4 - 10 * (size - 1 - nth);
+        for nth in 0..size {
+            let area = range(start(nth), start(nth) + 4);
+            tree.insert(area, Arc::new(nth)).unwrap();
+        }
+        for round in 0..rounds {
+            if round % 3 == 2 && size > 20 {
+                let gone = Iova::new(start(below(size)));
+                let _: Result<(), Infallible> = tree.update(|edit| {
+                    edit.remove(gone);
+                    Ok(())
+                });
+            }
+            let snapshot = tree.snapshot();
+            let lowest = u64::MAX - 10 * size - 20;
+            let (a, b) = (below(10 * size + 21), below(10 * size + 21));
+            let asked = match round {
+                0 => IovaRange::ALL,
+                _ => range(lowest + a.min(b), lowest + a.max(b)),
+            };
+            let mut one_by_one = Vec::new();
+            for entry in snapshot.iter(asked) {
+                one_by_one.push((entry.range, *entry.area));
+            }
+            let mut by_leaves = Vec::new();
+            let mut walk = snapshot.iter(asked);
+            for entry in walk.by_ref().take(below(size + 2) as usize) {
+                by_leaves.push((entry.range, *entry.area));
+            }
+            walk.for_each(|entry| by_leaves.push((entry.range, *entry.area)));
+            assert_eq!(by_leaves, one_by_one, "{size} areas in {asked}");
+            let expected = (0..size).filter(|nth| {
+                let found = snapshot.lookup(Iova::new(start(*nth)));
+                found.is_some_and(|entry| entry.range.intersects(asked))
+            });
+            assert!(expected.eq(one_by_one.iter().map(|(_, nth)| *nth)));
+        }
+    }
 }
 
 #[test]

@@ -7,6 +7,11 @@ use crate::error::Error;
 use crate::sync::Arc;
 use crate::units::{Granule, Iova, IovaRange};
 
+/// The leaf of a range of a batch is prefetched this many ranges before the turn of that range.
+const LEAF_AHEAD: usize = 3;
+/// The node above that leaf is prefetched this many ranges before.
+const PARENT_AHEAD: usize = 6;
+
 /// A map from non-overlapping ranges to values: the tree that an
 /// [`AddressSpace`](crate::AddressSpace) uses, without marks, sources, states or flushes. Not part
 /// of the API.
@@ -49,7 +54,15 @@ impl<T: Copy + Send + Sync + 'static> AreaMap<T> {
         ranges: impl Iterator<Item = (IovaRange, T)> + Clone,
     ) -> Result<(), Error> {
         self.0.update(|edit| {
+            let mut parents = ranges.clone().skip(PARENT_AHEAD);
+            let mut leaves = ranges.clone().skip(LEAF_AHEAD);
             ranges.clone().try_for_each(|(range, value)| {
+                if let Some((later, _)) = parents.next() {
+                    edit.ask_for(later.start(), 1);
+                }
+                if let Some((later, _)) = leaves.next() {
+                    edit.ask_for(later.start(), 0);
+                }
                 edit.remove(range.start());
                 edit.insert(range, Arc::new(value))
             })
@@ -72,9 +85,8 @@ impl<T: Copy + Send + Sync + 'static> AreaMap<T> {
     /// meanwhile.
     pub fn scan(&self, mut visit: impl FnMut(IovaRange, &T)) -> u64 {
         let snapshot = self.0.snapshot();
-        for entry in snapshot.iter(IovaRange::ALL) {
-            visit(entry.range, entry.area);
-        }
+        let areas = snapshot.iter(IovaRange::ALL);
+        areas.for_each(|entry| visit(entry.range, entry.area));
         snapshot.age()
     }
 

@@ -47,7 +47,9 @@
 //! 6. *Holes.* A slot above the leaves stores the length of the longest hole between two
 //!    neighbouring areas below it, or 0 if they all touch. A hole between two subtrees is the gap
 //!    between their slots, and counts in their common parent. The free addresses below the first
-//!    area and above the last one count nowhere: a search has bounds of its own.
+//!    area and above the last one count nowhere: a search has bounds of its own. An edit that
+//!    changes a node above the leaves twice leaves its slot *uncounted*, which stands for a hole
+//!    that is longer than all others. It counts all such slots once, before it is published.
 //!
 //! # Rules
 //! Next to the areas, the root carries one value of any type: the *rules*, which say what may be

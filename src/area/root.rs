@@ -7,6 +7,8 @@ use crate::sync::Witness;
 pub(super) struct Root<T, const F: usize, R> {
     /// Null while there are no areas.
     pub(super) node: *mut Node<T, F>,
+    /// The number of areas.
+    pub(super) areas: usize,
     /// The pointer that `Arc::into_raw` returned. The tree owns one count of its rules, however
     /// many successive roots carry them.
     pub(super) rules: *const R,

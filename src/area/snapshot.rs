@@ -109,8 +109,18 @@ impl<'a, T, const F: usize> Subtree<'a, T, F> {
         Some((node, at))
     }
 
-    pub(super) fn len(self) -> usize {
-        self.root.map_or(0, |root| root.areas)
+    /// The node above the leaves that has the first area above `x`; not if the root is a leaf.
+    fn parent_above(self, x: Iova) -> Option<&'a Node<T, F>> {
+        let (mut node, x) = (self.root?, x.checked_add(1)?);
+        let mut at = node.find(x.get());
+        if at == node.len() || node.is_leaf() {
+            return None;
+        }
+        for _ in 1..node.level() {
+            node = self.child(node, at);
+            at = node.find(x.get());
+        }
+        Some(node)
     }
 
     pub(super) fn lookup(self, iova: Iova) -> Option<Entry<'a, T>> {
@@ -131,6 +141,7 @@ impl<'a, T, const F: usize> Subtree<'a, T, F> {
             leaf: None,
             at: 0,
             parent: None,
+            next: None,
             last: range.last(),
         };
         iter.seek(range.start());
@@ -153,6 +164,8 @@ pub(crate) struct Iter<'a, T, const F: usize = 16> {
     at: usize,
     /// The node above that leaf, and the slot of the leaf there.
     parent: Option<(&'a Node<T, F>, usize)>,
+    /// The node after that one, if it was looked up ahead.
+    next: Option<&'a Node<T, F>>,
     /// The last address of the range.
     last: Iova,
 }
@@ -180,28 +193,52 @@ impl<'a, T, const F: usize> Iter<'a, T, F> {
     /// Moves to the leaf after the present one, whose areas end at `last`.
     #[inline(never)]
     fn next_leaf(&mut self, last: Iova) {
-        let Some((parent, before)) = self.parent.filter(|(parent, at)| at + 1 < parent.len())
-        else {
-            // Below the next parent: a search from the root, so no stack is needed.
-            match last.checked_add(1) {
-                Some(above) => self.seek(above),
-                None => self.leaf = None,
-            }
+        self.leaf = None;
+        let Some((mut parent, mut at)) = self.parent else {
             return;
         };
-        let at = before + 1;
-        let leaf = self.areas.child(parent, at);
-        (self.leaf, self.at, self.parent) = (Some(leaf), 0, Some((parent, at)));
-        if parent.last(at) >= self.last.get() {
-            return;
+        at += 1;
+        if at == parent.len() {
+            let next = self.next.take();
+            let Some(next) = next.or_else(|| self.areas.parent_above(last)) else {
+                return;
+            };
+            (parent, at) = (next, 0);
         }
-        // The walk goes on: asks for the areas of the next leaf and for the leaf after it, so that
-        // their misses of the cache overlap with the visits of the present one.
-        if at + 1 < parent.len() {
-            self.areas.child(parent, at + 1).prefetch_areas();
+        (self.leaf, self.at) = (Some(self.areas.child(parent, at)), 0);
+        self.parent = Some((parent, at));
+        if parent.last(at) < self.last.get() {
+            self.prefetch_after(parent, at);
         }
-        if at + 2 < parent.len() {
-            self.areas.child(parent, at + 2).prefetch();
+    }
+
+    /// The walk goes on after the leaf below slot `at` of `parent`: asks for the areas of a later
+    /// leaf and for a leaf after it, so that their misses of the cache overlap with the visits of
+    /// those before.
+    fn prefetch_after(&mut self, parent: &'a Node<T, F>, at: usize) {
+        // How many leaves ahead each is prefetched: a leaf before its slots are read for its areas,
+        // and a parent before its slots are read for its leaves.
+        const AREAS: usize = 1;
+        const LEAF: usize = 2;
+        const PARENT: usize = 4;
+        if at + PARENT >= parent.len() && self.next.is_none() {
+            let last = Iova::new(parent.last(parent.len() - 1));
+            self.next = self.areas.parent_above(last);
+            self.next.into_iter().for_each(Node::prefetch_to_change);
+        }
+        let leaf_after = |leaves: usize| {
+            let at = at + leaves;
+            if at < parent.len() {
+                return Some(self.areas.child(parent, at));
+            }
+            let (next, at) = (self.next?, at - parent.len());
+            (at < next.len()).then(|| self.areas.child(next, at))
+        };
+        if let Some(leaf) = leaf_after(AREAS) {
+            leaf.prefetch_areas();
+        }
+        if let Some(leaf) = leaf_after(LEAF) {
+            leaf.prefetch_to_change();
         }
     }
 }
@@ -224,6 +261,23 @@ impl<'a, T, const F: usize> Iterator for Iter<'a, T, F> {
             self.next_leaf(entry.range.last());
         }
         Some(entry)
+    }
+
+    /// Leaf by leaf, without the questions that `next` asks for each area.
+    #[inline]
+    fn fold<V, G: FnMut(V, Self::Item) -> V>(mut self, mut value: V, mut visit: G) -> V {
+        while let Some(leaf) = self.leaf {
+            let end = leaf.starting_by(self.last.get()).max(self.at);
+            for (range, area) in leaf.areas_in(self.at..end) {
+                // SAFETY: as in `Subtree::entry`.
+                value = visit(value, unsafe { Entry::new(range, area) });
+            }
+            if end < leaf.len() || leaf.last(end - 1) >= self.last.get() {
+                break;
+            }
+            self.next_leaf(Iova::new(leaf.last(end - 1)));
+        }
+        value
     }
 }
 
@@ -334,7 +388,7 @@ impl<'t, T, const F: usize, R> Snapshot<'t, T, F, R> {
 
     /// The number of areas.
     pub(crate) fn len(&self) -> usize {
-        self.areas().len()
+        self.root().areas
     }
 
     /// The area that holds `iova`.
@@ -382,6 +436,6 @@ impl<'t, T, const F: usize, R> Snapshot<'t, T, F, R> {
     /// If one does not hold.
     #[cfg(test)]
     pub(crate) fn internal_validate(&self) {
-        self.areas().internal_validate();
+        self.areas().internal_validate(self.len());
     }
 }

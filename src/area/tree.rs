@@ -35,6 +35,7 @@ where
     pub(crate) fn new() -> Self {
         let root = Box::new(Root {
             node: ptr::null_mut(),
+            areas: 0,
             rules: Arc::into_raw(Arc::new(R::default())),
             version: 0,
             witness: Witness::new(),

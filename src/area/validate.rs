@@ -4,13 +4,15 @@ use super::node::Node;
 use super::snapshot::Subtree;
 
 impl<'a, T, const F: usize> Subtree<'a, T, F> {
-    /// Asserts that the areas are ordered and disjoint, and that every annotation, level, count and
-    /// stamp is right.
-    pub(super) fn internal_validate(self) {
-        let Some(root) = self.root() else { return };
-        assert!(root.is_leaf() || root.len() > 1, "a root with one child");
+    /// Asserts that there are `areas` areas, ordered and disjoint, and that every annotation, level
+    /// and stamp is right.
+    pub(super) fn internal_validate(self, areas: usize) {
         let mut seen = Seen::default();
-        self.validate_below(root, &mut seen);
+        if let Some(root) = self.root() {
+            assert!(root.is_leaf() || root.len() > 1, "a root with one child");
+            self.validate_below(root, &mut seen);
+        }
+        assert_eq!(seen.areas, areas, "a wrong count of areas");
     }
 
     /// The number of levels, and of nodes on all of them.
@@ -33,7 +35,6 @@ impl<'a, T, const F: usize> Subtree<'a, T, F> {
             (1..=F).contains(&node.len()),
             "a node without slots, or too many"
         );
-        let mut areas = 0;
         let mut longest = 0;
         for at in 0..node.len() {
             let slot = node.slot(at);
@@ -45,7 +46,6 @@ impl<'a, T, const F: usize> Subtree<'a, T, F> {
                 let before = seen.area(slot.start, slot.last);
                 // The hole below the first area of the subtree does not count in it.
                 longest = longest.max(if at == 0 { 0 } else { before });
-                areas += 1;
                 continue;
             }
             let child = self.child(node, at);
@@ -69,9 +69,7 @@ impl<'a, T, const F: usize> Subtree<'a, T, F> {
                 (exact.start, exact.last, exact.hole),
                 "a stale annotation"
             );
-            areas += child.areas;
         }
-        assert_eq!(node.areas, areas, "a wrong count of areas");
         assert!(
             node.unused_slots_are_blank(),
             "a slot that is not in use could be found"
@@ -85,6 +83,7 @@ impl<'a, T, const F: usize> Subtree<'a, T, F> {
 struct Seen {
     /// The last address of the last one.
     last: Option<u64>,
+    areas: usize,
 }
 
 impl Seen {
@@ -93,6 +92,7 @@ impl Seen {
         assert!(self.last.is_none_or(|last| last < start), "areas overlap");
         let before = self.last.map_or(start, |last| start - last - 1);
         self.last = Some(last);
+        self.areas += 1;
         before
     }
 }

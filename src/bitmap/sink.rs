@@ -176,6 +176,31 @@ impl<'a> Sink<'a> {
         self.put_each(start, page, mask)
     }
 
+    /// As [`put_mask`](Self::put_mask), if the 64 pages from `start` on lie inside of
+    /// [`range`](Self::range) and are one word, in a window that is open and that no other thread
+    /// writes to. Else does nothing and returns false. `mask` has `count` bits set.
+    #[inline(always)]
+    pub(crate) fn put_word(&mut self, start: Iova, page: Granule, mask: u64, count: u32) -> bool {
+        // Pages of more than 2^57 bytes: 64 of them do not fit the address space.
+        let bytes = || (63 << page.lg2()) + page.mask();
+        let end = (page.lg2() <= 57).then(|| start.checked_add(bytes()));
+        let inside = start >= self.limit.start()
+            && end.flatten().is_some_and(|end| end <= self.limit.last());
+        if !inside || !start.is_aligned(page) {
+            return false;
+        }
+        let Some(word) = self.first_word(start, page) else {
+            return false;
+        };
+        let Some(set) = self.place(word, 1).record_first(mask) else {
+            return false;
+        };
+        // In a bitmap that was clean, the count is that of the mask.
+        let bits = if set == mask { count } else { set.count_ones() };
+        self.bits_set += u64::from(bits);
+        true
+    }
+
     /// As [`put_mask`](Self::put_mask), run by run.
     #[cold]
     fn put_each(&mut self, start: Iova, page: Granule, mask: u64) -> Result<(), BitmapError> {
@@ -246,16 +271,16 @@ impl<'a> Sink<'a> {
     /// As [`or`](Self::or), for words from `word` on, by their places and with their masks.
     ///
     /// # Errors
-    /// As `or`, and how many of the words were recorded.
+    /// As `or`, and the place of the first word that was not recorded.
     #[inline]
     pub(crate) fn or_words(
         &mut self,
         word: u64,
-        masks: &[(u16, u64)],
-    ) -> Result<(), (usize, BitmapError)> {
-        for (nth, (place, mask)) in masks.iter().enumerate() {
-            let recorded = self.or(word.wrapping_add(u64::from(*place)), *mask);
-            recorded.map_err(|error| (nth, error))?;
+        masks: impl Iterator<Item = (u16, u64)>,
+    ) -> Result<(), (u16, BitmapError)> {
+        for (place, mask) in masks {
+            let recorded = self.or(word.wrapping_add(u64::from(place)), mask);
+            recorded.map_err(|error| (place, error))?;
         }
         Ok(())
     }

@@ -91,7 +91,8 @@ impl State {
     const KIND: u64 = 3;
     const WHOLE: u64 = 1;
     const SPLIT: u64 = 2;
-    /// Claimed by a thread that leaves or takes bits; the number is 0: see [`left`](super::left).
+    /// Claimed by a thread that leaves or takes bits; the number is the length of the list: see
+    /// [`left`](super::left).
     const CLAIMED: u64 = 3;
     /// What is added to a state for the next number.
     const NEXT: u64 = Self::KIND + 1;
@@ -160,21 +161,40 @@ impl AtomicState<'_> {
     }
 }
 
-impl AtomicState<'_> {
-    /// Claims the chunk, of a bitmap without marks; returns whether this call did.
-    pub(super) fn claim(self) -> bool {
-        let (free, claimed) = (State(0), State(State::CLAIMED));
-        // Acquire on success: pairs with the Release in `end_claim`; the words are those that the
-        // claim before has left. Relaxed on failure: the caller changes nothing.
-        self.replace(free, claimed, Ordering::Acquire, Ordering::Relaxed)
-            .is_ok()
+impl State {
+    /// The state of a chunk of [`left`](super::left) bits with a list of this length.
+    pub(super) fn with_list(len: usize) -> Self {
+        State(len as u64 * Self::NEXT)
     }
 
-    /// Ends the claim of the caller.
-    pub(super) fn end_claim(self) {
-        // Release: pairs with the Acquire in `claim`; publishes the words.
+    /// The length of the list of such a chunk.
+    #[inline]
+    pub(super) fn list_len(self) -> usize {
+        (self.0 / Self::NEXT) as usize
+    }
+}
+
+impl AtomicState<'_> {
+    /// Claims the chunk, of a bitmap without marks; returns its state, if this call did.
+    pub(super) fn claim(self) -> Option<State> {
+        // Relaxed: the exchange fails if the state is another one.
+        let free = self.load(Ordering::Relaxed);
+        let claimed = State(free.0 | State::CLAIMED);
+        if free == claimed {
+            return None;
+        }
+        // Acquire on success: pairs with the Release in `end_claim`; the words and the list are
+        // those that the claim before has left. Relaxed on failure: the caller changes nothing.
+        let done = self.replace(free, claimed, Ordering::Acquire, Ordering::Relaxed);
+        done.is_ok().then_some(free)
+    }
+
+    /// Ends the claim of the caller; the chunk has `state` from now on.
+    pub(super) fn end_claim(self, state: State) {
+        // Release: pairs with the Acquire in `claim` and in `ChunkMap::peek_chunk`; publishes the
+        // words and the list.
         let order = weaken(Step::PublishLeft, Ordering::Release);
-        self.0.store(0, order);
+        self.0.store(state.0, order);
     }
 }
 
@@ -284,20 +304,9 @@ impl Slot<'_> {
         })
     }
 
-    /// The same, of words by their place in the chunk, with the bits to set in each.
-    pub(super) fn set_masks(self, chunk: &Chunk, masks: &[(u16, u64)]) {
-        let line = |nth: u16| 1u64 << (usize::from(nth) / LINE_WORDS);
-        let lines = masks.iter().fold(0, |lines, (nth, _)| lines | line(*nth));
-        self.set_words(lines, |set| {
-            for (nth, mask) in masks {
-                set.add(&chunk.0[usize::from(*nth)], *mask);
-            }
-        });
-    }
-
     /// Sets bits of words, which lie in `lines`. Returns whether one was clear.
     #[inline(always)]
-    fn set_words(self, lines: u64, words: impl FnOnce(&mut SetWords)) -> bool {
+    pub(super) fn set_words(self, lines: u64, words: impl FnOnce(&mut SetWords)) -> bool {
         let mut set = SetWords { anew: false };
         words(&mut set);
         let anew = set.anew;
@@ -335,14 +344,14 @@ impl Slot<'_> {
 }
 
 /// A mark of several words.
-struct SetWords {
+pub(super) struct SetWords {
     /// Whether a bit was clear.
     anew: bool,
 }
 
 impl SetWords {
     #[inline(always)]
-    fn add(&mut self, word: &AtomicU64, mask: u64) {
+    pub(super) fn add(&mut self, word: &AtomicU64, mask: u64) {
         // Acquire: as in `set_word`. The caller's full fence orders this load after its data write.
         if word.load(Ordering::Acquire) & mask != mask {
             // Release: as in `set_word`.

@@ -3,6 +3,7 @@
 //! ```text
 //!  group --> lines --> summary, summary, ...   state, state, ...
 //!        --> bits  --> a slab of chunks; or pointer, pointer, ... to chunks
+//!        --> lists --> pointer, pointer, ... to the lists of a block of chunks
 //! ```
 //!
 //! The summaries of all chunks lie side by side, and so do the states. A mark of a clean page looks
@@ -13,6 +14,7 @@
 use std::ptr::{self, NonNull};
 
 use super::chunk::{AtomicState, Chunk, LINE_LG2, LINE_WORDS, Slot};
+use super::few::List;
 use super::place::Place;
 use super::slab;
 use crate::sync::{AtomicPtr, AtomicU64, Ordering, TINY, prefetch};
@@ -39,6 +41,8 @@ pub(super) struct Group {
     /// The words of summaries: the number of the first word of state.
     states_at: usize,
     chunks: Chunks,
+    /// Pointers to the [`Lists`] of each block, or null. None in a group with a slab.
+    lists: Box<[AtomicPtr<()>]>,
 }
 
 /// The chunks of a group.
@@ -47,6 +51,17 @@ enum Chunks {
     Slab(NonNull<Chunk>),
     /// Each a [`Chunk`], or null.
     Pointers(Box<[AtomicPtr<()>]>),
+}
+
+/// The lists of the chunks of a block.
+pub(super) struct Lists([List; BLOCK]);
+
+impl Lists {
+    /// That of the chunk `nth` of the group.
+    #[inline]
+    pub(super) fn of(&self, nth: u64) -> &List {
+        &self.0[nth as usize % BLOCK]
+    }
 }
 
 /// Where the bits of a chunk are.
@@ -62,18 +77,19 @@ impl Group {
     /// A clean group of `len` chunks, in a slab or one by one.
     pub(super) fn new(len: usize, in_slab: bool) -> Self {
         let clean = || Line(std::array::from_fn(|_| AtomicU64::new(0)));
-        let chunks = if in_slab {
-            Chunks::Slab(slab::allocate(len))
-        } else {
-            let null = || AtomicPtr::new(ptr::null_mut());
-            Chunks::Pointers((0..len).map(|_| null()).collect())
-        };
+        let nulls = |len| (0..len).map(|_| AtomicPtr::new(ptr::null_mut())).collect();
         let blocks = len.div_ceil(BLOCK);
+        let (chunks, lists) = if in_slab {
+            (Chunks::Slab(slab::allocate(len)), nulls(0))
+        } else {
+            (Chunks::Pointers(nulls(len)), nulls(blocks))
+        };
         Group {
             len,
             lines: (0..2 * blocks).map(|_| clean()).collect(),
             states_at: blocks * BLOCK,
             chunks,
+            lists,
         }
     }
 
@@ -150,11 +166,11 @@ impl Group {
     }
 
     /// Prefetches the dirty lines of chunks of `block` that have few, and their `place`, by the
-    /// number of the chunk in the block: each is a cache miss of its own, and a walk that asks for
-    /// them together waits for one of them, not for each. Processors find lines that lie side by
-    /// side themselves, after the first ones.
+    /// number of the chunk in the block and the lines. Each is a cache miss of its own. A walk that
+    /// asks for them together waits for one of them, not for each. Processors find lines that
+    /// lie side by side themselves, after the first ones.
     #[inline]
-    pub(super) fn prefetch_dirty<'p>(&self, block: usize, place: impl Fn(u64) -> Place<'p>) {
+    pub(super) fn prefetch_dirty<'p>(&self, block: usize, place: impl Fn(u64, u64) -> Place<'p>) {
         /// Dirty lines of a chunk up to which it has few.
         const FEW: u32 = 40;
         /// The lines that are prefetched of a chunk that has more.
@@ -171,24 +187,79 @@ impl Group {
             if lines.count_ones() > FEW {
                 lines &= FIRST;
             }
-            let chunk = match self.bits((block * BLOCK) as u64 + nth) {
-                Bits::Here(chunk) => ptr::from_ref(chunk).cast::<u8>(),
-                // Relaxed: a hint.
-                Bits::Pointer(chunk) => chunk.load(Ordering::Relaxed).cast::<u8>().cast_const(),
-            };
-            let place = place(nth).first();
-            for line in ones(lines) {
-                let offset = line * size_of::<u64>() * LINE_WORDS;
-                prefetch(chunk.wrapping_add(offset));
-                if !place.is_null() {
-                    prefetch(place.wrapping_add(offset));
-                }
+            let chunk = self.bits((block * BLOCK) as u64 + nth).hint();
+            let place = place(nth, lines).first();
+            prefetch_lines(chunk, lines);
+            if !place.is_null() {
+                prefetch_lines(place, lines);
+            }
+        }
+    }
+
+    /// The list of the chunk `nth` of the group, if it was allocated.
+    #[inline]
+    pub(super) fn list(&self, nth: u64) -> Option<&List> {
+        // Acquire: pairs with the Release in `install`; publishes the contents.
+        let lists = self.lists_of(nth).load(Ordering::Acquire).cast::<Lists>();
+        // SAFETY: null, or lists that live as long as the group.
+        let lists = unsafe { lists.as_ref() }?;
+        Some(lists.of(nth))
+    }
+
+    /// The place of the lists of the block of the chunk `nth`: [`Lists`], or null.
+    #[inline]
+    pub(super) fn lists_of(&self, nth: u64) -> &AtomicPtr<()> {
+        &self.lists[nth as usize / BLOCK]
+    }
+
+    /// Prefetches the memory in which bits of `lines` of the chunk `nth` of the group are left, if
+    /// it exists.
+    pub(super) fn prefetch(&self, nth: u64, lines: u64) {
+        let chunk = self.bits(nth).hint();
+        if TINY || chunk.is_null() {
+            return;
+        }
+        let slot = self.slot(nth);
+        // Relaxed: a hint.
+        match self.list(nth) {
+            Some(list) if slot.summary.load(Ordering::Relaxed) == 0 && lines != !0 => {
+                prefetch(ptr::from_ref(slot.state.0).cast());
+                let list = ptr::from_ref(list).cast::<u8>();
+                (0..size_of::<List>())
+                    .step_by(64)
+                    .for_each(|at| prefetch(list.wrapping_add(at)));
+            }
+            _ => {
+                prefetch(ptr::from_ref(slot.summary).cast());
+                prefetch_lines(chunk, lines);
             }
         }
     }
 }
 
+/// Prefetches `lines` from `first` on. A bitmap of a caller may begin inside of a cache line, as
+/// a large allocation of most allocators does: then the words of each line lie in two of them.
+#[inline(always)]
+fn prefetch_lines(first: *const u8, lines: u64) {
+    const BYTES: usize = size_of::<u64>() * LINE_WORDS;
+    let skip = first.addr() % BYTES;
+    let both = if skip == 0 { lines } else { lines | lines << 1 };
+    for line in ones(both) {
+        prefetch(first.wrapping_sub(skip).wrapping_add(line * BYTES));
+    }
+}
+
 impl<'a> Bits<'a> {
+    /// The address of the chunk, for a prefetch; null if it was not allocated.
+    #[inline]
+    fn hint(self) -> *const u8 {
+        match self {
+            Bits::Here(chunk) => ptr::from_ref(chunk).cast(),
+            // Relaxed: a hint.
+            Bits::Pointer(chunk) => chunk.load(Ordering::Relaxed).cast::<u8>().cast_const(),
+        }
+    }
+
     /// The bits, if they were allocated.
     #[inline]
     pub(super) fn get(self) -> Option<&'a Chunk> {
@@ -206,6 +277,13 @@ impl<'a> Bits<'a> {
 
 impl Drop for Group {
     fn drop(&mut self) {
+        for lists in &self.lists {
+            // Relaxed: exclusive access.
+            let lists = lists.load(Ordering::Relaxed).cast::<Lists>();
+            if !lists.is_null() {
+                free_lists(lists);
+            }
+        }
         match &self.chunks {
             // SAFETY: allocated in `new`, of that many chunks; nothing refers to it any more.
             Chunks::Slab(first) => unsafe { slab::free(*first, self.len) },
@@ -218,6 +296,17 @@ impl Drop for Group {
             }
         }
     }
+}
+
+/// Allocates the lists of a block.
+pub(super) fn new_lists() -> *mut Lists {
+    Box::into_raw(Box::new(Lists(std::array::from_fn(|_| List::new()))))
+}
+
+/// Frees lists that [`new_lists`] has made, to which nothing refers any more.
+pub(super) fn free_lists(lists: *mut Lists) {
+    // SAFETY: made by `Box::into_raw` in `new_lists`; the caller has the only reference left.
+    drop(unsafe { Box::from_raw(lists) });
 }
 
 /// Allocates a chunk of its own.

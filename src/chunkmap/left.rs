@@ -21,54 +21,113 @@
 //! Threads that look and change nothing need no claim. They find a bit that was left, or the word
 //! was taken, and the thread that took it has visited the bit before.
 //!
+//! # A list instead of words
+//! A chunk that has few bits has them in a [list](super::few), and none in its words. The state of
+//! the chunk has the length of the list, and changes with the end of a claim (C3).
+//!
+//! * A list begins in a chunk without bits: its summary is clear. Bits that come later move those
+//!   of the list to the words. The words have them before the state says that the list is empty.
+//! * A thread without a claim looks at the state, at the list, then at the words. If it finds the
+//!   list empty because its bits have moved, it sees them in the words. If it finds the length
+//!   before that, the list has these bits, or a later list is there: then they were taken.
+//!
 //! Such a bitmap has no marks, so the state of a chunk is free to hold the claim.
 
-use super::chunk::{AtomicState, Chunk, LINE_BITS, LINE_WORDS, Slot, lines};
-use super::map::ChunkMap;
+use super::chunk::{AtomicState, CHUNK_BITS, Chunk, LINE_BITS, LINE_WORDS, Slot, State, lines};
+use super::few::List;
+use super::handed::{Bits, ChunkWords, Handed, lines_of};
+use super::map::{BITS_LG2, CHUNK_WORDS, ChunkMap};
+use super::place::Place;
 use super::take::{LINES, Visitor, lines_from, take_lines, visit_line, whole_lines};
-use crate::sync::{Ordering, Step, performs};
+use crate::sync::{AtomicU64, Ordering, Step, performs};
 
 /// The claim of a chunk, until this is dropped.
-struct Claim<'m>(Option<AtomicState<'m>>);
+struct Claim<'m> {
+    atomic: AtomicState<'m>,
+    /// The state of the chunk from the end of the claim on.
+    state: State,
+}
 
 impl<'m> Claim<'m> {
     /// C1; `None` if another thread has the claim.
+    #[inline]
     fn new(slot: Slot<'m>) -> Option<Self> {
-        match performs(Step::ClaimLeft) {
-            true => slot.state.claim().then_some(Claim(Some(slot.state))),
-            false => Some(Claim(None)),
+        let atomic = slot.state;
+        let state = match performs(Step::ClaimLeft) {
+            true => atomic.claim()?,
+            false => atomic.load(Ordering::Relaxed),
+        };
+        Some(Claim { atomic, state })
+    }
+
+    /// Moves the bits of the list, if there are some, to the words of the chunk.
+    fn move_list(&mut self, list: Option<&List>, chunk: &Chunk) {
+        if let Some(list) = list {
+            add_masks(chunk, list.masks(self.state.list_len()));
         }
+        self.state = State::with_list(0);
+    }
+
+    /// Records all bits of the chunk, which has a list, in `place`, and clears them. Returns how
+    /// many were clear there; `None`, and does nothing, if the place is smaller than the chunk.
+    fn take_list(&mut self, slot: Slot<'_>, list: &List, place: Place<'_>) -> Option<u64> {
+        if place.lines() < LINES {
+            return None;
+        }
+        let mut clear = 0;
+        for (word, mask) in list.masks(self.state.list_len()) {
+            clear += u64::from(place.record_at(usize::from(word), mask) != 0);
+        }
+        self.state = State::with_list(0);
+        // Release: as the clear of a word, in `take::clear`.
+        slot.summary.store(0, Ordering::Release);
+        Some(clear)
     }
 }
 
 impl Drop for Claim<'_> {
-    /// C3, after a panic of a visitor too: what was visited is cleared, and all else is there.
+    /// C3, after a panic of a visitor too. The words that were visited are cleared. All other
+    /// words, or the whole list, are there.
+    #[inline]
     fn drop(&mut self) {
-        if let Some(state) = self.0 {
-            state.end_claim();
-        }
+        self.atomic.end_claim(self.state);
     }
 }
 
+/// Adds bits to a word of a claimed chunk.
+#[inline(always)]
+fn add(word: &AtomicU64, mask: u64) {
+    // Relaxed, both: the claim orders them.
+    word.store(word.load(Ordering::Relaxed) | mask, Ordering::Relaxed);
+}
+
 impl ChunkMap {
-    /// Leaves bits in chunk `index`: of each word, by its place in the chunk, those of the mask.
-    /// Returns false, and leaves nothing, if another thread changes the chunk at the moment.
-    pub(crate) fn leave(&self, index: u64, masks: &[(u16, u64)]) -> bool {
+    /// Leaves the bits of `handed` in chunk `index`. Returns false, and leaves nothing, if another
+    /// thread changes the chunk at the moment.
+    pub(crate) fn leave(&self, index: u64, handed: Handed<'_>) -> bool {
         let (slot, chunk) = self.slot_or_new(index);
-        let Some(_claim) = Claim::new(slot) else {
+        let Some(mut claim) = Claim::new(slot) else {
             return false;
         };
-        let mut lines = 0;
-        for (nth, mask) in masks {
-            // Always below, and so without a test for each word.
-            let nth = usize::from(*nth) % chunk.0.len();
-            lines |= 1 << (nth / LINE_WORDS);
-            // Relaxed, both: the claim orders them, here and below.
-            let word = chunk.0[nth].load(Ordering::Relaxed);
-            chunk.0[nth].store(word | mask, Ordering::Relaxed);
-        }
+        // Relaxed: the claim orders it, here and below.
         let summary = slot.summary.load(Ordering::Relaxed);
-        slot.summary.store(summary | lines, Ordering::Relaxed);
+        match handed.bits {
+            Bits::Few(few) if summary == 0 => {
+                self.list_or_new(index).store(few);
+                claim.state = State::with_list(few.len());
+            }
+            bits => {
+                if claim.state.list_len() > 0 {
+                    claim.move_list(self.list(index), chunk);
+                }
+                match bits {
+                    Bits::Few(few) => add_masks(chunk, few.masks()),
+                    Bits::Words(words) => add_words(chunk, words, handed.lines),
+                }
+            }
+        }
+        slot.summary
+            .store(summary | handed.lines, Ordering::Relaxed);
         true
     }
 
@@ -94,10 +153,22 @@ impl ChunkMap {
                 if slot.summary.load(Ordering::Relaxed) & lines(from, to) == 0 {
                     return Ok(());
                 }
-                match Claim::new(slot) {
-                    Some(_claim) => take_chunk(slot, chunk, (base, from, to), visitor),
-                    None => slot.peek_left(chunk, (base, from, to), visitor),
+                let Some(mut claim) = Claim::new(slot) else {
+                    return self.peek_chunk(slot, chunk, (base, from, to), visitor);
+                };
+                if claim.state.list_len() > 0 {
+                    let list = self.list(base >> BITS_LG2);
+                    if to - from == CHUNK_BITS - 1
+                        && let Some(list) = list
+                        && let Some(bits) =
+                            claim.take_list(slot, list, visitor.place(base, CHUNK_WORDS))
+                    {
+                        visitor.placed(bits);
+                        return Ok(());
+                    }
+                    claim.move_list(list, chunk);
                 }
+                take_chunk(slot, chunk, (base, from, to), visitor)
             },
         )
     }
@@ -117,26 +188,73 @@ impl ChunkMap {
             first,
             last,
             visitor,
-            |visitor, slot, chunk, base, from, to| slot.peek_left(chunk, (base, from, to), visitor),
+            |visitor, slot, chunk, base, from, to| {
+                self.peek_chunk(slot, chunk, (base, from, to), visitor)
+            },
         )
     }
-}
 
-impl Slot<'_> {
-    fn peek_left<V: Visitor>(
-        self,
+    /// Visits the bits `first..=last` of a chunk, which begins with the bit `base`.
+    fn peek_chunk<V: Visitor>(
+        &self,
+        slot: Slot<'_>,
         chunk: &Chunk,
         (base, first, last): (u64, u64, u64),
         visitor: &mut V,
     ) -> Result<(), V::Error> {
         // Relaxed: as in `Slot::take`.
-        let mut left = self.summary.load(Ordering::Relaxed) & lines(first, last);
-        while left != 0 {
-            let line = left.trailing_zeros() as usize;
-            left &= left - 1;
-            visit_line::<false, false, _>(chunk, base, line, first, last, visitor)?;
+        let summary = slot.summary.load(Ordering::Relaxed) & lines(first, last);
+        // Acquire: pairs with the Release in `end_claim`.
+        // - If this look finds a list, the list and its length are there.
+        // - If it finds that the bits of one have moved, the words have them.
+        let len = slot.state.load(Ordering::Acquire).list_len();
+        if summary == 0 || len == 0 {
+            return peek_words(chunk, summary, (base, first, last), visitor);
         }
-        Ok(())
+        // The bits of the list and of the words together, in ascending order.
+        let all = Chunk::new();
+        if let Some(list) = self.list(base >> BITS_LG2) {
+            add_masks(&all, list.masks(len));
+        }
+        for (all, word) in all.0.iter().zip(&chunk.0) {
+            add(all, word.load(Ordering::Relaxed));
+        }
+        peek_words(&all, lines(first, last), (base, first, last), visitor)
+    }
+}
+
+/// Visits the bits `first..=last` of the lines `left` of a chunk.
+fn peek_words<V: Visitor>(
+    chunk: &Chunk,
+    mut left: u64,
+    (base, first, last): (u64, u64, u64),
+    visitor: &mut V,
+) -> Result<(), V::Error> {
+    while left != 0 {
+        let line = left.trailing_zeros() as usize;
+        left &= left - 1;
+        visit_line::<false, false, _>(chunk, base, line, first, last, visitor)?;
+    }
+    Ok(())
+}
+
+/// C2 of a thread that leaves the bits of `lines` of `left` in the words of a chunk.
+fn add_words(chunk: &Chunk, left: &ChunkWords, lines: u64) {
+    let words = chunk.0.as_chunks::<LINE_WORDS>().0;
+    for (line, masks) in lines_of(left, lines) {
+        // Words without bits too: a branch for each of them takes longer.
+        for (word, mask) in words[line].iter().zip(masks) {
+            // Relaxed: the caller is the one writer.
+            add(word, mask.load(Ordering::Relaxed));
+        }
+    }
+}
+
+/// The same of the bits of a list.
+fn add_masks(chunk: &Chunk, masks: impl Iterator<Item = (u16, u64)>) {
+    for (nth, mask) in masks {
+        // Always below, and so without a test for each word.
+        add(&chunk.0[usize::from(nth) % chunk.0.len()], mask);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 
-use super::{ChunkMap, Taker, Visitor};
+use super::{CHUNK_WORDS, ChunkMap, Handed, Place, Taker, Visitor};
 use crate::sync::model::{Bound, holds_only_with, holds_within};
 use crate::sync::{Arc, AtomicU64, Ordering, Step, fence, thread};
 
@@ -506,4 +506,56 @@ fn a_look_at_all_words_finds_a_fresh_chunk_whole() {
         mark(&map, 0);
         early.join().unwrap() <= 1 && look(&map) == 1
     });
+}
+
+/// The bitmap of a harvest: it has a place for each word, and so for a list as a whole.
+struct Whole([AtomicU64; CHUNK_WORDS as usize]);
+
+impl Visitor for &Whole {
+    type Error = Infallible;
+
+    fn visit(&mut self, first: u64, mask: u64) -> Result<(), Infallible> {
+        // Relaxed: one thread.
+        self.0[first as usize / 64].fetch_or(mask, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn place(&self, first: u64, _: u64) -> Place<'_> {
+        Place::new(&self.0[first as usize / 64..])
+    }
+}
+
+/// Takes what was left in the chunk, as a harvest of its consumer does; returns the first word.
+fn take_left(map: &ChunkMap) -> u64 {
+    let taken = Whole(std::array::from_fn(|_| AtomicU64::new(0)));
+    map.take_left(0, CHUNK_WORDS * 64 - 1, &taken).unwrap();
+    // Relaxed: one thread.
+    taken.0[0].load(Ordering::Relaxed)
+}
+
+/// Leaves bits of the first word of the chunk, unless it is claimed; returns those that were left.
+fn leave(map: &ChunkMap, mask: u64) -> u64 {
+    match Handed::of(&[(0, mask)], |left| map.leave(0, left)) {
+        true => mask,
+        false => 0,
+    }
+}
+
+/// A harvest leaves bits, few or too many for a list, while their consumer takes a list: each bit
+/// is taken now or later, and none comes back.
+#[test]
+fn what_is_left_while_a_list_is_taken_is_taken_now_or_later() {
+    for mask in [0b1, 0b1_1111_0001] {
+        holds_only_with(&[Step::ClaimLeft, Step::PublishLeft], move || {
+            let map = Arc::new(ChunkMap::new(CHUNK_WORDS * 64 - 1));
+            assert_eq!(leave(&map, 0b100), 0b100);
+            let other = thread::spawn({
+                let map = map.clone();
+                move || leave(&map, mask)
+            });
+            let taken = take_left(&map);
+            let left = other.join().unwrap();
+            taken | take_left(&map) == 0b100 | left && take_left(&map) == 0
+        });
+    }
 }

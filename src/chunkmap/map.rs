@@ -18,7 +18,8 @@ use std::marker::PhantomData;
 use std::ptr::{self, NonNull};
 
 use super::chunk::{CHUNK_BITS, Chunk, LINE_BITS, Slot, WORDS_LG2};
-use super::group::{BLOCK_LG2, Bits, Group, free_chunk, new_chunk};
+use super::few::List;
+use super::group::{BLOCK_LG2, Bits, Group, free_chunk, free_lists, new_chunk, new_lists};
 use super::take::{Taker, Visitor};
 use crate::sync::{AtomicPtr, AtomicU64, Ordering, Step, TINY, weaken};
 use crate::words::word_mask;
@@ -27,6 +28,8 @@ use crate::words::word_mask;
 const FANOUT_LG2: u32 = if TINY { 1 } else { 9 };
 /// The most chunks of a bitmap of one group, as a logarithm.
 const ONE_GROUP_LG2: u32 = if TINY { 1 } else { 13 };
+/// Bytes of a unit of memory that is counted.
+const UNIT: usize = if TINY { 1 << 4 } else { 1 << 10 };
 /// Words of a chunk.
 pub(crate) const CHUNK_WORDS: u64 = 1 << WORDS_LG2;
 /// Bits of a chunk, as a logarithm.
@@ -40,18 +43,15 @@ pub(crate) struct ChunkMap {
     /// A group if `levels` is 0, else a directory whose subtree has `levels - 1` more levels of
     /// directories.
     root: AtomicPtr<()>,
-    levels: u32,
-    /// Chunks of a group, as a logarithm.
-    group_lg2: u32,
-    /// Chunks of a group.
-    chunks: usize,
+    levels: u8,
     /// Whether the chunks of a group are in a slab.
     in_slabs: bool,
     /// The highest bit.
     pub(super) last: u64,
-    /// Bytes of the chunks that were allocated one by one. A count of std: it orders nothing, and
-    /// need not cost a model checker anything.
-    held: std::sync::atomic::AtomicU64,
+    /// The [units](UNIT) of the chunks that were allocated one by one, and of lists; it stops at
+    /// 2^32, which are 4 TiB. It is a count of std: it orders nothing, and need not cost a model
+    /// checker anything.
+    held: std::sync::atomic::AtomicU32,
     owns: PhantomData<Box<Directory>>,
 }
 
@@ -62,6 +62,26 @@ pub(crate) struct OneGroup {
     summaries: NonNull<AtomicU64>,
     /// The first word of the slab.
     slab: NonNull<AtomicU64>,
+}
+
+impl OneGroup {
+    /// As [`ChunkMap::set`], of one bit.
+    ///
+    /// # Safety
+    /// The bitmap lives, and `bit` is no higher than its highest bit.
+    #[inline(always)]
+    pub(crate) unsafe fn set(self, bit: u64, fence: impl FnOnce()) {
+        // SAFETY: the bitmap lives, by the caller, and has a summary for each bit.
+        let summary = unsafe { self.summaries.add((bit >> BITS_LG2) as usize) };
+        // SAFETY: as above.
+        let summary = unsafe { summary.as_ref() };
+        // SAFETY: the slab has a word for each bit of the bitmap, and lives as long as its group.
+        let word = unsafe { self.slab.add((bit >> 6) as usize) };
+        // SAFETY: as above.
+        let word = unsafe { word.as_ref() };
+        // A mask of one bit is tested by one instruction.
+        Slot::set_word(summary, word, bit, 1 << (bit % 64), fence);
+    }
 }
 
 impl ChunkMap {
@@ -79,10 +99,9 @@ impl ChunkMap {
 
     fn with(last: u64, in_slabs: bool) -> Self {
         let last_chunk = last >> BITS_LG2;
-        let (group_lg2, chunks) = if last_chunk >> ONE_GROUP_LG2 == 0 {
-            (ONE_GROUP_LG2, last_chunk + 1)
-        } else {
-            (FANOUT_LG2, 1 << FANOUT_LG2)
+        let group_lg2 = match last_chunk >> ONE_GROUP_LG2 {
+            0 => ONE_GROUP_LG2,
+            _ => FANOUT_LG2,
         };
         let last_group = last_chunk >> group_lg2;
         let mut levels = 0;
@@ -91,12 +110,10 @@ impl ChunkMap {
         }
         ChunkMap {
             root: AtomicPtr::new(ptr::null_mut()),
-            levels,
-            group_lg2,
-            chunks: chunks as usize,
+            levels: levels as u8,
             in_slabs,
             last,
-            held: std::sync::atomic::AtomicU64::new(0),
+            held: std::sync::atomic::AtomicU32::new(0),
             owns: PhantomData,
         }
     }
@@ -125,11 +142,11 @@ impl ChunkMap {
             return self.set_in(self.group_or_new(group), nth, first, last);
         }
         // The group of a chunk is looked up once for all of its chunks.
-        let in_group = (1 << self.group_lg2) - 1;
+        let in_group = (1 << self.group_lg2()) - 1;
         let mut anew = false;
-        for group in from >> self.group_lg2..=to >> self.group_lg2 {
+        for group in from >> self.group_lg2()..=to >> self.group_lg2() {
             let chunks = self.group_or_new(group);
-            let base = group << self.group_lg2;
+            let base = group << self.group_lg2();
             for index in from.max(base)..=to.min(base | in_group) {
                 let (low, high) = (index << BITS_LG2, index << BITS_LG2 | (CHUNK_BITS - 1));
                 anew |= self.set_in(chunks, index - base, first.max(low), last.min(high));
@@ -160,26 +177,6 @@ impl ChunkMap {
         }
         let (summaries, slab) = self.group_or_new(0).near()?;
         Some(OneGroup { summaries, slab })
-    }
-
-    /// As [`set`](Self::set), of one bit of `group`, which has a slab.
-    ///
-    /// # Safety
-    /// `group` is that of this bitmap, and `bit` is no higher than its highest bit.
-    #[inline(always)]
-    pub(crate) unsafe fn set_near(&self, group: OneGroup, bit: u64, fence: impl FnOnce()) {
-        debug_assert!(bit <= self.last);
-        // SAFETY: by the caller it came from `one_group` of this bitmap, which lives for as long as
-        // `self` is borrowed, and has a summary for each bit of it.
-        let summary = unsafe { group.summaries.add((bit >> BITS_LG2) as usize) };
-        // SAFETY: as above.
-        let summary = unsafe { summary.as_ref() };
-        // SAFETY: the slab has a word for each bit of the bitmap, and lives as long as its group.
-        let word = unsafe { group.slab.add((bit >> 6) as usize) };
-        // SAFETY: as above.
-        let word = unsafe { word.as_ref() };
-        // A mask of one bit is tested by one instruction.
-        Slot::set_word(summary, word, bit, 1 << (bit % 64), fence);
     }
 
     /// Takes the bits of `first..=last`: `taker` visits each word that has some, in order, with the
@@ -249,8 +246,11 @@ impl ChunkMap {
             let next_dirty = |nth: u64, visitor: &V| {
                 let nth = group.next_dirty(nth as usize, high as usize)?;
                 let start = (base + ((nth as u64) << BLOCK_LG2)) << BITS_LG2;
-                let place = |chunk: u64| visitor.place(start + (chunk << BITS_LG2), CHUNK_WORDS);
-                group.prefetch_dirty(nth, place);
+                group.prefetch_dirty(nth, |chunk, lines| {
+                    let first = start + (chunk << BITS_LG2);
+                    visitor.ahead(first, lines);
+                    visitor.place(first, CHUNK_WORDS)
+                });
                 Some(nth as u64)
             };
             let mut dirty = next_dirty(low, visitor);
@@ -270,6 +270,13 @@ impl ChunkMap {
             next = to.checked_add(1).filter(|next| *next <= last_chunk);
         }
         Ok(())
+    }
+
+    /// Prefetches `lines` of chunk `index`, if it exists.
+    pub(crate) fn prefetch(&self, index: u64, lines: u64) {
+        if let Some((base, group)) = self.next_group(index, index) {
+            group.prefetch(index - base, lines);
+        }
     }
 
     /// The words of chunk `index`, allocated if it does not exist yet.
@@ -299,10 +306,10 @@ impl ChunkMap {
             // Acquire: pairs with the Release in `install`; publishes the contents of what the
             // pointer names.
             let mut pointer = self.root.load(Ordering::Acquire);
-            let group = index >> self.group_lg2;
-            for level in (0..self.levels).rev() {
+            let group = index >> self.group_lg2();
+            for level in (0..u32::from(self.levels)).rev() {
                 if pointer.is_null() {
-                    index = next_subtree(group, level + 1)?.checked_mul(1 << self.group_lg2)?;
+                    index = next_subtree(group, level + 1)?.checked_mul(1 << self.group_lg2())?;
                     continue 'group;
                 }
                 // SAFETY: non-null pointers of this level name a `Directory` that lives as long as
@@ -312,13 +319,13 @@ impl ChunkMap {
                 pointer = directory.0[place_in(group, level)].load(Ordering::Acquire);
             }
             if pointer.is_null() {
-                index = (group + 1).checked_mul(1 << self.group_lg2)?;
+                index = (group + 1).checked_mul(1 << self.group_lg2())?;
                 continue;
             }
             // SAFETY: non-null pointers below the last directory name a `Group` that lives as long
             // as `self`.
             let found = unsafe { &*pointer.cast::<Group>() };
-            return Some((group << self.group_lg2, found));
+            return Some((group << self.group_lg2(), found));
         }
         None
     }
@@ -349,6 +356,21 @@ impl ChunkMap {
         Ok(())
     }
 
+    /// The list of chunk `index`, if it was allocated.
+    pub(super) fn list(&self, index: u64) -> Option<&List> {
+        let (base, group) = self.next_group(index, index)?;
+        group.list(index - base)
+    }
+
+    /// The list of chunk `index`, allocated with those of its block if it does not exist yet.
+    pub(super) fn list_or_new(&self, index: u64) -> &List {
+        let (group, nth) = self.place_of(index);
+        let place = self.group_or_new(group).lists_of(nth);
+        let lists = self.counted(place, new_lists, free_lists);
+        // SAFETY: a pointer of a group names `Lists` that live as long as the bitmap.
+        unsafe { &*lists }.of(nth)
+    }
+
     /// The place and the bits of chunk `index`, allocated if it does not exist yet.
     #[inline]
     pub(super) fn slot_or_new(&self, index: u64) -> (Slot<'_>, &Chunk) {
@@ -362,39 +384,75 @@ impl ChunkMap {
     fn place_of(&self, index: u64) -> (u64, u64) {
         match self.levels {
             0 => (0, index),
-            _ => (index >> self.group_lg2, index & ((1 << self.group_lg2) - 1)),
+            _ => (
+                index >> self.group_lg2(),
+                index & ((1 << self.group_lg2()) - 1),
+            ),
+        }
+    }
+
+    /// Chunks of a group, as a logarithm.
+    #[inline]
+    fn group_lg2(&self) -> u32 {
+        match self.levels {
+            0 => ONE_GROUP_LG2,
+            _ => FANOUT_LG2,
+        }
+    }
+
+    /// How many chunks each group has.
+    fn chunks_of_a_group(&self) -> usize {
+        match self.levels {
+            0 => (self.last >> BITS_LG2) as usize + 1,
+            _ => 1 << self.group_lg2(),
         }
     }
 
     /// The chunk `nth` of `group`, one of this bitmap; allocated if it does not exist yet.
     #[inline]
     fn chunk_of<'m>(&'m self, group: &'m Group, nth: u64) -> &'m Chunk {
-        const BYTES: u64 = size_of::<Chunk>() as u64;
         let pointer = match group.bits(nth) {
             Bits::Here(chunk) => return chunk,
             Bits::Pointer(pointer) => pointer,
         };
-        let held = &self.held;
-        let chunk = get_or_install(
-            pointer,
-            || {
-                // Relaxed, both: a statistic.
-                held.fetch_add(BYTES, std::sync::atomic::Ordering::Relaxed);
-                new_chunk()
-            },
-            |chunk| {
-                held.fetch_sub(BYTES, std::sync::atomic::Ordering::Relaxed);
-                free_chunk(chunk);
-            },
-        );
+        let chunk = self.counted(pointer, new_chunk, free_chunk);
         // SAFETY: a pointer of a group names a `Chunk` that lives as long as the bitmap.
         unsafe { &*chunk }
     }
 
-    /// The bytes of the chunks that were allocated one by one.
+    /// As [`get_or_install`], with a count of the bytes.
+    #[inline]
+    fn counted<T>(
+        &self,
+        place: &AtomicPtr<()>,
+        new: impl FnOnce() -> *mut T,
+        free: impl FnOnce(*mut T),
+    ) -> *mut T {
+        const { assert!(size_of::<T>().is_multiple_of(UNIT)) };
+        let units = (size_of::<T>() / UNIT) as u32;
+        let count = |next: &dyn Fn(u32) -> Option<u32>| {
+            // Relaxed, both: a statistic. It fails at the bound, and stays there.
+            let order = std::sync::atomic::Ordering::Relaxed;
+            let _ = self.held.fetch_update(order, order, next);
+        };
+        get_or_install(
+            place,
+            || {
+                count(&|held| held.checked_add(units));
+                new()
+            },
+            |fresh| {
+                count(&|held| held.checked_sub(units));
+                free(fresh);
+            },
+        )
+    }
+
+    /// The bytes of the chunks that were allocated one by one, and of lists.
     pub(crate) fn held_bytes(&self) -> u64 {
         // Relaxed: a statistic.
-        self.held.load(std::sync::atomic::Ordering::Relaxed)
+        let held = self.held.load(std::sync::atomic::Ordering::Relaxed);
+        u64::from(held) * UNIT as u64
     }
 
     #[inline]
@@ -405,7 +463,12 @@ impl ChunkMap {
         };
         let group = get_or_install(
             place,
-            || Box::into_raw(Box::new(Group::new(self.chunks, self.in_slabs))),
+            || {
+                Box::into_raw(Box::new(Group::new(
+                    self.chunks_of_a_group(),
+                    self.in_slabs,
+                )))
+            },
             free_group,
         );
         // SAFETY: below the last directory a pointer names a `Group` that lives as long as `self`.
@@ -417,7 +480,7 @@ impl ChunkMap {
     #[inline(never)]
     fn place_or_new(&self, group: u64) -> &AtomicPtr<()> {
         let mut place = &self.root;
-        for level in (0..self.levels).rev() {
+        for level in (0..u32::from(self.levels)).rev() {
             let pointer = get_or_install(
                 place,
                 || {
@@ -456,7 +519,7 @@ impl ChunkMap {
 impl Drop for ChunkMap {
     fn drop(&mut self) {
         // Relaxed: exclusive access.
-        self.free(self.root.load(Ordering::Relaxed), self.levels);
+        self.free(self.root.load(Ordering::Relaxed), self.levels.into());
     }
 }
 
@@ -549,7 +612,7 @@ fn install<T>(
 unsafe impl Send for ChunkMap {}
 // SAFETY: as for `Send`: all shared access goes through atomics.
 unsafe impl Sync for ChunkMap {}
-// SAFETY: it names atomics of a group, and is read only by `set_near`, whose caller keeps the map
+// SAFETY: it names atomics of a group, and is read only by `set`, whose caller keeps the map
 // alive.
 unsafe impl Send for OneGroup {}
 // SAFETY: as for `Send`.

@@ -13,12 +13,14 @@
 //! * [`place`]: the place of what a harvester takes
 //! * [`handed`]: bits that one harvest records, and others see
 //! * [`left`]: bits that many threads leave, and few take
+//! * [`few`]: the list of the bits of such a chunk that has few
 //! * [`slab`]: the memory of chunks that lie side by side
 //!
 //! The bitmap knows bits, and neither addresses nor areas. The marks of an area, the put-back store
 //! of a domain and a sparse bitmap of the user are made of it.
 
 mod chunk;
+mod few;
 mod group;
 mod handed;
 mod left;
@@ -35,7 +37,8 @@ mod loom_tests;
 mod tests;
 
 pub(crate) use chunk::LINE_WORDS;
-pub(crate) use handed::ChunkWords;
+pub(crate) use few::{Few, MOST};
+pub(crate) use handed::{ChunkWords, Handed};
 pub(crate) use map::{CHUNK_WORDS, ChunkMap, OneGroup};
 pub(crate) use place::Place;
 pub(crate) use take::{Taker, Visitor};

@@ -47,6 +47,18 @@ impl<'a> Place<'a> {
         seen & !old
     }
 
+    /// As [`record`](Self::record) in its first word, if it has any.
+    #[inline(always)]
+    pub(crate) fn record_first(self, seen: u64) -> Option<u64> {
+        self.0.first().map(|word| Self::record(word, seen))
+    }
+
+    /// As [`record`](Self::record), in the word `nth`; 0 if it does not have that word.
+    #[inline(always)]
+    pub(super) fn record_at(self, nth: usize, seen: u64) -> u64 {
+        self.0.get(nth).map_or(0, |word| Self::record(word, seen))
+    }
+
     /// Sets all bits of its whole lines, and returns how many were clear.
     pub(super) fn fill(self) -> u64 {
         let mut clear = 0;

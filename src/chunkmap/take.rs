@@ -31,10 +31,20 @@ pub(crate) trait Visitor {
         Place::NONE
     }
 
-    /// Receives bits that were recorded in a [`place`](Self::place), as [`visit`](Self::visit)
-    /// does, before they are cleared.
+    /// The walk comes to `lines` of the chunk that begins with the bit `first` soon: asks for
+    /// memory that the visitor will use for them.
     #[inline(always)]
-    fn share(&self, _first: u64, _mask: u64) {}
+    fn ahead(&self, _first: u64, _lines: u64) {}
+
+    /// The walk takes bits of the chunk that begins with the bit `base`.
+    #[inline(always)]
+    fn begin(&self, _base: u64) {}
+
+    /// Receives the bits of one word, or of all words of a line, that were recorded in a
+    /// [`place`](Self::place), before they are cleared. `word` is the place of the first one in the
+    /// chunk that was [begun](Self::begin) last.
+    #[inline(always)]
+    fn share(&self, _word: usize, _masks: &[u64]) {}
 
     /// Counts `bits` that were recorded in a [`place`](Self::place) and were clear there.
     #[inline(always)]
@@ -93,6 +103,7 @@ impl Slot<'_> {
         if seen == 0 {
             return Ok(());
         }
+        taker.begin(base);
         if taker.may_fail() {
             return self.take_securely(chunk, base, seen, (first, last), taker);
         }
@@ -130,7 +141,7 @@ impl Slot<'_> {
             let place = taker.place(base + line as u64 * LINE_BITS, words);
             let mut taken = left & whole & lines_from(line, place.lines());
             if taken != 0 {
-                let share = |word: u64, seen| taker.share(base + word * 64, seen);
+                let share = |word: usize, seen: &[u64]| taker.share(word, seen);
                 let bits = take_lines::<true>(chunk, taken, line, place, share);
                 taker.placed(bits);
             } else {
@@ -330,7 +341,8 @@ fn visit_all<V: Visitor>(
 ) -> Result<(), V::Error> {
     let mut bit = first;
     while bit <= last {
-        let place = match bit.is_multiple_of(64) {
+        // The words that are shared together are those of a line of the chunk.
+        let place = match bit.is_multiple_of(LINE_BITS) {
             true => visitor.place(base + bit, (last + 1 - bit) / 64),
             false => Place::NONE,
         };
@@ -338,8 +350,8 @@ fn visit_all<V: Visitor>(
             let next = bit + place.lines() as u64 * LINE_BITS;
             let bits = place.fill();
             (bit..next)
-                .step_by(64)
-                .for_each(|bit| visitor.share(base + bit, u64::MAX));
+                .step_by(LINE_BITS as usize)
+                .for_each(|bit| visitor.share((bit / 64) as usize, &[u64::MAX; LINE_WORDS]));
             bit = next;
             visitor.placed(bits);
             continue;
@@ -353,15 +365,16 @@ fn visit_all<V: Visitor>(
 }
 
 /// Records the words of `lines` in `place`, which begins with line `from` and has all of them, and
-/// clears them after that. Returns how many bits were clear in the place. `share` gets each word,
-/// by its place in the chunk, before it is cleared. `SHARED` is that of [`visit_line`].
+/// clears them after that. Returns how many bits were clear in the place. `share` gets words,
+/// by the place of the first one in the chunk, before they are cleared. `SHARED` is that of
+/// [`visit_line`].
 #[inline]
 pub(super) fn take_lines<const SHARED: bool>(
     chunk: &Chunk,
     lines: u64,
     from: usize,
     place: Place<'_>,
-    share: impl Fn(u64, u64),
+    share: impl Fn(usize, &[u64]),
 ) -> u64 {
     #[cfg(all(target_arch = "x86_64", not(target_feature = "popcnt"), not(miri)))]
     if std::is_x86_feature_detected!("popcnt") {
@@ -380,7 +393,7 @@ fn take_lines_popcnt<const SHARED: bool>(
     lines: u64,
     from: usize,
     place: Place<'_>,
-    share: impl Fn(u64, u64),
+    share: impl Fn(usize, &[u64]),
 ) -> u64 {
     take_each_line::<SHARED>(chunk, lines, from, place, share)
 }
@@ -391,14 +404,14 @@ fn take_each_line<const SHARED: bool>(
     lines: u64,
     from: usize,
     place: Place<'_>,
-    share: impl Fn(u64, u64),
+    share: impl Fn(usize, &[u64]),
 ) -> u64 {
     let mut bits = 0;
     for line in ones(lines) {
         let words = chunk.0[line * LINE_WORDS..].first_chunk();
         if let Some((words, place)) = words.zip(place.line(line - from)) {
-            let first = (line * LINE_WORDS) as u64;
-            bits += take_line::<SHARED>(words, place, |nth, seen| share(first + nth as u64, seen));
+            let first = line * LINE_WORDS;
+            bits += take_line::<SHARED>(words, place, |nth, seen| share(first + nth, seen));
         }
     }
     bits
@@ -411,16 +424,12 @@ fn take_each_line<const SHARED: bool>(
 fn take_line<const SHARED: bool>(
     words: &[AtomicU64; LINE_WORDS],
     place: &[AtomicU64; LINE_WORDS],
-    share: impl Fn(usize, u64),
+    share: impl Fn(usize, &[u64]),
 ) -> u64 {
     // Relaxed, here and below: F5 orders the looks after the clear of the summary; `clear` takes
     // what is found.
     let look = |nth: usize| words[nth].load(Ordering::Relaxed);
-    let record = |nth: usize, seen: u64| {
-        let fresh = Place::record(&place[nth], seen);
-        share(nth, seen);
-        u64::from(fresh.count_ones())
-    };
+    let record = |nth: usize, seen: u64| u64::from(Place::record(&place[nth], seen).count_ones());
     // A mask of the words that have bits, without a branch for each.
     let found = match LINE_WORDS {
         1 => 1,
@@ -434,6 +443,7 @@ fn take_line<const SHARED: bool>(
         let seen = look(nth);
         if seen != 0 {
             bits = record(nth, seen);
+            share(nth, &[seen]);
             clear::<SHARED>(&words[nth], seen);
         }
         return bits;
@@ -443,6 +453,7 @@ fn take_line<const SHARED: bool>(
         for (nth, seen) in seen.iter().enumerate() {
             bits += record(nth, *seen);
         }
+        share(0, &seen);
         for (word, seen) in words.iter().zip(seen) {
             clear::<SHARED>(word, seen);
         }
@@ -453,6 +464,7 @@ fn take_line<const SHARED: bool>(
         seen[nth] = look(nth);
         bits += record(nth, seen[nth]);
     }
+    share(0, &seen);
     for nth in ones(found) {
         clear::<SHARED>(&words[nth], seen[nth]);
     }

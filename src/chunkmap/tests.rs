@@ -1,6 +1,7 @@
 //! Tests of [`ChunkMap`] against sets of bits.
 
-use super::map::{BITS_LG2, ChunkMap};
+use super::handed::Handed;
+use super::map::{BITS_LG2, CHUNK_WORDS, ChunkMap};
 use super::place::Place;
 use super::take::{Taker, Visitor};
 use crate::sync::{AtomicU64, Ordering};
@@ -329,4 +330,95 @@ fn a_place_gets_what_a_visit_gets() {
         };
         assert_eq!(user.fresh, ones(&expected) - ones(&before), "round {round}");
     }
+}
+
+/// A visitor with words for all bits from 0 on, which stops at the bit `end`.
+struct Until {
+    words: Vec<AtomicU64>,
+    end: u64,
+}
+
+impl Until {
+    fn new(last: u64, end: u64) -> Self {
+        let words = (0..=last / 64).map(|_| AtomicU64::new(0)).collect();
+        Until { words, end }
+    }
+
+    fn bits(&self) -> BTreeSet<u64> {
+        let word = |nth: u64| self.words[nth as usize].load(Ordering::Relaxed);
+        let is_set = |bit: &u64| word(bit / 64) >> (bit % 64) & 1 == 1;
+        let words = (0..self.words.len() as u64).filter(|nth| word(*nth) != 0);
+        let bits = words.flat_map(|nth| nth * 64..nth * 64 + 64);
+        bits.filter(is_set).collect()
+    }
+}
+
+impl Visitor for &Until {
+    type Error = ();
+
+    fn visit(&mut self, first: u64, mask: u64) -> Result<(), ()> {
+        if first >= self.end {
+            return Err(());
+        }
+        self.words[first as usize / 64].fetch_or(mask, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn place(&self, first: u64, _: u64) -> Place<'_> {
+        match self.end {
+            u64::MAX => Place::new(&self.words[first as usize / 64..]),
+            _ => Place::NONE,
+        }
+    }
+}
+
+/// Bits that are left, few or many, and taken as a whole, in part, or up to a stop: each is there
+/// until it is taken, and none comes back. Lists, words, and the moves from one to the other are
+/// one set.
+#[test]
+fn lists_and_words_of_left_bits_are_one_set() {
+    const CHUNK: u64 = CHUNK_WORDS * 64;
+    const LAST: u64 = 3 * CHUNK - 77;
+    let mut x = 88172645463325252u64;
+    let mut random = |below: u64| {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        (x >> 1) % below
+    };
+    let map = ChunkMap::new(LAST);
+    let mut model = BTreeSet::new();
+    for round in 0..if cfg!(miri) { 20 } else { 1000 } {
+        let chunk = random(3);
+        let count = [1, 3, 63, 64, 65, 500][random(6) as usize];
+        let mut masks = std::collections::BTreeMap::new();
+        for _ in 0..count {
+            let bit = random(CHUNK).min(LAST - chunk * CHUNK);
+            *masks.entry((bit / 64) as u16).or_insert(0) |= 1u64 << (bit % 64);
+            model.insert(chunk * CHUNK + bit);
+        }
+        let masks: Vec<_> = masks.into_iter().collect();
+        assert!(Handed::of(&masks, |left| map.leave(chunk, left)));
+        let (first, last) = [
+            (0, LAST),
+            (chunk * CHUNK, LAST.min(chunk * CHUNK + CHUNK - 1)),
+            (random(CHUNK), CHUNK + random(CHUNK)),
+        ][random(3) as usize];
+        let seen = Until::new(LAST, u64::MAX - 1);
+        map.peek_left(first, last, &seen).unwrap();
+        let inside: BTreeSet<u64> = model.range(first..=last).copied().collect();
+        assert!(seen.bits() == inside, "seen in round {round}");
+        let end = [u64::MAX, u64::MAX - 1, random(LAST) & !63][random(3) as usize];
+        if random(3) > 0 {
+            let taken = Until::new(LAST, end);
+            let whole = map.take_left(first, last, &taken).is_ok();
+            let expected: BTreeSet<u64> = inside.range(..end).copied().collect();
+            assert!(taken.bits() == expected, "taken in round {round}");
+            assert_eq!(whole, expected == inside, "in round {round}");
+            model.retain(|bit| !expected.contains(bit));
+        }
+    }
+    let rest = Until::new(LAST, u64::MAX);
+    map.take_left(0, LAST, &rest).unwrap();
+    assert!(rest.bits() == model, "the rest");
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::units::{Granule, Iova, IovaRange};
+use crate::words::word_runs;
 
 /// The number of disjoint ranges up to which a gather is exact.
 const MAX_RANGES: usize = 32;
@@ -119,35 +120,52 @@ impl FlushGather {
     #[inline]
     pub fn add_many(&mut self, start: Iova, leaf: Granule, mask: u64) {
         let room = (u64::MAX - start.get()) >> leaf.lg2();
-        let mut rest = match room {
+        let rest = match room {
             0..63 => mask & ((2 << room) - 1),
             _ => mask,
         };
-        if rest == 0 {
-            return;
+        if rest != 0 {
+            self.add_counted(start, leaf, rest, rest.count_ones());
         }
-        self.entries = self.entries.saturating_add(rest.count_ones().into());
+    }
+
+    /// As [`add_many`](Self::add_many), where `mask` is not 0, has `count` bits set, and all of its
+    /// leaves begin inside of the address space.
+    #[inline(always)]
+    pub(crate) fn add_counted(&mut self, start: Iova, leaf: Granule, mask: u64, count: u32) {
+        self.entries = self.entries.saturating_add(count.into());
         self.widen(Leaves {
             smallest: leaf,
             largest: leaf,
         });
-        let at = |nth: u32| Iova::new(start.get() + (u64::from(nth) << leaf.lg2()));
-        let run = |first: u32, last: u32| match at(last).checked_add(leaf.mask()) {
-            Some(last) => IovaRange::ascending(at(first), last),
-            // The last leaf begins inside of the address space and ends past it.
-            None => IovaRange::ascending(at(first), IovaRange::granule_at(at(last), leaf).last()),
-        };
         // If the gather is full and all of it lies below, runs are joined whenever the gap between
         // them is no larger than the smallest gap of the gather; here all of them at once.
-        let above = self.len == MAX_RANGES && self.ranges[MAX_RANGES - 1].last() < start;
-        if above && !has_gap(rest, (self.closest >> leaf.lg2()) + 1) {
-            return self.insert(run(rest.trailing_zeros(), rest.ilog2()));
+        let last = &mut self.ranges[MAX_RANGES - 1];
+        let first = start.get() + (u64::from(mask.trailing_zeros()) << leaf.lg2());
+        let end = start.get() + (u64::from(mask.ilog2()) << leaf.lg2());
+        if self.len == MAX_RANGES
+            && last.last() < start
+            && first - last.last().get() - 1 <= self.closest
+            && let Some(end) = Iova::new(end).checked_add(leaf.mask())
+            && !has_gap(mask, (self.closest >> leaf.lg2()) + 1)
+        {
+            *last = IovaRange::ascending(last.start(), end);
+            return;
         }
-        while rest != 0 {
-            let first = rest.trailing_zeros();
-            let end = first + (rest >> first).trailing_ones();
-            self.insert(run(first, end - 1));
-            rest &= u64::MAX.checked_shl(end).unwrap_or(0);
+        self.add_runs(start, leaf, mask);
+    }
+
+    /// Inserts the runs of [`add_counted`](Self::add_counted) one by one.
+    #[inline(never)]
+    fn add_runs(&mut self, start: Iova, leaf: Granule, mask: u64) {
+        let at = |nth: u32| Iova::new(start.get() + (u64::from(nth) << leaf.lg2()));
+        for (first, last) in word_runs(mask) {
+            let end = match at(last).checked_add(leaf.mask()) {
+                Some(end) => end,
+                // The last leaf begins inside of the address space and ends past it.
+                None => IovaRange::granule_at(at(last), leaf).last(),
+            };
+            self.insert(IovaRange::ascending(at(first), end));
         }
     }
 
@@ -205,7 +223,35 @@ impl FlushGather {
             *last = last.hull(range);
             return;
         }
+        if full && self.ranges[MAX_RANGES - 1].last() < range.start() {
+            return self.append(range); // it touches none: see above
+        }
         self.insert_anywhere(range);
+    }
+
+    /// Inserts `range`, which lies above all others, where the gather is full and does not touch
+    /// it: the two neighbours with the smallest gap become one.
+    fn append(&mut self, range: IovaRange) {
+        // The smallest gap, the pair below which it lies, and the smallest of all others.
+        let (mut least, mut pair, mut next) = (u64::MAX, 0, u64::MAX);
+        for (nth, two) in self.ranges.windows(2).enumerate() {
+            let gap = gap(two[0], two[1]);
+            next = next.min(gap.max(least));
+            if gap < least {
+                (least, pair) = (gap, nth);
+            }
+        }
+        let above = gap(self.ranges[MAX_RANGES - 1], range);
+        if above <= least {
+            self.closest = least;
+            let last = &mut self.ranges[MAX_RANGES - 1];
+            *last = last.hull(range);
+            return;
+        }
+        self.ranges[pair] = self.ranges[pair].hull(self.ranges[pair + 1]);
+        self.ranges.copy_within(pair + 2.., pair + 1);
+        self.ranges[MAX_RANGES - 1] = range;
+        self.closest = next.min(above);
     }
 
     fn insert_anywhere(&mut self, mut range: IovaRange) {
@@ -277,11 +323,18 @@ impl fmt::Debug for FlushGather {
 }
 
 /// Whether `mask`, which is not 0, has at least `zeros` zeros in a row between two of its ones.
-#[inline]
+#[inline(always)]
 fn has_gap(mask: u64, zeros: u64) -> bool {
-    if zeros > 62 {
-        return false;
+    if zeros < 32 {
+        return has_short_gap(mask, zeros);
     }
+    // So many lie in the middle.
+    let (low, high) = (mask as u32, (mask >> 32) as u32);
+    low != 0 && high != 0 && u64::from(low.leading_zeros() + high.trailing_zeros()) >= zeros
+}
+
+#[inline(never)]
+fn has_short_gap(mask: u64, zeros: u64) -> bool {
     let inside = (u64::MAX << mask.trailing_zeros()) & (u64::MAX >> mask.leading_zeros());
     let mut begins = !mask & inside;
     // Where `found` zeros in a row begin, twice as many begin if another `found` follow them.
@@ -333,14 +386,19 @@ mod tests {
                         let end = bits.find(|bit| mask >> bit & 1 == 0).unwrap_or(64);
                         let run = Iova::new(start.get() + (first << size.lg2()));
                         let bytes = (end - first) << size.lg2();
-                        // Forgets the known gap, so that it is searched for each time.
-                        single.closest = 0;
-                        single.add(IovaRange::from_len(run, bytes).unwrap(), size);
+                        // Nothing is known of the ranges, so that they are searched each time.
+                        single.insert_anywhere(IovaRange::from_len(run, bytes).unwrap());
                     }
                     leaves += u64::from(mask.count_ones());
                     assert_eq!(many.ranges(), single.ranges());
+                    let gaps = many.ranges().windows(2).map(|two| gap(two[0], two[1]));
+                    assert!(many.closest <= gaps.min().unwrap_or(0));
                 }
-                assert_eq!((many.entries(), many.leaves()), (leaves, single.leaves()));
+                let same = Leaves {
+                    smallest: size,
+                    largest: size,
+                };
+                assert_eq!((many.entries(), many.leaves()), (leaves, Some(same)));
             }
         }
         let mut last = FlushGather::new();

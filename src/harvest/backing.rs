@@ -145,9 +145,9 @@ impl Recorder {
 
     /// The harvest has looked at `part` of `area`.
     pub(super) fn looked(&mut self, area: &Area, part: IovaRange) {
-        let is_new = self.areas.last().is_none_or(|last| *last != area.mapping);
+        let is_new = self.areas.last().is_none_or(|last| *last != area.mapping());
         if is_new {
-            self.areas.push(area.mapping);
+            self.areas.push(area.mapping());
         }
         // Acquire: pairs with F7 of `AddressSpace::fill`, and with the Release fence of `fill_new`.
         // - If the harvest took a page that was written through a younger area, it sees the fill of
@@ -173,7 +173,7 @@ impl Recorder {
         let left = self.watch.left();
         let mut others = Vec::new();
         for part in &self.unsure {
-            let now = snapshot.areas_in(*part).map(|entry| entry.area.mapping);
+            let now = snapshot.areas_in(*part).map(|entry| entry.mapping());
             others.extend(now.filter_map(|area| narrowed(&area, *part)));
         }
         for area in &left {

@@ -80,7 +80,7 @@ pub struct ConsumerStats {
     /// pages were out of [`Bounds`](super::Bounds).
     pub everything: bool,
     /// Bytes of memory that its pending pages take: 4 KiB for each stretch of 32768 pages of which
-    /// one was ever pending.
+    /// one was ever pending, and 1 KiB for each eight of these stretches.
     pub held_bytes: u64,
     /// Its deltas: the epochs that have cursors.
     pub deltas: u64,
@@ -118,6 +118,10 @@ impl AddressSpace {
 
     /// Adds a consumer of `range`, which consists of whole [pages](Self::page) and may extend past
     /// the areas.
+    ///
+    /// A harvest consists of whole granules, and of whole pages of all sources
+    /// ([`alignment`](Self::alignment)). If these are larger than the range, harvests of the
+    /// consumer cover the range rounded out to them, and may report some pages beside the range.
     ///
     /// ```
     /// # use dirtymap::{Access, AddressSpace, Granule, Start};
@@ -201,7 +205,8 @@ impl<'a> Consumer<'a> {
         self.member.name()
     }
 
-    /// The range that its harvests cover.
+    /// The range of which it is told every write. Its harvests cover this range, rounded out to
+    /// whole granules and to [`alignment`](AddressSpace::alignment).
     pub fn range(&self) -> IovaRange {
         self.member.range
     }
@@ -249,7 +254,8 @@ impl<'a> Consumer<'a> {
         request: &HarvestRequest<'_>,
         bitmap: UserBitmap<'b>,
     ) -> Result<BitmapView<'b>, Error> {
-        self.space.peek_for(Some(&self.member), request, bitmap)
+        self.space
+            .peek_for((Some(&self.member), false), request, bitmap)
     }
 
     /// Harvests of all that is mapped in its range, round after round, as

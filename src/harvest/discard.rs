@@ -101,7 +101,8 @@ impl AddressSpace {
     /// discard of a space waits for the harvests that are running. From then on, a
     /// [parallel](crate::HarvestRequest) harvest is walked by the calling thread. A space that
     /// never discards pays a load for each area of a harvest. A discard takes a bit for each of its
-    /// pages, in chunks of 4 KiB for 32768 pages, and the same for each consumer.
+    /// pages, in chunks of 4 KiB for 32768 pages, and the same for each consumer. If that exceeds
+    /// the [`Bounds`](super::Bounds) of a consumer, the range is pending for it as a whole.
     ///
     /// ```
     /// use dirtymap::harvest::Content;
@@ -205,7 +206,7 @@ impl<'s> Discarding<'s> {
     /// Z2 to Z4.
     fn take(&mut self) -> Result<(), Error> {
         for (area, part) in &self.whole {
-            area.marks.zeros_or_new().set(*part);
+            area.marks().zeros_or_new().set(*part);
         }
         // After Z2: a domain that is attached later is written to after Z2.
         let space = self.space;
@@ -273,7 +274,11 @@ impl<'s> Discarding<'s> {
                     if performs(Step::TellDiscard)
                         && let Some(told) = part.intersection(member.range)
                     {
-                        member.pending.mark(told);
+                        // Before anything is allocated, as in a join.
+                        match member.has_room_for(told) {
+                            true => member.pending.mark(told),
+                            false => member.whole.put_back(told, &self.space.walks),
+                        }
                     }
                 }
             }
@@ -300,7 +305,7 @@ impl Drop for Discarding<'_> {
             // As in an abort: the debt first, then the pages.
             let _ = self.owe();
             for (area, part) in &self.whole {
-                area.marks.zeros_or_new().clear(*part);
+                area.marks().zeros_or_new().clear(*part);
             }
             self.end();
         }

@@ -181,8 +181,8 @@ impl Consumer<'_> {
     ///
     /// If the pending pages are out of bounds, they are dropped, and everything that is mapped in
     /// the consumer's range becomes pending instead. Its next lease has all of that, once, and says
-    /// so by its [`lineage`](crate::Lease::lineage). The sync of a lease that has such pages waits
-    /// for the harvests that are running, and flushes all sources. The memory is freed by a later
+    /// so by its [`lineage`](crate::Lease::lineage). The first sync after that waits for the
+    /// harvests that are running, and flushes all sources. The memory is freed by a later
     /// change of the space, when no older snapshot of the space is held.
     ///
     /// ```

@@ -96,7 +96,7 @@ pub(super) fn look(
     // The tables come first, because an unmap moves pages from the tables to the put-back stores,
     // and then to the marks.
     let kept = covered.domains().iter().map(|domain| &domain.put_back);
-    for marks in kept.chain(covered.marks.then_some(&*area.marks)) {
+    for marks in kept.chain(covered.marks.then_some(area.marks())) {
         let Some(part) = rest else { break };
         // Acquire: pairs with the Release fence of a detach; a thread that finds the put-back store
         // empty sees the pages marked.

@@ -59,6 +59,7 @@ mod content;
 mod discard;
 mod epochs;
 mod held;
+mod holding;
 mod lease;
 mod look;
 #[cfg(all(test, dirtymap_loom))]
@@ -90,7 +91,7 @@ use crate::space::{AddressSpace, Areas, Audience, Covered, Party, Walk};
 use crate::units::IovaRange;
 use backing::Recorder;
 use held::{Held, SpaceRef};
-use lease::{Holding, Recorded};
+use holding::{Holding, Recorded};
 use walk::{Parts, areas, walk};
 
 impl AddressSpace {
@@ -174,13 +175,45 @@ impl AddressSpace {
         request: &HarvestRequest<'_>,
         bitmap: UserBitmap<'a>,
     ) -> Result<BitmapView<'a>, Error> {
-        self.peek_for(None, request, bitmap)
+        self.peek_for((None, false), request, bitmap)
     }
 
-    /// The same for a consumer; `None` is the unnamed one.
+    /// As [`peek`](Self::peek), for all [consumers](crate::Consumer) at once: records each page
+    /// that is dirty for at least one of them. For state that is saved over a restart, from which
+    /// each consumer is told a superset afterwards. Pages of a lease that lives are not recorded.
+    ///
+    /// ```
+    /// # use dirtymap::{Access, AddressSpace, Granule, HarvestRequest, ToIovaRange, UserBitmap};
+    /// use dirtymap::Start;
+    ///
+    /// # fn main() -> Result<(), dirtymap::Error> {
+    /// # let space = AddressSpace::tracked(Granule::K4);
+    /// # space.map(0..1 << 20, 0, Access::ReadWrite)?;
+    /// let backup = space.consumer("backup", Start::Clean)?;
+    /// space.mark(0x3000..0x3001)?;
+    /// space.rounds().next()?.commit(); // leaves the page to `backup`
+    /// let mut words = [0; 4];
+    /// let request = HarvestRequest::new((0..1 << 20).to_iova_range()?, Granule::K4);
+    /// assert_eq!(space.peek(&request, UserBitmap::new(&mut words))?.count(), 0);
+    /// assert_eq!(space.peek_any(&request, UserBitmap::new(&mut words))?.count(), 1);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As `peek`.
+    pub fn peek_any<'a>(
+        &self,
+        request: &HarvestRequest<'_>,
+        bitmap: UserBitmap<'a>,
+    ) -> Result<BitmapView<'a>, Error> {
+        self.peek_for((None, true), request, bitmap)
+    }
+
+    /// The same for a consumer, where `None` is the unnamed one, or for all.
     fn peek_for<'a>(
         &self,
-        member: Option<&Party>,
+        (member, all): (Option<&Party>, bool),
         request: &HarvestRequest<'_>,
         bitmap: UserBitmap<'a>,
     ) -> Result<BitmapView<'a>, Error> {
@@ -193,8 +226,8 @@ impl AddressSpace {
         while let Some(piece) = parts.next().map_err(|stopped| stopped.error)? {
             for area in areas(&snapshot, piece, request) {
                 let area = area.map_err(|stopped| stopped.error)?;
-                if let Some(part) = area.mapping.range.intersection(piece) {
-                    shared::peek(self, &covered, area, part, &mut sink)
+                if let Some(part) = area.range().intersection(piece) {
+                    shared::peek(self, &covered, area, part, all, &mut sink)
                         .map_err(|stopped| stopped.error)?;
                 }
             }
@@ -217,7 +250,9 @@ impl AddressSpace {
             let granule = page;
             return Err(Error::Unaligned { range, granule });
         }
-        if let Some(member) = member.filter(|member| !member.range.covers(range)) {
+        // A part of a granule, or of a page of a source, cannot be harvested alone.
+        let most = |member: &Party| member.range.round_out(request.granule().max(page));
+        if let Some(member) = member.filter(|member| !most(member).covers(range)) {
             return Err(Error::OutsideConsumer {
                 range,
                 consumer: member.range,

@@ -14,7 +14,7 @@
 
 use rayon::prelude::*;
 
-use super::lease::{Holding, Recorded, walked_to};
+use super::holding::{Holding, Recorded, walked_to};
 use super::look::{Look, look};
 use super::walk::areas;
 use super::{HarvestRequest, Lease, Owed};
@@ -54,7 +54,7 @@ pub(super) fn harvest<'a>(
     let (mut stopped, mut end) = (None, None);
     for area in areas(&snapshot, asked, request) {
         match area {
-            Ok(area) => end = Some(area.mapping.range.last().min(asked.last())),
+            Ok(area) => end = Some(area.range().last().min(asked.last())),
             Err(hole) => stopped = Some(hole),
         }
     }
@@ -148,7 +148,7 @@ impl<'a> Taken<'a> {
         for area in areas(&snapshot, piece, request) {
             // A hole: unmapped since the walk began.
             let outcome = area.and_then(|area| {
-                let own = area.mapping.range;
+                let own = area.range();
                 let inside = own.intersection(piece).zip(own.intersection(walked));
                 let Some((part, limit)) = inside else {
                     return Ok(());

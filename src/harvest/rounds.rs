@@ -2,7 +2,7 @@
 
 use super::backing::Recorder;
 use super::held::{Held, OwnBits, SpaceRef};
-use super::lease::Holding;
+use super::holding::Holding;
 use super::{HarvestRequest, Lease, Owed, Scope, Synced, harvest};
 use crate::bitmap::{SparseBitmap, UserBitmap};
 use crate::error::Error;

@@ -49,15 +49,16 @@
 //!
 //! # Cost
 //! A space without named consumers pays two counts for each harvest. With several consumers, the
-//! flush queue is locked once for each piece of 64 GiB (at 4 KiB a page) that owes something. Marks
-//! are taken in one pass, and each word of dirty pages is added to the store of each other consumer
-//! by a plain load and store: see [`Pending`](crate::marks::Pending). The flight is looked at as
-//! far as leaves were recorded in it.
+//! flush queue is locked once for each piece of 64 GiB (at 4 KiB a page) that owes something. A
+//! harvest that walks no tables has one piece. Marks are taken in one pass, and each line of dirty
+//! pages is added to the store of each other consumer by plain loads and stores: see
+//! [`Pending`](crate::marks::Pending). The flight is looked at as far as leaves were recorded in
+//! it.
 
 use super::look::{Look, below, look};
 use super::shares::{Shares, Sharing, address};
 use crate::bitmap::{Sink, WINDOW_BITS};
-use crate::chunkmap::CHUNK_WORDS;
+use crate::chunkmap::{CHUNK_WORDS, Handed};
 use crate::error::Stopped;
 use crate::flush::FlushGather;
 use crate::marks::{Flight, FlightSlot};
@@ -91,7 +92,12 @@ pub(super) fn take(
     let mut entries = 0;
     let mut next = Some(part.start());
     while let Some(start) = next {
-        let bytes = u128::from(WINDOW_BITS) << space.page().lg2();
+        // Marks owe nothing, and are in flight for a chunk at a time.
+        let bits = match covered.domains() {
+            [] => u64::MAX,
+            _ => WINDOW_BITS,
+        };
+        let bytes = u128::from(bits) << space.page().lg2();
         let end = (u128::from(start.get()) / bytes + 1) * bytes - 1;
         let last = u64::try_from(end).map_or(part.last(), |end| part.last().min(Iova::new(end)));
         let piece = IovaRange::ascending(start, last);
@@ -130,18 +136,22 @@ pub(super) fn take(
     (entries, Ok(()))
 }
 
-/// Records in `sink` what is dirty in `part` of `area` for the consumer of `covered`, and changes
-/// nothing.
+/// Records in `sink` what is dirty in `part` of `area` for the consumer of `covered`, or for any
+/// consumer if `all`, and changes nothing.
 pub(super) fn peek(
     space: &AddressSpace,
     covered: &Covered,
     area: &Area,
     part: IovaRange,
+    all: bool,
     sink: &mut Sink<'_>,
 ) -> Result<(), Stopped> {
     let looked = look(space, covered, area, (part, part), (sink, None), Look::Peek);
     let looked = look_further(space, covered, area, part, sink, (looked, None, false));
-    rounded(looked, sink)
+    rounded(looked, sink)?;
+    // After the looks at tables and flights, as the look at what is pending for the one consumer.
+    let mut others = covered.audience.others().filter(|_| all);
+    others.try_for_each(|other| peek_pending(space, other, part, sink))
 }
 
 /// L2 and L3, as far as the look before them got.
@@ -166,7 +176,7 @@ fn look_further(
     };
     sink.limit_to(part);
     let stores = covered.domains().iter().map(|domain| &domain.put_back);
-    let stores = stores.chain(covered.marks.then_some(&*area.marks));
+    let stores = stores.chain(covered.marks.then_some(area.marks()));
     let again = stores.clone();
     let further = space.look_hidden(part, stores, sink).and_then(|()| {
         // Acquire: pairs with the Release of a clear, or the Release fence before it, in
@@ -289,41 +299,44 @@ impl<'s> Taking<'s> {
         // The words of the flight are those of the bitmap, if both divide pages into words alike.
         // What is in the flight lies in the range of the sink.
         let first_word = sink.first_word(Iova::MIN, page);
-        self.leave(part, |chunk, masks| {
+        self.leave(part, |chunk, handed| {
             if outcome.is_err() {
                 return 0;
             }
             let recorded = match first_word {
-                Some(first) => sink.or_words(first.wrapping_add(chunk * CHUNK_WORDS), masks),
-                None => (masks.iter().enumerate()).try_for_each(|(nth, masked)| {
-                    let recorded = sink.put_mask(address(space, chunk, masked), page, masked.1);
-                    recorded.map_err(|error| (nth, error))
+                Some(first) => {
+                    sink.or_words(first.wrapping_add(chunk * CHUNK_WORDS), handed.masks())
+                }
+                None => handed.masks().try_for_each(|(place, mask)| {
+                    let recorded = sink.put_mask(address(space, chunk, place), page, mask);
+                    recorded.map_err(|error| (place, error))
                 }),
             };
-            let Err((nth, error)) = recorded else {
-                return masks.len();
+            let Err((place, error)) = recorded else {
+                return CHUNK_WORDS as u16;
             };
             outcome = Err(Stopped {
-                at: address(space, chunk, &masks[nth]).max(part.start()),
+                at: address(space, chunk, place).max(part.start()),
                 error: error.into(),
             });
-            nth
+            place
         });
         outcome
     }
 
-    /// T3 to T5 of what is in the flight in `part`. `record` gets words of a chunk, and says how
-    /// many of them our own consumer has.
-    fn leave(&mut self, part: IovaRange, mut record: impl FnMut(u64, &[(u16, u64)]) -> usize) {
+    /// T3 to T5 of what is in the flight in `part`. `record` gets words of a chunk, and returns the
+    /// place of the first one that our own consumer does not have.
+    fn leave(&mut self, part: IovaRange, mut record: impl FnMut(u64, Handed<'_>) -> u16) {
         let shares = self.shares;
         self.entries += shares.owe(&mut self.gather);
-        shares.flight.hand_over(part, |chunk, masks| {
-            shares.leave(chunk, masks);
-            let recorded = record(chunk, masks);
-            if recorded < masks.len()
+        shares.flight.hand_over(part, |chunk, handed| {
+            shares.leave(chunk, handed);
+            let end = record(chunk, handed);
+            if u64::from(end) < CHUNK_WORDS
                 && let Some(own) = shares.covered.audience.own()
             {
-                own.leave(chunk, &masks[recorded..]);
+                let rest = |place, mask| if place < end { 0 } else { mask };
+                handed.with(rest, |rest| own.leave(chunk, rest));
             }
         });
         self.handed_over = true;

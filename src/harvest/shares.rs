@@ -2,13 +2,17 @@
 //! and T3a of [`discard`](super::discard).
 
 use crate::bitmap::Sink;
-use crate::chunkmap::CHUNK_WORDS;
+use crate::chunkmap::{CHUNK_WORDS, Handed};
 use crate::error::Stopped;
 use crate::flush::FlushGather;
 use crate::marks::{Flight, Marks, Zeros};
 use crate::space::{AddressSpace, Area, Covered};
 use crate::sync::{Ordering, Step, fence, performs};
 use crate::units::{Iova, IovaRange};
+
+/// Consumers for which memory is prefetched a block of chunks before it is used. That of all others
+/// is prefetched so many consumers before: earlier, it would displace what is used sooner.
+const AHEAD: usize = 4;
 
 /// A harvest that leaves what it takes to others.
 #[derive(Clone, Copy)]
@@ -50,7 +54,7 @@ impl<'s> Shares<'s> {
     }
 
     /// T4 for the others, of words of a chunk that were cleared.
-    pub(super) fn leave(&self, chunk: u64, masks: &[(u16, u64)]) {
+    pub(super) fn leave(&self, chunk: u64, handed: Handed<'_>) {
         // SeqCst: F1 of the marks' protocol, for the looks at pending pages that follow; pairs with
         // F2 in `Lease::sync`. If a page is found pending already, the harvest that takes it copies
         // after its F2: if F1 comes first, the copy has what was written before T2; if F2 comes
@@ -58,29 +62,40 @@ impl<'s> Shares<'s> {
         // It is F10 of `harvest::discard`, too.
         fence(Ordering::SeqCst);
         if performs(Step::TakenIsData) {
-            self.clear_zeros(chunk, masks);
+            self.clear_zeros(chunk, handed);
         }
         let forgotten = usize::from(!performs(Step::LeaveToOthers));
-        let others = self.covered.audience.others().rev().skip(forgotten);
-        others.for_each(|other| other.leave(chunk, masks));
+        let others = self.covered.audience.others().rev();
+        let mut next = others.clone().skip(AHEAD);
+        for other in others.skip(forgotten) {
+            if let Some(next) = next.next() {
+                next.pending.prefetch(chunk, handed.lines());
+            }
+            other.leave(chunk, handed);
+        }
+    }
+
+    /// Prefetches the memory in which pages of `lines` of a chunk are left, soon.
+    fn ahead(&self, chunk: u64, lines: u64) {
+        let others = self.covered.audience.others().rev().take(AHEAD);
+        others.for_each(|other| other.pending.prefetch(chunk, lines));
     }
 
     /// T3a of `harvest::discard`.
-    fn clear_zeros(&self, chunk: u64, masks: &[(u16, u64)]) {
+    fn clear_zeros(&self, chunk: u64, handed: Handed<'_>) {
         let clear = |zeros: &Zeros| {
-            for masked in masks {
-                let at = address(self.space, chunk, masked);
-                zeros.clear_mask_at(at, masked.1);
+            for (place, mask) in handed.masks() {
+                zeros.clear_mask_at(address(self.space, chunk, place), mask);
             }
         };
-        self.area.marks.zeros().into_iter().for_each(clear);
+        self.area.marks().zeros().into_iter().for_each(clear);
         self.space.visit_younger_zeros(self.area, self.limit, clear);
     }
 }
 
 /// The address of the first page of a word of a chunk.
-pub(super) fn address(space: &AddressSpace, chunk: u64, (place, _): &(u16, u64)) -> Iova {
-    Iova::new(((chunk * CHUNK_WORDS + u64::from(*place)) * 64) << space.page().lg2())
+pub(super) fn address(space: &AddressSpace, chunk: u64, place: u16) -> Iova {
+    Iova::new(((chunk * CHUNK_WORDS + u64::from(place)) * 64) << space.page().lg2())
 }
 
 /// A look that leaves marks to others as it takes them.
@@ -117,8 +132,8 @@ impl<'t, 'b> Sharing<'t, 'b> {
     pub(super) fn take(&mut self, marks: &Marks, part: IovaRange) -> Result<(), Stopped> {
         let shares = self.shares;
         self.own.limit_to(part);
-        marks.share(part, self.own, shares.flight, |chunk, masks| {
-            shares.leave(chunk, masks);
-        })
+        let ahead = |chunk, lines| shares.ahead(chunk, lines);
+        let leave = |chunk, handed: Handed<'_>| shares.leave(chunk, handed);
+        marks.share(part, self.own, shares.flight, (ahead, leave))
     }
 }

@@ -5,7 +5,7 @@
 //! ```
 
 use super::HarvestRequest;
-use super::lease::Holding;
+use super::holding::Holding;
 use super::request::Holes;
 use crate::bitmap::{BitmapView, Runs, Sink};
 use crate::error::Error;

@@ -1,7 +1,8 @@
 //! Pages that a harvest has taken from all consumers of a space, and not yet left to the others.
 //!
-//! A *flight* is the bitmap of one running harvest: it records there before it clears, and wipes it
-//! after the pages are pending for the other consumers. Every harvest looks at the flights of the
+//! A *flight* has the pages of one running harvest: it records there before it clears, and wipes it
+//! after the pages are pending for the other consumers. Pages of tables are in a bitmap, and marks
+//! in a [`crossing`](super::crossing). Every harvest looks at the flights of the
 //! others. The protocol and its proof are in `harvest::shared`.
 //!
 //! ```text
@@ -19,18 +20,20 @@
 //!
 //! Pages have the same place in each flight, whatever its owner looks at, so a bit stands for one
 //! page for ever. Flights form a list, and are used again; there are as many as there were harvests
-//! at once. The memory of a flight grows with the chunks in which its owners found something: 4 KiB
-//! for each 32768 pages.
+//! at once. The memory of a flight is 9 KiB, and grows with the chunks in which its owners found
+//! something in tables: 4 KiB for each 32768 pages.
 
 use std::convert::Infallible;
 use std::ptr;
 
 use super::Zeros;
+use super::crossing::Crossing;
 use crate::bitmap::{Sink, UserBitmap};
-use crate::chunkmap::{ChunkMap, ChunkWords};
+use crate::chunkmap::{ChunkMap, Handed};
 use crate::error::{Error, Stopped};
-use crate::sync::{AtomicBool, AtomicPtr, AtomicU64, Ordering, Step, performs};
+use crate::sync::{AtomicBool, AtomicPtr, Ordering, Step, performs};
 use crate::units::{Granule, Iova, IovaRange};
+use crate::words::word_mask;
 
 /// The flights of a space.
 #[derive(Debug)]
@@ -41,10 +44,13 @@ pub(crate) struct Flights {
     page: Granule,
 }
 
-/// One bit for each page of a space.
+/// Pages of a space.
 #[derive(Debug)]
 pub(crate) struct Flight {
+    /// What was taken from tables.
     bits: ChunkMap,
+    /// What was taken from marks.
+    pub(super) marks: Crossing,
     page: Granule,
     claimed: AtomicBool,
     next: Next,
@@ -170,6 +176,7 @@ impl Flight {
     fn new(range: IovaRange, page: Granule) -> Self {
         Flight {
             bits: ChunkMap::new(range.last().get() >> page.lg2()),
+            marks: Crossing::new(),
             page,
             claimed: AtomicBool::new(false),
             next: Next::none(),
@@ -179,11 +186,6 @@ impl Flight {
     /// The sink by which the owner records the pages of `part`.
     pub(crate) fn sink(&self, part: IovaRange) -> Sink<'_> {
         UserBitmap::chunks(&self.bits).into_sink_of(self.page, part)
-    }
-
-    /// The words of a chunk, and the summary of their lines, for the owner to record in.
-    pub(super) fn words(&self, chunk: u64) -> (&ChunkWords, &AtomicU64) {
-        self.bits.words_to_record(chunk)
     }
 
     /// Calls `visit` with the address and the mask of each word of pages in `range`.
@@ -196,8 +198,15 @@ impl Flight {
         mut visit: impl FnMut(Iova, u64) -> Result<(), E>,
     ) -> Result<(), E> {
         let (first, last) = self.numbers(range);
-        self.bits.peek(first, last, |bit, mask| {
-            visit(Iova::new(bit << self.page.lg2()), mask)
+        let mut visit = |bit: u64, mask| visit(Iova::new(bit << self.page.lg2()), mask);
+        self.bits.peek(first, last, &mut visit)?;
+        self.marks.visit(|bit, mask| {
+            // The last page of a word may be the last one of the address space.
+            let inside = mask_in(bit, first, last);
+            match mask & inside {
+                0 => Ok(()),
+                mask => visit(bit, mask),
+            }
         })
     }
 
@@ -221,10 +230,14 @@ impl Flight {
     }
 
     /// Calls `each` with the pages of `range`, by chunks: see [`ChunkMap::wipe`]. Forgets them
-    /// after the call: they are pending then.
-    pub(crate) fn hand_over(&self, range: IovaRange, each: impl FnMut(u64, &[(u16, u64)])) {
+    /// after the call: they are pending then. So it does with the marks that a panic has left in
+    /// flight.
+    pub(crate) fn hand_over(&self, range: IovaRange, mut each: impl FnMut(u64, Handed<'_>)) {
         let (first, last) = self.numbers(range);
-        self.bits.wipe(first, last, each);
+        self.bits.wipe(first, last, |chunk, handed| {
+            handed.listed(|handed| each(chunk, handed));
+        });
+        self.marks.end(each);
     }
 
     /// Ends the claim. All pages were wiped.
@@ -237,6 +250,17 @@ impl Flight {
         let number = |iova: Iova| iova.get() >> self.page.lg2();
         (number(range.start()), number(range.last()))
     }
+}
+
+/// The bits of the word that begins with `bit` that lie in `first..=last`.
+fn mask_in(bit: u64, first: u64, last: u64) -> u64 {
+    if bit + 63 < first || last < bit {
+        return 0;
+    }
+    word_mask(
+        first.saturating_sub(bit) as u32,
+        (last - bit).min(63) as u32,
+    )
 }
 
 #[cfg(all(test, not(dirtymap_loom)))]

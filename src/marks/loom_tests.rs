@@ -1,6 +1,8 @@
 //! Models of marks without a fence, and of the slots of writes in flight.
 
+use super::crossing::Crossing;
 use super::{InFlight, MarkOrdering, Marks, Pending};
+use crate::chunkmap::{CHUNK_WORDS, Handed};
 use crate::sync::model::holds_only_with;
 use crate::sync::{Arc, AtomicU64, Ordering, Step, fence, thread};
 use crate::units::{Granule, Iova, IovaRange};
@@ -263,7 +265,7 @@ fn pending() -> Arc<Pending> {
 fn leave(pending: &Pending, mask: u64) {
     // SeqCst: as a harvest does before it leaves anything.
     fence(Ordering::SeqCst);
-    pending.leave(0, &[(0, mask)]);
+    Handed::of(&[(0, mask)], |left| pending.leave(0, left));
 }
 
 /// Takes the pages of the word.
@@ -306,6 +308,23 @@ fn what_is_left_while_a_consumer_takes_is_taken_or_pending() {
     });
 }
 
+/// A harvest leaves a page while the consumer looks: the list of what was left before moves to
+/// words, and the look finds it in one of the two.
+#[test]
+fn a_look_finds_a_list_that_moves_to_words() {
+    holds_only_with(&[Step::PublishLeft], || {
+        let pending = pending();
+        let reader = thread::spawn({
+            let pending = pending.clone();
+            move || pending.runs(pages(0, 63))
+        });
+        leave(&pending, 0b1);
+        let seen = reader.join().unwrap();
+        let found = |page| seen.iter().any(|run| run.covers(pages(page, page)));
+        found(2) && !found(1)
+    });
+}
+
 /// Two takes of one consumer at the same time: a page that one of them finds, the consumer has.
 /// None is lost, and none comes back.
 #[test]
@@ -319,4 +338,141 @@ fn what_two_takes_of_a_consumer_find_does_not_come_back() {
         let taken = take(&pending);
         taken | other.join().unwrap() == 0b100 && take(&pending) == 0
     });
+}
+
+/// The first bit of chunk 2.
+const FAR: u64 = 2 * CHUNK_WORDS * 64;
+
+/// The words that a look finds in a crossing.
+fn crossed(crossing: &Crossing) -> Vec<(u64, u64)> {
+    let mut seen = Vec::new();
+    let looked: Result<(), std::convert::Infallible> = crossing.visit(|bit, mask| {
+        seen.push((bit, mask));
+        Ok(())
+    });
+    looked.unwrap();
+    seen
+}
+
+/// A crossing ends and begins anew for another chunk while another harvest looks at it. What that
+/// harvest sees are words of one chunk, each at its place.
+#[test]
+fn lines_of_two_crossings_do_not_mix() {
+    let steps = [
+        Step::ChangeBeforeWords,
+        Step::PublishCrossing,
+        Step::PublishLine,
+    ];
+    holds_only_with(&steps, || {
+        let crossing = Arc::new(Crossing::new());
+        crossing.begin(0);
+        crossing.put_line(0, &[1]);
+        let reader = thread::spawn({
+            let crossing = crossing.clone();
+            move || crossed(&crossing)
+        });
+        crossing.end(|_, _| ());
+        crossing.begin(2);
+        crossing.put_line(0, &[2]);
+        let seen = reader.join().unwrap();
+        seen.is_empty() || seen == [(0, 1)] || seen == [(FAR, 2)]
+    });
+}
+
+/// The same of an area which begins inside of a line: a word comes in two parts.
+#[test]
+fn words_of_two_crossings_do_not_mix() {
+    holds_only_with(&[Step::ChangeBeforeWords], || {
+        let crossing = Arc::new(Crossing::new());
+        crossing.begin(0);
+        crossing.put(0, 1);
+        let reader = thread::spawn({
+            let crossing = crossing.clone();
+            move || crossed(&crossing)
+        });
+        crossing.end(|_, _| ());
+        crossing.begin(2);
+        crossing.put(0, 2);
+        crossing.put(0, 4);
+        let seen = reader.join().unwrap();
+        let one = [(0, 1), (FAR, 2), (FAR, 6)].map(|word| vec![word]);
+        seen.is_empty() || one.contains(&seen)
+    });
+}
+
+/// The same of pages that are listed.
+#[test]
+fn lists_of_two_crossings_do_not_mix() {
+    let steps = [Step::ChangeBeforeWords, Step::PublishCrossing];
+    holds_only_with(&steps, || {
+        let crossing = Arc::new(Crossing::new());
+        crossing.begin(0);
+        crossing.list(0, crossing.first_listed(), &[1]);
+        let reader = thread::spawn({
+            let crossing = crossing.clone();
+            move || crossed(&crossing)
+        });
+        crossing.end(|_, _| ());
+        crossing.begin(2);
+        crossing.list(0, crossing.first_listed(), &[2]);
+        let seen = reader.join().unwrap();
+        seen.is_empty() || seen == [(0, 1)] || seen == [(FAR, 2)]
+    });
+}
+
+/// A harvest takes a mark by a crossing, and leaves it to another consumer. That one finds the page
+/// marked, in the crossing, or pending.
+#[test]
+fn a_mark_that_is_taken_is_in_a_crossing_or_pending() {
+    holds_only_with(&[], || {
+        taken_by_a_crossing(|crossing, mask| crossing.put_line(0, &[mask]))
+    });
+}
+
+/// The same of pages that are listed. The list of a later crossing shows that the earlier one has
+/// ended, so its pages are pending.
+#[test]
+fn a_mark_that_is_taken_is_in_a_list_or_pending() {
+    holds_only_with(&[Step::ChangeBeforeWords], || {
+        taken_by_a_crossing(|crossing, mask| {
+            crossing.list(0, crossing.first_listed(), &[mask]);
+        })
+    });
+}
+
+/// Whether a reader finds both marks that two crossings take, one after the other.
+fn taken_by_a_crossing(put: fn(&Crossing, u64)) -> bool {
+    let crossing = Arc::new(Crossing::new());
+    let marks = Arc::new([AtomicU64::new(1), AtomicU64::new(2)]);
+    let pending = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
+    let reader = thread::spawn({
+        let (crossing, marks, pending) = (crossing.clone(), marks.clone(), pending.clone());
+        move || {
+            // Relaxed, and a fence: as in `harvest::shared`.
+            let mut found = [0, 1].map(|nth: usize| marks[nth].load(Ordering::Relaxed));
+            fence(Ordering::Acquire);
+            for (bit, mask) in crossed(&crossing) {
+                found[usize::from(bit == FAR)] |= mask;
+            }
+            fence(Ordering::Acquire);
+            for (found, pending) in found.iter_mut().zip(&*pending) {
+                *found |= pending.load(Ordering::Relaxed);
+            }
+            found
+        }
+    });
+    for (nth, chunk) in [0, 2].into_iter().enumerate() {
+        // Relaxed: no other thread changes the mark.
+        let mask = marks[nth].load(Ordering::Relaxed);
+        crossing.begin(chunk);
+        put(&crossing, mask);
+        // As in `take::clear`.
+        marks[nth].fetch_and(0, Ordering::AcqRel);
+        crossing.end(|_, handed| {
+            let (_, mask) = handed.masks().next().unwrap();
+            // Relaxed: the end of the crossing publishes it.
+            pending[nth].store(mask, Ordering::Relaxed);
+        });
+    }
+    reader.join().unwrap() == [1, 2]
 }

@@ -32,6 +32,7 @@
 //! A CPU that has loaded "marked" thus plays the part of an IOTLB entry, and the fence in `sync` is
 //! its flush.
 
+mod crossing;
 mod flights;
 mod gone;
 mod in_flight;
@@ -51,11 +52,12 @@ pub(crate) use pending::Pending;
 pub(crate) use zeros::Zeros;
 
 use std::convert::Infallible;
+use std::ptr::NonNull;
 
 use crate::bitmap::Sink;
-use crate::chunkmap::{ChunkMap, OneGroup, Place, Taker, Visitor};
+use crate::chunkmap::{ChunkMap, Handed, OneGroup, Place, Taker, Visitor};
 use crate::error::{BitmapError, Stopped};
-use crate::sync::{Arc, AtomicBool, OnceLock, Ordering, Step, TINY, performs};
+use crate::sync::{AtomicBool, OnceBox, OnceLock, Ordering, Step, TINY, performs};
 use crate::units::{Granule, Iova, IovaRange};
 use crate::words::word_runs;
 use gone::Gone;
@@ -71,48 +73,56 @@ pub(crate) fn every_address() -> IovaRange {
 }
 
 /// Dirty bits in the library's own memory, one for each smallest page. They serve as the marks of
-/// an area, and as the put-back store of a domain.
+/// an area, and as the put-back store of a domain. Few words, because each area has them.
 #[derive(Debug)]
 pub(crate) struct Marks {
-    range: IovaRange,
+    /// The address of the first page.
+    start: Iova,
     page: Granule,
     ordering: MarkOrdering,
     bits: ChunkMap,
+    /// Apart, because most areas have none of it.
+    rare: OnceBox<Rare>,
+    /// Whether there are zeros.
+    has_zeros: AtomicBool,
+}
+
+/// What an area has from its first cut or discard on.
+#[derive(Debug, Default)]
+struct Rare {
     /// The parts of the area that have left the tree, from its first cut on. The state of the area
     /// orders this field.
-    gone: OnceLock<Box<Gone>>,
+    gone: OnceLock<Gone>,
     /// The pages of the area that read as zero, from its first discard on.
-    zeros: OnceLock<Box<Zeros>>,
-    /// Whether there are any.
-    has_zeros: AtomicBool,
+    zeros: OnceLock<Zeros>,
 }
 
 impl Marks {
     /// Clean marks for `range`, which is made of whole pages of size `page`. Allocates no bitmap
     /// memory.
     pub(crate) fn new(range: IovaRange, page: Granule, ordering: MarkOrdering) -> Self {
-        let (_, last) = pages(range.start(), page, range);
-        Marks {
-            range,
-            page,
-            ordering,
-            bits: ChunkMap::in_slabs(last),
-            gone: OnceLock::new(),
-            zeros: OnceLock::new(),
-            has_zeros: AtomicBool::new(false),
-        }
+        Self::with(range, page, ordering, ChunkMap::in_slabs)
     }
 
     /// The same, for a range in which few pages are ever marked.
     pub(crate) fn few(range: IovaRange, page: Granule) -> Self {
+        Self::with(range, page, MarkOrdering::Fences, ChunkMap::new)
+    }
+
+    fn with(
+        range: IovaRange,
+        page: Granule,
+        ordering: MarkOrdering,
+        bits: fn(u64) -> ChunkMap,
+    ) -> Self {
+        debug_assert!(range.is_aligned(page));
         let (_, last) = pages(range.start(), page, range);
         Marks {
-            range,
+            start: range.start(),
             page,
-            ordering: MarkOrdering::Fences,
-            bits: ChunkMap::new(last),
-            gone: OnceLock::new(),
-            zeros: OnceLock::new(),
+            ordering,
+            bits: bits(last),
+            rare: OnceBox::new(),
             has_zeros: AtomicBool::new(false),
         }
     }
@@ -122,10 +132,17 @@ impl Marks {
         Marks::few(every_address(), page)
     }
 
+    /// All pages that these marks are for.
+    #[inline]
+    pub(crate) fn range(&self) -> IovaRange {
+        let last = self.page_at(self.bits.last()).get() | self.page.mask();
+        IovaRange::ascending(self.start, Iova::new(last))
+    }
+
     /// Marks the pages that `range` touches, as far as they lie in the range of these marks. The
     /// data was written before the call. Lock-free.
     pub(crate) fn mark(&self, range: IovaRange) {
-        if let Some(inside) = range.intersection(self.range) {
+        if let Some(inside) = range.intersection(self.range()) {
             self.mark_inside(inside);
         }
     }
@@ -134,8 +151,8 @@ impl Marks {
     /// data was written before the call. Lock-free.
     #[inline]
     pub(crate) fn mark_inside(&self, range: IovaRange) {
-        debug_assert!(self.range.covers(range));
-        let (first, last) = pages(self.range.start(), self.page, range);
+        debug_assert!(self.range().covers(range));
+        let (first, last) = pages(self.start, self.page, range);
         // A mark that is set here is followed by F3 of the protocols in `space::unmap` and
         // `space::attachment`: a full fence before the look at the area, in `Slot::set_word`.
         self.bits.set(first, last, || self.ordering.before_look());
@@ -152,15 +169,21 @@ impl Marks {
     /// The thread that cuts an area first has claimed it, so no other thread calls this at the same
     /// time.
     pub(crate) fn come_apart(&self) {
-        if self.gone.get().is_none() {
-            let _ = self.gone.set(Box::new(Gone::new()));
-        }
+        self.rare_or_new().gone.get_or_init(Gone::new);
+    }
+
+    fn rare_or_new(&self) -> &Rare {
+        self.rare.get_or_init(Rare::default)
+    }
+
+    fn gone(&self) -> Option<&Gone> {
+        self.rare.get()?.gone.get()
     }
 
     /// Records that `range`, an area or a piece of one, has left the tree. Does nothing for an area
     /// that was never cut: a thread that has marked such an area looks at the area's state instead.
     pub(crate) fn say_gone(&self, range: IovaRange) {
-        if let Some(gone) = self.gone.get()
+        if let Some(gone) = self.gone()
             && performs(Step::SayGone)
         {
             gone.add(range);
@@ -171,14 +194,13 @@ impl Marks {
     pub(crate) fn zeros(&self) -> Option<&Zeros> {
         // Acquire: pairs with the Release in `zeros_or_new`; publishes the bitmap.
         let zeros = self.has_zeros.load(Ordering::Acquire);
-        zeros.then(|| self.zeros.get().map(|zeros| &**zeros))?
+        zeros.then(|| self.rare.get()?.zeros.get())?
     }
 
     /// The same, for a discard.
     pub(crate) fn zeros_or_new(&self) -> &Zeros {
-        let zeros = self
-            .zeros
-            .get_or_init(|| Box::new(Zeros::new(self.range, self.page)));
+        let zeros = &self.rare_or_new().zeros;
+        let zeros = zeros.get_or_init(|| Zeros::new(self.range(), self.page));
         // Release: pairs with the Acquire in `zeros`. Acquire: another discard may have made it.
         self.has_zeros.swap(true, Ordering::AcqRel);
         zeros
@@ -188,7 +210,7 @@ impl Marks {
     /// order.
     #[cold]
     pub(crate) fn gone_in(&self, range: IovaRange, visit: impl FnMut(IovaRange)) {
-        if let Some(gone) = self.gone.get() {
+        if let Some(gone) = self.gone() {
             gone.parts(range, visit);
         }
     }
@@ -208,7 +230,7 @@ impl Marks {
 
     /// The address of the page of `bit`.
     fn page_at(&self, bit: u64) -> Iova {
-        Iova::new(self.range.start().get() + (bit << self.page.lg2()))
+        Iova::new(self.start.get() + (bit << self.page.lg2()))
     }
 
     /// The error for a walk that stopped at the word that begins with `bit`.
@@ -230,11 +252,11 @@ impl Marks {
         })
     }
 
-    /// Marks pages of a chunk, in marks that begin at address 0: see [`ChunkMap::set_masks`]. The
+    /// Marks pages of a chunk, in marks that begin at address 0: see [`ChunkMap::set_handed`]. The
     /// caller has performed F1 after all that the marks stand for.
-    pub(crate) fn mark_masks(&self, chunk: u64, masks: &[(u16, u64)]) {
-        debug_assert!(self.range.start() == Iova::MIN);
-        self.bits.set_masks(chunk, masks);
+    pub(crate) fn mark_handed(&self, chunk: u64, handed: Handed<'_>) {
+        debug_assert!(self.start == Iova::MIN);
+        self.bits.set_handed(chunk, handed);
     }
 
     /// The bytes of the pages of bitmap that were allocated; not of slabs.
@@ -313,7 +335,8 @@ impl Marks {
         runs
     }
 
-    fn add_runs(&self, start: Iova, mask: u64, runs: &mut Vec<IovaRange>) {
+    /// Adds the pages of `mask`, from the one at `start` on, to `runs`.
+    pub(crate) fn add_runs(&self, start: Iova, mask: u64, runs: &mut Vec<IovaRange>) {
         for (first, last) in word_runs(mask) {
             let page = |n: u32| Iova::new(start.get() + (u64::from(n) << self.page.lg2()));
             let last = page(last).granule_last(self.page);
@@ -323,8 +346,8 @@ impl Marks {
 
     /// The bits of the pages that `range` touches.
     fn bits_of(&self, range: IovaRange) -> Option<(u64, u64)> {
-        let inside = range.intersection(self.range)?;
-        Some(pages(self.range.start(), self.page, inside))
+        let inside = range.intersection(self.range())?;
+        Some(pages(self.start, self.page, inside))
     }
 }
 
@@ -344,7 +367,7 @@ impl<'r, 'b> Recorder<'r, 'b> {
     fn new(marks: &'r Marks, range: IovaRange, sink: &'r mut Sink<'b>) -> Self {
         // Whole words can be copied if both bitmaps divide the pages into words in the same way.
         let whole = sink.range().covers(range.round_out(marks.page));
-        let word = whole.then(|| sink.first_word(marks.range.start(), marks.page));
+        let word = whole.then(|| sink.first_word(marks.start, marks.page));
         Recorder {
             marks,
             range,
@@ -403,8 +426,9 @@ impl Taker for Recorder<'_, '_> {
     }
 }
 
-/// The marks of an area, with a short path to their words: for an area that is marked often.
-#[derive(Clone, Debug)]
+/// A short path to the words of the marks of an area: for an area that is marked often. Valid while
+/// the marks live.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct NearMarks {
     group: OneGroup,
     /// The part of the marks that belongs to the area.
@@ -414,40 +438,50 @@ pub(crate) struct NearMarks {
     /// The bits of an address that select its page.
     above_page: u64,
     ordering: MarkOrdering,
-    marks: Arc<Marks>,
+    marks: NonNull<Marks>,
 }
+
+// SAFETY: a reference to marks, which are shared between threads, and to their words. It is
+// followed only by `mark`, whose caller keeps the marks alive.
+unsafe impl Send for NearMarks {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for NearMarks {}
 
 impl NearMarks {
     /// `None` if the area has too many pages for one group. Allocates the group: see [`ChunkMap`].
-    pub(crate) fn new(marks: &Arc<Marks>, range: IovaRange) -> Option<Self> {
+    pub(crate) fn new(marks: &Marks, range: IovaRange) -> Option<Self> {
         Some(NearMarks {
             group: marks.bits.one_group()?,
-            range: range.intersection(marks.range)?,
-            base: marks.range.start(),
+            range: range.intersection(marks.range())?,
+            base: marks.start,
             page: marks.page,
             above_page: !marks.page.mask(),
             ordering: marks.ordering,
-            marks: Arc::clone(marks),
+            marks: NonNull::from(marks),
         })
     }
 
     /// The same as [`Marks::mark_inside`], if `range` lies in the area. Returns whether it does; if
     /// not, nothing is marked.
+    ///
+    /// # Safety
+    /// The marks live, where they were in `new`.
     #[inline(always)]
-    pub(crate) fn mark(&self, range: IovaRange) -> bool {
+    pub(crate) unsafe fn mark(&self, range: IovaRange) -> bool {
         let (start, last) = (range.start().get(), range.last().get());
         if !self.range.covers(range) {
             return false;
         }
         if (start ^ last) & self.above_page != 0 {
-            self.marks.mark_many(range);
+            // SAFETY: the marks live, by the caller.
+            unsafe { self.marks.as_ref() }.mark_many(range);
             return true;
         }
         let bit = (start - self.base.get()) >> self.page.lg2();
         let before_look = || self.ordering.before_look();
-        // SAFETY: the group belongs to the bits of these marks (see `new`), which have one for each
-        // page of the area.
-        unsafe { self.marks.bits.set_near(self.group, bit, before_look) };
+        // SAFETY: the marks live, by the caller. The group belongs to their bits (see `new`), which
+        // have one for each page of the area.
+        unsafe { self.group.set(bit, before_look) };
         true
     }
 }

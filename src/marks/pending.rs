@@ -13,7 +13,7 @@ use std::convert::Infallible;
 
 use super::{Marks, Recorder, every_address, pages};
 use crate::bitmap::Sink;
-use crate::chunkmap::{CHUNK_WORDS, ChunkMap};
+use crate::chunkmap::{CHUNK_WORDS, ChunkMap, Handed};
 use crate::error::Stopped;
 use crate::ranges::add_joined;
 use crate::units::{Granule, Iova, IovaRange};
@@ -36,13 +36,17 @@ impl Pending {
         }
     }
 
-    /// Leaves pages of a chunk to the consumer: of each word, by its place in the chunk, those of
-    /// the mask. Chunks and words count from address 0. The caller has performed a full fence since
-    /// it took the pages.
-    pub(crate) fn leave(&self, chunk: u64, masks: &[(u16, u64)]) {
-        if !self.left.leave(chunk, masks) {
-            self.marks.mark_masks(chunk, masks);
+    /// Leaves the pages of `handed` to the consumer. Chunks count from address 0. The caller has
+    /// performed a full fence since it took the pages.
+    pub(crate) fn leave(&self, chunk: u64, handed: Handed<'_>) {
+        if !self.left.leave(chunk, handed) {
+            self.marks.mark_handed(chunk, handed);
         }
+    }
+
+    /// Prefetches the memory in which pages of `lines` of a chunk are left.
+    pub(crate) fn prefetch(&self, chunk: u64, lines: u64) {
+        self.left.prefetch(chunk, lines);
     }
 
     /// As [`Marks::mark`].
@@ -156,12 +160,13 @@ mod tests {
     #[test]
     fn what_is_left_and_what_is_put_back_is_one_set() {
         let pending = Pending::new(Granule::K4);
-        pending.leave(1, &[(0, 0b110), (511, 1 << 63)]);
+        Handed::of(&[(0, 0b110), (511, 1 << 63)], |left| pending.leave(1, left));
         pending.mark(pages(32768 + 2, 2));
         let expected = [pages(32768 + 1, 3), pages(65535, 1)];
         assert_eq!(pending.runs(IovaRange::ALL), expected);
         assert_eq!(pending.runs(pages(32768 + 2, 1)), [pages(32768 + 2, 1)]);
-        assert_eq!(pending.held_bytes(), 2 * 4096);
+        // The words of a chunk, of each of both places, and the lists of eight chunks.
+        assert_eq!(pending.held_bytes(), 2 * 4096 + 8 * 128);
         assert_eq!(
             pending.take_runs(pages(0, 32768 + 2)),
             [pages(32768 + 1, 1)]
@@ -182,7 +187,7 @@ mod tests {
     #[test]
     fn below_a_stop_everything_is_taken() {
         let pending = Pending::new(Granule::K4);
-        pending.leave(0, &[(0, 1), (10, 1), (11, 1)]);
+        Handed::of(&[(0, 1), (10, 1), (11, 1)], |left| pending.leave(0, left));
         for page in [64, 700] {
             pending.mark(pages(page, 1));
         }

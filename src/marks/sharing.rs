@@ -1,62 +1,58 @@
 //! The visitor by which a harvest takes marks that it leaves to other consumers, in one pass: each
-//! word goes into the bitmap of the harvest and into its flight, then it is cleared. After the last
-//! word of a chunk of marks, those words are left to the others, and wiped from the flight.
+//! line goes into the bitmap of the harvest and into its flight, then it is cleared. After the last
+//! line of a chunk of marks, the words of the flight are left to the others, and the flight ends.
 //!
 //! ```text
-//!  T1  record in the bitmap, in the flight, and in a list    for each word of a chunk
+//!  T1  record in the bitmap, and in the flight       for each line of a chunk
 //!  T2  clear it
-//!  T4  leave the list to the others                          after the chunk
-//!  T5  wipe the words of the list from the flight
+//!  T4  leave what is in the flight to the others     after the chunk
+//!  T5  end the flight of the chunk
 //! ```
-//!
-//! Words of other places are in the flight already, from the look at the tables before. They stay
-//! there: only the bits of the list are wiped.
 //!
 //! A chunk that is dirty as a whole is visited whole before its state ends (T2). So nothing is left
 //! to others in the middle of a chunk.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 
 use super::{Flight, Marks, Recorder};
 use crate::bitmap::Sink;
-use crate::chunkmap::{CHUNK_WORDS, ChunkWords, LINE_WORDS, Place, Taker, Visitor};
+use crate::chunkmap::{CHUNK_WORDS, Handed, LINE_WORDS, MOST, Place, Taker, Visitor};
 use crate::error::Stopped;
-use crate::sync::{AtomicU64, Ordering};
 use crate::units::IovaRange;
 
-/// Words of a flight that words of one chunk of marks touch, at most: the chunk may begin inside of
-/// a word.
-const WORDS: usize = CHUNK_WORDS as usize + 1;
 /// Bits of a chunk.
 const CHUNK_BITS: u64 = CHUNK_WORDS * 64;
+/// Bits of a line.
+const LINE_BITS: u64 = LINE_WORDS as u64 * 64;
+/// Lines of a chunk.
+const LINES: u64 = CHUNK_BITS / LINE_BITS;
 
 impl Marks {
     /// As [`read_and_clear`](Self::read_and_clear), of a harvest with `flight`. Calls `leave` with
-    /// words of a chunk, by their places, after they were cleared; chunks and words count from
-    /// address 0.
+    /// words of a chunk after they were cleared, and `ahead` with lines of a chunk some time before
+    /// that; chunks count from address 0.
     pub(crate) fn share(
         &self,
         range: IovaRange,
         sink: &mut Sink<'_>,
         flight: &Flight,
-        leave: impl Fn(u64, &[(u16, u64)]),
+        (ahead, leave): (impl Fn(u64, u64), impl Fn(u64, Handed<'_>)),
     ) -> Result<(), Stopped> {
         let Some((first, last)) = self.bits_of(range) else {
             return Ok(());
         };
+        let page = self.start.get() >> self.page.lg2();
         let mut sharer = Sharer {
             recorder: Recorder::new(self, range, sink),
             flight,
+            ahead,
             leave,
-            chunk: Cell::new(u64::MAX),
+            page,
+            by_lines: page.is_multiple_of(LINE_BITS),
             first: Cell::new(0),
-            shift: Cell::new(0),
-            chunks: [Cell::new(None), Cell::new(None)],
-            before: [Cell::new(0), Cell::new(0)],
-            list: RefCell::new(List {
-                found: None,
-                len: 0,
-            }),
+            value: Cell::new(0),
+            listed: Cell::new(0),
+            words: Cell::new(0),
         };
         let taken = self.bits.take(first, last, &mut sharer);
         sharer.finish();
@@ -64,148 +60,68 @@ impl Marks {
     }
 }
 
-/// See the [module](self). Cells, because the look at a place of the bitmap borrows the visitor.
-struct Sharer<'r, 'b, F> {
+/// See the [module](self). `ahead` prefetches what `leave` will use for lines of a chunk. Cells,
+/// because the look at a place of the bitmap borrows the visitor.
+struct Sharer<'r, 'b, A, F> {
     recorder: Recorder<'r, 'b>,
     flight: &'r Flight,
+    ahead: A,
     leave: F,
-    /// The chunk of marks whose words are in the list.
-    chunk: Cell<u64>,
-    /// The word of the flight that holds the first bit of that chunk, and the place of that bit.
+    /// The number of the first page of the marks.
+    page: u64,
+    /// Whether lines of the marks are lines of the flight.
+    by_lines: bool,
+    /// The place in the flight of the first page of the chunk that was begun last.
     first: Cell<u64>,
-    shift: Cell<u32>,
-    /// The chunks of the flight that hold it.
-    chunks: [Cell<Option<InFlight<'r>>>; 2],
-    /// The summaries of what is there already.
-    before: [Cell<u64>; 2],
-    list: RefCell<List>,
+    /// The value of that page in the list of the flight.
+    value: Cell<u64>,
+    /// The number of pages of that chunk that are in the list, or that of its places if no list is
+    /// tried.
+    listed: Cell<usize>,
+    /// The number of words of that chunk that are not in the list, clean ones of their lines too.
+    words: Cell<usize>,
 }
 
-/// Words of the flight, counted from the first chunk of the flight, in ascending order.
-struct List {
-    found: Option<[(u16, u64); WORDS]>,
-    len: usize,
-}
-
-/// The words of an empty list. Made when they are needed, because they are as large as a chunk.
-fn empty() -> [(u16, u64); WORDS] {
-    [(0, 0); WORDS]
-}
-
-/// A chunk of the flight.
-#[derive(Clone, Copy)]
-struct InFlight<'f> {
-    words: &'f ChunkWords,
-    summary: &'f AtomicU64,
-}
-
-impl<'r, F: Fn(u64, &[(u16, u64)])> Sharer<'r, '_, F> {
-    /// Begins a chunk of marks.
-    #[inline(never)]
-    fn begin(&self, chunk: u64) {
-        self.finish();
-        let marks = self.recorder.marks;
-        let page = (marks.range.start().get() >> marks.page.lg2()) + chunk * CHUNK_BITS;
-        self.chunk.set(chunk);
-        self.first.set(page / 64);
-        self.shift.set((page % 64) as u32);
-        self.chunks.iter().for_each(|chunk| chunk.set(None));
-    }
-
-    /// T1 of a word, which the list may have already if `MERGES`.
-    #[inline(always)]
-    fn put<const MERGES: bool>(&self, place: usize, mask: u64) {
-        const CHUNK: usize = CHUNK_WORDS as usize;
-        let nth = place / CHUNK;
-        let at = match self.chunks[nth % 2].get() {
-            Some(at) => at,
-            None => self.open(nth),
-        };
-        let (word, line) = (&at.words[place % CHUNK], place % CHUNK / LINE_WORDS);
-        // Relaxed, all: of the one writer. The Release of the clear that follows orders them before
-        // it (T1 before T2), as in `take::clear`.
-        word.store(word.load(Ordering::Relaxed) | mask, Ordering::Relaxed);
-        let lines = at.summary.load(Ordering::Relaxed) | 1 << line;
-        at.summary.store(lines, Ordering::Relaxed);
-        let list = &mut *self.list.borrow_mut();
-        let found = list.found.get_or_insert_with(empty);
-        if MERGES
-            && let Some((last, bits)) = found[..list.len].last_mut()
-            && usize::from(*last) == place
-        {
-            *bits |= mask;
-            return;
-        }
-        // Each word of a chunk is visited once, in ascending order, so there are no more than that.
-        found[list.len] = (place as u16, mask);
-        list.len += 1;
-    }
-
-    /// T1 of a word that lies in two of the flight. The word before may have begun the first one.
-    #[cold]
-    fn put_two(&self, place: usize, mask: u64, shift: u32) {
-        let (low, high) = (mask << shift, mask >> (64 - shift));
-        if low != 0 {
-            self.put::<true>(place, low);
-        }
-        if high != 0 {
-            self.put::<true>(place + 1, high);
-        }
-    }
-
-    #[cold]
-    fn open(&self, nth: usize) -> InFlight<'r> {
-        let (words, summary) = self
-            .flight
-            .words(self.first.get() / CHUNK_WORDS + nth as u64);
-        // Relaxed: of the one writer.
-        self.before[nth % 2].set(summary.load(Ordering::Relaxed));
-        let chunk = InFlight { words, summary };
-        self.chunks[nth % 2].set(Some(chunk));
-        chunk
-    }
-
-    /// T4 and T5 of the list.
+impl<A, F: Fn(u64, Handed<'_>)> Sharer<'_, '_, A, F> {
+    /// T4 and T5 of the words in flight.
     fn finish(&self) {
-        let list = &mut *self.list.borrow_mut();
-        let Some(found) = &mut list.found else {
-            return;
-        };
-        let masks = &mut found[..std::mem::take(&mut list.len)];
-        let next = masks.partition_point(|(place, _)| u64::from(*place) < CHUNK_WORDS);
-        let (these, those) = masks.split_at_mut(next);
-        for (place, _) in &mut *those {
-            *place -= CHUNK_WORDS as u16;
-        }
-        let chunk = self.first.get() / CHUNK_WORDS;
-        for (nth, masks) in [&*these, &*those].into_iter().enumerate() {
-            let Some(at) = self.chunks[nth].get().filter(|_| !masks.is_empty()) else {
-                continue;
-            };
-            (self.leave)(chunk + nth as u64, masks);
-            let before = self.before[nth].get();
-            for (place, mask) in masks {
-                let word = &at.words[usize::from(*place) % at.words.len()];
-                // Relaxed: of the one writer.
-                let others = match before {
-                    0 => 0,
-                    _ => word.load(Ordering::Relaxed) & !mask,
-                };
-                // Release, here and below: as in `ChunkMap::wipe`.
-                word.store(others, Ordering::Release);
+        self.flight.marks.end(&self.leave);
+    }
+
+    /// T1 of the words from `word` on, by their pages, if the list of the flight has room for all.
+    #[inline(always)]
+    fn list(&self, word: usize, masks: &[u64]) -> bool {
+        let value = self.value.get() + word as u64 * 64;
+        let (listed, all) = self.flight.marks.list(self.listed.get(), value, masks);
+        // Those of them that are in the list stay there.
+        self.listed.set(listed);
+        all
+    }
+
+    /// T1 of words that lie in two of the flight each, or in a part of a line.
+    #[inline(never)]
+    fn put_each(&self, word: usize, masks: &[u64]) {
+        for (word, mask) in (word as u64..).zip(masks) {
+            let bit = self.first.get() + word * 64;
+            let (place, shift) = ((bit / 64) as usize, bit % 64);
+            let (low, high) = (mask << shift, u128::from(*mask) << shift >> 64);
+            if low != 0 {
+                self.flight.marks.put(place, low);
             }
-            at.summary.store(before, Ordering::Release);
+            if high != 0 {
+                self.flight.marks.put(place + 1, high as u64);
+            }
         }
     }
 }
 
-impl<F: Fn(u64, &[(u16, u64)])> Visitor for &mut Sharer<'_, '_, F> {
+impl<A: Fn(u64, u64), F: Fn(u64, Handed<'_>)> Visitor for &mut Sharer<'_, '_, A, F> {
     type Error = Stopped;
 
     #[inline]
     fn visit(&mut self, first: u64, mask: u64) -> Result<(), Stopped> {
         self.recorder.visit(first, mask)?;
-        self.share(first, mask);
+        self.put_each((first % CHUNK_BITS / 64) as usize, &[mask]);
         Ok(())
     }
 
@@ -214,16 +130,45 @@ impl<F: Fn(u64, &[(u16, u64)])> Visitor for &mut Sharer<'_, '_, F> {
         self.recorder.place(first, words)
     }
 
+    #[inline]
+    fn ahead(&self, first: u64, lines: u64) {
+        if !self.by_lines {
+            return;
+        }
+        let page = self.page + first;
+        let (chunk, line) = (page / CHUNK_BITS, page % CHUNK_BITS / LINE_BITS);
+        (self.ahead)(chunk, lines << line);
+        if line > 0 {
+            (self.ahead)(chunk + 1, lines >> (LINES - line));
+        }
+    }
+
+    fn begin(&self, base: u64) {
+        self.finish();
+        let page = self.page + base;
+        self.first.set(page % CHUNK_BITS);
+        // A chunk after one that had far too many pages for a list is likely to have as many.
+        let many = self.words.take() > 2 * MOST;
+        self.listed.set(if many { MOST } else { 0 });
+        self.flight.marks.begin(page / CHUNK_BITS);
+        let value = self.flight.marks.first_listed() + self.first.get();
+        self.value.set(value);
+    }
+
     /// T1 of pages that the bitmap has.
     #[inline(always)]
-    fn share(&self, first: u64, mask: u64) {
-        if first / CHUNK_BITS != self.chunk.get() {
-            self.begin(first / CHUNK_BITS);
+    fn share(&self, word: usize, masks: &[u64]) {
+        if !self.by_lines {
+            return self.put_each(word, masks);
         }
-        let place = (self.first.get() % CHUNK_WORDS + first % CHUNK_BITS / 64) as usize;
-        match self.shift.get() {
-            0 => self.put::<false>(place, mask),
-            shift => self.put_two(place, mask, shift),
+        if self.listed.get() < MOST && self.list(word, masks) {
+            return;
+        }
+        self.words.set(self.words.get() + masks.len());
+        let place = (self.first.get() / 64) as usize + word;
+        match masks.try_into() {
+            Ok(line) => self.flight.marks.put_line(place, line),
+            Err(_) => self.put_each(word, masks),
         }
     }
 
@@ -233,7 +178,7 @@ impl<F: Fn(u64, &[(u16, u64)])> Visitor for &mut Sharer<'_, '_, F> {
     }
 }
 
-impl<F: Fn(u64, &[(u16, u64)])> Taker for &mut Sharer<'_, '_, F> {
+impl<A: Fn(u64, u64), F: Fn(u64, Handed<'_>)> Taker for &mut Sharer<'_, '_, A, F> {
     #[inline]
     fn may_fail(&self) -> bool {
         self.recorder.may_fail()
@@ -248,6 +193,7 @@ impl<F: Fn(u64, &[(u16, u64)])> Taker for &mut Sharer<'_, '_, F> {
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod tests {
     use std::collections::BTreeSet;
+    use std::convert::Infallible;
 
     use super::*;
     use crate::bitmap::UserBitmap;
@@ -264,7 +210,8 @@ mod tests {
     #[test]
     fn marks_that_are_taken_are_left_to_others_wherever_the_area_begins() {
         let all = 5 * CHUNK_BITS;
-        for start in [0, 64, 37, CHUNK_BITS - 1, CHUNK_BITS + 300, 3 * CHUNK_BITS] {
+        let starts = [0, 64, 37, CHUNK_BITS - 1, CHUNK_BITS + 300, 5 * LINE_BITS];
+        for start in [3 * CHUNK_BITS].into_iter().chain(starts) {
             let range = pages(start, all - start % 3000);
             let marks = Marks::new(range, Granule::K4, MarkOrdering::Fences);
             let flights = Flights::new(IovaRange::ALL, Granule::K4);
@@ -286,6 +233,11 @@ mod tests {
                 if round == 2 {
                     mark(2 * CHUNK_BITS, CHUNK_BITS);
                 }
+                if round == 3 {
+                    // So many that no list is tried in the next chunk, which has few.
+                    let scattered = (CHUNK_BITS..2 * CHUNK_BITS).step_by(30);
+                    scattered.for_each(|page| mark(page, 1));
+                }
                 let mut words = vec![0; (all / 64) as usize];
                 // In two parts, the border of which lies inside a line.
                 let border = start + CHUNK_BITS + 77;
@@ -295,9 +247,25 @@ mod tests {
                 ] {
                     let bitmap = UserBitmap::new(&mut words);
                     let mut sink = bitmap.into_sink(range, Granule::K4).unwrap();
-                    let left = marks.share(part, &mut sink, flight, |chunk, masks| {
-                        other.leave(chunk, masks);
-                    });
+                    let leave = |chunk: u64, handed: Handed<'_>| {
+                        other.leave(chunk, handed);
+                        // What is left is in flight at this moment.
+                        let mut seen = Vec::new();
+                        let all = pages(chunk * CHUNK_BITS, CHUNK_BITS);
+                        let Ok(()) = flight.visit(all, |at, mask| -> Result<(), Infallible> {
+                            seen.push((at.get() >> 12, mask));
+                            Ok(())
+                        });
+                        let page = |nth: u16| chunk * CHUNK_BITS + u64::from(nth) * 64;
+                        let has = |word: (u64, u64), bits: (u64, u64)| {
+                            word.0 == bits.0 && bits.1 & !word.1 == 0
+                        };
+                        for (nth, mask) in handed.masks() {
+                            let bits = (page(nth), mask);
+                            assert!(seen.iter().any(|word| has(*word, bits)), "{bits:?}");
+                        }
+                    };
+                    let left = marks.share(part, &mut sink, flight, (|_, _| (), leave));
                     left.unwrap();
                 }
                 let set = |bit: &u64| words[*bit as usize / 64] >> (bit % 64) & 1 != 0;

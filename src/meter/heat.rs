@@ -122,7 +122,9 @@ impl Heat {
             let inside = self.addresses(number).intersection(range);
             inside.map_or(0.0, |part| part.len() as f64 / self.granule_bytes())
         };
-        inside.map(|(n, sum)| self.read(*sum) * share(*n)).sum()
+        let rates = inside.map(|(n, sum)| self.read(*sum) * share(*n));
+        // The sum of no numbers is -0, which a program prints as "-0".
+        rates.fold(0.0, |sum, rate| sum + rate)
     }
 
     pub(super) fn rates(&self) -> impl Iterator<Item = (IovaRange, f64)> {

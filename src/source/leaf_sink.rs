@@ -257,36 +257,46 @@ impl<'s, 'b> LeafSink<'s, 'b> {
         if mask == 0 {
             return Ok(());
         }
-        if !self.covers(start, size, mask) {
-            return self.take_each(start, size, mask, clear);
+        let records = performs(Step::RecordLeaves);
+        if !records || !self.record_word(start, size, mask) {
+            if !self.covers(start, size, mask) {
+                return self.take_each(start, size, mask, clear);
+            }
+            if records {
+                self.record_many(start, size, mask)?;
+            }
+            self.gather.add_many(start, size, mask);
         }
-        if performs(Step::RecordLeaves) {
-            let recorded = self.sink.record_mask(start, size, mask);
-            recorded.map_err(|error| Stopped {
-                at: Iova::new(start.get() + (u64::from(mask.trailing_zeros()) << size.lg2())),
-                error,
-            })?;
-        }
-        self.gather.add_many(start, size, mask);
         self.before_clear();
         clear(mask);
         Ok(())
     }
 
-    /// Whether all leaves of [`take_many`](Self::take_many) exist and lie inside the request.
-    #[inline]
-    fn covers(&self, start: Iova, size: Granule, mask: u64) -> bool {
-        let range = self.range();
-        let whole = (size.lg2() <= 57).then(|| start.checked_add((63 << size.lg2()) + size.mask()));
-        if start >= range.start() && whole.flatten().is_some_and(|last| last <= range.last()) {
-            // The usual case in a walk.
-            return true;
+    /// Records and owes leaves that are a word of the bitmap, as most are in a walk. Returns false
+    /// if it did nothing.
+    #[inline(never)]
+    fn record_word(&mut self, start: Iova, size: Granule, mask: u64) -> bool {
+        let count = mask.count_ones();
+        let recorded = self.sink.put_word(start, size, mask, count);
+        if recorded {
+            self.gather.add_counted(start, size, mask, count);
         }
-        self.covers_each(start, size, mask)
+        recorded
     }
 
-    #[cold]
-    fn covers_each(&self, start: Iova, size: Granule, mask: u64) -> bool {
+    /// Records leaves that lie inside the request.
+    #[inline(never)]
+    fn record_many(&mut self, start: Iova, size: Granule, mask: u64) -> Result<(), Stopped> {
+        let recorded = self.sink.record_mask(start, size, mask);
+        recorded.map_err(|error| Stopped {
+            at: Iova::new(start.get() + (u64::from(mask.trailing_zeros()) << size.lg2())),
+            error,
+        })
+    }
+
+    /// Whether all leaves of [`take_many`](Self::take_many) exist and lie inside the request.
+    #[inline(never)]
+    fn covers(&self, start: Iova, size: Granule, mask: u64) -> bool {
         let range = self.range();
         let at = |nth: u32| u128::from(start.get()) + (u128::from(nth) << size.lg2());
         let last = at(mask.ilog2()) + u128::from(size.mask());

@@ -96,7 +96,7 @@ impl AddressSpace {
             edit.insert(range, Arc::clone(&area))
                 .map(|()| (area, domains))
         })?;
-        let range = area.mapping.range;
+        let range = area.range();
         self.fill(area, &domains)?;
         Ok(range)
     }
@@ -193,7 +193,7 @@ impl AddressSpace {
         let rules = snapshot.rules();
         let mappings: Vec<Mapping> = snapshot
             .iter(IovaRange::ALL)
-            .map(|entry| entry.area.mapping)
+            .map(|entry| entry.mapping())
             .collect();
         let unreserved = without(IovaRange::ALL, rules.blocked().iter().copied());
         let mut free = Vec::new();

@@ -18,22 +18,28 @@
 //! emptied once, however these calls race: see [`attachment`](super::attachment).
 //!
 //! # Cut
-//! The pieces share the marks of the whole, so no mark moves. The whole has no record of its
-//! pieces. A thread that still uses it, by a handle or an old snapshot, learns from the marks which
-//! parts have gone since, and from the tree where its pairs are. So an area that was cut is dropped
-//! like one that has gone, and nothing records how often an area was cut.
+//! The pieces share the marks of the whole, so no mark moves: each piece keeps the first whole,
+//! which has the marks, in memory. The whole has no record of its pieces. A thread that still uses
+//! it, by a handle or an old snapshot, learns from the marks which parts have gone since, and from
+//! the tree where its pairs are. So a piece that is cut again is dropped like an area that has
+//! gone, and nothing records how often an area was cut.
 //!
 //! The marks take the memory of the whole for as long as one piece remains: a bit for each page
 //! that was ever marked, in unmapped parts too, rounded up to groups of 512 chunks (2 MiB of bits,
 //! as far as the system has backed them).
+//!
+//! # Memory
+//! A space may have millions of areas. So an area that was never cut is one allocation with its
+//! marks, and stores its range once, as that of its marks.
 
 use super::domain::Attachment;
 use super::outside::Outside;
+use crate::area::Entry;
 use crate::error::Error;
 use crate::marks::{MarkOrdering, Marks};
 use crate::source::Mapping;
 use crate::sync::{Arc, AtomicU8, AtomicU64, Mutex, MutexGuard, Ordering, Step, lock, performs};
-use crate::units::{Granule, IovaRange};
+use crate::units::{Access, Granule, IovaRange};
 
 /// The state of an area: see the [module](self).
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -85,52 +91,98 @@ impl AtomicState {
 }
 
 /// The domains into which an area is filled, in the order of their ids; `None` if the area has gone
-/// or was cut, and is not filled any more.
-pub(super) type Pairs = Option<Vec<Arc<Attachment>>>;
+/// or was cut, and is not filled any more. A slice, because lists of domains seldom change, and
+/// each area has one.
+pub(super) type Pairs = Option<Box<[Arc<Attachment>]>>;
 
 /// See the [module](self).
 #[derive(Debug)]
 pub(crate) struct Area {
-    pub(crate) mapping: Mapping,
-    /// Shared by the pieces of an area that was cut, so that no mark has to move.
-    pub(crate) marks: Arc<Marks>,
+    backing: u64,
+    access: Access,
     state: AtomicState,
+    part: Part,
     /// The version of the tree from which on sources may be filled with the area. Pieces of a cut
     /// have that of the whole.
     born: AtomicU64,
     pairs: Mutex<Pairs>,
 }
 
+/// What part of its marks an area is. Never changes.
+#[derive(Debug)]
+enum Part {
+    /// All of them.
+    Whole(Marks),
+    /// Those of `range`, in the marks of `whole`, which was cut and is a [`Part::Whole`].
+    Piece { range: IovaRange, whole: Arc<Area> },
+}
+
 impl Area {
-    /// An area that is not filled into any source yet.
+    /// An area that is not filled into any source yet; its range is made of whole pages.
     pub(crate) fn new(mapping: Mapping, page: Granule, ordering: MarkOrdering) -> Self {
         Area {
-            mapping,
-            marks: Arc::new(Marks::new(mapping.range, page, ordering)),
+            backing: mapping.backing,
+            access: mapping.access,
             state: AtomicState::new(State::MAPPING),
+            part: Part::Whole(Marks::new(mapping.range, page, ordering)),
             born: AtomicU64::new(0),
-            pairs: Mutex::new(Some(Vec::new())),
+            pairs: Mutex::new(Some(Box::default())),
+        }
+    }
+
+    /// The marks, which the pieces of an area that was cut share. The same ones for the life of the
+    /// area.
+    #[inline]
+    pub(crate) fn marks(&self) -> &Marks {
+        match &self.part {
+            Part::Whole(marks) => marks,
+            Part::Piece { whole, .. } => whole.marks(),
+        }
+    }
+
+    /// The addresses at which it is mapped.
+    #[inline]
+    pub(crate) fn range(&self) -> IovaRange {
+        match &self.part {
+            Part::Whole(marks) => marks.range(),
+            Part::Piece { range, .. } => *range,
+        }
+    }
+
+    pub(crate) fn mapping(&self) -> Mapping {
+        Mapping {
+            range: self.range(),
+            backing: self.backing,
+            access: self.access,
         }
     }
 
     /// The mapping of the part `range` of this area.
     pub(super) fn part(&self, range: IovaRange) -> Mapping {
-        let skipped = range.start().get() - self.mapping.range.start().get();
+        let skipped = range.start().get() - self.range().start().get();
         Mapping {
             range,
-            backing: self.mapping.backing + skipped,
-            access: self.mapping.access,
+            backing: self.backing + skipped,
+            access: self.access,
         }
     }
 
-    /// The part `range` of this area as an area of its own, which is live, shares the marks of this
-    /// one, and gets `pairs`.
-    pub(super) fn piece(&self, range: IovaRange, pairs: Pairs) -> Self {
+    /// The part `range` of `area` as an area of its own, which is live, shares the marks of `area`,
+    /// and gets `pairs`.
+    pub(super) fn piece(area: &Arc<Area>, range: IovaRange, pairs: Pairs) -> Self {
+        let whole = match &area.part {
+            Part::Whole(_) => area,
+            Part::Piece { whole, .. } => whole,
+        };
         Area {
-            mapping: self.part(range),
-            marks: Arc::clone(&self.marks),
+            backing: area.part(range).backing,
+            access: area.access,
             state: AtomicState::new(State::LIVE),
-            born: AtomicU64::new(self.born.load(Ordering::Relaxed)), // Relaxed: as in `is_younger`
+            part: Part::Piece {
+                range,
+                whole: Arc::clone(whole),
+            },
+            born: AtomicU64::new(area.born.load(Ordering::Relaxed)), // Relaxed: as in `is_younger`
             pairs: Mutex::new(pairs),
         }
     }
@@ -183,9 +235,9 @@ impl Area {
         let claimed = self
             .state
             .replace(step, Ordering::Acquire, Ordering::Relaxed);
-        claimed.then_some(()).ok_or(Error::Busy {
-            area: self.mapping.range,
-        })
+        claimed
+            .then_some(())
+            .ok_or(Error::Busy { area: self.range() })
     }
 
     /// Undoes `claim`.
@@ -196,7 +248,7 @@ impl Area {
 
     /// The area has left the tree.
     pub(crate) fn retire(&self) {
-        self.say_gone(self.mapping.range);
+        self.say_gone(self.range());
         // Release: pairs with the Acquire of `is_mapped`. A thread that sees this state can rely on
         // the area being out of the tree; for one that does not, F3 and F4 of `unmap` decide.
         self.state.store(State::GONE, Ordering::Release);
@@ -205,7 +257,7 @@ impl Area {
     /// Says that the area was cut, before its pieces replace it in the tree. From then on its
     /// pieces may go one by one. Undone by `give_back`.
     pub(super) fn give_way(&self) {
-        self.marks.come_apart();
+        self.marks().come_apart();
         // Release: pairs with the Acquire in `after_late_mark`. A thread that sees this state finds
         // the list of gone parts. It comes before the pieces are published, so before any of them
         // can be unmapped.
@@ -214,7 +266,7 @@ impl Area {
 
     /// Records that `range`, a piece of the area, has left the tree.
     pub(super) fn say_gone(&self, range: IovaRange) {
-        self.marks.say_gone(range);
+        self.marks().say_gone(range);
     }
 
     /// Whether the area is on its way out of the tree, or has left it.
@@ -230,10 +282,10 @@ impl Area {
     /// marked.
     #[inline]
     pub(crate) fn mark(&self, range: IovaRange) -> Outside {
-        if !self.mapping.range.covers(range) {
+        if !self.range().covers(range) {
             return self.outside(range);
         }
-        self.marks.mark_inside(range);
+        self.marks().mark_inside(range);
         if self.is_mapped() {
             return Outside::default();
         }
@@ -268,7 +320,7 @@ impl Area {
         match self.state.load(Ordering::Acquire) {
             State::GONE => outside.add_range(range),
             // The marks belong to the pieces that are left.
-            State::CUT => self.marks.gone_in(range, |part| outside.add_range(part)),
+            State::CUT => self.marks().gone_in(range, |part| outside.add_range(part)),
             // Given back since.
             _ => {}
         }
@@ -278,7 +330,7 @@ impl Area {
     /// The result for a `range` that extends past the area: all of it is outside.
     #[cold]
     fn outside(&self, range: IovaRange) -> Outside {
-        let own = self.mapping.range;
+        let own = self.range();
         let below = range.start() < own.start();
         let at = match own.last().checked_add(1) {
             Some(above) if !below => above.max(range.start()),
@@ -288,5 +340,17 @@ impl Area {
         outside.add_range(range);
         outside.first = Some(at);
         outside
+    }
+}
+
+impl Entry<'_, Area> {
+    /// What is mapped at the range of the entry, which the tree has beside the pointer to the area.
+    #[inline]
+    pub(crate) fn mapping(&self) -> Mapping {
+        Mapping {
+            range: self.range,
+            backing: self.area.backing,
+            access: self.area.access,
+        }
     }
 }

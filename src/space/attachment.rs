@@ -57,6 +57,7 @@
 //! of its addresses on.
 
 use std::convert::Infallible;
+use std::mem;
 
 use super::domain::{Attachment, Attachments, Covered};
 use super::emptying::Emptied;
@@ -289,10 +290,10 @@ impl AddressSpace {
             }
             // The put-back store is not cleared here: the area is in the tree, so an abort may just
             // have put pages back.
-            let mapped = attempt(|| attachment.source.map(&area.mapping));
+            let mapped = attempt(|| attachment.source.map(&area.mapping()));
             if !matches!(mapped, Err(Failure::Refused(_))) {
                 let at = place.unwrap_or_else(|at| at);
-                filled.insert(at, Arc::clone(attachment));
+                change(filled, |list| list.insert(at, Arc::clone(attachment)));
             }
             mapped
         })
@@ -315,10 +316,10 @@ impl AddressSpace {
     fn empty_open(
         &self,
         area: &Area,
-        filled: &mut Vec<Arc<Attachment>>,
+        filled: &mut Box<[Arc<Attachment>]>,
         attachment: &Arc<Attachment>,
     ) -> Emptied {
-        let range = area.mapping.range;
+        let range = area.range();
         // The dirty pages of the table count as in flight until they are marked: a harvest that
         // runs meanwhile finds the whole area in flight.
         let _moving = Moving(performs(Step::DetachInFlight).then(|| self.in_flight.publish(range)));
@@ -331,15 +332,18 @@ impl AddressSpace {
         }
         let mut emptied = Emptied::default();
         if let Ok(at) = filled.binary_search_by_key(&attachment.id, |other| other.id) {
-            emptied = self.empty(attachment, range, &area.marks);
+            emptied = self.empty(attachment, range, area.marks());
             if emptied.panic.is_none() {
-                filled.remove(at);
+                change(filled, |list| drop(list.remove(at)));
             }
         }
         // Mark before removing, so that a harvest past the slots still sees the pages. Mark again
         // afterwards, because an abort that found a page in the store already did nothing.
         for run in attachment.put_back.runs(range) {
-            area.marks.mark(run);
+            area.marks().mark(run);
+        }
+        if performs(Step::MarkHidden) {
+            self.mark_hidden(area, range, &attachment.put_back);
         }
         if performs(Step::MovedFence) {
             // Release: orders these marks before the removal. Pairs with the Acquire fence between
@@ -348,9 +352,26 @@ impl AddressSpace {
             fence(Ordering::Release);
         }
         for run in attachment.put_back.take_runs(range) {
-            area.marks.mark(run);
+            area.marks().mark(run);
         }
         emptied
+    }
+
+    /// Marks what a harvest hides in the put-back store of a domain that leaves. A harvest of
+    /// another consumer that does not know the domain looks for hidden words in the marks alone.
+    pub(crate) fn mark_hidden(&self, area: &Area, range: IovaRange, store: &Marks) {
+        let mut hidden = Vec::new();
+        // Acquire: pairs with the Release fence after a claim in `harvest::shared`. If the summary
+        // was found clear because of that harvest, its claim, or the end of it, is seen.
+        fence(Ordering::Acquire);
+        self.visit_hidden(range, std::iter::once(store), &mut |start, mask| {
+            store.add_runs(start, mask, &mut hidden);
+        });
+        // Acquire: pairs with the Release of the clear of a word, in `take::clear`. The removal of
+        // the domain publishes it: a harvest that does not know the domain sees a page in flight,
+        // or pending, if that page was found clear here.
+        fence(Ordering::Acquire);
+        hidden.into_iter().for_each(|run| area.marks().mark(run));
     }
 
     /// Makes `run`, of a lease over `covered`, dirty again: in the put-back store of each domain,
@@ -367,16 +388,20 @@ impl AddressSpace {
     /// area that is gone.
     ///
     /// In a space with consumers, the store of the lease's consumer takes the place of those of the
-    /// domains, and of the marks. The pages of a consumer that has left count as outside.
+    /// domains, and of the marks. It is the store that the consumer has now: a younger lease may
+    /// have taken what became pending as a whole when the store of this lease was dropped. The
+    /// pages of a consumer that has left count as outside.
     pub(crate) fn put_back(&self, run: IovaRange, covered: &Covered, taken: u64) -> Outside {
-        let member = covered.audience.own();
+        let own = covered.audience.own();
+        let younger = own.and_then(|own| self.younger_store(own));
+        let member = younger.as_ref().or(own);
         if member.is_some_and(|member| member.has_left()) {
             let mut outside = Outside::default();
             outside.add_range(run);
             return outside;
         }
         let store = |part| match member {
-            Some(member) => member.put_back(part),
+            Some(member) => member.put_back(part, &self.walks),
             None => {
                 for domain in covered.domains() {
                     domain.put_back.mark(part);
@@ -431,6 +456,13 @@ impl AddressSpace {
     }
 }
 
+/// Changes the list of the domains of an area.
+fn change(filled: &mut Box<[Arc<Attachment>]>, change: impl FnOnce(&mut Vec<Arc<Attachment>>)) {
+    let mut list = mem::take(filled).into_vec();
+    change(&mut list);
+    *filled = list.into_boxed_slice();
+}
+
 /// An area whose dirty pages are moving to the marks. Dropped after they have arrived, or when the
 /// thread that moves them panics.
 struct Moving<'s>(Option<&'s FlightSlot>);
@@ -446,13 +478,13 @@ impl Drop for Moving<'_> {
 /// Refuses a domain whose smallest page is `page` if an area is not made of such pages.
 fn check_areas<'a>(mut areas: impl Iterator<Item = &'a Area>, page: Granule) -> Result<(), Error> {
     let odd = |area: &&Area| {
-        let mapping = area.mapping;
+        let mapping = area.mapping();
         !mapping.range.is_aligned(page) || mapping.backing & page.mask() != 0
     };
     match areas.find(odd) {
         Some(area) => Err(Error::CannotAttach {
             page,
-            area: area.mapping.range,
+            area: area.range(),
         }),
         None => Ok(()),
     }

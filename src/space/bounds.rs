@@ -18,8 +18,7 @@
 //!
 //! # Why no write is lost
 //! Take a harvest X of another consumer that takes a page p, and leaves it in the old store,
-//! because X has loaded a root from before B1. Or take a lease of the consumer itself over the old
-//! store, which puts p back there. No later harvest looks at that store.
+//! because X has loaded a root from before B1. No later harvest looks at that store.
 //! * If p is still pending as a whole, a later harvest of the consumer reports it.
 //! * If a harvest Y of the consumer has taken it as a whole (C1), then B1 came before C3. X has
 //!   announced itself before it loaded its root, so it is among those for which C3 waits: see
@@ -31,7 +30,17 @@
 //! * After C3, each harvest that began before C3 has ended. So no page comes into the old store
 //!   after that.
 //!
+//! C3 and C4 belong to the first sync over the new store, also if its lease has nothing as a whole.
+//! Such a lease may have seen p in the flight of X. X does not leave p in the new store afterwards,
+//! so no later look at the queue pays the debt of X. And a copy of p that came before C4 could be
+//! older than that of Y, although the number of its lease is higher. The same holds for a lease
+//! that has loaded its root before B1, and has a higher number than Y.
+//!
 //! A harvest that loads the root after B1 leaves its pages in the new store, with their debt.
+//!
+//! A lease of the consumer itself over the old store puts its pages back into the new one. If the
+//! lease does not see that its store is old, it puts them back before B1, and they are pending as a
+//! whole.
 //!
 //! # The store of a harvest
 //! A harvest Y of the consumer that has loaded the root before B1 looks at the old store, while a
@@ -45,8 +54,14 @@
 //! A harvest that has walked all areas of its request takes what is left there as a whole, for it
 //! is of holes: else everything would be pending for ever. An abort of another lease of the
 //! consumer may have put back an area after the walk has passed it. So put-backs are counted under
-//! the lock of the set, and a harvest whose count is not that of its beginning takes nothing at its
-//! end.
+//! the lock of the set, and a harvest whose count is not that of its beginning takes nothing.
+//!
+//! An area that is mapped after the root of that harvest begins clean. But a harvest X that uses
+//! the old store may know an area that was at the same addresses before. X asks sources by address,
+//! so it takes pages of the younger area as well, and leaves them in the old store. So holes are
+//! taken after C3. The areas of that moment, and the promised ones, are no holes. If X took a page
+//! of an area, then that area was in the tree, or promised, before X ended, and so before that
+//! look. An area that comes later is walked by harvests that leave its pages in the new store.
 
 use std::collections::BTreeMap;
 
@@ -54,6 +69,7 @@ use super::AddressSpace;
 use super::member::{Audience, Member, MemberCounts, Party};
 use crate::failure::{Failure, attempt};
 use crate::flush::FlushGather;
+use crate::ranges::without;
 use crate::sync::{Arc, Ordering, Step, performs};
 use crate::units::IovaRange;
 
@@ -81,6 +97,8 @@ impl AddressSpace {
 
     /// Drops the store of a consumer that puts something back, if that is too much.
     pub(crate) fn keep_own_in_bounds(&self, own: &Arc<Member>) {
+        let younger = self.younger_store(own);
+        let own = younger.as_ref().unwrap_or(own);
         self.drop_stores(Some(own).filter(|own| has_too_much(own)));
     }
 
@@ -128,7 +146,8 @@ impl AddressSpace {
         }
     }
 
-    /// The store that the consumer of a harvest got after the harvest has loaded the root.
+    /// The store that the consumer of a harvest or a lease got after the harvest has loaded the
+    /// root.
     pub(crate) fn younger_store(&self, own: &Arc<Member>) -> Option<Arc<Member>> {
         // Relaxed: see `drop_stores`.
         if !own.is_old.load(Ordering::Relaxed) || !performs(Step::FollowStore) {
@@ -141,6 +160,22 @@ impl AddressSpace {
     pub(crate) fn member(&self, party: &Party) -> Option<Arc<Member>> {
         let members = self.members();
         members.iter().find(|member| member.id == party.id).cloned()
+    }
+
+    /// Removes from `own` the holes in `range`, which is pending as a whole there. A harvest of the
+    /// consumer has walked all areas of `range`, and the store has caught up; see "Holes".
+    pub(crate) fn forget_holes(&self, own: &Member, range: IovaRange, put_backs: u64) {
+        if !own.whole.is_due() {
+            return;
+        }
+        // After the caller's look at `has_caught_up`: an area of which a harvest has left pages in
+        // an older store is in the tree, or promised, or has gone again.
+        let snapshot = self.snapshot();
+        let mut holes = Vec::new();
+        for hole in without(range, snapshot.areas_in(range).map(|entry| entry.range)) {
+            holes.extend(without(hole, snapshot.rules().promised_parts(hole)));
+        }
+        own.whole.forget(holes, (put_backs, &self.walks));
     }
 
     /// C3, and C4 without its fence: waits for the harvests that are running, and flushes all

@@ -230,7 +230,7 @@ impl AddressSpace {
             self.mark_in_flight(area, range);
             moved.extend(self.mark_put_back(area, range));
             if let Some(sink) = record.as_deref_mut() {
-                let recorded = area.marks.peek(range, sink);
+                let recorded = area.marks().peek(range, sink);
                 recorded.map_err(|stopped| stopped.error)?;
                 self.record_members(area, range, sink)?;
             }
@@ -240,17 +240,13 @@ impl AddressSpace {
 
     /// Takes the addresses of new areas, and returns them.
     fn promise(&self, plan: &Plan) -> Result<Vec<IovaRange>, Error> {
-        let ranges: Vec<IovaRange> = plan
-            .new
-            .iter()
-            .map(|(_, area)| area.mapping.range)
-            .collect();
+        let ranges: Vec<IovaRange> = plan.new.iter().map(|(_, area)| area.range()).collect();
         if !ranges.is_empty() {
             self.areas.update(|edit| {
                 for (index, area) in &plan.new {
-                    let range = area.mapping.range;
+                    let range = area.range();
                     let existing = edit.first_intersecting(range).map(|entry| entry.range);
-                    check_new(&area.mapping, edit.rules(), existing, self.page())
+                    check_new(&area.mapping(), edit.rules(), existing, self.page())
                         .map_err(|error| in_change(*index, error))?;
                     // Sources are filled next, before the area is in the tree.
                     area.born_with(edit.version());
@@ -272,23 +268,23 @@ impl AddressSpace {
         let new = || plan.new.iter().map(|(_, area)| area);
         let mut emptied = Emptied::default();
         for area in new() {
-            let range = area.mapping.range;
+            let range = area.range();
             emptied.add(self.empty_part(range, false, &mut area.pairs()));
         }
         let flushed = self.settle(emptied);
         if flushed.is_ok() {
             // Devices may already have written there.
             for area in new() {
-                let range = area.mapping.range;
+                let range = area.range();
                 let _ = self.mark_put_back(area, range);
-                self.count_discarded(area.marks.clear(range));
+                self.count_discarded(area.marks().clear(range));
             }
         }
         let _: Result<(), Error> = self.areas.update(|edit| {
             edit.set_rules(edit.rules().end_promise(promised));
             if flushed.is_err() {
                 for area in new() {
-                    edit.insert(area.mapping.range, Arc::clone(area))?;
+                    edit.insert(area.range(), Arc::clone(area))?;
                 }
             }
             Ok(())
@@ -336,7 +332,7 @@ impl AddressSpace {
                 if outcome.is_ok() {
                     outcome = attempt(|| domain.source.split_at(border, &mut gather));
                     if matches!(outcome, Err(Failure::Panicked(_))) {
-                        let range = touched.area.mapping.range;
+                        let range = touched.area.range();
                         self.owe_all_of(&mut gather, range, domain);
                         unsure = Some((domain, range));
                     }
@@ -358,13 +354,14 @@ impl AddressSpace {
         let mut all = Emptied::default();
         let filled = pairs.get_or_insert_default();
         // All of them, even if some panic.
-        filled.retain(|domain| {
+        let stays = |domain: &&Arc<Attachment>| {
             let emptied = self.empty(domain, range, &domain.put_back);
             let asked_again = emptied.panic.is_some();
             all.add(emptied);
             // The pair of a part stays, because it belongs to the whole area.
             is_part || asked_again
-        });
+        };
+        *filled = filled.iter().filter(stays).cloned().collect();
         all
     }
 
@@ -373,7 +370,7 @@ impl AddressSpace {
     fn mark_in_flight(&self, area: &Area, range: IovaRange) {
         if performs(Step::LookInFlight) {
             let done: Result<(), Infallible> = self.in_flight.visit(range, |part| {
-                area.marks.mark(part);
+                area.marks().mark(part);
                 Ok(())
             });
             debug_assert!(done.is_ok());
@@ -390,7 +387,7 @@ impl AddressSpace {
         let mut moved = Vec::new();
         for domain in self.attachments().iter() {
             let stored = domain.put_back.take_runs(range);
-            stored.iter().for_each(|run| area.marks.mark(*run));
+            stored.iter().for_each(|run| area.marks().mark(*run));
             if !stored.is_empty() {
                 moved.push((Arc::clone(domain), stored));
             }
@@ -413,7 +410,7 @@ impl AddressSpace {
                 // an attach that finds the pairs of the whole closed finds only the pieces that
                 // stay.
                 let filled = pairs.iter().flatten().cloned().collect();
-                pieces.push(Arc::new(touched.area.piece(range, Some(filled))));
+                pieces.push(Arc::new(Area::piece(&touched.area, range, Some(filled))));
             }
             if performs(Step::GiveWay) {
                 touched.area.give_way();
@@ -427,10 +424,10 @@ impl AddressSpace {
                     .map_err(|(index, error)| in_change(index, error))?;
             }
             for (touched, _) in &claimed.areas {
-                edit.remove(touched.area.mapping.range.start());
+                edit.remove(touched.area.range().start());
             }
             for area in pieces.iter().chain(plan.new.iter().map(|(_, area)| area)) {
-                edit.insert(area.mapping.range, Arc::clone(area))?;
+                edit.insert(area.range(), Arc::clone(area))?;
             }
             if !promised.is_empty() {
                 edit.set_rules(edit.rules().end_promise(promised));
@@ -466,25 +463,37 @@ impl AddressSpace {
     /// Takes the marks of the areas that were unmapped, and counts them.
     fn collect(&self, plan: &Plan, mut record: Option<&mut Sink<'_>>) -> Unmapped {
         let page = self.page();
-        let (mut recorded, mut discarded) = (0u64, 0u64);
+        let (mut recorded, mut discarded) = (0u128, 0u128);
         let mut unmapped = Unmapped::default();
         for (area, range) in plan.going() {
             unmapped.areas += 1;
             unmapped.bytes += range.len();
+            let whole = self.mark_pending(area, range);
+            for part in whole.iter() {
+                let _ = area.marks().clear(part);
+                let done = record.as_deref_mut().map(|sink| sink.record(part).is_ok());
+                let pages = if done == Some(true) {
+                    &mut recorded
+                } else {
+                    &mut discarded
+                };
+                *pages += part.len() >> page.lg2();
+            }
             let mut count = |start, mask: u64| {
                 let done = match record.as_deref_mut() {
                     Some(sink) => sink.record_mask(start, page, mask).is_ok(),
                     None => false,
                 };
                 let pages = if done { &mut recorded } else { &mut discarded };
-                *pages += u64::from(mask.count_ones());
+                *pages += u128::from(mask.count_ones());
             };
-            self.mark_pending(area, range);
-            area.marks.take(range, &mut count);
+            for part in whole.without(range) {
+                area.marks().take(part, &mut count);
+            }
             self.late_pages(area, range, count);
         }
-        unmapped.dirty_bytes = u128::from(recorded) << page.lg2();
-        unmapped.discarded_bytes = u128::from(discarded) << page.lg2();
+        unmapped.dirty_bytes = recorded << page.lg2();
+        unmapped.discarded_bytes = discarded << page.lg2();
         self.counters.unmapped(unmapped.dirty_bytes);
         self.counters.discarded(unmapped.discarded_bytes);
         unmapped

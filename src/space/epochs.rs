@@ -154,8 +154,9 @@ pub enum Why {
     /// The pending pages of the consumer, or the delta of the cursor, were out of
     /// [`Bounds`](crate::harvest::Bounds), and were dropped.
     Bounds,
-    /// A lease whose harvest ended later was committed earlier, or tracking was started after the
-    /// harvest.
+    /// A lease whose harvest ended later was committed earlier; or a
+    /// [cursor](crate::Consumer::cursor) was taken after parts of this lease were committed; or
+    /// tracking was started after the harvest.
     Late,
     /// Parts of another lease were committed, and that lease has not ended.
     Parts,

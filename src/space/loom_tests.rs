@@ -87,7 +87,7 @@ fn a_harvest_forgets_nothing_that_is_put_back_meanwhile() {
             move || {
                 let walk = walks.enter();
                 let told = !whole.take(page()).is_empty();
-                whole.forget(IovaRange::ALL, &walk);
+                whole.forget([IovaRange::ALL], (walk.put_backs(), &walks));
                 told
             }
         });
@@ -154,7 +154,7 @@ fn an_unmap_records_what_a_harvest_of_a_consumer_takes() {
             let words = [AtomicU64::new(0)];
             let view = UserBitmap::shared(&words).view(page(), PAGE).unwrap();
             let mut sink = view.sink();
-            area.marks.peek(page(), &mut sink).unwrap();
+            area.marks().peek(page(), &mut sink).unwrap();
             space.record_members(area, page(), &mut sink).unwrap();
             words[0].load(Relaxed) == 1
         })
@@ -168,7 +168,7 @@ fn an_unmap_counts_what_a_harvest_of_a_consumer_takes() {
         beside_a_harvest(|space, area| {
             let mut found = false;
             let mut count = |_: Iova, mask: u64| found |= mask != 0;
-            area.marks.take(page(), &mut count);
+            area.marks().take(page(), &mut count);
             space.late_pages(area, page(), count);
             found
         })
@@ -192,14 +192,14 @@ fn a_mark_in_a_remembered_area_is_one_of_the_mapped_area() {
                     return true; // the old area is still there
                 }
                 let set = || {
-                    old.marks.mark(page());
+                    old.marks().mark(page());
                     true
                 };
                 if !mark_in(&old, set) {
                     space.mark(page()).unwrap();
                 }
                 let new = space.all_areas().remove(0);
-                new.marks.runs(page()) == [page()]
+                new.marks().runs(page()) == [page()]
             }
         });
         space.unmap_discarding(page()).unwrap();

@@ -3,8 +3,9 @@
 use std::ops::Deref;
 
 use super::epochs::{Bounds, Epochs};
+use super::walks::Walks;
 use super::whole::Whole;
-use crate::chunkmap::CHUNK_WORDS;
+use crate::chunkmap::{CHUNK_WORDS, Handed};
 use crate::error::Error;
 use crate::marks::Pending;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering};
@@ -39,6 +40,8 @@ pub(crate) struct Member {
     pub(super) missed: AtomicU64,
     /// Whether the consumer gets another store, or has it already.
     pub(super) is_old: AtomicBool,
+    /// Whether all harvests that leave pages in an older store have ended, and are flushed.
+    has_caught_up: AtomicBool,
 }
 
 impl Deref for Member {
@@ -173,13 +176,14 @@ impl Member {
             stores,
             missed: AtomicU64::new(0),
             is_old: AtomicBool::new(false),
+            has_caught_up: AtomicBool::new(stores == 0),
             party,
         }
     }
 
-    /// Leaves pages of a chunk pending: see [`Pending::leave`]. The caller has performed a full
-    /// fence since it took them.
-    pub(crate) fn leave(&self, chunk: u64, masks: &[(u16, u64)]) {
+    /// Leaves the pages of `handed` pending: see [`Pending::leave`]. The caller has performed a
+    /// full fence since it took them.
+    pub(crate) fn leave(&self, chunk: u64, handed: Handed<'_>) {
         let words = |from: u64, to: u64| {
             let start = Iova::new((from * 64) << self.page.lg2());
             // Never an error: an address of a page ascends.
@@ -189,23 +193,23 @@ impl Member {
         let first = chunk * CHUNK_WORDS;
         let all = words(first, first + (CHUNK_WORDS - 1));
         if all.is_some_and(|all| self.range.covers(all)) {
-            return self.pending.leave(chunk, masks);
+            return self.pending.leave(chunk, handed);
         }
-        for (nth, mask) in masks {
-            let word = first + u64::from(*nth);
+        if all.is_some_and(|all| !self.range.intersects(all)) {
+            return;
+        }
+        let mine = |nth: u16, mask: u64| {
+            let word = first + u64::from(nth);
             let Some(all) = words(word, word) else {
-                continue;
+                return 0;
             };
             let Some(inside) = all.intersection(self.range) else {
-                continue;
+                return 0;
             };
-            let start = all.start();
-            let number = |iova: Iova| ((iova.get() - start.get()) >> self.page.lg2()) as u32;
-            let mine = crate::words::word_mask(number(inside.start()), number(inside.last()));
-            if mask & mine != 0 {
-                self.pending.leave(chunk, &[(*nth, mask & mine)]);
-            }
-        }
+            let number = |iova: Iova| ((iova.get() - all.start().get()) >> self.page.lg2()) as u32;
+            mask & crate::words::word_mask(number(inside.start()), number(inside.last()))
+        };
+        handed.with(mine, |mine| self.pending.leave(chunk, mine));
     }
 
     /// The bounds of the consumer's deltas: the bytes that its pending pages leave.
@@ -217,6 +221,25 @@ impl Member {
         }
     }
 
+    /// Whether its bounds allow that all of `range` becomes pending page by page.
+    pub(crate) fn has_room_for(&self, range: IovaRange) -> bool {
+        let held = self.pending.held_bytes();
+        held.saturating_add(self.pending.bytes_for(range)) <= self.bounds().bytes
+    }
+
+    /// Whether no harvest leaves pages in an older store of the consumer any more.
+    pub(crate) fn has_caught_up(&self) -> bool {
+        // Acquire: pairs with the Release in `caught_up`. If it is seen, those harvests have ended,
+        // and what they took is flushed; if not, the caller waits for them itself.
+        self.has_caught_up.load(Ordering::Acquire)
+    }
+
+    /// The harvests that leave pages in an older store have ended, and are flushed.
+    pub(crate) fn caught_up(&self) {
+        // Release: pairs with the Acquire in `has_caught_up`.
+        self.has_caught_up.store(true, Ordering::Release);
+    }
+
     /// A harvest of the consumer begins.
     pub(crate) fn begin(&self) {
         self.counts.begin();
@@ -224,9 +247,16 @@ impl Member {
         self.missed.store(0, Ordering::Relaxed);
     }
 
-    /// Puts back `part`, whose debt is in the queue.
-    pub(super) fn put_back(&self, part: IovaRange) {
-        if !self.whole.covers(part) {
+    /// Puts back `part`, whose debt is in the queue: as a whole, if it is of several chunks for
+    /// which there is no room.
+    pub(super) fn put_back(&self, part: IovaRange, walks: &Walks) {
+        if self.whole.covers(part) {
+            return;
+        }
+        let is_large = self.pending.bytes_for(part) > 8 * CHUNK_WORDS;
+        if is_large && !self.has_room_for(part) {
+            self.whole.put_back(part, walks);
+        } else {
             self.pending.mark(part);
         }
     }
@@ -319,7 +349,7 @@ impl Audience {
     }
 
     /// The others.
-    pub(crate) fn others(&self) -> impl DoubleEndedIterator<Item = &Arc<Member>> {
+    pub(crate) fn others(&self) -> impl DoubleEndedIterator<Item = &Arc<Member>> + Clone {
         let (below, above) = self.all.split_at(self.own.min(self.all.len()));
         below.iter().chain(above.iter().skip(1))
     }

@@ -12,10 +12,10 @@
 //! # Areas that go
 //! An unmap takes what is pending in an area for any consumer, and what is in flight there, and
 //! adds it to its result. So the result has each page that is dirty for at least one consumer. It
-//! looks at the marks, the words that another harvest has hidden, the flights, and the stores, in
-//! this order, as a harvest does. What arrives in a store later, from a harvest with an old
-//! snapshot, the unmap has seen in flight. It stays in the store, and is dirty in the next area at
-//! its address: a superset.
+//! looks at the marks, the words that another harvest has hidden there or in the put-back store of
+//! a domain, the flights, and the stores, in this order, as a harvest does. What arrives in a store
+//! later, from a harvest with an old snapshot, the unmap has seen in flight. It stays in the store,
+//! and is dirty in the next area at its address: a superset.
 //!
 //! A lease that is aborted races with an unmap as one without consumers does: the store of its
 //! consumer takes the place of the put-back store of a domain in the protocol of
@@ -23,6 +23,7 @@
 
 use std::convert::Infallible;
 
+use super::domain::Attachments;
 use super::epochs::{Parent, Why};
 use super::member::{Member, MemberCounts, Members, Party};
 use super::walks::Walks;
@@ -31,6 +32,7 @@ use crate::bitmap::Sink;
 use crate::error::{Error, Stopped};
 use crate::failure::Failure;
 use crate::marks::Marks;
+use crate::ranges::RangeSet;
 use crate::sync::{Arc, Ordering, Step, fence, lock, performs};
 use crate::units::{Iova, IovaRange};
 
@@ -170,7 +172,8 @@ impl AddressSpace {
         if members.is_empty() {
             return Ok(());
         }
-        let recorded = self.look_hidden(range, [&*area.marks].into_iter(), sink);
+        let domains = self.attachments();
+        let recorded = self.look_hidden(range, stores_of(&domains, area), sink);
         let recorded = recorded.and_then(|()| {
             // Acquire: as in `harvest::shared`.
             fence(Ordering::Acquire);
@@ -204,20 +207,24 @@ impl AddressSpace {
         }
     }
 
-    /// Moves what is pending for any consumer in `range` to the marks of `area`, which has gone.
-    pub(super) fn mark_pending(&self, area: &Area, range: IovaRange) {
+    /// Moves what is pending page by page for any consumer in `range` to the marks of `area`, which
+    /// has gone. Returns what is pending as a whole: page by page, it would take a bit for each
+    /// page of the area.
+    pub(super) fn mark_pending(&self, area: &Area, range: IovaRange) -> RangeSet {
+        let mut whole = RangeSet::new();
         for member in self.members_of_gone().iter() {
             let mut bytes = 0u64;
             for run in member.pending.take_runs(range) {
-                area.marks.mark(run);
+                area.marks().mark(run);
                 bytes = bytes.saturating_add(u64::try_from(run.len()).unwrap_or(u64::MAX));
             }
             for part in member.whole.parts(range) {
-                area.marks.mark(part);
+                whole.add(part);
                 bytes = bytes.saturating_add(u64::try_from(part.len()).unwrap_or(u64::MAX));
             }
             MemberCounts::add(&member.counts.unmapped, bytes);
         }
+        whole
     }
 
     /// Visits the pages in `range` of `area` that are in flight in harvests with an old snapshot.
@@ -232,13 +239,10 @@ impl AddressSpace {
         if members.is_empty() {
             return;
         }
+        let domains = self.attachments();
         // Acquire: as in `harvest::shared`, here and below.
         fence(Ordering::Acquire);
-        let seen: Result<(), Infallible> = self.hiding.visit(range, |part| {
-            area.marks.visit_all(part, &mut visit);
-            Ok(())
-        });
-        debug_assert!(seen.is_ok());
+        self.visit_hidden(range, stores_of(&domains, area), &mut visit);
         fence(Ordering::Acquire);
         self.flights.visit(range, &mut visit);
         fence(Ordering::Acquire);
@@ -264,8 +268,8 @@ impl AddressSpace {
         })
     }
 
-    /// Visits the words that [`look_hidden`](Self::look_hidden) records. The caller has performed a
-    /// full fence since that.
+    /// Visits the words that [`look_hidden`](Self::look_hidden) records. The caller has performed
+    /// an Acquire fence since it looked at `stores`, as described there.
     pub(crate) fn visit_hidden<'m>(
         &self,
         range: IovaRange,
@@ -279,6 +283,19 @@ impl AddressSpace {
         });
         debug_assert!(visited.is_ok());
     }
+}
+
+/// The stores in which another harvest may hide pages of `area`, which is going: those of the
+/// domains, from which an unmap moves them, and the marks.
+fn stores_of<'m>(
+    domains: &'m Attachments,
+    area: &'m Area,
+) -> impl Iterator<Item = &'m Marks> + Clone {
+    let looks = performs(Step::LookInHiddenStores);
+    let stores = domains.iter().map(|domain| &domain.put_back);
+    stores
+        .take(if looks { usize::MAX } else { 0 })
+        .chain([area.marks()])
 }
 
 /// Copies what is pending for `other`, which harvests nothing meanwhile.
@@ -315,4 +332,35 @@ fn copy_of(other: &Member, member: &Member, walks: &Walks) -> Result<(), Error> 
         name: other.name().into(),
         leases: other.counts.live(),
     })
+}
+
+#[cfg(all(test, not(dirtymap_loom)))]
+#[allow(clippy::unwrap_used)] // helpers of tests
+mod tests {
+    use super::*;
+    use crate::harvest::Start;
+    use crate::units::Granule;
+
+    /// As many consumers as there may be, and one more, which is refused before anything changes.
+    #[test]
+    fn one_consumer_too_many_is_refused() {
+        let space = AddressSpace::tracked(Granule::K4);
+        let first = space.consumer("first", Start::Clean).unwrap();
+        let other = Arc::new(Member::new("other", IovaRange::ALL, Granule::K4));
+        let joined: Result<(), Infallible> = space.areas.update(|edit| {
+            edit.set_rules(edit.rules().with_members(|all| {
+                all.resize(MAX_CONSUMERS, Arc::clone(&other)); // with the unnamed one
+            }));
+            Ok(())
+        });
+        joined.unwrap();
+        let last = space.consumer("last", Start::Clean).unwrap();
+        let refused = space.consumer("more", Start::Clean).unwrap_err();
+        let most = MAX_CONSUMERS;
+        assert!(matches!(refused, Error::TooManyConsumers { most: m } if m == most));
+        assert_eq!(space.consumers().len(), MAX_CONSUMERS);
+        drop(last);
+        space.consumer("more", Start::Clean).unwrap();
+        drop(first);
+    }
 }

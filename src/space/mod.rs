@@ -26,6 +26,9 @@ mod flushing;
 #[cfg(all(test, not(dirtymap_loom)))]
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod growth_tests;
+#[cfg(all(test, not(any(dirtymap_loom, dirtymap_shuttle))))]
+#[allow(clippy::unwrap_used)] // helpers of tests
+mod hidden_tests;
 #[cfg(all(test, dirtymap_loom))]
 #[allow(clippy::unwrap_used)] // helpers of tests
 mod loom_tests;
@@ -204,6 +207,9 @@ impl AddressSpace {
     /// `membarrier`.
     ///
     /// If another process copies memory that is shared with it, marks need their fences.
+    ///
+    /// A filter of system calls that is installed later has to allow `membarrier(2)`. If it returns
+    /// an error for the call, those three panic, because to go on would lose writes.
     #[doc(alias = "membarrier")]
     #[cfg(feature = "membarrier")]
     #[must_use]
@@ -254,8 +260,7 @@ impl AddressSpace {
             backing,
             access,
         };
-        let area = Arc::new(Area::new(mapping, self.page, self.ordering));
-        let domains = self.areas.update(|edit| {
+        let (area, domains) = self.areas.update(|edit| {
             let rules = edit.rules();
             check_mapping(&mapping, rules.alignment(self.page))?;
             if let Some(reserved) = rules.reserved_in(range) {
@@ -265,8 +270,11 @@ impl AddressSpace {
                 return Err(Error::Overlap { range, existing });
             }
             let domains = rules.attachments().clone();
+            // After the checks: an area is made of whole pages.
+            let area = Arc::new(Area::new(mapping, self.page, self.ordering));
             area.born_with(edit.version());
-            edit.insert(range, Arc::clone(&area)).map(|()| domains)
+            edit.insert(range, Arc::clone(&area))
+                .map(|()| (area, domains))
         })?;
         self.fill(area, &domains)
     }
@@ -292,7 +300,8 @@ impl AddressSpace {
                 return Err(failure.raise());
             }
         }
-        events::map(area.mapping.range, area.mapping.backing);
+        let mapping = area.mapping();
+        events::map(mapping.range, mapping.backing);
         Ok(())
     }
 
@@ -409,7 +418,7 @@ impl AddressSpace {
     fn handle(&self, entry: crate::area::Entry<'_, Area>) -> AreaHandle {
         let area = entry.to_arc();
         AreaHandle {
-            near: NearMarks::new(&area.marks, area.mapping.range),
+            near: NearMarks::new(area.marks(), area.range()),
             area,
             counters: self.counters.clone(),
             faults: self.faults.clone(),
@@ -432,7 +441,7 @@ impl AddressSpace {
         self.areas
             .snapshot()
             .lookup(iova)
-            .map(|entry| entry.area.mapping)
+            .map(|entry| entry.mapping())
     }
 
     /// All areas of one moment, in ascending order. Lock-free.
@@ -440,7 +449,7 @@ impl AddressSpace {
         let snapshot = self.areas.snapshot();
         let mut mappings = Vec::with_capacity(snapshot.len());
         let areas = snapshot.iter(IovaRange::ALL);
-        mappings.extend(areas.map(|entry| entry.area.mapping));
+        areas.for_each(|entry| mappings.push(entry.mapping()));
         mappings
     }
 
@@ -553,6 +562,7 @@ fn check_mapping(mapping: &Mapping, alignment: Granule) -> Result<(), Error> {
 /// ```
 #[derive(Clone, Debug)]
 pub struct AreaHandle {
+    /// The short path to the marks of `area`.
     near: Option<NearMarks>,
     area: Arc<Area>,
     counters: Arc<Counters>,
@@ -562,7 +572,7 @@ pub struct AreaHandle {
 impl AreaHandle {
     /// What the area mapped when it was looked up; it may have been cut or unmapped since.
     pub fn mapping(&self) -> Mapping {
-        self.area.mapping
+        self.area.mapping()
     }
 
     /// Marks `range` dirty: a CPU thread wrote it. All of `range` is in this area. Call it
@@ -588,8 +598,19 @@ impl AreaHandle {
     /// whole area is mapped after that; if not, the mark may be one of an area that has gone.
     #[inline]
     fn mark_near(&self, range: IovaRange) -> bool {
-        let near = self.near.as_ref();
-        near.is_some_and(|near| near.mark(range)) && self.area.is_mapped()
+        self.set_near(range) && self.area.is_mapped()
+    }
+
+    /// Marks `range` if it lies in the area and the short path reaches it. Returns whether that was
+    /// so; if not, nothing is marked.
+    #[inline(always)]
+    fn set_near(&self, range: IovaRange) -> bool {
+        let Some(near) = &self.near else {
+            return false;
+        };
+        // SAFETY: `near` was made of the marks of `area`, in `AddressSpace::handle`. An area has
+        // the same marks for its life, and the handle keeps it alive, in its place.
+        unsafe { near.mark(range) }
     }
 
     /// The general case. It may mark pages a second time, which changes nothing.
@@ -601,7 +622,7 @@ impl AreaHandle {
         };
         self.counters.outside_mark();
         // A call that extends past the area marks nothing.
-        let inside = self.area.mapping.range.covers(range);
+        let inside = self.area.range().covers(range);
         self.faults.record(Fault {
             at: if inside { at } else { range.start() },
             len: outside.bytes,

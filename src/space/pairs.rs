@@ -47,9 +47,9 @@ impl AddressSpace {
     pub(super) fn with_pairs<E>(
         &self,
         area: &Area,
-        mut visit: impl FnMut(&Area, &mut Vec<Arc<Attachment>>) -> Result<(), E>,
+        mut visit: impl FnMut(&Area, &mut Box<[Arc<Attachment>]>) -> Result<(), E>,
     ) -> Result<(), E> {
-        let whole = area.mapping.range;
+        let whole = area.range();
         if let Some(filled) = &mut *area.pairs() {
             return visit(area, filled);
         }
@@ -60,7 +60,7 @@ impl AddressSpace {
         {
             if let Some(filled) = &mut *area.pairs() {
                 visit(&area, filled)?;
-                let Some(above) = area.mapping.range.last().checked_add(1) else {
+                let Some(above) = area.range().last().checked_add(1) else {
                     break;
                 };
                 from = above;

@@ -54,9 +54,8 @@ pub(super) fn mark(space: &AddressSpace, range: IovaRange) -> bool {
     let marked = RECENT.try_with(|recent| {
         let recent = recent.try_borrow().ok()?;
         let handle = recent.handle.as_ref()?;
-        let near = handle.near.as_ref()?;
         let is_of_space = Arc::ptr_eq(&handle.counters, &space.counters);
-        Some(is_of_space && mark_in(&handle.area, || near.mark(range)))
+        Some(is_of_space && mark_in(&handle.area, || handle.set_near(range)))
     });
     marked.ok().flatten() == Some(true)
 }

@@ -58,12 +58,12 @@ impl AddressSpace {
 impl SpaceSnapshot<'_> {
     /// The areas that touch `range`, in ascending order.
     pub fn mappings(&self, range: IovaRange) -> impl Iterator<Item = Mapping> + '_ {
-        self.areas.iter(range).map(|entry| entry.area.mapping)
+        self.areas.iter(range).map(|entry| entry.mapping())
     }
 
     /// The mapping at `iova`.
     pub fn lookup(&self, iova: Iova) -> Option<Mapping> {
-        self.areas.lookup(iova).map(|entry| entry.area.mapping)
+        self.areas.lookup(iova).map(|entry| entry.mapping())
     }
 
     /// The number of areas.

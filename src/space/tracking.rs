@@ -182,7 +182,7 @@ impl AddressSpace {
         // the return.
         let marks_too = !self.tracking.is_on();
         for area in self.areas.snapshot().iter(IovaRange::ALL) {
-            let (range, marks) = (area.range, &area.area.marks);
+            let (range, marks) = (area.range, area.area.marks());
             for attachment in &switched {
                 if marks_too {
                     // So that a page that is both put back and marked counts once.

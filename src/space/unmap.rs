@@ -204,7 +204,7 @@ impl AddressSpace {
     /// Undoes the map of an area that is not live, after some domains have been filled. Pages that
     /// became dirty meanwhile are discarded.
     pub(super) fn take_out(&self, area: &Arc<Area>) -> Result<(), Failure> {
-        let range = area.mapping.range;
+        let range = area.range();
         let mut pairs = area.pairs();
         let emptied = self.empty_part(range, false, &mut pairs);
         self.settle(emptied)?;
@@ -221,7 +221,7 @@ impl AddressSpace {
             // the area has gone.
             fence(Ordering::SeqCst);
         }
-        self.count_discarded(area.marks.clear(range));
+        self.count_discarded(area.marks().clear(range));
         Ok(())
     }
 }

@@ -43,7 +43,6 @@ pub(crate) struct Walks {
 #[derive(Debug)]
 pub(crate) struct Walk<'w> {
     running: &'w AtomicU64,
-    all: &'w Walks,
     /// `Walks::put_back` before the harvest loaded the root.
     put_back: u64,
 }
@@ -70,19 +69,22 @@ impl Walks {
         fence_after_rmw();
         // Acquire: pairs with the Release in `say_put_back`.
         // - If a put-back is counted here, the walk finds what it put back.
-        // - If not, `is_alone` counts it, or it comes after `forget` and stays.
+        // - If not, `is_put_back_count` sees it, or it comes after `forget` and stays.
         let put_back = self.put_back.load(Ordering::Acquire);
-        Walk {
-            running,
-            all: self,
-            put_back,
-        }
+        Walk { running, put_back }
     }
 
     /// Something has become pending as a whole again. The caller holds the lock of that.
     pub(super) fn say_put_back(&self) {
         // Release: pairs with the Acquire in `enter`; publishes what is pending as a whole.
         self.put_back.fetch_add(1, Ordering::Release);
+    }
+
+    /// Whether nothing became pending as a whole again since a harvest counted `put_backs`. The
+    /// caller holds the lock of what it asks about.
+    pub(super) fn is_put_back_count(&self, put_backs: u64) -> bool {
+        // Relaxed: the lock orders it.
+        self.put_back.load(Ordering::Relaxed) == put_backs
     }
 
     /// Returns when no harvest runs that entered before the call.
@@ -105,11 +107,9 @@ impl Walks {
 }
 
 impl Walk<'_> {
-    /// Whether nothing became pending as a whole again since before this harvest loaded the root.
-    /// The caller holds the lock of what it asks about.
-    pub(super) fn is_alone(&self) -> bool {
-        // Relaxed: the lock orders it.
-        self.all.put_back.load(Ordering::Relaxed) == self.put_back
+    /// How often something became pending as a whole again before this harvest loaded the root.
+    pub(crate) fn put_backs(&self) -> u64 {
+        self.put_back
     }
 }
 

@@ -1,7 +1,7 @@
 //! The ranges that are pending as a whole for a consumer: everything that is mapped there is dirty
 //! for it, page by page unknown. See [`bounds`](super::bounds).
 
-use super::walks::{Walk, Walks};
+use super::walks::Walks;
 use crate::ranges::RangeSet;
 use crate::sync::{AtomicBool, Mutex, Ordering, Step, fence, lock, performs};
 use crate::units::IovaRange;
@@ -53,18 +53,21 @@ impl Whole {
         fence(Ordering::SeqCst);
     }
 
-    /// Takes what there is in `range`, at the end of a harvest that has walked all areas in it:
-    /// what is left is holes. Takes nothing if something was put back meanwhile, which may be of
-    /// areas that this harvest has walked before, or does not know.
-    pub(crate) fn forget(&self, range: IovaRange, walk: &Walk<'_>) {
-        if !self.is_due() {
-            return;
-        }
+    /// Takes what there is in `holes`, after a harvest that has walked all areas there. Takes
+    /// nothing if something was put back since, which may be of areas that the harvest has walked
+    /// before, or does not know: `put_backs` is the count before the harvest loaded the root.
+    pub(super) fn forget(
+        &self,
+        holes: impl IntoIterator<Item = IovaRange>,
+        (put_backs, walks): (u64, &Walks),
+    ) {
         let mut ranges = lock(&self.ranges);
-        if !walk.is_alone() {
+        if !walks.is_put_back_count(put_backs) {
             return;
         }
-        let _ = ranges.remove(range);
+        for hole in holes {
+            let _ = ranges.remove(hole);
+        }
         if ranges.is_empty() {
             // Relaxed: as in `take`.
             self.is_due.store(false, Ordering::Relaxed);

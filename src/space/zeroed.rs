@@ -12,6 +12,8 @@
 //! its domains does not track, no page counts as zero. The same holds from before a switch goes on
 //! until all pages are forgotten.
 
+use std::ptr;
+
 use super::domain::Attachment;
 use super::member::Member;
 use super::{AddressSpace, Area, Areas};
@@ -70,7 +72,7 @@ impl AddressSpace {
             return;
         }
         for entry in self.areas.snapshot().iter(IovaRange::ALL) {
-            if let Some(zeros) = entry.area.marks.zeros() {
+            if let Some(zeros) = entry.area.marks().zeros() {
                 zeros.clear(entry.range);
             }
         }
@@ -84,7 +86,7 @@ impl AddressSpace {
         }
         // SeqCst: F10 of `harvest::discard`, for pages that were seen; pairs with F2 there.
         fence(Ordering::SeqCst);
-        area.marks.zeros()
+        area.marks().zeros()
     }
 
     /// Visits the zero bits of areas that have come to the addresses `part` of `area` since it left
@@ -107,8 +109,8 @@ impl AddressSpace {
         }
         for entry in self.snapshot().areas_in(part) {
             // The pieces of an area that was cut share its marks.
-            let marks = &entry.area.marks;
-            if !Arc::ptr_eq(marks, &area.marks)
+            let marks = entry.area.marks();
+            if !ptr::eq(marks, area.marks())
                 && let Some(zeros) = marks.zeros()
             {
                 visit(zeros);
@@ -141,7 +143,7 @@ impl AddressSpace {
             // An area that was mapped later, also while the harvest ran, has another backing than
             // pages of the lease may have.
             let area = entry.area;
-            let Some(zeros) = area.marks.zeros().filter(|_| !area.is_younger(begun)) else {
+            let Some(zeros) = area.marks().zeros().filter(|_| !area.is_younger(begun)) else {
                 continue;
             };
             // R1.

@@ -254,10 +254,20 @@ steps! {
     FlightFence,
     /// Claiming a piece before summaries in it are cleared.
     ClaimPiece,
+    /// Looking, when an area goes, at what harvests hide in the stores of domains.
+    LookInHiddenStores,
+    /// Marking what harvests hide in the store of a domain that leaves.
+    MarkHidden,
     /// Claiming a chunk of what is left to a consumer before it is changed.
     ClaimLeft,
     /// Release of the words of such a chunk, at the end of the claim.
     PublishLeft,
+    /// Release of the words, the lines and the chunk of a crossing.
+    ChangeBeforeWords,
+    /// Release of the state of a crossing that names a chunk.
+    PublishCrossing,
+    /// Release of a line of a crossing, after its words.
+    PublishLine,
     /// Waiting for the harvests that do not know a consumer that joins.
     WaitForWalks,
     /// Looking, after a copy of what is pending for another consumer, whether that one has a lease.
@@ -270,7 +280,7 @@ steps! {
     TellWhole,
     /// Going on with the new store of a consumer in the middle of its harvest.
     FollowStore,
-    /// Waiting, in the sync of a lease that took pages as a whole, for harvests with the old store.
+    /// Waiting, in the first sync over a new store of a consumer, for harvests with the old store.
     CatchUp,
     /// Counting what becomes pending as a whole again, so that a harvest does not take it for
     /// holes.

@@ -1,11 +1,13 @@
 //! A consumer that holds too much is told everything, once.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, OnceLock, Weak};
 
 use dirtymap::harvest::{Bounds, Parent, Why};
+use dirtymap::source::{FlushGather, LeafSink, Sink, Stopped};
 use dirtymap::{
-    Access, AddressSpace, Consumer, Granule, HarvestRequest, SharedLog, Start, UserBitmap,
+    Access, AddressSpace, Consumer, DirtySource, Error, Granule, HarvestRequest, IovaRange,
+    SharedLog, Start, Tracking, UserBitmap,
 };
 
 use super::{PAGE, next, numbers, of, pages, since, space};
@@ -247,4 +249,153 @@ fn everything_includes_the_pages_of_sources() {
     log[0].store(1 << 10, SeqCst);
     drop(owed);
     assert_eq!(next(&one).0, [10]);
+}
+
+/// Everything is pending, and a harvest asks for the pages of a mask. The rest stays pending.
+#[test]
+fn everything_outside_of_a_mask_stays_pending() {
+    let space = space(64);
+    let one = full(&space);
+    let (mut mask, mut words) = ([0b11 << 5], [0]);
+    let all = pages(0, 64);
+    let mask = UserBitmap::new(&mut mask).view(all, Granule::K4).unwrap();
+    let request = HarvestRequest::new(all, Granule::K4).masked(mask);
+    let lease = one.harvest(&request, UserBitmap::new(&mut words)).unwrap();
+    assert_eq!(lease.sync().unwrap().commit().bits_set, 2);
+    let rest: Vec<u64> = (0..5).chain(7..64).collect();
+    assert_eq!(next(&one).0, rest);
+    assert_eq!(next(&one).0, []);
+}
+
+/// A bound of age counts from the consumer's own last harvest.
+#[test]
+fn a_harvest_begins_a_new_age() {
+    let space = space(64);
+    let one = space.consumer("one", Start::Clean).unwrap();
+    let age = 2;
+    one.set_bounds(Bounds {
+        age,
+        ..Bounds::default()
+    });
+    for _ in 0..3 {
+        for page in 0..age {
+            leave(&space, page, 1);
+            assert!(!one.stats().everything);
+        }
+        assert_eq!(next(&one).0, [0, 1]);
+    }
+}
+
+/// An abort that puts back more than the bounds allow: everything is pending, and no memory is
+/// held.
+#[test]
+fn an_abort_keeps_the_bounds() {
+    let space = space(64);
+    let one = space.consumer("one", Start::Clean).unwrap();
+    one.set_bounds(TIGHT);
+    space.mark(pages(5, 1)).unwrap();
+    one.rounds().next().unwrap().abort();
+    let stats = one.stats();
+    assert_eq!((stats.held_bytes, stats.everything), (0, true));
+    assert_eq!(next(&one).0, (0..64).collect::<Vec<u64>>());
+}
+
+/// A lease is aborted whose store was dropped meanwhile, after a younger lease has taken everything
+/// and is committed. The pages were put back into the store that was dropped, at which no harvest
+/// looks.
+#[test]
+fn an_abort_over_a_store_that_was_dropped_makes_its_pages_dirty_again() {
+    let space = space(64);
+    let one = space.consumer("one", Start::Clean).unwrap();
+    space.mark(pages(5, 2)).unwrap();
+    let mut rounds = one.rounds();
+    let older = rounds.next().unwrap();
+    one.set_bounds(TIGHT);
+    leave(&space, 9, 1);
+    assert!(one.stats().everything);
+    one.set_bounds(Bounds::default());
+    assert_eq!(next(&one).0.len(), 64);
+    older.abort();
+    assert_eq!(next(&one).0, [5, 6]);
+    assert_eq!(next(&one).0, []);
+    // Beyond the bounds of the consumer, everything is pending once more.
+    space.mark(pages(5, 2)).unwrap();
+    let older = rounds.next().unwrap();
+    one.set_bounds(TIGHT);
+    leave(&space, 9, 1);
+    assert_eq!(next(&one).0.len(), 64);
+    older.abort();
+    let stats = one.stats();
+    assert_eq!((stats.held_bytes, stats.everything), (0, true));
+}
+
+/// The memory of pending pages leaves less to the deltas.
+#[test]
+fn deltas_have_the_room_that_pending_pages_leave() {
+    let space = space(1000);
+    let one = space.consumer("one", Start::Clean).unwrap();
+    one.set_bounds(Bounds {
+        bytes: 6000,
+        ..Bounds::default()
+    });
+    let early = one.cursor();
+    for page in (0..600).step_by(2) {
+        space.mark(pages(page, 1)).unwrap();
+    }
+    next(&one);
+    assert!(one.stats().delta_bytes < 6000);
+    assert_eq!(since(&one, early.epoch()).unwrap().len(), 300);
+    leave(&space, 3, 1); // 4096 bytes, and 1024 of lists
+    next(&one);
+    assert_eq!(since(&one, early.epoch()), Err(Why::Bounds));
+}
+
+/// In the first look at the second area, another consumer harvests, and drops the store of the one
+/// that looks.
+#[derive(Default)]
+struct Meanwhile {
+    space: OnceLock<Weak<AddressSpace>>,
+    done: AtomicBool,
+}
+
+impl DirtySource for Meanwhile {
+    fn set_tracking(&self, _: Tracking) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn unmap(&self, _: IovaRange, _: &mut FlushGather, _: &mut dyn FnMut(IovaRange)) {}
+
+    fn read_and_clear(&self, range: IovaRange, _: &mut LeafSink<'_, '_>) -> Result<(), Stopped> {
+        let space = self.space.get().and_then(Weak::upgrade);
+        if let Some(space) = space.filter(|_| range.start() == pages(64, 1).start())
+            && !self.done.swap(true, SeqCst)
+        {
+            leave(&space, 3, 1);
+        }
+        Ok(())
+    }
+
+    fn peek(&self, _: IovaRange, _: &mut Sink<'_>) -> Result<(), Stopped> {
+        Ok(())
+    }
+}
+
+/// A harvest has passed the first area. Then another harvest leaves a page there in the old store
+/// of the consumer, and drops the store. The new store has everything, and the walk has not seen
+/// the first area for it, so what is left there is no hole.
+#[test]
+fn a_store_that_comes_during_a_walk_is_not_taken_for_holes() {
+    let space = Arc::new(space(64));
+    space.map(pages(64, 64), 0, Access::ReadWrite).unwrap();
+    let source = Arc::new(Meanwhile::default());
+    space.attach(Arc::clone(&source)).unwrap();
+    let one = space.consumer("one", Start::Clean).unwrap();
+    one.set_bounds(TIGHT);
+    source.space.set(Arc::downgrade(&space)).unwrap();
+    let told = next(&one).0;
+    assert!(source.done.load(SeqCst) && one.stats().everything);
+    assert_eq!(told, (64..128).collect::<Vec<u64>>());
+    one.set_bounds(Bounds::default());
+    assert_eq!(next(&one).0, (0..64).collect::<Vec<u64>>());
+    assert_eq!(next(&one).0, []);
 }

@@ -7,6 +7,7 @@ mod breaks;
 #[path = "../common/mod.rs"]
 mod common;
 mod named;
+mod old_stores;
 mod put_back;
 mod reference;
 

@@ -30,6 +30,10 @@ impl BitmapFile {
     /// Saves the dirty state of `space`, in one bit for each of its pages, and takes nothing: for
     /// the end of a process, after its writers have stopped. Returns the dirty bytes.
     ///
+    /// In a space with several consumers, a page is saved if it is dirty for at least one of them.
+    /// After the restore, each consumer is told all of these pages: a superset. End all leases
+    /// before this, because the pages of a lease that lives are not saved.
+    ///
     /// [`restore_space`](Self::restore_space) loads it into the space of the next process. The file
     /// spans from the lowest area to the highest, and takes an eighth of a byte for each page in
     /// between.
@@ -63,7 +67,7 @@ impl BitmapFile {
     ///
     /// # Errors
     /// As [`save`](Self::save), and in [`BitmapFileError::Bitmap`]: [`Error::NothingMapped`], and
-    /// the errors of [`peek`](AddressSpace::peek).
+    /// the errors of [`peek_any`](AddressSpace::peek_any).
     pub fn save_space(
         path: impl AsRef<Path>,
         space: &AddressSpace,
@@ -78,7 +82,7 @@ impl BitmapFile {
         let bits = u64::try_from(range.granules(page)).unwrap_or(u64::MAX);
         let bitmap = SparseBitmap::new(bits);
         let request = HarvestRequest::new(range, page);
-        let view = space.peek(&request, UserBitmap::sparse(&bitmap))?;
+        let view = space.peek_any(&request, UserBitmap::sparse(&bitmap))?;
         Self::save(path, &view, generation)?;
         Ok(u128::from(view.count()) << page.lg2())
     }

@@ -1,7 +1,8 @@
 //! The dirty state over a restart: a saved file is used once, and without a usable file everything
 //! is dirty.
 
-use dirtymap::{Access, AddressSpace, Error, Granule, IovaRange, ToIovaRange};
+use dirtymap::harvest::Bounds;
+use dirtymap::{Access, AddressSpace, Error, Granule, IovaRange, Start, ToIovaRange};
 use dirtymap_formats::{BitmapFile, BitmapFileError, Restored};
 
 use crate::Folder;
@@ -55,6 +56,48 @@ fn a_space_that_does_not_track_yet_restores_nothing_and_keeps_the_file() {
         }
     ));
     assert_eq!(dirty(&after), [range(0x5000, 0x6000)]);
+}
+
+/// A migration, which is the unnamed consumer, has taken a page and committed it before the end of
+/// the process, and a backup has not been told of the page. The file had the pages of the unnamed
+/// consumer alone: after the restart, no increment of the backup had the page.
+#[test]
+fn what_is_dirty_for_any_consumer_is_saved() {
+    let folder = Folder::new("consumers");
+    let path = folder.file();
+    let before = space();
+    let backup = before.consumer("backup", Start::Clean).unwrap();
+    let low = before.consumer_of("low", 0..0x8000, Start::Clean).unwrap();
+    for page in [0x5000, 0x9000] {
+        before.mark(page..page + 1).unwrap();
+    }
+    before.rounds().next().unwrap().commit();
+    backup.rounds().next().unwrap().commit();
+    before.mark(0xb000..0xb001).unwrap(); // for all of them
+    low.rounds().next().unwrap().abort(); // page 5 is pending for this one
+    before.rounds().next().unwrap().commit();
+    let saved = BitmapFile::save_space(&path, &before, 1).unwrap();
+    assert_eq!(saved, 0x2000);
+
+    let after = space();
+    let backup = after.consumer("backup", Start::Clean).unwrap();
+    let restored = BitmapFile::restore_space(&path, &after).unwrap();
+    assert!(matches!(restored, Restored::Saved { bytes: 0x2000, .. }));
+    let lease = backup.rounds().next().unwrap();
+    let told: Vec<IovaRange> = lease.runs().collect();
+    assert_eq!(told, [range(0x5000, 0x6000), range(0xb000, 0xc000)]);
+
+    // Everything is pending for a consumer that is out of bounds.
+    let bounds = Bounds {
+        bytes: 1,
+        ..Bounds::default()
+    };
+    low.set_bounds(bounds);
+    before.mark(0..1).unwrap();
+    before.rounds().next().unwrap().commit();
+    assert!(low.stats().everything);
+    let saved = BitmapFile::save_space(&path, &before, 2).unwrap();
+    assert_eq!(saved, 0x8000 + 0x1000);
 }
 
 fn everything(space: &AddressSpace) -> bool {

@@ -1,6 +1,6 @@
 //! An entry of a table: its value, and the word in memory that hardware and software change.
 
-use dirtymap::sync::Ordering;
+use dirtymap::sync::{AtomicU64, Ordering, PairExchange};
 
 use crate::word::Atomic;
 
@@ -107,5 +107,25 @@ impl AtomicIopte {
         self.0
             .compare_exchange(old, new, success, failure)
             .map(drop)
+    }
+
+    /// Replaces two neighbours by one step if both have the values of `old`: see
+    /// [`PairExchange::replace`].
+    #[inline(always)]
+    pub(crate) fn replace_pair(
+        pair: &[AtomicIopte; 2],
+        old: [Iopte; 2],
+        new: [Iopte; 2],
+        exchange: PairExchange,
+    ) -> bool {
+        const {
+            assert!(size_of::<AtomicIopte>() >= size_of::<AtomicU64>());
+            assert!(align_of::<AtomicIopte>() >= align_of::<AtomicU64>());
+        }
+        // SAFETY:
+        // - as large and as aligned as two atomic words, whose cells an entry wraps transparently.
+        // - shared access goes through atomics of that size only.
+        let words = unsafe { &*std::ptr::from_ref(pair).cast::<[AtomicU64; 2]>() };
+        exchange.replace(words, old.map(|entry| entry.0), new.map(|entry| entry.0))
     }
 }

@@ -41,6 +41,7 @@ mod split;
 mod tree;
 mod unmap;
 mod walk;
+mod wide;
 
 pub use leaf::Leaf;
 pub(crate) use page::TableRef;

@@ -21,6 +21,7 @@ use super::entries::any_dirty;
 use super::leaf::{Batch, DirtyLeaf, Found};
 use super::page::child;
 use super::tree::Table;
+use super::wide::{WIDE, Wide, is_wide};
 use crate::fmt::{AtomicIopte, Format, Iopte};
 
 /// The number of entries that are looked at together.
@@ -164,18 +165,18 @@ impl<V> Scan<'_, V> {
             let lines = table.as_chunks::<LINE>().0;
             lines.iter().for_each(|line| line[0].prefetch());
         }
+        if level > 0 && (self.dense || is_wide::<F>()) {
+            // D alone is a test by fewer instructions, and enough among leaves of one entry.
+            let seen = look::<F, true, true>(slots, 0);
+            if seen.only_single::<F>(level) {
+                return seen;
+            }
+        }
         match (level, self.dense) {
             (0, false) => look::<F, true, false>(slots, 0),
             (0, true) => look::<F, true, true>(slots, 0),
             (_, false) => look::<F, false, false>(slots, level),
-            (_, true) => {
-                // D alone is a test by fewer instructions, and enough among leaves of one entry.
-                let seen = look::<F, true, true>(slots, 0);
-                if seen.only_single::<F>(level) {
-                    return seen;
-                }
-                look::<F, false, true>(slots, level)
-            }
+            (_, true) => look::<F, false, true>(slots, level),
         }
     }
 
@@ -325,14 +326,24 @@ fn look<F: Format, const LOW: bool, const DENSE: bool>(slots: &[AtomicIopte], le
         any: 0,
         all: u64::MAX,
     };
-    let (lines, rest) = slots.as_chunks::<LINE>();
-    for (nth, line) in lines.iter().enumerate() {
-        if DENSE || any::<F, LOW>(line, level) != 0 {
-            seen.add::<F, LOW>(line, level, nth * LINE);
+    let mut at = 0;
+    if LOW && is_wide::<F>() {
+        let mut wide = Wide::new();
+        for entries in slots.as_chunks::<WIDE>().0 {
+            seen.mask |= wide.look::<F>(entries) << at;
+            at += WIDE;
         }
+        (seen.any, seen.all) = wide.any_all();
+    }
+    let (lines, rest) = slots[at..].as_chunks::<LINE>();
+    for line in lines {
+        if DENSE || any::<F, LOW>(line, level) != 0 {
+            seen.add::<F, LOW>(line, level, at);
+        }
+        at += LINE;
     }
     if !rest.is_empty() {
-        seen.add::<F, LOW>(rest, level, lines.len() * LINE);
+        seen.add::<F, LOW>(rest, level, at);
     }
     seen
 }
@@ -377,13 +388,13 @@ fn is_dense(mask: u64) -> bool {
 /// in between does no harm: it stays as it is.
 #[inline]
 fn all_single<F: Format>(batch: &Batch<'_>, seen: Seen) -> bool {
-    seen.only_single::<F>(batch.level) || batch.level > 0 && each_single::<F>(batch, seen)
+    seen.only_single::<F>(batch.level)
+        || batch.level > 0 && each_single::<F>(batch.slots, batch.level, seen.mask)
 }
 
 /// The same, of a batch where some are something else: entry by entry.
-fn each_single<F: Format>(batch: &Batch<'_>, seen: Seen) -> bool {
-    let Batch { slots, level, .. } = *batch;
-    let mut rest = seen.mask;
+fn each_single<F: Format>(slots: &[AtomicIopte], level: u32, mask: u64) -> bool {
+    let mut rest = mask;
     while rest != 0 {
         // Relaxed: only decides how to look.
         let entry = slots[rest.trailing_zeros() as usize].load(Ordering::Relaxed);
@@ -415,4 +426,72 @@ fn group_at<F: Format>(page: &[AtomicIopte], level: u32, index: usize) -> (usize
     }
     let others = (1 << F::group_lg2(entry, level)) - 1;
     (index & !others, index | others)
+}
+
+#[cfg(test)]
+#[cfg(not(dirtymap_loom))]
+mod tests {
+    use super::*;
+    use crate::fmt::{AmdV1, ArmS1, Riscv, VtdSs, X86_64};
+
+    /// Entries with these values, whatever they mean.
+    fn slots(values: &[u64]) -> Vec<AtomicIopte> {
+        let slot = |value: &u64| {
+            let slot = AtomicIopte::absent();
+            let new = Iopte(*value);
+            let done = slot.replace(Iopte::ABSENT, new, Ordering::Relaxed, Ordering::Relaxed);
+            assert!(done.is_ok());
+            slot
+        };
+        values.iter().map(slot).collect()
+    }
+
+    fn agrees<F: Format>(values: &[u64]) {
+        let seen = look::<F, true, true>(&slots(values), 0);
+        let worth = |nth: usize| F::worth_a_look(Iopte(values[nth]), 0) != 0;
+        let expected = (0..values.len()).fold(0, |mask, nth| mask | u64::from(worth(nth)) << nth);
+        assert_eq!(seen.mask, expected, "{values:x?}");
+        let others = F::GROUPED | F::TABLE_SET;
+        let any = values.iter().fold(0, |any, value| any | value) & others;
+        let all = values.iter().fold(u64::MAX, |all, value| all & value) & F::LEAF_SET;
+        assert_eq!(seen.any & others, any);
+        // Formats that need no AND have none.
+        assert!(F::LEAF_SET == 0 || F::TABLE_SET != 0 || seen.all & F::LEAF_SET == all);
+    }
+
+    /// The look by vectors finds in each entry what the look at this entry alone finds, for words
+    /// of every length, whatever bits are set around D.
+    #[test]
+    fn entries_that_are_looked_at_together_are_as_each_of_them() {
+        let mut x = 0x9E37_79B9_7F4A_7C15u64;
+        let mut next = || {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            x
+        };
+        for len in 0..=WORD {
+            for dense in 0..4 {
+                // Few zeros, or few ones.
+                let word = (0..dense).fold(next(), |word, _| word & next());
+                let flip = if next() % 2 == 0 { u64::MAX } else { 0 };
+                let values: Vec<u64> = (0..len).map(|_| (next() & next() & word) ^ flip).collect();
+                agrees::<AmdV1>(&values);
+                agrees::<VtdSs<4>>(&values);
+                agrees::<X86_64<4>>(&values);
+                agrees::<ArmS1>(&values);
+                agrees::<Riscv<4>>(&values);
+            }
+        }
+        // Each bit of each entry, alone.
+        for nth in 0..WORD {
+            for bit in 0..64 {
+                let mut values = [0; WORD];
+                values[nth] = 1 << bit;
+                agrees::<AmdV1>(&values);
+                agrees::<VtdSs<4>>(&values);
+                agrees::<X86_64<4>>(&values);
+            }
+        }
+    }
 }
