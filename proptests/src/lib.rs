@@ -41,8 +41,9 @@ pub use flush::check_flush;
 pub use forms::Form;
 pub use gather::check_gather;
 pub use op::{
-    Ask, Begin, CONSUMERS, Callback, Config, Cut, DOMAINS, Fate, Format, JoinFault, MapFault, Mask,
-    Master, Mode, Moment, Op, Place, Reach, Sabotage, Share, Step, Stretch, decode,
+    Ask, Begin, CONSUMERS, CURSORS, Callback, Config, Cut, DOMAINS, Fate, Format, JoinFault,
+    Limits, MapFault, Mask, Master, Meanwhile, Mode, Moment, Named, Op, Place, Reach, Sabotage,
+    Share, Step, Storage, Stretch, decode,
 };
 pub use random::Random;
 pub use ranges::check_ranges;

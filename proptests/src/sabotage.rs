@@ -7,8 +7,8 @@ use dirtymap::space::SpaceStats;
 use crate::random::Random;
 use crate::watch::run_watched as run;
 use crate::{
-    Ask, Begin, Callback, Config, Cut, Fate, Form, Format, JoinFault, MapFault, Master, Moment, Op,
-    Place, Reach, Rule, Sabotage,
+    Ask, Begin, Callback, Config, Cut, Fate, Form, Format, JoinFault, Limits, MapFault, Master,
+    Meanwhile, Moment, Named, Op, Place, Reach, Rule, Sabotage, Storage,
 };
 
 /// The number of programs that are tried before a sabotage counts as unnoticed: as many as a
@@ -75,6 +75,12 @@ fn every_sabotage_is_noticed() {
             Sabotage::ClearWholeWords => expect_caught_by(sabotage, Rule::Unreported, logged),
             Sabotage::ForgetConsumer => expect_caught(sabotage, Rule::Unreported),
             Sabotage::ForgetDebt => expect_caught_by(sabotage, Rule::Unreported, shared),
+            Sabotage::DiscardWithoutFlush | Sabotage::ZeroOverData => {
+                expect_caught_by(sabotage, Rule::Lost, discarded);
+            }
+            Sabotage::ForgetDiscard => expect_caught(sabotage, Rule::Unreported),
+            Sabotage::ForgetMerge => expect_caught_by(sabotage, Rule::Answer, cursors),
+            Sabotage::ForgetWhole => expect_caught_by(sabotage, Rule::Unreported, bounded),
             Sabotage::DeviceTlbFirst => expect_noticed(sabotage, between_rounds),
             Sabotage::SkipNonLeaf => expect_noticed(sabotage, table_replaced),
         }
@@ -180,6 +186,99 @@ fn shared(seed: u64) -> (Config, Vec<Op>) {
         ..config
     };
     (config, [&first[..], &ops].concat())
+}
+
+const JOIN: Op = Op::Join {
+    consumer: 1,
+    start: Begin::Clean,
+    reach: Reach::Everything,
+    fault: JoinFault::None,
+};
+
+/// A device writes a page.
+const fn write(page: u8) -> Op {
+    Op::DmaWrite {
+        device: Master {
+            domain: 0,
+            device: 0,
+        },
+        at: Place {
+            area: 0,
+            page,
+            byte: 0,
+        },
+        len: 8,
+    }
+}
+
+/// A harvest of one consumer, from the begin to the commit.
+const fn pass(whose: u8) -> Op {
+    Op::Pass {
+        ask: Ask::EVERYTHING.by(whose),
+        form: Form::Words,
+        fate: Fate::Commit,
+    }
+}
+
+/// `first`, in a warm world, and then a random program.
+fn after(first: &[Op], seed: u64) -> (Config, Vec<Op>) {
+    let (config, ops) = program(seed);
+    let config = Config {
+        warm: true,
+        ..config
+    };
+    (config, [first, &ops].concat())
+}
+
+/// A page is written, discarded, and written again.
+fn discarded(seed: u64) -> (Config, Vec<Op>) {
+    let discard = Op::Discard {
+        at: Place {
+            area: 0,
+            page: 0,
+            byte: 0,
+        },
+        pages: 64,
+        ragged: false,
+        storage: Storage::Drops,
+        meanwhile: Meanwhile::Nothing,
+    };
+    let first = [write(0), discard, write(0), pass(0)];
+    after(&first, seed)
+}
+
+/// Two cursors, and an increment after each of them. The younger cursor is dropped.
+fn cursors(seed: u64) -> (Config, Vec<Op>) {
+    let keep = |cursor| Op::KeepCursor { cursor, whose: 1 };
+    let since = Op::Since {
+        whose: 1,
+        epoch: Named::Cursor(0),
+    };
+    let drop = Op::DropCursor(1);
+    let first = [
+        JOIN,
+        keep(0),
+        write(0),
+        pass(1),
+        keep(1),
+        write(1),
+        pass(1),
+        drop,
+        since,
+    ];
+    after(&first, seed)
+}
+
+/// A consumer may have no pending page, and one is left to it.
+fn bounded(seed: u64) -> (Config, Vec<Op>) {
+    let limits = Limits {
+        bytes: 0,
+        deltas: 64,
+        age: u64::MAX,
+    };
+    let bound = Op::Bound { whose: 1, limits };
+    let first = [JOIN, bound, write(0), pass(0), pass(1)];
+    after(&first, seed)
 }
 
 /// Programs over logs.

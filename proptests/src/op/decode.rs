@@ -3,8 +3,8 @@
 use dirtymap::{Access, Holes};
 
 use super::{
-    Ask, Begin, Callback, Config, Cut, Fate, Format, JoinFault, MapFault, Mask, Master, Mode,
-    Moment, Op, Place, Reach, Sabotage, Share, Step, Stretch,
+    Ask, Begin, Callback, Config, Cut, Fate, Format, JoinFault, Limits, MapFault, Mask, Master,
+    Meanwhile, Mode, Moment, Named, Op, Place, Reach, Sabotage, Share, Step, Storage, Stretch,
 };
 use crate::forms::FORMS;
 
@@ -18,6 +18,7 @@ const PAGES: [u16; 16] = [
 const SKIPS: [u16; 8] = [0, 0, 0, 0, 1, 7, 500, 511];
 const GRANULES: [u8; 8] = [12, 12, 12, 12, 11, 13, 13, 21];
 const BOUNDS: [u16; 8] = [1, 0, 2, 40, 64, 65, 500, 2000];
+const DISCARDS: [u16; 16] = [1, 2, 3, 4, 1, 8, 16, 40, 64, 100, 512, 513, 5, 1, 2, 1024];
 const CUTS: [Cut; 4] = [Cut::Whole, Cut::Whole, Cut::Rest, Cut::Part];
 /// Most operations concern the first domain.
 const DOMAIN: [u8; 8] = [0, 0, 0, 0, 1, 1, 1, 2];
@@ -82,6 +83,8 @@ impl Op {
                 at: Place::decode(bytes)?,
                 len: pick(&LENGTHS, bytes.next()?),
             },
+            15 | 26 | 37 | 59 if more == 3 => Op::decode_discard(bytes)?,
+            26 | 37 | 61 if more == 2 => Op::decode_epoch(bytes)?,
             11 | 23 => Op::decode_pass(more, bytes)?,
             12 => Op::DmaRead {
                 device: Master::decode(bytes)?,
@@ -225,6 +228,78 @@ impl Op {
                 _ => Fate::Commit,
             },
             ask: Ask::decode(bytes)?.by(whose),
+        })
+    }
+
+    fn decode_discard(bytes: &mut impl Iterator<Item = u8>) -> Option<Op> {
+        let (area, page, size) = (bytes.next()?, bytes.next()?, bytes.next()?);
+        let (kind, inner) = (bytes.next()?, bytes.next()?);
+        Some(Op::Discard {
+            at: Place {
+                area,
+                page: page % 32,
+                byte: pick(&[0, 0, 0, 0, 0, 0, 2048, 1], page / 32),
+            },
+            pages: pick(&DISCARDS, size),
+            ragged: size / 16 == 15,
+            storage: match kind % 8 {
+                6 => Storage::Fails,
+                7 => Storage::Panics,
+                _ => Storage::Drops,
+            },
+            meanwhile: match kind / 8 % 8 {
+                0..3 => Meanwhile::Nothing,
+                3 | 4 => Meanwhile::Mark {
+                    page: inner % 4,
+                    early: inner / 4 % 2 == 0,
+                },
+                5 => Meanwhile::Write {
+                    device: Master::decode(&mut [inner].into_iter())?,
+                    page: kind / 64,
+                },
+                _ => Meanwhile::Pass {
+                    whose: inner % 4,
+                    fate: match inner / 4 % 4 {
+                        0 => Fate::Abort,
+                        1 => Fate::CommitRange(Share(inner, kind)),
+                        _ => Fate::Commit,
+                    },
+                    early: inner / 16 % 2 == 0,
+                },
+            },
+        })
+    }
+
+    fn decode_epoch(bytes: &mut impl Iterator<Item = u8>) -> Option<Op> {
+        let (kind, which) = (bytes.next()?, bytes.next()?);
+        let (cursor, whose) = (kind / 8 % 4, 1 + which % 3);
+        Some(match kind % 8 {
+            0..3 => Op::KeepCursor { cursor, whose },
+            3 => Op::DropCursor(cursor),
+            4..7 => Op::Since {
+                whose,
+                epoch: match which / 4 % 8 {
+                    0..3 => Named::Cursor(cursor),
+                    3 => Named::Newest,
+                    4 | 5 => Named::Past(1 + kind / 64),
+                    6 => Named::Future,
+                    _ => Named::Foreign,
+                },
+            },
+            _ => Op::Bound {
+                whose: which % 4,
+                limits: Limits {
+                    bytes: pick(
+                        &[1 << 30, 0, 1, 4096, 1 << 30, 1 << 30, 8192, 1 << 30],
+                        which / 4,
+                    ),
+                    deltas: pick(&[64, 64, 0, 1, 2, 64, 64, 3], which / 32),
+                    age: pick(
+                        &[u64::MAX, u64::MAX, u64::MAX, 0, 1, u64::MAX, 2, 3],
+                        kind / 8,
+                    ),
+                },
+            },
         })
     }
 

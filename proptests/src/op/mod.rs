@@ -4,19 +4,6 @@
 //! "the second area" or "its last page". So most inputs are legal, use few places again and again,
 //! and still reach the borders. Every byte string is a program.
 
-mod decode;
-
-pub use decode::decode;
-
-use dirtymap::{Access, Holes};
-
-use crate::forms::Form;
-
-/// How many domains a world has.
-pub const DOMAINS: usize = 3;
-/// How many consumers a world has at most, the unnamed one included, which has the number 0.
-pub const CONSUMERS: usize = 4;
-
 /// Makes the enumeration and its list from one source, so that the list lacks no variant.
 macro_rules! listed {
     ($(#[$of_all:meta])* pub enum $name:ident { $($(#[$of_one:meta])* $one:ident,)+ }) => {
@@ -29,6 +16,21 @@ macro_rules! listed {
         }
     };
 }
+
+mod config;
+mod decode;
+
+pub use config::{Config, Format, Sabotage};
+pub use decode::decode;
+
+use dirtymap::{Access, Holes};
+
+use crate::forms::Form;
+
+/// How many domains a world has.
+pub const DOMAINS: usize = 3;
+/// How many consumers a world has at most, the unnamed one included, which has the number 0.
+pub const CONSUMERS: usize = 4;
 
 /// One step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -249,6 +251,43 @@ pub enum Op {
         handle: u8,
         /// Which area.
         area: u8,
+    },
+    /// Discards a range: its storage reads as zero until it is written.
+    Discard {
+        /// Where it begins.
+        at: Place,
+        /// How many pages it has.
+        pages: u16,
+        /// Whether it ends some bytes before the end of a page.
+        ragged: bool,
+        /// The result of the drop of the storage.
+        storage: Storage,
+        /// What happens while the discard is at work.
+        meanwhile: Meanwhile,
+    },
+    /// A named consumer takes a cursor on its newest epoch. Nothing happens if it is not there, or
+    /// if this cursor exists.
+    KeepCursor {
+        /// Which of some cursors.
+        cursor: u8,
+        /// Whose epoch.
+        whose: u8,
+    },
+    /// Drops a cursor.
+    DropCursor(u8),
+    /// Asks a named consumer for the pages that it committed after an epoch.
+    Since {
+        /// Whose pages.
+        whose: u8,
+        /// After which epoch.
+        epoch: Named,
+    },
+    /// Sets the bounds of a consumer.
+    Bound {
+        /// Which one.
+        whose: u8,
+        /// The bounds.
+        limits: Limits,
     },
     /// A CPU writes, and marks by a kept handle.
     MarkByKept {
@@ -501,100 +540,72 @@ pub enum Moment {
     After,
 }
 
-/// The world that a program runs in.
+/// The result of the drop of the storage in a discard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Config {
-    /// The page tables of the domains. The first one is attached when the program begins.
-    pub formats: [Format; DOMAINS],
-    /// The smallest page of the space, as a logarithm: 12 or 13.
-    pub space_lg2: u8,
-    /// For each domain, whether leaves may have 2 MiB. Otherwise all have 4 KiB.
-    pub large_leaves: [bool; DOMAINS],
-    /// Sets of each IOTLB.
-    pub iotlb_sets: usize,
-    /// Ways of each IOTLB.
-    pub iotlb_ways: usize,
-    /// Translations that devices cache in a TLB of their own.
-    pub tlb_entries: usize,
-    /// Writes that a device keeps in flight.
-    pub posted_writes: usize,
-    /// Whether areas are mapped and tracking is on when the program begins.
-    pub warm: bool,
-    /// The fault of the world.
-    pub sabotage: Sabotage,
+pub enum Storage {
+    /// It is dropped.
+    Drops,
+    /// The first half is dropped, and then an error is returned.
+    Fails,
+    /// The first half is dropped, and then the closure panics.
+    Panics,
 }
 
-/// Page tables.
+/// What happens in the closure of a discard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    /// AMD v1.
-    Amd,
-    /// VT-d, second stage, four levels.
-    Vtd,
-    /// Arm, stage 1.
-    Arm,
-    /// Arm, stage 1, with pages of 16 KiB.
-    Arm16K,
-    /// Arm, stage 1, with pages of 64 KiB.
-    Arm64K,
-    /// x86-64, four levels.
-    X86,
-    /// RISC-V, Sv48.
-    Riscv,
-    /// A log that is cleared by batches.
-    Log4K,
-    /// The same with pages of 8 KiB.
-    Log8K,
-    /// The same with pages of 64 KiB.
-    Log64K,
+pub enum Meanwhile {
+    /// Nothing.
+    Nothing,
+    /// A CPU writes a page, and marks it.
+    Mark {
+        /// How many pages above the start of the discard.
+        page: u8,
+        /// Before the storage is dropped instead of after it.
+        early: bool,
+    },
+    /// A device writes a page, after the drop.
+    Write {
+        /// Which device.
+        device: Master,
+        /// How many pages above the start of the discard.
+        page: u8,
+    },
+    /// A consumer harvests the range, copies, and ends its lease.
+    Pass {
+        /// The consumer.
+        whose: u8,
+        /// The end of the lease.
+        fate: Fate,
+        /// Before the storage is dropped instead of after it.
+        early: bool,
+    },
 }
 
-listed! {
-/// The faults, each of which a run has to notice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum Sabotage {
-    /// No fault.
-    #[default]
-    None,
-    /// Invalidations reach no device.
-    IgnoreInvalidations,
-    /// Devices acknowledge while their writes are in flight.
-    AcknowledgeWithoutDraining,
-    /// Each invalidation leaves out the last page.
-    FlushShortByOnePage,
-    /// Devices keep cached pointers to tables that are gone.
-    SkipNonLeaf,
-    /// The TLBs of devices are flushed before the IOTLBs that refill them.
-    DeviceTlbFirst,
-    /// A flush that was told to fail does nothing and reports success.
-    HideFailedFlush,
-    /// Switching tracking on does not flush.
-    TrackWithoutFlush,
-    /// An unmap of a source does not report dirty pages.
-    UnmapForgetsDirty,
-    /// An unmap of a source does not owe the flush.
-    UnmapOwesNothing,
-    /// A source reports that it has split a leaf, and has not.
-    SplitNothing,
-    /// Harvests read the first domain only.
-    HarvestFirstDomainOnly,
-    /// The consumer copies before the flush instead of after it.
-    CopyBeforeSync,
-    /// CPUs write and do not mark.
-    ForgetMarks,
-    /// CPUs write slowly, without a write guard.
-    ForgetGuards,
-    /// The lease of a consumer that crashes is forgotten.
-    LeakLease,
-    /// A source that stops has left out the page below its stop.
-    StopShort,
-    /// An invalidation that was told to panic does nothing and reports success.
-    HidePanickedFlush,
-    /// A log that clears by batches clears whole words, beyond the request.
-    ClearWholeWords,
-    /// A harvest does not leave what it takes to one of the other consumers.
-    ForgetConsumer,
-    /// A harvest leaves it without the debt, which only its lease knows.
-    ForgetDebt,
+/// How many cursors a program has at most.
+pub const CURSORS: usize = 4;
+
+/// An epoch, as an operand of [`Op::Since`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Named {
+    /// That of a cursor, whose consumer may be another one. As `Newest` if there is no such cursor.
+    Cursor(u8),
+    /// The newest one.
+    Newest,
+    /// One of the last epochs, counted from the newest one.
+    Past(u8),
+    /// One that is not committed yet.
+    Future,
+    /// One of a consumer of another space.
+    Foreign,
 }
+
+/// The bounds of a consumer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// [`Bounds::bytes`](dirtymap::harvest::Bounds::bytes).
+    pub bytes: u64,
+    /// [`Bounds::deltas`](dirtymap::harvest::Bounds::deltas).
+    pub deltas: u64,
+    /// [`Bounds::age`](dirtymap::harvest::Bounds::age).
+    pub age: u64,
 }

@@ -53,10 +53,14 @@ pub(crate) struct Leased {
     pub(crate) pages: BTreeSet<u64>,
     /// The domains that it covers, each with its id at that time.
     domains: Vec<(usize, Option<DomainId>)>,
-    marks: bool,
+    pub(super) marks: bool,
     /// The number of maps at that time. A later area has no page of it.
     pub(super) maps: u64,
     pub(crate) synced: bool,
+    /// The number of its harvest.
+    pub(super) harvest: u64,
+    /// The runs of pages that its harvest walked. Its granules may hold others.
+    pub(super) walked: Vec<(u64, u64)>,
     /// The consumer, with the number of its join.
     pub(super) whose: (usize, u64),
     /// Whether what it puts back is pending for the consumer. Before the first join it goes to the
@@ -126,6 +130,7 @@ impl Oracle {
     pub(crate) fn unmap(&mut self, area: &Area) {
         self.areas.remove(&area.first);
         self.marks.take_all(area);
+        self.zeros.retain(|page| !area.holds(page));
         self.untracked.retain(|page| !area.holds(*page));
         for told in self.consumers.iter_mut().flatten() {
             told.unmap(area);
@@ -237,6 +242,7 @@ impl Oracle {
 
     /// A CPU marked a mapped page.
     pub(crate) fn marked(&mut self, page: u64) {
+        self.zeros.wrote(page);
         self.may_be_marked(page);
         for whose in self.telling(page) {
             self.marks.must[whose].insert(page);
@@ -257,7 +263,9 @@ impl Oracle {
         walked: &[(u64, u64)],
         reported: BTreeSet<u64>,
     ) {
-        let leased = self.leased(ask, reported);
+        self.found_dirty(ask, walked);
+        let mut leased = self.leased(ask, reported);
+        leased.walked = walked.to_vec();
         let whose = leased.whose.0;
         if leased.own {
             self.leave_to_others(ask, walked, &leased.pages);
@@ -302,6 +310,7 @@ impl Oracle {
     /// A harvest that walked the runs of pages `walked` panicked, or went on above a stop, after it
     /// had reported `runs`.
     pub(crate) fn died(&mut self, ask: &Ask, runs: &[IovaRange], walked: &[(u64, u64)]) {
+        self.found_dirty(ask, walked);
         let lease = self.leased(ask, BTreeSet::new());
         if lease.own {
             self.leave_to_all(ask, walked);
@@ -410,6 +419,8 @@ impl Oracle {
             marks,
             maps: self.maps,
             synced: false,
+            harvest: self.zeros.harvests,
+            walked: Vec::new(),
             whose: self.number_of(self.whose(ask)),
             own: self.named,
         }
@@ -428,6 +439,10 @@ impl Oracle {
         let places = self.places(ask);
         let must = places.must(self.whose(ask));
         let may = places.may();
+        let told = self.consumers[self.whose(ask)].as_ref();
+        let all = told.is_some_and(|told| told.is_loose).then_some(walked);
+        let all = all.into_iter().flatten();
+        let may = may.chain(all.flat_map(|(first, last)| *first..=*last));
         (
             must.chain(flying()).filter(inside).collect(),
             // Dirty state that moves from a table to a put-back store or to marks is rounded to
@@ -447,6 +462,9 @@ impl Oracle {
         let must = must.chain(pending().flat_map(|pending| pending.must.iter().copied()));
         let may = places().flat_map(Dirt::may);
         let may = may.chain(pending().flat_map(|pending| pending.pages.iter().copied()));
+        let loose = self.consumers.iter().flatten().filter(|told| told.is_loose);
+        let all = || gone.iter().flat_map(|area| pages_of(area.range()));
+        let may = may.chain(loose.flat_map(|told| all().filter(|page| told.hears(*page))));
         (
             must.chain(flying()).filter(inside).collect(),
             self.rounded(may.chain(flying()).filter(inside)),

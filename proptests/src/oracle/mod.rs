@@ -10,13 +10,15 @@
 //! * it **may** report pages that are marked, or in the put-back store of a domain, and pages of
 //!   leaves that a device wrote since the leaf was last cleared.
 //!
-//! `dirt.rs` has the dirty state, `told.rs` the consumers, `changes.rs` the effect of a batch on
-//! the areas, `free.rs` the free addresses.
+//! `dirt.rs` has the dirty state, `told.rs` the consumers, `zeros.rs` the discards, `ledger.rs`
+//! epochs, `changes.rs` the effect of a batch on the areas, `free.rs` the free addresses.
 
 mod changes;
 mod dirt;
 mod free;
+mod ledger;
 mod told;
+mod zeros;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -30,7 +32,9 @@ use crate::world::World;
 pub(crate) use changes::{Outcome, Plan};
 pub(crate) use dirt::{Dirt, DomainState, Leased, Tracking};
 pub(crate) use free::Free;
+pub(crate) use ledger::{Ledger, Right};
 pub(crate) use told::Told;
+pub(crate) use zeros::Zeros;
 
 /// A mapped area, in pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,6 +82,7 @@ pub(crate) struct Oracle {
     joins: u64,
     /// The live leases. The third place is that of the current pass.
     pub(crate) leases: [Option<Leased>; 3],
+    pub(crate) zeros: Zeros,
     /// The ranges of writes in flight, whole pages.
     pub(crate) guards: [Option<IovaRange>; 2],
     pub(crate) free: Free,
@@ -135,6 +140,7 @@ impl Oracle {
             named: false,
             joins: 0,
             leases: [None, None, None],
+            zeros: Zeros::default(),
             guards: [None, None],
             free: Free::default(),
         }
@@ -355,7 +361,7 @@ impl Oracle {
                 range,
                 granule: page,
             })
-        } else if let Some(consumer) = self.does_not_hear(ask, range) {
+        } else if let Some(consumer) = self.does_not_hear(ask, range, granule) {
             Some(Error::OutsideConsumer { range, consumer })
         } else if ragged(granule) {
             Some(Error::Unaligned { range, granule })
@@ -386,9 +392,11 @@ impl Oracle {
     }
 
     /// The addresses of the consumer of a request that asks for more.
-    fn does_not_hear(&self, ask: &Ask, range: IovaRange) -> Option<IovaRange> {
+    fn does_not_hear(&self, ask: &Ask, range: IovaRange, granule: Granule) -> Option<IovaRange> {
         let told = self.consumers[self.whose(ask)].as_ref()?;
-        told.range.filter(|mine| !mine.covers(range))
+        let whole = granule.max(self.alignment());
+        told.range
+            .filter(|mine| !mine.round_out(whole).covers(range))
     }
 
     /// The first unmapped address of `range`.
@@ -420,6 +428,15 @@ impl Oracle {
             })
     }
 
+    /// The storage of bytes of one mapped page was dropped. Memory that was never written is zero.
+    pub(crate) fn drop_storage(&mut self, at: u64, len: usize) {
+        let frame = self.area_at(at / PAGE).map(|area| area.frame_of(at / PAGE));
+        if let Some(memory) = frame.and_then(|frame| self.memory.get_mut(&frame)) {
+            let from = (at % PAGE) as usize;
+            memory[from..from + len].fill(0);
+        }
+    }
+
     /// Stores bytes in one mapped page, and returns the page.
     pub(crate) fn store(&mut self, at: u64, bytes: &[u8]) -> u64 {
         let page = at / PAGE;
@@ -430,6 +447,7 @@ impl Oracle {
                 .or_insert_with(|| Box::new([0; PAGE as usize]));
             let from = (at % PAGE) as usize;
             memory[from..from + bytes.len()].copy_from_slice(bytes);
+            self.zeros.wrote(page);
         }
         page
     }

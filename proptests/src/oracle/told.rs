@@ -37,6 +37,14 @@ pub(crate) struct Told {
     pub(crate) hidden: BTreeSet<u64>,
     /// How many of its leases were forgotten.
     pub(crate) forgotten: u64,
+    /// How often its pending pages were dropped.
+    pub(crate) dropped: u64,
+    /// Its bounds are such that its pending pages may be dropped.
+    pub(crate) is_bounded: bool,
+    /// It may be told everything.
+    pub(crate) is_loose: bool,
+    /// This was so at some time.
+    pub(crate) was_loose: bool,
 }
 
 /// The places at which a harvest looks.
@@ -59,7 +67,7 @@ impl Places<'_> {
     }
 
     /// The dirty pages that a harvest takes from all consumers.
-    fn dirty(&self) -> impl Iterator<Item = u64> {
+    pub(super) fn dirty(&self) -> impl Iterator<Item = u64> {
         self.places.iter().flat_map(|place| place.may())
     }
 }
@@ -135,7 +143,7 @@ impl Oracle {
     }
 
     /// The consumer, and the number of its join.
-    pub(super) fn number_of(&self, whose: usize) -> (usize, u64) {
+    pub(crate) fn number_of(&self, whose: usize) -> (usize, u64) {
         let told = self.consumers[whose].as_ref();
         (whose, told.map_or(0, |told| told.number))
     }
@@ -254,6 +262,8 @@ impl Oracle {
                 if let Some(model) = &self.consumers[other] {
                     told.pending = model.pending.clone();
                     told.lost = model.lost.clone();
+                    told.is_loose = model.is_loose;
+                    told.was_loose = model.is_loose;
                 }
                 told.pending.must.retain(|page| all.contains(page));
                 told.pending.pages.retain(|page| all.contains(page));

@@ -72,7 +72,7 @@ impl Runner<'_> {
                 Some(error) => Err(error),
                 None => {
                     self.oracle.map(area);
-                    self.copy_runs(&[range])?;
+                    self.copy_mapped(&[range])?;
                     Ok(())
                 }
             },
@@ -104,7 +104,7 @@ impl Runner<'_> {
                 same_answer("a map anywhere", Ok(()), right)?;
                 same(Rule::Answer, "the place of a map", range, area.range())?;
                 self.oracle.map(area);
-                self.copy_runs(&[range])?;
+                self.copy_mapped(&[range])?;
             }
         }
         self.check_areas()
@@ -209,7 +209,7 @@ impl Runner<'_> {
         self.counts.unmapped_dirty_bytes += done.dirty_bytes as u64;
         self.check_size(gone, done)?;
         // The memory is final, and the oracle still has its places.
-        self.copy_runs(&found.runs)?;
+        self.copy_mapped(&found.runs)?;
         self.compare_areas(gone)?;
         self.forget(gone)?;
         self.check_areas()
@@ -226,7 +226,17 @@ impl Runner<'_> {
     pub(super) fn forget_copies(&mut self, gone: &[Area]) -> Checked {
         self.check_paid(gone)?;
         for area in gone {
-            for copy in &mut self.copies {
+            // What a live lease has copied is older than a later area at the same addresses, which
+            // the images get when it is mapped.
+            for held in self.leases.iter_mut().flatten() {
+                held.fresh.retain(|(at, _)| !area.holds(at / PAGE));
+            }
+            let images = self.images.iter_mut().flatten();
+            for copy in self
+                .copies
+                .iter_mut()
+                .chain(images.map(|image| &mut image.pages))
+            {
                 copy.retain(|page, _| !area.holds(*page));
             }
             for node in &self.world.nodes {

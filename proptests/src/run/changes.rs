@@ -75,7 +75,7 @@ impl Runner<'_> {
         self.oracle.perform(outcome);
         self.forget_copies(&outcome.gone)?;
         let new: Vec<IovaRange> = outcome.new.iter().map(|area| area.range()).collect();
-        self.copy_runs(&new)
+        self.copy_mapped(&new)
     }
 
     pub(super) fn reserve(&mut self, at: Stretch) -> Checked {

@@ -3,10 +3,11 @@
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
-use dirtymap::harvest::Aborted;
+use dirtymap::harvest::{Aborted, Content};
 use dirtymap::sync::Arc;
 use dirtymap::{Granule, HarvestRequest, Iova, IovaRange};
 
+use super::discards::Contents;
 use super::modes::share_of;
 use super::panics::{Panicked, caught};
 use super::{Checked, End, Held, Live, Runner, broken};
@@ -30,6 +31,20 @@ pub(super) fn without(
     left
 }
 
+/// The granules of `runs` that do not begin at `starts`.
+pub(super) fn rest_of(
+    runs: &[IovaRange],
+    granule: Granule,
+    starts: &BTreeSet<u64>,
+) -> Vec<IovaRange> {
+    let all = runs.iter().flat_map(|run| {
+        let granules = (run.start().get()..=run.last().get()).step_by(1 << granule.lg2());
+        granules.filter(|start| !starts.contains(start))
+    });
+    all.map(|start| IovaRange::granule_at(Iova::new(start), granule))
+        .collect()
+}
+
 impl Live<'_> {
     fn is_synced(&self) -> bool {
         matches!(self, Live::Synced(_))
@@ -44,7 +59,7 @@ impl Runner<'_> {
         let failures = self.world.failures_ahead();
         let open = self.open_runs(nth, &held);
         let end = self.right_end(nth, &held, &open);
-        let (whose, bytes) = (held.whose, held.bytes);
+        let (whose, bytes, number) = (held.whose, held.bytes, held.number);
         let mut failed = false;
         held.live = match held.live {
             Live::Synced(lease) => Live::Synced(lease),
@@ -62,8 +77,12 @@ impl Runner<'_> {
                 }
                 Err(Panicked) => {
                     // The panic dropped the lease.
-                    self.was_put_back(nth, &open, (whose, bytes), end.outside_bytes);
-                    return Ok(());
+                    return self.was_put_back(
+                        nth,
+                        &open,
+                        (whose, bytes, number),
+                        end.outside_bytes,
+                    );
                 }
             },
         };
@@ -84,9 +103,10 @@ impl Runner<'_> {
             same(
                 Rule::Answer,
                 "the runs of a lease",
-                lease.runs().collect(),
-                runs,
+                &lease.runs().collect::<Vec<_>>(),
+                &runs,
             )?;
+            self.check_contents(nth, &lease.contents().collect(), &runs)?;
         }
         self.leases[nth] = Some(held);
         let was_told = self.world.failures_ahead() < failures && !self.hides_failures();
@@ -112,15 +132,21 @@ impl Runner<'_> {
 
     /// Copies the pages of a synced lease, unless the copy is sabotaged.
     pub(super) fn copy_lease(&mut self, nth: usize) -> Checked {
-        if let Some(held) = &mut self.leases[nth]
+        if let Some(held) = &self.leases[nth]
             && let Live::Synced(lease) = &held.live
             && self.config.sabotage != Sabotage::CopyBeforeSync
         {
-            held.copied = true;
             let runs: Vec<IovaRange> = lease.runs().collect();
+            let contents: Contents = lease.contents().collect();
             let whose = held.whose;
+            self.check_contents(nth, &contents, &runs)?;
+            let fresh = self.fresh(&contents)?;
+            if let Some(held) = &mut self.leases[nth] {
+                held.copied = true;
+                held.fresh = fresh;
+            }
             if !self.oracle.has_left(nth) {
-                self.copy_for(whose, &runs)?;
+                self.copy_contents(whose, &contents)?;
             }
         }
         Ok(())
@@ -137,15 +163,20 @@ impl Runner<'_> {
                 live: Live::Synced(lease),
                 whose,
                 bytes,
+                number,
+                fresh,
+                request,
+                committed,
                 ..
             }) => {
-                let report = lease.report();
-                same(
-                    Rule::Accounting,
-                    "the report at commit",
-                    lease.commit(),
-                    report,
-                )?;
+                let right = lease.report();
+                let all: Vec<IovaRange> = lease.runs().collect();
+                let (report, lineage) = lease.commit_epoch();
+                same(Rule::Accounting, "the report at commit", report, right)?;
+                if !self.oracle.has_left(nth) {
+                    let rest = rest_of(&all, request.granule(), &committed);
+                    self.committed(whose, (number, lineage), &rest, &fresh)?;
+                }
                 self.counts.commits += 1;
                 self.counts.committed_bytes += bytes;
                 if !self.oracle.has_left(nth) {
@@ -186,6 +217,11 @@ impl Runner<'_> {
             self.counts.committed_bytes += bytes;
             if !self.oracle.has_left(nth) {
                 self.tallies[held.whose].committed += bytes;
+            }
+            let fresh: BTreeSet<u64> = all.difference(&held.committed).copied().collect();
+            if !self.oracle.has_left(nth) {
+                let bytes = held.request.granule().bytes();
+                self.committed_part(held.whose, held.number, &fresh, bytes)?;
             }
             held.committed.extend(all);
         }
@@ -237,9 +273,8 @@ impl Runner<'_> {
             Live::Owed(lease) => same(Rule::Answer, "an abort", lease.abort(), right)?,
             Live::Synced(lease) => same(Rule::Answer, "an abort", lease.abort(), right)?,
         }
-        let bytes = (held.whose, held.bytes);
-        self.was_put_back(nth, &runs, bytes, right.outside_bytes);
-        Ok(())
+        let bytes = (held.whose, held.bytes, held.number);
+        self.was_put_back(nth, &runs, bytes, right.outside_bytes)
     }
 
     /// The pages that an end of a lease puts back.
@@ -270,16 +305,21 @@ impl Runner<'_> {
         &mut self,
         nth: usize,
         runs: &[IovaRange],
-        (whose, bytes): (usize, u64),
+        (whose, bytes, number): (usize, u64, Option<u64>),
         outside: u64,
-    ) {
-        if !self.oracle.has_left(nth) {
+    ) -> Checked {
+        let has_left = self.oracle.has_left(nth);
+        if !has_left {
             self.tallies[whose].aborted += bytes;
         }
         self.oracle.aborted(nth, runs);
         self.counts.aborts += 1;
         self.counts.aborted_bytes += bytes;
         self.counts.put_back_outside_bytes += outside;
+        match has_left {
+            true => Ok(()),
+            false => self.end_of_parts(whose, number),
+        }
     }
 
     /// A lease is forgotten, and its pages are never reported. Until a flush, later writes to them
@@ -292,10 +332,34 @@ impl Runner<'_> {
         }
     }
 
+    /// Copies the mapped pages of `runs`, for every consumer, and for its image.
+    pub(super) fn copy_mapped(&mut self, runs: &[IovaRange]) -> Checked {
+        self.add_to_images(runs)?;
+        self.copy_runs(runs)
+    }
+
     /// Copies the mapped pages of `runs`, for every consumer.
     pub(super) fn copy_runs(&mut self, runs: &[IovaRange]) -> Checked {
         for whose in self.oracle.present() {
             self.copy_for(whose, runs)?;
+        }
+        Ok(())
+    }
+
+    /// Copies what a lease has: the data from the memory, and zeros.
+    pub(super) fn copy_contents(&mut self, whose: usize, contents: &Contents) -> Checked {
+        for (part, content) in contents {
+            match content {
+                Content::Data => self.copy_for(whose, &[*part])?,
+                Content::Zero => {
+                    for (at, piece) in pieces(part.start().get(), part.len() as usize) {
+                        let from = (at % PAGE) as usize;
+                        if let Some(page) = self.copies[whose].get_mut(&(at / PAGE)) {
+                            page[from..from + piece.len()].fill(0);
+                        }
+                    }
+                }
+            }
         }
         Ok(())
     }

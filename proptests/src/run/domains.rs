@@ -17,6 +17,7 @@ impl Runner<'_> {
     pub(super) fn attach(&mut self, nth: usize) -> Checked {
         let node = Arc::clone(self.world.node(nth));
         let space = self.space;
+        self.oracle.zeros.doubt();
         let answer = self.stubbornly(|| space.attach(Source(Arc::clone(&node))))?;
         let twin = self.oracle.attached.contains(&nth);
         let right = match self.oracle.domains[nth].id {
@@ -32,6 +33,7 @@ impl Runner<'_> {
             Ok(id) => {
                 same_answer("an attach", Ok(()), right)?;
                 let in_doubt = self.world.nodes[nth].is_in_doubt();
+                self.oracle.zeros.forget();
                 self.oracle.attach(nth, id, in_doubt);
             }
             Err(error) => same_answer("an attach", Err(error), right)?,
@@ -44,6 +46,7 @@ impl Runner<'_> {
             return Ok(());
         };
         let space = self.space;
+        self.oracle.zeros.doubt();
         let mut again = false;
         let answer = self.stubbornly(|| {
             if std::mem::replace(&mut again, true) && !space.domains().contains(&id) {
@@ -67,6 +70,10 @@ impl Runner<'_> {
         };
         same_answer("a detach", answer, right)?;
         if attached {
+            if self.oracle.domains[nth].tracking != Tracking::On {
+                self.oracle.zeros.forget();
+                self.may_have_restarted()?;
+            }
             self.oracle.detach(nth);
             let owed = self.world.node(nth).owed();
             check(owed.is_empty(), Rule::Answer, || {
@@ -108,6 +115,7 @@ impl Runner<'_> {
             let failures = self.world.failures_ahead();
             match caught(&mut call) {
                 Ok(answer) if self.world.failures_ahead() == failures || answer.is_ok() => {
+                    self.may_have_restarted()?;
                     return Ok(answer);
                 }
                 Ok(_) => {}
@@ -144,6 +152,9 @@ impl Runner<'_> {
                 let most: u128 = parts.map(|part| part.len()).sum();
                 let range = mapping.range;
                 let unsure = self.unsure.iter().any(|unsure| unsure.intersects(range));
+                // All of it, to a consumer whose pending pages were dropped.
+                let told = self.oracle.consumers.iter().flatten();
+                let unsure = unsure || told.into_iter().any(|told| told.is_loose);
                 let most = if unsure { range.len() } else { most };
                 check(done.discarded_bytes <= most, Rule::Accounting, || {
                     format!("{done:?} of an area that was never there")
@@ -202,6 +213,7 @@ impl Runner<'_> {
     /// Switches tracking, in one domain or everywhere.
     pub(super) fn track(&mut self, domain: Option<usize>, on: bool) -> Checked {
         let attached = domain.is_none_or(|nth| self.oracle.attached.contains(&nth));
+        self.oracle.zeros.doubt();
         let id = domain.map(|nth| self.oracle.domains[nth].id);
         let answer = loop {
             let answer = caught(|| match (id, on) {
@@ -251,8 +263,17 @@ impl Runner<'_> {
             None => self.oracle.track(on),
         }
         if marks || !starting.is_empty() {
+            self.oracle.zeros.forget();
             let areas: Vec<IovaRange> = self.oracle.areas.values().map(Area::range).collect();
             self.copy_runs(&areas)?;
+            if self.oracle.named {
+                // The lineage has to say that the images lack what was not tracked.
+                let images = self.images.iter_mut().flatten();
+                images.for_each(|image| image.is_stale = true);
+            } else {
+                self.add_to_images(&areas)?;
+            }
+            self.restarted()?;
             self.oracle.untracked.clear();
             for told in self.oracle.consumers.iter_mut().flatten() {
                 told.lost.clear();

@@ -11,6 +11,7 @@ use dirtymap::{
     AddressSpace, Error, Granule, HarvestRequest, Iova, IovaRange, Lease, Owed, Scope, UserBitmap,
 };
 
+use super::image::Fresh;
 use super::modes::{call, cursor};
 use super::panics::{Panicked, caught};
 use super::request::Request;
@@ -77,7 +78,8 @@ impl<'a> Runner<'a> {
         let said = said(space, &lease)?;
         let found = self.check_harvest(&mut request, ask, said, &buffer.read())?;
         self.took(nth, &request, ask, &found);
-        self.hold(nth, lease.partial(), &request, ask, &found)
+        let number = self.numbered(self.oracle.whose(ask), lease.lineage())?;
+        self.hold(nth, (lease.partial(), number), &request, ask, &found)
     }
 
     /// A harvest was refused, and its buffer is now `after`.
@@ -268,7 +270,7 @@ impl<'a> Runner<'a> {
     fn hold(
         &mut self,
         nth: usize,
-        lease: Lease<'a, Owed>,
+        (lease, number): (Lease<'a, Owed>, Option<u64>),
         request: &Request,
         ask: &Ask,
         found: &Found,
@@ -293,6 +295,8 @@ impl<'a> Runner<'a> {
             committed: BTreeSet::new(),
             bytes,
             copied,
+            number,
+            fresh: Fresh::new(),
         });
         Ok(())
     }

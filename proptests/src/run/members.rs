@@ -23,6 +23,11 @@ impl LeftOut {
         leave_out(match sabotage {
             Sabotage::ForgetConsumer => Some(Step::LeaveToOthers),
             Sabotage::ForgetDebt => Some(Step::CarryDebt),
+            Sabotage::DiscardWithoutFlush => Some(Step::FlushAtDiscard),
+            Sabotage::ForgetDiscard => Some(Step::TellDiscard),
+            Sabotage::ZeroOverData => Some(Step::TakenIsData),
+            Sabotage::ForgetMerge => Some(Step::MergeDelta),
+            Sabotage::ForgetWhole => Some(Step::TellWhole),
             _ => None,
         });
         LeftOut(())
@@ -132,10 +137,13 @@ impl Runner<'_> {
         self.tallies[whose] = Tally::default();
         self.copies[whose].clear();
         let model = match start {
-            Begin::Dirty => return Ok(()),
-            Begin::Clean => None,
+            Begin::Dirty | Begin::Clean => None,
             Begin::LikeOf(other) => Some(usize::from(other)),
         };
+        self.image_of(whose, model, start == Begin::Dirty)?;
+        if start == Begin::Dirty {
+            return Ok(());
+        }
         let areas = self.told_about(0);
         self.copy_for(whose, &areas)?;
         let Some(other) = model else {
@@ -158,6 +166,8 @@ impl Runner<'_> {
         if self.consumers[whose].take().is_some() {
             self.oracle.left(whose);
             self.copies[whose].clear();
+            self.images[whose] = None;
+            self.ledgers[whose] = None;
         }
     }
 
@@ -176,6 +186,9 @@ impl Runner<'_> {
                 ..stats
             };
             same(Rule::Accounting, "the counts of a consumer", stats, right)?;
+            if told.is_loose {
+                continue;
+            }
             let may = self.oracle.rounded(told.pending.pages.iter().copied());
             let bounds = told.pending.must.len() as u64..=may.len() as u64;
             let pending = stats.pending_bytes / PAGE;

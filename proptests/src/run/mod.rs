@@ -8,9 +8,12 @@ mod areas;
 mod changes;
 mod checks;
 mod consumer;
+mod discards;
 mod domains;
+mod epochs;
 mod guards;
 mod harvest;
+mod image;
 mod members;
 mod modes;
 mod panics;
@@ -28,9 +31,10 @@ use dirtymap::{
 };
 use pagetable_sim::PhysMemory;
 
+use self::image::{Fresh, Image, Kept};
 use crate::bits::Buffer;
-use crate::op::{CONSUMERS, Config, MapFault, Op, Sabotage, Stretch};
-use crate::oracle::{Free, Oracle};
+use crate::op::{CONSUMERS, CURSORS, Config, MapFault, Op, Sabotage, Stretch};
+use crate::oracle::{Free, Ledger, Oracle};
 use crate::pages::{Bytes, PAGE};
 use crate::violation::{Rule, Violation, same, violation};
 use crate::world::World;
@@ -60,6 +64,9 @@ pub fn run(ops: &[Op], config: &Config) -> Result<SpaceStats, Violation> {
         consumers: [None, None, None, None],
         tallies: Default::default(),
         copies: Default::default(),
+        images: [Some(Image::default()), None, None, None],
+        ledgers: [None, None, None, None],
+        cursors: [None, None, None, None],
         counts: SpaceStats::default(),
         unsure: Vec::new(),
         vanished: Vec::new(),
@@ -118,6 +125,11 @@ struct Runner<'a> {
     tallies: [Tally; CONSUMERS],
     /// The copy of each consumer, by page. An absent page is zero.
     copies: [BTreeMap<u64, Box<Bytes>>; CONSUMERS],
+    /// The image of each consumer that follows the lineage of its leases.
+    images: [Option<Image>; CONSUMERS],
+    /// The epochs of the named consumers.
+    ledgers: [Option<Ledger>; CONSUMERS],
+    cursors: [Option<Kept>; CURSORS],
     /// The expected counts of the space. Of those of flushes, only `failed`.
     counts: SpaceStats,
     /// The ranges of the unmaps of this step in which a source panicked.
@@ -158,6 +170,10 @@ struct Held<'a> {
     /// The number of bytes that are neither committed nor put back.
     bytes: u64,
     copied: bool,
+    /// Its number, if its consumer has epochs.
+    number: Option<u64>,
+    /// What was copied for the image of the consumer.
+    fresh: Fresh,
 }
 
 /// A write in flight.
@@ -272,6 +288,17 @@ impl<'a> Runner<'a> {
             Op::FillWrite { guard, skip, len } => self.fill_write(guard.into(), skip, len)?,
             Op::EndWrite(guard) => self.end_write(guard.into())?,
             Op::KeepHandle { handle, area } => self.keep_handle(handle.into(), area),
+            Op::Discard {
+                at,
+                pages,
+                ragged,
+                storage,
+                meanwhile,
+            } => self.discard(at, pages, ragged, (storage, meanwhile))?,
+            Op::KeepCursor { cursor, whose } => self.keep_cursor(cursor.into(), whose.into())?,
+            Op::DropCursor(cursor) => self.drop_cursor(cursor.into()),
+            Op::Since { whose, epoch } => self.since(whose.into(), epoch)?,
+            Op::Bound { whose, limits } => self.bound(whose.into(), limits),
             Op::MarkByKept { handle, page, len } => self.mark_by_kept(handle.into(), page, len)?,
         }
         let failed = failures.saturating_sub(self.world.failures_ahead());
@@ -279,6 +306,7 @@ impl<'a> Runner<'a> {
             self.counts.flush.failed += failed;
         }
         self.count_broken_flushes(op)?;
+        self.notice_drops()?;
         self.check_counts()
     }
 

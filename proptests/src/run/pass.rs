@@ -3,10 +3,12 @@
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
-use dirtymap::harvest::Aborted;
+use dirtymap::harvest::{Aborted, Lineage};
 use dirtymap::{Error, IovaRange, UserBitmap};
 
+use super::discards::Contents;
 use super::harvest::{Said, said};
+use super::image::Fresh;
 use super::modes::{call, share_of};
 use super::panics::caught;
 use super::request::Request;
@@ -34,8 +36,15 @@ enum End {
 
 struct Ended {
     said: Said,
-    /// The runs of the lease, and its count of dirty granules. `None` if it could not be flushed.
-    synced: Option<(Vec<IovaRange>, u64)>,
+    /// The runs of the lease, its contents, and its count of dirty granules. `None` if it could
+    /// not be flushed.
+    synced: Option<(Vec<IovaRange>, Contents, u64)>,
+    /// Its lineage after the harvest.
+    lineage: Option<Lineage>,
+    /// What was copied.
+    fresh: Fresh,
+    /// Its lineage at its commit.
+    end: Option<Lineage>,
     /// Granules that were committed as a part of it.
     committed: u64,
     aborted: Option<Aborted>,
@@ -43,8 +52,18 @@ struct Ended {
 
 impl Runner<'_> {
     pub(super) fn pass(&mut self, ask: &Ask, form: Form, fate: Fate) -> Checked {
+        self.pass_range(self.oracle.range_of(ask), ask, form, fate)
+    }
+
+    pub(super) fn pass_range(
+        &mut self,
+        range: IovaRange,
+        ask: &Ask,
+        form: Form,
+        fate: Fate,
+    ) -> Checked {
         let buffer = Buffer::new();
-        let mut request = self.request(self.oracle.range_of(ask), ask, &buffer);
+        let mut request = self.request(range, ask, &buffer);
         request.before = buffer.cut(request.words);
         let words = request.before.iter();
         let before: Vec<u8> = words.flat_map(|w| w.to_le_bytes()).collect();
@@ -87,6 +106,9 @@ impl Runner<'_> {
         let (next, at) = (said.1, said.2.as_ref().map(|(at, _)| *at));
         let mut ended = Ended {
             said,
+            lineage: lease.lineage(),
+            fresh: Fresh::new(),
+            end: None,
             synced: None,
             committed: 0,
             aborted: None,
@@ -97,10 +119,12 @@ impl Runner<'_> {
         let panicked = synced.is_err();
         if let Ok(Ok(lease)) = synced {
             let runs: Vec<IovaRange> = lease.runs().collect();
-            self.copy_for(whose, &runs)?;
-            ended.synced = Some((runs, lease.dirty()));
+            let contents: Contents = lease.contents().collect();
+            self.copy_contents(whose, &contents)?;
+            ended.fresh = self.fresh(&contents)?;
+            ended.synced = Some((runs, contents, lease.dirty()));
             match fate {
-                Fate::Commit => drop(lease.commit()),
+                Fate::Commit => ended.end = lease.commit_epoch().1,
                 Fate::Abort => ended.aborted = Some(lease.abort()),
                 Fate::CommitRange(part) => {
                     let view = request.view_of(next, at).unwrap_or(request.view);
@@ -126,16 +150,19 @@ impl Runner<'_> {
     ) -> Checked {
         let found = self.check_harvest(request, ask, ended.said, after)?;
         self.took(PASS, request, ask, &found);
+        let whose = self.oracle.whose(ask);
+        let number = self.numbered(whose, ended.lineage)?;
         let inner = request.inner;
         let failed = ended.synced.is_none();
         let granule = inner.granule();
         let view = request.view;
         let inside = |runs: Vec<IovaRange>| request.leased(&runs);
         let leased = inside(runs_in(after, inner.range(), granule));
-        if let Some((synced, dirty)) = ended.synced {
+        if let Some((synced, contents, dirty)) = ended.synced {
             let right: u128 = leased.iter().map(|run| run.granules(granule)).sum();
             same(Rule::Answer, "the granules of a lease", dirty.into(), right)?;
             same(Rule::Answer, "the runs of a lease", &synced, &leased)?;
+            self.check_contents(PASS, &contents, &synced)?;
         }
         let set = found.set << granule.lg2();
         self.counts.harvests += 1;
@@ -147,7 +174,7 @@ impl Runner<'_> {
             self.counts.committed_bytes += set;
             tally.committed += set;
             self.oracle.leases[PASS] = None;
-            return Ok(());
+            return self.committed(whose, (number, ended.end), &leased, &ended.fresh);
         }
         let mut gone = BTreeSet::new();
         if let (Fate::CommitRange(part), false) = (fate, failed) {
@@ -172,6 +199,8 @@ impl Runner<'_> {
         if let Some(aborted) = ended.aborted {
             same(Rule::Answer, "an abort", aborted, right)?;
         }
+        self.committed_part(whose, number, &gone, granule.bytes())?;
+        self.end_of_parts(whose, number)?;
         self.counts.committed_bytes += done;
         self.counts.aborts += 1;
         self.counts.aborted_bytes += set - done;

@@ -10,7 +10,10 @@ use crate::violation::{Rule, check, same};
 
 impl Runner<'_> {
     pub(super) fn dma_write(&mut self, device: Master, at: Place, len: u16) -> Checked {
-        let at = self.oracle.address_of(at);
+        self.dma_write_at(device, self.oracle.address_of(at), len)
+    }
+
+    pub(super) fn dma_write_at(&mut self, device: Master, at: u64, len: u16) -> Checked {
         let bytes = self.fresh_bytes(len);
         let mut right = Ok(());
         for (at, piece) in pieces(at, bytes.len()) {

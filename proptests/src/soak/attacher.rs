@@ -2,6 +2,7 @@
 //! domain, sometimes in the middle of a write.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use dirtymap::sync::{AtomicU8, Ordering, thread};
 
@@ -35,6 +36,10 @@ impl<'w> Attacher<'w> {
     pub(super) fn run(mut self) -> Result<(), Failure> {
         while self.world.control.goes_on(|| ()) {
             self.round()?;
+            if self.world.options.discarders != 0 {
+                // No page becomes zero while a domain is being attached.
+                thread::sleep(Duration::from_millis(self.pen.random.below(100)));
+            }
         }
         Ok(())
     }

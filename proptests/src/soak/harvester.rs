@@ -8,9 +8,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use dirtymap::harvest::{Bounds, Synced};
 use dirtymap::sync::{AtomicU64, leave_out, lock, thread};
-use dirtymap::{Consumer, Error, Granule, HarvestRequest, Holes, Scope, Start, UserBitmap};
+use dirtymap::{Consumer, Error, Granule, HarvestRequest, Holes, Lease, Scope, Start, UserBitmap};
 
+use super::book::Book;
 use super::failure::Failure;
 use super::layout::{self, PAGES};
 use super::options::Sabotage;
@@ -110,7 +112,10 @@ impl<'w> Harvester<'w> {
             // The old one leaves when it is replaced, so the new one has another name.
             let name = format!("{} of {}", self.random.bits(), name(self.whose));
             match caught(|| Consumer::shared(Arc::clone(&world.space), &name, start)) {
-                Some(Ok(consumer)) => *place = Arc::new(consumer),
+                Some(Ok(consumer)) => {
+                    *lock(&world.books[self.whose - 1]) = Book::default();
+                    *place = Arc::new(consumer);
+                }
                 // The other one has a lease most of the time.
                 Some(Err(Error::ConsumerBusy { .. })) if model.is_some() => continue,
                 Some(Err(error)) => return Err(Failure::call("join", everything, error)),
@@ -140,6 +145,7 @@ impl<'w> Harvester<'w> {
             if self.rhythm() == Rhythm::Rare {
                 thread::sleep(Duration::from_millis(self.random.below(40)));
             }
+            self.epochs()?;
             let request = self.request();
             if self.random.below(16) == 0 {
                 self.peek(&request)?;
@@ -163,7 +169,8 @@ impl<'w> Harvester<'w> {
     /// A range, a granule and a scope.
     fn request(&mut self) -> HarvestRequest<'static> {
         let random = &mut self.random;
-        let (first, pages) = match random.below(4) {
+        let trims = u64::from(self.world.options.discarders != 0);
+        let (first, pages) = match random.below(4 + 2 * trims) {
             // A slot, or a part of it with parts of its neighbours.
             0 => {
                 let (first, pages) =
@@ -178,7 +185,13 @@ impl<'w> Harvester<'w> {
             }
             // The two areas that touch.
             2 => (0, layout::STATIC[0].1 + layout::STATIC[1].1),
-            _ => (layout::slot(0).0, PAGES),
+            3 => (layout::slot(0).0, PAGES),
+            // A part of the pages that are discarded.
+            _ => {
+                let (first, pages) = layout::TRIMMED;
+                let from = random.below(pages);
+                (first + from, 1 + random.below(pages - from))
+            }
         };
         let pages = pages.min(PAGES - first);
         let unit = self.world.options.unit();
@@ -322,7 +335,7 @@ impl<'w> Harvester<'w> {
                 let lease = lease.map_err(|error| failed("sync", &error))?;
                 if fate != Fate::AbortSynced {
                     if !early {
-                        copy(lease.runs());
+                        world.copy_lease(whose, &lease);
                     }
                     if fate == Fate::Forget {
                         tally.add(Count::Forgotten, 1);
@@ -330,7 +343,7 @@ impl<'w> Harvester<'w> {
                         std::mem::forget(lease);
                         return Ok(bits);
                     }
-                    lease.commit();
+                    self.commit(lease)?;
                     tally.add(Count::Commits, 1);
                     return Ok(bits);
                 }
@@ -346,6 +359,50 @@ impl<'w> Harvester<'w> {
             copy(view.runs());
         }
         Ok(bits)
+    }
+
+    /// Commits a lease, of which a named consumer keeps the epoch.
+    fn commit(&self, lease: Lease<'_, Synced>) -> Result<(), Failure> {
+        let Some(book) = self.whose.checked_sub(1) else {
+            lease.commit();
+            return Ok(());
+        };
+        let runs: Vec<dirtymap::IovaRange> = lease.runs().collect();
+        let mut book = lock(&self.world.books[book]);
+        let (_, lineage) = lease.commit_epoch();
+        book.committed(lineage, runs, self.world.options.panics)
+    }
+
+    /// Keeps, drops or asks for epochs, and changes the bounds.
+    fn epochs(&mut self) -> Result<(), Failure> {
+        let Some(consumer) = self.world.consumer(self.whose) else {
+            return Ok(());
+        };
+        let (world, tally) = (self.world, &self.world.tally);
+        let mut book = lock(&world.books[self.whose - 1]);
+        match self.random.below(32) {
+            0 => {
+                book.keep(&consumer);
+                tally.add(Count::Cursors, 1);
+            }
+            1 => book.release(self.random.bits()),
+            2 | 3 => {
+                book.check(&consumer, world.options.panics)?;
+                tally.add(Count::Since, 1);
+            }
+            4 if world.options.bounds => {
+                let bytes = [0, 4096, 1 << 30, 1 << 30][self.random.below(4) as usize];
+                let age = [3, u64::MAX, u64::MAX][self.random.below(3) as usize];
+                book.is_bounded = true;
+                consumer.set_bounds(Bounds {
+                    bytes,
+                    age,
+                    ..Bounds::default()
+                });
+            }
+            _ => {}
+        }
+        Ok(())
     }
 
     /// Harvests everything that is mapped, and commits. Returns the number of set bits.

@@ -3,8 +3,8 @@
 //!
 //! ```text
 //!  page 0          1024     1400  1536              2560                          4608
-//!  | static, large | static | 9   | 48 slots of     | 4 slots of 512 pages: one   | scratch
-//!  | leaves        |        |     | 16 pages        | 2 MiB leaf, or two areas    |
+//!  | static, large | static | 9,  | 48 slots of     | 4 slots of 512 pages: one   | scratch
+//!  | leaves        |        | 112 | 16 pages        | 2 MiB leaf, or two areas    |
 //! ```
 
 use dirtymap::{Iova, IovaRange};
@@ -24,6 +24,21 @@ pub(super) const SCRATCH: u64 = 64;
 
 /// First page and number of pages of each area that is always mapped.
 pub(super) const STATIC: [(u64, u64); 3] = [(0, 1024), (1024, 300), (1400, 9)];
+
+/// First page and number of pages of the area of discarders, if there are any.
+pub(super) const TRIMMED: (u64, u64) = (1416, 112);
+
+/// First page and number of pages of discarder `nth` of `all`, in units of 4 pages.
+pub(super) const fn trimmed(nth: u64, all: u64) -> (u64, u64) {
+    let each = TRIMMED.1 / 4 / all * 4;
+    (TRIMMED.0 + nth * each, each)
+}
+
+/// Whether discarders write to pages of `range`.
+pub(super) fn is_trimmed(range: IovaRange) -> bool {
+    let pages = pages_of(range);
+    *pages.start() < TRIMMED.0 + TRIMMED.1 && *pages.end() >= TRIMMED.0
+}
 
 /// Number of small and of large slots.
 pub(super) const SMALL: usize = 48;

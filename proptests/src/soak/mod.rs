@@ -12,13 +12,16 @@
 //! * Slots are mapped and unmapped: `mapper.rs`. Domains are attached and detached: `attacher.rs`.
 //!   The phase of a slot tells a device whether its write must be refused.
 //! * A lease ends in every possible way: `harvester.rs`. A new mode of harvest gets an arm there.
-//!   Named consumers have a rhythm each, and leave and come back.
+//!   Named consumers have a rhythm each, and leave and come back. `book.rs` checks their epochs.
+//! * Pages are written and discarded: `discarder.rs`.
 //! * `compare.rs` compares all bytes, without sampling. The first difference ends the run.
 #![allow(clippy::unwrap_used)] // helpers of tests
 
 mod attacher;
+mod book;
 mod compare;
 mod control;
+mod discarder;
 mod failure;
 mod finish;
 mod harvester;
@@ -37,6 +40,7 @@ use dirtymap::sync::thread;
 
 use attacher::Attacher;
 use compare::Progress;
+use discarder::Discarder;
 use failure::Failure;
 use harvester::Harvester;
 use mapper::Mapper;
@@ -60,7 +64,7 @@ pub fn run(options: &Options) -> Result<(), String> {
         match outcome.and_then(|()| world.control.wait_for_end()) {
             Err(failure) if failure.hangs() => {
                 // Threads that hang cannot be joined.
-                eprintln!("{}", report(&world, &failure));
+                println!("{}", report(&world, &failure));
                 std::process::exit(1);
             }
             outcome => outcome,
@@ -133,6 +137,9 @@ fn spawn_all<'scope, 'env>(scope: &'scope thread::Scope<'scope, 'env>, world: &'
     }
     for whose in 1..=options.consumers as usize {
         act(Box::new(move || Harvester::of_consumer(world, whose).run()));
+    }
+    for nth in 0..options.discarders {
+        act(Box::new(move || Discarder::new(world, nth).run()));
     }
 }
 

@@ -70,6 +70,15 @@ pub struct Options {
     )]
     pub consumers: u32,
 
+    /// Threads that write and discard pages of their own, 0 to 16
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        value_parser = clap::value_parser!(u32).range(0..=16)
+    )]
+    pub discarders: u32,
+
     /// Of 16 turns of a device, so many at which it stays at one page for a while, 0 to 16
     #[arg(
         long, value_name = "N", default_value_t = 1,
@@ -98,6 +107,10 @@ pub struct Options {
     #[arg(long)]
     pub forget: bool,
 
+    /// Give consumers small bounds now and then, beyond which they are told everything
+    #[arg(long)]
+    pub bounds: bool,
+
     /// Break one step, to see that the comparison finds the loss
     #[arg(long, value_enum, value_name = "KIND")]
     pub sabotage: Option<Sabotage>,
@@ -124,6 +137,16 @@ pub enum Sabotage {
     ForgetConsumer,
     /// Harvests leave it without the debt, which only their lease knows; needs --consumers.
     ForgetDebt,
+    /// Discards drop the debt of their range; needs --discarders.
+    DiscardWithoutFlush,
+    /// Discards do not leave their range to the consumers; needs --discarders.
+    ForgetDiscard,
+    /// Harvests leave a page marked as zero that was written; needs --discarders.
+    ZeroOverData,
+    /// The delta of a cursor that is dropped is not merged into another one; needs --consumers.
+    ForgetMerge,
+    /// Consumers out of bounds are not told everything; needs --consumers and --bounds.
+    ForgetWhole,
 }
 
 impl Options {
@@ -150,17 +173,27 @@ impl Options {
                 | Sabotage::CopyBeforeSync
                 | Sabotage::ForgetLease
                 | Sabotage::ForgetConsumer
-                | Sabotage::ForgetDebt,
+                | Sabotage::ForgetDebt
+                | Sabotage::DiscardWithoutFlush
+                | Sabotage::ForgetDiscard
+                | Sabotage::ZeroOverData
+                | Sabotage::ForgetMerge
+                | Sabotage::ForgetWhole,
             )
             | None => Breakage::None,
         }
     }
 
-    /// The step of the library that harvests leave out.
+    /// The step of the library that harvests and discards leave out.
     pub(super) fn left_out(&self) -> Option<Step> {
         match self.sabotage {
             Some(Sabotage::ForgetConsumer) => Some(Step::LeaveToOthers),
             Some(Sabotage::ForgetDebt) => Some(Step::CarryDebt),
+            Some(Sabotage::DiscardWithoutFlush) => Some(Step::FlushAtDiscard),
+            Some(Sabotage::ForgetDiscard) => Some(Step::TellDiscard),
+            Some(Sabotage::ZeroOverData) => Some(Step::TakenIsData),
+            Some(Sabotage::ForgetMerge) => Some(Step::MergeDelta),
+            Some(Sabotage::ForgetWhole) => Some(Step::TellWhole),
             _ => None,
         }
     }
@@ -168,24 +201,36 @@ impl Options {
     /// Checks that concern several options.
     ///
     /// # Errors
-    /// A sabotage of consumers without consumers.
+    /// A sabotage of consumers without consumers, of discards without discarders, of bounds without
+    /// bounds.
     pub fn checked(self) -> Result<Self, clap::Error> {
-        if self.left_out().is_some() && self.consumers == 0 {
-            return Err(<Options as CommandFactory>::command().error(
-                ErrorKind::ArgumentConflict,
-                "this sabotage needs --consumers 1 or more: a harvest without other consumers \
-                 leaves nothing to anybody",
-            ));
-        }
-        Ok(self)
+        let lacks = match self.sabotage {
+            Some(Sabotage::ForgetWhole) if !self.bounds => "--bounds: no consumer has small bounds",
+            Some(
+                Sabotage::ForgetConsumer
+                | Sabotage::ForgetDebt
+                | Sabotage::ForgetMerge
+                | Sabotage::ForgetWhole,
+            ) if self.consumers == 0 => {
+                "--consumers 1 or more: a harvest without other consumers leaves nothing to anybody"
+            }
+            Some(
+                Sabotage::DiscardWithoutFlush | Sabotage::ForgetDiscard | Sabotage::ZeroOverData,
+            ) if self.discarders == 0 => "--discarders 1 or more: nothing is discarded",
+            _ => return Ok(self),
+        };
+        Err(<Options as CommandFactory>::command().error(
+            ErrorKind::ArgumentConflict,
+            format!("this sabotage needs {lacks}"),
+        ))
     }
 
     /// The command that repeats this run.
     pub(super) fn command(&self) -> String {
         let mut command = format!(
             "cargo run --release -p proptests --bin soak -- --seconds {} --seed {} --devices {} \
-             --cpus {} --mappers {} --attachers {} --harvesters {} --consumers {} --stay {} \
-             --checkpoint {}",
+             --cpus {} --mappers {} --attachers {} --harvesters {} --consumers {} \
+             --discarders {} --stay {} --checkpoint {}",
             self.duration().as_secs_f64(),
             self.seed,
             self.devices,
@@ -194,6 +239,7 @@ impl Options {
             self.attachers,
             self.harvesters,
             self.consumers,
+            self.discarders,
             self.stay,
             self.checkpoint,
         );
@@ -201,6 +247,7 @@ impl Options {
             (self.panics, " --panics"),
             (self.large_pages, " --large-pages"),
             (self.forget, " --forget"),
+            (self.bounds, " --bounds"),
         ];
         for (_, flag) in flags.iter().filter(|(on, _)| *on) {
             command += flag;

@@ -25,6 +25,9 @@ counts! {
     Maps "areas mapped",
     Unmaps "areas unmapped",
     Discards "unmaps that discard",
+    Trims "ranges discarded",
+    TrimsFailed "of these not dropped",
+    Zeros "pages copied as zeros",
     Batches "batches",
     Cuts "cuts",
     CutsRefused "cuts refused",
@@ -41,6 +44,8 @@ counts! {
     Bounded "harvests in instalments",
     Joins "consumers that left and came back",
     Copied "of these as a copy of another",
+    Cursors "cursors",
+    Since "epochs asked for",
     Panicked "calls in which a source panicked",
     Forgotten "leases forgotten",
     ForgottenBytes "bytes of these",
@@ -51,8 +56,13 @@ counts! {
 }
 
 /// The counts of a run.
-#[derive(Default)]
 pub(super) struct Tally([AtomicU64; TEXTS.len()]);
+
+impl Default for Tally {
+    fn default() -> Self {
+        Tally(std::array::from_fn(|_| AtomicU64::new(0)))
+    }
+}
 
 impl Tally {
     pub(super) fn add(&self, count: Count, n: u64) {

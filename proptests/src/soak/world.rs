@@ -3,10 +3,12 @@
 use std::sync::Arc;
 
 use dirtymap::bitmap::Runs;
+use dirtymap::harvest::{Content, Synced};
 use dirtymap::sync::{AtomicU64, Mutex, MutexGuard, Ordering, lock};
-use dirtymap::{Access, AddressSpace, Consumer, DomainId, Granule, IovaRange, Start};
+use dirtymap::{Access, AddressSpace, Consumer, DomainId, Granule, IovaRange, Lease, Start};
 use pagetable_sim::{Breakage, PhysMemory};
 
+use super::book::Book;
 use super::control::Control;
 use super::failure::{Events, Failure};
 use super::layout::{self, LANE, PAGE, PAGES};
@@ -94,6 +96,11 @@ pub(super) struct World {
     /// read from memory and written here under its lock, so that an older copy never replaces a
     /// newer one.
     copies: Vec<Copied>,
+    /// By consumer: held while pages that discarders write are copied. A lease says in one moment
+    /// that a page is zero, and the copy becomes zero in the next.
+    order: Vec<Mutex<()>>,
+    /// The epochs of each named consumer.
+    pub(super) books: Vec<Mutex<Book>>,
     /// By lane: what its writer wrote last to each page.
     pub(super) shadows: Vec<Vec<AtomicU64>>,
     pub(super) control: Control,
@@ -128,13 +135,17 @@ impl World {
             let pages = pages.next_multiple_of(options.unit());
             space.map(layout::range(first, pages), first * PAGE, Access::ReadWrite)?;
         }
+        if options.discarders != 0 {
+            let (first, pages) = layout::TRIMMED;
+            space.map(layout::range(first, pages), first * PAGE, Access::ReadWrite)?;
+        }
         space.start_tracking()?;
         panics.switch(options.panics);
         let breakage = options.breakage();
         for machine in &machines {
             machine.break_hardware(breakage);
         }
-        let lanes = options.devices + options.attachers + options.cpus;
+        let lanes = options.devices + options.attachers + options.cpus + options.discarders;
         let device_lanes = u64::from(options.devices + options.attachers);
         let names = actors(&options);
         let space = Arc::new(space);
@@ -155,6 +166,8 @@ impl World {
                 .map(|nth| Slot::new(nth, device_lanes))
                 .collect(),
             copies: (0..=options.consumers).map(|_| copied()).collect(),
+            order: (0..=options.consumers).map(|_| Mutex::new(())).collect(),
+            books: (0..options.consumers).map(|_| Mutex::default()).collect(),
             shadows: (0..lanes)
                 .map(|_| (0..PAGES).map(|_| AtomicU64::new(0)).collect())
                 .collect(),
@@ -199,6 +212,26 @@ impl World {
 
     /// Copies all pages that `range` touches, for one consumer.
     pub(super) fn copy_for(&self, whose: usize, range: IovaRange) {
+        let _order = layout::is_trimmed(range).then(|| lock(&self.order[whose]));
+        self.copy_pages(whose, range);
+    }
+
+    /// Copies what a lease of one consumer has.
+    pub(super) fn copy_lease(&self, whose: usize, lease: &Lease<'_, Synced>) {
+        let _order = layout::is_trimmed(lease.range()).then(|| lock(&self.order[whose]));
+        for (run, content) in lease.contents() {
+            if content == Content::Data {
+                self.copy_pages(whose, run);
+                continue;
+            }
+            for page in layout::pages_of(run) {
+                *lock(&self.copies[whose][page as usize]) = [0; PAGE as usize];
+                self.tally.add(Count::Zeros, 1);
+            }
+        }
+    }
+
+    fn copy_pages(&self, whose: usize, range: IovaRange) {
         let mut pages = 0;
         for page in layout::pages_of(range) {
             let mut copy = lock(&self.copies[whose][page as usize]);
@@ -251,8 +284,11 @@ impl World {
             format!("device {lane} in domain {}", lane % DOMAINS)
         } else if lane < devices + attachers {
             format!("the device of attacher {}", lane - devices)
-        } else {
+        } else if lane < devices + attachers + self.options.cpus as usize {
             format!("CPU {}", lane - devices - attachers)
+        } else {
+            let cpus = self.options.cpus as usize;
+            format!("discarder {}", lane - devices - attachers - cpus)
         }
     }
 }
@@ -263,7 +299,7 @@ pub(super) fn name(whose: usize) -> String {
 }
 
 /// The actors with events: mappers, then attachers, then harvesters, then named consumers, then the
-/// comparison.
+/// comparison, then discarders.
 fn actors(options: &Options) -> Vec<String> {
     let kinds = [
         ("mapper", options.mappers),
@@ -274,5 +310,9 @@ fn actors(options: &Options) -> Vec<String> {
     let numbered = kinds
         .iter()
         .flat_map(|(kind, n)| (0..*n).map(move |nth| format!("{kind} {nth}")));
-    numbered.chain(["comparison".into()]).collect()
+    let discarders = (0..options.discarders).map(|nth| format!("discarder {nth}"));
+    numbered
+        .chain(["comparison".into()])
+        .chain(discarders)
+        .collect()
 }

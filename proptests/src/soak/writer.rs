@@ -54,7 +54,7 @@ impl<'w> Pen<'w> {
     }
 
     /// `page` holds `value` in this lane from now on.
-    fn remember(&self, page: u64, value: u64) {
+    pub(super) fn remember(&self, page: u64, value: u64) {
         // Relaxed: read when this thread rests.
         self.world.shadows[self.lane][page as usize].store(value, Ordering::Relaxed);
     }
@@ -102,6 +102,21 @@ impl<'w> Pen<'w> {
         }
         self.world.tally.add(Count::DeviceWrites, writes);
         self.world.tally.add(Count::Faults, faults);
+        Ok(())
+    }
+
+    /// A write of a device to a page that is always mapped.
+    pub(super) fn written_by(&mut self, dma: &mut dyn Dma, page: u64) -> Result<(), Failure> {
+        let (value, bytes) = self.next();
+        let at = layout::iova(page).checked_add(self.offset()).unwrap();
+        match dma.write(at, &bytes) {
+            Ok(()) => self.remember(page, value),
+            Err(fault) => {
+                let wrong = format!("was refused a page that is mapped ({fault})");
+                return Err(self.wrong(page, &wrong));
+            }
+        }
+        self.world.tally.add(Count::DeviceWrites, 1);
         Ok(())
     }
 
@@ -163,7 +178,7 @@ impl<'w> Pen<'w> {
         Ok(())
     }
 
-    fn write(&mut self, page: u64) -> IovaRange {
+    pub(super) fn write(&mut self, page: u64) -> IovaRange {
         let (value, bytes) = self.next();
         let at = page * PAGE + self.offset();
         self.world.memory.write(at, &bytes).unwrap();
