@@ -109,6 +109,12 @@ pub trait Areas: Send + Sync {
     /// pages. `None` if the peer can only find and map a place in one step.
     fn first_fit(&self, len: u64) -> Option<IovaRange>;
 
+    /// Maps the place that [`first_fit`](Self::first_fit) finds, as one step. `None` if the peer
+    /// has no such step.
+    fn map_anywhere(&self, _len: u64) -> Option<IovaRange> {
+        None
+    }
+
     /// Visits all areas in order, and returns their [`sum`].
     fn scan(&self) -> u64;
 
@@ -147,13 +153,6 @@ pub trait Areas: Send + Sync {
     fn remap_batch(&self, _mappings: &[Mapping]) -> bool {
         false
     }
-}
-
-/// One way to find free addresses: [`Areas`] that choose them.
-pub trait Allocator: Areas {
-    /// Maps `len` bytes, a power of two of pages, at the lowest free multiple of `len` that is not
-    /// in the first page.
-    fn allocate(&self, len: u64) -> IovaRange;
 }
 
 /// A number that depends on each of the scanned areas and on their order.

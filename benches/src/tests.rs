@@ -5,15 +5,15 @@ use dirtymap::AddressSpace;
 
 use crate::peers::{
     Asymmetric, Fenced, Flat, HiBitSet, LockedBTree, LockedRoaring, Tested, ThroughHandle,
-    ThroughSpace, VmMemory, VmMemoryModel,
+    ThroughSpace, TwoLevels, VmMemory, VmMemoryModel,
 };
 use crate::workloads::{Dirty, PAGES, Random, WORDS, addresses, areas, distinct};
-use crate::{Allocator, Areas, PAGE, Peer, Tracker, compare};
+use crate::{Areas, PAGE, Peer, Tracker, compare};
 
 /// The locked tree with the lock of std.
 type Locked = LockedBTree;
 
-fn peers(pages: u64) -> [Box<dyn Tracker>; 10] {
+fn peers(pages: u64) -> [Box<dyn Tracker>; 11] {
     [
         Box::new(ThroughHandle::new(pages)),
         Box::new(Asymmetric::new(pages)),
@@ -23,6 +23,7 @@ fn peers(pages: u64) -> [Box<dyn Tracker>; 10] {
         Box::new(<Flat>::new(pages)),
         Box::new(Flat::<Tested>::new(pages)),
         Box::new(Flat::<Fenced>::new(pages)),
+        Box::new(TwoLevels::new(pages)),
         Box::new(LockedRoaring::new(pages)),
         Box::new(HiBitSet::new(pages)),
     ]
@@ -106,8 +107,8 @@ fn the_same_areas_leave_the_same_places() {
     let mut places = Vec::new();
     for _ in 0..500 {
         let len = PAGE << random.below(6);
-        let place = ours.allocate(len);
-        assert_eq!(place, theirs.allocate(len));
+        let place = Areas::map_anywhere(&ours, len).unwrap();
+        assert_eq!(Some(place), theirs.map_anywhere(len));
         places.push(place);
         if random.below(3) == 0 {
             let place = places.swap_remove(random.below(places.len() as u64) as usize);

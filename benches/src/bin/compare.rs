@@ -1,21 +1,22 @@
 //! Compares `dirtymap` with its peers and prints one table for each family.
 
-use std::path::PathBuf;
-use std::process::{Command, ExitCode};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::time::Instant;
 use std::{fs, io};
 
 use clap::Parser;
+use dirtymap_benches::compare::document::{self, Origin};
 use dirtymap_benches::compare::{FAMILIES, Report, Settings, memory::Counting};
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
 /// Compares dirtymap with its peers, which take turns in one process, and prints one table for each
-/// family of workloads.
+/// family of workloads. At the end, it lists the targets that are met and those that are missed.
 #[derive(Parser)]
 struct Options {
-    /// Take under a minute instead of some minutes for each family, to see the effect of a change.
+    /// Take a minute or two instead of some minutes for each family, to see the effect of a change.
     /// The numbers are not worth keeping.
     #[arg(long)]
     quick: bool,
@@ -34,10 +35,10 @@ struct Options {
     /// Also draw the ratios of each family, and the growth of costs, into this directory.
     #[arg(long, value_name = "DIRECTORY")]
     plot: Option<PathBuf>,
-    /// Also put each table into this document, between `<!-- compare FAMILY -->` and `<!-- end
-    /// -->`.
-    #[arg(long, value_name = "FILE")]
-    update: Option<PathBuf>,
+    /// Also write the tables into docs/benchmarks.md and README.md of this source tree, and draw
+    /// the pictures of docs/plots. The README needs the families marks and harvest in one run.
+    #[arg(long, conflicts_with_all = ["quick", "matching"])]
+    update: bool,
 }
 
 fn main() -> ExitCode {
@@ -57,75 +58,59 @@ fn main() -> ExitCode {
 
 /// Runs the families. Returns the problems that make the numbers invalid.
 fn run(options: &Options) -> io::Result<Vec<String>> {
+    let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+    let tables = root.join("docs/benchmarks.md");
     let mut settings = if options.quick {
         Settings::quick()
     } else {
         Settings::thorough()
     };
     settings.matching.clone_from(&options.matching);
+    let origin = Origin::of(root);
     let mut report = Report::default();
     let chosen =
         |name: &str| options.only.is_empty() || options.only.iter().any(|only| only == name);
-    for family in FAMILIES.iter().filter(|family| chosen(family.name)) {
+    let families = || FAMILIES.iter().filter(|family| chosen(family.name));
+    for family in families() {
         let began = Instant::now();
         (family.run)(&settings, &mut report);
         let took = began.elapsed().as_secs_f64();
         if report.rows_of(family.name) == 0 && settings.matching.is_empty() {
             report.problem(family.name, "not a single row".to_owned());
         }
-        let section = format!("{}\n\n{}", heading(&settings), report.table(family.name));
+        let section = document::section(&origin, &settings, &report, family.name);
         println!("## {}\n\n{section}", family.name);
-        let (met, all) = report.targets(family.name);
-        eprintln!("{}: {met} of {all} targets met, {took:.1} s", family.name);
-        if let Some(path) = &options.update {
-            let document = fs::read_to_string(path)?;
-            fs::write(path, replaced(&document, family.name, &section)?)?;
+        eprintln!("{}: {took:.1} s", family.name);
+        if options.update {
+            document::update(&tables, family.name, &section)?;
+            // The pictures that the document shows.
+            let shown = format!("(plots/{}", family.name);
+            if fs::read_to_string(&tables)?.contains(&shown) {
+                report.plot(family.name, &root.join("docs/plots"))?;
+            }
         }
         if let Some(directory) = &options.plot {
             report.plot(family.name, directory)?;
+        }
+    }
+    println!("## Targets\n");
+    families().for_each(|family| print!("{}", report.targets_of(family.name)));
+    if options.update {
+        match document::readme(&origin, &report) {
+            Some(section) => document::update(&root.join("README.md"), "readme", &section)?,
+            None => eprintln!("README.md stays: it needs the families marks and harvest"),
+        }
+        let written = fs::read_to_string(&tables)?;
+        let origins = document::origins(&written);
+        if origins.len() > 1 {
+            eprintln!("docs/benchmarks.md has tables of several runs:");
+            for (origin, families) in origins {
+                eprintln!("  {}: {origin}", families.join(", "));
+            }
         }
     }
     if let Some(path) = &options.json {
         fs::write(path, format!("{:#}\n", report.records()))?;
     }
     Ok(report.problems().to_vec())
-}
-
-/// The date, commit and machine of the run.
-fn heading(settings: &Settings) -> String {
-    let date = output("date", &["+%F"]);
-    let commit = output("git", &["describe", "--always", "--dirty"]);
-    let cpus = std::thread::available_parallelism().map_or(0, usize::from);
-    let model = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = model
-        .lines()
-        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
-        .map_or("unknown", |(_, model)| model);
-    format!(
-        "{date}, commit {commit}, {cpus} CPUs of a virtual machine ({model}),\n\
-         {} to {} rounds. Least / median of all rounds.",
-        settings.least_rounds, settings.rounds
-    )
-}
-
-fn output(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program).args(arguments).output();
-    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
-    text.unwrap_or_else(|_| "unknown".to_owned())
-}
-
-/// `document` with `section` between the marks of `family`.
-fn replaced(document: &str, family: &str, section: &str) -> io::Result<String> {
-    let begin = format!("<!-- compare {family} -->");
-    let missing = || {
-        io::Error::other(format!(
-            "the document has no {begin} followed by <!-- end -->"
-        ))
-    };
-    let (before, rest) = document.split_once(&begin).ok_or_else(missing)?;
-    let (_, after) = rest.split_once("<!-- end -->").ok_or_else(missing)?;
-    Ok(format!(
-        "{before}{begin}\n\n{}\n\n<!-- end -->{after}",
-        section.trim_end()
-    ))
 }

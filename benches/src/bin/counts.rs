@@ -69,14 +69,27 @@ const WORKLOADS: &[Workload] = &[
     ("area-remove-insert-batch", TIMES, remap_batches),
     ("area-remove-insert-space", TIMES, remap::<AddressSpace>),
     ("area-scan", AREAS, scan),
-    ("table-clean-leaf", LEAVES, || table(Granule::K4, 0, 1)),
-    ("table-dirty-leaf", LEAVES, || table(Granule::K4, 1000, 1)),
-    ("table-1-percent", LEAVES, || table(Granule::K4, 10, 1)),
-    ("table-1-percent-clusters", LEAVES, || {
-        table(Granule::K4, 10, 512)
+    ("table-clean-leaf", LEAVES, || {
+        table(LEAVES, Granule::K4, 0, 1)
     }),
-    ("table-10-percent", LEAVES, || table(Granule::K4, 100, 1)),
-    ("table-10-percent-2m", LEAVES, || table(Granule::M2, 100, 1)),
+    ("table-dirty-leaf", LEAVES, || {
+        table(LEAVES, Granule::K4, 1000, 1)
+    }),
+    ("table-1-percent", LEAVES, || {
+        table(LEAVES, Granule::K4, 10, 1)
+    }),
+    ("table-1-percent-clusters", LEAVES, || {
+        table(LEAVES, Granule::K4, 10, 512)
+    }),
+    ("table-10-percent", LEAVES, || {
+        table(LEAVES, Granule::K4, 100, 1)
+    }),
+    ("table-10-percent-2m", LEAVES, || {
+        table(LEAVES, Granule::M2, 100, 1)
+    }),
+    ("table-10-percent-2m-64g", FEW_LEAVES, || {
+        table(FEW_LEAVES, Granule::M2, 100, 1)
+    }),
     ("store-write-open", TIMES, store_write_open),
     ("store-write-handle", TIMES, store_write_handle),
 ];
@@ -86,6 +99,8 @@ const LONG_RANGES: u64 = 32;
 
 /// Leaves of the table that is harvested: 1 GiB of small ones.
 const LEAVES: u64 = 1 << 18;
+/// Leaves of a small table, where the first gaps of what is owed count most: 64 GiB of large ones.
+const FEW_LEAVES: u64 = 1 << 15;
 
 fn main() -> ExitCode {
     let Some(name) = std::env::args().nth(1) else {
@@ -248,25 +263,25 @@ fn lookup() {
     });
 }
 
-/// A harvest of a table of leaves of `leaf`, of which `permille` are dirty, in clusters of
+/// A harvest of a table of `leaves` of size `leaf`, of which `permille` are dirty, in clusters of
 /// `cluster`.
-fn table(leaf: Granule, permille: u64, cluster: u64) {
+fn table(leaves: u64, leaf: Granule, permille: u64, cluster: u64) {
     let table = Table::<AmdV1>::new();
-    let bytes = LEAVES * leaf.bytes();
-    let range = |leaves: Range<u64>| {
-        let (start, end) = (leaves.start * leaf.bytes(), leaves.end * leaf.bytes());
+    let bytes = leaves * leaf.bytes();
+    let range = |part: Range<u64>| {
+        let (start, end) = (part.start * leaf.bytes(), part.end * leaf.bytes());
         sure((start..end).to_iova_range())
     };
-    let all = range(0..LEAVES);
+    let all = range(0..leaves);
     sure(table.map(all, 0, Access::ReadWrite, LeafSizes::only(leaf)));
     let dirty = match permille {
-        1000 => std::iter::once(0..LEAVES).collect(),
-        _ => clusters(LEAVES * permille / 1000, cluster, LEAVES),
+        1000 => std::iter::once(0..leaves).collect(),
+        _ => clusters(leaves * permille / 1000, cluster, leaves),
     };
     for run in dirty {
         sure(table.make_dirty(range(run)));
     }
-    let mut words = vec![0u64; (LEAVES / 64) as usize];
+    let mut words = vec![0u64; (leaves / 64) as usize];
     counted(&mut || tables::harvest(&table, 0, bytes, leaf, &mut words));
 }
 

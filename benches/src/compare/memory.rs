@@ -67,3 +67,13 @@ pub fn resident() -> Option<u64> {
     // other.
     Some(pages * 4096)
 }
+
+/// The bytes that the system can still provide. `None` if it does not tell.
+pub fn available() -> Option<u64> {
+    let counts = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = counts
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kib * 1024)
+}

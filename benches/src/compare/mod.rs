@@ -50,23 +50,26 @@
 //! println!("{}", report.table("sums"));
 //! ```
 //!
-//! Its `grow`, if it has one, runs its main operations over three decades of size, as
+//! Its `grow`, if it has one, runs its main operations over some decades of size, as
 //! [`grown`](Workload::grown) workloads. It reports them under the family of its argument. The
 //! family `growth` calls it.
 //!
 //! # Time
 //! A contest ends when all rounds are done, or after [`Settings::least_rounds`] with the round in
 //! which the time of [`Settings::contest`] is over. So a family takes as long as its contests and
-//! their preparation. With [`Settings::thorough`] that is about two minutes for each family, with
-//! [`Settings::quick`] under ten seconds, because workloads with a longer preparation are left out.
+//! their preparation. With [`Settings::thorough`] that is one to four minutes for each family, with
+//! [`Settings::quick`] some seconds, because workloads with a longer preparation are left out.
 
 use std::io::{IsTerminal, stderr};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::PAGE_LG2;
+
 pub mod areas;
 pub mod consumers;
+pub mod document;
 pub mod end_to_end;
 pub mod growth;
 pub mod harvest;
@@ -87,7 +90,7 @@ pub struct Family {
     pub name: &'static str,
     /// Runs all its contests.
     pub run: fn(&Settings, &mut Report),
-    /// Runs its main operations over three decades of size, and reports them under the family of
+    /// Runs its main operations over some decades of size, and reports them under the family of
     /// this name.
     pub grow: Option<fn(&Settings, &mut Report, &'static str)>,
 }
@@ -123,7 +126,7 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Under a minute for all families, to see the effect of a change, and that nothing is broken.
+    /// A minute or two for all families, to see the effect of a change, and that nothing is broken.
     pub fn quick() -> Self {
         Settings {
             rounds: 3,
@@ -148,15 +151,25 @@ impl Settings {
         }
     }
 
-    /// Sizes of memories for what grows with them, in bytes, as logarithms: 1 GiB to 1 TiB, or
-    /// less.
+    /// Sizes of memories for what grows with them, in bytes, as logarithms: 1 GiB to 64 TiB, or
+    /// less. Without those for which the system has too little memory.
     pub fn decades(&self) -> impl Iterator<Item = u32> + use<> {
+        /// Bitmaps that are in use at the same time, of all peers and of the callers.
+        const BITMAPS: u64 = 7;
         let lg2s: &[u32] = if self.thorough {
-            &[30, 33, 36, 40]
+            &[30, 36, 40, 43, 46]
         } else {
             &[30, 33, 36]
         };
-        lg2s.iter().copied()
+        let available = memory::available().unwrap_or(u64::MAX);
+        let fits = move |lg2: &u32| {
+            let fits = BITMAPS << (lg2 - PAGE_LG2 - 3) <= available;
+            if !fits {
+                eprintln!("growth: left out 2^{lg2} bytes: there is too little memory");
+            }
+            fits
+        };
+        lg2s.iter().copied().filter(fits)
     }
 
     /// Shows the current work.

@@ -225,13 +225,35 @@ impl Report {
         table
     }
 
-    /// The number of targets that are met, and the number of all targets.
-    pub fn targets(&self, family: &str) -> (usize, usize) {
-        let verdicts = self.rows(family).flat_map(Row::verdicts);
-        let met: Vec<bool> = verdicts
-            .map(|(_, verdict)| verdict.is_some_and(|verdict| verdict.met))
-            .collect();
-        (met.iter().filter(|met| **met).count(), met.len())
+    /// How many targets of a family are met, and a line for each target: whether it is met, and the
+    /// bound that stops it if it is not.
+    pub fn targets_of(&self, family: &str) -> String {
+        let (mut met, mut all, mut lines) = (0, 0, String::new());
+        for row in self.rows(family) {
+            for verdict in row.verdicts().filter_map(|(_, verdict)| verdict) {
+                all += 1;
+                met += usize::from(verdict.met);
+                let name = &row.workload.name;
+                let (wanted, is) = (&verdict.wanted, &verdict.is);
+                let _ = match verdict.met {
+                    true => writeln!(lines, "  met     {name}: {wanted}; is {is}"),
+                    false => writeln!(
+                        lines,
+                        "  MISSED  {name}: {wanted}; is {is}, {}",
+                        missed(row, verdict.missed_by)
+                    ),
+                };
+            }
+        }
+        format!("{family}: {met} of {all} targets met\n{lines}")
+    }
+
+    /// The least number of a contestant in a row: as text, and in the unit of the row.
+    pub(super) fn least(&self, family: &str, workload: &str, peer: &str) -> Option<(String, f64)> {
+        let mut rows = self.rows(family);
+        let row = rows.find(|row| row.workload.name == workload)?;
+        let cell = row.cells.iter().find(|cell| cell.name == peer)?;
+        Some((row.workload.unit.show(cell.min()), cell.min()))
     }
 
     /// One record for each row and contestant.
@@ -309,14 +331,16 @@ fn targets(row: &Row) -> String {
         let verdict = verdict?;
         Some(match verdict.met {
             true => format!("{}: met", verdict.wanted),
-            false => format!(
-                "{}: **missed by {:.0} %**",
-                verdict.wanted,
-                verdict.missed_by * 100.0
-            ),
+            false => format!("{}: **{}**", verdict.wanted, missed(row, verdict.missed_by)),
         })
     });
     shown.collect::<Vec<_>>().join("; ")
+}
+
+/// By how much a target of `row` is missed, and the bound that stops it.
+fn missed(row: &Row, by: f64) -> String {
+    let bound = row.workload.bound.map(|bound| format!(", bound: {bound}"));
+    format!("missed by {:.0} %{}", by * 100.0, bound.unwrap_or_default())
 }
 
 #[cfg(test)]
@@ -338,20 +362,51 @@ mod tests {
         let of = |unit, target| {
             let report = report(unit, times.0.clone(), times.1.clone(), target);
             assert!(report.problems().is_empty(), "{:?}", report.problems());
-            (report.targets("f"), report.table("f"))
+            (report.targets_of("f"), report.table("f"))
         };
-        assert_eq!(of(Unit::Time, Target::Ratio(1.5)).0, (1, 1));
-        let (met, table) = of(Unit::Time, Target::Ratio(3.0));
-        assert_eq!(met, (0, 1));
-        assert!(table.contains("missed by 50 %"), "{table}");
-        assert_eq!(of(Unit::Time, Target::AtMost(10.0)).0, (1, 1));
-        let (met, table) = of(Unit::Time, Target::AtMost(8.0));
-        assert_eq!(met, (0, 1));
+        let met = |target| {
+            assert_eq!(
+                of(Unit::Time, target).0.lines().next(),
+                Some("f: 1 of 1 targets met")
+            );
+        };
+        met(Target::Ratio(1.5));
+        met(Target::AtMost(10.0));
+        met(Target::AtMostOf("them", 20.0));
+        let (listed, table) = of(Unit::Time, Target::Ratio(3.0));
+        assert_eq!(
+            listed,
+            "f: 0 of 1 targets met\n  MISSED  w: ratio ≥ 3.00; is 1.50, missed by 50 %\n"
+        );
+        assert!(table.contains("**missed by 50 %**"), "{table}");
+        let (_, table) = of(Unit::Time, Target::AtMost(8.0));
         assert!(table.contains("≤ 8.00 ns: **missed by 25 %**"), "{table}");
+        let (_, table) = of(Unit::Time, Target::AtMostOf("them", 16.0));
+        assert!(
+            table.contains("them ≤ 16.0 ns: **missed by 25 %**"),
+            "{table}"
+        );
         // Of rates more is better.
-        let (met, table) = of(Unit::Rate, Target::RatioTo("them", 1.0));
-        assert_eq!(met, (0, 1));
+        let (_, table) = of(Unit::Rate, Target::RatioTo("them", 1.0));
         assert!(table.contains("| w ▼ |"), "{table}");
+    }
+
+    #[test]
+    fn a_missed_target_names_its_bound_and_stays_missed() {
+        let mut report = Report::default();
+        let workload = Workload::time("w")
+            .target(Target::Ratio(4.0))
+            .bound("fence");
+        let cells = vec![
+            ("us", Role::Ours, vec![1.0]),
+            ("them", Role::Peer, vec![2.0]),
+        ];
+        report.add("f", workload, cells);
+        let listed = report.targets_of("f");
+        assert!(listed.starts_with("f: 0 of 1 targets met\n"), "{listed}");
+        let table = report.table("f");
+        let shown = "ratio ≥ 4.00: **missed by 50 %, bound: fence**";
+        assert!(table.contains(shown), "{table}");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::sync::PoisonError;
 
 use dirtymap::{Iova, IovaRange, Mapping};
 
-use crate::{Allocator, Areas, Fit, sum};
+use crate::{Areas, Fit, sum};
 
 /// The key is an area's first address.
 type Tree = BTreeMap<u64, Mapping>;
@@ -102,15 +102,13 @@ impl<L: Lock> Areas for LockedBTree<L> {
         }
         true
     }
-}
 
-impl<L: Lock> Allocator for LockedBTree<L> {
-    fn allocate(&self, len: u64) -> IovaRange {
+    fn map_anywhere(&self, len: u64) -> Option<IovaRange> {
         let mut areas = self.areas.write();
         let mut fit = Fit::of(len);
         areas.values().find_map(|mapping| fit.before(mapping.range));
         let range = fit.place();
         areas.insert(range.start().get(), crate::unbacked(range));
-        range
+        Some(range)
     }
 }

@@ -7,7 +7,7 @@ use dirtymap::{
     Access, AddressSpace, AreaHandle, Granule, HarvestRequest, Iova, IovaRange, Mapping, UserBitmap,
 };
 
-use crate::{Allocator, Areas, PAGE, Peer, Tracker, add_to_sum, sum};
+use crate::{Areas, PAGE, Peer, Tracker, add_to_sum, sum};
 
 /// Marks through [`AddressSpace::mark`], which finds the area for each mark.
 pub struct ThroughSpace {
@@ -147,6 +147,10 @@ impl Areas for AddressSpace {
         None
     }
 
+    fn map_anywhere(&self, len: u64) -> Option<IovaRange> {
+        Some(sure(self.map_anywhere(len, 0, Access::ReadWrite)))
+    }
+
     fn scan(&self) -> u64 {
         sum(self.mappings())
     }
@@ -191,12 +195,6 @@ impl Areas for AreaMap<Mapping> {
         let ranges = mappings.iter().map(|mapping| (mapping.range, *mapping));
         sure(self.replace(ranges));
         true
-    }
-}
-
-impl Allocator for AddressSpace {
-    fn allocate(&self, len: u64) -> IovaRange {
-        sure(self.map_anywhere(len, 0, Access::ReadWrite))
     }
 }
 

@@ -12,6 +12,7 @@ mod roaring;
 mod scc;
 mod several;
 mod skiplist;
+mod two_levels;
 mod vm_memory;
 mod vm_memory_model;
 
@@ -25,6 +26,7 @@ pub use self::several::{ByHand, Several, Shared};
 pub use btree::LockedBTree;
 pub use flat::{Always, Fenced, Flat, Setting, Tested};
 pub use skiplist::SkipList;
+pub use two_levels::TwoLevels;
 pub use vm_memory::VmMemory;
 pub use vm_memory_model::VmMemoryModel;
 

@@ -1,12 +1,14 @@
 //! A minimal IO page table: its lowest tables, and a walk that looks at each entry.
 //!
-//! It maps nothing and records no debt, and no other thread may change its leaves. Harvests are
-//! compared with it as the minimum. Entries have the layout of AMD's, version 1: bit 0 present, bit
-//! 6 dirty.
+//! It maps nothing, and no other thread may change its leaves. Harvests are compared with it as the
+//! minimum: a walk that records no debt, and one that does, as a harvest beside devices has to.
+//! Entries have the layout of AMD's, version 1: bit 0 present, bit 6 dirty.
 
 use std::ops::Range;
 
+use dirtymap::flush::FlushGather;
 use dirtymap::sync::{AtomicU64, Ordering};
+use dirtymap::{Granule, Iova};
 
 use crate::workloads::shuffled;
 
@@ -70,6 +72,25 @@ impl NaiveTable {
                 if entry & PRESENT != 0 && entry & DIRTY != 0 {
                     slot.fetch_and(!DIRTY, Ordering::Relaxed);
                     words[nth / 64] |= 1 << (nth % 64);
+                }
+            }
+        }
+    }
+
+    /// The same, with what a harvest beside devices and other threads needs: a leaf is owed before
+    /// it is cleared, and cleared by compare-exchange, which fails if it has become part of a
+    /// larger one.
+    pub fn harvest_owed(&self, leaf: Granule, words: &mut [u64], gather: &mut FlushGather) {
+        let tables = self.places.iter().zip(words.as_chunks_mut::<8>().0);
+        for (table, (place, words)) in tables.enumerate() {
+            for (nth, slot) in self.memory[*place].0.iter().enumerate() {
+                // Relaxed, all: as above.
+                let (entry, order) = (slot.load(Ordering::Relaxed), Ordering::Relaxed);
+                if entry & PRESENT != 0 && entry & DIRTY != 0 {
+                    words[nth / 64] |= 1 << (nth % 64);
+                    let first = table as u64 * ENTRIES + nth as u64;
+                    gather.add_many(Iova::new(first << leaf.lg2()), leaf, 1);
+                    let _ = slot.compare_exchange(entry, entry & !DIRTY, order, order);
                 }
             }
         }
