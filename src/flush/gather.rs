@@ -6,14 +6,16 @@ use crate::units::{Granule, Iova, IovaRange};
 use crate::words::word_runs;
 
 /// The number of disjoint ranges up to which a gather is exact.
-const MAX_RANGES: usize = 32;
+const MAX_RANGES: usize = 40;
+/// The number of ranges that are left when there were too many.
+const KEPT_RANGES: usize = 32;
 
 /// A bounded set of disjoint ranges whose cached translations must be dropped: what Linux calls an
-/// `iommu_iotlb_gather`, with up to 32 ranges instead of one.
+/// `iommu_iotlb_gather`, with up to 40 ranges instead of one.
 ///
-/// Ranges that touch are joined. When there are too many, the two neighbours with the smallest gap
-/// between them are joined, gap included: invalidating more than needed costs time, and never data.
-/// An empty gather is a state of its own, not a sentinel range.
+/// Ranges that touch are joined. When there are too many, neighbours with the smallest gaps between
+/// them are joined, gaps included, until 32 ranges are left: invalidating more than needed costs
+/// time, and never data. An empty gather is a state of its own, not a sentinel range.
 ///
 /// ```
 /// use dirtymap::flush::FlushGather;
@@ -39,8 +41,8 @@ pub struct FlushGather {
     leaves: Option<Leaves>,
     entries: u64,
     tables: bool,
-    /// A lower bound of the gaps between neighbours while the gather is at its bound; 0 if that is
-    /// not known.
+    /// A gap that is no longer than this one, above all ranges, is joined at once. No gap between
+    /// neighbours is shorter. 0 until there were too many ranges.
     closest: u64,
 }
 
@@ -138,12 +140,10 @@ impl FlushGather {
             smallest: leaf,
             largest: leaf,
         });
-        // If the gather is full and all of it lies below, runs are joined whenever the gap between
-        // them is no larger than the smallest gap of the gather; here all of them at once.
-        let last = &mut self.ranges[MAX_RANGES - 1];
+        // If all of the gather lies below, gaps that are short enough are joined: here all at once.
         let first = start.get() + (u64::from(mask.trailing_zeros()) << leaf.lg2());
         let end = start.get() + (u64::from(mask.ilog2()) << leaf.lg2());
-        if self.len == MAX_RANGES
+        if let Some(last) = self.ranges[..self.len].last_mut()
             && last.last() < start
             && first - last.last().get() - 1 <= self.closest
             && let Some(end) = Iova::new(end).checked_add(leaf.mask())
@@ -214,48 +214,25 @@ impl FlushGather {
     #[inline]
     fn insert(&mut self, range: IovaRange) {
         // A walk ascends, so the new range nearly always joins or follows the last one.
-        let full = self.len == MAX_RANGES;
         if let Some(last) = self.ranges[..self.len].last_mut()
             && last.start() <= range.start()
-            && (last.touches(range) || full && gap(*last, range) <= self.closest)
         {
-            // The gaps between the other ranges stay the same.
-            *last = last.hull(range);
-            return;
-        }
-        if full && self.ranges[MAX_RANGES - 1].last() < range.start() {
-            return self.append(range); // it touches none: see above
+            if last.touches(range) || gap(*last, range) <= self.closest {
+                // The gaps between the other ranges stay the same.
+                *last = last.hull(range);
+                return;
+            }
+            if self.len < MAX_RANGES {
+                self.ranges[self.len] = range;
+                self.len += 1;
+                return;
+            }
         }
         self.insert_anywhere(range);
     }
 
-    /// Inserts `range`, which lies above all others, where the gather is full and does not touch
-    /// it: the two neighbours with the smallest gap become one.
-    fn append(&mut self, range: IovaRange) {
-        // The smallest gap, the pair below which it lies, and the smallest of all others.
-        let (mut least, mut pair, mut next) = (u64::MAX, 0, u64::MAX);
-        for (nth, two) in self.ranges.windows(2).enumerate() {
-            let gap = gap(two[0], two[1]);
-            next = next.min(gap.max(least));
-            if gap < least {
-                (least, pair) = (gap, nth);
-            }
-        }
-        let above = gap(self.ranges[MAX_RANGES - 1], range);
-        if above <= least {
-            self.closest = least;
-            let last = &mut self.ranges[MAX_RANGES - 1];
-            *last = last.hull(range);
-            return;
-        }
-        self.ranges[pair] = self.ranges[pair].hull(self.ranges[pair + 1]);
-        self.ranges.copy_within(pair + 2.., pair + 1);
-        self.ranges[MAX_RANGES - 1] = range;
-        self.closest = next.min(above);
-    }
-
     fn insert_anywhere(&mut self, mut range: IovaRange) {
-        self.closest = 0;
+        self.closest = 0; // gaps may become shorter
         // The ranges that touch the new one are `from..to`; they become one with it.
         let from = self
             .ranges()
@@ -267,41 +244,46 @@ impl FlushGather {
         }
         if to > from {
             self.ranges[from] = range;
-            self.remove(from + 1, to);
+            self.ranges.copy_within(to..self.len, from + 1);
+            self.len -= to - from - 1;
             return;
         }
         if self.len == MAX_RANGES {
-            // Join the closest pair among the ranges and the new one.
-            let gap_below = |at: usize| gap(self.ranges[at - 1], self.ranges[at]);
-            let closest = (1..self.len).min_by_key(|at| gap_below(*at));
-            let below = (from > 0).then(|| gap(self.ranges[from - 1], range));
-            let above = (from < self.len).then(|| gap(range, self.ranges[from]));
-            let inner = closest.map(gap_below).unwrap_or(u64::MAX);
-            if below.is_some_and(|b| b <= inner && above.is_none_or(|a| b <= a)) {
-                if above.is_none() {
-                    self.closest = inner;
-                }
-                self.ranges[from - 1] = self.ranges[from - 1].hull(range);
-                return;
-            }
-            if above.is_some_and(|a| a <= inner) {
-                self.ranges[from] = self.ranges[from].hull(range);
-                return;
-            }
-            if let Some(at) = closest {
-                self.ranges[at - 1] = self.ranges[at - 1].hull(self.ranges[at]);
-                self.remove(at, at + 1);
-                return self.insert_anywhere(range);
-            }
+            self.join_closest();
+            return self.insert(range);
         }
         self.ranges.copy_within(from..self.len, from + 1);
         self.ranges[from] = range;
         self.len += 1;
     }
 
-    fn remove(&mut self, from: usize, to: usize) {
-        self.ranges.copy_within(to..self.len, from);
-        self.len -= to - from;
+    /// Joins the neighbours with the smallest gaps, the lower ones first, until a gather with
+    /// [`MAX_RANGES`] has [`KEPT_RANGES`]. So a walk that goes on for long pays for one pass over
+    /// the ranges from time to time, and not for each range.
+    #[inline(never)]
+    fn join_closest(&mut self) {
+        const JOINED: usize = MAX_RANGES - KEPT_RANGES;
+        let gaps: [u64; MAX_RANGES - 1] =
+            std::array::from_fn(|nth| gap(self.ranges[nth], self.ranges[nth + 1]));
+        let mut shortest = gaps;
+        shortest.select_nth_unstable(JOINED - 1);
+        let longest = shortest[JOINED - 1];
+        // How many of those that are as long as the longest one are joined.
+        let as_long = |gap: &&u64| **gap == longest;
+        let mut as_long = shortest[..JOINED].iter().filter(as_long).count();
+        self.len = 1;
+        for (nth, gap) in gaps.into_iter().enumerate() {
+            let range = self.ranges[nth + 1];
+            if gap < longest || gap == longest && as_long > 0 {
+                as_long -= usize::from(gap == longest);
+                let last = &mut self.ranges[self.len - 1];
+                *last = last.hull(range);
+            } else {
+                self.ranges[self.len] = range;
+                self.len += 1;
+            }
+        }
+        self.closest = longest;
     }
 }
 
@@ -386,13 +368,12 @@ mod tests {
                         let end = bits.find(|bit| mask >> bit & 1 == 0).unwrap_or(64);
                         let run = Iova::new(start.get() + (first << size.lg2()));
                         let bytes = (end - first) << size.lg2();
-                        // Nothing is known of the ranges, so that they are searched each time.
-                        single.insert_anywhere(IovaRange::from_len(run, bytes).unwrap());
+                        single.insert(IovaRange::from_len(run, bytes).unwrap());
                     }
                     leaves += u64::from(mask.count_ones());
                     assert_eq!(many.ranges(), single.ranges());
-                    let gaps = many.ranges().windows(2).map(|two| gap(two[0], two[1]));
-                    assert!(many.closest <= gaps.min().unwrap_or(0));
+                    assert_eq!(many.closest, single.closest);
+                    assert!(many.closest <= gaps(&many).min().unwrap_or(0));
                 }
                 let same = Leaves {
                     smallest: size,
@@ -404,6 +385,39 @@ mod tests {
         let mut last = FlushGather::new();
         last.add_many(Iova::new(u64::MAX - 0xfff), Granule::K4, u64::MAX);
         assert_eq!((last.entries(), last.ranges()[0].len()), (1, 4096));
+    }
+
+    fn gaps(gather: &FlushGather) -> impl Iterator<Item = u64> + '_ {
+        gather.ranges().windows(2).map(|two| gap(two[0], two[1]))
+    }
+
+    /// However long a walk is, a gap goes only if 31 others are no shorter.
+    #[test]
+    fn a_walk_keeps_the_longest_gaps() {
+        let mut x = 0x2545_F491_4F6C_DD1Du64;
+        for bits in [3, 20] {
+            let mut gather = FlushGather::new();
+            let (mut at, mut all) = (0, Vec::new());
+            for nth in 0..if cfg!(miri) { 100 } else { 2000 } {
+                x ^= x << 13;
+                x ^= x >> 7;
+                x ^= x << 17;
+                let gap = (1 + (x >> 8) % (1 << bits)) << 12;
+                if nth > 0 {
+                    all.push(gap);
+                    at += gap;
+                }
+                gather.add(range(at, 0x1000), Granule::K4);
+                at += 0x1000;
+                let kept: Vec<_> = gaps(&gather).collect();
+                assert!(kept.len() >= all.len().min(KEPT_RANGES - 1));
+                assert!(kept.len() < MAX_RANGES);
+                assert!(kept.iter().all(|gap| *gap >= gather.closest));
+                let longer =
+                    |some: &[u64]| some.iter().filter(|gap| **gap > gather.closest).count();
+                assert_eq!(longer(&kept), longer(&all), "after {nth}");
+            }
+        }
     }
 
     #[test]
@@ -500,51 +514,35 @@ mod tests {
     }
 
     #[test]
-    fn past_the_bound_the_smallest_gap_goes() {
+    fn past_the_bound_the_smallest_gaps_go() {
         let mut gather = FlushGather::new();
-        for i in 0..MAX_RANGES as u64 {
-            // Ranges 19 and 20 are the closest pair.
-            let shift = if i >= 20 { 0x1000 } else { 0x8000 };
+        for i in 0..=MAX_RANGES as u64 {
+            // Every fifth one is close to the next.
+            let shift = if i % 5 == 0 { 0x8000 } else { 0 };
             gather.add(range(i * 0x1_0000 + shift, 0x1000), Granule::K4);
         }
-        gather.add(range(0x100_0000, 0x1000), Granule::K4);
-        assert_eq!(gather.ranges().len(), MAX_RANGES);
-        assert!(
-            gather
-                .ranges()
-                .contains(&range(19 * 0x1_0000 + 0x8000, 0xa000))
+        let joined = (MAX_RANGES - KEPT_RANGES) as u64;
+        assert_eq!(gather.ranges().len(), KEPT_RANGES + 1);
+        assert_eq!(
+            gather.bytes(),
+            u128::from((MAX_RANGES as u64 + 1) * 0x1000 + joined * 0x7000)
         );
     }
 
-    /// The new range is closer to the one above it than any other two are to each other: those two
-    /// become one, and nothing else is invalidated besides.
+    /// A gather knows a lower bound of its gaps only as long as it grows at its end. A range in the
+    /// middle makes smaller gaps. Then a larger one at the end is not joined before these.
     #[test]
-    fn past_the_bound_a_range_joins_the_close_one_above() {
+    fn past_the_bound_a_gap_is_joined_only_if_none_is_smaller() {
         let mut gather = FlushGather::new();
-        for i in 0..MAX_RANGES as u64 {
+        for i in 0..=MAX_RANGES as u64 {
             gather.add(range(i * 0x1_0000, 0x1000), Granule::K4);
         }
+        let end = (MAX_RANGES as u64 + 1) * 0x1_0000;
         let bytes = gather.bytes();
-        gather.add(range(0x4_e000, 0x1000), Granule::K4);
-        assert_eq!(gather.ranges().len(), MAX_RANGES);
-        assert_eq!(gather.bytes(), bytes + 0x2000);
-    }
-
-    /// A gather that is full knows its smallest gap only as long as it grows at its end. A range
-    /// that joined another one in the middle has made a smaller gap, which goes before a larger one
-    /// at the end does.
-    #[test]
-    fn past_the_bound_a_gap_that_has_shrunk_is_the_smallest() {
-        let mut gather = FlushGather::new();
-        for i in 0..MAX_RANGES as u64 {
-            gather.add(range(i * 0x1_0000, 0x1000), Granule::K4);
-        }
-        let end = MAX_RANGES as u64 * 0x1_0000;
-        gather.add(range(end - 0x7000, 0x1000), Granule::K4); // joins the last one
-        gather.add(range(0x4_8000, 0x1000), Granule::K4); // leaves a gap of 0x7000
-        let bytes = gather.bytes();
-        gather.add(range(end + 0x3000, 0x1000), Granule::K4); // 0x9000 above
-        assert_eq!(gather.ranges().len(), MAX_RANGES);
-        assert_eq!(gather.bytes(), bytes + 0x7000 + 0x1000);
+        gather.add(range(end, 0x1000), Granule::K4); // no larger than those that were joined
+        assert_eq!(gather.bytes(), bytes + 0x1_0000);
+        gather.add(range(end - 0x2_8000, 0x1000), Granule::K4); // leaves gaps of 0x7000
+        gather.add(range(end + 0xa000, 0x1000), Granule::K4); // 0x9000 above
+        assert_eq!(gather.bytes(), bytes + 0x1_2000);
     }
 }
