@@ -30,6 +30,11 @@ pub use two_levels::TwoLevels;
 pub use vm_memory::VmMemory;
 pub use vm_memory_model::VmMemoryModel;
 
+/// The locked tree of areas that are objects of their own.
+pub type CountedBTree = LockedBTree<
+    std::sync::RwLock<std::collections::BTreeMap<u64, std::sync::Arc<::dirtymap::Mapping>>>,
+>;
+
 /// The locked tree with the lock of `parking_lot`.
 pub type ParkingLotBTree =
     LockedBTree<parking_lot::RwLock<std::collections::BTreeMap<u64, ::dirtymap::Mapping>>>;
