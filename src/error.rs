@@ -75,8 +75,8 @@ pub enum Error {
         /// The offending run.
         run: IovaRange,
     },
-    /// Tracking was never enabled here, so there is no answer.
-    #[error("tracking was never enabled for {range}: enable it before the first harvest")]
+    /// Tracking was never on here, so there is no answer.
+    #[error("tracking was never on for {range}: call start_tracking before the first harvest")]
     NeverTracked {
         /// The range of the call.
         range: IovaRange,
@@ -159,8 +159,8 @@ pub enum Error {
         /// The reserved addresses in its way.
         reserved: IovaRange,
     },
-    /// No area lies in the range to unmap.
-    #[error("no area lies in {range}")]
+    /// No area lies in the range to unmap, or in that of a round.
+    #[error("no area lies in {range}: name a range of areas, or map memory there first")]
     NothingMapped {
         /// The range of the call.
         range: IovaRange,
@@ -247,14 +247,20 @@ pub enum Error {
         /// The most that a space has.
         most: usize,
     },
-    /// The consumer is none of this space, or has left it.
-    #[error("{name:?} is not a consumer of this space, or no longer")]
+    /// The consumer is one of another space, or has left.
+    #[error(
+        "the consumer {name:?} is one of another space, or was dropped: keep it for as long as \
+         its rounds are used"
+    )]
     ConsumerLeft {
         /// Its name.
         name: Box<str>,
     },
     /// The consumer cannot be copied while it harvests or has a lease.
-    #[error("the consumer {name:?} has {leases} leases: commit or abort them, then copy it")]
+    #[error(
+        "the consumer {name:?} harvests, or has leases ({leases}): commit or abort them, then copy \
+         it"
+    )]
     ConsumerBusy {
         /// Its name.
         name: Box<str>,
@@ -262,15 +268,20 @@ pub enum Error {
         leases: u64,
     },
     /// The request goes past the range of the consumer.
-    #[error("{range} goes past {consumer}, the range of the consumer")]
+    #[error("{range} goes past {consumer}, the range of the consumer: ask for a part of that")]
     OutsideConsumer {
         /// The range asked for.
         range: IovaRange,
         /// The range of the consumer.
         consumer: IovaRange,
     },
-    /// A mark touched an address outside every area. The parts inside areas are marked.
-    #[error("{at} lies outside every area: the write there is not tracked")]
+    /// A mark, a write in flight or a discard touches an address outside every area, or outside the
+    /// area of its handle. [`AddressSpace::mark`](crate::AddressSpace::mark) marks the parts inside
+    /// areas all the same.
+    #[error(
+        "{at} lies outside every area, or outside that of the handle, so no write there is \
+         tracked: map it first"
+    )]
     Outside {
         /// The first such address.
         at: Iova,
