@@ -13,9 +13,6 @@
 //! | harvest everything, round after round | [`AddressSpace::rounds`] | [`guide`] |
 //! | several consumers of one memory | [`AddressSpace::consumer`], [`Consumer`] | [`many`] |
 //! | ask what was written since an epoch | [`Consumer::since`], [`Lease::lineage`] | [`many`] |
-//! | tell of memory that is zero: TRIM, balloon | [`AddressSpace::discard`] | [`discards`] |
-//! | tell apart data and zeros | [`Lease::contents`] | [`discards`] |
-//! | measure the dirty rate, plan a migration | [`meter::Meter`] | [`many`] |
 //! | harvest a range into my own bitmap | [`AddressSpace::harvest`], [`UserBitmap`] | below |
 //! | look without clearing | [`AddressSpace::peek`] | |
 //! | send a lease to another thread, keep it in a struct | [`Rounds::shared`] | |
@@ -45,7 +42,6 @@
 //! [`many`]: crate::guide::many
 //! [`discards`]: crate::guide::discards
 //! [`monitors`]: crate::guide::monitors
-//! [`discards`]: crate::guide::discards
 //! [`DirtyLog`]: exchange::DirtyLog
 //! [`RunsExt`]: exchange::RunsExt
 //! [`RunTable`]: exchange::RunTable

@@ -41,7 +41,12 @@ use crate::units::{IovaRange, ToIovaRange};
 /// are pending for the unnamed consumer take a bit each, up to its
 /// [bounds](AddressSpace::set_unnamed_bounds).
 ///
-/// # Areas that go
+/// # Areas that come and go
+/// A new area is clean for every consumer. If its memory holds data,
+/// [`mark`](AddressSpace::mark) all of it after the map; if it reads as zero and other memory had
+/// its addresses before, [`discard`](AddressSpace::discard) all of it. Otherwise no increment
+/// contains its first contents.
+///
 /// After an unmap, nothing is pending in its areas for any consumer. Its bitmap has each page that
 /// was dirty for at least one consumer, and [`ConsumerStats::unmapped_bytes`] counts the bytes that
 /// were pending for this one. A cut changes nothing, and a detach moves dirty pages to where every
@@ -61,10 +66,12 @@ pub enum Start<'c> {
     /// No page is dirty. Writes are reported from the return of the call on, so copy everything
     /// once, after the call.
     Clean,
-    /// All that is mapped in its range. If the pages that would be pending exceed the
-    /// [`Bounds`](super::Bounds) of a new consumer, they are pending as a whole.
+    /// All that is mapped in its range at the join. Areas that are mapped later begin clean. If the
+    /// pages that would be pending exceed the [`Bounds`](super::Bounds) of a new consumer, they are
+    /// pending as a whole.
     Dirty,
-    /// The pages that are dirty for that consumer, which has no lease meanwhile.
+    /// The pages that are dirty for that consumer, which has no lease meanwhile. Outside of the
+    /// range of that consumer, pages that harvests have taken before are clean.
     LikeOf(&'c Consumer<'c>),
 }
 
@@ -86,7 +93,8 @@ pub struct ConsumerStats {
     pub deltas: u64,
     /// Bytes of memory that they take.
     pub delta_bytes: u64,
-    /// How often its pending pages were dropped, and everything became pending instead.
+    /// How often its pending pages were dropped, and everything became pending instead. Each
+    /// harvest of another consumer may add one, until the next harvest of this consumer.
     pub dropped: u64,
     /// Its live leases.
     pub leases: u64,

@@ -35,6 +35,9 @@ impl<'a> Lease<'a, Synced> {
     /// one [domain](crate::Scope), of an area that has gone since the harvest began, and of a space
     /// that does not track everything at the moment, has data only.
     ///
+    /// With a granule of several pages, a granule may have runs of both contents.
+    /// [`commit_range`](Self::commit_range) counts whole granules, so commit such runs together.
+    ///
     /// Never blocks, and allocates a little for each run. Looks at 32768 pages at a time.
     ///
     /// ```

@@ -128,8 +128,12 @@ impl Consumer<'_> {
     }
 
     /// The pages that this consumer has committed after `epoch`: the union of all increments in
-    /// between. A copy of that epoch becomes a copy of the newest epoch, if these pages are copied
-    /// over it now.
+    /// between. A copy of that epoch becomes a copy of [`to`](super::Written::to), if these pages
+    /// are copied over it now.
+    ///
+    /// For the next call, hold the epoch of the copy by a [cursor](Self::cursor). If other threads
+    /// commit leases of this consumer, take that cursor before this call, and store its epoch: a
+    /// cursor that is taken after the call may hold a newer epoch than the copy has.
     ///
     /// Pages that are dirty and not committed are not included. To include every write up to now,
     /// harvest and commit first.

@@ -137,7 +137,8 @@ impl<'a> Rounds<'a> {
     /// ```
     ///
     /// # Errors
-    /// Those of the range.
+    /// Those of the range. For rounds of a [`Consumer`](super::Consumer) whose range does not hold
+    /// all of `range`, each round is [`Error::OutsideConsumer`].
     pub fn within(mut self, range: impl ToIovaRange) -> Result<Self, Error> {
         self.within = range.to_iova_range()?;
         Ok(self)

@@ -258,7 +258,8 @@ impl<'a> Meter<'a> {
     }
 
     /// The rounds, the time and the downtime of a migration by `plan`, if memory is written in the
-    /// future as it was during the looks.
+    /// future as it was during the looks. Before the first look, the prediction is that nothing is
+    /// written.
     ///
     /// ```
     /// # use dirtymap::meter::Plan;

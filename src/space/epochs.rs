@@ -122,6 +122,11 @@ pub struct Lineage {
 }
 
 /// The state to which the pages of a lease are the increment.
+///
+/// Compare it with the epoch of the copy. That it is an [`Epoch`](Parent::Epoch) is not enough,
+/// because it may be one that no copy has: after a start of tracking, or after another thread
+/// committed a lease of this consumer. A copy of another epoch than the parent needs everything, or
+/// the pages of [`since`](crate::Consumer::since).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Parent {
@@ -129,8 +134,9 @@ pub enum Parent {
     /// copied over it. A consumer that began as a [copy](crate::Start::LikeOf) of another consumer,
     /// which covers at least as much, has an epoch of that consumer as its first parent.
     Epoch(Epoch),
-    /// No copy is needed: this lease and the later ones report all that is mapped in the consumer's
-    /// range.
+    /// No copy is needed: this lease reports all that is mapped in the consumer's range. If it
+    /// covers a part of the range, or is committed in part, it and the later ones do. After
+    /// [`Start::Dirty`](crate::Start::Dirty), that is what was mapped at the join.
     Everything(Why),
     /// No epoch is certain to be the right one. The pages of the lease are not enough: copy
     /// everything, or the pages that [`since`](crate::Consumer::since) returns for the epoch of a

@@ -77,6 +77,11 @@ impl AddressSpace {
     /// Stops tracking writes, in all domains and for marks. Dirty pages stay dirty for a last
     /// harvest. A write after it may still be reported; the next start discards it.
     ///
+    /// Increments of [consumers](crate::Consumer) that are committed until the next start may
+    /// lack writes of that time, and only the start makes that known, by
+    /// [`Why::Untracked`](crate::harvest::Why::Untracked). So call this when no consumer needs
+    /// increments any more, not when one of them ends.
+    ///
     /// # Errors
     /// The error of the first source that refuses. The other sources are switched nevertheless, and
     /// the call can be repeated, as can a [start](Self::start_tracking) after it. The same holds if
