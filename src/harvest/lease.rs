@@ -272,11 +272,11 @@ impl<'a> Lease<'a, Owed> {
 impl<'a> Lease<'a, Synced> {
     /// The ranges to copy: maximal runs of dirty granules, in order. A run may go on into the next
     /// area, whose backing need not follow. To copy by backing address, cut it:
-    /// `run.intersection(area.range)` for each `area` of [`AddressSpace::mappings`].
+    /// `run.intersection(area.range)` for each `area` of [`AddressSpace::mappings`]. Where areas
+    /// come and go meanwhile, ask for [`backing`](Self::backing) instead.
     ///
-    /// Bits that were set in the
-    /// user's bitmap before the harvest count as well, and so does each window of a file that
-    /// cannot be read: see [`Runs::error`].
+    /// Bits that were set in the user's bitmap before the harvest count as well, and so does each
+    /// window of a file that cannot be read: see [`Runs::error`].
     pub fn runs(&self) -> Runs<'_> {
         self.holding.runs()
     }

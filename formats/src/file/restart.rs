@@ -31,8 +31,10 @@ impl BitmapFile {
     /// the end of a process, after its writers have stopped. Returns the dirty bytes.
     ///
     /// In a space with several consumers, a page is saved if it is dirty for at least one of them.
-    /// After the restore, each consumer is told all of these pages: a superset. End all leases
-    /// before this, because the pages of a lease that lives are not saved.
+    /// After the restore, each consumer is told all of these pages: a superset. The unnamed
+    /// consumer is one of them. If the program does not use it, commit a round of it first:
+    /// otherwise every page that was written since the first consumer joined is saved. End all
+    /// leases before this, because the pages of a lease that lives are not saved.
     ///
     /// [`restore_space`](Self::restore_space) loads it into the space of the next process. The file
     /// spans from the lowest area to the highest, and takes an eighth of a byte for each page in
