@@ -97,8 +97,10 @@ impl Drop for Claim<'_> {
 /// Adds bits to a word of a claimed chunk.
 #[inline(always)]
 fn add(word: &AtomicU64, mask: u64) {
-    // Relaxed, both: the claim orders them.
-    word.store(word.load(Ordering::Relaxed) | mask, Ordering::Relaxed);
+    let others = word.load(Ordering::Relaxed); // the claim orders it
+    // Release: pairs with the Acquire fence in `copy_of`, as in `List::store`. The bits that are not
+    // there may have been taken by a thread that had the claim before.
+    word.store(others | mask, Ordering::Release);
 }
 
 impl ChunkMap {
@@ -109,7 +111,7 @@ impl ChunkMap {
         let Some(mut claim) = Claim::new(slot) else {
             return false;
         };
-        // Relaxed: the claim orders it, here and below.
+        // Relaxed: the claim orders it.
         let summary = slot.summary.load(Ordering::Relaxed);
         match handed.bits {
             Bits::Few(few) if summary == 0 => {
@@ -126,8 +128,9 @@ impl ChunkMap {
                 }
             }
         }
+        // Release: as in `add`, for lines that are not there.
         slot.summary
-            .store(summary | handed.lines, Ordering::Relaxed);
+            .store(summary | handed.lines, Ordering::Release);
         true
     }
 
