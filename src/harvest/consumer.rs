@@ -55,6 +55,7 @@ use crate::units::{IovaRange, ToIovaRange};
 /// # Drop
 /// A consumer leaves when it is dropped. Its leases can still be synced, copied and committed. One
 /// that is aborted after that puts back nothing, and counts its pages as outside.
+#[must_use = "a consumer that is dropped leaves"]
 pub struct Consumer<'a> {
     pub(super) space: SpaceRef<'a>,
     pub(super) member: Arc<Party>,

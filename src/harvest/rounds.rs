@@ -42,6 +42,7 @@ use crate::units::{DomainId, Granule, IovaRange, ToIovaRange};
 /// they need: they go through channels, into structs and trait objects, and to C.
 #[doc(alias = "migration_bitmap_sync")]
 #[doc(alias = "memory_global_dirty_log_sync")]
+#[must_use = "rounds that are dropped harvest nothing"]
 pub struct Rounds<'a> {
     space: SpaceRef<'a>,
     granule: Granule,
@@ -108,14 +109,12 @@ impl<'a> Rounds<'a> {
     /// Reports `granule` bytes a bit, instead of the page of the space. A bit stands for a whole
     /// granule, so a run may reach into a hole beside an area; the copier intersects it with
     /// [`mappings`](AddressSpace::mappings).
-    #[must_use]
     pub fn granule(mut self, granule: Granule) -> Self {
         self.granule = granule;
         self
     }
 
     /// Harvests one domain alone, instead of all of them and the marks.
-    #[must_use]
     pub fn domain(mut self, domain: DomainId) -> Self {
         self.scope = Scope::Domain(domain);
         self
@@ -146,7 +145,6 @@ impl<'a> Rounds<'a> {
 
     /// Records the backing addresses of the pages at the time when they were written, for
     /// [`Lease::backing`]. See [`HarvestRequest::with_backing`].
-    #[must_use]
     pub fn with_backing(mut self) -> Self {
         self.backing = true;
         self

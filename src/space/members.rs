@@ -360,7 +360,7 @@ mod tests {
         assert!(matches!(refused, Error::TooManyConsumers { most: m } if m == most));
         assert_eq!(space.consumers().len(), MAX_CONSUMERS);
         drop(last);
-        space.consumer("more", Start::Clean).unwrap();
+        let _ = space.consumer("more", Start::Clean).unwrap();
         drop(first);
     }
 }
