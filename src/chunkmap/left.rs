@@ -98,8 +98,8 @@ impl Drop for Claim<'_> {
 #[inline(always)]
 fn add(word: &AtomicU64, mask: u64) {
     let others = word.load(Ordering::Relaxed); // the claim orders it
-    // Release: pairs with the Acquire fence in `copy_of`, as in `List::store`. The bits that are not
-    // there may have been taken by a thread that had the claim before.
+    // Release: pairs with the Acquire fence in `copy_of`, as in `List::store`. An earlier owner of
+    // the claim may have taken other bits of this word.
     word.store(others | mask, Ordering::Release);
 }
 
@@ -128,7 +128,7 @@ impl ChunkMap {
                 }
             }
         }
-        // Release: as in `add`, for lines that are not there.
+        // Release: as in `add`, for lines that were taken.
         slot.summary
             .store(summary | handed.lines, Ordering::Release);
         true
