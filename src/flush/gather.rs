@@ -6,15 +6,15 @@ use crate::units::{Granule, Iova, IovaRange};
 use crate::words::word_runs;
 
 /// The number of disjoint ranges up to which a gather is exact.
-const MAX_RANGES: usize = 40;
+const MAX_RANGES: usize = 32;
 /// The number of ranges that are left when there were too many.
-const KEPT_RANGES: usize = 32;
+const KEPT_RANGES: usize = 24;
 
 /// A bounded set of disjoint ranges whose cached translations must be dropped: what Linux calls an
-/// `iommu_iotlb_gather`, with up to 40 ranges instead of one.
+/// `iommu_iotlb_gather`, with up to 32 ranges instead of one.
 ///
 /// Ranges that touch are joined. When there are too many, neighbours with the smallest gaps between
-/// them are joined, gaps included, until 32 ranges are left: invalidating more than needed costs
+/// them are joined, gaps included, until 24 ranges are left: invalidating more than needed costs
 /// time, and never data. An empty gather is a state of its own, not a sentinel range.
 ///
 /// ```
@@ -391,7 +391,7 @@ mod tests {
         gather.ranges().windows(2).map(|two| gap(two[0], two[1]))
     }
 
-    /// However long a walk is, a gap goes only if 31 others are no shorter.
+    /// However long a walk is, a gap goes only if 23 others are no shorter.
     #[test]
     fn a_walk_keeps_the_longest_gaps() {
         let mut x = 0x2545_F491_4F6C_DD1Du64;
@@ -517,8 +517,8 @@ mod tests {
     fn past_the_bound_the_smallest_gaps_go() {
         let mut gather = FlushGather::new();
         for i in 0..=MAX_RANGES as u64 {
-            // Every fifth one is close to the next.
-            let shift = if i % 5 == 0 { 0x8000 } else { 0 };
+            // Every fourth one is close to the next.
+            let shift = if i % 4 == 0 { 0x8000 } else { 0 };
             gather.add(range(i * 0x1_0000 + shift, 0x1000), Granule::K4);
         }
         let joined = (MAX_RANGES - KEPT_RANGES) as u64;
